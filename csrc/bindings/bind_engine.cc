@@ -1,0 +1,148 @@
+#include "bind_engine.h"
+
+#include <pybind11/stl.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "alignpro/engine/engine.h"
+#include "alignpro/model/adapter.h"
+#include "alignpro/model/model.h"
+
+namespace py = pybind11;
+
+using alignpro::engine::Engine;
+using alignpro::engine::EngineOptions;
+using alignpro::engine::EngineStats;
+using alignpro::engine::FinishReason;
+using alignpro::engine::SamplingParams;
+using alignpro::engine::Sequence;
+using alignpro::model::Adapter;
+using alignpro::model::Model;
+
+namespace {
+
+bool on_main_thread() {
+  const py::module_ threading = py::module_::import("threading");
+  return threading.attr("current_thread")().is(threading.attr("main_thread")());
+}
+
+// Ctrl-C between steps: Python runs signal handlers on its main thread only, and only there is the
+// GIL taken for it. Called without the GIL.
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+py::object finish_reason(const Sequence& sequence) {
+  if (!sequence.finished()) return py::none();
+  return py::str(std::string(alignpro::engine::finish_reason_name(sequence.finish_reason())));
+}
+
+py::object matched_stop(const Sequence& sequence) {
+  const auto match = sequence.stop_match();
+  if (!match) return py::none();
+  return py::str(sequence.request().params.stop[match->index]);
+}
+
+void bind_sampling_params(py::module_& m) {
+  py::class_<SamplingParams>(m, "SamplingParams")
+      .def(py::init([](float temperature, int32_t top_k, float top_p, float min_p,
+                       int64_t max_new_tokens, int64_t min_new_tokens, uint64_t seed,
+                       uint32_t sample, std::vector<std::string> stop,
+                       std::vector<int32_t> stop_token_ids, bool ignore_eos,
+                       double deadline_seconds) {
+             SamplingParams params;
+             params.temperature = temperature;
+             params.top_k = top_k;
+             params.top_p = top_p;
+             params.min_p = min_p;
+             params.max_new_tokens = max_new_tokens;
+             params.min_new_tokens = min_new_tokens;
+             params.seed = seed;
+             params.sample = sample;
+             params.stop = std::move(stop);
+             params.stop_token_ids = std::move(stop_token_ids);
+             params.ignore_eos = ignore_eos;
+             params.deadline_seconds = deadline_seconds;
+             validate(params);
+             return params;
+           }),
+           py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+           py::arg("min_p"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("seed"),
+           py::arg("sample"), py::arg("stop"), py::arg("stop_token_ids"), py::arg("ignore_eos"),
+           py::arg("deadline_seconds"));
+}
+
+void bind_sequence(py::module_& m) {
+  py::class_<Sequence, std::shared_ptr<Sequence>>(m, "Sequence")
+      .def_property_readonly("tokens", [](const Sequence& s) { return s.read(0).tokens; })
+      .def_property_readonly("logprobs", [](const Sequence& s) { return s.read(0).logprobs; })
+      .def_property_readonly("kept_mass", [](const Sequence& s) { return s.read(0).kept_mass; })
+      .def_property_readonly("prompt_tokens", [](const Sequence& s) { return s.request().prompt; })
+      .def_property_readonly("finished", &Sequence::finished)
+      .def_property_readonly("finish_reason", &finish_reason)
+      .def_property_readonly("matched_stop", &matched_stop)
+      .def("cancel", &Sequence::cancel)
+      .def(
+          "read",
+          [](const Sequence& s, size_t begin) {
+            auto output = s.read(begin);
+            return std::pair(std::move(output.tokens), std::move(output.logprobs));
+          },
+          py::arg("begin"));
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+  bind_sampling_params(m);
+  bind_sequence(m);
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
+      .def(py::init([](std::shared_ptr<Model> model, int64_t kv_cache_bytes, int64_t max_batch_rows,
+                       bool prefix_cache) {
+             EngineOptions options;
+             options.kv_cache_bytes = kv_cache_bytes;
+             options.max_batch_rows = max_batch_rows;
+             options.prefix_cache = prefix_cache;
+             return std::make_shared<Engine>(std::shared_ptr<const Model>(std::move(model)),
+                                             options);
+           }),
+           py::arg("model").none(false), py::kw_only(), py::arg("kv_cache_bytes") = 0,
+           py::arg("max_batch_rows") = 256, py::arg("prefix_cache") = true)
+      .def("set_token_bytes", &Engine::set_token_bytes, py::arg("pieces"), NoGil())
+      .def(
+          "submit",
+          [](Engine& engine, std::vector<int32_t> tokens, const SamplingParams& params,
+             std::shared_ptr<Adapter> adapter) {
+            return engine.submit(std::move(tokens), params, std::move(adapter));
+          },
+          py::arg("tokens"), py::arg("params"), py::arg("adapter") = py::none())
+      .def("step", &Engine::step, NoGil())
+      .def(
+          "run",
+          [](Engine& engine, const std::vector<std::shared_ptr<Sequence>>& sequences) {
+            const std::function<void()> poll =
+                on_main_thread() ? check_signals : std::function<void()>();
+            const py::gil_scoped_release no_gil;
+            engine.run(sequences, poll);
+          },
+          py::arg("sequences"))
+      .def("idle", &Engine::idle, NoGil())
+      .def("stats", [](const Engine& engine) {
+        const EngineStats stats = engine.stats();
+        py::dict out;
+        out["prefill_tokens"] = stats.prefill_tokens;
+        out["cached_tokens"] = stats.cached_tokens;
+        out["decode_tokens"] = stats.decode_tokens;
+        out["steps"] = stats.steps;
+        out["kv_blocks_in_use"] = stats.kv_blocks_in_use;
+        out["kv_blocks_cached"] = stats.kv_blocks_cached;
+        out["kv_blocks_capacity"] = stats.kv_blocks_capacity;
+        return out;
+      });
+}

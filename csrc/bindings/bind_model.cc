@@ -1,0 +1,163 @@
+#include "bind_model.h"
+
+#include <pybind11/stl.h>
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "alignpro/model/adapter.h"
+#include "alignpro/model/model.h"
+#include "alignpro/model/scorer.h"
+#include "array.h"
+
+namespace py = pybind11;
+using namespace alignpro;
+using namespace alignpro::bindings;
+
+namespace {
+
+py::dict describe(const model::Model& model) {
+  const model::ModelConfig& c = model.config();
+  py::dict d;
+  d["family"] = std::string(model::family_name(c.family));
+  d["vocab_size"] = c.vocab_size;
+  d["hidden_size"] = c.hidden_size;
+  d["intermediate_size"] = c.intermediate_size;
+  d["num_layers"] = c.num_layers;
+  d["num_heads"] = c.num_heads;
+  d["num_kv_heads"] = c.num_kv_heads;
+  d["head_dim"] = c.head_dim;
+  d["context_length"] = model.context_length();
+  d["bos_id"] = c.bos_id >= 0 ? py::object(py::int_(c.bos_id)) : py::object(py::none());
+  d["eos_ids"] = c.eos_ids;
+  d["tied_head"] = c.tied_head;
+  d["threads"] = model.team().size();
+  d["weight_bytes"] = model.weights().bytes();
+  return d;
+}
+
+std::shared_ptr<model::Adapter> make_adapter(const model::Model& model, const py::dict& matrices,
+                                             float scale) {
+  std::map<std::string, model::LoraMatrices> views;
+  std::vector<py::array> alive;
+  std::map<std::string, const model::LoraModule*> known;
+  const std::vector<model::LoraModule> modules = model::lora_modules(model.config());
+  for (const model::LoraModule& m : modules) known[m.path] = &m;
+  for (const auto& [key, value] : matrices) {
+    const auto path = key.cast<std::string>();
+    require(py::isinstance<py::tuple>(value) && py::len(value) == 2, "adapter: '", path,
+            "' expects a pair (A, B)");
+    const auto pair = py::reinterpret_borrow<py::tuple>(value);
+    const py::array a = float_array(pair[0], path + ".A", 2);
+    const py::array b = float_array(pair[1], path + ".B", 2);
+    if (const auto found = known.find(path); found != known.end()) {
+      const model::LoraModule& m = *found->second;
+      require(a.shape(1) == m.inputs && b.shape(0) == m.outputs && a.shape(0) == b.shape(1),
+              "adapter: '", path, "' expects A [r, ", m.inputs, "] and B [", m.outputs, ", r], got [",
+              a.shape(0), ", ", a.shape(1), "] and [", b.shape(0), ", ", b.shape(1), "]");
+    }
+    views[path] = {a.shape(0), static_cast<const float*>(a.data()),
+                   static_cast<const float*>(b.data())};
+    alive.push_back(a);
+    alive.push_back(b);
+  }
+  const py::gil_scoped_release release;
+  return std::make_shared<model::Adapter>(model.config(), views, scale);
+}
+
+py::dict gradients_to_dict(const model::Adapter& adapter, const model::AdapterGradients& gradients) {
+  py::dict result;
+  for (size_t i = 0; i < gradients.modules.size(); ++i) {
+    const model::Adapter::Module& m = adapter.modules()[i];
+    result[py::str(m.where.path)] =
+        py::make_tuple(to_array(gradients.modules[i].a, m.a.rows(), m.a.cols()),
+                       to_array(gradients.modules[i].b, m.b.rows(), m.b.cols()));
+  }
+  return result;
+}
+
+}  // namespace
+
+void bind_model(py::module_& m) {
+  py::class_<model::Adapter, std::shared_ptr<model::Adapter>>(m, "Adapter")
+      .def_property_readonly("rank", &model::Adapter::max_rank)
+      .def_property_readonly("modules", [](const model::Adapter& adapter) {
+        std::vector<std::string> paths;
+        for (const auto& module : adapter.modules()) paths.push_back(module.where.path);
+        return paths;
+      });
+
+  py::class_<model::Score>(m, "Score")
+      .def_property_readonly("logprob",
+                             [](const model::Score& s) { return to_array(s.logprob()); })
+      .def_property_readonly("entropy",
+                             [](const model::Score& s) { return to_array(s.entropy()); })
+      .def_property_readonly("kl",
+                             [](const model::Score& s) -> py::object {
+                               if (!s.has_reference()) return py::none();
+                               return to_array(s.kl());
+                             })
+      .def_property_readonly("reference_logprob",
+                             [](const model::Score& s) -> py::object {
+                               if (!s.has_reference()) return py::none();
+                               return to_array(s.reference_logprob());
+                             })
+      .def(
+          "backward",
+          [](model::Score& s, const py::object& d_logprob, const py::object& d_entropy,
+             const py::object& d_kl) {
+            const auto lp = float_vector(d_logprob, "d_logprob");
+            const auto entropy = float_vector(d_entropy, "d_entropy");
+            const auto kl = float_vector(d_kl, "d_kl");
+            const auto adapter = s.adapter();
+            std::optional<model::AdapterGradients> gradients;
+            {
+              const py::gil_scoped_release release;
+              gradients = s.backward(lp, entropy, kl);
+            }
+            return gradients_to_dict(*adapter, *gradients);
+          },
+          py::arg("d_logprob"), py::arg("d_entropy") = py::none(), py::arg("d_kl") = py::none());
+
+  py::class_<model::Model, std::shared_ptr<model::Model>>(m, "Model")
+      .def_static("load",
+                  [](const std::string& path, int threads, int64_t context_length) {
+                    const py::gil_scoped_release release;
+                    return model::Model::load(path, threads, context_length);
+                  },
+                  py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0)
+      .def_property_readonly("config", &describe)
+      .def("lora_modules",
+           [](const model::Model& self) {
+             py::dict shapes;
+             for (const model::LoraModule& module : model::lora_modules(self.config())) {
+               shapes[py::str(module.path)] = py::make_tuple(module.outputs, module.inputs);
+             }
+             return shapes;
+           })
+      .def("make_adapter", &make_adapter, py::arg("matrices"), py::arg("scale"))
+      .def(
+          "score",
+          [](std::shared_ptr<model::Model> self, std::vector<std::vector<int32_t>> sequences,
+             std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
+             float temperature, std::shared_ptr<model::Adapter> reference, bool with_reference,
+             bool keep_graph) {
+            const py::gil_scoped_release release;
+            model::ScoreRequest request;
+            request.sequences = std::move(sequences);
+            request.starts = std::move(starts);
+            request.adapter = std::move(adapter);
+            request.temperature = temperature;
+            request.with_reference = with_reference;
+            request.reference = std::move(reference);
+            request.keep_graph = keep_graph;
+            return std::make_unique<model::Score>(std::move(self), std::move(request));
+          },
+          py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
+          py::arg("temperature") = 1.0f, py::arg("reference") = nullptr,
+          py::arg("with_reference") = false, py::arg("keep_graph") = false);
+}

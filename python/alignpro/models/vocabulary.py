@@ -1,0 +1,440 @@
+"""What a tokenizer knows, read from a model's own files: a tokenizer.json folder, or GGUF metadata.
+
+Both give a `Vocabulary`: a byte-pair encoder that knows no control tokens, and the control tokens
+beside it, so that text can never turn into one by accident (contract 7).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from alignpro import native
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is matched as a whole, outside of the byte-pair encoding."""
+
+    id: int
+    text: str
+    special: bool = True  # not shown in decoded text
+    lstrip: bool = False  # swallows the white space to its left
+    rstrip: bool = False
+    single_word: bool = False  # only where no letter, digit or underscore touches it
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Everything `tokenizer.Tokenizer` works from."""
+
+    backend: tokenizers.Tokenizer  # text at the start of the input, no added tokens
+    continuation: tokenizers.Tokenizer  # text after an added token
+    byte_level: bool  # tokens spell bytes in the GPT-2 alphabet; else SentencePiece's "▁"
+    strips_space: bool  # decoding drops one leading space, which encoding put there
+    added: tuple[AddedToken, ...] = ()
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    template_variables: dict[str, str] = field(default_factory=dict)
+    source: str = "tokenizer"  # for error messages
+
+    @cached_property
+    def size(self) -> int:
+        """One more than the largest id."""
+        ids = [self.backend.get_vocab_size() - 1, *(token.id for token in self.added)]
+        return max(max(ids), max(self.backend.get_vocab().values(), default=-1)) + 1
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes each id adds to a text, [size]; b"" for special tokens and unused ids."""
+        pieces = [b""] * self.size
+        spelled = _bytes_of_byte_level if self.byte_level else _bytes_of_sentencepiece
+        for text, token in self.backend.get_vocab().items():
+            pieces[token] = spelled(text)
+        for added in self.added:
+            pieces[added.id] = b"" if added.special else added.text.encode("utf-8")
+        return pieces
+
+
+# --- tokenizer.json ---
+
+
+def read_folder(folder: str | Path) -> Vocabulary:
+    """A folder in Hugging Face's layout: tokenizer.json, tokenizer_config.json, and, where present,
+    chat_template.jinja, generation_config.json, config.json and special_tokens_map.json.
+
+    Raises:
+        ModelFileError: a file is missing, damaged or asks for what is not supported.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise native.ModelFileError(
+            f"{path}: no such file; a tokenizer is read from tokenizer.json, which "
+            "save_pretrained() of a fast tokenizer writes"
+        )
+    spec = _read_json(path)
+    config = _read_json(folder / "tokenizer_config.json", missing_ok=True)
+    specials = _read_json(folder / "special_tokens_map.json", missing_ok=True)
+    kind = _require_supported(path, spec)
+    added = _added_tokens(path, spec, config)
+    backend = _plain_backend(path, spec)
+    variables = {
+        key: text
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+        if (text := _token_text(config.get(key, specials.get(key)))) is not None
+    }
+    ids = backend.get_vocab() | {token.text: token.id for token in added}
+    fallback = _read_json(folder / "config.json", missing_ok=True)
+    generation = _read_json(folder / "generation_config.json", missing_ok=True)
+    bos = ids.get(variables.get("bos_token", ""))
+    if bos is None and isinstance(fallback.get("bos_token_id"), int):
+        bos = fallback["bos_token_id"]
+    ends = [ids[variables["eos_token"]]] if variables.get("eos_token") in ids else []
+    for settings in (generation, fallback):
+        if settings.get("eos_token_id") is not None:
+            ends += _id_list(settings["eos_token_id"], f"{folder}: eos_token_id")
+            break
+    return Vocabulary(
+        backend=backend,
+        continuation=_continuation(path, spec, backend),
+        byte_level=kind == "byte level",
+        strips_space=_strips_space(spec["decoder"]),
+        added=added,
+        bos_id=bos,
+        eos_ids=tuple(dict.fromkeys(ends)),
+        chat_template=_folder_template(folder, config),
+        template_variables=variables,
+        source=str(folder),
+    )
+
+
+def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
+    if missing_ok and not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise native.ModelFileError(f"{path}: expected a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise native.ModelFileError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _require_supported(path: Path, spec: Mapping[str, Any]) -> str:
+    model = spec.get("model")
+    kind = model.get("type", "BPE") if isinstance(model, dict) else None
+    if kind not in ("BPE", "Unigram"):
+        raise native.ModelFileError(f"{path}: expected a BPE or Unigram model, got {kind}")
+    parts = _decoder_parts(spec.get("decoder"))
+    if "ByteLevel" in parts:
+        return "byte level"
+    if {"Metaspace", "ByteFallback", "Replace"} & set(parts):
+        return "sentencepiece"
+    raise native.ModelFileError(
+        f"{path}: expected a byte-level or SentencePiece decoder, got {', '.join(parts) or 'none'}"
+    )
+
+
+def _decoder_parts(decoder: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(decoder, dict):
+        return {}
+    listed = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    return {str(part.get("type")): part for part in listed if isinstance(part, dict)}
+
+
+def _strips_space(decoder: Any) -> bool:
+    parts = _decoder_parts(decoder)
+    strip, metaspace = parts.get("Strip"), parts.get("Metaspace")
+    if metaspace is not None:
+        default = "always" if metaspace.get("add_prefix_space", True) else "never"
+        return bool(metaspace.get("prepend_scheme", default) != "never")
+    return strip is not None and strip.get("content") == " " and strip.get("start", 0) > 0
+
+
+def _plain_backend(path: Path, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    # Truncation would cut a prompt without a word; the post-processor's BOS is the caller's to add.
+    bare: dict[str, Any] = dict.fromkeys(("post_processor", "truncation", "padding"))
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps({**spec, **bare, "added_tokens": []}))
+    except Exception as error:  # what the library raises is a bare Exception
+        raise native.ModelFileError(f"{path}: not a tokenizer: {error}") from None
+
+
+def _continuation(
+    path: Path, spec: Mapping[str, Any], backend: tokenizers.Tokenizer
+) -> tokenizers.Tokenizer:
+    """Metaspace can put its "▁" before the very first word alone, and not after control tokens."""
+    text = json.dumps(spec.get("pre_tokenizer"))
+    if '"prepend_scheme": "first"' not in text:
+        return backend
+    never = json.loads(text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
+    return _plain_backend(path, {**spec, "pre_tokenizer": never})
+
+
+def _added_tokens(
+    path: Path, spec: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[AddedToken, ...]:
+    """tokenizer.json's added tokens, and those that tokenizer_config.json alone names."""
+    found: dict[int, AddedToken] = {}
+    try:
+        listed = [(int(entry["id"]), entry) for entry in spec.get("added_tokens", [])]
+        listed += [(int(i), e) for i, e in config.get("added_tokens_decoder", {}).items()]
+        for token, entry in listed:
+            text = entry["content"]
+            flags = ("special", "lstrip", "rstrip", "single_word")
+            if token not in found and isinstance(text, str) and text and token >= 0:
+                flag = {name: bool(entry.get(name, False)) for name in flags}
+                found[token] = AddedToken(id=token, text=text, **flag)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise native.ModelFileError(f"{path}: damaged list of added tokens: {error!r}") from None
+    return tuple(found.values())
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token is written as its text or as an object holding it."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise native.ModelFileError(f"{file}: expected UTF-8 text: {error}") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _id_list(value: Any, what: str) -> list[int]:
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise native.ModelFileError(f"{what}: expected a token id or a list of them, got {value!r}")
+    return ids
+
+
+# --- GGUF ---
+
+# tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+
+# How a text is cut into words before merging, by tokenizer.ggml.pre. The expressions are part of
+# the models: those of Llama 3 and Qwen2 as in their tokenizer.json.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = (
+    _CONTRACTIONS + r"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_EXPRESSIONS = {
+    "llama-bpe": _WORDS.format(digits=r"\p{N}{1,3}"),
+    "qwen2": _WORDS.format(digits=r"\p{N}"),
+}
+_PRE_TOKENIZERS = ("default", "gpt-2", "llama-bpe", "qwen2", "smollm")
+
+
+def read_gguf(metadata: Mapping[str, Any], source: str = "GGUF metadata") -> Vocabulary:
+    """The tokenizer inside a GGUF file, from its metadata keys ``tokenizer.*``.
+
+    Args:
+        source: the file's name, for error messages.
+
+    Raises:
+        ModelFileError: a key is missing, inconsistent or asks for what is not supported.
+    """
+    gguf = _Gguf(metadata, source)
+    model = gguf.get("tokenizer.ggml.model", str)
+    tokens: list[str] = gguf.listed("tokenizer.ggml.tokens", str)
+    types: list[int] = gguf.listed("tokenizer.ggml.token_type", int, default=[1] * len(tokens))
+    if not tokens or len(types) != len(tokens):
+        raise gguf.error(f"{len(tokens)} tokens and {len(types)} token types; expected as many")
+    if model == "gpt2":
+        vocabulary = _byte_level_bpe(gguf, tokens, types)
+    elif model == "llama":
+        vocabulary = _sentencepiece_bpe(gguf, tokens, types)
+    else:
+        raise gguf.error(f"tokenizer.ggml.model: expected gpt2 or llama, got {model!r}")
+    added = tuple(
+        AddedToken(id=i, text=text, special=kind != _USER_DEFINED)
+        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) and text
+    )
+    named = {
+        name: gguf.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
+        )
+    }
+    turn_ends = [
+        gguf.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens)) for key in ("eot", "eom")
+    ]
+    ends = [i for i in (named["eos_token"], *turn_ends) if i is not None]
+    return replace(
+        vocabulary,
+        added=added,
+        bos_id=named["bos_token"],
+        eos_ids=tuple(dict.fromkeys(ends)),
+        chat_template=gguf.get("tokenizer.chat_template", str, default=None),
+        template_variables={name: tokens[i] for name, i in named.items() if i is not None},
+        source=source,
+    )
+
+
+class _Gguf:
+    """Metadata with the checks that a file from outside needs."""
+
+    def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
+        self._metadata = metadata
+        self._source = source
+
+    def error(self, message: str) -> Exception:
+        return native.ModelFileError(f"{self._source}: {message}")
+
+    def get(self, key: str, kind: type, **default: Any) -> Any:
+        if key not in self._metadata:
+            if "default" in default:
+                return default["default"]
+            raise self.error(f"no {key}; the file holds no tokenizer that can be read")
+        value = self._metadata[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self.error(f"{key}: expected {kind.__name__}, got {type(value).__name__}")
+        return value
+
+    def listed(self, key: str, kind: type, **default: Any) -> list[Any]:
+        value: list[Any] = self.get(key, list, **default)
+        if not all(isinstance(item, kind) for item in value):
+            raise self.error(f"{key}: expected a list of {kind.__name__}")
+        return value
+
+    def token_id(self, key: str, size: int) -> int | None:
+        value: int | None = self.get(key, int, default=None)
+        if value is not None and not 0 <= value < size:
+            raise self.error(f"{key}: expected an id below {size}, got {value}")
+        return value
+
+
+def _byte_level_bpe(gguf: _Gguf, tokens: Sequence[str], types: Sequence[int]) -> Vocabulary:
+    pre = gguf.get("tokenizer.ggml.pre", str, default="default")
+    if pre not in _PRE_TOKENIZERS:
+        raise gguf.error(
+            f"tokenizer.ggml.pre: expected one of {', '.join(_PRE_TOKENIZERS)}, got {pre!r}"
+        )
+    merges = []
+    for merge in gguf.listed("tokenizer.ggml.merges", str):
+        left, space, right = merge.partition(" ")
+        if not (left and space and right):
+            raise gguf.error(f"tokenizer.ggml.merges: expected two tokens, got {merge!r}")
+        merges.append((left, right))
+    # Llama 3 takes a word that is a token as it is, whether or not merges lead there.
+    backend = _bpe(gguf, tokens, types, merges, ignore_merges=pre == "llama-bpe")
+    words: list[Any] = []
+    if pre == "smollm":
+        words = [pre_tokenizers.Digits(individual_digits=True)]
+    elif pre in _EXPRESSIONS:
+        words = [pre_tokenizers.Split(tokenizers.Regex(_EXPRESSIONS[pre]), "isolated")]
+    own_regex = pre not in _EXPRESSIONS
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_regex)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*words, byte_level])
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return Vocabulary(backend, backend, byte_level=True, strips_space=False)
+
+
+def _sentencepiece_bpe(gguf: _Gguf, tokens: Sequence[str], types: Sequence[int]) -> Vocabulary:
+    scores = gguf.listed("tokenizer.ggml.scores", float)
+    if len(scores) != len(tokens):
+        raise gguf.error(f"{len(tokens)} tokens and {len(scores)} scores; expected as many")
+    prefix = gguf.get("tokenizer.ggml.add_space_prefix", bool, default=True)
+    unknown = gguf.token_id("tokenizer.ggml.unknown_token_id", len(tokens))
+    backend = _bpe(
+        gguf,
+        tokens,
+        types,
+        _merges_from_scores(tokens, types, scores),
+        byte_fallback=True,
+        fuse_unk=True,
+        unk_token=None if unknown is None else tokens[unknown],
+    )
+    replace_space = normalizers.Replace(" ", "▁")
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), replace_space]) if prefix else replace_space
+    )
+    return Vocabulary(backend, backend, byte_level=False, strips_space=prefix)
+
+
+def _merges_from_scores(
+    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
+) -> list[tuple[str, str]]:
+    """The merges behind a SentencePiece BPE vocabulary: every way to make a token of two others,
+    the better score first, then the earlier pieces."""
+    ids = {text: i for i, text in enumerate(tokens) if types[i] == _NORMAL}
+    merges = []
+    for text, token in ids.items():
+        for cut in range(1, len(text)):
+            left, right = ids.get(text[:cut]), ids.get(text[cut:])
+            if left is not None and right is not None:
+                merges.append((-scores[token], left, right))
+    return [(tokens[left], tokens[right]) for _, left, right in sorted(merges)]
+
+
+def _bpe(
+    gguf: _Gguf,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    merges: list[tuple[str, str]],
+    **options: Any,
+) -> tokenizers.Tokenizer:
+    # Control tokens stay outside, so that no text can be merged into one.
+    wanted = (_CONTROL, _USER_DEFINED)
+    ids = {text: i for i, text in enumerate(tokens) if types[i] not in wanted}
+    try:
+        return tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, **options))
+    except Exception as error:  # what the library raises is a bare Exception
+        raise gguf.error(f"tokenizer: vocabulary and merges do not fit: {error}") from None
+
+
+# --- bytes of tokens ---
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the other bytes, in order,
+    for the characters from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    spelled = {chr(byte): byte for byte in printable}
+    return spelled | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _bytes_of_byte_level(text: str) -> bytes:
+    try:
+        return bytes([_ALPHABET[char] for char in text])
+    except KeyError:  # outside of the alphabet: a token that was added as plain text
+        return text.encode("utf-8")
+
+
+def _bytes_of_sentencepiece(text: str) -> bytes:
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        try:
+            return bytes([int(text[3:5], 16)])
+        except ValueError:
+            pass
+    return text.replace("▁", " ").encode("utf-8")

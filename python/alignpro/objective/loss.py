@@ -1,0 +1,155 @@
+"""The loss of reinforcement learning with a KL leash: tensors in, loss and metrics out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignpro.objective.kl import future_kl, k1, k3
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """S rewrites with T tokens in all, one after another.
+
+    Every token here counts: a rewrite that should not be learnt from is left out, not masked.
+    """
+
+    logprob: Tensor  # [T] log rho(x'_t | h_t) under the current weights; carries the gradient
+    kl: Tensor  # [T] exact KL(rho || rho_ref) at h_t, nats; carries the gradient
+    entropy: Tensor  # [T] of rho at h_t, nats; a metric only
+    reference_logprob: Tensor  # [T] of the same token under the reference
+    sampled_logprob: Tensor  # [T] as recorded when the token was drawn
+    sequence: Tensor  # [T] integers, non-decreasing: the rewrite, 0..S-1, that a token belongs to
+    advantage: Tensor  # [S] reward minus baseline, one per rewrite (objective.advantage)
+
+
+@dataclass(frozen=True)
+class LossResult:
+    loss: Tensor  # scalar; carries the gradient
+    metrics: dict[str, float]
+
+
+def policy_loss(
+    batch: PolicyBatch,
+    kl_coef: float,
+    *,
+    total_rewrites: int,
+    clip_range: float | None = None,
+) -> LossResult:
+    """Minus a surrogate of ``E[R] - kl_coef * KL(rho || rho_ref)``, in nats per rewrite.
+
+        loss = 1/total_rewrites * sum_i sum_{t in i} ( -ratio_t * A_t  +  kl_coef * KL_t )
+        A_t  = advantage_i - kl_coef * sum_{s>t} KL_s        (detached)
+        ratio_t = exp(logprob_t - sampled_logprob_t)
+
+    Sums run over tokens and the mean over rewrites: no division by length, so that the gradient is
+    that of the objective itself. Both halves of the KL are needed: differentiating KL_t alone
+    forgets that a token decides which states follow (MATH: "KL"; arXiv 2506.09477).
+
+    total_rewrites: rewrites in the whole optimiser step. Micro-batches given the same number add
+    up to the loss and the gradient of one batch of all of them.
+
+    On the first pass over fresh samples the ratio is exactly 1 (the same log-probability is
+    recorded and recomputed) and the gradient is exact. On later passes the ratio corrects each
+    token for the weights that drew it; the states stay those that were drawn, for KL_t as well:
+    the first-order approximation of Schulman et al. 2017 (arXiv 1707.06347). ``clip_range`` is
+    their epsilon: ``min(ratio A, clip(ratio, 1-eps, 1+eps) A)``; None does not clip.
+
+    Metrics: sums over tokens divided by total_rewrites ("loss", "policy_loss", "kl_loss",
+    "*_per_rewrite"), means over tokens ("entropy", "ratio_mean", "clip_fraction"), and extremes
+    ("ratio_max"); ratios are those before clipping. ``merge_metrics`` joins those of micro-batches.
+    Raises ValueError for tensors that are empty, not aligned, or not finite.
+    """
+    _check(batch, kl_coef, total_rewrites, clip_range)
+    future = future_kl(batch.kl, batch.sequence)
+    return_to_go = batch.advantage.detach()[batch.sequence] - kl_coef * future
+    ratio = torch.exp(batch.logprob - batch.sampled_logprob.detach())
+    gain = ratio * return_to_go
+    clip_fraction = 0.0
+    if clip_range is not None:
+        clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * return_to_go
+        clip_fraction = float((clipped < gain).double().mean())
+        gain = torch.minimum(gain, clipped)
+    policy_part = -gain.sum() / total_rewrites
+    kl_part = kl_coef * batch.kl.sum() / total_rewrites
+    loss = policy_part + kl_part
+
+    with torch.no_grad():
+        k1_tokens = k1(batch.logprob, batch.reference_logprob)
+        k3_tokens = k3(batch.logprob, batch.reference_logprob)
+        metrics = {
+            "loss": float(loss),
+            "policy_loss": float(policy_part),
+            "kl_loss": float(kl_part),
+            "kl_per_rewrite": float(batch.kl.sum()) / total_rewrites,
+            "k1_per_rewrite": float(k1_tokens.sum()) / total_rewrites,
+            "k3_per_rewrite": float(k3_tokens.sum()) / total_rewrites,
+            "entropy": float(batch.entropy.mean()),
+            "ratio_mean": float(ratio.mean()),
+            "ratio_max": float(ratio.max()),
+            "clip_fraction": clip_fraction,
+            "tokens": float(batch.logprob.numel()),
+        }
+    return LossResult(loss, metrics)
+
+
+_TOKEN_MEANS = ("entropy", "ratio_mean", "clip_fraction")
+_EXTREMES = ("ratio_max",)
+
+
+def merge_metrics(micro_batches: Sequence[LossResult]) -> dict[str, float]:
+    """Metrics of one optimiser step from its micro-batches, as if they had been one batch."""
+    if not micro_batches:
+        raise ValueError("expected at least one micro-batch, got none")
+    rows = [result.metrics for result in micro_batches]
+    tokens = math.fsum(row["tokens"] for row in rows)
+    merged: dict[str, float] = {}
+    for name in rows[0]:
+        if name in _TOKEN_MEANS:
+            merged[name] = math.fsum(row[name] * row["tokens"] for row in rows) / tokens
+        elif name in _EXTREMES:
+            merged[name] = max(row[name] for row in rows)
+        else:
+            merged[name] = math.fsum(row[name] for row in rows)
+    return merged
+
+
+def _check(
+    batch: PolicyBatch, kl_coef: float, total_rewrites: int, clip_range: float | None
+) -> None:
+    tokens = {
+        "logprob": batch.logprob,
+        "kl": batch.kl,
+        "entropy": batch.entropy,
+        "reference_logprob": batch.reference_logprob,
+        "sampled_logprob": batch.sampled_logprob,
+    }
+    shape = batch.sequence.shape
+    for name, tensor in {**tokens, "advantage": batch.advantage}.items():
+        if tensor.dim() != 1 or (name in tokens and tensor.shape != shape):
+            wanted = f"[{shape[0]}] as sequence" if name in tokens and shape else "one dimension"
+            raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    if not batch.sequence.numel():
+        raise ValueError("expected at least one rewrite token, got an empty batch")
+    last = int(batch.sequence[-1])
+    if last >= batch.advantage.numel():
+        raise ValueError(
+            f"sequence: expected indices below {batch.advantage.numel()}, the number of "
+            f"advantages, got {last}"
+        )
+    if total_rewrites < batch.advantage.numel():
+        raise ValueError(
+            f"total_rewrites: expected at least the {batch.advantage.numel()} rewrites here, "
+            f"got {total_rewrites}"
+        )
+    if not (math.isfinite(kl_coef) and kl_coef >= 0):
+        raise ValueError(f"kl_coef: expected a finite number >= 0, got {kl_coef}")
+    if clip_range is not None and not 0 < clip_range < 1:
+        raise ValueError(f"clip_range: expected a number in (0, 1) or None, got {clip_range}")

@@ -1,0 +1,389 @@
+"""prompt -> rewrite -> response -> reward.
+
+The pipeline drives two `LanguageModel`s, which may be one object. A rewrite is handed to the
+target the moment it is finished: no barrier stands between the models, and where prompter and
+target are one engine their rows decode in one batch. Text crosses between them once per rewrite,
+and the tokens on both sides are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from alignpro.config import RESPONSE, REWRITE, Prompting, check_sampling
+from alignpro.models.language_model import Handle, LanguageModel
+from alignpro.types import Completion, Response, Reward, Rewrite, Rollout, SamplingParams
+
+_REWRITE, _RESPONSE = 1, 2  # streams of randomness
+
+
+def derive_seed(seed: int, *keys: int) -> int:
+    """A 64-bit seed for a part of a run, from the run's seed and the part's keys.
+
+    Each key passes through the splitmix64 finaliser, so neighbouring keys give unrelated seeds.
+    A pure function: what is drawn for prompt 3 does not depend on what else is in the batch.
+    """
+    state = seed & _MASK
+    for key in keys:
+        state = _splitmix64(state ^ _splitmix64(key & _MASK))
+    return state
+
+
+class Pipeline:
+    """A prompter in front of a frozen target, and the reward that judges the answers.
+
+    Args:
+        prompter: the model that writes rewrites. target: the model that answers them; pass the same
+            object where they share base weights.
+        reward: scores responses against the original prompts; None leaves rewards NaN.
+        prompter_adapter: what ``prompter.submit`` takes as adapter; None is the base model.
+    """
+
+    def __init__(
+        self,
+        prompter: LanguageModel,
+        target: LanguageModel,
+        reward: Reward | None,
+        *,
+        prompting: Prompting | None = None,
+        prompter_adapter: Any = None,
+        rewrite_params: SamplingParams | None = None,
+        response_params: SamplingParams | None = None,
+    ) -> None:
+        self.prompter = prompter
+        self.target = target
+        self.reward = reward
+        self.prompting = prompting or Prompting()
+        self.prompter_adapter = prompter_adapter
+        self.rewrite_params = rewrite_params or REWRITE
+        self.response_params = response_params or RESPONSE
+        check_sampling("rewrite_params", self.rewrite_params)
+        check_sampling("response_params", self.response_params)
+
+    def with_adapter(self, adapter: Any) -> Pipeline:
+        """The same pipeline with another prompter adapter."""
+        other = copy.copy(self)
+        other.prompter_adapter = adapter
+        return other
+
+    def without_reward(self) -> Pipeline:
+        """The same pipeline leaving rewards NaN, for callers that score by themselves."""
+        other = copy.copy(self)
+        other.reward = None
+        return other
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_rewrites: int = 1,
+        num_responses: int = 1,
+        seed: int | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Rollout:
+        """N rewrites a prompt, M responses a rewrite, each scored against its original prompt.
+
+        Draws are keyed by (seed, prompt index, rewrite index, response index). An empty rewrite
+        leaves the prompt as it is in both modes; it is kept, with ``text == ""``.
+
+        Args:
+            seed: None draws a fresh one.
+            columns: more of the prompts' data for the reward, each aligned with ``prompts``.
+            on_progress: called with the number of rewrites and responses finished so far.
+
+        Raises:
+            ValueError: an empty prompt, or a prompt or rewrite that does not fit its model's
+                context; the message names the index. RewardError: see `rewards.check`.
+        """
+        seed = _fresh_seed() if seed is None else seed
+        _check_counts(num_rewrites=num_rewrites, num_responses=num_responses)
+        _check_columns(columns, len(prompts))
+        started = time.perf_counter()
+        rewrites, generated = self._generate(
+            prompts, num_rewrites, num_responses, seed, on_progress
+        )
+        written = time.perf_counter()
+        rewrites = self._scored(prompts, rewrites, columns)
+        scored = time.perf_counter()
+        return Rollout(
+            prompts=list(prompts),
+            rewrites=rewrites,
+            seconds={"generate": written - started, "reward": scored - written},
+            generated_tokens=generated,
+        )
+
+    def rewrite(
+        self, prompts: Sequence[str], *, num_rewrites: int = 1, seed: int | None = None
+    ) -> list[list[Rewrite]]:
+        """Rewrites alone, [prompts][N], without responses; the same draws as in `rollout`."""
+        _check_counts(num_rewrites=num_rewrites)
+        seed = _fresh_seed() if seed is None else seed
+        return self._generate(prompts, num_rewrites, 0, seed)[0]
+
+    def respond(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_responses: int = 1,
+        seed: int | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Rollout:
+        """The target alone on the raw prompts: one empty rewrite a prompt, M responses each.
+
+        The responses draw what those of rewrite 0 draw in `rollout` under the same seed.
+        """
+        seed = _fresh_seed() if seed is None else seed
+        _check_counts(num_responses=num_responses)
+        _check_columns(columns, len(prompts))
+        started = time.perf_counter()
+        rewrites: list[list[Rewrite]] = []
+        with _Flight(on_progress) as flight:
+            for index, prompt in enumerate(prompts):
+                _check_prompt(prompt, index)
+                raw = self._as_rewrite(prompt, index, None)
+                rewrites.append([raw])
+                self._submit_responses(flight, raw, 0, num_responses, seed)
+            flight.land()
+        written = time.perf_counter()
+        rewrites = self._scored(prompts, rewrites, columns)
+        return Rollout(
+            prompts=list(prompts),
+            rewrites=rewrites,
+            seconds={"generate": written - started, "reward": time.perf_counter() - written},
+            generated_tokens=flight.generated_tokens,
+        )
+
+    def _generate(
+        self,
+        prompts: Sequence[str],
+        num_rewrites: int,
+        num_responses: int,
+        seed: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> tuple[list[list[Rewrite]], int]:
+        """Rewrites [prompts][N] with responses [M] still unscored, and the tokens written."""
+        rewrites: list[dict[int, Rewrite]] = [{} for _ in prompts]
+        read = [self._prompter_tokens(prompt, i) for i, prompt in enumerate(prompts)]
+        with _Flight(on_progress) as flight:
+
+            def finished(index: int, sample: int, completion: Completion) -> None:
+                rewrite = self._as_rewrite(prompts[index], index, completion)
+                rewrites[index][sample] = rewrite
+                self._submit_responses(flight, rewrite, sample, num_responses, seed)
+
+            for index, tokens in enumerate(read):
+                params = replace(self.rewrite_params, seed=derive_seed(seed, _REWRITE, index))
+                for sample in range(num_rewrites):
+                    handle = self.prompter.submit(
+                        tokens, params, adapter=self.prompter_adapter, sample=sample
+                    )
+                    flight.add(self.prompter, handle, _bind(finished, index, sample))
+            flight.land()
+        ordered = [[group[j] for j in range(num_rewrites)] for group in rewrites]
+        return ordered, flight.generated_tokens
+
+    def _submit_responses(
+        self, flight: _Flight, rewrite: Rewrite, sample: int, num_responses: int, seed: int
+    ) -> None:
+        """Queue M responses; they are appended to ``rewrite.responses`` in order of their index."""
+        if num_responses == 0:
+            return
+        key = derive_seed(seed, _RESPONSE, rewrite.prompt_index, sample)
+        params = replace(self.response_params, seed=key)
+        arrived: dict[int, Response] = {}
+
+        def finished(_: int, number: int, completion: Completion) -> None:
+            arrived[number] = Response(
+                tokens=completion.tokens,
+                text=completion.text,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+            )
+            if len(arrived) == num_responses:
+                rewrite.responses.extend(arrived[m] for m in range(num_responses))
+
+        for number in range(num_responses):
+            handle = self.target.submit(rewrite.target_tokens, params, sample=number)
+            flight.add(self.target, handle, _bind(finished, 0, number))
+
+    def _prompter_tokens(self, prompt: str, index: int) -> list[int]:
+        _check_prompt(prompt, index)
+        turn = self.prompting.prompter_turn(prompt)
+        tokens = _chat_tokens(self.prompter, turn, f"prompt {index}")
+        _check_fits(
+            self.prompter, len(tokens), self.rewrite_params, f"prompt {index} in its template"
+        )
+        return tokens
+
+    def _as_rewrite(self, prompt: str, index: int, completion: Completion | None) -> Rewrite:
+        """What the target reads for one rewrite; None stands for the raw prompt."""
+        text = completion.text.strip() if completion is not None else ""
+        turn = self.prompting.target_turn(prompt, text)
+        what = f"the rewrite of prompt {index}" if text else f"prompt {index}"
+        tokens = _chat_tokens(self.target, turn, what)
+        _check_fits(self.target, len(tokens), self.response_params, what)
+        return Rewrite(
+            prompt_index=index,
+            prompter_tokens=completion.prompt_tokens if completion is not None else [],
+            tokens=completion.tokens if completion is not None else [],
+            logprobs=completion.logprobs if completion is not None else [],
+            text=text,
+            target_prompt=turn,
+            target_tokens=tokens,
+            finish_reason=completion.finish_reason if completion is not None else "stop",
+        )
+
+    def _scored(
+        self,
+        prompts: Sequence[str],
+        rewrites: list[list[Rewrite]],
+        columns: Mapping[str, Sequence[Any]] | None,
+    ) -> list[list[Rewrite]]:
+        """One call of the reward for every (prompt, rewrite, response), in that order."""
+        if self.reward is None:
+            return rewrites
+        from alignpro.rewards.check import score_checked
+
+        rows = [(w, r) for group in rewrites for w in group for r in w.responses]
+        scores = iter(
+            score_checked(
+                self.reward,
+                [prompts[w.prompt_index] for w, _ in rows],
+                [w.text for w, _ in rows],
+                [r.text for _, r in rows],
+                {
+                    name: [values[w.prompt_index] for w, _ in rows]
+                    for name, values in (columns or {}).items()
+                },
+            )
+        )
+        return [
+            [
+                replace(w, responses=[replace(r, reward=next(scores)) for r in w.responses])
+                for w in group
+            ]
+            for group in rewrites
+        ]
+
+
+class _Flight:
+    """Requests under way on one model or several; what finishes may add more.
+
+    Leaving the block by an exception, Ctrl-C included, cancels everything still under way.
+    """
+
+    def __init__(self, on_progress: Callable[[int], None] | None = None) -> None:
+        self.generated_tokens = 0
+        self._landed = 0
+        self._on_progress = on_progress
+        self._pending: list[tuple[Handle, Callable[[Completion], None]]] = []
+        self._models: list[LanguageModel] = []
+
+    def __enter__(self) -> _Flight:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            return
+        for handle, _unused in self._pending:
+            handle.cancel()
+        for model in self._models:
+            # A step retires what was cancelled; an error here would hide the one that led here.
+            with contextlib.suppress(Exception):
+                model.step()
+
+    def add(
+        self, model: LanguageModel, handle: Handle, on_finished: Callable[[Completion], None]
+    ) -> None:
+        if not any(known is model for known in self._models):
+            self._models.append(model)
+        self._pending.append((handle, on_finished))
+
+    def land(self) -> None:
+        """Step every model until nothing is under way."""
+        while self._pending:
+            for model in self._models:
+                model.step()
+            # Asked of the handles, not of step(): another thread's step may have finished ours.
+            # Idleness is read first: whatever was ours is then finished, or lost.
+            idle = all(model.idle() for model in self._models)
+            landed, flying = [], []
+            for entry in self._pending:
+                (landed if entry[0].finished else flying).append(entry)
+            if idle and not landed:
+                raise RuntimeError(
+                    f"{len(flying)} requests neither finished nor under way in "
+                    f"{', '.join(m.name for m in self._models)}"
+                )
+            self._pending = flying
+            for handle, on_finished in landed:
+                completion = handle.completion()
+                self.generated_tokens += len(completion.tokens)
+                on_finished(completion)
+            self._landed += len(landed)
+            if landed and self._on_progress is not None:
+                self._on_progress(self._landed)
+
+
+_MASK = 2**64 - 1
+
+
+def _splitmix64(value: int) -> int:
+    """The output function of splitmix64 (Steele, Lea, Flood 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _bind(
+    function: Callable[[int, int, Completion], None], first: int, second: int
+) -> Callable[[Completion], None]:
+    return lambda completion: function(first, second, completion)
+
+
+def _fresh_seed() -> int:
+    return int.from_bytes(os.urandom(8), "little")
+
+
+def _chat_tokens(model: LanguageModel, turn: str, what: str) -> list[int]:
+    try:
+        return model.tokenizer.encode_chat([{"role": "user", "content": turn}])
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _check_fits(model: LanguageModel, tokens: int, params: SamplingParams, what: str) -> None:
+    limit = model.context_length
+    if tokens + params.max_new_tokens > limit:
+        raise ValueError(
+            f"{what}: {tokens} tokens and {params.max_new_tokens} new ones exceed the context of "
+            f"{model.name} ({limit} tokens); shorten it or lower max_new_tokens"
+        )
+
+
+def _check_prompt(prompt: str, index: int) -> None:
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt {index}: expected text, got {type(prompt).__name__}")
+    if not prompt.strip():
+        raise ValueError(f"prompt {index} is empty")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _check_columns(columns: Mapping[str, Sequence[Any]] | None, count: int) -> None:
+    for name, values in (columns or {}).items():
+        if len(values) != count:
+            raise ValueError(f"column {name}: expected {count} values, got {len(values)}")

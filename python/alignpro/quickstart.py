@@ -1,0 +1,147 @@
+"""The whole story in one run: warm start, reinforcement learning, evaluation, report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from alignpro.config import QuickstartConfig
+from alignpro.data.load import load_pairs, load_prompts
+from alignpro.evaluate.run import evaluate_loaded, load_eval_rows
+from alignpro.models.resolve import resolve_model
+from alignpro.native import core
+from alignpro.report.html import write_report
+from alignpro.report.plots import reward_curve
+from alignpro.report.progress import Bars, show_sft_row, show_train_row
+from alignpro.rewards.build import build_reward
+from alignpro.train.checkpoint import as_config
+from alignpro.train.metrics import MetricsLog, read_metrics
+from alignpro.train.policy import LoraPolicy
+from alignpro.train.run import load_models, trainer_from
+from alignpro.train.sft import fit
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """What a run left behind."""
+
+    run_dir: Path
+    report: dict[str, Any]  # report.json
+    samples: list[dict[str, Any]]  # before and after
+
+
+def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResult:
+    """Run every stage and write report.json, report.html, reward.png, metrics.jsonl, adapter/ and
+    reference/ (the warm-started prompter, which is the untuned arm) to a new directory.
+
+    Raises:
+        ValueError, OSError: bad input, before anything is written.
+    """
+    sft, train, evaluation = config.stages()
+    reward = build_reward(train.reward)
+    pairs = [(row.prompt, row.instruction) for row in load_pairs(sft.data)]
+    train_rows = load_prompts(train.data, split=train.split)
+    held_out = load_eval_rows(evaluation)
+    seconds: dict[str, float] = {}
+
+    with _timed(seconds, "download"), console.status(f"finding {config.model}"):
+        resolve_model(config.model)
+    with _timed(seconds, "load"), console.status(f"loading {config.model}"):
+        prompter, target = load_models(train.model, train.target, train.threads)
+
+    with Bars(console) as bars:
+        with _timed(seconds, "sft"):
+            policy = LoraPolicy.fresh(prompter, sft.lora, seed=sft.seed)
+            sft_rows = fit(policy, pairs, sft, lambda row: show_sft_row(bars, row, sft.steps))
+            warm = policy.weights()
+        with _timed(seconds, "train"):
+            train = replace(train, run_dir=str(free_directory(config.run_dir)))
+            trainer = trainer_from(train, prompter, target, reward, train_rows, warm)
+            log = MetricsLog(trainer.run_dir / "sft-metrics.jsonl")
+            for row in sft_rows:
+                log.append(row)
+            trainer.train(lambda row: show_train_row(bars, row, train.steps))
+        with _timed(seconds, "evaluate"):
+            trained = trainer.policy.weights()
+            outcome = evaluate_loaded(
+                evaluation,
+                prompter,
+                target,
+                reward,
+                held_out,
+                {"untuned": warm, "trained": trained},
+                bars.show,
+            )
+
+    samples = outcome.pop("samples")
+    report = {
+        **outcome,
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "seed": config.seed,
+        "model": config.model,
+        "reward": config.reward,
+        "versions": versions(),
+        "config": as_config(config),
+    }
+    write_reports(trainer.run_dir, report, samples)
+    return QuickstartResult(trainer.run_dir, report, samples)
+
+
+def write_reports(run_dir: Path, report: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
+    """report.json, reward.png and report.html for a run with a metrics.jsonl."""
+    metrics = (
+        read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
+    )
+    partial = run_dir / "report.json.partial"
+    partial.write_text(
+        json.dumps({**report, "samples": samples}, indent=2) + "\n", encoding="utf-8"
+    )
+    os.replace(partial, run_dir / "report.json")
+    reward_curve(metrics, run_dir / "reward.png", report=report)
+    write_report(report, metrics, samples, run_dir / "report.html")
+
+
+def free_directory(name: str) -> Path:
+    """``name``, or ``name-2``, ``name-3``, ... while a file or a filled folder is there."""
+    path, number = Path(name), 1
+    while path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        number += 1
+        path = Path(f"{name}-{number}")
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides the numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("alignpro", "numpy", "torch", "tokenizers", "vaderSentiment"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found | {"cpu_isa": core.cpu_isa(), "threads": str(core.available_cpus())}
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = time.perf_counter() - started

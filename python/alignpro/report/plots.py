@@ -1,0 +1,137 @@
+"""The plot of a run: training reward and KL by step, and the held-out arms with their intervals.
+
+Drawn on a Figure of our own, never through pyplot: no display, no global state, any thread.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignpro.report.words import arms_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Stands for "the colour of the text around": replaced in the SVG so that it follows light and dark.
+_TEXT_COLOUR = "#010203"
+_REWARD_COLOUR = "#2a7de1"
+_KL_COLOUR = "#d9822b"
+_ARM_COLOURS = {"raw": "#8a8f98", "untuned": "#b59a3b", "trained": "#2a7de1"}
+
+
+def reward_curve(
+    metrics: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    report: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes the plot to ``path`` (PNG by its suffix, or anything matplotlib knows) and returns it.
+
+    metrics: rows of metrics.jsonl; those without "step" and "reward_mean" (a supervised stage) are
+    passed over. report: adds the held-out arms beside the curve.
+    """
+    path = Path(path)
+    figure = _draw(metrics, report, colour="#222222")
+    figure.savefig(path, dpi=150, facecolor="white")
+    return path
+
+
+def reward_svg(
+    metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any] | None = None
+) -> str:
+    """The same plot as an ``<svg>`` element to put into a page; its text has the page's colour."""
+    from matplotlib import rc_context
+
+    figure = _draw(metrics, report, colour=_TEXT_COLOUR)
+    buffer = io.StringIO()
+    # A fixed salt and no date: the same data give the same file.
+    with rc_context({"svg.hashsalt": "alignpro", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_TEXT_COLOUR, "currentColor")
+    # The page decides on the width; the view box keeps the proportions. The metadata block names
+    # addresses, and the page should name none.
+    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+
+
+def _draw(
+    metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any] | None, colour: str
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    rows = [row for row in metrics if _has_numbers(row, ("step", "reward_mean"))]
+    has_arms = report is not None and bool(report.get("arms"))
+    panels = int(bool(rows)) + int(has_arms)
+    figure = Figure(figsize=(4.6 * max(panels, 1), 3.4), layout="constrained")
+    axes = figure.subplots(1, max(panels, 1), squeeze=False)[0]
+    if rows:
+        _draw_training(axes[0], rows, colour)
+    if has_arms and report is not None:
+        _draw_arms(axes[-1], report, colour)
+    if not panels:
+        axes[0].text(0.5, 0.5, "nothing to plot yet", ha="center", va="center", color=colour)
+    return figure
+
+
+def _draw_training(axes: Axes, rows: Sequence[Mapping[str, Any]], colour: str) -> None:
+    steps = [float(row["step"]) for row in rows]
+    reward = [float(row["reward_mean"]) for row in rows]
+    axes.plot(steps, reward, color=_REWARD_COLOUR, marker="o", markersize=3)
+    axes.set_title("training", color=colour)
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward")
+    _style(axes, colour)
+    axes.yaxis.label.set_color(_REWARD_COLOUR)
+    with_kl = [row for row in rows if _has_numbers(row, ("kl_per_rewrite",))]
+    if with_kl:
+        right = axes.twinx()
+        right.plot(
+            [float(row["step"]) for row in with_kl],
+            [float(row["kl_per_rewrite"]) for row in with_kl],
+            color=_KL_COLOUR,
+            linestyle="--",
+        )
+        right.set_ylabel("KL per rewrite (nats)")
+        right.set_ylim(bottom=0)
+        _style(right, colour)
+        right.yaxis.label.set_color(_KL_COLOUR)
+
+
+def _draw_arms(axes: Axes, report: Mapping[str, Any], colour: str) -> None:
+    for position, (key, _, arm) in enumerate(arms_of(report)):
+        mean = float(arm["mean_reward"])
+        low, high = (float(bound) for bound in arm["ci95"])
+        axes.errorbar(
+            [position],
+            [mean],
+            yerr=[[max(mean - low, 0.0)], [max(high - mean, 0.0)]],
+            fmt="o",
+            capsize=5,
+            color=_ARM_COLOURS.get(key, _KL_COLOUR),
+        )
+    titles = [title.replace(" ", "\n", 1) for _, title, _ in arms_of(report)]
+    axes.set_xticks(range(len(titles)), titles)
+    axes.set_xlim(-0.5, len(titles) - 0.5)
+    axes.set_title("held-out prompts, 95% intervals", color=colour)
+    axes.set_ylabel("mean reward")
+    _style(axes, colour)
+
+
+def _style(axes: Axes, colour: str) -> None:
+    axes.tick_params(colors=colour)
+    axes.xaxis.label.set_color(colour)
+    axes.yaxis.label.set_color(colour)
+    axes.spines["top"].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(colour)
+
+
+def _has_numbers(row: Mapping[str, Any], names: Sequence[str]) -> bool:
+    return all(isinstance(row.get(name), (int, float)) for name in names)

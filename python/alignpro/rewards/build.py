@@ -1,0 +1,153 @@
+"""From a line of a config file to a reward: "vader+0.5*topic", "2*mine:score", "hf:NAME"."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from alignpro.rewards.check import shorten
+from alignpro.rewards.combine import WeightedSum
+from alignpro.rewards.function import from_callable
+from alignpro.types import Reward
+
+# Terms are joined by "+", but for the one of an exponent as in 1e+2.
+_PLUS = re.compile(r"(?<!\d[eE])\+")
+_WEIGHTED = re.compile(r"\s*([^*]*?)\s*\*\s*(.*?)\s*")
+
+
+def _vader(**options: Any) -> Reward:
+    from alignpro.rewards.vader import VaderReward
+
+    return VaderReward(**options)
+
+
+def _topic(**options: Any) -> Reward:
+    from alignpro.rewards.topic import TopicReward
+
+    return TopicReward(**options)
+
+
+_NAMED: dict[str, Callable[..., Reward]] = {"vader": _vader, "topic": _topic}
+_KNOWN = f"known: {', '.join(_NAMED)}, 'module:function', 'hf:NAME' or 'hf:NAME#label'"
+
+
+def build_reward(spec: str | Mapping[str, Any]) -> Reward:
+    """Builds a reward from a line, or from a mapping of names to weights or options.
+
+    A line is a sum of terms ``[weight*]name``. A name is one of "vader" and "topic",
+    "module:function" for your own (installed or in the current folder; signatures as in
+    ``from_callable``; a class is called with the options to make the reward), or
+    "hf:NAME[#label]" for a Hugging Face sequence classifier. A mapping says the same with room for
+    options: ``{"vader": 1.0, "hf:NAME#label": {"weight": 0.5, "pair": False}}``.
+
+    Raises ValueError with one line on what was expected; ImportError where a package is missing.
+    """
+    terms = _parse_line(spec) if isinstance(spec, str) else _parse_mapping(spec)
+    if len(terms) == 1:
+        (name, (weight, options)) = next(iter(terms.items()))
+        if weight == 1:
+            return _build_one(name, options)
+    return WeightedSum(
+        {n: (weight, _build_one(n, options)) for n, (weight, options) in terms.items()}
+    )
+
+
+def _parse_line(line: str) -> dict[str, tuple[float, dict[str, Any]]]:
+    terms: dict[str, tuple[float, dict[str, Any]]] = {}
+    for term in _PLUS.split(line):
+        match = _WEIGHTED.fullmatch(term)
+        weight = _as_weight(match[1], line) if match else 1.0
+        name = match[2] if match else term.strip()
+        if not name:
+            raise ValueError(f"reward {shorten(line)}: expected a name in every term; {_KNOWN}")
+        if name in terms:
+            raise ValueError(f"reward {shorten(line)}: {name!r} appears twice; add up its weights")
+        terms[name] = (weight, {})
+    return terms
+
+
+def _parse_mapping(spec: Mapping[str, Any]) -> dict[str, tuple[float, dict[str, Any]]]:
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"reward: expected text or a mapping, got {type(spec).__name__}; {_KNOWN}")
+    if not spec:
+        raise ValueError(f"reward: expected at least one name, got an empty mapping; {_KNOWN}")
+    terms: dict[str, tuple[float, dict[str, Any]]] = {}
+    for name, value in spec.items():
+        options = dict(value) if isinstance(value, Mapping) else {"weight": value}
+        weight = _as_weight(options.pop("weight", 1.0), name)
+        terms[str(name)] = (weight, options)
+    return terms
+
+
+def _as_weight(value: object, where: str) -> float:
+    try:
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return float(value)
+    except ValueError:
+        pass
+    raise ValueError(f"reward {shorten(where)}: expected a number as weight, got {value!r}")
+
+
+def _build_one(name: str, options: dict[str, Any]) -> Reward:
+    if name.startswith("hf:"):
+        build = _classifier_builder(name)
+    elif name in _NAMED:
+        build = _NAMED[name]
+    elif ":" in name:
+        return from_callable(_load_object(name, options), name)
+    else:
+        raise ValueError(f"unknown reward {shorten(name)}; {_KNOWN}")
+    try:
+        return build(**options)
+    except TypeError as error:
+        raise ValueError(f"reward {name!r} cannot take {sorted(options)}: {error}") from error
+
+
+def _classifier_builder(name: str) -> Callable[..., Reward]:
+    path, _, label = name.removeprefix("hf:").partition("#")
+    if not path:
+        raise ValueError(f"reward {name!r}: expected a model's name or path after 'hf:'")
+
+    def build(**options: Any) -> Reward:
+        from alignpro.rewards.classifier import ClassifierReward
+
+        if label:
+            if "label" in options:
+                raise ValueError(f"reward {name!r}: the label is given twice")
+            options["label"] = label
+        return ClassifierReward(path, **options)
+
+    return build
+
+
+def _load_object(name: str, options: dict[str, Any]) -> Any:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute.isidentifier():
+        raise ValueError(f"reward {shorten(name)}: expected 'module:function'")
+    # A console script does not look in the current folder, where a user's own module usually is.
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise
+        raise ValueError(
+            f"reward {name!r}: no module {error.name!r} is installed or in {here!r}; {_KNOWN}"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise ValueError(f"reward {name!r}: module {module_name!r} has no {attribute!r}")
+    if isinstance(found, type):
+        found = found(**options)
+    elif options:
+        raise ValueError(f"reward {name!r}: a function takes no options, got {sorted(options)}")
+    if not callable(found):
+        raise ValueError(f"reward {name!r}: expected a callable, got {type(found).__name__}")
+    return found

@@ -1,0 +1,80 @@
+"""A weighted sum of rewards whose parts stay visible."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignpro.rewards.check import RewardError, reward_name, score_checked
+from alignpro.types import Reward
+
+
+class WeightedSum:
+    """``sum_k weight_k * reward_k``. Every part is checked by itself, so an error names the part.
+
+    ``terms``: name -> (weight, reward), e.g. ``{"vader": (1.0, VaderReward())}``.
+    """
+
+    def __init__(self, terms: Mapping[str, tuple[float, Reward]]) -> None:
+        if not terms:
+            raise ValueError("a weighted sum needs at least one reward, got none")
+        for name, (weight, reward) in terms.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"reward {name!r}: expected a finite weight, got {weight}")
+            if not callable(reward):
+                raise TypeError(
+                    f"reward {name!r}: expected a callable, got {type(reward).__name__}"
+                )
+        self.terms = dict(terms)
+        self.name = "+".join(n if w == 1 else f"{w:g}*{n}" for n, (w, _) in self.terms.items())
+
+    def components(
+        self,
+        prompts: Sequence[str],
+        rewrites: Sequence[str],
+        responses: Sequence[str],
+        **columns: Sequence[Any],
+    ) -> dict[str, list[float]]:
+        """Scores of every part, unweighted: name -> [rows]."""
+        scores: dict[str, list[float]] = {}
+        for name, (_, reward) in self.terms.items():
+            try:
+                scores[name] = score_checked(reward, prompts, rewrites, responses, columns)
+            except RewardError as error:
+                if reward_name(reward) == name:
+                    raise
+                raise RewardError(f"in {name!r}: {error}", error.row) from error.__cause__
+        return scores
+
+    def total(self, components: Mapping[str, Sequence[float]]) -> list[float]:
+        """The weighted sum of what ``components`` returned: [rows]. Nothing is scored again."""
+        parts = [[weight * s for s in components[name]] for name, (weight, _) in self.terms.items()]
+        return [sum(row) for row in zip(*parts, strict=True)]
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        rewrites: Sequence[str],
+        responses: Sequence[str],
+        **columns: Sequence[Any],
+    ) -> list[float]:
+        return self.total(self.components(prompts, rewrites, responses, **columns))
+
+
+def score_components(
+    reward: Reward,
+    prompts: Sequence[str],
+    rewrites: Sequence[str],
+    responses: Sequence[str],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Checked scores [rows] and, for reports, their unweighted parts by name; scores once.
+
+    A reward that is no ``WeightedSum`` is its own single part.
+    """
+    if isinstance(reward, WeightedSum):
+        parts = reward.components(prompts, rewrites, responses, **(columns or {}))
+        return reward.total(parts), parts
+    scores = score_checked(reward, prompts, rewrites, responses, columns)
+    return scores, {reward_name(reward): scores}

@@ -1,0 +1,1 @@
+"""Supervised warm start and reinforcement learning of the prompter."""

@@ -1,0 +1,269 @@
+"""The trained prompter as torch sees it: LoRA matrices as parameters, the engine's scores as nodes.
+
+The transformer and its backward are the engine's (MATH: linear_logprob); torch holds the matrices,
+the loss and the optimizer. `LoraPolicy.score` is the one place where they meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.autograd.function import once_differentiable
+
+from alignpro.config import LoraConfig
+from alignpro.models.adapter import LoraWeights
+from alignpro.models.native_model import NativeModel
+
+Matrices = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+Reference = LoraWeights | Literal["base"]
+
+
+@dataclass(frozen=True)
+class ScoreTensors:
+    """Flat float32 tensors, sequences one after another: [sum(len - start)]."""
+
+    logprob: torch.Tensor  # of the token, differentiable
+    entropy: torch.Tensor  # of the distribution it was drawn from, nats, differentiable
+    kl: torch.Tensor | None  # KL(policy || reference) of that distribution, exact, differentiable
+    reference_logprob: torch.Tensor | None  # of the token under the reference; a constant
+
+
+class LoraPolicy(torch.nn.Module):
+    """A model's base weights, frozen in the engine, with trainable LoRA matrices.
+
+    For module ``names[i]``: ``lora_a[i]`` is A [rank, in], ``lora_b[i]`` is B [out, rank], and the
+    layer computes W x + scale * B (A x) (arXiv 2106.09685).
+    """
+
+    def __init__(self, model: NativeModel, weights: LoraWeights) -> None:
+        super().__init__()
+        self.model = model
+        self.rank, self.alpha, self.rslora = weights.rank, weights.alpha, weights.rslora
+        self.names = list(weights.matrices)
+        pairs = [weights.matrices[name] for name in self.names]
+        self.lora_a = torch.nn.ParameterList([_parameter(a) for a, _ in pairs])
+        self.lora_b = torch.nn.ParameterList([_parameter(b) for _, b in pairs])
+        self._in_engine: tuple[LoraWeights, Any] | None = None
+
+    @classmethod
+    def fresh(cls, model: NativeModel, config: LoraConfig, *, seed: int) -> LoraPolicy:
+        """New matrices: A Kaiming-uniform (a = sqrt 5), B zero: the policy starts as the base."""
+        return cls(model, initial_weights(model, config, seed=seed))
+
+    @property
+    def scale(self) -> float:
+        """The factor on B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def weights(self) -> LoraWeights:
+        """A copy of the matrices as they are now."""
+        return LoraWeights(
+            rank=self.rank,
+            alpha=self.alpha,
+            rslora=self.rslora,
+            matrices={
+                name: (_numpy(a).copy(), _numpy(b).copy())
+                for name, a, b in zip(self.names, self.lora_a, self.lora_b, strict=True)
+            },
+            base_model_name=self.model.name,
+        )
+
+    def load_weights(self, weights: LoraWeights) -> None:
+        """Overwrite the matrices in place, keeping the parameters an optimizer may hold.
+
+        Raises:
+            ValueError: other modules, rank or scale than this policy's.
+        """
+        mine = (self.rank, self.alpha, self.rslora, sorted(self.names))
+        theirs = (weights.rank, weights.alpha, weights.rslora, sorted(weights.matrices))
+        if mine != theirs:
+            raise ValueError(
+                f"adapter: expected rank {mine[0]}, alpha {mine[1]}, rslora {mine[2]} and "
+                f"{len(mine[3])} modules, got rank {theirs[0]}, alpha {theirs[1]}, rslora "
+                f"{theirs[2]} and {len(theirs[3])} modules"
+                + ("" if mine[:3] != theirs[:3] else " of other names")
+            )
+        with torch.no_grad():
+            for name, a, b in zip(self.names, self.lora_a, self.lora_b, strict=True):
+                a.copy_(torch.from_numpy(weights.matrices[name][0]))
+                b.copy_(torch.from_numpy(weights.matrices[name][1]))
+
+    def core_adapter(self) -> Any:
+        """The engine's adapter for the matrices as they are now; made anew when they changed.
+
+        Compared by content (5 million floats: some milliseconds), because torch's version counters
+        miss a fused optimizer's update and an assignment to ``.data``, and a stale adapter would
+        pass unnoticed.
+        """
+        if self._in_engine is None or not self._equals(self._in_engine[0]):
+            weights = self.weights()
+            self._in_engine = (weights, self.model.make_adapter(weights))
+        return self._in_engine[1]
+
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        *,
+        temperature: float = 1.0,
+        reference: Reference | None = None,
+    ) -> ScoreTensors:
+        """Score tokens [start, len) of every sequence, differentiable by the matrices.
+
+        Equal, in PyTorch, to ``log_softmax(logits / temperature)`` gathered at the tokens, its
+        entropy, and ``kl_div`` against the reference over the whole vocabulary.
+
+        Args:
+            sequences: token ids. starts: the first scored position of each, 1 <= start <= len.
+            reference: frozen matrices or "base"; None leaves ``kl`` and ``reference_logprob`` None.
+
+        Raises:
+            ValueError: a sequence or start that does not fit.
+        """
+        inputs = [*self.lora_a, *self.lora_b]
+        keep_graph = torch.is_grad_enabled() and any(p.requires_grad for p in inputs)
+        call = _Call(
+            policy=self,
+            sequences=sequences,
+            starts=starts,
+            temperature=temperature,
+            reference=reference,
+            keep_graph=keep_graph,
+        )
+        logprob, entropy, kl, reference_logprob = _EngineScore.apply(call, *inputs)  # type: ignore[no-untyped-call]
+        return ScoreTensors(logprob, entropy, kl, reference_logprob)
+
+    def _equals(self, weights: LoraWeights) -> bool:
+        return all(
+            np.array_equal(_numpy(a), weights.matrices[name][0])
+            and np.array_equal(_numpy(b), weights.matrices[name][1])
+            for name, a, b in zip(self.names, self.lora_a, self.lora_b, strict=True)
+        )
+
+
+def initial_weights(model: NativeModel, config: LoraConfig, *, seed: int) -> LoraWeights:
+    """Fresh LoRA matrices for the configured modules, drawn from a generator of their own.
+
+    Raises:
+        ValueError: a target module the model does not have.
+    """
+    modules = select_modules(model.lora_modules, config.target_modules)
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    matrices: Matrices = {}
+    for name, (out_features, in_features) in modules.items():
+        a = torch.empty(config.rank, in_features)
+        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        matrices[name] = (a.numpy(), np.zeros((out_features, config.rank), np.float32))
+    return LoraWeights(
+        rank=config.rank,
+        alpha=config.alpha,
+        rslora=config.rslora,
+        matrices=matrices,
+        base_model_name=model.name,
+    )
+
+
+def select_modules(
+    modules: dict[str, tuple[int, int]], targets: Literal["all-linear"] | Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """The modules whose path ends with one of ``targets`` ("q_proj", "layers.0.mlp.up_proj").
+
+    Raises:
+        ValueError: a target that matches nothing; the message lists the last parts of all paths.
+    """
+    if targets == "all-linear":
+        return dict(modules)
+    for target in targets:
+        if not any(_ends_with(name, target) for name in modules):
+            known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules))
+            raise ValueError(f'target_modules: the model has no module "{target}"; it has {known}')
+    return {
+        name: shape
+        for name, shape in modules.items()
+        if any(_ends_with(name, target) for target in targets)
+    }
+
+
+@dataclass
+class _Call:
+    """The arguments of one score that are not tensors."""
+
+    policy: LoraPolicy
+    sequences: Sequence[Sequence[int]]
+    starts: Sequence[int]
+    temperature: float
+    reference: Reference | None
+    keep_graph: bool
+
+
+class _EngineScore(torch.autograd.Function):
+    """The engine's score and its backward as one node of torch's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *parameters: torch.Tensor) -> tuple[Any, ...]:
+        policy, reference = call.policy, call.reference
+        score = policy.model.core_model.score(
+            [list(s) for s in call.sequences],
+            list(call.starts),
+            adapter=policy.core_adapter(),
+            temperature=call.temperature,
+            reference=(
+                policy.model.make_adapter(reference) if isinstance(reference, LoraWeights) else None
+            ),
+            with_reference=reference is not None,
+            keep_graph=call.keep_graph,
+        )
+        ctx.set_materialize_grads(False)
+        ctx.score = score if call.keep_graph else None
+        ctx.names = policy.names
+        outputs = tuple(
+            None if values is None else torch.from_numpy(np.array(values, np.float32))
+            for values in (score.logprob, score.entropy, score.kl, score.reference_logprob)
+        )
+        if outputs[3] is not None:
+            ctx.mark_non_differentiable(outputs[3])
+        return outputs
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if ctx.score is None:
+            raise RuntimeError("the graph of this score is spent: call score() again")
+        score, ctx.score = ctx.score, None
+        d_logprob, d_entropy, d_kl = (_upstream(g) for g in upstream[:3])
+        if d_logprob is None:
+            d_logprob = np.zeros(len(score.logprob), np.float32)
+        gradients = score.backward(d_logprob, d_entropy, d_kl)
+        ordered = [gradients[name] for name in ctx.names]
+        return (
+            None,
+            *(torch.from_numpy(a) for a, _ in ordered),
+            *(torch.from_numpy(b) for _, b in ordered),
+        )
+
+
+def _upstream(gradient: torch.Tensor | None) -> NDArray[np.float32] | None:
+    """A contiguous float32 copy: torch hands over expanded and strided gradients as well."""
+    if gradient is None:
+        return None
+    array: NDArray[np.float32] = gradient.detach().to(torch.float32).contiguous().numpy()
+    return array
+
+
+def _parameter(matrix: NDArray[np.float32]) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.from_numpy(np.array(matrix, np.float32)))
+
+
+def _numpy(parameter: torch.Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = parameter.detach().contiguous().numpy()
+    return array
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)

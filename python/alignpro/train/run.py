@@ -1,0 +1,108 @@
+"""From a configuration to a run: load what it names, check it, and start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignpro.config import SftConfig, TrainConfig
+from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
+from alignpro.models.adapter import LoraWeights, load_peft, save_peft
+from alignpro.models.native_model import NativeModel, load_model
+from alignpro.pipeline import Pipeline
+from alignpro.rewards.build import build_reward
+from alignpro.train.checkpoint import as_config, check_run_dir, prepare_run_dir, write_config
+from alignpro.train.metrics import MetricsLog
+from alignpro.train.policy import LoraPolicy, Reference
+from alignpro.train.sft import fit
+from alignpro.train.trainer import OnStep, Trainer
+from alignpro.types import Reward
+
+
+def run_sft(
+    config: SftConfig, *, overwrite: bool = False, on_step: OnStep | None = None
+) -> LoraWeights:
+    """Warm-start a prompter; writes config.json, metrics.jsonl and adapter/ to its directory."""
+    check_run_dir(config.run_dir, overwrite=overwrite)
+    pairs = [(row.prompt, row.instruction) for row in load_pairs(config.data)]
+    model = load_model(config.model, threads=config.threads)
+    policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
+    rows = fit(policy, pairs, config, on_step)
+    run_dir = prepare_run_dir(config.run_dir, overwrite=overwrite)
+    write_config(run_dir, as_config(config))
+    log = MetricsLog(run_dir / "metrics.jsonl")
+    for row in rows:
+        log.append(row)
+    weights = policy.weights()
+    save_peft(run_dir / "adapter", weights)
+    return weights
+
+
+def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Trainer:
+    """A trainer with everything the configuration names: models, adapter, prompts and reward.
+
+    The reference is kept in run_dir/reference, so that a resume holds on to the same one.
+    """
+    run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    rows = load_prompts(config.data, split=config.split)
+    reward = build_reward(config.reward)
+    prompter, target = load_models(config.model, config.target, config.threads)
+    start = config.adapter
+    if resume and (run_dir / "reference").is_dir():
+        start = str(run_dir / "reference")
+    weights = None if start is None else load_peft(Path(start), prompter.lora_modules)
+    trainer = trainer_from(
+        config, prompter, target, reward, rows, weights, resume=resume, overwrite=overwrite
+    )
+    return trainer
+
+
+def trainer_from(
+    config: TrainConfig,
+    prompter: NativeModel,
+    target: NativeModel,
+    reward: Reward,
+    rows: Sequence[PromptRow],
+    weights: LoraWeights | None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Trainer:
+    """A trainer over loaded parts. ``weights``: where training starts, and the reference; None is a
+    fresh adapter, whose reference is the base model."""
+    reference: Reference = "base"
+    if weights is None:
+        policy = LoraPolicy.fresh(prompter, config.lora, seed=config.seed)
+    else:
+        policy, reference = LoraPolicy(prompter, weights), weights
+    pipeline = Pipeline(
+        prompter,
+        target,
+        reward,
+        prompting=config.prompting,
+        rewrite_params=config.rewrite,
+        response_params=config.response,
+    )
+    trainer = Trainer(
+        config,
+        pipeline,
+        policy,
+        [row.prompt for row in rows],
+        reference=reference,
+        columns=stack_columns(rows),
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if weights is not None and not (trainer.run_dir / "reference").is_dir():
+        save_peft(trainer.run_dir / "reference", weights)
+    return trainer
+
+
+def load_models(
+    model: str, target: str | None, threads: int | None
+) -> tuple[NativeModel, NativeModel]:
+    """Prompter and target; one object, and so one engine, where they are the same model."""
+    prompter = load_model(model, threads=threads)
+    if target is None or target == model:
+        return prompter, prompter
+    return prompter, load_model(target, threads=threads)

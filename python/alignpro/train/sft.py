@@ -1,0 +1,132 @@
+"""The supervised warm start: fit (prompt, instruction) pairs. The result is MATH's rho_sft."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alignpro.config import Prompting, SftConfig
+from alignpro.models.tokenizer import Tokenizer
+from alignpro.train.policy import LoraPolicy
+from alignpro.train.schedule import batch_indices, learning_rate_factor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair as tokens: what the prompter reads, and what it is to write (EOS included)."""
+
+    tokens: list[int]
+    start: int  # the first token to be written
+
+
+def fit(
+    policy: LoraPolicy,
+    pairs: Sequence[tuple[str, str]],
+    config: SftConfig,
+    on_step: Callable[[Mapping[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Maximise the mean log-probability of the instructions' tokens; returns one row a step.
+
+    Args:
+        pairs: (prompt, instruction). Batches are shuffled by (config.seed, epoch).
+
+    Raises:
+        ValueError: no pairs, an empty one, or one over the context; the message names its index.
+    """
+    examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting)
+    limit = policy.model.context_length
+    for index, example in enumerate(examples):
+        if len(example.tokens) > limit:
+            raise ValueError(
+                f"pair {index}: {len(example.tokens)} tokens exceed the context of {limit}"
+            )
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    rows: list[dict[str, Any]] = []
+    for step in range(config.steps):
+        started = time.perf_counter()
+        chosen = batch_indices(
+            seed=config.seed,
+            cursor=step * config.batch_size,
+            count=config.batch_size,
+            rows=len(examples),
+        )
+        batch = [examples[i] for i in chosen]
+        scores = policy.score([e.tokens for e in batch], [e.start for e in batch])
+        loss = -scores.logprob.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(
+            policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
+        )
+        rate = config.learning_rate * learning_rate_factor(
+            step,
+            steps=config.steps,
+            warmup_steps=config.warmup_steps,
+            schedule=config.lr_schedule,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        row = {
+            "step": step,
+            "loss": float(loss.detach()),
+            "entropy": float(scores.entropy.detach().mean()),
+            "tokens": scores.logprob.numel(),
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "seconds": time.perf_counter() - started,
+        }
+        rows.append(row)
+        if on_step is not None:
+            on_step(row)
+    return rows
+
+
+def encode_pairs(
+    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], prompting: Prompting
+) -> list[Example]:
+    """The pairs as the prompter would read and write them, ended by its end-of-turn token."""
+    if not pairs:
+        raise ValueError("pairs: expected at least one, got none")
+    end = end_of_turn(tokenizer)
+    examples = []
+    for index, (prompt, instruction) in enumerate(pairs):
+        if not prompt.strip() or not instruction.strip():
+            which = "prompt" if not prompt.strip() else "instruction"
+            raise ValueError(f"pair {index}: the {which} is empty")
+        try:
+            read = tokenizer.encode_chat(
+                [{"role": "user", "content": prompting.prompter_turn(prompt)}]
+            )
+            written = tokenizer.encode(instruction.strip())
+        except ValueError as error:
+            raise ValueError(f"pair {index}: {error}") from None
+        examples.append(Example(tokens=[*read, *written, end], start=len(read)))
+    return examples
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int:
+    """The EOS id with which the chat template ends the assistant's turn.
+
+    A model may have several (Phi-3.5 has three); the one after the assistant's words is the one it
+    was taught to write there. A template that ends the turn with none of them: the first EOS id.
+    """
+    if not tokenizer.eos_ids:
+        raise ValueError("the model names no EOS token, so it cannot be taught where to stop")
+    asked = tokenizer.encode_chat([{"role": "user", "content": "a"}])
+    answered = tokenizer.encode_chat(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        add_generation_prompt=False,
+    )
+    # Where a template writes earlier turns otherwise, the shared part is shorter than ``asked``.
+    shared = 0
+    while shared < min(len(asked), len(answered)) and asked[shared] == answered[shared]:
+        shared += 1
+    after = [t for t in answered[shared:] if t in tokenizer.eos_ids]
+    return after[0] if after else tokenizer.eos_ids[0]

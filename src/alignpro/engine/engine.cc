@@ -1,0 +1,342 @@
+#include "alignpro/engine/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <iterator>
+#include <limits>
+#include <utility>
+
+#include "alignpro/core/cgroup.h"
+#include "alignpro/core/error.h"
+#include "alignpro/model/adapter.h"
+#include "alignpro/model/model.h"
+
+namespace alignpro::engine {
+namespace {
+
+using model::kKvBlock;
+
+class NativeModel final : public LanguageModel {
+ public:
+  explicit NativeModel(std::shared_ptr<const model::Model> model) : model_(std::move(model)) {
+    require(model_ != nullptr, "model: expected a Model, got none");
+  }
+
+  const model::ModelConfig& config() const override { return model_->config(); }
+  int64_t context_length() const override { return model_->context_length(); }
+  void forward(const model::Batch& batch, model::KvPool& kv, float* hidden) const override {
+    model_->forward(batch, kv, hidden);
+  }
+  void sample(const float* hidden, std::span<const ops::SampleRow> rows,
+              std::span<ops::SampledToken> out) const override {
+    model_->sample(hidden, rows, out);
+  }
+
+ private:
+  std::shared_ptr<const model::Model> model_;
+};
+
+void extend(std::vector<std::shared_ptr<Sequence>>& all,
+            std::vector<std::shared_ptr<Sequence>> more) {
+  all.insert(all.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
+}
+
+int64_t block_bytes(const model::ModelConfig& config) {
+  return config.num_layers * config.num_kv_heads * 2 * config.head_dim * kKvBlock *
+         static_cast<int64_t>(sizeof(float));
+}
+
+// Checks the options and settles the size of the cache.
+EngineOptions resolve(EngineOptions options, const LanguageModel& model) {
+  require(options.max_batch_rows >= 1, "max_batch_rows: expected >= 1, got ",
+          options.max_batch_rows);
+  require(options.kv_cache_bytes >= 0, "kv_cache_bytes: expected >= 0 (0: automatic), got ",
+          options.kv_cache_bytes);
+  const int64_t block = block_bytes(model.config());
+  if (options.kv_cache_bytes == 0) {
+    // Never more than a full step of full contexts can hold, and a third of it for the idle
+    // quarter.
+    const double most = 4.0 / 3 * static_cast<double>(options.max_batch_rows) *
+                        static_cast<double>(model.context_length() + kKvBlock) / kKvBlock;
+    const auto share = static_cast<double>(cgroup::available_memory() / 4 / block);
+    options.kv_cache_bytes = block * static_cast<int64_t>(std::max(1.0, std::min(most, share)));
+  }
+  require(options.kv_cache_bytes / block <= std::numeric_limits<int32_t>::max(),
+          "kv_cache_bytes: expected at most 2^31 - 1 blocks of ", block, " bytes, got ",
+          options.kv_cache_bytes);
+  require(options.kv_cache_bytes >= block, "kv_cache_bytes: expected at least one block of ",
+          kKvBlock, " positions (", block, " bytes), got ", options.kv_cache_bytes);
+  return options;
+}
+
+// An adapter is tied to shapes, not to a Model object: any model of the same shape may run it.
+void check_adapter(const model::Adapter& adapter, const model::ModelConfig& config) {
+  for (const model::Adapter::Module& module : adapter.modules()) {
+    const model::LoraModule& at = module.where;
+    const bool exists = at.layer < config.num_layers;
+    const auto shape = exists ? model::linear_shape(config, at.site) : model::LinearShape{0, 0};
+    require(exists && at.inputs == shape.inputs && at.out_begin + at.outputs <= shape.outputs,
+            "adapter: module ", at.path, " [", at.outputs, ", ", at.inputs,
+            "] does not fit this model; use one made by this model's make_adapter()");
+  }
+}
+
+model::Batch make_batch(std::span<const Chunk> chunks) {
+  model::Batch batch;
+  for (const Chunk& chunk : chunks) {
+    const Task& task = *chunk.task;
+    const int64_t row_begin = batch.rows();
+    const int64_t end = task.computed + chunk.count;
+    const std::span<const int32_t> blocks(task.lease.blocks);
+    for (int64_t position = task.computed; position < end; ++position) {
+      batch.kv_writes.push_back({static_cast<int32_t>(batch.rows()),
+                                 blocks[static_cast<size_t>(position / kKvBlock)],
+                                 static_cast<int32_t>(position % kKvBlock)});
+      batch.tokens.push_back(task.tokens[static_cast<size_t>(position)]);
+      batch.positions.push_back(static_cast<int32_t>(position));
+    }
+    const auto used = static_cast<size_t>((end + kKvBlock - 1) / kKvBlock);
+    batch.segments.push_back({row_begin, chunk.count, task.computed, blocks.first(used)});
+    if (chunk.reaches_end()) batch.output_rows.push_back(static_cast<int32_t>(batch.rows() - 1));
+    const model::Adapter* adapter = task.sequence->request().adapter.get();
+    if (adapter == nullptr) continue;
+    if (!batch.adapters.empty() && batch.adapters.back().adapter == adapter) {
+      batch.adapters.back().row_end = batch.rows();
+    } else {
+      batch.adapters.push_back({row_begin, batch.rows(), adapter});
+    }
+  }
+  return batch;
+}
+
+}  // namespace
+
+Engine::Engine(std::shared_ptr<const model::Model> model, EngineOptions options)
+    : Engine(std::make_shared<const NativeModel>(std::move(model)), options) {}
+
+Engine::Engine(std::shared_ptr<const LanguageModel> model, EngineOptions options)
+    : model_(std::move(model)),
+      options_(resolve(options, *model_)),
+      kv_(model_->config().num_layers, model_->config().num_kv_heads, model_->config().head_dim,
+          options_.kv_cache_bytes / block_bytes(model_->config())),
+      scheduler_(options_.max_batch_rows, kv_.capacity(), options_.prefix_cache) {
+  publish_state();
+}
+
+Engine::~Engine() {
+  for (const auto& sequence : incoming_) sequence->finish(FinishReason::kCancelled);
+  for (const auto& sequence : scheduler_.clear()) sequence->finish(FinishReason::kCancelled);
+}
+
+void Engine::set_token_bytes(std::vector<std::string> pieces) {
+  const auto vocab = static_cast<size_t>(model_->config().vocab_size);
+  require(!pieces.empty() && pieces.size() <= vocab, "token bytes: expected 1 to ", vocab,
+          " pieces (the model's vocabulary), got ", pieces.size());
+  auto table = std::make_shared<const std::vector<std::string>>(std::move(pieces));
+  const std::lock_guard lock(mutex_);
+  token_bytes_ = std::move(table);
+}
+
+std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingParams params,
+                                         std::shared_ptr<const model::Adapter> adapter) {
+  const model::ModelConfig& config = model_->config();
+  validate(params);
+  require(!tokens.empty(), "prompt: expected at least one token, got none");
+  const auto check_ids = [&](const char* what, const std::vector<int32_t>& ids) {
+    for (size_t i = 0; i < ids.size(); ++i) {
+      require(ids[i] >= 0 && ids[i] < config.vocab_size, what, ": expected ids in [0, ",
+              config.vocab_size, "), got ", ids[i], " at index ", i);
+    }
+  };
+  check_ids("prompt", tokens);
+  check_ids("stop_token_ids", params.stop_token_ids);
+  if (adapter != nullptr) check_adapter(*adapter, config);
+  const auto prompt_size = static_cast<int64_t>(tokens.size());
+  const int64_t context = model_->context_length();
+  require(prompt_size < context, "prompt: expected fewer tokens than the context of ", context,
+          ", got ", prompt_size, "; shorten it or load the model with a larger context_length");
+
+  Request request;
+  request.max_positions = prompt_size + std::min(params.max_new_tokens, context - prompt_size);
+  const int64_t blocks = Scheduler::blocks_needed(request);
+  require(blocks <= kv_.capacity(), "prompt of ", prompt_size, " tokens with max_new_tokens ",
+          params.max_new_tokens, " needs ", blocks, " KV blocks, the cache holds ", kv_.capacity(),
+          "; lower max_new_tokens or set kv_cache_bytes to at least ", blocks * kv_.block_bytes());
+  std::vector<int32_t>& stops = request.stop_ids;
+  stops = params.stop_token_ids;
+  if (!params.ignore_eos) stops.insert(stops.end(), config.eos_ids.begin(), config.eos_ids.end());
+  std::sort(stops.begin(), stops.end());
+  stops.erase(std::unique(stops.begin(), stops.end()), stops.end());
+  require(params.min_new_tokens == 0 || static_cast<int64_t>(stops.size()) < config.vocab_size,
+          "min_new_tokens: expected 0 where every token of the vocabulary is a stop id, got ",
+          params.min_new_tokens);
+  request.prompt = std::move(tokens);
+  request.adapter_version = adapter == nullptr ? 0 : adapter->version();
+  request.adapter = std::move(adapter);
+  request.params = std::move(params);
+  request.owner = this;
+
+  const std::lock_guard lock(mutex_);
+  request.token_bytes = token_bytes_;
+  require(request.params.stop.empty() || request.token_bytes != nullptr,
+          "stop: stop strings need the bytes of every token; call set_token_bytes() first");
+  auto sequence = std::make_shared<Sequence>(std::move(request));
+  if (sequence->request().params.max_new_tokens == 0) sequence->finish(FinishReason::kLength);
+  incoming_.push_back(sequence);
+  return sequence;
+}
+
+std::vector<std::shared_ptr<Sequence>> Engine::step() {
+  std::unique_lock lock(mutex_);
+  turn_.wait(lock, [this] { return !driving_; });
+  return step_in_turn(lock);
+}
+
+void Engine::run(std::span<const std::shared_ptr<Sequence>> sequences,
+                 const std::function<void()>& poll) {
+  for (const auto& sequence : sequences) {
+    require(sequence != nullptr && sequence->request().owner == this,
+            "run: expected sequences submitted to this engine");
+  }
+  const auto unfinished = [&] {
+    return std::any_of(sequences.begin(), sequences.end(),
+                       [](const auto& sequence) { return !sequence->finished(); });
+  };
+  std::unique_lock lock(mutex_);
+  while (unfinished()) {
+    if (driving_) {
+      turn_.wait_for(lock, std::chrono::milliseconds(50));
+    } else {
+      try {
+        step_in_turn(lock);
+      } catch (...) {  // each sequence that it ended carries it; rethrown below if one is ours
+      }
+    }
+    if (!poll) continue;
+    lock.unlock();
+    try {
+      poll();
+      lock.lock();
+    } catch (...) {
+      for (const auto& sequence : sequences) sequence->cancel();
+      lock.lock();
+      turn_.wait(lock, [this] { return !driving_; });
+      unreported_ = take_incoming();
+      extend(unreported_, scheduler_.drop_interrupted(Clock::now()));
+      publish_state();
+      turn_.notify_all();
+      throw;
+    }
+  }
+  lock.unlock();
+  for (const auto& sequence : sequences) {
+    if (const std::exception_ptr error = sequence->error()) std::rethrow_exception(error);
+  }
+}
+
+bool Engine::idle() const {
+  const std::lock_guard lock(mutex_);
+  return incoming_.empty() && in_flight_ == 0;
+}
+
+EngineStats Engine::stats() const {
+  const std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+// One step by the calling thread, whose turn it is: `lock` is held at entry and exit, not between.
+Engine::Sequences Engine::step_in_turn(std::unique_lock<std::mutex>& lock) {
+  Sequences finished = take_incoming();
+  driving_ = true;
+  lock.unlock();
+  std::exception_ptr error;
+  try {
+    extend(finished, step_once());
+  } catch (...) {
+    error = std::current_exception();
+    for (const auto& sequence : scheduler_.clear()) sequence->finish(FinishReason::kFailed, error);
+  }
+  lock.lock();
+  publish_state();
+  driving_ = false;
+  turn_.notify_all();
+  if (error) std::rethrow_exception(error);
+  return finished;
+}
+
+Engine::Sequences Engine::step_once() {
+  Sequences finished = scheduler_.drop_interrupted(Clock::now());
+  admit();
+  const std::vector<Chunk> chunks = scheduler_.pick();
+  if (chunks.empty()) return finished;
+  const std::vector<Task*> drawing = forward(chunks);
+  const std::vector<ops::SampledToken> drawn = sample(drawing);
+  counts_.decode_tokens += static_cast<int64_t>(drawn.size());
+  for (size_t i = 0; i < drawing.size(); ++i) {
+    Task* task = drawing[i];
+    task->tokens.push_back(drawn[i].token);
+    const FinishReason reason = task->sequence->append(drawn[i]);
+    if (reason == FinishReason::kNone) continue;
+    task->sequence->finish(reason);
+    finished.push_back(scheduler_.retire(task));
+  }
+  return finished;
+}
+
+// Hands what was submitted to the scheduler; returns what is finished already, or was between
+// steps.
+Engine::Sequences Engine::take_incoming() {
+  Sequences finished = std::exchange(unreported_, {});
+  for (auto& sequence : std::exchange(incoming_, {})) {
+    if (sequence->finished()) {
+      finished.push_back(std::move(sequence));
+    } else {
+      scheduler_.add(std::move(sequence));
+    }
+  }
+  in_flight_ = scheduler_.size();
+  return finished;
+}
+
+void Engine::admit() {
+  for (const Task* task : scheduler_.admit()) {
+    counts_.cached_tokens += task->computed;
+    const PrefixCache::Lease& lease = task->lease;
+    if (lease.copy_slots > 0) kv_.copy_slots(lease.copy_from, lease.copy_to, lease.copy_slots);
+  }
+}
+
+// Computes the chunks; returns the tasks that draw a token, in the order of hidden_'s rows.
+std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
+  const model::Batch batch = make_batch(chunks);
+  hidden_.resize(batch.output_rows.size() * static_cast<size_t>(model_->config().hidden_size));
+  model_->forward(batch, kv_, hidden_.data());
+  ++counts_.steps;
+  std::vector<Task*> drawing;
+  for (const Chunk& chunk : chunks) {
+    if (chunk.reaches_end()) drawing.push_back(chunk.task);
+    if (chunk.task->in_prefill()) counts_.prefill_tokens += chunk.count;
+    scheduler_.complete(chunk);
+  }
+  return drawing;
+}
+
+std::vector<ops::SampledToken> Engine::sample(std::span<Task* const> tasks) const {
+  std::vector<ops::SampleRow> rows;
+  for (const Task* task : tasks) {
+    rows.push_back(task->sequence->sample_row(static_cast<int64_t>(task->tokens.size())));
+  }
+  std::vector<ops::SampledToken> drawn(rows.size());
+  if (!rows.empty()) model_->sample(hidden_.data(), rows, drawn);
+  return drawn;
+}
+
+void Engine::publish_state() {
+  in_flight_ = scheduler_.size();
+  stats_ = counts_;
+  stats_.kv_blocks_in_use = scheduler_.cache().blocks_in_use();
+  stats_.kv_blocks_cached = scheduler_.cache().blocks_cached();
+  stats_.kv_blocks_capacity = scheduler_.cache().capacity();
+}
+
+}  // namespace alignpro::engine

@@ -1,0 +1,104 @@
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "alignpro/engine/language_model.h"
+#include "alignpro/engine/scheduler.h"
+#include "alignpro/engine/sequence.h"
+#include "alignpro/model/kv_pool.h"
+
+namespace alignpro::model {
+class Adapter;
+class Model;
+}  // namespace alignpro::model
+
+namespace alignpro::engine {
+
+struct EngineOptions {
+  int64_t kv_cache_bytes = 0;    // 0: a quarter of the memory that is available now
+  int64_t max_batch_rows = 256;  // tokens in one forward, decoding and prefill together
+  bool prefix_cache = true;      // share the KV of common prefixes
+};
+
+struct EngineStats {
+  int64_t prefill_tokens = 0;  // prompt positions computed
+  int64_t cached_tokens = 0;   // prompt positions found computed
+  int64_t decode_tokens = 0;   // tokens drawn
+  int64_t steps = 0;           // forward passes
+  int64_t kv_blocks_in_use = 0;
+  int64_t kv_blocks_cached = 0;  // held by nobody, kept for the next prompt
+  int64_t kv_blocks_capacity = 0;
+};
+
+// Continuous batching over one model: sequences of any adapter are admitted and retired at every
+// step. All methods may be called from any thread; one thread at a time drives the steps, for
+// everybody. A sequence's tokens depend on its request alone (contracts 2 and 3).
+class Engine {
+ public:
+  Engine(std::shared_ptr<const model::Model> model, EngineOptions options);
+  Engine(std::shared_ptr<const LanguageModel> model, EngineOptions options);
+  ~Engine();  // finishes what is unfinished as cancelled
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // The bytes of every token id, for stop strings.
+  void set_token_bytes(std::vector<std::string> pieces);
+
+  // Queues a request; never waits for a step. Throws InvalidArgument for a request that can never
+  // run, naming the argument. max_new_tokens 0 is finished on return ("length").
+  std::shared_ptr<Sequence> submit(std::vector<int32_t> tokens, SamplingParams params,
+                                   std::shared_ptr<const model::Adapter> adapter);
+
+  // One forward for everything that can run; returns what finished in it. If it throws (a NaN,
+  // say), every sequence in the engine is finished with that error and the engine is empty and
+  // usable.
+  std::vector<std::shared_ptr<Sequence>> step();
+
+  // Returns when all of these are finished, driving steps or waiting for a thread that does.
+  // Rethrows the error of the first that failed. `poll` is called between steps, at least every
+  // 50 ms; when it throws, these sequences are cancelled and its exception goes to the caller.
+  void run(std::span<const std::shared_ptr<Sequence>> sequences,
+           const std::function<void()>& poll = {});
+
+  bool idle() const;
+  EngineStats stats() const;
+
+ private:
+  using Sequences = std::vector<std::shared_ptr<Sequence>>;
+
+  Sequences step_in_turn(std::unique_lock<std::mutex>& lock);
+  Sequences step_once();
+  Sequences take_incoming();
+  void admit();
+  std::vector<Task*> forward(std::span<const Chunk> chunks);
+  std::vector<ops::SampledToken> sample(std::span<Task* const> tasks) const;
+  void publish_state();
+
+  const std::shared_ptr<const LanguageModel> model_;
+  const EngineOptions options_;
+  model::KvPool kv_;
+
+  // Touched only by the thread that drives.
+  Scheduler scheduler_;
+  std::vector<float> hidden_;  // [sequences that draw a token, hidden_size]
+  EngineStats counts_;
+  Sequences unreported_;  // finished between steps; the next step returns them
+
+  // Guards what follows. Whoever sets driving_ owns what is above until it is false again.
+  mutable std::mutex mutex_;
+  std::condition_variable turn_;
+  bool driving_ = false;
+  std::vector<std::shared_ptr<Sequence>> incoming_;
+  int64_t in_flight_ = 0;  // sequences inside scheduler_
+  std::shared_ptr<const std::vector<std::string>> token_bytes_;
+  EngineStats stats_;
+};
+
+}  // namespace alignpro::engine

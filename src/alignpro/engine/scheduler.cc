@@ -1,0 +1,153 @@
+#include "alignpro/engine/scheduler.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace alignpro::engine {
+namespace {
+
+using model::kKvBlock;
+
+// What a cached prefix may cover: the last prompt token is always computed, for its hidden state.
+std::span<const int32_t> shareable(const Sequence& sequence) {
+  return sequence.prompt().first(sequence.prompt().size() - 1);
+}
+
+}  // namespace
+
+Scheduler::Scheduler(int64_t max_rows, int64_t kv_blocks, bool prefix_cache)
+    : max_rows_(max_rows), cache_(kv_blocks, prefix_cache), prefix_cache_(prefix_cache) {}
+
+int64_t Scheduler::blocks_needed(const Request& request) {
+  return (request.max_positions + kKvBlock - 1) / kKvBlock;
+}
+
+void Scheduler::add(std::shared_ptr<Sequence> sequence) { waiting_.push_back(std::move(sequence)); }
+
+std::vector<std::shared_ptr<Sequence>> Scheduler::drop_interrupted(Clock::time_point now) {
+  std::vector<std::shared_ptr<Sequence>> dropped;
+  const auto interrupt = [now](Sequence& sequence) {
+    const FinishReason reason = sequence.interrupted(now);
+    if (reason == FinishReason::kNone) return false;
+    sequence.finish(reason);
+    return true;
+  };
+  std::erase_if(waiting_, [&](const std::shared_ptr<Sequence>& sequence) {
+    if (!interrupt(*sequence)) return false;
+    dropped.push_back(sequence);
+    return true;
+  });
+  std::vector<Task*> ended;
+  for (const auto& task : running_) {
+    if (interrupt(*task->sequence)) ended.push_back(task.get());
+  }
+  for (Task* task : ended) dropped.push_back(retire(task));
+  return dropped;
+}
+
+std::vector<Task*> Scheduler::admit() {
+  std::vector<Task*> admitted;
+  int64_t rows = free_rows();
+  int64_t passed_over = 0;
+  auto next = waiting_.begin();
+  // The limit on those passed over keeps a step's cost flat when thousands of samples of one prompt
+  // wait for its first.
+  while (next != waiting_.end() && rows > 0 && passed_over < max_rows_) {
+    const Sequence& sequence = **next;
+    if (awaits_prefix(sequence)) {
+      ++passed_over;
+      ++next;
+      continue;
+    }
+    const Request& request = sequence.request();
+    auto lease =
+        cache_.acquire(request.adapter_version, shareable(sequence), blocks_needed(request));
+    if (!lease) break;  // and nobody overtakes it: a large request must get its turn
+    auto task = std::make_unique<Task>();
+    task->sequence = std::move(*next);
+    task->tokens = request.prompt;
+    task->computed = lease->cached;
+    task->lease = std::move(*lease);
+    rows -= task->remaining();
+    admitted.push_back(task.get());
+    running_.push_back(std::move(task));
+    next = waiting_.erase(next);
+  }
+  return admitted;
+}
+
+// True while a sequence in prefill is computing a prefix that this one would share: n samples of a
+// prompt then cost one prefill. Ends by itself: whatever is in prefill advances every step, or is
+// retired; and each wait leaves more of the prompt cached than the last.
+bool Scheduler::awaits_prefix(const Sequence& sequence) const {
+  if (!prefix_cache_) return false;
+  const auto tokens = shareable(sequence);
+  int64_t cached = -1;
+  for (const auto& task : running_) {
+    if (!task->in_prefill()) continue;
+    const Request& other = task->sequence->request();
+    if (other.adapter_version != sequence.request().adapter_version) continue;
+    const auto shared =
+        std::mismatch(tokens.begin(), tokens.end(), other.prompt.begin(), other.prompt.end())
+            .first -
+        tokens.begin();
+    if (shared == 0) continue;
+    if (cached < 0) cached = cache_.cached_tokens(other.adapter_version, tokens);
+    const int64_t gain = shared - cached;
+    // A few common tokens (a BOS, say) are not worth a step's delay.
+    const auto cost = static_cast<int64_t>(sequence.prompt().size()) - cached;
+    if (gain >= kKvBlock || (gain > 0 && 2 * gain >= cost)) return true;
+  }
+  return false;
+}
+
+// Rows of the next step that running sequences leave. Admission needs at least one, so everything
+// in flight always fits and advances.
+int64_t Scheduler::free_rows() const {
+  int64_t rows = max_rows_;
+  for (const auto& task : running_) rows -= task->remaining();
+  return rows;
+}
+
+std::vector<Chunk> Scheduler::pick() const {
+  std::vector<Chunk> chunks;
+  int64_t rows = max_rows_;
+  for (const bool prefill : {false, true}) {
+    for (const auto& task : running_) {
+      if (task->in_prefill() != prefill || rows == 0) continue;
+      const int64_t count = std::min(task->remaining(), rows);
+      chunks.push_back({task.get(), count});
+      rows -= count;
+    }
+  }
+  std::stable_sort(chunks.begin(), chunks.end(), [](const Chunk& a, const Chunk& b) {
+    return a.task->sequence->request().adapter_version <
+           b.task->sequence->request().adapter_version;
+  });
+  return chunks;
+}
+
+void Scheduler::complete(const Chunk& chunk) {
+  Task& task = *chunk.task;
+  task.computed += chunk.count;
+  const auto computed = static_cast<size_t>(task.computed);
+  cache_.publish(task.lease, std::span(task.tokens).first(computed),
+                 computed == task.sequence->prompt().size());
+}
+
+std::shared_ptr<Sequence> Scheduler::retire(Task* task) {
+  cache_.release(task->lease);
+  auto sequence = std::move(task->sequence);
+  std::erase_if(running_, [task](const auto& running) { return running.get() == task; });
+  return sequence;
+}
+
+std::vector<std::shared_ptr<Sequence>> Scheduler::clear() {
+  std::vector<std::shared_ptr<Sequence>> all;
+  while (!running_.empty()) all.push_back(retire(running_.back().get()));
+  all.insert(all.end(), waiting_.begin(), waiting_.end());
+  waiting_.clear();
+  return all;
+}
+
+}  // namespace alignpro::engine

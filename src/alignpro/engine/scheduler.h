@@ -1,0 +1,81 @@
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "alignpro/engine/prefix_cache.h"
+#include "alignpro/engine/sequence.h"
+
+namespace alignpro::engine {
+
+// An admitted sequence: what it holds inside the engine.
+struct Task {
+  std::shared_ptr<Sequence> sequence;
+  std::vector<int32_t> tokens;  // the prompt, then what was generated
+  PrefixCache::Lease lease;
+  int64_t computed = 0;  // leading positions whose KV is written
+
+  int64_t remaining() const { return static_cast<int64_t>(tokens.size()) - computed; }
+  bool in_prefill() const { return computed < static_cast<int64_t>(sequence->prompt().size()); }
+};
+
+// Part of a step: positions [task->computed, task->computed + count).
+struct Chunk {
+  Task* task;
+  int64_t count;
+
+  bool reaches_end() const { return count == task->remaining(); }  // its next token is drawn now
+};
+
+// Which sequences run, and which of their tokens are computed in a step. First come, first served;
+// blocks for the longest a sequence can become are reserved when it is admitted, so nothing is ever
+// preempted. Knows sequences, never a tensor. One thread at a time.
+class Scheduler {
+ public:
+  // `max_rows` >= 1: tokens in one step, decoding and prefill together.
+  Scheduler(int64_t max_rows, int64_t kv_blocks, bool prefix_cache);
+
+  // Blocks reserved for a request.
+  static int64_t blocks_needed(const Request& request);
+
+  void add(std::shared_ptr<Sequence> sequence);
+
+  // Finishes what was cancelled or is out of time, in the queue and in flight, and takes it out.
+  std::vector<std::shared_ptr<Sequence>> drop_interrupted(Clock::time_point now);
+
+  // Moves sequences from the queue into flight while there is room for their rows and blocks;
+  // returns the new tasks, whose copies (lease.copy_*) are due before anything is computed, in
+  // order.
+  std::vector<Task*> admit();
+
+  // The next step: a row for everything that decodes, then prefill in order of admission. Chunks of
+  // one adapter are adjacent, base weights first.
+  std::vector<Chunk> pick() const;
+
+  // The chunk's KV has been written.
+  void complete(const Chunk& chunk);
+
+  // Takes a task out and frees its blocks; the pointer is dead afterwards.
+  std::shared_ptr<Sequence> retire(Task* task);
+
+  // Takes everything out.
+  std::vector<std::shared_ptr<Sequence>> clear();
+
+  int64_t size() const { return static_cast<int64_t>(waiting_.size() + running_.size()); }
+  const PrefixCache& cache() const { return cache_; }
+
+ private:
+  bool awaits_prefix(const Sequence& sequence) const;
+  int64_t free_rows() const;
+
+  const int64_t max_rows_;
+  PrefixCache cache_;
+  const bool prefix_cache_;
+  std::deque<std::shared_ptr<Sequence>> waiting_;
+  std::vector<std::unique_ptr<Task>> running_;  // by admission, oldest first
+};
+
+}  // namespace alignpro::engine

@@ -1,0 +1,134 @@
+#include "alignpro/engine/sequence.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "alignpro/core/rng.h"
+
+namespace alignpro::engine {
+namespace {
+
+Clock::time_point deadline_of(const SamplingParams& params) {
+  // A year stands for "none": later instants would overflow the clock's ticks.
+  constexpr double kYear = 365.0 * 24 * 3600;
+  if (params.deadline_seconds == 0.0 || params.deadline_seconds > kYear) {
+    return Clock::time_point::max();
+  }
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                            std::chrono::duration<double>(params.deadline_seconds));
+}
+
+}  // namespace
+
+std::string_view finish_reason_name(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kNone:
+      return "";
+    case FinishReason::kStop:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kCancelled:
+      return "cancelled";
+    case FinishReason::kDeadline:
+      return "deadline";
+    case FinishReason::kFailed:
+      return "failed";
+  }
+  return "";
+}
+
+Sequence::Sequence(Request request)
+    : request_(std::move(request)), deadline_(deadline_of(request_.params)) {
+  for (const std::string& stop : request_.params.stop) {
+    longest_stop_ = std::max(longest_stop_, stop.size());
+  }
+}
+
+std::exception_ptr Sequence::error() const {
+  const std::lock_guard lock(mutex_);
+  return error_;
+}
+
+Output Sequence::read(size_t begin) const {
+  const std::lock_guard lock(mutex_);
+  const auto from = static_cast<std::ptrdiff_t>(std::min(begin, output_.tokens.size()));
+  return {{output_.tokens.begin() + from, output_.tokens.end()},
+          {output_.logprobs.begin() + from, output_.logprobs.end()},
+          {output_.kept_mass.begin() + from, output_.kept_mass.end()}};
+}
+
+std::optional<Sequence::StopMatch> Sequence::stop_match() const {
+  const std::lock_guard lock(mutex_);
+  return stop_match_;
+}
+
+FinishReason Sequence::interrupted(Clock::time_point now) const {
+  if (cancelled_.load(std::memory_order_relaxed)) return FinishReason::kCancelled;
+  return now >= deadline_ ? FinishReason::kDeadline : FinishReason::kNone;
+}
+
+ops::SampleRow Sequence::sample_row(int64_t position) const {
+  const SamplingParams& params = request_.params;
+  ops::SampleRow row;
+  row.temperature = params.temperature;
+  row.top_k = params.top_k;
+  row.top_p = params.top_p;
+  row.min_p = params.min_p;
+  row.uniform = keyed_uniform(params.seed, params.sample, static_cast<uint32_t>(position));
+  const int64_t written = position - static_cast<int64_t>(request_.prompt.size());
+  if (written < params.min_new_tokens) row.banned = request_.stop_ids;
+  return row;
+}
+
+FinishReason Sequence::append(const ops::SampledToken& token) {
+  const std::lock_guard lock(mutex_);
+  output_.tokens.push_back(token.token);
+  output_.logprobs.push_back(token.logprob);
+  output_.kept_mass.push_back(token.kept_mass);
+  const auto& ids = request_.stop_ids;
+  const auto written = static_cast<int64_t>(output_.tokens.size());
+  if (std::find(ids.begin(), ids.end(), token.token) != ids.end()) return FinishReason::kStop;
+  if (longest_stop_ > 0) {
+    const auto match = find_stop(token.token);
+    if (match && written >= request_.params.min_new_tokens) {
+      stop_match_ = match;
+      return FinishReason::kStop;
+    }
+  }
+  const auto positions = static_cast<int64_t>(request_.prompt.size()) + written;
+  return positions >= request_.max_positions ? FinishReason::kLength : FinishReason::kNone;
+}
+
+// The earliest match that ends inside the new token's bytes (the first listed on a tie): what the
+// tail holds is one byte too short for a match of its own.
+std::optional<Sequence::StopMatch> Sequence::find_stop(int32_t token) {
+  const auto& table = *request_.token_bytes;
+  const auto index = static_cast<size_t>(token);
+  const size_t before = tail_.size();
+  if (index < table.size()) tail_ += table[index];
+  const int64_t origin = text_bytes_ - static_cast<int64_t>(before);  // of tail_ in the text
+  text_bytes_ += static_cast<int64_t>(tail_.size() - before);
+
+  std::optional<StopMatch> best;
+  const auto& stops = request_.params.stop;
+  for (size_t i = 0; i < stops.size(); ++i) {
+    // Shorter strings may lie whole inside the tail, where they were seen before.
+    const size_t first = before >= stops[i].size() ? before - stops[i].size() + 1 : 0;
+    const size_t at = tail_.find(stops[i], first);
+    if (at == std::string::npos) continue;
+    const int64_t begin = origin + static_cast<int64_t>(at);
+    if (!best || begin < best->begin) best = StopMatch{i, begin};
+  }
+  if (tail_.size() >= longest_stop_) tail_.erase(0, tail_.size() - (longest_stop_ - 1));
+  return best;
+}
+
+void Sequence::finish(FinishReason reason, std::exception_ptr error) {
+  const std::lock_guard lock(mutex_);
+  if (reason_.load(std::memory_order_relaxed) != FinishReason::kNone) return;
+  error_ = std::move(error);
+  reason_.store(reason, std::memory_order_release);
+}
+
+}  // namespace alignpro::engine

@@ -1,0 +1,61 @@
+#include "alignpro/model/adapter.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "alignpro/core/error.h"
+
+namespace alignpro::model {
+
+std::vector<LoraModule> lora_modules(const ModelConfig& config) {
+  const int64_t hidden = config.hidden_size, q = config.q_size(), kv = config.kv_size();
+  const int64_t mlp = config.intermediate_size;
+  std::vector<LoraModule> modules;
+  for (int64_t l = 0; l < config.num_layers; ++l) {
+    const auto add = [&](const char* name, LinearSite site, int64_t begin, int64_t outputs,
+                         int64_t inputs) {
+      modules.push_back({cat("model.layers.", l, ".", name), l, site, begin, outputs, inputs});
+    };
+    if (config.fused_projections) {
+      add("self_attn.qkv_proj", LinearSite::kQkv, 0, q + 2 * kv, hidden);
+    } else {
+      add("self_attn.q_proj", LinearSite::kQkv, 0, q, hidden);
+      add("self_attn.k_proj", LinearSite::kQkv, q, kv, hidden);
+      add("self_attn.v_proj", LinearSite::kQkv, q + kv, kv, hidden);
+    }
+    add("self_attn.o_proj", LinearSite::kO, 0, hidden, q);
+    if (config.fused_projections) {
+      add("mlp.gate_up_proj", LinearSite::kGateUp, 0, 2 * mlp, hidden);
+    } else {
+      add("mlp.gate_proj", LinearSite::kGateUp, 0, mlp, hidden);
+      add("mlp.up_proj", LinearSite::kGateUp, mlp, mlp, hidden);
+    }
+    add("mlp.down_proj", LinearSite::kDown, 0, hidden, mlp);
+  }
+  return modules;
+}
+
+Adapter::Adapter(const ModelConfig& config, const std::map<std::string, LoraMatrices>& matrices,
+                 float scale)
+    : scale_(scale), by_site_(static_cast<size_t>(config.num_layers)) {
+  static std::atomic<uint64_t> next_version{1};
+  version_ = next_version.fetch_add(1);
+  require(std::isfinite(scale), "adapter: scale must be finite, got ", scale);
+  require(!matrices.empty(), "adapter: no module given; expected at least one (A, B) pair");
+  const std::vector<LoraModule> known = lora_modules(config);
+  for (const auto& [path, m] : matrices) {
+    const auto found = std::find_if(known.begin(), known.end(),
+                                    [&path = path](const LoraModule& k) { return k.path == path; });
+    require(found != known.end(), "adapter: the model has no linear '", path, "'; it has ",
+            known.front().path, " ... ", known.back().path);
+    require(m.rank >= 1, "adapter: '", path, "' has rank ", m.rank, ", expected at least 1");
+    by_site_[static_cast<size_t>(found->layer)][static_cast<size_t>(found->site)].push_back(
+        static_cast<int>(modules_.size()));
+    modules_.push_back({*found, ops::PackedMatrix::pack(m.rank, found->inputs, m.a),
+                        ops::PackedMatrix::pack(found->outputs, m.rank, m.b)});
+    max_rank_ = std::max(max_rank_, m.rank);
+  }
+}
+
+}  // namespace alignpro::model

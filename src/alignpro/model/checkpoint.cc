@@ -1,0 +1,335 @@
+#include "alignpro/model/checkpoint.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <variant>
+
+#include "alignpro/core/error.h"
+#include "alignpro/io/gguf.h"
+#include "alignpro/io/safetensors.h"
+#include "alignpro/model/config_readers.h"
+
+namespace alignpro::model {
+namespace {
+
+using io::FileTensor;
+using TensorMap = std::map<std::string, FileTensor, std::less<>>;
+
+// What a file format calls the tensors of a layer, after its prefix, and the rest.
+struct TensorNames {
+  const char* layer_prefix;  // the layer's number and a dot follow
+  const char* embedding;
+  const char* final_norm;
+  const char* head;
+  const char* attention_norm;
+  const char* mlp_norm;
+  const char* q;
+  const char* k;
+  const char* v;
+  const char* qkv;
+  const char* o;
+  const char* gate;
+  const char* up;
+  const char* gate_up;
+  const char* down;
+  const char* q_norm;
+  const char* k_norm;
+};
+
+constexpr TensorNames kHfNames{
+    .layer_prefix = "model.layers.",
+    .embedding = "model.embed_tokens",
+    .final_norm = "model.norm",
+    .head = "lm_head",
+    .attention_norm = "input_layernorm",
+    .mlp_norm = "post_attention_layernorm",
+    .q = "self_attn.q_proj",
+    .k = "self_attn.k_proj",
+    .v = "self_attn.v_proj",
+    .qkv = "self_attn.qkv_proj",
+    .o = "self_attn.o_proj",
+    .gate = "mlp.gate_proj",
+    .up = "mlp.up_proj",
+    .gate_up = "mlp.gate_up_proj",
+    .down = "mlp.down_proj",
+    .q_norm = "self_attn.q_norm",
+    .k_norm = "self_attn.k_norm",
+};
+
+constexpr TensorNames kGgufNames{
+    .layer_prefix = "blk.",
+    .embedding = "token_embd",
+    .final_norm = "output_norm",
+    .head = "output",
+    .attention_norm = "attn_norm",
+    .mlp_norm = "ffn_norm",
+    .q = "attn_q",
+    .k = "attn_k",
+    .v = "attn_v",
+    .qkv = "attn_qkv",
+    .o = "attn_output",
+    .gate = "ffn_gate",
+    .up = "ffn_up",
+    .gate_up = "ffn_up",  // fused under the name of one half
+    .down = "ffn_down",
+    .q_norm = "attn_q_norm",
+    .k_norm = "attn_k_norm",
+};
+
+// Consecutive output rows of a site: one matrix or bias of the file.
+struct Piece {
+  FileTensor tensor;
+  // Where the file interleaves the two halves of each head (llama.cpp's rope pairs lanes 2i and
+  // 2i + 1): the head's rows. 0: rows are in order.
+  int64_t interleaved_head = 0;
+
+  // The file's row for row `row` of this house: half j, lane i is stored at 2i + j.
+  int64_t file_row(int64_t row) const {
+    if (interleaved_head == 0) return row;
+    const int64_t half = interleaved_head / 2;
+    const int64_t lane = row % interleaved_head;
+    return row - lane + 2 * (lane % half) + lane / half;
+  }
+};
+
+using Pieces = std::vector<Piece>;
+
+struct Layer {
+  Pieces linears[4];  // by LinearSite
+  FileTensor norms[4];  // by NormSite; q and k only where the family has them
+  Pieces qkv_bias;
+};
+
+// Finds tensors by name and shape, and knows at the end which were never asked for.
+class Finder {
+ public:
+  Finder(const TensorMap& tensors, std::string source)
+      : tensors_(tensors), source_(std::move(source)) {}
+
+  const FileTensor& get(const std::string& name, const std::vector<int64_t>& shape) {
+    const auto at = tensors_.find(name);
+    if (at == tensors_.end()) {
+      throw FileError(cat(source_, ": tensor '", name, "' of shape ", io::shape_text(shape),
+                          " is missing"));
+    }
+    if (at->second.shape != shape) {
+      throw FileError(cat(source_, ": tensor '", name, "' has shape ",
+                          io::shape_text(at->second.shape), ", expected ",
+                          io::shape_text(shape)));
+    }
+    used_.insert(name);
+    return at->second;
+  }
+
+  void ignore(const std::string& name) { used_.insert(name); }
+
+  // A weight without a place would be a model other than the one computed.
+  void refuse_leftovers() const {
+    for (const auto& [name, tensor] : tensors_) {
+      // Buffers that old transformers saved; computed from the config here.
+      if (name.ends_with("rotary_emb.inv_freq")) continue;
+      if (!used_.contains(name)) {
+        throw FileError(cat(source_, ": unknown tensor '", io::printable(name), "' of shape ",
+                            io::shape_text(tensor.shape), "; this model has no place for it"));
+      }
+    }
+  }
+
+ private:
+  const TensorMap& tensors_;
+  std::string source_;
+  std::set<std::string, std::less<>> used_;
+};
+
+Layer find_layer(Finder& finder, const ModelConfig& config, const TensorNames& names,
+                 const std::string& prefix, bool interleaved) {
+  const int64_t hidden = config.hidden_size, inner = config.intermediate_size;
+  const int64_t head = interleaved ? config.head_dim : 0;
+  const auto matrix = [&](const char* name, int64_t outputs, int64_t inputs, int64_t heads_of) {
+    return Piece{finder.get(prefix + name + ".weight", {outputs, inputs}), heads_of};
+  };
+  const auto vector = [&](const char* name, const char* suffix, int64_t size) {
+    return finder.get(prefix + name + suffix, {size});
+  };
+  Layer layer;
+  const auto linear = [&layer](LinearSite site) -> Pieces& {
+    return layer.linears[static_cast<size_t>(site)];
+  };
+  const auto norm = [&layer](NormSite site) -> FileTensor& {
+    return layer.norms[static_cast<size_t>(site)];
+  };
+  if (config.fused_projections) {
+    linear(LinearSite::kQkv) = {matrix(names.qkv, config.qkv_size(), hidden, 0)};
+    linear(LinearSite::kGateUp) = {matrix(names.gate_up, 2 * inner, hidden, 0)};
+  } else {
+    linear(LinearSite::kQkv) = {matrix(names.q, config.q_size(), hidden, head),
+                                matrix(names.k, config.kv_size(), hidden, head),
+                                matrix(names.v, config.kv_size(), hidden, 0)};
+    linear(LinearSite::kGateUp) = {matrix(names.gate, inner, hidden, 0),
+                                   matrix(names.up, inner, hidden, 0)};
+  }
+  linear(LinearSite::kO) = {matrix(names.o, hidden, config.q_size(), 0)};
+  linear(LinearSite::kDown) = {matrix(names.down, hidden, inner, 0)};
+  norm(NormSite::kAttention) = vector(names.attention_norm, ".weight", hidden);
+  norm(NormSite::kMlp) = vector(names.mlp_norm, ".weight", hidden);
+  if (config.qk_norm) {
+    norm(NormSite::kQ) = vector(names.q_norm, ".weight", config.head_dim);
+    norm(NormSite::kK) = vector(names.k_norm, ".weight", config.head_dim);
+  }
+  if (config.qkv_bias) {
+    layer.qkv_bias = {Piece{vector(names.q, ".bias", config.q_size())},
+                      Piece{vector(names.k, ".bias", config.kv_size())},
+                      Piece{vector(names.v, ".bias", config.kv_size())}};
+  }
+  return layer;
+}
+
+void read_row(const FileTensor& tensor, int64_t row, float* out) {
+  const int64_t width = tensor.shape.back();
+  dequantize(tensor.dtype, tensor.data.data() + row * row_bytes(tensor.dtype, width), width, out);
+}
+
+std::vector<float> read_vector(const FileTensor& tensor) {
+  std::vector<float> out(static_cast<size_t>(tensor.shape[0]));
+  read_row(tensor, 0, out.data());
+  return out;
+}
+
+void require_rows(int64_t begin, int64_t end, int64_t rows, const char* what) {
+  require(begin >= 0 && begin <= end && end <= rows, what, ": rows [", begin, ", ", end,
+          ") are not within [0, ", rows, ")");
+}
+
+// Rows [begin, end) of pieces stacked one after another.
+void read_rows(const Pieces& pieces, int64_t begin, int64_t end, float* out) {
+  int64_t first = 0;  // of the current piece
+  for (const Piece& piece : pieces) {
+    const int64_t last = first + piece.tensor.shape.front();
+    for (; begin < std::min(end, last); ++begin, out += piece.tensor.shape.back()) {
+      read_row(piece.tensor, piece.file_row(begin - first), out);
+    }
+    first = last;
+  }
+}
+
+class FileCheckpoint final : public Checkpoint {
+ public:
+  using Storage = std::variant<io::GgufFile, io::SafetensorsFolder>;
+
+  FileCheckpoint(Storage storage, ModelConfig config, const std::string& source)
+      : storage_(std::move(storage)), config_(std::move(config)) {
+    const bool gguf = std::holds_alternative<io::GgufFile>(storage_);
+    const TensorNames& names = gguf ? kGgufNames : kHfNames;
+    const TensorMap& tensors =
+        std::visit([](const auto& file) -> const TensorMap& { return file.tensors(); }, storage_);
+    Finder finder(tensors, source);
+    const std::string head = std::string(names.head) + ".weight";
+    const std::vector<int64_t> table = {config_.vocab_size, config_.hidden_size};
+    embedding_ = {Piece{finder.get(std::string(names.embedding) + ".weight", table)}};
+    final_norm_ = finder.get(std::string(names.final_norm) + ".weight", {config_.hidden_size});
+    if (config_.tied_head) {
+      head_ = embedding_;
+      finder.ignore(head);  // a copy of the embedding that some writers leave in
+    } else {
+      head_ = {Piece{finder.get(head, table)}};
+    }
+    // Only the converter of this one architecture permutes.
+    const bool interleaved = gguf && config_.family == Family::kLlama;
+    for (int64_t l = 0; l < config_.num_layers; ++l) {
+      const std::string prefix = cat(names.layer_prefix, l, ".");
+      layers_.push_back(find_layer(finder, config_, names, prefix, interleaved));
+    }
+    if (gguf) {
+      // Part of the config, which has read them.
+      for (const char* name :
+           {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"}) {
+        finder.ignore(name);
+      }
+    }
+    finder.refuse_leftovers();
+  }
+
+  const ModelConfig& config() const override { return config_; }
+
+  void read_linear(int64_t layer, LinearSite site, int64_t begin, int64_t end,
+                   float* out) const override {
+    require_rows(begin, end, linear_shape(config_, site).outputs, "read_linear");
+    read_rows(at(layer).linears[static_cast<size_t>(site)], begin, end, out);
+  }
+
+  void read_embedding(int64_t begin, int64_t end, float* out) const override {
+    require_rows(begin, end, config_.vocab_size, "read_embedding");
+    read_rows(embedding_, begin, end, out);
+  }
+
+  void read_head(int64_t begin, int64_t end, float* out) const override {
+    require_rows(begin, end, config_.vocab_size, "read_head");
+    read_rows(head_, begin, end, out);
+  }
+
+  std::vector<float> read_norm(int64_t layer, NormSite site) const override {
+    const FileTensor& tensor = at(layer).norms[static_cast<size_t>(site)];
+    require(!tensor.shape.empty(), "read_norm: ", family_name(config_.family),
+            " has no norm on q and k");
+    return read_vector(tensor);
+  }
+
+  std::vector<float> read_final_norm() const override { return read_vector(final_norm_); }
+
+  std::vector<float> read_qkv_bias(int64_t layer) const override {
+    std::vector<float> bias;
+    for (const Piece& piece : at(layer).qkv_bias) {
+      const std::vector<float> part = read_vector(piece.tensor);
+      bias.insert(bias.end(), part.begin(), part.end());
+    }
+    return bias;
+  }
+
+ private:
+  const Layer& at(int64_t layer) const {
+    require(layer >= 0 && layer < config_.num_layers, "layer ", layer, " is not within [0, ",
+            config_.num_layers, ")");
+    return layers_[static_cast<size_t>(layer)];
+  }
+
+  Storage storage_;  // keeps the mapping under every FileTensor alive
+  ModelConfig config_;
+  Pieces embedding_;
+  Pieces head_;
+  FileTensor final_norm_;
+  std::vector<Layer> layers_;
+};
+
+}  // namespace
+
+LinearShape linear_shape(const ModelConfig& config, LinearSite site) {
+  switch (site) {
+    case LinearSite::kQkv: return {config.qkv_size(), config.hidden_size};
+    case LinearSite::kO: return {config.hidden_size, config.q_size()};
+    case LinearSite::kGateUp: return {2 * config.intermediate_size, config.hidden_size};
+    case LinearSite::kDown: return {config.hidden_size, config.intermediate_size};
+  }
+  throw InvalidArgument("linear site: not one of the enumerators");
+}
+
+std::unique_ptr<Checkpoint> Checkpoint::open(const std::filesystem::path& path) {
+  std::error_code ignored;  // what cannot be examined cannot be opened either, and that says why
+  if (std::filesystem::is_directory(path, ignored)) {
+    ModelConfig config = read_hf_config(path);
+    return std::make_unique<FileCheckpoint>(io::SafetensorsFolder(path), std::move(config),
+                                            path.string());
+  }
+  if (path.extension() == ".safetensors") {
+    throw FileError(cat(path.string(), ": expected a .gguf file or a folder with config.json and "
+                        "*.safetensors; give the folder this file is in"));
+  }
+  io::GgufFile file(path);
+  ModelConfig config = read_gguf_config(file);
+  return std::make_unique<FileCheckpoint>(std::move(file), std::move(config), path.string());
+}
+
+}  // namespace alignpro::model

@@ -1,0 +1,61 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace alignpro::model {
+
+enum class Family { kLlama, kMistral, kQwen2, kQwen3, kPhi3 };
+
+std::string_view family_name(Family family);
+
+enum class RopeScaling { kNone, kLinear, kLlama3, kLongrope };
+
+// Rotary position embedding, half-split convention: lane i pairs with lane i + rotary_dim / 2.
+struct RopeConfig {
+  double theta = 10000.0;
+  int64_t rotary_dim = 0;  // head_dim unless the family rotates only a part
+  RopeScaling scaling = RopeScaling::kNone;
+  double factor = 1.0;                // linear, llama3
+  double low_freq_factor = 1.0;       // llama3
+  double high_freq_factor = 4.0;      // llama3
+  int64_t original_context = 0;       // llama3, longrope: positions of pre-training
+  std::vector<double> short_factors;  // longrope, [rotary_dim / 2]
+  std::vector<double> long_factors;   // longrope, [rotary_dim / 2]
+  double attention_factor = 1.0;      // longrope: multiplies cos and sin
+  std::vector<double> freq_factors;   // [rotary_dim / 2] divisors stored in the file; empty: none
+};
+
+// What every family reduces to. Anything a file asks for that is not expressed here is refused by
+// name when the file is read, never ignored.
+struct ModelConfig {
+  Family family = Family::kLlama;
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_layers = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t context_length = 0;  // positions the model was made for
+  int64_t sliding_window = 0;  // a token sees this many positions, itself included; 0: all
+  double rms_eps = 1e-5;
+  bool tied_head = false;
+  bool qkv_bias = false;
+  bool qk_norm = false;            // RMSNorm over head_dim on q and k before rope (Qwen3)
+  bool fused_projections = false;  // one file matrix for QKV and one for gate-up (Phi-3)
+  RopeConfig rope;
+  int32_t bos_id = -1;  // -1: none
+  std::vector<int32_t> eos_ids;
+
+  int64_t q_size() const { return num_heads * head_dim; }
+  int64_t kv_size() const { return num_kv_heads * head_dim; }
+  int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
+};
+
+// Throws FileError beginning with `source` unless sizes are positive, bounded and consistent.
+void validate(const ModelConfig& config, const std::string& source);
+
+}  // namespace alignpro::model

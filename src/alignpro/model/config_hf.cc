@@ -1,0 +1,329 @@
+// config.json -> ModelConfig. What transformers would compute from the same file is the reference,
+// defaults of absent keys included.
+
+#include <algorithm>
+#include <system_error>
+#include <utility>
+
+#include "alignpro/core/error.h"
+#include "alignpro/io/json.h"
+#include "alignpro/io/mapped_file.h"
+#include "alignpro/model/config_readers.h"
+
+namespace alignpro::model {
+namespace {
+
+using io::Json;
+
+// A JSON object with the file's name, for messages. null counts as absent, as in transformers.
+class Fields {
+ public:
+  Fields(const Json& object, std::string where) : object_(&object), where_(std::move(where)) {}
+
+  const std::string& where() const { return where_; }
+
+  bool has_key(std::string_view key) const { return object_->find(key) != nullptr; }
+
+  const Json* find(std::string_view key) const {
+    const Json* value = object_->find(key);
+    return value == nullptr || value->is_null() ? nullptr : value;
+  }
+
+  [[noreturn]] void fail(std::string_view key, std::string_view expected) const {
+    const Json* value = object_->find(key);
+    throw FileError(cat(where_, ": \"", key, "\" must be ", expected, ", it is ",
+                        value == nullptr ? "missing" : value->kind()));
+  }
+
+  std::optional<int64_t> integer(std::string_view key) const {
+    const Json* value = find(key);
+    if (value == nullptr) return std::nullopt;
+    if (value->integer() == nullptr) fail(key, "an integer");
+    return *value->integer();
+  }
+
+  std::optional<double> number(std::string_view key) const {
+    const Json* value = find(key);
+    if (value == nullptr) return std::nullopt;
+    if (value->number() == nullptr) fail(key, "a number");
+    return value->number()->value;
+  }
+
+  bool flag(std::string_view key) const {
+    const Json* value = find(key);
+    if (value == nullptr) return false;
+    if (value->boolean() == nullptr) fail(key, "true or false");
+    return *value->boolean();
+  }
+
+  std::optional<std::string> string(std::string_view key) const {
+    const Json* value = find(key);
+    if (value == nullptr) return std::nullopt;
+    if (value->string() == nullptr) fail(key, "a string");
+    return *value->string();
+  }
+
+  int64_t required_integer(std::string_view key) const {
+    const std::optional<int64_t> value = integer(key);
+    if (!value) fail(key, "an integer");
+    return *value;
+  }
+
+  double required_number(std::string_view key) const {
+    const std::optional<double> value = number(key);
+    if (!value) fail(key, "a number");
+    return *value;
+  }
+
+  std::vector<double> required_numbers(std::string_view key) const {
+    const Json* value = find(key);
+    if (value == nullptr || value->array() == nullptr) fail(key, "a list of numbers");
+    std::vector<double> out;
+    for (const Json& item : *value->array()) {
+      if (item.number() == nullptr) fail(key, "a list of numbers");
+      out.push_back(item.number()->value);
+    }
+    return out;
+  }
+
+ private:
+  const Json* object_;
+  std::string where_;
+};
+
+Json parse_object(const std::filesystem::path& path) {
+  const io::MappedFile file(path);
+  const auto bytes = file.bytes();
+  Json root = Json::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()},
+                          file.name());
+  if (root.object() == nullptr) {
+    throw FileError(cat(file.name(), ": expected a JSON object, got ", root.kind()));
+  }
+  return root;
+}
+
+Family read_family(const Fields& fields) {
+  const std::optional<std::string> name = fields.string("model_type");
+  if (!name) fields.fail("model_type", "a string");
+  const std::optional<Family> family = family_from_name(*name);
+  if (!family) {
+    throw FileError(cat(fields.where(), ": model_type '", io::printable(*name),
+                        "' is not supported; llama, mistral, qwen2, qwen3 and phi3 are"));
+  }
+  return *family;
+}
+
+void refuse_unsupported(const Fields& fields, Family family) {
+  if (const Json* quantization = fields.find("quantization_config")) {
+    const Json* method = quantization->find("quant_method");
+    const bool named = method != nullptr && method->string() != nullptr;
+    throw FileError(cat(fields.where(), ": weights quantised by ",
+                        named ? io::printable(*method->string()) : "quantization_config",
+                        " are not supported; use the original folder or a GGUF file"));
+  }
+  const std::string activation = fields.string("hidden_act").value_or("silu");
+  if (activation != "silu") {
+    throw FileError(cat(fields.where(), ": hidden_act '", io::printable(activation),
+                        "' is not supported; silu is"));
+  }
+  // Qwen2's QKV bias belongs to the family; transformers reads no key for it.
+  if (family != Family::kQwen2 && fields.flag("attention_bias")) {
+    throw FileError(cat(fields.where(), ": attention_bias is not supported for ",
+                        family_name(family)));
+  }
+  if (fields.flag("mlp_bias")) {
+    throw FileError(cat(fields.where(), ": mlp_bias is not supported"));
+  }
+}
+
+int64_t read_head_dim(const Fields& fields, const ModelConfig& config) {
+  if (const std::optional<int64_t> explicit_dim = fields.integer("head_dim")) return *explicit_dim;
+  if (config.family == Family::kQwen3) return 128;  // the family's default; not derived
+  if (config.num_heads < 1 || config.hidden_size % config.num_heads != 0) {
+    throw FileError(cat(fields.where(), ": hidden_size ", config.hidden_size,
+                        " is no multiple of num_attention_heads ", config.num_heads,
+                        ", and there is no head_dim"));
+  }
+  return config.hidden_size / config.num_heads;
+}
+
+// Layers that slide and layers that do not cannot be mixed here.
+[[noreturn]] void refuse_mixed_windows(const Fields& fields, std::string_view key) {
+  throw FileError(cat(fields.where(), ": ", key,
+                      " mixes layers with and without a sliding window, which is not supported"));
+}
+
+int64_t read_sliding_window(const Fields& fields, const ModelConfig& config) {
+  const bool qwen = config.family == Family::kQwen2 || config.family == Family::kQwen3;
+  int64_t window = fields.integer("sliding_window").value_or(0);
+  // Absent is not null: these classes have a window of 4096 unless the file says otherwise.
+  if ((qwen || config.family == Family::kMistral) && !fields.has_key("sliding_window")) {
+    window = 4096;
+  }
+  if (config.family == Family::kLlama || (qwen && !fields.flag("use_sliding_window"))) window = 0;
+  if (window < 0) fields.fail("sliding_window", "0 or more");
+
+  if (const Json* types = fields.find("layer_types")) {
+    if (types->array() == nullptr) fields.fail("layer_types", "a list of strings");
+    int64_t sliding = 0;
+    for (const Json& type : *types->array()) {
+      const std::string* name = type.string();
+      if (name == nullptr) fields.fail("layer_types", "a list of strings");
+      if (*name != "full_attention" && *name != "sliding_attention") {
+        throw FileError(cat(fields.where(), ": layer type '", io::printable(*name),
+                            "' is not supported; full_attention and sliding_attention are"));
+      }
+      sliding += *name == "sliding_attention" ? 1 : 0;
+    }
+    const auto count = static_cast<int64_t>(types->array()->size());
+    if (count != config.num_layers) {
+      throw FileError(cat(fields.where(), ": layer_types has ", count, " entries for ",
+                          config.num_layers, " layers"));
+    }
+    if (sliding != 0 && sliding != count) refuse_mixed_windows(fields, "layer_types");
+    if (sliding == count && window == 0) {
+      throw FileError(cat(fields.where(), ": layer_types asks for sliding_attention, but no "
+                          "sliding_window is in force"));
+    }
+    // Mistral and Phi-3 ignore the list and slide whenever there is a window.
+    if (sliding == 0 && !qwen && window != 0) refuse_mixed_windows(fields, "layer_types");
+    return sliding == 0 ? 0 : window;
+  }
+  if (!qwen || window == 0) return window;
+  // Without the list, Qwen slides in the layers from max_window_layers on.
+  const int64_t first = fields.integer("max_window_layers").value_or(28);
+  if (first >= config.num_layers) return 0;
+  if (first > 0) refuse_mixed_windows(fields, "max_window_layers");
+  return window;
+}
+
+RopeScaling read_scaling_type(const Fields& fields, Family family) {
+  std::optional<std::string> name = fields.string("rope_type");
+  if (!name) name = fields.string("type");
+  if (!name || *name == "default" || *name == "none") return RopeScaling::kNone;
+  if (*name == "linear") return RopeScaling::kLinear;
+  if (*name == "llama3") return RopeScaling::kLlama3;
+  // Early Phi-3 files say "su" or "yarn" and mean longrope.
+  const bool phi_alias = family == Family::kPhi3 && (*name == "su" || *name == "yarn");
+  if (*name == "longrope" || phi_alias) return RopeScaling::kLongrope;
+  throw FileError(cat(fields.where(), ": rope scaling '", io::printable(*name),
+                      "' is not supported; default, linear, llama3 and longrope are"));
+}
+
+RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
+  // One dictionary in transformers 5; before that, scaling apart from theta. Either may be absent.
+  const Json* parameters = fields.find("rope_scaling");
+  std::string_view key = "rope_scaling";
+  if (parameters == nullptr || (parameters->object() && parameters->object()->empty())) {
+    parameters = fields.find("rope_parameters");
+    key = "rope_parameters";
+  }
+  static const Json kEmpty{Json::Value(Json::Object())};
+  if (parameters != nullptr && parameters->object() == nullptr) fields.fail(key, "an object");
+  const Fields scaling(parameters == nullptr ? kEmpty : *parameters,
+                       cat(fields.where(), ": ", key));
+  if (scaling.find("full_attention") != nullptr || scaling.find("sliding_attention") != nullptr) {
+    throw FileError(cat(scaling.where(), " differs by layer type, which is not supported"));
+  }
+
+  RopeConfig rope;
+  rope.theta = scaling.number("rope_theta").value_or(fields.number("rope_theta").value_or(10000.0));
+  const double part = scaling.number("partial_rotary_factor")
+                          .value_or(fields.number("partial_rotary_factor").value_or(1.0));
+  if (!(part > 0 && part <= 1)) {
+    throw FileError(cat(fields.where(), ": partial_rotary_factor is ", part,
+                        ", expected above 0 and at most 1"));
+  }
+  if (part != 1.0 && config.family != Family::kPhi3) {
+    throw FileError(cat(fields.where(), ": partial_rotary_factor is not supported for ",
+                        family_name(config.family)));
+  }
+  rope.rotary_dim = config.head_dim;
+  if (part != 1.0) {
+    // Bounded first: the product of a lying head_dim might not fit.
+    const auto lanes = static_cast<double>(std::min<int64_t>(config.head_dim, 1 << 20));
+    rope.rotary_dim = static_cast<int64_t>(lanes * part);
+  }
+
+  rope.scaling = read_scaling_type(scaling, config.family);
+  if (rope.scaling == RopeScaling::kNone) return rope;
+
+  if (rope.scaling == RopeScaling::kLinear) {
+    rope.factor = scaling.required_number("factor");
+    return rope;
+  }
+  // A value beside the dictionary wins over one inside; Phi-3's class always has one beside.
+  const int64_t fallback = config.family == Family::kPhi3 ? 4096 : config.context_length;
+  std::optional<int64_t> original = fields.integer("original_max_position_embeddings");
+  if (!original && config.family != Family::kPhi3) {
+    original = scaling.integer("original_max_position_embeddings");
+  }
+  rope.original_context = original.value_or(fallback);
+  if (rope.scaling == RopeScaling::kLlama3) {
+    rope.factor = scaling.required_number("factor");
+    rope.low_freq_factor = scaling.required_number("low_freq_factor");
+    rope.high_freq_factor = scaling.required_number("high_freq_factor");
+    return rope;
+  }
+  rope.short_factors = scaling.required_numbers("short_factor");
+  rope.long_factors = scaling.required_numbers("long_factor");
+  const double scale = scaling.number("factor").value_or(
+      static_cast<double>(config.context_length) / static_cast<double>(rope.original_context));
+  rope.attention_factor = scaling.number("attention_factor")
+                              .value_or(longrope_attention_factor(scale, rope.original_context));
+  // A context that ends before pre-training's never reaches the long factors.
+  rope.original_context = std::min(rope.original_context, config.context_length);
+  return rope;
+}
+
+// generation_config.json rules where it names any id: Phi-3.5 and Llama 3 list several there.
+void read_eos(const Fields& fields, const std::filesystem::path& folder, ModelConfig* config) {
+  const auto add_from = [config](const Fields& source) {
+    const Json* value = source.find("eos_token_id");
+    if (value == nullptr) return false;
+    const Json::Array single{*value};
+    for (const Json& id : value->array() != nullptr ? *value->array() : single) {
+      if (id.integer() == nullptr) source.fail("eos_token_id", "an integer or a list of them");
+      add_eos(*id.integer(), config);
+    }
+    return true;
+  };
+  const std::filesystem::path generation = folder / "generation_config.json";
+  std::error_code ignored;
+  if (std::filesystem::exists(generation, ignored)) {
+    const Json root = parse_object(generation);
+    if (add_from(Fields(root, generation.string()))) return;
+  }
+  add_from(fields);
+}
+
+}  // namespace
+
+ModelConfig read_hf_config(const std::filesystem::path& folder) {
+  const std::filesystem::path path = folder / "config.json";
+  const Json root = parse_object(path);
+  const Fields fields(root, path.string());
+
+  ModelConfig config;
+  apply_family(read_family(fields), &config);
+  refuse_unsupported(fields, config.family);
+  config.vocab_size = fields.required_integer("vocab_size");
+  config.hidden_size = fields.required_integer("hidden_size");
+  config.intermediate_size = fields.required_integer("intermediate_size");
+  config.num_layers = fields.required_integer("num_hidden_layers");
+  config.num_heads = fields.required_integer("num_attention_heads");
+  config.num_kv_heads = fields.integer("num_key_value_heads").value_or(config.num_heads);
+  config.head_dim = read_head_dim(fields, config);
+  config.context_length = fields.required_integer("max_position_embeddings");
+  config.sliding_window = read_sliding_window(fields, config);
+  config.rms_eps =
+      fields.number("rms_norm_eps").value_or(config.family == Family::kPhi3 ? 1e-5 : 1e-6);
+  config.tied_head = fields.flag("tie_word_embeddings");
+  config.rope = read_rope(fields, config);
+  set_bos(fields.integer("bos_token_id").value_or(-1), &config);
+  read_eos(fields, folder, &config);
+  validate(config, path.string());
+  return config;
+}
+
+}  // namespace alignpro::model

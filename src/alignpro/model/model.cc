@@ -1,0 +1,76 @@
+#include "alignpro/model/model.h"
+
+#include <utility>
+
+#include "alignpro/core/error.h"
+#include "alignpro/model/checkpoint.h"
+#include "alignpro/model/transformer.h"
+#include "alignpro/ops/embedding.h"
+#include "alignpro/ops/rms_norm.h"
+
+namespace alignpro::model {
+namespace {
+
+int64_t choose_context(const ModelConfig& config, int64_t wanted) {
+  require(wanted >= 0, "context_length: expected a positive number of positions, got ", wanted);
+  require(wanted <= config.context_length, "context_length: the model was made for ",
+          config.context_length, " positions, ", wanted, " were asked for");
+  if (wanted > 0) return wanted;
+  return config.rope.scaling == RopeScaling::kLongrope ? config.rope.original_context
+                                                       : config.context_length;
+}
+
+}  // namespace
+
+Model::Model(Weights weights, std::unique_ptr<ThreadTeam> team, int64_t context_length)
+    : weights_(std::move(weights)),
+      context_length_(context_length),
+      rope_(weights_.config.rope, context_length),
+      team_(std::move(team)) {}
+
+std::shared_ptr<Model> Model::load(const std::filesystem::path& path, int threads,
+                                   int64_t context_length) {
+  return from(*Checkpoint::open(path), threads, context_length);
+}
+
+std::shared_ptr<Model> Model::from(const Checkpoint& checkpoint, int threads,
+                                   int64_t context_length) {
+  const int64_t context = choose_context(checkpoint.config(), context_length);
+  auto team = std::make_unique<ThreadTeam>(threads);
+  Weights weights = Weights::load(checkpoint, *team);
+  return std::shared_ptr<Model>(new Model(std::move(weights), std::move(team), context));
+}
+
+void Model::forward(const Batch& batch, KvPool& kv, float* hidden) const {
+  const ModelConfig& config = weights_.config;
+  const int64_t rows = batch.rows(), width = config.hidden_size;
+  // One set of buffers a driving thread, as large as its largest batch.
+  struct Workspace {
+    AlignedBuffer stream, cos, sin;
+    LayerActivations activations;
+    LayerScratch scratch;
+  };
+  thread_local Workspace own;
+  float* stream = own.stream.reserve(rows * width);
+  float* cos = own.cos.reserve(rows * rope_.half());
+  float* sin = own.sin.reserve(rows * rope_.half());
+  rope_.compute(batch.positions, cos, sin);
+  ops::embedding(weights_.embedding, batch.tokens, stream, *team_);
+  const PassContext pass{weights_, batch.segments, batch.kv_writes, batch.adapters,
+                         rows,     cos,            sin,             *team_};
+  for (int64_t l = 0; l < config.num_layers; ++l) {
+    layer_forward(pass, l, stream, stream, kv.layer(l), own.activations, own.scratch);
+  }
+  for (size_t i = 0; i < batch.output_rows.size(); ++i) {
+    ops::rms_norm(1, width, stream + batch.output_rows[i] * width, width,
+                  weights_.final_norm.data(), static_cast<float>(config.rms_eps),
+                  hidden + static_cast<int64_t>(i) * width, width, nullptr, *team_);
+  }
+}
+
+void Model::sample(const float* hidden, std::span<const ops::SampleRow> rows,
+                   std::span<ops::SampledToken> out) const {
+  ops::head_sample(weights_.head(), hidden, rows, out, *team_);
+}
+
+}  // namespace alignpro::model

@@ -1,0 +1,53 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+
+#include "alignpro/core/parallel.h"
+#include "alignpro/model/batch.h"
+#include "alignpro/model/config.h"
+#include "alignpro/model/kv_pool.h"
+#include "alignpro/model/rope_angles.h"
+#include "alignpro/model/weights.h"
+#include "alignpro/ops/head_sample.h"
+
+namespace alignpro::model {
+
+// Base weights, constant after load, with the thread team that computes on them. The engine and the
+// scorer both run the same layers; there is one definition of every number (contract 1).
+class Model {
+ public:
+  // `threads` 0: available_cpus(). `context_length` 0: the model's own (for longrope, the positions
+  // of pre-training; a larger value selects the long factors for every position).
+  static std::shared_ptr<Model> load(const std::filesystem::path& path, int threads,
+                                     int64_t context_length);
+  static std::shared_ptr<Model> from(const Checkpoint& checkpoint, int threads,
+                                     int64_t context_length);
+
+  const ModelConfig& config() const { return weights_.config; }
+  const Weights& weights() const { return weights_; }
+  const RopeAngles& rope() const { return rope_; }
+  ThreadTeam& team() const { return *team_; }
+  int64_t context_length() const { return context_length_; }
+
+  // Runs the batch, writing K and V into `kv` and the final (normed) hidden states of
+  // batch.output_rows into hidden [output_rows, hidden_size]. A row's bits depend on its own
+  // sequence alone (contract 2).
+  void forward(const Batch& batch, KvPool& kv, float* hidden) const;
+
+  // Draws one token for each hidden row; see ops::head_sample.
+  void sample(const float* hidden, std::span<const ops::SampleRow> rows,
+              std::span<ops::SampledToken> out) const;
+
+ private:
+  Model(Weights weights, std::unique_ptr<ThreadTeam> team, int64_t context_length);
+
+  Weights weights_;
+  int64_t context_length_;
+  RopeAngles rope_;
+  std::unique_ptr<ThreadTeam> team_;
+};
+
+}  // namespace alignpro::model

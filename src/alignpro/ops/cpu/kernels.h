@@ -1,0 +1,110 @@
+#pragma once
+
+#include <cstdint>
+
+namespace alignpro::ops::cpu {
+
+// Tile of the matrix products. kRowTile x kPanel float accumulators fill the AVX2 register file
+// (6 x 2 vectors, two of B, one broadcast of A).
+inline constexpr int64_t kRowTile = 6;
+inline constexpr int64_t kPanel = 16;
+// Contraction block: a B sub-panel (kContract x kPanel) stays in L1.
+inline constexpr int64_t kContract = 192;
+
+// What one vocabulary tile contributes to a row's statistics. Sums are relative to the tile's own
+// maximum, so tiles merge in any magnitude; they are merged in tile order, in double.
+struct TileStats {
+  float max;        // largest z
+  float sum;        // sum e, e = exp(z - max)
+  float sum_z;      // sum e (z - max)
+  float ref_max;    // the same of the reference's logits
+  float ref_sum;
+  float sum_cross;  // sum e ((z - max) - (z_ref - ref_max))
+};
+
+// Derivatives of the loss by one row's outputs, with the row's statistics: what the backward of the
+// vocabulary op needs to rebuild dz = d_logprob (1[a] - p) - d_entropy p (log p + H)
+// + d_kl p (log p - log q - KL).
+struct RowGradient {
+  float lse;      // of z
+  float ref_lse;  // of z_ref
+  float entropy;
+  float kl;
+  float d_logprob;
+  float d_entropy;
+  float d_kl;
+  int32_t token;
+};
+
+// The leaves: pointers and sizes, one table an instruction set. Every function computes each output
+// in one fixed order, whatever the number of rows beside it.
+struct Kernels {
+  const char* name;
+
+  // c[m][n] = (accumulate ? c[m][n] : 0) + sum_k a(m, k) b[k][n], the sum started from zero and run
+  // in ascending k. a: packed [ceil(rows / 6)][k_count][6]; b: [k_count] rows of 16, ldb apart;
+  // c: [rows][16].
+  void (*gemm_panel)(int64_t rows, int64_t k_count, const float* a, const float* b, int64_t ldb,
+                     float* c, bool accumulate);
+
+  // Packs rows [rows][k_count] of a matrix with element (m, k) at m * row_stride + k * col_stride
+  // into [ceil(rows / 6)][k_count][6]; missing rows of the last tile are zero.
+  void (*pack_rows)(int64_t rows, int64_t k_count, const float* source, int64_t row_stride,
+                    int64_t col_stride, float* packed);
+
+  // out[n][j] = panels[n / 16][k_begin + j][n % 16] for n < n_count, j < 16 (zero past k_total):
+  // a [n_count][16] sub-panel of the transposed weight, from panels [.][k_total][16].
+  void (*transpose_panels)(const float* panels, int64_t k_total, int64_t n_count, int64_t k_begin,
+                           float* out);
+
+  // y = x * w / sqrt(mean(x^2) + eps); returns the factor 1 / sqrt(...).
+  float (*rms_norm_row)(const float* x, const float* w, int64_t n, float eps, float* y);
+  // dx += gradient of rms_norm_row at x, given dy and the factor it returned.
+  void (*rms_norm_backward_row)(const float* x, const float* w, const float* dy, float factor,
+                                int64_t n, float* dx);
+
+  // h = silu(gate) * up
+  void (*swiglu_row)(const float* gate, const float* up, int64_t n, float* h);
+  // dgate, dup from dh; may not alias the inputs.
+  void (*swiglu_backward_row)(const float* gate, const float* up, const float* dh, int64_t n,
+                              float* dgate, float* dup);
+
+  // Rotates lanes (i, i + half) of x by the angles (cos, sin)[i], i < half.
+  void (*rope_row)(float* x, const float* cos, const float* sin, int64_t half);
+
+  // In place over scores [count padded to 16]: entries outside [first, count) become 0, the others
+  // exp(scale * s - m) with m their maximum. Returns m and the sum, lanes summed in fixed order.
+  void (*softmax_row)(float* scores, int64_t first, int64_t count, float scale, float* max,
+                      float* sum);
+
+  float (*dot)(const float* a, const float* b, int64_t n);
+  // y += alpha * x
+  void (*axpy)(float alpha, const float* x, int64_t n, float* y);
+
+  // Multiplies the row of logits in tile [panels][rows][16] by inv_temperature; columns at or past
+  // `columns` become -inf.
+  void (*scale_tile_row)(float* tile, int64_t rows, int64_t row, int64_t panels, int64_t columns,
+                         float inv_temperature);
+  // Statistics of one row of scaled logits; ref_tile may be null.
+  void (*tile_stats_row)(const float* tile, const float* ref_tile, int64_t rows, int64_t row,
+                         int64_t panels, TileStats* stats);
+  // Overwrites one row of scaled logits by dz (see RowGradient), times inv_temperature.
+  void (*tile_gradient_row)(float* tile, const float* ref_tile, int64_t rows, int64_t row,
+                            int64_t panels, int64_t first_column, const RowGradient* gradient,
+                            float inv_temperature);
+  // e[j] = exp(tile row j - max) for j < panels * 16.
+  void (*tile_exp_row)(const float* tile, int64_t rows, int64_t row, int64_t panels, float max,
+                       float* e);
+};
+
+namespace generic {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+
+// The table for this machine (core/cpu_isa.h decides, once).
+const Kernels& kernels();
+
+}  // namespace alignpro::ops::cpu

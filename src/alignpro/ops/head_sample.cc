@@ -1,0 +1,247 @@
+#include "alignpro/ops/head_sample.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "alignpro/core/error.h"
+#include "alignpro/ops/vocabulary.h"
+
+namespace alignpro::ops {
+namespace {
+
+// Rows whose logits are held at once for truncated sampling: the workspace is 16 x V floats.
+constexpr int64_t kTruncatedRows = 16;
+
+bool is_truncated(const SampleRow& row) {
+  return row.temperature > 0.0f &&
+         (row.top_k > 0 || row.top_p < 1.0f || row.min_p > 0.0f || !row.banned.empty());
+}
+
+float inverse_temperature(const SampleRow& row) {
+  return row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
+}
+
+[[noreturn]] void refuse(int64_t row) {
+  throw NumericError(cat("sampling: row ", row,
+                         " has no finite softmax (NaN or infinite logits); check the weights and the "
+                         "adapter"));
+}
+
+// The logits of one row and tile again, for the one tile the draw fell into.
+void row_tile(const PackedMatrix& head, const float* hidden, int64_t tile, float inv_temperature,
+              float* out, ThreadTeam& team) {
+  thread_local PackedRows packed;
+  packed.pack(1, head.cols(), {hidden, head.cols(), 1}, cpu::kRowTile, team);
+  tile_logits(packed, 0, head, tile, out);
+  finish_tile_row(head, tile, out, 1, 0, inv_temperature);
+}
+
+bool is_banned(const SampleRow& row, int32_t token) {
+  return std::find(row.banned.begin(), row.banned.end(), token) != row.banned.end();
+}
+
+// First token, in token order, at which the cumulative mass passes `target`; rounding at the end
+// falls back to the last token with any mass.
+template <typename Mass>
+int64_t invert(int64_t count, double target, const Mass& mass) {
+  double below = 0.0;
+  int64_t last = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    const double m = mass(i);
+    if (m <= 0.0) continue;
+    last = i;
+    below += m;
+    if (below > target) break;
+  }
+  return last;
+}
+
+SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const SampleRow& row,
+                        std::span<const cpu::TileStats> tiles, ThreadTeam& team) {
+  const RowStats stats = merge_tiles(tiles);
+  const float inv_temperature = inverse_temperature(row);
+  float logits[kVocabTile];
+  int64_t tile = 0, column = 0;
+  if (row.temperature == 0.0f) {
+    while (tiles[static_cast<size_t>(tile)].max != static_cast<float>(stats.max)) ++tile;
+    row_tile(head, hidden, tile, inv_temperature, logits, team);
+    while (logits[column] != static_cast<float>(stats.max)) ++column;
+  } else {
+    const auto tile_mass = [&](int64_t t) {
+      const cpu::TileStats& s = tiles[static_cast<size_t>(t)];
+      return s.sum > 0.0f ? s.sum * std::exp(s.max - stats.max) : 0.0;
+    };
+    const double target = row.uniform * stats.sum;
+    tile = invert(static_cast<int64_t>(tiles.size()), target, tile_mass);
+    double below = 0.0;
+    for (int64_t t = 0; t < tile; ++t) below += tile_mass(t);
+    row_tile(head, hidden, tile, inv_temperature, logits, team);
+    float e[kVocabTile];
+    const cpu::TileStats& s = tiles[static_cast<size_t>(tile)];
+    cpu::kernels().tile_exp_row(logits, 1, 0, tile_panels(head, tile), s.max, e);
+    const double scale = std::exp(s.max - stats.max);
+    column = invert(tile_panels(head, tile) * cpu::kPanel, target - below,
+                    [&](int64_t i) { return e[i] * scale; });
+  }
+  return {static_cast<int32_t>(tile * kVocabTile + column),
+          static_cast<float>(logits[column] - stats.lse), 1.0f};
+}
+
+struct Candidate {
+  float z;
+  int32_t token;
+};
+
+// Order of preference: larger logit first, lower id on a tie.
+bool better(const Candidate& a, const Candidate& b) {
+  return a.z != b.z ? a.z > b.z : a.token < b.token;
+}
+
+// Sorts just enough of the best candidates that they hold `wanted` of `total` mass; returns how many
+// are needed.
+size_t nucleus(std::vector<Candidate>& all, double wanted, double lse) {
+  size_t sorted = 0;
+  double mass = 0.0;
+  for (size_t count = 0; count < all.size(); ++count) {
+    if (count == sorted) {
+      sorted = std::min(all.size(), std::max<size_t>(256, 8 * sorted));
+      const auto begin = all.begin() + static_cast<std::ptrdiff_t>(count);
+      std::partial_sort(begin, all.begin() + static_cast<std::ptrdiff_t>(sorted), all.end(),
+                        better);
+    }
+    mass += std::exp(all[count].z - lse);
+    if (mass >= wanted) return count + 1;
+  }
+  return all.size();
+}
+
+// Bans, then top-k, then top-p of what top-k left, then min-p against the best that is left.
+SampledToken draw_truncated(const SampleRow& row, const RowStats& stats, int64_t vocab,
+                            const float* logits, int64_t rows, int64_t m) {
+  std::vector<Candidate> kept;
+  kept.reserve(static_cast<size_t>(vocab));
+  for (int64_t v = 0; v < vocab; ++v) {
+    const float z = tile_value(logits, rows, m, v);
+    if (z > -INFINITY && !is_banned(row, static_cast<int32_t>(v))) {
+      kept.push_back({z, static_cast<int32_t>(v)});
+    }
+  }
+  if (kept.empty()) {
+    throw InvalidArgument("sampling: min_new_tokens or a ban leaves no token that can be drawn");
+  }
+  if (row.top_k > 0 && static_cast<size_t>(row.top_k) < kept.size()) {
+    std::nth_element(kept.begin(), kept.begin() + row.top_k - 1, kept.end(), better);
+    kept.resize(static_cast<size_t>(row.top_k));
+  }
+  const auto mass_of = [&] {
+    std::sort(kept.begin(), kept.end(),
+              [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+    double mass = 0.0;
+    for (const Candidate& c : kept) mass += std::exp(c.z - stats.lse);
+    return mass;
+  };
+  if (row.top_p < 1.0f) kept.resize(nucleus(kept, row.top_p * mass_of(), stats.lse));
+  if (row.min_p > 0.0f) {
+    const float best = std::min_element(kept.begin(), kept.end(), better)->z;
+    const double floor = best + std::log(double{row.min_p});
+    std::erase_if(kept, [&](const Candidate& c) { return c.z < floor; });
+  }
+  const double mass = mass_of();
+  const int64_t drawn =
+      invert(static_cast<int64_t>(kept.size()), row.uniform * mass, [&](int64_t i) {
+        return std::exp(kept[static_cast<size_t>(i)].z - stats.lse);
+      });
+  // Every candidate underflowed: the best of them is the limit.
+  const Candidate& token = drawn >= 0 ? kept[static_cast<size_t>(drawn)]
+                                      : *std::min_element(kept.begin(), kept.end(), better);
+  return {token.token, static_cast<float>(token.z - stats.lse),
+          static_cast<float>(std::min(1.0, mass))};
+}
+
+// Greedy with bans is a truncation to the best allowed token.
+SampleRow as_drawn(const SampleRow& row) {
+  SampleRow drawn = row;
+  if (row.temperature == 0.0f && !row.banned.empty()) {
+    drawn.temperature = 1.0f;
+    drawn.top_k = 1;
+    drawn.top_p = 1.0f;
+    drawn.min_p = 0.0f;
+  }
+  return drawn;
+}
+
+}  // namespace
+
+void head_sample(const PackedMatrix& head, const float* hidden, std::span<const SampleRow> requests,
+                 std::span<SampledToken> out, ThreadTeam& team) {
+  const int64_t count = static_cast<int64_t>(requests.size());
+  const int64_t tiles = vocab_tiles(head), cols = head.cols();
+  std::vector<SampleRow> rows(requests.begin(), requests.end());
+  std::transform(rows.begin(), rows.end(), rows.begin(), as_drawn);
+
+  PackedRows packed;
+  std::vector<cpu::TileStats> stats(static_cast<size_t>(count * tiles));
+  for (int64_t first = 0; first < count; first += kRowChunk) {
+    const int64_t live = std::min(kRowChunk, count - first);
+    packed.pack(live, cols, {hidden + first * cols, cols, 1}, kRowBlock, team);
+    team.run(packed.blocks() * tiles, [&](int64_t item, int) {
+      thread_local AlignedBuffer buffer;
+      float* logits = buffer.reserve(kRowBlock * kVocabTile);
+      const int64_t tile = item / packed.blocks(), block = item % packed.blocks();
+      const int64_t block_rows = packed.block_rows(block);
+      tile_logits(packed, block, head, tile, logits);
+      for (int64_t m = 0; m < block_rows; ++m) {
+        const int64_t row = first + block * kRowBlock + m;
+        finish_tile_row(head, tile, logits, block_rows, m,
+                        inverse_temperature(rows[static_cast<size_t>(row)]));
+        cpu::kernels().tile_stats_row(logits, nullptr, block_rows, m, tile_panels(head, tile),
+                                      &stats[static_cast<size_t>(row * tiles + tile)]);
+      }
+    });
+  }
+  const auto row_stats = [&](int64_t row) {
+    return std::span<const cpu::TileStats>(stats.data() + row * tiles, static_cast<size_t>(tiles));
+  };
+  std::vector<int64_t> truncated;
+  for (int64_t row = 0; row < count; ++row) {
+    if (!merge_tiles(row_stats(row)).valid()) refuse(row);
+    if (is_truncated(rows[static_cast<size_t>(row)])) {
+      truncated.push_back(row);
+    } else {
+      out[static_cast<size_t>(row)] = draw_plain(head, hidden + row * cols,
+                                                 rows[static_cast<size_t>(row)], row_stats(row),
+                                                 team);
+    }
+  }
+  AlignedBuffer gathered, logits;
+  for (size_t first = 0; first < truncated.size(); first += kTruncatedRows) {
+    const int64_t live =
+        std::min<int64_t>(kTruncatedRows, static_cast<int64_t>(truncated.size() - first));
+    float* some = gathered.reserve(kTruncatedRows * cols);
+    for (int64_t m = 0; m < live; ++m) {
+      std::memcpy(some + m * cols, hidden + truncated[first + static_cast<size_t>(m)] * cols,
+                  static_cast<size_t>(cols) * sizeof(float));
+    }
+    packed.pack(live, cols, {some, cols, 1}, kRowBlock, team);
+    float* all = logits.reserve(live * head.panels() * cpu::kPanel);
+    team.run(tiles, [&](int64_t tile, int) {
+      float* to = all + tile * kTilePanels * live * cpu::kPanel;
+      tile_logits(packed, 0, head, tile, to);
+      for (int64_t m = 0; m < live; ++m) {
+        const auto row = static_cast<size_t>(truncated[first + static_cast<size_t>(m)]);
+        finish_tile_row(head, tile, to, live, m, inverse_temperature(rows[row]));
+      }
+    });
+    team.run(live, [&](int64_t m, int) {
+      const int64_t row = truncated[first + static_cast<size_t>(m)];
+      out[static_cast<size_t>(row)] =
+          draw_truncated(rows[static_cast<size_t>(row)], merge_tiles(row_stats(row)), head.rows(),
+                         all, live, m);
+    });
+  }
+}
+
+}  // namespace alignpro::ops

@@ -1,0 +1,35 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "alignpro/core/parallel.h"
+#include "alignpro/ops/packed_matrix.h"
+
+namespace alignpro::ops {
+
+// How one token is drawn.
+struct SampleRow {
+  float temperature = 1.0f;  // 0: the most likely token, lowest id on a tie; its log-probability is
+                             // reported at temperature 1
+  int32_t top_k = 0;         // 0: off
+  float top_p = 1.0f;        // 1: off
+  float min_p = 0.0f;        // 0: off
+  double uniform = 0.0;      // the draw, in [0, 1)
+  std::span<const int32_t> banned;  // tokens that may not be drawn (EOS before min_new_tokens)
+};
+
+struct SampledToken {
+  int32_t token = -1;
+  float logprob = 0.0f;    // of the untruncated distribution at the row's temperature
+  float kept_mass = 1.0f;  // probability of what truncation and bans left
+};
+
+// Projects hidden [rows, K] on the head [V, K] and draws a token a row, by inversion of the
+// cumulative distribution in token order. No logits tensor: plain rows keep two numbers per
+// vocabulary tile; truncated rows go through a workspace of at most 16 x V floats.
+// Throws NumericError when a row has a NaN logit or no finite one.
+void head_sample(const PackedMatrix& head, const float* hidden, std::span<const SampleRow> rows,
+                 std::span<SampledToken> out, ThreadTeam& team);
+
+}  // namespace alignpro::ops

@@ -1,0 +1,27 @@
+#include "alignpro/ops/rms_norm.h"
+
+#include "alignpro/ops/cpu/kernels.h"
+#include "alignpro/ops/row_parallel.h"
+
+namespace alignpro::ops {
+
+void rms_norm(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* weight, float eps,
+              float* y, int64_t ldy, float* factors, ThreadTeam& team) {
+  const cpu::Kernels& k = cpu::kernels();
+  row_parallel(rows, n, team, [&](int64_t row) {
+    const float factor = k.rms_norm_row(x + row * ldx, weight, n, eps, y + row * ldy);
+    if (factors != nullptr) factors[row] = factor;
+  });
+}
+
+void rms_norm_backward(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* weight,
+                       const float* factors, const float* dy, int64_t ldy, float* dx, int64_t lddx,
+                       ThreadTeam& team) {
+  const cpu::Kernels& k = cpu::kernels();
+  row_parallel(rows, n, team, [&](int64_t row) {
+    k.rms_norm_backward_row(x + row * ldx, weight, dy + row * ldy, factors[row], n,
+                            dx + row * lddx);
+  });
+}
+
+}  // namespace alignpro::ops

@@ -1,0 +1,778 @@
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "alignpro/core/error.h"
+#include "alignpro/core/rng.h"
+#include "alignpro/engine/engine.h"
+#include "alignpro/model/adapter.h"
+#include "check.h"
+
+namespace alignpro::engine {
+namespace {
+
+using model::kKvBlock;
+using Tokens = std::vector<int32_t>;
+using Handle = std::shared_ptr<Sequence>;
+
+constexpr int32_t kVocab = 97;
+constexpr int32_t kEos = 96;
+
+model::ModelConfig tiny_config() {
+  model::ModelConfig config;
+  config.vocab_size = kVocab;
+  config.hidden_size = 2;
+  config.intermediate_size = 4;
+  config.num_layers = 2;
+  config.num_heads = 1;
+  config.num_kv_heads = 1;
+  config.head_dim = 2;
+  config.context_length = 256;
+  config.eos_ids = {kEos};
+  return config;
+}
+
+// One number for a history under a weight version; 24 bits, exact in a float.
+uint32_t extend_hash(uint32_t hash, int32_t token, int64_t position, uint64_t version) {
+  const auto mixed = philox4x32({hash, static_cast<uint32_t>(token),
+                                 static_cast<uint32_t>(position), static_cast<uint32_t>(version)},
+                                {1, 2});
+  return mixed[0] & 0xFFFFFF;
+}
+
+// Greedy: the hash's residue. Otherwise the key of the draw decides with it.
+int32_t choose(uint32_t hash, double temperature, double uniform) {
+  const auto shift = temperature == 0.0 ? 0 : static_cast<uint32_t>(uniform * kVocab);
+  return static_cast<int32_t>((hash + shift) % kVocab);
+}
+
+// A language model whose only memory is the KV pool: K holds the token, V its position and weight
+// version, and the next token is a hash of all that is read back. A block shared, copied, evicted
+// or reused wrongly changes what it says. NaN where it reads what no row has written.
+class HashModel final : public LanguageModel {
+ public:
+  explicit HashModel(int64_t context = 256) : context_(context) {}
+
+  mutable std::atomic<int> forwards{0};
+  mutable std::atomic<int64_t> rows{0};
+  mutable std::atomic<bool> fail_next{false};
+  mutable std::vector<int64_t> row_counts;  // of each forward
+  std::chrono::microseconds delay{0};
+
+  const model::ModelConfig& config() const override { return config_; }
+  int64_t context_length() const override { return context_; }
+
+  void forward(const model::Batch& batch, model::KvPool& kv, float* hidden) const override {
+    forwards.fetch_add(1);
+    rows.fetch_add(batch.rows());
+    row_counts.push_back(batch.rows());
+    if (delay.count() > 0) std::this_thread::sleep_for(delay);
+    if (fail_next.exchange(false)) throw NumericError("forward: NaN");
+    check_shape(batch);
+    for (const model::KvWrite& write : batch.kv_writes) {
+      for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+        float* keys = kv.keys(write.block, layer, 0);
+        float* values = kv.values(write.block, layer, 0);
+        const auto row = static_cast<size_t>(write.row);
+        keys[0 * kKvBlock + write.slot] = static_cast<float>(batch.tokens[row] + 1);
+        keys[1 * kKvBlock + write.slot] = static_cast<float>(layer);
+        values[write.slot * 2 + 0] = static_cast<float>(batch.positions[row]);
+        values[write.slot * 2 + 1] = static_cast<float>(version_of(batch, write.row));
+      }
+    }
+    size_t out = 0;
+    for (const model::Segment& segment : batch.segments) {
+      const int64_t last = segment.row_begin + segment.row_count - 1;
+      if (out == batch.output_rows.size() || batch.output_rows[out] != last) continue;
+      const uint64_t version = version_of(batch, last);
+      hidden[2 * out] = read_back(kv, segment, version);
+      hidden[2 * out + 1] = 0.0f;
+      ++out;
+    }
+    if (out != batch.output_rows.size()) throw Error("output_rows: not the ends of segments");
+  }
+
+  void sample(const float* hidden, std::span<const ops::SampleRow> sample_rows,
+              std::span<ops::SampledToken> out) const override {
+    for (size_t i = 0; i < sample_rows.size(); ++i) {
+      if (std::isnan(hidden[2 * i])) throw NumericError("KV that was never written, or not ours");
+      const ops::SampleRow& row = sample_rows[i];
+      auto token = choose(static_cast<uint32_t>(hidden[2 * i]), row.temperature, row.uniform);
+      while (std::count(row.banned.begin(), row.banned.end(), token) > 0) {
+        token = (token + 1) % kVocab;
+      }
+      out[i] = {token, -hidden[2 * i], 1.0f};
+    }
+  }
+
+ private:
+  static uint64_t version_of(const model::Batch& batch, int64_t row) {
+    for (const model::AdapterRange& range : batch.adapters) {
+      if (row >= range.row_begin && row < range.row_end) return range.adapter->version();
+    }
+    return 0;
+  }
+
+  // Both layers must hold the same token at the right position, written by the same weights.
+  float read_back(const model::KvPool& kv, const model::Segment& segment, uint64_t version) const {
+    uint32_t hash = 0;
+    for (int64_t position = 0; position < segment.position + segment.row_count; ++position) {
+      const int32_t block = segment.blocks[static_cast<size_t>(position / kKvBlock)];
+      const int64_t slot = position % kKvBlock;
+      const float token = kv.keys(block, 0, 0)[slot];
+      for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+        const float* keys = kv.keys(block, layer, 0);
+        const float* values = kv.values(block, layer, 0);
+        const bool ok = token >= 1.0f && keys[slot] == token &&
+                        keys[kKvBlock + slot] == static_cast<float>(layer) &&
+                        values[slot * 2] == static_cast<float>(position) &&
+                        values[slot * 2 + 1] == static_cast<float>(version);
+        if (!ok) return std::numeric_limits<float>::quiet_NaN();
+      }
+      hash = extend_hash(hash, static_cast<int32_t>(token) - 1, position, version);
+    }
+    return static_cast<float>(hash);
+  }
+
+  static void check_shape(const model::Batch& batch) {
+    int64_t row = 0;
+    for (const model::Segment& segment : batch.segments) {
+      if (segment.row_begin != row || segment.row_count < 1) throw Error("segments: a gap");
+      for (int64_t i = 0; i < segment.row_count; ++i) {
+        if (batch.positions[static_cast<size_t>(row + i)] != segment.position + i) {
+          throw Error("positions: not consecutive");
+        }
+      }
+      row += segment.row_count;
+    }
+    if (row != batch.rows() || batch.kv_writes.size() != batch.tokens.size()) {
+      throw Error("rows: not all covered");
+    }
+    int64_t end = 0;
+    for (const model::AdapterRange& range : batch.adapters) {
+      if (range.row_begin < end || range.row_end <= range.row_begin) throw Error("ranges: overlap");
+      end = range.row_end;
+    }
+    if (!std::is_sorted(batch.output_rows.begin(), batch.output_rows.end())) {
+      throw Error("output_rows: not ascending");
+    }
+  }
+
+  model::ModelConfig config_ = tiny_config();
+  int64_t context_;
+};
+
+constexpr int64_t kBlockBytes = 2 * 2 * 2 * kKvBlock * 4;  // layers, K and V, head_dim
+
+// What the model says when nothing is shared, batched or cached: the specification.
+Tokens expected_tokens(const Tokens& prompt, const SamplingParams& params, uint64_t version = 0,
+                       int64_t context = 256) {
+  Tokens tokens = prompt;
+  Tokens out;
+  while (static_cast<int64_t>(out.size()) < params.max_new_tokens &&
+         static_cast<int64_t>(tokens.size()) < context) {
+    uint32_t hash = 0;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      hash = extend_hash(hash, tokens[i], static_cast<int64_t>(i), version);
+    }
+    const double uniform =
+        keyed_uniform(params.seed, params.sample, static_cast<uint32_t>(tokens.size()));
+    int32_t token = choose(hash, params.temperature, uniform);
+    const auto is_stop = [&](int32_t id) {
+      return (id == kEos && !params.ignore_eos) ||
+             std::count(params.stop_token_ids.begin(), params.stop_token_ids.end(), id) > 0;
+    };
+    while (static_cast<int64_t>(out.size()) < params.min_new_tokens && is_stop(token)) {
+      token = (token + 1) % kVocab;
+    }
+    out.push_back(token);
+    tokens.push_back(token);
+    if (is_stop(token)) break;
+  }
+  return out;
+}
+
+struct Bench {
+  std::shared_ptr<HashModel> model;
+  std::unique_ptr<Engine> engine;
+
+  explicit Bench(int64_t blocks = 256, int64_t max_rows = 64, bool prefix_cache = true,
+                 int64_t context = 256)
+      : model(std::make_shared<HashModel>(context)) {
+    EngineOptions options;
+    options.kv_cache_bytes = blocks * kBlockBytes;
+    options.max_batch_rows = max_rows;
+    options.prefix_cache = prefix_cache;
+    engine = std::make_unique<Engine>(std::shared_ptr<const LanguageModel>(model), options);
+  }
+  Handle submit(const Tokens& prompt, const SamplingParams& params,
+                std::shared_ptr<const model::Adapter> adapter = nullptr) {
+    return engine->submit(prompt, params, std::move(adapter));
+  }
+  void run(const std::vector<Handle>& handles) { engine->run(handles); }
+};
+
+SamplingParams params_of(int64_t max_new, uint64_t seed = 0) {
+  SamplingParams params;
+  params.max_new_tokens = max_new;
+  params.seed = seed;
+  return params;
+}
+
+Tokens prompt_of(int64_t size, int32_t start) {
+  Tokens tokens;
+  for (int64_t i = 0; i < size; ++i) {
+    tokens.push_back(static_cast<int32_t>((start + 7 * i) % (kVocab - 1)));
+  }
+  return tokens;
+}
+
+// A LoRA of rank 1 on one module; only its version matters here.
+std::shared_ptr<const model::Adapter> new_adapter() {
+  const model::ModelConfig config = tiny_config();
+  const auto module = model::lora_modules(config).front();
+  const std::vector<float> a(static_cast<size_t>(module.inputs), 0.5f);
+  const std::vector<float> b(static_cast<size_t>(module.outputs), 0.5f);
+  return std::make_shared<const model::Adapter>(
+      config, std::map<std::string, model::LoraMatrices>{{module.path, {1, a.data(), b.data()}}},
+      1.0f);
+}
+
+// ---------------------------------------------------------------- KvPool
+
+TEST(kv_pool_copies_the_first_slots_of_every_layer_and_head) {
+  model::KvPool pool(3, 2, 5, 4);
+  const auto fill = [&](int64_t block, float base) {
+    for (int64_t layer = 0; layer < 3; ++layer) {
+      for (int64_t head = 0; head < 2; ++head) {
+        for (int64_t i = 0; i < 5 * kKvBlock; ++i) {
+          pool.keys(block, layer, head)[i] =
+              base + static_cast<float>(layer * 1000 + head * 500 + i);
+          pool.values(block, layer, head)[i] = -pool.keys(block, layer, head)[i];
+        }
+      }
+    }
+  };
+  fill(1, 10000.0f);
+  fill(2, 20000.0f);
+  pool.copy_slots(1, 2, 3);
+  for (int64_t layer = 0; layer < 3; ++layer) {
+    for (int64_t head = 0; head < 2; ++head) {
+      for (int64_t slot = 0; slot < kKvBlock; ++slot) {
+        for (int64_t lane = 0; lane < 5; ++lane) {
+          const float base =
+              (slot < 3 ? 10000.0f : 20000.0f) + static_cast<float>(layer * 1000 + head * 500);
+          CHECK_EQ(pool.keys(2, layer, head)[lane * kKvBlock + slot],
+                   base + static_cast<float>(lane * kKvBlock + slot));
+          CHECK_EQ(pool.values(2, layer, head)[slot * 5 + lane],
+                   -(base + static_cast<float>(slot * 5 + lane)));
+        }
+      }
+    }
+  }
+  CHECK_THROWS(model::KvPool(1, 1, 1, 0), InvalidArgument, "positive");
+  CHECK_THROWS(model::KvPool(1 << 20, 1 << 20, 1 << 20, 1 << 20), InvalidArgument, "overflow");
+}
+
+// ---------------------------------------------------------------- PrefixCache
+
+// Acquires, pretends to compute the whole prompt, publishes.
+PrefixCache::Lease lease_of(PrefixCache& cache, uint64_t version, const Tokens& tokens,
+                            int64_t blocks) {
+  auto lease = cache.acquire(version, std::span(tokens).first(tokens.size() - 1), blocks);
+  CHECK(lease.has_value());
+  if (!lease) return {};
+  cache.publish(*lease, tokens, true);
+  return *lease;
+}
+
+TEST(cache_shares_whole_blocks_and_copies_the_tail) {
+  PrefixCache cache(16, true);
+  const Tokens prompt = prompt_of(40, 1);
+  auto first = lease_of(cache, 0, prompt, 4);
+  CHECK_EQ(first.cached, 0);
+  CHECK_EQ(cache.blocks_in_use(), 4);
+
+  auto twin = *cache.acquire(0, std::span(prompt).first(39), 4);
+  CHECK_EQ(twin.cached, 39);  // 32 shared, 7 copied; the 40th is computed
+  CHECK_EQ(twin.copy_slots, 7);
+  CHECK_EQ(twin.copy_from, first.blocks[2]);
+  CHECK_EQ(twin.copy_to, twin.blocks[2]);
+  CHECK_EQ(twin.blocks[0], first.blocks[0]);
+  CHECK_EQ(twin.blocks[1], first.blocks[1]);
+  CHECK(twin.blocks[2] != first.blocks[2]);
+  CHECK_EQ(cache.blocks_in_use(), 6);
+
+  Tokens diverging = prompt;
+  diverging[20] = 0;
+  CHECK_EQ(cache.cached_tokens(0, diverging), 20);  // one block and 4 tokens of the second
+  CHECK_EQ(cache.cached_tokens(1, prompt), 0);      // other weights
+  CHECK_EQ(cache.cached_tokens(0, std::span(prompt).first(16)), 16);
+  CHECK_EQ(cache.cached_tokens(0, std::span(prompt).first(15)), 15);
+  cache.release(first);
+  cache.release(twin);
+  CHECK_EQ(cache.blocks_in_use(), 0);
+}
+
+TEST(cache_changes_to_the_twin_that_was_published_first) {
+  PrefixCache cache(16, true);
+  const Tokens prompt = prompt_of(32, 1);
+  auto a = *cache.acquire(0, std::span(prompt).first(31), 3);
+  auto b = *cache.acquire(0, std::span(prompt).first(31), 3);
+  CHECK_EQ(cache.blocks_in_use(), 6);
+  cache.publish(a, prompt, true);
+  cache.publish(b, prompt, true);
+  CHECK_EQ(b.blocks[0], a.blocks[0]);
+  CHECK_EQ(b.blocks[1], a.blocks[1]);
+  CHECK(b.blocks[2] != a.blocks[2]);
+  CHECK_EQ(cache.blocks_in_use(), 4);
+  cache.release(a);
+  CHECK_EQ(cache.blocks_in_use(), 3);
+  cache.release(b);
+}
+
+TEST(cache_fills_a_tail_and_merges_equal_ones) {
+  PrefixCache cache(16, true);
+  const Tokens prompt = prompt_of(10, 1);
+  auto a = lease_of(cache, 0, prompt, 2);
+  auto b = *cache.acquire(0, std::span(prompt).first(9), 2);
+  CHECK_EQ(b.copy_slots, 9);
+  cache.publish(b, prompt, true);
+  Tokens longer = prompt;
+  for (int32_t token = 50; token < 56; ++token) longer.push_back(token);
+  cache.publish(b, longer, false);  // b's block is full first
+  cache.publish(a, longer, false);  // the same tokens: a's tail gives way
+  CHECK_EQ(a.blocks[0], b.blocks[0]);
+  CHECK_EQ(cache.blocks_in_use(), 3);
+  CHECK_EQ(cache.cached_tokens(0, longer), 16);
+  cache.release(a);
+  cache.release(b);
+  CHECK_EQ(cache.blocks_in_use(), 0);
+  CHECK_EQ(cache.blocks_free() + cache.blocks_cached(), 16);
+}
+
+TEST(cache_evicts_the_least_recently_used_leaf_and_keeps_a_quarter) {
+  PrefixCache cache(16, true);
+  const Tokens old_prompt = prompt_of(32, 1), new_prompt = prompt_of(32, 2);
+  auto a = lease_of(cache, 0, old_prompt, 2);
+  auto b = lease_of(cache, 0, new_prompt, 2);
+  cache.release(a);
+  cache.release(b);
+  CHECK_EQ(cache.blocks_cached(), 4);                 // a quarter of 16
+  auto c = lease_of(cache, 0, prompt_of(32, 3), 13);  // takes 12 free ones and evicts one
+  CHECK_EQ(cache.cached_tokens(0, old_prompt), 16);   // the leaf of the older path went
+  CHECK_EQ(cache.cached_tokens(0, new_prompt), 32);
+  CHECK(!cache.acquire(0, prompt_of(8, 4), 4).has_value());  // 3 idle blocks are all there is
+  auto d = cache.acquire(0, prompt_of(8, 4), 3);
+  CHECK(d.has_value());
+  CHECK_EQ(cache.cached_tokens(0, new_prompt), 0);
+  cache.release(*d);
+  cache.release(c);
+  CHECK_EQ(cache.blocks_in_use(), 0);
+  CHECK(cache.blocks_cached() <= 4);
+}
+
+TEST(cache_recomputes_a_tail_rather_than_refuse) {
+  PrefixCache cache(4, true);
+  const Tokens prompt = prompt_of(10, 1);
+  auto a = lease_of(cache, 0, prompt, 1);
+  cache.release(a);
+  CHECK_EQ(cache.blocks_cached(), 1);
+  auto all = cache.acquire(0, std::span(prompt).first(9), 4);  // needs the very block it could copy
+  CHECK(all.has_value());
+  CHECK_EQ(all->copy_slots, 0);
+  CHECK_EQ(all->cached, 0);
+}
+
+TEST(cache_off_shares_nothing) {
+  PrefixCache cache(8, false);
+  const Tokens prompt = prompt_of(33, 1);
+  auto a = lease_of(cache, 0, prompt, 3);
+  CHECK_EQ(cache.cached_tokens(0, prompt), 0);
+  cache.release(a);
+  CHECK_EQ(cache.blocks_free(), 8);
+}
+
+// ---------------------------------------------------------------- Engine
+
+TEST(tokens_depend_on_the_request_alone) {
+  struct Case {
+    Tokens prompt;
+    SamplingParams params;
+    std::shared_ptr<const model::Adapter> adapter;
+  };
+  const auto adapter = new_adapter();
+  const auto other = new_adapter();
+  CHECK(adapter->version() != other->version());
+  std::vector<Case> cases;
+  std::mt19937 random(5);
+  for (int i = 0; i < 60; ++i) {
+    Case c;
+    // Prompts of a few families, so that prefixes are shared and diverge inside blocks.
+    c.prompt =
+        prompt_of(1 + static_cast<int64_t>(random() % 70), static_cast<int32_t>(random() % 3));
+    if (random() % 3 == 0) c.prompt.back() = 95;
+    c.params = params_of(static_cast<int64_t>(random() % 40), random() % 2);
+    c.params.sample = random() % 3;
+    c.params.temperature = random() % 4 == 0 ? 0.0f : 1.0f;
+    c.params.ignore_eos = random() % 2 == 0;
+    c.params.min_new_tokens = c.params.max_new_tokens / 2;
+    const auto which = random() % 3;
+    c.adapter = which == 0 ? nullptr : which == 1 ? adapter : other;
+    cases.push_back(c);
+  }
+  for (const bool prefix_cache : {true, false}) {
+    for (const int64_t max_rows : {1, 7, 64, 1000}) {
+      for (const int64_t blocks : {8, 20, 400}) {
+        Bench bench(blocks, max_rows, prefix_cache);
+        std::shuffle(cases.begin(), cases.end(), random);
+        std::vector<Handle> handles;
+        for (const Case& c : cases) handles.push_back(bench.submit(c.prompt, c.params, c.adapter));
+        bench.run(handles);
+        for (size_t i = 0; i < cases.size(); ++i) {
+          const Case& c = cases[i];
+          const uint64_t version = c.adapter == nullptr ? 0 : c.adapter->version();
+          const Tokens expected = expected_tokens(c.prompt, c.params, version);
+          const Output output = handles[i]->read(0);
+          CHECK_EQ(output.tokens, expected);
+          CHECK_EQ(output.logprobs.size(), expected.size());
+          CHECK_EQ(output.kept_mass.size(), expected.size());
+          const bool stopped = !expected.empty() && expected.back() == kEos && !c.params.ignore_eos;
+          CHECK_EQ(handles[i]->finish_reason(),
+                   stopped ? FinishReason::kStop : FinishReason::kLength);
+        }
+        const EngineStats stats = bench.engine->stats();
+        CHECK(bench.engine->idle());
+        CHECK_EQ(stats.kv_blocks_in_use, 0);
+        CHECK(stats.kv_blocks_cached <= blocks / 4);
+        CHECK(prefix_cache || stats.cached_tokens == 0);
+        for (const int64_t count : bench.model->row_counts) CHECK(count <= max_rows);
+      }
+    }
+  }
+}
+
+TEST(samples_of_one_prompt_compute_it_once) {
+  for (const int64_t size : {3, 16, 17, 50, 200}) {
+    Bench bench(400, 64);
+    const Tokens prompt = prompt_of(size, 1);
+    std::vector<Handle> handles;
+    for (uint32_t sample = 0; sample < 8; ++sample) {
+      SamplingParams params = params_of(5);
+      params.ignore_eos = true;
+      params.sample = sample;
+      handles.push_back(bench.submit(prompt, params));
+    }
+    bench.run(handles);
+    for (const Handle& handle : handles) {
+      CHECK_EQ(handle->read(0).tokens, expected_tokens(prompt, handle->request().params));
+    }
+    const EngineStats stats = bench.engine->stats();
+    CHECK_EQ(stats.prefill_tokens, size + 7);  // the last token again for each sibling
+    CHECK_EQ(stats.cached_tokens, 7 * (size - 1));
+    CHECK_EQ(stats.decode_tokens, 8 * 5);
+  }
+}
+
+TEST(a_common_system_prompt_is_computed_once) {
+  Bench bench(400, 64);
+  const Tokens system = prompt_of(100, 1);
+  std::vector<Handle> handles;
+  for (int32_t user = 0; user < 6; ++user) {
+    Tokens prompt = system;
+    for (int32_t i = 0; i < 10; ++i) prompt.push_back((user * 11 + i) % 90);
+    handles.push_back(bench.submit(prompt, params_of(3)));
+  }
+  bench.run(handles);
+  CHECK_EQ(bench.engine->stats().prefill_tokens, 100 + 6 * 10);
+}
+
+TEST(new_weights_never_see_old_entries) {
+  Bench bench;
+  const Tokens prompt = prompt_of(40, 1);
+  const SamplingParams params = params_of(6);
+  for (int version = 0; version < 4; ++version) {
+    const auto adapter = new_adapter();  // the old one dies here
+    const Handle handle = bench.submit(prompt, params, adapter);
+    bench.run({handle});
+    CHECK_EQ(handle->read(0).tokens, expected_tokens(prompt, params, adapter->version()));
+    CHECK_EQ(bench.engine->stats().cached_tokens, 0);
+  }
+  const Handle base = bench.submit(prompt, params);
+  bench.run({base});
+  CHECK_EQ(base->read(0).tokens, expected_tokens(prompt, params));
+}
+
+TEST(a_large_request_is_not_overtaken) {
+  Bench bench(8, 64);
+  const Handle small = bench.submit(prompt_of(60, 1), params_of(30));  // 6 of 8 blocks
+  bench.engine->step();
+  SamplingParams large_params = params_of(100);
+  large_params.ignore_eos = true;
+  const Handle large = bench.submit(prompt_of(10, 2), large_params);  // 7: must wait
+  const Handle later = bench.submit(prompt_of(10, 3), params_of(5));
+  bench.engine->step();
+  CHECK_EQ(later->read(0).tokens.size(), size_t{0});
+  bench.run({small, large, later});
+  CHECK_EQ(large->read(0).tokens, expected_tokens(prompt_of(10, 2), large_params));
+}
+
+TEST(bad_requests_are_refused_by_name) {
+  Bench bench(8, 64, true, 64);
+  const auto submit = [&](Tokens prompt, SamplingParams params) {
+    return bench.submit(prompt, params);
+  };
+  CHECK_THROWS(submit({}, params_of(1)), InvalidArgument, "at least one token");
+  CHECK_THROWS(submit({1, kVocab}, params_of(1)), InvalidArgument, "got 97 at index 1");
+  CHECK_THROWS(submit({-1}, params_of(1)), InvalidArgument, "got -1");
+  CHECK_THROWS(submit(prompt_of(64, 0), params_of(1)), InvalidArgument, "context of 64");
+  Bench small(2, 64);
+  CHECK_THROWS(small.submit(prompt_of(20, 0), params_of(20)), InvalidArgument,
+               "kv_cache_bytes to at least " + std::to_string(3 * kBlockBytes));
+  const auto bad = [&](auto change, const char* text) {
+    SamplingParams params = params_of(4);
+    change(params);
+    CHECK_THROWS(submit({1}, params), InvalidArgument, text);
+  };
+  bad([](SamplingParams& p) { p.temperature = -1; }, "temperature");
+  bad([](SamplingParams& p) { p.temperature = NAN; }, "temperature");
+  bad([](SamplingParams& p) { p.top_k = -1; }, "top_k");
+  bad([](SamplingParams& p) { p.top_p = 0; }, "top_p");
+  bad([](SamplingParams& p) { p.top_p = 1.5f; }, "top_p");
+  bad([](SamplingParams& p) { p.min_p = -0.1f; }, "min_p");
+  bad([](SamplingParams& p) { p.max_new_tokens = -1; }, "max_new_tokens");
+  bad([](SamplingParams& p) { p.min_new_tokens = 5; }, "min_new_tokens");
+  bad([](SamplingParams& p) { p.stop_token_ids = {200}; }, "stop_token_ids");
+  bad([](SamplingParams& p) { p.stop = {""}; }, "stop");
+  bad([](SamplingParams& p) { p.stop = {"x"}; }, "set_token_bytes");
+  bad([](SamplingParams& p) { p.deadline_seconds = -1; }, "deadline_seconds");
+  Bench elsewhere;
+  const Handle handle = elsewhere.submit({1}, params_of(1));
+  CHECK_THROWS(bench.run({handle}), InvalidArgument, "this engine");
+  CHECK(bench.engine->idle());
+  CHECK_THROWS(Bench(0x7fffffff0, 64), InvalidArgument, "kv_cache_bytes");
+  CHECK_THROWS(Bench(8, 0), InvalidArgument, "max_batch_rows");
+}
+
+TEST(length_ends_a_sequence_at_the_limit_and_at_the_context) {
+  Bench bench(64, 64, true, 64);
+  const Handle nothing = bench.submit({1, 2}, params_of(0));
+  CHECK_EQ(nothing->finish_reason(), FinishReason::kLength);
+  CHECK(!bench.engine->idle());
+  const auto returned = bench.engine->step();
+  CHECK_EQ(returned.size(), size_t{1});
+  CHECK(bench.engine->idle());
+  CHECK_EQ(bench.model->forwards.load(), 0);
+
+  SamplingParams params = params_of(1 << 30);
+  params.ignore_eos = true;
+  const Handle full = bench.submit(prompt_of(60, 1), params);
+  const Handle one = bench.submit(prompt_of(63, 1), params);
+  bench.run({full, one});
+  CHECK_EQ(full->read(0).tokens.size(), size_t{4});
+  CHECK_EQ(full->finish_reason(), FinishReason::kLength);
+  CHECK_EQ(one->read(0).tokens.size(), size_t{1});
+}
+
+TEST(stop_ids_and_strings_end_a_sequence) {
+  Bench bench;
+  const Tokens prompt = prompt_of(9, 1);
+  SamplingParams params = params_of(40);
+  params.ignore_eos = true;
+  const Tokens free_run = expected_tokens(prompt, params);
+  params.stop_token_ids = {free_run[7]};
+  const auto first = std::find(free_run.begin(), free_run.end(), free_run[7]) - free_run.begin();
+  const Handle by_id = bench.submit(prompt, params);
+  bench.run({by_id});
+  CHECK_EQ(by_id->finish_reason(), FinishReason::kStop);
+  CHECK_EQ(by_id->read(0).tokens, Tokens(free_run.begin(), free_run.begin() + first + 1));
+  CHECK(!by_id->stop_match().has_value());
+
+  // Every token is "<id>": a stop string across the border of tokens 7 and 8.
+  std::vector<std::string> pieces;
+  for (int32_t id = 0; id < kVocab; ++id) pieces.push_back("<" + std::to_string(id) + ">");
+  bench.engine->set_token_bytes(pieces);
+  params.stop_token_ids = {};
+  const std::string text6 = pieces[static_cast<size_t>(free_run[6])];
+  const std::string text7 = pieces[static_cast<size_t>(free_run[7])];
+  params.stop = {"never", text6 + text7.substr(0, 3)};
+  const Handle by_text = bench.submit(prompt, params);
+  bench.run({by_text});
+  CHECK_EQ(by_text->finish_reason(), FinishReason::kStop);
+  CHECK_EQ(by_text->read(0).tokens, Tokens(free_run.begin(), free_run.begin() + 8));
+  int64_t begin = 0;
+  for (int i = 0; i < 6; ++i) {
+    begin += static_cast<int64_t>(pieces[static_cast<size_t>(free_run[i])].size());
+  }
+  CHECK(by_text->stop_match().has_value());
+  CHECK_EQ(by_text->stop_match()->index, size_t{1});
+  CHECK_EQ(by_text->stop_match()->begin, begin);
+
+  params.min_new_tokens = 9;  // the only match lies before: it does not count
+  const Handle late = bench.submit(prompt, params);
+  bench.run({late});
+  CHECK_EQ(late->finish_reason(), FinishReason::kLength);
+  CHECK_EQ(late->read(0).tokens, free_run);
+
+  params.min_new_tokens = 0;
+  params.stop = {">", "<"};  // the earliest byte wins, not the first listed
+  const Handle earliest = bench.submit(prompt, params);
+  bench.run({earliest});
+  CHECK_EQ(earliest->stop_match()->index, size_t{1});
+  CHECK_EQ(earliest->stop_match()->begin, 0);
+  CHECK_THROWS(bench.engine->set_token_bytes(std::vector<std::string>(98)), InvalidArgument, "97");
+}
+
+TEST(cancel_and_deadline_end_waiting_prefill_and_decode) {
+  Bench bench(24, 4);
+  const auto step = [&] { return bench.engine->step(); };
+  SamplingParams params = params_of(100);
+  params.ignore_eos = true;
+  const Handle decoding = bench.submit(prompt_of(2, 1), params);
+  step();
+  const Handle prefill = bench.submit(prompt_of(100, 2), params);
+  const Handle waiting = bench.submit(prompt_of(100, 3), params);
+  step();
+  CHECK(decoding->read(0).tokens.size() == 2 && prefill->read(0).tokens.empty());
+  for (const Handle& handle : {waiting, prefill, decoding}) {
+    handle->cancel();
+    const auto finished = step();
+    CHECK_EQ(finished.size(), size_t{1});
+    CHECK_EQ(handle->finish_reason(), FinishReason::kCancelled);
+  }
+  CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);
+  CHECK(bench.engine->idle());
+
+  params.deadline_seconds = 1e-9;
+  const Handle late = bench.submit(prompt_of(2, 1), params);
+  params.deadline_seconds = 0.02;
+  bench.model->delay = std::chrono::milliseconds(2);
+  const Handle partly = bench.submit(prompt_of(2, 1), params);
+  bench.run({late, partly});
+  CHECK_EQ(late->finish_reason(), FinishReason::kDeadline);
+  CHECK(late->read(0).tokens.empty());
+  CHECK_EQ(partly->finish_reason(), FinishReason::kDeadline);
+  CHECK(!partly->read(0).tokens.empty() && partly->read(0).tokens.size() < 100);
+}
+
+TEST(followers_of_a_cancelled_leader_proceed) {
+  Bench bench(64, 8);
+  const Tokens prompt = prompt_of(100, 1);
+  const Handle leader = bench.submit(prompt, params_of(4));
+  const Handle follower = bench.submit(prompt, params_of(4, 1));
+  bench.engine->step();
+  bench.engine->step();  // 16 positions: one block is visible
+  leader->cancel();
+  bench.run({follower});
+  CHECK_EQ(follower->read(0).tokens, expected_tokens(prompt, params_of(4, 1)));
+  CHECK_EQ(bench.engine->stats().prefill_tokens, 100);  // what the leader left was used
+}
+
+TEST(an_error_finishes_what_is_in_the_engine_and_no_more) {
+  Bench bench;
+  const Handle a = bench.submit(prompt_of(5, 1), params_of(10));
+  const Handle b = bench.submit(prompt_of(5, 2), params_of(10));
+  bench.model->fail_next = true;
+  CHECK_THROWS(bench.run({a}), NumericError, "NaN");
+  CHECK_EQ(b->finish_reason(), FinishReason::kFailed);
+  CHECK_THROWS(bench.run({b}), NumericError, "NaN");
+  CHECK(bench.engine->idle());
+  CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);
+  const Handle c = bench.submit(prompt_of(5, 1), params_of(10));
+  bench.run({c});
+  CHECK_EQ(c->read(0).tokens, expected_tokens(prompt_of(5, 1), params_of(10)));
+  bench.submit(prompt_of(5, 1), params_of(10));
+  bench.model->fail_next = true;
+  CHECK_THROWS(bench.engine->step(), NumericError, "NaN");
+}
+
+TEST(poll_interrupts_run_and_cancels_its_sequences) {
+  Bench bench;
+  SamplingParams params = params_of(200);
+  params.ignore_eos = true;
+  const Handle mine = bench.submit(prompt_of(5, 1), params);
+  const Handle other = bench.submit(prompt_of(5, 2), params);
+  int polls = 0;
+  const std::vector<Handle> handles = {mine};
+  CHECK_THROWS(bench.engine->run(handles,
+                                 [&] {
+                                   if (++polls == 3) throw std::runtime_error("interrupt");
+                                 }),
+               std::runtime_error, "interrupt");
+  CHECK_EQ(mine->finish_reason(), FinishReason::kCancelled);
+  CHECK_EQ(mine->read(0).tokens.size(), size_t{3});
+  CHECK(!other->finished());
+  const auto finished = bench.engine->step();  // what ended between steps is handed back here
+  CHECK(std::count(finished.begin(), finished.end(), mine) == 1);
+  bench.run({other});
+  CHECK_EQ(other->read(0).tokens, expected_tokens(prompt_of(5, 2), params));
+}
+
+TEST(thirty_two_threads_share_the_steps) {
+  Bench bench(200, 64);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 32; ++thread) {
+    threads.emplace_back([&, thread] {
+      for (int round = 0; round < 5; ++round) {
+        const Tokens prompt = prompt_of(20 + thread % 5, thread % 3);
+        const SamplingParams params = params_of(10, static_cast<uint64_t>(thread));
+        const Handle kept = bench.submit(prompt, params);
+        bench.submit(prompt, params_of(3));  // its handle is dropped at once
+        const Handle cancelled = bench.submit(prompt, params);
+        cancelled->cancel();
+        bench.run({kept, cancelled});
+        if (kept->read(0).tokens != expected_tokens(prompt, params)) ++wrong;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK_EQ(wrong.load(), 0);
+  while (!bench.engine->idle()) bench.engine->step();
+  CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);
+}
+
+TEST(a_dropped_engine_cancels_what_it_holds) {
+  Handle running, queued;
+  {
+    Bench bench;
+    running = bench.submit(prompt_of(5, 1), params_of(100));
+    bench.engine->step();
+    queued = bench.submit(prompt_of(5, 1), params_of(100));
+  }
+  CHECK_EQ(running->finish_reason(), FinishReason::kCancelled);
+  CHECK_EQ(queued->finish_reason(), FinishReason::kCancelled);
+  CHECK_EQ(running->read(0).tokens.size(), size_t{1});
+}
+
+TEST(reading_while_it_writes_gives_a_prefix) {
+  Bench bench;
+  SamplingParams params = params_of(100);
+  params.ignore_eos = true;
+  const Handle handle = bench.submit(prompt_of(5, 1), params);
+  const Tokens expected = expected_tokens(prompt_of(5, 1), params);
+  Tokens streamed;
+  std::thread runner([&] { bench.run({handle}); });
+  while (streamed.size() < 100) {
+    const Output more = handle->read(streamed.size());
+    streamed.insert(streamed.end(), more.tokens.begin(), more.tokens.end());
+  }
+  runner.join();
+  CHECK_EQ(streamed, expected);
+  CHECK(handle->read(1000).tokens.empty());
+}
+
+}  // namespace
+}  // namespace alignpro::engine
+
+CHECK_MAIN()

@@ -1,0 +1,371 @@
+// The transformer on a tiny random model: parity of the engine's path and the scorer's to the bit,
+// gradients by finite differences, and nothing that depends on threads, sharing or what is kept.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "alignpro/core/error.h"
+#include "alignpro/model/adapter.h"
+#include "alignpro/model/checkpoint.h"
+#include "alignpro/model/kv_pool.h"
+#include "alignpro/model/model.h"
+#include "alignpro/model/scorer.h"
+#include "alignpro/model/token_tree.h"
+#include "check.h"
+
+using namespace alignpro;
+using namespace alignpro::model;
+
+namespace {
+
+// Weights are drawn from a hash of their place: no file, the same values in every test.
+class RandomCheckpoint : public Checkpoint {
+ public:
+  explicit RandomCheckpoint(ModelConfig config) : config_(std::move(config)) {}
+
+  const ModelConfig& config() const override { return config_; }
+  void read_linear(int64_t layer, LinearSite site, int64_t begin, int64_t end,
+                   float* out) const override {
+    const LinearShape shape = linear_shape(config_, site);
+    fill(static_cast<uint32_t>(100 + layer * 4 + static_cast<int>(site)), begin, end, shape.inputs,
+         1.3f / std::sqrt(static_cast<float>(shape.inputs)), out);
+  }
+  void read_embedding(int64_t begin, int64_t end, float* out) const override {
+    fill(1, begin, end, config_.hidden_size, 1.0f, out);
+  }
+  void read_head(int64_t begin, int64_t end, float* out) const override {
+    fill(2, begin, end, config_.hidden_size, 0.5f, out);
+  }
+  std::vector<float> read_norm(int64_t layer, NormSite site) const override {
+    const bool head = site == NormSite::kQ || site == NormSite::kK;
+    return around_one(static_cast<uint32_t>(5000 + layer * 4 + static_cast<int>(site)),
+                      head ? config_.head_dim : config_.hidden_size);
+  }
+  std::vector<float> read_final_norm() const override { return around_one(3, config_.hidden_size); }
+  std::vector<float> read_qkv_bias(int64_t layer) const override {
+    if (!config_.qkv_bias) return {};
+    std::vector<float> bias(static_cast<size_t>(config_.qkv_size()));
+    fill(static_cast<uint32_t>(9000 + layer), 0, 1, config_.qkv_size(), 0.3f, bias.data());
+    return bias;
+  }
+
+ private:
+  static void fill(uint32_t seed, int64_t begin, int64_t end, int64_t width, float scale,
+                   float* out) {
+    for (int64_t row = begin; row < end; ++row) {
+      std::mt19937 generator(seed * 7919u + static_cast<uint32_t>(row));
+      std::normal_distribution<float> draw(0.0f, scale);
+      for (int64_t i = 0; i < width; ++i) *out++ = draw(generator);
+    }
+  }
+  static std::vector<float> around_one(uint32_t seed, int64_t size) {
+    std::vector<float> values(static_cast<size_t>(size));
+    fill(seed, 0, 1, size, 0.2f, values.data());
+    for (float& v : values) v += 1.0f;
+    return values;
+  }
+
+  ModelConfig config_;
+};
+
+ModelConfig tiny(bool bias, bool qk_norm, bool fused) {
+  ModelConfig c;
+  c.vocab_size = 111;
+  c.hidden_size = 40;
+  c.intermediate_size = 52;
+  c.num_layers = 3;
+  c.num_heads = 4;
+  c.num_kv_heads = 2;
+  c.head_dim = 12;
+  c.context_length = 128;
+  c.tied_head = !bias;
+  c.qkv_bias = bias;
+  c.qk_norm = qk_norm;
+  c.fused_projections = fused;
+  c.rope.rotary_dim = 12;
+  c.eos_ids = {0};
+  return c;
+}
+
+std::shared_ptr<Model> tiny_model(const ModelConfig& config, int threads = 2) {
+  return Model::from(RandomCheckpoint(config), threads, 0);
+}
+
+struct LoraStore {
+  std::map<std::string, std::pair<std::vector<float>, std::vector<float>>> values;
+
+  LoraStore(const ModelConfig& config, int64_t rank, uint32_t seed, bool zero_b) {
+    std::mt19937 generator(seed);
+    std::normal_distribution<float> draw(0.0f, 0.2f);
+    for (const LoraModule& m : lora_modules(config)) {
+      std::vector<float> a(static_cast<size_t>(rank * m.inputs));
+      std::vector<float> b(static_cast<size_t>(rank * m.outputs));
+      for (float& x : a) x = draw(generator);
+      for (float& x : b) x = zero_b ? 0.0f : draw(generator);
+      values[m.path] = {a, b};
+    }
+  }
+  std::shared_ptr<Adapter> adapter(const ModelConfig& config) const {
+    std::map<std::string, LoraMatrices> views;
+    for (const auto& [path, pair] : values) {
+      const auto& module = *std::find_if(known(config).begin(), known(config).end(),
+                                         [&p = path](const LoraModule& m) { return m.path == p; });
+      views[path] = {static_cast<int64_t>(pair.first.size()) / module.inputs, pair.first.data(),
+                     pair.second.data()};
+    }
+    return std::make_shared<Adapter>(config, views, 0.7f);
+  }
+  static const std::vector<LoraModule>& known(const ModelConfig& config) {
+    static std::map<bool, std::vector<LoraModule>> cache;
+    auto& modules = cache[config.fused_projections];
+    if (modules.empty()) modules = lora_modules(config);
+    return modules;
+  }
+};
+
+std::vector<std::vector<int32_t>> sequences() {
+  // A common start, a group of continuations that diverge inside a block, one duplicate, one alone.
+  std::vector<int32_t> prompt;
+  for (int32_t i = 0; i < 21; ++i) prompt.push_back((i * 31 + 7) % 111);
+  std::vector<std::vector<int32_t>> all;
+  for (int32_t s = 0; s < 4; ++s) {
+    auto sequence = prompt;
+    for (int32_t i = 0; i < 6 + s; ++i) sequence.push_back((i * 17 + (s == 3 ? 2 : s) * 5) % 111);
+    all.push_back(sequence);
+  }
+  all.push_back({5, 9, 100, 2});
+  all.push_back(prompt);
+  return all;
+}
+
+std::vector<int64_t> starts() { return {21, 21, 21, 21, 1, 4}; }
+
+Score score(const std::shared_ptr<Model>& model, std::shared_ptr<const Adapter> adapter,
+            std::shared_ptr<const Adapter> reference, bool keep_graph,
+            int64_t activation_bytes = int64_t{1} << 30) {
+  ScoreRequest request;
+  request.sequences = sequences();
+  request.starts = starts();
+  request.adapter = std::move(adapter);
+  request.temperature = 0.9f;
+  request.with_reference = true;
+  request.reference = std::move(reference);
+  request.keep_graph = keep_graph;
+  request.activation_bytes = activation_bytes;
+  return Score(model, std::move(request));
+}
+
+bool equal_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+bool equal_bits(const AdapterGradients& a, const AdapterGradients& b) {
+  for (size_t i = 0; i < a.modules.size(); ++i) {
+    if (!equal_bits(a.modules[i].a, b.modules[i].a) || !equal_bits(a.modules[i].b, b.modules[i].b)) {
+      return false;
+    }
+  }
+  return a.modules.size() == b.modules.size();
+}
+
+std::vector<float> weights_of(size_t count, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> draw;
+  std::vector<float> values(count);
+  for (float& v : values) v = draw(generator);
+  return values;
+}
+
+}  // namespace
+
+TEST(token_tree_shares_what_is_common) {
+  const auto all = sequences();
+  std::vector<std::span<const int32_t>> views(all.begin(), all.end());
+  const TokenTree tree(views);
+  // 20 inputs shared by all five, one more by four; then the runs, and the lone sequence of 3.
+  int64_t separate = 0;
+  for (const auto& s : all) separate += static_cast<int64_t>(s.size()) - 1;
+  CHECK(tree.batch().rows() < separate / 2);
+  for (size_t s = 0; s < all.size(); ++s) {
+    for (size_t i = 0; i + 1 < all[s].size(); ++i) {
+      const int32_t row = tree.row(static_cast<int64_t>(s), static_cast<int64_t>(i));
+      CHECK_EQ(tree.batch().tokens[static_cast<size_t>(row)], all[s][i]);
+      CHECK_EQ(tree.batch().positions[static_cast<size_t>(row)], static_cast<int32_t>(i));
+    }
+  }
+}
+
+TEST(shared_prefixes_change_no_bit) {
+  const auto model = tiny_model(tiny(true, false, false));
+  const auto adapter = LoraStore(model->config(), 3, 5, false).adapter(model->config());
+  const Score together = score(model, adapter, nullptr, false);
+  size_t at = 0;
+  for (size_t s = 0; s < sequences().size(); ++s) {
+    ScoreRequest request;
+    request.sequences = {sequences()[s]};
+    request.starts = {starts()[s]};
+    request.adapter = adapter;
+    request.temperature = 0.9f;
+    request.with_reference = true;
+    const Score alone(model, std::move(request));
+    for (size_t i = 0; i < alone.logprob().size(); ++i, ++at) {
+      CHECK_EQ(alone.logprob()[i], together.logprob()[at]);
+      CHECK_EQ(alone.kl()[i], together.kl()[at]);
+    }
+  }
+  CHECK_EQ(at, together.logprob().size());
+}
+
+TEST(generation_path_equals_scoring_path_to_the_bit) {
+  for (const ModelConfig& config : {tiny(true, false, false), tiny(false, true, false),
+                                    tiny(false, false, true)}) {
+    const auto model = tiny_model(config);
+    const auto adapter = LoraStore(config, 2, 6, false).adapter(config);
+    const std::vector<int32_t> tokens = sequences()[1];
+    ScoreRequest request;
+    request.sequences = {tokens};
+    request.starts = {1};
+    request.adapter = adapter;
+    const Score scored(model, std::move(request));
+    // Prefill in odd chunks beside a stranger on the base weights, as the engine would.
+    KvPool kv(config.num_layers, config.num_kv_heads, config.head_dim, 8);
+    const std::vector<int32_t> blocks = {5, 2}, stranger = {3};
+    std::vector<float> hidden(static_cast<size_t>(2 * config.hidden_size));
+    size_t begin = 0;
+    for (const size_t end : {size_t{1}, size_t{9}, size_t{18}, size_t{19}, tokens.size() - 1}) {
+      Batch batch;
+      const auto add = [&](int32_t token, size_t position, const std::vector<int32_t>& table) {
+        batch.kv_writes.push_back({static_cast<int32_t>(batch.rows()), table[position / 16],
+                                   static_cast<int32_t>(position % 16)});
+        batch.tokens.push_back(token);
+        batch.positions.push_back(static_cast<int32_t>(position));
+      };
+      add(77, 0, stranger);
+      batch.segments.push_back({0, 1, 0, stranger});
+      for (size_t i = begin; i < end; ++i) add(tokens[i], i, blocks);
+      batch.segments.push_back({1, static_cast<int64_t>(end - begin), static_cast<int64_t>(begin),
+                                blocks});
+      batch.adapters.push_back({1, batch.rows(), adapter.get()});
+      batch.output_rows = {0, static_cast<int32_t>(batch.rows() - 1)};
+      model->forward(batch, kv, hidden.data());
+      // Greedy reports the log-probability of its own token: compare where it is the next token.
+      std::vector<ops::SampleRow> rows(2);
+      rows[1].temperature = 1.0f;
+      std::vector<ops::SampledToken> out(2);
+      bool met = false;
+      for (int draw = 0; draw < 4000 && !met; ++draw) {
+        rows[1].uniform = draw / 4000.0;
+        model->sample(hidden.data(), rows, out);
+        met = out[1].token == tokens[end];
+      }
+      if (met) CHECK_EQ(out[1].logprob, scored.logprob()[end - 1]);
+      CHECK(met || scored.logprob()[end - 1] < -7.0f);
+      begin = end;
+    }
+  }
+}
+
+TEST(an_adapter_with_zero_b_is_the_base_model) {
+  const auto model = tiny_model(tiny(false, false, false));
+  const auto adapter = LoraStore(model->config(), 3, 7, true).adapter(model->config());
+  const Score s = score(model, adapter, nullptr, false);
+  CHECK(equal_bits(s.logprob(), s.reference_logprob()));
+  for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
+}
+
+TEST(the_kl_to_an_equal_adapter_is_zero_to_the_bit) {
+  const auto model = tiny_model(tiny(false, false, false));
+  const LoraStore store(model->config(), 3, 7, false);
+  const Score s = score(model, store.adapter(model->config()), store.adapter(model->config()), false);
+  for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
+}
+
+TEST(gradients_by_finite_differences) {
+  for (const ModelConfig& config : {tiny(true, false, false), tiny(false, true, false),
+                                    tiny(false, false, true)}) {
+    const auto model = tiny_model(config);
+    LoraStore store(config, 2, 8, false);
+    const auto reference = LoraStore(config, 1, 9, false).adapter(config);
+    const auto adapter = store.adapter(config);
+    Score s = score(model, adapter, reference, true);
+    const auto d_lp = weights_of(s.logprob().size(), 1), d_h = weights_of(s.logprob().size(), 2);
+    const auto d_kl = weights_of(s.logprob().size(), 3);
+    const AdapterGradients gradients = s.backward(d_lp, d_h, d_kl);
+    const auto loss = [&] {
+      const Score now = score(model, store.adapter(config), reference, false);
+      double sum = 0;
+      for (size_t i = 0; i < d_lp.size(); ++i) {
+        sum += double{d_lp[i]} * now.logprob()[i] + double{d_h[i]} * now.entropy()[i] +
+               double{d_kl[i]} * now.kl()[i];
+      }
+      return sum;
+    };
+    // Along a random direction of each matrix: one number checks the whole matrix.
+    for (size_t m = 0; m < adapter->modules().size(); m += 2) {
+      auto& [a, b] = store.values[adapter->modules()[m].where.path];
+      for (auto* matrix : {&a, &b}) {
+        const auto& gradient = matrix == &a ? gradients.modules[m].a : gradients.modules[m].b;
+        const auto direction = weights_of(matrix->size(), 50 + static_cast<uint32_t>(m));
+        const auto saved = *matrix;
+        const float h = 1e-3f;
+        double expected = 0, norm = 0;
+        for (size_t i = 0; i < saved.size(); ++i) {
+          expected += double{direction[i]} * gradient[i];
+          norm += double{direction[i] * gradient[i]} * (direction[i] * gradient[i]);
+          (*matrix)[i] = saved[i] + h * direction[i];
+        }
+        const double up = loss();
+        for (size_t i = 0; i < saved.size(); ++i) (*matrix)[i] = saved[i] - h * direction[i];
+        const double down = loss();
+        *matrix = saved;
+        // float32 forward: the loss is good to ~1e-5, over 2h that is 5e-3; beside it h^2.
+        const double difference = (up - down) / (2 * h);
+        CHECK(std::abs(difference - expected) < 1e-2 * std::sqrt(norm) + 2e-2);
+      }
+    }
+  }
+}
+
+TEST(gradients_do_not_depend_on_threads_or_on_what_is_kept) {
+  const ModelConfig config = tiny(true, false, false);
+  const LoraStore store(config, 2, 8, false);
+  std::vector<AdapterGradients> all;
+  for (const auto& [threads, bytes] : {std::pair{1, int64_t{1} << 30}, std::pair{2, int64_t{1} << 30},
+                                       std::pair{2, int64_t{0}}}) {
+    const auto model = tiny_model(config, threads);
+    Score s = score(model, store.adapter(config), nullptr, true, bytes);
+    all.push_back(s.backward(weights_of(s.logprob().size(), 1), {}, weights_of(s.logprob().size(), 3)));
+  }
+  CHECK(equal_bits(all[0], all[1]));
+  CHECK(equal_bits(all[0], all[2]));
+}
+
+TEST(bad_requests_name_what_is_wrong) {
+  const auto model = tiny_model(tiny(false, false, false));
+  const auto refuse = [&](std::vector<std::vector<int32_t>> s, std::vector<int64_t> from,
+                          const char* text) {
+    ScoreRequest request;
+    request.sequences = std::move(s);
+    request.starts = std::move(from);
+    CHECK_THROWS(Score(model, std::move(request)), InvalidArgument, text);
+  };
+  refuse({{1, 2}, {}}, {1, 1}, "sequence 1 is empty");
+  refuse({{1, 111}}, {1}, "token 111");
+  refuse({{1, 2}}, {3}, "start of sequence 0");
+  refuse({{1, 2}}, {1, 1}, "a start for each of 1");
+  refuse({std::vector<int32_t>(129, 1)}, {1}, "129 tokens");
+  Score once = score(model, LoraStore(model->config(), 1, 1, false).adapter(model->config()), nullptr,
+                     true);
+  const std::vector<float> d(once.logprob().size(), 1.0f);
+  once.backward(d, {}, {});
+  CHECK_THROWS(once.backward(d, {}, {}), InvalidArgument, "call backward once");
+  std::map<std::string, LoraMatrices> unknown{{"model.layers.9.mlp.up_proj", {1, d.data(), d.data()}}};
+  CHECK_THROWS(Adapter(model->config(), unknown, 1.0f), InvalidArgument, "layers.9");
+}
+
+CHECK_MAIN()

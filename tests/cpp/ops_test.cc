@@ -1,0 +1,692 @@
+// Every op against a float64 reference written plainly here, on awkward shapes; rows independent of
+// their neighbours and of the team, to the bit.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <random>
+#include <vector>
+
+#include "alignpro/core/error.h"
+#include "alignpro/core/rng.h"
+#include "alignpro/ops/attention.h"
+#include "alignpro/ops/embedding.h"
+#include "alignpro/ops/head_sample.h"
+#include "alignpro/ops/linear.h"
+#include "alignpro/ops/linear_logprob.h"
+#include "alignpro/ops/matrix_view.h"
+#include "alignpro/ops/packed_matrix.h"
+#include "alignpro/ops/packed_rows.h"
+#include "alignpro/ops/rms_norm.h"
+#include "alignpro/ops/rope.h"
+#include "alignpro/ops/row_parallel.h"
+#include "alignpro/ops/swiglu.h"
+#include "alignpro/ops/vocabulary.h"
+#include "check.h"
+
+using namespace alignpro;
+using namespace alignpro::ops;
+
+namespace {
+
+using Doubles = std::vector<double>;
+using Floats = std::vector<float>;
+
+Floats normal(size_t count, uint32_t seed, float scale = 1.0f) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> draw(0.0f, scale);
+  Floats values(count);
+  for (float& v : values) v = draw(generator);
+  return values;
+}
+
+// |x - truth| / |truth| over whole tensors.
+double relative_error(const Floats& x, const Doubles& truth) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < truth.size(); ++i) {
+    difference += (x[i] - truth[i]) * (x[i] - truth[i]);
+    norm += truth[i] * truth[i];
+  }
+  return std::sqrt(difference / std::max(norm, 1e-300));
+}
+
+// float32 products of a few hundred terms land near 2e-7; ten times that is a wrong kernel.
+constexpr double kBudget = 2e-6;
+
+bool same_bits(const float* a, const float* b, size_t count) {
+  return std::memcmp(a, b, count * sizeof(float)) == 0;
+}
+
+Doubles product(const Floats& x, const Floats& w, int64_t m, int64_t n, int64_t k) {
+  Doubles y(static_cast<size_t>(m * n));
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (int64_t c = 0; c < k; ++c) {
+        sum += double{x[static_cast<size_t>(i * k + c)]} * w[static_cast<size_t>(j * k + c)];
+      }
+      y[static_cast<size_t>(i * n + j)] = sum;
+    }
+  }
+  return y;
+}
+
+struct Shape {
+  int64_t m, n, k;
+};
+const std::vector<Shape> kShapes = {{1, 1, 1},      {1, 111, 48},    {7, 16, 192},
+                                    {252, 507, 123}, {97, 33, 385}, {500, 40, 17}};
+
+}  // namespace
+
+TEST(linear_matches_double) {
+  ThreadTeam team(2);
+  for (const auto& [m, n, k] : kShapes) {
+    const Floats x = normal(static_cast<size_t>(m * k), 1), w = normal(static_cast<size_t>(n * k), 2);
+    const Floats bias = normal(static_cast<size_t>(n), 3);
+    const Floats residual = normal(static_cast<size_t>(m * n), 4);
+    const PackedMatrix packed = PackedMatrix::pack(n, k, w.data());
+    Floats y(static_cast<size_t>(m * n), NAN);
+    linear(m, {x.data(), k}, packed, y.data(), n,
+           {.scale = 0.5f, .bias = bias.data(), .residual = residual.data()}, team);
+    Doubles truth = product(x, w, m, n, k);
+    for (size_t i = 0; i < truth.size(); ++i) {
+      truth[i] = 0.5 * truth[i] + bias[i % static_cast<size_t>(n)] + residual[i];
+    }
+    CHECK(relative_error(y, truth) < kBudget);
+  }
+}
+
+TEST(linear_backward_matches_double) {
+  ThreadTeam team(2);
+  for (const auto& [m, n, k] : kShapes) {
+    const Floats dy = normal(static_cast<size_t>(m * n), 5), w = normal(static_cast<size_t>(n * k), 6);
+    Floats transposed(static_cast<size_t>(n * k));
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t c = 0; c < k; ++c) {
+        transposed[static_cast<size_t>(c * n + i)] = w[static_cast<size_t>(i * k + c)];
+      }
+    }
+    Floats dx(static_cast<size_t>(m * k), NAN);
+    linear_backward(m, {dy.data(), n}, PackedMatrix::pack(n, k, w.data()), dx.data(), k, {}, team);
+    CHECK(relative_error(dx, product(dy, transposed, m, k, n)) < kBudget);
+  }
+}
+
+TEST(matmul_of_a_transposed_view_matches_double) {
+  ThreadTeam team(2);
+  const int64_t rows = 300, rank = 5, width = 37;  // dA = dLow^T x
+  const Floats low = normal(rows * rank, 7), x = normal(rows * width, 8);
+  Floats out(rank * width, NAN);
+  matmul(rank, width, rows, {low.data(), 1, rank}, x.data(), width, out.data(), width, {}, team);
+  Doubles truth(rank * width);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < rank; ++i) {
+      for (int64_t j = 0; j < width; ++j) {
+        truth[static_cast<size_t>(i * width + j)] += double{low[static_cast<size_t>(r * rank + i)]} *
+                                                     x[static_cast<size_t>(r * width + j)];
+      }
+    }
+  }
+  CHECK(relative_error(out, truth) < kBudget);
+}
+
+TEST(linear_rows_do_not_depend_on_neighbours_or_threads) {
+  const int64_t m = 203, n = 67, k = 400;
+  const Floats x = normal(m * k, 9), w = normal(n * k, 10);
+  const PackedMatrix packed = PackedMatrix::pack(n, k, w.data());
+  ThreadTeam one(1), two(2);
+  Floats all(m * n), all_two(m * n), single(n), back(m * k), back_single(k);
+  linear(m, {x.data(), k}, packed, all.data(), n, {}, one);
+  linear(m, {x.data(), k}, packed, all_two.data(), n, {}, two);
+  linear_backward(m, {all.data(), n}, packed, back.data(), k, {}, two);
+  CHECK(same_bits(all.data(), all_two.data(), all.size()));
+  for (const int64_t row : {int64_t{0}, int64_t{95}, int64_t{96}, int64_t{202}}) {
+    linear(1, {x.data() + row * k, k}, packed, single.data(), n, {}, two);
+    CHECK(same_bits(single.data(), all.data() + row * n, n));
+    linear_backward(1, {all.data() + row * n, n}, packed, back_single.data(), k, {}, one);
+    CHECK(same_bits(back_single.data(), back.data() + row * k, k));
+  }
+}
+
+TEST(packing_by_reader_equals_packing_from_memory) {
+  ThreadTeam team(2);
+  const int64_t n = 37, k = 11;
+  const Floats w = normal(n * k, 11);
+  const PackedMatrix a = PackedMatrix::pack(n, k, w.data());
+  const PackedMatrix b = PackedMatrix::pack(
+      n, k,
+      [&](int64_t begin, int64_t end, float* out) {
+        std::copy(w.begin() + begin * k, w.begin() + end * k, out);
+      },
+      team);
+  CHECK(same_bits(a.panel(0), b.panel(0), static_cast<size_t>(a.panels() * k * 16)));
+  const std::vector<int32_t> tokens = {36, 0, 17};
+  Floats out(3 * k);
+  embedding(a, tokens, out.data(), team);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    CHECK(same_bits(out.data() + i * k, w.data() + tokens[i] * k, k));
+  }
+}
+
+TEST(rms_norm_and_its_gradient) {
+  ThreadTeam team(2);
+  const int64_t rows = 3, n = 45;
+  const float eps = 1e-5f;
+  const Floats x = normal(rows * n, 12), w = normal(n, 13), dy = normal(rows * n, 14);
+  Floats y(rows * n, NAN), factors(rows), dx(rows * n, 0.0f);
+  rms_norm(rows, n, x.data(), n, w.data(), eps, y.data(), n, factors.data(), team);
+  rms_norm_backward(rows, n, x.data(), n, w.data(), factors.data(), dy.data(), n, dx.data(), n,
+                    team);
+  Doubles truth(rows * n), gradient(rows * n);
+  for (int64_t r = 0; r < rows; ++r) {
+    double mean = 0, pull = 0;
+    for (int64_t i = 0; i < n; ++i) mean += std::pow(x[static_cast<size_t>(r * n + i)], 2) / n;
+    const double f = 1 / std::sqrt(mean + double{eps});
+    for (int64_t i = 0; i < n; ++i) {
+      const auto at = static_cast<size_t>(r * n + i);
+      truth[at] = x[at] * f * w[static_cast<size_t>(i)];
+      pull += double{dy[at]} * w[static_cast<size_t>(i)] * x[at] * f * f / n;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const auto at = static_cast<size_t>(r * n + i);
+      gradient[at] = f * (double{dy[at]} * w[static_cast<size_t>(i)] - x[at] * pull);
+    }
+  }
+  CHECK(relative_error(y, truth) < kBudget);
+  CHECK(relative_error(dx, gradient) < kBudget);
+}
+
+TEST(swiglu_and_its_gradient) {
+  ThreadTeam team(2);
+  const int64_t rows = 2, n = 13;
+  Floats gate_up = normal(rows * 2 * n, 15, 3.0f);
+  gate_up[0] = -120.0f;  // silu underflows, nothing overflows
+  gate_up[1] = 120.0f;
+  const Floats dh = normal(rows * n, 16);
+  Floats h(rows * n, NAN), d(rows * 2 * n, NAN);
+  swiglu(rows, n, gate_up.data(), h.data(), team);
+  swiglu_backward(rows, n, gate_up.data(), dh.data(), d.data(), team);
+  Doubles truth(rows * n), gradient(rows * 2 * n);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < n; ++i) {
+      const double g = gate_up[static_cast<size_t>(r * 2 * n + i)];
+      const double u = gate_up[static_cast<size_t>(r * 2 * n + n + i)];
+      const double s = 1 / (1 + std::exp(-g)), dv = dh[static_cast<size_t>(r * n + i)];
+      truth[static_cast<size_t>(r * n + i)] = g * s * u;
+      gradient[static_cast<size_t>(r * 2 * n + i)] = dv * u * s * (1 + g * (1 - s));
+      gradient[static_cast<size_t>(r * 2 * n + n + i)] = dv * g * s;
+    }
+  }
+  CHECK(relative_error(h, truth) < kBudget);
+  CHECK(relative_error(d, gradient) < kBudget);
+}
+
+TEST(rope_turns_and_turns_back) {
+  ThreadTeam team(1);
+  const int64_t rows = 2, heads = 3, d = 10, rotary = 6;
+  const Floats x = normal(rows * heads * d, 17), angle = normal(rows * rotary / 2, 18);
+  Floats cos(angle), sin(angle), minus(angle), y(x);
+  for (size_t i = 0; i < angle.size(); ++i) {
+    cos[i] = std::cos(angle[i]);
+    sin[i] = std::sin(angle[i]);
+    minus[i] = -sin[i];
+  }
+  rope(rows, y.data(), heads * d, heads, d, rotary, cos.data(), sin.data(), team);
+  const size_t at = (1 * heads + 2) * d;  // row 1, head 2
+  CHECK(std::abs(y[at + 1] - (x[at + 1] * cos[4] - x[at + 4] * sin[4])) < 1e-6);
+  CHECK(std::abs(y[at + 4] - (x[at + 4] * cos[4] + x[at + 1] * sin[4])) < 1e-6);
+  CHECK_EQ(y[at + 6], x[at + 6]);  // past rotary_dim nothing turns
+  rope(rows, y.data(), heads * d, heads, d, rotary, cos.data(), minus.data(), team);
+  CHECK(relative_error(y, Doubles(x.begin(), x.end())) < kBudget);
+}
+
+// ---- attention ---------------------------------------------------------------------------------
+
+namespace {
+
+struct Attention {
+  AttentionShape shape;
+  int64_t tokens;
+  Floats qkv;
+  Floats pool;
+  KvView kv;
+  std::vector<int32_t> blocks;
+
+  Attention(AttentionShape s, int64_t count, uint32_t seed)
+      : shape(s), tokens(count), qkv(normal(static_cast<size_t>(count * s.qkv_size()), seed)) {
+    const int64_t half = s.head_dim * kKvBlock, head = 2 * half, block = s.num_kv_heads * head;
+    const int64_t needed = (count + kKvBlock - 1) / kKvBlock;
+    // Slots that nobody wrote hold NaN: reading one would show.
+    pool.assign(static_cast<size_t>((needed + 1) * block + 16), NAN);
+    kv = {pool.data(), block, head, half};
+    for (int64_t b = 0; b < needed; ++b) blocks.push_back(static_cast<int32_t>(needed - b));
+  }
+
+  void write(int64_t begin, int64_t end, ThreadTeam& team) {
+    std::vector<KvWrite> writes;
+    for (int64_t t = begin; t < end; ++t) {
+      writes.push_back({static_cast<int32_t>(t), blocks[static_cast<size_t>(t / kKvBlock)],
+                        static_cast<int32_t>(t % kKvBlock)});
+    }
+    kv_write(shape, qkv.data(), writes, kv, team);
+  }
+
+  double at(int64_t token, int64_t head_offset, int64_t i) const {
+    return qkv[static_cast<size_t>(token * shape.qkv_size() + head_offset * shape.head_dim + i)];
+  }
+
+  // softmax weights of one query head, in double
+  Doubles weights(int64_t t, int64_t head) const {
+    const int64_t first = shape.sliding_window > 0 ? std::max<int64_t>(0, t - shape.sliding_window + 1)
+                                                   : 0;
+    Doubles p(static_cast<size_t>(t + 1), 0.0);
+    double sum = 0;
+    for (int64_t j = first; j <= t; ++j) {
+      double s = 0;
+      for (int64_t i = 0; i < shape.head_dim; ++i) {
+        s += at(t, head, i) * at(j, shape.num_heads + head / shape.group(), i);
+      }
+      sum += p[static_cast<size_t>(j)] = std::exp(s * shape.scale);
+    }
+    for (double& value : p) value /= sum;
+    return p;
+  }
+
+  Doubles truth() const {
+    Doubles out(static_cast<size_t>(tokens * shape.q_size()));
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t h = 0; h < shape.num_heads; ++h) {
+        const Doubles p = weights(t, h);
+        for (int64_t j = 0; j <= t; ++j) {
+          for (int64_t i = 0; i < shape.head_dim; ++i) {
+            out[static_cast<size_t>(t * shape.q_size() + h * shape.head_dim + i)] +=
+                p[static_cast<size_t>(j)] *
+                at(j, shape.num_heads + shape.num_kv_heads + h / shape.group(), i);
+          }
+        }
+      }
+    }
+    return out;
+  }
+};
+
+AttentionShape make_shape(int64_t heads, int64_t kv_heads, int64_t d, int64_t window) {
+  return {heads, kv_heads, d, window, static_cast<float>(1 / std::sqrt(static_cast<double>(d)))};
+}
+
+}  // namespace
+
+TEST(attention_matches_double_and_chunking_changes_no_bit) {
+  ThreadTeam team(2);
+  for (const auto& shape : {make_shape(4, 2, 12, 0), make_shape(3, 1, 16, 0), make_shape(9, 3, 64, 0),
+                            make_shape(2, 2, 8, 5), make_shape(4, 2, 16, 20)}) {
+    Attention a(shape, 53, 21);
+    a.write(0, a.tokens, team);
+    Floats out(static_cast<size_t>(a.tokens * shape.q_size()), NAN);
+    const std::vector<Segment> whole{{0, a.tokens, 0, a.blocks}};
+    attention(shape, a.qkv.data(), whole, a.kv, out.data(), team);
+    CHECK(relative_error(out, a.truth()) < kBudget);
+
+    Attention b(shape, 53, 21);
+    Floats chunked(out.size(), NAN);
+    ThreadTeam one(1);
+    int64_t begin = 0;
+    for (const int64_t end : {1, 17, 30, 31, 53}) {
+      b.write(begin, end, one);
+      const std::vector<Segment> part{{begin, end - begin, begin, b.blocks}};
+      attention(shape, b.qkv.data(), part, b.kv, chunked.data(), one);
+      begin = end;
+    }
+    CHECK(same_bits(out.data(), chunked.data(), out.size()));
+  }
+}
+
+TEST(attention_gradient_by_finite_differences_of_the_double_reference) {
+  ThreadTeam team(2);
+  for (const int64_t window : {0, 6}) {
+    const AttentionShape shape = make_shape(4, 2, 8, window);
+    Attention a(shape, 19, 22);
+    a.write(0, a.tokens, team);
+    Floats out(static_cast<size_t>(a.tokens * shape.q_size()));
+    const std::vector<Segment> whole{{0, a.tokens, 0, a.blocks}};
+    attention(shape, a.qkv.data(), whole, a.kv, out.data(), team);
+    const Floats dout = normal(out.size(), 23);
+    std::vector<int32_t> rows;
+    for (int32_t t = 0; t < a.tokens; ++t) rows.push_back(t);
+    const std::vector<SegmentRows> segments{{0, a.tokens, 0, rows}};
+    Floats d(a.qkv.size(), 0.0f);
+    attention_backward(shape, a.qkv.data(), out.data(), dout.data(), segments, d.data(), team);
+    const auto loss = [&] {
+      const Doubles y = a.truth();
+      double sum = 0;
+      for (size_t i = 0; i < y.size(); ++i) sum += y[i] * dout[i];
+      return sum;
+    };
+    for (size_t i = 5; i < a.qkv.size(); i += 41) {
+      const float before = a.qkv[i];
+      const float h = 1e-3f;  // truncation h^2 and rounding of the float inputs: 1e-5 together
+      a.qkv[i] = before + h;
+      const double up = loss();
+      const float hi = a.qkv[i];
+      a.qkv[i] = before - h;
+      const double down = loss();
+      const double step = double{hi} - a.qkv[i];
+      a.qkv[i] = before;
+      CHECK(std::abs((up - down) / step - d[i]) < 1e-4 * (1 + std::abs(d[i])));
+    }
+  }
+}
+
+// ---- the vocabulary ----------------------------------------------------------------------------
+
+namespace {
+
+struct Vocabulary {
+  int64_t rows, vocab, cols;
+  Floats hidden, ref, weight;
+  PackedMatrix packed;
+  std::vector<int32_t> tokens;
+  float temperature;
+  Floats logprob, entropy, kl, ref_logprob, lse, ref_lse;
+
+  Vocabulary(int64_t r, int64_t v, int64_t c, float t, float offset = 0.0f)
+      : rows(r), vocab(v), cols(c), hidden(normal(static_cast<size_t>(r * c), 31)),
+        ref(hidden), weight(normal(static_cast<size_t>(v * c), 33, 0.4f)), temperature(t) {
+    const Floats noise = normal(ref.size(), 32, 0.2f);
+    for (size_t i = 0; i < ref.size(); ++i) ref[i] += noise[i];
+    if (offset != 0.0f) {  // a common offset on all logits: one more column, constant in the weight
+      for (int64_t m = 0; m < rows; ++m) {
+        hidden[static_cast<size_t>(m * cols)] = ref[static_cast<size_t>(m * cols)] = offset;
+      }
+      for (int64_t n = 0; n < vocab; ++n) weight[static_cast<size_t>(n * cols)] = 1.0f;
+    }
+    packed = PackedMatrix::pack(vocab, cols, weight.data());
+    for (int64_t m = 0; m < rows; ++m) tokens.push_back(static_cast<int32_t>((m * 37 + 5) % vocab));
+    for (Floats* f : {&logprob, &entropy, &kl, &ref_logprob, &lse, &ref_lse}) {
+      f->assign(static_cast<size_t>(rows), NAN);
+    }
+  }
+  LogprobInput in(bool with_ref = true) const {
+    return {rows, hidden.data(), &packed, tokens, temperature, with_ref ? ref.data() : nullptr};
+  }
+  LogprobOutput out() {
+    return {logprob.data(), entropy.data(), kl.data(), ref_logprob.data(), lse.data(),
+            ref_lse.data()};
+  }
+  // log softmax of every row
+  Doubles log_softmax(const Floats& h) const {
+    Doubles z = product(h, weight, rows, vocab, cols);
+    for (int64_t m = 0; m < rows; ++m) {
+      double* row = z.data() + m * vocab;
+      double top = -INFINITY, sum = 0;
+      for (int64_t v = 0; v < vocab; ++v) top = std::max(top, row[v] /= temperature);
+      for (int64_t v = 0; v < vocab; ++v) sum += std::exp(row[v] - top);
+      for (int64_t v = 0; v < vocab; ++v) row[v] -= top + std::log(sum);
+    }
+    return z;
+  }
+};
+
+}  // namespace
+
+TEST(linear_logprob_matches_double) {
+  ThreadTeam team(2);
+  for (const auto& [rows, vocab, cols, temperature] :
+       {std::tuple{1, 1, 8, 1.0f}, std::tuple{3, 111, 48, 1.0f}, std::tuple{101, 1000, 61, 0.7f},
+        std::tuple{490, 513, 33, 1.3f}}) {
+    Vocabulary v(rows, vocab, cols, temperature);
+    linear_logprob(v.in(), v.out(), team);
+    const Doubles logp = v.log_softmax(v.hidden), logq = v.log_softmax(v.ref);
+    Doubles lp, h, kl, lq;
+    for (int64_t m = 0; m < v.rows; ++m) {
+      double entropy = 0, divergence = 0;
+      for (int64_t i = 0; i < v.vocab; ++i) {
+        const auto at = static_cast<size_t>(m * v.vocab + i);
+        entropy -= std::exp(logp[at]) * logp[at];
+        divergence += std::exp(logp[at]) * (logp[at] - logq[at]);
+      }
+      const auto at = static_cast<size_t>(m * v.vocab + v.tokens[static_cast<size_t>(m)]);
+      lp.push_back(logp[at]);
+      lq.push_back(logq[at]);
+      h.push_back(entropy);
+      kl.push_back(divergence);
+    }
+    if (vocab == 1) {
+      CHECK_EQ(v.logprob[0], 0.0f);
+      CHECK_EQ(v.kl[0], 0.0f);
+      continue;
+    }
+    CHECK(relative_error(v.logprob, lp) < kBudget);
+    CHECK(relative_error(v.ref_logprob, lq) < kBudget);
+    CHECK(relative_error(v.entropy, h) < kBudget);
+    CHECK(relative_error(v.kl, kl) < 2e-5);  // a difference of numbers a hundred times as large
+    CHECK(*std::max_element(v.logprob.begin(), v.logprob.end()) <= 0.0f);
+  }
+}
+
+TEST(linear_logprob_survives_a_common_offset) {
+  ThreadTeam team(1);
+  Vocabulary v(5, 300, 16, 1.0f, 1e4f);
+  linear_logprob(v.in(), v.out(), team);
+  const Doubles logp = v.log_softmax(v.hidden);
+  for (int64_t m = 0; m < v.rows; ++m) {
+    const double truth = logp[static_cast<size_t>(m * v.vocab + v.tokens[static_cast<size_t>(m)])];
+    // float32 logits near 1e4 are spaced by 1e-3: that, and no more, is lost.
+    CHECK(std::abs(v.logprob[static_cast<size_t>(m)] - truth) < 4e-3);
+  }
+}
+
+TEST(kl_to_itself_is_zero_to_the_bit) {
+  ThreadTeam team(2);
+  Vocabulary v(33, 700, 40, 0.8f);
+  v.ref = v.hidden;
+  linear_logprob(v.in(), v.out(), team);
+  for (const float kl : v.kl) CHECK_EQ(kl, 0.0f);
+  CHECK(same_bits(v.logprob.data(), v.ref_logprob.data(), v.logprob.size()));
+}
+
+TEST(linear_logprob_backward_matches_double) {
+  ThreadTeam team(2);
+  for (const auto& [rows, vocab, cols, temperature] :
+       {std::tuple{3, 111, 48, 1.0f}, std::tuple{130, 600, 35, 0.7f}}) {
+    Vocabulary v(rows, vocab, cols, temperature);
+    linear_logprob(v.in(), v.out(), team);
+    const Floats d_lp = normal(static_cast<size_t>(rows), 41);
+    const Floats d_h = normal(static_cast<size_t>(rows), 42);
+    const Floats d_kl = normal(static_cast<size_t>(rows), 43);
+    Floats dh(v.hidden.size(), NAN);
+    linear_logprob_backward(v.in(), v.out(), d_lp.data(), d_h.data(), d_kl.data(), dh.data(), team);
+    const Doubles logp = v.log_softmax(v.hidden), logq = v.log_softmax(v.ref);
+    Doubles truth(v.hidden.size(), 0.0);
+    for (int64_t m = 0; m < rows; ++m) {
+      const auto r = static_cast<size_t>(m);
+      double entropy = 0, kl = 0;
+      for (int64_t i = 0; i < vocab; ++i) {
+        const auto at = static_cast<size_t>(m * vocab + i);
+        entropy -= std::exp(logp[at]) * logp[at];
+        kl += std::exp(logp[at]) * (logp[at] - logq[at]);
+      }
+      for (int64_t i = 0; i < vocab; ++i) {
+        const auto at = static_cast<size_t>(m * vocab + i);
+        const double p = std::exp(logp[at]);
+        const double dz = (d_lp[r] * ((i == v.tokens[r]) - p) - d_h[r] * p * (logp[at] + entropy) +
+                           d_kl[r] * p * (logp[at] - logq[at] - kl)) /
+                          temperature;
+        for (int64_t c = 0; c < cols; ++c) {
+          truth[static_cast<size_t>(m * cols + c)] += dz * v.weight[static_cast<size_t>(i * cols + c)];
+        }
+      }
+    }
+    CHECK(relative_error(dh, truth) < 5e-6);
+    ThreadTeam one(1);
+    Floats again(dh.size(), NAN);
+    linear_logprob_backward(v.in(), v.out(), d_lp.data(), d_h.data(), d_kl.data(), again.data(),
+                            one);
+    CHECK(same_bits(dh.data(), again.data(), dh.size()));
+  }
+}
+
+TEST(linear_logprob_refuses_nan) {
+  ThreadTeam team(2);
+  Vocabulary v(4, 300, 16, 1.0f);
+  v.hidden[16 * 2] = NAN;
+  CHECK_THROWS(linear_logprob(v.in(false), v.out(), team), NumericError, "row 2");
+}
+
+// ---- sampling ----------------------------------------------------------------------------------
+
+TEST(sampled_logprob_is_the_scored_one_to_the_bit) {
+  ThreadTeam team(2), one(1);
+  for (const float temperature : {0.7f, 1.0f, 1.3f}) {
+    Vocabulary v(70, 1000, 61, temperature);
+    std::vector<SampleRow> requests(70);
+    for (size_t i = 0; i < requests.size(); ++i) {
+      requests[i].temperature = temperature;
+      requests[i].uniform = keyed_uniform(3, 0, static_cast<uint32_t>(i));
+      if (i % 3 == 1) requests[i].top_k = 40;
+      if (i % 3 == 2) requests[i].top_p = 0.9f;
+    }
+    std::vector<SampledToken> drawn(70), single(1);
+    head_sample(v.packed, v.hidden.data(), requests, drawn, team);
+    for (size_t i = 0; i < drawn.size(); ++i) v.tokens[i] = drawn[i].token;
+    linear_logprob(v.in(), v.out(), team);
+    for (size_t i = 0; i < drawn.size(); ++i) {
+      CHECK_EQ(drawn[i].logprob, v.logprob[i]);
+      head_sample(v.packed, v.hidden.data() + static_cast<int64_t>(i) * v.cols, {&requests[i], 1},
+                  single, one);
+      CHECK_EQ(single[0].token, drawn[i].token);
+      CHECK_EQ(single[0].logprob, drawn[i].logprob);
+      CHECK_EQ(single[0].kept_mass, drawn[i].kept_mass);
+    }
+  }
+}
+
+TEST(sampling_follows_the_distribution) {
+  ThreadTeam team(2);
+  Vocabulary v(1, 400, 12, 1.0f);
+  const int draws = 20000;
+  Floats hidden;
+  for (int i = 0; i < 200; ++i) hidden.insert(hidden.end(), v.hidden.begin(), v.hidden.end());
+  std::vector<double> counts(400, 0.0);
+  for (int batch = 0; batch < draws / 200; ++batch) {
+    std::vector<SampleRow> rows(200);
+    for (int i = 0; i < 200; ++i) {
+      rows[static_cast<size_t>(i)].uniform = keyed_uniform(11, 0, static_cast<uint32_t>(batch * 200 + i));
+    }
+    std::vector<SampledToken> out(200);
+    head_sample(v.packed, hidden.data(), rows, out, team);
+    for (const SampledToken& t : out) counts[static_cast<size_t>(t.token)] += 1;
+  }
+  const Doubles logp = v.log_softmax(v.hidden);
+  double chi = 0, rest_expected = 0, rest = 0;
+  int cells = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const double expected = draws * std::exp(logp[i]);
+    if (expected < 10) {
+      rest_expected += expected;
+      rest += counts[i];
+      continue;
+    }
+    chi += (counts[i] - expected) * (counts[i] - expected) / expected;
+    ++cells;
+  }
+  chi += (rest - rest_expected) * (rest - rest_expected) / std::max(rest_expected, 1.0);
+  // Chi-square with `cells` degrees: mean cells, deviation sqrt(2 cells); fixed seed, 4 deviations.
+  CHECK(cells > 20);
+  CHECK(std::abs(chi - cells) < 4 * std::sqrt(2.0 * cells));
+}
+
+TEST(truncation_keeps_what_it_says) {
+  ThreadTeam team(1);
+  Vocabulary v(1, 300, 12, 1.0f);
+  const Doubles logp = v.log_softmax(v.hidden);
+  std::vector<std::pair<double, int>> order;
+  for (int i = 0; i < 300; ++i) order.push_back({-logp[static_cast<size_t>(i)], i});
+  std::sort(order.begin(), order.end());
+  const auto seen = [&](SampleRow row) {
+    std::map<int, float> kept;
+    for (uint32_t i = 0; i < 400; ++i) {
+      row.uniform = keyed_uniform(5, 0, i);
+      SampledToken out;
+      head_sample(v.packed, v.hidden.data(), {&row, 1}, {&out, 1}, team);
+      kept[out.token] = out.kept_mass;
+    }
+    return kept;
+  };
+  SampleRow top_k;
+  top_k.top_k = 3;
+  double mass = 0;
+  for (int i = 0; i < 3; ++i) mass += std::exp(-order[static_cast<size_t>(i)].first);
+  for (const auto& [token, kept] : seen(top_k)) {
+    CHECK(token == order[0].second || token == order[1].second || token == order[2].second);
+    CHECK(std::abs(kept - mass) < 1e-5);
+  }
+  SampleRow top_p;
+  top_p.top_p = 0.5f;
+  double needed = 0;
+  size_t count = 0;
+  while (needed < 0.5) needed += std::exp(-order[count++].first);
+  const auto nucleus = seen(top_p);
+  CHECK(nucleus.size() <= count);
+  CHECK(std::abs(nucleus.begin()->second - needed) < 1e-5);
+  SampleRow min_p;
+  min_p.min_p = 0.5f;
+  for (const auto& [token, kept] : seen(min_p)) {
+    CHECK(logp[static_cast<size_t>(token)] >= -order[0].first + std::log(0.5) - 1e-6);
+    CHECK(kept <= 1.0f);
+  }
+  const std::vector<int32_t> banned = {order[0].second};
+  SampleRow ban;
+  ban.temperature = 0.0f;
+  ban.banned = banned;
+  const auto second = seen(ban);
+  CHECK_EQ(second.begin()->first, order[1].second);
+}
+
+TEST(greedy_takes_the_lowest_id_on_a_tie_and_nan_is_an_error) {
+  ThreadTeam team(1);
+  const int64_t vocab = 600, cols = 4;
+  Floats weight(static_cast<size_t>(vocab * cols), 0.0f);
+  weight[300 * 4] = weight[290 * 4] = weight[599 * 4] = 2.0f;
+  PackedMatrix packed = PackedMatrix::pack(vocab, cols, weight.data());
+  Floats hidden = {1, 0, 0, 0};
+  SampleRow row;
+  row.temperature = 0.0f;
+  SampledToken out;
+  head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, team);
+  CHECK_EQ(out.token, 290);
+  hidden[0] = NAN;
+  CHECK_THROWS(head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, team), NumericError, "row 0");
+  hidden[0] = -INFINITY;  // -inf for the three, NaN (0 * inf) for the rest
+  CHECK_THROWS(head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, team), NumericError, "row 0");
+}
+
+TEST(minus_infinity_is_an_ordinary_logit) {
+  ThreadTeam team(1);
+  const int64_t vocab = 300;
+  Floats weight(static_cast<size_t>(vocab), 0.0f);
+  for (int64_t i = 0; i < vocab; ++i) weight[static_cast<size_t>(i)] = i == 7 || i == 270 ? 1.0f : 3e38f;
+  PackedMatrix packed = PackedMatrix::pack(vocab, 1, weight.data());
+  const Floats hidden = {-3.0f};
+  for (uint32_t i = 0; i < 50; ++i) {
+    SampleRow row;
+    row.uniform = keyed_uniform(1, 0, i);
+    if (i % 2 == 1) row.top_p = 0.99f;
+    SampledToken out;
+    head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, team);
+    CHECK(out.token == 7 || out.token == 270);
+    CHECK(std::abs(out.logprob + std::log(2.0f)) < 1e-6f);
+  }
+}
+
+TEST(row_parallel_visits_every_row_once) {
+  ThreadTeam team(2);
+  std::vector<int> seen(1000, 0);
+  row_parallel(1000, 1000, team, [&](int64_t row) { ++seen[static_cast<size_t>(row)]; });
+  CHECK(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }));
+}
+
+CHECK_MAIN()

@@ -1,0 +1,250 @@
+"""Reading prompts: every source, and one clear line for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import sys
+import types
+
+import pytest
+
+from alignpro.data import (
+    DataError,
+    PairRow,
+    PromptRow,
+    load_pairs,
+    load_prompts,
+    stack_columns,
+)
+
+ROWS = [
+    {"prompt": "Bake bread", "answer": "flour", "split": "train"},
+    {"prompt": "Plant a tree\u2028now", "answer": "soil", "split": "heldout"},
+    {"prompt": "Caf\u00e9?", "answer": "beans", "split": "train"},
+]
+EXPECTED = [PromptRow(r["prompt"], {"answer": r["answer"], "split": r["split"]}) for r in ROWS]
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return name
+
+    return write
+
+
+def jsonl(rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_parquet(path, rows) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(sys.modules["pyarrow"].Table.from_pylist(rows), path)
+
+
+def test_jsonl_json_and_csv_read_the_same(write):
+    table = "prompt,answer,split\n" + "".join(
+        f'"{r["prompt"]}",{r["answer"]},{r["split"]}\n' for r in ROWS
+    )
+    for name, content in {
+        "a.jsonl": jsonl(ROWS),
+        "b.json": json.dumps(ROWS),
+        "c.csv": table,
+        "D.JSONL": codecs.BOM_UTF8 + jsonl(ROWS).replace("\n", "\r\n").encode(),
+        "e.jsonl": "\n" + jsonl(ROWS).replace("\n", "\n\n"),
+        "f.csv": codecs.BOM_UTF8 + table.encode(),
+    }.items():
+        assert load_prompts(write(name, content)) == EXPECTED, name
+
+
+def test_parquet_reads_the_same(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, ROWS)
+    assert load_prompts(path) == EXPECTED
+
+
+def test_csv_fields_with_line_breaks_and_quotes(write):
+    name = write("a.csv", 'prompt\nseparated\u2028plain\n"two\nlines, ""quoted"""\nplain\n')
+    assert [r.prompt for r in load_prompts(name)] == [
+        "separated\u2028plain",
+        'two\nlines, "quoted"',
+        "plain",
+    ]
+
+
+def test_another_column_and_the_split(write):
+    rows = [{"question": r["prompt"], "split": r["split"]} for r in ROWS]
+    name = write("a.jsonl", jsonl(rows))
+    kept = load_prompts(name, column="question", split="train")
+    assert [r.prompt for r in kept] == ["Bake bread", "Caf\u00e9?"]
+
+
+def test_chats_give_their_user_turn(write):
+    chats = [
+        [{"role": "user", "content": "Bake bread"}],
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+    ]
+    name = write("a.jsonl", jsonl({"prompt": chat} for chat in chats))
+    assert [r.prompt for r in load_prompts(name)] == ["Bake bread", "Hi"]
+
+
+def test_chats_from_parquet(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "Bake bread"}]}]
+    write_parquet(tmp_path / "a.parquet", rows)
+    assert load_prompts(tmp_path / "a.parquet") == [PromptRow("Bake bread")]
+
+
+def test_pairs(write):
+    rows = [{"prompt": "Bake bread", "instruction": "Be brief.", "tone": "dry"}]
+    assert load_pairs(write("a.jsonl", jsonl(rows))) == [PairRow("Bake bread", "Be brief.")]
+    renamed = write("b.csv", "x,y\nBake bread,Be brief.\n")
+    assert load_pairs(renamed, "x", "y") == [PairRow("Bake bread", "Be brief.")]
+
+
+def test_columns_are_stacked_beside_the_rows():
+    rows = [PromptRow("a", {"x": 1}), PromptRow("b", {"x": 2, "y": 3})]
+    assert stack_columns(rows) == {"x": [1, 2], "y": [None, 3]}
+    assert stack_columns([]) == {}
+
+
+def test_the_packaged_prompts_are_there_and_split():
+    train, heldout = (load_prompts("everyday", split=s) for s in ("train", "heldout"))
+    assert len(heldout) == 64
+    assert len(train) + len(heldout) == len(load_prompts("everyday")) >= 150
+    assert not {r.prompt for r in train} & {r.prompt for r in heldout}
+
+
+def test_the_packaged_pairs_are_there():
+    pairs = load_pairs("instructions")
+    assert len(pairs) >= 90
+    assert len({p.instruction for p in pairs}) > 40
+
+
+def chat(*roles):
+    return {"prompt": [{"role": role, "content": "x"} for role in roles]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"prompt": }\n',
+            "a.jsonl, line 2: malformed JSON: .*column 12",
+        ),
+        ("a.jsonl", '{"prompt": "x"}\n\n["x"]\n', "line 3: expected an object.*got list"),
+        ("a.jsonl", '{"prompt": "x"}\n{"text": "x"}\n', r"line 2: no column 'prompt'.*\['text'\]"),
+        ("a.jsonl", '{"prompt": 3}', "line 1, column 'prompt': expected text or a chat, got int"),
+        ("a.jsonl", '{"prompt": null}', r"got nothing \(null\)"),
+        ("a.jsonl", '{"prompt": " \\n"}', "line 1, column 'prompt': .*got an empty string"),
+        ("a.jsonl", '{"prompt": "ab\\ud800c"}', r"lone surrogate U\+D800 at character 2"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\xff"}', "line 2: byte 0xff is no valid UTF-8"),
+        ("a.jsonl", "", "a.jsonl: no rows"),
+        ("a.jsonl", "\n \n", "a.jsonl: no rows"),
+        ("a.jsonl", "[" * 100_000, "line 1: malformed JSON: nested too deeply"),
+        ("a.json", '[{"prompt": "x"},\n{"prompt"}]', "a.json, line 2: malformed JSON"),
+        ("a.json", '{"prompt": "x"}', "a.json: expected an array of objects, got dict"),
+        ("a.json", '[{"prompt": "x"}, {"prompt": ""}]', "a.json, row 1, column 'prompt'"),
+        ("a.json", "[]", "a.json: no rows"),
+        ("a.json", "<html></html>", "a.json, line 1: malformed JSON"),
+        ("a.csv", "prompt,b\nx,1\ny\n", "a.csv, line 3: expected 2 columns, got 1"),
+        ("a.csv", "prompt,b\nx,1,2\n", "a.csv, line 2: expected 2 columns, got 3"),
+        ("a.csv", "prompt,prompt\nx,y\n", "column 'prompt' appears twice"),
+        ("a.csv", "text\nx\n", r"a.csv, line 2: no column 'prompt'.*\['text'\]"),
+        ("a.csv", "prompt,b\n,1\n", "line 2, column 'prompt': .*empty"),
+        ("a.csv", 'prompt\n"never closed\n', "a.csv, line 2: malformed CSV"),
+        ("a.csv", "prompt\n", "a.csv: no rows"),
+        ("a.csv", "", "a.csv: no rows"),
+        ("a.parquet", b"PAR1 no", "a.parquet: no readable Parquet file"),
+        ("a.txt", "x", r"a.txt: expected a file ending in \.jsonl.*got '.txt'"),
+        ("a.jsonl", jsonl([chat("system", "user")]), "'system' message would not reach"),
+        ("a.jsonl", jsonl([chat("user", "assistant", "user")]), "only user turn, got roles"),
+        ("a.jsonl", jsonl([chat("assistant", "user")]), "begins with its only user turn"),
+        ("a.jsonl", jsonl([chat()]), r"only user turn, got roles \[\]"),
+        ("a.jsonl", jsonl([{"prompt": ["x"]}]), "message 0 is str"),
+        ("a.jsonl", jsonl([{"prompt": [{"role": "user"}]}]), "'role' and 'content'"),
+        ("a.jsonl", jsonl([{"prompt": [{"role": "user", "content": ["x"]}]}]), "got list"),
+        ("a.jsonl", jsonl([{"prompt": [{"role": "user", "content": ""}]}]), "an empty string"),
+    ],
+)
+def test_one_clear_line_for_bad_files(write, name, content, says):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    with pytest.raises(DataError, match=says) as caught:
+        load_prompts(write(name, content))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(name)
+
+
+def test_sources_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"missing\.jsonl: there is no such file"):
+        load_prompts("missing.jsonl")
+    with pytest.raises(DataError, match="folder: is a folder"):
+        load_prompts("folder")
+    with pytest.raises(DataError, match=r"evryday: expected a file .*everyday, instructions"):
+        load_prompts("evryday")
+    with pytest.raises(DataError, match=r"\./somewhere: expected a file"):
+        load_prompts("./somewhere")
+
+
+def test_splits_that_are_not_there(write):
+    name = write("a.jsonl", jsonl(ROWS))
+    with pytest.raises(
+        DataError, match=r"no rows in split 'test'; there are \['heldout', 'train'\]"
+    ):
+        load_prompts(name, split="test")
+    unsplit = write("b.jsonl", '{"prompt": "x"}')
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1: no column 'split'"):
+        load_prompts(unsplit, split="train")
+
+
+def test_pairs_name_the_column_that_is_wrong(write):
+    name = write(
+        "a.jsonl", '{"prompt": "x", "instruction": "y"}\n{"prompt": "x", "instruction": 1}'
+    )
+    with pytest.raises(DataError, match="line 2, column 'instruction': expected text, got int"):
+        load_pairs(name)
+    with pytest.raises(DataError, match="line 1: no column 'rewrite'"):
+        load_pairs(name, instruction_column="rewrite")
+
+
+def test_a_hub_data_set_is_read_through_datasets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        if name == "who/missing":
+            raise FileNotFoundError("not on the hub\nmore lines")
+        return ROWS
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert load_prompts("who/prompts") == EXPECTED
+    assert load_prompts("who/prompts", split="test") == EXPECTED
+    assert asked == [("who/prompts", "train"), ("who/prompts", "test")]
+    with pytest.raises(DataError, match=r"'who/missing', split 'train': not on the hub$"):
+        load_prompts("who/missing")
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "remedy"),
+    [
+        ("datasets", "who/prompts", "pip install 'datasets'"),
+        ("pyarrow.parquet", "a.parquet", r"pip install 'alignpro\[parquet\]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_remedy(write, monkeypatch, module, source, remedy):
+    if source.endswith("parquet"):
+        write(source, b"PAR1")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=remedy):
+        load_prompts(source)

@@ -1,0 +1,177 @@
+"""Every failure of a reward stops with an error that names the row; none becomes a zero."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from alignpro.rewards.check import RewardError, score_checked
+
+PROMPTS = ["first prompt", "second prompt", "third prompt"]
+REWRITES = ["r1", "r2", "r3"]
+RESPONSES = ["a", "bb", "ccc"]
+
+
+def check(reward, columns=None, prompts=PROMPTS, rewrites=REWRITES, responses=RESPONSES):
+    return score_checked(reward, prompts, rewrites, responses, columns)
+
+
+def lengths(prompts, rewrites, responses, **columns):
+    return [len(r) for r in responses]
+
+
+def test_scores_come_back_in_order_as_floats():
+    scores = check(lengths)
+    assert scores == [1.0, 2.0, 3.0]
+    assert all(type(s) is float for s in scores)
+
+
+def test_the_reward_sees_the_original_prompts_rewrites_and_columns():
+    seen = {}
+
+    def spy(prompts, rewrites, responses, **columns):
+        seen.update(prompts=prompts, rewrites=rewrites, responses=responses, **columns)
+        return [0.0] * len(prompts)
+
+    check(spy, {"answer": [7, 8, 9]})
+    assert seen == {
+        "prompts": PROMPTS,
+        "rewrites": REWRITES,
+        "responses": RESPONSES,
+        "answer": [7, 8, 9],
+    }
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        (1, 2, 3),
+        [True, 2, np.float32(3)],
+        np.array([1.0, 2.0, 3.0]),
+        torch.tensor([1.0, 2.0, 3.0]),
+        (x for x in (1, 2, 3)),
+    ],
+)
+def test_any_sequence_of_numbers_is_accepted(scores):
+    assert check(lambda *_, **__: scores) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (math.nan, "finite number, got nan"),
+        (math.inf, "finite number, got inf"),
+        (-math.inf, "finite number, got -inf"),
+        (None, "a number, got None"),
+        ("0.5", "a number, got str"),
+        ([0.5], "a number, got list"),
+        (np.array([0.5]), "a number, got ndarray"),
+        (1j, "a number, got complex"),
+        (10**400, "a number, got int"),
+    ],
+)
+def test_a_value_that_is_no_score_names_its_row(bad, says):
+    with pytest.raises(RewardError) as caught:
+        check(lambda *_, **__: [1.0, bad, 1.0])
+    assert caught.value.row == 1
+    assert "row 1 (prompt 'second prompt')" in str(caught.value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_raising_reward_names_the_offending_row_and_keeps_the_cause():
+    def fails_on_bb(prompts, rewrites, responses, **columns):
+        if "bb" in responses:
+            raise KeyError("no judgement")
+        return [0.0] * len(responses)
+
+    with pytest.raises(
+        RewardError, match=r"fails_on_bb.*KeyError.*row 1.*second.*no judgement"
+    ) as e:
+        check(fails_on_bb)
+    assert e.value.row == 1
+    assert isinstance(e.value.__cause__, KeyError)
+
+
+def test_columns_follow_their_rows_when_the_offending_row_is_sought():
+    def fails(prompts, rewrites, responses, *, answer):
+        assert len(answer) == len(prompts)
+        if 9 in answer:
+            raise RuntimeError("nine")
+        return [0.0] * len(prompts)
+
+    with pytest.raises(RewardError) as caught:
+        check(fails, {"answer": [7, 8, 9]})
+    assert caught.value.row == 2
+
+
+def test_a_batch_that_fails_though_no_row_does():
+    def too_many(prompts, rewrites, responses, **columns):
+        if len(prompts) > 2:
+            raise MemoryError("too many")
+        return [0.0] * len(prompts)
+
+    with pytest.raises(RewardError, match="batch of 3 rows, though on no row alone") as caught:
+        check(too_many)
+    assert caught.value.row is None
+    assert isinstance(caught.value.__cause__, MemoryError)
+
+
+def test_an_interrupt_is_not_swallowed():
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check(interrupted)
+
+
+def test_wrong_count_names_the_row_that_is_dropped():
+    def skips_short(prompts, rewrites, responses, **columns):
+        return [1.0 for r in responses if len(r) != 2]
+
+    with pytest.raises(RewardError, match=r"expected 3 scores.*got 2; row 1 .*second") as caught:
+        check(skips_short)
+    assert caught.value.row == 1
+
+
+def test_wrong_count_without_a_culprit():
+    with pytest.raises(RewardError, match="expected 3 scores, one a row, got 1") as caught:
+        check(lambda *_, **__: [1.0])
+    assert caught.value.row is None
+
+
+@pytest.mark.parametrize("result", [1.0, None, "123", {"a": 1.0}])
+def test_a_result_that_is_no_sequence(result):
+    with pytest.raises(RewardError, match="expected a sequence of numbers"):
+        check(lambda *_, **__: result)
+
+
+def test_an_awaitable_result_is_refused():
+    async def later():
+        return [0.0]
+
+    with pytest.raises(RewardError, match="awaitable"):
+        check(lambda *_, **__: later())
+
+
+def test_no_rows_is_no_call():
+    assert check(lambda *_, **__: 1 / 0, prompts=[], rewrites=[], responses=[]) == []
+
+
+def test_inputs_that_are_not_aligned():
+    with pytest.raises(ValueError, match="'responses': expected 3 rows as prompts, got 2"):
+        check(lengths, responses=["a", "b"])
+    with pytest.raises(ValueError, match="'answer': expected 3 rows as prompts, got 1"):
+        check(lengths, {"answer": [1]})
+    with pytest.raises(ValueError, match="column 'responses' collides"):
+        check(lengths, {"responses": [1, 2, 3]})
+
+
+def test_a_long_prompt_is_shortened_to_one_line():
+    with pytest.raises(RewardError) as caught:
+        check(lambda *_, **__: [None], prompts=["x\n" * 500], rewrites=[""], responses=[""])
+    assert len(str(caught.value)) < 200
+    assert "\n" not in str(caught.value)

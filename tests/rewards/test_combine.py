@@ -1,0 +1,67 @@
+"""Weighted sums: the total, the parts, and errors that name the part."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from alignpro.rewards import RewardError, VaderReward, WeightedSum, score_checked, score_components
+from alignpro.types import Reward
+
+ROWS = (["p1", "p2"], ["r1", "r2"], ["x", "yyy"])
+
+
+def length(prompts, rewrites, responses, **columns):
+    return [len(r) for r in responses]
+
+
+def seven(prompts, rewrites, responses, **columns):
+    return [7.0] * len(prompts)
+
+
+def test_the_sum_and_its_parts():
+    total = WeightedSum({"length": (2.0, length), "seven": (-0.5, seven)})
+    assert isinstance(total, Reward)
+    assert list(total(*ROWS)) == [2 * 1 - 3.5, 2 * 3 - 3.5]
+    assert total.components(*ROWS) == {"length": [1.0, 3.0], "seven": [7.0, 7.0]}
+    assert total.total({"length": [0.0], "seven": [2.0]}) == [-1.0]
+    assert total.name == "2*length+-0.5*seven"
+
+
+def test_score_components_scores_once():
+    calls = []
+
+    def counted(prompts, rewrites, responses, **columns):
+        calls.append(columns)
+        return length(prompts, rewrites, responses)
+
+    scores, parts = score_components(WeightedSum({"n": (3.0, counted)}), *ROWS, {"c": [1, 2]})
+    assert (scores, parts) == ([3.0, 9.0], {"n": [1.0, 3.0]})
+    assert calls == [{"c": [1, 2]}]
+
+
+def test_score_components_of_a_single_reward():
+    scores, parts = score_components(length, *ROWS)
+    assert scores == [1.0, 3.0]
+    assert parts == {"length": [1.0, 3.0]}
+
+
+def test_an_error_names_the_part_and_the_row():
+    def broken(prompts, rewrites, responses, **columns):
+        return [0.0, math.nan][: len(prompts)]
+
+    with pytest.raises(
+        RewardError, match=r"in 'judge': reward 'broken', row 1 \(prompt 'p2'\)"
+    ) as e:
+        score_checked(WeightedSum({"length": (1.0, length), "judge": (1.0, broken)}), *ROWS)
+    assert e.value.row == 1
+
+
+def test_bad_terms_are_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        WeightedSum({})
+    with pytest.raises(ValueError, match="'vader': expected a finite weight, got nan"):
+        WeightedSum({"vader": (math.nan, VaderReward())})
+    with pytest.raises(TypeError, match="'x': expected a callable, got int"):
+        WeightedSum({"x": (1.0, 3)})

@@ -1,0 +1,188 @@
+"""Configurations: what is accepted, and the line that refuses the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from alignpro.config import (
+    EvalConfig,
+    LoraConfig,
+    Prompting,
+    QuickstartConfig,
+    SftConfig,
+    TrainConfig,
+    apply_overrides,
+    from_mapping,
+    load_yaml,
+    to_mapping,
+)
+from alignpro.types import SamplingParams
+
+
+@pytest.mark.parametrize("cls", [SftConfig, TrainConfig, EvalConfig, QuickstartConfig])
+def test_every_config_survives_json(cls):
+    config = cls()
+    assert from_mapping(cls, json.loads(json.dumps(to_mapping(config)))) == config
+
+
+def test_nested_groups_lists_and_nulls():
+    config = from_mapping(
+        TrainConfig,
+        {
+            "kl_coef": 1,
+            "target": None,
+            "lora": {"rank": 4, "target_modules": ["q_proj", "v_proj"]},
+            "response": {"stop": ["\n"], "max_new_tokens": 5},
+        },
+    )
+    assert config.kl_coef == 1.0 and isinstance(config.kl_coef, float)
+    assert config.lora == LoraConfig(rank=4, target_modules=("q_proj", "v_proj"))
+    assert config.response == SamplingParams(max_new_tokens=5, stop=("\n",))
+
+
+def test_a_partial_group_keeps_the_outer_defaults():
+    # SamplingParams alone would say 64 tokens.
+    config = from_mapping(TrainConfig, {"rewrite": {"temperature": 0.5}})
+    assert config.rewrite == dataclasses.replace(TrainConfig().rewrite, temperature=0.5)
+    assert config.rewrite.max_new_tokens == 12
+    nested = from_mapping(QuickstartConfig, {"train": {"response": {"top_k": 3}}})
+    assert nested.train.response.max_new_tokens == 48
+
+
+@pytest.mark.parametrize(
+    ("mapping", "line"),
+    [
+        ({"lerning_rate": 1}, 'unknown configuration key "lerning_rate"; did you mean "learning_'),
+        ({"lora": {"rnk": 1}}, 'unknown configuration key "lora.rnk"; did you mean "rank"?'),
+        ({"zzz": 1}, 'unknown configuration key "zzz"; known: model, adapter'),
+        ({"steps": 2.5}, "steps: expected an integer, got 2.5"),
+        ({"steps": True}, "steps: expected an integer, got True"),
+        ({"steps": "ten"}, "steps: expected an integer, got 'ten'"),
+        ({"learning_rate": "fast"}, "learning_rate: expected a finite number, got 'fast'"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number, got nan"),
+        ({"learning_rate": True}, "learning_rate: expected a number, got True"),
+        ({"strict_parity": "no"}, "strict_parity: expected true or false, got 'no'"),
+        ({"model": 3}, "model: expected text, got 3"),
+        ({"threads": "all"}, "threads: expected an integer or null, got 'all'"),
+        ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"lr_schedule": "linaer"}, 'did you mean "linear"?'),
+        ({"prompting": {"mode": "prepend"}}, "prompting.mode: expected one of 'append', 'rewrite'"),
+        ({"prompting": {"template": "no braces"}}, 'prompting.template: expected "{prompt}" exac'),
+        ({"lora": 3}, "lora: expected a mapping of fields, got 3"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules: expected at least one name"),
+        ({"lora": {"target_modules": "q_proj"}}, "lora.target_modules: expected"),
+        ({"lora": {"rank": 0}}, "lora.rank: expected at least 1, got 0"),
+        ({"kl_coef": -0.1}, "kl_coef: expected 0 or more, got -0.1"),
+        ({"num_rewrites": 1}, "num_rewrites: expected at least 2"),
+        ({"seed": -1}, "seed: expected between 0 and"),
+        ({"rewrite": {"temperature": -1.0}}, "rewrite.temperature: expected 0 or more, got -1.0"),
+        ({"rewrite": {"temperature": 0}}, "rewrite.temperature: expected above 0"),
+        ({"rewrite": {"top_p": 0.8}}, "rewrite.top_p: expected 1.0 in training"),
+        ({"rewrite": {"min_new_tokens": 2}}, "rewrite.min_new_tokens: expected 0 in training"),
+        ({"response": {"n": 2}}, "response.n: expected 1"),
+        ({"response": {"seed": 2}}, "response.seed: expected unset"),
+        ({"response": {"stop": "\n"}}, "response.stop: expected a list"),
+        ({"response": {"stop_token_ids": ["x"]}}, "response.stop_token_ids[0]: expected an int"),
+    ],
+)
+def test_refusals_name_the_field(mapping, line):
+    with pytest.raises(ValueError) as caught:
+        from_mapping(TrainConfig, mapping)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_responses_are_allowed():
+    assert from_mapping(TrainConfig, {"response": {"top_p": 0.9}}).response.top_p == 0.9
+
+
+def test_overrides_are_yaml_scalars(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("steps: 3\nlora: {rank: 2}\n")
+    config = load_yaml(
+        TrainConfig,
+        path,
+        ["learning_rate=1e-4", "lora.alpha=8", "adapter=null", "reward=vader", "steps=5"],
+    )
+    assert config.learning_rate == 1e-4
+    assert config.lora == LoraConfig(rank=2, alpha=8.0)
+    assert (config.adapter, config.reward, config.steps) == (None, "vader", 5)
+
+
+def test_overrides_leave_the_mapping_alone():
+    mapping = {"lora": {"rank": 2}}
+    assert apply_overrides(mapping, ["lora.rank=3"]) == {"lora": {"rank": 3}}
+    assert mapping == {"lora": {"rank": 2}}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("steps", 'override "steps": expected key=value'),
+        ("=3", 'override "=3": expected key=value'),
+        ("steps.more=1", '"steps" is a value, not a group'),
+    ],
+)
+def test_bad_overrides(override, line):
+    with pytest.raises(ValueError, match="override") as caught:
+        apply_overrides({"steps": 1}, [override])
+    assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("- 1\n- 2\n", "expected a mapping of fields, got a list"),
+        ("a: [1", "not YAML"),
+        ("kl_coef: x", "kl_coef: expected a finite number, got 'x'"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, text, line):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_yaml(TrainConfig, path)
+    assert str(caught.value).startswith(f"{path}: ") and line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    assert load_yaml(TrainConfig, path) == TrainConfig()
+
+
+def test_quickstart_hands_its_fields_to_every_stage():
+    config = from_mapping(
+        QuickstartConfig,
+        {"seed": 7, "model": "m", "reward": "vader", "lora": {"rank": 3}, "train": {"steps": 2}},
+    )
+    sft, train, evaluate = config.stages()
+    assert (sft.seed, train.seed, evaluate.seed) == (7, 7, 7)
+    assert (sft.model, train.model, evaluate.model) == ("m", "m", "m")
+    assert (train.reward, evaluate.reward) == ("vader", "vader")
+    assert sft.lora == train.lora == LoraConfig(rank=3)
+    assert train.steps == 2
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [{"train": {"seed": 3}}, {"sft": {"model": "x"}}, {"evaluate": {"reward": "vader"}}],
+)
+def test_quickstart_refuses_a_shared_field_in_one_stage(mapping):
+    # It would be overwritten without a word.
+    with pytest.raises(ValueError, match="quickstart sets it for every stage"):
+        from_mapping(QuickstartConfig, mapping)
+
+
+def test_prompting():
+    append = Prompting(template="Q: {prompt} {other}", separator=" | ")
+    assert append.prompter_turn("{prompt} {x}") == "Q: {prompt} {x} {other}"
+    assert append.target_turn("p", "r") == "p | r"
+    assert append.target_turn("p", "") == "p"
+    rewrite = Prompting(mode="rewrite")
+    assert rewrite.target_turn("p", "r") == "r"
+    assert rewrite.target_turn("p", "") == "p"

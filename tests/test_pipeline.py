@@ -1,0 +1,275 @@
+"""The two-model loop over a fake LanguageModel: routing, keys, order, failures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from fake_model import EOS, FakeModel
+
+from alignpro.config import Prompting
+from alignpro.pipeline import Pipeline, _splitmix64, derive_seed
+from alignpro.rewards.check import RewardError
+from alignpro.types import SamplingParams
+
+PROMPTS = ["How do I boil an egg?", "Why is the sky blue?", "Name a river."]
+TEMPLATE = "Advise: {prompt}"
+
+
+class LengthReward:
+    """Records its calls; the score is a row number, so that misplaced scores show."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, prompts, rewrites, responses, **columns):
+        self.calls.append((list(prompts), list(rewrites), list(responses), columns))
+        return [float(i) for i in range(len(prompts))]
+
+
+def make(prompter=None, target=None, reward=None, mode="append", **options):
+    prompter = prompter or FakeModel("prompter")
+    return Pipeline(
+        prompter,
+        target or FakeModel("target"),
+        reward,
+        prompting=Prompting(mode=mode, template=TEMPLATE, separator=" // "),
+        **options,
+    )
+
+
+def flat(rollout):
+    return [w for group in rollout.rewrites for w in group]
+
+
+def test_shapes_order_and_what_each_model_read():
+    pipeline = make(reward=LengthReward())
+    rollout = pipeline.rollout(PROMPTS, num_rewrites=4, num_responses=3, seed=5)
+    assert rollout.prompts == PROMPTS
+    assert [len(group) for group in rollout.rewrites] == [4, 4, 4]
+    tokenizer = pipeline.target.tokenizer
+    for index, group in enumerate(rollout.rewrites):
+        for rewrite in group:
+            assert rewrite.prompt_index == index
+            turn = TEMPLATE.replace("{prompt}", PROMPTS[index])
+            assert rewrite.prompter_tokens == [0, *tokenizer.encode(turn), 1]
+            expected = PROMPTS[index] + (f" // {rewrite.text}" if rewrite.text else "")
+            assert rewrite.target_prompt == expected
+            assert rewrite.target_tokens == [0, *tokenizer.encode(expected), 1]
+            assert rewrite.text == rewrite.text.strip()
+            assert len(rewrite.responses) == 3
+    # Rows reach the reward in order of prompt, rewrite, response, and scores come back to them.
+    rewards = [r.reward for w in flat(rollout) for r in w.responses]
+    assert rewards == [float(i) for i in range(36)]
+    assert rollout.rewrites[0][1].reward == pytest.approx((3 + 4 + 5) / 3)
+
+
+def test_the_reward_sees_the_original_prompt_once_and_its_columns():
+    reward = LengthReward()
+    pipeline = make(reward=reward)
+    rollout = pipeline.rollout(
+        PROMPTS, num_rewrites=2, num_responses=2, seed=1, columns={"answer": ["a", "b", "c"]}
+    )
+    ((prompts, rewrites, responses, columns),) = reward.calls
+    assert prompts == [p for p in PROMPTS for _ in range(4)]
+    assert rewrites == [w.text for w in flat(rollout) for _ in range(2)]
+    assert responses == [r.text for w in flat(rollout) for r in w.responses]
+    assert columns == {"answer": [c for c in "abc" for _ in range(4)]}
+
+
+def test_tokens_are_kept_as_written():
+    # The text crosses stripped; the tokens, EOS included, are those that were sampled.
+    pipeline = make()
+    rewrites = [w for group in pipeline.rewrite(PROMPTS, num_rewrites=20, seed=3) for w in group]
+    padded = [w for w in rewrites if w.text == "slowly"]
+    assert padded
+    for rewrite in padded:
+        assert rewrite.tokens == [*pipeline.prompter.tokenizer.encode("  slowly "), EOS]
+        assert len(rewrite.logprobs) == len(rewrite.tokens)
+        assert rewrite.finish_reason == "stop"
+
+
+def test_truncated_rewrites_have_no_eos():
+    pipeline = make(rewrite_params=SamplingParams(max_new_tokens=3))
+    rewrites = [w for group in pipeline.rewrite(PROMPTS, num_rewrites=8, seed=3) for w in group]
+    cut = [w for w in rewrites if w.finish_reason == "length"]
+    assert cut
+    assert all(len(w.tokens) == 3 and EOS not in w.tokens for w in cut)
+
+
+@pytest.mark.parametrize("mode", ["append", "rewrite"])
+def test_an_empty_rewrite_leaves_the_prompt(mode):
+    pipeline = make(mode=mode)
+    rewrites = [w for group in pipeline.rewrite(PROMPTS, num_rewrites=40, seed=3) for w in group]
+    empty = [w for w in rewrites if not w.text]
+    assert empty
+    assert all(w.target_prompt == PROMPTS[w.prompt_index] and w.tokens == [EOS] for w in empty)
+    written = [w for w in rewrites if w.text]
+    if mode == "rewrite":
+        assert all(w.target_prompt == w.text for w in written)
+
+
+def test_draws_do_not_depend_on_the_batch():
+    together = make().rollout(PROMPTS, num_rewrites=4, num_responses=2, seed=9)
+    slow = make(FakeModel("p", rows=1), FakeModel("t", rows=2))
+    apart = slow.rollout(PROMPTS[:1], num_rewrites=2, num_responses=1, seed=9)
+    for mine, theirs in zip(apart.rewrites[0], together.rewrites[0][:2], strict=True):
+        assert (mine.tokens, mine.target_tokens) == (theirs.tokens, theirs.target_tokens)
+        assert mine.responses[0].tokens == theirs.responses[0].tokens
+
+
+def test_every_request_has_a_key_of_its_own():
+    pipeline = make()
+    pipeline.rollout(PROMPTS, num_rewrites=4, num_responses=3, seed=9)
+    keys = [
+        (m.name, h.params.seed, h.sample)
+        for m in (pipeline.prompter, pipeline.target)
+        for h in m.handles
+    ]
+    assert len(set(keys)) == len(keys) == 12 + 36
+    seeds = {seed for name, seed, _ in keys if name == "prompter"}
+    assert seeds.isdisjoint(seed for name, seed, _ in keys if name == "target")
+
+
+def test_seeds_are_pinned_and_fresh_without_one():
+    assert _splitmix64(0) == 0xE220A8397B1DCDAF  # the generator's first output from state 0
+    assert derive_seed(0, 1) == 0x5E41AB087439611E
+    assert derive_seed(1, 2, 3) != derive_seed(1, 3, 2)
+    assert all(0 <= derive_seed(2**64 - 1, i) < 2**64 for i in range(100))
+    pipeline = make()
+    pipeline.rewrite(PROMPTS[:1])
+    pipeline.rewrite(PROMPTS[:1])
+    first, second = pipeline.prompter.handles
+    assert first.params.seed != second.params.seed
+
+
+def test_responses_start_before_the_last_rewrite_is_written():
+    pipeline = make(FakeModel("prompter", rows=1))
+    pipeline.rollout(PROMPTS, num_rewrites=3, num_responses=1, seed=2)
+    # With one row at a time the prompter takes many steps; a barrier would submit all at once.
+    assert len({h.submitted_at for h in pipeline.target.handles}) > 1
+    assert pipeline.target.handles[0].submitted_at < pipeline.target.steps - 3
+
+
+def test_one_model_for_both_is_stepped_once_a_round():
+    shared = FakeModel("both")
+    rollout = make(shared, shared, prompter_adapter="adapter").rollout(
+        PROMPTS, num_rewrites=2, num_responses=2, seed=4
+    )
+    assert len(flat(rollout)) == 6
+    assert [h.adapter for h in shared.handles[:6]] == ["adapter"] * 6
+    assert {h.adapter for h in shared.handles[6:]} == {None}  # the target runs on base weights
+    assert shared.steps <= 14  # at most 7 steps a request, rewrite then response
+
+
+def test_with_adapter_changes_the_prompter_alone():
+    pipeline = make(prompter_adapter="old")
+    pipeline.with_adapter("new").rewrite(PROMPTS, seed=1)
+    assert {h.adapter for h in pipeline.prompter.handles} == {"new"}
+    assert pipeline.prompter_adapter == "old"
+
+
+def test_respond_is_the_raw_arm_under_the_same_keys():
+    reward = LengthReward()
+    pipeline = make(reward=reward)
+    raw = pipeline.respond(PROMPTS, num_responses=3, seed=8)
+    assert [[len(w.responses) for w in group] for group in raw.rewrites] == [[3], [3], [3]]
+    assert [w.target_prompt for w in flat(raw)] == PROMPTS
+    assert reward.calls[0][0] == [p for p in PROMPTS for _ in range(3)]
+    pipeline.rollout(PROMPTS, num_rewrites=1, num_responses=3, seed=8)
+    handles = pipeline.target.handles
+    first = {(h.params.seed, h.sample) for h in handles[:9]}
+    second = {(h.params.seed, h.sample) for h in handles[9:]}
+    assert first == second
+
+
+def test_without_a_reward_scores_are_nan():
+    rollout = make().rollout(PROMPTS[:1], seed=0)
+    assert math.isnan(rollout.rewrites[0][0].responses[0].reward)
+
+
+def test_counts_of_tokens_and_progress():
+    seen = []
+    pipeline = make()
+    rollout = pipeline.rollout(
+        PROMPTS, num_rewrites=2, num_responses=2, seed=4, on_progress=seen.append
+    )
+    assert seen == sorted(seen) and seen[-1] == 6 + 12
+    written = sum(len(w.tokens) + sum(len(r.tokens) for r in w.responses) for w in flat(rollout))
+    assert rollout.generated_tokens == written
+
+
+@pytest.mark.parametrize(
+    ("prompts", "line"),
+    [
+        (["fine", ""], "prompt 1 is empty"),
+        (["fine", " \n"], "prompt 1 is empty"),
+        (["fine", 3], "prompt 1: expected text, got int"),
+        (["fine", "x" * 500], "prompt 1 in its template: 510 tokens and 12 new ones exceed the"),
+    ],
+)
+def test_bad_prompts_are_named_before_anything_is_submitted(prompts, line):
+    pipeline = make(FakeModel("prompter", context_length=200))
+    with pytest.raises(ValueError, match="prompt 1") as caught:
+        pipeline.rollout(prompts, seed=0)
+    assert line in str(caught.value)
+    assert pipeline.prompter.handles == []
+
+
+def test_a_rewrite_over_the_targets_context_is_named_and_cancels_the_rest():
+    prompts = ["short", "x" * 100]
+    pipeline = make(target=FakeModel("target", context_length=140))
+    with pytest.raises(ValueError, match="rewrite of prompt 1") as caught:
+        pipeline.rollout(prompts, num_rewrites=8, seed=0)
+    assert "48 new ones exceed the context of target (140 tokens)" in str(caught.value)
+    assert pipeline.prompter.under_way() == [] and pipeline.target.under_way() == []
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_a_failure_cancels_what_is_under_way(failure):
+    target = FakeModel("target", fail_at_step=2, failure=failure)
+    pipeline = make(target=target)
+    with pytest.raises(type(failure)):
+        pipeline.rollout(PROMPTS, num_rewrites=6, num_responses=2, seed=1)
+    left = [h for m in (pipeline.prompter, target) for h in m.handles if not h.cancelled]
+    assert all(h.finished for h in left)
+    assert pipeline.prompter.under_way() == [] and target.under_way() == []
+
+
+def test_a_failing_reward_is_an_error_never_a_zero():
+    def reward(prompts, rewrites, responses, **columns):
+        return [float("nan")] * len(prompts)
+
+    with pytest.raises(RewardError, match="row 0"):
+        make(reward=reward).rollout(PROMPTS, seed=0)
+
+
+def test_a_model_that_loses_a_request_does_not_hang_the_loop():
+    model = FakeModel("lossy")
+    model.step = lambda: model.handles.clear() or []
+    with pytest.raises(RuntimeError, match="neither finished nor under way in lossy"):
+        make(model).rewrite(PROMPTS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"num_rewrites": 0}, "num_rewrites: expected at least 1, got 0"),
+        ({"num_responses": 0}, "num_responses: expected at least 1, got 0"),
+        ({"columns": {"a": [1]}}, "column a: expected 3 values, got 1"),
+    ],
+)
+def test_bad_arguments(arguments, line):
+    with pytest.raises(ValueError) as caught:
+        make().rollout(PROMPTS, seed=0, **arguments)
+    assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(seed=3), SamplingParams(temperature=-1.0)])
+def test_sampling_parameters_are_checked(params):
+    with pytest.raises(ValueError, match="response_params"):
+        make(response_params=params)
+
+
+def test_no_prompts_is_an_empty_rollout():
+    assert make(reward=LengthReward()).rollout([], seed=0).rewrites == []

@@ -1,0 +1,118 @@
+"""Run directories and checkpoints: nothing is lost by accident, nothing torn is trusted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from train.toy_model import MODULE, ToyModel
+
+from alignpro.config import LoraConfig
+from alignpro.train.checkpoint import (
+    Checkpoint,
+    check_same_run,
+    load_checkpoint,
+    prepare_run_dir,
+    save_checkpoint,
+    write_config,
+)
+from alignpro.train.policy import initial_weights
+
+
+def checkpoint(step, *, value=1.0):
+    weights = initial_weights(ToyModel(), LoraConfig(rank=2, alpha=3.0), seed=step)
+    weights.matrices[MODULE][1][:] = value
+    state = {"state": {0: {"exp_avg": torch.full((2,), value)}}, "param_groups": [{"lr": 0.1}]}
+    return Checkpoint(step, 8 * step, {"kl_coef": 0.1}, weights, state)
+
+
+def test_round_trip(tmp_path):
+    save_checkpoint(tmp_path, checkpoint(3))
+    back = load_checkpoint(tmp_path, ToyModel.lora_modules)
+    assert (back.step, back.cursor, back.config) == (3, 24, {"kl_coef": 0.1})
+    assert (back.weights.rank, back.weights.alpha, back.weights.rslora) == (2, 3.0, False)
+    for mine, theirs in zip(
+        back.weights.matrices[MODULE], checkpoint(3).weights.matrices[MODULE], strict=True
+    ):
+        assert np.array_equal(mine, theirs)
+    assert torch.equal(back.optimizer["state"][0]["exp_avg"], torch.ones(2))
+
+
+def test_latest_moves_and_old_ones_go(tmp_path):
+    assert load_checkpoint(tmp_path, ToyModel.lora_modules) is None
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, checkpoint(step))
+    assert load_checkpoint(tmp_path, ToyModel.lora_modules).step == 3
+    assert not (tmp_path / "checkpoints" / "step-000001").exists()
+    save_checkpoint(tmp_path, checkpoint(3, value=2.0))  # again: replaced whole
+    assert float(load_checkpoint(tmp_path, ToyModel.lora_modules).weights.matrices[MODULE][1][0, 0]) == 2
+
+
+def test_a_write_that_was_cut_leaves_the_one_before(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, checkpoint(1))
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path, checkpoint(2))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path, ToyModel.lora_modules).step == 1
+    save_checkpoint(tmp_path, checkpoint(2))
+    assert load_checkpoint(tmp_path, ToyModel.lora_modules).step == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "code"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    folder = save_checkpoint(tmp_path, checkpoint(1))
+    path = folder / "optimizer.pt"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    elif damage == "missing":
+        (folder / "state.json").unlink()
+    else:
+        torch.save({"state": pytest.raises}, path)  # a pickled function: not to be run
+    with pytest.raises(ValueError, match="step-000001: unreadable checkpoint") as caught:
+        load_checkpoint(tmp_path, ToyModel.lora_modules)
+    assert "\n" not in str(caught.value)
+
+
+def test_run_directories(tmp_path):
+    new = tmp_path / "a" / "run"
+    assert prepare_run_dir(new) == new and new.is_dir()
+    assert prepare_run_dir(new) == new  # still empty
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        prepare_run_dir(new, resume=True)
+    write_config(new, {"a": 1})
+    (new / "metrics.jsonl").write_text("{}")
+    with pytest.raises(FileExistsError, match="--resume goes on with it, --overwrite deletes it"):
+        prepare_run_dir(new)
+    assert prepare_run_dir(new, resume=True) == new and (new / "metrics.jsonl").exists()
+    with pytest.raises(ValueError, match="exclude each other"):
+        prepare_run_dir(new, resume=True, overwrite=True)
+    prepare_run_dir(new, overwrite=True)
+    assert list(new.iterdir()) == []
+
+
+def test_overwrite_deletes_nothing_but_runs(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not one of alignpro's"):
+        prepare_run_dir(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="a file of that name is there"):
+        prepare_run_dir(tmp_path / "thesis.txt", overwrite=True)
+
+
+def test_config_marks_the_run(tmp_path):
+    write_config(tmp_path, {"a": [1, 2]})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": [1, 2]}
+
+
+def test_what_a_resume_may_change():
+    saved = {"kl_coef": 0.1, "steps": 10, "lr_schedule": "constant", "threads": None}
+    check_same_run(saved, {**saved, "steps": 20, "threads": 4})
+    with pytest.raises(ValueError, match="steps was 10, is 20"):
+        check_same_run(
+            {**saved, "lr_schedule": "linear"}, {**saved, "steps": 20, "lr_schedule": "linear"}
+        )
+    with pytest.raises(ValueError, match="new_field was None, is 1"):
+        check_same_run(saved, {**saved, "new_field": 1})

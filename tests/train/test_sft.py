@@ -1,0 +1,110 @@
+"""The supervised warm start on the enumerable model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from train.toy_model import EOS, GEN, MODULE, ToyModel, ToyTokenizer
+
+from alignpro.config import LoraConfig, Prompting, SftConfig
+from alignpro.train.policy import LoraPolicy
+from alignpro.train.sft import encode_pairs, end_of_turn, fit
+
+PLAIN = Prompting(template="{prompt}")
+PAIRS = [("ab", "c"), ("d", "c"), ("a", "e"), ("b", "c")]
+
+
+def config(**changes):
+    defaults = {"steps": 2, "batch_size": 4, "prompting": PLAIN, "learning_rate": 0.05}
+    return SftConfig(**{**defaults, **changes})
+
+
+def test_what_is_read_and_what_is_written():
+    tokenizer = ToyTokenizer()
+    first, *_ = encode_pairs(tokenizer, [("ab", " ca\n")], PLAIN)
+    assert first.tokens == [0, 3, 4, GEN, 5, 3, EOS]
+    assert first.start == 4
+
+
+class SeveralEnds(ToyTokenizer):
+    """As Phi-3.5: a turn ends with one EOS id, the text with another, and neither comes first."""
+
+    eos_ids = (9, 8, 7)
+
+    def encode_chat(self, messages, *, add_generation_prompt=True):
+        tokens = []
+        for message in messages:
+            tokens += [{"user": 0, "assistant": 1}[message["role"]], 5, 8]
+        return [*tokens, 1] if add_generation_prompt else [*tokens, 7]
+
+
+class NoEnd(ToyTokenizer):
+    def encode_chat(self, messages, *, add_generation_prompt=True):
+        return [0, 1, 5, 5][: 2 * len(messages)]
+
+
+def test_the_end_is_the_one_after_the_assistants_words():
+    assert end_of_turn(ToyTokenizer()) == EOS
+    assert end_of_turn(SeveralEnds()) == 8
+    assert end_of_turn(NoEnd()) == EOS
+    bare = ToyTokenizer()
+    bare.eos_ids = ()
+    with pytest.raises(ValueError, match="names no EOS token"):
+        end_of_turn(bare)
+
+
+def test_the_loss_is_the_mean_over_tokens():
+    model = ToyModel()
+    policy = LoraPolicy.fresh(model, LoraConfig(rank=2), seed=0)
+    (row,) = fit(policy, PAIRS, config(steps=1))
+    table = model.core_model.table(None, 1.0)
+    c, e = 5, 7
+    by_hand = -(3 * (table[GEN, c] + table[c, EOS]) + table[GEN, e] + table[e, EOS]) / 8
+    assert row["loss"] == pytest.approx(float(by_hand), rel=1e-5)
+    assert row["tokens"] == 8
+
+
+def test_fitting_reaches_the_frequencies_of_the_data():
+    policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=4), seed=0)
+    rows = fit(policy, PAIRS, config(steps=150))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    table = policy.model.core_model.table(policy.core_adapter(), 1.0).detach()
+    # Three instructions in four are "c": the entropy of that choice is what no fit can remove.
+    assert math.exp(table[GEN, 5]) == pytest.approx(0.75, abs=0.01)
+    floor = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / 2
+    assert rows[-1]["loss"] == pytest.approx(floor, abs=0.01)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    def run(seed):
+        policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0)
+        fit(policy, PAIRS, config(steps=3, batch_size=3, seed=seed))
+        return policy.weights().matrices[MODULE][1]
+
+    assert np.array_equal(run(1), run(1))
+    assert not np.array_equal(run(1), run(2))
+
+
+def test_global_randomness_is_left_alone():
+    before = torch.random.get_rng_state()
+    fit(LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0), PAIRS, config())
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("pairs", "line"),
+    [
+        ([], "pairs: expected at least one"),
+        ([("a", "b"), ("", "b")], "pair 1: the prompt is empty"),
+        ([("a", "b"), ("a", " ")], "pair 1: the instruction is empty"),
+        ([("a" * 70, "b")], "pair 0: 74 tokens exceed the context of 64"),
+    ],
+)
+def test_bad_pairs_are_named(pairs, line):
+    policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0)
+    with pytest.raises(ValueError, match="pair") as caught:
+        fit(policy, pairs, config())
+    assert line in str(caught.value)

@@ -1,0 +1,317 @@
+"""The trainer on the enumerable model: the optimum, exact resume, parity, interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from train.toy_model import EOS, GEN, LETTERS, MODULE, VOCABULARY, ToyModel
+
+from alignpro.config import LoraConfig, Prompting, TrainConfig
+from alignpro.pipeline import Pipeline
+from alignpro.rewards.check import RewardError
+from alignpro.train.checkpoint import load_checkpoint
+from alignpro.train.metrics import read_metrics
+from alignpro.train.policy import LoraPolicy, initial_weights
+from alignpro.train.trainer import Trainer
+from alignpro.types import SamplingParams
+
+PROMPTS = list(LETTERS)
+VALUES = {letter: index / len(LETTERS) for index, letter in enumerate(LETTERS)}
+
+
+def letter_reward(prompts, rewrites, responses, **columns):
+    """A value a letter; repeats of the prompt's letter are worth more, so prompts matter a little."""
+    return [sum(VALUES[c] + 0.1 * (c in p) for c in w) for p, w in zip(prompts, rewrites, strict=True)]
+
+
+def config(tmp_path, **changes):
+    defaults = {
+        "run_dir": str(tmp_path / "run"),
+        "steps": 10,
+        "prompts_per_step": 3,
+        "num_rewrites": 4,
+        "rewrite": SamplingParams(max_new_tokens=4),
+        "response": SamplingParams(max_new_tokens=2),
+        "prompting": Prompting(template="{prompt}", separator=""),
+        "learning_rate": 0.02,
+        "kl_coef": 0.1,
+        "lora": LoraConfig(rank=4, alpha=4.0),
+        "checkpoint_every": 100,
+    }
+    return TrainConfig(**{**defaults, **changes})
+
+
+def make(config, *, model=None, reward=letter_reward, warm=True, **options):
+    model = model or ToyModel()
+    reference = "base"
+    policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
+    if warm:
+        reference = initial_weights(model, config.lora, seed=3)
+        reference.matrices[MODULE][1][:] = 0.2
+        policy = LoraPolicy(model, reference)
+    pipeline = Pipeline(
+        model,
+        model,
+        reward,
+        prompting=config.prompting,
+        rewrite_params=config.rewrite,
+        response_params=config.response,
+    )
+    return Trainer(config, pipeline, policy, PROMPTS, reference=reference, **options)
+
+
+def matrices(trainer):
+    a, b = trainer.policy.weights().matrices[MODULE]
+    return np.concatenate([a.ravel(), b.ravel()])
+
+
+def log(trainer):
+    """The rows without what the clock says."""
+    rows = read_metrics(trainer.run_dir / "metrics.jsonl")
+    timed = {"seconds", "tokens_per_second"}
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+def test_training_reaches_the_optimum_of_the_objective(tmp_path):
+    # One-token rewrites: rho*(x') = rho_ref(x') exp(R(x') / lambda) / Z can be written down (MATH).
+    kl_coef = 0.5
+    settings = config(
+        tmp_path,
+        steps=120,
+        prompts_per_step=8,
+        num_rewrites=16,
+        rewrite=SamplingParams(max_new_tokens=1),
+        response=SamplingParams(max_new_tokens=1),
+        learning_rate=0.03,
+        lr_schedule="linear",
+        max_grad_norm=100.0,
+        kl_coef=kl_coef,
+        lora=LoraConfig(rank=4, alpha=4.0),
+    )
+
+    def reward(prompts, rewrites, responses, **columns):
+        return [VALUES.get(w, 0.0) for w in rewrites]
+
+    trainer = make(settings, reward=reward)
+    core = trainer.policy.model.core_model
+    reference = core.table(trainer.policy.core_adapter(), 1.0)[GEN].detach().exp()
+    trainer.train()
+    values = torch.tensor([VALUES.get(t, 0.0) for t in ["", "", "", *LETTERS]])
+    optimum = torch.softmax(reference.log() + values / kl_coef, 0)
+    trained = core.table(trainer.policy.core_adapter(), 1.0)[GEN].detach().exp()
+
+    def distance(p):
+        return 0.5 * float((p - optimum).abs().sum())
+
+    assert distance(reference) > 0.15  # there was a way to go
+    assert distance(trained) < 0.03  # the noise of the last steps' samples
+
+
+def test_a_heavy_leash_holds_the_reference(tmp_path):
+    free = make(config(tmp_path / "free", steps=40, kl_coef=0.0))
+    held = make(config(tmp_path / "held", steps=40, kl_coef=50.0))
+    for trainer in (free, held):
+        trainer.train()
+    assert log(free)[-1]["kl_per_rewrite"] > 0.5
+    assert log(held)[-1]["kl_per_rewrite"] < 0.02
+
+
+def test_the_first_step_starts_at_the_reference_exactly(tmp_path):
+    for warm in (True, False):
+        trainer = make(config(tmp_path / str(warm), steps=1), warm=warm)
+        trainer.train()
+        (row,) = log(trainer)
+        assert row["kl_per_rewrite"] == row["k1_per_rewrite"] == row["k3_per_rewrite"] == 0.0
+        assert row["ratio_mean"] == row["ratio_max"] == 1.0
+        assert row["parity_max_abs"] == 0.0
+
+
+def test_ten_steps_are_five_then_five(tmp_path):
+    whole = make(config(tmp_path / "whole", lr_schedule="linear"))
+    whole.train()
+
+    settings = config(tmp_path / "split", lr_schedule="linear")
+    first = make(settings)
+
+    def stop(row):
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.train(on_step=stop)
+    second = make(settings, resume=True)
+    assert (second.step, second.cursor) == (5, 15)
+    second.train()
+
+    assert np.array_equal(matrices(whole), matrices(second))
+    assert log(whole) == log(second)
+    states = [load_checkpoint(t.run_dir, ToyModel.lora_modules) for t in (whole, second)]
+    assert states[0].step == states[1].step == 10
+    for mine, theirs in zip(*(s.optimizer["state"].values() for s in states), strict=True):
+        assert all(torch.equal(mine[key], theirs[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_rows_after_the_checkpoint_are_written_again(tmp_path):
+    # A crash between checkpoints leaves rows in the log that the resumed run repeats.
+    settings = config(tmp_path, steps=4, checkpoint_every=2)
+    make(settings).train()
+    path = tmp_path / "run" / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 4, "stale": true}\n{"step": 5, "cu')
+    resumed = make(dataclasses.replace(settings, steps=6), resume=True)
+    resumed.train()
+    assert [row["step"] for row in log(resumed)] == list(range(6))
+    assert not any("stale" in row for row in log(resumed))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 5])
+def test_micro_batches_do_not_change_the_gradient(tmp_path, micro_batch_size):
+    whole = make(config(tmp_path / "whole", steps=1, micro_batch_size=32))
+    parts = make(config(tmp_path / "parts", steps=1, micro_batch_size=micro_batch_size))
+    for trainer in (whole, parts):
+        trainer.train()
+    (a,), (b,) = log(whole), log(parts)
+    for name in ("loss", "grad_norm", "entropy", "reward_mean"):
+        assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-7)
+    np.testing.assert_allclose(matrices(parts), matrices(whole), atol=1e-6)
+
+
+def test_a_scorer_that_differs_from_the_sampler_stops_training(tmp_path):
+    trainer = make(config(tmp_path / "strict"))
+    trainer.policy.model.core_model.error = 1e-3
+    before = matrices(trainer)
+    with pytest.raises(RuntimeError, match="step 0: scored log-probabilities differ .* 0.001"):
+        trainer.train()
+    assert np.array_equal(matrices(trainer), before) and trainer.step == 0
+    lax = make(config(tmp_path / "lax", steps=1, strict_parity=False))
+    lax.policy.model.core_model.error = 1e-3
+    lax.train()
+    assert log(lax)[0]["parity_max_abs"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_equal_rewards_leave_the_weights_alone(tmp_path):
+    trainer = make(
+        config(tmp_path, steps=1), reward=lambda prompts, rewrites, responses: [1.0] * len(prompts)
+    )
+    before = matrices(trainer)
+    trainer.train()
+    (row,) = log(trainer)
+    # Only the KL is left, and it is at its minimum.
+    assert row["zero_signal_groups"] == 3 and row["grad_norm"] < 1e-6
+    np.testing.assert_allclose(matrices(trainer), before, atol=1e-3)
+
+
+def test_one_nan_reward_stops_with_its_row_and_a_checkpoint(tmp_path):
+    calls = []
+
+    def reward(prompts, rewrites, responses):
+        calls.append(1)
+        scores = [0.5] * len(prompts)
+        if len(calls) > 2:
+            scores[5] = float("nan")
+        return scores
+
+    trainer = make(config(tmp_path), reward=reward)
+    with pytest.raises(RewardError, match="row 5"):
+        trainer.train()
+    assert load_checkpoint(trainer.run_dir, ToyModel.lora_modules).step == 2
+    assert not (trainer.run_dir / "adapter").exists()
+
+
+def test_ctrl_c_in_the_optimizer_waits_for_the_step(tmp_path):
+    trainer = make(config(tmp_path))
+    plain_step = trainer.optimizer.step
+
+    def interrupted_step():
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        plain_step()
+
+    trainer.optimizer.step = interrupted_step
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.step == 4 and len(log(trainer)) == 4
+    assert load_checkpoint(trainer.run_dir, ToyModel.lora_modules).step == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_rewards_get_the_columns_of_their_prompts(tmp_path):
+    def reward(prompts, rewrites, responses, answer):
+        assert [p.upper() for p in prompts] == list(answer)
+        return [0.0] * len(prompts)
+
+    make(
+        config(tmp_path, steps=2), reward=reward, columns={"answer": [p.upper() for p in PROMPTS]}
+    ).train()
+
+
+def test_an_epoch_visits_every_prompt_once(tmp_path):
+    seen = []
+
+    def reward(prompts, rewrites, responses):
+        seen.extend(dict.fromkeys(prompts))
+        return [0.0] * len(prompts)
+
+    trainer = make(config(tmp_path, steps=4, prompts_per_step=4), reward=reward)
+    trainer.train()
+    assert sorted(seen[:8]) == sorted(seen[8:]) == PROMPTS
+    assert seen[:8] != seen[8:]
+    assert [row["epoch"] for row in log(trainer)] == [0, 0, 1, 1]
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    settings = config(tmp_path, steps=5, checkpoint_every=1)
+    trainer = make(settings)
+    trainer.train()
+    assert json.loads((trainer.run_dir / "config.json").read_text())["kl_coef"] == 0.1
+    assert (trainer.run_dir / "adapter").is_dir()
+    kept = sorted(p.name for p in (trainer.run_dir / "checkpoints").iterdir())
+    assert kept == ["latest", "step-000004", "step-000005"]
+
+
+def test_a_run_that_is_complete_resumes_to_nothing(tmp_path):
+    settings = config(tmp_path, steps=2)
+    done = make(settings)
+    done.train()
+    again = make(settings, resume=True)
+    again.train()
+    assert log(again) == log(done) and np.array_equal(matrices(again), matrices(done))
+
+
+def test_resuming_under_another_configuration_is_refused(tmp_path):
+    settings = config(tmp_path, steps=1)
+    make(settings).train()
+    other = dataclasses.replace(settings, kl_coef=0.2, steps=3)
+    with pytest.raises(ValueError, match=r"another configuration: kl_coef was 0\.1, is 0\.2$"):
+        make(other, resume=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["kl_coef"] == 0.1
+
+
+def test_pieces_that_do_not_fit(tmp_path):
+    settings = config(tmp_path)
+    trainer = make(settings)
+    policy, pipeline = trainer.policy, trainer.pipeline
+    fresh = dataclasses.replace(settings, run_dir=str(tmp_path / "other"))
+
+    def refused(config, pipeline, policy, prompts, match, **options):
+        with pytest.raises(ValueError, match=match):
+            Trainer(config, pipeline, policy, prompts, **options)
+
+    refused(fresh, pipeline, policy, [], "prompts: expected at least one")
+    refused(fresh, pipeline, policy, PROMPTS, "column a: expected 8", columns={"a": [1]})
+    refused(fresh, pipeline.without_reward(), policy, PROMPTS, "needs a reward")
+    stranger = LoraPolicy.fresh(ToyModel(), settings.lora, seed=0)
+    refused(fresh, pipeline, stranger, PROMPTS, "not the model the policy trains")
+    changed = dataclasses.replace(fresh, response=SamplingParams(max_new_tokens=9))
+    refused(changed, pipeline, policy, PROMPTS, "response_params are not the configuration's")
+    assert not (tmp_path / "other").exists()  # nothing is made for a run that cannot start
+
+
+def test_the_toy_has_the_shape_it_claims():
+    assert VOCABULARY == 3 + len(LETTERS) and EOS == 2

@@ -1,0 +1,200 @@
+"""A language model small enough to enumerate, with the seams of the native one.
+
+The next token depends on the last one alone: logits = (W + scale B A) h[last]. Log-probabilities are
+rows of one table a weight version, so sampler and scorer agree to the bit, and the optimum of the
+objective can be written down.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignpro.models.adapter import LoraWeights
+from alignpro.types import Completion, SamplingParams
+
+BOS, GEN, EOS = 0, 1, 2
+LETTERS = "abcdefgh"
+VOCABULARY = 3 + len(LETTERS)
+HIDDEN = 6
+MODULE = "model.layers.0.mlp.down_proj"
+
+
+class ToyTokenizer:
+    bos_id = BOS
+    eos_ids = (EOS,)
+
+    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        return [3 + LETTERS.index(letter) for letter in text]
+
+    def decode(self, tokens: list[int], *, skip_special: bool = True) -> str:
+        return "".join(LETTERS[token - 3] for token in tokens if token >= 3)
+
+    def encode_chat(self, messages: Any, *, add_generation_prompt: bool = True) -> list[int]:
+        tokens = [BOS]
+        for message in messages:
+            if message["role"] == "user":
+                tokens += [*self.encode(message["content"]), GEN]
+            else:
+                tokens += [*self.encode(message["content"]), EOS]
+        return tokens
+
+
+class ToyAdapter:
+    def __init__(self, weights: LoraWeights):
+        self.a, self.b = (torch.tensor(m) for m in weights.matrices[MODULE])
+        self.scale = weights.scale
+
+
+class ToyScore:
+    def __init__(self, logprob, entropy, kl, reference_logprob, adapter):
+        self.nodes = [logprob, entropy, kl]
+        self.logprob = logprob.detach().numpy()
+        self.entropy = entropy.detach().numpy()
+        self.kl = None if kl is None else kl.detach().numpy()
+        self.reference_logprob = (
+            None if reference_logprob is None else reference_logprob.detach().numpy()
+        )
+        self.adapter = adapter
+        self.received: list[Any] = []
+
+    def backward(self, d_logprob, d_entropy, d_kl):
+        self.received = [d_logprob, d_entropy, d_kl]
+        total = torch.zeros(())
+        with torch.enable_grad():
+            for node, upstream in zip(self.nodes, self.received, strict=True):
+                if upstream is not None:
+                    assert upstream.dtype == np.float32 and upstream.flags.c_contiguous
+                    total = total + (node * torch.tensor(upstream)).sum()
+            a, b = torch.autograd.grad(total, [self.adapter.a, self.adapter.b])
+        return {MODULE: (a.numpy(), b.numpy())}
+
+
+class ToyCore:
+    """What the policy asks of ``_core.Model``."""
+
+    def __init__(self, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.hidden = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+        self.weight = 0.5 * torch.randn(VOCABULARY, HIDDEN, generator=generator)
+        self.scores: list[ToyScore] = []
+        self.error = 0.0  # added to scored log-probabilities, to see that parity is watched
+
+    def table(self, adapter: ToyAdapter | None, temperature: float) -> torch.Tensor:
+        """log p(next | last): [last, next]."""
+        weight = self.weight
+        if adapter is not None:
+            weight = weight + adapter.scale * (adapter.b @ adapter.a)
+        return torch.log_softmax(self.hidden @ weight.T / temperature, dim=-1)
+
+    def score(
+        self,
+        sequences,
+        starts,
+        adapter=None,
+        temperature=1.0,
+        reference=None,
+        with_reference=False,
+        keep_graph=False,
+    ):
+        pairs = [
+            (sequence[i - 1], sequence[i])
+            for sequence, start in zip(sequences, starts, strict=True)
+            for i in range(start, len(sequence))
+        ]
+        last, token = ([pair[side] for pair in pairs] for side in (0, 1))
+        with torch.set_grad_enabled(keep_graph):
+            if keep_graph:
+                adapter.a.requires_grad_(True)
+                adapter.b.requires_grad_(True)
+            rows = self.table(adapter, temperature)[last]
+            logprob = rows[range(len(token)), token] + self.error
+            entropy = -(rows.exp() * rows).sum(-1)
+            kl = reference_logprob = None
+            if with_reference:
+                other = self.table(reference, temperature)[last].detach()
+                kl = (rows.exp() * (rows - other)).sum(-1)
+                reference_logprob = other[range(len(token)), token]
+        score = ToyScore(logprob, entropy, kl, reference_logprob, adapter)
+        self.scores.append(score)
+        return score
+
+
+@dataclass(eq=False)
+class ToyHandle:
+    model: ToyModel
+    prompt_tokens: list[int]
+    params: SamplingParams
+    adapter: ToyAdapter | None
+    sample: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+    cancelled: bool = False
+
+    def advance(self) -> None:
+        last = (self.prompt_tokens + self.tokens)[-1]
+        row = self.model.table(self.adapter, self.params.temperature)[last]
+        key = repr((self.params.seed, self.sample, len(self.tokens))).encode()
+        uniform = int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / 2**48
+        edges = torch.cumsum(row.double().exp(), 0)
+        token = min(int((edges <= uniform * edges[-1]).sum()), VOCABULARY - 1)
+        self.tokens.append(token)
+        self.logprobs.append(float(row[token]))
+        self.finished = token == EOS or len(self.tokens) == self.params.max_new_tokens
+
+    def completion(self) -> Completion:
+        assert self.finished
+        return Completion(
+            tokens=self.tokens,
+            text=self.model.tokenizer.decode(self.tokens),
+            logprobs=self.logprobs,
+            kept_mass=[1.0] * len(self.tokens),
+            finish_reason="stop" if self.tokens[-1] == EOS else "length",
+            prompt_tokens=self.prompt_tokens,
+        )
+
+    def cancel(self) -> None:
+        self.cancelled = self.finished = True
+
+
+class ToyModel:
+    name = "toy"
+    context_length = 64
+    lora_modules = {MODULE: (VOCABULARY, HIDDEN)}
+
+    def __init__(self, seed: int = 0):
+        self.tokenizer = ToyTokenizer()
+        self.core_model = ToyCore(seed)
+        self.handles: list[ToyHandle] = []
+        self.adapters: list[ToyAdapter] = []
+        self._tables: dict[Any, torch.Tensor] = {}
+
+    def make_adapter(self, weights: LoraWeights) -> ToyAdapter:
+        self.adapters.append(ToyAdapter(weights))
+        return self.adapters[-1]
+
+    def table(self, adapter: ToyAdapter | None, temperature: float) -> torch.Tensor:
+        if (adapter, temperature) not in self._tables:
+            with torch.no_grad():
+                self._tables[adapter, temperature] = self.core_model.table(adapter, temperature)
+        return self._tables[adapter, temperature]
+
+    def submit(self, tokens, params, *, adapter=None, sample=0):
+        handle = ToyHandle(self, tokens, params, adapter, sample)
+        self.handles.append(handle)
+        return handle
+
+    def step(self) -> list[ToyHandle]:
+        for handle in self.handles:
+            handle.advance()
+        done = [handle for handle in self.handles if handle.finished]
+        self.handles = [handle for handle in self.handles if not handle.finished]
+        return done
+
+    def idle(self) -> bool:
+        return not self.handles
