@@ -33,8 +33,8 @@ def smollm2(smollm2_path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny_model_dir(family, tied=False)``: the folder of a random model in Hugging Face's layout,
-    made once. Sizes are awkward on purpose: no multiple of 8 but the head count.
+    """``tiny_model_dir(family, tied=False)``: a random model in Hugging Face's layout, made
+    once. Sizes are awkward on purpose: few are multiples of 8.
 
     Families: those of ``FAMILIES``; "llama3" is Llama with Llama 3's rope scaling.
     """

@@ -29,16 +29,20 @@ py::str to_str(std::string_view text, const std::string& where) {
 
 py::object to_python(const GgufValue& value, const std::string& where) {
   switch (value.type()) {
-    case GgufType::kBool: return py::bool_(*value.boolean());
-    case GgufType::kString: return to_str(*value.string(), where);
+    case GgufType::kBool:
+      return py::bool_(*value.boolean());
+    case GgufType::kString:
+      return to_str(*value.string(), where);
     case GgufType::kF32:
-    case GgufType::kF64: return py::float_(*value.number());
+    case GgufType::kF64:
+      return py::float_(*value.number());
     case GgufType::kArray: {
       py::list items;
       value.for_each([&](const GgufValue& item) { items.append(to_python(item, where)); });
       return items;
     }
-    default: break;
+    default:
+      break;
   }
   if (const std::optional<int64_t> whole = value.integer()) return py::int_(*whole);
   return py::int_(*value.unsigned_integer());  // above 2^63

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+class EngineError(RuntimeError): ...
 class ModelFileError(ValueError): ...
 class UnavailableError(RuntimeError): ...
 class NumericError(ArithmeticError): ...
@@ -97,7 +98,9 @@ class Sequence_:  # exported as _core.Sequence
     kept_mass: list[float]
     prompt_tokens: list[int]
     finished: bool
-    finish_reason: str | None  # "stop" | "length" | "cancelled" | "deadline"
+    # "stop" | "length" | "cancelled" | "deadline"; "failed" after an error in a step
+    finish_reason: str | None
+    matched_stop: str | None  # the stop string that ended it
     def cancel(self) -> None: ...
     def read(self, begin: int) -> tuple[list[int], list[float]]:
         """Tokens and log-probabilities from index ``begin`` on, as far as written."""

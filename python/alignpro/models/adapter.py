@@ -248,7 +248,9 @@ def _read_tensors(path: Path) -> dict[str, Matrix]:
         listed = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
-    return {name: _as_float32(path, name, entry) for name, entry in listed}
+    # By name, because the library gives another order each time, and errors should not.
+    ordered = sorted(listed, key=lambda item: item[0])
+    return {name: _as_float32(path, name, entry) for name, entry in ordered}
 
 
 def _as_float32(path: Path, name: str, entry: Mapping[str, Any]) -> Matrix:

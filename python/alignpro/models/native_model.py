@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +15,15 @@ from numpy.typing import NDArray
 
 from alignpro import native
 from alignpro.models.adapter import LoraWeights, load_peft
+from alignpro.models.arguments import (
+    Prompt,
+    check_prompts,
+    core_params,
+    is_int,
+    params_for,
+    token_list,
+    with_seed,
+)
 from alignpro.models.completion_text import TextStream, completion_text
 from alignpro.models.resolve import DEFAULT_MODEL, resolve_model
 from alignpro.models.tokenizer import Tokenizer
@@ -25,7 +32,6 @@ from alignpro.types import Chat, Completion, FinishReason, SamplingParams
 if TYPE_CHECKING:
     from alignpro.native import core
 
-Prompt = Sequence[int] | Chat | str  # a text is one user turn of a chat
 AdapterLike = Any  # _core.Adapter | LoraWeights | path of a PEFT folder | None
 
 
@@ -64,7 +70,7 @@ def load_model(
         ("kv_cache_bytes", kv_cache_bytes),
         ("max_batch_rows", max_batch_rows),
     ):
-        if value is not None and not (_is_int(value) and 1 <= value < 2**63):
+        if value is not None and not (is_int(value) and 1 <= value < 2**63):
             raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
     if threads is not None and threads > _MOST_THREADS:
         raise ValueError(f"threads: expected at most {_MOST_THREADS}, got {threads}")
@@ -192,15 +198,15 @@ class NativeModel:
             ValueError: an empty prompt, one over the context, or parameters out of range; the
                 message names the prompt's index. NumericError: NaN in the logits.
         """
-        prompts = _check_prompts(prompts)
-        each = _params_for(params, len(prompts))
+        prompts = check_prompts(prompts)
+        each = params_for(params, len(prompts))
         prepared = self.make_adapter(adapter)
         handles: list[NativeHandle] = []
         with _cancelling(handles):
             for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
                 try:
                     tokens = self._prompt_tokens(prompt)
-                    keyed = _with_seed(one)
+                    keyed = with_seed(one)
                     for sample in range(one.n):
                         handles.append(self._start(tokens, keyed, prepared, sample))
                 except ValueError as error:
@@ -223,7 +229,7 @@ class NativeModel:
         if one.n != 1:
             raise ValueError(f"n: stream() writes 1 completion, got n = {one.n}")
         prepared = self.make_adapter(adapter)
-        handle = self._start(self._prompt_tokens(prompt), _with_seed(one), prepared, 0)
+        handle = self._start(self._prompt_tokens(prompt), with_seed(one), prepared, 0)
         stream = self._stream(handle, one.stop)
         # Dropped before its first token, a generator runs none of its own clean-up.
         weakref.finalize(stream, handle.cancel).atexit = False
@@ -241,7 +247,7 @@ class NativeModel:
         Raises:
             ValueError: an empty sequence, one over the context, an id outside of the vocabulary.
         """
-        rows = [_token_list(s, f"sequence {i}") for i, s in enumerate(sequences)]
+        rows = [token_list(s, f"sequence {i}") for i, s in enumerate(sequences)]
         for index, row in enumerate(rows):
             if not row:
                 raise ValueError(f"sequence {index}: expected at least one token, got none")
@@ -265,8 +271,8 @@ class NativeModel:
         sample: int = 0,
     ) -> NativeHandle:
         """Queue one sequence; see `LanguageModel.submit`."""
-        ids = _token_list(tokens, "prompt")
-        handle = self._start(ids, _with_seed(params), self.make_adapter(adapter), sample)
+        ids = token_list(tokens, "prompt")
+        handle = self._start(ids, with_seed(params), self.make_adapter(adapter), sample)
         self._in_flight().append(handle)
         return handle
 
@@ -343,12 +349,12 @@ class NativeModel:
             return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             return self.tokenizer.encode_chat(cast(Chat, prompt))
-        return _token_list(prompt, "expected token ids, a chat or a text")
+        return token_list(prompt, "expected token ids, a chat or a text")
 
     def _start(
         self, tokens: list[int], params: SamplingParams, adapter: core.Adapter | None, sample: int
     ) -> NativeHandle:
-        compiled = _core_params(params, sample)
+        compiled = core_params(params, sample)
         if params.stop:
             self._send_token_bytes()
         sequence = self._engine.submit(tokens, compiled, adapter)
@@ -425,95 +431,3 @@ def _cancelling(handles: list[NativeHandle]) -> Iterator[None]:
         for handle in handles:
             handle.cancel()
         raise
-
-
-# --- arguments ---
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _check_prompts(prompts: Any) -> Sequence[Prompt]:
-    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
-        raise ValueError(f"prompts: expected a list of prompts, got {type(prompts).__name__}")
-    if prompts and isinstance(prompts[0], Mapping):
-        raise ValueError("prompts: expected a list of chats, got one chat; put it into a list")
-    if prompts and _is_int(prompts[0]):
-        raise ValueError("prompts: expected a list of token lists, got one; put it into a list")
-    return prompts
-
-
-def _params_for(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    each = list(params)
-    if len(each) != count:
-        raise ValueError(f"params: expected one, or {count} (one per prompt), got {len(each)}")
-    return each
-
-
-def _with_seed(params: SamplingParams) -> SamplingParams:
-    if not isinstance(params, SamplingParams):
-        raise ValueError(f"params: expected SamplingParams, got {type(params).__name__}")
-    if not (_is_int(params.n) and params.n >= 1):
-        raise ValueError(f"n: expected an integer of 1 or more, got {params.n!r}")
-    if params.seed is not None:
-        return params
-    return replace(params, seed=int.from_bytes(os.urandom(8), "little"))
-
-
-def _core_params(params: SamplingParams, sample: int) -> core.SamplingParams:
-    """The engine's parameters. Types are checked here; ranges in the engine, which uses them."""
-    for name, least, most in (
-        ("top_k", -(2**31), 2**31 - 1),
-        ("max_new_tokens", -(2**63), 2**63 - 1),
-        ("min_new_tokens", -(2**63), 2**63 - 1),
-        ("seed", 0, 2**64 - 1),
-    ):
-        value = getattr(params, name)
-        if not (_is_int(value) and least <= value <= most):
-            raise ValueError(f"{name}: expected an integer in [{least}, {most}], got {value!r}")
-    for name in ("temperature", "top_p", "min_p"):
-        value = getattr(params, name)
-        if not (_is_int(value) or isinstance(value, (float, np.floating))):
-            raise ValueError(f"{name}: expected a number, got {value!r}")
-    if isinstance(params.stop, str) or not all(isinstance(s, str) for s in params.stop):
-        raise ValueError(f"stop: expected a tuple of strings, got {params.stop!r}")
-    if not isinstance(params.ignore_eos, bool):
-        raise ValueError(f"ignore_eos: expected True or False, got {params.ignore_eos!r}")
-    deadline = params.deadline_seconds
-    if deadline is not None and not (
-        (_is_int(deadline) or isinstance(deadline, float)) and 0 < deadline < math.inf
-    ):
-        raise ValueError(f"deadline_seconds: expected more than 0, or None, got {deadline!r}")
-    return native.core.SamplingParams(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        max_new_tokens=params.max_new_tokens,
-        min_new_tokens=params.min_new_tokens,
-        seed=cast(int, params.seed),
-        sample=sample,
-        stop=list(params.stop),
-        stop_token_ids=_token_list(params.stop_token_ids, "stop_token_ids"),
-        ignore_eos=params.ignore_eos,
-        deadline_seconds=0.0 if deadline is None else float(deadline),
-    )
-
-
-def _token_list(tokens: Any, what: str) -> list[int]:
-    """Ids as a list of int; arrays are taken too."""
-    if isinstance(tokens, np.ndarray):
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"{what}: expected 1-D integer ids, got {tokens.dtype} {tokens.shape}")
-        tokens = tokens.tolist()
-    if isinstance(tokens, (str, bytes, Mapping)) or not isinstance(tokens, Sequence):
-        raise ValueError(f"{what}: expected a list of token ids, got {type(tokens).__name__}")
-    for index, token in enumerate(tokens):
-        if not _is_int(token) or not -(2**31) <= token < 2**31:
-            raise ValueError(f"{what}: expected token ids, got {token!r} at index {index}")
-    return [int(token) for token in tokens]

@@ -133,8 +133,8 @@ def _from_hub_cache(repo: str, say: Callable[[str], None]) -> tuple[Path | None,
         return None, "the Hugging Face cache (huggingface_hub is not installed)"
     try:
         folder = Path(hub.snapshot_download(repo, local_files_only=True))
-    except Exception as error:  # not there, or a name that is no repository's
-        return None, f"the Hugging Face cache ({_brief(error, 'not there')})"
+    except Exception:  # not there, or a name that is no repository's
+        return None, "the Hugging Face cache (not there)"
     # A tokenizer or a configuration alone may have been cached.
     if not (folder / "config.json").is_file() or not _has_all_weights(folder):
         return None, f"the Hugging Face cache ({folder} is incomplete)"
@@ -155,7 +155,7 @@ def _from_hub(repo: str, say: Callable[[str], None]) -> tuple[Path | None, str]:
             hub.snapshot_download(repo, allow_patterns=_HUB_FILES, etag_timeout=_HUB_TIMEOUT)
         )
     except Exception as error:  # no network, no such repository, no permission
-        return None, f"the Hugging Face hub ({_brief(error, 'no answer')})"
+        return None, f"the Hugging Face hub ({_brief(error)})"
     if not (folder / "config.json").is_file() or not _has_all_weights(folder):
         return None, f"the Hugging Face hub ({repo} has no config.json with safetensors)"
     return folder, ""
@@ -172,9 +172,9 @@ def _has_all_weights(folder: Path) -> bool:
     return all((folder / shard).is_file() for shard in shards)
 
 
-def _brief(error: Exception, otherwise: str) -> str:
+def _brief(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    text = lines[0].strip().rstrip(".:") if lines else otherwise
+    text = lines[0].strip().rstrip(".:") if lines else type(error).__name__
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 

@@ -24,12 +24,18 @@ constexpr Format kQ4_1{"Q4_1", 32, 2 + 2 + 16};
 
 const Format& format(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return kF32;
-    case DType::kF16: return kF16;
-    case DType::kBF16: return kBF16;
-    case DType::kQ8_0: return kQ8_0;
-    case DType::kQ4_0: return kQ4_0;
-    case DType::kQ4_1: return kQ4_1;
+    case DType::kF32:
+      return kF32;
+    case DType::kF16:
+      return kF16;
+    case DType::kBF16:
+      return kBF16;
+    case DType::kQ8_0:
+      return kQ8_0;
+    case DType::kQ4_0:
+      return kQ4_0;
+    case DType::kQ4_1:
+      return kQ4_1;
   }
   throw InvalidArgument("dtype: not one of the enumerators");
 }
@@ -117,12 +123,24 @@ void dequantize(DType dtype, const std::byte* source, int64_t values, float* out
   const int64_t bytes = row_bytes(dtype, values);
   if (values == 0) return;
   switch (dtype) {
-    case DType::kF32: std::memcpy(out, source, static_cast<size_t>(bytes)); return;
-    case DType::kF16: expand_f16(source, values, out); return;
-    case DType::kBF16: expand_bf16(source, values, out); return;
-    case DType::kQ8_0: expand_q8_0(source, values / 32, out); return;
-    case DType::kQ4_0: expand_q4_0(source, values / 32, out); return;
-    case DType::kQ4_1: expand_q4_1(source, values / 32, out); return;
+    case DType::kF32:
+      std::memcpy(out, source, static_cast<size_t>(bytes));
+      return;
+    case DType::kF16:
+      expand_f16(source, values, out);
+      return;
+    case DType::kBF16:
+      expand_bf16(source, values, out);
+      return;
+    case DType::kQ8_0:
+      expand_q8_0(source, values / 32, out);
+      return;
+    case DType::kQ4_0:
+      expand_q4_0(source, values / 32, out);
+      return;
+    case DType::kQ4_1:
+      expand_q4_1(source, values / 32, out);
+      return;
   }
 }
 

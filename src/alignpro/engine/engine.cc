@@ -69,18 +69,6 @@ EngineOptions resolve(EngineOptions options, const LanguageModel& model) {
   return options;
 }
 
-// An adapter is tied to shapes, not to a Model object: any model of the same shape may run it.
-void check_adapter(const model::Adapter& adapter, const model::ModelConfig& config) {
-  for (const model::Adapter::Module& module : adapter.modules()) {
-    const model::LoraModule& at = module.where;
-    const bool exists = at.layer < config.num_layers;
-    const auto shape = exists ? model::linear_shape(config, at.site) : model::LinearShape{0, 0};
-    require(exists && at.inputs == shape.inputs && at.out_begin + at.outputs <= shape.outputs,
-            "adapter: module ", at.path, " [", at.outputs, ", ", at.inputs,
-            "] does not fit this model; use one made by this model's make_adapter()");
-  }
-}
-
 model::Batch make_batch(std::span<const Chunk> chunks) {
   model::Batch batch;
   for (const Chunk& chunk : chunks) {
@@ -150,7 +138,7 @@ std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingPa
   };
   check_ids("prompt", tokens);
   check_ids("stop_token_ids", params.stop_token_ids);
-  if (adapter != nullptr) check_adapter(*adapter, config);
+  if (adapter != nullptr) adapter->require_fits(config);
   const auto prompt_size = static_cast<int64_t>(tokens.size());
   const int64_t context = model_->context_length();
   require(prompt_size < context, "prompt: expected fewer tokens than the context of ", context,

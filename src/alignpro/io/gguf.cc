@@ -12,8 +12,8 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "GGUF is read in place");
 
-constexpr uint64_t kMaxKeyBytes = 65535;   // the format's own limit
-constexpr uint64_t kMaxTensorName = 256;   // the format says 64; some writers exceed it
+constexpr uint64_t kMaxKeyBytes = 65535;  // the format's own limit
+constexpr uint64_t kMaxTensorName = 256;  // the format says 64; some writers exceed it
 constexpr uint32_t kMaxDims = 4;
 constexpr int kMaxArrayDepth = 4;
 constexpr int64_t kMaxAlignment = 1 << 16;
@@ -28,11 +28,24 @@ T load(const std::byte* source) {
 // Bytes of a scalar; 0 for strings and arrays.
 uint64_t scalar_bytes(GgufType type) {
   switch (type) {
-    case GgufType::kU8: case GgufType::kI8: case GgufType::kBool: return 1;
-    case GgufType::kU16: case GgufType::kI16: return 2;
-    case GgufType::kU32: case GgufType::kI32: case GgufType::kF32: return 4;
-    case GgufType::kU64: case GgufType::kI64: case GgufType::kF64: return 8;
-    case GgufType::kString: case GgufType::kArray: return 0;
+    case GgufType::kU8:
+    case GgufType::kI8:
+    case GgufType::kBool:
+      return 1;
+    case GgufType::kU16:
+    case GgufType::kI16:
+      return 2;
+    case GgufType::kU32:
+    case GgufType::kI32:
+    case GgufType::kF32:
+      return 4;
+    case GgufType::kU64:
+    case GgufType::kI64:
+    case GgufType::kF64:
+      return 8;
+    case GgufType::kString:
+    case GgufType::kArray:
+      return 0;
   }
   return 0;
 }
@@ -68,10 +81,10 @@ class Cursor {
 
   std::string_view text(std::string_view what, uint64_t limit) {
     const auto length = read<uint64_t>(what);
+    const auto bytes = take(length, what);
     if (length > limit) {
       fail(cat(what, " of ", length, " bytes is over the limit of ", limit));
     }
-    const auto bytes = take(length, what);
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
   }
 
@@ -122,24 +135,31 @@ void skip_value(Cursor& in, GgufType type, std::string_view what, int depth) {
 // ggml's numbering of tensor types; empty where a number was retired or never given.
 std::string_view tensor_type_name(uint32_t type) {
   constexpr std::string_view kNames[] = {
-      "F32",     "F16",    "Q4_0",    "Q4_1",  "Q4_2",     "Q4_3",     "Q5_0",     "Q5_1",
-      "Q8_0",    "Q8_1",   "Q2_K",    "Q3_K",  "Q4_K",     "Q5_K",     "Q6_K",     "Q8_K",
-      "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL",   "IQ3_S",    "IQ2_S",    "IQ4_XS",
-      "I8",      "I16",    "I32",     "I64",   "F64",      "IQ1_M",    "BF16",     "Q4_0_4_4",
-      "Q4_0_4_8", "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8",
-      "MXFP4",   "NVFP4"};
+      "F32",   "F16",        "Q4_0",       "Q4_1",       "Q4_2",     "Q4_3",     "Q5_0",
+      "Q5_1",  "Q8_0",       "Q8_1",       "Q2_K",       "Q3_K",     "Q4_K",     "Q5_K",
+      "Q6_K",  "Q8_K",       "IQ2_XXS",    "IQ2_XS",     "IQ3_XXS",  "IQ1_S",    "IQ4_NL",
+      "IQ3_S", "IQ2_S",      "IQ4_XS",     "I8",         "I16",      "I32",      "I64",
+      "F64",   "IQ1_M",      "BF16",       "Q4_0_4_4",   "Q4_0_4_8", "Q4_0_8_8", "TQ1_0",
+      "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4",    "NVFP4"};
   return type < std::size(kNames) ? kNames[type] : std::string_view();
 }
 
 std::optional<DType> supported_type(uint32_t type) {
   switch (type) {
-    case 0: return DType::kF32;
-    case 1: return DType::kF16;
-    case 2: return DType::kQ4_0;
-    case 3: return DType::kQ4_1;
-    case 8: return DType::kQ8_0;
-    case 30: return DType::kBF16;
-    default: return std::nullopt;
+    case 0:
+      return DType::kF32;
+    case 1:
+      return DType::kF16;
+    case 2:
+      return DType::kQ4_0;
+    case 3:
+      return DType::kQ4_1;
+    case 8:
+      return DType::kQ8_0;
+    case 30:
+      return DType::kBF16;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -245,18 +265,26 @@ std::string_view gguf_type_name(GgufType type) {
 std::optional<int64_t> GgufValue::integer() const {
   const std::byte* p = payload_.data();
   switch (type_) {
-    case GgufType::kU8: return load<uint8_t>(p);
-    case GgufType::kI8: return load<int8_t>(p);
-    case GgufType::kU16: return load<uint16_t>(p);
-    case GgufType::kI16: return load<int16_t>(p);
-    case GgufType::kU32: return load<uint32_t>(p);
-    case GgufType::kI32: return load<int32_t>(p);
-    case GgufType::kI64: return load<int64_t>(p);
+    case GgufType::kU8:
+      return load<uint8_t>(p);
+    case GgufType::kI8:
+      return load<int8_t>(p);
+    case GgufType::kU16:
+      return load<uint16_t>(p);
+    case GgufType::kI16:
+      return load<int16_t>(p);
+    case GgufType::kU32:
+      return load<uint32_t>(p);
+    case GgufType::kI32:
+      return load<int32_t>(p);
+    case GgufType::kI64:
+      return load<int64_t>(p);
     case GgufType::kU64: {
       const auto value = load<int64_t>(p);
       return value >= 0 ? std::optional(value) : std::nullopt;
     }
-    default: return std::nullopt;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -329,8 +357,8 @@ GgufFile::GgufFile(const std::filesystem::path& path) : file_(path) {
 
   const int64_t alignment = find_integer("general.alignment").value_or(32);
   if (alignment < 1 || alignment > kMaxAlignment || (alignment & (alignment - 1)) != 0) {
-    in.fail(cat("general.alignment is ", alignment, ", expected a power of two up to ",
-                kMaxAlignment));
+    in.fail(
+        cat("general.alignment is ", alignment, ", expected a power of two up to ", kMaxAlignment));
   }
   const auto align = static_cast<uint64_t>(alignment);
 

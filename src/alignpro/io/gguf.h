@@ -16,7 +16,19 @@ namespace alignpro::io {
 
 // Numbered as in the file.
 enum class GgufType : uint32_t {
-  kU8, kI8, kU16, kI16, kU32, kI32, kF32, kBool, kString, kArray, kU64, kI64, kF64
+  kU8,
+  kI8,
+  kU16,
+  kI16,
+  kU32,
+  kI32,
+  kF32,
+  kBool,
+  kString,
+  kArray,
+  kU64,
+  kI64,
+  kF64
 };
 
 std::string_view gguf_type_name(GgufType type);
@@ -34,7 +46,7 @@ class GgufValue {
   std::optional<uint64_t> unsigned_integer() const;  // uint64 alone, which may exceed int64
   std::optional<double> number() const;              // any integer or float type
   std::optional<bool> boolean() const;
-  std::optional<std::string_view> string() const;    // bytes as in the file; lives as long as it
+  std::optional<std::string_view> string() const;  // bytes as in the file; lives as long as it
 
   // Arrays: element type and count, and each element in order.
   GgufType element_type() const;

@@ -103,9 +103,12 @@ class Parser {
     if (++values_ > limits_.max_values) fail("too many values");
     skip_space();
     switch (peek()) {
-      case '{': return Json(Json::Value(object(depth)));
-      case '[': return Json(Json::Value(array(depth)));
-      case '"': return Json(Json::Value(string()));
+      case '{':
+        return Json(Json::Value(object(depth)));
+      case '[':
+        return Json(Json::Value(array(depth)));
+      case '"':
+        return Json(Json::Value(string()));
       case 't':
         if (take_word("true")) return Json(Json::Value(true));
         break;
@@ -175,14 +178,31 @@ class Parser {
     const char c = peek();
     ++at_;
     switch (c) {
-      case '"': case '\\': case '/': out->push_back(c); return;
-      case 'b': out->push_back('\b'); return;
-      case 'f': out->push_back('\f'); return;
-      case 'n': out->push_back('\n'); return;
-      case 'r': out->push_back('\r'); return;
-      case 't': out->push_back('\t'); return;
-      case 'u': break;
-      default: --at_; fail("unknown escape in a string");
+      case '"':
+      case '\\':
+      case '/':
+        out->push_back(c);
+        return;
+      case 'b':
+        out->push_back('\b');
+        return;
+      case 'f':
+        out->push_back('\f');
+        return;
+      case 'n':
+        out->push_back('\n');
+        return;
+      case 'r':
+        out->push_back('\r');
+        return;
+      case 't':
+        out->push_back('\t');
+        return;
+      case 'u':
+        break;
+      default:
+        --at_;
+        fail("unknown escape in a string");
     }
     uint32_t code = hex4();
     if (code >= 0xdc00 && code < 0xe000) fail("lone low surrogate in a string");

@@ -11,8 +11,9 @@ namespace alignpro::io {
 
 struct JsonLimits {
   size_t max_bytes = size_t{64} << 20;
-  size_t max_values = size_t{1} << 22;  // a value costs some 50 bytes here and may cost 2 in the file
-  int max_depth = 64;                   // the parser recurses
+  size_t max_values =
+      size_t{1} << 22;  // a value costs some 50 bytes here and may cost 2 in the file
+  int max_depth = 64;   // the parser recurses
 };
 
 // One JSON value (RFC 8259). A parser of our own: src/ must build with nothing downloaded, and

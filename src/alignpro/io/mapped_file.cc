@@ -27,7 +27,7 @@ MappedFile::MappedFile(const std::filesystem::path& path) : name_(path.string())
   // O_NONBLOCK: opening a FIFO by mistake must fail below, not wait for a writer.
   const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
   if (file.fd < 0) throw FileError(cat(name_, ": cannot be opened: ", std::strerror(errno)));
-  struct stat status {};
+  struct stat status{};
   if (::fstat(file.fd, &status) != 0) {
     throw FileError(cat(name_, ": cannot be read: ", std::strerror(errno)));
   }

@@ -147,8 +147,8 @@ SafetensorsFolder::SafetensorsFolder(const fs::path& folder) {
   for (const auto& [tensor, shard] : shards) names.insert(shard);
   for (const std::string& name : names) {
     if (!is_there(folder / name)) {
-      throw FileError(cat(index.string(), ": shard '", printable(name),
-                          "' is missing from the folder"));
+      throw FileError(
+          cat(index.string(), ": shard '", printable(name), "' is missing from the folder"));
     }
     add_file(folder / name);
   }
@@ -172,15 +172,17 @@ void SafetensorsFolder::add_file(const fs::path& path) {
   std::memcpy(&header_bytes, bytes.data(), sizeof header_bytes);
   const std::span<const std::byte> rest = bytes.subspan(sizeof header_bytes);
   if (rest.empty() || text_of(rest).front() != '{') {
-    throw FileError(cat(name, ": expected a safetensors file, a length and then '{'; this one "
-                        "begins with \"", printable(text_of(bytes).substr(0, 16)), "\""));
+    throw FileError(cat(name,
+                        ": expected a safetensors file, a length and then '{'; this one "
+                        "begins with \"",
+                        printable(text_of(bytes).substr(0, 16)), "\""));
   }
   if (header_bytes > kMaxHeaderBytes || header_bytes > rest.size()) {
     throw FileError(cat(name, ": the header claims ", header_bytes, " bytes, ", rest.size(),
                         " are left; the file is truncated or no safetensors file"));
   }
-  const Json header = Json::parse(text_of(rest.first(header_bytes)), name,
-                                  {.max_bytes = kMaxHeaderBytes});
+  const Json header =
+      Json::parse(text_of(rest.first(header_bytes)), name, {.max_bytes = kMaxHeaderBytes});
   const std::span<const std::byte> data = rest.subspan(header_bytes);
 
   std::vector<Entry> entries;
@@ -198,8 +200,8 @@ void SafetensorsFolder::add_file(const fs::path& path) {
     covered = entry.end;
   }
   if (static_cast<uint64_t>(covered) != data.size()) {
-    throw FileError(cat(name, ": its tensors end at byte ", covered, " of the data, which has ",
-                        data.size()));
+    throw FileError(
+        cat(name, ": its tensors end at byte ", covered, " of the data, which has ", data.size()));
   }
 
   for (Entry& entry : entries) {
@@ -207,8 +209,8 @@ void SafetensorsFolder::add_file(const fs::path& path) {
                                      static_cast<size_t>(entry.end - entry.begin));
     const auto [at, added] = file_of_.emplace(entry.name, path.filename().string());
     if (!added) {
-      throw FileError(cat(name, ": tensor '", printable(entry.name), "' is also in '", at->second,
-                          "'"));
+      throw FileError(
+          cat(name, ": tensor '", printable(entry.name), "' is also in '", at->second, "'"));
     }
     tensors_.emplace(std::move(entry.name), std::move(entry.tensor));
   }

@@ -47,6 +47,10 @@ class Adapter {
   Adapter(const ModelConfig& config, const std::map<std::string, LoraMatrices>& matrices,
           float scale);
 
+  // Throws InvalidArgument unless a model of this shape can run the adapter. It is tied to shapes, not
+  // to a Model object.
+  void require_fits(const ModelConfig& config) const;
+
   uint64_t version() const { return version_; }  // unique in this process, never reused, never 0
   float scale() const { return scale_; }
   int64_t max_rank() const { return max_rank_; }

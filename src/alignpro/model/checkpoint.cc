@@ -99,7 +99,7 @@ struct Piece {
 using Pieces = std::vector<Piece>;
 
 struct Layer {
-  Pieces linears[4];  // by LinearSite
+  Pieces linears[4];    // by LinearSite
   FileTensor norms[4];  // by NormSite; q and k only where the family has them
   Pieces qkv_bias;
 };
@@ -113,13 +113,12 @@ class Finder {
   const FileTensor& get(const std::string& name, const std::vector<int64_t>& shape) {
     const auto at = tensors_.find(name);
     if (at == tensors_.end()) {
-      throw FileError(cat(source_, ": tensor '", name, "' of shape ", io::shape_text(shape),
-                          " is missing"));
+      throw FileError(
+          cat(source_, ": tensor '", name, "' of shape ", io::shape_text(shape), " is missing"));
     }
     if (at->second.shape != shape) {
       throw FileError(cat(source_, ": tensor '", name, "' has shape ",
-                          io::shape_text(at->second.shape), ", expected ",
-                          io::shape_text(shape)));
+                          io::shape_text(at->second.shape), ", expected ", io::shape_text(shape)));
     }
     used_.insert(name);
     return at->second;
@@ -308,10 +307,14 @@ class FileCheckpoint final : public Checkpoint {
 
 LinearShape linear_shape(const ModelConfig& config, LinearSite site) {
   switch (site) {
-    case LinearSite::kQkv: return {config.qkv_size(), config.hidden_size};
-    case LinearSite::kO: return {config.hidden_size, config.q_size()};
-    case LinearSite::kGateUp: return {2 * config.intermediate_size, config.hidden_size};
-    case LinearSite::kDown: return {config.hidden_size, config.intermediate_size};
+    case LinearSite::kQkv:
+      return {config.qkv_size(), config.hidden_size};
+    case LinearSite::kO:
+      return {config.hidden_size, config.q_size()};
+    case LinearSite::kGateUp:
+      return {2 * config.intermediate_size, config.hidden_size};
+    case LinearSite::kDown:
+      return {config.hidden_size, config.intermediate_size};
   }
   throw InvalidArgument("linear site: not one of the enumerators");
 }
@@ -324,7 +327,8 @@ std::unique_ptr<Checkpoint> Checkpoint::open(const std::filesystem::path& path) 
                                             path.string());
   }
   if (path.extension() == ".safetensors") {
-    throw FileError(cat(path.string(), ": expected a .gguf file or a folder with config.json and "
+    throw FileError(cat(path.string(),
+                        ": expected a .gguf file or a folder with config.json and "
                         "*.safetensors; give the folder this file is in"));
   }
   io::GgufFile file(path);

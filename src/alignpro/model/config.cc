@@ -19,8 +19,8 @@ constexpr int64_t kMaxHeadDim = 4096;
 void check_factors(const std::vector<double>& factors, int64_t expected, const char* what,
                    const std::string& source) {
   if (static_cast<int64_t>(factors.size()) != expected) {
-    throw FileError(cat(source, ": ", what, " has ", factors.size(), " values, expected ",
-                        expected, " (half of the rotated lanes of a head)"));
+    throw FileError(cat(source, ": ", what, " has ", factors.size(), " values, expected ", expected,
+                        " (half of the rotated lanes of a head)"));
   }
   for (const double factor : factors) {
     if (!std::isfinite(factor) || factor <= 0) {
@@ -70,11 +70,16 @@ void validate_rope(const ModelConfig& config, const std::string& source) {
 
 std::string_view family_name(Family family) {
   switch (family) {
-    case Family::kLlama: return "llama";
-    case Family::kMistral: return "mistral";
-    case Family::kQwen2: return "qwen2";
-    case Family::kQwen3: return "qwen3";
-    case Family::kPhi3: return "phi3";
+    case Family::kLlama:
+      return "llama";
+    case Family::kMistral:
+      return "mistral";
+    case Family::kQwen2:
+      return "qwen2";
+    case Family::kQwen3:
+      return "qwen3";
+    case Family::kPhi3:
+      return "phi3";
   }
   throw InvalidArgument("family: not one of the enumerators");
 }
@@ -145,8 +150,8 @@ void validate(const ModelConfig& config, const std::string& source) {
   }
   for (const int32_t id : config.eos_ids) {
     if (!in_vocabulary(id)) {
-      throw FileError(cat(source, ": the EOS id ", id, " is outside the vocabulary of ",
-                          config.vocab_size));
+      throw FileError(
+          cat(source, ": the EOS id ", id, " is outside the vocabulary of ", config.vocab_size));
     }
   }
   validate_rope(config, source);

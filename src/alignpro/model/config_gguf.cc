@@ -36,14 +36,17 @@ class ArchKeys {
 // What a llama-like file may ask for and no family here expresses (mixtures of experts, mixed
 // windows, soft caps, scaled residuals).
 void refuse_unsupported(const io::GgufFile& file, const ArchKeys& keys) {
-  constexpr std::array<std::string_view, 8> kRefused = {
-      "attention.sliding_window_pattern", "attention.scale", "attn_logit_softcapping",
-      "final_logit_softcapping",          "logit_scale",     "residual_scale",
-      "embedding_scale",                  "rope.dimension_sections"};
+  constexpr std::array<std::string_view, 8> kRefused = {"attention.sliding_window_pattern",
+                                                        "attention.scale",
+                                                        "attn_logit_softcapping",
+                                                        "final_logit_softcapping",
+                                                        "logit_scale",
+                                                        "residual_scale",
+                                                        "embedding_scale",
+                                                        "rope.dimension_sections"};
   for (const std::string_view name : kRefused) {
     if (keys.has(name)) {
-      throw FileError(cat(file.name(), ": metadata key '", keys.key(name),
-                          "' is not supported"));
+      throw FileError(cat(file.name(), ": metadata key '", keys.key(name), "' is not supported"));
     }
   }
   if (!file.find_boolean(keys.key("attention.causal")).value_or(true)) {
@@ -55,7 +58,8 @@ void refuse_unsupported(const io::GgufFile& file, const ArchKeys& keys) {
                         "') are not supported"));
   }
   if (file.find_integer("split.count").value_or(1) > 1) {
-    throw FileError(cat(file.name(), ": this is one part of a split GGUF; join the parts first "
+    throw FileError(cat(file.name(),
+                        ": this is one part of a split GGUF; join the parts first "
                         "(llama-gguf-split --merge)"));
   }
 }
@@ -93,7 +97,9 @@ RopeConfig read_rope(const io::GgufFile& file, const ArchKeys& keys, const Model
   if (!factor) factor = keys.find_number("rope.scale_linear");
   const bool scaled = factor && *factor != 0.0 && *factor != 1.0;
   const std::string type = keys.find_string("rope.scaling.type")
-                               .value_or(has_long ? "longrope" : scaled ? "linear" : "none");
+                               .value_or(has_long ? "longrope"
+                                         : scaled ? "linear"
+                                                  : "none");
   if (type == "linear" && !has_long) {
     rope.scaling = scaled ? RopeScaling::kLinear : RopeScaling::kNone;
     if (scaled) rope.factor = *factor;
@@ -176,8 +182,7 @@ ModelConfig read_gguf_config(const io::GgufFile& file) {
   config.intermediate_size = keys.integer("feed_forward_length");
   config.num_layers = keys.integer("block_count");
   config.num_heads = keys.integer("attention.head_count");
-  config.num_kv_heads =
-      keys.find_integer("attention.head_count_kv").value_or(config.num_heads);
+  config.num_kv_heads = keys.find_integer("attention.head_count_kv").value_or(config.num_heads);
   if (const std::optional<int64_t> key_length = keys.find_integer("attention.key_length")) {
     config.head_dim = *key_length;
   } else if (config.num_heads >= 1 && config.hidden_size % config.num_heads == 0) {

@@ -94,8 +94,7 @@ class Fields {
 Json parse_object(const std::filesystem::path& path) {
   const io::MappedFile file(path);
   const auto bytes = file.bytes();
-  Json root = Json::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()},
-                          file.name());
+  Json root = Json::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file.name());
   if (root.object() == nullptr) {
     throw FileError(cat(file.name(), ": expected a JSON object, got ", root.kind()));
   }
@@ -128,8 +127,8 @@ void refuse_unsupported(const Fields& fields, Family family) {
   }
   // Qwen2's QKV bias belongs to the family; transformers reads no key for it.
   if (family != Family::kQwen2 && fields.flag("attention_bias")) {
-    throw FileError(cat(fields.where(), ": attention_bias is not supported for ",
-                        family_name(family)));
+    throw FileError(
+        cat(fields.where(), ": attention_bias is not supported for ", family_name(family)));
   }
   if (fields.flag("mlp_bias")) {
     throw FileError(cat(fields.where(), ": mlp_bias is not supported"));
@@ -182,7 +181,8 @@ int64_t read_sliding_window(const Fields& fields, const ModelConfig& config) {
     }
     if (sliding != 0 && sliding != count) refuse_mixed_windows(fields, "layer_types");
     if (sliding == count && window == 0) {
-      throw FileError(cat(fields.where(), ": layer_types asks for sliding_attention, but no "
+      throw FileError(cat(fields.where(),
+                          ": layer_types asks for sliding_attention, but no "
                           "sliding_window is in force"));
     }
     // Mistral and Phi-3 ignore the list and slide whenever there is a window.

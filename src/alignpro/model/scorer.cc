@@ -77,6 +77,8 @@ void Score::check() const {
           "score: temperature must be above 0, got ", request_.temperature);
   require(!request_.keep_graph || request_.adapter != nullptr,
           "score: keep_graph needs an adapter; the base weights are never trained");
+  if (request_.adapter != nullptr) request_.adapter->require_fits(config);
+  if (request_.reference != nullptr) request_.reference->require_fits(config);
   for (size_t s = 0; s < request_.sequences.size(); ++s) {
     const auto& sequence = request_.sequences[s];
     const auto size = static_cast<int64_t>(sequence.size());

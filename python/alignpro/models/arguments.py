@@ -1,0 +1,108 @@
+"""What callers of the native model pass, checked and brought into the engine's form."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from alignpro import native
+from alignpro.types import Chat, SamplingParams
+
+if TYPE_CHECKING:
+    from alignpro.native import core
+
+Prompt = Sequence[int] | Chat | str  # a text is one user turn of a chat
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_prompts(prompts: Any) -> Sequence[Prompt]:
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts: expected a list of prompts, got {type(prompts).__name__}")
+    if prompts and isinstance(prompts[0], Mapping):
+        raise ValueError("prompts: expected a list of chats, got one chat; put it into a list")
+    if prompts and is_int(prompts[0]):
+        raise ValueError("prompts: expected a list of token lists, got one; put it into a list")
+    return prompts
+
+
+def params_for(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    each = list(params)
+    if len(each) != count:
+        raise ValueError(f"params: expected one, or {count} (one per prompt), got {len(each)}")
+    return each
+
+
+def with_seed(params: SamplingParams) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params: expected SamplingParams, got {type(params).__name__}")
+    if not (is_int(params.n) and params.n >= 1):
+        raise ValueError(f"n: expected an integer of 1 or more, got {params.n!r}")
+    if params.seed is not None:
+        return params
+    return replace(params, seed=int.from_bytes(os.urandom(8), "little"))
+
+
+def core_params(params: SamplingParams, sample: int) -> core.SamplingParams:
+    """The engine's parameters. Types are checked here; ranges in the engine, which uses them."""
+    for name, least, most in (
+        ("top_k", -(2**31), 2**31 - 1),
+        ("max_new_tokens", -(2**63), 2**63 - 1),
+        ("min_new_tokens", -(2**63), 2**63 - 1),
+        ("seed", 0, 2**64 - 1),
+    ):
+        value = getattr(params, name)
+        if not (is_int(value) and least <= value <= most):
+            raise ValueError(f"{name}: expected an integer in [{least}, {most}], got {value!r}")
+    for name in ("temperature", "top_p", "min_p"):
+        value = getattr(params, name)
+        if not (is_int(value) or isinstance(value, (float, np.floating))):
+            raise ValueError(f"{name}: expected a number, got {value!r}")
+    if isinstance(params.stop, str) or not all(isinstance(s, str) for s in params.stop):
+        raise ValueError(f"stop: expected a tuple of strings, got {params.stop!r}")
+    if not isinstance(params.ignore_eos, bool):
+        raise ValueError(f"ignore_eos: expected True or False, got {params.ignore_eos!r}")
+    deadline = params.deadline_seconds
+    if deadline is not None and not (
+        (is_int(deadline) or isinstance(deadline, float)) and 0 < deadline < math.inf
+    ):
+        raise ValueError(f"deadline_seconds: expected more than 0, or None, got {deadline!r}")
+    return native.core.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        max_new_tokens=params.max_new_tokens,
+        min_new_tokens=params.min_new_tokens,
+        seed=cast(int, params.seed),
+        sample=sample,
+        stop=list(params.stop),
+        stop_token_ids=token_list(params.stop_token_ids, "stop_token_ids"),
+        ignore_eos=params.ignore_eos,
+        deadline_seconds=0.0 if deadline is None else float(deadline),
+    )
+
+
+def token_list(tokens: Any, what: str) -> list[int]:
+    """Ids as a list of int; arrays are taken too."""
+    if isinstance(tokens, np.ndarray):
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"{what}: expected 1-D integer ids, got {tokens.dtype} {tokens.shape}")
+        tokens = tokens.tolist()
+    if isinstance(tokens, (str, bytes, Mapping)) or not isinstance(tokens, Sequence):
+        raise ValueError(f"{what}: expected a list of token ids, got {type(tokens).__name__}")
+    for index, token in enumerate(tokens):
+        if not is_int(token) or not -(2**31) <= token < 2**31:
+            raise ValueError(f"{what}: expected token ids, got {token!r} at index {index}")
+    return [int(token) for token in tokens]
