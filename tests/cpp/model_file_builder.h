@@ -167,4 +167,14 @@ inline std::string json(const JsonFields& fields) {
   return out + "}";
 }
 
+// config.json of a llama: hidden 4, 2 heads, 1 key-value head, MLP 3, vocabulary 5, one layer.
+inline JsonFields tiny_config() {
+  return {{"model_type", "\"llama\""},  {"vocab_size", "5"},
+          {"hidden_size", "4"},         {"intermediate_size", "3"},
+          {"num_hidden_layers", "1"},   {"num_attention_heads", "2"},
+          {"num_key_value_heads", "1"}, {"max_position_embeddings", "64"},
+          {"rms_norm_eps", "1e-05"},    {"bos_token_id", "1"},
+          {"eos_token_id", "2"}};
+}
+
 }  // namespace build

@@ -153,14 +153,14 @@ def ascend(kl_coef: float, steps: int) -> Tensor:
 
 
 def test_training_reaches_the_closed_form_optimum():
-    kl_coef = 0.3
-    trained = ascend(kl_coef, steps=150)
+    kl_coef = 0.5
+    trained = ascend(kl_coef, steps=400)
     log_optimum = sequence_logprobs(REFERENCE) + REWARDS / kl_coef
     log_z = log_optimum.logsumexp(0)
     optimum = (log_optimum - log_z).exp()
     reached = sequence_logprobs(trained).exp()
     start = sequence_logprobs(REFERENCE).exp()
-    assert (start - optimum).abs().sum() / 2 > 0.3
+    assert (start - optimum).abs().sum() / 2 > 0.2  # there was a way to go
     torch.testing.assert_close(reached, optimum, rtol=0, atol=1e-5)
     # MATH: the value at the optimum is kl_coef * log Z.
     assert true_objective(trained, kl_coef).item() == pytest.approx(

@@ -179,7 +179,9 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path, micro_batch_size):
     (a,), (b,) = log(whole), log(parts)
     for name in ("loss", "grad_norm", "entropy", "reward_mean"):
         assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-7)
-    np.testing.assert_allclose(matrices(parts), matrices(whole), atol=1e-6)
+    # Of the gradients: AdamW turns a rounding error in a near-zero one into a full step.
+    for mine, theirs in zip(parts.policy.parameters(), whole.policy.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_a_scorer_that_differs_from_the_sampler_stops_training(tmp_path):
@@ -197,14 +199,14 @@ def test_a_scorer_that_differs_from_the_sampler_stops_training(tmp_path):
 
 def test_equal_rewards_leave_the_weights_alone(tmp_path):
     trainer = make(
-        config(tmp_path, steps=1), reward=lambda prompts, rewrites, responses: [1.0] * len(prompts)
+        config(tmp_path, steps=3, kl_coef=0.0),
+        reward=lambda prompts, rewrites, responses: [1.0] * len(prompts),
     )
     before = matrices(trainer)
     trainer.train()
-    (row,) = log(trainer)
-    # Only the KL is left, and it is at its minimum.
-    assert row["zero_signal_groups"] == 3 and row["grad_norm"] < 1e-6
-    np.testing.assert_allclose(matrices(trainer), before, atol=1e-3)
+    # Exactly: AdamW makes a full step of the smallest rounding error.
+    assert [(row["zero_signal_groups"], row["grad_norm"]) for row in log(trainer)] == [(3, 0.0)] * 3
+    assert np.array_equal(matrices(trainer), before)
 
 
 def test_one_nan_reward_stops_with_its_row_and_a_checkpoint(tmp_path):

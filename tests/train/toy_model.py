@@ -7,6 +7,7 @@ objective can be written down.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,14 +138,13 @@ class ToyHandle:
     cancelled: bool = False
 
     def advance(self) -> None:
-        last = (self.prompt_tokens + self.tokens)[-1]
-        row = self.model.table(self.adapter, self.params.temperature)[last]
+        rows, edges = self.model.table(self.adapter, self.params.temperature)
+        last = (self.prompt_tokens[-1:] + self.tokens)[-1]
         key = repr((self.params.seed, self.sample, len(self.tokens))).encode()
         uniform = int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / 2**48
-        edges = torch.cumsum(row.double().exp(), 0)
-        token = min(int((edges <= uniform * edges[-1]).sum()), VOCABULARY - 1)
+        token = bisect.bisect_right(edges[last], uniform * edges[last][-1], hi=VOCABULARY - 1)
         self.tokens.append(token)
-        self.logprobs.append(float(row[token]))
+        self.logprobs.append(rows[last][token])
         self.finished = token == EOS or len(self.tokens) == self.params.max_new_tokens
 
     def completion(self) -> Completion:
@@ -172,16 +172,19 @@ class ToyModel:
         self.core_model = ToyCore(seed)
         self.handles: list[ToyHandle] = []
         self.adapters: list[ToyAdapter] = []
-        self._tables: dict[Any, torch.Tensor] = {}
+        self._tables: dict[Any, Any] = {}
 
     def make_adapter(self, weights: LoraWeights) -> ToyAdapter:
         self.adapters.append(ToyAdapter(weights))
         return self.adapters[-1]
 
-    def table(self, adapter: ToyAdapter | None, temperature: float) -> torch.Tensor:
+    def table(self, adapter: ToyAdapter | None, temperature: float) -> Any:
+        """Log-probabilities and cumulative probabilities, [last][next], as lists."""
         if (adapter, temperature) not in self._tables:
             with torch.no_grad():
-                self._tables[adapter, temperature] = self.core_model.table(adapter, temperature)
+                rows = self.core_model.table(adapter, temperature)
+            edges = torch.cumsum(rows.double().exp(), 1)
+            self._tables[adapter, temperature] = (rows.tolist(), edges.tolist())
         return self._tables[adapter, temperature]
 
     def submit(self, tokens, params, *, adapter=None, sample=0):

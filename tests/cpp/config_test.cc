@@ -1,0 +1,142 @@
+// config.json and generation_config.json; a GGUF's config is in checkpoint_test.
+
+#include <cmath>
+#include <vector>
+
+#include "alignpro/core/error.h"
+#include "alignpro/model/config_readers.h"
+#include "check.h"
+#include "model_file_builder.h"
+
+using namespace alignpro;
+using build::JsonFields;
+using build::TempFolder;
+using model::ModelConfig;
+
+namespace {
+
+// The tiny config with some fields replaced, added or, where the text is empty, left out.
+ModelConfig config_with(const JsonFields& changes, const std::string& generation = "") {
+  const TempFolder folder;
+  JsonFields fields = build::tiny_config();
+  for (const auto& [key, value] : changes) fields[key] = value;
+  build::write(folder / "config.json", build::json(fields));
+  if (!generation.empty()) build::write(folder / "generation_config.json", generation);
+  return model::read_hf_config(folder.path);
+}
+
+}  // namespace
+
+TEST(config_eos_and_bos) {
+  CHECK((config_with({{"eos_token_id", "[3, 2, 3]"}}).eos_ids == std::vector<int32_t>{3, 2}));
+  CHECK((config_with({}, R"({"eos_token_id": [4, 1]})").eos_ids == std::vector<int32_t>{4, 1}));
+  CHECK((config_with({}, R"({"eos_token_id": null})").eos_ids == std::vector<int32_t>{2}));
+  CHECK(config_with({{"eos_token_id", "32000"}}).eos_ids.empty());  // no logit reaches it
+  CHECK(config_with({{"eos_token_id", "null"}}).eos_ids.empty());
+  CHECK_EQ(config_with({{"bos_token_id", "null"}}).bos_id, -1);
+  CHECK_THROWS(config_with({{"eos_token_id", "\"</s>\""}}), FileError, "an integer or a list");
+}
+
+TEST(config_families) {
+  const ModelConfig qwen2 = config_with({{"model_type", "\"qwen2\""}});
+  CHECK(qwen2.qkv_bias && !qwen2.qk_norm && qwen2.sliding_window == 0);
+  const ModelConfig qwen3 = config_with({{"model_type", "\"qwen3\""}, {"head_dim", "6"}});
+  CHECK(qwen3.qk_norm && !qwen3.qkv_bias && qwen3.head_dim == 6);
+  CHECK_EQ(config_with({{"model_type", "\"qwen3\""}}).head_dim, 128);
+  CHECK(config_with({{"model_type", "\"phi3\""}}).fused_projections);
+  CHECK_EQ(config_with({{"num_key_value_heads", "null"}}).num_kv_heads, 2);
+  CHECK_THROWS(config_with({{"model_type", "\"gpt2\""}}), FileError, "model_type 'gpt2'");
+  CHECK_THROWS(config_with({{"model_type", ""}}), FileError, "\"model_type\" must be a string");
+}
+
+TEST(config_sliding_windows) {
+  const auto window = [](JsonFields changes) { return config_with(changes).sliding_window; };
+  const std::string mistral = "\"mistral\"", qwen = "\"qwen2\"";
+  CHECK_EQ(window({{"model_type", mistral}}), 4096);  // the class's default: absent is not null
+  CHECK_EQ(window({{"model_type", mistral}, {"sliding_window", "null"}}), 0);
+  CHECK_EQ(window({{"model_type", mistral}, {"sliding_window", "8"}}), 8);
+  CHECK_EQ(window({{"model_type", "\"phi3\""}, {"sliding_window", "8"}}), 8);
+  CHECK_EQ(window({{"model_type", qwen}, {"sliding_window", "8"}}), 0);
+  const JsonFields sliding = {{"model_type", qwen},
+                              {"sliding_window", "8"},
+                              {"use_sliding_window", "true"},
+                              {"num_hidden_layers", "2"}};
+  const auto with = [&](const char* key, const char* value) {
+    JsonFields fields = sliding;
+    fields[key] = value;
+    return window(fields);
+  };
+  CHECK_EQ(with("max_window_layers", "2"), 0);
+  CHECK_EQ(with("max_window_layers", "0"), 8);
+  CHECK_THROWS(with("max_window_layers", "1"), FileError, "max_window_layers mixes layers");
+  CHECK_EQ(with("layer_types", R"(["sliding_attention", "sliding_attention"])"), 8);
+  CHECK_EQ(with("layer_types", R"(["full_attention", "full_attention"])"), 0);
+  CHECK_THROWS(with("layer_types", R"(["full_attention", "sliding_attention"])"), FileError,
+               "layer_types mixes layers");
+  CHECK_THROWS(with("layer_types", R"(["full_attention"])"), FileError, "1 entries for 2 layers");
+  CHECK_THROWS(with("layer_types", R"(["linear_attention", "full_attention"])"), FileError,
+               "layer type 'linear_attention'");
+}
+
+TEST(config_rope) {
+  CHECK_EQ(config_with({}).rope.theta, 10000.0);
+  CHECK_EQ(config_with({{"rope_theta", "5e5"}}).rope.theta, 5e5);
+  const model::RopeConfig v5 =
+      config_with(
+          {{"rope_parameters", R"({"rope_theta": 7.0, "rope_type": "linear", "factor": 2})"}})
+          .rope;
+  CHECK(v5.scaling == model::RopeScaling::kLinear && v5.theta == 7.0 && v5.factor == 2.0);
+  const model::RopeConfig llama3 =
+      config_with(
+          {{"rope_scaling", R"({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 16})"}})
+          .rope;
+  CHECK(llama3.scaling == model::RopeScaling::kLlama3 && llama3.original_context == 16);
+  const JsonFields phi = {{"model_type", "\"phi3\""},
+                          {"hidden_size", "16"},
+                          {"partial_rotary_factor", "0.5"},
+                          {"original_max_position_embeddings", "16"},
+                          {"rope_scaling", R"({"type": "su", "short_factor": [1.0, 2],
+                                               "long_factor": [3.0, 4.0]})"}};
+  const model::RopeConfig longrope = config_with(phi).rope;
+  CHECK(longrope.scaling == model::RopeScaling::kLongrope && longrope.rotary_dim == 4);
+  CHECK(std::abs(longrope.attention_factor - std::sqrt(1.5)) < 1e-12);
+  CHECK((longrope.long_factors == std::vector<double>{3.0, 4.0}));
+  JsonFields wrong = phi;
+  wrong["partial_rotary_factor"] = "1.0";
+  CHECK_THROWS(config_with(wrong), FileError, "short_factor has 2 values, expected 4");
+  CHECK_THROWS(config_with({{"rope_scaling", R"({"type": "yarn", "factor": 4.0})"}}), FileError,
+               "rope scaling 'yarn' is not supported");
+  CHECK_THROWS(config_with({{"rope_scaling", R"({"type": "dynamic", "factor": 4.0})"}}), FileError,
+               "rope scaling 'dynamic' is not supported");
+  CHECK_THROWS(config_with({{"rope_scaling", R"({"type": "linear"})"}}), FileError,
+               "\"factor\" must be a number, it is missing");
+  CHECK_THROWS(config_with({{"rope_scaling", R"({"type": "linear", "factor": 0})"}}), FileError,
+               "rope scaling factor is 0");
+  CHECK_THROWS(config_with({{"partial_rotary_factor", "0.5"}}), FileError, "partial_rotary_factor");
+}
+
+TEST(config_refuses_by_name) {
+  const auto refuses = [](const char* key, const char* value, const char* text) {
+    CHECK_THROWS(config_with({{key, value}}), FileError, text);
+  };
+  refuses("quantization_config", R"({"quant_method": "gptq"})", "weights quantised by gptq");
+  refuses("hidden_act", "\"gelu\"", "hidden_act 'gelu'");
+  refuses("attention_bias", "true", "attention_bias is not supported for llama");
+  refuses("mlp_bias", "true", "mlp_bias is not supported");
+  refuses("hidden_size", "", "\"hidden_size\" must be an integer, it is missing");
+  refuses("hidden_size", "\"4\"", "must be an integer, it is string");
+  refuses("hidden_size", "5", "no multiple of num_attention_heads");
+  refuses("vocab_size", "99999999999", "vocabulary size is 99999999999");
+  refuses("vocab_size", "0", "vocabulary size is 0");
+  refuses("num_hidden_layers", "-1", "number of layers is -1");
+  refuses("head_dim", "3", "rotary dimension is 3");
+  refuses("head_dim", "9223372036854775807", "head dimension is 9223372036854775807");
+  refuses("num_attention_heads", "0", "num_attention_heads 0");
+  refuses("num_key_value_heads", "3", "key-value heads is 3");
+  refuses("rms_norm_eps", "0", "RMSNorm epsilon is 0");
+  refuses("rope_theta", "-1", "rope theta is -1");
+  refuses("max_position_embeddings", "0", "context length is 0");
+}
+
+CHECK_MAIN()
