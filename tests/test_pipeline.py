@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-from fake_model import EOS, FakeModel
 
 from alignpro.config import Prompting
 from alignpro.pipeline import Pipeline, _splitmix64, derive_seed
 from alignpro.rewards.check import RewardError
 from alignpro.types import SamplingParams
+from fake_model import EOS, FakeModel
 
 PROMPTS = ["How do I boil an egg?", "Why is the sky blue?", "Name a river."]
 TEMPLATE = "Advise: {prompt}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -32,10 +33,6 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run tha
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-class _Interrupted(KeyboardInterrupt):
-    """Ctrl-C with a word on how to go on."""
-
-
 def one_line_errors(command: Command) -> Command:
     """Bad input is one line on stderr and exit code 2; ALIGNPRO_DEBUG=1 shows the traceback."""
 
@@ -44,7 +41,7 @@ def one_line_errors(command: Command) -> Command:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
-            typer.echo(f"alignpro: interrupted{interrupt}", err=True)
+            typer.echo(f"alignpro: interrupted {interrupt}".rstrip(), err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # The reader left (alignpro generate | head): nothing to say, and nowhere to say it.
@@ -111,6 +108,7 @@ def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite
     from alignpro.train.run import run_sft
 
     with Bars() as bars:
+        bars.show("warm start", 0, options.steps)
         run_sft(
             options,
             overwrite=overwrite,
@@ -136,14 +134,9 @@ def train(
     from alignpro.train.run import make_trainer
 
     trainer = make_trainer(options, resume=resume, overwrite=overwrite)
-    try:
-        with Bars() as bars:
-            trainer.train(lambda row: show_train_row(bars, row, options.steps))
-    except KeyboardInterrupt:
-        raise _Interrupted(
-            f" after step {trainer.step}; go on with: "
-            f"alignpro train {trainer.run_dir / 'config.json'} --resume"
-        ) from None
+    with Bars() as bars:
+        bars.show("training", trainer.step, options.steps)
+        trainer.train(lambda row: show_train_row(bars, row, options.steps))
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
 
 
@@ -222,7 +215,7 @@ def generate(
         target = prompter if same else load_model(str(settings.target), threads=threads)
     else:
         target = load_model(model, threads=threads)
-    for _token, delta, _logprob in target.stream([{"role": "user", "content": text}], params):
+    for _token, delta, _logprob in target.stream(text, params):
         typer.echo(delta, nl=False)
     typer.echo()
 
@@ -250,15 +243,17 @@ def info() -> None:
 def _split(config: Path | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
     """The file is optional, so a first key=value arrives in its place."""
     settings = list(overrides or [])
-    if config is not None and "=" in config.name and not config.exists():
+    if config is not None and "=" in str(config) and not config.exists():
         return None, [str(config), *settings]
     return config, settings
 
 
 def _needs_torch(command: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("torch") is None:
+    try:
+        there = importlib.util.find_spec("torch") is not None
+    except ModuleNotFoundError:  # an import hook hides it
+        there = False
+    if not there:
         raise ImportError(
             f"{command} trains, which needs torch: pip install -c constraints.txt '.[train]'"
         )

@@ -222,7 +222,7 @@ class QuickstartConfig:
 
     def stages(self) -> tuple[SftConfig, TrainConfig, EvalConfig]:
         """The three stages with the shared fields filled in."""
-        shared = {
+        shared: dict[str, Any] = {
             "model": self.model,
             "seed": self.seed,
             "threads": self.threads,

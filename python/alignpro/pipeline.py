@@ -315,9 +315,10 @@ class _Flight:
             # Asked of the handles, not of step(): another thread's step may have finished ours.
             # Idleness is read first: whatever was ours is then finished, or lost.
             idle = all(model.idle() for model in self._models)
-            landed, flying = [], []
-            for entry in self._pending:
-                (landed if entry[0].finished else flying).append(entry)
+            # One look at each: another thread may finish a request between two.
+            looked = [(entry[0].finished, entry) for entry in self._pending]
+            landed = [entry for finished, entry in looked if finished]
+            flying = [entry for finished, entry in looked if not finished]
             if idle and not landed:
                 raise RuntimeError(
                     f"{len(flying)} requests neither finished nor under way in "

@@ -63,10 +63,12 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
 
     with Bars(console) as bars:
         with _timed(seconds, "sft"):
+            bars.show("warm start", 0, sft.steps)
             policy = LoraPolicy.fresh(prompter, sft.lora, seed=sft.seed)
             sft_rows = fit(policy, pairs, sft, lambda row: show_sft_row(bars, row, sft.steps))
             warm = policy.weights()
         with _timed(seconds, "train"):
+            bars.show("training", 0, train.steps)
             train = replace(train, run_dir=str(free_directory(config.run_dir)))
             trainer = trainer_from(train, prompter, target, reward, train_rows, warm)
             log = MetricsLog(trainer.run_dir / "sft-metrics.jsonl")

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from train.toy_model import EOS, GEN, MODULE, ToyModel, ToyTokenizer
 
 from alignpro.config import LoraConfig, Prompting, SftConfig
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.sft import encode_pairs, end_of_turn, fit
+from train.toy_model import EOS, GEN, MODULE, ToyModel, ToyTokenizer
 
 PLAIN = Prompting(template="{prompt}")
 PAIRS = [("ab", "c"), ("d", "c"), ("a", "e"), ("b", "c")]

@@ -1,8 +1,8 @@
 """A language model small enough to enumerate, with the seams of the native one.
 
-The next token depends on the last one alone: logits = (W + scale B A) h[last]. Log-probabilities are
-rows of one table a weight version, so sampler and scorer agree to the bit, and the optimum of the
-objective can be written down.
+The next token depends on the last one alone: logits = (W + scale B A) h[last]. Log-probabilities
+are rows of one table a weight version, so sampler and scorer agree to the bit, and the optimum of
+the objective can be written down.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -165,7 +165,7 @@ class ToyHandle:
 class ToyModel:
     name = "toy"
     context_length = 64
-    lora_modules = {MODULE: (VOCABULARY, HIDDEN)}
+    lora_modules: ClassVar = {MODULE: (VOCABULARY, HIDDEN)}
 
     def __init__(self, seed: int = 0):
         self.tokenizer = ToyTokenizer()

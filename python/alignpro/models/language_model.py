@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from alignpro.models.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ class LanguageModel(Protocol):
             ValueError: an empty prompt, one over the context, or parameters out of range.
         """
 
-    def step(self) -> list[Handle]:
+    def step(self) -> Sequence[Handle]:
         """Advance everything under way; returns what this thread submitted and is now finished."""
 
     def idle(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from alignpro.config import Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.train.policy import LoraPolicy
+from alignpro.train.policy import LoraPolicy, one_torch_thread
 from alignpro.train.schedule import batch_indices, learning_rate_factor
 
 
@@ -23,6 +23,7 @@ class Example:
     start: int  # the first token to be written
 
 
+@one_torch_thread()
 def fit(
     policy: LoraPolicy,
     pairs: Sequence[tuple[str, str]],
@@ -45,7 +46,10 @@ def fit(
                 f"pair {index}: {len(example.tokens)} tokens exceed the context of {limit}"
             )
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        policy.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     rows: list[dict[str, Any]] = []
     for step in range(config.steps):

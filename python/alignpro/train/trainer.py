@@ -33,7 +33,7 @@ from alignpro.train.checkpoint import (
     write_config,
 )
 from alignpro.train.metrics import MetricsLog, truncate_metrics
-from alignpro.train.policy import LoraPolicy, Reference
+from alignpro.train.policy import LoraPolicy, Reference, one_torch_thread
 from alignpro.train.schedule import batch_indices, learning_rate_factor
 from alignpro.types import Rewrite, Rollout
 
@@ -77,7 +77,10 @@ class Trainer:
         self.prompts = list(prompts)
         self.columns = {name: list(values) for name, values in (columns or {}).items()}
         self.optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            policy.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.step = 0  # steps done
         self.cursor = 0  # prompts drawn
@@ -89,12 +92,14 @@ class Trainer:
             self._restore()
         write_config(self.run_dir, as_config(config))
 
+    @one_torch_thread()
     def train(self, on_step: OnStep | None = None) -> None:
         """Run the steps that are left; write a checkpoint at the end, and at Ctrl-C or an error.
 
         Raises:
             RuntimeError: a scored log-probability differs from the sampled one (``strict_parity``).
-            KeyboardInterrupt: after the checkpoint is written. RewardError, ValueError: likewise.
+            KeyboardInterrupt: after the checkpoint is written; it says how to go on.
+            RewardError, ValueError: likewise after the checkpoint.
         """
         saved = self.step if self.step > 0 else -1
         try:
@@ -112,6 +117,9 @@ class Trainer:
                     on_step(row)
                 if self.step % self.config.checkpoint_every == 0:
                     saved = self._checkpoint(saved)
+        except KeyboardInterrupt:
+            command = f"alignpro train {self.run_dir / 'config.json'} --resume"
+            raise KeyboardInterrupt(f"after step {self.step}; go on with: {command}") from None
         finally:
             self._checkpoint(saved)
         save_peft(self.run_dir / "adapter", self.policy.weights())

@@ -1,0 +1,264 @@
+"""The command line as a person meets it: files left behind, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from alignpro.cli import app
+from alignpro.train.metrics import read_metrics
+from alignpro.train.trainer import Trainer
+
+SMALL = [
+    "threads=2",
+    "reward=letter_reward:count_e",
+    "lora.rank=2",
+    "sft.steps=2",
+    "sft.batch_size=4",
+    "train.prompts_per_step=2",
+    "train.num_rewrites=2",
+    "train.rewrite.max_new_tokens=4",
+    "train.response.max_new_tokens=4",
+    "evaluate.rewrite.max_new_tokens=4",
+    "evaluate.response.max_new_tokens=4",
+    "evaluate.num_rewrites=2",
+]
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def refused(*arguments):
+    """The one line that was printed."""
+    line = run(*arguments, code=2).stderr
+    assert line.startswith("alignpro: ") and line.count("\n") == 1, line
+    return line
+
+
+def python(code, **environment):
+    """Run code in an interpreter of its own, without torch, transformers and matplotlib."""
+    prelude = (
+        "import sys\n"
+        "class Gone:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'transformers', 'matplotlib'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Gone())\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", prelude + code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model_dir):
+    return tiny_model_dir("llama")
+
+
+@pytest.fixture(scope="module")
+def quick(tiny, tmp_path_factory):
+    """One short quickstart, looked at by several tests."""
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    options = ["--model", tiny, "--run-dir", folder, "--steps", 2, "--prompts", 3, "--seed", 1]
+    return folder, run("quickstart", *options, *SMALL)
+
+
+def test_quickstart_leaves_its_files(quick, tiny):
+    folder, result = quick
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["arms"]) == {"raw", "untuned", "trained"}
+    for arm in report["arms"].values():
+        assert {"mean_reward", "reward_variance", "ci95", "n"} <= set(arm)
+        assert arm["n"] == 3 and arm["ci95"][0] <= arm["mean_reward"] <= arm["ci95"][1]
+    assert set(report["paired"]) == {"trained_minus_raw", "trained_minus_untuned"}
+    assert set(report["paired"]["trained_minus_raw"]) == {"mean", "ci95"}
+    assert set(report["seconds"]) == {"download", "load", "sft", "train", "evaluate"}
+    assert all(seconds >= 0 for seconds in report["seconds"].values())
+    assert report["peak_rss_bytes"] > 2**20
+    assert report["kl_per_rewrite"] > 0 and report["tokens_per_second"] > 0
+    assert report["seed"] == 1 and report["model"] == str(tiny)
+    assert {"torch", "numpy", "python", "cpu_isa"} <= set(report["versions"])
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1]
+    assert len(read_metrics(folder / "sft-metrics.jsonl")) == 2
+    assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "report.html").read_text()
+    for adapter in ("adapter", "reference"):
+        assert (folder / adapter / "adapter_model.safetensors").is_file()
+    assert f"report: {folder / 'report.html'}" in result.output
+    assert "trained rewrite" in result.output
+
+
+def test_the_same_seed_gives_the_same_numbers_in_a_new_directory(quick, tiny):
+    folder, _ = quick
+    options = ["--model", tiny, "--run-dir", folder, "--steps", 2, "--prompts", 3, "--seed", 1]
+    run("quickstart", *options, *SMALL)
+    second = folder.with_name("run-2")
+    first_report, second_report = (
+        json.loads((f / "report.json").read_text()) for f in (folder, second)
+    )
+    for name in ("arms", "paired", "kl_per_rewrite", "samples"):
+        assert first_report[name] == second_report[name]
+    adapters = [
+        (f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (folder, second)
+    ]
+    assert adapters[0] == adapters[1]
+
+
+def test_a_quickstart_can_be_trained_further(quick):
+    folder, _ = quick
+    run("train", folder / "config.json", "steps=3", "--resume")
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_generate_through_the_trained_prompter(quick):
+    folder, _ = quick
+    arguments = ["generate", "the heron", "--run", folder, "--max-new-tokens", 5, "--seed", 2]
+    first, second = run(*arguments), run(*arguments)
+    assert first.stdout == second.stdout and first.stdout.endswith("\n")
+    assert first.stderr.startswith("rewrite: ")
+
+
+@pytest.fixture(scope="module")
+def small_yaml(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "train.yaml"
+    path.write_text(
+        f"model: {tiny}\n"
+        "threads: 2\nsteps: 3\nprompts_per_step: 2\nnum_rewrites: 2\n"
+        "rewrite: {max_new_tokens: 4}\nresponse: {max_new_tokens: 4}\nlora: {rank: 2}\n"
+        "reward: topic\n"
+    )
+    return path
+
+
+def test_sft_then_train_then_evaluate(tiny, small_yaml, tmp_path):
+    sft, rl = tmp_path / "sft", tmp_path / "rl"
+    options = [f"model={tiny}", f"run_dir={sft}", "steps=2", "batch_size=2", "lora.rank=2"]
+    assert f"adapter: {sft / 'adapter'}" in run("sft", *options).output
+    assert "is not empty" in refused("sft", *options)
+    run("sft", *options, "--overwrite")
+    run("train", small_yaml, f"run_dir={rl}", f"adapter={sft / 'adapter'}")
+    first = read_metrics(rl / "metrics.jsonl")[0]
+    assert first["kl_per_rewrite"] == 0.0  # the warm-started adapter is the reference
+    output = tmp_path / "arms.json"
+    arguments = [
+        f"model={tiny}",
+        f"untuned={sft / 'adapter'}",
+        f"trained={rl / 'adapter'}",
+        "num_prompts=2",
+        "num_rewrites=1",
+        "reward=topic",
+        "rewrite.max_new_tokens=4",
+        "response.max_new_tokens=4",
+    ]
+    run("evaluate", *arguments, "--output", output)
+    assert set(json.loads(output.read_text())["paired"]) == {
+        "trained_minus_raw",
+        "trained_minus_untuned",
+    }
+    assert "is there already" in refused("evaluate", *arguments, "--output", output)
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(small_yaml, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    plain = Trainer._rollout
+
+    def interrupted(self):
+        if self.step == 1:
+            raise KeyboardInterrupt
+        return plain(self)
+
+    monkeypatch.setattr(Trainer, "_rollout", interrupted)
+    result = run("train", small_yaml, f"run_dir={folder}", code=130)
+    command = f"alignpro train {folder / 'config.json'} --resume"
+    assert result.stderr == f"alignpro: interrupted after step 1; go on with: {command}\n"
+    monkeypatch.undo()
+    run(*command.split()[1:])
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
+    assert (folder / "adapter").is_dir()
+
+
+def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    assert "--resume goes on" in refused("train", small_yaml, f"run_dir={folder}")
+    line = refused("train", small_yaml, f"run_dir={folder}", "--overwrite")
+    assert "not one of alignpro's" in line
+    assert [p.name for p in folder.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "missing.yaml"], "missing.yaml"),
+        (["train", "{yaml}", "lerning_rate=1"], 'did you mean "learning_rate"?'),
+        (["train", "{yaml}", "steps"], "expected key=value"),
+        (["train", "{yaml}", "rewrite.temperature=-1"], "rewrite.temperature: expected 0 or more"),
+        (["train", "{yaml}", "model=nowhere/at/all.gguf"], "nowhere/at/all.gguf"),
+        (["train", "{yaml}", "reward=vadr"], "vadr"),
+        (["train", "{yaml}", "data=nothing.jsonl"], "nothing.jsonl"),
+        (["train", "{yaml}", "adapter=nothing"], "nothing"),
+        (["train", "{yaml}", "prompting.template=x"], 'expected "{{prompt}}" exactly once'),
+        (["quickstart", "train.seed=3"], "quickstart sets it for every stage"),
+        (["quickstart", "--steps", "-1"], "steps: expected 0 or more, got -1"),
+        (["generate", "", "--model", "{tiny}"], "expected text"),
+        (["generate", "x" * 999, "--model", "{tiny}"], "context"),
+        (["generate", "x", "--model", "{tiny}", "--top-p", "2"], "top_p"),
+        (["generate", "x", "--run", "nothing"], "nothing"),
+        (["evaluate", "trained=nothing", "model={tiny}"], "nothing"),
+        (["evaluate", "num_prompts=1000", "model={tiny}"], "1000 asked for"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, line, small_yaml, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    filled = [a.format(yaml=small_yaml, tiny=tiny) for a in arguments]
+    assert line.format() in refused(*filled)
+    assert list(tmp_path.iterdir()) == []  # nothing was made
+
+
+def test_debugging_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("ALIGNPRO_DEBUG", "1")
+    result = CliRunner().invoke(app, ["train", "missing.yaml"])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_the_base_install_generates_and_informs(tiny):
+    code = "import sys\nsys.argv = {arguments!r}\nfrom alignpro.cli import main\nmain()\n"
+    info = python(code.format(arguments=["alignpro", "info"]))
+    assert info.returncode == 0, info.stderr
+    rows = dict(line.split(maxsplit=1) for line in info.stdout.splitlines())
+    assert rows["cpu_isa"] in ("avx2", "generic") and int(rows["threads"]) >= 1
+    assert rows["cuda"] == "no"
+    arguments = ["alignpro", "generate", "the heron", "--model", str(tiny), "--max-new-tokens", "3"]
+    written = python(code.format(arguments=arguments))
+    assert written.returncode == 0, written.stderr
+    trained = python(code.format(arguments=["alignpro", "quickstart"]))
+    assert trained.returncode == 2
+    assert "needs torch: pip install -c constraints.txt '.[train]'" in trained.stderr
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nsys.argv = ['alignpro', '--help']\n"
+        "from alignpro.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'tokenizers', 'rich', 'jinja2', 'yaml', 'alignpro._core'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+    for command in ("quickstart", "sft", "train", "evaluate", "generate", "info"):
+        assert command in result.stdout
