@@ -8,6 +8,7 @@ import json
 import pytest
 
 from alignpro.config import (
+    RESPONSE,
     EvalConfig,
     LoraConfig,
     Prompting,
@@ -19,7 +20,6 @@ from alignpro.config import (
     load_yaml,
     to_mapping,
 )
-from alignpro.types import SamplingParams
 
 
 @pytest.mark.parametrize("cls", [SftConfig, TrainConfig, EvalConfig, QuickstartConfig])
@@ -40,7 +40,7 @@ def test_nested_groups_lists_and_nulls():
     )
     assert config.kl_coef == 1.0 and isinstance(config.kl_coef, float)
     assert config.lora == LoraConfig(rank=4, target_modules=("q_proj", "v_proj"))
-    assert config.response == SamplingParams(max_new_tokens=5, stop=("\n",))
+    assert config.response == dataclasses.replace(RESPONSE, max_new_tokens=5, stop=("\n",))
 
 
 def test_a_partial_group_keeps_the_outer_defaults():
@@ -49,7 +49,7 @@ def test_a_partial_group_keeps_the_outer_defaults():
     assert config.rewrite == dataclasses.replace(TrainConfig().rewrite, temperature=0.5)
     assert config.rewrite.max_new_tokens == 12
     nested = from_mapping(QuickstartConfig, {"train": {"response": {"top_k": 3}}})
-    assert nested.train.response.max_new_tokens == 48
+    assert nested.train.response == dataclasses.replace(RESPONSE, top_k=3)
 
 
 @pytest.mark.parametrize(

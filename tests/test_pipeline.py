@@ -218,7 +218,10 @@ def test_bad_prompts_are_named_before_anything_is_submitted(prompts, line):
 
 def test_a_rewrite_over_the_targets_context_is_named_and_cancels_the_rest():
     prompts = ["short", "x" * 100]
-    pipeline = make(target=FakeModel("target", context_length=140))
+    pipeline = make(
+        target=FakeModel("target", context_length=140),
+        response_params=SamplingParams(max_new_tokens=48),
+    )
     with pytest.raises(ValueError, match="rewrite of prompt 1") as caught:
         pipeline.rollout(prompts, num_rewrites=8, seed=0)
     assert "48 new ones exceed the context of target (140 tokens)" in str(caught.value)

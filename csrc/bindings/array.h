@@ -9,8 +9,8 @@
 
 #include "alignpro/core/error.h"
 
-// The one caster for tensors: what crosses is float32, C-contiguous and of the expected shape, or an
-// error names the argument. Nothing is converted behind the caller's back (no forcecast).
+// The one caster for tensors: what crosses is float32, C-contiguous and of the expected shape, or
+// an error names the argument. Nothing is converted behind the caller's back (no forcecast).
 
 namespace alignpro::bindings {
 
@@ -27,12 +27,12 @@ inline py::array float_array(const py::handle& object, const std::string& name, 
         cat(name, ": expected float32, got ", std::string(py::str(array.dtype()))));
   }
   if (array.ndim() != dimensions) {
-    throw InvalidArgument(
-        cat(name, ": expected ", dimensions, " dimensions, got ", array.ndim()));
+    throw InvalidArgument(cat(name, ": expected ", dimensions, " dimensions, got ", array.ndim()));
   }
   if ((array.flags() & py::array::c_style) == 0) {
-    throw InvalidArgument(cat(name, ": expected C-contiguous memory; call .contiguous() (torch) or "
-                                    "numpy.ascontiguousarray first"));
+    throw InvalidArgument(cat(name,
+                              ": expected C-contiguous memory; call .contiguous() (torch) or "
+                              "numpy.ascontiguousarray first"));
   }
   return array;
 }

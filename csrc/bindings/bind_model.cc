@@ -57,8 +57,9 @@ std::shared_ptr<model::Adapter> make_adapter(const model::Model& model, const py
     if (const auto found = known.find(path); found != known.end()) {
       const model::LoraModule& m = *found->second;
       require(a.shape(1) == m.inputs && b.shape(0) == m.outputs && a.shape(0) == b.shape(1),
-              "adapter: '", path, "' expects A [r, ", m.inputs, "] and B [", m.outputs, ", r], got [",
-              a.shape(0), ", ", a.shape(1), "] and [", b.shape(0), ", ", b.shape(1), "]");
+              "adapter: '", path, "' expects A [r, ", m.inputs, "] and B [", m.outputs,
+              ", r], got [", a.shape(0), ", ", a.shape(1), "] and [", b.shape(0), ", ", b.shape(1),
+              "]");
     }
     views[path] = {a.shape(0), static_cast<const float*>(a.data()),
                    static_cast<const float*>(b.data())};
@@ -69,7 +70,8 @@ std::shared_ptr<model::Adapter> make_adapter(const model::Model& model, const py
   return std::make_shared<model::Adapter>(model.config(), views, scale);
 }
 
-py::dict gradients_to_dict(const model::Adapter& adapter, const model::AdapterGradients& gradients) {
+py::dict gradients_to_dict(const model::Adapter& adapter,
+                           const model::AdapterGradients& gradients) {
   py::dict result;
   for (size_t i = 0; i < gradients.modules.size(); ++i) {
     const model::Adapter::Module& m = adapter.modules()[i];
@@ -92,10 +94,8 @@ void bind_model(py::module_& m) {
       });
 
   py::class_<model::Score>(m, "Score")
-      .def_property_readonly("logprob",
-                             [](const model::Score& s) { return to_array(s.logprob()); })
-      .def_property_readonly("entropy",
-                             [](const model::Score& s) { return to_array(s.entropy()); })
+      .def_property_readonly("logprob", [](const model::Score& s) { return to_array(s.logprob()); })
+      .def_property_readonly("entropy", [](const model::Score& s) { return to_array(s.entropy()); })
       .def_property_readonly("kl",
                              [](const model::Score& s) -> py::object {
                                if (!s.has_reference()) return py::none();
@@ -124,12 +124,13 @@ void bind_model(py::module_& m) {
           py::arg("d_logprob"), py::arg("d_entropy") = py::none(), py::arg("d_kl") = py::none());
 
   py::class_<model::Model, std::shared_ptr<model::Model>>(m, "Model")
-      .def_static("load",
-                  [](const std::string& path, int threads, int64_t context_length) {
-                    const py::gil_scoped_release release;
-                    return model::Model::load(path, threads, context_length);
-                  },
-                  py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0)
+      .def_static(
+          "load",
+          [](const std::string& path, int threads, int64_t context_length) {
+            const py::gil_scoped_release release;
+            return model::Model::load(path, threads, context_length);
+          },
+          py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0)
       .def_property_readonly("config", &describe)
       .def("lora_modules",
            [](const model::Model& self) {

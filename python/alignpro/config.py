@@ -20,9 +20,9 @@ from alignpro.types import SamplingParams
 
 T = TypeVar("T")
 
-# An instruction is a short sentence. Measured on 52 styles of instruction with the sentiment reward,
-# the first 25 words of a response tell the styles apart as well as 50 do (between-style deviation
-# 0.36 of the within-style one), and cost half as much.
+# An instruction is a short sentence. Measured on 52 styles of instruction under the sentiment
+# reward, the first 25 words of a response tell the styles apart as well as 50 do (the deviation
+# between styles is 0.36 of that within one), and cost half as much.
 REWRITE = SamplingParams(max_new_tokens=12)
 RESPONSE = SamplingParams(max_new_tokens=32, temperature=0.7)
 

@@ -1,4 +1,4 @@
-"""Data that crosses rooms: plain dataclasses and the protocols at the seams. Standard library only."""
+"""Data that crosses rooms: dataclasses, and the protocols at the seams. Standard library only."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Rewrite:
 
     @property
     def reward(self) -> float:
-        """Mean reward over the responses: the unbiased estimate of R(x, x') (MATH: nested sampling)."""
+        """Mean over the responses: the unbiased estimate of R(x, x') = E_y[r(x, y)]."""
         return sum(r.reward for r in self.responses) / len(self.responses)
 
 
@@ -96,7 +96,7 @@ class Rollout:
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores responses against the *original* prompts. Index-aligned lists in, one float each out."""
+    """Scores responses against the *original* prompts: aligned lists in, one float each out."""
 
     def __call__(
         self,

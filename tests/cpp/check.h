@@ -54,32 +54,32 @@ inline int run_all() {
 
 }  // namespace check
 
-#define TEST(name)                                            \
-  static void name();                                         \
-  static const bool name##_added = check::add(#name, &name);  \
+#define TEST(name)                                           \
+  static void name();                                        \
+  static const bool name##_added = check::add(#name, &name); \
   static void name()
 
-#define CHECK(condition) \
-  do {                                                                             \
+#define CHECK(condition)                                                            \
+  do {                                                                              \
     if (!(condition)) check::fail(__FILE__, __LINE__, "CHECK failed: " #condition); \
   } while (0)
 
-#define CHECK_EQ(a, b)                                                                   \
-  do {                                                                                   \
+#define CHECK_EQ(a, b)                                                                    \
+  do {                                                                                    \
     if (!((a) == (b))) check::fail(__FILE__, __LINE__, "CHECK_EQ failed: " #a " == " #b); \
   } while (0)
 
 // The expression throws Type with `text` somewhere in its message.
-#define CHECK_THROWS(expression, Type, text)                                                   \
-  do {                                                                                         \
-    bool thrown = false;                                                                       \
-    try {                                                                                      \
-      (void)(expression);                                                                      \
-    } catch (const Type& error) {                                                              \
-      thrown = std::string(error.what()).find(text) != std::string::npos;                      \
+#define CHECK_THROWS(expression, Type, text)                                                     \
+  do {                                                                                           \
+    bool thrown = false;                                                                         \
+    try {                                                                                        \
+      (void)(expression);                                                                        \
+    } catch (const Type& error) {                                                                \
+      thrown = std::string(error.what()).find(text) != std::string::npos;                        \
       if (!thrown) check::fail(__FILE__, __LINE__, std::string("message was: ") + error.what()); \
-    }                                                                                          \
-    if (!thrown) check::fail(__FILE__, __LINE__, "expected " #Type " from " #expression);      \
+    }                                                                                            \
+    if (!thrown) check::fail(__FILE__, __LINE__, "expected " #Type " from " #expression);        \
   } while (0)
 
 #define CHECK_MAIN() \

@@ -1,4 +1,5 @@
 // Model files, GGUF and safetensors: what loads, and what happens when they lie.
+// Long because every family's file is written out here, for both formats.
 
 #include "alignpro/model/checkpoint.h"
 

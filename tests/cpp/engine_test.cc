@@ -1,3 +1,7 @@
+// The engine driven by a model that a reader can compute by hand: its next token is a hash of the
+// history it reads back from the KV pool, so that a wrong block, slot or prefix shows as a wrong
+// token. Long because every case needs the same fake model and builders.
+
 #include <algorithm>
 #include <array>
 #include <atomic>

@@ -166,7 +166,8 @@ bool equal_bits(const std::vector<float>& a, const std::vector<float>& b) {
 
 bool equal_bits(const AdapterGradients& a, const AdapterGradients& b) {
   for (size_t i = 0; i < a.modules.size(); ++i) {
-    if (!equal_bits(a.modules[i].a, b.modules[i].a) || !equal_bits(a.modules[i].b, b.modules[i].b)) {
+    if (!equal_bits(a.modules[i].a, b.modules[i].a) ||
+        !equal_bits(a.modules[i].b, b.modules[i].b)) {
       return false;
     }
   }
@@ -222,8 +223,8 @@ TEST(shared_prefixes_change_no_bit) {
 }
 
 TEST(generation_path_equals_scoring_path_to_the_bit) {
-  for (const ModelConfig& config : {tiny(true, false, false), tiny(false, true, false),
-                                    tiny(false, false, true)}) {
+  for (const ModelConfig& config :
+       {tiny(true, false, false), tiny(false, true, false), tiny(false, false, true)}) {
     const auto model = tiny_model(config);
     const auto adapter = LoraStore(config, 2, 6, false).adapter(config);
     const std::vector<int32_t> tokens = sequences()[1];
@@ -248,8 +249,8 @@ TEST(generation_path_equals_scoring_path_to_the_bit) {
       add(77, 0, stranger);
       batch.segments.push_back({0, 1, 0, stranger});
       for (size_t i = begin; i < end; ++i) add(tokens[i], i, blocks);
-      batch.segments.push_back({1, static_cast<int64_t>(end - begin), static_cast<int64_t>(begin),
-                                blocks});
+      batch.segments.push_back(
+          {1, static_cast<int64_t>(end - begin), static_cast<int64_t>(begin), blocks});
       batch.adapters.push_back({1, batch.rows(), adapter.get()});
       batch.output_rows = {0, static_cast<int32_t>(batch.rows() - 1)};
       model->forward(batch, kv, hidden.data());
@@ -281,13 +282,14 @@ TEST(an_adapter_with_zero_b_is_the_base_model) {
 TEST(the_kl_to_an_equal_adapter_is_zero_to_the_bit) {
   const auto model = tiny_model(tiny(false, false, false));
   const LoraStore store(model->config(), 3, 7, false);
-  const Score s = score(model, store.adapter(model->config()), store.adapter(model->config()), false);
+  const Score s =
+      score(model, store.adapter(model->config()), store.adapter(model->config()), false);
   for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
 }
 
 TEST(gradients_by_finite_differences) {
-  for (const ModelConfig& config : {tiny(true, false, false), tiny(false, true, false),
-                                    tiny(false, false, true)}) {
+  for (const ModelConfig& config :
+       {tiny(true, false, false), tiny(false, true, false), tiny(false, false, true)}) {
     const auto model = tiny_model(config);
     LoraStore store(config, 2, 8, false);
     const auto reference = LoraStore(config, 1, 9, false).adapter(config);
@@ -335,11 +337,12 @@ TEST(gradients_do_not_depend_on_threads_or_on_what_is_kept) {
   const ModelConfig config = tiny(true, false, false);
   const LoraStore store(config, 2, 8, false);
   std::vector<AdapterGradients> all;
-  for (const auto& [threads, bytes] : {std::pair{1, int64_t{1} << 30}, std::pair{2, int64_t{1} << 30},
-                                       std::pair{2, int64_t{0}}}) {
+  for (const auto& [threads, bytes] :
+       {std::pair{1, int64_t{1} << 30}, std::pair{2, int64_t{1} << 30}, std::pair{2, int64_t{0}}}) {
     const auto model = tiny_model(config, threads);
     Score s = score(model, store.adapter(config), nullptr, true, bytes);
-    all.push_back(s.backward(weights_of(s.logprob().size(), 1), {}, weights_of(s.logprob().size(), 3)));
+    all.push_back(
+        s.backward(weights_of(s.logprob().size(), 1), {}, weights_of(s.logprob().size(), 3)));
   }
   CHECK(equal_bits(all[0], all[1]));
   CHECK(equal_bits(all[0], all[2]));
@@ -359,12 +362,13 @@ TEST(bad_requests_name_what_is_wrong) {
   refuse({{1, 2}}, {3}, "start of sequence 0");
   refuse({{1, 2}}, {1, 1}, "a start for each of 1");
   refuse({std::vector<int32_t>(129, 1)}, {1}, "129 tokens");
-  Score once = score(model, LoraStore(model->config(), 1, 1, false).adapter(model->config()), nullptr,
-                     true);
+  Score once =
+      score(model, LoraStore(model->config(), 1, 1, false).adapter(model->config()), nullptr, true);
   const std::vector<float> d(once.logprob().size(), 1.0f);
   once.backward(d, {}, {});
   CHECK_THROWS(once.backward(d, {}, {}), InvalidArgument, "call backward once");
-  std::map<std::string, LoraMatrices> unknown{{"model.layers.9.mlp.up_proj", {1, d.data(), d.data()}}};
+  std::map<std::string, LoraMatrices> unknown{
+      {"model.layers.9.mlp.up_proj", {1, d.data(), d.data()}}};
   CHECK_THROWS(Adapter(model->config(), unknown, 1.0f), InvalidArgument, "layers.9");
 }
 

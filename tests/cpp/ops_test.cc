@@ -1,5 +1,6 @@
 // Every op against a float64 reference written plainly here, on awkward shapes; rows independent of
 // their neighbours and of the team, to the bit.
+// Long because the references are the specification, and an op's sits beside its cases.
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +15,7 @@
 #include "alignpro/ops/attention.h"
 #include "alignpro/ops/embedding.h"
 #include "alignpro/ops/head_sample.h"
+#include "alignpro/ops/kv_view.h"
 #include "alignpro/ops/linear.h"
 #include "alignpro/ops/linear_logprob.h"
 #include "alignpro/ops/matrix_view.h"
@@ -76,7 +78,7 @@ Doubles product(const Floats& x, const Floats& w, int64_t m, int64_t n, int64_t 
 struct Shape {
   int64_t m, n, k;
 };
-const std::vector<Shape> kShapes = {{1, 1, 1},      {1, 111, 48},    {7, 16, 192},
+const std::vector<Shape> kShapes = {{1, 1, 1},       {1, 111, 48},  {7, 16, 192},
                                     {252, 507, 123}, {97, 33, 385}, {500, 40, 17}};
 
 }  // namespace
@@ -84,7 +86,8 @@ const std::vector<Shape> kShapes = {{1, 1, 1},      {1, 111, 48},    {7, 16, 192
 TEST(linear_matches_double) {
   ThreadTeam team(2);
   for (const auto& [m, n, k] : kShapes) {
-    const Floats x = normal(static_cast<size_t>(m * k), 1), w = normal(static_cast<size_t>(n * k), 2);
+    const Floats x = normal(static_cast<size_t>(m * k), 1),
+                 w = normal(static_cast<size_t>(n * k), 2);
     const Floats bias = normal(static_cast<size_t>(n), 3);
     const Floats residual = normal(static_cast<size_t>(m * n), 4);
     const PackedMatrix packed = PackedMatrix::pack(n, k, w.data());
@@ -102,7 +105,8 @@ TEST(linear_matches_double) {
 TEST(linear_backward_matches_double) {
   ThreadTeam team(2);
   for (const auto& [m, n, k] : kShapes) {
-    const Floats dy = normal(static_cast<size_t>(m * n), 5), w = normal(static_cast<size_t>(n * k), 6);
+    const Floats dy = normal(static_cast<size_t>(m * n), 5),
+                 w = normal(static_cast<size_t>(n * k), 6);
     Floats transposed(static_cast<size_t>(n * k));
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t c = 0; c < k; ++c) {
@@ -125,8 +129,8 @@ TEST(matmul_of_a_transposed_view_matches_double) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < rank; ++i) {
       for (int64_t j = 0; j < width; ++j) {
-        truth[static_cast<size_t>(i * width + j)] += double{low[static_cast<size_t>(r * rank + i)]} *
-                                                     x[static_cast<size_t>(r * width + j)];
+        truth[static_cast<size_t>(i * width + j)] +=
+            double{low[static_cast<size_t>(r * rank + i)]} * x[static_cast<size_t>(r * width + j)];
       }
     }
   }
@@ -280,8 +284,8 @@ struct Attention {
 
   // softmax weights of one query head, in double
   Doubles weights(int64_t t, int64_t head) const {
-    const int64_t first = shape.sliding_window > 0 ? std::max<int64_t>(0, t - shape.sliding_window + 1)
-                                                   : 0;
+    const int64_t first =
+        shape.sliding_window > 0 ? std::max<int64_t>(0, t - shape.sliding_window + 1) : 0;
     Doubles p(static_cast<size_t>(t + 1), 0.0);
     double sum = 0;
     for (int64_t j = first; j <= t; ++j) {
@@ -321,8 +325,9 @@ AttentionShape make_shape(int64_t heads, int64_t kv_heads, int64_t d, int64_t wi
 
 TEST(attention_matches_double_and_chunking_changes_no_bit) {
   ThreadTeam team(2);
-  for (const auto& shape : {make_shape(4, 2, 12, 0), make_shape(3, 1, 16, 0), make_shape(9, 3, 64, 0),
-                            make_shape(2, 2, 8, 5), make_shape(4, 2, 16, 20)}) {
+  for (const auto& shape :
+       {make_shape(4, 2, 12, 0), make_shape(3, 1, 16, 0), make_shape(9, 3, 64, 0),
+        make_shape(2, 2, 8, 5), make_shape(4, 2, 16, 20)}) {
     Attention a(shape, 53, 21);
     a.write(0, a.tokens, team);
     Floats out(static_cast<size_t>(a.tokens * shape.q_size()), NAN);
@@ -393,8 +398,13 @@ struct Vocabulary {
   Floats logprob, entropy, kl, ref_logprob, lse, ref_lse;
 
   Vocabulary(int64_t r, int64_t v, int64_t c, float t, float offset = 0.0f)
-      : rows(r), vocab(v), cols(c), hidden(normal(static_cast<size_t>(r * c), 31)),
-        ref(hidden), weight(normal(static_cast<size_t>(v * c), 33, 0.4f)), temperature(t) {
+      : rows(r),
+        vocab(v),
+        cols(c),
+        hidden(normal(static_cast<size_t>(r * c), 31)),
+        ref(hidden),
+        weight(normal(static_cast<size_t>(v * c), 33, 0.4f)),
+        temperature(t) {
     const Floats noise = normal(ref.size(), 32, 0.2f);
     for (size_t i = 0; i < ref.size(); ++i) ref[i] += noise[i];
     if (offset != 0.0f) {  // a common offset on all logits: one more column, constant in the weight
@@ -413,8 +423,8 @@ struct Vocabulary {
     return {rows, hidden.data(), &packed, tokens, temperature, with_ref ? ref.data() : nullptr};
   }
   LogprobOutput out() {
-    return {logprob.data(), entropy.data(), kl.data(), ref_logprob.data(), lse.data(),
-            ref_lse.data()};
+    return {logprob.data(),     entropy.data(), kl.data(),
+            ref_logprob.data(), lse.data(),     ref_lse.data()};
   }
   // log softmax of every row
   Doubles log_softmax(const Floats& h) const {
@@ -516,7 +526,8 @@ TEST(linear_logprob_backward_matches_double) {
                            d_kl[r] * p * (logp[at] - logq[at] - kl)) /
                           temperature;
         for (int64_t c = 0; c < cols; ++c) {
-          truth[static_cast<size_t>(m * cols + c)] += dz * v.weight[static_cast<size_t>(i * cols + c)];
+          truth[static_cast<size_t>(m * cols + c)] +=
+              dz * v.weight[static_cast<size_t>(i * cols + c)];
         }
       }
     }
@@ -574,7 +585,8 @@ TEST(sampling_follows_the_distribution) {
   for (int batch = 0; batch < draws / 200; ++batch) {
     std::vector<SampleRow> rows(200);
     for (int i = 0; i < 200; ++i) {
-      rows[static_cast<size_t>(i)].uniform = keyed_uniform(11, 0, static_cast<uint32_t>(batch * 200 + i));
+      rows[static_cast<size_t>(i)].uniform =
+          keyed_uniform(11, 0, static_cast<uint32_t>(batch * 200 + i));
     }
     std::vector<SampledToken> out(200);
     head_sample(v.packed, hidden.data(), rows, out, team);
@@ -659,16 +671,19 @@ TEST(greedy_takes_the_lowest_id_on_a_tie_and_nan_is_an_error) {
   head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, team);
   CHECK_EQ(out.token, 290);
   hidden[0] = NAN;
-  CHECK_THROWS(head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, team), NumericError, "row 0");
+  CHECK_THROWS(head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, team), NumericError,
+               "row 0");
   hidden[0] = -INFINITY;  // -inf for the three, NaN (0 * inf) for the rest
-  CHECK_THROWS(head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, team), NumericError, "row 0");
+  CHECK_THROWS(head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, team), NumericError,
+               "row 0");
 }
 
 TEST(minus_infinity_is_an_ordinary_logit) {
   ThreadTeam team(1);
   const int64_t vocab = 300;
   Floats weight(static_cast<size_t>(vocab), 0.0f);
-  for (int64_t i = 0; i < vocab; ++i) weight[static_cast<size_t>(i)] = i == 7 || i == 270 ? 1.0f : 3e38f;
+  for (int64_t i = 0; i < vocab; ++i)
+    weight[static_cast<size_t>(i)] = i == 7 || i == 270 ? 1.0f : 3e38f;
   PackedMatrix packed = PackedMatrix::pack(vocab, 1, weight.data());
   const Floats hidden = {-3.0f};
   for (uint32_t i = 0; i < 50; ++i) {

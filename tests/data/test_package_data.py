@@ -127,7 +127,8 @@ def test_instructions_are_not_chosen_for_the_reward(pairs):
     texts = [row["instruction"] for row in pairs]
     assert 0.08 <= sum(bool(pleasant.search(t)) for t in texts) / len(texts) <= 0.16
     assert sum(bool(dark.search(t)) for t in texts) / len(texts) >= 0.08
-    assert len({text.split()[0] for text in texts}) >= 20  # opening verbs
+    # One form for all: the prompter chooses a style, and no wording says which is meant to win.
+    assert {text.split()[0] for text in texts} == {"Answer"}
 
 
 def test_no_style_is_tied_to_a_topic(pairs):

@@ -17,14 +17,13 @@ PACKAGE = "alignpro"
 # room -> the rooms it may import. A room may always import itself.
 _BASE = {"config", "types"}
 _SERVING = _BASE | {"native", "models"}
-_RUNNING = _SERVING | {"pipeline", "rewards", "objective", "theory", "data"}
+_RUNNING = _SERVING | {"pipeline", "rewards", "objective", "data"}
 ROOMS: dict[str, set[str]] = {
     "types": set(),
     "config": {"types"},
     "data": {"types"},
     "rewards": {"types"},
     "objective": {"types"},
-    "theory": {"types"},
     "native": _BASE,
     "models": _BASE | {"native"},
     "pipeline": _SERVING | {"rewards.check"},
@@ -39,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
 # module of others -> the rooms or modules that may import it
 ONLY = {
     "transformers": {"rewards"},
-    "torch": {"objective", "theory", "train", "rewards"},
+    "torch": {"objective", "train", "rewards"},
     "alignpro._core": {"native"},
 }
 STANDARD_LIBRARY_ONLY = {"config", "types", ""}

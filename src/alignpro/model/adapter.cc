@@ -59,9 +59,9 @@ Adapter::Adapter(const ModelConfig& config, const std::map<std::string, LoraMatr
 }
 
 void Adapter::require_fits(const ModelConfig& config) const {
-  require(static_cast<int64_t>(by_site_.size()) == config.num_layers, "adapter: made for a model of ",
-          by_site_.size(), " layers, this one has ", config.num_layers,
-          "; use one made by this model's make_adapter()");
+  require(static_cast<int64_t>(by_site_.size()) == config.num_layers,
+          "adapter: made for a model of ", by_site_.size(), " layers, this one has ",
+          config.num_layers, "; use one made by this model's make_adapter()");
   for (const Module& module : modules_) {
     const LoraModule& at = module.where;
     const LinearShape shape = linear_shape(config, at.site);

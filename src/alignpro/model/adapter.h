@@ -32,9 +32,9 @@ struct LoraMatrices {
   const float* b;
 };
 
-// Low-rank updates of one weight version (Hu et al. 2021): y = W x + scale B (A x), on any subset of
-// linears. Never edited after construction: new matrices are a new Adapter with a new version, so KV
-// entries of the old one cannot be reached (contract 5).
+// Low-rank updates of one weight version (Hu et al. 2021): y = W x + scale B (A x), on any subset
+// of linears. Never edited after construction: new matrices are a new Adapter with a new version,
+// so KV entries of the old one cannot be reached (contract 5).
 class Adapter {
  public:
   struct Module {
@@ -47,8 +47,8 @@ class Adapter {
   Adapter(const ModelConfig& config, const std::map<std::string, LoraMatrices>& matrices,
           float scale);
 
-  // Throws InvalidArgument unless a model of this shape can run the adapter. It is tied to shapes, not
-  // to a Model object.
+  // Throws InvalidArgument unless a model of this shape can run the adapter. It is tied to shapes,
+  // not to a Model object.
   void require_fits(const ModelConfig& config) const;
 
   uint64_t version() const { return version_; }  // unique in this process, never reused, never 0

@@ -9,8 +9,8 @@ RopeAngles::RopeAngles(const RopeConfig& config, int64_t context_length)
     : frequencies_(static_cast<size_t>(config.rotary_dim / 2)) {
   const bool use_long = context_length > config.original_context;
   for (size_t i = 0; i < frequencies_.size(); ++i) {
-    double f = std::pow(config.theta, -2.0 * static_cast<double>(i) /
-                                          static_cast<double>(config.rotary_dim));
+    double f = std::pow(config.theta,
+                        -2.0 * static_cast<double>(i) / static_cast<double>(config.rotary_dim));
     if (!config.freq_factors.empty()) f /= config.freq_factors[i];
     switch (config.scaling) {
       case RopeScaling::kNone:

@@ -26,10 +26,10 @@ struct Score::Graph {
   std::vector<AlignedBuffer> streams;         // [layers + 1]: what enters each layer, and leaves
   std::vector<LayerActivations> activations;  // by layer; empty when they are computed again
   std::vector<float> cos, sin;
-  std::vector<int32_t> rows;    // of each scored value
-  std::vector<float> hidden;    // [values, hidden] normed
-  std::vector<float> reference; // the same under the reference; empty without one
-  std::vector<int32_t> tokens;  // [values]
+  std::vector<int32_t> rows;     // of each scored value
+  std::vector<float> hidden;     // [values, hidden] normed
+  std::vector<float> reference;  // the same under the reference; empty without one
+  std::vector<int32_t> tokens;   // [values]
 };
 
 Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
@@ -61,8 +61,7 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
     size_t end = begin;
     int64_t tokens = 0;
     while (end < order.size() && (end == begin || tokens < kGroupTokens)) {
-      tokens += static_cast<int64_t>(
-          request_.sequences[static_cast<size_t>(order[end++])].size());
+      tokens += static_cast<int64_t>(request_.sequences[static_cast<size_t>(order[end++])].size());
     }
     score_group({order.data() + begin, end - begin});
     begin = end;
@@ -71,8 +70,9 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
 
 void Score::check() const {
   const ModelConfig& config = model_->config();
-  require(request_.starts.size() == request_.sequences.size(), "score: expected a start for each of ",
-          request_.sequences.size(), " sequences, got ", request_.starts.size());
+  require(request_.starts.size() == request_.sequences.size(),
+          "score: expected a start for each of ", request_.sequences.size(), " sequences, got ",
+          request_.starts.size());
   require(std::isfinite(request_.temperature) && request_.temperature > 0.0f,
           "score: temperature must be above 0, got ", request_.temperature);
   require(!request_.keep_graph || request_.adapter != nullptr,
@@ -88,8 +88,8 @@ void Score::check() const {
     require(request_.starts[s] >= 1 && request_.starts[s] <= size, "score: start of sequence ", s,
             " must lie in [1, ", size, "], got ", request_.starts[s]);
     for (const int32_t token : sequence) {
-      require(token >= 0 && token < config.vocab_size, "score: sequence ", s, " holds token ", token,
-              ", the vocabulary has ", config.vocab_size);
+      require(token >= 0 && token < config.vocab_size, "score: sequence ", s, " holds token ",
+              token, ", the vocabulary has ", config.vocab_size);
     }
   }
 }
@@ -107,14 +107,14 @@ std::vector<float> Score::hidden_states(const TokenTree& tree, const Adapter* ad
   model_->rope().compute(batch.positions, cos.data(), sin.data());
   std::vector<AdapterRange> ranges;
   if (adapter != nullptr) ranges.push_back({0, rows, adapter});
-  const PassContext pass{weights, batch.segments, batch.kv_writes, ranges, rows, cos.data(),
-                         sin.data(), model_->team()};
+  const PassContext pass{weights, batch.segments, batch.kv_writes, ranges,
+                         rows,    cos.data(),     sin.data(),      model_->team()};
   // No layer reads another's KV: one layer's worth serves them all.
   KvPool kv(1, config.num_kv_heads, config.head_dim, tree.blocks());
-  const bool keep_all =
-      graph != nullptr && rows * config.num_layers * LayerActivations::floats_per_row(config) *
-                                  static_cast<int64_t>(sizeof(float)) <=
-                              request_.activation_bytes;
+  const bool keep_all = graph != nullptr && rows * config.num_layers *
+                                                    LayerActivations::floats_per_row(config) *
+                                                    static_cast<int64_t>(sizeof(float)) <=
+                                                request_.activation_bytes;
   if (graph != nullptr) {
     graph->streams.resize(static_cast<size_t>(config.num_layers + 1));
     if (keep_all) graph->activations.resize(static_cast<size_t>(config.num_layers));
@@ -143,7 +143,8 @@ std::vector<float> Score::hidden_states(const TokenTree& tree, const Adapter* ad
 void Score::score_group(std::span<const int64_t> members) {
   const int64_t width = model_->config().hidden_size;
   std::vector<std::span<const int32_t>> sequences;
-  for (const int64_t s : members) sequences.emplace_back(request_.sequences[static_cast<size_t>(s)]);
+  for (const int64_t s : members)
+    sequences.emplace_back(request_.sequences[static_cast<size_t>(s)]);
   auto tree = std::make_unique<TokenTree>(sequences);
   std::vector<int32_t> rows, tokens;
   for (size_t m = 0; m < members.size(); ++m) {
@@ -163,8 +164,7 @@ void Score::score_group(std::span<const int64_t> members) {
     return some;
   };
   if (request_.keep_graph) graph_ = std::make_shared<Graph>();
-  std::vector<float> hidden =
-      gather(hidden_states(*tree, request_.adapter.get(), graph_.get()));
+  std::vector<float> hidden = gather(hidden_states(*tree, request_.adapter.get(), graph_.get()));
   std::vector<float> reference;
   if (request_.with_reference) {
     reference = gather(hidden_states(*tree, request_.reference.get(), nullptr));
@@ -172,12 +172,8 @@ void Score::score_group(std::span<const int64_t> members) {
   // The group's values, then scattered to the sequences' places.
   std::vector<float> out(static_cast<size_t>(6 * values));
   float* at = out.data();
-  const ops::LogprobOutput outputs{at,
-                              at + values,
-                              at + 2 * values,
-                              at + 3 * values,
-                              at + 4 * values,
-                              at + 5 * values};
+  const ops::LogprobOutput outputs{
+      at, at + values, at + 2 * values, at + 3 * values, at + 4 * values, at + 5 * values};
   ops::linear_logprob({values, hidden.data(), &model_->weights().head(), tokens,
                        request_.temperature, or_null(reference)},
                       outputs, model_->team());
@@ -232,8 +228,8 @@ AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<con
   if (rows == 0 || values == 0) return gradients;
 
   // keep_graph scores in the given order: the flat outputs are the graph's own.
-  const ops::LogprobOutput forward{logprob_.data(), entropy_.data(),     or_null(kl_),
-                              or_null(ref_logprob_), lse_.data(), or_null(ref_lse_)};
+  const ops::LogprobOutput forward{logprob_.data(),       entropy_.data(), or_null(kl_),
+                                   or_null(ref_logprob_), lse_.data(),     or_null(ref_lse_)};
   std::vector<float> d_hidden(static_cast<size_t>(values * width));
   ops::linear_logprob_backward({values, graph->hidden.data(), &weights.head(), graph->tokens,
                                 request_.temperature, or_null(graph->reference)},
@@ -255,7 +251,7 @@ AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<con
                          d_normed.data(), width, d_stream.data(), width, team);
 
   const std::vector<AdapterRange> ranges{{0, rows, request_.adapter.get()}};
-  const PassContext pass{weights, batch.segments, batch.kv_writes, ranges,
+  const PassContext pass{weights, batch.segments,    batch.kv_writes,   ranges,
                          rows,    graph->cos.data(), graph->sin.data(), team};
   const bool recompute = graph->activations.empty();
   std::unique_ptr<KvPool> kv;

@@ -38,8 +38,8 @@ class Score {
   // Flat, sequence after sequence: sum of (size - start) values.
   const std::vector<float>& logprob() const { return logprob_; }
   const std::vector<float>& entropy() const { return entropy_; }
-  const std::vector<float>& kl() const { return kl_; }                            // or empty
-  const std::vector<float>& reference_logprob() const { return ref_logprob_; }    // or empty
+  const std::vector<float>& kl() const { return kl_; }                          // or empty
+  const std::vector<float>& reference_logprob() const { return ref_logprob_; }  // or empty
 
   bool has_reference() const { return request_.with_reference; }
   const std::shared_ptr<const Adapter>& adapter() const { return request_.adapter; }

@@ -45,9 +45,9 @@ void TokenTree::grow(std::span<const std::span<const int32_t>> sequences,
   while (begin < sorted.size()) {
     const auto first = sequences[static_cast<size_t>(sorted[begin])];
     size_t end = begin + 1;
-    while (end < sorted.size() && sequences[static_cast<size_t>(sorted[end])]
-                                           [static_cast<size_t>(depth)] ==
-                                      first[static_cast<size_t>(depth)]) {
+    while (end < sorted.size() &&
+           sequences[static_cast<size_t>(sorted[end])][static_cast<size_t>(depth)] ==
+               first[static_cast<size_t>(depth)]) {
       ++end;
     }
     // Sorted: what the first and the last share, all share.
@@ -58,9 +58,9 @@ void TokenTree::grow(std::span<const std::span<const int32_t>> sequences,
            first[static_cast<size_t>(common)] == last[static_cast<size_t>(common)]) {
       ++common;
     }
-    const int64_t node = add_node(
-        first.subspan(static_cast<size_t>(depth), static_cast<size_t>(common - depth)), depth,
-        parent);
+    const int64_t node =
+        add_node(first.subspan(static_cast<size_t>(depth), static_cast<size_t>(common - depth)),
+                 depth, parent);
     grow(sequences, sorted.subspan(begin, end - begin), common, node);
     begin = end;
   }
@@ -80,9 +80,8 @@ int64_t TokenTree::add_node(std::span<const int32_t> tokens, int64_t position, i
   if (shared > 0) {
     node.path_blocks.back() = next_block_++;
     for (int64_t slot = 0; slot < shared; ++slot) {
-      batch_.kv_writes.push_back(
-          {node.path_rows[static_cast<size_t>(position - shared + slot)], node.path_blocks.back(),
-           static_cast<int32_t>(slot)});
+      batch_.kv_writes.push_back({node.path_rows[static_cast<size_t>(position - shared + slot)],
+                                  node.path_blocks.back(), static_cast<int32_t>(slot)});
     }
   }
   for (size_t i = 0; i < tokens.size(); ++i) {

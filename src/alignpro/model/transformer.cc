@@ -47,8 +47,8 @@ void linear_site_backward(const PassContext& pass, const Adapter& adapter, int64
     float* low = scratch.lora.reserve(rows * rank);
     float* d_low = scratch.d_lora.reserve(rows * rank);
     ops::linear(rows, {x, w.cols()}, m.a, low, rank, {}, pass.team);
-    ops::linear_backward(rows, {dy_module, w.rows()}, m.b, d_low, rank,
-                         {.scale = adapter.scale()}, pass.team);
+    ops::linear_backward(rows, {dy_module, w.rows()}, m.b, d_low, rank, {.scale = adapter.scale()},
+                         pass.team);
     ops::matmul(rank, w.cols(), rows, {d_low, 1, rank}, x, w.cols(), gradient.a.data(), w.cols(),
                 {}, pass.team);
     ops::matmul(outputs, rank, rows, {dy_module, 1, w.rows()}, low, rank, gradient.b.data(), rank,

@@ -49,8 +49,7 @@ void attend(const AttentionShape& shape, const float* qkv, const Segment& segmen
   const int64_t rows = query.count * group;
   const int64_t row_tiles = (rows + kRowTile - 1) / kRowTile;
   const int64_t last = segment.position + query.first + query.count;  // keys [0, last)
-  const int64_t first_block =
-      first_visible(shape, segment.position + query.first) / kKvBlock;
+  const int64_t first_block = first_visible(shape, segment.position + query.first) / kKvBlock;
   const int64_t blocks = (last + kKvBlock - 1) / kKvBlock;
   const int64_t stride = blocks * kKvBlock;
   Workspace& own = workspace();
@@ -124,8 +123,8 @@ void kv_write(const AttentionShape& shape, const float* qkv, std::span<const KvW
     for (int64_t head = 0; head < shape.num_kv_heads; ++head) {
       float* keys = kv.keys(to.block, head) + to.slot;
       for (int64_t i = 0; i < d; ++i) keys[i * kKvBlock] = row[head * d + i];
-      std::memcpy(kv.values(to.block, head) + to.slot * d,
-                  row + (shape.num_kv_heads + head) * d, static_cast<size_t>(d) * sizeof(float));
+      std::memcpy(kv.values(to.block, head) + to.slot * d, row + (shape.num_kv_heads + head) * d,
+                  static_cast<size_t>(d) * sizeof(float));
     }
   };
   const int64_t count = static_cast<int64_t>(writes.size());
@@ -143,15 +142,14 @@ void attention(const AttentionShape& shape, const float* qkv, std::span<const Se
   std::vector<QueryTile> tiles;
   for (size_t s = 0; s < segments.size(); ++s) {
     for (int64_t first = 0; first < segments[s].row_count; first += tokens) {
-      tiles.push_back({static_cast<int64_t>(s), first,
-                       std::min(tokens, segments[s].row_count - first)});
+      tiles.push_back(
+          {static_cast<int64_t>(s), first, std::min(tokens, segments[s].row_count - first)});
     }
   }
   const int64_t heads = shape.num_kv_heads;
   team.run(static_cast<int64_t>(tiles.size()) * heads, [&](int64_t item, int) {
     const QueryTile& tile = tiles[static_cast<size_t>(item / heads)];
-    attend(shape, qkv, segments[static_cast<size_t>(tile.segment)], tile, item % heads, kv,
-           out);
+    attend(shape, qkv, segments[static_cast<size_t>(tile.segment)], tile, item % heads, kv, out);
   });
 }
 

@@ -25,9 +25,10 @@ float inverse_temperature(const SampleRow& row) {
 }
 
 [[noreturn]] void refuse(int64_t row) {
-  throw NumericError(cat("sampling: row ", row,
-                         " has no finite softmax (NaN or infinite logits); check the weights and the "
-                         "adapter"));
+  throw NumericError(
+      cat("sampling: row ", row,
+          " has no finite softmax (NaN or infinite logits); check the weights and the "
+          "adapter"));
 }
 
 // The logits of one row and tile again, for the one tile the draw fell into.
@@ -100,8 +101,8 @@ bool better(const Candidate& a, const Candidate& b) {
   return a.z != b.z ? a.z > b.z : a.token < b.token;
 }
 
-// Sorts just enough of the best candidates that they hold `wanted` of `total` mass; returns how many
-// are needed.
+// Sorts just enough of the best candidates that they hold `wanted` of `total` mass; returns how
+// many are needed.
 size_t nucleus(std::vector<Candidate>& all, double wanted, double lse) {
   size_t sorted = 0;
   double mass = 0.0;
@@ -151,9 +152,8 @@ SampledToken draw_truncated(const SampleRow& row, const RowStats& stats, int64_t
   }
   const double mass = mass_of();
   const int64_t drawn =
-      invert(static_cast<int64_t>(kept.size()), row.uniform * mass, [&](int64_t i) {
-        return std::exp(kept[static_cast<size_t>(i)].z - stats.lse);
-      });
+      invert(static_cast<int64_t>(kept.size()), row.uniform * mass,
+             [&](int64_t i) { return std::exp(kept[static_cast<size_t>(i)].z - stats.lse); });
   // Every candidate underflowed: the best of them is the limit.
   const Candidate& token = drawn >= 0 ? kept[static_cast<size_t>(drawn)]
                                       : *std::min_element(kept.begin(), kept.end(), better);
@@ -211,9 +211,8 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
     if (is_truncated(rows[static_cast<size_t>(row)])) {
       truncated.push_back(row);
     } else {
-      out[static_cast<size_t>(row)] = draw_plain(head, hidden + row * cols,
-                                                 rows[static_cast<size_t>(row)], row_stats(row),
-                                                 team);
+      out[static_cast<size_t>(row)] = draw_plain(
+          head, hidden + row * cols, rows[static_cast<size_t>(row)], row_stats(row), team);
     }
   }
   AlignedBuffer gathered, logits;
@@ -237,9 +236,8 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
     });
     team.run(live, [&](int64_t m, int) {
       const int64_t row = truncated[first + static_cast<size_t>(m)];
-      out[static_cast<size_t>(row)] =
-          draw_truncated(rows[static_cast<size_t>(row)], merge_tiles(row_stats(row)), head.rows(),
-                         all, live, m);
+      out[static_cast<size_t>(row)] = draw_truncated(
+          rows[static_cast<size_t>(row)], merge_tiles(row_stats(row)), head.rows(), all, live, m);
     });
   }
 }

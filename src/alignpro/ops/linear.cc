@@ -3,8 +3,8 @@
 //
 // Every output is the sum, in ascending order, of per-block partial sums over kContract terms, each
 // run from zero in ascending k. Neither the row count, the blocking over rows nor the team's size
-// enters, so a row's bits are its own (contract 2). The two-level sum is also the more accurate one:
-// 1536 terms err like 192 + 8.
+// enters, so a row's bits are its own (contract 2). The two-level sum is also the more accurate
+// one: 1536 terms err like 192 + 8.
 
 #include "alignpro/ops/linear.h"
 
@@ -83,10 +83,9 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
 
 void linear(int64_t rows, MatrixView x, const PackedMatrix& w, float* y, int64_t ldy,
             const Epilogue& epilogue, ThreadTeam& team) {
-  multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, team,
-           [&w](int64_t p, int64_t k_begin, int64_t, float*) {
-             return w.panel(p) + k_begin * kPanel;
-           });
+  multiply(
+      rows, w.rows(), w.cols(), x, y, ldy, epilogue, team,
+      [&w](int64_t p, int64_t k_begin, int64_t, float*) { return w.panel(p) + k_begin * kPanel; });
 }
 
 void linear_backward(int64_t rows, MatrixView dy, const PackedMatrix& w, float* dx, int64_t ldx,

@@ -10,9 +10,9 @@ namespace alignpro::ops {
 
 // What happens to a finished product before it is stored.
 struct Epilogue {
-  float scale = 1.0f;              // multiplies the product
-  const float* bias = nullptr;     // [columns], added
-  const float* residual = nullptr; // same layout as the output (may be the output), added last
+  float scale = 1.0f;               // multiplies the product
+  const float* bias = nullptr;      // [columns], added
+  const float* residual = nullptr;  // same layout as the output (may be the output), added last
 };
 
 // y [rows, W.rows] (row stride ldy) = scale * x W^T + bias + residual, x [rows, W.cols].

@@ -72,20 +72,20 @@ void linear_logprob(const LogprobInput& in, const LogprobOutput& out, ThreadTeam
       }
     });
     for (int64_t row = 0; row < live; ++row) {
-      const RowStats merged = merge_tiles(
-          {stats.data() + row * tiles, static_cast<size_t>(tiles)});
+      const RowStats merged = merge_tiles({stats.data() + row * tiles, static_cast<size_t>(tiles)});
       const int64_t at = first + row;
       if (!merged.valid() || (with_ref && !std::isfinite(merged.ref_lse))) {
-        throw NumericError(cat("linear_logprob: row ", at,
-                               " has no finite softmax (NaN or infinite logits); check the weights, "
-                               "the adapter and the learning rate"));
+        throw NumericError(
+            cat("linear_logprob: row ", at,
+                " has no finite softmax (NaN or infinite logits); check the weights, "
+                "the adapter and the learning rate"));
       }
       out.logprob[at] = static_cast<float>(token_logit[static_cast<size_t>(at)] - merged.lse);
       out.entropy[at] = static_cast<float>(std::max(0.0, merged.lse - merged.mean_z));
       out.lse[at] = static_cast<float>(merged.lse);
       if (with_ref) {
-        out.kl[at] = static_cast<float>(
-            std::max(0.0, merged.mean_cross - merged.lse + merged.ref_lse));
+        out.kl[at] =
+            static_cast<float>(std::max(0.0, merged.mean_cross - merged.lse + merged.ref_lse));
         out.ref_logprob[at] =
             static_cast<float>(ref_token_logit[static_cast<size_t>(at)] - merged.ref_lse);
         out.ref_lse[at] = static_cast<float>(merged.ref_lse);
@@ -105,8 +105,8 @@ void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forwar
   const bool with_ref = in.ref_hidden != nullptr && d_kl != nullptr;
   // Two row blocks a worker where there are rows enough; the blocking changes no bit.
   const int64_t share = (in.rows + 2 * team.size() - 1) / (2 * team.size());
-  const int64_t block_size = std::clamp((share + kRowTile - 1) / kRowTile * kRowTile, kRowTile,
-                                        kRowBlock);
+  const int64_t block_size =
+      std::clamp((share + kRowTile - 1) / kRowTile * kRowTile, kRowTile, kRowBlock);
   PackedRows packed, ref_packed;
   for (int64_t first = 0; first < in.rows; first += kRowChunk) {
     const int64_t live = std::min(kRowChunk, in.rows - first);
@@ -145,7 +145,8 @@ void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forwar
           k.tile_gradient_row(dz, ref_logits, rows, m, panels, tile * kVocabTile, &gradient,
                               inv_temperature);
         }
-        // dz [panels][rows][16] is the left operand of dz W; panel by panel it packs to k = 16 each.
+        // dz [panels][rows][16] is the left operand of dz W; panel by panel it packs to k = 16
+        // each.
         for (int64_t m = 0; m < rows; m += kRowTile) {
           float* to = dz_packed + m * count;
           for (int64_t p = 0; p < panels; ++p) {

@@ -9,9 +9,9 @@
 
 namespace alignpro::ops {
 
-// An output-major matrix W [rows, cols] (y = W x), packed once for the matrix products: panels of 16
-// rows, each [cols][16], so that a panel streams through memory in the order the kernel reads it.
-// Rows past the end of the last panel are zero.
+// An output-major matrix W [rows, cols] (y = W x), packed once for the matrix products: panels of
+// 16 rows, each [cols][16], so that a panel streams through memory in the order the kernel reads
+// it. Rows past the end of the last panel are zero.
 class PackedMatrix {
  public:
   PackedMatrix() = default;

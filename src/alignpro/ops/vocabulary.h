@@ -53,9 +53,9 @@ inline float tile_value(const float* logits, int64_t rows, int64_t row, int64_t 
 // A row's softmax, merged over its tiles.
 struct RowStats {
   double max;
-  double sum;         // of exp(z - max)
-  double lse;         // log of the sum of exp(z)
-  double mean_z;      // E_p[z]
+  double sum;     // of exp(z - max)
+  double lse;     // log of the sum of exp(z)
+  double mean_z;  // E_p[z]
   double ref_lse;
   double mean_cross;  // E_p[z - z_ref]
 
@@ -81,9 +81,7 @@ inline RowStats merge_tiles(std::span<const cpu::TileStats> tiles) {
     ref_sum += ref_weight * t.ref_sum;
     cross += weight * (double{t.sum_cross} + double{t.sum} * (top - ref_top));
   }
-  return {max,         sum,
-          max + std::log(sum), sum_z / sum,
-          ref_max + std::log(ref_sum), cross / sum};
+  return {max, sum, max + std::log(sum), sum_z / sum, ref_max + std::log(ref_sum), cross / sum};
 }
 
 }  // namespace alignpro::ops

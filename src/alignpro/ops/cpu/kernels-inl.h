@@ -136,12 +136,18 @@ void gemm_panel(int64_t rows, int64_t k_count, const float* a, const float* b, i
     c += kRowTile * kPanel;
   }
   switch (rows - m) {
-    case 1: return micro_tile<1>(k_count, a, b, ldb, c, accumulate);
-    case 2: return micro_tile<2>(k_count, a, b, ldb, c, accumulate);
-    case 3: return micro_tile<3>(k_count, a, b, ldb, c, accumulate);
-    case 4: return micro_tile<4>(k_count, a, b, ldb, c, accumulate);
-    case 5: return micro_tile<5>(k_count, a, b, ldb, c, accumulate);
-    default: return;
+    case 1:
+      return micro_tile<1>(k_count, a, b, ldb, c, accumulate);
+    case 2:
+      return micro_tile<2>(k_count, a, b, ldb, c, accumulate);
+    case 3:
+      return micro_tile<3>(k_count, a, b, ldb, c, accumulate);
+    case 4:
+      return micro_tile<4>(k_count, a, b, ldb, c, accumulate);
+    case 5:
+      return micro_tile<5>(k_count, a, b, ldb, c, accumulate);
+    default:
+      return;
   }
 }
 
@@ -256,8 +262,8 @@ float rms_norm_row(const float* x, const float* w, int64_t n, float eps, float* 
   return factor;
 }
 
-void rms_norm_backward_row(const float* x, const float* w, const float* dy, float factor,
-                           int64_t n, float* dx) {
+void rms_norm_backward_row(const float* x, const float* w, const float* dy, float factor, int64_t n,
+                           float* dx) {
   // With g = w dy and u = x factor: dx = factor (g - u mean(g u)).
   F8 acc = splat(0.0f);
   int64_t i = 0;

@@ -14,10 +14,10 @@ inline constexpr int64_t kContract = 192;
 // What one vocabulary tile contributes to a row's statistics. Sums are relative to the tile's own
 // maximum, so tiles merge in any magnitude; they are merged in tile order, in double.
 struct TileStats {
-  float max;        // largest z
-  float sum;        // sum e, e = exp(z - max)
-  float sum_z;      // sum e (z - max)
-  float ref_max;    // the same of the reference's logits
+  float max;      // largest z
+  float sum;      // sum e, e = exp(z - max)
+  float sum_z;    // sum e (z - max)
+  float ref_max;  // the same of the reference's logits
   float ref_sum;
   float sum_cross;  // sum e ((z - max) - (z_ref - ref_max))
 };
