@@ -1,4 +1,4 @@
-"""The default model against transformers: the weights as gguf-py expands them, the truth in float64."""
+"""The default model against transformers: gguf-py expands the weights, float64 is the truth."""
 
 from __future__ import annotations
 

@@ -44,10 +44,13 @@ def reward_curve(
 def reward_svg(
     metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any] | None = None
 ) -> str:
-    """The same plot as an ``<svg>`` element to put into a page; its text has the page's colour."""
+    """The same plot as an ``<svg>`` element to put into a page; its text has the page's colour.
+
+    The panels stand one above the other, so that a phone shows them at a readable size.
+    """
     from matplotlib import rc_context
 
-    figure = _draw(metrics, report, colour=_TEXT_COLOUR)
+    figure = _draw(metrics, report, colour=_TEXT_COLOUR, stacked=True)
     buffer = io.StringIO()
     # A fixed salt and no date: the same data give the same file.
     with rc_context({"svg.hashsalt": "alignpro", "svg.fonttype": "path"}):
@@ -62,15 +65,19 @@ def reward_svg(
 
 
 def _draw(
-    metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any] | None, colour: str
+    metrics: Sequence[Mapping[str, Any]],
+    report: Mapping[str, Any] | None,
+    colour: str,
+    stacked: bool = False,
 ) -> Figure:
     from matplotlib.figure import Figure
 
     rows = [row for row in metrics if _has_numbers(row, ("step", "reward_mean"))]
     has_arms = report is not None and bool(report.get("arms"))
     panels = int(bool(rows)) + int(has_arms)
-    figure = Figure(figsize=(4.6 * max(panels, 1), 3.4), layout="constrained")
-    axes = figure.subplots(1, max(panels, 1), squeeze=False)[0]
+    down, across = (max(panels, 1), 1) if stacked else (1, max(panels, 1))
+    figure = Figure(figsize=(4.6 * across, 3.4 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
     if rows:
         _draw_training(axes[0], rows, colour)
     if has_arms and report is not None:

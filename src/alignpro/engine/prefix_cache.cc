@@ -16,6 +16,10 @@ uint64_t hash_block(uint64_t parent_id, std::span<const int32_t> tokens) {
   return hash;
 }
 
+// Idle blocks are a cache, not a claim on memory: at most a quarter of the pool, and 4096
+// positions, which hold the prompts of a step or two.
+constexpr int64_t kMaxIdleBlocks = 256;
+
 int64_t common_prefix(std::span<const int32_t> a, std::span<const int32_t> b) {
   return std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin();
 }
@@ -25,8 +29,7 @@ int64_t common_prefix(std::span<const int32_t> a, std::span<const int32_t> b) {
 PrefixCache::PrefixCache(int64_t capacity, bool sharing)
     : sharing_(sharing),
       nodes_(static_cast<size_t>(capacity)),
-      // Idle blocks are a cache, not a claim on memory: a quarter keeps resident memory bounded.
-      max_unreferenced_(capacity / 4) {
+      max_unreferenced_(std::min(capacity / 4, kMaxIdleBlocks)) {
   free_.reserve(nodes_.size());
   for (int64_t block = capacity; block-- > 0;) {
     nodes_[static_cast<size_t>(block)].block = static_cast<int32_t>(block);
