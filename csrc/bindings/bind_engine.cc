@@ -11,8 +11,10 @@
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/model.h"
+#include "gil.h"
 
 namespace py = pybind11;
+using alignpro::bindings::GilRelease;
 
 using alignpro::engine::Engine;
 using alignpro::engine::EngineOptions;
@@ -101,7 +103,7 @@ void bind_sequence(py::module_& m) {
 void bind_engine(py::module_& m) {
   bind_sampling_params(m);
   bind_sequence(m);
-  using NoGil = py::call_guard<py::gil_scoped_release>;
+  using NoGil = py::call_guard<GilRelease>;
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](std::shared_ptr<Model> model, int64_t kv_cache_bytes, int64_t max_batch_rows,
                        bool prefix_cache) {
@@ -128,7 +130,7 @@ void bind_engine(py::module_& m) {
           [](Engine& engine, const std::vector<std::shared_ptr<Sequence>>& sequences) {
             const std::function<void()> poll =
                 on_main_thread() ? check_signals : std::function<void()>();
-            const py::gil_scoped_release no_gil;
+            const GilRelease no_gil;
             engine.run(sequences, poll);
           },
           py::arg("sequences"))

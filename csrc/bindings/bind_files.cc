@@ -6,8 +6,10 @@
 
 #include "alignpro/core/error.h"
 #include "alignpro/io/gguf.h"
+#include "gil.h"
 
 namespace py = pybind11;
+using alignpro::bindings::GilRelease;
 
 namespace {
 
@@ -50,7 +52,7 @@ py::object to_python(const GgufValue& value, const std::string& where) {
 
 py::dict read_gguf_metadata(const std::string& path) {
   const alignpro::io::GgufFile file = [&path] {
-    const py::gil_scoped_release unlocked;
+    const GilRelease unlocked;
     return alignpro::io::GgufFile(path);
   }();
   py::dict out;

@@ -13,6 +13,7 @@
 #include "alignpro/model/model.h"
 #include "alignpro/model/scorer.h"
 #include "array.h"
+#include "gil.h"
 
 namespace py = pybind11;
 using namespace alignpro;
@@ -66,7 +67,7 @@ std::shared_ptr<model::Adapter> make_adapter(const model::Model& model, const py
     alive.push_back(a);
     alive.push_back(b);
   }
-  const py::gil_scoped_release release;
+  const GilRelease release;
   return std::make_shared<model::Adapter>(model.config(), views, scale);
 }
 
@@ -116,7 +117,7 @@ void bind_model(py::module_& m) {
             const auto adapter = s.adapter();
             std::optional<model::AdapterGradients> gradients;
             {
-              const py::gil_scoped_release release;
+              const GilRelease release;
               gradients = s.backward(lp, entropy, kl);
             }
             return gradients_to_dict(*adapter, *gradients);
@@ -127,7 +128,7 @@ void bind_model(py::module_& m) {
       .def_static(
           "load",
           [](const std::string& path, int threads, int64_t context_length) {
-            const py::gil_scoped_release release;
+            const GilRelease release;
             return model::Model::load(path, threads, context_length);
           },
           py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0)
@@ -147,7 +148,7 @@ void bind_model(py::module_& m) {
              std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
              float temperature, std::shared_ptr<model::Adapter> reference, bool with_reference,
              bool keep_graph) {
-            const py::gil_scoped_release release;
+            const GilRelease release;
             model::ScoreRequest request;
             request.sequences = std::move(sequences);
             request.starts = std::move(starts);

@@ -7,6 +7,7 @@
 #include "bind_files.h"
 #include "bind_model.h"
 #include "bind_system.h"
+#include "gil.h"
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled engine of alignpro; use it through the alignpro package.";
@@ -15,4 +16,6 @@ PYBIND11_MODULE(_core, m) {
   bind_files(m);
   bind_model(m);
   bind_engine(m);
+  pybind11::module_::import("atexit").attr("register")(
+      pybind11::cpp_function(&alignpro::bindings::GilRelease::stop_returning));
 }
