@@ -97,7 +97,9 @@ ALIGNPRO_INLINE float exp1(float x) { return exp8(splat(x))[0]; }
 
 // ---- matrix products -------------------------------------------------------------------------
 
-template <int Rows>
+// The first row tile to use a sub-panel of B fetches the one after the next, which lies behind it
+// in a packed matrix, while the other tiles compute. Past the end a prefetch is ignored.
+template <int Rows, bool Prefetch = false>
 ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b, int64_t ldb,
                                 float* c, bool accumulate) {
   F8 acc[Rows][2];
@@ -106,6 +108,7 @@ ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b,
   for (int64_t k = 0; k < k_count; ++k) {
     const F8 b0 = load(b);
     const F8 b1 = load(b + 8);
+    if constexpr (Prefetch) __builtin_prefetch(b + 2 * k_count * kPanel);
 #pragma GCC unroll 6
     for (int m = 0; m < Rows; ++m) {
       const F8 am = splat(a[m]);
@@ -130,6 +133,12 @@ ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b,
 void gemm_panel(int64_t rows, int64_t k_count, const float* a, const float* b, int64_t ldb,
                 float* c, bool accumulate) {
   int64_t m = 0;
+  if (rows >= kRowTile) {
+    micro_tile<6, true>(k_count, a, b, ldb, c, accumulate);
+    a += k_count * kRowTile;
+    c += kRowTile * kPanel;
+    m = kRowTile;
+  }
   for (; m + kRowTile <= rows; m += kRowTile) {
     micro_tile<6>(k_count, a, b, ldb, c, accumulate);
     a += k_count * kRowTile;
