@@ -2,43 +2,79 @@
 
 #include <cstdint>
 #include <span>
+#include <variant>
 
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/packed_matrix.h"
+#include "alignpro/ops/stored_matrix.h"
 
 namespace alignpro::ops {
 
+// The weight of a vocabulary projection: packed for the engine, or as it stands in a file or a
+// tensor (then each tile is widened and packed where it is used).
+using VocabularyWeight = std::variant<const PackedMatrix*, StoredMatrix>;
+
 // The fused vocabulary op: with z = hidden W^T / temperature, p = softmax(z), and q likewise from
-// the reference's hidden states, one pass over tiles of the vocabulary.
+// the reference's hidden states (and weight), one pass over tiles of the vocabulary.
 struct LogprobInput {
   int64_t rows;
-  const float* hidden;                // [rows, W.cols]
-  const PackedMatrix* weight;         // [vocab, cols]
-  std::span<const int32_t> tokens;    // [rows]
-  float temperature = 1.0f;           // > 0
-  const float* ref_hidden = nullptr;  // [rows, cols]; null: no reference
+  const float* hidden;              // [rows, W.cols]
+  VocabularyWeight weight;          // [vocab, cols]
+  std::span<const int32_t> tokens;  // [rows]
+  float temperature = 1.0f;         // > 0
+  const float* ref_hidden = nullptr;      // [rows, ref_weight.cols]; null: no reference
+  VocabularyWeight ref_weight = nullptr;  // null: the same weight
 };
 
-// Each [rows]. kl and ref_logprob are written only with a reference; lse and ref_lse are what the
-// backward needs.
+// Each [rows]. What a reference is needed for is written only with one, and may be null without.
 struct LogprobOutput {
   float* logprob;      // z_a - lse(z)
   float* entropy;      // -sum p log p
   float* kl;           // KL(p || q) over the whole vocabulary, never negative, 0 when z == z_ref
+  float* reverse_kl;   // KL(q || p); may be null
   float* ref_logprob;  // log q_a
-  float* lse;
+  float* lse;          // log sum exp z
   float* ref_lse;
 };
 
-// Nothing of size rows x vocab is stored. Workspace: 480 x cols floats of packed rows, 24 bytes a
-// row (at most 480) and tile of 256, and two tiles of 96 x 256 floats a worker. Throws NumericError
-// naming the row when a logit is NaN or all are -inf.
-void linear_logprob(const LogprobInput& in, const LogprobOutput& out, ThreadTeam& team);
+// Derivatives by the hidden states, [rows, cols] each, gathered in the forward's own pass: sums of
+// rows of W weighted by p, rescaled as the maximum grows. They make the backward by these two
+// outputs free of any product with W.
+struct LogprobJacobian {
+  float* logprob;        // d logprob / d hidden
+  float* kl = nullptr;   // d KL(p || q) / d hidden; null: not wanted
+};
 
-// d_hidden [rows, cols] (overwritten) from the derivatives of the loss by logprob, entropy and kl
-// (the last two may be null). Tiles are computed again; each row sums over tiles in order.
+// Derivatives of the loss by each output, [rows]; null: zero.
+struct LogprobUpstream {
+  const float* logprob = nullptr;
+  const float* entropy = nullptr;
+  const float* kl = nullptr;
+  const float* reverse_kl = nullptr;
+  const float* total_variation = nullptr;
+};
+
+// Nothing of size rows x vocab is stored; see linear_logprob_bytes. Throws NumericError naming the
+// row when a logit is NaN or +inf, or all are -inf. `jacobian` may be null.
+void linear_logprob(const LogprobInput& in, const LogprobOutput& out,
+                    const LogprobJacobian* jacobian, ThreadTeam& team);
+
+// tv [rows] = TV(p, q) = sum max(0, p - q), and mass_above [rows] = sum of p where p > q, which its
+// derivative needs. A pass of its own: it can start only when both normalisers are known.
+void total_variation(const LogprobInput& in, const LogprobOutput& forward, float* tv,
+                     float* mass_above, ThreadTeam& team);
+
+// d_hidden [rows, cols] and d_weight [vocab, cols] (overwritten; either may be null). With a
+// jacobian, d_hidden's share of logprob and kl comes from it; all the rest computes the tiles
+// again. The reference is a constant. `forward` and `mass_above` are what the forward passes wrote
+// (mass_above: only for total_variation). Sums run over tiles, and for d_weight over blocks of
+// rows, in order: the bits do not depend on the team.
 void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forward,
-                             const float* d_logprob, const float* d_entropy, const float* d_kl,
-                             float* d_hidden, ThreadTeam& team);
+                             const float* mass_above, const LogprobJacobian* jacobian,
+                             const LogprobUpstream& upstream, float* d_hidden, float* d_weight,
+                             ThreadTeam& team);
+
+// Bytes that linear_logprob allocates beside its inputs and outputs, at most, on `threads` threads.
+int64_t linear_logprob_bytes(const LogprobInput& in, bool with_jacobian, int threads);
 
 }  // namespace alignpro::ops
