@@ -3,6 +3,7 @@
 // Long because the references are the specification, and an op's sits beside its cases.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -24,8 +25,10 @@
 #include "alignpro/ops/rms_norm.h"
 #include "alignpro/ops/rope.h"
 #include "alignpro/ops/row_parallel.h"
+#include "alignpro/ops/stored_matrix.h"
 #include "alignpro/ops/swiglu.h"
 #include "alignpro/ops/vocabulary.h"
+#include "alignpro/ops/weight_tiles.h"
 #include "check.h"
 
 using namespace alignpro;
@@ -395,7 +398,7 @@ struct Vocabulary {
   PackedMatrix packed;
   std::vector<int32_t> tokens;
   float temperature;
-  Floats logprob, entropy, kl, ref_logprob, lse, ref_lse;
+  Floats logprob, entropy, kl, reverse_kl, ref_logprob, lse, ref_lse;
 
   Vocabulary(int64_t r, int64_t v, int64_t c, float t, float offset = 0.0f)
       : rows(r),
@@ -415,15 +418,26 @@ struct Vocabulary {
     }
     packed = PackedMatrix::pack(vocab, cols, weight.data());
     for (int64_t m = 0; m < rows; ++m) tokens.push_back(static_cast<int32_t>((m * 37 + 5) % vocab));
-    for (Floats* f : {&logprob, &entropy, &kl, &ref_logprob, &lse, &ref_lse}) {
+    for (Floats* f : {&logprob, &entropy, &kl, &reverse_kl, &ref_logprob, &lse, &ref_lse}) {
       f->assign(static_cast<size_t>(rows), NAN);
     }
   }
   LogprobInput in(bool with_ref = true) const {
-    return {rows, hidden.data(), &packed, tokens, temperature, with_ref ? ref.data() : nullptr};
+    return {.rows = rows,
+            .hidden = hidden.data(),
+            .weight = &packed,
+            .tokens = tokens,
+            .temperature = temperature,
+            .ref_hidden = with_ref ? ref.data() : nullptr};
+  }
+  LogprobInput stored_in() const {
+    LogprobInput input = in();
+    input.weight =
+        StoredMatrix{reinterpret_cast<const std::byte*>(weight.data()), DType::kF32, vocab, cols};
+    return input;
   }
   LogprobOutput out() {
-    return {logprob.data(),     entropy.data(), kl.data(),
+    return {logprob.data(),     entropy.data(), kl.data(),     reverse_kl.data(),
             ref_logprob.data(), lse.data(),     ref_lse.data()};
   }
   // log softmax of every row
@@ -448,22 +462,28 @@ TEST(linear_logprob_matches_double) {
        {std::tuple{1, 1, 8, 1.0f}, std::tuple{3, 111, 48, 1.0f}, std::tuple{101, 1000, 61, 0.7f},
         std::tuple{490, 513, 33, 1.3f}}) {
     Vocabulary v(rows, vocab, cols, temperature);
-    linear_logprob(v.in(), v.out(), team);
+    linear_logprob(v.in(), v.out(), nullptr, team);
     const Doubles logp = v.log_softmax(v.hidden), logq = v.log_softmax(v.ref);
-    Doubles lp, h, kl, lq;
+    Doubles lp, h, kl, reverse, lq, tv;
     for (int64_t m = 0; m < v.rows; ++m) {
-      double entropy = 0, divergence = 0;
+      double entropy = 0, divergence = 0, back = 0, variation = 0;
       for (int64_t i = 0; i < v.vocab; ++i) {
         const auto at = static_cast<size_t>(m * v.vocab + i);
         entropy -= std::exp(logp[at]) * logp[at];
         divergence += std::exp(logp[at]) * (logp[at] - logq[at]);
+        back += std::exp(logq[at]) * (logq[at] - logp[at]);
+        variation += std::max(0.0, std::exp(logp[at]) - std::exp(logq[at]));
       }
       const auto at = static_cast<size_t>(m * v.vocab + v.tokens[static_cast<size_t>(m)]);
       lp.push_back(logp[at]);
       lq.push_back(logq[at]);
       h.push_back(entropy);
       kl.push_back(divergence);
+      reverse.push_back(back);
+      tv.push_back(variation);
     }
+    Floats measured(static_cast<size_t>(rows)), above(measured.size());
+    total_variation(v.in(), v.out(), measured.data(), above.data(), team);
     if (vocab == 1) {
       CHECK_EQ(v.logprob[0], 0.0f);
       CHECK_EQ(v.kl[0], 0.0f);
@@ -473,6 +493,8 @@ TEST(linear_logprob_matches_double) {
     CHECK(relative_error(v.ref_logprob, lq) < kBudget);
     CHECK(relative_error(v.entropy, h) < kBudget);
     CHECK(relative_error(v.kl, kl) < 2e-5);  // a difference of numbers a hundred times as large
+    CHECK(relative_error(v.reverse_kl, reverse) < 2e-5);
+    CHECK(relative_error(measured, tv) < 1e-5);
     CHECK(*std::max_element(v.logprob.begin(), v.logprob.end()) <= 0.0f);
   }
 }
@@ -480,7 +502,7 @@ TEST(linear_logprob_matches_double) {
 TEST(linear_logprob_survives_a_common_offset) {
   ThreadTeam team(1);
   Vocabulary v(5, 300, 16, 1.0f, 1e4f);
-  linear_logprob(v.in(), v.out(), team);
+  linear_logprob(v.in(), v.out(), nullptr, team);
   const Doubles logp = v.log_softmax(v.hidden);
   for (int64_t m = 0; m < v.rows; ++m) {
     const double truth = logp[static_cast<size_t>(m * v.vocab + v.tokens[static_cast<size_t>(m)])];
@@ -493,58 +515,112 @@ TEST(kl_to_itself_is_zero_to_the_bit) {
   ThreadTeam team(2);
   Vocabulary v(33, 700, 40, 0.8f);
   v.ref = v.hidden;
-  linear_logprob(v.in(), v.out(), team);
+  linear_logprob(v.in(), v.out(), nullptr, team);
   for (const float kl : v.kl) CHECK_EQ(kl, 0.0f);
   CHECK(same_bits(v.logprob.data(), v.ref_logprob.data(), v.logprob.size()));
 }
 
 TEST(linear_logprob_backward_matches_double) {
-  ThreadTeam team(2);
+  ThreadTeam team(2), one(1);
   for (const auto& [rows, vocab, cols, temperature] :
-       {std::tuple{3, 111, 48, 1.0f}, std::tuple{130, 600, 35, 0.7f}}) {
+       {std::tuple{3, 111, 48, 1.0f}, std::tuple{130, 600, 35, 0.7f},
+        std::tuple{300, 300, 20, 1.3f}}) {
     Vocabulary v(rows, vocab, cols, temperature);
-    linear_logprob(v.in(), v.out(), team);
-    const Floats d_lp = normal(static_cast<size_t>(rows), 41);
-    const Floats d_h = normal(static_cast<size_t>(rows), 42);
-    const Floats d_kl = normal(static_cast<size_t>(rows), 43);
-    Floats dh(v.hidden.size(), NAN);
-    linear_logprob_backward(v.in(), v.out(), d_lp.data(), d_h.data(), d_kl.data(), dh.data(), team);
+    LogprobOutput out = v.out();
+    Floats by_logprob(v.hidden.size(), NAN), by_kl(v.hidden.size(), NAN);
+    const LogprobJacobian jacobian{by_logprob.data(), by_kl.data()};
+    linear_logprob(v.in(), out, &jacobian, team);
+    const Floats with_jacobian = v.logprob;
+    linear_logprob(v.in(), out, nullptr, team);
+    CHECK(same_bits(with_jacobian.data(), v.logprob.data(), v.logprob.size()));
+    Floats tv(static_cast<size_t>(rows)), above(tv.size());
+    total_variation(v.in(), out, tv.data(), above.data(), team);
+
+    std::array<Floats, 5> d;
+    for (size_t i = 0; i < d.size(); ++i) d[i] = normal(static_cast<size_t>(rows), 41 + i);
+    const LogprobUpstream upstream{d[0].data(), d[1].data(), d[2].data(), d[3].data(), d[4].data()};
     const Doubles logp = v.log_softmax(v.hidden), logq = v.log_softmax(v.ref);
-    Doubles truth(v.hidden.size(), 0.0);
+    Doubles truth(v.hidden.size(), 0.0), weight_truth(v.weight.size(), 0.0);
     for (int64_t m = 0; m < rows; ++m) {
       const auto r = static_cast<size_t>(m);
-      double entropy = 0, kl = 0;
+      double entropy = 0, kl = 0, mass = 0;
       for (int64_t i = 0; i < vocab; ++i) {
         const auto at = static_cast<size_t>(m * vocab + i);
         entropy -= std::exp(logp[at]) * logp[at];
         kl += std::exp(logp[at]) * (logp[at] - logq[at]);
+        if (logp[at] > logq[at]) mass += std::exp(logp[at]);
       }
       for (int64_t i = 0; i < vocab; ++i) {
         const auto at = static_cast<size_t>(m * vocab + i);
-        const double p = std::exp(logp[at]);
-        const double dz = (d_lp[r] * ((i == v.tokens[r]) - p) - d_h[r] * p * (logp[at] + entropy) +
-                           d_kl[r] * p * (logp[at] - logq[at] - kl)) /
+        const double p = std::exp(logp[at]), q = std::exp(logq[at]);
+        const double dz = (d[0][r] * ((i == v.tokens[r]) - p) - d[1][r] * p * (logp[at] + entropy) +
+                           d[2][r] * p * (logp[at] - logq[at] - kl) + d[3][r] * (p - q) +
+                           d[4][r] * p * ((p > q) - mass)) /
                           temperature;
         for (int64_t c = 0; c < cols; ++c) {
           truth[static_cast<size_t>(m * cols + c)] +=
               dz * v.weight[static_cast<size_t>(i * cols + c)];
+          weight_truth[static_cast<size_t>(i * cols + c)] +=
+              dz * v.hidden[static_cast<size_t>(m * cols + c)];
         }
       }
     }
-    CHECK(relative_error(dh, truth) < 5e-6);
-    ThreadTeam one(1);
-    Floats again(dh.size(), NAN);
-    linear_logprob_backward(v.in(), v.out(), d_lp.data(), d_h.data(), d_kl.data(), again.data(),
-                            one);
-    CHECK(same_bits(dh.data(), again.data(), dh.size()));
+    // Through the forward's Jacobian, by computing the tiles again, and from the weight as it lies
+    // in memory.
+    Floats first_weight;
+    for (const LogprobJacobian* through :
+         {&jacobian, static_cast<const LogprobJacobian*>(nullptr)}) {
+      for (const LogprobInput& in : {v.in(), v.stored_in()}) {
+        Floats dh(v.hidden.size(), NAN), dw(v.weight.size(), NAN);
+        linear_logprob_backward(in, out, above.data(), through, upstream, dh.data(), dw.data(),
+                                team);
+        CHECK(relative_error(dh, truth) < 5e-6);
+        CHECK(relative_error(dw, weight_truth) < 5e-6);
+        Floats again(dh.size(), NAN), weight_again(dw.size(), NAN);
+        linear_logprob_backward(in, out, above.data(), through, upstream, again.data(),
+                                weight_again.data(), one);
+        CHECK(same_bits(dh.data(), again.data(), dh.size()));
+        CHECK(same_bits(dw.data(), weight_again.data(), dw.size()));
+        if (first_weight.empty()) first_weight = dw;
+        CHECK(same_bits(dw.data(), first_weight.data(), dw.size()));
+      }
+    }
   }
+}
+
+TEST(one_hot_rows_keep_their_divergence) {
+  ThreadTeam team(1);
+  Vocabulary v(2, 300, 2, 1.0f);
+  std::fill(v.weight.begin(), v.weight.end(), 0.0f);
+  v.weight[2 * 7] = 1.0f;        // token 7 reads the first hidden value
+  v.weight[2 * 270 + 1] = 1.0f;  // token 270 the second, in another tile
+  v.hidden = {1000.0f, 0.0f, 1000.0f, 0.0f};
+  v.ref = {0.0f, 1000.0f, 0.0f, 1000.0f};
+  v.tokens = {7, 270};
+  linear_logprob(v.stored_in(), v.out(), nullptr, team);
+  CHECK_EQ(v.logprob[0], 0.0f);
+  CHECK_EQ(v.logprob[1], -1000.0f);
+  CHECK_EQ(v.kl[0], 1000.0f);
+  CHECK_EQ(v.reverse_kl[0], 1000.0f);
+  CHECK_EQ(v.ref_logprob[0], -1000.0f);
+}
+
+TEST(what_the_vocabulary_op_allocates_is_bounded) {
+  Vocabulary v(1000, 5000, 64, 1.0f);
+  const int64_t jacobian = linear_logprob_bytes(v.in(), true, 2);
+  const int64_t values = linear_logprob_bytes(v.in(), false, 2);
+  CHECK(jacobian > 0 && values > 0);
+  CHECK(linear_logprob_bytes(v.in(), true, 1) < jacobian);
+  CHECK(jacobian < 1000 * 5000 * 4);  // nothing of rows x vocab
+  CHECK(values < 1000 * 5000 * 4);
+  CHECK(linear_logprob_bytes(v.stored_in(), true, 2) > jacobian);  // weight_tiles.h packs
 }
 
 TEST(linear_logprob_refuses_nan) {
   ThreadTeam team(2);
   Vocabulary v(4, 300, 16, 1.0f);
   v.hidden[16 * 2] = NAN;
-  CHECK_THROWS(linear_logprob(v.in(false), v.out(), team), NumericError, "row 2");
+  CHECK_THROWS(linear_logprob(v.in(false), v.out(), nullptr, team), NumericError, "row 2");
 }
 
 // ---- sampling ----------------------------------------------------------------------------------
@@ -563,7 +639,7 @@ TEST(sampled_logprob_is_the_scored_one_to_the_bit) {
     std::vector<SampledToken> drawn(70), single(1);
     head_sample(v.packed, v.hidden.data(), requests, drawn, team);
     for (size_t i = 0; i < drawn.size(); ++i) v.tokens[i] = drawn[i].token;
-    linear_logprob(v.in(), v.out(), team);
+    linear_logprob(v.in(), v.out(), nullptr, team);
     for (size_t i = 0; i < drawn.size(); ++i) {
       CHECK_EQ(drawn[i].logprob, v.logprob[i]);
       head_sample(v.packed, v.hidden.data() + static_cast<int64_t>(i) * v.cols, {&requests[i], 1},

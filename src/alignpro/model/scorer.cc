@@ -28,8 +28,9 @@ struct Score::Graph {
   std::vector<float> cos, sin;
   std::vector<int32_t> rows;     // of each scored value
   std::vector<float> hidden;     // [values, hidden] normed
-  std::vector<float> reference;  // the same under the reference; empty without one
   std::vector<int32_t> tokens;   // [values]
+  // d logprob / d hidden and, with a reference, d kl / d hidden: [values, hidden]
+  std::vector<float> d_logprob, d_kl;
 };
 
 Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
@@ -172,11 +173,26 @@ void Score::score_group(std::span<const int64_t> members) {
   // The group's values, then scattered to the sequences' places.
   std::vector<float> out(static_cast<size_t>(6 * values));
   float* at = out.data();
-  const ops::LogprobOutput outputs{
-      at, at + values, at + 2 * values, at + 3 * values, at + 4 * values, at + 5 * values};
-  ops::linear_logprob({values, hidden.data(), &model_->weights().head(), tokens,
-                       request_.temperature, or_null(reference)},
-                      outputs, model_->team());
+  const ops::LogprobOutput outputs{.logprob = at,
+                                   .entropy = at + values,
+                                   .kl = at + 2 * values,
+                                   .reverse_kl = nullptr,
+                                   .ref_logprob = at + 3 * values,
+                                   .lse = at + 4 * values,
+                                   .ref_lse = at + 5 * values};
+  ops::LogprobJacobian jacobian{};
+  if (graph_ != nullptr) {
+    graph_->d_logprob.resize(hidden.size());
+    graph_->d_kl.resize(reference.size());
+    jacobian = {graph_->d_logprob.data(), or_null(graph_->d_kl)};
+  }
+  ops::linear_logprob({.rows = values,
+                       .hidden = hidden.data(),
+                       .weight = &model_->weights().head(),
+                       .tokens = tokens,
+                       .temperature = request_.temperature,
+                       .ref_hidden = or_null(reference)},
+                      outputs, graph_ != nullptr ? &jacobian : nullptr, model_->team());
   int64_t from = 0;
   for (const int64_t s : members) {
     const auto count = static_cast<int64_t>(request_.sequences[static_cast<size_t>(s)].size()) -
@@ -198,7 +214,6 @@ void Score::score_group(std::span<const int64_t> members) {
     graph_->rows = std::move(rows);
     graph_->tokens = std::move(tokens);
     graph_->hidden = std::move(hidden);
-    graph_->reference = std::move(reference);
   }
 }
 
@@ -228,14 +243,26 @@ AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<con
   if (rows == 0 || values == 0) return gradients;
 
   // keep_graph scores in the given order: the flat outputs are the graph's own.
-  const ops::LogprobOutput forward{logprob_.data(),       entropy_.data(), or_null(kl_),
-                                   or_null(ref_logprob_), lse_.data(),     or_null(ref_lse_)};
+  const ops::LogprobOutput forward{.logprob = logprob_.data(),
+                                   .entropy = entropy_.data(),
+                                   .kl = nullptr,
+                                   .reverse_kl = nullptr,
+                                   .ref_logprob = nullptr,
+                                   .lse = lse_.data(),
+                                   .ref_lse = nullptr};
+  const ops::LogprobJacobian jacobian{graph->d_logprob.data(), or_null(graph->d_kl)};
   std::vector<float> d_hidden(static_cast<size_t>(values * width));
-  ops::linear_logprob_backward({values, graph->hidden.data(), &weights.head(), graph->tokens,
-                                request_.temperature, or_null(graph->reference)},
-                               forward, d_logprob.data(),
-                               d_entropy.empty() ? nullptr : d_entropy.data(),
-                               d_kl.empty() ? nullptr : d_kl.data(), d_hidden.data(), team);
+  // The reference enters through the KL alone, whose derivative the forward has left.
+  ops::linear_logprob_backward({.rows = values,
+                                .hidden = graph->hidden.data(),
+                                .weight = &weights.head(),
+                                .tokens = graph->tokens,
+                                .temperature = request_.temperature},
+                               forward, nullptr, &jacobian,
+                               {.logprob = d_logprob.data(),
+                                .entropy = d_entropy.empty() ? nullptr : d_entropy.data(),
+                                .kl = d_kl.empty() ? nullptr : d_kl.data()},
+                               d_hidden.data(), nullptr, team);
   std::vector<float> d_normed(static_cast<size_t>(rows * width));
   for (int64_t v = 0; v < values; ++v) {
     float* to = d_normed.data() + graph->rows[static_cast<size_t>(v)] * width;

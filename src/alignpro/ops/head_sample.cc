@@ -35,9 +35,9 @@ float inverse_temperature(const SampleRow& row) {
 void row_tile(const PackedMatrix& head, const float* hidden, int64_t tile, float inv_temperature,
               float* out, ThreadTeam& team) {
   thread_local PackedRows packed;
-  packed.pack(1, head.cols(), {hidden, head.cols(), 1}, cpu::kRowTile, team);
+  packed.pack(1, head.cols(), {hidden, head.cols(), 1}, cpu::kRowTile, &team);
   tile_logits(packed, 0, head, tile, out);
-  finish_tile_row(head, tile, out, 1, 0, inv_temperature);
+  finish_tile_row(head.rows(), tile, out, 1, 0, inv_temperature);
 }
 
 bool is_banned(const SampleRow& row, int32_t token) {
@@ -82,9 +82,9 @@ SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const Sam
     row_tile(head, hidden, tile, inv_temperature, logits, team);
     float e[kVocabTile];
     const cpu::TileStats& s = tiles[static_cast<size_t>(tile)];
-    cpu::kernels().tile_exp_row(logits, 1, 0, tile_panels(head, tile), s.max, e);
+    cpu::kernels().tile_exp_row(logits, 1, 0, tile_panels(head.rows(), tile), s.max, e);
     const double scale = std::exp(s.max - stats.max);
-    column = invert(tile_panels(head, tile) * cpu::kPanel, target - below,
+    column = invert(tile_panels(head.rows(), tile) * cpu::kPanel, target - below,
                     [&](int64_t i) { return e[i] * scale; });
   }
   return {static_cast<int32_t>(tile * kVocabTile + column),
@@ -178,7 +178,7 @@ SampleRow as_drawn(const SampleRow& row) {
 void head_sample(const PackedMatrix& head, const float* hidden, std::span<const SampleRow> requests,
                  std::span<SampledToken> out, ThreadTeam& team) {
   const int64_t count = static_cast<int64_t>(requests.size());
-  const int64_t tiles = vocab_tiles(head), cols = head.cols();
+  const int64_t tiles = vocab_tiles(head.rows()), cols = head.cols();
   std::vector<SampleRow> rows(requests.begin(), requests.end());
   std::transform(rows.begin(), rows.end(), rows.begin(), as_drawn);
 
@@ -186,7 +186,7 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
   std::vector<cpu::TileStats> stats(static_cast<size_t>(count * tiles));
   for (int64_t first = 0; first < count; first += kRowChunk) {
     const int64_t live = std::min(kRowChunk, count - first);
-    packed.pack(live, cols, {hidden + first * cols, cols, 1}, kRowBlock, team);
+    packed.pack(live, cols, {hidden + first * cols, cols, 1}, kRowBlock, &team);
     team.run(packed.blocks() * tiles, [&](int64_t item, int) {
       thread_local AlignedBuffer buffer;
       float* logits = buffer.reserve(kRowBlock * kVocabTile);
@@ -195,9 +195,10 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
       tile_logits(packed, block, head, tile, logits);
       for (int64_t m = 0; m < block_rows; ++m) {
         const int64_t row = first + block * kRowBlock + m;
-        finish_tile_row(head, tile, logits, block_rows, m,
+        finish_tile_row(head.rows(), tile, logits, block_rows, m,
                         inverse_temperature(rows[static_cast<size_t>(row)]));
-        cpu::kernels().tile_stats_row(logits, nullptr, block_rows, m, tile_panels(head, tile),
+        cpu::kernels().tile_stats_row(logits, nullptr, block_rows, m,
+                                      tile_panels(head.rows(), tile),
                                       &stats[static_cast<size_t>(row * tiles + tile)]);
       }
     });
@@ -224,14 +225,14 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
       std::memcpy(some + m * cols, hidden + truncated[first + static_cast<size_t>(m)] * cols,
                   static_cast<size_t>(cols) * sizeof(float));
     }
-    packed.pack(live, cols, {some, cols, 1}, kRowBlock, team);
+    packed.pack(live, cols, {some, cols, 1}, kRowBlock, &team);
     float* all = logits.reserve(live * head.panels() * cpu::kPanel);
     team.run(tiles, [&](int64_t tile, int) {
       float* to = all + tile * kTilePanels * live * cpu::kPanel;
       tile_logits(packed, 0, head, tile, to);
       for (int64_t m = 0; m < live; ++m) {
         const auto row = static_cast<size_t>(truncated[first + static_cast<size_t>(m)]);
-        finish_tile_row(head, tile, to, live, m, inverse_temperature(rows[row]));
+        finish_tile_row(head.rows(), tile, to, live, m, inverse_temperature(rows[row]));
       }
     });
     team.run(live, [&](int64_t m, int) {

@@ -39,7 +39,7 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
   for (int64_t first = 0; first < rows; first += kRowChunk) {
     const int64_t live = std::min(kRowChunk, rows - first);
     const MatrixView chunk{a.data + first * a.row_stride, a.row_stride, a.col_stride};
-    packed.pack(live, contract, chunk, kRowBlock, team);
+    packed.pack(live, contract, chunk, kRowBlock, &team);
     PackedRows& shared = packed;  // workers must see this thread's instance, not their own
     const int64_t row_blocks = shared.blocks();
     const int64_t wanted_items = 8 * team.size();

@@ -1,12 +1,28 @@
+// Two orders of work, one definition of every number.
+//
+// Values alone run tile by tile, workers sharing tiles: each tile of W is read once for up to
+// kChunkRows rows. With a Jacobian, and in the backward by the hidden states, workers own groups of
+// rows and walk the tiles in order, so that sums over the vocabulary have one order.
+//
+// The Jacobian is attention over the vocabulary: with e = exp(z - running maximum), sum e W and
+// sum e (z - z_ref) W are kept unnormalised and rescaled when a tile raises the maximum. Then
+//   d logprob / dh = (W_a - E_p[W]) / temperature
+//   d KL / dh      = E_p[(d - E_p[d]) W] / temperature,  d = z - z_ref,
+// four products a row against five when the backward computes z and z_ref again. d is measured from
+// the first tile's maxima, so that a common offset of either side's logits cancels before the sums.
+
 #include "alignpro/ops/linear_logprob.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "alignpro/core/error.h"
+#include "alignpro/ops/row_parallel.h"
 #include "alignpro/ops/vocabulary.h"
+#include "alignpro/ops/weight_tiles.h"
 
 namespace alignpro::ops {
 namespace {
@@ -14,12 +30,17 @@ namespace {
 using cpu::kPanel;
 using cpu::kRowTile;
 
+// Rows that share one reading of W when only values are wanted.
+constexpr int64_t kChunkRows = 3 * kRowBlock;
+
 struct Workspace {
-  AlignedBuffer tile;
-  AlignedBuffer ref_tile;
-  AlignedBuffer packed;
-  AlignedBuffer panel;
-  AlignedBuffer result;
+  WeightTile weight, ref_weight;
+  PackedRows rows, ref_rows;
+  AlignedBuffer logits, ref_logits;    // [panels][rows][16] a block
+  AlignedBuffer operand, ref_operand;  // the same as left operands of a product with W
+  AlignedBuffer result, ref_result;    // [column panels][rows][16]
+  AlignedBuffer columns;
+  std::vector<cpu::TileStats> stats;
 };
 
 Workspace& workspace() {
@@ -27,151 +48,506 @@ Workspace& workspace() {
   return instance;
 }
 
-MatrixView rows_from(const float* hidden, int64_t first, int64_t cols) {
-  return {hidden + first * cols, cols, 1};
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+struct Problem {
+  explicit Problem(const LogprobInput& input)
+      : in(input),
+        vocab(vocab_size(input.weight)),
+        cols(hidden_size(input.weight)),
+        tiles(vocab_tiles(vocab)),
+        inv_temperature(1.0f / input.temperature),
+        with_ref(input.ref_hidden != nullptr),
+        own_ref_weight(with_ref && !is_null(input.ref_weight)),
+        ref_cols(own_ref_weight ? hidden_size(input.ref_weight) : cols) {}
+
+  static bool is_null(const VocabularyWeight& weight) {
+    const auto* packed = std::get_if<const PackedMatrix*>(&weight);
+    return packed != nullptr && *packed == nullptr;
+  }
+
+  void open(Workspace& own, int64_t tile) const {
+    own.weight.open(in.weight, tile);
+    if (own_ref_weight) own.ref_weight.open(in.ref_weight, tile);
+  }
+  MatrixView hidden(int64_t first) const { return {in.hidden + first * cols, cols, 1}; }
+  MatrixView ref_hidden(int64_t first) const {
+    return {in.ref_hidden + first * ref_cols, ref_cols, 1};
+  }
+
+  const LogprobInput& in;
+  int64_t vocab, cols, tiles;
+  float inv_temperature;
+  bool with_ref, own_ref_weight;
+  int64_t ref_cols;
+};
+
+// Scaled logits of every block of `rows` against the open tile; block b's start at
+// own.logits + b * kRowBlock * kVocabTile.
+void tile_logits(const Problem& problem, const PackedRows& rows, const PackedRows& ref_rows,
+                 int64_t tile, Workspace& own) {
+  const int64_t panels = own.weight.panels();
+  const int64_t size = rows.blocks() * kRowBlock * kVocabTile;
+  float* z = own.logits.reserve(size);
+  float* r = problem.with_ref ? own.ref_logits.reserve(size) : nullptr;
+  for (int64_t p = 0; p < panels; ++p) {
+    const float* panel = own.weight.panel(p);
+    const float* ref_panel = problem.own_ref_weight ? own.ref_weight.panel(p) : panel;
+    for (int64_t b = 0; b < rows.blocks(); ++b) {
+      const int64_t at = b * kRowBlock * kVocabTile + p * rows.block_rows(b) * kPanel;
+      panel_logits(rows, b, panel, z + at);
+      if (r != nullptr) panel_logits(ref_rows, b, ref_panel, r + at);
+    }
+  }
+  for (int64_t b = 0; b < rows.blocks(); ++b) {
+    const int64_t at = b * kRowBlock * kVocabTile, count = rows.block_rows(b);
+    for (int64_t m = 0; m < count; ++m) {
+      finish_tile_row(problem.vocab, tile, z + at, count, m, problem.inv_temperature);
+      if (r != nullptr) {
+        finish_tile_row(problem.vocab, tile, r + at, count, m, problem.inv_temperature);
+      }
+    }
+  }
+}
+
+// fn(first, tile, rows, own) for every chunk of rows and tile, own.logits filled; tiles in
+// parallel. after(first, live) follows each chunk.
+template <typename Fn, typename After>
+void sweep_tiles(const Problem& problem, ThreadTeam& team, const Fn& fn, const After& after) {
+  const int64_t total = problem.in.rows;
+  if (total == 0) return;
+  const int64_t chunk = round_up(divide_up(total, divide_up(total, kChunkRows)), kRowTile);
+  PackedRows rows, ref_rows;
+  for (int64_t first = 0; first < total; first += chunk) {
+    const int64_t live = std::min(chunk, total - first);
+    rows.pack(live, problem.cols, problem.hidden(first), kRowBlock, &team);
+    if (problem.with_ref) {
+      ref_rows.pack(live, problem.ref_cols, problem.ref_hidden(first), kRowBlock, &team);
+    }
+    team.run(problem.tiles, [&](int64_t tile, int) {
+      Workspace& own = workspace();
+      problem.open(own, tile);
+      tile_logits(problem, rows, ref_rows, tile, own);
+      fn(first, tile, rows, own);
+    });
+    after(first, live);
+  }
+}
+
+// Rows a worker owns at a time: all workers busy where there are rows enough.
+int64_t group_rows(int64_t rows, int threads) {
+  const int64_t groups = round_up(divide_up(rows, kRowBlock), threads);
+  return std::max(kRowTile, round_up(divide_up(rows, groups), kRowTile));
+}
+
+// For every group of rows, tile after tile: transform(first, m, tile, rows, own) turns the row's
+// logits (and, for two operands, the reference's) into what multiplies the tile's rows of W; the
+// sums over all tiles are left in own.result (own.ref_result) for finish(first, rows, own).
+template <typename Transform, typename Finish>
+void sweep_groups(const Problem& problem, int operands, ThreadTeam& team,
+                  const Transform& transform, const Finish& finish) {
+  const int64_t total = problem.in.rows;
+  if (total == 0) return;
+  const int64_t group = group_rows(total, team.size());
+  team.run(divide_up(total, group), [&](int64_t item, int) {
+    const cpu::Kernels& k = cpu::kernels();
+    Workspace& own = workspace();
+    const int64_t first = item * group, rows = std::min(group, total - first);
+    const int64_t column_panels = divide_up(problem.cols, kPanel);
+    own.rows.pack(rows, problem.cols, problem.hidden(first), kRowBlock, nullptr);
+    if (problem.with_ref) {
+      own.ref_rows.pack(rows, problem.ref_cols, problem.ref_hidden(first), kRowBlock, nullptr);
+    }
+    float* result = own.result.reserve(column_panels * kRowBlock * kPanel);
+    float* ref_result =
+        operands > 1 ? own.ref_result.reserve(column_panels * kRowBlock * kPanel) : nullptr;
+    const auto pack = [&](const float* tile_rows, int64_t panels, AlignedBuffer& packed) {
+      float* to = packed.reserve(kRowBlock * kVocabTile);
+      for (int64_t m = 0; m < rows; m += kRowTile) {
+        for (int64_t p = 0; p < panels; ++p) {
+          k.pack_rows(std::min(kRowTile, rows - m), kPanel, tile_rows + (p * rows + m) * kPanel,
+                      kPanel, 1, to);
+          to += kPanel * kRowTile;
+        }
+      }
+      return packed.data();
+    };
+    for (int64_t tile = 0; tile < problem.tiles; ++tile) {
+      problem.open(own, tile);
+      tile_logits(problem, own.rows, own.ref_rows, tile, own);
+      for (int64_t m = 0; m < rows; ++m) transform(first, m, tile, rows, own);
+      const int64_t count = own.weight.rows();
+      const float* left = pack(own.logits.data(), own.weight.panels(), own.operand);
+      const float* ref_left =
+          operands > 1 ? pack(own.ref_logits.data(), own.weight.panels(), own.ref_operand)
+                       : nullptr;
+      for (int64_t c = 0; c < column_panels; ++c) {
+        const float* columns = own.weight.columns(c);
+        k.gemm_panel(rows, count, left, columns, kPanel, result + c * rows * kPanel, tile > 0);
+        if (operands > 1) {
+          k.gemm_panel(rows, count, ref_left, columns, kPanel, ref_result + c * rows * kPanel,
+                       tile > 0);
+        }
+      }
+    }
+    finish(first, rows, own);
+  });
+}
+
+// A row of a result [column panels][rows][16], element by element.
+template <typename Fn>
+void for_row(int64_t cols, int64_t rows, int64_t m, const Fn& fn) {
+  for (int64_t i = 0; i < cols; ++i) fn(i, (i / kPanel * rows + m) * kPanel + i % kPanel);
+}
+
+void read_weight_row(const VocabularyWeight& weight, int64_t row, float* out) {
+  if (const auto* packed = std::get_if<const PackedMatrix*>(&weight)) {
+    (*packed)->read_row(row, out);
+    return;
+  }
+  const StoredMatrix& stored = std::get<StoredMatrix>(weight);
+  dequantize(stored.dtype, stored.data + row * row_bytes(stored.dtype, stored.cols), stored.cols,
+             out);
+}
+
+// The token's logit, if it lies in this tile.
+void note_token(const Problem& problem, int64_t row, int64_t m, int64_t tile, int64_t rows,
+                const float* z, const float* r, float* logit, float* ref_logit) {
+  const int64_t column = problem.in.tokens[static_cast<size_t>(row)] - tile * kVocabTile;
+  if (column < 0 || column >= kVocabTile) return;
+  *logit = tile_value(z, rows, m, column);
+  if (r != nullptr) *ref_logit = tile_value(r, rows, m, column);
+}
+
+RowStats write_row(const Problem& problem, const LogprobOutput& out, int64_t row,
+                   std::span<const cpu::TileStats> tiles, float logit, float ref_logit) {
+  const RowStats s = merge_tiles(tiles);
+  if (!s.valid() || (problem.with_ref && !std::isfinite(s.ref_lse))) {
+    throw NumericError(cat("linear_logprob: row ", row,
+                           " has no finite softmax (NaN or infinite logits); check the weights, "
+                           "the adapter and the learning rate"));
+  }
+  out.logprob[row] = static_cast<float>(logit - s.lse);
+  out.entropy[row] = static_cast<float>(std::max(0.0, s.lse - s.mean_z));
+  out.lse[row] = static_cast<float>(s.lse);
+  if (problem.with_ref) {
+    out.kl[row] = static_cast<float>(std::max(0.0, s.mean_cross - s.lse + s.ref_lse));
+    if (out.reverse_kl != nullptr) {
+      out.reverse_kl[row] = static_cast<float>(std::max(0.0, s.ref_cross - s.ref_lse + s.lse));
+    }
+    out.ref_logprob[row] = static_cast<float>(ref_logit - s.ref_lse);
+    out.ref_lse[row] = static_cast<float>(s.ref_lse);
+  }
+  return s;
+}
+
+void values_only(const Problem& problem, const LogprobOutput& out, ThreadTeam& team) {
+  const int64_t tiles = problem.tiles;
+  std::vector<cpu::TileStats> stats(
+      static_cast<size_t>(std::min(problem.in.rows, kChunkRows) * tiles));
+  std::vector<float> logit(static_cast<size_t>(problem.in.rows)), ref_logit(logit.size());
+  sweep_tiles(
+      problem, team,
+      [&](int64_t first, int64_t tile, const PackedRows& rows, Workspace& own) {
+        for (int64_t b = 0; b < rows.blocks(); ++b) {
+          const int64_t at = b * kRowBlock * kVocabTile, count = rows.block_rows(b);
+          const float* z = own.logits.data() + at;
+          const float* r = problem.with_ref ? own.ref_logits.data() + at : nullptr;
+          for (int64_t m = 0; m < count; ++m) {
+            const int64_t row = b * kRowBlock + m;
+            const auto global = static_cast<size_t>(first + row);
+            cpu::kernels().tile_stats_row(z, r, count, m, own.weight.panels(),
+                                          &stats[static_cast<size_t>(row * tiles + tile)]);
+            note_token(problem, first + row, m, tile, count, z, r, &logit[global],
+                       &ref_logit[global]);
+          }
+        }
+      },
+      [&](int64_t first, int64_t live) {
+        for (int64_t row = 0; row < live; ++row) {
+          const auto global = static_cast<size_t>(first + row);
+          write_row(problem, out, first + row,
+                    {stats.data() + row * tiles, static_cast<size_t>(tiles)}, logit[global],
+                    ref_logit[global]);
+        }
+      });
+}
+
+// What a row carries from tile to tile while its Jacobian is summed.
+struct Running {
+  float max = -INFINITY;
+  float center = 0.0f, ref_center = 0.0f;
+  float logit = 0.0f, ref_logit = 0.0f;
+};
+
+float finite_or_zero(float value) { return std::isfinite(value) ? value : 0.0f; }
+
+void values_and_jacobian(const Problem& problem, const LogprobOutput& out,
+                         const LogprobJacobian& jacobian, ThreadTeam& team) {
+  const int64_t tiles = problem.tiles, cols = problem.cols;
+  const int operands = problem.with_ref && jacobian.kl != nullptr ? 2 : 1;
+  std::vector<Running> running(static_cast<size_t>(problem.in.rows));
+  sweep_groups(
+      problem, operands, team,
+      [&](int64_t first, int64_t m, int64_t tile, int64_t rows, Workspace& own) {
+        const cpu::Kernels& k = cpu::kernels();
+        Running& state = running[static_cast<size_t>(first + m)];
+        float* z = own.logits.data();
+        float* r = problem.with_ref ? own.ref_logits.data() : nullptr;
+        own.stats.resize(static_cast<size_t>(kRowBlock * tiles));
+        cpu::TileStats& stats = own.stats[static_cast<size_t>(m * tiles + tile)];
+        k.tile_stats_row(z, r, rows, m, own.weight.panels(), &stats);
+        note_token(problem, first + m, m, tile, rows, z, r, &state.logit, &state.ref_logit);
+        if (tile == 0) {
+          state.center = finite_or_zero(stats.max);
+          state.ref_center = problem.with_ref ? finite_or_zero(stats.ref_max) : 0.0f;
+        }
+        if (stats.max > state.max) {
+          const float factor = std::exp(state.max - stats.max);
+          state.max = stats.max;
+          if (tile > 0) {
+            const auto rescale = [&](float* sums) {
+              for_row(cols, rows, m, [&](int64_t, int64_t at) { sums[at] *= factor; });
+            };
+            rescale(own.result.data());
+            if (operands > 1) rescale(own.ref_result.data());
+          }
+        }
+        k.tile_weights_row(z, operands > 1 ? r : nullptr, rows, m, own.weight.panels(),
+                           finite_or_zero(state.max), state.center, state.ref_center);
+      },
+      [&](int64_t first, int64_t rows, Workspace& own) {
+        std::vector<float> chosen(static_cast<size_t>(cols));
+        for (int64_t m = 0; m < rows; ++m) {
+          const Running& state = running[static_cast<size_t>(first + m)];
+          const RowStats s = write_row(problem, out, first + m,
+                                       {own.stats.data() + m * tiles, static_cast<size_t>(tiles)},
+                                       state.logit, state.ref_logit);
+          const auto share = static_cast<float>(1.0 / s.sum);
+          const auto mean =
+              static_cast<float>(s.mean_cross - (double{state.center} - state.ref_center));
+          read_weight_row(problem.in.weight, problem.in.tokens[static_cast<size_t>(first + m)],
+                          chosen.data());
+          float* d_logprob = jacobian.logprob + (first + m) * cols;
+          float* d_kl = operands > 1 ? jacobian.kl + (first + m) * cols : nullptr;
+          const float* sums = own.result.data();
+          const float* cross = own.ref_result.data();
+          for_row(cols, rows, m, [&](int64_t i, int64_t at) {
+            const float expected = sums[at] * share;
+            d_logprob[i] = (chosen[static_cast<size_t>(i)] - expected) * problem.inv_temperature;
+            if (d_kl != nullptr) {
+              d_kl[i] = (cross[at] * share - mean * expected) * problem.inv_temperature;
+            }
+          });
+        }
+      });
+}
+
+float value_or_zero(const float* values, int64_t row) {
+  return values != nullptr ? values[row] : 0.0f;
+}
+
+cpu::RowGradient row_gradient(const Problem& problem, const LogprobOutput& forward,
+                              const float* mass_above, const LogprobUpstream& upstream,
+                              int64_t row) {
+  return {
+      .lse = forward.lse[row],
+      .ref_lse = problem.with_ref ? forward.ref_lse[row] : 0.0f,
+      .entropy = forward.entropy[row],
+      .kl = problem.with_ref ? forward.kl[row] : 0.0f,
+      .mass_above = value_or_zero(mass_above, row),
+      .d_logprob = value_or_zero(upstream.logprob, row),
+      .d_entropy = value_or_zero(upstream.entropy, row),
+      .d_kl = value_or_zero(upstream.kl, row),
+      .d_reverse_kl = value_or_zero(upstream.reverse_kl, row),
+      .d_total_variation = value_or_zero(upstream.total_variation, row),
+      .token = problem.in.tokens[static_cast<size_t>(row)],
+  };
+}
+
+void hidden_gradient(const Problem& problem, const LogprobOutput& forward, const float* mass_above,
+                     const LogprobUpstream& upstream, float* d_hidden, ThreadTeam& team) {
+  sweep_groups(
+      problem, 1, team,
+      [&](int64_t first, int64_t m, int64_t tile, int64_t rows, Workspace& own) {
+        const cpu::RowGradient gradient =
+            row_gradient(problem, forward, mass_above, upstream, first + m);
+        cpu::kernels().tile_gradient_row(
+            own.logits.data(), problem.with_ref ? own.ref_logits.data() : nullptr, rows, m,
+            own.weight.panels(), tile * kVocabTile, &gradient, problem.inv_temperature);
+      },
+      [&](int64_t first, int64_t rows, Workspace& own) {
+        for (int64_t m = 0; m < rows; ++m) {
+          float* to = d_hidden + (first + m) * problem.cols;
+          const float* sums = own.result.data();
+          for_row(problem.cols, rows, m, [&](int64_t i, int64_t at) { to[i] = sums[at]; });
+        }
+      });
+}
+
+// dW = dz^T h, tile by tile: blocks of rows in order, summed in own.result [column panels][vocab
+// panels][16][16].
+void weight_gradient(const Problem& problem, const LogprobOutput& forward, const float* mass_above,
+                     const LogprobUpstream& upstream, float* d_weight, ThreadTeam& team) {
+  const int64_t cols = problem.cols, column_panels = divide_up(cols, kPanel);
+  sweep_tiles(
+      problem, team,
+      [&](int64_t first, int64_t tile, const PackedRows& rows, Workspace& own) {
+        const cpu::Kernels& k = cpu::kernels();
+        const int64_t panels = own.weight.panels();
+        float* sums = own.result.reserve(column_panels * kVocabTile * kPanel);
+        for (int64_t b = 0; b < rows.blocks(); ++b) {
+          const int64_t at = b * kRowBlock * kVocabTile, count = rows.block_rows(b);
+          const int64_t block_first = first + b * kRowBlock;
+          float* dz = own.logits.data() + at;
+          for (int64_t m = 0; m < count; ++m) {
+            const cpu::RowGradient gradient =
+                row_gradient(problem, forward, mass_above, upstream, block_first + m);
+            k.tile_gradient_row(dz, problem.with_ref ? own.ref_logits.data() + at : nullptr, count,
+                                m, panels, tile * kVocabTile, &gradient, problem.inv_temperature);
+          }
+          constexpr int64_t kPackedRows = (kPanel + kRowTile - 1) / kRowTile * kRowTile;
+          float* left = own.operand.reserve(kTilePanels * kPackedRows * kRowBlock);
+          for (int64_t p = 0; p < panels; ++p) {
+            k.pack_rows(kPanel, count, dz + p * count * kPanel, 1, kPanel,
+                        left + p * kPackedRows * count);
+          }
+          float* columns = own.columns.reserve(kRowBlock * kPanel);
+          for (int64_t c = 0; c < column_panels; ++c) {
+            const int64_t width = std::min(kPanel, cols - c * kPanel);
+            for (int64_t m = 0; m < count; ++m) {
+              const float* from = problem.in.hidden + (block_first + m) * cols + c * kPanel;
+              for (int64_t j = 0; j < kPanel; ++j) {
+                columns[m * kPanel + j] = j < width ? from[j] : 0.0f;
+              }
+            }
+            for (int64_t p = 0; p < panels; ++p) {
+              k.gemm_panel(kPanel, count, left + p * kPackedRows * count, columns, kPanel,
+                           sums + (c * kTilePanels + p) * kPanel * kPanel, b > 0);
+            }
+          }
+        }
+        for (int64_t v = 0; v < std::min(kVocabTile, problem.vocab - tile * kVocabTile); ++v) {
+          float* to = d_weight + (tile * kVocabTile + v) * cols;
+          for (int64_t i = 0; i < cols; ++i) {
+            const float sum =
+                sums[((i / kPanel * kTilePanels + v / kPanel) * kPanel + v % kPanel) * kPanel +
+                     i % kPanel];
+            to[i] = first > 0 ? to[i] + sum : sum;
+          }
+        }
+      },
+      [](int64_t, int64_t) {});
 }
 
 }  // namespace
 
-void linear_logprob(const LogprobInput& in, const LogprobOutput& out, ThreadTeam& team) {
-  const PackedMatrix& weight = *in.weight;
-  const int64_t tiles = vocab_tiles(weight), cols = weight.cols();
-  const float inv_temperature = 1.0f / in.temperature;
-  const bool with_ref = in.ref_hidden != nullptr;
-  PackedRows packed, ref_packed;
-  std::vector<cpu::TileStats> stats;
-  std::vector<float> token_logit(static_cast<size_t>(in.rows));
-  std::vector<float> ref_token_logit(static_cast<size_t>(with_ref ? in.rows : 0));
-  for (int64_t first = 0; first < in.rows; first += kRowChunk) {
-    const int64_t live = std::min(kRowChunk, in.rows - first);
-    packed.pack(live, cols, rows_from(in.hidden, first, cols), kRowBlock, team);
-    if (with_ref) {
-      ref_packed.pack(live, cols, rows_from(in.ref_hidden, first, cols), kRowBlock, team);
-    }
-    stats.resize(static_cast<size_t>(live * tiles));
-    team.run(packed.blocks() * tiles, [&](int64_t item, int) {
-      const int64_t tile = item / packed.blocks(), block = item % packed.blocks();
-      const int64_t rows = packed.block_rows(block);
-      Workspace& own = workspace();
-      float* logits = own.tile.reserve(kRowBlock * kVocabTile);
-      float* ref_logits = with_ref ? own.ref_tile.reserve(kRowBlock * kVocabTile) : nullptr;
-      tile_logits(packed, block, weight, tile, logits);
-      if (with_ref) tile_logits(ref_packed, block, weight, tile, ref_logits);
-      for (int64_t m = 0; m < rows; ++m) {
-        const int64_t row = block * kRowBlock + m;
-        finish_tile_row(weight, tile, logits, rows, m, inv_temperature);
-        if (with_ref) finish_tile_row(weight, tile, ref_logits, rows, m, inv_temperature);
-        cpu::kernels().tile_stats_row(logits, ref_logits, rows, m, tile_panels(weight, tile),
-                                      &stats[static_cast<size_t>(row * tiles + tile)]);
-        const int64_t column = in.tokens[static_cast<size_t>(first + row)] - tile * kVocabTile;
-        if (column >= 0 && column < kVocabTile) {
-          const auto at = static_cast<size_t>(first + row);
-          token_logit[at] = tile_value(logits, rows, m, column);
-          if (with_ref) ref_token_logit[at] = tile_value(ref_logits, rows, m, column);
-        }
-      }
-    });
-    for (int64_t row = 0; row < live; ++row) {
-      const RowStats merged = merge_tiles({stats.data() + row * tiles, static_cast<size_t>(tiles)});
-      const int64_t at = first + row;
-      if (!merged.valid() || (with_ref && !std::isfinite(merged.ref_lse))) {
-        throw NumericError(
-            cat("linear_logprob: row ", at,
-                " has no finite softmax (NaN or infinite logits); check the weights, "
-                "the adapter and the learning rate"));
-      }
-      out.logprob[at] = static_cast<float>(token_logit[static_cast<size_t>(at)] - merged.lse);
-      out.entropy[at] = static_cast<float>(std::max(0.0, merged.lse - merged.mean_z));
-      out.lse[at] = static_cast<float>(merged.lse);
-      if (with_ref) {
-        out.kl[at] =
-            static_cast<float>(std::max(0.0, merged.mean_cross - merged.lse + merged.ref_lse));
-        out.ref_logprob[at] =
-            static_cast<float>(ref_token_logit[static_cast<size_t>(at)] - merged.ref_lse);
-        out.ref_lse[at] = static_cast<float>(merged.ref_lse);
-      }
-    }
+void linear_logprob(const LogprobInput& in, const LogprobOutput& out,
+                    const LogprobJacobian* jacobian, ThreadTeam& team) {
+  const Problem problem(in);
+  if (jacobian != nullptr) {
+    values_and_jacobian(problem, out, *jacobian, team);
+  } else {
+    values_only(problem, out, team);
   }
 }
 
-void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forward,
-                             const float* d_logprob, const float* d_entropy, const float* d_kl,
-                             float* d_hidden, ThreadTeam& team) {
-  if (in.rows == 0) return;
-  const PackedMatrix& weight = *in.weight;
-  const int64_t tiles = vocab_tiles(weight), cols = weight.cols();
-  const int64_t column_panels = (cols + kPanel - 1) / kPanel;
-  const float inv_temperature = 1.0f / in.temperature;
-  const bool with_ref = in.ref_hidden != nullptr && d_kl != nullptr;
-  // Two row blocks a worker where there are rows enough; the blocking changes no bit.
-  const int64_t share = (in.rows + 2 * team.size() - 1) / (2 * team.size());
-  const int64_t block_size =
-      std::clamp((share + kRowTile - 1) / kRowTile * kRowTile, kRowTile, kRowBlock);
-  PackedRows packed, ref_packed;
-  for (int64_t first = 0; first < in.rows; first += kRowChunk) {
-    const int64_t live = std::min(kRowChunk, in.rows - first);
-    packed.pack(live, cols, rows_from(in.hidden, first, cols), block_size, team);
-    if (with_ref) {
-      ref_packed.pack(live, cols, rows_from(in.ref_hidden, first, cols), block_size, team);
-    }
-    team.run(packed.blocks(), [&](int64_t block, int) {
-      const cpu::Kernels& k = cpu::kernels();
-      const int64_t rows = packed.block_rows(block);
-      Workspace& own = workspace();
-      float* dz = own.tile.reserve(kRowBlock * kVocabTile);
-      float* ref_logits = with_ref ? own.ref_tile.reserve(kRowBlock * kVocabTile) : nullptr;
-      float* dz_packed = own.packed.reserve(kRowBlock * kVocabTile);
-      float* weight_rows = own.panel.reserve(kVocabTile * kPanel);
-      float* result = own.result.reserve(column_panels * kRowBlock * kPanel);
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t panels = tile_panels(weight, tile);
-        const int64_t count = panels * kPanel;
-        tile_logits(packed, block, weight, tile, dz);
-        if (with_ref) tile_logits(ref_packed, block, weight, tile, ref_logits);
-        for (int64_t m = 0; m < rows; ++m) {
-          const int64_t row = first + block * block_size + m;
-          finish_tile_row(weight, tile, dz, rows, m, inv_temperature);
-          if (with_ref) finish_tile_row(weight, tile, ref_logits, rows, m, inv_temperature);
-          const cpu::RowGradient gradient{
-              .lse = forward.lse[row],
-              .ref_lse = with_ref ? forward.ref_lse[row] : 0.0f,
-              .entropy = forward.entropy[row],
-              .kl = with_ref ? forward.kl[row] : 0.0f,
-              .d_logprob = d_logprob[row],
-              .d_entropy = d_entropy != nullptr ? d_entropy[row] : 0.0f,
-              .d_kl = with_ref ? d_kl[row] : 0.0f,
-              .token = in.tokens[static_cast<size_t>(row)],
-          };
-          k.tile_gradient_row(dz, ref_logits, rows, m, panels, tile * kVocabTile, &gradient,
-                              inv_temperature);
-        }
-        // dz [panels][rows][16] is the left operand of dz W; panel by panel it packs to k = 16
-        // each.
-        for (int64_t m = 0; m < rows; m += kRowTile) {
-          float* to = dz_packed + m * count;
-          for (int64_t p = 0; p < panels; ++p) {
-            k.pack_rows(std::min(kRowTile, rows - m), kPanel, dz + (p * rows + m) * kPanel, kPanel,
-                        1, to + p * kPanel * kRowTile);
+void total_variation(const LogprobInput& in, const LogprobOutput& forward, float* tv,
+                     float* mass_above, ThreadTeam& team) {
+  const Problem problem(in);
+  require(problem.with_ref, "total_variation: expected reference hidden states, got none");
+  const int64_t tiles = problem.tiles;
+  std::vector<std::array<float, 2>> parts(
+      static_cast<size_t>(std::min(in.rows, kChunkRows) * tiles));
+  sweep_tiles(
+      problem, team,
+      [&](int64_t first, int64_t tile, const PackedRows& rows, Workspace& own) {
+        for (int64_t b = 0; b < rows.blocks(); ++b) {
+          const int64_t at = b * kRowBlock * kVocabTile, count = rows.block_rows(b);
+          for (int64_t m = 0; m < count; ++m) {
+            const int64_t row = b * kRowBlock + m;
+            auto& part = parts[static_cast<size_t>(row * tiles + tile)];
+            cpu::kernels().tile_variation_row(
+                own.logits.data() + at, own.ref_logits.data() + at, count, m, own.weight.panels(),
+                forward.lse[first + row], forward.ref_lse[first + row], &part[0], &part[1]);
           }
         }
-        // Rows past the vocabulary's end are zero in the packed weight and in dz.
-        for (int64_t c = 0; c < column_panels; ++c) {
-          k.transpose_panels(weight.panel(tile * kTilePanels), cols, count, c * kPanel,
-                             weight_rows);
-          k.gemm_panel(rows, count, dz_packed, weight_rows, kPanel, result + c * rows * kPanel,
-                       tile > 0);
+      },
+      [&](int64_t first, int64_t live) {
+        for (int64_t row = 0; row < live; ++row) {
+          double variation = 0.0, mass = 0.0;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            variation += parts[static_cast<size_t>(row * tiles + tile)][0];
+            mass += parts[static_cast<size_t>(row * tiles + tile)][1];
+          }
+          tv[first + row] = static_cast<float>(std::min(1.0, variation));
+          mass_above[first + row] = static_cast<float>(mass);
         }
-      }
-      for (int64_t m = 0; m < rows; ++m) {
-        float* to = d_hidden + (first + block * block_size + m) * cols;
-        for (int64_t c = 0; c < column_panels; ++c) {
-          const int64_t width = std::min(kPanel, cols - c * kPanel);
-          std::memcpy(to + c * kPanel, result + (c * rows + m) * kPanel,
-                      static_cast<size_t>(width) * sizeof(float));
-        }
-      }
-    });
+      });
+}
+
+void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forward,
+                             const float* mass_above, const LogprobJacobian* jacobian,
+                             const LogprobUpstream& upstream, float* d_hidden, float* d_weight,
+                             ThreadTeam& team) {
+  const Problem problem(in);
+  if (d_weight != nullptr) {
+    if (in.rows == 0) std::fill_n(d_weight, problem.vocab * problem.cols, 0.0f);
+    weight_gradient(problem, forward, mass_above, upstream, d_weight, team);
   }
+  if (d_hidden == nullptr) return;
+  LogprobUpstream rest = upstream;
+  const float* d_logprob = nullptr;
+  const float* d_kl = nullptr;
+  if (jacobian != nullptr) {
+    d_logprob = std::exchange(rest.logprob, nullptr);
+    if (jacobian->kl != nullptr) d_kl = std::exchange(rest.kl, nullptr);
+  }
+  const bool again = rest.logprob != nullptr || rest.entropy != nullptr || rest.kl != nullptr ||
+                     rest.reverse_kl != nullptr || rest.total_variation != nullptr;
+  if (again) {
+    hidden_gradient(problem, forward, mass_above, rest, d_hidden, team);
+  } else {
+    std::fill_n(d_hidden, in.rows * problem.cols, 0.0f);
+  }
+  row_parallel(in.rows, problem.cols, team, [&](int64_t row) {
+    float* to = d_hidden + row * problem.cols;
+    const cpu::Kernels& k = cpu::kernels();
+    if (d_logprob != nullptr) {
+      k.axpy(d_logprob[row], jacobian->logprob + row * problem.cols, problem.cols, to);
+    }
+    if (d_kl != nullptr && d_kl[row] != 0.0f) {
+      k.axpy(d_kl[row], jacobian->kl + row * problem.cols, problem.cols, to);
+    }
+  });
+}
+
+int64_t linear_logprob_bytes(const LogprobInput& in, bool with_jacobian, int threads) {
+  const Problem problem(in);
+  const int64_t sides = problem.with_ref ? 2 : 1;
+  const int64_t contract = problem.cols + (problem.with_ref ? problem.ref_cols : 0);
+  const auto weight_bytes = [](const VocabularyWeight& weight) {
+    const auto* stored = std::get_if<StoredMatrix>(&weight);
+    int64_t floats = kVocabTile * kPanel;
+    if (stored != nullptr) {
+      floats +=
+          kPanel * stored->cols + (stored->dtype == DType::kF32 ? 0 : kVocabTile * stored->cols);
+    }
+    return floats * 4;
+  };
+  const int64_t tile_bytes =
+      weight_bytes(in.weight) + (problem.own_ref_weight ? weight_bytes(in.ref_weight) : 0);
+  const auto stats_bytes = static_cast<int64_t>(sizeof(cpu::TileStats)) * problem.tiles;
+  if (!with_jacobian) {
+    const int64_t rows = round_up(std::min(in.rows, kChunkRows), kRowBlock);
+    return rows * (stats_bytes + 4 * contract) + 8 * in.rows +
+           threads * (tile_bytes + rows * 4 * kVocabTile * sides);
+  }
+  const int64_t columns = round_up(problem.cols, kPanel);
+  return static_cast<int64_t>(sizeof(Running)) * in.rows +
+         threads * (tile_bytes + kRowBlock * (stats_bytes + 4 * contract + 8 * kVocabTile * sides +
+                                              4 * columns * sides));
 }
 
 }  // namespace alignpro::ops

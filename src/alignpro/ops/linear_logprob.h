@@ -18,10 +18,10 @@ using VocabularyWeight = std::variant<const PackedMatrix*, StoredMatrix>;
 // the reference's hidden states (and weight), one pass over tiles of the vocabulary.
 struct LogprobInput {
   int64_t rows;
-  const float* hidden;              // [rows, W.cols]
-  VocabularyWeight weight;          // [vocab, cols]
-  std::span<const int32_t> tokens;  // [rows]
-  float temperature = 1.0f;         // > 0
+  const float* hidden;                    // [rows, W.cols]
+  VocabularyWeight weight;                // [vocab, cols]
+  std::span<const int32_t> tokens;        // [rows]
+  float temperature = 1.0f;               // > 0
   const float* ref_hidden = nullptr;      // [rows, ref_weight.cols]; null: no reference
   VocabularyWeight ref_weight = nullptr;  // null: the same weight
 };
@@ -41,8 +41,8 @@ struct LogprobOutput {
 // rows of W weighted by p, rescaled as the maximum grows. They make the backward by these two
 // outputs free of any product with W.
 struct LogprobJacobian {
-  float* logprob;        // d logprob / d hidden
-  float* kl = nullptr;   // d KL(p || q) / d hidden; null: not wanted
+  float* logprob;       // d logprob / d hidden
+  float* kl = nullptr;  // d KL(p || q) / d hidden; null: not wanted
 };
 
 // Derivatives of the loss by each output, [rows]; null: zero.

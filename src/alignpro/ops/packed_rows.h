@@ -21,9 +21,10 @@ inline constexpr int64_t kRowBlock = 96;
 // [row block][contraction block][row tile][k][6].
 class PackedRows {
  public:
-  // `block_size` must be a multiple of kRowTile.
+  // `block_size` must be a multiple of kRowTile. Without a team the caller packs alone, as an item
+  // of a running team must.
   void pack(int64_t rows, int64_t contract, MatrixView source, int64_t block_size,
-            ThreadTeam& team) {
+            ThreadTeam* team) {
     rows_ = rows;
     contract_ = contract;
     block_size_ = block_size;
@@ -39,10 +40,11 @@ class PackedRows {
           source.row_stride, source.col_stride, packed + offset(block, k_begin));
     };
     const int64_t items = blocks() * steps;
-    if (rows * contract <= 32768) {  // waking a team costs more than packing a few rows
+    // Waking a team costs more than packing a few rows.
+    if (team == nullptr || rows * contract <= 32768) {
       for (int64_t item = 0; item < items; ++item) pack_item(item, 0);
     } else {
-      team.run(items, pack_item);
+      team->run(items, pack_item);
     }
   }
 

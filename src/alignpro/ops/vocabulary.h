@@ -4,6 +4,7 @@
 // and the merge of per-tile statistics. One definition, so that a log-probability recorded while
 // sampling is the one the scorer computes, to the bit (contracts 1 and 2).
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <span>
@@ -17,33 +18,35 @@ namespace alignpro::ops {
 inline constexpr int64_t kVocabTile = 256;
 inline constexpr int64_t kTilePanels = kVocabTile / cpu::kPanel;
 
-inline int64_t vocab_tiles(const PackedMatrix& weight) {
-  return (weight.rows() + kVocabTile - 1) / kVocabTile;
-}
-inline int64_t tile_panels(const PackedMatrix& weight, int64_t tile) {
-  return std::min(kTilePanels, weight.panels() - tile * kTilePanels);
+inline int64_t vocab_tiles(int64_t vocab) { return (vocab + kVocabTile - 1) / kVocabTile; }
+inline int64_t tile_panels(int64_t vocab, int64_t tile) {
+  const int64_t panels = (vocab + cpu::kPanel - 1) / cpu::kPanel;
+  return std::min(kTilePanels, panels - tile * kTilePanels);
 }
 
-// Logits of one row block: out [panels][rows][16], unscaled.
+// Logits of one row block against one panel [cols][16] of the weight: out [rows][16], unscaled.
+inline void panel_logits(const PackedRows& rows, int64_t block, const float* panel, float* out) {
+  for (int64_t k_begin = 0; k_begin < rows.contract(); k_begin += cpu::kContract) {
+    cpu::kernels().gemm_panel(
+        rows.block_rows(block), std::min(cpu::kContract, rows.contract() - k_begin),
+        rows.at(block, k_begin), panel + k_begin * cpu::kPanel, cpu::kPanel, out, k_begin > 0);
+  }
+}
+
+// The same against one tile: out [panels][rows][16].
 inline void tile_logits(const PackedRows& rows, int64_t block, const PackedMatrix& weight,
                         int64_t tile, float* out) {
-  const cpu::Kernels& k = cpu::kernels();
-  const int64_t count = rows.block_rows(block);
-  for (int64_t p = 0; p < tile_panels(weight, tile); ++p) {
-    const float* panel = weight.panel(tile * kTilePanels + p);
-    for (int64_t k_begin = 0; k_begin < rows.contract(); k_begin += cpu::kContract) {
-      k.gemm_panel(count, std::min(cpu::kContract, rows.contract() - k_begin),
-                   rows.at(block, k_begin), panel + k_begin * cpu::kPanel, cpu::kPanel,
-                   out + p * count * cpu::kPanel, k_begin > 0);
-    }
+  for (int64_t p = 0; p < tile_panels(weight.rows(), tile); ++p) {
+    panel_logits(rows, block, weight.panel(tile * kTilePanels + p),
+                 out + p * rows.block_rows(block) * cpu::kPanel);
   }
 }
 
 // Temperature and the vocabulary's end, applied to one row of a tile.
-inline void finish_tile_row(const PackedMatrix& weight, int64_t tile, float* logits, int64_t rows,
-                            int64_t row, float inv_temperature) {
-  cpu::kernels().scale_tile_row(logits, rows, row, tile_panels(weight, tile),
-                                weight.rows() - tile * kVocabTile, inv_temperature);
+inline void finish_tile_row(int64_t vocab, int64_t tile, float* logits, int64_t rows, int64_t row,
+                            float inv_temperature) {
+  cpu::kernels().scale_tile_row(logits, rows, row, tile_panels(vocab, tile),
+                                vocab - tile * kVocabTile, inv_temperature);
 }
 
 inline float tile_value(const float* logits, int64_t rows, int64_t row, int64_t column) {
@@ -58,6 +61,7 @@ struct RowStats {
   double mean_z;  // E_p[z]
   double ref_lse;
   double mean_cross;  // E_p[z - z_ref]
+  double ref_cross;   // E_q[z_ref - z]
 
   // NaN logits make the sum NaN; a row of -inf alone sums to 0.
   bool valid() const { return sum > 0.0 && std::isfinite(sum) && std::isfinite(max); }
@@ -69,7 +73,7 @@ inline RowStats merge_tiles(std::span<const cpu::TileStats> tiles) {
     max = std::max(max, t.max);
     ref_max = std::max(ref_max, t.ref_max);
   }
-  double sum = 0, sum_z = 0, ref_sum = 0, cross = 0;
+  double sum = 0, sum_z = 0, ref_sum = 0, cross = 0, ref_cross = 0;
   for (const auto& t : tiles) {
     // A tile without a finite maximum was measured from 0 and holds 0 (or NaN, which must spread).
     const double top = std::isfinite(t.max) ? double{t.max} : 0.0;
@@ -77,11 +81,23 @@ inline RowStats merge_tiles(std::span<const cpu::TileStats> tiles) {
     const double weight = std::isfinite(t.max) ? std::exp(top - max) : 1.0;
     const double ref_weight = std::isfinite(t.ref_max) ? std::exp(ref_top - ref_max) : 1.0;
     sum += weight * t.sum;
-    sum_z += weight * (double{t.sum_z} + double{t.sum} * top);
     ref_sum += ref_weight * t.ref_sum;
-    cross += weight * (double{t.sum_cross} + double{t.sum} * (top - ref_top));
+    // A tile of no weight may hold infinite differences.
+    if (weight * t.sum != 0.0) {
+      sum_z += weight * (double{t.sum_z} + double{t.sum} * top);
+      cross += weight * (double{t.sum_cross} + double{t.sum} * (top - ref_top));
+    }
+    if (ref_weight * t.ref_sum != 0.0) {
+      ref_cross += ref_weight * (double{t.ref_cross} + double{t.ref_sum} * (ref_top - top));
+    }
   }
-  return {max, sum, max + std::log(sum), sum_z / sum, ref_max + std::log(ref_sum), cross / sum};
+  return {max,
+          sum,
+          max + std::log(sum),
+          sum_z / sum,
+          ref_max + std::log(ref_sum),
+          cross / sum,
+          ref_cross / ref_sum};
 }
 
 }  // namespace alignpro::ops

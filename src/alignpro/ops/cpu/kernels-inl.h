@@ -63,8 +63,6 @@ constexpr float kInf = __builtin_inff();
 // Below this exp() is flushed to 0: the smallest normal float is exp(-87.336).
 constexpr float kExpMin = -87.3f;
 constexpr float kExpMax = 88.3f;
-// Clamp of (z - max) where it multiplies exp(z - max): keeps 0 * -inf out of the sums.
-constexpr float kGapMin = -104.0f;
 
 // exp by range reduction to |r| <= ln2 / 2 and a degree-6 polynomial; relative error < 2e-7.
 // NaN stays NaN; below kExpMin the result is exactly 0.
@@ -160,28 +158,6 @@ void gemm_panel(int64_t rows, int64_t k_count, const float* a, const float* b, i
   }
 }
 
-void pack_rows(int64_t rows, int64_t k_count, const float* source, int64_t row_stride,
-               int64_t col_stride, float* packed) {
-  for (int64_t m = 0; m < rows; m += kRowTile) {
-    const int64_t live = rows - m < kRowTile ? rows - m : kRowTile;
-    const float* from = source + m * row_stride;
-    if (live == kRowTile) {
-      for (int64_t k = 0; k < k_count; ++k) {
-        for (int64_t i = 0; i < kRowTile; ++i) {
-          packed[k * kRowTile + i] = from[i * row_stride + k * col_stride];
-        }
-      }
-    } else {
-      for (int64_t k = 0; k < k_count; ++k) {
-        for (int64_t i = 0; i < kRowTile; ++i) {
-          packed[k * kRowTile + i] = i < live ? from[i * row_stride + k * col_stride] : 0.0f;
-        }
-      }
-    }
-    packed += k_count * kRowTile;
-  }
-}
-
 #if defined(__AVX2__)
 ALIGNPRO_INLINE void transpose8(const float* from, int64_t from_stride, float* to,
                                 int64_t to_stride) {
@@ -217,6 +193,106 @@ ALIGNPRO_INLINE void transpose8(const float* from, int64_t from_stride, float* t
   }
 }
 #endif
+
+// out[j][i] = row[i][k + j]
+ALIGNPRO_INLINE void transpose8_rows(const float* const row[8], int64_t k, float* out) {
+  float block[8 * 8];
+  for (int i = 0; i < 8; ++i) store(block + i * 8, load(row[i] + k));
+  transpose8(block, 8, out, 8);
+}
+
+// One tile of up to six rows whose values lie next to each other: eight k at a time are transposed
+// and written as overlapping vectors, each covering the two floats too many of the one before.
+ALIGNPRO_INLINE void pack_tile(const float* from, int64_t row_stride, int64_t live, int64_t k_count,
+                               float* packed) {
+  float block[8 * 8];
+  const float* row[8];
+  for (int64_t i = 0; i < 8; ++i) row[i] = from + (i < live ? i : 0) * row_stride;
+  int64_t k = 0;
+  for (; k + 8 <= k_count; k += 8) {
+    transpose8_rows(row, k, block);
+    for (int64_t j = 0; j < 8; ++j) {
+      for (int64_t i = live; i < kRowTile; ++i) block[j * 8 + i] = 0.0f;
+      float* to = packed + (k + j) * kRowTile;
+      if (j < 7) {
+        store(to, load(block + j * 8));
+      } else {  // what follows may be another worker's
+        std::memcpy(to, block + j * 8, kRowTile * sizeof(float));
+      }
+    }
+  }
+  for (; k < k_count; ++k) {
+    for (int64_t i = 0; i < kRowTile; ++i) {
+      packed[k * kRowTile + i] = i < live ? row[i][k] : 0.0f;
+    }
+  }
+}
+
+void pack_rows(int64_t rows, int64_t k_count, const float* source, int64_t row_stride,
+               int64_t col_stride, float* packed) {
+  for (int64_t m = 0; m < rows; m += kRowTile) {
+    const int64_t live = rows - m < kRowTile ? rows - m : kRowTile;
+    const float* from = source + m * row_stride;
+    if (col_stride == 1) {
+      if (live == kRowTile) {
+        pack_tile(from, row_stride, kRowTile, k_count, packed);
+      } else {
+        pack_tile(from, row_stride, live, k_count, packed);
+      }
+    } else if (row_stride == 1 && live == kRowTile) {
+      for (int64_t k = 0; k < k_count; ++k) {
+        std::memcpy(packed + k * kRowTile, from + k * col_stride, kRowTile * sizeof(float));
+      }
+    } else {
+      for (int64_t k = 0; k < k_count; ++k) {
+        for (int64_t i = 0; i < kRowTile; ++i) {
+          packed[k * kRowTile + i] = i < live ? from[i * row_stride + k * col_stride] : 0.0f;
+        }
+      }
+    }
+    packed += k_count * kRowTile;
+  }
+}
+
+void pack_panel(const float* source, int64_t row_stride, int64_t rows, int64_t k_count,
+                float* out) {
+  int64_t k = 0;
+  if (rows == kPanel) {
+    for (; k + 8 <= k_count; k += 8) {
+      transpose8(source + k, row_stride, out + k * kPanel, kPanel);
+      transpose8(source + 8 * row_stride + k, row_stride, out + k * kPanel + 8, kPanel);
+    }
+  }
+  for (; k < k_count; ++k) {
+    for (int64_t n = 0; n < kPanel; ++n) {
+      out[k * kPanel + n] = n < rows ? source[n * row_stride + k] : 0.0f;
+    }
+  }
+}
+
+void store_tile(const float* tile, int64_t rows, int64_t columns, float scale, const float* bias,
+                const float* residual, float* out, int64_t ldc) {
+  if (columns == kPanel) {
+    const F8 factor = splat(scale);
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t half = 0; half < kPanel; half += 8) {
+        F8 v = load(tile + m * kPanel + half) * factor;
+        if (bias != nullptr) v = v + load(bias + half);
+        if (residual != nullptr) v = v + load(residual + m * ldc + half);
+        store(out + m * ldc + half, v);
+      }
+    }
+    return;
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < columns; ++n) {
+      float v = tile[m * kPanel + n] * scale;
+      if (bias != nullptr) v += bias[n];
+      if (residual != nullptr) v += residual[m * ldc + n];
+      out[m * ldc + n] = v;
+    }
+  }
+}
 
 void transpose_panels(const float* panels, int64_t k_total, int64_t n_count, int64_t k_begin,
                       float* out) {
@@ -374,10 +450,9 @@ void scale_tile_row(float* tile, int64_t rows, int64_t row, int64_t panels, int6
   }
 }
 
-ALIGNPRO_INLINE F8 gap(F8 z, F8 top) {
-  const F8 d = z - top;
-  const F8 low = splat(kGapMin);
-  return d < low ? low : d;  // NaN passes through
+// What multiplies a weight of exactly 0 counts as 0: keeps 0 * inf out of the sums. NaN passes.
+ALIGNPRO_INLINE F8 where_weighted(F8 weight, F8 value) {
+  return weight == splat(0.0f) ? splat(0.0f) : value;
 }
 
 void tile_stats_row(const float* tile, const float* ref_tile, int64_t rows, int64_t row,
@@ -395,18 +470,21 @@ void tile_stats_row(const float* tile, const float* ref_tile, int64_t rows, int6
   const float top = max_lanes(m), ref_top = max_lanes(rm);
   const F8 top8 = splat(top == -kInf ? 0.0f : top);
   const F8 ref_top8 = splat(ref_top == -kInf ? 0.0f : ref_top);
-  F8 sum = splat(0.0f), sum_z = splat(0.0f), ref_sum = splat(0.0f), cross = splat(0.0f);
+  F8 sum = splat(0.0f), sum_z = splat(0.0f), ref_sum = splat(0.0f);
+  F8 cross = splat(0.0f), ref_cross = splat(0.0f);
   for (int64_t p = 0; p < panels; ++p) {
     for (int64_t half = 0; half < kPanel; half += 8) {
       const int64_t at = (p * rows + row) * kPanel + half;
-      const F8 d = gap(load(tile + at), top8);
+      const F8 d = load(tile + at) - top8;
       const F8 e = exp8(d);
       sum = sum + e;
-      sum_z = fma(e, d, sum_z);
+      sum_z = fma(e, where_weighted(e, d), sum_z);
       if (ref_tile != nullptr) {
-        const F8 rd = gap(load(ref_tile + at), ref_top8);
-        ref_sum = ref_sum + exp8(rd);
-        cross = fma(e, d - rd, cross);
+        const F8 rd = load(ref_tile + at) - ref_top8;
+        const F8 re = exp8(rd);
+        ref_sum = ref_sum + re;
+        cross = fma(e, where_weighted(e, d - rd), cross);
+        ref_cross = fma(re, where_weighted(re, rd - d), ref_cross);
       }
     }
   }
@@ -416,25 +494,76 @@ void tile_stats_row(const float* tile, const float* ref_tile, int64_t rows, int6
   stats->ref_max = ref_top;
   stats->ref_sum = sum_lanes(ref_sum);
   stats->sum_cross = sum_lanes(cross);
+  stats->ref_cross = sum_lanes(ref_cross);
+}
+
+void tile_weights_row(float* tile, float* ref_tile, int64_t rows, int64_t row, int64_t panels,
+                      float max, float center, float ref_center) {
+  const F8 top = splat(max), c = splat(center), rc = splat(ref_center);
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t half = 0; half < kPanel; half += 8) {
+      const int64_t at = (p * rows + row) * kPanel + half;
+      const F8 z = load(tile + at);
+      const F8 e = exp8(z - top);
+      store(tile + at, e);
+      if (ref_tile != nullptr) {
+        const F8 difference = (z - c) - (load(ref_tile + at) - rc);
+        store(ref_tile + at, e * where_weighted(e, difference));
+      }
+    }
+  }
+}
+
+void tile_variation_row(const float* tile, const float* ref_tile, int64_t rows, int64_t row,
+                        int64_t panels, float lse, float ref_lse, float* variation,
+                        float* mass_above) {
+  F8 sum = splat(0.0f), mass = splat(0.0f);
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t half = 0; half < kPanel; half += 8) {
+      const int64_t at = (p * rows + row) * kPanel + half;
+      const F8 prob = exp8(load(tile + at) - splat(lse));
+      const F8 more = prob - exp8(load(ref_tile + at) - splat(ref_lse));
+      sum = sum + (more > splat(0.0f) ? more : splat(0.0f));
+      mass = mass + (more > splat(0.0f) ? prob : splat(0.0f));
+    }
+  }
+  *variation = sum_lanes(sum);
+  *mass_above = sum_lanes(mass);
+}
+
+template <bool WithQ>
+ALIGNPRO_INLINE void tile_gradient(float* tile, const float* ref_tile, int64_t rows, int64_t row,
+                                   int64_t panels, const RowGradient& g, float inv_temperature) {
+  const F8 lse = splat(g.lse), ref_lse = splat(g.ref_lse), zero = splat(0.0f);
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t half = 0; half < kPanel; half += 8) {
+      const int64_t at = (p * rows + row) * kPanel + half;
+      const F8 logp = load(tile + at) - lse;
+      const F8 prob = exp8(logp);
+      F8 factor = splat(-g.d_logprob) - splat(g.d_entropy) * (logp + splat(g.entropy));
+      F8 extra = zero;
+      if (ref_tile != nullptr) {
+        const F8 logq = load(ref_tile + at) - ref_lse;
+        factor = fma(splat(g.d_kl), logp - logq - splat(g.kl), factor);
+        if constexpr (WithQ) {
+          const F8 more = prob - exp8(logq);
+          const F8 above = (more > zero ? splat(1.0f) : zero) - splat(g.mass_above);
+          factor = fma(splat(g.d_total_variation), above, factor);
+          extra = splat(g.d_reverse_kl) * more;
+        }
+      }
+      store(tile + at, fma(prob, where_weighted(prob, factor), extra) * splat(inv_temperature));
+    }
+  }
 }
 
 void tile_gradient_row(float* tile, const float* ref_tile, int64_t rows, int64_t row,
                        int64_t panels, int64_t first_column, const RowGradient* g,
                        float inv_temperature) {
-  const F8 lse = splat(g->lse), ref_lse = splat(g->ref_lse), low = splat(kGapMin);
-  for (int64_t p = 0; p < panels; ++p) {
-    for (int64_t half = 0; half < kPanel; half += 8) {
-      const int64_t at = (p * rows + row) * kPanel + half;
-      const F8 logp = gap(load(tile + at), lse);
-      const F8 prob = exp8(logp);
-      F8 factor = splat(-g->d_logprob) - splat(g->d_entropy) * (logp + splat(g->entropy));
-      if (ref_tile != nullptr) {
-        const F8 rz = load(ref_tile + at) - ref_lse;
-        const F8 logq = rz < low ? low : rz;
-        factor = fma(splat(g->d_kl), logp - logq - splat(g->kl), factor);
-      }
-      store(tile + at, prob * factor * splat(inv_temperature));
-    }
+  if (ref_tile != nullptr && (g->d_reverse_kl != 0.0f || g->d_total_variation != 0.0f)) {
+    tile_gradient<true>(tile, ref_tile, rows, row, panels, *g, inv_temperature);
+  } else {
+    tile_gradient<false>(tile, ref_tile, rows, row, panels, *g, inv_temperature);
   }
   const int64_t column = g->token - first_column;
   if (column >= 0 && column < panels * kPanel) {
@@ -448,8 +577,8 @@ void tile_exp_row(const float* tile, int64_t rows, int64_t row, int64_t panels, 
   const F8 top = splat(max);
   for (int64_t p = 0; p < panels; ++p) {
     const float* z = tile + (p * rows + row) * kPanel;
-    store(e + p * kPanel, exp8(gap(load(z), top)));
-    store(e + p * kPanel + 8, exp8(gap(load(z + 8), top)));
+    store(e + p * kPanel, exp8(load(z) - top));
+    store(e + p * kPanel + 8, exp8(load(z + 8) - top));
   }
 }
 
@@ -461,6 +590,8 @@ const Kernels kKernels = {
     .gemm_panel = gemm_panel,
     .pack_rows = pack_rows,
     .transpose_panels = transpose_panels,
+    .pack_panel = pack_panel,
+    .store_tile = store_tile,
     .rms_norm_row = rms_norm_row,
     .rms_norm_backward_row = rms_norm_backward_row,
     .swiglu_row = swiglu_row,
@@ -471,6 +602,8 @@ const Kernels kKernels = {
     .axpy = axpy,
     .scale_tile_row = scale_tile_row,
     .tile_stats_row = tile_stats_row,
+    .tile_weights_row = tile_weights_row,
+    .tile_variation_row = tile_variation_row,
     .tile_gradient_row = tile_gradient_row,
     .tile_exp_row = tile_exp_row,
 };

@@ -20,19 +20,24 @@ struct TileStats {
   float ref_max;  // the same of the reference's logits
   float ref_sum;
   float sum_cross;  // sum e ((z - max) - (z_ref - ref_max))
+  float ref_cross;  // sum e_ref ((z_ref - ref_max) - (z - max))
 };
 
 // Derivatives of the loss by one row's outputs, with the row's statistics: what the backward of the
-// vocabulary op needs to rebuild dz = d_logprob (1[a] - p) - d_entropy p (log p + H)
-// + d_kl p (log p - log q - KL).
+// vocabulary op needs to rebuild, with [p > q] 1 where it holds,
+//   dz = d_logprob (1[a] - p) - d_entropy p (log p + H) + d_kl p (log p - log q - KL)
+//      + d_reverse_kl (p - q) + d_total_variation p ([p > q] - mass_above).
 struct RowGradient {
   float lse;      // of z
   float ref_lse;  // of z_ref
   float entropy;
   float kl;
+  float mass_above;  // sum of p where p > q
   float d_logprob;
   float d_entropy;
   float d_kl;
+  float d_reverse_kl;
+  float d_total_variation;
   int32_t token;
 };
 
@@ -56,6 +61,15 @@ struct Kernels {
   // a [n_count][16] sub-panel of the transposed weight, from panels [.][k_total][16].
   void (*transpose_panels)(const float* panels, int64_t k_total, int64_t n_count, int64_t k_begin,
                            float* out);
+
+  // out[k][n] = source[n * row_stride + k] for n < rows <= 16, else 0: a panel [k_count][16].
+  void (*pack_panel)(const float* source, int64_t row_stride, int64_t rows, int64_t k_count,
+                     float* out);
+
+  // The end of a product: out[m][n] = tile[m][n] * scale + bias[n] + residual[m][n] for n < columns
+  // <= 16; tile: [rows][16]; out and residual: rows ldc apart. bias and residual may be null.
+  void (*store_tile)(const float* tile, int64_t rows, int64_t columns, float scale,
+                     const float* bias, const float* residual, float* out, int64_t ldc);
 
   // y = x * w / sqrt(mean(x^2) + eps); returns the factor 1 / sqrt(...).
   float (*rms_norm_row)(const float* x, const float* w, int64_t n, float eps, float* y);
@@ -88,6 +102,14 @@ struct Kernels {
   // Statistics of one row of scaled logits; ref_tile may be null.
   void (*tile_stats_row)(const float* tile, const float* ref_tile, int64_t rows, int64_t row,
                          int64_t panels, TileStats* stats);
+  // For sums of rows of W weighted by p: overwrites one row of scaled logits by e = exp(z - max),
+  // and the reference's, unless null, by e ((z - center) - (z_ref - ref_center)).
+  void (*tile_weights_row)(float* tile, float* ref_tile, int64_t rows, int64_t row, int64_t panels,
+                           float max, float center, float ref_center);
+  // Sums over one row of a tile of max(0, p - q), and of p where p > q.
+  void (*tile_variation_row)(const float* tile, const float* ref_tile, int64_t rows, int64_t row,
+                             int64_t panels, float lse, float ref_lse, float* variation,
+                             float* mass_above);
   // Overwrites one row of scaled logits by dz (see RowGradient), times inv_temperature.
   void (*tile_gradient_row)(float* tile, const float* ref_tile, int64_t rows, int64_t row,
                             int64_t panels, int64_t first_column, const RowGradient* gradient,

@@ -1,0 +1,97 @@
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <variant>
+
+#include "alignpro/core/aligned.h"
+#include "alignpro/ops/linear_logprob.h"
+#include "alignpro/ops/vocabulary.h"
+
+namespace alignpro::ops {
+
+inline int64_t vocab_size(const VocabularyWeight& weight) {
+  return std::visit(
+      [](const auto& w) {
+        if constexpr (std::is_pointer_v<std::decay_t<decltype(w)>>)
+          return w->rows();
+        else
+          return w.rows;
+      },
+      weight);
+}
+
+inline int64_t hidden_size(const VocabularyWeight& weight) {
+  return std::visit(
+      [](const auto& w) {
+        if constexpr (std::is_pointer_v<std::decay_t<decltype(w)>>)
+          return w->cols();
+        else
+          return w.cols;
+      },
+      weight);
+}
+
+// One worker's view of one tile of a vocabulary weight, in the two orders that the products read.
+class WeightTile {
+ public:
+  void open(const VocabularyWeight& weight, int64_t tile) {
+    packed_ = std::holds_alternative<const PackedMatrix*>(weight)
+                  ? std::get<const PackedMatrix*>(weight)
+                  : nullptr;
+    tile_ = tile;
+    vocab_ = vocab_size(weight);
+    cols_ = hidden_size(weight);
+    live_ = std::min(kVocabTile, vocab_ - tile * kVocabTile);
+    if (packed_ != nullptr) return;
+    const StoredMatrix& stored = std::get<StoredMatrix>(weight);
+    const int64_t row_size = row_bytes(stored.dtype, cols_);
+    const std::byte* from = stored.data + tile * kVocabTile * row_size;
+    if (stored.dtype == DType::kF32) {
+      values_ = reinterpret_cast<const float*>(from);
+    } else {
+      float* wide = wide_.reserve(kVocabTile * cols_);
+      dequantize(stored.dtype, from, live_ * cols_, wide);
+      values_ = wide;
+    }
+  }
+
+  int64_t panels() const { return tile_panels(vocab_, tile_); }
+  int64_t rows() const { return panels() * cpu::kPanel; }  // the last ones may be padding
+
+  // Rows [16 p, 16 p + 16) of the tile as [cols][16]. Valid until the next call.
+  const float* panel(int64_t p) {
+    if (packed_ != nullptr) return packed_->panel(tile_ * kTilePanels + p);
+    float* out = panel_.reserve(cols_ * cpu::kPanel);
+    cpu::kernels().pack_panel(values_ + p * cpu::kPanel * cols_, cols_,
+                              std::min(cpu::kPanel, live_ - p * cpu::kPanel), cols_, out);
+    return out;
+  }
+
+  // Columns [16 c, 16 c + 16) of the tile as [rows()][16], zero in the padding. Valid until the
+  // next call.
+  const float* columns(int64_t c) {
+    float* out = columns_.reserve(kVocabTile * cpu::kPanel);
+    if (packed_ != nullptr) {
+      cpu::kernels().transpose_panels(packed_->panel(tile_ * kTilePanels), cols_, rows(),
+                                      c * cpu::kPanel, out);
+      return out;
+    }
+    const int64_t begin = c * cpu::kPanel, width = std::min(cpu::kPanel, cols_ - begin);
+    for (int64_t v = 0; v < live_; ++v) {
+      std::memcpy(out + v * cpu::kPanel, values_ + v * cols_ + begin,
+                  static_cast<size_t>(width) * sizeof(float));
+      std::fill(out + v * cpu::kPanel + width, out + (v + 1) * cpu::kPanel, 0.0f);
+    }
+    std::fill(out + live_ * cpu::kPanel, out + rows() * cpu::kPanel, 0.0f);
+    return out;
+  }
+
+ private:
+  const PackedMatrix* packed_ = nullptr;
+  const float* values_ = nullptr;  // [live][cols] when the weight is not packed
+  int64_t tile_ = 0, vocab_ = 0, cols_ = 0, live_ = 0;
+  AlignedBuffer wide_, panel_, columns_;
+};
+
+}  // namespace alignpro::ops
