@@ -41,6 +41,13 @@ py::dict describe(const model::Model& model) {
   return d;
 }
 
+model::Activations activations_from(const std::string& name) {
+  if (name == "keep") return model::Activations::kKeep;
+  require(name == "recompute", "activations: expected \"keep\" or \"recompute\", got \"", name,
+          "\"");
+  return model::Activations::kRecompute;
+}
+
 std::shared_ptr<model::Adapter> make_adapter(const model::Model& model, const py::dict& matrices,
                                              float scale) {
   std::map<std::string, model::LoraMatrices> views;
@@ -77,8 +84,8 @@ py::dict gradients_to_dict(const model::Adapter& adapter,
   for (size_t i = 0; i < gradients.modules.size(); ++i) {
     const model::Adapter::Module& m = adapter.modules()[i];
     result[py::str(m.where.path)] =
-        py::make_tuple(to_array(gradients.modules[i].a, m.a.rows(), m.a.cols()),
-                       to_array(gradients.modules[i].b, m.b.rows(), m.b.cols()));
+        py::make_tuple(to_array(gradients.modules[i].a, m.rank, m.where.inputs),
+                       to_array(gradients.modules[i].b, m.where.outputs, m.rank));
   }
   return result;
 }
@@ -147,19 +154,36 @@ void bind_model(py::module_& m) {
           [](std::shared_ptr<model::Model> self, std::vector<std::vector<int32_t>> sequences,
              std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
              float temperature, std::shared_ptr<model::Adapter> reference, bool with_reference,
-             bool keep_graph) {
+             bool keep_graph, const std::string& activations) {
             const GilRelease release;
-            model::ScoreRequest request;
-            request.sequences = std::move(sequences);
-            request.starts = std::move(starts);
-            request.adapter = std::move(adapter);
-            request.temperature = temperature;
-            request.with_reference = with_reference;
-            request.reference = std::move(reference);
-            request.keep_graph = keep_graph;
+            model::ScoreRequest request{.sequences = std::move(sequences),
+                                        .starts = std::move(starts),
+                                        .adapter = std::move(adapter),
+                                        .temperature = temperature,
+                                        .with_reference = with_reference,
+                                        .reference = std::move(reference),
+                                        .keep_graph = keep_graph,
+                                        .activations = activations_from(activations)};
             return std::make_unique<model::Score>(std::move(self), std::move(request));
           },
           py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
           py::arg("temperature") = 1.0f, py::arg("reference") = nullptr,
-          py::arg("with_reference") = false, py::arg("keep_graph") = false);
+          py::arg("with_reference") = false, py::arg("keep_graph") = false,
+          py::arg("activations") = "keep")
+      .def(
+          "score_bytes",
+          [](const model::Model& self, std::vector<std::vector<int32_t>> sequences,
+             std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
+             bool with_reference, bool keep_graph, const std::string& activations) {
+            const GilRelease release;
+            return model::Score::bytes(self, {.sequences = std::move(sequences),
+                                              .starts = std::move(starts),
+                                              .adapter = std::move(adapter),
+                                              .with_reference = with_reference,
+                                              .keep_graph = keep_graph,
+                                              .activations = activations_from(activations)});
+          },
+          py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
+          py::arg("with_reference") = false, py::arg("keep_graph") = false,
+          py::arg("activations") = "keep");
 }

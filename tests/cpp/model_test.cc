@@ -147,7 +147,7 @@ std::vector<int64_t> starts() { return {21, 21, 21, 21, 1, 4}; }
 
 Score score(const std::shared_ptr<Model>& model, std::shared_ptr<const Adapter> adapter,
             std::shared_ptr<const Adapter> reference, bool keep_graph,
-            int64_t activation_bytes = int64_t{1} << 30) {
+            Activations activations = Activations::kKeep) {
   ScoreRequest request;
   request.sequences = sequences();
   request.starts = starts();
@@ -156,7 +156,7 @@ Score score(const std::shared_ptr<Model>& model, std::shared_ptr<const Adapter> 
   request.with_reference = true;
   request.reference = std::move(reference);
   request.keep_graph = keep_graph;
-  request.activation_bytes = activation_bytes;
+  request.activations = activations;
   return Score(model, std::move(request));
 }
 
@@ -337,10 +337,11 @@ TEST(gradients_do_not_depend_on_threads_or_on_what_is_kept) {
   const ModelConfig config = tiny(true, false, false);
   const LoraStore store(config, 2, 8, false);
   std::vector<AdapterGradients> all;
-  for (const auto& [threads, bytes] :
-       {std::pair{1, int64_t{1} << 30}, std::pair{2, int64_t{1} << 30}, std::pair{2, int64_t{0}}}) {
+  for (const auto& [threads, activations] :
+       {std::pair{1, Activations::kKeep}, std::pair{2, Activations::kKeep},
+        std::pair{2, Activations::kRecompute}}) {
     const auto model = tiny_model(config, threads);
-    Score s = score(model, store.adapter(config), nullptr, true, bytes);
+    Score s = score(model, store.adapter(config), nullptr, true, activations);
     all.push_back(
         s.backward(weights_of(s.logprob().size(), 1), {}, weights_of(s.logprob().size(), 3)));
   }

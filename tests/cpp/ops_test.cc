@@ -366,7 +366,9 @@ TEST(attention_gradient_by_finite_differences_of_the_double_reference) {
     for (int32_t t = 0; t < a.tokens; ++t) rows.push_back(t);
     const std::vector<SegmentRows> segments{{0, a.tokens, 0, rows}};
     Floats d(a.qkv.size(), 0.0f);
-    attention_backward(shape, a.qkv.data(), out.data(), dout.data(), segments, d.data(), team);
+    AlignedBuffer scratch;
+    attention_backward(shape, a.qkv.data(), out.data(), dout.data(), segments, d.data(), scratch,
+                       team);
     const auto loss = [&] {
       const Doubles y = a.truth();
       double sum = 0;

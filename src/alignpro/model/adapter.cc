@@ -36,9 +36,52 @@ std::vector<LoraModule> lora_modules(const ModelConfig& config) {
   return modules;
 }
 
+namespace {
+
+// One site's modules on top of each other.
+ops::LowRank stack(const ModelConfig& config, const std::vector<Adapter::Module>& modules,
+                   const std::vector<const LoraMatrices*>& matrices, float scale) {
+  const LinearShape shape = linear_shape(config, modules.front().where.site);
+  const int64_t ranks = modules.back().rank_begin + modules.back().rank;
+  const auto panels = [](int64_t rows) {
+    return static_cast<size_t>((rows + ops::cpu::kPanel - 1) / ops::cpu::kPanel);
+  };
+  std::vector<float> a(static_cast<size_t>(ranks * shape.inputs));
+  std::vector<float> b(static_cast<size_t>(shape.outputs * ranks));
+  ops::LowRank update;
+  update.ranks_of_outputs.assign(panels(shape.outputs), {ranks, 0});
+  update.outputs_of_ranks.assign(panels(ranks), {shape.outputs, 0});
+  for (size_t i = 0; i < modules.size(); ++i) {
+    const Adapter::Module& m = modules[i];
+    const int64_t out_end = m.where.out_begin + m.where.outputs;
+    const int64_t rank_end = m.rank_begin + m.rank;
+    std::copy_n(matrices[i]->a, m.rank * shape.inputs, a.data() + m.rank_begin * shape.inputs);
+    for (int64_t n = 0; n < m.where.outputs; ++n) {
+      std::copy_n(matrices[i]->b + n * m.rank, m.rank,
+                  b.data() + (m.where.out_begin + n) * ranks + m.rank_begin);
+    }
+    const auto widen = [](std::pair<int64_t, int64_t>& range, int64_t begin, int64_t end) {
+      range = {std::min(range.first, begin), std::max(range.second, end)};
+    };
+    constexpr int64_t kPanel = ops::cpu::kPanel;
+    for (int64_t p = m.where.out_begin / kPanel; p * kPanel < out_end; ++p) {
+      widen(update.ranks_of_outputs[static_cast<size_t>(p)], m.rank_begin, rank_end);
+    }
+    for (int64_t p = m.rank_begin / kPanel; p * kPanel < rank_end; ++p) {
+      widen(update.outputs_of_ranks[static_cast<size_t>(p)], m.where.out_begin, out_end);
+    }
+  }
+  update.a = ops::PackedMatrix::pack(ranks, shape.inputs, a.data());
+  update.b = ops::PackedMatrix::pack(shape.outputs, ranks, b.data());
+  update.scale = scale;
+  return update;
+}
+
+}  // namespace
+
 Adapter::Adapter(const ModelConfig& config, const std::map<std::string, LoraMatrices>& matrices,
                  float scale)
-    : scale_(scale), by_site_(static_cast<size_t>(config.num_layers)) {
+    : sites_(static_cast<size_t>(config.num_layers)) {
   static std::atomic<uint64_t> next_version{1};
   version_ = next_version.fetch_add(1);
   require(std::isfinite(scale), "adapter: scale must be finite, got ", scale);
@@ -50,18 +93,39 @@ Adapter::Adapter(const ModelConfig& config, const std::map<std::string, LoraMatr
     require(found != known.end(), "adapter: the model has no linear '", path, "'; it has ",
             known.front().path, " ... ", known.back().path);
     require(m.rank >= 1, "adapter: '", path, "' has rank ", m.rank, ", expected at least 1");
-    by_site_[static_cast<size_t>(found->layer)][static_cast<size_t>(found->site)].push_back(
-        static_cast<int>(modules_.size()));
-    modules_.push_back({*found, ops::PackedMatrix::pack(m.rank, found->inputs, m.a),
-                        ops::PackedMatrix::pack(found->outputs, m.rank, m.b)});
+    Site& site = sites_[static_cast<size_t>(found->layer)][static_cast<size_t>(found->site)];
+    const Module* before =
+        site.modules.empty() ? nullptr : &modules_[static_cast<size_t>(site.modules.back())];
+    site.modules.push_back(static_cast<int>(modules_.size()));
+    modules_.push_back({*found, m.rank, before == nullptr ? 0 : before->rank_begin + before->rank});
     max_rank_ = std::max(max_rank_, m.rank);
+  }
+  for (auto& layer : sites_) {
+    for (Site& site : layer) {
+      if (site.modules.empty()) continue;
+      std::vector<Module> modules;
+      std::vector<const LoraMatrices*> sources;
+      for (const int index : site.modules) {
+        modules.push_back(modules_[static_cast<size_t>(index)]);
+        sources.push_back(&matrices.at(modules.back().where.path));
+      }
+      site.update = stack(config, modules, sources, scale);
+    }
   }
 }
 
+int64_t Adapter::layer_ranks(int64_t layer) const {
+  int64_t ranks = 0;
+  for (const Site& site : sites_[static_cast<size_t>(layer)]) {
+    if (!site.modules.empty()) ranks += site.update.ranks();
+  }
+  return ranks;
+}
+
 void Adapter::require_fits(const ModelConfig& config) const {
-  require(static_cast<int64_t>(by_site_.size()) == config.num_layers,
-          "adapter: made for a model of ", by_site_.size(), " layers, this one has ",
-          config.num_layers, "; use one made by this model's make_adapter()");
+  require(static_cast<int64_t>(sites_.size()) == config.num_layers, "adapter: made for a model of ",
+          sites_.size(), " layers, this one has ", config.num_layers,
+          "; use one made by this model's make_adapter()");
   for (const Module& module : modules_) {
     const LoraModule& at = module.where;
     const LinearShape shape = linear_shape(config, at.site);

@@ -8,7 +8,7 @@
 
 #include "alignpro/model/checkpoint.h"
 #include "alignpro/model/config.h"
-#include "alignpro/ops/packed_matrix.h"
+#include "alignpro/ops/linear.h"
 
 namespace alignpro::model {
 
@@ -39,8 +39,8 @@ class Adapter {
  public:
   struct Module {
     LoraModule where;
-    ops::PackedMatrix a;  // [rank, inputs]
-    ops::PackedMatrix b;  // [outputs, rank]
+    int64_t rank;
+    int64_t rank_begin;  // its first rank within the site's stacked matrices
   };
 
   // Throws InvalidArgument naming the module when it is unknown or its rank is not positive.
@@ -52,21 +52,35 @@ class Adapter {
   void require_fits(const ModelConfig& config) const;
 
   uint64_t version() const { return version_; }  // unique in this process, never reused, never 0
-  float scale() const { return scale_; }
   int64_t max_rank() const { return max_rank_; }
   const std::vector<Module>& modules() const { return modules_; }
 
-  // Indices into modules() of those at one layer and site.
+  // The modules at one layer and site: indices into modules(), and their matrices, stacked (null
+  // where there are none).
   const std::vector<int>& at(int64_t layer, LinearSite site) const {
-    return by_site_[static_cast<size_t>(layer)][static_cast<size_t>(site)];
+    return site_of(layer, site).modules;
+  }
+  const ops::LowRank* update(int64_t layer, LinearSite site) const {
+    const Site& s = site_of(layer, site);
+    return s.modules.empty() ? nullptr : &s.update;
   }
 
+  // Ranks of all sites of a layer together.
+  int64_t layer_ranks(int64_t layer) const;
+
  private:
+  struct Site {
+    std::vector<int> modules;
+    ops::LowRank update;
+  };
+  const Site& site_of(int64_t layer, LinearSite site) const {
+    return sites_[static_cast<size_t>(layer)][static_cast<size_t>(site)];
+  }
+
   uint64_t version_;
-  float scale_;
   int64_t max_rank_ = 0;
   std::vector<Module> modules_;
-  std::vector<std::array<std::vector<int>, 4>> by_site_;
+  std::vector<std::array<Site, 4>> sites_;
 };
 
 }  // namespace alignpro::model

@@ -10,6 +10,7 @@
 #include "alignpro/model/config.h"
 #include "alignpro/model/kv_pool.h"
 #include "alignpro/model/rope_angles.h"
+#include "alignpro/model/transformer.h"
 #include "alignpro/model/weights.h"
 #include "alignpro/ops/head_sample.h"
 
@@ -31,6 +32,7 @@ class Model {
   const RopeAngles& rope() const { return rope_; }
   ThreadTeam& team() const { return *team_; }
   int64_t context_length() const { return context_length_; }
+  ScoreBufferPool& score_buffers() const { return *score_buffers_; }
 
   // Runs the batch, writing K and V into `kv` and the final (normed) hidden states of
   // batch.output_rows into hidden [output_rows, hidden_size]. A row's bits depend on its own
@@ -48,6 +50,7 @@ class Model {
   int64_t context_length_;
   RopeAngles rope_;
   std::unique_ptr<ThreadTeam> team_;
+  std::unique_ptr<ScoreBufferPool> score_buffers_ = std::make_unique<ScoreBufferPool>();
 };
 
 }  // namespace alignpro::model

@@ -8,6 +8,7 @@
 #include "alignpro/core/error.h"
 #include "alignpro/ops/embedding.h"
 #include "alignpro/ops/linear_logprob.h"
+#include "alignpro/ops/packed_rows.h"
 #include "alignpro/ops/rms_norm.h"
 
 namespace alignpro::model {
@@ -18,24 +19,44 @@ constexpr int64_t kGroupTokens = 2048;
 
 float* or_null(std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
+// The angles of a batch's rows.
+struct RopeTable {
+  RopeTable(const Model& model, const Batch& batch)
+      : cos(static_cast<size_t>(batch.rows() * model.rope().half())), sin(cos.size()) {
+    model.rope().compute(batch.positions, cos.data(), sin.data());
+  }
+  PassContext pass(const Model& model, const Batch& batch,
+                   std::span<const AdapterRange> adapters) const {
+    return {model.weights(), batch.segments, batch.kv_writes, adapters,
+            batch.rows(),    cos.data(),     sin.data(),      model.team()};
+  }
+
+  std::vector<float> cos, sin;
+};
+
 }  // namespace
 
 // What backward() needs of the policy's pass.
 struct Score::Graph {
+  explicit Graph(std::shared_ptr<const Model> m)
+      : model(std::move(m)), buffers(model->score_buffers().take()) {}
+  ~Graph() { model->score_buffers().give_back(std::move(buffers)); }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+
+  std::shared_ptr<const Model> model;
+  std::unique_ptr<ScoreBuffers> buffers;
   std::unique_ptr<TokenTree> tree;
-  std::vector<AlignedBuffer> streams;         // [layers + 1]: what enters each layer, and leaves
-  std::vector<LayerActivations> activations;  // by layer; empty when they are computed again
-  std::vector<float> cos, sin;
-  std::vector<int32_t> rows;     // of each scored value
-  std::vector<float> hidden;     // [values, hidden] normed
-  std::vector<int32_t> tokens;   // [values]
+  std::vector<int32_t> rows;    // of each scored value
+  std::vector<float> hidden;    // [values, hidden] normed
+  std::vector<int32_t> tokens;  // [values]
   // d logprob / d hidden and, with a reference, d kl / d hidden: [values, hidden]
   std::vector<float> d_logprob, d_kl;
 };
 
 Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
     : model_(std::move(model)), request_(std::move(request)) {
-  check();
+  check(*model_, request_);
   const auto count = static_cast<int64_t>(request_.sequences.size());
   int64_t total = 0;
   for (int64_t s = 0; s < count; ++s) {
@@ -69,25 +90,24 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
   }
 }
 
-void Score::check() const {
-  const ModelConfig& config = model_->config();
-  require(request_.starts.size() == request_.sequences.size(),
-          "score: expected a start for each of ", request_.sequences.size(), " sequences, got ",
-          request_.starts.size());
-  require(std::isfinite(request_.temperature) && request_.temperature > 0.0f,
-          "score: temperature must be above 0, got ", request_.temperature);
-  require(!request_.keep_graph || request_.adapter != nullptr,
+void Score::check(const Model& model, const ScoreRequest& request) {
+  const ModelConfig& config = model.config();
+  require(request.starts.size() == request.sequences.size(), "score: expected a start for each of ",
+          request.sequences.size(), " sequences, got ", request.starts.size());
+  require(std::isfinite(request.temperature) && request.temperature > 0.0f,
+          "score: temperature must be above 0, got ", request.temperature);
+  require(!request.keep_graph || request.adapter != nullptr,
           "score: keep_graph needs an adapter; the base weights are never trained");
-  if (request_.adapter != nullptr) request_.adapter->require_fits(config);
-  if (request_.reference != nullptr) request_.reference->require_fits(config);
-  for (size_t s = 0; s < request_.sequences.size(); ++s) {
-    const auto& sequence = request_.sequences[s];
+  if (request.adapter != nullptr) request.adapter->require_fits(config);
+  if (request.reference != nullptr) request.reference->require_fits(config);
+  for (size_t s = 0; s < request.sequences.size(); ++s) {
+    const auto& sequence = request.sequences[s];
     const auto size = static_cast<int64_t>(sequence.size());
     require(size > 0, "score: sequence ", s, " is empty");
-    require(size <= model_->context_length(), "score: sequence ", s, " has ", size,
-            " tokens, the context holds ", model_->context_length());
-    require(request_.starts[s] >= 1 && request_.starts[s] <= size, "score: start of sequence ", s,
-            " must lie in [1, ", size, "], got ", request_.starts[s]);
+    require(size <= model.context_length(), "score: sequence ", s, " has ", size,
+            " tokens, the context holds ", model.context_length());
+    require(request.starts[s] >= 1 && request.starts[s] <= size, "score: start of sequence ", s,
+            " must lie in [1, ", size, "], got ", request.starts[s]);
     for (const int32_t token : sequence) {
       require(token >= 0 && token < config.vocab_size, "score: sequence ", s, " holds token ",
               token, ", the vocabulary has ", config.vocab_size);
@@ -95,50 +115,57 @@ void Score::check() const {
   }
 }
 
-std::vector<float> Score::hidden_states(const TokenTree& tree, const Adapter* adapter,
-                                        Graph* graph) {
+Score::Hidden Score::hidden_states(const TokenTree& tree, ScoreBuffers& buffers, bool keep) const {
   const Weights& weights = model_->weights();
   const ModelConfig& config = weights.config;
   const Batch& batch = tree.batch();
   const int64_t rows = batch.rows(), width = config.hidden_size;
-  std::vector<float> normed(static_cast<size_t>(rows * width));
-  if (rows == 0) return normed;
-  const int64_t half = model_->rope().half();
-  std::vector<float> cos(static_cast<size_t>(rows * half)), sin(cos.size());
-  model_->rope().compute(batch.positions, cos.data(), sin.data());
-  std::vector<AdapterRange> ranges;
-  if (adapter != nullptr) ranges.push_back({0, rows, adapter});
-  const PassContext pass{weights, batch.segments, batch.kv_writes, ranges,
-                         rows,    cos.data(),     sin.data(),      model_->team()};
-  // No layer reads another's KV: one layer's worth serves them all.
+  const bool with_reference = request_.with_reference;
+  Hidden hidden;
+  hidden.policy.resize(static_cast<size_t>(rows * width));
+  if (with_reference) hidden.reference.resize(hidden.policy.size());
+  if (rows == 0) return hidden;
+  const RopeTable rope(*model_, batch);
+  const auto ranges = [rows](const std::shared_ptr<const Adapter>& adapter) {
+    std::vector<AdapterRange> all;
+    if (adapter != nullptr) all.push_back({0, rows, adapter.get()});
+    return all;
+  };
+  const auto policy_range = ranges(request_.adapter), reference_range = ranges(request_.reference);
+  const PassContext policy = rope.pass(*model_, batch, policy_range);
+  const PassContext reference = rope.pass(*model_, batch, reference_range);
+  // No layer reads another's KV: one layer's worth serves them all, and the reference after the
+  // policy, too.
   KvPool kv(1, config.num_kv_heads, config.head_dim, tree.blocks());
-  const bool keep_all = graph != nullptr && rows * config.num_layers *
-                                                    LayerActivations::floats_per_row(config) *
-                                                    static_cast<int64_t>(sizeof(float)) <=
-                                                request_.activation_bytes;
-  if (graph != nullptr) {
-    graph->streams.resize(static_cast<size_t>(config.num_layers + 1));
-    if (keep_all) graph->activations.resize(static_cast<size_t>(config.num_layers));
-  }
-  LayerScratch scratch;
-  LayerActivations passing;
-  AlignedBuffer running;
+  const int64_t layers = config.num_layers;
+  const bool keep_all = keep && request_.activations == Activations::kKeep;
+  buffers.streams.resize(static_cast<size_t>(keep ? layers + 1 : 1));
+  buffers.activations.resize(static_cast<size_t>(keep_all ? layers : 1));
   const auto stream = [&](int64_t l) {
-    return graph != nullptr ? graph->streams[static_cast<size_t>(l)].reserve(rows * width)
-                            : running.reserve(rows * width);
+    return buffers.streams[static_cast<size_t>(keep ? l : 0)].reserve(rows * width);
   };
   ops::embedding(weights.embedding, batch.tokens, stream(0), model_->team());
-  for (int64_t l = 0; l < config.num_layers; ++l) {
-    layer_forward(pass, l, stream(l), stream(l + 1), kv.layer(l),
-                  keep_all ? graph->activations[static_cast<size_t>(l)] : passing, scratch);
+  float* reference_stream = nullptr;
+  if (with_reference) {
+    reference_stream = buffers.reference_stream.reserve(rows * width);
+    std::copy_n(stream(0), rows * width, reference_stream);
   }
-  ops::rms_norm(rows, width, stream(config.num_layers), width, weights.final_norm.data(),
-                static_cast<float>(config.rms_eps), normed.data(), width, nullptr, model_->team());
-  if (graph != nullptr) {
-    graph->cos = std::move(cos);
-    graph->sin = std::move(sin);
+  // Layer by layer, so that both passes use a layer's weights while they are in cache.
+  for (int64_t l = 0; l < layers; ++l) {
+    layer_forward(policy, l, stream(l), stream(l + 1), kv.layer(l),
+                  buffers.activations[static_cast<size_t>(keep_all ? l : 0)], buffers.scratch);
+    if (with_reference) {
+      layer_forward(reference, l, reference_stream, reference_stream, kv.layer(l),
+                    buffers.reference_activations, buffers.scratch);
+    }
   }
-  return normed;
+  const auto final_norm = [&](const float* from, std::vector<float>& to) {
+    ops::rms_norm(rows, width, from, width, weights.final_norm.data(),
+                  static_cast<float>(config.rms_eps), to.data(), width, nullptr, model_->team());
+  };
+  final_norm(stream(layers), hidden.policy);
+  if (with_reference) final_norm(reference_stream, hidden.reference);
+  return hidden;
 }
 
 void Score::score_group(std::span<const int64_t> members) {
@@ -164,11 +191,13 @@ void Score::score_group(std::span<const int64_t> members) {
     }
     return some;
   };
-  if (request_.keep_graph) graph_ = std::make_shared<Graph>();
-  std::vector<float> hidden = gather(hidden_states(*tree, request_.adapter.get(), graph_.get()));
-  std::vector<float> reference;
-  if (request_.with_reference) {
-    reference = gather(hidden_states(*tree, request_.reference.get(), nullptr));
+  auto graph = std::make_shared<Graph>(model_);
+  if (request_.keep_graph) graph_ = graph;
+  std::vector<float> hidden, reference;
+  {
+    const Hidden all = hidden_states(*tree, *graph->buffers, request_.keep_graph);
+    hidden = gather(all.policy);
+    if (request_.with_reference) reference = gather(all.reference);
   }
   // The group's values, then scattered to the sequences' places.
   std::vector<float> out(static_cast<size_t>(6 * values));
@@ -269,35 +298,91 @@ AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<con
     const float* from = d_hidden.data() + v * width;
     for (int64_t i = 0; i < width; ++i) to[i] += from[i];
   }
-  std::vector<float> d_stream(static_cast<size_t>(rows * width));
-  std::vector<float> factors(static_cast<size_t>(rows)), ignored(static_cast<size_t>(rows * width));
-  const float* last = graph->streams.back().data();
-  ops::rms_norm(rows, width, last, width, weights.final_norm.data(),
-                static_cast<float>(config.rms_eps), ignored.data(), width, factors.data(), team);
-  ops::rms_norm_backward(rows, width, last, width, weights.final_norm.data(), factors.data(),
-                         d_normed.data(), width, d_stream.data(), width, team);
-
+  ScoreBuffers& buffers = *graph->buffers;
+  float* d_stream = buffers.d_stream.reserve(rows * width);
+  std::fill_n(d_stream, rows * width, 0.0f);
+  {
+    std::vector<float> factors(static_cast<size_t>(rows)),
+        ignored(static_cast<size_t>(rows * width));
+    const float* last = buffers.streams.back().data();
+    ops::rms_norm(rows, width, last, width, weights.final_norm.data(),
+                  static_cast<float>(config.rms_eps), ignored.data(), width, factors.data(), team);
+    ops::rms_norm_backward(rows, width, last, width, weights.final_norm.data(), factors.data(),
+                           d_normed.data(), width, d_stream, width, team);
+  }
+  const RopeTable rope(*model_, batch);
   const std::vector<AdapterRange> ranges{{0, rows, request_.adapter.get()}};
-  const PassContext pass{weights, batch.segments,    batch.kv_writes,   ranges,
-                         rows,    graph->cos.data(), graph->sin.data(), team};
-  const bool recompute = graph->activations.empty();
+  const PassContext pass = rope.pass(*model_, batch, ranges);
+  const bool recompute = request_.activations == Activations::kRecompute;
   std::unique_ptr<KvPool> kv;
   if (recompute) {
     kv = std::make_unique<KvPool>(1, config.num_kv_heads, config.head_dim, graph->tree->blocks());
   }
-  LayerScratch scratch;
-  LayerActivations again;
-  AlignedBuffer unused;
   for (int64_t l = config.num_layers - 1; l >= 0; --l) {
-    const float* in = graph->streams[static_cast<size_t>(l)].data();
+    const float* in = buffers.streams[static_cast<size_t>(l)].data();
+    LayerActivations& kept = buffers.activations[static_cast<size_t>(recompute ? 0 : l)];
     if (recompute) {
-      layer_forward(pass, l, in, unused.reserve(rows * width), kv->layer(l), again, scratch);
+      // What the layer puts out is not needed again: the stream behind it makes room.
+      layer_forward(pass, l, in, buffers.streams[static_cast<size_t>(l + 1)].data(), kv->layer(l),
+                    kept, buffers.scratch);
     }
-    layer_backward(pass, *request_.adapter, l, in,
-                   recompute ? again : graph->activations[static_cast<size_t>(l)],
-                   graph->tree->segment_rows(), d_stream.data(), gradients, scratch);
+    layer_backward(pass, *request_.adapter, l, in, kept, graph->tree->segment_rows(), d_stream,
+                   gradients, buffers.scratch);
   }
   return gradients;
+}
+
+int64_t Score::bytes(const Model& model, const ScoreRequest& request) {
+  check(model, request);
+  const ModelConfig& config = model.config();
+  const std::vector<std::span<const int32_t>> sequences(request.sequences.begin(),
+                                                        request.sequences.end());
+  const TokenTree tree(sequences);
+  const int64_t rows = tree.batch().rows(), hidden = config.hidden_size;
+  const int64_t mlp = config.intermediate_size, layers = config.num_layers;
+  const int64_t passes = request.with_reference ? 2 : 1;
+  int64_t values = 0;
+  for (size_t s = 0; s < request.sequences.size(); ++s) {
+    values += static_cast<int64_t>(request.sequences[s].size()) - request.starts[s];
+  }
+  int64_t most_ranks = 0, all_ranks = 0;
+  for (int64_t l = 0; l < layers && request.adapter != nullptr; ++l) {
+    most_ranks = std::max(most_ranks, request.adapter->layer_ranks(l));
+    all_ranks += request.adapter->layer_ranks(l);
+  }
+  const int64_t activations = LayerActivations::floats_per_row(config);
+  const bool keep = request.keep_graph && request.activations == Activations::kKeep;
+  // Floats a row: streams, activations, the reference's, a layer's scratch.
+  int64_t row_floats = (request.keep_graph ? layers + 1 : 1) * hidden;
+  row_floats += keep ? layers * activations + all_ranks : activations + most_ranks;
+  if (request.with_reference) row_floats += hidden + activations + most_ranks;
+  row_floats += hidden + mlp;
+  row_floats += passes * hidden;          // normed
+  row_floats += 2 * model.rope().half();  // angles
+  int64_t floats = values * hidden * passes;
+  const ops::VocabularyWeight head = &model.weights().head();
+  const float* some = reinterpret_cast<const float*>(&head);  // only whether it is null counts
+  int64_t bytes = ops::linear_logprob_bytes({.rows = values,
+                                             .hidden = some,
+                                             .weight = head,
+                                             .tokens = {},
+                                             .ref_hidden = request.with_reference ? some : nullptr},
+                                            request.keep_graph, model.team().size());
+  if (request.keep_graph) {
+    // The backward's scratch, the stream's gradient, the Jacobian.
+    row_floats += 3 * mlp + 4 * hidden + config.q_size() + config.qkv_size() + config.num_heads +
+                  most_ranks + 3 + model.rope().half();
+    floats += values * hidden * (passes + 1);
+    floats += ops::attention_backward_floats(attention_shape(config), tree.segment_rows());
+    floats += most_ranks * std::max(hidden, 2 * mlp);
+  }
+  floats += rows * row_floats;
+  const int64_t widest = std::max({hidden, mlp, config.q_size(), 2 * mlp});
+  floats += ops::kRowChunk * (widest + (model.team().size() + 1) * ops::cpu::kPanel);
+  const int64_t block_floats = 2 * config.num_kv_heads * config.head_dim * ops::kKvBlock;
+  floats += (tree.blocks() + 1) * block_floats;
+  bytes += floats * static_cast<int64_t>(sizeof(float));
+  return bytes + values * 64;
 }
 
 }  // namespace alignpro::model

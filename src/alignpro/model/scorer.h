@@ -13,16 +13,21 @@
 
 namespace alignpro::model {
 
+// What a score keeps of each layer for its backward.
+enum class Activations {
+  kKeep,       // everything: LayerActivations::floats_per_row a row and layer
+  kRecompute,  // the residual stream alone; each layer is run again, to the same bits
+};
+
 struct ScoreRequest {
   std::vector<std::vector<int32_t>> sequences;
   std::vector<int64_t> starts;  // per sequence: tokens [start, size) are scored; 1 <= start <= size
-  std::shared_ptr<const Adapter> adapter;  // null: base weights
+  std::shared_ptr<const Adapter> adapter = nullptr;  // null: base weights
   float temperature = 1.0f;
-  bool with_reference = false;               // also the exact KL to the distribution under
-  std::shared_ptr<const Adapter> reference;  // this adapter (null: base weights)
-  bool keep_graph = false;                   // backward() will be called; needs an adapter
-  // Activations above this many bytes are computed again, layer by layer, in the backward.
-  int64_t activation_bytes = int64_t{1} << 30;
+  bool with_reference = false;  // also the exact KL to the distribution under
+  std::shared_ptr<const Adapter> reference = nullptr;  // this adapter (null: base weights)
+  bool keep_graph = false;  // backward() will be called; needs an adapter
+  Activations activations = Activations::kKeep;
 };
 
 // Scores sequences token by token, through the layers and the vocabulary op that the engine samples
@@ -44,6 +49,13 @@ class Score {
   bool has_reference() const { return request_.with_reference; }
   const std::shared_ptr<const Adapter>& adapter() const { return request_.adapter; }
 
+  // Bytes that a Score of this request and its backward() hold at their peak, at most, beside the
+  // weights, the adapters and the gradients. With R rows (shared prefixes once), V scored values, L
+  // layers, H hidden, F = qkv + q + H + 2 I floats of activations (+ q + k with head norms, + the
+  // layer's ranks), about 4 (R (L F + (L + 14) H + ...) + 5 V H) bytes; L F is F when recomputed.
+  // Throws as the constructor does.
+  static int64_t bytes(const Model& model, const ScoreRequest& request);
+
   // Gradients of a loss by the adapter's matrices, from its derivatives by the outputs (flat, as
   // above; d_entropy and d_kl may be empty). May be called once: it gives the graph back.
   AdapterGradients backward(std::span<const float> d_logprob, std::span<const float> d_entropy,
@@ -52,9 +64,13 @@ class Score {
  private:
   struct Graph;
 
-  void check() const;
+  struct Hidden {
+    std::vector<float> policy, reference;  // [rows, hidden] normed; reference empty without one
+  };
+
+  static void check(const Model& model, const ScoreRequest& request);
   void score_group(std::span<const int64_t> members);
-  std::vector<float> hidden_states(const TokenTree& tree, const Adapter* adapter, Graph* graph);
+  Hidden hidden_states(const TokenTree& tree, ScoreBuffers& buffers, bool keep) const;
 
   std::shared_ptr<const Model> model_;
   ScoreRequest request_;

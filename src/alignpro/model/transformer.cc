@@ -12,49 +12,59 @@
 namespace alignpro::model {
 namespace {
 
-// A product of the layer: the base weights over all rows, then each range's adapter on top.
+// A product of the layer: the base weights with each range's adapter, in one pass over the rows.
 void apply_linear(const PassContext& pass, int64_t layer, LinearSite site, const float* x, float* y,
-                  const ops::Epilogue& epilogue, LayerScratch& scratch) {
+                  const ops::Epilogue& epilogue, LayerActivations& kept) {
   const ops::PackedMatrix& w = pass.weights.layers[static_cast<size_t>(layer)].linear(site);
-  ops::linear(pass.rows, {x, w.cols()}, w, y, w.rows(), epilogue, pass.team);
+  std::vector<ops::LowRankRows> updates;
+  int64_t floats = 0;
   for (const AdapterRange& range : pass.adapters) {
-    const int64_t rows = range.row_end - range.row_begin;
-    const float* in = x + range.row_begin * w.cols();
-    for (const int index : range.adapter->at(layer, site)) {
-      const Adapter::Module& m = range.adapter->modules()[static_cast<size_t>(index)];
-      float* low = scratch.lora.reserve(rows * m.a.rows());
-      ops::linear(rows, {in, w.cols()}, m.a, low, m.a.rows(), {}, pass.team);
-      float* out = y + range.row_begin * w.rows() + m.where.out_begin;
-      ops::linear(rows, {low, m.a.rows()}, m.b, out, w.rows(),
-                  {.scale = range.adapter->scale(), .residual = out}, pass.team);
-    }
+    const ops::LowRank* update = range.adapter->update(layer, site);
+    if (update == nullptr) continue;
+    updates.push_back({range.row_begin, range.row_end, update, nullptr});
+    floats += (range.row_end - range.row_begin) * update->ranks();
   }
+  float* low = kept.low[static_cast<size_t>(site)].reserve(floats);
+  for (ops::LowRankRows& u : updates) {
+    u.low = low;
+    low += (u.row_end - u.row_begin) * u.update->ranks();
+  }
+  ops::linear(pass.rows, {x, w.cols()}, w, y, w.rows(), epilogue, pass.team, updates);
 }
 
-// dx = dy W (+ residual), with the adapter's share and its gradients. x is the forward's input. The
-// product with the base weights is skipped when dx is null (nothing trainable lies below).
+// dx = dy (W + update), and the adapter's gradients. x is the forward's input, low what it left. dx
+// is null where nothing trainable lies below.
 void linear_site_backward(const PassContext& pass, const Adapter& adapter, int64_t layer,
-                          LinearSite site, const float* x, const float* dy, float* dx,
-                          AdapterGradients& gradients, LayerScratch& scratch) {
+                          LinearSite site, const float* x, const AlignedBuffer& low,
+                          const float* dy, float* dx, AdapterGradients& gradients,
+                          LayerScratch& scratch) {
   const ops::PackedMatrix& w = pass.weights.layers[static_cast<size_t>(layer)].linear(site);
-  const int64_t rows = pass.rows;
-  if (dx != nullptr) ops::linear_backward(rows, {dy, w.rows()}, w, dx, w.cols(), {}, pass.team);
+  const int64_t rows = pass.rows, inputs = w.cols();
+  const ops::LowRank* update = adapter.update(layer, site);
+  const int64_t ranks = update != nullptr ? update->ranks() : 0;
+  float* d_low = scratch.d_low.reserve(rows * ranks);
+  if (dx != nullptr || update != nullptr) {
+    ops::linear_backward(rows, {dy, w.rows()}, w, dx, inputs, {}, pass.team, update, d_low);
+  }
+  if (update == nullptr) return;
+  float* d_a = scratch.d_matrix.reserve(std::max(ranks * inputs, adapter.max_rank() * w.rows()));
+  ops::matmul(ranks, inputs, rows, {d_low, 1, ranks}, x, inputs, d_a, inputs, {}, pass.team);
   for (const int index : adapter.at(layer, site)) {
     const Adapter::Module& m = adapter.modules()[static_cast<size_t>(index)];
-    AdapterGradients::Module& gradient = gradients.modules[static_cast<size_t>(index)];
-    const int64_t rank = m.a.rows(), outputs = m.b.rows();
-    const float* dy_module = dy + m.where.out_begin;
-    float* low = scratch.lora.reserve(rows * rank);
-    float* d_low = scratch.d_lora.reserve(rows * rank);
-    ops::linear(rows, {x, w.cols()}, m.a, low, rank, {}, pass.team);
-    ops::linear_backward(rows, {dy_module, w.rows()}, m.b, d_low, rank, {.scale = adapter.scale()},
-                         pass.team);
-    ops::matmul(rank, w.cols(), rows, {d_low, 1, rank}, x, w.cols(), gradient.a.data(), w.cols(),
-                {}, pass.team);
-    ops::matmul(outputs, rank, rows, {dy_module, 1, w.rows()}, low, rank, gradient.b.data(), rank,
-                {.scale = adapter.scale()}, pass.team);
-    if (dx != nullptr) {
-      ops::linear_backward(rows, {d_low, rank}, m.a, dx, w.cols(), {.residual = dx}, pass.team);
+    auto& gradient = gradients.modules[static_cast<size_t>(index)];
+    std::copy_n(d_a + m.rank_begin * inputs, m.rank * inputs, gradient.a.begin());
+  }
+  for (const int index : adapter.at(layer, site)) {
+    const Adapter::Module& m = adapter.modules()[static_cast<size_t>(index)];
+    auto& gradient = gradients.modules[static_cast<size_t>(index)];
+    const int64_t outputs = m.where.outputs;
+    float* d_b = scratch.d_matrix.data();  // [rank, outputs]
+    ops::matmul(m.rank, outputs, rows, {low.data() + m.rank_begin, 1, ranks},
+                dy + m.where.out_begin, w.rows(), d_b, outputs, {}, pass.team);
+    for (int64_t n = 0; n < outputs; ++n) {
+      for (int64_t r = 0; r < m.rank; ++r) {
+        gradient.b[static_cast<size_t>(n * m.rank + r)] = d_b[r * outputs + n];
+      }
     }
   }
 }
@@ -93,7 +103,7 @@ void layer_forward(const PassContext& pass, int64_t layer, const float* in, floa
   ops::rms_norm(rows, hidden, in, hidden, w.attention_norm.data(), eps, normed, hidden, nullptr,
                 pass.team);
   apply_linear(pass, layer, LinearSite::kQkv, normed, qkv,
-               {.bias = w.qkv_bias.empty() ? nullptr : w.qkv_bias.data()}, scratch);
+               {.bias = w.qkv_bias.empty() ? nullptr : w.qkv_bias.data()}, kept);
   if (config.qk_norm) {
     const int64_t width = config.q_size() + config.kv_size(), d = config.head_dim;
     for (int64_t row = 0; row < rows; ++row) {
@@ -110,21 +120,21 @@ void layer_forward(const PassContext& pass, int64_t layer, const float* in, floa
   ops::kv_write(shape, qkv, pass.kv_writes, kv, pass.team);
   ops::attention(shape, qkv, pass.segments, kv, kept.attended.data(), pass.team);
   apply_linear(pass, layer, LinearSite::kO, kept.attended.data(), kept.middle.data(),
-               {.residual = in}, scratch);
+               {.residual = in}, kept);
 
   ops::rms_norm(rows, hidden, kept.middle.data(), hidden, w.mlp_norm.data(), eps, normed, hidden,
                 nullptr, pass.team);
-  apply_linear(pass, layer, LinearSite::kGateUp, normed, kept.gate_up.data(), {}, scratch);
+  apply_linear(pass, layer, LinearSite::kGateUp, normed, kept.gate_up.data(), {}, kept);
   float* activated = scratch.activated.reserve(rows * mlp);
   ops::swiglu(rows, mlp, kept.gate_up.data(), activated, pass.team);
   apply_linear(pass, layer, LinearSite::kDown, activated, out, {.residual = kept.middle.data()},
-               scratch);
+               kept);
 }
 
 AdapterGradients::AdapterGradients(const Adapter& adapter) {
   for (const Adapter::Module& m : adapter.modules()) {
-    modules.push_back({std::vector<float>(static_cast<size_t>(m.a.rows() * m.a.cols())),
-                       std::vector<float>(static_cast<size_t>(m.b.rows() * m.b.cols()))});
+    modules.push_back({std::vector<float>(static_cast<size_t>(m.rank * m.where.inputs)),
+                       std::vector<float>(static_cast<size_t>(m.where.outputs * m.rank))});
   }
 }
 
@@ -141,29 +151,33 @@ void layer_backward(const PassContext& pass, const Adapter& adapter, int64_t lay
   float* factors = scratch.factors.reserve(rows * std::max<int64_t>(1, config.num_heads));
   float* d_normed = scratch.d_normed.reserve(rows * hidden);
 
+  const auto low = [&kept](LinearSite site) -> const AlignedBuffer& {
+    return kept.low[static_cast<size_t>(site)];
+  };
+
   // MLP: stream = middle + down(silu(gate) up)
   float* activated = scratch.activated.reserve(rows * mlp);
   float* d_activated = scratch.d_activated.reserve(rows * mlp);
   float* d_gate_up = scratch.d_gate_up.reserve(rows * 2 * mlp);
   ops::swiglu(rows, mlp, kept.gate_up.data(), activated, pass.team);
-  linear_site_backward(pass, adapter, layer, LinearSite::kDown, activated, d_stream, d_activated,
-                       gradients, scratch);
+  linear_site_backward(pass, adapter, layer, LinearSite::kDown, activated, low(LinearSite::kDown),
+                       d_stream, d_activated, gradients, scratch);
   ops::swiglu_backward(rows, mlp, kept.gate_up.data(), d_activated, d_gate_up, pass.team);
   ops::rms_norm(rows, hidden, kept.middle.data(), hidden, w.mlp_norm.data(), eps, normed, hidden,
                 factors, pass.team);
-  linear_site_backward(pass, adapter, layer, LinearSite::kGateUp, normed, d_gate_up, d_normed,
-                       gradients, scratch);
+  linear_site_backward(pass, adapter, layer, LinearSite::kGateUp, normed, low(LinearSite::kGateUp),
+                       d_gate_up, d_normed, gradients, scratch);
   ops::rms_norm_backward(rows, hidden, kept.middle.data(), hidden, w.mlp_norm.data(), factors,
                          d_normed, hidden, d_stream, hidden, pass.team);
 
   // Attention: middle = in + o(attention(rope(qkv(norm(in)))))
   float* d_attended = scratch.d_attended.reserve(rows * config.q_size());
   float* d_qkv = scratch.d_qkv.reserve(rows * qkv_size);
-  linear_site_backward(pass, adapter, layer, LinearSite::kO, kept.attended.data(), d_stream,
-                       d_attended, gradients, scratch);
+  linear_site_backward(pass, adapter, layer, LinearSite::kO, kept.attended.data(),
+                       low(LinearSite::kO), d_stream, d_attended, gradients, scratch);
   std::fill(d_qkv, d_qkv + rows * qkv_size, 0.0f);
   ops::attention_backward(shape, kept.qkv.data(), kept.attended.data(), d_attended, segment_rows,
-                          d_qkv, pass.team);
+                          d_qkv, scratch.attention, pass.team);
   const int64_t half = config.rope.rotary_dim / 2;
   std::vector<float> back(pass.sin, pass.sin + rows * half);
   for (float& s : back) s = -s;
@@ -189,7 +203,7 @@ void layer_backward(const PassContext& pass, const Adapter& adapter, int64_t lay
   }
   ops::rms_norm(rows, hidden, in, hidden, w.attention_norm.data(), eps, normed, hidden, factors,
                 pass.team);
-  linear_site_backward(pass, adapter, layer, LinearSite::kQkv, normed, d_qkv,
+  linear_site_backward(pass, adapter, layer, LinearSite::kQkv, normed, low(LinearSite::kQkv), d_qkv,
                        layer > 0 ? d_normed : nullptr, gradients, scratch);
   if (layer > 0) {
     ops::rms_norm_backward(rows, hidden, in, hidden, w.attention_norm.data(), factors, d_normed,

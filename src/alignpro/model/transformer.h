@@ -3,7 +3,10 @@
 // One decoder layer, forward and backward, written in ops. The engine and the scorer run the same
 // functions; they differ only in which buffers outlive a layer.
 
+#include <array>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -23,8 +26,11 @@ struct LayerActivations {
   AlignedBuffer attended;  // [rows, q_size]
   AlignedBuffer middle;    // [rows, hidden] the stream between attention and MLP
   AlignedBuffer gate_up;   // [rows, 2 * intermediate]
+  // By LinearSite, [rows, ranks] scale x A^T of each adapter range, one behind the other.
+  std::array<AlignedBuffer, 4> low;
 
   void reserve(const ModelConfig& config, int64_t rows);
+  // Without the low-rank part, which is Adapter::layer_ranks.
   static int64_t floats_per_row(const ModelConfig& config);
 };
 
@@ -32,9 +38,39 @@ struct LayerActivations {
 struct LayerScratch {
   AlignedBuffer normed;     // [rows, hidden]
   AlignedBuffer activated;  // [rows, intermediate]
-  AlignedBuffer lora;       // [rows, rank]
   // backward
-  AlignedBuffer d_activated, d_gate_up, d_normed, d_attended, d_qkv, d_lora, factors;
+  AlignedBuffer d_activated, d_gate_up, d_normed, d_attended, d_qkv, factors;
+  AlignedBuffer d_low;      // [rows, ranks]
+  AlignedBuffer d_matrix;   // one site's stacked dA, or one module's dB transposed
+  AlignedBuffer attention;  // see ops::attention_backward
+};
+
+// All that scoring needs beside results: the residual stream entering each layer and leaving the
+// last, the layers' activations, and scratch.
+struct ScoreBuffers {
+  std::vector<AlignedBuffer> streams;         // [layers + 1] x [rows, hidden]
+  std::vector<LayerActivations> activations;  // by layer; one where they are computed again
+  AlignedBuffer reference_stream;
+  LayerActivations reference_activations;
+  LayerScratch scratch;
+  AlignedBuffer d_stream;
+};
+
+// Keeps one set of buffers between calls: fresh pages cost about a fifteenth of a training step.
+class ScoreBufferPool {
+ public:
+  std::unique_ptr<ScoreBuffers> take() {
+    const std::lock_guard lock(mutex_);
+    return spare_ != nullptr ? std::move(spare_) : std::make_unique<ScoreBuffers>();
+  }
+  void give_back(std::unique_ptr<ScoreBuffers> buffers) {
+    const std::lock_guard lock(mutex_);
+    spare_ = std::move(buffers);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unique_ptr<ScoreBuffers> spare_;
 };
 
 // What every layer of a pass shares.

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <span>
 
+#include "alignpro/core/aligned.h"
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/kv_view.h"
 
@@ -39,11 +40,14 @@ struct SegmentRows {
   std::span<const int32_t> key_rows;  // [position + row_count]
 };
 
-// Adds to dqkv [rows, qkv_size] the gradients of q, k and v, given out and dout of a forward over
-// the same rows. Probabilities are computed again. Workers own whole KV heads: every sum has one
+// Adds to the k and v columns of dqkv [rows, qkv_size] their gradients, and overwrites its q
+// columns, given out and dout of a forward over the same rows. Probabilities are computed again.
+// `scratch` grows to attention_backward_floats: keys shared by segments are summed afterwards, in
 // order, whatever the team.
 void attention_backward(const AttentionShape& shape, const float* qkv, const float* out,
                         const float* dout, std::span<const SegmentRows> segments, float* dqkv,
-                        ThreadTeam& team);
+                        AlignedBuffer& scratch, ThreadTeam& team);
+int64_t attention_backward_floats(const AttentionShape& shape,
+                                  std::span<const SegmentRows> segments);
 
 }  // namespace alignpro::ops

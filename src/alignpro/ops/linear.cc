@@ -1,14 +1,17 @@
-// Matrix products. One driver packs the left operand, walks (row block, column panels) items in
-// parallel and asks a provider for 16-column sub-panels of the right operand.
+// Matrix products. One driver packs the left operand, walks panels of 16 columns in parallel and
+// asks a provider for sub-panels of the right operand; every row block uses a sub-panel while it is
+// in L1.
 //
 // Every output is the sum, in ascending order, of per-block partial sums over kContract terms, each
-// run from zero in ascending k. Neither the row count, the blocking over rows nor the team's size
-// enters, so a row's bits are its own (contract 2). The two-level sum is also the more accurate
-// one: 1536 terms err like 192 + 8.
+// run from zero in ascending k, and a low-rank term is one more block. Neither the row count, the
+// blocking over rows nor the team's size enters, so a row's bits are its own (contract 2). The
+// two-level sum is also the more accurate one: 1536 terms err like 192 + 8.
 
 #include "alignpro/ops/linear.h"
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 
 #include "alignpro/ops/packed_rows.h"
 
@@ -17,6 +20,7 @@ namespace {
 
 using cpu::kContract;
 using cpu::kPanel;
+using cpu::kRowTile;
 
 struct Workspace {
   AlignedBuffer tile;
@@ -28,92 +32,244 @@ Workspace& workspace() {
   return instance;
 }
 
-// provider(column panel, k_begin, k_count, scratch) -> [k_count][16]
-template <typename Provider>
+// Blocks small enough that every worker gets one, where there are rows for more than a few tiles.
+int64_t block_size(int64_t rows, int threads) {
+  const int64_t share = (rows + threads - 1) / threads;
+  return std::clamp((share + kRowTile - 1) / kRowTile * kRowTile, 4 * kRowTile, kRowBlock);
+}
+
+// tile [block rows][16] (+)= the rows of a block times [k][16] over contraction indices
+// [begin, end), which lie in one contraction block of `left`.
+void multiply_range(const PackedRows& left, int64_t block, int64_t begin, int64_t end,
+                    const float* right, float* tile, bool accumulate) {
+  const int64_t k_begin = begin / kContract * kContract;
+  cpu::kernels().gemm_panel(left.block_rows(block), end - begin,
+                            left.at(block, k_begin) + (begin - k_begin) * kRowTile,
+                            left.tile_stride(k_begin), right, kPanel, tile, accumulate);
+}
+
+// Calls fn(begin, end) for the parts of [begin, end) in each contraction block.
+template <typename Fn>
+void for_contraction(int64_t begin, int64_t end, const Fn& fn) {
+  while (begin < end) {
+    const int64_t stop = std::min(end, (begin / kContract + 1) * kContract);
+    fn(begin, stop);
+    begin = stop;
+  }
+}
+
+// What follows the main sum: nothing, or a low-rank term.
+struct NoTerm {
+  std::span<const int64_t> cuts(int64_t, int64_t) { return {}; }
+  void prepare(int64_t, const PackedRows&, ThreadTeam&) {}
+  void add(int64_t, int64_t, float*) const {}
+};
+
+// provider(column panel, k_begin, k_count, scratch) -> [k_count][16]. Without c only the term's
+// preparation is done.
+template <typename Provider, typename Term>
 void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, float* c, int64_t ldc,
-              const Epilogue& epilogue, ThreadTeam& team, const Provider& provider) {
+              const Epilogue& epilogue, ThreadTeam& team, const Provider& provider, Term& term) {
   if (rows == 0 || columns == 0) return;
   const cpu::Kernels& k = cpu::kernels();
   const int64_t panels = (columns + kPanel - 1) / kPanel;
-  thread_local PackedRows packed;
+  thread_local PackedRows own_packed;
+  PackedRows& packed = own_packed;  // workers must see this thread's instance, not their own
   for (int64_t first = 0; first < rows; first += kRowChunk) {
     const int64_t live = std::min(kRowChunk, rows - first);
     const MatrixView chunk{a.data + first * a.row_stride, a.row_stride, a.col_stride};
-    packed.pack(live, contract, chunk, kRowBlock, &team);
-    PackedRows& shared = packed;  // workers must see this thread's instance, not their own
-    const int64_t row_blocks = shared.blocks();
-    const int64_t wanted_items = 8 * team.size();
-    const int64_t group =
-        std::max<int64_t>(1, panels / std::max<int64_t>(1, wanted_items / row_blocks));
-    const int64_t groups = (panels + group - 1) / group;
-    team.run(row_blocks * groups, [&](int64_t item, int) {
-      const int64_t block = item / groups;
-      const int64_t row = block * kRowBlock;
-      const int64_t block_rows = shared.block_rows(block);
-      const int64_t panel_end = std::min(panels, (item % groups + 1) * group);
+    packed.pack(live, contract, chunk, block_size(live, team.size()), &team,
+                term.cuts(first, live));
+    term.prepare(first, packed, team);
+    if (c == nullptr) continue;
+    const int64_t group = std::max<int64_t>(1, panels / (8 * team.size()));
+    team.run((panels + group - 1) / group, [&](int64_t item, int) {
       Workspace& own = workspace();
-      float* tile = own.tile.reserve(kRowBlock * kPanel);
+      float* tiles = own.tile.reserve(live * kPanel);
       float* scratch = own.panel.reserve(kContract * kPanel);
-      for (int64_t p = item % groups * group; p < panel_end; ++p) {
+      for (int64_t p = item * group; p < std::min(panels, (item + 1) * group); ++p) {
         for (int64_t k_begin = 0; k_begin < contract; k_begin += kContract) {
-          const int64_t k_count = std::min(kContract, contract - k_begin);
-          const float* b = provider(p, k_begin, k_count, scratch);
-          k.gemm_panel(block_rows, k_count, shared.at(block, k_begin), b, kPanel, tile,
-                       k_begin > 0);
-        }
-        const int64_t column = p * kPanel;
-        const int64_t width = std::min(kPanel, columns - column);
-        for (int64_t m = 0; m < block_rows; ++m) {
-          const float* from = tile + m * kPanel;
-          const int64_t at = (first + row + m) * ldc + column;
-          float* to = c + at;
-          for (int64_t n = 0; n < width; ++n) {
-            float value = from[n] * epilogue.scale;
-            if (epilogue.bias != nullptr) value += epilogue.bias[column + n];
-            if (epilogue.residual != nullptr) value += epilogue.residual[at + n];
-            to[n] = value;
+          const int64_t k_end = std::min(contract, k_begin + kContract);
+          const float* b = provider(p, k_begin, k_end - k_begin, scratch);
+          for (int64_t block = 0; block < packed.blocks(); ++block) {
+            multiply_range(packed, block, k_begin, k_end, b,
+                           tiles + packed.block_row(block) * kPanel, k_begin > 0);
           }
         }
+        for (int64_t block = 0; block < packed.blocks(); ++block) {
+          term.add(p, block, tiles + packed.block_row(block) * kPanel);
+        }
+        const int64_t column = p * kPanel, at = first * ldc + column;
+        k.store_tile(tiles, live, std::min(kPanel, columns - column), epilogue.scale,
+                     epilogue.bias != nullptr ? epilogue.bias + column : nullptr,
+                     epilogue.residual != nullptr ? epilogue.residual + at : nullptr, c + at, ldc);
       }
     });
   }
 }
 
+// low = scale x A^T by row block, kept for the caller and packed as a left operand for B.
+class ForwardTerm {
+ public:
+  explicit ForwardTerm(std::span<const LowRankRows> updates) : updates_(updates) {}
+
+  std::span<const int64_t> cuts(int64_t first, int64_t live) {
+    cuts_.clear();
+    for (const LowRankRows& u : updates_) {
+      for (const int64_t row : {u.row_begin, u.row_end}) {
+        if (row > first && row < first + live) cuts_.push_back(row - first);
+      }
+    }
+    return cuts_;
+  }
+
+  void prepare(int64_t first, const PackedRows& x, ThreadTeam& team) {
+    low_.resize(static_cast<size_t>(x.blocks()));
+    active_.assign(static_cast<size_t>(x.blocks()), nullptr);
+    for (int64_t block = 0; block < x.blocks(); ++block) {
+      for (const LowRankRows& u : updates_) {
+        const int64_t row = first + x.block_row(block);
+        if (row >= u.row_begin && row < u.row_end) active_[static_cast<size_t>(block)] = &u;
+      }
+    }
+    team.run(x.blocks(), [&](int64_t block, int) {
+      const LowRankRows* u = active_[static_cast<size_t>(block)];
+      if (u == nullptr) return;
+      const PackedMatrix& a = u->update->a;
+      const int64_t rows = x.block_rows(block), ranks = a.rows();
+      float* low = u->low + (first + x.block_row(block) - u->row_begin) * ranks;
+      float* tile = workspace().tile.reserve(rows * kPanel);
+      for (int64_t p = 0; p < a.panels(); ++p) {
+        for_contraction(0, a.cols(), [&](int64_t begin, int64_t end) {
+          multiply_range(x, block, begin, end, a.panel(p) + begin * kPanel, tile, begin > 0);
+        });
+        cpu::kernels().store_tile(tile, rows, std::min(kPanel, ranks - p * kPanel),
+                                  u->update->scale, nullptr, nullptr, low + p * kPanel, ranks);
+      }
+      low_[static_cast<size_t>(block)].pack(rows, ranks, {low, ranks, 1}, kRowBlock, nullptr);
+    });
+  }
+
+  void add(int64_t panel, int64_t block, float* tile) const {
+    const LowRankRows* u = active_[static_cast<size_t>(block)];
+    if (u == nullptr) return;
+    const auto [begin, end] = u->update->ranks_of_outputs[static_cast<size_t>(panel)];
+    for_contraction(begin, end, [&](int64_t from, int64_t to) {
+      multiply_range(low_[static_cast<size_t>(block)], 0, from, to,
+                     u->update->b.panel(panel) + from * kPanel, tile, true);
+    });
+  }
+
+ private:
+  std::span<const LowRankRows> updates_;
+  std::vector<int64_t> cuts_;
+  std::vector<PackedRows> low_;             // by block
+  std::vector<const LowRankRows*> active_;  // by block
+};
+
+// d_low = scale dy B by row block, kept for the caller and packed as a left operand for A.
+class BackwardTerm {
+ public:
+  BackwardTerm(const LowRank& update, float* d_low) : update_(update), d_low_(d_low) {}
+
+  std::span<const int64_t> cuts(int64_t, int64_t) { return {}; }
+
+  void prepare(int64_t first, const PackedRows& dy, ThreadTeam& team) {
+    low_.resize(static_cast<size_t>(dy.blocks()));
+    const PackedMatrix& b = update_.b;
+    const int64_t ranks = update_.ranks();
+    team.run(dy.blocks(), [&](int64_t block, int) {
+      const cpu::Kernels& k = cpu::kernels();
+      const int64_t rows = dy.block_rows(block);
+      float* low = d_low_ + (first + dy.block_row(block)) * ranks;
+      float* tile = workspace().tile.reserve(rows * kPanel);
+      float* scratch = workspace().panel.reserve(kContract * kPanel);
+      for (int64_t p = 0; p < update_.a.panels(); ++p) {
+        // Whole panels of outputs: B is zero beyond the module's own.
+        auto [begin, end] = update_.outputs_of_ranks[static_cast<size_t>(p)];
+        begin = begin / kPanel * kPanel;
+        const int64_t start = begin;
+        for_contraction(begin, end, [&](int64_t from, int64_t to) {
+          k.transpose_panels(b.panel(from / kPanel), ranks, to - from, p * kPanel, scratch);
+          multiply_range(dy, block, from, to, scratch, tile, from > start);
+        });
+        k.store_tile(tile, rows, std::min(kPanel, ranks - p * kPanel), update_.scale, nullptr,
+                     nullptr, low + p * kPanel, ranks);
+      }
+      low_[static_cast<size_t>(block)].pack(rows, ranks, {low, ranks, 1}, kRowBlock, nullptr);
+    });
+  }
+
+  void add(int64_t panel, int64_t block, float* tile) const {
+    float* scratch = workspace().panel.reserve(kContract * kPanel);
+    for_contraction(0, update_.ranks(), [&](int64_t from, int64_t to) {
+      cpu::kernels().transpose_panels(update_.a.panel(from / kPanel), update_.a.cols(), to - from,
+                                      panel * kPanel, scratch);
+      multiply_range(low_[static_cast<size_t>(block)], 0, from, to, scratch, tile, true);
+    });
+  }
+
+ private:
+  const LowRank& update_;
+  float* d_low_;
+  std::vector<PackedRows> low_;  // by block
+};
+
 }  // namespace
 
 void linear(int64_t rows, MatrixView x, const PackedMatrix& w, float* y, int64_t ldy,
-            const Epilogue& epilogue, ThreadTeam& team) {
-  multiply(
-      rows, w.rows(), w.cols(), x, y, ldy, epilogue, team,
-      [&w](int64_t p, int64_t k_begin, int64_t, float*) { return w.panel(p) + k_begin * kPanel; });
+            const Epilogue& epilogue, ThreadTeam& team, std::span<const LowRankRows> updates) {
+  const auto panel = [&w](int64_t p, int64_t k_begin, int64_t, float*) {
+    return w.panel(p) + k_begin * kPanel;
+  };
+  if (updates.empty()) {
+    NoTerm none;
+    multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, team, panel, none);
+  } else {
+    ForwardTerm term(updates);
+    multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, team, panel, term);
+  }
 }
 
 void linear_backward(int64_t rows, MatrixView dy, const PackedMatrix& w, float* dx, int64_t ldx,
-                     const Epilogue& epilogue, ThreadTeam& team) {
+                     const Epilogue& epilogue, ThreadTeam& team, const LowRank* update,
+                     float* d_low) {
   // The contraction runs over W's rows: kContract is a multiple of kPanel, so a block starts at a
-  // panel. The transposed copy is rebuilt for every row block, about a tenth of the work.
+  // panel.
   static_assert(kContract % kPanel == 0);
-  multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, team,
-           [&w](int64_t p, int64_t n_begin, int64_t n_count, float* scratch) {
-             cpu::kernels().transpose_panels(w.panel(n_begin / kPanel), w.cols(), n_count,
-                                             p * kPanel, scratch);
-             return static_cast<const float*>(scratch);
-           });
+  const auto transposed = [&w](int64_t p, int64_t n_begin, int64_t n_count, float* scratch) {
+    cpu::kernels().transpose_panels(w.panel(n_begin / kPanel), w.cols(), n_count, p * kPanel,
+                                    scratch);
+    return static_cast<const float*>(scratch);
+  };
+  if (update == nullptr) {
+    NoTerm none;
+    multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, team, transposed, none);
+  } else {
+    BackwardTerm term(*update, d_low);
+    multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, team, transposed, term);
+  }
 }
 
 void matmul(int64_t m, int64_t n, int64_t k, MatrixView a, const float* b, int64_t ldb, float* c,
             int64_t ldc, const Epilogue& epilogue, ThreadTeam& team) {
-  multiply(m, n, k, a, c, ldc, epilogue, team,
-           [b, ldb, n](int64_t p, int64_t k_begin, int64_t k_count, float* scratch) {
-             const int64_t width = std::min(kPanel, n - p * kPanel);
-             for (int64_t i = 0; i < k_count; ++i) {
-               const float* from = b + (k_begin + i) * ldb + p * kPanel;
-               for (int64_t j = 0; j < kPanel; ++j) {
-                 scratch[i * kPanel + j] = j < width ? from[j] : 0.0f;
-               }
-             }
-             return static_cast<const float*>(scratch);
-           });
+  NoTerm none;
+  multiply(
+      m, n, k, a, c, ldc, epilogue, team,
+      [b, ldb, n](int64_t p, int64_t k_begin, int64_t k_count, float* scratch) {
+        const int64_t width = std::min(kPanel, n - p * kPanel);
+        for (int64_t i = 0; i < k_count; ++i) {
+          const float* from = b + (k_begin + i) * ldb + p * kPanel;
+          float* to = scratch + i * kPanel;
+          if (width == kPanel) {
+            std::memcpy(to, from, kPanel * sizeof(float));
+          } else {
+            for (int64_t j = 0; j < kPanel; ++j) to[j] = j < width ? from[j] : 0.0f;
+          }
+        }
+        return static_cast<const float*>(scratch);
+      },
+      none);
 }
 
 }  // namespace alignpro::ops

@@ -184,10 +184,11 @@ void sweep_groups(const Problem& problem, int operands, ThreadTeam& team,
                        : nullptr;
       for (int64_t c = 0; c < column_panels; ++c) {
         const float* columns = own.weight.columns(c);
-        k.gemm_panel(rows, count, left, columns, kPanel, result + c * rows * kPanel, tile > 0);
+        k.gemm_panel(rows, count, left, count * kRowTile, columns, kPanel,
+                     result + c * rows * kPanel, tile > 0);
         if (operands > 1) {
-          k.gemm_panel(rows, count, ref_left, columns, kPanel, ref_result + c * rows * kPanel,
-                       tile > 0);
+          k.gemm_panel(rows, count, ref_left, count * kRowTile, columns, kPanel,
+                       ref_result + c * rows * kPanel, tile > 0);
         }
       }
     }
@@ -423,8 +424,8 @@ void weight_gradient(const Problem& problem, const LogprobOutput& forward, const
               }
             }
             for (int64_t p = 0; p < panels; ++p) {
-              k.gemm_panel(kPanel, count, left + p * kPackedRows * count, columns, kPanel,
-                           sums + (c * kTilePanels + p) * kPanel * kPanel, b > 0);
+              k.gemm_panel(kPanel, count, left + p * kPackedRows * count, count * kRowTile, columns,
+                           kPanel, sums + (c * kTilePanels + p) * kPanel * kPanel, b > 0);
             }
           }
         }

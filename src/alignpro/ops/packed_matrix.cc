@@ -12,11 +12,8 @@ PackedMatrix::PackedMatrix(int64_t rows, int64_t cols) : rows_(rows), cols_(cols
 }
 
 void PackedMatrix::pack_panel(int64_t p, const float* source) {
-  const int64_t live = std::min(kPanel, rows_ - p * kPanel);
-  float* to = data_.data() + p * cols_ * kPanel;
-  for (int64_t k = 0; k < cols_; ++k) {
-    for (int64_t n = 0; n < kPanel; ++n) to[k * kPanel + n] = n < live ? source[n * cols_ + k] : 0;
-  }
+  cpu::kernels().pack_panel(source, cols_, std::min(kPanel, rows_ - p * kPanel), cols_,
+                            data_.data() + p * cols_ * kPanel);
 }
 
 PackedMatrix PackedMatrix::pack(

@@ -27,9 +27,9 @@ inline int64_t tile_panels(int64_t vocab, int64_t tile) {
 // Logits of one row block against one panel [cols][16] of the weight: out [rows][16], unscaled.
 inline void panel_logits(const PackedRows& rows, int64_t block, const float* panel, float* out) {
   for (int64_t k_begin = 0; k_begin < rows.contract(); k_begin += cpu::kContract) {
-    cpu::kernels().gemm_panel(
-        rows.block_rows(block), std::min(cpu::kContract, rows.contract() - k_begin),
-        rows.at(block, k_begin), panel + k_begin * cpu::kPanel, cpu::kPanel, out, k_begin > 0);
+    cpu::kernels().gemm_panel(rows.block_rows(block), rows.k_count(k_begin),
+                              rows.at(block, k_begin), rows.tile_stride(k_begin),
+                              panel + k_begin * cpu::kPanel, cpu::kPanel, out, k_begin > 0);
   }
 }
 

@@ -128,18 +128,18 @@ ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b,
   }
 }
 
-void gemm_panel(int64_t rows, int64_t k_count, const float* a, const float* b, int64_t ldb,
-                float* c, bool accumulate) {
+void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride, const float* b,
+                int64_t ldb, float* c, bool accumulate) {
   int64_t m = 0;
   if (rows >= kRowTile) {
     micro_tile<6, true>(k_count, a, b, ldb, c, accumulate);
-    a += k_count * kRowTile;
+    a += a_stride;
     c += kRowTile * kPanel;
     m = kRowTile;
   }
   for (; m + kRowTile <= rows; m += kRowTile) {
     micro_tile<6>(k_count, a, b, ldb, c, accumulate);
-    a += k_count * kRowTile;
+    a += a_stride;
     c += kRowTile * kPanel;
   }
   switch (rows - m) {
@@ -194,7 +194,7 @@ ALIGNPRO_INLINE void transpose8(const float* from, int64_t from_stride, float* t
 }
 #endif
 
-// out[j][i] = row[i][k + j]
+// out[j][i] = row[i][k + j] for i < 8, j < 8.
 ALIGNPRO_INLINE void transpose8_rows(const float* const row[8], int64_t k, float* out) {
   float block[8 * 8];
   for (int i = 0; i < 8; ++i) store(block + i * 8, load(row[i] + k));

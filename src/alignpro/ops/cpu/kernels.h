@@ -47,10 +47,10 @@ struct Kernels {
   const char* name;
 
   // c[m][n] = (accumulate ? c[m][n] : 0) + sum_k a(m, k) b[k][n], the sum started from zero and run
-  // in ascending k. a: packed [ceil(rows / 6)][k_count][6]; b: [k_count] rows of 16, ldb apart;
-  // c: [rows][16].
-  void (*gemm_panel)(int64_t rows, int64_t k_count, const float* a, const float* b, int64_t ldb,
-                     float* c, bool accumulate);
+  // in ascending k. a: packed row tiles [k_count][6], a_stride floats apart; b: [k_count]
+  // rows of 16, ldb apart; c: [rows][16].
+  void (*gemm_panel)(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
+                     const float* b, int64_t ldb, float* c, bool accumulate);
 
   // Packs rows [rows][k_count] of a matrix with element (m, k) at m * row_stride + k * col_stride
   // into [ceil(rows / 6)][k_count][6]; missing rows of the last tile are zero.
