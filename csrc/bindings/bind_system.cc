@@ -6,12 +6,24 @@
 
 #include "alignpro/core/cpu_isa.h"
 #include "alignpro/core/parallel.h"
+#include "alignpro/ops/machine_limits.h"
+#include "gil.h"
 
 namespace py = pybind11;
 
 void bind_system(py::module_& m) {
   m.def("cpu_isa", [] { return std::string(alignpro::cpu_isa_name(alignpro::cpu_isa())); });
   m.def("available_cpus", &alignpro::available_cpus);
+  const auto measure = [](double (*limit)(alignpro::ThreadTeam&)) {
+    return [limit](int threads) {
+      const alignpro::bindings::GilRelease release;
+      alignpro::ThreadTeam team(threads);
+      return limit(team);
+    };
+  };
+  m.def("measure_fma_peak", measure(&alignpro::ops::fma_peak_gflops), py::arg("threads") = 0);
+  m.def("measure_read_bandwidth", measure(&alignpro::ops::read_bandwidth_gbps),
+        py::arg("threads") = 0);
   m.def("build_info", [] {
     std::string isas;
     for (const alignpro::CpuIsa isa : alignpro::compiled_isas()) {

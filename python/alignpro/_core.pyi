@@ -15,6 +15,12 @@ def cpu_isa() -> str:
     """Instruction set in use: "avx2" or "generic" (ALIGNPRO_CPU_ISA forces one)."""
 
 def available_cpus() -> int: ...
+def measure_fma_peak(threads: int = 0) -> float:
+    """GFLOP/s of multiply-adds in registers, on so many threads (0: available_cpus)."""
+
+def measure_read_bandwidth(threads: int = 0) -> float:
+    """GB/s of reading memory that no cache holds."""
+
 def build_info() -> dict[str, str]:
     """Compiler, build type, compiled ISAs, "cuda": "no" | version."""
 
@@ -54,10 +60,24 @@ class Model:
         reference: Adapter | None = None,
         with_reference: bool = False,
         keep_graph: bool = False,
+        activations: str = "keep",
     ) -> Score:
         """Scores tokens [start, len) of every sequence (1 <= start <= len). Common prefixes are
         computed once. with_reference: also the exact KL to the distribution under ``reference``
-        (None: base weights). keep_graph: keep what backward() needs."""
+        (None: base weights). keep_graph: keep what backward() needs. activations: "keep" every
+        layer's, or "recompute" them in backward(), to the same bits."""
+
+    def score_bytes(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        adapter: Adapter | None = None,
+        with_reference: bool = False,
+        keep_graph: bool = False,
+        activations: str = "keep",
+    ) -> int:
+        """What score() and its backward() hold at most, in bytes, beside weights, adapters and
+        gradients."""
 
 class Score:
     """Flat float32 arrays, sequences one after another: total = sum(len - start)."""

@@ -4,10 +4,6 @@
 //   cmake -S . -B build -DALIGNPRO_PYTHON=OFF -DALIGNPRO_TESTS=ON && cmake --build build
 //   build/tests/bench/linear_bench
 
-#if defined(__FMA__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -17,6 +13,7 @@
 
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/linear.h"
+#include "alignpro/ops/machine_limits.h"
 
 namespace {
 
@@ -38,61 +35,12 @@ double median_seconds(const std::function<void()>& work) {
   return seconds[kRepeats / 2];
 }
 
-typedef float Lanes __attribute__((vector_size(32)));
-
-// By name: the library's -ffp-contract=off reaches this file too.
-inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
-#if defined(__FMA__)
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-// Twelve independent chains of multiply-adds: enough to fill two pipes of latency 4 (or 5).
-double peak_gflops(ThreadTeam& team) {
-  constexpr int64_t kSteps = 20'000'000;
-  const double seconds = median_seconds([&] {
-    team.run(team.size(), [](int64_t, int) {
-      Lanes sums[12] = {};
-      for (Lanes& sum : sums) __asm__ volatile("" : "+x"(sum));  // equal chains would be merged
-      Lanes a = Lanes{} + 0.999f, b = Lanes{} + 0.001f;
-      for (int64_t i = 0; i < kSteps; ++i) {
-#pragma GCC unroll 12
-        for (Lanes& sum : sums) sum = multiply_add(sum, a, b);
-        __asm__ volatile("" : "+x"(a), "+x"(b));
-      }
-      for (Lanes& sum : sums) __asm__ volatile("" : : "x"(sum));
-    });
-  });
-  return static_cast<double>(team.size()) * kSteps * 12 * 16 / seconds / 1e9;
-}
-
-double read_gigabytes(ThreadTeam& team) {
-  std::vector<float> memory(size_t{1} << 28, 1.0f);  // 1 GiB: no cache holds it
-  const int64_t chunk = static_cast<int64_t>(memory.size()) / (16 * team.size());
-  const double seconds = median_seconds([&] {
-    team.run(16 * team.size(), [&](int64_t item, int) {
-      const float* p = memory.data() + item * chunk;
-      Lanes sums[4] = {};
-      for (int64_t i = 0; i + 32 <= chunk; i += 32) {
-        for (int k = 0; k < 4; ++k) {
-          Lanes v;
-          __builtin_memcpy(&v, p + i + 8 * k, sizeof(v));
-          sums[k] += v;
-        }
-      }
-      for (Lanes& sum : sums) __asm__ volatile("" : : "x"(sum));
-    });
-  });
-  return static_cast<double>(memory.size()) * sizeof(float) / seconds / 1e9;
-}
-
 }  // namespace
 
 int main() {
   ThreadTeam team(0);
-  const double peak = peak_gflops(team), bandwidth = read_gigabytes(team);
+  const double peak = alignpro::ops::fma_peak_gflops(team);
+  const double bandwidth = alignpro::ops::read_bandwidth_gbps(team);
   std::printf("%d threads; FMA peak %.0f GFLOP/s; read bandwidth %.1f GB/s\n", team.size(), peak,
               bandwidth);
 

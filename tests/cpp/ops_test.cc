@@ -19,6 +19,7 @@
 #include "alignpro/ops/kv_view.h"
 #include "alignpro/ops/linear.h"
 #include "alignpro/ops/linear_logprob.h"
+#include "alignpro/ops/machine_limits.h"
 #include "alignpro/ops/matrix_view.h"
 #include "alignpro/ops/packed_matrix.h"
 #include "alignpro/ops/packed_rows.h"
@@ -623,6 +624,12 @@ TEST(linear_logprob_refuses_nan) {
   Vocabulary v(4, 300, 16, 1.0f);
   v.hidden[16 * 2] = NAN;
   CHECK_THROWS(linear_logprob(v.in(false), v.out(), nullptr, team), NumericError, "row 2");
+}
+
+TEST(machine_limits_are_positive) {
+  ThreadTeam team(1);
+  CHECK(fma_peak_gflops(team) > 0.1);
+  CHECK(read_bandwidth_gbps(team) > 0.01);
 }
 
 // ---- sampling ----------------------------------------------------------------------------------

@@ -582,6 +582,38 @@ void tile_exp_row(const float* tile, int64_t rows, int64_t row, int64_t panels, 
   }
 }
 
+// ---- the machine's limits ---------------------------------------------------------------------
+
+#if defined(__AVX2__)
+#define ALIGNPRO_IN_REGISTER "x"
+#else  // no register holds eight floats
+#define ALIGNPRO_IN_REGISTER "m"
+#endif
+
+// Enough independent chains to fill two pipes of latency 4 or 5.
+void fma_chains(int64_t steps) {
+  F8 sums[12];
+  for (F8& sum : sums) {
+    sum = splat(0.0f);
+    __asm__ volatile("" : "+" ALIGNPRO_IN_REGISTER(sum));  // equal chains would be merged
+  }
+  F8 a = splat(0.999f), b = splat(0.001f);
+  for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 12
+    for (F8& sum : sums) sum = fma(sum, a, b);
+    __asm__ volatile("" : "+" ALIGNPRO_IN_REGISTER(a), "+" ALIGNPRO_IN_REGISTER(b));
+  }
+  for (F8& sum : sums) __asm__ volatile("" : : ALIGNPRO_IN_REGISTER(sum));
+}
+
+void read_memory(const float* p, int64_t n) {
+  F8 sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  for (int64_t i = 0; i + 32 <= n; i += 32) {
+    for (int k = 0; k < 4; ++k) sums[k] = sums[k] + load(p + i + 8 * k);
+  }
+  for (F8& sum : sums) __asm__ volatile("" : : ALIGNPRO_IN_REGISTER(sum));
+}
+
 }  // namespace
 
 // `extern` in the header gives the table external linkage; its entries stay internal.
@@ -606,6 +638,8 @@ const Kernels kKernels = {
     .tile_variation_row = tile_variation_row,
     .tile_gradient_row = tile_gradient_row,
     .tile_exp_row = tile_exp_row,
+    .fma_chains = fma_chains,
+    .read_memory = read_memory,
 };
 
 }  // namespace alignpro::ops::cpu::ALIGNPRO_ISA

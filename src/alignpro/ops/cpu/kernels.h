@@ -11,6 +11,9 @@ inline constexpr int64_t kPanel = 16;
 // Contraction block: a B sub-panel (kContract x kPanel) stays in L1.
 inline constexpr int64_t kContract = 192;
 
+// Multiply-adds in one step of fma_chains: twelve independent vectors of eight.
+inline constexpr int64_t kFmaPerStep = 96;
+
 // What one vocabulary tile contributes to a row's statistics. Sums are relative to the tile's own
 // maximum, so tiles merge in any magnitude; they are merged in tile order, in double.
 struct TileStats {
@@ -117,6 +120,11 @@ struct Kernels {
   // e[j] = exp(tile row j - max) for j < panels * 16.
   void (*tile_exp_row)(const float* tile, int64_t rows, int64_t row, int64_t panels, float max,
                        float* e);
+
+  // For the machine's limits: `steps` times twelve multiply-adds of vectors in registers, and
+  // reading n floats (a multiple of 32).
+  void (*fma_chains)(int64_t steps);
+  void (*read_memory)(const float* p, int64_t n);
 };
 
 namespace generic {
