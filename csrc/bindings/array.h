@@ -9,23 +9,22 @@
 
 #include "alignpro/core/error.h"
 
-// The one caster for tensors: what crosses is float32, C-contiguous and of the expected shape, or
-// an error names the argument. Nothing is converted behind the caller's back (no forcecast).
+// The one caster for tensors: what crosses is C-contiguous, of the expected type and number of
+// dimensions, or an error names the argument. Nothing is converted behind the caller's back (no
+// forcecast).
 
 namespace alignpro::bindings {
 
 namespace py = pybind11;
 
-inline py::array float_array(const py::handle& object, const std::string& name, int dimensions) {
+// An array of any type; the caller looks at its dtype.
+inline py::array contiguous_array(const py::handle& object, const std::string& name,
+                                  int dimensions) {
   if (!py::isinstance<py::array>(object)) {
-    throw InvalidArgument(cat(name, ": expected a float32 numpy array, got ",
-                              std::string(py::str(py::type::of(object)))));
+    throw InvalidArgument(
+        cat(name, ": expected a numpy array, got ", std::string(py::str(py::type::of(object)))));
   }
   auto array = py::reinterpret_borrow<py::array>(object);
-  if (!array.dtype().is(py::dtype::of<float>())) {
-    throw InvalidArgument(
-        cat(name, ": expected float32, got ", std::string(py::str(array.dtype()))));
-  }
   if (array.ndim() != dimensions) {
     throw InvalidArgument(cat(name, ": expected ", dimensions, " dimensions, got ", array.ndim()));
   }
@@ -35,6 +34,16 @@ inline py::array float_array(const py::handle& object, const std::string& name, 
                               "numpy.ascontiguousarray first"));
   }
   return array;
+}
+
+inline py::array float_array(const py::handle& object, const std::string& name, int dimensions) {
+  if (py::isinstance<py::array>(object)) {
+    const auto type = py::reinterpret_borrow<py::array>(object).dtype();
+    if (!type.is(py::dtype::of<float>())) {
+      throw InvalidArgument(cat(name, ": expected float32, got ", std::string(py::str(type))));
+    }
+  }
+  return contiguous_array(object, name, dimensions);
 }
 
 // A 1-D float32 array as a span; None is an empty one. Valid while the array lives.

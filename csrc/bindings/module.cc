@@ -6,6 +6,7 @@
 #include "bind_errors.h"
 #include "bind_files.h"
 #include "bind_model.h"
+#include "bind_ops.h"
 #include "bind_system.h"
 #include "gil.h"
 
@@ -14,6 +15,7 @@ PYBIND11_MODULE(_core, m) {
   bind_errors(m);
   bind_system(m);
   bind_files(m);
+  bind_ops(m);
   bind_model(m);
   bind_engine(m);
   pybind11::module_::import("atexit").attr("register")(

@@ -27,6 +27,62 @@ def build_info() -> dict[str, str]:
 def read_gguf_metadata(path: str) -> dict[str, Any]:
     """Every key of a GGUF header; arrays become lists. Raises ModelFileError."""
 
+class StoredWeight:
+    """A matrix of a GGUF file, mapped: its bytes are read where they are used."""
+
+    rows: int
+    cols: int
+    dtype: str
+    nbytes: int
+    @staticmethod
+    def from_gguf(path: str, name: str) -> StoredWeight: ...
+
+# The vocabulary op. hidden, reference_hidden: float32 [T, D]; weights: [V, D] float32, float16,
+# bfloat16 as its uint16 bits, or StoredWeight; tokens: int32 [T].
+def linear_logprob(
+    hidden: NDArray[np.float32],
+    weight: NDArray[Any] | StoredWeight,
+    tokens: NDArray[np.int32],
+    temperature: float,
+    reference_hidden: NDArray[np.float32] | None,
+    reference_weight: NDArray[Any] | StoredWeight | None,
+    with_jacobian: bool,
+) -> dict[str, NDArray[Any] | None]:
+    """logprob, entropy, kl, reverse_kl, reference_logprob, lse, reference_lse: [T]; d_logprob and
+    d_kl: [T, D], the derivatives by hidden. None where there is no reference (or no jacobian)."""
+
+def linear_logprob_variation(
+    hidden: NDArray[np.float32],
+    weight: NDArray[Any] | StoredWeight,
+    tokens: NDArray[np.int32],
+    temperature: float,
+    reference_hidden: NDArray[np.float32] | None,
+    reference_weight: NDArray[Any] | StoredWeight | None,
+    forward: dict[str, NDArray[Any] | None],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(total variation, mass_above), [T] each."""
+
+def linear_logprob_backward(
+    hidden: NDArray[np.float32],
+    weight: NDArray[Any] | StoredWeight,
+    tokens: NDArray[np.int32],
+    temperature: float,
+    reference_hidden: NDArray[np.float32] | None,
+    reference_weight: NDArray[Any] | StoredWeight | None,
+    forward: dict[str, NDArray[Any] | None],
+    mass_above: NDArray[np.float32] | None,
+    upstream: dict[str, NDArray[np.float32] | None],
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    """(d_hidden [T, D], d_weight [V, D]) for derivatives of the loss by the outputs, by name."""
+
+def linear_logprob_bytes(
+    num_tokens: int, hidden_size: int, vocab_size: int, dtype: str, reference: bool, gradient: bool
+) -> int: ...
+def ops_threads() -> int: ...
+def set_ops_threads(threads: int) -> None: ...
+
 class Adapter:
     """LoRA matrices of one weight version. Replaced, never edited: KV entries stay valid."""
 

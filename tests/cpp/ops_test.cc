@@ -401,7 +401,8 @@ struct Vocabulary {
   PackedMatrix packed;
   std::vector<int32_t> tokens;
   float temperature;
-  Floats logprob, entropy, kl, reverse_kl, ref_logprob, lse, ref_lse;
+  Floats logprob, entropy, kl, reverse_kl, ref_logprob;
+  Doubles lse, ref_lse;
 
   Vocabulary(int64_t r, int64_t v, int64_t c, float t, float offset = 0.0f)
       : rows(r),
@@ -421,9 +422,10 @@ struct Vocabulary {
     }
     packed = PackedMatrix::pack(vocab, cols, weight.data());
     for (int64_t m = 0; m < rows; ++m) tokens.push_back(static_cast<int32_t>((m * 37 + 5) % vocab));
-    for (Floats* f : {&logprob, &entropy, &kl, &reverse_kl, &ref_logprob, &lse, &ref_lse}) {
+    for (Floats* f : {&logprob, &entropy, &kl, &reverse_kl, &ref_logprob}) {
       f->assign(static_cast<size_t>(rows), NAN);
     }
+    lse = ref_lse = Doubles(static_cast<size_t>(rows), NAN);
   }
   LogprobInput in(bool with_ref = true) const {
     return {.rows = rows,

@@ -26,19 +26,21 @@ ROOMS: dict[str, set[str]] = {
     "objective": {"types"},
     "native": _BASE,
     "models": _BASE | {"native"},
+    "ops": _BASE | {"native"},
     "pipeline": _SERVING | {"rewards.check"},
     "train": _RUNNING,
     "evaluate": _RUNNING,
     "report": _RUNNING | {"train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report"},
-    "cli": _RUNNING | {"train", "evaluate", "report", "quickstart"},
-    "": _RUNNING | {"train", "evaluate", "report"},  # __init__.py: the lazy public names
+    "bench": _RUNNING | {"ops", "train"},
+    "cli": _RUNNING | {"train", "evaluate", "report", "quickstart", "bench"},
+    "": _RUNNING | {"ops", "train", "evaluate", "report"},  # __init__.py: the lazy public names
 }
 
 # module of others -> the rooms or modules that may import it
 ONLY = {
     "transformers": {"rewards"},
-    "torch": {"objective", "train", "rewards"},
+    "torch": {"objective", "ops", "train", "rewards", "bench"},
     "alignpro._core": {"native"},
 }
 STANDARD_LIBRARY_ONLY = {"config", "types", ""}

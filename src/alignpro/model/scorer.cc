@@ -65,9 +65,10 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
              request_.starts[static_cast<size_t>(s)];
   }
   const auto values = static_cast<size_t>(total);
-  for (auto* out : {&logprob_, &entropy_, &lse_}) out->resize(values);
+  for (auto* out : {&logprob_, &entropy_}) out->resize(values);
+  lse_.resize(values);
   if (request_.with_reference) {
-    for (auto* out : {&kl_, &ref_logprob_, &ref_lse_}) out->resize(values);
+    for (auto* out : {&kl_, &ref_logprob_}) out->resize(values);
   }
   std::vector<int64_t> order(static_cast<size_t>(count));
   std::iota(order.begin(), order.end(), 0);
@@ -200,15 +201,16 @@ void Score::score_group(std::span<const int64_t> members) {
     if (request_.with_reference) reference = gather(all.reference);
   }
   // The group's values, then scattered to the sequences' places.
-  std::vector<float> out(static_cast<size_t>(6 * values));
+  std::vector<float> out(static_cast<size_t>(4 * values));
+  std::vector<double> normaliser(static_cast<size_t>(2 * values));
   float* at = out.data();
   const ops::LogprobOutput outputs{.logprob = at,
                                    .entropy = at + values,
                                    .kl = at + 2 * values,
                                    .reverse_kl = nullptr,
                                    .ref_logprob = at + 3 * values,
-                                   .lse = at + 4 * values,
-                                   .ref_lse = at + 5 * values};
+                                   .lse = normaliser.data(),
+                                   .ref_lse = normaliser.data() + values};
   ops::LogprobJacobian jacobian{};
   if (graph_ != nullptr) {
     graph_->d_logprob.resize(hidden.size());
@@ -227,7 +229,7 @@ void Score::score_group(std::span<const int64_t> members) {
     const auto count = static_cast<int64_t>(request_.sequences[static_cast<size_t>(s)].size()) -
                        request_.starts[static_cast<size_t>(s)];
     const int64_t to = offsets_[static_cast<size_t>(s)];
-    const auto copy = [&](const float* source, std::vector<float>& target) {
+    const auto copy = [&](const auto* source, auto& target) {
       if (!target.empty()) std::copy_n(source + from, count, target.begin() + to);
     };
     copy(outputs.logprob, logprob_);
@@ -235,7 +237,6 @@ void Score::score_group(std::span<const int64_t> members) {
     copy(outputs.kl, kl_);
     copy(outputs.ref_logprob, ref_logprob_);
     copy(outputs.lse, lse_);
-    copy(outputs.ref_lse, ref_lse_);
     from += count;
   }
   if (graph_ != nullptr) {

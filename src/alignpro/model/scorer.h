@@ -75,7 +75,8 @@ class Score {
   std::shared_ptr<const Model> model_;
   ScoreRequest request_;
   std::vector<int64_t> offsets_;  // of each sequence's first value in the flat outputs
-  std::vector<float> logprob_, entropy_, kl_, ref_logprob_, lse_, ref_lse_;
+  std::vector<float> logprob_, entropy_, kl_, ref_logprob_;
+  std::vector<double> lse_;
   std::shared_ptr<Graph> graph_;
 };
 

@@ -231,14 +231,14 @@ RowStats write_row(const Problem& problem, const LogprobOutput& out, int64_t row
   }
   out.logprob[row] = static_cast<float>(logit - s.lse);
   out.entropy[row] = static_cast<float>(std::max(0.0, s.lse - s.mean_z));
-  out.lse[row] = static_cast<float>(s.lse);
+  out.lse[row] = s.lse;
   if (problem.with_ref) {
     out.kl[row] = static_cast<float>(std::max(0.0, s.mean_cross - s.lse + s.ref_lse));
     if (out.reverse_kl != nullptr) {
       out.reverse_kl[row] = static_cast<float>(std::max(0.0, s.ref_cross - s.ref_lse + s.lse));
     }
     out.ref_logprob[row] = static_cast<float>(ref_logit - s.ref_lse);
-    out.ref_lse[row] = static_cast<float>(s.ref_lse);
+    out.ref_lse[row] = s.ref_lse;
   }
   return s;
 }
@@ -352,11 +352,15 @@ float value_or_zero(const float* values, int64_t row) {
 cpu::RowGradient row_gradient(const Problem& problem, const LogprobOutput& forward,
                               const float* mass_above, const LogprobUpstream& upstream,
                               int64_t row) {
+  const double lse = forward.lse[row], ref_lse = problem.with_ref ? forward.ref_lse[row] : 0.0;
+  const auto high = static_cast<float>(lse), ref_high = static_cast<float>(ref_lse);
   return {
-      .lse = forward.lse[row],
-      .ref_lse = problem.with_ref ? forward.ref_lse[row] : 0.0f,
-      .entropy = forward.entropy[row],
-      .kl = problem.with_ref ? forward.kl[row] : 0.0f,
+      .lse = high,
+      .lse_low = static_cast<float>(lse - high),
+      .ref_lse = ref_high,
+      .ref_lse_low = static_cast<float>(ref_lse - ref_high),
+      .entropy = value_or_zero(forward.entropy, row),
+      .kl = value_or_zero(forward.kl, row),
       .mass_above = value_or_zero(mass_above, row),
       .d_logprob = value_or_zero(upstream.logprob, row),
       .d_entropy = value_or_zero(upstream.entropy, row),
@@ -469,9 +473,11 @@ void total_variation(const LogprobInput& in, const LogprobOutput& forward, float
           for (int64_t m = 0; m < count; ++m) {
             const int64_t row = b * kRowBlock + m;
             auto& part = parts[static_cast<size_t>(row * tiles + tile)];
-            cpu::kernels().tile_variation_row(
-                own.logits.data() + at, own.ref_logits.data() + at, count, m, own.weight.panels(),
-                forward.lse[first + row], forward.ref_lse[first + row], &part[0], &part[1]);
+            const cpu::RowGradient statistics =
+                row_gradient(problem, forward, nullptr, {}, first + row);
+            cpu::kernels().tile_variation_row(own.logits.data() + at, own.ref_logits.data() + at,
+                                              count, m, own.weight.panels(), &statistics, &part[0],
+                                              &part[1]);
           }
         }
       },

@@ -33,8 +33,8 @@ struct LogprobOutput {
   float* kl;           // KL(p || q) over the whole vocabulary, never negative, 0 when z == z_ref
   float* reverse_kl;   // KL(q || p); may be null
   float* ref_logprob;  // log q_a
-  float* lse;          // log sum exp z
-  float* ref_lse;
+  double* lse;         // log sum exp z, with what float32 would lose: logits may be large
+  double* ref_lse;
 };
 
 // Derivatives by the hidden states, [rows, cols] each, gathered in the forward's own pass: sums of

@@ -47,7 +47,7 @@ class WeightTile {
     const StoredMatrix& stored = std::get<StoredMatrix>(weight);
     const int64_t row_size = row_bytes(stored.dtype, cols_);
     const std::byte* from = stored.data + tile * kVocabTile * row_size;
-    if (stored.dtype == DType::kF32) {
+    if (stored.dtype == DType::kF32 && reinterpret_cast<uintptr_t>(from) % alignof(float) == 0) {
       values_ = reinterpret_cast<const float*>(from);
     } else {
       float* wide = wide_.reserve(kVocabTile * cols_);

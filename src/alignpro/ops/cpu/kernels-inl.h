@@ -515,14 +515,13 @@ void tile_weights_row(float* tile, float* ref_tile, int64_t rows, int64_t row, i
 }
 
 void tile_variation_row(const float* tile, const float* ref_tile, int64_t rows, int64_t row,
-                        int64_t panels, float lse, float ref_lse, float* variation,
-                        float* mass_above) {
+                        int64_t panels, const RowGradient* s, float* variation, float* mass_above) {
   F8 sum = splat(0.0f), mass = splat(0.0f);
   for (int64_t p = 0; p < panels; ++p) {
     for (int64_t half = 0; half < kPanel; half += 8) {
       const int64_t at = (p * rows + row) * kPanel + half;
-      const F8 prob = exp8(load(tile + at) - splat(lse));
-      const F8 more = prob - exp8(load(ref_tile + at) - splat(ref_lse));
+      const F8 prob = exp8(load(tile + at) - splat(s->lse) - splat(s->lse_low));
+      const F8 more = prob - exp8(load(ref_tile + at) - splat(s->ref_lse) - splat(s->ref_lse_low));
       sum = sum + (more > splat(0.0f) ? more : splat(0.0f));
       mass = mass + (more > splat(0.0f) ? prob : splat(0.0f));
     }
@@ -534,16 +533,17 @@ void tile_variation_row(const float* tile, const float* ref_tile, int64_t rows, 
 template <bool WithQ>
 ALIGNPRO_INLINE void tile_gradient(float* tile, const float* ref_tile, int64_t rows, int64_t row,
                                    int64_t panels, const RowGradient& g, float inv_temperature) {
-  const F8 lse = splat(g.lse), ref_lse = splat(g.ref_lse), zero = splat(0.0f);
+  const F8 lse = splat(g.lse), lse_low = splat(g.lse_low), zero = splat(0.0f);
+  const F8 ref_lse = splat(g.ref_lse), ref_lse_low = splat(g.ref_lse_low);
   for (int64_t p = 0; p < panels; ++p) {
     for (int64_t half = 0; half < kPanel; half += 8) {
       const int64_t at = (p * rows + row) * kPanel + half;
-      const F8 logp = load(tile + at) - lse;
+      const F8 logp = load(tile + at) - lse - lse_low;
       const F8 prob = exp8(logp);
       F8 factor = splat(-g.d_logprob) - splat(g.d_entropy) * (logp + splat(g.entropy));
       F8 extra = zero;
       if (ref_tile != nullptr) {
-        const F8 logq = load(ref_tile + at) - ref_lse;
+        const F8 logq = load(ref_tile + at) - ref_lse - ref_lse_low;
         factor = fma(splat(g.d_kl), logp - logq - splat(g.kl), factor);
         if constexpr (WithQ) {
           const F8 more = prob - exp8(logq);

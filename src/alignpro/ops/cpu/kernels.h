@@ -31,8 +31,8 @@ struct TileStats {
 //   dz = d_logprob (1[a] - p) - d_entropy p (log p + H) + d_kl p (log p - log q - KL)
 //      + d_reverse_kl (p - q) + d_total_variation p ([p > q] - mass_above).
 struct RowGradient {
-  float lse;      // of z
-  float ref_lse;  // of z_ref
+  float lse, lse_low;  // of z: its float32 value, and what that leaves of the float64 one
+  float ref_lse, ref_lse_low;
   float entropy;
   float kl;
   float mass_above;  // sum of p where p > q
@@ -111,7 +111,7 @@ struct Kernels {
                            float max, float center, float ref_center);
   // Sums over one row of a tile of max(0, p - q), and of p where p > q.
   void (*tile_variation_row)(const float* tile, const float* ref_tile, int64_t rows, int64_t row,
-                             int64_t panels, float lse, float ref_lse, float* variation,
+                             int64_t panels, const RowGradient* row_statistics, float* variation,
                              float* mass_above);
   // Overwrites one row of scaled logits by dz (see RowGradient), times inv_temperature.
   void (*tile_gradient_row)(float* tile, const float* ref_tile, int64_t rows, int64_t row,

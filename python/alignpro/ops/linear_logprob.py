@@ -1,0 +1,313 @@
+"""The vocabulary projection fused with what reads it: log-probability, entropy and divergences of
+each token from its hidden state, without logits. Forward and backward are the engine's C++.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.autograd.function import once_differentiable
+
+from alignpro.native import core
+
+Floats = NDArray[np.float32]
+_OUTPUTS = ("logprob", "entropy", "kl", "reverse_kl", "reference_logprob")
+_DIFFERENTIABLE = _OUTPUTS[:4]
+
+
+class StoredWeight:
+    """A matrix [rows, cols] of a GGUF file as it stands there: memory mapped, quantised or not,
+    widened tile by tile where it is used. Exact in value, and never trained."""
+
+    def __init__(self, handle: core.StoredWeight) -> None:
+        self._handle = handle
+        self.rows: int = handle.rows
+        self.cols: int = handle.cols
+        self.dtype: str = handle.dtype  # "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1"
+        self.nbytes: int = handle.nbytes
+
+    @classmethod
+    def from_gguf(cls, path: str | os.PathLike[str], name: str) -> StoredWeight:
+        """The tensor ``name`` ("output.weight"; "token_embd.weight" where the head is tied).
+
+        Raises:
+            ModelFileError: the file (a ValueError). ValueError: no such tensor, or no matrix.
+        """
+        return cls(core.StoredWeight.from_gguf(os.fspath(path), name))
+
+    def __repr__(self) -> str:
+        return f"StoredWeight({self.dtype}, rows={self.rows}, cols={self.cols})"
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLogprob:
+    """What `linear_logprob` computes: float32, the shape of ``tokens``, nats.
+
+    With p the policy's distribution over the vocabulary and q the reference's:
+    """
+
+    logprob: torch.Tensor  # log p(token)
+    entropy: torch.Tensor  # -sum p log p
+    kl: torch.Tensor | None  # KL(p || q), exact; None without a reference, like the rest
+    reverse_kl: torch.Tensor | None  # KL(q || p), exact
+    reference_logprob: torch.Tensor | None  # log q(token); a constant
+    _variation: Any = field(repr=False)
+
+    @functools.cached_property
+    def total_variation(self) -> torch.Tensor:
+        """TV(p, q) = sum max(0, p - q), differentiable like the others.
+
+        A pass of its own over the vocabulary, made when it is first asked for: it can start only
+        when the normalisers of both sides are known.
+
+        Raises:
+            ValueError: there is no reference.
+        """
+        if self._variation is None:
+            raise ValueError("total_variation: expected a reference; pass reference_hidden")
+        tv: torch.Tensor = self._variation()
+        return tv
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | StoredWeight,
+    tokens: torch.Tensor,
+    temperature: float = 1.0,
+    reference_hidden: torch.Tensor | None = None,
+    reference_weight: torch.Tensor | StoredWeight | None = None,
+) -> LinearLogprob:
+    """Log-probability, entropy and divergences of ``softmax(hidden @ weight.T / temperature)``.
+
+    Equal to ``log_softmax`` of the logits, gathered at ``tokens``, with its entropy and its exact
+    divergences from ``softmax(reference_hidden @ reference_weight.T / temperature)``; but the
+    logits are never stored. Arithmetic is float32 with sums over the vocabulary in float64; a
+    row's bits depend on nothing but the row. Every output but ``reference_logprob`` has exact
+    gradients to ``hidden``, and to ``weight`` if it requires them; the reference is a constant.
+
+    Memory beside inputs and outputs, at most `peak_bytes`: with T tokens, V rows of ``weight``, D
+    columns, W threads, S = 1, or 2 with a reference, in bytes
+
+    * without gradients, 4 R S (D + 256 W) + 28 R V / 256 + small, R = min(T, 288) rows at a time;
+    * with gradients to ``hidden``, 4 T D S that are kept for the backward, and for each thread
+      96 (8 D S + 2048 S + 28 V / 256) + small; 1024 D more where ``weight`` is not float32.
+
+    A gradient to ``weight`` adds that gradient. Nothing grows with T x V.
+
+    Args:
+        hidden: [..., D], float32, bfloat16 or float16, on the CPU.
+        weight: [V, D], likewise and read as it stands, or a `StoredWeight`.
+        tokens: [...], any integer type, ids in [0, V).
+        temperature: what logits are divided by; above 0.
+        reference_hidden: [..., D'] of the same tokens under the reference.
+        reference_weight: [V, D']; None: ``weight`` serves both.
+
+    Source: MATH "linear_logprob"; derivatives by the logit z_v are 1[v = token] - p_v,
+    -p_v (log p_v + H), p_v (log p_v - log q_v - KL), p_v - q_v and p_v (1[p_v > q_v] - sum of p
+    where p > q). A KL is inf where its first side has mass that the second has not.
+
+    Raises:
+        ValueError: a dtype, device, shape, token or temperature that does not fit, by name.
+        NumericError: NaN or +inf among the logits, or a row of -inf alone; it names the row.
+    """
+    call = _Call(hidden, weight, tokens, temperature, reference_hidden, reference_weight)
+    weight_input = weight if isinstance(weight, torch.Tensor) else None
+    values = dict(zip(_OUTPUTS, _Forward.apply(call, hidden, weight_input), strict=True))  # type: ignore[no-untyped-call]
+    variation = None
+    if reference_hidden is not None:
+        variation = functools.partial(_Variation.apply, call, hidden, weight_input)
+    return LinearLogprob(**values, _variation=variation)
+
+
+def peak_bytes(
+    num_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    dtype: str = "F32",
+    reference: bool = False,
+    gradient: bool = False,
+) -> int:
+    """What `linear_logprob` allocates at most beside inputs and outputs, in bytes, on the threads
+    that are set now. dtype: of ``weight``, as `StoredWeight.dtype`. gradient: to ``hidden``."""
+    return core.linear_logprob_bytes(
+        num_tokens, hidden_size, vocab_size, dtype, reference, gradient
+    )
+
+
+def get_num_threads() -> int:
+    """Threads of these ops; at first the container's CPU quota."""
+    return core.ops_threads()
+
+
+def set_num_threads(threads: int) -> None:
+    """Run these ops on so many threads from now on. No result depends on it."""
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads: expected an integer of 1 or more, got {threads!r}")
+    core.set_ops_threads(threads)
+
+
+class _Call:
+    """The arguments as the kernel takes them, and what its forward leaves for the backward."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor | StoredWeight,
+        tokens: torch.Tensor,
+        temperature: float,
+        reference_hidden: torch.Tensor | None,
+        reference_weight: torch.Tensor | StoredWeight | None,
+    ) -> None:
+        _check_tensor("tokens", tokens)
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
+        self.shape = tokens.shape
+        self.hidden_shape = hidden.shape if isinstance(hidden, torch.Tensor) else None
+        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= 2**31):
+            wrong = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
+            raise ValueError(f"tokens: expected ids of the vocabulary, got {wrong}")
+        if reference_hidden is None and reference_weight is not None:
+            raise ValueError(
+                "reference_weight: given without reference_hidden; pass both or neither"
+            )
+        self.arguments = (
+            _rows("hidden", hidden, self.shape),
+            _weight("weight", weight),
+            tokens.detach().reshape(-1).to(torch.int32).contiguous().numpy(),
+            float(temperature),
+            None
+            if reference_hidden is None
+            else _rows("reference_hidden", reference_hidden, self.shape),
+            None if reference_weight is None else _weight("reference_weight", reference_weight),
+        )
+        self.saved: dict[str, Floats | None] = {}
+
+    def backward(
+        self, upstream: Mapping[str, torch.Tensor | None], mass_above: Floats | None, ctx: Any
+    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of (call, hidden, weight) from the derivatives by the outputs."""
+        _, wants_hidden, wants_weight = ctx.needs_input_grad
+        d_hidden, d_weight = core.linear_logprob_backward(
+            *self.arguments,
+            self.saved,
+            mass_above,
+            {name: _flat(gradient) for name, gradient in upstream.items()},
+            wants_hidden,
+            wants_weight,
+        )
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            None,
+            None
+            if d_hidden is None
+            else torch.from_numpy(d_hidden).reshape(self.hidden_shape).to(hidden_dtype),
+            None if d_weight is None else torch.from_numpy(d_weight).to(weight_dtype),
+        )
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, hidden: torch.Tensor, weight: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        ctx.dtypes = hidden.dtype, None if weight is None else weight.dtype
+        # Saved so that autograd notices when one is overwritten before the backward reads it.
+        ctx.save_for_backward(hidden, weight)
+        call.saved = core.linear_logprob(*call.arguments, ctx.needs_input_grad[1])
+        outputs = tuple(
+            None if value is None else torch.from_numpy(value.reshape(call.shape))
+            for value in (call.saved[name] for name in _OUTPUTS)
+        )
+        if outputs[4] is not None:
+            ctx.mark_non_differentiable(outputs[4])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, *upstream: torch.Tensor | None
+    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
+        ctx.saved_tensors  # noqa: B018  raises when hidden or weight was overwritten
+        call: _Call = ctx.call
+        return call.backward(dict(zip(_DIFFERENTIABLE, upstream, strict=False)), None, ctx)
+
+
+class _Variation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, hidden: torch.Tensor, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.call = call
+        ctx.dtypes = hidden.dtype, None if weight is None else weight.dtype
+        ctx.save_for_backward(hidden, weight)
+        variation, ctx.mass_above = core.linear_logprob_variation(*call.arguments, call.saved)
+        return torch.from_numpy(variation.reshape(call.shape))
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, upstream: torch.Tensor
+    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
+        ctx.saved_tensors  # noqa: B018
+        call: _Call = ctx.call
+        return call.backward({"total_variation": upstream}, ctx.mass_above, ctx)
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}: expected a torch tensor, got {type(value).__name__}")
+    if value.device.type != "cpu":
+        raise ValueError(f"{name}: expected a tensor on the CPU, got {value.device}")
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_floats(name: str, value: Any) -> None:
+    _check_tensor(name, value)
+    if value.dtype not in _FLOATS:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {value.dtype}")
+
+
+def _rows(name: str, value: torch.Tensor, leading: torch.Size) -> Floats:
+    """[..., D] as contiguous float32 [T, D]."""
+    _check_floats(name, value)
+    if value.dim() < 1 or value.shape[:-1] != leading:
+        raise ValueError(
+            f"{name}: expected shape [{', '.join(map(str, leading))}{', ' if leading else ''}D] to "
+            f"fit tokens, got {tuple(value.shape)}"
+        )
+    flat = value.detach().reshape(leading.numel(), value.shape[-1])
+    array: Floats = flat.to(torch.float32).contiguous().numpy()
+    return array
+
+
+def _weight(name: str, value: torch.Tensor | StoredWeight) -> Any:
+    """The memory as it stands; a strided tensor is copied."""
+    if isinstance(value, StoredWeight):
+        return value._handle
+    _check_floats(name, value)
+    if value.dim() != 2:
+        raise ValueError(f"{name}: expected shape [V, D], got {tuple(value.shape)}")
+    matrix = value.detach().contiguous()
+    if matrix.dtype == torch.bfloat16:  # which numpy does not have
+        return matrix.view(torch.uint16).numpy()
+    return matrix.numpy()
+
+
+def _flat(gradient: torch.Tensor | None) -> Floats | None:
+    """A contiguous float32 copy: torch hands over expanded and strided gradients as well."""
+    if gradient is None:
+        return None
+    array: Floats = gradient.detach().to(torch.float32).reshape(-1).contiguous().numpy()
+    return array
