@@ -158,73 +158,86 @@ void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
   }
 }
 
+// Transposes eight rows of eight in registers.
+ALIGNPRO_INLINE void transpose_block(F8 r[8]) {
 #if defined(__AVX2__)
-ALIGNPRO_INLINE void transpose8(const float* from, int64_t from_stride, float* to,
-                                int64_t to_stride) {
-  const __m256 r0 = _mm256_loadu_ps(from), r1 = _mm256_loadu_ps(from + from_stride);
-  const __m256 r2 = _mm256_loadu_ps(from + 2 * from_stride);
-  const __m256 r3 = _mm256_loadu_ps(from + 3 * from_stride);
-  const __m256 r4 = _mm256_loadu_ps(from + 4 * from_stride);
-  const __m256 r5 = _mm256_loadu_ps(from + 5 * from_stride);
-  const __m256 r6 = _mm256_loadu_ps(from + 6 * from_stride);
-  const __m256 r7 = _mm256_loadu_ps(from + 7 * from_stride);
-  const __m256 a0 = _mm256_unpacklo_ps(r0, r1), a1 = _mm256_unpackhi_ps(r0, r1);
-  const __m256 a2 = _mm256_unpacklo_ps(r2, r3), a3 = _mm256_unpackhi_ps(r2, r3);
-  const __m256 a4 = _mm256_unpacklo_ps(r4, r5), a5 = _mm256_unpackhi_ps(r4, r5);
-  const __m256 a6 = _mm256_unpacklo_ps(r6, r7), a7 = _mm256_unpackhi_ps(r6, r7);
+  const __m256 a0 = _mm256_unpacklo_ps(r[0], r[1]), a1 = _mm256_unpackhi_ps(r[0], r[1]);
+  const __m256 a2 = _mm256_unpacklo_ps(r[2], r[3]), a3 = _mm256_unpackhi_ps(r[2], r[3]);
+  const __m256 a4 = _mm256_unpacklo_ps(r[4], r[5]), a5 = _mm256_unpackhi_ps(r[4], r[5]);
+  const __m256 a6 = _mm256_unpacklo_ps(r[6], r[7]), a7 = _mm256_unpackhi_ps(r[6], r[7]);
   const __m256 b0 = _mm256_shuffle_ps(a0, a2, 0x44), b1 = _mm256_shuffle_ps(a0, a2, 0xEE);
   const __m256 b2 = _mm256_shuffle_ps(a1, a3, 0x44), b3 = _mm256_shuffle_ps(a1, a3, 0xEE);
   const __m256 b4 = _mm256_shuffle_ps(a4, a6, 0x44), b5 = _mm256_shuffle_ps(a4, a6, 0xEE);
   const __m256 b6 = _mm256_shuffle_ps(a5, a7, 0x44), b7 = _mm256_shuffle_ps(a5, a7, 0xEE);
-  _mm256_storeu_ps(to, _mm256_permute2f128_ps(b0, b4, 0x20));
-  _mm256_storeu_ps(to + to_stride, _mm256_permute2f128_ps(b1, b5, 0x20));
-  _mm256_storeu_ps(to + 2 * to_stride, _mm256_permute2f128_ps(b2, b6, 0x20));
-  _mm256_storeu_ps(to + 3 * to_stride, _mm256_permute2f128_ps(b3, b7, 0x20));
-  _mm256_storeu_ps(to + 4 * to_stride, _mm256_permute2f128_ps(b0, b4, 0x31));
-  _mm256_storeu_ps(to + 5 * to_stride, _mm256_permute2f128_ps(b1, b5, 0x31));
-  _mm256_storeu_ps(to + 6 * to_stride, _mm256_permute2f128_ps(b2, b6, 0x31));
-  _mm256_storeu_ps(to + 7 * to_stride, _mm256_permute2f128_ps(b3, b7, 0x31));
-}
+  r[0] = _mm256_permute2f128_ps(b0, b4, 0x20);
+  r[1] = _mm256_permute2f128_ps(b1, b5, 0x20);
+  r[2] = _mm256_permute2f128_ps(b2, b6, 0x20);
+  r[3] = _mm256_permute2f128_ps(b3, b7, 0x20);
+  r[4] = _mm256_permute2f128_ps(b0, b4, 0x31);
+  r[5] = _mm256_permute2f128_ps(b1, b5, 0x31);
+  r[6] = _mm256_permute2f128_ps(b2, b6, 0x31);
+  r[7] = _mm256_permute2f128_ps(b3, b7, 0x31);
 #else
+  for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float kept = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = kept;
+    }
+  }
+#endif
+}
+
 ALIGNPRO_INLINE void transpose8(const float* from, int64_t from_stride, float* to,
                                 int64_t to_stride) {
-  for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < 8; ++j) to[j * to_stride + i] = from[i * from_stride + j];
-  }
-}
-#endif
-
-// out[j][i] = row[i][k + j] for i < 8, j < 8.
-ALIGNPRO_INLINE void transpose8_rows(const float* const row[8], int64_t k, float* out) {
-  float block[8 * 8];
-  for (int i = 0; i < 8; ++i) store(block + i * 8, load(row[i] + k));
-  transpose8(block, 8, out, 8);
+  F8 block[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) block[i] = load(from + i * from_stride);
+  transpose_block(block);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) store(to + j * to_stride, block[j]);
 }
 
 // One tile of up to six rows whose values lie next to each other: eight k at a time are transposed
 // and written as overlapping vectors, each covering the two floats too many of the one before.
-ALIGNPRO_INLINE void pack_tile(const float* from, int64_t row_stride, int64_t live, int64_t k_count,
+template <int Live>
+ALIGNPRO_INLINE void pack_tile(const float* from, int64_t row_stride, int64_t k_count,
                                float* packed) {
-  float block[8 * 8];
-  const float* row[8];
-  for (int64_t i = 0; i < 8; ++i) row[i] = from + (i < live ? i : 0) * row_stride;
   int64_t k = 0;
   for (; k + 8 <= k_count; k += 8) {
-    transpose8_rows(row, k, block);
-    for (int64_t j = 0; j < 8; ++j) {
-      for (int64_t i = live; i < kRowTile; ++i) block[j * 8 + i] = 0.0f;
-      float* to = packed + (k + j) * kRowTile;
-      if (j < 7) {
-        store(to, load(block + j * 8));
-      } else {  // what follows may be another worker's
-        std::memcpy(to, block + j * 8, kRowTile * sizeof(float));
-      }
+    F8 block[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      block[i] = i < Live ? load(from + i * row_stride + k) : splat(0.0f);
     }
+    transpose_block(block);
+#pragma GCC unroll 7
+    for (int j = 0; j < 7; ++j) store(packed + (k + j) * kRowTile, block[j]);
+    // What follows may be another worker's.
+    std::memcpy(packed + (k + 7) * kRowTile, &block[7], kRowTile * sizeof(float));
   }
   for (; k < k_count; ++k) {
-    for (int64_t i = 0; i < kRowTile; ++i) {
-      packed[k * kRowTile + i] = i < live ? row[i][k] : 0.0f;
+    for (int i = 0; i < kRowTile; ++i) {
+      packed[k * kRowTile + i] = i < Live ? from[i * row_stride + k] : 0.0f;
     }
+  }
+}
+
+void pack_tile(int64_t live, const float* from, int64_t row_stride, int64_t k_count,
+               float* packed) {
+  switch (live) {
+    case 1:
+      return pack_tile<1>(from, row_stride, k_count, packed);
+    case 2:
+      return pack_tile<2>(from, row_stride, k_count, packed);
+    case 3:
+      return pack_tile<3>(from, row_stride, k_count, packed);
+    case 4:
+      return pack_tile<4>(from, row_stride, k_count, packed);
+    case 5:
+      return pack_tile<5>(from, row_stride, k_count, packed);
+    default:
+      return pack_tile<6>(from, row_stride, k_count, packed);
   }
 }
 
@@ -234,11 +247,7 @@ void pack_rows(int64_t rows, int64_t k_count, const float* source, int64_t row_s
     const int64_t live = rows - m < kRowTile ? rows - m : kRowTile;
     const float* from = source + m * row_stride;
     if (col_stride == 1) {
-      if (live == kRowTile) {
-        pack_tile(from, row_stride, kRowTile, k_count, packed);
-      } else {
-        pack_tile(from, row_stride, live, k_count, packed);
-      }
+      pack_tile(live, from, row_stride, k_count, packed);
     } else if (row_stride == 1 && live == kRowTile) {
       for (int64_t k = 0; k < k_count; ++k) {
         std::memcpy(packed + k * kRowTile, from + k * col_stride, kRowTile * sizeof(float));
