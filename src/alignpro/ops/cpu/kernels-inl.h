@@ -95,18 +95,18 @@ ALIGNPRO_INLINE float exp1(float x) { return exp8(splat(x))[0]; }
 
 // ---- matrix products -------------------------------------------------------------------------
 
-// The first row tile to use a sub-panel of B fetches the one after the next, which lies behind it
-// in a packed matrix, while the other tiles compute. Past the end a prefetch is ignored.
-template <int Rows, bool Prefetch = false>
+// One tile of rows against a sub-panel of B. Meanwhile it fetches `lines` lines from `ahead` on, one
+// every `every` steps: its share of a sub-panel that comes later.
+template <int Rows>
 ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b, int64_t ldb,
-                                float* c, bool accumulate) {
+                                float* c, bool accumulate, const float* ahead, int64_t lines,
+                                int64_t every) {
   F8 acc[Rows][2];
 #pragma GCC unroll 6
   for (int m = 0; m < Rows; ++m) acc[m][0] = acc[m][1] = splat(0.0f);
-  for (int64_t k = 0; k < k_count; ++k) {
+  const auto step = [&]() __attribute__((always_inline)) {
     const F8 b0 = load(b);
     const F8 b1 = load(b + 8);
-    if constexpr (Prefetch) __builtin_prefetch(b + 2 * k_count * kPanel);
 #pragma GCC unroll 6
     for (int m = 0; m < Rows; ++m) {
       const F8 am = splat(a[m]);
@@ -115,7 +115,12 @@ ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b,
     }
     a += kRowTile;
     b += ldb;
+  };
+  for (int64_t line = 0; line < lines; ++line) {
+    __builtin_prefetch(ahead + line * kPanel);
+    for (int64_t k = 0; k < every; ++k) step();
   }
+  for (int64_t k = lines * every; k < k_count; ++k) step();
 #pragma GCC unroll 6
   for (int m = 0; m < Rows; ++m) {
     float* row = c + m * kPanel;
@@ -130,29 +135,30 @@ ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b,
 
 void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride, const float* b,
                 int64_t ldb, float* c, bool accumulate) {
+  // In a packed matrix the sub-panel after the next lies two further on. Its lines are fetched
+  // evenly over the tiles: all at once they would fill the miss queue and stall the first tile.
+  // Past the end a prefetch is ignored. One short tile only streams, which the hardware foresees.
+  const int64_t tiles = (rows + kRowTile - 1) / kRowTile;
+  const int64_t lines = ldb == kPanel && rows >= kRowTile ? k_count / tiles : 0;
+  const float* ahead = b + 2 * k_count * kPanel;
   int64_t m = 0;
-  if (rows >= kRowTile) {
-    micro_tile<6, true>(k_count, a, b, ldb, c, accumulate);
-    a += a_stride;
-    c += kRowTile * kPanel;
-    m = kRowTile;
-  }
   for (; m + kRowTile <= rows; m += kRowTile) {
-    micro_tile<6>(k_count, a, b, ldb, c, accumulate);
+    micro_tile<6>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
     a += a_stride;
     c += kRowTile * kPanel;
+    ahead += lines * kPanel;
   }
   switch (rows - m) {
     case 1:
-      return micro_tile<1>(k_count, a, b, ldb, c, accumulate);
+      return micro_tile<1>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
     case 2:
-      return micro_tile<2>(k_count, a, b, ldb, c, accumulate);
+      return micro_tile<2>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
     case 3:
-      return micro_tile<3>(k_count, a, b, ldb, c, accumulate);
+      return micro_tile<3>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
     case 4:
-      return micro_tile<4>(k_count, a, b, ldb, c, accumulate);
+      return micro_tile<4>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
     case 5:
-      return micro_tile<5>(k_count, a, b, ldb, c, accumulate);
+      return micro_tile<5>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
     default:
       return;
   }
