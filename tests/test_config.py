@@ -75,6 +75,20 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ({"lora": {"target_modules": []}}, "lora.target_modules: expected at least one name"),
         ({"lora": {"target_modules": "q_proj"}}, "lora.target_modules: expected"),
         ({"lora": {"rank": 0}}, "lora.rank: expected at least 1, got 0"),
+        (
+            {"memory_limit": "a lot"},
+            'memory_limit: expected bytes, or text as "800MiB" or "1.5GB",',
+        ),
+        ({"memory_limit": "1.5"}, "memory_limit: expected bytes"),
+        ({"memory_limit": "-1GB"}, "memory_limit: expected bytes"),
+        ({"memory_limit": "1iB"}, "memory_limit: expected bytes"),
+        ({"memory_limit": 1.5}, "memory_limit: expected bytes"),
+        ({"memory_limit": True}, "memory_limit: expected bytes"),
+        ({"memory_limit": None}, "memory_limit: expected bytes"),
+        ({"memory_limit": 0}, "memory_limit: expected 1 byte or more, got 0"),
+        ({"memory_limit": "0.5B"}, "memory_limit: expected 1 byte or more, got 0"),
+        ({"activations": "drop"}, "activations: expected one of 'auto', 'keep', 'recompute'"),
+        ({"micro_batch_size": 0}, "micro_batch_size: expected 1 or more, got 0"),
         ({"kl_coef": -0.1}, "kl_coef: expected 0 or more, got -0.1"),
         ({"num_rewrites": 1}, "num_rewrites: expected at least 2"),
         ({"seed": -1}, "seed: expected between 0 and"),
@@ -93,6 +107,21 @@ def test_refusals_name_the_field(mapping, line):
         from_mapping(TrainConfig, mapping)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (12, 12), ("12B", 12), ("3kB", 3000), ("3 KiB", 3072), ("1.5GB", 1_500_000_000),
+        ("800MiB", 800 * 2**20), ("1GiB", 2**30), ("0.5TiB", 2**39),
+    ],
+)  # fmt: skip
+def test_bytes_as_text(text, expected):
+    for cls in (TrainConfig, SftConfig):
+        assert from_mapping(cls, {"memory_limit": text}).memory_limit == expected
+    assert from_mapping(QuickstartConfig, {"train": {"memory_limit": text}}).train == TrainConfig(
+        memory_limit=expected
+    )
 
 
 def test_truncated_responses_are_allowed():

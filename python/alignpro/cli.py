@@ -28,6 +28,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as train.learning_rate=1e-4"),
 ]
+bench = typer.Typer(help="Measure this machine, this package and its peers.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Json = Annotated[Path | None, typer.Option("--json", help="write the numbers there")]
+Threads = Annotated[int | None, typer.Option(min=1, help="default: the CPU quota")]
 Config = Annotated[Path | None, typer.Argument(help="YAML file; without it, the defaults")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that is there")]
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -238,6 +243,95 @@ def info() -> None:
             rows[package] = "not installed"
     for name, value in rows.items():
         typer.echo(f"{name:<14} {value}")
+
+
+@bench.command("score")
+@one_line_errors
+def bench_score(
+    model: Annotated[str | None, typer.Option(help="adds its head, and its LoRA pass")] = None,
+    json_file: Json = None,
+    repeats: Annotated[int, typer.Option(min=1, help="of which the median is taken")] = 5,
+    threads: Threads = None,
+    peers: Annotated[bool, typer.Option(help="measure torch and what else is installed")] = True,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="VOCABULARYxHIDDEN of a head; may be repeated")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="in one call; may be repeated")
+    ] = None,
+) -> None:
+    """Log-probabilities, KL and a LoRA pass, as shares of what this machine can do."""
+    _needs_torch("bench score")
+    _check_new(json_file)
+    from rich.console import Console
+
+    from alignpro.bench.score import SHAPES, TOKENS
+    from alignpro.bench.score import bench_score as measure
+    from alignpro.bench.tables import score_tables
+    from alignpro.models.resolve import resolve_model
+    from alignpro.native import core
+
+    shapes = [_shape(text) for text in shape] if shape else SHAPES
+    with Console(stderr=True).status("") as status:
+        report = measure(
+            model=None if model is None else resolve_model(model),
+            shapes=shapes,
+            tokens=tokens or TOKENS,
+            threads=threads or core.available_cpus(),
+            repeats=repeats,
+            peers=peers,
+            say=status.update,
+        )
+    _write_json(json_file, report)
+    Console().print(score_tables(report))
+
+
+@bench.command("step")
+@one_line_errors
+def bench_step(
+    model: Annotated[str, typer.Option(help="path or name")] = "smollm2",
+    json_file: Json = None,
+    steps: Annotated[int, typer.Option(min=1, help="measured, after one more")] = 5,
+    threads: Threads = None,
+) -> None:
+    """Whole steps of reinforcement learning on work of a fixed size."""
+    _needs_torch("bench step")
+    _check_new(json_file)
+    from rich.console import Console
+
+    from alignpro.bench.step import bench_step as measure
+    from alignpro.bench.tables import step_table
+    from alignpro.models.resolve import resolve_model
+    from alignpro.native import core
+
+    with Console(stderr=True).status("") as status:
+        report = measure(
+            model=resolve_model(model),
+            steps=steps,
+            threads=threads or core.available_cpus(),
+            say=status.update,
+        )
+    _write_json(json_file, report)
+    Console().print(step_table(report))
+
+
+def _shape(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise ValueError(f"--shape: expected VOCABULARYxHIDDEN, such as 49152x576, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _check_new(file: Path | None) -> None:
+    if file is not None and file.exists():
+        raise FileExistsError(f"{file}: is there already; name another file")
+    if file is not None and not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent}: no such folder; make it first")
+
+
+def _write_json(file: Path | None, report: dict[str, Any]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _split(config: Path | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:

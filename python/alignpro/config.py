@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from alignpro.types import SamplingParams
 
 T = TypeVar("T")
+Bytes = Annotated[int, "bytes"]  # read from text with a unit as well: "1.5GB", "800MiB"
 
 # An instruction is a short sentence. Measured on 52 styles of instruction under the sentiment
 # reward, the first 25 words of a response tell the styles apart as well as 50 do (the deviation
@@ -92,6 +94,10 @@ class SftConfig:
     lr_schedule: Literal["constant", "linear"] = "constant"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    # As in `TrainConfig`.
+    memory_limit: Bytes = 2**29
+    activations: Literal["auto", "keep", "recompute"] = "auto"
+    micro_batch_size: int | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
     prompting: Prompting = field(default_factory=Prompting)
     threads: int | None = None  # None: the container's CPU quota
@@ -100,6 +106,7 @@ class SftConfig:
         _require("steps", self.steps, self.steps >= 0, "0 or more")
         _require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
         _check_optimizer(self)
+        _check_micro_batches(self)
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,14 @@ class TrainConfig:
 
     # The objective: mean reward - kl_coef * KL(prompter || reference), KL in nats per rewrite.
     kl_coef: float = 0.05
-    micro_batch_size: int = 32  # rewrites in one forward and backward; never changes the gradient
     strict_parity: bool = True  # stop unless sampled and scored log-probabilities are equal
+
+    # A step is scored in micro-batches, which never change its gradient: each as large as fits.
+    memory_limit: Bytes = 2**29  # what one forward and backward may hold; or text: "800MiB"
+    # auto: keep activations for the backward, unless recomputing them is cheaper than smaller
+    # micro-batches, or the only way.
+    activations: Literal["auto", "keep", "recompute"] = "auto"
+    micro_batch_size: int | None = None  # the most rewrites in a micro-batch; None: any number
 
     # The optimizer: AdamW.
     learning_rate: float = 3e-4
@@ -153,9 +166,9 @@ class TrainConfig:
         )
         _require("num_responses", self.num_responses, self.num_responses >= 1, "at least 1")
         _require("kl_coef", self.kl_coef, self.kl_coef >= 0, "0 or more")
-        _require("micro_batch_size", self.micro_batch_size, self.micro_batch_size >= 1, "1 or more")
         _require("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "1 or more")
         _check_optimizer(self)
+        _check_micro_batches(self)
         check_sampling("rewrite", self.rewrite)
         check_sampling("response", self.response)
         _check_on_policy(self.rewrite)
@@ -254,7 +267,7 @@ def from_mapping(
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{path or cls.__name__}: expected a mapping of fields, got {mapping!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
     for key, value in mapping.items():
         name = f"{path}.{key}" if path else str(key)
@@ -377,6 +390,12 @@ def _check_optimizer(config: SftConfig | TrainConfig) -> None:
         _require("threads", config.threads, config.threads >= 1, "at least 1")
 
 
+def _check_micro_batches(config: SftConfig | TrainConfig) -> None:
+    _require("memory_limit", config.memory_limit, config.memory_limit >= 1, "1 byte or more")
+    size = config.micro_batch_size
+    _require("micro_batch_size", size, size is None or size >= 1, "1 or more")
+
+
 def _require(name: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
@@ -405,6 +424,8 @@ def _coerce(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _coerce_union(value, arguments, name)
+    if hint == Bytes:
+        return _coerce_bytes(value, name)
     if origin is Literal:
         if value in arguments:
             return value
@@ -432,6 +453,18 @@ def _coerce(value: Any, hint: Any, name: str, default: Any = None) -> Any:
         return value
     kind = {int: "an integer", str: "text", bool: "true or false", float: "a number"}
     raise ValueError(f"{name}: expected {kind.get(hint, hint)}, got {value!r}")
+
+
+def _coerce_bytes(value: Any, name: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    text = value if isinstance(value, str) else ""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kKMGT])(i?))?B", text)
+    if match is None:
+        raise ValueError(f'{name}: expected bytes, or text as "800MiB" or "1.5GB", got {value!r}')
+    number, prefix, binary = match.groups()
+    factor = (1024 if binary else 1000) ** (" KMGT".index(prefix.upper()) if prefix else 0)
+    return int(float(number) * factor)
 
 
 def _coerce_union(value: Any, arguments: tuple[Any, ...], name: str) -> Any:

@@ -20,6 +20,7 @@ from rich.console import Console
 from alignpro.config import QuickstartConfig
 from alignpro.data.load import load_pairs, load_prompts
 from alignpro.evaluate.run import evaluate_loaded, load_eval_rows
+from alignpro.models.native_model import load_models
 from alignpro.models.resolve import resolve_model
 from alignpro.native import core
 from alignpro.report.html import write_report
@@ -29,7 +30,7 @@ from alignpro.rewards.build import build_reward
 from alignpro.train.checkpoint import as_config
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
-from alignpro.train.run import load_models, trainer_from
+from alignpro.train.run import trainer_from
 from alignpro.train.sft import fit
 
 

@@ -1,35 +1,58 @@
 """Where every rewrite can be enumerated: the expected gradient, and the optimum in closed form.
 
-The prompter writes 2 tokens out of 3, each from a softmax of its own (a tree of 1 + 3 states), so
-expectations over its 9 rewrites are sums and nothing is sampled. All in float64.
+The prompter writes up to 3 tokens out of 3, of which one ends the rewrite, each from a softmax of
+its own (a tree of 7 states), so expectations over its 15 rewrites are sums and nothing is sampled.
+All in float64.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from alignpro.objective import PolicyBatch, kl_adjusted_rloo, policy_loss, rloo
+from alignpro.objective import PolicyBatch, k1, k3, kl_adjusted_rloo, policy_loss, rloo
 
-REWRITES = list(itertools.product(range(3), range(3)))
+END, LONGEST = 2, 3
+STATES = [state for n in range(LONGEST) for state in itertools.product(range(END), repeat=n)]
+REWRITES = [
+    (*state, token)
+    for state in STATES
+    for token in range(3)
+    if token == END or len(state) == LONGEST - 1
+]
 KL_COEF = 0.3
+Rewrite = tuple[int, ...]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: torch's threads would spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.manual_seed(seed))
 
 
-REWARDS = draw(9, seed=1)
-REFERENCE = draw(4, 3, seed=2)  # logits of the states: the root, then "after token a"
+REWARDS = draw(len(REWRITES), seed=1)
+REFERENCE = draw(len(STATES), 3, seed=8)  # logits of the states
+
+
+def states_of(rewrite: Rewrite) -> list[int]:
+    return [STATES.index(rewrite[:n]) for n in range(len(rewrite))]
 
 
 def sequence_logprobs(logits: Tensor) -> Tensor:
-    """log rho(x') of the 9 rewrites."""
+    """log rho(x') of every rewrite."""
     logp = logits.log_softmax(-1)
-    return torch.stack([logp[0, a] + logp[1 + a, b] for a, b in REWRITES])
+    return torch.stack([logp[states_of(r), list(r)].sum() for r in REWRITES])
 
 
 def true_objective(logits: Tensor, kl_coef: float = KL_COEF) -> Tensor:
@@ -38,9 +61,9 @@ def true_objective(logits: Tensor, kl_coef: float = KL_COEF) -> Tensor:
     return (logp.exp() * (REWARDS - kl_coef * (logp - sequence_logprobs(REFERENCE)))).sum()
 
 
-def tokens_of(logits: Tensor, rewrite: tuple[int, int]) -> dict[str, Tensor]:
-    """What a scorer gives for the tokens of one rewrite: aligned [2] tensors."""
-    states = [0, 1 + rewrite[0]]
+def tokens_of(logits: Tensor, rewrite: Rewrite) -> dict[str, Tensor]:
+    """What a scorer gives for the tokens of one rewrite: aligned tensors."""
+    states = states_of(rewrite)
     logp, reference = logits.log_softmax(-1)[states], REFERENCE.log_softmax(-1)[states]
     chosen = torch.tensor(rewrite).unsqueeze(1)
     logprob = logp.gather(1, chosen).squeeze(1)
@@ -54,11 +77,11 @@ def tokens_of(logits: Tensor, rewrite: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def loss_of(logits: Tensor, group: list[int], advantage: Tensor, kl_coef: float) -> Tensor:
-    """policy_loss of some of the 9 rewrites."""
+    """policy_loss of some of the rewrites."""
     rows = [tokens_of(logits, REWRITES[i]) for i in group]
     batch = PolicyBatch(
         **{name: torch.cat([row[name] for row in rows]) for name in rows[0]},
-        sequence=torch.arange(len(group)).repeat_interleave(2),
+        sequence=torch.repeat_interleave(torch.tensor([len(REWRITES[i]) for i in group])),
         advantage=advantage,
     )
     return policy_loss(batch, kl_coef, total_rewrites=len(group)).loss
@@ -67,7 +90,8 @@ def loss_of(logits: Tensor, group: list[int], advantage: Tensor, kl_coef: float)
 def expected_loss(logits: Tensor, baseline: float, kl_coef: float = KL_COEF) -> Tensor:
     """Its gradient is the expectation of policy_loss's gradient over one sampled rewrite."""
     probability = sequence_logprobs(logits).detach().exp()
-    losses = [loss_of(logits, [i], (REWARDS[i] - baseline).reshape(1), kl_coef) for i in range(9)]
+    advantages = (REWARDS - baseline).unsqueeze(1)
+    losses = [loss_of(logits, [i], a, kl_coef) for i, a in enumerate(advantages)]
     return (probability * torch.stack(losses)).sum()
 
 
@@ -77,26 +101,105 @@ def gradient(function, logits: Tensor) -> Tensor:
     return result
 
 
+def slopes(function: Callable[[Tensor], Tensor], logits: Tensor, h: float = 1e-5) -> Tensor:
+    """The gradient by central differences, one coordinate after another."""
+    result = torch.zeros_like(logits)
+    for i in range(logits.numel()):
+        step = torch.zeros_like(logits)
+        step.view(-1)[i] = h
+        difference = function(logits + step) - function(logits - step)
+        result.view(-1)[i] = difference / (2 * h)
+    return result
+
+
+def true_kl(logits: Tensor) -> Tensor:
+    """KL(rho || rho_ref) of whole rewrites, from their probabilities alone."""
+    logp = sequence_logprobs(logits)
+    return (logp.exp() * (logp - sequence_logprobs(REFERENCE))).sum()
+
+
+def expected_over_rewrites(logits: Tensor, loss: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+    """Its gradient is the expectation of the gradient of ``loss`` over one sampled rewrite."""
+    probability = sequence_logprobs(logits).detach().exp()
+    return (probability * torch.stack([loss(tokens_of(logits, r)) for r in REWRITES])).sum()
+
+
+def test_the_tree_is_complete():
+    assert (len(STATES), len(REWRITES)) == (7, 15)
+    assert {len(r) for r in REWRITES} == {1, 2, 3}
+    assert float(sequence_logprobs(draw(7, 3, seed=3)).exp().sum()) == pytest.approx(1.0, abs=1e-14)
+
+
 @pytest.mark.parametrize("baseline", [0.0, 1.7])
 @pytest.mark.parametrize("kl_coef", [0.0, KL_COEF, 5.0])
 def test_the_expected_gradient_is_that_of_the_objective(baseline, kl_coef):
-    logits = draw(4, 3, seed=3)
+    logits = draw(7, 3, seed=3)
     truth = -gradient(lambda z: true_objective(z, kl_coef), logits)
     ours = gradient(lambda z: expected_loss(z, baseline, kl_coef), logits)
     assert truth.abs().max() > 0.05
     torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
 
 
-def test_the_true_gradient_agrees_with_finite_differences():
-    logits, direction, h = draw(4, 3, seed=3), draw(4, 3, seed=4), 1e-6
-    difference = true_objective(logits + h * direction) - true_objective(logits - h * direction)
-    slope = (gradient(true_objective, logits) * direction).sum()
-    assert (difference / (2 * h)).item() == pytest.approx(slope.item(), rel=1e-7)
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_the_gradient_of_the_sequence_kl_agrees_with_finite_differences(seed):
+    """No autograd on the true side: probabilities of whole rewrites, moved a little."""
+    logits = draw(7, 3, seed=seed)
+
+    def kl_loss(z: Tensor) -> Tensor:  # no rewards: policy_loss is the KL alone
+        probability = sequence_logprobs(z).detach().exp()
+        losses = [loss_of(z, [i], torch.zeros(1, dtype=z.dtype), 1.0) for i in range(15)]
+        return (probability * torch.stack(losses)).sum()
+
+    truth = slopes(true_kl, logits)
+    assert truth.abs().max() > 0.05
+    # The error of a central difference: h^2 and rounding / h, both about 1e-10.
+    torch.testing.assert_close(gradient(kl_loss, logits), truth, rtol=1e-7, atol=1e-9)
+    # Each half alone is another gradient: the KL's own, and the future's part.
+    direct = gradient(lambda z: expected_over_rewrites(z, lambda row: row["kl"].sum()), logits)
+    torch.testing.assert_close(direct, gradient(kl_of_visited_states, logits))
+    assert (direct - truth).norm() > 0.1 * truth.norm()
+    assert direct.norm() > 0.1 * truth.norm()
+
+
+def kl_of_visited_states(logits: Tensor) -> Tensor:
+    """sum over states of how often they are visited, held fixed, times their KL."""
+    visits = torch.zeros(7, dtype=torch.float64)
+    for probability, rewrite in zip(
+        sequence_logprobs(logits).detach().exp(), REWRITES, strict=True
+    ):
+        visits[states_of(rewrite)] += probability
+    logp, logq = logits.log_softmax(-1), REFERENCE.log_softmax(-1)
+    return (visits * (logp.exp() * (logp - logq)).sum(-1)).sum()
+
+
+def test_the_gradient_of_the_objective_agrees_with_finite_differences():
+    logits = draw(7, 3, seed=3)
+    truth = slopes(lambda z: -true_objective(z), logits)
+    ours = gradient(lambda z: expected_loss(z, 0.4), logits)
+    torch.testing.assert_close(ours, truth, rtol=1e-7, atol=1e-9)
+
+
+def test_what_other_estimators_of_the_kl_expect():
+    """k1 in the reward is unbiased; as losses, k1 has no gradient and k3 another one."""
+    logits = draw(7, 3, seed=3)
+    truth = gradient(true_kl, logits)
+
+    def expected(loss: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        return gradient(lambda z: expected_over_rewrites(z, loss), logits)
+
+    def in_reward(row: dict[str, Tensor]) -> Tensor:
+        return k1(row["logprob"], row["reference_logprob"]).sum().detach() * row["logprob"].sum()
+
+    torch.testing.assert_close(expected(in_reward), truth, rtol=1e-10, atol=1e-12)
+    zero = expected(lambda row: k1(row["logprob"], row["reference_logprob"]).sum())
+    torch.testing.assert_close(zero, torch.zeros_like(truth), rtol=0, atol=1e-14)
+    biased = expected(lambda row: k3(row["logprob"], row["reference_logprob"]).sum())
+    assert (biased - truth).norm() > 0.1 * truth.norm()
 
 
 def test_the_future_part_of_the_kl_is_needed():
     """Differentiating KL_t alone, the usual shortcut, is visibly another gradient."""
-    logits = draw(4, 3, seed=3)
+    logits = draw(7, 3, seed=3)
 
     def kl_alone(z: Tensor) -> Tensor:
         probability = sequence_logprobs(z).detach().exp()
@@ -110,20 +213,20 @@ def test_the_future_part_of_the_kl_is_needed():
     assert (gradient(kl_alone, logits) - truth).abs().max() > 0.01
 
 
-def kl_of(logits: Tensor, rewrite: tuple[int, int]) -> Tensor:
+def kl_of(logits: Tensor, rewrite: Rewrite) -> Tensor:
     return tokens_of(logits, rewrite)["kl"].sum().detach()
 
 
 @pytest.mark.parametrize("adjusted", [False, True])
 def test_leave_one_out_baselines_keep_the_gradient_unbiased(adjusted):
-    """Over all 81 pairs of independent rewrites."""
-    logits = draw(4, 3, seed=5)
+    """Over all 225 pairs of independent rewrites."""
+    logits = draw(7, 3, seed=5)
     kl = torch.stack([kl_of(logits, rewrite) for rewrite in REWRITES])
 
     def expected(z: Tensor) -> Tensor:
         probability = sequence_logprobs(z).detach().exp()
         total = torch.zeros((), dtype=torch.float64)
-        for i, j in itertools.product(range(9), repeat=2):
+        for i, j in itertools.product(range(15), repeat=2):
             rewards = REWARDS[[i, j]].reshape(1, 2)
             advantage = (
                 kl_adjusted_rloo(rewards, kl[[i, j]].reshape(1, 2), KL_COEF)
@@ -171,4 +274,4 @@ def test_training_reaches_the_closed_form_optimum():
 def test_a_leash_without_end_stays_at_the_reference():
     logits = REFERENCE.clone()
     step = gradient(lambda z: expected_loss(z, 0.0, 1e6) / 1e6, logits)
-    torch.testing.assert_close(step, torch.zeros(4, 3, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(step, torch.zeros(7, 3, dtype=torch.float64), rtol=0, atol=1e-5)

@@ -111,6 +111,7 @@ def test_config_marks_the_run(tmp_path):
 def test_what_a_resume_may_change():
     saved = {"kl_coef": 0.1, "steps": 10, "lr_schedule": "constant", "threads": None}
     check_same_run(saved, {**saved, "steps": 20, "threads": 4})
+    check_same_run(saved, {**saved, "memory_limit": 2**20, "activations": "keep"})
     with pytest.raises(ValueError, match="steps was 10, is 20"):
         check_same_run(
             {**saved, "lr_schedule": "linear"}, {**saved, "steps": 20, "lr_schedule": "linear"}

@@ -173,6 +173,38 @@ def test_six_steps_are_three_then_three_on_other_threads(model, tiny_model_dir, 
     assert all(np.array_equal(mine[n][half], theirs[n][half]) for n in mine for half in (0, 1))
 
 
+@pytest.mark.parametrize("activations", ["auto", "keep", "recompute"])
+def test_the_memory_limit_does_not_change_the_gradient(model, tmp_path, activations):
+    rows, gradients = {}, {}
+    for name, limit in {"whole": 2**30, "parts": 1_900_000}.items():
+        settings = config(
+            tmp_path / name, steps=1, memory_limit=limit, activations=activations,
+            micro_batch_size=None,
+        )  # fmt: skip
+        run = trainer(settings, model)
+        run.train()
+        (rows[name],) = log(run)
+        gradients[name] = [p.grad for p in run.policy.parameters()]
+    assert rows["whole"]["micro_batches"] == 1 < rows["parts"]["micro_batches"] <= 9
+    assert rows["whole"]["parity_max_abs"] == rows["parts"]["parity_max_abs"] == 0.0
+    for name in ("loss", "grad_norm", "entropy"):
+        assert rows["parts"][name] == pytest.approx(rows["whole"][name], rel=1e-4, abs=1e-6)
+    for mine, theirs in zip(gradients["parts"], gradients["whole"], strict=True):
+        assert float((mine - theirs).norm()) <= 1e-5 * float(theirs.norm()) + 1e-8
+
+
+def test_the_bytes_of_a_score_grow_with_its_sequences(policy):
+    def need(count, activations="keep"):
+        return policy.score_bytes(
+            SEQUENCES[:count], STARTS[:count], activations, with_reference=True
+        )
+
+    assert need(1) < need(2) < need(3)
+    assert need(3, "recompute") < need(3)
+    apart = policy.score_bytes(SEQUENCES[:1], STARTS[:1], with_reference=False)
+    assert need(2) - need(1) < apart < need(1)  # a shared prefix counts once
+
+
 def test_training_finds_more_reward(model, tmp_path):
     settings = config(
         tmp_path, steps=25, prompts_per_step=5, num_rewrites=8, kl_coef=0.0, learning_rate=5e-3

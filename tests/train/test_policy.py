@@ -109,6 +109,23 @@ def test_micro_batches_accumulate(policy):
         torch.testing.assert_close(p.grad, expected)
 
 
+def test_what_is_kept_is_the_engines_business(policy):
+    for activations in ("keep", "recompute"):
+        policy.score(SEQUENCES, STARTS, activations=activations)
+        assert policy.model.core_model.scores[-1].activations == activations
+    kept, recomputed = (
+        policy.score_bytes(SEQUENCES, STARTS, mode, with_reference=False)
+        for mode in ("keep", "recompute")
+    )
+    assert (kept, recomputed) == (900, 360)
+    assert policy.score_bytes(SEQUENCES, STARTS, with_reference=True) == 1350
+    made = len(policy.model.adapters)
+    with torch.no_grad():
+        policy.lora_a[0].add_(1.0)
+    policy.score_bytes(SEQUENCES, STARTS, with_reference=True)
+    assert len(policy.model.adapters) == made  # asking uploads nothing
+
+
 def test_kl_is_zero_to_the_bit_against_its_own_weights(policy):
     scores = policy.score(SEQUENCES, STARTS, reference=policy.weights())
     assert float(scores.kl.detach().abs().max()) == 0.0

@@ -67,6 +67,32 @@ def test_the_loss_is_the_mean_over_tokens():
     assert row["tokens"] == 8
 
 
+@pytest.mark.parametrize(
+    ("changes", "micro_batches", "mode"),
+    [
+        ({"micro_batch_size": 3}, 2, "keep"),
+        ({"memory_limit": 1100}, 2, "keep"),  # 100 bytes a token, and 5 or 6 tokens a pair
+        ({"memory_limit": 450}, 2, "recompute"),  # 40 bytes a token
+        ({"activations": "recompute"}, 1, "recompute"),
+    ],
+)
+def test_micro_batches_change_neither_loss_nor_gradient(changes, micro_batches, mode):
+    def run(**changes):
+        policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0)
+        (row,) = fit(policy, PAIRS, config(steps=1, **changes))
+        return row, [p.grad for p in policy.parameters()], policy.model.core_model.scores
+
+    whole, gradients, _ = run()
+    assert whole["micro_batches"] == 1
+    row, parts, scores = run(**changes)
+    assert row["micro_batches"] == len(scores) == micro_batches
+    assert {score.activations for score in scores} == {mode}
+    for name in ("loss", "entropy", "grad_norm", "tokens"):
+        assert row[name] == pytest.approx(whole[name], rel=1e-5)
+    for mine, theirs in zip(parts, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-8)
+
+
 def test_fitting_reaches_the_frequencies_of_the_data():
     policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=4), seed=0)
     rows = fit(policy, PAIRS, config(steps=150))

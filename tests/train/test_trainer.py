@@ -171,18 +171,43 @@ def test_rows_after_the_checkpoint_are_written_again(tmp_path):
     assert not any("stale" in row for row in log(resumed))
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 5])
-def test_micro_batches_do_not_change_the_gradient(tmp_path, micro_batch_size):
-    whole = make(config(tmp_path / "whole", steps=1, micro_batch_size=32))
-    parts = make(config(tmp_path / "parts", steps=1, micro_batch_size=micro_batch_size))
+@pytest.mark.parametrize(
+    ("changes", "micro_batches", "mode"),
+    [
+        ({"micro_batch_size": 1}, 12, {"keep"}),
+        ({"micro_batch_size": 3}, 4, {"keep"}),
+        ({"micro_batch_size": 5}, 3, {"keep"}),
+        ({"memory_limit": 4200, "activations": "keep"}, None, {"keep"}),
+        ({"memory_limit": 4200, "micro_batch_size": 2}, 6, {"keep"}),
+        ({"memory_limit": 420}, None, {"recompute"}),  # what the longest rewrite needs
+        ({"activations": "recompute"}, 1, {"recompute"}),
+        ({"memory_limit": 1050, "activations": "recompute"}, None, {"recompute"}),
+    ],
+)
+def test_micro_batches_do_not_change_the_gradient(tmp_path, changes, micro_batches, mode):
+    whole = make(config(tmp_path / "whole", steps=1))
+    parts = make(config(tmp_path / "parts", steps=1, **changes))
     for trainer in (whole, parts):
         trainer.train()
     (a,), (b,) = log(whole), log(parts)
+    scores = parts.policy.model.core_model.scores
+    assert a["micro_batches"] == 1 and b["micro_batches"] == len(scores)
+    assert len(scores) == micro_batches or (micro_batches is None and len(scores) > 1)
+    assert {score.activations for score in scores} == mode
     for name in ("loss", "grad_norm", "entropy", "reward_mean"):
         assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-7)
     # Of the gradients: AdamW turns a rounding error in a near-zero one into a full step.
     for mine, theirs in zip(parts.policy.parameters(), whole.policy.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_rewrite_over_the_memory_limit_is_named(tmp_path):
+    trainer = make(config(tmp_path, memory_limit=100))
+    with pytest.raises(
+        ValueError, match=r"^sequence 0: scoring its \d+ tokens .*memory_limit is 100;"
+    ):
+        trainer.train()
+    assert trainer.step == 0
 
 
 def test_a_scorer_that_differs_from_the_sampler_stops_training(tmp_path):

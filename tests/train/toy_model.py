@@ -61,6 +61,8 @@ class ToyScore:
             None if reference_logprob is None else reference_logprob.detach().numpy()
         )
         self.adapter = adapter
+        self.sequences: list[list[int]] = []
+        self.activations = ""
         self.received: list[Any] = []
 
     def backward(self, d_logprob, d_entropy, d_kl):
@@ -101,6 +103,7 @@ class ToyCore:
         reference=None,
         with_reference=False,
         keep_graph=False,
+        activations="keep",
     ):
         pairs = [
             (sequence[i - 1], sequence[i])
@@ -121,8 +124,17 @@ class ToyCore:
                 kl = (rows.exp() * (rows - other)).sum(-1)
                 reference_logprob = other[range(len(token)), token]
         score = ToyScore(logprob, entropy, kl, reference_logprob, adapter)
+        score.sequences, score.activations = sequences, activations
         self.scores.append(score)
         return score
+
+    def score_bytes(
+        self, sequences, starts, adapter, with_reference, keep_graph, activations="keep"
+    ):
+        """A made-up need: 100 a token (40 when recomputed), half as much more with a reference."""
+        assert isinstance(adapter, ToyAdapter) and keep_graph
+        each = {"keep": 100, "recompute": 40}[activations]
+        return sum(map(len, sequences)) * each * (3 if with_reference else 2) // 2
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from alignpro.config import EvalConfig
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.evaluate.arms import OnProgress, evaluate_arms
 from alignpro.models.adapter import LoraWeights, load_peft
-from alignpro.models.native_model import NativeModel, load_model
+from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.types import Reward
@@ -19,9 +19,7 @@ def run_evaluation(config: EvalConfig, *, on_progress: OnProgress | None = None)
     """Load what the configuration names and compare the arms; returns what `evaluate_arms` does."""
     rows = load_eval_rows(config)
     reward = build_reward(config.reward)
-    prompter = load_model(config.model, threads=config.threads)
-    same = config.target in (None, config.model)
-    target = prompter if same else load_model(str(config.target), threads=config.threads)
+    prompter, target = load_models(config.model, config.target, config.threads)
     prompters: dict[str, LoraWeights | None] = {"untuned": _load(config.untuned, prompter)}
     if config.trained is not None:
         prompters["trained"] = _load(config.trained, prompter)

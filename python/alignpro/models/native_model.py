@@ -92,6 +92,21 @@ def load_model(
     )
 
 
+def load_models(
+    model: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None,
+    threads: int | None = None,
+) -> tuple[NativeModel, NativeModel]:
+    """Prompter and target; one object, and so one engine, where they are the same model.
+
+    target: None is the prompter's model. Raises as `load_model`.
+    """
+    prompter = load_model(model, threads=threads)
+    if target is None or target == model or resolve_model(target).samefile(prompter.path):
+        return prompter, prompter
+    return prompter, load_model(target, threads=threads)
+
+
 _MOST_THREADS = 1024
 
 

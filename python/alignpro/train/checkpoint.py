@@ -141,9 +141,14 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-# They decide how far and how fast a run goes, not what a step computes (``micro_batch_size``: up to
-# the rounding of a sum).
-MAY_CHANGE = frozenset({"steps", "run_dir", "threads", "checkpoint_every", "micro_batch_size"})
+# They decide how far, how fast and in how much memory a run goes, not what a step computes (micro-
+# batches: up to the rounding of a sum).
+MAY_CHANGE = frozenset(
+    {
+        *("steps", "run_dir", "threads", "checkpoint_every"),
+        *("micro_batch_size", "memory_limit", "activations"),
+    }
+)
 
 
 def as_config(config: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from alignpro.config import LoraConfig
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
+from alignpro.train.micro_batches import Activations
 
 Matrices = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 Reference = LoraWeights | Literal["base"]
@@ -114,6 +115,7 @@ class LoraPolicy(torch.nn.Module):
         *,
         temperature: float = 1.0,
         reference: Reference | None = None,
+        activations: Activations = "keep",
     ) -> ScoreTensors:
         """Score tokens [start, len) of every sequence, differentiable by the matrices.
 
@@ -123,6 +125,7 @@ class LoraPolicy(torch.nn.Module):
         Args:
             sequences: token ids. starts: the first scored position of each, 1 <= start <= len.
             reference: frozen matrices or "base"; None leaves ``kl`` and ``reference_logprob`` None.
+            activations: kept for the backward, or recomputed in it: less memory, the same bits.
 
         Raises:
             ValueError: a sequence or start that does not fit.
@@ -136,9 +139,30 @@ class LoraPolicy(torch.nn.Module):
             temperature=temperature,
             reference=reference,
             keep_graph=keep_graph,
+            activations=activations,
         )
         logprob, entropy, kl, reference_logprob = _EngineScore.apply(call, *inputs)  # type: ignore[no-untyped-call]
         return ScoreTensors(logprob, entropy, kl, reference_logprob)
+
+    def score_bytes(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        activations: Activations = "keep",
+        *,
+        with_reference: bool,
+    ) -> int:
+        """Bytes that `score` and its backward hold at most, beside weights and gradients."""
+        # The ranks alone count, so an adapter of older matrices does as well.
+        adapter = self._in_engine[1] if self._in_engine is not None else self.core_adapter()
+        return self.model.core_model.score_bytes(
+            [list(s) for s in sequences],
+            list(starts),
+            adapter=adapter,
+            with_reference=with_reference,
+            keep_graph=True,
+            activations=activations,
+        )
 
     def _equals(self, weights: LoraWeights) -> bool:
         return all(
@@ -217,6 +241,7 @@ class _Call:
     temperature: float
     reference: Reference | None
     keep_graph: bool
+    activations: Activations
 
 
 class _EngineScore(torch.autograd.Function):
@@ -235,6 +260,7 @@ class _EngineScore(torch.autograd.Function):
             ),
             with_reference=reference is not None,
             keep_graph=call.keep_graph,
+            activations=call.activations,
         )
         ctx.set_materialize_grads(False)
         ctx.score = score if call.keep_graph else None

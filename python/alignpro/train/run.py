@@ -8,7 +8,7 @@ from pathlib import Path
 from alignpro.config import SftConfig, TrainConfig
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
-from alignpro.models.native_model import NativeModel, load_model
+from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.train.checkpoint import as_config, check_run_dir, prepare_run_dir, write_config
@@ -96,13 +96,3 @@ def trainer_from(
     if weights is not None and not (trainer.run_dir / "reference").is_dir():
         save_peft(trainer.run_dir / "reference", weights)
     return trainer
-
-
-def load_models(
-    model: str, target: str | None, threads: int | None
-) -> tuple[NativeModel, NativeModel]:
-    """Prompter and target; one object, and so one engine, where they are the same model."""
-    prompter = load_model(model, threads=threads)
-    if target is None or target == model:
-        return prompter, prompter
-    return prompter, load_model(target, threads=threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from alignpro.config import Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
+from alignpro.train.micro_batches import plan_micro_batches
 from alignpro.train.policy import LoraPolicy, one_torch_thread
 from alignpro.train.schedule import batch_indices, learning_rate_factor
 
@@ -60,11 +62,8 @@ def fit(
             count=config.batch_size,
             rows=len(examples),
         )
-        batch = [examples[i] for i in chosen]
-        scores = policy.score([e.tokens for e in batch], [e.start for e in batch])
-        loss = -scores.logprob.mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        metrics = _accumulate_gradients(policy, [examples[i] for i in chosen], config)
         norm = torch.nn.utils.clip_grad_norm_(
             policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
         )
@@ -79,9 +78,7 @@ def fit(
         optimizer.step()
         row = {
             "step": step,
-            "loss": float(loss.detach()),
-            "entropy": float(scores.entropy.detach().mean()),
-            "tokens": scores.logprob.numel(),
+            **metrics,
             "grad_norm": float(norm),
             "learning_rate": rate,
             "seconds": time.perf_counter() - started,
@@ -90,6 +87,35 @@ def fit(
         if on_step is not None:
             on_step(row)
     return rows
+
+
+def _accumulate_gradients(
+    policy: LoraPolicy, batch: Sequence[Example], config: SftConfig
+) -> dict[str, float]:
+    """The gradient of the whole batch, micro-batch by micro-batch under one denominator."""
+    sequences, starts = [e.tokens for e in batch], [e.start for e in batch]
+    tokens = sum(len(e.tokens) - e.start for e in batch)
+    plan = plan_micro_batches(
+        sequences,
+        starts,
+        limit=config.memory_limit,
+        bytes_of=functools.partial(policy.score_bytes, with_reference=False),
+        activations=config.activations,
+        most=config.micro_batch_size,
+    )
+    total_loss = total_entropy = 0.0
+    for micro in plan:
+        scores = policy.score(micro.of(sequences), micro.of(starts), activations=micro.activations)
+        loss = -scores.logprob.sum() / tokens
+        loss.backward()  # type: ignore[no-untyped-call]
+        total_loss += float(loss.detach())
+        total_entropy += float(scores.entropy.detach().sum()) / tokens
+    return {
+        "loss": total_loss,
+        "entropy": total_entropy,
+        "tokens": tokens,
+        "micro_batches": len(plan),
+    }
 
 
 def encode_pairs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 import time
@@ -33,6 +34,7 @@ from alignpro.train.checkpoint import (
     write_config,
 )
 from alignpro.train.metrics import MetricsLog, truncate_metrics
+from alignpro.train.micro_batches import Activations, plan_micro_batches
 from alignpro.train.policy import LoraPolicy, Reference, one_torch_thread
 from alignpro.train.schedule import batch_indices, learning_rate_factor
 from alignpro.types import Rewrite, Rollout
@@ -153,26 +155,35 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         results: list[LossResult] = []
         parity = 0.0
-        for begin in range(0, len(rewrites), config.micro_batch_size):
-            micro = slice(begin, begin + config.micro_batch_size)
-            batch = self._score(rewrites[micro], advantages[micro])
+        for micro in plan_micro_batches(
+            *_scored(rewrites),
+            limit=config.memory_limit,
+            bytes_of=functools.partial(self.policy.score_bytes, with_reference=True),
+            activations=config.activations,
+            most=config.micro_batch_size,
+        ):
+            part = advantages[micro.begin : micro.end]
+            batch = self._score(micro.of(rewrites), part, micro.activations)
             parity = max(parity, self._check_parity(batch))
             result = policy_loss(batch, config.kl_coef, total_rewrites=len(rewrites))
             result.loss.backward()  # type: ignore[no-untyped-call]
             results.append(result)
         return {
             **merge_metrics(results),
+            "micro_batches": len(results),
             "parity_max_abs": parity,
             "zero_signal_groups": zero_signal_groups(rewards),
         }
 
-    def _score(self, rewrites: Sequence[Rewrite], advantages: torch.Tensor) -> PolicyBatch:
+    def _score(
+        self, rewrites: Sequence[Rewrite], advantages: torch.Tensor, activations: Activations
+    ) -> PolicyBatch:
         """The rewrites' tokens under policy and reference, aligned with what was sampled."""
         scores = self.policy.score(
-            [w.prompter_tokens + w.tokens for w in rewrites],
-            [len(w.prompter_tokens) for w in rewrites],
+            *_scored(rewrites),
             temperature=self.config.rewrite.temperature,
             reference=self.reference,
+            activations=activations,
         )
         assert scores.kl is not None and scores.reference_logprob is not None
         lengths = torch.tensor([len(w.tokens) for w in rewrites])
@@ -263,6 +274,12 @@ class Trainer:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.step, self.cursor = checkpoint.step, checkpoint.cursor
         truncate_metrics(self.log.path, steps=self.step)
+
+
+def _scored(rewrites: Sequence[Rewrite]) -> tuple[list[list[int]], list[int]]:
+    """Sequences and starts for the scorer: what the prompter read, then what it wrote."""
+    sequences = [w.prompter_tokens + w.tokens for w in rewrites]
+    return sequences, [len(w.prompter_tokens) for w in rewrites]
 
 
 def _check_pieces(

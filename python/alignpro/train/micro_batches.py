@@ -1,0 +1,120 @@
+"""How a batch is cut into micro-batches, so that scoring each of them fits in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+# What a score keeps for its backward: every layer's activations, or only the stream between the
+# layers, which are then run again, to the same bits.
+Activations = Literal["keep", "recompute"]
+Tokens = Sequence[int]
+BytesOf = Callable[[Sequence[Tokens], Sequence[int], Activations], int]
+Item = TypeVar("Item")
+
+# Passes over the layers, a row: policy, reference, backward; and the policy again.
+_PASSES = {"keep": 3, "recompute": 4}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences [begin, end) of a batch, scored together."""
+
+    begin: int
+    end: int
+    activations: Activations
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Its part of something that has one item a sequence."""
+        return items[self.begin : self.end]
+
+
+def plan_micro_batches(
+    sequences: Sequence[Tokens],
+    starts: Sequence[int],
+    *,
+    limit: int,
+    bytes_of: BytesOf,
+    activations: Literal["auto", "keep", "recompute"] = "auto",
+    most: int | None = None,
+) -> list[MicroBatch]:
+    """Consecutive micro-batches that fit ``limit``, for the least arithmetic; then, the fewest.
+
+    Arithmetic is counted in rows (tokens; those of a beginning shared with the sequence before,
+    once a micro-batch) times passes over the layers. So a batch that fits is one micro-batch, and
+    one that does not is cut where neighbours share little, between the groups of a prompt.
+    Recomputing, with its one pass more, is left to sequences that do not fit otherwise, and to long
+    prompts that a cut would repeat.
+
+    Args:
+        sequences, starts: as for `LoraPolicy.score`.
+        limit: bytes that the score of one micro-batch may hold.
+        bytes_of: (sequences, starts, activations) -> bytes; more sequences never take less.
+        activations: "auto" chooses for each micro-batch.
+        most: sequences in one micro-batch; None: any number.
+
+    Raises:
+        ValueError: a sequence that does not fit alone; the message names it, its need and the
+            limit.
+    """
+    count = len(sequences)
+    modes: tuple[Activations, ...] = (
+        ("keep", "recompute") if activations == "auto" else (activations,)
+    )
+
+    def need(begin: int, end: int, mode: Activations) -> int:
+        return bytes_of(sequences[begin:end], starts[begin:end], mode)
+
+    if not count:
+        return []
+    if (most is None or count <= most) and need(0, count, modes[0]) <= limit:
+        return [MicroBatch(0, count, modes[0])]
+
+    reach = {mode: _reach(count, most or count, limit, mode, need) for mode in modes}
+    for index in range(count):
+        if all(reach[mode][index] == index for mode in modes):
+            raise ValueError(
+                f"sequence {index}: scoring its {len(sequences[index])} tokens alone takes "
+                f"{need(index, index + 1, modes[-1])} bytes, memory_limit is {limit}; "
+                + ("set activations=auto or " if activations == "keep" else "")
+                + "raise memory_limit"
+            )
+    rows = [len(s) for s in sequences]
+    shared = [0, *(_shared(a, b) for a, b in itertools.pairwise(sequences))]
+    # From each position to the end: (cost, micro-batches), and the first of them.
+    best, first = [(0, 0)] * (count + 1), [MicroBatch(0, 0, "keep")] * count
+    for begin in reversed(range(count)):
+        options = []
+        for mode in modes:
+            size = shared[begin]
+            for end in range(begin + 1, reach[mode][begin] + 1):
+                size += rows[end - 1] - shared[end - 1]
+                cost, batches = best[end]
+                options.append((cost + _PASSES[mode] * size, batches + 1, -end, mode))
+        cost, batches, end, mode = min(options)
+        best[begin], first[begin] = (cost, batches), MicroBatch(begin, -end, mode)
+    plan = [first[0]]
+    while plan[-1].end < count:
+        plan.append(first[plan[-1].end])
+    return plan
+
+
+def _reach(
+    count: int, most: int, limit: int, mode: Activations, need: Callable[..., int]
+) -> list[int]:
+    """For each position, the end of the largest micro-batch there; itself where nothing fits."""
+    ends, end = [], 0
+    for begin in range(count):
+        end = max(end, begin)  # what fits from one position on, fits from the next
+        while end < min(count, begin + most) and need(begin, end + 1, mode) <= limit:
+            end += 1
+        ends.append(end)
+    return ends
+
+
+def _shared(one: Tokens, other: Tokens) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,0 +1,31 @@
+"""Prompter and target of the same model share one engine, whatever the model is called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignpro.models.native_model import load_models
+
+
+def test_the_same_model_is_one_engine(
+    tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model_dir("llama")
+    monkeypatch.chdir(folder.parent)
+    for target in (None, str(folder), os.path.join(".", folder.name), f"{folder}{os.sep}"):
+        prompter, same = load_models(str(folder), target)
+        assert same is prompter
+
+
+def test_another_model_is_another_engine(tiny_model_dir: Callable[..., Path]) -> None:
+    prompter, target = load_models(
+        str(tiny_model_dir("llama")), str(tiny_model_dir("qwen3")), threads=1
+    )
+    assert (prompter.config["family"], target.config["family"]) == ("llama", "qwen3")
+    assert target.config["threads"] == 1
+    with pytest.raises(FileNotFoundError):
+        load_models(str(tiny_model_dir("llama")), "./nowhere")
