@@ -1,0 +1,1 @@
+"""What `alignpro bench` measures: scoring and whole training steps, beside what is installed."""

@@ -1,0 +1,131 @@
+"""What the numbers depend on besides the code; the clock and the memory meter."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from alignpro.native import core
+
+_PACKAGES = (
+    "alignpro",
+    "numpy",
+    "torch",
+    "tokenizers",
+    "transformers",
+    "peft",
+    "gguf",
+    "liger-kernel",
+    "triton",
+)
+_PROC = Path("/proc/self")
+_SETTLE_SECONDS = 0.02  # a thread team that has just worked spins for some milliseconds
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """CPU, threads and versions."""
+    return {
+        "cpu": _cpu_name(),
+        "cpus": core.available_cpus(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu_isa": core.cpu_isa(),
+        "build": core.build_info(),
+        "versions": _versions(),
+    }
+
+
+def limits(threads: int, repeats: int) -> dict[str, float]:
+    """Medians of what the machine can do: GFLOP/s of multiply-adds, GB/s of reading memory."""
+    return {
+        "fma_gflops": statistics.median(core.measure_fma_peak(threads) for _ in range(repeats)),
+        "read_gbps": statistics.median(
+            core.measure_read_bandwidth(threads) for _ in range(repeats)
+        ),
+    }
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every call, round by round, so that a drift of the machine meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            gc.collect()
+            time.sleep(_SETTLE_SECONDS)
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median and all values."""
+    return {"seconds": statistics.median(seconds), "all_seconds": list(seconds)}
+
+
+def extra_bytes(call: Callable[[], int]) -> int | None:
+    """How far the memory of this process grows above what it holds now while ``call`` runs, less
+    the bytes of results that ``call`` returns; None where the kernel cannot say.
+
+    Meant for a process of its own: memory that an allocator has kept is not counted.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    try:
+        (_PROC / "clear_refs").write_text("5")  # the high-water mark becomes what is held now
+        before = _high_water()
+    except OSError:
+        return None
+    results = call()
+    return max(_high_water() - before - results, 0)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the kernel cannot say."""
+    return _proc_bytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _high_water() -> int:
+    found = _proc_bytes(_PROC / "status", "VmHWM")
+    if found is None:
+        raise OSError("no VmHWM")
+    return found
+
+
+def _proc_bytes(path: Path, key: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

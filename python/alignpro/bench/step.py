@@ -1,0 +1,170 @@
+"""`alignpro bench step`: whole steps of the trainer on work whose lengths are forced."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from alignpro.bench.machine import machine, peak_rss_bytes
+from alignpro.bench.work import WORK, StepWork
+from alignpro.config import LoraConfig, TrainConfig
+from alignpro.data.load import load_prompts, stack_columns
+from alignpro.models.native_model import load_model
+from alignpro.pipeline import Pipeline
+from alignpro.rewards.build import build_reward
+from alignpro.train.policy import LoraPolicy
+from alignpro.train.trainer import Trainer
+from alignpro.types import Rollout, SamplingParams
+
+WARM_UP = 1  # steps that are run and not counted
+
+Say = Callable[[str], None]
+
+
+class StagedTrainer(Trainer):
+    """The trainer with a clock around the two stages that its own log does not tell apart."""
+
+    stages: dict[str, float]
+
+    def _accumulate_gradients(self, rollout: Rollout) -> dict[str, float]:
+        self.stages = {}
+        with _timed(self.stages, "gradient"):
+            return super()._accumulate_gradients(rollout)
+
+    def _apply_gradients(self) -> dict[str, float]:
+        with _timed(self.stages, "optimizer"):
+            return super()._apply_gradients()
+
+
+def bench_step(
+    *,
+    model: Path,
+    steps: int = 5,
+    threads: int,
+    work: StepWork = WORK,
+    say: Say = lambda what: None,
+) -> dict[str, Any]:
+    """Medians over ``steps`` steps after a first one, as plain values.
+
+    A step is timed from the end of the one before it to its own end: sampling, responses, reward,
+    scores and gradients under the KL, the optimizer, and the log.
+
+    Raises:
+        ValueError, OSError: a model that does not load, or whose context is too short.
+    """
+    config = forced_lengths(
+        TrainConfig(
+            model=str(model),
+            steps=WARM_UP + steps,
+            prompts_per_step=work.prompts,
+            num_rewrites=work.rewrites,
+            num_responses=1,
+            rewrite=SamplingParams(max_new_tokens=work.rewrite_tokens),
+            response=SamplingParams(
+                max_new_tokens=work.response_tokens, temperature=work.response_temperature
+            ),
+            data=work.data,
+            split=work.split,
+            kl_coef=work.kl_coef,
+            learning_rate=work.learning_rate,
+            lora=LoraConfig(rank=work.lora_rank, alpha=work.lora_alpha),
+            checkpoint_every=WARM_UP + steps + 1,
+            threads=threads,
+        )
+    )
+    say(f"loading {model.name}")
+    started = time.perf_counter()
+    native = load_model(model, threads=threads)
+    load_seconds = time.perf_counter() - started
+    prompts = load_prompts(config.data, split=config.split)
+    pipeline = Pipeline(
+        native,
+        native,
+        build_reward(config.reward),
+        prompting=config.prompting,
+        rewrite_params=config.rewrite,
+        response_params=config.response,
+    )
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = StagedTrainer(
+            config,
+            pipeline,
+            LoraPolicy.fresh(native, config.lora, seed=config.seed),
+            [row.prompt for row in prompts],
+            columns=stack_columns(prompts),
+            run_dir=Path(folder) / "run",
+        )
+        last = time.perf_counter()
+
+        def on_step(row: Mapping[str, Any]) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            rows.append({**row, "wall": now - last, "stages": dict(trainer.stages)})
+            say(f"step {len(rows)} of {config.steps}: {now - last:.1f} s")
+            last = time.perf_counter()
+
+        say(f"step 1 of {config.steps}")
+        trainer.train(on_step)
+        peak = peak_rss_bytes()
+    for row in rows:
+        if row["generated_tokens"] != work.generated_tokens:
+            raise RuntimeError(
+                f"step {row['step']}: expected {work.generated_tokens} tokens of forced length, "
+                f"got {row['generated_tokens']}"
+            )
+    measured = rows[WARM_UP:]
+
+    def median(value: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.median(value(row) for row in measured)
+
+    return {
+        "benchmark": "step",
+        "machine": machine(threads),
+        "model": model.name,
+        "work": asdict(work),
+        "steps": steps,
+        "load_seconds": load_seconds,
+        "seconds_per_step": median(lambda row: row["wall"]),
+        "all_seconds": [row["wall"] for row in measured],
+        "warm_up_seconds": [row["wall"] for row in rows[:WARM_UP]],
+        "seconds_by_stage": {
+            "generate": median(lambda row: row["seconds"]["generate"]),
+            "reward": median(lambda row: row["seconds"]["reward"]),
+            "gradient": median(lambda row: row["stages"]["gradient"]),
+            "optimizer": median(lambda row: row["stages"]["optimizer"]),
+        },
+        "generated_tokens": work.generated_tokens,
+        "tokens_per_second": median(lambda row: row["tokens_per_second"]),
+        "kl_per_rewrite": median(lambda row: row["kl_per_rewrite"]),
+        "reward_mean": median(lambda row: row["reward_mean"]),
+        "parity_max_abs": max(row["parity_max_abs"] for row in rows),
+        "peak_rss_bytes": peak,
+    }
+
+
+def forced_lengths(config: TrainConfig) -> TrainConfig:
+    """The configuration with rewrites and responses that do not end before their last token.
+
+    A `TrainConfig` refuses this for rewrites, because nobody should train that way: what follows
+    an end would be trained on. A benchmark compares equal work, so it is set past the check here,
+    and only here.
+    """
+    forced = replace(config, response=replace(config.response, ignore_eos=True))
+    object.__setattr__(forced, "rewrite", replace(config.rewrite, ignore_eos=True))
+    return forced
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = time.perf_counter() - started

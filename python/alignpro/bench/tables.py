@@ -1,0 +1,122 @@
+"""The benchmarks' numbers as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def score_tables(report: Mapping[str, Any]) -> Group:
+    """Machine limits, two tables for each head, and the LoRA pass.
+
+    "x ours" is in seconds, against ours for the same outputs.
+    """
+    limits = report["limits"]
+    parts: list[RenderableType] = [
+        Text(
+            f"{report['machine']['cpu']}, {report['machine']['threads']} threads: "
+            f"FMA peak {limits['fma_gflops']:.0f} GFLOP/s, "
+            f"read bandwidth {limits['read_gbps']:.1f} GB/s; "
+            f"medians of {report['repeats']}"
+        )
+    ]
+    for head in report["heads"]:
+        parts += _head_tables(head)
+    if report["lora_pass"] is not None:
+        parts += _lora_tables(report["lora_pass"])
+    return Group(*parts)
+
+
+def step_table(report: Mapping[str, Any]) -> Table:
+    """Seconds of one step by stage, memory, and what shows that the step was a real one."""
+    table = Table(show_header=False, box=None)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    rows = [
+        ("step", f"{report['seconds_per_step']:.2f} s"),
+        *((stage, f"{s:.2f} s") for stage, s in report["seconds_by_stage"].items()),
+        ("generation", f"{report['tokens_per_second']:,.0f} tokens/s"),
+        ("peak memory", _mib(report["peak_rss_bytes"])),
+        ("KL per rewrite", f"{report['kl_per_rewrite']:.3f} nats"),
+        ("sampled against scored", f"{report['parity_max_abs']:g}"),
+    ]
+    for what, value in rows:
+        table.add_row(Text(what), Text(value))
+    return table
+
+
+_PASSES = {"forward": "forward", "forward_backward": "forward and backward"}
+
+
+def _head_tables(head: Mapping[str, Any]) -> Iterator[RenderableType]:
+    stored = f", stored as {head['stored_as']}" if head["stored_as"] else ""
+    name = (
+        f"{head['vocab_size']} x {head['hidden_size']} ({head['weight']} weight{stored}), "
+        f"{head['num_tokens']} tokens"
+    )
+    for key, title in _PASSES.items():
+        table = _table(f"{name}: {title}")
+        for column in ("KL", "time", "x ours", "GFLOP/s", "of peak", "extra MiB"):
+            table.add_column(column, justify="right")
+        for row in head["implementations"]:
+            if key in row:
+                table.add_row(*(Text(cell) for cell in _head_cells(row, row[key])))
+        yield table
+    yield from _reasons(head["implementations"])
+
+
+def _head_cells(row: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    yield row["name"]
+    yield "yes" if "KL" in row["computes"] else "no"
+    yield _seconds(values["seconds"])
+    yield f"{values['ratio']:.2f}"
+    yield f"{values['gflops']:.0f}"
+    yield f"{values['fma_share']:.0%}"
+    yield _mib(values["extra_bytes"], unit="")
+
+
+def _lora_tables(lora: Mapping[str, Any]) -> Iterator[RenderableType]:
+    table = _table(
+        f"LoRA of rank {lora['rank']} on all linear layers, {lora['sequences']} x "
+        f"{lora['tokens_each']} tokens: forward and backward"
+    )
+    for name in ("time", "x ours", "extra MiB", "nats per token"):
+        table.add_column(name, justify="right")
+    for row in lora["sides"]:
+        if row["skipped"] is None:
+            cells = (
+                row["name"],
+                _seconds(row["seconds"]),
+                f"{row['ratio']:.2f}",
+                _mib(row["extra_bytes"], unit=""),
+                f"{row['nats_per_token']:.6f}",
+            )
+            table.add_row(*(Text(cell) for cell in cells))
+    yield table
+    yield from _reasons(lora["sides"])
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    return table
+
+
+def _reasons(rows: list[Mapping[str, Any]]) -> Iterator[Text]:
+    """Why a row has no numbers."""
+    for row in rows:
+        if row["skipped"] is not None:
+            yield Text(f"skipped {row['name']}: {row['skipped']}")
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _mib(value: int | None, unit: str = " MiB") -> str:
+    return "?" if value is None else f"{value / 2**20:,.1f}{unit}"
