@@ -10,8 +10,11 @@
 namespace alignpro {
 
 // A grow-only float buffer on 64-byte boundaries; contents are not initialised and not kept by
-// reserve(). Movable, not copyable. Large ones ask for huge pages: weights stream past
-// fewer page-table walks (measured in docs/performance.md).
+// reserve(). Movable, not copyable.
+//
+// Large ones are mappings of their own: a buffer that grows gives its pages back at once, where a
+// heap would keep the hole (a training step held 0.4 GB in such holes). They ask for huge pages, so
+// that weights stream past fewer page-table walks (measured in docs/performance.md).
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
@@ -33,31 +36,48 @@ class AlignedBuffer {
   float* reserve(int64_t size) {
     if (size > capacity_) {
       release();
-      data_ = static_cast<float*>(
-          ::operator new(static_cast<size_t>(size) * sizeof(float), std::align_val_t{64}));
+      data_ = allocate(size);
       capacity_ = size;
-      ask_for_huge_pages();
     }
     return data_;
   }
 
  private:
-  void release() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{64});
-    data_ = nullptr;
-    capacity_ = 0;
+  static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(float); }
+
+  // Under AddressSanitizer everything comes from the heap, which it watches.
+  static bool is_mapped(int64_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+    (void)size;
+    return false;
+#else
+    return bytes(size) >= size_t{1} << 20;
+#endif
   }
 
-  // Of the whole huge pages inside; a refusal changes nothing but the speed.
-  void ask_for_huge_pages() {
+  static float* allocate(int64_t size) {
+    if (!is_mapped(size)) {
+      return static_cast<float*>(::operator new(bytes(size), std::align_val_t{64}));
+    }
+    void* const at =
+        mmap(nullptr, bytes(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-    const auto from = reinterpret_cast<uintptr_t>(data_);
-    const uintptr_t begin = (from + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t end =
-        (from + static_cast<uintptr_t>(capacity_) * sizeof(float)) / kHugePage * kHugePage;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    madvise(at, bytes(size), MADV_HUGEPAGE);  // a refusal changes nothing but the speed
 #endif
+    return static_cast<float*>(at);
+  }
+
+  void release() {
+    if (data_ != nullptr) {
+      if (is_mapped(capacity_)) {
+        munmap(data_, bytes(capacity_));
+      } else {
+        ::operator delete(data_, std::align_val_t{64});
+      }
+    }
+    data_ = nullptr;
+    capacity_ = 0;
   }
 
   float* data_ = nullptr;

@@ -54,7 +54,7 @@ def main() -> None:
         first = measured(ours, Path(folder) / "ours.json")
         theirs = measured(peer, Path(folder) / "trl.json")
         second = measured(ours, Path(folder) / "ours-again.json")
-    seconds = statistics.median(first["seconds"] + second["seconds"])
+    seconds = statistics.median(first["all_seconds"] + second["all_seconds"])
     memory = max(first["peak_rss_bytes"], second["peak_rss_bytes"])
     result = {
         "alignpro": {
