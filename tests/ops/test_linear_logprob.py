@@ -1,5 +1,8 @@
 """`linear_logprob` against float64, under the error budget: at most twice as far off as the plain
-float32 torch implementation of the same thing."""
+float32 torch implementation of the same thing.
+
+Long because the awkward inputs are many, and each is a case of its own.
+"""
 
 from __future__ import annotations
 

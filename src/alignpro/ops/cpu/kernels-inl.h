@@ -1,3 +1,4 @@
+// Long because all of an instruction set's kernels are one translation unit: the table at the end.
 // The kernels' bodies, compiled once for every instruction set (ALIGNPRO_ISA names the namespace).
 //
 // Invariants
