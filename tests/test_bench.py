@@ -26,7 +26,7 @@ def test_score_writes_every_figure(tmp_path: Path):
     assert report["limits"]["fma_gflops"] > 0 and report["limits"]["read_gbps"] > 0
     (head,) = report["heads"]
     assert (head["vocab_size"], head["hidden_size"], head["num_tokens"]) == (300, 16, 12)
-    ours = next(row for row in head["rows"] if row["name"] == "alignpro")
+    ours = next(row for row in head["implementations"] if row["name"] == "alignpro")
     for phase in ("forward", "forward_backward"):
         assert ours[phase]["seconds"] > 0 and ours[phase]["gflops"] > 0
         assert 0 < ours[phase]["fma_share"] < 2
@@ -36,7 +36,7 @@ def test_score_writes_every_figure(tmp_path: Path):
 def test_a_peer_is_measured_or_says_why_not(tmp_path: Path):
     file = tmp_path / "score.json"
     assert run(*SCORE, "--json", str(file)).exit_code == 0
-    rows = json.loads(file.read_text("utf-8"))["heads"][0]["rows"]
+    rows = json.loads(file.read_text("utf-8"))["heads"][0]["implementations"]
     assert len(rows) > 4
     for row in rows:
         assert row["skipped"] or row["forward_backward"]["seconds"] > 0, row["name"]
