@@ -1,5 +1,5 @@
-// Two orders of work, one definition of every number. Long because values, Jacobian and backward are
-// the same two sweeps over the vocabulary with other ends.
+// Two orders of work, one definition of every number. Long because values, Jacobian and backward
+// are the same two sweeps over the vocabulary with other ends.
 //
 // Values alone run tile by tile, workers sharing tiles: each tile of W is read once for up to
 // kChunkRows rows. With a Jacobian, and in the backward by the hidden states, workers own groups of

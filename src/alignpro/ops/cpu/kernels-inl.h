@@ -96,8 +96,8 @@ ALIGNPRO_INLINE float exp1(float x) { return exp8(splat(x))[0]; }
 
 // ---- matrix products -------------------------------------------------------------------------
 
-// One tile of rows against a sub-panel of B. Meanwhile it fetches `lines` lines from `ahead` on, one
-// every `every` steps: its share of a sub-panel that comes later.
+// One tile of rows against a sub-panel of B. Meanwhile it fetches `lines` lines from `ahead` on,
+// one every `every` steps: its share of a sub-panel that comes later.
 template <int Rows>
 ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b, int64_t ldb,
                                 float* c, bool accumulate, const float* ahead, int64_t lines,
