@@ -100,6 +100,21 @@ build::Safetensors tiny_safetensors() {
   return file;
 }
 
+// Rows [begin, end), expanded.
+std::vector<float> expand(const std::vector<ops::StoredRow>& rows, size_t begin, size_t end,
+                          int64_t cols) {
+  std::vector<float> out((end - begin) * static_cast<size_t>(cols));
+  for (size_t row = begin; row < end; ++row) {
+    dequantize(rows[row].dtype, rows[row].data, cols,
+               out.data() + (row - begin) * static_cast<size_t>(cols));
+  }
+  return out;
+}
+
+std::vector<float> expand(const std::vector<ops::StoredRow>& rows, int64_t cols) {
+  return expand(rows, 0, rows.size(), cols);
+}
+
 // Everything a checkpoint holds, expanded: under sanitizers this reads every byte promised.
 double read_everything(const Checkpoint& checkpoint) {
   const ModelConfig& config = checkpoint.config();
@@ -107,19 +122,15 @@ double read_everything(const Checkpoint& checkpoint) {
   const auto take = [&sum](const std::vector<float>& values) {
     for (const float value : values) sum += std::isfinite(value) ? value : 0;
   };
-  std::vector<float> table(static_cast<size_t>(config.vocab_size * config.hidden_size));
-  checkpoint.read_embedding(0, config.vocab_size, table.data());
-  take(table);
-  checkpoint.read_head(0, config.vocab_size, table.data());
-  take(table);
+  take(expand(checkpoint.embedding_rows(), config.hidden_size));
+  take(expand(checkpoint.head_rows(), config.hidden_size));
   take(checkpoint.read_final_norm());
   for (int64_t l = 0; l < config.num_layers; ++l) {
     for (const LinearSite site :
          {LinearSite::kQkv, LinearSite::kO, LinearSite::kGateUp, LinearSite::kDown}) {
-      const model::LinearShape shape = linear_shape(config, site);
-      std::vector<float> matrix(static_cast<size_t>(shape.outputs * shape.inputs));
-      checkpoint.read_linear(l, site, 0, shape.outputs, matrix.data());
-      take(matrix);
+      const std::vector<ops::StoredRow> rows = checkpoint.linear_rows(l, site);
+      CHECK_EQ(static_cast<int64_t>(rows.size()), linear_shape(config, site).outputs);
+      take(expand(rows, linear_shape(config, site).inputs));
     }
     take(checkpoint.read_norm(l, NormSite::kAttention));
     take(checkpoint.read_qkv_bias(l));
@@ -187,29 +198,21 @@ TEST(gguf_config_and_weights) {
   CHECK_EQ(config.bos_id, 1);
   CHECK(config.eos_ids == std::vector<int32_t>{2});
 
-  // q and k come back in order; v after them; a range across the pieces reads the same rows.
-  std::vector<float> qkv(64 * 32);
-  checkpoint->read_linear(0, LinearSite::kQkv, 0, 64, qkv.data());
+  // q and k come back in order; v after them.
+  const std::vector<float> qkv = expand(checkpoint->linear_rows(0, LinearSite::kQkv), 32);
   for (int row = 0; row < 64; ++row) {
     const float want = row < 32   ? static_cast<float>(row)
                        : row < 48 ? static_cast<float>(row - 32)
                                   : 2.0f;
     CHECK_EQ(qkv[static_cast<size_t>(row) * 32 + 31], want);
   }
-  std::vector<float> part(20 * 32);
-  checkpoint->read_linear(0, LinearSite::kQkv, 30, 50, part.data());
-  CHECK(std::equal(part.begin(), part.end(), qkv.begin() + 30 * 32));
 
-  std::vector<float> gate_up(64 * 32);
-  checkpoint->read_linear(0, LinearSite::kGateUp, 0, 64, gate_up.data());
+  const std::vector<float> gate_up = expand(checkpoint->linear_rows(0, LinearSite::kGateUp), 32);
   CHECK_EQ(gate_up[0], -1.0f);            // 1 * 1 - 2
   CHECK_EQ(gate_up[16], 0.0f);            // 1 * 2 - 2
   CHECK_EQ(gate_up[32 * 32 + 15], 2.0f);  // 10 - 8
   CHECK_EQ(gate_up[32 * 32 + 16], 1.0f);  // 9 - 8
-  CHECK_THROWS(checkpoint->read_linear(0, LinearSite::kO, 0, 33, qkv.data()), InvalidArgument,
-               "[0, 33)");
-  CHECK_THROWS(checkpoint->read_linear(1, LinearSite::kO, 0, 1, qkv.data()), InvalidArgument,
-               "layer 1");
+  CHECK_THROWS(checkpoint->linear_rows(1, LinearSite::kO), InvalidArgument, "layer 1");
   CHECK_THROWS(checkpoint->read_norm(0, NormSite::kQ), InvalidArgument, "no norm on q");
 }
 
@@ -387,11 +390,10 @@ TEST(safetensors_folder) {
   write_model(folder, tiny_safetensors().bytes());
   const auto checkpoint = Checkpoint::open(folder.path);
   CHECK(!checkpoint->config().tied_head);
-  std::vector<float> qkv(8 * 4);
-  checkpoint->read_linear(0, LinearSite::kQkv, 0, 8, qkv.data());
+  const std::vector<float> qkv = expand(checkpoint->linear_rows(0, LinearSite::kQkv), 4);
+  CHECK_EQ(qkv.size(), size_t{8 * 4});
   for (size_t i = 0; i < qkv.size(); ++i) CHECK_EQ(qkv[i], static_cast<float>(20 + i));
-  float row[4];
-  checkpoint->read_head(4, 5, row);
+  const std::vector<float> row = expand(checkpoint->head_rows(), 4, 5, 4);
   CHECK_EQ(row[3], 135.0f);  // the last value of the file
   CHECK_EQ(checkpoint->read_final_norm()[0], 112.0f);
 }
@@ -401,8 +403,8 @@ TEST(safetensors_tied_head_uses_the_embedding) {
   JsonFields config = tiny_config();
   config["tie_word_embeddings"] = "true";
   write_model(folder, tiny_safetensors().bytes(), config);  // a stale lm_head is there as well
-  float row[4];
-  Checkpoint::open(folder.path)->read_head(0, 1, row);
+  const auto checkpoint = Checkpoint::open(folder.path);
+  const std::vector<float> row = expand(checkpoint->head_rows(), 0, 1, 4);
   CHECK_EQ(row[1], 1.0f);
 }
 

@@ -29,17 +29,16 @@ class RandomCheckpoint : public Checkpoint {
   explicit RandomCheckpoint(ModelConfig config) : config_(std::move(config)) {}
 
   const ModelConfig& config() const override { return config_; }
-  void read_linear(int64_t layer, LinearSite site, int64_t begin, int64_t end,
-                   float* out) const override {
+  std::vector<ops::StoredRow> linear_rows(int64_t layer, LinearSite site) const override {
     const LinearShape shape = linear_shape(config_, site);
-    fill(static_cast<uint32_t>(100 + layer * 4 + static_cast<int>(site)), begin, end, shape.inputs,
-         1.3f / std::sqrt(static_cast<float>(shape.inputs)), out);
+    return rows(static_cast<uint32_t>(100 + layer * 4 + static_cast<int>(site)), shape.outputs,
+                shape.inputs, 1.3f / std::sqrt(static_cast<float>(shape.inputs)));
   }
-  void read_embedding(int64_t begin, int64_t end, float* out) const override {
-    fill(1, begin, end, config_.hidden_size, 1.0f, out);
+  std::vector<ops::StoredRow> embedding_rows() const override {
+    return rows(1, config_.vocab_size, config_.hidden_size, 1.0f);
   }
-  void read_head(int64_t begin, int64_t end, float* out) const override {
-    fill(2, begin, end, config_.hidden_size, 0.5f, out);
+  std::vector<ops::StoredRow> head_rows() const override {
+    return rows(2, config_.vocab_size, config_.hidden_size, 0.5f);
   }
   std::vector<float> read_norm(int64_t layer, NormSite site) const override {
     const bool head = site == NormSite::kQ || site == NormSite::kK;
@@ -63,6 +62,18 @@ class RandomCheckpoint : public Checkpoint {
       for (int64_t i = 0; i < width; ++i) *out++ = draw(generator);
     }
   }
+  std::vector<ops::StoredRow> rows(uint32_t seed, int64_t count, int64_t width,
+                                   float scale) const {
+    std::vector<float>& values = matrices_[seed];
+    values.resize(static_cast<size_t>(count * width));
+    fill(seed, 0, count, width, scale, values.data());
+    std::vector<ops::StoredRow> stored;
+    for (int64_t row = 0; row < count; ++row) {
+      stored.push_back(
+          {reinterpret_cast<const std::byte*>(values.data() + row * width), DType::kF32});
+    }
+    return stored;
+  }
   static std::vector<float> around_one(uint32_t seed, int64_t size) {
     std::vector<float> values(static_cast<size_t>(size));
     fill(seed, 0, 1, size, 0.2f, values.data());
@@ -71,6 +82,7 @@ class RandomCheckpoint : public Checkpoint {
   }
 
   ModelConfig config_;
+  mutable std::map<uint32_t, std::vector<float>> matrices_;
 };
 
 ModelConfig tiny(bool bias, bool qk_norm, bool fused) {

@@ -159,18 +159,20 @@ TEST(linear_rows_do_not_depend_on_neighbours_or_threads) {
   }
 }
 
-TEST(packing_by_reader_equals_packing_from_memory) {
+TEST(packing_rows_equals_packing_a_matrix) {
   ThreadTeam team(2);
   const int64_t n = 37, k = 11;
   const Floats w = normal(n * k, 11);
   const PackedMatrix a = PackedMatrix::pack(n, k, w.data());
-  const PackedMatrix b = PackedMatrix::pack(
-      n, k,
-      [&](int64_t begin, int64_t end, float* out) {
-        std::copy(w.begin() + begin * k, w.begin() + end * k, out);
-      },
-      team);
-  CHECK(same_bits(a.panel(0), b.panel(0), static_cast<size_t>(a.panels() * k * 16)));
+  std::vector<StoredRow> rows;
+  for (int64_t row = 0; row < n; ++row) {
+    rows.push_back({reinterpret_cast<const std::byte*>(w.data() + row * k), DType::kF32});
+  }
+  const PackedMatrix b = PackedMatrix::pack(rows, k, team);
+  for (int64_t p = 0; p < a.panels(); ++p) {
+    CHECK(same_bits(a.block(p, 0, k, nullptr), b.block(p, 0, k, nullptr),
+                    static_cast<size_t>(k * 16)));
+  }
   const std::vector<int32_t> tokens = {36, 0, 17};
   Floats out(3 * k);
   embedding(a, tokens, out.data(), team);

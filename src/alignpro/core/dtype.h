@@ -7,11 +7,11 @@
 namespace alignpro {
 
 // Storage formats of weights in a file. Arithmetic is float32 throughout.
-enum class DType { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1 };
+enum class DType { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ4_K, kQ5_K, kQ6_K };
 
 std::string_view dtype_name(DType dtype);
 
-// Values that share one scale: 1 for plain floats, 32 for the quantised formats.
+// Values of one block: 1 for plain floats, 32 for Qx_0 and Qx_1, 256 for Qx_K.
 int64_t block_values(DType dtype);
 
 // Bytes of one such block.
@@ -19,6 +19,16 @@ int64_t block_bytes(DType dtype);
 
 // Bytes of a row of `values` values; `values` must be a multiple of block_values(dtype).
 int64_t row_bytes(DType dtype, int64_t values);
+
+// The float of these IEEE half-precision bits, exactly.
+float half_to_float(uint16_t bits);
+
+// Scale and minimum of group `group` (32 values each, of 8) in a Q4_K or Q5_K block: 6 bits each, in
+// the 12 bytes at `packed`.
+struct GroupScale {
+  uint8_t scale, minimum;
+};
+GroupScale k_group_scale(const std::byte* packed, int group);
 
 // Expands `values` stored values (a multiple of block_values) to float32, exactly.
 void dequantize(DType dtype, const std::byte* source, int64_t values, float* out);

@@ -154,8 +154,18 @@ std::optional<DType> supported_type(uint32_t type) {
       return DType::kQ4_0;
     case 3:
       return DType::kQ4_1;
+    case 6:
+      return DType::kQ5_0;
+    case 7:
+      return DType::kQ5_1;
     case 8:
       return DType::kQ8_0;
+    case 12:
+      return DType::kQ4_K;
+    case 13:
+      return DType::kQ5_K;
+    case 14:
+      return DType::kQ6_K;
     case 30:
       return DType::kBF16;
     default:
@@ -209,7 +219,8 @@ TensorEntry read_tensor_entry(Cursor& in, uint64_t alignment) {
   if (!dtype) {
     const std::string_view known = tensor_type_name(type);
     in.fail(cat(label, " has type ", known.empty() ? "number " + std::to_string(type) : known,
-                ", which is not supported; F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are"));
+                ", which is not supported; F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, "
+                "Q5_K and Q6_K are"));
   }
   entry.tensor.dtype = *dtype;
   const int64_t block = block_values(*dtype);

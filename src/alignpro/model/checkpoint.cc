@@ -187,32 +187,23 @@ Layer find_layer(Finder& finder, const ModelConfig& config, const TensorNames& n
   return layer;
 }
 
-void read_row(const FileTensor& tensor, int64_t row, float* out) {
-  const int64_t width = tensor.shape.back();
-  dequantize(tensor.dtype, tensor.data.data() + row * row_bytes(tensor.dtype, width), width, out);
-}
-
 std::vector<float> read_vector(const FileTensor& tensor) {
   std::vector<float> out(static_cast<size_t>(tensor.shape[0]));
-  read_row(tensor, 0, out.data());
+  dequantize(tensor.dtype, tensor.data.data(), tensor.shape[0], out.data());
   return out;
 }
 
-void require_rows(int64_t begin, int64_t end, int64_t rows, const char* what) {
-  require(begin >= 0 && begin <= end && end <= rows, what, ": rows [", begin, ", ", end,
-          ") are not within [0, ", rows, ")");
-}
-
-// Rows [begin, end) of pieces stacked one after another.
-void read_rows(const Pieces& pieces, int64_t begin, int64_t end, float* out) {
-  int64_t first = 0;  // of the current piece
+// The rows of pieces stacked one after another.
+std::vector<ops::StoredRow> rows_of(const Pieces& pieces) {
+  std::vector<ops::StoredRow> rows;
   for (const Piece& piece : pieces) {
-    const int64_t last = first + piece.tensor.shape.front();
-    for (; begin < std::min(end, last); ++begin, out += piece.tensor.shape.back()) {
-      read_row(piece.tensor, piece.file_row(begin - first), out);
+    const FileTensor& tensor = piece.tensor;
+    const int64_t size = row_bytes(tensor.dtype, tensor.shape.back());
+    for (int64_t row = 0; row < tensor.shape.front(); ++row) {
+      rows.push_back({tensor.data.data() + piece.file_row(row) * size, tensor.dtype});
     }
-    first = last;
   }
+  return rows;
 }
 
 class FileCheckpoint final : public Checkpoint {
@@ -254,21 +245,11 @@ class FileCheckpoint final : public Checkpoint {
 
   const ModelConfig& config() const override { return config_; }
 
-  void read_linear(int64_t layer, LinearSite site, int64_t begin, int64_t end,
-                   float* out) const override {
-    require_rows(begin, end, linear_shape(config_, site).outputs, "read_linear");
-    read_rows(at(layer).linears[static_cast<size_t>(site)], begin, end, out);
+  std::vector<ops::StoredRow> linear_rows(int64_t layer, LinearSite site) const override {
+    return rows_of(at(layer).linears[static_cast<size_t>(site)]);
   }
-
-  void read_embedding(int64_t begin, int64_t end, float* out) const override {
-    require_rows(begin, end, config_.vocab_size, "read_embedding");
-    read_rows(embedding_, begin, end, out);
-  }
-
-  void read_head(int64_t begin, int64_t end, float* out) const override {
-    require_rows(begin, end, config_.vocab_size, "read_head");
-    read_rows(head_, begin, end, out);
-  }
+  std::vector<ops::StoredRow> embedding_rows() const override { return rows_of(embedding_); }
+  std::vector<ops::StoredRow> head_rows() const override { return rows_of(head_); }
 
   std::vector<float> read_norm(int64_t layer, NormSite site) const override {
     const FileTensor& tensor = at(layer).norms[static_cast<size_t>(site)];

@@ -13,28 +13,18 @@ int64_t Weights::bytes() const {
 Weights Weights::load(const Checkpoint& checkpoint, ThreadTeam& team) {
   Weights weights;
   const ModelConfig& config = weights.config = checkpoint.config();
-  weights.embedding = ops::PackedMatrix::pack(
-      config.vocab_size, config.hidden_size,
-      [&](int64_t begin, int64_t end, float* out) { checkpoint.read_embedding(begin, end, out); },
-      team);
+  weights.embedding =
+      ops::PackedMatrix::pack(checkpoint.embedding_rows(), config.hidden_size, team);
   if (!config.tied_head) {
-    weights.own_head = ops::PackedMatrix::pack(
-        config.vocab_size, config.hidden_size,
-        [&](int64_t begin, int64_t end, float* out) { checkpoint.read_head(begin, end, out); },
-        team);
+    weights.own_head = ops::PackedMatrix::pack(checkpoint.head_rows(), config.hidden_size, team);
   }
   weights.final_norm = checkpoint.read_final_norm();
   weights.layers.resize(static_cast<size_t>(config.num_layers));
   for (int64_t l = 0; l < config.num_layers; ++l) {
     LayerWeights& layer = weights.layers[static_cast<size_t>(l)];
     for (const LinearSite site : kLinearSites) {
-      const LinearShape shape = linear_shape(config, site);
       layer.linears[static_cast<size_t>(site)] = ops::PackedMatrix::pack(
-          shape.outputs, shape.inputs,
-          [&](int64_t begin, int64_t end, float* out) {
-            checkpoint.read_linear(l, site, begin, end, out);
-          },
-          team);
+          checkpoint.linear_rows(l, site), linear_shape(config, site).inputs, team);
     }
     layer.attention_norm = checkpoint.read_norm(l, NormSite::kAttention);
     layer.mlp_norm = checkpoint.read_norm(l, NormSite::kMlp);

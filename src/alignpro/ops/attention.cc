@@ -68,7 +68,7 @@ void attend(const AttentionShape& shape, const float* qkv, const Segment& segmen
   }
   for (int64_t b = first_block; b < blocks; ++b) {
     k.gemm_panel(rows, d, queries, d * kRowTile,
-                 kv.keys(segment.blocks[static_cast<size_t>(b)], kv_head), kPanel, tile, false);
+                 kv.keys(segment.blocks[static_cast<size_t>(b)], kv_head), kPanel, tile, false, false);
     for (int64_t r = 0; r < rows; ++r) {
       std::memcpy(scores + r * stride + b * kKvBlock, tile + r * kPanel, kPanel * sizeof(float));
     }
@@ -98,7 +98,7 @@ void attend(const AttentionShape& shape, const float* qkv, const Segment& segmen
       // A head_dim that is no multiple of 16 reads into the next row (the pool ends in slack);
       // those lanes are dropped below.
       k.gemm_panel(rows, live, packed, live * kRowTile, values + p * kPanel, d,
-                   result + p * rows * kPanel, b > first_block);
+                   result + p * rows * kPanel, b > first_block, false);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -219,7 +219,8 @@ void attend_backward(const AttentionShape& shape, const float* qkv, const float*
     const auto by_keys = [&](const float* left, const float* panels, float* to) {
       k.pack_rows(rows, d, left, d, 1, packed);
       for (int64_t b = base / kPanel; b < end / kPanel; ++b) {
-        k.gemm_panel(rows, d, packed, d * kRowTile, panels + b * kPanel * d, kPanel, tile, false);
+        k.gemm_panel(rows, d, packed, d * kRowTile, panels + b * kPanel * d, kPanel, tile, false,
+                     false);
         for (int64_t r = 0; r < rows; ++r) {
           std::memcpy(to + r * stride + b * kPanel, tile + r * kPanel, kPanel * sizeof(float));
         }
@@ -248,7 +249,7 @@ void attend_backward(const AttentionShape& shape, const float* qkv, const float*
     k.pack_rows(rows, last - base, dprobs + base, stride, 1, packed);
     for (int64_t c = 0; c < column_panels; ++c) {
       k.gemm_panel(rows, last - base, packed, (last - base) * kRowTile, key + base * d + c * kPanel,
-                   d, tile, false);
+                   d, tile, false, false);
       const int64_t live = std::min(kPanel, d - c * kPanel);
       for (int64_t r = 0; r < rows; ++r) {
         float* to = dqkv + (segment.row_begin + first + r / group) * width +
@@ -260,7 +261,7 @@ void attend_backward(const AttentionShape& shape, const float* qkv, const float*
       k.pack_rows(last - base, rows, weights + base, 1, stride, packed);
       for (int64_t c = 0; c < column_panels; ++c) {
         k.gemm_panel(last - base, rows, packed, rows * kRowTile, right + c * kPanel, d,
-                     sums + (c * keys + base) * kPanel, true);
+                     sums + (c * keys + base) * kPanel, true, false);
       }
     };
     by_rows(dprobs, query, dkey);

@@ -33,10 +33,8 @@ float inverse_temperature(const SampleRow& row) {
 
 // The logits of one row and tile again, for the one tile the draw fell into.
 void row_tile(const PackedMatrix& head, const float* hidden, int64_t tile, float inv_temperature,
-              float* out, ThreadTeam& team) {
-  thread_local PackedRows packed;
-  packed.pack(1, head.cols(), {hidden, head.cols(), 1}, cpu::kRowTile, &team);
-  tile_logits(packed, 0, head, tile, out);
+              float* out) {
+  head.multiply_row(tile * kTilePanels, tile_panels(head.rows(), tile), hidden, out);
   finish_tile_row(head.rows(), tile, out, 1, 0, inv_temperature);
 }
 
@@ -61,14 +59,14 @@ int64_t invert(int64_t count, double target, const Mass& mass) {
 }
 
 SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const SampleRow& row,
-                        std::span<const cpu::TileStats> tiles, ThreadTeam& team) {
+                        std::span<const cpu::TileStats> tiles) {
   const RowStats stats = merge_tiles(tiles);
   const float inv_temperature = inverse_temperature(row);
   float logits[kVocabTile];
   int64_t tile = 0, column = 0;
   if (row.temperature == 0.0f) {
     while (tiles[static_cast<size_t>(tile)].max != static_cast<float>(stats.max)) ++tile;
-    row_tile(head, hidden, tile, inv_temperature, logits, team);
+    row_tile(head, hidden, tile, inv_temperature, logits);
     while (logits[column] != static_cast<float>(stats.max)) ++column;
   } else {
     const auto tile_mass = [&](int64_t t) {
@@ -79,7 +77,7 @@ SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const Sam
     tile = invert(static_cast<int64_t>(tiles.size()), target, tile_mass);
     double below = 0.0;
     for (int64_t t = 0; t < tile; ++t) below += tile_mass(t);
-    row_tile(head, hidden, tile, inv_temperature, logits, team);
+    row_tile(head, hidden, tile, inv_temperature, logits);
     float e[kVocabTile];
     const cpu::TileStats& s = tiles[static_cast<size_t>(tile)];
     cpu::kernels().tile_exp_row(logits, 1, 0, tile_panels(head.rows(), tile), s.max, e);
@@ -182,6 +180,9 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
   std::vector<SampleRow> rows(requests.begin(), requests.end());
   std::transform(rows.begin(), rows.end(), rows.begin(), as_drawn);
 
+  const auto single_row = [&](int64_t rows_of_block, int64_t row) {
+    return rows_of_block == 1 ? hidden + row * cols : nullptr;
+  };
   PackedRows packed;
   std::vector<cpu::TileStats> stats(static_cast<size_t>(count * tiles));
   for (int64_t first = 0; first < count; first += kRowChunk) {
@@ -192,7 +193,8 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
       float* logits = buffer.reserve(kRowBlock * kVocabTile);
       const int64_t tile = item / packed.blocks(), block = item % packed.blocks();
       const int64_t block_rows = packed.block_rows(block);
-      tile_logits(packed, block, head, tile, logits);
+      tile_logits(packed, block, head, tile, single_row(block_rows, first + block * kRowBlock),
+                  logits);
       for (int64_t m = 0; m < block_rows; ++m) {
         const int64_t row = first + block * kRowBlock + m;
         finish_tile_row(head.rows(), tile, logits, block_rows, m,
@@ -213,7 +215,7 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
       truncated.push_back(row);
     } else {
       out[static_cast<size_t>(row)] = draw_plain(
-          head, hidden + row * cols, rows[static_cast<size_t>(row)], row_stats(row), team);
+          head, hidden + row * cols, rows[static_cast<size_t>(row)], row_stats(row));
     }
   }
   AlignedBuffer gathered, logits;
@@ -229,7 +231,7 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
     float* all = logits.reserve(live * head.panels() * cpu::kPanel);
     team.run(tiles, [&](int64_t tile, int) {
       float* to = all + tile * kTilePanels * live * cpu::kPanel;
-      tile_logits(packed, 0, head, tile, to);
+      tile_logits(packed, 0, head, tile, live == 1 ? some : nullptr, to);
       for (int64_t m = 0; m < live; ++m) {
         const auto row = static_cast<size_t>(truncated[first + static_cast<size_t>(m)]);
         finish_tile_row(head.rows(), tile, to, live, m, inverse_temperature(rows[row]));

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
 
 #include "alignpro/ops/packed_rows.h"
 
@@ -25,6 +26,7 @@ using cpu::kRowTile;
 struct Workspace {
   AlignedBuffer tile;
   AlignedBuffer panel;
+  AlignedBuffer wide;  // panels expanded on their way to be transposed
 };
 
 Workspace& workspace() {
@@ -41,11 +43,11 @@ int64_t block_size(int64_t rows, int threads) {
 // tile [block rows][16] (+)= the rows of a block times [k][16] over contraction indices
 // [begin, end), which lie in one contraction block of `left`.
 void multiply_range(const PackedRows& left, int64_t block, int64_t begin, int64_t end,
-                    const float* right, float* tile, bool accumulate) {
+                    const float* right, float* tile, bool accumulate, bool stream = false) {
   const int64_t k_begin = begin / kContract * kContract;
   cpu::kernels().gemm_panel(left.block_rows(block), end - begin,
                             left.at(block, k_begin) + (begin - k_begin) * kRowTile,
-                            left.tile_stride(k_begin), right, kPanel, tile, accumulate);
+                            left.tile_stride(k_begin), right, kPanel, tile, accumulate, stream);
 }
 
 // Calls fn(begin, end) for the parts of [begin, end) in each contraction block.
@@ -65,8 +67,8 @@ struct NoTerm {
   void add(int64_t, int64_t, float*) const {}
 };
 
-// provider(column panel, k_begin, k_count, scratch) -> [k_count][16]. Without c only the term's
-// preparation is done.
+// A provider's block(column panel, k_begin, k_count, scratch) is [k_count][16]; one that has a
+// row() computes a single row without packing it. Without c only the term's preparation is done.
 template <typename Provider, typename Term>
 void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, float* c, int64_t ldc,
               const Epilogue& epilogue, ThreadTeam& team, const Provider& provider, Term& term) {
@@ -78,31 +80,43 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
   for (int64_t first = 0; first < rows; first += kRowChunk) {
     const int64_t live = std::min(kRowChunk, rows - first);
     const MatrixView chunk{a.data + first * a.row_stride, a.row_stride, a.col_stride};
-    packed.pack(live, contract, chunk, block_size(live, team.size()), &team,
-                term.cuts(first, live));
-    term.prepare(first, packed, team);
+    constexpr bool kHasTerm = !std::is_same_v<Term, NoTerm>;
+    bool single = false;
+    if constexpr (requires { provider.row(0, 0, a.data, c); }) single = live == 1;
+    if (!single || kHasTerm) {
+      packed.pack(live, contract, chunk, block_size(live, team.size()), &team,
+                  term.cuts(first, live));
+      term.prepare(first, packed, team);
+    }
     if (c == nullptr) continue;
     const int64_t group = std::max<int64_t>(1, panels / (8 * team.size()));
     team.run((panels + group - 1) / group, [&](int64_t item, int) {
       Workspace& own = workspace();
-      float* tiles = own.tile.reserve(live * kPanel);
+      const int64_t p_begin = item * group, p_end = std::min(panels, p_begin + group);
+      float* tiles = own.tile.reserve((single ? group : live) * kPanel);
       float* scratch = own.panel.reserve(kContract * kPanel);
-      for (int64_t p = item * group; p < std::min(panels, (item + 1) * group); ++p) {
-        for (int64_t k_begin = 0; k_begin < contract; k_begin += kContract) {
+      if constexpr (requires { provider.row(0, 0, a.data, c); }) {
+        if (single) provider.row(p_begin, p_end - p_begin, chunk.data, tiles);
+      }
+      for (int64_t p = p_begin; p < p_end; ++p) {
+        for (int64_t k_begin = 0; !single && k_begin < contract; k_begin += kContract) {
           const int64_t k_end = std::min(contract, k_begin + kContract);
-          const float* b = provider(p, k_begin, k_end - k_begin, scratch);
+          const float* b = provider.block(p, k_begin, k_end - k_begin, scratch);
           for (int64_t block = 0; block < packed.blocks(); ++block) {
             multiply_range(packed, block, k_begin, k_end, b,
-                           tiles + packed.block_row(block) * kPanel, k_begin > 0);
+                           tiles + packed.block_row(block) * kPanel, k_begin > 0, b != scratch);
           }
         }
-        for (int64_t block = 0; block < packed.blocks(); ++block) {
-          term.add(p, block, tiles + packed.block_row(block) * kPanel);
+        if constexpr (kHasTerm) {
+          for (int64_t block = 0; block < packed.blocks(); ++block) {
+            term.add(p, block, tiles + packed.block_row(block) * kPanel);
+          }
         }
         const int64_t column = p * kPanel, at = first * ldc + column;
         k.store_tile(tiles, live, std::min(kPanel, columns - column), epilogue.scale,
                      epilogue.bias != nullptr ? epilogue.bias + column : nullptr,
                      epilogue.residual != nullptr ? epilogue.residual + at : nullptr, c + at, ldc);
+        if (single) tiles += kPanel;
       }
     });
   }
@@ -141,7 +155,8 @@ class ForwardTerm {
       float* tile = workspace().tile.reserve(rows * kPanel);
       for (int64_t p = 0; p < a.panels(); ++p) {
         for_contraction(0, a.cols(), [&](int64_t begin, int64_t end) {
-          multiply_range(x, block, begin, end, a.panel(p) + begin * kPanel, tile, begin > 0);
+          multiply_range(x, block, begin, end, a.block(p, begin, end - begin, nullptr), tile,
+                         begin > 0);
         });
         cpu::kernels().store_tile(tile, rows, std::min(kPanel, ranks - p * kPanel),
                                   u->update->scale, nullptr, nullptr, low + p * kPanel, ranks);
@@ -156,7 +171,7 @@ class ForwardTerm {
     const auto [begin, end] = u->update->ranks_of_outputs[static_cast<size_t>(panel)];
     for_contraction(begin, end, [&](int64_t from, int64_t to) {
       multiply_range(low_[static_cast<size_t>(block)], 0, from, to,
-                     u->update->b.panel(panel) + from * kPanel, tile, true);
+                     u->update->b.block(panel, from, to - from, nullptr), tile, true);
     });
   }
 
@@ -190,7 +205,7 @@ class BackwardTerm {
         begin = begin / kPanel * kPanel;
         const int64_t start = begin;
         for_contraction(begin, end, [&](int64_t from, int64_t to) {
-          k.transpose_panels(b.panel(from / kPanel), ranks, to - from, p * kPanel, scratch);
+          b.transposed_block(from, to - from, p * kPanel, nullptr, scratch);
           multiply_range(dy, block, from, to, scratch, tile, from > start);
         });
         k.store_tile(tile, rows, std::min(kPanel, ranks - p * kPanel), update_.scale, nullptr,
@@ -203,8 +218,7 @@ class BackwardTerm {
   void add(int64_t panel, int64_t block, float* tile) const {
     float* scratch = workspace().panel.reserve(kContract * kPanel);
     for_contraction(0, update_.ranks(), [&](int64_t from, int64_t to) {
-      cpu::kernels().transpose_panels(update_.a.panel(from / kPanel), update_.a.cols(), to - from,
-                                      panel * kPanel, scratch);
+      update_.a.transposed_block(from, to - from, panel * kPanel, nullptr, scratch);
       multiply_range(low_[static_cast<size_t>(block)], 0, from, to, scratch, tile, true);
     });
   }
@@ -215,61 +229,80 @@ class BackwardTerm {
   std::vector<PackedRows> low_;  // by block
 };
 
+struct ForwardWeight {
+  const PackedMatrix& w;
+
+  const float* block(int64_t p, int64_t k_begin, int64_t k_count, float* scratch) const {
+    return w.block(p, k_begin, k_count, scratch);
+  }
+  void row(int64_t p_begin, int64_t count, const float* x, float* out) const {
+    w.multiply_row(p_begin, count, x, out);
+  }
+};
+
+// The contraction runs over W's rows: kContract is a multiple of kPanel, so a block starts at a
+// panel.
+struct TransposedWeight {
+  const PackedMatrix& w;
+
+  const float* block(int64_t p, int64_t n_begin, int64_t n_count, float* scratch) const {
+    static_assert(kContract % kPanel == 0);
+    float* wide = w.is_float32() ? nullptr : workspace().wide.reserve(kContract * kPanel);
+    w.transposed_block(n_begin, n_count, p * kPanel, wide, scratch);
+    return scratch;
+  }
+};
+
+struct PlainRight {
+  const float* b;
+  int64_t ldb, columns;
+
+  const float* block(int64_t p, int64_t k_begin, int64_t k_count, float* scratch) const {
+    const int64_t width = std::min(kPanel, columns - p * kPanel);
+    for (int64_t i = 0; i < k_count; ++i) {
+      const float* from = b + (k_begin + i) * ldb + p * kPanel;
+      float* to = scratch + i * kPanel;
+      if (width == kPanel) {
+        std::memcpy(to, from, kPanel * sizeof(float));
+      } else {
+        for (int64_t j = 0; j < kPanel; ++j) to[j] = j < width ? from[j] : 0.0f;
+      }
+    }
+    return scratch;
+  }
+};
+
 }  // namespace
 
 void linear(int64_t rows, MatrixView x, const PackedMatrix& w, float* y, int64_t ldy,
             const Epilogue& epilogue, ThreadTeam& team, std::span<const LowRankRows> updates) {
-  const auto panel = [&w](int64_t p, int64_t k_begin, int64_t, float*) {
-    return w.panel(p) + k_begin * kPanel;
-  };
+  const ForwardWeight weight{w};
   if (updates.empty()) {
     NoTerm none;
-    multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, team, panel, none);
+    multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, team, weight, none);
   } else {
     ForwardTerm term(updates);
-    multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, team, panel, term);
+    multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, team, weight, term);
   }
 }
 
 void linear_backward(int64_t rows, MatrixView dy, const PackedMatrix& w, float* dx, int64_t ldx,
                      const Epilogue& epilogue, ThreadTeam& team, const LowRank* update,
                      float* d_low) {
-  // The contraction runs over W's rows: kContract is a multiple of kPanel, so a block starts at a
-  // panel.
-  static_assert(kContract % kPanel == 0);
-  const auto transposed = [&w](int64_t p, int64_t n_begin, int64_t n_count, float* scratch) {
-    cpu::kernels().transpose_panels(w.panel(n_begin / kPanel), w.cols(), n_count, p * kPanel,
-                                    scratch);
-    return static_cast<const float*>(scratch);
-  };
+  const TransposedWeight weight{w};
   if (update == nullptr) {
     NoTerm none;
-    multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, team, transposed, none);
+    multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, team, weight, none);
   } else {
     BackwardTerm term(*update, d_low);
-    multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, team, transposed, term);
+    multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, team, weight, term);
   }
 }
 
 void matmul(int64_t m, int64_t n, int64_t k, MatrixView a, const float* b, int64_t ldb, float* c,
             int64_t ldc, const Epilogue& epilogue, ThreadTeam& team) {
   NoTerm none;
-  multiply(
-      m, n, k, a, c, ldc, epilogue, team,
-      [b, ldb, n](int64_t p, int64_t k_begin, int64_t k_count, float* scratch) {
-        const int64_t width = std::min(kPanel, n - p * kPanel);
-        for (int64_t i = 0; i < k_count; ++i) {
-          const float* from = b + (k_begin + i) * ldb + p * kPanel;
-          float* to = scratch + i * kPanel;
-          if (width == kPanel) {
-            std::memcpy(to, from, kPanel * sizeof(float));
-          } else {
-            for (int64_t j = 0; j < kPanel; ++j) to[j] = j < width ? from[j] : 0.0f;
-          }
-        }
-        return static_cast<const float*>(scratch);
-      },
-      none);
+  multiply(m, n, k, a, c, ldc, epilogue, team, PlainRight{b, ldb, n}, none);
 }
 
 }  // namespace alignpro::ops

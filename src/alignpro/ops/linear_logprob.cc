@@ -97,8 +97,11 @@ void tile_logits(const Problem& problem, const PackedRows& rows, const PackedRow
     const float* ref_panel = problem.own_ref_weight ? own.ref_weight.panel(p) : panel;
     for (int64_t b = 0; b < rows.blocks(); ++b) {
       const int64_t at = b * kRowBlock * kVocabTile + p * rows.block_rows(b) * kPanel;
-      panel_logits(rows, b, panel, z + at);
-      if (r != nullptr) panel_logits(ref_rows, b, ref_panel, r + at);
+      panel_logits(rows, b, panel, own.weight.streams(), z + at);
+      if (r != nullptr) {
+        panel_logits(ref_rows, b, ref_panel,
+                     (problem.own_ref_weight ? own.ref_weight : own.weight).streams(), r + at);
+      }
     }
   }
   for (int64_t b = 0; b < rows.blocks(); ++b) {
@@ -186,10 +189,10 @@ void sweep_groups(const Problem& problem, int operands, ThreadTeam& team,
       for (int64_t c = 0; c < column_panels; ++c) {
         const float* columns = own.weight.columns(c);
         k.gemm_panel(rows, count, left, count * kRowTile, columns, kPanel,
-                     result + c * rows * kPanel, tile > 0);
+                     result + c * rows * kPanel, tile > 0, false);
         if (operands > 1) {
           k.gemm_panel(rows, count, ref_left, count * kRowTile, columns, kPanel,
-                       ref_result + c * rows * kPanel, tile > 0);
+                       ref_result + c * rows * kPanel, tile > 0, false);
         }
       }
     }
@@ -430,7 +433,7 @@ void weight_gradient(const Problem& problem, const LogprobOutput& forward, const
             }
             for (int64_t p = 0; p < panels; ++p) {
               k.gemm_panel(kPanel, count, left + p * kPackedRows * count, count * kRowTile, columns,
-                           kPanel, sums + (c * kTilePanels + p) * kPanel * kPanel, b > 0);
+                           kPanel, sums + (c * kTilePanels + p) * kPanel * kPanel, b > 0, false);
             }
           }
         }

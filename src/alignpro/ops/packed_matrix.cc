@@ -1,45 +1,108 @@
 #include "alignpro/ops/packed_matrix.h"
 
 #include <algorithm>
-#include <vector>
+
+#include "alignpro/ops/cpu/panel_layout.h"
+#include "alignpro/ops/stored_panel.h"
 
 namespace alignpro::ops {
 
 using cpu::kPanel;
 
-PackedMatrix::PackedMatrix(int64_t rows, int64_t cols) : rows_(rows), cols_(cols) {
-  data_.reserve(panels() * cols_ * kPanel);
+PackedMatrix::PackedMatrix(int64_t cols, std::span<const DType> panel_types, int64_t rows)
+    : rows_(rows), cols_(cols) {
+  int64_t bytes = 0;
+  for (const DType dtype : panel_types) {
+    panels_.push_back({dtype, bytes});
+    // Whole cache lines: a panel's first load is aligned.
+    bytes += (cpu::panel_bytes(dtype, cols) + 63) / 64 * 64;
+    is_float32_ = is_float32_ && dtype == DType::kF32;
+  }
+  data_.reserve(bytes / static_cast<int64_t>(sizeof(float)));
 }
 
-void PackedMatrix::pack_panel(int64_t p, const float* source) {
-  cpu::kernels().pack_panel(source, cols_, std::min(kPanel, rows_ - p * kPanel), cols_,
-                            data_.data() + p * cols_ * kPanel);
-}
-
-PackedMatrix PackedMatrix::pack(
-    int64_t rows, int64_t cols,
-    const std::function<void(int64_t begin, int64_t end, float* out)>& read, ThreadTeam& team) {
-  PackedMatrix packed(rows, cols);
+PackedMatrix PackedMatrix::pack(std::span<const StoredRow> rows, int64_t cols, ThreadTeam& team) {
+  const auto count = static_cast<int64_t>(rows.size());
+  const auto rows_of = [&](int64_t p) {
+    return rows.subspan(static_cast<size_t>(p * kPanel),
+                        static_cast<size_t>(std::min(kPanel, count - p * kPanel)));
+  };
+  std::vector<DType> types;
+  for (int64_t p = 0; p * kPanel < count; ++p) {
+    const auto of_panel = rows_of(p);
+    const DType first = of_panel.front().dtype;
+    const bool alike = std::all_of(of_panel.begin(), of_panel.end(),
+                                   [first](const StoredRow& row) { return row.dtype == first; });
+    types.push_back(alike ? first : DType::kF32);
+  }
+  PackedMatrix packed(cols, types, count);
   std::vector<AlignedBuffer> scratch(static_cast<size_t>(team.size()));
   team.run(packed.panels(), [&](int64_t p, int worker) {
-    float* source = scratch[static_cast<size_t>(worker)].reserve(kPanel * cols);
-    read(p * kPanel, std::min(rows, (p + 1) * kPanel), source);
-    packed.pack_panel(p, source);
+    const Panel& panel = packed.panels_[static_cast<size_t>(p)];
+    if (panel.dtype != DType::kF32) {
+      pack_stored_panel(panel.dtype, rows_of(p), cols, packed.at(panel));
+      return;
+    }
+    float* wide = scratch[static_cast<size_t>(worker)].reserve(kPanel * cols);
+    int64_t live = 0;
+    for (const StoredRow& row : rows_of(p)) {
+      dequantize(row.dtype, row.data, cols, wide + live++ * cols);
+    }
+    cpu::kernels().pack_panel(wide, cols, live, cols,
+                              reinterpret_cast<float*>(packed.at(panel)));
   });
   return packed;
 }
 
 PackedMatrix PackedMatrix::pack(int64_t rows, int64_t cols, const float* source) {
-  PackedMatrix packed(rows, cols);
+  const std::vector<DType> types(static_cast<size_t>((rows + kPanel - 1) / kPanel), DType::kF32);
+  PackedMatrix packed(cols, types, rows);
   for (int64_t p = 0; p < packed.panels(); ++p) {
-    packed.pack_panel(p, source + p * kPanel * cols);
+    cpu::kernels().pack_panel(
+        source + p * kPanel * cols, cols, std::min(kPanel, rows - p * kPanel), cols,
+        reinterpret_cast<float*>(packed.at(packed.panels_[static_cast<size_t>(p)])));
   }
   return packed;
 }
 
+void PackedMatrix::transposed_block(int64_t n_begin, int64_t n_count, int64_t k_begin,
+                                    float* scratch, float* out) const {
+  const cpu::Kernels& k = cpu::kernels();
+  const int64_t first = n_begin / kPanel;
+  if (is_float32_) {
+    k.transpose_panels(reinterpret_cast<const float*>(at(panels_[static_cast<size_t>(first)])),
+                       cols_, n_count, k_begin, out);
+    return;
+  }
+  const int64_t width = std::min(kPanel, cols_ - k_begin);
+  for (int64_t p = 0; p * kPanel < n_count; ++p) {
+    const Panel& panel = panels_[static_cast<size_t>(first + p)];
+    k.expand_panel(panel.dtype, at(panel), cols_, k_begin, width, scratch + p * kPanel * width);
+  }
+  k.transpose_panels(scratch, width, n_count, 0, out);
+}
+
+void PackedMatrix::multiply_row(int64_t p_begin, int64_t count, const float* x, float* out) const {
+  const int64_t end = p_begin + count;
+  while (p_begin < end) {
+    const Panel& first = panels_[static_cast<size_t>(p_begin)];
+    int64_t stop = p_begin + 1;  // panels of one format lie at equal distances
+    while (stop < end && panels_[static_cast<size_t>(stop)].dtype == first.dtype) ++stop;
+    const int64_t stride =
+        stop > p_begin + 1 ? panels_[static_cast<size_t>(p_begin + 1)].offset - first.offset : 0;
+    cpu::kernels().gemv_panels(first.dtype, at(first), stride, stop - p_begin, cols_, x, out);
+    out += (stop - p_begin) * kPanel;
+    p_begin = stop;
+  }
+}
+
 void PackedMatrix::read_row(int64_t row, float* out) const {
-  const float* from = panel(row / kPanel) + row % kPanel;
-  for (int64_t k = 0; k < cols_; ++k) out[k] = from[k * kPanel];
+  float scratch[cpu::kContract * kPanel];
+  for (int64_t k_begin = 0; k_begin < cols_; k_begin += cpu::kContract) {
+    const int64_t count = std::min(cpu::kContract, cols_ - k_begin);
+    const float* from = block(row / kPanel, k_begin, count, scratch) + row % kPanel;
+    for (int64_t k = 0; k < count; ++k) out[k_begin + k] = from[k * kPanel];
+  }
 }
 
 }  // namespace alignpro::ops

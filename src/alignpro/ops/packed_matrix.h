@@ -1,44 +1,76 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
+#include <span>
+#include <vector>
 
 #include "alignpro/core/aligned.h"
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/cpu/kernels.h"
+#include "alignpro/ops/stored_matrix.h"
 
 namespace alignpro::ops {
 
 // An output-major matrix W [rows, cols] (y = W x), packed once for the matrix products: panels of
-// 16 rows, each [cols][16], so that a panel streams through memory in the order the kernel reads
-// it. Rows past the end of the last panel are zero.
+// 16 rows that stream through memory in the order the kernels read them. A panel keeps the storage
+// format of its rows (float32 where they differ) and is expanded, exactly, where it is used. Rows
+// past the end of the last panel are zero.
 class PackedMatrix {
  public:
   PackedMatrix() = default;
-  PackedMatrix(int64_t rows, int64_t cols);
 
-  // Packs a matrix whose rows [begin, end) `read` writes to out [end - begin, cols].
-  static PackedMatrix pack(int64_t rows, int64_t cols,
-                           const std::function<void(int64_t begin, int64_t end, float* out)>& read,
-                           ThreadTeam& team);
+  static PackedMatrix pack(std::span<const StoredRow> rows, int64_t cols, ThreadTeam& team);
   static PackedMatrix pack(int64_t rows, int64_t cols, const float* source);
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
-  int64_t panels() const { return (rows_ + cpu::kPanel - 1) / cpu::kPanel; }
+  int64_t panels() const { return static_cast<int64_t>(panels_.size()); }
   int64_t bytes() const { return data_.capacity() * static_cast<int64_t>(sizeof(float)); }
+  bool is_float32() const { return is_float32_; }
 
-  // Panel p: [cols][16].
-  const float* panel(int64_t p) const { return data_.data() + p * cols_ * cpu::kPanel; }
+  // Columns [k_begin, k_begin + k_count) of panel p as [k_count][16]; both multiples of 16, or the
+  // end. Points into the matrix where that is float32, otherwise to `scratch` of that size.
+  const float* block(int64_t p, int64_t k_begin, int64_t k_count, float* scratch) const {
+    const Panel& panel = panels_[static_cast<size_t>(p)];
+    if (panel.dtype == DType::kF32) {
+      return reinterpret_cast<const float*>(at(panel)) + k_begin * cpu::kPanel;
+    }
+    cpu::kernels().expand_panel(panel.dtype, at(panel), cols_, k_begin, k_count, scratch);
+    return scratch;
+  }
+
+  // Rows [n_begin, n_begin + n_count) and columns [k_begin, k_begin + 16) transposed: out
+  // [n_count][16], zero past the columns' end. n_begin is a multiple of 16; scratch holds
+  // n_count rounded up to whole panels times 16 floats.
+  void transposed_block(int64_t n_begin, int64_t n_count, int64_t k_begin, float* scratch,
+                        float* out) const;
+
+  // W x for one row x [cols], panels [p_begin, p_begin + count): out [count][16]. The bits are those
+  // of the products by block.
+  void multiply_row(int64_t p_begin, int64_t count, const float* x, float* out) const;
 
   // Copies row `row` to out [cols].
   void read_row(int64_t row, float* out) const;
 
  private:
-  void pack_panel(int64_t p, const float* source);
+  struct Panel {
+    DType dtype;
+    int64_t offset;  // bytes
+  };
+
+  PackedMatrix(int64_t cols, std::span<const DType> panel_types, int64_t rows);
+
+  const std::byte* at(const Panel& panel) const {
+    return reinterpret_cast<const std::byte*>(data_.data()) + panel.offset;
+  }
+  std::byte* at(const Panel& panel) {
+    return reinterpret_cast<std::byte*>(data_.data()) + panel.offset;
+  }
 
   int64_t rows_ = 0;
   int64_t cols_ = 0;
+  bool is_float32_ = true;
+  std::vector<Panel> panels_;
   AlignedBuffer data_;
 };
 

@@ -16,4 +16,10 @@ struct StoredMatrix {
   int64_t cols;
 };
 
+// One row of such a matrix, for matrices that are put together from several.
+struct StoredRow {
+  const std::byte* data;
+  DType dtype;
+};
+
 }  // namespace alignpro::ops

@@ -25,20 +25,34 @@ inline int64_t tile_panels(int64_t vocab, int64_t tile) {
 }
 
 // Logits of one row block against one panel [cols][16] of the weight: out [rows][16], unscaled.
-inline void panel_logits(const PackedRows& rows, int64_t block, const float* panel, float* out) {
+inline void panel_logits(const PackedRows& rows, int64_t block, const float* panel, bool stream,
+                         float* out) {
   for (int64_t k_begin = 0; k_begin < rows.contract(); k_begin += cpu::kContract) {
     cpu::kernels().gemm_panel(rows.block_rows(block), rows.k_count(k_begin),
                               rows.at(block, k_begin), rows.tile_stride(k_begin),
-                              panel + k_begin * cpu::kPanel, cpu::kPanel, out, k_begin > 0);
+                              panel + k_begin * cpu::kPanel, cpu::kPanel, out, k_begin > 0,
+                              stream);
   }
 }
 
-// The same against one tile: out [panels][rows][16].
+// The same against one tile: out [panels][rows][16]. Where the block is one row its values may be
+// given as they are.
 inline void tile_logits(const PackedRows& rows, int64_t block, const PackedMatrix& weight,
-                        int64_t tile, float* out) {
-  for (int64_t p = 0; p < tile_panels(weight.rows(), tile); ++p) {
-    panel_logits(rows, block, weight.panel(tile * kTilePanels + p),
-                 out + p * rows.block_rows(block) * cpu::kPanel);
+                        int64_t tile, const float* single_row, float* out) {
+  const int64_t first = tile * kTilePanels, panels = tile_panels(weight.rows(), tile);
+  if (single_row != nullptr) {
+    weight.multiply_row(first, panels, single_row, out);
+    return;
+  }
+  float scratch[cpu::kContract * cpu::kPanel];
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t k_begin = 0; k_begin < rows.contract(); k_begin += cpu::kContract) {
+      const float* b = weight.block(first + p, k_begin, rows.k_count(k_begin), scratch);
+      cpu::kernels().gemm_panel(rows.block_rows(block), rows.k_count(k_begin),
+                                rows.at(block, k_begin), rows.tile_stride(k_begin), b, cpu::kPanel,
+                                out + p * rows.block_rows(block) * cpu::kPanel, k_begin > 0,
+                                b != scratch);
+    }
   }
 }
 

@@ -59,10 +59,14 @@ class WeightTile {
   int64_t panels() const { return tile_panels(vocab_, tile_); }
   int64_t rows() const { return panels() * cpu::kPanel; }  // the last ones may be padding
 
+  // Whether panels lie one behind the other in memory.
+  bool streams() const { return packed_ != nullptr && packed_->is_float32(); }
+
   // Rows [16 p, 16 p + 16) of the tile as [cols][16]. Valid until the next call.
   const float* panel(int64_t p) {
-    if (packed_ != nullptr) return packed_->panel(tile_ * kTilePanels + p);
+    if (streams()) return packed_->block(tile_ * kTilePanels + p, 0, cols_, nullptr);
     float* out = panel_.reserve(cols_ * cpu::kPanel);
+    if (packed_ != nullptr) return packed_->block(tile_ * kTilePanels + p, 0, cols_, out);
     cpu::kernels().pack_panel(values_ + p * cpu::kPanel * cols_, cols_,
                               std::min(cpu::kPanel, live_ - p * cpu::kPanel), cols_, out);
     return out;
@@ -73,8 +77,8 @@ class WeightTile {
   const float* columns(int64_t c) {
     float* out = columns_.reserve(kVocabTile * cpu::kPanel);
     if (packed_ != nullptr) {
-      cpu::kernels().transpose_panels(packed_->panel(tile_ * kTilePanels), cols_, rows(),
-                                      c * cpu::kPanel, out);
+      float* wide = streams() ? nullptr : wide_.reserve(kVocabTile * cpu::kPanel);
+      packed_->transposed_block(tile_ * kVocabTile, rows(), c * cpu::kPanel, wide, out);
       return out;
     }
     const int64_t begin = c * cpu::kPanel, width = std::min(cpu::kPanel, cols_ - begin);

@@ -16,6 +16,7 @@
 #endif
 
 #include "alignpro/ops/cpu/kernels.h"
+#include "alignpro/ops/cpu/panel_layout.h"
 
 namespace alignpro::ops::cpu::ALIGNPRO_ISA {
 namespace {
@@ -135,12 +136,12 @@ ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b,
 }
 
 void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride, const float* b,
-                int64_t ldb, float* c, bool accumulate) {
+                int64_t ldb, float* c, bool accumulate, bool stream) {
   // In a packed matrix the sub-panel after the next lies two further on. Its lines are fetched
   // evenly over the tiles: all at once they would fill the miss queue and stall the first tile.
   // Past the end a prefetch is ignored. One short tile only streams, which the hardware foresees.
   const int64_t tiles = (rows + kRowTile - 1) / kRowTile;
-  const int64_t lines = ldb == kPanel && rows >= kRowTile ? k_count / tiles : 0;
+  const int64_t lines = stream && rows >= kRowTile ? k_count / tiles : 0;
   const float* ahead = b + 2 * k_count * kPanel;
   int64_t m = 0;
   for (; m + kRowTile <= rows; m += kRowTile) {
@@ -164,6 +165,8 @@ void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
       return;
   }
 }
+
+#include "alignpro/ops/cpu/panels-inl.h"
 
 // Transposes eight rows of eight in registers.
 ALIGNPRO_INLINE void transpose_block(F8 r[8]) {
@@ -636,6 +639,8 @@ void read_memory(const float* p, int64_t n) {
 const Kernels kKernels = {
     .name = ALIGNPRO_ISA_NAME,
     .gemm_panel = gemm_panel,
+    .expand_panel = expand_panel,
+    .gemv_panels = gemv_panels,
     .pack_rows = pack_rows,
     .transpose_panels = transpose_panels,
     .pack_panel = pack_panel,

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "alignpro/core/dtype.h"
+
 namespace alignpro::ops::cpu {
 
 // Tile of the matrix products. kRowTile x kPanel float accumulators fill the AVX2 register file
@@ -51,9 +53,18 @@ struct Kernels {
 
   // c[m][n] = (accumulate ? c[m][n] : 0) + sum_k a(m, k) b[k][n], the sum started from zero and run
   // in ascending k. a: packed row tiles [k_count][6], a_stride floats apart; b: [k_count]
-  // rows of 16, ldb apart; c: [rows][16].
+  // rows of 16, ldb apart; c: [rows][16]. Where `stream` is set what follows b is fetched.
   void (*gemm_panel)(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
-                     const float* b, int64_t ldb, float* c, bool accumulate);
+                     const float* b, int64_t ldb, float* c, bool accumulate, bool stream);
+
+  // Panels in storage formats (panel_layout.h). expand_panel writes columns [k_begin, k_begin +
+  // k_count) as floats [k_count][16]; of a quantised format both are multiples of 16. gemv_panels
+  // multiplies one row x [cols] by `panels` of them, `stride` bytes apart: out [panels][16], the
+  // bits that gemm_panel gives over blocks of kContract.
+  void (*expand_panel)(DType dtype, const void* panel, int64_t cols, int64_t k_begin,
+                       int64_t k_count, float* out);
+  void (*gemv_panels)(DType dtype, const void* panel, int64_t stride, int64_t panels, int64_t cols,
+                      const float* x, float* out);
 
   // Packs rows [rows][k_count] of a matrix with element (m, k) at m * row_stride + k * col_stride
   // into [ceil(rows / 6)][k_count][6]; missing rows of the last tile are zero.

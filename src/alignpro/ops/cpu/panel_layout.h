@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cstdint>
+
+#include "alignpro/core/dtype.h"
+#include "alignpro/ops/cpu/kernels.h"
+
+namespace alignpro::ops::cpu {
+
+// How a panel (16 rows of a weight, all of its columns) lies in memory, so that a product streams it
+// once and expands it in registers.
+//
+// Plain formats: [cols][16] values. Quantised ones: groups of 32 columns one behind the other,
+//   scales | high bits | low bits,
+// then, for the K formats, the factors of each 8 groups. Codes are unsigned and lie in 32-bit words,
+// a row a word: low bits of 8 columns as nibbles, [4][16] words a group (Q8_0: of 4 columns as
+// bytes, [8][16]); the fifth bits of 32 columns, [16]; the upper two bits of 16 columns, [2][16].
+// A weight is fma(code, scale, minimum), which rounds exactly as the file's formula does: products
+// of scale and code fit into 24 bits.
+inline constexpr int64_t kGroup = 32;
+inline constexpr int64_t kGroupsPerFactor = 8;
+
+struct PanelLayout {
+  int64_t scale_bytes;   // float16 scales [16], and minima [16] where the format has them; K: the
+                         // integers of [16] scales and [16] minima (Q6_K: 2 x [16] scales)
+  int64_t high_bytes;    // of codes beyond four bits
+  int64_t low_bytes;
+  int64_t factor_bytes;  // float16 [16], for 8 groups; with minima twice
+
+  constexpr int64_t group_bytes() const { return scale_bytes + high_bytes + low_bytes; }
+};
+
+constexpr bool is_quantized(DType dtype) {
+  return dtype != DType::kF32 && dtype != DType::kF16 && dtype != DType::kBF16;
+}
+
+constexpr PanelLayout panel_layout(DType dtype) {
+  switch (dtype) {
+    case DType::kQ8_0:
+      return {32, 0, 512, 0};
+    case DType::kQ4_0:
+      return {32, 0, 256, 0};
+    case DType::kQ4_1:
+      return {64, 0, 256, 0};
+    case DType::kQ5_0:
+      return {32, 64, 256, 0};
+    case DType::kQ5_1:
+      return {64, 64, 256, 0};
+    case DType::kQ4_K:
+      return {32, 0, 256, 64};
+    case DType::kQ5_K:
+      return {32, 64, 256, 64};
+    case DType::kQ6_K:
+      return {32, 128, 256, 32};
+    default:
+      return {0, 0, 0, 0};
+  }
+}
+
+// Bytes of a panel of `cols` columns (a multiple of the format's block).
+constexpr int64_t panel_bytes(DType dtype, int64_t cols) {
+  if (dtype == DType::kF32) return cols * kPanel * 4;
+  if (!is_quantized(dtype)) return cols * kPanel * 2;
+  const PanelLayout layout = panel_layout(dtype);
+  const int64_t groups = cols / kGroup;
+  return groups * layout.group_bytes() +
+         (groups + kGroupsPerFactor - 1) / kGroupsPerFactor * layout.factor_bytes;
+}
+
+}  // namespace alignpro::ops::cpu
