@@ -313,8 +313,9 @@ TEST(gguf_lies_by_name) {
   refuses([](Gguf& f) { f.tensor("token_embd.weight").dims = {32, ~uint64_t{0}}; }, "dimension 1");
   refuses([](Gguf& f) { f.tensor("output_norm.weight").dims = {kHuge}; }, "overflows");
   refuses([](Gguf& f) { f.tensor("token_embd.weight").dims = {33, 5}; }, "block of 32");
-  refuses([](Gguf& f) { f.tensor("token_embd.weight").type = 12; }, "has type Q4_K");
-  refuses([](Gguf& f) { f.tensor("token_embd.weight").type = 6; }, "has type Q5_0");
+  refuses([](Gguf& f) { f.tensor("token_embd.weight").type = 10; }, "has type Q2_K");
+  refuses([](Gguf& f) { f.tensor("token_embd.weight").type = 12; },
+          "no multiple of Q4_K's block of 256");
   refuses([](Gguf& f) { f.tensor("token_embd.weight").type = 999; }, "has type number 999");
   refuses([](Gguf& f) { f.tensor("output_norm.weight").offset = 1 << 20; }, "truncated: tensor");
   refuses([](Gguf& f) { f.tensor("output_norm.weight").offset = int64_t{1} << 62; }, "truncated");

@@ -62,8 +62,7 @@ class RandomCheckpoint : public Checkpoint {
       for (int64_t i = 0; i < width; ++i) *out++ = draw(generator);
     }
   }
-  std::vector<ops::StoredRow> rows(uint32_t seed, int64_t count, int64_t width,
-                                   float scale) const {
+  std::vector<ops::StoredRow> rows(uint32_t seed, int64_t count, int64_t width, float scale) const {
     std::vector<float>& values = matrices_[seed];
     values.resize(static_cast<size_t>(count * width));
     fill(seed, 0, count, width, scale, values.data());

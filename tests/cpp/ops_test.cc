@@ -14,6 +14,7 @@
 #include "alignpro/core/error.h"
 #include "alignpro/core/rng.h"
 #include "alignpro/ops/attention.h"
+#include "alignpro/ops/cpu/panel_layout.h"
 #include "alignpro/ops/embedding.h"
 #include "alignpro/ops/head_sample.h"
 #include "alignpro/ops/kv_view.h"
@@ -27,6 +28,7 @@
 #include "alignpro/ops/rope.h"
 #include "alignpro/ops/row_parallel.h"
 #include "alignpro/ops/stored_matrix.h"
+#include "alignpro/ops/stored_panel.h"
 #include "alignpro/ops/swiglu.h"
 #include "alignpro/ops/vocabulary.h"
 #include "alignpro/ops/weight_tiles.h"
@@ -157,6 +159,119 @@ TEST(linear_rows_do_not_depend_on_neighbours_or_threads) {
     linear_backward(1, {all.data() + row * n, n}, packed, back_single.data(), k, {}, one);
     CHECK(same_bits(back_single.data(), back.data() + row * k, k));
   }
+}
+
+// Bytes of `rows` rows in a format: anything, with the float16 factors made finite and small.
+std::vector<std::byte> stored_rows(DType dtype, int64_t rows, int64_t cols, uint32_t seed) {
+  const int64_t size = block_bytes(dtype);
+  std::vector<std::byte> bytes(static_cast<size_t>(rows * row_bytes(dtype, cols)));
+  std::mt19937 generator(seed);
+  for (std::byte& b : bytes) b = static_cast<std::byte>(generator() & 255);
+  const auto tame = [&](int64_t at, bool brain) {  // 2^-9 to 2^-5 in size, either sign
+    const uint32_t draw = generator();
+    const auto bits =
+        static_cast<uint16_t>(brain ? (draw & 0x807f) | 0x3c80 : (draw & 0x83ff) | 0x2000);
+    std::memcpy(bytes.data() + at, &bits, 2);
+  };
+  for (int64_t at = 0; at < static_cast<int64_t>(bytes.size()); at += size) {
+    switch (dtype) {
+      case DType::kF32: {
+        const float value = std::normal_distribution<float>()(generator);
+        std::memcpy(bytes.data() + at, &value, 4);
+        break;
+      }
+      case DType::kQ6_K:
+        tame(at + 208, false);
+        break;
+      case DType::kQ4_1:
+      case DType::kQ5_1:
+      case DType::kQ4_K:
+      case DType::kQ5_K:
+        tame(at + 2, false);
+        [[fallthrough]];
+      default:
+        tame(at, dtype == DType::kBF16);
+    }
+  }
+  return bytes;
+}
+
+std::vector<StoredRow> rows_in(DType dtype, const std::vector<std::byte>& bytes, int64_t cols) {
+  const auto size = static_cast<size_t>(row_bytes(dtype, cols));
+  std::vector<StoredRow> rows;
+  for (size_t at = 0; at < bytes.size(); at += size) rows.push_back({bytes.data() + at, dtype});
+  return rows;
+}
+
+constexpr DType kAllTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ8_0,
+                               DType::kQ4_0, DType::kQ4_1, DType::kQ5_0, DType::kQ5_1,
+                               DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
+
+// Whatever the storage, products have the bits of the same values in float32, one row or many.
+void check_storage(std::span<const StoredRow> rows, int64_t cols) {
+  ThreadTeam team(2);
+  const auto n = static_cast<int64_t>(rows.size());
+  Floats values(static_cast<size_t>(n * cols));
+  for (int64_t row = 0; row < n; ++row) {
+    const StoredRow& from = rows[static_cast<size_t>(row)];
+    dequantize(from.dtype, from.data, cols, values.data() + row * cols);
+  }
+  const PackedMatrix packed = PackedMatrix::pack(rows, cols, team);
+  const PackedMatrix wide = PackedMatrix::pack(n, cols, values.data());
+  CHECK(packed.bytes() <= wide.bytes() + 64 * packed.panels());
+  Floats row(static_cast<size_t>(cols));
+  for (int64_t i = 0; i < n; ++i) {
+    packed.read_row(i, row.data());
+    CHECK(std::equal(row.begin(), row.end(), values.begin() + i * cols));
+  }
+  const int64_t m = 9;
+  const Floats x = normal(static_cast<size_t>(m * cols), 5),
+               dy = normal(static_cast<size_t>(m * n), 6);
+  Floats y(static_cast<size_t>(m * n)), y_wide = y, one(static_cast<size_t>(n));
+  Floats dx(static_cast<size_t>(m * cols)), dx_wide = dx;
+  linear(m, {x.data(), cols}, packed, y.data(), n, {}, team);
+  linear(m, {x.data(), cols}, wide, y_wide.data(), n, {}, team);
+  CHECK(same_bits(y.data(), y_wide.data(), y.size()));
+  for (int64_t i = 0; i < m; ++i) {
+    linear(1, {x.data() + i * cols, cols}, packed, one.data(), n, {}, team);
+    CHECK(same_bits(one.data(), y.data() + i * n, one.size()));
+  }
+  linear_backward(m, {dy.data(), n}, packed, dx.data(), cols, {}, team);
+  linear_backward(m, {dy.data(), n}, wide, dx_wide.data(), cols, {}, team);
+  CHECK(same_bits(dx.data(), dx_wide.data(), dx.size()));
+}
+
+TEST(a_short_panel_is_zero_where_it_has_no_rows) {
+  const auto bytes = stored_rows(DType::kQ5_K, 3, 256, 1);
+  std::vector<std::byte> panel(static_cast<size_t>(cpu::panel_bytes(DType::kQ5_K, 256)),
+                               std::byte{0xff});
+  pack_stored_panel(DType::kQ5_K, rows_in(DType::kQ5_K, bytes, 256), 256, panel.data());
+  Floats wide(256 * 16, NAN);
+  cpu::kernels().expand_panel(DType::kQ5_K, panel.data(), 256, 0, 256, wide.data());
+  for (size_t i = 0; i < wide.size(); ++i) CHECK(i % 16 < 3 || wide[i] == 0.0f);
+}
+
+TEST(every_storage_format_multiplies_like_its_values) {
+  for (const DType dtype : kAllTypes) {
+    for (const int64_t blocks : {1, 3}) {
+      const int64_t cols = block_values(dtype) == 1 ? 57 * blocks : 256 * blocks;
+      for (const int64_t n : {1, 37, 64}) {
+        const auto bytes = stored_rows(dtype, n, cols, static_cast<uint32_t>(n + blocks));
+        check_storage(rows_in(dtype, bytes, cols), cols);
+      }
+    }
+  }
+}
+
+TEST(a_matrix_may_change_its_format_between_and_within_panels) {
+  const int64_t cols = 512;
+  std::vector<std::vector<std::byte>> parts;
+  std::vector<StoredRow> rows;
+  for (const DType dtype : {DType::kQ4_K, DType::kQ6_K, DType::kF16}) {
+    parts.push_back(stored_rows(dtype, 40, cols, 3));
+    for (const StoredRow& row : rows_in(dtype, parts.back(), cols)) rows.push_back(row);
+  }
+  check_storage(rows, cols);
 }
 
 TEST(packing_rows_equals_packing_a_matrix) {

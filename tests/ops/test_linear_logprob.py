@@ -297,19 +297,35 @@ def test_half_precision_is_the_float32_run_on_widened_values(dtype):
     assert torch.equal(h.grad, h32.grad.to(dtype)) and torch.equal(w.grad, w32.grad.to(dtype))
 
 
-STORED = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
+STORED = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+# Where a block of a K format, which gguf-py reads but does not write, has its float16 factors.
+FACTORS = {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+STORED_COLS = 256
+
+
+def stored_bytes(name, weight):
+    kind = gguf.GGMLQuantizationType[name]
+    if name not in FACTORS:
+        return gguf.quantize(weight, kind)
+    rows, size = len(weight), gguf.GGML_QUANT_SIZES[kind][1]
+    source = np.random.default_rng(len(name) + ord(name[1]))
+    data = source.integers(0, 256, (rows, size), dtype=np.uint8)
+    for at in FACTORS[name]:
+        factors = source.normal(0, 2e-4, rows).astype(np.float16)
+        data[:, at : at + 2] = factors.view(np.uint8).reshape(rows, 2)
+    return data
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """A file with one matrix in every format, and its values."""
     path = tmp_path_factory.mktemp("gguf") / "head.gguf"
-    weight = draw(vocab=530)[1].numpy()
+    weight = draw(vocab=530, cols=STORED_COLS)[1].numpy()
     writer = gguf.GGUFWriter(str(path), "llama")
     values = {}
     for name in STORED:
         kind = gguf.GGMLQuantizationType[name]
-        data = gguf.quantize(weight, kind)
+        data = stored_bytes(name, weight)
         writer.add_tensor(name, data, raw_dtype=kind)
         values[name] = torch.from_numpy(np.array(gguf.dequantize(data, kind), np.float32))
     writer.add_tensor("vector", weight[0])
@@ -324,8 +340,8 @@ def stored(tmp_path_factory):
 def test_a_weight_as_it_stands_in_a_file(stored, name):
     path, values = stored
     weight = StoredWeight.from_gguf(path, name)
-    assert (weight.rows, weight.cols, weight.dtype) == (530, 64, name)
-    hidden, _, tokens, reference = draw(vocab=530)
+    assert (weight.rows, weight.cols, weight.dtype) == (530, STORED_COLS, name)
+    hidden, _, tokens, reference = draw(vocab=530, cols=STORED_COLS)
     ours, wide = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     out = linear_logprob(ours, weight, tokens, 1.0, reference)
     same = linear_logprob(wide, values[name], tokens, 1.0, reference)

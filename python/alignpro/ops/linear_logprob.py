@@ -30,7 +30,7 @@ class StoredWeight:
         self._handle = handle
         self.rows: int = handle.rows
         self.cols: int = handle.cols
-        self.dtype: str = handle.dtype  # "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1"
+        self.dtype: str = handle.dtype  # "F32", "Q4_1", ...: the name in the file
         self.nbytes: int = handle.nbytes
 
     @classmethod

@@ -26,7 +26,8 @@ struct LayerWeights {
   }
 };
 
-// A checkpoint packed once, in the formats it is stored in. The head is the embedding where they are tied.
+// A checkpoint packed once, in the formats it is stored in. The head is the embedding where they
+// are tied.
 struct Weights {
   ModelConfig config;
   ops::PackedMatrix embedding;  // [vocab, hidden]

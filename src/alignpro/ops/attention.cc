@@ -68,7 +68,8 @@ void attend(const AttentionShape& shape, const float* qkv, const Segment& segmen
   }
   for (int64_t b = first_block; b < blocks; ++b) {
     k.gemm_panel(rows, d, queries, d * kRowTile,
-                 kv.keys(segment.blocks[static_cast<size_t>(b)], kv_head), kPanel, tile, false, false);
+                 kv.keys(segment.blocks[static_cast<size_t>(b)], kv_head), kPanel, tile, false,
+                 false);
     for (int64_t r = 0; r < rows; ++r) {
       std::memcpy(scores + r * stride + b * kKvBlock, tile + r * kPanel, kPanel * sizeof(float));
     }

@@ -214,8 +214,8 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
     if (is_truncated(rows[static_cast<size_t>(row)])) {
       truncated.push_back(row);
     } else {
-      out[static_cast<size_t>(row)] = draw_plain(
-          head, hidden + row * cols, rows[static_cast<size_t>(row)], row_stats(row));
+      out[static_cast<size_t>(row)] =
+          draw_plain(head, hidden + row * cols, rows[static_cast<size_t>(row)], row_stats(row));
     }
   }
   AlignedBuffer gathered, logits;

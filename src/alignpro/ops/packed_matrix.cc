@@ -48,8 +48,7 @@ PackedMatrix PackedMatrix::pack(std::span<const StoredRow> rows, int64_t cols, T
     for (const StoredRow& row : rows_of(p)) {
       dequantize(row.dtype, row.data, cols, wide + live++ * cols);
     }
-    cpu::kernels().pack_panel(wide, cols, live, cols,
-                              reinterpret_cast<float*>(packed.at(panel)));
+    cpu::kernels().pack_panel(wide, cols, live, cols, reinterpret_cast<float*>(packed.at(panel)));
   });
   return packed;
 }

@@ -45,8 +45,8 @@ class PackedMatrix {
   void transposed_block(int64_t n_begin, int64_t n_count, int64_t k_begin, float* scratch,
                         float* out) const;
 
-  // W x for one row x [cols], panels [p_begin, p_begin + count): out [count][16]. The bits are those
-  // of the products by block.
+  // W x for one row x [cols], panels [p_begin, p_begin + count): out [count][16]. The bits are
+  // those of the products by block.
   void multiply_row(int64_t p_begin, int64_t count, const float* x, float* out) const;
 
   // Copies row `row` to out [cols].

@@ -140,8 +140,7 @@ void pack_quantized(DType dtype, std::span<const StoredRow> rows, int64_t cols, 
 
 }  // namespace
 
-void pack_stored_panel(DType dtype, std::span<const StoredRow> rows, int64_t cols,
-                       std::byte* out) {
+void pack_stored_panel(DType dtype, std::span<const StoredRow> rows, int64_t cols, std::byte* out) {
   if (static_cast<int64_t>(rows.size()) < kPanel) {
     std::memset(out, 0, static_cast<size_t>(cpu::panel_bytes(dtype, cols)));
   }

@@ -30,8 +30,7 @@ inline void panel_logits(const PackedRows& rows, int64_t block, const float* pan
   for (int64_t k_begin = 0; k_begin < rows.contract(); k_begin += cpu::kContract) {
     cpu::kernels().gemm_panel(rows.block_rows(block), rows.k_count(k_begin),
                               rows.at(block, k_begin), rows.tile_stride(k_begin),
-                              panel + k_begin * cpu::kPanel, cpu::kPanel, out, k_begin > 0,
-                              stream);
+                              panel + k_begin * cpu::kPanel, cpu::kPanel, out, k_begin > 0, stream);
   }
 }
 

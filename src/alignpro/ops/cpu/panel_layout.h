@@ -7,23 +7,23 @@
 
 namespace alignpro::ops::cpu {
 
-// How a panel (16 rows of a weight, all of its columns) lies in memory, so that a product streams it
-// once and expands it in registers.
+// How a panel (16 rows of a weight, all of its columns) lies in memory, so that a product streams
+// it once and expands it in registers.
 //
 // Plain formats: [cols][16] values. Quantised ones: groups of 32 columns one behind the other,
 //   scales | high bits | low bits,
-// then, for the K formats, the factors of each 8 groups. Codes are unsigned and lie in 32-bit words,
-// a row a word: low bits of 8 columns as nibbles, [4][16] words a group (Q8_0: of 4 columns as
-// bytes, [8][16]); the fifth bits of 32 columns, [16]; the upper two bits of 16 columns, [2][16].
-// A weight is fma(code, scale, minimum), which rounds exactly as the file's formula does: products
-// of scale and code fit into 24 bits.
+// then, for the K formats, the factors of each 8 groups. Codes are unsigned and lie in 32-bit
+// words, a row a word: low bits of 8 columns as nibbles, [4][16] words a group (Q8_0: of 4 columns
+// as bytes, [8][16]); the fifth bits of 32 columns, [16]; the upper two bits of 16 columns,
+// [2][16]. A weight is fma(code, scale, minimum), which rounds exactly as the file's formula does:
+// products of scale and code fit into 24 bits.
 inline constexpr int64_t kGroup = 32;
 inline constexpr int64_t kGroupsPerFactor = 8;
 
 struct PanelLayout {
-  int64_t scale_bytes;   // float16 scales [16], and minima [16] where the format has them; K: the
-                         // integers of [16] scales and [16] minima (Q6_K: 2 x [16] scales)
-  int64_t high_bytes;    // of codes beyond four bits
+  int64_t scale_bytes;  // float16 scales [16], and minima [16] where the format has them; K: the
+                        // integers of [16] scales and [16] minima (Q6_K: 2 x [16] scales)
+  int64_t high_bytes;   // of codes beyond four bits
   int64_t low_bytes;
   int64_t factor_bytes;  // float16 [16], for 8 groups; with minima twice
 

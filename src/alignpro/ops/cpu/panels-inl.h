@@ -115,8 +115,10 @@ ALIGNPRO_INLINE Affine affine_at(const uint8_t* panel, int64_t cols, int64_t col
 }
 
 // A code is converted where it stands in its word, times 2^(width j); the scale takes the power
-// back. Both steps are exact and save the shift.
-constexpr int kFields(DType dtype) { return kBits(dtype) == 8 ? 4 : kBits(dtype) == 4 ? 8 : 1; }
+// back. Both steps are exact and save the shift. Four fields: nibbles of the upper half of a word
+// are shifted down together.
+constexpr int kFields(DType dtype) { return kBits(dtype) == 8 || kBits(dtype) == 4 ? 4 : 1; }
+constexpr int kFieldBits(DType dtype) { return kBits(dtype) == 8 ? 8 : 4; }
 
 template <DType D>
 struct ScaledAffine {
@@ -124,13 +126,11 @@ struct ScaledAffine {
   F8 minimum;
 
   ALIGNPRO_INLINE void set(const Affine& a) {
-    if constexpr (kFields(D) > 1) {
-      constexpr int kWidth = 32 / kFields(D);
-      for (int j = 0; j + 1 < kFields(D); ++j) {
-        scale[j] = a.scale * splat(1.0f / static_cast<float>(1u << (kWidth * j)));
-      }
+    for (int j = 0; j < kFields(D); ++j) {
+      // A fourth byte is shifted down: it reaches the sign bit.
+      const int bits = kBits(D) == 8 && j == 3 ? 0 : kFieldBits(D) * j;
+      scale[j] = a.scale * splat(1.0f / static_cast<float>(1u << bits));
     }
-    scale[kFields(D) - 1] = a.scale;  // the highest is shifted down: it may reach the sign bit
     minimum = a.minimum;
   }
 };
@@ -158,8 +158,8 @@ ALIGNPRO_INLINE void for_weights(const uint8_t* panel, int64_t column, int half,
     if constexpr (kBits(D) == 4) {
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
-        const W8 code = j < 7 ? v & words(15u << (4 * j)) : v >> 28;
-        fn(j, fma(to_floats(code), a.scale[j], a.minimum));
+        const W8 code = (j < 4 ? v : v >> 16) & words(15u << (4 * (j % 4)));
+        fn(j, fma(to_floats(code), a.scale[j % 4], a.minimum));
       }
     } else {
       constexpr int kExtra = kBits(D) - 4;
@@ -167,7 +167,8 @@ ALIGNPRO_INLINE void for_weights(const uint8_t* panel, int64_t column, int half,
       const int64_t first = kExtra * (within % (32 / kExtra));
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
-        const W8 top = extra >> static_cast<uint32_t>(first + kExtra * j) & words((1u << kExtra) - 1);
+        const W8 top =
+            extra >> static_cast<uint32_t>(first + kExtra * j) & words((1u << kExtra) - 1);
         fn(j, fma(to_floats((v >> (4 * j) & words(15)) | top << 4), a.scale[0], a.minimum));
       }
     }
@@ -187,8 +188,9 @@ void expand_quantized(const uint8_t* panel, int64_t cols, int64_t k_begin, int64
       a.set(affine_at<D>(panel, cols, k, half));
       for (int64_t column = k; column < end; column += 8) {
         float* to = out + (column - k_begin) * kPanel + 8 * half;
-        for_weights<D>(panel, column, half, a,
-                       [&](int j, F8 w) __attribute__((always_inline)) { store(to + j * kPanel, w); });
+        for_weights<D>(panel, column, half, a, [&](int j, F8 w) __attribute__((always_inline)) {
+          store(to + j * kPanel, w);
+        });
       }
     }
     k = end;
