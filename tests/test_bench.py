@@ -49,9 +49,35 @@ def test_the_peer_script_does_the_same_work():
         assert hasattr(WORK, size) and f"WORK.{size}" in text
 
 
+def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
+    for benchmark, work in (
+        ("decode", ["--batch", "1,3", "--new-tokens", "4", "--prompt-tokens", "5"]),
+        ("prefill", ["--shape", "1x9,2x5"]),
+        ("rollout", ["--prompts", "2"]),
+    ):
+        file = tmp_path / f"{benchmark}.json"
+        common = ["--model", str(smollm2_path), "--repeats", "1", "--json", str(file)]
+        result = run("bench", benchmark, *common, *work)
+        assert result.exit_code == 0, result.output
+        report = json.loads(file.read_text("utf-8"))
+        assert report["benchmark"] == benchmark and report["peak_rss_bytes"] > 0
+        assert report["limits"]["fma_gflops"] > 0 and report["limits"]["read_gbps"] > 0
+        rows = report["results"] if benchmark != "rollout" else [report]
+        for row in rows:
+            assert row["tokens_per_second"] > 0
+        if benchmark == "decode":
+            assert [row["batch"] for row in rows] == [1, 3]
+            assert all(0 < row["fma_share"] < 1 and row["bytes_per_step"] > 0 for row in rows)
+        if benchmark == "rollout":  # the same draws: the same work
+            generated = report["generated_tokens"]
+            assert generated["interleaved"] == generated["barrier"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["bench", "decode", "--batch", "1,x"], "--batch: expected numbers"),
+        (["bench", "prefill", "--shape", "512"], "--shape: expected SEQUENCESxTOKENS"),
         (["bench", "score", "--shape", "300"], "--shape: expected VOCABULARYxHIDDEN"),
         (["bench", "step", "--model", "/no/such.gguf"], "such.gguf"),
         (["bench", "step", "--json", "/no/such/folder/x.json"], "no such folder"),

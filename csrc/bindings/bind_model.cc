@@ -38,6 +38,7 @@ py::dict describe(const model::Model& model) {
   d["tied_head"] = c.tied_head;
   d["threads"] = model.team().size();
   d["weight_bytes"] = model.weights().bytes();
+  d["streamed_bytes"] = model.weights().streamed_bytes();
   return d;
 }
 

@@ -315,11 +315,120 @@ def bench_step(
     Console().print(step_table(report))
 
 
-def _shape(text: str) -> tuple[int, int]:
+BenchModel = Annotated[str, typer.Option(help="path or name")]
+Repeats = Annotated[int, typer.Option(min=1, help="of which the median is taken, after one more")]
+
+
+@bench.command("decode")
+@one_line_errors
+def bench_decode(
+    model: BenchModel = "smollm2",
+    batch: Annotated[str, typer.Option(help="sequences at once, separated by commas")] = "1,16,64",
+    new_tokens: Annotated[int, typer.Option(min=1, help="a sequence")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="a sequence")] = 37,
+    json_file: Json = None,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+) -> None:
+    """Tokens a second by batch, as shares of what this machine can do."""
+    from alignpro.bench.generation import bench_decode as measure
+
+    _bench_generation(
+        measure,
+        model,
+        json_file,
+        threads,
+        batches=_counts("--batch", batch),
+        new_tokens=new_tokens,
+        prompt_tokens=prompt_tokens,
+        repeats=repeats,
+    )
+
+
+@bench.command("prefill")
+@one_line_errors
+def bench_prefill(
+    model: BenchModel = "smollm2",
+    shape: Annotated[str, typer.Option(help="SEQUENCESxTOKENS, separated by commas")] = (
+        "1x512,16x128"
+    ),
+    json_file: Json = None,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+) -> None:
+    """Prompt tokens a second up to the first new token."""
+    from alignpro.bench.generation import bench_prefill as measure
+
+    shapes = [_shape(part, "SEQUENCESxTOKENS, such as 1x512") for part in shape.split(",")]
+    _bench_generation(measure, model, json_file, threads, shapes=shapes, repeats=repeats)
+
+
+@bench.command("rollout")
+@one_line_errors
+def bench_rollout(
+    model: BenchModel = "smollm2",
+    target: Annotated[str | None, typer.Option(help="default: the same model")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="with 4 rewrites each")] = 16,
+    json_file: Json = None,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+) -> None:
+    """prompt -> rewrite -> response, against the same with a barrier between the models."""
+    from alignpro.bench.generation import bench_rollout as measure
+    from alignpro.models.resolve import resolve_model
+
+    _bench_generation(
+        measure,
+        model,
+        json_file,
+        threads,
+        target=None if target is None else resolve_model(target),
+        prompts=prompts,
+        repeats=repeats,
+    )
+
+
+def _bench_generation(
+    measure: Callable[..., dict[str, Any]],
+    model: str,
+    json_file: Path | None,
+    threads: int | None,
+    **work: Any,
+) -> None:
+    _check_new(json_file)
+    from rich.console import Console
+
+    from alignpro.bench.tables import generation_tables
+    from alignpro.models.resolve import resolve_model
+    from alignpro.native import core
+
+    with Console(stderr=True).status("") as status:
+        report = measure(
+            model=resolve_model(model),
+            threads=threads or core.available_cpus(),
+            say=status.update,
+            **work,
+        )
+    _write_json(json_file, report)
+    Console().print(generation_tables(report))
+
+
+def _shape(text: str, expected: str = "VOCABULARYxHIDDEN, such as 49152x576") -> tuple[int, int]:
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise ValueError(f"--shape: expected VOCABULARYxHIDDEN, such as 49152x576, got {text!r}")
+    if len(parts) != 2 or not all(_is_count(part) for part in parts):
+        raise ValueError(f"--shape: expected {expected}, got {text!r}")
     return int(parts[0]), int(parts[1])
+
+
+def _counts(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(_is_count(part.strip()) for part in parts):
+        raise ValueError(f"{option}: expected numbers such as 1,16,64, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) >= 1
 
 
 def _check_new(file: Path | None) -> None:

@@ -20,7 +20,7 @@ from alignpro.config import RESPONSE, REWRITE, Prompting, check_sampling
 from alignpro.models.language_model import Handle, LanguageModel
 from alignpro.types import Completion, Response, Reward, Rewrite, Rollout, SamplingParams
 
-_REWRITE, _RESPONSE = 1, 2  # streams of randomness
+REWRITE_STREAM, RESPONSE_STREAM = 1, 2  # streams of randomness
 
 
 def derive_seed(seed: int, *keys: int) -> int:
@@ -180,7 +180,7 @@ class Pipeline:
                 self._submit_responses(flight, rewrite, sample, num_responses, seed)
 
             for index, tokens in enumerate(read):
-                params = replace(self.rewrite_params, seed=derive_seed(seed, _REWRITE, index))
+                params = replace(self.rewrite_params, seed=derive_seed(seed, REWRITE_STREAM, index))
                 for sample in range(num_rewrites):
                     handle = self.prompter.submit(
                         tokens, params, adapter=self.prompter_adapter, sample=sample
@@ -196,7 +196,7 @@ class Pipeline:
         """Queue M responses; they are appended to ``rewrite.responses`` in order of their index."""
         if num_responses == 0:
             return
-        key = derive_seed(seed, _RESPONSE, rewrite.prompt_index, sample)
+        key = derive_seed(seed, RESPONSE_STREAM, rewrite.prompt_index, sample)
         params = replace(self.response_params, seed=key)
         arrived: dict[int, Response] = {}
 

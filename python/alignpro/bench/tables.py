@@ -16,15 +16,7 @@ def score_tables(report: Mapping[str, Any]) -> Group:
 
     "x ours" is in seconds, against ours for the same outputs.
     """
-    limits = report["limits"]
-    parts: list[RenderableType] = [
-        Text(
-            f"{report['machine']['cpu']}, {report['machine']['threads']} threads: "
-            f"FMA peak {limits['fma_gflops']:.0f} GFLOP/s, "
-            f"read bandwidth {limits['read_gbps']:.1f} GB/s; "
-            f"medians of {report['repeats']}"
-        )
-    ]
+    parts: list[RenderableType] = [_limits_line(report)]
     for head in report["heads"]:
         parts += _head_tables(head)
     if report["lora_pass"] is not None:
@@ -47,6 +39,67 @@ def step_table(report: Mapping[str, Any]) -> Table:
     ]
     for what, value in rows:
         table.add_row(Text(what), Text(value))
+    return table
+
+
+def generation_tables(report: Mapping[str, Any]) -> Group:
+    """Tokens a second of decode, prefill or rollout, beside the machine's limits."""
+    parts: list[RenderableType] = [_limits_line(report)]
+    if report["benchmark"] == "rollout":
+        parts.append(_rollout_table(report))
+    else:
+        parts.append(_throughput_table(report))
+    parts.append(
+        Text(
+            f"loaded in {report['load_seconds']:.2f} s, "
+            f"peak memory {_mib(report['peak_rss_bytes'])}"
+        )
+    )
+    return Group(*parts)
+
+
+def _limits_line(report: Mapping[str, Any]) -> Text:
+    limits = report["limits"]
+    return Text(
+        f"{report['machine']['cpu']}, {report['machine']['threads']} threads: "
+        f"FMA peak {limits['fma_gflops']:.0f} GFLOP/s, "
+        f"read bandwidth {limits['read_gbps']:.1f} GB/s; "
+        f"medians of {report['repeats']}"
+    )
+
+
+def _throughput_table(report: Mapping[str, Any]) -> Table:
+    table = _table(f"{report['benchmark']}, {report['compute']}")
+    columns = ("tokens/s", "decode tokens/s", "first token", "GFLOP/s", "of FMA peak", "of reads")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in report["results"]:
+        name = f"{row['batch']} sequences"
+        if "prompt_tokens" in row:
+            name = f"{row['batch']} x {row['prompt_tokens']} tokens"
+        decode, reads = row.get("decode_tokens_per_second"), row.get("read_share")
+        cells = (
+            name,
+            f"{row['tokens_per_second']:,.0f}",
+            "" if decode is None else f"{decode:,.0f}",
+            _seconds(row["seconds_to_first_token"]),
+            f"{row['gflops']:.0f}",
+            f"{row['fma_share']:.0%}",
+            "" if reads is None else f"{reads:.0%}",
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _rollout_table(report: Mapping[str, Any]) -> Table:
+    table = _table(f"{report['prompts']} prompts x {report['rewrites']} rewrites x 1 response")
+    for column in ("time", "of interleaved"):
+        table.add_column(column, justify="right")
+    ratio = report["barrier_over_interleaved"]
+    for name, share in (("interleaved", 1.0), ("barrier", ratio)):
+        table.add_row(Text(name), Text(_seconds(report["seconds"][name])), Text(f"{share:.2f}"))
+    table.caption = f"{report['tokens_per_second']:,.0f} tokens/s"
+    table.caption_justify = "left"
     return table
 
 

@@ -10,6 +10,10 @@ int64_t Weights::bytes() const {
   return total;
 }
 
+int64_t Weights::streamed_bytes() const {
+  return bytes() - (config.tied_head ? 0 : embedding.bytes());
+}
+
 Weights Weights::load(const Checkpoint& checkpoint, ThreadTeam& team) {
   Weights weights;
   const ModelConfig& config = weights.config = checkpoint.config();

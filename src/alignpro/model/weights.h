@@ -37,6 +37,8 @@ struct Weights {
 
   const ops::PackedMatrix& head() const { return config.tied_head ? embedding : own_head; }
   int64_t bytes() const;
+  // Read once by a step whatever its batch: all but an embedding that is not the head.
+  int64_t streamed_bytes() const;
 
   static Weights load(const Checkpoint& checkpoint, ThreadTeam& team);
 };

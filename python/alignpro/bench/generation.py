@@ -1,0 +1,268 @@
+"""`alignpro bench decode|prefill|rollout`: generation, as shares of what this machine can do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignpro.bench.machine import interleaved, limits, machine, peak_rss_bytes
+from alignpro.config import RESPONSE, REWRITE
+from alignpro.data.load import load_prompts
+from alignpro.models.native_model import NativeModel, load_model
+from alignpro.pipeline import RESPONSE_STREAM, Pipeline, derive_seed
+from alignpro.types import SamplingParams
+
+Say = Callable[[str], None]
+
+PROMPT_TOKENS = 37  # a short question in its chat template
+REWRITES, REWRITE_TOKENS, RESPONSE_TOKENS = 4, 48, 64
+
+
+def bench_decode(
+    *,
+    model: Path,
+    batches: Sequence[int],
+    new_tokens: int,
+    prompt_tokens: int = PROMPT_TOKENS,
+    repeats: int = 5,
+    threads: int,
+    say: Say = lambda what: None,
+) -> dict[str, Any]:
+    """Tokens a second by batch, each sequence with a prompt of its own, temperature 1.
+
+    ``tokens_per_second`` counts new tokens over the whole call, prefill included;
+    ``decode_tokens_per_second`` leaves out the time to the first token, measured by calls that
+    stop there. Shares are of the limits measured in the same run: multiply-adds of the whole call,
+    and weights and KV read from memory while decoding.
+
+    Raises:
+        ValueError, OSError: a model that does not load, or whose context is too short.
+    """
+    started = time.perf_counter()
+    loaded = load_model(model, threads=threads, prefix_cache=False)
+    report = _report("decode", loaded, threads, repeats, time.perf_counter() - started)
+    report |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "results": []}
+    work = _Work(loaded)
+    for batch in batches:
+        say(f"{batch} sequences")
+        prompts = _prompts(loaded, batch, prompt_tokens)
+        seconds = interleaved(
+            {
+                "first": partial(_generate, loaded, prompts, 1),
+                "all": partial(_generate, loaded, prompts, new_tokens),
+            },
+            repeats + 1,
+        )
+        first, whole = (statistics.median(seconds[name][1:]) for name in ("first", "all"))
+        flops = (
+            batch * (work.flops(prompt_tokens, 0) + work.flops(new_tokens - 1, prompt_tokens))
+            + batch * new_tokens * work.head_flops
+        )
+        decoding = max(whole - first, 1e-9)
+        steps = new_tokens - 1
+        moved = steps * (work.weight_bytes + batch * work.kv_bytes(prompt_tokens + new_tokens / 2))
+        report["results"].append(
+            {
+                "batch": batch,
+                "tokens_per_second": batch * new_tokens / whole,
+                "seconds": whole,
+                "all_seconds": seconds["all"][1:],
+                "seconds_to_first_token": first,
+                "decode_tokens_per_second": batch * steps / decoding if steps else None,
+                "flops_per_token": flops / (batch * new_tokens),
+                "bytes_per_step": moved / steps if steps else None,
+                "gflops": flops / whole / 1e9,
+                "fma_share": flops / whole / 1e9 / report["limits"]["fma_gflops"],
+                "read_share": moved / decoding / 1e9 / report["limits"]["read_gbps"]
+                if steps
+                else None,
+            }
+        )
+    report["peak_rss_bytes"] = peak_rss_bytes()
+    return report
+
+
+def bench_prefill(
+    *,
+    model: Path,
+    shapes: Sequence[tuple[int, int]],
+    repeats: int = 5,
+    threads: int,
+    say: Say = lambda what: None,
+) -> dict[str, Any]:
+    """Prompt tokens a second for (sequences, tokens each), up to and with the first token.
+
+    Raises as `bench_decode`.
+    """
+    started = time.perf_counter()
+    loaded = load_model(model, threads=threads, prefix_cache=False)
+    report = _report("prefill", loaded, threads, repeats, time.perf_counter() - started)
+    report["results"] = []
+    work = _Work(loaded)
+    for batch, length in shapes:
+        say(f"{batch} x {length}")
+        prompts = _prompts(loaded, batch, length)
+        seconds = interleaved({"all": partial(_generate, loaded, prompts, 1)}, repeats + 1)
+        whole = statistics.median(seconds["all"][1:])
+        flops = batch * (work.flops(length, 0) + work.head_flops)
+        report["results"].append(
+            {
+                "batch": batch,
+                "prompt_tokens": length,
+                "tokens_per_second": batch * length / whole,
+                "seconds_to_first_token": whole,
+                "all_seconds": seconds["all"][1:],
+                "gflops": flops / whole / 1e9,
+                "fma_share": flops / whole / 1e9 / report["limits"]["fma_gflops"],
+            }
+        )
+    report["peak_rss_bytes"] = peak_rss_bytes()
+    return report
+
+
+def bench_rollout(
+    *,
+    model: Path,
+    target: Path | None = None,
+    prompts: int = 16,
+    repeats: int = 5,
+    threads: int,
+    say: Say = lambda what: None,
+) -> dict[str, Any]:
+    """prompt -> rewrite -> response for real prompts, against the same with a barrier between.
+
+    Both draw the same tokens from the same seeds: a round of each, and the next round with the
+    next seed. Rewrites end where they end, which is what a barrier waits for.
+
+    Raises as `bench_decode`.
+    """
+    started = time.perf_counter()
+    loaded = load_model(model, threads=threads)
+    report = _report("rollout", loaded, threads, repeats, time.perf_counter() - started)
+    texts = [row.prompt for row in load_prompts("everyday", split="train")[:prompts]]
+
+    def fresh() -> Pipeline:
+        # What one side computed must not be found by the other in a prefix cache.
+        prompter = load_model(model, threads=threads)
+        return Pipeline(
+            prompter,
+            prompter if target is None else load_model(target, threads=threads),
+            None,
+            rewrite_params=replace(REWRITE, max_new_tokens=REWRITE_TOKENS),
+            response_params=replace(RESPONSE, max_new_tokens=RESPONSE_TOKENS),
+        )
+
+    sides: dict[str, Callable[[Pipeline, list[str], int], int]] = {
+        "interleaved": _interleaved,
+        "barrier": _with_barrier,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    tokens: dict[str, list[int]] = {name: [] for name in sides}
+    for seed in range(repeats + 1):
+        for name, side in sides.items():
+            say(f"{name}, round {seed}")
+            pipeline = fresh()
+            begun = time.perf_counter()
+            tokens[name].append(side(pipeline, texts, seed))
+            seconds[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    report |= {
+        "target": None if target is None else str(target),
+        "prompts": len(texts),
+        "rewrites": REWRITES,
+        "generated_tokens": {name: values[1:] for name, values in tokens.items()},
+        "tokens_per_second": statistics.median(
+            n / s
+            for n, s in zip(tokens["interleaved"][1:], seconds["interleaved"][1:], strict=True)
+        ),
+        "seconds": medians,
+        "all_seconds": {name: values[1:] for name, values in seconds.items()},
+        "barrier_over_interleaved": statistics.median(
+            b / i for b, i in zip(seconds["barrier"][1:], seconds["interleaved"][1:], strict=True)
+        ),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    return report
+
+
+class _Work:
+    """What one token costs, by count: a multiply-add is two operations."""
+
+    def __init__(self, model: NativeModel) -> None:
+        c = model.config
+        heads, kv_heads, d = c["num_heads"], c["num_kv_heads"], c["head_dim"]
+        of_layer = (2 * heads + 2 * kv_heads) * d + 3 * c["intermediate_size"]
+        self._linear_flops: int = 2 * c["num_layers"] * c["hidden_size"] * of_layer
+        self._attention_flops: int = 4 * c["num_layers"] * heads * d  # a pair of positions
+        self._kv_bytes: int = 2 * 4 * c["num_layers"] * kv_heads * d  # K and V, float32
+        self.head_flops = 2 * c["vocab_size"] * c["hidden_size"]
+        self.weight_bytes: int = c["streamed_bytes"]
+
+    def flops(self, tokens: int, before: int) -> float:
+        """Of ``tokens`` positions after ``before`` others, without the head."""
+        looked_at = tokens * before + tokens * (tokens + 1) / 2
+        return tokens * self._linear_flops + looked_at * self._attention_flops
+
+    def kv_bytes(self, positions: float) -> float:
+        return positions * self._kv_bytes
+
+
+def _report(
+    benchmark: str, model: NativeModel, threads: int, repeats: int, load_seconds: float
+) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark,
+        "machine": machine(threads),
+        "limits": limits(threads, repeats),
+        "model": model.name,
+        "compute": "float32",
+        "repeats": repeats,
+        "load_seconds": load_seconds,
+    }
+
+
+def _prompts(model: NativeModel, batch: int, length: int) -> list[list[int]]:
+    """Distinct prompts of random ids: nothing to share, and an exact length."""
+    draw = np.random.default_rng(length)
+    ids = draw.integers(0, model.config["vocab_size"], (batch, length))
+    return [[int(token) for token in row] for row in ids]
+
+
+def _generate(model: NativeModel, prompts: list[list[int]], new_tokens: int) -> None:
+    params = [
+        SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=index)
+        for index in range(len(prompts))
+    ]
+    model.generate(prompts, params)
+
+
+def _interleaved(pipeline: Pipeline, prompts: list[str], seed: int) -> int:
+    return pipeline.rollout(prompts, num_rewrites=REWRITES, seed=seed).generated_tokens
+
+
+def _with_barrier(pipeline: Pipeline, prompts: list[str], seed: int) -> int:
+    """Every rewrite is finished before the first response begins; the same draws."""
+    rewrites = pipeline.rewrite(prompts, num_rewrites=REWRITES, seed=seed)
+    written = sum(len(rewrite.tokens) for group in rewrites for rewrite in group)
+    target = pipeline.target
+    handles = [
+        target.submit(
+            rewrite.target_tokens,
+            replace(
+                pipeline.response_params,
+                seed=derive_seed(seed, RESPONSE_STREAM, rewrite.prompt_index, sample),
+            ),
+        )
+        for group in rewrites
+        for sample, rewrite in enumerate(group)
+    ]
+    while not all(handle.finished for handle in handles):
+        target.step()
+    return written + sum(len(handle.completion().tokens) for handle in handles)
