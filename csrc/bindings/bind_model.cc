@@ -21,6 +21,12 @@ using namespace alignpro::bindings;
 
 namespace {
 
+ops::Arithmetic arithmetic_from(const std::string& name) {
+  if (name == "float32") return ops::Arithmetic::kFloat32;
+  require(name == "int8", "compute: expected \"float32\" or \"int8\", got \"", name, "\"");
+  return ops::Arithmetic::kInt8;
+}
+
 py::dict describe(const model::Model& model) {
   const model::ModelConfig& c = model.config();
   py::dict d;
@@ -38,6 +44,7 @@ py::dict describe(const model::Model& model) {
   d["tied_head"] = c.tied_head;
   d["threads"] = model.team().size();
   d["weight_bytes"] = model.weights().bytes();
+  d["compute"] = model.weights().head().arithmetic() == ops::Arithmetic::kInt8 ? "int8" : "float32";
   d["streamed_bytes"] = model.weights().streamed_bytes();
   return d;
 }
@@ -135,11 +142,14 @@ void bind_model(py::module_& m) {
   py::class_<model::Model, std::shared_ptr<model::Model>>(m, "Model")
       .def_static(
           "load",
-          [](const std::string& path, int threads, int64_t context_length) {
+          [](const std::string& path, int threads, int64_t context_length,
+             const std::string& compute) {
+            const ops::Arithmetic arithmetic = arithmetic_from(compute);
             const GilRelease release;
-            return model::Model::load(path, threads, context_length);
+            return model::Model::load(path, threads, context_length, arithmetic);
           },
-          py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0)
+          py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
+          py::arg("compute") = "float32")
       .def_property_readonly("config", &describe)
       .def("lora_modules",
            [](const model::Model& self) {

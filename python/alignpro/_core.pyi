@@ -91,12 +91,14 @@ class Adapter:
 
 class Model:
     @staticmethod
-    def load(path: str, threads: int = 0, context_length: int = 0) -> Model: ...
+    def load(
+        path: str, threads: int = 0, context_length: int = 0, compute: str = "float32"
+    ) -> Model: ...
     @property
     def config(self) -> dict[str, Any]:
         """family, vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads,
         head_dim, context_length, bos_id (int | None), eos_ids, tied_head, threads, weight_bytes,
-        streamed_bytes (read by every step)"""
+        compute, streamed_bytes (read by every step)"""
 
     def lora_modules(self) -> dict[str, tuple[int, int]]:
         """Every linear a LoRA can attach to, by its PEFT path ("model.layers.0.self_attn.q_proj"),

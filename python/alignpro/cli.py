@@ -316,6 +316,7 @@ def bench_step(
 
 
 BenchModel = Annotated[str, typer.Option(help="path or name")]
+Compute = Annotated[str, typer.Option(help="float32 or int8")]
 Repeats = Annotated[int, typer.Option(min=1, help="of which the median is taken, after one more")]
 
 
@@ -326,6 +327,7 @@ def bench_decode(
     batch: Annotated[str, typer.Option(help="sequences at once, separated by commas")] = "1,16,64",
     new_tokens: Annotated[int, typer.Option(min=1, help="a sequence")] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="a sequence")] = 37,
+    compute: Compute = "float32",
     json_file: Json = None,
     repeats: Repeats = 5,
     threads: Threads = None,
@@ -341,6 +343,7 @@ def bench_decode(
         batches=_counts("--batch", batch),
         new_tokens=new_tokens,
         prompt_tokens=prompt_tokens,
+        compute=compute,
         repeats=repeats,
     )
 
@@ -352,6 +355,7 @@ def bench_prefill(
     shape: Annotated[str, typer.Option(help="SEQUENCESxTOKENS, separated by commas")] = (
         "1x512,16x128"
     ),
+    compute: Compute = "float32",
     json_file: Json = None,
     repeats: Repeats = 5,
     threads: Threads = None,
@@ -360,7 +364,9 @@ def bench_prefill(
     from alignpro.bench.generation import bench_prefill as measure
 
     shapes = [_shape(part, "SEQUENCESxTOKENS, such as 1x512") for part in shape.split(",")]
-    _bench_generation(measure, model, json_file, threads, shapes=shapes, repeats=repeats)
+    _bench_generation(
+        measure, model, json_file, threads, shapes=shapes, compute=compute, repeats=repeats
+    )
 
 
 @bench.command("rollout")

@@ -14,6 +14,7 @@
 #include "alignpro/core/error.h"
 #include "alignpro/core/rng.h"
 #include "alignpro/ops/attention.h"
+#include "alignpro/ops/code_rows.h"
 #include "alignpro/ops/cpu/panel_layout.h"
 #include "alignpro/ops/embedding.h"
 #include "alignpro/ops/head_sample.h"
@@ -261,6 +262,94 @@ TEST(every_storage_format_multiplies_like_its_values) {
       }
     }
   }
+}
+
+// x quantised in groups of 32 by a scale of its largest magnitude / 127, in double.
+std::vector<double> quantised(std::span<const float> x) {
+  std::vector<double> out;
+  for (size_t g = 0; g < x.size(); g += 32) {
+    float most = 0.0f;
+    for (size_t i = 0; i < 32; ++i) most = std::max(most, std::abs(x[g + i]));
+    const float inverse = most > 0.0f ? 127.0f / most : 0.0f, scale = most / 127.0f;
+    for (size_t i = 0; i < 32; ++i) out.push_back(std::nearbyint(x[g + i] * inverse) * scale);
+  }
+  return out;
+}
+
+// Integer products against double: the weights that the matrix itself reads back, times rows
+// quantised apart; and a row's bits do not depend on the others.
+TEST(integer_products_match_double) {
+  for (const DType dtype : kAllTypes) {
+    const int64_t cols = 512, m = 7;
+    for (const int64_t n : {1, 40}) {
+      const auto bytes = stored_rows(dtype, n, cols, static_cast<uint32_t>(n));
+      const auto rows = rows_in(dtype, bytes, cols);
+      ThreadTeam team(2);
+      const PackedMatrix packed = PackedMatrix::pack(rows, cols, team, Arithmetic::kInt8);
+      const Floats x = normal(static_cast<size_t>(m * cols), 8);
+      Floats y(static_cast<size_t>(m * n)), one(static_cast<size_t>(n)), w(512), stored(512);
+      linear(m, {x.data(), cols}, packed, y.data(), n, {}, team);
+      for (int64_t row = 0; row < n; ++row) {
+        packed.read_row(row, w.data());
+        dequantize(dtype, rows[static_cast<size_t>(row)].data, cols, stored.data());
+        for (size_t g = 0; g < w.size(); g += 32) {
+          float most = 0.0f, worst = 0.0f;
+          for (size_t i = g; i < g + 32; ++i) {
+            most = std::max(most, std::abs(stored[i]));
+            worst = std::max(worst, std::abs(stored[i] - w[i]));
+          }
+          // Kept as they stand, or within half a step of Q8_0 (and its scale's half precision).
+          CHECK(worst <= (cpu::has_integer_product(dtype) ? 0.0f : most * 0.0045f));
+        }
+        for (int64_t i = 0; i < m; ++i) {
+          const auto codes = quantised({x.data() + i * cols, static_cast<size_t>(cols)});
+          double expected = 0.0, size = 0.0;
+          for (size_t k = 0; k < codes.size(); ++k) {
+            expected += codes[k] * w[k];
+            size += std::abs(codes[k] * w[k]);
+          }
+          CHECK(std::abs(y[static_cast<size_t>(i * n + row)] - expected) <= 1e-5 * size);
+        }
+      }
+      for (int64_t i = 0; i < m; ++i) {
+        linear(1, {x.data() + i * cols, cols}, packed, one.data(), n, {}, team);
+        CHECK(same_bits(one.data(), y.data() + i * n, one.size()));
+      }
+    }
+  }
+}
+
+TEST(integer_products_refuse_what_they_cannot_do) {
+  ThreadTeam team(1);
+  const auto bytes = stored_rows(DType::kF32, 2, 33, 1);
+  CHECK_THROWS(PackedMatrix::pack(rows_in(DType::kF32, bytes, 33), 33, team, Arithmetic::kInt8),
+               InvalidArgument, "multiples of 32");
+  const auto even = stored_rows(DType::kF32, 2, 32, 1);
+  const PackedMatrix packed =
+      PackedMatrix::pack(rows_in(DType::kF32, even, 32), 32, team, Arithmetic::kInt8);
+  Floats x(32, 1.0f), y(2);
+  CHECK_THROWS(linear_backward(1, {y.data(), 2}, packed, x.data(), 32, {}, team), InvalidArgument,
+               "gradients");
+  for (const float bad : {NAN, INFINITY}) {
+    x[7] = bad;
+    linear(1, {x.data(), 32}, packed, y.data(), 2, {}, team);
+    CHECK(!std::isfinite(y[0]) && !std::isfinite(y[1]));
+  }
+}
+
+TEST(halves_round_to_the_nearest) {
+  for (uint32_t bits = 0; bits < 0x7c00; ++bits) {
+    const auto half = static_cast<uint16_t>(bits);
+    const float value = half_to_float(half), next = half_to_float(static_cast<uint16_t>(bits + 1));
+    CHECK(float_to_half(value) == half && float_to_half(-value) == (half | 0x8000));
+    if (bits + 1 == 0x7c00) break;
+    const float middle = value + (next - value) / 2;
+    CHECK(float_to_half(std::nextafterf(middle, 0.0f)) == half);
+    CHECK(float_to_half(middle) == (bits % 2 == 0 ? bits : bits + 1));
+    CHECK(float_to_half(std::nextafterf(middle, INFINITY)) == bits + 1);
+  }
+  CHECK(float_to_half(65520.0f) == 0x7c00 && float_to_half(65519.0f) == 0x7bff);
+  CHECK(std::isnan(half_to_float(float_to_half(NAN))));
 }
 
 TEST(a_matrix_may_change_its_format_between_and_within_panels) {

@@ -60,7 +60,7 @@ def test_the_default_model(smollm2: NativeModel) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "bfloat16"}, "dtype: expected \"float32\".*got 'bfloat16'"),
+        ({"compute": "int4"}, 'compute: expected "float32" or "int8", got \'int4\''),
         ({"threads": 0}, "threads: expected an integer of 1 or more, got 0"),
         ({"threads": 1.5}, "threads: expected an integer"),
         ({"threads": 10**6}, "threads: expected at most"),

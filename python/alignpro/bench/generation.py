@@ -33,6 +33,7 @@ def bench_decode(
     prompt_tokens: int = PROMPT_TOKENS,
     repeats: int = 5,
     threads: int,
+    compute: str = "float32",
     say: Say = lambda what: None,
 ) -> dict[str, Any]:
     """Tokens a second by batch, each sequence with a prompt of its own, temperature 1.
@@ -46,7 +47,7 @@ def bench_decode(
         ValueError, OSError: a model that does not load, or whose context is too short.
     """
     started = time.perf_counter()
-    loaded = load_model(model, threads=threads, prefix_cache=False)
+    loaded = load_model(model, threads=threads, compute=compute, prefix_cache=False)
     report = _report("decode", loaded, threads, repeats, time.perf_counter() - started)
     report |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "results": []}
     work = _Work(loaded)
@@ -95,6 +96,7 @@ def bench_prefill(
     shapes: Sequence[tuple[int, int]],
     repeats: int = 5,
     threads: int,
+    compute: str = "float32",
     say: Say = lambda what: None,
 ) -> dict[str, Any]:
     """Prompt tokens a second for (sequences, tokens each), up to and with the first token.
@@ -102,7 +104,7 @@ def bench_prefill(
     Raises as `bench_decode`.
     """
     started = time.perf_counter()
-    loaded = load_model(model, threads=threads, prefix_cache=False)
+    loaded = load_model(model, threads=threads, compute=compute, prefix_cache=False)
     report = _report("prefill", loaded, threads, repeats, time.perf_counter() - started)
     report["results"] = []
     work = _Work(loaded)
@@ -222,7 +224,7 @@ def _report(
         "machine": machine(threads),
         "limits": limits(threads, repeats),
         "model": model.name,
-        "compute": "float32",
+        "compute": model.config["compute"],
         "repeats": repeats,
         "load_seconds": load_seconds,
     }

@@ -212,6 +212,25 @@ void expand_q6_k(const std::byte* source, int64_t blocks, float* out) {
 
 }  // namespace
 
+uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {
+    // Subnormal: the float's own addition rounds at the last place of 2^-24.
+    float aligned;
+    std::memcpy(&aligned, &magnitude, sizeof aligned);
+    aligned += 0.5f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &aligned, sizeof rounded);
+    return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
+}
+
 float half_to_float(uint16_t bits) { return widen_half(bits); }
 
 // Groups 0 to 3 have their six bits in bytes 0 to 3 (scales) and 4 to 7 (minima); those of the last

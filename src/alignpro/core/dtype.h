@@ -22,6 +22,8 @@ int64_t row_bytes(DType dtype, int64_t values);
 
 // The float of these IEEE half-precision bits, exactly.
 float half_to_float(uint16_t bits);
+// The nearest half-precision float, ties to even; infinity from 65520 on.
+uint16_t float_to_half(float value);
 
 // Scale and minimum of group `group` (32 values each, of 8) in a Q4_K or Q5_K block: 6 bits each,
 // in the 12 bytes at `packed`.

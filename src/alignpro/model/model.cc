@@ -29,15 +29,15 @@ Model::Model(Weights weights, std::unique_ptr<ThreadTeam> team, int64_t context_
       team_(std::move(team)) {}
 
 std::shared_ptr<Model> Model::load(const std::filesystem::path& path, int threads,
-                                   int64_t context_length) {
-  return from(*Checkpoint::open(path), threads, context_length);
+                                   int64_t context_length, ops::Arithmetic arithmetic) {
+  return from(*Checkpoint::open(path), threads, context_length, arithmetic);
 }
 
 std::shared_ptr<Model> Model::from(const Checkpoint& checkpoint, int threads,
-                                   int64_t context_length) {
+                                   int64_t context_length, ops::Arithmetic arithmetic) {
   const int64_t context = choose_context(checkpoint.config(), context_length);
   auto team = std::make_unique<ThreadTeam>(threads);
-  Weights weights = Weights::load(checkpoint, *team);
+  Weights weights = Weights::load(checkpoint, *team, arithmetic);
   return std::shared_ptr<Model>(new Model(std::move(weights), std::move(team), context));
 }
 

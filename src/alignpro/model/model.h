@@ -23,9 +23,11 @@ class Model {
   // `threads` 0: available_cpus(). `context_length` 0: the model's own (for longrope, the positions
   // of pre-training; a larger value selects the long factors for every position).
   static std::shared_ptr<Model> load(const std::filesystem::path& path, int threads,
-                                     int64_t context_length);
+                                     int64_t context_length,
+                                     ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32);
   static std::shared_ptr<Model> from(const Checkpoint& checkpoint, int threads,
-                                     int64_t context_length);
+                                     int64_t context_length,
+                                     ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32);
 
   const ModelConfig& config() const { return weights_.config; }
   const Weights& weights() const { return weights_; }

@@ -57,6 +57,9 @@ struct Score::Graph {
 Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
     : model_(std::move(model)), request_(std::move(request)) {
   check(*model_, request_);
+  require(
+      !request_.keep_graph || model_->weights().head().arithmetic() == ops::Arithmetic::kFloat32,
+      "gradients: expected a model loaded with compute float32, got int8");
   const auto count = static_cast<int64_t>(request_.sequences.size());
   int64_t total = 0;
   for (int64_t s = 0; s < count; ++s) {

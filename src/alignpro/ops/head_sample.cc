@@ -34,7 +34,13 @@ float inverse_temperature(const SampleRow& row) {
 // The logits of one row and tile again, for the one tile the draw fell into.
 void row_tile(const PackedMatrix& head, const float* hidden, int64_t tile, float inv_temperature,
               float* out) {
-  head.multiply_row(tile * kTilePanels, tile_panels(head.rows(), tile), hidden, out);
+  if (head.arithmetic() == Arithmetic::kInt8) {
+    thread_local LogitRows row;
+    row.pack(1, head.cols(), {hidden, head.cols(), 1}, kRowBlock, nullptr, head.arithmetic());
+    tile_logits(row, 0, head, tile, nullptr, out);
+  } else {
+    head.multiply_row(tile * kTilePanels, tile_panels(head.rows(), tile), hidden, out);
+  }
   finish_tile_row(head.rows(), tile, out, 1, 0, inv_temperature);
 }
 
@@ -183,11 +189,11 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
   const auto single_row = [&](int64_t rows_of_block, int64_t row) {
     return rows_of_block == 1 ? hidden + row * cols : nullptr;
   };
-  PackedRows packed;
+  LogitRows packed;
   std::vector<cpu::TileStats> stats(static_cast<size_t>(count * tiles));
   for (int64_t first = 0; first < count; first += kRowChunk) {
     const int64_t live = std::min(kRowChunk, count - first);
-    packed.pack(live, cols, {hidden + first * cols, cols, 1}, kRowBlock, &team);
+    packed.pack(live, cols, {hidden + first * cols, cols, 1}, kRowBlock, &team, head.arithmetic());
     team.run(packed.blocks() * tiles, [&](int64_t item, int) {
       thread_local AlignedBuffer buffer;
       float* logits = buffer.reserve(kRowBlock * kVocabTile);
@@ -227,7 +233,7 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
       std::memcpy(some + m * cols, hidden + truncated[first + static_cast<size_t>(m)] * cols,
                   static_cast<size_t>(cols) * sizeof(float));
     }
-    packed.pack(live, cols, {some, cols, 1}, kRowBlock, &team);
+    packed.pack(live, cols, {some, cols, 1}, kRowBlock, &team, head.arithmetic());
     float* all = logits.reserve(live * head.panels() * cpu::kPanel);
     team.run(tiles, [&](int64_t tile, int) {
       float* to = all + tile * kTilePanels * live * cpu::kPanel;

@@ -14,6 +14,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "alignpro/core/error.h"
+#include "alignpro/ops/code_rows.h"
 #include "alignpro/ops/packed_rows.h"
 
 namespace alignpro::ops {
@@ -83,7 +85,11 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
     constexpr bool kHasTerm = !std::is_same_v<Term, NoTerm>;
     bool single = false;
     if constexpr (requires { provider.row(0, 0, a.data, c); }) single = live == 1;
-    if (!single || kHasTerm) {
+    constexpr bool kHasCodes = requires { provider.codes(); };
+    CodeRows* codes = nullptr;
+    if constexpr (kHasCodes) codes = provider.codes();
+    if (codes != nullptr) codes->pack(live, contract, chunk, &team);
+    if ((!single && codes == nullptr) || kHasTerm) {
       packed.pack(live, contract, chunk, block_size(live, team.size()), &team,
                   term.cuts(first, live));
       term.prepare(first, packed, team);
@@ -96,10 +102,18 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
       float* tiles = own.tile.reserve((single ? group : live) * kPanel);
       float* scratch = own.panel.reserve(kContract * kPanel);
       if constexpr (requires { provider.row(0, 0, a.data, c); }) {
-        if (single) provider.row(p_begin, p_end - p_begin, chunk.data, tiles);
+        if (single && codes == nullptr) {
+          provider.row(p_begin, p_end - p_begin, chunk.data, tiles);
+        }
       }
       for (int64_t p = p_begin; p < p_end; ++p) {
-        for (int64_t k_begin = 0; !single && k_begin < contract; k_begin += kContract) {
+        if constexpr (kHasCodes) {
+          if (codes != nullptr) {
+            provider.w.multiply_codes(p, live, codes->at(0), codes->stride(), tiles);
+          }
+        }
+        const bool blocks = !single && codes == nullptr;
+        for (int64_t k_begin = 0; blocks && k_begin < contract; k_begin += kContract) {
           const int64_t k_end = std::min(contract, k_begin + kContract);
           const float* b = provider.block(p, k_begin, k_end - k_begin, scratch);
           for (int64_t block = 0; block < packed.blocks(); ++block) {
@@ -238,6 +252,11 @@ struct ForwardWeight {
   void row(int64_t p_begin, int64_t count, const float* x, float* out) const {
     w.multiply_row(p_begin, count, x, out);
   }
+  // Where the rows are to be quantised, the calling thread's buffer for them.
+  CodeRows* codes() const {
+    thread_local CodeRows own;
+    return w.arithmetic() == Arithmetic::kInt8 ? &own : nullptr;
+  }
 };
 
 // The contraction runs over W's rows: kContract is a multiple of kPanel, so a block starts at a
@@ -289,6 +308,8 @@ void linear(int64_t rows, MatrixView x, const PackedMatrix& w, float* y, int64_t
 void linear_backward(int64_t rows, MatrixView dy, const PackedMatrix& w, float* dx, int64_t ldx,
                      const Epilogue& epilogue, ThreadTeam& team, const LowRank* update,
                      float* d_low) {
+  require(w.arithmetic() == Arithmetic::kFloat32,
+          "gradients: expected a model loaded with compute float32, got int8");
   const TransposedWeight weight{w};
   if (update == nullptr) {
     NoTerm none;

@@ -36,7 +36,7 @@ constexpr int64_t kChunkRows = 3 * kRowBlock;
 
 struct Workspace {
   WeightTile weight, ref_weight;
-  PackedRows rows, ref_rows;
+  LogitRows rows, ref_rows;
   AlignedBuffer logits, ref_logits;    // [panels][rows][16] a block
   AlignedBuffer operand, ref_operand;  // the same as left operands of a product with W
   AlignedBuffer result, ref_result;    // [column panels][rows][16]
@@ -72,6 +72,15 @@ struct Problem {
     own.weight.open(in.weight, tile);
     if (own_ref_weight) own.ref_weight.open(in.ref_weight, tile);
   }
+  Arithmetic ref_arithmetic() const {
+    return arithmetic(own_ref_weight ? in.ref_weight : in.weight);
+  }
+  // Gradients multiply by the weight's float32 values.
+  void require_float32() const {
+    require(
+        arithmetic(in.weight) == Arithmetic::kFloat32 && ref_arithmetic() == Arithmetic::kFloat32,
+        "gradients: expected a model loaded with compute float32, got int8");
+  }
   MatrixView hidden(int64_t first) const { return {in.hidden + first * cols, cols, 1}; }
   MatrixView ref_hidden(int64_t first) const {
     return {in.ref_hidden + first * ref_cols, ref_cols, 1};
@@ -86,22 +95,22 @@ struct Problem {
 
 // Scaled logits of every block of `rows` against the open tile; block b's start at
 // own.logits + b * kRowBlock * kVocabTile.
-void tile_logits(const Problem& problem, const PackedRows& rows, const PackedRows& ref_rows,
+void tile_logits(const Problem& problem, const LogitRows& rows, const LogitRows& ref_rows,
                  int64_t tile, Workspace& own) {
   const int64_t panels = own.weight.panels();
   const int64_t size = rows.blocks() * kRowBlock * kVocabTile;
   float* z = own.logits.reserve(size);
   float* r = problem.with_ref ? own.ref_logits.reserve(size) : nullptr;
+  WeightTile& ref_weight = problem.own_ref_weight ? own.ref_weight : own.weight;
+  const bool shared = &ref_weight == &own.weight;
   for (int64_t p = 0; p < panels; ++p) {
-    const float* panel = own.weight.panel(p);
-    const float* ref_panel = problem.own_ref_weight ? own.ref_weight.panel(p) : panel;
+    const float* panel = own.weight.has_codes() ? nullptr : own.weight.panel(p);
+    const float* ref_panel =
+        r == nullptr || shared || ref_weight.has_codes() ? panel : ref_weight.panel(p);
     for (int64_t b = 0; b < rows.blocks(); ++b) {
       const int64_t at = b * kRowBlock * kVocabTile + p * rows.block_rows(b) * kPanel;
-      panel_logits(rows, b, panel, own.weight.streams(), z + at);
-      if (r != nullptr) {
-        panel_logits(ref_rows, b, ref_panel,
-                     (problem.own_ref_weight ? own.ref_weight : own.weight).streams(), r + at);
-      }
+      own.weight.logits(rows, b, p, panel, z + at);
+      if (r != nullptr) ref_weight.logits(ref_rows, b, p, ref_panel, r + at);
     }
   }
   for (int64_t b = 0; b < rows.blocks(); ++b) {
@@ -122,12 +131,14 @@ void sweep_tiles(const Problem& problem, ThreadTeam& team, const Fn& fn, const A
   const int64_t total = problem.in.rows;
   if (total == 0) return;
   const int64_t chunk = round_up(divide_up(total, divide_up(total, kChunkRows)), kRowTile);
-  PackedRows rows, ref_rows;
+  LogitRows rows, ref_rows;
   for (int64_t first = 0; first < total; first += chunk) {
     const int64_t live = std::min(chunk, total - first);
-    rows.pack(live, problem.cols, problem.hidden(first), kRowBlock, &team);
+    rows.pack(live, problem.cols, problem.hidden(first), kRowBlock, &team,
+              arithmetic(problem.in.weight));
     if (problem.with_ref) {
-      ref_rows.pack(live, problem.ref_cols, problem.ref_hidden(first), kRowBlock, &team);
+      ref_rows.pack(live, problem.ref_cols, problem.ref_hidden(first), kRowBlock, &team,
+                    problem.ref_arithmetic());
     }
     team.run(problem.tiles, [&](int64_t tile, int) {
       Workspace& own = workspace();
@@ -159,9 +170,11 @@ void sweep_groups(const Problem& problem, int operands, ThreadTeam& team,
     Workspace& own = workspace();
     const int64_t first = item * group, rows = std::min(group, total - first);
     const int64_t column_panels = divide_up(problem.cols, kPanel);
-    own.rows.pack(rows, problem.cols, problem.hidden(first), kRowBlock, nullptr);
+    own.rows.pack(rows, problem.cols, problem.hidden(first), kRowBlock, nullptr,
+                  Arithmetic::kFloat32);
     if (problem.with_ref) {
-      own.ref_rows.pack(rows, problem.ref_cols, problem.ref_hidden(first), kRowBlock, nullptr);
+      own.ref_rows.pack(rows, problem.ref_cols, problem.ref_hidden(first), kRowBlock, nullptr,
+                        Arithmetic::kFloat32);
     }
     float* result = own.result.reserve(column_panels * kRowBlock * kPanel);
     float* ref_result =
@@ -254,7 +267,7 @@ void values_only(const Problem& problem, const LogprobOutput& out, ThreadTeam& t
   std::vector<float> logit(static_cast<size_t>(problem.in.rows)), ref_logit(logit.size());
   sweep_tiles(
       problem, team,
-      [&](int64_t first, int64_t tile, const PackedRows& rows, Workspace& own) {
+      [&](int64_t first, int64_t tile, const LogitRows& rows, Workspace& own) {
         for (int64_t b = 0; b < rows.blocks(); ++b) {
           const int64_t at = b * kRowBlock * kVocabTile, count = rows.block_rows(b);
           const float* z = own.logits.data() + at;
@@ -402,7 +415,7 @@ void weight_gradient(const Problem& problem, const LogprobOutput& forward, const
   const int64_t cols = problem.cols, column_panels = divide_up(cols, kPanel);
   sweep_tiles(
       problem, team,
-      [&](int64_t first, int64_t tile, const PackedRows& rows, Workspace& own) {
+      [&](int64_t first, int64_t tile, const LogitRows& rows, Workspace& own) {
         const cpu::Kernels& k = cpu::kernels();
         const int64_t panels = own.weight.panels();
         float* sums = own.result.reserve(column_panels * kVocabTile * kPanel);
@@ -456,6 +469,7 @@ void linear_logprob(const LogprobInput& in, const LogprobOutput& out,
                     const LogprobJacobian* jacobian, ThreadTeam& team) {
   const Problem problem(in);
   if (jacobian != nullptr) {
+    problem.require_float32();
     values_and_jacobian(problem, out, *jacobian, team);
   } else {
     values_only(problem, out, team);
@@ -471,7 +485,7 @@ void total_variation(const LogprobInput& in, const LogprobOutput& forward, float
       static_cast<size_t>(std::min(in.rows, kChunkRows) * tiles));
   sweep_tiles(
       problem, team,
-      [&](int64_t first, int64_t tile, const PackedRows& rows, Workspace& own) {
+      [&](int64_t first, int64_t tile, const LogitRows& rows, Workspace& own) {
         for (int64_t b = 0; b < rows.blocks(); ++b) {
           const int64_t at = b * kRowBlock * kVocabTile, count = rows.block_rows(b);
           for (int64_t m = 0; m < count; ++m) {
@@ -503,6 +517,7 @@ void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forwar
                              const LogprobUpstream& upstream, float* d_hidden, float* d_weight,
                              ThreadTeam& team) {
   const Problem problem(in);
+  problem.require_float32();
   if (d_weight != nullptr) {
     if (in.rows == 0) std::fill_n(d_weight, problem.vocab * problem.cols, 0.0f);
     weight_gradient(problem, forward, mass_above, upstream, d_weight, team);

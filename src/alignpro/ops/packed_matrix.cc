@@ -1,11 +1,33 @@
 #include "alignpro/ops/packed_matrix.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 
+#include "alignpro/core/error.h"
 #include "alignpro/ops/cpu/panel_layout.h"
 #include "alignpro/ops/stored_panel.h"
 
 namespace alignpro::ops {
+namespace {
+
+// The format's own rule: scale = largest magnitude / 127, in half precision.
+void quantize_q8_0(const float* values, int64_t count, std::byte* out) {
+  for (int64_t i = 0; i < count; i += cpu::kGroup) {
+    float most = 0.0f;
+    for (int64_t j = 0; j < cpu::kGroup; ++j) most = std::max(most, std::abs(values[i + j]));
+    const uint16_t bits = float_to_half(most / 127.0f);
+    std::memcpy(out, &bits, sizeof bits);
+    const float scale = half_to_float(bits);
+    for (int64_t j = 0; j < cpu::kGroup; ++j) {
+      const float code = scale > 0.0f ? std::nearbyint(values[i + j] / scale) : 0.0f;
+      out[2 + j] = static_cast<std::byte>(static_cast<int8_t>(std::clamp(code, -127.0f, 127.0f)));
+    }
+    out += 2 + cpu::kGroup;
+  }
+}
+
+}  // namespace
 
 using cpu::kPanel;
 
@@ -21,7 +43,11 @@ PackedMatrix::PackedMatrix(int64_t cols, std::span<const DType> panel_types, int
   data_.reserve(bytes / static_cast<int64_t>(sizeof(float)));
 }
 
-PackedMatrix PackedMatrix::pack(std::span<const StoredRow> rows, int64_t cols, ThreadTeam& team) {
+PackedMatrix PackedMatrix::pack(std::span<const StoredRow> rows, int64_t cols, ThreadTeam& team,
+                                Arithmetic arithmetic) {
+  const bool integers = arithmetic == Arithmetic::kInt8;
+  require(!integers || cols % cpu::kGroup == 0, "compute int8: expected rows in multiples of ",
+          cpu::kGroup, " columns, got ", cols, "; use float32 for this model");
   const auto count = static_cast<int64_t>(rows.size());
   const auto rows_of = [&](int64_t p) {
     return rows.subspan(static_cast<size_t>(p * kPanel),
@@ -33,19 +59,45 @@ PackedMatrix PackedMatrix::pack(std::span<const StoredRow> rows, int64_t cols, T
     const DType first = of_panel.front().dtype;
     const bool alike = std::all_of(of_panel.begin(), of_panel.end(),
                                    [first](const StoredRow& row) { return row.dtype == first; });
-    types.push_back(alike ? first : DType::kF32);
+    if (integers) {
+      types.push_back(alike && cpu::has_integer_product(first) ? first : DType::kQ8_0);
+    } else {
+      types.push_back(alike ? first : DType::kF32);
+    }
   }
   PackedMatrix packed(cols, types, count);
-  std::vector<AlignedBuffer> scratch(static_cast<size_t>(team.size()));
+  packed.arithmetic_ = arithmetic;
+  struct Scratch {
+    AlignedBuffer wide;
+    std::vector<std::byte> bytes;
+  };
+  std::vector<Scratch> scratch(static_cast<size_t>(team.size()));
   team.run(packed.panels(), [&](int64_t p, int worker) {
     const Panel& panel = packed.panels_[static_cast<size_t>(p)];
-    if (panel.dtype != DType::kF32) {
-      pack_stored_panel(panel.dtype, rows_of(p), cols, packed.at(panel));
+    const auto of_panel = rows_of(p);
+    Scratch& own = scratch[static_cast<size_t>(worker)];
+    if (integers && std::any_of(of_panel.begin(), of_panel.end(),
+                                [&](const StoredRow& row) { return row.dtype != panel.dtype; })) {
+      float* wide = own.wide.reserve(cols);
+      const int64_t size = row_bytes(DType::kQ8_0, cols);
+      own.bytes.resize(static_cast<size_t>(kPanel * size));
+      std::vector<StoredRow> converted;
+      for (const StoredRow& row : of_panel) {
+        dequantize(row.dtype, row.data, cols, wide);
+        std::byte* to = own.bytes.data() + static_cast<int64_t>(converted.size()) * size;
+        quantize_q8_0(wide, cols, to);
+        converted.push_back({to, DType::kQ8_0});
+      }
+      pack_stored_panel(DType::kQ8_0, converted, cols, packed.at(panel));
       return;
     }
-    float* wide = scratch[static_cast<size_t>(worker)].reserve(kPanel * cols);
+    if (panel.dtype != DType::kF32) {
+      pack_stored_panel(panel.dtype, of_panel, cols, packed.at(panel));
+      return;
+    }
+    float* wide = own.wide.reserve(kPanel * cols);
     int64_t live = 0;
-    for (const StoredRow& row : rows_of(p)) {
+    for (const StoredRow& row : of_panel) {
       dequantize(row.dtype, row.data, cols, wide + live++ * cols);
     }
     cpu::kernels().pack_panel(wide, cols, live, cols, reinterpret_cast<float*>(packed.at(panel)));
@@ -92,6 +144,21 @@ void PackedMatrix::multiply_row(int64_t p_begin, int64_t count, const float* x, 
     cpu::kernels().gemv_panels(first.dtype, at(first), stride, stop - p_begin, cols_, x, out);
     out += (stop - p_begin) * kPanel;
     p_begin = stop;
+  }
+}
+
+void PackedMatrix::multiply_codes(int64_t p, int64_t live, const uint8_t* x, int64_t x_stride,
+                                  float* out) const {
+  constexpr int64_t kGroups = cpu::kContract / cpu::kGroup;
+  uint8_t codes[kGroups * cpu::kWeightGroupBytes];
+  const cpu::Kernels& k = cpu::kernels();
+  const Panel& panel = panels_[static_cast<size_t>(p)];
+  for (int64_t k_begin = 0; k_begin < cols_; k_begin += cpu::kContract) {
+    const int64_t count = std::min(cpu::kContract, cols_ - k_begin);
+    k.expand_codes(panel.dtype, at(panel), cols_, k_begin, count, codes);
+    k.gemm_int8(panel.dtype, live, count / cpu::kGroup,
+                x + k_begin / cpu::kGroup * cpu::kCodeGroupBytes, x_stride, codes, out,
+                k_begin > 0);
   }
 }
 

@@ -11,6 +11,10 @@
 
 namespace alignpro::ops {
 
+// How products with a matrix are computed: float32, or integer dot products of its codes with rows
+// quantised in groups of 32.
+enum class Arithmetic { kFloat32, kInt8 };
+
 // An output-major matrix W [rows, cols] (y = W x), packed once for the matrix products: panels of
 // 16 rows that stream through memory in the order the kernels read them. A panel keeps the storage
 // format of its rows (float32 where they differ) and is expanded, exactly, where it is used. Rows
@@ -19,7 +23,10 @@ class PackedMatrix {
  public:
   PackedMatrix() = default;
 
-  static PackedMatrix pack(std::span<const StoredRow> rows, int64_t cols, ThreadTeam& team);
+  // kInt8 stores rows whose format has no integer product as Q8_0, and needs cols in multiples of
+  // 32 (InvalidArgument).
+  static PackedMatrix pack(std::span<const StoredRow> rows, int64_t cols, ThreadTeam& team,
+                           Arithmetic arithmetic = Arithmetic::kFloat32);
   static PackedMatrix pack(int64_t rows, int64_t cols, const float* source);
 
   int64_t rows() const { return rows_; }
@@ -27,6 +34,7 @@ class PackedMatrix {
   int64_t panels() const { return static_cast<int64_t>(panels_.size()); }
   int64_t bytes() const { return data_.capacity() * static_cast<int64_t>(sizeof(float)); }
   bool is_float32() const { return is_float32_; }
+  Arithmetic arithmetic() const { return arithmetic_; }
 
   // Columns [k_begin, k_begin + k_count) of panel p as [k_count][16]; both multiples of 16, or the
   // end. Points into the matrix where that is float32, otherwise to `scratch` of that size.
@@ -49,6 +57,10 @@ class PackedMatrix {
   // those of the products by block.
   void multiply_row(int64_t p_begin, int64_t count, const float* x, float* out) const;
 
+  // Panel p times quantised rows: out [live][16]. Tiles of x lie x_stride bytes apart.
+  void multiply_codes(int64_t p, int64_t live, const uint8_t* x, int64_t x_stride,
+                      float* out) const;
+
   // Copies row `row` to out [cols].
   void read_row(int64_t row, float* out) const;
 
@@ -70,6 +82,7 @@ class PackedMatrix {
   int64_t rows_ = 0;
   int64_t cols_ = 0;
   bool is_float32_ = true;
+  Arithmetic arithmetic_ = Arithmetic::kFloat32;
   std::vector<Panel> panels_;
   AlignedBuffer data_;
 };

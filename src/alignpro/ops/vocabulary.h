@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <span>
 
+#include "alignpro/ops/code_rows.h"
 #include "alignpro/ops/packed_matrix.h"
 #include "alignpro/ops/packed_rows.h"
 
@@ -34,11 +35,36 @@ inline void panel_logits(const PackedRows& rows, int64_t block, const float* pan
   }
 }
 
+// Rows of hidden states ready for logits by either arithmetic.
+class LogitRows : public PackedRows {
+ public:
+  void pack(int64_t rows, int64_t cols, MatrixView source, int64_t block_size, ThreadTeam* team,
+            Arithmetic arithmetic) {
+    PackedRows::pack(rows, cols, source, block_size, team);
+    static_assert(kRowBlock % cpu::kCodeRows == 0, "a block begins at a tile of codes");
+    if (arithmetic == Arithmetic::kInt8) codes_.pack(rows, cols, source, team);
+  }
+  // Integer products of a block with panel p: out [rows][16].
+  void multiply_codes(int64_t block, const PackedMatrix& weight, int64_t p, float* out) const {
+    weight.multiply_codes(p, block_rows(block), codes_.at(block_row(block)), codes_.stride(), out);
+  }
+
+ private:
+  CodeRows codes_;
+};
+
 // The same against one tile: out [panels][rows][16]. Where the block is one row its values may be
 // given as they are.
-inline void tile_logits(const PackedRows& rows, int64_t block, const PackedMatrix& weight,
+inline void tile_logits(const LogitRows& rows, int64_t block, const PackedMatrix& weight,
                         int64_t tile, const float* single_row, float* out) {
   const int64_t first = tile * kTilePanels, panels = tile_panels(weight.rows(), tile);
+  const int64_t panel_floats = rows.block_rows(block) * cpu::kPanel;
+  if (weight.arithmetic() == Arithmetic::kInt8) {
+    for (int64_t p = 0; p < panels; ++p) {
+      rows.multiply_codes(block, weight, first + p, out + p * panel_floats);
+    }
+    return;
+  }
   if (single_row != nullptr) {
     weight.multiply_row(first, panels, single_row, out);
     return;
@@ -49,8 +75,7 @@ inline void tile_logits(const PackedRows& rows, int64_t block, const PackedMatri
       const float* b = weight.block(first + p, k_begin, rows.k_count(k_begin), scratch);
       cpu::kernels().gemm_panel(rows.block_rows(block), rows.k_count(k_begin),
                                 rows.at(block, k_begin), rows.tile_stride(k_begin), b, cpu::kPanel,
-                                out + p * rows.block_rows(block) * cpu::kPanel, k_begin > 0,
-                                b != scratch);
+                                out + p * panel_floats, k_begin > 0, b != scratch);
     }
   }
 }

@@ -32,6 +32,11 @@ inline int64_t hidden_size(const VocabularyWeight& weight) {
       weight);
 }
 
+inline Arithmetic arithmetic(const VocabularyWeight& weight) {
+  const auto* packed = std::get_if<const PackedMatrix*>(&weight);
+  return packed != nullptr && *packed != nullptr ? (*packed)->arithmetic() : Arithmetic::kFloat32;
+}
+
 // One worker's view of one tile of a vocabulary weight, in the two orders that the products read.
 class WeightTile {
  public:
@@ -70,6 +75,22 @@ class WeightTile {
     cpu::kernels().pack_panel(values_ + p * cpu::kPanel * cols_, cols_,
                               std::min(cpu::kPanel, live_ - p * cpu::kPanel), cols_, out);
     return out;
+  }
+
+  // Whether logits are integer products.
+  bool has_codes() const {
+    return packed_ != nullptr && packed_->arithmetic() == Arithmetic::kInt8;
+  }
+
+  // Unscaled logits of a block of rows against panel p, [rows][16]; `panel` is panel(p), which
+  // integer products do without.
+  void logits(const LogitRows& rows, int64_t block, int64_t p, const float* panel,
+              float* out) const {
+    if (has_codes()) {
+      rows.multiply_codes(block, *packed_, tile_ * kTilePanels + p, out);
+    } else {
+      panel_logits(rows, block, panel, streams(), out);
+    }
   }
 
   // Columns [16 c, 16 c + 16) of the tile as [rows()][16], zero in the padding. Valid until the

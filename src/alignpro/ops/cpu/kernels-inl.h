@@ -166,6 +166,7 @@ void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
   }
 }
 
+#include "alignpro/ops/cpu/int8-inl.h"
 #include "alignpro/ops/cpu/panels-inl.h"
 
 // Transposes eight rows of eight in registers.
@@ -641,6 +642,9 @@ const Kernels kKernels = {
     .gemm_panel = gemm_panel,
     .expand_panel = expand_panel,
     .gemv_panels = gemv_panels,
+    .quantize_rows = quantize_rows,
+    .expand_codes = expand_codes,
+    .gemm_int8 = gemm_int8,
     .pack_rows = pack_rows,
     .transpose_panels = transpose_panels,
     .pack_panel = pack_panel,
