@@ -216,8 +216,13 @@ def generate(
         rewrite = pipeline.rewrite([text], seed=seed)[0][0]
         typer.echo(f"rewrite: {rewrite.text}", err=True)
         text = rewrite.target_prompt
-        same = settings.target in (None, settings.model)
-        target = prompter if same else load_model(str(settings.target), threads=threads)
+        compute = settings.target_compute
+        same = settings.target in (None, settings.model) and compute == "float32"
+        target = (
+            prompter
+            if same
+            else load_model(settings.target or settings.model, threads=threads, compute=compute)
+        )
     else:
         target = load_model(model, threads=threads)
     for _token, delta, _logprob in target.stream(text, params):

@@ -117,6 +117,7 @@ class TrainConfig:
     model: str = "smollm2"  # path or name of the prompter's base weights
     adapter: str | None = None  # PEFT folder to start from; it is the reference, too
     target: str | None = None  # path or name of the frozen target; None: the prompter's base
+    target_compute: Literal["float32", "int8"] = "float32"  # int8 is faster, less exact
     data: str = "everyday"  # prompts: packaged name, file, or hub name
     split: str | None = "train"  # rows whose "split" column says so; None: all rows
     reward: str = "vader+0.2*topic"
@@ -180,6 +181,7 @@ class EvalConfig:
 
     model: str = "smollm2"
     target: str | None = None
+    target_compute: Literal["float32", "int8"] = "float32"
     untuned: str | None = None  # PEFT folder; None: the base model as prompter
     trained: str | None = None  # PEFT folder; None: no trained arm
     data: str = "everyday"

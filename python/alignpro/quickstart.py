@@ -60,7 +60,9 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     with _timed(seconds, "download"), console.status(f"finding {config.model}"):
         resolve_model(config.model)
     with _timed(seconds, "load"), console.status(f"loading {config.model}"):
-        prompter, target = load_models(train.model, train.target, train.threads)
+        prompter, target = load_models(
+            train.model, train.target, train.threads, train.target_compute
+        )
 
     with Bars(console) as bars:
         with _timed(seconds, "sft"):

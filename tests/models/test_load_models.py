@@ -29,3 +29,9 @@ def test_another_model_is_another_engine(tiny_model_dir: Callable[..., Path]) ->
     assert target.config["threads"] == 1
     with pytest.raises(FileNotFoundError):
         load_models(str(tiny_model_dir("llama")), "./nowhere")
+
+
+def test_a_target_of_other_arithmetic_is_a_model_of_its_own(smollm2_path):
+    prompter, target = load_models(smollm2_path, None, target_compute="int8")
+    assert target is not prompter
+    assert (prompter.config["compute"], target.config["compute"]) == ("float32", "int8")

@@ -19,7 +19,9 @@ def run_evaluation(config: EvalConfig, *, on_progress: OnProgress | None = None)
     """Load what the configuration names and compare the arms; returns what `evaluate_arms` does."""
     rows = load_eval_rows(config)
     reward = build_reward(config.reward)
-    prompter, target = load_models(config.model, config.target, config.threads)
+    prompter, target = load_models(
+        config.model, config.target, config.threads, config.target_compute
+    )
     prompters: dict[str, LoraWeights | None] = {"untuned": _load(config.untuned, prompter)}
     if config.trained is not None:
         prompters["trained"] = _load(config.trained, prompter)

@@ -99,15 +99,19 @@ def load_models(
     model: str | os.PathLike[str],
     target: str | os.PathLike[str] | None,
     threads: int | None = None,
+    target_compute: str = "float32",
 ) -> tuple[NativeModel, NativeModel]:
-    """Prompter and target; one object, and so one engine, where they are the same model.
+    """Prompter and target; one object, and so one engine, where they are the same model
+    in the same arithmetic.
 
     target: None is the prompter's model. Raises as `load_model`.
     """
     prompter = load_model(model, threads=threads)
-    if target is None or target == model or resolve_model(target).samefile(prompter.path):
+    wanted = model if target is None else target
+    same = wanted == model or resolve_model(wanted).samefile(prompter.path)
+    if same and target_compute == "float32":
         return prompter, prompter
-    return prompter, load_model(target, threads=threads)
+    return prompter, load_model(wanted, threads=threads, compute=target_compute)
 
 
 _MOST_THREADS = 1024

@@ -46,7 +46,9 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
     rows = load_prompts(config.data, split=config.split)
     reward = build_reward(config.reward)
-    prompter, target = load_models(config.model, config.target, config.threads)
+    prompter, target = load_models(
+        config.model, config.target, config.threads, config.target_compute
+    )
     start = config.adapter
     if resume and (run_dir / "reference").is_dir():
         start = str(run_dir / "reference")
