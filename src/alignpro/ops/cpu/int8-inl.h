@@ -109,7 +109,8 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
   __m256i acc[Rows][2];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-#pragma GCC unroll 8
+// Unrolled, its loads are hoisted and the sums spilled.
+#pragma GCC unroll 1
   for (int word = 0; word < 8; ++word) {
     __m256i code[2], magnitude[2];
 #pragma GCC unroll 2

@@ -166,8 +166,10 @@ void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
   }
 }
 
-#include "alignpro/ops/cpu/int8-inl.h"
 #include "alignpro/ops/cpu/panels-inl.h"
+// After what it uses.
+
+#include "alignpro/ops/cpu/int8-inl.h"
 
 // Transposes eight rows of eight in registers.
 ALIGNPRO_INLINE void transpose_block(F8 r[8]) {
