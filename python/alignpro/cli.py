@@ -9,9 +9,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
@@ -34,6 +37,7 @@ app.add_typer(bench, name="bench")
 Json = Annotated[Path | None, typer.Option("--json", help="write the numbers there")]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: the CPU quota")]
 Config = Annotated[Path | None, typer.Argument(help="YAML file; without it, the defaults")]
+BenchModel = Annotated[str, typer.Option(help="path or name")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that is there")]
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -192,7 +196,7 @@ def generate(
 ) -> None:
     """Answer a prompt, as it is or through a trained prompter."""
     from alignpro.config import TrainConfig, load_yaml
-    from alignpro.models.native_model import load_model
+    from alignpro.models.native_model import load_model, load_models
     from alignpro.types import SamplingParams
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -204,10 +208,12 @@ def generate(
         from alignpro.models.adapter import load_peft
         from alignpro.pipeline import Pipeline
 
-        prompter = load_model(settings.model, threads=threads)
+        prompter, target = load_models(
+            settings.model, settings.target, threads, settings.target_compute
+        )
         pipeline = Pipeline(
             prompter,
-            prompter,
+            target,
             None,
             prompting=settings.prompting,
             prompter_adapter=load_peft(run / "adapter", prompter.lora_modules),
@@ -216,13 +222,6 @@ def generate(
         rewrite = pipeline.rewrite([text], seed=seed)[0][0]
         typer.echo(f"rewrite: {rewrite.text}", err=True)
         text = rewrite.target_prompt
-        compute = settings.target_compute
-        same = settings.target in (None, settings.model) and compute == "float32"
-        target = (
-            prompter
-            if same
-            else load_model(settings.target or settings.model, threads=threads, compute=compute)
-        )
     else:
         target = load_model(model, threads=threads)
     for _token, delta, _logprob in target.stream(text, params):
@@ -294,7 +293,7 @@ def bench_score(
 @bench.command("step")
 @one_line_errors
 def bench_step(
-    model: Annotated[str, typer.Option(help="path or name")] = "smollm2",
+    model: BenchModel = "smollm2",
     json_file: Json = None,
     steps: Annotated[int, typer.Option(min=1, help="measured, after one more")] = 5,
     threads: Threads = None,
@@ -302,25 +301,12 @@ def bench_step(
     """Whole steps of reinforcement learning on work of a fixed size."""
     _needs_torch("bench step")
     _check_new(json_file)
-    from rich.console import Console
-
     from alignpro.bench.step import bench_step as measure
     from alignpro.bench.tables import step_table
-    from alignpro.models.resolve import resolve_model
-    from alignpro.native import core
 
-    with Console(stderr=True).status("") as status:
-        report = measure(
-            model=resolve_model(model),
-            steps=steps,
-            threads=threads or core.available_cpus(),
-            say=status.update,
-        )
-    _write_json(json_file, report)
-    Console().print(step_table(report))
+    _run_bench(measure, step_table, model, json_file, threads, steps=steps)
 
 
-BenchModel = Annotated[str, typer.Option(help="path or name")]
 Compute = Annotated[str, typer.Option(help="float32 or int8")]
 Repeats = Annotated[int, typer.Option(min=1, help="of which the median is taken, after one more")]
 
@@ -339,9 +325,11 @@ def bench_decode(
 ) -> None:
     """Tokens a second by batch, as shares of what this machine can do."""
     from alignpro.bench.generation import bench_decode as measure
+    from alignpro.bench.tables import generation_tables
 
-    _bench_generation(
+    _run_bench(
         measure,
+        generation_tables,
         model,
         json_file,
         threads,
@@ -367,10 +355,18 @@ def bench_prefill(
 ) -> None:
     """Prompt tokens a second up to the first new token."""
     from alignpro.bench.generation import bench_prefill as measure
+    from alignpro.bench.tables import generation_tables
 
     shapes = [_shape(part, "SEQUENCESxTOKENS, such as 1x512") for part in shape.split(",")]
-    _bench_generation(
-        measure, model, json_file, threads, shapes=shapes, compute=compute, repeats=repeats
+    _run_bench(
+        measure,
+        generation_tables,
+        model,
+        json_file,
+        threads,
+        shapes=shapes,
+        compute=compute,
+        repeats=repeats,
     )
 
 
@@ -386,10 +382,12 @@ def bench_rollout(
 ) -> None:
     """prompt -> rewrite -> response, against the same with a barrier between the models."""
     from alignpro.bench.generation import bench_rollout as measure
+    from alignpro.bench.tables import generation_tables
     from alignpro.models.resolve import resolve_model
 
-    _bench_generation(
+    _run_bench(
         measure,
+        generation_tables,
         model,
         json_file,
         threads,
@@ -399,17 +397,18 @@ def bench_rollout(
     )
 
 
-def _bench_generation(
+def _run_bench(
     measure: Callable[..., dict[str, Any]],
+    tables: Callable[[dict[str, Any]], RenderableType],
     model: str,
     json_file: Path | None,
     threads: int | None,
     **work: Any,
 ) -> None:
+    """Measure, write the numbers, print them."""
     _check_new(json_file)
     from rich.console import Console
 
-    from alignpro.bench.tables import generation_tables
     from alignpro.models.resolve import resolve_model
     from alignpro.native import core
 
@@ -421,7 +420,7 @@ def _bench_generation(
             **work,
         )
     _write_json(json_file, report)
-    Console().print(generation_tables(report))
+    Console().print(tables(report))
 
 
 def _shape(text: str, expected: str = "VOCABULARYxHIDDEN, such as 49152x576") -> tuple[int, int]:

@@ -327,6 +327,12 @@ TEST(integer_products_refuse_what_they_cannot_do) {
   const auto even = stored_rows(DType::kF32, 2, 32, 1);
   const PackedMatrix packed =
       PackedMatrix::pack(rows_in(DType::kF32, even, 32), 32, team, Arithmetic::kInt8);
+  for (const float bad : {NAN, INFINITY, 1e7f}) {
+    auto broken = even;
+    std::memcpy(broken.data() + 20, &bad, sizeof bad);
+    CHECK_THROWS(PackedMatrix::pack(rows_in(DType::kF32, broken, 32), 32, team, Arithmetic::kInt8),
+                 InvalidArgument, "expected finite weights");
+  }
   Floats x(32, 1.0f), y(2);
   CHECK_THROWS(linear_backward(1, {y.data(), 2}, packed, x.data(), 32, {}, team), InvalidArgument,
                "gradients");

@@ -79,8 +79,7 @@ def bench_decode(
                 "decode_tokens_per_second": batch * steps / decoding if steps else None,
                 "flops_per_token": flops / (batch * new_tokens),
                 "bytes_per_step": moved / steps if steps else None,
-                "gflops": flops / whole / 1e9,
-                "fma_share": flops / whole / 1e9 / report["limits"]["fma_gflops"],
+                **_rate(flops, whole, report),
                 "read_share": moved / decoding / 1e9 / report["limits"]["read_gbps"]
                 if steps
                 else None,
@@ -121,8 +120,7 @@ def bench_prefill(
                 "tokens_per_second": batch * length / whole,
                 "seconds_to_first_token": whole,
                 "all_seconds": seconds["all"][1:],
-                "gflops": flops / whole / 1e9,
-                "fma_share": flops / whole / 1e9 / report["limits"]["fma_gflops"],
+                **_rate(flops, whole, report),
             }
         )
     report["peak_rss_bytes"] = peak_rss_bytes()
@@ -145,22 +143,27 @@ def bench_rollout(
 
     Raises as `bench_decode`.
     """
-    started = time.perf_counter()
-    loaded = load_model(model, threads=threads)
-    report = _report("rollout", loaded, threads, repeats, time.perf_counter() - started)
     texts = [row.prompt for row in load_prompts("everyday", split="train")[:prompts]]
 
-    def fresh() -> Pipeline:
-        # What one side computed must not be found by the other in a prefix cache.
+    def timed(side: Callable[[Pipeline, list[str], int], int], seed: int) -> tuple[int, float]:
+        # What one side computed must not be found by the other in a prefix cache; and nothing of
+        # it may be held while the other runs.
         prompter = load_model(model, threads=threads)
-        return Pipeline(
+        pipeline = Pipeline(
             prompter,
             prompter if target is None else load_model(target, threads=threads),
             None,
             rewrite_params=replace(REWRITE, max_new_tokens=REWRITE_TOKENS),
             response_params=replace(RESPONSE, max_new_tokens=RESPONSE_TOKENS),
         )
+        begun = time.perf_counter()
+        written = side(pipeline, texts, seed)
+        return written, time.perf_counter() - begun
 
+    started = time.perf_counter()
+    loaded = load_model(model, threads=threads)
+    report = _report("rollout", loaded, threads, repeats, time.perf_counter() - started)
+    del loaded
     sides: dict[str, Callable[[Pipeline, list[str], int], int]] = {
         "interleaved": _interleaved,
         "barrier": _with_barrier,
@@ -170,10 +173,9 @@ def bench_rollout(
     for seed in range(repeats + 1):
         for name, side in sides.items():
             say(f"{name}, round {seed}")
-            pipeline = fresh()
-            begun = time.perf_counter()
-            tokens[name].append(side(pipeline, texts, seed))
-            seconds[name].append(time.perf_counter() - begun)
+            written, took = timed(side, seed)
+            tokens[name].append(written)
+            seconds[name].append(took)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     report |= {
         "target": None if target is None else str(target),
@@ -228,6 +230,11 @@ def _report(
         "repeats": repeats,
         "load_seconds": load_seconds,
     }
+
+
+def _rate(flops: float, seconds: float, report: dict[str, Any]) -> dict[str, float]:
+    gflops = flops / seconds / 1e9
+    return {"gflops": gflops, "fma_share": gflops / report["limits"]["fma_gflops"]}
 
 
 def _prompts(model: NativeModel, batch: int, length: int) -> list[list[int]]:

@@ -1,6 +1,8 @@
 #include "alignpro/core/dtype.h"
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "alignpro/core/error.h"
@@ -232,6 +234,29 @@ uint16_t float_to_half(float value) {
 }
 
 float half_to_float(uint16_t bits) { return widen_half(bits); }
+
+void quantize_q8_0(const float* values, int64_t count, std::byte* out) {
+  const int64_t block = block_values(DType::kQ8_0);
+  for (int64_t i = 0; i < count; i += block) {
+    float most = 0.0f;
+    bool is_nan = false;
+    for (int64_t j = 0; j < block; ++j) {
+      most = std::max(most, std::abs(values[i + j]));
+      is_nan = is_nan || std::isnan(values[i + j]);
+    }
+    const uint16_t bits = float_to_half(most / 127.0f);
+    const float scale = half_to_float(bits);
+    require(!is_nan && std::isfinite(scale),
+            "compute int8: expected finite weights below 127 * 65520, got ",
+            is_nan ? std::nanf("") : most, "; check the model file or use float32");
+    std::memcpy(out, &bits, sizeof bits);
+    for (int64_t j = 0; j < block; ++j) {
+      const float code = scale > 0.0f ? std::nearbyint(values[i + j] / scale) : 0.0f;
+      out[2 + j] = static_cast<std::byte>(static_cast<int8_t>(std::clamp(code, -127.0f, 127.0f)));
+    }
+    out += block_bytes(DType::kQ8_0);
+  }
+}
 
 // Groups 0 to 3 have their six bits in bytes 0 to 3 (scales) and 4 to 7 (minima); those of the last
 // four lie in the nibbles of bytes 8 to 11 with the upper two bits on top of the first eight bytes.

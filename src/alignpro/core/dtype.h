@@ -32,6 +32,11 @@ struct GroupScale {
 };
 GroupScale k_group_scale(const std::byte* packed, int group);
 
+// Blocks of Q8_0 by the format's own rule: scale = largest magnitude / 127, in half precision.
+// `count` is a multiple of 32. Throws InvalidArgument for NaN and for magnitudes that the scale
+// cannot hold.
+void quantize_q8_0(const float* values, int64_t count, std::byte* out);
+
 // Expands `values` stored values (a multiple of block_values) to float32, exactly.
 void dequantize(DType dtype, const std::byte* source, int64_t values, float* out);
 

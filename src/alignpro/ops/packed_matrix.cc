@@ -1,8 +1,6 @@
 #include "alignpro/ops/packed_matrix.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
 #include "alignpro/core/error.h"
 #include "alignpro/ops/cpu/panel_layout.h"
@@ -11,20 +9,20 @@
 namespace alignpro::ops {
 namespace {
 
-// The format's own rule: scale = largest magnitude / 127, in half precision.
-void quantize_q8_0(const float* values, int64_t count, std::byte* out) {
-  for (int64_t i = 0; i < count; i += cpu::kGroup) {
-    float most = 0.0f;
-    for (int64_t j = 0; j < cpu::kGroup; ++j) most = std::max(most, std::abs(values[i + j]));
-    const uint16_t bits = float_to_half(most / 127.0f);
-    std::memcpy(out, &bits, sizeof bits);
-    const float scale = half_to_float(bits);
-    for (int64_t j = 0; j < cpu::kGroup; ++j) {
-      const float code = scale > 0.0f ? std::nearbyint(values[i + j] / scale) : 0.0f;
-      out[2 + j] = static_cast<std::byte>(static_cast<int8_t>(std::clamp(code, -127.0f, 127.0f)));
-    }
-    out += 2 + cpu::kGroup;
+// The rows as Q8_0, in `bytes`; `wide` holds one of them.
+std::vector<StoredRow> to_q8_0(std::span<const StoredRow> rows, int64_t cols, float* wide,
+                               std::vector<std::byte>& bytes) {
+  const int64_t size = row_bytes(DType::kQ8_0, cols);
+  bytes.resize(rows.size() * static_cast<size_t>(size));
+  std::vector<StoredRow> converted;
+  std::byte* to = bytes.data();
+  for (const StoredRow& row : rows) {
+    dequantize(row.dtype, row.data, cols, wide);
+    quantize_q8_0(wide, cols, to);
+    converted.push_back({to, DType::kQ8_0});
+    to += size;
   }
+  return converted;
 }
 
 }  // namespace
@@ -78,17 +76,8 @@ PackedMatrix PackedMatrix::pack(std::span<const StoredRow> rows, int64_t cols, T
     Scratch& own = scratch[static_cast<size_t>(worker)];
     if (integers && std::any_of(of_panel.begin(), of_panel.end(),
                                 [&](const StoredRow& row) { return row.dtype != panel.dtype; })) {
-      float* wide = own.wide.reserve(cols);
-      const int64_t size = row_bytes(DType::kQ8_0, cols);
-      own.bytes.resize(static_cast<size_t>(kPanel * size));
-      std::vector<StoredRow> converted;
-      for (const StoredRow& row : of_panel) {
-        dequantize(row.dtype, row.data, cols, wide);
-        std::byte* to = own.bytes.data() + static_cast<int64_t>(converted.size()) * size;
-        quantize_q8_0(wide, cols, to);
-        converted.push_back({to, DType::kQ8_0});
-      }
-      pack_stored_panel(DType::kQ8_0, converted, cols, packed.at(panel));
+      const auto converted = to_q8_0(of_panel, cols, own.wide.reserve(cols), own.bytes);
+      pack_stored_panel(panel.dtype, converted, cols, packed.at(panel));
       return;
     }
     if (panel.dtype != DType::kF32) {

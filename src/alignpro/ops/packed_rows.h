@@ -63,7 +63,7 @@ class PackedRows {
   int64_t tile_stride(int64_t k_begin) const { return k_count(k_begin) * cpu::kRowTile; }
   int64_t k_count(int64_t k_begin) const { return std::min(cpu::kContract, contract_ - k_begin); }
 
- private:
+ protected:
   static int64_t padded(int64_t rows) {
     return (rows + cpu::kRowTile - 1) / cpu::kRowTile * cpu::kRowTile;
   }
@@ -86,6 +86,7 @@ class PackedRows {
     buffer_.reserve(size);
   }
 
+ private:
   AlignedBuffer buffer_;
   std::vector<Block> blocks_;
   int64_t rows_ = 0;

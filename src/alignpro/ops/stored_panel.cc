@@ -112,7 +112,9 @@ void pack_quantized(DType dtype, std::span<const StoredRow> rows, int64_t cols, 
                  factors + group / cpu::kGroupsPerFactor * layout.factor_bytes);
       if (dtype == DType::kQ8_0) {
         for (int64_t word = 0; word < 8; ++word) {
-          std::memcpy(low + (word * kPanel + n) * 4, codes + 4 * word, 4);
+          for (int64_t j = 0; j < 4; ++j) {
+            low[(word * kPanel + n) * 4 + j] = std::byte{codes[word / 2 * 8 + word % 2 + 2 * j]};
+          }
         }
         continue;
       }

@@ -40,9 +40,13 @@ class LogitRows : public PackedRows {
  public:
   void pack(int64_t rows, int64_t cols, MatrixView source, int64_t block_size, ThreadTeam* team,
             Arithmetic arithmetic) {
-    PackedRows::pack(rows, cols, source, block_size, team);
     static_assert(kRowBlock % cpu::kCodeRows == 0, "a block begins at a tile of codes");
-    if (arithmetic == Arithmetic::kInt8) codes_.pack(rows, cols, source, team);
+    if (arithmetic == Arithmetic::kFloat32) {
+      PackedRows::pack(rows, cols, source, block_size, team);
+    } else {
+      layout(rows, cols, block_size, {});
+      codes_.pack(rows, cols, source, team);
+    }
   }
   // Integer products of a block with panel p: out [rows][16].
   void multiply_codes(int64_t block, const PackedMatrix& weight, int64_t p, float* out) const {

@@ -13,13 +13,14 @@ void quantize_rows(int64_t rows, int64_t cols, const float* x, int64_t row_strid
       int32_t sum = 0;
       if (r < rows) {
         const float* from = x + r * row_stride + g * kGroup;
-        F8 top = splat(0.0f);
+        F8 top = splat(0.0f), poison = splat(0.0f);
         for (int64_t i = 0; i < kGroup; i += 8) {
           const F8 v = load(from + i);
           top = max8(v < splat(0.0f) ? -v : v, top);
+          poison = poison + v * splat(0.0f);  // NaN and infinity must not vanish in an integer
         }
         const float most = max_lanes(top);
-        scale = most / 127.0f;
+        scale = most / 127.0f + sum_lanes(poison);
         const F8 inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
         const F8 magic = splat(12582912.0f);  // rounds to even, as exp8's
         for (int64_t i = 0; i < kGroup; i += 8) {
@@ -27,16 +28,10 @@ void quantize_rows(int64_t rows, int64_t cols, const float* x, int64_t row_strid
           I8 bits;
           std::memcpy(&bits, &biased, sizeof(bits));
           for (int j = 0; j < 8; ++j) {
-            const int32_t code = bits[j] - 0x4B400000;
-            codes[i + j] = static_cast<int8_t>(code);
-            sum += code;
+            codes[i + j] = static_cast<int8_t>(bits[j] - 0x4B400000);
+            sum += codes[i + j];
           }
         }
-        // NaN and infinity must not vanish in an integer.
-        if (!(most < kInf)) scale = most;
-        float total = 0.0f;
-        for (int64_t i = 0; i < kGroup; ++i) total += from[i];
-        if (!(total - total == 0.0f)) scale = total - total;
       }
       for (int64_t word = 0; word < 8; ++word) {
         // Of each eight columns the even ones, then the odd ones, as nibbles come apart.
@@ -65,15 +60,9 @@ void expand_codes_of(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_
       for (int word = 0; word < 4; ++word) {
         W8 even, odd;
         if constexpr (D == DType::kQ8_0) {
-          const W8 a0 = load_words(low + 2 * word * 64 + 32 * half);
-          const W8 a1 = load_words(low + (2 * word + 1) * 64 + 32 * half);
-          const W8 flip = words(0x80808080u);
-          even = ((a0 & 0xffu) | (a0 >> 8 & 0xff00u) | (a1 << 16 & 0xff0000u) |
-                  (a1 << 8 & 0xff000000u)) ^
-                 flip;
-          odd = ((a0 >> 8 & 0xffu) | (a0 >> 16 & 0xff00u) | (a1 << 8 & 0xff0000u) |
-                 (a1 & 0xff000000u)) ^
-                flip;
+          const uint8_t* from = low + 2 * word * 64 + 32 * half;
+          even = load_words(from) ^ words(0x80808080u);
+          odd = load_words(from + 64) ^ words(0x80808080u);
         } else {
           const W8 v = load_words(low + word * 64 + 32 * half);
           even = v & 0x0f0f0f0fu;

@@ -13,10 +13,11 @@ namespace alignpro::ops::cpu {
 // Plain formats: [cols][16] values. Quantised ones: groups of 32 columns one behind the other,
 //   scales | high bits | low bits,
 // then, for the K formats, the factors of each 8 groups. Codes are unsigned and lie in 32-bit
-// words, a row a word: low bits of 8 columns as nibbles, [4][16] words a group (Q8_0: of 4 columns
-// as bytes, [8][16]); the fifth bits of 32 columns, [16]; the upper two bits of 16 columns,
-// [2][16]. A weight is fma(code, scale, minimum), which rounds exactly as the file's formula does:
-// products of scale and code fit into 24 bits.
+// words, a row a word: low bits of 8 columns as nibbles, [4][16] words a group (Q8_0: as bytes,
+// [8][16], of each 8 columns the even ones in one word, the odd ones in the next); the fifth bits
+// of 32 columns, [16]; the upper two bits of 16 columns, [2][16]. A weight is fma(code, scale,
+// minimum), which rounds exactly as the file's formula does: products of scale and code fit into 24
+// bits.
 inline constexpr int64_t kGroup = 32;
 inline constexpr int64_t kGroupsPerFactor = 8;
 

@@ -144,14 +144,13 @@ ALIGNPRO_INLINE void for_weights(const uint8_t* panel, int64_t column, int half,
   const uint8_t* high = panel + column / kGroup * kLayout.group_bytes() + kLayout.scale_bytes;
   const uint8_t* low = high + kLayout.high_bytes;
   if constexpr (kBits(D) == 8) {
-#pragma GCC unroll 2
-    for (int word = 0; word < 2; ++word) {
-      const W8 v = load_words(low + (within / 4 + word) * 64 + 32 * half);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const W8 code = j < 3 ? v & words(255u << (8 * j)) : v >> 24;
-        fn(4 * word + j, fma(to_floats(code), a.scale[j], a.minimum));
-      }
+    const uint8_t* from = low + within / 4 * 64 + 32 * half;
+    const W8 v[2] = {load_words(from), load_words(from + 64)};
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const int byte = j / 2;
+      const W8 code = byte < 3 ? v[j % 2] & words(255u << (8 * byte)) : v[j % 2] >> 24;
+      fn(j, fma(to_floats(code), a.scale[byte], a.minimum));
     }
   } else {
     const W8 v = load_words(low + within / 8 * 64 + 32 * half);
