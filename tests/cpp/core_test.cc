@@ -193,13 +193,17 @@ TEST(isa_is_chosen_or_refused) {
   CHECK_EQ(choose_cpu_isa("generic"), CpuIsa::kGeneric);
   CHECK_THROWS(choose_cpu_isa("sse9"), InvalidArgument, "sse9");
   const auto compiled = compiled_isas();
-  const bool has_avx2 = compiled.back() == CpuIsa::kAvx2 && machine_supports(CpuIsa::kAvx2);
-  CHECK_EQ(choose_cpu_isa(""), has_avx2 ? CpuIsa::kAvx2 : CpuIsa::kGeneric);
-  if (has_avx2) {
-    CHECK_EQ(choose_cpu_isa("avx2"), CpuIsa::kAvx2);
-  } else {
-    CHECK_THROWS(choose_cpu_isa("avx2"), Unavailable, "avx2");
+  CpuIsa best = CpuIsa::kGeneric;
+  for (const CpuIsa isa : {CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+    const bool has = std::find(compiled.begin(), compiled.end(), isa) != compiled.end();
+    if (has && machine_supports(isa)) {
+      best = isa;
+      CHECK_EQ(choose_cpu_isa(cpu_isa_name(isa)), isa);
+    } else {
+      CHECK_THROWS(choose_cpu_isa(cpu_isa_name(isa)), Unavailable, cpu_isa_name(isa));
+    }
   }
+  CHECK_EQ(choose_cpu_isa(""), best);
 }
 
 }  // namespace

@@ -319,6 +319,61 @@ TEST(integer_products_match_double) {
   }
 }
 
+// Both have fused multiply-adds and the same trees; only the width of a product's vector differs.
+TEST(avx2_and_avx512_agree_to_the_bit) {
+  if (!machine_supports(CpuIsa::kAvx512)) return;
+  const cpu::Kernels& narrow = cpu::kernels_of(CpuIsa::kAvx2);
+  const cpu::Kernels& wide = cpu::kernels_of(CpuIsa::kAvx512);
+  CHECK(std::string_view(narrow.name) != wide.name);
+  const int64_t cols = 512, panels = 5, rows = 13;
+  const Floats x = normal(static_cast<size_t>(rows * cols), 3);
+  const auto both = [](size_t size, const auto& run) {
+    Floats a(size, NAN), b(size, -1.0f);
+    run(cpu::kernels_of(CpuIsa::kAvx2), a.data());
+    run(cpu::kernels_of(CpuIsa::kAvx512), b.data());
+    CHECK(same_bits(a.data(), b.data(), size));
+    return a;
+  };
+  for (const DType dtype : kAllTypes) {
+    const auto bytes = stored_rows(dtype, panels * 16, cols, 4);
+    const auto source = rows_in(dtype, bytes, cols);
+    const int64_t stride = cpu::panel_bytes(dtype, cols);
+    std::vector<std::byte> packed(static_cast<size_t>(panels * stride));
+    for (size_t p = 0; p < panels; ++p) {
+      std::byte* to = packed.data() + static_cast<int64_t>(p) * stride;
+      if (dtype == DType::kF32) {
+        narrow.pack_panel(
+            reinterpret_cast<const float*>(bytes.data()) + static_cast<int64_t>(p) * 16 * cols,
+            cols, 16, cols, reinterpret_cast<float*>(to));
+      } else {
+        pack_stored_panel(dtype, std::span(source).subspan(p * 16, 16), cols, to);
+      }
+    }
+    const Floats panel = both(static_cast<size_t>(cols * 16), [&](const auto& k, float* out) {
+      k.expand_panel(dtype, packed.data(), cols, 0, cols, out);
+    });
+    both(static_cast<size_t>(panels * 16), [&](const auto& k, float* out) {
+      k.gemv_panels(dtype, packed.data(), stride, panels, cols, x.data(), out);
+    });
+    Floats tiles(static_cast<size_t>(18 * cols));
+    narrow.pack_rows(rows, cols, x.data(), cols, 1, tiles.data());
+    both(static_cast<size_t>(rows * 16), [&](const auto& k, float* out) {
+      k.gemm_panel(rows, cols, tiles.data(), 6 * cols, panel.data(), 16, out, false, false);
+    });
+    if (!cpu::has_integer_product(dtype)) continue;
+    const int64_t tile = cols / cpu::kGroup * cpu::kCodeGroupBytes;
+    const Floats codes = both(static_cast<size_t>(tile / 2), [&](const auto& k, float* out) {
+      auto* to = reinterpret_cast<uint8_t*>(out);
+      k.quantize_rows(8, cols, x.data(), cols, to);
+      k.quantize_rows(rows - 8, cols, x.data() + 8 * cols, cols, to + tile);
+    });
+    both(static_cast<size_t>(rows * 16), [&](const auto& k, float* out) {
+      k.multiply_codes(dtype, rows, cols, reinterpret_cast<const uint8_t*>(codes.data()), tile,
+                       packed.data(), out);
+    });
+  }
+}
+
 TEST(integer_products_refuse_what_they_cannot_do) {
   ThreadTeam team(1);
   const auto bytes = stored_rows(DType::kF32, 2, 33, 1);

@@ -7,11 +7,26 @@
 
 namespace alignpro {
 
-std::string_view cpu_isa_name(CpuIsa isa) { return isa == CpuIsa::kAvx2 ? "avx2" : "generic"; }
+namespace {
+
+struct Isa {
+  CpuIsa isa;
+  std::string_view name, needs;
+};
+
+constexpr Isa kIsas[] = {
+    {CpuIsa::kGeneric, "generic", ""},
+    {CpuIsa::kAvx2, "avx2", "AVX2, FMA and F16C"},
+    {CpuIsa::kAvx512, "avx512", "AVX2, FMA, F16C and AVX-512 F, BW, DQ, VL and VNNI"},
+};
+
+}  // namespace
+
+std::string_view cpu_isa_name(CpuIsa isa) { return kIsas[static_cast<size_t>(isa)].name; }
 
 std::vector<CpuIsa> compiled_isas() {
-#ifdef ALIGNPRO_HAVE_AVX2
-  return {CpuIsa::kGeneric, CpuIsa::kAvx2};
+#ifdef ALIGNPRO_X86_KERNELS
+  return {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512};
 #else
   return {CpuIsa::kGeneric};
 #endif
@@ -21,8 +36,12 @@ bool machine_supports(CpuIsa isa) {
   if (isa == CpuIsa::kGeneric) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (isa == CpuIsa::kAvx2) return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif
@@ -37,19 +56,20 @@ CpuIsa choose_cpu_isa(std::string_view forced) {
     }
     return best;
   }
-  for (const CpuIsa isa : {CpuIsa::kGeneric, CpuIsa::kAvx2}) {
-    if (forced != cpu_isa_name(isa)) continue;
+  for (const auto& [isa, name, needs] : kIsas) {
+    if (forced != name) continue;
     if (std::find(compiled.begin(), compiled.end(), isa) == compiled.end()) {
       throw Unavailable(cat("ALIGNPRO_CPU_ISA=", forced, ": this build has no ", forced,
                             " kernels; unset it or set it to generic"));
     }
     if (!machine_supports(isa)) {
-      throw Unavailable(cat("ALIGNPRO_CPU_ISA=", forced, ": this machine lacks ", forced,
-                            " (AVX2, FMA and F16C are needed); unset it or set it to generic"));
+      throw Unavailable(cat("ALIGNPRO_CPU_ISA=", forced, ": this machine lacks ", forced, " (",
+                            needs, " are needed); unset it or set it to generic"));
     }
     return isa;
   }
-  throw InvalidArgument(cat("ALIGNPRO_CPU_ISA: expected generic or avx2, got \"", forced, "\""));
+  throw InvalidArgument(
+      cat("ALIGNPRO_CPU_ISA: expected generic, avx2 or avx512, got \"", forced, "\""));
 }
 
 CpuIsa cpu_isa() {

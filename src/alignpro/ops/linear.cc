@@ -25,6 +25,9 @@ using cpu::kContract;
 using cpu::kPanel;
 using cpu::kRowTile;
 
+// Panels of a single row that an item takes at least: what a kernel multiplies side by side.
+constexpr int64_t kRowPanels = 4;
+
 struct Workspace {
   AlignedBuffer tile;
   AlignedBuffer panel;
@@ -95,7 +98,8 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
       term.prepare(first, packed, team);
     }
     if (c == nullptr) continue;
-    const int64_t group = std::max<int64_t>(1, panels / (8 * team.size()));
+    int64_t group = std::max<int64_t>(1, panels / (8 * team.size()));
+    if (live == 1) group = (group + kRowPanels - 1) / kRowPanels * kRowPanels;
     team.run((panels + group - 1) / group, [&](int64_t item, int) {
       Workspace& own = workspace();
       const int64_t p_begin = item * group, p_end = std::min(panels, p_begin + group);

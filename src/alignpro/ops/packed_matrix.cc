@@ -138,17 +138,8 @@ void PackedMatrix::multiply_row(int64_t p_begin, int64_t count, const float* x, 
 
 void PackedMatrix::multiply_codes(int64_t p, int64_t live, const uint8_t* x, int64_t x_stride,
                                   float* out) const {
-  constexpr int64_t kGroups = cpu::kContract / cpu::kGroup;
-  uint8_t codes[kGroups * cpu::kWeightGroupBytes];
-  const cpu::Kernels& k = cpu::kernels();
   const Panel& panel = panels_[static_cast<size_t>(p)];
-  for (int64_t k_begin = 0; k_begin < cols_; k_begin += cpu::kContract) {
-    const int64_t count = std::min(cpu::kContract, cols_ - k_begin);
-    k.expand_codes(panel.dtype, at(panel), cols_, k_begin, count, codes);
-    k.gemm_int8(panel.dtype, live, count / cpu::kGroup,
-                x + k_begin / cpu::kGroup * cpu::kCodeGroupBytes, x_stride, codes, out,
-                k_begin > 0);
-  }
+  cpu::kernels().multiply_codes(panel.dtype, live, cols_, x, x_stride, at(panel), out);
 }
 
 void PackedMatrix::read_row(int64_t row, float* out) const {

@@ -2,93 +2,180 @@
 // exact, so every instruction set computes the same sums; floats are added group by group in
 // ascending order, whatever rows stand beside a row.
 
+// Eight codes of a row as bytes: the even columns' word, then the odd ones', as nibbles come apart.
+ALIGNPRO_INLINE void store_codes(I8 codes, uint8_t* even, uint8_t* odd) {
+#if defined(__AVX2__)
+  // A byte of each lane to its place in its half's eight bytes; the halves then fill each other.
+  const __m256i places =
+      _mm256_setr_epi8(0, 8, -1, -1, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8,
+                       -1, -1, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1);
+  __m256i wide;
+  std::memcpy(&wide, &codes, sizeof(wide));
+  const __m256i placed = _mm256_shuffle_epi8(wide, places);
+  const int64_t bytes = _mm256_extract_epi64(placed, 0) | _mm256_extract_epi64(placed, 2);
+  std::memcpy(even, &bytes, 4);
+  std::memcpy(odd, reinterpret_cast<const uint8_t*>(&bytes) + 4, 4);
+#else
+  for (int j = 0; j < 4; ++j) {
+    even[j] = static_cast<uint8_t>(codes[2 * j]);
+    odd[j] = static_cast<uint8_t>(codes[2 * j + 1]);
+  }
+#endif
+}
+
 void quantize_rows(int64_t rows, int64_t cols, const float* x, int64_t row_stride, uint8_t* out) {
   const int64_t groups = cols / kGroup;
-  for (int64_t g = 0; g < groups; ++g) {
-    uint8_t* to = out + g * kCodeGroupBytes;
-    auto* scales = reinterpret_cast<float*>(to + kGroup * kCodeRows);
-    for (int64_t r = 0; r < kCodeRows; ++r) {
-      int8_t codes[kGroup] = {};
-      float scale = 0.0f;
-      int32_t sum = 0;
-      if (r < rows) {
-        const float* from = x + r * row_stride + g * kGroup;
-        F8 top = splat(0.0f), poison = splat(0.0f);
-        for (int64_t i = 0; i < kGroup; i += 8) {
-          const F8 v = load(from + i);
-          top = max8(v < splat(0.0f) ? -v : v, top);
-          poison = poison + v * splat(0.0f);  // NaN and infinity must not vanish in an integer
-        }
-        const float most = max_lanes(top);
-        scale = most / 127.0f + sum_lanes(poison);
-        const F8 inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
-        const F8 magic = splat(12582912.0f);  // rounds to even, as exp8's
-        for (int64_t i = 0; i < kGroup; i += 8) {
-          const F8 biased = load(from + i) * inverse + magic;
-          I8 bits;
-          std::memcpy(&bits, &biased, sizeof(bits));
-          for (int j = 0; j < 8; ++j) {
-            codes[i + j] = static_cast<int8_t>(bits[j] - 0x4B400000);
-            sum += codes[i + j];
-          }
-        }
+  for (int64_t g = 0; g < groups; ++g, out += kCodeGroupBytes) {
+    if (rows < kCodeRows) std::memset(out, 0, kCodeGroupBytes);
+    auto* sums = reinterpret_cast<int32_t*>(out + kGroup * kCodeRows);
+    auto* scales = reinterpret_cast<float*>(sums + kCodeRows);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* from = x + r * row_stride + g * kGroup;
+      F8 top = splat(0.0f), poison = splat(0.0f);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kGroup; i += 8) {
+        const F8 v = load(from + i);
+        top = max8(v < splat(0.0f) ? -v : v, top);
+        poison = poison + v * splat(0.0f);  // NaN and infinity must not vanish in an integer
       }
-      for (int64_t word = 0; word < 8; ++word) {
-        // Of each eight columns the even ones, then the odd ones, as nibbles come apart.
-        const int8_t* first = codes + word / 2 * 8 + word % 2;
-        int8_t* at = reinterpret_cast<int8_t*>(to) + (word * kCodeRows + r) * 4;
-        for (int j = 0; j < 4; ++j) at[j] = first[2 * j];
+      const float most = max_lanes(top);
+      const float scale = most / 127.0f + sum_lanes(poison);
+      const F8 inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
+      const F8 magic = splat(12582912.0f);  // rounds to even, as exp8's
+      I8 sum = {};
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kGroup; i += 8) {
+        const F8 biased = load(from + i) * inverse + magic;
+        I8 codes;
+        std::memcpy(&codes, &biased, sizeof(codes));
+        codes -= 0x4B400000;
+        sum += codes;
+        uint8_t* to = out + (i / 4 * kCodeRows + r) * 4;
+        store_codes(codes, to, to + kCodeRows * 4);
       }
+      int32_t total = 0;
+      for (int j = 0; j < 8; ++j) total += sum[j];
+      sums[r] = total;
       scales[r] = scale;
-      scales[kCodeRows + r] = scale * static_cast<float>(sum);
+      scales[kCodeRows + r] = scale * static_cast<float>(total);
     }
   }
 }
 
+#if defined(__AVX512VNNI__)
+
+// One tile of rows against a panel as it is stored. A chain is a row; the codes are unsigned, those
+// of Q8_0 128 too large, which the row's sum takes back.
+template <DType D, int Rows>
+void int8_tile(int64_t cols, const uint8_t* x, const uint8_t* panel, float* c) {
+  constexpr PanelLayout kLayout = panel_layout(D);
+  constexpr bool kBytes = D == DType::kQ8_0;
+  const __m512i nibbles = _mm512_set1_epi8(15);
+  Wide total[Rows] = {};
+  for (int64_t k = 0; k < cols; k += kGroup, x += kCodeGroupBytes) {
+    const uint8_t* low = panel + k / kGroup * kLayout.group_bytes() + kLayout.scale_bytes;
+    const auto* sums = reinterpret_cast<const int32_t*>(x + kGroup * kCodeRows);
+    const auto* scales = reinterpret_cast<const float*>(sums + kCodeRows);
+    __m512i acc[Rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      acc[r] = kBytes ? _mm512_set1_epi32(-128 * sums[r]) : _mm512_setzero_si512();
+    }
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair) {
+      __m512i code[2];
+      if (kBytes) {
+        code[0] = _mm512_loadu_si512(low + pair * 128);
+        code[1] = _mm512_loadu_si512(low + pair * 128 + 64);
+      } else {
+        const __m512i v = _mm512_loadu_si512(low + pair * 64);
+        code[0] = _mm512_and_si512(v, nibbles);
+        code[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibbles);
+      }
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+          int32_t four;
+          std::memcpy(&four, x + ((2 * pair + odd) * kCodeRows + r) * 4, 4);
+          acc[r] = _mm512_dpbusd_epi32(acc[r], code[odd], _mm512_set1_epi32(four));
+        }
+      }
+    }
+    const Affine a = affine_at<D>(panel, cols, k, 0);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      total[r] = fma(_mm512_cvtepi32_ps(acc[r]) * splat_wide(scales[r]), a.scale, total[r]);
+      if (!kBytes) total[r] = fma(splat_wide(scales[kCodeRows + r]), a.minimum, total[r]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) store_wide(c + r * kPanel, total[r]);
+}
+
 template <DType D>
-void expand_codes_of(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_t k_count,
-                     uint8_t* out) {
+void multiply_codes_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
+                       const uint8_t* panel, float* c) {
+  for (; rows >= kCodeRows; rows -= kCodeRows, x += x_stride, c += kCodeRows * kPanel) {
+    int8_tile<D, kCodeRows>(cols, x, panel, c);
+  }
+  switch (rows) {
+    case 1:
+      return int8_tile<D, 1>(cols, x, panel, c);
+    case 2:
+      return int8_tile<D, 2>(cols, x, panel, c);
+    case 3:
+      return int8_tile<D, 3>(cols, x, panel, c);
+    case 4:
+      return int8_tile<D, 4>(cols, x, panel, c);
+    case 5:
+      return int8_tile<D, 5>(cols, x, panel, c);
+    case 6:
+      return int8_tile<D, 6>(cols, x, panel, c);
+    case 7:
+      return int8_tile<D, 7>(cols, x, panel, c);
+    default:
+      return;
+  }
+}
+
+#else
+
+// A panel's codes in the making: [8 words][16][4 bytes], scales [16], minima [16] a group. Those of
+// Q8_0 are signed.
+constexpr int64_t kWeightGroupBytes = kGroup * kPanel + 2 * kPanel * 4;
+
+template <DType D>
+void expand_codes(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_t k_count,
+                  uint8_t* out) {
   constexpr PanelLayout kLayout = panel_layout(D);
   for (int64_t k = k_begin; k < k_begin + k_count; k += kGroup, out += kWeightGroupBytes) {
     const uint8_t* low = panel + k / kGroup * kLayout.group_bytes() + kLayout.scale_bytes;
     auto* affine = reinterpret_cast<float*>(out + kGroup * kPanel);
-    for (int half = 0; half < 2; ++half) {
-      const Affine a = affine_at<D>(panel, cols, k, half);
-      store(affine + 8 * half, a.scale);
-      // Bytes are used signed, around their offset.
-      store(affine + kPanel + 8 * half, D == DType::kQ8_0 ? splat(0.0f) : a.minimum);
-      for (int word = 0; word < 4; ++word) {
-        W8 even, odd;
+    for (int part = 0; part < kParts; ++part) {
+      const Affine a = affine_at<D>(panel, cols, k, part);
+      const int at = kLanes * part;
+      store_wide(affine + at, a.scale);
+      store_wide(affine + kPanel + at, D == DType::kQ8_0 ? Wide{} : a.minimum);
+      for (int pair = 0; pair < 4; ++pair) {
+        Words even, odd;
         if constexpr (D == DType::kQ8_0) {
-          const uint8_t* from = low + 2 * word * 64 + 32 * half;
-          even = load_words(from) ^ words(0x80808080u);
-          odd = load_words(from + 64) ^ words(0x80808080u);
+          even = load_words(low + pair * 128 + 4 * at) ^ 0x80808080u;
+          odd = load_words(low + pair * 128 + 64 + 4 * at) ^ 0x80808080u;
         } else {
-          const W8 v = load_words(low + word * 64 + 32 * half);
+          const Words v = load_words(low + pair * 64 + 4 * at);
           even = v & 0x0f0f0f0fu;
           odd = v >> 4 & 0x0f0f0f0fu;
         }
-        std::memcpy(out + 2 * word * 64 + 32 * half, &even, 32);
-        std::memcpy(out + (2 * word + 1) * 64 + 32 * half, &odd, 32);
+        std::memcpy(out + pair * 128 + 4 * at, &even, sizeof(even));
+        std::memcpy(out + pair * 128 + 64 + 4 * at, &odd, sizeof(odd));
       }
     }
   }
 }
 
-void expand_codes(DType dtype, const void* panel, int64_t cols, int64_t k_begin, int64_t k_count,
-                  uint8_t* out) {
-  const auto* p = static_cast<const uint8_t*>(panel);
-  switch (dtype) {
-    case DType::kQ4_0:
-      return expand_codes_of<DType::kQ4_0>(p, cols, k_begin, k_count, out);
-    case DType::kQ4_1:
-      return expand_codes_of<DType::kQ4_1>(p, cols, k_begin, k_count, out);
-    case DType::kQ4_K:
-      return expand_codes_of<DType::kQ4_K>(p, cols, k_begin, k_count, out);
-    default:
-      return expand_codes_of<DType::kQ8_0>(p, cols, k_begin, k_count, out);
-  }
-}
+constexpr int64_t kInt8Rows = 4;  // with eight the sums would not fit into 16 registers
+static_assert(kCodeRows % kInt8Rows == 0);
 
 // sums[r][half] of one group: lanes are the panel's rows.
 template <bool Bytes, int Rows>
@@ -149,8 +236,10 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
 #endif
 }
 
+// Rows [first, first + Rows) of a tile.
 template <bool Bytes, int Rows>
-void int8_tile(int64_t groups, const uint8_t* x, const uint8_t* w, float* c, bool accumulate) {
+void int8_tile(int64_t groups, const uint8_t* x, int64_t first, const uint8_t* w, float* c,
+               bool accumulate) {
   F8 total[Rows][2];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
@@ -161,9 +250,9 @@ void int8_tile(int64_t groups, const uint8_t* x, const uint8_t* w, float* c, boo
   }
   for (int64_t g = 0; g < groups; ++g, x += kCodeGroupBytes, w += kWeightGroupBytes) {
     I8 sums[Rows][2];
-    group_sums<Bytes, Rows>(x, w, sums);
+    group_sums<Bytes, Rows>(x + 4 * first, w, sums);
     const auto* affine = reinterpret_cast<const float*>(w + kGroup * kPanel);
-    const auto* scales = reinterpret_cast<const float*>(x + kGroup * kCodeRows);
+    const auto* scales = reinterpret_cast<const float*>(x + kGroup * kCodeRows) + kCodeRows + first;
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 2
@@ -184,29 +273,49 @@ void int8_tile(int64_t groups, const uint8_t* x, const uint8_t* w, float* c, boo
   }
 }
 
-template <bool Bytes>
-void gemm_int8_of(int64_t rows, int64_t groups, const uint8_t* x, int64_t x_stride,
-                  const uint8_t* w, float* c, bool accumulate) {
-  for (; rows >= kCodeRows; rows -= kCodeRows, x += x_stride, c += kCodeRows * kPanel) {
-    int8_tile<Bytes, kCodeRows>(groups, x, w, c, accumulate);
-  }
-  switch (rows) {
-    case 1:
-      return int8_tile<Bytes, 1>(groups, x, w, c, accumulate);
-    case 2:
-      return int8_tile<Bytes, 2>(groups, x, w, c, accumulate);
-    case 3:
-      return int8_tile<Bytes, 3>(groups, x, w, c, accumulate);
-    default:
-      return;
+template <DType D>
+void multiply_codes_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
+                       const uint8_t* panel, float* c) {
+  constexpr bool kBytes = D == DType::kQ8_0;
+  uint8_t codes[kContract / kGroup * kWeightGroupBytes];
+  for (int64_t k = 0; k < cols; k += kContract) {
+    const int64_t count = cols - k < kContract ? cols - k : kContract;
+    const int64_t groups = count / kGroup;
+    expand_codes<D>(panel, cols, k, count, codes);
+    for (int64_t row = 0; row < rows; row += kInt8Rows) {
+      const uint8_t* tile = x + row / kCodeRows * x_stride + k / kGroup * kCodeGroupBytes;
+      const int64_t first = row % kCodeRows;
+      float* to = c + row * kPanel;
+      switch (rows - row) {
+        case 1:
+          int8_tile<kBytes, 1>(groups, tile, first, codes, to, k > 0);
+          break;
+        case 2:
+          int8_tile<kBytes, 2>(groups, tile, first, codes, to, k > 0);
+          break;
+        case 3:
+          int8_tile<kBytes, 3>(groups, tile, first, codes, to, k > 0);
+          break;
+        default:
+          int8_tile<kBytes, 4>(groups, tile, first, codes, to, k > 0);
+      }
+    }
   }
 }
 
-void gemm_int8(DType dtype, int64_t rows, int64_t groups, const uint8_t* x, int64_t x_stride,
-               const uint8_t* w, float* c, bool accumulate) {
-  if (dtype == DType::kQ8_0) {
-    gemm_int8_of<true>(rows, groups, x, x_stride, w, c, accumulate);
-  } else {
-    gemm_int8_of<false>(rows, groups, x, x_stride, w, c, accumulate);
+#endif
+
+void multiply_codes(DType dtype, int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
+                    const void* panel, float* c) {
+  const auto* p = static_cast<const uint8_t*>(panel);
+  switch (dtype) {
+    case DType::kQ4_0:
+      return multiply_codes_of<DType::kQ4_0>(rows, cols, x, x_stride, p, c);
+    case DType::kQ4_1:
+      return multiply_codes_of<DType::kQ4_1>(rows, cols, x, x_stride, p, c);
+    case DType::kQ4_K:
+      return multiply_codes_of<DType::kQ4_K>(rows, cols, x, x_stride, p, c);
+    default:
+      return multiply_codes_of<DType::kQ8_0>(rows, cols, x, x_stride, p, c);
   }
 }

@@ -39,6 +39,36 @@ ALIGNPRO_INLINE F8 fma(F8 a, F8 b, F8 c) {
 #endif
 }
 
+// The products' vector: a panel's 16 floats where registers hold them, else half of them. Lanes are
+// a panel's rows, so its width changes no bit.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+constexpr int kParts = kPanel / kLanes;
+
+typedef float Wide __attribute__((vector_size(4 * kLanes)));
+typedef float WideU __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t WideInts __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t WordsU __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+ALIGNPRO_INLINE Wide load_wide(const float* p) { return *reinterpret_cast<const WideU*>(p); }
+ALIGNPRO_INLINE void store_wide(float* p, Wide v) { *reinterpret_cast<WideU*>(p) = v; }
+ALIGNPRO_INLINE Wide splat_wide(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#else
+  return splat(x);
+#endif
+}
+
+#if defined(__AVX512F__)
+ALIGNPRO_INLINE Wide fma(Wide a, Wide b, Wide c) { return _mm512_fmadd_ps(a, b, c); }
+#endif
+
 ALIGNPRO_INLINE float fma1(float a, float b, float c) {
 #if defined(__FMA__)
   return __builtin_fmaf(a, b, c);
@@ -103,17 +133,16 @@ template <int Rows>
 ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b, int64_t ldb,
                                 float* c, bool accumulate, const float* ahead, int64_t lines,
                                 int64_t every) {
-  F8 acc[Rows][2];
-#pragma GCC unroll 6
-  for (int m = 0; m < Rows; ++m) acc[m][0] = acc[m][1] = splat(0.0f);
+  Wide acc[Rows][kParts] = {};
   const auto step = [&]() __attribute__((always_inline)) {
-    const F8 b0 = load(b);
-    const F8 b1 = load(b + 8);
+    Wide bk[kParts];
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) bk[part] = load_wide(b + part * kLanes);
 #pragma GCC unroll 6
     for (int m = 0; m < Rows; ++m) {
-      const F8 am = splat(a[m]);
-      acc[m][0] = fma(am, b0, acc[m][0]);
-      acc[m][1] = fma(am, b1, acc[m][1]);
+      const Wide am = splat_wide(a[m]);
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) acc[m][part] = fma(am, bk[part], acc[m][part]);
     }
     a += kRowTile;
     b += ldb;
@@ -125,13 +154,12 @@ ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b,
   for (int64_t k = lines * every; k < k_count; ++k) step();
 #pragma GCC unroll 6
   for (int m = 0; m < Rows; ++m) {
-    float* row = c + m * kPanel;
-    if (accumulate) {
-      acc[m][0] = load(row) + acc[m][0];
-      acc[m][1] = load(row + 8) + acc[m][1];
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      float* to = c + m * kPanel + part * kLanes;
+      if (accumulate) acc[m][part] = load_wide(to) + acc[m][part];
+      store_wide(to, acc[m][part]);
     }
-    store(row, acc[m][0]);
-    store(row + 8, acc[m][1]);
   }
 }
 
@@ -645,8 +673,7 @@ const Kernels kKernels = {
     .expand_panel = expand_panel,
     .gemv_panels = gemv_panels,
     .quantize_rows = quantize_rows,
-    .expand_codes = expand_codes,
-    .gemm_int8 = gemm_int8,
+    .multiply_codes = multiply_codes,
     .pack_rows = pack_rows,
     .transpose_panels = transpose_panels,
     .pack_panel = pack_panel,

@@ -1,14 +1,23 @@
 #include "alignpro/ops/cpu/kernels.h"
 
-#include "alignpro/core/cpu_isa.h"
-
 namespace alignpro::ops::cpu {
 
-const Kernels& kernels() {
-#if defined(ALIGNPRO_HAVE_AVX2)
-  if (cpu_isa() == CpuIsa::kAvx2) return avx2::kKernels;
+const Kernels& kernels_of(CpuIsa isa) {
+  switch (isa) {
+#if defined(ALIGNPRO_X86_KERNELS)
+    case CpuIsa::kAvx512:
+      return avx512::kKernels;
+    case CpuIsa::kAvx2:
+      return avx2::kKernels;
 #endif
-  return generic::kKernels;
+    default:
+      return generic::kKernels;
+  }
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = kernels_of(cpu_isa());
+  return chosen;
 }
 
 }  // namespace alignpro::ops::cpu

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "alignpro/core/cpu_isa.h"
 #include "alignpro/core/dtype.h"
 
 namespace alignpro::ops::cpu {
@@ -67,14 +68,12 @@ struct Kernels {
                       const float* x, float* out);
 
   // Integer products (panel_layout.h). quantize_rows writes one tile of up to kCodeRows rows;
-  // expand_codes columns [k_begin, k_begin + k_count) of a panel, multiples of 32; gemm_int8 adds
-  // up groups in ascending order into c [rows][16], tiles of x lying x_stride bytes apart.
+  // multiply_codes multiplies rows by a panel, adding up groups in ascending order: c [rows][16],
+  // tiles of x lying x_stride bytes apart.
   void (*quantize_rows)(int64_t rows, int64_t cols, const float* x, int64_t row_stride,
                         uint8_t* out);
-  void (*expand_codes)(DType dtype, const void* panel, int64_t cols, int64_t k_begin,
-                       int64_t k_count, uint8_t* out);
-  void (*gemm_int8)(DType dtype, int64_t rows, int64_t groups, const uint8_t* x, int64_t x_stride,
-                    const uint8_t* w, float* c, bool accumulate);
+  void (*multiply_codes)(DType dtype, int64_t rows, int64_t cols, const uint8_t* x,
+                         int64_t x_stride, const void* panel, float* c);
 
   // Packs rows [rows][k_count] of a matrix with element (m, k) at m * row_stride + k * col_stride
   // into [ceil(rows / 6)][k_count][6]; missing rows of the last tile are zero.
@@ -154,6 +153,12 @@ extern const Kernels kKernels;
 namespace avx2 {
 extern const Kernels kKernels;
 }
+namespace avx512 {
+extern const Kernels kKernels;
+}
+
+// One of compiled_isas().
+const Kernels& kernels_of(CpuIsa isa);
 
 // The table for this machine (core/cpu_isa.h decides, once).
 const Kernels& kernels();

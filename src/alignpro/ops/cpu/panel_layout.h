@@ -32,12 +32,10 @@ struct PanelLayout {
 };
 
 // Integer products. Activations: tiles of kCodeRows rows, a group of 32 columns after the other:
-// signed codes [8 words][kCodeRows][4 bytes], then per row the scale and scale * (sum of codes).
-// Weights are expanded to [8 words][16][4 bytes] codes, scales [16], minima [16]. Of each eight
-// columns a word holds the even ones, the next word the odd ones.
-inline constexpr int64_t kCodeRows = 4;
-inline constexpr int64_t kCodeGroupBytes = kGroup * kCodeRows + 2 * kCodeRows * 4;
-inline constexpr int64_t kWeightGroupBytes = kGroup * kPanel + 2 * kPanel * 4;
+// signed codes [8 words][kCodeRows][4 bytes], then per row the sum of its codes (int32), the scale,
+// and scale * sum. Of each eight columns a word holds the even ones, the next word the odd ones.
+inline constexpr int64_t kCodeRows = 8;
+inline constexpr int64_t kCodeGroupBytes = kGroup * kCodeRows + 3 * kCodeRows * 4;
 
 // Formats whose codes are multiplied as they stand; others become Q8_0 when they are loaded.
 constexpr bool has_integer_product(DType dtype) {
