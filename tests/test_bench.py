@@ -54,6 +54,7 @@ def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
         ("decode", ["--batch", "1,3", "--new-tokens", "4", "--prompt-tokens", "5"]),
         ("prefill", ["--shape", "1x9,2x5"]),
         ("rollout", ["--prompts", "2"]),
+        ("growth", ["--batch", "1,3", "--context", "32,64", "--compute", "float32,int8"]),
     ):
         file = tmp_path / f"{benchmark}.json"
         common = ["--model", str(smollm2_path), "--repeats", "1", "--json", str(file)]
@@ -68,9 +69,22 @@ def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
         if benchmark == "decode":
             assert [row["batch"] for row in rows] == [1, 3]
             assert all(0 < row["fma_share"] < 1 and row["bytes_per_step"] > 0 for row in rows)
+            assert 0 < report["load_seconds"] < report["cold_start_seconds"]
+        if benchmark == "growth":
+            cells = [(1, 32), (3, 32), (1, 64)]
+            assert [(row["batch"], row["context"]) for row in rows] == 2 * cells
         if benchmark == "rollout":  # the same draws: the same work
             generated = report["generated_tokens"]
             assert generated["interleaved"] == generated["barrier"]
+
+
+def test_growth_is_drawn(tmp_path: Path, smollm2_path: Path):
+    plot = tmp_path / "growth.svg"
+    work = ["--model", str(smollm2_path), "--batch", "1,2", "--context", "32", "--repeats", "1"]
+    assert run("bench", "growth", *work, "--plot", str(plot)).exit_code == 0
+    assert "<svg" in plot.read_text("utf-8")
+    again = run("bench", "growth", *work, "--plot", str(plot))
+    assert again.exit_code == 2 and "is there already" in again.output
 
 
 @pytest.mark.parametrize(
@@ -80,6 +94,7 @@ def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
         (["bench", "prefill", "--shape", "512"], "--shape: expected SEQUENCESxTOKENS"),
         (["bench", "score", "--shape", "300"], "--shape: expected VOCABULARYxHIDDEN"),
         (["bench", "step", "--model", "/no/such.gguf"], "such.gguf"),
+        (["bench", "growth", "--batch", "1", "--context", "3", "--repeats", "1"], "context:"),
         (["bench", "step", "--json", "/no/such/folder/x.json"], "no such folder"),
     ],
 )

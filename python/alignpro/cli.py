@@ -397,6 +397,43 @@ def bench_rollout(
     )
 
 
+@bench.command("growth")
+@one_line_errors
+def bench_growth(
+    model: BenchModel = "smollm2",
+    batch: Annotated[str, typer.Option(help="sequences at once")] = "1,2,4,8,16,32,64,128,256",
+    context: Annotated[str, typer.Option(help="positions of one sequence")] = (
+        "128,256,512,1024,2048,4096,8192"
+    ),
+    compute: Annotated[str, typer.Option(help="float32, int8 or both")] = "float32",
+    json_file: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="draw it there; needs matplotlib")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="steps, of which the median is taken")] = 9,
+    threads: Threads = None,
+) -> None:
+    """Decoded tokens a second as batch and context grow."""
+    from alignpro.bench.growth import bench_growth as measure
+    from alignpro.bench.growth import growth_plot
+    from alignpro.bench.tables import generation_tables
+
+    _check_new(plot)
+    if plot is not None and not _is_installed("matplotlib"):
+        raise ImportError("--plot needs matplotlib: pip install matplotlib, or leave it out")
+    report = _run_bench(
+        measure,
+        generation_tables,
+        model,
+        json_file,
+        threads,
+        batches=_counts("--batch", batch),
+        contexts=_counts("--context", context),
+        computes=[part.strip() for part in compute.split(",")],
+        repeats=repeats,
+    )
+    if plot is not None:
+        growth_plot(report, plot)
+
+
 def _run_bench(
     measure: Callable[..., dict[str, Any]],
     tables: Callable[[dict[str, Any]], RenderableType],
@@ -404,7 +441,7 @@ def _run_bench(
     json_file: Path | None,
     threads: int | None,
     **work: Any,
-) -> None:
+) -> dict[str, Any]:
     """Measure, write the numbers, print them."""
     _check_new(json_file)
     from rich.console import Console
@@ -421,6 +458,7 @@ def _run_bench(
         )
     _write_json(json_file, report)
     Console().print(tables(report))
+    return report
 
 
 def _shape(text: str, expected: str = "VOCABULARYxHIDDEN, such as 49152x576") -> tuple[int, int]:
@@ -461,12 +499,15 @@ def _split(config: Path | None, overrides: list[str] | None) -> tuple[Path | Non
     return config, settings
 
 
-def _needs_torch(command: str) -> None:
+def _is_installed(module: str) -> bool:
     try:
-        there = importlib.util.find_spec("torch") is not None
+        return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # an import hook hides it
-        there = False
-    if not there:
+        return False
+
+
+def _needs_torch(command: str) -> None:
+    if not _is_installed("torch"):
         raise ImportError(
             f"{command} trains, which needs torch: pip install -c constraints.txt '.[train]'"
         )

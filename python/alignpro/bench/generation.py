@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -40,20 +42,28 @@ def bench_decode(
 
     ``tokens_per_second`` counts new tokens over the whole call, prefill included;
     ``decode_tokens_per_second`` leaves out the time to the first token, measured by calls that
-    stop there. Shares are of the limits measured in the same run: multiply-adds of the whole call,
-    and weights and KV read from memory while decoding.
+    stop there. ``cold_start_seconds`` is a new process up to its first token, interpreter and
+    imports included, with the file in the system's cache. Shares are of the limits measured in the
+    same run: multiply-adds of the whole call, and weights and KV read from memory while decoding.
 
     Raises:
         ValueError, OSError: a model that does not load, or whose context is too short.
     """
-    started = time.perf_counter()
-    loaded = load_model(model, threads=threads, compute=compute, prefix_cache=False)
-    report = _report("decode", loaded, threads, repeats, time.perf_counter() - started)
-    report |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "results": []}
+    loaded, load_seconds = load_for_bench(model, threads, compute=compute)
+    report = generation_report("decode", loaded, threads, repeats, load_seconds)
+    say("a new process, to its first token")
+    report |= {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "cold_start_seconds": statistics.median(
+            _cold_start(model, threads, compute) for _ in range(repeats)
+        ),
+        "results": [],
+    }
     work = _Work(loaded)
     for batch in batches:
         say(f"{batch} sequences")
-        prompts = _prompts(loaded, batch, prompt_tokens)
+        prompts = random_prompts(loaded, batch, prompt_tokens)
         seconds = interleaved(
             {
                 "first": partial(_generate, loaded, prompts, 1),
@@ -102,14 +112,13 @@ def bench_prefill(
 
     Raises as `bench_decode`.
     """
-    started = time.perf_counter()
-    loaded = load_model(model, threads=threads, compute=compute, prefix_cache=False)
-    report = _report("prefill", loaded, threads, repeats, time.perf_counter() - started)
+    loaded, load_seconds = load_for_bench(model, threads, compute=compute)
+    report = generation_report("prefill", loaded, threads, repeats, load_seconds)
     report["results"] = []
     work = _Work(loaded)
     for batch, length in shapes:
         say(f"{batch} x {length}")
-        prompts = _prompts(loaded, batch, length)
+        prompts = random_prompts(loaded, batch, length)
         seconds = interleaved({"all": partial(_generate, loaded, prompts, 1)}, repeats + 1)
         whole = statistics.median(seconds["all"][1:])
         flops = batch * (work.flops(length, 0) + work.head_flops)
@@ -160,9 +169,8 @@ def bench_rollout(
         written = side(pipeline, texts, seed)
         return written, time.perf_counter() - begun
 
-    started = time.perf_counter()
-    loaded = load_model(model, threads=threads)
-    report = _report("rollout", loaded, threads, repeats, time.perf_counter() - started)
+    loaded, load_seconds = load_for_bench(model, threads)
+    report = generation_report("rollout", loaded, threads, repeats, load_seconds)
     del loaded
     sides: dict[str, Callable[[Pipeline, list[str], int], int]] = {
         "interleaved": _interleaved,
@@ -218,9 +226,25 @@ class _Work:
         return positions * self._kv_bytes
 
 
-def _report(
+def load_for_bench(
+    model: Path, threads: int, *, compute: str = "float32", max_batch_rows: int = 256
+) -> tuple[NativeModel, float]:
+    """The model, with nothing kept between calls, and the seconds that it took to load."""
+    started = time.perf_counter()
+    loaded = load_model(
+        model,
+        threads=threads,
+        compute=compute,
+        prefix_cache=False,
+        max_batch_rows=max_batch_rows,
+    )
+    return loaded, time.perf_counter() - started
+
+
+def generation_report(
     benchmark: str, model: NativeModel, threads: int, repeats: int, load_seconds: float
 ) -> dict[str, Any]:
+    """What every report begins with; the machine's limits are measured here."""
     return {
         "benchmark": benchmark,
         "machine": machine(threads),
@@ -237,11 +261,26 @@ def _rate(flops: float, seconds: float, report: dict[str, Any]) -> dict[str, flo
     return {"gflops": gflops, "fma_share": gflops / report["limits"]["fma_gflops"]}
 
 
-def _prompts(model: NativeModel, batch: int, length: int) -> list[list[int]]:
+def random_prompts(model: NativeModel, batch: int, length: int) -> list[list[int]]:
     """Distinct prompts of random ids: nothing to share, and an exact length."""
     draw = np.random.default_rng(length)
     ids = draw.integers(0, model.config["vocab_size"], (batch, length))
     return [[int(token) for token in row] for row in ids]
+
+
+_COLD_START = """
+import sys
+import alignpro
+model = alignpro.load_model(sys.argv[1], int(sys.argv[2]), compute=sys.argv[3])
+model.generate(["How do bees find home?"], alignpro.SamplingParams(max_new_tokens=1))
+"""
+
+
+def _cold_start(model: Path, threads: int, compute: str) -> float:
+    command = [sys.executable, "-c", _COLD_START, str(model), str(threads), compute]
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - started
 
 
 def _generate(model: NativeModel, prompts: list[list[int]], new_tokens: int) -> None:

@@ -45,14 +45,14 @@ def step_table(report: Mapping[str, Any]) -> Table:
 def generation_tables(report: Mapping[str, Any]) -> Group:
     """Tokens a second of decode, prefill or rollout, beside the machine's limits."""
     parts: list[RenderableType] = [_limits_line(report)]
-    if report["benchmark"] == "rollout":
-        parts.append(_rollout_table(report))
-    else:
-        parts.append(_throughput_table(report))
+    tables = {"rollout": _rollout_table, "growth": _growth_table}
+    parts.append(tables.get(report["benchmark"], _throughput_table)(report))
+    cold = report.get("cold_start_seconds")
     parts.append(
         Text(
             f"loaded in {report['load_seconds']:.2f} s, "
-            f"peak memory {_mib(report['peak_rss_bytes'])}"
+            + ("" if cold is None else f"first token of a new process after {cold:.2f} s, ")
+            + f"peak memory {_mib(report['peak_rss_bytes'])}"
         )
     )
     return Group(*parts)
@@ -86,6 +86,21 @@ def _throughput_table(report: Mapping[str, Any]) -> Table:
             f"{row['gflops']:.0f}",
             f"{row['fma_share']:.0%}",
             "" if reads is None else f"{reads:.0%}",
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _growth_table(report: Mapping[str, Any]) -> Table:
+    table = _table("decoding steps")
+    for column in ("positions", "step", "tokens/s"):
+        table.add_column(column, justify="right")
+    for row in report["results"]:
+        cells = (
+            f"{row['compute']}, {row['batch']} sequences",
+            f"{row['context']}",
+            _seconds(row["seconds_per_step"]),
+            f"{row['tokens_per_second']:,.0f}",
         )
         table.add_row(*(Text(cell) for cell in cells))
     return table

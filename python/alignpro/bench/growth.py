@@ -1,0 +1,132 @@
+"""`alignpro bench growth`: what one more sequence, and one more position, costs a decoding step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignpro.bench.generation import (
+    Say,
+    generation_report,
+    load_for_bench,
+    random_prompts,
+)
+from alignpro.bench.machine import peak_rss_bytes
+from alignpro.models.native_model import NativeModel
+from alignpro.types import SamplingParams
+
+_MAX_BATCH_ROWS = 512  # prompt rows of one step, and so at least as many sequences
+
+
+def bench_growth(
+    *,
+    model: Path,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    threads: int,
+    computes: Sequence[str] = ("float32",),
+    repeats: int = 9,
+    say: Say = lambda what: None,
+) -> dict[str, Any]:
+    """Decoded tokens a second by batch, at the shortest context, and by context, for one sequence.
+
+    Each figure is the median of ``repeats`` steps that only decode, all sequences at once, the
+    last of them ending at ``context`` positions at the latest.
+
+    Raises:
+        ValueError, OSError: a model that does not load, or whose context is too short.
+    """
+    report: dict[str, Any] = {}
+    results: list[dict[str, Any]] = []
+    cells = [(batch, min(contexts)) for batch in sorted(batches)]
+    cells += [(1, context) for context in sorted(contexts)]
+    for compute in computes:
+        loaded, seconds = load_for_bench(
+            model, threads, compute=compute, max_batch_rows=_MAX_BATCH_ROWS
+        )
+        report = report or generation_report("growth", loaded, threads, repeats, seconds)
+        for batch, context in dict.fromkeys(cells):
+            say(f"{compute}, {batch} x {context} positions")
+            step = statistics.median(_decode_steps(loaded, batch, context, repeats))
+            results.append(
+                {
+                    "compute": compute,
+                    "batch": batch,
+                    "context": context,
+                    "seconds_per_step": step,
+                    "tokens_per_second": batch / step,
+                }
+            )
+    return {
+        **report,
+        "compute": ", ".join(computes),
+        "results": results,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def growth_plot(report: Mapping[str, Any], path: Path) -> None:
+    """Draws the results of `bench_growth`: by batch and by context, a line for each arithmetic.
+
+    The suffix of ``path`` chooses the format, as matplotlib knows it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    by_batch, by_context = figure.subplots(1, 2)
+    shortest = min(row["context"] for row in report["results"])
+    for compute in dict.fromkeys(row["compute"] for row in report["results"]):
+        rows = [row for row in report["results"] if row["compute"] == compute]
+        for axes, key, shown in (
+            (by_batch, "batch", [row for row in rows if row["context"] == shortest]),
+            (by_context, "context", [row for row in rows if row["batch"] == 1]),
+        ):
+            shown.sort(key=lambda row: row[key])
+            axes.plot(
+                [row[key] for row in shown],
+                [row["tokens_per_second"] for row in shown],
+                marker="o",
+                markersize=3,
+                label=compute,
+            )
+    by_batch.set_xlabel(f"sequences at {shortest} positions")
+    by_context.set_xlabel("positions of one sequence")
+    for axes in (by_batch, by_context):
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("decoded tokens/s")
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, facecolor="white")
+
+
+def _decode_steps(model: NativeModel, batch: int, context: int, repeats: int) -> list[float]:
+    """Seconds of ``repeats`` steps in which every sequence decodes."""
+    # The first sequences decode while the others' prompts are still being read.
+    waiting = -(-(batch - 1) * context // _MAX_BATCH_ROWS)
+    new_tokens = repeats + waiting + 2
+    if new_tokens >= context:
+        raise ValueError(
+            f"context: expected more than the {new_tokens} tokens that {batch} sequences write "
+            f"here, got {context}; ask for a longer one"
+        )
+    handles = [
+        model.submit(prompt, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=index))
+        for index, prompt in enumerate(random_prompts(model, batch, context - new_tokens))
+    ]
+    while not all(handle.sequence.tokens for handle in handles):
+        model.step()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        model.step()
+        seconds.append(time.perf_counter() - started)
+    if any(handle.finished for handle in handles):
+        raise AssertionError("a sequence ended before all of its steps were timed")
+    for handle in handles:
+        handle.cancel()
+    while not model.idle():
+        model.step()
+    return seconds
