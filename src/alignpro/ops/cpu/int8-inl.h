@@ -54,7 +54,8 @@ void quantize_rows(int64_t rows, int64_t cols, const float* x, int64_t row_strid
         store_codes(codes, to, to + kCodeRows * 4);
       }
       int32_t total = 0;
-      for (int j = 0; j < 8; ++j) total += sum[j];
+      // Codes of NaN or infinity are any integers: the scale carries what they were.
+      for (int j = 0; j < 8 && scale - scale == 0.0f; ++j) total += sum[j];
       sums[r] = total;
       scales[r] = scale;
       scales[kCodeRows + r] = scale * static_cast<float>(total);
