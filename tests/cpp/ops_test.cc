@@ -13,12 +13,10 @@
 
 #include "alignpro/core/error.h"
 #include "alignpro/core/rng.h"
-#include "alignpro/ops/attention.h"
 #include "alignpro/ops/code_rows.h"
 #include "alignpro/ops/cpu/panel_layout.h"
 #include "alignpro/ops/embedding.h"
 #include "alignpro/ops/head_sample.h"
-#include "alignpro/ops/kv_view.h"
 #include "alignpro/ops/linear.h"
 #include "alignpro/ops/linear_logprob.h"
 #include "alignpro/ops/machine_limits.h"
@@ -34,39 +32,12 @@
 #include "alignpro/ops/vocabulary.h"
 #include "alignpro/ops/weight_tiles.h"
 #include "check.h"
+#include "numbers.h"
 
 using namespace alignpro;
 using namespace alignpro::ops;
 
 namespace {
-
-using Doubles = std::vector<double>;
-using Floats = std::vector<float>;
-
-Floats normal(size_t count, uint32_t seed, float scale = 1.0f) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> draw(0.0f, scale);
-  Floats values(count);
-  for (float& v : values) v = draw(generator);
-  return values;
-}
-
-// |x - truth| / |truth| over whole tensors.
-double relative_error(const Floats& x, const Doubles& truth) {
-  double difference = 0, norm = 0;
-  for (size_t i = 0; i < truth.size(); ++i) {
-    difference += (x[i] - truth[i]) * (x[i] - truth[i]);
-    norm += truth[i] * truth[i];
-  }
-  return std::sqrt(difference / std::max(norm, 1e-300));
-}
-
-// float32 products of a few hundred terms land near 2e-7; ten times that is a wrong kernel.
-constexpr double kBudget = 2e-6;
-
-bool same_bits(const float* a, const float* b, size_t count) {
-  return std::memcmp(a, b, count * sizeof(float)) == 0;
-}
 
 Doubles product(const Floats& x, const Floats& w, int64_t m, int64_t n, int64_t k) {
   Doubles y(static_cast<size_t>(m * n));
@@ -516,146 +487,6 @@ TEST(rope_turns_and_turns_back) {
   CHECK_EQ(y[at + 6], x[at + 6]);  // past rotary_dim nothing turns
   rope(rows, y.data(), heads * d, heads, d, rotary, cos.data(), minus.data(), team);
   CHECK(relative_error(y, Doubles(x.begin(), x.end())) < kBudget);
-}
-
-// ---- attention ---------------------------------------------------------------------------------
-
-namespace {
-
-struct Attention {
-  AttentionShape shape;
-  int64_t tokens;
-  Floats qkv;
-  Floats pool;
-  KvView kv;
-  std::vector<int32_t> blocks;
-
-  Attention(AttentionShape s, int64_t count, uint32_t seed)
-      : shape(s), tokens(count), qkv(normal(static_cast<size_t>(count * s.qkv_size()), seed)) {
-    const int64_t half = s.head_dim * kKvBlock, head = 2 * half, block = s.num_kv_heads * head;
-    const int64_t needed = (count + kKvBlock - 1) / kKvBlock;
-    // Slots that nobody wrote hold NaN: reading one would show.
-    pool.assign(static_cast<size_t>((needed + 1) * block + 16), NAN);
-    kv = {pool.data(), block, head, half};
-    for (int64_t b = 0; b < needed; ++b) blocks.push_back(static_cast<int32_t>(needed - b));
-  }
-
-  void write(int64_t begin, int64_t end, ThreadTeam& team) {
-    std::vector<KvWrite> writes;
-    for (int64_t t = begin; t < end; ++t) {
-      writes.push_back({static_cast<int32_t>(t), blocks[static_cast<size_t>(t / kKvBlock)],
-                        static_cast<int32_t>(t % kKvBlock)});
-    }
-    kv_write(shape, qkv.data(), writes, kv, team);
-  }
-
-  double at(int64_t token, int64_t head_offset, int64_t i) const {
-    return qkv[static_cast<size_t>(token * shape.qkv_size() + head_offset * shape.head_dim + i)];
-  }
-
-  // softmax weights of one query head, in double
-  Doubles weights(int64_t t, int64_t head) const {
-    const int64_t first =
-        shape.sliding_window > 0 ? std::max<int64_t>(0, t - shape.sliding_window + 1) : 0;
-    Doubles p(static_cast<size_t>(t + 1), 0.0);
-    double sum = 0;
-    for (int64_t j = first; j <= t; ++j) {
-      double s = 0;
-      for (int64_t i = 0; i < shape.head_dim; ++i) {
-        s += at(t, head, i) * at(j, shape.num_heads + head / shape.group(), i);
-      }
-      sum += p[static_cast<size_t>(j)] = std::exp(s * shape.scale);
-    }
-    for (double& value : p) value /= sum;
-    return p;
-  }
-
-  Doubles truth() const {
-    Doubles out(static_cast<size_t>(tokens * shape.q_size()));
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t h = 0; h < shape.num_heads; ++h) {
-        const Doubles p = weights(t, h);
-        for (int64_t j = 0; j <= t; ++j) {
-          for (int64_t i = 0; i < shape.head_dim; ++i) {
-            out[static_cast<size_t>(t * shape.q_size() + h * shape.head_dim + i)] +=
-                p[static_cast<size_t>(j)] *
-                at(j, shape.num_heads + shape.num_kv_heads + h / shape.group(), i);
-          }
-        }
-      }
-    }
-    return out;
-  }
-};
-
-AttentionShape make_shape(int64_t heads, int64_t kv_heads, int64_t d, int64_t window) {
-  return {heads, kv_heads, d, window, static_cast<float>(1 / std::sqrt(static_cast<double>(d)))};
-}
-
-}  // namespace
-
-TEST(attention_matches_double_and_chunking_changes_no_bit) {
-  ThreadTeam team(2);
-  for (const auto& shape :
-       {make_shape(4, 2, 12, 0), make_shape(3, 1, 16, 0), make_shape(9, 3, 64, 0),
-        make_shape(2, 2, 8, 5), make_shape(4, 2, 16, 20)}) {
-    Attention a(shape, 53, 21);
-    a.write(0, a.tokens, team);
-    Floats out(static_cast<size_t>(a.tokens * shape.q_size()), NAN);
-    const std::vector<Segment> whole{{0, a.tokens, 0, a.blocks}};
-    attention(shape, a.qkv.data(), whole, a.kv, out.data(), team);
-    CHECK(relative_error(out, a.truth()) < kBudget);
-
-    Attention b(shape, 53, 21);
-    Floats chunked(out.size(), NAN);
-    ThreadTeam one(1);
-    int64_t begin = 0;
-    for (const int64_t end : {1, 17, 30, 31, 53}) {
-      b.write(begin, end, one);
-      const std::vector<Segment> part{{begin, end - begin, begin, b.blocks}};
-      attention(shape, b.qkv.data(), part, b.kv, chunked.data(), one);
-      begin = end;
-    }
-    CHECK(same_bits(out.data(), chunked.data(), out.size()));
-  }
-}
-
-TEST(attention_gradient_by_finite_differences_of_the_double_reference) {
-  ThreadTeam team(2);
-  for (const int64_t window : {0, 6}) {
-    const AttentionShape shape = make_shape(4, 2, 8, window);
-    Attention a(shape, 19, 22);
-    a.write(0, a.tokens, team);
-    Floats out(static_cast<size_t>(a.tokens * shape.q_size()));
-    const std::vector<Segment> whole{{0, a.tokens, 0, a.blocks}};
-    attention(shape, a.qkv.data(), whole, a.kv, out.data(), team);
-    const Floats dout = normal(out.size(), 23);
-    std::vector<int32_t> rows;
-    for (int32_t t = 0; t < a.tokens; ++t) rows.push_back(t);
-    const std::vector<SegmentRows> segments{{0, a.tokens, 0, rows}};
-    Floats d(a.qkv.size(), 0.0f);
-    AlignedBuffer scratch;
-    attention_backward(shape, a.qkv.data(), out.data(), dout.data(), segments, d.data(), scratch,
-                       team);
-    const auto loss = [&] {
-      const Doubles y = a.truth();
-      double sum = 0;
-      for (size_t i = 0; i < y.size(); ++i) sum += y[i] * dout[i];
-      return sum;
-    };
-    for (size_t i = 5; i < a.qkv.size(); i += 41) {
-      const float before = a.qkv[i];
-      const float h = 1e-3f;  // truncation h^2 and rounding of the float inputs: 1e-5 together
-      a.qkv[i] = before + h;
-      const double up = loss();
-      const float hi = a.qkv[i];
-      a.qkv[i] = before - h;
-      const double down = loss();
-      const double step = double{hi} - a.qkv[i];
-      a.qkv[i] = before;
-      CHECK(std::abs((up - down) / step - d[i]) < 1e-4 * (1 + std::abs(d[i])));
-    }
-  }
 }
 
 // ---- the vocabulary ----------------------------------------------------------------------------

@@ -56,8 +56,8 @@ void Model::forward(const Batch& batch, KvPool& kv, float* hidden) const {
   float* sin = own.sin.reserve(rows * rope_.half());
   rope_.compute(batch.positions, cos, sin);
   ops::embedding(weights_.embedding, batch.tokens, stream, *team_);
-  const PassContext pass{weights_, batch.segments, batch.kv_writes, batch.adapters, rows, cos,
-                         sin,      *team_};
+  const ops::AttentionPlan plan(attention_shape(config), batch.segments, team_->size());
+  const PassContext pass{weights_, plan, batch.kv_writes, batch.adapters, rows, cos, sin, *team_};
   for (int64_t l = 0; l < config.num_layers; ++l) {
     layer_forward(pass, l, stream, stream, kv.layer(l), own.activations, own.scratch);
   }

@@ -19,19 +19,22 @@ constexpr int64_t kGroupTokens = 2048;
 
 float* or_null(std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
-// The angles of a batch's rows.
-struct RopeTable {
-  RopeTable(const Model& model, const Batch& batch)
-      : cos(static_cast<size_t>(batch.rows() * model.rope().half())), sin(cos.size()) {
+// What every pass over a batch's rows shares: their angles, and who attends with whom.
+struct PassTables {
+  PassTables(const Model& model, const Batch& batch)
+      : cos(static_cast<size_t>(batch.rows() * model.rope().half())),
+        sin(cos.size()),
+        attention(attention_shape(model.config()), batch.segments, model.team().size()) {
     model.rope().compute(batch.positions, cos.data(), sin.data());
   }
   PassContext pass(const Model& model, const Batch& batch,
                    std::span<const AdapterRange> adapters) const {
-    return {model.weights(), batch.segments, batch.kv_writes, adapters,
-            batch.rows(),    cos.data(),     sin.data(),      model.team()};
+    return {model.weights(), attention,  batch.kv_writes, adapters,
+            batch.rows(),    cos.data(), sin.data(),      model.team()};
   }
 
   std::vector<float> cos, sin;
+  ops::AttentionPlan attention;
 };
 
 }  // namespace
@@ -129,15 +132,15 @@ Score::Hidden Score::hidden_states(const TokenTree& tree, ScoreBuffers& buffers,
   hidden.policy.resize(static_cast<size_t>(rows * width));
   if (with_reference) hidden.reference.resize(hidden.policy.size());
   if (rows == 0) return hidden;
-  const RopeTable rope(*model_, batch);
+  const PassTables tables(*model_, batch);
   const auto ranges = [rows](const std::shared_ptr<const Adapter>& adapter) {
     std::vector<AdapterRange> all;
     if (adapter != nullptr) all.push_back({0, rows, adapter.get()});
     return all;
   };
   const auto policy_range = ranges(request_.adapter), reference_range = ranges(request_.reference);
-  const PassContext policy = rope.pass(*model_, batch, policy_range);
-  const PassContext reference = rope.pass(*model_, batch, reference_range);
+  const PassContext policy = tables.pass(*model_, batch, policy_range);
+  const PassContext reference = tables.pass(*model_, batch, reference_range);
   // No layer reads another's KV: one layer's worth serves them all, and the reference after the
   // policy, too.
   KvPool kv(1, config.num_kv_heads, config.head_dim, tree.blocks());
@@ -314,9 +317,9 @@ AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<con
     ops::rms_norm_backward(rows, width, last, width, weights.final_norm.data(), factors.data(),
                            d_normed.data(), width, d_stream, width, team);
   }
-  const RopeTable rope(*model_, batch);
+  const PassTables tables(*model_, batch);
   const std::vector<AdapterRange> ranges{{0, rows, request_.adapter.get()}};
-  const PassContext pass = rope.pass(*model_, batch, ranges);
+  const PassContext pass = tables.pass(*model_, batch, ranges);
   const bool recompute = request_.activations == Activations::kRecompute;
   std::unique_ptr<KvPool> kv;
   if (recompute) {

@@ -118,7 +118,7 @@ void layer_forward(const PassContext& pass, int64_t layer, const float* in, floa
   ops::rope(rows, qkv, config.qkv_size(), config.num_heads + config.num_kv_heads, config.head_dim,
             config.rope.rotary_dim, pass.cos, pass.sin, pass.team);
   ops::kv_write(shape, qkv, pass.kv_writes, kv, pass.team);
-  ops::attention(shape, qkv, pass.segments, kv, kept.attended.data(), pass.team);
+  ops::attention(shape, qkv, pass.attention, kv, kept.attended.data(), pass.team);
   apply_linear(pass, layer, LinearSite::kO, kept.attended.data(), kept.middle.data(),
                {.residual = in}, kept);
 

@@ -76,7 +76,7 @@ class ScoreBufferPool {
 // What every layer of a pass shares.
 struct PassContext {
   const Weights& weights;
-  std::span<const Segment> segments;
+  const ops::AttentionPlan& attention;
   std::span<const KvWrite> kv_writes;
   std::span<const AdapterRange> adapters;
   int64_t rows;

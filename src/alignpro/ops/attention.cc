@@ -1,10 +1,10 @@
 #include "alignpro/ops/attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
-#include <vector>
+#include <limits>
 
-#include "alignpro/core/aligned.h"
 #include "alignpro/ops/cpu/kernels.h"
 
 namespace alignpro::ops {
@@ -14,16 +14,17 @@ using cpu::kPanel;
 using cpu::kRowTile;
 static_assert(kKvBlock == kPanel, "a block of keys is one panel of the matrix product");
 
-// Query rows (tokens x heads of a group) that share a pass over the keys.
-constexpr int64_t kQueryRows = 48;
+constexpr int64_t kChunkBlocks = kKvChunk / kKvBlock;
+constexpr float kInf = std::numeric_limits<float>::infinity();
 
 struct Workspace {
-  AlignedBuffer queries;   // packed [head_dim][6] tiles
-  AlignedBuffer tile;      // [rows][16]
-  AlignedBuffer scores;    // [rows][padded keys]
-  AlignedBuffer packed;    // packed probabilities of one block
-  AlignedBuffer out;       // [column panels][rows][16]
-  AlignedBuffer gathered;  // backward: K and V of one segment
+  AlignedBuffer queries;  // packed [head_dim][6] tiles
+  AlignedBuffer block;    // [rows][16] scores
+  AlignedBuffer scores;   // [rows][kKvChunk]
+  AlignedBuffer packed;   // packed probabilities of one block
+  AlignedBuffer chunk;    // one chunk's result
+  AlignedBuffer merged;   // of the chunks so far
+  AlignedBuffer partial;  // results of chunks computed apart; the calling thread's
 };
 
 Workspace& workspace() {
@@ -31,89 +32,205 @@ Workspace& workspace() {
   return instance;
 }
 
-struct QueryTile {
-  int64_t segment;
-  int64_t first;  // token within the segment
-  int64_t count;
+// What some chunks say about a tile's query rows: softmax by its maximum and the sum below it, and
+// the output under that softmax. A row that sees none of the keys has a sum of 0.
+struct Result {
+  float* max;  // [rows]
+  float* sum;  // [rows]
+  float* out;  // [column panels][rows][16]
+
+  Result(float* at, int64_t rows) : max(at), sum(at + rows), out(at + 2 * rows) {}
 };
 
-// First position a token at `position` may look at.
-int64_t first_visible(const AttentionShape& shape, int64_t position) {
-  return shape.sliding_window > 0 ? std::max<int64_t>(0, position - shape.sliding_window + 1) : 0;
+// One call, as every item of it sees it. Row (token t of the tile, head g of the group) is
+// t * group + g.
+struct Pass {
+  const AttentionShape& shape;
+  const float* qkv;
+  const KvView& kv;
+  float* out;
+
+  int64_t rows(const AttentionPlan::Tile& tile) const {
+    return static_cast<int64_t>(tile.tokens.size()) * shape.group();
+  }
+  int64_t panels() const { return (shape.head_dim + kPanel - 1) / kPanel; }
+};
+
+const float* pack_queries(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_head) {
+  const int64_t d = pass.shape.head_dim, group = pass.shape.group(), rows = pass.rows(tile);
+  const int64_t padded = (rows + kRowTile - 1) / kRowTile * kRowTile;
+  float* queries = workspace().queries.reserve(padded * d);
+  for (int64_t r = 0; r < padded; ++r) {
+    float* to = queries + r / kRowTile * kRowTile * d + r % kRowTile;
+    if (r >= rows) {
+      for (int64_t i = 0; i < d; ++i) to[i * kRowTile] = 0.0f;
+      continue;
+    }
+    const int64_t row = tile.tokens[static_cast<size_t>(r / group)].row;
+    const float* q = pass.qkv + row * pass.shape.qkv_size() + (kv_head * group + r % group) * d;
+    for (int64_t i = 0; i < d; ++i) to[i * kRowTile] = q[i];
+  }
+  return queries;
 }
 
-void attend(const AttentionShape& shape, const float* qkv, const Segment& segment,
-            const QueryTile& query, int64_t kv_head, const KvView& kv, float* out) {
-  const cpu::Kernels& k = cpu::kernels();
-  const int64_t d = shape.head_dim, group = shape.group();
-  const int64_t rows = query.count * group;
-  const int64_t row_tiles = (rows + kRowTile - 1) / kRowTile;
-  const int64_t last = segment.position + query.first + query.count;  // keys [0, last)
-  const int64_t first_block = first_visible(shape, segment.position + query.first) / kKvBlock;
-  const int64_t blocks = (last + kKvBlock - 1) / kKvBlock;
-  const int64_t stride = blocks * kKvBlock;
-  Workspace& own = workspace();
-  float* queries = own.queries.reserve(row_tiles * kRowTile * d);
-  float* tile = own.tile.reserve(rows * kPanel);
-  float* scores = own.scores.reserve(rows * stride);
+// c [rows][16] = rows [first, first + rows) of packed tiles, which need not begin one, times b.
+void gemm_rows(int64_t first, int64_t rows, int64_t k_count, const float* packed, const float* b,
+               float* c) {
+  while (rows > 0) {
+    const int64_t within = first % kRowTile;
+    const int64_t some = within == 0 ? rows : std::min(rows, kRowTile - within);
+    cpu::kernels().gemm_panel(some, k_count, packed + (first - within) * k_count + within,
+                              k_count * kRowTile, b, kPanel, c, false, false);
+    first += some;
+    rows -= some;
+    c += some * kPanel;
+  }
+}
 
-  // Row (token t, head g of the group) is t * group + g; its q lies head_dim-contiguous in qkv.
-  for (int64_t r = 0; r < row_tiles * kRowTile; ++r) {
-    const int64_t t = r / group, g = r % group;
-    const float* q = r < rows ? qkv + (segment.row_begin + query.first + t) * shape.qkv_size() +
-                                    (kv_head * group + g) * d
-                              : nullptr;
-    float* to = queries + r / kRowTile * kRowTile * d + r % kRowTile;
-    for (int64_t i = 0; i < d; ++i) to[i * kRowTile] = q != nullptr ? q[i] : 0.0f;
-  }
-  for (int64_t b = first_block; b < blocks; ++b) {
-    k.gemm_panel(rows, d, queries, d * kRowTile,
-                 kv.keys(segment.blocks[static_cast<size_t>(b)], kv_head), kPanel, tile, false,
-                 false);
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(scores + r * stride + b * kKvBlock, tile + r * kPanel, kPanel * sizeof(float));
+// Blocks lie far apart: no hardware prefetcher finds the next one.
+void fetch(const float* from, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(from + i, 0, 2);
+}
+
+// The keys of one chunk, for all rows of a tile. Masked probabilities are exactly 0, so that what
+// other rows of the tile see adds nothing.
+void attend_chunk(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_head, int64_t chunk,
+                  const float* queries, const Result& to) {
+  const cpu::Kernels& k = cpu::kernels();
+  const int64_t d = pass.shape.head_dim, group = pass.shape.group(), rows = pass.rows(tile);
+  const int64_t begin = std::max(tile.first_block, chunk * kChunkBlocks);
+  const int64_t end = std::min(tile.end_block, (chunk + 1) * kChunkBlocks);
+  const int64_t first_key = begin * kKvBlock, width = (end - begin) * kKvBlock;
+  const int64_t panels = pass.panels();
+  Workspace& own = workspace();
+  float* block = own.block.reserve(rows * kPanel);
+  float* scores = own.scores.reserve(rows * kKvChunk);
+  float* packed = own.packed.reserve((rows + kRowTile) * kKvBlock);
+  const auto for_blocks = [&](const auto& fn) {
+    for (const AttentionPlan::Run& run : tile.runs) {
+      const int64_t first = run.token_begin * group, count = run.token_end * group - first;
+      for (int64_t b = std::max(begin, run.first_block); b < std::min(end, run.end_block); ++b) {
+        fn(run, b, first, count);
+      }
     }
-  }
+  };
+
+  for_blocks([&](const AttentionPlan::Run& run, int64_t b, int64_t first, int64_t count) {
+    if (b + 1 < run.end_block) fetch(pass.kv.keys(run.blocks[b + 1], kv_head), d * kKvBlock);
+    gemm_rows(first, count, d, queries, pass.kv.keys(run.blocks[b], kv_head), block);
+    float* row = scores + first * kKvChunk + (b - begin) * kKvBlock;
+    for (int64_t r = 0; r < count; ++r) {
+      std::memcpy(row + r * kKvChunk, block + r * kPanel, kPanel * sizeof(float));
+    }
+  });
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t position = segment.position + query.first + r / group;
-    float* row = scores + r * stride;
-    float max = 0.0f, sum = 0.0f;
-    // Whole blocks before the window are never read: shift the row to the first block.
-    const int64_t base = first_block * kKvBlock;
-    k.softmax_row(row + base, first_visible(shape, position) - base, position + 1 - base,
-                  shape.scale, &max, &sum);
-    const int64_t padded = base + (position + 1 - base + kPanel - 1) / kPanel * kPanel;
-    std::fill(row + padded, row + stride, 0.0f);
-    const float inverse = 1.0f / sum;
-    for (int64_t j = base; j < padded; ++j) row[j] *= inverse;
+    const int64_t position = tile.tokens[static_cast<size_t>(r / group)].position;
+    const int64_t visible = std::max<int64_t>(0, pass.shape.first_visible(position) - first_key);
+    const int64_t live = std::min(width, position + 1 - first_key);
+    float* row = scores + r * kKvChunk;
+    if (live <= visible) {
+      std::fill_n(row, width, 0.0f);
+      to.max[r] = -kInf;
+      to.sum[r] = 0.0f;
+      continue;
+    }
+    k.softmax_row(row, visible, live, pass.shape.scale, to.max + r, to.sum + r);
+    const int64_t padded = (live + kPanel - 1) / kPanel * kPanel;
+    std::fill(row + padded, row + width, 0.0f);
+    // A sum of 0 is scores of -inf alone.
+    const float inverse = to.sum[r] == 0.0f ? 0.0f : 1.0f / to.sum[r];
+    for (int64_t j = 0; j < padded; ++j) row[j] *= inverse;
   }
-  const int64_t column_panels = (d + kPanel - 1) / kPanel;
-  float* packed = own.packed.reserve(row_tiles * kRowTile * kKvBlock);
-  float* result = own.out.reserve(column_panels * rows * kPanel);
-  for (int64_t b = first_block; b < blocks; ++b) {
-    // Slots at or past `last` were never written for this sequence: they are not read.
-    const int64_t live = std::min(kKvBlock, last - b * kKvBlock);
-    k.pack_rows(rows, live, scores + b * kKvBlock, stride, 1, packed);
-    const float* values = kv.values(segment.blocks[static_cast<size_t>(b)], kv_head);
-    for (int64_t p = 0; p < column_panels; ++p) {
+  std::fill_n(to.out, panels * rows * kPanel, 0.0f);
+  for_blocks([&](const AttentionPlan::Run& run, int64_t b, int64_t first, int64_t count) {
+    // Slots from key_end on were never written for these sequences: they are not read.
+    const int64_t live = std::min(kKvBlock, run.key_end - b * kKvBlock);
+    k.pack_rows(count, live, scores + first * kKvChunk + (b - begin) * kKvBlock, kKvChunk, 1,
+                packed);
+    const float* values = pass.kv.values(run.blocks[b], kv_head);
+    if (b + 1 < run.end_block) fetch(pass.kv.values(run.blocks[b + 1], kv_head), d * kKvBlock);
+    for (int64_t p = 0; p < panels; ++p) {
       // A head_dim that is no multiple of 16 reads into the next row (the pool ends in slack);
-      // those lanes are dropped below.
-      k.gemm_panel(rows, live, packed, live * kRowTile, values + p * kPanel, d,
-                   result + p * rows * kPanel, b > first_block, false);
+      // those lanes are dropped when the row is stored.
+      k.gemm_panel(count, live, packed, live * kRowTile, values + p * kPanel, d,
+                   to.out + (p * rows + first) * kPanel, true, false);
     }
-  }
+  });
+}
+
+// Adds a later chunk to what the earlier ones gave, row by row.
+void merge(int64_t rows, int64_t panels, const Result& next, const Result& to) {
   for (int64_t r = 0; r < rows; ++r) {
-    float* to = out + (segment.row_begin + query.first + r / group) * shape.q_size() +
-                (kv_head * group + r % group) * d;
-    for (int64_t p = 0; p < column_panels; ++p) {
-      const int64_t width = std::min(kPanel, d - p * kPanel);
-      std::memcpy(to + p * kPanel, result + (p * rows + r) * kPanel,
-                  static_cast<size_t>(width) * sizeof(float));
+    const float sum = next.sum[r], before = to.sum[r];
+    if (sum == 0.0f) continue;
+    float keep = 0.0f, add = 1.0f;
+    if (before == 0.0f) {
+      to.max[r] = next.max[r];
+      to.sum[r] = sum;
+    } else {
+      const float max = std::max(to.max[r], next.max[r]);
+      const float old_mass = std::exp(to.max[r] - max) * before;
+      const float new_mass = std::exp(next.max[r] - max) * sum;
+      to.max[r] = max;
+      to.sum[r] = old_mass + new_mass;
+      keep = old_mass / to.sum[r];
+      add = new_mass / to.sum[r];
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      float* out = to.out + (p * rows + r) * kPanel;
+      const float* from = next.out + (p * rows + r) * kPanel;
+      for (int64_t i = 0; i < kPanel; ++i) out[i] = keep * out[i] + add * from[i];
     }
   }
+}
+
+Result no_chunk(float* at, int64_t rows, int64_t panels) {
+  const Result result(at, rows);
+  std::fill_n(result.max, rows, -kInf);
+  std::fill_n(result.sum, rows, 0.0f);
+  std::fill_n(result.out, panels * rows * kPanel, 0.0f);
+  return result;
+}
+
+void store(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_head,
+           const Result& result) {
+  const int64_t d = pass.shape.head_dim, group = pass.shape.group(), rows = pass.rows(tile);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = tile.tokens[static_cast<size_t>(r / group)].row;
+    float* to = pass.out + row * pass.shape.q_size() + (kv_head * group + r % group) * d;
+    if (result.sum[r] == 0.0f) {  // no key scores above -inf: there is no softmax
+      std::fill_n(to, d, std::numeric_limits<float>::quiet_NaN());
+      continue;
+    }
+    for (int64_t p = 0; p < pass.panels(); ++p) {
+      std::memcpy(to + p * kPanel, result.out + (p * rows + r) * kPanel,
+                  static_cast<size_t>(std::min(kPanel, d - p * kPanel)) * sizeof(float));
+    }
+  }
+}
+
+void attend(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_head) {
+  const int64_t rows = pass.rows(tile), panels = pass.panels();
+  const int64_t floats = attention_partial_floats(rows, pass.shape.head_dim);
+  const float* queries = pack_queries(pass, tile, kv_head);
+  const Result one(workspace().chunk.reserve(floats), rows);
+  const int64_t first = tile.first_chunk(), end = tile.end_chunk();
+  attend_chunk(pass, tile, kv_head, first, queries, one);
+  if (end == first + 1) return store(pass, tile, kv_head, one);
+  const Result all = no_chunk(workspace().merged.reserve(floats), rows, panels);
+  merge(rows, panels, one, all);
+  for (int64_t chunk = first + 1; chunk < end; ++chunk) {
+    attend_chunk(pass, tile, kv_head, chunk, queries, one);
+    merge(rows, panels, one, all);
+  }
+  store(pass, tile, kv_head, all);
 }
 
 }  // namespace
+
+int64_t attention_partial_floats(int64_t rows, int64_t head_dim) {
+  return rows * (2 + (head_dim + kPanel - 1) / kPanel * kPanel);
+}
 
 void kv_write(const AttentionShape& shape, const float* qkv, std::span<const KvWrite> writes,
               const KvView& kv, ThreadTeam& team) {
@@ -137,185 +254,28 @@ void kv_write(const AttentionShape& shape, const float* qkv, std::span<const KvW
   }
 }
 
-void attention(const AttentionShape& shape, const float* qkv, std::span<const Segment> segments,
+void attention(const AttentionShape& shape, const float* qkv, const AttentionPlan& plan,
                const KvView& kv, float* out, ThreadTeam& team) {
-  const int64_t tokens = std::max<int64_t>(1, kQueryRows / shape.group());
-  std::vector<QueryTile> tiles;
-  for (size_t s = 0; s < segments.size(); ++s) {
-    for (int64_t first = 0; first < segments[s].row_count; first += tokens) {
-      tiles.push_back(
-          {static_cast<int64_t>(s), first, std::min(tokens, segments[s].row_count - first)});
-    }
-  }
-  const int64_t heads = shape.num_kv_heads;
-  team.run(static_cast<int64_t>(tiles.size()) * heads, [&](int64_t item, int) {
-    const QueryTile& tile = tiles[static_cast<size_t>(item / heads)];
-    attend(shape, qkv, segments[static_cast<size_t>(tile.segment)], tile, item % heads, kv, out);
+  const Pass pass{shape, qkv, kv, out};
+  float* partial = workspace().partial.reserve(plan.partial_floats);
+  team.run(static_cast<int64_t>(plan.items.size()), [&](int64_t index, int) {
+    const AttentionPlan::Item& item = plan.items[static_cast<size_t>(index)];
+    if (item.chunk < 0) return attend(pass, *item.tile, item.kv_head);
+    attend_chunk(pass, *item.tile, item.kv_head, item.chunk,
+                 pack_queries(pass, *item.tile, item.kv_head),
+                 Result(partial + item.partial, pass.rows(*item.tile)));
   });
-}
-
-namespace {
-
-// Gradients of one segment and KV head: writes dq, and leaves dk and dv of the segment's keys in
-// `local`, [2][column panels][keys][16].
-void attend_backward(const AttentionShape& shape, const float* qkv, const float* out,
-                     const float* dout, const SegmentRows& segment, int64_t kv_head, float* local,
-                     float* dqkv) {
-  const cpu::Kernels& k = cpu::kernels();
-  const int64_t d = shape.head_dim, group = shape.group(), width = shape.qkv_size();
-  const int64_t k_offset = shape.q_size() + kv_head * d;
-  const int64_t v_offset = k_offset + shape.num_kv_heads * d;
-  const int64_t keys = segment.position + segment.row_count;
-  const int64_t key_panels = (keys + kPanel - 1) / kPanel, stride = key_panels * kPanel;
-  const int64_t column_panels = (d + kPanel - 1) / kPanel;
-  const int64_t most = std::max<int64_t>(1, kQueryRows / group) * group;
-  const int64_t padded = (most + kRowTile - 1) / kRowTile * kRowTile;
-
-  // Keys and values as rows and as panels [d][16]. A head_dim that is no multiple of 16 is read
-  // past a row's end, into the next (or the slack); those lanes are dropped.
-  Workspace& own = workspace();
-  float* key = own.gathered.reserve(2 * (keys * d + kPanel) + 2 * stride * d);
-  float* value = key + keys * d + kPanel;
-  float* key_panel = value + keys * d + kPanel;
-  float* value_panel = key_panel + stride * d;
-  for (int64_t j = 0; j < keys; ++j) {
-    const float* row = qkv + segment.key_rows[static_cast<size_t>(j)] * width;
-    std::memcpy(key + j * d, row + k_offset, static_cast<size_t>(d) * sizeof(float));
-    std::memcpy(value + j * d, row + v_offset, static_cast<size_t>(d) * sizeof(float));
-  }
-  std::fill_n(key + keys * d, kPanel, 0.0f);
-  for (int64_t b = 0; b < key_panels; ++b) {
-    const int64_t live = std::min(kPanel, keys - b * kPanel);
-    k.pack_panel(key + b * kPanel * d, d, live, d, key_panel + b * kPanel * d);
-    k.pack_panel(value + b * kPanel * d, d, live, d, value_panel + b * kPanel * d);
-  }
-  float* dkey = local;
-  float* dvalue = local + column_panels * keys * kPanel;
-  std::fill_n(local, 2 * column_panels * keys * kPanel, 0.0f);
-
-  float* query = own.queries.reserve(2 * (most * d + kPanel));  // rows of q, then of dout
-  float* upstream = query + most * d + kPanel;
-  std::fill_n(query + most * d, kPanel, 0.0f);
-  std::fill_n(upstream + most * d, kPanel, 0.0f);
-  float* probs = own.scores.reserve(2 * most * stride);
-  float* dprobs = probs + most * stride;
-  float* packed =
-      own.packed.reserve(std::max({padded * d, padded * stride, (stride + kRowTile) * most}));
-  float* tile = own.tile.reserve(most * kPanel);
-  const int64_t tokens = most / group;
-  for (int64_t first = 0; first < segment.row_count; first += tokens) {
-    const int64_t count = std::min(tokens, segment.row_count - first);
-    const int64_t rows = count * group;
-    const int64_t last = segment.position + first + count;  // keys [0, last)
-    const int64_t base = first_visible(shape, segment.position + first) / kPanel * kPanel;
-    const int64_t end = (last + kPanel - 1) / kPanel * kPanel;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = segment.row_begin + first + r / group;
-      const int64_t head = kv_head * group + r % group;
-      std::memcpy(query + r * d, qkv + row * width + head * d,
-                  static_cast<size_t>(d) * sizeof(float));
-      std::memcpy(upstream + r * d, dout + row * shape.q_size() + head * d,
-                  static_cast<size_t>(d) * sizeof(float));
+  if (plan.merges.empty()) return;
+  team.run(static_cast<int64_t>(plan.merges.size()), [&](int64_t index, int) {
+    const AttentionPlan::Merge& split = plan.merges[static_cast<size_t>(index)];
+    const int64_t rows = pass.rows(*split.tile), panels = pass.panels();
+    const int64_t floats = attention_partial_floats(rows, shape.head_dim);
+    const Result all = no_chunk(workspace().merged.reserve(floats), rows, panels);
+    const int64_t chunks = split.tile->end_chunk() - split.tile->first_chunk();
+    for (int64_t c = 0; c < chunks; ++c) {
+      merge(rows, panels, Result(partial + split.partial + c * floats, rows), all);
     }
-    const auto by_keys = [&](const float* left, const float* panels, float* to) {
-      k.pack_rows(rows, d, left, d, 1, packed);
-      for (int64_t b = base / kPanel; b < end / kPanel; ++b) {
-        k.gemm_panel(rows, d, packed, d * kRowTile, panels + b * kPanel * d, kPanel, tile, false,
-                     false);
-        for (int64_t r = 0; r < rows; ++r) {
-          std::memcpy(to + r * stride + b * kPanel, tile + r * kPanel, kPanel * sizeof(float));
-        }
-      }
-    };
-    by_keys(query, key_panel, probs);
-    by_keys(upstream, value_panel, dprobs);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = segment.row_begin + first + r / group;
-      const int64_t head = kv_head * group + r % group;
-      const int64_t position = segment.position + first + r / group;
-      float* p = probs + r * stride;
-      float* dp = dprobs + r * stride;
-      float max = 0.0f, sum = 0.0f;
-      k.softmax_row(p + base, first_visible(shape, position) - base, position + 1 - base,
-                    shape.scale, &max, &sum);
-      const float inverse = 1.0f / sum;
-      const float delta = k.dot(out + row * shape.q_size() + head * d, upstream + r * d, d);
-      for (int64_t j = base; j <= position; ++j) {
-        p[j] *= inverse;
-        dp[j] = p[j] * (dp[j] - delta) * shape.scale;
-      }
-      std::fill(p + position + 1, p + end, 0.0f);
-      std::fill(dp + position + 1, dp + end, 0.0f);
-    }
-    k.pack_rows(rows, last - base, dprobs + base, stride, 1, packed);
-    for (int64_t c = 0; c < column_panels; ++c) {
-      k.gemm_panel(rows, last - base, packed, (last - base) * kRowTile, key + base * d + c * kPanel,
-                   d, tile, false, false);
-      const int64_t live = std::min(kPanel, d - c * kPanel);
-      for (int64_t r = 0; r < rows; ++r) {
-        float* to = dqkv + (segment.row_begin + first + r / group) * width +
-                    (kv_head * group + r % group) * d + c * kPanel;
-        std::memcpy(to, tile + r * kPanel, static_cast<size_t>(live) * sizeof(float));
-      }
-    }
-    const auto by_rows = [&](const float* weights, const float* right, float* sums) {
-      k.pack_rows(last - base, rows, weights + base, 1, stride, packed);
-      for (int64_t c = 0; c < column_panels; ++c) {
-        k.gemm_panel(last - base, rows, packed, rows * kRowTile, right + c * kPanel, d,
-                     sums + (c * keys + base) * kPanel, true, false);
-      }
-    };
-    by_rows(dprobs, query, dkey);
-    by_rows(probs, upstream, dvalue);
-  }
-}
-
-}  // namespace
-
-int64_t attention_backward_floats(const AttentionShape& shape,
-                                  std::span<const SegmentRows> segments) {
-  int64_t keys = 0;
-  for (const SegmentRows& s : segments) keys += s.position + s.row_count;
-  const int64_t columns = (shape.head_dim + kPanel - 1) / kPanel * kPanel;
-  return 2 * keys * columns * shape.num_kv_heads;
-}
-
-void attention_backward(const AttentionShape& shape, const float* qkv, const float* out,
-                        const float* dout, std::span<const SegmentRows> segments, float* dqkv,
-                        AlignedBuffer& scratch, ThreadTeam& team) {
-  const int64_t d = shape.head_dim, heads = shape.num_kv_heads;
-  const int64_t column_panels = (d + kPanel - 1) / kPanel;
-  std::vector<int64_t> offsets;  // of each segment's first head
-  int64_t size = 0;
-  for (const SegmentRows& s : segments) {
-    offsets.push_back(size);
-    size += 2 * column_panels * (s.position + s.row_count) * kPanel * heads;
-  }
-  float* local = scratch.reserve(size);
-  const auto local_of = [&](int64_t segment, int64_t head) {
-    const SegmentRows& s = segments[static_cast<size_t>(segment)];
-    return local + offsets[static_cast<size_t>(segment)] +
-           head * 2 * column_panels * (s.position + s.row_count) * kPanel;
-  };
-  team.run(static_cast<int64_t>(segments.size()) * heads, [&](int64_t item, int) {
-    attend_backward(shape, qkv, out, dout, segments[static_cast<size_t>(item / heads)],
-                    item % heads, local_of(item / heads, item % heads), dqkv);
-  });
-  // Keys that several segments share are summed in the segments' order.
-  team.run(2 * heads, [&](int64_t item, int) {
-    const int64_t head = item / 2, half = item % 2;
-    const int64_t column = shape.q_size() + (half * heads + head) * d;
-    for (size_t s = 0; s < segments.size(); ++s) {
-      const int64_t keys = segments[s].position + segments[s].row_count;
-      const float* from =
-          local_of(static_cast<int64_t>(s), head) + half * column_panels * keys * kPanel;
-      for (int64_t j = 0; j < keys; ++j) {
-        float* to = dqkv + segments[s].key_rows[static_cast<size_t>(j)] * shape.qkv_size() + column;
-        for (int64_t i = 0; i < d; ++i) {
-          to[i] += from[(i / kPanel * keys + j) * kPanel + i % kPanel];
-        }
-      }
-    }
+    store(pass, *split.tile, split.kv_head, all);
   });
 }
 

@@ -475,9 +475,10 @@ void softmax_row(float* scores, int64_t first, int64_t count, float scale, float
     m = max8(s, m);
   }
   const float top = max_lanes(m);
+  const F8 top8 = splat(top == -kInf ? 0.0f : top);
   F8 sum = splat(0.0f);
   for (int64_t j = 0; j < padded; j += 8) {
-    const F8 e = exp8(load(scores + j) - splat(top));
+    const F8 e = exp8(load(scores + j) - top8);
     store(scores + j, e);
     sum = sum + e;
   }

@@ -110,7 +110,8 @@ struct Kernels {
   void (*rope_row)(float* x, const float* cos, const float* sin, int64_t half);
 
   // In place over scores [count padded to 16]: entries outside [first, count) become 0, the others
-  // exp(scale * s - m) with m their maximum. Returns m and the sum, lanes summed in fixed order.
+  // exp(scale * s - m) with m their maximum. Returns m and the sum, lanes summed in fixed order;
+  // where every score is -inf, m is -inf and all else 0.
   void (*softmax_row)(float* scores, int64_t first, int64_t count, float scale, float* max,
                       float* sum);
 

@@ -1,0 +1,126 @@
+// Attention of one layer of SmolLM2-135M, as a share of this machine's FMA peak and read bandwidth,
+// both measured in the same run: decoding at growing contexts, each sequence with keys of its own
+// or all behind one prefix, and prefill. Medians of kRepeats.
+//
+//   cmake -S . -B build -DALIGNPRO_PYTHON=OFF -DALIGNPRO_TESTS=ON && cmake --build build
+//   build/tests/bench/attention_bench
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "alignpro/core/parallel.h"
+#include "alignpro/model/kv_pool.h"
+#include "alignpro/ops/attention.h"
+#include "alignpro/ops/machine_limits.h"
+
+namespace {
+
+using alignpro::ThreadTeam;
+using alignpro::model::KvPool;
+using alignpro::ops::AttentionPlan;
+using alignpro::ops::AttentionShape;
+using alignpro::ops::KvWrite;
+using alignpro::ops::Segment;
+constexpr int64_t kKvBlock = alignpro::ops::kKvBlock;
+
+constexpr int kRepeats = 7;
+// Layers' worth of keys that are visited in turn, so that they come from memory as in a step.
+constexpr int64_t kLayers = 6;
+const AttentionShape kShape{9, 3, 64, 0, 0.125f};
+
+double median_seconds(const std::function<void()>& work) {
+  work();  // warm-up
+  std::vector<double> seconds;
+  for (int i = 0; i < kRepeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    seconds.push_back(
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  std::nth_element(seconds.begin(), seconds.begin() + kRepeats / 2, seconds.end());
+  return seconds[kRepeats / 2];
+}
+
+// `batch` sequences, of which positions [context - rows, context) are computed; the leading
+// `shared` positions of all lie in the same blocks.
+struct Case {
+  const char* name;
+  int64_t batch, context, rows, shared;
+};
+
+struct Machine {
+  double peak, bandwidth;
+};
+
+void measure(const Case& c, const Machine& machine, ThreadTeam& team) {
+  const int64_t blocks = (c.context + kKvBlock - 1) / kKvBlock;
+  const int64_t common = c.shared / kKvBlock, own = blocks - common;
+  KvPool pool(kLayers, kShape.num_kv_heads, kShape.head_dim, common + c.batch * own);
+  std::vector<std::vector<int32_t>> tables(static_cast<size_t>(c.batch));
+  std::vector<Segment> segments;
+  std::vector<KvWrite> writes;
+  for (int64_t s = 0; s < c.batch; ++s) {
+    auto& table = tables[static_cast<size_t>(s)];
+    for (int64_t b = 0; b < blocks; ++b) {
+      table.push_back(static_cast<int32_t>(b < common ? b : b + s * own));
+    }
+    segments.push_back({s * c.rows, c.rows, c.context - c.rows, table});
+    for (int64_t position = 0; position < c.context; ++position) {
+      writes.push_back({0, table[static_cast<size_t>(position / kKvBlock)],
+                        static_cast<int32_t>(position % kKvBlock)});
+    }
+  }
+  std::mt19937 generator(1);
+  std::normal_distribution<float> draw(0.0f, 1.0f);
+  std::vector<float> qkv(static_cast<size_t>(c.batch * c.rows * kShape.qkv_size()));
+  for (float& v : qkv) v = draw(generator);
+  for (int64_t l = 0; l < kLayers; ++l) kv_write(kShape, qkv.data(), writes, pool.layer(l), team);
+  std::vector<float> out(static_cast<size_t>(c.batch * c.rows * kShape.q_size()));
+  const double seconds = median_seconds([&] {
+                           const AttentionPlan plan(kShape, segments, team.size());
+                           for (int64_t l = 0; l < kLayers; ++l) {
+                             attention(kShape, qkv.data(), plan, pool.layer(l), out.data(), team);
+                           }
+                         }) /
+                         kLayers;
+  const double before = static_cast<double>(c.context - c.rows), rows = static_cast<double>(c.rows);
+  const double pairs = static_cast<double>(c.batch) * (rows * before + rows * (rows + 1) / 2);
+  const double gflops = 4 * pairs * static_cast<double>(kShape.q_size()) / seconds / 1e9;
+  const double bytes = static_cast<double>((common + c.batch * own) * pool.block_bytes()) / kLayers;
+  std::printf("%-22s %5ld %7ld %9.3f %8.1f %11.0f%% %8.1f %12.0f%%\n", c.name,
+              static_cast<long>(c.batch), static_cast<long>(c.context), seconds * 1e3, gflops,
+              100 * gflops / machine.peak, bytes / seconds / 1e9,
+              100 * bytes / seconds / 1e9 / machine.bandwidth);
+}
+
+}  // namespace
+
+int main() {
+  ThreadTeam team(0);
+  const Machine machine{alignpro::ops::fma_peak_gflops(team),
+                        alignpro::ops::read_bandwidth_gbps(team)};
+  std::printf("%d threads; FMA peak %.0f GFLOP/s; read bandwidth %.1f GB/s\n", team.size(),
+              machine.peak, machine.bandwidth);
+  std::printf("GB/s counts every block once: beyond the bandwidth it came from cache\n");
+  std::printf("%-22s %5s %7s %9s %8s %12s %8s %13s\n", "", "batch", "context", "ms/layer",
+              "GFLOP/s", "of FMA peak", "GB/s", "of bandwidth");
+  for (const int64_t batch : {1, 16}) {
+    for (const int64_t context : {128, 512, 2048, 8192}) {
+      measure({"decode", batch, context, 1, 0}, machine, team);
+    }
+  }
+  for (const int64_t context : {128, 512, 2048, 8192}) {
+    measure({"decode, shared prefix", 16, context, 1, context - 32}, machine, team);
+  }
+  for (const int64_t context : {256, 2048, 8192}) {
+    measure({"prefill, whole", 1, context, context, 0}, machine, team);
+  }
+  measure({"prefill, last 256", 1, 8192, 256, 0}, machine, team);
+  measure({"prefill, shared prefix", 16, 2048, 16, 2032}, machine, team);
+}
