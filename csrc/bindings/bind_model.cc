@@ -27,6 +27,12 @@ ops::Arithmetic arithmetic_from(const std::string& name) {
   return ops::Arithmetic::kInt8;
 }
 
+DType kv_dtype_from(const std::string& name) {
+  if (name == "float32") return DType::kF32;
+  require(name == "float16", "kv_dtype: expected \"float32\" or \"float16\", got \"", name, "\"");
+  return DType::kF16;
+}
+
 py::dict describe(const model::Model& model) {
   const model::ModelConfig& c = model.config();
   py::dict d;
@@ -45,6 +51,7 @@ py::dict describe(const model::Model& model) {
   d["threads"] = model.team().size();
   d["weight_bytes"] = model.weights().bytes();
   d["compute"] = model.weights().head().arithmetic() == ops::Arithmetic::kInt8 ? "int8" : "float32";
+  d["kv_dtype"] = model.kv_dtype() == DType::kF16 ? "float16" : "float32";
   d["streamed_bytes"] = model.weights().streamed_bytes();
   return d;
 }
@@ -143,13 +150,14 @@ void bind_model(py::module_& m) {
       .def_static(
           "load",
           [](const std::string& path, int threads, int64_t context_length,
-             const std::string& compute) {
+             const std::string& compute, const std::string& kv_dtype) {
             const ops::Arithmetic arithmetic = arithmetic_from(compute);
+            const DType kv = kv_dtype_from(kv_dtype);
             const GilRelease release;
-            return model::Model::load(path, threads, context_length, arithmetic);
+            return model::Model::load(path, threads, context_length, arithmetic, kv);
           },
           py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
-          py::arg("compute") = "float32")
+          py::arg("compute") = "float32", py::arg("kv_dtype") = "float32")
       .def_property_readonly("config", &describe)
       .def("lora_modules",
            [](const model::Model& self) {

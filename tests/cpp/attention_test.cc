@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <random>
@@ -11,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "alignpro/core/dtype.h"
+#include "alignpro/core/error.h"
 #include "alignpro/ops/attention.h"
 #include "alignpro/ops/kv_view.h"
 #include "check.h"
@@ -27,17 +30,17 @@ struct Attention {
   AttentionShape shape;
   int64_t tokens;
   Floats qkv;
-  Floats pool;
+  std::vector<std::byte> pool;
   KvView kv;
   std::vector<int32_t> blocks;
 
-  Attention(AttentionShape s, int64_t count, uint32_t seed)
+  Attention(AttentionShape s, int64_t count, uint32_t seed, DType dtype = DType::kF32)
       : shape(s), tokens(count), qkv(normal(static_cast<size_t>(count * s.qkv_size()), seed)) {
-    const int64_t half = s.head_dim * kKvBlock, head = 2 * half, block = s.num_kv_heads * head;
-    const int64_t needed = (count + kKvBlock - 1) / kKvBlock;
-    // Slots that nobody wrote hold NaN: reading one would show.
-    pool.assign(static_cast<size_t>((needed + 1) * block + 16), NAN);
-    kv = {pool.data(), block, head, half};
+    const int64_t half = s.head_dim * kKvBlock * block_bytes(dtype), head = 2 * half;
+    const int64_t block = s.num_kv_heads * head, needed = (count + kKvBlock - 1) / kKvBlock;
+    // Slots that nobody wrote hold NaN, in either format: reading one would show.
+    pool.assign(static_cast<size_t>((needed + 1) * block + 64), std::byte{0xff});
+    kv = {pool.data(), block, head, half, dtype};
     for (int64_t b = 0; b < needed; ++b) blocks.push_back(static_cast<int32_t>(needed - b));
   }
 
@@ -68,6 +71,11 @@ struct Attention {
     return qkv.data() + token * shape.qkv_size() + head_offset * shape.head_dim;
   }
 
+  // An element of a key or a value, as it is stored.
+  float held(float x) const {
+    return kv.dtype == DType::kF16 ? half_to_float(float_to_half(x)) : x;
+  }
+
   // softmax weights of one query head: the definition, in double, or plainly in float32
   template <typename Real>
   std::vector<Real> weights(int64_t t, int64_t head) const {
@@ -78,7 +86,7 @@ struct Attention {
     for (int64_t j = first; j <= t; ++j) {
       const float* k = at(j, shape.num_heads + head / shape.group());
       Real s = 0;
-      for (int64_t i = 0; i < shape.head_dim; ++i) s += Real{q[i]} * Real{k[i]};
+      for (int64_t i = 0; i < shape.head_dim; ++i) s += Real{q[i]} * Real{held(k[i])};
       most = std::max(most, p[static_cast<size_t>(j)] = s * shape.scale);
     }
     Real sum = 0;
@@ -99,7 +107,9 @@ struct Attention {
         Real* to = out.data() + t * shape.q_size() + h * shape.head_dim;
         for (int64_t j = shape.first_visible(t); j <= t; ++j) {
           const float* v = at(j, shape.num_heads + shape.num_kv_heads + h / shape.group());
-          for (int64_t i = 0; i < shape.head_dim; ++i) to[i] += p[static_cast<size_t>(j)] * v[i];
+          for (int64_t i = 0; i < shape.head_dim; ++i) {
+            to[i] += p[static_cast<size_t>(j)] * Real{held(v[i])};
+          }
         }
       }
     }
@@ -121,23 +131,31 @@ bool same_rows(const AttentionShape& shape, const Floats& a, int64_t row, const 
 
 TEST(attention_matches_double_and_chunking_a_prefill_changes_no_bit) {
   ThreadTeam one(1), two(2), five(5);
-  for (const auto& [shape, tokens] :
-       std::vector<std::pair<AttentionShape, int64_t>>{{make_shape(4, 2, 12, 0), 53},
-                                                       {make_shape(3, 1, 16, 0), 1},
-                                                       {make_shape(9, 3, 64, 0), 53},
-                                                       {make_shape(2, 2, 8, 5), 53},
-                                                       {make_shape(4, 2, 16, 20), 53},
-                                                       {make_shape(7, 1, 4, 0), 1100},
-                                                       {make_shape(2, 1, 12, 600), 1100},
-                                                       {make_shape(2, 2, 4, 3), 1050}}) {
-    Attention a(shape, tokens, 21);
+  struct Case {
+    AttentionShape shape;
+    int64_t tokens;
+    DType dtype = DType::kF32;
+  };
+  for (const auto& [shape, tokens, dtype] :
+       std::vector<Case>{{make_shape(4, 2, 12, 0), 53},
+                         {make_shape(3, 1, 16, 0), 1},
+                         {make_shape(9, 3, 64, 0), 53},
+                         {make_shape(2, 2, 8, 5), 53},
+                         {make_shape(4, 2, 16, 20), 53},
+                         {make_shape(7, 1, 4, 0), 1100},
+                         {make_shape(2, 1, 12, 600), 1100},
+                         {make_shape(2, 2, 4, 3), 1050},
+                         {make_shape(9, 3, 64, 0), 53, DType::kF16},
+                         {make_shape(3, 1, 12, 700), 1100, DType::kF16},
+                         {make_shape(2, 2, 5, 0), 20, DType::kF16}}) {
+    Attention a(shape, tokens, 21, dtype);
     const Floats out = a.whole(two);
     const Doubles truth = a.plain<double>();
     const double error = relative_error(out, truth);
     CHECK(error < kBudget);
     CHECK(error < 2 * relative_error(a.plain<float>(), truth) + 5e-8);
 
-    Attention b(shape, tokens, 21);
+    Attention b(shape, tokens, 21, dtype);
     Floats chunked(out.size(), NAN);
     int64_t begin = 0;
     for (const int64_t to : {1, 17, 30, 31, 53, 511, 512, 513, 1023, 1025, 1100}) {
@@ -169,14 +187,20 @@ struct Forest {
   };
   AttentionShape shape;
   std::vector<Sequence> sequences;
-  Floats pool;
+  Floats pool;  // as floats or as pairs of halves, random either way
   KvView kv;
   int32_t next = 0;
 
-  Forest(AttentionShape s, int64_t most_blocks) : shape(s) {
-    const int64_t half = s.head_dim * kKvBlock, head = 2 * half, block = s.num_kv_heads * head;
-    pool = normal(static_cast<size_t>(most_blocks * block + 16), 77);
-    kv = {pool.data(), block, head, half};
+  Forest(AttentionShape s, int64_t most_blocks, DType dtype = DType::kF32) : shape(s) {
+    const int64_t half = s.head_dim * kKvBlock * block_bytes(dtype), head = 2 * half;
+    const int64_t block = s.num_kv_heads * head;
+    pool = normal(static_cast<size_t>(most_blocks * block / 4 + 16), 77);
+    for (float& x : pool) {
+      if (dtype == DType::kF32) continue;
+      const uint16_t halves[2] = {float_to_half(x), float_to_half(x * x - 1.0f)};
+      std::memcpy(&x, halves, sizeof(x));
+    }
+    kv = {reinterpret_cast<std::byte*>(pool.data()), block, head, half, dtype};
   }
 
   // `size` positions, the first `shared` of them (a multiple of 16) those of sequence `from`.
@@ -226,9 +250,12 @@ struct Forest {
 
 TEST(a_row_does_not_know_who_shares_its_blocks) {
   ThreadTeam one(1), two(2), nine(9);
-  for (const auto& shape : {make_shape(9, 3, 16, 0), make_shape(14, 2, 12, 0),
-                            make_shape(2, 1, 8, 40), make_shape(4, 4, 4, 700)}) {
-    Forest forest(shape, 600);
+  for (const auto& [shape, dtype] :
+       std::vector<std::pair<AttentionShape, DType>>{{make_shape(9, 3, 16, 0), DType::kF32},
+                                                     {make_shape(14, 2, 12, 0), DType::kF32},
+                                                     {make_shape(2, 1, 8, 40), DType::kF32},
+                                                     {make_shape(4, 4, 4, 700), DType::kF16}}) {
+    Forest forest(shape, 600, dtype);
     const int64_t a = forest.add(900);
     for (int64_t i = 0; i < 7; ++i) forest.add(897 + i, a, 896);  // samples of one prompt
     const int64_t b = forest.add(530, a, 64);                     // a system prompt in common
@@ -366,6 +393,37 @@ TEST(attention_keeps_infinities_and_nan_where_they_belong) {
     const Floats out = a.whole(team);
     CHECK(!is_nan(out, 599));
     for (const int64_t row : {600, 611, 1023, 1024, 1029}) CHECK(is_nan(out, row));
+  }
+}
+
+TEST(halves_are_written_rounded_and_never_beyond_their_range) {
+  ThreadTeam team(2);
+  const AttentionShape shape = make_shape(1, 1, 9, 0);
+  for (const int64_t tokens : {3, 50}) {  // by the caller alone, and by the team
+    for (const float value : {65519.0f, -65504.0f, 6e-8f, 1e-9f, -kInf, kInf, NAN, 0.1f}) {
+      for (const int64_t at : {9, 17, 25, 26}) {  // lanes of K and of V, in vectors and past them
+        Attention a(shape, tokens, 4, DType::kF16);
+        a.qkv[static_cast<size_t>(27 * (tokens - 1) + at)] = value;
+        a.write(0, tokens, team);
+        const int32_t block = a.blocks.back();
+        const int64_t slot = (tokens - 1) % kKvBlock;
+        const uint16_t bits = at < 18 ? a.kv.keys<uint16_t>(block, 0)[(at - 9) * kKvBlock + slot]
+                                      : a.kv.values<uint16_t>(block, 0)[slot * 9 + at - 18];
+        const float got = half_to_float(bits), expected = half_to_float(float_to_half(value));
+        CHECK(got == expected || (std::isnan(got) && std::isnan(value)));
+        CHECK_EQ(std::isinf(got), std::isinf(value));
+      }
+    }
+    for (const float value : {65520.0f, -1e30f, std::numeric_limits<float>::max()}) {
+      for (const int64_t at : {9, 26}) {
+        Attention a(shape, tokens, 4, DType::kF16);
+        a.qkv[static_cast<size_t>(27 * (tokens - 1) + at)] = value;
+        CHECK_THROWS(a.write(0, tokens, team), NumericError, "kv_dtype float16: expected keys");
+        a.qkv[static_cast<size_t>(27 * (tokens - 1) + at - 9)] = value;  // the query may be larger
+        if (at == 9) a.qkv[static_cast<size_t>(27 * (tokens - 1) + at)] = 1.0f;
+        if (at == 9) a.write(0, tokens, team);
+      }
+    }
   }
 }
 

@@ -85,8 +85,8 @@ class HashModel final : public LanguageModel {
     check_shape(batch);
     for (const model::KvWrite& write : batch.kv_writes) {
       for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
-        float* keys = kv.keys(write.block, layer, 0);
-        float* values = kv.values(write.block, layer, 0);
+        float* keys = kv.layer(layer).keys<float>(write.block, 0);
+        float* values = kv.layer(layer).values<float>(write.block, 0);
         const auto row = static_cast<size_t>(write.row);
         keys[0 * kKvBlock + write.slot] = static_cast<float>(batch.tokens[row] + 1);
         keys[1 * kKvBlock + write.slot] = static_cast<float>(layer);
@@ -133,10 +133,10 @@ class HashModel final : public LanguageModel {
     for (int64_t position = 0; position < segment.position + segment.row_count; ++position) {
       const int32_t block = segment.blocks[static_cast<size_t>(position / kKvBlock)];
       const int64_t slot = position % kKvBlock;
-      const float token = kv.keys(block, 0, 0)[slot];
+      const float token = kv.layer(0).keys<float>(block, 0)[slot];
       for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
-        const float* keys = kv.keys(block, layer, 0);
-        const float* values = kv.values(block, layer, 0);
+        const float* keys = kv.layer(layer).keys<float>(block, 0);
+        const float* values = kv.layer(layer).values<float>(block, 0);
         const bool ok = token >= 1.0f && keys[slot] == token &&
                         keys[kKvBlock + slot] == static_cast<float>(layer) &&
                         values[slot * 2] == static_cast<float>(position) &&
@@ -260,9 +260,10 @@ TEST(kv_pool_copies_the_first_slots_of_every_layer_and_head) {
     for (int64_t layer = 0; layer < 3; ++layer) {
       for (int64_t head = 0; head < 2; ++head) {
         for (int64_t i = 0; i < 5 * kKvBlock; ++i) {
-          pool.keys(block, layer, head)[i] =
+          pool.layer(layer).keys<float>(block, head)[i] =
               base + static_cast<float>(layer * 1000 + head * 500 + i);
-          pool.values(block, layer, head)[i] = -pool.keys(block, layer, head)[i];
+          pool.layer(layer).values<float>(block, head)[i] =
+              -pool.layer(layer).keys<float>(block, head)[i];
         }
       }
     }
@@ -276,14 +277,30 @@ TEST(kv_pool_copies_the_first_slots_of_every_layer_and_head) {
         for (int64_t lane = 0; lane < 5; ++lane) {
           const float base =
               (slot < 3 ? 10000.0f : 20000.0f) + static_cast<float>(layer * 1000 + head * 500);
-          CHECK_EQ(pool.keys(2, layer, head)[lane * kKvBlock + slot],
+          CHECK_EQ(pool.layer(layer).keys<float>(2, head)[lane * kKvBlock + slot],
                    base + static_cast<float>(lane * kKvBlock + slot));
-          CHECK_EQ(pool.values(2, layer, head)[slot * 5 + lane],
+          CHECK_EQ(pool.layer(layer).values<float>(2, head)[slot * 5 + lane],
                    -(base + static_cast<float>(slot * 5 + lane)));
         }
       }
     }
   }
+  model::KvPool halves(2, 2, 3, 2, DType::kF16);
+  CHECK_EQ(halves.block_bytes(), 2 * 2 * 2 * 3 * 16 * 2);
+  for (int64_t i = 0; i < halves.block_bytes() / 2; ++i) {
+    halves.layer(0).keys<uint16_t>(0, 0)[i] = static_cast<uint16_t>(i + 1);
+  }
+  halves.copy_slots(0, 1, 5);
+  for (int64_t slot = 0; slot < kKvBlock; ++slot) {
+    for (int64_t lane = 0; lane < 3; ++lane) {
+      const auto at = [&](int64_t block) {
+        return std::pair(halves.layer(1).keys<uint16_t>(block, 1)[lane * kKvBlock + slot],
+                         halves.layer(1).values<uint16_t>(block, 1)[slot * 3 + lane]);
+      };
+      CHECK(at(1) == (slot < 5 ? at(0) : std::pair<uint16_t, uint16_t>(0, 0)));
+    }
+  }
+  CHECK_THROWS(model::KvPool(1, 1, 1, 1, DType::kQ8_0), InvalidArgument, "F32 or F16");
   CHECK_THROWS(model::KvPool(1, 1, 1, 0), InvalidArgument, "positive");
   CHECK_THROWS(model::KvPool(1 << 20, 1 << 20, 1 << 20, 1 << 20), InvalidArgument, "overflow");
 }

@@ -24,6 +24,7 @@ class NativeModel final : public LanguageModel {
 
   const model::ModelConfig& config() const override { return model_->config(); }
   int64_t context_length() const override { return model_->context_length(); }
+  DType kv_dtype() const override { return model_->kv_dtype(); }
   void forward(const model::Batch& batch, model::KvPool& kv, float* hidden) const override {
     model_->forward(batch, kv, hidden);
   }
@@ -41,9 +42,10 @@ void extend(std::vector<std::shared_ptr<Sequence>>& all,
   all.insert(all.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
 }
 
-int64_t block_bytes(const model::ModelConfig& config) {
-  return config.num_layers * config.num_kv_heads * 2 * config.head_dim * kKvBlock *
-         static_cast<int64_t>(sizeof(float));
+int64_t block_bytes(const LanguageModel& model) {
+  const model::ModelConfig& config = model.config();
+  return model::KvPool::block_bytes(config.num_layers, config.num_kv_heads, config.head_dim,
+                                    model.kv_dtype());
 }
 
 // Checks the options and settles the size of the cache.
@@ -52,7 +54,7 @@ EngineOptions resolve(EngineOptions options, const LanguageModel& model) {
           options.max_batch_rows);
   require(options.kv_cache_bytes >= 0, "kv_cache_bytes: expected >= 0 (0: automatic), got ",
           options.kv_cache_bytes);
-  const int64_t block = block_bytes(model.config());
+  const int64_t block = block_bytes(model);
   if (options.kv_cache_bytes == 0) {
     // Never more than a full step of full contexts can hold, and a third of it for the idle
     // quarter.
@@ -106,7 +108,7 @@ Engine::Engine(std::shared_ptr<const LanguageModel> model, EngineOptions options
     : model_(std::move(model)),
       options_(resolve(options, *model_)),
       kv_(model_->config().num_layers, model_->config().num_kv_heads, model_->config().head_dim,
-          options_.kv_cache_bytes / block_bytes(model_->config())),
+          options_.kv_cache_bytes / block_bytes(*model_), model_->kv_dtype()),
       scheduler_(options_.max_batch_rows, kv_.capacity(), options_.prefix_cache) {
   publish_state();
 }

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <span>
 
+#include "alignpro/core/dtype.h"
 #include "alignpro/model/batch.h"
 #include "alignpro/model/config.h"
 #include "alignpro/model/kv_pool.h"
@@ -18,6 +19,7 @@ class LanguageModel {
 
   virtual const model::ModelConfig& config() const = 0;
   virtual int64_t context_length() const = 0;
+  virtual DType kv_dtype() const { return DType::kF32; }  // of the pool that forward() is given
 
   // As model::Model::forward: writes the batch's KV and hidden [output_rows, hidden_size].
   virtual void forward(const model::Batch& batch, model::KvPool& kv, float* hidden) const = 0;

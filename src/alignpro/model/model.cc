@@ -22,23 +22,29 @@ int64_t choose_context(const ModelConfig& config, int64_t wanted) {
 
 }  // namespace
 
-Model::Model(Weights weights, std::unique_ptr<ThreadTeam> team, int64_t context_length)
+Model::Model(Weights weights, std::unique_ptr<ThreadTeam> team, int64_t context_length,
+             DType kv_dtype)
     : weights_(std::move(weights)),
       context_length_(context_length),
+      kv_dtype_(kv_dtype),
       rope_(weights_.config.rope, context_length),
       team_(std::move(team)) {}
 
 std::shared_ptr<Model> Model::load(const std::filesystem::path& path, int threads,
-                                   int64_t context_length, ops::Arithmetic arithmetic) {
-  return from(*Checkpoint::open(path), threads, context_length, arithmetic);
+                                   int64_t context_length, ops::Arithmetic arithmetic,
+                                   DType kv_dtype) {
+  return from(*Checkpoint::open(path), threads, context_length, arithmetic, kv_dtype);
 }
 
 std::shared_ptr<Model> Model::from(const Checkpoint& checkpoint, int threads,
-                                   int64_t context_length, ops::Arithmetic arithmetic) {
+                                   int64_t context_length, ops::Arithmetic arithmetic,
+                                   DType kv_dtype) {
+  require(kv_dtype == DType::kF32 || kv_dtype == DType::kF16, "kv_dtype: expected F32 or F16, got ",
+          dtype_name(kv_dtype));
   const int64_t context = choose_context(checkpoint.config(), context_length);
   auto team = std::make_unique<ThreadTeam>(threads);
   Weights weights = Weights::load(checkpoint, *team, arithmetic);
-  return std::shared_ptr<Model>(new Model(std::move(weights), std::move(team), context));
+  return std::shared_ptr<Model>(new Model(std::move(weights), std::move(team), context, kv_dtype));
 }
 
 void Model::forward(const Batch& batch, KvPool& kv, float* hidden) const {

@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 
+#include "alignpro/core/dtype.h"
 #include "alignpro/core/parallel.h"
 #include "alignpro/model/batch.h"
 #include "alignpro/model/config.h"
@@ -21,19 +22,23 @@ namespace alignpro::model {
 class Model {
  public:
   // `threads` 0: available_cpus(). `context_length` 0: the model's own (for longrope, the positions
-  // of pre-training; a larger value selects the long factors for every position).
+  // of pre-training; a larger value selects the long factors for every position). Keys and values
+  // are held as kv_dtype, kF32 or kF16, in sampling and scoring alike; kF16 has no gradients.
   static std::shared_ptr<Model> load(const std::filesystem::path& path, int threads,
                                      int64_t context_length,
-                                     ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32);
+                                     ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32,
+                                     DType kv_dtype = DType::kF32);
   static std::shared_ptr<Model> from(const Checkpoint& checkpoint, int threads,
                                      int64_t context_length,
-                                     ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32);
+                                     ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32,
+                                     DType kv_dtype = DType::kF32);
 
   const ModelConfig& config() const { return weights_.config; }
   const Weights& weights() const { return weights_; }
   const RopeAngles& rope() const { return rope_; }
   ThreadTeam& team() const { return *team_; }
   int64_t context_length() const { return context_length_; }
+  DType kv_dtype() const { return kv_dtype_; }
   ScoreBufferPool& score_buffers() const { return *score_buffers_; }
 
   // Runs the batch, writing K and V into `kv` and the final (normed) hidden states of
@@ -46,10 +51,11 @@ class Model {
               std::span<ops::SampledToken> out) const;
 
  private:
-  Model(Weights weights, std::unique_ptr<ThreadTeam> team, int64_t context_length);
+  Model(Weights weights, std::unique_ptr<ThreadTeam> team, int64_t context_length, DType kv_dtype);
 
   Weights weights_;
   int64_t context_length_;
+  DType kv_dtype_;
   RopeAngles rope_;
   std::unique_ptr<ThreadTeam> team_;
   std::unique_ptr<ScoreBufferPool> score_buffers_ = std::make_unique<ScoreBufferPool>();

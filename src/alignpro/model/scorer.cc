@@ -63,6 +63,8 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
   require(
       !request_.keep_graph || model_->weights().head().arithmetic() == ops::Arithmetic::kFloat32,
       "gradients: expected a model loaded with compute float32, got int8");
+  require(!request_.keep_graph || model_->kv_dtype() == DType::kF32,
+          "gradients: expected a model loaded with kv_dtype float32, got float16");
   const auto count = static_cast<int64_t>(request_.sequences.size());
   int64_t total = 0;
   for (int64_t s = 0; s < count; ++s) {
@@ -143,7 +145,7 @@ Score::Hidden Score::hidden_states(const TokenTree& tree, ScoreBuffers& buffers,
   const PassContext reference = tables.pass(*model_, batch, reference_range);
   // No layer reads another's KV: one layer's worth serves them all, and the reference after the
   // policy, too.
-  KvPool kv(1, config.num_kv_heads, config.head_dim, tree.blocks());
+  KvPool kv(1, config.num_kv_heads, config.head_dim, tree.blocks(), model_->kv_dtype());
   const int64_t layers = config.num_layers;
   const bool keep_all = keep && request_.activations == Activations::kKeep;
   buffers.streams.resize(static_cast<size_t>(keep ? layers + 1 : 1));
@@ -386,8 +388,8 @@ int64_t Score::bytes(const Model& model, const ScoreRequest& request) {
   floats += rows * row_floats;
   const int64_t widest = std::max({hidden, mlp, config.q_size(), 2 * mlp});
   floats += ops::kRowChunk * (widest + (model.team().size() + 1) * ops::cpu::kPanel);
-  const int64_t block_floats = 2 * config.num_kv_heads * config.head_dim * ops::kKvBlock;
-  floats += (tree.blocks() + 1) * block_floats;
+  bytes += (tree.blocks() + 1) *
+           KvPool::block_bytes(1, config.num_kv_heads, config.head_dim, model.kv_dtype());
   bytes += floats * static_cast<int64_t>(sizeof(float));
   return bytes + values * 64;
 }

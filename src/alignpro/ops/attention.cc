@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "alignpro/core/error.h"
 #include "alignpro/ops/cpu/kernels.h"
 
 namespace alignpro::ops {
@@ -20,6 +21,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 struct Workspace {
   AlignedBuffer queries;  // packed [head_dim][6] tiles
   AlignedBuffer block;    // [rows][16] scores
+  AlignedBuffer floats;   // K or V of one block, and slack, where they are stored as halves
   AlignedBuffer scores;   // [rows][kKvChunk]
   AlignedBuffer packed;   // packed probabilities of one block
   AlignedBuffer chunk;    // one chunk's result
@@ -54,6 +56,21 @@ struct Pass {
     return static_cast<int64_t>(tile.tokens.size()) * shape.group();
   }
   int64_t panels() const { return (shape.head_dim + kPanel - 1) / kPanel; }
+
+  // K or V of one block as floats; valid until the next call on this thread.
+  const float* floats(const std::byte* stored) const {
+    if (kv.dtype == DType::kF32) return reinterpret_cast<const float*>(stored);
+    const int64_t count = shape.head_dim * kKvBlock;
+    float* to = workspace().floats.reserve(count + kPanel);
+    cpu::kernels().from_halves(reinterpret_cast<const uint16_t*>(stored), count, to);
+    std::fill_n(to + count, kPanel, 0.0f);
+    return to;
+  }
+  // Blocks lie far apart: no hardware prefetcher finds the next one.
+  void fetch(const std::byte* stored) const {
+    const int64_t bytes = shape.head_dim * kKvBlock * block_bytes(kv.dtype);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(stored + i, 0, 2);
+  }
 };
 
 const float* pack_queries(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_head) {
@@ -87,11 +104,6 @@ void gemm_rows(int64_t first, int64_t rows, int64_t k_count, const float* packed
   }
 }
 
-// Blocks lie far apart: no hardware prefetcher finds the next one.
-void fetch(const float* from, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(from + i, 0, 2);
-}
-
 // The keys of one chunk, for all rows of a tile. Masked probabilities are exactly 0, so that what
 // other rows of the tile see adds nothing.
 void attend_chunk(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_head, int64_t chunk,
@@ -116,8 +128,11 @@ void attend_chunk(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_
   };
 
   for_blocks([&](const AttentionPlan::Run& run, int64_t b, int64_t first, int64_t count) {
-    if (b + 1 < run.end_block) fetch(pass.kv.keys(run.blocks[b + 1], kv_head), d * kKvBlock);
-    gemm_rows(first, count, d, queries, pass.kv.keys(run.blocks[b], kv_head), block);
+    const auto stored = [&](int64_t at) {
+      return pass.kv.keys<std::byte>(run.blocks[at], kv_head);
+    };
+    if (b + 1 < run.end_block) pass.fetch(stored(b + 1));
+    gemm_rows(first, count, d, queries, pass.floats(stored(b)), block);
     float* row = scores + first * kKvChunk + (b - begin) * kKvBlock;
     for (int64_t r = 0; r < count; ++r) {
       std::memcpy(row + r * kKvChunk, block + r * kPanel, kPanel * sizeof(float));
@@ -147,8 +162,11 @@ void attend_chunk(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_
     const int64_t live = std::min(kKvBlock, run.key_end - b * kKvBlock);
     k.pack_rows(count, live, scores + first * kKvChunk + (b - begin) * kKvBlock, kKvChunk, 1,
                 packed);
-    const float* values = pass.kv.values(run.blocks[b], kv_head);
-    if (b + 1 < run.end_block) fetch(pass.kv.values(run.blocks[b + 1], kv_head), d * kKvBlock);
+    const auto stored = [&](int64_t at) {
+      return pass.kv.values<std::byte>(run.blocks[at], kv_head);
+    };
+    if (b + 1 < run.end_block) pass.fetch(stored(b + 1));
+    const float* values = pass.floats(stored(b));
     for (int64_t p = 0; p < panels; ++p) {
       // A head_dim that is no multiple of 16 reads into the next row (the pool ends in slack);
       // those lanes are dropped when the row is stored.
@@ -228,22 +246,43 @@ void attend(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_head) 
 
 }  // namespace
 
+namespace {
+
+template <typename T>
+void write_row(const AttentionShape& shape, const T* row, const KvWrite& to, const KvView& kv) {
+  const int64_t d = shape.head_dim;
+  for (int64_t head = 0; head < shape.num_kv_heads; ++head) {
+    T* keys = kv.keys<T>(to.block, head) + to.slot;
+    for (int64_t i = 0; i < d; ++i) keys[i * kKvBlock] = row[head * d + i];
+    std::memcpy(kv.values<T>(to.block, head) + to.slot * d, row + (shape.num_kv_heads + head) * d,
+                static_cast<size_t>(d) * sizeof(T));
+  }
+}
+
+[[noreturn]] void refuse_for_halves(const float* row, int64_t width) {
+  const float* bad = std::find_if(row, row + width, [](float x) {
+    return std::isfinite(x) && std::isinf(half_to_float(float_to_half(x)));
+  });
+  throw NumericError(cat("kv_dtype float16: expected keys and values of at most 65504, got ", *bad,
+                         "; load the model with kv_dtype float32"));
+}
+
+}  // namespace
+
 int64_t attention_partial_floats(int64_t rows, int64_t head_dim) {
   return rows * (2 + (head_dim + kPanel - 1) / kPanel * kPanel);
 }
 
 void kv_write(const AttentionShape& shape, const float* qkv, std::span<const KvWrite> writes,
               const KvView& kv, ThreadTeam& team) {
-  const int64_t d = shape.head_dim;
+  const int64_t width = 2 * shape.num_kv_heads * shape.head_dim;
   const auto write = [&](int64_t item, int) {
     const KvWrite& to = writes[static_cast<size_t>(item)];
     const float* row = qkv + to.row * shape.qkv_size() + shape.q_size();
-    for (int64_t head = 0; head < shape.num_kv_heads; ++head) {
-      float* keys = kv.keys(to.block, head) + to.slot;
-      for (int64_t i = 0; i < d; ++i) keys[i * kKvBlock] = row[head * d + i];
-      std::memcpy(kv.values(to.block, head) + to.slot * d, row + (shape.num_kv_heads + head) * d,
-                  static_cast<size_t>(d) * sizeof(float));
-    }
+    if (kv.dtype == DType::kF32) return write_row(shape, row, to, kv);
+    auto* halves = reinterpret_cast<uint16_t*>(workspace().floats.reserve((width + 1) / 2));
+    if (!cpu::kernels().to_halves(row, width, halves)) refuse_for_halves(row, width);
+    write_row(shape, halves, to, kv);
   };
   const int64_t count = static_cast<int64_t>(writes.size());
   // A row is about a microsecond; below this the team costs more than it brings.

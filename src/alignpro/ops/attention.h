@@ -87,7 +87,9 @@ struct AttentionPlan {
 // Floats of one chunk's result for `rows` query rows: maxima, sums, and outputs in panels of 16.
 int64_t attention_partial_floats(int64_t rows, int64_t head_dim);
 
-// Copies K and V of the named rows of qkv [rows, qkv_size] into their blocks.
+// Copies K and V of the named rows of qkv [rows, qkv_size] into their blocks. Into float16 they are
+// rounded to nearest; infinities and NaN stay what they are, and what is finite but beyond 65504
+// throws NumericError.
 void kv_write(const AttentionShape& shape, const float* qkv, std::span<const KvWrite> writes,
               const KvView& kv, ThreadTeam& team);
 

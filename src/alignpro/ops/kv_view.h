@@ -1,7 +1,10 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
+
+#include "alignpro/core/dtype.h"
 
 namespace alignpro::ops {
 
@@ -10,17 +13,23 @@ namespace alignpro::ops {
 inline constexpr int64_t kKvBlock = 16;
 
 // One layer of a pool of KV blocks. Keys are stored as the matrix product reads them:
-// K [head_dim][kKvBlock], V [kKvBlock][head_dim].
+// K [head_dim][kKvBlock], V [kKvBlock][head_dim]; as float32, or rounded to float16 when written
+// and expanded where they are used.
 struct KvView {
-  float* base;
-  int64_t block_stride;
+  std::byte* base;
+  int64_t block_stride;  // these in bytes
   int64_t head_stride;
   int64_t value_offset;
+  DType dtype;  // kF32 or kF16
 
-  float* keys(int64_t block, int64_t head) const {
-    return base + block * block_stride + head * head_stride;
+  template <typename T>
+  T* keys(int64_t block, int64_t head) const {
+    return reinterpret_cast<T*>(base + block * block_stride + head * head_stride);
   }
-  float* values(int64_t block, int64_t head) const { return keys(block, head) + value_offset; }
+  template <typename T>
+  T* values(int64_t block, int64_t head) const {
+    return reinterpret_cast<T*>(keys<std::byte>(block, head) + value_offset);
+  }
 };
 
 // Consecutive tokens of one sequence inside a batch.

@@ -486,6 +486,36 @@ void softmax_row(float* scores, int64_t first, int64_t count, float scale, float
   *sum_out = sum_lanes(sum);
 }
 
+bool to_halves(const float* x, int64_t n, uint16_t* out) {
+  bool held = true;
+  int64_t i = 0;
+#if defined(__F16C__)
+  I8 lost = {};
+  for (; i + 8 <= n; i += 8) {
+    const F8 v = load(x + i);
+    const F8 magnitude = v < splat(0.0f) ? -v : v;
+    lost |= (magnitude >= splat(65520.0f)) & (magnitude < splat(kInf));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  for (int j = 0; j < 8; ++j) held = held && lost[j] == 0;
+#endif
+  for (; i < n; ++i) {
+    const float magnitude = x[i] < 0.0f ? -x[i] : x[i];
+    held = held && !(magnitude >= 65520.0f && magnitude < kInf);
+    out[i] = float_to_half(x[i]);
+  }
+  return held;
+}
+
+void from_halves(const uint16_t* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    store(out + i, load_halves(reinterpret_cast<const uint8_t*>(x + i)));
+  }
+  for (; i < n; ++i) out[i] = half_to_float(x[i]);
+}
+
 // ---- vocabulary tiles [panels][rows][16] ------------------------------------------------------
 
 void scale_tile_row(float* tile, int64_t rows, int64_t row, int64_t panels, int64_t columns,
@@ -685,6 +715,8 @@ const Kernels kKernels = {
     .swiglu_backward_row = swiglu_backward_row,
     .rope_row = rope_row,
     .softmax_row = softmax_row,
+    .to_halves = to_halves,
+    .from_halves = from_halves,
     .dot = dot,
     .axpy = axpy,
     .scale_tile_row = scale_tile_row,

@@ -115,6 +115,11 @@ struct Kernels {
   void (*softmax_row)(float* scores, int64_t first, int64_t count, float scale, float* max,
                       float* sum);
 
+  // To half floats, nearest and ties to even; false where a finite value became infinite. And back,
+  // exactly.
+  bool (*to_halves)(const float* x, int64_t n, uint16_t* out);
+  void (*from_halves)(const uint16_t* x, int64_t n, float* out);
+
   float (*dot)(const float* a, const float* b, int64_t n);
   // y += alpha * x
   void (*axpy)(float alpha, const float* x, int64_t n, float* y);
