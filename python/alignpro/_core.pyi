@@ -92,13 +92,17 @@ class Adapter:
 class Model:
     @staticmethod
     def load(
-        path: str, threads: int = 0, context_length: int = 0, compute: str = "float32"
+        path: str,
+        threads: int = 0,
+        context_length: int = 0,
+        compute: str = "float32",
+        kv_dtype: str = "float32",
     ) -> Model: ...
     @property
     def config(self) -> dict[str, Any]:
         """family, vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads,
         head_dim, context_length, bos_id (int | None), eos_ids, tied_head, threads, weight_bytes,
-        compute, streamed_bytes (read by every step)"""
+        compute, kv_dtype, streamed_bytes (read by every step)"""
 
     def lora_modules(self) -> dict[str, tuple[int, int]]:
         """Every linear a LoRA can attach to, by its PEFT path ("model.layers.0.self_attn.q_proj"),

@@ -308,6 +308,7 @@ def bench_step(
 
 
 Compute = Annotated[str, typer.Option(help="float32 or int8")]
+KvDtype = Annotated[str, typer.Option(help="of keys and values: float32 or float16")]
 Repeats = Annotated[int, typer.Option(min=1, help="of which the median is taken, after one more")]
 
 
@@ -319,6 +320,7 @@ def bench_decode(
     new_tokens: Annotated[int, typer.Option(min=1, help="a sequence")] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="a sequence")] = 37,
     compute: Compute = "float32",
+    kv_dtype: KvDtype = "float32",
     json_file: Json = None,
     repeats: Repeats = 5,
     threads: Threads = None,
@@ -337,6 +339,7 @@ def bench_decode(
         new_tokens=new_tokens,
         prompt_tokens=prompt_tokens,
         compute=compute,
+        kv_dtype=kv_dtype,
         repeats=repeats,
     )
 
@@ -349,6 +352,7 @@ def bench_prefill(
         "1x512,16x128"
     ),
     compute: Compute = "float32",
+    kv_dtype: KvDtype = "float32",
     json_file: Json = None,
     repeats: Repeats = 5,
     threads: Threads = None,
@@ -366,6 +370,7 @@ def bench_prefill(
         threads,
         shapes=shapes,
         compute=compute,
+        kv_dtype=kv_dtype,
         repeats=repeats,
     )
 

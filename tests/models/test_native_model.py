@@ -61,6 +61,7 @@ def test_the_default_model(smollm2: NativeModel) -> None:
     ("arguments", "message"),
     [
         ({"compute": "int4"}, 'compute: expected "float32" or "int8", got \'int4\''),
+        ({"kv_dtype": "bfloat16"}, 'kv_dtype: expected "float32" or "float16", got \'bfloat16\''),
         ({"threads": 0}, "threads: expected an integer of 1 or more, got 0"),
         ({"threads": 1.5}, "threads: expected an integer"),
         ({"threads": 10**6}, "threads: expected at most"),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from alignpro import NumericError
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.types import Completion, SamplingParams
@@ -155,6 +156,54 @@ def test_every_chunking_of_the_prefill(engine: Engines, variant: str) -> None:
         for prefix_cache in (False, True):
             model = engine(variant, threads=2, max_batch_rows=rows, prefix_cache=prefix_cache)
             assert_same(model.generate(prompts, params), expected)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "mistral-window"])
+def test_keys_and_values_as_float16(engine: Engines, variant: str) -> None:
+    """Rounded alike in sampling and scoring, whatever the batch, the chunks or the prefix cache."""
+    shared = engine(variant, threads=2, kv_dtype="float16")
+    bare = engine(variant, threads=1, kv_dtype="float16", prefix_cache=False, max_batch_rows=7)
+    lora = adapter(shared, "all")
+    prompts, params = requests(9)
+    prompts[2] = prompts[2] * 3 + prompts[1] * 9
+    first = shared.generate(prompts, params, adapter=lora)
+    assert largest_difference(first, scored(bare, first, params, lora)) == 0.0
+    assert largest_difference(first, scored(shared, first, params, lora)) == 0.0
+    assert_same(bare.generate(prompts, params, adapter=lora), first)
+    cached = shared.stats()["cached_tokens"]
+    assert_same(shared.generate(prompts, params, adapter=lora), first)
+    assert shared.stats()["cached_tokens"] > cached
+    # Not what float32 gives, but near it.
+    plain = scored(engine(variant, threads=2), first, params, lora)
+    assert 0.0 < largest_difference(first, plain) < 0.05
+    assert shared.config["kv_dtype"] == "float16"
+
+
+def test_float16_keys_and_values_halve_the_cache_and_have_no_gradients(engine: Engines) -> None:
+    size = 64 * 16 * 2 * 3 * 2 * 12 * 4
+    plain = engine("llama", threads=2, kv_cache_bytes=size)
+    halves = engine("llama", threads=2, kv_cache_bytes=size, kv_dtype="float16")
+    capacity = plain.stats()["kv_blocks_capacity"]
+    assert halves.stats()["kv_blocks_capacity"] == 2 * capacity == 128
+    lora = halves.make_adapter(adapter(halves, "some"))
+    with pytest.raises(ValueError, match="gradients: expected a model loaded with kv_dtype"):
+        halves.core_model.score([[3, 4, 5]], [1], adapter=lora, keep_graph=True)
+
+
+def test_what_float16_cannot_hold_is_an_error(engine: Engines) -> None:
+    """In sampling and in scoring; the engine is usable afterwards."""
+    model = engine("llama", threads=2, kv_dtype="float16")
+    name = "model.layers.1.self_attn.v_proj"
+    outputs, inputs = model.lora_modules[name]
+    matrices = {name: (np.full((1, inputs), 1e3, np.float32), np.ones((outputs, 1), np.float32))}
+    matrices[name][0][0, ::2] = -3e4
+    huge = LoraWeights(rank=1, alpha=1e3, rslora=False, matrices=matrices)
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True, seed=1)
+    with pytest.raises(NumericError, match="kv_dtype float16: expected keys and values of at most"):
+        model.generate([[5, 6, 7]], params, adapter=huge)
+    with pytest.raises(NumericError, match="load the model with kv_dtype float32"):
+        model.score([[5, 6, 7]], adapter=huge)
+    assert len(model.generate([[5, 6, 7]], params)[0].tokens) == 4
 
 
 def test_adapters_and_arrivals_mixed_in_one_batch(engine: Engines) -> None:

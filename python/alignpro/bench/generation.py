@@ -36,6 +36,7 @@ def bench_decode(
     repeats: int = 5,
     threads: int,
     compute: str = "float32",
+    kv_dtype: str = "float32",
     say: Say = lambda what: None,
 ) -> dict[str, Any]:
     """Tokens a second by batch, each sequence with a prompt of its own, temperature 1.
@@ -49,7 +50,7 @@ def bench_decode(
     Raises:
         ValueError, OSError: a model that does not load, or whose context is too short.
     """
-    loaded, load_seconds = load_for_bench(model, threads, compute=compute)
+    loaded, load_seconds = load_for_bench(model, threads, compute=compute, kv_dtype=kv_dtype)
     report = generation_report("decode", loaded, threads, repeats, load_seconds)
     say("a new process, to its first token")
     report |= {
@@ -106,13 +107,14 @@ def bench_prefill(
     repeats: int = 5,
     threads: int,
     compute: str = "float32",
+    kv_dtype: str = "float32",
     say: Say = lambda what: None,
 ) -> dict[str, Any]:
     """Prompt tokens a second for (sequences, tokens each), up to and with the first token.
 
     Raises as `bench_decode`.
     """
-    loaded, load_seconds = load_for_bench(model, threads, compute=compute)
+    loaded, load_seconds = load_for_bench(model, threads, compute=compute, kv_dtype=kv_dtype)
     report = generation_report("prefill", loaded, threads, repeats, load_seconds)
     report["results"] = []
     work = _Work(loaded)
@@ -213,7 +215,8 @@ class _Work:
         of_layer = (2 * heads + 2 * kv_heads) * d + 3 * c["intermediate_size"]
         self._linear_flops: int = 2 * c["num_layers"] * c["hidden_size"] * of_layer
         self._attention_flops: int = 4 * c["num_layers"] * heads * d  # a pair of positions
-        self._kv_bytes: int = 2 * 4 * c["num_layers"] * kv_heads * d  # K and V, float32
+        value_bytes = {"float32": 4, "float16": 2}[c["kv_dtype"]]
+        self._kv_bytes: int = 2 * value_bytes * c["num_layers"] * kv_heads * d  # K and V
         self.head_flops = 2 * c["vocab_size"] * c["hidden_size"]
         self.weight_bytes: int = c["streamed_bytes"]
 
@@ -227,7 +230,12 @@ class _Work:
 
 
 def load_for_bench(
-    model: Path, threads: int, *, compute: str = "float32", max_batch_rows: int = 256
+    model: Path,
+    threads: int,
+    *,
+    compute: str = "float32",
+    kv_dtype: str = "float32",
+    max_batch_rows: int = 256,
 ) -> tuple[NativeModel, float]:
     """The model, with nothing kept between calls, and the seconds that it took to load."""
     started = time.perf_counter()
@@ -235,6 +243,7 @@ def load_for_bench(
         model,
         threads=threads,
         compute=compute,
+        kv_dtype=kv_dtype,
         prefix_cache=False,
         max_batch_rows=max_batch_rows,
     )
@@ -251,6 +260,7 @@ def generation_report(
         "limits": limits(threads, repeats),
         "model": model.name,
         "compute": model.config["compute"],
+        "kv_dtype": model.config["kv_dtype"],
         "repeats": repeats,
         "load_seconds": load_seconds,
     }

@@ -69,7 +69,9 @@ def _limits_line(report: Mapping[str, Any]) -> Text:
 
 
 def _throughput_table(report: Mapping[str, Any]) -> Table:
-    table = _table(f"{report['benchmark']}, {report['compute']}")
+    table = _table(
+        f"{report['benchmark']}, {report['compute']}, keys and values {report['kv_dtype']}"
+    )
     columns = ("tokens/s", "decode tokens/s", "first token", "GFLOP/s", "of FMA peak", "of reads")
     for column in columns:
         table.add_column(column, justify="right")

@@ -40,6 +40,7 @@ def load_model(
     threads: int | None = None,
     *,
     compute: str = "float32",
+    kv_dtype: str = "float32",
     context_length: int | None = None,
     kv_cache_bytes: int | None = None,
     prefix_cache: bool = True,
@@ -55,6 +56,9 @@ def load_model(
             digits: weights as stored codes (formats without an integer product become Q8_0),
             activations quantised in groups of 32. It scores with the same arithmetic that it
             samples with; it has no gradients.
+        kv_dtype: "float32", or "float16" to hold keys and values in half the memory, rounded in
+            sampling and scoring alike; it has no gradients. One that float16 cannot hold (beyond
+            65504) raises NumericError.
         context_length: None takes the model's own (with longrope: the positions of pre-training).
         kv_cache_bytes: None takes up to a quarter of the available memory.
         prefix_cache: compute shared beginnings of prompts once.
@@ -67,6 +71,8 @@ def load_model(
     """
     if compute not in ("float32", "int8"):
         raise ValueError(f'compute: expected "float32" or "int8", got {compute!r}')
+    if kv_dtype not in ("float32", "float16"):
+        raise ValueError(f'kv_dtype: expected "float32" or "float16", got {kv_dtype!r}')
     for name, value in (
         ("threads", threads),
         ("context_length", context_length),
@@ -83,7 +89,7 @@ def load_model(
     else:
         metadata = native.core.read_gguf_metadata(str(path))
         tokenizer = Tokenizer.from_gguf(metadata, str(path))
-    model = native.core.Model.load(str(path), threads or 0, context_length or 0, compute)
+    model = native.core.Model.load(str(path), threads or 0, context_length or 0, compute, kv_dtype)
     engine = native.core.Engine(
         model,
         kv_cache_bytes=kv_cache_bytes or 0,
