@@ -70,6 +70,14 @@ def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
             assert [row["batch"] for row in rows] == [1, 3]
             assert all(0 < row["fma_share"] < 1 and row["bytes_per_step"] > 0 for row in rows)
             assert 0 < report["load_seconds"] < report["cold_start_seconds"]
+            other = tmp_path / "halves.json"
+            common[-1] = str(other)
+            halves = run("bench", "decode", *common, *work, "--batch", "1", "--kv-dtype", "float16")
+            assert halves.exit_code == 0, halves.output
+            report = json.loads(other.read_text("utf-8"))
+            # A step reads 5 + 4 / 2 positions of K and V: 30 layers, 3 heads, 64 wide.
+            saved = rows[0]["bytes_per_step"] - report["results"][0]["bytes_per_step"]
+            assert report["kv_dtype"] == "float16" and saved == 7 * 2 * 30 * 3 * 64 * 2
         if benchmark == "growth":
             cells = [(1, 32), (3, 32), (1, 64)]
             assert [(row["batch"], row["context"]) for row in rows] == 2 * cells

@@ -50,8 +50,9 @@ def bench_decode(
     Raises:
         ValueError, OSError: a model that does not load, or whose context is too short.
     """
-    loaded, load_seconds = load_for_bench(model, threads, compute=compute, kv_dtype=kv_dtype)
-    report = generation_report("decode", loaded, threads, repeats, load_seconds)
+    loaded, report = open_report(
+        "decode", model, threads, repeats, compute=compute, kv_dtype=kv_dtype
+    )
     say("a new process, to its first token")
     report |= {
         "prompt_tokens": prompt_tokens,
@@ -114,8 +115,9 @@ def bench_prefill(
 
     Raises as `bench_decode`.
     """
-    loaded, load_seconds = load_for_bench(model, threads, compute=compute, kv_dtype=kv_dtype)
-    report = generation_report("prefill", loaded, threads, repeats, load_seconds)
+    loaded, report = open_report(
+        "prefill", model, threads, repeats, compute=compute, kv_dtype=kv_dtype
+    )
     report["results"] = []
     work = _Work(loaded)
     for batch, length in shapes:
@@ -171,8 +173,7 @@ def bench_rollout(
         written = side(pipeline, texts, seed)
         return written, time.perf_counter() - begun
 
-    loaded, load_seconds = load_for_bench(model, threads)
-    report = generation_report("rollout", loaded, threads, repeats, load_seconds)
+    loaded, report = open_report("rollout", model, threads, repeats)
     del loaded
     sides: dict[str, Callable[[Pipeline, list[str], int], int]] = {
         "interleaved": _interleaved,
@@ -229,40 +230,27 @@ class _Work:
         return positions * self._kv_bytes
 
 
-def load_for_bench(
-    model: Path,
-    threads: int,
-    *,
-    compute: str = "float32",
-    kv_dtype: str = "float32",
-    max_batch_rows: int = 256,
-) -> tuple[NativeModel, float]:
-    """The model, with nothing kept between calls, and the seconds that it took to load."""
+def open_report(
+    benchmark: str, model: Path, threads: int, repeats: int, **options: Any
+) -> tuple[NativeModel, dict[str, Any]]:
+    """The model, with nothing kept between calls, and what every report begins with.
+
+    options: of `load_model`. The machine's limits are measured before the model is loaded, and
+    what they held is left out of the peak memory.
+    """
+    limits_now = limits(threads, repeats)
     started = time.perf_counter()
-    loaded = load_model(
-        model,
-        threads=threads,
-        compute=compute,
-        kv_dtype=kv_dtype,
-        prefix_cache=False,
-        max_batch_rows=max_batch_rows,
-    )
-    return loaded, time.perf_counter() - started
-
-
-def generation_report(
-    benchmark: str, model: NativeModel, threads: int, repeats: int, load_seconds: float
-) -> dict[str, Any]:
-    """What every report begins with; the machine's limits are measured here."""
-    return {
+    loaded = load_model(model, threads=threads, prefix_cache=False, **options)
+    seconds = time.perf_counter() - started
+    return loaded, {
         "benchmark": benchmark,
         "machine": machine(threads),
-        "limits": limits(threads, repeats),
-        "model": model.name,
-        "compute": model.config["compute"],
-        "kv_dtype": model.config["kv_dtype"],
+        "limits": limits_now,
+        "model": loaded.name,
+        "compute": loaded.config["compute"],
+        "kv_dtype": loaded.config["kv_dtype"],
         "repeats": repeats,
-        "load_seconds": load_seconds,
+        "load_seconds": seconds,
     }
 
 

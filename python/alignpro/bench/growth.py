@@ -8,12 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignpro.bench.generation import (
-    Say,
-    generation_report,
-    load_for_bench,
-    random_prompts,
-)
+from alignpro.bench.generation import Say, open_report, random_prompts
 from alignpro.bench.machine import peak_rss_bytes
 from alignpro.models.native_model import NativeModel
 from alignpro.types import SamplingParams
@@ -44,10 +39,10 @@ def bench_growth(
     cells = [(batch, min(contexts)) for batch in sorted(batches)]
     cells += [(1, context) for context in sorted(contexts)]
     for compute in computes:
-        loaded, seconds = load_for_bench(
-            model, threads, compute=compute, max_batch_rows=_MAX_BATCH_ROWS
+        loaded, opened = open_report(
+            "growth", model, threads, repeats, compute=compute, max_batch_rows=_MAX_BATCH_ROWS
         )
-        report = report or generation_report("growth", loaded, threads, repeats, seconds)
+        report = report or opened
         for batch, context in dict.fromkeys(cells):
             say(f"{compute}, {batch} x {context} positions")
             step = statistics.median(_decode_steps(loaded, batch, context, repeats))
