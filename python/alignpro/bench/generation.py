@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from alignpro.bench.machine import interleaved, limits, machine, peak_rss_bytes
+from alignpro.bench.work import ROLLOUT, random_prompts
 from alignpro.config import RESPONSE, REWRITE
 from alignpro.data.load import load_prompts
 from alignpro.models.native_model import NativeModel, load_model
@@ -24,7 +23,6 @@ from alignpro.types import SamplingParams
 Say = Callable[[str], None]
 
 PROMPT_TOKENS = 37  # a short question in its chat template
-REWRITES, REWRITE_TOKENS, RESPONSE_TOKENS = 4, 48, 64
 
 
 def bench_decode(
@@ -62,10 +60,10 @@ def bench_decode(
         ),
         "results": [],
     }
-    work = _Work(loaded)
+    work, vocab_size = _Work(loaded), loaded.config["vocab_size"]
     for batch in batches:
         say(f"{batch} sequences")
-        prompts = random_prompts(loaded, batch, prompt_tokens)
+        prompts = random_prompts(vocab_size, batch, prompt_tokens)
         seconds = interleaved(
             {
                 "first": partial(_generate, loaded, prompts, 1),
@@ -119,10 +117,10 @@ def bench_prefill(
         "prefill", model, threads, repeats, compute=compute, kv_dtype=kv_dtype
     )
     report["results"] = []
-    work = _Work(loaded)
+    work, vocab_size = _Work(loaded), loaded.config["vocab_size"]
     for batch, length in shapes:
         say(f"{batch} x {length}")
-        prompts = random_prompts(loaded, batch, length)
+        prompts = random_prompts(vocab_size, batch, length)
         seconds = interleaved({"all": partial(_generate, loaded, prompts, 1)}, repeats + 1)
         whole = statistics.median(seconds["all"][1:])
         flops = batch * (work.flops(length, 0) + work.head_flops)
@@ -144,7 +142,7 @@ def bench_rollout(
     *,
     model: Path,
     target: Path | None = None,
-    prompts: int = 16,
+    prompts: int = ROLLOUT.prompts,
     repeats: int = 5,
     threads: int,
     say: Say = lambda what: None,
@@ -156,7 +154,8 @@ def bench_rollout(
 
     Raises as `bench_decode`.
     """
-    texts = [row.prompt for row in load_prompts("everyday", split="train")[:prompts]]
+    rows = load_prompts(ROLLOUT.data, split=ROLLOUT.split)
+    texts = [row.prompt for row in rows[:prompts]]
 
     def timed(side: Callable[[Pipeline, list[str], int], int], seed: int) -> tuple[int, float]:
         # What one side computed must not be found by the other in a prefix cache; and nothing of
@@ -166,8 +165,8 @@ def bench_rollout(
             prompter,
             prompter if target is None else load_model(target, threads=threads),
             None,
-            rewrite_params=replace(REWRITE, max_new_tokens=REWRITE_TOKENS),
-            response_params=replace(RESPONSE, max_new_tokens=RESPONSE_TOKENS),
+            rewrite_params=replace(REWRITE, max_new_tokens=ROLLOUT.rewrite_tokens),
+            response_params=replace(RESPONSE, max_new_tokens=ROLLOUT.response_tokens),
         )
         begun = time.perf_counter()
         written = side(pipeline, texts, seed)
@@ -191,7 +190,7 @@ def bench_rollout(
     report |= {
         "target": None if target is None else str(target),
         "prompts": len(texts),
-        "rewrites": REWRITES,
+        "rewrites": ROLLOUT.rewrites,
         "generated_tokens": {name: values[1:] for name, values in tokens.items()},
         "tokens_per_second": statistics.median(
             n / s
@@ -247,6 +246,7 @@ def open_report(
         "machine": machine(threads),
         "limits": limits_now,
         "model": loaded.name,
+        "vocab_size": loaded.config["vocab_size"],
         "compute": loaded.config["compute"],
         "kv_dtype": loaded.config["kv_dtype"],
         "repeats": repeats,
@@ -257,13 +257,6 @@ def open_report(
 def _rate(flops: float, seconds: float, report: dict[str, Any]) -> dict[str, float]:
     gflops = flops / seconds / 1e9
     return {"gflops": gflops, "fma_share": gflops / report["limits"]["fma_gflops"]}
-
-
-def random_prompts(model: NativeModel, batch: int, length: int) -> list[list[int]]:
-    """Distinct prompts of random ids: nothing to share, and an exact length."""
-    draw = np.random.default_rng(length)
-    ids = draw.integers(0, model.config["vocab_size"], (batch, length))
-    return [[int(token) for token in row] for row in ids]
 
 
 _COLD_START = """
@@ -290,12 +283,12 @@ def _generate(model: NativeModel, prompts: list[list[int]], new_tokens: int) -> 
 
 
 def _interleaved(pipeline: Pipeline, prompts: list[str], seed: int) -> int:
-    return pipeline.rollout(prompts, num_rewrites=REWRITES, seed=seed).generated_tokens
+    return pipeline.rollout(prompts, num_rewrites=ROLLOUT.rewrites, seed=seed).generated_tokens
 
 
 def _with_barrier(pipeline: Pipeline, prompts: list[str], seed: int) -> int:
     """Every rewrite is finished before the first response begins; the same draws."""
-    rewrites = pipeline.rewrite(prompts, num_rewrites=REWRITES, seed=seed)
+    rewrites = pipeline.rewrite(prompts, num_rewrites=ROLLOUT.rewrites, seed=seed)
     written = sum(len(rewrite.tokens) for group in rewrites for rewrite in group)
     target = pipeline.target
     handles = [

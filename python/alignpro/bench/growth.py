@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignpro.bench.generation import Say, open_report, random_prompts
+from alignpro.bench.generation import Say, open_report
 from alignpro.bench.machine import peak_rss_bytes
+from alignpro.bench.work import random_prompts
 from alignpro.models.native_model import NativeModel
 from alignpro.types import SamplingParams
 
@@ -109,7 +110,9 @@ def _decode_steps(model: NativeModel, batch: int, context: int, repeats: int) ->
         )
     handles = [
         model.submit(prompt, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=index))
-        for index, prompt in enumerate(random_prompts(model, batch, context - new_tokens))
+        for index, prompt in enumerate(
+            random_prompts(model.config["vocab_size"], batch, context - new_tokens)
+        )
     ]
     while not all(handle.sequence.tokens for handle in handles):
         model.step()

@@ -1,8 +1,10 @@
-"""The work of the step benchmark, the same for every side. Standard library only."""
+"""The work of the benchmarks, the same for every side. numpy and the standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,25 @@ class StepWork:
 
 
 WORK = StepWork()
+
+
+@dataclass(frozen=True)
+class RolloutWork:
+    """prompt -> rewrites -> a response to each, which end where they end."""
+
+    prompts: int = 16
+    rewrites: int = 4  # a prompt
+    rewrite_tokens: int = 48  # at most
+    response_tokens: int = 64  # at most
+    data: str = "everyday"
+    split: str = "train"
+
+
+ROLLOUT = RolloutWork()
+
+
+def random_prompts(vocab_size: int, batch: int, length: int) -> list[list[int]]:
+    """Distinct prompts of random ids: nothing to share, and an exact length."""
+    draw = np.random.default_rng(length)
+    ids = draw.integers(0, vocab_size, (batch, length))
+    return [[int(token) for token in row] for row in ids]

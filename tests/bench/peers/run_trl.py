@@ -1,24 +1,14 @@
 """Whole steps of TRL's GRPOTrainer on the work of `alignpro bench step`, on the CPU in float32.
 
-    python tests/bench/peers/trl_step.py --model PATH [--json FILE] [--steps 3]
-
 LoRA by peft on every linear layer, a KL penalty against the base model, AdamW; each completion is
 answered inside the reward function, one batch of all of them. Every choice that costs TRL time or
 memory without being part of the work is switched off: gradient checkpointing, logging, saving,
 evaluation, dropout, old log-probabilities (one optimizer step a generation batch needs none).
 TRL estimates the KL from the sampled tokens; ours is exact. The reward here is a count of letters.
-
-Runs in an environment with requirements.txt; of alignpro it reads the prompts and the sizes, from
-modules that need the standard library alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -26,11 +16,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TQDM_DISABLE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "python"))
-
+import harness
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -126,10 +112,14 @@ def load(path: Path):
     return model, AutoTokenizer.from_pretrained(folder, **options)
 
 
-def measure(path: Path, steps: int, threads: int) -> dict:
-    torch.set_num_threads(threads)
-    model, tokenizer = load(path)
-    target, _ = load(path)
+def main() -> None:
+    request, report = harness.start("trl")
+    torch.set_num_threads(request.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    steps = request.repeats
+    (model, tokenizer), report["load_seconds"] = harness.timed(lambda: load(Path(request.model)))
+    target, _ = load(Path(request.model))
     responder = Responder(target.eval(), tokenizer)
     prompting, rows = Prompting(), load_prompts(WORK.data, split=WORK.split)
     data = Dataset.from_list(
@@ -185,51 +175,30 @@ def measure(path: Path, steps: int, threads: int) -> dict:
         )
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         trainer.train()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     expected = (WARM_UP + steps) * batch * WORK.response_tokens
     if len(clock.seconds) != WARM_UP + steps or responder.tokens != expected:
         raise SystemExit(
             f"trl: expected {WARM_UP + steps} steps and {expected} response tokens, got "
             f"{len(clock.seconds)} and {responder.tokens}"
         )
-    packages = ("torch", "transformers", "peft", "trl", "accelerate", "gguf")
-    return {
-        "benchmark": "step",
-        "peer": "TRL GRPOTrainer",
-        "model": path.name,
-        "threads": threads,
-        "steps": steps,
-        "seconds_per_step": statistics.median(clock.seconds[WARM_UP:]),
-        "all_seconds": clock.seconds[WARM_UP:],
-        "warm_up_seconds": clock.seconds[:WARM_UP],
+    seconds = clock.seconds[WARM_UP:]
+    report |= {
         "seconds_by_stage": {"respond": statistics.median(responder.seconds[WARM_UP:])},
-        "generated_tokens": WORK.generated_tokens,
         "trainable_parameters": trainable,
-        "peak_rss_bytes": peak,
         "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in packages},
+            name: metadata.version(name)
+            for name in ("torch", "transformers", "peft", "trl", "accelerate", "gguf")
         },
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="GGUF file or folder")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
-    parser.add_argument("--steps", type=int, default=3, help="measured, after one more")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    options = parser.parse_args()
-    if options.steps < 1 or options.threads < 1:
-        parser.error("--steps and --threads: expected 1 or more")
-    if not options.model.exists():
-        parser.error(f"--model: no such file or folder: {options.model}")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    report = json.dumps(measure(options.model, options.steps, options.threads), indent=2)
-    if options.json is not None:
-        options.json.write_text(report + "\n", encoding="utf-8")
-    print(report)
+    report["results"].append(
+        {
+            "all_seconds": seconds,
+            "seconds": statistics.median(seconds),
+            "tokens": [WORK.generated_tokens] * len(seconds),
+            "logprobs": True,
+        }
+    )
+    harness.write(report)
 
 
 if __name__ == "__main__":
