@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = compare(options, folder)
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    Console().print(table(report))
+    # Wide enough where the output is a file.
+    Console(width=max(Console().width, 100)).print(table(report))
     for row in report["results"]:
         if row["skipped"] is not None:
             print(f"{row['name']}, {_case_text(row) or 'a step'}: skipped: {row['skipped']}")
@@ -235,8 +236,12 @@ def _of_process(report: dict[str, Any]) -> Row:
 def table(report: dict[str, Any]) -> Table:
     """A row for each side and case; a ratio is how many times as fast ours is."""
     names = [f"alignpro {compute}" for compute in COMPUTES[report["benchmark"]]]
-    shown = Table(title=f"{report['benchmark']}, {report['model']}: medians", box=SIMPLE_HEAD)
-    ratios = [f"over {name.removeprefix('alignpro ')}" for name in names]
+    shown = Table(
+        title=f"{report['benchmark']}, {report['model']}: medians",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    ratios = [f"/ {name.removeprefix('alignpro ')}" for name in names]
     for column in ("", "case", "tokens/s", "s", *ratios, "load", "peak"):
         shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in sorted(report["results"], key=_order):

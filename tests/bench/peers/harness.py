@@ -157,3 +157,5 @@ def check(written: Written, case: Case, vocab_size: int) -> None:
     for values in written.logprobs:
         if not all(math.isfinite(value) and value <= 1e-4 for value in values):
             raise ValueError("a log-probability that is none")
+    if not any(value for values in written.logprobs for value in values):
+        raise ValueError("every log-probability is 0: they were not computed")

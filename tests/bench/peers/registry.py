@@ -40,6 +40,9 @@ PEERS = (
     ),
     Peer("ctranslate2", "ctranslate2", "run_ctranslate2.py", "ctranslate2", variant="float32"),
     Peer("ctranslate2-int8", "ctranslate2", "run_ctranslate2.py", "ctranslate2", variant="int8"),
+    Peer("llama.cpp", "llama-cpp", "run_llama_cpp.py", "gguf"),
+    Peer("openvino", "openvino", "run_openvino.py", "gguf"),
+    Peer("vllm", "vllm", "run_vllm.py", "float32"),
     Peer("trl", "trl", "run_trl.py", "any", ("step",)),
 )
 

