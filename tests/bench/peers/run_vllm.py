@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
+_OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
+if "LD_PRELOAD" not in os.environ and _OPENMP.exists():
+    # vLLM asks for this OpenMP to be loaded first, and to count its threads itself.
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ["LD_PRELOAD"] = str(_OPENMP)
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 # Read when vLLM is imported: one process, so that its memory is counted, and 2 GiB of KV cache.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import harness
-import torch
 from vllm import LLM, SamplingParams
 
 
 def load(request: harness.Request):
-    torch.set_num_threads(request.threads)
+    if request.threads != len(os.sched_getaffinity(0)):
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{request.threads - 1}"
     model = LLM(
         model=request.model,
         skip_tokenizer_init=True,
@@ -46,7 +54,7 @@ def load(request: harness.Request):
         return harness.Written(
             [list(one.token_ids) for one in completions],
             [
-                [step[token].logprob for token, step in zip(one.token_ids, one.logprobs)]
+                [step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)]
                 for one in completions
             ],
         )
