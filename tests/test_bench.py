@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from alignpro.bench.work import WORK
 from alignpro.cli import app
 
 SCORE = ["bench", "score", "--shape", "300x16", "--tokens", "12", "--repeats", "2"]
@@ -40,13 +39,6 @@ def test_a_peer_is_measured_or_says_why_not(tmp_path: Path):
     assert len(rows) > 4
     for row in rows:
         assert row["skipped"] or row["forward_backward"]["seconds"] > 0, row["name"]
-
-
-def test_the_peer_script_does_the_same_work():
-    """It reads the sizes from where ours does, and has none of its own."""
-    text = (Path(__file__).parent / "bench" / "peers" / "trl_step.py").read_text("utf-8")
-    for size in ("rewrites", "rewrite_tokens", "response_tokens", "lora_rank", "kl_coef"):
-        assert hasattr(WORK, size) and f"WORK.{size}" in text
 
 
 def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
