@@ -229,6 +229,8 @@ def test_a_folder_is_not_given_to_what_reads_gguf(monkeypatch, tmp_path: Path):
 # Log-probabilities spread by 1.3; Q4_1 moves them by 0.06, Q8_0 by 0.002.
 @pytest.mark.parametrize(("quantization", "tolerance"), [("q4_1", 0.1), ("q8_0", 0.008)])
 def test_a_random_model_loads_from_both_forms(quantization: str, tolerance: float, tmp_path: Path):
+    from gguf import GGUFReader
+
     from alignpro.models.native_model import load_model
 
     random_model = module("random_model")
@@ -239,6 +241,8 @@ def test_a_random_model_loads_from_both_forms(quantization: str, tolerance: floa
     folder, quantised = load_model(tmp_path / "hf"), load_model(file)
     assert quantised.config["streamed_bytes"] < folder.config["streamed_bytes"] / 2
     assert quantised.config["vocab_size"] == folder.config["vocab_size"] == shape.vocab
+    theta = GGUFReader(file).fields["qwen2.rope.freq_base"].contents()
+    assert theta == json.loads((tmp_path / "hf" / "config.json").read_text())["rope_theta"]
     chat = [{"role": "user", "content": "the tin on"}]
     tokens = quantised.tokenizer.encode_chat(chat)
     assert tokens == folder.tokenizer.encode_chat(chat)
