@@ -190,6 +190,23 @@ def test_prefill_counts_the_prompt_and_rollout_what_was_written():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode", "--model", "/no/such.gguf"], "--model: no such file"),
+        (["decode", "--model", __file__, "--json", __file__], "--json: .* is there already"),
+        (["decode", "--model", __file__, "--json", "/no/such/x.json"], "--json: no such folder"),
+        (["decode", "--model", __file__, "--repeats", "0"], "--repeats: expected 1 or more"),
+        (["rollout", "--model", __file__, "--peers", "vllm"], "expected some of transformers; got"),
+        (["environments", "--peers", "nobody"], "--peers: expected some of trl, transformers"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(arguments, message, monkeypatch):
+    monkeypatch.setattr(peers, "run_ours", lambda *a: pytest.fail("it ran"))
+    with pytest.raises(SystemExit, match=message):
+        peers.main(arguments)
+
+
+@pytest.mark.parametrize(
     ("tokens", "logprobs", "message"),
     [
         ([[1, 2], [3]], None, "expected 2 x 2 tokens"),

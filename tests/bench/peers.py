@@ -60,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"--json: {options.json} is there already; name another file")
     if not options.model.exists():
         raise SystemExit(f"--model: no such file or folder: {options.model}")
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        raise SystemExit(f"--json: no such folder: {options.json.parent}; make it first")
+    if options.repeats < 1:
+        raise SystemExit(f"--repeats: expected 1 or more, got {options.repeats}")
     report = compare(options, folder)
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -73,11 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Ours, the peers, and ours again."""
     benchmark, model = options.benchmark, options.model.resolve()
-    computes = COMPUTES[benchmark]
+    computes, chosen = COMPUTES[benchmark], _chosen(options.peers, benchmark)
     before = {compute: run_ours(benchmark, model, compute, options) for compute in computes}
     request = request_of(before[computes[0]], options.repeats)
     peers = []
-    for peer in _chosen(options.peers, benchmark):
+    for peer in chosen:
         _say(peer.name)
         try:
             peers.append((peer, run_peer(peer, request, model, folder)))
