@@ -260,5 +260,5 @@ def test_help_imports_nothing_heavy():
     result = python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
-    for command in ("quickstart", "sft", "train", "evaluate", "generate", "info"):
+    for command in ("quickstart", "sft", "train", "evaluate", "generate", "profile", "info"):
         assert command in result.stdout

@@ -8,12 +8,14 @@
 #include "bind_model.h"
 #include "bind_ops.h"
 #include "bind_system.h"
+#include "bind_trace.h"
 #include "gil.h"
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled engine of alignpro; use it through the alignpro package.";
   bind_errors(m);
   bind_system(m);
+  bind_trace(m);
   bind_files(m);
   bind_ops(m);
   bind_model(m);

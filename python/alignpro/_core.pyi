@@ -24,6 +24,17 @@ def measure_read_bandwidth(threads: int = 0) -> float:
 def build_info() -> dict[str, str]:
     """Compiler, build type, compiled ISAs, "cuda": "no" | version."""
 
+def trace_start(level: str, limit: int = ...) -> None:
+    """Record the engine's spans, at most ``limit``: "steps", or "ops" for every op as well. Raises
+    ValueError where it is on already."""
+
+def trace_stop() -> dict[str, Any]:
+    """What was recorded, in the order in which it ended. One value an event: name (int32, into
+    names), begin_ns, end_ns (int64, the clock of time.perf_counter_ns), thread
+    (threading.get_native_id), rows, flops, bytes (int64), key (uint64, the seed of a request's
+    rows). And names (list[str]), dropped (int, events beyond the limit). Raises ValueError where
+    it is off."""
+
 def read_gguf_metadata(path: str) -> dict[str, Any]:
     """Every key of a GGUF header; arrays become lists. Raises ModelFileError."""
 

@@ -1,4 +1,7 @@
-"""The command line. Commands import what they need when they run, so that --help is quick."""
+"""The command line. Commands import what they need when they run, so that --help is quick.
+
+Long because a command is its list of options.
+"""
 
 from __future__ import annotations
 
@@ -437,6 +440,48 @@ def bench_growth(
     )
     if plot is not None:
         growth_plot(report, plot)
+
+
+@app.command()
+@one_line_errors
+def profile(
+    model: BenchModel = "smollm2",
+    target: Annotated[str | None, typer.Option(help="default: the same model")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="of the prompter, a PEFT folder")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="of the everyday set")] = 16,
+    rewrites: Annotated[int, typer.Option(min=1, help="a prompt")] = 4,
+    compute: Annotated[str, typer.Option(help="of the target: float32 or int8")] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="of everything random")] = 0,
+    ops: Annotated[bool, typer.Option(help="record every op, not only the steps")] = True,
+    out: Annotated[Path, typer.Option(help="the trace, for Perfetto or chrome://tracing")] = Path(
+        "profile.json"
+    ),
+    json_file: Json = None,
+    threads: Threads = None,
+) -> None:
+    """Where the time of a rollout goes: a trace, and tables of stages and ops."""
+    _check_new(out)
+    if out == json_file:
+        raise ValueError(f"--out and --json: expected two files, got {out} twice")
+    from alignpro.bench.profile import profile_rollout as measure
+    from alignpro.bench.tables import profile_tables
+    from alignpro.models.resolve import resolve_model
+
+    _run_bench(
+        measure,
+        profile_tables,
+        model,
+        json_file,
+        threads,
+        target=None if target is None else resolve_model(target),
+        adapter=adapter,
+        prompts=prompts,
+        rewrites=rewrites,
+        compute=compute,
+        seed=seed,
+        ops=ops,
+        out=out,
+    )
 
 
 def _run_bench(

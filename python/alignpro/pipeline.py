@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from alignpro import trace
 from alignpro.config import RESPONSE, REWRITE, Prompting, check_sampling
 from alignpro.models.language_model import Handle, LanguageModel
 from alignpro.types import Completion, Response, Reward, Rewrite, Rollout, SamplingParams
@@ -105,13 +106,14 @@ class Pipeline:
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_rewrites=num_rewrites, num_responses=num_responses)
         _check_columns(columns, len(prompts))
-        started = time.perf_counter()
-        rewrites, generated = self._generate(
-            prompts, num_rewrites, num_responses, seed, on_progress
-        )
-        written = time.perf_counter()
-        rewrites = self._scored(prompts, rewrites, columns)
-        scored = time.perf_counter()
+        with trace.span("rollout"):
+            started = time.perf_counter()
+            rewrites, generated = self._generate(
+                prompts, num_rewrites, num_responses, seed, on_progress
+            )
+            written = time.perf_counter()
+            rewrites = self._scored(prompts, rewrites, columns)
+            scored = time.perf_counter()
         return Rollout(
             prompts=list(prompts),
             rewrites=rewrites,
@@ -171,7 +173,8 @@ class Pipeline:
     ) -> tuple[list[list[Rewrite]], int]:
         """Rewrites [prompts][N] with responses [M] still unscored, and the tokens written."""
         rewrites: list[dict[int, Rewrite]] = [{} for _ in prompts]
-        read = [self._prompter_tokens(prompt, i) for i, prompt in enumerate(prompts)]
+        with trace.span("read prompts"):
+            read = [self._prompter_tokens(prompt, i) for i, prompt in enumerate(prompts)]
         with _Flight(on_progress) as flight:
 
             def finished(index: int, sample: int, completion: Completion) -> None:
@@ -185,7 +188,7 @@ class Pipeline:
                     handle = self.prompter.submit(
                         tokens, params, adapter=self.prompter_adapter, sample=sample
                     )
-                    flight.add(self.prompter, handle, _bind(finished, index, sample))
+                    flight.add(self.prompter, handle, _bind(finished, index, sample), "hand-off")
             flight.land()
         ordered = [[group[j] for j in range(num_rewrites)] for group in rewrites]
         return ordered, flight.generated_tokens
@@ -212,7 +215,7 @@ class Pipeline:
 
         for number in range(num_responses):
             handle = self.target.submit(rewrite.target_tokens, params, sample=number)
-            flight.add(self.target, handle, _bind(finished, 0, number))
+            flight.add(self.target, handle, _bind(finished, 0, number), "answer")
 
     def _prompter_tokens(self, prompt: str, index: int) -> list[int]:
         _check_prompt(prompt, index)
@@ -253,8 +256,8 @@ class Pipeline:
         from alignpro.rewards.check import score_checked
 
         rows = [(w, r) for group in rewrites for w in group for r in w.responses]
-        scores = iter(
-            score_checked(
+        with trace.span("reward"):
+            scored = score_checked(
                 self.reward,
                 [prompts[w.prompt_index] for w, _ in rows],
                 [w.text for w, _ in rows],
@@ -264,7 +267,7 @@ class Pipeline:
                     for name, values in (columns or {}).items()
                 },
             )
-        )
+        scores = iter(scored)
         return [
             [
                 replace(w, responses=[replace(r, reward=next(scores)) for r in w.responses])
@@ -284,7 +287,7 @@ class _Flight:
         self.generated_tokens = 0
         self._landed = 0
         self._on_progress = on_progress
-        self._pending: list[tuple[Handle, Callable[[Completion], None]]] = []
+        self._pending: list[tuple[Handle, Callable[[Completion], None], str]] = []
         self._models: list[LanguageModel] = []
 
     def __enter__(self) -> _Flight:
@@ -293,7 +296,7 @@ class _Flight:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             return
-        for handle, _unused in self._pending:
+        for handle, _on_finished, _landing in self._pending:
             handle.cancel()
         for model in self._models:
             # A step retires what was cancelled; an error here would hide the one that led here.
@@ -301,11 +304,16 @@ class _Flight:
                 model.step()
 
     def add(
-        self, model: LanguageModel, handle: Handle, on_finished: Callable[[Completion], None]
+        self,
+        model: LanguageModel,
+        handle: Handle,
+        on_finished: Callable[[Completion], None],
+        landing: str,
     ) -> None:
+        """landing: what a trace calls the work on a finished request."""
         if not any(known is model for known in self._models):
             self._models.append(model)
-        self._pending.append((handle, on_finished))
+        self._pending.append((handle, on_finished, landing))
 
     def land(self) -> None:
         """Step every model until nothing is under way."""
@@ -325,10 +333,11 @@ class _Flight:
                     f"{', '.join(m.name for m in self._models)}"
                 )
             self._pending = flying
-            for handle, on_finished in landed:
-                completion = handle.completion()
-                self.generated_tokens += len(completion.tokens)
-                on_finished(completion)
+            for handle, on_finished, landing in landed:
+                with trace.span(landing):
+                    completion = handle.completion()
+                    self.generated_tokens += len(completion.tokens)
+                    on_finished(completion)
             self._landed += len(landed)
             if landed and self._on_progress is not None:
                 self._on_progress(self._landed)

@@ -18,6 +18,7 @@
 
 #include "alignpro/core/error.h"
 #include "alignpro/core/rng.h"
+#include "alignpro/core/trace.h"
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
 #include "check.h"
@@ -774,6 +775,39 @@ TEST(a_dropped_engine_cancels_what_it_holds) {
   CHECK_EQ(running->finish_reason(), FinishReason::kCancelled);
   CHECK_EQ(queued->finish_reason(), FinishReason::kCancelled);
   CHECK_EQ(running->read(0).tokens.size(), size_t{1});
+}
+
+TEST(a_recorded_step_says_whose_rows_it_held) {
+  const auto run = [](bool record) {
+    Bench bench(256, 8);  // a prompt of 20 takes more than one step
+    if (record) trace::start(trace::Level::kOps);
+    auto first = params_of(5, 11), second = params_of(3, ~uint64_t{0});
+    first.ignore_eos = second.ignore_eos = true;
+    const std::vector<Handle> handles = {bench.submit(prompt_of(20, 1), first),
+                                         bench.submit(prompt_of(4, 50), second)};
+    bench.run(handles);
+    return std::pair(Tokens(handles[0]->read(0).tokens), bench.engine->stats());
+  };
+  const auto [plain, _] = run(false);
+  const auto [tokens, stats] = run(true);
+  const trace::Recording got = trace::stop();
+  CHECK(tokens == plain);
+  std::map<std::pair<std::string, uint64_t>, int64_t> rows;
+  int64_t steps = 0, forward_rows = 0;
+  for (const trace::Event& event : got.events) {
+    const std::string name = event.name;
+    steps += name == "step" ? 1 : 0;
+    forward_rows += name == "forward" ? event.counts.rows : 0;
+    if (event.begin_ns == event.end_ns) rows[{name, event.counts.key}] += event.counts.rows;
+  }
+  CHECK_EQ(steps, stats.steps);
+  CHECK_EQ((rows[{"prefill.rows", 11}]), 20);
+  CHECK_EQ((rows[{"decode.rows", 11}]), 4);
+  CHECK_EQ((rows[{"prefill.drawn", 11}]), 1);
+  CHECK_EQ((rows[{"decode.drawn", 11}]), 4);
+  CHECK_EQ((rows[{"prefill.rows", ~uint64_t{0}}]), 4);
+  CHECK_EQ((rows[{"decode.drawn", ~uint64_t{0}}]), 2);
+  CHECK_EQ(forward_rows, 20 + 4 + 4 + 2);
 }
 
 TEST(reading_while_it_writes_gives_a_prefix) {

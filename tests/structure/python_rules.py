@@ -20,6 +20,7 @@ _SERVING = _BASE | {"native", "models"}
 _RUNNING = _SERVING | {"pipeline", "rewards", "objective", "data"}
 ROOMS: dict[str, set[str]] = {
     "types": set(),
+    "trace": set(),
     "config": {"types"},
     "data": {"types"},
     "rewards": {"types"},
@@ -27,12 +28,12 @@ ROOMS: dict[str, set[str]] = {
     "native": _BASE,
     "models": _BASE | {"native"},
     "ops": _BASE | {"native"},
-    "pipeline": _SERVING | {"rewards.check"},
+    "pipeline": _SERVING | {"trace", "rewards.check"},
     "train": _RUNNING,
     "evaluate": _RUNNING,
     "report": _RUNNING | {"train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report"},
-    "bench": _RUNNING | {"ops", "train"},
+    "bench": _RUNNING | {"trace", "ops", "train"},
     "cli": _RUNNING | {"train", "evaluate", "report", "quickstart", "bench"},
     "": _RUNNING | {"ops", "train", "evaluate", "report"},  # __init__.py: the lazy public names
 }
@@ -43,7 +44,7 @@ ONLY = {
     "torch": {"objective", "ops", "train", "rewards", "bench"},
     "alignpro._core": {"native"},
 }
-STANDARD_LIBRARY_ONLY = {"config", "types", ""}
+STANDARD_LIBRARY_ONLY = {"config", "types", "trace", ""}
 # The one function in config.py that needs more says so by its import.
 EXCEPTIONS = {("config", "yaml")}
 

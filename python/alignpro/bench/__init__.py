@@ -1,1 +1,1 @@
-"""What `alignpro bench` measures: scoring and whole training steps, beside what is installed."""
+"""What `alignpro bench` measures, beside what is installed, and what `alignpro profile` records."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -56,6 +56,65 @@ def generation_tables(report: Mapping[str, Any]) -> Group:
         )
     )
     return Group(*parts)
+
+
+def profile_tables(report: Mapping[str, Any]) -> Group:
+    """Stages in their order, then ops by time, beside the machine's limits."""
+    whole = (
+        f"{_seconds(report['seconds'])}, {report['generated_tokens']:,} tokens "
+        f"({report['tokens_per_second']:,.0f} tokens/s) in {report['steps']} steps "
+        f"of {report['rows_per_step']:.0f} rows"
+    )
+    parts: list[RenderableType] = [_limits_line(report), _stage_table(report), Text(whole)]
+    if report["ops"] is not None:
+        parts.append(_op_table(report["ops"]))
+    if report["dropped"]:
+        parts.append(
+            Text(
+                f"{report['dropped']:,} events did not fit: what is later is missing above; "
+                "profile fewer prompts, or --no-ops"
+            )
+        )
+    if report["no_reward"] is not None:
+        parts.append(Text(f"no reward: {report['no_reward']}"))
+    parts.append(Text(f"trace: {report['trace']} (ui.perfetto.dev or chrome://tracing opens it)"))
+    return Group(*parts)
+
+
+def _stage_table(report: Mapping[str, Any]) -> Table:
+    table = _table(f"{report['prompts']} prompts x {report['rewrites']} rewrites x 1 response")
+    for column in ("time", "share", "rows", "rows/s"):
+        table.add_column(column, justify="right")
+    for row in report["stages"]:
+        rows, seconds = row["rows"], row["seconds"]
+        table.add_row(
+            Text(row["stage"]),
+            Text(_seconds(seconds)),
+            Text(f"{row['share']:.1%}"),
+            Text("" if rows is None else f"{rows:,}"),
+            Text(f"{rows / seconds:,.0f}" if rows and seconds > 0 else ""),
+        )
+    return table
+
+
+def _op_table(ops: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("ops")
+    table.collapse_padding = True  # 80 columns hold it
+    table.columns[0].no_wrap = True
+    for column in ("time", "share", "calls", "GFLOP/s", "of peak", "GB/s", "of reads"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in ops:
+        cells = [row["op"], _seconds(row["seconds"]), f"{row['share']:.1%}"]
+        if "calls" in row:
+            cells += [
+                f"{row['calls']:,}",
+                f"{row['gflops']:.1f}",
+                f"{row['fma_share']:.0%}",
+                f"{row['gbps']:.1f}",
+                f"{row['read_share']:.0%}",
+            ]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
 
 
 def _limits_line(report: Mapping[str, Any]) -> Text:

@@ -8,6 +8,7 @@
 
 #include "alignpro/core/cgroup.h"
 #include "alignpro/core/error.h"
+#include "alignpro/core/trace.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/model.h"
 
@@ -97,6 +98,21 @@ model::Batch make_batch(std::span<const Chunk> chunks) {
     }
   }
   return batch;
+}
+
+// What a step consists of, for whoever records it: a request's rows bear its seed, which is its key
+// (contract 3).
+void mark_rows(std::span<const Chunk> chunks) {
+  if (!trace::on(trace::Level::kSteps)) return;
+  for (const Chunk& chunk : chunks) {
+    const uint64_t key = chunk.task->sequence->request().params.seed;
+    const bool prefill = chunk.task->in_prefill();
+    trace::mark(trace::Level::kSteps, prefill ? "prefill.rows" : "decode.rows",
+                {.rows = chunk.count, .key = key});
+    if (!chunk.reaches_end()) continue;
+    trace::mark(trace::Level::kSteps, prefill ? "prefill.drawn" : "decode.drawn",
+                {.rows = 1, .key = key});
+  }
 }
 
 }  // namespace
@@ -255,6 +271,7 @@ Engine::Sequences Engine::step_in_turn(std::unique_lock<std::mutex>& lock) {
 }
 
 Engine::Sequences Engine::step_once() {
+  const trace::Span step(trace::Level::kSteps, "step");
   Sequences finished = scheduler_.drop_interrupted(Clock::now());
   admit();
   const std::vector<Chunk> chunks = scheduler_.pick();
@@ -300,7 +317,11 @@ void Engine::admit() {
 std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
   const model::Batch batch = make_batch(chunks);
   hidden_.resize(batch.output_rows.size() * static_cast<size_t>(model_->config().hidden_size));
+  mark_rows(chunks);
+  trace::Span span(trace::Level::kSteps, "forward",
+                   [&] { return trace::Counts{.rows = batch.rows()}; });
   model_->forward(batch, kv_, hidden_.data());
+  span.end();
   ++counts_.steps;
   std::vector<Task*> drawing;
   for (const Chunk& chunk : chunks) {
@@ -316,6 +337,8 @@ std::vector<ops::SampledToken> Engine::sample(std::span<Task* const> tasks) cons
   for (const Task* task : tasks) {
     rows.push_back(task->sequence->sample_row(static_cast<int64_t>(task->tokens.size())));
   }
+  const trace::Span span(trace::Level::kSteps, "sample",
+                         [&] { return trace::Counts{.rows = static_cast<int64_t>(rows.size())}; });
   std::vector<ops::SampledToken> drawn(rows.size());
   if (!rows.empty()) model_->sample(hidden_.data(), rows, drawn);
   return drawn;

@@ -3,7 +3,9 @@
 #include <utility>
 
 #include "alignpro/core/error.h"
+#include "alignpro/core/trace.h"
 #include "alignpro/model/checkpoint.h"
+#include "alignpro/model/op_counts.h"
 #include "alignpro/model/transformer.h"
 #include "alignpro/ops/embedding.h"
 #include "alignpro/ops/rms_norm.h"
@@ -61,12 +63,17 @@ void Model::forward(const Batch& batch, KvPool& kv, float* hidden) const {
   float* cos = own.cos.reserve(rows * rope_.half());
   float* sin = own.sin.reserve(rows * rope_.half());
   rope_.compute(batch.positions, cos, sin);
+  trace::Span op(trace::Level::kOps, "embedding",
+                 [&] { return embedding_counts(rows, weights_.embedding); });
   ops::embedding(weights_.embedding, batch.tokens, stream, *team_);
+  op.end();
   const ops::AttentionPlan plan(attention_shape(config), batch.segments, team_->size());
   const PassContext pass{weights_, plan, batch.kv_writes, batch.adapters, rows, cos, sin, *team_};
   for (int64_t l = 0; l < config.num_layers; ++l) {
     layer_forward(pass, l, stream, stream, kv.layer(l), own.activations, own.scratch);
   }
+  op.begin(trace::Level::kOps, "rms_norm",
+           [&] { return rms_norm_counts(static_cast<int64_t>(batch.output_rows.size()), width); });
   for (size_t i = 0; i < batch.output_rows.size(); ++i) {
     ops::rms_norm(1, width, stream + batch.output_rows[i] * width, width,
                   weights_.final_norm.data(), static_cast<float>(config.rms_eps),
@@ -76,6 +83,9 @@ void Model::forward(const Batch& batch, KvPool& kv, float* hidden) const {
 
 void Model::sample(const float* hidden, std::span<const ops::SampleRow> rows,
                    std::span<ops::SampledToken> out) const {
+  const trace::Span op(trace::Level::kOps, "head_sample", [&] {
+    return head_sample_counts(static_cast<int64_t>(rows.size()), weights_.head());
+  });
   ops::head_sample(weights_.head(), hidden, rows, out, *team_);
 }
 

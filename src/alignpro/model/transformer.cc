@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "alignpro/core/trace.h"
+#include "alignpro/model/op_counts.h"
 #include "alignpro/ops/linear.h"
 #include "alignpro/ops/rms_norm.h"
 #include "alignpro/ops/rope.h"
@@ -29,6 +31,9 @@ void apply_linear(const PassContext& pass, int64_t layer, LinearSite site, const
     u.low = low;
     low += (u.row_end - u.row_begin) * u.update->ranks();
   }
+  const trace::Span span(trace::Level::kOps, kLinearNames[static_cast<size_t>(site)], [&] {
+    return linear_counts(pass.rows, w, epilogue, pass.adapters, layer, site);
+  });
   ops::linear(pass.rows, {x, w.cols()}, w, y, w.rows(), epilogue, pass.team, updates);
 }
 
@@ -99,13 +104,20 @@ void layer_forward(const PassContext& pass, int64_t layer, const float* in, floa
   kept.reserve(config, rows);
   float* normed = scratch.normed.reserve(rows * hidden);
   float* qkv = kept.qkv.data();
+  trace::Span op;
+  const auto begin = [&op](const char* name, const auto& counts_of) {
+    op.begin(trace::Level::kOps, name, counts_of);
+  };
 
+  begin("rms_norm", [&] { return rms_norm_counts(rows, hidden); });
   ops::rms_norm(rows, hidden, in, hidden, w.attention_norm.data(), eps, normed, hidden, nullptr,
                 pass.team);
+  op.end();
   apply_linear(pass, layer, LinearSite::kQkv, normed, qkv,
                {.bias = w.qkv_bias.empty() ? nullptr : w.qkv_bias.data()}, kept);
   if (config.qk_norm) {
     const int64_t width = config.q_size() + config.kv_size(), d = config.head_dim;
+    begin("qk_norm", [&] { return rms_norm_counts(rows, width); });
     for (int64_t row = 0; row < rows; ++row) {
       float* raw = kept.raw_qk.data() + row * width;
       float* to = qkv + row * config.qkv_size();
@@ -115,18 +127,30 @@ void layer_forward(const PassContext& pass, int64_t layer, const float* in, floa
                     to + config.q_size(), d, nullptr, pass.team);
     }
   }
+  begin("rope", [&] {
+    return rope_counts(rows, config.num_heads + config.num_kv_heads, config.rope.rotary_dim);
+  });
   ops::rope(rows, qkv, config.qkv_size(), config.num_heads + config.num_kv_heads, config.head_dim,
             config.rope.rotary_dim, pass.cos, pass.sin, pass.team);
+  begin("kv_write", [&] {
+    return kv_write_counts(shape, static_cast<int64_t>(pass.kv_writes.size()), kv.dtype);
+  });
   ops::kv_write(shape, qkv, pass.kv_writes, kv, pass.team);
+  begin("attention", [&] { return attention_counts(shape, pass.attention, kv.dtype); });
   ops::attention(shape, qkv, pass.attention, kv, kept.attended.data(), pass.team);
+  op.end();
   apply_linear(pass, layer, LinearSite::kO, kept.attended.data(), kept.middle.data(),
                {.residual = in}, kept);
 
+  begin("rms_norm", [&] { return rms_norm_counts(rows, hidden); });
   ops::rms_norm(rows, hidden, kept.middle.data(), hidden, w.mlp_norm.data(), eps, normed, hidden,
                 nullptr, pass.team);
+  op.end();
   apply_linear(pass, layer, LinearSite::kGateUp, normed, kept.gate_up.data(), {}, kept);
   float* activated = scratch.activated.reserve(rows * mlp);
+  begin("swiglu", [&] { return swiglu_counts(rows, mlp); });
   ops::swiglu(rows, mlp, kept.gate_up.data(), activated, pass.team);
+  op.end();
   apply_linear(pass, layer, LinearSite::kDown, activated, out, {.residual = kept.middle.data()},
                kept);
 }

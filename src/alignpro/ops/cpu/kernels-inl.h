@@ -510,8 +510,8 @@ bool to_halves(const float* x, int64_t n, uint16_t* out) {
 
 void from_halves(const uint16_t* x, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    store(out + i, load_halves(reinterpret_cast<const uint8_t*>(x + i)));
+  for (; i + kLanes <= n; i += kLanes) {
+    store_wide(out + i, load_halves(reinterpret_cast<const uint8_t*>(x + i)));
   }
   for (; i < n; ++i) out[i] = half_to_float(x[i]);
 }

@@ -1,0 +1,133 @@
+"""`alignpro profile`: where the time of one rollout goes, by stage and by op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alignpro import trace
+from alignpro.bench.generation import Say
+from alignpro.bench.machine import limits, machine, peak_rss_bytes
+from alignpro.bench.timeline import Timeline
+from alignpro.bench.work import ROLLOUT
+from alignpro.config import RESPONSE, REWRITE
+from alignpro.data.load import load_prompts
+from alignpro.models.native_model import load_models
+from alignpro.native import core
+from alignpro.pipeline import REWRITE_STREAM, Pipeline, derive_seed
+from alignpro.rewards.build import build_reward
+from alignpro.types import Reward, Rollout
+
+_LIMIT_REPEATS = 5
+
+
+def profile_rollout(
+    *,
+    model: Path,
+    target: Path | None = None,
+    adapter: Path | None = None,
+    prompts: int = ROLLOUT.prompts,
+    rewrites: int = ROLLOUT.rewrites,
+    compute: str = "float32",
+    seed: int = 0,
+    ops: bool = True,
+    out: Path,
+    threads: int,
+    say: Say = lambda what: None,
+) -> dict[str, Any]:
+    """Record one rollout of everyday prompts on freshly loaded models; write its trace to ``out``.
+
+    Stages are those of `Timeline`, which says how a step with rows of both models is divided.
+    An op's time is what its caller waited for, with all threads at work. Its operations and bytes
+    are counted from its sizes: a multiply-add is two operations, weights count as they are
+    stored, each operand once. Shares are of the limits measured just before.
+
+    Args:
+        target: None is the prompter's model. adapter: a PEFT folder for the prompter.
+        compute: the target's arithmetic; the prompter, which would be trained, runs in float32.
+        ops: record every op as well; without it ``ops`` of the result is None.
+
+    Raises:
+        ValueError, OSError: a model, adapter or number of prompts that is not there, or an ``out``
+            that is.
+    """
+    rows = load_prompts(ROLLOUT.data, split=ROLLOUT.split)
+    if prompts > len(rows):
+        raise ValueError(f"prompts: expected at most {len(rows)}, got {prompts}")
+    texts = [row.prompt for row in rows[:prompts]]
+    say("loading")
+    prompter, answerer = load_models(model, target, threads, compute)
+    reward, no_reward = _reward()
+    pipeline = Pipeline(
+        prompter,
+        answerer,
+        reward,
+        prompter_adapter=prompter.make_adapter(adapter),
+        rewrite_params=replace(REWRITE, max_new_tokens=ROLLOUT.rewrite_tokens),
+        response_params=replace(RESPONSE, max_new_tokens=ROLLOUT.response_tokens),
+    )
+    say("measuring the machine's limits")
+    measured = limits(threads, _LIMIT_REPEATS)
+    say("rollout")
+    rollout, events, spans = record(pipeline, texts, rewrites, seed, ops)
+    say("writing")
+    timeline = Timeline(events, spans, rewrite_seeds(seed, prompts))
+    report = {
+        "benchmark": "profile",
+        "machine": machine(threads),
+        "limits": measured,
+        "repeats": _LIMIT_REPEATS,
+        "model": prompter.name,
+        "target": answerer.name,
+        "one_engine": prompter is answerer,
+        "adapter": None if adapter is None else str(adapter),
+        "compute": answerer.config["compute"],
+        "prompts": prompts,
+        "rewrites": rewrites,
+        "seed": seed,
+        "no_reward": no_reward,
+        "seconds": timeline.seconds,
+        "generated_tokens": rollout.generated_tokens,
+        "tokens_per_second": rollout.generated_tokens / timeline.seconds,
+        "steps": timeline.steps,
+        "rows_per_step": float(timeline.rows.sum()) / max(timeline.steps, 1),
+        "stages": timeline.stages(),
+        "ops": timeline.ops(measured) if ops else None,
+        "dropped": events["dropped"],
+        "trace": str(out),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    about = {name: value for name, value in report.items() if name not in ("stages", "ops")}
+    timeline.write_chrome_trace(out, about)
+    return report
+
+
+def record(
+    pipeline: Pipeline, prompts: list[str], rewrites: int, seed: int, ops: bool
+) -> tuple[Rollout, Mapping[str, Any], list[trace.Span]]:
+    """One rollout with recording on, and what the engine and the pipeline recorded."""
+    trace.start()
+    try:
+        core.trace_start("ops" if ops else "steps")
+        try:
+            rollout = pipeline.rollout(prompts, num_rewrites=rewrites, seed=seed)
+        finally:
+            events = core.trace_stop()
+    finally:
+        spans = trace.stop()
+    return rollout, events, spans
+
+
+def rewrite_seeds(seed: int, prompts: int) -> list[int]:
+    """The seeds of a rollout's requests to the prompter."""
+    return [derive_seed(seed, REWRITE_STREAM, index) for index in range(prompts)]
+
+
+def _reward() -> tuple[Reward | None, str | None]:
+    """A reward, or why there is none."""
+    try:
+        return build_reward("vader"), None
+    except ImportError as error:
+        return None, str(error)
