@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from alignpro.bench.generation import _generate, _prompts, _Work
+from alignpro.bench.generation import _generate, _Work
+from alignpro.bench.work import random_prompts
 from alignpro.bench.profile import record, rewrite_seeds
 from alignpro.bench.timeline import STAGES, Timeline
 from alignpro.cli import app
@@ -252,7 +253,7 @@ def test_operations_are_those_that_the_config_says(tiny_model_dir: Any):
     model = load_model(tiny_model_dir("llama"), threads=2, prefix_cache=False)
     batch, prompt, new = 3, 21, 5
     core.trace_start("ops")
-    _generate(model, _prompts(model, batch, prompt), new)
+    _generate(model, random_prompts(model.config["vocab_size"], batch, prompt), new)
     events = core.trace_stop()
     names = np.array(events["names"])[events["name"]]
     flops = {name: int(events["flops"][names == name].sum()) for name in events["names"]}

@@ -160,7 +160,7 @@ TEST(counts_of_an_adapter_are_those_of_its_rows) {
   config.num_heads = 2;
   config.num_kv_heads = 1;
   config.head_dim = 8;
-  const std::vector<float> values(3 * 64);
+  const std::vector<float> values(32 * 16);  // enough for each matrix
   const model::LoraMatrices matrices{3, values.data(), values.data()};
   const model::Adapter adapter(config,
                                {{"model.layers.0.self_attn.q_proj", matrices},
