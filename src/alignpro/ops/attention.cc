@@ -11,6 +11,8 @@
 namespace alignpro::ops {
 namespace {
 
+using cpu::kFewPanels;
+using cpu::kFewRows;
 using cpu::kPanel;
 using cpu::kRowTile;
 static_assert(kKvBlock == kPanel, "a block of keys is one panel of the matrix product");
@@ -21,7 +23,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 struct Workspace {
   AlignedBuffer queries;  // packed [head_dim][6] tiles
   AlignedBuffer block;    // [rows][16] scores
-  AlignedBuffer floats;   // K or V of one block, and slack, where they are stored as halves
+  AlignedBuffer floats;   // K or V of kFewPanels blocks, and slack, where stored as halves
   AlignedBuffer scores;   // [rows][kKvChunk]
   AlignedBuffer packed;   // packed probabilities of one block
   AlignedBuffer chunk;    // one chunk's result
@@ -57,11 +59,11 @@ struct Pass {
   }
   int64_t panels() const { return (shape.head_dim + kPanel - 1) / kPanel; }
 
-  // K or V of one block as floats; valid until the next call on this thread.
-  const float* floats(const std::byte* stored) const {
+  // K or V of one block as floats; valid until the next call for the same slot on this thread.
+  const float* floats(const std::byte* stored, int64_t slot = 0) const {
     if (kv.dtype == DType::kF32) return reinterpret_cast<const float*>(stored);
     const int64_t count = shape.head_dim * kKvBlock;
-    float* to = workspace().floats.reserve(count + kPanel);
+    float* to = workspace().floats.reserve(kFewPanels * (count + kPanel)) + slot * (count + kPanel);
     cpu::kernels().from_halves(reinterpret_cast<const uint16_t*>(stored), count, to);
     std::fill_n(to + count, kPanel, 0.0f);
     return to;
@@ -104,6 +106,25 @@ void gemm_rows(int64_t first, int64_t rows, int64_t k_count, const float* packed
   }
 }
 
+// What a run reads of blocks [begin, end), and for which of its tile's rows.
+struct Reach {
+  int64_t row, rows;
+  int64_t begin, end;  // blocks
+  bool is_few;         // few rows, in one packed tile
+
+  Reach(const AttentionPlan::Run& run, int64_t group, int64_t begin_block, int64_t end_block)
+      : row(run.token_begin * group),
+        rows(run.token_end * group - row),
+        begin(std::max(begin_block, run.first_block)),
+        end(std::min(end_block, run.end_block)),
+        is_few(rows <= kFewRows && row % kRowTile + rows <= kRowTile) {}
+
+  // Its first row among packed tiles of k_count columns.
+  const float* first_of(const float* tiles, int64_t k_count) const {
+    return tiles + row / kRowTile * kRowTile * k_count + row % kRowTile;
+  }
+};
+
 // The keys of one chunk, for all rows of a tile. Masked probabilities are exactly 0, so that what
 // other rows of the tile see adds nothing.
 void attend_chunk(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_head, int64_t chunk,
@@ -118,26 +139,31 @@ void attend_chunk(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_
   float* block = own.block.reserve(rows * kPanel);
   float* scores = own.scores.reserve(rows * kKvChunk);
   float* packed = own.packed.reserve((rows + kRowTile) * kKvBlock);
-  const auto for_blocks = [&](const auto& fn) {
-    for (const AttentionPlan::Run& run : tile.runs) {
-      const int64_t first = run.token_begin * group, count = run.token_end * group - first;
-      for (int64_t b = std::max(begin, run.first_block); b < std::min(end, run.end_block); ++b) {
-        fn(run, b, first, count);
-      }
-    }
-  };
-
-  for_blocks([&](const AttentionPlan::Run& run, int64_t b, int64_t first, int64_t count) {
+  for (const AttentionPlan::Run& run : tile.runs) {
+    const Reach reach(run, group, begin, end);
     const auto stored = [&](int64_t at) {
       return pass.kv.keys<std::byte>(run.blocks[at], kv_head);
     };
-    if (b + 1 < run.end_block) pass.fetch(stored(b + 1));
-    gemm_rows(first, count, d, queries, pass.floats(stored(b)), block);
-    float* row = scores + first * kKvChunk + (b - begin) * kKvBlock;
-    for (int64_t r = 0; r < count; ++r) {
-      std::memcpy(row + r * kKvChunk, block + r * kPanel, kPanel * sizeof(float));
+    for (int64_t b = reach.begin; b < reach.end;) {
+      const int64_t some = reach.is_few ? std::min(kFewPanels, reach.end - b) : 1;
+      for (int64_t next = b + some; next < std::min(run.end_block, b + 2 * some); ++next) {
+        pass.fetch(stored(next));
+      }
+      float* row = scores + reach.row * kKvChunk + (b - begin) * kKvBlock;
+      if (reach.is_few) {
+        const float* keys[kFewPanels];
+        for (int64_t i = 0; i < some; ++i) keys[i] = pass.floats(stored(b + i), i);
+        k.gemm_few(reach.rows, d, reach.first_of(queries, d), keys, some, kPanel, row, kKvChunk,
+                   kPanel, false);
+      } else {
+        gemm_rows(reach.row, reach.rows, d, queries, pass.floats(stored(b)), block);
+        for (int64_t r = 0; r < reach.rows; ++r) {
+          std::memcpy(row + r * kKvChunk, block + r * kPanel, kPanel * sizeof(float));
+        }
+      }
+      b += some;
     }
-  });
+  }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t position = tile.tokens[static_cast<size_t>(r / group)].position;
     const int64_t visible = std::max<int64_t>(0, pass.shape.first_visible(position) - first_key);
@@ -157,23 +183,36 @@ void attend_chunk(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_
     for (int64_t j = 0; j < padded; ++j) row[j] *= inverse;
   }
   std::fill_n(to.out, panels * rows * kPanel, 0.0f);
-  for_blocks([&](const AttentionPlan::Run& run, int64_t b, int64_t first, int64_t count) {
-    // Slots from key_end on were never written for these sequences: they are not read.
-    const int64_t live = std::min(kKvBlock, run.key_end - b * kKvBlock);
-    k.pack_rows(count, live, scores + first * kKvChunk + (b - begin) * kKvBlock, kKvChunk, 1,
-                packed);
+  for (const AttentionPlan::Run& run : tile.runs) {
+    const Reach reach(run, group, begin, end);
     const auto stored = [&](int64_t at) {
       return pass.kv.values<std::byte>(run.blocks[at], kv_head);
     };
-    if (b + 1 < run.end_block) pass.fetch(stored(b + 1));
-    const float* values = pass.floats(stored(b));
-    for (int64_t p = 0; p < panels; ++p) {
+    float* out = to.out + reach.row * kPanel;
+    for (int64_t b = reach.begin; b < reach.end; ++b) {
+      // Slots from key_end on were never written for these sequences: they are not read.
+      const int64_t live = std::min(kKvBlock, run.key_end - b * kKvBlock);
+      k.pack_rows(reach.rows, live, scores + reach.row * kKvChunk + (b - begin) * kKvBlock,
+                  kKvChunk, 1, packed);
+      if (b + 1 < run.end_block) pass.fetch(stored(b + 1));
+      const float* values = pass.floats(stored(b));
       // A head_dim that is no multiple of 16 reads into the next row (the pool ends in slack);
       // those lanes are dropped when the row is stored.
-      k.gemm_panel(count, live, packed, live * kRowTile, values + p * kPanel, d,
-                   to.out + (p * rows + first) * kPanel, true, false);
+      for (int64_t p = 0; p < panels;) {
+        const int64_t some = reach.is_few ? std::min(kFewPanels, panels - p) : 1;
+        if (reach.is_few) {
+          const float* columns[kFewPanels];
+          for (int64_t i = 0; i < some; ++i) columns[i] = values + (p + i) * kPanel;
+          k.gemm_few(reach.rows, live, packed, columns, some, d, out + p * rows * kPanel, kPanel,
+                     rows * kPanel, true);
+        } else {
+          k.gemm_panel(reach.rows, live, packed, live * kRowTile, values + p * kPanel, d,
+                       out + p * rows * kPanel, true, false);
+        }
+        p += some;
+      }
     }
-  });
+  }
 }
 
 // Adds a later chunk to what the earlier ones gave, row by row.

@@ -194,6 +194,61 @@ void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
   }
 }
 
+template <int Rows, int Panels>
+void few_tile(int64_t k_count, const float* a, const float* const* b, int64_t ldb, float* c,
+              int64_t c_row, int64_t c_panel, bool accumulate) {
+  Wide acc[Rows][Panels * kParts] = {};
+  const float* from[Panels];
+#pragma GCC unroll 4
+  for (int p = 0; p < Panels; ++p) from[p] = b[p];
+  for (int64_t k = 0; k < k_count; ++k, a += kRowTile) {
+    Wide am[Rows];
+#pragma GCC unroll 4
+    for (int m = 0; m < Rows; ++m) am[m] = splat_wide(a[m]);
+#pragma GCC unroll 4
+    for (int i = 0; i < Panels * kParts; ++i) {
+      const Wide bk = load_wide(from[i / kParts] + k * ldb + i % kParts * kLanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < Rows; ++m) acc[m][i] = fma(am[m], bk, acc[m][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < Rows; ++m) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Panels * kParts; ++i) {
+      float* to = c + m * c_row + i / kParts * c_panel + i % kParts * kLanes;
+      store_wide(to, accumulate ? load_wide(to) + acc[m][i] : acc[m][i]);
+    }
+  }
+}
+
+template <int Rows>
+void few_rows(int64_t k_count, const float* a, const float* const* b, int64_t panels, int64_t ldb,
+              float* c, int64_t c_row, int64_t c_panel, bool accumulate) {
+  // As many chains as registers hold.
+  constexpr int kAtOnce = kParts == 1 ? kFewPanels : Rows < 4 ? kFewPanels / 2 : 1;
+  for (; panels >= kAtOnce; panels -= kAtOnce, b += kAtOnce, c += kAtOnce * c_panel) {
+    few_tile<Rows, kAtOnce>(k_count, a, b, ldb, c, c_row, c_panel, accumulate);
+  }
+  for (; panels > 0; --panels, ++b, c += c_panel) {
+    few_tile<Rows, 1>(k_count, a, b, ldb, c, c_row, c_panel, accumulate);
+  }
+}
+
+void gemm_few(int64_t rows, int64_t k_count, const float* a, const float* const* b, int64_t panels,
+              int64_t ldb, float* c, int64_t c_row, int64_t c_panel, bool accumulate) {
+  switch (rows) {
+    case 1:
+      return few_rows<1>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
+    case 2:
+      return few_rows<2>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
+    case 3:
+      return few_rows<3>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
+    default:
+      return few_rows<kFewRows>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
+  }
+}
+
 #include "alignpro/ops/cpu/panels-inl.h"
 // After what it uses.
 
@@ -323,13 +378,12 @@ void pack_panel(const float* source, int64_t row_stride, int64_t rows, int64_t k
 void store_tile(const float* tile, int64_t rows, int64_t columns, float scale, const float* bias,
                 const float* residual, float* out, int64_t ldc) {
   if (columns == kPanel) {
-    const F8 factor = splat(scale);
     for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t half = 0; half < kPanel; half += 8) {
-        F8 v = load(tile + m * kPanel + half) * factor;
-        if (bias != nullptr) v = v + load(bias + half);
-        if (residual != nullptr) v = v + load(residual + m * ldc + half);
-        store(out + m * ldc + half, v);
+      for (int64_t at = 0; at < kPanel; at += kLanes) {
+        Wide v = load_wide(tile + m * kPanel + at) * scale;
+        if (bias != nullptr) v = v + load_wide(bias + at);
+        if (residual != nullptr) v = v + load_wide(residual + m * ldc + at);
+        store_wide(out + m * ldc + at, v);
       }
     }
     return;
@@ -701,6 +755,7 @@ void read_memory(const float* p, int64_t n) {
 const Kernels kKernels = {
     .name = ALIGNPRO_ISA_NAME,
     .gemm_panel = gemm_panel,
+    .gemm_few = gemm_few,
     .expand_panel = expand_panel,
     .gemv_panels = gemv_panels,
     .quantize_rows = quantize_rows,

@@ -14,6 +14,10 @@ inline constexpr int64_t kPanel = 16;
 // Contraction block: a B sub-panel (kContract x kPanel) stays in L1.
 inline constexpr int64_t kContract = 192;
 
+// Rows and panels at a time of gemm_few.
+inline constexpr int64_t kFewRows = 4;
+inline constexpr int64_t kFewPanels = 4;
+
 // Multiply-adds in one step of fma_chains: twelve independent vectors of eight.
 inline constexpr int64_t kFmaPerStep = 96;
 
@@ -57,6 +61,12 @@ struct Kernels {
   // rows of 16, ldb apart; c: [rows][16]. Where `stream` is set what follows b is fetched.
   void (*gemm_panel)(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
                      const float* b, int64_t ldb, float* c, bool accumulate, bool stream);
+
+  // The same for up to kFewRows rows of one packed tile and several b, panel by panel, which gives
+  // few rows enough chains: c[m * c_row + p * c_panel + n].
+  void (*gemm_few)(int64_t rows, int64_t k_count, const float* a, const float* const* b,
+                   int64_t panels, int64_t ldb, float* c, int64_t c_row, int64_t c_panel,
+                   bool accumulate);
 
   // Panels in storage formats (panel_layout.h). expand_panel writes columns [k_begin, k_begin +
   // k_count) as floats [k_count][16]; of a quantised format both are multiples of 16. gemv_panels
