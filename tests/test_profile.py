@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.bench.generation import _generate, _Work
-from alignpro.bench.work import random_prompts
 from alignpro.bench.profile import record, rewrite_seeds
 from alignpro.bench.timeline import STAGES, Timeline
+from alignpro.bench.work import random_prompts
 from alignpro.cli import app
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.native import core
