@@ -269,3 +269,18 @@ def test_a_random_model_loads_from_both_forms(quantization: str, tolerance: floa
     assert all(math.isfinite(value) and value < 0 for value in found)
     assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) < tolerance
     assert max(expected) - min(expected) > 1  # flat ones would agree whatever the weights
+
+
+def test_chats_are_padded_on_the_left():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "a": 1, "b": 2, "answer": 3}, unk_token="b"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}{% if add_generation_prompt %} answer{% endif %}"
+    )
+    inputs = harness.chat_inputs(tokenizer, ["a b a", "a"])
+    assert inputs["input_ids"].tolist() == [[1, 2, 1, 3], [0, 0, 1, 3]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]

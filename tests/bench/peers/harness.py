@@ -82,6 +82,25 @@ class Written(NamedTuple):
 Generate = Callable[[list[list[int]], int, int], Written]
 
 
+def chat_inputs(tokenizer: Any, turns: Sequence[str]) -> Any:
+    """One user turn each in the chat template, as tensors padded on the left.
+
+    The side is set on the tokenizer: as an argument of `apply_chat_template` it is passed over,
+    and what is written after right padding is not an answer.
+    """
+    tokenizer.padding_side = "left"
+    inputs = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": turn}] for turn in turns],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+        padding=True,
+    )
+    if not bool(inputs["attention_mask"][:, -1].all()):
+        raise RuntimeError("chats: expected padding on the left, got it on the right")
+    return inputs
+
+
 def generation(package: str, load: Callable[[Request], Generate]) -> None:
     """The script of a peer that generates from token ids: decode and prefill."""
     request, report = start(package)

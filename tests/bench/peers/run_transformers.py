@@ -40,14 +40,7 @@ def rollout() -> None:
     texts = texts[: request.prompts]
 
     def answers(turns, max_new_tokens, temperature):
-        inputs = tokenizer.apply_chat_template(
-            [[{"role": "user", "content": turn}] for turn in turns],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-            padding=True,
-            padding_side="left",
-        )
+        inputs = harness.chat_inputs(tokenizer, turns)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         out = _sampled(model, ids, mask, max_new_tokens, temperature, pad)
         _logprobs(out)

@@ -55,14 +55,7 @@ class Responder:
         return [text.lower().count("e") / (1 + len(text)) for text in texts]
 
     def answer(self, turns):
-        inputs = self.tokenizer.apply_chat_template(
-            [[{"role": "user", "content": turn}] for turn in turns],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-            padding=True,
-            padding_side="left",
-        )
+        inputs = harness.chat_inputs(self.tokenizer, turns)
         with torch.inference_mode():
             written = self.model.generate(
                 **inputs,
