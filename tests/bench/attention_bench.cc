@@ -6,11 +6,9 @@
 //   build/tests/bench/attention_bench
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <functional>
 #include <random>
 #include <vector>
 
@@ -18,6 +16,7 @@
 #include "alignpro/model/kv_pool.h"
 #include "alignpro/ops/attention.h"
 #include "alignpro/ops/machine_limits.h"
+#include "timing.h"
 
 namespace {
 
@@ -29,23 +28,9 @@ using alignpro::ops::KvWrite;
 using alignpro::ops::Segment;
 constexpr int64_t kKvBlock = alignpro::ops::kKvBlock;
 
-constexpr int kRepeats = 7;
 // Layers' worth of keys that are visited in turn, so that they come from memory as in a step.
 constexpr int64_t kLayers = 6;
 const AttentionShape kShape{9, 3, 64, 0, 0.125f};
-
-double median_seconds(const std::function<void()>& work) {
-  work();  // warm-up
-  std::vector<double> seconds;
-  for (int i = 0; i < kRepeats; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    work();
-    seconds.push_back(
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  std::nth_element(seconds.begin(), seconds.begin() + kRepeats / 2, seconds.end());
-  return seconds[kRepeats / 2];
-}
 
 // `batch` sequences, of which positions [context - rows, context) are computed; the leading
 // `shared` positions of all lie in the same blocks.

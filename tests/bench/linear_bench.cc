@@ -6,11 +6,9 @@
 //   build/tests/bench/linear_bench
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <span>
 #include <vector>
 
@@ -19,27 +17,13 @@
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/linear.h"
 #include "alignpro/ops/machine_limits.h"
+#include "timing.h"
 
 namespace {
 
 using namespace alignpro;
 using ops::Arithmetic;
 using ops::PackedMatrix;
-
-constexpr int kRepeats = 7;
-
-double median_seconds(const std::function<void()>& work) {
-  work();  // warm-up
-  std::vector<double> seconds;
-  for (int i = 0; i < kRepeats; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    work();
-    seconds.push_back(
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  std::nth_element(seconds.begin(), seconds.begin() + kRepeats / 2, seconds.end());
-  return seconds[kRepeats / 2];
-}
 
 // Rows of small ordinary weights: every code alike, every scale 0.01.
 std::vector<std::byte> rows_of(DType dtype, int64_t rows, int64_t cols) {
