@@ -95,6 +95,8 @@ def test_growth_is_drawn(tmp_path: Path, smollm2_path: Path):
         (["bench", "score", "--shape", "300"], "--shape: expected VOCABULARYxHIDDEN"),
         (["bench", "step", "--model", "/no/such.gguf"], "such.gguf"),
         (["bench", "growth", "--batch", "1", "--context", "3", "--repeats", "1"], "context:"),
+        (["bench", "growth", "--context", "64,99999", "--batch", "1"], "the model holds 8192"),
+        (["bench", "growth", "--context", "64", "--compute", "float32,int3"], "compute: expected"),
         (["bench", "step", "--json", "/no/such/folder/x.json"], "no such folder"),
     ],
 )

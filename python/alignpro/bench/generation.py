@@ -56,7 +56,7 @@ def bench_decode(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "cold_start_seconds": statistics.median(
-            _cold_start(model, threads, compute) for _ in range(repeats)
+            _cold_start(model, threads, compute, kv_dtype) for _ in range(repeats)
         ),
         "results": [],
     }
@@ -230,14 +230,19 @@ class _Work:
 
 
 def open_report(
-    benchmark: str, model: Path, threads: int, repeats: int, **options: Any
+    benchmark: str,
+    model: Path,
+    threads: int,
+    repeats: int,
+    limits_now: dict[str, float] | None = None,
+    **options: Any,
 ) -> tuple[NativeModel, dict[str, Any]]:
     """The model, with nothing kept between calls, and what every report begins with.
 
-    options: of `load_model`. The machine's limits are measured before the model is loaded, and
-    what they held is left out of the peak memory.
+    options: of `load_model`. The machine's limits, unless they are known, are measured before the
+    model is loaded, and what they held is left out of the peak memory.
     """
-    limits_now = limits(threads, repeats)
+    limits_now = limits_now or limits(threads, repeats)
     started = time.perf_counter()
     loaded = load_model(model, threads=threads, prefix_cache=False, **options)
     seconds = time.perf_counter() - started
@@ -262,13 +267,14 @@ def _rate(flops: float, seconds: float, report: dict[str, Any]) -> dict[str, flo
 _COLD_START = """
 import sys
 import alignpro
-model = alignpro.load_model(sys.argv[1], int(sys.argv[2]), compute=sys.argv[3])
+path, threads, compute, kv_dtype = sys.argv[1:]
+model = alignpro.load_model(path, int(threads), compute=compute, kv_dtype=kv_dtype)
 model.generate(["How do bees find home?"], alignpro.SamplingParams(max_new_tokens=1))
 """
 
 
-def _cold_start(model: Path, threads: int, compute: str) -> float:
-    command = [sys.executable, "-c", _COLD_START, str(model), str(threads), compute]
+def _cold_start(model: Path, threads: int, compute: str, kv_dtype: str) -> float:
+    command = [sys.executable, "-c", _COLD_START, str(model), str(threads), compute, kv_dtype]
     started = time.perf_counter()
     subprocess.run(command, check=True)
     return time.perf_counter() - started

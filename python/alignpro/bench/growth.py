@@ -35,15 +35,32 @@ def bench_growth(
     Raises:
         ValueError, OSError: a model that does not load, or whose context is too short.
     """
-    report: dict[str, Any] = {}
-    results: list[dict[str, Any]] = []
     cells = [(batch, min(contexts)) for batch in sorted(batches)]
     cells += [(1, context) for context in sorted(contexts)]
+    # What cannot be done is refused before anything is timed.
+    for batch, context in cells:
+        _new_tokens(batch, context, repeats)
+    report: dict[str, Any] = {}
+    models = []
     for compute in computes:
         loaded, opened = open_report(
-            "growth", model, threads, repeats, compute=compute, max_batch_rows=_MAX_BATCH_ROWS
+            "growth",
+            model,
+            threads,
+            repeats,
+            report.get("limits"),
+            compute=compute,
+            max_batch_rows=_MAX_BATCH_ROWS,
         )
         report = report or opened
+        models.append((compute, loaded))
+        if max(contexts) > loaded.context_length:
+            raise ValueError(
+                f"context: the model holds {loaded.context_length} positions, "
+                f"{max(contexts)} were asked for"
+            )
+    results: list[dict[str, Any]] = []
+    for compute, loaded in models:
         for batch, context in dict.fromkeys(cells):
             say(f"{compute}, {batch} x {context} positions")
             step = statistics.median(_decode_steps(loaded, batch, context, repeats))
@@ -98,8 +115,8 @@ def growth_plot(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120, facecolor="white")
 
 
-def _decode_steps(model: NativeModel, batch: int, context: int, repeats: int) -> list[float]:
-    """Seconds of ``repeats`` steps in which every sequence decodes."""
+def _new_tokens(batch: int, context: int, repeats: int) -> int:
+    """What each sequence writes, so that all of them decode together for ``repeats`` steps."""
     # The first sequences decode while the others' prompts are still being read.
     waiting = -(-(batch - 1) * context // _MAX_BATCH_ROWS)
     new_tokens = repeats + waiting + 2
@@ -108,6 +125,12 @@ def _decode_steps(model: NativeModel, batch: int, context: int, repeats: int) ->
             f"context: expected more than the {new_tokens} tokens that {batch} sequences write "
             f"here, got {context}; ask for a longer one"
         )
+    return new_tokens
+
+
+def _decode_steps(model: NativeModel, batch: int, context: int, repeats: int) -> list[float]:
+    """Seconds of ``repeats`` steps in which every sequence decodes."""
+    new_tokens = _new_tokens(batch, context, repeats)
     handles = [
         model.submit(prompt, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=index))
         for index, prompt in enumerate(

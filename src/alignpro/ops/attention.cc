@@ -283,10 +283,6 @@ void attend(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_head) 
   store(pass, tile, kv_head, all);
 }
 
-}  // namespace
-
-namespace {
-
 template <typename T>
 void write_row(const AttentionShape& shape, const T* row, const KvWrite& to, const KvView& kv) {
   const int64_t d = shape.head_dim;
