@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from alignpro import trace
-from alignpro.config import RESPONSE, REWRITE, Prompting, check_sampling
+from alignpro.config import RESPONSE, REWRITE, Prompting, SamplingConfig, check_sampling
 from alignpro.models.language_model import Handle, LanguageModel
 from alignpro.types import Completion, Response, Reward, Rewrite, Rollout, SamplingParams
 
@@ -44,6 +44,8 @@ class Pipeline:
             object where they share base weights.
         reward: scores responses against the original prompts; None leaves rewards NaN.
         prompter_adapter: what ``prompter.submit`` takes as adapter; None is the base model.
+        target_adapter: likewise for ``target.submit``; the target itself stays frozen, and this is
+            for a comparison with one that was tuned.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Pipeline:
         *,
         prompting: Prompting | None = None,
         prompter_adapter: Any = None,
+        target_adapter: Any = None,
         rewrite_params: SamplingParams | None = None,
         response_params: SamplingParams | None = None,
     ) -> None:
@@ -62,15 +65,40 @@ class Pipeline:
         self.reward = reward
         self.prompting = prompting or Prompting()
         self.prompter_adapter = prompter_adapter
+        self.target_adapter = target_adapter
         self.rewrite_params = rewrite_params or REWRITE
         self.response_params = response_params or RESPONSE
         check_sampling("rewrite_params", self.rewrite_params)
         check_sampling("response_params", self.response_params)
 
+    @classmethod
+    def configured(
+        cls,
+        config: SamplingConfig,
+        prompter: LanguageModel,
+        target: LanguageModel,
+        reward: Reward | None,
+    ) -> Pipeline:
+        """The pipeline of a stage: its prompting and its sampling parameters."""
+        return cls(
+            prompter,
+            target,
+            reward,
+            prompting=config.prompting,
+            rewrite_params=config.rewrite,
+            response_params=config.response,
+        )
+
     def with_adapter(self, adapter: Any) -> Pipeline:
         """The same pipeline with another prompter adapter."""
         other = copy.copy(self)
         other.prompter_adapter = adapter
+        return other
+
+    def with_target_adapter(self, adapter: Any) -> Pipeline:
+        """The same pipeline before another target of the same base weights."""
+        other = copy.copy(self)
+        other.target_adapter = adapter
         return other
 
     def without_reward(self) -> Pipeline:
@@ -142,17 +170,50 @@ class Pipeline:
 
         The responses draw what those of rewrite 0 draw in `rollout` under the same seed.
         """
+        return self.answer(
+            prompts,
+            [[""] for _ in prompts],
+            num_responses=num_responses,
+            seed=seed,
+            columns=columns,
+            on_progress=on_progress,
+        )
+
+    def answer(
+        self,
+        prompts: Sequence[str],
+        texts: Sequence[Sequence[str]],
+        *,
+        num_responses: int = 1,
+        seed: int | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Rollout:
+        """The target on rewrites that are given: M responses each, scored as in `rollout`.
+
+        Args:
+            texts: rewrites [prompts][N], N >= 1 and free to differ; "" is the raw prompt. The
+                responses to texts[i][j] draw what those of rewrite j of prompt i draw in `rollout`
+                under the same seed.
+
+        Raises:
+            ValueError: as `rollout`, or texts that are not one list a prompt.
+        """
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_responses=num_responses)
         _check_columns(columns, len(prompts))
+        if len(texts) != len(prompts):
+            raise ValueError(f"texts: expected {len(prompts)} lists, got {len(texts)}")
         started = time.perf_counter()
         rewrites: list[list[Rewrite]] = []
         with _Flight(on_progress) as flight:
-            for index, prompt in enumerate(prompts):
+            for index, (prompt, group) in enumerate(zip(prompts, texts, strict=True)):
                 _check_prompt(prompt, index)
-                raw = self._as_rewrite(prompt, index, None)
-                rewrites.append([raw])
-                self._submit_responses(flight, raw, 0, num_responses, seed)
+                if not group:
+                    raise ValueError(f"texts: expected a rewrite of prompt {index}, got none")
+                rewrites.append([self._given_rewrite(prompt, index, text) for text in group])
+                for sample, rewrite in enumerate(rewrites[-1]):
+                    self._submit_responses(flight, rewrite, sample, num_responses, seed)
             flight.land()
         written = time.perf_counter()
         rewrites = self._scored(prompts, rewrites, columns)
@@ -214,7 +275,9 @@ class Pipeline:
                 rewrite.responses.extend(arrived[m] for m in range(num_responses))
 
         for number in range(num_responses):
-            handle = self.target.submit(rewrite.target_tokens, params, sample=number)
+            handle = self.target.submit(
+                rewrite.target_tokens, params, adapter=self.target_adapter, sample=number
+            )
             flight.add(self.target, handle, _bind(finished, 0, number), "answer")
 
     def _prompter_tokens(self, prompt: str, index: int) -> list[int]:
@@ -226,22 +289,31 @@ class Pipeline:
         )
         return tokens
 
-    def _as_rewrite(self, prompt: str, index: int, completion: Completion | None) -> Rewrite:
-        """What the target reads for one rewrite; None stands for the raw prompt."""
-        text = completion.text.strip() if completion is not None else ""
+    def _as_rewrite(self, prompt: str, index: int, completion: Completion) -> Rewrite:
+        """What the prompter wrote, and what the target reads of it."""
+        return replace(
+            self._given_rewrite(prompt, index, completion.text.strip()),
+            prompter_tokens=completion.prompt_tokens,
+            tokens=completion.tokens,
+            logprobs=completion.logprobs,
+            finish_reason=completion.finish_reason,
+        )
+
+    def _given_rewrite(self, prompt: str, index: int, text: str) -> Rewrite:
+        """What the target reads for a rewrite that no prompter wrote; "" is the raw prompt."""
         turn = self.prompting.target_turn(prompt, text)
         what = f"the rewrite of prompt {index}" if text else f"prompt {index}"
         tokens = _chat_tokens(self.target, turn, what)
         _check_fits(self.target, len(tokens), self.response_params, what)
         return Rewrite(
             prompt_index=index,
-            prompter_tokens=completion.prompt_tokens if completion is not None else [],
-            tokens=completion.tokens if completion is not None else [],
-            logprobs=completion.logprobs if completion is not None else [],
+            prompter_tokens=[],
+            tokens=[],
+            logprobs=[],
             text=text,
             target_prompt=turn,
             target_tokens=tokens,
-            finish_reason=completion.finish_reason if completion is not None else "stop",
+            finish_reason="stop",
         )
 
     def _scored(

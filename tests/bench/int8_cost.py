@@ -18,9 +18,9 @@ import numpy as np
 
 from alignpro.config import RESPONSE, QuickstartConfig
 from alignpro.data.load import load_prompts
-from alignpro.evaluate.statistics import paired_difference
 from alignpro.models.native_model import load_model
 from alignpro.rewards import build_reward
+from alignpro.statistics import paired_difference
 from alignpro.types import Completion
 
 

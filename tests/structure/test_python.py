@@ -107,7 +107,7 @@ def test_a_wrong_import_is_seen(path, text, part):
         ("rewards/classifier.py", "def f():\n    import torch, transformers"),
         ("rewards/combine.py", "from . import check\nfrom .check import score_checked"),
         ("train/trainer.py", "from alignpro.objective.loss import policy_loss\nimport torch"),
-        ("cli.py", "from alignpro.report import html\nfrom alignpro.quickstart import run"),
+        ("cli/stages.py", "from alignpro.report import html\nfrom alignpro.quickstart import run"),
         ("__init__.py", "from alignpro.pipeline import Pipeline"),
     ],
 )

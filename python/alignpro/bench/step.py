@@ -83,14 +83,7 @@ def bench_step(
     native = load_model(model, threads=threads)
     load_seconds = time.perf_counter() - started
     prompts = load_prompts(config.data, split=config.split)
-    pipeline = Pipeline(
-        native,
-        native,
-        build_reward(config.reward),
-        prompting=config.prompting,
-        rewrite_params=config.rewrite,
-        response_params=config.response,
-    )
+    pipeline = Pipeline.configured(config, native, native, build_reward(config.reward))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = StagedTrainer(

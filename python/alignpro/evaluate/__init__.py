@@ -1,1 +1,1 @@
-"""Arms of an evaluation and the statistics that defend it."""
+"""The arms of an evaluation."""

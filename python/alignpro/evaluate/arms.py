@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.config import EvalConfig
-from alignpro.evaluate.statistics import bootstrap_mean_ci, paired_difference, variance
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import score_components
+from alignpro.statistics import bootstrap_mean_ci, paired_difference, variance
 from alignpro.types import Reward, Rollout
 
 OnProgress = Callable[[str, int, int], None]  # arm, sequences finished, sequences in all

@@ -38,14 +38,7 @@ def evaluate_loaded(
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """The same over loaded parts."""
-    pipeline = Pipeline(
-        prompter,
-        target,
-        reward,
-        prompting=config.prompting,
-        rewrite_params=config.rewrite,
-        response_params=config.response,
-    )
+    pipeline = Pipeline.configured(config, prompter, target, reward)
     return evaluate_arms(
         pipeline,
         [row.prompt for row in rows],

@@ -77,14 +77,7 @@ def trainer_from(
         policy = LoraPolicy.fresh(prompter, config.lora, seed=config.seed)
     else:
         policy, reference = LoraPolicy(prompter, weights), weights
-    pipeline = Pipeline(
-        prompter,
-        target,
-        reward,
-        prompting=config.prompting,
-        rewrite_params=config.rewrite,
-        response_params=config.response,
-    )
+    pipeline = Pipeline.configured(config, prompter, target, reward)
     trainer = Trainer(
         config,
         pipeline,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from alignpro.evaluate.statistics import (
+from alignpro.statistics import (
     bootstrap_mean_ci,
     law_of_total_variance,
     paired_difference,
@@ -54,7 +54,7 @@ def test_the_seed_decides_the_interval():
 def test_memory_chunks_do_not_change_the_result(monkeypatch):
     values = np.random.default_rng(3).normal(size=37)
     whole = bootstrap_mean_ci(values, resamples=1001)
-    monkeypatch.setattr("alignpro.evaluate.statistics._CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("alignpro.statistics._CHUNK_ELEMENTS", 100)
     assert bootstrap_mean_ci(values, resamples=1001) == whole
 
 

@@ -1,0 +1,5 @@
+"""`python -m alignpro` is `alignpro`."""
+
+from alignpro.cli import main
+
+main()

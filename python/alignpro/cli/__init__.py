@@ -1,0 +1,13 @@
+"""The command line. Commands import what they need when they run, so that --help is quick."""
+
+from __future__ import annotations
+
+from alignpro.cli import bench, stages
+from alignpro.cli.shared import app
+
+__all__ = ["app", "bench", "main", "stages"]
+
+
+def main() -> None:
+    """The entry point."""
+    app()

@@ -1,0 +1,95 @@
+"""The application that commands join, the options they share, and how an error is said."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+
+app = typer.Typer(
+    name="alignpro",
+    help="Train a small prompter in front of a frozen language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as train.learning_rate=1e-4"),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="write the numbers there")]
+Threads = Annotated[int | None, typer.Option(min=1, help="default: the CPU quota")]
+Config = Annotated[Path | None, typer.Argument(help="YAML file; without it, the defaults")]
+ModelName = Annotated[str, typer.Option(help="path or name")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that is there")]
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def one_line_errors(command: Command) -> Command:
+    """Bad input is one line on stderr and exit code 2; ALIGNPRO_DEBUG=1 shows the traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            typer.echo(f"alignpro: interrupted {interrupt}".rstrip(), err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # The reader left (alignpro generate | head): nothing to say, and nowhere to say it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+            if isinstance(error, typer.Exit) or os.environ.get("ALIGNPRO_DEBUG") == "1":
+                raise
+            typer.echo(f"alignpro: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(BAD_INPUT) from None
+
+    return run  # type: ignore[return-value]
+
+
+def check_new(file: Path | None) -> None:
+    if file is not None and file.exists():
+        raise FileExistsError(f"{file}: is there already; name another file")
+    if file is not None and not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent}: no such folder; make it first")
+
+
+def write_json(file: Path | None, report: dict[str, Any]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def split_settings(
+    config: Path | None, overrides: list[str] | None
+) -> tuple[Path | None, list[str]]:
+    """The file is optional, so a first key=value arrives in its place."""
+    settings = list(overrides or [])
+    if config is not None and "=" in str(config) and not config.exists():
+        return None, [str(config), *settings]
+    return config, settings
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # an import hook hides it
+        return False
+
+
+def needs_torch(command: str) -> None:
+    if not is_installed("torch"):
+        raise ImportError(
+            f"{command} trains, which needs torch: pip install -c constraints.txt '.[train]'"
+        )

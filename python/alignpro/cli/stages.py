@@ -1,0 +1,204 @@
+"""Train, evaluate and use a prompter."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignpro.cli.shared import (
+    Config,
+    Overrides,
+    Overwrite,
+    app,
+    check_new,
+    needs_torch,
+    one_line_errors,
+    split_settings,
+    write_json,
+)
+
+
+@app.command()
+@one_line_errors
+def quickstart(
+    overrides: Overrides = None,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    steps: Annotated[int | None, typer.Option(help="of reinforcement learning")] = None,
+    prompts: Annotated[int | None, typer.Option(help="held-out prompts to evaluate on")] = None,
+    model: Annotated[str | None, typer.Option(help="path or name")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="a number is added while it is taken")] = None,
+    threads: Annotated[int | None, typer.Option(help="default: the CPU quota")] = None,
+) -> None:
+    """Warm-start, train and evaluate a prompter, and write a report."""
+    needs_torch("quickstart")
+    from alignpro.config import QuickstartConfig, load_yaml
+
+    options = {
+        "seed": seed,
+        "train.steps": steps,
+        "evaluate.num_prompts": prompts,
+        "model": model,
+        "run_dir": run_dir,
+        "threads": threads,
+    }
+    given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    config = load_yaml(QuickstartConfig, None, [*given, *(overrides or [])])
+    from rich.console import Console
+
+    from alignpro.quickstart import run_quickstart
+    from alignpro.report.tables import arms_table, costs_table, samples_panel, verdict_lines
+
+    console = Console()
+    result = run_quickstart(config, console)
+    console.print(samples_panel(result.samples))
+    console.print(arms_table(result.report))
+    console.print(verdict_lines(result.report))
+    console.print(costs_table(result.report))
+    typer.echo(f"report: {result.run_dir / 'report.html'}")
+
+
+@app.command()
+@one_line_errors
+def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+    """Warm-start a prompter on (prompt, instruction) pairs."""
+    needs_torch("sft")
+    from alignpro.config import SftConfig, load_yaml
+
+    path, settings = split_settings(config, overrides)
+    options = load_yaml(SftConfig, path, settings)
+    from alignpro.report.progress import Bars, show_sft_row
+    from alignpro.train.run import run_sft
+
+    with Bars() as bars:
+        bars.show("warm start", 0, options.steps)
+        run_sft(
+            options,
+            overwrite=overwrite,
+            on_step=lambda row: show_sft_row(bars, row, options.steps),
+        )
+    typer.echo(f"adapter: {Path(options.run_dir) / 'adapter'}")
+
+
+@app.command()
+@one_line_errors
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, or a run's config.json")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run there")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a prompter by reinforcement learning."""
+    needs_torch("train")
+    from alignpro.config import TrainConfig, load_yaml
+
+    options = load_yaml(TrainConfig, config, overrides or [])
+    from alignpro.report.progress import Bars, show_train_row
+    from alignpro.train.run import make_trainer
+
+    trainer = make_trainer(options, resume=resume, overwrite=overwrite)
+    with Bars() as bars:
+        bars.show("training", trainer.step, options.steps)
+        trainer.train(lambda row: show_train_row(bars, row, options.steps))
+    typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
+
+
+@app.command()
+@one_line_errors
+def evaluate(
+    config: Config = None,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="write the numbers there, as JSON")] = None,
+) -> None:
+    """Compare raw prompt, untuned prompter and trained prompter on held-out prompts."""
+    from alignpro.config import EvalConfig, load_yaml
+
+    path, settings = split_settings(config, overrides)
+    options = load_yaml(EvalConfig, path, settings)
+    check_new(output)
+    from rich.console import Console
+
+    from alignpro.evaluate.run import run_evaluation
+    from alignpro.report.progress import Bars
+    from alignpro.report.tables import arms_table, costs_table, samples_panel, verdict_lines
+
+    with Bars() as bars:
+        report = run_evaluation(options, on_progress=bars.show)
+    write_json(output, report)
+    console = Console()
+    console.print(samples_panel(report["samples"]))
+    console.print(arms_table(report))
+    console.print(verdict_lines(report))
+    console.print(costs_table(report))
+
+
+@app.command()
+@one_line_errors
+def generate(
+    prompt: Annotated[str, typer.Argument(help='what to answer; "-" reads standard input')],
+    model: Annotated[str, typer.Option(help="path or name")] = "smollm2",
+    run: Annotated[
+        Path | None, typer.Option(help="a training run, whose prompter goes first")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="above 0, at most 1 (off)")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="default: a fresh one")] = None,
+    threads: Annotated[int | None, typer.Option(help="default: the CPU quota")] = None,
+) -> None:
+    """Answer a prompt, as it is or through a trained prompter."""
+    from alignpro.config import TrainConfig, load_yaml
+    from alignpro.models.native_model import load_model, load_models
+    from alignpro.types import SamplingParams
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    settings = load_yaml(TrainConfig, run / "config.json") if run is not None else None
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    if run is not None and settings is not None:
+        from alignpro.models.adapter import load_peft
+        from alignpro.pipeline import Pipeline
+
+        prompter, target = load_models(
+            settings.model, settings.target, threads, settings.target_compute
+        )
+        pipeline = Pipeline(
+            prompter,
+            target,
+            None,
+            prompting=settings.prompting,
+            prompter_adapter=load_peft(run / "adapter", prompter.lora_modules),
+            rewrite_params=settings.rewrite,
+        )
+        rewrite = pipeline.rewrite([text], seed=seed)[0][0]
+        typer.echo(f"rewrite: {rewrite.text}", err=True)
+        text = rewrite.target_prompt
+    else:
+        target = load_model(model, threads=threads)
+    for _token, delta, _logprob in target.stream(text, params):
+        typer.echo(delta, nl=False)
+    typer.echo()
+
+
+@app.command()
+@one_line_errors
+def info() -> None:
+    """Instruction set, threads, backends and versions."""
+    import importlib.metadata
+    import platform
+
+    from alignpro.native import core
+
+    rows = {"cpu_isa": core.cpu_isa(), "threads": str(core.available_cpus()), **core.build_info()}
+    rows["python"] = platform.python_version()
+    for package in ("alignpro", "numpy", "tokenizers", "jinja2", "torch", "transformers"):
+        try:
+            rows[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            rows[package] = "not installed"
+    for name, value in rows.items():
+        typer.echo(f"{name:<14} {value}")

@@ -1,0 +1,39 @@
+"""Every option of every stage, as dataclasses with commented defaults. Standard library only.
+
+A configuration is read from a mapping (`from_mapping`), from a YAML file (`load_yaml`, which needs
+PyYAML) and adjusted by overrides ("train.learning_rate=1e-4"). Whatever the way in, an unknown key,
+a value of the wrong type and a value out of range are a `ValueError` of one line naming the field.
+"""
+
+from __future__ import annotations
+
+from alignpro.config.evaluate import EvalConfig
+from alignpro.config.prompting import (
+    RESPONSE,
+    REWRITE,
+    LoraConfig,
+    Prompting,
+    SamplingConfig,
+    check_sampling,
+)
+from alignpro.config.quickstart import QuickstartConfig
+from alignpro.config.read import apply_overrides, from_mapping, load_yaml, to_mapping
+from alignpro.config.sft import SftConfig
+from alignpro.config.train import TrainConfig
+
+__all__ = [
+    "RESPONSE",
+    "REWRITE",
+    "EvalConfig",
+    "LoraConfig",
+    "Prompting",
+    "QuickstartConfig",
+    "SamplingConfig",
+    "SftConfig",
+    "TrainConfig",
+    "apply_overrides",
+    "check_sampling",
+    "from_mapping",
+    "load_yaml",
+    "to_mapping",
+]

@@ -1,0 +1,43 @@
+"""Checks that the fields of several stages share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from alignpro.config.sft import SftConfig
+    from alignpro.config.train import TrainConfig
+
+Bytes = Annotated[int, "bytes"]  # read from text with a unit as well: "1.5GB", "800MiB"
+
+
+def check_optimizer(config: SftConfig | TrainConfig) -> None:
+    """What AdamW, the schedule and the seed may be."""
+    require("learning_rate", config.learning_rate, config.learning_rate > 0, "above 0")
+    require("warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "0 or more")
+    require("weight_decay", config.weight_decay, config.weight_decay >= 0, "0 or more")
+    require("max_grad_norm", config.max_grad_norm, config.max_grad_norm > 0, "above 0")
+    require("seed", config.seed, 0 <= config.seed < 2**64, "between 0 and 2**64 - 1")
+    if config.threads is not None:
+        require("threads", config.threads, config.threads >= 1, "at least 1")
+
+
+def check_micro_batches(config: SftConfig | TrainConfig) -> None:
+    """What bounds the memory of a forward and backward."""
+    require("memory_limit", config.memory_limit, config.memory_limit >= 1, "1 byte or more")
+    size = config.micro_batch_size
+    require("micro_batch_size", size, size is None or size >= 1, "1 or more")
+
+
+def require(name: str, value: object, holds: bool, expected: str) -> None:
+    """A ValueError that names the field, unless ``holds``."""
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def default_of(f: dataclasses.Field[Any]) -> object:
+    """A fresh default of a dataclass field."""
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default

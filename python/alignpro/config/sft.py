@@ -1,0 +1,39 @@
+"""The supervised warm start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from alignpro.config.fields import Bytes, check_micro_batches, check_optimizer, require
+from alignpro.config.prompting import LoraConfig, Prompting
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """The supervised warm start: fits (prompt, instruction) pairs."""
+
+    model: str = "smollm2"  # path or name of the prompter's base weights
+    data: str = "instructions"  # pairs: packaged name, file, or hub name
+    run_dir: str = "alignpro-sft"
+    seed: int = 0
+    steps: int = 32
+    batch_size: int = 16  # pairs a step
+    learning_rate: float = 1e-3
+    warmup_steps: int = 3  # linear, from 0
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    # As in `TrainConfig`.
+    memory_limit: Bytes = 2**29
+    activations: Literal["auto", "keep", "recompute"] = "auto"
+    micro_batch_size: int | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    prompting: Prompting = field(default_factory=Prompting)
+    threads: int | None = None  # None: the container's CPU quota
+
+    def __post_init__(self) -> None:
+        require("steps", self.steps, self.steps >= 0, "0 or more")
+        require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        check_optimizer(self)
+        check_micro_batches(self)
