@@ -135,11 +135,13 @@ class Model:
         with_reference: bool = False,
         keep_graph: bool = False,
         activations: str = "keep",
+        with_hidden: bool = False,
     ) -> Score:
         """Scores tokens [start, len) of every sequence (1 <= start <= len). Common prefixes are
         computed once. with_reference: also the exact KL to the distribution under ``reference``
         (None: base weights). keep_graph: keep what backward() needs. activations: "keep" every
-        layer's, or "recompute" them in backward(), to the same bits."""
+        layer's, or "recompute" them in backward(), to the same bits. with_hidden: also the states
+        that the tokens were predicted from."""
 
     def score_bytes(
         self,
@@ -149,6 +151,7 @@ class Model:
         with_reference: bool = False,
         keep_graph: bool = False,
         activations: str = "keep",
+        with_hidden: bool = False,
     ) -> int:
         """What score() and its backward() hold at most, in bytes, beside weights, adapters and
         gradients."""
@@ -160,6 +163,9 @@ class Score:
     entropy: NDArray[np.float32]
     kl: NDArray[np.float32] | None  # KL(policy || reference) per token, full vocabulary
     reference_logprob: NDArray[np.float32] | None
+    # [total, hidden_size], float32, a fresh copy: the policy's final normalised state before each
+    # token, whose product with the vocabulary gives the token's logits. No gradient flows into it.
+    hidden: NDArray[np.float32] | None
     def backward(
         self,
         d_logprob: NDArray[np.float32],

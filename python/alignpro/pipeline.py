@@ -270,6 +270,7 @@ class Pipeline:
                 text=completion.text,
                 logprobs=completion.logprobs,
                 finish_reason=completion.finish_reason,
+                kept_mass=completion.kept_mass,
             )
             if len(arrived) == num_responses:
                 rewrite.responses.extend(arrived[m] for m in range(num_responses))

@@ -62,6 +62,7 @@ class Response:
     logprobs: list[float]
     finish_reason: FinishReason
     reward: float = float("nan")
+    kept_mass: list[float] = field(default_factory=list)  # by truncation; empty where not told
 
 
 @dataclass(frozen=True)

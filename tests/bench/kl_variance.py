@@ -27,7 +27,7 @@ from alignpro.config import LoraConfig, Prompting
 from alignpro.data.load import load_prompts
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.native_model import load_model
-from alignpro.objective import PolicyBatch, future_kl, policy_loss
+from alignpro.objective import PolicyBatch, future_kl, policy_loss, token_advantages
 from alignpro.train.policy import LoraPolicy, initial_weights, one_torch_thread
 from alignpro.types import SamplingParams
 
@@ -119,10 +119,9 @@ class Tree:
             kl=float(kl.detach().sum()),
             k1=float(log_ratio.sum()),
         )
-        batch = PolicyBatch(
-            logp, kl, kl.detach(), logq, logp.detach(),
-            torch.zeros(len(rewrite), dtype=torch.long), torch.zeros(1, dtype=torch.float64),
-        )  # fmt: skip
+        sequence = torch.zeros(len(rewrite), dtype=torch.long)
+        advantage = token_advantages(torch.zeros(1, dtype=torch.float64), kl, sequence, 1.0)
+        batch = PolicyBatch(logp, kl, kl.detach(), logq, logp.detach(), sequence, advantage)
         trained = self.gradient(policy_loss(batch, 1.0, total_rewrites=1).loss)
         assert np.allclose(estimates(parts, 0, 0)[OURS], trained, rtol=1e-12, atol=1e-14)
         return float(logp.detach().sum().exp()), parts

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from alignpro.objective import kl_adjusted_rloo, rloo, zero_signal_groups
+from alignpro.objective import (
+    MovingBaseline,
+    grpo,
+    reinforce,
+    rloo,
+    without_signal,
+    zero_signal_groups,
+)
 
 
 def test_rloo_by_hand():
@@ -30,23 +39,63 @@ def test_advantages_of_a_group_sum_to_zero():
     torch.testing.assert_close(advantages.sum(1), torch.zeros(5, dtype=torch.float64))
 
 
-def test_kl_adjusted_by_hand():
-    rewards = torch.tensor([[1.0, 2.0, 6.0]])
-    kl = torch.tensor([[10.0, 20.0, 40.0]])
-    # With 0.1: siblings' returns are 0, 0, 2. So 1 - (0+2)/2, 2 - (0+2)/2, 6 - (0+0)/2.
-    expected = torch.tensor([[0.0, 1.0, 6.0]])
-    torch.testing.assert_close(kl_adjusted_rloo(rewards, kl, 0.1), expected, rtol=0, atol=1e-6)
+def test_grpo_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 8.0]])
+    # Means 3 and 6; unbiased deviations sqrt((4+1+9)/2) and sqrt((1+1+4)/2).
+    a, b = math.sqrt(7), math.sqrt(3)
+    expected = torch.tensor([[-2 / a, -1 / a, 3 / a], [-1 / b, -1 / b, 2 / b]])
+    torch.testing.assert_close(grpo(rewards), expected)
 
 
-def test_kl_adjusted_without_kl_or_leash_is_rloo():
-    rewards, kl = torch.randn(2, 3, 4, generator=torch.manual_seed(1)).unbind()
-    assert torch.equal(kl_adjusted_rloo(rewards, torch.zeros_like(kl), 0.3), rloo(rewards))
-    assert torch.equal(kl_adjusted_rloo(rewards, kl, 0.0), rloo(rewards))
+@pytest.mark.parametrize("advantages", [rloo, grpo])
+def test_rounding_is_no_signal(advantages):
+    # The mean of the same three rewards in another order: not the same float.
+    group = [(0.1 + 0.2 + 0.3) / 3, (0.3 + 0.2 + 0.1) / 3]
+    assert group[0] != group[1]
+    rewards = torch.tensor([group, [0.0, 1e-3]], dtype=torch.float64)
+    result = advantages(rewards)
+    assert result[0].tolist() == [0.0, 0.0] and result[1].abs().min() > 0
+    assert without_signal(rewards).tolist() == [True, False]
 
 
-def test_kl_adjusted_carries_no_gradient_of_the_kl():
-    kl = torch.ones(1, 2, requires_grad=True)
-    assert not kl_adjusted_rloo(torch.tensor([[1.0, 2.0]]), kl, 0.5).requires_grad
+def test_grpo_of_equal_rewards_is_exactly_zero():
+    for value in (0.0, 0.1, -7.3, 1e8):
+        assert grpo(torch.full((2, 7), value)).tolist() == [[0.0] * 7] * 2
+
+
+def test_grpo_does_not_see_the_rewards_scale():
+    rewards = torch.randn(3, 5, dtype=torch.float64, generator=torch.manual_seed(0))
+    torch.testing.assert_close(grpo(1e-5 * rewards + 2e-4), grpo(rewards), rtol=1e-6, atol=0)
+
+
+def test_the_moving_baseline_by_hand():
+    steps = [torch.tensor([[1.0, 3.0]]), torch.tensor([[5.0, 7.0]]), torch.tensor([[0.0, 2.0]])]
+    baseline = MovingBaseline()
+    assert baseline.value is None
+    # The first step: the others' mean.
+    assert reinforce(steps[0], baseline).tolist() == [[-2.0, 2.0]]
+    baseline = baseline.after(steps[0], 0.5)
+    assert baseline.value == 2.0
+    # The second: what the first earned, and nothing of its own.
+    assert reinforce(steps[1], baseline).tolist() == [[3.0, 5.0]]
+    baseline = baseline.after(steps[1], 0.5)
+    assert baseline.value == pytest.approx((0.5 * 2 + 6) / 1.5)
+    baseline = baseline.after(steps[2], 0.5)
+    assert baseline.value == pytest.approx((0.25 * 2 + 0.5 * 6 + 1) / 1.75)
+    # Equal rewards say something here: better than usual.
+    assert (reinforce(torch.full((2, 3), 9.0), baseline) > 0).all()
+
+
+def test_a_first_step_of_reinforce_is_over_all_prompts():
+    # 1 - (2+3+6)/3, 2 - (1+3+6)/3, ...
+    rewards = torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=torch.float64)
+    expected = torch.tensor([[-8 / 3, -4 / 3], [0.0, 4.0]], dtype=torch.float64)
+    torch.testing.assert_close(reinforce(rewards, MovingBaseline()), expected)
+    torch.testing.assert_close(
+        reinforce(rewards.reshape(4, 1), MovingBaseline()), expected.reshape(4, 1)
+    )
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        reinforce(torch.ones(1, 1), MovingBaseline())
 
 
 def test_zero_signal_groups():
@@ -65,11 +114,9 @@ def test_zero_signal_groups():
     ],
 )
 def test_what_is_no_group_is_refused(rewards, says):
-    for function in (rloo, zero_signal_groups):
+    for function in (rloo, grpo, zero_signal_groups):
         with pytest.raises(ValueError, match=says):
             function(rewards)
-
-
-def test_kl_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"\(2, 3\), got \(3, 2\)"):
-        kl_adjusted_rloo(torch.ones(2, 3), torch.ones(3, 2), 0.1)
+    if says != "at least 2 rewrites per prompt, got 1":
+        with pytest.raises(ValueError, match=says):
+            reinforce(rewards, MovingBaseline(1.0, 1.0))

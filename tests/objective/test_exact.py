@@ -14,7 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignpro.objective import PolicyBatch, k1, k3, kl_adjusted_rloo, policy_loss, rloo
+from alignpro.objective import (
+    MovingBaseline,
+    PolicyBatch,
+    gae,
+    k1,
+    k3,
+    policy_loss,
+    reinforce,
+    rloo,
+    token_advantages,
+)
 
 END, LONGEST = 2, 3
 STATES = [state for n in range(LONGEST) for state in itertools.product(range(END), repeat=n)]
@@ -77,12 +87,14 @@ def tokens_of(logits: Tensor, rewrite: Rewrite) -> dict[str, Tensor]:
 
 
 def loss_of(logits: Tensor, group: list[int], advantage: Tensor, kl_coef: float) -> Tensor:
-    """policy_loss of some of the rewrites."""
+    """policy_loss of some of the rewrites; advantage: one for each."""
     rows = [tokens_of(logits, REWRITES[i]) for i in group]
+    tokens = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    sequence = torch.repeat_interleave(torch.tensor([len(REWRITES[i]) for i in group]))
     batch = PolicyBatch(
-        **{name: torch.cat([row[name] for row in rows]) for name in rows[0]},
-        sequence=torch.repeat_interleave(torch.tensor([len(REWRITES[i]) for i in group])),
-        advantage=advantage,
+        **tokens,
+        sequence=sequence,
+        advantage=token_advantages(advantage, tokens["kl"], sequence, kl_coef),
     )
     return policy_loss(batch, kl_coef, total_rewrites=len(group)).loss
 
@@ -213,33 +225,80 @@ def test_the_future_part_of_the_kl_is_needed():
     assert (gradient(kl_alone, logits) - truth).abs().max() > 0.01
 
 
-def kl_of(logits: Tensor, rewrite: Rewrite) -> Tensor:
-    return tokens_of(logits, rewrite)["kl"].sum().detach()
+def expected_over_pairs(logits: Tensor, advantages: Callable[[Tensor], Tensor]) -> Tensor:
+    """The expected loss over all 225 pairs of independent rewrites. advantages: [1, 2] to [1, 2]"""
+    probability = sequence_logprobs(logits).detach().exp()
+    total = torch.zeros((), dtype=torch.float64)
+    for i, j in itertools.product(range(15), repeat=2):
+        advantage = advantages(REWARDS[[i, j]].reshape(1, 2))[0]
+        total = total + probability[i] * probability[j] * loss_of(
+            logits, [i, j], advantage, KL_COEF
+        )
+    return total
 
 
-@pytest.mark.parametrize("adjusted", [False, True])
-def test_leave_one_out_baselines_keep_the_gradient_unbiased(adjusted):
-    """Over all 225 pairs of independent rewrites."""
+@pytest.mark.parametrize(
+    "advantages",
+    [
+        rloo,
+        lambda rewards: reinforce(rewards, MovingBaseline()),  # the first step
+        lambda rewards: reinforce(rewards, MovingBaseline(3.0, 2.0)),
+    ],
+)
+def test_baselines_keep_the_gradient_unbiased(advantages):
     logits = draw(7, 3, seed=5)
-    kl = torch.stack([kl_of(logits, rewrite) for rewrite in REWRITES])
-
-    def expected(z: Tensor) -> Tensor:
-        probability = sequence_logprobs(z).detach().exp()
-        total = torch.zeros((), dtype=torch.float64)
-        for i, j in itertools.product(range(15), repeat=2):
-            rewards = REWARDS[[i, j]].reshape(1, 2)
-            advantage = (
-                kl_adjusted_rloo(rewards, kl[[i, j]].reshape(1, 2), KL_COEF)
-                if adjusted
-                else rloo(rewards)
-            )
-            total = total + probability[i] * probability[j] * loss_of(
-                z, [i, j], advantage[0], KL_COEF
-            )
-        return total
-
     truth = -gradient(true_objective, logits)
-    torch.testing.assert_close(gradient(expected, logits), truth, rtol=1e-10, atol=1e-12)
+    ours = gradient(lambda z: expected_over_pairs(z, advantages), logits)
+    torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
+
+
+def critic_loss(logits: Tensor, values: Tensor, gae_lambda: float) -> Tensor:
+    """The expected loss of one sampled rewrite under a critic; values: [7], one a state."""
+
+    def loss(index: int) -> Tensor:
+        row = tokens_of(logits, REWRITES[index])
+        sequence = torch.zeros(len(REWRITES[index]), dtype=torch.long)
+        advantage, _ = gae(
+            REWARDS[index : index + 1],
+            row["kl"],
+            values[states_of(REWRITES[index])],
+            sequence,
+            kl_coef=KL_COEF,
+            gae_lambda=gae_lambda,
+        )
+        batch = PolicyBatch(**row, sequence=sequence, advantage=advantage)
+        return policy_loss(batch, KL_COEF, total_rewrites=1).loss
+
+    probability = sequence_logprobs(logits).detach().exp()
+    return (probability * torch.stack([loss(i) for i in range(15)])).sum()
+
+
+def true_values(logits: Tensor) -> Tensor:
+    """[7]: the expected return ``R - kl_coef * sum_{s>t} KL_s`` from each state on."""
+    logp = sequence_logprobs(logits).detach().exp()
+    kl = [tokens_of(logits, r)["kl"].detach() for r in REWRITES]
+    values = []
+    for state in STATES:
+        through = [i for i, r in enumerate(REWRITES) if r[: len(state)] == state]
+        returns = torch.stack(
+            [REWARDS[i] - KL_COEF * kl[i][len(state) + 1 :].sum() for i in through]
+        )
+        values.append((logp[through] * returns).sum() / logp[through].sum())
+    return torch.stack(values)
+
+
+def test_a_critic_keeps_the_gradient_unbiased():
+    logits = draw(7, 3, seed=5)
+    truth = -gradient(true_objective, logits)
+    wrong = draw(7, seed=9)
+    ours = gradient(lambda z: critic_loss(z, wrong, 1.0), logits)
+    torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)  # whatever the values are
+    exact = true_values(logits)
+    for gae_lambda in (0.0, 0.9):  # and with the right values whatever lambda is
+        ours = gradient(lambda z, g=gae_lambda: critic_loss(z, exact, g), logits)
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
+    biased = gradient(lambda z: critic_loss(z, wrong, 0.5), logits)
+    assert (biased - truth).norm() > 0.1 * truth.norm()
 
 
 def ascend(kl_coef: float, steps: int) -> Tensor:

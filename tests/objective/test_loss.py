@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from alignpro.objective import PolicyBatch, merge_metrics, policy_loss
+from alignpro.objective import PolicyBatch, merge_metrics, policy_loss, token_advantages
 
 
 def make_batch(**changes) -> PolicyBatch:
@@ -20,7 +20,7 @@ def make_batch(**changes) -> PolicyBatch:
         "reference_logprob": torch.tensor([-1.5, -1.0, -0.5], dtype=torch.float64),
         "sampled_logprob": logprob.clone(),
         "sequence": torch.tensor([0, 0, 1]),
-        "advantage": torch.tensor([2.0, -1.0], dtype=torch.float64),
+        "advantage": torch.tensor([2.0, 2.0, -1.0], dtype=torch.float64),
     }
     fields.update(changes)
     for name in ("logprob", "kl"):
@@ -29,7 +29,7 @@ def make_batch(**changes) -> PolicyBatch:
 
 
 def test_loss_gradient_and_metrics_by_hand():
-    batch = make_batch()
+    batch = make_batch(advantage=torch.tensor([1.9, 2.0, -1.0], dtype=torch.float64))
     result = policy_loss(batch, 0.4, total_rewrites=2)
     result.loss.backward()
     # A_0 = 2 - 0.4*0.25 = 1.9, A_1 = 2, A_2 = -1; ratios 1.
@@ -48,6 +48,19 @@ def test_loss_gradient_and_metrics_by_hand():
     assert metrics["ratio_mean"] == metrics["ratio_max"] == 1.0
     assert metrics["clip_fraction"] == 0.0
     assert metrics["tokens"] == 3.0
+
+
+def test_token_advantages_by_hand():
+    batch = make_batch()
+    advantage = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    # The KL of later tokens of the same rewrite, and not the token's own.
+    advantages = token_advantages(advantage, batch.kl, batch.sequence, 0.4)
+    assert advantages.tolist() == pytest.approx([2 - 0.4 * 0.25, 2.0, -1.0])
+    assert not advantages.requires_grad
+    with pytest.raises(ValueError, match="indices below 1, the number of advantages, got 1"):
+        token_advantages(advantage[:1], batch.kl, batch.sequence, 0.4)
+    with pytest.raises(ValueError, match=r"advantage: expected one dimension, got \(1, 2\)"):
+        token_advantages(advantage[None], batch.kl, batch.sequence, 0.4)
 
 
 def test_off_policy_ratios_by_hand():
@@ -77,7 +90,7 @@ def test_clipping_takes_the_pessimistic_side_and_reports_raw_ratios():
 def test_clipping_of_negative_advantages():
     # Ratio 1/2 with A = -1 is clipped to 0.8 (a larger loss); ratio 2 with A = -1 is not.
     sampled = torch.tensor([-1.0 + math.log(2), -2.0 - math.log(2), -0.5], dtype=torch.float64)
-    advantage = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    advantage = torch.full((3,), -1.0, dtype=torch.float64)
     batch = make_batch(sampled_logprob=sampled, advantage=advantage)
     result = policy_loss(batch, 0.0, total_rewrites=1 + 1, clip_range=0.2)
     result.loss.backward()
@@ -126,7 +139,7 @@ def random_step() -> PolicyBatch:
         reference_logprob=-draw(),
         sampled_logprob=logprob + 0.2 * draw() - 0.1,
         sequence=torch.repeat_interleave(torch.arange(8), torch.tensor(lengths)),
-        advantage=torch.randn(8, dtype=torch.float64, generator=generator),
+        advantage=torch.randn(tokens, dtype=torch.float64, generator=generator),
     )
 
 
@@ -145,7 +158,7 @@ def accumulate(num_micro_batches: int) -> tuple[float, torch.Tensor, dict[str, f
             reference_logprob=whole.reference_logprob[rows],
             sampled_logprob=whole.sampled_logprob[rows],
             sequence=whole.sequence[rows] - first,
-            advantage=whole.advantage[first : first + per_batch],
+            advantage=whole.advantage[rows],
         )
         result = policy_loss(part, 0.3, total_rewrites=8, clip_range=0.05)
         result.loss.backward()
@@ -164,12 +177,9 @@ def test_accumulation_equals_one_batch(num_micro_batches):
 
 
 def test_a_rewrite_without_tokens_counts_in_the_denominator():
-    with_empty = make_batch(
-        sequence=torch.tensor([0, 0, 2]),
-        advantage=torch.tensor([2.0, 9.0, -1.0], dtype=torch.float64),
-    )
+    with_empty = make_batch(sequence=torch.tensor([0, 0, 2]))
     result = policy_loss(with_empty, 0.4, total_rewrites=3)
-    assert result.loss.item() == pytest.approx((-1.45 + 0.175) * 2 / 3)
+    assert result.loss.item() == pytest.approx((-1.5 + 0.175) * 2 / 3)
 
 
 NAN = torch.tensor([0.0, math.nan, 0.0], dtype=torch.float64)
@@ -180,13 +190,12 @@ NAN = torch.tensor([0.0, math.nan, 0.0], dtype=torch.float64)
     [
         ({"kl": torch.ones(2)}, r"kl: expected shape \[3\] as sequence, got \(2,\)"),
         ({"entropy": torch.ones(1, 3)}, "entropy: expected shape"),
-        ({"advantage": torch.ones(1)}, "indices below 1, the number of advantages, got 1"),
-        ({"advantage": torch.ones(2, 1)}, "advantage: expected shape one dimension"),
+        ({"advantage": torch.ones(2)}, r"advantage: expected shape \[3\] as sequence, got \(2,\)"),
         ({"sequence": torch.tensor([1, 0, 0])}, "non-decreasing"),
         ({"sequence": torch.tensor([0.0, 0.0, 1.0])}, "integer"),
         ({"logprob": NAN}, "logprob: expected finite"),
         ({"kl": NAN}, "kl: expected finite"),
-        ({"advantage": torch.tensor([1.0, math.inf])}, "advantage: expected finite"),
+        ({"advantage": torch.tensor([1.0, 0.0, math.inf])}, "advantage: expected finite"),
     ],
 )
 def test_bad_tensors_are_named(changes, says):

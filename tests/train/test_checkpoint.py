@@ -25,7 +25,7 @@ def checkpoint(step, *, value=1.0):
     weights = initial_weights(ToyModel(), LoraConfig(rank=2, alpha=3.0), seed=step)
     weights.matrices[MODULE][1][:] = value
     state = {"state": {0: {"exp_avg": torch.full((2,), value)}}, "param_groups": [{"lr": 0.1}]}
-    return Checkpoint(step, 8 * step, {"kl_coef": 0.1}, weights, state)
+    return Checkpoint(step, 8 * step, {"kl_coef": 0.1}, weights, state, {"kl_coef": 0.1})
 
 
 def test_round_trip(tmp_path):

@@ -254,14 +254,14 @@ def test_one_nan_reward_stops_with_its_row_and_a_checkpoint(tmp_path):
 
 def test_ctrl_c_in_the_optimizer_waits_for_the_step(tmp_path):
     trainer = make(config(tmp_path))
-    plain_step = trainer.optimizer.step
+    plain_step = trainer.learner.optimizer.step
 
     def interrupted_step():
         if trainer.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         plain_step()
 
-    trainer.optimizer.step = interrupted_step
+    trainer.learner.optimizer.step = interrupted_step
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.step == 4 and len(log(trainer)) == 4

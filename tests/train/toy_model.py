@@ -52,7 +52,7 @@ class ToyAdapter:
 
 
 class ToyScore:
-    def __init__(self, logprob, entropy, kl, reference_logprob, adapter):
+    def __init__(self, logprob, entropy, kl, reference_logprob, adapter, hidden):
         self.nodes = [logprob, entropy, kl]
         self.logprob = logprob.detach().numpy()
         self.entropy = entropy.detach().numpy()
@@ -61,6 +61,7 @@ class ToyScore:
             None if reference_logprob is None else reference_logprob.detach().numpy()
         )
         self.adapter = adapter
+        self.hidden = hidden
         self.sequences: list[list[int]] = []
         self.activations = ""
         self.received: list[Any] = []
@@ -104,6 +105,7 @@ class ToyCore:
         with_reference=False,
         keep_graph=False,
         activations="keep",
+        with_hidden=False,
     ):
         pairs = [
             (sequence[i - 1], sequence[i])
@@ -123,18 +125,28 @@ class ToyCore:
                 other = self.table(reference, temperature)[last].detach()
                 kl = (rows.exp() * (rows - other)).sum(-1)
                 reference_logprob = other[range(len(token)), token]
-        score = ToyScore(logprob, entropy, kl, reference_logprob, adapter)
+        hidden = self.hidden[last].numpy() if with_hidden else None
+        score = ToyScore(logprob, entropy, kl, reference_logprob, adapter, hidden)
         score.sequences, score.activations = sequences, activations
         self.scores.append(score)
         return score
 
     def score_bytes(
-        self, sequences, starts, adapter, with_reference, keep_graph, activations="keep"
+        self,
+        sequences,
+        starts,
+        adapter,
+        with_reference,
+        keep_graph,
+        activations="keep",
+        with_hidden=False,
     ):
-        """A made-up need: 100 a token (40 when recomputed), half as much more with a reference."""
+        """A made-up need: 100 a token (40 when recomputed), half as much more with a reference, and
+        10 for its hidden state."""
         assert isinstance(adapter, ToyAdapter) and keep_graph
         each = {"keep": 100, "recompute": 40}[activations]
-        return sum(map(len, sequences)) * each * (3 if with_reference else 2) // 2
+        hidden = 10 if with_hidden else 0
+        return sum(map(len, sequences)) * (each * (3 if with_reference else 2) // 2 + hidden)
 
 
 @dataclass(eq=False)

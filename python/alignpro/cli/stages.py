@@ -141,7 +141,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(help='what to answer; "-" reads standard input')],
     model: Annotated[str, typer.Option(help="path or name")] = "smollm2",
     run: Annotated[
-        Path | None, typer.Option(help="a training run, whose prompter goes first")
+        Path | None,
+        typer.Option(help="a training run, whose prompter (or tuned target) takes part"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy")] = 0.7,
@@ -159,7 +160,11 @@ def generate(
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    if run is not None and settings is not None:
+    adapter = None
+    if run is not None and settings is not None and settings.policy == "target":
+        target = load_model(settings.target or settings.model, threads=threads)
+        adapter = run / "adapter"
+    elif run is not None and settings is not None:
         from alignpro.models.adapter import load_peft
         from alignpro.pipeline import Pipeline
 
@@ -179,7 +184,7 @@ def generate(
         text = rewrite.target_prompt
     else:
         target = load_model(model, threads=threads)
-    for _token, delta, _logprob in target.stream(text, params):
+    for _token, delta, _logprob in target.stream(text, params, adapter=adapter):
         typer.echo(delta, nl=False)
     typer.echo()
 

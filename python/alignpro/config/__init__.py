@@ -8,6 +8,7 @@ a value of the wrong type and a value out of range are a `ValueError` of one lin
 from __future__ import annotations
 
 from alignpro.config.evaluate import EvalConfig
+from alignpro.config.ppo import PpoConfig
 from alignpro.config.prompting import (
     RESPONSE,
     REWRITE,
@@ -26,6 +27,7 @@ __all__ = [
     "REWRITE",
     "EvalConfig",
     "LoraConfig",
+    "PpoConfig",
     "Prompting",
     "QuickstartConfig",
     "SamplingConfig",

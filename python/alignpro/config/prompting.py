@@ -103,19 +103,19 @@ def check_sampling(name: str, params: SamplingParams) -> None:
     )
 
 
-def check_on_policy(params: SamplingParams) -> None:
+def check_on_policy(name: str, params: SamplingParams) -> None:
     """The gradient is that of the untruncated policy, so that is what must be sampled."""
     require(
-        "rewrite.temperature",
+        f"{name}.temperature",
         params.temperature,
         params.temperature > 0,
-        "above 0: a greedy prompter explores nothing",
+        "above 0: a greedy policy explores nothing",
     )
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_new_tokens": 0, "ignore_eos": False}
-    for name, value in off.items():
+    for field, value in off.items():
         require(
-            f"rewrite.{name}",
-            getattr(params, name),
-            getattr(params, name) == value,
+            f"{name}.{field}",
+            getattr(params, field),
+            getattr(params, field) == value,
             f"{value} in training: a truncated draw biases the policy gradient",
         )

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from alignpro.config.fields import Bytes, check_micro_batches, check_optimizer, require
+from alignpro.config.fields import (
+    Bytes,
+    check_micro_batches,
+    check_optimizer,
+    default_of,
+    require,
+)
+from alignpro.config.ppo import PpoConfig
 from alignpro.config.prompting import (
     RESPONSE,
     REWRITE,
@@ -26,6 +33,9 @@ class TrainConfig:
     adapter: str | None = None  # PEFT folder to start from; it is the reference, too
     target: str | None = None  # path or name of the frozen target; None: the prompter's base
     target_compute: Literal["float32", "int8"] = "float32"  # int8 is faster, less exact
+    # target: no prompter; the target itself is tuned on the raw prompts, with a LoRA and the same
+    # objective (the paper's oracle, for comparison). num_rewrites then counts its responses.
+    policy: Literal["prompter", "target"] = "prompter"
     data: str = "everyday"  # prompts: packaged name, file, or hub name
     split: str | None = "train"  # rows whose "split" column says so; None: all rows
     reward: str = "vader+0.2*topic"
@@ -36,7 +46,10 @@ class TrainConfig:
     steps: int = 20
     prompts_per_step: int = 16
     num_rewrites: int = 4  # N, rewrites a prompt: the group that the baseline is taken over
-    num_responses: int = 1  # M, responses a rewrite
+    # M, responses a rewrite. auto: N and M follow from how much of the reward's variance is the
+    # target's own noise, with N * M = response_budget.
+    num_responses: int | Literal["auto"] = 1
+    response_budget: int | None = None  # responses a prompt and step, with auto
     # The policy is the untruncated distribution at this temperature.
     rewrite: SamplingParams = REWRITE
     response: SamplingParams = RESPONSE
@@ -44,6 +57,19 @@ class TrainConfig:
 
     # The objective: mean reward - kl_coef * KL(prompter || reference), KL in nats per rewrite.
     kl_coef: float = 0.05
+    # Nats per rewrite: kl_coef is only where to start, and is steered (objective.leash) to this.
+    kl_target: float | None = None
+    kl_gain: float = 0.5  # with kl_target: kl_coef moves by a factor of exp(0.2 * this) at most
+
+    # The baseline: siblings (rloo), siblings and division by their spread (grpo, which optimises
+    # something else: objective.advantage), earlier steps (reinforce). ppo: several passes a batch.
+    # closed_form: a fit to weighted samples of the reference; no rollouts while training.
+    algorithm: Literal["rloo", "grpo", "reinforce", "ppo", "closed_form"] = "rloo"
+    baseline_decay: float = 0.9  # reinforce: what a step's mean reward keeps, a step later
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    # Prompts whose rewrites all earned the same teach nothing but the KL: keep that, or skip them
+    # (not scored, not in the mean; a step of none else changes nothing).
+    zero_signal: Literal["keep", "skip"] = "keep"
     strict_parity: bool = True  # stop unless sampled and scored log-probabilities are equal
 
     # A step is scored in micro-batches, which never change its gradient: each as large as fits.
@@ -67,17 +93,94 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require("steps", self.steps, self.steps >= 0, "0 or more")
         require("prompts_per_step", self.prompts_per_step, self.prompts_per_step >= 1, "1 or more")
-        require(
-            "num_rewrites",
-            self.num_rewrites,
-            self.num_rewrites >= 2,
-            "at least 2: the baseline is the mean of the other rewrites of the prompt",
-        )
-        require("num_responses", self.num_responses, self.num_responses >= 1, "at least 1")
         require("kl_coef", self.kl_coef, self.kl_coef >= 0, "0 or more")
+        self._check_algorithm()
+        self._check_counts()
+        self._check_leash()
         require("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "1 or more")
         check_optimizer(self)
         check_micro_batches(self)
         check_sampling("rewrite", self.rewrite)
         check_sampling("response", self.response)
-        check_on_policy(self.rewrite)
+        check_on_policy("response" if self._tunes_target else "rewrite", self.sampled)
+        if self._tunes_target:
+            self._check_tuned_target()
+
+    @property
+    def sampled(self) -> SamplingParams:
+        """How the policy is sampled: ``rewrite``, or ``response`` where it is the target."""
+        return self.response if self._tunes_target else self.rewrite
+
+    @property
+    def _tunes_target(self) -> bool:
+        return self.policy == "target"
+
+    @property
+    def _group_baseline(self) -> bool:
+        """The baseline is taken over the rewrites of a prompt."""
+        critic = self.algorithm == "ppo" and self.ppo.value_head
+        return self.algorithm in ("rloo", "grpo", "ppo") and not critic
+
+    def _check_algorithm(self) -> None:
+        if self.algorithm != "ppo":
+            self._only_default("ppo", "with algorithm ppo")
+        if self.algorithm != "reinforce":
+            self._only_default("baseline_decay", "with algorithm reinforce")
+        decay = self.baseline_decay
+        require("baseline_decay", decay, 0 <= decay < 1, "at least 0 and below 1")
+        batches, prompts = self.ppo.minibatches, self.prompts_per_step
+        if self.algorithm == "ppo":
+            expected = f"at most prompts_per_step ({prompts}): a minibatch has whole prompts"
+            require("ppo.minibatches", batches, batches <= prompts, expected)
+        if not self._group_baseline:
+            self._only_default(
+                "zero_signal",
+                "with a baseline over the rewrites of a prompt (rloo, grpo, ppo without value "
+                "head): with another one, equal rewards do teach something",
+            )
+
+    def _check_counts(self) -> None:
+        rewrites, responses, budget = self.num_rewrites, self.num_responses, self.response_budget
+        if responses == "auto":
+            self._only_default("num_rewrites", "with a number of num_responses; auto chooses both")
+            require(
+                "response_budget",
+                budget,
+                budget is not None and any(budget % m == 0 for m in range(2, budget // 2 + 1)),
+                "a product of two numbers above 1 (responses a prompt and step), with "
+                "num_responses auto",
+            )
+            return
+        self._only_default("response_budget", "with num_responses auto")
+        require("num_responses", responses, responses >= 1, 'at least 1, or "auto"')
+        if self._group_baseline:
+            expected = "at least 2: the baseline is the mean of the other rewrites of the prompt"
+            require("num_rewrites", rewrites, rewrites >= 2, expected)
+        require("num_rewrites", rewrites, rewrites >= 1, "at least 1")
+        if self.algorithm == "reinforce":
+            expected = "2 or more with prompts_per_step 1: the first step is its own baseline"
+            require("num_rewrites", rewrites, rewrites * self.prompts_per_step >= 2, expected)
+
+    def _check_leash(self) -> None:
+        if self.kl_target is None:
+            self._only_default("kl_gain", "with kl_target")
+            return
+        require("kl_target", self.kl_target, self.kl_target > 0, "above 0")
+        require("kl_gain", self.kl_gain, self.kl_gain > 0, "above 0")
+        require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with kl_target, to be steered")
+
+    def _check_tuned_target(self) -> None:
+        for name in ("num_responses", "target_compute"):
+            self._only_default(name, "with policy prompter")
+        require(
+            "algorithm",
+            self.algorithm,
+            self.algorithm != "closed_form",
+            "another one with policy target: the closed form is the prompter's",
+        )
+
+    def _only_default(self, name: str, where: str) -> None:
+        """Refuse an option that would do nothing."""
+        value = getattr(self, name)
+        default = default_of(next(f for f in fields(self) if f.name == name))
+        require(name, value, value == default, f"its default {default!r} (it goes {where})")

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from alignpro.objective.advantage import kl_adjusted_rloo, rloo, zero_signal_groups
-from alignpro.objective.kl import future_kl, k1, k3, sum_per_sequence
+from alignpro.objective.advantage import (
+    MovingBaseline,
+    grpo,
+    reinforce,
+    rloo,
+    token_advantages,
+    without_signal,
+    zero_signal_groups,
+)
+from alignpro.objective.critic import gae, value_loss
+from alignpro.objective.kl import future_kl, k1, k3, split_sequences, sum_per_sequence
+from alignpro.objective.leash import steer_kl_coef
 from alignpro.objective.loss import LossResult, PolicyBatch, merge_metrics, policy_loss
+from alignpro.objective.nested import allocate, allocations
 
 __all__ = [
     "LossResult",
+    "MovingBaseline",
     "PolicyBatch",
+    "allocate",
+    "allocations",
     "future_kl",
+    "gae",
+    "grpo",
     "k1",
     "k3",
-    "kl_adjusted_rloo",
     "merge_metrics",
     "policy_loss",
+    "reinforce",
     "rloo",
+    "split_sequences",
+    "steer_kl_coef",
     "sum_per_sequence",
+    "token_advantages",
+    "value_loss",
+    "without_signal",
     "zero_signal_groups",
 ]

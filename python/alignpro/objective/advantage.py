@@ -1,9 +1,22 @@
-"""Advantages of rewrites against their siblings. P prompts, N rewrites of each."""
+"""Advantages of rewrites: reward minus a baseline. P prompts, N rewrites of each.
+
+What a token's choice costs later in KL is added by `token_advantages`; a baseline for every token
+instead of one for a rewrite is `gae`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from alignpro.objective.kl import future_kl
+
+# Rewards that differ by less than their rounding (4 units in the last place of a float32) are
+# equal: a mean over responses in another order differs that much, and AdamW makes a whole step of
+# the smallest gradient.
+_ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 def rloo(rewards: Tensor) -> Tensor:
@@ -11,57 +24,113 @@ def rloo(rewards: Tensor) -> Tensor:
 
     rewards: [P, N], one per rewrite (its responses' mean), N >= 2. Returns [P, N].
     Ahmadian et al. 2024 (arXiv 2402.14740). The baseline does not depend on rewrite i, so the
-    gradient stays unbiased; nothing is divided by a spread, so a group without signal gives
-    exactly 0 and cannot blow up. Raises ValueError for N < 2, another shape or non-finite rewards.
+    gradient stays unbiased; nothing is divided by a spread, and a group without signal gives
+    exactly 0. Raises ValueError for N < 2, another shape or non-finite rewards.
     """
-    return _minus_mean_of_others(rewards, rewards)
+    silent = without_signal(rewards)
+    n = rewards.shape[1]
+    # As a mean of differences, which are exactly 0 between equals; a difference of means is not.
+    difference = rewards.unsqueeze(2) - rewards.unsqueeze(1)  # [P, N, N]
+    advantages = difference.sum(dim=2) / (n - 1)
+    return advantages.masked_fill(silent.unsqueeze(1), 0.0)
 
 
-def kl_adjusted_rloo(rewards: Tensor, kl_per_rewrite: Tensor, kl_coef: float) -> Tensor:
-    """``A_i = R_i - mean_{j != i} (R_j - kl_coef * KL_j)``: the baseline knows the KL's cost too.
+def grpo(rewards: Tensor) -> Tensor:
+    """``A_i = (R_i - mean_j R_j) / std_j R_j`` within a group. Shao et al. 2024 (arXiv 2402.03300).
 
-    rewards, kl_per_rewrite (nats, summed over a rewrite's tokens): [P, N], N >= 2. Returns [P, N].
+    rewards: [P, N], N >= 2; the deviation is the unbiased one (N - 1). Returns [P, N]. A group
+    without signal (`without_signal`) gives exactly 0: nothing is divided by a deviation of about 0.
 
-    The return of token t is ``R_i - kl_coef * sum_{s>t} KL_s`` (``policy_loss`` subtracts the
-    second part), and its expectation is near that of the siblings' ``R_j - kl_coef * KL_j``. The
-    siblings are drawn independently of rewrite i, so the gradient stays unbiased for any such
-    baseline [derived, as for RLOO]; this one has less variance where KL costs are a visible part of
-    the return. All KL equal to 0, as in the first step, gives ``rloo``.
+    The division changes what is optimised [derived]. With many rewrites a group the expected
+    gradient at a prompt is that of ``E[R] / sigma - kl_coef * KL`` with sigma held fixed, so
+    training rests where ``rho = rho_ref exp(R / (kl_coef * sigma)) / Z`` with sigma the standard
+    deviation of R under that same rho: the leash is ``kl_coef * sigma``, another for every prompt,
+    and the shorter the more alike its rewrites' rewards have become. ``kl_coef * log Z`` is not the
+    value reached. Raises as `rloo`.
     """
-    if kl_per_rewrite.shape != rewards.shape:
+    silent = without_signal(rewards).unsqueeze(1)
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    deviation = rewards.std(dim=1, keepdim=True).masked_fill(silent, 1.0)
+    return (centred / deviation).masked_fill(silent, 0.0)
+
+
+@dataclass(frozen=True)
+class MovingBaseline:
+    """The exponential moving mean of the rewards of steps past: the baseline of `reinforce`.
+
+    ``value`` is ``sum_k decay^k m_k / sum_k decay^k`` over the means m_k of the steps, k steps ago.
+    """
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def value(self) -> float | None:
+        """None before the first step."""
+        return self.total / self.weight if self.weight > 0 else None
+
+    def after(self, rewards: Tensor, decay: float) -> MovingBaseline:
+        """With the rewards of one more step. decay: in [0, 1); 0 remembers one step."""
+        mean = float(rewards.double().mean())
+        return MovingBaseline(decay * self.total + mean, decay * self.weight + 1.0)
+
+
+def reinforce(rewards: Tensor, baseline: MovingBaseline) -> Tensor:
+    """REINFORCE (Williams 1992) with a moving baseline: ``A = R - baseline``, [P, N] to [P, N].
+
+    The baseline is of earlier steps: it contains none of the samples it is subtracted from, so the
+    gradient stays unbiased. In the first step, which has no earlier one, it is the mean of the
+    other samples of the step. Here alone a group of equal rewards does teach something: the whole
+    group was better or worse than usual. Raises ValueError for another shape, non-finite rewards,
+    or a first step of a single sample.
+    """
+    _check_rewards(rewards)
+    if baseline.value is not None:
+        return rewards - baseline.value
+    if rewards.numel() < 2:
+        raise ValueError("rewards: the first step's baseline needs at least 2 samples, got 1")
+    return rloo(rewards.reshape(1, -1)).reshape(rewards.shape)
+
+
+def token_advantages(advantage: Tensor, kl: Tensor, sequence: Tensor, kl_coef: float) -> Tensor:
+    """``A_t = advantage_i - kl_coef * sum_{s>t} KL_s`` for token t of rewrite i. Detached.
+
+    advantage: [S], one per rewrite. kl: [T], exact, nats. sequence: [T] integers, as for
+    `future_kl`. Returns [T]. The second part is the half of the KL's gradient that goes through
+    the choice of tokens (MATH: "KL").
+    """
+    if advantage.dim() != 1:
+        raise ValueError(f"advantage: expected one dimension, got {tuple(advantage.shape)}")
+    future = future_kl(kl, sequence)
+    if sequence.numel() and int(sequence[-1]) >= advantage.numel():
         raise ValueError(
-            f"kl_per_rewrite: expected the shape of rewards {tuple(rewards.shape)}, "
-            f"got {tuple(kl_per_rewrite.shape)}"
+            f"sequence: expected indices below {advantage.numel()}, the number of advantages, "
+            f"got {int(sequence[-1])}"
         )
-    return _minus_mean_of_others(rewards, rewards - kl_coef * kl_per_rewrite.detach())
+    return advantage.detach()[sequence] - kl_coef * future
+
+
+def without_signal(rewards: Tensor) -> Tensor:
+    """Which prompts have N equal rewards, up to rounding: boolean [P]. rewards: [P, N], N >= 2."""
+    _check_rewards(rewards)
+    if rewards.shape[1] < 2:
+        raise ValueError(
+            f"rewards: expected at least 2 rewrites per prompt, got {rewards.shape[1]}; "
+            "a group compares a rewrite with its siblings"
+        )
+    spread = rewards.amax(dim=1) - rewards.amin(dim=1)
+    return spread <= _ROUNDING * rewards.abs().amax(dim=1)
 
 
 def zero_signal_groups(rewards: Tensor) -> int:
-    """How many prompts have N equal rewards and so teach nothing. rewards: [P, N]."""
-    _check_groups(rewards)
-    return int((rewards == rewards[:, :1]).all(dim=1).sum())
+    """How many prompts have N equal rewards, up to rounding. rewards: [P, N], N >= 2."""
+    return int(without_signal(rewards).sum())
 
 
-def _minus_mean_of_others(values: Tensor, baselines: Tensor) -> Tensor:
-    """``v_i - mean_{j != i} b_j`` for [P, N] each."""
-    _check_groups(values)
-    _check_groups(baselines)
-    n = values.shape[1]
-    # As a mean of differences, which are exactly 0 between equals; a difference of means is not.
-    difference = values.unsqueeze(2) - baselines.unsqueeze(1)  # [P, N, N]
-    difference = difference.masked_fill(torch.eye(n, dtype=torch.bool, device=values.device), 0.0)
-    return difference.sum(dim=2) / (n - 1)
-
-
-def _check_groups(values: Tensor) -> None:
-    if values.dim() != 2:
-        raise ValueError(f"rewards: expected shape [prompts, rewrites], got {tuple(values.shape)}")
-    if values.shape[1] < 2:
-        raise ValueError(
-            f"rewards: expected at least 2 rewrites per prompt, got {values.shape[1]}; "
-            "leave-one-out compares a rewrite with its siblings"
-        )
-    if not values.is_floating_point():
-        raise ValueError(f"rewards: expected a floating point tensor, got {values.dtype}")
-    if not bool(torch.isfinite(values).all()):
+def _check_rewards(rewards: Tensor) -> None:
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards: expected shape [prompts, rewrites], got {tuple(rewards.shape)}")
+    if not rewards.is_floating_point():
+        raise ValueError(f"rewards: expected a floating point tensor, got {rewards.dtype}")
+    if not bool(torch.isfinite(rewards).all()):
         raise ValueError("rewards: expected finite numbers, got NaN or infinity")

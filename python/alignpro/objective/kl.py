@@ -20,10 +20,15 @@ def future_kl(kl: Tensor, sequence: Tensor) -> Tensor:
     """
     kl = kl.detach()
     parts = []
-    for row in torch.split(kl, _lengths(kl, sequence)):
+    for row in split_sequences(kl, sequence):
         backward_sum = row.flip(0).cumsum(0).flip(0)
         parts.append(torch.cat((backward_sum[1:], row.new_zeros(1))))
     return torch.cat(parts) if parts else kl
+
+
+def split_sequences(values: Tensor, sequence: Tensor) -> tuple[Tensor, ...]:
+    """``values`` [T] cut into the sequences that have tokens, in order."""
+    return torch.split(values, _lengths(values, sequence))
 
 
 def sum_per_sequence(values: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:

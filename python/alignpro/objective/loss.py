@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignpro.objective.kl import future_kl, k1, k3
+from alignpro.objective.kl import k1, k3, split_sequences
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class PolicyBatch:
     reference_logprob: Tensor  # [T] of the same token under the reference
     sampled_logprob: Tensor  # [T] as recorded when the token was drawn
     sequence: Tensor  # [T] integers, non-decreasing: the rewrite, 0..S-1, that a token belongs to
-    advantage: Tensor  # [S] reward minus baseline, one per rewrite (objective.advantage)
+    # [T] return minus baseline, the KL of later tokens included: `token_advantages`, or `gae`
+    advantage: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def policy_loss(
     """Minus a surrogate of ``E[R] - kl_coef * KL(rho || rho_ref)``, in nats per rewrite.
 
         loss = 1/total_rewrites * sum_i sum_{t in i} ( -ratio_t * A_t  +  kl_coef * KL_t )
-        A_t  = advantage_i - kl_coef * sum_{s>t} KL_s        (detached)
+        A_t  = R - baseline - kl_coef * sum_{s>t} KL_s        (detached; the batch brings it)
         ratio_t = exp(logprob_t - sampled_logprob_t)
 
     Sums run over tokens and the mean over rewrites: no division by length, so that the gradient is
@@ -66,13 +67,12 @@ def policy_loss(
     Raises ValueError for tensors that are empty, not aligned, or not finite.
     """
     _check(batch, kl_coef, total_rewrites, clip_range)
-    future = future_kl(batch.kl, batch.sequence)
-    return_to_go = batch.advantage.detach()[batch.sequence] - kl_coef * future
+    advantage = batch.advantage.detach()
     ratio = torch.exp(batch.logprob - batch.sampled_logprob.detach())
-    gain = ratio * return_to_go
+    gain = ratio * advantage
     clip_fraction = 0.0
     if clip_range is not None:
-        clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * return_to_go
+        clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
         clip_fraction = float((clipped < gain).double().mean())
         gain = torch.minimum(gain, clipped)
     policy_part = -gain.sum() / total_rewrites
@@ -128,26 +128,23 @@ def _check(
         "entropy": batch.entropy,
         "reference_logprob": batch.reference_logprob,
         "sampled_logprob": batch.sampled_logprob,
+        "advantage": batch.advantage,
     }
     shape = batch.sequence.shape
-    for name, tensor in {**tokens, "advantage": batch.advantage}.items():
-        if tensor.dim() != 1 or (name in tokens and tensor.shape != shape):
-            wanted = f"[{shape[0]}] as sequence" if name in tokens and shape else "one dimension"
-            raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
+    split_sequences(batch.sequence, batch.sequence)  # refuses what is no sequence
+    for name, tensor in tokens.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name}: expected shape [{shape[0]}] as sequence, got {tuple(tensor.shape)}"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
     if not batch.sequence.numel():
         raise ValueError("expected at least one rewrite token, got an empty batch")
-    last = int(batch.sequence[-1])
-    if last >= batch.advantage.numel():
+    rewrites = int(torch.unique_consecutive(batch.sequence).numel())
+    if total_rewrites < rewrites:
         raise ValueError(
-            f"sequence: expected indices below {batch.advantage.numel()}, the number of "
-            f"advantages, got {last}"
-        )
-    if total_rewrites < batch.advantage.numel():
-        raise ValueError(
-            f"total_rewrites: expected at least the {batch.advantage.numel()} rewrites here, "
-            f"got {total_rewrites}"
+            f"total_rewrites: expected at least the {rewrites} rewrites here, got {total_rewrites}"
         )
     if not (math.isfinite(kl_coef) and kl_coef >= 0):
         raise ValueError(f"kl_coef: expected a finite number >= 0, got {kl_coef}")

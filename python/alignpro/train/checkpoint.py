@@ -2,8 +2,8 @@
 
 A run directory holds config.json, reference/ (the frozen adapter training started from, if any),
 metrics.jsonl, checkpoints/step-NNNNNN/ and, at the end, adapter/. A checkpoint holds the adapter
-(PEFT), the optimizer's state and state.json. Randomness is keyed by (seed, step, ...), so no
-generator's state needs keeping.
+(PEFT), the state of the optimizer and of a value head, and state.json. Randomness is keyed by
+(seed, step, ...), so no generator's state needs keeping.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Checkpoint:
     config: dict[str, Any]  # of the run
     weights: LoraWeights
     optimizer: dict[str, Any]  # torch's state_dict
+    adaptive: dict[str, Any]  # what a run learns beside its weights: `Adaptive.to_mapping`
+    critic: dict[str, Any] | None = None  # the value head and its optimizer: `Critic.state_dict`
 
 
 def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:
@@ -44,7 +46,14 @@ def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:
     partial.mkdir()
     save_peft(partial / "adapter", checkpoint.weights)
     torch.save(checkpoint.optimizer, partial / "optimizer.pt")
-    state = {"step": checkpoint.step, "cursor": checkpoint.cursor, "config": checkpoint.config}
+    if checkpoint.critic is not None:
+        torch.save(checkpoint.critic, partial / "critic.pt")
+    state = {
+        "step": checkpoint.step,
+        "cursor": checkpoint.cursor,
+        "config": checkpoint.config,
+        "adaptive": checkpoint.adaptive,
+    }
     (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)  # the same step of the same run: the same content
     os.replace(partial, final)
@@ -69,14 +78,18 @@ def load_checkpoint(
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+        critic = None
+        if (folder / "critic.pt").exists():
+            critic = torch.load(folder / "critic.pt", weights_only=True)
         step, cursor, config = int(state["step"]), int(state["cursor"]), dict(state["config"])
+        adaptive = dict(state["adaptive"])
     except Exception as error:  # torch.load has no common base class for what a torn file raises
         raise ValueError(
             f"{folder}: unreadable checkpoint ({_one_line(error)}); "
             f"name another in {root / 'latest'}"
         ) from error
     weights = load_peft(folder / "adapter", dict(lora_modules))
-    return Checkpoint(step, cursor, config, weights, optimizer)
+    return Checkpoint(step, cursor, config, weights, optimizer, adaptive, critic)
 
 
 def check_run_dir(run_dir: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:

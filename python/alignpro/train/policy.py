@@ -34,6 +34,8 @@ class ScoreTensors:
     entropy: torch.Tensor  # of the distribution it was drawn from, nats, differentiable
     kl: torch.Tensor | None  # KL(policy || reference) of that distribution, exact, differentiable
     reference_logprob: torch.Tensor | None  # of the token under the reference; a constant
+    # [T, D]: the final hidden state that the token was drawn from, a constant (with_hidden)
+    hidden: torch.Tensor | None = None
 
 
 class LoraPolicy(torch.nn.Module):
@@ -116,6 +118,7 @@ class LoraPolicy(torch.nn.Module):
         temperature: float = 1.0,
         reference: Reference | None = None,
         activations: Activations = "keep",
+        with_hidden: bool = False,
     ) -> ScoreTensors:
         """Score tokens [start, len) of every sequence, differentiable by the matrices.
 
@@ -126,6 +129,7 @@ class LoraPolicy(torch.nn.Module):
             sequences: token ids. starts: the first scored position of each, 1 <= start <= len.
             reference: frozen matrices or "base"; None leaves ``kl`` and ``reference_logprob`` None.
             activations: kept for the backward, or recomputed in it: less memory, the same bits.
+            with_hidden: give the hidden states too; no gradient goes through them.
 
         Raises:
             ValueError: a sequence or start that does not fit.
@@ -140,9 +144,10 @@ class LoraPolicy(torch.nn.Module):
             reference=reference,
             keep_graph=keep_graph,
             activations=activations,
+            with_hidden=with_hidden,
         )
         logprob, entropy, kl, reference_logprob = _EngineScore.apply(call, *inputs)  # type: ignore[no-untyped-call]
-        return ScoreTensors(logprob, entropy, kl, reference_logprob)
+        return ScoreTensors(logprob, entropy, kl, reference_logprob, call.hidden)
 
     def score_bytes(
         self,
@@ -151,6 +156,7 @@ class LoraPolicy(torch.nn.Module):
         activations: Activations = "keep",
         *,
         with_reference: bool,
+        with_hidden: bool = False,
     ) -> int:
         """Bytes that `score` and its backward hold at most, beside weights and gradients."""
         # The ranks alone count, so an adapter of older matrices does as well.
@@ -162,6 +168,7 @@ class LoraPolicy(torch.nn.Module):
             with_reference=with_reference,
             keep_graph=True,
             activations=activations,
+            **({"with_hidden": True} if with_hidden else {}),
         )
 
     def _equals(self, weights: LoraWeights) -> bool:
@@ -242,6 +249,8 @@ class _Call:
     reference: Reference | None
     keep_graph: bool
     activations: Activations
+    with_hidden: bool
+    hidden: torch.Tensor | None = None  # what came of it
 
 
 class _EngineScore(torch.autograd.Function):
@@ -261,7 +270,10 @@ class _EngineScore(torch.autograd.Function):
             with_reference=reference is not None,
             keep_graph=call.keep_graph,
             activations=call.activations,
+            **({"with_hidden": True} if call.with_hidden else {}),
         )
+        if call.with_hidden:
+            call.hidden = torch.from_numpy(np.array(score.hidden, np.float32))
         ctx.set_materialize_grads(False)
         ctx.score = score if call.keep_graph else None
         ctx.names = policy.names

@@ -46,13 +46,12 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
     rows = load_prompts(config.data, split=config.split)
     reward = build_reward(config.reward)
-    prompter, target = load_models(
-        config.model, config.target, config.threads, config.target_compute
-    )
+    prompter, target = _load_models(config)
     start = config.adapter
     if resume and (run_dir / "reference").is_dir():
         start = str(run_dir / "reference")
-    weights = None if start is None else load_peft(Path(start), prompter.lora_modules)
+    trained = target if config.policy == "target" else prompter
+    weights = None if start is None else load_peft(Path(start), trained.lora_modules)
     trainer = trainer_from(
         config, prompter, target, reward, rows, weights, resume=resume, overwrite=overwrite
     )
@@ -73,10 +72,11 @@ def trainer_from(
     """A trainer over loaded parts. ``weights``: where training starts, and the reference; None is a
     fresh adapter, whose reference is the base model."""
     reference: Reference = "base"
+    trained = target if config.policy == "target" else prompter
     if weights is None:
-        policy = LoraPolicy.fresh(prompter, config.lora, seed=config.seed)
+        policy = LoraPolicy.fresh(trained, config.lora, seed=config.seed)
     else:
-        policy, reference = LoraPolicy(prompter, weights), weights
+        policy, reference = LoraPolicy(trained, weights), weights
     pipeline = Pipeline.configured(config, prompter, target, reward)
     trainer = Trainer(
         config,
@@ -91,3 +91,11 @@ def trainer_from(
     if weights is not None and not (trainer.run_dir / "reference").is_dir():
         save_peft(trainer.run_dir / "reference", weights)
     return trainer
+
+
+def _load_models(config: TrainConfig) -> tuple[NativeModel, NativeModel]:
+    """Prompter and target; the target alone, as both, where no prompter takes part."""
+    if config.policy == "target":
+        model = load_model(config.target or config.model, threads=config.threads)
+        return model, model
+    return load_models(config.model, config.target, config.threads, config.target_compute)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 import threading
 import time
@@ -15,15 +14,8 @@ import torch
 
 from alignpro.config import TrainConfig
 from alignpro.models.adapter import save_peft
-from alignpro.objective import (
-    LossResult,
-    PolicyBatch,
-    merge_metrics,
-    policy_loss,
-    rloo,
-    zero_signal_groups,
-)
 from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.train.adaptive import Adaptive
 from alignpro.train.checkpoint import (
     Checkpoint,
     as_config,
@@ -33,11 +25,13 @@ from alignpro.train.checkpoint import (
     save_checkpoint,
     write_config,
 )
+from alignpro.train.learner import Learner
 from alignpro.train.metrics import MetricsLog, truncate_metrics
-from alignpro.train.micro_batches import Activations, plan_micro_batches
 from alignpro.train.policy import LoraPolicy, Reference, one_torch_thread
-from alignpro.train.schedule import batch_indices, learning_rate_factor
-from alignpro.types import Rewrite, Rollout
+from alignpro.train.row import rollout_row
+from alignpro.train.schedule import batch_indices
+from alignpro.train.trajectories import StepBatch, step_batch
+from alignpro.types import Rollout
 
 OnStep = Callable[[Mapping[str, Any]], None]
 
@@ -46,9 +40,11 @@ class Trainer:
     """Maximises mean reward - kl_coef * KL(policy || reference) over the prompts (MATH: objective).
 
     Args:
-        pipeline: prompter, target and reward; its prompter is the policy's model. Its sampling
-            parameters are the configuration's ``rewrite`` and ``response``.
+        pipeline: prompter, target and reward. The one of the two models that the configuration's
+            ``policy`` names is the policy's model; its sampling parameters are the
+            configuration's ``rewrite`` and ``response``.
         policy: what is trained. reference: what it is held to: "base", or frozen matrices.
+        value_head: a module from hidden states [T, D] to values [T], for ``ppo.value_head``.
         prompts: one text each. columns: more of the prompts' data for the reward, aligned.
         run_dir: where metrics.jsonl, checkpoints/ and adapter/ go; None: the configuration's.
         resume, overwrite: what to do when the directory holds a run; see `prepare_run_dir`.
@@ -67,23 +63,19 @@ class Trainer:
         *,
         reference: Reference = "base",
         columns: Mapping[str, Sequence[Any]] | None = None,
+        value_head: torch.nn.Module | None = None,
         run_dir: str | Path | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        _check_pieces(config, pipeline, policy, prompts, columns)
+        _check_pieces(config, pipeline, policy, prompts, columns, value_head)
         self.config = config
         self.pipeline = pipeline
         self.policy = policy
-        self.reference = reference
         self.prompts = list(prompts)
         self.columns = {name: list(values) for name, values in (columns or {}).items()}
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.learner = Learner(config, policy, reference, value_head)
+        self.adaptive = Adaptive(config.kl_coef)
         self.step = 0  # steps done
         self.cursor = 0  # prompts drawn
         self.run_dir = prepare_run_dir(
@@ -108,12 +100,18 @@ class Trainer:
             while self.step < self.config.steps:
                 started = time.perf_counter()
                 rollout = self._rollout()
-                metrics = self._accumulate_gradients(rollout)
-                with _interrupts_deferred():  # a step is done as a whole or not at all
-                    metrics |= self._apply_gradients()
+                with _interrupts_deferred() as stop_if_asked:  # a step is done as a whole or not
+                    batch = step_batch(self.config, rollout, self.adaptive.baseline)
+                    metrics, stages = self.learner.improve(
+                        batch, self.adaptive.kl_coef, self.step, stop_if_asked
+                    )
+                    stages["step"] = time.perf_counter() - started
+                    row = self._row(rollout, batch, metrics, stages)
+                    self.adaptive = self.adaptive.after(
+                        self.config, rollout, batch, metrics["kl_per_rewrite"]
+                    )
                     self.step += 1
                     self.cursor += self.config.prompts_per_step
-                    row = self._row(rollout, metrics, time.perf_counter() - started)
                     self.log.append(row)
                 if on_step is not None:
                     on_step(row)
@@ -127,7 +125,8 @@ class Trainer:
         save_peft(self.run_dir / "adapter", self.policy.weights())
 
     def _rollout(self) -> Rollout:
-        """N rewrites and N x M responses for the next prompts, under the weights as they are."""
+        """N rewrites and N x M responses for the next prompts, under the weights as they are; N
+        responses to the prompts themselves where the target is the policy."""
         config = self.config
         rows = batch_indices(
             seed=config.seed,
@@ -135,122 +134,44 @@ class Trainer:
             count=config.prompts_per_step,
             rows=len(self.prompts),
         )
-        return self.pipeline.with_adapter(self.policy.core_adapter()).rollout(
-            [self.prompts[i] for i in rows],
-            num_rewrites=config.num_rewrites,
-            num_responses=config.num_responses,
-            seed=derive_seed(config.seed, self.step),
-            columns={name: [values[i] for i in rows] for name, values in self.columns.items()},
-        )
-
-    def _accumulate_gradients(self, rollout: Rollout) -> dict[str, float]:
-        """The gradient of the whole rollout, micro-batch by micro-batch under one denominator."""
-        config = self.config
-        rewards = torch.tensor(
-            [[rewrite.reward for rewrite in group] for group in rollout.rewrites],
-            dtype=torch.float64,
-        )
-        advantages = rloo(rewards).flatten().to(torch.float32)
-        rewrites = [rewrite for group in rollout.rewrites for rewrite in group]
-        self.optimizer.zero_grad(set_to_none=True)
-        results: list[LossResult] = []
-        parity = 0.0
-        for micro in plan_micro_batches(
-            *_scored(rewrites),
-            limit=config.memory_limit,
-            bytes_of=functools.partial(self.policy.score_bytes, with_reference=True),
-            activations=config.activations,
-            most=config.micro_batch_size,
-        ):
-            part = advantages[micro.begin : micro.end]
-            batch = self._score(micro.of(rewrites), part, micro.activations)
-            parity = max(parity, self._check_parity(batch))
-            result = policy_loss(batch, config.kl_coef, total_rewrites=len(rewrites))
-            result.loss.backward()  # type: ignore[no-untyped-call]
-            results.append(result)
-        return {
-            **merge_metrics(results),
-            "micro_batches": len(results),
-            "parity_max_abs": parity,
-            "zero_signal_groups": zero_signal_groups(rewards),
-        }
-
-    def _score(
-        self, rewrites: Sequence[Rewrite], advantages: torch.Tensor, activations: Activations
-    ) -> PolicyBatch:
-        """The rewrites' tokens under policy and reference, aligned with what was sampled."""
-        scores = self.policy.score(
-            *_scored(rewrites),
-            temperature=self.config.rewrite.temperature,
-            reference=self.reference,
-            activations=activations,
-        )
-        assert scores.kl is not None and scores.reference_logprob is not None
-        lengths = torch.tensor([len(w.tokens) for w in rewrites])
-        return PolicyBatch(
-            logprob=scores.logprob,
-            kl=scores.kl,
-            entropy=scores.entropy,
-            reference_logprob=scores.reference_logprob,
-            sampled_logprob=torch.tensor(
-                [p for w in rewrites for p in w.logprobs], dtype=torch.float32
-            ),
-            sequence=torch.repeat_interleave(torch.arange(len(rewrites)), lengths),
-            advantage=advantages,
-        )
-
-    def _check_parity(self, batch: PolicyBatch) -> float:
-        """The largest difference between sampled and scored log-probabilities; 0.0 is expected."""
-        difference = float((batch.logprob.detach() - batch.sampled_logprob).abs().max())
-        if self.config.strict_parity and difference != 0.0:
-            raise RuntimeError(
-                f"step {self.step}: scored log-probabilities differ from the sampled ones by up to "
-                f"{difference:.3g}, expected exactly 0: sampler and scorer do not compute the same "
-                "(strict_parity=false goes on regardless)"
+        prompts = [self.prompts[i] for i in rows]
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        seed, adapter = derive_seed(config.seed, self.step), self.policy.core_adapter()
+        num_rewrites, num_responses = self.adaptive.counts(config, self.step)
+        if config.policy == "target":
+            return self.pipeline.with_target_adapter(adapter).respond(
+                prompts, num_responses=num_rewrites, seed=seed, columns=columns
             )
-        return difference
-
-    def _apply_gradients(self) -> dict[str, float]:
-        config = self.config
-        factor = learning_rate_factor(
-            self.step,
-            steps=config.steps,
-            warmup_steps=config.warmup_steps,
-            schedule=config.lr_schedule,
+        return self.pipeline.with_adapter(adapter).rollout(
+            prompts,
+            num_rewrites=num_rewrites,
+            num_responses=num_responses,
+            seed=seed,
+            columns=columns,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
-        )
-        self.optimizer.step()
-        return {"grad_norm": float(norm), "learning_rate": config.learning_rate * factor}
 
     def _row(
-        self, rollout: Rollout, metrics: Mapping[str, float], seconds: float
+        self,
+        rollout: Rollout,
+        batch: StepBatch,
+        metrics: Mapping[str, float],
+        stages: Mapping[str, float],
     ) -> dict[str, Any]:
         """One line of the metrics log: raw numbers, before any clipping."""
-        rewrites = [w for group in rollout.rewrites for w in group]
-        rewards = torch.tensor(
-            [r.reward for w in rewrites for r in w.responses], dtype=torch.float64
-        )
+        tokens_each = metrics["tokens"] / max(1, len(batch.trajectories))
         return {
-            "step": self.step - 1,
-            "epoch": (self.cursor - 1) // len(self.prompts),
-            "reward_mean": float(rewards.mean()),
-            "reward_std": float(rewards.std()),
+            "step": self.step,
+            "epoch": (self.cursor + self.config.prompts_per_step - 1) // len(self.prompts),
+            "kl_coef": self.adaptive.kl_coef,
             **metrics,
-            "rewrite_tokens": sum(len(w.tokens) for w in rewrites) / len(rewrites),
-            "truncated_rewrites": sum(w.finish_reason == "length" for w in rewrites),
-            "empty_rewrites": sum(not w.text for w in rewrites),
-            "sample": rewrites[0].text,
-            "generated_tokens": rollout.generated_tokens,
-            "tokens_per_second": rollout.generated_tokens / max(rollout.seconds["generate"], 1e-9),
-            "seconds": {**rollout.seconds, "step": seconds},
+            "kl_per_token": metrics["kl_per_rewrite"] / max(1.0, tokens_each),
+            **rollout_row(rollout, batch, self.config.policy),
+            "seconds": {**rollout.seconds, **stages},
         }
 
     def _checkpoint(self, saved: int) -> int:
         """Write a checkpoint unless this step's is there; returns the step that is saved."""
+        critic = self.learner.critic
         if saved != self.step:
             with _interrupts_deferred():
                 save_checkpoint(
@@ -260,7 +181,9 @@ class Trainer:
                         cursor=self.cursor,
                         config=as_config(self.config),
                         weights=self.policy.weights(),
-                        optimizer=self.optimizer.state_dict(),
+                        optimizer=self.learner.optimizer.state_dict(),
+                        adaptive=self.adaptive.to_mapping(),
+                        critic=None if critic is None else critic.state_dict(),
                     ),
                 )
         return self.step
@@ -270,16 +193,10 @@ class Trainer:
         checkpoint = load_checkpoint(self.run_dir, self.policy.model.lora_modules)
         if checkpoint is not None:
             check_same_run(checkpoint.config, as_config(self.config))
-            self.policy.load_weights(checkpoint.weights)
-            self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.learner.load_state(checkpoint.weights, checkpoint.optimizer, checkpoint.critic)
+            self.adaptive = Adaptive.from_mapping(checkpoint.adaptive)
             self.step, self.cursor = checkpoint.step, checkpoint.cursor
         truncate_metrics(self.log.path, steps=self.step)
-
-
-def _scored(rewrites: Sequence[Rewrite]) -> tuple[list[list[int]], list[int]]:
-    """Sequences and starts for the scorer: what the prompter read, then what it wrote."""
-    sequences = [w.prompter_tokens + w.tokens for w in rewrites]
-    return sequences, [len(w.prompter_tokens) for w in rewrites]
 
 
 def _check_pieces(
@@ -288,14 +205,19 @@ def _check_pieces(
     policy: LoraPolicy,
     prompts: Sequence[str],
     columns: Mapping[str, Sequence[Any]] | None,
+    value_head: torch.nn.Module | None,
 ) -> None:
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
     for name, values in (columns or {}).items():
         if len(values) != len(prompts):
             raise ValueError(f"column {name}: expected {len(prompts)} values, got {len(values)}")
-    if pipeline.prompter is not policy.model:
-        raise ValueError("pipeline: its prompter is not the model the policy trains")
+    if getattr(pipeline, config.policy) is not policy.model:
+        raise ValueError(f"pipeline: its {config.policy} is not the model the policy trains")
+    if config.algorithm == "closed_form":
+        raise ValueError("algorithm: closed_form has no rollouts while it trains; not a Trainer's")
+    if config.ppo.value_head != (value_head is not None):
+        raise ValueError("value_head: expected one with ppo.value_head, and none without")
     if pipeline.reward is None:
         raise ValueError("pipeline: training needs a reward, got None")
     for name in ("rewrite", "response"):
@@ -306,16 +228,23 @@ def _check_pieces(
 
 
 @contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, so that state on disk and in memory stays whole."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
+def _interrupts_deferred() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back until the block is done, so that state on disk and in memory stays whole.
+
+    Yields a function that raises it at once: for the places in between where nothing is torn.
+    """
     arrived: list[int] = []
+
+    def raise_if_arrived() -> None:
+        if arrived:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield raise_if_arrived  # signals reach the main thread only
+        return
     before = signal.signal(signal.SIGINT, lambda number, _frame: arrived.append(number))
     try:
-        yield
+        yield raise_if_arrived
     finally:
         signal.signal(signal.SIGINT, before or signal.default_int_handler)
-    if arrived:
-        raise KeyboardInterrupt
+    raise_if_arrived()

@@ -1,0 +1,242 @@
+"""From trajectories to new weights: scores, losses, gradients and optimizer steps."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from alignpro.config import TrainConfig
+from alignpro.objective import (
+    LossResult,
+    PolicyBatch,
+    merge_metrics,
+    policy_loss,
+    token_advantages,
+)
+from alignpro.train.critic import Critic, TokenTargets
+from alignpro.train.micro_batches import MicroBatch, plan_micro_batches
+from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors
+from alignpro.train.schedule import learning_rate_factor
+from alignpro.train.trajectories import (
+    StepBatch,
+    Trajectory,
+    sampled_logprobs,
+    scored,
+    token_sequence,
+)
+from alignpro.train.updates import Update, plan_updates, summarise
+
+
+class Learner:
+    """The policy, its reference, the optimizer, and the critic where PPO has one."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: LoraPolicy,
+        reference: Reference,
+        value_head: torch.nn.Module | None,
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.reference = reference
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.critic: Critic | None = None
+        if value_head is not None:
+            self.critic = Critic(value_head, learning_rate=config.ppo.value_learning_rate)
+
+    def improve(
+        self, batch: StepBatch, kl_coef: float, step: int, stop_if_asked: Callable[[], None]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The optimizer steps that a batch is good for: all of them or, on an error, none.
+
+        Args:
+            stop_if_asked: called between micro-batches; may raise.
+
+        Returns:
+            Metrics, and the seconds of "gradient" (scores included) and "optimizer".
+
+        Raises:
+            RuntimeError: a log-probability differs from the sampled one (``strict_parity``), or a
+                gradient is not finite.
+        """
+        seconds = {"gradient": 0.0, "optimizer": 0.0}
+        updates = plan_updates(self.config, batch, step)
+        if not updates:
+            nothing = {"updates": 0, "micro_batches": 0, "tokens": 0, "grad_norm": 0.0}
+            return nothing | {"kl_per_rewrite": float("nan"), "parity_max_abs": 0.0}, seconds
+        before = self._copy_of_state() if len(updates) > 1 else None
+        try:
+            started = time.perf_counter()
+            targets = self._token_targets(batch, kl_coef, stop_if_asked)
+            metrics = []
+            for update in updates:
+                row = self._accumulate_gradients(batch, targets, update, kl_coef, stop_if_asked)
+                scored_at = time.perf_counter()
+                metrics.append(row | self._apply_gradients(update.step))
+                applied_at = time.perf_counter()
+                seconds["gradient"] += scored_at - started
+                seconds["optimizer"] += applied_at - scored_at
+                started = applied_at
+        except BaseException:
+            if before is not None:
+                self.load_state(*before)
+            raise
+        return summarise(updates, metrics), seconds
+
+    def _token_targets(
+        self, batch: StepBatch, kl_coef: float, stop_if_asked: Callable[[], None]
+    ) -> TokenTargets | None:
+        """The critic's advantages and returns, under the weights that sampled."""
+        if self.critic is None:
+            return None
+        targets = TokenTargets([], [])
+        for micro in self._micro_batches(batch.trajectories):
+            stop_if_asked()
+            trajectories = micro.of(batch.trajectories)
+            with torch.no_grad():
+                scores = self._score(trajectories, micro)
+            assert scores.hidden is not None and scores.kl is not None
+            part = self.critic.targets(
+                scores.hidden,
+                batch.advantages[micro.begin : micro.end],
+                scores.kl,
+                token_sequence(trajectories),
+                kl_coef=kl_coef,
+                gae_lambda=self.config.ppo.gae_lambda,
+            )
+            targets.advantages.extend(part.advantages)
+            targets.returns.extend(part.returns)
+        return targets
+
+    def _accumulate_gradients(
+        self,
+        batch: StepBatch,
+        targets: TokenTargets | None,
+        update: Update,
+        kl_coef: float,
+        stop_if_asked: Callable[[], None],
+    ) -> dict[str, float]:
+        """The gradient of one update, micro-batch by micro-batch under one denominator."""
+        config = self.config
+        trajectories = [batch.trajectories[row] for row in update.rows]
+        total_tokens = sum(len(t.tokens) for t in trajectories)
+        self.optimizer.zero_grad(set_to_none=True)
+        results: list[LossResult] = []
+        parity = value_loss = 0.0
+        for micro in self._micro_batches(trajectories):
+            stop_if_asked()
+            rows, part = list(micro.of(update.rows)), micro.of(trajectories)
+            scores, sequence = self._score(part, micro), token_sequence(part)
+            assert scores.kl is not None and scores.reference_logprob is not None
+            tokens = PolicyBatch(
+                logprob=scores.logprob,
+                kl=scores.kl,
+                entropy=scores.entropy,
+                reference_logprob=scores.reference_logprob,
+                sampled_logprob=sampled_logprobs(part),
+                sequence=sequence,
+                advantage=(
+                    token_advantages(batch.advantages[rows], scores.kl, sequence, kl_coef)
+                    if targets is None
+                    else torch.cat([targets.advantages[row] for row in rows])
+                ),
+            )
+            if update.fresh:
+                parity = max(parity, self._check_parity(tokens, update.step))
+            result = policy_loss(
+                tokens,
+                kl_coef,
+                total_rewrites=len(trajectories),
+                clip_range=config.ppo.clip_range if config.algorithm == "ppo" else None,
+            )
+            result.loss.backward()  # type: ignore[no-untyped-call]
+            results.append(result)
+            if self.critic is not None and targets is not None:
+                assert scores.hidden is not None
+                returns = [targets.returns[row] for row in rows]
+                loss = self.critic.loss(scores.hidden, returns, total_tokens=total_tokens)
+                loss.backward()  # type: ignore[no-untyped-call]
+                value_loss += float(loss)
+        return {
+            **merge_metrics(results),
+            "micro_batches": len(results),
+            **({"parity_max_abs": parity} if update.fresh else {}),
+            **({"value_loss": value_loss} if self.critic is not None else {}),
+        }
+
+    def _micro_batches(self, trajectories: Sequence[Trajectory]) -> list[MicroBatch]:
+        return plan_micro_batches(
+            *scored(trajectories),
+            limit=self.config.memory_limit,
+            bytes_of=functools.partial(
+                self.policy.score_bytes,
+                with_reference=True,
+                with_hidden=self.critic is not None,
+            ),
+            activations=self.config.activations,
+            most=self.config.micro_batch_size,
+        )
+
+    def _score(self, trajectories: Sequence[Trajectory], micro: MicroBatch) -> ScoreTensors:
+        """The trajectories' tokens under policy and reference."""
+        return self.policy.score(
+            *scored(trajectories),
+            temperature=self.config.sampled.temperature,
+            reference=self.reference,
+            activations=micro.activations,
+            with_hidden=self.critic is not None,
+        )
+
+    def _check_parity(self, batch: PolicyBatch, step: int) -> float:
+        """The largest difference between sampled and scored log-probabilities; 0.0 is expected."""
+        difference = float((batch.logprob.detach() - batch.sampled_logprob).abs().max())
+        if self.config.strict_parity and difference != 0.0:
+            raise RuntimeError(
+                f"step {step}: scored log-probabilities differ from the sampled ones by up to "
+                f"{difference:.3g}, expected exactly 0: sampler and scorer do not compute the same "
+                "(strict_parity=false goes on regardless)"
+            )
+        return difference
+
+    def _apply_gradients(self, step: int) -> dict[str, float]:
+        """One optimizer step; the norm is that of the gradient before it was clipped."""
+        config = self.config
+        factor = learning_rate_factor(
+            step,
+            steps=config.steps,
+            warmup_steps=config.warmup_steps,
+            schedule=config.lr_schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
+        )
+        self.optimizer.step()
+        if self.critic is not None:
+            self.critic.apply_gradients(factor, config.max_grad_norm)
+        return {"grad_norm": float(norm), "learning_rate": config.learning_rate * factor}
+
+    def _copy_of_state(self) -> tuple[Any, ...]:
+        critic = None if self.critic is None else copy.deepcopy(self.critic.state_dict())
+        return self.policy.weights(), copy.deepcopy(self.optimizer.state_dict()), critic
+
+    def load_state(
+        self, weights: Any, optimizer: dict[str, Any], critic: dict[str, Any] | None
+    ) -> None:
+        """Weights, the optimizer's state and the critic's, as they were."""
+        self.policy.load_weights(weights)
+        self.optimizer.load_state_dict(optimizer)
+        if self.critic is not None and critic is not None:
+            self.critic.load_state_dict(critic)

@@ -1,0 +1,116 @@
+"""What a step learns from: trajectories of the policy, whichever of the two models it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from alignpro.config import TrainConfig
+from alignpro.objective import MovingBaseline, grpo, reinforce, rloo, without_signal
+from alignpro.types import Rollout
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sequence that the policy wrote, and what it earned."""
+
+    context: list[int]  # what the policy read
+    tokens: list[int]  # what it wrote, EOS included
+    logprobs: list[float]  # of ``tokens``, as recorded when they were drawn
+    reward: float
+    finished: bool  # by itself, not at the limit
+
+    @property
+    def sequence(self) -> list[int]:
+        return self.context + self.tokens
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The trajectories of one step, those of a prompt beside each other."""
+
+    rewards: torch.Tensor  # [P, N] float64, of all that was sampled
+    trajectories: list[Trajectory]  # S of them, those that are learnt from
+    groups: list[list[int]]  # of each prompt: which trajectories are its own
+    advantages: torch.Tensor  # [S] float32: reward minus baseline; rewards where a critic has it
+    zero_signal_groups: int  # prompts whose trajectories all earned the same, kept or skipped
+
+
+def trajectories_of(
+    rollout: Rollout, policy: Literal["prompter", "target"]
+) -> list[list[Trajectory]]:
+    """[P][N]: rewrites with the mean reward of their responses, or responses to raw prompts."""
+    if policy == "prompter":
+        return [
+            [
+                Trajectory(
+                    w.prompter_tokens, w.tokens, w.logprobs, w.reward, w.finish_reason == "stop"
+                )
+                for w in group
+            ]
+            for group in rollout.rewrites
+        ]
+    return [
+        [
+            Trajectory(w.target_tokens, r.tokens, r.logprobs, r.reward, r.finish_reason == "stop")
+            for w in group
+            for r in w.responses
+        ]
+        for group in rollout.rewrites
+    ]
+
+
+def step_batch(config: TrainConfig, rollout: Rollout, baseline: MovingBaseline) -> StepBatch:
+    """The trajectories to learn from, with the advantages of the configured algorithm."""
+    written = trajectories_of(rollout, config.policy)
+    rewards = torch.tensor([[t.reward for t in group] for group in written], dtype=torch.float64)
+    silent = (
+        without_signal(rewards)
+        if rewards.shape[1] > 1
+        else torch.zeros(len(rewards), dtype=torch.bool)
+    )
+    advantages = advantages_of(config, rewards, baseline)
+    kept = (~silent if config.zero_signal == "skip" else torch.ones_like(silent)).nonzero()
+    rows = kept.flatten().tolist()
+    trajectories = [t for row in rows for t in written[row]]
+    groups, begin = [], 0
+    for row in rows:
+        groups.append(list(range(begin, begin + len(written[row]))))
+        begin = groups[-1][-1] + 1
+    return StepBatch(
+        rewards=rewards,
+        trajectories=trajectories,
+        groups=groups,
+        advantages=advantages[rows].flatten().to(torch.float32),
+        zero_signal_groups=int(silent.sum()),
+    )
+
+
+def advantages_of(
+    config: TrainConfig, rewards: torch.Tensor, baseline: MovingBaseline
+) -> torch.Tensor:
+    """[P, N] to [P, N]. With a value head the rewards as they are: `gae` has the baseline."""
+    if config.algorithm == "grpo":
+        return grpo(rewards)
+    if config.algorithm == "reinforce":
+        return reinforce(rewards, baseline)
+    return rewards if config.ppo.value_head else rloo(rewards)
+
+
+def scored(trajectories: Sequence[Trajectory]) -> tuple[list[list[int]], list[int]]:
+    """Sequences and starts for the scorer: what the policy read, then what it wrote."""
+    return [t.sequence for t in trajectories], [len(t.context) for t in trajectories]
+
+
+def token_sequence(trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    """[T]: the trajectory that each written token belongs to."""
+    lengths = torch.tensor([len(t.tokens) for t in trajectories])
+    return torch.repeat_interleave(torch.arange(len(trajectories)), lengths)
+
+
+def sampled_logprobs(trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    """[T] float32, as recorded while sampling."""
+    return torch.tensor([p for t in trajectories for p in t.logprobs], dtype=torch.float32)
