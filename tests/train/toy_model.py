@@ -81,10 +81,12 @@ class ToyScore:
 class ToyCore:
     """What the policy asks of ``_core.Model``."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, hidden_size: int):
         generator = torch.Generator().manual_seed(seed)
-        self.hidden = torch.randn(VOCABULARY, HIDDEN, generator=generator)
-        self.weight = 0.5 * torch.randn(VOCABULARY, HIDDEN, generator=generator)
+        self.hidden = torch.randn(VOCABULARY, hidden_size, generator=generator)
+        if hidden_size >= VOCABULARY:  # every token's logits are its own, and as easily learnt
+            self.hidden = 2.0 * torch.linalg.qr(self.hidden.T).Q.T
+        self.weight = 0.5 * torch.randn(VOCABULARY, hidden_size, generator=generator)
         self.scores: list[ToyScore] = []
         self.error = 0.0  # added to scored log-probabilities, to see that parity is watched
 
@@ -191,9 +193,10 @@ class ToyModel:
     context_length = 64
     lora_modules: ClassVar = {MODULE: (VOCABULARY, HIDDEN)}
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, hidden_size: int = HIDDEN):
         self.tokenizer = ToyTokenizer()
-        self.core_model = ToyCore(seed)
+        self.core_model = ToyCore(seed, hidden_size)
+        self.lora_modules = {MODULE: (VOCABULARY, hidden_size)}
         self.handles: list[ToyHandle] = []
         self.adapters: list[ToyAdapter] = []
         self._tables: dict[Any, Any] = {}

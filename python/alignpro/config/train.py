@@ -132,6 +132,10 @@ class TrainConfig:
         if self.algorithm == "ppo":
             expected = f"at most prompts_per_step ({prompts}): a minibatch has whole prompts"
             require("ppo.minibatches", batches, batches <= prompts, expected)
+        if self.algorithm == "closed_form":
+            require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with closed_form")
+            for name in ("kl_target", "response_budget"):
+                self._only_default(name, "with an algorithm that samples while it trains")
         if not self._group_baseline:
             self._only_default(
                 "zero_signal",

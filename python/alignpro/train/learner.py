@@ -167,7 +167,7 @@ class Learner:
                 returns = [targets.returns[row] for row in rows]
                 loss = self.critic.loss(scores.hidden, returns, total_tokens=total_tokens)
                 loss.backward()  # type: ignore[no-untyped-call]
-                value_loss += float(loss)
+                value_loss += float(loss.detach())
         return {
             **merge_metrics(results),
             "micro_batches": len(results),

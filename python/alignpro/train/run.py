@@ -16,6 +16,7 @@ from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy, Reference
 from alignpro.train.sft import fit
 from alignpro.train.trainer import OnStep, Trainer
+from alignpro.train.value_head import ValueHead
 from alignpro.types import Reward
 
 
@@ -77,6 +78,9 @@ def trainer_from(
         policy = LoraPolicy.fresh(trained, config.lora, seed=config.seed)
     else:
         policy, reference = LoraPolicy(trained, weights), weights
+    value_head = None
+    if config.ppo.value_head:
+        value_head = ValueHead(int(trained.config["hidden_size"]), config.seed)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     trainer = Trainer(
         config,
@@ -85,6 +89,7 @@ def trainer_from(
         [row.prompt for row in rows],
         reference=reference,
         columns=stack_columns(rows),
+        value_head=value_head,
         resume=resume,
         overwrite=overwrite,
     )

@@ -68,7 +68,11 @@ class Trainer:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        _check_pieces(config, pipeline, policy, prompts, columns, value_head)
+        check_pieces(config, pipeline, policy, prompts, columns)
+        if config.algorithm == "closed_form":
+            raise ValueError("algorithm: closed_form samples once and then fits; not a Trainer's")
+        if config.ppo.value_head != (value_head is not None):
+            raise ValueError("value_head: expected one with ppo.value_head, and none without")
         self.config = config
         self.pipeline = pipeline
         self.policy = policy
@@ -199,14 +203,14 @@ class Trainer:
         truncate_metrics(self.log.path, steps=self.step)
 
 
-def _check_pieces(
+def check_pieces(
     config: TrainConfig,
     pipeline: Pipeline,
     policy: LoraPolicy,
     prompts: Sequence[str],
     columns: Mapping[str, Sequence[Any]] | None,
-    value_head: torch.nn.Module | None,
 ) -> None:
+    """Refuse prompts, columns, a pipeline and a policy that are not the configuration's."""
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
     for name, values in (columns or {}).items():
@@ -214,10 +218,6 @@ def _check_pieces(
             raise ValueError(f"column {name}: expected {len(prompts)} values, got {len(values)}")
     if getattr(pipeline, config.policy) is not policy.model:
         raise ValueError(f"pipeline: its {config.policy} is not the model the policy trains")
-    if config.algorithm == "closed_form":
-        raise ValueError("algorithm: closed_form has no rollouts while it trains; not a Trainer's")
-    if config.ppo.value_head != (value_head is not None):
-        raise ValueError("value_head: expected one with ppo.value_head, and none without")
     if pipeline.reward is None:
         raise ValueError("pipeline: training needs a reward, got None")
     for name in ("rewrite", "response"):

@@ -48,24 +48,36 @@ def plan_updates(config: TrainConfig, batch: StepBatch, step: int) -> list[Updat
 def summarise(updates: Sequence[Update], metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     """Metrics of a step from those of its updates.
 
-    Ratios are over all passes, and what the policy is (KL, entropy) over the first, nearest to the
-    weights that sampled; "grad_norm" and "ratio_max" are the largest.
+    Ratios are over all passes, the largest ones and the largest gradient norm included; what the
+    policy is (loss, KL, entropy) is over the first pass, nearest to the weights that sampled.
     """
-    first = [(len(u.rows), m) for u, m in zip(updates, metrics, strict=True) if u.epoch == 0]
-    every = [(len(u.rows), m) for u, m in zip(updates, metrics, strict=True)]
+    every = [(m, len(u.rows)) for u, m in zip(updates, metrics, strict=True)]
+    first = [(m, rows) for (m, rows), u in zip(every, updates, strict=True) if u.epoch == 0]
     summary: dict[str, float] = {}
     for name in metrics[0]:
-        over = every if name in ("ratio_mean", "clip_fraction", "micro_batches") else first
-        values = [m[name] for _, m in over]
-        if name in ("ratio_max", "grad_norm"):
-            summary[name] = max(m[name] for _, m in every)
-        elif name in ("tokens", "micro_batches"):
-            summary[name] = sum(values)
-        elif len(values) == 1:
-            summary[name] = values[0]
+        if name in _LARGEST:
+            summary[name] = max(m[name] for m in metrics)
+        elif name in _OF_THE_FRESH:
+            summary[name] = metrics[0][name]
+        elif name in _SUMS:
+            summary[name] = sum(m[name] for m, _ in (every if name == "micro_batches" else first))
         else:
-            by_token = name in ("entropy", "ratio_mean", "clip_fraction")
-            weights = [m["tokens"] if by_token else rows for rows, m in over]
-            weighted = math.fsum(w * v for w, v in zip(weights, values, strict=True))
-            summary[name] = weighted / math.fsum(weights)
+            over = every if name in ("ratio_mean", "clip_fraction") else first
+            summary[name] = _mean(
+                [m[name] for m, _ in over],
+                [m["tokens"] if name in _TOKEN_MEANS else rows for m, rows in over],
+            )
     return summary | {"updates": len(updates)}
+
+
+_LARGEST = ("ratio_max", "grad_norm")
+_OF_THE_FRESH = ("parity_max_abs", "learning_rate")
+_SUMS = ("tokens", "micro_batches")
+_TOKEN_MEANS = ("entropy", "ratio_mean", "clip_fraction", "value_loss")
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    if len(values) == 1:
+        return values[0]  # as it is, to the bit
+    weighted = math.fsum(w * v for w, v in zip(weights, values, strict=True))
+    return weighted / math.fsum(weights)
