@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignpro.config import (
+        BoundConfig,
         EvalConfig,
+        HeadroomConfig,
         LoraConfig,
         Prompting,
         QuickstartConfig,
@@ -40,9 +42,11 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "BoundConfig",
     "Chat",
     "Completion",
     "EvalConfig",
+    "HeadroomConfig",
     "LoraConfig",
     "LoraWeights",
     "Message",
@@ -72,9 +76,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BoundConfig": "config",
     "Chat": "types",
     "Completion": "types",
     "EvalConfig": "config",
+    "HeadroomConfig": "config",
     "LoraConfig": "config",
     "LoraWeights": "models.adapter",
     "Message": "types",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from alignpro.cli import bench, stages
+from alignpro.cli import bench, stages, theory
 from alignpro.cli.shared import app
 
-__all__ = ["app", "bench", "main", "stages"]
+__all__ = ["app", "bench", "main", "stages", "theory"]
 
 
 def main() -> None:

@@ -20,12 +20,15 @@ from alignpro.config.prompting import (
 from alignpro.config.quickstart import QuickstartConfig
 from alignpro.config.read import apply_overrides, from_mapping, load_yaml, to_mapping
 from alignpro.config.sft import SftConfig
+from alignpro.config.theory import BoundConfig, HeadroomConfig
 from alignpro.config.train import TrainConfig
 
 __all__ = [
     "RESPONSE",
     "REWRITE",
+    "BoundConfig",
     "EvalConfig",
+    "HeadroomConfig",
     "LoraConfig",
     "PpoConfig",
     "Prompting",

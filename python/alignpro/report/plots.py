@@ -5,20 +5,19 @@ Drawn on a Figure of our own, never through pyplot: no display, no global state,
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignpro.report.figures import TEXT_COLOUR as _TEXT_COLOUR
+from alignpro.report.figures import style_axes as _style
+from alignpro.report.figures import svg_text
 from alignpro.report.words import arms_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stands for "the colour of the text around": replaced in the SVG so that it follows light and dark.
-_TEXT_COLOUR = "#010203"
 _REWARD_COLOUR = "#2a7de1"
 _KL_COLOUR = "#d9822b"
 _ARM_COLOURS = {"raw": "#8a8f98", "untuned": "#b59a3b", "trained": "#2a7de1"}
@@ -48,20 +47,7 @@ def reward_svg(
 
     The panels stand one above the other, so that a phone shows them at a readable size.
     """
-    from matplotlib import rc_context
-
-    figure = _draw(metrics, report, colour=_TEXT_COLOUR, stacked=True)
-    buffer = io.StringIO()
-    # A fixed salt and no date: the same data give the same file.
-    with rc_context({"svg.hashsalt": "alignpro", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_TEXT_COLOUR, "currentColor")
-    # The page decides on the width; the view box keeps the proportions. The metadata block names
-    # addresses, and the page should name none.
-    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
-    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return svg_text(_draw(metrics, report, colour=_TEXT_COLOUR, stacked=True))
 
 
 def _draw(
@@ -129,15 +115,6 @@ def _draw_arms(axes: Axes, report: Mapping[str, Any], colour: str) -> None:
     axes.set_title("held-out prompts, 95% intervals", color=colour)
     axes.set_ylabel("mean reward")
     _style(axes, colour)
-
-
-def _style(axes: Axes, colour: str) -> None:
-    axes.tick_params(colors=colour)
-    axes.xaxis.label.set_color(colour)
-    axes.yaxis.label.set_color(colour)
-    axes.spines["top"].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(colour)
 
 
 def _has_numbers(row: Mapping[str, Any], names: Sequence[str]) -> bool:

@@ -1,0 +1,82 @@
+"""`alignpro headroom` and `alignpro bound`: what prompting can reach."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignpro.cli.shared import (
+    Config,
+    Json,
+    Overrides,
+    app,
+    check_new,
+    is_installed,
+    one_line_errors,
+    split_settings,
+    write_json,
+)
+
+
+@app.command()
+@one_line_errors
+def headroom(
+    config: Config = None,
+    overrides: Overrides = None,
+    json_file: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the frontier there, as PNG")] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines of rewrites, responses and rewards: read, or else written"),
+    ] = None,
+) -> None:
+    """What a prompter could gain, from samples of the untuned one, before training."""
+    from alignpro.config import HeadroomConfig, load_yaml
+
+    path, settings = split_settings(config, overrides)
+    options = load_yaml(HeadroomConfig, path, settings)
+    check_new(json_file)
+    check_new(plot)
+    if samples is not None and not samples.exists():
+        check_new(samples)
+    written = [file for file in (json_file, plot, samples) if file is not None]
+    if len(set(written)) < len(written):
+        raise ValueError("--json, --plot and --samples: expected a file for each, got one twice")
+    if plot is not None and not is_installed("matplotlib"):
+        raise ImportError("--plot needs matplotlib: pip install matplotlib, or leave it out")
+    from rich.console import Console
+
+    from alignpro.evaluate.headroom import run_headroom
+    from alignpro.report.frontier import frontier_plot
+    from alignpro.report.progress import Bars
+    from alignpro.report.theory import headroom_tables
+
+    with Bars() as bars:
+        report = run_headroom(options, samples=samples, on_progress=bars.show)
+    write_json(json_file, report)
+    if plot is not None:
+        frontier_plot(report, plot)
+    Console().print(headroom_tables(report))
+
+
+@app.command()
+@one_line_errors
+def bound(config: Config = None, overrides: Overrides = None, json_file: Json = None) -> None:
+    """How far a prompted target may fall short of a tuned one, and how far it does."""
+    from alignpro.config import BoundConfig, load_yaml
+
+    path, settings = split_settings(config, overrides)
+    options = load_yaml(BoundConfig, path, settings)
+    check_new(json_file)
+    from rich.console import Console
+
+    from alignpro.evaluate.bound import run_bound
+    from alignpro.report.progress import Bars
+    from alignpro.report.theory import bound_tables
+
+    with Bars() as bars:
+        report = run_bound(options, on_progress=bars.show)
+    write_json(json_file, report)
+    Console().print(bound_tables(report))

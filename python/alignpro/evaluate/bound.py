@@ -1,0 +1,309 @@
+"""From a configuration to the bound: sample target, untuned prompter and tuned target, and score.
+
+Every response is scored exactly as it was sampled: whole token sequences, its EOS among them, at
+the temperature of ``response``. So a response's log-probability under the prompt that it was drawn
+for is the one recorded while sampling, to the bit, and the total variation of a target to itself 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignpro.config import BoundConfig, to_mapping
+from alignpro.data.load import PromptRow, load_prompts, stack_columns
+from alignpro.evaluate.headroom import OnProgress, check_row_count, rewards_of
+from alignpro.models.adapter import LoraWeights, load_peft
+from alignpro.models.native_model import NativeModel, load_models
+from alignpro.pipeline import Pipeline
+from alignpro.rewards.build import build_reward
+from alignpro.statistics import Interval, bootstrap_mean_ci
+from alignpro.theory.bound import (
+    Bound,
+    prompting_bound,
+    tilted_total_variation,
+    total_variation_samples,
+)
+from alignpro.theory.headroom import crossfit
+from alignpro.theory.optimum import (
+    Floats,
+    effective_samples,
+    optimum_weights,
+    weights_kl,
+    without_noise,
+)
+from alignpro.types import Response, Reward, Rollout
+
+_SCORED_AT_ONCE = 32  # sequences; bounds the memory of a scoring pass
+
+
+def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """Load what the configuration names; returns what `measure_bound` does, with the config."""
+    rows = load_prompts(config.data, split=config.split)
+    rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
+    reward = build_reward(config.reward)
+    prompter, target = load_models(
+        config.model, config.target, config.threads, config.target_compute
+    )
+    report = measure_bound(
+        config,
+        prompter,
+        target,
+        reward,
+        rows,
+        adapter=_load(config.adapter, prompter),
+        trained=_load(config.trained, prompter),
+        tuned=_load(config.tuned, target),
+        on_progress=on_progress,
+    )
+    return {**report, "config": to_mapping(config)}
+
+
+def measure_bound(
+    config: BoundConfig,
+    prompter: NativeModel,
+    target: NativeModel,
+    reward: Reward,
+    rows: Sequence[PromptRow],
+    *,
+    adapter: LoraWeights | None = None,
+    trained: LoraWeights | None = None,
+    tuned: LoraWeights | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Every term of the bound and the gap beside it, over the same prompts (theory.bound).
+
+    The tuned target pi* is the adapter ``tuned``, or without one the closed form over the N x M
+    responses to the raw prompt, whose total variation and reward finite N x M biases low. KL(rho*
+    || rho_sft) comes from the rewrites' rewards without noise where M >= 2, since noise would
+    overstate it and so understate the bound; finite N biases it low, which is the safe side.
+    J(rho*) is the cross-fitted reward where M >= 2, at most that of rho*: the gap is, if anything,
+    overstated.
+
+    Returns:
+        The part ``bound`` of report.json: reward_range, reward_range_source ("given" or
+        "observed"), kl_coef, tuned ("adapter" or "closed form"), terms {name: mean, ci95}, bound,
+        measured_gap, trained_gap (None without ``trained``), slack, holds, vacuous, rewards {arm:
+        mean, ci95}, truncated_responses (share that was cut off at the last allowed token).
+
+    Raises:
+        ValueError: a reward outside the given range, or all rewards equal without one.
+    """
+    prompts, columns = [row.prompt for row in rows], stack_columns(rows)
+    pipeline = Pipeline.configured(config, prompter, target, reward).with_adapter(adapter)
+    answers = config.num_rewrites * config.num_responses
+
+    def raw(name: str, pipeline: Pipeline) -> Rollout:
+        return pipeline.respond(
+            prompts,
+            num_responses=answers,
+            seed=config.seed,
+            columns=columns,
+            on_progress=_watch(on_progress, name, len(rows) * answers),
+        )
+
+    def prompted(name: str, pipeline: Pipeline) -> Rollout:
+        return pipeline.rollout(
+            prompts,
+            num_rewrites=config.num_rewrites,
+            num_responses=config.num_responses,
+            seed=config.seed,
+            columns=columns,
+            on_progress=_watch(on_progress, name, len(rows) * (answers + config.num_rewrites)),
+        )
+
+    untuned = prompted("untuned prompter", pipeline)
+    if config.reward_range is not None:  # one that is too narrow mostly shows here already
+        _reward_range(config, {"untuned": rewards_of(untuned)})
+    rollouts = {"untuned": untuned, "raw": raw("raw prompt", pipeline)}
+    raw_tokens = [group[0].target_tokens for group in rollouts["raw"].rewrites]
+    if tuned is not None:
+        rollouts["tuned"] = raw("tuned target", pipeline.with_target_adapter(tuned))
+    if trained is not None:
+        rollouts["trained"] = prompted("trained prompter", pipeline.with_adapter(trained))
+
+    tv_rewrites = _total_variation(target, untuned, raw_tokens, config, "rewrites", on_progress)
+    if tuned is not None:
+        tv_tuned = _total_variation(
+            target, rollouts["tuned"], raw_tokens, config, "tuned target", on_progress
+        )
+    return _report(config, rollouts, tv_rewrites, tv_tuned if tuned is not None else None)
+
+
+def _report(
+    config: BoundConfig,
+    rollouts: dict[str, Rollout],
+    tv_rewrites: Floats,
+    tv_tuned: Floats | None,
+) -> dict[str, Any]:
+    rewards = {name: rewards_of(rollout) for name, rollout in rollouts.items()}
+    means = {name: r.mean(axis=(1, 2)) for name, r in rewards.items()}
+    if tv_tuned is None:
+        coefficient = config.kl_coef if config.tuned_kl_coef is None else config.tuned_kl_coef
+        base = rewards["raw"][:, 0, :]
+        weights = optimum_weights(base, coefficient)
+        tv_tuned = tilted_total_variation(base, coefficient)
+        means["tuned"] = (weights * base).sum(axis=1)
+        closed_form = {
+            "kl_coef": coefficient,
+            "effective_samples": float(effective_samples(weights).mean()),
+        }
+    else:
+        closed_form = None
+    means["optimum"], kl = _optimum(rewards["untuned"], config.kl_coef)
+    span, source = _reward_range(config, rewards)
+    result = prompting_bound(
+        reward_range=span,
+        kl_coef=config.kl_coef,
+        tv_tuned=tv_tuned,
+        tv_rewrites=tv_rewrites,
+        kl=kl,
+        gap=means["tuned"] - means["optimum"],
+        seed=config.seed,
+    )
+    trained_gap = None
+    if "trained" in means:
+        trained_gap = _plain(bootstrap_mean_ci(means["tuned"] - means["trained"], seed=config.seed))
+    return {
+        **bound_report(result),
+        "reward_range_source": source,
+        "tuned": "adapter" if closed_form is None else "closed form",
+        "closed_form": closed_form,
+        "trained_gap": trained_gap,
+        "rewards": {
+            name: _plain(bootstrap_mean_ci(values, seed=config.seed))
+            for name, values in means.items()
+        },
+        "truncated_responses": _truncated(rollouts),
+        "num_prompts": len(rewards["raw"]),
+        "num_rewrites": config.num_rewrites,
+        "num_responses": config.num_responses,
+    }
+
+
+def bound_report(result: Bound) -> dict[str, Any]:
+    """A `Bound` as plain data."""
+    return {
+        "reward_range": list(result.reward_range),
+        "kl_coef": result.kl_coef,
+        "terms": {
+            "tv_tuned": _plain(result.tv_tuned),
+            "tv_rewrites": _plain(result.tv_rewrites),
+            "kl": _plain(result.kl),
+        },
+        "bound": _plain(result.bound),
+        "measured_gap": _plain(result.measured_gap),
+        "slack": _plain(result.slack),
+        "holds": result.holds,
+        "vacuous": result.vacuous,
+    }
+
+
+def _optimum(rewards: Floats, kl_coef: float) -> tuple[Floats, Floats]:
+    """(reward, KL to rho_sft) of rho*, each [P], from ``rewards`` [P, N, M] of rho_sft."""
+    if rewards.shape[2] >= 2:
+        kl = weights_kl(optimum_weights(without_noise(rewards), kl_coef))
+        return crossfit(rewards, kl_coef)[0], kl
+    means = rewards.mean(axis=2)
+    weights = optimum_weights(means, kl_coef)
+    reward: Floats = (weights * means).sum(axis=1)
+    return reward, weights_kl(weights)
+
+
+def _reward_range(
+    config: BoundConfig, rewards: dict[str, Floats]
+) -> tuple[tuple[float, float], str]:
+    low = min(float(r.min()) for r in rewards.values())
+    high = max(float(r.max()) for r in rewards.values())
+    if config.reward_range is None:
+        if not low < high:
+            raise ValueError(
+                f"reward_range: every reward is {low}, which shows no range; give reward_range"
+            )
+        return (low, high), "observed"
+    given = (config.reward_range[0], config.reward_range[1])
+    if low < given[0] or high > given[1]:
+        raise ValueError(
+            f"reward_range: expected every reward from {given[0]} to {given[1]}, got "
+            f"{low} to {high}"
+        )
+    return given, "given"
+
+
+def _total_variation(
+    target: NativeModel,
+    rollout: Rollout,
+    raw_tokens: Sequence[list[int]],
+    config: BoundConfig,
+    name: str,
+    on_progress: OnProgress | None,
+) -> Floats:
+    """TV [P] of what a rollout's responses were drawn from to the frozen target on the raw prompt.
+
+    Unbiased for the mean over the rollout's rewrites (one empty rewrite: the raw prompt).
+    """
+    drawn: list[tuple[int, Response]] = [
+        (w.prompt_index, response)
+        for group in rollout.rewrites
+        for w in group
+        for response in w.responses
+    ]
+    other: list[float] = []
+    for begin in range(0, len(drawn), _SCORED_AT_ONCE):
+        chunk = drawn[begin : begin + _SCORED_AT_ONCE]
+        other += sequence_logprobs(
+            target,
+            [raw_tokens[index] for index, _ in chunk],
+            [response.tokens for _, response in chunk],
+            config.response.temperature,
+        )
+        if on_progress is not None:
+            on_progress(f"score {name}", len(other), len(drawn))
+    samples = total_variation_samples([math.fsum(r.logprobs) for _, r in drawn], other)
+    variation: Floats = samples.reshape(len(rollout.rewrites), -1).mean(axis=1)
+    return variation
+
+
+def sequence_logprobs(
+    model: NativeModel,
+    prompts: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    temperature: float,
+) -> list[float]:
+    """log p(continuation | prompt) of whole sequences of tokens under the base weights, in nats."""
+    score = model.core_model.score(
+        [p + c for p, c in zip(prompts, continuations, strict=True)],
+        [len(p) for p in prompts],
+        temperature=temperature,
+    )
+    ends = np.cumsum([len(c) for c in continuations])
+    return [math.fsum(part) for part in np.split(np.asarray(score.logprob, np.float64), ends[:-1])]
+
+
+def _truncated(rollouts: dict[str, Rollout]) -> float:
+    reasons = [
+        response.finish_reason
+        for rollout in rollouts.values()
+        for group in rollout.rewrites
+        for w in group
+        for response in w.responses
+    ]
+    return sum(reason == "length" for reason in reasons) / len(reasons)
+
+
+def _plain(interval: Interval) -> dict[str, Any]:
+    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+
+
+def _load(folder: str | None, model: NativeModel) -> LoraWeights | None:
+    return None if folder is None else load_peft(Path(folder), model.lora_modules)
+
+
+def _watch(on_progress: OnProgress | None, name: str, total: int) -> Callable[[int], None] | None:
+    if on_progress is None:
+        return None
+    return lambda done: on_progress(name, done, total)

@@ -1,0 +1,195 @@
+"""From a configuration to the headroom: draw what the untuned prompter writes, or read it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignpro.config import HeadroomConfig, to_mapping
+from alignpro.data.load import load_prompts, stack_columns
+from alignpro.models.adapter import load_peft
+from alignpro.models.native_model import load_models
+from alignpro.pipeline import Pipeline
+from alignpro.rewards.build import build_reward
+from alignpro.statistics import Interval
+from alignpro.theory.headroom import FrontierPoint, Headroom, headroom
+from alignpro.theory.optimum import Floats
+from alignpro.types import Rollout
+
+OnProgress = Callable[[str, int, int], None]  # what, sequences finished, sequences in all
+
+# What changes neither a sample nor its reward.
+_NOT_OF_SAMPLES = ("kl_coefs", "threads")
+
+
+def run_headroom(
+    config: HeadroomConfig,
+    *,
+    samples: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """The headroom of an untuned prompter: the part of that name of report.json, with its config.
+
+    Args:
+        samples: a file of JSON lines. Where it exists its rewrites are taken and no model is
+            loaded; otherwise it is written, before anything is computed. The first line has the
+            configuration of the samples; every other one prompt_index, prompt, rewrite,
+            prompter_tokens, tokens, logprobs, responses (texts) and rewards of one rewrite.
+
+    Raises:
+        ValueError: samples of another configuration; the message names the key.
+    """
+    if samples is not None and samples.exists():
+        rewards = read_samples(samples, config)
+    else:
+        rollout = _draw(config, on_progress)
+        rewards = rewards_of(rollout)
+        if samples is not None:
+            write_samples(samples, config, rollout)
+    result = headroom(rewards, config.kl_coefs, seed=config.seed)
+    return {**as_report(result), "config": to_mapping(config)}
+
+
+def rewards_of(rollout: Rollout) -> Floats:
+    """Rewards [P, N, M] of a scored rollout."""
+    return np.array(
+        [[[r.reward for r in w.responses] for w in group] for group in rollout.rewrites], np.float64
+    )
+
+
+def as_report(result: Headroom) -> dict[str, Any]:
+    """The part ``headroom`` of report.json: plain numbers, None where there is none."""
+    return {
+        "num_prompts": result.num_prompts,
+        "num_rewrites": result.num_rewrites,
+        "num_responses": result.num_responses,
+        "untuned_reward": result.untuned.mean,
+        "untuned_ci95": _ci(result.untuned),
+        "frontier": [_point(point) for point in result.frontier],
+        "best_of_n": [dataclasses.asdict(best) for best in result.best_of_n],
+        "recommended_kl_coef": result.recommended_kl_coef,
+        "variance": None if result.variance is None else dataclasses.asdict(result.variance),
+    }
+
+
+def write_samples(path: Path, config: HeadroomConfig, rollout: Rollout) -> None:
+    """Every rewrite as a line, after one with the configuration; whole or not at all."""
+    lines: list[dict[str, Any]] = [{"config": _of_samples(config)}]
+    for prompt, group in zip(rollout.prompts, rollout.rewrites, strict=True):
+        for rewrite in group:
+            lines.append(
+                {
+                    "prompt_index": rewrite.prompt_index,
+                    "prompt": prompt,
+                    "rewrite": rewrite.text,
+                    "prompter_tokens": rewrite.prompter_tokens,
+                    "tokens": rewrite.tokens,
+                    "logprobs": rewrite.logprobs,
+                    "responses": [response.text for response in rewrite.responses],
+                    "rewards": [response.reward for response in rewrite.responses],
+                }
+            )
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_samples(path: Path, config: HeadroomConfig) -> Floats:
+    """Rewards [P, N, M] of a file that `write_samples` left.
+
+    Raises:
+        ValueError: not such a file, a damaged one, or one drawn with another configuration.
+    """
+    try:
+        header, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        drawn = header["config"]
+        known = [(int(row["prompt_index"]), [float(v) for v in row["rewards"]]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the samples of a headroom run, got a file of something else "
+            f"({type(error).__name__}: {error}); name another file to draw new ones"
+        ) from None
+    wanted = _of_samples(config)
+    for key in wanted:
+        if drawn.get(key) != wanted[key]:
+            raise ValueError(
+                f"{path}: drawn with {key} = {json.dumps(drawn.get(key))}, this run asks for "
+                f"{json.dumps(wanted[key])}; name another file to draw new ones"
+            )
+    n, m = config.num_rewrites, config.num_responses
+    prompts = [index for index, _ in known]
+    whole = len(known) > 0 and len(known) % n == 0
+    ordered = prompts == [p for p in range(len(known) // n) for _ in range(n)]
+    if not whole or not ordered or any(len(rewards) != m for _, rewards in known):
+        raise ValueError(
+            f"{path}: expected {n} rewrites a prompt and {m} rewards a rewrite, in order, got "
+            f"{len(known)} lines that are not so"
+        )
+    return np.array([rewards for _, rewards in known]).reshape(-1, n, m)
+
+
+def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
+    rows = load_prompts(config.data, split=config.split)
+    rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
+    reward = build_reward(config.reward)
+    prompter, target = load_models(
+        config.model, config.target, config.threads, config.target_compute
+    )
+    pipeline = Pipeline.configured(config, prompter, target, reward)
+    if config.adapter is not None:
+        weights = load_peft(Path(config.adapter), prompter.lora_modules)
+        pipeline = pipeline.with_adapter(weights)
+    total = len(rows) * config.num_rewrites * (1 + config.num_responses)
+    return pipeline.rollout(
+        [row.prompt for row in rows],
+        num_rewrites=config.num_rewrites,
+        num_responses=config.num_responses,
+        seed=config.seed,
+        columns=stack_columns(rows),
+        on_progress=None
+        if on_progress is None
+        else lambda done: on_progress("untuned prompter", done, total),
+    )
+
+
+def check_row_count(wanted: int | None, there: int, data: str) -> int:
+    """How many rows to take. Raises ValueError for more than there are, and for fewer than 2."""
+    count = there if wanted is None else wanted
+    if count > there or count < 2:
+        raise ValueError(f"num_prompts: {data} has {there} rows, {max(count, 2)} asked for")
+    return count
+
+
+def _of_samples(config: HeadroomConfig) -> dict[str, Any]:
+    mapping = to_mapping(config)
+    return {key: value for key, value in mapping.items() if key not in _NOT_OF_SAMPLES}
+
+
+def _point(point: FrontierPoint) -> dict[str, Any]:
+    cross, corrected = point.crossfit_objective, point.corrected_objective
+    return {
+        "kl_coef": point.kl_coef,
+        "objective": point.objective.mean,
+        "objective_ci95": _ci(point.objective),
+        "gain": point.gain.mean,
+        "gain_ci95": _ci(point.gain),
+        "reward": point.reward,
+        "kl": point.kl,
+        "effective_samples": point.effective_samples,
+        "crossfit_objective": None if cross is None else cross.mean,
+        "crossfit_ci95": None if cross is None else _ci(cross),
+        "crossfit_reward": point.crossfit_reward,
+        "crossfit_kl": point.crossfit_kl,
+        "corrected_objective": None if corrected is None else corrected.mean,
+        "corrected_ci95": None if corrected is None else _ci(corrected),
+    }
+
+
+def _ci(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]

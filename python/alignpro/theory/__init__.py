@@ -1,0 +1,1 @@
+"""What prompting can reach, from samples: the optimum, its frontier, the bound. numpy only."""

@@ -1,0 +1,192 @@
+"""Headroom runs: what is drawn, kept in a file and read again, and what the command prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from alignpro.cli import app
+from alignpro.config import HeadroomConfig, LoraConfig, Prompting
+from alignpro.evaluate import headroom as runs
+from alignpro.evaluate.headroom import run_headroom
+from alignpro.models.adapter import save_peft
+from alignpro.models.native_model import load_model
+from alignpro.pipeline import Pipeline
+from alignpro.theory.headroom import headroom
+from alignpro.train.policy import initial_weights
+from alignpro.types import SamplingParams
+from letter_reward import count_e
+
+PROMPTING = Prompting(template="Advise: {prompt}", separator=" ")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model_dir):
+    return HeadroomConfig(
+        model=str(tiny_model_dir("llama")),
+        reward="letter_reward:count_e",
+        seed=3,
+        num_prompts=4,
+        num_rewrites=3,
+        num_responses=2,
+        rewrite=SamplingParams(max_new_tokens=5),
+        response=SamplingParams(max_new_tokens=6, temperature=0.7),
+        prompting=PROMPTING,
+        kl_coefs=(0.2, 1.0),
+        threads=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn(config, tmp_path_factory):
+    """One run, its samples and what it said of its progress."""
+    samples = tmp_path_factory.mktemp("headroom") / "samples.jsonl"
+    seen = []
+    report = run_headroom(config, samples=samples, on_progress=lambda *row: seen.append(row))
+    return report, samples, seen
+
+
+def rollout(config, adapter=None):
+    model = load_model(config.model, threads=2)
+    pipeline = Pipeline.configured(config, model, model, count_e).with_adapter(adapter)
+    prompts = [row.prompt for row in runs.load_prompts("everyday", split="train")[:4]]
+    return pipeline.rollout(prompts, num_rewrites=3, num_responses=2, seed=3)
+
+
+def test_it_is_the_theory_of_an_untuned_rollout(config, drawn):
+    report, _, seen = drawn
+    rewards = runs.rewards_of(rollout(config))
+    assert rewards.shape == (4, 3, 2) and rewards.std() > 0
+    expected = runs.as_report(headroom(rewards, config.kl_coefs, seed=3))
+    assert {key: report[key] for key in expected} == expected
+    assert report["untuned_reward"] == pytest.approx(rewards.mean())
+    assert [point["kl_coef"] for point in report["frontier"]] == [0.2, 1.0]
+    assert set(report["frontier"][0]) >= {
+        "kl_coef", "objective", "objective_ci95", "reward", "kl", "effective_samples",
+        "crossfit_objective", "crossfit_reward", "crossfit_ci95",
+    }  # fmt: skip
+    assert set(report["best_of_n"][0]) >= {"n", "reward", "kl"}
+    assert set(report["variance"]) == {"between_rewrites", "within_rewrite"}
+    assert json.loads(json.dumps(report)) == report  # plain data
+    assert seen[-1] == ("untuned prompter", 4 * 3 * 3, 4 * 3 * 3)
+
+
+def test_samples_hold_every_rewrite(config, drawn):
+    lines = [json.loads(line) for line in drawn[1].read_text().splitlines()]
+    assert "kl_coefs" not in lines[0]["config"] and lines[0]["config"]["seed"] == 3
+    flat = [w for group in rollout(config).rewrites for w in group]
+    assert len(lines) == 1 + len(flat)
+    for line, rewrite in zip(lines[1:], flat, strict=True):
+        assert line["tokens"] == rewrite.tokens and line["logprobs"] == rewrite.logprobs
+        assert line["prompter_tokens"] == rewrite.prompter_tokens
+        assert line["responses"] == [r.text for r in rewrite.responses]
+        assert line["rewards"] == [r.reward for r in rewrite.responses]
+
+
+def test_samples_are_read_again_without_a_model(config, drawn, monkeypatch):
+    report, samples, _ = drawn
+    monkeypatch.setattr(runs, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    assert run_headroom(config, samples=samples) == report
+    other = run_headroom(dataclasses.replace(config, kl_coefs=(3.0,), threads=1), samples=samples)
+    assert [point["kl_coef"] for point in other["frontier"]] == [3.0]
+    assert other["untuned_reward"] == report["untuned_reward"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seed": 4}, "drawn with seed = 3, this run asks for 4"),
+        ({"reward": "vader"}, 'drawn with reward = "letter_reward:count_e"'),
+        ({"num_rewrites": 2}, "drawn with num_rewrites = 3"),
+        ({"response": SamplingParams(max_new_tokens=7)}, "drawn with response = "),
+    ],
+)
+def test_samples_of_something_else_are_refused(config, drawn, changes, line):
+    with pytest.raises(ValueError, match=line):
+        run_headroom(dataclasses.replace(config, **changes), samples=drawn[1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda text: "not JSON\n", "expected the samples of a headroom run"),
+        (lambda text: "", "expected the samples of a headroom run"),
+        (lambda text: text[: text.rindex("\n", 0, -1) + 1], "expected 3 rewrites a prompt"),
+        (lambda text: text.replace('"prompt_index": 0', '"prompt_index": 1', 1), "in order"),
+        (lambda text: text.splitlines()[0] + "\n", "expected 3 rewrites a prompt"),
+    ],
+)
+def test_damaged_samples_are_refused(config, drawn, tmp_path, damage, line):
+    damaged = tmp_path / "samples.jsonl"
+    damaged.write_text(damage(drawn[1].read_text()))
+    with pytest.raises(ValueError, match=line):
+        run_headroom(config, samples=damaged)
+
+
+def test_the_adapter_is_the_untuned_prompter(config, tmp_path):
+    model = load_model(config.model, threads=2)
+    weights = initial_weights(model, LoraConfig(rank=2), seed=0)
+    draw = np.random.default_rng(0)
+    for _, b in weights.matrices.values():
+        b[:] = draw.normal(scale=0.3, size=b.shape)
+    save_peft(tmp_path / "adapter", weights)
+    changed = dataclasses.replace(config, adapter=str(tmp_path / "adapter"))
+    report = run_headroom(changed)
+    adapted, base = runs.rewards_of(rollout(config, weights)), runs.rewards_of(rollout(config))
+    assert report["untuned_reward"] == pytest.approx(adapted.mean())
+    assert abs(adapted.mean() - base.mean()) > 1e-3
+
+
+def test_more_prompts_than_there_are(config):
+    changed = dataclasses.replace(config, num_prompts=1000, model="no such model")
+    with pytest.raises(ValueError, match="num_prompts: everyday has 96 rows, 1000 asked for"):
+        run_headroom(changed)
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def settings(config):
+    return [
+        f"model={config.model}", "reward=letter_reward:count_e", "num_prompts=3", "num_rewrites=3",
+        "num_responses=2", "rewrite.max_new_tokens=4", "response.max_new_tokens=4", "threads=2",
+    ]  # fmt: skip
+
+
+def test_the_command(config, tmp_path):
+    files = {name: tmp_path / name for name in ("h.json", "h.png", "s.jsonl")}
+    options = ["--json", files["h.json"], "--plot", files["h.png"], "--samples", files["s.jsonl"]]
+    result = invoke("headroom", *settings(config), *options)
+    assert "Optimum by kl_coef" in result.stdout and "Untuned prompter: reward" in result.stdout
+    assert json.loads(files["h.json"].read_text())["num_prompts"] == 3
+    assert files["h.png"].read_bytes().startswith(b"\x89PNG")
+    # Again from the samples, with another grid.
+    again = tmp_path / "again.json"
+    options = ["kl_coefs=[5]", "--samples", files["s.jsonl"], "--json", again]
+    invoke("headroom", *settings(config), *options)
+    assert [p["kl_coef"] for p in json.loads(again.read_text())["frontier"]] == [5.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["kl_coefs=[]"], "kl_coefs: expected at least one number"),
+        (["kl_coefs=[0.1,0]"], "kl_coefs[1]: expected above 0, got 0.0"),
+        (["num_rewrites=1"], "num_rewrites: expected at least 2"),
+        (["rewrite.top_k=5"], "rewrite.top_k: expected 0: the untruncated distribution"),
+        (["--json", "here/x.json"], "here: no such folder"),
+        (["--json", "x", "--plot", "x"], "expected a file for each, got one twice"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = invoke("headroom", "model=nowhere", *arguments, code=2).stderr
+    assert error.count("\n") == 1 and line in error
+    assert list(tmp_path.iterdir()) == []
