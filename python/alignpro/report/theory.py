@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import log
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -28,12 +29,18 @@ def headroom_tables(headroom: Mapping[str, Any]) -> RenderableType:
 
 def frontier_table(headroom: Mapping[str, Any]) -> Table:
     """The optimum by kl_coef; rows whose samples do not support the estimate are dim."""
-    table = Table(title="Optimum by kl_coef, before training", title_justify="left")
+    table = Table(
+        title="Optimum by kl_coef, before training",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),  # eight columns in 80 characters
+    )
     for title in (
-        "kl_coef", "objective", "95% interval", "corrected", "cross-fitted", "95% interval",
-        "reward", "cross-fitted reward", "KL", "effective samples",
+        "kl_coef", "objective", "95% interval", "corrected", "cross-fit", "reward", "KL", "samples",
     ):  # fmt: skip
-        table.add_column(Text(title), justify="right")
+        table.add_column(title, justify="right")
     recommended = headroom["recommended_kl_coef"]
     for point in headroom["frontier"]:
         kl_coef = point["kl_coef"]
@@ -44,9 +51,7 @@ def frontier_table(headroom: Mapping[str, Any]) -> Table:
             _interval(point["objective_ci95"]),
             _number(point["corrected_objective"]),
             _number(point["crossfit_objective"]),
-            _interval(point["crossfit_ci95"]),
             _number(point["reward"]),
-            _number(point["crossfit_reward"]),
             f"{point['kl']:.2f}",
             f"{point['effective_samples']:.1f}",
             style="bold" if kl_coef == recommended else "dim" if unsupported else None,
@@ -96,16 +101,28 @@ def headroom_words(headroom: Mapping[str, Any]) -> list[str]:
             "rests on one or two rewrites a prompt. Ask for more rewrites or larger kl_coefs."
         )
         return lines
+    untuned = headroom["untuned_reward"]
     lines.append(
         f"Smallest kl_coef that these samples support: {point['kl_coef']:g} "
         f"({point['effective_samples']:.1f} of {n} rewrites effective). Forecast of the objective "
-        f"there: {headroom['untuned_reward']:.3f} (untuned) to {point['objective_ci95'][1]:.3f}"
-        + (
-            f", with {point['crossfit_objective']:.3f} from resampling alone, free of optimism."
-            if point["crossfit_objective"] is not None
-            else "; with one response a rewrite, noise makes it too high."
-        )
+        f"there: {untuned:.3f} (untuned) to {point['objective_ci95'][1]:.3f} (the upper end)."
     )
+    crossfit = point["crossfit_objective"]
+    if crossfit is None:
+        lines.append(
+            "With one response a rewrite, the target's noise makes the upper end too high."
+        )
+    elif crossfit > untuned:
+        lines.append(
+            f"Choosing among {n} rewrites by {m - 1} response(s) reaches {crossfit:.3f} without "
+            f"training; {point['corrected_objective']:.3f} is the estimate corrected for noise."
+        )
+    else:
+        lines.append(
+            f"Choosing among {n} rewrites by {m - 1} response(s) is not worth its KL "
+            f"({crossfit:.3f}): too few to tell rewrites apart. {point['corrected_objective']:.3f} "
+            "is the estimate corrected for noise."
+        )
     if any(p["kl_coef"] < point["kl_coef"] for p in headroom["frontier"]):
         lines.append(
             f"Dim rows rest on one or two rewrites a prompt: {n} rewrites show no KL above "

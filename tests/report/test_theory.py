@@ -1,0 +1,163 @@
+"""Headroom and bound as a reader meets them: sentences, tables, the frontier as a picture."""
+
+from __future__ import annotations
+
+import copy
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from rich.console import Console
+
+from alignpro.report.frontier import frontier_plot, frontier_svg
+from alignpro.report.theory import bound_tables, bound_words, headroom_tables, headroom_words
+
+
+def point(kl_coef, objective, crossfit, samples):
+    return {
+        "kl_coef": kl_coef,
+        "objective": objective,
+        "objective_ci95": [objective - 0.1, objective + 0.1],
+        "gain": 0.1,
+        "gain_ci95": [0.05, 0.15],
+        "reward": objective + 0.05,
+        "kl": 0.05 / kl_coef,
+        "effective_samples": samples,
+        "crossfit_objective": crossfit,
+        "crossfit_ci95": [crossfit - 0.1, crossfit + 0.1],
+        "crossfit_reward": crossfit + 0.04,
+        "crossfit_kl": 0.04 / kl_coef,
+        "corrected_objective": 0.561,
+        "corrected_ci95": [0.5, 0.6],
+    }
+
+
+HEADROOM = {
+    "num_prompts": 48,
+    "num_rewrites": 8,
+    "num_responses": 4,
+    "untuned_reward": 0.456,
+    "untuned_ci95": [0.388, 0.523],
+    "frontier": [point(0.05, 0.687, 0.503, 1.7), point(0.2, 0.558, 0.436, 4.3)],
+    "best_of_n": [
+        {"n": 1, "reward": 0.456, "crossfit_reward": 0.456, "kl": 0.0},
+        {"n": 8, "reward": 0.776, "crossfit_reward": 0.587, "kl": 1.204},
+    ],
+    "recommended_kl_coef": 0.2,
+    "variance": {"between_rewrites": 0.1, "within_rewrite": 0.3},
+}
+TERM = {"mean": 0.25, "ci95": [0.2, 0.3]}
+BOUND = {
+    "reward_range": [-1.0, 1.2],
+    "reward_range_source": "given",
+    "kl_coef": 0.05,
+    "terms": {"tv_tuned": TERM, "tv_rewrites": {"mean": 0.75, "ci95": [0.7, 0.8]}, "kl": TERM},
+    "bound": {"mean": 2.187, "ci95": [2.0, 2.3]},
+    "measured_gap": {"mean": 0.321, "ci95": [0.2, 0.4]},
+    "slack": {"mean": 1.866, "ci95": [1.7, 2.0]},
+    "holds": True,
+    "vacuous": False,
+    "closed_form": None,
+    "trained_gap": None,
+    "rewards": {"raw": TERM},
+    "truncated_responses": 0.0,
+}
+
+
+def text(renderable, width=80):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_headroom_in_words():
+    words = " ".join(headroom_words(HEADROOM))
+    assert "25% lies between rewrites" in words
+    assert "support: 0.2 (4.3 of 8 rewrites effective)" in words
+    assert "0.456 (untuned) to 0.658" in words
+    assert "is not worth its KL (0.436)" in words and "0.561 is the estimate corrected" in words
+    assert "no KL above log 8 = 2.08" in words
+
+
+def test_headroom_that_gains_without_training():
+    better = {**HEADROOM, "frontier": [point(0.2, 0.558, 0.501, 4.3)]}
+    words = " ".join(headroom_words(better))
+    assert "by 3 response(s) reaches 0.501 without training" in words
+    assert "Dim rows" not in words
+
+
+def test_headroom_that_is_not_supported():
+    words = " ".join(headroom_words({**HEADROOM, "recommended_kl_coef": None}))
+    assert "No kl_coef of the grid leaves a third of 8 rewrites effective" in words
+    assert "Forecast" not in words
+
+
+def test_headroom_of_single_responses():
+    single = copy.deepcopy(HEADROOM)
+    single.update(num_responses=1, variance=None)
+    for p in single["frontier"]:
+        for key in ("objective", "ci95", "reward", "kl"):
+            p[f"crossfit_{key}"] = None
+        p["corrected_objective"] = p["corrected_ci95"] = None
+    for best in single["best_of_n"]:
+        best["crossfit_reward"] = None
+    words = " ".join(headroom_words(single))
+    assert "makes the upper end too high" in words and "lies between" not in words
+    assert "0.687" in text(headroom_tables(single))
+    assert frontier_svg(single) != frontier_svg(HEADROOM)
+
+
+def test_the_tables_fit_a_terminal_of_eighty_columns():
+    shown = text(headroom_tables(HEADROOM))
+    for number in ("0.687", "0.587 to 0.787", "0.503", "0.561", "1.7", "0.776", "1.20"):
+        assert number in shown
+    assert "…" not in shown
+    shown = text(bound_tables(BOUND))
+    for number in ("2.187", "2.000 to 2.300", "0.321", "1.866", "0.750"):
+        assert number in shown
+    assert "…" not in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "The bound holds: measured gap 0.321, bound 2.187."),
+        ({}, "It is not vacuous: rewards span 2.200."),
+        ({"vacuous": True}, "It is vacuous: rewards span 2.200"),
+        ({"holds": False}, "DOES NOT HOLD"),
+        ({"reward_range_source": "observed"}, "is what was observed"),
+        ({"closed_form": {"kl_coef": 0.3, "effective_samples": 4.2}}, "optimum at kl_coef 0.3"),
+        ({"truncated_responses": 0.4}, "40% of the responses were cut off"),
+    ],
+)
+def test_the_bound_in_words(changes, sentence):
+    words = " ".join(bound_words({**BOUND, **changes}))
+    assert sentence in words
+    if changes:
+        assert sentence not in " ".join(bound_words(BOUND))
+
+
+def test_the_gap_of_a_trained_prompter_is_shown():
+    shown = text(bound_tables({**BOUND, "trained_gap": {"mean": 0.111, "ci95": [0.0, 0.2]}}))
+    assert "trained prompter" in shown and "0.111" in shown
+    assert "trained prompter" not in text(bound_tables(BOUND))
+
+
+EVALUATION = {
+    "kl_per_rewrite": 1.97,
+    "paired": {"trained_minus_untuned": {"mean": 0.17, "ci95": [0.11, 0.23]}},
+}
+
+
+def test_the_frontier_as_a_picture(tmp_path):
+    path = frontier_plot(HEADROOM, tmp_path / "frontier.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    svg = frontier_svg(HEADROOM)
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+    assert "currentColor" in svg and "#010203" not in svg
+    assert svg == frontier_svg(HEADROOM)  # the same data, the same file
+
+
+def test_the_trained_prompter_joins_where_it_is_known():
+    assert frontier_svg(HEADROOM, EVALUATION) != frontier_svg(HEADROOM)
+    for missing in ({}, {**EVALUATION, "kl_per_rewrite": None}, {**EVALUATION, "paired": {}}):
+        assert frontier_svg(HEADROOM, missing) == frontier_svg(HEADROOM)
