@@ -187,6 +187,7 @@ class Pipeline:
         num_responses: int = 1,
         seed: int | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
+        common_draws: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> Rollout:
         """The target on rewrites that are given: M responses each, scored as in `rollout`.
@@ -195,6 +196,8 @@ class Pipeline:
             texts: rewrites [prompts][N], N >= 1 and free to differ; "" is the raw prompt. The
                 responses to texts[i][j] draw what those of rewrite j of prompt i draw in `rollout`
                 under the same seed.
+            common_draws: all rewrites of a prompt draw what rewrite 0 draws, for a comparison
+                between them.
 
         Raises:
             ValueError: as `rollout`, or texts that are not one list a prompt.
@@ -213,7 +216,8 @@ class Pipeline:
                     raise ValueError(f"texts: expected a rewrite of prompt {index}, got none")
                 rewrites.append([self._given_rewrite(prompt, index, text) for text in group])
                 for sample, rewrite in enumerate(rewrites[-1]):
-                    self._submit_responses(flight, rewrite, sample, num_responses, seed)
+                    key = 0 if common_draws else sample
+                    self._submit_responses(flight, rewrite, key, num_responses, seed)
             flight.land()
         written = time.perf_counter()
         rewrites = self._scored(prompts, rewrites, columns)

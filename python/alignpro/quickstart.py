@@ -19,7 +19,7 @@ from rich.console import Console
 
 from alignpro.config import QuickstartConfig
 from alignpro.data.load import load_pairs, load_prompts
-from alignpro.evaluate.run import evaluate_loaded, load_eval_rows
+from alignpro.evaluate.run import evaluate_loaded, load_inputs
 from alignpro.models.native_model import load_models
 from alignpro.models.resolve import resolve_model
 from alignpro.native import core
@@ -54,7 +54,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     reward = build_reward(train.reward)
     pairs = [(row.prompt, row.instruction) for row in load_pairs(sft.data)]
     train_rows = load_prompts(train.data, split=train.split)
-    held_out = load_eval_rows(evaluation)
+    held_out = load_inputs(evaluation)
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "download"), console.status(f"finding {config.model}"):

@@ -1,4 +1,4 @@
-"""Means with intervals, paired differences, and the two sources of a reward's variance.
+"""Means with intervals, paired differences, win rates, and the two sources of a reward's variance.
 
 The independent unit is the prompt: several responses to one prompt are averaged first, and the
 intervals resample prompts (a cluster bootstrap), since responses to one prompt are not independent.
@@ -6,7 +6,7 @@ intervals resample prompts (a cluster bootstrap), since responses to one prompt 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,18 +37,8 @@ def bootstrap_mean_ci(
     x = _finite("values", values, dimensions=1)
     if x.size < 2:
         raise ValueError(f"values: expected at least 2 for an interval, got {x.size}")
-    if not 0 < level < 1:
-        raise ValueError(f"level: expected a number in (0, 1), got {level}")
-    if resamples < 1:
-        raise ValueError(f"resamples: expected at least 1, got {resamples}")
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    chunk = max(1, _CHUNK_ELEMENTS // x.size)
-    for begin in range(0, resamples, chunk):
-        end = min(begin + chunk, resamples)
-        means[begin:end] = x[rng.integers(x.size, size=(end - begin, x.size))].mean(axis=1)
-    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
-    return Interval(float(x.mean()), float(low), float(high))
+    means = [x[drawn].mean(axis=1) for drawn in _resampled(x.size, seed, resamples)]
+    return _percentiles(float(x.mean()), np.concatenate(means), level)
 
 
 def paired_difference(
@@ -69,6 +59,111 @@ def paired_difference(
     if a.size != b.size:
         raise ValueError(f"expected values of the same prompts, got {a.size} and {b.size}")
     return bootstrap_mean_ci(a - b, seed=seed, level=level, resamples=resamples)
+
+
+def ratio_of_means(
+    numerator: Sequence[float] | NDArray[np.floating],
+    denominator: Sequence[float] | NDArray[np.floating],
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = 10_000,
+) -> Interval:
+    """mean(numerator) / mean(denominator) over the same prompts [n], n >= 2, with the percentile
+    interval of a bootstrap that resamples prompts, and so both together.
+
+    It means something only where the denominator's own interval stays clear of 0: ask
+    `bootstrap_mean_ci` first. Raises ValueError where its mean is 0 or the lengths differ.
+    """
+    a = _finite("numerator", numerator, dimensions=1)
+    b = _finite("denominator", denominator, dimensions=1)
+    if a.size != b.size or a.size < 2:
+        raise ValueError(f"expected at least 2 values of the same prompts, got {a.size}, {b.size}")
+    if b.mean() == 0:
+        raise ValueError("denominator: expected a mean other than 0")
+    ratios = []
+    for drawn in _resampled(a.size, seed, resamples):
+        top, bottom = a[drawn].mean(axis=1), b[drawn].mean(axis=1)
+        ratios.append(top[bottom != 0] / bottom[bottom != 0])
+    return _percentiles(float(a.mean() / b.mean()), np.concatenate(ratios), level)
+
+
+def length_controlled_win_rate(
+    preferences: Sequence[float] | NDArray[np.floating],
+    length_differences: Sequence[float] | NDArray[np.floating],
+    *,
+    prompts: Sequence[int] | None = None,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = 1000,
+) -> Interval:
+    """The win rate a judge would give at equal lengths (Dubois et al. 2024, arXiv 2404.04475).
+
+    ``P(win) = sigmoid(a + b tanh(d / rms(d)))`` is fitted to the pairs and read at d = 0, which is
+    ``sigmoid(a)``. The scale of d is its root mean square, not its deviation from the mean: with
+    responses that are all about as much longer, the latter would leave nothing of d but a second
+    intercept. Weak normal priors (a: 10, b: 2.5 standard deviations, as Gelman et al. 2008, arXiv
+    0901.4011, scale theirs) keep the fit finite where one side or the longer one always wins.
+
+    Where every d has the same sign, d = 0 lies outside of what was seen: an extrapolation.
+
+    Args:
+        preferences: [pairs], 1 for a win, 0 for a loss, 0.5 for a tie.
+        length_differences: [pairs], of the side whose wins are counted minus the other's.
+        prompts: [pairs], each pair's prompt, the unit that is resampled; None: each has its own.
+
+    Raises:
+        ValueError: lengths that differ, a preference outside [0, 1], fewer than 2 prompts.
+        ImportError: scipy is missing.
+    """
+    y = _finite("preferences", preferences, dimensions=1)
+    d = _finite("length_differences", length_differences, dimensions=1)
+    cluster = np.arange(y.size) if prompts is None else np.asarray(prompts)
+    if not y.size == d.size == cluster.size:
+        raise ValueError(f"expected aligned pairs, got {y.size}, {d.size} and {cluster.size}")
+    if ((y < 0) | (y > 1)).any():
+        raise ValueError("preferences: expected numbers between 0 and 1")
+    names, cluster = np.unique(cluster, return_inverse=True)
+    if names.size < 2:
+        raise ValueError(f"prompts: expected at least 2 for an interval, got {names.size}")
+    scale = float(np.sqrt(np.square(d).mean()))
+    x = np.tanh(d / scale) if scale > 0 else np.zeros_like(d)
+    whole = _fit_logistic(x, y, np.ones_like(y), np.zeros(2))
+    draws = []
+    for drawn in _resampled(names.size, seed, resamples):
+        for row in drawn:
+            weight = np.bincount(row, minlength=names.size)[cluster].astype(np.float64)
+            draws.append(_fit_logistic(x, y, weight, whole)[0])
+    return _percentiles(_sigmoid(whole[0]), np.array([_sigmoid(a) for a in draws]), level)
+
+
+def _fit_logistic(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    start: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Intercept and slope of the posterior mode; y [n] may be fractions."""
+    from scipy.optimize import minimize
+
+    design = np.stack([np.ones_like(x), x], axis=1)
+    precision = np.array(_PRIOR_DEVIATIONS) ** -2.0
+
+    def loss(beta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        eta = design @ beta
+        value = weight @ (np.logaddexp(0.0, eta) - y * eta) + 0.5 * precision @ beta**2
+        residual = weight * (0.5 * (1.0 + np.tanh(0.5 * eta)) - y)
+        return float(value), design.T @ residual + precision * beta
+
+    found: NDArray[np.float64] = minimize(loss, start, jac=True, method="BFGS").x
+    return found
+
+
+_PRIOR_DEVIATIONS = (10.0, 2.5)  # of intercept and slope
+
+
+def _sigmoid(value: float) -> float:
+    return float(0.5 * (1.0 + np.tanh(0.5 * value)))
 
 
 def variance(values: Sequence[float] | NDArray[np.floating]) -> float:
@@ -111,6 +206,23 @@ def law_of_total_variance(rewards: ArrayLike) -> VarianceSplit:
     within = float(r.var(axis=2, ddof=1).mean())
     of_means = float(r.mean(axis=2).var(axis=1, ddof=1).mean())
     return VarianceSplit(between_rewrites=of_means - within / m, within_rewrite=within)
+
+
+def _resampled(count: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
+    """Indices [some resamples, count] drawn with replacement, in chunks that bound the memory."""
+    if resamples < 1:
+        raise ValueError(f"resamples: expected at least 1, got {resamples}")
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK_ELEMENTS // count)
+    for begin in range(0, resamples, chunk):
+        yield rng.integers(count, size=(min(chunk, resamples - begin), count))
+
+
+def _percentiles(estimate: float, draws: NDArray[np.float64], level: float) -> Interval:
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number in (0, 1), got {level}")
+    low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
+    return Interval(estimate, float(low), float(high))
 
 
 def _finite(name: str, values: ArrayLike, *, dimensions: int) -> NDArray[np.float64]:

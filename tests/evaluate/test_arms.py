@@ -7,8 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from alignpro.config import EvalConfig, LoraConfig, Prompting
-from alignpro.evaluate.arms import evaluate_arms, kl_per_rewrite
+from alignpro.config import EvalConfig, LoraConfig, OptimumConfig, Prompting
+from alignpro.evaluate.arms import kl_per_rewrite, sample_arms
+from alignpro.evaluate.compare import compare_arms, copied_share, gap_closed
+from alignpro.evaluate.optimum import resample_optimum, tilted_weights
+from alignpro.evaluate.static import StaticInstruction
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import WeightedSum
@@ -25,6 +28,11 @@ def make(reward, *, seed=3, **changes):
     return pipeline, config
 
 
+def evaluate(pipeline, prompts, config, *, prompters, **options):
+    arms = sample_arms(pipeline, prompts, config, prompters=prompters, **options)
+    return compare_arms(pipeline, arms, config, prompters)
+
+
 def by_prompt(prompts, rewrites, responses, **columns):
     """Known in advance: the prompt's index, and one more wherever a prompter wrote something."""
     return [PROMPTS.index(p) + float(bool(w)) for p, w in zip(prompts, rewrites, strict=True)]
@@ -33,7 +41,7 @@ def by_prompt(prompts, rewrites, responses, **columns):
 def test_means_intervals_and_differences():
     pipeline, config = make(by_prompt)
     seen = []
-    report = evaluate_arms(
+    report = evaluate(
         pipeline,
         PROMPTS,
         config,
@@ -62,10 +70,8 @@ def test_means_intervals_and_differences():
 
 def test_prompters_differ_by_their_adapter_alone():
     pipeline, config = make(by_prompt)
-    # The fake takes anything for an adapter; evaluate_arms passes it on.
-    report = evaluate_arms(
-        pipeline, PROMPTS, config, prompters={"untuned": None, "trained": "other"}
-    )
+    # The fake takes anything for an adapter; sample_arms passes it on.
+    report = evaluate(pipeline, PROMPTS, config, prompters={"untuned": None, "trained": "other"})
     first, second = (
         [sample[f"rewrite_{arm}"] for sample in report["samples"]] for arm in ("untuned", "trained")
     )
@@ -75,7 +81,7 @@ def test_prompters_differ_by_their_adapter_alone():
 
 def test_samples_are_the_first_prompts_not_the_best():
     pipeline, config = make(by_prompt, num_samples=2)
-    report = evaluate_arms(pipeline, PROMPTS, config, prompters={"untuned": None, "trained": None})
+    report = evaluate(pipeline, PROMPTS, config, prompters={"untuned": None, "trained": None})
     assert [sample["prompt"] for sample in report["samples"]] == PROMPTS[:2]
     assert set(report["samples"][0]) == {
         "prompt",
@@ -96,7 +102,7 @@ def test_components_and_columns():
 
     reward = WeightedSum({"a": (1.0, by_prompt), "b": (0.5, asks)})
     pipeline, config = make(reward)
-    report = evaluate_arms(
+    report = evaluate(
         pipeline, PROMPTS, config, prompters={"untuned": None}, columns={"level": [2, 2, 4, 4]}
     )
     raw = report["arms"]["raw"]
@@ -108,9 +114,12 @@ def test_components_and_columns():
 def test_bad_input():
     pipeline, config = make(by_prompt)
     with pytest.raises(ValueError, match="at least 2 for an interval, got 1"):
-        evaluate_arms(pipeline, PROMPTS[:1], config, prompters={})
+        evaluate(pipeline, PROMPTS[:1], config, prompters={})
     with pytest.raises(ValueError, match="an evaluation needs a reward"):
-        evaluate_arms(pipeline.without_reward(), PROMPTS, config, prompters={})
+        evaluate(pipeline.without_reward(), PROMPTS, config, prompters={})
+    pipeline, config = make(by_prompt, optimum=OptimumConfig())
+    with pytest.raises(ValueError, match="resamples the untuned prompter"):
+        evaluate(pipeline, PROMPTS, config, prompters={"trained": None})
 
 
 def test_kl_of_the_engines_rewrites(tiny_model_dir):
@@ -144,10 +153,142 @@ def test_kl_of_the_engines_rewrites(tiny_model_dir):
     assert kl_per_rewrite(model, rollout, reference=trained, **arguments) == 0.0
     against_base = kl_per_rewrite(model, rollout, reference=None, **arguments)
     assert against_base > 0 and not math.isclose(against_base, value)
-    report = evaluate_arms(
+    report = evaluate(
         pipeline,
         PROMPTS,
         EvalConfig(num_rewrites=2, prompting=PROMPTING),
         prompters={"untuned": untuned, "trained": trained},
     )
-    assert report["kl_per_rewrite"] > 0
+    assert report["kl_per_rewrite"] > report["kl_per_token"] > 0
+    lengths = report["arms"]["trained"]["rewrite_tokens"]
+    assert report["kl_per_token"] * lengths == pytest.approx(report["kl_per_rewrite"])
+
+
+def handles_reading(model, text):
+    wanted = [0, *model.tokenizer.encode(text), 1]
+    return [handle for handle in model.handles if handle.prompt_tokens == wanted]
+
+
+@pytest.mark.parametrize("mode", ["append", "rewrite"])
+def test_a_static_instruction_stands_behind_every_prompt(mode):
+    prompting = Prompting(mode=mode, template="Advise: {prompt}", separator=" | ")
+    config = EvalConfig(num_rewrites=3, num_responses=2, prompting=prompting)
+    pipeline = Pipeline(FakeModel("p"), FakeModel("t"), by_prompt, prompting=prompting)
+    static = StaticInstruction("Be kind.")
+    report = evaluate(pipeline, PROMPTS, config, prompters={"trained": None}, static=static)
+    for prompt in PROMPTS:
+        assert len(handles_reading(pipeline.target, f"{prompt} | Be kind.")) == 6
+    arm = report["arms"]["static"]
+    assert arm["instruction"] == "Be kind." and arm["mean_reward"] == 2.5
+    assert arm["rewrite_tokens"] == len("Be kind.") and arm["copy_rate"] == 0.0
+    assert report["samples"][0]["rewrite_static"] == "Be kind."
+    assert list(report["paired"]) == ["trained_minus_raw", "trained_minus_static"]
+
+
+def test_a_tuned_target_reads_the_raw_prompt():
+    pipeline, config = make(by_prompt)
+    report = evaluate(
+        pipeline, PROMPTS, config, prompters={"untuned": None, "trained": "x"}, tuned="tuned"
+    )
+    tuned = [handle for handle in pipeline.target.handles if handle.adapter == "tuned"]
+    assert {bytes(t - 3 for t in h.prompt_tokens[1:-1]).decode() for h in tuned} == set(PROMPTS)
+    assert len(tuned) == 24
+    assert "rewrite_tuned" not in report["samples"][0]
+    assert report["arms"]["tuned"]["n"] == 4 and "copy_rate" not in report["arms"]["tuned"]
+    assert set(report["gap_closed"]) >= {"share", "ci95", "gap"}
+
+
+def test_the_weights_of_the_optimum_by_hand():
+    # exp(ln 3 / 1) : exp(0) = 3 : 1, also far outside the range of exp.
+    for offset in (0.0, 1e5, -1e5):
+        weights = tilted_weights([offset + math.log(3), offset], 1.0)
+        assert weights == pytest.approx([0.75, 0.25], rel=1e-9)
+    assert tilted_weights([1.0, 0.0], 1e-4).tolist() == [1.0, 0.0]
+    assert tilted_weights([1.0, 0.0], 1e9) == pytest.approx([0.5, 0.5])
+
+
+def longest(prompts, rewrites, responses, **columns):
+    return [float(len(w)) for w in rewrites]
+
+
+def test_the_optimum_is_the_best_candidate_where_the_leash_is_loose():
+    optimum = OptimumConfig(num_candidates=30, num_responses=1)
+    pipeline, config = make(longest, kl_coef=0.01, optimum=optimum)
+    report = evaluate(pipeline, PROMPTS, config, prompters={"untuned": None})
+    arm = report["arms"]["optimum"]
+    # Of 30 candidates out of eight texts the longest, "with care", is one.
+    assert arm["mean_reward"] == len("with care")
+    assert report["arms"]["untuned"]["mean_reward"] < 9
+    assert 1 <= arm["effective_samples"] < 30
+    assert arm["num_responses"] == 24 and arm["kl_coef"] == 0.01
+
+
+def test_the_optimum_is_the_untuned_prompter_where_the_leash_is_tight():
+    optimum = OptimumConfig(num_candidates=30, num_responses=1)
+    pipeline, config = make(longest, kl_coef=1e6, optimum=optimum)
+    report = evaluate(pipeline, PROMPTS * 30, config, prompters={"untuned": None})
+    arms = report["arms"]
+    assert arms["optimum"]["effective_samples"] == pytest.approx(30)
+    # 360 rewrites with a deviation of 2.7 between texts: a standard error of 0.2 in the difference.
+    assert arms["optimum"]["mean_reward"] == pytest.approx(arms["untuned"]["mean_reward"], abs=0.6)
+
+
+def test_what_chose_a_rewrite_does_not_judge_it():
+    """A reward of pure luck: the best of many responses wins, and its fresh answers are average."""
+
+    def luck(prompts, rewrites, responses, **columns):
+        draws = np.random.default_rng(len(prompts))
+        return list(draws.normal(size=len(prompts)))
+
+    optimum = OptimumConfig(num_candidates=20, num_responses=1)
+    pipeline, config = make(luck, kl_coef=0.01, optimum=optimum)
+    chosen = resample_optimum(pipeline, PROMPTS * 20, config, optimum)
+    assert all(
+        math.isnan(r.reward) for g in chosen.rollout.rewrites for w in g for r in w.responses
+    )
+    report = evaluate(pipeline, PROMPTS * 20, config, prompters={"untuned": None})
+    assert abs(report["arms"]["optimum"]["mean_reward"]) < 0.2  # the chosen ones' mean is 1.9
+    seeds = [
+        {h.params.seed for h in pipeline.target.handles[a:b]} for a, b in ((0, 1600), (1600, 2080))
+    ]
+    assert not seeds[0] & seeds[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rewrite", "share"),
+    [
+        ("How do I boil an egg?", "how do I boil an egg", 1.0),
+        ("How do I boil an egg?", "Please boil an egg now", 3 / 5),
+        ("How do I boil an egg?", "an egg to boil", 0.0),  # no run of three
+        ("How do I boil an egg?", "An egg", 1.0),  # shorter than a run: the whole of it
+        ("How do I boil an egg?", "Egg boil", 0.0),
+        ("one two three four", "one two three x two three four", 6 / 7),
+        ("anything", "", 0.0),
+        ("anything", "?!", 0.0),
+    ],
+)
+def test_copied_share(prompt, rewrite, share):
+    assert copied_share(prompt, rewrite) == pytest.approx(share)
+
+
+def test_the_share_of_the_gap_by_hand():
+    untuned, tuned = [0.0, 1.0, 2.0, 3.0] * 5, [2.0, 3.0, 4.0, 5.0] * 5
+    trained = [value + 0.5 for value in untuned]
+    result = gap_closed(untuned, trained, tuned, seed=0)
+    assert result["share"] == pytest.approx(0.25) and result["ci95"] == pytest.approx([0.25, 0.25])
+    assert result["gap"] == {"mean": 2.0, "ci95": [2.0, 2.0]}
+
+
+def test_no_share_of_a_gap_that_may_be_none():
+    draws = np.random.default_rng(0)
+    untuned, trained, tuned = draws.normal(size=(3, 40)).tolist()
+    result = gap_closed(untuned, trained, tuned, seed=0)
+    assert result["share"] is None and result["ci95"] is None
+    assert "not clearly apart" in result["reason"]
+    low, high = result["gap"]["ci95"]
+    assert low < 0 < high
+
+
+def test_a_tuned_target_that_is_worse_still_has_a_share():
+    result = gap_closed([1.0] * 5, [0.5] * 5, [0.0] * 5, seed=0)
+    assert result["share"] == pytest.approx(0.5)

@@ -45,6 +45,7 @@ ROOMS: dict[str, set[str]] = {
 ONLY = {
     "transformers": {"rewards", "bench"},  # loads reward models; is measured against
     "torch": {"objective", "ops", "train", "rewards", "bench"},
+    "openai": {"evaluate"},  # the judge's client
     "alignpro._core": {"native"},
 }
 STANDARD_LIBRARY_ONLY = {"config", "types", "trace", ""}

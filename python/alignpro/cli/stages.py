@@ -113,7 +113,8 @@ def evaluate(
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="write the numbers there, as JSON")] = None,
 ) -> None:
-    """Compare raw prompt, untuned prompter and trained prompter on held-out prompts."""
+    """Compare the arms on held-out prompts: raw prompt, untuned and trained prompter, and what the
+    configuration adds (static, optimum, tuned, judge)."""
     from alignpro.config import EvalConfig, load_yaml
 
     path, settings = split_settings(config, overrides)
@@ -121,12 +122,19 @@ def evaluate(
     check_new(output)
     from rich.console import Console
 
-    from alignpro.evaluate.run import run_evaluation
+    from alignpro.evaluate.run import UnjudgedError, run_evaluation
     from alignpro.report.progress import Bars
     from alignpro.report.tables import arms_table, costs_table, samples_panel, verdict_lines
 
-    with Bars() as bars:
-        report = run_evaluation(options, on_progress=bars.show)
+    try:
+        with Bars() as bars:
+            report = run_evaluation(options, output=output, on_progress=bars.show)
+    except UnjudgedError as error:
+        if output is None:
+            raise
+        kept = output.with_name(output.name + ".unjudged.json")
+        write_json(kept, error.report)
+        raise UnjudgedError(f"{error}; the arms without it: {kept}", error.report) from None
     write_json(output, report)
     console = Console()
     console.print(samples_panel(report["samples"]))

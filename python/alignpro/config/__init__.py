@@ -7,7 +7,7 @@ a value of the wrong type and a value out of range are a `ValueError` of one lin
 
 from __future__ import annotations
 
-from alignpro.config.evaluate import EvalConfig
+from alignpro.config.evaluate import EvalConfig, JudgeConfig, OptimumConfig, StaticSearch
 from alignpro.config.ppo import PpoConfig
 from alignpro.config.prompting import (
     RESPONSE,
@@ -29,12 +29,15 @@ __all__ = [
     "BoundConfig",
     "EvalConfig",
     "HeadroomConfig",
+    "JudgeConfig",
     "LoraConfig",
+    "OptimumConfig",
     "PpoConfig",
     "Prompting",
     "QuickstartConfig",
     "SamplingConfig",
     "SftConfig",
+    "StaticSearch",
     "TrainConfig",
     "apply_overrides",
     "check_sampling",

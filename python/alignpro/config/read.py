@@ -161,6 +161,10 @@ def _coerce_bytes(value: Any, name: str) -> int:
 def _coerce_union(value: Any, arguments: tuple[Any, ...], name: str) -> Any:
     if value is None and type(None) in arguments:
         return None
+    if isinstance(value, Mapping):  # meant as the group: its own message is the one that helps
+        arguments = tuple(a for a in arguments if dataclasses.is_dataclass(a)) or arguments
+    if len(arguments) == 1:
+        return _coerce(value, arguments[0], name)
     errors: list[str] = []
     for argument in arguments:
         if argument is type(None):

@@ -2,30 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import EvalConfig
+from alignpro.config import EvalConfig, JudgeConfig, StaticSearch
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.evaluate.arms import OnProgress, evaluate_arms
+from alignpro.evaluate.arms import sample_arms
+from alignpro.evaluate.compare import compare_arms
+from alignpro.evaluate.judge import Judge, JudgeError, VerdictFile, judge_arms
+from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
+from alignpro.evaluate.progress import OnProgress
+from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
 from alignpro.models.adapter import LoraWeights, load_peft
-from alignpro.models.native_model import NativeModel, load_models
+from alignpro.models.native_model import NativeModel, load_model, load_models
+from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.types import Reward
 
 
-def run_evaluation(config: EvalConfig, *, on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Load what the configuration names and compare the arms; returns what `evaluate_arms` does."""
-    rows = load_eval_rows(config)
+@dataclass(frozen=True)
+class EvalInputs:
+    """What an evaluation reads before any model is loaded."""
+
+    rows: list[PromptRow]  # held out
+    search: SearchData | None  # of a static instruction that is to be found
+    verdicts: VerdictFile | None
+
+
+class UnjudgedError(JudgeError):
+    """The judge failed; ``report`` holds everything that was there before it was asked."""
+
+    def __init__(self, message: str, report: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def run_evaluation(
+    config: EvalConfig, *, output: Path | None = None, on_progress: OnProgress | None = None
+) -> dict[str, Any]:
+    """Load what the configuration names and compare the arms; returns what `evaluate_loaded` does.
+
+    output: where the report will be written; a judge's verdicts are kept beside it.
+
+    Raises:
+        ValueError, OSError, ImportError: bad input, before a model is loaded or while it is.
+        UnjudgedError: the judge failed.
+    """
+    if config.judge is not None and config.trained is None:
+        raise ValueError("judge: it compares the trained prompter; set trained to its PEFT folder")
+    for name in ("untuned", "trained", "tuned"):
+        _check_folder(name, getattr(config, name))
+    names = ["untuned"] if config.trained is None else ["untuned", "trained"]
+    inputs = load_inputs(config, num_prompters=len(names), output=output)
     reward = build_reward(config.reward)
     prompter, target = load_models(
         config.model, config.target, config.threads, config.target_compute
     )
-    prompters: dict[str, LoraWeights | None] = {"untuned": _load(config.untuned, prompter)}
-    if config.trained is not None:
-        prompters["trained"] = _load(config.trained, prompter)
-    return evaluate_loaded(config, prompter, target, reward, rows, prompters, on_progress)
+    prompters = {name: _load(getattr(config, name), prompter) for name in names}
+    return evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
 
 
 def evaluate_loaded(
@@ -33,20 +69,77 @@ def evaluate_loaded(
     prompter: NativeModel,
     target: NativeModel,
     reward: Reward,
-    rows: list[PromptRow],
+    inputs: EvalInputs,
     prompters: dict[str, LoraWeights | None],
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """The same over loaded parts."""
+    """The same over loaded parts.
+
+    Returns:
+        What `compare_arms` does, with ``static_search`` where one was made (see `search_static`)
+        and ``judge`` where there is one (see `judge_arms`).
+    """
+    tuned = _load(config.tuned, target)
+    judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
     pipeline = Pipeline.configured(config, prompter, target, reward)
-    return evaluate_arms(
+    static = None
+    if isinstance(config.static, str):
+        static = StaticInstruction(config.static.strip())
+    elif config.static is not None:
+        assert inputs.search is not None
+        static = search_static(
+            pipeline,
+            config.static,
+            inputs.search,
+            prompters,
+            seed=config.seed,
+            on_progress=on_progress,
+        )
+    arms = sample_arms(
         pipeline,
-        [row.prompt for row in rows],
+        [row.prompt for row in inputs.rows],
         config,
         prompters=prompters,
-        columns=stack_columns(rows),
+        static=static,
+        tuned=tuned,
+        columns=stack_columns(inputs.rows),
         on_progress=on_progress,
     )
+    report = compare_arms(pipeline, arms, config, prompters)
+    if static is not None and static.search is not None:
+        report["static_search"] = static.search
+    if judge is not None and config.judge is not None:
+        try:
+            report["judge"] = judge_arms(
+                judge,
+                arms,
+                config.judge,
+                seed=config.seed,
+                verdicts=inputs.verdicts,
+                on_progress=on_progress,
+            )
+        except JudgeError as error:
+            raise UnjudgedError(str(error), report) from error
+    return report
+
+
+def load_inputs(
+    config: EvalConfig, *, num_prompters: int = 2, output: Path | None = None
+) -> EvalInputs:
+    """Read and check everything that needs no model.
+
+    Raises:
+        ValueError, OSError, ImportError: bad input.
+    """
+    rows = load_eval_rows(config)
+    search = None
+    if isinstance(config.static, StaticSearch):
+        search = load_search(config.static, config, rows, num_prompters)
+    verdicts = None
+    if config.judge is not None:
+        check_judge(config.judge)
+        verdicts = VerdictFile(_verdict_path(config.judge, output))
+    return EvalInputs(rows, search, verdicts)
 
 
 def load_eval_rows(config: EvalConfig) -> list[PromptRow]:
@@ -60,6 +153,32 @@ def load_eval_rows(config: EvalConfig) -> list[PromptRow]:
     if wanted is not None and wanted > len(rows):
         raise ValueError(f"num_prompts: {config.data} has {len(rows)} rows, {wanted} asked for")
     return rows[:wanted]
+
+
+def _verdict_path(judge: JudgeConfig, output: Path | None) -> Path | None:
+    path = None if output is None else output.with_name(output.name + ".judge.jsonl")
+    if judge.cache is not None:
+        path = Path(judge.cache)
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"judge.cache: {path.parent}: no such folder; make it first")
+    return path
+
+
+def _judge(
+    judge: JudgeConfig, config: EvalConfig, prompter: NativeModel, target: NativeModel
+) -> Judge:
+    if judge.base_url is not None:
+        return EndpointJudge(judge)
+    path = resolve_model(judge.model)
+    for model, compute in ((prompter, "float32"), (target, config.target_compute)):
+        if compute == "float32" and path.samefile(model.path):
+            return LocalJudge(model)
+    return LocalJudge(load_model(judge.model, threads=config.threads))
+
+
+def _check_folder(name: str, folder: str | None) -> None:
+    if folder is not None and not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{name}: {folder}: expected a PEFT folder, got none there")
 
 
 def _load(folder: str | None, model: NativeModel) -> LoraWeights | None:

@@ -1,0 +1,98 @@
+"""The optimum of the objective, sampled without training (MATH: the optimum, in closed form)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignpro.config import EvalConfig, OptimumConfig
+from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.types import Rollout
+
+OPTIMUM_STREAM = 4  # of randomness, beside the pipeline's
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Answers to resampled rewrites."""
+
+    rollout: Rollout  # unscored
+    effective_samples: float  # mean over prompts of 1 / sum w^2: of the candidates' weights
+    generated_tokens: int  # candidates and their responses included
+    seconds: float
+
+
+def num_sequences(prompts: int, config: EvalConfig, optimum: OptimumConfig) -> int:
+    """Everything that `resample_optimum` samples, for a progress bar."""
+    candidates = optimum.num_candidates * (1 + optimum.num_responses)
+    return prompts * (candidates + config.num_rewrites * config.num_responses)
+
+
+def resample_optimum(
+    untuned: Pipeline,
+    prompts: Sequence[str],
+    config: EvalConfig,
+    optimum: OptimumConfig,
+    *,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Resampled:
+    """``num_rewrites`` draws a prompt from rho* = rho_sft exp(R / kl_coef) / Z, and their answers.
+
+    For every prompt the untuned prompter writes candidates, a few responses estimate each one's
+    R, and rewrites are drawn from the candidates, with replacement, by the weights
+    exp(R_hat / kl_coef) / Z (sampling importance resampling, Rubin 1987). The answers are fresh:
+    the responses that chose a rewrite were lucky and do not judge it.
+
+    It is a yardstick and no prompter: it looks at the reward of the held-out prompts. Two things
+    keep its reward below that of the true optimum: there are only so many candidates (few
+    effective samples: the best one of them is all there is), and R_hat is noisy, so a part of the
+    tilt goes to luck, which fresh answers do not repeat.
+    """
+    candidates = untuned.rollout(
+        prompts,
+        num_rewrites=optimum.num_candidates,
+        num_responses=optimum.num_responses,
+        seed=derive_seed(config.seed, OPTIMUM_STREAM, 0),
+        columns=columns,
+        on_progress=on_progress,
+    )
+    chosen, effective = [], []
+    for index, group in enumerate(candidates.rewrites):
+        weights = tilted_weights([w.reward for w in group], config.kl_coef)
+        effective.append(1.0 / float(np.square(weights).sum()))
+        draw = np.random.default_rng(derive_seed(config.seed, OPTIMUM_STREAM, 1, index))
+        picks = draw.choice(len(group), size=config.num_rewrites, p=weights)
+        chosen.append([group[pick] for pick in picks])
+    before = num_sequences(len(prompts), config, optimum) - (
+        len(prompts) * config.num_rewrites * config.num_responses
+    )
+    fresh = untuned.without_reward().answer(
+        prompts,
+        [[w.text for w in group] for group in chosen],
+        num_responses=config.num_responses,
+        seed=config.seed,
+        on_progress=None if on_progress is None else lambda done: on_progress(before + done),
+    )
+    rewrites = [
+        [replace(w, responses=a.responses) for w, a in zip(group, answered, strict=True)]
+        for group, answered in zip(chosen, fresh.rewrites, strict=True)
+    ]
+    return Resampled(
+        replace(fresh, rewrites=rewrites),
+        float(np.mean(effective)),
+        candidates.generated_tokens + fresh.generated_tokens,
+        candidates.seconds["generate"] + fresh.seconds["generate"],
+    )
+
+
+def tilted_weights(rewards: Sequence[float], kl_coef: float) -> NDArray[np.float64]:
+    """exp(R / kl_coef) / Z of ``rewards`` [N]: float64, sum 1, never over or under the range."""
+    logits = np.asarray(rewards, dtype=np.float64) / kl_coef
+    weights: NDArray[np.float64] = np.exp(logits - logits.max())
+    weights /= weights.sum()
+    return weights

@@ -1,0 +1,166 @@
+"""The search for a fixed instruction: budget, halving, common draws, and no look at what is held
+out."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from alignpro.config import EvalConfig, Prompting, StaticSearch
+from alignpro.data.load import PromptRow
+from alignpro.evaluate.static import SearchData, _plan, load_search, search_static
+from alignpro.pipeline import Pipeline
+from fake_model import WORDS, FakeModel
+
+TRAIN = [PromptRow(f"question {i}", {"level": i}) for i in range(10)]
+PROMPTING = Prompting(template="Advise: {prompt}", separator=" ")
+
+
+class Scorer:
+    """An instruction's number, plus noise of a known size; keeps what it saw."""
+
+    def __init__(self, noise=0.0):
+        self.noise = noise
+        self.prompts = set()
+
+    def __call__(self, prompts, rewrites, responses, **columns):
+        self.prompts |= set(prompts)
+        if columns:
+            assert [f"question {v}" for v in columns["level"]] == list(prompts)
+        rows = zip(prompts, rewrites, responses, strict=True)
+        return [self.value(w) + self.noise * self.luck(*row) for row in rows for w in row[1:2]]
+
+    def value(self, rewrite):
+        return float(rewrite.split()[-1]) if rewrite.split()[-1:][0].isdigit() else -1.0
+
+    def luck(self, *row):
+        return hashlib.sha256(repr(row).encode()).digest()[0] / 127.5 - 1
+
+
+def make(reward, mode="append"):
+    prompting = Prompting(mode=mode, template="Advise: {prompt}", separator=" ")
+    return Pipeline(FakeModel("p"), FakeModel("t"), reward, prompting=prompting)
+
+
+def test_a_plan_by_hand():
+    # 9 candidates: 4 halvings (9, 5, 3, 2) with 50 responses each, on at most 10 prompts.
+    assert _plan(9, 10, 200) == [(9, 5, 1), (5, 10, 1), (3, 10, 1), (2, 10, 2)]
+    assert _plan(1, 10, 200) == []
+    for candidates, prompts, budget in ((100, 7, 1000), (2, 1, 2), (65, 96, 2048)):
+        plan = _plan(candidates, prompts, budget)
+        assert sum(c * p * m for c, p, m in plan) <= budget
+        assert all(p >= 1 and m >= 1 for _, p, m in plan)
+        shown = [p * m for _, p, m in plan]
+        assert shown == sorted(shown)
+
+
+def test_the_best_instruction_is_found_through_noise():
+    scorer = Scorer(noise=3.0)
+    pipeline = make(scorer)
+    data = SearchData(TRAIN, [f"style {i}" for i in range(20)])
+    search = StaticSearch(num_written=0, budget=4000)
+    seen = []
+    found = search_static(
+        pipeline, search, data, {}, seed=1, on_progress=lambda *row: seen.append(row)
+    )
+    assert found.text == "style 19"
+    history = found.search
+    assert [r["candidates"] for r in history["rounds"]] == [20, 10, 5, 3, 2]
+    assert history["responses"] <= 4000 and seen[-1][1] == seen[-1][2] == history["responses"]
+    assert len(pipeline.target.handles) == history["responses"]
+    last = history["rounds"][-1]["best"]
+    assert [entry["instruction"] for entry in last] == ["style 19", "style 18"]
+    # Rewards of earlier rounds are kept.
+    assert last[0]["responses"] == sum(r["responses"] for r in history["rounds"])
+    assert last[0]["mean_reward"] == pytest.approx(19.0, abs=1.0)
+    assert scorer.prompts == {row.prompt for row in TRAIN}
+    again = search_static(make(Scorer(noise=3.0)), search, data, {}, seed=1)
+    assert again == found
+
+
+def test_candidates_of_a_round_share_prompts_and_draws():
+    pipeline = make(Scorer())
+    data = SearchData(TRAIN, ["a 1", "b 2", "c 3"])
+    search_static(pipeline, StaticSearch(num_written=0, budget=24), data, {}, seed=0)
+    first = pipeline.target.handles[:12]  # 4 prompts by 3 candidates
+    keys = [(h.params.seed, h.sample) for h in first]
+    assert len(set(keys)) == 4 and all(keys.count(key) == 3 for key in keys)
+    texts = [bytes(t - 3 for t in h.prompt_tokens[1:-1]).decode() for h in first]
+    assert texts[:3] == ["question 0 a 1", "question 0 b 2", "question 0 c 3"]
+
+
+def test_what_the_prompters_write_is_among_the_candidates():
+    pipeline = make(lambda prompts, rewrites, responses, **c: [float(len(w)) for w in rewrites])
+    data = SearchData(TRAIN, ["Hm.", "with care"])
+    prompters = {"untuned": None, "trained": "other"}
+    search = StaticSearch(num_written=10, budget=500)
+    found = search_static(pipeline, search, data, prompters, seed=0)
+    # Empty rewrites are no candidates, equal ones are one; "as a list" is as long, but comes later.
+    written = {word.strip() for word in WORDS} - {""}
+    assert found.search["candidates"] <= len(written | {"Hm."})
+    assert found.search["candidates"] > 4
+    assert (found.text, found.search["source"]) == ("with care", "given")
+    assert {h.adapter for h in pipeline.prompter.handles} == {None, "other"}
+    read = {bytes(t - 3 for t in h.prompt_tokens[1:-1]).decode() for h in pipeline.prompter.handles}
+    assert read == {f"Advise: {row.prompt}" for row in TRAIN}
+
+
+def test_in_rewrite_mode_instructions_are_appended_and_prompters_not_asked():
+    pipeline = make(Scorer(), mode="rewrite")
+    data = SearchData(TRAIN, ["a 1", "b 2"])
+    found = search_static(
+        pipeline, StaticSearch(num_written=5, budget=20), data, {"untuned": None}, seed=0
+    )
+    assert found.text == "b 2" and pipeline.prompter.handles == []
+    tokens = pipeline.target.handles[0].prompt_tokens
+    assert bytes(t - 3 for t in tokens[1:-1]).decode() == "question 0 a 1"
+    assert pipeline.prompting.mode == "rewrite"  # the caller's own is left alone
+
+
+def test_one_candidate_needs_no_search():
+    pipeline = make(Scorer())
+    found = search_static(
+        pipeline, StaticSearch(num_written=0), SearchData(TRAIN, ["only 1"]), {}, seed=0
+    )
+    assert found.text == "only 1" and found.search["rounds"] == []
+    assert pipeline.target.handles == []
+
+
+def test_no_prompt_that_is_held_out_is_searched_on():
+    config = EvalConfig()
+    held_out = [PromptRow("How do I remove limescale from a kettle?")]
+    with pytest.raises(ValueError, match=r"static: 1 of the 96 prompts .* held out as well"):
+        load_search(StaticSearch(), config, held_out, 2)
+    data = load_search(StaticSearch(), config, [PromptRow("another")], 2)
+    assert len(data.rows) == 96 and len(data.instructions) == 52
+
+
+def test_instructions_from_a_file_and_a_list(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"instruction": " Be brief. "}\n{"instruction": "Be kind."}\n')
+    search = StaticSearch(instructions=str(path), candidates=("Be kind.", "Be bold."))
+    data = load_search(search, EvalConfig(), [PromptRow("x")], 1)
+    assert data.instructions == ["Be kind.", "Be bold.", "Be brief."]
+
+
+def test_bad_searches():
+    config, held_out = EvalConfig(), [PromptRow("x")]
+    with pytest.raises(ValueError, match=r"static.budget: expected at least 812 .*116.*7 rounds"):
+        load_search(StaticSearch(budget=811), config, held_out, 2)
+    load_search(StaticSearch(budget=812), config, held_out, 2)
+    rewriting = EvalConfig(prompting=Prompting(mode="rewrite"))
+    with pytest.raises(ValueError, match="a prompter writes no instructions"):
+        load_search(StaticSearch(instructions=None), rewriting, held_out, 2)
+    with pytest.raises(ValueError, match="num_written: expected 0 or more"):
+        StaticSearch(num_written=-1)
+    with pytest.raises(ValueError, match="candidates: expected at least one"):
+        StaticSearch(instructions=None, num_written=0)
+    with pytest.raises(ValueError, match="none of them empty"):
+        StaticSearch(candidates=("ok", " "))
+    mute = Pipeline(FakeModel("p"), FakeModel("t"), Scorer(), prompting=PROMPTING)
+    mute.rewrite = None
+    with pytest.raises(ValueError, match="nothing but empty rewrites"):
+        search_static(
+            mute, StaticSearch(num_written=0), SearchData(TRAIN, []), {"untuned": None}, seed=0
+        )
