@@ -10,7 +10,9 @@ import pytest
 from alignpro.statistics import (
     bootstrap_mean_ci,
     law_of_total_variance,
+    length_controlled_win_rate,
     paired_difference,
+    ratio_of_means,
     variance,
 )
 
@@ -68,6 +70,99 @@ def test_pairing_takes_out_what_the_prompts_share():
     assert mean == pytest.approx(np.mean(treated) - np.mean(control))
     swapped = paired_difference(control, treated)
     assert swapped.high < -0.4
+
+
+def test_a_ratio_resamples_both_sides_together():
+    rng = np.random.default_rng(6)
+    gap = rng.uniform(0.5, 5.0, size=200)
+    # Every prompt gains the same share of its gap, so every draw of prompts has the same ratio.
+    assert ratio_of_means(0.3 * gap, gap) == pytest.approx((0.3, 0.3, 0.3))
+    noisy = 0.3 * gap + rng.normal(0, 0.5, size=200)
+    share = ratio_of_means(noisy, gap)
+    assert share.mean == pytest.approx(noisy.mean() / gap.mean())
+    # The delta method for a ratio of means over the same prompts.
+    half = 1.96 * (noisy - share.mean * gap).std(ddof=1) / gap.mean() / math.sqrt(200)
+    assert share.low == pytest.approx(share.mean - half, abs=0.1 * half)
+    assert share.high == pytest.approx(share.mean + half, abs=0.1 * half)
+
+
+def test_a_ratio_with_zeros_below_stays_finite():
+    share = ratio_of_means([1.0, 0.0], [1.0, 0.0])  # both drawn from the second: 0 / 0, left out
+    assert tuple(share) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("numerator", "denominator", "says"),
+    [
+        ([1.0], [1.0], "at least 2"),
+        ([1.0, 2.0], [1.0], "at least 2 values of the same prompts, got 2, 1"),
+        ([1.0, 2.0], [1.0, -1.0], "mean other than 0"),
+        ([1.0, math.inf], [1.0, 1.0], "numerator: expected finite"),
+    ],
+)
+def test_bad_ratios(numerator, denominator, says):
+    with pytest.raises(ValueError, match=says):
+        ratio_of_means(numerator, denominator)
+
+
+def test_length_control_recovers_the_rate_at_equal_lengths():
+    rng = np.random.default_rng(7)
+    lengths = rng.normal(20, 30, size=3000)
+    scale = math.sqrt(np.square(lengths).mean())
+    chance = 1 / (1 + np.exp(-(0.4 + 1.5 * np.tanh(lengths / scale))))
+    wins = (rng.random(3000) < chance).astype(float)
+    rate = length_controlled_win_rate(wins, lengths, resamples=200)
+    truth = 1 / (1 + math.exp(-0.4))
+    assert wins.mean() > 0.68  # what length adds
+    assert rate.low < truth < rate.high and rate.high - rate.low < 0.1
+    # Any unit of length, and the other side's view.
+    assert length_controlled_win_rate(wins, lengths * 7, resamples=2).mean == pytest.approx(
+        rate.mean, abs=1e-4
+    )
+    assert length_controlled_win_rate(1 - wins, -lengths, resamples=2).mean == pytest.approx(
+        1 - rate.mean, abs=1e-4
+    )
+
+
+def test_length_control_at_equal_lengths_is_the_plain_rate():
+    # 15 wins of 20: sigmoid(a) = 3/4 but for the prior, a normal of deviation 10.
+    rate = length_controlled_win_rate([1.0] * 15 + [0.0] * 5, [0.0] * 20, resamples=50)
+    assert rate.mean == pytest.approx(0.75, abs=1e-3)
+    ties = length_controlled_win_rate([0.5] * 20, [0.0] * 20, resamples=50)
+    assert tuple(ties) == pytest.approx((0.5, 0.5, 0.5))
+    always = length_controlled_win_rate([1.0] * 20, [0.0] * 20, resamples=50)
+    assert 0.99 < always.mean < 1
+
+
+def test_length_control_resamples_prompts():
+    """Ten pairs of one prompt that agree are no more evidence than one."""
+    rng = np.random.default_rng(8)
+    wins = (rng.random(40) < 0.6).astype(float)
+    single = length_controlled_win_rate(wins, np.zeros(40), resamples=300)
+    prompts = np.repeat(np.arange(40), 10)
+    repeated = length_controlled_win_rate(
+        np.repeat(wins, 10), np.zeros(400), prompts=prompts, resamples=300
+    )
+    as_if_new = length_controlled_win_rate(np.repeat(wins, 10), np.zeros(400), resamples=300)
+    width = single.high - single.low
+    assert repeated.high - repeated.low == pytest.approx(width, rel=0.2)
+    assert as_if_new.high - as_if_new.low < 0.5 * width
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (([1.0, 0.0], [1.0]), "expected aligned pairs"),
+        (([1.0, 2.0], [0.0, 0.0]), "preferences: expected numbers between 0 and 1"),
+        (([1.0], [0.0]), "at least 2 for an interval"),
+        (([1.0, math.nan], [0.0, 0.0]), "finite"),
+    ],
+)
+def test_bad_pairs(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        length_controlled_win_rate(*arguments)
+    with pytest.raises(ValueError, match="at least 2 for an interval, got 1"):
+        length_controlled_win_rate([1.0, 0.0], [0.0, 0.0], prompts=[3, 3])
 
 
 def test_variance_is_unbiased():

@@ -121,11 +121,9 @@ class EndpointJudge:
 
         config = self._config
         named = config.api_key_env
-        headers: dict[str, Any] = {} if named is not None else {"Authorization": openai.omit}
         return openai.OpenAI(
             base_url=config.base_url,
             api_key=os.environ[named] if named is not None else "none",
-            default_headers=headers,
             timeout=config.timeout_seconds,
             max_retries=config.max_retries,
         )
@@ -162,10 +160,14 @@ class EndpointJudge:
         return Reply(None, problem)
 
     def _complete(self, client: openai.OpenAI, messages: list[dict[str, str]]) -> Any:
+        import openai
+
         request: dict[str, Any] = {"model": self._config.model, "messages": messages}
         for name in ("temperature", "max_tokens"):
             if getattr(self._config, name) is not None:
                 request[name] = getattr(self._config, name)
+        if self._config.api_key_env is None:
+            request["extra_headers"] = {"Authorization": openai.omit}
         return client.chat.completions.create(**request)
 
 

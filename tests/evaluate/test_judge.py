@@ -1,0 +1,333 @@
+"""Win rates: a judge on a real HTTP server with the faults that real ones have."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+
+import numpy as np
+import pytest
+
+from alignpro.config import JudgeConfig
+from alignpro.evaluate.arms import Arm
+from alignpro.evaluate.judge import JudgeError, VerdictFile, judge_arms, question_text
+from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge, read_verdict
+from alignpro.statistics import length_controlled_win_rate
+from alignpro.types import Response, Rewrite, Rollout
+from judge_server import Fault, JudgeServer, read_question
+
+PROMPTS = ["Why {first}?", "How?\n\nTwo lines.", "What?", "Who?"]
+
+
+def arm(texts, rewrite="REWRITTEN", prompts=None):
+    """One response text a prompt, or a list of them."""
+    prompts = prompts or PROMPTS
+    groups = []
+    for index, text in enumerate(texts):
+        responses = [
+            Response([1], t, [0.0], "stop") for t in ([text] if isinstance(text, str) else text)
+        ]
+        groups.append(
+            [Rewrite(index, [], [1], [0.0], rewrite, f"{rewrite} turn", [1], "stop", responses)]
+        )
+    rollout = Rollout(list(prompts), groups, {"generate": 0.0}, 0)
+    return Arm(rollout, [[0.0]] * len(texts), {}, True)
+
+
+def better(asked):
+    """Prefers the response that says "good"."""
+    return "A" if "good" in asked.a else "B"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    # 1000 resamples a comparison take half a second; test_statistics.py looks at the interval.
+    few = functools.partial(length_controlled_win_rate, resamples=60)
+    monkeypatch.setattr("alignpro.evaluate.judge.length_controlled_win_rate", few)
+    monkeypatch.setenv("JUDGE_KEY", "secret-key")
+    with JudgeServer(better) as running:
+        yield running
+
+
+def config(server, **changes):
+    settings = {
+        "model": "referee",
+        "base_url": server.url,
+        "api_key_env": "JUDGE_KEY",
+        "max_retries": 2,
+        "timeout_seconds": 5.0,
+        **changes,
+    }
+    return JudgeConfig(**settings)
+
+
+def ask(server, arms, *, verdicts=None, **changes):
+    settings = config(server, **changes)
+    return judge_arms(EndpointJudge(settings), arms, settings, verdicts=verdicts)
+
+
+ARMS = {
+    "trained": arm(["good a", "good b", "poor c", "good d"]),
+    "raw": arm(["poor 1", "poor 2", "good 3", "poor 4"]),
+}
+
+
+def test_wins_losses_and_what_the_judge_sees(server):
+    report = ask(server, ARMS)
+    assert (report["name"], report["questions"], report["failed"]) == ("referee", 8, 0)
+    result = report["comparisons"]["trained_vs_raw"]
+    assert (result["n"], result["wins"], result["ties"], result["losses"]) == (4, 3, 0, 1)
+    assert result["win_rate"] == 0.75 and result["order_disagreements"] == 0
+    low, high = result["ci95"]
+    assert 0 <= low < 0.75 < high <= 1
+    assert result["first_chosen"] == 0.5 and result["errors"] == 0
+    assert result["mean_length_difference"] == 0.0
+    # At equal lengths length control changes nothing but for the weak prior.
+    assert result["length_controlled_win_rate"] == pytest.approx(0.75, abs=0.01)
+    # The original prompt with both responses, in both orders; never a rewrite.
+    trained, raw = (
+        ("good a", "good b", "poor c", "good d"),
+        ("poor 1", "poor 2", "good 3", "poor 4"),
+    )
+    expected = [*zip(PROMPTS, trained, raw, strict=True), *zip(PROMPTS, raw, trained, strict=True)]
+    assert sorted((q.prompt, q.a, q.b) for q in server.asked) == sorted(expected)
+    for asked in server.asked:
+        assert "REWRITTEN" not in json.dumps(asked.body)
+        assert asked.headers["authorization"] == "Bearer secret-key"
+        assert asked.body["model"] == "referee" and asked.body["temperature"] == 0.0
+        assert asked.body["max_tokens"] == 16
+
+
+def test_a_judge_that_always_says_a_prefers_nothing(server):
+    server.verdict = lambda asked: "A"
+    result = ask(server, ARMS)["comparisons"]["trained_vs_raw"]
+    assert (result["wins"], result["ties"], result["losses"]) == (0, 4, 0)
+    assert result["win_rate"] == 0.5 and result["ci95"] == [0.5, 0.5]
+    assert result["order_disagreements"] == 4 and result["first_chosen"] == 1.0
+
+
+def test_a_judge_of_length_is_seen_through(server):
+    """The trained arm is longer in three of four pairs, and the longer response always wins."""
+    server.verdict = lambda asked: "A" if len(asked.a) > len(asked.b) else "B"
+    draws = np.random.default_rng(0)
+    prompts = [f"question {i}" for i in range(150)]
+    lengths = draws.integers(40, 160, size=150)
+    longer = np.rint(draws.normal(20, 30, size=150)).astype(int)
+    arms = {
+        "trained": arm(["t" * int(n) for n in np.maximum(lengths + longer, 1)], prompts=prompts),
+        "raw": arm(["r" * int(n) for n in lengths], prompts=prompts),
+    }
+    result = ask(server, arms)["comparisons"]["trained_vs_raw"]
+    assert result["win_rate"] > 0.7 and result["ci95"][0] > 0.6
+    low, high = result["length_controlled_ci95"]
+    assert low < 0.5 < high
+    assert abs(result["length_controlled_win_rate"] - 0.5) < 0.1  # 150 pairs
+    assert result["mean_length_difference"] == pytest.approx(longer.mean(), abs=1)
+
+
+def test_three_comparisons_and_several_pairs(server):
+    arms = {
+        "trained": arm([["good 1", "poor 1"]] * 4),
+        "raw": arm([["poor 2", "poor 2"]] * 4, ""),
+        "untuned": arm([["poor 3", "good 3"]] * 4),
+        "static": arm([["good 1", "poor 1"]] * 4),
+        "optimum": arm([["x", "y"]] * 4),
+        "tuned": arm([["x", "y"]] * 4),
+    }
+    report = ask(server, arms, num_prompts=3, num_pairs=2)
+    found = report["comparisons"]
+    assert list(found) == ["trained_vs_raw", "trained_vs_untuned", "trained_vs_static"]
+    assert [found[name]["n"] for name in found] == [6, 6, 6]
+    # poor 1 against poor 2: the server says B to both, which is a disagreement and a tie.
+    raw = found["trained_vs_raw"]
+    assert (raw["wins"], raw["ties"], raw["order_disagreements"]) == (3, 3, 3)
+    assert (found["trained_vs_untuned"]["wins"], found["trained_vs_untuned"]["losses"]) == (3, 3)
+    # The same text on both sides is a tie that nobody was asked about.
+    static = found["trained_vs_static"]
+    assert (static["ties"], static["order_disagreements"]) == (6, 0)
+    assert static["first_chosen"] is None
+    assert report["questions"] == len(server.asked) == 24
+    assert {asked.prompt for asked in server.asked} == set(PROMPTS[:3])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=429, headers={"Retry-After": "0"}),
+        Fault(status=500, headers={"Retry-After": "0"}),
+        Fault(status=503, body="<html>busy</html>", headers={"Retry-After": "0"}),
+        Fault(body='{"choices": [{"mess', promise=500),
+        Fault(body='{"choices": [{"mess'),
+        Fault(body="[]"),
+        Fault(body='{"choices": []}'),
+        Fault(body="null"),
+        Fault.reply("I think that both have their merits."),
+        Fault.reply(None),
+        Fault.reply(""),
+    ],
+)
+def test_a_passing_fault_costs_no_verdict(server, fault):
+    server.faults = [fault, fault]
+    report = ask(server, ARMS, concurrency=2)
+    assert report["failed"] == 0 and len(server.asked) == 10
+    assert report["comparisons"]["trained_vs_raw"]["wins"] == 3
+
+
+def test_retry_after_is_waited_for(server):
+    server.faults = [Fault(status=429, headers={"Retry-After": "1"})]
+    arms = {name: arm(["good", "bad"], prompts=PROMPTS[:2]) for name in ("trained", "raw")}
+    arms["raw"] = arm(["bad", "bad"], prompts=PROMPTS[:2])
+    ask(server, arms, concurrency=1)
+    assert server.asked[1].at - server.asked[0].at >= 0.9
+    assert server.asked[1].prompt == server.asked[0].prompt
+
+
+def test_a_timeout_is_tried_again(server):
+    server.faults = [Fault(sleep=1.5)]
+    report = ask(server, ARMS, concurrency=1, timeout_seconds=0.3)
+    assert report["failed"] == 0 and len(server.asked) == 9
+
+
+def test_a_verdict_in_prose_is_asked_once_more_then_an_error(server):
+    prose = Fault.reply("Response A is better, although B is shorter.")
+    server.faults = [prose, prose]
+    report = ask(server, ARMS, concurrency=1, max_failed=0.2)
+    assert report["failed"] == 1 and len(server.asked) == 9
+    again = server.asked[1].body["messages"]
+    assert [m["role"] for m in again] == ["user", "assistant", "user"]
+    assert again[0] == server.asked[0].body["messages"][0]
+    result = report["comparisons"]["trained_vs_raw"]
+    assert (result["n"], result["errors"]) == (3, 1)  # neither a loss nor a tie
+    assert (result["wins"], result["ties"], result["losses"]) == (2, 0, 1)
+    assert result["win_rate"] == pytest.approx(2 / 3)
+
+
+def test_too_many_failures_stop_the_run_and_lose_nothing(server, tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    server.verdict = lambda asked: better(asked) if "How" in asked.prompt else "hm"
+    with pytest.raises(JudgeError, match=r"2 of \d questions got no verdict.*no verdict: hm") as e:
+        ask(server, ARMS, max_failed=0.2, concurrency=1, verdicts=VerdictFile(path))
+    assert "\n" not in str(e.value) and "0.2 of 8" in str(e.value)
+    kept = len(path.read_text().splitlines()) if path.exists() else 0
+    server.verdict, server.asked = better, []
+    report = ask(server, ARMS, verdicts=VerdictFile(path))
+    assert report["replayed"] == kept and len(server.asked) == 8 - kept
+
+
+def test_a_server_that_is_down_is_one_line(server):
+    server.always = Fault(status=502, headers={"Retry-After": "0"})
+    with pytest.raises(JudgeError, match=r"1 of 1 questions got no verdict.*502"):
+        ask(server, ARMS, concurrency=1, max_retries=1)
+    assert len(server.asked) >= 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refused_key_or_unknown_model_stops_at_once(server, status):
+    message = json.dumps({"error": {"message": "no such thing"}})
+    server.always = Fault(status=status, body=message)
+    with pytest.raises(JudgeError, match=f"judge referee: .*{status}.*no such thing") as caught:
+        ask(server, ARMS, max_failed=0.9, concurrency=1)
+    assert "secret-key" not in str(caught.value)
+
+
+def test_no_more_questions_at_once_than_asked_for(server):
+    def slowly(asked):
+        time.sleep(0.05)
+        return better(asked)
+
+    server.verdict = slowly
+    prompts = [f"question {i}" for i in range(12)]
+    arms = {
+        "trained": arm(["good"] * 12, prompts=prompts),
+        "raw": arm(["bad"] * 12, prompts=prompts),
+    }
+    ask(server, arms, concurrency=3)
+    assert server.most_under_way == 3
+
+
+def test_a_second_run_asks_nothing(server, tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    first = ask(server, ARMS, verdicts=VerdictFile(path))
+    assert len(server.asked) == 8
+    text = path.read_text()
+    assert "secret" not in text and "Two lines" not in text
+    # A crash in the middle of a line: that verdict is asked for again, and the file is whole.
+    path.write_text(text[:-20])
+    second = ask(server, ARMS, verdicts=VerdictFile(path))
+    assert len(server.asked) == 9 and second["replayed"] == 7
+    third = ask(server, ARMS, verdicts=VerdictFile(path))
+    assert len(server.asked) == 9 and third["replayed"] == 8
+    assert first["comparisons"] == second["comparisons"] == third["comparisons"]
+    # Another model, prompt or sampling is another question.
+    ask(server, ARMS, verdicts=VerdictFile(path), temperature=None, max_tokens=None)
+    assert len(server.asked) == 17 and "temperature" not in server.asked[-1].body
+    assert "max_tokens" not in server.asked[-1].body
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text('{"prompt": "mine"}\n')
+    with pytest.raises(ValueError, match="line 1: expected a judge's verdict"):
+        VerdictFile(path)
+    assert path.read_text() == '{"prompt": "mine"}\n'
+
+
+def test_an_endpoint_without_a_key(server, monkeypatch):
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(ValueError, match="the environment variable JUDGE_KEY is not set"):
+        check_judge(config(server))
+    check_judge(config(server, api_key_env=None))
+    ask(server, ARMS, api_key_env=None)
+    assert all("authorization" not in asked.headers for asked in server.asked)
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("A", "A"), (" B.\n", "B"), ("**A**", "A"), ("[[B]]", "B"), ("(A)", "A"), ("'B'", "B"),
+        ("Answer: A", "A"), ("The better response is B.", "B"), ("Response A", "A"),
+        ("**Verdict: B**", "B"), ("_A_", "A"),
+        ("A good answer", None), ("A and B", None), ("A, B", None), ("AB", None), ("a", None),
+        ("Both", None), ("tie", None), ("", None), ("C", None), ("A is better", None),
+        ("B is better than A", None), ("Bad", None), ("I cannot say.", None),
+    ],
+)  # fmt: skip
+def test_reading_a_verdict(reply, verdict):
+    assert read_verdict(reply) == verdict
+
+
+def test_braces_and_markers_in_the_texts_stay_what_they_are():
+    text = question_text("{second} {", "{prompt}", "}{first}")
+    parts = read_question(text)
+    assert parts == {"prompt": "{second} {", "A": "{prompt}", "B": "}{first}"}
+
+
+def test_a_local_judge_reads_the_likelier_letter(tiny_model_dir, monkeypatch):
+    from alignpro.models.native_model import load_model
+
+    # The tiny model's context holds 256 tokens, which are bytes.
+    monkeypatch.setattr("alignpro.evaluate.judge._QUESTION", "{prompt}\n{first}\n{second}\nA or B?")
+    model = load_model(tiny_model_dir("llama"), threads=2)
+    judge = LocalJudge(model)
+    questions = [question_text("why", f"answer {i}", "other") for i in range(11)]
+    replies = dict(judge.replies(questions))
+    assert sorted(replies) == list(range(11))
+    letters = [model.tokenizer.encode(letter) for letter in ("A", "B")]
+    for index, reply in replies.items():
+        chat = model.tokenizer.encode_chat([{"role": "user", "content": questions[index]}])
+        a, b = (float(s[-1]) for s in model.score([chat + letter for letter in letters]))
+        assert reply.verdict == ("A" if a > b else "B")
+        assert reply.text == f"log p(A) {a:.4f}, log p(B) {b:.4f}"
+    assert dict(judge.replies(questions)) == replies
+    ((index, reply),) = judge.replies([question_text("why " * 500, "x", "y")])
+    assert (index, reply.verdict) == (0, None) and "exceed the context" in reply.text
+
+
+def test_comparisons_of_one_prompt_have_no_interval(server):
+    result = ask(server, ARMS, num_prompts=2)["comparisons"]["trained_vs_raw"]
+    assert result["ci95"] is not None
+    single = {name: arm([a.response_texts(0)[0]], prompts=PROMPTS[:1]) for name, a in ARMS.items()}
+    result = ask(server, single)["comparisons"]["trained_vs_raw"]
+    assert (result["n"], result["win_rate"], result["ci95"]) == (1, 1.0, None)
+    assert result["length_controlled_win_rate"] is None

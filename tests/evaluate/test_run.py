@@ -1,0 +1,201 @@
+"""A configuration to a report, with every arm, on a tiny model; and what is refused before it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import pytest
+from typer.testing import CliRunner
+
+from alignpro.cli import app
+from alignpro.config import EvalConfig, from_mapping
+from alignpro.evaluate.run import load_inputs, run_evaluation
+from alignpro.models.adapter import save_peft
+from alignpro.models.native_model import load_model
+from alignpro.statistics import length_controlled_win_rate
+from judge_server import Fault, JudgeServer
+from native_runs import lora
+
+ARMS = ["raw", "static", "untuned", "trained", "optimum", "tuned"]
+SHORT = "{prompt}\n{first}\n{second}\nA or B?"  # the tiny model's context is 256 tokens of a byte
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    model = load_model(tiny_model_dir("llama"), threads=2)
+    for seed, name in enumerate(("trained", "tuned")):
+        save_peft(folder / name, lora(model, seed=seed))
+    rows = [
+        {"prompt": f"tell me about {what}", "split": "heldout" if i % 2 else "train"}
+        for i, what in enumerate(("tides", "bees", "rain", "rust", "moss", "owls", "salt", "fog"))
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder, tiny_model_dir("llama")
+
+
+def mapping(files, **changes):
+    folder, model = files
+    return {
+        "model": str(model),
+        "threads": 2,
+        "data": str(folder / "prompts.jsonl"),
+        "reward": "letter_reward:count_e",
+        "num_rewrites": 2,
+        "rewrite": {"max_new_tokens": 4},
+        "response": {"max_new_tokens": 5},
+        "trained": str(folder / "trained"),
+        **changes,
+    }
+
+
+def everything(files, **changes):
+    folder, model = files
+    return mapping(
+        files,
+        tuned=str(folder / "tuned"),
+        static={"instructions": None, "candidates": ["be brief", "be kind"], "num_written": 2,
+                "budget": 60},
+        optimum={"num_candidates": 3, "num_responses": 2},
+        judge={"model": str(model), "num_prompts": 3},
+        **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def quick_judge(monkeypatch):
+    few = functools.partial(length_controlled_win_rate, resamples=20)
+    monkeypatch.setattr("alignpro.evaluate.judge.length_controlled_win_rate", few)
+    monkeypatch.setattr("alignpro.evaluate.judge._QUESTION", SHORT)
+
+
+def finite(value):
+    """Whether JSON can hold it: no NaN and no infinity, at any depth."""
+    if isinstance(value, dict):
+        return all(finite(item) for item in value.values())
+    if isinstance(value, list):
+        return all(finite(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
+    output = tmp_path / "report.json"
+    seen = []
+    config = from_mapping(EvalConfig, everything(files))
+    report = run_evaluation(config, output=output, on_progress=lambda *row: seen.append(row))
+    assert list(report["arms"]) == ARMS
+    assert set(report["paired"]) == {f"trained_minus_{n}" for n in ARMS if n != "trained"}
+    for name, arm in report["arms"].items():
+        assert (arm["n"], arm["num_responses"]) == (4, 8)
+        assert ("copy_rate" in arm) == (name not in ("raw", "tuned"))
+    search = report["static_search"]
+    assert search["instruction"] == report["arms"]["static"]["instruction"]
+    assert search["train_prompts"] == 4 and search["responses"] <= 60
+    assert report["gap_closed"].keys() >= {"share", "ci95", "gap"}
+    assert report["kl_per_rewrite"] > 0 and report["kl_per_token"] > 0
+    judged = report["judge"]
+    assert set(judged["comparisons"]) == {f"trained_vs_{n}" for n in ("raw", "static", "untuned")}
+    assert judged["failed"] == 0 and judged["questions"] > 0
+    for result in judged["comparisons"].values():
+        assert result["n"] == 3 == result["wins"] + result["ties"] + result["losses"]
+    assert finite(report) and json.loads(json.dumps(report)) == report
+    names = dict.fromkeys(name for name, _, _ in seen)
+    assert list(names) == ["static search", *ARMS, "judge"]
+    assert all(done <= total for _, done, total in seen)
+    last = {name: (done, total) for name, done, total in seen}
+    assert all(done == total for done, total in last.values())
+    # The same again, with nothing left to ask.
+    again = run_evaluation(config, output=output)
+    assert again["judge"].pop("replayed") == judged["questions"]
+    judged.pop("replayed")
+    for each in (report, again):
+        each.pop("tokens_per_second")
+    assert again == report
+    assert (tmp_path / "report.json.judge.jsonl").is_file()
+
+
+def test_the_tuned_target_is_the_adapter_on_the_target(files):
+    folder, _ = files
+    report = run_evaluation(
+        from_mapping(EvalConfig, mapping(files, tuned=str(folder / "tuned"), num_samples=4))
+    )
+    assert list(report["arms"]) == ["raw", "untuned", "trained", "tuned"]
+    raw, tuned = (
+        [sample[f"response_{arm}"] for sample in report["samples"]] for arm in ("raw", "tuned")
+    )
+    assert raw != tuned
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"trained": "nothing/here"}, "trained: nothing/here: expected a PEFT folder"),
+        ({"tuned": "nothing/here"}, "tuned: nothing/here: expected a PEFT folder"),
+        ({"trained": None, "judge": {"model": "m"}}, "judge: it compares the trained prompter"),
+        ({"judge": {}}, "judge.model: expected the judge's path or name"),
+        ({"judge": {"model": "m", "base_url": "localhost:80"}}, "judge.base_url: expected an http"),
+        ({"judge": {"model": "m", "num_pairs": 3}}, "judge.num_pairs: expected at most 2"),
+        ({"judge": {"model": "m", "base_url": "http://x", "api_key_env": "NO_SUCH"}}, "NO_SUCH"),
+        ({"judge": {"modle": "m"}}, 'key "judge.modle"; did you mean "model"'),
+        ({"static": {"budgt": 3}}, 'key "static.budgt"; did you mean "budget"'),
+        ({"static": " "}, "static: expected an instruction or a search"),
+        ({"static": 3}, "static: expected text or a mapping of fields or null, got 3"),
+        ({"static": {"budget": 3}}, "static.budget: expected at least"),
+        ({"static": {"split": "heldout"}}, "4 of the 4 prompts to search on"),
+        ({"static": {}, "split": None}, "4 of the 4 prompts to search on"),
+        ({"optimum": {"num_candidates": 1}}, "optimum.num_candidates: expected at least 2"),
+        ({"kl_coef": 0}, "kl_coef: expected above 0"),
+    ],
+)  # fmt: skip
+def test_refused_before_a_model_is_loaded(files, changes, line, monkeypatch):
+    monkeypatch.setattr("alignpro.evaluate.run.load_models", None)
+    with pytest.raises((ValueError, OSError)) as caught:
+        run_evaluation(from_mapping(EvalConfig, mapping(files, **changes)))
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_cache_in_no_folder(files, tmp_path):
+    judge = {"model": "m", "cache": str(tmp_path / "no" / "file")}
+    with pytest.raises(FileNotFoundError, match=r"judge.cache: .*no such folder"):
+        load_inputs(from_mapping(EvalConfig, mapping(files, judge=judge)))
+
+
+def write_yaml(path, config):
+    path.write_text(json.dumps(config))  # which YAML reads as well
+    return path
+
+
+def test_the_command_writes_and_prints_every_arm(files, quick_judge, tmp_path):
+    config = write_yaml(tmp_path / "all.yaml", everything(files))
+    output = tmp_path / "out.json"
+    result = CliRunner().invoke(
+        app, ["evaluate", str(config), "num_prompts=3", "--output", str(output)]
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(output.read_text())
+    assert list(report["arms"]) == ARMS and report["arms"]["raw"]["n"] == 3
+    for name in ARMS:
+        assert name.split("_")[0] in result.output
+
+
+def test_a_judge_that_fails_costs_no_arm(files, quick_judge, tmp_path, monkeypatch):
+    monkeypatch.setattr("judge_server.read_question", lambda _: {"prompt": "", "A": "", "B": ""})
+    with JudgeServer(lambda asked: "A") as server:
+        server.always = Fault(status=400, body='{"error": {"message": "no"}}')
+        judge = {"model": "m", "base_url": server.url, "api_key_env": None}
+        config = write_yaml(tmp_path / "c.yaml", mapping(files, judge=judge))
+        output = tmp_path / "out.json"
+        arguments = ["evaluate", str(config), "--output", str(output)]
+        result = CliRunner().invoke(app, arguments)
+        kept = tmp_path / "out.json.unjudged.json"
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1
+        assert "got no verdict" in result.stderr and str(kept) in result.stderr
+        assert list(json.loads(kept.read_text())["arms"]) == ["raw", "untuned", "trained"]
+        assert not output.exists()
+        server.always = None  # it recovers
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        comparisons = json.loads(output.read_text())["judge"]["comparisons"]
+        assert comparisons["trained_vs_raw"]["win_rate"] == 0.5
