@@ -147,6 +147,8 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
         ({"static": {}, "split": None}, "4 of the 4 prompts to search on"),
         ({"optimum": {"num_candidates": 1}}, "optimum.num_candidates: expected at least 2"),
         ({"kl_coef": 0}, "kl_coef: expected above 0"),
+        ({"seed": -1}, "seed: expected between 0 and"),
+        ({"judge": {"model": "nowhere/at/all.gguf"}}, "nowhere/at/all.gguf"),
     ],
 )  # fmt: skip
 def test_refused_before_a_model_is_loaded(files, changes, line, monkeypatch):

@@ -117,6 +117,7 @@ class EvalConfig:
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         if self.num_prompts is not None:
             require("num_prompts", self.num_prompts, self.num_prompts >= 2, "at least 2")
+        require("seed", self.seed, 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")
         require("num_samples", self.num_samples, self.num_samples >= 0, "0 or more")
         require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0")
         check_sampling("rewrite", self.rewrite)

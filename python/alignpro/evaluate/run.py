@@ -52,8 +52,6 @@ def run_evaluation(
     """
     if config.judge is not None and config.trained is None:
         raise ValueError("judge: it compares the trained prompter; set trained to its PEFT folder")
-    for name in ("untuned", "trained", "tuned"):
-        _check_folder(name, getattr(config, name))
     names = ["untuned"] if config.trained is None else ["untuned", "trained"]
     inputs = load_inputs(config, num_prompters=len(names), output=output)
     reward = build_reward(config.reward)
@@ -131,6 +129,8 @@ def load_inputs(
     Raises:
         ValueError, OSError, ImportError: bad input.
     """
+    for name in ("untuned", "trained", "tuned"):
+        _check_folder(name, getattr(config, name))
     rows = load_eval_rows(config)
     search = None
     if isinstance(config.static, StaticSearch):
@@ -139,6 +139,8 @@ def load_inputs(
     if config.judge is not None:
         check_judge(config.judge)
         verdicts = VerdictFile(_verdict_path(config.judge, output))
+        if config.judge.base_url is None:
+            resolve_model(config.judge.model)
     return EvalInputs(rows, search, verdicts)
 
 
