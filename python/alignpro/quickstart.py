@@ -23,12 +23,12 @@ from alignpro.evaluate.run import evaluate_loaded, load_inputs
 from alignpro.models.native_model import load_models
 from alignpro.models.resolve import resolve_model
 from alignpro.native import core
-from alignpro.report.html import write_report
+from alignpro.report.build import build_report
 from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, show_sft_row, show_train_row
 from alignpro.rewards.build import build_reward
 from alignpro.train.checkpoint import as_config
-from alignpro.train.metrics import MetricsLog, read_metrics
+from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import trainer_from
 from alignpro.train.sft import fit
@@ -40,7 +40,7 @@ class QuickstartResult:
 
     run_dir: Path
     report: dict[str, Any]  # report.json
-    samples: list[dict[str, Any]]  # before and after
+    metrics: list[dict[str, Any]]  # metrics.jsonl
 
 
 def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResult:
@@ -90,7 +90,6 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
                 bars.show,
             )
 
-    samples = outcome.pop("samples")
     report = {
         **outcome,
         "seconds": seconds,
@@ -101,22 +100,18 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
         "versions": versions(),
         "config": as_config(config),
     }
-    write_reports(trainer.run_dir, report, samples)
-    return QuickstartResult(trainer.run_dir, report, samples)
+    metrics = write_reports(trainer.run_dir, report)
+    return QuickstartResult(trainer.run_dir, report, metrics)
 
 
-def write_reports(run_dir: Path, report: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
-    """report.json, reward.png and report.html for a run with a metrics.jsonl."""
-    metrics = (
-        read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
-    )
+def write_reports(run_dir: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """report.json, report.html and reward.png for a run; returns its metrics."""
     partial = run_dir / "report.json.partial"
-    partial.write_text(
-        json.dumps({**report, "samples": samples}, indent=2) + "\n", encoding="utf-8"
-    )
+    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, run_dir / "report.json")
+    metrics = build_report(run_dir).metrics
     reward_curve(metrics, run_dir / "reward.png", report=report)
-    write_report(report, metrics, samples, run_dir / "report.html")
+    return metrics
 
 
 def free_directory(name: str) -> Path:

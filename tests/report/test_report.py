@@ -11,12 +11,34 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from alignpro.report.html import render_report, write_report
-from alignpro.report.plots import reward_curve, reward_svg
-from alignpro.report.tables import arms_table, costs_table, samples_panel, verdict_lines
-from alignpro.report.words import printable, verdict
+from alignpro.report import frontier, plots
+from alignpro.report.check import check_report
+from alignpro.report.frontier import frontier_png, frontier_svg
+from alignpro.report.grids import arms_grid, judge_grid
+from alignpro.report.html import is_report, render_report, write_report
+from alignpro.report.plots import arms_svg, curve_svgs, paired_svg, reward_curve
+from alignpro.report.tables import (
+    arms_table,
+    costs_table,
+    report_view,
+    samples_panel,
+    verdict_lines,
+    warning_lines,
+)
+from alignpro.report.words import printable
+from made_up_report import HOSTILE, full_metrics, full_report
 
-HOSTILE = "<script>alert('x')</script> & [red]not red[/red] {{ 7*7 }} \x1b[31m"
+FULL, ROWS = full_report(), full_metrics()
+SECTIONS = (
+    "arms",
+    "judge",
+    "training",
+    "headroom",
+    "bound",
+    "samples",
+    "costs",
+    "configuration",
+)
 
 REPORT = {
     "model": "SmolLM2-135M-Instruct",
@@ -55,24 +77,24 @@ REPORT = {
     "tokens_per_second": 1234.5,
     "seconds": {"sft": 40.25, "train": 200.5},
     "peak_rss_bytes": 700 * 2**20,
+    "samples": [
+        {
+            "prompt": f"What is snow? {HOSTILE}",
+            "rewrite_untuned": f"Be brief. {HOSTILE}",
+            "rewrite_trained": f"Be kind. {HOSTILE}",
+            "response_raw": f"Frozen water. {HOSTILE}",
+            "response_trained": f"Lovely frozen water! {HOSTILE}",
+            "reward_raw": 0.1,
+            "reward_trained": 0.9,
+        },
+        {"prompt": "Only a prompt"},
+    ],
 }
 METRICS = [
     {"stage": "sft", "loss": 2.0},
     {"step": 0, "reward_mean": 0.3, "kl_per_rewrite": 0.0},
     {"step": 1, "reward_mean": 0.5, "kl_per_rewrite": 1.5},
     {"step": 2, "reward_mean": 0.6, "kl_per_rewrite": 2.5},
-]
-SAMPLES = [
-    {
-        "prompt": f"What is snow? {HOSTILE}",
-        "rewrite_untuned": f"Be brief. {HOSTILE}",
-        "rewrite_trained": f"Be kind. {HOSTILE}",
-        "response_raw": f"Frozen water. {HOSTILE}",
-        "response_trained": f"Lovely frozen water! {HOSTILE}",
-        "reward_raw": 0.1,
-        "reward_trained": 0.9,
-    },
-    {"prompt": "Only a prompt"},
 ]
 
 
@@ -103,11 +125,28 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text += data
 
+    @property
+    def ids(self) -> list[str | None]:
+        return [a["id"] for _, a in self.tags if "id" in a]
+
+    @property
+    def line(self) -> str:
+        return " ".join(self.text.split())
+
 
 @pytest.fixture(scope="module")
 def page() -> tuple[str, Page]:
-    html = render_report(REPORT, METRICS, SAMPLES)
+    html = render_report(REPORT, METRICS)
     return html, Page(html)
+
+
+@pytest.fixture(scope="module")
+def full_page() -> tuple[str, Page]:
+    html = render_report(FULL, ROWS)
+    return html, Page(html)
+
+
+# The terminal
 
 
 def test_arms_table_in_the_order_of_reading():
@@ -118,25 +157,54 @@ def test_arms_table_in_the_order_of_reading():
         assert cell in rows[2]
 
 
+def test_six_arms_by_their_names():
+    grid = arms_grid(FULL)
+    assert [row[0] for row in grid.rows] == [
+        "raw prompt",
+        "static instruction",
+        "untuned prompter",
+        "trained prompter",
+        "resampled optimum",
+        "tuned target",
+    ]
+    assert grid.strong == 3
+
+
 def test_an_arm_of_ones_own_and_a_single_component():
     report = copy.deepcopy(REPORT)
     for arm in report["arms"].values():
         arm["components"] = {"vader": arm["mean_reward"]}
-    report["arms"]["[bold]static[/bold]"] = {**report["arms"]["raw"], "mean_reward": 0.777}
+    report["arms"]["[bold]mine[/bold]"] = {**report["arms"]["raw"], "mean_reward": 0.777}
     shown = plain(show(arms_table(report)))
     assert "vader" not in shown
-    assert re.search(r"\[bold\]static\[/bold\].*0\.777", shown)
+    assert re.search(r"\[bold\]mine\[/bold\].*0\.777", shown)
 
 
-def test_verdicts_claim_only_what_the_interval_supports():
-    assert "beats" in verdict({"mean": 0.3, "ci95": [0.1, 0.5]}, "the raw prompt")
-    assert "+0.300" in verdict({"mean": 0.3, "ci95": [0.1, 0.5]}, "the raw prompt")
-    assert "does worse than" in verdict({"mean": -0.3, "ci95": [-0.5, -0.1]}, "x")
-    for interval in ([-0.1, 0.5], [0.0, 0.5], [-0.5, 0.0]):
-        assert "No clear difference" in verdict({"mean": 0.2, "ci95": interval}, "x")
-    text = verdict_lines(REPORT).plain
-    assert "beats the raw prompt: +0.311" in text
-    assert "No clear difference between the trained prompter and the untuned prompter" in text
+def test_the_judges_numbers_stand_in_their_columns():
+    grid = judge_grid(FULL["judge"])
+    assert dict(zip(grid.header, grid.rows[0], strict=True)) == {
+        "comparison": "trained prompter against raw prompt",
+        "win rate": "69%",
+        "95% interval": "58% to 80%",
+        "at equal length": "62%",
+        "95% interval, equal length": "50% to 74%",
+        "wins": "39",
+        "ties": "10",
+        "losses": "15",
+        "order disagreements": "9",
+        "length difference": "+3.4",
+    }
+
+
+def test_verdict_lines_start_with_the_answer():
+    lines = verdict_lines(REPORT).plain.splitlines()
+    assert lines[0].startswith("In part: it beats the raw prompt")
+    assert "beats the raw prompt: +0.311" in lines[1]
+    assert "No clear difference between the trained prompter and the untuned prompter" in lines[2]
+    full = verdict_lines(FULL).plain
+    assert full.startswith("The static instruction wins")
+    assert "The judge prefers the trained prompter over the raw prompt: win rate 69%" in full
+    assert "closes 70% (95% interval 52% to 88%) of the gap" in full
 
 
 def test_costs_have_units():
@@ -146,20 +214,44 @@ def test_costs_have_units():
 
 
 def test_samples_show_untrusted_text_as_it_is():
-    shown = show(samples_panel(SAMPLES))
+    shown = show(samples_panel(REPORT["samples"]))
     assert "\x1b[31m" not in shown  # the text's own escape sequence, not one of ours
     text = plain(shown)
     assert "[red]not red[/red]" in text
-    assert "before (reward 0.100): Frozen water." in text
-    assert "after (reward 0.900): Lovely" in text
+    assert "raw response (reward 0.100): Frozen water." in text
+    assert "trained response (reward 0.900): Lovely" in text
+    assert "untuned rewrite: Be brief." in text
     assert "Only a prompt" in text
+
+
+def test_the_terminal_shows_every_part():
+    shown = plain(show(report_view(FULL, ROWS)))
+    for part in (
+        "Held-out prompts",
+        "What the arms wrote",
+        "The judge",
+        "Headroom by kl_coef",
+        "The bound",
+        "The static instruction wins",
+        "The bound holds",
+        "At the recommended kl_coef",
+        "warning: Trained prompter against raw prompt: the win rate falls",
+    ):
+        assert part in shown
+    assert warning_lines(REPORT, METRICS).plain == ""
+    bare = plain(show(report_view({"arms": REPORT["arms"]})))
+    assert "The judge" not in bare and "Headroom" not in bare and "The bound" not in bare
 
 
 def test_printable_keeps_text_and_drops_control():
     assert printable("a\tb\nc \u00e9\U0001f600") == "a\tb\nc \u00e9\U0001f600"
     assert printable("a\r\nb") == "a\nb"
     assert printable("\x1b[31m\x00\x9b") == "\ufffd[31m\ufffd\ufffd"
+    assert printable("\u202egnp.exe") == "\ufffdgnp.exe"
     assert printable("\ud800") == "?"
+
+
+# The plots
 
 
 def test_reward_curve_is_a_png(tmp_path):
@@ -168,113 +260,234 @@ def test_reward_curve_is_a_png(tmp_path):
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     alone = reward_curve(METRICS, tmp_path / "alone.png").read_bytes()
     width, width_alone = (int.from_bytes(d[16:20], "big") for d in (data, alone))
-    assert width == 2 * width_alone
+    assert 2 * width == 3 * width_alone  # the arms stand beside reward and KL
 
 
-def test_the_plot_holds_the_measured_points():
-    from alignpro.report import plots
+def test_the_plots_hold_the_measured_points():
+    axes = plots.new_figure(3, 3).subplots()
+    reward, kl = plots.panels_of(METRICS)
+    plots.draw_panel(axes, reward, METRICS, REPORT)
+    line, raw, trained = axes.lines
+    assert line.get_xydata().tolist() == [[0, 0.3], [1, 0.5], [2, 0.6]]
+    assert (raw.get_ydata()[0], trained.get_ydata()[0]) == (0.312, 0.623)
+    axes = plots.new_figure(3, 3).subplots()
+    plots.draw_panel(axes, kl, METRICS, REPORT)
+    assert axes.lines[0].get_xydata().tolist() == [[0, 0.0], [1, 1.5], [2, 2.5]]
+    axes = plots.new_figure(3, 3).subplots()
+    plots.draw_arms(axes, REPORT)
+    assert [c.lines[0].get_xdata()[0] for c in axes.containers] == [0.312, 0.401, 0.623]
+    (bars,) = axes.containers[2].lines[2]
+    assert bars.get_segments()[0][:, 0].tolist() == pytest.approx([0.573, 0.673])
 
-    figure = plots._draw(METRICS, REPORT, "#000000")
-    training, arms, kl = figure.axes
-    assert training.lines[0].get_xydata().tolist() == [[0, 0.3], [1, 0.5], [2, 0.6]]
-    assert kl.lines[0].get_xydata().tolist() == [[0, 0.0], [1, 1.5], [2, 2.5]]
-    means = [container.lines[0].get_ydata()[0] for container in arms.containers]
-    assert means == [0.312, 0.401, 0.623]
-    (bars,) = arms.containers[2].lines[2]
-    assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([0.573, 0.673])
+
+def test_a_panel_needs_numbers_that_vary():
+    titles = [title for title, _ in curve_svgs(ROWS, FULL)]
+    assert titles == [
+        "Reward",
+        "KL to the reference",
+        "Entropy",
+        "Lengths",
+        "Gradient norm",
+        "kl_coef",
+        "Variance of the reward",
+        "Groups without signal",
+    ]
+    held = [{**row, "kl_coef": 0.05, "variance_between": None} for row in ROWS]
+    panels = {panel.title: panel for panel in plots.panels_of(held)}
+    assert "kl_coef" not in panels
+    assert [s.key for s in panels["Variance of the reward"].series] == ["variance_within"]
+    broken = [{"step": 0, "reward_mean": float("nan")}, {"step": 1, "reward_mean": None}]
+    assert plots.panels_of(broken) == []
+
+
+def test_the_frontier_holds_the_measured_points():
+    trained = {"kl": 1.97, "reward": 0.665, "ci95": [0.6, 0.72]}
+    (axes,) = frontier._draw(FULL["headroom"], trained).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    points = sorted((p["kl"], p["reward"]) for p in FULL["headroom"]["frontier"])
+    assert lines["optimum by kl_coef"] == [list(p) for p in points]
+    assert lines["best of n"] == [[p["kl"], p["reward"]] for p in FULL["headroom"]["best_of_n"]]
+    assert lines["untuned"] == [[0.0, 0.49]]
+    best = FULL["headroom"]["frontier"][7]
+    assert lines["recommended"] == [[best["kl"], best["reward"]]]
+    (star,) = axes.containers
+    assert star.lines[0].get_xydata().tolist() == [[1.97, 0.665]]
+    assert "0.047" in [text.get_text() for text in axes.texts]  # the recommended one has its name
+
+
+@pytest.mark.parametrize(
+    "headroom",
+    [
+        {},
+        {"frontier": []},
+        {"frontier": [{"kl_coef": 0.1, "reward": None, "kl": 0.2}], "best_of_n": None},
+        {"frontier": [{"kl_coef": 0.1, "reward": 0.5, "kl": 0.2}], "recommended_kl_coef": 0.1},
+    ],
+)
+def test_frontiers_of_little(headroom, tmp_path):
+    assert frontier_svg(headroom).startswith("<svg")
+    assert frontier_svg(headroom, {"reward": 0.5, "kl": None}).startswith("<svg")
+    png = frontier_png(headroom, tmp_path / "f.png", {"reward": 0.5, "kl": 0.1}).read_bytes()
+    assert png.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("metrics", [[], [{"step": 1}], [{"step": 0, "reward_mean": 0.5}]])
 def test_plots_of_little(metrics, tmp_path):
     assert reward_curve(metrics, tmp_path / "r.png").stat().st_size > 1000
-    assert reward_svg(metrics).startswith("<svg")
+    assert len(curve_svgs(metrics, {})) == any("reward_mean" in row for row in metrics)
 
 
 def test_the_svg_follows_the_page():
-    svg = reward_svg(METRICS, REPORT)
+    svg = arms_svg(REPORT)
     assert svg.startswith("<svg")
-    assert "currentColor" in svg and "#010203" not in svg
+    assert "currentColor" in svg and "var(--plot-trained)" in svg
+    assert not re.search(r"#[0-9a-f]{6}", svg)
     opening = svg[: svg.index(">")]
     assert "viewBox" in opening and " width=" not in opening and " height=" not in opening
-    assert svg == reward_svg(METRICS, REPORT)
+    assert svg == arms_svg(REPORT)
+    assert "var(--plot-raw)" in paired_svg(REPORT)
 
 
-def test_the_page_is_self_contained(page):
-    html, parsed = page
+def test_the_style_knows_every_colour_of_the_plots(full_page):
+    html, _ = full_page
+    used = set(re.findall(r"var\((--[a-z-]+)\)", html))
+    for scheme in re.findall(r":root \{(.*?)\}", html, re.DOTALL):
+        assert used <= set(re.findall(r"(--[a-z-]+):", scheme))
+    assert len(used) > 10
+
+
+# The page
+
+
+def test_the_page_is_self_contained(full_page):
+    html, parsed = full_page
+    assert html.startswith("<!doctype html>")
     assert "<metadata" not in html
     for tag, attributes in parsed.tags:
-        assert tag not in ("script", "link", "iframe", "img", "object", "base")
+        assert tag not in ("script", "link", "iframe", "img", "object", "base", "form")
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in ("href", "src", "xlink:href"):
                 assert value is not None and value.startswith("#")
+                assert value[1:] in parsed.ids
     assert "url(http" not in html and "@import" not in html
 
 
-def test_the_page_fits_a_phone_and_the_dark(page):
-    html, parsed = page
-    viewport = [a for t, a in parsed.tags if t == "meta" and a.get("name") == "viewport"]
-    assert viewport and "width=device-width" in str(viewport[0]["content"])
-    assert "prefers-color-scheme: dark" in html
-
-
-def test_untrusted_text_is_escaped_everywhere(page):
-    html, parsed = page
-    assert "<script" not in html
-    assert html.count("&lt;script&gt;") == 6  # five in the sample, one in the configuration
-    assert parsed.text.count("alert('x')") == 6
-    assert "{{ 7*7 }}" in parsed.text and "49" not in parsed.text.split("Before and after")[1]
-    assert "\x1b" not in html
+def test_untrusted_text_is_escaped_everywhere(full_page):
+    html, parsed = full_page
+    assert "<script" not in html and "\x1b" not in html
+    # In a sample: the prompt, four rewrites, six responses. Beside it: instruction, judge, config.
+    assert html.count("&lt;script&gt;") == 11 + 3 == parsed.text.count("alert('x')")
+    assert [tag for tag, _ in parsed.tags].count("style") == 1 + len(re.findall("<svg", html))
+    assert "{{ 7*7 }}" in parsed.text
+    assert "&lt;b&gt;" in parsed.text  # text that was escaped already stays as it was
+    assert not {"onmouseover"} & {name for _, attributes in parsed.tags for name in attributes}
 
 
 def test_the_page_says_what_was_measured(page):
     _, parsed = page
-    text = " ".join(parsed.text.split())
     for value in (
         "The trained prompter beats the raw prompt: +0.311",
         "No clear difference",
         "0.573 to 0.673",
-        "before: raw prompt, reward 0.100 Frozen water.",
-        "after: trained prompter, reward 0.900 Lovely frozen water!",
+        "raw prompt reward 0.100 response Frozen water.",
+        "trained prompter reward 0.900 rewrite Be kind.",
         "2.345 nats",
         "torch 2.13.0",
         "SmolLM2-135M-Instruct",
         '"kl_coef": 0.05',
         "40.2 s",
     ):
-        assert value in text
+        assert value in parsed.line
     classes = [a["class"] for t, a in parsed.tags if t == "p" and "verdict" in str(a.get("class"))]
     assert classes == ["verdict better", "verdict unclear"]
+    assert "warnings" not in parsed.ids
 
 
-def test_ids_inside_the_page_are_unique(page):
-    _, parsed = page
-    ids = [a["id"] for _, a in parsed.tags if "id" in a]
-    assert ids and len(ids) == len(set(ids))
+def test_the_full_page_says_what_was_measured(full_page):
+    _, parsed = full_page
+    for value in (
+        "The trained prompter closes 70% (95% interval 52% to 88%)",
+        "Answer warmly, in two sentences.",
+        "The judge prefers the static instruction over the trained prompter: win rate 31%",
+        "At the recommended kl_coef 0.0468 the optimum moves the reward from 0.490 to 0.660",
+        "The bound holds: bound 2.650 (2.500 to 2.800), measured gap 0.076 (0.030 to 0.120)",
+        "It is vacuous",
+        "target distance 0.430 0.390 to 0.470",
+        "-1.000 to 1.200, declared by the reward",
+        "generated in training 160,000 tokens",
+        "tuned target reward 0.500 response",
+    ):
+        assert value in parsed.line
+
+
+def test_the_winner_stands_first(full_page):
+    _, parsed = full_page
+    start = parsed.line[parsed.line.index("Does the trained prompter help?") :]
+    assert start.startswith(
+        "Does the trained prompter help? The static instruction wins: it beats the trained "
+        "prompter by 0.037 reward per prompt. The instruction is also cheaper per request"
+    )
+    assert parsed.line.index("4 warnings") < parsed.line.index("Mean reward")
+
+
+def test_every_part_may_be_absent(full_page):
+    _, parsed = full_page
+    assert [i for i in parsed.ids if i in SECTIONS] == list(SECTIONS)
+    for part in ("arms", "judge", "headroom", "bound", "samples"):
+        ids = Page(render_report({part: FULL[part]}, [])).ids
+        assert [i for i in ids if i in SECTIONS] == [part, "configuration"]
+    curves = Page(render_report({}, METRICS))
+    assert [i for i in curves.ids if i in SECTIONS] == ["training", "configuration"]
+    assert "Not known yet: no held-out evaluation" in curves.line
+
+
+def test_ids_inside_the_page_are_unique(full_page):
+    _, parsed = full_page
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert [i for i in parsed.ids if str(i).startswith("frontier-")]
 
 
 def test_write_report_replaces_the_file_at_once(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")
-    assert write_report(REPORT, METRICS, SAMPLES, path) == path
+    assert not is_report(path)
+    assert write_report(REPORT, METRICS, path) == path
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert is_report(path)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_bare_report_still_renders():
-    bare = {"arms": {"raw": {k: v for k, v in REPORT["arms"]["raw"].items() if k != "components"}}}
-    text = Page(render_report(bare, [], [])).text
-    assert "0.312" in text and "Before and after" not in text
-
-
 def test_text_with_lone_surrogates_can_be_written(tmp_path):
-    path = write_report(REPORT, METRICS, [{"prompt": "\ud800"}], tmp_path / "r.html")
+    path = write_report({"samples": [{"prompt": "\ud800"}]}, METRICS, tmp_path / "r.html")
     assert "?" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ({"arms": []}, r"r: arms: expected an object, got \[\]"),
+        ({"arms": {"raw": {"ci95": [0, 1]}}}, "arms.raw.mean_reward: expected a number, got noth"),
+        (
+            {"arms": {"raw": {"mean_reward": 1.0, "ci95": [0.1, float("nan")]}}},
+            r"arms.raw.ci95: expected \[low, high\], got \[0.1, nan\]",
+        ),
+        ({"paired": {"trained_minus_raw": {"mean": "1"}}}, "paired.trained_minus_raw.mean: exp"),
+        ({"headroom": {"frontier": [{"kl": 1}]}}, r"headroom.frontier\[0\].kl_coef: expected a n"),
+        ({"bound": {"terms": {"tv": 3}}}, "bound.terms.tv: expected an object with mean and ci95"),
+        ({"judge": {"comparisons": {"a_vs_b": 0.5}}}, "judge.comparisons.a_vs_b: expected an obj"),
+        ({"samples": [{"prompt": None}]}, r"samples\[0\].prompt: expected text, got nothing"),
+    ],
+)
+def test_another_shape_is_said(report, message):
+    with pytest.raises(ValueError, match=message):
+        check_report(report, "r")
 
 
 def test_importing_the_tables_loads_no_matplotlib():
     code = (
         "import sys, alignpro.report, alignpro.report.tables, alignpro.report.html\n"
+        "import alignpro.report.frontier, alignpro.report.build\n"
         "assert not {'matplotlib', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import xml.etree.ElementTree as ElementTree
 
 import pytest
 from rich.console import Console
 
-from alignpro.report.frontier import frontier_plot, frontier_svg
+from alignpro.report.frontier import frontier_svg
 from alignpro.report.theory import bound_tables, bound_words, headroom_tables, headroom_words
 
 
@@ -146,18 +145,3 @@ EVALUATION = {
     "kl_per_rewrite": 1.97,
     "paired": {"trained_minus_untuned": {"mean": 0.17, "ci95": [0.11, 0.23]}},
 }
-
-
-def test_the_frontier_as_a_picture(tmp_path):
-    path = frontier_plot(HEADROOM, tmp_path / "frontier.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    svg = frontier_svg(HEADROOM)
-    assert ElementTree.fromstring(svg).tag.endswith("svg")
-    assert "currentColor" in svg and "#010203" not in svg
-    assert svg == frontier_svg(HEADROOM)  # the same data, the same file
-
-
-def test_the_trained_prompter_joins_where_it_is_known():
-    assert frontier_svg(HEADROOM, EVALUATION) != frontier_svg(HEADROOM)
-    for missing in ({}, {**EVALUATION, "kl_per_rewrite": None}, {**EVALUATION, "paired": {}}):
-        assert frontier_svg(HEADROOM, missing) == frontier_svg(HEADROOM)

@@ -50,14 +50,11 @@ def quickstart(
     from rich.console import Console
 
     from alignpro.quickstart import run_quickstart
-    from alignpro.report.tables import arms_table, costs_table, samples_panel, verdict_lines
+    from alignpro.report.tables import report_view
 
     console = Console()
     result = run_quickstart(config, console)
-    console.print(samples_panel(result.samples))
-    console.print(arms_table(result.report))
-    console.print(verdict_lines(result.report))
-    console.print(costs_table(result.report))
+    console.print(report_view(result.report, result.metrics))
     typer.echo(f"report: {result.run_dir / 'report.html'}")
 
 
@@ -124,7 +121,7 @@ def evaluate(
 
     from alignpro.evaluate.run import UnjudgedError, run_evaluation
     from alignpro.report.progress import Bars
-    from alignpro.report.tables import arms_table, costs_table, samples_panel, verdict_lines
+    from alignpro.report.tables import report_view
 
     try:
         with Bars() as bars:
@@ -136,11 +133,7 @@ def evaluate(
         write_json(kept, error.report)
         raise UnjudgedError(f"{error}; the arms without it: {kept}", error.report) from None
     write_json(output, report)
-    console = Console()
-    console.print(samples_panel(report["samples"]))
-    console.print(arms_table(report))
-    console.print(verdict_lines(report))
-    console.print(costs_table(report))
+    Console().print(report_view(report))
 
 
 @app.command()

@@ -49,7 +49,7 @@ def headroom(
     from rich.console import Console
 
     from alignpro.evaluate.headroom import run_headroom
-    from alignpro.report.frontier import frontier_plot
+    from alignpro.report.frontier import frontier_png
     from alignpro.report.progress import Bars
     from alignpro.report.theory import headroom_tables
 
@@ -57,7 +57,7 @@ def headroom(
         report = run_headroom(options, samples=samples, on_progress=bars.show)
     write_json(json_file, report)
     if plot is not None:
-        frontier_plot(report, plot)
+        frontier_png(report, plot)
     Console().print(headroom_tables(report))
 
 

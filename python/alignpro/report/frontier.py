@@ -1,135 +1,155 @@
-"""The reward-against-KL frontier of a headroom, and where a trained prompter stands beside it."""
+"""The headroom frontier as a plot: the reward that a KL buys, before and after training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignpro.report.figures import TEXT_COLOUR, style_axes, svg_text
+from alignpro.report.svg import COLOURS, FONT_SIZE, legend_above, new_figure, style, to_svg
+from alignpro.report.words import is_interval, is_number, recommended_point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PLAIN, _CROSSFIT, _BEST, _TRAINED = "#2a7de1", "#2e9e6b", "#8a8f98", "#d9822b"
+# Weights from half of the responses buy another KL than those from all.
+_CROSSFIT = ("crossfit_kl", "crossfit_reward")
+_APART = 26.0  # points of paper between labelled points of the curve
 
 
-def frontier_plot(
-    headroom: Mapping[str, Any], path: str | Path, *, report: Mapping[str, Any] | None = None
-) -> Path:
-    """Writes the plot to ``path`` (PNG by its suffix, or anything matplotlib knows) and returns it.
+def frontier_svg(headroom: Mapping[str, Any], trained: Mapping[str, Any] | None = None) -> str:
+    """Reward against KL over kl_coef as an ``<svg>`` element.
 
-    headroom: the part of that name of report.json. report: an evaluation; adds its trained arm at
-    its KL, as the paired gain over the untuned arm, which stands for the untuned reward here.
+    headroom: as headroom.json: ``frontier`` [{kl_coef, reward, kl, crossfit_reward, ...}],
+    ``best_of_n`` [{n, reward, kl}], ``untuned_reward``, ``recommended_kl_coef``; points without
+    numbers are passed over. trained: what training reached: ``reward``, ``kl`` (nats per rewrite),
+    ``ci95`` of the reward.
     """
+    return to_svg(_draw(headroom, trained), "frontier", "reward against KL to the untuned prompter")
+
+
+def frontier_png(
+    headroom: Mapping[str, Any], path: str | Path, trained: Mapping[str, Any] | None = None
+) -> Path:
+    """The same as a file: PNG by its suffix, or anything matplotlib knows. Returns the path."""
     path = Path(path)
-    _draw(headroom, report, "#222222").savefig(path, dpi=150, facecolor="white")
+    _draw(headroom, trained).savefig(path, dpi=150, facecolor="white")
     return path
 
 
-def frontier_svg(headroom: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> str:
-    """The same plot as an ``<svg>`` element to put into a page; its text has the page's colour."""
-    return svg_text(_draw(headroom, report, TEXT_COLOUR))
-
-
-def _draw(headroom: Mapping[str, Any], report: Mapping[str, Any] | None, colour: str) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.8, 3.8), layout="constrained")
+def _draw(headroom: Mapping[str, Any], trained: Mapping[str, Any] | None) -> Figure:
+    figure = new_figure(3.8, 3.5)
     axes = figure.subplots()
-    untuned = float(headroom["untuned_reward"])
-    # Every curve starts at rho_sft: KL 0, the untuned reward.
-    points = sorted(headroom["frontier"], key=lambda point: -point["kl_coef"])
-    _curve(axes, points, untuned, ("kl", "reward"), "optimum, plain", _PLAIN)
-    _curve(
-        axes,
-        points,
-        untuned,
-        ("crossfit_kl", "crossfit_reward"),
-        "optimum, cross-fitted",
-        _CROSSFIT,
-    )
-    judged = "reward" if headroom["num_responses"] < 2 else "crossfit_reward"
-    axes.plot(
-        [best["kl"] for best in headroom["best_of_n"]],
-        [best[judged] for best in headroom["best_of_n"]],
-        color=_BEST,
-        linestyle="--",
-        label="best of n",
-    )
-    low, high = (float(bound) for bound in headroom["untuned_ci95"])
-    axes.errorbar(
-        [0],
-        [untuned],
-        yerr=[[max(untuned - low, 0.0)], [max(high - untuned, 0.0)]],
-        fmt="o",
-        capsize=4,
-        color=colour,
-        label="untuned",
-    )
-    _mark_recommended(axes, headroom, points, colour)
-    _mark_trained(axes, report, untuned)
-    axes.set_xlabel("KL to the untuned prompter (nats per rewrite)")
+    frontier = sorted(_with(headroom.get("frontier"), "kl_coef"), key=lambda p: float(p["kl"]))
+    if frontier:
+        _line(axes, frontier, ("kl", "reward"), "trained", "-", "o", "optimum by kl_coef")
+        crossfit = [p for p in frontier if all(is_number(p.get(k)) for k in _CROSSFIT)]
+        if crossfit:
+            _line(axes, crossfit, _CROSSFIT, "optimum", "--", "", "cross-fit")
+    best_of_n = sorted(_with(headroom.get("best_of_n"), "n"), key=lambda p: float(p["kl"]))
+    if best_of_n:
+        _line(axes, best_of_n, ("kl", "reward"), "raw", "-", "s", "best of n")
+    if is_number(headroom.get("untuned_reward")):
+        axes.plot(
+            [0.0],
+            [headroom["untuned_reward"]],
+            "D",
+            color=COLOURS["untuned"],
+            label="untuned",
+            zorder=3,
+        )
+    if trained is not None and is_number(trained.get("kl")) and is_number(trained.get("reward")):
+        _draw_trained(axes, trained)
+    best = recommended_point(headroom)
+    if best is not None and any(p is best for p in frontier):
+        axes.plot(
+            [best["kl"]],
+            [best["reward"]],
+            "o",
+            markersize=11,
+            markerfacecolor="none",
+            color=COLOURS["trained"],
+            label="recommended",
+        )
+    axes.set_xlabel("KL to untuned (nats per rewrite)")
     axes.set_ylabel("mean reward")
-    axes.set_xlim(left=-0.05)
-    style_axes(axes, colour)
-    legend = axes.legend(frameon=False, fontsize="small", loc="lower right")
-    for text in legend.get_texts():
-        text.set_color(colour)
+    axes.margins(x=0.08, y=0.12)
+    if axes.has_data():
+        legend_above(axes)
+    style(axes)
+    figure.draw_without_rendering()  # the layout decides how far points are apart on paper
+    first = [p for p in frontier if p is best]
+    _label(axes, first + frontier, "kl_coef", "{:.2g}", "trained", (-3, 4), "right")
+    _label(axes, best_of_n, "n", "n={:g}", "raw", (3, -10), "left")
     return figure
 
 
-def _curve(
+def _draw_trained(axes: Axes, trained: Mapping[str, Any]) -> None:
+    reward, ci95 = float(trained["reward"]), trained.get("ci95")
+    low, high = ci95 if is_interval(ci95) else (reward, reward)
+    axes.errorbar(
+        [trained["kl"]],
+        [reward],
+        yerr=[[max(reward - low, 0.0)], [max(high - reward, 0.0)]],
+        fmt="*",
+        markersize=10,
+        capsize=3,
+        color=COLOURS["tuned"],
+        label="trained",
+        zorder=4,
+    )
+
+
+def _line(
     axes: Axes,
-    points: list[Mapping[str, Any]],
-    untuned: float,
-    keys: tuple[str, str],
-    label: str,
+    rows: Sequence[Mapping[str, Any]],
+    names: tuple[str, str],
     colour: str,
+    dashes: str,
+    marker: str,
+    label: str,
 ) -> None:
-    x, y = keys
-    known = [point for point in points if point.get(y) is not None]
-    if known:
-        axes.plot(
-            [0.0, *(point[x] for point in known)],
-            [untuned, *(point[y] for point in known)],
-            color=colour,
-            marker="o",
-            markersize=3,
-            label=label,
+    axes.plot(
+        [row[names[0]] for row in rows],
+        [row[names[1]] for row in rows],
+        color=COLOURS[colour],
+        linestyle=dashes,
+        linewidth=1.4,
+        marker=marker,
+        markersize=3.5,
+        label=label,
+    )
+
+
+def _label(
+    axes: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    form: str,
+    colour: str,
+    offset: tuple[float, float],
+    side: str,
+) -> None:
+    """Names points of a curve, the first before all, as far as they stand apart on paper."""
+    taken: list[tuple[float, float]] = []
+    scale = 72.0 / axes.figure.dpi
+    for row in rows:
+        x, y = axes.transData.transform((row["kl"], row["reward"])) * scale
+        if any(((x - a) ** 2 + (y - b) ** 2) ** 0.5 < _APART for a, b in taken):
+            continue
+        taken.append((x, y))
+        axes.annotate(
+            form.format(row[name]),
+            (row["kl"], row["reward"]),
+            xytext=offset,
+            textcoords="offset points",
+            ha=side,
+            fontsize=FONT_SIZE - 1,
+            color=COLOURS[colour],
         )
 
 
-def _mark_recommended(
-    axes: Axes, headroom: Mapping[str, Any], points: list[Mapping[str, Any]], colour: str
-) -> None:
-    for point in points:
-        if point["kl_coef"] == headroom["recommended_kl_coef"]:
-            axes.annotate(
-                f"kl_coef {point['kl_coef']:g}",
-                (point["kl"], point["reward"]),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="right",
-                fontsize="small",
-                color=colour,
-            )
-
-
-def _mark_trained(axes: Axes, report: Mapping[str, Any] | None, untuned: float) -> None:
-    difference = ((report or {}).get("paired") or {}).get("trained_minus_untuned")
-    kl = (report or {}).get("kl_per_rewrite")
-    if difference is None or kl is None:
-        return
-    mean = float(difference["mean"])
-    low, high = (float(bound) for bound in difference["ci95"])
-    axes.errorbar(
-        [kl],
-        [untuned + mean],
-        yerr=[[max(mean - low, 0.0)], [max(high - mean, 0.0)]],
-        fmt="s",
-        capsize=4,
-        color=_TRAINED,
-        label="trained, held out",
-    )
+def _with(rows: Any, name: str) -> list[Mapping[str, Any]]:
+    """The rows that have numbers for KL, reward and ``name``."""
+    return [r for r in rows or [] if all(is_number(r.get(k)) for k in ("kl", "reward", name))]

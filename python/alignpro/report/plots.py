@@ -1,26 +1,75 @@
-"""The plot of a run: training reward and KL by step, and the held-out arms with their intervals.
-
-Drawn on a Figure of our own, never through pyplot: no display, no global state, any thread.
-"""
+"""The plots of a run: training step by step, and the held-out arms with their intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from alignpro.report.figures import TEXT_COLOUR as _TEXT_COLOUR
-from alignpro.report.figures import style_axes as _style
-from alignpro.report.figures import svg_text
-from alignpro.report.words import arms_of
+from alignpro.report.svg import COLOURS, FONT_SIZE, legend_above, new_figure, style, to_svg
+from alignpro.report.words import arm_title, arms_of, is_interval, is_number, paired_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_REWARD_COLOUR = "#2a7de1"
-_KL_COLOUR = "#d9822b"
-_ARM_COLOURS = {"raw": "#8a8f98", "untuned": "#b59a3b", "trained": "#2a7de1"}
+_WIDTH, _HEIGHT = 3.4, 2.3  # inches, of a small multiple
+_WIDE = 3.8  # inches, of a plot with an arm a line
+_MARKED = 60  # points; beyond them a line is drawn without markers
+
+
+class Series(NamedTuple):
+    key: str  # of the metrics
+    label: str
+    colour: str
+    dashed: bool = False
+
+
+class Panel(NamedTuple):
+    """One small multiple; a series without numbers is left out, a panel without series too."""
+
+    title: str
+    unit: str
+    series: tuple[Series, ...]
+    only_if_varying: bool = False  # a constant line tells nothing
+
+
+PANELS = (
+    Panel("Reward", "mean reward", (Series("reward_mean", "training", "trained"),)),
+    Panel(
+        "KL to the reference",
+        "nats per rewrite",
+        (
+            Series("kl_per_rewrite", "exact", "trained"),
+            Series("k1_per_rewrite", "k1", "untuned", dashed=True),
+            Series("k3_per_rewrite", "k3", "static", dashed=True),
+        ),
+    ),
+    Panel("Entropy", "nats per token", (Series("entropy", "policy", "trained"),)),
+    Panel(
+        "Lengths",
+        "tokens",
+        (
+            Series("rewrite_tokens", "rewrites", "trained"),
+            Series("response_tokens", "responses", "tuned"),
+        ),
+    ),
+    Panel("Gradient norm", "before clipping", (Series("grad_norm", "norm", "trained"),)),
+    Panel("kl_coef", "lambda", (Series("kl_coef", "kl_coef", "trained"),), only_if_varying=True),
+    Panel(
+        "Variance of the reward",
+        "reward squared",
+        (
+            Series("variance_between", "between rewrites", "trained"),
+            Series("variance_within", "within a rewrite", "tuned"),
+        ),
+    ),
+    Panel(
+        "Groups without signal",
+        "groups a step",
+        (Series("zero_signal_groups", "groups", "trained"),),
+        only_if_varying=True,
+    ),
+)
 
 
 def reward_curve(
@@ -29,93 +78,170 @@ def reward_curve(
     *,
     report: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes the plot to ``path`` (PNG by its suffix, or anything matplotlib knows) and returns it.
+    """Writes reward, KL and held-out arms side by side to ``path`` (PNG by its suffix, or anything
+    matplotlib knows) and returns it.
 
     metrics: rows of metrics.jsonl; those without "step" and "reward_mean" (a supervised stage) are
     passed over. report: adds the held-out arms beside the curve.
     """
+    panels = panels_of(metrics)[:2]
+    held_out = report or {}
+    across = len(panels) + bool(held_out.get("arms"))
+    figure = new_figure(4.2 * max(across, 1), 3.2)
+    all_axes = figure.subplots(1, max(across, 1), squeeze=False)[0]
+    for axes, panel in zip(all_axes, panels, strict=False):
+        draw_panel(axes, panel, metrics, held_out)
+        axes.set_ylabel(f"{panel.title}, {panel.unit}")
+    if held_out.get("arms"):
+        draw_arms(all_axes[-1], held_out)
+        all_axes[-1].set_xlabel("mean reward on held-out prompts, 95% intervals")
+    if not across:
+        all_axes[0].text(0.5, 0.5, "nothing to plot yet", ha="center", va="center")
+        all_axes[0].set_axis_off()
     path = Path(path)
-    figure = _draw(metrics, report, colour="#222222")
     figure.savefig(path, dpi=150, facecolor="white")
     return path
 
 
-def reward_svg(
-    metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any] | None = None
-) -> str:
-    """The same plot as an ``<svg>`` element to put into a page; its text has the page's colour.
+def curve_svgs(
+    metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """(title, ``<svg>``) of every panel that the metrics have numbers for."""
+    drawn = []
+    for index, panel in enumerate(panels_of(metrics)):
+        figure = new_figure(_WIDTH, _HEIGHT)
+        draw_panel(figure.subplots(), panel, metrics, report)
+        drawn.append((panel.title, to_svg(figure, f"curve{index}", f"{panel.title} by step")))
+    return drawn
 
-    The panels stand one above the other, so that a phone shows them at a readable size.
-    """
-    return svg_text(_draw(metrics, report, colour=_TEXT_COLOUR, stacked=True))
+
+def arms_svg(report: Mapping[str, Any]) -> str:
+    """Mean reward of every arm with its interval, one line an arm."""
+    figure = new_figure(_WIDE, 0.7 + 0.36 * len(report["arms"]))
+    draw_arms(figure.subplots(), report)
+    return to_svg(figure, "arms", "mean reward of every arm with its 95% interval")
 
 
-def _draw(
+def paired_svg(report: Mapping[str, Any]) -> str:
+    """Trained minus every other arm, against zero."""
+    paired = paired_of(report)
+    figure = new_figure(_WIDE, 0.7 + 0.36 * len(paired))
+    axes = figure.subplots()
+    rows = [
+        (f"minus {arm_title(key)}", float(d["mean"]), d["ci95"], key) for key, d in paired.items()
+    ]
+    _whiskers(axes, rows, "reward per prompt", sign=True)
+    axes.axvline(0.0, color=COLOURS["frame"], zorder=0)
+    return to_svg(figure, "paired", "paired differences of reward with their 95% intervals")
+
+
+def panels_of(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """The panels that have something to show, each with its series that have."""
+    found = []
+    for panel in PANELS:
+        series = []
+        for one in panel.series:
+            values = [y for _, y in points(metrics, one.key)]
+            if values and not (panel.only_if_varying and len(set(values)) == 1):
+                series.append(one)
+        if series:
+            found.append(panel._replace(series=tuple(series)))
+    return found
+
+
+def points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the reinforcement-learning rows that have a number there."""
+    return [
+        (float(row["step"]), float(row[key]))
+        for row in metrics
+        if all(is_number(row.get(name)) for name in ("step", "reward_mean", key))
+    ]
+
+
+def draw_panel(
+    axes: Axes,
+    panel: Panel,
     metrics: Sequence[Mapping[str, Any]],
-    report: Mapping[str, Any] | None,
-    colour: str,
-    stacked: bool = False,
-) -> Figure:
-    from matplotlib.figure import Figure
+    report: Mapping[str, Any],
+) -> None:
+    """One small multiple; the reward's has the held-out arms as lines across."""
+    from matplotlib.ticker import MaxNLocator
 
-    rows = [row for row in metrics if _has_numbers(row, ("step", "reward_mean"))]
-    has_arms = report is not None and bool(report.get("arms"))
-    panels = int(bool(rows)) + int(has_arms)
-    down, across = (max(panels, 1), 1) if stacked else (1, max(panels, 1))
-    figure = Figure(figsize=(4.6 * across, 3.4 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).flatten()
-    if rows:
-        _draw_training(axes[0], rows, colour)
-    if has_arms and report is not None:
-        _draw_arms(axes[-1], report, colour)
-    if not panels:
-        axes[0].text(0.5, 0.5, "nothing to plot yet", ha="center", va="center", color=colour)
-    return figure
-
-
-def _draw_training(axes: Axes, rows: Sequence[Mapping[str, Any]], colour: str) -> None:
-    steps = [float(row["step"]) for row in rows]
-    reward = [float(row["reward_mean"]) for row in rows]
-    axes.plot(steps, reward, color=_REWARD_COLOUR, marker="o", markersize=3)
-    axes.set_title("training", color=colour)
+    for series in panel.series:
+        xy = points(metrics, series.key)
+        axes.plot(
+            [x for x, _ in xy],
+            [y for _, y in xy],
+            color=COLOURS[series.colour],
+            linestyle="--" if series.dashed else "-",
+            linewidth=1.4,
+            marker="o" if len(xy) <= _MARKED else "",
+            markersize=2.5,
+            label=series.label,
+        )
+    lines = len(panel.series)
+    if panel.series[0].key == "reward_mean":
+        for key, label in (("raw", "raw held out"), ("trained", "trained held out")):
+            arm = (report.get("arms") or {}).get(key)
+            if arm is not None:
+                axes.axhline(
+                    float(arm["mean_reward"]),
+                    color=COLOURS["raw" if key == "raw" else "tuned"],
+                    linestyle=":",
+                    linewidth=1.2,
+                    label=label,
+                )
+                lines += 1
     axes.set_xlabel("step")
-    axes.set_ylabel("mean reward")
-    _style(axes, colour)
-    axes.yaxis.label.set_color(_REWARD_COLOUR)
-    with_kl = [row for row in rows if _has_numbers(row, ("kl_per_rewrite",))]
-    if with_kl:
-        right = axes.twinx()
-        right.plot(
-            [float(row["step"]) for row in with_kl],
-            [float(row["kl_per_rewrite"]) for row in with_kl],
-            color=_KL_COLOUR,
-            linestyle="--",
-        )
-        right.set_ylabel("KL per rewrite (nats)")
-        right.set_ylim(bottom=0)
-        _style(right, colour)
-        right.yaxis.label.set_color(_KL_COLOUR)
+    axes.set_ylabel(panel.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    if lines > 1:
+        legend_above(axes)
+    style(axes)
 
 
-def _draw_arms(axes: Axes, report: Mapping[str, Any], colour: str) -> None:
-    for position, (key, _, arm) in enumerate(arms_of(report)):
-        mean = float(arm["mean_reward"])
-        low, high = (float(bound) for bound in arm["ci95"])
+def draw_arms(axes: Axes, report: Mapping[str, Any]) -> None:
+    """Dots and whiskers, in the order of reading from the top."""
+    rows = [(title, float(a["mean_reward"]), a["ci95"], key) for key, title, a in arms_of(report)]
+    _whiskers(axes, rows, "mean reward")
+
+
+def _whiskers(
+    axes: Axes, rows: Sequence[tuple[str, float, Any, str]], unit: str, *, sign: bool = False
+) -> None:
+    """rows: (label, mean, [low, high], arm)."""
+    from matplotlib.ticker import MaxNLocator
+
+    for position, (_, mean, ci95, arm) in enumerate(rows):
+        low, high = ci95 if is_interval(ci95) else (mean, mean)
         axes.errorbar(
-            [position],
             [mean],
-            yerr=[[max(mean - low, 0.0)], [max(high - mean, 0.0)]],
+            [position],
+            xerr=[[max(mean - low, 0.0)], [max(high - mean, 0.0)]],
             fmt="o",
-            capsize=5,
-            color=_ARM_COLOURS.get(key, _KL_COLOUR),
+            markersize=5,
+            capsize=3,
+            color=COLOURS.get(arm, COLOURS["raw"]),
         )
-    titles = [title.replace(" ", "\n", 1) for _, title, _ in arms_of(report)]
-    axes.set_xticks(range(len(titles)), titles)
-    axes.set_xlim(-0.5, len(titles) - 0.5)
-    axes.set_title("held-out prompts, 95% intervals", color=colour)
-    axes.set_ylabel("mean reward")
-    _style(axes, colour)
+        axes.annotate(
+            f"{mean:+.3f}" if sign else f"{mean:.3f}",
+            (mean, position),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            fontsize=FONT_SIZE - 1,
+            color=COLOURS["text"],
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.set_yticks(range(len(rows)), [_plain(label) for label, *_ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.7)
+    axes.set_xlabel(unit)
+    style(axes)
+    axes.tick_params(axis="y", length=0)
 
 
-def _has_numbers(row: Mapping[str, Any], names: Sequence[str]) -> bool:
-    return all(isinstance(row.get(name), (int, float)) for name in names)
+def _plain(label: str) -> str:
+    """A label cut to a line, with nothing in it that matplotlib would read as mathematics."""
+    cut = label if len(label) <= 28 else label[:27] + "\N{HORIZONTAL ELLIPSIS}"
+    return cut.replace("$", r"\$")

@@ -5,43 +5,72 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from alignpro.report.words import arms_of, component_names, mebibytes, printable, verdicts
+from alignpro.report.grids import (
+    Grid,
+    arms_grid,
+    bound_grid,
+    costs,
+    frontier_grid,
+    judge_grid,
+    sample_arms,
+    texts_grid,
+)
+from alignpro.report.warnings import find_warnings
+from alignpro.report.words import (
+    Verdict,
+    bound_verdicts,
+    gap_closed_sentence,
+    headline,
+    headroom_sentence,
+    judge_verdict,
+    printable,
+    verdicts,
+)
 
 # Model text is always given as Text: a plain str would be read as rich's own markup.
+_TONES = {"better": "green", "worse": "red", "unclear": ""}
+
+
+def grid_table(grid: Grid) -> Table:
+    """A grid as a table of the terminal."""
+    table = Table(title=Text(printable(grid.title)), title_justify="left")
+    for index, title in enumerate(grid.header):
+        table.add_column(Text(printable(title)), justify="right" if index else "left")
+    for index, row in enumerate(grid.rows):
+        cells = (Text(printable(cell)) for cell in row)
+        table.add_row(*cells, style="bold" if index == grid.strong else None)
+    return table
 
 
 def arms_table(report: Mapping[str, Any]) -> Table:
     """Arms by row: mean reward with its 95% interval, variance, components, prompts."""
-    components = component_names(report)
-    table = Table(title="Held-out prompts", title_justify="left")
-    table.add_column("arm")
-    for title in ("mean reward", "95% interval", "variance", *components, "prompts"):
-        table.add_column(Text(printable(title)), justify="right")
-    for key, title, arm in arms_of(report):
-        low, high = arm["ci95"]
-        parts = arm.get("components") or {}
-        cells = [
-            title,
-            f"{arm['mean_reward']:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{arm['reward_variance']:.3f}",
-            *(f"{parts[name]:.3f}" if name in parts else "" for name in components),
-            str(arm["n"]),
-        ]
-        table.add_row(
-            *(Text(printable(cell)) for cell in cells), style="bold" if key == "trained" else None
-        )
-    return table
+    return grid_table(arms_grid(report))
 
 
 def verdict_lines(report: Mapping[str, Any]) -> Text:
-    """The paired differences in plain words, one line each."""
-    return Text("\n".join(printable(sentence) for _, sentence in verdicts(report)))
+    """The answer, then the paired differences and the judge's win rates, one line each."""
+    lines = [headline(report), *(sentence for _, sentence in verdicts(report))]
+    judge = report.get("judge") or {}
+    lines += [judge_verdict(name, row) for name, row in (judge.get("comparisons") or {}).items()]
+    text = Text("\n").join(_toned(line) for line in lines)
+    if report.get("gap_closed"):
+        text.append("\n" + printable(gap_closed_sentence(report["gap_closed"])))
+    return text
+
+
+def _toned(said: Verdict) -> Text:
+    return Text(printable(said.text), style=_TONES[said.tone])
+
+
+def warning_lines(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = ()) -> Text:
+    """What to doubt, one line each; empty where there is nothing."""
+    lines = [f"warning: {printable(finding.text)}" for finding in find_warnings(report, metrics)]
+    return Text("\n".join(lines), style="yellow")
 
 
 def costs_table(report: Mapping[str, Any]) -> Table:
@@ -54,38 +83,40 @@ def costs_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def costs(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value with its unit) of what the run cost."""
-    rows = []
-    if report.get("kl_per_rewrite") is not None:
-        rows.append(("KL per rewrite", f"{report['kl_per_rewrite']:.3f} nats"))
-    if report.get("tokens_per_second") is not None:
-        rows.append(("generation", f"{report['tokens_per_second']:,.0f} tokens/s"))
-    if report.get("peak_rss_bytes") is not None:
-        rows.append(("peak memory", mebibytes(report["peak_rss_bytes"])))
-    rows += [(f"{stage} stage", f"{s:.1f} s") for stage, s in report.get("seconds", {}).items()]
-    return rows
+def report_view(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = ()) -> Group:
+    """All that the report holds: samples, tables, verdicts, costs, and what to doubt at the end."""
+    headroom, bound = report.get("headroom") or {}, report.get("bound") or {}
+    grids = (
+        arms_grid(report),
+        texts_grid(report),
+        judge_grid(report.get("judge") or {}),
+        frontier_grid(headroom),
+        bound_grid(bound),
+    )
+    parts: list[RenderableType] = [samples_panel(report.get("samples") or [])]
+    parts += [grid_table(grid) for grid in grids if grid]
+    parts.append(verdict_lines(report))
+    if headroom:
+        parts.append(Text(printable(headroom_sentence(headroom))))
+    parts += [_toned(said) for said in (bound_verdicts(bound) if bound else [])]
+    parts.append(costs_table(report))
+    doubts = warning_lines(report, metrics)
+    return Group(*parts, *([doubts] if doubts else []))
 
 
 def samples_panel(samples: Sequence[Mapping[str, Any]]) -> Group:
-    """Before and after, one panel a sample: what was asked, what was added, what was answered."""
+    """One panel a sample: what was asked, and arm by arm what was added and what was answered."""
     return Group(*(_sample_panel(sample) for sample in samples))
 
 
 def _sample_panel(sample: Mapping[str, Any]) -> Panel:
     text = Text()
-    for label, key, reward_key in (
-        ("untuned rewrite", "rewrite_untuned", None),
-        ("trained rewrite", "rewrite_trained", None),
-        ("before", "response_raw", "reward_raw"),
-        ("after", "response_trained", "reward_trained"),
-    ):
-        if sample.get(key) is None:
-            continue
-        reward = sample.get(reward_key) if reward_key else None
-        suffix = "" if reward is None else f" (reward {reward:.3f})"
-        text.append(f"{label}{suffix}: ", style="bold")
-        text.append(printable(sample[key]).strip() + "\n")
+    for arm in sample_arms(sample):
+        reward = f" (reward {arm.reward})" if arm.reward else ""
+        for label, written in (("rewrite", arm.rewrite), (f"response{reward}", arm.response)):
+            if written is not None:
+                text.append(printable(f"{arm.key} {label}: "), style="bold")
+                text.append(printable(written).strip() + "\n")
     text.rstrip()
     title = Text(" ".join(printable(sample["prompt"]).split()))
     return Panel(text, title=title, title_align="left")

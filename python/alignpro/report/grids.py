@@ -1,0 +1,243 @@
+"""The numbers of a report as tables of text, which the terminal and the page both show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignpro.report.words import (
+    arm_title,
+    arms_of,
+    comparison_titles,
+    component_names,
+    in_order,
+    interval,
+    is_number,
+    mebibytes,
+    number,
+    paired_of,
+    recommended_point,
+    share,
+    share_interval,
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: the first column names the row, the others hold numbers or nothing."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    strong: int | None = None  # the row to read first
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+
+def arms_grid(report: Mapping[str, Any]) -> Grid:
+    """Arms by row: mean reward with its 95% interval, variance, components, prompts."""
+    components = component_names(report)
+    arms = arms_of(report)
+    rows = []
+    for _, title, arm in arms:
+        parts = arm.get("components") or {}
+        rows.append(
+            [
+                title,
+                number(arm["mean_reward"]),
+                interval(arm["ci95"]),
+                number(arm.get("reward_variance")),
+                *(number(parts.get(name)) for name in components),
+                str(arm.get("n", "")),
+            ]
+        )
+    header = ["arm", "mean reward", "95% interval", "variance", *components, "prompts"]
+    strong = next((i for i, (key, _, _) in enumerate(arms) if key == "trained"), None)
+    return Grid("Held-out prompts", header, rows, strong)
+
+
+def texts_grid(report: Mapping[str, Any]) -> Grid:
+    """What the arms wrote: lengths, copying, empty rewrites; no column of nothing."""
+    names = {
+        "response_tokens": "response tokens",
+        "rewrite_tokens": "rewrite tokens",
+        "copy_rate": "copy rate",
+        "empty_rewrites": "empty rewrites",
+    }
+
+    def shown(name: str, value: Any) -> str:
+        if name == "copy_rate":
+            return share(value)
+        return number(value, 1 if name.endswith("_tokens") else 0)
+
+    arms = arms_of(report)
+    known = [name for name in names if any(arm.get(name) for _, _, arm in arms)]
+    rows = [[title, *(shown(name, arm.get(name)) for name in known)] for _, title, arm in arms]
+    header = ["arm", *(names[name] for name in known)]
+    return Grid("What the arms wrote", header, rows if known else [])
+
+
+def paired_grid(report: Mapping[str, Any]) -> Grid:
+    """Trained minus every other arm, paired by prompt."""
+    rows = [
+        [arm_title(key), number(d["mean"], sign=True), interval(d["ci95"], sign=True)]
+        for key, d in paired_of(report).items()
+    ]
+    header = ["trained prompter minus", "reward per prompt", "95% interval"]
+    return Grid("Paired differences", header, rows)
+
+
+def judge_grid(judge: Mapping[str, Any]) -> Grid:
+    """Win rates, plain and at equal length; a tie counts as half."""
+    header = [
+        "comparison",
+        "win rate",
+        "95% interval",
+        "at equal length",
+        "95% interval, equal length",
+        "wins",
+        "ties",
+        "losses",
+        "order disagreements",
+        "length difference",
+    ]
+    rows = []
+    for name, row in (judge.get("comparisons") or {}).items():
+        counts = [row.get(key) for key in ("wins", "ties", "losses", "order_disagreements")]
+        rows.append(
+            [
+                " against ".join(comparison_titles(name)),
+                share(row.get("win_rate")),
+                share_interval(row.get("ci95")),
+                share(row.get("length_controlled_win_rate")),
+                share_interval(row.get("length_controlled_ci95")),
+                *(str(count) if is_number(count) else "" for count in counts),
+                number(row.get("mean_length_difference"), 1, sign=True),
+            ]
+        )
+    return Grid("The judge", header, rows)
+
+
+def frontier_grid(headroom: Mapping[str, Any]) -> Grid:
+    """The forecast by kl_coef; the recommended one stands out."""
+    header = [
+        "kl_coef",
+        "objective",
+        "95% interval",
+        "reward",
+        "KL (nats)",
+        "effective rewrites",
+        "cross-fit objective",
+        "cross-fit interval",
+        "cross-fit reward",
+    ]
+    points = headroom.get("frontier") or []
+    rows = [
+        [
+            f"{p['kl_coef']:g}",
+            number(p.get("objective")),
+            interval(p.get("objective_ci95")),
+            number(p.get("reward")),
+            number(p.get("kl"), 2),
+            number(p.get("effective_samples"), 1),
+            number(p.get("crossfit_objective")),
+            interval(p.get("crossfit_ci95")),
+            number(p.get("crossfit_reward")),
+        ]
+        for p in points
+    ]
+    best = recommended_point(headroom)
+    strong = next((i for i, p in enumerate(points) if p is best), None)
+    return Grid("Headroom by kl_coef", header, rows, strong)
+
+
+def bound_grid(bound: Mapping[str, Any]) -> Grid:
+    """Every term, the bound and the measured gap."""
+    terms = {name.replace("_", " "): term for name, term in (bound.get("terms") or {}).items()}
+    lines = {**terms, "bound": bound.get("bound"), "measured gap": bound.get("measured_gap")}
+    rows = [
+        [name, number(line.get("mean")), interval(line.get("ci95"))]
+        for name, line in lines.items()
+        if line
+    ]
+    strong = next((i for i, row in enumerate(rows) if row[0] == "bound"), None)
+    return Grid("The bound", ["term", "estimate", "95% interval"], rows, strong)
+
+
+def bound_facts(bound: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the bound was computed for."""
+    facts = []
+    width = bound.get("reward_range")
+    ends = interval(width) if isinstance(width, (list, tuple)) else number(width)
+    if ends:
+        source = bound.get("reward_range_source")
+        facts.append(("reward range", f"{ends}, {source}" if source else ends))
+    if is_number(bound.get("kl_coef")):
+        facts.append(("kl_coef", f"{bound['kl_coef']:g}"))
+    return facts
+
+
+def headroom_facts(headroom: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the forecast rests on, and where the reward's variance comes from."""
+    names = {"num_prompts": "prompts", "num_rewrites": "rewrites a prompt"}
+    names["num_responses"] = "responses a rewrite"
+    facts = [(title, str(headroom[k])) for k, title in names.items() if is_number(headroom.get(k))]
+    split = headroom.get("variance") or {}
+    between, within = split.get("between_rewrites"), split.get("within_rewrite")
+    if is_number(between) and is_number(within):
+        facts.append(("variance between rewrites", f"{number(between, 4)} (the prompter's)"))
+        facts.append(("variance within a rewrite", f"{number(within, 4)} (the target's own)"))
+    return facts
+
+
+def costs(
+    report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = ()
+) -> list[tuple[str, str]]:
+    """(name, value with its unit) of what the run cost."""
+    rows = []
+    if is_number(report.get("kl_per_rewrite")):
+        rows.append(("KL per rewrite", f"{report['kl_per_rewrite']:.3f} nats"))
+    if is_number(report.get("kl_per_token")):
+        rows.append(("KL per token", f"{report['kl_per_token']:.3f} nats"))
+    generated = [m["generated_tokens"] for m in metrics if is_number(m.get("generated_tokens"))]
+    if generated:
+        rows.append(("generated in training", f"{sum(generated):,.0f} tokens"))
+    if is_number(report.get("tokens_per_second")):
+        rows.append(("generation", f"{report['tokens_per_second']:,.0f} tokens/s"))
+    if is_number(report.get("peak_rss_bytes")):
+        rows.append(("peak memory", mebibytes(report["peak_rss_bytes"])))
+    seconds = report.get("seconds") or {}
+    rows += [(f"{stage} stage", f"{s:.1f} s") for stage, s in seconds.items() if is_number(s)]
+    return rows
+
+
+@dataclass(frozen=True)
+class SampleArm:
+    """What one arm made of a prompt; a text is None where the arm has none."""
+
+    key: str
+    title: str
+    rewrite: str | None
+    response: str | None
+    reward: str  # as printed; "" where unknown
+
+
+def sample_arms(sample: Mapping[str, Any]) -> list[SampleArm]:
+    """The arms of a sample {prompt, rewrite_<arm>, response_<arm>, reward_<arm>}, in order."""
+    keys = {
+        key.partition("_")[2]: None
+        for key, value in sample.items()
+        if key.startswith(("rewrite_", "response_")) and value is not None
+    }
+    return [
+        SampleArm(
+            key,
+            arm_title(key),
+            sample.get(f"rewrite_{key}"),
+            sample.get(f"response_{key}"),
+            number(sample.get(f"reward_{key}")),
+        )
+        for key in in_order(keys)
+    ]
