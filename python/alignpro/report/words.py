@@ -171,13 +171,13 @@ def headline(report: Mapping[str, Any]) -> Verdict:
     parts += [f"it is not told apart from {_listed(level)}"] if level else []
     parts += [f"it does worse than {_listed(lost)}"] if lost else []
     text = "; ".join(parts)
-    if "raw" not in helps or not (level or lost):
-        if not beaten:
-            return Verdict("unclear", "Not known: no comparison with the trained prompter.")
+    if not parts:
+        return Verdict("unclear", "Not known: the trained prompter was compared with no other way.")
+    if not (level or lost):
         return Verdict("better", f"Yes: {text}.")
-    if helps["raw"] == "better":
-        return Verdict("unclear", f"In part: {text}.")
-    return Verdict("unclear", f"Not shown: {text}.")
+    return Verdict(
+        "unclear", f"In part: {text}." if helps.get("raw") == "better" else f"Not shown: {text}."
+    )
 
 
 def judge_verdict(name: str, comparison: Mapping[str, Any]) -> Verdict:

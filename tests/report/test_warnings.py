@@ -1,0 +1,158 @@
+"""Every warning on both sides of its threshold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alignpro.report import warnings
+from alignpro.report.warnings import find_warnings
+from made_up_report import full_metrics, full_report
+
+
+def keys(report=None, metrics=()):
+    return [finding.key for finding in find_warnings(report or {}, metrics)]
+
+
+def only(report=None, metrics=()):
+    """The one finding's text."""
+    (finding,) = find_warnings(report or {}, metrics)
+    return finding.text
+
+
+def rows(count=20, **values):
+    return [{"step": step, **values} for step in range(count)]
+
+
+def arms(**trained):
+    others = {"response_tokens": 40.0, "rewrite_tokens": 20.0}
+    return {"arms": {"raw": others, "untuned": others, "trained": {**others, **trained}}}
+
+
+def test_nothing_known_is_nothing_to_doubt():
+    assert keys() == []
+    assert keys({"arms": {}, "judge": {}, "headroom": {}, "bound": {}}, rows()) == []
+
+
+def test_kl_per_token():
+    assert keys({"kl_per_token": 0.5}) == []
+    assert "KL per token is 0.51 nats, above 0.5" in only({"kl_per_token": 0.51})
+    # Without an evaluation, the mean of the last steps counts.
+    early = rows(15, kl_per_token=9.0) + [{**r, "step": 15} for r in rows(5, kl_per_token=0.5)]
+    assert keys({}, early) == []
+    assert keys({}, rows(kl_per_token=0.6)) == ["kl_per_token"]
+    assert keys({"kl_per_token": 0.1}, rows(kl_per_token=0.6)) == []
+
+
+@pytest.mark.parametrize(("tokens", "way"), [(50.1, "longer"), (29.9, "shorter")])
+def test_response_length(tokens, way):
+    assert keys(arms(response_tokens=50.0)) == keys(arms(response_tokens=30.0)) == []
+    text = only(arms(response_tokens=tokens))
+    assert f"responses are 25% {way} than those of the raw prompt and 25% {way}" in text
+
+
+def test_rewrite_length():
+    assert keys(arms(rewrite_tokens=25.0)) == keys(arms(rewrite_tokens=15.0)) == []
+    assert keys(arms(rewrite_tokens=25.1)) == keys(arms(rewrite_tokens=14.9)) == ["rewrites_length"]
+    assert "longer than those of the untuned prompter, past 25%" in only(arms(rewrite_tokens=40))
+
+
+def test_copy_rate():
+    assert keys(arms(copy_rate=0.5)) == []
+    assert "copy rate is 51%, above 50%" in only(arms(copy_rate=0.51))
+
+
+def test_overfitting():
+    held_out = {"mean_reward": 0.5, "reward_variance": 0.16, "ci95": [0.45, 0.55]}
+    report = {"arms": {"trained": held_out}}  # a quarter of the deviation is 0.1
+    assert keys(report, rows(reward_mean=0.6)) == []
+    assert "0.601 in the last training steps" in only(report, rows(reward_mean=0.601))
+    assert keys(report, rows(reward_mean=0.3)) == []
+    report["arms"]["trained"] = {**held_out, "ci95": [0.38, 0.62]}  # inside: may be chance
+    assert keys(report, rows(reward_mean=0.61)) == []
+    assert keys(report, rows(reward_mean=0.63)) == ["overfitting"]
+    # Early steps do not count: the last tenth does, and no fewer than five.
+    assert keys(report, rows(15, reward_mean=0.9) + rows(5, reward_mean=0.5)) == []
+    assert keys(report, rows(91, reward_mean=0.5) + rows(9, reward_mean=0.9)) == ["overfitting"]
+
+
+def judge(**row):
+    return {"judge": {"comparisons": {"trained_vs_raw": {"n": 100, **row}}}}
+
+
+def test_length_controlled_win_rate():
+    rates = {"win_rate": 0.60, "length_controlled_win_rate": 0.555}
+    assert keys(judge(**rates)) == []
+    text = only(judge(win_rate=0.60, length_controlled_win_rate=0.54))
+    assert "against raw prompt: the win rate falls from 60% to 54%" in text
+    assert keys(judge(win_rate=0.5, length_controlled_win_rate=0.6)) == []
+    assert keys(judge(win_rate=0.5, length_controlled_win_rate=None)) == []
+
+
+def test_order_disagreements():
+    assert keys(judge(order_disagreements=25)) == []
+    assert "in 26% of the comparisons, above 25%" in only(judge(order_disagreements=26))
+    assert keys({"judge": {"comparisons": {"a_vs_b": {"n": 0, "order_disagreements": 0}}}}) == []
+
+
+def test_effective_samples():
+    def report(samples):
+        frontier = [
+            {"kl_coef": 0.1, "effective_samples": samples},
+            {"kl_coef": 0.01, "effective_samples": 1.0},  # not the recommended one
+        ]
+        return {"headroom": {"frontier": frontier, "recommended_kl_coef": 0.1, "num_rewrites": 8}}
+
+    assert keys(report(4.0)) == []
+    assert "3.9 effective rewrites a prompt of 8, fewer than 4" in only(report(3.9))
+    assert keys({"headroom": {**report(1)["headroom"], "recommended_kl_coef": None}}) == []
+
+
+def test_a_bound_that_does_not_hold():
+    assert keys({"bound": {"holds": True}}) == keys({"bound": {"holds": None}}) == []
+    assert keys({"bound": {"holds": False}}) == ["bound"]
+
+
+def test_parity():
+    assert keys({}, rows(parity_max_abs=0.0)) == []
+    off = [*rows(3, parity_max_abs=0.0), {"step": 3, "parity_max_abs": 1e-6}]
+    assert "differ in 1 steps, by up to 1e-06; 0 is expected" in only({}, off)
+    # The log writes null for what was not finite.
+    assert "by up to infinity or NaN" in only({}, rows(1, parity_max_abs=None))
+
+
+def test_zero_signal_groups():
+    half = rows(10, zero_signal_groups=0) + rows(10, zero_signal_groups=2)
+    assert keys({}, half) == []
+    assert keys({}, [*half, {"step": 20, "zero_signal_groups": 1}]) == ["zero_signal_groups"]
+
+
+def test_truncated_rewrites():
+    """16 prompts x 4 rewrites: the line is at 16."""
+    config = {"config": {"train": {"prompts_per_step": 16, "num_rewrites": 2}}}
+    step = {"num_rewrites": 4}  # what a step says of itself goes before the configuration
+    assert keys(config, rows(truncated_rewrites=16, **step)) == []
+    assert "27% of the rewrites" in only(config, rows(truncated_rewrites=17, **step))
+    flat = {"config": {"prompts_per_step": 16, "num_rewrites": 4}}
+    assert keys(flat, rows(truncated_rewrites=17)) == ["truncated_rewrites"]
+    # Without a configuration: 640 tokens at 10 tokens a rewrite.
+    lengths = {"tokens": 640.0, "rewrite_tokens": 10.0}
+    assert keys({}, rows(truncated_rewrites=16, **lengths)) == []
+    assert keys({}, rows(truncated_rewrites=17, **lengths)) == ["truncated_rewrites"]
+    assert keys({}, rows(truncated_rewrites=17)) == []  # of how many is unknown
+
+
+def test_order_of_reading_and_purity():
+    report, metrics = full_report(), full_metrics()
+    found = find_warnings(report, metrics)
+    assert [f.key for f in found] == ["length_controlled_win_rate"] * 3 + ["effective_samples"]
+    assert (report, metrics) == (full_report(), full_metrics())
+    assert found == find_warnings(report, metrics)
+
+
+def test_every_threshold_has_its_reason():
+    source = Path(warnings.__file__).read_text(encoding="utf-8").splitlines()
+    thresholds = [i for i, line in enumerate(source) if line[:1].isupper() and " = " in line]
+    assert len(thresholds) >= 10
+    assert all(source[i - 1].startswith("#") for i in thresholds)

@@ -1,0 +1,156 @@
+"""What the report claims, in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignpro.report.words import (
+    bound_verdicts,
+    gap_closed_sentence,
+    headline,
+    headroom_sentence,
+    interval,
+    judge_verdict,
+    number,
+    verdict,
+)
+
+
+def report(**differences):
+    """Arms at mean 0.5 minus the difference; intervals of half a width of 0.02."""
+    paired = {
+        f"trained_minus_{key}": {"mean": d, "ci95": [d - 0.02, d + 0.02]}
+        for key, d in differences.items()
+    }
+    arms = {key: {"mean_reward": 0.5 - d} for key, d in differences.items()}
+    return {"arms": {**arms, "trained": {"mean_reward": 0.5}}, "paired": paired}
+
+
+def test_verdicts_claim_only_what_the_interval_supports():
+    assert "beats" in verdict({"mean": 0.3, "ci95": [0.1, 0.5]}, "raw prompt").text
+    assert "+0.300" in verdict({"mean": 0.3, "ci95": [0.1, 0.5]}, "raw prompt").text
+    assert "does worse than the x" in verdict({"mean": -0.3, "ci95": [-0.5, -0.1]}, "x").text
+    for bounds in ([-0.1, 0.5], [0.0, 0.5], [-0.5, 0.0]):
+        assert "No clear difference" in verdict({"mean": 0.2, "ci95": bounds}, "x").text
+
+
+@pytest.mark.parametrize(
+    ("differences", "tone", "start"),
+    [
+        ({"raw": 0.1, "untuned": 0.1, "static": -0.05}, "worse", "The static instruction wins"),
+        ({"raw": 0.1, "untuned": 0.1, "static": -0.01}, "unclear", "The trained prompter is not"),
+        (
+            {"raw": 0.1, "untuned": 0.1, "static": 0.05},
+            "better",
+            "Yes: it beats the raw prompt, the untuned prompter and the static instruction.",
+        ),
+        (
+            {"raw": 0.1, "untuned": 0.1},
+            "better",
+            "Yes: it beats the raw prompt and the untuned prompter.",
+        ),
+        (
+            {"raw": 0.1, "untuned": 0.0},
+            "unclear",
+            "In part: it beats the raw prompt; it is not told apart from the untuned prompter.",
+        ),
+        (
+            {"raw": 0.0, "untuned": 0.1},
+            "unclear",
+            "Not shown: it beats the untuned prompter; it is not told apart from the raw prompt.",
+        ),
+        ({"raw": -0.1, "untuned": 0.1}, "worse", "No: the raw prompt does better"),
+        ({"raw": -0.1, "static": -0.2}, "worse", "The static instruction wins"),
+        ({"raw": -0.2, "static": -0.1}, "worse", "No: the raw prompt does better"),
+        ({"untuned": 0.1}, "better", "Yes: it beats the untuned prompter."),
+        ({"untuned": 0.0}, "unclear", "Not shown: it is not told apart from the untuned prompter."),
+        (
+            {"tuned": -0.2, "optimum": -0.1},
+            "unclear",
+            "Not known: the trained prompter was compared with no",
+        ),
+    ],
+)
+def test_the_headline(differences, tone, start):
+    said = headline(report(**differences))
+    assert said.text.startswith(start)
+    assert said.tone == tone
+
+
+def test_a_static_instruction_that_wins_is_advised():
+    wins = headline(report(raw=0.1, static=-0.05)).text
+    assert "beats the trained prompter by 0.050" in wins
+    assert "cheaper per request" in wins and wins.endswith("Use the instruction.")
+    level = headline(report(raw=0.1, static=-0.01)).text
+    assert "the static instruction is ahead by 0.010" in level and "cheaper per request" in level
+    assert "the trained prompter is ahead by 0.010" in headline(report(static=0.01)).text
+    # It is not advised where the raw prompt does better than both.
+    assert "needs neither" in headline(report(raw=-0.01, static=-0.005) | _clear("static")).text
+
+
+def _clear(key):
+    paired = {"raw": {"mean": -0.01, "ci95": [-0.03, 0.01]}}
+    paired[key] = {"mean": -0.005, "ci95": [-0.007, -0.003]}
+    return {"paired": {f"trained_minus_{k}": v for k, v in paired.items()}}
+
+
+def test_without_an_evaluation_nothing_is_claimed():
+    assert headline({}).tone == "unclear" and headline({}).text.startswith("Not known yet")
+    assert "no trained prompter" in headline({"arms": {"raw": {"mean_reward": 1.0}}}).text
+
+
+def test_the_judges_verdict():
+    row = {"win_rate": 0.62, "ci95": [0.52, 0.72], "length_controlled_win_rate": 0.55}
+    said = judge_verdict("trained_vs_raw", row)
+    assert said == (
+        "better",
+        "The judge prefers the trained prompter over the raw prompt: win rate 62% (52% to 72%), "
+        "55% at equal length.",
+    )
+    assert judge_verdict("trained_vs_raw", {**row, "ci95": [0.2, 0.4]}).text.startswith(
+        "The judge prefers the raw prompt over the trained prompter"
+    )
+    assert judge_verdict("trained_vs_raw", {**row, "ci95": [0.4, 0.6]}).tone == "unclear"
+    assert judge_verdict("a_vs_b", {}).text.startswith("The judge does not tell the a from the b")
+
+
+def test_the_bound_in_words():
+    numbers = {"bound": {"mean": 0.3, "ci95": [0.2, 0.4]}, "measured_gap": {"mean": 0.1}}
+    holds, useful = bound_verdicts({**numbers, "holds": True, "vacuous": False})
+    assert holds.text == "The bound holds: bound 0.300 (0.200 to 0.400), measured gap 0.100."
+    assert useful.text.startswith("It is not vacuous")
+    broken, vacuous = bound_verdicts({**numbers, "holds": False, "vacuous": True})
+    assert broken.tone == "worse" and "does not hold" in broken.text
+    assert vacuous.text.startswith("It is vacuous")
+    (unknown,) = bound_verdicts({"holds": None})
+    assert "No gap was measured" in unknown.text
+
+
+def test_the_headroom_in_words():
+    point = {"kl_coef": 0.05, "reward": 0.66, "kl": 1.5}
+    headroom = {"frontier": [point], "recommended_kl_coef": 0.05, "untuned_reward": 0.5}
+    assert headroom_sentence(headroom) == (
+        "At the recommended kl_coef 0.05 the optimum moves the reward from 0.500 to 0.660 at a KL "
+        "of 1.50 nats."
+    )
+    point["crossfit_reward"] = 0.61
+    assert "(0.610 on rewrites it was not fitted to)" in headroom_sentence(headroom)
+    for nothing in ({**headroom, "recommended_kl_coef": None}, {"recommended_kl_coef": 0.1}):
+        assert headroom_sentence(nothing).startswith("No kl_coef is recommended")
+
+
+def test_the_gap_closed_in_words():
+    assert "closes 82% (95% interval 70% to 95%) of the gap" in gap_closed_sentence(
+        {"share": 0.82, "ci95": [0.7, 0.95]}
+    )
+    assert "closes 82% of the gap" in gap_closed_sentence({"share": 0.82, "ci95": None})
+
+
+def test_numbers_that_are_absent_are_nothing():
+    assert [number(v) for v in (None, float("nan"), "1", True)] == [""] * 4
+    assert [interval(v) for v in (None, [1.0], [0.0, float("inf")])] == [""] * 3
+    assert (number(1), number(-0.5, 1, sign=True), interval([0, 1], 1)) == (
+        "1.000",
+        "-0.5",
+        "0.0 to 1.0",
+    )
