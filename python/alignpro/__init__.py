@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from alignpro.pipeline import Pipeline
     from alignpro.rewards.build import build_reward
     from alignpro.rewards.check import RewardError
+    from alignpro.train.callbacks import TrainCallback
     from alignpro.train.trainer import Trainer
     from alignpro.types import (
         Chat,
@@ -64,6 +65,7 @@ __all__ = [
     "SamplingParams",
     "SftConfig",
     "Tokenizer",
+    "TrainCallback",
     "TrainConfig",
     "Trainer",
     "UnavailableError",
@@ -98,6 +100,7 @@ _HOMES = {
     "SamplingParams": "types",
     "SftConfig": "config",
     "Tokenizer": "models.tokenizer",
+    "TrainCallback": "train.callbacks",
     "TrainConfig": "config",
     "Trainer": "train.trainer",
     "UnavailableError": "native",

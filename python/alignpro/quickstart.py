@@ -25,13 +25,14 @@ from alignpro.models.resolve import resolve_model
 from alignpro.native import core
 from alignpro.report.build import build_report
 from alignpro.report.plots import reward_curve
-from alignpro.report.progress import Bars, show_sft_row, show_train_row
+from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
 from alignpro.train.checkpoint import as_config
 from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import trainer_from
 from alignpro.train.sft import fit
+from alignpro.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
         ValueError, OSError: bad input, before anything is written.
     """
     sft, train, evaluation = config.stages()
+    check_trackers(train.track)
     reward = build_reward(train.reward)
     pairs = [(row.prompt, row.instruction) for row in load_pairs(sft.data)]
     train_rows = load_prompts(train.data, split=train.split)
@@ -71,13 +73,12 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
             sft_rows = fit(policy, pairs, sft, lambda row: show_sft_row(bars, row, sft.steps))
             warm = policy.weights()
         with _timed(seconds, "train"):
-            bars.show("training", 0, train.steps)
             train = replace(train, run_dir=str(free_directory(config.run_dir)))
             trainer = trainer_from(train, prompter, target, reward, train_rows, warm)
             log = MetricsLog(trainer.run_dir / "sft-metrics.jsonl")
             for row in sft_rows:
                 log.append(row)
-            trainer.train(lambda row: show_train_row(bars, row, train.steps))
+            trainer.train([TrainBar(bars)])
         with _timed(seconds, "evaluate"):
             trained = trainer.policy.weights()
             outcome = evaluate_loaded(

@@ -11,6 +11,7 @@ import torch
 from alignpro.config import LoraConfig, Prompting, SftConfig, TrainConfig
 from alignpro.data.load import PromptRow
 from alignpro.models.native_model import load_model
+from alignpro.train.callbacks import TrainCallback
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy, initial_weights
 from alignpro.train.run import trainer_from
@@ -159,12 +160,13 @@ def test_six_steps_are_three_then_three_on_other_threads(model, tiny_model_dir, 
     settings = config(tmp_path / "split")
     first = trainer(settings, model)
 
-    def stop(row):
-        if row["step"] == 2:
-            raise KeyboardInterrupt
+    class Stop(TrainCallback):
+        def on_step(self, row):
+            if row["step"] == 2:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        first.train(on_step=stop)
+        first.train([Stop()])
     other = load_model(tiny_model_dir("llama"), threads=1)
     second = trainer(dataclasses.replace(settings, threads=1), other, resume=True)
     second.train()

@@ -14,6 +14,7 @@ import torch
 from alignpro.config import LoraConfig, Prompting, TrainConfig
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.check import RewardError
+from alignpro.train.callbacks import TrainCallback
 from alignpro.train.checkpoint import load_checkpoint
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy, initial_weights
@@ -105,12 +106,13 @@ def test_ten_steps_are_five_then_five(tmp_path):
     settings = config(tmp_path / "split", lr_schedule="linear")
     first = make(settings)
 
-    def stop(row):
-        if row["step"] == 4:
-            raise KeyboardInterrupt
+    class Stop(TrainCallback):
+        def on_step(self, row):
+            if row["step"] == 4:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        first.train(on_step=stop)
+        first.train([Stop()])
     second = make(settings, resume=True)
     assert (second.step, second.cursor) == (5, 15)
     second.train()

@@ -17,6 +17,7 @@ from alignpro.data.load import load_prompts, stack_columns
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.train.callbacks import TrainCallback
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.trainer import Trainer
 from alignpro.types import SamplingParams
@@ -24,6 +25,25 @@ from alignpro.types import SamplingParams
 WARM_UP = 1  # steps that are run and not counted
 
 Say = Callable[[str], None]
+
+
+class _Clock(TrainCallback):
+    """Takes the wall time of every step, from the end of the one before it."""
+
+    def __init__(self, rows: list[dict[str, Any]], say: Say) -> None:
+        self._rows, self._say = rows, say
+
+    def on_start(self, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
+        self._steps = config["steps"]
+        self._say(f"step 1 of {self._steps}")
+        self._last = time.perf_counter()
+
+    def on_step(self, row: Mapping[str, Any]) -> None:
+        now = time.perf_counter()
+        wall = now - self._last
+        self._rows.append({**row, "wall": wall})
+        self._say(f"step {len(self._rows)} of {self._steps}: {wall:.1f} s")
+        self._last = time.perf_counter()
 
 
 def bench_step(
@@ -78,17 +98,7 @@ def bench_step(
             columns=stack_columns(prompts),
             run_dir=Path(folder) / "run",
         )
-        last = time.perf_counter()
-
-        def on_step(row: Mapping[str, Any]) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            rows.append({**row, "wall": now - last})
-            say(f"step {len(rows)} of {config.steps}: {now - last:.1f} s")
-            last = time.perf_counter()
-
-        say(f"step 1 of {config.steps}")
-        trainer.train(on_step)
+        trainer.train([_Clock(rows, say)])
         peak = peak_rss_bytes()
     for row in rows:
         if row["generated_tokens"] != work.generated_tokens:

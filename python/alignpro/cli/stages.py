@@ -93,13 +93,12 @@ def train(
     from alignpro.config import TrainConfig, load_yaml
 
     options = load_yaml(TrainConfig, config, overrides or [])
-    from alignpro.report.progress import Bars, show_train_row
+    from alignpro.report.progress import Bars, TrainBar
     from alignpro.train.run import make_trainer
 
     trainer = make_trainer(options, resume=resume, overwrite=overwrite)
     with Bars() as bars:
-        bars.show("training", trainer.step, options.steps)
-        trainer.train(lambda row: show_train_row(bars, row, options.steps))
+        trainer.train([TrainBar(bars)])
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
 
 

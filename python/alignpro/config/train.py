@@ -87,6 +87,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     lora: LoraConfig = field(default_factory=LoraConfig)  # without an adapter to start from
 
+    # Trackers beside metrics.jsonl (always) and TensorBoard (where it is installed).
+    track: tuple[Literal["wandb", "trackio"], ...] = ()
     checkpoint_every: int = 10  # steps; one is always written at the end and at Ctrl-C
     threads: int | None = None  # None: the container's CPU quota
 
@@ -98,6 +100,8 @@ class TrainConfig:
         self._check_counts()
         self._check_leash()
         require("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "1 or more")
+        once = len(set(self.track)) == len(self.track)
+        require("track", self.track, once, "every tracker once")
         check_optimizer(self)
         check_micro_batches(self)
         check_sampling("rewrite", self.rewrite)

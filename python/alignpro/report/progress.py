@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from alignpro.train.callbacks import TrainCallback
 
 
 class Bars:
@@ -49,7 +52,16 @@ def show_sft_row(bars: Bars, row: Mapping[str, Any], steps: int) -> None:
     bars.show("warm start", row["step"] + 1, steps, f"loss {row['loss']:.3f}")
 
 
-def show_train_row(bars: Bars, row: Mapping[str, Any], steps: int) -> None:
-    """One row of the metrics log."""
-    note = f"reward {row['reward_mean']:.3f}, KL {row['kl_per_rewrite']:.2f} nats"
-    bars.show("training", row["step"] + 1, steps, note)
+class TrainBar(TrainCallback):
+    """A training run as one of the bars."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+
+    def on_start(self, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
+        self._steps = int(config["steps"])
+        self._bars.show("training", step, self._steps)
+
+    def on_step(self, row: Mapping[str, Any]) -> None:
+        note = f"reward {row['reward_mean']:.3f}, KL {row['kl_per_rewrite']:.2f} nats"
+        self._bars.show("training", row["step"] + 1, self._steps, note)

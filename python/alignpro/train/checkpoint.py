@@ -158,7 +158,7 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 # batches: up to the rounding of a sum).
 MAY_CHANGE = frozenset(
     {
-        *("steps", "run_dir", "threads", "checkpoint_every"),
+        *("steps", "run_dir", "threads", "checkpoint_every", "track"),
         *("micro_batch_size", "memory_limit", "activations"),
     }
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from alignpro.config import SftConfig, TrainConfig
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
@@ -15,13 +16,17 @@ from alignpro.train.checkpoint import as_config, check_run_dir, prepare_run_dir,
 from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy, Reference
 from alignpro.train.sft import fit
-from alignpro.train.trainer import OnStep, Trainer
+from alignpro.train.trackers import check_trackers
+from alignpro.train.trainer import Trainer
 from alignpro.train.value_head import ValueHead
 from alignpro.types import Reward
 
 
 def run_sft(
-    config: SftConfig, *, overwrite: bool = False, on_step: OnStep | None = None
+    config: SftConfig,
+    *,
+    overwrite: bool = False,
+    on_step: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> LoraWeights:
     """Warm-start a prompter; writes config.json, metrics.jsonl and adapter/ to its directory."""
     check_run_dir(config.run_dir, overwrite=overwrite)
@@ -45,6 +50,7 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     The reference is kept in run_dir/reference, so that a resume holds on to the same one.
     """
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    check_trackers(config.track)
     rows = load_prompts(config.data, split=config.split)
     reward = build_reward(config.reward)
     prompter, target = _load_models(config)

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from alignpro.config import TrainConfig
 from alignpro.models.adapter import save_peft
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.train.adaptive import Adaptive
+from alignpro.train.callbacks import TrainCallback, watching
 from alignpro.train.checkpoint import (
     Checkpoint,
     as_config,
@@ -30,10 +31,9 @@ from alignpro.train.metrics import MetricsLog, truncate_metrics
 from alignpro.train.policy import LoraPolicy, Reference, one_torch_thread
 from alignpro.train.row import rollout_row
 from alignpro.train.schedule import batch_indices
+from alignpro.train.trackers import make_trackers
 from alignpro.train.trajectories import StepBatch, step_batch
 from alignpro.types import Rollout
-
-OnStep = Callable[[Mapping[str, Any]], None]
 
 
 class Trainer:
@@ -51,6 +51,7 @@ class Trainer:
 
     Raises:
         ValueError: no prompts, pieces that do not fit, a resume under another configuration.
+        ImportError: a tracker of ``config.track`` that is not installed.
         FileExistsError: the run directory is in use.
     """
 
@@ -73,6 +74,7 @@ class Trainer:
             raise ValueError("algorithm: closed_form samples once and then fits; not a Trainer's")
         if config.ppo.value_head != (value_head is not None):
             raise ValueError("value_head: expected one with ppo.value_head, and none without")
+        self.trackers = make_trackers(config.track)
         self.config = config
         self.pipeline = pipeline
         self.policy = policy
@@ -91,14 +93,22 @@ class Trainer:
         write_config(self.run_dir, as_config(config))
 
     @one_torch_thread()
-    def train(self, on_step: OnStep | None = None) -> None:
+    def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
         """Run the steps that are left; write a checkpoint at the end, and at Ctrl-C or an error.
+
+        Args:
+            callbacks: who else watches, beside the trackers of the configuration.
 
         Raises:
             RuntimeError: a scored log-probability differs from the sampled one (``strict_parity``).
             KeyboardInterrupt: after the checkpoint is written; it says how to go on.
-            RewardError, ValueError: likewise after the checkpoint.
+            RewardError, ValueError, and what a callback raises: likewise after the checkpoint.
         """
+        watchers = [*self.trackers, *callbacks]
+        with watching(watchers, self.run_dir, as_config(self.config), self.step):
+            self._train(watchers)
+
+    def _train(self, watchers: Sequence[TrainCallback]) -> None:
         saved = self.step if self.step > 0 else -1
         try:
             while self.step < self.config.steps:
@@ -117,15 +127,15 @@ class Trainer:
                     self.step += 1
                     self.cursor += self.config.prompts_per_step
                     self.log.append(row)
-                if on_step is not None:
-                    on_step(row)
+                for watcher in watchers:
+                    watcher.on_step(row)
                 if self.step % self.config.checkpoint_every == 0:
-                    saved = self._checkpoint(saved)
+                    saved = self._checkpoint(saved, watchers)
         except KeyboardInterrupt:
             command = f"alignpro train {self.run_dir / 'config.json'} --resume"
             raise KeyboardInterrupt(f"after step {self.step}; go on with: {command}") from None
         finally:
-            self._checkpoint(saved)
+            self._checkpoint(saved, watchers)
         save_peft(self.run_dir / "adapter", self.policy.weights())
 
     def _rollout(self) -> Rollout:
@@ -173,12 +183,12 @@ class Trainer:
             "seconds": {**rollout.seconds, **stages},
         }
 
-    def _checkpoint(self, saved: int) -> int:
+    def _checkpoint(self, saved: int, watchers: Sequence[TrainCallback]) -> int:
         """Write a checkpoint unless this step's is there; returns the step that is saved."""
         critic = self.learner.critic
         if saved != self.step:
             with _interrupts_deferred():
-                save_checkpoint(
+                path = save_checkpoint(
                     self.run_dir,
                     Checkpoint(
                         step=self.step,
@@ -190,6 +200,8 @@ class Trainer:
                         critic=None if critic is None else critic.state_dict(),
                     ),
                 )
+            for watcher in watchers:
+                watcher.on_checkpoint(path, self.step)
         return self.step
 
     def _restore(self) -> None:
