@@ -36,7 +36,8 @@ ROOMS: dict[str, set[str]] = {
     "report": _RUNNING | {"train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report"},
     "bench": _RUNNING | {"trace", "ops", "train"},
-    "cli": _RUNNING | {"train", "evaluate", "report", "quickstart", "bench"},
+    "price": _SERVING | {"data", "bench.machine", "train.micro_batches", "train.policy"},
+    "cli": _RUNNING | {"train", "evaluate", "report", "quickstart", "bench", "price"},
     "__main__": {"cli"},
     "": _RUNNING | {"ops", "train", "evaluate", "report"},  # __init__.py: the lazy public names
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from alignpro.cli.shared import (
     Config,
+    Json,
     Overrides,
     Overwrite,
     app,
@@ -20,6 +21,9 @@ from alignpro.cli.shared import (
     split_settings,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from alignpro.config import TrainConfig
 
 
 @app.command()
@@ -87,12 +91,24 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run there")] = False,
     overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what it would cost")] = False,
+    gpu: Annotated[str | None, typer.Option(help="dry run: on H200, H100, A100, ...")] = None,
+    rates: Annotated[Path | None, typer.Option(help="dry run: measured shares, JSON")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="dry run: a prompt's")] = None,
+    json_file: Json = None,
 ) -> None:
     """Train a prompter by reinforcement learning."""
     needs_torch("train")
     from alignpro.config import TrainConfig, load_yaml
 
     options = load_yaml(TrainConfig, config, overrides or [])
+    if dry_run:
+        _price(options, gpu, rates, prompt_tokens, json_file)
+        return
+    given = {"--gpu": gpu, "--rates": rates, "--prompt-tokens": prompt_tokens, "--json": json_file}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
     from alignpro.report.progress import Bars, TrainBar
     from alignpro.train.run import make_trainer
 
@@ -100,6 +116,30 @@ def train(
     with Bars() as bars:
         trainer.train([TrainBar(bars)])
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
+
+
+def _price(
+    options: TrainConfig,
+    gpu: str | None,
+    rates: Path | None,
+    prompt_tokens: int | None,
+    json_file: Path | None,
+) -> None:
+    check_new(json_file)
+    from rich.console import Console
+
+    from alignpro.price.devices import read_rates
+    from alignpro.price.estimate import price_train
+    from alignpro.price.tables import price_tables
+
+    report = price_train(
+        options,
+        gpu_name=gpu,
+        rates=None if rates is None else read_rates(rates),
+        prompt_tokens=prompt_tokens,
+    )
+    write_json(json_file, report)
+    Console().print(price_tables(report))
 
 
 @app.command()

@@ -59,11 +59,7 @@ def resolve_model(
             f"{name}: no such file or folder; expected a .gguf file, a folder with config.json and "
             f"safetensors, or a model name such as {DEFAULT_MODEL}"
         )
-    packaged = name.lower() in {
-        DEFAULT_MODEL,
-        _DEFAULT_REPO.lower(),
-        _DEFAULT_REPO.split("/")[1].lower(),
-    }
+    packaged = _is_packaged(name)
     repo = _DEFAULT_REPO if packaged else name
     tried = [f"path {name} (does not exist)"]
     if name != DEFAULT_MODEL:
@@ -85,6 +81,25 @@ def resolve_model(
     raise FileNotFoundError(f"model {name!r} not found; tried {'; '.join(tried)}. {advice}")
 
 
+def find_model(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """As `resolve_model`, of what is on this machine; None where nothing is. Nothing is fetched.
+
+    Raises:
+        FileNotFoundError: a path that is there and holds no model, or a path that is not there.
+    """
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if name and (path.exists() or _looks_like_path(name)):
+        return resolve_model(name)
+    packaged = _is_packaged(name)
+    if name != DEFAULT_MODEL:
+        found, _ = _from_hub_cache(_DEFAULT_REPO if packaged else name, _log.info)
+        if found is not None:
+            return found
+    file = cache_dir() / _FILE
+    return file if packaged and _is_verified(file) else None
+
+
 def cache_dir() -> Path:
     """Where fetched models are kept: $ALIGNPRO_CACHE, or ~/.cache/alignpro."""
     chosen = os.environ.get("ALIGNPRO_CACHE")
@@ -102,6 +117,12 @@ def _model_path(path: Path) -> Path:
     raise FileNotFoundError(
         f"{path}: expected a folder with config.json or one .gguf file, got {got}"
     )
+
+
+def _is_packaged(name: str) -> bool:
+    """Whether the name is one of the default model's."""
+    repo = _DEFAULT_REPO.lower()
+    return name.lower() in {DEFAULT_MODEL, repo, repo.split("/")[1]}
 
 
 def _looks_like_path(name: str) -> bool:

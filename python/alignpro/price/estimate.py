@@ -1,0 +1,146 @@
+"""The price of a run: `alignpro train CONFIG --dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from alignpro.config import TrainConfig
+from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, this_cpu
+from alignpro.price.lengths import find_lengths, local_prompts
+from alignpro.price.shapes import PricedModel, find_shape
+from alignpro.price.work import Phase, Work, count_step
+
+# Of a trained number: itself, its gradient and AdamW's two moments; what the engine works with,
+# and the copy by which a change is seen.
+_LORA_BYTES = {"weights": 4, "gradients": 4, "AdamW": 8, "engine": 8}
+_FROZEN_LORA_BYTES = 4
+_HALF = 0.5  # on a graphics card keys and values have 16 bits
+
+
+def price_train(
+    config: TrainConfig,
+    *,
+    gpu_name: str | None = None,
+    rates: Rates | None = None,
+    prompt_tokens: int | None = None,
+) -> dict[str, Any]:
+    """What the run would cost, as plain values; no weights are loaded and nothing is fetched.
+
+    Args:
+        gpu_name: a card of `devices.gpu`; None is this CPU, whose limits are measured.
+        rates: shares reached; None takes those of docs/performance.md on a CPU, and on a card
+            leaves a lower bound.
+        prompt_tokens: of a prompt, where the data is not here or stands for other data.
+
+    Raises:
+        FileNotFoundError: a model whose sizes are unknown. ValueError: work that does not fit a
+            context or ``memory_limit``, an unknown card.
+    """
+    device = gpu(gpu_name) if gpu_name is not None else None
+    prompter = find_shape(config.model)
+    target = prompter if config.target is None else find_shape(config.target)
+    lengths = find_lengths(
+        local_prompts(config.data, config.split),
+        config.prompting,
+        config.rewrite.max_new_tokens,
+        prompter.tokenizer(),
+        target.tokenizer(),
+        prompt_tokens,
+    )
+    work = count_step(config, lengths, prompter, target)
+    if device is None:
+        rates = rates or CPU_RATES
+        device = this_cpu(config.threads, rates)
+    if rates is not None:
+        device = replace(
+            device, gflops=rates.gflops or device.gflops, gbps=rates.gbps or device.gbps
+        )
+    memory = _memory(config, prompter, target, work, half_kv=gpu_name is not None)
+    least, expected = _least_seconds(work, device), _seconds(work, device, rates)
+    total = sum(memory.values())
+    return {
+        "models": {
+            "prompter": _model(prompter),
+            "target": _model(target) | {"shared": _shared(config, prompter, target)},
+        },
+        "lengths": asdict(lengths),
+        "steps": config.steps,
+        "tokens_per_step": work.tokens,
+        "tokens": {name: count * config.steps for name, count in work.tokens.items()},
+        "micro_batches": work.micro_batches,
+        "lora_parameters": work.lora_parameters,
+        "flops_per_step": {phase.name: phase.flops for phase in work.phases},
+        "bytes_per_step": {phase.name: phase.bytes for phase in work.phases},
+        "flops": work.flops * config.steps,
+        "memory": memory,
+        "memory_bytes": total,
+        "device": asdict(device),
+        "fits": None if device.memory_bytes is None else total <= device.memory_bytes,
+        "rates": None if rates is None else asdict(rates),
+        "seconds_per_step": expected,
+        "hours": None if expected is None else expected * config.steps / 3600,
+        "least_seconds_per_step": least,
+        "least_hours": least * config.steps / 3600,
+        "left_out": ["reward", "loading", *(["warm start"] if config.adapter else [])],
+    }
+
+
+def _model(model: PricedModel) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "parameters": model.shape.parameters,
+        "layer_parameters": model.shape.linear_parameters,
+        "weight_bytes": model.weight_bytes,
+        "storage": model.storage,
+        "source": model.source,
+    }
+
+
+def _shared(config: TrainConfig, prompter: PricedModel, target: PricedModel) -> bool:
+    """Whether prompter and target are one in memory, as `load_models` has it."""
+    same = target.name == prompter.name
+    if not same and prompter.path is not None and target.path is not None:
+        same = target.path.samefile(prompter.path)
+    return same and config.target_compute == "float32"
+
+
+def _memory(
+    config: TrainConfig, prompter: PricedModel, target: PricedModel, work: Work, *, half_kv: bool
+) -> dict[str, int]:
+    """Bytes that are held at once, by what holds them. Keys and values: as many as all sequences
+    of a step need at once; the engine takes a quarter of the free memory at most, and waits."""
+    shared = _shared(config, prompter, target)
+    lora = {f"LoRA {name}": size * work.lora_parameters for name, size in _LORA_BYTES.items()}
+    if config.adapter is not None:
+        lora["LoRA of the reference"] = _FROZEN_LORA_BYTES * work.lora_parameters
+    return {
+        "prompter weights": prompter.weight_bytes,
+        "target weights": 0 if shared else target.weight_bytes,
+        **lora,
+        "keys and values": int(work.kv_bytes * (_HALF if half_kv else 1)),
+        "scoring (memory_limit bounds it)": work.score_bytes,
+    }
+
+
+def _least_seconds(work: Work, device: Device) -> float:
+    """No step can be faster at the device's limits."""
+    return sum(
+        max(phase.flops / (device.gflops * 1e9), phase.least_bytes / (device.gbps * 1e9))
+        for phase in work.phases
+    )
+
+
+def _seconds(work: Work, device: Device, rates: Rates | None) -> float | None:
+    """At the shares that were measured; None without any. Operations and reading are added up: a
+    step of decoding is 5 ms and 1.5 ms a row where its weights take 5 ms to read
+    (docs/performance.md)."""
+    if rates is None:
+        return None
+
+    def seconds(phase: Phase) -> float:
+        share = rates.generate if phase.kind == "generate" else rates.score
+        flops = device.gflops * 1e9 * share * (rates.int8 if phase.int8 else 1.0)
+        return phase.flops / flops + phase.bytes / (device.gbps * 1e9 * rates.bytes)
+
+    return sum(seconds(phase) for phase in work.phases)

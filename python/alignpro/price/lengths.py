@@ -1,0 +1,120 @@
+"""How long prompts are: from the data and the tokenizers where they are here, else assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignpro.config import Prompting
+from alignpro.data.load import PACKAGED, load_prompts
+from alignpro.models.tokenizer import Tokenizer
+
+PROMPT_TOKENS = 256  # of a prompt in data that is not here
+_BYTES_A_TOKEN = 4.0  # English text in a vocabulary of 32 to 150 thousand
+_CHAT_TOKENS = (8, 6)  # of a chat template, before and after the user's words
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens that the models read for a prompt of mean length, and how many of these are shared.
+
+    What sequences share at their beginning is computed once.
+    """
+
+    prompter: int  # read by the prompter
+    prompter_shared: int  # of them, common to all prompts: template and instruction
+    target: int  # read by the target, with a rewrite of the greatest length
+    target_head: int  # of them, common to all rewrites of a prompt
+    target_shared: int  # of them, common to all prompts
+    source: str  # where the numbers are from, for a person
+
+
+def local_prompts(data: str, split: str | None) -> list[str] | None:
+    """The prompts of a source that is on this machine; None for one that would be fetched."""
+    if data not in PACKAGED and not Path(data).is_file() and data.count("/") == 1:
+        return None
+    return [row.prompt for row in load_prompts(data, split=split)]
+
+
+def find_lengths(
+    prompts: Sequence[str] | None,
+    prompting: Prompting,
+    rewrite_tokens: int,
+    prompter: Tokenizer | None,
+    target: Tokenizer | None,
+    prompt_tokens: int | None = None,
+) -> Lengths:
+    """Mean lengths over all prompts.
+
+    Args:
+        prompts: None where they are not here. rewrite_tokens: the most a rewrite may have.
+        prompter, target: None where the tokenizer is not here; tokens are then assumed.
+        prompt_tokens: of a prompt, in the place of what is found or assumed.
+    """
+    before, after = prompting.template.split("{prompt}")
+    reads = _Turn(prompter, before, after)
+    answers = _Turn(target, "", "")
+    append = prompting.mode == "append"
+    turns, heads = [], []
+    if prompt_tokens is not None or prompts is None:
+        length = PROMPT_TOKENS if prompt_tokens is None else prompt_tokens
+        source = f"{length} tokens a prompt, {'assumed' if prompt_tokens is None else 'as given'}"
+        turns, heads = [reads.around + length], [answers.head + length]
+    else:
+        turns = [reads.around + reads.count(text) for text in prompts]
+        heads = [answers.head + answers.count(text) for text in prompts]
+        known = [name for name, t in (("prompter", prompter), ("target", target)) if t is None]
+        source = f"mean of {len(prompts)} prompts" + (
+            f", {_BYTES_A_TOKEN:g} bytes a token where the tokenizer is not here "
+            f"({' and '.join(known)})"
+            if known
+            else ""
+        )
+    head = round(sum(heads) / len(heads)) if append else answers.head
+    separator = answers.count(prompting.separator) if append else 0
+    return Lengths(
+        prompter=round(sum(turns) / len(turns)),
+        prompter_shared=reads.head,
+        target=head + separator + rewrite_tokens + answers.tail,
+        target_head=head,
+        target_shared=answers.head,
+        source=source,
+    )
+
+
+class _Turn:
+    """Token counts of a user turn around a text that changes."""
+
+    def __init__(self, tokenizer: Tokenizer | None, before: str, after: str) -> None:
+        self.count: Callable[[str], int] = _guess if tokenizer is None else _counter(tokenizer)
+        if tokenizer is None:
+            self.head = _CHAT_TOKENS[0] + _guess(before)
+            self.tail = _CHAT_TOKENS[1] + _guess(after)
+        else:
+            one, other = (
+                tokenizer.encode_chat([{"role": "user", "content": before + text + after}])
+                for text in ("a", "7")
+            )
+            self.head = common(one, other)
+            self.tail = common(one[::-1], other[::-1])
+
+    @property
+    def around(self) -> int:
+        return self.head + self.tail
+
+
+def _counter(tokenizer: Tokenizer) -> Callable[[str], int]:
+    return lambda text: len(tokenizer.encode(text)) if text else 0
+
+
+def _guess(text: str) -> int:
+    return round(len(text.encode()) / _BYTES_A_TOKEN)
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences share at their beginning."""
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return count

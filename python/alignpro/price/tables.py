@@ -1,0 +1,116 @@
+"""The price for a person: tables, and a sentence on time that claims no more than is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def price_tables(report: dict[str, Any]) -> RenderableType:
+    """Tokens, operations and memory of `price_train`'s report, then its hours."""
+    return Group(
+        _models(report), _tokens(report), _flops(report), _memory(report), Text(hours_line(report))
+    )
+
+
+def hours_line(report: dict[str, Any]) -> str:
+    """Time, with what it rests on."""
+    device, rates = report["device"], report["rates"]
+    limits = (
+        f"{device['gflops'] / 1e3:.4g} TFLOP/s and {device['gbps']:.4g} GB/s ({device['source']})"
+    )
+    left_out = f"Left out: {', '.join(report['left_out'])}."
+    memory = _fit_line(report)
+    if rates is None:
+        return (
+            f"Time on {device['name']}: at least {_duration(report['least_hours'])} at the limits "
+            f"of {limits}, if every rewrite and response runs to its maximum; no rate has been "
+            f"measured on this device yet (--rates FILE). {memory} {left_out}"
+        )
+    return (
+        f"Time on {device['name']}: {_duration(report['hours'])} "
+        f"({report['seconds_per_step']:.3g} s a step) if every rewrite and response runs to its "
+        f"maximum, at {rates['generate']:.0%} (generation), {rates['score']:.0%} (scoring) and "
+        f"{rates['bytes']:.0%} (bytes) of {limits}, shares from {rates['source']}. "
+        f"{memory} {left_out}"
+    )
+
+
+def _fit_line(report: dict[str, Any]) -> str:
+    need, device = report["memory_bytes"], report["device"]
+    if report["fits"] is None:
+        return f"Memory needed: {_size(need)}."
+    word = "fits in" if report["fits"] else "does not fit in"
+    return f"{_size(need)} {word} its {_size(device['memory_bytes'])}."
+
+
+def _models(report: dict[str, Any]) -> Table:
+    table = Table(title="Models", title_justify="left")
+    for column in ("", "name", "parameters", "weights", "sizes from"):
+        table.add_column(column, overflow="fold")
+    for role, model in report["models"].items():
+        weights = f"{_size(model['weight_bytes'])} ({model['storage']})"
+        if model.get("shared"):
+            weights = "the prompter's"
+        row = (role, model["name"], _count(model["parameters"]), weights, model["source"])
+        table.add_row(*row)
+    return table
+
+
+def _tokens(report: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"Tokens, at most ({report['lengths']['source']}; "
+        f"{report['micro_batches']} micro-batches a step)",
+        title_justify="left",
+    )
+    table.add_column("")
+    table.add_column("a step", justify="right")
+    table.add_column(f"{report['steps']} steps", justify="right")
+    for name, count in report["tokens_per_step"].items():
+        table.add_row(name, f"{count:,}", _count(report["tokens"][name]))
+    return table
+
+
+def _flops(report: dict[str, Any]) -> Table:
+    table = Table(title="Operations and bytes read, a step", title_justify="left")
+    for column in ("", "TFLOP", "GB"):
+        table.add_column(column, justify="right" if column else "left")
+    flops, moved = report["flops_per_step"], report["bytes_per_step"]
+    for name, count in flops.items():
+        table.add_row(name, f"{count / 1e12:.3g}", f"{moved[name] / 1e9:.3g}")
+    total = (f"{sum(flops.values()) / 1e12:.3g}", f"{sum(moved.values()) / 1e9:.3g}")
+    table.add_row("in all", *total, style="bold")
+    return table
+
+
+def _memory(report: dict[str, Any]) -> Table:
+    table = Table(title="Memory", title_justify="left")
+    table.add_column("")
+    table.add_column("held", justify="right")
+    for name, size in report["memory"].items():
+        table.add_row(name, _size(size))
+    table.add_row("in all", _size(report["memory_bytes"]), style="bold")
+    return table
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def _count(count: float) -> str:
+    for unit, factor in (("G", 10**9), ("M", 10**6)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:,.0f}"
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.3g} hours" if hours < 1000 else f"{hours:,.0f} hours"
+    return f"{hours * 60:.2g} minutes" if hours * 60 >= 1 else f"{hours * 3600:.2g} seconds"
