@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignpro.config import TrainConfig
+from alignpro.native import core
 from alignpro.price.lengths import Lengths, common
 from alignpro.price.shapes import ModelShape, PricedModel
 from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches
@@ -145,10 +146,10 @@ def score_bytes(
     rows: int,
     values: int,
     activations: Activations,
+    threads: int,
 ) -> int:
-    """What `Score::bytes` (src/alignpro/model/scorer.h) says of a request with these many rows and
-    scored values, a reference and gradients, less what does not grow with them. ``lora_modules``:
-    in a layer."""
+    """What `Score::bytes` (src/alignpro/model/scorer.cc) says of a request with so many rows and
+    scored values, a reference and gradients. ``lora_modules``: in a layer."""
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_layers
     qkv = shape.q_size + 2 * shape.kv_size
     ranks = lora_modules * rank
@@ -160,7 +161,17 @@ def score_bytes(
     floats += 3 * inner + 4 * hidden + shape.q_size + qkv + shape.num_heads + ranks  # backward
     floats += 2 * shape.kv_size  # attention's backward
     floats += 2 * shape.kv_size  # one layer's keys and values
-    return _FLOAT * (rows * floats + 5 * values * hidden)
+    return _FLOAT * (rows * floats + 5 * values * hidden) + _fixed_score_bytes(shape, threads)
+
+
+def _fixed_score_bytes(shape: ModelShape, threads: int) -> int:
+    """What does not grow with the rows: packed rows of a product, and a tile of the vocabulary
+    with its statistics for each thread."""
+    packed = 480 * (max(shape.q_size, 2 * shape.intermediate_size) + 16 * (threads + 1))
+    tiles = -(-shape.vocab_size // 256)
+    tile = 256 * 16 + (256 + 16) * shape.hidden_size
+    rows = 96 * (7 * tiles + 4 * shape.hidden_size + 4 * 256)
+    return _FLOAT * (packed + threads * (tile + rows))
 
 
 class _Rows:
@@ -226,10 +237,12 @@ def _plan(
     """The trainer's own plan for sequences of these lengths, and the bytes of each part."""
     sequences, starts = _sequences(config, lengths)
     modules = len(select_modules(shape.linears, config.lora.target_modules)) // shape.num_layers
+    threads = config.threads or core.available_cpus()
 
     def bytes_of(some: Sequence[Sequence[int]], begins: Sequence[int], mode: Activations) -> int:
         values = sum(len(s) - b for s, b in zip(some, begins, strict=True))
-        return score_bytes(shape, modules, config.lora.rank, _tree_rows(some), values, mode)
+        rows = _tree_rows(some)
+        return score_bytes(shape, modules, config.lora.rank, rows, values, mode, threads)
 
     plan = plan_micro_batches(
         sequences,

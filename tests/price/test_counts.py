@@ -1,0 +1,215 @@
+"""Counts of a dry run against a hand's, the engine's own formulas, and one real step's trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from alignpro.bench.step import forced_lengths
+from alignpro.config import LoraConfig, Prompting, TrainConfig
+from alignpro.models.native_model import load_model
+from alignpro.native import core
+from alignpro.pipeline import Pipeline
+from alignpro.price.lengths import find_lengths, local_prompts
+from alignpro.price.shapes import PUBLISHED, ModelShape, PricedModel, find_shape
+from alignpro.price.work import count_step, lora_parameters, score_bytes
+from alignpro.train.metrics import read_metrics
+from alignpro.train.policy import LoraPolicy
+from alignpro.train.trainer import Trainer
+from alignpro.types import SamplingParams
+from conftest import FAMILIES
+
+SMALL = ModelShape(
+    vocab_size=10,
+    hidden_size=4,
+    intermediate_size=6,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=2,
+    context_length=100,
+)
+
+
+def config(**changes):
+    defaults = {
+        "prompts_per_step": 2,
+        "num_rewrites": 3,
+        "num_responses": 2,
+        "rewrite": SamplingParams(max_new_tokens=5),
+        "response": SamplingParams(max_new_tokens=4),
+        "lora": LoraConfig(rank=1),
+        "threads": 2,
+    }
+    return TrainConfig(**{**defaults, **changes})
+
+
+def test_a_shape_counted_by_hand():
+    # q 4x4, k and v 2x4, o 4x4, gate and up 6x4, down 4x6
+    layer = 16 + 8 + 8 + 16 + 24 + 24 + 24
+    assert SMALL.linear_parameters == 2 * layer
+    assert SMALL.parameters == 2 * layer + 2 * 40
+    assert replace(SMALL, tied_head=True).parameters == 2 * layer + 40
+    assert SMALL.kv_elements == 2 * 2 * 2
+    assert lora_parameters(SMALL, config()) == 2 * (8 + 6 + 6 + 8 + 10 + 10 + 10)
+    only = config(lora=LoraConfig(rank=3, target_modules=("q_proj", "down_proj")))
+    assert lora_parameters(SMALL, only) == 2 * 3 * (8 + 10)
+    fused = replace(SMALL, fused_projections=True)
+    assert fused.linear_parameters == SMALL.linear_parameters
+    assert lora_parameters(fused, config()) == 2 * (12 + 8 + 16 + 10)
+
+
+def test_a_step_counted_by_hand():
+    from alignpro.price.lengths import Lengths
+
+    model = PricedModel("small", SMALL, 1000, "bf16", "published")
+    lengths = Lengths(10, 7, 12, target_head=6, target_shared=2, source="")
+    work = count_step(config(), lengths, model, model)
+    assert work.tokens == {
+        "prompter reads": 7 + 2 * 3 + 4,  # shared, own, and the last again for four more samples
+        "prompter writes": 6 * 5,
+        "target reads": 2 + 2 * 4 + 6 * 6 + 6,
+        "target writes": 12 * 4,
+        "generated": 30 + 48,
+        "scored forward": 2 * (7 + 2 * (3 + 3 * 5)),
+        "scored backward": 7 + 2 * (3 + 3 * 5),
+    }
+    linear, head, lora = SMALL.linear_parameters, 40, work.lora_parameters
+    phases = {phase.name: phase for phase in work.phases}
+    # A written token sees its prompt and those before it: 11 + 12 + 13 + 14 pairs each.
+    pairs = 6 * (11 + 12 + 13 + 14)
+    writes = 24 * 2 * (linear + head + lora) + 4 * pairs * 4 * 2
+    assert phases["prompter writes"].flops == writes
+    assert (
+        phases["target writes"].flops == 36 * 2 * (linear + head) + 4 * 12 * (13 + 14 + 15) * 4 * 2
+    )
+    assert phases["score vocabulary"].flops == 4 * 2 * 30 * head
+    # The reference has no LoRA; the backward has it twice, and every frozen matrix once.
+    rows, score_pairs = 43, 7 * 8 / 2 + 2 * (8 + 9 + 10) + 6 * (11 + 12 + 13 + 14 + 15)
+    attention = 4 * score_pairs * 4 * 2
+    forward = rows * 2 * (2 * linear + lora) + 2 * attention
+    assert phases["score forward"].flops == forward
+    assert phases["score backward"].flops == rows * 2 * (linear + 2 * lora) + 2.5 * attention
+    # Keys and values of every position, in float32, of both models.
+    assert work.kv_bytes == 4 * 8 * (17 + 24 + 52 + 36)
+
+
+def test_a_smaller_memory_limit_repeats_the_prompts():
+    model = PricedModel("small", SMALL, 1000, "bf16", "published")
+    from alignpro.price.lengths import Lengths
+
+    lengths = Lengths(40, 30, 42, 36, 2, "")
+    whole = count_step(config(), lengths, model, model)
+    single = count_step(config(micro_batch_size=1), lengths, model, model)
+    again = count_step(config(activations="recompute"), lengths, model, model)
+    assert (whole.micro_batches, single.micro_batches) == (1, 6)
+    assert single.tokens["scored backward"] == 6 * 45
+    assert single.tokens["scored backward"] > whole.tokens["scored backward"]
+    passes = {p.name: p.flops for p in whole.phases}
+    extra = {p.name: p.flops for p in again.phases}["score backward"] - passes["score backward"]
+    assert extra > 0.5 * (passes["score forward"] / 2)
+    with pytest.raises(ValueError, match="memory_limit is 1000"):
+        count_step(config(memory_limit=1000), lengths, model, model)
+    with pytest.raises(ValueError, match="target: sequences of 112 tokens exceed the context"):
+        count_step(config(response=SamplingParams(max_new_tokens=70)), lengths, model, model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_are_the_engines(family, tiny_model_dir):
+    folder = tiny_model_dir(family)
+    priced = find_shape(str(folder))
+    model = load_model(folder, threads=1)
+    assert priced.shape.linears == model.lora_modules
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_kv_heads", "head_dim"):
+        assert getattr(priced.shape, name) == model.config[name]
+    assert priced.shape.tied_head == model.config["tied_head"]
+    assert priced.weight_bytes == pytest.approx(model.config["weight_bytes"], rel=0.1)
+
+
+def test_the_default_models_file_gives_its_shape(smollm2):
+    priced = find_shape("smollm2")
+    assert priced.source == "files"
+    assert priced.shape.linears == smollm2.lora_modules
+    assert priced.shape.parameters == pytest.approx(134.5e6, rel=1e-3)
+    assert priced.streamed_bytes == pytest.approx(smollm2.config["streamed_bytes"], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("microsoft/Phi-3.5-mini-instruct", 3.82),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1.54),
+        ("meta-llama/Llama-3.1-8B-Instruct", 8.03),
+    ],
+)
+def test_published_shapes_have_the_published_size(name, billions):
+    assert PUBLISHED[name].parameters / 1e9 == pytest.approx(billions, rel=4e-3)
+
+
+def test_score_bytes_are_the_engines(smollm2):
+    shape = find_shape("smollm2").shape
+    policy = LoraPolicy.fresh(smollm2, LoraConfig(), seed=0)
+    for mode in ("keep", "recompute"):
+        for count, read, wrote in ((4, 60, 12), (2, 200, 40), (1, 500, 100)):
+            sequences = [[1] * read + [5 + i] * wrote for i in range(count)]
+            theirs = policy.score_bytes(sequences, [read] * count, mode, with_reference=True)
+            rows, threads = read + count * wrote, smollm2.config["threads"]
+            ours = score_bytes(shape, 7, 16, rows, count * wrote, mode, threads)
+            assert ours == pytest.approx(theirs, rel=0.05), (mode, count)
+
+
+def test_one_real_step(smollm2, tmp_path):
+    settings = forced_lengths(
+        config(
+            steps=1,
+            run_dir=str(tmp_path / "run"),
+            rewrite=SamplingParams(max_new_tokens=4),
+            response=SamplingParams(max_new_tokens=3),
+            lora=LoraConfig(),
+        )
+    )
+    prompts = local_prompts("everyday", "train")[:2]
+
+    def reward(prompts, rewrites, responses):
+        return [float(len(response)) for response in responses]
+
+    trainer = Trainer(
+        settings,
+        Pipeline.configured(settings, smollm2, smollm2, reward),
+        LoraPolicy.fresh(smollm2, settings.lora, seed=0),
+        prompts,
+    )
+    before = smollm2.stats()
+    core.trace_start("ops")
+    try:
+        trainer.train()
+    finally:
+        events = core.trace_stop()
+    after = smollm2.stats()
+    (row,) = read_metrics(trainer.run_dir / "metrics.jsonl")
+
+    tokenizer = smollm2.tokenizer
+    lengths = find_lengths(prompts, Prompting(), 4, tokenizer, tokenizer)
+    model = find_shape("smollm2")
+    work = count_step(settings, lengths, model, model)
+    assert work.tokens["generated"] == row["generated_tokens"]
+    read = work.tokens["prompter reads"] + work.tokens["target reads"]
+    assert read == pytest.approx(after["prefill_tokens"] - before["prefill_tokens"], rel=0.2)
+
+    def counted(what, *names):
+        chosen = [i for i, name in enumerate(events["names"]) if name in names]
+        return float(events[what][np.isin(events["name"], chosen)].sum())
+
+    # The trace counts rows and operations of every forward; those of the engine have a head.
+    layers = model.shape.num_layers
+    scored = counted("rows", "linear o") / layers - counted("rows", "embedding")
+    # Short rewrites of one prompt often begin alike, and the engine computes that once.
+    assert scored <= work.tokens["scored forward"] <= 1.15 * scored
+    phases = {phase.name: phase for phase in work.phases}
+    ours = phases["score forward"].flops
+    ours += sum(phase.flops for phase in work.phases if phase.kind == "generate")
+    linears = ("linear qkv", "linear o", "linear gate_up", "linear down")
+    theirs = counted("flops", *linears, "attention", "head_sample")
+    assert ours == pytest.approx(theirs, rel=0.1)
