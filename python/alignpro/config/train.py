@@ -59,7 +59,7 @@ class TrainConfig:
     kl_coef: float = 0.05
     # Nats per rewrite: kl_coef is only where to start, and is steered (objective.leash) to this.
     kl_target: float | None = None
-    kl_gain: float = 0.5  # with kl_target: kl_coef moves by a factor of exp(0.2 * this) at most
+    kl_gain: float = 0.1  # with kl_target: a step moves kl_coef by exp(0.2 * this) at most
 
     # The baseline: siblings (rloo), siblings and division by their spread (grpo, which optimises
     # something else: objective.advantage), earlier steps (reinforce). ppo: several passes a batch.
