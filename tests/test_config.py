@@ -9,7 +9,9 @@ import pytest
 
 from alignpro.config import (
     RESPONSE,
+    BoundConfig,
     EvalConfig,
+    HeadroomConfig,
     LoraConfig,
     Prompting,
     QuickstartConfig,
@@ -22,7 +24,9 @@ from alignpro.config import (
 )
 
 
-@pytest.mark.parametrize("cls", [SftConfig, TrainConfig, EvalConfig, QuickstartConfig])
+@pytest.mark.parametrize(
+    "cls", [SftConfig, TrainConfig, EvalConfig, QuickstartConfig, HeadroomConfig, BoundConfig]
+)
 def test_every_config_survives_json(cls):
     config = cls()
     assert from_mapping(cls, json.loads(json.dumps(to_mapping(config)))) == config

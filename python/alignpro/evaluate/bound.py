@@ -8,7 +8,7 @@ for is the one recorded while sampling, to the bit, and the total variation of a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from alignpro.config import BoundConfig, to_mapping
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.evaluate.headroom import OnProgress, check_row_count, rewards_of
+from alignpro.evaluate.headroom import check_row_count, rewards_of
+from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
@@ -103,7 +104,7 @@ def measure_bound(
             num_responses=answers,
             seed=config.seed,
             columns=columns,
-            on_progress=_watch(on_progress, name, len(rows) * answers),
+            on_progress=watch(on_progress, name, len(rows) * answers),
         )
 
     def prompted(name: str, pipeline: Pipeline) -> Rollout:
@@ -113,7 +114,7 @@ def measure_bound(
             num_responses=config.num_responses,
             seed=config.seed,
             columns=columns,
-            on_progress=_watch(on_progress, name, len(rows) * (answers + config.num_rewrites)),
+            on_progress=watch(on_progress, name, len(rows) * (answers + config.num_rewrites)),
         )
 
     untuned = prompted("untuned prompter", pipeline)
@@ -301,9 +302,3 @@ def _plain(interval: Interval) -> dict[str, Any]:
 
 def _load(folder: str | None, model: NativeModel) -> LoraWeights | None:
     return None if folder is None else load_peft(Path(folder), model.lora_modules)
-
-
-def _watch(on_progress: OnProgress | None, name: str, total: int) -> Callable[[int], None] | None:
-    if on_progress is None:
-        return None
-    return lambda done: on_progress(name, done, total)

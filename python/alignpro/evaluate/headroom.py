@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from alignpro.config import HeadroomConfig, to_mapping
 from alignpro.data.load import load_prompts, stack_columns
+from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.models.adapter import load_peft
 from alignpro.models.native_model import load_models
 from alignpro.pipeline import Pipeline
@@ -21,8 +21,6 @@ from alignpro.statistics import Interval
 from alignpro.theory.headroom import FrontierPoint, Headroom, headroom
 from alignpro.theory.optimum import Floats
 from alignpro.types import Rollout
-
-OnProgress = Callable[[str, int, int], None]  # what, sequences finished, sequences in all
 
 # What changes neither a sample nor its reward.
 _NOT_OF_SAMPLES = ("kl_coefs", "threads")
@@ -152,9 +150,7 @@ def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
         num_responses=config.num_responses,
         seed=config.seed,
         columns=stack_columns(rows),
-        on_progress=None
-        if on_progress is None
-        else lambda done: on_progress("untuned prompter", done, total),
+        on_progress=watch(on_progress, "untuned prompter", total),
     )
 
 
