@@ -59,6 +59,7 @@ BOUND = {
     "trained_gap": None,
     "rewards": {"raw": TERM},
     "truncated_responses": 0.0,
+    "num_responses": 2,
 }
 
 
@@ -125,6 +126,7 @@ def test_the_tables_fit_a_terminal_of_eighty_columns():
         ({"holds": False}, "DOES NOT HOLD"),
         ({"reward_range_source": "observed"}, "is what was observed"),
         ({"closed_form": {"kl_coef": 0.3, "effective_samples": 4.2}}, "optimum at kl_coef 0.3"),
+        ({"num_responses": 1}, "bound and gap too small"),
         ({"truncated_responses": 0.4}, "40% of the responses were cut off"),
     ],
 )

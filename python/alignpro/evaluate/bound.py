@@ -79,11 +79,11 @@ def measure_bound(
     """Every term of the bound and the gap beside it, over the same prompts (theory.bound).
 
     The tuned target pi* is the adapter ``tuned``, or without one the closed form over the N x M
-    responses to the raw prompt, whose total variation and reward finite N x M biases low. KL(rho*
-    || rho_sft) comes from the rewrites' rewards without noise where M >= 2, since noise would
-    overstate it and so understate the bound; finite N biases it low, which is the safe side.
-    J(rho*) is the cross-fitted reward where M >= 2, at most that of rho*: the gap is, if anything,
-    overstated.
+    responses to the raw prompt, whose total variation and reward finite N x M biases low. With M >=
+    2, KL(rho* || rho_sft) comes from the rewrites' rewards without noise, which would overstate it
+    and so understate the bound, and J(rho*) is the cross-fitted reward, which lucky responses do
+    not raise; finite N biases both low, which is the safe side of either. With M = 1 noise
+    overstates both: bound and gap come out too small.
 
     Returns:
         The part ``bound`` of report.json: reward_range, reward_range_source ("given" or

@@ -180,6 +180,11 @@ def bound_words(bound: Mapping[str, Any]) -> list[str]:
             f"{closed['effective_samples']:.1f} effective responses a prompt: its reward and total "
             "variation are too low if anything."
         )
+    if bound["num_responses"] < 2:
+        lines.append(
+            "With one response a rewrite, the target's noise makes the KL and the reward of the "
+            "prompted optimum too high, and so bound and gap too small."
+        )
     if bound["truncated_responses"] > 0:
         lines.append(
             f"{bound['truncated_responses']:.0%} of the responses were cut off at the last allowed "
