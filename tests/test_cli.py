@@ -260,5 +260,15 @@ def test_help_imports_nothing_heavy():
     result = python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
-    for command in ("quickstart", "sft", "train", "evaluate", "generate", "profile", "info"):
+    for command in (
+        "quickstart",
+        "sft",
+        "train",
+        "evaluate",
+        "generate",
+        "profile",
+        "info",
+        "headroom",
+        "bound",
+    ):
         assert command in result.stdout
