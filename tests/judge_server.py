@@ -106,7 +106,11 @@ class JudgeServer:
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         assert handler.path == "/v1/chat/completions", handler.path
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        length = int(handler.headers["Content-Length"])
+        text = handler.rfile.read(length)
+        if len(text) < length:
+            raise ConnectionError("the client gave up")
+        body = json.loads(text)
         parts = read_question(body["messages"][0]["content"])
         headers = {name.lower(): value for name, value in handler.headers.items()}
         asked = Asked(parts["prompt"], parts["A"], parts["B"], body, headers, time.monotonic())

@@ -151,6 +151,13 @@ def test_three_comparisons_and_several_pairs(server):
     assert {asked.prompt for asked in server.asked} == set(PROMPTS[:3])
 
 
+def test_the_same_question_is_asked_once(server):
+    report = ask(server, {**ARMS, "untuned": ARMS["raw"]})
+    assert report["questions"] == len(server.asked) == 8
+    found = report["comparisons"]
+    assert found["trained_vs_raw"] == found["trained_vs_untuned"]
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -226,7 +233,9 @@ def test_a_server_that_is_down_is_one_line(server):
 def test_a_refused_key_or_unknown_model_stops_at_once(server, status):
     message = json.dumps({"error": {"message": "no such thing"}})
     server.always = Fault(status=status, body=message)
-    with pytest.raises(JudgeError, match=f"judge referee: .*{status}.*no such thing") as caught:
+    with pytest.raises(
+        JudgeError, match=f"^judge referee: Error code: {status} - no such"
+    ) as caught:
         ask(server, ARMS, max_failed=0.9, concurrency=1)
     assert "secret-key" not in str(caught.value)
 
