@@ -114,6 +114,7 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
         each.pop("tokens_per_second")
     assert again == report
     assert (tmp_path / "report.json.judge.jsonl").is_file()
+    assert from_mapping(EvalConfig, report["evaluation_config"]) == config
 
 
 def test_the_tuned_target_is_the_adapter_on_the_target(files):

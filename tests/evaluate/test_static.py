@@ -88,18 +88,27 @@ def test_candidates_of_a_round_share_prompts_and_draws():
     assert len(set(keys)) == 4 and all(keys.count(key) == 3 for key in keys)
     texts = [bytes(t - 3 for t in h.prompt_tokens[1:-1]).decode() for h in first]
     assert texts[:3] == ["question 0 a 1", "question 0 b 2", "question 0 c 3"]
+    # The next round goes on where this one stopped: 6 prompts by the better two.
+    later = [bytes(t - 3 for t in h.prompt_tokens[1:-1]).decode() for h in pipeline.target.handles]
+    assert later[12:14] == ["question 4 c 3", "question 4 b 2"] and len(later) == 24
 
 
 def test_what_the_prompters_write_is_among_the_candidates():
-    pipeline = make(lambda prompts, rewrites, responses, **c: [float(len(w)) for w in rewrites])
+    # An empty rewrite would win the second place, were it a candidate.
+    pipeline = make(
+        lambda prompts, rewrites, responses, **c: [float(len(w) or 8) for w in rewrites]
+    )
     data = SearchData(TRAIN, ["Hm.", "with care"])
     prompters = {"untuned": None, "trained": "other"}
     search = StaticSearch(num_written=10, budget=500)
     found = search_static(pipeline, search, data, prompters, seed=0)
     # Empty rewrites are no candidates, equal ones are one; "as a list" is as long, but comes later.
     written = {word.strip() for word in WORDS} - {""}
-    assert found.search["candidates"] <= len(written | {"Hm."})
-    assert found.search["candidates"] > 4
+    entered = found.search["rounds"][0]
+    assert entered["candidates"] == found.search["candidates"]
+    best = {entry["instruction"] for entry in entered["best"]}
+    assert best <= written | {"Hm."} and "" not in best
+    assert 4 < found.search["candidates"] <= len(written | {"Hm."})
     assert (found.text, found.search["source"]) == ("with care", "given")
     assert {h.adapter for h in pipeline.prompter.handles} == {None, "other"}
     read = {bytes(t - 3 for t in h.prompt_tokens[1:-1]).decode() for h in pipeline.prompter.handles}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import EvalConfig, JudgeConfig, StaticSearch
+from alignpro.config import EvalConfig, JudgeConfig, StaticSearch, to_mapping
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.evaluate.arms import sample_arms
 from alignpro.evaluate.compare import compare_arms
@@ -42,7 +42,8 @@ class UnjudgedError(JudgeError):
 def run_evaluation(
     config: EvalConfig, *, output: Path | None = None, on_progress: OnProgress | None = None
 ) -> dict[str, Any]:
-    """Load what the configuration names and compare the arms; returns what `evaluate_loaded` does.
+    """Load what the configuration names and compare the arms; returns what `evaluate_loaded` does,
+    and ``evaluation_config``.
 
     output: where the report will be written; a judge's verdicts are kept beside it.
 
@@ -59,7 +60,8 @@ def run_evaluation(
         config.model, config.target, config.threads, config.target_compute
     )
     prompters = {name: _load(getattr(config, name), prompter) for name in names}
-    return evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
+    report = evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
+    return {**report, "evaluation_config": to_mapping(config)}
 
 
 def evaluate_loaded(
