@@ -94,10 +94,10 @@ def test_candidates_of_a_round_share_prompts_and_draws():
 
 
 def test_what_the_prompters_write_is_among_the_candidates():
-    # An empty rewrite would win the second place, were it a candidate.
-    pipeline = make(
-        lambda prompts, rewrites, responses, **c: [float(len(w) or 8) for w in rewrites]
-    )
+    def longest(prompts, rewrites, responses, **columns):
+        return [float(len(w) or 99) for w in rewrites]  # an empty one would win, were it there
+
+    pipeline = make(longest)
     data = SearchData(TRAIN, ["Hm.", "with care"])
     prompters = {"untuned": None, "trained": "other"}
     search = StaticSearch(num_written=10, budget=500)
