@@ -270,5 +270,6 @@ def test_help_imports_nothing_heavy():
         "info",
         "headroom",
         "bound",
+        "report",
     ):
         assert command in result.stdout

@@ -52,18 +52,22 @@ def test_verdicts_claim_only_what_the_interval_supports():
         (
             {"raw": 0.1, "untuned": 0.0},
             "unclear",
-            "In part: it beats the raw prompt; it is not told apart from the untuned prompter.",
+            "In part: it beats the raw prompt; it is not clearly better than the untuned prompter.",
         ),
         (
             {"raw": 0.0, "untuned": 0.1},
             "unclear",
-            "Not shown: it beats the untuned prompter; it is not told apart from the raw prompt.",
+            "Not shown: it beats the untuned prompter; it is not clearly better than the raw",
         ),
         ({"raw": -0.1, "untuned": 0.1}, "worse", "No: the raw prompt does better"),
         ({"raw": -0.1, "static": -0.2}, "worse", "The static instruction wins"),
         ({"raw": -0.2, "static": -0.1}, "worse", "No: the raw prompt does better"),
         ({"untuned": 0.1}, "better", "Yes: it beats the untuned prompter."),
-        ({"untuned": 0.0}, "unclear", "Not shown: it is not told apart from the untuned prompter."),
+        (
+            {"untuned": 0.0},
+            "unclear",
+            "Not shown: it is not clearly better than the untuned prompter.",
+        ),
         (
             {"tuned": -0.2, "optimum": -0.1},
             "unclear",

@@ -186,7 +186,7 @@ def draw_panel(
             if arm is not None:
                 axes.axhline(
                     float(arm["mean_reward"]),
-                    color=COLOURS["raw" if key == "raw" else "tuned"],
+                    color=COLOURS[key],
                     linestyle=":",
                     linewidth=1.2,
                     label=label,

@@ -168,7 +168,7 @@ def headline(report: Mapping[str, Any]) -> Verdict:
     level = [f"the {arm_title(key)}" for key, found in helps.items() if found == "unclear"]
     lost = [f"the {arm_title(key)}" for key, found in helps.items() if found == "worse"]
     parts = [f"it beats {_listed(beaten)}"] if beaten else []
-    parts += [f"it is not told apart from {_listed(level)}"] if level else []
+    parts += [f"it is not clearly better than {_listed(level, 'or')}"] if level else []
     parts += [f"it does worse than {_listed(lost)}"] if lost else []
     text = "; ".join(parts)
     if not parts:
@@ -277,8 +277,8 @@ def _leads(arms: Mapping[str, Any], one: str, other: str) -> bool:
     return is_number(first) and is_number(second) and first > second
 
 
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+def _listed(names: list[str], last: str = "and") -> str:
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def printable(text: object) -> str:
