@@ -170,6 +170,18 @@ def test_sft_then_train_then_evaluate(tiny, small_yaml, tmp_path):
     assert "is there already" in refused("evaluate", *arguments, "--output", output)
 
 
+def test_a_tuned_target_trains_resumes_and_answers(small_yaml, tmp_path):
+    folder = tmp_path / "target"
+    options = [f"run_dir={folder}", "policy=target"]
+    run("train", small_yaml, *options)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["parity_max_abs"] for row in rows] == [0.0] * 3
+    run("train", folder / "config.json", "steps=4", "--resume")
+    assert len(read_metrics(folder / "metrics.jsonl")) == 4
+    result = run("generate", "the heron", "--run", folder, "--max-new-tokens", 5, "--seed", 2)
+    assert not result.stderr and result.stdout.endswith("\n")
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(small_yaml, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     plain = Trainer._rollout

@@ -95,6 +95,61 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ({"micro_batch_size": 0}, "micro_batch_size: expected 1 or more, got 0"),
         ({"kl_coef": -0.1}, "kl_coef: expected 0 or more, got -0.1"),
         ({"num_rewrites": 1}, "num_rewrites: expected at least 2"),
+        ({"algorithm": "rlooo"}, 'did you mean "rloo"?'),
+        (
+            {"ppo": {"value_head": True}},
+            "ppo.value_head: expected its default False (it goes with algorithm ppo), got True",
+        ),
+        ({"algorithm": "ppo", "ppo": {"clip_range": 1}}, "ppo.clip_range: expected between 0 and"),
+        ({"algorithm": "ppo", "ppo": {"epochs": 0}}, "ppo.epochs: expected 1 or more, got 0"),
+        (
+            {"algorithm": "ppo", "ppo": {"gae_lambda": 0.5}},
+            "ppo.gae_lambda: expected 0.95 unless value_head is true, got 0.5",
+        ),
+        (
+            {"algorithm": "ppo", "ppo": {"value_head": True, "gae_lambda": 1.5}},
+            "ppo.gae_lambda: expected 0 to 1, got 1.5",
+        ),
+        (
+            {"algorithm": "ppo", "prompts_per_step": 1},
+            "ppo.minibatches: expected at most prompts_per_step (1): a minibatch has whole prompts",
+        ),
+        ({"algorithm": "ppo", "num_rewrites": 1}, "num_rewrites: expected at least 2"),
+        ({"baseline_decay": 0.5}, "baseline_decay: expected its default 0.9 (it goes with algor"),
+        (
+            {"algorithm": "reinforce", "baseline_decay": 1},
+            "baseline_decay: expected at least 0 and below 1, got 1.0",
+        ),
+        (
+            {"algorithm": "reinforce", "num_rewrites": 1, "prompts_per_step": 1},
+            "num_rewrites: expected 2 or more with prompts_per_step 1",
+        ),
+        ({"algorithm": "reinforce", "num_rewrites": 0}, "num_rewrites: expected at least 1, got 0"),
+        ({"algorithm": "reinforce", "zero_signal": "skip"}, "zero_signal: expected its default"),
+        (
+            {"algorithm": "ppo", "ppo": {"value_head": True}, "zero_signal": "skip"},
+            "zero_signal: expected its default 'keep'",
+        ),
+        ({"kl_gain": 0.2}, "kl_gain: expected its default 0.1 (it goes with kl_target), got 0.2"),
+        ({"kl_target": 0}, "kl_target: expected above 0, got 0.0"),
+        ({"kl_target": 1, "kl_coef": 0}, "kl_coef: expected above 0 with kl_target"),
+        ({"num_responses": "some"}, "num_responses: expected an integer or one of 'auto'"),
+        ({"num_responses": 0}, 'num_responses: expected at least 1, or "auto", got 0'),
+        ({"response_budget": 8}, "response_budget: expected its default None (it goes with num_"),
+        ({"num_responses": "auto"}, "response_budget: expected a product of two numbers above 1"),
+        ({"num_responses": "auto", "response_budget": 7}, "response_budget: expected a product"),
+        ({"num_responses": "auto", "response_budget": 2}, "response_budget: expected a product"),
+        (
+            {"num_responses": "auto", "response_budget": 8, "num_rewrites": 2},
+            "num_rewrites: expected its default 4 (it goes with a number of num_responses;",
+        ),
+        ({"policy": "target", "num_responses": 2}, "num_responses: expected its default 1"),
+        ({"policy": "target", "target_compute": "int8"}, "target_compute: expected its default"),
+        ({"policy": "target", "response": {"top_k": 5}}, "response.top_k: expected 0 in training"),
+        ({"policy": "target", "response": {"temperature": 0}}, "response.temperature: expected ab"),
+        ({"policy": "target", "algorithm": "closed_form"}, "algorithm: expected another one with"),
+        ({"algorithm": "closed_form", "kl_coef": 0}, "kl_coef: expected above 0 with closed_form"),
+        ({"algorithm": "closed_form", "kl_target": 1}, "kl_target: expected its default None"),
         ({"seed": -1}, "seed: expected between 0 and"),
         ({"rewrite": {"temperature": -1.0}}, "rewrite.temperature: expected 0 or more, got -1.0"),
         ({"rewrite": {"temperature": 0}}, "rewrite.temperature: expected above 0"),
@@ -126,6 +181,22 @@ def test_bytes_as_text(text, expected):
     assert from_mapping(QuickstartConfig, {"train": {"memory_limit": text}}).train == TrainConfig(
         memory_limit=expected
     )
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"algorithm": "ppo", "ppo": {"value_head": True, "gae_lambda": 1}, "num_rewrites": 1},
+        {"algorithm": "reinforce", "num_rewrites": 1, "baseline_decay": 0},
+        {"algorithm": "grpo", "zero_signal": "skip"},
+        {"kl_target": 2, "kl_gain": 0.3},
+        {"num_responses": "auto", "response_budget": 12},
+        {"policy": "target", "rewrite": {"top_p": 0.5}},  # nothing is rewritten
+    ],
+)
+def test_what_goes_together(mapping):
+    config = from_mapping(TrainConfig, mapping)
+    assert from_mapping(TrainConfig, json.loads(json.dumps(to_mapping(config)))) == config
 
 
 def test_truncated_responses_are_allowed():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignpro.config import LoraConfig, Prompting, SftConfig, TrainConfig
+from alignpro.config import LoraConfig, PpoConfig, Prompting, SftConfig, TrainConfig
 from alignpro.data.load import PromptRow
 from alignpro.models.native_model import load_model
 from alignpro.train.callbacks import TrainCallback
@@ -144,6 +144,26 @@ def test_sampled_and_scored_log_probabilities_are_equal_while_training(model, tm
     assert [row["parity_max_abs"] for row in rows] == [0.0] * 4
     assert [row["ratio_max"] for row in rows] == [1.0] * 4
     assert rows[0]["kl_per_rewrite"] == 0.0 and rows[-1]["kl_per_rewrite"] > 0.0
+
+
+@pytest.mark.parametrize("value_head", [False, True])
+def test_ppo_on_the_engine(model, tmp_path, value_head):
+    ppo = PpoConfig(epochs=2, minibatches=2, value_head=value_head)
+    run = trainer(config(tmp_path, steps=3, algorithm="ppo", ppo=ppo), model)
+    run.train()
+    rows = log(run)
+    assert [row["parity_max_abs"] for row in rows] == [0.0] * 3
+    assert all(row["updates"] == 4 and row["ratio_max"] > 1.0 for row in rows)
+    assert value_head == ("value_loss" in rows[0])
+
+
+def test_a_target_tuned_on_the_engine(model, tmp_path):
+    settings = config(tmp_path, steps=3, policy="target", response=SamplingParams(max_new_tokens=5))
+    run = trainer(settings, model, reward=lambda p, w, r, **_: [float(len(x)) for x in r])
+    run.train()
+    rows = log(run)
+    assert [row["parity_max_abs"] for row in rows] == [0.0] * 3
+    assert rows[0]["kl_per_rewrite"] == 0.0 < rows[-1]["kl_per_rewrite"]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.6])

@@ -32,6 +32,8 @@ class QuickstartConfig:
     evaluate: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        if self.train.policy != "prompter":
+            raise ValueError("train.policy: quickstart trains a prompter; use alignpro train")
         shared = {f.name for f in dataclasses.fields(self)} | {"adapter", "untuned", "trained"}
         for stage in (self.sft, self.train, self.evaluate):
             for f in dataclasses.fields(stage):

@@ -127,9 +127,10 @@ class TrainConfig:
 
     def _check_algorithm(self) -> None:
         if self.algorithm != "ppo":
-            self._only_default("ppo", "with algorithm ppo")
+            for f in fields(self.ppo):
+                _only_default(self.ppo, f.name, "with algorithm ppo", "ppo.")
         if self.algorithm != "reinforce":
-            self._only_default("baseline_decay", "with algorithm reinforce")
+            _only_default(self, "baseline_decay", "with algorithm reinforce")
         decay = self.baseline_decay
         require("baseline_decay", decay, 0 <= decay < 1, "at least 0 and below 1")
         batches, prompts = self.ppo.minibatches, self.prompts_per_step
@@ -139,9 +140,10 @@ class TrainConfig:
         if self.algorithm == "closed_form":
             require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with closed_form")
             for name in ("kl_target", "response_budget"):
-                self._only_default(name, "with an algorithm that samples while it trains")
+                _only_default(self, name, "with an algorithm that samples while it trains")
         if not self._group_baseline:
-            self._only_default(
+            _only_default(
+                self,
                 "zero_signal",
                 "with a baseline over the rewrites of a prompt (rloo, grpo, ppo without value "
                 "head): with another one, equal rewards do teach something",
@@ -150,7 +152,7 @@ class TrainConfig:
     def _check_counts(self) -> None:
         rewrites, responses, budget = self.num_rewrites, self.num_responses, self.response_budget
         if responses == "auto":
-            self._only_default("num_rewrites", "with a number of num_responses; auto chooses both")
+            _only_default(self, "num_rewrites", "with a number of num_responses; auto chooses both")
             require(
                 "response_budget",
                 budget,
@@ -159,7 +161,7 @@ class TrainConfig:
                 "num_responses auto",
             )
             return
-        self._only_default("response_budget", "with num_responses auto")
+        _only_default(self, "response_budget", "with num_responses auto")
         require("num_responses", responses, responses >= 1, 'at least 1, or "auto"')
         if self._group_baseline:
             expected = "at least 2: the baseline is the mean of the other rewrites of the prompt"
@@ -171,7 +173,7 @@ class TrainConfig:
 
     def _check_leash(self) -> None:
         if self.kl_target is None:
-            self._only_default("kl_gain", "with kl_target")
+            _only_default(self, "kl_gain", "with kl_target")
             return
         require("kl_target", self.kl_target, self.kl_target > 0, "above 0")
         require("kl_gain", self.kl_gain, self.kl_gain > 0, "above 0")
@@ -179,7 +181,7 @@ class TrainConfig:
 
     def _check_tuned_target(self) -> None:
         for name in ("num_responses", "target_compute"):
-            self._only_default(name, "with policy prompter")
+            _only_default(self, name, "with policy prompter")
         require(
             "algorithm",
             self.algorithm,
@@ -187,8 +189,9 @@ class TrainConfig:
             "another one with policy target: the closed form is the prompter's",
         )
 
-    def _only_default(self, name: str, where: str) -> None:
-        """Refuse an option that would do nothing."""
-        value = getattr(self, name)
-        default = default_of(next(f for f in fields(self) if f.name == name))
-        require(name, value, value == default, f"its default {default!r} (it goes {where})")
+
+def _only_default(config: TrainConfig | PpoConfig, name: str, where: str, path: str = "") -> None:
+    """Refuse an option that would do nothing."""
+    value = getattr(config, name)
+    default = default_of(next(f for f in fields(config) if f.name == name))
+    require(path + name, value, value == default, f"its default {default!r} (it goes {where})")
