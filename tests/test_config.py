@@ -16,6 +16,7 @@ from alignpro.config import (
     Prompting,
     QuickstartConfig,
     SftConfig,
+    StaticSearch,
     TrainConfig,
     apply_overrides,
     from_mapping,
@@ -197,6 +198,15 @@ def test_bytes_as_text(text, expected):
 def test_what_goes_together(mapping):
     config = from_mapping(TrainConfig, mapping)
     assert from_mapping(TrainConfig, json.loads(json.dumps(to_mapping(config)))) == config
+
+
+def test_a_group_that_may_be_text_says_what_is_wrong_with_the_group():
+    assert from_mapping(EvalConfig, {"static": "Be kind."}).static == "Be kind."
+    assert from_mapping(EvalConfig, {"static": {"budget": 600}}).static == StaticSearch(budget=600)
+    with pytest.raises(ValueError, match=r'^unknown configuration key "static.budgt"; did you'):
+        from_mapping(EvalConfig, {"static": {"budgt": 600}})
+    with pytest.raises(ValueError, match=r"^static: expected text or a mapping of fields or null"):
+        from_mapping(EvalConfig, {"static": 3})
 
 
 def test_truncated_responses_are_allowed():
