@@ -55,7 +55,12 @@ def full_report() -> dict[str, Any]:
         "kl_per_rewrite": 1.97,
         "kl_per_token": 0.17,
         "gap_closed": {"share": 0.695, "ci95": [0.52, 0.88]},
-        "judge": {"name": "a local judge " + HOSTILE, "comparisons": _comparisons()},
+        "judge": {
+            "name": "a local judge " + HOSTILE,
+            "questions": 384,
+            "failed": 2,
+            "comparisons": _comparisons(),
+        },
         "headroom": headroom(),
         "bound": bound(),
         "samples": samples(),
@@ -104,6 +109,8 @@ def headroom() -> dict[str, Any]:
                 "effective_samples": 16 * math.exp(-kl),
                 "crossfit_objective": reward - kl_coef * kl - 0.02,
                 "crossfit_reward": reward - 0.03 * kl,
+                "crossfit_kl": 0.9 * kl,
+                "corrected_objective": reward - kl_coef * kl - 0.01,
                 "crossfit_ci95": [reward - 0.05, reward],
             }
         )
@@ -112,9 +119,15 @@ def headroom() -> dict[str, Any]:
         "num_rewrites": 16,
         "num_responses": 2,
         "untuned_reward": 0.49,
+        "untuned_ci95": [0.43, 0.55],
         "frontier": frontier,
         "best_of_n": [
-            {"n": n, "reward": 0.49 + 0.11 * math.sqrt(kl), "kl": kl}
+            {
+                "n": n,
+                "reward": 0.49 + 0.14 * math.sqrt(kl),
+                "crossfit_reward": 0.49 + 0.09 * math.sqrt(kl),
+                "kl": kl,
+            }
             for n, kl in ((2, 0.193), (4, 0.636), (8, 1.204), (16, 1.835))
         ],
         "recommended_kl_coef": frontier[7]["kl_coef"],
@@ -125,15 +138,22 @@ def headroom() -> dict[str, Any]:
 def bound() -> dict[str, Any]:
     return {
         "reward_range": [-1.0, 1.2],
-        "reward_range_source": "declared by the reward",
+        "reward_range_source": "observed",
+        "tuned": "closed form",
+        "closed_form": {"kl_coef": 0.05, "effective_samples": 4.2},
+        "num_responses": 2,
+        "truncated_responses": 0.4,
         "kl_coef": 0.05,
         "terms": {
-            "target_distance": {"mean": 0.43, "ci95": [0.39, 0.47]},
-            "rewrite_distance": {"mean": 0.81, "ci95": [0.78, 0.84]},
+            "tv_tuned": {"mean": 0.43, "ci95": [0.39, 0.47]},
+            "tv_rewrites": {"mean": 0.81, "ci95": [0.78, 0.84]},
             "kl": {"mean": 1.62, "ci95": [1.4, 1.9]},
         },
         "bound": {"mean": 2.65, "ci95": [2.5, 2.8]},
         "measured_gap": {"mean": 0.076, "ci95": [0.03, 0.12]},
+        "slack": {"mean": 2.574, "ci95": [2.4, 2.7]},
+        "trained_gap": None,
+        "rewards": {"raw": {"mean": 0.52, "ci95": [0.46, 0.57]}},
         "holds": True,
         "vacuous": True,
     }

@@ -100,6 +100,14 @@ def test_quickstart_leaves_its_files(quick, tiny):
     assert "trained rewrite" in result.output
 
 
+def test_the_report_is_built_one_way(quick):
+    folder, _ = quick
+    written = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert f"report: {folder / 'report.html'}" in run("report", folder).output
+    assert (folder / "report.html").read_bytes() == written
+
+
 def test_the_same_seed_gives_the_same_numbers_in_a_new_directory(quick, tiny):
     folder, _ = quick
     options = ["--model", tiny, "--run-dir", folder, "--steps", 2, "--prompts", 3, "--seed", 1]

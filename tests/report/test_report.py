@@ -11,20 +11,19 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from alignpro.report import frontier, plots
+from alignpro.report import plots
 from alignpro.report.check import check_report
-from alignpro.report.frontier import frontier_png, frontier_svg
 from alignpro.report.grids import arms_grid, judge_grid
 from alignpro.report.html import is_report, render_report, write_report
 from alignpro.report.plots import arms_svg, curve_svgs, paired_svg, reward_curve
 from alignpro.report.tables import (
     arms_table,
     costs_table,
-    report_view,
     samples_panel,
     verdict_lines,
     warning_lines,
 )
+from alignpro.report.view import report_view
 from alignpro.report.words import printable
 from made_up_report import HOSTILE, full_metrics, full_report
 
@@ -192,7 +191,7 @@ def test_the_judges_numbers_stand_in_their_columns():
         "ties": "10",
         "losses": "15",
         "order disagreements": "9",
-        "length difference": "+3.4",
+        "length difference (characters)": "+3.4",
     }
 
 
@@ -230,17 +229,17 @@ def test_the_terminal_shows_every_part():
         "Held-out prompts",
         "What the arms wrote",
         "The judge",
-        "Headroom by kl_coef",
-        "The bound",
+        "Optimum by kl_coef",
+        "Bound on the gap",
         "The static instruction wins",
         "The bound holds",
-        "At the recommended kl_coef",
+        "Smallest kl_coef that these samples support",
         "warning: Trained prompter against raw prompt: the win rate falls",
     ):
         assert part in shown
     assert warning_lines(REPORT, METRICS).plain == ""
     bare = plain(show(report_view({"arms": REPORT["arms"]})))
-    assert "The judge" not in bare and "Headroom" not in bare and "The bound" not in bare
+    assert not {"The judge", "kl_coef", "bound"} & set(re.findall(r"The judge|kl_coef|bound", bare))
 
 
 def test_printable_keeps_text_and_drops_control():
@@ -298,37 +297,6 @@ def test_a_panel_needs_numbers_that_vary():
     assert [s.key for s in panels["Variance of the reward"].series] == ["variance_within"]
     broken = [{"step": 0, "reward_mean": float("nan")}, {"step": 1, "reward_mean": None}]
     assert plots.panels_of(broken) == []
-
-
-def test_the_frontier_holds_the_measured_points():
-    trained = {"kl": 1.97, "reward": 0.665, "ci95": [0.6, 0.72]}
-    (axes,) = frontier._draw(FULL["headroom"], trained).axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    points = sorted((p["kl"], p["reward"]) for p in FULL["headroom"]["frontier"])
-    assert lines["optimum by kl_coef"] == [list(p) for p in points]
-    assert lines["best of n"] == [[p["kl"], p["reward"]] for p in FULL["headroom"]["best_of_n"]]
-    assert lines["untuned"] == [[0.0, 0.49]]
-    best = FULL["headroom"]["frontier"][7]
-    assert lines["recommended"] == [[best["kl"], best["reward"]]]
-    (star,) = axes.containers
-    assert star.lines[0].get_xydata().tolist() == [[1.97, 0.665]]
-    assert "0.047" in [text.get_text() for text in axes.texts]  # the recommended one has its name
-
-
-@pytest.mark.parametrize(
-    "headroom",
-    [
-        {},
-        {"frontier": []},
-        {"frontier": [{"kl_coef": 0.1, "reward": None, "kl": 0.2}], "best_of_n": None},
-        {"frontier": [{"kl_coef": 0.1, "reward": 0.5, "kl": 0.2}], "recommended_kl_coef": 0.1},
-    ],
-)
-def test_frontiers_of_little(headroom, tmp_path):
-    assert frontier_svg(headroom).startswith("<svg")
-    assert frontier_svg(headroom, {"reward": 0.5, "kl": None}).startswith("<svg")
-    png = frontier_png(headroom, tmp_path / "f.png", {"reward": 0.5, "kl": 0.1}).read_bytes()
-    assert png.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("metrics", [[], [{"step": 1}], [{"step": 0, "reward_mean": 0.5}]])
@@ -410,11 +378,14 @@ def test_the_full_page_says_what_was_measured(full_page):
         "The trained prompter closes 70% (95% interval 52% to 88%)",
         "Answer warmly, in two sentences.",
         "The judge prefers the static instruction over the trained prompter: win rate 31%",
-        "At the recommended kl_coef 0.0468 the optimum moves the reward from 0.490 to 0.660",
-        "The bound holds: bound 2.650 (2.500 to 2.800), measured gap 0.076 (0.030 to 0.120)",
-        "It is vacuous",
-        "target distance 0.430 0.390 to 0.470",
-        "-1.000 to 1.200, declared by the reward",
+        "Smallest kl_coef that these samples support: 0.0468 (2.2 of 16 rewrites effective).",
+        "The optimum there has reward 0.660 at a KL of 2.00 nats per rewrite.",
+        "The bound holds: measured gap 0.076, bound 2.650.",
+        "It is vacuous: rewards span 2.200, so no gap can exceed that anyway.",
+        "TV of tuned and frozen target 0.430 0.390 to 0.470",
+        "measured gap, tuned target - prompted optimum 0.076 0.030 to 0.120",
+        "-1.000 to 1.200, observed",
+        "questions 384 without a verdict 2",
         "generated in training 160,000 tokens",
         "tuned target reward 0.500 response",
     ):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from alignpro.report.frontier import frontier_svg
+from alignpro.report import frontier
+from alignpro.report.frontier import frontier_png, frontier_svg
 from alignpro.report.theory import bound_tables, bound_words, headroom_tables, headroom_words
 
 
@@ -147,3 +150,72 @@ EVALUATION = {
     "kl_per_rewrite": 1.97,
     "paired": {"trained_minus_untuned": {"mean": 0.17, "ci95": [0.11, 0.23]}},
 }
+
+
+def test_the_frontier_as_a_picture(tmp_path):
+    path = frontier_png(HEADROOM, tmp_path / "frontier.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    svg = frontier_svg(HEADROOM)
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+    assert "currentColor" in svg and "#010203" not in svg
+    assert svg == frontier_svg(HEADROOM)  # the same data, the same file
+
+
+def test_the_trained_prompter_joins_where_it_is_known():
+    assert frontier_svg(HEADROOM, EVALUATION) != frontier_svg(HEADROOM)
+    for missing in ({}, {**EVALUATION, "kl_per_rewrite": None}, {**EVALUATION, "paired": {}}):
+        assert frontier_svg(HEADROOM, missing) == frontier_svg(HEADROOM)
+
+
+def test_the_frontier_holds_the_measured_points():
+    (axes,) = frontier._draw(HEADROOM, EVALUATION).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    expected = {
+        "optimum by kl_coef": [[0.0, 0.456], [0.25, 0.608], [1.0, 0.737]],
+        "cross-fit": [[0.0, 0.456], [0.2, 0.476], [0.8, 0.543]],
+        "best of n": [[0.0, 0.456], [1.204, 0.587]],  # not judged by what chose it
+        "recommended": [[0.25, 0.608]],
+    }
+    for label, points in expected.items():
+        assert np.asarray(lines[label]) == pytest.approx(np.asarray(points)), label
+    untuned, trained = (bar.lines[0].get_xydata().tolist() for bar in axes.containers)
+    assert untuned == [[0.0, 0.456]]
+    assert trained == [[1.97, pytest.approx(0.456 + 0.17)]]
+    (bars,) = axes.containers[1].lines[2]
+    assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([0.566, 0.686])
+    assert next(t.get_text() for t in axes.texts) == "0.2"  # the recommended one has its name
+
+
+@pytest.mark.parametrize(
+    "headroom",
+    [
+        {},
+        {"frontier": []},
+        {"frontier": [{"kl_coef": 0.1, "reward": None, "kl": 0.2}], "best_of_n": None},
+        {"frontier": [{"kl_coef": 0.1, "reward": 0.5, "kl": 0.2}], "recommended_kl_coef": 0.1},
+        {"untuned_reward": 0.5, "best_of_n": [{"n": 2, "reward": 0.6, "kl": 0.19}]},
+    ],
+)
+def test_headroom_of_little(headroom, tmp_path):
+    assert frontier_svg(headroom, EVALUATION).startswith("<svg")
+    png = frontier_png(headroom, tmp_path / "f.png", EVALUATION).read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert text(headroom_tables(headroom)).strip()
+
+
+@pytest.mark.parametrize("key", list(HEADROOM))
+def test_any_number_of_a_headroom_may_be_absent(key):
+    less = {k: v for k, v in HEADROOM.items() if k != key}
+    assert headroom_words(less) and text(headroom_tables(less)).strip()
+    less = copy.deepcopy(HEADROOM)
+    for part in less["frontier"]:
+        part |= dict.fromkeys([k for k in part if k != "kl_coef"])
+    assert "support: 0.2." in " ".join(headroom_words(less))
+
+
+@pytest.mark.parametrize("key", list(BOUND))
+def test_any_number_of_a_bound_may_be_absent(key):
+    less = {k: v for k, v in BOUND.items() if k != key}
+    assert bound_words(less) and text(bound_tables(less)).strip()
+    assert ("No gap was measured" in bound_words(less)[0]) == (key == "holds")
+    assert bound_words({})

@@ -104,9 +104,11 @@ def test_effective_samples():
         ]
         return {"headroom": {"frontier": frontier, "recommended_kl_coef": 0.1, "num_rewrites": 8}}
 
-    assert keys(report(4.0)) == []
-    assert "3.9 effective rewrites a prompt of 8, fewer than 4" in only(report(3.9))
-    assert keys({"headroom": {**report(1)["headroom"], "recommended_kl_coef": None}}) == []
+    assert keys(report(3.0)) == []
+    assert "2.9 effective rewrites a prompt of 8, fewer than 3" in only(report(2.9))
+    unsupported = {"headroom": {**report(1)["headroom"], "recommended_kl_coef": None}}
+    assert "No kl_coef of the headroom's grid is supported" in only(unsupported)
+    assert keys({"headroom": {"num_rewrites": 8}}) == []
 
 
 def test_a_bound_that_does_not_hold():

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from alignpro.report.words import (
-    bound_verdicts,
     gap_closed_sentence,
     headline,
-    headroom_sentence,
     interval,
     judge_verdict,
     number,
@@ -118,34 +116,13 @@ def test_the_judges_verdict():
     assert judge_verdict("a_vs_b", {}).text.startswith("The judge does not tell the a from the b")
 
 
-def test_the_bound_in_words():
-    numbers = {"bound": {"mean": 0.3, "ci95": [0.2, 0.4]}, "measured_gap": {"mean": 0.1}}
-    holds, useful = bound_verdicts({**numbers, "holds": True, "vacuous": False})
-    assert holds.text == "The bound holds: bound 0.300 (0.200 to 0.400), measured gap 0.100."
-    assert useful.text.startswith("It is not vacuous")
-    broken, vacuous = bound_verdicts({**numbers, "holds": False, "vacuous": True})
-    assert broken.tone == "worse" and "does not hold" in broken.text
-    assert vacuous.text.startswith("It is vacuous")
-    (unknown,) = bound_verdicts({"holds": None})
-    assert "No gap was measured" in unknown.text
-
-
-def test_the_headroom_in_words():
-    point = {"kl_coef": 0.05, "reward": 0.66, "kl": 1.5}
-    headroom = {"frontier": [point], "recommended_kl_coef": 0.05, "untuned_reward": 0.5}
-    assert headroom_sentence(headroom) == (
-        "At the recommended kl_coef 0.05 the optimum moves the reward from 0.500 to 0.660 at a KL "
-        "of 1.50 nats."
-    )
-    point["crossfit_reward"] = 0.61
-    assert "(0.610 on rewrites it was not fitted to)" in headroom_sentence(headroom)
-    for nothing in ({**headroom, "recommended_kl_coef": None}, {"recommended_kl_coef": 0.1}):
-        assert headroom_sentence(nothing).startswith("No kl_coef is recommended")
-
-
 def test_the_gap_closed_in_words():
     assert "closes 82% (95% interval 70% to 95%) of the gap" in gap_closed_sentence(
         {"share": 0.82, "ci95": [0.7, 0.95]}
+    )
+    nothing = {"share": None, "ci95": None, "reason": "the tuned target is not clearly apart"}
+    assert gap_closed_sentence(nothing) == (
+        "No share of the oracle's gap: the tuned target is not clearly apart."
     )
     assert "closes 82% of the gap" in gap_closed_sentence({"share": 0.82, "ci95": None})
 

@@ -54,7 +54,7 @@ def quickstart(
     from rich.console import Console
 
     from alignpro.quickstart import run_quickstart
-    from alignpro.report.tables import report_view
+    from alignpro.report.view import report_view
 
     console = Console()
     result = run_quickstart(config, console)
@@ -160,7 +160,7 @@ def evaluate(
 
     from alignpro.evaluate.run import UnjudgedError, run_evaluation
     from alignpro.report.progress import Bars
-    from alignpro.report.tables import report_view
+    from alignpro.report.view import report_view
 
     try:
         with Bars() as bars:

@@ -38,8 +38,13 @@ def check_report(report: Mapping[str, Any], where: str = "report") -> None:
     bound = _mapping(report, "bound", where)
     for name, term in _mapping(bound, "terms", f"{where}: bound").items():
         _is(term, Mapping, f"{where}: bound.terms.{name}", "an object with mean and ci95")
-    for name in ("bound", "measured_gap"):
+    for name in ("bound", "measured_gap", "slack", "trained_gap"):
         _mapping(bound, name, f"{where}: bound")
+    for name, value in _mapping(bound, "rewards", f"{where}: bound").items():
+        _is(value, Mapping, f"{where}: bound.rewards.{name}", "an object with mean and ci95")
+    closed = _mapping(bound, "closed_form", f"{where}: bound")
+    for name in ("kl_coef", "effective_samples") if closed else ():
+        _number(closed, name, f"{where}: bound.closed_form")
     for index, sample in enumerate(_list(report, "samples", where)):
         here = f"{where}: samples[{index}]"
         _is(sample, Mapping, here, "an object")

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Weights from half of the responses buy another KL than those from all.
-_CROSSFIT = ("crossfit_kl", "crossfit_reward")
 _APART = 26.0  # points of paper between labelled points of the curve
 
 
@@ -23,8 +21,8 @@ def frontier_svg(headroom: Mapping[str, Any], trained: Mapping[str, Any] | None 
 
     headroom: as headroom.json: ``frontier`` [{kl_coef, reward, kl, crossfit_reward, ...}],
     ``best_of_n`` [{n, reward, kl}], ``untuned_reward``, ``recommended_kl_coef``; points without
-    numbers are passed over. trained: what training reached: ``reward``, ``kl`` (nats per rewrite),
-    ``ci95`` of the reward.
+    numbers are passed over. trained: an evaluation; its trained arm stands at its KL and, since
+    the forecast may have been made on other prompts, at its paired gain over the untuned arm.
     """
     return to_svg(_draw(headroom, trained), "frontier", "reward against KL to the untuned prompter")
 
@@ -41,26 +39,25 @@ def frontier_png(
 def _draw(headroom: Mapping[str, Any], trained: Mapping[str, Any] | None) -> Figure:
     figure = new_figure(3.8, 3.5)
     axes = figure.subplots()
-    frontier = sorted(_with(headroom.get("frontier"), "kl_coef"), key=lambda p: float(p["kl"]))
-    if frontier:
-        _line(axes, frontier, ("kl", "reward"), "trained", "-", "o", "optimum by kl_coef")
-        crossfit = [p for p in frontier if all(is_number(p.get(k)) for k in _CROSSFIT)]
+    untuned, several = headroom.get("untuned_reward"), headroom.get("num_responses") != 1
+    start = [(0.0, float(untuned))] if is_number(untuned) else []  # every curve begins at rho_sft
+    frontier = _with(headroom.get("frontier"), "kl_coef", "kl", "reward")
+    _line(axes, start, frontier, ("kl", "reward"), "trained", "-o", "optimum by kl_coef")
+    for x in ("crossfit_kl", "kl"):
+        crossfit = _with(frontier, x, "crossfit_reward")
         if crossfit:
-            _line(axes, crossfit, _CROSSFIT, "optimum", "--", "", "cross-fit")
-    best_of_n = sorted(_with(headroom.get("best_of_n"), "n"), key=lambda p: float(p["kl"]))
-    if best_of_n:
-        _line(axes, best_of_n, ("kl", "reward"), "raw", "-", "s", "best of n")
-    if is_number(headroom.get("untuned_reward")):
-        axes.plot(
-            [0.0],
-            [headroom["untuned_reward"]],
-            "D",
-            color=COLOURS["untuned"],
-            label="untuned",
-            zorder=3,
-        )
-    if trained is not None and is_number(trained.get("kl")) and is_number(trained.get("reward")):
-        _draw_trained(axes, trained)
+            _line(axes, start, crossfit, (x, "crossfit_reward"), "optimum", "--", "cross-fit")
+            break
+    # Judged by the responses that it was chosen by, the best of n is praised for its luck.
+    judged = "crossfit_reward" if several else "reward"
+    best_of_n = _with(headroom.get("best_of_n"), "n", "kl", judged)
+    if not best_of_n:
+        judged, best_of_n = "reward", _with(headroom.get("best_of_n"), "n", "kl", "reward")
+    _line(axes, [], best_of_n, ("kl", judged), "raw", "-s", "best of n")
+    if start:
+        _whisker(axes, 0.0, start[0][1], headroom.get("untuned_ci95"), "D", "untuned")
+    if trained is not None and start:
+        _draw_trained(axes, trained, start[0][1])
     best = recommended_point(headroom)
     if best is not None and any(p is best for p in frontier):
         axes.plot(
@@ -80,51 +77,62 @@ def _draw(headroom: Mapping[str, Any], trained: Mapping[str, Any] | None) -> Fig
     style(axes)
     figure.draw_without_rendering()  # the layout decides how far points are apart on paper
     first = [p for p in frontier if p is best]
-    _label(axes, first + frontier, "kl_coef", "{:.2g}", "trained", (-3, 4), "right")
-    _label(axes, best_of_n, "n", "n={:g}", "raw", (3, -10), "left")
+    _label(axes, first + frontier, "reward", "kl_coef", "{:.2g}", "trained", (-3, 4), "right")
+    _label(axes, best_of_n, judged, "n", "n={:g}", "raw", (3, -10), "left")
     return figure
 
 
-def _draw_trained(axes: Axes, trained: Mapping[str, Any]) -> None:
-    reward, ci95 = float(trained["reward"]), trained.get("ci95")
+def _draw_trained(axes: Axes, trained: Mapping[str, Any], untuned: float) -> None:
+    gain = (trained.get("paired") or {}).get("trained_minus_untuned")
+    kl = trained.get("kl_per_rewrite")
+    if gain is not None and is_number(kl) and is_number(gain.get("mean")):
+        ci95 = gain.get("ci95")
+        moved = [untuned + bound for bound in ci95] if is_interval(ci95) else None
+        _whisker(axes, kl, untuned + gain["mean"], moved, "*", "trained")
+
+
+def _whisker(axes: Axes, kl: float, reward: float, ci95: Any, marker: str, arm: str) -> None:
     low, high = ci95 if is_interval(ci95) else (reward, reward)
     axes.errorbar(
-        [trained["kl"]],
+        [kl],
         [reward],
         yerr=[[max(reward - low, 0.0)], [max(high - reward, 0.0)]],
-        fmt="*",
-        markersize=10,
+        fmt=marker,
+        markersize=10 if marker == "*" else 5,
         capsize=3,
-        color=COLOURS["tuned"],
-        label="trained",
+        color=COLOURS["tuned" if arm == "trained" else arm],
+        label=arm,
         zorder=4,
     )
 
 
 def _line(
     axes: Axes,
+    start: list[tuple[float, float]],
     rows: Sequence[Mapping[str, Any]],
-    names: tuple[str, str],
+    keys: tuple[str, str],
     colour: str,
-    dashes: str,
-    marker: str,
+    form: str,
     label: str,
 ) -> None:
-    axes.plot(
-        [row[names[0]] for row in rows],
-        [row[names[1]] for row in rows],
-        color=COLOURS[colour],
-        linestyle=dashes,
-        linewidth=1.4,
-        marker=marker,
-        markersize=3.5,
-        label=label,
-    )
+    x, y = keys
+    xy = start + sorted((float(row[x]), float(row[y])) for row in rows)
+    if rows:
+        axes.plot(
+            [x for x, _ in xy],
+            [y for _, y in xy],
+            form,
+            color=COLOURS[colour],
+            linewidth=1.4,
+            markersize=3.5,
+            label=label,
+        )
 
 
 def _label(
     axes: Axes,
     rows: Sequence[Mapping[str, Any]],
+    y_key: str,
     name: str,
     form: str,
     colour: str,
@@ -135,13 +143,13 @@ def _label(
     taken: list[tuple[float, float]] = []
     scale = 72.0 / axes.figure.dpi
     for row in rows:
-        x, y = axes.transData.transform((row["kl"], row["reward"])) * scale
+        x, y = axes.transData.transform((row["kl"], row[y_key])) * scale
         if any(((x - a) ** 2 + (y - b) ** 2) ** 0.5 < _APART for a, b in taken):
             continue
         taken.append((x, y))
         axes.annotate(
             form.format(row[name]),
-            (row["kl"], row["reward"]),
+            (row["kl"], row[y_key]),
             xytext=offset,
             textcoords="offset points",
             ha=side,
@@ -150,6 +158,6 @@ def _label(
         )
 
 
-def _with(rows: Any, name: str) -> list[Mapping[str, Any]]:
-    """The rows that have numbers for KL, reward and ``name``."""
-    return [r for r in rows or [] if all(is_number(r.get(k)) for k in ("kl", "reward", name))]
+def _with(rows: Any, *names: str) -> list[Mapping[str, Any]]:
+    """The rows that have numbers under every name."""
+    return [row for row in rows or [] if all(is_number(row.get(name)) for name in names)]

@@ -17,7 +17,6 @@ from alignpro.report.words import (
     mebibytes,
     number,
     paired_of,
-    recommended_point,
     share,
     share_interval,
 )
@@ -31,6 +30,7 @@ class Grid:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     strong: int | None = None  # the row to read first
+    faint: frozenset[int] = frozenset()  # rows to doubt
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -101,7 +101,7 @@ def judge_grid(judge: Mapping[str, Any]) -> Grid:
         "ties",
         "losses",
         "order disagreements",
-        "length difference",
+        "length difference (characters)",
     ]
     rows = []
     for name, row in (judge.get("comparisons") or {}).items():
@@ -120,76 +120,14 @@ def judge_grid(judge: Mapping[str, Any]) -> Grid:
     return Grid("The judge", header, rows)
 
 
-def frontier_grid(headroom: Mapping[str, Any]) -> Grid:
-    """The forecast by kl_coef; the recommended one stands out."""
-    header = [
-        "kl_coef",
-        "objective",
-        "95% interval",
-        "reward",
-        "KL (nats)",
-        "effective rewrites",
-        "cross-fit objective",
-        "cross-fit interval",
-        "cross-fit reward",
-    ]
-    points = headroom.get("frontier") or []
-    rows = [
-        [
-            f"{p['kl_coef']:g}",
-            number(p.get("objective")),
-            interval(p.get("objective_ci95")),
-            number(p.get("reward")),
-            number(p.get("kl"), 2),
-            number(p.get("effective_samples"), 1),
-            number(p.get("crossfit_objective")),
-            interval(p.get("crossfit_ci95")),
-            number(p.get("crossfit_reward")),
-        ]
-        for p in points
-    ]
-    best = recommended_point(headroom)
-    strong = next((i for i, p in enumerate(points) if p is best), None)
-    return Grid("Headroom by kl_coef", header, rows, strong)
-
-
-def bound_grid(bound: Mapping[str, Any]) -> Grid:
-    """Every term, the bound and the measured gap."""
-    terms = {name.replace("_", " "): term for name, term in (bound.get("terms") or {}).items()}
-    lines = {**terms, "bound": bound.get("bound"), "measured gap": bound.get("measured_gap")}
-    rows = [
-        [name, number(line.get("mean")), interval(line.get("ci95"))]
-        for name, line in lines.items()
-        if line
-    ]
-    strong = next((i for i, row in enumerate(rows) if row[0] == "bound"), None)
-    return Grid("The bound", ["term", "estimate", "95% interval"], rows, strong)
-
-
-def bound_facts(bound: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the bound was computed for."""
-    facts = []
-    width = bound.get("reward_range")
-    ends = interval(width) if isinstance(width, (list, tuple)) else number(width)
-    if ends:
-        source = bound.get("reward_range_source")
-        facts.append(("reward range", f"{ends}, {source}" if source else ends))
-    if is_number(bound.get("kl_coef")):
-        facts.append(("kl_coef", f"{bound['kl_coef']:g}"))
-    return facts
-
-
-def headroom_facts(headroom: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the forecast rests on, and where the reward's variance comes from."""
-    names = {"num_prompts": "prompts", "num_rewrites": "rewrites a prompt"}
-    names["num_responses"] = "responses a rewrite"
-    facts = [(title, str(headroom[k])) for k, title in names.items() if is_number(headroom.get(k))]
-    split = headroom.get("variance") or {}
-    between, within = split.get("between_rewrites"), split.get("within_rewrite")
-    if is_number(between) and is_number(within):
-        facts.append(("variance between rewrites", f"{number(between, 4)} (the prompter's)"))
-        facts.append(("variance within a rewrite", f"{number(within, 4)} (the target's own)"))
-    return facts
+def judge_facts(judge: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was asked, and how much of it got no verdict."""
+    names = {
+        "questions": "questions",
+        "replayed": "of them replayed",
+        "failed": "without a verdict",
+    }
+    return [(title, str(judge[key])) for key, title in names.items() if is_number(judge.get(key))]
 
 
 def costs(

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from alignpro.report import grids, words
+from alignpro.report import grids, theory, words
 from alignpro.report.check import check_report
 from alignpro.report.warnings import find_warnings
 
@@ -107,6 +107,7 @@ def _judge(judge: Mapping[str, Any]) -> dict[str, Any] | None:
         "name": judge.get("name", ""),
         "verdicts": [words.judge_verdict(name, row) for name, row in comparisons.items()],
         "grid": grids.judge_grid(judge),
+        "facts": grids.judge_facts(judge),
     }
 
 
@@ -124,28 +125,25 @@ def _headroom(report: Mapping[str, Any]) -> dict[str, Any] | None:
     headroom = report.get("headroom")
     if not headroom:
         return None
-    arm = (report.get("arms") or {}).get("trained")
-    trained = arm and {
-        "reward": arm["mean_reward"],
-        "ci95": arm["ci95"],
-        "kl": report.get("kl_per_rewrite"),
-    }
+    gain = (report.get("paired") or {}).get("trained_minus_untuned")
     return {
-        "sentence": words.headroom_sentence(headroom),
-        "plot": Markup(frontier_svg(headroom, trained)),
-        "grid": grids.frontier_grid(headroom),
-        "facts": grids.headroom_facts(headroom),
-        "measured": bool(trained and words.is_number(trained["kl"])),
+        "words": theory.headroom_words(headroom),
+        "plot": Markup(frontier_svg(headroom, report)),
+        "grids": [theory.frontier_grid(headroom), theory.best_of_n_grid(headroom)],
+        "measured": bool(gain) and words.is_number(report.get("kl_per_rewrite")),
     }
 
 
 def _bound(bound: Mapping[str, Any]) -> dict[str, Any] | None:
     if not bound:
         return None
+    holds, *rest = theory.bound_verdicts(bound)
     return {
-        "verdicts": words.bound_verdicts(bound),
-        "grid": grids.bound_grid(bound),
-        "facts": grids.bound_facts(bound),
+        "holds": holds,
+        "words": [said.text for said in rest],
+        "grid": theory.bound_grid(bound),
+        "rewards": theory.rewards_grid(bound),
+        "facts": theory.bound_facts(bound),
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich import box
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -13,38 +14,44 @@ from rich.text import Text
 from alignpro.report.grids import (
     Grid,
     arms_grid,
-    bound_grid,
     costs,
-    frontier_grid,
-    judge_grid,
     sample_arms,
-    texts_grid,
 )
 from alignpro.report.warnings import find_warnings
 from alignpro.report.words import (
     Verdict,
-    bound_verdicts,
     gap_closed_sentence,
     headline,
-    headroom_sentence,
     judge_verdict,
     printable,
     verdicts,
 )
 
 # Model text is always given as Text: a plain str would be read as rich's own markup.
-_TONES = {"better": "green", "worse": "red", "unclear": ""}
+_WIDE, _TIGHT = 7, box.SIMPLE_HEAD  # columns; eight fit into 80 characters without a frame
+TONES = {"better": "green", "worse": "red", "unclear": ""}
 
 
 def grid_table(grid: Grid) -> Table:
     """A grid as a table of the terminal."""
     table = Table(title=Text(printable(grid.title)), title_justify="left")
+    if len(grid.header) > _WIDE:
+        table.box, table.show_edge, table.pad_edge, table.padding = (
+            _TIGHT,
+            False,
+            False,
+            (0, 0, 0, 1),
+        )
     for index, title in enumerate(grid.header):
         table.add_column(Text(printable(title)), justify="right" if index else "left")
     for index, row in enumerate(grid.rows):
         cells = (Text(printable(cell)) for cell in row)
-        table.add_row(*cells, style="bold" if index == grid.strong else None)
+        table.add_row(*cells, style=_style(grid, index))
     return table
+
+
+def _style(grid: Grid, row: int) -> str | None:
+    return "bold" if row == grid.strong else "dim" if row in grid.faint else None
 
 
 def arms_table(report: Mapping[str, Any]) -> Table:
@@ -57,14 +64,15 @@ def verdict_lines(report: Mapping[str, Any]) -> Text:
     lines = [headline(report), *(sentence for _, sentence in verdicts(report))]
     judge = report.get("judge") or {}
     lines += [judge_verdict(name, row) for name, row in (judge.get("comparisons") or {}).items()]
-    text = Text("\n").join(_toned(line) for line in lines)
+    text = Text("\n").join(toned(line) for line in lines)
     if report.get("gap_closed"):
         text.append("\n" + printable(gap_closed_sentence(report["gap_closed"])))
     return text
 
 
-def _toned(said: Verdict) -> Text:
-    return Text(printable(said.text), style=_TONES[said.tone])
+def toned(said: Verdict) -> Text:
+    """A verdict in its colour."""
+    return Text(printable(said.text), style=TONES[said.tone])
 
 
 def warning_lines(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = ()) -> Text:
@@ -81,27 +89,6 @@ def costs_table(report: Mapping[str, Any]) -> Table:
     for what, value in costs(report):
         table.add_row(Text(printable(what)), Text(value))
     return table
-
-
-def report_view(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = ()) -> Group:
-    """All that the report holds: samples, tables, verdicts, costs, and what to doubt at the end."""
-    headroom, bound = report.get("headroom") or {}, report.get("bound") or {}
-    grids = (
-        arms_grid(report),
-        texts_grid(report),
-        judge_grid(report.get("judge") or {}),
-        frontier_grid(headroom),
-        bound_grid(bound),
-    )
-    parts: list[RenderableType] = [samples_panel(report.get("samples") or [])]
-    parts += [grid_table(grid) for grid in grids if grid]
-    parts.append(verdict_lines(report))
-    if headroom:
-        parts.append(Text(printable(headroom_sentence(headroom))))
-    parts += [_toned(said) for said in (bound_verdicts(bound) if bound else [])]
-    parts.append(costs_table(report))
-    doubts = warning_lines(report, metrics)
-    return Group(*parts, *([doubts] if doubts else []))
 
 
 def samples_panel(samples: Sequence[Mapping[str, Any]]) -> Group:

@@ -35,8 +35,8 @@ COPY_RATE = 0.5
 OVERFITTING = 0.25
 # Points of win rate: more than this of the wins went to length.
 LENGTH_BIAS = 0.05
-# Rewrites. A mean over fewer carries the noise of single responses.
-EFFECTIVE_SAMPLES = 4.0
+# Rewrites a prompt: fewer means that the forecast rests on one or two of them.
+EFFECTIVE_SAMPLES = 3.0
 # Share of the steps with at least one group of equal rewards, which teaches nothing.
 ZERO_SIGNAL_STEPS = 0.5
 # Share of the rewrites of the last steps that were cut at max_new_tokens: the reward then judges
@@ -180,6 +180,12 @@ def _judge(judge: Mapping[str, Any]) -> list[Finding]:
 
 def _headroom(headroom: Mapping[str, Any]) -> list[Finding]:
     point = recommended_point(headroom)
+    if point is None and headroom.get("frontier"):
+        text = (
+            "No kl_coef of the headroom's grid is supported by its samples: the forecast rests on "
+            "one or two rewrites a prompt. Draw more rewrites."
+        )
+        return [Finding("effective_samples", text)]
     samples = None if point is None else point.get("effective_samples")
     if point is None or not is_number(samples) or samples >= EFFECTIVE_SAMPLES:
         return []

@@ -204,28 +204,17 @@ def comparison_titles(name: str) -> tuple[str, str]:
 
 
 def gap_closed_sentence(gap: Mapping[str, Any]) -> str:
-    """The share of the oracle's gain that the trained prompter reaches."""
+    """The share of the oracle's gain that the trained prompter reaches, or why there is none."""
+    if not is_number(gap.get("share")):
+        reason = gap.get("reason") or "the gap was not measured"
+        return f"No share of the oracle's gap: {reason}."
     bounds = (
         f" (95% interval {share_interval(gap['ci95'])})" if is_interval(gap.get("ci95")) else ""
     )
     return (
-        f"The trained prompter closes {share(gap.get('share'))}{bounds} of the gap between the "
+        f"The trained prompter closes {share(gap['share'])}{bounds} of the gap between the "
         "untuned prompter and the tuned target."
     )
-
-
-def headroom_sentence(headroom: Mapping[str, Any]) -> str:
-    """The forecast at the recommended kl_coef in plain words."""
-    best = recommended_point(headroom)
-    if best is None:
-        return "No kl_coef is recommended: no point of the frontier is measured well enough."
-    text = f"At the recommended kl_coef {best['kl_coef']:g} the optimum"
-    if is_number(headroom.get("untuned_reward")):
-        text += f" moves the reward from {number(headroom['untuned_reward'])}"
-    text += f" to {number(best.get('reward'))} at a KL of {number(best.get('kl'), 2)} nats"
-    if is_number(best.get("crossfit_reward")):
-        text += f" ({number(best['crossfit_reward'])} on rewrites it was not fitted to)"
-    return text + "."
 
 
 def recommended_point(headroom: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -236,39 +225,6 @@ def recommended_point(headroom: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return None
     nearest: Mapping[str, Any] = min(points, key=lambda p: abs(float(p["kl_coef"]) - wanted))
     return nearest if math.isclose(nearest["kl_coef"], wanted, rel_tol=1e-6) else None
-
-
-def bound_verdicts(bound: Mapping[str, Any]) -> list[Verdict]:
-    """Whether the bound holds, and whether it says anything."""
-    value, gap = bound.get("bound") or {}, bound.get("measured_gap") or {}
-    size = f"bound {_estimate(value)}, measured gap {_estimate(gap)}"
-    said = []
-    if bound.get("holds") is True:
-        said.append(Verdict("better", f"The bound holds: {size}."))
-    elif bound.get("holds") is False:
-        said.append(
-            Verdict("worse", f"The bound does not hold: {size}. A term or the range is off.")
-        )
-    else:
-        said.append(Verdict("unclear", "No gap was measured to hold against the bound."))
-    if bound.get("vacuous") is True:
-        said.append(
-            Verdict(
-                "unclear",
-                "It is vacuous: it allows a gap as wide as rewards can differ at all, and so says "
-                "nothing about this run.",
-            )
-        )
-    elif bound.get("vacuous") is False:
-        said.append(Verdict("better", "It is not vacuous: it allows less than rewards can differ."))
-    return said
-
-
-def _estimate(value: Mapping[str, Any]) -> str:
-    if not is_number(value.get("mean")):
-        return "unknown"
-    bounds = f" ({interval(value['ci95'])})" if is_interval(value.get("ci95")) else ""
-    return number(value["mean"]) + bounds
 
 
 def _leads(arms: Mapping[str, Any], one: str, other: str) -> bool:
