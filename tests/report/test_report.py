@@ -19,6 +19,7 @@ from alignpro.report.plots import arms_svg, curve_svgs, paired_svg, reward_curve
 from alignpro.report.tables import (
     arms_table,
     costs_table,
+    grid_table,
     samples_panel,
     verdict_lines,
     warning_lines,
@@ -181,18 +182,27 @@ def test_an_arm_of_ones_own_and_a_single_component():
 
 def test_the_judges_numbers_stand_in_their_columns():
     grid = judge_grid(FULL["judge"])
-    assert dict(zip(grid.header, grid.rows[0], strict=True)) == {
-        "comparison": "trained prompter against raw prompt",
-        "win rate": "69%",
-        "95% interval": "58% to 80%",
-        "at equal length": "62%",
-        "95% interval, equal length": "50% to 74%",
-        "wins": "39",
-        "ties": "10",
-        "losses": "15",
-        "order disagreements": "9",
-        "length difference (characters)": "+3.4",
-    }
+    header = ["trained prompter against", "raw prompt", "untuned prompter", "static instruction"]
+    assert list(grid.header) == header
+    assert [row[:2] for row in grid.rows] == [
+        ["win rate", "69%"],
+        ["95% interval", "58% to 80%"],
+        ["at equal length", "62%"],
+        ["95% interval", "50% to 74%"],
+        ["wins", "39"],
+        ["ties", "10"],
+        ["losses", "15"],
+        ["differ by order", "9"],
+        ["longer by, characters", "+3.4"],
+    ]
+    mixed = {"a_vs_b": {"n": 1, "errors": 2}, "c_vs_b": {"first_chosen": 0.75}}
+    grid = judge_grid({"comparisons": mixed})
+    assert list(grid.header) == ["comparison", "a against b", "c against b"]
+    assert list(grid.rows) == [["shown first, chosen", "", "75%"], ["without a verdict", "2", ""]]
+
+
+def test_the_tables_fit_a_terminal_of_eighty_columns():
+    assert "\N{HORIZONTAL ELLIPSIS}" not in plain(show(grid_table(judge_grid(FULL["judge"])), 80))
 
 
 def test_verdict_lines_start_with_the_answer():

@@ -90,34 +90,34 @@ def paired_grid(report: Mapping[str, Any]) -> Grid:
 
 
 def judge_grid(judge: Mapping[str, Any]) -> Grid:
-    """Win rates, plain and at equal length; a tie counts as half."""
-    header = [
-        "comparison",
-        "win rate",
-        "95% interval",
-        "at equal length",
-        "95% interval, equal length",
-        "wins",
-        "ties",
-        "losses",
-        "order disagreements",
-        "length difference (characters)",
+    """Win rates, plain and at equal length, a column for each comparison; a tie counts as half."""
+    comparisons = judge.get("comparisons") or {}
+    titles = [comparison_titles(name) for name in comparisons]
+    columns = list(comparisons.values())
+    header = ["comparison", *(f"{left} against {right}" for left, right in titles)]
+    if len({left for left, _ in titles}) == 1:
+        header = [f"{titles[0][0]} against", *(right for _, right in titles)]
+
+    def counts(key: str) -> list[str]:
+        return [str(column[key]) if is_number(column.get(key)) else "" for column in columns]
+
+    rows = [
+        ["win rate", *(share(column.get("win_rate")) for column in columns)],
+        ["95% interval", *(share_interval(column.get("ci95")) for column in columns)],
+        ["at equal length", *(share(c.get("length_controlled_win_rate")) for c in columns)],
+        ["95% interval", *(share_interval(c.get("length_controlled_ci95")) for c in columns)],
+        ["wins", *counts("wins")],
+        ["ties", *counts("ties")],
+        ["losses", *counts("losses")],
+        ["differ by order", *counts("order_disagreements")],
+        ["shown first, chosen", *(share(column.get("first_chosen")) for column in columns)],
+        ["without a verdict", *counts("errors")],
+        [
+            "longer by, characters",
+            *(number(c.get("mean_length_difference"), 1, sign=True) for c in columns),
+        ],
     ]
-    rows = []
-    for name, row in (judge.get("comparisons") or {}).items():
-        counts = [row.get(key) for key in ("wins", "ties", "losses", "order_disagreements")]
-        rows.append(
-            [
-                " against ".join(comparison_titles(name)),
-                share(row.get("win_rate")),
-                share_interval(row.get("ci95")),
-                share(row.get("length_controlled_win_rate")),
-                share_interval(row.get("length_controlled_ci95")),
-                *(str(count) if is_number(count) else "" for count in counts),
-                number(row.get("mean_length_difference"), 1, sign=True),
-            ]
-        )
-    return Grid("The judge", header, rows)
+    return Grid("The judge", header, [row for row in rows if any(row[1:])], strong=0)
 
 
 def judge_facts(judge: Mapping[str, Any]) -> list[tuple[str, str]]:

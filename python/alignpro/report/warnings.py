@@ -171,8 +171,7 @@ def _judge(judge: Mapping[str, Any]) -> list[Finding]:
                         "order_disagreements",
                         f"{left} against {right}: the judge changes its mind with the order in "
                         f"{share(disagreeing)} of the comparisons, above "
-                        f"{share(ORDER_DISAGREEMENTS)}. It goes by position; its win rates say "
-                        "little.",
+                        f"{share(ORDER_DISAGREEMENTS)}. Position decides those, not the response.",
                     )
                 )
     return found
