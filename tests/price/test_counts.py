@@ -92,8 +92,12 @@ def test_a_step_counted_by_hand():
     forward = rows * 2 * (2 * linear + lora) + 2 * attention
     assert phases["score forward"].flops == forward
     assert phases["score backward"].flops == rows * 2 * (linear + 2 * lora) + 2.5 * attention
-    # Keys and values of every position, in float32, of both models.
-    assert work.kv_bytes == 4 * 8 * (17 + 24 + 52 + 36)
+    # Keys and values of every position, of both models.
+    assert work.kv_elements == 8 * (17 + 24 + 52 + 36)
+    assert work.alone_kv_elements == 8 * (10 + 5 + 12 + 4)
+    # A step reads the three rewrites' common prompt once, and what each has written so far.
+    assert phases["prompter writes"].kv_elements == 8 * 2 * (4 * 10 + 3 * (1 + 2 + 3 + 4))
+    assert phases["prompter writes"].weight_bytes == 4 * model.streamed_bytes
 
 
 def test_a_smaller_memory_limit_repeats_the_prompts():

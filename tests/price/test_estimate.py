@@ -88,9 +88,14 @@ def test_memory_by_what_holds_it():
     assert memory["LoRA AdamW"] == 8 * lora
     assert memory["scoring (memory_limit bounds it)"] <= 8 * 2**30
     assert report["memory_bytes"] == sum(memory.values())
-    assert report["fits"] and not price_train(large(), gpu_name="L4")["fits"]
-    cpu = price_train(large(), rates=KNOWN)["memory"]["keys and values"]
-    assert cpu == pytest.approx(2 * memory["keys and values"], rel=1e-6)
+    kv = "keys and values, all at once"
+    assert price_train(large(), rates=KNOWN)["memory"][kv] == 2 * memory[kv]
+    assert report["fits"] == "yes"
+    fewer = price_train(large(prompts_per_step=400), gpu_name="L40S")
+    assert fewer["fits"] == "with fewer sequences at once"
+    assert "only with fewer sequences at once" in hours_line(fewer)
+    small = price_train(large(memory_limit="16GiB", prompts_per_step=64), gpu_name="L4")
+    assert small["fits"] == "no" and "Does not fit: " in hours_line(small)
 
 
 def test_lengths_of_data_that_is_not_here_are_called_assumed():

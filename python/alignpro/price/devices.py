@@ -24,6 +24,7 @@ class Device:
     gbps: float  # of reading memory
     memory_bytes: int | None  # None: unknown
     source: str
+    kv_bytes: int = 4  # of a number in the key-value cache
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def gpu(name: str) -> Device:
     """
     for known, (tflops, gbps, gigabytes) in _SHEETS.items():
         if known.lower() == name.lower():
-            return Device(known, tflops * 1e3, gbps, gigabytes * _GB, "data sheet")
+            # 16 bits are what a card would keep keys and values in.
+            return Device(known, tflops * 1e3, gbps, gigabytes * _GB, "data sheet", kv_bytes=2)
     raise ValueError(f"--gpu: expected one of {', '.join(_SHEETS)}, got {name!r}")
 
 

@@ -15,7 +15,7 @@ from alignpro.price.work import Phase, Work, count_step
 # and the copy by which a change is seen.
 _LORA_BYTES = {"weights": 4, "gradients": 4, "AdamW": 8, "engine": 8}
 _FROZEN_LORA_BYTES = 4
-_HALF = 0.5  # on a graphics card keys and values have 16 bits
+_KV = "keys and values, all at once"
 
 
 def price_train(
@@ -56,9 +56,10 @@ def price_train(
         device = replace(
             device, gflops=rates.gflops or device.gflops, gbps=rates.gbps or device.gbps
         )
-    memory = _memory(config, prompter, target, work, half_kv=gpu_name is not None)
+    memory = _memory(config, prompter, target, work, device)
     least, expected = _least_seconds(work, device), _seconds(work, device, rates)
     total = sum(memory.values())
+    least_total = total - memory[_KV] + device.kv_bytes * work.alone_kv_elements
     return {
         "models": {
             "prompter": _model(prompter),
@@ -71,12 +72,13 @@ def price_train(
         "micro_batches": work.micro_batches,
         "lora_parameters": work.lora_parameters,
         "flops_per_step": {phase.name: phase.flops for phase in work.phases},
-        "bytes_per_step": {phase.name: phase.bytes for phase in work.phases},
+        "bytes_per_step": {phase.name: _bytes(phase, device) for phase in work.phases},
         "flops": work.flops * config.steps,
         "memory": memory,
         "memory_bytes": total,
         "device": asdict(device),
-        "fits": None if device.memory_bytes is None else total <= device.memory_bytes,
+        "least_memory_bytes": least_total,
+        "fits": _fits(total, least_total, device),
         "rates": None if rates is None else asdict(rates),
         "seconds_per_step": expected,
         "hours": None if expected is None else expected * config.steps / 3600,
@@ -106,10 +108,10 @@ def _shared(config: TrainConfig, prompter: PricedModel, target: PricedModel) -> 
 
 
 def _memory(
-    config: TrainConfig, prompter: PricedModel, target: PricedModel, work: Work, *, half_kv: bool
+    config: TrainConfig, prompter: PricedModel, target: PricedModel, work: Work, device: Device
 ) -> dict[str, int]:
-    """Bytes that are held at once, by what holds them. Keys and values: as many as all sequences
-    of a step need at once; the engine takes a quarter of the free memory at most, and waits."""
+    """Bytes by what holds them. Of keys and values, as many as all sequences of a step need at
+    once; the engine takes a quarter of the free memory at most, and lets sequences wait."""
     shared = _shared(config, prompter, target)
     lora = {f"LoRA {name}": size * work.lora_parameters for name, size in _LORA_BYTES.items()}
     if config.adapter is not None:
@@ -118,15 +120,32 @@ def _memory(
         "prompter weights": prompter.weight_bytes,
         "target weights": 0 if shared else target.weight_bytes,
         **lora,
-        "keys and values": int(work.kv_bytes * (_HALF if half_kv else 1)),
+        _KV: device.kv_bytes * work.kv_elements,
         "scoring (memory_limit bounds it)": work.score_bytes,
     }
+
+
+def _fits(all_at_once: int, least: int, device: Device) -> str | None:
+    if device.memory_bytes is None:
+        return None
+    if all_at_once <= device.memory_bytes:
+        return "yes"
+    return "with fewer sequences at once" if least <= device.memory_bytes else "no"
+
+
+def _bytes(phase: Phase, device: Device, *, least: bool = False) -> float:
+    """What a phase reads."""
+    weights = phase.least_weight_bytes if least else phase.weight_bytes
+    return weights + device.kv_bytes * phase.kv_elements
 
 
 def _least_seconds(work: Work, device: Device) -> float:
     """No step can be faster at the device's limits."""
     return sum(
-        max(phase.flops / (device.gflops * 1e9), phase.least_bytes / (device.gbps * 1e9))
+        max(
+            phase.flops / (device.gflops * 1e9),
+            _bytes(phase, device, least=True) / (device.gbps * 1e9),
+        )
         for phase in work.phases
     )
 
@@ -141,6 +160,6 @@ def _seconds(work: Work, device: Device, rates: Rates | None) -> float | None:
     def seconds(phase: Phase) -> float:
         share = rates.generate if phase.kind == "generate" else rates.score
         flops = device.gflops * 1e9 * share * (rates.int8 if phase.int8 else 1.0)
-        return phase.flops / flops + phase.bytes / (device.gbps * 1e9 * rates.bytes)
+        return phase.flops / flops + _bytes(phase, device) / (device.gbps * 1e9 * rates.bytes)
 
     return sum(seconds(phase) for phase in work.phases)

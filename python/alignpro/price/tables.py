@@ -43,8 +43,13 @@ def _fit_line(report: dict[str, Any]) -> str:
     need, device = report["memory_bytes"], report["device"]
     if report["fits"] is None:
         return f"Memory needed: {_size(need)}."
-    word = "fits in" if report["fits"] else "does not fit in"
-    return f"{_size(need)} {word} its {_size(device['memory_bytes'])}."
+    has = _size(device["memory_bytes"])
+    if report["fits"] == "yes":
+        return f"{_size(need)} fits in its {has}."
+    least = _size(report["least_memory_bytes"])
+    if report["fits"] == "no":
+        return f"Does not fit: {least} with one sequence at a time, of {has}."
+    return f"{_size(need)} fits in its {has} only with fewer sequences at once."
 
 
 def _models(report: dict[str, Any]) -> Table:

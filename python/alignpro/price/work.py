@@ -33,8 +33,10 @@ class Phase:
     kind: Kind
     rows: int  # positions that pass through the layers
     flops: float
-    bytes: float  # read, each operand once a pass: weights, adapters, keys and values
-    least_bytes: float  # with as few passes as the order of tokens allows
+    # Read, each operand once a pass: weights, and with as few passes as the order of tokens allows.
+    weight_bytes: float
+    least_weight_bytes: float
+    kv_elements: float = 0.0  # of keys and values that are read
     int8: bool = False  # in products of stored codes
 
 
@@ -45,7 +47,8 @@ class Work:
     phases: tuple[Phase, ...]
     tokens: dict[str, int]
     lora_parameters: int
-    kv_bytes: int  # of all sequences of a step at their full length, float32
+    kv_elements: int  # of keys and values of all sequences of a step at their full length
+    alone_kv_elements: int  # of one rewrite and one response
     score_bytes: int  # most that the score of a micro-batch holds
     micro_batches: int
 
@@ -110,11 +113,13 @@ def count_step(
             int8=int8,
         ),
     )
-    plan = list(_plan(config, lengths, prompter.shape, lora))
-    score = tuple(_scoring(config, lengths, prompter, lora, [batch for batch, _ in plan]))
+    plan, begins, most = _plan(config, lengths, prompter.shape)
+    score = tuple(_scoring(config, lengths, prompter, lora, plan, begins))
     forward = score[0].rows
     prompter_kv = (read.rows + write.rows) * prompter.shape.kv_elements
     target_kv = (hear.rows + answer.rows) * target.shape.kv_elements
+    alone = (lengths.prompter + wrote) * prompter.shape.kv_elements
+    alone += (lengths.target + answered) * target.shape.kv_elements
     return Work(
         phases=generate + score,
         tokens={
@@ -127,8 +132,9 @@ def count_step(
             "scored backward": forward,
         },
         lora_parameters=lora,
-        kv_bytes=_FLOAT * (prompter_kv + target_kv),
-        score_bytes=max(size for _, size in plan),
+        kv_elements=prompter_kv + target_kv,
+        alone_kv_elements=alone,
+        score_bytes=most,
         micro_batches=len(plan),
     )
 
@@ -213,14 +219,14 @@ def _generation(
 ) -> Phase:
     """kv: positions whose keys and values are read; None: every row's once."""
     head = 2.0 * drawn * model.shape.head_parameters
-    read = _FLOAT * model.shape.kv_elements * (rows.rows if kv is None else kv)
     return Phase(
         name,
         "generate",
         rows.rows,
         rows.matrix_flops + rows.lora_flops + rows.attention_flops + head,
-        passes * model.streamed_bytes + read,
-        least_passes * model.streamed_bytes + read,
+        passes * model.streamed_bytes,
+        least_passes * model.streamed_bytes,
+        model.shape.kv_elements * (rows.rows if kv is None else kv),
         int8,
     )
 
@@ -232,16 +238,23 @@ def _read_positions(groups: int, size: int, begin: int, length: int) -> int:
 
 
 def _plan(
-    config: TrainConfig, lengths: Lengths, shape: ModelShape, lora: int
-) -> Iterator[tuple[MicroBatch, int]]:
-    """The trainer's own plan for sequences of these lengths, and the bytes of each part."""
-    sequences, starts = _sequences(config, lengths)
+    config: TrainConfig, lengths: Lengths, shape: ModelShape
+) -> tuple[list[MicroBatch], list[int], int]:
+    """The trainer's own plan for sequences of these lengths; where each sequence stops being its
+    predecessor; and the most bytes that a part of the plan holds."""
+    sequences = _sequences(config, lengths)
+    starts = [lengths.prompter] * len(sequences)
+    begins = [0, *(common(one, other) for one, other in itertools.pairwise(sequences))]
+    own = [len(s) - begin for s, begin in zip(sequences, begins, strict=True)]
+    until = [0, *itertools.accumulate(own)]
+    number = {id(sequence): index for index, sequence in enumerate(sequences)}
     modules = len(select_modules(shape.linears, config.lora.target_modules)) // shape.num_layers
     threads = config.threads or core.available_cpus()
 
-    def bytes_of(some: Sequence[Sequence[int]], begins: Sequence[int], mode: Activations) -> int:
-        values = sum(len(s) - b for s, b in zip(some, begins, strict=True))
-        rows = _tree_rows(some)
+    def bytes_of(some: Sequence[Sequence[int]], _: Sequence[int], mode: Activations) -> int:
+        first = number[id(some[0])]
+        rows = len(some[0]) + until[first + len(some)] - until[first + 1]
+        values = len(some) * config.rewrite.max_new_tokens
         return score_bytes(shape, modules, config.lora.rank, rows, values, mode, threads)
 
     plan = plan_micro_batches(
@@ -252,31 +265,20 @@ def _plan(
         activations=config.activations,
         most=config.micro_batch_size,
     )
-    for batch in plan:
-        yield batch, bytes_of(batch.of(sequences), batch.of(starts), batch.activations)
+    most = max(bytes_of(batch.of(sequences), (), batch.activations) for batch in plan)
+    return plan, begins, most
 
 
-def _sequences(config: TrainConfig, lengths: Lengths) -> tuple[list[list[int]], list[int]]:
+def _sequences(config: TrainConfig, lengths: Lengths) -> list[list[int]]:
     """Made-up tokens that share what real ones do: a prompt's among its rewrites."""
-    sequences = []
-    for prompt in range(config.prompts_per_step):
-        own = lengths.prompter - lengths.prompter_shared
-        read = [0] * lengths.prompter_shared + [2 * prompt + 1] * own
-        for rewrite in range(config.num_rewrites):
-            wrote = [-rewrite - 1] * config.rewrite.max_new_tokens
-            sequences.append(read + wrote)
-    return sequences, [lengths.prompter] * len(sequences)
-
-
-def _tree_rows(sequences: Sequence[Sequence[int]]) -> int:
-    """Positions of neighbours, those of a common beginning once."""
-    return sum(len(s) - b for s, b in zip(sequences, _begins(sequences), strict=True))
-
-
-def _begins(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """Where each stops being its predecessor."""
-    shared = [common(one, other) for one, other in itertools.pairwise(sequences)]
-    return [0, *shared]
+    own = lengths.prompter - lengths.prompter_shared
+    return [
+        [0] * lengths.prompter_shared
+        + [2 * prompt + 1] * own
+        + [-rewrite - 1] * config.rewrite.max_new_tokens
+        for prompt in range(config.prompts_per_step)
+        for rewrite in range(config.num_rewrites)
+    ]
 
 
 def _scoring(
@@ -285,6 +287,7 @@ def _scoring(
     model: PricedModel,
     lora: int,
     plan: Sequence[MicroBatch],
+    begins: Sequence[int],
 ) -> Iterator[Phase]:
     """Policy and reference forward, the backward, and the vocabulary.
 
@@ -294,13 +297,12 @@ def _scoring(
     """
     shape = model.shape
     rows, again = _Rows(shape, lora), _Rows(shape, lora)
-    sequences, _ = _sequences(config, lengths)
+    length = lengths.prompter + config.rewrite.max_new_tokens
     for batch in plan:
-        some = batch.of(sequences)
-        for sequence, begin in zip(some, _begins(some), strict=True):
-            rows.add(begin, len(sequence))
+        for begin in (0, *begins[batch.begin + 1 : batch.end]):
+            rows.add(begin, length)
             if batch.activations == "recompute":
-                again.add(begin, len(sequence))
+                again.add(begin, length)
     frozen = 0.0 if config.adapter is None else rows.lora_flops
     one_pass = len(plan) * model.bytes_per_parameter * shape.linear_parameters
     forward = 2 * (rows.matrix_flops + rows.attention_flops) + rows.lora_flops + frozen
@@ -308,7 +310,7 @@ def _scoring(
     backward += again.matrix_flops + again.lora_flops + again.attention_flops
     yield Phase("score forward", "score", rows.rows, forward, one_pass, one_pass)
     yield Phase("score backward", "score", rows.rows, backward, one_pass, one_pass)
-    values = len(sequences) * config.rewrite.max_new_tokens
+    values = len(begins) * config.rewrite.max_new_tokens
     head = len(plan) * model.bytes_per_parameter * shape.head_parameters
     flops = 4 * 2.0 * values * shape.head_parameters
     yield Phase("score vocabulary", "score", values, flops, head, head)
