@@ -1,0 +1,141 @@
+"""Every file under examples/ loads, and the paper's say everything that a run needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignpro.config import EvalConfig, TrainConfig, load_yaml
+from alignpro.config.fields import default_of
+from alignpro.data.load import load_prompts
+from alignpro.price.devices import Rates
+from alignpro.price.estimate import price_train
+from alignpro.rewards.build import build_reward
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+FILES = sorted(EXAMPLES.rglob("*.yaml"))
+PAPER = [file for file in FILES if file.parent.name == "paper"]
+TRAINING = [file for file in FILES if not file.name.startswith("evaluate-")]
+
+# What the data sets' cards say they hold.
+CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+HUB = {
+    "HuggingFaceH4/ultrafeedback_binarized": (
+        ("train_prefs", "test_prefs"),
+        {"prompt": "x", "prompt_id": "1", "chosen": CHAT, "rejected": CHAT, "messages": CHAT}
+        | {"score_chosen": 8.0, "score_rejected": 5.0},
+    ),
+    "nvidia/HelpSteer": (
+        ("train", "validation"),
+        {"prompt": "x", "response": "y", "helpfulness": 3, "correctness": 4, "coherence": 4}
+        | {"complexity": 2, "verbosity": 1},
+    ),
+    "HuggingFaceH4/orca_dpo_pairs": (
+        ("train_prefs", "test_prefs"),
+        {"chosen": [{"role": "system", "content": "s"}, *CHAT], "rejected": CHAT, "prompt": "x"},
+    ),
+}
+
+
+def names(files):
+    return [str(file.relative_to(EXAMPLES)) for file in files]
+
+
+def kind(file):
+    return EvalConfig if file.name.startswith("evaluate-") else TrainConfig
+
+
+def missing(cls, mapping, path=""):
+    """Fields of the dataclass and of those inside it that the mapping leaves to defaults."""
+    for field in dataclasses.fields(cls):
+        if field.name not in mapping:
+            yield path + field.name
+        elif dataclasses.is_dataclass(inner := default_of(field)):
+            yield from missing(type(inner), mapping[field.name], f"{path}{field.name}.")
+
+
+def test_the_files_are_those_of_the_experiment():
+    pairs = [(p, d) for p in ("phi3.5", "qwen2.5") for d in ("ultrafeedback", "helpsteer", "orca")]
+    for stage in ("train", "evaluate"):
+        for prompter, data in pairs:
+            assert EXAMPLES / "paper" / f"{stage}-{prompter}-{data}.yaml" in PAPER
+
+
+@pytest.mark.parametrize("file", FILES, ids=names(FILES))
+def test_it_loads(file):
+    load_yaml(kind(file), file)
+
+
+@pytest.mark.parametrize("file", PAPER, ids=names(PAPER))
+def test_nothing_is_left_to_a_default(file):
+    assert list(missing(kind(file), yaml.safe_load(file.read_text("utf-8")))) == []
+
+
+def test_a_field_that_is_left_out_is_seen():
+    mapping = {"seed": 1, "lora": {"rank": 3}}
+    left_out = list(missing(TrainConfig, mapping))
+    assert {"model", "lora.alpha", "rewrite"} <= set(left_out)
+    assert not {"seed", "lora", "lora.rank"} & set(left_out)
+
+
+@pytest.mark.parametrize("file", PAPER, ids=names(PAPER))
+def test_its_data_has_the_column_and_the_split(file, monkeypatch):
+    config = load_yaml(kind(file), file)
+
+    def load_dataset(name, *, split):
+        splits, row = HUB[name]
+        assert split in splits
+        return [row]
+
+    hub = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    (row,) = load_prompts(config.data, split=config.split)
+    assert row.prompt == "x"
+
+
+@pytest.mark.parametrize("file", PAPER, ids=names(PAPER))
+def test_its_reward_is_a_named_classifier(file, monkeypatch):
+    import alignpro.rewards.classifier as classifier
+
+    built = []
+    monkeypatch.setattr(classifier, "ClassifierReward", lambda *a, **k: built.append((a, k)))
+    build_reward(load_yaml(kind(file), file).reward)
+    assert built == [(("OpenAssistant/reward-model-deberta-v3-large-v2",), {})]
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=names(TRAINING))
+def test_it_can_be_priced(file, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = load_yaml(TrainConfig, file)
+    report = price_train(config, rates=Rates(0.7, 0.6, 0.5, gflops=100.0, gbps=10.0))
+    assert report["hours"] > report["least_hours"] > 0
+    if file in PAPER:
+        card = price_train(config, gpu_name="H200")
+        assert card["hours"] is None and card["fits"] != "no"
+
+
+def test_training_and_evaluation_belong_together():
+    for file in PAPER:
+        if not file.name.startswith("train-"):
+            continue
+        train = load_yaml(TrainConfig, file)
+        evaluate = load_yaml(EvalConfig, file.with_name(file.name.replace("train-", "evaluate-")))
+        for field in ("model", "target", "data", "reward", "prompting", "rewrite", "response"):
+            assert getattr(train, field) == getattr(evaluate, field), (file.name, field)
+        assert evaluate.trained == f"{train.run_dir}/adapter"
+        assert evaluate.split != train.split
+
+
+def test_the_readme_says_that_nothing_was_run_and_names_what_is_there():
+    text = (EXAMPLES / "paper" / "README.md").read_text("utf-8")
+    assert "have not been run" in text
+    for name in re.findall(r"examples/paper/[\w.-]+\.yaml", text):
+        assert (EXAMPLES.parent / name).is_file()
+    for data in HUB:
+        assert data in text
