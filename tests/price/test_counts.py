@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignpro.bench.step import forced_lengths
-from alignpro.config import LoraConfig, Prompting, TrainConfig
+from alignpro.config import LoraConfig, PpoConfig, Prompting, TrainConfig
 from alignpro.models.native_model import load_model
 from alignpro.native import core
 from alignpro.pipeline import Pipeline
@@ -65,7 +65,7 @@ def test_a_step_counted_by_hand():
     from alignpro.price.lengths import Lengths
 
     model = PricedModel("small", SMALL, 1000, "bf16", "published")
-    lengths = Lengths(10, 7, 12, target_head=6, target_shared=2, source="")
+    lengths = Lengths(10, 7, 12, target_head=6, target_shared=2, target_raw=8, source="")
     work = count_step(config(), lengths, model, model)
     assert work.tokens == {
         "prompter reads": 7 + 2 * 3 + 4,  # shared, own, and the last again for four more samples
@@ -100,11 +100,45 @@ def test_a_step_counted_by_hand():
     assert phases["prompter writes"].weight_bytes == 4 * model.streamed_bytes
 
 
+def test_other_ways_to_train_counted_by_hand():
+    from alignpro.price.lengths import Lengths
+
+    model = PricedModel("small", SMALL, 1000, "bf16", "published")
+    lengths = Lengths(10, 7, 12, target_head=6, target_shared=2, target_raw=8, source="")
+    plain = count_step(config(), lengths, model, model)
+
+    # Two passes over the batch score twice what one does, and sample the same.
+    ppo = count_step(config(algorithm="ppo", ppo=PpoConfig(epochs=2)), lengths, model, model)
+    assert ppo.tokens["generated"] == plain.tokens["generated"]
+    assert ppo.tokens["scored backward"] == 2 * plain.tokens["scored backward"]
+    assert ppo.phases[:4] == plain.phases[:4]
+    assert [p.flops for p in ppo.phases[4:]] == [2 * p.flops for p in plain.phases[4:]]
+
+    # The target alone: 2 prompts of 8 tokens, 3 responses of 4 to each, scored with its prompts.
+    tuned = count_step(config(policy="target", num_responses=1), lengths, model, model)
+    assert tuned.tokens == {
+        "target reads": 2 + 2 * 6 + 4,
+        "target writes": 6 * 4,
+        "generated": 24,
+        "scored forward": 2 * (2 + 2 * (6 + 3 * 4)),
+        "scored backward": 2 + 2 * (6 + 3 * 4),
+    }
+    assert tuned.lora_parameters == plain.lora_parameters
+
+    # The dearest of what auto may choose: every response has a rewrite of its own.
+    auto = config(num_responses="auto", response_budget=4, num_rewrites=4)
+    fixed = config(num_responses=1, num_rewrites=4)
+    assert count_step(auto, lengths, model, model) == count_step(fixed, lengths, model, model)
+
+    with pytest.raises(ValueError, match="closed_form is not priced"):
+        count_step(config(algorithm="closed_form"), lengths, model, model)
+
+
 def test_a_smaller_memory_limit_repeats_the_prompts():
     model = PricedModel("small", SMALL, 1000, "bf16", "published")
     from alignpro.price.lengths import Lengths
 
-    lengths = Lengths(40, 30, 42, 36, 2, "")
+    lengths = Lengths(40, 30, 42, 36, 2, 38, "")
     whole = count_step(config(), lengths, model, model)
     single = count_step(config(micro_batch_size=1), lengths, model, model)
     again = count_step(config(activations="recompute"), lengths, model, model)

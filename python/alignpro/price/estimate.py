@@ -116,8 +116,9 @@ def _memory(
     lora = {f"LoRA {name}": size * work.lora_parameters for name, size in _LORA_BYTES.items()}
     if config.adapter is not None:
         lora["LoRA of the reference"] = _FROZEN_LORA_BYTES * work.lora_parameters
+    alone = config.policy == "target" and not shared  # no prompter is loaded
     return {
-        "prompter weights": prompter.weight_bytes,
+        "prompter weights": 0 if alone else prompter.weight_bytes,
         "target weights": 0 if shared else target.weight_bytes,
         **lora,
         _KV: device.kv_bytes * work.kv_elements,

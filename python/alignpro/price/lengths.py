@@ -27,6 +27,7 @@ class Lengths:
     target: int  # read by the target, with a rewrite of the greatest length
     target_head: int  # of them, common to all rewrites of a prompt
     target_shared: int  # of them, common to all prompts
+    target_raw: int  # read by the target of a raw prompt
     source: str  # where the numbers are from, for a person
 
 
@@ -56,7 +57,6 @@ def find_lengths(
     reads = _Turn(prompter, before, after)
     answers = _Turn(target, "", "")
     append = prompting.mode == "append"
-    turns, heads = [], []
     if prompt_tokens is not None or prompts is None:
         length = PROMPT_TOKENS if prompt_tokens is None else prompt_tokens
         source = f"{length} tokens a prompt, {'assumed' if prompt_tokens is None else 'as given'}"
@@ -71,7 +71,8 @@ def find_lengths(
             if known
             else ""
         )
-    head = round(sum(heads) / len(heads)) if append else answers.head
+    own = round(sum(heads) / len(heads))
+    head = own if append else answers.head
     separator = answers.count(prompting.separator) if append else 0
     return Lengths(
         prompter=round(sum(turns) / len(turns)),
@@ -79,6 +80,7 @@ def find_lengths(
         target=head + separator + rewrite_tokens + answers.tail,
         target_head=head,
         target_shared=answers.head,
+        target_raw=own + answers.tail,
         source=source,
     )
 

@@ -57,85 +57,157 @@ class Work:
         return sum(phase.flops for phase in self.phases)
 
 
+@dataclass(frozen=True)
+class _Sampling:
+    """Sequences of one model in a step: what they read, what of it they share, what they write."""
+
+    who: Literal["prompter", "target"]
+    model: PricedModel
+    lora: int  # parameters of an adapter
+    prompts: int
+    contexts: int  # that are read: the prompts, or all rewrites
+    size: int  # samples of a context
+    shared: int  # tokens common to all prompts
+    head: int  # common to all contexts of a prompt
+    length: int  # of a context
+    wrote: int
+    int8: bool = False
+
+    @property
+    def samples(self) -> int:
+        return self.contexts * self.size
+
+    def reads(self) -> _Rows:
+        rows = _Rows(self.model.shape, self.lora)
+        rows.add(0, self.shared)
+        rows.add(self.shared, self.head, self.prompts)
+        rows.add(self.head, self.length, self.contexts)
+        # The last position is computed for every sample, which draws its first token there.
+        rows.add(self.length - 1, self.length, self.samples - self.contexts)
+        return rows
+
+    def writes(self) -> _Rows:
+        rows = _Rows(self.model.shape, self.lora)
+        rows.add(self.length, self.length + self.wrote - 1, self.samples)
+        return rows
+
+    def phases(self) -> tuple[Phase, Phase]:
+        read, drawn = self.reads(), self.wrote - 1
+        return (
+            _generation(
+                f"{self.who} reads",
+                read,
+                self.samples,
+                -(-read.rows // ENGINE_ROWS),
+                1,
+                self.model,
+                int8=self.int8,
+            ),
+            _generation(
+                f"{self.who} writes",
+                self.writes(),
+                self.samples * drawn,
+                -(-self.samples // ENGINE_ROWS) * drawn,
+                drawn,
+                self.model,
+                kv=_read_positions(self.contexts, self.size, self.length, self.wrote),
+                int8=self.int8,
+            ),
+        )
+
+
 def count_step(
     config: TrainConfig, lengths: Lengths, prompter: PricedModel, target: PricedModel
 ) -> Work:
-    """The work of one step.
+    """The work of one step; with ``num_responses: auto``, of the dearest that it may choose.
 
     Raises:
-        ValueError: a rewrite that does not fit ``memory_limit`` alone, a sequence over a context.
+        ValueError: a rewrite that does not fit ``memory_limit`` alone, a sequence over a context,
+            or the closed form, whose steps are not all alike.
     """
-    prompts, rewrites = config.prompts_per_step, config.prompts_per_step * config.num_rewrites
-    responses = rewrites * config.num_responses
-    wrote, answered = config.rewrite.max_new_tokens, config.response.max_new_tokens
-    _check_context("prompter", prompter, lengths.prompter + wrote)
-    _check_context("target", target, lengths.target + answered)
-    lora = lora_parameters(prompter.shape, config)
-
-    read = _Rows(prompter.shape, lora)
-    read.add(0, lengths.prompter_shared)
-    read.add(lengths.prompter_shared, lengths.prompter, prompts)
-    # The last position is computed for every sample, which draws its first token there.
-    read.add(lengths.prompter - 1, lengths.prompter, rewrites - prompts)
-    write = _Rows(prompter.shape, lora)
-    write.add(lengths.prompter, lengths.prompter + wrote - 1, rewrites)
-    hear = _Rows(target.shape, 0)
-    hear.add(0, lengths.target_shared)
-    hear.add(lengths.target_shared, lengths.target_head, prompts)
-    hear.add(lengths.target_head, lengths.target, rewrites)
-    hear.add(lengths.target - 1, lengths.target, responses - rewrites)
-    answer = _Rows(target.shape, 0)
-    answer.add(lengths.target, lengths.target + answered - 1, responses)
-    int8 = config.target_compute == "int8"
-    writing, answering = rewrites * (wrote - 1), responses * (answered - 1)
-    generate = (
-        _generation("prompter reads", read, rewrites, -(-read.rows // ENGINE_ROWS), 1, prompter),
-        _generation(
-            "prompter writes",
-            write,
-            writing,
-            -(-rewrites // ENGINE_ROWS) * (wrote - 1),
-            wrote - 1,
-            prompter,
-            kv=_read_positions(prompts, config.num_rewrites, lengths.prompter, wrote),
-        ),
-        _generation(
-            "target reads", hear, responses, -(-hear.rows // ENGINE_ROWS), 1, target, int8=int8
-        ),
-        _generation(
-            "target writes",
-            answer,
-            answering,
-            -(-responses // ENGINE_ROWS) * (answered - 1),
-            answered - 1,
-            target,
-            kv=_read_positions(rewrites, config.num_responses, lengths.target, answered),
-            int8=int8,
-        ),
-    )
-    plan, begins, most = _plan(config, lengths, prompter.shape)
-    score = tuple(_scoring(config, lengths, prompter, lora, plan, begins))
+    if config.algorithm == "closed_form":
+        raise ValueError("algorithm: closed_form is not priced: it samples once and then fits")
+    sampled = _samplings(config, lengths, prompter, target)
+    for one in sampled:
+        _check_context(one.who, one.model, one.length + one.wrote)
+    trained = sampled[0]
+    plan, begins, most = _plan(config, trained)
+    passes = config.ppo.epochs if config.algorithm == "ppo" else 1
+    score = tuple(_scoring(config, trained, plan, begins, passes))
     forward = score[0].rows
-    prompter_kv = (read.rows + write.rows) * prompter.shape.kv_elements
-    target_kv = (hear.rows + answer.rows) * target.shape.kv_elements
-    alone = (lengths.prompter + wrote) * prompter.shape.kv_elements
-    alone += (lengths.target + answered) * target.shape.kv_elements
+    tokens: dict[str, int] = {}
+    for one in sampled:
+        tokens[f"{one.who} reads"] = one.reads().rows
+        tokens[f"{one.who} writes"] = one.samples * one.wrote
     return Work(
-        phases=generate + score,
+        phases=tuple(phase for one in sampled for phase in one.phases()) + score,
         tokens={
-            "prompter reads": read.rows,
-            "prompter writes": rewrites * wrote,
-            "target reads": hear.rows,
-            "target writes": responses * answered,
-            "generated": rewrites * wrote + responses * answered,
+            **tokens,
+            "generated": sum(one.samples * one.wrote for one in sampled),
             "scored forward": 2 * forward,
             "scored backward": forward,
         },
-        lora_parameters=lora,
-        kv_elements=prompter_kv + target_kv,
-        alone_kv_elements=alone,
+        lora_parameters=trained.lora,
+        kv_elements=sum(
+            (one.reads().rows + one.writes().rows) * one.model.shape.kv_elements for one in sampled
+        ),
+        alone_kv_elements=sum(
+            (one.length + one.wrote) * one.model.shape.kv_elements for one in sampled
+        ),
         score_bytes=most,
         micro_batches=len(plan),
+    )
+
+
+def _samplings(
+    config: TrainConfig, lengths: Lengths, prompter: PricedModel, target: PricedModel
+) -> tuple[_Sampling, ...]:
+    """Who samples in a step; the first is trained."""
+    rewrites, responses = config.num_rewrites, config.num_responses
+    if responses == "auto":
+        assert config.response_budget is not None  # the configuration's rule
+        rewrites, responses = config.response_budget, 1  # more of both models' tokens than any
+    prompts = config.prompts_per_step
+    if config.policy == "target":
+        tuned = _Sampling(
+            "target",
+            target,
+            lora_parameters(target.shape, config),
+            prompts=prompts,
+            contexts=prompts,
+            size=rewrites,
+            shared=lengths.target_shared,
+            head=lengths.target_raw,
+            length=lengths.target_raw,
+            wrote=config.response.max_new_tokens,
+        )
+        return (tuned,)
+    return (
+        _Sampling(
+            "prompter",
+            prompter,
+            lora_parameters(prompter.shape, config),
+            prompts=prompts,
+            contexts=prompts,
+            size=rewrites,
+            shared=lengths.prompter_shared,
+            head=lengths.prompter,
+            length=lengths.prompter,
+            wrote=config.rewrite.max_new_tokens,
+        ),
+        _Sampling(
+            "target",
+            target,
+            0,
+            prompts=prompts,
+            contexts=prompts * rewrites,
+            size=responses,
+            shared=lengths.target_shared,
+            head=lengths.target_head,
+            length=lengths.target,
+            wrote=config.response.max_new_tokens,
+            int8=config.target_compute == "int8",
+        ),
     )
 
 
@@ -237,13 +309,12 @@ def _read_positions(groups: int, size: int, begin: int, length: int) -> int:
     return groups * (steps * begin + size * steps * (steps + 1) // 2)
 
 
-def _plan(
-    config: TrainConfig, lengths: Lengths, shape: ModelShape
-) -> tuple[list[MicroBatch], list[int], int]:
+def _plan(config: TrainConfig, trained: _Sampling) -> tuple[list[MicroBatch], list[int], int]:
     """The trainer's own plan for sequences of these lengths; where each sequence stops being its
     predecessor; and the most bytes that a part of the plan holds."""
-    sequences = _sequences(config, lengths)
-    starts = [lengths.prompter] * len(sequences)
+    shape = trained.model.shape
+    sequences = _sequences(trained)
+    starts = [trained.length] * len(sequences)
     begins = [0, *(common(one, other) for one, other in itertools.pairwise(sequences))]
     own = [len(s) - begin for s, begin in zip(sequences, begins, strict=True)]
     until = [0, *itertools.accumulate(own)]
@@ -254,7 +325,7 @@ def _plan(
     def bytes_of(some: Sequence[Sequence[int]], _: Sequence[int], mode: Activations) -> int:
         first = number[id(some[0])]
         rows = len(some[0]) + until[first + len(some)] - until[first + 1]
-        values = len(some) * config.rewrite.max_new_tokens
+        values = len(some) * trained.wrote
         return score_bytes(shape, modules, config.lora.rank, rows, values, mode, threads)
 
     plan = plan_micro_batches(
@@ -269,49 +340,47 @@ def _plan(
     return plan, begins, most
 
 
-def _sequences(config: TrainConfig, lengths: Lengths) -> list[list[int]]:
-    """Made-up tokens that share what real ones do: a prompt's among its rewrites."""
-    own = lengths.prompter - lengths.prompter_shared
+def _sequences(trained: _Sampling) -> list[list[int]]:
+    """Made-up tokens that share what real ones do: a prompt's among its samples."""
+    own = trained.length - trained.shared
     return [
-        [0] * lengths.prompter_shared
-        + [2 * prompt + 1] * own
-        + [-rewrite - 1] * config.rewrite.max_new_tokens
-        for prompt in range(config.prompts_per_step)
-        for rewrite in range(config.num_rewrites)
+        [0] * trained.shared + [2 * prompt + 1] * own + [-sample - 1] * trained.wrote
+        for prompt in range(trained.prompts)
+        for sample in range(trained.size)
     ]
 
 
 def _scoring(
     config: TrainConfig,
-    lengths: Lengths,
-    model: PricedModel,
-    lora: int,
+    trained: _Sampling,
     plan: Sequence[MicroBatch],
     begins: Sequence[int],
+    passes: int,
 ) -> Iterator[Phase]:
-    """Policy and reference forward, the backward, and the vocabulary.
+    """Policy and reference forward, the backward, and the vocabulary; ``passes`` times.
 
     The backward of a frozen matrix is one product (by its input), that of LoRA's two each, that of
     attention five where the forward is two. The vocabulary takes four products, two of them for
     the gradient (docs/performance.md).
     """
+    model = trained.model
     shape = model.shape
-    rows, again = _Rows(shape, lora), _Rows(shape, lora)
-    length = lengths.prompter + config.rewrite.max_new_tokens
+    rows, again = _Rows(shape, trained.lora), _Rows(shape, trained.lora)
+    length = trained.length + trained.wrote
     for batch in plan:
         for begin in (0, *begins[batch.begin + 1 : batch.end]):
-            rows.add(begin, length)
+            rows.add(begin, length, passes)
             if batch.activations == "recompute":
-                again.add(begin, length)
+                again.add(begin, length, passes)
     frozen = 0.0 if config.adapter is None else rows.lora_flops
-    one_pass = len(plan) * model.bytes_per_parameter * shape.linear_parameters
+    one_pass = passes * len(plan) * model.bytes_per_parameter * shape.linear_parameters
     forward = 2 * (rows.matrix_flops + rows.attention_flops) + rows.lora_flops + frozen
     backward = rows.matrix_flops + 2 * rows.lora_flops + 2.5 * rows.attention_flops
     backward += again.matrix_flops + again.lora_flops + again.attention_flops
     yield Phase("score forward", "score", rows.rows, forward, one_pass, one_pass)
     yield Phase("score backward", "score", rows.rows, backward, one_pass, one_pass)
-    values = len(begins) * config.rewrite.max_new_tokens
-    head = len(plan) * model.bytes_per_parameter * shape.head_parameters
+    values = passes * len(begins) * trained.wrote
+    head = passes * len(plan) * model.bytes_per_parameter * shape.head_parameters
     flops = 4 * 2.0 * values * shape.head_parameters
     yield Phase("score vocabulary", "score", values, flops, head, head)
 
