@@ -137,7 +137,8 @@ def test_the_minibatches_of_ppo(tmp_path):
     assert all(u.rows[1::2] == [row + 1 for row in u.rows[::2]] for u in updates)
     assert len({tuple(u.rows) for u in updates if len(u.rows) == 6}) > 1  # another order each
     assert updates == plan_updates(settings, batch, step=3)
-    assert updates != plan_updates(settings, batch, step=4)
+    other = plan_updates(settings, batch, step=4)
+    assert [u.rows for u in updates] != [u.rows for u in other]
 
 
 def test_the_first_ratio_of_ppo_is_one_and_later_ones_are_not(tmp_path):
@@ -153,6 +154,22 @@ def test_the_first_ratio_of_ppo_is_one_and_later_ones_are_not(tmp_path):
         assert row["parity_max_abs"] == 0.0 and row["updates"] == 6
         assert row["ratio_max"] > 1.2 and row["clip_fraction"] > 0.0  # raw, not clipped
     assert log(many)[0]["tokens"] == log(first)[0]["tokens"]  # of one pass
+
+
+def test_a_minibatch_is_a_mean_over_itself(tmp_path):
+    # Weights that stay where they are: the mean of two minibatches' losses is the batch's.
+    losses = {}
+    for minibatches in (1, 2):
+        ppo = PpoConfig(epochs=1, minibatches=minibatches)
+        options = {"steps": 1, "prompts_per_step": 4, "learning_rate": 1e-12, "algorithm": "ppo"}
+        trainer = a_run(tmp_path / str(minibatches), ppo=ppo, **options)
+        trainer.policy.lora_b[0].data += torch.randn(
+            VOCABULARY, 4, generator=torch.manual_seed(0)
+        )  # away from the reference: there is a KL
+        trainer.train()
+        (row,) = log(trainer)
+        losses[minibatches] = [row[n] for n in ("policy_loss", "kl_per_rewrite", "k3_per_rewrite")]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5) and min(map(abs, losses[1])) > 1e-3
 
 
 def test_one_pass_of_ppo_is_rloo(tmp_path):

@@ -163,8 +163,8 @@ class TrainConfig:
             return
         _only_default(self, "response_budget", "with num_responses auto")
         require("num_responses", responses, responses >= 1, 'at least 1, or "auto"')
-        if self._group_baseline:
-            expected = "at least 2: the baseline is the mean of the other rewrites of the prompt"
+        if self._group_baseline or self.algorithm == "closed_form":
+            expected = "at least 2: a rewrite is judged against the others of its prompt"
             require("num_rewrites", rewrites, rewrites >= 2, expected)
         require("num_rewrites", rewrites, rewrites >= 1, "at least 1")
         if self.algorithm == "reinforce":
