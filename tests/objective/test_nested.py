@@ -13,10 +13,12 @@ def test_allocations():
 
 
 def test_by_hand():
-    # (1 + 9/M)(4 + M): 50, 33, 28, 26, 25; M* = sqrt(9 * 4) = 6.
     costs = {"rewrite_cost": 4.0, "response_cost": 1.0}
-    assert allocate(12, between=1.0, within=9.0, **costs) == (2, 6)
-    # M* = sqrt(4) = 2.
+    # (1 + 9/M)(4 + M) is 50, 33, 28, 26, 25 and M* = 6; times N/(N-1): 54.5, 39.6, 37.3, 39, 50.
+    assert allocate(12, between=1.0, within=9.0, **costs) == (4, 3)
+    # M* = 6 where N is large.
+    assert allocate(6 * 64, between=1.0, within=9.0, **costs) == (64, 6)
+    # 10, 9, 9.3, ...: times N/(N-1) 10.9, 10.8, 12.4.
     assert allocate(12, between=1.0, within=1.0, **costs) == (6, 2)
     assert allocate(12, between=9.0, within=1.0, **costs) == (12, 1)
 
@@ -30,19 +32,19 @@ def test_a_free_rewrite_makes_one_response_best():
 def test_the_choice_is_the_least_of_all():
     for between, within, cost in [(0.3, 2.0, 5.0), (1.0, 0.1, 80.0), (0.02, 1.0, 0.5)]:
         n, m = allocate(24, between=between, within=within, rewrite_cost=cost, response_cost=1.0)
-        chosen = (between + within / m) / n * n * (cost + m)
+        chosen = (between + within / m) / (n - 1) * n * (cost + m)
         assert n * m == 24 and n >= 2
         for other_n, other_m in allocations(24):
-            # Variance of a gradient over other_n rewrites, times what they cost.
-            variance = (between + within / other_m) / other_n
+            # Variance under a leave-one-out baseline, times what the rewrites cost.
+            variance = (between + within / other_m) / (other_n - 1)
             assert chosen <= variance * other_n * (cost + other_m) + 1e-12
 
 
 def test_a_split_below_zero_counts_as_none():
     costs = {"rewrite_cost": 4.0, "response_cost": 1.0}
-    assert allocate(8, between=-0.1, within=1.0, **costs) == (2, 4)
+    assert allocate(8, between=-0.1, within=1.0, **costs) == (4, 2)  # 4 and 4: a tie
     assert allocate(8, between=1.0, within=-0.1, **costs) == (8, 1)
-    assert allocate(8, between=-1.0, within=-1.0, **costs) == (8, 1)  # nothing varies: a tie
+    assert allocate(8, between=-1.0, within=-1.0, **costs) == (8, 1)  # nothing varies: likewise
 
 
 def test_what_is_refused():

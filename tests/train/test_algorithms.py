@@ -325,7 +325,7 @@ def test_auto_learns_the_split_and_then_chooses(tmp_path):
             reward=reward,
             steps=14,
             num_responses="auto",
-            response_budget=8,
+            response_budget=16,
             learning_rate=1e-4,
         )
         trainer.train()
@@ -333,10 +333,10 @@ def test_auto_learns_the_split_and_then_chooses(tmp_path):
 
     # The target adds nothing: one response says it all, but for the steps that look again.
     quiet = run("quiet", letter_reward)
-    assert quiet[:LEARNING_STEPS] == [(4, 2)] * LEARNING_STEPS
-    assert quiet[RELEARN_EVERY] == (4, 2)
+    assert quiet[:LEARNING_STEPS] == [(8, 2)] * LEARNING_STEPS
+    assert quiet[RELEARN_EVERY] == (8, 2)
     rest = [c for i, c in enumerate(quiet) if i >= LEARNING_STEPS and i != RELEARN_EVERY]
-    assert rest == [(8, 1)] * len(rest)
+    assert rest == [(16, 1)] * len(rest)
 
     def of_the_response(prompts, rewrites, responses):
         return [float((7 * len(r) + 37 * i * i) % 101) for i, r in enumerate(responses)]
@@ -359,7 +359,7 @@ def test_the_running_split_by_hand():
     assert later.counts(step=0, budget=12) == (6, 2)
     # M* = sqrt(within / between * c_p / c_t) = sqrt(2 * 8) = 4.
     known = RunningSplit(1.0, 2.0, 1.0, 8.0, 1.0, 1.0)
-    assert known.counts(step=LEARNING_STEPS, budget=16) == (4, 4)
+    assert known.counts(step=LEARNING_STEPS, budget=64) == (16, 4)
 
 
 # --- the tuned target ---

@@ -18,11 +18,12 @@ def allocate(
 
         (between + within / M) (c_p + M c_t),
 
-    does not depend on N: it says what a unit of precision costs. It is minimal at
-    ``M* = sqrt(within / between * c_p / c_t)`` [derived: set the derivative by M to 0]; among the
-    divisors of the budget the best is taken, the smaller M on a tie. A rewrite that costs nothing
-    (a budget of target tokens alone) makes M = 1 best whatever the split: a fresh rewrite brings
-    a fresh response along.
+    says what a unit of precision costs. It is minimal at
+    ``M* = sqrt(within / between * c_p / c_t)`` [derived: set the derivative by M to 0]. A baseline
+    over the other N - 1 rewrites adds its own noise, a factor of ``N / (N - 1)``, which speaks
+    against groups of 2. Of the divisors of the budget the best by the product with that factor is
+    taken, the smaller M on a tie. A rewrite that costs nothing (a budget of target tokens alone)
+    makes M = 1 best whatever the split: a fresh rewrite brings a fresh response along.
 
     Args:
         between, within: estimates of the reward's variance over rewrites, and over the responses
@@ -37,7 +38,9 @@ def allocate(
     if rewrite_cost < 0 or response_cost < 0:
         raise ValueError(f"costs: expected 0 or more, got {rewrite_cost} and {response_cost}")
     between, within = max(between, 0.0), max(within, 0.0)
-    return min(
-        allocations(budget),
-        key=lambda nm: (between + within / nm[1]) * (rewrite_cost + nm[1] * response_cost),
-    )
+
+    def price(counts: tuple[int, int]) -> float:
+        n, m = counts
+        return (between + within / m) * (rewrite_cost + m * response_cost) * n / (n - 1)
+
+    return min(allocations(budget), key=price)
