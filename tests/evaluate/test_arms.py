@@ -10,7 +10,7 @@ import pytest
 from alignpro.config import EvalConfig, LoraConfig, OptimumConfig, Prompting
 from alignpro.evaluate.arms import kl_per_rewrite, sample_arms
 from alignpro.evaluate.compare import compare_arms, copied_share, gap_closed
-from alignpro.evaluate.optimum import resample_optimum, tilted_weights
+from alignpro.evaluate.optimum import resample_optimum, selection_reliability, tilted_weights
 from alignpro.evaluate.static import StaticInstruction
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
@@ -207,6 +207,16 @@ def test_the_weights_of_the_optimum_by_hand():
     assert tilted_weights([1.0, 0.0], 1e9) == pytest.approx([0.5, 0.5])
 
 
+def test_how_far_the_selection_is_luck():
+    # Prompt 1: means 1 and 5, within 2, so Var(R) = 8 - 2/2 = 7; prompt 2 varies nowhere.
+    # Averages: Var(R) 3.5, within 1; with two responses a mean adds 1/2.
+    rewards = [[[0, 2], [4, 6]], [[1, 1], [1, 1]]]
+    assert selection_reliability(rewards) == pytest.approx(3.5 / 4)
+    assert selection_reliability([[[1.0], [2.0]]]) is None
+    assert selection_reliability([[[0.0, 10.0], [10.0, 0.0]]]) == 0.0
+    assert selection_reliability(np.zeros((2, 3, 2))) == 0.0
+
+
 def longest(prompts, rewrites, responses, **columns):
     return [float(len(w)) for w in rewrites]
 
@@ -221,6 +231,7 @@ def test_the_optimum_is_the_best_candidate_where_the_leash_is_loose():
     assert report["arms"]["untuned"]["mean_reward"] < 9
     assert 1 <= arm["effective_samples"] < 30
     assert arm["num_responses"] == 24 and arm["kl_coef"] == 0.01
+    assert arm["selection_reliability"] is None  # of one response a candidate
 
 
 def test_the_optimum_is_the_untuned_prompter_where_the_leash_is_tight():

@@ -145,7 +145,8 @@ def test_three_comparisons_and_several_pairs(server):
     assert (found["trained_vs_untuned"]["wins"], found["trained_vs_untuned"]["losses"]) == (3, 3)
     # The same text on both sides is a tie that nobody was asked about.
     static = found["trained_vs_static"]
-    assert (static["ties"], static["order_disagreements"]) == (6, 0)
+    assert (static["ties"], static["identical"], static["order_disagreements"]) == (6, 6, 0)
+    assert raw["identical"] == 0
     assert static["first_chosen"] is None
     assert report["questions"] == len(server.asked) == 24
     assert {asked.prompt for asked in server.asked} == set(PROMPTS[:3])

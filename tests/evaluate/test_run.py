@@ -90,6 +90,7 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
     for name, arm in report["arms"].items():
         assert (arm["n"], arm["num_responses"]) == (4, 8)
         assert ("copy_rate" in arm) == (name not in ("raw", "tuned"))
+    assert 0 <= report["arms"]["optimum"]["selection_reliability"] <= 1
     search = report["static_search"]
     assert search["instruction"] == report["arms"]["static"]["instruction"]
     assert search["train_prompts"] == 4 and search["responses"] <= 60

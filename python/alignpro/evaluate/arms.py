@@ -130,6 +130,7 @@ def sample_arms(
             kl_coef=config.kl_coef,
             num_candidates=config.optimum.num_candidates,
             effective_samples=resampled.effective_samples,
+            selection_reliability=resampled.reliability,
         )
     if tuned is not None:
         add("tuned", respond(unscored.with_target_adapter(tuned), "tuned"), adds=False)

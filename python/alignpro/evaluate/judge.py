@@ -132,9 +132,10 @@ def judge_arms(
         ``name``; ``questions``, of which ``replayed`` from the file, and ``failed``;
         ``comparisons`` {trained_vs_X: n (pairs with verdicts in both orders), wins, ties, losses,
         win_rate (a tie is half), ci95, length_controlled_win_rate, length_controlled_ci95,
-        order_disagreements, first_chosen (share of verdicts for the response shown first: 0.5
-        without a bias), mean_length_difference (characters, trained - X), errors (pairs
-        without)}. Intervals resample prompts; they are None with pairs of fewer than 2 prompts.
+        identical and order_disagreements (both of them ties), first_chosen (share of verdicts for
+        the response shown first: 0.5 without a bias), mean_length_difference (characters,
+        trained - X), errors (pairs without)}. Intervals resample prompts; they are None with
+        pairs of fewer than 2 prompts.
 
     Raises:
         JudgeError: more than ``max_failed`` of the questions got no verdict.
@@ -232,6 +233,7 @@ def _comparison(
         "ci95": None,
         "length_controlled_win_rate": None,
         "length_controlled_ci95": None,
+        "identical": sum(pair.questions is None for pair in judged),
         "order_disagreements": disagreements,
         "first_chosen": sum(shown_first) / len(shown_first) if shown_first else None,
         "mean_length_difference": sum(differences) / n if n else None,

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from alignpro.config import EvalConfig, OptimumConfig
 from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.statistics import law_of_total_variance
 from alignpro.types import Rollout
 
 OPTIMUM_STREAM = 4  # of randomness, beside the pipeline's
@@ -22,6 +23,7 @@ class Resampled:
 
     rollout: Rollout  # unscored
     effective_samples: float  # mean over prompts of 1 / sum w^2: of the candidates' weights
+    reliability: float | None  # see `selection_reliability`
     generated_tokens: int  # candidates and their responses included
     seconds: float
 
@@ -51,7 +53,7 @@ def resample_optimum(
     It is a yardstick and no prompter: it looks at the reward of the held-out prompts. Two things
     keep its reward below that of the true optimum: there are only so many candidates (few
     effective samples: the best one of them is all there is), and R_hat is noisy, so a part of the
-    tilt goes to luck, which fresh answers do not repeat.
+    tilt goes to luck, which fresh answers do not repeat. `selection_reliability` says how much.
     """
     candidates = untuned.rollout(
         prompts,
@@ -85,6 +87,9 @@ def resample_optimum(
     return Resampled(
         replace(fresh, rewrites=rewrites),
         float(np.mean(effective)),
+        selection_reliability(
+            [[[r.reward for r in w.responses] for w in group] for group in candidates.rewrites]
+        ),
         candidates.generated_tokens + fresh.generated_tokens,
         candidates.seconds["generate"] + fresh.seconds["generate"],
     )
@@ -96,3 +101,19 @@ def tilted_weights(rewards: Sequence[float], kl_coef: float) -> NDArray[np.float
     weights: NDArray[np.float64] = np.exp(logits - logits.max())
     weights /= weights.sum()
     return weights
+
+
+def selection_reliability(rewards: ArrayLike) -> float | None:
+    """Share of the variance of R_hat between the candidates of a prompt that is R's own, in [0, 1].
+
+    ``rewards`` [P, N, M]: the law of total variance gives Var(R), and R_hat adds the responses'
+    Var(r) / M to it. Near 0, the weights follow luck and the arm is the untuned prompter's. None
+    with one response, which does not tell the two apart.
+    """
+    r = np.asarray(rewards, dtype=np.float64)
+    if r.shape[2] < 2:
+        return None
+    split = law_of_total_variance(r)
+    own = max(split.between_rewrites, 0.0)
+    total = own + split.within_rewrite / r.shape[2]
+    return own / total if total > 0 else 0.0
