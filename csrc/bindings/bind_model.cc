@@ -129,6 +129,12 @@ void bind_model(py::module_& m) {
                                if (!s.has_reference()) return py::none();
                                return to_array(s.reference_logprob());
                              })
+      .def_property_readonly("hidden",
+                             [](const model::Score& s) -> py::object {
+                               if (!s.has_hidden()) return py::none();
+                               const auto values = static_cast<int64_t>(s.logprob().size());
+                               return to_array(s.hidden(), values, s.hidden_size());
+                             })
       .def(
           "backward",
           [](model::Score& s, const py::object& d_logprob, const py::object& d_entropy,
@@ -173,7 +179,7 @@ void bind_model(py::module_& m) {
           [](std::shared_ptr<model::Model> self, std::vector<std::vector<int32_t>> sequences,
              std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
              float temperature, std::shared_ptr<model::Adapter> reference, bool with_reference,
-             bool keep_graph, const std::string& activations) {
+             bool keep_graph, const std::string& activations, bool with_hidden) {
             const GilRelease release;
             model::ScoreRequest request{.sequences = std::move(sequences),
                                         .starts = std::move(starts),
@@ -181,6 +187,7 @@ void bind_model(py::module_& m) {
                                         .temperature = temperature,
                                         .with_reference = with_reference,
                                         .reference = std::move(reference),
+                                        .with_hidden = with_hidden,
                                         .keep_graph = keep_graph,
                                         .activations = activations_from(activations)};
             return std::make_unique<model::Score>(std::move(self), std::move(request));
@@ -188,21 +195,23 @@ void bind_model(py::module_& m) {
           py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
           py::arg("temperature") = 1.0f, py::arg("reference") = nullptr,
           py::arg("with_reference") = false, py::arg("keep_graph") = false,
-          py::arg("activations") = "keep")
+          py::arg("activations") = "keep", py::arg("with_hidden") = false)
       .def(
           "score_bytes",
           [](const model::Model& self, std::vector<std::vector<int32_t>> sequences,
              std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
-             bool with_reference, bool keep_graph, const std::string& activations) {
+             bool with_reference, bool keep_graph, const std::string& activations,
+             bool with_hidden) {
             const GilRelease release;
             return model::Score::bytes(self, {.sequences = std::move(sequences),
                                               .starts = std::move(starts),
                                               .adapter = std::move(adapter),
                                               .with_reference = with_reference,
+                                              .with_hidden = with_hidden,
                                               .keep_graph = keep_graph,
                                               .activations = activations_from(activations)});
           },
           py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
           py::arg("with_reference") = false, py::arg("keep_graph") = false,
-          py::arg("activations") = "keep");
+          py::arg("activations") = "keep", py::arg("with_hidden") = false);
 }

@@ -16,6 +16,7 @@
 #include "alignpro/model/model.h"
 #include "alignpro/model/scorer.h"
 #include "alignpro/model/token_tree.h"
+#include "alignpro/ops/linear_logprob.h"
 #include "check.h"
 
 using namespace alignpro;
@@ -232,6 +233,56 @@ TEST(shared_prefixes_change_no_bit) {
     }
   }
   CHECK_EQ(at, together.logprob().size());
+}
+
+TEST(hidden_states_are_what_the_tokens_were_predicted_from) {
+  const std::vector<std::pair<ModelConfig, DType>> cases{
+      {tiny(true, false, false), DType::kF32}, {tiny(false, true, true), DType::kF16}};
+  for (const auto& [config, kv_dtype] : cases) {
+    const auto model = tiny_model(config, 2, kv_dtype);
+    const auto adapter = LoraStore(model->config(), 3, 5, false).adapter(model->config());
+    ScoreRequest request;
+    request.sequences = sequences();
+    request.starts = starts();
+    request.adapter = adapter;
+    request.temperature = 0.9f;
+    const Score without(model, request);
+    CHECK(!without.has_hidden() && without.hidden().empty());
+    request.with_hidden = true;
+    request.with_reference = true;  // its states are not the policy's
+    const Score s(model, request);
+    CHECK(equal_bits(s.logprob(), without.logprob()));
+
+    const int64_t width = model->config().hidden_size;
+    const auto values = static_cast<int64_t>(s.logprob().size());
+    CHECK_EQ(static_cast<int64_t>(s.hidden().size()), values * width);
+    std::vector<int32_t> tokens;
+    for (size_t i = 0; i < sequences().size(); ++i) {
+      const auto all = sequences()[i];
+      tokens.insert(tokens.end(), all.begin() + starts()[i], all.end());
+    }
+    std::vector<float> logprob(s.logprob().size()), entropy(logprob.size());
+    std::vector<double> lse(logprob.size());
+    ops::linear_logprob({.rows = values,
+                         .hidden = s.hidden().data(),
+                         .weight = &model->weights().head(),
+                         .tokens = tokens,
+                         .temperature = 0.9f},
+                        {.logprob = logprob.data(),
+                         .entropy = entropy.data(),
+                         .kl = nullptr,
+                         .reverse_kl = nullptr,
+                         .ref_logprob = nullptr,
+                         .lse = lse.data(),
+                         .ref_lse = nullptr},
+                        nullptr, model->team());
+    CHECK(equal_bits(logprob, s.logprob()));
+    CHECK(equal_bits(entropy, s.entropy()));
+    // Here, and in the caller's copy.
+    ScoreRequest plain = request;
+    plain.with_hidden = false;
+    CHECK_EQ(Score::bytes(*model, request) - Score::bytes(*model, plain), 2 * values * width * 4);
+  }
 }
 
 TEST(generation_path_equals_scoring_path_to_the_bit) {

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
 
 from alignpro import NumericError
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_model
+from alignpro.ops import linear_logprob
 from alignpro.types import Completion, SamplingParams
 from model_variants import VARIANTS, variant_folder
 from native_runs import drain
@@ -275,6 +278,40 @@ def test_scores_do_not_depend_on_what_is_asked_for(engine: Engines, variant: str
     for i, sequence in enumerate(sequences):
         (alone,) = other.score([sequence], adapter=policy, temperature=0.7)
         assert alone[starts[i] - 1 :].tolist() == completions[i].logprobs
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hidden_states_are_what_the_tokens_were_predicted_from(
+    engine: Engines, tiny_model_dir: Callable[..., Path], tmp_path: Path, variant: str
+) -> None:
+    """The vocabulary op on the hidden states gives the scores back, to the bit."""
+    model = engine(variant, threads=2)
+    policy = adapter(model, "all")
+    prompts, params = requests(6)
+    completions = model.generate(prompts, params, adapter=policy)
+    sequences = [c.prompt_tokens + c.tokens for c in completions]
+    starts = [len(c.prompt_tokens) for c in completions]
+
+    def score(**options: Any) -> Any:
+        return model.core_model.score(
+            sequences, starts, adapter=model.make_adapter(policy), temperature=0.7, **options
+        )
+
+    assert score().hidden is None
+    folder = variant_folder(VARIANTS[variant], tiny_model_dir, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    for options in ({}, {"keep_graph": True}, {"with_reference": True}):
+        scores = score(with_hidden=True, **options)
+        assert scores.hidden.shape == (len(scores.logprob), model.core_model.config["hidden_size"])
+        again = linear_logprob(
+            torch.from_numpy(scores.hidden),
+            torch.from_numpy(head.astype(np.float32)),
+            torch.tensor([t for s, i in zip(sequences, starts, strict=True) for t in s[i:]]),
+            temperature=0.7,
+        )
+        assert np.array_equal(again.logprob.numpy(), scores.logprob)
+        assert np.array_equal(again.entropy.numpy(), scores.entropy)
 
 
 def test_the_last_bit_of_a_weight_or_of_the_temperature_shows(engine: Engines) -> None:

@@ -126,6 +126,18 @@ def test_what_is_kept_is_the_engines_business(policy):
     assert len(policy.model.adapters) == made  # asking uploads nothing
 
 
+def test_hidden_states_come_on_request_and_carry_no_gradient(policy):
+    assert policy.score(SEQUENCES, STARTS).hidden is None
+    scores = policy.score(SEQUENCES, STARTS, with_hidden=True)
+    before = [s[i - 1] for s, at in zip(SEQUENCES, STARTS, strict=True) for i in range(at, len(s))]
+    assert torch.equal(scores.hidden, policy.model.core_model.hidden[before])
+    assert not scores.hidden.requires_grad and scores.logprob.requires_grad
+    scores.logprob.sum().backward()  # the graph is whole beside it
+    without = policy.score_bytes(SEQUENCES, STARTS, with_reference=False)
+    need = policy.score_bytes(SEQUENCES, STARTS, with_reference=False, with_hidden=True)
+    assert need > without
+
+
 def test_kl_is_zero_to_the_bit_against_its_own_weights(policy):
     scores = policy.score(SEQUENCES, STARTS, reference=policy.weights())
     assert float(scores.kl.detach().abs().max()) == 0.0

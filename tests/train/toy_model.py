@@ -166,12 +166,15 @@ class ToyHandle:
     def advance(self) -> None:
         rows, edges = self.model.table(self.adapter, self.params.temperature)
         last = (self.prompt_tokens[-1:] + self.tokens)[-1]
-        key = repr((self.params.seed, self.sample, len(self.tokens))).encode()
-        uniform = int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / 2**48
+        uniform = self.uniform()
         token = bisect.bisect_right(edges[last], uniform * edges[last][-1], hi=VOCABULARY - 1)
         self.tokens.append(token)
         self.logprobs.append(rows[last][token])
         self.finished = token == EOS or len(self.tokens) == self.params.max_new_tokens
+
+    def uniform(self) -> float:
+        key = repr((self.params.seed, self.sample, len(self.tokens))).encode()
+        return int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / 2**48
 
     def completion(self) -> Completion:
         assert self.finished

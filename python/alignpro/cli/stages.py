@@ -110,10 +110,13 @@ def train(
         if value is not None:
             raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
     from alignpro.report.progress import Bars, TrainBar
+    from alignpro.train.closed_form import ClosedFormFit
     from alignpro.train.run import make_trainer
 
     trainer = make_trainer(options, resume=resume, overwrite=overwrite)
     with Bars() as bars:
+        if isinstance(trainer, ClosedFormFit):
+            trainer.rollouts(bars.show)
         trainer.train([TrainBar(bars)])
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
 

@@ -7,6 +7,7 @@ a value of the wrong type and a value out of range are a `ValueError` of one lin
 
 from __future__ import annotations
 
+from alignpro.config.closed_form import ClosedFormConfig
 from alignpro.config.evaluate import EvalConfig, JudgeConfig, OptimumConfig, StaticSearch
 from alignpro.config.ppo import PpoConfig
 from alignpro.config.prompting import (
@@ -27,6 +28,7 @@ __all__ = [
     "RESPONSE",
     "REWRITE",
     "BoundConfig",
+    "ClosedFormConfig",
     "EvalConfig",
     "HeadroomConfig",
     "JudgeConfig",

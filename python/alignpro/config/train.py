@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from alignpro.config.closed_form import ClosedFormConfig
 from alignpro.config.fields import (
     Bytes,
     check_micro_batches,
@@ -63,10 +64,11 @@ class TrainConfig:
 
     # The baseline: siblings (rloo), siblings and division by their spread (grpo, which optimises
     # something else: objective.advantage), earlier steps (reinforce). ppo: several passes a batch.
-    # closed_form: a fit to weighted samples of the reference; no rollouts while training.
+    # closed_form: a fit to one set of samples of the reference; no rollouts while training.
     algorithm: Literal["rloo", "grpo", "reinforce", "ppo", "closed_form"] = "rloo"
     baseline_decay: float = 0.9  # reinforce: what a step's mean reward keeps, a step later
     ppo: PpoConfig = field(default_factory=PpoConfig)
+    closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
     # Prompts whose rewrites all earned the same teach nothing but the KL: keep that, or skip them
     # (not scored, not in the mean; a step of none else changes nothing).
     zero_signal: Literal["keep", "skip"] = "keep"
@@ -141,6 +143,13 @@ class TrainConfig:
             require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with closed_form")
             for name in ("kl_target", "response_budget"):
                 _only_default(self, name, "with an algorithm that samples while it trains")
+            fixed = self.num_responses != "auto"
+            require("num_responses", self.num_responses, fixed, "a number with closed_form")
+        else:
+            for f in fields(self.closed_form):
+                _only_default(
+                    self.closed_form, f.name, "with algorithm closed_form", "closed_form."
+                )
         if not self._group_baseline:
             _only_default(
                 self,
@@ -190,7 +199,9 @@ class TrainConfig:
         )
 
 
-def _only_default(config: TrainConfig | PpoConfig, name: str, where: str, path: str = "") -> None:
+def _only_default(
+    config: TrainConfig | PpoConfig | ClosedFormConfig, name: str, where: str, path: str = ""
+) -> None:
     """Refuse an option that would do nothing."""
     value = getattr(config, name)
     default = default_of(next(f for f in fields(config) if f.name == name))

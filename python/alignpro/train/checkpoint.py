@@ -138,6 +138,19 @@ def write_config(run_dir: str | Path, config: Mapping[str, Any]) -> None:
     _write_atomically(Path(run_dir) / "config.json", json.dumps(config, indent=2) + "\n")
 
 
+def read_config(run_dir: str | Path) -> dict[str, Any]:
+    """The configuration of the run there.
+
+    Raises:
+        ValueError: config.json is not a JSON object.
+    """
+    path = Path(run_dir) / "config.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a JSON object: {_one_line(error)}") from error
+
+
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to resume under another configuration.
 

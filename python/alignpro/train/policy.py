@@ -34,8 +34,7 @@ class ScoreTensors:
     entropy: torch.Tensor  # of the distribution it was drawn from, nats, differentiable
     kl: torch.Tensor | None  # KL(policy || reference) of that distribution, exact, differentiable
     reference_logprob: torch.Tensor | None  # of the token under the reference; a constant
-    # [T, D]: the final hidden state that the token was drawn from, a constant (with_hidden)
-    hidden: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None  # [T, D] the policy's state before the token; a constant
 
 
 class LoraPolicy(torch.nn.Module):
@@ -129,7 +128,8 @@ class LoraPolicy(torch.nn.Module):
             sequences: token ids. starts: the first scored position of each, 1 <= start <= len.
             reference: frozen matrices or "base"; None leaves ``kl`` and ``reference_logprob`` None.
             activations: kept for the backward, or recomputed in it: less memory, the same bits.
-            with_hidden: give the hidden states too; no gradient goes through them.
+            with_hidden: also the final normalised hidden state that each token was predicted from,
+                as a value head reads it; detached.
 
         Raises:
             ValueError: a sequence or start that does not fit.
@@ -146,8 +146,8 @@ class LoraPolicy(torch.nn.Module):
             activations=activations,
             with_hidden=with_hidden,
         )
-        logprob, entropy, kl, reference_logprob = _EngineScore.apply(call, *inputs)  # type: ignore[no-untyped-call]
-        return ScoreTensors(logprob, entropy, kl, reference_logprob, call.hidden)
+        logprob, entropy, kl, reference_logprob, hidden = _EngineScore.apply(call, *inputs)  # type: ignore[no-untyped-call]
+        return ScoreTensors(logprob, entropy, kl, reference_logprob, hidden)
 
     def score_bytes(
         self,
@@ -168,7 +168,7 @@ class LoraPolicy(torch.nn.Module):
             with_reference=with_reference,
             keep_graph=True,
             activations=activations,
-            **({"with_hidden": True} if with_hidden else {}),
+            with_hidden=with_hidden,
         )
 
     def _equals(self, weights: LoraWeights) -> bool:
@@ -250,7 +250,6 @@ class _Call:
     keep_graph: bool
     activations: Activations
     with_hidden: bool
-    hidden: torch.Tensor | None = None  # what came of it
 
 
 class _EngineScore(torch.autograd.Function):
@@ -270,10 +269,8 @@ class _EngineScore(torch.autograd.Function):
             with_reference=reference is not None,
             keep_graph=call.keep_graph,
             activations=call.activations,
-            **({"with_hidden": True} if call.with_hidden else {}),
+            with_hidden=call.with_hidden,
         )
-        if call.with_hidden:
-            call.hidden = torch.from_numpy(np.array(score.hidden, np.float32))
         ctx.set_materialize_grads(False)
         ctx.score = score if call.keep_graph else None
         ctx.names = policy.names
@@ -281,9 +278,11 @@ class _EngineScore(torch.autograd.Function):
             None if values is None else torch.from_numpy(np.array(values, np.float32))
             for values in (score.logprob, score.entropy, score.kl, score.reference_logprob)
         )
-        if outputs[3] is not None:
-            ctx.mark_non_differentiable(outputs[3])
-        return outputs
+        # Large, and the caller's own array already: not copied once more.
+        hidden = torch.from_numpy(score.hidden) if call.with_hidden else None
+        constants = [tensor for tensor in (outputs[3], hidden) if tensor is not None]
+        ctx.mark_non_differentiable(*constants)
+        return (*outputs, hidden)
 
     @staticmethod
     @once_differentiable

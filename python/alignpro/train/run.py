@@ -13,6 +13,7 @@ from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.train.checkpoint import as_config, check_run_dir, prepare_run_dir, write_config
+from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy, Reference
 from alignpro.train.sft import fit
@@ -44,7 +45,9 @@ def run_sft(
     return weights
 
 
-def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Trainer:
+def make_trainer(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False
+) -> Trainer | ClosedFormFit:
     """A trainer with everything the configuration names: models, adapter, prompts and reward.
 
     The reference is kept in run_dir/reference, so that a resume holds on to the same one.
@@ -75,7 +78,7 @@ def trainer_from(
     *,
     resume: bool = False,
     overwrite: bool = False,
-) -> Trainer:
+) -> Trainer | ClosedFormFit:
     """A trainer over loaded parts. ``weights``: where training starts, and the reference; None is a
     fresh adapter, whose reference is the base model."""
     reference: Reference = "base"
@@ -84,21 +87,22 @@ def trainer_from(
         policy = LoraPolicy.fresh(trained, config.lora, seed=config.seed)
     else:
         policy, reference = LoraPolicy(trained, weights), weights
-    value_head = None
-    if config.ppo.value_head:
-        value_head = ValueHead(int(trained.config["hidden_size"]), config.seed)
     pipeline = Pipeline.configured(config, prompter, target, reward)
-    trainer = Trainer(
-        config,
-        pipeline,
-        policy,
-        [row.prompt for row in rows],
-        reference=reference,
-        columns=stack_columns(rows),
-        value_head=value_head,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    pieces = (config, pipeline, policy, [row.prompt for row in rows])
+    options: dict[str, Any] = {
+        "reference": reference,
+        "columns": stack_columns(rows),
+        "resume": resume,
+        "overwrite": overwrite,
+    }
+    trainer: Trainer | ClosedFormFit
+    if config.algorithm == "closed_form":
+        trainer = ClosedFormFit(*pieces, **options)
+    else:
+        value_head = None
+        if config.ppo.value_head:
+            value_head = ValueHead(int(trained.config["hidden_size"]))
+        trainer = Trainer(*pieces, value_head=value_head, **options)
     if weights is not None and not (trainer.run_dir / "reference").is_dir():
         save_peft(trainer.run_dir / "reference", weights)
     return trainer

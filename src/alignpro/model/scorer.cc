@@ -78,6 +78,9 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
   if (request_.with_reference) {
     for (auto* out : {&kl_, &ref_logprob_}) out->resize(values);
   }
+  if (request_.with_hidden) {
+    hidden_.resize(values * static_cast<size_t>(model_->config().hidden_size));
+  }
   std::vector<int64_t> order(static_cast<size_t>(count));
   std::iota(order.begin(), order.end(), 0);
   if (request_.keep_graph) {
@@ -245,6 +248,9 @@ void Score::score_group(std::span<const int64_t> members) {
     copy(outputs.kl, kl_);
     copy(outputs.ref_logprob, ref_logprob_);
     copy(outputs.lse, lse_);
+    if (!hidden_.empty()) {
+      std::copy_n(hidden.begin() + from * width, count * width, hidden_.begin() + to * width);
+    }
     from += count;
   }
   if (graph_ != nullptr) {
@@ -368,7 +374,7 @@ int64_t Score::bytes(const Model& model, const ScoreRequest& request) {
   row_floats += hidden + mlp;
   row_floats += passes * hidden;          // normed
   row_floats += 2 * model.rope().half();  // angles
-  int64_t floats = values * hidden * passes;
+  int64_t floats = values * hidden * (passes + (request.with_hidden ? 2 : 0));
   const ops::VocabularyWeight head = &model.weights().head();
   const float* some = reinterpret_cast<const float*>(&head);  // only whether it is null counts
   int64_t bytes = ops::linear_logprob_bytes({.rows = values,

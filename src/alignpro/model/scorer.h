@@ -26,7 +26,8 @@ struct ScoreRequest {
   float temperature = 1.0f;
   bool with_reference = false;  // also the exact KL to the distribution under
   std::shared_ptr<const Adapter> reference = nullptr;  // this adapter (null: base weights)
-  bool keep_graph = false;  // backward() will be called; needs an adapter
+  bool with_hidden = false;  // also the policy's states that the tokens were predicted from
+  bool keep_graph = false;   // backward() will be called; needs an adapter
   Activations activations = Activations::kKeep;
 };
 
@@ -45,14 +46,20 @@ class Score {
   const std::vector<float>& entropy() const { return entropy_; }
   const std::vector<float>& kl() const { return kl_; }                          // or empty
   const std::vector<float>& reference_logprob() const { return ref_logprob_; }  // or empty
+  // [values, hidden] or empty: the normed state before each scored token, whose product with the
+  // vocabulary gives the token's logits. A constant: backward() knows nothing of it.
+  const std::vector<float>& hidden() const { return hidden_; }
 
   bool has_reference() const { return request_.with_reference; }
+  bool has_hidden() const { return request_.with_hidden; }
+  int64_t hidden_size() const { return model_->config().hidden_size; }
   const std::shared_ptr<const Adapter>& adapter() const { return request_.adapter; }
 
   // Bytes that a Score of this request and its backward() hold at their peak, at most, beside the
   // weights, the adapters and the gradients. With R rows (shared prefixes once), V scored values, L
   // layers, H hidden, F = qkv + q + H + 2 I floats of activations (+ q + k with head norms, + the
   // layer's ranks), about 4 (R (L F + (L + 14) H + ...) + 5 V H) bytes; L F is F when recomputed.
+  // The hidden states, where asked for, count twice: here, and in a copy for the caller.
   // Throws as the constructor does.
   static int64_t bytes(const Model& model, const ScoreRequest& request);
 
@@ -75,7 +82,7 @@ class Score {
   std::shared_ptr<const Model> model_;
   ScoreRequest request_;
   std::vector<int64_t> offsets_;  // of each sequence's first value in the flat outputs
-  std::vector<float> logprob_, entropy_, kl_, ref_logprob_;
+  std::vector<float> logprob_, entropy_, kl_, ref_logprob_, hidden_;
   std::vector<double> lse_;
   std::shared_ptr<Graph> graph_;
 };

@@ -1,0 +1,323 @@
+"""The closed-form fit: the optimum of the objective from one set of the reference's rollouts.
+
+``rho* = rho_ref exp(R / kl_coef) / Z`` (MATH: "The optimum, in closed form") asks for no rollouts
+but the reference's. They are drawn first and written down as they come; the fit that follows is
+off-policy and costs the target nothing, for any kl_coef.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignpro.config import TrainConfig
+from alignpro.models.adapter import save_peft
+from alignpro.objective import sum_per_sequence, zero_signal_groups
+from alignpro.objective.closed_form import (
+    closed_form_weights,
+    effective_samples,
+    log_variance_loss,
+    off_policy_kl,
+    weighted_likelihood_loss,
+)
+from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.train.callbacks import TrainCallback, watching
+from alignpro.train.checkpoint import (
+    as_config,
+    check_same_run,
+    prepare_run_dir,
+    read_config,
+    write_config,
+)
+from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
+from alignpro.train.micro_batches import plan_micro_batches
+from alignpro.train.policy import LoraPolicy, Reference, one_torch_thread
+from alignpro.train.schedule import batch_indices, learning_rate_factor
+from alignpro.train.trackers import make_trackers
+from alignpro.train.trainer import check_pieces
+from alignpro.types import Response, Rewrite
+
+ROLLOUTS = "rollouts.jsonl"  # in the run directory: a line for each ``prompts_per_step`` prompts
+OnProgress = Callable[[str, int, int], None]  # "rollouts", prompts done, prompts in all
+
+LOSSES = {"variance": log_variance_loss, "likelihood": weighted_likelihood_loss}
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The rewrites of some prompts under the weights as they are; P prompts, N rewrites of each."""
+
+    log_ratio: Tensor  # [P, N] log rho - log rho_ref
+    kl: float  # nats per rewrite of the prompter's, estimated off-policy; exact at every token
+    entropy: float  # mean over the rewrites' tokens
+    tokens: int
+
+
+class ClosedFormFit:
+    """Fits the policy to the optimum of ``mean reward - kl_coef * KL``, from rollouts drawn once.
+
+    Arguments and errors are those of `Trainer`. The rollouts are the starting policy's, so
+    ``reference`` must be what the policy starts as. ``resume`` takes up the rollouts that are
+    there, draws what is missing, and fits anew: kl_coef and everything else that only the fit reads
+    may then be another.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        pipeline: Pipeline,
+        policy: LoraPolicy,
+        prompts: Sequence[str],
+        *,
+        reference: Reference = "base",
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        run_dir: str | Path | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        check_pieces(config, pipeline, policy, prompts, columns)
+        count = config.closed_form.num_prompts
+        if count is not None and count > len(prompts):
+            raise ValueError(
+                f"closed_form.num_prompts: expected at most the {len(prompts)} prompts there are, "
+                f"got {count}"
+            )
+        self.trackers = make_trackers(config.track)
+        self.config = config
+        self.pipeline = pipeline
+        self.policy = policy
+        self.reference = reference
+        self.step = 0  # steps done
+        self._prompts = list(prompts)
+        self._columns = {name: list(values) for name, values in (columns or {}).items()}
+        # The order in which prompts are rolled out: a shuffled pass over them.
+        self._order = batch_indices(
+            seed=config.seed, cursor=0, count=count or len(prompts), rows=len(prompts)
+        )
+        self.run_dir = prepare_run_dir(
+            config.run_dir if run_dir is None else run_dir, resume=resume, overwrite=overwrite
+        )
+        self._rollouts = MetricsLog(self.run_dir / ROLLOUTS)
+        self._log = MetricsLog(self.run_dir / "metrics.jsonl")
+        if resume:
+            check_same_run(
+                _of_the_rollouts(read_config(self.run_dir)), _of_the_rollouts(as_config(config))
+            )
+            truncate_metrics(self._log.path, steps=0)
+        write_config(self.run_dir, as_config(config))
+
+    @one_torch_thread()
+    def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
+        """Draw the rollouts that are missing, fit, and write adapter/.
+
+        Args:
+            callbacks: who else watches, beside the trackers of the configuration.
+
+        Raises:
+            RuntimeError: a scored log-probability differs from its record (``strict_parity``).
+            RewardError, ValueError: from the rollouts; those before it are on disk.
+        """
+        groups = self.rollouts()
+        watchers = [*self.trackers, *callbacks]
+        with watching(watchers, self.run_dir, as_config(self.config), 0):
+            self._fit(groups, watchers)
+        save_peft(self.run_dir / "adapter", self.policy.weights())
+
+    def _fit(self, groups: Sequence[Sequence[Rewrite]], watchers: Sequence[TrainCallback]) -> None:
+        config = self.config
+        rewards = torch.tensor([[w.reward for w in g] for g in groups], dtype=torch.float64)
+        optimizer = torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        for self.step in range(config.steps):
+            started = time.perf_counter()
+            cursor = self.step * config.prompts_per_step
+            chosen = batch_indices(
+                seed=derive_seed(config.seed, _FIT),
+                cursor=cursor,
+                count=min(config.prompts_per_step, len(groups)),
+                rows=len(groups),
+            )
+            metrics = self._accumulate_gradients([groups[i] for i in chosen], rewards[chosen])
+            norm = torch.nn.utils.clip_grad_norm_(
+                self.policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
+            )
+            rate = config.learning_rate * learning_rate_factor(
+                self.step,
+                steps=config.steps,
+                warmup_steps=config.warmup_steps,
+                schedule=config.lr_schedule,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            row = {
+                "step": self.step,
+                "epoch": cursor // len(groups),
+                **metrics,
+                "grad_norm": float(norm),
+                "learning_rate": rate,
+                "kl_coef": config.kl_coef,
+                "num_rewrites": config.num_rewrites,
+                "num_responses": config.num_responses,
+                "seconds": {"step": time.perf_counter() - started},
+            }
+            self._log.append(row)
+            for watcher in watchers:
+                watcher.on_step(row)
+        self.step = config.steps
+
+    def rollouts(self, on_progress: OnProgress | None = None) -> list[list[Rewrite]]:
+        """N rewrites of every prompt with their rewards: those on disk, and the missing ones.
+
+        To be called before `train` by who wants to see them come.
+        """
+        config, size = self.config, self.config.prompts_per_step
+        assert config.num_responses != "auto"  # the configuration's rule
+        chunks = [self._order[i : i + size] for i in range(0, len(self._order), size)]
+        path = self._rollouts.path
+        rows = read_metrics(path)[: len(chunks)] if path.exists() else []
+        truncate_metrics(path, steps=len(rows))  # a line that a crash cut short
+        groups = [_rewrites(group) for row in rows for group in row["rewrites"]]
+        pipeline = self.pipeline.with_adapter(self.policy.core_adapter())
+        for number, chunk in list(enumerate(chunks))[len(rows) :]:
+            rollout = pipeline.rollout(
+                [self._prompts[i] for i in chunk],
+                num_rewrites=config.num_rewrites,
+                num_responses=config.num_responses,
+                seed=derive_seed(config.seed, number),
+                columns={name: [v[i] for i in chunk] for name, v in self._columns.items()},
+            )
+            row = {
+                "step": number,
+                "prompts": rollout.prompts,
+                "rewrites": [[asdict(w) for w in group] for group in rollout.rewrites],
+            }
+            self._rollouts.append(row)
+            groups += rollout.rewrites
+            if on_progress is not None:
+                on_progress("rollouts", len(groups), len(self._order))
+        return groups
+
+    def _accumulate_gradients(
+        self, groups: Sequence[Sequence[Rewrite]], rewards: Tensor
+    ) -> dict[str, Any]:
+        """The gradient of the whole batch, micro-batch by micro-batch.
+
+        The losses look at a prompt's rewrites together, and micro-batches may part them. So all are
+        scored first, without a graph; the loss's derivatives by their log-probabilities are then
+        the weights of what each micro-batch differentiates.
+        """
+        config = self.config
+        rewrites = [w for group in groups for w in group]
+        look = self._look(rewrites)
+        leaf = look.log_ratio.requires_grad_()
+        loss = LOSSES[config.closed_form.loss](leaf, rewards, config.kl_coef)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        derivative = leaf.grad.flatten()
+        self.policy.zero_grad(set_to_none=True)
+        plan = plan_micro_batches(
+            *_scored(rewrites),
+            limit=config.memory_limit,
+            bytes_of=functools.partial(self.policy.score_bytes, with_reference=False),
+            activations=config.activations,
+            most=config.micro_batch_size,
+        )
+        for micro in plan:
+            part = micro.of(rewrites)
+            scores = self.policy.score(
+                *_scored(part),
+                temperature=config.rewrite.temperature,
+                activations=micro.activations,
+            )
+            weights = derivative[micro.begin : micro.end][_sequence(part)]
+            (weights * scores.logprob).sum().backward()  # type: ignore[no-untyped-call]
+        weights = closed_form_weights(rewards, config.kl_coef)
+        log_ratio = look.log_ratio.detach().double()
+        ratio = log_ratio.exp()
+        return {
+            "loss": float(loss.detach()),
+            # Of the prompter as it is, by importance weights on the rollouts it was fitted to.
+            "reward_mean": float((ratio * rewards).sum() / ratio.sum()),
+            "rollout_reward_mean": float(rewards.mean()),
+            "kl_per_rewrite": look.kl,
+            "weighted_log_ratio": float((weights * log_ratio).sum(dim=1).mean()),
+            "effective_samples": float(effective_samples(weights).mean()),
+            "entropy": look.entropy,
+            "tokens": look.tokens,
+            "micro_batches": len(plan),
+            "zero_signal_groups": zero_signal_groups(rewards),
+        }
+
+    def _look(self, rewrites: Sequence[Rewrite]) -> _Look:
+        config = self.config
+        with torch.no_grad():
+            scores = self.policy.score(
+                *_scored(rewrites),
+                temperature=config.rewrite.temperature,
+                reference=self.reference,
+            )
+        assert scores.kl is not None
+        recorded = torch.tensor([p for w in rewrites for p in w.logprobs], dtype=torch.float32)
+        log_ratio = scores.logprob - recorded
+        sequence = _sequence(rewrites)
+        if self.step == 0 and config.strict_parity and bool((log_ratio != 0).any()):
+            raise RuntimeError(
+                "scored log-probabilities differ from the recorded ones by up to "
+                f"{float(log_ratio.abs().max()):.3g}, expected exactly 0: the rollouts are not "
+                "this prompter's (strict_parity=false goes on regardless)"
+            )
+        return _Look(
+            log_ratio=sum_per_sequence(log_ratio, sequence, len(rewrites)).view(
+                -1, config.num_rewrites
+            ),
+            kl=float(off_policy_kl(log_ratio, scores.kl, sequence, len(rewrites)).mean()),
+            entropy=float(scores.entropy.mean()),
+            tokens=len(log_ratio),
+        )
+
+
+_FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
+
+# What the rollouts depend on; the fit alone reads the rest.
+_ROLLOUT_FIELDS = (
+    *("model", "adapter", "target", "target_compute", "data", "split", "reward", "seed"),
+    *("prompts_per_step", "num_rewrites", "num_responses", "rewrite", "response", "prompting"),
+)
+
+
+def _of_the_rollouts(config: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: config.get(name) for name in _ROLLOUT_FIELDS}
+    return {**fields, "closed_form.num_prompts": config.get("closed_form", {}).get("num_prompts")}
+
+
+def _rewrites(group: Sequence[Mapping[str, Any]]) -> list[Rewrite]:
+    """A prompt's rewrites as they were written down."""
+    return [
+        Rewrite(**{**fields, "responses": [Response(**r) for r in fields["responses"]]})
+        for fields in group
+    ]
+
+
+def _scored(rewrites: Sequence[Rewrite]) -> tuple[list[list[int]], list[int]]:
+    """Sequences and starts for the scorer."""
+    return [w.prompter_tokens + w.tokens for w in rewrites], [
+        len(w.prompter_tokens) for w in rewrites
+    ]
+
+
+def _sequence(rewrites: Sequence[Rewrite]) -> Tensor:
+    """The rewrite that each token belongs to, [T]."""
+    lengths = torch.tensor([len(w.tokens) for w in rewrites])
+    return torch.repeat_interleave(torch.arange(len(rewrites)), lengths)

@@ -1,0 +1,260 @@
+"""The closed-form fit on the enumerable model: the optimum, the leash, rollouts kept in a crash."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from alignpro.config import ClosedFormConfig, LoraConfig, Prompting, TrainConfig
+from alignpro.pipeline import Pipeline
+from alignpro.rewards.check import RewardError
+from alignpro.train.callbacks import TrainCallback
+from alignpro.train.closed_form import ClosedFormFit
+from alignpro.train.metrics import read_metrics
+from alignpro.train.policy import LoraPolicy, initial_weights
+from alignpro.types import SamplingParams
+from train.toy_model import GEN, LETTERS, MODULE, ToyModel
+
+PROMPTS = list(LETTERS)
+VALUES = {letter: index / len(LETTERS) for index, letter in enumerate(LETTERS)}
+LOSSES = ["variance", "likelihood"]
+
+
+def letter_value(prompts, rewrites, responses, **columns):
+    return [VALUES.get(rewrite[:1], 0.0) for rewrite in rewrites]
+
+
+def config(tmp_path, loss="variance", **changes):
+    defaults = {
+        "algorithm": "closed_form",
+        "closed_form": ClosedFormConfig(loss=loss),
+        "run_dir": str(tmp_path / "run"),
+        "steps": 6,
+        "prompts_per_step": 3,
+        "num_rewrites": 4,
+        "rewrite": SamplingParams(max_new_tokens=3),
+        "response": SamplingParams(max_new_tokens=2),
+        "prompting": Prompting(template="{prompt}", separator=""),
+        "learning_rate": 0.02,
+        "kl_coef": 0.5,
+        "lora": LoraConfig(rank=4, alpha=4.0),
+    }
+    return TrainConfig(**{**defaults, **changes})
+
+
+class Evenly(ToyModel):
+    """Samples 0..count-1 of a request divide the unit interval evenly: as good as a great many."""
+
+    count = 400
+
+    def submit(self, tokens, params, *, adapter=None, sample=0):
+        handle = super().submit(tokens, params, adapter=adapter, sample=sample)
+        handle.uniform = lambda: (sample + 0.5) / self.count
+        return handle
+
+
+def make(config, *, reward=letter_value, model=None, **options):
+    model = model or ToyModel()
+    reference = initial_weights(model, config.lora, seed=3)
+    reference.matrices[MODULE][1][:] = 0.2
+    pipeline = Pipeline(
+        model,
+        model,
+        reward,
+        prompting=config.prompting,
+        rewrite_params=config.rewrite,
+        response_params=config.response,
+    )
+    policy = LoraPolicy(model, reference)
+    return ClosedFormFit(config, pipeline, policy, PROMPTS, reference=reference, **options)
+
+
+def matrices(fit):
+    a, b = fit.policy.weights().matrices[MODULE]
+    return np.concatenate([a.ravel(), b.ravel()])
+
+
+def log(fit):
+    rows = read_metrics(fit.run_dir / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def distribution(fit):
+    """Of one-token rewrites."""
+    return fit.policy.model.core_model.table(fit.policy.core_adapter(), 1.0)[GEN].detach().exp()
+
+
+def one_token(tmp_path, loss, **changes):
+    return config(
+        tmp_path,
+        loss,
+        **{
+            "rewrite": SamplingParams(max_new_tokens=1),
+            "response": SamplingParams(max_new_tokens=1),
+            "prompts_per_step": 1,
+            "num_rewrites": Evenly.count,
+            "steps": 80,
+            "learning_rate": 0.03,
+            "lr_schedule": "linear",
+            "max_grad_norm": 100.0,
+            "memory_limit": 2**40,
+            **changes,
+        },
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_fit_is_the_optimum_of_the_objective(tmp_path, loss):
+    # One-token rewrites: rho* = rho_ref exp(R / kl_coef) / Z can be written down (MATH).
+    fit = make(one_token(tmp_path, loss), model=Evenly())
+    reference = distribution(fit)
+    fit.train()
+    kl_coef = fit.config.kl_coef
+    values = torch.tensor([VALUES.get(t, 0.0) for t in ["", "", "", *LETTERS]])
+    optimum = torch.softmax(reference.log() + values / kl_coef, 0)
+    best = kl_coef * float((reference * (values / kl_coef).exp()).sum().log())
+
+    def distance(p):
+        return 0.5 * float((p - optimum).abs().sum())
+
+    def objective(p):
+        return float((p * (values - kl_coef * (p.log() - reference.log()))).sum())
+
+    fitted = distribution(fit)
+    assert distance(reference) > 0.15  # there was a way to go
+    assert objective(optimum) == pytest.approx(best)
+    assert distance(fitted) < 0.02
+    assert objective(fitted) == pytest.approx(best, rel=0.01)
+    # What the log says of the prompter, estimated from the reference's rollouts alone.
+    last = log(fit)[-1]
+    assert last["reward_mean"] == pytest.approx(float((fitted * values).sum()), rel=0.02)
+    kl = float((fitted * (fitted / reference).log()).sum())
+    assert last["kl_per_rewrite"] == pytest.approx(kl, rel=0.01)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_heavy_leash_returns_the_reference(tmp_path, loss):
+    fit = make(one_token(tmp_path, loss, kl_coef=500.0, steps=40), model=Evenly())
+    reference = distribution(fit)
+    fit.train()
+    assert 0.5 * float((distribution(fit) - reference).abs().sum()) < 0.02
+
+
+def test_the_first_step_starts_at_the_reference_exactly(tmp_path):
+    fit = make(config(tmp_path))
+    fit.train()
+    first, *_, last = log(fit)
+    assert first["kl_per_rewrite"] == first["weighted_log_ratio"] == 0.0
+    assert first["reward_mean"] == pytest.approx(first["rollout_reward_mean"])
+    assert last["kl_per_rewrite"] > 0.0 and last["weighted_log_ratio"] > 0.0
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"memory_limit": 2000}])
+def test_micro_batches_do_not_change_the_gradient(tmp_path, changes):
+    whole = make(config(tmp_path / "whole", steps=1))
+    parts = make(config(tmp_path / "parts", steps=1, **changes))
+    for fit in (whole, parts):
+        fit.train()
+    (a,), (b,) = log(whole), log(parts)
+    assert a["micro_batches"] == 1 < b["micro_batches"]
+    assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+    for mine, theirs in zip(parts.policy.parameters(), whole.policy.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_target_tokens_are_spent_once(tmp_path):
+    calls = []
+
+    def reward(prompts, rewrites, responses):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return letter_value(prompts, rewrites, responses)
+
+    fit = make(config(tmp_path), reward=reward)
+    with pytest.raises(KeyboardInterrupt):
+        fit.train()
+    with (fit.run_dir / "rollouts.jsonl").open("a") as file:
+        file.write('{"step": 2, "prom')  # cut short
+    again = make(config(tmp_path), reward=reward, resume=True)
+    again.train()
+    assert calls == [12, 12, 8, 8]  # 3 + 3 + 2 prompts of 4 rewrites: the third chunk twice
+    whole = make(config(tmp_path / "whole"))
+    whole.train()
+    assert np.array_equal(matrices(again), matrices(whole)) and log(again) == log(whole)
+    # Another fit of the same rollouts.
+    other = make(config(tmp_path, "likelihood", kl_coef=2.0), reward=reward, resume=True)
+    other.train()
+    assert calls == [12, 12, 8, 8]
+    assert log(other)[0]["kl_coef"] == 2.0 and len(log(other)) == 6
+    assert not np.array_equal(matrices(other), matrices(whole))
+
+
+def test_rollouts_of_another_configuration_are_refused(tmp_path):
+    make(config(tmp_path)).train()
+    with pytest.raises(ValueError, match=r"another configuration: num_rewrites was 4, is 5$"):
+        make(config(tmp_path, num_rewrites=5), resume=True)
+    fewer = ClosedFormConfig(num_prompts=5)
+    with pytest.raises(ValueError, match=r"closed_form\.num_prompts was None, is 5$"):
+        make(config(tmp_path, closed_form=fewer), resume=True)
+
+
+def test_a_scorer_that_differs_from_the_sampler_stops_the_fit(tmp_path):
+    fit = make(config(tmp_path))
+    fit.policy.model.core_model.error = 1e-3
+    before = matrices(fit)
+    with pytest.raises(RuntimeError, match=r"differ from the recorded ones by up to 0\.001"):
+        fit.train()
+    assert np.array_equal(matrices(fit), before)
+    lax = make(config(tmp_path / "lax", strict_parity=False))
+    lax.policy.model.core_model.error = 1e-3
+    lax.train()
+
+
+def test_the_first_prompts_of_a_shuffled_pass(tmp_path):
+    seen = []
+
+    def reward(prompts, rewrites, responses, number):
+        assert [PROMPTS.index(p) for p in prompts] == list(number)
+        seen.extend(dict.fromkeys(prompts))
+        return letter_value(prompts, rewrites, responses)
+
+    settings = config(tmp_path, closed_form=ClosedFormConfig(num_prompts=5))
+    fit = make(settings, reward=reward, columns={"number": list(range(len(PROMPTS)))})
+    progress = []
+    fit.rollouts(lambda *args: progress.append(args))
+    assert len(set(seen)) == len(seen) == 5
+    assert progress == [("rollouts", 3, 5), ("rollouts", 5, 5)]
+    too_many = dataclasses.replace(settings, closed_form=ClosedFormConfig(num_prompts=9))
+    with pytest.raises(ValueError, match=r"^closed_form\.num_prompts: expected at most the 8"):
+        make(dataclasses.replace(too_many, run_dir=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
+
+
+def test_one_nan_reward_stops_before_the_fit(tmp_path):
+    def reward(prompts, rewrites, responses):
+        return [float("nan")] * len(prompts)
+
+    fit = make(config(tmp_path), reward=reward)
+    with pytest.raises(RewardError, match="row 0"):
+        fit.train()
+    assert not (fit.run_dir / "adapter").exists()
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    fit = make(config(tmp_path))
+    rows = []
+
+    class Watcher(TrainCallback):
+        def on_step(self, row):
+            rows.append(row)
+
+    fit.train([Watcher()])
+    assert [row["step"] for row in rows] == list(range(6)) and fit.step == 6
+    assert json.loads((fit.run_dir / "config.json").read_text())["algorithm"] == "closed_form"
+    assert (fit.run_dir / "adapter").is_dir()
+    assert {"epoch", "effective_samples", "grad_norm"} <= set(rows[0])
