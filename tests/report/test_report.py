@@ -402,6 +402,13 @@ def test_the_full_page_says_what_was_measured(full_page):
         assert value in parsed.line
 
 
+def test_every_sample_is_there_once(full_page):
+    _, parsed = full_page
+    prompts = [" ".join(printable(sample["prompt"]).split()) for sample in FULL["samples"]]
+    assert len(prompts) == 8 and "4 more" in parsed.line
+    assert [parsed.line.count(prompt) for prompt in prompts] == [1] * 8
+
+
 def test_the_winner_stands_first(full_page):
     _, parsed = full_page
     start = parsed.line[parsed.line.index("Does the trained prompter help?") :]

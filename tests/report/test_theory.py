@@ -11,7 +11,13 @@ from rich.console import Console
 
 from alignpro.report import frontier
 from alignpro.report.frontier import frontier_png, frontier_svg
-from alignpro.report.theory import bound_tables, bound_words, headroom_tables, headroom_words
+from alignpro.report.theory import (
+    bound_tables,
+    bound_words,
+    frontier_grid,
+    headroom_tables,
+    headroom_words,
+)
 
 
 def point(kl_coef, objective, crossfit, samples):
@@ -79,6 +85,12 @@ def test_headroom_in_words():
     assert "0.456 (untuned) to 0.658" in words
     assert "is not worth its KL (0.436)" in words and "0.561 is the estimate corrected" in words
     assert "no KL above log 8 = 2.08" in words
+
+
+def test_rows_to_doubt_are_faint():
+    grid = frontier_grid(HEADROOM)
+    assert (grid.strong, grid.faint) == (1, {0})  # 0.2 is recommended; 0.05 is below it
+    assert frontier_grid({**HEADROOM, "recommended_kl_coef": None}).faint == {0, 1}
 
 
 def test_headroom_that_gains_without_training():
