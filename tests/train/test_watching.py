@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,15 +161,31 @@ def test_wandb_holds_every_step_once(tmp_path, monkeypatch):
     files = sorted((trainer.run_dir / "wandb").glob("offline-run-*/*.wandb"))
     run_id = json.loads((trainer.run_dir / "wandb.json").read_text())["id"]
     assert len(files) == 2 and all(run_id in file.name for file in files)
-    history = [row for file in files for row in read_wandb(file)]
+    history = [row for file in files for row in finished_wandb(file)]
     assert [row["_step"] for row in history] == list(range(6))
     for name in ("reward_mean", "sample"):
         assert [row[name] for row in history] == [row[name] for row in rows]
     assert all(row["seconds/step"] > 0 for row in history)
 
 
+def finished_wandb(file: Path):
+    """Its history. The package's own process writes the end of a run a moment after finish()."""
+    deadline = time.monotonic() + 60
+    while True:
+        records = list(read_wandb(file))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            break
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.1)
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
+            yield row | {"_step": record.history.step.num}
+
+
 def read_wandb(file: Path):
-    """The history records of an offline run's file.
+    """The whole records of an offline run's file.
 
     Its bytes are a header of 7 and then LevelDB's log format: blocks of 32 KiB that hold pieces of
     records, each after a checksum (4 bytes), its length (2) and its kind (1: whole, first, middle,
@@ -182,15 +199,14 @@ def read_wandb(file: Path):
             at += block - at % block
             continue
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + size > len(data):  # still being written
+            return
         pieces = data[at + 7 : at + 7 + size] if kind in (1, 2) else pieces + data[at + 7 :][:size]
         at += 7 + size
         if kind in (1, 4):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(pieces)
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
-                yield row | {"_step": record.history.step.num}
+            yield record
 
 
 @needs("trackio")
