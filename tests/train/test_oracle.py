@@ -129,14 +129,16 @@ def test_rewrites_of_two_tokens(tmp_path, critic):
     # The future KL matters here, and a critic's values differ from state to state.
     options = {
         "rewrite": TWO,
-        "num_rewrites": 80,
-        "learning_rate": 0.04,
+        "num_rewrites": 160,
+        "learning_rate": 0.05,
+        "steps": 60,
         "kl_coef": 1.0,  # of 111 rewrites many are rare: with a shorter leash, more samples
         "lora": LoraConfig(rank=VOCABULARY, alpha=float(VOCABULARY)),
     }
     if critic:
         ppo = PpoConfig(epochs=2, minibatches=1, value_head=True, value_learning_rate=0.02)
-        options |= {"algorithm": "ppo", "ppo": ppo, "steps": 60, "num_rewrites": 64}
+        options |= {"algorithm": "ppo", "ppo": ppo, "steps": 80, "num_rewrites": 120}
+        options |= {"learning_rate": 0.04}
     head = {"value_head": LinearValue(VOCABULARY)} if critic else {}
     model = ToyModel(hidden_size=VOCABULARY)
     trainer = make(settings(tmp_path, **options), model=model, reward=prompter_reward, **head)
