@@ -77,6 +77,16 @@ def test_nothing_is_left_to_a_default(file):
     assert list(missing(kind(file), yaml.safe_load(file.read_text("utf-8")))) == []
 
 
+def test_each_data_set_has_its_oracle():
+    for data in ("ultrafeedback", "helpsteer", "orca"):
+        oracle = load_yaml(TrainConfig, EXAMPLES / "paper" / f"oracle-{data}.yaml")
+        train = load_yaml(TrainConfig, EXAMPLES / "paper" / f"train-phi3.5-{data}.yaml")
+        assert (oracle.policy, train.policy) == ("target", "prompter")
+        assert oracle.model == train.target and oracle.target is None
+        for field in ("data", "split", "reward", "response", "steps", "kl_coef"):
+            assert getattr(oracle, field) == getattr(train, field)
+
+
 def test_a_field_that_is_left_out_is_seen():
     mapping = {"seed": 1, "lora": {"rank": 3}}
     left_out = list(missing(TrainConfig, mapping))
