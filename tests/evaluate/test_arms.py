@@ -10,7 +10,7 @@ import pytest
 from alignpro.config import EvalConfig, LoraConfig, OptimumConfig, Prompting
 from alignpro.evaluate.arms import kl_per_rewrite, sample_arms
 from alignpro.evaluate.compare import compare_arms, copied_share, gap_closed
-from alignpro.evaluate.optimum import resample_optimum, selection_reliability, tilted_weights
+from alignpro.evaluate.optimum import resample_optimum, selection_reliability
 from alignpro.evaluate.static import StaticInstruction
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
@@ -196,15 +196,6 @@ def test_a_tuned_target_reads_the_raw_prompt():
     assert "rewrite_tuned" not in report["samples"][0]
     assert report["arms"]["tuned"]["n"] == 4 and "copy_rate" not in report["arms"]["tuned"]
     assert set(report["gap_closed"]) >= {"share", "ci95", "gap"}
-
-
-def test_the_weights_of_the_optimum_by_hand():
-    # exp(ln 3 / 1) : exp(0) = 3 : 1, also far outside the range of exp.
-    for offset in (0.0, 1e5, -1e5):
-        weights = tilted_weights([offset + math.log(3), offset], 1.0)
-        assert weights == pytest.approx([0.75, 0.25], rel=1e-9)
-    assert tilted_weights([1.0, 0.0], 1e-4).tolist() == [1.0, 0.0]
-    assert tilted_weights([1.0, 0.0], 1e9) == pytest.approx([0.5, 0.5])
 
 
 def test_how_far_the_selection_is_luck():

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from alignpro.config import EvalConfig, OptimumConfig
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.statistics import law_of_total_variance
+from alignpro.theory.optimum import effective_samples, optimum_weights
 from alignpro.types import Rollout
 
 OPTIMUM_STREAM = 4  # of randomness, beside the pipeline's
@@ -65,8 +66,8 @@ def resample_optimum(
     )
     chosen, effective = [], []
     for index, group in enumerate(candidates.rewrites):
-        weights = tilted_weights([w.reward for w in group], config.kl_coef)
-        effective.append(1.0 / float(np.square(weights).sum()))
+        weights = optimum_weights([w.reward for w in group], config.kl_coef)
+        effective.append(float(effective_samples(weights)))
         draw = np.random.default_rng(derive_seed(config.seed, OPTIMUM_STREAM, 1, index))
         picks = draw.choice(len(group), size=config.num_rewrites, p=weights)
         chosen.append([group[pick] for pick in picks])
@@ -93,14 +94,6 @@ def resample_optimum(
         candidates.generated_tokens + fresh.generated_tokens,
         candidates.seconds["generate"] + fresh.seconds["generate"],
     )
-
-
-def tilted_weights(rewards: Sequence[float], kl_coef: float) -> NDArray[np.float64]:
-    """exp(R / kl_coef) / Z of ``rewards`` [N]: float64, sum 1, never over or under the range."""
-    logits = np.asarray(rewards, dtype=np.float64) / kl_coef
-    weights: NDArray[np.float64] = np.exp(logits - logits.max())
-    weights /= weights.sum()
-    return weights
 
 
 def selection_reliability(rewards: ArrayLike) -> float | None:
