@@ -236,8 +236,8 @@ TEST(shared_prefixes_change_no_bit) {
 }
 
 TEST(hidden_states_are_what_the_tokens_were_predicted_from) {
-  const std::vector<std::pair<ModelConfig, DType>> cases{
-      {tiny(true, false, false), DType::kF32}, {tiny(false, true, true), DType::kF16}};
+  const std::vector<std::pair<ModelConfig, DType>> cases{{tiny(true, false, false), DType::kF32},
+                                                         {tiny(false, true, true), DType::kF16}};
   for (const auto& [config, kv_dtype] : cases) {
     const auto model = tiny_model(config, 2, kv_dtype);
     const auto adapter = LoraStore(model->config(), 3, 5, false).adapter(model->config());

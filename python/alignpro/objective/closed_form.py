@@ -71,7 +71,7 @@ def off_policy_kl(log_ratio: Tensor, kl: Tensor, sequence: Tensor, num_sequences
 
     log_ratio, kl, sequence: [T], per token. Its mean over the reference's rewrites is KL(rho ||
     rho_ref) without bias: KL_t is exact, and the ratio carries the states that the prompter would
-    visit. Its variance grows with the KL: over 64 rewrites at 1 nat, single rows of a log read 0.7 to
+    visit. Its variance grows with the KL: of 64 rewrites at 1 nat, rows of a log read 0.7 to
     9. [derived]
     """
     if not log_ratio.numel():
