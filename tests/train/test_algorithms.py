@@ -14,6 +14,7 @@ from alignpro.config import PpoConfig, Prompting
 from alignpro.objective import MovingBaseline
 from alignpro.statistics import law_of_total_variance
 from alignpro.train.adaptive import LEARNING_STEPS, RELEARN_EVERY, Adaptive, RunningSplit
+from alignpro.train.callbacks import TrainCallback
 from alignpro.train.checkpoint import load_checkpoint
 from alignpro.train.trajectories import step_batch
 from alignpro.train.updates import plan_updates
@@ -93,12 +94,13 @@ def test_ten_steps_are_five_then_five(tmp_path, options):
     whole.train()
     first = a_run(tmp_path / "split", **shared, **options)
 
-    def stop(row):
-        if row["step"] == 4:
-            raise KeyboardInterrupt
+    class Stop(TrainCallback):
+        def on_step(self, row):
+            if row["step"] == 4:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        first.train(on_step=stop)
+        first.train([Stop()])
     second = a_run(tmp_path / "split", resume=True, **shared, **options)
     assert second.adaptive == first.adaptive
     second.train()
