@@ -36,14 +36,13 @@ bool runs_each_item_once(ThreadTeam& team, int64_t items) {
 
 TEST(philox_known_answers) {
   // The vectors published with Random123 (kat_vectors, philox4x32 10).
-  using Words = std::array<uint32_t, 4>;
   CHECK_EQ(philox4x32({0, 0, 0, 0}, {0, 0}),
-           (Words{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
+           (PhiloxWords{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
   const uint32_t ones = 0xffffffff;
   CHECK_EQ(philox4x32({ones, ones, ones, ones}, {ones, ones}),
-           (Words{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
+           (PhiloxWords{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
   CHECK_EQ(philox4x32({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}),
-           (Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
+           (PhiloxWords{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
 }
 
 TEST(keyed_uniform_is_pinned) {

@@ -1,11 +1,11 @@
 #include "alignpro/core/dtype.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 
 #include "alignpro/core/error.h"
+#include "alignpro/core/float_bits.h"
 
 namespace alignpro {
 namespace {
@@ -66,25 +66,13 @@ uint16_t load_u16(const std::byte* source) {
   return bits;
 }
 
-// Selects instead of branches, so that a loop over it vectorises. A subnormal goes through an
-// integer conversion and not through a float32 subnormal, which flush-to-zero would lose.
-inline float widen_half(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t rebias = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;  // inf, nan: exponent 255
-  const uint32_t normal = (magnitude << 13) + rebias;
-  const uint32_t subnormal =
-      std::bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  return std::bit_cast<float>(sign | (magnitude < 0x400u ? subnormal : normal));
-}
-
 void expand_f16(const std::byte* source, int64_t values, float* out) {
   for (int64_t i = 0; i < values; ++i) out[i] = widen_half(load_u16(source + 2 * i));
 }
 
 void expand_bf16(const std::byte* source, int64_t values, float* out) {
   for (int64_t i = 0; i < values; ++i) {
-    out[i] = std::bit_cast<float>(static_cast<uint32_t>(load_u16(source + 2 * i)) << 16);
+    out[i] = to_float(Bfloat16{load_u16(source + 2 * i)});
   }
 }
 
@@ -214,24 +202,7 @@ void expand_q6_k(const std::byte* source, int64_t blocks, float* out) {
 
 }  // namespace
 
-uint16_t float_to_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
-  if (magnitude < 0x38800000u) {
-    // Subnormal: the float's own addition rounds at the last place of 2^-24.
-    float aligned;
-    std::memcpy(&aligned, &magnitude, sizeof aligned);
-    aligned += 0.5f;
-    uint32_t rounded;
-    std::memcpy(&rounded, &aligned, sizeof rounded);
-    return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
-  }
-  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
-  return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
-}
+uint16_t float_to_half(float value) { return round_half(value); }
 
 float half_to_float(uint16_t bits) { return widen_half(bits); }
 

@@ -218,21 +218,10 @@ void attend_chunk(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_
 // Adds a later chunk to what the earlier ones gave, row by row.
 void merge(int64_t rows, int64_t panels, const Result& next, const Result& to) {
   for (int64_t r = 0; r < rows; ++r) {
-    const float sum = next.sum[r], before = to.sum[r];
-    if (sum == 0.0f) continue;
-    float keep = 0.0f, add = 1.0f;
-    if (before == 0.0f) {
-      to.max[r] = next.max[r];
-      to.sum[r] = sum;
-    } else {
-      const float max = std::max(to.max[r], next.max[r]);
-      const float old_mass = std::exp(to.max[r] - max) * before;
-      const float new_mass = std::exp(next.max[r] - max) * sum;
-      to.max[r] = max;
-      to.sum[r] = old_mass + new_mass;
-      keep = old_mass / to.sum[r];
-      add = new_mass / to.sum[r];
-    }
+    if (next.sum[r] == 0.0f) continue;
+    const auto [max, sum, keep, add] = join_softmax(to.max[r], to.sum[r], next.max[r], next.sum[r]);
+    to.max[r] = max;
+    to.sum[r] = sum;
     for (int64_t p = 0; p < panels; ++p) {
       float* out = to.out + (p * rows + r) * kPanel;
       const float* from = next.out + (p * rows + r) * kPanel;

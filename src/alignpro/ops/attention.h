@@ -8,6 +8,7 @@
 #include "alignpro/core/aligned.h"
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/kv_view.h"
+#include "alignpro/ops/shared/attention_rows.h"
 
 namespace alignpro::ops {
 
@@ -24,7 +25,7 @@ struct AttentionShape {
   int64_t q_size() const { return num_heads * head_dim; }
   // First position that a token at `position` sees.
   int64_t first_visible(int64_t position) const {
-    return sliding_window > 0 ? std::max<int64_t>(0, position - sliding_window + 1) : 0;
+    return ops::first_visible(position, sliding_window);
   }
 };
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "alignpro/core/error.h"
+#include "alignpro/ops/shared/sampling.h"
 #include "alignpro/ops/vocabulary.h"
 
 namespace alignpro::ops {
@@ -48,25 +49,9 @@ bool is_banned(const SampleRow& row, int32_t token) {
   return std::find(row.banned.begin(), row.banned.end(), token) != row.banned.end();
 }
 
-// First token, in token order, at which the cumulative mass passes `target`; rounding at the end
-// falls back to the last token with any mass.
-template <typename Mass>
-int64_t invert(int64_t count, double target, const Mass& mass) {
-  double below = 0.0;
-  int64_t last = -1;
-  for (int64_t i = 0; i < count; ++i) {
-    const double m = mass(i);
-    if (m <= 0.0) continue;
-    last = i;
-    below += m;
-    if (below > target) break;
-  }
-  return last;
-}
-
 SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const SampleRow& row,
-                        std::span<const cpu::TileStats> tiles) {
-  const RowStats stats = merge_tiles(tiles);
+                        std::span<const TileStats> tiles) {
+  const RowStats stats = merge_tiles(tiles.data(), static_cast<int64_t>(tiles.size()));
   const float inv_temperature = inverse_temperature(row);
   float logits[kVocabTile];
   int64_t tile = 0, column = 0;
@@ -76,16 +61,15 @@ SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const Sam
     while (logits[column] != static_cast<float>(stats.max)) ++column;
   } else {
     const auto tile_mass = [&](int64_t t) {
-      const cpu::TileStats& s = tiles[static_cast<size_t>(t)];
+      const TileStats& s = tiles[static_cast<size_t>(t)];
       return s.sum > 0.0f ? s.sum * std::exp(s.max - stats.max) : 0.0;
     };
     const double target = row.uniform * stats.sum;
-    tile = invert(static_cast<int64_t>(tiles.size()), target, tile_mass);
     double below = 0.0;
-    for (int64_t t = 0; t < tile; ++t) below += tile_mass(t);
+    tile = invert(static_cast<int64_t>(tiles.size()), target, tile_mass, &below);
     row_tile(head, hidden, tile, inv_temperature, logits);
     float e[kVocabTile];
-    const cpu::TileStats& s = tiles[static_cast<size_t>(tile)];
+    const TileStats& s = tiles[static_cast<size_t>(tile)];
     cpu::kernels().tile_exp_row(logits, 1, 0, tile_panels(head.rows(), tile), s.max, e);
     const double scale = std::exp(s.max - stats.max);
     column = invert(tile_panels(head.rows(), tile) * cpu::kPanel, target - below,
@@ -190,7 +174,7 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
     return rows_of_block == 1 ? hidden + row * cols : nullptr;
   };
   LogitRows packed;
-  std::vector<cpu::TileStats> stats(static_cast<size_t>(count * tiles));
+  std::vector<TileStats> stats(static_cast<size_t>(count * tiles));
   for (int64_t first = 0; first < count; first += kRowChunk) {
     const int64_t live = std::min(kRowChunk, count - first);
     packed.pack(live, cols, {hidden + first * cols, cols, 1}, kRowBlock, &team, head.arithmetic());
@@ -212,11 +196,12 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
     });
   }
   const auto row_stats = [&](int64_t row) {
-    return std::span<const cpu::TileStats>(stats.data() + row * tiles, static_cast<size_t>(tiles));
+    return std::span<const TileStats>(stats.data() + row * tiles, static_cast<size_t>(tiles));
   };
+  const auto merged = [&](int64_t row) { return merge_tiles(stats.data() + row * tiles, tiles); };
   std::vector<int64_t> truncated;
   for (int64_t row = 0; row < count; ++row) {
-    if (!merge_tiles(row_stats(row)).valid()) refuse(row);
+    if (!merged(row).valid()) refuse(row);
     if (is_truncated(rows[static_cast<size_t>(row)])) {
       truncated.push_back(row);
     } else {
@@ -245,8 +230,8 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
     });
     team.run(live, [&](int64_t m, int) {
       const int64_t row = truncated[first + static_cast<size_t>(m)];
-      out[static_cast<size_t>(row)] = draw_truncated(
-          rows[static_cast<size_t>(row)], merge_tiles(row_stats(row)), head.rows(), all, live, m);
+      out[static_cast<size_t>(row)] =
+          draw_truncated(rows[static_cast<size_t>(row)], merged(row), head.rows(), all, live, m);
     });
   }
 }

@@ -41,7 +41,7 @@ struct Workspace {
   AlignedBuffer operand, ref_operand;  // the same as left operands of a product with W
   AlignedBuffer result, ref_result;    // [column panels][rows][16]
   AlignedBuffer columns;
-  std::vector<cpu::TileStats> stats;
+  std::vector<TileStats> stats;
 };
 
 Workspace& workspace() {
@@ -239,22 +239,21 @@ void note_token(const Problem& problem, int64_t row, int64_t m, int64_t tile, in
 }
 
 RowStats write_row(const Problem& problem, const LogprobOutput& out, int64_t row,
-                   std::span<const cpu::TileStats> tiles, float logit, float ref_logit) {
-  const RowStats s = merge_tiles(tiles);
+                   std::span<const TileStats> tiles, float logit, float ref_logit) {
+  const RowStats s = merge_tiles(tiles.data(), static_cast<int64_t>(tiles.size()));
   if (!s.valid() || (problem.with_ref && !std::isfinite(s.ref_lse))) {
     throw NumericError(cat("linear_logprob: row ", row,
                            " has no finite softmax (NaN or infinite logits); check the weights, "
                            "the adapter and the learning rate"));
   }
-  out.logprob[row] = static_cast<float>(logit - s.lse);
-  out.entropy[row] = static_cast<float>(std::max(0.0, s.lse - s.mean_z));
+  const RowValues values = row_values(s, logit, ref_logit);
+  out.logprob[row] = values.logprob;
+  out.entropy[row] = values.entropy;
   out.lse[row] = s.lse;
   if (problem.with_ref) {
-    out.kl[row] = static_cast<float>(std::max(0.0, s.mean_cross - s.lse + s.ref_lse));
-    if (out.reverse_kl != nullptr) {
-      out.reverse_kl[row] = static_cast<float>(std::max(0.0, s.ref_cross - s.ref_lse + s.lse));
-    }
-    out.ref_logprob[row] = static_cast<float>(ref_logit - s.ref_lse);
+    out.kl[row] = values.kl;
+    if (out.reverse_kl != nullptr) out.reverse_kl[row] = values.reverse_kl;
+    out.ref_logprob[row] = values.ref_logprob;
     out.ref_lse[row] = s.ref_lse;
   }
   return s;
@@ -262,8 +261,7 @@ RowStats write_row(const Problem& problem, const LogprobOutput& out, int64_t row
 
 void values_only(const Problem& problem, const LogprobOutput& out, ThreadTeam& team) {
   const int64_t tiles = problem.tiles;
-  std::vector<cpu::TileStats> stats(
-      static_cast<size_t>(std::min(problem.in.rows, kChunkRows) * tiles));
+  std::vector<TileStats> stats(static_cast<size_t>(std::min(problem.in.rows, kChunkRows) * tiles));
   std::vector<float> logit(static_cast<size_t>(problem.in.rows)), ref_logit(logit.size());
   sweep_tiles(
       problem, team,
@@ -314,7 +312,7 @@ void values_and_jacobian(const Problem& problem, const LogprobOutput& out,
         float* z = own.logits.data();
         float* r = problem.with_ref ? own.ref_logits.data() : nullptr;
         own.stats.resize(static_cast<size_t>(kRowBlock * tiles));
-        cpu::TileStats& stats = own.stats[static_cast<size_t>(m * tiles + tile)];
+        TileStats& stats = own.stats[static_cast<size_t>(m * tiles + tile)];
         k.tile_stats_row(z, r, rows, m, own.weight.panels(), &stats);
         note_token(problem, first + m, m, tile, rows, z, r, &state.logit, &state.ref_logit);
         if (tile == 0) {
@@ -366,16 +364,13 @@ float value_or_zero(const float* values, int64_t row) {
   return values != nullptr ? values[row] : 0.0f;
 }
 
-cpu::RowGradient row_gradient(const Problem& problem, const LogprobOutput& forward,
-                              const float* mass_above, const LogprobUpstream& upstream,
-                              int64_t row) {
-  const double lse = forward.lse[row], ref_lse = problem.with_ref ? forward.ref_lse[row] : 0.0;
-  const auto high = static_cast<float>(lse), ref_high = static_cast<float>(ref_lse);
-  return {
-      .lse = high,
-      .lse_low = static_cast<float>(lse - high),
-      .ref_lse = ref_high,
-      .ref_lse_low = static_cast<float>(ref_lse - ref_high),
+RowGradient row_gradient(const Problem& problem, const LogprobOutput& forward,
+                         const float* mass_above, const LogprobUpstream& upstream, int64_t row) {
+  RowGradient gradient = {
+      .lse = 0.0f,
+      .lse_low = 0.0f,
+      .ref_lse = 0.0f,
+      .ref_lse_low = 0.0f,
       .entropy = value_or_zero(forward.entropy, row),
       .kl = value_or_zero(forward.kl, row),
       .mass_above = value_or_zero(mass_above, row),
@@ -386,6 +381,11 @@ cpu::RowGradient row_gradient(const Problem& problem, const LogprobOutput& forwa
       .d_total_variation = value_or_zero(upstream.total_variation, row),
       .token = problem.in.tokens[static_cast<size_t>(row)],
   };
+  split_lse(forward.lse[row], &gradient.lse, &gradient.lse_low);
+  if (problem.with_ref) {
+    split_lse(forward.ref_lse[row], &gradient.ref_lse, &gradient.ref_lse_low);
+  }
+  return gradient;
 }
 
 void hidden_gradient(const Problem& problem, const LogprobOutput& forward, const float* mass_above,
@@ -393,7 +393,7 @@ void hidden_gradient(const Problem& problem, const LogprobOutput& forward, const
   sweep_groups(
       problem, 1, team,
       [&](int64_t first, int64_t m, int64_t tile, int64_t rows, Workspace& own) {
-        const cpu::RowGradient gradient =
+        const RowGradient gradient =
             row_gradient(problem, forward, mass_above, upstream, first + m);
         cpu::kernels().tile_gradient_row(
             own.logits.data(), problem.with_ref ? own.ref_logits.data() : nullptr, rows, m,
@@ -424,7 +424,7 @@ void weight_gradient(const Problem& problem, const LogprobOutput& forward, const
           const int64_t block_first = first + b * kRowBlock;
           float* dz = own.logits.data() + at;
           for (int64_t m = 0; m < count; ++m) {
-            const cpu::RowGradient gradient =
+            const RowGradient gradient =
                 row_gradient(problem, forward, mass_above, upstream, block_first + m);
             k.tile_gradient_row(dz, problem.with_ref ? own.ref_logits.data() + at : nullptr, count,
                                 m, panels, tile * kVocabTile, &gradient, problem.inv_temperature);
@@ -491,8 +491,7 @@ void total_variation(const LogprobInput& in, const LogprobOutput& forward, float
           for (int64_t m = 0; m < count; ++m) {
             const int64_t row = b * kRowBlock + m;
             auto& part = parts[static_cast<size_t>(row * tiles + tile)];
-            const cpu::RowGradient statistics =
-                row_gradient(problem, forward, nullptr, {}, first + row);
+            const RowGradient statistics = row_gradient(problem, forward, nullptr, {}, first + row);
             cpu::kernels().tile_variation_row(own.logits.data() + at, own.ref_logits.data() + at,
                                               count, m, own.weight.panels(), &statistics, &part[0],
                                               &part[1]);
@@ -564,7 +563,7 @@ int64_t linear_logprob_bytes(const LogprobInput& in, bool with_jacobian, int thr
   };
   const int64_t tile_bytes =
       weight_bytes(in.weight) + (problem.own_ref_weight ? weight_bytes(in.ref_weight) : 0);
-  const auto stats_bytes = static_cast<int64_t>(sizeof(cpu::TileStats)) * problem.tiles;
+  const auto stats_bytes = static_cast<int64_t>(sizeof(TileStats)) * problem.tiles;
   if (!with_jacobian) {
     const int64_t rows = round_up(std::min(in.rows, kChunkRows), kRowBlock);
     return rows * (stats_bytes + 4 * contract) + 8 * in.rows +

@@ -5,13 +5,12 @@
 // sampling is the one the scorer computes, to the bit (contracts 1 and 2).
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <span>
 
 #include "alignpro/ops/code_rows.h"
 #include "alignpro/ops/packed_matrix.h"
 #include "alignpro/ops/packed_rows.h"
+#include "alignpro/ops/shared/row_softmax.h"
 
 namespace alignpro::ops {
 
@@ -93,53 +92,6 @@ inline void finish_tile_row(int64_t vocab, int64_t tile, float* logits, int64_t 
 
 inline float tile_value(const float* logits, int64_t rows, int64_t row, int64_t column) {
   return logits[(column / cpu::kPanel * rows + row) * cpu::kPanel + column % cpu::kPanel];
-}
-
-// A row's softmax, merged over its tiles.
-struct RowStats {
-  double max;
-  double sum;     // of exp(z - max)
-  double lse;     // log of the sum of exp(z)
-  double mean_z;  // E_p[z]
-  double ref_lse;
-  double mean_cross;  // E_p[z - z_ref]
-  double ref_cross;   // E_q[z_ref - z]
-
-  // NaN logits make the sum NaN; a row of -inf alone sums to 0.
-  bool valid() const { return sum > 0.0 && std::isfinite(sum) && std::isfinite(max); }
-};
-
-inline RowStats merge_tiles(std::span<const cpu::TileStats> tiles) {
-  float max = -INFINITY, ref_max = -INFINITY;
-  for (const auto& t : tiles) {
-    max = std::max(max, t.max);
-    ref_max = std::max(ref_max, t.ref_max);
-  }
-  double sum = 0, sum_z = 0, ref_sum = 0, cross = 0, ref_cross = 0;
-  for (const auto& t : tiles) {
-    // A tile without a finite maximum was measured from 0 and holds 0 (or NaN, which must spread).
-    const double top = std::isfinite(t.max) ? double{t.max} : 0.0;
-    const double ref_top = std::isfinite(t.ref_max) ? double{t.ref_max} : 0.0;
-    const double weight = std::isfinite(t.max) ? std::exp(top - max) : 1.0;
-    const double ref_weight = std::isfinite(t.ref_max) ? std::exp(ref_top - ref_max) : 1.0;
-    sum += weight * t.sum;
-    ref_sum += ref_weight * t.ref_sum;
-    // A tile of no weight may hold infinite differences.
-    if (weight * t.sum != 0.0) {
-      sum_z += weight * (double{t.sum_z} + double{t.sum} * top);
-      cross += weight * (double{t.sum_cross} + double{t.sum} * (top - ref_top));
-    }
-    if (ref_weight * t.ref_sum != 0.0) {
-      ref_cross += ref_weight * (double{t.ref_cross} + double{t.ref_sum} * (ref_top - top));
-    }
-  }
-  return {max,
-          sum,
-          max + std::log(sum),
-          sum_z / sum,
-          ref_max + std::log(ref_sum),
-          cross / sum,
-          ref_cross / ref_sum};
 }
 
 }  // namespace alignpro::ops
