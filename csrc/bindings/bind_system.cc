@@ -7,6 +7,7 @@
 #include "alignpro/core/cpu_isa.h"
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/machine_limits.h"
+#include "cuda/ops.h"
 #include "gil.h"
 
 namespace py = pybind11;
@@ -33,7 +34,7 @@ void bind_system(py::module_& m) {
     info["version"] = ALIGNPRO_VERSION;
     info["compiler"] = __VERSION__;
     info["isas"] = isas;
-    info["cuda"] = "no";
+    info["cuda"] = alignpro::cuda::version();
     return info;
   });
 }

@@ -10,13 +10,17 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
-# Lower layers first; a layer may include itself and what stands before it.
-LAYERS = ("core", "io", "ops", "model", "engine", "bindings")
+# Lower layers first; a layer may include itself and what stands before it. csrc/cuda implements
+# ops: it knows core, io and ops, and only the bindings know it.
+LAYERS = ("core", "io", "ops", "cuda", "model", "engine", "bindings")
 
 FOREIGN_TO_SRC = re.compile(
     r"^(Python\.h|pybind11/|torch/|ATen/|c10/|cuda|cublas|cudnn|cooperative_groups|nvrtc|dlpack/)"
 )
 FOREIGN_TO_BINDINGS = re.compile(r"^(torch/|ATen/|c10/)")
+FOREIGN_TO_CUDA = re.compile(r"^(Python\.h|pybind11/|torch/|ATen/|c10/)")
+# In csrc/cuda, what may name the runtime: callers and the C++ tests compile the rest without it.
+NAMES_CUDA = re.compile(r"(\.cu|/launch\.h|/device_block\.h)$")
 # A foreign runtime named without an include of its own.
 FOREIGN_WORDS = re.compile(r"\b(pybind11::|PyObject\b|Py_\w+|at::Tensor|torch::|cudaStream_t)")
 
@@ -33,8 +37,10 @@ def includes(text: str) -> list[tuple[str, bool]]:
 def layer_of(path: str) -> str | None:
     """The layer that owns a file ("src/alignpro/ops/x.h") or an include ("alignpro/ops/x.h")."""
     parts = PurePosixPath(path).parts
-    if parts[:2] == ("csrc", "bindings"):
-        return "bindings"
+    if parts[:1] == ("csrc",) and parts[1] in ("bindings", "cuda"):
+        return parts[1]
+    if parts[:1] == ("cuda",):
+        return "cuda"
     parts = parts[1:] if parts[:1] == ("src",) else parts
     return parts[1] if len(parts) > 2 and parts[0] == "alignpro" and parts[1] in LAYERS else None
 
@@ -43,9 +49,12 @@ def include_complaints(path: str, text: str) -> list[str]:
     """Includes of one file that run against the arrows."""
     own = layer_of(path)
     if own is None:
-        return [f"{path}: in no layer; expected src/alignpro/{{{','.join(LAYERS[:-1])}}}/"]
+        rooms = ",".join(layer for layer in LAYERS if layer not in ("cuda", "bindings"))
+        return [f"{path}: in no layer; expected src/alignpro/{{{rooms}}}/"]
     complaints = []
-    foreign = FOREIGN_TO_BINDINGS if own == "bindings" else FOREIGN_TO_SRC
+    foreign = {"bindings": FOREIGN_TO_BINDINGS, "cuda": FOREIGN_TO_CUDA}.get(own, FOREIGN_TO_SRC)
+    if own == "cuda" and not NAMES_CUDA.search(path):
+        foreign = FOREIGN_TO_SRC
     for name, quoted in includes(text):
         if foreign.match(name):
             complaints.append(f"{path}: includes <{name}>, a runtime foreign to {own}")
@@ -53,11 +62,11 @@ def include_complaints(path: str, text: str) -> list[str]:
             continue
         other = layer_of(name)
         if other is None:
-            if own != "bindings":
+            if own not in ("bindings", "cuda"):
                 complaints.append(f'{path}: expected "alignpro/<layer>/...", got "{name}"')
         elif LAYERS.index(other) > LAYERS.index(own):
             complaints.append(f"{path}: {own} includes {name} of the higher layer {other}")
-    if own != "bindings":
+    if own not in ("bindings", "cuda"):
         words = sorted(set(FOREIGN_WORDS.findall(COMMENT.sub("", text))))
         complaints += [f"{path}: names {word}, a runtime foreign to {own}" for word in words]
     return complaints

@@ -22,7 +22,7 @@ def tree(*folders: str, suffixes: tuple[str, ...] = (".h", ".cc", ".cu")) -> dic
 
 
 def test_includes_follow_the_arrows():
-    files = tree("src/alignpro", "csrc/bindings")
+    files = tree("src/alignpro", "csrc/bindings", "csrc/cuda")
     assert len(files) > 20
     complaints = [
         c for path, text in files.items() for c in cpp_rules.include_complaints(path, text)
@@ -72,6 +72,10 @@ def test_every_header_is_guarded_by_pragma_once():
         ("src/alignpro/io/gguf.cc", '#include "../core/rng.h"', "expected"),
         ("src/alignpro/extras/x.cc", "", "in no layer"),
         ("csrc/bindings/module.cc", "#include <torch/extension.h>", "foreign to bindings"),
+        ("src/alignpro/model/model.cc", '#include "cuda/ops.h"', "foreign to model"),
+        ("csrc/cuda/swiglu.cu", '#include "alignpro/model/model.h"', "higher layer model"),
+        ("csrc/cuda/swiglu.cu", "#include <torch/extension.h>", "foreign to cuda"),
+        ("csrc/cuda/bodies/rows.h", "#include <cuda_runtime.h>", "foreign to cuda"),
     ],
 )
 def test_a_wrong_include_is_seen(path, line, part):
@@ -89,6 +93,8 @@ def test_right_includes_and_comments_pass():
     assert cpp_rules.include_complaints("src/alignpro/engine/engine.cc", text) == []
     bindings = '#include <pybind11/pybind11.h>\n#include "alignpro/engine/engine.h"\n#include "c.h"'
     assert cpp_rules.include_complaints("csrc/bindings/module.cc", bindings) == []
+    kernels = '#include <cuda_runtime.h>\n#include "alignpro/ops/kv_view.h"\n#include "launch.h"'
+    assert cpp_rules.include_complaints("csrc/cuda/swiglu.cu", kernels) == []
 
 
 def test_a_source_missing_on_either_side_is_seen():

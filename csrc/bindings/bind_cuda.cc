@@ -1,0 +1,283 @@
+#include "bind_cuda.h"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <deque>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/ops.h"
+#include "device_tensor.h"
+#include "gil.h"
+
+namespace py = pybind11;
+using namespace alignpro;
+using namespace alignpro::bindings;
+
+namespace {
+
+// One call's tensors, kept until its work is on the stream.
+class Call {
+ public:
+  // Before anything is looked at: without a GPU the answer is that.
+  explicit Call(const char* op) {
+    const std::string reason = cuda::unavailable_reason();
+    if (!reason.empty()) throw Unavailable(cat("cuda: ", op, ": ", reason));
+    device_ = cuda::current_device();
+  }
+
+  const DeviceTensor& tensor(const py::handle& object, const char* name, int dimensions) {
+    return tensors_.emplace_back(object, name, dimensions, device_);
+  }
+  cuda::Matrix matrix(const py::handle& object, const char* name) {
+    const DeviceTensor& t = tensor(object, name, 2);
+    return {t.data(), t.size(0), t.size(1), t.ld(), t.dtype()};
+  }
+  // None is a matrix of nothing.
+  cuda::Matrix optional_matrix(const py::handle& object, const char* name) {
+    return object.is_none() ? cuda::Matrix() : matrix(object, name);
+  }
+  const int32_t* ints(const py::handle& object, const char* name, int64_t count) {
+    return tensor(object, name, 1).values<int32_t>(DlType::kInt, count);
+  }
+  template <typename T>
+  T* floats(const py::handle& object, const char* name, int64_t count, int dimensions = 1) {
+    return object.is_none() ? nullptr
+                            : tensor(object, name, dimensions).values<T>(DlType::kFloat, count);
+  }
+  void* workspace(const py::handle& object, int64_t bytes) {
+    return tensor(object, "workspace", 1).values<uint8_t>(DlType::kUInt, bytes);
+  }
+  // [blocks, kv heads, 2, 16, head_dim] in the dtype of qkv.
+  cuda::PagedKv paged_kv(const py::handle& object, const cuda::AttentionShape& shape, DType dtype) {
+    const DeviceTensor& t = tensor(object, "kv", 5);
+    require(t.dtype() == dtype && t.size(1) == shape.num_kv_heads && t.size(2) == 2 &&
+                t.size(3) == 16 && t.size(4) == shape.head_dim,
+            "kv: expected [blocks, ", shape.num_kv_heads, ", 2, 16, ", shape.head_dim, "] of ",
+            dtype_name(dtype), ", got [", t.size(0), ", ", t.size(1), ", ", t.size(2), ", ",
+            t.size(3), ", ", t.size(4), "] of ", dtype_name(t.dtype()));
+    const int64_t half = 16 * shape.head_dim;
+    return {t.data(), 2 * half * shape.num_kv_heads, 2 * half, half};
+  }
+
+ private:
+  int device_ = 0;
+  std::deque<DeviceTensor> tensors_;
+};
+
+cuda::Stream stream_of(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
+
+void embedding(const py::object& table, const py::object& tokens, const py::object& out,
+               uintptr_t stream) {
+  Call call("embedding");
+  const cuda::Matrix to = call.matrix(out, "out"), from = call.matrix(table, "table");
+  const int32_t* ids = call.ints(tokens, "tokens", to.rows);
+  const GilRelease release;
+  cuda::embedding(from, ids, to, stream_of(stream));
+}
+
+void rms_norm(const py::object& x, const py::object& weight, float eps, const py::object& y,
+              uintptr_t stream) {
+  Call call("rms_norm");
+  const cuda::Matrix from = call.matrix(x, "x"), to = call.matrix(y, "y");
+  const DeviceTensor& w = call.tensor(weight, "weight", 1);
+  require(w.dtype() == from.dtype && w.size(0) == from.cols, "weight: expected ", from.cols,
+          " values of ", dtype_name(from.dtype), ", got ", w.size(0), " of ",
+          dtype_name(w.dtype()));
+  const GilRelease release;
+  cuda::rms_norm(from, w.data(), eps, to, stream_of(stream));
+}
+
+void swiglu(const py::object& gate_up, const py::object& h, uintptr_t stream) {
+  Call call("swiglu");
+  const cuda::Matrix from = call.matrix(gate_up, "gate_up"), to = call.matrix(h, "h");
+  const GilRelease release;
+  cuda::swiglu(from, to, stream_of(stream));
+}
+
+cuda::AttentionShape attention_shape(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                                     int64_t sliding_window, float scale) {
+  return {num_heads, num_kv_heads, head_dim, sliding_window, scale};
+}
+
+void rope_kv_write(const py::object& qkv, const cuda::AttentionShape& shape, const py::object& cos,
+                   const py::object& sin, const py::object& positions, const py::object& blocks,
+                   const py::object& kv, uintptr_t stream) {
+  Call call("rope_kv_write");
+  const cuda::Matrix rows = call.matrix(qkv, "qkv");
+  const int64_t half = call.tensor(cos, "cos", 2).size(1);
+  const float* c = call.floats<float>(cos, "cos", 0, 2);
+  const float* s = call.floats<float>(sin, "sin", 0, 2);
+  const int32_t* at = call.ints(positions, "positions", rows.rows);
+  const int32_t* to = call.ints(blocks, "blocks", rows.rows);
+  const cuda::PagedKv pool = call.paged_kv(kv, shape, rows.dtype);
+  const GilRelease release;
+  cuda::rope_kv_write(shape, rows, 2 * half, c, s, at, to, pool, stream_of(stream));
+}
+
+void attention_decode(const py::object& qkv, const cuda::AttentionShape& shape,
+                      const py::object& positions, const py::object& block_table,
+                      int64_t max_positions, const py::object& kv, const py::object& workspace,
+                      const py::object& out, uintptr_t stream) {
+  Call call("attention_decode");
+  const cuda::Matrix rows = call.matrix(qkv, "qkv"), to = call.matrix(out, "out");
+  const int32_t* at = call.ints(positions, "positions", rows.rows);
+  const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
+  require(table.size(0) == rows.rows, "block_table: expected ", rows.rows, " rows as qkv, got ",
+          table.size(0));
+  const int32_t* blocks = table.values<int32_t>(DlType::kInt, 0);
+  const cuda::PagedKv pool = call.paged_kv(kv, shape, rows.dtype);
+  void* memory =
+      call.workspace(workspace, cuda::attention_decode_bytes(shape, rows.rows, max_positions));
+  const GilRelease release;
+  cuda::attention_decode(shape, rows, at, blocks, table.ld(), max_positions, pool, memory, to,
+                         stream_of(stream));
+}
+
+cuda::LogprobInput logprob_input(Call& call, const py::object& hidden, const py::object& weight,
+                                 const py::object& tokens, float temperature,
+                                 const py::object& reference_hidden,
+                                 const py::object& reference_weight) {
+  cuda::LogprobInput in;
+  in.hidden = call.matrix(hidden, "hidden");
+  in.weight = call.matrix(weight, "weight");
+  in.tokens = call.ints(tokens, "tokens", in.hidden.rows);
+  in.temperature = temperature;
+  in.ref_hidden = call.optional_matrix(reference_hidden, "reference_hidden");
+  in.ref_weight =
+      reference_weight.is_none() ? in.weight : call.matrix(reference_weight, "reference_weight");
+  return in;
+}
+
+// The names of the CPU op: float32 [rows], but for the normalisers.
+cuda::LogprobOutput logprob_output(Call& call, const py::dict& forward, int64_t rows,
+                                   bool with_reference) {
+  const auto of = [&](const char* name) -> py::object {
+    return forward.contains(name) ? py::object(forward[name]) : py::none();
+  };
+  const auto floats = [&](const char* name) { return call.floats<float>(of(name), name, rows); };
+  cuda::LogprobOutput out{floats("logprob"),
+                          floats("entropy"),
+                          floats("kl"),
+                          floats("reverse_kl"),
+                          floats("reference_logprob"),
+                          call.floats<double>(of("lse"), "lse", rows),
+                          call.floats<double>(of("reference_lse"), "reference_lse", rows)};
+  require(out.logprob != nullptr && out.entropy != nullptr && out.lse != nullptr,
+          "forward: expected logprob, entropy and lse");
+  require(!with_reference || (out.kl != nullptr && out.reverse_kl != nullptr &&
+                              out.ref_logprob != nullptr && out.ref_lse != nullptr),
+          "forward: expected kl, reverse_kl, reference_logprob and reference_lse with a reference");
+  return out;
+}
+
+void linear_logprob(const py::object& hidden, const py::object& weight, const py::object& tokens,
+                    float temperature, const py::object& reference_hidden,
+                    const py::object& reference_weight, const py::dict& forward,
+                    const py::object& workspace, uintptr_t stream) {
+  Call call("linear_logprob");
+  const cuda::LogprobInput in =
+      logprob_input(call, hidden, weight, tokens, temperature, reference_hidden, reference_weight);
+  const cuda::LogprobOutput out =
+      logprob_output(call, forward, in.hidden.rows, in.ref_hidden.data != nullptr);
+  void* memory = call.workspace(workspace, cuda::linear_logprob_bytes(in));
+  const GilRelease release;
+  cuda::linear_logprob(in, out, memory, stream_of(stream));
+}
+
+void linear_logprob_backward(const py::object& hidden, const py::object& weight,
+                             const py::object& tokens, float temperature,
+                             const py::object& reference_hidden, const py::object& reference_weight,
+                             const py::dict& forward, const py::dict& upstream,
+                             const py::object& d_hidden, const py::object& d_weight,
+                             const py::object& workspace, uintptr_t stream) {
+  Call call("linear_logprob_backward");
+  const cuda::LogprobInput in =
+      logprob_input(call, hidden, weight, tokens, temperature, reference_hidden, reference_weight);
+  const cuda::LogprobOutput saved =
+      logprob_output(call, forward, in.hidden.rows, in.ref_hidden.data != nullptr);
+  const auto given = [&](const char* name) -> const float* {
+    return upstream.contains(name)
+               ? call.floats<float>(py::object(upstream[name]), name, in.hidden.rows)
+               : nullptr;
+  };
+  const cuda::LogprobUpstream d{given("logprob"), given("entropy"), given("kl"),
+                                given("reverse_kl")};
+  const cuda::Matrix to_hidden = call.optional_matrix(d_hidden, "d_hidden");
+  const cuda::Matrix to_weight = call.optional_matrix(d_weight, "d_weight");
+  void* memory = call.workspace(workspace, cuda::linear_logprob_backward_bytes(in));
+  const GilRelease release;
+  cuda::linear_logprob_backward(in, saved, d, to_hidden, to_weight, memory, stream_of(stream));
+}
+
+// rows: (seed, sample, position, temperature) each, as bytes of the device: uint8 [rows, 24].
+void head_sample(const py::object& hidden, const py::object& head, const py::object& rows,
+                 const py::object& tokens, const py::object& logprobs, const py::object& workspace,
+                 uintptr_t stream) {
+  Call call("head_sample");
+  const cuda::Matrix h = call.matrix(hidden, "hidden"), w = call.matrix(head, "head");
+  static_assert(sizeof(cuda::SampleRow) == 24);
+  const auto* draws = reinterpret_cast<const cuda::SampleRow*>(
+      call.tensor(rows, "rows", 2).values<uint8_t>(DlType::kUInt, h.rows * 24));
+  auto* ids = call.tensor(tokens, "tokens", 1).values<int32_t>(DlType::kInt, h.rows);
+  auto* values = call.tensor(logprobs, "logprobs", 1).values<float>(DlType::kFloat, h.rows);
+  void* memory = call.workspace(workspace, cuda::head_sample_bytes(h.rows, w.rows));
+  const GilRelease release;
+  cuda::head_sample(h, w, draws, ids, values, memory, stream_of(stream));
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& core) {
+  py::module_ m = core.def_submodule("cuda", "Ops on device memory; tensors cross by DLPack.");
+  m.def("is_available", &cuda::is_available);
+  m.def("unavailable_reason", &cuda::unavailable_reason);
+  m.def("device_name", &cuda::device_name);
+  m.def("version", &cuda::version);
+  py::class_<cuda::AttentionShape>(m, "AttentionShape")
+      .def(py::init(&attention_shape), py::arg("num_heads"), py::arg("num_kv_heads"),
+           py::arg("head_dim"), py::arg("sliding_window"), py::arg("scale"));
+  m.def("embedding", &embedding, py::arg("table"), py::arg("tokens"), py::arg("out"),
+        py::arg("stream"));
+  m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("y"),
+        py::arg("stream"));
+  m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("h"), py::arg("stream"));
+  m.def("rope_kv_write", &rope_kv_write, py::arg("qkv"), py::arg("shape"), py::arg("cos"),
+        py::arg("sin"), py::arg("positions"), py::arg("blocks"), py::arg("kv"), py::arg("stream"));
+  m.def("attention_decode", &attention_decode, py::arg("qkv"), py::arg("shape"),
+        py::arg("positions"), py::arg("block_table"), py::arg("max_positions"), py::arg("kv"),
+        py::arg("workspace"), py::arg("out"), py::arg("stream"));
+  m.def("attention_decode_bytes", &cuda::attention_decode_bytes, py::arg("shape"), py::arg("rows"),
+        py::arg("max_positions"));
+  m.def("linear_logprob", &linear_logprob, py::arg("hidden"), py::arg("weight"), py::arg("tokens"),
+        py::arg("temperature"), py::arg("reference_hidden"), py::arg("reference_weight"),
+        py::arg("forward"), py::arg("workspace"), py::arg("stream"));
+  m.def("linear_logprob_backward", &linear_logprob_backward, py::arg("hidden"), py::arg("weight"),
+        py::arg("tokens"), py::arg("temperature"), py::arg("reference_hidden"),
+        py::arg("reference_weight"), py::arg("forward"), py::arg("upstream"), py::arg("d_hidden"),
+        py::arg("d_weight"), py::arg("workspace"), py::arg("stream"));
+  const auto sized = [](int64_t rows, int64_t vocab, bool bfloat16) {
+    cuda::LogprobInput in;
+    in.hidden.rows = rows;
+    in.hidden.dtype = bfloat16 ? DType::kBF16 : DType::kF32;
+    in.weight.rows = vocab;
+    return in;
+  };
+  m.def(
+      "linear_logprob_bytes",
+      [sized](int64_t rows, int64_t vocab) {
+        return cuda::linear_logprob_bytes(sized(rows, vocab, false));
+      },
+      py::arg("rows"), py::arg("vocab"));
+  m.def(
+      "linear_logprob_backward_bytes",
+      [sized](int64_t rows, int64_t vocab, bool bfloat16) {
+        return cuda::linear_logprob_backward_bytes(sized(rows, vocab, bfloat16));
+      },
+      py::arg("rows"), py::arg("vocab"), py::arg("bfloat16"));
+  m.def("head_sample", &head_sample, py::arg("hidden"), py::arg("head"), py::arg("rows"),
+        py::arg("tokens"), py::arg("logprobs"), py::arg("workspace"), py::arg("stream"));
+  m.def("head_sample_bytes", &cuda::head_sample_bytes, py::arg("rows"), py::arg("vocab"));
+}

@@ -1,0 +1,75 @@
+// Two launches: chunks of 512 positions, then their join in ascending order. The grid is fixed by
+// max_positions, so that a graph of a decode step may be replayed while sequences grow; blocks of
+// chunks that a row does not have yet return at once. Bound by reading K and V, once each a row.
+
+#include "bodies/attention_decode.h"
+#include "checks.h"
+#include "device_block.h"
+#include "launch.h"
+
+namespace alignpro::cuda {
+namespace {
+
+constexpr int kJoinThreads = 128;
+
+template <typename T>
+__global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(AttentionDecode<T> args) {
+  __shared__ DecodeShared shared;
+  DeviceBlock block;
+  attention_decode_chunk(block, int64_t{blockIdx.x}, int64_t{blockIdx.y}, int64_t{blockIdx.z}, args,
+                         shared);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(AttentionDecode<T> args) {
+  DeviceBlock block;
+  attention_decode_join(block, int64_t{blockIdx.x}, int64_t{blockIdx.y}, args);
+}
+
+int64_t chunks_of(int64_t max_positions) {
+  return (max_positions + kDecodeChunk - 1) / kDecodeChunk;
+}
+
+}  // namespace
+
+int64_t attention_decode_bytes(const AttentionShape& shape, int64_t rows, int64_t max_positions) {
+  return rows * shape.num_heads * chunks_of(max_positions) * (2 + shape.head_dim) * 4;
+}
+
+void attention_decode(const AttentionShape& shape, const Matrix& qkv, const int32_t* positions,
+                      const int32_t* block_table, int64_t table_ld, int64_t max_positions,
+                      const PagedKv& kv, void* workspace, const Matrix& out, Stream stream) {
+  constexpr const char* kOp = "attention_decode";
+  check_attention(kOp, shape, qkv, kv);
+  check_matrix(kOp, "out", out, qkv.rows, shape.num_heads * shape.head_dim, qkv.dtype);
+  check_aligned(kOp, "workspace", workspace);
+  require(shape.num_heads / shape.num_kv_heads <= kMaxGroup && shape.head_dim <= kMaxHeadDim, kOp,
+          ": expected at most ", kMaxGroup, " query heads a KV head and a head_dim up to ",
+          kMaxHeadDim, ", got ", shape.num_heads / shape.num_kv_heads, " and ", shape.head_dim);
+  require(max_positions >= 1 && table_ld * ops::kKvBlock >= max_positions, kOp,
+          ": expected a block table for max_positions, got ", table_ld, " blocks of 16 for ",
+          max_positions);
+  dispatch(kOp, qkv.dtype, [&](auto type) {
+    using T = decltype(type);
+    const AttentionDecode<T> args{{static_cast<const T*>(qkv.data), qkv.ld},
+                                  {static_cast<T*>(kv.base), kv.block_stride, kv.head_stride,
+                                   kv.value_offset, shape.head_dim},
+                                  block_table,
+                                  table_ld,
+                                  positions,
+                                  static_cast<int>(shape.num_heads / shape.num_kv_heads),
+                                  static_cast<int>(shape.num_kv_heads),
+                                  shape.sliding_window,
+                                  shape.scale,
+                                  static_cast<float*>(workspace),
+                                  chunks_of(max_positions),
+                                  {static_cast<T*>(out.data), out.ld}};
+    const dim3 rows_heads(count(qkv.rows), count(shape.num_kv_heads));
+    launch(kOp, attention_decode_kernel<T>,
+           dim3(rows_heads.x, rows_heads.y, count(args.max_chunks)), kDecodeThreads, 0, stream,
+           args);
+    launch(kOp, attention_join_kernel<T>, rows_heads, kJoinThreads, 0, stream, args);
+  });
+}
+
+}  // namespace alignpro::cuda

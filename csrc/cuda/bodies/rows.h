@@ -1,0 +1,125 @@
+#pragma once
+
+// Ops of one row by one block: embedding, rms_norm, swiglu, rope_kv_write.
+
+#include <cmath>
+#include <cstdint>
+
+#include "alignpro/ops/kv_view.h"
+#include "alignpro/ops/shared/activation.h"
+#include "block.h"
+
+namespace alignpro::cuda {
+
+// Rows of T, `ld` elements apart.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t ld;
+
+  ALIGNPRO_HOST_DEVICE Pack<T>* packs(int64_t row) const {
+    return reinterpret_cast<Pack<T>*>(data + row * ld);
+  }
+};
+
+template <typename T, typename Block>
+ALIGNPRO_BODY void embedding_row(Block& block, int64_t row, Rows<T> table, int64_t vocab,
+                                 int64_t cols, const int32_t* tokens, Rows<T> out) {
+  const int32_t token = tokens[row];
+  const bool known = token >= 0 && token < vocab;
+  Pack<T> nothing;
+  for (T& value : nothing.value) value = stored<T>(NAN);
+  const Pack<T>* from = table.packs(known ? token : 0);
+  for (int64_t i = block.thread(); i < cols / Pack<T>::kSize; i += block.threads()) {
+    out.packs(row)[i] = known ? from[i] : nothing;
+  }
+}
+
+template <typename T, typename Block>
+ALIGNPRO_BODY void rms_norm_row(Block& block, int64_t row, int64_t cols, Rows<T> x, const T* weight,
+                                float eps, Rows<T> y, float* scratch) {
+  const int64_t packs = cols / Pack<T>::kSize;
+  float sum = 0.0f;
+  for (int64_t i = block.thread(); i < packs; i += block.threads()) {
+    const Pack<T> pack = x.packs(row)[i];
+    for (const T& value : pack.value) sum = std::fma(to_float(value), to_float(value), sum);
+  }
+  sum = reduce_block(block, sum, scratch, Add());
+  const float factor = 1.0f / std::sqrt(sum / static_cast<float>(cols) + eps);
+  for (int64_t i = block.thread(); i < packs; i += block.threads()) {
+    const Pack<T> pack = x.packs(row)[i], w = reinterpret_cast<const Pack<T>*>(weight)[i];
+    Pack<T> result;
+    for (int k = 0; k < Pack<T>::kSize; ++k) {
+      result.value[k] = stored<T>(to_float(w.value[k]) * (to_float(pack.value[k]) * factor));
+    }
+    y.packs(row)[i] = result;
+  }
+}
+
+template <typename T, typename Block>
+ALIGNPRO_BODY void swiglu_row(Block& block, int64_t row, int64_t n, Rows<T> gate_up, Rows<T> h) {
+  const int64_t packs = n / Pack<T>::kSize;
+  for (int64_t i = block.thread(); i < packs; i += block.threads()) {
+    const Pack<T> gate = gate_up.packs(row)[i], up = gate_up.packs(row)[packs + i];
+    Pack<T> result;
+    for (int k = 0; k < Pack<T>::kSize; ++k) {
+      result.value[k] = stored<T>(ops::silu(to_float(gate.value[k])) * to_float(up.value[k]));
+    }
+    h.packs(row)[i] = result;
+  }
+}
+
+// PagedKv of one type.
+template <typename T>
+struct KvBlocks {
+  T* base;
+  int64_t block_stride, head_stride, value_offset;
+  int64_t head_dim;
+
+  ALIGNPRO_HOST_DEVICE T* key(int64_t block, int64_t head, int64_t slot) const {
+    return base + block * block_stride + head * head_stride + slot * head_dim;
+  }
+  ALIGNPRO_HOST_DEVICE T* value(int64_t block, int64_t head, int64_t slot) const {
+    return key(block, head, slot) + value_offset;
+  }
+};
+
+template <typename T>
+struct RopeKvWrite {
+  Rows<T> qkv;
+  int64_t num_heads, num_kv_heads, rotary_dim;
+  const float *cos, *sin;  // [positions, rotary_dim / 2]
+  const int32_t *positions, *blocks;
+  KvBlocks<T> kv;
+};
+
+template <typename T, typename Block>
+ALIGNPRO_BODY void rope_kv_write_row(Block& block, int64_t row, const RopeKvWrite<T>& args) {
+  const int64_t d = args.kv.head_dim, half = args.rotary_dim / 2;
+  const int64_t position = args.positions[row], slot = position % ops::kKvBlock;
+  const int64_t to_block = args.blocks[row];
+  const float *cos = args.cos + position * half, *sin = args.sin + position * half;
+  T* from = args.qkv.data + row * args.qkv.ld;
+  const int64_t heads = args.num_heads + (to_block < 0 ? 0 : args.num_kv_heads);
+  for (int64_t i = block.thread(); i < heads * half; i += block.threads()) {
+    const int64_t head = i / half, lane = i % half;
+    T* x = from + head * d;
+    float a = to_float(x[lane]), b = to_float(x[lane + half]);
+    ops::rotate(cos[lane], sin[lane], &a, &b);
+    T* to = head < args.num_heads ? x : args.kv.key(to_block, head - args.num_heads, slot);
+    to[lane] = stored<T>(a);
+    to[lane + half] = stored<T>(b);
+  }
+  if (to_block < 0) return;
+  const int64_t rest = d - args.rotary_dim;
+  for (int64_t i = block.thread(); i < args.num_kv_heads * rest; i += block.threads()) {
+    const int64_t head = i / rest, lane = args.rotary_dim + i % rest;
+    args.kv.key(to_block, head, slot)[lane] = from[(args.num_heads + head) * d + lane];
+  }
+  const T* values = from + (args.num_heads + args.num_kv_heads) * d;
+  for (int64_t i = block.thread(); i < args.num_kv_heads * d; i += block.threads()) {
+    args.kv.value(to_block, i / d, slot)[i % d] = values[i];
+  }
+}
+
+}  // namespace alignpro::cuda

@@ -1,0 +1,80 @@
+#pragma once
+
+// What every op asks of its arguments, on the host and without CUDA: nothing is launched for shapes
+// that a kernel does not take.
+
+#include <cstdint>
+
+#include "alignpro/core/error.h"
+#include "alignpro/core/float_bits.h"
+#include "ops.h"
+
+namespace alignpro::cuda {
+
+// fn(float{}) or fn(Bfloat16{}).
+template <typename Fn>
+void dispatch(const char* op, DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::kF32:
+      return fn(float{});
+    case DType::kBF16:
+      return fn(Bfloat16{});
+    default:
+      throw InvalidArgument(
+          cat(op, ": expected float32 or bfloat16 on a GPU, got ", dtype_name(dtype)));
+  }
+}
+
+inline int64_t pack_size(DType dtype) { return 16 / block_bytes(dtype); }
+
+inline void check_aligned(const char* op, const char* name, const void* data) {
+  require(data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0, op, ": ", name,
+          ": expected device memory at a multiple of 16 bytes, got ", data);
+}
+
+// Rows that are loaded 16 bytes at a time.
+inline void check_matrix(const char* op, const char* name, const Matrix& m, int64_t rows,
+                         int64_t cols, DType dtype) {
+  require(m.dtype == dtype, op, ": ", name, ": expected ", dtype_name(dtype), ", got ",
+          dtype_name(m.dtype));
+  require(m.rows == rows && m.cols == cols, op, ": ", name, ": expected shape [", rows, ", ", cols,
+          "], got [", m.rows, ", ", m.cols, "]");
+  const int64_t pack = pack_size(dtype);
+  require(m.cols > 0 && m.cols % pack == 0 && m.ld % pack == 0 && m.ld >= m.cols, op, ": ", name,
+          ": expected rows of a multiple of ", pack, " values, got ", m.cols, " at a distance of ",
+          m.ld);
+  if (m.rows > 0) check_aligned(op, name, m.data);
+}
+
+inline void check_attention(const char* op, const AttentionShape& shape, const Matrix& qkv,
+                            const PagedKv& kv) {
+  require(
+      shape.num_kv_heads >= 1 && shape.num_heads >= 1 && shape.num_heads % shape.num_kv_heads == 0,
+      op, ": expected heads in groups of the same size, got ", shape.num_heads, " over ",
+      shape.num_kv_heads);
+  check_matrix(op, "qkv", qkv, qkv.rows,
+               (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, qkv.dtype);
+  const int64_t pack = pack_size(qkv.dtype);
+  require(shape.head_dim % pack == 0, op, ": expected a head_dim that is a multiple of ", pack,
+          ", got ", shape.head_dim);
+  require(kv.block_stride % pack == 0 && kv.head_stride % pack == 0 && kv.value_offset % pack == 0,
+          op, ": kv: expected strides that are multiples of ", pack, ", got ", kv.block_stride,
+          ", ", kv.head_stride, ", ", kv.value_offset);
+  check_aligned(op, "kv", kv.base);
+}
+
+inline bool has_reference(const LogprobInput& in) { return in.ref_hidden.data != nullptr; }
+
+inline void check_logprob(const char* op, const LogprobInput& in) {
+  const Matrix& h = in.hidden;
+  require(in.weight.rows >= 1, op, ": weight: expected at least one row, got none");
+  require(in.temperature > 0.0f && in.temperature <= 3.4e38f, op,
+          ": temperature: expected a finite number above 0, got ", in.temperature);
+  check_matrix(op, "hidden", h, h.rows, in.weight.cols, h.dtype);
+  check_matrix(op, "weight", in.weight, in.weight.rows, h.cols, h.dtype);
+  if (!has_reference(in)) return;
+  check_matrix(op, "reference_hidden", in.ref_hidden, h.rows, in.ref_weight.cols, h.dtype);
+  check_matrix(op, "reference_weight", in.ref_weight, in.weight.rows, in.ref_hidden.cols, h.dtype);
+}
+
+}  // namespace alignpro::cuda

@@ -1,0 +1,54 @@
+// A build without CUDA: honest about it, and every op raises.
+
+#include "alignpro/core/error.h"
+#include "ops.h"
+
+namespace alignpro::cuda {
+namespace {
+
+[[noreturn]] void missing(const char* op) {
+  throw Unavailable(cat("cuda: ", op, ": ", unavailable_reason()));
+}
+
+}  // namespace
+
+bool is_available() { return false; }
+std::string unavailable_reason() {
+  return "this build has no CUDA; build with -DALIGNPRO_CUDA=ON where nvcc is, or use the CPU "
+         "engine";
+}
+std::string device_name() { missing("device_name"); }
+int current_device() { missing("current_device"); }
+std::string version() { return "no"; }
+
+void embedding(const Matrix&, const int32_t*, const Matrix&, Stream) { missing("embedding"); }
+void rms_norm(const Matrix&, const void*, float, const Matrix&, Stream) { missing("rms_norm"); }
+void swiglu(const Matrix&, const Matrix&, Stream) { missing("swiglu"); }
+void rope_kv_write(const AttentionShape&, const Matrix&, int64_t, const float*, const float*,
+                   const int32_t*, const int32_t*, const PagedKv&, Stream) {
+  missing("rope_kv_write");
+}
+void attention_decode(const AttentionShape&, const Matrix&, const int32_t*, const int32_t*, int64_t,
+                      int64_t, const PagedKv&, void*, const Matrix&, Stream) {
+  missing("attention_decode");
+}
+int64_t attention_decode_bytes(const AttentionShape&, int64_t, int64_t) {
+  missing("attention_decode_bytes");
+}
+void linear_logprob(const LogprobInput&, const LogprobOutput&, void*, Stream) {
+  missing("linear_logprob");
+}
+int64_t linear_logprob_bytes(const LogprobInput&) { missing("linear_logprob_bytes"); }
+void linear_logprob_backward(const LogprobInput&, const LogprobOutput&, const LogprobUpstream&,
+                             const Matrix&, const Matrix&, void*, Stream) {
+  missing("linear_logprob_backward");
+}
+int64_t linear_logprob_backward_bytes(const LogprobInput&) {
+  missing("linear_logprob_backward_bytes");
+}
+void head_sample(const Matrix&, const Matrix&, const SampleRow*, int32_t*, float*, void*, Stream) {
+  missing("head_sample");
+}
+int64_t head_sample_bytes(int64_t, int64_t) { missing("head_sample_bytes"); }
+
+}  // namespace alignpro::cuda

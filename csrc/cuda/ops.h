@@ -1,0 +1,122 @@
+#pragma once
+
+// The ops on a GPU: what src/alignpro/ops declares, on device memory. No header of CUDA is named
+// here, so that callers compile without it; no_cuda.cc answers in a build that has none.
+//
+// Pointers are device memory; matrices have rows `ld` elements apart, contiguous within a row,
+// pointers and rows at multiples of 16 bytes. Work is put on `stream` and not waited for. Nothing
+// is allocated: workspaces are the caller's, so the caller's allocator rules. Every result is a
+// function of its own row: sums run in fixed trees, floats see no atomics, and no choice depends on
+// the number of rows.
+//
+// Throws InvalidArgument for shapes that an op does not take, Unavailable where there is no GPU or
+// a launch fails; both name the op.
+
+#include <cstdint>
+#include <string>
+
+#include "alignpro/core/dtype.h"
+
+namespace alignpro::cuda {
+
+using Stream = void*;  // cudaStream_t; null: the default stream
+
+// Whether this build has CUDA and the current device can run it; why not, in one line ("" where it
+// can); and the device's name and number.
+bool is_available();
+std::string unavailable_reason();
+std::string device_name();
+int current_device();
+// The runtime this build was compiled with, "13.0"; "no" without.
+std::string version();
+
+// A matrix of device memory, kF32 or kBF16.
+struct Matrix {
+  void* data = nullptr;
+  int64_t rows = 0, cols = 0;
+  int64_t ld = 0;
+  DType dtype = DType::kF32;
+};
+
+// out [tokens, table.cols] = rows of the table. A token outside the table gives a row of NaN.
+void embedding(const Matrix& table, const int32_t* tokens, const Matrix& out, Stream stream);
+
+// y = weight * x / sqrt(mean(x^2) + eps) row by row; weight [cols] in x's dtype. y may be x.
+void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, Stream stream);
+
+// h [rows, n] = silu(gate) * up, from gate_up [rows, 2n] = [gate | up].
+void swiglu(const Matrix& gate_up, const Matrix& h, Stream stream);
+
+// Rows of qkv are [q heads | k heads | v heads] x head_dim.
+struct AttentionShape {
+  int64_t num_heads, num_kv_heads, head_dim;
+  int64_t sliding_window;  // positions a token sees, itself included; 0: all
+  float scale;
+};
+
+// One layer of a pool of KV blocks of 16 positions, in the dtype of qkv: K [16][head_dim] of a
+// head, its V value_offset further. Strides in elements.
+struct PagedKv {
+  void* base = nullptr;
+  int64_t block_stride = 0, head_stride = 0, value_offset = 0;
+};
+
+// Turns the q heads of qkv in place by cos, sin [., rotary_dim / 2] (float32, one row a position),
+// and writes the turned k and the v to slot position % 16 of blocks[row]; a block of -1 is not
+// written. qkv keeps its own k as it was.
+void rope_kv_write(const AttentionShape& shape, const Matrix& qkv, int64_t rotary_dim,
+                   const float* cos, const float* sin, const int32_t* positions,
+                   const int32_t* blocks, const PagedKv& kv, Stream stream);
+
+// Attention of one token a row: out [rows, q size] over positions [0, positions[row]], which lie in
+// block_table [rows, table_ld]. Rows may share blocks. Positions are below max_positions, which
+// fixes the grid. workspace: attention_decode_bytes.
+void attention_decode(const AttentionShape& shape, const Matrix& qkv, const int32_t* positions,
+                      const int32_t* block_table, int64_t table_ld, int64_t max_positions,
+                      const PagedKv& kv, void* workspace, const Matrix& out, Stream stream);
+int64_t attention_decode_bytes(const AttentionShape& shape, int64_t rows, int64_t max_positions);
+
+// See ops/linear_logprob.h. Reference: matrices of no rows mean none.
+struct LogprobInput {
+  Matrix hidden, weight;
+  const int32_t* tokens = nullptr;  // [rows]; outside the vocabulary: NaN
+  float temperature = 1.0f;
+  Matrix ref_hidden, ref_weight;
+};
+// Each [rows]; those of the reference are written only with one. A row without a finite softmax is
+// NaN in all of them.
+struct LogprobOutput {
+  float *logprob, *entropy, *kl, *reverse_kl, *ref_logprob;
+  double *lse, *ref_lse;
+};
+// workspace: linear_logprob_bytes. Nothing of size rows x vocab is stored.
+void linear_logprob(const LogprobInput& in, const LogprobOutput& out, void* workspace,
+                    Stream stream);
+int64_t linear_logprob_bytes(const LogprobInput& in);
+
+// Derivatives of the loss by each output, [rows]; null: zero.
+struct LogprobUpstream {
+  const float *logprob, *entropy, *kl, *reverse_kl;
+};
+// d_hidden [rows, cols] and d_weight [vocab, cols], float32, overwritten; data null: not wanted.
+// workspace: linear_logprob_backward_bytes.
+void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forward,
+                             const LogprobUpstream& upstream, const Matrix& d_hidden,
+                             const Matrix& d_weight, void* workspace, Stream stream);
+int64_t linear_logprob_backward_bytes(const LogprobInput& in);
+
+// One draw: its key and temperature (0: the most likely token, lowest id on a tie; its
+// log-probability is reported at temperature 1).
+struct SampleRow {
+  uint64_t seed;
+  uint32_t sample, position;
+  float temperature;
+};
+// Draws a token a row by inversion in token order, as ops/head_sample.h does, and its
+// log-probability; no truncation and no bans. The log-probability is the one that linear_logprob
+// gives. A row without a finite softmax gives token -1 and NaN. workspace: head_sample_bytes.
+void head_sample(const Matrix& hidden, const Matrix& head, const SampleRow* rows, int32_t* tokens,
+                 float* logprobs, void* workspace, Stream stream);
+int64_t head_sample_bytes(int64_t rows, int64_t vocab);
+
+}  // namespace alignpro::cuda

@@ -1,0 +1,55 @@
+#pragma once
+
+// Statistics of vocabulary tiles for linear_logprob and head_sample: one kernel, so that both see
+// the same bits. Defined in linear_logprob.cu.
+
+#include "bodies/vocabulary.h"
+#include "ops.h"
+
+namespace alignpro::cuda {
+
+// stats [live][tiles] of rows [first, first + live); logits of v.tokens, where given, to logit and
+// ref_logit [rows]. draws [rows]: temperatures instead of v's; null: v's.
+template <typename T>
+void measure_tiles(const char* op, const Vocabulary<T>& v, bool with_ref, const SampleRow* draws,
+                   int64_t first, int64_t live, ops::TileStats* stats, float* logit,
+                   float* ref_logit, Stream stream);
+
+extern template void measure_tiles<float>(const char*, const Vocabulary<float>&, bool,
+                                          const SampleRow*, int64_t, int64_t, ops::TileStats*,
+                                          float*, float*, Stream);
+extern template void measure_tiles<Bfloat16>(const char*, const Vocabulary<Bfloat16>&, bool,
+                                             const SampleRow*, int64_t, int64_t, ops::TileStats*,
+                                             float*, float*, Stream);
+
+template <typename T>
+Operand<T> operand(const Matrix& m) {
+  return {static_cast<const T*>(m.data), m.ld, m.rows, m.cols};
+}
+
+template <typename T>
+Vocabulary<T> vocabulary(const LogprobInput& in) {
+  return {operand<T>(in.hidden),     operand<T>(in.weight), operand<T>(in.ref_hidden),
+          operand<T>(in.ref_weight), 1.0f / in.temperature, in.tokens};
+}
+
+// A caller's workspace, cut into pieces at multiples of 16 bytes. Of a null one only `bytes`
+// counts.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    char* at = memory_ == nullptr ? nullptr : memory_ + bytes;
+    bytes += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return reinterpret_cast<T*>(at);
+  }
+
+  int64_t bytes = 0;
+
+ private:
+  char* memory_;
+};
+
+}  // namespace alignpro::cuda

@@ -1,0 +1,163 @@
+"""The ops of ``alignpro.native.core.cuda`` on torch tensors: outputs and workspaces are torch's,
+poisoned before the call, and work goes on torch's current stream."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+
+from alignpro import native
+
+cuda: Any = native.core.cuda
+
+FORWARD = ("logprob", "entropy", "kl", "reverse_kl", "reference_logprob")
+
+
+def stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+
+
+def workspace(size: int) -> torch.Tensor:
+    return torch.full((max(size, 16),), 255, dtype=torch.uint8, device="cuda")
+
+
+def embedding(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    out = poisoned(len(tokens), table.shape[1], dtype=table.dtype)
+    cuda.embedding(table, tokens, out, stream())
+    return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    y = poisoned(*x.shape, dtype=x.dtype)
+    cuda.rms_norm(x, weight, eps, y, stream())
+    return y
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    h = poisoned(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype)
+    cuda.swiglu(gate_up, h, stream())
+    return h
+
+
+def attention_shape(
+    num_heads: int, num_kv_heads: int, head_dim: int, sliding_window: int = 0
+) -> Any:
+    return cuda.AttentionShape(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        sliding_window=sliding_window,
+        scale=head_dim**-0.5,
+    )
+
+
+def rope_kv_write(
+    qkv: torch.Tensor,
+    shape: Any,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    blocks: torch.Tensor,
+    kv: torch.Tensor,
+) -> None:
+    """In place: the q heads of ``qkv``, and ``kv`` [blocks, kv heads, 2, 16, head_dim]."""
+    cuda.rope_kv_write(qkv, shape, cos, sin, positions, blocks, kv, stream())
+
+
+class AttentionDecode:
+    """Keeps output and workspace between calls."""
+
+    def __init__(
+        self, shape: Any, rows: int, q_size: int, max_positions: int, dtype: torch.dtype
+    ) -> None:
+        self.shape = shape
+        self.max_positions = max_positions
+        self.memory = workspace(cuda.attention_decode_bytes(shape, rows, max_positions))
+        self.out = poisoned(rows, q_size, dtype=dtype)
+
+    def __call__(
+        self, qkv: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, kv: torch.Tensor
+    ) -> torch.Tensor:
+        cuda.attention_decode(
+            qkv,
+            self.shape,
+            positions,
+            table,
+            self.max_positions,
+            kv,
+            self.memory,
+            self.out,
+            stream(),
+        )
+        return self.out
+
+
+class LinearLogprob:
+    """Forward and backward over one set of inputs; keeps outputs and workspaces between calls."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        tokens: torch.Tensor,
+        temperature: float = 1.0,
+        reference_hidden: torch.Tensor | None = None,
+        reference_weight: torch.Tensor | None = None,
+    ) -> None:
+        self.inputs = (hidden, weight, tokens, temperature, reference_hidden, reference_weight)
+        rows, vocab = len(hidden), len(weight)
+        names = FORWARD if reference_hidden is not None else FORWARD[:2]
+        self.forward_out = {name: poisoned(rows) for name in names}
+        self.forward_out["lse"] = poisoned(rows, dtype=torch.float64)
+        if reference_hidden is not None:
+            self.forward_out["reference_lse"] = poisoned(rows, dtype=torch.float64)
+        self.memory = workspace(cuda.linear_logprob_bytes(rows, vocab))
+        self.backward_memory: torch.Tensor | None = None
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        cuda.linear_logprob(*self.inputs, self.forward_out, self.memory, stream())
+        return self.forward_out
+
+    def backward(
+        self, upstream: dict[str, torch.Tensor], want_weight: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden, weight = self.inputs[0], self.inputs[1]
+        if self.backward_memory is None:
+            size = cuda.linear_logprob_backward_bytes(
+                len(hidden), len(weight), hidden.dtype == torch.bfloat16
+            )
+            self.backward_memory = workspace(size)
+            self.d_hidden = poisoned(*hidden.shape)
+            self.d_weight = poisoned(*weight.shape) if want_weight else None
+        cuda.linear_logprob_backward(
+            *self.inputs,
+            self.forward_out,
+            upstream,
+            self.d_hidden,
+            self.d_weight,
+            self.backward_memory,
+            stream(),
+        )
+        return self.d_hidden, self.d_weight
+
+
+def sample_rows(rows: list[tuple[int, int, int, float]]) -> torch.Tensor:
+    """(seed, sample, position, temperature) of each row, as the engine's bytes."""
+    packed = b"".join(struct.pack("<QIIf4x", *row) for row in rows)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).reshape(-1, 24).cuda()
+
+
+def head_sample(
+    hidden: torch.Tensor, head: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.full((len(hidden),), -7, dtype=torch.int32, device="cuda")
+    logprobs = poisoned(len(hidden))
+    memory = workspace(cuda.head_sample_bytes(len(hidden), len(head)))
+    cuda.head_sample(hidden, head, rows, tokens, logprobs, memory, stream())
+    return tokens, logprobs

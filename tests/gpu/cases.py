@@ -1,0 +1,326 @@
+"""Every op on the GPU against float64, on fresh random inputs: a case returns its measurements as
+(what, error, budget), and holds where no error is above its budget.
+
+Budgets: twice the distance of plain torch at the same precision (or a few roundings, where torch
+is exact), as a relative norm. Equalities to the bit are errors of 0.0 against a budget of 0.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from gpu import calls
+
+Measured = list[tuple[str, float, float]]
+DTYPES = (torch.float32, torch.bfloat16)
+CASES: list[Callable[[], Measured]] = []
+
+
+def case(function: Callable[[], Measured]) -> Callable[[], Measured]:
+    CASES.append(function)
+    return function
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def error(x: torch.Tensor, truth: torch.Tensor) -> float:
+    """Relative norm; infinite where x is not finite."""
+    if not bool(torch.isfinite(x).all()):
+        return float("inf")
+    return float((x.double() - truth).norm() / truth.norm().clamp_min(1e-300))
+
+
+def judged(what: str, x: torch.Tensor, torchs: torch.Tensor, truth: torch.Tensor) -> Measured:
+    floor = 4e-7 if x.dtype == torch.float32 else 4e-3
+    return [(what, error(x, truth), max(2 * error(torchs, truth), floor))]
+
+
+def differing(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How many values differ in a bit; NaN equals itself."""
+    same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
+    return float((~same).sum())
+
+
+@case
+def embedding() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        table, tokens = normal(111, 72, dtype=dtype), ints([0, 110, 5, 111, -1])
+        out = calls.embedding(table, tokens)
+        measured.append((f"{dtype} rows", differing(out[:3], table[tokens[:3].long()]), 0.0))
+        measured.append((f"{dtype} outside", float((~out[3:].isnan()).sum()), 0.0))
+    return measured
+
+
+@case
+def rms_norm() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        for rows, cols in ((1, 8), (37, 576), (5, 4096)):
+            x, weight = normal(rows, cols, dtype=dtype, scale=3.0), normal(cols, dtype=dtype)
+            truth = torch.nn.functional.rms_norm(x.double(), (cols,), weight.double(), 1e-5)
+            plain = torch.nn.functional.rms_norm(x, (cols,), weight, 1e-5)
+            y = calls.rms_norm(x, weight, 1e-5)
+            measured += judged(f"{dtype} {rows}x{cols}", y, plain, truth)
+            alone = calls.rms_norm(x[-1:].contiguous(), weight, 1e-5)
+            measured.append((f"{dtype} {rows}x{cols} alone", differing(alone, y[-1:]), 0.0))
+    return measured
+
+
+@case
+def swiglu() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        gate_up = normal(37, 2 * 1536, dtype=dtype, scale=3.0)
+        gate, up = gate_up.double().chunk(2, dim=1)
+        plain_gate, plain_up = gate_up.chunk(2, dim=1)
+        measured += judged(
+            str(dtype),
+            calls.swiglu(gate_up),
+            torch.nn.functional.silu(plain_gate) * plain_up,
+            torch.nn.functional.silu(gate) * up,
+        )
+    return measured
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [rows, heads, head_dim], cos and sin [rows, half]."""
+    half = cos.shape[1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat((a * c - b * s, b * c + a * s, rest), dim=-1)
+
+
+@case
+def rope_kv_write() -> Measured:
+    measured: Measured = []
+    heads, kv_heads, d, half = 6, 2, 40, 16
+    for dtype in DTYPES:
+        qkv = normal(5, (heads + 2 * kv_heads) * d, dtype=dtype)
+        before = qkv.clone()
+        angle = torch.rand(50, half, device="cuda") * 6.3
+        cos, sin = angle.cos(), angle.sin()
+        positions, blocks = [0, 15, 16, 49, 7], [3, 0, 4, 2, -1]
+        kv = calls.poisoned(6, kv_heads, 2, 16, d, dtype=dtype)
+        shape = calls.attention_shape(heads, kv_heads, d)
+        calls.rope_kv_write(qkv, shape, cos, sin, ints(positions), ints(blocks), kv)
+        split = before.reshape(5, -1, d)
+        expected = turned(split.double(), cos[positions], sin[positions])
+        plain = turned(split.float(), cos[positions], sin[positions]).to(dtype)
+        got = qkv.reshape(5, -1, d)
+        measured += judged(f"{dtype} q", got[:, :heads], plain[:, :heads], expected[:, :heads])
+        measured.append((f"{dtype} k and v kept", differing(got[:, heads:], split[:, heads:]), 0.0))
+        written = torch.zeros(6, 16, dtype=torch.bool, device="cuda")
+        for row, (position, block) in enumerate(zip(positions, blocks, strict=True)):
+            if block < 0:
+                continue
+            written[block, position % 16] = True
+            keys = slice(heads, heads + kv_heads)
+            slot = kv[block, :, :, position % 16]
+            measured += judged(f"{dtype} k", slot[:, 0], plain[row, keys], expected[row, keys])
+            values = differing(slot[:, 1], split[row, heads + kv_heads :])
+            measured.append((f"{dtype} v", values, 0.0))
+        others = kv.permute(0, 3, 1, 2, 4)[~written]
+        measured.append((f"{dtype} other slots", float((~others.isnan()).sum()), 0.0))
+    return measured
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """One row: q [heads, d], k and v [kv heads, keys, d]."""
+    group = len(q) // len(k)
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    if window > 0:
+        k, v = k[:, -window:], v[:, -window:]
+    scores = torch.einsum("hd,hkd->hk", q, k) * q.shape[1] ** -0.5
+    return torch.einsum("hk,hkd->hd", torch.softmax(scores, dim=1), v)
+
+
+@case
+def attention_decode() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        for heads, kv_heads, d, window in ((32, 8, 128, 0), (9, 3, 64, 700), (7, 1, 80, 0)):
+            lengths = [1, 16, 17, 511, 512, 513, 1500]
+            shape = calls.attention_shape(heads, kv_heads, d, window)
+            blocks = (max(lengths) + 15) // 16
+            pool = len(lengths) * blocks
+            kv = normal(pool + 1, kv_heads, 2, 16, d, dtype=dtype)
+            kv[pool] = float("nan")  # where tables point that nothing may be read from
+            table = torch.full((len(lengths), blocks), pool, dtype=torch.int32, device="cuda")
+            order = torch.randperm(pool, device="cuda", dtype=torch.int32)
+            for row, length in enumerate(lengths):
+                used = (length + 15) // 16
+                table[row, :used] = order[row * blocks : row * blocks + used]
+                if length > 32:
+                    table[row, :2] = order[:2]  # a shared prefix
+            qkv = normal(len(lengths), (heads + 2 * kv_heads) * d, dtype=dtype)
+            positions = ints([length - 1 for length in lengths])
+            op = calls.AttentionDecode(shape, len(lengths), heads * d, 16 * blocks, dtype)
+            out = op(qkv, positions, table, kv).clone()
+            expected, plain = [], []
+            for row, length in enumerate(lengths):
+                cache = kv[table[row].long()].permute(2, 1, 0, 3, 4).reshape(2, kv_heads, -1, d)
+                q, (k, v) = qkv[row, : heads * d].reshape(heads, d), cache[:, :, :length]
+                expected.append(attend(q.double(), k.double(), v.double(), window).flatten())
+                plain.append(attend(q, k, v, window).flatten())
+            name = f"{dtype} {heads}/{kv_heads}x{d}"
+            measured += judged(name, out, torch.stack(plain), torch.stack(expected))
+            again = op(qkv, positions, table, kv)
+            measured.append((f"{name} again", differing(out, again), 0.0))
+            one = calls.AttentionDecode(shape, 1, heads * d, 16 * blocks, dtype)
+            alone = one(qkv[5:6].contiguous(), positions[5:6], table[5:6].contiguous(), kv)
+            measured.append((f"{name} alone", differing(out[5:6], alone), 0.0))
+    return measured
+
+
+def log_softmax(h: torch.Tensor, w: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.log_softmax(h @ w.T / temperature, dim=1)
+
+
+def logprob_truth(
+    logp: torch.Tensor, logq: torch.Tensor, tokens: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    at = tokens.long()[:, None]
+    p, q = logp.exp(), logq.exp()
+    return {
+        "logprob": logp.gather(1, at)[:, 0],
+        "entropy": -(p * logp).sum(1),
+        "kl": (p * (logp - logq)).sum(1),
+        "reverse_kl": (q * (logq - logp)).sum(1),
+        "reference_logprob": logq.gather(1, at)[:, 0],
+    }
+
+
+SHAPES = ((1, 8, 64), (3, 111, 48), (130, 1000, 72), (517, 5003, 256))
+
+
+@case
+def linear_logprob() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        for rows, vocab, cols in SHAPES:
+            for offset in (0.0, 1e4):
+                h = normal(rows, cols, dtype=dtype)
+                ref = (h.float() + 0.2 * normal(rows, cols)).to(dtype)
+                w = normal(vocab, cols, dtype=dtype, scale=2.0 * cols**-0.5)
+                if offset:  # on every logit: one more column, constant in the weight
+                    h[:, 0] = ref[:, 0] = offset
+                    w[:, 0] = 1.0
+                tokens = torch.randint(0, vocab, (rows,), dtype=torch.int32, device="cuda")
+                op = calls.LinearLogprob(h, w, tokens, 0.8, ref)
+                got = op.forward()
+                truth = logprob_truth(
+                    log_softmax(h.double(), w.double(), 0.8),
+                    log_softmax(ref.double(), w.double(), 0.8),
+                    tokens,
+                )
+                plain = logprob_truth(
+                    log_softmax(h.float(), w.float(), 0.8),
+                    log_softmax(ref.float(), w.float(), 0.8),
+                    tokens,
+                )
+                name = f"{dtype} {rows}x{vocab}x{cols} offset {offset:g}"
+                for key, value in truth.items():
+                    measured += [
+                        # An entropy or a divergence is a difference of larger numbers.
+                        (f"{name} {key}", error(got[key], value), budget)
+                        for budget in [max(2 * error(plain[key], value), 1e-5)]
+                    ]
+                last = calls.LinearLogprob(
+                    h[-1:].contiguous(), w, tokens[-1:].contiguous(), 0.8, ref[-1:].contiguous()
+                ).forward()
+                for key in truth:
+                    alone = differing(last[key], got[key][-1:])
+                    measured.append((f"{name} {key} alone", alone, 0.0))
+    return measured
+
+
+@case
+def linear_logprob_at_the_edges() -> Measured:
+    h = torch.zeros(4, 64, device="cuda")
+    h[0, 0], h[1, 1], h[2, 2], h[3, 3] = 90.0, 1.0, float("nan"), 1.0
+    w = torch.zeros(300, 64, device="cuda")
+    w[17, 0] = w[139, 1] = 1.0
+    w[:, 3] = -float("inf")
+    w[5:9, 3] = 1.0  # of the last row four tokens are left
+    got = calls.LinearLogprob(h.nan_to_num(), w.nan_to_num(neginf=-3e38), ints([17, 0, 0, 6]))
+    out = got.forward()
+    bad = calls.LinearLogprob(h, w[:, :].nan_to_num(neginf=0.0), ints([17, 300, 0, 6])).forward()
+    return [
+        ("one hot", abs(float(out["logprob"][0])), 1e-6),
+        ("four of many", abs(float(out["entropy"][3]) - 1.3862943611), 1e-5),
+        ("NaN stays in its row", float(bad["logprob"][2].isfinite()), 0.0),
+        ("no token, no log-probability", float(bad["logprob"][1].isfinite()), 0.0),
+        ("its entropy is there", float(not bad["entropy"][1].isfinite()), 0.0),
+    ]
+
+
+@case
+def linear_logprob_backward() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        for rows, vocab, cols in ((3, 111, 48), (130, 1000, 72), (257, 9001, 128)):
+            h, ref = normal(rows, cols, dtype=dtype), normal(rows, cols, dtype=dtype)
+            w = normal(vocab, cols, dtype=dtype, scale=2.0 * cols**-0.5)
+            tokens = torch.randint(0, vocab, (rows,), dtype=torch.int32, device="cuda")
+            names = ("logprob", "entropy", "kl", "reverse_kl")
+            upstream = {name: normal(rows) for name in names}
+            op = calls.LinearLogprob(h, w, tokens, 0.8, ref)
+            op.forward()
+            got = [g.clone() for g in op.backward(upstream) if g is not None]
+            gradients = []
+            for of in (torch.float64, dtype):
+                x, y = h.to(of).requires_grad_(), w.to(of).requires_grad_()
+                logq = log_softmax(ref.to(of), w.to(of), 0.8)
+                values = logprob_truth(log_softmax(x, y, 0.8), logq, tokens)
+                loss = sum((values[n] * upstream[n].to(of)).sum() for n in names)
+                # The reference is a constant.
+                gradients.append(torch.autograd.grad(loss, (x, y)))
+            name = f"{dtype} {rows}x{vocab}x{cols}"
+            for what, ours, truth, plain in zip(
+                ("d_hidden", "d_weight"), got, *gradients, strict=True
+            ):
+                budget = max(2 * error(plain, truth), 2e-5 if dtype == torch.float32 else 4e-3)
+                measured.append((f"{name} {what}", error(ours, truth), budget))
+            again = op.backward(upstream)
+            measured.append((f"{name} again", differing(again[0], got[0]), 0.0))
+    return measured
+
+
+@case
+def head_sample() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        rows, vocab, cols = 200, 5003, 256
+        h, w = normal(rows, cols, dtype=dtype), normal(vocab, cols, dtype=dtype, scale=0.1)
+        draws = [(7, i % 3, i, (0.0, 0.7, 1.0)[i % 3]) for i in range(rows)]
+        packed = calls.sample_rows(draws)
+        tokens, logprobs = calls.head_sample(h, w, packed)
+        greedy = torch.tensor([d[3] == 0.0 for d in draws], device="cuda")
+        logits = h.double() @ w.double().T
+        best = logits.max(1).values - logits.gather(1, tokens.long()[:, None])[:, 0]
+        measured.append((f"{dtype} greedy", float(best[greedy].max()), 1e-3))
+        for temperature in (0.7, 1.0):
+            at = [i for i, d in enumerate(draws) if d[3] == temperature]
+            scored = calls.LinearLogprob(h[at], w, tokens[at].contiguous(), temperature).forward()
+            bits = differing(scored["logprob"], logprobs[at])
+            measured.append((f"{dtype} sampled minus scored at {temperature}", bits, 0.0))
+        one = calls.head_sample(h[100:101].contiguous(), w, packed[100:101].contiguous())
+        measured.append((f"{dtype} alone", differing(one[0], tokens[100:101]), 0.0))
+        measured.append((f"{dtype} alone, value", differing(one[1], logprobs[100:101]), 0.0))
+    # 60,000 draws of one distribution over 300 tokens: chi-square per degree of freedom.
+    h, w = normal(1, 64), normal(300, 64, scale=0.2)
+    many = calls.sample_rows([(3, 0, i, 1.0) for i in range(60_000)])
+    tokens, _ = calls.head_sample(h.expand(60_000, 64).contiguous(), w, many)
+    expected = 60_000 * log_softmax(h.double(), w.double(), 1.0)[0].exp()
+    counts = torch.bincount(tokens.long(), minlength=300).double()
+    chi = float(((counts - expected) ** 2 / expected).sum() / 299)
+    return [*measured, ("chi-square per degree of freedom", chi, 1.35)]

@@ -1,0 +1,35 @@
+"""The GPU's cases under pytest; skipped, with the reason, where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignpro import native
+
+CASES = (
+    "embedding",
+    "rms_norm",
+    "swiglu",
+    "rope_kv_write",
+    "attention_decode",
+    "linear_logprob",
+    "linear_logprob_at_the_edges",
+    "linear_logprob_backward",
+    "head_sample",
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name):
+    if not native.core.cuda.is_available():
+        pytest.skip(f"GPU: {native.core.cuda.unavailable_reason()}")
+    from gpu import cases
+
+    (case,) = (c for c in cases.CASES if c.__name__ == name)
+    assert [m for m in case() if not m[1] <= m[2]] == []
+
+
+def test_every_case_is_named():
+    from gpu import cases
+
+    assert tuple(c.__name__ for c in cases.CASES) == CASES

@@ -1,0 +1,92 @@
+"""The CUDA engine where there is none: honest, and every op says what to do."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignpro import native
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+import check_spills  # noqa: E402
+
+CALLS = {
+    "device_name": 0,
+    "embedding": 4,
+    "rms_norm": 5,
+    "swiglu": 3,
+    "rope_kv_write": 8,
+    "attention_decode": 9,
+    "linear_logprob": 9,
+    "linear_logprob_backward": 12,
+    "head_sample": 7,
+}
+
+
+def arguments(op: str) -> dict[str, object]:
+    """Values of the right types, named as the signature names them."""
+    signature = getattr(native.core.cuda, op).__doc__ or ""
+    names = re.findall(r"(\w+): ([\w.\[\], ]+?)(?=, \w+:|\))", signature.splitlines()[0])
+    typed: dict[str, object] = {
+        "eps": 1e-5,
+        "temperature": 1.0,
+        "stream": 0,
+        "max_positions": 16,
+        "forward": {},
+        "upstream": {},
+        "shape": native.core.cuda.AttentionShape(2, 1, 8, 0, 1.0),
+    }
+    return {name: typed.get(name) for name, _ in names}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_without_a_gpu_a_call_says_so(op):
+    cuda = native.core.cuda
+    if cuda.is_available():
+        assert cuda.unavailable_reason() == ""
+        pytest.skip(f"{cuda.device_name()} is here")
+    given = arguments(op)
+    assert len(given) == CALLS[op]
+    with pytest.raises(native.UnavailableError, match=r"^cuda: ") as caught:
+        getattr(cuda, op)(**given)
+    assert "\n" not in str(caught.value)
+    assert cuda.unavailable_reason() in str(caught.value) or op == "device_name"
+    wanted = "ALIGNPRO_CUDA=ON" if cuda.version() == "no" else "GPU"
+    assert wanted in cuda.unavailable_reason()
+
+
+def test_a_build_without_cuda_links_none():
+    if native.core.cuda.version() != "no":
+        pytest.skip("this build has CUDA")
+    assert native.core.build_info()["cuda"] == "no"
+    binary = Path(inspect.getfile(native.core)).read_bytes()
+    for word in (b"libcudart", b"libcuda.so", b"cudaLaunchKernel", b"cudaGetDeviceCount"):
+        assert word not in binary
+
+
+def test_spills_are_read_from_a_build_log():
+    clean = """
+ptxas info    : Compiling entry function '_Z4goodv' for 'sm_90a'
+ptxas info    : Function properties for _Z4goodv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers
+"""
+    spilled = clean + clean.replace("good", "bad_").replace("0 bytes spill st", "16 bytes spill st")
+    assert check_spills.spills(clean) == (1, [])
+    count, complaints = check_spills.spills(spilled)
+    assert count == 2 and len(complaints) == 1
+    assert complaints[0].startswith("_Z4bad_v for sm_90a") and "16 of spill stores" in complaints[0]
+    framed = clean.replace("0 bytes stack frame", "8 bytes stack frame")
+    assert len(check_spills.spills(framed)[1]) == 1
+
+
+@pytest.mark.parametrize(("log", "code"), [("", 1), ("0 bytes stack frame", 1)])
+def test_a_log_without_kernels_is_no_proof(tmp_path, log, code):
+    path = tmp_path / "build.log"
+    path.write_text(log, encoding="utf-8")
+    assert check_spills.main(str(path)) == code
