@@ -97,6 +97,28 @@ void swiglu(const py::object& gate_up, const py::object& h, uintptr_t stream) {
   cuda::swiglu(from, to, stream_of(stream));
 }
 
+void linear(const py::object& x, const py::object& weight, const py::object& bias,
+            const py::object& residual, const py::object& lora_x, const py::object& lora_up,
+            float lora_scale, const py::object& out, uintptr_t stream) {
+  Call call("linear");
+  const cuda::Matrix from = call.matrix(x, "x"), w = call.matrix(weight, "weight");
+  const cuda::Matrix to = call.matrix(out, "out");
+  cuda::LinearExtras extras;
+  if (!bias.is_none()) {
+    const DeviceTensor& b = call.tensor(bias, "bias", 1);
+    require(b.dtype() == w.dtype && b.size(0) == w.rows, "bias: expected ", w.rows, " values of ",
+            dtype_name(w.dtype), ", got ", b.size(0), " of ", dtype_name(b.dtype()));
+    extras.bias = b.data();
+  }
+  require(lora_x.is_none() == lora_up.is_none(), "lora_x, lora_up: expected both or neither");
+  extras.residual = call.optional_matrix(residual, "residual");
+  extras.lora_x = call.optional_matrix(lora_x, "lora_x");
+  extras.lora_up = call.optional_matrix(lora_up, "lora_up");
+  extras.lora_scale = lora_scale;
+  const GilRelease release;
+  cuda::linear(from, w, extras, to, stream_of(stream));
+}
+
 cuda::AttentionShape attention_shape(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                                      int64_t sliding_window, float scale) {
   return {num_heads, num_kv_heads, head_dim, sliding_window, scale};
@@ -244,6 +266,9 @@ void bind_cuda(py::module_& core) {
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("y"),
         py::arg("stream"));
   m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("h"), py::arg("stream"));
+  m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
+        py::arg("lora_x"), py::arg("lora_up"), py::arg("lora_scale"), py::arg("out"),
+        py::arg("stream"));
   m.def("rope_kv_write", &rope_kv_write, py::arg("qkv"), py::arg("shape"), py::arg("cos"),
         py::arg("sin"), py::arg("positions"), py::arg("blocks"), py::arg("kv"), py::arg("stream"));
   m.def("attention_decode", &attention_decode, py::arg("qkv"), py::arg("shape"),

@@ -24,6 +24,9 @@ std::string version() { return "no"; }
 void embedding(const Matrix&, const int32_t*, const Matrix&, Stream) { missing("embedding"); }
 void rms_norm(const Matrix&, const void*, float, const Matrix&, Stream) { missing("rms_norm"); }
 void swiglu(const Matrix&, const Matrix&, Stream) { missing("swiglu"); }
+void linear(const Matrix&, const Matrix&, const LinearExtras&, const Matrix&, Stream) {
+  missing("linear");
+}
 void rope_kv_write(const AttentionShape&, const Matrix&, int64_t, const float*, const float*,
                    const int32_t*, const int32_t*, const PagedKv&, Stream) {
   missing("rope_kv_write");

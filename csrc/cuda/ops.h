@@ -47,6 +47,18 @@ void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, S
 // h [rows, n] = silu(gate) * up, from gate_up [rows, 2n] = [gate | up].
 void swiglu(const Matrix& gate_up, const Matrix& h, Stream stream);
 
+// What joins a linear layer's product while it is in registers; null or no matrix: nothing.
+struct LinearExtras {
+  const void* bias = nullptr;  // [out features]
+  Matrix residual;             // [rows, out features]; may be out
+  Matrix lora_x, lora_up;      // x A^T [rows, rank] and B [out features, rank]
+  float lora_scale = 0.0f;
+};
+// out [rows, out features] = x W^T + lora_scale lora_x B^T + bias + residual, in one dtype, sums in
+// float32.
+void linear(const Matrix& x, const Matrix& weight, const LinearExtras& extras, const Matrix& out,
+            Stream stream);
+
 // Rows of qkv are [q heads | k heads | v heads] x head_dim.
 struct AttentionShape {
   int64_t num_heads, num_kv_heads, head_dim;

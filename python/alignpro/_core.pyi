@@ -255,6 +255,18 @@ class cuda:
     @staticmethod
     def swiglu(gate_up: Any, h: Any, stream: int) -> None: ...
     @staticmethod
+    def linear(
+        x: Any,
+        weight: Any,
+        bias: Any | None,
+        residual: Any | None,
+        lora_x: Any | None,
+        lora_up: Any | None,
+        lora_scale: float,
+        out: Any,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
     def rope_kv_write(
         qkv: Any,
         shape: AttentionShape,

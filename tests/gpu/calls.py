@@ -45,6 +45,22 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return h
 
 
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """lora: A [rank, in], B [out, rank], scale."""
+    out = poisoned(len(x), len(weight), dtype=x.dtype)
+    lora_x, lora_up, scale = None, None, 0.0
+    if lora is not None:
+        lora_x, lora_up, scale = linear(x, lora[0]), lora[1], lora[2]
+    cuda.linear(x, weight, bias, residual, lora_x, lora_up, scale, out, stream())
+    return out
+
+
 def attention_shape(
     num_heads: int, num_kv_heads: int, head_dim: int, sliding_window: int = 0
 ) -> Any:

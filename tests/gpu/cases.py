@@ -91,6 +91,25 @@ def swiglu() -> Measured:
     return measured
 
 
+@case
+def linear() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        for rows, n, k in ((1, 576, 1536), (130, 264, 72), (517, 1024, 4096)):
+            x, w = normal(rows, k, dtype=dtype), normal(n, k, dtype=dtype, scale=k**-0.5)
+            a, b = normal(16, k, dtype=dtype, scale=k**-0.5), normal(n, 16, dtype=dtype)
+            bias, residual = normal(n, dtype=dtype), normal(rows, n, dtype=dtype)
+            name = f"{dtype} {rows}x{n}x{k}"
+            measured += judged(name, calls.linear(x, w), x @ w.T, x.double() @ w.double().T)
+            y = calls.linear(x, w, bias, residual, (a, b, 0.5))
+            truth = x.double() @ w.double().T + 0.5 * x.double() @ a.double().T @ b.double().T
+            plain = x @ w.T + 0.5 * ((x @ a.T) @ b.T) + bias + residual
+            measured += judged(f"{name} lora", y, plain, truth + bias.double() + residual.double())
+            last = (x[-1:].contiguous(), w, bias, residual[-1:].contiguous(), (a, b, 0.5))
+            measured.append((f"{name} alone", differing(calls.linear(*last), y[-1:]), 0.0))
+    return measured
+
+
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [rows, heads, head_dim], cos and sin [rows, half]."""
     half = cos.shape[1]

@@ -10,6 +10,7 @@ CASES = (
     "embedding",
     "rms_norm",
     "swiglu",
+    "linear",
     "rope_kv_write",
     "attention_decode",
     "linear_logprob",

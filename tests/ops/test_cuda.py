@@ -20,6 +20,7 @@ CALLS = {
     "embedding": 4,
     "rms_norm": 5,
     "swiglu": 3,
+    "linear": 9,
     "rope_kv_write": 8,
     "attention_decode": 9,
     "linear_logprob": 9,
@@ -35,6 +36,7 @@ def arguments(op: str) -> dict[str, object]:
     typed: dict[str, object] = {
         "eps": 1e-5,
         "temperature": 1.0,
+        "lora_scale": 1.0,
         "stream": 0,
         "max_positions": 16,
         "forward": {},

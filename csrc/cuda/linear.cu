@@ -1,0 +1,53 @@
+// Tiles of 128 x 128; blocks beside each other share a tile of the weight, which is then read once
+// for up to a wave of rows. One tile for every number of rows, so that a row's bits do not depend
+// on how many there are.
+
+#include "bodies/linear.h"
+#include "checks.h"
+#include "device_block.h"
+#include "launch.h"
+#include "vocabulary_tiles.h"
+
+namespace alignpro::cuda {
+namespace {
+
+template <typename T, bool kLora>
+__global__ void __launch_bounds__(kTileThreads) linear_kernel(Linear<T> args) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  DeviceBlock block;
+  linear_tile<kLora>(block, args, int64_t{blockIdx.x} * kTile, int64_t{blockIdx.y} * kTile, shared);
+}
+
+}  // namespace
+
+void linear(const Matrix& x, const Matrix& weight, const LinearExtras& extras, const Matrix& out,
+            Stream stream) {
+  constexpr const char* kOp = "linear";
+  const int64_t rows = x.rows, cols = weight.rows;
+  check_matrix(kOp, "x", x, rows, weight.cols, x.dtype);
+  check_matrix(kOp, "weight", weight, cols, x.cols, x.dtype);
+  check_matrix(kOp, "out", out, rows, cols, x.dtype);
+  const bool with_residual = extras.residual.data != nullptr;
+  const bool with_lora = extras.lora_x.data != nullptr;
+  if (with_residual) check_matrix(kOp, "residual", extras.residual, rows, cols, x.dtype);
+  if (with_lora) {
+    check_matrix(kOp, "lora_x", extras.lora_x, rows, extras.lora_up.cols, x.dtype);
+    check_matrix(kOp, "lora_up", extras.lora_up, cols, extras.lora_x.cols, x.dtype);
+  }
+  dispatch(kOp, x.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Linear<T> args{operand<T>(x),
+                         operand<T>(weight),
+                         operand<T>(extras.lora_x),
+                         operand<T>(extras.lora_up),
+                         extras.lora_scale,
+                         static_cast<const T*>(extras.bias),
+                         {static_cast<const T*>(extras.residual.data), extras.residual.ld},
+                         {static_cast<T*>(out.data), out.ld}};
+    const dim3 grid(count((rows + kTile - 1) / kTile), count((cols + kTile - 1) / kTile));
+    launch(kOp, with_lora ? linear_kernel<T, true> : linear_kernel<T, false>, grid, kTileThreads,
+           kProductBytes<T>, stream, args);
+  });
+}
+
+}  // namespace alignpro::cuda
