@@ -167,6 +167,8 @@ cuda::LogprobInput logprob_input(Call& call, const py::object& hidden, const py:
   in.weight = call.matrix(weight, "weight");
   in.tokens = call.ints(tokens, "tokens", in.hidden.rows);
   in.temperature = temperature;
+  require(!reference_hidden.is_none() || reference_weight.is_none(),
+          "reference_weight: given without reference_hidden; pass both or neither");
   in.ref_hidden = call.optional_matrix(reference_hidden, "reference_hidden");
   in.ref_weight =
       reference_weight.is_none() ? in.weight : call.matrix(reference_weight, "reference_weight");

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "cuda/bodies/attention_decode.h"
 #include "cuda/bodies/rows.h"
+#include "cuda/checks.h"
 #include "host_block.h"
 #include "numbers.h"
 
@@ -289,6 +290,51 @@ TEST(a_missing_barrier_is_seen) {
                                 if (block.thread() != 5) block.sync();
                               }),
                std::runtime_error, "63 wait");
+}
+
+TEST(arguments_that_no_kernel_takes_are_refused) {
+  alignas(16) float memory[64];
+  const Matrix good{memory, 2, 8, 8, DType::kF32};
+  check_matrix("op", "x", good, 2, 8, DType::kF32);
+  const auto refused = [&](Matrix m, const char* text) {
+    CHECK_THROWS(check_matrix("op", "x", m, 2, 8, DType::kF32), InvalidArgument, text);
+  };
+  Matrix bad = good;
+  bad.dtype = DType::kBF16;
+  refused(bad, "op: x: expected F32, got BF16");
+  bad = good;
+  bad.rows = 3;
+  refused(bad, "expected shape [2, 8], got [3, 8]");
+  bad = good;
+  bad.ld = 10;
+  refused(bad, "at a distance of 10");
+  bad = good;
+  bad.data = memory + 1;
+  refused(bad, "multiple of 16 bytes");
+  bad = {memory, 2, 6, 8, DType::kF32};
+  CHECK_THROWS(check_matrix("op", "x", bad, 2, 6, DType::kF32), InvalidArgument, "multiple of 4");
+  bad = {nullptr, 0, 8, 8, DType::kF32};
+  check_matrix("op", "x", bad, 0, 8, DType::kF32);  // nothing to read
+
+  CHECK_THROWS(dispatch("op", DType::kF16, [](auto) {}), InvalidArgument, "got F16");
+  const PagedKv kv{memory, 256, 256, 128};
+  const Matrix qkv{memory, 1, 32, 32, DType::kF32};
+  check_attention("op", {2, 1, 8, 0, 1.0f}, qkv, kv);
+  CHECK_THROWS(check_attention("op", {3, 2, 8, 0, 1.0f}, qkv, kv), InvalidArgument, "3 over 2");
+  CHECK_THROWS(check_attention("op", {2, 1, 6, 0, 1.0f}, {memory, 1, 24, 24, DType::kF32}, kv),
+               InvalidArgument, "head_dim");
+  LogprobInput in;
+  in.hidden = {memory, 2, 8, 8, DType::kF32};
+  in.weight = {memory, 4, 8, 8, DType::kF32};
+  check_logprob("op", in);
+  in.temperature = 0.0f;
+  CHECK_THROWS(check_logprob("op", in), InvalidArgument, "temperature");
+  in.temperature = NAN;
+  CHECK_THROWS(check_logprob("op", in), InvalidArgument, "temperature");
+  in.temperature = 1.0f;
+  in.ref_hidden = in.hidden;
+  in.ref_weight = {memory, 3, 8, 8, DType::kF32};
+  CHECK_THROWS(check_logprob("op", in), InvalidArgument, "reference_weight");
 }
 
 CHECK_MAIN()

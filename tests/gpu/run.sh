@@ -19,7 +19,7 @@ export CUDACXX
 for tool in cmake ninja python3 g++; do
   command -v "$tool" >/dev/null || missing "expected $tool on PATH, found none"
 done
-python3 -c 'import torch, pybind11' || missing "expected python3 with torch and pybind11"
+python3 -c 'import torch, pybind11' 2>/dev/null || missing "expected python3 with torch and pybind11"
 capability="$(python3 - <<'PY'
 import torch
 
