@@ -11,7 +11,7 @@ std::string unavailable_reason() {
     (void)cudaGetLastError();
     return cat("no GPU answers (",
                status == cudaSuccess ? "none found" : cudaGetErrorString(status),
-               "); run on a machine with one, or without device=\"cuda\"");
+               "); run on a machine with one, or use the CPU engine");
   }
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||

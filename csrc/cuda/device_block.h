@@ -2,6 +2,8 @@
 
 // The block that runs a kernel body on a GPU (bodies/block.h says what it owes). sm_80 and later.
 
+#if defined(__CUDACC__)  // see launch.h
+
 #include <cstdint>
 
 #include "bodies/block.h"
@@ -57,3 +59,5 @@ class DeviceBlock {
 };
 
 }  // namespace alignpro::cuda
+
+#endif

@@ -15,7 +15,7 @@ template <typename T>
 __global__ void __launch_bounds__(kTileThreads)
     draw_kernel(Vocabulary<T> v, const SampleRow* draws, const ops::TileStats* stats,
                 int32_t* tokens, float* logprobs) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  ALIGNPRO_DYNAMIC_SHARED(shared);
   __shared__ RowShared row_shared;
   DeviceBlock block;
   draw_row(block, int64_t{blockIdx.x}, v, draws[blockIdx.x],

@@ -1,9 +1,16 @@
 #pragma once
 
+#if !defined(__CUDACC__)
+#include "host_launch.h"  // of the C++ tests, which run the launchers on the CPU
+#else
+
 #include <cuda_runtime.h>
 
 #include "alignpro/core/error.h"
 #include "ops.h"
+
+// Shared memory whose size the launch gives.
+#define ALIGNPRO_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 namespace alignpro::cuda {
 
@@ -32,3 +39,5 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, i
 inline unsigned count(int64_t blocks) { return static_cast<unsigned>(blocks); }
 
 }  // namespace alignpro::cuda
+
+#endif

@@ -13,7 +13,7 @@ namespace {
 
 template <typename T, bool kLora>
 __global__ void __launch_bounds__(kTileThreads) linear_kernel(Linear<T> args) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  ALIGNPRO_DYNAMIC_SHARED(shared);
   DeviceBlock block;
   linear_tile<kLora>(block, args, int64_t{blockIdx.x} * kTile, int64_t{blockIdx.y} * kTile, shared);
 }

@@ -18,7 +18,7 @@ template <typename T, bool kRef>
 __global__ void __launch_bounds__(kTileThreads)
     tile_stats_kernel(Vocabulary<T> v, const SampleRow* draws, int64_t first, ops::TileStats* stats,
                       float* logit, float* ref_logit) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  ALIGNPRO_DYNAMIC_SHARED(shared);
   DeviceBlock block;
   tile_stats<kRef>(block, v, draws, first + int64_t{blockIdx.x} * kTile, int64_t{blockIdx.y}, first,
                    stats, logit, ref_logit, shared);

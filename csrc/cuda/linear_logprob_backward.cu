@@ -17,7 +17,7 @@ constexpr int kThreads = 256;
 __global__ void __launch_bounds__(kThreads)
     row_gradients_kernel(int64_t rows, bool with_ref, const int32_t* tokens, LogprobOutput forward,
                          LogprobUpstream upstream, ops::RowGradient* gradients) {
-  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t row = int64_t{blockIdx.x} * kThreads + DeviceBlock().thread();
   if (row < rows) gradients[row] = row_gradient(row, with_ref, tokens, forward, upstream);
 }
 
@@ -25,7 +25,7 @@ template <typename T, bool kRef>
 __global__ void __launch_bounds__(kTileThreads)
     tile_gradient_kernel(Vocabulary<T> v, const ops::RowGradient* gradients, int64_t first_tile,
                          T* dz) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  ALIGNPRO_DYNAMIC_SHARED(shared);
   DeviceBlock block;
   tile_gradient<kRef>(block, v, gradients, int64_t{blockIdx.x} * kTile, first_tile + blockIdx.y,
                       first_tile * kTile, dz, kChunk, shared);
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kTileThreads)
 template <typename A, typename B>
 __global__ void __launch_bounds__(kTileThreads)
     product_kernel(A a, B b, int64_t rows, int64_t cols, float* out, int64_t ld, bool accumulate) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  ALIGNPRO_DYNAMIC_SHARED(shared);
   DeviceBlock block;
   store_product_tile(block, a, int64_t{blockIdx.x} * kTile, b, int64_t{blockIdx.y} * kTile, rows,
                      cols, out, ld, accumulate, shared);

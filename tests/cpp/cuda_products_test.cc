@@ -430,4 +430,45 @@ TEST(greedy_takes_the_lowest_id_on_a_tie) {
   CHECK(tokens[1] == -1 && std::isnan(logprobs[1]));
 }
 
+TEST(draws_reach_more_tiles_than_threads) {
+  const int64_t vocab = 300 * kTile - 5, cols = 8;
+  Problem<float> p(1, vocab, cols, 1.0f);
+  for (int64_t k = 0; k < cols; ++k) p.hidden.data()[k] = k == 0 ? 1.0f : 0.0f;
+  // Two of the same maximum, a block's width of tiles apart: one thread sees both.
+  for (const int64_t tile : {2, 2 + kTileThreads})
+    p.weight.data()[(tile * kTile + 7) * cols] = 9.0f;
+  for (int64_t tile = 0; tile < vocabulary_tiles(vocab); ++tile) {
+    float max = -INFINITY;
+    const int64_t end = std::min<int64_t>(vocab, (tile + 1) * kTile);
+    const auto logit = [&](int64_t t) { return p.weight.data()[t * cols]; };
+    for (int64_t t = tile * kTile; t < end; ++t) max = std::max(max, logit(t));
+    ops::TileStats stats = ops::open_tile(max, -INFINITY);
+    for (int64_t t = tile * kTile; t < end; ++t) ops::add_logit(logit(t), &stats);
+    p.stats[static_cast<size_t>(tile)] = stats;
+  }
+  const Doubles logp = p.log_softmax(p.hidden.floats(), 1.0f);
+  for (uint32_t position = 0; position < 12; ++position) {
+    const SampleRow how{5, 0, position, position == 0 ? 0.0f : 1.0f};
+    int32_t token = -7;
+    float logprob = NAN;
+    SharedMemory<float> shared;
+    RowShared row_shared;
+    HostBlock::run(kTileThreads, next_seed(), [&](HostBlock& block) {
+      draw_row(block, 0, p.v, how, p.row_stats(0), &token, &logprob, shared.masses(), row_shared,
+               shared.data());
+    });
+    CHECK(token >= 0 && token < vocab);
+    if (position == 0) {
+      CHECK_EQ(token, 2 * kTile + 7);
+      continue;
+    }
+    double below = 0.0;
+    for (int32_t t = 0; t < token; ++t) below += std::exp(logp[static_cast<size_t>(t)]);
+    const double mass = std::exp(logp[static_cast<size_t>(token)]);
+    const double u = keyed_uniform(5, 0, position);
+    CHECK(u > below - 1e-5 && u < below + mass + 1e-5);
+    CHECK(std::abs(logprob - std::log(mass)) < 1e-5);
+  }
+}
+
 CHECK_MAIN()

@@ -271,6 +271,22 @@ TEST(a_row_attends_alone_as_in_company) {
   }
 }
 
+TEST(reductions_follow_each_other_in_the_same_scratch) {
+  for (uint32_t seed = 1; seed < 20; ++seed) {
+    float scratch[kMaxWarps];
+    int wrong = 0;
+    HostBlock::run(96, seed, [&](HostBlock& block) {
+      const auto thread = static_cast<float>(block.thread());
+      const float sum = reduce_block(block, thread, scratch, Add());
+      const float max = reduce_block(block, 1000.0f - thread, scratch, Larger());
+      const float quad = reduce_lanes(block, thread, 4, Add());
+      const float expected = 4.0f * std::floor(thread / 4.0f) * 4.0f + 6.0f;
+      wrong += sum == 4560.0f && max == 1000.0f && quad == expected ? 0 : 1;
+    });
+    CHECK_EQ(wrong, 0);
+  }
+}
+
 TEST(a_missing_barrier_is_seen) {
   const auto neighbour = [](bool with_barrier, uint32_t seed) {
     int shown[64] = {}, bad = 0;

@@ -1,9 +1,9 @@
 #pragma once
 
 // A thread block of fibers: runs the bodies of csrc/cuda on the CPU, line for line. Fibers run in
-// random order between barriers, and an asynchronous copy lands at once or when it is waited for,
-// by chance: a missing barrier or wait then gives wrong numbers under some seed. A barrier that not
-// all threads reach is an error.
+// random order between barriers, a warp often far ahead of the others, and an asynchronous copy
+// lands at once or when it is waited for, by chance: a missing barrier or wait then gives wrong
+// numbers under some seed. A barrier that not all threads reach is an error.
 
 #include <ucontext.h>
 
@@ -29,6 +29,9 @@ class HostBlock {
     HostBlock block(threads, seed, body);
     block.schedule();
   }
+
+  // The one that runs.
+  static HostBlock& current() { return *running(); }
 
   int thread() const { return current_; }
   int threads() const { return static_cast<int>(fibers_.size()); }
@@ -114,12 +117,13 @@ class HostBlock {
         random_(seed),
         fibers_(static_cast<size_t>(threads)),
         warp_barriers_(static_cast<size_t>(threads / alignpro::cuda::kWarp)),
-        shown_(warp_barriers_.size()) {
+        shown_(warp_barriers_.size()),
+        runnable_(warp_barriers_.size()) {
     for (size_t i = 0; i < fibers_.size(); ++i) {
       stacks().resize(std::max(stacks().size(), i + 1));
       if (stacks()[i] == nullptr) stacks()[i].reset(new char[kStack]);
       prepare(fibers_[i].context, stacks()[i].get());
-      runnable_.push_back(static_cast<int>(i));
+      make_runnable(static_cast<int>(i));
     }
   }
 
@@ -149,11 +153,7 @@ class HostBlock {
   void schedule() {
     running() = this;
     size_t left = fibers_.size();
-    while (!runnable_.empty()) {
-      const size_t pick = random_() % runnable_.size();
-      std::swap(runnable_[pick], runnable_.back());
-      current_ = runnable_.back();
-      runnable_.pop_back();
+    while (pick()) {
 #if defined(__SANITIZE_ADDRESS__)
       void* fake = nullptr;
       __sanitizer_start_switch_fiber(&fake, own().context.uc_stack.ss_sp, kStack);
@@ -168,6 +168,20 @@ class HostBlock {
       throw std::runtime_error("a barrier was not reached by all threads: " + std::to_string(left) +
                                " wait");
     }
+  }
+
+  // The next fiber to run: of the favourite warp while it can, which seldom changes.
+  bool pick() {
+    if (random_() % 128 == 0) favourite_ = random_() % runnable_.size();
+    for (size_t tried = 0; tried < runnable_.size() && runnable_[favourite_].empty(); ++tried) {
+      favourite_ = (favourite_ + 1) % runnable_.size();
+    }
+    std::vector<int>& ready = runnable_[favourite_];
+    if (ready.empty()) return false;
+    std::swap(ready[random_() % ready.size()], ready.back());
+    current_ = ready.back();
+    ready.pop_back();
+    return true;
   }
 
   // Back to the scheduler; returns when this fiber is picked again.
@@ -186,10 +200,13 @@ class HostBlock {
 #endif
   }
 
+  void make_runnable(int fiber) {
+    runnable_[static_cast<size_t>(fiber / alignpro::cuda::kWarp)].push_back(fiber);
+  }
   void arrive(Barrier& barrier, int count) {
     barrier.waiting.push_back(current_);
     if (static_cast<int>(barrier.waiting.size()) == count) {
-      runnable_.insert(runnable_.end(), barrier.waiting.begin(), barrier.waiting.end());
+      for (const int fiber : barrier.waiting) make_runnable(fiber);
       barrier.waiting.clear();
     }
     leave();
@@ -244,7 +261,8 @@ class HostBlock {
   std::vector<Barrier> warp_barriers_;
   std::vector<Shown> shown_;
   Barrier block_barrier_;
-  std::vector<int> runnable_;
+  std::vector<std::vector<int>> runnable_;  // by warp
+  size_t favourite_ = 0;
   int current_ = 0;
   ucontext_t main_;
   const void* main_stack_ = nullptr;

@@ -1,0 +1,206 @@
+// The ops of csrc/cuda/ops.h as callers see them, compiled for the CPU (host_launch.h): launchers,
+// grids and workspaces, beside the CPU's own ops.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "alignpro/core/rng.h"
+#include "alignpro/ops/head_sample.h"
+#include "alignpro/ops/linear_logprob.h"
+#include "alignpro/ops/rms_norm.h"
+#include "alignpro/ops/swiglu.h"
+#include "check.h"
+#include "cuda/ops.h"
+#include "host_block.h"
+#include "numbers.h"
+
+using namespace alignpro;
+
+namespace {
+
+cuda::Matrix matrix(Tensor<float>& t, int64_t rows, int64_t cols) {
+  return {t.data(), rows, cols, cols, DType::kF32};
+}
+
+double difference(const Floats& a, const Floats& b) {
+  return relative_error(a, Doubles(b.begin(), b.end()));
+}
+
+struct Outputs {
+  Floats logprob, entropy, kl, reverse_kl, ref_logprob;
+  Doubles lse, ref_lse;
+
+  explicit Outputs(int64_t rows) {
+    const auto count = static_cast<size_t>(rows);
+    for (Floats* f : {&logprob, &entropy, &kl, &reverse_kl, &ref_logprob}) f->assign(count, NAN);
+    lse = ref_lse = Doubles(count, NAN);
+  }
+  template <typename Output>
+  Output views() {
+    return {logprob.data(),     entropy.data(), kl.data(),     reverse_kl.data(),
+            ref_logprob.data(), lse.data(),     ref_lse.data()};
+  }
+};
+
+// Forward and backward of both engines.
+void check_logprob(int64_t rows, int64_t vocab, int64_t cols) {
+  ThreadTeam team(1);
+  Tensor<float> hidden(normal(static_cast<size_t>(rows * cols), 1));
+  Tensor<float> ref(normal(static_cast<size_t>(rows * cols), 2));
+  Tensor<float> weight(normal(static_cast<size_t>(vocab * cols), 3, 0.4f));
+  std::vector<int32_t> tokens;
+  for (int64_t m = 0; m < rows; ++m) tokens.push_back(static_cast<int32_t>((m * 4111 + 7) % vocab));
+
+  const ops::StoredMatrix stored{reinterpret_cast<const std::byte*>(weight.data()), DType::kF32,
+                                 vocab, cols};
+  const ops::LogprobInput cpu_in{.rows = rows,
+                                 .hidden = hidden.data(),
+                                 .weight = stored,
+                                 .tokens = tokens,
+                                 .temperature = 0.8f,
+                                 .ref_hidden = ref.data()};
+  Outputs cpu(rows), gpu(rows);
+  ops::linear_logprob(cpu_in, cpu.views<ops::LogprobOutput>(), nullptr, team);
+
+  cuda::LogprobInput in;
+  in.hidden = matrix(hidden, rows, cols);
+  in.weight = in.ref_weight = matrix(weight, vocab, cols);
+  in.ref_hidden = matrix(ref, rows, cols);
+  in.tokens = tokens.data();
+  in.temperature = 0.8f;
+  Tensor<float> workspace(static_cast<size_t>(cuda::linear_logprob_bytes(in) / 4));
+  cuda::linear_logprob(in, gpu.views<cuda::LogprobOutput>(), workspace.data(), nullptr);
+  CHECK(difference(gpu.logprob, cpu.logprob) < kBudget);
+  CHECK(difference(gpu.entropy, cpu.entropy) < kBudget);
+  CHECK(difference(gpu.kl, cpu.kl) < 2e-5);
+  CHECK(difference(gpu.reverse_kl, cpu.reverse_kl) < 2e-5);
+  CHECK(difference(gpu.ref_logprob, cpu.ref_logprob) < kBudget);
+
+  const auto count = static_cast<size_t>(rows);
+  const Floats u[4] = {normal(count, 4), normal(count, 5), normal(count, 6), normal(count, 7)};
+  Floats d_hidden(static_cast<size_t>(rows * cols)), d_weight(static_cast<size_t>(vocab * cols));
+  ops::linear_logprob_backward(cpu_in, cpu.views<ops::LogprobOutput>(), nullptr, nullptr,
+                               {u[0].data(), u[1].data(), u[2].data(), u[3].data(), nullptr},
+                               d_hidden.data(), d_weight.data(), team);
+  Tensor<float> to_hidden(d_hidden.size()), to_weight(d_weight.size());
+  Tensor<float> memory(static_cast<size_t>(cuda::linear_logprob_backward_bytes(in) / 4));
+  cuda::linear_logprob_backward(
+      in, gpu.views<cuda::LogprobOutput>(), {u[0].data(), u[1].data(), u[2].data(), u[3].data()},
+      matrix(to_hidden, rows, cols), matrix(to_weight, vocab, cols), memory.data(), nullptr);
+  CHECK(difference(to_hidden.floats(), d_hidden) < 2e-5);
+  CHECK(difference(to_weight.floats(), d_weight) < 2e-5);
+}
+
+}  // namespace
+
+TEST(linear_logprob_is_the_cpus) {
+  check_logprob(3, 4200, 8);   // more than a chunk of tokens
+  check_logprob(2050, 20, 4);  // more than a chunk of rows
+}
+
+TEST(head_sample_draws_the_cpus_tokens) {
+  const int64_t rows = 12, vocab = 900, cols = 24;
+  ThreadTeam team(1);
+  Tensor<float> hidden(normal(rows * cols, 1)), head(normal(vocab * cols, 2, 0.3f));
+  const auto packed = ops::PackedMatrix::pack(vocab, cols, head.data());
+  std::vector<cuda::SampleRow> draws;
+  std::vector<ops::SampleRow> requests;
+  for (uint32_t i = 0; i < rows; ++i) {
+    const float temperature = i % 4 == 0 ? 0.0f : 0.5f + 0.1f * static_cast<float>(i);
+    draws.push_back({uint64_t{1} << 40, i % 2, i, temperature});
+    ops::SampleRow& request = requests.emplace_back();
+    request.temperature = temperature;
+    request.uniform = keyed_uniform(uint64_t{1} << 40, i % 2, i);
+  }
+  std::vector<ops::SampledToken> expected(rows);
+  ops::head_sample(packed, hidden.data(), requests, expected, team);
+  std::vector<int32_t> tokens(rows, -7);
+  Floats logprobs(rows, NAN);
+  Tensor<float> workspace(static_cast<size_t>(cuda::head_sample_bytes(rows, vocab) / 4));
+  cuda::head_sample(matrix(hidden, rows, cols), matrix(head, vocab, cols), draws.data(),
+                    tokens.data(), logprobs.data(), workspace.data(), nullptr);
+  for (size_t i = 0; i < rows; ++i) {
+    CHECK_EQ(tokens[i], expected[i].token);
+    CHECK(std::abs(logprobs[i] - expected[i].logprob) < 1e-5f);
+  }
+}
+
+TEST(row_ops_are_the_cpus) {
+  const int64_t rows = 5, n = 40;
+  ThreadTeam team(1);
+  Tensor<float> x(normal(rows * 2 * n, 1)), weight(normal(2 * n, 2)), y(rows * 2 * n), h(rows * n);
+  Floats expected(rows * 2 * n), activated(rows * n);
+  ops::rms_norm(rows, 2 * n, x.data(), 2 * n, weight.data(), 1e-5f, expected.data(), 2 * n, nullptr,
+                team);
+  cuda::rms_norm(matrix(x, rows, 2 * n), weight.data(), 1e-5f, matrix(y, rows, 2 * n), nullptr);
+  CHECK(difference(y.floats(), expected) < kBudget);
+  ops::swiglu(rows, n, x.data(), activated.data(), team);
+  cuda::swiglu(matrix(x, rows, 2 * n), matrix(h, rows, n), nullptr);
+  CHECK(difference(h.floats(), activated) < kBudget);
+  const int32_t tokens[] = {4, 0};
+  Tensor<float> out(2 * n);
+  cuda::embedding(matrix(h, rows, n), tokens, matrix(out, 2, n), nullptr);
+  CHECK(same_bits(out.data(), h.data() + 4 * n, n) && same_bits(out.data() + n, h.data(), n));
+}
+
+TEST(a_linear_layer_covers_its_output) {
+  const int64_t rows = 3, n = 300, k = 12;
+  Tensor<float> x(normal(rows * k, 1)), w(normal(n * k, 2)), out(rows * n),
+      residual(normal(rows * n, 3));
+  cuda::LinearExtras extras;
+  extras.residual = matrix(residual, rows, n);
+  cuda::linear(matrix(x, rows, k), matrix(w, n, k), extras, matrix(out, rows, n), nullptr);
+  Doubles expected;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t c = 0; c < n; ++c) {
+      double sum = residual.data()[m * n + c];
+      for (int64_t i = 0; i < k; ++i) sum += double{x.data()[m * k + i]} * w.data()[c * k + i];
+      expected.push_back(sum);
+    }
+  }
+  CHECK(relative_error(out.floats(), expected) < kBudget);
+}
+
+// Queries of zero attend to all keys alike: the output is the mean of the values, head by head.
+TEST(decode_attention_reads_every_value_once) {
+  const int64_t heads = 4, kv_heads = 2, d = 8, width = (heads + 2 * kv_heads) * d, count = 1030;
+  const int64_t blocks = (count + 15) / 16;
+  const cuda::AttentionShape shape{heads, kv_heads, d, 0, 1.0f};
+  Tensor<float> pool(static_cast<size_t>(blocks * kv_heads * 2 * 16 * d));
+  const cuda::PagedKv kv{pool.data(), kv_heads * 2 * 16 * d, 2 * 16 * d, 16 * d};
+  Tensor<float> tokens(normal(static_cast<size_t>(count * width), 1));
+  const Floats before = tokens.floats();
+  std::vector<int32_t> positions, to, table;
+  for (int64_t b = 0; b < blocks; ++b) table.push_back(static_cast<int32_t>(blocks - 1 - b));
+  for (int32_t p = 0; p < count; ++p) {
+    positions.push_back(p);
+    to.push_back(table[static_cast<size_t>(p / 16)]);
+  }
+  const Floats cos(static_cast<size_t>(count * 2), 1.0f), sin(cos.size(), 0.0f);
+  cuda::rope_kv_write(shape, matrix(tokens, count, width), 4, cos.data(), sin.data(),
+                      positions.data(), to.data(), kv, nullptr);
+  Tensor<float> qkv(Floats(2 * width, 0.0f)), out(2 * heads * d);
+  const int32_t at[] = {1029, 3};
+  std::vector<int32_t> tables = table;
+  tables.insert(tables.end(), table.begin(), table.end());
+  Tensor<float> workspace(
+      static_cast<size_t>(cuda::attention_decode_bytes(shape, 2, 16 * blocks) / 4));
+  cuda::attention_decode(shape, matrix(qkv, 2, width), at, tables.data(), blocks, 16 * blocks, kv,
+                         workspace.data(), matrix(out, 2, heads * d), nullptr);
+  Doubles expected;
+  for (const int32_t last : at) {
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t i = 0; i < d; ++i) {
+        double sum = 0;
+        for (int64_t p = 0; p <= last; ++p) {
+          sum += before[static_cast<size_t>(p * width + (heads + kv_heads + head / 2) * d + i)];
+        }
+        expected.push_back(sum / (last + 1));
+      }
+    }
+  }
+  CHECK(relative_error(out.floats(), expected) < 5e-6);
+}
+
+CHECK_MAIN()

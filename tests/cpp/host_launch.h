@@ -1,0 +1,80 @@
+#pragma once
+
+// What the files csrc/cuda/*.cu need of CUDA, for a C++ compiler: kernels are functions, a launch
+// runs the blocks of its grid one after another, each by fibers (host_block.h). So the tests run
+// launchers, grids and workspaces as they are. Dynamic shared memory is poisoned before each block.
+
+#include <cstring>
+
+#include "cuda/ops.h"
+#include "host_block.h"
+
+#define __global__
+#define __launch_bounds__(threads)
+#define __shared__ static
+#define ALIGNPRO_DYNAMIC_SHARED(name) unsigned char* name = alignpro::cuda::dynamic_shared()
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+inline dim3 blockIdx;
+
+namespace alignpro::cuda {
+
+inline constexpr int kSharedBytes = 99 << 10;  // what every GPU since sm_80 has
+inline unsigned char* dynamic_shared() {
+  alignas(16) static unsigned char memory[kSharedBytes];
+  return memory;
+}
+
+inline unsigned count(int64_t blocks) { return static_cast<unsigned>(blocks); }
+
+template <typename... Params, typename... Args>
+void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+            Stream, const Args&... args) {
+  if (shared_bytes > kSharedBytes) {
+    throw std::runtime_error(std::string(op) + ": more shared memory than an sm_86 has");
+  }
+  static uint32_t seed = 0;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        std::memset(dynamic_shared(), 0xff, kSharedBytes);
+        HostBlock::run(threads, ++seed, [&](HostBlock&) { kernel(args...); });
+      }
+    }
+  }
+}
+
+// What a kernel makes for its body.
+class DeviceBlock {
+ public:
+  int thread() const { return HostBlock::current().thread(); }
+  int threads() const { return HostBlock::current().threads(); }
+  void sync() { HostBlock::current().sync(); }
+  template <typename T>
+  T shuffle_xor(T value, int mask) {
+    return HostBlock::current().shuffle_xor(value, mask);
+  }
+  void copy16(void* shared, const void* global, bool live) {
+    HostBlock::current().copy16(shared, global, live);
+  }
+  void commit() { HostBlock::current().commit(); }
+  template <int kPending>
+  void wait() {
+    HostBlock::current().wait<kPending>();
+  }
+  void load_matrices(uint32_t (&to)[4], const void* row) {
+    HostBlock::current().load_matrices(to, row);
+  }
+  void load_transposed(uint32_t (&to)[4], const void* row) {
+    HostBlock::current().load_transposed(to, row);
+  }
+  void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    HostBlock::current().multiply(c, a, b0, b1);
+  }
+};
+
+}  // namespace alignpro::cuda
