@@ -126,6 +126,18 @@ def bench_attention(limit: dict[str, float], rows: int, context: int) -> list[Ro
     return [row("attention_decode", work, ours, plain, share_of_bandwidth=share)]
 
 
+def bench_linear(limit: dict[str, float], rows: int, cols: int, n: int) -> list[Row]:
+    x, w = normal(rows, cols, dtype=BF16), normal(n, cols, dtype=BF16, scale=cols**-0.5)
+    out, none = torch.empty(rows, n, dtype=BF16, device="cuda"), None
+    ours = milliseconds(
+        lambda: calls.cuda.linear(x, w, none, none, none, none, 0.0, out, calls.stream())
+    )
+    plain = milliseconds(lambda: x @ w.T)
+    share = 2.0 * rows * cols * n / ours / 1e9 / limit["matrix_tflops"]
+    work = f"{rows} x {cols} x {n} bf16"
+    return [row("linear", work, ours, plain, share_of_matrix_rate=share)]
+
+
 def bench_rows(limit: dict[str, float]) -> list[Row]:
     x, weight = normal(16384, 4096, dtype=BF16), normal(4096, dtype=BF16)
     gate_up = normal(16384, 2 * 8192, dtype=BF16)
@@ -173,6 +185,8 @@ def main(out: str, table: str) -> int:
     rows: list[Row] = []
     for bench in (
         lambda: bench_rows(limit),
+        lambda: bench_linear(limit, 8192, 4096, 4096),
+        lambda: bench_linear(limit, 64, 4096, 14336),
         lambda: bench_attention(limit, 64, 1024),
         lambda: bench_attention(limit, 1, 8192),
         lambda: bench_sample(limit, 64, 4096, 131072),

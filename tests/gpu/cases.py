@@ -248,11 +248,11 @@ def linear_logprob() -> Measured:
                 )
                 name = f"{dtype} {rows}x{vocab}x{cols} offset {offset:g}"
                 for key, value in truth.items():
-                    measured += [
-                        # An entropy or a divergence is a difference of larger numbers.
-                        (f"{name} {key}", error(got[key], value), budget)
-                        for budget in [max(2 * error(plain[key], value), 1e-5)]
-                    ]
+                    # An entropy or a divergence is a difference of larger numbers; and beside an
+                    # offset of 1e4 each of a logit's products is rounded to about 2^-10.
+                    rounding = 2**-10 * (rows * cols) ** 0.5 / float(value.norm())
+                    budget = max(2 * error(plain[key], value), 1e-5, rounding if offset else 0.0)
+                    measured.append((f"{name} {key}", error(got[key], value), budget))
                 last = calls.LinearLogprob(
                     h[-1:].contiguous(), w, tokens[-1:].contiguous(), 0.8, ref[-1:].contiguous()
                 ).forward()
@@ -297,7 +297,7 @@ def linear_logprob_backward() -> Measured:
             got = [g.clone() for g in op.backward(upstream) if g is not None]
             gradients = []
             for of in (torch.float64, dtype):
-                x, y = h.to(of).requires_grad_(), w.to(of).requires_grad_()
+                x, y = (t.clone().to(of).requires_grad_() for t in (h, w))
                 logq = log_softmax(ref.to(of), w.to(of), 0.8)
                 values = logprob_truth(log_softmax(x, y, 0.8), logq, tokens)
                 loss = sum((values[n] * upstream[n].to(of)).sum() for n in names)
