@@ -181,6 +181,7 @@ def test_the_command(config, tmp_path):
         (["kl_coefs=[0.1,0]"], "kl_coefs[1]: expected above 0, got 0.0"),
         (["num_rewrites=1"], "num_rewrites: expected at least 2"),
         (["rewrite.top_k=5"], "rewrite.top_k: expected 0: the untruncated distribution"),
+        (["adapter=none"], "adapter: none: expected a PEFT folder, got none there"),
         (["--json", "here/x.json"], "here: no such folder"),
         (["--json", "x", "--plot", "x"], "expected a file for each, got one twice"),
     ],

@@ -14,13 +14,11 @@ from alignpro.pipeline import Pipeline
 from alignpro.rewards.check import RewardError
 from alignpro.train.callbacks import TrainCallback
 from alignpro.train.closed_form import ClosedFormFit
-from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy, initial_weights
 from alignpro.types import SamplingParams
+from train.test_trainer import PROMPTS, VALUES, log, matrices
 from train.toy_model import GEN, LETTERS, MODULE, ToyModel
 
-PROMPTS = list(LETTERS)
-VALUES = {letter: index / len(LETTERS) for index, letter in enumerate(LETTERS)}
 LOSSES = ["variance", "likelihood"]
 
 
@@ -71,16 +69,6 @@ def make(config, *, reward=letter_value, model=None, **options):
     )
     policy = LoraPolicy(model, reference)
     return ClosedFormFit(config, pipeline, policy, PROMPTS, reference=reference, **options)
-
-
-def matrices(fit):
-    a, b = fit.policy.weights().matrices[MODULE]
-    return np.concatenate([a.ravel(), b.ravel()])
-
-
-def log(fit):
-    rows = read_metrics(fit.run_dir / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def distribution(fit):

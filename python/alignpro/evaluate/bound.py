@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alignpro.config import BoundConfig, to_mapping
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
+from alignpro.evaluate.adapters import check_adapter, load_adapter
 from alignpro.evaluate.headroom import check_row_count, rewards_of
 from alignpro.evaluate.progress import OnProgress, watch
-from alignpro.models.adapter import LoraWeights, load_peft
+from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
@@ -44,6 +44,8 @@ _SCORED_AT_ONCE = 32  # sequences; bounds the memory of a scoring pass
 
 def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Load what the configuration names; returns what `measure_bound` does, with the config."""
+    for name in ("adapter", "trained", "tuned"):
+        check_adapter(name, getattr(config, name))
     rows = load_prompts(config.data, split=config.split)
     rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
     reward = build_reward(config.reward)
@@ -56,9 +58,9 @@ def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> 
         target,
         reward,
         rows,
-        adapter=_load(config.adapter, prompter),
-        trained=_load(config.trained, prompter),
-        tuned=_load(config.tuned, target),
+        adapter=load_adapter(config.adapter, prompter),
+        trained=load_adapter(config.trained, prompter),
+        tuned=load_adapter(config.tuned, target),
         on_progress=on_progress,
     )
     return {**report, "config": to_mapping(config)}
@@ -298,7 +300,3 @@ def _truncated(rollouts: dict[str, Rollout]) -> float:
 
 def _plain(interval: Interval) -> dict[str, Any]:
     return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
-
-
-def _load(folder: str | None, model: NativeModel) -> LoraWeights | None:
-    return None if folder is None else load_peft(Path(folder), model.lora_modules)

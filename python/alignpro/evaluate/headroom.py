@@ -12,8 +12,8 @@ import numpy as np
 
 from alignpro.config import HeadroomConfig, to_mapping
 from alignpro.data.load import load_prompts, stack_columns
+from alignpro.evaluate.adapters import check_adapter, load_adapter
 from alignpro.evaluate.progress import OnProgress, watch
-from alignpro.models.adapter import load_peft
 from alignpro.models.native_model import load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
@@ -133,6 +133,7 @@ def read_samples(path: Path, config: HeadroomConfig) -> Floats:
 
 
 def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
+    check_adapter("adapter", config.adapter)
     rows = load_prompts(config.data, split=config.split)
     rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
     reward = build_reward(config.reward)
@@ -140,9 +141,7 @@ def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
         config.model, config.target, config.threads, config.target_compute
     )
     pipeline = Pipeline.configured(config, prompter, target, reward)
-    if config.adapter is not None:
-        weights = load_peft(Path(config.adapter), prompter.lora_modules)
-        pipeline = pipeline.with_adapter(weights)
+    pipeline = pipeline.with_adapter(load_adapter(config.adapter, prompter))
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)
     return pipeline.rollout(
         [row.prompt for row in rows],

@@ -8,13 +8,14 @@ from typing import Any
 
 from alignpro.config import EvalConfig, JudgeConfig, StaticSearch, to_mapping
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
+from alignpro.evaluate.adapters import check_adapter, load_adapter
 from alignpro.evaluate.arms import sample_arms
 from alignpro.evaluate.compare import compare_arms
 from alignpro.evaluate.judge import Judge, JudgeError, VerdictFile, judge_arms
 from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
-from alignpro.models.adapter import LoraWeights, load_peft
+from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
@@ -59,7 +60,7 @@ def run_evaluation(
     prompter, target = load_models(
         config.model, config.target, config.threads, config.target_compute
     )
-    prompters = {name: _load(getattr(config, name), prompter) for name in names}
+    prompters = {name: load_adapter(getattr(config, name), prompter) for name in names}
     report = evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
     return {**report, "evaluation_config": to_mapping(config)}
 
@@ -79,7 +80,7 @@ def evaluate_loaded(
         What `compare_arms` does, with ``static_search`` where one was made (see `search_static`)
         and ``judge`` where there is one (see `judge_arms`).
     """
-    tuned = _load(config.tuned, target)
+    tuned = load_adapter(config.tuned, target)
     judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     static = None
@@ -132,7 +133,7 @@ def load_inputs(
         ValueError, OSError, ImportError: bad input.
     """
     for name in ("untuned", "trained", "tuned"):
-        _check_folder(name, getattr(config, name))
+        check_adapter(name, getattr(config, name))
     rows = load_eval_rows(config)
     search = None
     if isinstance(config.static, StaticSearch):
@@ -178,12 +179,3 @@ def _judge(
         if compute == "float32" and path.samefile(model.path):
             return LocalJudge(model)
     return LocalJudge(load_model(judge.model, threads=config.threads))
-
-
-def _check_folder(name: str, folder: str | None) -> None:
-    if folder is not None and not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{name}: {folder}: expected a PEFT folder, got none there")
-
-
-def _load(folder: str | None, model: NativeModel) -> LoraWeights | None:
-    return None if folder is None else load_peft(Path(folder), model.lora_modules)

@@ -37,11 +37,19 @@ from alignpro.train.checkpoint import (
     write_config,
 )
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
-from alignpro.train.micro_batches import plan_micro_batches
+from alignpro.train.micro_batches import MicroBatch, plan_micro_batches
+from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, Reference, one_torch_thread
-from alignpro.train.schedule import batch_indices, learning_rate_factor
+from alignpro.train.schedule import batch_indices
 from alignpro.train.trackers import make_trackers
 from alignpro.train.trainer import check_pieces
+from alignpro.train.trajectories import (
+    Trajectory,
+    sampled_logprobs,
+    scored,
+    token_sequence,
+    written_by_prompter,
+)
 from alignpro.types import Response, Rewrite
 
 ROLLOUTS = "rollouts.jsonl"  # in the run directory: a line for each ``prompts_per_step`` prompts
@@ -124,21 +132,18 @@ class ClosedFormFit:
             RuntimeError: a scored log-probability differs from its record (``strict_parity``).
             RewardError, ValueError: from the rollouts; those before it are on disk.
         """
-        groups = self.rollouts()
+        groups = [[written_by_prompter(w) for w in group] for group in self.rollouts()]
         watchers = [*self.trackers, *callbacks]
         with watching(watchers, self.run_dir, as_config(self.config), 0):
             self._fit(groups, watchers)
         save_peft(self.run_dir / "adapter", self.policy.weights())
 
-    def _fit(self, groups: Sequence[Sequence[Rewrite]], watchers: Sequence[TrainCallback]) -> None:
+    def _fit(
+        self, groups: Sequence[Sequence[Trajectory]], watchers: Sequence[TrainCallback]
+    ) -> None:
         config = self.config
-        rewards = torch.tensor([[w.reward for w in g] for g in groups], dtype=torch.float64)
-        optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
+        optimizer = make_optimizer(self.policy.parameters(), config)
         for self.step in range(config.steps):
             started = time.perf_counter()
             cursor = self.step * config.prompts_per_step
@@ -149,23 +154,15 @@ class ClosedFormFit:
                 rows=len(groups),
             )
             metrics = self._accumulate_gradients([groups[i] for i in chosen], rewards[chosen])
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
+            rate = config.learning_rate * rate_factor(config, self.step)
+            norm = apply_gradients(
+                optimizer, learning_rate=rate, max_grad_norm=config.max_grad_norm
             )
-            rate = config.learning_rate * learning_rate_factor(
-                self.step,
-                steps=config.steps,
-                warmup_steps=config.warmup_steps,
-                schedule=config.lr_schedule,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
             row = {
                 "step": self.step,
                 "epoch": cursor // len(groups),
                 **metrics,
-                "grad_norm": float(norm),
+                "grad_norm": norm,
                 "learning_rate": rate,
                 "kl_coef": config.kl_coef,
                 "num_rewrites": config.num_rewrites,
@@ -210,7 +207,7 @@ class ClosedFormFit:
         return groups
 
     def _accumulate_gradients(
-        self, groups: Sequence[Sequence[Rewrite]], rewards: Tensor
+        self, groups: Sequence[Sequence[Trajectory]], rewards: Tensor
     ) -> dict[str, Any]:
         """The gradient of the whole batch, micro-batch by micro-batch.
 
@@ -219,7 +216,7 @@ class ClosedFormFit:
         the weights of what each micro-batch differentiates.
         """
         config = self.config
-        rewrites = [w for group in groups for w in group]
+        rewrites = [t for group in groups for t in group]
         look = self._look(rewrites)
         leaf = look.log_ratio.requires_grad_()
         loss = LOSSES[config.closed_form.loss](leaf, rewards, config.kl_coef)
@@ -227,21 +224,15 @@ class ClosedFormFit:
         assert leaf.grad is not None
         derivative = leaf.grad.flatten()
         self.policy.zero_grad(set_to_none=True)
-        plan = plan_micro_batches(
-            *_scored(rewrites),
-            limit=config.memory_limit,
-            bytes_of=functools.partial(self.policy.score_bytes, with_reference=False),
-            activations=config.activations,
-            most=config.micro_batch_size,
-        )
+        plan = self._plan(rewrites, with_reference=False)
         for micro in plan:
             part = micro.of(rewrites)
             scores = self.policy.score(
-                *_scored(part),
+                *scored(part),
                 temperature=config.rewrite.temperature,
                 activations=micro.activations,
             )
-            weights = derivative[micro.begin : micro.end][_sequence(part)]
+            weights = derivative[micro.begin : micro.end][token_sequence(part)]
             (weights * scores.logprob).sum().backward()  # type: ignore[no-untyped-call]
         weights = closed_form_weights(rewards, config.kl_coef)
         log_ratio = look.log_ratio.detach().double()
@@ -260,18 +251,29 @@ class ClosedFormFit:
             "zero_signal_groups": zero_signal_groups(rewards),
         }
 
-    def _look(self, rewrites: Sequence[Rewrite]) -> _Look:
+    def _plan(self, rewrites: Sequence[Trajectory], *, with_reference: bool) -> list[MicroBatch]:
+        return plan_micro_batches(
+            *scored(rewrites),
+            limit=self.config.memory_limit,
+            bytes_of=functools.partial(self.policy.score_bytes, with_reference=with_reference),
+            activations=self.config.activations,
+            most=self.config.micro_batch_size,
+        )
+
+    def _look(self, rewrites: Sequence[Trajectory]) -> _Look:
         config = self.config
         with torch.no_grad():
-            scores = self.policy.score(
-                *_scored(rewrites),
-                temperature=config.rewrite.temperature,
-                reference=self.reference,
-            )
-        assert scores.kl is not None
-        recorded = torch.tensor([p for w in rewrites for p in w.logprobs], dtype=torch.float32)
-        log_ratio = scores.logprob - recorded
-        sequence = _sequence(rewrites)
+            parts = [
+                self.policy.score(
+                    *scored(micro.of(rewrites)),
+                    temperature=config.rewrite.temperature,
+                    reference=self.reference,
+                )
+                for micro in self._plan(rewrites, with_reference=True)
+            ]
+        log_ratio = torch.cat([part.logprob for part in parts]) - sampled_logprobs(rewrites)
+        kl = torch.cat([part.kl for part in parts if part.kl is not None])
+        sequence = token_sequence(rewrites)
         if self.step == 0 and config.strict_parity and bool((log_ratio != 0).any()):
             raise RuntimeError(
                 "scored log-probabilities differ from the recorded ones by up to "
@@ -282,8 +284,8 @@ class ClosedFormFit:
             log_ratio=sum_per_sequence(log_ratio, sequence, len(rewrites)).view(
                 -1, config.num_rewrites
             ),
-            kl=float(off_policy_kl(log_ratio, scores.kl, sequence, len(rewrites)).mean()),
-            entropy=float(scores.entropy.mean()),
+            kl=float(off_policy_kl(log_ratio, kl, sequence, len(rewrites)).mean()),
+            entropy=float(torch.cat([part.entropy for part in parts]).mean()),
             tokens=len(log_ratio),
         )
 
@@ -308,16 +310,3 @@ def _rewrites(group: Sequence[Mapping[str, Any]]) -> list[Rewrite]:
         Rewrite(**{**fields, "responses": [Response(**r) for r in fields["responses"]]})
         for fields in group
     ]
-
-
-def _scored(rewrites: Sequence[Rewrite]) -> tuple[list[list[int]], list[int]]:
-    """Sequences and starts for the scorer."""
-    return [w.prompter_tokens + w.tokens for w in rewrites], [
-        len(w.prompter_tokens) for w in rewrites
-    ]
-
-
-def _sequence(rewrites: Sequence[Rewrite]) -> Tensor:
-    """The rewrite that each token belongs to, [T]."""
-    lengths = torch.tensor([len(w.tokens) for w in rewrites])
-    return torch.repeat_interleave(torch.arange(len(rewrites)), lengths)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from alignpro.objective import gae, split_sequences, value_loss
+from alignpro.train.optimizer import apply_gradients
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,8 @@ class Critic:
 
     def apply_gradients(self, factor: float, max_grad_norm: float) -> None:
         """One optimizer step at ``factor`` times the learning rate, its gradient clipped alone."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * factor
-        torch.nn.utils.clip_grad_norm_(
-            self.head.parameters(), max_grad_norm, error_if_nonfinite=True
-        )
-        self.optimizer.step()
+        rate = self.learning_rate * factor
+        apply_gradients(self.optimizer, learning_rate=rate, max_grad_norm=max_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from alignpro.objective import (
 )
 from alignpro.train.critic import Critic, TokenTargets
 from alignpro.train.micro_batches import MicroBatch, plan_micro_batches
+from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors
-from alignpro.train.schedule import learning_rate_factor
 from alignpro.train.trajectories import (
     StepBatch,
     Trajectory,
@@ -45,12 +45,7 @@ class Learner:
         self.config = config
         self.policy = policy
         self.reference = reference
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(policy.parameters(), config)
         self.critic: Critic | None = None
         if value_head is not None:
             self.critic = Critic(value_head, learning_rate=config.ppo.value_learning_rate)
@@ -212,21 +207,14 @@ class Learner:
     def _apply_gradients(self, step: int) -> dict[str, float]:
         """One optimizer step; the norm is that of the gradient before it was clipped."""
         config = self.config
-        factor = learning_rate_factor(
-            step,
-            steps=config.steps,
-            warmup_steps=config.warmup_steps,
-            schedule=config.lr_schedule,
+        factor = rate_factor(config, step)
+        rate = config.learning_rate * factor
+        norm = apply_gradients(
+            self.optimizer, learning_rate=rate, max_grad_norm=config.max_grad_norm
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
-        )
-        self.optimizer.step()
         if self.critic is not None:
             self.critic.apply_gradients(factor, config.max_grad_norm)
-        return {"grad_norm": float(norm), "learning_rate": config.learning_rate * factor}
+        return {"grad_norm": norm, "learning_rate": rate}
 
     def _copy_of_state(self) -> tuple[Any, ...]:
         critic = None if self.critic is None else copy.deepcopy(self.critic.state_dict())

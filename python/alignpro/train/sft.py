@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from alignpro.config import Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import plan_micro_batches
+from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, one_torch_thread
-from alignpro.train.schedule import batch_indices, learning_rate_factor
+from alignpro.train.schedule import batch_indices
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,7 @@ def fit(
             raise ValueError(
                 f"pair {index}: {len(example.tokens)} tokens exceed the context of {limit}"
             )
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(policy.parameters(), config)
     rows: list[dict[str, Any]] = []
     for step in range(config.steps):
         started = time.perf_counter()
@@ -64,22 +58,12 @@ def fit(
         )
         optimizer.zero_grad(set_to_none=True)
         metrics = _accumulate_gradients(policy, [examples[i] for i in chosen], config)
-        norm = torch.nn.utils.clip_grad_norm_(
-            policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
-        )
-        rate = config.learning_rate * learning_rate_factor(
-            step,
-            steps=config.steps,
-            warmup_steps=config.warmup_steps,
-            schedule=config.lr_schedule,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+        rate = config.learning_rate * rate_factor(config, step)
+        norm = apply_gradients(optimizer, learning_rate=rate, max_grad_norm=config.max_grad_norm)
         row = {
             "step": step,
             **metrics,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "learning_rate": rate,
             "seconds": time.perf_counter() - started,
         }

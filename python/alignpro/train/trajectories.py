@@ -10,7 +10,7 @@ import torch
 
 from alignpro.config import TrainConfig
 from alignpro.objective import MovingBaseline, grpo, reinforce, rloo, without_signal
-from alignpro.types import Rollout
+from alignpro.types import Rewrite, Rollout
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,7 @@ def trajectories_of(
 ) -> list[list[Trajectory]]:
     """[P][N]: rewrites with the mean reward of their responses, or responses to raw prompts."""
     if policy == "prompter":
-        return [
-            [
-                Trajectory(
-                    w.prompter_tokens, w.tokens, w.logprobs, w.reward, w.finish_reason == "stop"
-                )
-                for w in group
-            ]
-            for group in rollout.rewrites
-        ]
+        return [[written_by_prompter(w) for w in group] for group in rollout.rewrites]
     return [
         [
             Trajectory(w.target_tokens, r.tokens, r.logprobs, r.reward, r.finish_reason == "stop")
@@ -61,6 +53,11 @@ def trajectories_of(
         ]
         for group in rollout.rewrites
     ]
+
+
+def written_by_prompter(w: Rewrite) -> Trajectory:
+    """A rewrite, with the mean reward of its responses."""
+    return Trajectory(w.prompter_tokens, w.tokens, w.logprobs, w.reward, w.finish_reason == "stop")
 
 
 def step_batch(config: TrainConfig, rollout: Rollout, baseline: MovingBaseline) -> StepBatch:
