@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 import time
 
 import numpy as np
@@ -221,6 +222,18 @@ def test_too_many_failures_stop_the_run_and_lose_nothing(server, tmp_path):
     server.verdict, server.asked = better, []
     report = ask(server, ARMS, verdicts=VerdictFile(path))
     assert report["replayed"] == kept and len(server.asked) == 8 - kept
+
+
+def test_nothing_is_asked_once_the_run_has_stopped(server):
+    def slow_but_the_first(asked):
+        time.sleep(0.2 if len(server.asked) > 2 or asked.prompt != PROMPTS[0] else 0.0)
+        return "hm"
+
+    server.verdict = slow_but_the_first
+    with pytest.raises(JudgeError, match="1 of 1 questions got no verdict"):
+        ask(server, ARMS, max_failed=0, concurrency=2)
+    asking = [t.name for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    assert asking == [] and len(server.asked) < 16
 
 
 def test_a_server_that_is_down_is_one_line(server):

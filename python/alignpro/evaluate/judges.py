@@ -114,7 +114,8 @@ class EndpointJudge:
                 for future in as_completed(indices):
                     yield indices[future], future.result()
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # What is under way is waited for: nothing is asked once this has ended.
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def _client(self) -> openai.OpenAI:
         import openai
