@@ -3,11 +3,12 @@
 // kRepeats. ALIGNPRO_CPU_ISA compares instruction sets.
 //
 //   cmake -S . -B build -DALIGNPRO_PYTHON=OFF -DALIGNPRO_TESTS=ON && cmake --build build
-//   build/tests/bench/linear_bench
+//   build/tests/bench/linear_bench [ROWS ...]
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <span>
 #include <vector>
@@ -42,7 +43,8 @@ std::vector<std::byte> rows_of(DType dtype, int64_t rows, int64_t cols) {
   return bytes;
 }
 
-void measure(DType dtype, Arithmetic arithmetic, double peak, double bandwidth, ThreadTeam& team) {
+void measure(DType dtype, Arithmetic arithmetic, std::span<const int64_t> row_counts, double peak,
+             double bandwidth, ThreadTeam& team) {
   struct Shape {
     int64_t outputs, inputs;
   };
@@ -64,7 +66,7 @@ void measure(DType dtype, Arithmetic arithmetic, double peak, double bandwidth, 
   std::printf("%s, %s: %.0f MB\n", std::string(dtype_name(dtype)).c_str(),
               arithmetic == Arithmetic::kInt8 ? "int8" : "float32", bytes / 1e6);
   std::printf("%6s %10s %10s %12s %12s\n", "rows", "ms", "GFLOP/s", "of FMA peak", "of bandwidth");
-  for (const int64_t rows : {1, 4, 16, 64, 256, 1024}) {
+  for (const int64_t rows : row_counts) {
     const std::vector<float> x(static_cast<size_t>(rows * 1536), 0.5f);
     std::vector<float> y(static_cast<size_t>(rows * 3072));
     const double seconds = median_seconds([&] {
@@ -80,7 +82,10 @@ void measure(DType dtype, Arithmetic arithmetic, double peak, double bandwidth, 
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  std::vector<int64_t> row_counts;
+  for (int i = 1; i < count; ++i) row_counts.push_back(std::max(1L, std::atol(arguments[i])));
+  if (row_counts.empty()) row_counts = {1, 4, 16, 64, 256, 1024};
   ThreadTeam team(0);
   const double peak = ops::fma_peak_gflops(team);
   const double bandwidth = ops::read_bandwidth_gbps(team);
@@ -89,7 +94,7 @@ int main() {
   for (const DType dtype : {DType::kF32, DType::kQ8_0, DType::kQ4_1}) {
     for (const Arithmetic arithmetic : {Arithmetic::kFloat32, Arithmetic::kInt8}) {
       if (dtype != DType::kF32 || arithmetic == Arithmetic::kFloat32) {
-        measure(dtype, arithmetic, peak, bandwidth, team);
+        measure(dtype, arithmetic, row_counts, peak, bandwidth, team);
       }
     }
   }

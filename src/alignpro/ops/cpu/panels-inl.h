@@ -129,42 +129,29 @@ struct ScaledAffine {
   }
 };
 
-// Calls fn(j, weights) for a part's rows and columns column + j, j < 8; column is a multiple of 8.
-template <DType D, typename Fn>
-ALIGNPRO_INLINE void for_weights(const uint8_t* panel, int64_t column, int part,
-                                 const ScaledAffine<D>& a, const Fn& fn) {
+// A part's weights of column `column` + j, j < 8; `column` is a multiple of 8.
+template <DType D>
+ALIGNPRO_INLINE Wide weights_at(const uint8_t* panel, int64_t column, int part, int j,
+                                const ScaledAffine<D>& a) {
   constexpr PanelLayout kLayout = panel_layout(D);
   const int64_t within = column % kGroup;
   const uint8_t* high = panel + column / kGroup * kLayout.group_bytes() + kLayout.scale_bytes;
   const uint8_t* low = high + kLayout.high_bytes + 4 * kLanes * part;
   if constexpr (kBits(D) == 8) {
-    const uint8_t* from = low + within / 4 * 64;
-    const Words v[2] = {load_words(from), load_words(from + 64)};
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      const int byte = j / 2;
-      const Words code = byte < 3 ? v[j % 2] & (255u << (8 * byte)) : v[j % 2] >> 24;
-      fn(j, fma(to_floats(code), a.scale[byte], a.minimum));
-    }
+    const Words v = load_words(low + within / 4 * 64 + j % 2 * 64);
+    const int byte = j / 2;
+    return fma(to_floats(byte < 3 ? v & (255u << (8 * byte)) : v >> 24), a.scale[byte], a.minimum);
+  }
+  const Words v = load_words(low + within / 8 * 64);
+  if constexpr (kBits(D) == 4) {
+    const Words code = (j < 4 ? v : v >> 16) & (15u << (4 * (j % 4)));
+    return fma(to_floats(code), a.scale[j % 4], a.minimum);
   } else {
-    const Words v = load_words(low + within / 8 * 64);
-    if constexpr (kBits(D) == 4) {
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) {
-        const Words code = (j < 4 ? v : v >> 16) & (15u << (4 * (j % 4)));
-        fn(j, fma(to_floats(code), a.scale[j % 4], a.minimum));
-      }
-    } else {
-      constexpr int kExtra = kBits(D) - 4;
-      const Words extra =
-          load_words(high + (kExtra == 2 ? within / 16 * 64 : 0) + 4 * kLanes * part);
-      const int64_t first = kExtra * (within % (32 / kExtra));
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) {
-        const Words top = extra >> static_cast<uint32_t>(first + kExtra * j) & ((1u << kExtra) - 1);
-        fn(j, fma(to_floats((v >> (4 * j) & 15u) | top << 4), a.scale[0], a.minimum));
-      }
-    }
+    constexpr int kExtra = kBits(D) - 4;
+    const Words extra = load_words(high + (kExtra == 2 ? within / 16 * 64 : 0) + 4 * kLanes * part);
+    const int64_t first = kExtra * (within % (32 / kExtra));
+    const Words top = extra >> static_cast<uint32_t>(first + kExtra * j) & ((1u << kExtra) - 1);
+    return fma(to_floats((v >> (4 * j) & 15u) | top << 4), a.scale[0], a.minimum);
   }
 }
 
@@ -181,9 +168,10 @@ void expand_quantized(const uint8_t* panel, int64_t cols, int64_t k_begin, int64
       a.set(affine_at<D>(panel, cols, k, part));
       for (int64_t column = k; column < end; column += 8) {
         float* to = out + (column - k_begin) * kPanel + kLanes * part;
-        for_weights<D>(panel, column, part, a, [&](int j, Wide w) __attribute__((always_inline)) {
-          store_wide(to + j * kPanel, w);
-        });
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+          store_wide(to + j * kPanel, weights_at<D>(panel, column, part, j, a));
+        }
       }
     }
     k = end;
@@ -267,18 +255,27 @@ void gemv_quantized(const uint8_t* panel, int64_t stride, int64_t cols, const fl
                     float* out) {
   constexpr int64_t kSpan = scale_columns(D);
   gemv_blocks<kSpan, Panels>(cols, out, [&](int64_t k, Wide* sum) __attribute__((always_inline)) {
+    // The panels after these, at the same columns: as short as they are, no hardware prefetcher
+    // gets there in time. With 16 lanes, four panels are under way and it gains nothing.
+    for (int i = 0; kParts > 1 && i < Panels; ++i) {
+      constexpr int64_t kBytes = panel_layout(D).group_bytes();
+      const uint8_t* next = panel + (Panels + i) * stride + k / kGroup * kBytes;
+      for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(next + at);
+    }
     ScaledAffine<D> a[Panels * kParts];
 #pragma GCC unroll 4
     for (int i = 0; i < Panels * kParts; ++i) {
       a[i].set(affine_at<D>(panel + i / kParts * stride, cols, k, i % kParts));
     }
     for (int64_t column = k; column < k + kSpan; column += 8) {
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        const Wide xj = splat_wide(x[column + j]);
 #pragma GCC unroll 4
-      for (int i = 0; i < Panels * kParts; ++i) {
-        for_weights<D>(panel + i / kParts * stride, column, i % kParts, a[i],
-                       [&](int j, Wide w) __attribute__((always_inline)) {
-                         sum[i] = fma(splat_wide(x[column + j]), w, sum[i]);
-                       });
+        for (int i = 0; i < Panels * kParts; ++i) {
+          sum[i] = fma(xj, weights_at<D>(panel + i / kParts * stride, column, i % kParts, j, a[i]),
+                       sum[i]);
+        }
       }
     }
   });
