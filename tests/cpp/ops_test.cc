@@ -199,14 +199,17 @@ void check_storage(std::span<const StoredRow> rows, int64_t cols) {
   const int64_t m = 9;
   const Floats x = normal(static_cast<size_t>(m * cols), 5),
                dy = normal(static_cast<size_t>(m * n), 6);
-  Floats y(static_cast<size_t>(m * n)), y_wide = y, one(static_cast<size_t>(n));
+  Floats y(static_cast<size_t>(m * n)), y_wide = y, some;
   Floats dx(static_cast<size_t>(m * cols)), dx_wide = dx;
   linear(m, {x.data(), cols}, packed, y.data(), n, {}, team);
   linear(m, {x.data(), cols}, wide, y_wide.data(), n, {}, team);
   CHECK(same_bits(y.data(), y_wide.data(), y.size()));
-  for (int64_t i = 0; i < m; ++i) {
-    linear(1, {x.data() + i * cols, cols}, packed, one.data(), n, {}, team);
-    CHECK(same_bits(one.data(), y.data() + i * n, one.size()));
+  for (const int64_t few : {1, 2, 3, 4, 5}) {  // up to kStreamedRows are not packed
+    for (int64_t i = 0; i + few <= m; ++i) {
+      some.resize(static_cast<size_t>(few * n));
+      linear(few, {x.data() + i * cols, cols}, packed, some.data(), n, {}, team);
+      CHECK(same_bits(some.data(), y.data() + i * n, some.size()));
+    }
   }
   linear_backward(m, {dy.data(), n}, packed, dx.data(), cols, {}, team);
   linear_backward(m, {dy.data(), n}, wide, dx_wide.data(), cols, {}, team);
@@ -323,9 +326,11 @@ TEST(avx2_and_avx512_agree_to_the_bit) {
     const Floats panel = both(static_cast<size_t>(cols * 16), [&](const auto& k, float* out) {
       k.expand_panel(dtype, packed.data(), cols, 0, cols, out);
     });
-    both(static_cast<size_t>(panels * 16), [&](const auto& k, float* out) {
-      k.gemv_panels(dtype, packed.data(), stride, panels, cols, x.data(), out);
-    });
+    for (int64_t few = 1; few <= cpu::kStreamedRows; ++few) {
+      both(static_cast<size_t>(panels * few * 16), [&](const auto& k, float* out) {
+        k.stream_panels(dtype, packed.data(), stride, panels, cols, few, x.data(), cols, out);
+      });
+    }
     Floats tiles(static_cast<size_t>(18 * cols));
     narrow.pack_rows(rows, cols, x.data(), cols, 1, tiles.data());
     both(static_cast<size_t>(rows * 16), [&](const auto& k, float* out) {

@@ -38,9 +38,10 @@ void row_tile(const PackedMatrix& head, const float* hidden, int64_t tile, float
   if (head.arithmetic() == Arithmetic::kInt8) {
     thread_local LogitRows row;
     row.pack(1, head.cols(), {hidden, head.cols(), 1}, kRowBlock, nullptr, head.arithmetic());
-    tile_logits(row, 0, head, tile, nullptr, out);
+    tile_logits(row, 0, head, tile, hidden, out);
   } else {
-    head.multiply_row(tile * kTilePanels, tile_panels(head.rows(), tile), hidden, out);
+    head.multiply_rows(tile * kTilePanels, tile_panels(head.rows(), tile), 1, hidden, head.cols(),
+                       out);
   }
   finish_tile_row(head.rows(), tile, out, 1, 0, inv_temperature);
 }
@@ -170,9 +171,6 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
   std::vector<SampleRow> rows(requests.begin(), requests.end());
   std::transform(rows.begin(), rows.end(), rows.begin(), as_drawn);
 
-  const auto single_row = [&](int64_t rows_of_block, int64_t row) {
-    return rows_of_block == 1 ? hidden + row * cols : nullptr;
-  };
   LogitRows packed;
   std::vector<TileStats> stats(static_cast<size_t>(count * tiles));
   for (int64_t first = 0; first < count; first += kRowChunk) {
@@ -183,8 +181,7 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
       float* logits = buffer.reserve(kRowBlock * kVocabTile);
       const int64_t tile = item / packed.blocks(), block = item % packed.blocks();
       const int64_t block_rows = packed.block_rows(block);
-      tile_logits(packed, block, head, tile, single_row(block_rows, first + block * kRowBlock),
-                  logits);
+      tile_logits(packed, block, head, tile, hidden + (first + block * kRowBlock) * cols, logits);
       for (int64_t m = 0; m < block_rows; ++m) {
         const int64_t row = first + block * kRowBlock + m;
         finish_tile_row(head.rows(), tile, logits, block_rows, m,
@@ -222,7 +219,7 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
     float* all = logits.reserve(live * head.panels() * cpu::kPanel);
     team.run(tiles, [&](int64_t tile, int) {
       float* to = all + tile * kTilePanels * live * cpu::kPanel;
-      tile_logits(packed, 0, head, tile, live == 1 ? some : nullptr, to);
+      tile_logits(packed, 0, head, tile, some, to);
       for (int64_t m = 0; m < live; ++m) {
         const auto row = static_cast<size_t>(truncated[first + static_cast<size_t>(m)]);
         finish_tile_row(head.rows(), tile, to, live, m, inverse_temperature(rows[row]));

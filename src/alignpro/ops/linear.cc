@@ -25,7 +25,7 @@ using cpu::kContract;
 using cpu::kPanel;
 using cpu::kRowTile;
 
-// Panels of a single row that an item takes at least: what a kernel multiplies side by side.
+// Panels of a few rows that an item takes at least: what a kernel multiplies side by side.
 constexpr int64_t kRowPanels = 4;
 
 struct Workspace {
@@ -72,8 +72,8 @@ struct NoTerm {
   void add(int64_t, int64_t, float*) const {}
 };
 
-// A provider's block(column panel, k_begin, k_count, scratch) is [k_count][16]; one that has a
-// row() computes a single row without packing it. Without c only the term's preparation is done.
+// A provider's block(column panel, k_begin, k_count, scratch) is [k_count][16]; one that has
+// rows() computes a few of them without packing. Without c only the term's preparation is done.
 template <typename Provider, typename Term>
 void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, float* c, int64_t ldc,
               const Epilogue& epilogue, ThreadTeam& team, const Provider& provider, Term& term) {
@@ -86,29 +86,27 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
     const int64_t live = std::min(kRowChunk, rows - first);
     const MatrixView chunk{a.data + first * a.row_stride, a.row_stride, a.col_stride};
     constexpr bool kHasTerm = !std::is_same_v<Term, NoTerm>;
-    bool single = false;
-    if constexpr (requires { provider.row(0, 0, a.data, c); }) single = live == 1;
+    constexpr bool kStreams = requires { provider.rows(0, 0, live, a, c); };
+    const bool few = kStreams && live <= cpu::kStreamedRows && a.col_stride == 1;
     constexpr bool kHasCodes = requires { provider.codes(); };
     CodeRows* codes = nullptr;
     if constexpr (kHasCodes) codes = provider.codes();
     if (codes != nullptr) codes->pack(live, contract, chunk, &team);
-    if ((!single && codes == nullptr) || kHasTerm) {
+    if ((!few && codes == nullptr) || kHasTerm) {
       packed.pack(live, contract, chunk, block_size(live, team.size()), &team,
                   term.cuts(first, live));
       term.prepare(first, packed, team);
     }
     if (c == nullptr) continue;
     int64_t group = std::max<int64_t>(1, panels / (8 * team.size()));
-    if (live == 1) group = (group + kRowPanels - 1) / kRowPanels * kRowPanels;
+    if (few) group = (group + kRowPanels - 1) / kRowPanels * kRowPanels;
     team.run((panels + group - 1) / group, [&](int64_t item, int) {
       Workspace& own = workspace();
       const int64_t p_begin = item * group, p_end = std::min(panels, p_begin + group);
-      float* tiles = own.tile.reserve((single ? group : live) * kPanel);
+      float* tiles = own.tile.reserve((few ? group : 1) * live * kPanel);
       float* scratch = own.panel.reserve(kContract * kPanel);
-      if constexpr (requires { provider.row(0, 0, a.data, c); }) {
-        if (single && codes == nullptr) {
-          provider.row(p_begin, p_end - p_begin, chunk.data, tiles);
-        }
+      if constexpr (kStreams) {
+        if (few && codes == nullptr) provider.rows(p_begin, p_end - p_begin, live, chunk, tiles);
       }
       for (int64_t p = p_begin; p < p_end; ++p) {
         if constexpr (kHasCodes) {
@@ -116,7 +114,7 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
             provider.w.multiply_codes(p, live, codes->at(0), codes->stride(), tiles);
           }
         }
-        const bool blocks = !single && codes == nullptr;
+        const bool blocks = !few && codes == nullptr;
         for (int64_t k_begin = 0; blocks && k_begin < contract; k_begin += kContract) {
           const int64_t k_end = std::min(contract, k_begin + kContract);
           const float* b = provider.block(p, k_begin, k_end - k_begin, scratch);
@@ -134,7 +132,7 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
         k.store_tile(tiles, live, std::min(kPanel, columns - column), epilogue.scale,
                      epilogue.bias != nullptr ? epilogue.bias + column : nullptr,
                      epilogue.residual != nullptr ? epilogue.residual + at : nullptr, c + at, ldc);
-        if (single) tiles += kPanel;
+        if (few) tiles += live * kPanel;
       }
     });
   }
@@ -253,8 +251,8 @@ struct ForwardWeight {
   const float* block(int64_t p, int64_t k_begin, int64_t k_count, float* scratch) const {
     return w.block(p, k_begin, k_count, scratch);
   }
-  void row(int64_t p_begin, int64_t count, const float* x, float* out) const {
-    w.multiply_row(p_begin, count, x, out);
+  void rows(int64_t p_begin, int64_t count, int64_t live, MatrixView x, float* out) const {
+    w.multiply_rows(p_begin, count, live, x.data, x.row_stride, out);
   }
   // Where the rows are to be quantised, the calling thread's buffer for them.
   CodeRows* codes() const {

@@ -122,7 +122,8 @@ void PackedMatrix::transposed_block(int64_t n_begin, int64_t n_count, int64_t k_
   k.transpose_panels(scratch, width, n_count, 0, out);
 }
 
-void PackedMatrix::multiply_row(int64_t p_begin, int64_t count, const float* x, float* out) const {
+void PackedMatrix::multiply_rows(int64_t p_begin, int64_t count, int64_t rows, const float* x,
+                                 int64_t x_stride, float* out) const {
   const int64_t end = p_begin + count;
   while (p_begin < end) {
     const Panel& first = panels_[static_cast<size_t>(p_begin)];
@@ -130,8 +131,9 @@ void PackedMatrix::multiply_row(int64_t p_begin, int64_t count, const float* x, 
     while (stop < end && panels_[static_cast<size_t>(stop)].dtype == first.dtype) ++stop;
     const int64_t stride =
         stop > p_begin + 1 ? panels_[static_cast<size_t>(p_begin + 1)].offset - first.offset : 0;
-    cpu::kernels().gemv_panels(first.dtype, at(first), stride, stop - p_begin, cols_, x, out);
-    out += (stop - p_begin) * kPanel;
+    cpu::kernels().stream_panels(first.dtype, at(first), stride, stop - p_begin, cols_, rows, x,
+                                 x_stride, out);
+    out += (stop - p_begin) * rows * kPanel;
     p_begin = stop;
   }
 }

@@ -53,9 +53,11 @@ class PackedMatrix {
   void transposed_block(int64_t n_begin, int64_t n_count, int64_t k_begin, float* scratch,
                         float* out) const;
 
-  // W x for one row x [cols], panels [p_begin, p_begin + count): out [count][16]. The bits are
-  // those of the products by block.
-  void multiply_row(int64_t p_begin, int64_t count, const float* x, float* out) const;
+  // x W^T for up to cpu::kStreamedRows rows of x [cols], x_stride apart, by panels [p_begin,
+  // p_begin
+  // + count): out [count][rows][16]. The bits are those of the products by block.
+  void multiply_rows(int64_t p_begin, int64_t count, int64_t rows, const float* x, int64_t x_stride,
+                     float* out) const;
 
   // Panel p times quantised rows: out [live][16]. Tiles of x lie x_stride bytes apart.
   void multiply_codes(int64_t p, int64_t live, const uint8_t* x, int64_t x_stride,

@@ -56,10 +56,9 @@ class LogitRows : public PackedRows {
   CodeRows codes_;
 };
 
-// The same against one tile: out [panels][rows][16]. Where the block is one row its values may be
-// given as they are.
+// The same against one tile: out [panels][rows][16]. `values` [rows, cols] is the block unpacked.
 inline void tile_logits(const LogitRows& rows, int64_t block, const PackedMatrix& weight,
-                        int64_t tile, const float* single_row, float* out) {
+                        int64_t tile, const float* values, float* out) {
   const int64_t first = tile * kTilePanels, panels = tile_panels(weight.rows(), tile);
   const int64_t panel_floats = rows.block_rows(block) * cpu::kPanel;
   if (weight.arithmetic() == Arithmetic::kInt8) {
@@ -68,8 +67,8 @@ inline void tile_logits(const LogitRows& rows, int64_t block, const PackedMatrix
     }
     return;
   }
-  if (single_row != nullptr) {
-    weight.multiply_row(first, panels, single_row, out);
+  if (rows.block_rows(block) <= cpu::kStreamedRows) {
+    weight.multiply_rows(first, panels, rows.block_rows(block), values, weight.cols(), out);
     return;
   }
   float scratch[cpu::kContract * cpu::kPanel];

@@ -17,6 +17,8 @@ inline constexpr int64_t kContract = 192;
 
 // Rows and panels at a time of gemm_few.
 inline constexpr int64_t kFewRows = 4;
+// Rows that read stored panels without expanding them; with eight, nothing was gained.
+inline constexpr int64_t kStreamedRows = 4;
 inline constexpr int64_t kFewPanels = 4;
 
 // Multiply-adds in one step of fma_chains: twelve independent vectors of eight.
@@ -40,13 +42,14 @@ struct Kernels {
                    bool accumulate);
 
   // Panels in storage formats (panel_layout.h). expand_panel writes columns [k_begin, k_begin +
-  // k_count) as floats [k_count][16]; of a quantised format both are multiples of 16. gemv_panels
-  // multiplies one row x [cols] by `panels` of them, `stride` bytes apart: out [panels][16], the
-  // bits that gemm_panel gives over blocks of kContract.
+  // k_count) as floats [k_count][16]; of a quantised format both are multiples of 16. stream_panels
+  // multiplies up to kStreamedRows rows of x [cols], x_stride apart, by `panels` of them, `stride`
+  // bytes apart, without expanding them: out [panels][rows][16], the bits that gemm_panel gives
+  // over blocks of kContract.
   void (*expand_panel)(DType dtype, const void* panel, int64_t cols, int64_t k_begin,
                        int64_t k_count, float* out);
-  void (*gemv_panels)(DType dtype, const void* panel, int64_t stride, int64_t panels, int64_t cols,
-                      const float* x, float* out);
+  void (*stream_panels)(DType dtype, const void* panel, int64_t stride, int64_t panels,
+                        int64_t cols, int64_t rows, const float* x, int64_t x_stride, float* out);
 
   // Integer products (panel_layout.h). quantize_rows writes one tile of up to kCodeRows rows;
   // multiply_codes multiplies rows by a panel, adding up groups in ascending order: c [rows][16],

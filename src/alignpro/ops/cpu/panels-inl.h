@@ -229,34 +229,50 @@ void expand_panel(DType dtype, const void* panel, int64_t cols, int64_t k_begin,
   }
 }
 
-// Chains of multiply-adds that hide their latency.
-constexpr int kChains = 4;
-constexpr int kRowPanels = kChains / kParts;
-
-// One row times Panels panels, `stride` bytes apart: out [Panels][16], block by block as gemm_panel
-// sums. add(column, sums) adds columns [column, column + span) to the chains.
-template <int64_t Span, int Panels, typename Add>
-ALIGNPRO_INLINE void gemv_blocks(int64_t cols, float* out, const Add& add) {
-  constexpr int kSums = Panels * kParts;
+// A few rows times Panels panels, `stride` bytes apart: out [Panels][Rows][16], block by block as
+// gemm_panel sums. add(column, sums) adds columns [column, column + Span) to the chains
+// [Panels][Rows][kParts].
+template <int64_t Span, int Rows, int Panels, typename Add>
+ALIGNPRO_INLINE void stream_blocks(int64_t cols, float* out, const Add& add) {
+  constexpr int kSums = Panels * Rows * kParts;
   Wide total[kSums] = {};
   for (int64_t k_begin = 0; k_begin < cols; k_begin += kContract) {
     const int64_t k_end = k_begin + kContract < cols ? k_begin + kContract : cols;
     Wide sum[kSums] = {};
     for (int64_t k = k_begin; k < k_end; k += Span) add(k, sum);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kSums; ++i) total[i] = k_begin > 0 ? total[i] + sum[i] : sum[i];
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < kSums; ++i) store_wide(out + kLanes * i, total[i]);
 }
 
-template <DType D, int Panels>
-void gemv_quantized(const uint8_t* panel, int64_t stride, int64_t cols, const float* x,
-                    float* out) {
+// Adds one column, whose weights are weight(panel, part). Chains lie inside: one after another they
+// would each wait for themselves.
+template <int Rows, int Panels, typename Weight>
+ALIGNPRO_INLINE void stream_column(const float* x, int64_t x_stride, Wide* sum,
+                                   const Weight& weight) {
+  Wide xk[Rows];
+#pragma GCC unroll 4
+  for (int m = 0; m < Rows; ++m) xk[m] = splat_wide(x[m * x_stride]);
+#pragma GCC unroll 4
+  for (int i = 0; i < Panels * kParts; ++i) {
+    const Wide w = weight(i / kParts, i % kParts);
+#pragma GCC unroll 4
+    for (int m = 0; m < Rows; ++m) {
+      Wide& to = sum[(i / kParts * Rows + m) * kParts + i % kParts];
+      to = fma(xk[m], w, to);
+    }
+  }
+}
+
+template <DType D, int Rows, int Panels>
+void stream_quantized(const uint8_t* panel, int64_t stride, int64_t cols, const float* x,
+                      int64_t x_stride, float* out) {
   constexpr int64_t kSpan = scale_columns(D);
-  gemv_blocks<kSpan, Panels>(cols, out, [&](int64_t k, Wide* sum) __attribute__((always_inline)) {
-    // The panels after these, at the same columns: as short as they are, no hardware prefetcher
-    // gets there in time. With 16 lanes, four panels are under way and it gains nothing.
+  const auto add = [&](int64_t k, Wide* sum) __attribute__((always_inline)) {
+    // The panels after these, at the same columns: short as they are, no hardware prefetcher gets
+    // there in time. With 16 lanes four panels are under way, and it gains nothing.
     for (int i = 0; kParts > 1 && i < Panels; ++i) {
       constexpr int64_t kBytes = panel_layout(D).group_bytes();
       const uint8_t* next = panel + (Panels + i) * stride + k / kGroup * kBytes;
@@ -270,67 +286,83 @@ void gemv_quantized(const uint8_t* panel, int64_t stride, int64_t cols, const fl
     for (int64_t column = k; column < k + kSpan; column += 8) {
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
-        const Wide xj = splat_wide(x[column + j]);
-#pragma GCC unroll 4
-        for (int i = 0; i < Panels * kParts; ++i) {
-          sum[i] = fma(xj, weights_at<D>(panel + i / kParts * stride, column, i % kParts, j, a[i]),
-                       sum[i]);
-        }
+        stream_column<Rows, Panels>(
+            x + column + j, x_stride, sum, [&](int p, int part) __attribute__((always_inline)) {
+              return weights_at<D>(panel + p * stride, column, part, j, a[p * kParts + part]);
+            });
       }
     }
-  });
+  };
+  stream_blocks<kSpan, Rows, Panels>(cols, out, add);
 }
 
-template <DType D, int Panels>
-void gemv_plain(const uint8_t* panel, int64_t stride, int64_t cols, const float* x, float* out) {
-  gemv_blocks<1, Panels>(cols, out, [&](int64_t k, Wide* sum) __attribute__((always_inline)) {
-    const Wide xk = splat_wide(x[k]);
-#pragma GCC unroll 4
-    for (int i = 0; i < Panels * kParts; ++i) {
-      const int64_t at = k * kPanel + i % kParts * kLanes;
-      sum[i] = fma(xk, load_plain<D>(panel + i / kParts * stride, at), sum[i]);
-    }
-  });
+template <DType D, int Rows, int Panels>
+void stream_plain(const uint8_t* panel, int64_t stride, int64_t cols, const float* x,
+                  int64_t x_stride, float* out) {
+  const auto add = [&](int64_t k, Wide* sum) __attribute__((always_inline)) {
+    stream_column<Rows, Panels>(
+        x + k, x_stride, sum, [&](int p, int part) __attribute__((always_inline)) {
+          return load_plain<D>(panel + p * stride, k * kPanel + part * kLanes);
+        });
+  };
+  stream_blocks<1, Rows, Panels>(cols, out, add);
 }
 
-template <int Panels>
-void gemv_by_type(DType dtype, const uint8_t* p, int64_t stride, int64_t cols, const float* x,
-                  float* out) {
+template <int Rows, int Panels>
+void stream_by_type(DType dtype, const uint8_t* p, int64_t stride, int64_t cols, const float* x,
+                    int64_t x_stride, float* out) {
   switch (dtype) {
     case DType::kF32:
-      return gemv_plain<DType::kF32, Panels>(p, stride, cols, x, out);
+      return stream_plain<DType::kF32, Rows, Panels>(p, stride, cols, x, x_stride, out);
     case DType::kF16:
-      return gemv_plain<DType::kF16, Panels>(p, stride, cols, x, out);
+      return stream_plain<DType::kF16, Rows, Panels>(p, stride, cols, x, x_stride, out);
     case DType::kBF16:
-      return gemv_plain<DType::kBF16, Panels>(p, stride, cols, x, out);
+      return stream_plain<DType::kBF16, Rows, Panels>(p, stride, cols, x, x_stride, out);
     case DType::kQ8_0:
-      return gemv_quantized<DType::kQ8_0, Panels>(p, stride, cols, x, out);
+      return stream_quantized<DType::kQ8_0, Rows, Panels>(p, stride, cols, x, x_stride, out);
     case DType::kQ4_0:
-      return gemv_quantized<DType::kQ4_0, Panels>(p, stride, cols, x, out);
+      return stream_quantized<DType::kQ4_0, Rows, Panels>(p, stride, cols, x, x_stride, out);
     case DType::kQ4_1:
-      return gemv_quantized<DType::kQ4_1, Panels>(p, stride, cols, x, out);
+      return stream_quantized<DType::kQ4_1, Rows, Panels>(p, stride, cols, x, x_stride, out);
     case DType::kQ5_0:
-      return gemv_quantized<DType::kQ5_0, Panels>(p, stride, cols, x, out);
+      return stream_quantized<DType::kQ5_0, Rows, Panels>(p, stride, cols, x, x_stride, out);
     case DType::kQ5_1:
-      return gemv_quantized<DType::kQ5_1, Panels>(p, stride, cols, x, out);
+      return stream_quantized<DType::kQ5_1, Rows, Panels>(p, stride, cols, x, x_stride, out);
     case DType::kQ4_K:
-      return gemv_quantized<DType::kQ4_K, Panels>(p, stride, cols, x, out);
+      return stream_quantized<DType::kQ4_K, Rows, Panels>(p, stride, cols, x, x_stride, out);
     case DType::kQ5_K:
-      return gemv_quantized<DType::kQ5_K, Panels>(p, stride, cols, x, out);
+      return stream_quantized<DType::kQ5_K, Rows, Panels>(p, stride, cols, x, x_stride, out);
     case DType::kQ6_K:
-      return gemv_quantized<DType::kQ6_K, Panels>(p, stride, cols, x, out);
+      return stream_quantized<DType::kQ6_K, Rows, Panels>(p, stride, cols, x, x_stride, out);
   }
 }
 
-void gemv_panels(DType dtype, const void* panel, int64_t stride, int64_t panels, int64_t cols,
-                 const float* x, float* out) {
-  const auto* p = static_cast<const uint8_t*>(panel);
-  for (; panels >= kRowPanels; panels -= kRowPanels) {
-    gemv_by_type<kRowPanels>(dtype, p, stride, cols, x, out);
-    p += kRowPanels * stride;
-    out += kRowPanels * kPanel;
+template <int Rows>
+void stream_rows(DType dtype, const uint8_t* p, int64_t stride, int64_t panels, int64_t cols,
+                 const float* x, int64_t x_stride, float* out) {
+  // Rows x panels x parts are the chains of multiply-adds that hide their latency: at least four.
+  constexpr int kAtOnce = (Rows == 1 ? 4 : 2) / kParts;
+  for (; panels >= kAtOnce; panels -= kAtOnce) {
+    stream_by_type<Rows, kAtOnce>(dtype, p, stride, cols, x, x_stride, out);
+    p += kAtOnce * stride;
+    out += kAtOnce * Rows * kPanel;
   }
-  for (; panels > 0; --panels, p += stride, out += kPanel) {
-    gemv_by_type<1>(dtype, p, stride, cols, x, out);
+  for (; kAtOnce > 1 && panels > 0; --panels, p += stride, out += Rows * kPanel) {
+    stream_by_type<Rows, 1>(dtype, p, stride, cols, x, x_stride, out);
+  }
+}
+
+void stream_panels(DType dtype, const void* panel, int64_t stride, int64_t panels, int64_t cols,
+                   int64_t rows, const float* x, int64_t x_stride, float* out) {
+  const auto* p = static_cast<const uint8_t*>(panel);
+  switch (rows) {
+    case 1:
+      return stream_rows<1>(dtype, p, stride, panels, cols, x, x_stride, out);
+    case 2:
+      return stream_rows<2>(dtype, p, stride, panels, cols, x, x_stride, out);
+    case 3:
+      return stream_rows<3>(dtype, p, stride, panels, cols, x, x_stride, out);
+    default:
+      return stream_rows<kStreamedRows>(dtype, p, stride, panels, cols, x, x_stride, out);
   }
 }
