@@ -204,7 +204,7 @@ void check_storage(std::span<const StoredRow> rows, int64_t cols) {
   linear(m, {x.data(), cols}, packed, y.data(), n, {}, team);
   linear(m, {x.data(), cols}, wide, y_wide.data(), n, {}, team);
   CHECK(same_bits(y.data(), y_wide.data(), y.size()));
-  for (const int64_t few : {1, 2, 3, 4, 5}) {  // up to kStreamedRows are not packed
+  for (const int64_t few : {1, 2, 3, 4, 5, 8}) {  // which are not packed
     for (int64_t i = 0; i + few <= m; ++i) {
       some.resize(static_cast<size_t>(few * n));
       linear(few, {x.data() + i * cols, cols}, packed, some.data(), n, {}, team);

@@ -73,7 +73,8 @@ struct NoTerm {
 };
 
 // A provider's block(column panel, k_begin, k_count, scratch) is [k_count][16]; one that has
-// rows() computes a few of them without packing. Without c only the term's preparation is done.
+// rows() computes up to few_rows() without packing, kStreamedRows at a time. Without c only the
+// term's preparation is done.
 template <typename Provider, typename Term>
 void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, float* c, int64_t ldc,
               const Epilogue& epilogue, ThreadTeam& team, const Provider& provider, Term& term) {
@@ -82,15 +83,17 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
   const int64_t panels = (columns + kPanel - 1) / kPanel;
   thread_local PackedRows own_packed;
   PackedRows& packed = own_packed;  // workers must see this thread's instance, not their own
-  for (int64_t first = 0; first < rows; first += kRowChunk) {
-    const int64_t live = std::min(kRowChunk, rows - first);
+  constexpr bool kHasTerm = !std::is_same_v<Term, NoTerm>;
+  constexpr bool kStreams = requires { provider.rows(0, 0, rows, a, c); };
+  constexpr bool kHasCodes = requires { provider.codes(); };
+  CodeRows* codes = nullptr;
+  if constexpr (kHasCodes) codes = provider.codes();
+  bool few = false;
+  if constexpr (kStreams) few = rows <= provider.few_rows() && a.col_stride == 1;
+  const int64_t at_once = few && codes == nullptr ? cpu::kStreamedRows : kRowChunk;
+  for (int64_t first = 0; first < rows; first += at_once) {
+    const int64_t live = std::min(at_once, rows - first);
     const MatrixView chunk{a.data + first * a.row_stride, a.row_stride, a.col_stride};
-    constexpr bool kHasTerm = !std::is_same_v<Term, NoTerm>;
-    constexpr bool kStreams = requires { provider.rows(0, 0, live, a, c); };
-    const bool few = kStreams && live <= cpu::kStreamedRows && a.col_stride == 1;
-    constexpr bool kHasCodes = requires { provider.codes(); };
-    CodeRows* codes = nullptr;
-    if constexpr (kHasCodes) codes = provider.codes();
     if (codes != nullptr) codes->pack(live, contract, chunk, &team);
     if ((!few && codes == nullptr) || kHasTerm) {
       packed.pack(live, contract, chunk, block_size(live, team.size()), &team,
@@ -251,6 +254,9 @@ struct ForwardWeight {
   const float* block(int64_t p, int64_t k_begin, int64_t k_count, float* scratch) const {
     return w.block(p, k_begin, k_count, scratch);
   }
+  // Of quantised weights twice as many rows go in two passes: the second finds them in the cache,
+  // which costs less than to expand them. At 5 rows of float32 it cost a third more.
+  int64_t few_rows() const { return (w.is_quantized() ? 2 : 1) * cpu::kStreamedRows; }
   void rows(int64_t p_begin, int64_t count, int64_t live, MatrixView x, float* out) const {
     w.multiply_rows(p_begin, count, live, x.data, x.row_stride, out);
   }

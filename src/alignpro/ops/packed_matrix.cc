@@ -37,6 +37,7 @@ PackedMatrix::PackedMatrix(int64_t cols, std::span<const DType> panel_types, int
     // Whole cache lines: a panel's first load is aligned.
     bytes += (cpu::panel_bytes(dtype, cols) + 63) / 64 * 64;
     is_float32_ = is_float32_ && dtype == DType::kF32;
+    is_quantized_ = is_quantized_ && block_values(dtype) > 1;
   }
   data_.reserve(bytes / static_cast<int64_t>(sizeof(float)));
 }

@@ -34,6 +34,7 @@ class PackedMatrix {
   int64_t panels() const { return static_cast<int64_t>(panels_.size()); }
   int64_t bytes() const { return data_.capacity() * static_cast<int64_t>(sizeof(float)); }
   bool is_float32() const { return is_float32_; }
+  bool is_quantized() const { return is_quantized_; }  // every panel
   Arithmetic arithmetic() const { return arithmetic_; }
 
   // Columns [k_begin, k_begin + k_count) of panel p as [k_count][16]; both multiples of 16, or the
@@ -83,7 +84,7 @@ class PackedMatrix {
 
   int64_t rows_ = 0;
   int64_t cols_ = 0;
-  bool is_float32_ = true;
+  bool is_float32_ = true, is_quantized_ = true;
   Arithmetic arithmetic_ = Arithmetic::kFloat32;
   std::vector<Panel> panels_;
   AlignedBuffer data_;
