@@ -142,58 +142,60 @@ void multiply_codes_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_s
 
 #else
 
-// A panel's codes in the making: [8 words][16][4 bytes], scales [16], minima [16] a group. Those of
-// Q8_0 are signed.
-constexpr int64_t kWeightGroupBytes = kGroup * kPanel + 2 * kPanel * 4;
+// A panel's codes in the making: nibbles [8 words][16][4 bytes], scales [16], minima [16] a group.
+// Those of Q8_0, 128 too large, are two planes, the low nibbles and the high ones: products of
+// nibbles add up in 16 bits, where bytes would need a sign and a widening each.
+constexpr int64_t kPlaneBytes = kGroup * kPanel;
+constexpr int planes(DType dtype) { return dtype == DType::kQ8_0 ? 2 : 1; }
+constexpr int64_t weight_group_bytes(int planes) { return planes * kPlaneBytes + 2 * kPanel * 4; }
 
 template <DType D>
 void expand_codes(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_t k_count,
                   uint8_t* out) {
   constexpr PanelLayout kLayout = panel_layout(D);
-  for (int64_t k = k_begin; k < k_begin + k_count; k += kGroup, out += kWeightGroupBytes) {
+  constexpr int kPlanes = planes(D);
+  for (int64_t k = k_begin; k < k_begin + k_count; k += kGroup) {
     const uint8_t* low = panel + k / kGroup * kLayout.group_bytes() + kLayout.scale_bytes;
-    auto* affine = reinterpret_cast<float*>(out + kGroup * kPanel);
+    auto* affine = reinterpret_cast<float*>(out + kPlanes * kPlaneBytes);
     for (int part = 0; part < kParts; ++part) {
       const Affine a = affine_at<D>(panel, cols, k, part);
       const int at = kLanes * part;
       store_wide(affine + at, a.scale);
-      store_wide(affine + kPanel + at, D == DType::kQ8_0 ? Wide{} : a.minimum);
-      for (int pair = 0; pair < 4; ++pair) {
-        Words even, odd;
-        if constexpr (D == DType::kQ8_0) {
-          even = load_words(low + pair * 128 + 4 * at) ^ 0x80808080u;
-          odd = load_words(low + pair * 128 + 64 + 4 * at) ^ 0x80808080u;
-        } else {
-          const Words v = load_words(low + pair * 64 + 4 * at);
-          even = v & 0x0f0f0f0fu;
-          odd = v >> 4 & 0x0f0f0f0fu;
+      store_wide(affine + kPanel + at, a.minimum);
+      for (int word = 0; word < 8; ++word) {
+        uint8_t* to = out + word * 64 + 4 * at;
+        const Words v = load_words(low + (kPlanes == 2 ? word : word / 2) * 64 + 4 * at);
+        if (kPlanes == 2 || word % 2 == 0) {
+          const Words nibbles = v & 0x0f0f0f0fu;
+          std::memcpy(to, &nibbles, sizeof(nibbles));
         }
-        std::memcpy(out + pair * 128 + 4 * at, &even, sizeof(even));
-        std::memcpy(out + pair * 128 + 64 + 4 * at, &odd, sizeof(odd));
+        if (kPlanes == 2 || word % 2 == 1) {
+          const Words nibbles = v >> 4 & 0x0f0f0f0fu;
+          std::memcpy(to + (kPlanes - 1) * kPlaneBytes, &nibbles, sizeof(nibbles));
+        }
       }
     }
+    out += weight_group_bytes(kPlanes);
   }
 }
 
 constexpr int64_t kInt8Rows = 4;  // with eight the sums would not fit into 16 registers
 static_assert(kCodeRows % kInt8Rows == 0);
 
-// sums[r][half] of one group: lanes are the panel's rows.
-template <bool Bytes, int Rows>
+// sums[r][half] of one group and plane: lanes are the panel's rows.
+template <int Rows>
 ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows][2]) {
 #if defined(__AVX2__)
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i acc[Rows][2];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-// Unrolled, its loads are hoisted and the sums spilled.
 #pragma GCC unroll 8
   for (int word = 0; word < 8; ++word) {
-    __m256i code[2], magnitude[2];
+    __m256i code[2];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       code[half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + word * 64 + 32 * half));
-      magnitude[half] = Bytes ? _mm256_abs_epi8(code[half]) : code[half];
     }
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
@@ -201,14 +203,8 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
       std::memcpy(&four, x + (word * kCodeRows + r) * 4, 4);
       const __m256i xs = _mm256_set1_epi32(four);
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        if (Bytes) {
-          const __m256i pairs =
-              _mm256_maddubs_epi16(magnitude[half], _mm256_sign_epi8(xs, code[half]));
-          acc[r][half] = _mm256_add_epi32(acc[r][half], _mm256_madd_epi16(pairs, ones));
-        } else {  // 8 words of 15 * 127 * 2 stay below 2^15
-          acc[r][half] = _mm256_add_epi16(acc[r][half], _mm256_maddubs_epi16(code[half], xs));
-        }
+      for (int half = 0; half < 2; ++half) {  // 8 words of 15 * 127 * 2 stay below 2^15
+        acc[r][half] = _mm256_add_epi16(acc[r][half], _mm256_maddubs_epi16(code[half], xs));
       }
       // A row ends before the next one's load: with those hoisted a sum lived on the stack, and its
       // chain of stores and loads took a third of the time.
@@ -219,7 +215,7 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const __m256i sum = Bytes ? acc[r][half] : _mm256_madd_epi16(acc[r][half], ones);
+      const __m256i sum = _mm256_madd_epi16(acc[r][half], ones);
       std::memcpy(&sums[r][half], &sum, sizeof(sum));
     }
   }
@@ -229,9 +225,7 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
       int32_t sum = 0;
       for (int word = 0; word < 8; ++word) {
         for (int j = 0; j < 4; ++j) {
-          const uint8_t code = w[word * 64 + 4 * n + j];
-          const int32_t weight = Bytes ? static_cast<int8_t>(code) : code;
-          sum += weight * static_cast<int8_t>(x[(word * kCodeRows + r) * 4 + j]);
+          sum += w[word * 64 + 4 * n + j] * static_cast<int8_t>(x[(word * kCodeRows + r) * 4 + j]);
         }
       }
       sums[r][n / 8][n % 8] = sum;
@@ -241,7 +235,7 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
 }
 
 // Rows [first, first + Rows) of a tile.
-template <bool Bytes, int Rows>
+template <int Planes, int Rows>
 void int8_tile(int64_t groups, const uint8_t* x, int64_t first, const uint8_t* w, float* c,
                bool accumulate) {
   F8 total[Rows][2];
@@ -252,18 +246,28 @@ void int8_tile(int64_t groups, const uint8_t* x, int64_t first, const uint8_t* w
       total[r][h] = accumulate ? load(c + r * kPanel + 8 * h) : splat(0.0f);
     }
   }
-  for (int64_t g = 0; g < groups; ++g, x += kCodeGroupBytes, w += kWeightGroupBytes) {
+  for (int64_t g = 0; g < groups; ++g, x += kCodeGroupBytes, w += weight_group_bytes(Planes)) {
     I8 sums[Rows][2];
-    group_sums<Bytes, Rows>(x + 4 * first, w, sums);
-    const auto* affine = reinterpret_cast<const float*>(w + kGroup * kPanel);
-    const auto* scales = reinterpret_cast<const float*>(x + kGroup * kCodeRows) + kCodeRows + first;
+    group_sums<Rows>(x + 4 * first, w, sums);
+    const auto* affine = reinterpret_cast<const float*>(w + Planes * kPlaneBytes);
+    const auto* totals = reinterpret_cast<const int32_t*>(x + kGroup * kCodeRows) + first;
+    const auto* scales = reinterpret_cast<const float*>(totals) + kCodeRows;
+    if constexpr (Planes == 2) {
+      I8 high[Rows][2];
+      group_sums<Rows>(x + 4 * first, w + kPlaneBytes, high);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) sums[r][h] += high[r][h] * 16 - 128 * totals[r];
+      }
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         const F8 product = __builtin_convertvector(sums[r][h], F8) * splat(scales[r]);
         total[r][h] = fma(product, load(affine + 8 * h), total[r][h]);
-        if (!Bytes) {
+        if (Planes == 1) {
           total[r][h] =
               fma(splat(scales[kCodeRows + r]), load(affine + kPanel + 8 * h), total[r][h]);
         }
@@ -280,8 +284,8 @@ void int8_tile(int64_t groups, const uint8_t* x, int64_t first, const uint8_t* w
 template <DType D>
 void multiply_codes_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
                        const uint8_t* panel, float* c) {
-  constexpr bool kBytes = D == DType::kQ8_0;
-  uint8_t codes[kContract / kGroup * kWeightGroupBytes];
+  constexpr int kPlanes = planes(D);
+  uint8_t codes[kContract / kGroup * weight_group_bytes(kPlanes)];
   for (int64_t k = 0; k < cols; k += kContract) {
     const int64_t count = cols - k < kContract ? cols - k : kContract;
     const int64_t groups = count / kGroup;
@@ -292,16 +296,16 @@ void multiply_codes_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_s
       float* to = c + row * kPanel;
       switch (rows - row) {
         case 1:
-          int8_tile<kBytes, 1>(groups, tile, first, codes, to, k > 0);
+          int8_tile<kPlanes, 1>(groups, tile, first, codes, to, k > 0);
           break;
         case 2:
-          int8_tile<kBytes, 2>(groups, tile, first, codes, to, k > 0);
+          int8_tile<kPlanes, 2>(groups, tile, first, codes, to, k > 0);
           break;
         case 3:
-          int8_tile<kBytes, 3>(groups, tile, first, codes, to, k > 0);
+          int8_tile<kPlanes, 3>(groups, tile, first, codes, to, k > 0);
           break;
         default:
-          int8_tile<kBytes, 4>(groups, tile, first, codes, to, k > 0);
+          int8_tile<kPlanes, 4>(groups, tile, first, codes, to, k > 0);
       }
     }
   }
