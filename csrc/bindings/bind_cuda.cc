@@ -236,15 +236,15 @@ void linear_logprob_backward(const py::object& hidden, const py::object& weight,
   cuda::linear_logprob_backward(in, saved, d, to_hidden, to_weight, memory, stream_of(stream));
 }
 
-// rows: (seed, sample, position, temperature) each, as bytes of the device: uint8 [rows, 24].
+// rows: (uniform, temperature) each, as bytes of the device: uint8 [rows, 16].
 void head_sample(const py::object& hidden, const py::object& head, const py::object& rows,
                  const py::object& tokens, const py::object& logprobs, const py::object& workspace,
                  uintptr_t stream) {
   Call call("head_sample");
   const cuda::Matrix h = call.matrix(hidden, "hidden"), w = call.matrix(head, "head");
-  static_assert(sizeof(cuda::SampleRow) == 24);
+  static_assert(sizeof(cuda::SampleRow) == 16);
   const auto* draws = reinterpret_cast<const cuda::SampleRow*>(
-      call.tensor(rows, "rows", 2).values<uint8_t>(DlType::kUInt, h.rows * 24));
+      call.tensor(rows, "rows", 2).values<uint8_t>(DlType::kUInt, h.rows * 16));
   auto* ids = call.tensor(tokens, "tokens", 1).values<int32_t>(DlType::kInt, h.rows);
   auto* values = call.tensor(logprobs, "logprobs", 1).values<float>(DlType::kFloat, h.rows);
   void* memory = call.workspace(workspace, cuda::head_sample_bytes(h.rows, w.rows));

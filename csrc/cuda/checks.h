@@ -46,8 +46,7 @@ inline void check_matrix(const char* op, const char* name, const Matrix& m, int6
   if (m.rows > 0) check_aligned(op, name, m.data);
 }
 
-inline void check_attention(const char* op, const AttentionShape& shape, const Matrix& qkv,
-                            const PagedKv& kv) {
+inline void check_heads(const char* op, const AttentionShape& shape, const Matrix& qkv) {
   require(
       shape.num_kv_heads >= 1 && shape.num_heads >= 1 && shape.num_heads % shape.num_kv_heads == 0,
       op, ": expected heads in groups of the same size, got ", shape.num_heads, " over ",
@@ -55,8 +54,14 @@ inline void check_attention(const char* op, const AttentionShape& shape, const M
   check_matrix(op, "qkv", qkv, qkv.rows,
                (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, qkv.dtype);
   const int64_t pack = pack_size(qkv.dtype);
-  require(shape.head_dim % pack == 0, op, ": expected a head_dim that is a multiple of ", pack,
+  require(shape.head_dim > 0 && shape.head_dim % pack == 0, op, ": expected a head_dim that is a multiple of ", pack,
           ", got ", shape.head_dim);
+}
+
+inline void check_attention(const char* op, const AttentionShape& shape, const Matrix& qkv,
+                            const PagedKv& kv) {
+  check_heads(op, shape, qkv);
+  const int64_t pack = pack_size(qkv.dtype);
   require(kv.block_stride % pack == 0 && kv.head_stride % pack == 0 && kv.value_offset % pack == 0,
           op, ": kv: expected strides that are multiples of ", pack, ", got ", kv.block_stride,
           ", ", kv.head_stride, ", ", kv.value_offset);

@@ -108,10 +108,10 @@ TEST(head_sample_draws_the_cpus_tokens) {
   std::vector<ops::SampleRow> requests;
   for (uint32_t i = 0; i < rows; ++i) {
     const float temperature = i % 4 == 0 ? 0.0f : 0.5f + 0.1f * static_cast<float>(i);
-    draws.push_back({uint64_t{1} << 40, i % 2, i, temperature});
     ops::SampleRow& request = requests.emplace_back();
     request.temperature = temperature;
     request.uniform = keyed_uniform(uint64_t{1} << 40, i % 2, i);
+    draws.push_back({request.uniform, temperature});
   }
   std::vector<ops::SampledToken> expected(rows);
   ops::head_sample(packed, hidden.data(), requests, expected, team);

@@ -5,6 +5,7 @@
 // launchers, grids and workspaces as they are. Dynamic shared memory is poisoned before each block.
 
 #include <cstring>
+#include <mutex>
 
 #include "cuda/ops.h"
 #include "host_block.h"
@@ -36,6 +37,8 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, i
   if (shared_bytes > kSharedBytes) {
     throw std::runtime_error(std::string(op) + ": more shared memory than an sm_86 has");
   }
+  static std::mutex one_at_a_time;  // shared memory and blockIdx are
+  const std::lock_guard lock(one_at_a_time);
   static uint32_t seed = 0;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {

@@ -97,7 +97,7 @@ def bench_logprob(limit: dict[str, float], rows: int, cols: int, vocab: int) -> 
 
 def bench_sample(limit: dict[str, float], rows: int, cols: int, vocab: int) -> list[Row]:
     h, w = normal(rows, cols, dtype=BF16), normal(vocab, cols, dtype=BF16, scale=cols**-0.5)
-    draws = calls.sample_rows([(1, 0, i, 0.8) for i in range(rows)])
+    draws = calls.sample_rows([(u, 0.8) for u in torch.rand(rows).tolist()])
     ours = milliseconds(lambda: calls.head_sample(h, w, draws))
     plain = milliseconds(lambda: torch.softmax((h @ w.T).float() / 0.8, 1).multinomial(1))
     share = 2 * vocab * cols / ours / 1e6 / limit["read_gbps"]

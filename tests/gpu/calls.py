@@ -163,10 +163,10 @@ class LinearLogprob:
         return self.d_hidden, self.d_weight
 
 
-def sample_rows(rows: list[tuple[int, int, int, float]]) -> torch.Tensor:
-    """(seed, sample, position, temperature) of each row, as the engine's bytes."""
-    packed = b"".join(struct.pack("<QIIf4x", *row) for row in rows)
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).reshape(-1, 24).cuda()
+def sample_rows(rows: list[tuple[float, float]]) -> torch.Tensor:
+    """(uniform, temperature) of each row, as the engine's bytes."""
+    packed = b"".join(struct.pack("<df4x", *row) for row in rows)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).reshape(-1, 16).to(DEVICE)
 
 
 def head_sample(

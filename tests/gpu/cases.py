@@ -320,15 +320,16 @@ def head_sample() -> Measured:
     for dtype in DTYPES:
         rows, vocab, cols = 200, 5003, 256
         h, w = normal(rows, cols, dtype=dtype), normal(vocab, cols, dtype=dtype, scale=0.1)
-        draws = [(7, i % 3, i, (0.0, 0.7, 1.0)[i % 3]) for i in range(rows)]
+        uniforms = torch.rand(rows, dtype=torch.float64).tolist()
+        draws = [(u, (0.0, 0.7, 1.0)[i % 3]) for i, u in enumerate(uniforms)]
         packed = calls.sample_rows(draws)
         tokens, logprobs = calls.head_sample(h, w, packed)
-        greedy = torch.tensor([d[3] == 0.0 for d in draws], device="cuda")
+        greedy = torch.tensor([d[1] == 0.0 for d in draws], device="cuda")
         logits = h.double() @ w.double().T
         best = logits.max(1).values - logits.gather(1, tokens.long()[:, None])[:, 0]
         measured.append((f"{dtype} greedy", float(best[greedy].max()), 1e-3))
         for temperature in (0.7, 1.0):
-            at = [i for i, d in enumerate(draws) if d[3] == temperature]
+            at = [i for i, d in enumerate(draws) if d[1] == temperature]
             scored = calls.LinearLogprob(h[at], w, tokens[at].contiguous(), temperature).forward()
             bits = differing(scored["logprob"], logprobs[at])
             measured.append((f"{dtype} sampled minus scored at {temperature}", bits, 0.0))
@@ -337,7 +338,7 @@ def head_sample() -> Measured:
         measured.append((f"{dtype} alone, value", differing(one[1], logprobs[100:101]), 0.0))
     # 60,000 draws of one distribution over 300 tokens: chi-square per degree of freedom.
     h, w = normal(1, 64), normal(300, 64, scale=0.2)
-    many = calls.sample_rows([(3, 0, i, 1.0) for i in range(60_000)])
+    many = calls.sample_rows([(u, 1.0) for u in uniforms])
     tokens, _ = calls.head_sample(h.expand(60_000, 64).contiguous(), w, many)
     expected = 60_000 * log_softmax(h.double(), w.double(), 1.0)[0].exp()
     counts = torch.bincount(tokens.long(), minlength=300).double()

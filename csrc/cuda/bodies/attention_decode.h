@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../ops.h"
 #include "alignpro/ops/shared/attention_rows.h"
 #include "rows.h"
 
@@ -17,8 +18,6 @@ namespace alignpro::cuda {
 inline constexpr int kDecodeThreads = 128;
 inline constexpr int kDecodeChunk = 512;
 inline constexpr int kLanesPerKey = 8;
-inline constexpr int kMaxGroup = 8;  // query heads of one KV head
-inline constexpr int kMaxHeadDim = 256;
 
 template <typename T>
 struct AttentionDecode {

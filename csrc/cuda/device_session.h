@@ -1,0 +1,72 @@
+#pragma once
+
+// What one engine holds of a model on a GPU: the pool of KV blocks, the buffers of a step, a stream
+// of its own. A step copies its tokens and tables in one piece and brings back tokens and
+// log-probabilities; hidden rows stay on the device.
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "alignpro/engine/language_model.h"
+#include "device_adapter.h"
+#include "device_weights.h"
+#include "runtime.h"
+
+namespace alignpro::cuda {
+
+class DeviceSession final : public engine::Session {
+ public:
+  DeviceSession(std::shared_ptr<const DeviceWeights> weights,
+                std::shared_ptr<DeviceAdapters> adapters, int64_t kv_blocks);
+  ~DeviceSession() override;
+
+  void copy_slots(int64_t from, int64_t to, int64_t slots) override;
+  void forward(const model::Batch& batch) override;
+  void sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) override;
+
+  // For scoring: the hidden rows of the last forward, [output rows, hidden_size], and the stream on
+  // which they will be there.
+  const Matrix& hidden() const { return hidden_; }
+  Stream stream() const { return stream_.get(); }
+
+ private:
+  // Rows [begin, end) of the batch and their adapter; null: base weights.
+  struct Range {
+    int64_t begin, end;
+    const DeviceAdapter* adapter;
+  };
+  // A batch as the kernels read it, in one piece of device memory.
+  struct Tables {
+    int64_t rows = 0, outputs = 0;
+    int64_t table_ld = 0;  // blocks a row of block_table
+    const int32_t *tokens, *positions, *write_blocks, *output_rows, *block_table;
+    std::vector<Range> ranges;  // cover all rows, in order
+    int64_t most_ranks = 0;
+  };
+  // [rows, ...] each, in one arena.
+  struct Buffers {
+    Matrix stream, normed, qkv, attended, gate_up, activated, low;
+    void* attention = nullptr;
+  };
+
+  void wait();
+  Tables upload(const model::Batch& batch);
+  Buffers carve(const Tables& tables);
+  void apply_linear(const Tables& tables, int64_t layer, model::LinearSite site, const Matrix& x,
+                    const LinearExtras& extras, const Matrix& out, const Matrix& low);
+  void run_layer(const Tables& tables, int64_t layer, const Buffers& buffers);
+  PagedKv layer_kv(int64_t layer) const;
+
+  const std::shared_ptr<const DeviceWeights> weights_;
+  const std::shared_ptr<DeviceAdapters> adapters_;
+  OwnedStream stream_;
+  DeviceBuffer kv_, tables_, arena_, hidden_rows_, draws_;
+  PinnedBuffer staged_tables_, staged_draws_;
+  Matrix hidden_;
+  bool under_way_ = false;  // the stream may still read what is staged and what is held
+  std::vector<std::shared_ptr<const DeviceAdapter>> held_;
+};
+
+}  // namespace alignpro::cuda
