@@ -17,6 +17,7 @@ namespace alignpro::cuda {
 
 // As model::Score's outputs: flat, sequence after sequence; those of a reference empty without one.
 struct ScoreValues {
+  bool has_reference = false;
   std::vector<float> logprob, entropy, kl, reference_logprob;
 };
 

@@ -147,7 +147,7 @@ class Values {
       const auto to = static_cast<size_t>(pass.scored[static_cast<size_t>(i)].to);
       out.logprob[to] = got[i];
       out.entropy[to] = got[count + i];
-      if (out.kl.empty()) continue;
+      if (!out.has_reference) continue;
       out.kl[to] = got[2 * count + i];
       out.reference_logprob[to] = got[4 * count + i];
     }
@@ -175,6 +175,7 @@ ScoreValues DeviceModel::score(const model::ScoreRequest& request) const {
     total += static_cast<int64_t>(request.sequences[s].size()) - request.starts[s];
   }
   ScoreValues out;
+  out.has_reference = request.with_reference;
   for (auto* values : {&out.logprob, &out.entropy}) values->resize(static_cast<size_t>(total));
   if (request.with_reference) {
     for (auto* v : {&out.kl, &out.reference_logprob}) v->resize(static_cast<size_t>(total));

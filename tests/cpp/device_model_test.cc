@@ -16,6 +16,7 @@
 #include "alignpro/model/scorer.h"
 #include "check.h"
 #include "cuda/ops.h"
+#include "numbers.h"
 #include "random_checkpoint.h"
 
 using namespace alignpro;
@@ -27,7 +28,7 @@ namespace {
 
 using Tokens = std::vector<int32_t>;
 
-// float32 sums in another order, through three layers: log-probabilities differ by a few 1e-6.
+// float32 sums in another order, through two layers: log-probabilities differ by a few 1e-6.
 constexpr double kLogprobBudget = 2e-5;
 
 struct Ask {
@@ -49,7 +50,7 @@ Tokens text(int64_t size, int32_t start) {
 // with and without the adapter, greedy and not.
 std::vector<Ask> asks(const std::shared_ptr<Adapter>& adapter) {
   std::vector<Ask> all;
-  const Tokens start = text(19, 5);
+  const Tokens start = text(18, 5);
   for (int32_t i = 0; i < 3; ++i) {
     Tokens prompt = start;
     for (int32_t k = 0; k <= i; ++k) prompt.push_back((40 + 7 * i + k) % 111);
@@ -68,7 +69,7 @@ struct Answer {
   bool operator==(const Answer&) const = default;
 };
 
-std::vector<Answer> generate(Engine& engine, const std::vector<Ask>& asked, int64_t count = 5) {
+std::vector<Answer> generate(Engine& engine, const std::vector<Ask>& asked, int64_t count = 4) {
   std::vector<std::shared_ptr<Sequence>> handles;
   for (const Ask& ask : asked) {
     engine::SamplingParams params;
@@ -119,6 +120,12 @@ ScoreRequest score_request(const std::vector<Ask>& asked, const std::vector<Answ
   return request;
 }
 
+ModelConfig small(bool bias, bool qk_norm, bool fused) {
+  ModelConfig config = tiny(bias, qk_norm, fused);
+  config.num_layers = 2;
+  return config;
+}
+
 ModelConfig windowed(ModelConfig config, int64_t window) {
   config.sliding_window = window;
   return config;
@@ -153,14 +160,14 @@ void check_against_cpu(const ModelConfig& config) {
 
 }  // namespace
 
-TEST(generates_what_the_cpu_generates_with_bias) { check_against_cpu(tiny(true, false, false)); }
-TEST(generates_what_the_cpu_generates_with_qk_norm) { check_against_cpu(tiny(false, true, false)); }
+TEST(generates_what_the_cpu_generates_with_bias) { check_against_cpu(small(true, false, false)); }
+TEST(generates_what_the_cpu_generates_with_qk_norm) { check_against_cpu(small(false, true, false)); }
 TEST(generates_what_the_cpu_generates_fused_in_a_window) {
-  check_against_cpu(windowed(tiny(false, false, true), 9));
+  check_against_cpu(windowed(small(false, false, true), 9));
 }
 
 TEST(a_sequences_bits_are_its_own) {
-  const ModelConfig config = wide(tiny(true, true, false));
+  const ModelConfig config = wide(small(true, true, false));
   for (const DType compute : {DType::kF32, DType::kBF16}) {
     const auto device = device_model(config, compute);
     const auto asked = asks(LoraStore(config, 3, 6, false).adapter(config));
@@ -179,7 +186,7 @@ TEST(a_sequences_bits_are_its_own) {
 }
 
 TEST(scores_are_the_cpus) {
-  const ModelConfig config = tiny(true, false, false);
+  const ModelConfig config = small(true, false, false);
   const auto device = device_model(config);
   const auto cpu = Model::from(RandomCheckpoint(config), 1, 0);
   ScoreRequest request;
@@ -201,19 +208,19 @@ TEST(scores_are_the_cpus) {
 }
 
 TEST(bfloat16_stays_near_float32) {
-  const ModelConfig config = wide(tiny(false, true, false));
+  const ModelConfig config = wide(small(false, true, false));
   ScoreRequest request;
   request.sequences = {text(20, 4)};
   request.starts = {1};
   const auto exact = device_model(config)->score(request).logprob;
   const auto rounded = device_model(config, DType::kBF16)->score(request).logprob;
-  // Eight bits of mantissa in weights and activations through three layers.
-  const double difference = largest_difference(exact, rounded);
-  CHECK(difference > 1e-4 && difference < 0.3);
+  // Eight bits of mantissa in weights and activations, through two layers.
+  const double difference = relative_error(rounded, Doubles(exact.begin(), exact.end()));
+  CHECK(difference > 1e-4 && difference < 3e-2);
 }
 
 TEST(more_adapters_than_are_kept) {
-  const ModelConfig config = tiny(false, false, false);
+  const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
   ScoreRequest request;
   request.sequences = {text(4, 4)};
@@ -231,7 +238,7 @@ TEST(more_adapters_than_are_kept) {
 }
 
 TEST(what_a_device_cannot_do_is_refused_by_name) {
-  const ModelConfig config = tiny(false, false, false);
+  const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
   Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 8));
   const auto bad = [&](auto change, const char* text) {
@@ -269,7 +276,7 @@ TEST(what_a_device_cannot_do_is_refused_by_name) {
 }
 
 TEST(weights_that_give_nan_are_an_error_and_the_engine_lives) {
-  const ModelConfig config = tiny(false, false, false);
+  const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
   Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 8));
   LoraStore broken(config, 1, 3, false);

@@ -11,20 +11,23 @@ import torch
 from alignpro import native
 
 cuda: Any = native.core.cuda
+# The tests on a CPU emulate the device (tests/emulated): its tensors are the CPU's.
+EMULATED = cuda.version() == "emulated"
+DEVICE = "cpu" if EMULATED else "cuda"
 
 FORWARD = ("logprob", "entropy", "kl", "reverse_kl", "reference_logprob")
 
 
 def stream() -> int:
-    return int(torch.cuda.current_stream().cuda_stream)
+    return 0 if EMULATED else int(torch.cuda.current_stream().cuda_stream)
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
 
 
 def workspace(size: int) -> torch.Tensor:
-    return torch.full((max(size, 16),), 255, dtype=torch.uint8, device="cuda")
+    return torch.full((max(size, 16),), 255, dtype=torch.uint8, device=DEVICE)
 
 
 def embedding(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -172,7 +175,7 @@ def sample_rows(rows: list[tuple[float, float]]) -> torch.Tensor:
 def head_sample(
     hidden: torch.Tensor, head: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.full((len(hidden),), -7, dtype=torch.int32, device="cuda")
+    tokens = torch.full((len(hidden),), -7, dtype=torch.int32, device=DEVICE)
     logprobs = poisoned(len(hidden))
     memory = workspace(cuda.head_sample_bytes(len(hidden), len(head)))
     cuda.head_sample(hidden, head, rows, tokens, logprobs, memory, stream())
