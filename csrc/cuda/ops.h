@@ -88,6 +88,22 @@ void attention_decode(const AttentionShape& shape, const Matrix& qkv, const int3
                       const PagedKv& kv, void* workspace, const Matrix& out, Stream stream);
 int64_t attention_decode_bytes(const AttentionShape& shape, int64_t rows, int64_t max_positions);
 
+// Consecutive rows of one sequence: qkv's rows [row_begin, row_begin + row_count) are its positions
+// from `position` on.
+struct Segment {
+  int32_t row_begin, row_count, position;
+};
+// Causal attention of segments: out [rows, q size] over each row's own position and those before it,
+// cached ones included, which lie in row s of block_table [segment_count, table_ld] (written before
+// by rope_kv_write). A position has the same bits as from attention_decode, however rows are cut
+// into segments. `segments` is device memory; none has more than max_rows rows, which fixes the
+// grid. Rows in no segment are left as they are. lse [rows, num_heads], or null, receives the
+// logarithm of each softmax's sum for attention_backward.
+void attention_prefill(const AttentionShape& shape, const Matrix& qkv, const Segment* segments,
+                       int64_t segment_count, int64_t max_rows, const int32_t* block_table,
+                       int64_t table_ld, const PagedKv& kv, const Matrix& out, float* lse,
+                       Stream stream);
+
 // See ops/linear_logprob.h. Reference: matrices of no rows mean none.
 struct LogprobInput {
   Matrix hidden, weight;
