@@ -93,10 +93,10 @@ int64_t attention_decode_bytes(const AttentionShape& shape, int64_t rows, int64_
 struct Segment {
   int32_t row_begin, row_count, position;
 };
-// Causal attention of segments: out [rows, q size] over each row's own position and those before it,
-// cached ones included, which lie in row s of block_table [segment_count, table_ld] (written before
-// by rope_kv_write). A position has the same bits as from attention_decode, however rows are cut
-// into segments. `segments` is device memory; none has more than max_rows rows, which fixes the
+// Causal attention of segments: out [rows, q size] over each row's own position and those before
+// it, cached ones included, which lie in row s of block_table [segment_count, table_ld] (written
+// before by rope_kv_write). A position has the same bits as from attention_decode, however rows are
+// cut into segments. `segments` is device memory; none has more than max_rows rows, which fixes the
 // grid. Rows in no segment are left as they are. lse [rows, num_heads], or null, receives the
 // logarithm of each softmax's sum for attention_backward.
 void attention_prefill(const AttentionShape& shape, const Matrix& qkv, const Segment* segments,

@@ -67,6 +67,11 @@ class HostBlock {
   void load_matrices(uint32_t (&to)[4], const void* row) { load(to, row, false); }
   void load_transposed(uint32_t (&to)[4], const void* row) { load(to, row, true); }
 
+  uint32_t round_pair(float low, float high) const {
+    const uint32_t upper = alignpro::round_bfloat16(high).bits;
+    return upper << 16 | alignpro::round_bfloat16(low).bits;
+  }
+
   void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     struct Operands {
       uint32_t a[4], b[2];
