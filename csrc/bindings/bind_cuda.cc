@@ -158,6 +158,26 @@ void attention_decode(const py::object& qkv, const cuda::AttentionShape& shape,
                          stream_of(stream));
 }
 
+// segments: (row_begin, row_count, position) each, int32 [segments, 3]. lse: float32
+// [rows, num_heads], or None.
+void attention_prefill(const py::object& qkv, const cuda::AttentionShape& shape,
+                       const py::object& segments, int64_t max_rows, const py::object& block_table,
+                       const py::object& kv, const py::object& out, const py::object& lse,
+                       uintptr_t stream) {
+  Call call("attention_prefill");
+  const cuda::Matrix rows = call.matrix(qkv, "qkv"), to = call.matrix(out, "out");
+  const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
+  static_assert(sizeof(cuda::Segment) == 12);
+  const auto* own = reinterpret_cast<const cuda::Segment*>(
+      call.tensor(segments, "segments", 2).values<int32_t>(DlType::kInt, 3 * table.size(0)));
+  const int32_t* blocks = table.values<int32_t>(DlType::kInt, 0);
+  const cuda::PagedKv pool = call.paged_kv(kv, shape, rows.dtype);
+  float* sums = call.floats<float>(lse, "lse", rows.rows * shape.num_heads, 2);
+  const GilRelease release;
+  cuda::attention_prefill(shape, rows, own, table.size(0), max_rows, blocks, table.ld(), pool, to,
+                          sums, stream_of(stream));
+}
+
 cuda::LogprobInput logprob_input(Call& call, const py::object& hidden, const py::object& weight,
                                  const py::object& tokens, float temperature,
                                  const py::object& reference_hidden,
@@ -278,6 +298,9 @@ void bind_cuda(py::module_& core) {
         py::arg("workspace"), py::arg("out"), py::arg("stream"));
   m.def("attention_decode_bytes", &cuda::attention_decode_bytes, py::arg("shape"), py::arg("rows"),
         py::arg("max_positions"));
+  m.def("attention_prefill", &attention_prefill, py::arg("qkv"), py::arg("shape"),
+        py::arg("segments"), py::arg("max_rows"), py::arg("block_table"), py::arg("kv"),
+        py::arg("out"), py::arg("lse"), py::arg("stream"));
   m.def("linear_logprob", &linear_logprob, py::arg("hidden"), py::arg("weight"), py::arg("tokens"),
         py::arg("temperature"), py::arg("reference_hidden"), py::arg("reference_weight"),
         py::arg("forward"), py::arg("workspace"), py::arg("stream"));

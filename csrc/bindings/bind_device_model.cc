@@ -50,8 +50,8 @@ void bind_device_model(py::module_& m) {
   py::class_<ScoreValues>(m, "DeviceScore")
       .def_property_readonly("logprob", [](const ScoreValues& s) { return to_array(s.logprob); })
       .def_property_readonly("entropy", [](const ScoreValues& s) { return to_array(s.entropy); })
-      .def_property_readonly(
-          "kl", [](const ScoreValues& s) { return or_none(s.kl, s.has_reference); })
+      .def_property_readonly("kl",
+                             [](const ScoreValues& s) { return or_none(s.kl, s.has_reference); })
       .def_property_readonly("reference_logprob", [](const ScoreValues& s) {
         return or_none(s.reference_logprob, s.has_reference);
       });

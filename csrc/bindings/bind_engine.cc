@@ -18,9 +18,9 @@
 namespace py = pybind11;
 using alignpro::bindings::GilRelease;
 
+using alignpro::cuda::DeviceModel;
 using alignpro::engine::Engine;
 using alignpro::engine::EngineOptions;
-using alignpro::cuda::DeviceModel;
 using alignpro::engine::EngineStats;
 using alignpro::engine::FinishReason;
 using alignpro::engine::LanguageModel;

@@ -186,8 +186,7 @@ void bind_model(py::module_& m) {
           py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
           py::arg("compute") = "float32", py::arg("kv_dtype") = "float32")
       .def_property_readonly("config", &describe_model)
-      .def("lora_modules",
-           [](const model::Model& self) { return lora_shapes(self.config()); })
+      .def("lora_modules", [](const model::Model& self) { return lora_shapes(self.config()); })
       .def(
           "make_adapter",
           [](const model::Model& self, const py::dict& matrices, float scale) {

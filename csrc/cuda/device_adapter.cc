@@ -25,9 +25,7 @@ Matrix upload(MatrixStore& store, const ops::PackedMatrix& from, int64_t rows, i
 }  // namespace
 
 DeviceAdapter::DeviceAdapter(const model::Adapter& adapter, int64_t num_layers, DType dtype)
-    : version_(adapter.version()),
-      store_(dtype, nullptr),
-      sites_(static_cast<size_t>(num_layers)) {
+    : version_(adapter.version()), store_(dtype, nullptr), sites_(static_cast<size_t>(num_layers)) {
   const int64_t pack = 16 / block_bytes(dtype);
   for (int64_t l = 0; l < num_layers; ++l) {
     for (const model::LinearSite site : model::kLinearSites) {

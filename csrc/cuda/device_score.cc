@@ -73,8 +73,7 @@ std::vector<Pass> passes_of(const model::ScoreRequest& request, const Group& gro
       model::Batch& batch = pass.batch;
       const int64_t begin = batch.rows(), count = std::min(rows - position, kPassRows - begin);
       const int64_t used = (position + count + kKvBlock - 1) / kKvBlock;
-      batch.segments.push_back(
-          {begin, count, position, blocks.first(static_cast<size_t>(used))});
+      batch.segments.push_back({begin, count, position, blocks.first(static_cast<size_t>(used))});
       for (const int64_t end = position + count; position < end; ++position) {
         const auto row = static_cast<int32_t>(batch.rows());
         batch.kv_writes.push_back({row, blocks[static_cast<size_t>(position / kKvBlock)],
@@ -83,8 +82,8 @@ std::vector<Pass> passes_of(const model::ScoreRequest& request, const Group& gro
         batch.positions.push_back(static_cast<int32_t>(position));
         if (position + 1 < start) continue;
         batch.output_rows.push_back(row);
-        pass.scored.push_back({sequence[static_cast<size_t>(position + 1)],
-                               first_value + position + 1 - start});
+        pass.scored.push_back(
+            {sequence[static_cast<size_t>(position + 1)], first_value + position + 1 - start});
       }
     }
     blocks = blocks.subspan(static_cast<size_t>(blocks_of(sequence)));

@@ -16,7 +16,6 @@ using ops::kKvBlock;
 // Attention's grid and workspace are made for so many blocks of positions, or multiples.
 constexpr int64_t kTableStep = 32;
 
-
 Matrix rows_of(const Matrix& m, int64_t begin, int64_t end) {
   if (m.data == nullptr) return m;
   return {at(m.data, begin * m.ld * block_bytes(m.dtype)), end - begin, m.cols, m.ld, m.dtype};
@@ -53,8 +52,8 @@ void DeviceSession::wait() {
 PagedKv DeviceSession::layer_kv(int64_t layer) const {
   const model::ModelConfig& c = weights_->config;
   const int64_t half = kKvBlock * c.head_dim, of_layer = c.num_kv_heads * 2 * half;
-  return {at(kv_.data(), layer * of_layer * block_bytes(weights_->dtype)),
-          c.num_layers * of_layer, 2 * half, half};
+  return {at(kv_.data(), layer * of_layer * block_bytes(weights_->dtype)), c.num_layers * of_layer,
+          2 * half, half};
 }
 
 void DeviceSession::copy_slots(int64_t from, int64_t to, int64_t slots) {
@@ -76,14 +75,43 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
   }
   const int64_t table_ld = tables.table_ld =
       (most_blocks + kTableStep - 1) / kTableStep * kTableStep;
+  std::vector<const model::Segment*> sequences;  // as in block_table
+  std::vector<Segment> prefill;
+  for (const model::Segment& segment : batch.segments) {
+    if (segment.row_count > 1) continue;
+    const auto table_row = static_cast<int64_t>(sequences.size());
+    sequences.push_back(&segment);
+    if (tables.decode.empty() ||
+        tables.decode.back().begin + tables.decode.back().rows != segment.row_begin) {
+      tables.decode.push_back({segment.row_begin, 0, table_row});
+    }
+    ++tables.decode.back().rows;
+    tables.most_decode_rows = std::max(tables.most_decode_rows, tables.decode.back().rows);
+  }
+  tables.prefill_table_row = static_cast<int64_t>(sequences.size());
+  for (const model::Segment& segment : batch.segments) {
+    if (segment.row_count == 1) continue;
+    sequences.push_back(&segment);
+    prefill.push_back({static_cast<int32_t>(segment.row_begin),
+                       static_cast<int32_t>(segment.row_count),
+                       static_cast<int32_t>(segment.position)});
+    tables.most_prefill_rows = std::max(tables.most_prefill_rows, segment.row_count);
+  }
+  tables.prefill_count = static_cast<int64_t>(prefill.size());
+
   Layout layout;
   const int64_t tokens = layout.take(rows * 4), positions = layout.take(rows * 4);
   const int64_t write_blocks = layout.take(rows * 4), output_rows = layout.take(outputs * 4);
-  const int64_t block_table = layout.take(rows * table_ld * 4);
+  const int64_t segments =
+      layout.take(tables.prefill_count * static_cast<int64_t>(sizeof(Segment)));
+  const auto table_values = static_cast<int64_t>(sequences.size()) * table_ld;
+  const int64_t block_table = layout.take(table_values * 4);
   void* staged = staged_tables_.reserve(layout.bytes());
   tables_.reserve(layout.bytes());
-  const auto put = [&](int64_t offset, const std::vector<int32_t>& values) {
-    std::memcpy(at(staged, offset), values.data(), values.size() * 4);
+  const auto put = [&](int64_t offset, const auto& values) {
+    if (!values.empty()) {
+      std::memcpy(at(staged, offset), values.data(), values.size() * sizeof(values[0]));
+    }
   };
   put(tokens, batch.tokens);
   put(positions, batch.positions);
@@ -96,12 +124,12 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
     block = write.block;
   }
   put(write_blocks, to);
+  put(segments, prefill);
   auto* table = reinterpret_cast<int32_t*>(at(staged, block_table));
-  std::fill(table, table + rows * table_ld, 0);
-  for (const model::Segment& segment : batch.segments) {
-    for (int64_t row = segment.row_begin; row < segment.row_begin + segment.row_count; ++row) {
-      std::copy(segment.blocks.begin(), segment.blocks.end(), table + row * table_ld);
-    }
+  std::fill(table, table + table_values, 0);
+  for (const model::Segment* sequence : sequences) {
+    std::copy(sequence->blocks.begin(), sequence->blocks.end(), table);
+    table += table_ld;
   }
   copy_to_device(tables_.data(), staged, layout.bytes(), stream());
   const auto ints = [&](int64_t offset) {
@@ -112,6 +140,7 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
   tables.write_blocks = ints(write_blocks);
   tables.output_rows = ints(output_rows);
   tables.block_table = ints(block_table);
+  tables.prefill = reinterpret_cast<const Segment*>(at(tables_.data(), segments));
 
   int64_t row = 0;
   for (const model::AdapterRange& range : batch.adapters) {
@@ -129,19 +158,19 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
 DeviceSession::Buffers DeviceSession::carve(const Tables& tables) {
   const model::ModelConfig& c = weights_->config;
   const DType dtype = weights_->dtype;
-  const int64_t widths[] = {c.hidden_size,           c.hidden_size,       c.qkv_size(), c.q_size(),
-                            2 * c.intermediate_size, c.intermediate_size, tables.most_ranks};
+  const int64_t widths[] = {c.hidden_size,    c.hidden_size,           c.qkv_size(),
+                            c.q_size(),       2 * c.intermediate_size, c.intermediate_size,
+                            tables.most_ranks};
   Buffers buffers;
-  Matrix* const matrices[] = {&buffers.stream,   &buffers.normed,  &buffers.qkv,
-                              &buffers.attended, &buffers.gate_up, &buffers.activated,
-                              &buffers.low};
+  Matrix* const matrices[] = {&buffers.stream,  &buffers.normed,    &buffers.qkv, &buffers.attended,
+                              &buffers.gate_up, &buffers.activated, &buffers.low};
   Layout layout;
   int64_t offsets[std::size(widths)];
   for (size_t i = 0; i < std::size(widths); ++i) {
     offsets[i] = layout.take(tables.rows * widths[i] * block_bytes(dtype));
   }
   const int64_t attention = layout.take(attention_decode_bytes(
-      weights_->attention(), tables.rows, tables.table_ld * kKvBlock));
+      weights_->attention(), tables.most_decode_rows, tables.table_ld * kKvBlock));
   arena_.reserve(layout.bytes());
   for (size_t i = 0; i < std::size(widths); ++i) {
     *matrices[i] = {at(arena_.data(), offsets[i]), tables.rows, widths[i], widths[i], dtype};
@@ -172,21 +201,36 @@ void DeviceSession::apply_linear(const Tables& tables, int64_t layer, LinearSite
   }
 }
 
+// Both ops give a position the same bits.
+void DeviceSession::attend(const Tables& tables, int64_t layer, const Buffers& b) {
+  const AttentionShape shape = weights_->attention();
+  const PagedKv kv = layer_kv(layer);
+  for (const DecodeRun& run : tables.decode) {
+    attention_decode(shape, rows_of(b.qkv, run.begin, run.begin + run.rows),
+                     tables.positions + run.begin,
+                     tables.block_table + run.table_row * tables.table_ld, tables.table_ld,
+                     tables.table_ld * kKvBlock, kv, b.attention,
+                     rows_of(b.attended, run.begin, run.begin + run.rows), stream());
+  }
+  if (tables.prefill_count == 0) return;
+  attention_prefill(shape, b.qkv, tables.prefill, tables.prefill_count, tables.most_prefill_rows,
+                    tables.block_table + tables.prefill_table_row * tables.table_ld,
+                    tables.table_ld, kv, b.attended, nullptr, stream());
+}
+
 // As model::layer_forward, op for op.
 void DeviceSession::run_layer(const Tables& tables, int64_t layer, const Buffers& b) {
   const model::ModelConfig& c = weights_->config;
   const DeviceLayer& w = weights_->layers[static_cast<size_t>(layer)];
   const AttentionShape shape = weights_->attention();
   const auto eps = static_cast<float>(c.rms_eps);
-  const PagedKv kv = layer_kv(layer);
 
   rms_norm(b.stream, w.attention_norm, eps, b.normed, stream());
   apply_linear(tables, layer, LinearSite::kQkv, b.normed, {.bias = w.qkv_bias}, b.qkv, b.low);
   if (c.qk_norm) qk_norm(shape, b.qkv, w.q_norm, w.k_norm, eps, stream());
   rope_kv_write(shape, b.qkv, c.rope.rotary_dim, weights_->cos, weights_->sin, tables.positions,
-                tables.write_blocks, kv, stream());
-  attention_decode(shape, b.qkv, tables.positions, tables.block_table, tables.table_ld,
-                   tables.table_ld * kKvBlock, kv, b.attention, b.attended, stream());
+                tables.write_blocks, layer_kv(layer), stream());
+  attend(tables, layer, b);
   apply_linear(tables, layer, LinearSite::kO, b.attended, {.residual = b.stream}, b.stream, b.low);
 
   rms_norm(b.stream, w.mlp_norm, eps, b.normed, stream());
@@ -215,8 +259,7 @@ void DeviceSession::forward(const model::Batch& batch) {
            stream());
 }
 
-void DeviceSession::sample(std::span<const ops::SampleRow> rows,
-                           std::span<ops::SampledToken> out) {
+void DeviceSession::sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) {
   const DeviceScope scope(weights_->device);
   const auto count = static_cast<int64_t>(rows.size());
   require(count == hidden_.rows && out.size() == rows.size(), "sample: expected ", hidden_.rows,
@@ -232,9 +275,9 @@ void DeviceSession::sample(std::span<const ops::SampleRow> rows,
   for (const ops::SampleRow& row : rows) *to++ = {row.uniform, row.temperature};
   copy_to_device(draws_.data(), staged, results, stream());
   auto* tokens = reinterpret_cast<int32_t*>(at(draws_.data(), results));
-  head_sample(hidden_, weights_->head,
-              reinterpret_cast<const SampleRow*>(at(draws_.data(), draws)), tokens,
-              reinterpret_cast<float*>(tokens + count), at(draws_.data(), workspace), stream());
+  head_sample(hidden_, weights_->head, reinterpret_cast<const SampleRow*>(at(draws_.data(), draws)),
+              tokens, reinterpret_cast<float*>(tokens + count), at(draws_.data(), workspace),
+              stream());
   copy_to_host(at(staged, results), tokens, count * 8, stream());
   under_way_ = true;
   wait();

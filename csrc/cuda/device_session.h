@@ -37,11 +37,20 @@ class DeviceSession final : public engine::Session {
     int64_t begin, end;
     const DeviceAdapter* adapter;
   };
+  // Consecutive rows, a sequence each; their blocks in rows of block_table from table_row on.
+  struct DecodeRun {
+    int64_t begin, rows, table_row;
+  };
   // A batch as the kernels read it, in one piece of device memory.
   struct Tables {
     int64_t rows = 0, outputs = 0;
-    int64_t table_ld = 0;  // blocks a row of block_table
-    const int32_t *tokens, *positions, *write_blocks, *output_rows, *block_table;
+    int64_t table_ld = 0;  // blocks of a sequence
+    const int32_t *tokens, *positions, *write_blocks, *output_rows;
+    const int32_t* block_table;  // sequences of one row, then those of several
+    std::vector<DecodeRun> decode;
+    int64_t most_decode_rows = 0, prefill_table_row = 0;
+    const Segment* prefill = nullptr;  // [prefill_count], of several rows each
+    int64_t prefill_count = 0, most_prefill_rows = 0;
     std::vector<Range> ranges;  // cover all rows, in order
     int64_t most_ranks = 0;
   };
@@ -56,6 +65,7 @@ class DeviceSession final : public engine::Session {
   Buffers carve(const Tables& tables);
   void apply_linear(const Tables& tables, int64_t layer, model::LinearSite site, const Matrix& x,
                     const LinearExtras& extras, const Matrix& out, const Matrix& low);
+  void attend(const Tables& tables, int64_t layer, const Buffers& buffers);
   void run_layer(const Tables& tables, int64_t layer, const Buffers& buffers);
   PagedKv layer_kv(int64_t layer) const;
 

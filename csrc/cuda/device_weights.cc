@@ -38,9 +38,6 @@ const model::ModelConfig& runnable(const model::ModelConfig& c, DType dtype) {
   whole("hidden_size", c.hidden_size);
   whole("intermediate_size", c.intermediate_size);
   whole("head_dim", c.head_dim);
-  require(c.num_heads / c.num_kv_heads <= kMaxGroup, "device cuda: expected at most ", kMaxGroup,
-          " query heads a KV head, the model has ", c.num_heads / c.num_kv_heads,
-          "; use device cpu");
   require(c.head_dim <= kMaxHeadDim, "device cuda: head_dim: expected at most ", kMaxHeadDim,
           ", the model has ", c.head_dim, "; use device cpu");
   require(c.vocab_size <= kMaxVocabulary, "device cuda: vocab_size: expected at most ",
@@ -84,10 +81,12 @@ DeviceWeights::DeviceWeights(const model::Checkpoint& checkpoint, DType dtype_,
   for (int64_t l = 0; l < config.num_layers; ++l) {
     DeviceLayer& layer = layers.emplace_back();
     for (const model::LinearSite site : model::kLinearSites) {
-      layer.linears[static_cast<size_t>(site)] = upload(
-          store_, checkpoint.linear_rows(l, site), model::linear_shape(config, site).inputs);
+      layer.linears[static_cast<size_t>(site)] =
+          upload(store_, checkpoint.linear_rows(l, site), model::linear_shape(config, site).inputs);
     }
-    const auto norm = [&](model::NormSite site) { return store_.add(checkpoint.read_norm(l, site)); };
+    const auto norm = [&](model::NormSite site) {
+      return store_.add(checkpoint.read_norm(l, site));
+    };
     layer.attention_norm = norm(model::NormSite::kAttention);
     layer.mlp_norm = norm(model::NormSite::kMlp);
     layer.q_norm = config.qk_norm ? norm(model::NormSite::kQ) : nullptr;
@@ -101,10 +100,10 @@ DeviceWeights::DeviceWeights(const model::Checkpoint& checkpoint, DType dtype_,
   std::iota(positions.begin(), positions.end(), 0);
   const int64_t count = context_length * angles.half();
   std::vector<float> other(static_cast<size_t>(count));
-  cos = store_.add_float32(
-      count, [&](float* out) { angles.compute(positions, out, other.data()); });
-  sin = store_.add_float32(
-      count, [&](float* out) { angles.compute(positions, other.data(), out); });
+  cos =
+      store_.add_float32(count, [&](float* out) { angles.compute(positions, out, other.data()); });
+  sin =
+      store_.add_float32(count, [&](float* out) { angles.compute(positions, other.data(), out); });
   store_.finish();
 }
 

@@ -32,17 +32,15 @@ Matrix MatrixStore::add(int64_t rows, int64_t cols, const WriteRow& write) {
 
 const void* MatrixStore::add(std::span<const float> values) {
   const auto count = static_cast<int64_t>(values.size());
-  return add(1, count, [&](int64_t, std::byte* out) {
-           round_row(dtype_, values.data(), count, out);
-         }).data;
+  return add(1, count,
+             [&](int64_t, std::byte* out) { round_row(dtype_, values.data(), count, out); })
+      .data;
 }
 
-const float* MatrixStore::add_float32(int64_t count,
-                                      const std::function<void(float* out)>& write) {
+const float* MatrixStore::add_float32(int64_t count, const std::function<void(float* out)>& write) {
   const int64_t bytes = count * static_cast<int64_t>(sizeof(float));
   void* to = take(bytes);
-  upload(to, 1, bytes,
-         [&](int64_t, std::byte* out) { write(reinterpret_cast<float*>(out)); });
+  upload(to, 1, bytes, [&](int64_t, std::byte* out) { write(reinterpret_cast<float*>(out)); });
   return static_cast<const float*>(to);
 }
 
@@ -59,7 +57,8 @@ void* MatrixStore::take(int64_t bytes) {
 
 void MatrixStore::upload(void* to, int64_t rows, int64_t row_bytes, const WriteRow& write) {
   if (row_bytes == 0) return;
-  const int64_t at_once = std::clamp<int64_t>(kStagingBytes / row_bytes, 1, std::max<int64_t>(1, rows));
+  const int64_t at_once =
+      std::clamp<int64_t>(kStagingBytes / row_bytes, 1, std::max<int64_t>(1, rows));
   for (int64_t first = 0; first < rows; first += at_once) {
     const int64_t live = std::min(at_once, rows - first);
     synchronize(stream());  // what was staged before has left

@@ -43,6 +43,10 @@ void attention_decode(const AttentionShape&, const Matrix&, const int32_t*, cons
 int64_t attention_decode_bytes(const AttentionShape&, int64_t, int64_t) {
   missing("attention_decode_bytes");
 }
+void attention_prefill(const AttentionShape&, const Matrix&, const Segment*, int64_t, int64_t,
+                       const int32_t*, int64_t, const PagedKv&, const Matrix&, float*, Stream) {
+  missing("attention_prefill");
+}
 void linear_logprob(const LogprobInput&, const LogprobOutput&, void*, Stream) {
   missing("linear_logprob");
 }

@@ -27,9 +27,7 @@ void* allocate(int64_t bytes, Stream stream) {
   check(cudaMallocAsync(&memory, static_cast<size_t>(bytes), native(stream)), "allocate");
   return memory;
 }
-void release(void* memory, Stream stream) noexcept {
-  (void)cudaFreeAsync(memory, native(stream));
-}
+void release(void* memory, Stream stream) noexcept { (void)cudaFreeAsync(memory, native(stream)); }
 void* allocate_pinned(int64_t bytes) {
   void* memory = nullptr;
   check(cudaMallocHost(&memory, static_cast<size_t>(bytes)), "allocate_pinned");
@@ -44,14 +42,14 @@ int64_t free_memory() {
 }
 
 void copy_to_device(void* to, const void* from, int64_t bytes, Stream stream) {
-  check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
-                        native(stream)),
-        "copy_to_device");
+  check(
+      cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, native(stream)),
+      "copy_to_device");
 }
 void copy_to_host(void* to, const void* from, int64_t bytes, Stream stream) {
-  check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost,
-                        native(stream)),
-        "copy_to_host");
+  check(
+      cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, native(stream)),
+      "copy_to_host");
 }
 void copy_pieces(void* to, const void* from, int64_t pitch, int64_t bytes, int64_t count,
                  Stream stream) {

@@ -1,7 +1,7 @@
 #pragma once
 
-// What a model on a GPU asks of the CUDA runtime beside its ops: memory, copies, streams, graphs. No
-// header of CUDA is named here. Functions throw Unavailable, naming themselves, where the device
+// What a model on a GPU asks of the CUDA runtime beside its ops: memory, copies, streams, graphs.
+// No header of CUDA is named here. Functions throw Unavailable, naming themselves, where the device
 // refuses or there is none.
 
 #include <cstdint>

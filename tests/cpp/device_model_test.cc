@@ -161,7 +161,9 @@ void check_against_cpu(const ModelConfig& config) {
 }  // namespace
 
 TEST(generates_what_the_cpu_generates_with_bias) { check_against_cpu(small(true, false, false)); }
-TEST(generates_what_the_cpu_generates_with_qk_norm) { check_against_cpu(small(false, true, false)); }
+TEST(generates_what_the_cpu_generates_with_qk_norm) {
+  check_against_cpu(small(false, true, false));
+}
 TEST(generates_what_the_cpu_generates_fused_in_a_window) {
   check_against_cpu(windowed(small(false, false, true), 9));
 }
@@ -266,10 +268,9 @@ TEST(what_a_device_cannot_do_is_refused_by_name) {
   CHECK_THROWS(device_model(config, DType::kF16), InvalidArgument, "bfloat16 or float32");
   CHECK_THROWS(device_model(config, DType::kBF16), InvalidArgument,
                "intermediate_size: expected a multiple of 8 in BF16, the model has 52");
-  ModelConfig grouped = config;
-  grouped.num_heads = 10;
-  grouped.num_kv_heads = 1;
-  CHECK_THROWS(device_model(grouped), InvalidArgument, "at most 8 query heads");
+  ModelConfig broad = config;
+  broad.head_dim = broad.rope.rotary_dim = 160;
+  CHECK_THROWS(device_model(broad), InvalidArgument, "head_dim: expected at most 128");
   ModelConfig large = config;
   large.vocab_size = 500000;
   CHECK_THROWS(device_model(large), Unavailable, "MB in F32, 64 MB of emulated");

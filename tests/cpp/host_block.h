@@ -68,6 +68,11 @@ class HostBlock {
   void load_matrices(uint32_t (&to)[4], const void* row) { load(to, row, false); }
   void load_transposed(uint32_t (&to)[4], const void* row) { load(to, row, true); }
 
+  uint32_t round_pair(float low, float high) const {
+    const uint32_t upper = alignpro::round_bfloat16(high).bits;
+    return upper << 16 | alignpro::round_bfloat16(low).bits;
+  }
+
   void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     struct Operands {
       uint32_t a[4], b[2];
@@ -197,8 +202,8 @@ class HostBlock {
     arrived(fiber.fake_stack);
   }
 
-  // Between stacks. swapcontext asks the kernel for the signal mask each time, which is most of what
-  // a test would do; jumps do not, but the address sanitizer does not know them.
+  // Between stacks. swapcontext asks the kernel for the signal mask each time, which is most of
+  // what a test would do; jumps do not, but the address sanitizer does not know them.
   void enter_fiber(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     swapcontext(&main_, &fiber.context);

@@ -11,7 +11,7 @@
 #include "host_block.h"
 
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 #define ALIGNPRO_DYNAMIC_SHARED(name) unsigned char* name = alignpro::cuda::dynamic_shared()
 
@@ -75,6 +75,7 @@ class DeviceBlock {
   void load_transposed(uint32_t (&to)[4], const void* row) {
     HostBlock::current().load_transposed(to, row);
   }
+  uint32_t round_pair(float low, float high) { return HostBlock::current().round_pair(low, high); }
   void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     HostBlock::current().multiply(c, a, b0, b1);
   }

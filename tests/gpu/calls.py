@@ -117,6 +117,24 @@ class AttentionDecode:
         return self.out
 
 
+def attention_prefill(
+    qkv: torch.Tensor,
+    shape: Any,
+    segments: torch.Tensor,
+    max_rows: int,
+    table: torch.Tensor,
+    kv: torch.Tensor,
+    num_heads: int,
+    head_dim: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """segments: (row_begin, row_count, position) each, int32 [segments, 3]. The output and the
+    logarithms of the softmaxes' sums [rows, num_heads]."""
+    out = poisoned(len(qkv), num_heads * head_dim, dtype=qkv.dtype)
+    lse = poisoned(len(qkv), num_heads)
+    cuda.attention_prefill(qkv, shape, segments, max_rows, table, kv, out, lse, stream())
+    return out, lse
+
+
 class LinearLogprob:
     """Forward and backward over one set of inputs; keeps outputs and workspaces between calls."""
 

@@ -211,6 +211,58 @@ def attention_decode() -> Measured:
     return measured
 
 
+@case
+def attention_prefill() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        for heads, kv_heads, d, window in sizes(
+            ((32, 8, 128, 0), (9, 3, 64, 700), (12, 1, 96, 0)), ((4, 2, 16, 30),)
+        ):
+            # (cached positions, rows) of each sequence
+            sequences = sizes(
+                [(0, 300), (500, 40), (1027, 1), (0, 1), (16, 130)],
+                [(0, 20), (500, 24), (35, 1), (0, 1)],
+            )
+            shape = calls.attention_shape(heads, kv_heads, d, window)
+            blocks = max(a + b + 15 for a, b in sequences) // 16
+            kv = normal(len(sequences) * blocks, kv_heads, 2, 16, d, dtype=dtype)
+            order = torch.randperm(len(kv), device=DEVICE, dtype=torch.int32)
+            table = order.reshape(len(sequences), blocks)
+            rows = sum(count for _, count in sequences)
+            qkv = normal(rows, (heads + 2 * kv_heads) * d, dtype=dtype)
+            segments, at, tables, halves, positions = [], 0, [], [], []
+            expected, plain = [], []
+            for s, (cached, count) in enumerate(sequences):
+                segments.append([at, count, cached])
+                half = count // 2  # the same rows in two segments each
+                halves += [[at, half, cached], [at + half, count - half, cached + half]]
+                tables += [s] * count
+                positions += range(cached, cached + count)
+                cache = kv[table[s].long()].permute(2, 1, 0, 3, 4).reshape(2, kv_heads, -1, d)
+                for row in range(count):
+                    q = qkv[at + row, : heads * d].reshape(heads, d)
+                    k, v = cache[:, :, : cached + row + 1]
+                    expected.append(attend(q.double(), k.double(), v.double(), window).flatten())
+                    plain.append(attend(q, k, v, window).flatten())
+                at += count
+            packed = torch.tensor(segments, dtype=torch.int32, device=DEVICE)
+            longest = max(count for _, count in sequences)
+            call = (heads, d)
+            out, lse = calls.attention_prefill(qkv, shape, packed, longest, table, kv, *call)
+            name = f"{dtype} {heads}/{kv_heads}x{d}"
+            measured += judged(name, out, torch.stack(plain), torch.stack(expected))
+            measured.append((f"{name} lse", float((~lse.isfinite()).sum()), 0.0))
+            cut = torch.tensor(halves, dtype=torch.int32, device=DEVICE)
+            twice = table.repeat_interleave(2, 0).contiguous()
+            again, sums = calls.attention_prefill(qkv, shape, cut, longest, twice, kv, *call)
+            measured.append((f"{name} cut otherwise", differing(out, again), 0.0))
+            measured.append((f"{name} lse cut otherwise", differing(lse, sums), 0.0))
+            step = calls.AttentionDecode(shape, rows, heads * d, 16 * blocks, dtype)
+            one = step(qkv, ints(positions), table[torch.tensor(tables)].contiguous(), kv)
+            measured.append((f"{name} minus decode", differing(out, one), 0.0))
+    return measured
+
+
 def log_softmax(h: torch.Tensor, w: torch.Tensor, temperature: float) -> torch.Tensor:
     return torch.log_softmax(h @ w.T / temperature, dim=1)
 

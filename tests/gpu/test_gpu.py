@@ -13,6 +13,7 @@ CASES = (
     "linear",
     "rope_kv_write",
     "attention_decode",
+    "attention_prefill",
     "linear_logprob",
     "linear_logprob_at_the_edges",
     "linear_logprob_backward",

@@ -187,7 +187,8 @@ std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingPa
   const int64_t blocks = Scheduler::blocks_needed(request);
   require(blocks <= kv_blocks_, "prompt of ", prompt_size, " tokens with max_new_tokens ",
           params.max_new_tokens, " needs ", blocks, " KV blocks, the cache holds ", kv_blocks_,
-          "; lower max_new_tokens or set kv_cache_bytes to at least ", blocks * model_->kv_block_bytes());
+          "; lower max_new_tokens or set kv_cache_bytes to at least ",
+          blocks * model_->kv_block_bytes());
   std::vector<int32_t>& stops = request.stop_ids;
   stops = params.stop_token_ids;
   if (!params.ignore_eos) stops.insert(stops.end(), config.eos_ids.begin(), config.eos_ids.end());
@@ -329,11 +330,13 @@ void Engine::admit() {
   for (const Task* task : scheduler_.admit()) {
     counts_.cached_tokens += task->computed;
     const PrefixCache::Lease& lease = task->lease;
-    if (lease.copy_slots > 0) session_->copy_slots(lease.copy_from, lease.copy_to, lease.copy_slots);
+    if (lease.copy_slots > 0)
+      session_->copy_slots(lease.copy_from, lease.copy_to, lease.copy_slots);
   }
 }
 
-// Computes the chunks; returns the tasks that draw a token, in the order of the session's hidden rows.
+// Computes the chunks; returns the tasks that draw a token, in the order of the session's hidden
+// rows.
 std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
   const model::Batch batch = make_batch(chunks);
   mark_rows(chunks);

@@ -25,12 +25,11 @@ class Session {
   virtual void forward(const model::Batch& batch) = 0;
 
   // Draws one token for each hidden row that the last forward kept; see ops::head_sample.
-  virtual void sample(std::span<const ops::SampleRow> rows,
-                      std::span<ops::SampledToken> out) = 0;
+  virtual void sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) = 0;
 };
 
-// What the engine asks of a model: model::Model on the CPU, cuda::DeviceModel on a GPU, a model that
-// a reader can compute by hand in the engine's tests.
+// What the engine asks of a model: model::Model on the CPU, cuda::DeviceModel on a GPU, a model
+// that a reader can compute by hand in the engine's tests.
 class LanguageModel {
  public:
   virtual ~LanguageModel() = default;
