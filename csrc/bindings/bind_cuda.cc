@@ -124,6 +124,22 @@ cuda::AttentionShape attention_shape(int64_t num_heads, int64_t num_kv_heads, in
   return {num_heads, num_kv_heads, head_dim, sliding_window, scale};
 }
 
+void qk_norm(const py::object& qkv, const cuda::AttentionShape& shape, const py::object& q_weight,
+             const py::object& k_weight, float eps, uintptr_t stream) {
+  Call call("qk_norm");
+  const cuda::Matrix rows = call.matrix(qkv, "qkv");
+  const auto weight = [&](const py::object& object, const char* name) {
+    const DeviceTensor& w = call.tensor(object, name, 1);
+    require(w.dtype() == rows.dtype && w.size(0) == shape.head_dim, name, ": expected ",
+            shape.head_dim, " values of ", dtype_name(rows.dtype), ", got ", w.size(0), " of ",
+            dtype_name(w.dtype()));
+    return w.data();
+  };
+  const void *q = weight(q_weight, "q_weight"), *k = weight(k_weight, "k_weight");
+  const GilRelease release;
+  cuda::qk_norm(shape, rows, q, k, eps, stream_of(stream));
+}
+
 void rope_kv_write(const py::object& qkv, const cuda::AttentionShape& shape, const py::object& cos,
                    const py::object& sin, const py::object& positions, const py::object& blocks,
                    const py::object& kv, uintptr_t stream) {
@@ -291,6 +307,8 @@ void bind_cuda(py::module_& core) {
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
         py::arg("lora_x"), py::arg("lora_up"), py::arg("lora_scale"), py::arg("out"),
         py::arg("stream"));
+  m.def("qk_norm", &qk_norm, py::arg("qkv"), py::arg("shape"), py::arg("q_weight"),
+        py::arg("k_weight"), py::arg("eps"), py::arg("stream"));
   m.def("rope_kv_write", &rope_kv_write, py::arg("qkv"), py::arg("shape"), py::arg("cos"),
         py::arg("sin"), py::arg("positions"), py::arg("blocks"), py::arg("kv"), py::arg("stream"));
   m.def("attention_decode", &attention_decode, py::arg("qkv"), py::arg("shape"),

@@ -1,6 +1,7 @@
 #include "device_session.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -15,6 +16,20 @@ using ops::kKvBlock;
 
 // Attention's grid and workspace are made for so many blocks of positions, or multiples.
 constexpr int64_t kTableStep = 32;
+// Graphs held before they are all made anew: new adapters leave old ones behind.
+constexpr size_t kMostSteps = 48;
+
+int64_t power_of_two(int64_t at_least) {
+  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(at_least)));
+}
+
+bool is_decode_step(const model::Batch& batch) {
+  const auto& adapters = batch.adapters;
+  const bool one_adapter =
+      adapters.empty() || adapters[0].row_end - adapters[0].row_begin == batch.rows();
+  return one_adapter && batch.output_rows.size() == batch.tokens.size() &&
+         batch.segments.size() == batch.tokens.size();
+}
 
 Matrix rows_of(const Matrix& m, int64_t begin, int64_t end) {
   if (m.data == nullptr) return m;
@@ -67,14 +82,18 @@ void DeviceSession::copy_slots(int64_t from, int64_t to, int64_t slots) {
 
 DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
   Tables tables;
-  const int64_t rows = tables.rows = batch.rows();
-  const int64_t outputs = tables.outputs = static_cast<int64_t>(batch.output_rows.size());
+  tables.decodes = is_decode_step(batch);
+  const int64_t rows = tables.rows =
+      tables.decodes ? power_of_two(batch.rows()) : batch.rows();
+  const int64_t outputs = tables.outputs =
+      tables.decodes ? rows : static_cast<int64_t>(batch.output_rows.size());
   int64_t most_blocks = 1;
   for (const model::Segment& segment : batch.segments) {
     most_blocks = std::max(most_blocks, static_cast<int64_t>(segment.blocks.size()));
   }
+  const int64_t steps = (most_blocks + kTableStep - 1) / kTableStep;
   const int64_t table_ld = tables.table_ld =
-      (most_blocks + kTableStep - 1) / kTableStep * kTableStep;
+      kTableStep * (tables.decodes ? power_of_two(steps) : steps);
   std::vector<const model::Segment*> sequences;  // as in block_table
   std::vector<Segment> prefill;
   for (const model::Segment& segment : batch.segments) {
@@ -87,6 +106,10 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
     }
     ++tables.decode.back().rows;
     tables.most_decode_rows = std::max(tables.most_decode_rows, tables.decode.back().rows);
+  }
+  if (tables.decodes) {
+    tables.decode = {{0, rows, 0}};
+    tables.most_decode_rows = rows;
   }
   tables.prefill_table_row = static_cast<int64_t>(sequences.size());
   for (const model::Segment& segment : batch.segments) {
@@ -104,15 +127,18 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
   const int64_t write_blocks = layout.take(rows * 4), output_rows = layout.take(outputs * 4);
   const int64_t segments =
       layout.take(tables.prefill_count * static_cast<int64_t>(sizeof(Segment)));
-  const auto table_values = static_cast<int64_t>(sequences.size()) * table_ld;
+  const int64_t table_values =
+      (tables.decodes ? rows : static_cast<int64_t>(sequences.size())) * table_ld;
   const int64_t block_table = layout.take(table_values * 4);
   void* staged = staged_tables_.reserve(layout.bytes());
-  tables_.reserve(layout.bytes());
+  if (tables_.reserve(layout.bytes())) steps_.clear();
   const auto put = [&](int64_t offset, const auto& values) {
     if (!values.empty()) {
       std::memcpy(at(staged, offset), values.data(), values.size() * sizeof(values[0]));
     }
   };
+  // Rows behind the batch's: token 0 at position 0 of block 0, written nowhere.
+  std::memset(staged, 0, static_cast<size_t>(block_table));
   put(tokens, batch.tokens);
   put(positions, batch.positions);
   put(output_rows, batch.output_rows);
@@ -151,6 +177,7 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
     tables.ranges.push_back({range.row_begin, range.row_end, adapter.get()});
     row = range.row_end;
   }
+  if (tables.decodes && !tables.ranges.empty()) tables.ranges[0].end = row = rows;
   if (row < rows) tables.ranges.push_back({row, rows, nullptr});
   return tables;
 }
@@ -171,7 +198,7 @@ DeviceSession::Buffers DeviceSession::carve(const Tables& tables) {
   }
   const int64_t attention = layout.take(attention_decode_bytes(
       weights_->attention(), tables.most_decode_rows, tables.table_ld * kKvBlock));
-  arena_.reserve(layout.bytes());
+  if (arena_.reserve(layout.bytes())) steps_.clear();
   for (size_t i = 0; i < std::size(widths); ++i) {
     *matrices[i] = {at(arena_.data(), offsets[i]), tables.rows, widths[i], widths[i], dtype};
   }
@@ -246,17 +273,42 @@ void DeviceSession::forward(const model::Batch& batch) {
   under_way_ = true;
   const Tables tables = upload(batch);
   const Buffers buffers = carve(tables);
+  const int64_t width = weights_->config.hidden_size;
+  if (hidden_rows_.reserve(tables.outputs * width * block_bytes(weights_->dtype))) steps_.clear();
+  hidden_ = {hidden_rows_.data(), tables.outputs, width, width, weights_->dtype};
+  if (tables.decodes) {
+    compute_as_graph(tables, buffers);
+  } else {
+    compute(tables, buffers);
+  }
+  hidden_.rows = static_cast<int64_t>(batch.output_rows.size());
+}
+
+void DeviceSession::compute(const Tables& tables, const Buffers& buffers) {
   embedding(weights_->embedding, tables.tokens, buffers.stream, stream());
   for (int64_t l = 0; l < weights_->config.num_layers; ++l) run_layer(tables, l, buffers);
-
-  const int64_t width = weights_->config.hidden_size;
-  hidden_rows_.reserve(tables.outputs * width * block_bytes(weights_->dtype));
-  hidden_ = {hidden_rows_.data(), tables.outputs, width, width, weights_->dtype};
   if (tables.outputs == 0) return;
   // The stream is a table too, its rows chosen as an embedding's are.
   embedding(buffers.stream, tables.output_rows, hidden_, stream());
   rms_norm(hidden_, weights_->final_norm, static_cast<float>(weights_->config.rms_eps), hidden_,
            stream());
+}
+
+// The first of a shape runs as it is: its kernels are then loaded, and a shape seen once costs no
+// graph.
+void DeviceSession::compute_as_graph(const Tables& tables, const Buffers& buffers) {
+  const auto adapter = held_.empty() ? nullptr : held_.back();
+  const StepShape shape{tables.rows, tables.table_ld, adapter == nullptr ? 0 : adapter->version()};
+  const bool seen = steps_.contains(shape);
+  if (!seen && steps_.size() >= kMostSteps) steps_.clear();
+  Step& step = steps_[shape];
+  if (!seen) {
+    step.adapter = adapter;
+    compute(tables, buffers);
+    return;
+  }
+  if (!step.graph) step.graph.emplace(stream(), [&] { compute(tables, buffers); });
+  step.graph->launch(stream());
 }
 
 void DeviceSession::sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) {

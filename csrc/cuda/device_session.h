@@ -2,10 +2,14 @@
 
 // What one engine holds of a model on a GPU: the pool of KV blocks, the buffers of a step, a stream
 // of its own. A step copies its tokens and tables in one piece and brings back tokens and
-// log-probabilities; hidden rows stay on the device.
+// log-probabilities; hidden rows stay on the device. A step in which every sequence decodes is a
+// graph from its second time on, one for every power of two of rows and of chunks of positions.
 
+#include <compare>
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -41,6 +45,16 @@ class DeviceSession final : public engine::Session {
   struct DecodeRun {
     int64_t begin, rows, table_row;
   };
+  // What a decode step's launches depend on.
+  struct StepShape {
+    int64_t rows, table_ld;
+    uint64_t adapter;  // its version; 0: base weights
+    auto operator<=>(const StepShape&) const = default;
+  };
+  struct Step {
+    std::shared_ptr<const DeviceAdapter> adapter;
+    std::optional<OwnedGraph> graph;
+  };
   // A batch as the kernels read it, in one piece of device memory.
   struct Tables {
     int64_t rows = 0, outputs = 0;
@@ -53,6 +67,9 @@ class DeviceSession final : public engine::Session {
     int64_t prefill_count = 0, most_prefill_rows = 0;
     std::vector<Range> ranges;  // cover all rows, in order
     int64_t most_ranks = 0;
+    // Each row is a sequence that draws, under one adapter: rows and table_ld are then powers of
+    // two, with rows behind the batch's that nobody reads.
+    bool decodes = false;
   };
   // [rows, ...] each, in one arena.
   struct Buffers {
@@ -63,6 +80,8 @@ class DeviceSession final : public engine::Session {
   void wait();
   Tables upload(const model::Batch& batch);
   Buffers carve(const Tables& tables);
+  void compute(const Tables& tables, const Buffers& buffers);
+  void compute_as_graph(const Tables& tables, const Buffers& buffers);
   void apply_linear(const Tables& tables, int64_t layer, model::LinearSite site, const Matrix& x,
                     const LinearExtras& extras, const Matrix& out, const Matrix& low);
   void attend(const Tables& tables, int64_t layer, const Buffers& buffers);
@@ -77,6 +96,7 @@ class DeviceSession final : public engine::Session {
   Matrix hidden_;
   bool under_way_ = false;  // the stream may still read what is staged and what is held
   std::vector<std::shared_ptr<const DeviceAdapter>> held_;
+  std::map<StepShape, Step> steps_;  // they know the buffers' addresses
 };
 
 }  // namespace alignpro::cuda

@@ -74,6 +74,11 @@ int64_t free_memory() { missing("free_memory"); }
 void copy_to_device(void*, const void*, int64_t, Stream) { missing("copy_to_device"); }
 void copy_to_host(void*, const void*, int64_t, Stream) { missing("copy_to_host"); }
 void copy_pieces(void*, const void*, int64_t, int64_t, int64_t, Stream) { missing("copy_pieces"); }
+void begin_capture(Stream) { missing("begin_capture"); }
+Graph end_capture(Stream) { missing("end_capture"); }
+void abort_capture(Stream) noexcept {}
+void launch_graph(Graph, Stream) { missing("launch_graph"); }
+void destroy_graph(Graph) noexcept {}
 void use_device(int) { missing("use_device"); }
 
 }  // namespace alignpro::cuda

@@ -59,6 +59,31 @@ void copy_pieces(void* to, const void* from, int64_t pitch, int64_t bytes, int64
         "copy_pieces");
 }
 
+void begin_capture(Stream stream) {
+  check(cudaStreamBeginCapture(native(stream), cudaStreamCaptureModeThreadLocal), "begin_capture");
+}
+Graph end_capture(Stream stream) {
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(native(stream), &graph), "end_capture");
+  cudaGraphExec_t made = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&made, graph, 0);
+  (void)cudaGraphDestroy(graph);
+  check(status, "end_capture");
+  return made;
+}
+void abort_capture(Stream stream) noexcept {
+  cudaGraph_t graph = nullptr;
+  (void)cudaStreamEndCapture(native(stream), &graph);
+  if (graph != nullptr) (void)cudaGraphDestroy(graph);
+  (void)cudaGetLastError();
+}
+void launch_graph(Graph graph, Stream stream) {
+  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), native(stream)), "launch_graph");
+}
+void destroy_graph(Graph graph) noexcept {
+  (void)cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
+}
+
 void use_device(int device) { check(cudaSetDevice(device), "use_device"); }
 
 }  // namespace alignpro::cuda

@@ -30,6 +30,15 @@ void copy_to_host(void* to, const void* from, int64_t bytes, Stream stream);
 void copy_pieces(void* to, const void* from, int64_t pitch, int64_t bytes, int64_t count,
                  Stream stream);
 
+using Graph = void*;  // cudaGraphExec_t
+// Kernels that this thread puts on the stream between the two are recorded with their arguments and
+// not run; launch_graph puts them all there at once. Nothing else may be put there in between.
+void begin_capture(Stream stream);
+Graph end_capture(Stream stream);
+void abort_capture(Stream stream) noexcept;
+void launch_graph(Graph graph, Stream stream);
+void destroy_graph(Graph graph) noexcept;
+
 // Pieces of one allocation, each at a multiple of 256 bytes.
 class Layout {
  public:
@@ -76,6 +85,30 @@ class OwnedStream {
 
  private:
   Stream stream_;
+};
+
+class OwnedGraph {
+ public:
+  // Records what run() puts on the stream.
+  template <typename Run>
+  OwnedGraph(Stream stream, const Run& run) {
+    begin_capture(stream);
+    try {
+      run();
+    } catch (...) {
+      abort_capture(stream);
+      throw;
+    }
+    graph_ = end_capture(stream);
+  }
+  ~OwnedGraph() { destroy_graph(graph_); }
+  OwnedGraph(const OwnedGraph&) = delete;
+  OwnedGraph& operator=(const OwnedGraph&) = delete;
+
+  void launch(Stream stream) const { launch_graph(graph_, stream); }
+
+ private:
+  Graph graph_ = nullptr;
 };
 
 // Memory of a device that grows, or pinned memory; the stream outlives it.

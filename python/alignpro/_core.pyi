@@ -304,6 +304,10 @@ class cuda:
         stream: int,
     ) -> None: ...
     @staticmethod
+    def qk_norm(
+        qkv: Any, shape: AttentionShape, q_weight: Any, k_weight: Any, eps: float, stream: int
+    ) -> None: ...
+    @staticmethod
     def rope_kv_write(
         qkv: Any,
         shape: AttentionShape,

@@ -144,6 +144,22 @@ TEST(row_ops_are_the_cpus) {
   CHECK(same_bits(out.data(), h.data() + 4 * n, n) && same_bits(out.data() + n, h.data(), n));
 }
 
+TEST(qk_norm_is_the_cpus_rms_norm_of_each_head) {
+  const int64_t rows = 3, d = 12, heads = 4, kv_heads = 2, width = (heads + 2 * kv_heads) * d;
+  ThreadTeam team(1);
+  Tensor<float> qkv(normal(rows * width, 1)), q_weight(normal(d, 2)), k_weight(normal(d, 3));
+  Floats expected = qkv.floats();
+  for (int64_t row = 0; row < rows; ++row) {
+    float* q = expected.data() + row * width;
+    ops::rms_norm(heads, d, q, d, q_weight.data(), 1e-5f, q, d, nullptr, team);
+    float* k = q + heads * d;
+    ops::rms_norm(kv_heads, d, k, d, k_weight.data(), 1e-5f, k, d, nullptr, team);
+  }
+  cuda::qk_norm({heads, kv_heads, d, 0, 1.0f}, matrix(qkv, rows, width), q_weight.data(),
+                k_weight.data(), 1e-5f, nullptr);
+  CHECK(difference(qkv.floats(), expected) < kBudget);
+}
+
 TEST(a_linear_layer_covers_its_output) {
   const int64_t rows = 3, n = 300, k = 12;
   Tensor<float> x(normal(rows * k, 1)), w(normal(n * k, 2)), out(rows * n),

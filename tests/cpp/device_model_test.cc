@@ -16,6 +16,7 @@
 #include "alignpro/model/scorer.h"
 #include "check.h"
 #include "cuda/ops.h"
+#include "host_launch.h"
 #include "numbers.h"
 #include "random_checkpoint.h"
 
@@ -184,6 +185,37 @@ TEST(a_sequences_bits_are_its_own) {
     }
     // The very same prompts once more: every block is found.
     CHECK(generate(together, asked, 3) == all);
+  }
+}
+
+// Three sequences in a graph of four rows, then two of them in one of two; the first of each shape
+// runs without. Alone, other shapes: the same bits.
+TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
+  const ModelConfig config = wide(small(false, true, false));
+  const auto device = device_model(config);
+  const auto adapter = LoraStore(config, 3, 6, false).adapter(config);
+  for (const auto& with : {std::shared_ptr<Adapter>(), adapter}) {
+    std::vector<Ask> asked;
+    for (int32_t i = 0; i < 3; ++i) {
+      asked.push_back({text(2 + 15 * i, 7 * i), static_cast<uint64_t>(i), 0.9f, with});
+    }
+    Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 64));
+    const int64_t before = cuda::emulated_graph_launches();
+    const std::vector<Answer> together = generate(engine, asked, 6);
+    CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{4});  // of five steps of decoding
+    const std::vector<Answer> fewer = generate(engine, {asked[0], asked[2]}, 4);
+    // Their prompts are cached: the last token of each is a step like those that follow.
+    CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{7});
+    for (size_t i = 0; i < asked.size(); ++i) {
+      Engine alone(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
+      CHECK(generate(alone, {asked[i]}, 6)[0] == together[i]);
+      // No graph in a score.
+      CHECK_EQ(device->score(score_request(asked, together, i)).logprob, together[i].logprobs);
+    }
+    Answer first = together[0];
+    first.tokens.resize(4);
+    first.logprobs.resize(4);
+    CHECK(fewer[0] == first);
   }
 }
 

@@ -76,6 +76,13 @@ def attention_shape(
     )
 
 
+def qk_norm(
+    qkv: torch.Tensor, shape: Any, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float
+) -> None:
+    """In place."""
+    cuda.qk_norm(qkv, shape, q_weight, k_weight, eps, stream())
+
+
 def rope_kv_write(
     qkv: torch.Tensor,
     shape: Any,

@@ -119,6 +119,28 @@ def linear() -> Measured:
     return measured
 
 
+@case
+def qk_norm() -> Measured:
+    measured: Measured = []
+    heads, kv_heads = 6, 2
+    for dtype in DTYPES:
+        for d in (8, 128):
+            qkv = normal(5, (heads + 2 * kv_heads) * d, dtype=dtype, scale=3.0)
+            before = qkv.reshape(5, -1, d).clone()
+            q_weight, k_weight = normal(d, dtype=dtype), normal(d, dtype=dtype)
+            weight = torch.cat((q_weight.expand(heads, d), k_weight.expand(kv_heads, d)))
+            calls.qk_norm(qkv, calls.attention_shape(heads, kv_heads, d), q_weight, k_weight, 1e-5)
+            got, turned_heads = qkv.reshape(5, -1, d), heads + kv_heads
+            x = before[:, :turned_heads]
+            norm = torch.nn.functional.rms_norm
+            plain = norm(x, (d,), None, 1e-5) * weight
+            truth = norm(x.double(), (d,), None, 1e-5) * weight.double()
+            measured += judged(f"{dtype} {d}", got[:, :turned_heads], plain, truth)
+            kept = differing(got[:, turned_heads:], before[:, turned_heads:])
+            measured.append((f"{dtype} {d} v kept", kept, 0.0))
+    return measured
+
+
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [rows, heads, head_dim], cos and sin [rows, half]."""
     half = cos.shape[1]

@@ -11,6 +11,7 @@ CASES = (
     "rms_norm",
     "swiglu",
     "linear",
+    "qk_norm",
     "rope_kv_write",
     "attention_decode",
     "attention_prefill",
