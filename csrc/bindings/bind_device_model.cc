@@ -10,7 +10,7 @@
 
 #include "array.h"
 #include "bind_model.h"
-#include "cuda/device_model.h"
+#include "cuda/model/device_model.h"
 #include "gil.h"
 
 namespace py = pybind11;

@@ -12,7 +12,7 @@
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/model.h"
-#include "cuda/device_model.h"
+#include "cuda/model/device_model.h"
 #include "gil.h"
 
 namespace py = pybind11;

@@ -112,8 +112,8 @@ class Model:
     @property
     def config(self) -> dict[str, Any]:
         """family, vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads,
-        head_dim, context_length, bos_id (int | None), eos_ids, tied_head, device, threads, weight_bytes,
-        compute, kv_dtype, streamed_bytes (read by every step)"""
+        head_dim, context_length, bos_id (int | None), eos_ids, tied_head, device, threads,
+        weight_bytes, compute, kv_dtype, streamed_bytes (read by every step)"""
 
     def lora_modules(self) -> dict[str, tuple[int, int]]:
         """Every linear a LoRA can attach to, by its PEFT path ("model.layers.0.self_attn.q_proj"),

@@ -1,7 +1,7 @@
 // A model on a device, the device being the CPU (tests/emulated), beside the CPU engine: what it
 // generates and scores, and that a sequence's bits are its own.
 
-#include "cuda/device_model.h"
+#include "cuda/model/device_model.h"
 
 #include <algorithm>
 #include <cmath>

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model_variants import VARIANTS, variant_folder
 
 from alignpro import native
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.types import SamplingParams
+from model_variants import VARIANTS, variant_folder
 
 PROMPTS = [[1, 40, 9, 77], [1, 40, 9, 77, 8], [30, 31]]
 # float32 sums in another order, through three layers: a few 1e-6.
@@ -66,6 +66,7 @@ def test_every_family_says_what_it_says_on_the_cpu(name, tiny_model_dir, tmp_pat
 def test_bfloat16_is_the_default_and_near(tmp_path):
     import torch
     import transformers
+
     from conftest import save_tiny_tokenizer
 
     torch.manual_seed(2)

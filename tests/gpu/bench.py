@@ -16,6 +16,7 @@ import torch
 
 from gpu import calls
 from gpu.cases import normal
+from gpu.model_bench import bench_decode
 
 Row = dict[str, object]
 BF16 = torch.bfloat16
@@ -217,6 +218,7 @@ def main(out: str, table: str) -> int:
         lambda: bench_prefill(limit, 8, 2048),
         lambda: bench_sample(limit, 64, 4096, 131072),
         lambda: bench_logprob(limit, 8192, 4096, 131072),
+        lambda: bench_decode(limit),
     ):
         rows += bench()
         print(markdown({"device": "", "torch": "", "limits": limit}, rows[-1:]).splitlines()[-1])

@@ -17,6 +17,7 @@ from alignpro import native
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.arguments import (
     Prompt,
+    arithmetic_of,
     check_prompts,
     core_params,
     is_int,
@@ -76,7 +77,7 @@ def load_model(
         ModelFileError: its files are damaged or ask for what is not supported (a ValueError).
         ValueError: an argument. UnavailableError: this machine, or no CUDA where it was asked for.
     """
-    compute, kv_dtype = _arithmetic(device, compute, kv_dtype)
+    compute, kv_dtype = arithmetic_of(device, compute, kv_dtype)
     for name, value in (
         ("threads", threads),
         ("context_length", context_length),
@@ -128,8 +129,8 @@ def load_models(
     target: None is the prompter's model. target_compute: None is the device's own. Raises as
     `load_model`.
     """
-    prompter_compute, _ = _arithmetic(device, None, None)
-    answer_compute, _ = _arithmetic(target_device, target_compute, None)
+    prompter_compute, _ = arithmetic_of(device, None, None)
+    answer_compute, _ = arithmetic_of(target_device, target_compute, None)
     prompter = load_model(model, threads=threads, device=device)
     wanted = model if target is None else target
     same = wanted == model or resolve_model(wanted).samefile(prompter.path)
@@ -141,26 +142,6 @@ def load_models(
 
 
 _MOST_THREADS = 1024
-
-# By device: what may be asked for, the default first.
-_COMPUTE = {"cpu": ("float32", "int8"), "cuda": ("bfloat16", "float32")}
-
-
-def _arithmetic(device: str, compute: str | None, kv_dtype: str | None) -> tuple[str, str]:
-    """compute and kv_dtype of a model on the device."""
-
-    def chosen(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
-        if value is not None and value not in allowed:
-            wanted = " or ".join(f'"{a}"' for a in allowed)
-            raise ValueError(f'{name}: expected {wanted} on device "{device}", got {value!r}')
-        return allowed[0] if value is None else value
-
-    if device not in _COMPUTE:
-        raise ValueError(f'device: expected "cpu" or "cuda", got {device!r}')
-    compute = chosen("compute", compute, _COMPUTE[device])
-    return compute, chosen(
-        "kv_dtype", kv_dtype, (compute,) if device == "cuda" else ("float32", "float16")
-    )
 
 
 class NativeHandle:

@@ -13,10 +13,10 @@
 #include <span>
 #include <vector>
 
+#include "../runtime.h"
 #include "alignpro/engine/language_model.h"
 #include "device_adapter.h"
 #include "device_weights.h"
-#include "runtime.h"
 
 namespace alignpro::cuda {
 

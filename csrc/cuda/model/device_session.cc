@@ -83,8 +83,7 @@ void DeviceSession::copy_slots(int64_t from, int64_t to, int64_t slots) {
 DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
   Tables tables;
   tables.decodes = is_decode_step(batch);
-  const int64_t rows = tables.rows =
-      tables.decodes ? power_of_two(batch.rows()) : batch.rows();
+  const int64_t rows = tables.rows = tables.decodes ? power_of_two(batch.rows()) : batch.rows();
   const int64_t outputs = tables.outputs =
       tables.decodes ? rows : static_cast<int64_t>(batch.output_rows.size());
   int64_t most_blocks = 1;
