@@ -48,7 +48,9 @@ def model_generates() -> Measured:
         adapter = lora(model, 6)
         for name, one in (("base", None), ("adapter", adapter), ("mixed", adapter)):
             adapters = [one if name != "mixed" or i % 2 else None for i in range(len(PROMPTS))]
-            engine = core.Engine(model, kv_cache_bytes=sizes(256, 1) << 20, max_batch_rows=sizes(256, 24))
+            engine = core.Engine(
+                model, kv_cache_bytes=sizes(256, 1) << 20, max_batch_rows=sizes(256, 24)
+            )
             together = generate(engine, PROMPTS, NEW, adapters)
             wrong = {"scored": 0.0, "alone": 0.0, "again": 0.0}
             wrong["again"] = float(generate(engine, PROMPTS, NEW, adapters) != together)
@@ -57,7 +59,9 @@ def model_generates() -> Measured:
                 scored = model.score([prompt + tokens], [len(prompt)], **with_)
                 wrong["scored"] += float(np.sum(scored.logprob != np.float32(logprobs)))
                 if i % 2 == 0:
-                    alone = core.Engine(model, kv_cache_bytes=sizes(64, 1) << 20, prefix_cache=False)
+                    alone = core.Engine(
+                        model, kv_cache_bytes=sizes(64, 1) << 20, prefix_cache=False
+                    )
                     wrong["alone"] += float(
                         generate(alone, [prompt], NEW, [adapters[i]])[0] != together[i]
                     )
