@@ -21,7 +21,7 @@ PROMPTS = [
 ]
 # One that begins as another does, inside a block of positions.
 PROMPTS.append([*PROMPTS[1][:-3], 7])
-NEW = sizes(24, 4)
+NEW = sizes(24, 3)
 
 
 def lora(model: Any, rank: int) -> Any:
@@ -46,8 +46,9 @@ def model_generates() -> Measured:
         models = {c: core.DeviceModel.load(str(folder), compute=c) for c in ("float32", "bfloat16")}
     for compute, model in models.items():
         adapter = lora(model, 6)
-        for name, one in (("base", None), ("adapter", adapter), ("mixed", adapter)):
-            adapters = [one if name != "mixed" or i % 2 else None for i in range(len(PROMPTS))]
+        for name in sizes(("base", "adapter", "mixed"), ("mixed",)):
+            which = {"base": 0, "adapter": 1}
+            adapters = [adapter if which.get(name, i % 2) else None for i in range(len(PROMPTS))]
             engine = core.Engine(
                 model, kv_cache_bytes=sizes(256, 1) << 20, max_batch_rows=sizes(256, 24)
             )
