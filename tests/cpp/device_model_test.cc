@@ -219,6 +219,30 @@ TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
   }
 }
 
+// Graphs know addresses and an adapter's matrices: other adapters have graphs of their own, and
+// buffers that grew leave none behind.
+TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
+  const ModelConfig config = small(false, false, false);
+  const auto device = device_model(config);
+  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 64));
+  const auto first = LoraStore(config, 2, 6, false).adapter(config);
+  const auto second = LoraStore(config, 2, 7, false).adapter(config);
+  int32_t start = 1;
+  const auto check = [&](int count, int64_t length, const std::shared_ptr<Adapter>& with) {
+    std::vector<Ask> asked;
+    for (int i = 0; i < count; ++i) {
+      asked.push_back({text(length, start += 5), static_cast<uint64_t>(start), 0.9f, with});
+    }
+    const std::vector<Answer> answers = generate(engine, asked, 4);
+    for (size_t i = 0; i < asked.size(); ++i) {
+      CHECK_EQ(device->score(score_request(asked, answers, i)).logprob, answers[i].logprobs);
+    }
+  };
+  for (const auto& with : {first, second, std::shared_ptr<Adapter>()}) check(2, 3, with);
+  check(8, 8, nullptr);  // everything grows
+  for (const auto& with : {first, second, std::shared_ptr<Adapter>()}) check(2, 3, with);
+}
+
 TEST(scores_are_the_cpus) {
   const ModelConfig config = small(true, false, false);
   const auto device = device_model(config);
