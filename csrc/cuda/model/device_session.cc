@@ -63,6 +63,11 @@ void DeviceSession::wait() {
   held_.clear();
 }
 
+// No graph is left with an address that is no more.
+void DeviceSession::grow(DeviceBuffer& buffer, int64_t bytes) {
+  if (buffer.reserve(bytes)) steps_.clear();
+}
+
 // A block lies in one piece, [layer][kv head][K, V][16][head_dim].
 PagedKv DeviceSession::layer_kv(int64_t layer) const {
   const model::ModelConfig& c = weights_->config;
@@ -130,7 +135,7 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
       (tables.decodes ? rows : static_cast<int64_t>(sequences.size())) * table_ld;
   const int64_t block_table = layout.take(table_values * 4);
   void* staged = staged_tables_.reserve(layout.bytes());
-  if (tables_.reserve(layout.bytes())) steps_.clear();
+  grow(tables_, layout.bytes());
   const auto put = [&](int64_t offset, const auto& values) {
     if (!values.empty()) {
       std::memcpy(at(staged, offset), values.data(), values.size() * sizeof(values[0]));
@@ -197,7 +202,7 @@ DeviceSession::Buffers DeviceSession::carve(const Tables& tables) {
   }
   const int64_t attention = layout.take(attention_decode_bytes(
       weights_->attention(), tables.most_decode_rows, tables.table_ld * kKvBlock));
-  if (arena_.reserve(layout.bytes())) steps_.clear();
+  grow(arena_, layout.bytes());
   for (size_t i = 0; i < std::size(widths); ++i) {
     *matrices[i] = {at(arena_.data(), offsets[i]), tables.rows, widths[i], widths[i], dtype};
   }
@@ -273,7 +278,7 @@ void DeviceSession::forward(const model::Batch& batch) {
   const Tables tables = upload(batch);
   const Buffers buffers = carve(tables);
   const int64_t width = weights_->config.hidden_size;
-  if (hidden_rows_.reserve(tables.outputs * width * block_bytes(weights_->dtype))) steps_.clear();
+  grow(hidden_rows_, tables.outputs * width * block_bytes(weights_->dtype));
   hidden_ = {hidden_rows_.data(), tables.outputs, width, width, weights_->dtype};
   if (tables.decodes) {
     compute_as_graph(tables, buffers);

@@ -78,6 +78,7 @@ class DeviceSession final : public engine::Session {
   };
 
   void wait();
+  void grow(DeviceBuffer& buffer, int64_t bytes);
   Tables upload(const model::Batch& batch);
   Buffers carve(const Tables& tables);
   void compute(const Tables& tables, const Buffers& buffers);
