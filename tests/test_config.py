@@ -146,6 +146,12 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ),
         ({"policy": "target", "num_responses": 2}, "num_responses: expected its default 1"),
         ({"policy": "target", "target_compute": "int8"}, "target_compute: expected its default"),
+        ({"policy": "target", "target_device": "cuda"}, "target_device: expected its default"),
+        ({"target_compute": "bfloat16"}, "float32 or int8 with target_device cpu"),
+        (
+            {"target_device": "cuda", "target_compute": "int8"},
+            "bfloat16 or float32 with target_device cuda",
+        ),
         ({"policy": "target", "response": {"top_k": 5}}, "response.top_k: expected 0 in training"),
         ({"policy": "target", "response": {"temperature": 0}}, "response.temperature: expected ab"),
         ({"policy": "target", "algorithm": "closed_form"}, "algorithm: expected another one with"),

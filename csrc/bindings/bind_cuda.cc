@@ -124,6 +124,22 @@ cuda::AttentionShape attention_shape(int64_t num_heads, int64_t num_kv_heads, in
   return {num_heads, num_kv_heads, head_dim, sliding_window, scale};
 }
 
+void qk_norm(const py::object& qkv, const cuda::AttentionShape& shape, const py::object& q_weight,
+             const py::object& k_weight, float eps, uintptr_t stream) {
+  Call call("qk_norm");
+  const cuda::Matrix rows = call.matrix(qkv, "qkv");
+  const auto weight = [&](const py::object& object, const char* name) {
+    const DeviceTensor& w = call.tensor(object, name, 1);
+    require(w.dtype() == rows.dtype && w.size(0) == shape.head_dim, name, ": expected ",
+            shape.head_dim, " values of ", dtype_name(rows.dtype), ", got ", w.size(0), " of ",
+            dtype_name(w.dtype()));
+    return w.data();
+  };
+  const void *q = weight(q_weight, "q_weight"), *k = weight(k_weight, "k_weight");
+  const GilRelease release;
+  cuda::qk_norm(shape, rows, q, k, eps, stream_of(stream));
+}
+
 void rope_kv_write(const py::object& qkv, const cuda::AttentionShape& shape, const py::object& cos,
                    const py::object& sin, const py::object& positions, const py::object& blocks,
                    const py::object& kv, uintptr_t stream) {
@@ -156,6 +172,26 @@ void attention_decode(const py::object& qkv, const cuda::AttentionShape& shape,
   const GilRelease release;
   cuda::attention_decode(shape, rows, at, blocks, table.ld(), max_positions, pool, memory, to,
                          stream_of(stream));
+}
+
+// segments: (row_begin, row_count, position) each, int32 [segments, 3]. lse: float32
+// [rows, num_heads], or None.
+void attention_prefill(const py::object& qkv, const cuda::AttentionShape& shape,
+                       const py::object& segments, int64_t max_rows, const py::object& block_table,
+                       const py::object& kv, const py::object& out, const py::object& lse,
+                       uintptr_t stream) {
+  Call call("attention_prefill");
+  const cuda::Matrix rows = call.matrix(qkv, "qkv"), to = call.matrix(out, "out");
+  const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
+  static_assert(sizeof(cuda::Segment) == 12);
+  const auto* own = reinterpret_cast<const cuda::Segment*>(
+      call.tensor(segments, "segments", 2).values<int32_t>(DlType::kInt, 3 * table.size(0)));
+  const int32_t* blocks = table.values<int32_t>(DlType::kInt, 0);
+  const cuda::PagedKv pool = call.paged_kv(kv, shape, rows.dtype);
+  float* sums = call.floats<float>(lse, "lse", rows.rows * shape.num_heads, 2);
+  const GilRelease release;
+  cuda::attention_prefill(shape, rows, own, table.size(0), max_rows, blocks, table.ld(), pool, to,
+                          sums, stream_of(stream));
 }
 
 cuda::LogprobInput logprob_input(Call& call, const py::object& hidden, const py::object& weight,
@@ -236,15 +272,15 @@ void linear_logprob_backward(const py::object& hidden, const py::object& weight,
   cuda::linear_logprob_backward(in, saved, d, to_hidden, to_weight, memory, stream_of(stream));
 }
 
-// rows: (seed, sample, position, temperature) each, as bytes of the device: uint8 [rows, 24].
+// rows: (uniform, temperature) each, as bytes of the device: uint8 [rows, 16].
 void head_sample(const py::object& hidden, const py::object& head, const py::object& rows,
                  const py::object& tokens, const py::object& logprobs, const py::object& workspace,
                  uintptr_t stream) {
   Call call("head_sample");
   const cuda::Matrix h = call.matrix(hidden, "hidden"), w = call.matrix(head, "head");
-  static_assert(sizeof(cuda::SampleRow) == 24);
+  static_assert(sizeof(cuda::SampleRow) == 16);
   const auto* draws = reinterpret_cast<const cuda::SampleRow*>(
-      call.tensor(rows, "rows", 2).values<uint8_t>(DlType::kUInt, h.rows * 24));
+      call.tensor(rows, "rows", 2).values<uint8_t>(DlType::kUInt, h.rows * 16));
   auto* ids = call.tensor(tokens, "tokens", 1).values<int32_t>(DlType::kInt, h.rows);
   auto* values = call.tensor(logprobs, "logprobs", 1).values<float>(DlType::kFloat, h.rows);
   void* memory = call.workspace(workspace, cuda::head_sample_bytes(h.rows, w.rows));
@@ -271,6 +307,8 @@ void bind_cuda(py::module_& core) {
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
         py::arg("lora_x"), py::arg("lora_up"), py::arg("lora_scale"), py::arg("out"),
         py::arg("stream"));
+  m.def("qk_norm", &qk_norm, py::arg("qkv"), py::arg("shape"), py::arg("q_weight"),
+        py::arg("k_weight"), py::arg("eps"), py::arg("stream"));
   m.def("rope_kv_write", &rope_kv_write, py::arg("qkv"), py::arg("shape"), py::arg("cos"),
         py::arg("sin"), py::arg("positions"), py::arg("blocks"), py::arg("kv"), py::arg("stream"));
   m.def("attention_decode", &attention_decode, py::arg("qkv"), py::arg("shape"),
@@ -278,6 +316,9 @@ void bind_cuda(py::module_& core) {
         py::arg("workspace"), py::arg("out"), py::arg("stream"));
   m.def("attention_decode_bytes", &cuda::attention_decode_bytes, py::arg("shape"), py::arg("rows"),
         py::arg("max_positions"));
+  m.def("attention_prefill", &attention_prefill, py::arg("qkv"), py::arg("shape"),
+        py::arg("segments"), py::arg("max_rows"), py::arg("block_table"), py::arg("kv"),
+        py::arg("out"), py::arg("lse"), py::arg("stream"));
   m.def("linear_logprob", &linear_logprob, py::arg("hidden"), py::arg("weight"), py::arg("tokens"),
         py::arg("temperature"), py::arg("reference_hidden"), py::arg("reference_weight"),
         py::arg("forward"), py::arg("workspace"), py::arg("stream"));

@@ -33,8 +33,18 @@ DType kv_dtype_from(const std::string& name) {
   return DType::kF16;
 }
 
-py::dict describe(const model::Model& model) {
-  const model::ModelConfig& c = model.config();
+model::Activations activations_from(const std::string& name) {
+  if (name == "keep") return model::Activations::kKeep;
+  require(name == "recompute", "activations: expected \"keep\" or \"recompute\", got \"", name,
+          "\"");
+  return model::Activations::kRecompute;
+}
+
+}  // namespace
+
+namespace alignpro::bindings {
+
+py::dict describe(const model::ModelConfig& c, int64_t context_length) {
   py::dict d;
   d["family"] = std::string(model::family_name(c.family));
   d["vocab_size"] = c.vocab_size;
@@ -44,31 +54,27 @@ py::dict describe(const model::Model& model) {
   d["num_heads"] = c.num_heads;
   d["num_kv_heads"] = c.num_kv_heads;
   d["head_dim"] = c.head_dim;
-  d["context_length"] = model.context_length();
+  d["context_length"] = context_length;
   d["bos_id"] = c.bos_id >= 0 ? py::object(py::int_(c.bos_id)) : py::object(py::none());
   d["eos_ids"] = c.eos_ids;
   d["tied_head"] = c.tied_head;
-  d["threads"] = model.team().size();
-  d["weight_bytes"] = model.weights().bytes();
-  d["compute"] = model.weights().head().arithmetic() == ops::Arithmetic::kInt8 ? "int8" : "float32";
-  d["kv_dtype"] = model.kv_dtype() == DType::kF16 ? "float16" : "float32";
-  d["streamed_bytes"] = model.weights().streamed_bytes();
   return d;
 }
 
-model::Activations activations_from(const std::string& name) {
-  if (name == "keep") return model::Activations::kKeep;
-  require(name == "recompute", "activations: expected \"keep\" or \"recompute\", got \"", name,
-          "\"");
-  return model::Activations::kRecompute;
+py::dict lora_shapes(const model::ModelConfig& config) {
+  py::dict shapes;
+  for (const model::LoraModule& module : model::lora_modules(config)) {
+    shapes[py::str(module.path)] = py::make_tuple(module.outputs, module.inputs);
+  }
+  return shapes;
 }
 
-std::shared_ptr<model::Adapter> make_adapter(const model::Model& model, const py::dict& matrices,
-                                             float scale) {
+std::shared_ptr<model::Adapter> make_adapter(const model::ModelConfig& config,
+                                             const py::dict& matrices, float scale) {
   std::map<std::string, model::LoraMatrices> views;
   std::vector<py::array> alive;
   std::map<std::string, const model::LoraModule*> known;
-  const std::vector<model::LoraModule> modules = model::lora_modules(model.config());
+  const std::vector<model::LoraModule> modules = model::lora_modules(config);
   for (const model::LoraModule& m : modules) known[m.path] = &m;
   for (const auto& [key, value] : matrices) {
     const auto path = key.cast<std::string>();
@@ -90,7 +96,22 @@ std::shared_ptr<model::Adapter> make_adapter(const model::Model& model, const py
     alive.push_back(b);
   }
   const GilRelease release;
-  return std::make_shared<model::Adapter>(model.config(), views, scale);
+  return std::make_shared<model::Adapter>(config, views, scale);
+}
+
+}  // namespace alignpro::bindings
+
+namespace {
+
+py::dict describe_model(const model::Model& model) {
+  py::dict d = describe(model.config(), model.context_length());
+  d["device"] = "cpu";
+  d["threads"] = model.team().size();
+  d["weight_bytes"] = model.weights().bytes();
+  d["compute"] = model.weights().head().arithmetic() == ops::Arithmetic::kInt8 ? "int8" : "float32";
+  d["kv_dtype"] = model.kv_dtype() == DType::kF16 ? "float16" : "float32";
+  d["streamed_bytes"] = model.weights().streamed_bytes();
+  return d;
 }
 
 py::dict gradients_to_dict(const model::Adapter& adapter,
@@ -164,16 +185,14 @@ void bind_model(py::module_& m) {
           },
           py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
           py::arg("compute") = "float32", py::arg("kv_dtype") = "float32")
-      .def_property_readonly("config", &describe)
-      .def("lora_modules",
-           [](const model::Model& self) {
-             py::dict shapes;
-             for (const model::LoraModule& module : model::lora_modules(self.config())) {
-               shapes[py::str(module.path)] = py::make_tuple(module.outputs, module.inputs);
-             }
-             return shapes;
-           })
-      .def("make_adapter", &make_adapter, py::arg("matrices"), py::arg("scale"))
+      .def_property_readonly("config", &describe_model)
+      .def("lora_modules", [](const model::Model& self) { return lora_shapes(self.config()); })
+      .def(
+          "make_adapter",
+          [](const model::Model& self, const py::dict& matrices, float scale) {
+            return make_adapter(self.config(), matrices, scale);
+          },
+          py::arg("matrices"), py::arg("scale"))
       .def(
           "score",
           [](std::shared_ptr<model::Model> self, std::vector<std::vector<int32_t>> sequences,

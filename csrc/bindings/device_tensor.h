@@ -7,6 +7,7 @@
 
 #include "alignpro/core/dtype.h"
 #include "alignpro/core/error.h"
+#include "cuda/ops.h"
 
 // Tensors of device memory cross by DLPack, as array.h does for the host's: nothing is converted or
 // copied, and an error names the argument. The structures are the protocol's binary interface,
@@ -39,8 +40,6 @@ enum class DlType : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 // tensor is used next, as torch's allocator asks.
 class DeviceTensor {
  public:
-  static constexpr int32_t kCuda = 2;
-
   DeviceTensor(const py::handle& object, const std::string& name, int dimensions, int device)
       : name_(name) {
     if (!py::hasattr(object, "__dlpack__")) {
@@ -48,8 +47,9 @@ class DeviceTensor {
                                 std::string(py::str(py::type::of(object)))));
     }
     const auto place = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
-    require(place.first == kCuda, name, ": expected a CUDA tensor, got one of DLPack device ",
-            place.first, "; call .cuda() first");
+    const int type = cuda::dlpack_device_type();
+    require(place.first == type, name, ": expected a tensor of DLPack device ", type,
+            ", got one of device ", place.first, "; call .cuda() first");
     require(place.second == device, name, ": expected a tensor of the current device ", device,
             ", got one of device ", place.second);
     // -1: no synchronisation, the caller names the stream.

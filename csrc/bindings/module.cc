@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind_cuda.h"
+#include "bind_device_model.h"
 #include "bind_engine.h"
 #include "bind_errors.h"
 #include "bind_files.h"
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_core, m) {
   bind_files(m);
   bind_ops(m);
   bind_model(m);
+  bind_device_model(m);
   bind_engine(m);
   bind_cuda(m);
   pybind11::module_::import("atexit").attr("register")(

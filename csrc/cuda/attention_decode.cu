@@ -12,12 +12,14 @@ namespace {
 
 constexpr int kJoinThreads = 128;
 
-template <typename T>
+template <typename T, int kDim>
 __global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(AttentionDecode<T> args) {
-  __shared__ DecodeShared shared;
+  ALIGNPRO_DYNAMIC_SHARED(shared);
   DeviceBlock block;
-  attention_decode_chunk(block, int64_t{blockIdx.x}, int64_t{blockIdx.y}, int64_t{blockIdx.z}, args,
-                         shared);
+  const int head_tiles = args.head_tiles(), y = static_cast<int>(blockIdx.y);
+  attention_decode_chunk<kDim>(block, int64_t{blockIdx.x}, y / head_tiles, y % head_tiles,
+                               int64_t{blockIdx.z}, args,
+                               *reinterpret_cast<DecodeShared<T, kDim>*>(shared));
 }
 
 template <typename T>
@@ -27,7 +29,7 @@ __global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(AttentionD
 }
 
 int64_t chunks_of(int64_t max_positions) {
-  return (max_positions + kDecodeChunk - 1) / kDecodeChunk;
+  return (max_positions + kAttentionChunk - 1) / kAttentionChunk;
 }
 
 }  // namespace
@@ -43,12 +45,7 @@ void attention_decode(const AttentionShape& shape, const Matrix& qkv, const int3
   check_attention(kOp, shape, qkv, kv);
   check_matrix(kOp, "out", out, qkv.rows, shape.num_heads * shape.head_dim, qkv.dtype);
   check_aligned(kOp, "workspace", workspace);
-  require(shape.num_heads / shape.num_kv_heads <= kMaxGroup && shape.head_dim <= kMaxHeadDim, kOp,
-          ": expected at most ", kMaxGroup, " query heads a KV head and a head_dim up to ",
-          kMaxHeadDim, ", got ", shape.num_heads / shape.num_kv_heads, " and ", shape.head_dim);
-  require(max_positions >= 1 && table_ld * ops::kKvBlock >= max_positions, kOp,
-          ": expected a block table for max_positions, got ", table_ld, " blocks of 16 for ",
-          max_positions);
+  check_table(kOp, table_ld, max_positions);
   dispatch(kOp, qkv.dtype, [&](auto type) {
     using T = decltype(type);
     const AttentionDecode<T> args{{static_cast<const T*>(qkv.data), qkv.ld},
@@ -65,9 +62,12 @@ void attention_decode(const AttentionShape& shape, const Matrix& qkv, const int3
                                   chunks_of(max_positions),
                                   {static_cast<T*>(out.data), out.ld}};
     const dim3 rows_heads(count(qkv.rows), count(shape.num_kv_heads));
-    launch(kOp, attention_decode_kernel<T>,
-           dim3(rows_heads.x, rows_heads.y, count(args.max_chunks)), kDecodeThreads, 0, stream,
-           args);
+    dispatch_head_dim(kOp, shape.head_dim, [&](auto dim) {
+      constexpr int kDim = decltype(dim)::value;
+      launch(kOp, attention_decode_kernel<T, kDim>,
+             dim3(rows_heads.x, rows_heads.y * count(args.head_tiles()), count(args.max_chunks)),
+             kDecodeThreads, static_cast<int>(sizeof(DecodeShared<T, kDim>)), stream, args);
+    });
     launch(kOp, attention_join_kernel<T>, rows_heads, kJoinThreads, 0, stream, args);
   });
 }

@@ -4,9 +4,11 @@
 // that a kernel does not take.
 
 #include <cstdint>
+#include <type_traits>
 
 #include "alignpro/core/error.h"
 #include "alignpro/core/float_bits.h"
+#include "alignpro/ops/kv_view.h"
 #include "ops.h"
 
 namespace alignpro::cuda {
@@ -46,8 +48,7 @@ inline void check_matrix(const char* op, const char* name, const Matrix& m, int6
   if (m.rows > 0) check_aligned(op, name, m.data);
 }
 
-inline void check_attention(const char* op, const AttentionShape& shape, const Matrix& qkv,
-                            const PagedKv& kv) {
+inline void check_heads(const char* op, const AttentionShape& shape, const Matrix& qkv) {
   require(
       shape.num_kv_heads >= 1 && shape.num_heads >= 1 && shape.num_heads % shape.num_kv_heads == 0,
       op, ": expected heads in groups of the same size, got ", shape.num_heads, " over ",
@@ -55,12 +56,34 @@ inline void check_attention(const char* op, const AttentionShape& shape, const M
   check_matrix(op, "qkv", qkv, qkv.rows,
                (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, qkv.dtype);
   const int64_t pack = pack_size(qkv.dtype);
-  require(shape.head_dim % pack == 0, op, ": expected a head_dim that is a multiple of ", pack,
-          ", got ", shape.head_dim);
+  require(shape.head_dim > 0 && shape.head_dim % pack == 0, op,
+          ": expected a head_dim that is a multiple of ", pack, ", got ", shape.head_dim);
+}
+
+inline void check_attention(const char* op, const AttentionShape& shape, const Matrix& qkv,
+                            const PagedKv& kv) {
+  check_heads(op, shape, qkv);
+  const int64_t pack = pack_size(qkv.dtype);
   require(kv.block_stride % pack == 0 && kv.head_stride % pack == 0 && kv.value_offset % pack == 0,
           op, ": kv: expected strides that are multiples of ", pack, ", got ", kv.block_stride,
           ", ", kv.head_stride, ", ", kv.value_offset);
   check_aligned(op, "kv", kv.base);
+}
+
+// fn(std::integral_constant) of the width that a head_dim is padded to.
+template <typename Fn>
+void dispatch_head_dim(const char* op, int64_t head_dim, const Fn& fn) {
+  if (head_dim <= 64) return fn(std::integral_constant<int, 64>());
+  if (head_dim <= 96) return fn(std::integral_constant<int, 96>());
+  require(head_dim <= 128, op, ": expected a head_dim up to 128, got ", head_dim);
+  fn(std::integral_constant<int, 128>());
+}
+
+// Blocks of 16 positions in rows of table_ld, which hold max_positions each.
+inline void check_table(const char* op, int64_t table_ld, int64_t max_positions) {
+  require(max_positions >= 1 && table_ld * ops::kKvBlock >= max_positions, op,
+          ": expected a block table for max_positions, got ", table_ld, " blocks of 16 for ",
+          max_positions);
 }
 
 inline bool has_reference(const LogprobInput& in) { return in.ref_hidden.data != nullptr; }

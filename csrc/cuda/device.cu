@@ -33,6 +33,8 @@ int current_device() {
   return device;
 }
 
+int dlpack_device_type() { return 2; }
+
 std::string device_name() {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, current_device()), "device_name");

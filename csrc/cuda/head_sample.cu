@@ -39,7 +39,8 @@ void head_sample(const Matrix& hidden, const Matrix& head, const SampleRow* rows
   in.weight = head;
   check_logprob(kOp, in);
   // 32 KB of masses beside the tile at most: what every GPU since sm_80 has.
-  require(head.rows <= int64_t{1} << 19, kOp, ": expected at most 524288 tokens, got ", head.rows);
+  require(head.rows <= kMaxVocabulary, kOp, ": expected at most ", kMaxVocabulary, " tokens, got ",
+          head.rows);
   if (hidden.rows == 0) return;
   check_aligned(kOp, "workspace", workspace);
   auto* stats = static_cast<ops::TileStats*>(workspace);

@@ -2,6 +2,7 @@
 
 #include "alignpro/core/error.h"
 #include "ops.h"
+#include "runtime.h"
 
 namespace alignpro::cuda {
 namespace {
@@ -20,12 +21,16 @@ std::string unavailable_reason() {
 std::string device_name() { missing("device_name"); }
 int current_device() { missing("current_device"); }
 std::string version() { return "no"; }
+int dlpack_device_type() { missing("dlpack_device_type"); }
 
 void embedding(const Matrix&, const int32_t*, const Matrix&, Stream) { missing("embedding"); }
 void rms_norm(const Matrix&, const void*, float, const Matrix&, Stream) { missing("rms_norm"); }
 void swiglu(const Matrix&, const Matrix&, Stream) { missing("swiglu"); }
 void linear(const Matrix&, const Matrix&, const LinearExtras&, const Matrix&, Stream) {
   missing("linear");
+}
+void qk_norm(const AttentionShape&, const Matrix&, const void*, const void*, float, Stream) {
+  missing("qk_norm");
 }
 void rope_kv_write(const AttentionShape&, const Matrix&, int64_t, const float*, const float*,
                    const int32_t*, const int32_t*, const PagedKv&, Stream) {
@@ -37,6 +42,10 @@ void attention_decode(const AttentionShape&, const Matrix&, const int32_t*, cons
 }
 int64_t attention_decode_bytes(const AttentionShape&, int64_t, int64_t) {
   missing("attention_decode_bytes");
+}
+void attention_prefill(const AttentionShape&, const Matrix&, const Segment*, int64_t, int64_t,
+                       const int32_t*, int64_t, const PagedKv&, const Matrix&, float*, Stream) {
+  missing("attention_prefill");
 }
 void linear_logprob(const LogprobInput&, const LogprobOutput&, void*, Stream) {
   missing("linear_logprob");
@@ -53,5 +62,23 @@ void head_sample(const Matrix&, const Matrix&, const SampleRow*, int32_t*, float
   missing("head_sample");
 }
 int64_t head_sample_bytes(int64_t, int64_t) { missing("head_sample_bytes"); }
+
+Stream make_stream() { missing("make_stream"); }
+void destroy_stream(Stream) noexcept {}
+void synchronize(Stream) { missing("synchronize"); }
+void* allocate(int64_t, Stream) { missing("allocate"); }
+void release(void*, Stream) noexcept {}
+void* allocate_pinned(int64_t) { missing("allocate_pinned"); }
+void release_pinned(void*) noexcept {}
+int64_t free_memory() { missing("free_memory"); }
+void copy_to_device(void*, const void*, int64_t, Stream) { missing("copy_to_device"); }
+void copy_to_host(void*, const void*, int64_t, Stream) { missing("copy_to_host"); }
+void copy_pieces(void*, const void*, int64_t, int64_t, int64_t, Stream) { missing("copy_pieces"); }
+void begin_capture(Stream) { missing("begin_capture"); }
+Graph end_capture(Stream) { missing("end_capture"); }
+void abort_capture(Stream) noexcept {}
+void launch_graph(Graph, Stream) { missing("launch_graph"); }
+void destroy_graph(Graph) noexcept {}
+void use_device(int) { missing("use_device"); }
 
 }  // namespace alignpro::cuda

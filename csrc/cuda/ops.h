@@ -21,12 +21,18 @@ namespace alignpro::cuda {
 
 using Stream = void*;  // cudaStream_t; null: the default stream
 
+// The largest head_dim, and the largest vocabulary that head_sample draws from.
+inline constexpr int kMaxHeadDim = 128;
+inline constexpr int64_t kMaxVocabulary = int64_t{1} << 19;
+
 // Whether this build has CUDA and the current device can run it; why not, in one line ("" where it
 // can); and the device's name and number.
 bool is_available();
 std::string unavailable_reason();
 std::string device_name();
 int current_device();
+// Of the tensors that are taken: DLPack's kDLCUDA, 2.
+int dlpack_device_type();
 // The runtime this build was compiled with, "13.0"; "no" without.
 std::string version();
 
@@ -49,9 +55,9 @@ void swiglu(const Matrix& gate_up, const Matrix& h, Stream stream);
 
 // What joins a linear layer's product while it is in registers; null or no matrix: nothing.
 struct LinearExtras {
-  const void* bias = nullptr;  // [out features]
-  Matrix residual;             // [rows, out features]; may be out
-  Matrix lora_x, lora_up;      // x A^T [rows, rank] and B [out features, rank]
+  const void* bias = nullptr;        // [out features]
+  Matrix residual = {};              // [rows, out features]; may be out
+  Matrix lora_x = {}, lora_up = {};  // x A^T [rows, rank] and B [out features, rank]
   float lora_scale = 0.0f;
 };
 // out [rows, out features] = x W^T + lora_scale lora_x B^T + bias + residual, in one dtype, sums in
@@ -65,6 +71,10 @@ struct AttentionShape {
   int64_t sliding_window;  // positions a token sees, itself included; 0: all
   float scale;
 };
+
+// rms_norm in place over each q head of qkv by q_weight [head_dim] and each k head by k_weight.
+void qk_norm(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,
+             const void* k_weight, float eps, Stream stream);
 
 // One layer of a pool of KV blocks of 16 positions, in the dtype of qkv: K [16][head_dim] of a
 // head, its V value_offset further. Strides in elements.
@@ -87,6 +97,22 @@ void attention_decode(const AttentionShape& shape, const Matrix& qkv, const int3
                       const int32_t* block_table, int64_t table_ld, int64_t max_positions,
                       const PagedKv& kv, void* workspace, const Matrix& out, Stream stream);
 int64_t attention_decode_bytes(const AttentionShape& shape, int64_t rows, int64_t max_positions);
+
+// Consecutive rows of one sequence: qkv's rows [row_begin, row_begin + row_count) are its positions
+// from `position` on.
+struct Segment {
+  int32_t row_begin, row_count, position;
+};
+// Causal attention of segments: out [rows, q size] over each row's own position and those before
+// it, cached ones included, which lie in row s of block_table [segment_count, table_ld] (written
+// before by rope_kv_write). A position has the same bits as from attention_decode, however rows are
+// cut into segments. `segments` is device memory; none has more than max_rows rows, which fixes the
+// grid. Rows in no segment are left as they are. lse [rows, num_heads], or null, receives the
+// logarithm of each softmax's sum for attention_backward.
+void attention_prefill(const AttentionShape& shape, const Matrix& qkv, const Segment* segments,
+                       int64_t segment_count, int64_t max_rows, const int32_t* block_table,
+                       int64_t table_ld, const PagedKv& kv, const Matrix& out, float* lse,
+                       Stream stream);
 
 // See ops/linear_logprob.h. Reference: matrices of no rows mean none.
 struct LogprobInput {
@@ -117,11 +143,10 @@ void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forwar
                              const Matrix& d_weight, void* workspace, Stream stream);
 int64_t linear_logprob_backward_bytes(const LogprobInput& in);
 
-// One draw: its key and temperature (0: the most likely token, lowest id on a tie; its
-// log-probability is reported at temperature 1).
+// One draw: its uniform in [0, 1) and temperature (0: the most likely token, lowest id on a tie;
+// its log-probability is reported at temperature 1).
 struct SampleRow {
-  uint64_t seed;
-  uint32_t sample, position;
+  double uniform;
   float temperature;
 };
 // Draws a token a row by inversion in token order, as ops/head_sample.h does, and its

@@ -1,5 +1,5 @@
 // A block a row; the row is read twice, the second time from the cache. Squares are added by
-// thread, warp and block in one tree, whatever the number of rows.
+// thread, warp and block in one tree, whatever the number of rows. qk_norm: a warp a row and head.
 
 #include "bodies/rows.h"
 #include "checks.h"
@@ -19,6 +19,20 @@ __global__ void __launch_bounds__(kThreads)
   rms_norm_row(block, int64_t{blockIdx.x}, cols, x, weight, eps, y, scratch);
 }
 
+constexpr int kHeadThreads = 32;
+
+template <typename T>
+__global__ void __launch_bounds__(kHeadThreads)
+    qk_norm_kernel(Rows<T> qkv, int64_t num_heads, int64_t head_dim, const T* q_weight,
+                   const T* k_weight, float eps) {
+  __shared__ float scratch[kMaxWarps];
+  DeviceBlock block;
+  const int64_t head = blockIdx.y;
+  const Rows<T> x{qkv.data + head * head_dim, qkv.ld};
+  rms_norm_row(block, int64_t{blockIdx.x}, head_dim, x, head < num_heads ? q_weight : k_weight, eps,
+               x, scratch);
+}
+
 }  // namespace
 
 void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, Stream stream) {
@@ -31,6 +45,21 @@ void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, S
     launch(kOp, rms_norm_kernel<T>, count(x.rows), kThreads, 0, stream, x.cols,
            Rows<T>{static_cast<T*>(x.data), x.ld}, static_cast<const T*>(weight), eps,
            Rows<T>{static_cast<T*>(y.data), y.ld});
+  });
+}
+
+void qk_norm(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,
+             const void* k_weight, float eps, Stream stream) {
+  constexpr const char* kOp = "qk_norm";
+  check_heads(kOp, shape, qkv);
+  check_aligned(kOp, "q_weight", q_weight);
+  check_aligned(kOp, "k_weight", k_weight);
+  dispatch(kOp, qkv.dtype, [&](auto type) {
+    using T = decltype(type);
+    const dim3 grid(count(qkv.rows), count(shape.num_heads + shape.num_kv_heads));
+    launch(kOp, qk_norm_kernel<T>, grid, kHeadThreads, 0, stream,
+           Rows<T>{static_cast<T*>(qkv.data), qkv.ld}, shape.num_heads, shape.head_dim,
+           static_cast<const T*>(q_weight), static_cast<const T*>(k_weight), eps);
   });
 }
 

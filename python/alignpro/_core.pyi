@@ -112,8 +112,8 @@ class Model:
     @property
     def config(self) -> dict[str, Any]:
         """family, vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads,
-        head_dim, context_length, bos_id (int | None), eos_ids, tied_head, threads, weight_bytes,
-        compute, kv_dtype, streamed_bytes (read by every step)"""
+        head_dim, context_length, bos_id (int | None), eos_ids, tied_head, device, threads,
+        weight_bytes, compute, kv_dtype, streamed_bytes (read by every step)"""
 
     def lora_modules(self) -> dict[str, tuple[int, int]]:
         """Every linear a LoRA can attach to, by its PEFT path ("model.layers.0.self_attn.q_proj"),
@@ -155,6 +155,43 @@ class Model:
     ) -> int:
         """What score() and its backward() hold at most, in bytes, beside weights, adapters and
         gradients."""
+
+class DeviceModel:
+    """A model on the current CUDA device; load raises UnavailableError where there is none."""
+
+    @staticmethod
+    def load(
+        path: str, threads: int = 0, context_length: int = 0, compute: str = "bfloat16"
+    ) -> DeviceModel: ...
+    @property
+    def config(self) -> dict[str, Any]:
+        """As Model.config; compute is "bfloat16" or "float32", and kv_dtype is the same."""
+
+    def lora_modules(self) -> dict[str, tuple[int, int]]: ...
+    def make_adapter(
+        self, matrices: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]], scale: float
+    ) -> Adapter: ...
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        adapter: Adapter | None = None,
+        temperature: float = 1.0,
+        reference: Adapter | None = None,
+        with_reference: bool = False,
+        keep_graph: bool = False,
+        activations: str = "keep",
+        with_hidden: bool = False,
+    ) -> DeviceScore:
+        """As Model.score; keep_graph and with_hidden raise ValueError."""
+
+class DeviceScore:
+    """As Score, without hidden and backward."""
+
+    logprob: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    kl: NDArray[np.float32] | None
+    reference_logprob: NDArray[np.float32] | None
 
 class Score:
     """Flat float32 arrays, sequences one after another: total = sum(len - start)."""
@@ -208,7 +245,7 @@ class Sequence_:  # exported as _core.Sequence
 class Engine:
     def __init__(
         self,
-        model: Model,
+        model: Model | DeviceModel,
         *,
         kv_cache_bytes: int = 0,
         max_batch_rows: int = 256,
@@ -265,6 +302,10 @@ class cuda:
         lora_scale: float,
         out: Any,
         stream: int,
+    ) -> None: ...
+    @staticmethod
+    def qk_norm(
+        qkv: Any, shape: AttentionShape, q_weight: Any, k_weight: Any, eps: float, stream: int
     ) -> None: ...
     @staticmethod
     def rope_kv_write(

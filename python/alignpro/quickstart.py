@@ -63,7 +63,11 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
         resolve_model(config.model)
     with _timed(seconds, "load"), console.status(f"loading {config.model}"):
         prompter, target = load_models(
-            train.model, train.target, train.threads, train.target_compute
+            train.model,
+            train.target,
+            train.threads,
+            train.target_compute,
+            target_device=train.target_device,
         )
 
     with Bars(console) as bars:

@@ -108,10 +108,10 @@ TEST(head_sample_draws_the_cpus_tokens) {
   std::vector<ops::SampleRow> requests;
   for (uint32_t i = 0; i < rows; ++i) {
     const float temperature = i % 4 == 0 ? 0.0f : 0.5f + 0.1f * static_cast<float>(i);
-    draws.push_back({uint64_t{1} << 40, i % 2, i, temperature});
     ops::SampleRow& request = requests.emplace_back();
     request.temperature = temperature;
     request.uniform = keyed_uniform(uint64_t{1} << 40, i % 2, i);
+    draws.push_back({request.uniform, temperature});
   }
   std::vector<ops::SampledToken> expected(rows);
   ops::head_sample(packed, hidden.data(), requests, expected, team);
@@ -142,6 +142,22 @@ TEST(row_ops_are_the_cpus) {
   Tensor<float> out(2 * n);
   cuda::embedding(matrix(h, rows, n), tokens, matrix(out, 2, n), nullptr);
   CHECK(same_bits(out.data(), h.data() + 4 * n, n) && same_bits(out.data() + n, h.data(), n));
+}
+
+TEST(qk_norm_is_the_cpus_rms_norm_of_each_head) {
+  const int64_t rows = 3, d = 12, heads = 4, kv_heads = 2, width = (heads + 2 * kv_heads) * d;
+  ThreadTeam team(1);
+  Tensor<float> qkv(normal(rows * width, 1)), q_weight(normal(d, 2)), k_weight(normal(d, 3));
+  Floats expected = qkv.floats();
+  for (int64_t row = 0; row < rows; ++row) {
+    float* q = expected.data() + row * width;
+    ops::rms_norm(heads, d, q, d, q_weight.data(), 1e-5f, q, d, nullptr, team);
+    float* k = q + heads * d;
+    ops::rms_norm(kv_heads, d, k, d, k_weight.data(), 1e-5f, k, d, nullptr, team);
+  }
+  cuda::qk_norm({heads, kv_heads, d, 0, 1.0f}, matrix(qkv, rows, width), q_weight.data(),
+                k_weight.data(), 1e-5f, nullptr);
+  CHECK(difference(qkv.floats(), expected) < kBudget);
 }
 
 TEST(a_linear_layer_covers_its_output) {

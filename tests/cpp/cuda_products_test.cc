@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "alignpro/core/rng.h"
 #include "check.h"
 #include "cuda/bodies/linear.h"
 #include "cuda/bodies/vocabulary.h"
@@ -379,7 +380,7 @@ TEST(drawn_and_scored_log_probabilities_are_equal_to_the_bit) {
     const float temperature = 0.7f;
     Problem<T> p(18, 300, 40, 1.0f);
     std::vector<SampleRow> draws;
-    for (uint32_t i = 0; i < 18; ++i) draws.push_back({9, i % 3, i, temperature});
+    for (uint32_t i = 0; i < 18; ++i) draws.push_back({keyed_uniform(9, i % 3, i), temperature});
     std::vector<int32_t> tokens;
     Floats logprobs;
     draw(p, draws, tokens, logprobs);
@@ -402,13 +403,13 @@ TEST(drawn_and_scored_log_probabilities_are_equal_to_the_bit) {
 TEST(draws_invert_the_distribution_in_token_order) {
   Problem<float> p(24, 300, 16, 1.0f);
   std::vector<SampleRow> draws;
-  for (uint32_t i = 0; i < 24; ++i) draws.push_back({3, 1, i, 1.0f});
+  for (uint32_t i = 0; i < 24; ++i) draws.push_back({keyed_uniform(3, 1, i), 1.0f});
   std::vector<int32_t> tokens;
   Floats logprobs;
   draw(p, draws, tokens, logprobs);
   const Doubles logp = p.log_softmax(p.hidden.floats(), 1.0f);
   for (size_t row = 0; row < 24; ++row) {
-    const double u = keyed_uniform(3, 1, static_cast<uint32_t>(row));
+    const double u = draws[row].uniform;
     double below = 0.0;
     for (int32_t t = 0; t < tokens[row]; ++t)
       below += std::exp(logp[row * 300 + static_cast<size_t>(t)]);
@@ -424,7 +425,7 @@ TEST(greedy_takes_the_lowest_id_on_a_tie) {
   std::vector<int32_t> tokens;
   Floats logprobs;
   p.hidden.data()[8] = NAN;
-  draw(p, {{0, 0, 0, 0.0f}, {0, 0, 0, 0.0f}}, tokens, logprobs);
+  draw(p, {{0.3, 0.0f}, {0.3, 0.0f}}, tokens, logprobs);
   CHECK_EQ(tokens[0], 139);
   CHECK(std::abs(logprobs[0] - (5.0 - std::log(2 * std::exp(5.0) + 298 * std::exp(1.0)))) < 1e-5);
   CHECK(tokens[1] == -1 && std::isnan(logprobs[1]));
@@ -448,7 +449,7 @@ TEST(draws_reach_more_tiles_than_threads) {
   }
   const Doubles logp = p.log_softmax(p.hidden.floats(), 1.0f);
   for (uint32_t position = 0; position < 12; ++position) {
-    const SampleRow how{5, 0, position, position == 0 ? 0.0f : 1.0f};
+    const SampleRow how{keyed_uniform(5, 0, position), position == 0 ? 0.0f : 1.0f};
     int32_t token = -7;
     float logprob = NAN;
     SharedMemory<float> shared;
@@ -465,7 +466,7 @@ TEST(draws_reach_more_tiles_than_threads) {
     double below = 0.0;
     for (int32_t t = 0; t < token; ++t) below += std::exp(logp[static_cast<size_t>(t)]);
     const double mass = std::exp(logp[static_cast<size_t>(token)]);
-    const double u = keyed_uniform(5, 0, position);
+    const double u = how.uniform;
     CHECK(u > below - 1e-5 && u < below + mass + 1e-5);
     CHECK(std::abs(logprob - std::log(mass)) < 1e-5);
   }

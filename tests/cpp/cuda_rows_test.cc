@@ -142,7 +142,7 @@ void check_attention(const Heads& heads, const std::vector<int32_t>& positions, 
                     static_cast<size_t>(2 * heads.kv_heads * d)));  // qkv keeps its k and v
   }
   Tensor<T> qkv(last), out(static_cast<size_t>(rows * q_heads * d));
-  const int64_t chunks = (longest + kDecodeChunk - 1) / kDecodeChunk;
+  const int64_t chunks = (longest + kAttentionChunk - 1) / kAttentionChunk;
   Floats partial(static_cast<size_t>(rows * q_heads * chunks * (2 + d)), NAN);
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
   const AttentionDecode<T> args{{qkv.data(), width},
@@ -157,13 +157,13 @@ void check_attention(const Heads& heads, const std::vector<int32_t>& positions, 
                                 partial.data(),
                                 chunks,
                                 {out.data(), q_heads * d}};
-  static DecodeShared memory;
+  static DecodeShared<T, kMaxHeadDim> memory;
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t head = 0; head < heads.kv_heads; ++head) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         std::memset(&memory, 0xff, sizeof memory);
         HostBlock::run(kDecodeThreads, seed + static_cast<uint32_t>(row), [&](HostBlock& block) {
-          attention_decode_chunk<T>(block, row, head, chunk, args, memory);
+          attention_decode_chunk<kMaxHeadDim>(block, row, head, 0, chunk, args, memory);
         });
       }
       HostBlock::run(64, seed,
@@ -253,10 +253,10 @@ TEST(a_row_attends_alone_as_in_company) {
                                       partial.data(),
                                       1,
                                       {out.data(), d}};
-    static DecodeShared memory;
+    static DecodeShared<float, 64> memory;
     for (int64_t r = 0; r < rows; ++r) {
       HostBlock::run(kDecodeThreads, seed, [&](HostBlock& block) {
-        attention_decode_chunk<float>(block, r, 0, 0, args, memory);
+        attention_decode_chunk<64>(block, r, 0, 0, 0, args, memory);
       });
       HostBlock::run(32, seed,
                      [&](HostBlock& block) { attention_decode_join<float>(block, r, 0, args); });

@@ -21,6 +21,7 @@
 #include "alignpro/core/trace.h"
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
+#include "alignpro/model/kv_pool.h"
 #include "check.h"
 
 namespace alignpro::engine {
@@ -32,6 +33,7 @@ using Handle = std::shared_ptr<Sequence>;
 
 constexpr int32_t kVocab = 97;
 constexpr int32_t kEos = 96;
+constexpr int32_t kUndrawable = 77;  // a top_k that HashModel refuses
 
 model::ModelConfig tiny_config() {
   model::ModelConfig config;
@@ -77,7 +79,16 @@ class HashModel final : public LanguageModel {
   const model::ModelConfig& config() const override { return config_; }
   int64_t context_length() const override { return context_; }
 
-  void forward(const model::Batch& batch, model::KvPool& kv, float* hidden) const override {
+  int64_t kv_block_bytes() const override {
+    return model::KvPool::block_bytes(config_.num_layers, 1, config_.head_dim, DType::kF32);
+  }
+  int64_t kv_share_bytes() const override { return int64_t{1} << 20; }
+  void require_drawable(const SamplingParams& params) const override {
+    require(params.top_k != kUndrawable, "top_k: not by this model");
+  }
+  std::unique_ptr<Session> make_session(int64_t kv_blocks) const override;
+
+  void forward(const model::Batch& batch, model::KvPool& kv, float* hidden) const {
     forwards.fetch_add(1);
     rows.fetch_add(batch.rows());
     row_counts.push_back(batch.rows());
@@ -108,7 +119,7 @@ class HashModel final : public LanguageModel {
   }
 
   void sample(const float* hidden, std::span<const ops::SampleRow> sample_rows,
-              std::span<ops::SampledToken> out) const override {
+              std::span<ops::SampledToken> out) const {
     for (size_t i = 0; i < sample_rows.size(); ++i) {
       if (std::isnan(hidden[2 * i])) throw NumericError("KV that was never written, or not ours");
       const ops::SampleRow& row = sample_rows[i];
@@ -176,6 +187,32 @@ class HashModel final : public LanguageModel {
   model::ModelConfig config_ = tiny_config();
   int64_t context_;
 };
+
+class HashSession final : public Session {
+ public:
+  HashSession(const HashModel& model, int64_t kv_blocks)
+      : model_(model), kv_(model.config().num_layers, 1, model.config().head_dim, kv_blocks) {}
+
+  void copy_slots(int64_t from, int64_t to, int64_t slots) override {
+    kv_.copy_slots(from, to, slots);
+  }
+  void forward(const model::Batch& batch) override {
+    hidden_.assign(batch.output_rows.size() * 2, 0.0f);
+    model_.forward(batch, kv_, hidden_.data());
+  }
+  void sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) override {
+    model_.sample(hidden_.data(), rows, out);
+  }
+
+ private:
+  const HashModel& model_;
+  model::KvPool kv_;
+  std::vector<float> hidden_;
+};
+
+std::unique_ptr<Session> HashModel::make_session(int64_t kv_blocks) const {
+  return std::make_unique<HashSession>(*this, kv_blocks);
+}
 
 constexpr int64_t kBlockBytes = 2 * 2 * 2 * kKvBlock * 4;  // layers, K and V, head_dim
 
@@ -569,6 +606,7 @@ TEST(bad_requests_are_refused_by_name) {
   bad([](SamplingParams& p) { p.temperature = -1; }, "temperature");
   bad([](SamplingParams& p) { p.temperature = NAN; }, "temperature");
   bad([](SamplingParams& p) { p.top_k = -1; }, "top_k");
+  bad([](SamplingParams& p) { p.top_k = kUndrawable; }, "top_k: not by this model");
   bad([](SamplingParams& p) { p.top_p = 0; }, "top_p");
   bad([](SamplingParams& p) { p.top_p = 1.5f; }, "top_p");
   bad([](SamplingParams& p) { p.min_p = -0.1f; }, "min_p");

@@ -5,12 +5,16 @@
 // launchers, grids and workspaces as they are. Dynamic shared memory is poisoned before each block.
 
 #include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
 
 #include "cuda/ops.h"
 #include "host_block.h"
 
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 #define ALIGNPRO_DYNAMIC_SHARED(name) unsigned char* name = alignpro::cuda::dynamic_shared()
 
@@ -30,21 +34,44 @@ inline unsigned char* dynamic_shared() {
 
 inline unsigned count(int64_t blocks) { return static_cast<unsigned>(blocks); }
 
-template <typename... Params, typename... Args>
-void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
-            Stream, const Args&... args) {
-  if (shared_bytes > kSharedBytes) {
-    throw std::runtime_error(std::string(op) + ": more shared memory than an sm_86 has");
-  }
+// What a thread records instead of running it, while it records a graph (emulated/device.cc).
+using Launches = std::vector<std::function<void()>>;
+inline std::unique_ptr<Launches>& emulated_capture() {
+  thread_local std::unique_ptr<Launches> launches;
+  return launches;
+}
+inline int64_t& emulated_graph_launches() {
+  static int64_t count = 0;
+  return count;
+}
+
+// Runs a grid; callers take turns: shared memory and blockIdx are there once.
+inline void run_grid(dim3 grid, int threads, const std::function<void(HostBlock&)>& body) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
   static uint32_t seed = 0;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = dim3(x, y, z);
         std::memset(dynamic_shared(), 0xff, kSharedBytes);
-        HostBlock::run(threads, ++seed, [&](HostBlock&) { kernel(args...); });
+        HostBlock::run(threads, ++seed, body);
       }
     }
+  }
+}
+
+template <typename... Params, typename... Args>
+void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+            Stream, const Args&... args) {
+  if (shared_bytes > kSharedBytes) {
+    throw std::runtime_error(std::string(op) + ": more shared memory than an sm_86 has");
+  }
+  const auto run = [=] { run_grid(grid, threads, [&](HostBlock&) { kernel(args...); }); };
+  if (emulated_capture() != nullptr) {
+    emulated_capture()->push_back(run);
+  } else {
+    run();
   }
 }
 
@@ -72,6 +99,7 @@ class DeviceBlock {
   void load_transposed(uint32_t (&to)[4], const void* row) {
     HostBlock::current().load_transposed(to, row);
   }
+  uint32_t round_pair(float low, float high) { return HostBlock::current().round_pair(low, high); }
   void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     HostBlock::current().multiply(c, a, b0, b1);
   }

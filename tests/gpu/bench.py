@@ -16,6 +16,7 @@ import torch
 
 from gpu import calls
 from gpu.cases import normal
+from gpu.model_bench import bench_decode
 
 Row = dict[str, object]
 BF16 = torch.bfloat16
@@ -97,7 +98,7 @@ def bench_logprob(limit: dict[str, float], rows: int, cols: int, vocab: int) -> 
 
 def bench_sample(limit: dict[str, float], rows: int, cols: int, vocab: int) -> list[Row]:
     h, w = normal(rows, cols, dtype=BF16), normal(vocab, cols, dtype=BF16, scale=cols**-0.5)
-    draws = calls.sample_rows([(1, 0, i, 0.8) for i in range(rows)])
+    draws = calls.sample_rows([(u, 0.8) for u in torch.rand(rows).tolist()])
     ours = milliseconds(lambda: calls.head_sample(h, w, draws))
     plain = milliseconds(lambda: torch.softmax((h @ w.T).float() / 0.8, 1).multinomial(1))
     share = 2 * vocab * cols / ours / 1e6 / limit["read_gbps"]
@@ -124,6 +125,31 @@ def bench_attention(limit: dict[str, float], rows: int, context: int) -> list[Ro
     share = 2 * k.numel() * 2 / ours / 1e6 / limit["read_gbps"]
     work = f"{rows} sequences, context {context}, {heads}/{kv_heads} heads of {d}, bf16, a layer"
     return [row("attention_decode", work, ours, plain, share_of_bandwidth=share)]
+
+
+def bench_prefill(limit: dict[str, float], sequences: int, length: int) -> list[Row]:
+    heads, kv_heads, d = 32, 8, 128
+    shape = calls.attention_shape(heads, kv_heads, d)
+    rows, blocks = sequences * length, length // 16
+    kv = normal(sequences * blocks, kv_heads, 2, 16, d, dtype=BF16)
+    table = torch.randperm(len(kv), device="cuda", dtype=torch.int32).reshape(sequences, blocks)
+    qkv = normal(rows, (heads + 2 * kv_heads) * d, dtype=BF16)
+    segments = torch.tensor(
+        [[s * length, length, 0] for s in range(sequences)], dtype=torch.int32, device="cuda"
+    )
+    ours = milliseconds(
+        lambda: calls.attention_prefill(qkv, shape, segments, length, table, kv, heads, d)
+    )
+    q = normal(sequences, heads, length, d, dtype=BF16)
+    k, v = (normal(sequences, kv_heads, length, d, dtype=BF16) for _ in range(2))
+    plain = milliseconds(
+        lambda: torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
+    )
+    share = 2.0 * rows * length * heads * d / ours / 1e9 / limit["matrix_tflops"]  # causal half
+    work = f"{sequences} x {length} positions, {heads}/{kv_heads} heads of {d}, bf16, a layer"
+    return [row("attention_prefill", work, ours, plain, share_of_matrix_rate=share)]
 
 
 def bench_linear(limit: dict[str, float], rows: int, cols: int, n: int) -> list[Row]:
@@ -189,8 +215,10 @@ def main(out: str, table: str) -> int:
         lambda: bench_linear(limit, 64, 4096, 14336),
         lambda: bench_attention(limit, 64, 1024),
         lambda: bench_attention(limit, 1, 8192),
+        lambda: bench_prefill(limit, 8, 2048),
         lambda: bench_sample(limit, 64, 4096, 131072),
         lambda: bench_logprob(limit, 8192, 4096, 131072),
+        lambda: bench_decode(limit),
     ):
         rows += bench()
         print(markdown({"device": "", "torch": "", "limits": limit}, rows[-1:]).splitlines()[-1])

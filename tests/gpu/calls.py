@@ -11,20 +11,23 @@ import torch
 from alignpro import native
 
 cuda: Any = native.core.cuda
+# The tests on a CPU emulate the device (tests/emulated): its tensors are the CPU's.
+EMULATED = cuda.version() == "emulated"
+DEVICE = "cpu" if EMULATED else "cuda"
 
 FORWARD = ("logprob", "entropy", "kl", "reverse_kl", "reference_logprob")
 
 
 def stream() -> int:
-    return int(torch.cuda.current_stream().cuda_stream)
+    return 0 if EMULATED else int(torch.cuda.current_stream().cuda_stream)
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
 
 
 def workspace(size: int) -> torch.Tensor:
-    return torch.full((max(size, 16),), 255, dtype=torch.uint8, device="cuda")
+    return torch.full((max(size, 16),), 255, dtype=torch.uint8, device=DEVICE)
 
 
 def embedding(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -73,6 +76,13 @@ def attention_shape(
     )
 
 
+def qk_norm(
+    qkv: torch.Tensor, shape: Any, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float
+) -> None:
+    """In place."""
+    cuda.qk_norm(qkv, shape, q_weight, k_weight, eps, stream())
+
+
 def rope_kv_write(
     qkv: torch.Tensor,
     shape: Any,
@@ -112,6 +122,24 @@ class AttentionDecode:
             stream(),
         )
         return self.out
+
+
+def attention_prefill(
+    qkv: torch.Tensor,
+    shape: Any,
+    segments: torch.Tensor,
+    max_rows: int,
+    table: torch.Tensor,
+    kv: torch.Tensor,
+    num_heads: int,
+    head_dim: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """segments: (row_begin, row_count, position) each, int32 [segments, 3]. The output and the
+    logarithms of the softmaxes' sums [rows, num_heads]."""
+    out = poisoned(len(qkv), num_heads * head_dim, dtype=qkv.dtype)
+    lse = poisoned(len(qkv), num_heads)
+    cuda.attention_prefill(qkv, shape, segments, max_rows, table, kv, out, lse, stream())
+    return out, lse
 
 
 class LinearLogprob:
@@ -163,16 +191,16 @@ class LinearLogprob:
         return self.d_hidden, self.d_weight
 
 
-def sample_rows(rows: list[tuple[int, int, int, float]]) -> torch.Tensor:
-    """(seed, sample, position, temperature) of each row, as the engine's bytes."""
-    packed = b"".join(struct.pack("<QIIf4x", *row) for row in rows)
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).reshape(-1, 24).cuda()
+def sample_rows(rows: list[tuple[float, float]]) -> torch.Tensor:
+    """(uniform, temperature) of each row, as the engine's bytes."""
+    packed = b"".join(struct.pack("<df4x", *row) for row in rows)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).reshape(-1, 16).to(DEVICE)
 
 
 def head_sample(
     hidden: torch.Tensor, head: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.full((len(hidden),), -7, dtype=torch.int32, device="cuda")
+    tokens = torch.full((len(hidden),), -7, dtype=torch.int32, device=DEVICE)
     logprobs = poisoned(len(hidden))
     memory = workspace(cuda.head_sample_bytes(len(hidden), len(head)))
     cuda.head_sample(hidden, head, rows, tokens, logprobs, memory, stream())

@@ -8,14 +8,21 @@ is exact), as a relative norm. Equalities to the bit are errors of 0.0 against a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from gpu import calls
+from gpu.calls import DEVICE, EMULATED
 
 Measured = list[tuple[str, float, float]]
 DTYPES = (torch.float32, torch.bfloat16)
 CASES: list[Callable[[], Measured]] = []
+
+
+def sizes(gpu: Any, emulated: Any) -> Any:
+    """What a case runs with; fibers on a CPU take a hundred thousand times as long."""
+    return emulated if EMULATED else gpu
 
 
 def case(function: Callable[[], Measured]) -> Callable[[], Measured]:
@@ -24,11 +31,11 @@ def case(function: Callable[[], Measured]) -> Callable[[], Measured]:
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
 
 
 def ints(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device="cuda")
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def error(x: torch.Tensor, truth: torch.Tensor) -> float:
@@ -64,7 +71,7 @@ def embedding() -> Measured:
 def rms_norm() -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
-        for rows, cols in ((1, 8), (37, 576), (5, 4096)):
+        for rows, cols in sizes(((1, 8), (37, 576), (5, 4096)), ((1, 8), (3, 576))):
             x, weight = normal(rows, cols, dtype=dtype, scale=3.0), normal(cols, dtype=dtype)
             truth = torch.nn.functional.rms_norm(x.double(), (cols,), weight.double(), 1e-5)
             plain = torch.nn.functional.rms_norm(x, (cols,), weight, 1e-5)
@@ -79,7 +86,7 @@ def rms_norm() -> Measured:
 def swiglu() -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
-        gate_up = normal(37, 2 * 1536, dtype=dtype, scale=3.0)
+        gate_up = normal(*sizes((37, 2 * 1536), (3, 2 * 136)), dtype=dtype, scale=3.0)
         gate, up = gate_up.double().chunk(2, dim=1)
         plain_gate, plain_up = gate_up.chunk(2, dim=1)
         measured += judged(
@@ -95,7 +102,9 @@ def swiglu() -> Measured:
 def linear() -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
-        for rows, n, k in ((1, 576, 1536), (130, 264, 72), (517, 1024, 4096)):
+        for rows, n, k in sizes(
+            ((1, 576, 1536), (130, 264, 72), (517, 1024, 4096)), ((1, 136, 48), (130, 8, 72))
+        ):
             x, w = normal(rows, k, dtype=dtype), normal(n, k, dtype=dtype, scale=k**-0.5)
             a, b = normal(16, k, dtype=dtype, scale=k**-0.5), normal(n, 16, dtype=dtype)
             bias, residual = normal(n, dtype=dtype), normal(rows, n, dtype=dtype)
@@ -107,6 +116,28 @@ def linear() -> Measured:
             measured += judged(f"{name} lora", y, plain, truth + bias.double() + residual.double())
             last = (x[-1:].contiguous(), w, bias, residual[-1:].contiguous(), (a, b, 0.5))
             measured.append((f"{name} alone", differing(calls.linear(*last), y[-1:]), 0.0))
+    return measured
+
+
+@case
+def qk_norm() -> Measured:
+    measured: Measured = []
+    heads, kv_heads = 6, 2
+    for dtype in DTYPES:
+        for d in (8, 128):
+            qkv = normal(5, (heads + 2 * kv_heads) * d, dtype=dtype, scale=3.0)
+            before = qkv.reshape(5, -1, d).clone()
+            q_weight, k_weight = normal(d, dtype=dtype), normal(d, dtype=dtype)
+            weight = torch.cat((q_weight.expand(heads, d), k_weight.expand(kv_heads, d)))
+            calls.qk_norm(qkv, calls.attention_shape(heads, kv_heads, d), q_weight, k_weight, 1e-5)
+            got, turned_heads = qkv.reshape(5, -1, d), heads + kv_heads
+            x = before[:, :turned_heads]
+            norm = torch.nn.functional.rms_norm
+            plain = norm(x, (d,), None, 1e-5) * weight
+            truth = norm(x.double(), (d,), None, 1e-5) * weight.double()
+            measured += judged(f"{dtype} {d}", got[:, :turned_heads], plain, truth)
+            kept = differing(got[:, turned_heads:], before[:, turned_heads:])
+            measured.append((f"{dtype} {d} v kept", kept, 0.0))
     return measured
 
 
@@ -125,7 +156,7 @@ def rope_kv_write() -> Measured:
     for dtype in DTYPES:
         qkv = normal(5, (heads + 2 * kv_heads) * d, dtype=dtype)
         before = qkv.clone()
-        angle = torch.rand(50, half, device="cuda") * 6.3
+        angle = torch.rand(50, half, device=DEVICE) * 6.3
         cos, sin = angle.cos(), angle.sin()
         positions, blocks = [0, 15, 16, 49, 7], [3, 0, 4, 2, -1]
         kv = calls.poisoned(6, kv_heads, 2, 16, d, dtype=dtype)
@@ -137,7 +168,7 @@ def rope_kv_write() -> Measured:
         got = qkv.reshape(5, -1, d)
         measured += judged(f"{dtype} q", got[:, :heads], plain[:, :heads], expected[:, :heads])
         measured.append((f"{dtype} k and v kept", differing(got[:, heads:], split[:, heads:]), 0.0))
-        written = torch.zeros(6, 16, dtype=torch.bool, device="cuda")
+        written = torch.zeros(6, 16, dtype=torch.bool, device=DEVICE)
         for row, (position, block) in enumerate(zip(positions, blocks, strict=True)):
             if block < 0:
                 continue
@@ -166,15 +197,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> to
 def attention_decode() -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
-        for heads, kv_heads, d, window in ((32, 8, 128, 0), (9, 3, 64, 700), (7, 1, 80, 0)):
-            lengths = [1, 16, 17, 511, 512, 513, 1500]
+        for heads, kv_heads, d, window in sizes(
+            ((32, 8, 128, 0), (9, 3, 64, 700), (7, 1, 80, 0)), ((3, 1, 16, 0), (4, 2, 40, 30))
+        ):
+            lengths = sizes([1, 16, 17, 511, 512, 513, 1500], [1, 16, 17, 40, 512, 513, 33])
             shape = calls.attention_shape(heads, kv_heads, d, window)
             blocks = (max(lengths) + 15) // 16
             pool = len(lengths) * blocks
             kv = normal(pool + 1, kv_heads, 2, 16, d, dtype=dtype)
             kv[pool] = float("nan")  # where tables point that nothing may be read from
-            table = torch.full((len(lengths), blocks), pool, dtype=torch.int32, device="cuda")
-            order = torch.randperm(pool, device="cuda", dtype=torch.int32)
+            table = torch.full((len(lengths), blocks), pool, dtype=torch.int32, device=DEVICE)
+            order = torch.randperm(pool, device=DEVICE, dtype=torch.int32)
             for row, length in enumerate(lengths):
                 used = (length + 15) // 16
                 table[row, :used] = order[row * blocks : row * blocks + used]
@@ -200,6 +233,58 @@ def attention_decode() -> Measured:
     return measured
 
 
+@case
+def attention_prefill() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        for heads, kv_heads, d, window in sizes(
+            ((32, 8, 128, 0), (9, 3, 64, 700), (12, 1, 96, 0)), ((4, 2, 16, 30),)
+        ):
+            # (cached positions, rows) of each sequence
+            sequences = sizes(
+                [(0, 300), (500, 40), (1027, 1), (0, 1), (16, 130)],
+                [(0, 20), (500, 24), (35, 1), (0, 1)],
+            )
+            shape = calls.attention_shape(heads, kv_heads, d, window)
+            blocks = max(a + b + 15 for a, b in sequences) // 16
+            kv = normal(len(sequences) * blocks, kv_heads, 2, 16, d, dtype=dtype)
+            order = torch.randperm(len(kv), device=DEVICE, dtype=torch.int32)
+            table = order.reshape(len(sequences), blocks)
+            rows = sum(count for _, count in sequences)
+            qkv = normal(rows, (heads + 2 * kv_heads) * d, dtype=dtype)
+            segments, at, tables, halves, positions = [], 0, [], [], []
+            expected, plain = [], []
+            for s, (cached, count) in enumerate(sequences):
+                segments.append([at, count, cached])
+                half = count // 2  # the same rows in two segments each
+                halves += [[at, half, cached], [at + half, count - half, cached + half]]
+                tables += [s] * count
+                positions += range(cached, cached + count)
+                cache = kv[table[s].long()].permute(2, 1, 0, 3, 4).reshape(2, kv_heads, -1, d)
+                for row in range(count):
+                    q = qkv[at + row, : heads * d].reshape(heads, d)
+                    k, v = cache[:, :, : cached + row + 1]
+                    expected.append(attend(q.double(), k.double(), v.double(), window).flatten())
+                    plain.append(attend(q, k, v, window).flatten())
+                at += count
+            packed = torch.tensor(segments, dtype=torch.int32, device=DEVICE)
+            longest = max(count for _, count in sequences)
+            call = (heads, d)
+            out, lse = calls.attention_prefill(qkv, shape, packed, longest, table, kv, *call)
+            name = f"{dtype} {heads}/{kv_heads}x{d}"
+            measured += judged(name, out, torch.stack(plain), torch.stack(expected))
+            measured.append((f"{name} lse", float((~lse.isfinite()).sum()), 0.0))
+            cut = torch.tensor(halves, dtype=torch.int32, device=DEVICE)
+            twice = table.repeat_interleave(2, 0).contiguous()
+            again, sums = calls.attention_prefill(qkv, shape, cut, longest, twice, kv, *call)
+            measured.append((f"{name} cut otherwise", differing(out, again), 0.0))
+            measured.append((f"{name} lse cut otherwise", differing(lse, sums), 0.0))
+            step = calls.AttentionDecode(shape, rows, heads * d, 16 * blocks, dtype)
+            one = step(qkv, ints(positions), table[torch.tensor(tables)].contiguous(), kv)
+            measured.append((f"{name} minus decode", differing(out, one), 0.0))
+    return measured
+
+
 def log_softmax(h: torch.Tensor, w: torch.Tensor, temperature: float) -> torch.Tensor:
     return torch.log_softmax(h @ w.T / temperature, dim=1)
 
@@ -218,7 +303,9 @@ def logprob_truth(
     }
 
 
-SHAPES = ((1, 8, 64), (3, 111, 48), (130, 1000, 72), (517, 5003, 256))
+SHAPES = sizes(
+    ((1, 8, 64), (3, 111, 48), (130, 1000, 72), (517, 5003, 256)), ((1, 8, 64), (130, 111, 24))
+)
 
 
 @case
@@ -233,7 +320,7 @@ def linear_logprob() -> Measured:
                 if offset:  # on every logit: one more column, constant in the weight
                     h[:, 0] = ref[:, 0] = offset
                     w[:, 0] = 1.0
-                tokens = torch.randint(0, vocab, (rows,), dtype=torch.int32, device="cuda")
+                tokens = torch.randint(0, vocab, (rows,), dtype=torch.int32, device=DEVICE)
                 op = calls.LinearLogprob(h, w, tokens, 0.8, ref)
                 got = op.forward()
                 truth = logprob_truth(
@@ -264,9 +351,9 @@ def linear_logprob() -> Measured:
 
 @case
 def linear_logprob_at_the_edges() -> Measured:
-    h = torch.zeros(4, 64, device="cuda")
+    h = torch.zeros(4, 64, device=DEVICE)
     h[0, 0], h[1, 1], h[2, 2], h[3, 3] = 90.0, 1.0, float("nan"), 1.0
-    w = torch.zeros(300, 64, device="cuda")
+    w = torch.zeros(300, 64, device=DEVICE)
     w[17, 0] = w[139, 1] = 1.0
     w[:, 3] = -float("inf")
     w[5:9, 3] = 1.0  # of the last row four tokens are left
@@ -286,10 +373,12 @@ def linear_logprob_at_the_edges() -> Measured:
 def linear_logprob_backward() -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
-        for rows, vocab, cols in ((3, 111, 48), (130, 1000, 72), (257, 9001, 128)):
+        for rows, vocab, cols in sizes(
+            ((3, 111, 48), (130, 1000, 72), (257, 9001, 128)), ((3, 111, 48), (7, 131, 24))
+        ):
             h, ref = normal(rows, cols, dtype=dtype), normal(rows, cols, dtype=dtype)
             w = normal(vocab, cols, dtype=dtype, scale=2.0 * cols**-0.5)
-            tokens = torch.randint(0, vocab, (rows,), dtype=torch.int32, device="cuda")
+            tokens = torch.randint(0, vocab, (rows,), dtype=torch.int32, device=DEVICE)
             names = ("logprob", "entropy", "kl", "reverse_kl")
             upstream = {name: normal(rows) for name in names}
             op = calls.LinearLogprob(h, w, tokens, 0.8, ref)
@@ -318,28 +407,32 @@ def linear_logprob_backward() -> Measured:
 def head_sample() -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
-        rows, vocab, cols = 200, 5003, 256
+        rows, vocab, cols = sizes((200, 5003, 256), (20, 300, 40))
         h, w = normal(rows, cols, dtype=dtype), normal(vocab, cols, dtype=dtype, scale=0.1)
-        draws = [(7, i % 3, i, (0.0, 0.7, 1.0)[i % 3]) for i in range(rows)]
-        packed = calls.sample_rows(draws)
+        uniforms = torch.rand(rows, dtype=torch.float64).tolist()
+        keys = [(u, (0.0, 0.7, 1.0)[i % 3]) for i, u in enumerate(uniforms)]
+        packed = calls.sample_rows(keys)
         tokens, logprobs = calls.head_sample(h, w, packed)
-        greedy = torch.tensor([d[3] == 0.0 for d in draws], device="cuda")
+        greedy = torch.tensor([d[1] == 0.0 for d in keys], device=DEVICE)
         logits = h.double() @ w.double().T
         best = logits.max(1).values - logits.gather(1, tokens.long()[:, None])[:, 0]
         measured.append((f"{dtype} greedy", float(best[greedy].max()), 1e-3))
         for temperature in (0.7, 1.0):
-            at = [i for i, d in enumerate(draws) if d[3] == temperature]
+            at = [i for i, d in enumerate(keys) if d[1] == temperature]
             scored = calls.LinearLogprob(h[at], w, tokens[at].contiguous(), temperature).forward()
             bits = differing(scored["logprob"], logprobs[at])
             measured.append((f"{dtype} sampled minus scored at {temperature}", bits, 0.0))
-        one = calls.head_sample(h[100:101].contiguous(), w, packed[100:101].contiguous())
-        measured.append((f"{dtype} alone", differing(one[0], tokens[100:101]), 0.0))
-        measured.append((f"{dtype} alone, value", differing(one[1], logprobs[100:101]), 0.0))
-    # 60,000 draws of one distribution over 300 tokens: chi-square per degree of freedom.
+        one = calls.head_sample(h[10:11].contiguous(), w, packed[10:11].contiguous())
+        measured.append((f"{dtype} alone", differing(one[0], tokens[10:11]), 0.0))
+        measured.append((f"{dtype} alone, value", differing(one[1], logprobs[10:11]), 0.0))
+    # Many draws of one distribution over 300 tokens: chi-square per degree of freedom.
+    draws = sizes(60_000, 0)
+    if draws == 0:
+        return measured
     h, w = normal(1, 64), normal(300, 64, scale=0.2)
-    many = calls.sample_rows([(3, 0, i, 1.0) for i in range(60_000)])
-    tokens, _ = calls.head_sample(h.expand(60_000, 64).contiguous(), w, many)
-    expected = 60_000 * log_softmax(h.double(), w.double(), 1.0)[0].exp()
+    many = calls.sample_rows([(u, 1.0) for u in torch.rand(draws, dtype=torch.float64).tolist()])
+    tokens, _ = calls.head_sample(h.expand(draws, 64).contiguous(), w, many)
+    expected = draws * log_softmax(h.double(), w.double(), 1.0)[0].exp()
     counts = torch.bincount(tokens.long(), minlength=300).double()
     chi = float(((counts - expected) ** 2 / expected).sum() / 299)
     return [*measured, ("chi-square per degree of freedom", chi, 1.35)]

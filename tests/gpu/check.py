@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gpu import cases
+from gpu import cases, model_cases  # noqa: F401  (registers its cases)
 
 
 def main(out: str, *names: str) -> int:

@@ -11,12 +11,15 @@ CASES = (
     "rms_norm",
     "swiglu",
     "linear",
+    "qk_norm",
     "rope_kv_write",
     "attention_decode",
+    "attention_prefill",
     "linear_logprob",
     "linear_logprob_at_the_edges",
     "linear_logprob_backward",
     "head_sample",
+    "model_generates",
 )
 
 
@@ -24,13 +27,13 @@ CASES = (
 def test_case(name):
     if not native.core.cuda.is_available():
         pytest.skip(f"GPU: {native.core.cuda.unavailable_reason()}")
-    from gpu import cases
+    from gpu import cases, model_cases  # noqa: F401
 
     (case,) = (c for c in cases.CASES if c.__name__ == name)
     assert [m for m in case() if not m[1] <= m[2]] == []
 
 
 def test_every_case_is_named():
-    from gpu import cases
+    from gpu import cases, model_cases  # noqa: F401
 
     assert tuple(c.__name__ for c in cases.CASES) == CASES

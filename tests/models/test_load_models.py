@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from alignpro.models.native_model import load_models
+from alignpro import native
+from alignpro.models.native_model import load_model, load_models
 
 
 def test_the_same_model_is_one_engine(
@@ -29,6 +30,15 @@ def test_another_model_is_another_engine(tiny_model_dir: Callable[..., Path]) ->
     assert target.config["threads"] == 1
     with pytest.raises(FileNotFoundError):
         load_models(str(tiny_model_dir("llama")), "./nowhere")
+
+
+def test_without_cuda_a_device_is_refused_before_anything_is_looked_for():
+    cuda = native.core.cuda
+    if cuda.is_available():
+        pytest.skip(f"{cuda.device_name()} is here")
+    with pytest.raises(native.UnavailableError, match=r'^device "cuda": ') as caught:
+        load_model("./nowhere", device="cuda")
+    assert cuda.unavailable_reason() in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_target_of_other_arithmetic_is_a_model_of_its_own(smollm2_path):

@@ -60,8 +60,19 @@ def test_the_default_model(smollm2: NativeModel) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"compute": "int4"}, 'compute: expected "float32" or "int8", got \'int4\''),
-        ({"kv_dtype": "bfloat16"}, 'kv_dtype: expected "float32" or "float16", got \'bfloat16\''),
+        (
+            {"compute": "int4"},
+            'compute: expected "float32" or "int8" on device "cpu", got \'int4\'',
+        ),
+        (
+            {"kv_dtype": "bfloat16"},
+            'kv_dtype: expected "float32" or "float16" on device "cpu", got',
+        ),
+        ({"device": "tpu"}, 'device: expected "cpu" or "cuda", got \'tpu\''),
+        (
+            {"device": "cuda", "compute": "int8"},
+            'expected "bfloat16" or "float32" on device "cuda"',
+        ),
         ({"threads": 0}, "threads: expected an integer of 1 or more, got 0"),
         ({"threads": 1.5}, "threads: expected an integer"),
         ({"threads": 10**6}, "threads: expected at most"),

@@ -21,6 +21,7 @@ CALLS = {
     "rms_norm": "x weight eps y stream",
     "swiglu": "gate_up h stream",
     "linear": "x weight bias residual lora_x lora_up lora_scale out stream",
+    "qk_norm": "qkv shape q_weight k_weight eps stream",
     "rope_kv_write": "qkv shape cos sin positions blocks kv stream",
     "attention_decode": ("qkv shape positions block_table max_positions kv workspace out stream"),
     "linear_logprob": LOGPROB + "workspace stream",

@@ -141,6 +141,8 @@ def test_unknown_models_and_cards_are_refused():
         price_train(large(model="owner/else"), gpu_name="H100")
     with pytest.raises(ValueError, match=r"--gpu: expected one of H200, H100, .*, got 'H900'"):
         gpu("H900")
+    with pytest.raises(ValueError, match='target_device: expected "cpu" in a price for this CPU'):
+        price_train(large(target_device="cuda", target_compute="bfloat16"))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 # Lower layers first; a layer may include itself and what stands before it. csrc/cuda implements
-# ops: it knows core, io and ops, and only the bindings know it.
-LAYERS = ("core", "io", "ops", "cuda", "model", "engine", "bindings")
+# ops: it knows core, io and ops. csrc/cuda/model, by these ops, is a model to the engine.
+LAYERS = ("core", "io", "ops", "cuda", "model", "engine", "cuda/model", "bindings")
+OUTER = ("cuda", "cuda/model", "bindings")  # in csrc
 
 FOREIGN_TO_SRC = re.compile(
     r"^(Python\.h|pybind11/|torch/|ATen/|c10/|cuda|cublas|cudnn|cooperative_groups|nvrtc|dlpack/)"
@@ -37,10 +38,11 @@ def includes(text: str) -> list[tuple[str, bool]]:
 def layer_of(path: str) -> str | None:
     """The layer that owns a file ("src/alignpro/ops/x.h") or an include ("alignpro/ops/x.h")."""
     parts = PurePosixPath(path).parts
-    if parts[:1] == ("csrc",) and parts[1] in ("bindings", "cuda"):
-        return parts[1]
+    if parts[:2] == ("csrc", "bindings"):
+        return "bindings"
+    parts = parts[1:] if parts[:2] == ("csrc", "cuda") else parts
     if parts[:1] == ("cuda",):
-        return "cuda"
+        return "cuda/model" if parts[1:2] == ("model",) else "cuda"
     parts = parts[1:] if parts[:1] == ("src",) else parts
     return parts[1] if len(parts) > 2 and parts[0] == "alignpro" and parts[1] in LAYERS else None
 
@@ -49,24 +51,25 @@ def include_complaints(path: str, text: str) -> list[str]:
     """Includes of one file that run against the arrows."""
     own = layer_of(path)
     if own is None:
-        rooms = ",".join(layer for layer in LAYERS if layer not in ("cuda", "bindings"))
+        rooms = ",".join(layer for layer in LAYERS if layer not in OUTER)
         return [f"{path}: in no layer; expected src/alignpro/{{{rooms}}}/"]
     complaints = []
     foreign = {"bindings": FOREIGN_TO_BINDINGS, "cuda": FOREIGN_TO_CUDA}.get(own, FOREIGN_TO_SRC)
     if own == "cuda" and not NAMES_CUDA.search(path):
-        foreign = FOREIGN_TO_SRC
+        foreign = FOREIGN_TO_SRC  # as csrc/cuda/model, which is C++ alone
     for name, quoted in includes(text):
         if foreign.match(name):
             complaints.append(f"{path}: includes <{name}>, a runtime foreign to {own}")
         if not quoted:
             continue
-        other = layer_of(name)
+        own_folder = own == "cuda" and name.startswith("model/")
+        other = "cuda/model" if own_folder else layer_of(name)
         if other is None:
-            if own not in ("bindings", "cuda"):
+            if own not in OUTER:
                 complaints.append(f'{path}: expected "alignpro/<layer>/...", got "{name}"')
         elif LAYERS.index(other) > LAYERS.index(own):
             complaints.append(f"{path}: {own} includes {name} of the higher layer {other}")
-    if own not in ("bindings", "cuda"):
+    if own not in OUTER:
         words = sorted(set(FOREIGN_WORDS.findall(COMMENT.sub("", text))))
         complaints += [f"{path}: names {word}, a runtime foreign to {own}" for word in words]
     return complaints

@@ -1,24 +1,19 @@
 #pragma once
 
-// One block a row, KV head and chunk of 512 positions; chunks begin at multiples of 512 and are
-// joined in ascending order, so a row's bits depend on its position, window and keys alone.
-//
-// Eight lanes share a key and all the query heads of its group; then a warp takes a head's softmax;
-// then strands of threads each sum every n-th value row, and are added pairwise.
+// One block a row, 16 query heads of a KV head and chunk of 512 positions; chunks are joined in
+// ascending order. The arithmetic is attention_tiles.h's: four warps share a tile's keys for the
+// scores, and then the columns of V, which changes no element's order.
 
 #include <cmath>
 #include <cstdint>
 
-#include "alignpro/ops/shared/attention_rows.h"
-#include "rows.h"
+#include "attention_tiles.h"
 
 namespace alignpro::cuda {
 
 inline constexpr int kDecodeThreads = 128;
-inline constexpr int kDecodeChunk = 512;
-inline constexpr int kLanesPerKey = 8;
-inline constexpr int kMaxGroup = 8;  // query heads of one KV head
-inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kDecodeWarps = kDecodeThreads / kWarp;
+inline constexpr int kDecodeStages = 3;
 
 template <typename T>
 struct AttentionDecode {
@@ -39,137 +34,117 @@ struct AttentionDecode {
     const int64_t unit = (row * num_kv_heads + kv_head) * max_chunks + chunk;
     return partial + (unit * group + g) * (2 + kv.head_dim);
   }
+  // Blocks of 16 query heads a KV head.
+  ALIGNPRO_HOST_DEVICE int head_tiles() const { return (group + kQueryRows - 1) / kQueryRows; }
 };
 
+template <typename T, int kDim>
 struct DecodeShared {
-  float q[kMaxGroup * kMaxHeadDim];
-  float scores[kMaxGroup][kDecodeChunk];
-  float max[kMaxGroup], sum[kMaxGroup];
-  float sums[kDecodeThreads / 2 * kMaxGroup * 8];  // half of the strands' outputs
+  using Tile = KeyTile<T, kDim>;
+  alignas(16) T stages[kDecodeStages][2 * Tile::kSize];
+  alignas(16) T q[kQueryRows * Tile::kLength];
+  alignas(16) T weights[kQueryRows * Tile::kWeights];
+  float max[kQueryRows][kDecodeWarps];
 };
 
-template <typename T, typename Block>
-ALIGNPRO_BODY void attention_decode_chunk(Block& block, int64_t row, int64_t kv_head, int64_t chunk,
-                                          const AttentionDecode<T>& args, DecodeShared& shared) {
-  constexpr int kPack = Pack<T>::kSize;
+template <int kDim, typename T, typename Block>
+ALIGNPRO_BODY void attention_decode_chunk(Block& block, int64_t row, int64_t kv_head, int head_tile,
+                                          int64_t chunk, const AttentionDecode<T>& args,
+                                          DecodeShared<T, kDim>& shared) {
+  using Tile = KeyTile<T, kDim>;
+  constexpr int kTiles = kAttentionChunk / Tile::kKeys;
+  constexpr int kColumns = (kDim / 16 + kDecodeWarps - 1) / kDecodeWarps;
   const int64_t position = args.positions[row];
   const int64_t first_key = ops::first_visible(position, args.sliding_window);
-  const int64_t begin = chunk * kDecodeChunk;
-  if (begin > position || begin + kDecodeChunk <= first_key) return;
-  const int first = static_cast<int>(first_key > begin ? first_key - begin : 0);
-  const int end =
-      static_cast<int>(position + 1 - begin < kDecodeChunk ? position + 1 - begin : kDecodeChunk);
-  const int d = static_cast<int>(args.kv.head_dim), group = args.group, packs = d / kPack;
-  const int thread = block.thread();
-  const int32_t* table = args.block_table + row * args.table_ld;
+  const int64_t begin = chunk * kAttentionChunk;
+  if (begin > position || begin + kAttentionChunk <= first_key) return;
+  const KeySource<T> keys{args.kv, args.block_table + row * args.table_ld, kv_head, first_key,
+                          position + 1};
+  const int64_t first_tile = first_key > begin ? first_key / Tile::kKeys : chunk * kTiles;
+  const int64_t last_tile = position / Tile::kKeys;
+  const int64_t end_tile = last_tile < (chunk + 1) * kTiles ? last_tile + 1 : (chunk + 1) * kTiles;
+  const auto copy = [&](int64_t tile) {
+    if (tile < end_tile) {
+      T* to = shared.stages[(tile - first_tile) % kDecodeStages];
+      copy_key_tile<kDim, kDecodeThreads>(block, keys, tile, to);
+    }
+    block.commit();  // empty ones too: the wait counts groups
+  };
 
-  const T* q = args.q.data + row * args.q.ld + kv_head * group * d;
-  for (int i = thread; i < group * d; i += kDecodeThreads) shared.q[i] = to_float(q[i]);
-  block.sync();
-
-  const int lane = thread % kLanesPerKey;
-  for (int base = first / kLanesPerKey * kLanesPerKey; base < end;
-       base += kDecodeThreads / kLanesPerKey) {
-    const int key = base + thread / kLanesPerKey;
-    const bool live = key >= first && key < end;
-    float dot[kMaxGroup] = {};
-    if (live) {
-      const int64_t at = begin + key;
-      const auto* k = reinterpret_cast<const Pack<T>*>(
-          args.kv.key(table[at / ops::kKvBlock], kv_head, at % ops::kKvBlock));
-      for (int p = lane; p < packs; p += kLanesPerKey) {
-        const Pack<T> pack = k[p];
+  const int thread = block.thread(), warp = thread / kWarp, lane = thread % kWarp;
+  const int d = static_cast<int>(args.kv.head_dim), heads = args.group - head_tile * kQueryRows;
+  const T* q = args.q.data + row * args.q.ld + (kv_head * args.group + head_tile * kQueryRows) * d;
+  constexpr int kAcross = kDim / Pack<T>::kSize;
 #pragma unroll
-        for (int g = 0; g < kMaxGroup; ++g) {
-          if (g >= group) break;
-          const float* with = shared.q + g * d + p * kPack;
-          for (int e = 0; e < kPack; ++e) {
-            dot[g] = std::fma(with[e], to_float(pack.value[e]), dot[g]);
-          }
-        }
+  for (int i = thread; i < kQueryRows * kAcross; i += kDecodeThreads) {
+    const int g = i / kAcross, along = i % kAcross * Pack<T>::kSize;
+    const bool live = g < heads && along < d;
+    block.copy16(shared.q + g * Tile::kLength + along, live ? q + g * d + along : q, live);
+  }
+  for (int i = 0; i < kDecodeStages - 1; ++i) copy(first_tile + i);
+  block.template wait<kDecodeStages - 2>();
+  block.sync();
+  Queries<T, kDim> queries;
+  queries.load(block, shared.q);
+
+  RunningSoftmax run;
+  float out[kColumns][2][4] = {};
+  const int r = lane / 4, columns = lane % 4 * 2;
+  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+    block.template wait<kDecodeStages - 2>();
+    block.sync();  // the tile is there for all, and the one before is read by all
+    copy(tile + kDecodeStages - 1);
+    const T* at = shared.stages[(tile - first_tile) % kDecodeStages];
+    const Visible visible(position, args.sliding_window, tile * Tile::kKeys);
+    float s[1][4] = {};
+    float max[2] = {-INFINITY, -INFINITY};
+    const bool scores = warp < Tile::kKeys / 8;
+    if (scores) {
+      queries.multiply(block, at + 8 * warp * Tile::kLength, s);
+      for (int e = 0; e < 4; ++e) {
+        s[0][e] = visible(8 * warp + columns + e % 2) ? s[0][e] * args.scale : -INFINITY;
+        max[e / 2] = Larger()(max[e / 2], s[0][e]);
       }
     }
-#pragma unroll
-    for (int g = 0; g < kMaxGroup; ++g) {
-      const float score = reduce_lanes(block, dot[g], kLanesPerKey, Add()) * args.scale;
-      if (lane == g && g < group && key < kDecodeChunk) {
-        shared.scores[g][key] = live ? score : -INFINITY;
-      }
+    for (int h = 0; h < 2; ++h) {
+      max[h] = reduce_lanes(block, max[h], 4, Larger());
+      if (lane % 4 == 0) shared.max[r + 8 * h][warp] = max[h];
     }
-  }
-  block.sync();
-
-  const int from = first / kWarp * kWarp, warp_lane = thread % kWarp;
-  for (int g = thread / kWarp; g < group; g += kDecodeThreads / kWarp) {
-    float* scores = shared.scores[g];
-    float max = -INFINITY;
-    for (int j = from + warp_lane; j < end; j += kWarp) {
-      if (j >= first) max = Larger()(max, scores[j]);
+    block.sync();
+    float keep[2];
+    for (int h = 0; h < 2; ++h) {
+      for (int w = 0; w < kDecodeWarps; ++w) max[h] = Larger()(max[h], shared.max[r + 8 * h][w]);
+      keep[h] = run.advance(h, max[h]);
     }
-    max = reduce_lanes(block, max, kWarp, Larger());
-    const float top = max == -INFINITY ? 0.0f : max;
-    float sum = 0.0f;
-    for (int j = from + warp_lane; j < end; j += kWarp) {
-      if (j < first) continue;
-      scores[j] = std::exp(scores[j] - top);
-      sum += scores[j];
-    }
-    sum = reduce_lanes(block, sum, kWarp, Add());
-    if (warp_lane == 0) {
-      shared.max[g] = max;
-      shared.sum[g] = sum;
-    }
-  }
-  block.sync();
-
-  int strands = 1;
-  while (strands * 2 * packs <= kDecodeThreads) strands *= 2;
-  const int strand = thread / packs, column = thread % packs;
-  float out[kMaxGroup][kPack] = {};
-  if (strand < strands) {
-    for (int key = first + strand; key < end; key += strands) {
-      const int64_t at = begin + key;
-      const Pack<T> v = reinterpret_cast<const Pack<T>*>(
-          args.kv.value(table[at / ops::kKvBlock], kv_head, at % ops::kKvBlock))[column];
-#pragma unroll
-      for (int g = 0; g < kMaxGroup; ++g) {
-        if (g >= group) break;
-        const float p = shared.scores[g][key];
-        for (int e = 0; e < kPack; ++e) out[g][e] = std::fma(p, to_float(v.value[e]), out[g][e]);
-      }
-    }
-  }
-  for (int half = strands / 2; half > 0; half /= 2) {
-    if (strand >= half && strand < 2 * half) {
-      float* to = shared.sums + ((strand - half) * packs + column) * group * kPack;
-#pragma unroll
-      for (int g = 0; g < kMaxGroup; ++g) {
-        if (g >= group) break;
-        for (int e = 0; e < kPack; ++e) to[g * kPack + e] = out[g][e];
+    if (scores) {
+      for (int h = 0; h < 2; ++h) {
+        store_pair(block, shared.weights + (r + 8 * h) * Tile::kWeights + 8 * warp + columns,
+                   run.weight(h, s[0][2 * h]), run.weight(h, s[0][2 * h + 1]));
       }
     }
     block.sync();
-    if (strand < half) {
-      const float* other = shared.sums + (strand * packs + column) * group * kPack;
+    run.rescale(keep, out);
+    KeyWeights<T, kDim> weights;
+    weights.load(block, shared.weights);
+    weights.template multiply<kColumns, kDecodeWarps>(block, at + Tile::kSize, warp, out, run.sum);
+  }
+
+  for (int h = 0; h < 2; ++h) {
+    const int g = r + 8 * h;
+    if (g >= heads) continue;
+    float* to = args.partial_of(row, kv_head, chunk, head_tile * kQueryRows + g);
+    if (warp == 0 && lane % 4 == 0) {
+      to[0] = run.max[h];
+      to[1] = run.sum[2 * h];
+    }
+    const float inverse = run.inverse(h);
 #pragma unroll
-      for (int g = 0; g < kMaxGroup; ++g) {
-        if (g >= group) break;
-        for (int e = 0; e < kPack; ++e) out[g][e] += other[g * kPack + e];
+    for (int c = 0; c < kColumns; ++c) {
+      for (int e = 0; e < 4; ++e) {
+        const int column = 16 * (warp + kDecodeWarps * c) + e / 2 * 8 + columns + e % 2;
+        if (column < d) to[2 + column] = out[c][e / 2][2 * h + e % 2] * inverse;
       }
     }
-    block.sync();
-  }
-  if (strand != 0) return;
-#pragma unroll
-  for (int g = 0; g < kMaxGroup; ++g) {
-    if (g >= group) break;
-    float* to = args.partial_of(row, kv_head, chunk, g);
-    const float sum = shared.sum[g], inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    if (column == 0) {
-      to[0] = shared.max[g];
-      to[1] = sum;
-    }
-    for (int e = 0; e < kPack; ++e) to[2 + column * kPack + e] = out[g][e] * inverse;
   }
 }
 
@@ -178,11 +153,11 @@ template <typename T, typename Block>
 ALIGNPRO_BODY void attention_decode_join(Block& block, int64_t row, int64_t kv_head,
                                          const AttentionDecode<T>& args) {
   const int64_t position = args.positions[row], d = args.kv.head_dim;
-  const int64_t first = ops::first_visible(position, args.sliding_window) / kDecodeChunk;
+  const int64_t first = ops::first_visible(position, args.sliding_window) / kAttentionChunk;
   for (int64_t i = block.thread(); i < args.group * d; i += block.threads()) {
     const int64_t g = i / d, column = i % d;
     float max = -INFINITY, sum = 0.0f, out = 0.0f;
-    for (int64_t chunk = first; chunk <= position / kDecodeChunk; ++chunk) {
+    for (int64_t chunk = first; chunk <= position / kAttentionChunk; ++chunk) {
       const float* part = args.partial_of(row, kv_head, chunk, g);
       const ops::SoftmaxJoin join = ops::join_softmax(max, sum, part[0], part[1]);
       max = join.max;

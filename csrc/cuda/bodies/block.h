@@ -15,6 +15,8 @@
 //   void load_transposed(uint32_t (&to)[4], const void* row)
 //                                             four 8x8 matrices of 16 bits; lane l names row l % 8
 //                                             of matrix l / 8 (ldmatrix .x4, .trans)
+//   uint32_t round_pair(float low, float high)
+//                                             two bfloat16 in one register, rounded to nearest
 //   void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 //                                             c += a b, bfloat16 16x16 by 16x8 (mma.m16n8k16)
 //
@@ -56,6 +58,17 @@ struct Larger {
 struct Smaller {
   ALIGNPRO_HOST_DEVICE int operator()(int a, int b) const { return b < a ? b : a; }
 };
+
+// Two neighbours, the first at a multiple of both.
+template <typename Block>
+ALIGNPRO_BODY void store_pair(Block& block, Bfloat16* to, float first, float second) {
+  *reinterpret_cast<uint32_t*>(to) = block.round_pair(first, second);
+}
+template <typename Block>
+ALIGNPRO_BODY void store_pair(Block&, float* to, float first, float second) {
+  to[0] = first;
+  to[1] = second;
+}
 
 // Over aligned groups of `width` lanes, in a butterfly: each lane gets the same bits.
 template <typename Block, typename T, typename Op>

@@ -11,7 +11,6 @@
 #include <cstdint>
 
 #include "../ops.h"
-#include "alignpro/core/rng.h"
 #include "alignpro/ops/shared/row_softmax.h"
 #include "alignpro/ops/shared/sampling.h"
 #include "tile_product.h"
@@ -248,7 +247,7 @@ ALIGNPRO_BODY void draw_row(Block& block, int64_t row, const Vocabulary<T>& v, c
   }
   int64_t tile = reduce_block(block, first, row_shared.ints, Smaller());
   double below = 0.0;
-  const double target = keyed_uniform(how.seed, how.sample, how.position) * s.sum;
+  const double target = how.uniform * s.sum;
   if (!greedy) {  // every thread walks the same masses to the same tile
     tile = ops::invert(tiles, target, [&](int64_t t) { return masses[t]; }, &below);
   }

@@ -192,6 +192,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="above 0, at most 1 (off)")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="default: a fresh one")] = None,
     threads: Annotated[int | None, typer.Option(help="default: the CPU quota")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda in a build that has it")] = "cpu",
 ) -> None:
     """Answer a prompt, as it is or through a trained prompter."""
     from alignpro.config import TrainConfig, load_yaml
@@ -205,14 +206,19 @@ def generate(
     )
     adapter = None
     if run is not None and settings is not None and settings.policy == "target":
-        target = load_model(settings.target or settings.model, threads=threads)
+        target = load_model(settings.target or settings.model, threads=threads, device=device)
         adapter = run / "adapter"
     elif run is not None and settings is not None:
         from alignpro.models.adapter import load_peft
         from alignpro.pipeline import Pipeline
 
         prompter, target = load_models(
-            settings.model, settings.target, threads, settings.target_compute
+            settings.model,
+            settings.target,
+            threads,
+            settings.target_compute if device == settings.target_device else None,
+            device=device,
+            target_device=device,
         )
         pipeline = Pipeline(
             prompter,
@@ -226,7 +232,7 @@ def generate(
         typer.echo(f"rewrite: {rewrite.text}", err=True)
         text = rewrite.target_prompt
     else:
-        target = load_model(model, threads=threads)
+        target = load_model(model, threads=threads, device=device)
     for _token, delta, _logprob in target.stream(text, params, adapter=adapter):
         typer.echo(delta, nl=False)
     typer.echo()

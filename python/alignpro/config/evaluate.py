@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignpro.config.fields import require
+from alignpro.config.fields import check_target, require
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, check_sampling
 from alignpro.types import SamplingParams
 
@@ -92,7 +92,9 @@ class EvalConfig:
 
     model: str = "smollm2"
     target: str | None = None
-    target_compute: Literal["float32", "int8"] = "float32"
+    # float32, or int8 on the CPU; bfloat16 or float32 on a CUDA device.
+    target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
+    target_device: Literal["cpu", "cuda"] = "cpu"  # cuda: a build with CUDA, on a GPU
     untuned: str | None = None  # PEFT folder; None: the base model as prompter
     trained: str | None = None  # PEFT folder; None: no trained arm
     tuned: str | None = None  # PEFT folder of the target, tuned by the same reward: the oracle
@@ -116,6 +118,7 @@ class EvalConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        check_target(self)
         for name in ("num_rewrites", "num_responses"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         if self.num_prompts is not None:

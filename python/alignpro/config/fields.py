@@ -6,7 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
+    from alignpro.config.evaluate import EvalConfig
     from alignpro.config.sft import SftConfig
+    from alignpro.config.theory import BoundConfig, HeadroomConfig
     from alignpro.config.train import TrainConfig
 
 Bytes = Annotated[int, "bytes"]  # read from text with a unit as well: "1.5GB", "800MiB"
@@ -21,6 +23,13 @@ def check_optimizer(config: SftConfig | TrainConfig) -> None:
     require("seed", config.seed, 0 <= config.seed < 2**64, "between 0 and 2**64 - 1")
     if config.threads is not None:
         require("threads", config.threads, config.threads >= 1, "at least 1")
+
+
+def check_target(config: TrainConfig | EvalConfig | HeadroomConfig | BoundConfig) -> None:
+    """What the target may compute with where it is."""
+    allowed = ("float32", "int8") if config.target_device == "cpu" else ("bfloat16", "float32")
+    expected = f"{' or '.join(allowed)} with target_device {config.target_device}"
+    require("target_compute", config.target_compute, config.target_compute in allowed, expected)
 
 
 def check_micro_batches(config: SftConfig | TrainConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignpro.config.fields import require
+from alignpro.config.fields import check_target, require
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, check_sampling
 from alignpro.types import SamplingParams
 
@@ -19,7 +19,9 @@ class HeadroomConfig:
     model: str = "smollm2"  # path or name of the prompter's base weights
     adapter: str | None = None  # PEFT folder of the untuned prompter; None: the base model
     target: str | None = None  # path or name of the frozen target; None: the prompter's base
-    target_compute: Literal["float32", "int8"] = "float32"
+    # float32, or int8 on the CPU; bfloat16 or float32 on a CUDA device.
+    target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
+    target_device: Literal["cpu", "cuda"] = "cpu"  # cuda: a build with CUDA, on a GPU
     data: str = "everyday"
     split: str | None = "train"
     reward: str = "vader+0.2*topic"
@@ -48,7 +50,9 @@ class BoundConfig:
     adapter: str | None = None  # PEFT folder of the untuned prompter; None: the base model
     trained: str | None = None  # PEFT folder of a trained prompter; None: not measured
     target: str | None = None  # path or name of the frozen target; None: the prompter's base
-    target_compute: Literal["float32", "int8"] = "float32"
+    # float32, or int8 on the CPU; bfloat16 or float32 on a CUDA device.
+    target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
+    target_device: Literal["cpu", "cuda"] = "cpu"  # cuda: a build with CUDA, on a GPU
     # PEFT folder of the tuned target; None: the optimum in closed form, from the target's samples.
     tuned: str | None = None
     data: str = "everyday"
@@ -99,6 +103,7 @@ def _check_untruncated(name: str, params: SamplingParams) -> None:
 
 
 def _check_samples(config: HeadroomConfig | BoundConfig) -> None:
+    check_target(config)
     prompts = config.num_prompts
     require("num_prompts", prompts, prompts is None or prompts >= 2, "at least 2")
     require("num_rewrites", config.num_rewrites, config.num_rewrites >= 2, "at least 2")

@@ -50,7 +50,11 @@ def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> 
     rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
     reward = build_reward(config.reward)
     prompter, target = load_models(
-        config.model, config.target, config.threads, config.target_compute
+        config.model,
+        config.target,
+        config.threads,
+        config.target_compute,
+        target_device=config.target_device,
     )
     report = measure_bound(
         config,

@@ -138,7 +138,11 @@ def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
     rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
     reward = build_reward(config.reward)
     prompter, target = load_models(
-        config.model, config.target, config.threads, config.target_compute
+        config.model,
+        config.target,
+        config.threads,
+        config.target_compute,
+        target_device=config.target_device,
     )
     pipeline = Pipeline.configured(config, prompter, target, reward)
     pipeline = pipeline.with_adapter(load_adapter(config.adapter, prompter))

@@ -58,7 +58,11 @@ def run_evaluation(
     inputs = load_inputs(config, num_prompters=len(names), output=output)
     reward = build_reward(config.reward)
     prompter, target = load_models(
-        config.model, config.target, config.threads, config.target_compute
+        config.model,
+        config.target,
+        config.threads,
+        config.target_compute,
+        target_device=config.target_device,
     )
     prompters = {name: load_adapter(getattr(config, name), prompter) for name in names}
     report = evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
@@ -175,7 +179,8 @@ def _judge(
     if judge.base_url is not None:
         return EndpointJudge(judge)
     path = resolve_model(judge.model)
-    for model, compute in ((prompter, "float32"), (target, config.target_compute)):
-        if compute == "float32" and path.samefile(model.path):
+    plain = config.target_compute == "float32" and config.target_device == "cpu"
+    for model in (prompter, target) if plain else (prompter,):
+        if path.samefile(model.path):
             return LocalJudge(model)
     return LocalJudge(load_model(judge.model, threads=config.threads))

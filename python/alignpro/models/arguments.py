@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 Prompt = Sequence[int] | Chat | str  # a text is one user turn of a chat
 
 
+# By device: what may be asked for, the default first.
+_COMPUTE = {"cpu": ("float32", "int8"), "cuda": ("bfloat16", "float32")}
+
+
 def is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
@@ -106,3 +110,20 @@ def token_list(tokens: Any, what: str) -> list[int]:
         if not is_int(token) or not -(2**31) <= token < 2**31:
             raise ValueError(f"{what}: expected token ids, got {token!r} at index {index}")
     return [int(token) for token in tokens]
+
+
+def arithmetic_of(device: str, compute: str | None, kv_dtype: str | None) -> tuple[str, str]:
+    """(compute, kv_dtype) of a model on the device; None takes the device's own."""
+
+    def chosen(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
+        if value is not None and value not in allowed:
+            wanted = " or ".join(f'"{a}"' for a in allowed)
+            raise ValueError(f'{name}: expected {wanted} on device "{device}", got {value!r}')
+        return allowed[0] if value is None else value
+
+    if device not in _COMPUTE:
+        raise ValueError(f'device: expected "cpu" or "cuda", got {device!r}')
+    compute = chosen("compute", compute, _COMPUTE[device])
+    return compute, chosen(
+        "kv_dtype", kv_dtype, (compute,) if device == "cuda" else ("float32", "float16")
+    )

@@ -17,6 +17,7 @@ from alignpro import native
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.arguments import (
     Prompt,
+    arithmetic_of,
     check_prompts,
     core_params,
     is_int,
@@ -39,8 +40,9 @@ def load_model(
     path_or_name: str | os.PathLike[str] = DEFAULT_MODEL,
     threads: int | None = None,
     *,
-    compute: str = "float32",
-    kv_dtype: str = "float32",
+    device: str = "cpu",
+    compute: str | None = None,
+    kv_dtype: str | None = None,
     context_length: int | None = None,
     kv_cache_bytes: int | None = None,
     prefix_cache: bool = True,
@@ -52,27 +54,30 @@ def load_model(
         path_or_name: a .gguf file, a folder with config.json and safetensors, or a name that
             `resolve.resolve_model` finds.
         threads: None takes the container's CPU quota.
-        compute: "float32", or "int8" for a frozen model whose speed matters more than the last
-            digits: weights as stored codes (formats without an integer product become Q8_0),
-            activations quantised in groups of 32. It scores with the same arithmetic that it
-            samples with; it has no gradients.
-        kv_dtype: "float32", or "float16" to hold keys and values in half the memory, rounded in
-            sampling and scoring alike; it has no gradients. One that float16 cannot hold (beyond
-            65504) raises NumericError.
+        device: "cpu", or "cuda" for the current CUDA device, in a build that has CUDA. There the
+            model generates and scores, without gradients and without truncated sampling (top_k,
+            top_p, min_p) or min_new_tokens.
+        compute: on the CPU "float32" (the default), or "int8" for a frozen model whose speed
+            matters more than the last digits: weights as stored codes (formats without an integer
+            product become Q8_0), activations quantised in groups of 32. On a CUDA device
+            "bfloat16" (the default) or "float32", of weights, activations, keys and values, with
+            sums in float32. It scores with the same arithmetic that it samples with; only
+            "float32" on the CPU has gradients.
+        kv_dtype: on the CPU "float32" (the default), or "float16" to hold keys and values in half
+            the memory, rounded in sampling and scoring alike; it has no gradients. One that float16
+            cannot hold (beyond 65504) raises NumericError. On a CUDA device it is ``compute``.
         context_length: None takes the model's own (with longrope: the positions of pre-training).
-        kv_cache_bytes: None takes up to a quarter of the available memory.
+        kv_cache_bytes: None takes up to a quarter of the available memory, on a CUDA device half of
+            what is free after the weights.
         prefix_cache: compute shared beginnings of prompts once.
         max_batch_rows: tokens in one forward pass, decoding and prefill together.
 
     Raises:
         FileNotFoundError: no such model.
         ModelFileError: its files are damaged or ask for what is not supported (a ValueError).
-        ValueError: an argument. UnavailableError: this machine.
+        ValueError: an argument. UnavailableError: this machine, or no CUDA where it was asked for.
     """
-    if compute not in ("float32", "int8"):
-        raise ValueError(f'compute: expected "float32" or "int8", got {compute!r}')
-    if kv_dtype not in ("float32", "float16"):
-        raise ValueError(f'kv_dtype: expected "float32" or "float16", got {kv_dtype!r}')
+    compute, kv_dtype = arithmetic_of(device, compute, kv_dtype)
     for name, value in (
         ("threads", threads),
         ("context_length", context_length),
@@ -83,13 +88,21 @@ def load_model(
             raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
     if threads is not None and threads > _MOST_THREADS:
         raise ValueError(f"threads: expected at most {_MOST_THREADS}, got {threads}")
+    if device == "cuda" and not native.core.cuda.is_available():
+        reason = native.core.cuda.unavailable_reason()
+        raise native.UnavailableError(f'device "cuda": {reason}')
     path = resolve_model(path_or_name)
     if path.is_dir():
         tokenizer = Tokenizer.from_folder(path)
     else:
         metadata = native.core.read_gguf_metadata(str(path))
         tokenizer = Tokenizer.from_gguf(metadata, str(path))
-    model = native.core.Model.load(str(path), threads or 0, context_length or 0, compute, kv_dtype)
+    model: core.Model | core.DeviceModel
+    where = (str(path), threads or 0, context_length or 0)
+    if device == "cuda":
+        model = native.core.DeviceModel.load(*where, compute)
+    else:
+        model = native.core.Model.load(*where, compute, kv_dtype)
     engine = native.core.Engine(
         model,
         kv_cache_bytes=kv_cache_bytes or 0,
@@ -105,19 +118,27 @@ def load_models(
     model: str | os.PathLike[str],
     target: str | os.PathLike[str] | None,
     threads: int | None = None,
-    target_compute: str = "float32",
+    target_compute: str | None = None,
+    *,
+    device: str = "cpu",
+    target_device: str = "cpu",
 ) -> tuple[NativeModel, NativeModel]:
     """Prompter and target; one object, and so one engine, where they are the same model
-    in the same arithmetic.
+    in the same arithmetic on the same device.
 
-    target: None is the prompter's model. Raises as `load_model`.
+    target: None is the prompter's model. target_compute: None is the device's own. Raises as
+    `load_model`.
     """
-    prompter = load_model(model, threads=threads)
+    prompter_compute, _ = arithmetic_of(device, None, None)
+    answer_compute, _ = arithmetic_of(target_device, target_compute, None)
+    prompter = load_model(model, threads=threads, device=device)
     wanted = model if target is None else target
     same = wanted == model or resolve_model(wanted).samefile(prompter.path)
-    if same and target_compute == "float32":
+    if same and device == target_device and answer_compute == prompter_compute:
         return prompter, prompter
-    return prompter, load_model(wanted, threads=threads, compute=target_compute)
+    return prompter, load_model(
+        wanted, threads=threads, device=target_device, compute=answer_compute
+    )
 
 
 _MOST_THREADS = 1024
@@ -171,7 +192,7 @@ class NativeModel:
         name: str,
         path: Path,
         tokenizer: Tokenizer,
-        model: core.Model,
+        model: core.Model | core.DeviceModel,
         engine: core.Engine,
     ) -> None:
         self.name = name

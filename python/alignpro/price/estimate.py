@@ -38,6 +38,11 @@ def price_train(
             context or ``memory_limit``, an unknown card.
     """
     device = gpu(gpu_name) if gpu_name is not None else None
+    if device is None and config.target_device != "cpu":
+        raise ValueError(
+            f'target_device: expected "cpu" in a price for this CPU, got "{config.target_device}"; '
+            "name a card to price it there"
+        )
     prompter = find_shape(config.model)
     target = prompter if config.target is None else find_shape(config.target)
     lengths = find_lengths(
@@ -104,7 +109,7 @@ def _shared(config: TrainConfig, prompter: PricedModel, target: PricedModel) -> 
     same = target.name == prompter.name
     if not same and prompter.path is not None and target.path is not None:
         same = target.path.samefile(prompter.path)
-    return same and config.target_compute == "float32"
+    return same and config.target_compute == "float32" and config.target_device == "cpu"
 
 
 def _memory(

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
+from alignpro import native
 from alignpro.config import LoraConfig
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
@@ -46,7 +47,13 @@ class LoraPolicy(torch.nn.Module):
 
     def __init__(self, model: NativeModel, weights: LoraWeights) -> None:
         super().__init__()
+        if isinstance(model.core_model, native.core.DeviceModel):
+            raise ValueError(
+                'training: expected a model on device "cpu", got one on "cuda", which has no '
+                'gradients yet; load it with device="cpu"'
+            )
         self.model = model
+        self._core = model.core_model
         self.rank, self.alpha, self.rslora = weights.rank, weights.alpha, weights.rslora
         self.names = list(weights.matrices)
         pairs = [weights.matrices[name] for name in self.names]
@@ -161,7 +168,7 @@ class LoraPolicy(torch.nn.Module):
         """Bytes that `score` and its backward hold at most, beside weights and gradients."""
         # The ranks alone count, so an adapter of older matrices does as well.
         adapter = self._in_engine[1] if self._in_engine is not None else self.core_adapter()
-        return self.model.core_model.score_bytes(
+        return self._core.score_bytes(
             [list(s) for s in sequences],
             list(starts),
             adapter=adapter,
@@ -258,7 +265,7 @@ class _EngineScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *parameters: torch.Tensor) -> tuple[Any, ...]:
         policy, reference = call.policy, call.reference
-        score = policy.model.core_model.score(
+        score = policy._core.score(
             [list(s) for s in call.sequences],
             list(call.starts),
             adapter=policy.core_adapter(),

@@ -113,4 +113,10 @@ def _load_models(config: TrainConfig) -> tuple[NativeModel, NativeModel]:
     if config.policy == "target":
         model = load_model(config.target or config.model, threads=config.threads)
         return model, model
-    return load_models(config.model, config.target, config.threads, config.target_compute)
+    return load_models(
+        config.model,
+        config.target,
+        config.threads,
+        config.target_compute,
+        target_device=config.target_device,
+    )

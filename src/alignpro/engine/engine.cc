@@ -10,12 +10,37 @@
 #include "alignpro/core/error.h"
 #include "alignpro/core/trace.h"
 #include "alignpro/model/adapter.h"
+#include "alignpro/model/kv_pool.h"
 #include "alignpro/model/model.h"
 
 namespace alignpro::engine {
 namespace {
 
 using model::kKvBlock;
+
+class NativeSession final : public Session {
+ public:
+  NativeSession(std::shared_ptr<const model::Model> model, int64_t kv_blocks)
+      : model_(std::move(model)),
+        kv_(model_->config().num_layers, model_->config().num_kv_heads, model_->config().head_dim,
+            kv_blocks, model_->kv_dtype()) {}
+
+  void copy_slots(int64_t from, int64_t to, int64_t slots) override {
+    kv_.copy_slots(from, to, slots);
+  }
+  void forward(const model::Batch& batch) override {
+    hidden_.resize(batch.output_rows.size() * static_cast<size_t>(model_->config().hidden_size));
+    model_->forward(batch, kv_, hidden_.data());
+  }
+  void sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) override {
+    model_->sample(hidden_.data(), rows, out);
+  }
+
+ private:
+  std::shared_ptr<const model::Model> model_;
+  model::KvPool kv_;
+  std::vector<float> hidden_;  // [output rows, hidden_size]
+};
 
 class NativeModel final : public LanguageModel {
  public:
@@ -25,13 +50,13 @@ class NativeModel final : public LanguageModel {
 
   const model::ModelConfig& config() const override { return model_->config(); }
   int64_t context_length() const override { return model_->context_length(); }
-  DType kv_dtype() const override { return model_->kv_dtype(); }
-  void forward(const model::Batch& batch, model::KvPool& kv, float* hidden) const override {
-    model_->forward(batch, kv, hidden);
+  int64_t kv_block_bytes() const override {
+    const model::ModelConfig& c = model_->config();
+    return model::KvPool::block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, model_->kv_dtype());
   }
-  void sample(const float* hidden, std::span<const ops::SampleRow> rows,
-              std::span<ops::SampledToken> out) const override {
-    model_->sample(hidden, rows, out);
+  int64_t kv_share_bytes() const override { return cgroup::available_memory() / 4; }
+  std::unique_ptr<Session> make_session(int64_t kv_blocks) const override {
+    return std::make_unique<NativeSession>(model_, kv_blocks);
   }
 
  private:
@@ -43,25 +68,19 @@ void extend(std::vector<std::shared_ptr<Sequence>>& all,
   all.insert(all.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
 }
 
-int64_t block_bytes(const LanguageModel& model) {
-  const model::ModelConfig& config = model.config();
-  return model::KvPool::block_bytes(config.num_layers, config.num_kv_heads, config.head_dim,
-                                    model.kv_dtype());
-}
-
 // Checks the options and settles the size of the cache.
 EngineOptions resolve(EngineOptions options, const LanguageModel& model) {
   require(options.max_batch_rows >= 1, "max_batch_rows: expected >= 1, got ",
           options.max_batch_rows);
   require(options.kv_cache_bytes >= 0, "kv_cache_bytes: expected >= 0 (0: automatic), got ",
           options.kv_cache_bytes);
-  const int64_t block = block_bytes(model);
+  const int64_t block = model.kv_block_bytes();
   if (options.kv_cache_bytes == 0) {
     // Never more than a full step of full contexts can hold, and a third of it for the idle
     // quarter.
     const double most = 4.0 / 3 * static_cast<double>(options.max_batch_rows) *
                         static_cast<double>(model.context_length() + kKvBlock) / kKvBlock;
-    const auto share = static_cast<double>(cgroup::available_memory() / 4 / block);
+    const auto share = static_cast<double>(model.kv_share_bytes() / block);
     options.kv_cache_bytes = block * static_cast<int64_t>(std::max(1.0, std::min(most, share)));
   }
   require(options.kv_cache_bytes / block <= std::numeric_limits<int32_t>::max(),
@@ -123,9 +142,9 @@ Engine::Engine(std::shared_ptr<const model::Model> model, EngineOptions options)
 Engine::Engine(std::shared_ptr<const LanguageModel> model, EngineOptions options)
     : model_(std::move(model)),
       options_(resolve(options, *model_)),
-      kv_(model_->config().num_layers, model_->config().num_kv_heads, model_->config().head_dim,
-          options_.kv_cache_bytes / block_bytes(*model_), model_->kv_dtype()),
-      scheduler_(options_.max_batch_rows, kv_.capacity(), options_.prefix_cache) {
+      kv_blocks_(options_.kv_cache_bytes / model_->kv_block_bytes()),
+      session_(model_->make_session(kv_blocks_)),
+      scheduler_(options_.max_batch_rows, kv_blocks_, options_.prefix_cache) {
   publish_state();
 }
 
@@ -147,6 +166,7 @@ std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingPa
                                          std::shared_ptr<const model::Adapter> adapter) {
   const model::ModelConfig& config = model_->config();
   validate(params);
+  model_->require_drawable(params);
   require(!tokens.empty(), "prompt: expected at least one token, got none");
   const auto check_ids = [&](const char* what, const std::vector<int32_t>& ids) {
     for (size_t i = 0; i < ids.size(); ++i) {
@@ -165,9 +185,10 @@ std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingPa
   Request request;
   request.max_positions = prompt_size + std::min(params.max_new_tokens, context - prompt_size);
   const int64_t blocks = Scheduler::blocks_needed(request);
-  require(blocks <= kv_.capacity(), "prompt of ", prompt_size, " tokens with max_new_tokens ",
-          params.max_new_tokens, " needs ", blocks, " KV blocks, the cache holds ", kv_.capacity(),
-          "; lower max_new_tokens or set kv_cache_bytes to at least ", blocks * kv_.block_bytes());
+  require(blocks <= kv_blocks_, "prompt of ", prompt_size, " tokens with max_new_tokens ",
+          params.max_new_tokens, " needs ", blocks, " KV blocks, the cache holds ", kv_blocks_,
+          "; lower max_new_tokens or set kv_cache_bytes to at least ",
+          blocks * model_->kv_block_bytes());
   std::vector<int32_t>& stops = request.stop_ids;
   stops = params.stop_token_ids;
   if (!params.ignore_eos) stops.insert(stops.end(), config.eos_ids.begin(), config.eos_ids.end());
@@ -309,18 +330,19 @@ void Engine::admit() {
   for (const Task* task : scheduler_.admit()) {
     counts_.cached_tokens += task->computed;
     const PrefixCache::Lease& lease = task->lease;
-    if (lease.copy_slots > 0) kv_.copy_slots(lease.copy_from, lease.copy_to, lease.copy_slots);
+    if (lease.copy_slots > 0)
+      session_->copy_slots(lease.copy_from, lease.copy_to, lease.copy_slots);
   }
 }
 
-// Computes the chunks; returns the tasks that draw a token, in the order of hidden_'s rows.
+// Computes the chunks; returns the tasks that draw a token, in the order of the session's hidden
+// rows.
 std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
   const model::Batch batch = make_batch(chunks);
-  hidden_.resize(batch.output_rows.size() * static_cast<size_t>(model_->config().hidden_size));
   mark_rows(chunks);
   trace::Span span(trace::Level::kSteps, "forward",
                    [&] { return trace::Counts{.rows = batch.rows()}; });
-  model_->forward(batch, kv_, hidden_.data());
+  session_->forward(batch);
   span.end();
   ++counts_.steps;
   std::vector<Task*> drawing;
@@ -332,7 +354,7 @@ std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
   return drawing;
 }
 
-std::vector<ops::SampledToken> Engine::sample(std::span<Task* const> tasks) const {
+std::vector<ops::SampledToken> Engine::sample(std::span<Task* const> tasks) {
   std::vector<ops::SampleRow> rows;
   for (const Task* task : tasks) {
     rows.push_back(task->sequence->sample_row(static_cast<int64_t>(task->tokens.size())));
@@ -340,7 +362,7 @@ std::vector<ops::SampledToken> Engine::sample(std::span<Task* const> tasks) cons
   const trace::Span span(trace::Level::kSteps, "sample",
                          [&] { return trace::Counts{.rows = static_cast<int64_t>(rows.size())}; });
   std::vector<ops::SampledToken> drawn(rows.size());
-  if (!rows.empty()) model_->sample(hidden_.data(), rows, drawn);
+  if (!rows.empty()) session_->sample(rows, drawn);
   return drawn;
 }
 

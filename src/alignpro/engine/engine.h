@@ -12,7 +12,6 @@
 #include "alignpro/engine/language_model.h"
 #include "alignpro/engine/scheduler.h"
 #include "alignpro/engine/sequence.h"
-#include "alignpro/model/kv_pool.h"
 
 namespace alignpro::model {
 class Adapter;
@@ -78,16 +77,16 @@ class Engine {
   Sequences take_incoming();
   void admit();
   std::vector<Task*> forward(std::span<const Chunk> chunks);
-  std::vector<ops::SampledToken> sample(std::span<Task* const> tasks) const;
+  std::vector<ops::SampledToken> sample(std::span<Task* const> tasks);
   void publish_state();
 
   const std::shared_ptr<const LanguageModel> model_;
   const EngineOptions options_;
-  model::KvPool kv_;
+  const int64_t kv_blocks_;
 
   // Touched only by the thread that drives.
+  const std::unique_ptr<Session> session_;
   Scheduler scheduler_;
-  std::vector<float> hidden_;  // [sequences that draw a token, hidden_size]
   EngineStats counts_;
   Sequences unreported_;  // finished between steps; the next step returns them
 

@@ -1,32 +1,47 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 
-#include "alignpro/core/dtype.h"
+#include "alignpro/engine/sampling_params.h"
 #include "alignpro/model/batch.h"
 #include "alignpro/model/config.h"
-#include "alignpro/model/kv_pool.h"
 #include "alignpro/ops/head_sample.h"
 
 namespace alignpro::engine {
 
-// What the engine asks of a model: model::Model in production, a model that a reader can compute by
-// hand in the engine's tests.
+// What one engine holds of a model, wherever that computes: KV blocks by integer id, and the hidden
+// rows between a forward and their draw. One thread at a time.
+class Session {
+ public:
+  virtual ~Session() = default;
+
+  // Copies the first `slots` positions of block `from` to block `to`, all layers and heads.
+  virtual void copy_slots(int64_t from, int64_t to, int64_t slots) = 0;
+
+  // Writes the batch's KV and keeps the final (normed) hidden states of batch.output_rows. A row's
+  // bits depend on its own sequence alone (contract 2).
+  virtual void forward(const model::Batch& batch) = 0;
+
+  // Draws one token for each hidden row that the last forward kept; see ops::head_sample.
+  virtual void sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) = 0;
+};
+
+// What the engine asks of a model: model::Model on the CPU, cuda::DeviceModel on a GPU, a model
+// that a reader can compute by hand in the engine's tests.
 class LanguageModel {
  public:
   virtual ~LanguageModel() = default;
 
   virtual const model::ModelConfig& config() const = 0;
   virtual int64_t context_length() const = 0;
-  virtual DType kv_dtype() const { return DType::kF32; }  // of the pool that forward() is given
-
-  // As model::Model::forward: writes the batch's KV and hidden [output_rows, hidden_size].
-  virtual void forward(const model::Batch& batch, model::KvPool& kv, float* hidden) const = 0;
-
-  // As model::Model::sample: one token for each hidden row.
-  virtual void sample(const float* hidden, std::span<const ops::SampleRow> rows,
-                      std::span<ops::SampledToken> out) const = 0;
+  virtual int64_t kv_block_bytes() const = 0;  // of kKvBlock positions, all layers
+  // What a cache may take now of the memory it would lie in, where nobody says how much.
+  virtual int64_t kv_share_bytes() const = 0;
+  // Throws InvalidArgument, naming the field, for a draw that sample() cannot do.
+  virtual void require_drawable(const SamplingParams&) const {}
+  virtual std::unique_ptr<Session> make_session(int64_t kv_blocks) const = 0;
 };
 
 }  // namespace alignpro::engine

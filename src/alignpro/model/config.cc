@@ -157,4 +157,13 @@ void validate(const ModelConfig& config, const std::string& source) {
   validate_rope(config, source);
 }
 
+int64_t choose_context(const ModelConfig& config, int64_t wanted) {
+  require(wanted >= 0, "context_length: expected a positive number of positions, got ", wanted);
+  require(wanted <= config.context_length, "context_length: the model was made for ",
+          config.context_length, " positions, ", wanted, " were asked for");
+  if (wanted > 0) return wanted;
+  return config.rope.scaling == RopeScaling::kLongrope ? config.rope.original_context
+                                                       : config.context_length;
+}
+
 }  // namespace alignpro::model

@@ -58,4 +58,8 @@ struct ModelConfig {
 // Throws FileError beginning with `source` unless sizes are positive, bounded and consistent.
 void validate(const ModelConfig& config, const std::string& source);
 
+// Positions that a model is loaded for: `wanted`, or with 0 its own (for longrope, those of
+// pre-training). Throws InvalidArgument for more than it was made for.
+int64_t choose_context(const ModelConfig& config, int64_t wanted);
+
 }  // namespace alignpro::model

@@ -11,19 +11,6 @@
 #include "alignpro/ops/rms_norm.h"
 
 namespace alignpro::model {
-namespace {
-
-int64_t choose_context(const ModelConfig& config, int64_t wanted) {
-  require(wanted >= 0, "context_length: expected a positive number of positions, got ", wanted);
-  require(wanted <= config.context_length, "context_length: the model was made for ",
-          config.context_length, " positions, ", wanted, " were asked for");
-  if (wanted > 0) return wanted;
-  return config.rope.scaling == RopeScaling::kLongrope ? config.rope.original_context
-                                                       : config.context_length;
-}
-
-}  // namespace
-
 Model::Model(Weights weights, std::unique_ptr<ThreadTeam> team, int64_t context_length,
              DType kv_dtype)
     : weights_(std::move(weights)),

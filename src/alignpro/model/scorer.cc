@@ -39,6 +39,31 @@ struct PassTables {
 
 }  // namespace
 
+void require_scorable(const ScoreRequest& request, const ModelConfig& config,
+                      int64_t context_length) {
+  require(request.starts.size() == request.sequences.size(), "score: expected a start for each of ",
+          request.sequences.size(), " sequences, got ", request.starts.size());
+  require(std::isfinite(request.temperature) && request.temperature > 0.0f,
+          "score: temperature must be above 0, got ", request.temperature);
+  require(!request.keep_graph || request.adapter != nullptr,
+          "score: keep_graph needs an adapter; the base weights are never trained");
+  if (request.adapter != nullptr) request.adapter->require_fits(config);
+  if (request.reference != nullptr) request.reference->require_fits(config);
+  for (size_t s = 0; s < request.sequences.size(); ++s) {
+    const auto& sequence = request.sequences[s];
+    const auto size = static_cast<int64_t>(sequence.size());
+    require(size > 0, "score: sequence ", s, " is empty");
+    require(size <= context_length, "score: sequence ", s, " has ", size,
+            " tokens, the context holds ", context_length);
+    require(request.starts[s] >= 1 && request.starts[s] <= size, "score: start of sequence ", s,
+            " must lie in [1, ", size, "], got ", request.starts[s]);
+    for (const int32_t token : sequence) {
+      require(token >= 0 && token < config.vocab_size, "score: sequence ", s, " holds token ",
+              token, ", the vocabulary has ", config.vocab_size);
+    }
+  }
+}
+
 // What backward() needs of the policy's pass.
 struct Score::Graph {
   explicit Graph(std::shared_ptr<const Model> m)
@@ -59,7 +84,7 @@ struct Score::Graph {
 
 Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
     : model_(std::move(model)), request_(std::move(request)) {
-  check(*model_, request_);
+  require_scorable(request_, model_->config(), model_->context_length());
   require(
       !request_.keep_graph || model_->weights().head().arithmetic() == ops::Arithmetic::kFloat32,
       "gradients: expected a model loaded with compute float32, got int8");
@@ -99,31 +124,6 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
     }
     score_group({order.data() + begin, end - begin});
     begin = end;
-  }
-}
-
-void Score::check(const Model& model, const ScoreRequest& request) {
-  const ModelConfig& config = model.config();
-  require(request.starts.size() == request.sequences.size(), "score: expected a start for each of ",
-          request.sequences.size(), " sequences, got ", request.starts.size());
-  require(std::isfinite(request.temperature) && request.temperature > 0.0f,
-          "score: temperature must be above 0, got ", request.temperature);
-  require(!request.keep_graph || request.adapter != nullptr,
-          "score: keep_graph needs an adapter; the base weights are never trained");
-  if (request.adapter != nullptr) request.adapter->require_fits(config);
-  if (request.reference != nullptr) request.reference->require_fits(config);
-  for (size_t s = 0; s < request.sequences.size(); ++s) {
-    const auto& sequence = request.sequences[s];
-    const auto size = static_cast<int64_t>(sequence.size());
-    require(size > 0, "score: sequence ", s, " is empty");
-    require(size <= model.context_length(), "score: sequence ", s, " has ", size,
-            " tokens, the context holds ", model.context_length());
-    require(request.starts[s] >= 1 && request.starts[s] <= size, "score: start of sequence ", s,
-            " must lie in [1, ", size, "], got ", request.starts[s]);
-    for (const int32_t token : sequence) {
-      require(token >= 0 && token < config.vocab_size, "score: sequence ", s, " holds token ",
-              token, ", the vocabulary has ", config.vocab_size);
-    }
   }
 }
 
@@ -348,7 +348,7 @@ AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<con
 }
 
 int64_t Score::bytes(const Model& model, const ScoreRequest& request) {
-  check(model, request);
+  require_scorable(request, model.config(), model.context_length());
   const ModelConfig& config = model.config();
   const std::vector<std::span<const int32_t>> sequences(request.sequences.begin(),
                                                         request.sequences.end());

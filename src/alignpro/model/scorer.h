@@ -31,14 +31,18 @@ struct ScoreRequest {
   Activations activations = Activations::kKeep;
 };
 
+// Throws InvalidArgument for an empty sequence, a start out of range, a token outside the
+// vocabulary, a sequence longer than the context, naming its index, and for what else does not fit.
+void require_scorable(const ScoreRequest& request, const ModelConfig& config,
+                      int64_t context_length);
+
 // Scores sequences token by token, through the layers and the vocabulary op that the engine samples
 // with: a score equals the log-probability recorded when the token was drawn, to the bit.
 // Tokens common to several sequences (a system prompt, the prompt of a group of rewrites) are
 // computed once, forward and backward.
 class Score {
  public:
-  // Throws InvalidArgument for an empty sequence, a start out of range, a token outside the
-  // vocabulary or a sequence longer than the context, naming its index.
+  // Throws as require_scorable().
   Score(std::shared_ptr<const Model> model, ScoreRequest request);
 
   // Flat, sequence after sequence: sum of (size - start) values.
@@ -75,7 +79,6 @@ class Score {
     std::vector<float> policy, reference;  // [rows, hidden] normed; reference empty without one
   };
 
-  static void check(const Model& model, const ScoreRequest& request);
   void score_group(std::span<const int64_t> members);
   Hidden hidden_states(const TokenTree& tree, ScoreBuffers& buffers, bool keep) const;
 

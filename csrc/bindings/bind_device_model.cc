@@ -1,0 +1,98 @@
+#include "bind_device_model.h"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "array.h"
+#include "bind_model.h"
+#include "cuda/model/device_model.h"
+#include "gil.h"
+
+namespace py = pybind11;
+using namespace alignpro;
+using namespace alignpro::bindings;
+using cuda::DeviceModel;
+using cuda::ScoreValues;
+
+namespace {
+
+DType compute_from(const std::string& name) {
+  if (name == "bfloat16") return DType::kBF16;
+  require(name == "float32", "compute: expected \"bfloat16\" or \"float32\" on device cuda, got \"",
+          name, "\"");
+  return DType::kF32;
+}
+
+py::dict describe_model(const DeviceModel& model) {
+  py::dict d = describe(model.config(), model.context_length());
+  const char* compute = model.weights().dtype == DType::kBF16 ? "bfloat16" : "float32";
+  d["device"] = "cuda";
+  d["threads"] = 0;
+  d["weight_bytes"] = model.weights().bytes();
+  d["compute"] = compute;
+  d["kv_dtype"] = compute;
+  d["streamed_bytes"] = model.weights().streamed_bytes();
+  return d;
+}
+
+py::object or_none(const std::vector<float>& values, bool there) {
+  return there ? py::object(to_array(values)) : py::object(py::none());
+}
+
+}  // namespace
+
+void bind_device_model(py::module_& m) {
+  py::class_<ScoreValues>(m, "DeviceScore")
+      .def_property_readonly("logprob", [](const ScoreValues& s) { return to_array(s.logprob); })
+      .def_property_readonly("entropy", [](const ScoreValues& s) { return to_array(s.entropy); })
+      .def_property_readonly("kl",
+                             [](const ScoreValues& s) { return or_none(s.kl, s.has_reference); })
+      .def_property_readonly("reference_logprob", [](const ScoreValues& s) {
+        return or_none(s.reference_logprob, s.has_reference);
+      });
+
+  py::class_<DeviceModel, std::shared_ptr<DeviceModel>>(m, "DeviceModel")
+      .def_static(
+          "load",
+          [](const std::string& path, int threads, int64_t context_length,
+             const std::string& compute) {
+            const DType dtype = compute_from(compute);
+            const GilRelease release;
+            return DeviceModel::load(path, dtype, context_length, threads);
+          },
+          py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
+          py::arg("compute") = "bfloat16")
+      .def_property_readonly("config", &describe_model)
+      .def("lora_modules", [](const DeviceModel& self) { return lora_shapes(self.config()); })
+      .def(
+          "make_adapter",
+          [](const DeviceModel& self, const py::dict& matrices, float scale) {
+            return make_adapter(self.config(), matrices, scale);
+          },
+          py::arg("matrices"), py::arg("scale"))
+      .def(
+          "score",
+          [](const DeviceModel& self, std::vector<std::vector<int32_t>> sequences,
+             std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
+             float temperature, std::shared_ptr<model::Adapter> reference, bool with_reference,
+             bool keep_graph, const std::string&, bool with_hidden) {
+            const GilRelease release;
+            return self.score({.sequences = std::move(sequences),
+                               .starts = std::move(starts),
+                               .adapter = std::move(adapter),
+                               .temperature = temperature,
+                               .with_reference = with_reference,
+                               .reference = std::move(reference),
+                               .with_hidden = with_hidden,
+                               .keep_graph = keep_graph});
+          },
+          py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
+          py::arg("temperature") = 1.0f, py::arg("reference") = nullptr,
+          py::arg("with_reference") = false, py::arg("keep_graph") = false,
+          py::arg("activations") = "keep", py::arg("with_hidden") = false);
+}

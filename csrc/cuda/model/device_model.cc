@@ -1,0 +1,49 @@
+#include "device_model.h"
+
+#include <utility>
+
+#include "alignpro/core/error.h"
+#include "alignpro/core/parallel.h"
+#include "device_session.h"
+
+namespace alignpro::cuda {
+
+DeviceModel::DeviceModel(std::shared_ptr<const DeviceWeights> weights)
+    : weights_(std::move(weights)),
+      adapters_(std::make_shared<DeviceAdapters>(weights_->config.num_layers, weights_->dtype)) {}
+
+std::shared_ptr<DeviceModel> DeviceModel::load(const std::filesystem::path& path, DType compute,
+                                               int64_t context_length, int threads) {
+  return from(*model::Checkpoint::open(path), compute, context_length, threads);
+}
+
+std::shared_ptr<DeviceModel> DeviceModel::from(const model::Checkpoint& checkpoint, DType compute,
+                                               int64_t context_length, int threads) {
+  const int64_t context = model::choose_context(checkpoint.config(), context_length);
+  ThreadTeam team(threads);
+  return std::shared_ptr<DeviceModel>(
+      new DeviceModel(std::make_shared<const DeviceWeights>(checkpoint, compute, context, team)));
+}
+
+int64_t DeviceModel::kv_share_bytes() const {
+  const DeviceScope scope(weights_->device);
+  return free_memory() / 2;
+}
+
+void DeviceModel::require_drawable(const engine::SamplingParams& params) const {
+  const auto plain = [](bool holds, const char* name, auto value) {
+    require(holds, name, ": not on device cuda yet, expected it off, got ", value,
+            "; leave it out or load the model with device=\"cpu\"");
+  };
+  plain(params.top_k == 0, "top_k", params.top_k);
+  plain(params.top_p == 1.0f, "top_p", params.top_p);
+  plain(params.min_p == 0.0f, "min_p", params.min_p);
+  plain(params.min_new_tokens == 0, "min_new_tokens", params.min_new_tokens);
+}
+
+std::unique_ptr<engine::Session> DeviceModel::make_session(int64_t kv_blocks) const {
+  const DeviceScope scope(weights_->device);
+  return std::make_unique<DeviceSession>(weights_, adapters_, kv_blocks);
+}
+
+}  // namespace alignpro::cuda

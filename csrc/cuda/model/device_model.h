@@ -1,0 +1,54 @@
+#pragma once
+
+// A model whose decoder layers run on a GPU, by the ops of ops.h: the engine's LanguageModel, and
+// scores by the same passes. It generates and scores; it has no gradients yet.
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <vector>
+
+#include "alignpro/engine/language_model.h"
+#include "alignpro/model/scorer.h"
+#include "device_adapter.h"
+#include "device_weights.h"
+
+namespace alignpro::cuda {
+
+// As model::Score's outputs: flat, sequence after sequence; those of a reference empty without one.
+struct ScoreValues {
+  bool has_reference = false;
+  std::vector<float> logprob, entropy, kl, reference_logprob;
+};
+
+class DeviceModel final : public engine::LanguageModel {
+ public:
+  // compute: kBF16 or kF32, of weights, activations and KV alike (sums are float32). `threads`
+  // convert the file; context_length as model::Model::load. Throws as DeviceWeights.
+  static std::shared_ptr<DeviceModel> load(const std::filesystem::path& path, DType compute,
+                                           int64_t context_length, int threads);
+  static std::shared_ptr<DeviceModel> from(const model::Checkpoint& checkpoint, DType compute,
+                                           int64_t context_length, int threads);
+
+  const model::ModelConfig& config() const override { return weights_->config; }
+  int64_t context_length() const override { return weights_->context_length; }
+  int64_t kv_block_bytes() const override { return weights_->kv_block_bytes(); }
+  int64_t kv_share_bytes() const override;  // half of the device's free memory
+  // No truncation, no bans.
+  void require_drawable(const engine::SamplingParams& params) const override;
+  std::unique_ptr<engine::Session> make_session(int64_t kv_blocks) const override;
+
+  const DeviceWeights& weights() const { return *weights_; }
+
+  // Log-probabilities to the bit of those that sessions draw. Throws InvalidArgument as
+  // model::Score, and for gradients and hidden states, which are not there.
+  ScoreValues score(const model::ScoreRequest& request) const;
+
+ private:
+  explicit DeviceModel(std::shared_ptr<const DeviceWeights> weights);
+
+  std::shared_ptr<const DeviceWeights> weights_;
+  std::shared_ptr<DeviceAdapters> adapters_;
+};
+
+}  // namespace alignpro::cuda

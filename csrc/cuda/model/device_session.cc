@@ -1,0 +1,352 @@
+#include "device_session.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "alignpro/core/error.h"
+#include "alignpro/ops/kv_view.h"
+
+namespace alignpro::cuda {
+namespace {
+
+using model::LinearSite;
+using ops::kKvBlock;
+
+// Attention's grid and workspace are made for so many blocks of positions, or multiples.
+constexpr int64_t kTableStep = 32;
+// Graphs held before they are all made anew: new adapters leave old ones behind.
+constexpr size_t kMostSteps = 48;
+
+int64_t power_of_two(int64_t at_least) {
+  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(at_least)));
+}
+
+bool is_decode_step(const model::Batch& batch) {
+  const auto& adapters = batch.adapters;
+  const bool one_adapter =
+      adapters.empty() || adapters[0].row_end - adapters[0].row_begin == batch.rows();
+  return one_adapter && batch.output_rows.size() == batch.tokens.size() &&
+         batch.segments.size() == batch.tokens.size();
+}
+
+Matrix rows_of(const Matrix& m, int64_t begin, int64_t end) {
+  if (m.data == nullptr) return m;
+  return {at(m.data, begin * m.ld * block_bytes(m.dtype)), end - begin, m.cols, m.ld, m.dtype};
+}
+
+}  // namespace
+
+DeviceSession::DeviceSession(std::shared_ptr<const DeviceWeights> weights,
+                             std::shared_ptr<DeviceAdapters> adapters, int64_t kv_blocks)
+    : weights_(std::move(weights)),
+      adapters_(std::move(adapters)),
+      kv_(stream(), kv_blocks * weights_->kv_block_bytes()),
+      tables_(stream()),
+      arena_(stream()),
+      hidden_rows_(stream()),
+      draws_(stream()) {}
+
+DeviceSession::~DeviceSession() {
+  try {
+    wait();
+  } catch (const Unavailable&) {  // the device is gone, and with it what it read
+  }
+}
+
+// What was staged may be written again, what was held may go.
+void DeviceSession::wait() {
+  if (!under_way_) return;
+  synchronize(stream());
+  under_way_ = false;
+  held_.clear();
+}
+
+// No graph is left with an address that is no more.
+void DeviceSession::grow(DeviceBuffer& buffer, int64_t bytes) {
+  if (buffer.reserve(bytes)) steps_.clear();
+}
+
+// A block lies in one piece, [layer][kv head][K, V][16][head_dim].
+PagedKv DeviceSession::layer_kv(int64_t layer) const {
+  const model::ModelConfig& c = weights_->config;
+  const int64_t half = kKvBlock * c.head_dim, of_layer = c.num_kv_heads * 2 * half;
+  return {at(kv_.data(), layer * of_layer * block_bytes(weights_->dtype)), c.num_layers * of_layer,
+          2 * half, half};
+}
+
+void DeviceSession::copy_slots(int64_t from, int64_t to, int64_t slots) {
+  const DeviceScope scope(weights_->device);
+  const model::ModelConfig& c = weights_->config;
+  const int64_t slot = c.head_dim * block_bytes(weights_->dtype);
+  const int64_t block = weights_->kv_block_bytes();
+  copy_pieces(at(kv_.data(), to * block), at(kv_.data(), from * block), kKvBlock * slot,
+              slots * slot, c.num_layers * c.num_kv_heads * 2, stream());
+}
+
+DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
+  Tables tables;
+  tables.decodes = is_decode_step(batch);
+  const int64_t rows = tables.rows = tables.decodes ? power_of_two(batch.rows()) : batch.rows();
+  const int64_t outputs = tables.outputs =
+      tables.decodes ? rows : static_cast<int64_t>(batch.output_rows.size());
+  int64_t most_blocks = 1;
+  for (const model::Segment& segment : batch.segments) {
+    most_blocks = std::max(most_blocks, static_cast<int64_t>(segment.blocks.size()));
+  }
+  const int64_t steps = (most_blocks + kTableStep - 1) / kTableStep;
+  const int64_t table_ld = tables.table_ld =
+      kTableStep * (tables.decodes ? power_of_two(steps) : steps);
+  std::vector<const model::Segment*> sequences;  // as in block_table
+  std::vector<Segment> prefill;
+  for (const model::Segment& segment : batch.segments) {
+    if (segment.row_count > 1) continue;
+    const auto table_row = static_cast<int64_t>(sequences.size());
+    sequences.push_back(&segment);
+    if (tables.decode.empty() ||
+        tables.decode.back().begin + tables.decode.back().rows != segment.row_begin) {
+      tables.decode.push_back({segment.row_begin, 0, table_row});
+    }
+    ++tables.decode.back().rows;
+    tables.most_decode_rows = std::max(tables.most_decode_rows, tables.decode.back().rows);
+  }
+  if (tables.decodes) {
+    tables.decode = {{0, rows, 0}};
+    tables.most_decode_rows = rows;
+  }
+  tables.prefill_table_row = static_cast<int64_t>(sequences.size());
+  for (const model::Segment& segment : batch.segments) {
+    if (segment.row_count == 1) continue;
+    sequences.push_back(&segment);
+    prefill.push_back({static_cast<int32_t>(segment.row_begin),
+                       static_cast<int32_t>(segment.row_count),
+                       static_cast<int32_t>(segment.position)});
+    tables.most_prefill_rows = std::max(tables.most_prefill_rows, segment.row_count);
+  }
+  tables.prefill_count = static_cast<int64_t>(prefill.size());
+
+  Layout layout;
+  const int64_t tokens = layout.take(rows * 4), positions = layout.take(rows * 4);
+  const int64_t write_blocks = layout.take(rows * 4), output_rows = layout.take(outputs * 4);
+  const int64_t segments =
+      layout.take(tables.prefill_count * static_cast<int64_t>(sizeof(Segment)));
+  const int64_t table_values =
+      (tables.decodes ? rows : static_cast<int64_t>(sequences.size())) * table_ld;
+  const int64_t block_table = layout.take(table_values * 4);
+  void* staged = staged_tables_.reserve(layout.bytes());
+  grow(tables_, layout.bytes());
+  const auto put = [&](int64_t offset, const auto& values) {
+    if (!values.empty()) {
+      std::memcpy(at(staged, offset), values.data(), values.size() * sizeof(values[0]));
+    }
+  };
+  // Rows behind the batch's: token 0 at position 0 of block 0, written nowhere.
+  std::memset(staged, 0, static_cast<size_t>(block_table));
+  put(tokens, batch.tokens);
+  put(positions, batch.positions);
+  put(output_rows, batch.output_rows);
+  std::vector<int32_t> to(static_cast<size_t>(rows), -1);
+  for (const model::KvWrite& write : batch.kv_writes) {
+    int32_t& block = to[static_cast<size_t>(write.row)];
+    require(block < 0, "device cuda: a row is written to one KV block, row ", write.row,
+            " asks for two");
+    block = write.block;
+  }
+  put(write_blocks, to);
+  put(segments, prefill);
+  auto* table = reinterpret_cast<int32_t*>(at(staged, block_table));
+  std::fill(table, table + table_values, 0);
+  for (const model::Segment* sequence : sequences) {
+    std::copy(sequence->blocks.begin(), sequence->blocks.end(), table);
+    table += table_ld;
+  }
+  copy_to_device(tables_.data(), staged, layout.bytes(), stream());
+  const auto ints = [&](int64_t offset) {
+    return reinterpret_cast<const int32_t*>(at(tables_.data(), offset));
+  };
+  tables.tokens = ints(tokens);
+  tables.positions = ints(positions);
+  tables.write_blocks = ints(write_blocks);
+  tables.output_rows = ints(output_rows);
+  tables.block_table = ints(block_table);
+  tables.prefill = reinterpret_cast<const Segment*>(at(tables_.data(), segments));
+
+  int64_t row = 0;
+  for (const model::AdapterRange& range : batch.adapters) {
+    const auto adapter = adapters_->get(*range.adapter);
+    held_.push_back(adapter);
+    tables.most_ranks = std::max(tables.most_ranks, adapter->most_ranks());
+    if (range.row_begin > row) tables.ranges.push_back({row, range.row_begin, nullptr});
+    tables.ranges.push_back({range.row_begin, range.row_end, adapter.get()});
+    row = range.row_end;
+  }
+  if (tables.decodes && !tables.ranges.empty()) tables.ranges[0].end = row = rows;
+  if (row < rows) tables.ranges.push_back({row, rows, nullptr});
+  return tables;
+}
+
+DeviceSession::Buffers DeviceSession::carve(const Tables& tables) {
+  const model::ModelConfig& c = weights_->config;
+  const DType dtype = weights_->dtype;
+  const int64_t widths[] = {c.hidden_size,    c.hidden_size,           c.qkv_size(),
+                            c.q_size(),       2 * c.intermediate_size, c.intermediate_size,
+                            tables.most_ranks};
+  Buffers buffers;
+  Matrix* const matrices[] = {&buffers.stream,  &buffers.normed,    &buffers.qkv, &buffers.attended,
+                              &buffers.gate_up, &buffers.activated, &buffers.low};
+  Layout layout;
+  int64_t offsets[std::size(widths)];
+  for (size_t i = 0; i < std::size(widths); ++i) {
+    offsets[i] = layout.take(tables.rows * widths[i] * block_bytes(dtype));
+  }
+  const int64_t attention = layout.take(attention_decode_bytes(
+      weights_->attention(), tables.most_decode_rows, tables.table_ld * kKvBlock));
+  grow(arena_, layout.bytes());
+  for (size_t i = 0; i < std::size(widths); ++i) {
+    *matrices[i] = {at(arena_.data(), offsets[i]), tables.rows, widths[i], widths[i], dtype};
+  }
+  buffers.attention = at(arena_.data(), attention);
+  return buffers;
+}
+
+// A product of the layer, range by range: the base weights with the adapter's update in the same
+// pass. low: room for x A^T.
+void DeviceSession::apply_linear(const Tables& tables, int64_t layer, LinearSite site,
+                                 const Matrix& x, const LinearExtras& extras, const Matrix& out,
+                                 const Matrix& low) {
+  const Matrix& w = weights_->layers[static_cast<size_t>(layer)].linears[static_cast<size_t>(site)];
+  for (const Range& range : tables.ranges) {
+    const Matrix from = rows_of(x, range.begin, range.end);
+    LinearExtras joined = extras;
+    joined.residual = rows_of(extras.residual, range.begin, range.end);
+    const DeviceLowRank* update =
+        range.adapter == nullptr ? nullptr : &range.adapter->update(layer, site);
+    if (update != nullptr && update->ranks() > 0) {
+      joined.lora_x = {low.data, from.rows, update->ranks(), update->ranks(), low.dtype};
+      joined.lora_up = update->b;
+      joined.lora_scale = update->scale;
+      linear(from, update->a, {}, joined.lora_x, stream());
+    }
+    linear(from, w, joined, rows_of(out, range.begin, range.end), stream());
+  }
+}
+
+// Both ops give a position the same bits.
+void DeviceSession::attend(const Tables& tables, int64_t layer, const Buffers& b) {
+  const AttentionShape shape = weights_->attention();
+  const PagedKv kv = layer_kv(layer);
+  for (const DecodeRun& run : tables.decode) {
+    attention_decode(shape, rows_of(b.qkv, run.begin, run.begin + run.rows),
+                     tables.positions + run.begin,
+                     tables.block_table + run.table_row * tables.table_ld, tables.table_ld,
+                     tables.table_ld * kKvBlock, kv, b.attention,
+                     rows_of(b.attended, run.begin, run.begin + run.rows), stream());
+  }
+  if (tables.prefill_count == 0) return;
+  attention_prefill(shape, b.qkv, tables.prefill, tables.prefill_count, tables.most_prefill_rows,
+                    tables.block_table + tables.prefill_table_row * tables.table_ld,
+                    tables.table_ld, kv, b.attended, nullptr, stream());
+}
+
+// As model::layer_forward, op for op.
+void DeviceSession::run_layer(const Tables& tables, int64_t layer, const Buffers& b) {
+  const model::ModelConfig& c = weights_->config;
+  const DeviceLayer& w = weights_->layers[static_cast<size_t>(layer)];
+  const AttentionShape shape = weights_->attention();
+  const auto eps = static_cast<float>(c.rms_eps);
+
+  rms_norm(b.stream, w.attention_norm, eps, b.normed, stream());
+  apply_linear(tables, layer, LinearSite::kQkv, b.normed, {.bias = w.qkv_bias}, b.qkv, b.low);
+  if (c.qk_norm) qk_norm(shape, b.qkv, w.q_norm, w.k_norm, eps, stream());
+  rope_kv_write(shape, b.qkv, c.rope.rotary_dim, weights_->cos, weights_->sin, tables.positions,
+                tables.write_blocks, layer_kv(layer), stream());
+  attend(tables, layer, b);
+  apply_linear(tables, layer, LinearSite::kO, b.attended, {.residual = b.stream}, b.stream, b.low);
+
+  rms_norm(b.stream, w.mlp_norm, eps, b.normed, stream());
+  apply_linear(tables, layer, LinearSite::kGateUp, b.normed, {}, b.gate_up, b.low);
+  swiglu(b.gate_up, b.activated, stream());
+  apply_linear(tables, layer, LinearSite::kDown, b.activated, {.residual = b.stream}, b.stream,
+               b.low);
+}
+
+void DeviceSession::forward(const model::Batch& batch) {
+  const DeviceScope scope(weights_->device);
+  wait();
+  under_way_ = true;
+  const Tables tables = upload(batch);
+  const Buffers buffers = carve(tables);
+  const int64_t width = weights_->config.hidden_size;
+  grow(hidden_rows_, tables.outputs * width * block_bytes(weights_->dtype));
+  hidden_ = {hidden_rows_.data(), tables.outputs, width, width, weights_->dtype};
+  if (tables.decodes) {
+    compute_as_graph(tables, buffers);
+  } else {
+    compute(tables, buffers);
+  }
+  hidden_.rows = static_cast<int64_t>(batch.output_rows.size());
+}
+
+void DeviceSession::compute(const Tables& tables, const Buffers& buffers) {
+  embedding(weights_->embedding, tables.tokens, buffers.stream, stream());
+  for (int64_t l = 0; l < weights_->config.num_layers; ++l) run_layer(tables, l, buffers);
+  if (tables.outputs == 0) return;
+  // The stream is a table too, its rows chosen as an embedding's are.
+  embedding(buffers.stream, tables.output_rows, hidden_, stream());
+  rms_norm(hidden_, weights_->final_norm, static_cast<float>(weights_->config.rms_eps), hidden_,
+           stream());
+}
+
+// The first of a shape runs as it is: its kernels are then loaded, and a shape seen once costs no
+// graph.
+void DeviceSession::compute_as_graph(const Tables& tables, const Buffers& buffers) {
+  const auto adapter = held_.empty() ? nullptr : held_.back();
+  const StepShape shape{tables.rows, tables.table_ld, adapter == nullptr ? 0 : adapter->version()};
+  const bool seen = steps_.contains(shape);
+  if (!seen && steps_.size() >= kMostSteps) steps_.clear();
+  Step& step = steps_[shape];
+  if (!seen) {
+    step.adapter = adapter;
+    compute(tables, buffers);
+    return;
+  }
+  if (!step.graph) step.graph.emplace(stream(), [&] { compute(tables, buffers); });
+  step.graph->launch(stream());
+}
+
+void DeviceSession::sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) {
+  const DeviceScope scope(weights_->device);
+  const auto count = static_cast<int64_t>(rows.size());
+  require(count == hidden_.rows && out.size() == rows.size(), "sample: expected ", hidden_.rows,
+          " rows, those of the last forward, got ", count);
+  if (count == 0) return;
+  Layout layout;
+  const int64_t draws = layout.take(count * static_cast<int64_t>(sizeof(SampleRow)));
+  const int64_t results = layout.take(count * 8);  // tokens, then log-probabilities
+  const int64_t workspace = layout.take(head_sample_bytes(count, weights_->config.vocab_size));
+  draws_.reserve(layout.bytes());
+  void* staged = staged_draws_.reserve(workspace);
+  auto* to = static_cast<SampleRow*>(staged);
+  for (const ops::SampleRow& row : rows) *to++ = {row.uniform, row.temperature};
+  copy_to_device(draws_.data(), staged, results, stream());
+  auto* tokens = reinterpret_cast<int32_t*>(at(draws_.data(), results));
+  head_sample(hidden_, weights_->head, reinterpret_cast<const SampleRow*>(at(draws_.data(), draws)),
+              tokens, reinterpret_cast<float*>(tokens + count), at(draws_.data(), workspace),
+              stream());
+  copy_to_host(at(staged, results), tokens, count * 8, stream());
+  under_way_ = true;
+  wait();
+  const auto* drawn = reinterpret_cast<const int32_t*>(at(staged, results));
+  const auto* logprobs = reinterpret_cast<const float*>(drawn + count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (drawn[i] < 0) {
+      throw NumericError(cat("sampling: row ", i,
+                             " has no finite softmax (NaN or infinite logits); check the weights "
+                             "and the adapter"));
+    }
+    out[static_cast<size_t>(i)] = {drawn[i], logprobs[i], 1.0f};
+  }
+}
+
+}  // namespace alignpro::cuda

@@ -1,0 +1,76 @@
+#include "matrix_store.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "alignpro/core/float_bits.h"
+
+namespace alignpro::cuda {
+namespace {
+
+constexpr int64_t kStagingBytes = int64_t{32} << 20;
+
+}  // namespace
+
+void round_row(DType dtype, const float* values, int64_t count, std::byte* out) {
+  if (dtype == DType::kF32) {
+    std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Bfloat16 rounded = round_bfloat16(values[i]);
+    std::memcpy(out + 2 * i, &rounded, sizeof rounded);
+  }
+}
+
+Matrix MatrixStore::add(int64_t rows, int64_t cols, const WriteRow& write) {
+  const int64_t row_bytes = cols * block_bytes(dtype_);
+  void* to = take(rows * row_bytes);
+  upload(to, rows, row_bytes, write);
+  return {to, rows, cols, cols, dtype_};
+}
+
+const void* MatrixStore::add(std::span<const float> values) {
+  const auto count = static_cast<int64_t>(values.size());
+  return add(1, count,
+             [&](int64_t, std::byte* out) { round_row(dtype_, values.data(), count, out); })
+      .data;
+}
+
+const float* MatrixStore::add_float32(int64_t count, const std::function<void(float* out)>& write) {
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(float));
+  void* to = take(bytes);
+  upload(to, 1, bytes, [&](int64_t, std::byte* out) { write(reinterpret_cast<float*>(out)); });
+  return static_cast<const float*>(to);
+}
+
+void MatrixStore::finish() {
+  synchronize(stream());
+  staging_.reset();
+  team_ = nullptr;
+}
+
+void* MatrixStore::take(int64_t bytes) {
+  bytes_ += bytes;
+  return buffers_.emplace_back(stream(), std::max<int64_t>(bytes, 1)).data();
+}
+
+void MatrixStore::upload(void* to, int64_t rows, int64_t row_bytes, const WriteRow& write) {
+  if (row_bytes == 0) return;
+  const int64_t at_once =
+      std::clamp<int64_t>(kStagingBytes / row_bytes, 1, std::max<int64_t>(1, rows));
+  for (int64_t first = 0; first < rows; first += at_once) {
+    const int64_t live = std::min(at_once, rows - first);
+    synchronize(stream());  // what was staged before has left
+    auto* staged = static_cast<std::byte*>(staging_.reserve(live * row_bytes));
+    if (team_ != nullptr && live > 1) {
+      team_->run(live, [&](int64_t row, int) { write(first + row, staged + row * row_bytes); });
+    } else {
+      for (int64_t row = 0; row < live; ++row) write(first + row, staged + row * row_bytes);
+    }
+    copy_to_device(static_cast<std::byte*>(to) + first * row_bytes, staged, live * row_bytes,
+                   stream());
+  }
+}
+
+}  // namespace alignpro::cuda

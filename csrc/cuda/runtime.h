@@ -1,0 +1,171 @@
+#pragma once
+
+// What a model on a GPU asks of the CUDA runtime beside its ops: memory, copies, streams, graphs.
+// No header of CUDA is named here. Functions throw Unavailable, naming themselves, where the device
+// refuses or there is none.
+
+#include <cstdint>
+#include <utility>
+
+#include "ops.h"
+
+namespace alignpro::cuda {
+
+Stream make_stream();
+void destroy_stream(Stream stream) noexcept;
+void synchronize(Stream stream);
+
+// Device memory of at least one byte at a multiple of 256, on the stream: it may be used by what is
+// put there after, and again by what is put there after its release. Pinned memory is the host's.
+void* allocate(int64_t bytes, Stream stream);
+void release(void* memory, Stream stream) noexcept;
+void* allocate_pinned(int64_t bytes);
+void release_pinned(void* memory) noexcept;
+int64_t free_memory();  // bytes of the current device that nobody holds
+
+// Between device memory and pinned memory, on the stream.
+void copy_to_device(void* to, const void* from, int64_t bytes, Stream stream);
+void copy_to_host(void* to, const void* from, int64_t bytes, Stream stream);
+// Within device memory: `count` pieces of `bytes`, `pitch` bytes apart on both sides.
+void copy_pieces(void* to, const void* from, int64_t pitch, int64_t bytes, int64_t count,
+                 Stream stream);
+
+using Graph = void*;  // cudaGraphExec_t
+// Kernels that this thread puts on the stream between the two are recorded with their arguments and
+// not run; launch_graph puts them all there at once. Nothing else may be put there in between.
+void begin_capture(Stream stream);
+Graph end_capture(Stream stream);
+void abort_capture(Stream stream) noexcept;
+void launch_graph(Graph graph, Stream stream);
+void destroy_graph(Graph graph) noexcept;
+
+// Pieces of one allocation, each at a multiple of 256 bytes.
+class Layout {
+ public:
+  int64_t take(int64_t bytes) {
+    const int64_t at = bytes_;
+    bytes_ += (bytes + 255) / 256 * 256;
+    return at;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+inline char* at(void* base, int64_t offset) { return static_cast<char*>(base) + offset; }
+
+// Which device the calling thread's work goes to; ops.h's current_device() tells.
+void use_device(int device);
+
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) : before_(current_device()) {
+    if (before_ != device) use_device(device);
+    device_ = device;
+  }
+  ~DeviceScope() {
+    if (before_ != device_) use_device(before_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int before_, device_;
+};
+
+class OwnedStream {
+ public:
+  OwnedStream() : stream_(make_stream()) {}
+  ~OwnedStream() { destroy_stream(stream_); }
+  OwnedStream(const OwnedStream&) = delete;
+  OwnedStream& operator=(const OwnedStream&) = delete;
+
+  Stream get() const { return stream_; }
+
+ private:
+  Stream stream_;
+};
+
+class OwnedGraph {
+ public:
+  // Records what run() puts on the stream.
+  template <typename Run>
+  OwnedGraph(Stream stream, const Run& run) {
+    begin_capture(stream);
+    try {
+      run();
+    } catch (...) {
+      abort_capture(stream);
+      throw;
+    }
+    graph_ = end_capture(stream);
+  }
+  ~OwnedGraph() { destroy_graph(graph_); }
+  OwnedGraph(const OwnedGraph&) = delete;
+  OwnedGraph& operator=(const OwnedGraph&) = delete;
+
+  void launch(Stream stream) const { launch_graph(graph_, stream); }
+
+ private:
+  Graph graph_ = nullptr;
+};
+
+// Memory of a device that grows, or pinned memory; the stream outlives it.
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(Stream stream, int64_t bytes = 0) : stream_(stream) { reserve(bytes); }
+  ~DeviceBuffer() {
+    if (data_ != nullptr) release(data_, stream_);
+  }
+  DeviceBuffer(DeviceBuffer&& other) noexcept
+      : stream_(other.stream_),
+        data_(std::exchange(other.data_, nullptr)),
+        bytes_(std::exchange(other.bytes_, 0)) {}
+  DeviceBuffer& operator=(DeviceBuffer&&) = delete;
+
+  // At least so many bytes, whose values are lost where it grows; true where the address changed.
+  bool reserve(int64_t bytes) {
+    if (bytes <= bytes_) return false;
+    if (data_ != nullptr) release(std::exchange(data_, nullptr), stream_);
+    bytes_ = 0;
+    data_ = allocate(bytes, stream_);
+    bytes_ = bytes;
+    return true;
+  }
+  void* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  Stream stream_;
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+class PinnedBuffer {
+ public:
+  PinnedBuffer() = default;
+  ~PinnedBuffer() { reset(); }
+  PinnedBuffer(const PinnedBuffer&) = delete;
+  PinnedBuffer& operator=(const PinnedBuffer&) = delete;
+
+  // As above; nothing on a stream may still read it.
+  void* reserve(int64_t bytes) {
+    if (bytes > bytes_) {
+      reset();
+      data_ = allocate_pinned(bytes);
+      bytes_ = bytes;
+    }
+    return data_;
+  }
+  void reset() {
+    if (data_ != nullptr) release_pinned(std::exchange(data_, nullptr));
+    bytes_ = 0;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace alignpro::cuda

@@ -1,0 +1,346 @@
+// A model on a device, the device being the CPU (tests/emulated), beside the CPU engine: what it
+// generates and scores, and that a sequence's bits are its own.
+
+#include "cuda/model/device_model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "alignpro/core/error.h"
+#include "alignpro/engine/engine.h"
+#include "alignpro/model/model.h"
+#include "alignpro/model/scorer.h"
+#include "check.h"
+#include "cuda/ops.h"
+#include "host_launch.h"
+#include "numbers.h"
+#include "random_checkpoint.h"
+
+using namespace alignpro;
+using namespace alignpro::model;
+using engine::Engine;
+using engine::Sequence;
+
+namespace {
+
+using Tokens = std::vector<int32_t>;
+
+// float32 sums in another order, through two layers: log-probabilities differ by a few 1e-6.
+constexpr double kLogprobBudget = 2e-5;
+
+struct Ask {
+  Tokens prompt;
+  uint64_t seed;
+  float temperature;
+  std::shared_ptr<Adapter> adapter;
+};
+
+Tokens text(int64_t size, int32_t start) {
+  Tokens tokens;
+  for (int64_t i = 0; i < size; ++i) {
+    tokens.push_back(static_cast<int32_t>((start + i * 31) % 111));
+  }
+  return tokens;
+}
+
+// Prompts of a common beginning that ends inside a block, one that repeats another, a stranger;
+// with and without the adapter, greedy and not.
+std::vector<Ask> asks(const std::shared_ptr<Adapter>& adapter) {
+  std::vector<Ask> all;
+  const Tokens start = text(18, 5);
+  for (int32_t i = 0; i < 3; ++i) {
+    Tokens prompt = start;
+    for (int32_t k = 0; k <= i; ++k) prompt.push_back((40 + 7 * i + k) % 111);
+    all.push_back({prompt, static_cast<uint64_t>(i), i == 0 ? 0.0f : 0.9f, nullptr});
+  }
+  all.push_back({all[1].prompt, 11, 0.7f, nullptr});
+  all.push_back({text(3, 60), 12, 1.0f, adapter});
+  all.push_back({all[2].prompt, 13, 0.8f, adapter});
+  return all;
+}
+
+struct Answer {
+  Tokens tokens;
+  std::vector<float> logprobs;
+
+  bool operator==(const Answer&) const = default;
+};
+
+std::vector<Answer> generate(Engine& engine, const std::vector<Ask>& asked, int64_t count = 4) {
+  std::vector<std::shared_ptr<Sequence>> handles;
+  for (const Ask& ask : asked) {
+    engine::SamplingParams params;
+    params.max_new_tokens = count;
+    params.temperature = ask.temperature;
+    params.seed = ask.seed;
+    params.ignore_eos = true;
+    handles.push_back(engine.submit(ask.prompt, params, ask.adapter));
+  }
+  engine.run(handles);
+  std::vector<Answer> answers;
+  for (const auto& handle : handles) {
+    auto output = handle->read(0);
+    answers.push_back({std::move(output.tokens), std::move(output.logprobs)});
+  }
+  return answers;
+}
+
+engine::EngineOptions options(const engine::LanguageModel& model, int64_t max_rows,
+                              bool prefix_cache = true) {
+  return {64 * model.kv_block_bytes(), max_rows, prefix_cache};
+}
+
+std::shared_ptr<const cuda::DeviceModel> device_model(const ModelConfig& config,
+                                                      DType compute = DType::kF32) {
+  return cuda::DeviceModel::from(RandomCheckpoint(config), compute, 0, 1);
+}
+
+double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  if (a.size() != b.size()) return INFINITY;
+  double most = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::abs(double{a[i]} - b[i]);
+    if (!(difference <= most)) most = difference;
+  }
+  return most;
+}
+
+ScoreRequest score_request(const std::vector<Ask>& asked, const std::vector<Answer>& answers,
+                           size_t which) {
+  ScoreRequest request;
+  Tokens all = asked[which].prompt;
+  all.insert(all.end(), answers[which].tokens.begin(), answers[which].tokens.end());
+  request.sequences = {all};
+  request.starts = {static_cast<int64_t>(asked[which].prompt.size())};
+  request.adapter = asked[which].adapter;
+  request.temperature = asked[which].temperature == 0.0f ? 1.0f : asked[which].temperature;
+  return request;
+}
+
+ModelConfig small(bool bias, bool qk_norm, bool fused) {
+  ModelConfig config = tiny(bias, qk_norm, fused);
+  config.num_layers = 2;
+  return config;
+}
+
+ModelConfig windowed(ModelConfig config, int64_t window) {
+  config.sliding_window = window;
+  return config;
+}
+
+// Shapes whose rows are whole 16 bytes in bfloat16.
+ModelConfig wide(ModelConfig config) {
+  config.intermediate_size = 56;
+  config.head_dim = config.rope.rotary_dim = 16;
+  return config;
+}
+
+void check_against_cpu(const ModelConfig& config) {
+  const auto adapter = LoraStore(config, 3, 6, false).adapter(config);
+  const auto asked = asks(adapter);
+  const auto cpu = Model::from(RandomCheckpoint(config), 1, 0);
+  Engine reference(std::shared_ptr<const Model>(cpu), {0, 16, true});
+  const std::vector<Answer> expected = generate(reference, asked);
+
+  const auto device = device_model(config);
+  // Twelve rows a step: prompts go by pieces beside what decodes already.
+  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 12));
+  const std::vector<Answer> got = generate(engine, asked);
+  CHECK(engine.stats().cached_tokens > 0);
+  for (size_t i = 0; i < asked.size(); ++i) {
+    CHECK_EQ(got[i].tokens, expected[i].tokens);
+    CHECK(largest_difference(got[i].logprobs, expected[i].logprobs) < kLogprobBudget);
+    const cuda::ScoreValues scored = device->score(score_request(asked, got, i));
+    CHECK_EQ(scored.logprob, got[i].logprobs);
+  }
+}
+
+}  // namespace
+
+TEST(generates_what_the_cpu_generates_with_bias) { check_against_cpu(small(true, false, false)); }
+TEST(generates_what_the_cpu_generates_with_qk_norm) {
+  check_against_cpu(small(false, true, false));
+}
+TEST(generates_what_the_cpu_generates_fused_in_a_window) {
+  check_against_cpu(windowed(small(false, false, true), 9));
+}
+
+TEST(a_sequences_bits_are_its_own) {
+  const ModelConfig config = wide(small(true, true, false));
+  for (const DType compute : {DType::kF32, DType::kBF16}) {
+    const auto device = device_model(config, compute);
+    const auto asked = asks(LoraStore(config, 3, 6, false).adapter(config));
+    Engine together(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
+    const std::vector<Answer> all = generate(together, asked, 3);
+    for (const size_t i : {size_t{1}, size_t{5}}) {
+      // Alone, a few tokens of prefill at a time, nothing shared.
+      Engine alone(std::shared_ptr<const engine::LanguageModel>(device),
+                   options(*device, 3, false));
+      CHECK(generate(alone, {asked[i]}, 3)[0] == all[i]);
+      CHECK_EQ(device->score(score_request(asked, all, i)).logprob, all[i].logprobs);
+    }
+    // The very same prompts once more: every block is found.
+    CHECK(generate(together, asked, 3) == all);
+  }
+}
+
+// Three sequences in a graph of four rows, then two of them in one of two; the first of each shape
+// runs without. Alone, other shapes: the same bits.
+TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
+  const ModelConfig config = wide(small(false, true, false));
+  const auto device = device_model(config);
+  const auto adapter = LoraStore(config, 3, 6, false).adapter(config);
+  for (const auto& with : {std::shared_ptr<Adapter>(), adapter}) {
+    std::vector<Ask> asked;
+    for (int32_t i = 0; i < 3; ++i) {
+      asked.push_back({text(2 + 15 * i, 7 * i), static_cast<uint64_t>(i), 0.9f, with});
+    }
+    Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 64));
+    const int64_t before = cuda::emulated_graph_launches();
+    const std::vector<Answer> together = generate(engine, asked, 6);
+    CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{4});  // of five steps of decoding
+    const std::vector<Answer> fewer = generate(engine, {asked[0], asked[2]}, 4);
+    // Their prompts are cached: the last token of each is a step like those that follow.
+    CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{7});
+    for (size_t i = 0; i < asked.size(); ++i) {
+      Engine alone(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
+      CHECK(generate(alone, {asked[i]}, 6)[0] == together[i]);
+      // No graph in a score.
+      CHECK_EQ(device->score(score_request(asked, together, i)).logprob, together[i].logprobs);
+    }
+    Answer first = together[0];
+    first.tokens.resize(4);
+    first.logprobs.resize(4);
+    CHECK(fewer[0] == first);
+  }
+}
+
+// Graphs know addresses and an adapter's matrices: other adapters have graphs of their own, and
+// buffers that grew leave none behind.
+TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
+  const ModelConfig config = small(false, false, false);
+  const auto device = device_model(config);
+  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 64));
+  const auto first = LoraStore(config, 2, 6, false).adapter(config);
+  const auto second = LoraStore(config, 2, 7, false).adapter(config);
+  int32_t start = 1;
+  const auto check = [&](int count, int64_t length, const std::shared_ptr<Adapter>& with) {
+    std::vector<Ask> asked;
+    for (int i = 0; i < count; ++i) {
+      asked.push_back({text(length, start += 5), static_cast<uint64_t>(start), 0.9f, with});
+    }
+    const std::vector<Answer> answers = generate(engine, asked, 4);
+    for (size_t i = 0; i < asked.size(); ++i) {
+      CHECK_EQ(device->score(score_request(asked, answers, i)).logprob, answers[i].logprobs);
+    }
+  };
+  for (const auto& with : {first, second, std::shared_ptr<Adapter>()}) check(2, 3, with);
+  check(8, 8, nullptr);  // everything grows
+  for (const auto& with : {first, second, std::shared_ptr<Adapter>()}) check(2, 3, with);
+}
+
+TEST(scores_are_the_cpus) {
+  const ModelConfig config = small(true, false, false);
+  const auto device = device_model(config);
+  const auto cpu = Model::from(RandomCheckpoint(config), 1, 0);
+  ScoreRequest request;
+  request.sequences = {text(23, 4), text(2, 9), text(40, 4), {7}};
+  request.starts = {1, 1, 33, 1};
+  request.adapter = LoraStore(config, 5, 6, false).adapter(config);
+  request.reference = LoraStore(config, 2, 8, false).adapter(config);
+  request.with_reference = true;
+  request.temperature = 0.8f;
+  const Score expected(std::shared_ptr<const Model>(cpu), request);
+  const cuda::ScoreValues got = device->score(request);
+  CHECK(largest_difference(got.logprob, expected.logprob()) < kLogprobBudget);
+  CHECK(largest_difference(got.entropy, expected.entropy()) < kLogprobBudget);
+  CHECK(largest_difference(got.kl, expected.kl()) < kLogprobBudget);
+  CHECK(largest_difference(got.reference_logprob, expected.reference_logprob()) < kLogprobBudget);
+  // Against itself there is no divergence, to the bit.
+  request.reference = request.adapter;
+  for (const float kl : device->score(request).kl) CHECK_EQ(kl, 0.0f);
+}
+
+TEST(bfloat16_stays_near_float32) {
+  const ModelConfig config = wide(small(false, true, false));
+  ScoreRequest request;
+  request.sequences = {text(20, 4)};
+  request.starts = {1};
+  const auto exact = device_model(config)->score(request).logprob;
+  const auto rounded = device_model(config, DType::kBF16)->score(request).logprob;
+  // Eight bits of mantissa in weights and activations, through two layers.
+  const double difference = relative_error(rounded, Doubles(exact.begin(), exact.end()));
+  CHECK(difference > 1e-4 && difference < 3e-2);
+}
+
+TEST(more_adapters_than_are_kept) {
+  const ModelConfig config = small(false, false, false);
+  const auto device = device_model(config);
+  ScoreRequest request;
+  request.sequences = {text(4, 4)};
+  request.starts = {1};
+  std::vector<std::vector<float>> values;
+  std::vector<std::shared_ptr<Adapter>> adapters;
+  for (uint32_t i = 0; i < 10; ++i) {
+    adapters.push_back(LoraStore(config, 1, 100 + i, false).adapter(config));
+    request.adapter = adapters.back();
+    values.push_back(device->score(request).logprob);
+    if (i > 0) CHECK(values[i] != values[i - 1]);
+  }
+  request.adapter = adapters[0];
+  CHECK_EQ(device->score(request).logprob, values[0]);
+}
+
+TEST(what_a_device_cannot_do_is_refused_by_name) {
+  const ModelConfig config = small(false, false, false);
+  const auto device = device_model(config);
+  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 8));
+  const auto bad = [&](auto change, const char* text) {
+    engine::SamplingParams params;
+    change(params);
+    CHECK_THROWS(engine.submit({1}, params, nullptr), InvalidArgument, text);
+  };
+  bad([](engine::SamplingParams& p) { p.top_k = 5; }, "top_k: not on device cuda yet");
+  bad([](engine::SamplingParams& p) { p.top_p = 0.9f; }, "top_p: not on device cuda yet");
+  bad([](engine::SamplingParams& p) { p.min_p = 0.1f; }, "min_p: not on device cuda yet");
+  bad([](engine::SamplingParams& p) { p.min_new_tokens = 1; }, "min_new_tokens: not on device");
+  CHECK(engine.idle());
+
+  ScoreRequest request;
+  request.sequences = {{1, 2}};
+  request.starts = {1};
+  request.with_hidden = true;
+  CHECK_THROWS(device->score(request), InvalidArgument, "with_hidden: not on device cuda yet");
+  request.keep_graph = true;
+  CHECK_THROWS(device->score(request), InvalidArgument, "gradients: not on device cuda yet");
+  request.keep_graph = request.with_hidden = false;
+  request.sequences = {{1, 111}};
+  CHECK_THROWS(device->score(request), InvalidArgument, "token 111");
+
+  CHECK_THROWS(device_model(config, DType::kF16), InvalidArgument, "bfloat16 or float32");
+  CHECK_THROWS(device_model(config, DType::kBF16), InvalidArgument,
+               "intermediate_size: expected a multiple of 8 in BF16, the model has 52");
+  ModelConfig broad = config;
+  broad.head_dim = broad.rope.rotary_dim = 160;
+  CHECK_THROWS(device_model(broad), InvalidArgument, "head_dim: expected at most 128");
+  ModelConfig large = config;
+  large.vocab_size = 500000;
+  CHECK_THROWS(device_model(large), Unavailable, "MB in F32, 64 MB of emulated");
+}
+
+TEST(weights_that_give_nan_are_an_error_and_the_engine_lives) {
+  const ModelConfig config = small(false, false, false);
+  const auto device = device_model(config);
+  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 8));
+  LoraStore broken(config, 1, 3, false);
+  for (auto& [path, pair] : broken.values) pair.first[0] = NAN;
+  const auto adapter = broken.adapter(config);
+  CHECK_THROWS(generate(engine, {{{1, 2}, 0, 1.0f, adapter}}), NumericError, "no finite softmax");
+  CHECK_EQ(generate(engine, {{{1, 2}, 0, 1.0f, nullptr}}, 2)[0].tokens.size(), size_t{2});
+}
+
+CHECK_MAIN()

@@ -1,0 +1,139 @@
+"""``load_model(device="cuda")`` where the device is emulated, beside the CPU engine: every family,
+adapters, and what a user may ask for and may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignpro import native
+from alignpro.models.adapter import LoraWeights
+from alignpro.models.native_model import NativeModel, load_model, load_models
+from alignpro.types import SamplingParams
+from model_variants import VARIANTS, variant_folder
+
+PROMPTS = [[1, 40, 9, 77], [1, 40, 9, 77, 8], [30, 31]]
+# float32 sums in another order, through three layers: a few 1e-6.
+BUDGET = 2e-5
+
+
+def lora(model: NativeModel, rank: int) -> LoraWeights:
+    random = np.random.default_rng(5)
+    matrices = {
+        path: (
+            (random.standard_normal((rank, inputs)) * 0.1).astype(np.float32),
+            (random.standard_normal((outputs, rank)) * 0.3).astype(np.float32),
+        )
+        for path, (outputs, inputs) in model.lora_modules.items()
+    }
+    return LoraWeights(rank=rank, alpha=2.0 * rank, rslora=False, matrices=matrices)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_model_dir: Callable[..., Path]) -> Path:
+    return tiny_model_dir("llama")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_family_says_what_it_says_on_the_cpu(name, tiny_model_dir, tmp_path):
+    variant = VARIANTS[name]
+    folder = variant_folder(variant, tiny_model_dir, tmp_path)
+    cpu = load_model(folder, threads=1, context_length=variant.context)
+    device = load_model(
+        folder, device="cuda", compute="float32", context_length=variant.context, max_batch_rows=9
+    )
+    assert (cpu.config["device"], device.config["device"]) == ("cpu", "cuda")
+    params = SamplingParams(max_new_tokens=3, temperature=0.8, seed=3, ignore_eos=True)
+    adapter = lora(cpu, 3)
+    expected = cpu.generate(PROMPTS, params, adapter=adapter)
+    got = device.generate(PROMPTS, params, adapter=adapter)
+    assert [c.tokens for c in got] == [c.tokens for c in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=BUDGET)
+        assert ours.kept_mass == [1.0] * 3
+    again = device.core_model.score(
+        [prompt + c.tokens for prompt, c in zip(PROMPTS, got, strict=True)],
+        [len(prompt) for prompt in PROMPTS],
+        adapter=device.make_adapter(adapter),
+        temperature=0.8,
+    )
+    assert again.logprob.tolist() == [x for c in got for x in c.logprobs]
+
+
+def test_bfloat16_is_the_default_and_near(tmp_path):
+    import torch
+    import transformers
+
+    from conftest import save_tiny_tokenizer
+
+    torch.manual_seed(2)
+    config = transformers.LlamaConfig(
+        vocab_size=111, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    config.initializer_range = 0.1
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    save_tiny_tokenizer(tmp_path)
+    device = load_model(tmp_path, device="cuda")
+    assert (device.config["compute"], device.config["kv_dtype"]) == ("bfloat16", "bfloat16")
+    tokens = [5, 9, 30, 31, 70, 8, 2, 90, 100, 14]
+    with torch.no_grad():
+        ids = torch.tensor([tokens])
+
+        def logprobs(of: torch.dtype) -> np.ndarray:
+            logits = model.to(of)(ids).logits[0, :-1].double()
+            chosen = torch.log_softmax(logits, 1).gather(1, ids[0, 1:, None])[:, 0]
+            return chosen.numpy()
+
+        plain, exact = logprobs(torch.bfloat16), logprobs(torch.float64)
+    ours = device.score([tokens])[0]
+    # As the ops are judged: at most twice as far from float64 as plain torch in bfloat16.
+    assert np.linalg.norm(ours - exact) <= 2 * np.linalg.norm(plain - exact)
+    assert np.linalg.norm(ours - exact) > 0
+
+
+def test_what_a_device_cannot_do_is_one_line(llama):
+    device = load_model(llama, device="cuda", compute="float32")
+    for name, value in (("top_k", 5), ("top_p", 0.5), ("min_p", 0.2), ("min_new_tokens", 2)):
+        params = SamplingParams(max_new_tokens=4, **{name: value})
+        with pytest.raises(ValueError, match=f"prompt 0: {name}: not on device cuda yet") as caught:
+            device.generate([[1, 2]], params)
+        assert "\n" not in str(caught.value)
+    adapter = device.make_adapter(lora(device, 2))
+    with pytest.raises(ValueError, match="gradients: not on device cuda yet"):
+        device.core_model.score([[1, 2]], [1], adapter=adapter, keep_graph=True)
+    with pytest.raises(ValueError, match="with_hidden: not on device cuda yet"):
+        device.core_model.score([[1, 2]], [1], with_hidden=True)
+    from alignpro.train.policy import LoraPolicy
+
+    with pytest.raises(ValueError, match='training: expected a model on device "cpu"'):
+        LoraPolicy(device, lora(device, 2))
+    for options, text in (
+        ({"compute": "int8"}, 'compute: expected "bfloat16" or "float32" on device "cuda"'),
+        ({"kv_dtype": "float16"}, 'kv_dtype: expected "bfloat16" on device "cuda"'),
+        ({"compute": "bfloat16"}, "intermediate_size: expected a multiple of 8 in BF16"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            load_model(llama, device="cuda", **options)
+
+
+def test_models_of_two_devices_are_two(llama):
+    prompter, target = load_models(llama, None, 1, "float32", target_device="cuda")
+    assert (prompter.config["device"], target.config["device"]) == ("cpu", "cuda")
+    same, too = load_models(llama, None, 1)
+    assert same is too
+
+
+def test_threads_and_streams_share_a_device(llama):
+    device = load_model(llama, device="cuda", compute="float32")
+    params = SamplingParams(max_new_tokens=3, seed=1, temperature=1.0, ignore_eos=True)
+    whole = device.generate([[4, 5, 6]], params)[0]
+    pieces = list(device.stream([4, 5, 6], params))
+    assert [p[0] for p in pieces] == whole.tokens
+    assert [p[2] for p in pieces] == whole.logprobs
+    assert device.idle() and device.stats()["cached_tokens"] > 0
+    assert native.core.cuda.is_available()

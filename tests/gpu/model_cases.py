@@ -1,0 +1,75 @@
+"""A model on the GPU, held as the ops are: beside the CPU engine in float32, and against itself to
+the bit."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignpro import native
+from gpu.cases import Measured, case, sizes
+from gpu.models import Shape, generate, write_folder
+
+# Groups of 2 and 4; more than a tile of everything, an odd vocabulary.
+SHAPE = sizes(Shape(512, 4, 8, 2, 64, 1408, 5003), Shape(64, 2, 4, 2, 16, 96, 300, 64))
+PROMPTS = [
+    [int(n) for n in np.random.default_rng(i).integers(3, SHAPE.vocab, size)]
+    for i, size in enumerate(sizes((5, 33, 300, 1100, 17, 64, 2), (5, 19, 2)))
+]
+# One that begins as another does, inside a block of positions.
+PROMPTS.append([*PROMPTS[1][:-3], 7])
+NEW = sizes(24, 3)
+
+
+def lora(model: Any, rank: int) -> Any:
+    draw = np.random.default_rng(9)
+    matrices = {
+        path: (
+            draw.standard_normal((rank, inputs)).astype(np.float32) * 0.05,
+            draw.standard_normal((outputs, rank)).astype(np.float32) * 0.05,
+        )
+        for path, (outputs, inputs) in model.lora_modules().items()
+    }
+    return model.make_adapter(matrices, 1.0)
+
+
+@case
+def model_generates() -> Measured:
+    core, measured = native.core, []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        write_folder(SHAPE, folder)
+        cpu = core.Model.load(str(folder))
+        models = {c: core.DeviceModel.load(str(folder), compute=c) for c in ("float32", "bfloat16")}
+    for compute, model in models.items():
+        adapter = lora(model, 6)
+        for name in sizes(("base", "adapter", "mixed"), ("mixed",)):
+            which = {"base": 0, "adapter": 1}
+            adapters = [adapter if which.get(name, i % 2) else None for i in range(len(PROMPTS))]
+            engine = core.Engine(
+                model, kv_cache_bytes=sizes(256, 1) << 20, max_batch_rows=sizes(256, 24)
+            )
+            together = generate(engine, PROMPTS, NEW, adapters)
+            wrong = {"scored": 0.0, "alone": 0.0, "again": 0.0}
+            wrong["again"] = float(generate(engine, PROMPTS, NEW, adapters) != together)
+            for i, (prompt, (tokens, logprobs)) in enumerate(zip(PROMPTS, together, strict=True)):
+                with_ = {"adapter": adapters[i]}
+                scored = model.score([prompt + tokens], [len(prompt)], **with_)
+                wrong["scored"] += float(np.sum(scored.logprob != np.float32(logprobs)))
+                if i % 2 == 0:
+                    alone = core.Engine(
+                        model, kv_cache_bytes=sizes(64, 1) << 20, prefix_cache=False
+                    )
+                    wrong["alone"] += float(
+                        generate(alone, [prompt], NEW, [adapters[i]])[0] != together[i]
+                    )
+                theirs = cpu.score([prompt + tokens], [len(prompt)], **with_)
+                far = float(np.abs(scored.logprob - theirs.logprob).max())
+                # bfloat16: eight bits of mantissa through the layers; a wrong row is off by nats.
+                budget = 1e-4 if compute == "float32" else 0.5
+                measured.append((f"{compute} {name} {i} minus the CPU's", far, budget))
+            measured += [(f"{compute} {name} {what}", n, 0.0) for what, n in wrong.items()]
+    return measured

@@ -1,0 +1,137 @@
+"""Random models on disk and in the device's engine, without a tokenizer: tokens in, tokens out."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignpro import native
+
+Answer = tuple[list[int], list[float]]  # tokens, log-probabilities
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama with a head of its own."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    context: int = 2048
+
+
+LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256)  # Llama 3.1
+
+
+def tensors(shape: Shape, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    name, hidden = f"model.layers.{layer}", shape.hidden
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield f"{name}.{norm}.weight", (hidden,)
+    for site, rows, cols in (
+        ("self_attn.q_proj", q, hidden),
+        ("self_attn.k_proj", kv, hidden),
+        ("self_attn.v_proj", kv, hidden),
+        ("self_attn.o_proj", hidden, q),
+        ("mlp.gate_proj", shape.intermediate, hidden),
+        ("mlp.up_proj", shape.intermediate, hidden),
+        ("mlp.down_proj", hidden, shape.intermediate),
+    ):
+        yield f"{name}.{site}.weight", (rows, cols)
+
+
+def write_folder(shape: Shape, folder: Path, device: str = "cpu", seed: int = 0) -> None:
+    """bfloat16 weights, normal with a deviation of fan-in ** -0.5, norms 1; a file a layer. What
+    transformers and the engine load. Drawn on ``device``, where 8 billion take seconds."""
+    folder.mkdir(parents=True)
+    draw = torch.Generator(device).manual_seed(seed)
+    ends = [
+        ("model.embed_tokens.weight", (shape.vocab, shape.hidden)),
+        ("lm_head.weight", (shape.vocab, shape.hidden)),
+        ("model.norm.weight", (shape.hidden,)),
+    ]
+    files = [ends, *(list(tensors(shape, layer)) for layer in range(shape.layers))]
+    index: dict[str, str] = {}
+    for number, content in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, sizes in content:
+            size = 2 * torch.Size(sizes).numel()
+            offsets = [at, at + size]
+            header[name] = {"dtype": "BF16", "shape": list(sizes), "data_offsets": offsets}
+            index[name] = file
+            at += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for _, sizes in content:
+                values = torch.ones(sizes, device=device)
+                if len(sizes) == 2:
+                    values = torch.randn(sizes, generator=draw, device=device) * sizes[1] ** -0.5
+                words = values.to(torch.bfloat16).view(torch.int16).cpu().contiguous()
+                out.write(memoryview(words.numpy()).cast("B"))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.context,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def params(count: int, seed: int, temperature: float = 1.0) -> Any:
+    """Of exactly ``count`` tokens, all drawn from the whole distribution."""
+    return native.core.SamplingParams(
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        max_new_tokens=count,
+        min_new_tokens=0,
+        seed=seed,
+        sample=0,
+        stop=[],
+        stop_token_ids=[],
+        ignore_eos=True,
+        deadline_seconds=0.0,
+    )
+
+
+def generate(
+    engine: Any, prompts: Sequence[list[int]], count: int, adapters: Sequence[Any] | None = None
+) -> list[Answer]:
+    """A request's draws are keyed by its prompt's first token."""
+    with_ = adapters or [None] * len(prompts)
+    handles = [
+        engine.submit(prompt, params(count, prompt[0]), adapter)
+        for prompt, adapter in zip(prompts, with_, strict=True)
+    ]
+    engine.run(handles)
+    return [(h.tokens, h.logprobs) for h in handles]
