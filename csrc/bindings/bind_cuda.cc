@@ -3,13 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <deque>
-#include <string>
-#include <tuple>
-#include <vector>
 
+#include "bind_cuda_backward.h"
 #include "cuda/ops.h"
-#include "device_tensor.h"
+#include "device_call.h"
 #include "gil.h"
 
 namespace py = pybind11;
@@ -17,57 +14,6 @@ using namespace alignpro;
 using namespace alignpro::bindings;
 
 namespace {
-
-// One call's tensors, kept until its work is on the stream.
-class Call {
- public:
-  // Before anything is looked at: without a GPU the answer is that.
-  explicit Call(const char* op) {
-    const std::string reason = cuda::unavailable_reason();
-    if (!reason.empty()) throw Unavailable(cat("cuda: ", op, ": ", reason));
-    device_ = cuda::current_device();
-  }
-
-  const DeviceTensor& tensor(const py::handle& object, const char* name, int dimensions) {
-    return tensors_.emplace_back(object, name, dimensions, device_);
-  }
-  cuda::Matrix matrix(const py::handle& object, const char* name) {
-    const DeviceTensor& t = tensor(object, name, 2);
-    return {t.data(), t.size(0), t.size(1), t.ld(), t.dtype()};
-  }
-  // None is a matrix of nothing.
-  cuda::Matrix optional_matrix(const py::handle& object, const char* name) {
-    return object.is_none() ? cuda::Matrix() : matrix(object, name);
-  }
-  const int32_t* ints(const py::handle& object, const char* name, int64_t count) {
-    return tensor(object, name, 1).values<int32_t>(DlType::kInt, count);
-  }
-  template <typename T>
-  T* floats(const py::handle& object, const char* name, int64_t count, int dimensions = 1) {
-    return object.is_none() ? nullptr
-                            : tensor(object, name, dimensions).values<T>(DlType::kFloat, count);
-  }
-  void* workspace(const py::handle& object, int64_t bytes) {
-    return tensor(object, "workspace", 1).values<uint8_t>(DlType::kUInt, bytes);
-  }
-  // [blocks, kv heads, 2, 16, head_dim] in the dtype of qkv.
-  cuda::PagedKv paged_kv(const py::handle& object, const cuda::AttentionShape& shape, DType dtype) {
-    const DeviceTensor& t = tensor(object, "kv", 5);
-    require(t.dtype() == dtype && t.size(1) == shape.num_kv_heads && t.size(2) == 2 &&
-                t.size(3) == 16 && t.size(4) == shape.head_dim,
-            "kv: expected [blocks, ", shape.num_kv_heads, ", 2, 16, ", shape.head_dim, "] of ",
-            dtype_name(dtype), ", got [", t.size(0), ", ", t.size(1), ", ", t.size(2), ", ",
-            t.size(3), ", ", t.size(4), "] of ", dtype_name(t.dtype()));
-    const int64_t half = 16 * shape.head_dim;
-    return {t.data(), 2 * half * shape.num_kv_heads, 2 * half, half};
-  }
-
- private:
-  int device_ = 0;
-  std::deque<DeviceTensor> tensors_;
-};
-
-cuda::Stream stream_of(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
 
 void embedding(const py::object& table, const py::object& tokens, const py::object& out,
                uintptr_t stream) {
@@ -82,12 +28,9 @@ void rms_norm(const py::object& x, const py::object& weight, float eps, const py
               uintptr_t stream) {
   Call call("rms_norm");
   const cuda::Matrix from = call.matrix(x, "x"), to = call.matrix(y, "y");
-  const DeviceTensor& w = call.tensor(weight, "weight", 1);
-  require(w.dtype() == from.dtype && w.size(0) == from.cols, "weight: expected ", from.cols,
-          " values of ", dtype_name(from.dtype), ", got ", w.size(0), " of ",
-          dtype_name(w.dtype()));
+  const void* w = call.vector(weight, "weight", from.cols, from.dtype);
   const GilRelease release;
-  cuda::rms_norm(from, w.data(), eps, to, stream_of(stream));
+  cuda::rms_norm(from, w, eps, to, stream_of(stream));
 }
 
 void swiglu(const py::object& gate_up, const py::object& h, uintptr_t stream) {
@@ -104,12 +47,7 @@ void linear(const py::object& x, const py::object& weight, const py::object& bia
   const cuda::Matrix from = call.matrix(x, "x"), w = call.matrix(weight, "weight");
   const cuda::Matrix to = call.matrix(out, "out");
   cuda::LinearExtras extras;
-  if (!bias.is_none()) {
-    const DeviceTensor& b = call.tensor(bias, "bias", 1);
-    require(b.dtype() == w.dtype && b.size(0) == w.rows, "bias: expected ", w.rows, " values of ",
-            dtype_name(w.dtype), ", got ", b.size(0), " of ", dtype_name(b.dtype()));
-    extras.bias = b.data();
-  }
+  if (!bias.is_none()) extras.bias = call.vector(bias, "bias", w.rows, w.dtype);
   require(lora_x.is_none() == lora_up.is_none(), "lora_x, lora_up: expected both or neither");
   extras.residual = call.optional_matrix(residual, "residual");
   extras.lora_x = call.optional_matrix(lora_x, "lora_x");
@@ -330,4 +268,5 @@ void bind_cuda(py::module_& core) {
   m.def("head_sample", &head_sample, py::arg("hidden"), py::arg("head"), py::arg("rows"),
         py::arg("tokens"), py::arg("logprobs"), py::arg("workspace"), py::arg("stream"));
   m.def("head_sample_bytes", &cuda::head_sample_bytes, py::arg("rows"), py::arg("vocab"));
+  bind_cuda_backward(m);
 }

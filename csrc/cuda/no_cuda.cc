@@ -24,9 +24,27 @@ std::string version() { return "no"; }
 void embedding(const Matrix&, const int32_t*, const Matrix&, Stream) { missing("embedding"); }
 void rms_norm(const Matrix&, const void*, float, const Matrix&, Stream) { missing("rms_norm"); }
 void swiglu(const Matrix&, const Matrix&, Stream) { missing("swiglu"); }
+void rms_norm_backward(const Matrix&, const void*, float, const Matrix&, const Matrix&, Stream) {
+  missing("rms_norm_backward");
+}
+void swiglu_backward(const Matrix&, const Matrix&, const Matrix&, Stream) {
+  missing("swiglu_backward");
+}
+void rope_backward(const AttentionShape&, const Matrix&, int64_t, const float*, const float*,
+                   const int32_t*, Stream) {
+  missing("rope_backward");
+}
 void linear(const Matrix&, const Matrix&, const LinearExtras&, const Matrix&, Stream) {
   missing("linear");
 }
+void linear_backward(const Matrix&, const Matrix&, const LinearBackwardExtras&, const Matrix&,
+                     Stream) {
+  missing("linear_backward");
+}
+void lora_backward(const LoraBackwardInput&, const Matrix&, const Matrix&, void*, Stream) {
+  missing("lora_backward");
+}
+int64_t lora_backward_bytes(int64_t, int64_t, int64_t, int64_t) { missing("lora_backward_bytes"); }
 void rope_kv_write(const AttentionShape&, const Matrix&, int64_t, const float*, const float*,
                    const int32_t*, const int32_t*, const PagedKv&, Stream) {
   missing("rope_kv_write");
@@ -41,6 +59,13 @@ int64_t attention_decode_bytes(const AttentionShape&, int64_t, int64_t) {
 void attention_prefill(const AttentionShape&, const Matrix&, const Segment*, int64_t, int64_t,
                        const int32_t*, int64_t, const PagedKv&, const Matrix&, float*, Stream) {
   missing("attention_prefill");
+}
+void attention_backward(const AttentionShape&, const AttentionBackwardInput&, const Matrix&, void*,
+                        Stream) {
+  missing("attention_backward");
+}
+int64_t attention_backward_bytes(const AttentionShape&, int64_t) {
+  missing("attention_backward_bytes");
 }
 void linear_logprob(const LogprobInput&, const LogprobOutput&, void*, Stream) {
   missing("linear_logprob");

@@ -47,6 +47,13 @@ void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, S
 // h [rows, n] = silu(gate) * up, from gate_up [rows, 2n] = [gate | up].
 void swiglu(const Matrix& gate_up, const Matrix& h, Stream stream);
 
+// The gradients of rms_norm and swiglu. dx is added to, and may not be dy; d_gate_up [rows, 2n] is
+// overwritten, from dh [rows, n].
+void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Matrix& dy,
+                       const Matrix& dx, Stream stream);
+void swiglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up,
+                     Stream stream);
+
 // What joins a linear layer's product while it is in registers; null or no matrix: nothing.
 struct LinearExtras {
   const void* bias = nullptr;  // [out features]
@@ -58,6 +65,31 @@ struct LinearExtras {
 // float32.
 void linear(const Matrix& x, const Matrix& weight, const LinearExtras& extras, const Matrix& out,
             Stream stream);
+
+// Of a layer with an adapter; null or no matrix: nothing.
+struct LinearBackwardExtras {
+  Matrix residual;            // [rows, in features]; may be dx
+  Matrix lora_down, lora_up;  // A [rank, in features] and B [out features, rank]
+  Matrix d_low;               // [rows, rank], receives lora_scale dy B
+  float lora_scale = 0.0f;
+};
+// dx [rows, in features] = dy W + d_low A + residual, in one dtype, sums in float32. Without data
+// in dx d_low alone is computed; without data in d_low there is no adapter.
+void linear_backward(const Matrix& dy, const Matrix& weight, const LinearBackwardExtras& extras,
+                     const Matrix& dx, Stream stream);
+
+// What forward and linear_backward leave of a range of rows with one adapter module. Modules that
+// share a weight take columns of dy and of the ranks.
+struct LoraBackwardInput {
+  Matrix x, lora_x;  // [rows, in features], x A^T [rows, rank]
+  Matrix dy, d_low;  // [rows, out features], lora_scale dy B [rows, rank]
+  float lora_scale;
+};
+// d_a [rank, in features] = d_low^T x and d_b [out features, rank] = lora_scale dy^T lora_x,
+// float32, overwritten; rows are summed in their order. workspace: lora_backward_bytes.
+void lora_backward(const LoraBackwardInput& in, const Matrix& d_a, const Matrix& d_b,
+                   void* workspace, Stream stream);
+int64_t lora_backward_bytes(int64_t rows, int64_t inputs, int64_t outputs, int64_t rank);
 
 // Rows of qkv are [q heads | k heads | v heads] x head_dim.
 struct AttentionShape {
@@ -79,6 +111,10 @@ struct PagedKv {
 void rope_kv_write(const AttentionShape& shape, const Matrix& qkv, int64_t rotary_dim,
                    const float* cos, const float* sin, const int32_t* positions,
                    const int32_t* blocks, const PagedKv& kv, Stream stream);
+
+// Turns the q and k heads of d_qkv back, in place: the gradient of their rotation.
+void rope_backward(const AttentionShape& shape, const Matrix& d_qkv, int64_t rotary_dim,
+                   const float* cos, const float* sin, const int32_t* positions, Stream stream);
 
 // Attention of one token a row: out [rows, q size] over positions [0, positions[row]], which lie in
 // block_table [rows, table_ld]. Rows may share blocks. Positions are below max_positions, which
@@ -103,6 +139,25 @@ void attention_prefill(const AttentionShape& shape, const Matrix& qkv, const Seg
                        int64_t segment_count, int64_t max_rows, const int32_t* block_table,
                        int64_t table_ld, const PagedKv& kv, const Matrix& out, float* lse,
                        Stream stream);
+
+// What attention_prefill took and left, and d loss / d out. The keys of a segment's own rows are
+// seen by the segments viewers[viewer_begin[s] .. viewer_begin[s + 1]), itself among them, whose
+// cached positions they are; null: by itself alone, and cached positions are constants.
+struct AttentionBackwardInput {
+  Matrix qkv, out, dout;
+  const float* lse;
+  const Segment* segments;
+  int64_t segment_count, max_rows;
+  const int32_t *viewer_begin, *viewers;
+  const int32_t* block_table;
+  int64_t table_ld;
+  PagedKv kv;
+};
+// d_qkv of the segments' rows, overwritten: by q and k as they were turned, and by v. Keys are
+// summed over viewers in their order. workspace: attention_backward_bytes.
+void attention_backward(const AttentionShape& shape, const AttentionBackwardInput& in,
+                        const Matrix& d_qkv, void* workspace, Stream stream);
+int64_t attention_backward_bytes(const AttentionShape& shape, int64_t rows);
 
 // See ops/linear_logprob.h. Reference: matrices of no rows mean none.
 struct LogprobInput {

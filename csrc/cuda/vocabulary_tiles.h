@@ -27,6 +27,12 @@ Operand<T> operand(const Matrix& m) {
   return {static_cast<const T*>(m.data), m.ld, m.rows, m.cols};
 }
 
+// The same memory with its rows as the contraction.
+template <typename T>
+Operand<T, true> columns(const Matrix& m) {
+  return {static_cast<const T*>(m.data), m.ld, m.cols, m.rows};
+}
+
 template <typename T>
 Vocabulary<T> vocabulary(const LogprobInput& in) {
   return {operand<T>(in.hidden),     operand<T>(in.weight), operand<T>(in.ref_hidden),

@@ -305,6 +305,7 @@ TEST(linear_joins_adapter_bias_and_residual) {
     Tensor<T> out(static_cast<size_t>(rows * n));
     const Linear<T> args{{x.data(), k, rows, k},
                          {w.data(), k, n, k},
+                         1.0f,
                          {u.data(), rank, rows, rank},
                          {up.data(), rank, n, rank},
                          0.5f,

@@ -241,6 +241,13 @@ TEST(vector_kernels_compute_the_shared_activations) {
     k->swiglu_row(gate.data(), up.data(), 37, h.data());
     k->rope_row(turned.data(), cos.data(), sin.data(), 18);
     for (size_t i = 0; i < 37; ++i) CHECK(near(h[i], silu(gate[i]) * up[i], kBudget));
+    Floats d_gate(37), d_up(37);
+    k->swiglu_backward_row(gate.data(), up.data(), cos.data(), 37, d_gate.data(), d_up.data());
+    for (size_t i = 0; i < 37; ++i) {
+      float to_gate = NAN, to_up = NAN;
+      silu_gradient(gate[i], up[i], cos[i], &to_gate, &to_up);
+      CHECK(near(d_gate[i], to_gate, 4 * kBudget) && near(d_up[i], to_up, kBudget));
+    }
     for (size_t i = 0; i < 18; ++i) {
       float a = gate[i], b = gate[i + 18];
       rotate(cos[i], sin[i], &a, &b);
