@@ -96,8 +96,7 @@ void attention_decode(const py::object& qkv, const cuda::AttentionShape& shape,
                          stream_of(stream));
 }
 
-// segments: (row_begin, row_count, position) each, int32 [segments, 3]. lse: float32
-// [rows, num_heads], or None.
+// lse: float32 [rows, num_heads], or None.
 void attention_prefill(const py::object& qkv, const cuda::AttentionShape& shape,
                        const py::object& segments, int64_t max_rows, const py::object& block_table,
                        const py::object& kv, const py::object& out, const py::object& lse,
@@ -105,9 +104,7 @@ void attention_prefill(const py::object& qkv, const cuda::AttentionShape& shape,
   Call call("attention_prefill");
   const cuda::Matrix rows = call.matrix(qkv, "qkv"), to = call.matrix(out, "out");
   const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
-  static_assert(sizeof(cuda::Segment) == 12);
-  const auto* own = reinterpret_cast<const cuda::Segment*>(
-      call.tensor(segments, "segments", 2).values<int32_t>(DlType::kInt, 3 * table.size(0)));
+  const cuda::Segment* own = call.segments(segments, table.size(0));
   const int32_t* blocks = table.values<int32_t>(DlType::kInt, 0);
   const cuda::PagedKv pool = call.paged_kv(kv, shape, rows.dtype);
   float* sums = call.floats<float>(lse, "lse", rows.rows * shape.num_heads, 2);
@@ -169,6 +166,26 @@ void linear_logprob(const py::object& hidden, const py::object& weight, const py
   cuda::linear_logprob(in, out, memory, stream_of(stream));
 }
 
+// Given what linear_logprob wrote; total_variation and mass_above: float32 [rows].
+void total_variation(const py::object& hidden, const py::object& weight, const py::object& tokens,
+                     float temperature, const py::object& reference_hidden,
+                     const py::object& reference_weight, const py::dict& forward,
+                     const py::object& total_variation, const py::object& mass_above,
+                     const py::object& workspace, uintptr_t stream) {
+  Call call("total_variation");
+  const cuda::LogprobInput in =
+      logprob_input(call, hidden, weight, tokens, temperature, reference_hidden, reference_weight);
+  const cuda::LogprobOutput saved =
+      logprob_output(call, forward, in.hidden.rows, in.ref_hidden.data != nullptr);
+  const auto to = [&](const py::object& object, const char* name) {
+    return call.tensor(object, name, 1).values<float>(DlType::kFloat, in.hidden.rows);
+  };
+  float *tv = to(total_variation, "total_variation"), *above = to(mass_above, "mass_above");
+  void* memory = call.workspace(workspace, cuda::total_variation_bytes(in));
+  const GilRelease release;
+  cuda::total_variation(in, saved, tv, above, memory, stream_of(stream));
+}
+
 void linear_logprob_backward(const py::object& hidden, const py::object& weight,
                              const py::object& tokens, float temperature,
                              const py::object& reference_hidden, const py::object& reference_weight,
@@ -185,8 +202,8 @@ void linear_logprob_backward(const py::object& hidden, const py::object& weight,
                ? call.floats<float>(py::object(upstream[name]), name, in.hidden.rows)
                : nullptr;
   };
-  const cuda::LogprobUpstream d{given("logprob"), given("entropy"), given("kl"),
-                                given("reverse_kl")};
+  const cuda::LogprobUpstream d{given("logprob"),    given("entropy"),         given("kl"),
+                                given("reverse_kl"), given("total_variation"), given("mass_above")};
   const cuda::Matrix to_hidden = call.optional_matrix(d_hidden, "d_hidden");
   const cuda::Matrix to_weight = call.optional_matrix(d_weight, "d_weight");
   void* memory = call.workspace(workspace, cuda::linear_logprob_backward_bytes(in));
@@ -194,20 +211,29 @@ void linear_logprob_backward(const py::object& hidden, const py::object& weight,
   cuda::linear_logprob_backward(in, saved, d, to_hidden, to_weight, memory, stream_of(stream));
 }
 
-// rows: (seed, sample, position, temperature) each, as bytes of the device: uint8 [rows, 24].
+// rows: the fields of cuda::SampleRow each, as bytes of the device: uint8 [rows, 40]. banned:
+// int32, and kept_mass: float32 [rows], or None where no row is truncated.
 void head_sample(const py::object& hidden, const py::object& head, const py::object& rows,
-                 const py::object& tokens, const py::object& logprobs, const py::object& workspace,
-                 uintptr_t stream) {
+                 const py::object& tokens, const py::object& logprobs, const py::object& banned,
+                 const py::object& kept_mass, const py::object& workspace, uintptr_t stream) {
   Call call("head_sample");
   const cuda::Matrix h = call.matrix(hidden, "hidden"), w = call.matrix(head, "head");
-  static_assert(sizeof(cuda::SampleRow) == 24);
+  static_assert(sizeof(cuda::SampleRow) == 40);
   const auto* draws = reinterpret_cast<const cuda::SampleRow*>(
-      call.tensor(rows, "rows", 2).values<uint8_t>(DlType::kUInt, h.rows * 24));
+      call.tensor(rows, "rows", 2).values<uint8_t>(DlType::kUInt, h.rows * 40));
   auto* ids = call.tensor(tokens, "tokens", 1).values<int32_t>(DlType::kInt, h.rows);
   auto* values = call.tensor(logprobs, "logprobs", 1).values<float>(DlType::kFloat, h.rows);
-  void* memory = call.workspace(workspace, cuda::head_sample_bytes(h.rows, w.rows));
+  require(banned.is_none() == kept_mass.is_none(), "banned, kept_mass: expected both or neither");
+  const bool truncated = !kept_mass.is_none();
+  cuda::Truncation truncation;
+  if (truncated) {
+    truncation.banned = call.ints(banned, "banned", 0);
+    truncation.kept_mass = call.floats<float>(kept_mass, "kept_mass", h.rows);
+  }
+  void* memory = call.workspace(workspace, cuda::head_sample_bytes(h.rows, w.rows, truncated));
   const GilRelease release;
-  cuda::head_sample(h, w, draws, ids, values, memory, stream_of(stream));
+  cuda::head_sample(h, w, draws, ids, values, memory, stream_of(stream),
+                    truncated ? &truncation : nullptr);
 }
 
 }  // namespace
@@ -242,6 +268,10 @@ void bind_cuda(py::module_& core) {
   m.def("linear_logprob", &linear_logprob, py::arg("hidden"), py::arg("weight"), py::arg("tokens"),
         py::arg("temperature"), py::arg("reference_hidden"), py::arg("reference_weight"),
         py::arg("forward"), py::arg("workspace"), py::arg("stream"));
+  m.def("total_variation", &total_variation, py::arg("hidden"), py::arg("weight"),
+        py::arg("tokens"), py::arg("temperature"), py::arg("reference_hidden"),
+        py::arg("reference_weight"), py::arg("forward"), py::arg("total_variation"),
+        py::arg("mass_above"), py::arg("workspace"), py::arg("stream"));
   m.def("linear_logprob_backward", &linear_logprob_backward, py::arg("hidden"), py::arg("weight"),
         py::arg("tokens"), py::arg("temperature"), py::arg("reference_hidden"),
         py::arg("reference_weight"), py::arg("forward"), py::arg("upstream"), py::arg("d_hidden"),
@@ -260,13 +290,21 @@ void bind_cuda(py::module_& core) {
       },
       py::arg("rows"), py::arg("vocab"));
   m.def(
+      "total_variation_bytes",
+      [sized](int64_t rows, int64_t vocab) {
+        return cuda::total_variation_bytes(sized(rows, vocab, false));
+      },
+      py::arg("rows"), py::arg("vocab"));
+  m.def(
       "linear_logprob_backward_bytes",
       [sized](int64_t rows, int64_t vocab, bool bfloat16) {
         return cuda::linear_logprob_backward_bytes(sized(rows, vocab, bfloat16));
       },
       py::arg("rows"), py::arg("vocab"), py::arg("bfloat16"));
   m.def("head_sample", &head_sample, py::arg("hidden"), py::arg("head"), py::arg("rows"),
-        py::arg("tokens"), py::arg("logprobs"), py::arg("workspace"), py::arg("stream"));
-  m.def("head_sample_bytes", &cuda::head_sample_bytes, py::arg("rows"), py::arg("vocab"));
+        py::arg("tokens"), py::arg("logprobs"), py::arg("banned"), py::arg("kept_mass"),
+        py::arg("workspace"), py::arg("stream"));
+  m.def("head_sample_bytes", &cuda::head_sample_bytes, py::arg("rows"), py::arg("vocab"),
+        py::arg("with_truncation"));
   bind_cuda_backward(m);
 }

@@ -44,6 +44,36 @@ void rope_backward(const py::object& d_qkv, const cuda::AttentionShape& shape,
   cuda::rope_backward(shape, rows, 2 * half, c, s, at, stream_of(stream));
 }
 
+// segments, block_table and lse as attention_prefill's. viewer_begin, viewers: int32, or None.
+void attention_backward(const py::object& qkv, const cuda::AttentionShape& shape,
+                        const py::object& out, const py::object& dout, const py::object& lse,
+                        const py::object& segments, int64_t max_rows,
+                        const py::object& viewer_begin, const py::object& viewers,
+                        const py::object& block_table, const py::object& kv,
+                        const py::object& d_qkv, const py::object& workspace, uintptr_t stream) {
+  Call call("attention_backward");
+  cuda::AttentionBackwardInput in{};
+  in.qkv = call.matrix(qkv, "qkv");
+  in.out = call.matrix(out, "out");
+  in.dout = call.matrix(dout, "dout");
+  in.lse = call.tensor(lse, "lse", 2).values<float>(DlType::kFloat, in.qkv.rows * shape.num_heads);
+  const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
+  in.segments = call.segments(segments, table.size(0));
+  in.segment_count = table.size(0);
+  in.max_rows = max_rows;
+  if (!viewer_begin.is_none() || !viewers.is_none()) {
+    in.viewer_begin = call.ints(viewer_begin, "viewer_begin", in.segment_count + 1);
+    in.viewers = call.ints(viewers, "viewers", in.segment_count);
+  }
+  in.block_table = table.values<int32_t>(DlType::kInt, 0);
+  in.table_ld = table.ld();
+  in.kv = call.paged_kv(kv, shape, in.qkv.dtype);
+  const cuda::Matrix to = call.matrix(d_qkv, "d_qkv");
+  void* memory = call.workspace(workspace, cuda::attention_backward_bytes(shape, in.qkv.rows));
+  const GilRelease release;
+  cuda::attention_backward(shape, in, to, memory, stream_of(stream));
+}
+
 // None for dx: d_low alone. None for d_low: no adapter.
 void linear_backward(const py::object& dy, const py::object& weight, const py::object& residual,
                      const py::object& lora_down, const py::object& lora_up, float lora_scale,
@@ -81,6 +111,12 @@ void bind_cuda_backward(py::module_& m) {
         py::arg("d_gate_up"), py::arg("stream"));
   m.def("rope_backward", &rope_backward, py::arg("d_qkv"), py::arg("shape"), py::arg("cos"),
         py::arg("sin"), py::arg("positions"), py::arg("stream"));
+  m.def("attention_backward", &attention_backward, py::arg("qkv"), py::arg("shape"), py::arg("out"),
+        py::arg("dout"), py::arg("lse"), py::arg("segments"), py::arg("max_rows"),
+        py::arg("viewer_begin"), py::arg("viewers"), py::arg("block_table"), py::arg("kv"),
+        py::arg("d_qkv"), py::arg("workspace"), py::arg("stream"));
+  m.def("attention_backward_bytes", &cuda::attention_backward_bytes, py::arg("shape"),
+        py::arg("rows"));
   m.def("linear_backward", &linear_backward, py::arg("dy"), py::arg("weight"), py::arg("residual"),
         py::arg("lora_down"), py::arg("lora_up"), py::arg("lora_scale"), py::arg("d_low"),
         py::arg("dx"), py::arg("stream"));

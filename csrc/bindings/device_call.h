@@ -52,6 +52,12 @@ class Call {
   void* workspace(const py::handle& object, int64_t bytes) {
     return tensor(object, "workspace", 1).values<uint8_t>(DlType::kUInt, bytes);
   }
+  // (row_begin, row_count, position) each, int32 [count, 3].
+  const cuda::Segment* segments(const py::handle& object, int64_t count) {
+    static_assert(sizeof(cuda::Segment) == 12);
+    return reinterpret_cast<const cuda::Segment*>(
+        tensor(object, "segments", 2).values<int32_t>(DlType::kInt, 3 * count));
+  }
   // [blocks, kv heads, 2, 16, head_dim] in the dtype of qkv.
   cuda::PagedKv paged_kv(const py::handle& object, const cuda::AttentionShape& shape, DType dtype) {
     const DeviceTensor& t = tensor(object, "kv", 5);

@@ -71,6 +71,10 @@ void linear_logprob(const LogprobInput&, const LogprobOutput&, void*, Stream) {
   missing("linear_logprob");
 }
 int64_t linear_logprob_bytes(const LogprobInput&) { missing("linear_logprob_bytes"); }
+void total_variation(const LogprobInput&, const LogprobOutput&, float*, float*, void*, Stream) {
+  missing("total_variation");
+}
+int64_t total_variation_bytes(const LogprobInput&) { missing("total_variation_bytes"); }
 void linear_logprob_backward(const LogprobInput&, const LogprobOutput&, const LogprobUpstream&,
                              const Matrix&, const Matrix&, void*, Stream) {
   missing("linear_logprob_backward");
@@ -78,9 +82,10 @@ void linear_logprob_backward(const LogprobInput&, const LogprobOutput&, const Lo
 int64_t linear_logprob_backward_bytes(const LogprobInput&) {
   missing("linear_logprob_backward_bytes");
 }
-void head_sample(const Matrix&, const Matrix&, const SampleRow*, int32_t*, float*, void*, Stream) {
+void head_sample(const Matrix&, const Matrix&, const SampleRow*, int32_t*, float*, void*, Stream,
+                 const Truncation*) {
   missing("head_sample");
 }
-int64_t head_sample_bytes(int64_t, int64_t) { missing("head_sample_bytes"); }
+int64_t head_sample_bytes(int64_t, int64_t, bool) { missing("head_sample_bytes"); }
 
 }  // namespace alignpro::cuda

@@ -177,9 +177,17 @@ void linear_logprob(const LogprobInput& in, const LogprobOutput& out, void* work
                     Stream stream);
 int64_t linear_logprob_bytes(const LogprobInput& in);
 
+// tv [rows] = TV(p, q) = sum max(0, p - q), and mass_above [rows] = sum of p where p > q, which its
+// derivative needs; given what linear_logprob wrote, with a reference. workspace:
+// total_variation_bytes.
+void total_variation(const LogprobInput& in, const LogprobOutput& forward, float* tv,
+                     float* mass_above, void* workspace, Stream stream);
+int64_t total_variation_bytes(const LogprobInput& in);
+
 // Derivatives of the loss by each output, [rows]; null: zero.
 struct LogprobUpstream {
   const float *logprob, *entropy, *kl, *reverse_kl;
+  const float *total_variation = nullptr, *mass_above = nullptr;  // both or neither
 };
 // d_hidden [rows, cols] and d_weight [vocab, cols], float32, overwritten; data null: not wanted.
 // workspace: linear_logprob_backward_bytes.
@@ -188,18 +196,32 @@ void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forwar
                              const Matrix& d_weight, void* workspace, Stream stream);
 int64_t linear_logprob_backward_bytes(const LogprobInput& in);
 
-// One draw: its key and temperature (0: the most likely token, lowest id on a tie; its
-// log-probability is reported at temperature 1).
+// One draw: its key, its temperature (0: the most likely token, lowest id on a tie; its
+// log-probability is reported at temperature 1), and its truncation as ops/head_sample.h defines
+// it.
 struct SampleRow {
   uint64_t seed;
   uint32_t sample, position;
   float temperature;
+  int32_t top_k = 0;                     // 0: off
+  float top_p = 1.0f;                    // 1: off
+  float min_p = 0.0f;                    // 0: off
+  int32_t ban_begin = 0, ban_count = 0;  // of Truncation::banned
+};
+// What truncated rows need beside: tokens that may not be drawn, and where the probability of what
+// truncation and bans left goes, [rows].
+struct Truncation {
+  const int32_t* banned = nullptr;
+  float* kept_mass = nullptr;
 };
 // Draws a token a row by inversion in token order, as ops/head_sample.h does, and its
-// log-probability; no truncation and no bans. The log-probability is the one that linear_logprob
-// gives. A row without a finite softmax gives token -1 and NaN. workspace: head_sample_bytes.
+// log-probability, which is the one that linear_logprob gives, whatever was truncated. A row
+// without a finite softmax or with nothing left to draw gives token -1 and NaN; so does a truncated
+// one without `truncation`. workspace: head_sample_bytes; with a truncation it holds the logits of
+// up to 128 rows.
 void head_sample(const Matrix& hidden, const Matrix& head, const SampleRow* rows, int32_t* tokens,
-                 float* logprobs, void* workspace, Stream stream);
-int64_t head_sample_bytes(int64_t rows, int64_t vocab);
+                 float* logprobs, void* workspace, Stream stream,
+                 const Truncation* truncation = nullptr);
+int64_t head_sample_bytes(int64_t rows, int64_t vocab, bool with_truncation = false);
 
 }  // namespace alignpro::cuda

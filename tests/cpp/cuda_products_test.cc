@@ -124,7 +124,7 @@ struct Problem {
         SharedMemory<T> shared;
         HostBlock::run(kTileThreads, next_seed(), [&](HostBlock& block) {
           tile_stats<kRef>(block, v, draws, m, tile, 0, stats.data(), logit.data(),
-                           ref_logit.data(), shared.data());
+                           ref_logit.data(), nullptr, shared.data());
         });
       }
     }

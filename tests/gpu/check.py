@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from gpu import cases
+from gpu.gradient_cases import CASES
 
 
 def main(out: str, *names: str) -> int:
     seed = secrets.randbits(32)  # fresh inputs each run; the seed is in the report
-    chosen = [c for c in cases.CASES if not names or c.__name__ in names]
+    chosen = [c for c in CASES if not names or c.__name__ in names]
     report: dict[str, object] = {"seed": seed, "cases": {}}
     failed = 0
     for case in chosen:
