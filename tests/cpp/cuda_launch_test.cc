@@ -140,8 +140,13 @@ TEST(head_sample_truncates_as_the_cpu) {
   const int64_t rows = 150, vocab = 300, cols = 8;
   ThreadTeam team(1);
   Tensor<float> hidden(normal(rows * cols, 1)), head(normal(vocab * cols, 2, 0.8f));
-  std::copy_n(head.data(), cols, head.data() + 17 * cols);  // ties
-  std::copy_n(head.data(), cols, head.data() + 250 * cols);
+  // Tokens 0, 17 and 250 tie, for rows 11 and 21 as the best; both have top_k 1, and 21 bans.
+  for (const int64_t token : {17, 250}) {
+    std::copy_n(head.data(), cols, head.data() + token * cols);
+  }
+  for (const int64_t row : {11, 21}) {
+    for (int64_t k = 0; k < cols; ++k) hidden.data()[row * cols + k] = 4 * head.data()[k];
+  }
   const auto packed = ops::PackedMatrix::pack(vocab, cols, head.data());
   std::vector<cuda::SampleRow> draws;
   std::vector<ops::SampleRow> requests;
@@ -183,6 +188,7 @@ TEST(head_sample_truncates_as_the_cpu) {
     CHECK(std::abs(logprobs[i] - expected[i].logprob) < 1e-5f);
     CHECK(std::abs(kept[i] - expected[i].kept_mass) < 1e-5f);
   }
+  CHECK(tokens[11] == 0 && tokens[21] == 0);
   // What was truncated and is not: no token is better than a wrong one.
   draw(nullptr);
   CHECK_EQ(tokens[5], -1);

@@ -36,18 +36,18 @@ ALIGNPRO_BODY void sum_eight(Block& block, uint64_t (&values)[8], TruncatedShare
   block.sync();
 }
 
-// The largest key such that the weights of keys from it on, and from `least` on, reach `wanted`; 0
-// where all of them do not.
+// The largest key such that the weights of keys from it on reach `wanted`; 0 where all of them do
+// not.
 template <typename Block, typename Weight>
-ALIGNPRO_BODY uint64_t least_kept(Block& block, const float* logits, int64_t vocab, uint64_t least,
-                                  uint64_t wanted, const Weight& weight, TruncatedShared& shared) {
+ALIGNPRO_BODY uint64_t least_kept(Block& block, const float* logits, int64_t vocab, uint64_t wanted,
+                                  const Weight& weight, TruncatedShared& shared) {
   uint64_t key = 0, above = 0;  // above: of keys whose leading bits are larger
   for (int shift = 51; shift >= 0; shift -= 3) {
     uint64_t sums[8] = {};  // of keys that agree so far and whose next three bits are >= b
     for (int64_t i = block.thread(); i < vocab; i += block.threads()) {
       const float z = logits[i];
       const uint64_t own = ops::preference_key(z, i);
-      if (z == -INFINITY || own < least || own >> shift >> 3 != key >> shift >> 3) continue;
+      if (z == -INFINITY || own >> shift >> 3 != key >> shift >> 3) continue;
       const int digit = static_cast<int>(own >> shift & 7);
       const uint64_t w = weight(z);
 #pragma unroll
@@ -102,7 +102,7 @@ ALIGNPRO_BODY void draw_truncated_row(Block& block, int64_t row, const SampleRow
   uint64_t least = 0;
   const int top_k = greedy ? 1 : request.top_k;
   if (top_k > 0) {
-    least = least_kept(block, logits, vocab, 0, static_cast<uint64_t>(top_k), one, shared);
+    least = least_kept(block, logits, vocab, static_cast<uint64_t>(top_k), one, shared);
   }
   if (!greedy && request.top_p < 1.0f) {
     uint64_t all[8] = {};
@@ -113,7 +113,7 @@ ALIGNPRO_BODY void draw_truncated_row(Block& block, int64_t row, const SampleRow
     const double share =
         std::ceil(static_cast<double>(request.top_p) * static_cast<double>(all[0]));
     const auto wanted = static_cast<uint64_t>(share < 1.0 ? 1.0 : share);
-    const uint64_t nucleus = least_kept(block, logits, vocab, least, wanted, mass, shared);
+    const uint64_t nucleus = least_kept(block, logits, vocab, wanted, mass, shared);
     least = nucleus > least ? nucleus : least;
   }
   const bool floored = !greedy && request.min_p > 0.0f;
