@@ -72,9 +72,7 @@ class DeviceBlock {
   void load_transposed(uint32_t (&to)[4], const void* row) {
     HostBlock::current().load_transposed(to, row);
   }
-  uint32_t round_pair(float low, float high) {
-    return HostBlock::current().round_pair(low, high);
-  }
+  uint32_t round_pair(float low, float high) { return HostBlock::current().round_pair(low, high); }
   void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     HostBlock::current().multiply(c, a, b0, b1);
   }
