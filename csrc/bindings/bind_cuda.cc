@@ -3,13 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <deque>
-#include <string>
-#include <tuple>
-#include <vector>
 
+#include "bind_cuda_backward.h"
 #include "cuda/ops.h"
-#include "device_tensor.h"
+#include "device_call.h"
 #include "gil.h"
 
 namespace py = pybind11;
@@ -17,57 +14,6 @@ using namespace alignpro;
 using namespace alignpro::bindings;
 
 namespace {
-
-// One call's tensors, kept until its work is on the stream.
-class Call {
- public:
-  // Before anything is looked at: without a GPU the answer is that.
-  explicit Call(const char* op) {
-    const std::string reason = cuda::unavailable_reason();
-    if (!reason.empty()) throw Unavailable(cat("cuda: ", op, ": ", reason));
-    device_ = cuda::current_device();
-  }
-
-  const DeviceTensor& tensor(const py::handle& object, const char* name, int dimensions) {
-    return tensors_.emplace_back(object, name, dimensions, device_);
-  }
-  cuda::Matrix matrix(const py::handle& object, const char* name) {
-    const DeviceTensor& t = tensor(object, name, 2);
-    return {t.data(), t.size(0), t.size(1), t.ld(), t.dtype()};
-  }
-  // None is a matrix of nothing.
-  cuda::Matrix optional_matrix(const py::handle& object, const char* name) {
-    return object.is_none() ? cuda::Matrix() : matrix(object, name);
-  }
-  const int32_t* ints(const py::handle& object, const char* name, int64_t count) {
-    return tensor(object, name, 1).values<int32_t>(DlType::kInt, count);
-  }
-  template <typename T>
-  T* floats(const py::handle& object, const char* name, int64_t count, int dimensions = 1) {
-    return object.is_none() ? nullptr
-                            : tensor(object, name, dimensions).values<T>(DlType::kFloat, count);
-  }
-  void* workspace(const py::handle& object, int64_t bytes) {
-    return tensor(object, "workspace", 1).values<uint8_t>(DlType::kUInt, bytes);
-  }
-  // [blocks, kv heads, 2, 16, head_dim] in the dtype of qkv.
-  cuda::PagedKv paged_kv(const py::handle& object, const cuda::AttentionShape& shape, DType dtype) {
-    const DeviceTensor& t = tensor(object, "kv", 5);
-    require(t.dtype() == dtype && t.size(1) == shape.num_kv_heads && t.size(2) == 2 &&
-                t.size(3) == 16 && t.size(4) == shape.head_dim,
-            "kv: expected [blocks, ", shape.num_kv_heads, ", 2, 16, ", shape.head_dim, "] of ",
-            dtype_name(dtype), ", got [", t.size(0), ", ", t.size(1), ", ", t.size(2), ", ",
-            t.size(3), ", ", t.size(4), "] of ", dtype_name(t.dtype()));
-    const int64_t half = 16 * shape.head_dim;
-    return {t.data(), 2 * half * shape.num_kv_heads, 2 * half, half};
-  }
-
- private:
-  int device_ = 0;
-  std::deque<DeviceTensor> tensors_;
-};
-
-cuda::Stream stream_of(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
 
 void embedding(const py::object& table, const py::object& tokens, const py::object& out,
                uintptr_t stream) {
@@ -82,12 +28,9 @@ void rms_norm(const py::object& x, const py::object& weight, float eps, const py
               uintptr_t stream) {
   Call call("rms_norm");
   const cuda::Matrix from = call.matrix(x, "x"), to = call.matrix(y, "y");
-  const DeviceTensor& w = call.tensor(weight, "weight", 1);
-  require(w.dtype() == from.dtype && w.size(0) == from.cols, "weight: expected ", from.cols,
-          " values of ", dtype_name(from.dtype), ", got ", w.size(0), " of ",
-          dtype_name(w.dtype()));
+  const void* w = call.vector(weight, "weight", from.cols, from.dtype);
   const GilRelease release;
-  cuda::rms_norm(from, w.data(), eps, to, stream_of(stream));
+  cuda::rms_norm(from, w, eps, to, stream_of(stream));
 }
 
 void swiglu(const py::object& gate_up, const py::object& h, uintptr_t stream) {
@@ -104,12 +47,7 @@ void linear(const py::object& x, const py::object& weight, const py::object& bia
   const cuda::Matrix from = call.matrix(x, "x"), w = call.matrix(weight, "weight");
   const cuda::Matrix to = call.matrix(out, "out");
   cuda::LinearExtras extras;
-  if (!bias.is_none()) {
-    const DeviceTensor& b = call.tensor(bias, "bias", 1);
-    require(b.dtype() == w.dtype && b.size(0) == w.rows, "bias: expected ", w.rows, " values of ",
-            dtype_name(w.dtype), ", got ", b.size(0), " of ", dtype_name(b.dtype()));
-    extras.bias = b.data();
-  }
+  if (!bias.is_none()) extras.bias = call.vector(bias, "bias", w.rows, w.dtype);
   require(lora_x.is_none() == lora_up.is_none(), "lora_x, lora_up: expected both or neither");
   extras.residual = call.optional_matrix(residual, "residual");
   extras.lora_x = call.optional_matrix(lora_x, "lora_x");
@@ -174,8 +112,7 @@ void attention_decode(const py::object& qkv, const cuda::AttentionShape& shape,
                          stream_of(stream));
 }
 
-// segments: (row_begin, row_count, position) each, int32 [segments, 3]. lse: float32
-// [rows, num_heads], or None.
+// lse: float32 [rows, num_heads], or None.
 void attention_prefill(const py::object& qkv, const cuda::AttentionShape& shape,
                        const py::object& segments, int64_t max_rows, const py::object& block_table,
                        const py::object& kv, const py::object& out, const py::object& lse,
@@ -183,9 +120,7 @@ void attention_prefill(const py::object& qkv, const cuda::AttentionShape& shape,
   Call call("attention_prefill");
   const cuda::Matrix rows = call.matrix(qkv, "qkv"), to = call.matrix(out, "out");
   const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
-  static_assert(sizeof(cuda::Segment) == 12);
-  const auto* own = reinterpret_cast<const cuda::Segment*>(
-      call.tensor(segments, "segments", 2).values<int32_t>(DlType::kInt, 3 * table.size(0)));
+  const cuda::Segment* own = call.segments(segments, table.size(0));
   const int32_t* blocks = table.values<int32_t>(DlType::kInt, 0);
   const cuda::PagedKv pool = call.paged_kv(kv, shape, rows.dtype);
   float* sums = call.floats<float>(lse, "lse", rows.rows * shape.num_heads, 2);
@@ -247,6 +182,26 @@ void linear_logprob(const py::object& hidden, const py::object& weight, const py
   cuda::linear_logprob(in, out, memory, stream_of(stream));
 }
 
+// Given what linear_logprob wrote; total_variation and mass_above: float32 [rows].
+void total_variation(const py::object& hidden, const py::object& weight, const py::object& tokens,
+                     float temperature, const py::object& reference_hidden,
+                     const py::object& reference_weight, const py::dict& forward,
+                     const py::object& total_variation, const py::object& mass_above,
+                     const py::object& workspace, uintptr_t stream) {
+  Call call("total_variation");
+  const cuda::LogprobInput in =
+      logprob_input(call, hidden, weight, tokens, temperature, reference_hidden, reference_weight);
+  const cuda::LogprobOutput saved =
+      logprob_output(call, forward, in.hidden.rows, in.ref_hidden.data != nullptr);
+  const auto to = [&](const py::object& object, const char* name) {
+    return call.tensor(object, name, 1).values<float>(DlType::kFloat, in.hidden.rows);
+  };
+  float *tv = to(total_variation, "total_variation"), *above = to(mass_above, "mass_above");
+  void* memory = call.workspace(workspace, cuda::total_variation_bytes(in));
+  const GilRelease release;
+  cuda::total_variation(in, saved, tv, above, memory, stream_of(stream));
+}
+
 void linear_logprob_backward(const py::object& hidden, const py::object& weight,
                              const py::object& tokens, float temperature,
                              const py::object& reference_hidden, const py::object& reference_weight,
@@ -263,8 +218,8 @@ void linear_logprob_backward(const py::object& hidden, const py::object& weight,
                ? call.floats<float>(py::object(upstream[name]), name, in.hidden.rows)
                : nullptr;
   };
-  const cuda::LogprobUpstream d{given("logprob"), given("entropy"), given("kl"),
-                                given("reverse_kl")};
+  const cuda::LogprobUpstream d{given("logprob"),    given("entropy"),         given("kl"),
+                                given("reverse_kl"), given("total_variation"), given("mass_above")};
   const cuda::Matrix to_hidden = call.optional_matrix(d_hidden, "d_hidden");
   const cuda::Matrix to_weight = call.optional_matrix(d_weight, "d_weight");
   void* memory = call.workspace(workspace, cuda::linear_logprob_backward_bytes(in));
@@ -272,20 +227,29 @@ void linear_logprob_backward(const py::object& hidden, const py::object& weight,
   cuda::linear_logprob_backward(in, saved, d, to_hidden, to_weight, memory, stream_of(stream));
 }
 
-// rows: (uniform, temperature) each, as bytes of the device: uint8 [rows, 16].
+// rows: the fields of cuda::SampleRow each, as bytes of the device: uint8 [rows, 32]. banned:
+// int32, and kept_mass: float32 [rows], or None where no row is truncated.
 void head_sample(const py::object& hidden, const py::object& head, const py::object& rows,
-                 const py::object& tokens, const py::object& logprobs, const py::object& workspace,
-                 uintptr_t stream) {
+                 const py::object& tokens, const py::object& logprobs, const py::object& banned,
+                 const py::object& kept_mass, const py::object& workspace, uintptr_t stream) {
   Call call("head_sample");
   const cuda::Matrix h = call.matrix(hidden, "hidden"), w = call.matrix(head, "head");
-  static_assert(sizeof(cuda::SampleRow) == 16);
+  static_assert(sizeof(cuda::SampleRow) == 32);
   const auto* draws = reinterpret_cast<const cuda::SampleRow*>(
-      call.tensor(rows, "rows", 2).values<uint8_t>(DlType::kUInt, h.rows * 16));
+      call.tensor(rows, "rows", 2).values<uint8_t>(DlType::kUInt, h.rows * 32));
   auto* ids = call.tensor(tokens, "tokens", 1).values<int32_t>(DlType::kInt, h.rows);
   auto* values = call.tensor(logprobs, "logprobs", 1).values<float>(DlType::kFloat, h.rows);
-  void* memory = call.workspace(workspace, cuda::head_sample_bytes(h.rows, w.rows));
+  require(banned.is_none() == kept_mass.is_none(), "banned, kept_mass: expected both or neither");
+  const bool truncated = !kept_mass.is_none();
+  cuda::Truncation truncation;
+  if (truncated) {
+    truncation.banned = call.ints(banned, "banned", 0);
+    truncation.kept_mass = call.floats<float>(kept_mass, "kept_mass", h.rows);
+  }
+  void* memory = call.workspace(workspace, cuda::head_sample_bytes(h.rows, w.rows, truncated));
   const GilRelease release;
-  cuda::head_sample(h, w, draws, ids, values, memory, stream_of(stream));
+  cuda::head_sample(h, w, draws, ids, values, memory, stream_of(stream),
+                    truncated ? &truncation : nullptr);
 }
 
 }  // namespace
@@ -322,6 +286,10 @@ void bind_cuda(py::module_& core) {
   m.def("linear_logprob", &linear_logprob, py::arg("hidden"), py::arg("weight"), py::arg("tokens"),
         py::arg("temperature"), py::arg("reference_hidden"), py::arg("reference_weight"),
         py::arg("forward"), py::arg("workspace"), py::arg("stream"));
+  m.def("total_variation", &total_variation, py::arg("hidden"), py::arg("weight"),
+        py::arg("tokens"), py::arg("temperature"), py::arg("reference_hidden"),
+        py::arg("reference_weight"), py::arg("forward"), py::arg("total_variation"),
+        py::arg("mass_above"), py::arg("workspace"), py::arg("stream"));
   m.def("linear_logprob_backward", &linear_logprob_backward, py::arg("hidden"), py::arg("weight"),
         py::arg("tokens"), py::arg("temperature"), py::arg("reference_hidden"),
         py::arg("reference_weight"), py::arg("forward"), py::arg("upstream"), py::arg("d_hidden"),
@@ -340,12 +308,21 @@ void bind_cuda(py::module_& core) {
       },
       py::arg("rows"), py::arg("vocab"));
   m.def(
+      "total_variation_bytes",
+      [sized](int64_t rows, int64_t vocab) {
+        return cuda::total_variation_bytes(sized(rows, vocab, false));
+      },
+      py::arg("rows"), py::arg("vocab"));
+  m.def(
       "linear_logprob_backward_bytes",
       [sized](int64_t rows, int64_t vocab, bool bfloat16) {
         return cuda::linear_logprob_backward_bytes(sized(rows, vocab, bfloat16));
       },
       py::arg("rows"), py::arg("vocab"), py::arg("bfloat16"));
   m.def("head_sample", &head_sample, py::arg("hidden"), py::arg("head"), py::arg("rows"),
-        py::arg("tokens"), py::arg("logprobs"), py::arg("workspace"), py::arg("stream"));
-  m.def("head_sample_bytes", &cuda::head_sample_bytes, py::arg("rows"), py::arg("vocab"));
+        py::arg("tokens"), py::arg("logprobs"), py::arg("banned"), py::arg("kept_mass"),
+        py::arg("workspace"), py::arg("stream"));
+  m.def("head_sample_bytes", &cuda::head_sample_bytes, py::arg("rows"), py::arg("vocab"),
+        py::arg("with_truncation"));
+  bind_cuda_backward(m);
 }

@@ -29,9 +29,7 @@ void attention_prefill(const AttentionShape& shape, const Matrix& qkv, const Seg
   constexpr const char* kOp = "attention_prefill";
   check_attention(kOp, shape, qkv, kv);
   check_matrix(kOp, "out", out, qkv.rows, shape.num_heads * shape.head_dim, qkv.dtype);
-  check_table(kOp, table_ld, max_rows);
-  require(segment_count >= 0 && segment_count <= 65535, kOp,
-          ": expected at most 65535 segments, got ", segment_count);
+  check_segments(kOp, segment_count, max_rows, table_ld);
   dispatch(kOp, qkv.dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t group = shape.num_heads / shape.num_kv_heads;

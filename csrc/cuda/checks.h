@@ -48,21 +48,28 @@ inline void check_matrix(const char* op, const char* name, const Matrix& m, int6
   if (m.rows > 0) check_aligned(op, name, m.data);
 }
 
-inline void check_heads(const char* op, const AttentionShape& shape, const Matrix& qkv) {
+// Rows of [q heads | k heads | v heads].
+inline void check_heads(const char* op, const AttentionShape& shape, const Matrix& qkv,
+                        const char* name) {
   require(
       shape.num_kv_heads >= 1 && shape.num_heads >= 1 && shape.num_heads % shape.num_kv_heads == 0,
       op, ": expected heads in groups of the same size, got ", shape.num_heads, " over ",
       shape.num_kv_heads);
-  check_matrix(op, "qkv", qkv, qkv.rows,
-               (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, qkv.dtype);
+  check_matrix(op, name, qkv, qkv.rows, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim,
+               qkv.dtype);
   const int64_t pack = pack_size(qkv.dtype);
   require(shape.head_dim > 0 && shape.head_dim % pack == 0, op,
           ": expected a head_dim that is a multiple of ", pack, ", got ", shape.head_dim);
 }
 
+inline void check_rotary(const char* op, const AttentionShape& shape, int64_t rotary_dim) {
+  require(rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= shape.head_dim, op,
+          ": rotary_dim: expected an even number up to ", shape.head_dim, ", got ", rotary_dim);
+}
+
 inline void check_attention(const char* op, const AttentionShape& shape, const Matrix& qkv,
                             const PagedKv& kv) {
-  check_heads(op, shape, qkv);
+  check_heads(op, shape, qkv, "qkv");
   const int64_t pack = pack_size(qkv.dtype);
   require(kv.block_stride % pack == 0 && kv.head_stride % pack == 0 && kv.value_offset % pack == 0,
           op, ": kv: expected strides that are multiples of ", pack, ", got ", kv.block_stride,
@@ -84,6 +91,11 @@ inline void check_table(const char* op, int64_t table_ld, int64_t max_positions)
   require(max_positions >= 1 && table_ld * ops::kKvBlock >= max_positions, op,
           ": expected a block table for max_positions, got ", table_ld, " blocks of 16 for ",
           max_positions);
+}
+
+inline void check_segments(const char* op, int64_t count, int64_t max_rows, int64_t table_ld) {
+  check_table(op, table_ld, max_rows);
+  require(count >= 0 && count <= 65535, op, ": expected at most 65535 segments, got ", count);
 }
 
 inline bool has_reference(const LogprobInput& in) { return in.ref_hidden.data != nullptr; }

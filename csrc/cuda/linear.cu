@@ -38,6 +38,7 @@ void linear(const Matrix& x, const Matrix& weight, const LinearExtras& extras, c
     using T = decltype(type);
     const Linear<T> args{operand<T>(x),
                          operand<T>(weight),
+                         1.0f,
                          operand<T>(extras.lora_x),
                          operand<T>(extras.lora_up),
                          extras.lora_scale,

@@ -17,11 +17,11 @@ constexpr int64_t kRowChunk = 2048;
 template <typename T, bool kRef>
 __global__ void __launch_bounds__(kTileThreads)
     tile_stats_kernel(Vocabulary<T> v, const SampleRow* draws, int64_t first, ops::TileStats* stats,
-                      float* logit, float* ref_logit) {
+                      float* logit, float* ref_logit, float* logits) {
   ALIGNPRO_DYNAMIC_SHARED(shared);
   DeviceBlock block;
   tile_stats<kRef>(block, v, draws, first + int64_t{blockIdx.x} * kTile, int64_t{blockIdx.y}, first,
-                   stats, logit, ref_logit, shared);
+                   stats, logit, ref_logit, logits, shared);
 }
 
 __global__ void __launch_bounds__(kRowThreads)
@@ -54,18 +54,20 @@ struct Pieces {
 template <typename T>
 void measure_tiles(const char* op, const Vocabulary<T>& v, bool with_ref, const SampleRow* draws,
                    int64_t first, int64_t live, ops::TileStats* stats, float* logit,
-                   float* ref_logit, Stream stream) {
+                   float* ref_logit, float* logits, Stream stream) {
   Vocabulary<T> chunk = v;
   chunk.hidden.rows = first + live;
   const dim3 grid(count((live + kTile - 1) / kTile), count(vocabulary_tiles(v.weight.rows)));
   launch(op, with_ref ? tile_stats_kernel<T, true> : tile_stats_kernel<T, false>, grid,
-         kTileThreads, kProductBytes<T>, stream, chunk, draws, first, stats, logit, ref_logit);
+         kTileThreads, kProductBytes<T>, stream, chunk, draws, first, stats, logit, ref_logit,
+         logits);
 }
 template void measure_tiles<float>(const char*, const Vocabulary<float>&, bool, const SampleRow*,
-                                   int64_t, int64_t, ops::TileStats*, float*, float*, Stream);
+                                   int64_t, int64_t, ops::TileStats*, float*, float*, float*,
+                                   Stream);
 template void measure_tiles<Bfloat16>(const char*, const Vocabulary<Bfloat16>&, bool,
                                       const SampleRow*, int64_t, int64_t, ops::TileStats*, float*,
-                                      float*, Stream);
+                                      float*, float*, Stream);
 
 int64_t linear_logprob_bytes(const LogprobInput& in) { return Pieces(in, nullptr).bytes; }
 
@@ -83,7 +85,7 @@ void linear_logprob(const LogprobInput& in, const LogprobOutput& out, void* work
     for (int64_t first = 0; first < rows; first += kRowChunk) {
       const int64_t live = rows - first < kRowChunk ? rows - first : kRowChunk;
       measure_tiles(kOp, v, with_ref, nullptr, first, live, pieces.stats, pieces.logit,
-                    pieces.ref_logit, stream);
+                    pieces.ref_logit, nullptr, stream);
       launch(kOp, finish_kernel, count(live), kRowThreads, 0, stream, first, pieces.stats,
              in.weight.rows, in.tokens, pieces.logit, pieces.ref_logit, with_ref, out);
     }

@@ -12,14 +12,6 @@ namespace alignpro::cuda {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // tokens
-constexpr int kThreads = 256;
-
-__global__ void __launch_bounds__(kThreads)
-    row_gradients_kernel(int64_t rows, bool with_ref, const int32_t* tokens, LogprobOutput forward,
-                         LogprobUpstream upstream, ops::RowGradient* gradients) {
-  const int64_t row = int64_t{blockIdx.x} * kThreads + DeviceBlock().thread();
-  if (row < rows) gradients[row] = row_gradient(row, with_ref, tokens, forward, upstream);
-}
 
 template <typename T, bool kRef>
 __global__ void __launch_bounds__(kTileThreads)
@@ -78,8 +70,9 @@ void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forwar
   check_aligned(kOp, "workspace", workspace);
   const Pieces pieces(in, workspace);
   const bool with_ref = has_reference(in);
-  launch(kOp, row_gradients_kernel, count((rows + kThreads - 1) / kThreads), kThreads, 0, stream,
-         rows, with_ref, in.tokens, forward, upstream, pieces.gradients);
+  require((upstream.total_variation == nullptr) == (upstream.mass_above == nullptr), kOp,
+          ": expected both or neither of total_variation and mass_above");
+  fill_gradients(kOp, in, forward, upstream, pieces.gradients, stream);
   dispatch(kOp, in.hidden.dtype, [&](auto type) {
     using T = decltype(type);
     const auto v = vocabulary<T>(in);

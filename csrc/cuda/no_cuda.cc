@@ -26,12 +26,30 @@ int dlpack_device_type() { missing("dlpack_device_type"); }
 void embedding(const Matrix&, const int32_t*, const Matrix&, Stream) { missing("embedding"); }
 void rms_norm(const Matrix&, const void*, float, const Matrix&, Stream) { missing("rms_norm"); }
 void swiglu(const Matrix&, const Matrix&, Stream) { missing("swiglu"); }
+void rms_norm_backward(const Matrix&, const void*, float, const Matrix&, const Matrix&, Stream) {
+  missing("rms_norm_backward");
+}
+void swiglu_backward(const Matrix&, const Matrix&, const Matrix&, Stream) {
+  missing("swiglu_backward");
+}
+void rope_backward(const AttentionShape&, const Matrix&, int64_t, const float*, const float*,
+                   const int32_t*, Stream) {
+  missing("rope_backward");
+}
 void linear(const Matrix&, const Matrix&, const LinearExtras&, const Matrix&, Stream) {
   missing("linear");
 }
 void qk_norm(const AttentionShape&, const Matrix&, const void*, const void*, float, Stream) {
   missing("qk_norm");
 }
+void linear_backward(const Matrix&, const Matrix&, const LinearBackwardExtras&, const Matrix&,
+                     Stream) {
+  missing("linear_backward");
+}
+void lora_backward(const LoraBackwardInput&, const Matrix&, const Matrix&, void*, Stream) {
+  missing("lora_backward");
+}
+int64_t lora_backward_bytes(int64_t, int64_t, int64_t, int64_t) { missing("lora_backward_bytes"); }
 void rope_kv_write(const AttentionShape&, const Matrix&, int64_t, const float*, const float*,
                    const int32_t*, const int32_t*, const PagedKv&, Stream) {
   missing("rope_kv_write");
@@ -47,10 +65,21 @@ void attention_prefill(const AttentionShape&, const Matrix&, const Segment*, int
                        const int32_t*, int64_t, const PagedKv&, const Matrix&, float*, Stream) {
   missing("attention_prefill");
 }
+void attention_backward(const AttentionShape&, const AttentionBackwardInput&, const Matrix&, void*,
+                        Stream) {
+  missing("attention_backward");
+}
+int64_t attention_backward_bytes(const AttentionShape&, int64_t) {
+  missing("attention_backward_bytes");
+}
 void linear_logprob(const LogprobInput&, const LogprobOutput&, void*, Stream) {
   missing("linear_logprob");
 }
 int64_t linear_logprob_bytes(const LogprobInput&) { missing("linear_logprob_bytes"); }
+void total_variation(const LogprobInput&, const LogprobOutput&, float*, float*, void*, Stream) {
+  missing("total_variation");
+}
+int64_t total_variation_bytes(const LogprobInput&) { missing("total_variation_bytes"); }
 void linear_logprob_backward(const LogprobInput&, const LogprobOutput&, const LogprobUpstream&,
                              const Matrix&, const Matrix&, void*, Stream) {
   missing("linear_logprob_backward");
@@ -58,10 +87,11 @@ void linear_logprob_backward(const LogprobInput&, const LogprobOutput&, const Lo
 int64_t linear_logprob_backward_bytes(const LogprobInput&) {
   missing("linear_logprob_backward_bytes");
 }
-void head_sample(const Matrix&, const Matrix&, const SampleRow*, int32_t*, float*, void*, Stream) {
+void head_sample(const Matrix&, const Matrix&, const SampleRow*, int32_t*, float*, void*, Stream,
+                 const Truncation*) {
   missing("head_sample");
 }
-int64_t head_sample_bytes(int64_t, int64_t) { missing("head_sample_bytes"); }
+int64_t head_sample_bytes(int64_t, int64_t, bool) { missing("head_sample_bytes"); }
 
 Stream make_stream() { missing("make_stream"); }
 void destroy_stream(Stream) noexcept {}

@@ -53,6 +53,13 @@ void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, S
 // h [rows, n] = silu(gate) * up, from gate_up [rows, 2n] = [gate | up].
 void swiglu(const Matrix& gate_up, const Matrix& h, Stream stream);
 
+// The gradients of rms_norm and swiglu. dx is added to, and may not be dy; d_gate_up [rows, 2n] is
+// overwritten, from dh [rows, n].
+void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Matrix& dy,
+                       const Matrix& dx, Stream stream);
+void swiglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up,
+                     Stream stream);
+
 // What joins a linear layer's product while it is in registers; null or no matrix: nothing.
 struct LinearExtras {
   const void* bias = nullptr;        // [out features]
@@ -64,6 +71,31 @@ struct LinearExtras {
 // float32.
 void linear(const Matrix& x, const Matrix& weight, const LinearExtras& extras, const Matrix& out,
             Stream stream);
+
+// Of a layer with an adapter; null or no matrix: nothing.
+struct LinearBackwardExtras {
+  Matrix residual;            // [rows, in features]; may be dx
+  Matrix lora_down, lora_up;  // A [rank, in features] and B [out features, rank]
+  Matrix d_low;               // [rows, rank], receives lora_scale dy B
+  float lora_scale = 0.0f;
+};
+// dx [rows, in features] = dy W + d_low A + residual, in one dtype, sums in float32. Without data
+// in dx d_low alone is computed; without data in d_low there is no adapter.
+void linear_backward(const Matrix& dy, const Matrix& weight, const LinearBackwardExtras& extras,
+                     const Matrix& dx, Stream stream);
+
+// What forward and linear_backward leave of a range of rows with one adapter module. Modules that
+// share a weight take columns of dy and of the ranks.
+struct LoraBackwardInput {
+  Matrix x, lora_x;  // [rows, in features], x A^T [rows, rank]
+  Matrix dy, d_low;  // [rows, out features], lora_scale dy B [rows, rank]
+  float lora_scale;
+};
+// d_a [rank, in features] = d_low^T x and d_b [out features, rank] = lora_scale dy^T lora_x,
+// float32, overwritten; rows are summed in their order. workspace: lora_backward_bytes.
+void lora_backward(const LoraBackwardInput& in, const Matrix& d_a, const Matrix& d_b,
+                   void* workspace, Stream stream);
+int64_t lora_backward_bytes(int64_t rows, int64_t inputs, int64_t outputs, int64_t rank);
 
 // Rows of qkv are [q heads | k heads | v heads] x head_dim.
 struct AttentionShape {
@@ -90,6 +122,10 @@ void rope_kv_write(const AttentionShape& shape, const Matrix& qkv, int64_t rotar
                    const float* cos, const float* sin, const int32_t* positions,
                    const int32_t* blocks, const PagedKv& kv, Stream stream);
 
+// Turns the q and k heads of d_qkv back, in place: the gradient of their rotation.
+void rope_backward(const AttentionShape& shape, const Matrix& d_qkv, int64_t rotary_dim,
+                   const float* cos, const float* sin, const int32_t* positions, Stream stream);
+
 // Attention of one token a row: out [rows, q size] over positions [0, positions[row]], which lie in
 // block_table [rows, table_ld]. Rows may share blocks. Positions are below max_positions, which
 // fixes the grid. workspace: attention_decode_bytes.
@@ -114,6 +150,25 @@ void attention_prefill(const AttentionShape& shape, const Matrix& qkv, const Seg
                        int64_t table_ld, const PagedKv& kv, const Matrix& out, float* lse,
                        Stream stream);
 
+// What attention_prefill took and left, and d loss / d out. The keys of a segment's own rows are
+// seen by the segments viewers[viewer_begin[s] .. viewer_begin[s + 1]), itself among them, whose
+// cached positions they are; null: by itself alone, and cached positions are constants.
+struct AttentionBackwardInput {
+  Matrix qkv, out, dout;
+  const float* lse;
+  const Segment* segments;
+  int64_t segment_count, max_rows;
+  const int32_t *viewer_begin, *viewers;
+  const int32_t* block_table;
+  int64_t table_ld;
+  PagedKv kv;
+};
+// d_qkv of the segments' rows, overwritten: by q and k as they were turned, and by v. Keys are
+// summed over viewers in their order. workspace: attention_backward_bytes.
+void attention_backward(const AttentionShape& shape, const AttentionBackwardInput& in,
+                        const Matrix& d_qkv, void* workspace, Stream stream);
+int64_t attention_backward_bytes(const AttentionShape& shape, int64_t rows);
+
 // See ops/linear_logprob.h. Reference: matrices of no rows mean none.
 struct LogprobInput {
   Matrix hidden, weight;
@@ -132,9 +187,17 @@ void linear_logprob(const LogprobInput& in, const LogprobOutput& out, void* work
                     Stream stream);
 int64_t linear_logprob_bytes(const LogprobInput& in);
 
+// tv [rows] = TV(p, q) = sum max(0, p - q), and mass_above [rows] = sum of p where p > q, which its
+// derivative needs; given what linear_logprob wrote, with a reference. workspace:
+// total_variation_bytes.
+void total_variation(const LogprobInput& in, const LogprobOutput& forward, float* tv,
+                     float* mass_above, void* workspace, Stream stream);
+int64_t total_variation_bytes(const LogprobInput& in);
+
 // Derivatives of the loss by each output, [rows]; null: zero.
 struct LogprobUpstream {
   const float *logprob, *entropy, *kl, *reverse_kl;
+  const float *total_variation = nullptr, *mass_above = nullptr;  // both or neither
 };
 // d_hidden [rows, cols] and d_weight [vocab, cols], float32, overwritten; data null: not wanted.
 // workspace: linear_logprob_backward_bytes.
@@ -143,17 +206,31 @@ void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forwar
                              const Matrix& d_weight, void* workspace, Stream stream);
 int64_t linear_logprob_backward_bytes(const LogprobInput& in);
 
-// One draw: its uniform in [0, 1) and temperature (0: the most likely token, lowest id on a tie;
-// its log-probability is reported at temperature 1).
+// One draw: its uniform in [0, 1), its temperature (0: the most likely token, lowest id on a tie;
+// its log-probability is reported at temperature 1), and its truncation as ops/head_sample.h
+// defines it.
 struct SampleRow {
   double uniform;
   float temperature;
+  int32_t top_k = 0;                     // 0: off
+  float top_p = 1.0f;                    // 1: off
+  float min_p = 0.0f;                    // 0: off
+  int32_t ban_begin = 0, ban_count = 0;  // of Truncation::banned
+};
+// What truncated rows need beside: tokens that may not be drawn, and where the probability of what
+// truncation and bans left goes, [rows].
+struct Truncation {
+  const int32_t* banned = nullptr;
+  float* kept_mass = nullptr;
 };
 // Draws a token a row by inversion in token order, as ops/head_sample.h does, and its
-// log-probability; no truncation and no bans. The log-probability is the one that linear_logprob
-// gives. A row without a finite softmax gives token -1 and NaN. workspace: head_sample_bytes.
+// log-probability, which is the one that linear_logprob gives, whatever was truncated. A row
+// without a finite softmax or with nothing left to draw gives token -1 and NaN; so does a truncated
+// one without `truncation`. workspace: head_sample_bytes; with a truncation it holds the logits of
+// up to 128 rows.
 void head_sample(const Matrix& hidden, const Matrix& head, const SampleRow* rows, int32_t* tokens,
-                 float* logprobs, void* workspace, Stream stream);
-int64_t head_sample_bytes(int64_t rows, int64_t vocab);
+                 float* logprobs, void* workspace, Stream stream,
+                 const Truncation* truncation = nullptr);
+int64_t head_sample_bytes(int64_t rows, int64_t vocab, bool with_truncation = false);
 
 }  // namespace alignpro::cuda

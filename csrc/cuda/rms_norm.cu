@@ -51,7 +51,7 @@ void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, S
 void qk_norm(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,
              const void* k_weight, float eps, Stream stream) {
   constexpr const char* kOp = "qk_norm";
-  check_heads(kOp, shape, qkv);
+  check_heads(kOp, shape, qkv, "qkv");
   check_aligned(kOp, "q_weight", q_weight);
   check_aligned(kOp, "k_weight", k_weight);
   dispatch(kOp, qkv.dtype, [&](auto type) {

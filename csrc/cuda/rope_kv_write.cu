@@ -24,8 +24,7 @@ void rope_kv_write(const AttentionShape& shape, const Matrix& qkv, int64_t rotar
                    const int32_t* blocks, const PagedKv& kv, Stream stream) {
   constexpr const char* kOp = "rope_kv_write";
   check_attention(kOp, shape, qkv, kv);
-  require(rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= shape.head_dim, kOp,
-          ": rotary_dim: expected an even number up to ", shape.head_dim, ", got ", rotary_dim);
+  check_rotary(kOp, shape, rotary_dim);
   dispatch(kOp, qkv.dtype, [&](auto type) {
     using T = decltype(type);
     launch(kOp, rope_kv_write_kernel<T>, count(qkv.rows), kThreads, 0, stream,

@@ -5,8 +5,12 @@
 #include <cmath>
 #include <numeric>
 #include <random>
+#include <span>
 #include <vector>
 
+#include "alignpro/core/aligned.h"
+#include "alignpro/core/parallel.h"
+#include "alignpro/ops/attention.h"
 #include "check.h"
 #include "cuda/ops.h"
 #include "host_block.h"
@@ -190,6 +194,106 @@ void check_prefill(const Heads& heads, const std::vector<int32_t>& lengths,
   }
 }
 
+// A segment of rows whose cached positions are the rows of `parent` (-1: none) and what that has
+// cached.
+struct Node {
+  int32_t parent, rows;
+};
+
+// Gradients through attention over a tree of segments, beside the CPU's op on the same values.
+template <typename T>
+void check_backward(const Heads& heads, const std::vector<Node>& nodes) {
+  const int64_t d = heads.head_dim, kv_heads = heads.kv_heads, q_heads = heads.group * kv_heads;
+  const int64_t width = (q_heads + 2 * kv_heads) * d, q_size = q_heads * d;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  std::vector<cuda::Segment> segments;
+  std::vector<std::vector<int32_t>> key_rows, seen_by(nodes.size());
+  int32_t rows = 0;
+  int64_t longest = 0, most = 0;
+  for (size_t s = 0; s < nodes.size(); ++s) {
+    const bool root = nodes[s].parent < 0;
+    auto keys = root ? std::vector<int32_t>() : key_rows[static_cast<size_t>(nodes[s].parent)];
+    segments.push_back({rows, nodes[s].rows, static_cast<int32_t>(keys.size())});
+    for (int32_t i = 0; i < nodes[s].rows; ++i) keys.push_back(rows++);
+    for (auto at = static_cast<int32_t>(s); at >= 0; at = nodes[static_cast<size_t>(at)].parent) {
+      seen_by[static_cast<size_t>(at)].push_back(static_cast<int32_t>(s));
+    }
+    longest = std::max(longest, static_cast<int64_t>(keys.size()));
+    most = std::max<int64_t>(most, nodes[s].rows);
+    key_rows.push_back(keys);
+  }
+  std::vector<int32_t> viewer_begin = {0}, viewers;
+  for (const auto& of : seen_by) {
+    viewers.insert(viewers.end(), of.begin(), of.end());
+    viewer_begin.push_back(static_cast<int32_t>(viewers.size()));
+  }
+  const auto count = [](int64_t n) { return static_cast<size_t>(n); };
+  Tensor<T> qkv(normal(count(rows * width), 1)), out(count(rows * q_size)),
+      dout(normal(count(rows * q_size), 2)), d_qkv(count(rows * width));
+  // Every segment's keys in blocks of its own.
+  const int64_t blocks = (longest + 15) / 16;
+  std::vector<int32_t> table(nodes.size() * count(blocks));
+  std::iota(table.rbegin(), table.rend(), 0);
+  Tensor<T> pool(table.size() * count(kv_heads * 32 * d));
+  for (size_t s = 0; s < nodes.size(); ++s) {
+    for (size_t p = 0; p < key_rows[s].size(); ++p) {
+      for (int64_t i = 0; i < 2 * kv_heads * d; ++i) {
+        const int64_t head = i / d % kv_heads, half = i / d / kv_heads;
+        const int64_t block = table[s * count(blocks) + p / 16];
+        pool.data()[((block * kv_heads + head) * 32 + half * 16 + static_cast<int64_t>(p) % 16) *
+                        d +
+                    i % d] = qkv.data()[key_rows[s][p] * width + q_size + i];
+      }
+    }
+  }
+  const cuda::AttentionShape shape{q_heads, kv_heads, d, heads.window, scale};
+  const cuda::PagedKv kv{pool.data(), kv_heads * 32 * d, 32 * d, 16 * d};
+  Floats lse(count(rows * q_heads), NAN);
+  const auto segment_count = static_cast<int64_t>(segments.size());
+  cuda::attention_prefill(shape, matrix(qkv, rows, width), segments.data(), segment_count, most,
+                          table.data(), blocks, kv, matrix(out, rows, q_size), lse.data(), nullptr);
+  Tensor<float> workspace(count(cuda::attention_backward_bytes(shape, rows) / 4));
+  const bool tree = rows != nodes[0].rows;
+  const cuda::AttentionBackwardInput in{matrix(qkv, rows, width),
+                                        matrix(out, rows, q_size),
+                                        matrix(dout, rows, q_size),
+                                        lse.data(),
+                                        segments.data(),
+                                        segment_count,
+                                        most,
+                                        tree ? viewer_begin.data() : nullptr,
+                                        tree ? viewers.data() : nullptr,
+                                        table.data(),
+                                        blocks,
+                                        kv};
+  cuda::attention_backward(shape, in, matrix(d_qkv, rows, width), workspace.data(), nullptr);
+
+  std::vector<ops::SegmentRows> own;
+  for (size_t s = 0; s < nodes.size(); ++s) {
+    own.push_back({segments[s].row_begin, segments[s].row_count, segments[s].position,
+                   std::span<const int32_t>(key_rows[s])});
+  }
+  Floats expected(count(rows * width));
+  AlignedBuffer scratch;
+  ThreadTeam team(1);
+  ops::attention_backward({q_heads, kv_heads, d, heads.window, scale}, qkv.floats().data(),
+                          out.floats().data(), dout.floats().data(), own, expected.data(), scratch,
+                          team);
+  const Floats got = d_qkv.floats();
+  const double budget = sizeof(T) == 2 ? 1e-2 : 1e-5;  // P and dS are rounded to bfloat16
+  const int64_t ends[] = {0, q_size, q_size + kv_heads * d, width};
+  for (int part = 0; part < 3; ++part) {
+    Floats a;
+    Doubles b;
+    for (int64_t i = 0; i < rows * width; ++i) {
+      if (i % width < ends[part] || i % width >= ends[part + 1]) continue;
+      a.push_back(got[count(i)]);
+      b.push_back(expected[count(i)]);
+    }
+    CHECK(relative_error(a, b) < budget);
+  }
+}
+
 }  // namespace
 
 TEST(prefill_matches_double_and_decode_to_the_bit) {
@@ -219,6 +323,14 @@ TEST(a_nan_stays_in_its_row) {
     CHECK_EQ(std::isnan(result.lse[static_cast<size_t>(row)]), row == 3);
   }
   CHECK(std::isnan(s.decode({3})[0]) && !std::isnan(s.decode({4})[0]));
+}
+
+TEST(gradients_of_attention_are_the_cpus) {
+  check_backward<float>({2, 1, 8, 0}, {{-1, 70}});
+  check_backward<float>({3, 2, 100, 9}, {{-1, 20}, {0, 7}, {0, 40}, {2, 5}});
+  check_backward<Bfloat16>({4, 1, 128, 0}, {{-1, 37}, {0, 20}, {0, 1}});
+  check_backward<Bfloat16>({1, 2, 64, 30}, {{-1, 130}});
+  check_backward<Bfloat16>({3, 1, 96, 12}, {{-1, 9}, {0, 50}, {1, 30}});
 }
 
 CHECK_MAIN()

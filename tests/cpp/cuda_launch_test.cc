@@ -78,15 +78,25 @@ void check_logprob(int64_t rows, int64_t vocab, int64_t cols) {
   CHECK(difference(gpu.ref_logprob, cpu.ref_logprob) < kBudget);
 
   const auto count = static_cast<size_t>(rows);
-  const Floats u[4] = {normal(count, 4), normal(count, 5), normal(count, 6), normal(count, 7)};
+  Floats cpu_tv(count), cpu_above(count), tv(count, NAN), above(count, NAN);
+  ops::total_variation(cpu_in, cpu.views<ops::LogprobOutput>(), cpu_tv.data(), cpu_above.data(),
+                       team);
+  Tensor<float> second(static_cast<size_t>(cuda::total_variation_bytes(in) / 4));
+  cuda::total_variation(in, gpu.views<cuda::LogprobOutput>(), tv.data(), above.data(),
+                        second.data(), nullptr);
+  CHECK(difference(tv, cpu_tv) < 2e-5);
+  CHECK(difference(above, cpu_above) < 2e-5);
+  const Floats u[5] = {normal(count, 4), normal(count, 5), normal(count, 6), normal(count, 7),
+                       normal(count, 8)};
   Floats d_hidden(static_cast<size_t>(rows * cols)), d_weight(static_cast<size_t>(vocab * cols));
-  ops::linear_logprob_backward(cpu_in, cpu.views<ops::LogprobOutput>(), nullptr, nullptr,
-                               {u[0].data(), u[1].data(), u[2].data(), u[3].data(), nullptr},
+  ops::linear_logprob_backward(cpu_in, cpu.views<ops::LogprobOutput>(), cpu_above.data(), nullptr,
+                               {u[0].data(), u[1].data(), u[2].data(), u[3].data(), u[4].data()},
                                d_hidden.data(), d_weight.data(), team);
   Tensor<float> to_hidden(d_hidden.size()), to_weight(d_weight.size());
   Tensor<float> memory(static_cast<size_t>(cuda::linear_logprob_backward_bytes(in) / 4));
   cuda::linear_logprob_backward(
-      in, gpu.views<cuda::LogprobOutput>(), {u[0].data(), u[1].data(), u[2].data(), u[3].data()},
+      in, gpu.views<cuda::LogprobOutput>(),
+      {u[0].data(), u[1].data(), u[2].data(), u[3].data(), u[4].data(), above.data()},
       matrix(to_hidden, rows, cols), matrix(to_weight, vocab, cols), memory.data(), nullptr);
   CHECK(difference(to_hidden.floats(), d_hidden) < 2e-5);
   CHECK(difference(to_weight.floats(), d_weight) < 2e-5);
@@ -124,6 +134,75 @@ TEST(head_sample_draws_the_cpus_tokens) {
     CHECK_EQ(tokens[i], expected[i].token);
     CHECK(std::abs(logprobs[i] - expected[i].logprob) < 1e-5f);
   }
+}
+
+TEST(head_sample_truncates_as_the_cpu) {
+  const int64_t rows = 150, vocab = 300, cols = 8;
+  ThreadTeam team(1);
+  Tensor<float> hidden(normal(rows * cols, 1)), head(normal(vocab * cols, 2, 0.8f));
+  // Tokens 0, 17 and 250 tie, for rows 11 and 21 as the best; both have top_k 1, and 21 bans.
+  for (const int64_t token : {17, 250}) {
+    std::copy_n(head.data(), cols, head.data() + token * cols);
+  }
+  for (const int64_t row : {11, 21}) {
+    for (int64_t k = 0; k < cols; ++k) hidden.data()[row * cols + k] = 4 * head.data()[k];
+  }
+  const auto packed = ops::PackedMatrix::pack(vocab, cols, head.data());
+  std::vector<cuda::SampleRow> draws;
+  std::vector<ops::SampleRow> requests;
+  const std::vector<int32_t> banned = {3, 17, 299, 40};
+  for (uint32_t i = 0; i < rows; ++i) {
+    cuda::SampleRow draw{keyed_uniform(9, 1, i), 0.8f};
+    ops::SampleRow request;
+    const bool some = i % 16 == 5 || i % 16 == 11;  // the others are plain
+    const int32_t top_k[] = {0, 1, 2, 5, 1000}, k = top_k[i % 5];
+    const float top_p[] = {1.0f, 0.0f, 0.3f, 0.9f}, min_p[] = {0.0f, 0.02f, 1.0f};
+    if (some) {
+      draw.top_k = request.top_k = k;
+      draw.top_p = request.top_p = top_p[i / 16 % 4];
+      draw.min_p = request.min_p = min_p[i / 5 % 3];
+      draw.ban_begin = 1;
+      draw.ban_count = i % 3 == 0 ? 3 : 0;
+      if (i % 16 == 11 && i % 3 == 0) draw.temperature = 0.0f;
+      request.banned =
+          std::span<const int32_t>(banned).subspan(1, static_cast<size_t>(draw.ban_count));
+    }
+    request.temperature = draw.temperature;
+    request.uniform = draw.uniform;
+    draws.push_back(draw);
+    requests.push_back(request);
+  }
+  std::vector<ops::SampledToken> expected(rows);
+  ops::head_sample(packed, hidden.data(), requests, expected, team);
+  std::vector<int32_t> tokens(rows, -7);
+  Floats logprobs(rows, NAN), kept(rows, NAN);
+  Tensor<float> workspace(static_cast<size_t>(cuda::head_sample_bytes(rows, vocab, true) / 4));
+  const cuda::Truncation truncation{banned.data(), kept.data()};
+  const auto draw = [&](const cuda::Truncation* with) {
+    cuda::head_sample(matrix(hidden, rows, cols), matrix(head, vocab, cols), draws.data(),
+                      tokens.data(), logprobs.data(), workspace.data(), nullptr, with);
+  };
+  draw(&truncation);
+  for (size_t i = 0; i < rows; ++i) {
+    CHECK_EQ(tokens[i], expected[i].token);
+    CHECK(std::abs(logprobs[i] - expected[i].logprob) < 1e-5f);
+    CHECK(std::abs(kept[i] - expected[i].kept_mass) < 1e-5f);
+  }
+  CHECK(tokens[11] == 0 && tokens[21] == 0);
+  // What was truncated and is not: no token is better than a wrong one.
+  draw(nullptr);
+  CHECK_EQ(tokens[5], -1);
+  CHECK_EQ(tokens[6], expected[6].token);
+  // Nothing left to draw.
+  std::vector<int32_t> all(vocab);
+  for (int32_t t = 0; t < vocab; ++t) all[static_cast<size_t>(t)] = t;
+  draws[0].ban_count = vocab;
+  draws.resize(1);
+  requests.resize(1);
+  const cuda::Truncation nothing{all.data(), kept.data()};
+  cuda::head_sample(matrix(hidden, 1, cols), matrix(head, vocab, cols), draws.data(), tokens.data(),
+                    logprobs.data(), workspace.data(), nullptr, &nothing);
+  CHECK(tokens[0] == -1 && std::isnan(logprobs[0]) && std::isnan(kept[0]));
 }
 
 TEST(row_ops_are_the_cpus) {

@@ -125,7 +125,7 @@ struct Problem {
         SharedMemory<T> shared;
         HostBlock::run(kTileThreads, next_seed(), [&](HostBlock& block) {
           tile_stats<kRef>(block, v, draws, m, tile, 0, stats.data(), logit.data(),
-                           ref_logit.data(), shared.data());
+                           ref_logit.data(), nullptr, shared.data());
         });
       }
     }
@@ -306,6 +306,7 @@ TEST(linear_joins_adapter_bias_and_residual) {
     Tensor<T> out(static_cast<size_t>(rows * n));
     const Linear<T> args{{x.data(), k, rows, k},
                          {w.data(), k, n, k},
+                         1.0f,
                          {u.data(), rank, rows, rank},
                          {up.data(), rank, n, rank},
                          0.5f,

@@ -233,6 +233,21 @@ TEST(vector_kernels_compute_the_shared_gradient) {
   }
 }
 
+TEST(vector_kernels_compute_the_shared_variation) {
+  const Floats z = normal(256, 1, 3.0f), r = normal(256, 2, 3.0f);
+  RowGradient g = {};
+  split_lse(7.5, &g.lse, &g.lse_low);
+  split_lse(7.25, &g.ref_lse, &g.ref_lse_low);
+  float variation = 0.0f, mass = 0.0f;
+  for (size_t i = 0; i < z.size(); ++i) add_variation(g, z[i], r[i], &variation, &mass);
+  CHECK(variation > 0.1f && mass > variation);
+  for (const cpu::Kernels* k : machine_kernels()) {
+    float by_vectors = NAN, mass_by_vectors = NAN;
+    k->tile_variation_row(z.data(), r.data(), 1, 0, 16, &g, &by_vectors, &mass_by_vectors);
+    CHECK(near(by_vectors, variation, 1e-5f) && near(mass_by_vectors, mass, 1e-5f));
+  }
+}
+
 TEST(vector_kernels_compute_the_shared_activations) {
   const Floats gate = normal(37, 1, 4.0f), up = normal(37, 2);
   const Floats cos = normal(18, 3), sin = normal(18, 4);
@@ -241,6 +256,13 @@ TEST(vector_kernels_compute_the_shared_activations) {
     k->swiglu_row(gate.data(), up.data(), 37, h.data());
     k->rope_row(turned.data(), cos.data(), sin.data(), 18);
     for (size_t i = 0; i < 37; ++i) CHECK(near(h[i], silu(gate[i]) * up[i], kBudget));
+    Floats d_gate(37), d_up(37);
+    k->swiglu_backward_row(gate.data(), up.data(), h.data(), 37, d_gate.data(), d_up.data());
+    for (size_t i = 0; i < 37; ++i) {
+      float to_gate = NAN, to_up = NAN;
+      silu_gradient(gate[i], up[i], h[i], &to_gate, &to_up);
+      CHECK(near(d_gate[i], to_gate, 4 * kBudget) && near(d_up[i], to_up, kBudget));
+    }
     for (size_t i = 0; i < 18; ++i) {
       float a = gate[i], b = gate[i + 18];
       rotate(cos[i], sin[i], &a, &b);

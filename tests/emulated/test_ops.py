@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignpro import native
-from gpu import calls, cases, model_cases  # noqa: F401
+from gpu import calls, cases, gradient_cases, model_cases  # noqa: F401
 
 
 def test_it_says_that_it_is_emulated():

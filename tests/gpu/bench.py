@@ -164,6 +164,56 @@ def bench_linear(limit: dict[str, float], rows: int, cols: int, n: int) -> list[
     return [row("linear", work, ours, plain, share_of_matrix_rate=share)]
 
 
+def bench_gradients(limit: dict[str, float], rows: int, cols: int, n: int) -> list[Row]:
+    """Of a linear layer and its adapter of rank 16: dx, then dA and dB."""
+    dy, w = normal(rows, n, dtype=BF16), normal(n, cols, dtype=BF16, scale=n**-0.5)
+    a, b, x = (
+        normal(16, cols, dtype=BF16),
+        normal(n, 16, dtype=BF16),
+        normal(rows, cols, dtype=BF16),
+    )
+    low, lora = calls.linear(x, a), (a, b, 0.5)
+    _, d_low = calls.linear_backward(dy, w, x, lora)
+    work = f"{rows} x {cols} x {n} bf16, rank 16"
+    ours = milliseconds(lambda: calls.linear_backward(dy, w, x, lora))
+    plain = milliseconds(lambda: dy @ w + (0.5 * dy @ b) @ a + x)
+    share = 2.0 * rows * cols * n / ours / 1e9 / limit["matrix_tflops"]
+    sums = milliseconds(lambda: calls.lora_backward(x, low, dy, d_low, 0.5))
+    plain_sums = milliseconds(lambda: (d_low.T @ x, dy.T @ low))
+    read = 2.0 * rows * (cols + n) / sums / 1e6 / limit["read_gbps"]
+    return [
+        row("linear_backward", work, ours, plain, share_of_matrix_rate=share),
+        row("lora_backward", work, sums, plain_sums, share_of_bandwidth=read),
+    ]
+
+
+def bench_attention_backward(limit: dict[str, float], sequences: int, length: int) -> list[Row]:
+    heads, kv_heads, d = 32, 8, 128
+    shape = calls.attention_shape(heads, kv_heads, d)
+    rows, blocks = sequences * length, length // 16
+    kv = normal(sequences * blocks, kv_heads, 2, 16, d, dtype=BF16)
+    table = torch.arange(len(kv), device="cuda", dtype=torch.int32).reshape(sequences, blocks)
+    qkv = normal(rows, (heads + 2 * kv_heads) * d, dtype=BF16)
+    dout = normal(rows, heads * d, dtype=BF16)
+    segments = torch.tensor(
+        [[s * length, length, 0] for s in range(sequences)], dtype=torch.int32, device="cuda"
+    )
+    out, lse = calls.attention_prefill(qkv, shape, segments, length, table, kv, heads, d)
+    d_qkv, memory = (
+        torch.empty_like(qkv),
+        calls.workspace(calls.cuda.attention_backward_bytes(shape, rows)),
+    )
+    ours = milliseconds(
+        lambda: calls.cuda.attention_backward(
+            qkv, shape, out, dout, lse, segments, length, None, None, table, kv, d_qkv, memory,
+            calls.stream(),
+        )
+    )  # fmt: skip
+    share = 5.0 * rows * length * heads * d / ours / 1e9 / limit["matrix_tflops"]  # of 5 products
+    work = f"{sequences} x {length} positions, {heads}/{kv_heads} heads of {d}, bf16, a layer"
+    return [row("attention_backward", work, ours, None, share_of_matrix_rate=share)]
+
+
 def bench_rows(limit: dict[str, float]) -> list[Row]:
     x, weight = normal(16384, 4096, dtype=BF16), normal(4096, dtype=BF16)
     gate_up = normal(16384, 2 * 8192, dtype=BF16)
@@ -216,6 +266,8 @@ def main(out: str, table: str) -> int:
         lambda: bench_attention(limit, 64, 1024),
         lambda: bench_attention(limit, 1, 8192),
         lambda: bench_prefill(limit, 8, 2048),
+        lambda: bench_gradients(limit, 8192, 4096, 4096),
+        lambda: bench_attention_backward(limit, 8, 1024),
         lambda: bench_sample(limit, 64, 4096, 131072),
         lambda: bench_logprob(limit, 8192, 4096, 131072),
         lambda: bench_decode(limit),

@@ -142,6 +142,29 @@ def attention_prefill(
     return out, lse
 
 
+def linear_backward(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    lora: tuple[torch.Tensor, torch.Tensor, float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx and d_low; lora: A [rank, in], B [out, rank], scale."""
+    dx = poisoned(*residual.shape, dtype=dy.dtype)
+    d_low = poisoned(len(dy), len(lora[0]), dtype=dy.dtype)
+    cuda.linear_backward(dy, weight, residual, *lora, d_low, dx, stream())
+    return dx, d_low
+
+
+def lora_backward(
+    x: torch.Tensor, lora_x: torch.Tensor, dy: torch.Tensor, d_low: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rank, inputs, outputs = d_low.shape[1], x.shape[1], dy.shape[1]
+    d_a, d_b = poisoned(rank, inputs), poisoned(outputs, rank)
+    memory = workspace(cuda.lora_backward_bytes(len(x), inputs, outputs, rank))
+    cuda.lora_backward(x, lora_x, dy, d_low, scale, d_a, d_b, memory, stream())
+    return d_a, d_b
+
+
 class LinearLogprob:
     """Forward and backward over one set of inputs; keeps outputs and workspaces between calls."""
 
@@ -168,6 +191,14 @@ class LinearLogprob:
         cuda.linear_logprob(*self.inputs, self.forward_out, self.memory, stream())
         return self.forward_out
 
+    def total_variation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """TV(p, q) and the mass of p where p > q, after forward."""
+        rows, vocab = len(self.inputs[0]), len(self.inputs[1])
+        tv, above = poisoned(rows), poisoned(rows)
+        memory = workspace(cuda.total_variation_bytes(rows, vocab))
+        cuda.total_variation(*self.inputs, self.forward_out, tv, above, memory, stream())
+        return tv, above
+
     def backward(
         self, upstream: dict[str, torch.Tensor], want_weight: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -191,17 +222,26 @@ class LinearLogprob:
         return self.d_hidden, self.d_weight
 
 
-def sample_rows(rows: list[tuple[float, float]]) -> torch.Tensor:
-    """(uniform, temperature) of each row, as the engine's bytes."""
-    packed = b"".join(struct.pack("<df4x", *row) for row in rows)
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).reshape(-1, 16).to(DEVICE)
+def sample_rows(
+    rows: list[tuple[float, float]],
+    truncated: list[tuple[int, float, float, int, int]] | None = None,
+) -> torch.Tensor:
+    """(uniform, temperature) of each row, and (top_k, top_p, min_p, ban_begin, ban_count), as the
+    engine's bytes."""
+    limits = truncated or [(0, 1.0, 0.0, 0, 0)] * len(rows)
+    packed = b"".join(
+        struct.pack("<dfiffii", *row, *limit) for row, limit in zip(rows, limits, strict=True)
+    )
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).reshape(-1, 32).to(DEVICE)
 
 
 def head_sample(
-    hidden: torch.Tensor, head: torch.Tensor, rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: torch.Tensor, head: torch.Tensor, rows: torch.Tensor, banned: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Tokens, log-probabilities and, where banned is given, the mass that truncation kept."""
     tokens = torch.full((len(hidden),), -7, dtype=torch.int32, device=DEVICE)
     logprobs = poisoned(len(hidden))
-    memory = workspace(cuda.head_sample_bytes(len(hidden), len(head)))
-    cuda.head_sample(hidden, head, rows, tokens, logprobs, memory, stream())
-    return tokens, logprobs
+    kept = None if banned is None else poisoned(len(hidden))
+    memory = workspace(cuda.head_sample_bytes(len(hidden), len(head), kept is not None))
+    cuda.head_sample(hidden, head, rows, tokens, logprobs, banned, kept, memory, stream())
+    return tokens, logprobs, kept

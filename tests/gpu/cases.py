@@ -300,6 +300,7 @@ def logprob_truth(
         "kl": (p * (logp - logq)).sum(1),
         "reverse_kl": (q * (logq - logp)).sum(1),
         "reference_logprob": logq.gather(1, at)[:, 0],
+        "total_variation": (p - q).clamp_min(0).sum(1),
     }
 
 
@@ -322,7 +323,7 @@ def linear_logprob() -> Measured:
                     w[:, 0] = 1.0
                 tokens = torch.randint(0, vocab, (rows,), dtype=torch.int32, device=DEVICE)
                 op = calls.LinearLogprob(h, w, tokens, 0.8, ref)
-                got = op.forward()
+                got = op.forward() | {"total_variation": op.total_variation()[0]}
                 truth = logprob_truth(
                     log_softmax(h.double(), w.double(), 0.8),
                     log_softmax(ref.double(), w.double(), 0.8),
@@ -340,9 +341,10 @@ def linear_logprob() -> Measured:
                     rounding = 2**-10 * (rows * cols) ** 0.5 / float(value.norm())
                     budget = max(2 * error(plain[key], value), 1e-5, rounding if offset else 0.0)
                     measured.append((f"{name} {key}", error(got[key], value), budget))
-                last = calls.LinearLogprob(
+                one = calls.LinearLogprob(
                     h[-1:].contiguous(), w, tokens[-1:].contiguous(), 0.8, ref[-1:].contiguous()
-                ).forward()
+                )
+                last = one.forward() | {"total_variation": one.total_variation()[0]}
                 for key in truth:
                     alone = differing(last[key], got[key][-1:])
                     measured.append((f"{name} {key} alone", alone, 0.0))
@@ -379,10 +381,11 @@ def linear_logprob_backward() -> Measured:
             h, ref = normal(rows, cols, dtype=dtype), normal(rows, cols, dtype=dtype)
             w = normal(vocab, cols, dtype=dtype, scale=2.0 * cols**-0.5)
             tokens = torch.randint(0, vocab, (rows,), dtype=torch.int32, device=DEVICE)
-            names = ("logprob", "entropy", "kl", "reverse_kl")
+            names = ("logprob", "entropy", "kl", "reverse_kl", "total_variation")
             upstream = {name: normal(rows) for name in names}
             op = calls.LinearLogprob(h, w, tokens, 0.8, ref)
             op.forward()
+            _, upstream["mass_above"] = op.total_variation()
             got = [g.clone() for g in op.backward(upstream) if g is not None]
             gradients = []
             for of in (torch.float64, dtype):
@@ -410,10 +413,10 @@ def head_sample() -> Measured:
         rows, vocab, cols = sizes((200, 5003, 256), (20, 300, 40))
         h, w = normal(rows, cols, dtype=dtype), normal(vocab, cols, dtype=dtype, scale=0.1)
         uniforms = torch.rand(rows, dtype=torch.float64).tolist()
-        keys = [(u, (0.0, 0.7, 1.0)[i % 3]) for i, u in enumerate(uniforms)]
-        packed = calls.sample_rows(keys)
-        tokens, logprobs = calls.head_sample(h, w, packed)
-        greedy = torch.tensor([d[1] == 0.0 for d in keys], device=DEVICE)
+        draws = [(u, (0.0, 0.7, 1.0)[i % 3]) for i, u in enumerate(uniforms)]
+        packed = calls.sample_rows(draws)
+        tokens, logprobs, _ = calls.head_sample(h, w, packed)
+        greedy = torch.tensor([d[1] == 0.0 for d in draws], device=DEVICE)
         logits = h.double() @ w.double().T
         best = logits.max(1).values - logits.gather(1, tokens.long()[:, None])[:, 0]
         measured.append((f"{dtype} greedy", float(best[greedy].max()), 1e-3))
@@ -431,8 +434,48 @@ def head_sample() -> Measured:
         return measured
     h, w = normal(1, 64), normal(300, 64, scale=0.2)
     many = calls.sample_rows([(u, 1.0) for u in torch.rand(draws, dtype=torch.float64).tolist()])
-    tokens, _ = calls.head_sample(h.expand(draws, 64).contiguous(), w, many)
+    tokens, _, _ = calls.head_sample(h.expand(draws, 64).contiguous(), w, many)
     expected = draws * log_softmax(h.double(), w.double(), 1.0)[0].exp()
     counts = torch.bincount(tokens.long(), minlength=300).double()
     chi = float(((counts - expected) ** 2 / expected).sum() / 299)
     return [*measured, ("chi-square per degree of freedom", chi, 1.35)]
+
+
+@case
+def head_sample_truncated() -> Measured:
+    """Every draw lies in the set that sorting by float64 keeps, and so does its mass."""
+    measured: Measured = []
+    rows, vocab, cols = 200, 5003, 256
+    limits = [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (50, 0.5, 0.0), (0, 1.0, 0.05)]
+    for dtype in DTYPES:
+        h, w = normal(rows, cols, dtype=dtype), normal(vocab, cols, dtype=dtype, scale=0.1)
+        p = torch.softmax(h.double() @ w.double().T / 0.8, dim=1)
+        best = p[:, :].argmax(1).to(torch.int32)  # each row may not draw its best token
+        chosen = [(*limits[i % 5], i, i % 2) for i in range(rows)]
+        draws = calls.sample_rows(
+            [(u, 0.8) for u in torch.rand(rows, dtype=torch.float64).tolist()], chosen
+        )
+        tokens, logprobs, kept = calls.head_sample(h, w, draws, best)
+        assert kept is not None
+        outside, mass = 0.0, []
+        for i, (top_k, top_p, min_p, _, bans) in enumerate(chosen):
+            q = p[i].clone()
+            if bans:
+                q[best[i]] = 0.0
+            order = q.argsort(descending=True)
+            if top_k:
+                q[order[top_k:]] = 0.0
+            before = q[order].cumsum(0) - q[order]
+            if top_p < 1.0:
+                q[order[before >= top_p * q.sum()]] = 0.0
+            q[q < min_p * q.max()] = 0.0
+            outside += float(q[int(tokens[i])] == 0.0)
+            mass.append(q.sum())
+        measured.append((f"{dtype} drawn outside", outside, 0.0))
+        truth = torch.stack(mass)
+        # A token at the edge may fall to either side of it in float32.
+        measured.append((f"{dtype} kept mass", error(kept, truth), 2e-3))
+        scored = calls.LinearLogprob(h, w, tokens, 0.8).forward()
+        bits = differing(scored["logprob"], logprobs)
+        measured.append((f"{dtype} sampled minus scored", bits, 0.0))
+    return measured

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gpu import cases, model_cases  # noqa: F401  (registers its cases)
+from gpu import cases, gradient_cases, model_cases  # noqa: F401  (register their cases)
 
 
 def main(out: str, *names: str) -> int:

@@ -19,6 +19,12 @@ CASES = (
     "linear_logprob_at_the_edges",
     "linear_logprob_backward",
     "head_sample",
+    "head_sample_truncated",
+    "rms_norm_backward",
+    "swiglu_backward",
+    "rope_backward",
+    "linear_backward",
+    "attention_backward",
     "model_generates",
 )
 
@@ -27,13 +33,13 @@ CASES = (
 def test_case(name):
     if not native.core.cuda.is_available():
         pytest.skip(f"GPU: {native.core.cuda.unavailable_reason()}")
-    from gpu import cases, model_cases  # noqa: F401
+    from gpu import cases, gradient_cases, model_cases  # noqa: F401
 
     (case,) = (c for c in cases.CASES if c.__name__ == name)
     assert [m for m in case() if not m[1] <= m[2]] == []
 
 
 def test_every_case_is_named():
-    from gpu import cases, model_cases  # noqa: F401
+    from gpu import cases, gradient_cases, model_cases  # noqa: F401
 
     assert tuple(c.__name__ for c in cases.CASES) == CASES

@@ -24,9 +24,20 @@ CALLS = {
     "qk_norm": "qkv shape q_weight k_weight eps stream",
     "rope_kv_write": "qkv shape cos sin positions blocks kv stream",
     "attention_decode": ("qkv shape positions block_table max_positions kv workspace out stream"),
+    "attention_prefill": "qkv shape segments max_rows block_table kv out lse stream",
+    "rms_norm_backward": "x weight eps dy dx stream",
+    "swiglu_backward": "gate_up dh d_gate_up stream",
+    "rope_backward": "d_qkv shape cos sin positions stream",
+    "linear_backward": "dy weight residual lora_down lora_up lora_scale d_low dx stream",
+    "lora_backward": "x lora_x dy d_low lora_scale d_a d_b workspace stream",
+    "attention_backward": (
+        "qkv shape out dout lse segments max_rows viewer_begin viewers block_table kv d_qkv "
+        "workspace stream"
+    ),
     "linear_logprob": LOGPROB + "workspace stream",
+    "total_variation": LOGPROB + "total_variation mass_above workspace stream",
     "linear_logprob_backward": LOGPROB + "upstream d_hidden d_weight workspace stream",
-    "head_sample": "hidden head rows tokens logprobs workspace stream",
+    "head_sample": "hidden head rows tokens logprobs banned kept_mass workspace stream",
 }
 
 
@@ -38,6 +49,7 @@ def arguments(op: str) -> dict[str, object]:
         "lora_scale": 1.0,
         "stream": 0,
         "max_positions": 16,
+        "max_rows": 16,
         "forward": {},
         "upstream": {},
         "shape": native.core.cuda.AttentionShape(2, 1, 8, 0, 1.0),

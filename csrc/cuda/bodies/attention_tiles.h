@@ -61,21 +61,26 @@ ALIGNPRO_BODY void copy_key_tile(Block& block, const KeySource<T>& from, int64_t
   }
 }
 
-// A warp's 16 query rows: in registers for the tensor cores, in shared memory for FMA.
-template <typename T, int kDim>
+// A warp's 16 query rows: for the tensor cores in registers (kKept) or read again each time, in
+// shared memory for FMA.
+template <typename T, int kDim, bool kKept = true>
 struct Queries;
 
-template <int kDim>
-struct Queries<Bfloat16, kDim> {
-  uint32_t part[kDim / 16][4];
+template <int kDim, bool kKept>
+struct Queries<Bfloat16, kDim, kKept> {
+  uint32_t part[kKept ? kDim / 16 : 1][4];
+  const Bfloat16* own;
 
   // rows: KeyTile::kLength apart.
   template <typename Block>
   ALIGNPRO_BODY void load(Block& block, const Bfloat16* rows) {
     const int lane = block.thread() % kWarp;
     const Bfloat16* at = rows + lane % 16 * KeyTile<Bfloat16, kDim>::kLength + lane / 16 * 8;
+    own = at;
+    if constexpr (kKept) {
 #pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) block.load_matrices(part[k], at + 16 * k);
+      for (int k = 0; k < kDim / 16; ++k) block.load_matrices(part[k], at + 16 * k);
+    }
   }
   // Products with 8 kCount keys, each in ascending order of the lanes of a head.
   template <int kCount, typename Block>
@@ -88,7 +93,8 @@ struct Queries<Bfloat16, kDim> {
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[j][e] = 0.0f;
     }
-#pragma unroll
+    [[maybe_unused]] constexpr int kUnroll = kKept ? kDim / 32 : 1;  // registers are short where they are not kept
+#pragma unroll kUnroll
     for (int k = 0; k < kDim / 32; ++k) {
       uint32_t right[kCount][4];
 #pragma unroll
@@ -97,17 +103,24 @@ struct Queries<Bfloat16, kDim> {
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        uint32_t left[4];
+        if constexpr (kKept) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) left[i] = part[2 * k + half][i];
+        } else {
+          block.load_matrices(left, own + 16 * (2 * k + half));
+        }
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          block.multiply(s[j], part[2 * k + half], right[j][2 * half], right[j][2 * half + 1]);
+          block.multiply(s[j], left, right[j][2 * half], right[j][2 * half + 1]);
         }
       }
     }
   }
 };
 
-template <int kDim>
-struct Queries<float, kDim> {
+template <int kDim, bool kKept>
+struct Queries<float, kDim, kKept> {
   const float* rows;
 
   template <typename Block>
@@ -166,8 +179,9 @@ struct KeyWeights<Bfloat16, kDim> {
 #pragma unroll
     for (int t = 0; t < Tile::kKeys / 16; ++t) block.load_matrices(part[t], at + 16 * t);
   }
-  // out[c] += of columns 16 (first + kStep c), and the sum of the weights to sum[0], sum[2].
-  template <int kCount, int kStep, typename Block>
+  // out[c] += of columns 16 (first + kStep c), and the sum of the weights, if wanted, to sum[0] and
+  // sum[2].
+  template <int kCount, int kStep, bool kSum = true, typename Block>
   ALIGNPRO_BODY void multiply(Block& block, const Bfloat16* values, int first,
                               float (&out)[kCount][2][4], float (&sum)[4]) const {
     constexpr uint32_t kOnes = 0x3f803f80u;
@@ -175,7 +189,7 @@ struct KeyWeights<Bfloat16, kDim> {
     const Bfloat16* at = values + lane % 16 * Tile::kLength + lane / 16 * 8 + 16 * first;
 #pragma unroll
     for (int t = 0; t < Tile::kKeys / 16; ++t) {
-      block.multiply(sum, part[t], kOnes, kOnes);
+      if constexpr (kSum) block.multiply(sum, part[t], kOnes, kOnes);
 #pragma unroll
       for (int c = 0; c < kCount; ++c) {
         if (first + kStep * c >= kDim / 16) break;
@@ -211,7 +225,7 @@ struct KeyWeights<float, kDim> {
   ALIGNPRO_BODY void load(Block&, const float* from) {
     rows = from;
   }
-  template <int kCount, int kStep, typename Block>
+  template <int kCount, int kStep, bool kSum = true, typename Block>
   ALIGNPRO_BODY void multiply(Block& block, const float* values, int first,
                               float (&out)[kCount][2][4], float (&sum)[4]) const {
     const int lane = block.thread() % kWarp;
@@ -219,7 +233,9 @@ struct KeyWeights<float, kDim> {
 #pragma unroll 2
     for (int key = 0; key < Tile::kKeys; ++key) {
       const float p[2] = {own[key], own[8 * Tile::kWeights + key]};
-      for (int h = 0; h < 2; ++h) sum[2 * h] += p[h];
+      if constexpr (kSum) {
+        for (int h = 0; h < 2; ++h) sum[2 * h] += p[h];
+      }
 #pragma unroll
       for (int c = 0; c < kCount; ++c) {
         if (first + kStep * c >= kDim / 16) break;

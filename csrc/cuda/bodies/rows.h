@@ -1,9 +1,10 @@
 #pragma once
 
-// Ops of one row by one block: embedding, rms_norm, swiglu, rope_kv_write.
+// Ops of one row by one block: embedding, rms_norm, swiglu, rope_kv_write, and backwards.
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "alignpro/ops/kv_view.h"
 #include "alignpro/ops/shared/activation.h"
@@ -17,8 +18,9 @@ struct Rows {
   T* data;
   int64_t ld;
 
-  ALIGNPRO_HOST_DEVICE Pack<T>* packs(int64_t row) const {
-    return reinterpret_cast<Pack<T>*>(data + row * ld);
+  using Packs = std::conditional_t<std::is_const_v<T>, const Pack<std::remove_const_t<T>>, Pack<T>>;
+  ALIGNPRO_HOST_DEVICE Packs* packs(int64_t row) const {
+    return reinterpret_cast<Packs*>(data + row * ld);
   }
 };
 
@@ -66,6 +68,59 @@ ALIGNPRO_BODY void swiglu_row(Block& block, int64_t row, int64_t n, Rows<T> gate
       result.value[k] = stored<T>(ops::silu(to_float(gate.value[k])) * to_float(up.value[k]));
     }
     h.packs(row)[i] = result;
+  }
+}
+
+template <typename T, typename Block>
+ALIGNPRO_BODY void swiglu_backward_row(Block& block, int64_t row, int64_t n, Rows<const T> gate_up,
+                                       Rows<const T> dh, Rows<T> d_gate_up) {
+  const int64_t packs = n / Pack<T>::kSize;
+  for (int64_t i = block.thread(); i < packs; i += block.threads()) {
+    const Pack<T> gate = gate_up.packs(row)[i], up = gate_up.packs(row)[packs + i];
+    const Pack<T> d = dh.packs(row)[i];
+    Pack<T> d_gate, d_up;
+    for (int k = 0; k < Pack<T>::kSize; ++k) {
+      float to_gate, to_up;
+      ops::silu_gradient(to_float(gate.value[k]), to_float(up.value[k]), to_float(d.value[k]),
+                         &to_gate, &to_up);
+      d_gate.value[k] = stored<T>(to_gate);
+      d_up.value[k] = stored<T>(to_up);
+    }
+    d_gate_up.packs(row)[i] = d_gate;
+    d_gate_up.packs(row)[packs + i] = d_up;
+  }
+}
+
+// dx += (w dy - x f^2 mean(w dy x)) f, with the row's factor f computed again.
+template <typename T, typename Block>
+ALIGNPRO_BODY void rms_norm_backward_row(Block& block, int64_t row, int64_t cols, Rows<const T> x,
+                                         const T* weight, float eps, Rows<const T> dy, Rows<T> dx,
+                                         float* scratch) {
+  const int64_t packs = cols / Pack<T>::kSize;
+  float sum = 0.0f, dot = 0.0f;
+  for (int64_t i = block.thread(); i < packs; i += block.threads()) {
+    const Pack<T> pack = x.packs(row)[i], d = dy.packs(row)[i];
+    const Pack<T> w = reinterpret_cast<const Pack<T>*>(weight)[i];
+    for (int k = 0; k < Pack<T>::kSize; ++k) {
+      const float value = to_float(pack.value[k]);
+      sum = std::fma(value, value, sum);
+      dot = std::fma(to_float(w.value[k]) * to_float(d.value[k]), value, dot);
+    }
+  }
+  sum = reduce_block(block, sum, scratch, Add());
+  dot = reduce_block(block, dot, scratch, Add());
+  const auto n = static_cast<float>(cols);
+  const float factor = 1.0f / std::sqrt(sum / n + eps), back = factor * factor * (dot / n);
+  for (int64_t i = block.thread(); i < packs; i += block.threads()) {
+    const Pack<T> pack = x.packs(row)[i], d = dy.packs(row)[i];
+    const Pack<T> w = reinterpret_cast<const Pack<T>*>(weight)[i];
+    Pack<T> result = dx.packs(row)[i];
+    for (int k = 0; k < Pack<T>::kSize; ++k) {
+      const float value =
+          std::fma(-back, to_float(pack.value[k]), to_float(w.value[k]) * to_float(d.value[k]));
+      result.value[k] = stored<T>(std::fma(factor, value, to_float(result.value[k])));
+    }
+    dx.packs(row)[i] = result;
   }
 }
 
@@ -119,6 +174,22 @@ ALIGNPRO_BODY void rope_kv_write_row(Block& block, int64_t row, const RopeKvWrit
   const T* values = from + (args.num_heads + args.num_kv_heads) * d;
   for (int64_t i = block.thread(); i < args.num_kv_heads * d; i += block.threads()) {
     args.kv.value(to_block, i / d, slot)[i % d] = values[i];
+  }
+}
+
+// Turns the first `heads` heads of a row back: the gradient of their rotation.
+template <typename T, typename Block>
+ALIGNPRO_BODY void rope_backward_row(Block& block, int64_t row, Rows<T> d_qkv, int64_t heads,
+                                     int64_t head_dim, int64_t rotary_dim, const float* cos,
+                                     const float* sin, const int32_t* positions) {
+  const int64_t half = rotary_dim / 2, at = positions[row] * half;
+  for (int64_t i = block.thread(); i < heads * half; i += block.threads()) {
+    const int64_t lane = i % half;
+    T* x = d_qkv.data + row * d_qkv.ld + i / half * head_dim;
+    float a = to_float(x[lane]), b = to_float(x[lane + half]);
+    ops::rotate(cos[at + lane], -sin[at + lane], &a, &b);
+    x[lane] = stored<T>(a);
+    x[lane + half] = stored<T>(b);
   }
 }
 

@@ -54,12 +54,13 @@ ALIGNPRO_BODY void tile_logits(Block& block, const Vocabulary<T>& v, int64_t row
 }
 
 // Statistics of rows [row, row + 128) over tokens [128 tile, 128 tile + 128): stats [rows][tiles],
-// and the logits of the rows' own tokens where they lie in the tile. draws: whose temperatures
+// and the logits of the rows' own tokens where they lie in the tile; all logits where wanted,
+// [rows][tiles][kTile]. draws: whose temperatures
 // count instead of v's, or null. first_row: of stats.
 template <bool kRef, typename T, typename Block>
 ALIGNPRO_BODY void tile_stats(Block& block, const Vocabulary<T>& v, const SampleRow* draws,
                               int64_t row, int64_t tile, int64_t first_row, ops::TileStats* stats,
-                              float* logit, float* ref_logit, void* shared) {
+                              float* logit, float* ref_logit, float* logits, void* shared) {
   Sums z, r;
   const int64_t token = tile * kTile, tiles = vocabulary_tiles(v.weight.rows);
   tile_logits<kRef>(block, v, row, token, shared, z, r);
@@ -69,6 +70,12 @@ ALIGNPRO_BODY void tile_stats(Block& block, const Vocabulary<T>& v, const Sample
       if (row + m < v.hidden.rows && token + c < v.weight.rows) {
         z[i][j][e] *= inverse_temperature(draws[row + m]);
       }
+    });
+  }
+  if (logits != nullptr) {
+    for_share(share, [&](int m, int c, int i, int j, int e) {
+      if (row + m >= v.hidden.rows) return;
+      logits[((row - first_row + m) * tiles + tile) * kTile + c] = z[i][j][e];
     });
   }
   if (v.tokens != nullptr) {
@@ -200,6 +207,8 @@ ALIGNPRO_HOST_DEVICE inline ops::RowGradient row_gradient(int64_t row, bool with
   g.kl = given(forward.kl);
   g.d_kl = given(upstream.kl);
   g.d_reverse_kl = given(upstream.reverse_kl);
+  g.d_total_variation = given(upstream.total_variation);
+  g.mass_above = given(upstream.mass_above);
   return g;
 }
 
@@ -221,6 +230,64 @@ ALIGNPRO_BODY void tile_gradient(Block& block, const Vocabulary<T>& v,
     if (g.token == token + c) d += g.d_logprob;
     dz[(row + m) * ld + token - first_token + c] = stored<T>(d * v.inv_temperature);
   });
+}
+
+// What a tile holds of a row's total variation.
+struct VariationPart {
+  float variation, mass_above;
+};
+
+// parts [rows][tiles] of rows [row, row + 128), given the rows' normalisers; summed as tile_stats.
+template <typename T, typename Block>
+ALIGNPRO_BODY void tile_variation(Block& block, const Vocabulary<T>& v,
+                                  const ops::RowGradient* gradients, int64_t row, int64_t tile,
+                                  int64_t first_row, VariationPart* parts, void* shared) {
+  Sums z, r;
+  tile_logits<true>(block, v, row, tile * kTile, shared, z, r);
+  const Share share(block.thread());
+  auto* own = static_cast<VariationPart(*)[4]>(shared);
+#pragma unroll
+  for (int at = 0; at < 8; ++at) {
+    const int i = at / 2, h = at % 2, m = share.row + 16 * i + 8 * h;
+    VariationPart part = {0.0f, 0.0f};
+    if (row + m < v.hidden.rows) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        ops::add_variation(gradients[row + m], z[i][k / 2][2 * h + k % 2],
+                           r[i][k / 2][2 * h + k % 2], &part.variation, &part.mass_above);
+      }
+    }
+    part.variation = reduce_lanes(block, part.variation, 4, Add());
+    part.mass_above = reduce_lanes(block, part.mass_above, 4, Add());
+    if (block.thread() % 4 == 0) own[m][share.warp_column] = part;
+  }
+  block.sync();
+  const int m = block.thread();
+  if (m >= kTile || row + m >= v.hidden.rows) return;
+  VariationPart all = own[m][0];
+  for (int w = 1; w < 4; ++w) {
+    all.variation += own[m][w].variation;
+    all.mass_above += own[m][w].mass_above;
+  }
+  parts[(row - first_row + m) * vocabulary_tiles(v.weight.rows) + tile] = all;
+}
+
+// parts: of the row. NaN where a softmax is not finite.
+template <typename Block>
+ALIGNPRO_BODY void finish_variation_row(Block& block, int64_t row, const VariationPart* parts,
+                                        int64_t tiles, const LogprobOutput& forward, float* tv,
+                                        float* mass_above, RowShared& shared) {
+  double variation = 0.0, mass = 0.0;
+  for (int64_t t = block.thread(); t < tiles; t += block.threads()) {
+    variation += parts[t].variation;
+    mass += parts[t].mass_above;
+  }
+  variation = reduce_block(block, variation, shared.doubles, Add());
+  mass = reduce_block(block, mass, shared.doubles, Add());
+  if (block.thread() != 0) return;
+  const bool valid = std::isfinite(forward.lse[row]) && std::isfinite(forward.ref_lse[row]);
+  tv[row] = valid ? static_cast<float>(variation < 1.0 ? variation : 1.0) : NAN;
+  mass_above[row] = valid ? static_cast<float>(mass) : NAN;
 }
 
 // A draw from a row whose tiles are measured: the tile by inversion over tiles, then its logits

@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kTruncatedRows = 16;
 
 bool is_truncated(const SampleRow& row) {
-  return row.temperature > 0.0f &&
-         (row.top_k > 0 || row.top_p < 1.0f || row.min_p > 0.0f || !row.banned.empty());
+  return truncates(row.temperature, row.top_k, row.top_p, row.min_p,
+                   static_cast<int64_t>(row.banned.size()));
 }
 
 float inverse_temperature(const SampleRow& row) {
@@ -136,7 +136,7 @@ SampledToken draw_truncated(const SampleRow& row, const RowStats& stats, int64_t
   if (row.top_p < 1.0f) kept.resize(nucleus(kept, row.top_p * mass_of(), stats.lse));
   if (row.min_p > 0.0f) {
     const float best = std::min_element(kept.begin(), kept.end(), better)->z;
-    const double floor = best + std::log(double{row.min_p});
+    const double floor = min_p_floor(best, row.min_p);
     std::erase_if(kept, [&](const Candidate& c) { return c.z < floor; });
   }
   const double mass = mass_of();

@@ -152,6 +152,15 @@ ALIGNPRO_HOST_DEVICE inline float logit_gradient(const RowGradient& g, bool with
   return std::fma(p, where_weighted(p, factor), extra);
 }
 
+// What one logit adds to sum max(0, p - q) and to the mass of p where p > q.
+ALIGNPRO_HOST_DEVICE inline void add_variation(const RowGradient& s, float z, float ref_z,
+                                               float* variation, float* mass_above) {
+  const float p = std::exp(z - s.lse - s.lse_low);
+  const float more = p - std::exp(ref_z - s.ref_lse - s.ref_lse_low);
+  *variation += more > 0.0f ? more : 0.0f;
+  *mass_above += more > 0.0f ? p : 0.0f;
+}
+
 // The normaliser as RowGradient holds it.
 ALIGNPRO_HOST_DEVICE inline void split_lse(double lse, float* high, float* low) {
   *high = static_cast<float>(lse);

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
+#include "alignpro/core/float_bits.h"
 #include "alignpro/core/host_device.h"
 
 namespace alignpro::ops {
@@ -25,6 +27,31 @@ ALIGNPRO_HOST_DEVICE int64_t invert(int64_t count, double target, const Mass& ma
   }
   if (below != nullptr) *below = before;
   return last;
+}
+
+// Whether a draw is truncated: by bans alone where it is greedy.
+ALIGNPRO_HOST_DEVICE inline bool truncates(float temperature, int32_t top_k, float top_p,
+                                           float min_p, int64_t bans) {
+  return bans > 0 || (temperature > 0.0f && (top_k > 0 || top_p < 1.0f || min_p > 0.0f));
+}
+
+// The least logit that min_p > 0 leaves beside the best.
+ALIGNPRO_HOST_DEVICE inline double min_p_floor(float best, float min_p) {
+  return best + std::log(static_cast<double>(min_p));
+}
+
+// Keys in the order of preference, larger is better: larger logit first, lower id on a tie.
+// token < 2^20.
+ALIGNPRO_HOST_DEVICE inline uint64_t preference_key(float z, int64_t token) {
+  const uint32_t bits = bits_of(z + 0.0f);  // -0 is 0
+  const uint32_t ordered = (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+  return static_cast<uint64_t>(ordered) << 20 | (0xfffffu - static_cast<uint64_t>(token));
+}
+
+// A probability in units of 2^-62: sums of a whole vocabulary fit, and are exact in any order.
+inline constexpr double kIntegerMassUnit = 0x1p-62;
+ALIGNPRO_HOST_DEVICE inline uint64_t integer_mass(float z, double lse) {
+  return static_cast<uint64_t>(std::exp(static_cast<float>(z - lse)) * 0x1p62f);
 }
 
 }  // namespace alignpro::ops
