@@ -20,7 +20,6 @@ namespace alignpro::cuda {
 
 inline constexpr int kAttentionChunk = 512;
 inline constexpr int kQueryRows = 16;  // of a warp
-inline constexpr int kMaxHeadDim = 128;
 
 // K or V of some positions in shared memory; kDim is head_dim and zeros. Rows are a Pack longer
 // than they need be: eight of them then lie in different banks.
