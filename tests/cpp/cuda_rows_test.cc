@@ -157,13 +157,13 @@ void check_attention(const Heads& heads, const std::vector<int32_t>& positions, 
                                 partial.data(),
                                 chunks,
                                 {out.data(), q_heads * d}};
-  static DecodeShared<T, kMaxHeadDim> memory;
+  static DecodeShared<T, 128> memory;
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t head = 0; head < heads.kv_heads; ++head) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         std::memset(&memory, 0xff, sizeof memory);
         HostBlock::run(kDecodeThreads, seed + static_cast<uint32_t>(row), [&](HostBlock& block) {
-          attention_decode_chunk<kMaxHeadDim>(block, row, head, 0, chunk, args, memory);
+          attention_decode_chunk<128>(block, row, head, 0, chunk, args, memory);
         });
       }
       HostBlock::run(64, seed,

@@ -93,7 +93,8 @@ struct Queries<Bfloat16, kDim, kKept> {
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[j][e] = 0.0f;
     }
-    [[maybe_unused]] constexpr int kUnroll = kKept ? kDim / 32 : 1;  // registers are short where they are not kept
+    // Registers are short where they are not kept.
+    [[maybe_unused]] constexpr int kUnroll = kKept ? kDim / 32 : 1;
 #pragma unroll kUnroll
     for (int k = 0; k < kDim / 32; ++k) {
       uint32_t right[kCount][4];
