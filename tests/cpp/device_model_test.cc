@@ -307,18 +307,6 @@ SLOW_TEST(more_adapters_than_are_kept) {
 TEST(what_a_device_cannot_do_is_refused_by_name) {
   const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
-  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 8));
-  const auto bad = [&](auto change, const char* text) {
-    engine::SamplingParams params;
-    change(params);
-    CHECK_THROWS(engine.submit({1}, params, nullptr), InvalidArgument, text);
-  };
-  bad([](engine::SamplingParams& p) { p.top_k = 5; }, "top_k: not on device cuda yet");
-  bad([](engine::SamplingParams& p) { p.top_p = 0.9f; }, "top_p: not on device cuda yet");
-  bad([](engine::SamplingParams& p) { p.min_p = 0.1f; }, "min_p: not on device cuda yet");
-  bad([](engine::SamplingParams& p) { p.min_new_tokens = 1; }, "min_new_tokens: not on device");
-  CHECK(engine.idle());
-
   ScoreRequest request;
   request.sequences = {{1, 2}};
   request.starts = {1};

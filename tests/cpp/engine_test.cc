@@ -33,7 +33,6 @@ using Handle = std::shared_ptr<Sequence>;
 
 constexpr int32_t kVocab = 97;
 constexpr int32_t kEos = 96;
-constexpr int32_t kUndrawable = 77;  // a top_k that HashModel refuses
 
 model::ModelConfig tiny_config() {
   model::ModelConfig config;
@@ -83,9 +82,6 @@ class HashModel final : public LanguageModel {
     return model::KvPool::block_bytes(config_.num_layers, 1, config_.head_dim, DType::kF32);
   }
   int64_t kv_share_bytes() const override { return int64_t{1} << 20; }
-  void require_drawable(const SamplingParams& params) const override {
-    require(params.top_k != kUndrawable, "top_k: not by this model");
-  }
   std::unique_ptr<Session> make_session(int64_t kv_blocks) const override;
 
   void forward(const model::Batch& batch, model::KvPool& kv, float* hidden) const {
@@ -606,7 +602,6 @@ TEST(bad_requests_are_refused_by_name) {
   bad([](SamplingParams& p) { p.temperature = -1; }, "temperature");
   bad([](SamplingParams& p) { p.temperature = NAN; }, "temperature");
   bad([](SamplingParams& p) { p.top_k = -1; }, "top_k");
-  bad([](SamplingParams& p) { p.top_k = kUndrawable; }, "top_k: not by this model");
   bad([](SamplingParams& p) { p.top_p = 0; }, "top_p");
   bad([](SamplingParams& p) { p.top_p = 1.5f; }, "top_p");
   bad([](SamplingParams& p) { p.min_p = -0.1f; }, "min_p");

@@ -413,10 +413,10 @@ def head_sample() -> Measured:
         rows, vocab, cols = sizes((200, 5003, 256), (20, 300, 40))
         h, w = normal(rows, cols, dtype=dtype), normal(vocab, cols, dtype=dtype, scale=0.1)
         uniforms = torch.rand(rows, dtype=torch.float64).tolist()
-        draws = [(u, (0.0, 0.7, 1.0)[i % 3]) for i, u in enumerate(uniforms)]
-        packed = calls.sample_rows(draws)
+        keys = [(u, (0.0, 0.7, 1.0)[i % 3]) for i, u in enumerate(uniforms)]
+        packed = calls.sample_rows(keys)
         tokens, logprobs, _ = calls.head_sample(h, w, packed)
-        greedy = torch.tensor([d[1] == 0.0 for d in draws], device=DEVICE)
+        greedy = torch.tensor([d[1] == 0.0 for d in keys], device=DEVICE)
         logits = h.double() @ w.double().T
         best = logits.max(1).values - logits.gather(1, tokens.long()[:, None])[:, 0]
         measured.append((f"{dtype} greedy", float(best[greedy].max()), 1e-3))
@@ -445,7 +445,7 @@ def head_sample() -> Measured:
 def head_sample_truncated() -> Measured:
     """Every draw lies in the set that sorting by float64 keeps, and so does its mass."""
     measured: Measured = []
-    rows, vocab, cols = 200, 5003, 256
+    rows, vocab, cols = sizes((200, 5003, 256), (20, 300, 40))
     limits = [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (50, 0.5, 0.0), (0, 1.0, 0.05)]
     for dtype in DTYPES:
         h, w = normal(rows, cols, dtype=dtype), normal(vocab, cols, dtype=dtype, scale=0.1)

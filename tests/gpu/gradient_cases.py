@@ -8,7 +8,7 @@ import torch
 
 from gpu import calls
 from gpu.calls import DEVICE
-from gpu.cases import DTYPES, Measured, case, differing, error, ints, normal, turned
+from gpu.cases import DTYPES, Measured, case, differing, error, ints, normal, sizes, turned
 
 
 def gradients(
@@ -99,7 +99,9 @@ def rope_backward() -> Measured:
 def linear_backward() -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
-        for rows, n, k in ((3, 576, 1536), (130, 264, 72), (2051, 1024, 512)):
+        for rows, n, k in sizes(
+            ((3, 576, 1536), (130, 264, 72), (2051, 1024, 512)), ((3, 72, 136), (130, 40, 24))
+        ):
             dy, w = normal(rows, n, dtype=dtype), normal(n, k, dtype=dtype, scale=n**-0.5)
             a, b = normal(16, k, dtype=dtype, scale=0.2), normal(n, 16, dtype=dtype, scale=0.2)
             x, residual = normal(rows, k, dtype=dtype), normal(rows, k, dtype=dtype)

@@ -30,17 +30,6 @@ int64_t DeviceModel::kv_share_bytes() const {
   return free_memory() / 2;
 }
 
-void DeviceModel::require_drawable(const engine::SamplingParams& params) const {
-  const auto plain = [](bool holds, const char* name, auto value) {
-    require(holds, name, ": not on device cuda yet, expected it off, got ", value,
-            "; leave it out or load the model with device=\"cpu\"");
-  };
-  plain(params.top_k == 0, "top_k", params.top_k);
-  plain(params.top_p == 1.0f, "top_p", params.top_p);
-  plain(params.min_p == 0.0f, "min_p", params.min_p);
-  plain(params.min_new_tokens == 0, "min_new_tokens", params.min_new_tokens);
-}
-
 std::unique_ptr<engine::Session> DeviceModel::make_session(int64_t kv_blocks) const {
   const DeviceScope scope(weights_->device);
   return std::make_unique<DeviceSession>(weights_, adapters_, kv_blocks);

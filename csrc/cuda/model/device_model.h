@@ -34,8 +34,6 @@ class DeviceModel final : public engine::LanguageModel {
   int64_t context_length() const override { return weights_->context_length; }
   int64_t kv_block_bytes() const override { return weights_->kv_block_bytes(); }
   int64_t kv_share_bytes() const override;  // half of the device's free memory
-  // No truncation, no bans.
-  void require_drawable(const engine::SamplingParams& params) const override;
   std::unique_ptr<engine::Session> make_session(int64_t kv_blocks) const override;
 
   const DeviceWeights& weights() const { return *weights_; }

@@ -7,6 +7,7 @@
 
 #include "alignpro/core/error.h"
 #include "alignpro/ops/kv_view.h"
+#include "alignpro/ops/shared/sampling.h"
 
 namespace alignpro::cuda {
 namespace {
@@ -321,20 +322,35 @@ void DeviceSession::sample(std::span<const ops::SampleRow> rows, std::span<ops::
   require(count == hidden_.rows && out.size() == rows.size(), "sample: expected ", hidden_.rows,
           " rows, those of the last forward, got ", count);
   if (count == 0) return;
+  std::vector<SampleRow> requests;
+  std::vector<int32_t> banned;
+  bool truncated = false;  // without, no logits are kept
+  for (const ops::SampleRow& row : rows) {
+    const auto bans = static_cast<int32_t>(row.banned.size());
+    requests.push_back({row.uniform, row.temperature, row.top_k, row.top_p, row.min_p,
+                        static_cast<int32_t>(banned.size()), bans});
+    banned.insert(banned.end(), row.banned.begin(), row.banned.end());
+    truncated |= ops::truncates(row.temperature, row.top_k, row.top_p, row.min_p, bans);
+  }
   Layout layout;
   const int64_t draws = layout.take(count * static_cast<int64_t>(sizeof(SampleRow)));
-  const int64_t results = layout.take(count * 8);  // tokens, then log-probabilities
-  const int64_t workspace = layout.take(head_sample_bytes(count, weights_->config.vocab_size));
+  const int64_t bans = layout.take(static_cast<int64_t>(banned.size()) * 4);
+  const int64_t results = layout.take(count * 12);  // tokens, log-probabilities, kept masses
+  const int64_t workspace =
+      layout.take(head_sample_bytes(count, weights_->config.vocab_size, truncated));
   draws_.reserve(layout.bytes());
   void* staged = staged_draws_.reserve(workspace);
-  auto* to = static_cast<SampleRow*>(staged);
-  for (const ops::SampleRow& row : rows) *to++ = {row.uniform, row.temperature};
+  std::copy(requests.begin(), requests.end(), static_cast<SampleRow*>(staged));
+  std::copy(banned.begin(), banned.end(), reinterpret_cast<int32_t*>(at(staged, bans)));
   copy_to_device(draws_.data(), staged, results, stream());
   auto* tokens = reinterpret_cast<int32_t*>(at(draws_.data(), results));
+  auto* values = reinterpret_cast<float*>(tokens + count);
+  const Truncation truncation{reinterpret_cast<const int32_t*>(at(draws_.data(), bans)),
+                              values + count};
   head_sample(hidden_, weights_->head, reinterpret_cast<const SampleRow*>(at(draws_.data(), draws)),
-              tokens, reinterpret_cast<float*>(tokens + count), at(draws_.data(), workspace),
-              stream());
-  copy_to_host(at(staged, results), tokens, count * 8, stream());
+              tokens, values, at(draws_.data(), workspace), stream(),
+              truncated ? &truncation : nullptr);
+  copy_to_host(at(staged, results), tokens, count * (truncated ? 12 : 8), stream());
   under_way_ = true;
   wait();
   const auto* drawn = reinterpret_cast<const int32_t*>(at(staged, results));
@@ -345,7 +361,7 @@ void DeviceSession::sample(std::span<const ops::SampleRow> rows, std::span<ops::
                              " has no finite softmax (NaN or infinite logits); check the weights "
                              "and the adapter"));
     }
-    out[static_cast<size_t>(i)] = {drawn[i], logprobs[i], 1.0f};
+    out[static_cast<size_t>(i)] = {drawn[i], logprobs[i], truncated ? logprobs[count + i] : 1.0f};
   }
 }
 

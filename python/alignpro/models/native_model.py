@@ -55,8 +55,7 @@ def load_model(
             `resolve.resolve_model` finds.
         threads: None takes the container's CPU quota.
         device: "cpu", or "cuda" for the current CUDA device, in a build that has CUDA. There the
-            model generates and scores, without gradients and without truncated sampling (top_k,
-            top_p, min_p) or min_new_tokens.
+            model generates and scores, without gradients.
         compute: on the CPU "float32" (the default), or "int8" for a frozen model whose speed
             matters more than the last digits: weights as stored codes (formats without an integer
             product become Q8_0), activations quantised in groups of 32. On a CUDA device

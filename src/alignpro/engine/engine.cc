@@ -166,7 +166,6 @@ std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingPa
                                          std::shared_ptr<const model::Adapter> adapter) {
   const model::ModelConfig& config = model_->config();
   validate(params);
-  model_->require_drawable(params);
   require(!tokens.empty(), "prompt: expected at least one token, got none");
   const auto check_ids = [&](const char* what, const std::vector<int32_t>& ids) {
     for (size_t i = 0; i < ids.size(); ++i) {

@@ -4,7 +4,6 @@
 #include <memory>
 #include <span>
 
-#include "alignpro/engine/sampling_params.h"
 #include "alignpro/model/batch.h"
 #include "alignpro/model/config.h"
 #include "alignpro/ops/head_sample.h"
@@ -39,8 +38,6 @@ class LanguageModel {
   virtual int64_t kv_block_bytes() const = 0;  // of kKvBlock positions, all layers
   // What a cache may take now of the memory it would lie in, where nobody says how much.
   virtual int64_t kv_share_bytes() const = 0;
-  // Throws InvalidArgument, naming the field, for a draw that sample() cannot do.
-  virtual void require_drawable(const SamplingParams&) const {}
   virtual std::unique_ptr<Session> make_session(int64_t kv_blocks) const = 0;
 };
 
