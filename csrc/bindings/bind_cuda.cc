@@ -66,14 +66,8 @@ void qk_norm(const py::object& qkv, const cuda::AttentionShape& shape, const py:
              const py::object& k_weight, float eps, uintptr_t stream) {
   Call call("qk_norm");
   const cuda::Matrix rows = call.matrix(qkv, "qkv");
-  const auto weight = [&](const py::object& object, const char* name) {
-    const DeviceTensor& w = call.tensor(object, name, 1);
-    require(w.dtype() == rows.dtype && w.size(0) == shape.head_dim, name, ": expected ",
-            shape.head_dim, " values of ", dtype_name(rows.dtype), ", got ", w.size(0), " of ",
-            dtype_name(w.dtype()));
-    return w.data();
-  };
-  const void *q = weight(q_weight, "q_weight"), *k = weight(k_weight, "k_weight");
+  const void* q = call.vector(q_weight, "q_weight", shape.head_dim, rows.dtype);
+  const void* k = call.vector(k_weight, "k_weight", shape.head_dim, rows.dtype);
   const GilRelease release;
   cuda::qk_norm(shape, rows, q, k, eps, stream_of(stream));
 }

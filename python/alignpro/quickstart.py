@@ -20,7 +20,7 @@ from rich.console import Console
 from alignpro.config import QuickstartConfig
 from alignpro.data.load import load_pairs, load_prompts
 from alignpro.evaluate.run import evaluate_loaded, load_inputs
-from alignpro.models.native_model import load_models
+from alignpro.models.native_model import load_configured
 from alignpro.models.resolve import resolve_model
 from alignpro.native import core
 from alignpro.report.build import build_report
@@ -62,13 +62,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     with _timed(seconds, "download"), console.status(f"finding {config.model}"):
         resolve_model(config.model)
     with _timed(seconds, "load"), console.status(f"loading {config.model}"):
-        prompter, target = load_models(
-            train.model,
-            train.target,
-            train.threads,
-            train.target_compute,
-            target_device=train.target_device,
-        )
+        prompter, target = load_configured(train)
 
     with Bars(console) as bars:
         with _timed(seconds, "sft"):

@@ -89,7 +89,7 @@ def test_samples_hold_every_rewrite(config, drawn):
 
 def test_samples_are_read_again_without_a_model(config, drawn, monkeypatch):
     report, samples, _ = drawn
-    monkeypatch.setattr(runs, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(runs, "load_configured", lambda *_: pytest.fail("a model was loaded"))
     assert run_headroom(config, samples=samples) == report
     other = run_headroom(dataclasses.replace(config, kl_coefs=(3.0,), threads=1), samples=samples)
     assert [point["kl_coef"] for point in other["frontier"]] == [3.0]

@@ -154,7 +154,7 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
     ],
 )  # fmt: skip
 def test_refused_before_a_model_is_loaded(files, changes, line, monkeypatch):
-    monkeypatch.setattr("alignpro.evaluate.run.load_models", None)
+    monkeypatch.setattr("alignpro.evaluate.run.load_configured", None)
     with pytest.raises((ValueError, OSError)) as caught:
         run_evaluation(from_mapping(EvalConfig, mapping(files, **changes)))
     assert line in str(caught.value) and "\n" not in str(caught.value)

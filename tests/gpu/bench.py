@@ -127,6 +127,11 @@ def bench_attention(limit: dict[str, float], rows: int, context: int) -> list[Ro
     return [row("attention_decode", work, ours, plain, share_of_bandwidth=share)]
 
 
+def whole_segments(sequences: int, length: int) -> torch.Tensor:
+    rows = [[s * length, length, 0] for s in range(sequences)]
+    return torch.tensor(rows, dtype=torch.int32, device="cuda")
+
+
 def bench_prefill(limit: dict[str, float], sequences: int, length: int) -> list[Row]:
     heads, kv_heads, d = 32, 8, 128
     shape = calls.attention_shape(heads, kv_heads, d)
@@ -134,9 +139,7 @@ def bench_prefill(limit: dict[str, float], sequences: int, length: int) -> list[
     kv = normal(sequences * blocks, kv_heads, 2, 16, d, dtype=BF16)
     table = torch.randperm(len(kv), device="cuda", dtype=torch.int32).reshape(sequences, blocks)
     qkv = normal(rows, (heads + 2 * kv_heads) * d, dtype=BF16)
-    segments = torch.tensor(
-        [[s * length, length, 0] for s in range(sequences)], dtype=torch.int32, device="cuda"
-    )
+    segments = whole_segments(sequences, length)
     ours = milliseconds(
         lambda: calls.attention_prefill(qkv, shape, segments, length, table, kv, heads, d)
     )
@@ -195,9 +198,7 @@ def bench_attention_backward(limit: dict[str, float], sequences: int, length: in
     table = torch.arange(len(kv), device="cuda", dtype=torch.int32).reshape(sequences, blocks)
     qkv = normal(rows, (heads + 2 * kv_heads) * d, dtype=BF16)
     dout = normal(rows, heads * d, dtype=BF16)
-    segments = torch.tensor(
-        [[s * length, length, 0] for s in range(sequences)], dtype=torch.int32, device="cuda"
-    )
+    segments = whole_segments(sequences, length)
     out, lse = calls.attention_prefill(qkv, shape, segments, length, table, kv, heads, d)
     d_qkv, memory = (
         torch.empty_like(qkv),

@@ -92,23 +92,13 @@ std::vector<Pass> passes_of(const model::ScoreRequest& request, const Group& gro
   return passes;
 }
 
-// A session over one adapter.
-class Policy {
- public:
-  Policy(DeviceSession& session, const model::Adapter* adapter)
-      : session_(session), adapter_(adapter) {}
-
-  const Matrix& forward(model::Batch& batch) {
-    batch.adapters.clear();
-    if (adapter_ != nullptr) batch.adapters.push_back({0, batch.rows(), adapter_});
-    session_.forward(batch);
-    return session_.hidden();
-  }
-
- private:
-  DeviceSession& session_;
-  const model::Adapter* adapter_;
-};
+// All rows under one adapter, or none.
+const Matrix& forward(DeviceSession& session, const model::Adapter* adapter, model::Batch& batch) {
+  batch.adapters.clear();
+  if (adapter != nullptr) batch.adapters.push_back({0, batch.rows(), adapter});
+  session.forward(batch);
+  return session.hidden();
+}
 
 // linear_logprob over one pass's rows, its values brought to their places.
 class Values {
@@ -186,17 +176,16 @@ ScoreValues DeviceModel::score(const model::ScoreRequest& request) const {
   DeviceSession session(weights_, adapters_, most_blocks);
   std::optional<DeviceSession> other;
   if (request.with_reference) other.emplace(weights_, adapters_, most_blocks);
-  Policy policy(session, request.adapter.get());
   Values values(session.stream());
   int64_t first_value = 0;
   for (const Group& group : groups) {
     for (Pass& pass : passes_of(request, group, blocks, first_value)) {
       LogprobInput in;
-      in.hidden = policy.forward(pass.batch);
+      in.hidden = forward(session, request.adapter.get(), pass.batch);
       in.weight = weights_->head;
       in.temperature = request.temperature;
       if (other) {
-        in.ref_hidden = Policy(*other, request.reference.get()).forward(pass.batch);
+        in.ref_hidden = forward(*other, request.reference.get(), pass.batch);
         in.ref_weight = weights_->head;
         synchronize(other->stream());
       }

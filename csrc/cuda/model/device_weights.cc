@@ -1,12 +1,12 @@
 #include "device_weights.h"
 
-#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
 #include "alignpro/core/error.h"
 #include "alignpro/model/rope_angles.h"
+#include "alignpro/model/transformer.h"
 #include "alignpro/model/weights.h"
 #include "alignpro/ops/kv_view.h"
 
@@ -98,18 +98,17 @@ DeviceWeights::DeviceWeights(const model::Checkpoint& checkpoint, DType dtype_,
   const model::RopeAngles angles(config.rope, context_length);
   std::vector<int32_t> positions(static_cast<size_t>(context_length));
   std::iota(positions.begin(), positions.end(), 0);
-  const int64_t count = context_length * angles.half();
-  std::vector<float> other(static_cast<size_t>(count));
-  cos =
-      store_.add_float32(count, [&](float* out) { angles.compute(positions, out, other.data()); });
-  sin =
-      store_.add_float32(count, [&](float* out) { angles.compute(positions, other.data(), out); });
+  std::vector<float> cosines(static_cast<size_t>(context_length * angles.half()));
+  std::vector<float> sines(cosines.size());
+  angles.compute(positions, cosines.data(), sines.data());
+  cos = store_.add_float32(cosines);
+  sin = store_.add_float32(sines);
   store_.finish();
 }
 
 AttentionShape DeviceWeights::attention() const {
-  return {config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window,
-          static_cast<float>(1.0 / std::sqrt(static_cast<double>(config.head_dim)))};
+  const ops::AttentionShape shape = model::attention_shape(config);
+  return {shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.sliding_window, shape.scale};
 }
 
 int64_t DeviceWeights::streamed_bytes() const {

@@ -37,10 +37,11 @@ const void* MatrixStore::add(std::span<const float> values) {
       .data;
 }
 
-const float* MatrixStore::add_float32(int64_t count, const std::function<void(float* out)>& write) {
-  const int64_t bytes = count * static_cast<int64_t>(sizeof(float));
+const float* MatrixStore::add_float32(std::span<const float> values) {
+  const auto bytes = static_cast<int64_t>(values.size_bytes());
   void* to = take(bytes);
-  upload(to, 1, bytes, [&](int64_t, std::byte* out) { write(reinterpret_cast<float*>(out)); });
+  upload(to, 1, bytes,
+         [&](int64_t, std::byte* out) { std::memcpy(out, values.data(), values.size_bytes()); });
   return static_cast<const float*>(to);
 }
 

@@ -23,7 +23,7 @@ class MatrixStore {
   Matrix add(int64_t rows, int64_t cols, const WriteRow& write);
   // The values rounded to the dtype.
   const void* add(std::span<const float> values);
-  const float* add_float32(int64_t count, const std::function<void(float* out)>& write);
+  const float* add_float32(std::span<const float> values);
   void finish();  // all of it has arrived
 
   int64_t bytes() const { return bytes_; }

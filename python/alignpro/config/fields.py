@@ -25,9 +25,13 @@ def check_optimizer(config: SftConfig | TrainConfig) -> None:
         require("threads", config.threads, config.threads >= 1, "at least 1")
 
 
+# What a model may compute with, by device; the device's own first.
+COMPUTE = {"cpu": ("float32", "int8"), "cuda": ("bfloat16", "float32")}
+
+
 def check_target(config: TrainConfig | EvalConfig | HeadroomConfig | BoundConfig) -> None:
     """What the target may compute with where it is."""
-    allowed = ("float32", "int8") if config.target_device == "cpu" else ("bfloat16", "float32")
+    allowed = COMPUTE[config.target_device]
     expected = f"{' or '.join(allowed)} with target_device {config.target_device}"
     require("target_compute", config.target_compute, config.target_compute in allowed, expected)
 

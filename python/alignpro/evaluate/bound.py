@@ -19,7 +19,7 @@ from alignpro.evaluate.adapters import check_adapter, load_adapter
 from alignpro.evaluate.headroom import check_row_count, rewards_of
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.models.adapter import LoraWeights
-from alignpro.models.native_model import NativeModel, load_models
+from alignpro.models.native_model import NativeModel, load_configured
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.statistics import Interval, bootstrap_mean_ci
@@ -49,13 +49,7 @@ def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> 
     rows = load_prompts(config.data, split=config.split)
     rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
     reward = build_reward(config.reward)
-    prompter, target = load_models(
-        config.model,
-        config.target,
-        config.threads,
-        config.target_compute,
-        target_device=config.target_device,
-    )
+    prompter, target = load_configured(config)
     report = measure_bound(
         config,
         prompter,

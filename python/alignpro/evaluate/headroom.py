@@ -14,7 +14,7 @@ from alignpro.config import HeadroomConfig, to_mapping
 from alignpro.data.load import load_prompts, stack_columns
 from alignpro.evaluate.adapters import check_adapter, load_adapter
 from alignpro.evaluate.progress import OnProgress, watch
-from alignpro.models.native_model import load_models
+from alignpro.models.native_model import load_configured
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.statistics import Interval
@@ -137,13 +137,7 @@ def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
     rows = load_prompts(config.data, split=config.split)
     rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
     reward = build_reward(config.reward)
-    prompter, target = load_models(
-        config.model,
-        config.target,
-        config.threads,
-        config.target_compute,
-        target_device=config.target_device,
-    )
+    prompter, target = load_configured(config)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     pipeline = pipeline.with_adapter(load_adapter(config.adapter, prompter))
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)

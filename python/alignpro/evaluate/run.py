@@ -16,7 +16,7 @@ from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
 from alignpro.models.adapter import LoraWeights
-from alignpro.models.native_model import NativeModel, load_model, load_models
+from alignpro.models.native_model import NativeModel, load_configured, load_model
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
@@ -57,13 +57,7 @@ def run_evaluation(
     names = ["untuned"] if config.trained is None else ["untuned", "trained"]
     inputs = load_inputs(config, num_prompters=len(names), output=output)
     reward = build_reward(config.reward)
-    prompter, target = load_models(
-        config.model,
-        config.target,
-        config.threads,
-        config.target_compute,
-        target_device=config.target_device,
-    )
+    prompter, target = load_configured(config)
     prompters = {name: load_adapter(getattr(config, name), prompter) for name in names}
     report = evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
     return {**report, "evaluation_config": to_mapping(config)}

@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from alignpro import native
+from alignpro.config.fields import COMPUTE
 from alignpro.types import Chat, SamplingParams
 
 if TYPE_CHECKING:
     from alignpro.native import core
 
 Prompt = Sequence[int] | Chat | str  # a text is one user turn of a chat
-
-
-# By device: what may be asked for, the default first.
-_COMPUTE = {"cpu": ("float32", "int8"), "cuda": ("bfloat16", "float32")}
 
 
 def is_int(value: Any) -> bool:
@@ -121,9 +118,9 @@ def arithmetic_of(device: str, compute: str | None, kv_dtype: str | None) -> tup
             raise ValueError(f'{name}: expected {wanted} on device "{device}", got {value!r}')
         return allowed[0] if value is None else value
 
-    if device not in _COMPUTE:
+    if device not in COMPUTE:
         raise ValueError(f'device: expected "cpu" or "cuda", got {device!r}')
-    compute = chosen("compute", compute, _COMPUTE[device])
+    compute = chosen("compute", compute, COMPUTE[device])
     return compute, chosen(
         "kv_dtype", kv_dtype, (compute,) if device == "cuda" else ("float32", "float16")
     )

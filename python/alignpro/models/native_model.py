@@ -31,6 +31,7 @@ from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import Chat, Completion, FinishReason, SamplingParams
 
 if TYPE_CHECKING:
+    from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, TrainConfig
     from alignpro.native import core
 
 AdapterLike = Any  # _core.Adapter | LoraWeights | path of a PEFT folder | None
@@ -137,6 +138,19 @@ def load_models(
         return prompter, prompter
     return prompter, load_model(
         wanted, threads=threads, device=target_device, compute=answer_compute
+    )
+
+
+def load_configured(
+    config: TrainConfig | EvalConfig | HeadroomConfig | BoundConfig,
+) -> tuple[NativeModel, NativeModel]:
+    """Prompter, on the CPU, and target of a configuration; raises as `load_model`."""
+    return load_models(
+        config.model,
+        config.target,
+        config.threads,
+        config.target_compute,
+        target_device=config.target_device,
     )
 
 

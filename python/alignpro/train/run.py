@@ -9,7 +9,7 @@ from typing import Any
 from alignpro.config import SftConfig, TrainConfig
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
-from alignpro.models.native_model import NativeModel, load_model, load_models
+from alignpro.models.native_model import NativeModel, load_configured, load_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.train.checkpoint import as_config, check_run_dir, prepare_run_dir, write_config
@@ -113,10 +113,4 @@ def _load_models(config: TrainConfig) -> tuple[NativeModel, NativeModel]:
     if config.policy == "target":
         model = load_model(config.target or config.model, threads=config.threads)
         return model, model
-    return load_models(
-        config.model,
-        config.target,
-        config.threads,
-        config.target_compute,
-        target_device=config.target_device,
-    )
+    return load_configured(config)

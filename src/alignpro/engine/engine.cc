@@ -329,8 +329,8 @@ void Engine::admit() {
   for (const Task* task : scheduler_.admit()) {
     counts_.cached_tokens += task->computed;
     const PrefixCache::Lease& lease = task->lease;
-    if (lease.copy_slots > 0)
-      session_->copy_slots(lease.copy_from, lease.copy_to, lease.copy_slots);
+    if (lease.copy_slots == 0) continue;
+    session_->copy_slots(lease.copy_from, lease.copy_to, lease.copy_slots);
   }
 }
 

@@ -54,9 +54,8 @@ class PackedMatrix {
   void transposed_block(int64_t n_begin, int64_t n_count, int64_t k_begin, float* scratch,
                         float* out) const;
 
-  // x W^T for up to cpu::kStreamedRows rows of x [cols], x_stride apart, by panels [p_begin,
-  // p_begin
-  // + count): out [count][rows][16]. The bits are those of the products by block.
+  // x W^T for up to cpu::kStreamedRows rows of x [cols], x_stride apart, by `count` panels from
+  // p_begin on: out [count][rows][16]. The bits are those of the products by block.
   void multiply_rows(int64_t p_begin, int64_t count, int64_t rows, const float* x, int64_t x_stride,
                      float* out) const;
 

@@ -154,6 +154,8 @@ void expand_codes(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_t k
                   uint8_t* out) {
   constexpr PanelLayout kLayout = panel_layout(D);
   constexpr int kPlanes = planes(D);
+  // A stored word's nibbles are two words of one plane, or the same word of two.
+  constexpr int64_t kStep = kPlanes == 2 ? 64 : 128, kToOdd = kPlanes == 2 ? kPlaneBytes : 64;
   for (int64_t k = k_begin; k < k_begin + k_count; k += kGroup) {
     const uint8_t* low = panel + k / kGroup * kLayout.group_bytes() + kLayout.scale_bytes;
     auto* affine = reinterpret_cast<float*>(out + kPlanes * kPlaneBytes);
@@ -162,17 +164,12 @@ void expand_codes(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_t k
       const int at = kLanes * part;
       store_wide(affine + at, a.scale);
       store_wide(affine + kPanel + at, a.minimum);
-      for (int word = 0; word < 8; ++word) {
-        uint8_t* to = out + word * 64 + 4 * at;
-        const Words v = load_words(low + (kPlanes == 2 ? word : word / 2) * 64 + 4 * at);
-        if (kPlanes == 2 || word % 2 == 0) {
-          const Words nibbles = v & 0x0f0f0f0fu;
-          std::memcpy(to, &nibbles, sizeof(nibbles));
-        }
-        if (kPlanes == 2 || word % 2 == 1) {
-          const Words nibbles = v >> 4 & 0x0f0f0f0fu;
-          std::memcpy(to + (kPlanes - 1) * kPlaneBytes, &nibbles, sizeof(nibbles));
-        }
+      for (int stored = 0; stored < 4 * kPlanes; ++stored) {
+        const Words v = load_words(low + stored * 64 + 4 * at);
+        const Words even = v & 0x0f0f0f0fu, odd = v >> 4 & 0x0f0f0f0fu;
+        uint8_t* to = out + stored * kStep + 4 * at;
+        std::memcpy(to, &even, sizeof(even));
+        std::memcpy(to + kToOdd, &odd, sizeof(odd));
       }
     }
     out += weight_group_bytes(kPlanes);

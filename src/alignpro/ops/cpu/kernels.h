@@ -17,9 +17,9 @@ inline constexpr int64_t kContract = 192;
 
 // Rows and panels at a time of gemm_few.
 inline constexpr int64_t kFewRows = 4;
+inline constexpr int64_t kFewPanels = 4;
 // Rows that read stored panels without expanding them; with eight, nothing was gained.
 inline constexpr int64_t kStreamedRows = 4;
-inline constexpr int64_t kFewPanels = 4;
 
 // Multiply-adds in one step of fma_chains: twelve independent vectors of eight.
 inline constexpr int64_t kFmaPerStep = 96;

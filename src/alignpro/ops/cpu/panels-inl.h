@@ -141,13 +141,13 @@ ALIGNPRO_INLINE Wide weights_at(const uint8_t* panel, int64_t column, int part, 
     const Words v = load_words(low + within / 4 * 64 + j % 2 * 64);
     const int byte = j / 2;
     return fma(to_floats(byte < 3 ? v & (255u << (8 * byte)) : v >> 24), a.scale[byte], a.minimum);
-  }
-  const Words v = load_words(low + within / 8 * 64);
-  if constexpr (kBits(D) == 4) {
+  } else if constexpr (kBits(D) == 4) {
+    const Words v = load_words(low + within / 8 * 64);
     const Words code = (j < 4 ? v : v >> 16) & (15u << (4 * (j % 4)));
     return fma(to_floats(code), a.scale[j % 4], a.minimum);
   } else {
     constexpr int kExtra = kBits(D) - 4;
+    const Words v = load_words(low + within / 8 * 64);
     const Words extra = load_words(high + (kExtra == 2 ? within / 16 * 64 : 0) + 4 * kLanes * part);
     const int64_t first = kExtra * (within % (32 / kExtra));
     const Words top = extra >> static_cast<uint32_t>(first + kExtra * j) & ((1u << kExtra) - 1);
