@@ -84,7 +84,13 @@ void measure(DType dtype, Arithmetic arithmetic, std::span<const int64_t> row_co
 
 int main(int count, char** arguments) {
   std::vector<int64_t> row_counts;
-  for (int i = 1; i < count; ++i) row_counts.push_back(std::max(1L, std::atol(arguments[i])));
+  for (int i = 1; i < count; ++i) {
+    row_counts.push_back(std::atol(arguments[i]));
+    if (row_counts.back() < 1) {
+      std::fprintf(stderr, "linear_bench: ROWS: expected 1 or more, got %s\n", arguments[i]);
+      return 2;
+    }
+  }
   if (row_counts.empty()) row_counts = {1, 4, 16, 64, 256, 1024};
   ThreadTeam team(0);
   const double peak = ops::fma_peak_gflops(team);
