@@ -72,6 +72,9 @@ class FakeModel:
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     handles: list[FakeHandle] = field(default_factory=list)
     steps: int = 0
+    questions: int = 0  # of ready() before a launched step has ended
+    asked: int = 0
+    launched: bool = False
     fail_at_step: int | None = None
     failure: BaseException = field(default_factory=lambda: RuntimeError("broken"))
 
@@ -98,8 +101,17 @@ class FakeModel:
     def under_way(self) -> list[FakeHandle]:
         return [handle for handle in self.handles if not handle.finished]
 
+    def launch(self) -> None:
+        if not self.launched:
+            self.launched, self.asked = True, 0
+
+    def ready(self) -> bool:
+        self.asked += 1
+        return self.asked > self.questions
+
     def step(self) -> list[FakeHandle]:
         self.steps += 1
+        self.launched = False
         if self.steps == self.fail_at_step:
             raise self.failure
         finished = []

@@ -151,6 +151,20 @@ def test_responses_start_before_the_last_rewrite_is_written():
     assert pipeline.target.handles[0].submitted_at < pipeline.target.steps - 3
 
 
+def test_neither_model_waits_for_a_slower_one():
+    prompter, target = FakeModel(), FakeModel(questions=4)  # five steps to one of the target's
+    rollout = Pipeline(prompter, target, None).rollout(
+        ["one", "two", "three"], num_rewrites=8, seed=2
+    )
+    first, last = (pick(h.submitted_at for h in target.handles) for pick in (min, max))
+    assert prompter.steps == 7  # what its longest rewrite takes
+    assert first == 0 and last <= 1
+    alone = Pipeline(FakeModel(), FakeModel(), None)
+    assert (
+        rollout.rewrites == alone.rollout(["one", "two", "three"], num_rewrites=8, seed=2).rewrites
+    )
+
+
 def test_one_model_for_both_is_stepped_once_a_round():
     shared = FakeModel("both")
     rollout = make(shared, shared, prompter_adapter="adapter").rollout(

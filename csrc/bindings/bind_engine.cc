@@ -130,6 +130,8 @@ void bind_engine(py::module_& m) {
           },
           py::arg("tokens"), py::arg("params"), py::arg("adapter") = py::none())
       .def("step", &Engine::step, NoGil())
+      .def("launch", &Engine::launch, NoGil())
+      .def("ready", &Engine::ready, NoGil())
       .def(
           "run",
           [](Engine& engine, const std::vector<std::shared_ptr<Sequence>>& sequences) {

@@ -96,6 +96,7 @@ int64_t head_sample_bytes(int64_t, int64_t, bool) { missing("head_sample_bytes")
 Stream make_stream() { missing("make_stream"); }
 void destroy_stream(Stream) noexcept {}
 void synchronize(Stream) { missing("synchronize"); }
+bool is_done(Stream) { missing("is_done"); }
 void* allocate(int64_t, Stream) { missing("allocate"); }
 void release(void*, Stream) noexcept {}
 void* allocate_pinned(int64_t) { missing("allocate_pinned"); }

@@ -21,6 +21,12 @@ Stream make_stream() {
 }
 void destroy_stream(Stream stream) noexcept { (void)cudaStreamDestroy(native(stream)); }
 void synchronize(Stream stream) { check(cudaStreamSynchronize(native(stream)), "synchronize"); }
+bool is_done(Stream stream) {
+  const cudaError_t status = cudaStreamQuery(native(stream));
+  if (status == cudaErrorNotReady) return false;
+  check(status, "is_done");
+  return true;
+}
 
 void* allocate(int64_t bytes, Stream stream) {
   void* memory = nullptr;

@@ -14,6 +14,7 @@ namespace alignpro::cuda {
 Stream make_stream();
 void destroy_stream(Stream stream) noexcept;
 void synchronize(Stream stream);
+bool is_done(Stream stream);  // synchronize() would not wait
 
 // Device memory of at least one byte at a multiple of 256, on the stream: it may be used by what is
 // put there after, and again by what is put there after its release. Pinned memory is the host's.

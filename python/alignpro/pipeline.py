@@ -393,9 +393,14 @@ class _Flight:
         self._pending.append((handle, on_finished, landing))
 
     def land(self) -> None:
-        """Step every model until nothing is under way."""
+        """Step every model until nothing is under way.
+
+        Each has a step under way while another's is awaited, and none waits for one that is slower.
+        """
         while self._pending:
             for model in self._models:
+                model.launch()
+            for model in self._ready():
                 model.step()
             # Asked of the handles, not of step(): another thread's step may have finished ours.
             # Idleness is read first: whatever was ours is then finished, or lost.
@@ -419,7 +424,18 @@ class _Flight:
             if landed and self._on_progress is not None:
                 self._on_progress(self._landed)
 
+    def _ready(self) -> list[LanguageModel]:
+        """Those whose step has ended, waited for; where but one has work, that one at once."""
+        busy = [model for model in self._models if not model.idle()]
+        while len(busy) > 1:
+            ready = [model for model in busy if model.ready()]
+            if ready:
+                return ready
+            time.sleep(_POLL_SECONDS)
+        return busy
 
+
+_POLL_SECONDS = 2e-5  # a hundredth of a step of a model that is worth a GPU
 _MASK = 2**64 - 1
 
 

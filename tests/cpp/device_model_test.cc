@@ -228,6 +228,29 @@ SLOW_TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
   }
 }
 
+// Prompter and target rows in one batch: three and one of four and one, then two and one.
+SLOW_TEST(a_step_of_both_kinds_is_a_graph) {
+  const ModelConfig config = wide(small(false, true, false));
+  const auto device = device_model(config);
+  const auto adapter = LoraStore(config, 3, 6, false).adapter(config);
+  std::vector<Ask> asked;
+  for (int32_t i = 0; i < 4; ++i) {
+    asked.push_back({text(2 + 15 * i, 7 * i), static_cast<uint64_t>(i), 0.9f,
+                     i == 1 ? adapter : std::shared_ptr<Adapter>()});
+  }
+  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 100));
+  const int64_t before = cuda::emulated_graph_launches();
+  const std::vector<Answer> together = generate(engine, asked, 6);
+  CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{4});  // of five steps of decoding
+  generate(engine, {asked[0], asked[1], asked[2]}, 4);  // prompts cached: four steps of a new shape
+  CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{7});
+  for (size_t i = 0; i < asked.size(); ++i) {
+    Engine alone(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
+    CHECK(generate(alone, {asked[i]}, 6)[0] == together[i]);
+    CHECK_EQ(device->score(score_request(asked, together, i)).logprob, together[i].logprobs);
+  }
+}
+
 // Graphs know addresses and an adapter's matrices: other adapters have graphs of their own, and
 // buffers that grew leave none behind.
 SLOW_TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {

@@ -72,7 +72,8 @@ class HashModel final : public LanguageModel {
   mutable std::atomic<int> forwards{0};
   mutable std::atomic<int64_t> rows{0};
   mutable std::atomic<bool> fail_next{false};
-  mutable std::vector<int64_t> row_counts;  // of each forward
+  mutable std::atomic<bool> computing{false};  // as a device that is still at its step
+  mutable std::vector<int64_t> row_counts;     // of each forward
   std::chrono::microseconds delay{0};
 
   const model::ModelConfig& config() const override { return config_; }
@@ -196,14 +197,21 @@ class HashSession final : public Session {
     hidden_.assign(batch.output_rows.size() * 2, 0.0f);
     model_.forward(batch, kv_, hidden_.data());
   }
-  void sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) override {
-    model_.sample(hidden_.data(), rows, out);
+  void draw(std::span<const ops::SampleRow> rows) override {
+    drawn_.resize(rows.size());
+    model_.sample(hidden_.data(), rows, drawn_);
+  }
+  bool ready() const override { return !model_.computing; }
+  void collect(std::span<ops::SampledToken> out) override {
+    model_.computing = false;
+    std::copy(drawn_.begin(), drawn_.end(), out.begin());
   }
 
  private:
   const HashModel& model_;
   model::KvPool kv_;
   std::vector<float> hidden_;
+  std::vector<ops::SampledToken> drawn_;
 };
 
 std::unique_ptr<Session> HashModel::make_session(int64_t kv_blocks) const {
@@ -773,6 +781,85 @@ TEST(poll_interrupts_run_and_cancels_its_sequences) {
   CHECK_EQ(other->read(0).tokens, expected_tokens(prompt_of(5, 2), params));
 }
 
+TEST(a_launched_step_is_ended_by_the_next_step) {
+  Bench bench;
+  const Handle first = bench.submit(prompt_of(5, 1), params_of(10));
+  CHECK(bench.engine->ready());
+  bench.engine->launch();
+  bench.model->computing = true;
+  CHECK(!bench.engine->ready());
+  CHECK_EQ(first->read(0).tokens.size(), size_t{0});
+  const Handle second = bench.submit(prompt_of(20, 2), params_of(10));
+  bench.engine->launch();  // one is under way
+  CHECK_EQ(bench.model->row_counts, (std::vector<int64_t>{5}));
+  CHECK(bench.engine->step().empty());
+  CHECK(bench.engine->ready());
+  CHECK_EQ(first->read(0).tokens.size(), size_t{1});
+  CHECK_EQ(second->read(0).tokens.size(), size_t{0});
+  while (!bench.engine->idle()) {
+    bench.engine->launch();
+    bench.engine->step();
+  }
+  CHECK_EQ(bench.model->row_counts[1], int64_t{21});
+  CHECK_EQ(first->read(0).tokens, expected_tokens(prompt_of(5, 1), params_of(10)));
+  CHECK_EQ(second->read(0).tokens, expected_tokens(prompt_of(20, 2), params_of(10)));
+  const EngineStats stats = bench.engine->stats();
+  CHECK_EQ(stats.steps, static_cast<int64_t>(bench.model->row_counts.size()));
+  CHECK_EQ(stats.kv_blocks_in_use, 0);
+}
+
+TEST(what_a_launch_found_finished_is_returned_by_the_step) {
+  Bench bench;
+  const Handle nothing = bench.submit({1, 2}, params_of(0));
+  bench.engine->launch();
+  CHECK(!bench.engine->idle());
+  CHECK_EQ(bench.engine->step(), std::vector<Handle>{nothing});
+  CHECK(bench.engine->idle());
+}
+
+TEST(a_sequence_cancelled_under_way_ends_with_the_step) {
+  Bench bench;
+  SamplingParams params = params_of(100);
+  params.ignore_eos = true;
+  const Handle cancelled = bench.submit(prompt_of(5, 1), params);
+  const Handle other = bench.submit(prompt_of(9, 2), params);
+  bench.engine->launch();
+  cancelled->cancel();
+  CHECK_EQ(bench.engine->step(), std::vector<Handle>{cancelled});
+  CHECK_EQ(cancelled->read(0).tokens.size(), size_t{1});
+
+  // An interrupted run() ends the step that another thread launched before it drops its own.
+  bench.engine->launch();
+  const Handle mine = bench.submit(prompt_of(7, 3), params);
+  bench.engine->step();
+  bench.engine->launch();
+  int polls = 0;
+  const std::vector<Handle> handles = {mine};
+  CHECK_THROWS(bench.engine->run(handles,
+                                 [&] {
+                                   bench.engine->launch();
+                                   if (++polls == 2) throw std::runtime_error("interrupt");
+                                 }),
+               std::runtime_error, "interrupt");
+  CHECK_EQ(mine->finish_reason(), FinishReason::kCancelled);
+  bench.run({other});
+  CHECK_EQ(other->read(0).tokens, expected_tokens(prompt_of(9, 2), params));
+  CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);
+}
+
+TEST(a_launch_that_fails_fails_what_it_held) {
+  Bench bench;
+  const Handle lost = bench.submit(prompt_of(5, 1), params_of(10));
+  bench.model->fail_next = true;
+  CHECK_THROWS(bench.engine->launch(), NumericError, "NaN");
+  CHECK_EQ(lost->finish_reason(), FinishReason::kFailed);
+  CHECK(bench.engine->idle() && bench.engine->ready());
+  const Handle next = bench.submit(prompt_of(5, 1), params_of(10));
+  bench.engine->launch();
+  bench.run({next});
+  CHECK_EQ(next->read(0).tokens, expected_tokens(prompt_of(5, 1), params_of(10)));
+}
+
 TEST(thirty_two_threads_share_the_steps) {
   Bench bench(200, 64);
   std::atomic<int> wrong{0};
@@ -785,6 +872,7 @@ TEST(thirty_two_threads_share_the_steps) {
         const Handle kept = bench.submit(prompt, params);
         bench.submit(prompt, params_of(3));  // its handle is dropped at once
         const Handle cancelled = bench.submit(prompt, params);
+        if (thread % 3 == 0) bench.engine->launch();  // whoever steps next ends it
         cancelled->cancel();
         bench.run({kept, cancelled});
         if (kept->read(0).tokens != expected_tokens(prompt, params)) ++wrong;

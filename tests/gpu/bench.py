@@ -1,99 +1,31 @@
 """Times the ops on the GPU beside torch in the same run: ``python -m gpu.bench OUT.json OUT.md``.
 
-CUDA events around single calls, the L2 cache overwritten before each, medians; inputs are random
-and larger than L2. The limits (matrix rate, read bandwidth) are measured here too.
+Inputs are random and larger than L2; the limits (matrix rate, read bandwidth) are measured in the
+same run.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gpu import calls
-from gpu.cases import normal
-from gpu.model_bench import bench_decode
+from gpu.calls import DEVICE
+from gpu.cases import normal, sizes
+from gpu.logprob_peers import bench_logprob
+from gpu.model_bench import bench_model
+from gpu.rollout_bench import bench_rollout
+from gpu.timing import Row, limits, milliseconds, row
 
-Row = dict[str, object]
 BF16 = torch.bfloat16
-
-
-def milliseconds(function: Callable[[], object], repeats: int = 15) -> float:
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def limits() -> dict[str, float]:
-    a, b = normal(8192, 8192, dtype=BF16), normal(8192, 8192, dtype=BF16)
-    big = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_(0, 255)
-    words = big.view(torch.int64)
-    return {
-        "matrix_tflops": 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9,
-        "read_gbps": big.numel() / milliseconds(lambda: words.sum()) / 1e6,
-    }
-
-
-def row(op: str, work: str, ours: float, torchs: float | None, **shares: float) -> Row:
-    return {"op": op, "work": work, "ours_ms": ours, "torch_ms": torchs, **shares}
-
-
-def torch_logprob(
-    h: torch.Tensor, w: torch.Tensor, tokens: torch.Tensor, ref: torch.Tensor, rows: int = 1024
-) -> list[torch.Tensor]:
-    """Log-probability, entropy and KL by chunks of rows, as plain torch can do it."""
-    out = []
-    for at in range(0, len(h), rows):
-        logp = torch.log_softmax((h[at : at + rows] @ w.T).float(), dim=1)
-        logq = torch.log_softmax((ref[at : at + rows] @ w.T).float(), dim=1)
-        p = logp.exp()
-        chosen = logp.gather(1, tokens[at : at + rows].long()[:, None])[:, 0]
-        out.append(torch.stack((chosen, -(p * logp).sum(1), (p * (logp - logq)).sum(1))))
-    return out
-
-
-def bench_logprob(limit: dict[str, float], rows: int, cols: int, vocab: int) -> list[Row]:
-    h, ref = normal(rows, cols, dtype=BF16), normal(rows, cols, dtype=BF16)
-    w = normal(vocab, cols, dtype=BF16, scale=cols**-0.5)
-    tokens = torch.randint(0, vocab, (rows,), dtype=torch.int32, device="cuda")
-    op = calls.LinearLogprob(h, w, tokens, 1.0, ref)
-    upstream = {name: normal(rows) for name in ("logprob", "entropy", "kl")}
-    forward = milliseconds(op.forward, 7)
-    backward = milliseconds(lambda: op.backward(upstream, want_weight=False), 5)
-    plain = milliseconds(lambda: torch_logprob(h, w, tokens, ref), 3)
-    flops = 2.0 * rows * cols * vocab
-    work = f"{rows} x {cols} x {vocab} bf16, with KL"
-    return [
-        row(
-            "linear_logprob",
-            work,
-            forward,
-            plain,
-            share_of_matrix_rate=2 * flops / forward / 1e9 / limit["matrix_tflops"],
-            workspace_mb=op.memory.numel() / 1e6,
-        ),
-        row(
-            "linear_logprob_backward",
-            f"{work}, d_hidden",
-            backward,
-            None,
-            share_of_matrix_rate=3 * flops / backward / 1e9 / limit["matrix_tflops"],
-        ),
-    ]
+HEADS = sizes((32, 8, 128), (4, 2, 16))
 
 
 def bench_sample(limit: dict[str, float], rows: int, cols: int, vocab: int) -> list[Row]:
@@ -107,14 +39,14 @@ def bench_sample(limit: dict[str, float], rows: int, cols: int, vocab: int) -> l
 
 
 def bench_attention(limit: dict[str, float], rows: int, context: int) -> list[Row]:
-    heads, kv_heads, d = 32, 8, 128
+    heads, kv_heads, d = HEADS
     shape = calls.attention_shape(heads, kv_heads, d)
     blocks = context // 16
     kv = normal(rows * blocks, kv_heads, 2, 16, d, dtype=BF16)
-    order = torch.randperm(rows * blocks, device="cuda", dtype=torch.int32)
+    order = torch.randperm(rows * blocks, device=DEVICE, dtype=torch.int32)
     table = order.reshape(rows, blocks)
     qkv = normal(rows, (heads + 2 * kv_heads) * d, dtype=BF16)
-    positions = torch.full((rows,), context - 1, dtype=torch.int32, device="cuda")
+    positions = torch.full((rows,), context - 1, dtype=torch.int32, device=DEVICE)
     op = calls.AttentionDecode(shape, rows, heads * d, context, BF16)
     ours = milliseconds(lambda: op(qkv, positions, table, kv))
     k, v = (normal(rows, kv_heads, context, d, dtype=BF16) for _ in range(2))
@@ -129,15 +61,15 @@ def bench_attention(limit: dict[str, float], rows: int, context: int) -> list[Ro
 
 def whole_segments(sequences: int, length: int) -> torch.Tensor:
     rows = [[s * length, length, 0] for s in range(sequences)]
-    return torch.tensor(rows, dtype=torch.int32, device="cuda")
+    return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
 
 
 def bench_prefill(limit: dict[str, float], sequences: int, length: int) -> list[Row]:
-    heads, kv_heads, d = 32, 8, 128
+    heads, kv_heads, d = HEADS
     shape = calls.attention_shape(heads, kv_heads, d)
     rows, blocks = sequences * length, length // 16
     kv = normal(sequences * blocks, kv_heads, 2, 16, d, dtype=BF16)
-    table = torch.randperm(len(kv), device="cuda", dtype=torch.int32).reshape(sequences, blocks)
+    table = torch.randperm(len(kv), device=DEVICE, dtype=torch.int32).reshape(sequences, blocks)
     qkv = normal(rows, (heads + 2 * kv_heads) * d, dtype=BF16)
     segments = whole_segments(sequences, length)
     ours = milliseconds(
@@ -157,7 +89,7 @@ def bench_prefill(limit: dict[str, float], sequences: int, length: int) -> list[
 
 def bench_linear(limit: dict[str, float], rows: int, cols: int, n: int) -> list[Row]:
     x, w = normal(rows, cols, dtype=BF16), normal(n, cols, dtype=BF16, scale=cols**-0.5)
-    out, none = torch.empty(rows, n, dtype=BF16, device="cuda"), None
+    out, none = torch.empty(rows, n, dtype=BF16, device=DEVICE), None
     ours = milliseconds(
         lambda: calls.cuda.linear(x, w, none, none, none, none, 0.0, out, calls.stream())
     )
@@ -191,11 +123,11 @@ def bench_gradients(limit: dict[str, float], rows: int, cols: int, n: int) -> li
 
 
 def bench_attention_backward(limit: dict[str, float], sequences: int, length: int) -> list[Row]:
-    heads, kv_heads, d = 32, 8, 128
+    heads, kv_heads, d = HEADS
     shape = calls.attention_shape(heads, kv_heads, d)
     rows, blocks = sequences * length, length // 16
     kv = normal(sequences * blocks, kv_heads, 2, 16, d, dtype=BF16)
-    table = torch.arange(len(kv), device="cuda", dtype=torch.int32).reshape(sequences, blocks)
+    table = torch.arange(len(kv), device=DEVICE, dtype=torch.int32).reshape(sequences, blocks)
     qkv = normal(rows, (heads + 2 * kv_heads) * d, dtype=BF16)
     dout = normal(rows, heads * d, dtype=BF16)
     segments = whole_segments(sequences, length)
@@ -215,32 +147,29 @@ def bench_attention_backward(limit: dict[str, float], sequences: int, length: in
     return [row("attention_backward", work, ours, None, share_of_matrix_rate=share)]
 
 
-def bench_rows(limit: dict[str, float]) -> list[Row]:
-    x, weight = normal(16384, 4096, dtype=BF16), normal(4096, dtype=BF16)
-    gate_up = normal(16384, 2 * 8192, dtype=BF16)
-    y, h = torch.empty_like(x), normal(16384, 8192, dtype=BF16)
-    norm = milliseconds(lambda: calls.cuda.rms_norm(x, weight, 1e-5, y, calls.stream()))
-    gate = milliseconds(lambda: calls.cuda.swiglu(gate_up, h, calls.stream()))
+def bench_rows(limit: dict[str, float], rows: int, cols: int, inner: int) -> list[Row]:
+    x, weight = normal(rows, cols, dtype=BF16), normal(cols, dtype=BF16)
+    gate_up, h = normal(rows, 2 * inner, dtype=BF16), normal(rows, inner, dtype=BF16)
+    y = torch.empty_like(x)
 
     def plain_swiglu() -> torch.Tensor:
         a, b = gate_up.chunk(2, dim=1)
         return torch.nn.functional.silu(a) * b
 
-    plain_norm = milliseconds(lambda: torch.nn.functional.rms_norm(x, (4096,), weight, 1e-5))
-    of = limit["read_gbps"] * 1e6
-    shares = {"rms_norm": x.numel() * 4 / norm / of, "swiglu": h.numel() * 6 / gate / of}
+    norm = milliseconds(lambda: calls.cuda.rms_norm(x, weight, 1e-5, y, calls.stream()))
+    plain_norm = milliseconds(lambda: torch.nn.functional.rms_norm(x, (cols,), weight, 1e-5))
+    gate = milliseconds(lambda: calls.cuda.swiglu(gate_up, h, calls.stream()))
     plain_gate = milliseconds(plain_swiglu)
+    of = limit["read_gbps"] * 1e6
+    shares = (x.numel() * 4 / norm / of, h.numel() * 6 / gate / of)
     return [
-        row(
-            "rms_norm", "16384 x 4096 bf16", norm, plain_norm, share_of_bandwidth=shares["rms_norm"]
-        ),
-        row("swiglu", "16384 x 8192 bf16", gate, plain_gate, share_of_bandwidth=shares["swiglu"]),
+        row("rms_norm", f"{rows} x {cols} bf16", norm, plain_norm, share_of_bandwidth=shares[0]),
+        row("swiglu", f"{rows} x {inner} bf16", gate, plain_gate, share_of_bandwidth=shares[1]),
     ]
 
 
-def markdown(report: dict[str, object], rows: list[Row]) -> str:
+def markdown(report: dict[str, Any], rows: list[Row]) -> str:
     limit = report["limits"]
-    assert isinstance(limit, dict)
     lines = [
         f"{report['device']}, torch {report['torch']}; matrix rate "
         f"{limit['matrix_tflops']:.0f} TFLOP/s, read bandwidth {limit['read_gbps']:.0f} GB/s",
@@ -256,35 +185,44 @@ def markdown(report: dict[str, object], rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def benches(limit: dict[str, float], scratch: Path) -> list[Callable[[], list[Row]]]:
+    return [
+        lambda: bench_rows(limit, *sizes((16384, 4096, 8192), (3, 64, 96))),
+        lambda: bench_linear(limit, *sizes((8192, 4096, 4096), (5, 64, 72))),
+        lambda: bench_linear(limit, *sizes((64, 4096, 14336), (3, 64, 72))),
+        lambda: bench_attention(limit, *sizes((64, 1024), (2, 32))),
+        lambda: bench_attention(limit, *sizes((1, 8192), (1, 32))),
+        lambda: bench_prefill(limit, *sizes((8, 2048), (2, 16))),
+        lambda: bench_gradients(limit, *sizes((8192, 4096, 4096), (5, 64, 72))),
+        lambda: bench_attention_backward(limit, *sizes((8, 1024), (2, 16))),
+        lambda: bench_sample(limit, *sizes((64, 4096, 131072), (3, 64, 300))),
+        lambda: bench_logprob(limit),
+        lambda: bench_model(limit, scratch),
+        lambda: bench_rollout(limit, scratch),
+    ]
+
+
 def main(out: str, table: str) -> int:
     torch.manual_seed(0)
-    limit = limits()
-    rows: list[Row] = []
-    for bench in (
-        lambda: bench_rows(limit),
-        lambda: bench_linear(limit, 8192, 4096, 4096),
-        lambda: bench_linear(limit, 64, 4096, 14336),
-        lambda: bench_attention(limit, 64, 1024),
-        lambda: bench_attention(limit, 1, 8192),
-        lambda: bench_prefill(limit, 8, 2048),
-        lambda: bench_gradients(limit, 8192, 4096, 4096),
-        lambda: bench_attention_backward(limit, 8, 1024),
-        lambda: bench_sample(limit, 64, 4096, 131072),
-        lambda: bench_logprob(limit, 8192, 4096, 131072),
-        lambda: bench_decode(limit),
-    ):
-        rows += bench()
-        print(markdown({"device": "", "torch": "", "limits": limit}, rows[-1:]).splitlines()[-1])
-        torch.cuda.empty_cache()
-    report: dict[str, object] = {
-        "device": torch.cuda.get_device_name(),
+    limit, failed = limits(), 0
+    report: dict[str, Any] = {
+        "device": calls.cuda.device_name(),
         "torch": torch.__version__,
         "limits": limit,
-        "rows": rows,
+        "rows": [],
     }
-    Path(out).write_text(json.dumps(report, indent=1), encoding="utf-8")
-    Path(table).write_text(markdown(report, rows), encoding="utf-8")
-    return 0
+    rows: list[Row] = report["rows"]
+    with tempfile.TemporaryDirectory() as scratch:
+        for bench in benches(limit, Path(scratch)):
+            try:
+                rows += bench()
+            except Exception:  # the others still tell something
+                traceback.print_exc()
+                failed = 1
+            torch.cuda.empty_cache()
+            Path(out).write_text(json.dumps(report, indent=1), encoding="utf-8")
+            Path(table).write_text(markdown(report, rows), encoding="utf-8")
+    return failed
 
 
 if __name__ == "__main__":

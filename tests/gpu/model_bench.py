@@ -1,20 +1,25 @@
-"""Decode of a random Llama-3.1-8B shape in bfloat16 beside transformers' generate (static cache),
-as a share of the bandwidth limit of the same run."""
+"""A random Llama-3.1-8B shape in bfloat16: decode beside transformers' generate (static cache), as
+a share of the bandwidth limit of the same run, and prefill, as a share of its matrix rate."""
 
 from __future__ import annotations
 
 import importlib.util
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 from alignpro import native
-from gpu.models import LLAMA_8B, params, write_folder
+from gpu.calls import DEVICE
+from gpu.cases import sizes
+from gpu.models import LLAMA_8B, Shape, folder_of, params
+from gpu.timing import Row, row, seconds
 
-CONTEXT, TIMED, UNTIMED = 1024, 48, 16  # positions when the timing ends; steps
+SHAPE = sizes(LLAMA_8B, Shape(64, 2, 4, 2, 16, 96, 300, context=512))
+CONTEXT, TIMED, UNTIMED = sizes((1024, 48, 16), (20, 6, 2))  # positions at the end; steps
+SEQUENCES = sizes((1, 64), (1, 3))
+PREFILL = sizes((8, 2048), (2, 16))  # sequences, tokens of each
 
 
 def step_bytes(model: native.core.DeviceModel, sequences: int) -> float:
@@ -49,6 +54,31 @@ def ours(model: native.core.DeviceModel, sequences: int) -> float:
     return statistics.median(times[4:])  # the first of a shape run without their graph
 
 
+def prefill_flops() -> float:
+    """Of PREFILL's layers: two a weight and position, and causal attention; the head's one row a
+    sequence is left out."""
+    s, (sequences, length) = SHAPE, PREFILL
+    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    weights = s.layers * (s.hidden * (2 * q + 2 * kv) + 3 * s.hidden * s.intermediate)
+    attention = s.layers * 2 * q * length * (length + 1)
+    return float(sequences * (2 * length * weights + attention))
+
+
+def prefill(model: native.core.DeviceModel) -> float:
+    """Milliseconds to the first tokens of all sequences."""
+    sequences, length = PREFILL
+    engine = native.core.Engine(
+        model, kv_cache_bytes=sizes(8 << 30, 8 << 20), max_batch_rows=8192, prefix_cache=False
+    )
+    prompts = torch.randint(3, SHAPE.vocab, (sequences, length)).tolist()
+
+    def first_tokens() -> None:
+        engine.run([engine.submit(prompt, params(1, i)) for i, prompt in enumerate(prompts)])
+
+    first_tokens()
+    return 1e3 * statistics.median(seconds(first_tokens) for _ in range(3))
+
+
 def transformers_step(folder: Path, sequences: int) -> float | None:
     """Milliseconds a token of generate, the prefill's share taken out by a shorter run; None where
     transformers is not installed."""
@@ -57,13 +87,11 @@ def transformers_step(folder: Path, sequences: int) -> float | None:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model = model.to("cuda").eval()
+    model = model.to(DEVICE).eval()
     length = CONTEXT - TIMED - UNTIMED
-    ids = torch.randint(3, LLAMA_8B.vocab, (sequences, length), device="cuda")
+    ids = torch.randint(3, SHAPE.vocab, (sequences, length), device=DEVICE)
 
-    def seconds(count: int) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+    def generate(count: int) -> None:
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -73,35 +101,36 @@ def transformers_step(folder: Path, sequences: int) -> float | None:
             cache_implementation="static",
             pad_token_id=0,
         )
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    seconds(8)  # compiles and captures
-    seconds(UNTIMED)
-    few, many = seconds(UNTIMED), seconds(UNTIMED + TIMED)
+    generate(8)  # compiles and captures
+    generate(UNTIMED)
+    few, many = (seconds(lambda n=n: generate(n)) for n in (UNTIMED, UNTIMED + TIMED))
     return 1e3 * (many - few) / TIMED
 
 
-def bench_decode(limit: dict[str, float]) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "llama-8b"
-        write_folder(LLAMA_8B, folder, "cuda")
-        torch.cuda.empty_cache()
-        model = native.core.DeviceModel.load(str(folder))
-        mine = {n: ours(model, n) for n in (1, 64)}
-        limits = {n: step_bytes(model, n) / limit["read_gbps"] / 1e6 for n in mine}
-        del model
-        for sequences, milliseconds in mine.items():
-            rows.append(
-                {
-                    "op": "decode",
-                    "work": f"Llama-3.1-8B shape bf16, {sequences} sequences, context {CONTEXT}; "
-                    "beside transformers generate, static cache",
-                    "ours_ms": milliseconds,
-                    "torch_ms": transformers_step(folder, sequences),
-                    "share_of_bandwidth": limits[sequences] / milliseconds,
-                    "tokens_per_second": 1e3 * sequences / milliseconds,
-                }
+def bench_model(limit: dict[str, float], scratch: Path) -> list[Row]:
+    rows: list[Row] = []
+    folder = folder_of("llama-8b", SHAPE, scratch, DEVICE)
+    torch.cuda.empty_cache()
+    model = native.core.DeviceModel.load(str(folder))
+    mine = {n: ours(model, n) for n in SEQUENCES}
+    limits = {n: step_bytes(model, n) / limit["read_gbps"] / 1e6 for n in mine}
+    first = prefill(model)
+    del model
+    for sequences, milliseconds in mine.items():
+        rows.append(
+            row(
+                "decode",
+                f"Llama-3.1-8B shape bf16, {sequences} sequences, context {CONTEXT}; "
+                "beside transformers generate, static cache",
+                milliseconds,
+                transformers_step(folder, sequences),
+                share_of_bandwidth=limits[sequences] / milliseconds,
+                tokens_per_second=1e3 * sequences / milliseconds,
             )
+        )
+    sequences, length = PREFILL
+    rate = prefill_flops() / first / 1e9 / limit["matrix_tflops"]
+    work = f"Llama-3.1-8B shape bf16, {sequences} x {length} tokens, with the first draw"
+    rows.append(row("prefill", work, first, None, share_of_matrix_rate=rate))
     return rows

@@ -30,7 +30,7 @@ class Shape:
     context: int = 2048
 
 
-LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256)  # Llama 3.1
+LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256, context=4096)  # Llama 3.1
 
 
 def tensors(shape: Shape, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -104,6 +104,14 @@ def write_folder(shape: Shape, folder: Path, device: str = "cpu", seed: int = 0)
         "eos_token_id": 2,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def folder_of(name: str, shape: Shape, scratch: Path, device: str) -> Path:
+    """Written by the first who asks."""
+    folder = scratch / name
+    if not folder.exists():
+        write_folder(shape, folder, device)
+    return folder
 
 
 def params(count: int, seed: int, temperature: float = 1.0) -> Any:

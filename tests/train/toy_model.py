@@ -222,6 +222,11 @@ class ToyModel:
         self.handles.append(handle)
         return handle
 
+    def launch(self) -> None: ...
+
+    def ready(self) -> bool:
+        return True
+
     def step(self) -> list[ToyHandle]:
         for handle in self.handles:
             handle.advance()

@@ -24,12 +24,40 @@ int64_t power_of_two(int64_t at_least) {
   return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(at_least)));
 }
 
-bool is_decode_step(const model::Batch& batch) {
+// A batch in which each row is a sequence that draws, those of at most one adapter last: with rows
+// that nobody reads, token 0 at position 0 of block 0 and written nowhere, behind both kinds, so
+// that there are powers of two of each. None for another batch.
+std::optional<model::Batch> padded_decode_step(const model::Batch& batch) {
+  const int64_t rows = batch.rows();
+  const auto count = static_cast<size_t>(rows);
+  if (batch.output_rows.size() != count || batch.segments.size() != count) return std::nullopt;
   const auto& adapters = batch.adapters;
-  const bool one_adapter =
-      adapters.empty() || adapters[0].row_end - adapters[0].row_begin == batch.rows();
-  return one_adapter && batch.output_rows.size() == batch.tokens.size() &&
-         batch.segments.size() == batch.tokens.size();
+  if (adapters.size() > 1 || (!adapters.empty() && adapters[0].row_end != rows)) {
+    return std::nullopt;
+  }
+  const int64_t plain = adapters.empty() ? rows : adapters[0].row_begin;
+  const int64_t first = plain == 0 ? 0 : power_of_two(plain);  // of the adapter
+  const int64_t padded = first + (plain == rows ? 0 : power_of_two(rows - plain));
+  const auto place = [&](int64_t row) { return row < plain ? row : row - plain + first; };
+  model::Batch out;
+  out.tokens.resize(static_cast<size_t>(padded));
+  out.positions.resize(static_cast<size_t>(padded));
+  out.output_rows.resize(static_cast<size_t>(padded));
+  for (int64_t row = 0; row < padded; ++row) out.segments.push_back({row, 1, 0, {}});
+  for (size_t row = 0; row < count; ++row) {
+    const int64_t to = place(static_cast<int64_t>(row));
+    out.tokens[static_cast<size_t>(to)] = batch.tokens[row];
+    out.positions[static_cast<size_t>(to)] = batch.positions[row];
+    out.output_rows[row] = static_cast<int32_t>(place(batch.output_rows[row]));
+    out.segments[static_cast<size_t>(to)] = batch.segments[row];
+    out.segments[static_cast<size_t>(to)].row_begin = to;
+  }
+  for (model::KvWrite write : batch.kv_writes) {
+    write.row = static_cast<int32_t>(place(write.row));
+    out.kv_writes.push_back(write);
+  }
+  if (!adapters.empty()) out.adapters.push_back({first, padded, adapters[0].adapter});
+  return out;
 }
 
 Matrix rows_of(const Matrix& m, int64_t begin, int64_t end) {
@@ -86,19 +114,17 @@ void DeviceSession::copy_slots(int64_t from, int64_t to, int64_t slots) {
               slots * slot, c.num_layers * c.num_kv_heads * 2, stream());
 }
 
-DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
+DeviceSession::Tables DeviceSession::upload(const model::Batch& batch, bool decodes) {
   Tables tables;
-  tables.decodes = is_decode_step(batch);
-  const int64_t rows = tables.rows = tables.decodes ? power_of_two(batch.rows()) : batch.rows();
-  const int64_t outputs = tables.outputs =
-      tables.decodes ? rows : static_cast<int64_t>(batch.output_rows.size());
+  const int64_t rows = tables.rows = batch.rows();
+  const auto outputs = static_cast<int64_t>(batch.output_rows.size());
+  tables.outputs = outputs;
   int64_t most_blocks = 1;
   for (const model::Segment& segment : batch.segments) {
     most_blocks = std::max(most_blocks, static_cast<int64_t>(segment.blocks.size()));
   }
   const int64_t steps = (most_blocks + kTableStep - 1) / kTableStep;
-  const int64_t table_ld = tables.table_ld =
-      kTableStep * (tables.decodes ? power_of_two(steps) : steps);
+  const int64_t table_ld = tables.table_ld = kTableStep * (decodes ? power_of_two(steps) : steps);
   std::vector<const model::Segment*> sequences;  // as in block_table
   std::vector<Segment> prefill;
   for (const model::Segment& segment : batch.segments) {
@@ -111,10 +137,6 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
     }
     ++tables.decode.back().rows;
     tables.most_decode_rows = std::max(tables.most_decode_rows, tables.decode.back().rows);
-  }
-  if (tables.decodes) {
-    tables.decode = {{0, rows, 0}};
-    tables.most_decode_rows = rows;
   }
   tables.prefill_table_row = static_cast<int64_t>(sequences.size());
   for (const model::Segment& segment : batch.segments) {
@@ -132,8 +154,7 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
   const int64_t write_blocks = layout.take(rows * 4), output_rows = layout.take(outputs * 4);
   const int64_t segments =
       layout.take(tables.prefill_count * static_cast<int64_t>(sizeof(Segment)));
-  const int64_t table_values =
-      (tables.decodes ? rows : static_cast<int64_t>(sequences.size())) * table_ld;
+  const int64_t table_values = static_cast<int64_t>(sequences.size()) * table_ld;
   const int64_t block_table = layout.take(table_values * 4);
   void* staged = staged_tables_.reserve(layout.bytes());
   grow(tables_, layout.bytes());
@@ -142,8 +163,6 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
       std::memcpy(at(staged, offset), values.data(), values.size() * sizeof(values[0]));
     }
   };
-  // Rows behind the batch's: token 0 at position 0 of block 0, written nowhere.
-  std::memset(staged, 0, static_cast<size_t>(block_table));
   put(tokens, batch.tokens);
   put(positions, batch.positions);
   put(output_rows, batch.output_rows);
@@ -182,7 +201,6 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch) {
     tables.ranges.push_back({range.row_begin, range.row_end, adapter.get()});
     row = range.row_end;
   }
-  if (tables.decodes && !tables.ranges.empty()) tables.ranges[0].end = row = rows;
   if (row < rows) tables.ranges.push_back({row, rows, nullptr});
   return tables;
 }
@@ -276,12 +294,13 @@ void DeviceSession::forward(const model::Batch& batch) {
   const DeviceScope scope(weights_->device);
   wait();
   under_way_ = true;
-  const Tables tables = upload(batch);
+  const std::optional<model::Batch> padded = padded_decode_step(batch);
+  const Tables tables = upload(padded ? *padded : batch, padded.has_value());
   const Buffers buffers = carve(tables);
   const int64_t width = weights_->config.hidden_size;
   grow(hidden_rows_, tables.outputs * width * block_bytes(weights_->dtype));
   hidden_ = {hidden_rows_.data(), tables.outputs, width, width, weights_->dtype};
-  if (tables.decodes) {
+  if (padded) {
     compute_as_graph(tables, buffers);
   } else {
     compute(tables, buffers);
@@ -303,7 +322,9 @@ void DeviceSession::compute(const Tables& tables, const Buffers& buffers) {
 // graph.
 void DeviceSession::compute_as_graph(const Tables& tables, const Buffers& buffers) {
   const auto adapter = held_.empty() ? nullptr : held_.back();
-  const StepShape shape{tables.rows, tables.table_ld, adapter == nullptr ? 0 : adapter->version()};
+  const int64_t adapted = adapter == nullptr ? 0 : tables.rows - tables.ranges.back().begin;
+  const StepShape shape{tables.rows, adapted, tables.table_ld,
+                        adapter == nullptr ? 0 : adapter->version()};
   const bool seen = steps_.contains(shape);
   if (!seen && steps_.size() >= kMostSteps) steps_.clear();
   Step& step = steps_[shape];
@@ -316,11 +337,18 @@ void DeviceSession::compute_as_graph(const Tables& tables, const Buffers& buffer
   step.graph->launch(stream());
 }
 
-void DeviceSession::sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) {
+bool DeviceSession::ready() const {
+  if (!under_way_) return true;
+  const DeviceScope scope(weights_->device);
+  return is_done(stream());
+}
+
+void DeviceSession::draw(std::span<const ops::SampleRow> rows) {
   const DeviceScope scope(weights_->device);
   const auto count = static_cast<int64_t>(rows.size());
-  require(count == hidden_.rows && out.size() == rows.size(), "sample: expected ", hidden_.rows,
+  require(count == hidden_.rows, "draw: expected ", hidden_.rows,
           " rows, those of the last forward, got ", count);
+  drawn_ = {};
   if (count == 0) return;
   std::vector<SampleRow> requests;
   std::vector<int32_t> banned;
@@ -352,16 +380,23 @@ void DeviceSession::sample(std::span<const ops::SampleRow> rows, std::span<ops::
               truncated ? &truncation : nullptr);
   copy_to_host(at(staged, results), tokens, count * (truncated ? 12 : 8), stream());
   under_way_ = true;
+  drawn_ = {count, truncated, reinterpret_cast<const int32_t*>(at(staged, results))};
+}
+
+void DeviceSession::collect(std::span<ops::SampledToken> out) {
+  const DeviceScope scope(weights_->device);
   wait();
-  const auto* drawn = reinterpret_cast<const int32_t*>(at(staged, results));
-  const auto* logprobs = reinterpret_cast<const float*>(drawn + count);
+  const auto [count, truncated, tokens] = drawn_;
+  require(static_cast<int64_t>(out.size()) == count, "collect: expected ", count,
+          " rows, those of the last draw, got ", out.size());
+  const auto* logprobs = reinterpret_cast<const float*>(tokens + count);
   for (int64_t i = 0; i < count; ++i) {
-    if (drawn[i] < 0) {
+    if (tokens[i] < 0) {
       throw NumericError(cat("sampling: row ", i,
                              " has no finite softmax (NaN or infinite logits); check the weights "
                              "and the adapter"));
     }
-    out[static_cast<size_t>(i)] = {drawn[i], logprobs[i], truncated ? logprobs[count + i] : 1.0f};
+    out[static_cast<size_t>(i)] = {tokens[i], logprobs[i], truncated ? logprobs[count + i] : 1.0f};
   }
 }
 

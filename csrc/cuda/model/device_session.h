@@ -2,8 +2,9 @@
 
 // What one engine holds of a model on a GPU: the pool of KV blocks, the buffers of a step, a stream
 // of its own. A step copies its tokens and tables in one piece and brings back tokens and
-// log-probabilities; hidden rows stay on the device. A step in which every sequence decodes is a
-// graph from its second time on, one for every power of two of rows and of chunks of positions.
+// log-probabilities, for which collect() waits; hidden rows stay on the device. A step in which
+// every sequence decodes, under the base weights or one adapter, is a graph from its second time
+// on, one for every power of two of rows of either kind and of chunks of positions.
 
 #include <compare>
 #include <cstdint>
@@ -28,7 +29,9 @@ class DeviceSession final : public engine::Session {
 
   void copy_slots(int64_t from, int64_t to, int64_t slots) override;
   void forward(const model::Batch& batch) override;
-  void sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) override;
+  void draw(std::span<const ops::SampleRow> rows) override;
+  bool ready() const override;
+  void collect(std::span<ops::SampledToken> out) override;
 
   // For scoring: the hidden rows of the last forward, [output rows, hidden_size], and the stream on
   // which they will be there.
@@ -47,8 +50,8 @@ class DeviceSession final : public engine::Session {
   };
   // What a decode step's launches depend on.
   struct StepShape {
-    int64_t rows, table_ld;
-    uint64_t adapter;  // its version; 0: base weights
+    int64_t rows, adapted, table_ld;  // adapted: the last so many rows are the adapter's
+    uint64_t adapter;                 // its version; 0: base weights
     auto operator<=>(const StepShape&) const = default;
   };
   struct Step {
@@ -67,9 +70,6 @@ class DeviceSession final : public engine::Session {
     int64_t prefill_count = 0, most_prefill_rows = 0;
     std::vector<Range> ranges;  // cover all rows, in order
     int64_t most_ranks = 0;
-    // Each row is a sequence that draws, under one adapter: rows and table_ld are then powers of
-    // two, with rows behind the batch's that nobody reads.
-    bool decodes = false;
   };
   // [rows, ...] each, in one arena.
   struct Buffers {
@@ -77,9 +77,17 @@ class DeviceSession final : public engine::Session {
     void* attention = nullptr;
   };
 
+  // Where a draw's tokens arrive: [rows] of ids, log-probabilities and, where truncated, masses.
+  struct Drawn {
+    int64_t rows = 0;
+    bool truncated = false;
+    const int32_t* tokens = nullptr;
+  };
+
   void wait();
   void grow(DeviceBuffer& buffer, int64_t bytes);
-  Tables upload(const model::Batch& batch);
+  // decodes: table_ld is to be one of few, as the rows are.
+  Tables upload(const model::Batch& batch, bool decodes);
   Buffers carve(const Tables& tables);
   void compute(const Tables& tables, const Buffers& buffers);
   void compute_as_graph(const Tables& tables, const Buffers& buffers);
@@ -95,6 +103,7 @@ class DeviceSession final : public engine::Session {
   DeviceBuffer kv_, tables_, arena_, hidden_rows_, draws_;
   PinnedBuffer staged_tables_, staged_draws_;
   Matrix hidden_;
+  Drawn drawn_;
   bool under_way_ = false;  // the stream may still read what is staged and what is held
   std::vector<std::shared_ptr<const DeviceAdapter>> held_;
   std::map<StepShape, Step> steps_;  // they know the buffers' addresses

@@ -17,7 +17,7 @@ from alignpro.bench.work import ROLLOUT, random_prompts
 from alignpro.config import RESPONSE, REWRITE
 from alignpro.data.load import load_prompts
 from alignpro.models.native_model import NativeModel, load_model
-from alignpro.pipeline import RESPONSE_STREAM, Pipeline, derive_seed
+from alignpro.pipeline import Pipeline
 from alignpro.types import SamplingParams
 
 Say = Callable[[str], None]
@@ -296,18 +296,5 @@ def _with_barrier(pipeline: Pipeline, prompts: list[str], seed: int) -> int:
     """Every rewrite is finished before the first response begins; the same draws."""
     rewrites = pipeline.rewrite(prompts, num_rewrites=ROLLOUT.rewrites, seed=seed)
     written = sum(len(rewrite.tokens) for group in rewrites for rewrite in group)
-    target = pipeline.target
-    handles = [
-        target.submit(
-            rewrite.target_tokens,
-            replace(
-                pipeline.response_params,
-                seed=derive_seed(seed, RESPONSE_STREAM, rewrite.prompt_index, sample),
-            ),
-        )
-        for group in rewrites
-        for sample, rewrite in enumerate(group)
-    ]
-    while not all(handle.finished for handle in handles):
-        target.step()
-    return written + sum(len(handle.completion().tokens) for handle in handles)
+    texts = [[rewrite.text for rewrite in group] for group in rewrites]
+    return written + pipeline.answer(prompts, texts, seed=seed).generated_tokens

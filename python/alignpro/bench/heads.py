@@ -239,7 +239,7 @@ def _torch_cross_entropy(inputs: HeadInputs) -> Compute:
 
 def _liger_divergence(inputs: HeadInputs) -> Compute:
     """Half the mean of -logprob and half that of KL: the only exact KL to a reference it has."""
-    loss: Any = _liger("chunked_loss").LigerFusedLinearJSDLoss
+    loss: Any = _module("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearJSDLoss
     _needs_memory(inputs)
     module = loss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=1.0)
     return lambda given, hidden: (
@@ -248,7 +248,9 @@ def _liger_divergence(inputs: HeadInputs) -> Compute:
 
 
 def _liger_triton(inputs: HeadInputs) -> Compute:
-    op: Any = _liger("ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+    op: Any = _module(
+        "liger_kernel.ops.fused_linear_cross_entropy", "liger-kernel"
+    ).LigerFusedLinearCrossEntropyFunction
 
     def compute(given: HeadInputs, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         try:
@@ -259,13 +261,19 @@ def _liger_triton(inputs: HeadInputs) -> Compute:
     return compute
 
 
-def _liger(module: str) -> Any:
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise Unavailable("package liger-kernel is not installed")
+def _apple(inputs: HeadInputs) -> Compute:
+    """Cut cross entropy; its backward leaves out what it takes for negligible."""
+    op: Any = _module("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+    return lambda given, hidden: (-op(hidden, given.weight, given.tokens, reduction="none"),)
+
+
+def _module(name: str, package: str) -> Any:
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        raise Unavailable(f"package {package} is not installed")
     try:
-        return importlib.import_module(f"liger_kernel.{module}")
+        return importlib.import_module(name)
     except Exception as error:
-        raise Unavailable(f"liger_kernel.{module}: {_first_line(error)}") from None
+        raise Unavailable(f"{name}: {_first_line(error)}") from None
 
 
 def _needs_memory(inputs: HeadInputs) -> None:
@@ -290,6 +298,7 @@ PEERS = (
     Implementation("liger divergence", BOTH, (2, 3), (4, 4), _liger_divergence, compiles=True),
     Implementation("torch chunked", LOGPROB, (1, 2), (1, 2), _torch_cross_entropy),
     Implementation("liger Triton", LOGPROB, (1, 2), (1, 2), _liger_triton),
+    Implementation("apple cce", LOGPROB, (1, 2), (1, 3), _apple),
 )
 BY_NAME = {one.name: one for one in (*OURS, *PEERS)}
 

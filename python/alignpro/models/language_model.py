@@ -53,5 +53,12 @@ class LanguageModel(Protocol):
     def step(self) -> Sequence[Handle]:
         """Advance everything under way; returns what this thread submitted and is now finished."""
 
+    def launch(self) -> None:
+        """Put the next step under way, for who drives several models: one that computes elsewhere
+        than on this thread is at it until `step`, which then ends this step."""
+
+    def ready(self) -> bool:
+        """Whether `step` would not wait for a step that was launched."""
+
     def idle(self) -> bool:
         """Whether nothing that this thread submitted is left for `step` to return."""

@@ -349,6 +349,14 @@ class NativeModel:
             in_flight[:] = [handle for handle in in_flight if not handle.finished]
         return done
 
+    def launch(self) -> None:
+        """See `LanguageModel.launch`: on a GPU a step goes on beside another model's."""
+        if any(not handle.finished for handle in self._in_flight()):
+            self._engine.launch()
+
+    def ready(self) -> bool:
+        return self._engine.ready()
+
     def idle(self) -> bool:
         return not self._in_flight()
 

@@ -32,14 +32,20 @@ class NativeSession final : public Session {
     hidden_.resize(batch.output_rows.size() * static_cast<size_t>(model_->config().hidden_size));
     model_->forward(batch, kv_, hidden_.data());
   }
-  void sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) override {
-    model_->sample(hidden_.data(), rows, out);
+  void draw(std::span<const ops::SampleRow> rows) override {
+    drawn_.resize(rows.size());
+    model_->sample(hidden_.data(), rows, drawn_);
+  }
+  bool ready() const override { return true; }
+  void collect(std::span<ops::SampledToken> out) override {
+    std::copy(drawn_.begin(), drawn_.end(), out.begin());
   }
 
  private:
   std::shared_ptr<const model::Model> model_;
   model::KvPool kv_;
   std::vector<float> hidden_;  // [output rows, hidden_size]
+  std::vector<ops::SampledToken> drawn_;
 };
 
 class NativeModel final : public LanguageModel {
@@ -215,7 +221,22 @@ std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingPa
 std::vector<std::shared_ptr<Sequence>> Engine::step() {
   std::unique_lock lock(mutex_);
   turn_.wait(lock, [this] { return !driving_; });
-  return step_in_turn(lock);
+  return in_turn(lock, [this](Sequences& finished) { step_once(finished); });
+}
+
+void Engine::launch() {
+  std::unique_lock lock(mutex_);
+  turn_.wait(lock, [this] { return !driving_; });
+  if (drawing_) return;
+  unreported_ = in_turn(lock, [this](Sequences& finished) {
+    const trace::Span span(trace::Level::kSteps, "step");
+    begin_step(finished);
+  });
+}
+
+bool Engine::ready() const {
+  const std::lock_guard lock(mutex_);
+  return !driving_ && (!drawing_ || session_->ready());
 }
 
 void Engine::run(std::span<const std::shared_ptr<Sequence>> sequences,
@@ -234,7 +255,7 @@ void Engine::run(std::span<const std::shared_ptr<Sequence>> sequences,
       turn_.wait_for(lock, std::chrono::milliseconds(50));
     } else {
       try {
-        step_in_turn(lock);
+        in_turn(lock, [this](Sequences& finished) { step_once(finished); });
       } catch (...) {  // each sequence that it ended carries it; rethrown below if one is ours
       }
     }
@@ -247,10 +268,13 @@ void Engine::run(std::span<const std::shared_ptr<Sequence>> sequences,
       for (const auto& sequence : sequences) sequence->cancel();
       lock.lock();
       turn_.wait(lock, [this] { return !driving_; });
-      unreported_ = take_incoming();
-      extend(unreported_, scheduler_.drop_interrupted(Clock::now()));
-      publish_state();
-      turn_.notify_all();
+      try {
+        unreported_ = in_turn(lock, [this](Sequences& finished) {
+          end_step(finished);
+          extend(finished, scheduler_.drop_interrupted(Clock::now()));
+        });
+      } catch (...) {  // of a step that another thread launched; its sequences carry it
+      }
       throw;
     }
   }
@@ -262,7 +286,7 @@ void Engine::run(std::span<const std::shared_ptr<Sequence>> sequences,
 
 bool Engine::idle() const {
   const std::lock_guard lock(mutex_);
-  return incoming_.empty() && in_flight_ == 0;
+  return incoming_.empty() && in_flight_ == 0 && unreported_.empty();
 }
 
 EngineStats Engine::stats() const {
@@ -270,16 +294,19 @@ EngineStats Engine::stats() const {
   return stats_;
 }
 
-// One step by the calling thread, whose turn it is: `lock` is held at entry and exit, not between.
-Engine::Sequences Engine::step_in_turn(std::unique_lock<std::mutex>& lock) {
+// Work of the calling thread, whose turn it is: `lock` is held at entry and exit, not between.
+// Returns what finished, in it and before.
+Engine::Sequences Engine::in_turn(std::unique_lock<std::mutex>& lock,
+                                  const std::function<void(Sequences&)>& work) {
   Sequences finished = take_incoming();
   driving_ = true;
   lock.unlock();
   std::exception_ptr error;
   try {
-    extend(finished, step_once());
+    work(finished);
   } catch (...) {
     error = std::current_exception();
+    drawing_.reset();
     for (const auto& sequence : scheduler_.clear()) sequence->finish(FinishReason::kFailed, error);
   }
   lock.lock();
@@ -290,14 +317,32 @@ Engine::Sequences Engine::step_in_turn(std::unique_lock<std::mutex>& lock) {
   return finished;
 }
 
-Engine::Sequences Engine::step_once() {
-  const trace::Span step(trace::Level::kSteps, "step");
-  Sequences finished = scheduler_.drop_interrupted(Clock::now());
+void Engine::step_once(Sequences& finished) {
+  if (drawing_) {
+    end_step(finished);
+    // What was cancelled since the launch does not wait for another step.
+    extend(finished, scheduler_.drop_interrupted(Clock::now()));
+    return;
+  }
+  const trace::Span span(trace::Level::kSteps, "step");
+  begin_step(finished);
+  end_step(finished);
+}
+
+void Engine::begin_step(Sequences& finished) {
+  extend(finished, scheduler_.drop_interrupted(Clock::now()));
   admit();
   const std::vector<Chunk> chunks = scheduler_.pick();
-  if (chunks.empty()) return finished;
-  const std::vector<Task*> drawing = forward(chunks);
-  const std::vector<ops::SampledToken> drawn = sample(drawing);
+  if (chunks.empty()) return;
+  drawing_ = forward(chunks);
+  draw(*drawing_);
+}
+
+void Engine::end_step(Sequences& finished) {
+  if (!drawing_) return;
+  const std::vector<Task*> drawing = *std::exchange(drawing_, std::nullopt);
+  std::vector<ops::SampledToken> drawn(drawing.size());
+  if (!drawn.empty()) session_->collect(drawn);
   counts_.decode_tokens += static_cast<int64_t>(drawn.size());
   for (size_t i = 0; i < drawing.size(); ++i) {
     Task* task = drawing[i];
@@ -307,7 +352,6 @@ Engine::Sequences Engine::step_once() {
     task->sequence->finish(reason);
     finished.push_back(scheduler_.retire(task));
   }
-  return finished;
 }
 
 // Hands what was submitted to the scheduler; returns what is finished already, or was between
@@ -353,16 +397,14 @@ std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
   return drawing;
 }
 
-std::vector<ops::SampledToken> Engine::sample(std::span<Task* const> tasks) {
+void Engine::draw(std::span<Task* const> tasks) {
   std::vector<ops::SampleRow> rows;
   for (const Task* task : tasks) {
     rows.push_back(task->sequence->sample_row(static_cast<int64_t>(task->tokens.size())));
   }
   const trace::Span span(trace::Level::kSteps, "sample",
                          [&] { return trace::Counts{.rows = static_cast<int64_t>(rows.size())}; });
-  std::vector<ops::SampledToken> drawn(rows.size());
-  if (!rows.empty()) session_->sample(rows, drawn);
-  return drawn;
+  if (!rows.empty()) session_->draw(rows);
 }
 
 void Engine::publish_state() {

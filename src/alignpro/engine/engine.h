@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -60,6 +61,12 @@ class Engine {
   // usable.
   std::vector<std::shared_ptr<Sequence>> step();
 
+  // The first part of a step, for who drives several engines: it is put under way, and a model that
+  // computes elsewhere than on this thread is left to it. step() then waits for it and returns what
+  // it ended. A second launch() before that does nothing. Throws as step().
+  void launch();
+  bool ready() const;  // step() would not wait for the model
+
   // Returns when all of these are finished, driving steps or waiting for a thread that does.
   // Rethrows the error of the first that failed. `poll` is called between steps, at least every
   // 50 ms; when it throws, these sequences are cancelled and its exception goes to the caller.
@@ -72,12 +79,15 @@ class Engine {
  private:
   using Sequences = std::vector<std::shared_ptr<Sequence>>;
 
-  Sequences step_in_turn(std::unique_lock<std::mutex>& lock);
-  Sequences step_once();
+  Sequences in_turn(std::unique_lock<std::mutex>& lock,
+                    const std::function<void(Sequences&)>& work);
+  void step_once(Sequences& finished);
+  void begin_step(Sequences& finished);
+  void end_step(Sequences& finished);
   Sequences take_incoming();
   void admit();
   std::vector<Task*> forward(std::span<const Chunk> chunks);
-  std::vector<ops::SampledToken> sample(std::span<Task* const> tasks);
+  void draw(std::span<Task* const> tasks);
   void publish_state();
 
   const std::shared_ptr<const LanguageModel> model_;
@@ -88,13 +98,14 @@ class Engine {
   const std::unique_ptr<Session> session_;
   Scheduler scheduler_;
   EngineStats counts_;
-  Sequences unreported_;  // finished between steps; the next step returns them
+  std::optional<std::vector<Task*>> drawing_;  // of a step under way, in the order of its rows
 
   // Guards what follows. Whoever sets driving_ owns what is above until it is false again.
   mutable std::mutex mutex_;
   std::condition_variable turn_;
   bool driving_ = false;
-  std::vector<std::shared_ptr<Sequence>> incoming_;
+  Sequences incoming_;
+  Sequences unreported_;   // finished between steps; the next step returns them
   int64_t in_flight_ = 0;  // sequences inside scheduler_
   std::shared_ptr<const std::vector<std::string>> token_bytes_;
   EngineStats stats_;

@@ -23,8 +23,12 @@ class Session {
   // bits depend on its own sequence alone (contract 2).
   virtual void forward(const model::Batch& batch) = 0;
 
-  // Draws one token for each hidden row that the last forward kept; see ops::head_sample.
-  virtual void sample(std::span<const ops::SampleRow> rows, std::span<ops::SampledToken> out) = 0;
+  // Draws one token for each hidden row that the last forward kept; see ops::head_sample. A model
+  // that computes elsewhere than on the calling thread may still be at it, and at the forward, when
+  // this returns; collect() waits for the tokens.
+  virtual void draw(std::span<const ops::SampleRow> rows) = 0;
+  virtual bool ready() const = 0;  // collect() and the next forward() would not wait
+  virtual void collect(std::span<ops::SampledToken> out) = 0;
 };
 
 // What the engine asks of a model: model::Model on the CPU, cuda::DeviceModel on a GPU, a model

@@ -41,7 +41,8 @@ PEERS = (
     Peer("ctranslate2", "ctranslate2", "run_ctranslate2.py", "ctranslate2", variant="float32"),
     Peer("ctranslate2-int8", "ctranslate2", "run_ctranslate2.py", "ctranslate2", variant="int8"),
     Peer("llama.cpp", "llama-cpp", "run_llama_cpp.py", "gguf"),
-    Peer("openvino", "openvino", "run_openvino.py", "gguf"),
+    Peer("openvino", "openvino", "run_openvino.py", "gguf", variant="default"),
+    Peer("openvino-float32", "openvino", "run_openvino.py", "gguf", variant="float32"),
     Peer("vllm", "vllm", "run_vllm.py", "float32"),
     Peer("trl", "trl", "run_trl.py", "any", ("step",)),
 )

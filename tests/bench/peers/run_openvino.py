@@ -1,4 +1,5 @@
-"""OpenVINO GenAI's continuous batching on the GGUF file, in its own choice of precision."""
+"""OpenVINO GenAI's continuous batching on the GGUF file, in its own choice of precision, which
+quantises activations, or in float32 arithmetic."""
 
 from __future__ import annotations
 
@@ -7,13 +8,23 @@ import numpy as np
 import openvino
 import openvino_genai
 
+PRECISIONS = {
+    "default": {},
+    "float32": {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    },
+}
+
 
 def load(request: harness.Request):
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.enable_prefix_caching = False
     scheduler.max_num_seqs = request.widest
+    options = {"INFERENCE_NUM_THREADS": request.threads, **PRECISIONS[request.variant]}
     pipeline = openvino_genai.ContinuousBatchingPipeline(
-        request.model, scheduler, "CPU", {"INFERENCE_NUM_THREADS": request.threads}
+        request.model, scheduler, "CPU", options
     )
 
     def generate(prompts, new_tokens, seed):
