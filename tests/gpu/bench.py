@@ -16,7 +16,7 @@ import torch
 
 from gpu import calls
 from gpu.cases import normal
-from gpu.model_bench import bench_decode
+from gpu.model_bench import bench_decode, bench_gradient
 
 Row = dict[str, object]
 BF16 = torch.bfloat16
@@ -272,6 +272,7 @@ def main(out: str, table: str) -> int:
         lambda: bench_sample(limit, 64, 4096, 131072),
         lambda: bench_logprob(limit, 8192, 4096, 131072),
         lambda: bench_decode(limit),
+        lambda: bench_gradient(limit),
     ):
         rows += bench()
         print(markdown({"device": "", "torch": "", "limits": limit}, rows[-1:]).splitlines()[-1])

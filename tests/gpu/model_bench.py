@@ -1,5 +1,6 @@
-"""Decode of a random Llama-3.1-8B shape in bfloat16 beside transformers' generate (static cache),
-as a share of the bandwidth limit of the same run."""
+"""A model as a whole: decode of a random Llama-3.1-8B shape in bfloat16 beside transformers'
+generate (static cache), as a share of the bandwidth limit of the same run; and the gradient of a
+training step of a 1.5B shape, as a share of the matrix rate."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from alignpro import native
-from gpu.models import LLAMA_8B, params, write_folder
+from gpu.models import LLAMA_8B, PROMPTER, lora, params, tensors, write_folder
 
 CONTEXT, TIMED, UNTIMED = 1024, 48, 16  # positions when the timing ends; steps
 
@@ -104,4 +106,59 @@ def bench_decode(limit: dict[str, float]) -> list[dict[str, object]]:
                     "tokens_per_second": 1e3 * sequences / milliseconds,
                 }
             )
+    return rows
+
+
+# Of a step: prompts, rewrites of each, and tokens of both.
+PROMPTS, REWRITES, PROMPT_TOKENS, REWRITE_TOKENS = 16, 8, 64, 64
+
+
+def gradient_flops() -> float:
+    """The products of a step: policy, reference and dX over the layers, a prompt's rows once; the
+    vocabulary's forward of both, both again in the backward, and its dX."""
+    rows = PROMPTS * (PROMPT_TOKENS + REWRITES * REWRITE_TOKENS)
+    layer = sum(a * b for _, (a, b) in ((n, s) for n, s in tensors(PROMPTER, 0) if len(s) == 2))
+    values = PROMPTS * REWRITES * REWRITE_TOKENS
+    head = PROMPTER.vocab * PROMPTER.hidden
+    return 2.0 * (3 * rows * layer * PROMPTER.layers + 5 * values * head)
+
+
+def bench_gradient(limit: dict[str, float]) -> list[dict[str, object]]:
+    """Scores with an exact KL to the base, and the gradients on the host; kept and recomputed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "prompter"
+        write_folder(PROMPTER, folder, "cuda")
+        torch.cuda.empty_cache()
+        model = native.core.DeviceModel.load(str(folder))
+    adapter = lora(model, 16)
+    sequences = [
+        prompt + torch.randint(3, PROMPTER.vocab, (REWRITE_TOKENS,)).tolist()
+        for prompt in torch.randint(3, PROMPTER.vocab, (PROMPTS, PROMPT_TOKENS)).tolist()
+        for _ in range(REWRITES)
+    ]
+    starts = [PROMPT_TOKENS] * len(sequences)
+    upstream = np.full(len(sequences) * REWRITE_TOKENS, 1e-4, np.float32)
+    rows: list[dict[str, object]] = []
+    for activations in ("keep", "recompute"):
+        options = {"adapter": adapter, "with_reference": True, "keep_graph": True}
+        options["activations"] = activations
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            score = model.score(sequences, starts, **options)
+            score.backward(upstream, None, upstream)
+            times.append(1e3 * (time.perf_counter() - start))
+        milliseconds = statistics.median(times[1:])
+        rate = gradient_flops() / milliseconds / 1e9
+        rows.append(
+            {
+                "op": "gradient",
+                "work": f"Qwen2.5-1.5B shape bf16, rank 16, {PROMPTS} x {REWRITES} x "
+                f"({PROMPT_TOKENS} + {REWRITE_TOKENS}) tokens, KL to the base, {activations}",
+                "ours_ms": milliseconds,
+                "torch_ms": None,
+                "share_of_matrix_rate": rate / limit["matrix_tflops"],
+                "workspace_mb": model.score_bytes(sequences, starts, **options) / 1e6,
+            }
+        )
     return rows

@@ -11,7 +11,7 @@ import numpy as np
 
 from alignpro import native
 from gpu.cases import Measured, case, sizes
-from gpu.models import Shape, generate, write_folder
+from gpu.models import Shape, generate, lora, write_folder
 
 # Groups of 2 and 4; more than a tile of everything, an odd vocabulary.
 SHAPE = sizes(Shape(512, 4, 8, 2, 64, 1408, 5003), Shape(64, 2, 4, 2, 16, 96, 300, 64))
@@ -22,18 +22,6 @@ PROMPTS = [
 # One that begins as another does, inside a block of positions.
 PROMPTS.append([*PROMPTS[1][:-3], 7])
 NEW = sizes(24, 3)
-
-
-def lora(model: Any, rank: int) -> Any:
-    draw = np.random.default_rng(9)
-    matrices = {
-        path: (
-            draw.standard_normal((rank, inputs)).astype(np.float32) * 0.05,
-            draw.standard_normal((outputs, rank)).astype(np.float32) * 0.05,
-        )
-        for path, (outputs, inputs) in model.lora_modules().items()
-    }
-    return model.make_adapter(matrices, 1.0)
 
 
 @case

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from alignpro import native
@@ -31,6 +32,7 @@ class Shape:
 
 
 LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256)  # Llama 3.1
+PROMPTER = Shape(1536, 28, 12, 2, 128, 8960, 151936)  # Qwen2.5-1.5B, without its biases
 
 
 def tensors(shape: Shape, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -104,6 +106,19 @@ def write_folder(shape: Shape, folder: Path, device: str = "cpu", seed: int = 0)
         "eos_token_id": 2,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def lora(model: Any, rank: int) -> Any:
+    """Random matrices on every linear."""
+    draw = np.random.default_rng(9)
+    matrices = {
+        path: (
+            draw.standard_normal((rank, inputs)).astype(np.float32) * 0.05,
+            draw.standard_normal((outputs, rank)).astype(np.float32) * 0.05,
+        )
+        for path, (outputs, inputs) in model.lora_modules().items()
+    }
+    return model.make_adapter(matrices, 1.0)
 
 
 def params(count: int, seed: int, temperature: float = 1.0) -> Any:
