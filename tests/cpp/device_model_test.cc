@@ -275,7 +275,8 @@ TEST(scores_are_the_cpus) {
   CHECK(largest_difference(got.hidden(), expected.hidden()) < kLogprobBudget);
   // Against itself there is no divergence, to the bit.
   request.reference = request.adapter;
-  for (const float kl : cuda::DeviceScore(device, request).kl()) CHECK_EQ(kl, 0.0f);
+  const cuda::DeviceScore itself(device, request);
+  for (const float kl : itself.kl()) CHECK_EQ(kl, 0.0f);
 }
 
 SLOW_TEST(bfloat16_stays_near_float32) {
