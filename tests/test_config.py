@@ -62,7 +62,7 @@ def test_a_partial_group_keeps_the_outer_defaults():
     [
         ({"lerning_rate": 1}, 'unknown configuration key "lerning_rate"; did you mean "learning_'),
         ({"lora": {"rnk": 1}}, 'unknown configuration key "lora.rnk"; did you mean "rank"?'),
-        ({"zzz": 1}, 'unknown configuration key "zzz"; known: model, adapter'),
+        ({"zzz": 1}, 'unknown configuration key "zzz"; known: model, prompter_device'),
         ({"steps": 2.5}, "steps: expected an integer, got 2.5"),
         ({"steps": True}, "steps: expected an integer, got True"),
         ({"steps": "ten"}, "steps: expected an integer, got 'ten'"),
@@ -145,8 +145,17 @@ def test_a_partial_group_keeps_the_outer_defaults():
             "num_rewrites: expected its default 4 (it goes with a number of num_responses;",
         ),
         ({"policy": "target", "num_responses": 2}, "num_responses: expected its default 1"),
-        ({"policy": "target", "target_compute": "int8"}, "target_compute: expected its default"),
-        ({"policy": "target", "target_device": "cuda"}, "target_device: expected its default"),
+        (
+            {"policy": "target", "target_compute": "int8"},
+            "target_compute: expected float32 or bfloat16 with policy target: int8 has no",
+        ),
+        ({"policy": "target", "prompter_device": "cuda"}, "prompter_device: expected its default"),
+        (
+            {"prompter_compute": "bfloat16"},
+            "prompter_compute: expected float32 with prompter",
+        ),
+        ({"prompter_compute": "int8"}, "prompter_compute: expected one of 'float32', 'bfloat16'"),
+        ({"prompter_device": "gpu"}, "prompter_device: expected one of 'cpu', 'cuda'"),
         ({"target_compute": "bfloat16"}, "float32 or int8 with target_device cpu"),
         (
             {"target_device": "cuda", "target_compute": "int8"},

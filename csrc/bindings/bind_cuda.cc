@@ -87,6 +87,20 @@ void rope_kv_write(const py::object& qkv, const cuda::AttentionShape& shape, con
   cuda::rope_kv_write(shape, rows, 2 * half, c, s, at, to, pool, stream_of(stream));
 }
 
+// (from, to, slot) each, int32 [copies, 3].
+void kv_copy(const py::object& copies, const cuda::AttentionShape& shape, const py::object& kv,
+             uintptr_t stream) {
+  Call call("kv_copy");
+  static_assert(sizeof(cuda::KvCopy) == 12);
+  const DeviceTensor& listed = call.tensor(copies, "copies", 2);
+  const auto* list = reinterpret_cast<const cuda::KvCopy*>(
+      listed.values<int32_t>(DlType::kInt, 3 * listed.size(0)));
+  const DType dtype = call.tensor(kv, "kv", 5).dtype();
+  const cuda::PagedKv pool = call.paged_kv(kv, shape, dtype);
+  const GilRelease release;
+  cuda::kv_copy(shape, dtype, list, listed.size(0), pool, stream_of(stream));
+}
+
 void attention_decode(const py::object& qkv, const cuda::AttentionShape& shape,
                       const py::object& positions, const py::object& block_table,
                       int64_t max_positions, const py::object& kv, const py::object& workspace,
@@ -269,6 +283,7 @@ void bind_cuda(py::module_& core) {
         py::arg("k_weight"), py::arg("eps"), py::arg("stream"));
   m.def("rope_kv_write", &rope_kv_write, py::arg("qkv"), py::arg("shape"), py::arg("cos"),
         py::arg("sin"), py::arg("positions"), py::arg("blocks"), py::arg("kv"), py::arg("stream"));
+  m.def("kv_copy", &kv_copy, py::arg("copies"), py::arg("shape"), py::arg("kv"), py::arg("stream"));
   m.def("attention_decode", &attention_decode, py::arg("qkv"), py::arg("shape"),
         py::arg("positions"), py::arg("block_table"), py::arg("max_positions"), py::arg("kv"),
         py::arg("workspace"), py::arg("out"), py::arg("stream"));

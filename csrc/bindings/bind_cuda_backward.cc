@@ -22,6 +22,28 @@ void rms_norm_backward(const py::object& x, const py::object& weight, float eps,
   cuda::rms_norm_backward(from, w, eps, up, to, stream_of(stream));
 }
 
+// begins [rows + 1] and places: int32.
+void embedding_backward(const py::object& d_out, const py::object& begins, const py::object& places,
+                        const py::object& d_table, uintptr_t stream) {
+  Call call("embedding_backward");
+  const cuda::Matrix up = call.matrix(d_out, "d_out"), to = call.matrix(d_table, "d_table");
+  const int32_t* first = call.ints(begins, "begins", to.rows + 1);
+  const int32_t* from = call.ints(places, "places", 0);
+  const GilRelease release;
+  cuda::embedding_backward(up, first, from, to, stream_of(stream));
+}
+
+void qk_norm_backward(const py::object& qkv, const cuda::AttentionShape& shape,
+                      const py::object& q_weight, const py::object& k_weight, float eps,
+                      const py::object& d_qkv, uintptr_t stream) {
+  Call call("qk_norm_backward");
+  const cuda::Matrix from = call.matrix(qkv, "qkv"), to = call.matrix(d_qkv, "d_qkv");
+  const void* q = call.vector(q_weight, "q_weight", shape.head_dim, from.dtype);
+  const void* k = call.vector(k_weight, "k_weight", shape.head_dim, from.dtype);
+  const GilRelease release;
+  cuda::qk_norm_backward(shape, from, q, k, eps, to, stream_of(stream));
+}
+
 void swiglu_backward(const py::object& gate_up, const py::object& dh, const py::object& d_gate_up,
                      uintptr_t stream) {
   Call call("swiglu_backward");
@@ -107,6 +129,11 @@ void lora_backward(const py::object& x, const py::object& lora_x, const py::obje
 void bind_cuda_backward(py::module_& m) {
   m.def("rms_norm_backward", &rms_norm_backward, py::arg("x"), py::arg("weight"), py::arg("eps"),
         py::arg("dy"), py::arg("dx"), py::arg("stream"));
+  m.def("embedding_backward", &embedding_backward, py::arg("d_out"), py::arg("begins"),
+        py::arg("places"), py::arg("d_table"), py::arg("stream"));
+  m.def("qk_norm_backward", &qk_norm_backward, py::arg("qkv"), py::arg("shape"),
+        py::arg("q_weight"), py::arg("k_weight"), py::arg("eps"), py::arg("d_qkv"),
+        py::arg("stream"));
   m.def("swiglu_backward", &swiglu_backward, py::arg("gate_up"), py::arg("dh"),
         py::arg("d_gate_up"), py::arg("stream"));
   m.def("rope_backward", &rope_backward, py::arg("d_qkv"), py::arg("shape"), py::arg("cos"),

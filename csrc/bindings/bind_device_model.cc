@@ -10,14 +10,15 @@
 
 #include "array.h"
 #include "bind_model.h"
+#include "bind_score.h"
 #include "cuda/model/device_model.h"
+#include "cuda/model/device_score.h"
 #include "gil.h"
 
 namespace py = pybind11;
 using namespace alignpro;
 using namespace alignpro::bindings;
 using cuda::DeviceModel;
-using cuda::ScoreValues;
 
 namespace {
 
@@ -40,23 +41,13 @@ py::dict describe_model(const DeviceModel& model) {
   return d;
 }
 
-py::object or_none(const std::vector<float>& values, bool there) {
-  return there ? py::object(to_array(values)) : py::object(py::none());
-}
-
 }  // namespace
 
 void bind_device_model(py::module_& m) {
-  py::class_<ScoreValues>(m, "DeviceScore")
-      .def_property_readonly("logprob", [](const ScoreValues& s) { return to_array(s.logprob); })
-      .def_property_readonly("entropy", [](const ScoreValues& s) { return to_array(s.entropy); })
-      .def_property_readonly("kl",
-                             [](const ScoreValues& s) { return or_none(s.kl, s.has_reference); })
-      .def_property_readonly("reference_logprob", [](const ScoreValues& s) {
-        return or_none(s.reference_logprob, s.has_reference);
-      });
+  bind_score<cuda::DeviceScore>(m, "DeviceScore");
 
-  py::class_<DeviceModel, std::shared_ptr<DeviceModel>>(m, "DeviceModel")
+  py::class_<DeviceModel, std::shared_ptr<DeviceModel>> of(m, "DeviceModel");
+  of.def_property_readonly("config", &describe_model)
       .def_static(
           "load",
           [](const std::string& path, int threads, int64_t context_length,
@@ -67,32 +58,12 @@ void bind_device_model(py::module_& m) {
           },
           py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
           py::arg("compute") = "bfloat16")
-      .def_property_readonly("config", &describe_model)
       .def("lora_modules", [](const DeviceModel& self) { return lora_shapes(self.config()); })
       .def(
           "make_adapter",
           [](const DeviceModel& self, const py::dict& matrices, float scale) {
             return make_adapter(self.config(), matrices, scale);
           },
-          py::arg("matrices"), py::arg("scale"))
-      .def(
-          "score",
-          [](const DeviceModel& self, std::vector<std::vector<int32_t>> sequences,
-             std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
-             float temperature, std::shared_ptr<model::Adapter> reference, bool with_reference,
-             bool keep_graph, const std::string&, bool with_hidden) {
-            const GilRelease release;
-            return self.score({.sequences = std::move(sequences),
-                               .starts = std::move(starts),
-                               .adapter = std::move(adapter),
-                               .temperature = temperature,
-                               .with_reference = with_reference,
-                               .reference = std::move(reference),
-                               .with_hidden = with_hidden,
-                               .keep_graph = keep_graph});
-          },
-          py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
-          py::arg("temperature") = 1.0f, py::arg("reference") = nullptr,
-          py::arg("with_reference") = false, py::arg("keep_graph") = false,
-          py::arg("activations") = "keep", py::arg("with_hidden") = false);
+          py::arg("matrices"), py::arg("scale"));
+  bind_scoring<cuda::DeviceScore>(of);
 }

@@ -4,7 +4,6 @@
 
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,6 +12,7 @@
 #include "alignpro/model/model.h"
 #include "alignpro/model/scorer.h"
 #include "array.h"
+#include "bind_score.h"
 #include "gil.h"
 
 namespace py = pybind11;
@@ -31,13 +31,6 @@ DType kv_dtype_from(const std::string& name) {
   if (name == "float32") return DType::kF32;
   require(name == "float16", "kv_dtype: expected \"float32\" or \"float16\", got \"", name, "\"");
   return DType::kF16;
-}
-
-model::Activations activations_from(const std::string& name) {
-  if (name == "keep") return model::Activations::kKeep;
-  require(name == "recompute", "activations: expected \"keep\" or \"recompute\", got \"", name,
-          "\"");
-  return model::Activations::kRecompute;
 }
 
 }  // namespace
@@ -99,6 +92,25 @@ std::shared_ptr<model::Adapter> make_adapter(const model::ModelConfig& config,
   return std::make_shared<model::Adapter>(config, views, scale);
 }
 
+model::Activations activations_from(const std::string& name) {
+  if (name == "keep") return model::Activations::kKeep;
+  require(name == "recompute", "activations: expected \"keep\" or \"recompute\", got \"", name,
+          "\"");
+  return model::Activations::kRecompute;
+}
+
+py::dict gradients_to_dict(const model::Adapter& adapter,
+                           const model::AdapterGradients& gradients) {
+  py::dict result;
+  for (size_t i = 0; i < gradients.modules.size(); ++i) {
+    const model::Adapter::Module& m = adapter.modules()[i];
+    result[py::str(m.where.path)] =
+        py::make_tuple(to_array(gradients.modules[i].a, m.rank, m.where.inputs),
+                       to_array(gradients.modules[i].b, m.where.outputs, m.rank));
+  }
+  return result;
+}
+
 }  // namespace alignpro::bindings
 
 namespace {
@@ -114,18 +126,6 @@ py::dict describe_model(const model::Model& model) {
   return d;
 }
 
-py::dict gradients_to_dict(const model::Adapter& adapter,
-                           const model::AdapterGradients& gradients) {
-  py::dict result;
-  for (size_t i = 0; i < gradients.modules.size(); ++i) {
-    const model::Adapter::Module& m = adapter.modules()[i];
-    result[py::str(m.where.path)] =
-        py::make_tuple(to_array(gradients.modules[i].a, m.rank, m.where.inputs),
-                       to_array(gradients.modules[i].b, m.where.outputs, m.rank));
-  }
-  return result;
-}
-
 }  // namespace
 
 void bind_model(py::module_& m) {
@@ -137,43 +137,10 @@ void bind_model(py::module_& m) {
         return paths;
       });
 
-  py::class_<model::Score>(m, "Score")
-      .def_property_readonly("logprob", [](const model::Score& s) { return to_array(s.logprob()); })
-      .def_property_readonly("entropy", [](const model::Score& s) { return to_array(s.entropy()); })
-      .def_property_readonly("kl",
-                             [](const model::Score& s) -> py::object {
-                               if (!s.has_reference()) return py::none();
-                               return to_array(s.kl());
-                             })
-      .def_property_readonly("reference_logprob",
-                             [](const model::Score& s) -> py::object {
-                               if (!s.has_reference()) return py::none();
-                               return to_array(s.reference_logprob());
-                             })
-      .def_property_readonly("hidden",
-                             [](const model::Score& s) -> py::object {
-                               if (!s.has_hidden()) return py::none();
-                               const auto values = static_cast<int64_t>(s.logprob().size());
-                               return to_array(s.hidden(), values, s.hidden_size());
-                             })
-      .def(
-          "backward",
-          [](model::Score& s, const py::object& d_logprob, const py::object& d_entropy,
-             const py::object& d_kl) {
-            const auto lp = float_vector(d_logprob, "d_logprob");
-            const auto entropy = float_vector(d_entropy, "d_entropy");
-            const auto kl = float_vector(d_kl, "d_kl");
-            const auto adapter = s.adapter();
-            std::optional<model::AdapterGradients> gradients;
-            {
-              const GilRelease release;
-              gradients = s.backward(lp, entropy, kl);
-            }
-            return gradients_to_dict(*adapter, *gradients);
-          },
-          py::arg("d_logprob"), py::arg("d_entropy") = py::none(), py::arg("d_kl") = py::none());
+  bind_score<model::Score>(m, "Score");
 
-  py::class_<model::Model, std::shared_ptr<model::Model>>(m, "Model")
+  py::class_<model::Model, std::shared_ptr<model::Model>> of(m, "Model");
+  of.def_property_readonly("config", &describe_model)
       .def_static(
           "load",
           [](const std::string& path, int threads, int64_t context_length,
@@ -185,52 +152,12 @@ void bind_model(py::module_& m) {
           },
           py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
           py::arg("compute") = "float32", py::arg("kv_dtype") = "float32")
-      .def_property_readonly("config", &describe_model)
       .def("lora_modules", [](const model::Model& self) { return lora_shapes(self.config()); })
       .def(
           "make_adapter",
           [](const model::Model& self, const py::dict& matrices, float scale) {
             return make_adapter(self.config(), matrices, scale);
           },
-          py::arg("matrices"), py::arg("scale"))
-      .def(
-          "score",
-          [](std::shared_ptr<model::Model> self, std::vector<std::vector<int32_t>> sequences,
-             std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
-             float temperature, std::shared_ptr<model::Adapter> reference, bool with_reference,
-             bool keep_graph, const std::string& activations, bool with_hidden) {
-            const GilRelease release;
-            model::ScoreRequest request{.sequences = std::move(sequences),
-                                        .starts = std::move(starts),
-                                        .adapter = std::move(adapter),
-                                        .temperature = temperature,
-                                        .with_reference = with_reference,
-                                        .reference = std::move(reference),
-                                        .with_hidden = with_hidden,
-                                        .keep_graph = keep_graph,
-                                        .activations = activations_from(activations)};
-            return std::make_unique<model::Score>(std::move(self), std::move(request));
-          },
-          py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
-          py::arg("temperature") = 1.0f, py::arg("reference") = nullptr,
-          py::arg("with_reference") = false, py::arg("keep_graph") = false,
-          py::arg("activations") = "keep", py::arg("with_hidden") = false)
-      .def(
-          "score_bytes",
-          [](const model::Model& self, std::vector<std::vector<int32_t>> sequences,
-             std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
-             bool with_reference, bool keep_graph, const std::string& activations,
-             bool with_hidden) {
-            const GilRelease release;
-            return model::Score::bytes(self, {.sequences = std::move(sequences),
-                                              .starts = std::move(starts),
-                                              .adapter = std::move(adapter),
-                                              .with_reference = with_reference,
-                                              .with_hidden = with_hidden,
-                                              .keep_graph = keep_graph,
-                                              .activations = activations_from(activations)});
-          },
-          py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
-          py::arg("with_reference") = false, py::arg("keep_graph") = false,
-          py::arg("activations") = "keep", py::arg("with_hidden") = false);
+          py::arg("matrices"), py::arg("scale"));
+  bind_scoring<model::Score>(of);
 }

@@ -48,6 +48,12 @@ inline void check_matrix(const char* op, const char* name, const Matrix& m, int6
   if (m.rows > 0) check_aligned(op, name, m.data);
 }
 
+inline void check_head_dim(const char* op, const AttentionShape& shape, DType dtype) {
+  const int64_t pack = pack_size(dtype);
+  require(shape.head_dim > 0 && shape.head_dim % pack == 0, op,
+          ": expected a head_dim that is a multiple of ", pack, ", got ", shape.head_dim);
+}
+
 // Rows of [q heads | k heads | v heads].
 inline void check_heads(const char* op, const AttentionShape& shape, const Matrix& qkv,
                         const char* name) {
@@ -57,9 +63,7 @@ inline void check_heads(const char* op, const AttentionShape& shape, const Matri
       shape.num_kv_heads);
   check_matrix(op, name, qkv, qkv.rows, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim,
                qkv.dtype);
-  const int64_t pack = pack_size(qkv.dtype);
-  require(shape.head_dim > 0 && shape.head_dim % pack == 0, op,
-          ": expected a head_dim that is a multiple of ", pack, ", got ", shape.head_dim);
+  check_head_dim(op, shape, qkv.dtype);
 }
 
 inline void check_rotary(const char* op, const AttentionShape& shape, int64_t rotary_dim) {
@@ -67,14 +71,19 @@ inline void check_rotary(const char* op, const AttentionShape& shape, int64_t ro
           ": rotary_dim: expected an even number up to ", shape.head_dim, ", got ", rotary_dim);
 }
 
-inline void check_attention(const char* op, const AttentionShape& shape, const Matrix& qkv,
-                            const PagedKv& kv) {
-  check_heads(op, shape, qkv, "qkv");
-  const int64_t pack = pack_size(qkv.dtype);
+inline void check_kv(const char* op, const AttentionShape& shape, DType dtype, const PagedKv& kv) {
+  check_head_dim(op, shape, dtype);
+  const int64_t pack = pack_size(dtype);
   require(kv.block_stride % pack == 0 && kv.head_stride % pack == 0 && kv.value_offset % pack == 0,
           op, ": kv: expected strides that are multiples of ", pack, ", got ", kv.block_stride,
           ", ", kv.head_stride, ", ", kv.value_offset);
   check_aligned(op, "kv", kv.base);
+}
+
+inline void check_attention(const char* op, const AttentionShape& shape, const Matrix& qkv,
+                            const PagedKv& kv) {
+  check_heads(op, shape, qkv, "qkv");
+  check_kv(op, shape, qkv.dtype, kv);
 }
 
 // fn(std::integral_constant) of the width that a head_dim is padded to.

@@ -24,6 +24,9 @@ std::string version() { return "no"; }
 int dlpack_device_type() { missing("dlpack_device_type"); }
 
 void embedding(const Matrix&, const int32_t*, const Matrix&, Stream) { missing("embedding"); }
+void embedding_backward(const Matrix&, const int32_t*, const int32_t*, const Matrix&, Stream) {
+  missing("embedding_backward");
+}
 void rms_norm(const Matrix&, const void*, float, const Matrix&, Stream) { missing("rms_norm"); }
 void swiglu(const Matrix&, const Matrix&, Stream) { missing("swiglu"); }
 void rms_norm_backward(const Matrix&, const void*, float, const Matrix&, const Matrix&, Stream) {
@@ -42,6 +45,10 @@ void linear(const Matrix&, const Matrix&, const LinearExtras&, const Matrix&, St
 void qk_norm(const AttentionShape&, const Matrix&, const void*, const void*, float, Stream) {
   missing("qk_norm");
 }
+void qk_norm_backward(const AttentionShape&, const Matrix&, const void*, const void*, float,
+                      const Matrix&, Stream) {
+  missing("qk_norm_backward");
+}
 void linear_backward(const Matrix&, const Matrix&, const LinearBackwardExtras&, const Matrix&,
                      Stream) {
   missing("linear_backward");
@@ -53,6 +60,9 @@ int64_t lora_backward_bytes(int64_t, int64_t, int64_t, int64_t) { missing("lora_
 void rope_kv_write(const AttentionShape&, const Matrix&, int64_t, const float*, const float*,
                    const int32_t*, const int32_t*, const PagedKv&, Stream) {
   missing("rope_kv_write");
+}
+void kv_copy(const AttentionShape&, DType, const KvCopy*, int64_t, const PagedKv&, Stream) {
+  missing("kv_copy");
 }
 void attention_decode(const AttentionShape&, const Matrix&, const int32_t*, const int32_t*, int64_t,
                       int64_t, const PagedKv&, void*, const Matrix&, Stream) {
@@ -105,6 +115,7 @@ int64_t free_memory() { missing("free_memory"); }
 void copy_to_device(void*, const void*, int64_t, Stream) { missing("copy_to_device"); }
 void copy_to_host(void*, const void*, int64_t, Stream) { missing("copy_to_host"); }
 void copy_pieces(void*, const void*, int64_t, int64_t, int64_t, Stream) { missing("copy_pieces"); }
+void clear(void*, int64_t, Stream) { missing("clear"); }
 void begin_capture(Stream) { missing("begin_capture"); }
 Graph end_capture(Stream) { missing("end_capture"); }
 void abort_capture(Stream) noexcept {}

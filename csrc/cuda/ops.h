@@ -46,6 +46,10 @@ struct Matrix {
 
 // out [tokens, table.cols] = rows of the table. A token outside the table gives a row of NaN.
 void embedding(const Matrix& table, const int32_t* tokens, const Matrix& out, Stream stream);
+// The gradient by the table, overwritten: its row r is the sum of d_out's (float32) rows
+// places[begins[r] .. begins[r + 1]), those that read it, in their order.
+void embedding_backward(const Matrix& d_out, const int32_t* begins, const int32_t* places,
+                        const Matrix& d_table, Stream stream);
 
 // y = weight * x / sqrt(mean(x^2) + eps) row by row; weight [cols] in x's dtype. y may be x.
 void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, Stream stream);
@@ -107,6 +111,10 @@ struct AttentionShape {
 // rms_norm in place over each q head of qkv by q_weight [head_dim] and each k head by k_weight.
 void qk_norm(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,
              const void* k_weight, float eps, Stream stream);
+// Turns the q and k heads of d_qkv from the gradient by qk_norm's output into that by its input
+// qkv, in place.
+void qk_norm_backward(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,
+                      const void* k_weight, float eps, const Matrix& d_qkv, Stream stream);
 
 // One layer of a pool of KV blocks of 16 positions, in the dtype of qkv: K [16][head_dim] of a
 // head, its V value_offset further. Strides in elements.
@@ -121,6 +129,14 @@ struct PagedKv {
 void rope_kv_write(const AttentionShape& shape, const Matrix& qkv, int64_t rotary_dim,
                    const float* cos, const float* sin, const int32_t* positions,
                    const int32_t* blocks, const PagedKv& kv, Stream stream);
+
+// Copies K and V of one position, all heads: slot `slot` of block `from` to that of block `to`. No
+// copy reads what another one of the call writes.
+struct KvCopy {
+  int32_t from, to, slot;
+};
+void kv_copy(const AttentionShape& shape, DType dtype, const KvCopy* copies, int64_t copy_count,
+             const PagedKv& kv, Stream stream);
 
 // Turns the q and k heads of d_qkv back, in place: the gradient of their rotation.
 void rope_backward(const AttentionShape& shape, const Matrix& d_qkv, int64_t rotary_dim,

@@ -1,4 +1,5 @@
 // A block a row: two sums in the tree of rms_norm, then the row again, from the cache.
+// qk_norm_backward: a warp a row and head.
 
 #include "bodies/rows.h"
 #include "checks.h"
@@ -16,7 +17,23 @@ __global__ void __launch_bounds__(kThreads)
                              Rows<const T> dy, Rows<T> dx) {
   __shared__ float scratch[kMaxWarps];
   DeviceBlock block;
-  rms_norm_backward_row(block, int64_t{blockIdx.x}, cols, x, weight, eps, dy, dx, scratch);
+  rms_norm_backward_row<true>(block, int64_t{blockIdx.x}, cols, x, weight, eps, dy, dx, scratch);
+}
+
+constexpr int kHeadThreads = 32;
+
+// A lane reads what it overwrites.
+template <typename T>
+__global__ void __launch_bounds__(kHeadThreads)
+    qk_norm_backward_kernel(Rows<const T> qkv, int64_t num_heads, int64_t head_dim,
+                            const T* q_weight, const T* k_weight, float eps, Rows<T> d_qkv) {
+  __shared__ float scratch[kMaxWarps];
+  DeviceBlock block;
+  const int64_t head = blockIdx.y, at = head * head_dim;
+  rms_norm_backward_row<false>(
+      block, int64_t{blockIdx.x}, head_dim, Rows<const T>{qkv.data + at, qkv.ld},
+      head < num_heads ? q_weight : k_weight, eps, Rows<const T>{d_qkv.data + at, d_qkv.ld},
+      Rows<T>{d_qkv.data + at, d_qkv.ld}, scratch);
 }
 
 }  // namespace
@@ -34,6 +51,23 @@ void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Mat
            Rows<const T>{static_cast<const T*>(x.data), x.ld}, static_cast<const T*>(weight), eps,
            Rows<const T>{static_cast<const T*>(dy.data), dy.ld},
            Rows<T>{static_cast<T*>(dx.data), dx.ld});
+  });
+}
+
+void qk_norm_backward(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,
+                      const void* k_weight, float eps, const Matrix& d_qkv, Stream stream) {
+  constexpr const char* kOp = "qk_norm_backward";
+  check_heads(kOp, shape, qkv, "qkv");
+  check_matrix(kOp, "d_qkv", d_qkv, qkv.rows, qkv.cols, qkv.dtype);
+  check_aligned(kOp, "q_weight", q_weight);
+  check_aligned(kOp, "k_weight", k_weight);
+  dispatch(kOp, qkv.dtype, [&](auto type) {
+    using T = decltype(type);
+    const dim3 grid(count(qkv.rows), count(shape.num_heads + shape.num_kv_heads));
+    launch(kOp, qk_norm_backward_kernel<T>, grid, kHeadThreads, 0, stream,
+           Rows<const T>{static_cast<const T*>(qkv.data), qkv.ld}, shape.num_heads, shape.head_dim,
+           static_cast<const T*>(q_weight), static_cast<const T*>(k_weight), eps,
+           Rows<T>{static_cast<T*>(d_qkv.data), d_qkv.ld});
   });
 }
 

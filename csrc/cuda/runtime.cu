@@ -65,6 +65,10 @@ void copy_pieces(void* to, const void* from, int64_t pitch, int64_t bytes, int64
         "copy_pieces");
 }
 
+void clear(void* memory, int64_t bytes, Stream stream) {
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), native(stream)), "clear");
+}
+
 void begin_capture(Stream stream) {
   check(cudaStreamBeginCapture(native(stream), cudaStreamCaptureModeThreadLocal), "begin_capture");
 }

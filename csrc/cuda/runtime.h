@@ -30,6 +30,7 @@ void copy_to_host(void* to, const void* from, int64_t bytes, Stream stream);
 // Within device memory: `count` pieces of `bytes`, `pitch` bytes apart on both sides.
 void copy_pieces(void* to, const void* from, int64_t pitch, int64_t bytes, int64_t count,
                  Stream stream);
+void clear(void* memory, int64_t bytes, Stream stream);  // zeros, on the device
 
 using Graph = void*;  // cudaGraphExec_t
 // Kernels that this thread puts on the stream between the two are recorded with their arguments and
@@ -55,6 +56,28 @@ class Layout {
 };
 
 inline char* at(void* base, int64_t offset) { return static_cast<char*>(base) + offset; }
+
+// What lies in one allocation, cut off it piece by piece. Of a null one only bytes() counts.
+class Pieces {
+ public:
+  explicit Pieces(void* base) : base_(base) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    const int64_t offset = layout_.take(count * static_cast<int64_t>(sizeof(T)));
+    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(at(base_, offset));
+  }
+  Matrix matrix(int64_t rows, int64_t cols, DType dtype) {
+    return {take<char>(rows * cols * block_bytes(dtype)), rows, cols, cols, dtype};
+  }
+  // What begins behind, of another life.
+  Pieces rest() const { return Pieces(base_ == nullptr ? nullptr : at(base_, layout_.bytes())); }
+  int64_t bytes() const { return layout_.bytes(); }
+
+ private:
+  void* base_;
+  Layout layout_;
+};
 
 // Which device the calling thread's work goes to; ops.h's current_device() tells.
 void use_device(int device);

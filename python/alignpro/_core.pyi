@@ -183,15 +183,35 @@ class DeviceModel:
         activations: str = "keep",
         with_hidden: bool = False,
     ) -> DeviceScore:
-        """As Model.score; keep_graph and with_hidden raise ValueError."""
+        """As Model.score."""
+
+    def score_bytes(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        adapter: Adapter | None = None,
+        with_reference: bool = False,
+        keep_graph: bool = False,
+        activations: str = "keep",
+        with_hidden: bool = False,
+    ) -> int:
+        """Of the device's memory: what score() and its backward() hold at most, in bytes, beside
+        weights and adapters."""
 
 class DeviceScore:
-    """As Score, without hidden and backward."""
+    """As Score."""
 
     logprob: NDArray[np.float32]
     entropy: NDArray[np.float32]
     kl: NDArray[np.float32] | None
     reference_logprob: NDArray[np.float32] | None
+    hidden: NDArray[np.float32] | None
+    def backward(
+        self,
+        d_logprob: NDArray[np.float32],
+        d_entropy: NDArray[np.float32] | None,
+        d_kl: NDArray[np.float32] | None,
+    ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]: ...
 
 class Score:
     """Flat float32 arrays, sequences one after another: total = sum(len - start)."""
@@ -320,6 +340,8 @@ class cuda:
         kv: Any,
         stream: int,
     ) -> None: ...
+    @staticmethod
+    def kv_copy(copies: Any, shape: AttentionShape, kv: Any, stream: int) -> None: ...
     @staticmethod
     def attention_decode(
         qkv: Any,

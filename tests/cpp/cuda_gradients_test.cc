@@ -1,5 +1,6 @@
 // Gradients of csrc/cuda/ops.h as callers see them, on the CPU, beside the CPU's own ops.
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -54,6 +55,48 @@ void check_rows() {
   cuda::rms_norm_backward(matrix(x, rows, n), weight.data(), 1e-3f, matrix(dy, rows, n),
                           matrix(dx, rows, n), nullptr);
   CHECK(agree(dx, sum));
+}
+
+// The heads' norms among qkv, and rows of a table that are read never, once and thrice.
+template <typename T>
+void check_rows_that_lie_apart() {
+  const int64_t rows = 3, heads = 4, kv_heads = 2, d = 24, width = 8 * d, normed = 6;
+  ThreadTeam team(1);
+  Tensor<T> qkv(some(rows * width, 1, 3.0f)), d_qkv(some(rows * width, 2));
+  Tensor<T> q_weight(some(d, 3)), k_weight(some(d, 4));
+  const Floats x = qkv.floats(), dy = d_qkv.floats();
+  Floats expected = dy, factors(static_cast<size_t>(heads)), y(static_cast<size_t>(heads * d));
+  for (int64_t row = 0; row < rows; ++row) {
+    std::fill_n(expected.data() + row * width, normed * d, 0.0f);
+    const auto head_norm = [&](int64_t first, int64_t count, const Floats& weight) {
+      const int64_t at = row * width + first * d;
+      ops::rms_norm(count, d, x.data() + at, d, weight.data(), 1e-3f, y.data(), d, factors.data(),
+                    team);
+      ops::rms_norm_backward(count, d, x.data() + at, d, weight.data(), factors.data(),
+                             dy.data() + at, d, expected.data() + at, d, team);
+    };
+    head_norm(0, heads, q_weight.floats());
+    head_norm(heads, kv_heads, k_weight.floats());
+  }
+  cuda::qk_norm_backward({heads, kv_heads, d, 0, 1.0f}, matrix(qkv, rows, width), q_weight.data(),
+                         k_weight.data(), 1e-3f, matrix(d_qkv, rows, width), nullptr);
+  CHECK(agree(d_qkv, expected));
+
+  Tensor<float> d_out(some(5 * d, 5));
+  Tensor<T> d_table(some(4 * d, 6));
+  const std::vector<int32_t> begins = {0, 1, 1, 4, 5}, places = {3, 0, 2, 4, 1};
+  cuda::embedding_backward(matrix(d_out, 5, d), begins.data(), places.data(), matrix(d_table, 4, d),
+                           nullptr);
+  Floats sums(static_cast<size_t>(4 * d));
+  for (size_t row = 0; row < 4; ++row) {
+    for (int32_t p = begins[row]; p < begins[row + 1]; ++p) {
+      for (size_t i = 0; i < static_cast<size_t>(d); ++i) {
+        sums[row * d + i] +=
+            d_out.data()[static_cast<size_t>(places[static_cast<size_t>(p)]) * d + i];
+      }
+    }
+  }
+  CHECK(agree(d_table, sums));
 }
 
 template <typename T>
@@ -169,6 +212,11 @@ void check_linear(int64_t rows, int64_t n, int64_t k, int64_t rank) {
 TEST(gradients_of_row_ops_are_the_cpus) {
   check_rows<float>();
   check_rows<Bfloat16>();
+}
+
+TEST(gradients_of_rows_that_lie_apart_are_the_cpus) {
+  check_rows_that_lie_apart<float>();
+  check_rows_that_lie_apart<Bfloat16>();
 }
 
 TEST(rope_turns_back) {

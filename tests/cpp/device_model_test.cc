@@ -1,7 +1,7 @@
 // A model on a device, the device being the CPU (tests/emulated), beside the CPU engine: what it
 // generates and scores, and that a sequence's bits are its own.
 
-#include "cuda/model/device_model.h"
+#include "cuda/model/device_score.h"
 
 #include <algorithm>
 #include <cmath>
@@ -161,8 +161,8 @@ void check_against_cpu(const ModelConfig& config) {
   for (size_t i = 0; i < asked.size(); ++i) {
     CHECK_EQ(got[i].tokens, expected[i].tokens);
     CHECK(largest_difference(got[i].logprobs, expected[i].logprobs) < kLogprobBudget);
-    const cuda::ScoreValues scored = device->score(score_request(asked, got, i));
-    CHECK_EQ(scored.logprob, got[i].logprobs);
+    const cuda::DeviceScore scored(device, score_request(asked, got, i));
+    CHECK_EQ(scored.logprob(), got[i].logprobs);
   }
 }
 
@@ -190,7 +190,7 @@ SLOW_TEST(a_sequences_bits_are_its_own) {
       Engine alone(std::shared_ptr<const engine::LanguageModel>(device),
                    options(*device, 3, false));
       CHECK(generate(alone, {asked[i]}, 3)[0] == all[i]);
-      CHECK_EQ(device->score(score_request(asked, all, i)).logprob, all[i].logprobs);
+      CHECK_EQ(cuda::DeviceScore(device, score_request(asked, all, i)).logprob(), all[i].logprobs);
     }
     // The very same prompts once more: every block is found.
     CHECK(generate(together, asked, 3) == all);
@@ -219,7 +219,8 @@ SLOW_TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
       Engine alone(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
       CHECK(generate(alone, {asked[i]}, 6)[0] == together[i]);
       // No graph in a score.
-      CHECK_EQ(device->score(score_request(asked, together, i)).logprob, together[i].logprobs);
+      CHECK_EQ(cuda::DeviceScore(device, score_request(asked, together, i)).logprob(),
+               together[i].logprobs);
     }
     Answer first = together[0];
     first.tokens.resize(4);
@@ -247,7 +248,8 @@ SLOW_TEST(a_step_of_both_kinds_is_a_graph) {
   for (size_t i = 0; i < asked.size(); ++i) {
     Engine alone(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
     CHECK(generate(alone, {asked[i]}, 6)[0] == together[i]);
-    CHECK_EQ(device->score(score_request(asked, together, i)).logprob, together[i].logprobs);
+    CHECK_EQ(cuda::DeviceScore(device, score_request(asked, together, i)).logprob(),
+             together[i].logprobs);
   }
 }
 
@@ -267,7 +269,8 @@ SLOW_TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
     }
     const std::vector<Answer> answers = generate(engine, asked, 4);
     for (size_t i = 0; i < asked.size(); ++i) {
-      CHECK_EQ(device->score(score_request(asked, answers, i)).logprob, answers[i].logprobs);
+      CHECK_EQ(cuda::DeviceScore(device, score_request(asked, answers, i)).logprob(),
+               answers[i].logprobs);
     }
   };
   for (const auto& with : {first, second, std::shared_ptr<Adapter>()}) check(2, 3, with);
@@ -286,15 +289,18 @@ TEST(scores_are_the_cpus) {
   request.reference = LoraStore(config, 2, 8, false).adapter(config);
   request.with_reference = true;
   request.temperature = 0.8f;
+  request.with_hidden = true;
   const Score expected(std::shared_ptr<const Model>(cpu), request);
-  const cuda::ScoreValues got = device->score(request);
-  CHECK(largest_difference(got.logprob, expected.logprob()) < kLogprobBudget);
-  CHECK(largest_difference(got.entropy, expected.entropy()) < kLogprobBudget);
-  CHECK(largest_difference(got.kl, expected.kl()) < kLogprobBudget);
-  CHECK(largest_difference(got.reference_logprob, expected.reference_logprob()) < kLogprobBudget);
+  const cuda::DeviceScore got(device, request);
+  CHECK(largest_difference(got.logprob(), expected.logprob()) < kLogprobBudget);
+  CHECK(largest_difference(got.entropy(), expected.entropy()) < kLogprobBudget);
+  CHECK(largest_difference(got.kl(), expected.kl()) < kLogprobBudget);
+  CHECK(largest_difference(got.reference_logprob(), expected.reference_logprob()) < kLogprobBudget);
+  CHECK(largest_difference(got.hidden(), expected.hidden()) < kLogprobBudget);
   // Against itself there is no divergence, to the bit.
   request.reference = request.adapter;
-  for (const float kl : device->score(request).kl) CHECK_EQ(kl, 0.0f);
+  const cuda::DeviceScore itself(device, request);
+  for (const float kl : itself.kl()) CHECK_EQ(kl, 0.0f);
 }
 
 SLOW_TEST(bfloat16_stays_near_float32) {
@@ -302,8 +308,8 @@ SLOW_TEST(bfloat16_stays_near_float32) {
   ScoreRequest request;
   request.sequences = {text(20, 4)};
   request.starts = {1};
-  const auto exact = device_model(config)->score(request).logprob;
-  const auto rounded = device_model(config, DType::kBF16)->score(request).logprob;
+  const auto exact = cuda::DeviceScore(device_model(config), request).logprob();
+  const auto rounded = cuda::DeviceScore(device_model(config, DType::kBF16), request).logprob();
   // Eight bits of mantissa in weights and activations, through two layers.
   const double difference = relative_error(rounded, Doubles(exact.begin(), exact.end()));
   CHECK(difference > 1e-4 && difference < 3e-2);
@@ -320,11 +326,11 @@ SLOW_TEST(more_adapters_than_are_kept) {
   for (uint32_t i = 0; i < 10; ++i) {
     adapters.push_back(LoraStore(config, 1, 100 + i, false).adapter(config));
     request.adapter = adapters.back();
-    values.push_back(device->score(request).logprob);
+    values.push_back(cuda::DeviceScore(device, request).logprob());
     if (i > 0) CHECK(values[i] != values[i - 1]);
   }
   request.adapter = adapters[0];
-  CHECK_EQ(device->score(request).logprob, values[0]);
+  CHECK_EQ(cuda::DeviceScore(device, request).logprob(), values[0]);
 }
 
 TEST(what_a_device_cannot_do_is_refused_by_name) {
@@ -333,13 +339,12 @@ TEST(what_a_device_cannot_do_is_refused_by_name) {
   ScoreRequest request;
   request.sequences = {{1, 2}};
   request.starts = {1};
-  request.with_hidden = true;
-  CHECK_THROWS(device->score(request), InvalidArgument, "with_hidden: not on device cuda yet");
   request.keep_graph = true;
-  CHECK_THROWS(device->score(request), InvalidArgument, "gradients: not on device cuda yet");
-  request.keep_graph = request.with_hidden = false;
+  CHECK_THROWS(cuda::DeviceScore(device, request), InvalidArgument, "keep_graph needs an adapter");
+  request.keep_graph = false;
   request.sequences = {{1, 111}};
-  CHECK_THROWS(device->score(request), InvalidArgument, "token 111");
+  CHECK_THROWS(cuda::DeviceScore(device, request), InvalidArgument, "token 111");
+  CHECK_THROWS(cuda::DeviceScore::bytes(*device, request), InvalidArgument, "token 111");
 
   CHECK_THROWS(device_model(config, DType::kF16), InvalidArgument, "bfloat16 or float32");
   CHECK_THROWS(device_model(config, DType::kBF16), InvalidArgument,

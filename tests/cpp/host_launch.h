@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -43,6 +44,17 @@ inline std::unique_ptr<Launches>& emulated_capture() {
 inline int64_t& emulated_graph_launches() {
   static int64_t count = 0;
   return count;
+}
+
+// Device memory that is held, and the most there was at once (emulated/device.cc).
+struct EmulatedMemory {
+  std::mutex mutex;
+  std::map<void*, int64_t> sizes;
+  int64_t now = 0, peak = 0;
+};
+inline EmulatedMemory& emulated_memory() {
+  static EmulatedMemory memory;
+  return memory;
 }
 
 // Runs a grid; callers take turns: shared memory and blockIdx are there once.

@@ -2,6 +2,7 @@
 // stream is done when the call returns. Answers for device.cu and runtime.cu beside the launchers
 // of host_launch.h, and says what it is wherever it is asked. A graph is the list of its launches.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -43,9 +44,20 @@ bool is_done(Stream) {  // every second question: whoever asks must be able to w
 }
 void* allocate(int64_t bytes, Stream) {
   if (emulated_capture() != nullptr) throw Unavailable("allocate: while a graph is recorded");
-  return poisoned(bytes);
+  void* made = poisoned(bytes);
+  EmulatedMemory& memory = emulated_memory();
+  const std::lock_guard lock(memory.mutex);
+  memory.now += memory.sizes[made] = bytes;
+  memory.peak = std::max(memory.peak, memory.now);
+  return made;
 }
-void release(void* memory, Stream) noexcept { std::free(memory); }
+void release(void* made, Stream) noexcept {
+  EmulatedMemory& memory = emulated_memory();
+  const std::lock_guard lock(memory.mutex);
+  memory.now -= memory.sizes[made];
+  memory.sizes.erase(made);
+  std::free(made);
+}
 void* allocate_pinned(int64_t bytes) { return poisoned(bytes); }
 void release_pinned(void* memory) noexcept { std::free(memory); }
 int64_t free_memory() { return kFree; }
@@ -61,6 +73,9 @@ void copy_pieces(void* to, const void* from, int64_t pitch, int64_t bytes, int64
     std::memcpy(static_cast<char*>(to) + i * pitch, static_cast<const char*>(from) + i * pitch,
                 static_cast<size_t>(bytes));
   }
+}
+void clear(void* memory, int64_t bytes, Stream) {
+  std::memset(memory, 0, static_cast<size_t>(bytes));
 }
 void begin_capture(Stream) { emulated_capture() = std::make_unique<Launches>(); }
 Graph end_capture(Stream) { return emulated_capture().release(); }

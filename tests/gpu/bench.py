@@ -20,7 +20,7 @@ from gpu import calls
 from gpu.calls import DEVICE
 from gpu.cases import normal, sizes
 from gpu.logprob_peers import bench_logprob
-from gpu.model_bench import bench_model
+from gpu.model_bench import bench_gradient, bench_model
 from gpu.rollout_bench import bench_rollout
 from gpu.timing import Row, limits, milliseconds, row
 
@@ -199,6 +199,7 @@ def benches(limit: dict[str, float], scratch: Path) -> list[Callable[[], list[Ro
         lambda: bench_logprob(limit),
         lambda: bench_model(limit, scratch),
         lambda: bench_rollout(limit, scratch),
+        lambda: bench_gradient(limit, scratch),
     ]
 
 

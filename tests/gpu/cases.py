@@ -183,6 +183,23 @@ def rope_kv_write() -> Measured:
     return measured
 
 
+@case
+def kv_copy() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        for kv_heads, d in ((2, 40), (1, 128)):
+            kv = normal(5, kv_heads, 2, 16, d, dtype=dtype)
+            expected = kv.clone()
+            copies = [[0, 3, 0], [0, 3, 7], [0, 4, 7], [2, 1, 15]]
+            for source, to, slot in copies:
+                expected[to, :, :, slot] = kv[source, :, :, slot]
+            packed = torch.tensor(copies, dtype=torch.int32, device=DEVICE)
+            shape = calls.attention_shape(2 * kv_heads, kv_heads, d)
+            calls.cuda.kv_copy(packed, shape, kv, calls.stream())
+            measured.append((f"{dtype} {kv_heads}x{d}", differing(kv, expected), 0.0))
+    return measured
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """One row: q [heads, d], k and v [kv heads, keys, d]."""
     group = len(q) // len(k)

@@ -38,6 +38,25 @@ def judged(
 
 
 @case
+def embedding_backward() -> Measured:
+    """Rows of a table that are read never, once and thrice."""
+    measured: Measured = []
+    read = [4, 0, 4, 2, 4]  # by row of d_out
+    order = sorted(range(len(read)), key=lambda place: read[place])
+    begins = [sum(row < r for row in read) for r in range(7)]
+    for dtype in DTYPES:
+        d_out = normal(len(read), 72)
+        got = calls.poisoned(6, 72, dtype=dtype)
+        calls.cuda.embedding_backward(d_out, ints(begins), ints(order), got, calls.stream())
+        truth = torch.zeros(6, 72, dtype=torch.float64, device=DEVICE)
+        truth.index_add_(0, torch.tensor(read, device=DEVICE), d_out.double())
+        budget = 4e-7 if dtype == torch.float32 else 4e-3
+        measured.append((str(dtype), error(got, truth), budget))
+        measured.append((f"{dtype} unread", differing(got[1], torch.zeros_like(got[1])), 0.0))
+    return measured
+
+
+@case
 def rms_norm_backward() -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
@@ -57,6 +76,36 @@ def rms_norm_backward() -> Measured:
         )
         sums = error(more, (again + dx[:1]).double())
         measured.append((f"{dtype} added", sums, 1e-6 if dtype == torch.float32 else 6e-3))
+    return measured
+
+
+@case
+def qk_norm_backward() -> Measured:
+    measured: Measured = []
+    heads, kv_heads = 6, 2
+    for dtype in DTYPES:
+        for d in (8, 128):
+            rows, width = 5, (heads + 2 * kv_heads) * d
+            qkv, d_qkv = (
+                normal(rows, width, dtype=dtype, scale=3.0),
+                normal(rows, width, dtype=dtype),
+            )
+            before = d_qkv.reshape(rows, -1, d).clone()
+            q_weight, k_weight = normal(d, dtype=dtype), normal(d, dtype=dtype)
+            weight = torch.cat((q_weight.expand(heads, d), k_weight.expand(kv_heads, d)))
+            normed = heads + kv_heads
+
+            def norm(x: torch.Tensor, w: torch.Tensor = weight, d: int = d) -> torch.Tensor:
+                return torch.nn.functional.rms_norm(x, (d,), None, 1e-5) * w.to(x.dtype)
+
+            shape = calls.attention_shape(heads, kv_heads, d)
+            calls.cuda.qk_norm_backward(qkv, shape, q_weight, k_weight, 1e-5, d_qkv, calls.stream())
+            got, x = d_qkv.reshape(rows, -1, d), qkv.reshape(rows, -1, d)[:, :normed]
+            measured += judged(
+                f"{dtype} {d}", got[:, :normed], norm, [x], before[:, :normed].contiguous(), 0
+            )
+            kept = differing(got[:, normed:], before[:, normed:])
+            measured.append((f"{dtype} {d} v kept", kept, 0.0))
     return measured
 
 

@@ -1,5 +1,6 @@
-"""A random Llama-3.1-8B shape in bfloat16: decode beside transformers' generate (static cache), as
-a share of the bandwidth limit of the same run, and prefill, as a share of its matrix rate."""
+"""Random models in bfloat16. A Llama-3.1-8B shape: decode beside transformers' generate (static
+cache), as a share of the bandwidth limit of the same run, and prefill, as a share of its matrix
+rate. A 1.5B shape: the gradient of a training step, likewise."""
 
 from __future__ import annotations
 
@@ -8,15 +9,15 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from alignpro import native
 from gpu.calls import DEVICE
 from gpu.cases import sizes
-from gpu.models import LLAMA_8B, Shape, folder_of, params
+from gpu.models import LLAMA_8B, QWEN_1_5B, folder_of, lora, params, tensors
 from gpu.timing import Row, row, seconds
 
-SHAPE = sizes(LLAMA_8B, Shape(64, 2, 4, 2, 16, 96, 300, context=512))
 CONTEXT, TIMED, UNTIMED = sizes((1024, 48, 16), (20, 6, 2))  # positions at the end; steps
 SEQUENCES = sizes((1, 64), (1, 3))
 PREFILL = sizes((8, 2048), (2, 16))  # sequences, tokens of each
@@ -57,7 +58,7 @@ def ours(model: native.core.DeviceModel, sequences: int) -> float:
 def prefill_flops() -> float:
     """Of PREFILL's layers: two a weight and position, and causal attention; the head's one row a
     sequence is left out."""
-    s, (sequences, length) = SHAPE, PREFILL
+    s, (sequences, length) = LLAMA_8B, PREFILL
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     weights = s.layers * (s.hidden * (2 * q + 2 * kv) + 3 * s.hidden * s.intermediate)
     attention = s.layers * 2 * q * length * (length + 1)
@@ -70,7 +71,7 @@ def prefill(model: native.core.DeviceModel) -> float:
     engine = native.core.Engine(
         model, kv_cache_bytes=sizes(8 << 30, 8 << 20), max_batch_rows=8192, prefix_cache=False
     )
-    prompts = torch.randint(3, SHAPE.vocab, (sequences, length)).tolist()
+    prompts = torch.randint(3, LLAMA_8B.vocab, (sequences, length)).tolist()
 
     def first_tokens() -> None:
         engine.run([engine.submit(prompt, params(1, i)) for i, prompt in enumerate(prompts)])
@@ -89,7 +90,7 @@ def transformers_step(folder: Path, sequences: int) -> float | None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model = model.to(DEVICE).eval()
     length = CONTEXT - TIMED - UNTIMED
-    ids = torch.randint(3, SHAPE.vocab, (sequences, length), device=DEVICE)
+    ids = torch.randint(3, LLAMA_8B.vocab, (sequences, length), device=DEVICE)
 
     def generate(count: int) -> None:
         model.generate(
@@ -110,7 +111,7 @@ def transformers_step(folder: Path, sequences: int) -> float | None:
 
 def bench_model(limit: dict[str, float], scratch: Path) -> list[Row]:
     rows: list[Row] = []
-    folder = folder_of("llama-8b", SHAPE, scratch, DEVICE)
+    folder = folder_of("llama-8b", LLAMA_8B, scratch, DEVICE)
     torch.cuda.empty_cache()
     model = native.core.DeviceModel.load(str(folder))
     mine = {n: ours(model, n) for n in SEQUENCES}
@@ -133,4 +134,57 @@ def bench_model(limit: dict[str, float], scratch: Path) -> list[Row]:
     rate = prefill_flops() / first / 1e9 / limit["matrix_tflops"]
     work = f"Llama-3.1-8B shape bf16, {sequences} x {length} tokens, with the first draw"
     rows.append(row("prefill", work, first, None, share_of_matrix_rate=rate))
+    return rows
+
+
+# Of a step: prompts, rewrites of each, and tokens of both.
+PROMPTS, REWRITES, PROMPT_TOKENS, REWRITE_TOKENS = sizes((16, 8, 64, 64), (2, 2, 3, 2))
+
+
+def gradient_flops() -> float:
+    """The products of a step: policy, reference and dX over the layers, a prompt's rows once; the
+    vocabulary's forward of both, both again in the backward, and its dX."""
+    rows = PROMPTS * (PROMPT_TOKENS + REWRITES * REWRITE_TOKENS)
+    layer = sum(a * b for _, (a, b) in ((n, s) for n, s in tensors(QWEN_1_5B, 0) if len(s) == 2))
+    values = PROMPTS * REWRITES * REWRITE_TOKENS
+    head = QWEN_1_5B.vocab * QWEN_1_5B.hidden
+    return 2.0 * (3 * rows * layer * QWEN_1_5B.layers + 5 * values * head)
+
+
+def bench_gradient(limit: dict[str, float], scratch: Path) -> list[Row]:
+    """Scores with an exact KL to the base, and the gradients on the host; kept and recomputed."""
+    folder = folder_of("qwen-1.5b", QWEN_1_5B, scratch, DEVICE)
+    torch.cuda.empty_cache()
+    model = native.core.DeviceModel.load(str(folder))
+    adapter = lora(model, 16)
+    sequences = [
+        prompt + torch.randint(3, QWEN_1_5B.vocab, (REWRITE_TOKENS,)).tolist()
+        for prompt in torch.randint(3, QWEN_1_5B.vocab, (PROMPTS, PROMPT_TOKENS)).tolist()
+        for _ in range(REWRITES)
+    ]
+    starts = [PROMPT_TOKENS] * len(sequences)
+    upstream = np.full(len(sequences) * REWRITE_TOKENS, 1e-4, np.float32)
+    rows: list[Row] = []
+    for activations in ("keep", "recompute"):
+        options = {"adapter": adapter, "with_reference": True, "keep_graph": True}
+        options["activations"] = activations
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            score = model.score(sequences, starts, **options)
+            score.backward(upstream, None, upstream)
+            times.append(1e3 * (time.perf_counter() - start))
+        milliseconds = statistics.median(times[1:])
+        rate = gradient_flops() / milliseconds / 1e9
+        rows.append(
+            row(
+                "gradient",
+                f"Qwen2.5-1.5B shape bf16, rank 16, {PROMPTS} x {REWRITES} x "
+                f"({PROMPT_TOKENS} + {REWRITE_TOKENS}) tokens, KL to the base, {activations}",
+                milliseconds,
+                None,
+                share_of_matrix_rate=rate / limit["matrix_tflops"],
+                workspace_mb=model.score_bytes(sequences, starts, **options) / 1e6,
+            )
+        )
     return rows

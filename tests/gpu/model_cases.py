@@ -1,5 +1,5 @@
 """A model on the GPU, held as the ops are: beside the CPU engine in float32, and against itself to
-the bit."""
+the bit; what it generates, and its gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from alignpro import native
 from gpu.cases import Measured, case, sizes
-from gpu.models import Shape, generate, write_folder
+from gpu.models import Shape, generate, lora, write_folder
 
 # Groups of 2 and 4; more than a tile of everything, an odd vocabulary.
 SHAPE = sizes(Shape(512, 4, 8, 2, 64, 1408, 5003), Shape(64, 2, 4, 2, 16, 96, 300, 64))
@@ -22,18 +22,6 @@ PROMPTS = [
 # One that begins as another does, inside a block of positions.
 PROMPTS.append([*PROMPTS[1][:-3], 7])
 NEW = sizes(24, 3)
-
-
-def lora(model: Any, rank: int) -> Any:
-    draw = np.random.default_rng(9)
-    matrices = {
-        path: (
-            draw.standard_normal((rank, inputs)).astype(np.float32) * 0.05,
-            draw.standard_normal((outputs, rank)).astype(np.float32) * 0.05,
-        )
-        for path, (outputs, inputs) in model.lora_modules().items()
-    }
-    return model.make_adapter(matrices, 1.0)
 
 
 @case
@@ -72,4 +60,68 @@ def model_generates() -> Measured:
                 budget = 1e-4 if compute == "float32" else 0.5
                 measured.append((f"{compute} {name} {i} minus the CPU's", far, budget))
             measured += [(f"{compute} {name} {what}", n, 0.0) for what, n in wrong.items()]
+    return measured
+
+
+def norm_of(gradients: dict[str, Any], other: dict[str, Any] | None = None) -> float:
+    """Of the difference, over all matrices at once."""
+    total = 0.0
+    for path, pair in gradients.items():
+        for which, matrix in enumerate(pair):
+            minus = 0.0 if other is None else other[path][which]
+            total += float(((matrix.astype(np.float64) - minus) ** 2).sum())
+    return total**0.5
+
+
+@case
+def model_gradients() -> Measured:
+    """Of a loss of log-probability, entropy and KL to a reference adapter, over sequences with
+    common beginnings. float32 beside the CPU engine; bfloat16 rounds eight bits through the layers
+    and back, of weights too."""
+    core, measured = native.core, []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        write_folder(SHAPE, folder)
+        cpu = core.Model.load(str(folder))
+        models = {c: core.DeviceModel.load(str(folder), compute=c) for c in ("float32", "bfloat16")}
+    draw = np.random.default_rng(3)
+    count, length = sizes((12, 90), (3, 9))
+    shared = [int(n) for n in draw.integers(3, SHAPE.vocab, sizes(200, 19))]
+    sequences = [
+        [*shared, *(int(n) for n in draw.integers(3, SHAPE.vocab, length))] for _ in range(count)
+    ]
+    # One begins inside the others' own tokens.
+    sequences.append([*sequences[0][: len(shared) + 5], *sequences[1][-4:]])
+    starts = [len(shared)] * len(sequences)
+    total = sum(map(len, sequences)) - sum(starts)
+    upstream = [draw.standard_normal(total).astype(np.float32) / total for _ in range(3)]
+
+    def gradients(model: Any, activations: str) -> tuple[dict[str, Any], Any]:
+        score = model.score(
+            sequences, starts, adapter=lora(model, 6), reference=lora(model, 3),
+            with_reference=True, keep_graph=True, activations=activations,
+        )  # fmt: skip
+        return score.backward(*upstream), score
+
+    truth, theirs = gradients(cpu, "keep")
+    for compute, model in models.items():
+        kept, score = gradients(model, "keep")
+        again, _ = gradients(model, "recompute")
+        budget = 2e-5 if compute == "float32" else 5e-2
+        far = norm_of(kept, truth) / norm_of(truth)
+        measured.append((f"{compute} minus the CPU's", far, budget))
+        measured.append((f"{compute} recomputed", norm_of(again, kept), 0.0))
+        alone = sum(
+            float(np.sum(model.score([s], [len(shared)], adapter=lora(model, 6)).logprob != mine))
+            for s, mine in zip(
+                sequences,
+                np.split(score.logprob, np.cumsum([len(s) - len(shared) for s in sequences])[:-1]),
+                strict=True,
+            )
+        )
+        measured.append((f"{compute} alone", alone, 0.0))
+        kl = float(np.abs(score.kl - theirs.kl).max())
+        measured.append(
+            (f"{compute} kl minus the CPU's", kl, 1e-5 if compute == "float32" else 2e-2)
+        )
     return measured

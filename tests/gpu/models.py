@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from alignpro import native
+from gpu.cases import sizes
 
 Answer = tuple[list[int], list[float]]  # tokens, log-probabilities
 
@@ -30,7 +32,14 @@ class Shape:
     context: int = 2048
 
 
-LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256, context=4096)  # Llama 3.1
+# Llama 3.1, and Qwen2.5-1.5B without its biases and with a head of its own.
+LLAMA_8B = sizes(
+    Shape(4096, 32, 32, 8, 128, 14336, 128256, context=4096),
+    Shape(64, 2, 4, 2, 16, 96, 200, context=512),
+)
+QWEN_1_5B = sizes(
+    Shape(1536, 28, 12, 2, 128, 8960, 151936), Shape(64, 1, 4, 2, 16, 96, 300, context=512)
+)
 
 
 def tensors(shape: Shape, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -66,20 +75,20 @@ def write_folder(shape: Shape, folder: Path, device: str = "cpu", seed: int = 0)
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
-        for name, sizes in content:
-            size = 2 * torch.Size(sizes).numel()
+        for name, dims in content:
+            size = 2 * torch.Size(dims).numel()
             offsets = [at, at + size]
-            header[name] = {"dtype": "BF16", "shape": list(sizes), "data_offsets": offsets}
+            header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": offsets}
             index[name] = file
             at += size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with (folder / file).open("wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
-            for _, sizes in content:
-                values = torch.ones(sizes, device=device)
-                if len(sizes) == 2:
-                    values = torch.randn(sizes, generator=draw, device=device) * sizes[1] ** -0.5
+            for _, dims in content:
+                values = torch.ones(dims, device=device)
+                if len(dims) == 2:
+                    values = torch.randn(dims, generator=draw, device=device) * dims[1] ** -0.5
                 words = values.to(torch.bfloat16).view(torch.int16).cpu().contiguous()
                 out.write(memoryview(words.numpy()).cast("B"))
     (folder / "model.safetensors.index.json").write_text(
@@ -112,6 +121,19 @@ def folder_of(name: str, shape: Shape, scratch: Path, device: str) -> Path:
     if not folder.exists():
         write_folder(shape, folder, device)
     return folder
+
+
+def lora(model: Any, rank: int) -> Any:
+    """Random matrices on every linear."""
+    draw = np.random.default_rng(9)
+    matrices = {
+        path: (
+            draw.standard_normal((rank, inputs)).astype(np.float32) * 0.05,
+            draw.standard_normal((outputs, rank)).astype(np.float32) * 0.05,
+        )
+        for path, (outputs, inputs) in model.lora_modules().items()
+    }
+    return model.make_adapter(matrices, 1.0)
 
 
 def params(count: int, seed: int, temperature: float = 1.0) -> Any:

@@ -19,14 +19,9 @@ from alignpro.pipeline import Pipeline
 from alignpro.types import Rollout, SamplingParams
 from gpu.calls import DEVICE
 from gpu.cases import sizes
-from gpu.model_bench import SHAPE as TARGET
-from gpu.models import Shape, folder_of
+from gpu.models import LLAMA_8B, QWEN_1_5B, folder_of
 from gpu.timing import Row, row, seconds
 
-# The prompter without its biases and with a head of its own.
-PROMPTER = sizes(
-    Shape(1536, 28, 12, 2, 128, 8960, 151936), Shape(64, 1, 4, 2, 16, 96, 300, context=512)
-)
 PROMPTS, REWRITES = sizes((32, 8), (2, 2))
 NEW = sizes((64, 128), (2, 3))  # tokens of a rewrite, of a response
 PROMPT = "How do bees find their way home, and what do they tell the others of the way they came?"
@@ -81,7 +76,7 @@ def transformers_seconds(folders: Sequence[Path], lengths: Sequence[int]) -> flo
     ]
 
     def generate(which: int, sequences: int, copies: int) -> None:
-        vocab = (PROMPTER, TARGET)[which].vocab
+        vocab = (QWEN_1_5B, LLAMA_8B)[which].vocab
         ids = torch.randint(3, vocab, (sequences, lengths[which]), device=DEVICE)
         models[which].generate(
             ids,
@@ -140,8 +135,8 @@ def ours(folders: Sequence[Path], gbps: float) -> Measured:
 
 def bench_rollout(limit: dict[str, float], scratch: Path) -> list[Row]:
     folders = [
-        folder_of("qwen-1.5b", PROMPTER, scratch, DEVICE),
-        folder_of("llama-8b", TARGET, scratch, DEVICE),
+        folder_of("qwen-1.5b", QWEN_1_5B, scratch, DEVICE),
+        folder_of("llama-8b", LLAMA_8B, scratch, DEVICE),
     ]
     torch.cuda.empty_cache()
     mine = ours(folders, limit["read_gbps"])

@@ -13,6 +13,7 @@ CASES = (
     "linear",
     "qk_norm",
     "rope_kv_write",
+    "kv_copy",
     "attention_decode",
     "attention_prefill",
     "linear_logprob",
@@ -20,12 +21,15 @@ CASES = (
     "linear_logprob_backward",
     "head_sample",
     "head_sample_truncated",
+    "embedding_backward",
     "rms_norm_backward",
+    "qk_norm_backward",
     "swiglu_backward",
     "rope_backward",
     "linear_backward",
     "attention_backward",
     "model_generates",
+    "model_gradients",
 )
 
 

@@ -143,6 +143,8 @@ def test_unknown_models_and_cards_are_refused():
         gpu("H900")
     with pytest.raises(ValueError, match='target_device: expected "cpu" in a price for this CPU'):
         price_train(large(target_device="cuda", target_compute="bfloat16"))
+    with pytest.raises(ValueError, match='prompter_device: expected "cpu" in a price for this CPU'):
+        price_train(large(prompter_device="cuda", prompter_compute="bfloat16"))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 #pragma once
 
-// Ops of one row by one block: embedding, rms_norm, swiglu, rope_kv_write, and backwards.
+// Ops of one row by one block: embedding, rms_norm, swiglu, rope_kv_write, kv_copy, and backwards.
 
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
 
+#include "../ops.h"
 #include "alignpro/ops/kv_view.h"
 #include "alignpro/ops/shared/activation.h"
 #include "block.h"
@@ -34,6 +35,24 @@ ALIGNPRO_BODY void embedding_row(Block& block, int64_t row, Rows<T> table, int64
   const Pack<T>* from = table.packs(known ? token : 0);
   for (int64_t i = block.thread(); i < cols / Pack<T>::kSize; i += block.threads()) {
     out.packs(row)[i] = known ? from[i] : nothing;
+  }
+}
+
+// places [begins[row], begins[row + 1]): the rows of d_out that read this row of the table.
+template <typename T, typename Block>
+ALIGNPRO_BODY void embedding_backward_row(Block& block, int64_t row, int64_t cols,
+                                          Rows<const float> d_out, const int32_t* begins,
+                                          const int32_t* places, Rows<T> d_table) {
+  constexpr int kSize = Pack<T>::kSize;
+  for (int64_t i = block.thread(); i < cols / kSize; i += block.threads()) {
+    float sums[kSize] = {};
+    for (int32_t at = begins[row]; at < begins[row + 1]; ++at) {
+      const float* from = d_out.data + places[at] * d_out.ld + i * kSize;
+      for (int k = 0; k < kSize; ++k) sums[k] += from[k];
+    }
+    Pack<T> result;
+    for (int k = 0; k < kSize; ++k) result.value[k] = stored<T>(sums[k]);
+    d_table.packs(row)[i] = result;
   }
 }
 
@@ -91,8 +110,9 @@ ALIGNPRO_BODY void swiglu_backward_row(Block& block, int64_t row, int64_t n, Row
   }
 }
 
-// dx += (w dy - x f^2 mean(w dy x)) f, with the row's factor f computed again.
-template <typename T, typename Block>
+// dx = (w dy - x f^2 mean(w dy x)) f, with the row's factor f computed again; kAdd: added to dx,
+// which is not dy.
+template <bool kAdd, typename T, typename Block>
 ALIGNPRO_BODY void rms_norm_backward_row(Block& block, int64_t row, int64_t cols, Rows<const T> x,
                                          const T* weight, float eps, Rows<const T> dy, Rows<T> dx,
                                          float* scratch) {
@@ -114,11 +134,16 @@ ALIGNPRO_BODY void rms_norm_backward_row(Block& block, int64_t row, int64_t cols
   for (int64_t i = block.thread(); i < packs; i += block.threads()) {
     const Pack<T> pack = x.packs(row)[i], d = dy.packs(row)[i];
     const Pack<T> w = reinterpret_cast<const Pack<T>*>(weight)[i];
-    Pack<T> result = dx.packs(row)[i];
+    Pack<T> result;
+    if constexpr (kAdd) result = dx.packs(row)[i];
     for (int k = 0; k < Pack<T>::kSize; ++k) {
       const float value =
           std::fma(-back, to_float(pack.value[k]), to_float(w.value[k]) * to_float(d.value[k]));
-      result.value[k] = stored<T>(std::fma(factor, value, to_float(result.value[k])));
+      if constexpr (kAdd) {
+        result.value[k] = stored<T>(std::fma(factor, value, to_float(result.value[k])));
+      } else {
+        result.value[k] = stored<T>(factor * value);
+      }
     }
     dx.packs(row)[i] = result;
   }
@@ -174,6 +199,20 @@ ALIGNPRO_BODY void rope_kv_write_row(Block& block, int64_t row, const RopeKvWrit
   const T* values = from + (args.num_heads + args.num_kv_heads) * d;
   for (int64_t i = block.thread(); i < args.num_kv_heads * d; i += block.threads()) {
     args.kv.value(to_block, i / d, slot)[i % d] = values[i];
+  }
+}
+
+// K and V of one position, all heads.
+template <typename T, typename Block>
+ALIGNPRO_BODY void kv_copy_position(Block& block, const KvCopy& copy, int64_t num_kv_heads,
+                                    const KvBlocks<T>& kv) {
+  const int64_t packs = kv.head_dim / Pack<T>::kSize;
+  for (int64_t i = block.thread(); i < 2 * num_kv_heads * packs; i += block.threads()) {
+    const int64_t head = i / (2 * packs), along = i % packs * Pack<T>::kSize;
+    const int64_t half = i / packs % 2 * kv.value_offset;
+    const T* from = kv.key(copy.from, head, copy.slot) + half + along;
+    *reinterpret_cast<Pack<T>*>(kv.key(copy.to, head, copy.slot) + half + along) =
+        *reinterpret_cast<const Pack<T>*>(from);
   }
 }
 

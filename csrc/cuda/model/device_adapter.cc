@@ -24,14 +24,20 @@ Matrix upload(MatrixStore& store, const ops::PackedMatrix& from, int64_t rows, i
 
 }  // namespace
 
+int64_t device_ranks(const model::Adapter& adapter, int64_t layer, model::LinearSite site,
+                     DType dtype) {
+  const ops::LowRank* update = adapter.update(layer, site);
+  const int64_t pack = 16 / block_bytes(dtype);
+  return update == nullptr ? 0 : (update->ranks() + pack - 1) / pack * pack;
+}
+
 DeviceAdapter::DeviceAdapter(const model::Adapter& adapter, int64_t num_layers, DType dtype)
     : version_(adapter.version()), store_(dtype, nullptr), sites_(static_cast<size_t>(num_layers)) {
-  const int64_t pack = 16 / block_bytes(dtype);
   for (int64_t l = 0; l < num_layers; ++l) {
     for (const model::LinearSite site : model::kLinearSites) {
       const ops::LowRank* update = adapter.update(l, site);
       if (update == nullptr) continue;
-      const int64_t ranks = (update->ranks() + pack - 1) / pack * pack;
+      const int64_t ranks = device_ranks(adapter, l, site, dtype);
       sites_[static_cast<size_t>(l)][static_cast<size_t>(site)] = {
           upload(store_, update->a, ranks, update->a.cols()),
           upload(store_, update->b, update->b.rows(), ranks), update->scale};

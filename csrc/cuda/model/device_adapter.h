@@ -14,6 +14,10 @@
 
 namespace alignpro::cuda {
 
+// The ranks of a site's update on a device, padding included; 0: there is none.
+int64_t device_ranks(const model::Adapter& adapter, int64_t layer, model::LinearSite site,
+                     DType dtype);
+
 // One site's update: scale (x a^T) b^T. Without ranks there is none.
 struct DeviceLowRank {
   Matrix a, b;  // [ranks, inputs], [outputs, ranks]

@@ -1,25 +1,18 @@
 #pragma once
 
 // A model whose decoder layers run on a GPU, by the ops of ops.h: the engine's LanguageModel, and
-// scores by the same passes. It generates and scores; it has no gradients yet.
+// what DeviceScore scores and trains with.
 
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <vector>
 
 #include "alignpro/engine/language_model.h"
-#include "alignpro/model/scorer.h"
 #include "device_adapter.h"
 #include "device_weights.h"
+#include "score_memory.h"
 
 namespace alignpro::cuda {
-
-// As model::Score's outputs: flat, sequence after sequence; those of a reference empty without one.
-struct ScoreValues {
-  bool has_reference = false;
-  std::vector<float> logprob, entropy, kl, reference_logprob;
-};
 
 class DeviceModel final : public engine::LanguageModel {
  public:
@@ -38,15 +31,15 @@ class DeviceModel final : public engine::LanguageModel {
 
   const DeviceWeights& weights() const { return *weights_; }
 
-  // Log-probabilities to the bit of those that sessions draw. Throws InvalidArgument as
-  // model::Score, and for gradients and hidden states, which are not there.
-  ScoreValues score(const model::ScoreRequest& request) const;
+  DeviceAdapters& adapters() const { return *adapters_; }
+  ScoreStagingPool& score_staging() const { return *score_staging_; }
 
  private:
   explicit DeviceModel(std::shared_ptr<const DeviceWeights> weights);
 
   std::shared_ptr<const DeviceWeights> weights_;
   std::shared_ptr<DeviceAdapters> adapters_;
+  std::unique_ptr<ScoreStagingPool> score_staging_ = std::make_unique<ScoreStagingPool>();
 };
 
 }  // namespace alignpro::cuda

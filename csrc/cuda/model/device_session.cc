@@ -12,7 +12,6 @@
 namespace alignpro::cuda {
 namespace {
 
-using model::LinearSite;
 using ops::kKvBlock;
 
 // Attention's grid and workspace are made for so many blocks of positions, or multiples.
@@ -58,11 +57,6 @@ std::optional<model::Batch> padded_decode_step(const model::Batch& batch) {
   }
   if (!adapters.empty()) out.adapters.push_back({first, padded, adapters[0].adapter});
   return out;
-}
-
-Matrix rows_of(const Matrix& m, int64_t begin, int64_t end) {
-  if (m.data == nullptr) return m;
-  return {at(m.data, begin * m.ld * block_bytes(m.dtype)), end - begin, m.cols, m.ld, m.dtype};
 }
 
 }  // namespace
@@ -207,87 +201,44 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch, bool deco
 
 DeviceSession::Buffers DeviceSession::carve(const Tables& tables) {
   const model::ModelConfig& c = weights_->config;
-  const DType dtype = weights_->dtype;
-  const int64_t widths[] = {c.hidden_size,    c.hidden_size,           c.qkv_size(),
-                            c.q_size(),       2 * c.intermediate_size, c.intermediate_size,
-                            tables.most_ranks};
+  const int64_t decode_bytes = attention_decode_bytes(
+      weights_->attention(), tables.most_decode_rows, tables.table_ld * kKvBlock);
+  const auto cut = [&](Pieces from, Buffers* buffers) {
+    const auto matrix = [&](int64_t cols) {
+      return from.matrix(tables.rows, cols, weights_->dtype);
+    };
+    LayerActivations& layer = buffers->layer;
+    buffers->stream = layer.middle = matrix(c.hidden_size);
+    layer.normed = matrix(c.hidden_size);
+    layer.qkv = matrix(c.qkv_size());
+    layer.attended = matrix(c.q_size());
+    layer.gate_up = matrix(2 * c.intermediate_size);
+    layer.activated = matrix(c.intermediate_size);
+    layer.low.fill(matrix(tables.most_ranks));
+    buffers->attention = from.take<char>(decode_bytes);
+    return from.bytes();
+  };
   Buffers buffers;
-  Matrix* const matrices[] = {&buffers.stream,  &buffers.normed,    &buffers.qkv, &buffers.attended,
-                              &buffers.gate_up, &buffers.activated, &buffers.low};
-  Layout layout;
-  int64_t offsets[std::size(widths)];
-  for (size_t i = 0; i < std::size(widths); ++i) {
-    offsets[i] = layout.take(tables.rows * widths[i] * block_bytes(dtype));
-  }
-  const int64_t attention = layout.take(attention_decode_bytes(
-      weights_->attention(), tables.most_decode_rows, tables.table_ld * kKvBlock));
-  grow(arena_, layout.bytes());
-  for (size_t i = 0; i < std::size(widths); ++i) {
-    *matrices[i] = {at(arena_.data(), offsets[i]), tables.rows, widths[i], widths[i], dtype};
-  }
-  buffers.attention = at(arena_.data(), attention);
+  grow(arena_, cut(Pieces(nullptr), &buffers));
+  cut(Pieces(arena_.data()), &buffers);
   return buffers;
 }
 
-// A product of the layer, range by range: the base weights with the adapter's update in the same
-// pass. low: room for x A^T.
-void DeviceSession::apply_linear(const Tables& tables, int64_t layer, LinearSite site,
-                                 const Matrix& x, const LinearExtras& extras, const Matrix& out,
-                                 const Matrix& low) {
-  const Matrix& w = weights_->layers[static_cast<size_t>(layer)].linears[static_cast<size_t>(site)];
-  for (const Range& range : tables.ranges) {
-    const Matrix from = rows_of(x, range.begin, range.end);
-    LinearExtras joined = extras;
-    joined.residual = rows_of(extras.residual, range.begin, range.end);
-    const DeviceLowRank* update =
-        range.adapter == nullptr ? nullptr : &range.adapter->update(layer, site);
-    if (update != nullptr && update->ranks() > 0) {
-      joined.lora_x = {low.data, from.rows, update->ranks(), update->ranks(), low.dtype};
-      joined.lora_up = update->b;
-      joined.lora_scale = update->scale;
-      linear(from, update->a, {}, joined.lora_x, stream());
-    }
-    linear(from, w, joined, rows_of(out, range.begin, range.end), stream());
-  }
-}
-
 // Both ops give a position the same bits.
-void DeviceSession::attend(const Tables& tables, int64_t layer, const Buffers& b) {
+void DeviceSession::attend(const Tables& tables, void* workspace, const Matrix& qkv,
+                           const PagedKv& kv, const Matrix& out) {
   const AttentionShape shape = weights_->attention();
-  const PagedKv kv = layer_kv(layer);
   for (const DecodeRun& run : tables.decode) {
-    attention_decode(shape, rows_of(b.qkv, run.begin, run.begin + run.rows),
+    attention_decode(shape, rows_of(qkv, run.begin, run.begin + run.rows),
                      tables.positions + run.begin,
                      tables.block_table + run.table_row * tables.table_ld, tables.table_ld,
-                     tables.table_ld * kKvBlock, kv, b.attention,
-                     rows_of(b.attended, run.begin, run.begin + run.rows), stream());
+                     tables.table_ld * kKvBlock, kv, workspace,
+                     rows_of(out, run.begin, run.begin + run.rows), stream());
   }
   if (tables.prefill_count == 0) return;
-  attention_prefill(shape, b.qkv, tables.prefill, tables.prefill_count, tables.most_prefill_rows,
+  attention_prefill(shape, qkv, tables.prefill, tables.prefill_count, tables.most_prefill_rows,
                     tables.block_table + tables.prefill_table_row * tables.table_ld,
-                    tables.table_ld, kv, b.attended, nullptr, stream());
-}
-
-// As model::layer_forward, op for op.
-void DeviceSession::run_layer(const Tables& tables, int64_t layer, const Buffers& b) {
-  const model::ModelConfig& c = weights_->config;
-  const DeviceLayer& w = weights_->layers[static_cast<size_t>(layer)];
-  const AttentionShape shape = weights_->attention();
-  const auto eps = static_cast<float>(c.rms_eps);
-
-  rms_norm(b.stream, w.attention_norm, eps, b.normed, stream());
-  apply_linear(tables, layer, LinearSite::kQkv, b.normed, {.bias = w.qkv_bias}, b.qkv, b.low);
-  if (c.qk_norm) qk_norm(shape, b.qkv, w.q_norm, w.k_norm, eps, stream());
-  rope_kv_write(shape, b.qkv, c.rope.rotary_dim, weights_->cos, weights_->sin, tables.positions,
-                tables.write_blocks, layer_kv(layer), stream());
-  attend(tables, layer, b);
-  apply_linear(tables, layer, LinearSite::kO, b.attended, {.residual = b.stream}, b.stream, b.low);
-
-  rms_norm(b.stream, w.mlp_norm, eps, b.normed, stream());
-  apply_linear(tables, layer, LinearSite::kGateUp, b.normed, {}, b.gate_up, b.low);
-  swiglu(b.gate_up, b.activated, stream());
-  apply_linear(tables, layer, LinearSite::kDown, b.activated, {.residual = b.stream}, b.stream,
-               b.low);
+                    tables.table_ld, kv, out, nullptr, stream());
 }
 
 void DeviceSession::forward(const model::Batch& batch) {
@@ -310,7 +261,13 @@ void DeviceSession::forward(const model::Batch& batch) {
 
 void DeviceSession::compute(const Tables& tables, const Buffers& buffers) {
   embedding(weights_->embedding, tables.tokens, buffers.stream, stream());
-  for (int64_t l = 0; l < weights_->config.num_layers; ++l) run_layer(tables, l, buffers);
+  const LayerPass pass{*weights_, tables.ranges, tables.positions, tables.write_blocks, stream()};
+  const Attend attending = [&](const Matrix& qkv, const PagedKv& kv, const Matrix& out) {
+    attend(tables, buffers.attention, qkv, kv, out);
+  };
+  for (int64_t l = 0; l < weights_->config.num_layers; ++l) {
+    layer_forward(pass, l, buffers.stream, buffers.stream, layer_kv(l), buffers.layer, attending);
+  }
   if (tables.outputs == 0) return;
   // The stream is a table too, its rows chosen as an embedding's are.
   embedding(buffers.stream, tables.output_rows, hidden_, stream());

@@ -17,6 +17,7 @@
 #include "../runtime.h"
 #include "alignpro/engine/language_model.h"
 #include "device_adapter.h"
+#include "device_layer.h"
 #include "device_weights.h"
 
 namespace alignpro::cuda {
@@ -33,17 +34,7 @@ class DeviceSession final : public engine::Session {
   bool ready() const override;
   void collect(std::span<ops::SampledToken> out) override;
 
-  // For scoring: the hidden rows of the last forward, [output rows, hidden_size], and the stream on
-  // which they will be there.
-  const Matrix& hidden() const { return hidden_; }
-  Stream stream() const { return stream_.get(); }
-
  private:
-  // Rows [begin, end) of the batch and their adapter; null: base weights.
-  struct Range {
-    int64_t begin, end;
-    const DeviceAdapter* adapter;
-  };
   // Consecutive rows, a sequence each; their blocks in rows of block_table from table_row on.
   struct DecodeRun {
     int64_t begin, rows, table_row;
@@ -68,12 +59,13 @@ class DeviceSession final : public engine::Session {
     int64_t most_decode_rows = 0, prefill_table_row = 0;
     const Segment* prefill = nullptr;  // [prefill_count], of several rows each
     int64_t prefill_count = 0, most_prefill_rows = 0;
-    std::vector<Range> ranges;  // cover all rows, in order
+    std::vector<AdapterRows> ranges;  // cover all rows, in order
     int64_t most_ranks = 0;
   };
   // [rows, ...] each, in one arena.
   struct Buffers {
-    Matrix stream, normed, qkv, attended, gate_up, activated, low;
+    Matrix stream;
+    LayerActivations layer;  // its middle is the stream, one low serves all sites
     void* attention = nullptr;
   };
 
@@ -84,6 +76,7 @@ class DeviceSession final : public engine::Session {
     const int32_t* tokens = nullptr;
   };
 
+  Stream stream() const { return stream_.get(); }
   void wait();
   void grow(DeviceBuffer& buffer, int64_t bytes);
   // decodes: table_ld is to be one of few, as the rows are.
@@ -91,10 +84,8 @@ class DeviceSession final : public engine::Session {
   Buffers carve(const Tables& tables);
   void compute(const Tables& tables, const Buffers& buffers);
   void compute_as_graph(const Tables& tables, const Buffers& buffers);
-  void apply_linear(const Tables& tables, int64_t layer, model::LinearSite site, const Matrix& x,
-                    const LinearExtras& extras, const Matrix& out, const Matrix& low);
-  void attend(const Tables& tables, int64_t layer, const Buffers& buffers);
-  void run_layer(const Tables& tables, int64_t layer, const Buffers& buffers);
+  void attend(const Tables& tables, void* workspace, const Matrix& qkv, const PagedKv& kv,
+              const Matrix& out);
   PagedKv layer_kv(int64_t layer) const;
 
   const std::shared_ptr<const DeviceWeights> weights_;

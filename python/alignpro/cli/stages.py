@@ -205,8 +205,16 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     adapter = None
+    target_compute = None  # the device's own, where the run had another device
+    if settings is not None and device == settings.target_device:
+        target_compute = settings.target_compute
     if run is not None and settings is not None and settings.policy == "target":
-        target = load_model(settings.target or settings.model, threads=threads, device=device)
+        target = load_model(
+            settings.target or settings.model,
+            threads=threads,
+            device=device,
+            compute=target_compute,
+        )
         adapter = run / "adapter"
     elif run is not None and settings is not None:
         from alignpro.models.adapter import load_peft
@@ -216,8 +224,9 @@ def generate(
             settings.model,
             settings.target,
             threads,
-            settings.target_compute if device == settings.target_device else None,
+            target_compute,
             device=device,
+            compute=settings.prompter_compute if device == settings.prompter_device else None,
             target_device=device,
         )
         pipeline = Pipeline(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignpro.config.fields import check_target, require
+from alignpro.config.fields import check_prompter, check_target, require
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, check_sampling
 from alignpro.types import SamplingParams
 
@@ -91,6 +91,9 @@ class EvalConfig:
     """The arms of an evaluation on held-out prompts; each group that is null leaves its arm out."""
 
     model: str = "smollm2"
+    # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
+    prompter_device: Literal["cpu", "cuda"] = "cpu"
+    prompter_compute: Literal["float32", "bfloat16"] = "float32"
     target: str | None = None
     # float32, or int8 on the CPU; bfloat16 or float32 on a CUDA device.
     target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
@@ -118,6 +121,7 @@ class EvalConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        check_prompter(self)
         check_target(self)
         for name in ("num_rewrites", "num_responses"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")

@@ -36,6 +36,16 @@ def check_target(config: TrainConfig | EvalConfig | HeadroomConfig | BoundConfig
     require("target_compute", config.target_compute, config.target_compute in allowed, expected)
 
 
+def check_prompter(
+    config: SftConfig | TrainConfig | EvalConfig | HeadroomConfig | BoundConfig,
+) -> None:
+    """What the prompter may compute with where it is; not what has no gradients."""
+    allowed = [name for name in COMPUTE[config.prompter_device] if name != "int8"]
+    expected = f"{' or '.join(allowed)} with prompter_device {config.prompter_device}"
+    compute = config.prompter_compute
+    require("prompter_compute", compute, compute in allowed, expected)
+
+
 def check_micro_batches(config: SftConfig | TrainConfig) -> None:
     """What bounds the memory of a forward and backward."""
     require("memory_limit", config.memory_limit, config.memory_limit >= 1, "1 byte or more")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from alignpro.config.evaluate import EvalConfig
 from alignpro.config.fields import default_of
@@ -21,6 +21,8 @@ class QuickstartConfig:
     """
 
     model: str = "smollm2"
+    prompter_device: Literal["cpu", "cuda"] = "cpu"
+    prompter_compute: Literal["float32", "bfloat16"] = "float32"
     reward: str = "vader+0.2*topic"
     seed: int = 0
     run_dir: str = "alignpro-quickstart"  # a number is added while the directory exists
@@ -49,6 +51,8 @@ class QuickstartConfig:
         """The three stages with the shared fields filled in."""
         shared: dict[str, Any] = {
             "model": self.model,
+            "prompter_device": self.prompter_device,
+            "prompter_compute": self.prompter_compute,
             "seed": self.seed,
             "threads": self.threads,
             "prompting": self.prompting,

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignpro.config.fields import Bytes, check_micro_batches, check_optimizer, require
+from alignpro.config.fields import (
+    Bytes,
+    check_micro_batches,
+    check_optimizer,
+    check_prompter,
+    require,
+)
 from alignpro.config.prompting import LoraConfig, Prompting
 
 
@@ -14,6 +20,9 @@ class SftConfig:
     """The supervised warm start: fits (prompt, instruction) pairs."""
 
     model: str = "smollm2"  # path or name of the prompter's base weights
+    # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
+    prompter_device: Literal["cpu", "cuda"] = "cpu"
+    prompter_compute: Literal["float32", "bfloat16"] = "float32"
     data: str = "instructions"  # pairs: packaged name, file, or hub name
     run_dir: str = "alignpro-sft"
     seed: int = 0
@@ -35,5 +44,6 @@ class SftConfig:
     def __post_init__(self) -> None:
         require("steps", self.steps, self.steps >= 0, "0 or more")
         require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        check_prompter(self)
         check_optimizer(self)
         check_micro_batches(self)

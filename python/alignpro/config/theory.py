@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignpro.config.fields import check_target, require
+from alignpro.config.fields import check_prompter, check_target, require
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, check_sampling
 from alignpro.types import SamplingParams
 
@@ -17,6 +17,9 @@ class HeadroomConfig:
     """Rewrites of the untuned prompter, their responses and rewards, and a grid of kl_coef."""
 
     model: str = "smollm2"  # path or name of the prompter's base weights
+    # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
+    prompter_device: Literal["cpu", "cuda"] = "cpu"
+    prompter_compute: Literal["float32", "bfloat16"] = "float32"
     adapter: str | None = None  # PEFT folder of the untuned prompter; None: the base model
     target: str | None = None  # path or name of the frozen target; None: the prompter's base
     # float32, or int8 on the CPU; bfloat16 or float32 on a CUDA device.
@@ -47,6 +50,9 @@ class BoundConfig:
     """The bound at one kl_coef, and the gap that is measured beside it."""
 
     model: str = "smollm2"  # path or name of the prompter's base weights
+    # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
+    prompter_device: Literal["cpu", "cuda"] = "cpu"
+    prompter_compute: Literal["float32", "bfloat16"] = "float32"
     adapter: str | None = None  # PEFT folder of the untuned prompter; None: the base model
     trained: str | None = None  # PEFT folder of a trained prompter; None: not measured
     target: str | None = None  # path or name of the frozen target; None: the prompter's base
@@ -103,6 +109,7 @@ def _check_untruncated(name: str, params: SamplingParams) -> None:
 
 
 def _check_samples(config: HeadroomConfig | BoundConfig) -> None:
+    check_prompter(config)
     check_target(config)
     prompts = config.num_prompts
     require("num_prompts", prompts, prompts is None or prompts >= 2, "at least 2")

@@ -10,6 +10,7 @@ from alignpro.config.fields import (
     Bytes,
     check_micro_batches,
     check_optimizer,
+    check_prompter,
     check_target,
     default_of,
     require,
@@ -32,11 +33,14 @@ class TrainConfig:
 
     # What is trained, and on what.
     model: str = "smollm2"  # path or name of the prompter's base weights
+    # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
+    prompter_device: Literal["cpu", "cuda"] = "cpu"
+    prompter_compute: Literal["float32", "bfloat16"] = "float32"
     adapter: str | None = None  # PEFT folder to start from; it is the reference, too
     target: str | None = None  # path or name of the frozen target; None: the prompter's base
     # float32, or int8 on the CPU (faster, less exact); bfloat16 or float32 on a CUDA device.
     target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
-    target_device: Literal["cpu", "cuda"] = "cpu"  # the prompter, which is trained, is on the CPU
+    target_device: Literal["cpu", "cuda"] = "cpu"
     # target: no prompter; the target itself is tuned on the raw prompts, with a LoRA and the same
     # objective (the paper's oracle, for comparison). num_rewrites then counts its responses.
     policy: Literal["prompter", "target"] = "prompter"
@@ -98,6 +102,7 @@ class TrainConfig:
     threads: int | None = None  # None: the container's CPU quota
 
     def __post_init__(self) -> None:
+        check_prompter(self)
         check_target(self)
         require("steps", self.steps, self.steps >= 0, "0 or more")
         require("prompts_per_step", self.prompts_per_step, self.prompts_per_step >= 1, "1 or more")
@@ -193,8 +198,11 @@ class TrainConfig:
         require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with kl_target, to be steered")
 
     def _check_tuned_target(self) -> None:
-        for name in ("num_responses", "target_compute", "target_device"):
+        for name in ("num_responses", "prompter_device", "prompter_compute"):
             _only_default(self, name, "with policy prompter")
+        compute = self.target_compute
+        expected = "float32 or bfloat16 with policy target: int8 has no gradients"
+        require("target_compute", compute, compute != "int8", expected)
         require(
             "algorithm",
             self.algorithm,

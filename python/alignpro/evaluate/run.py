@@ -173,8 +173,11 @@ def _judge(
     if judge.base_url is not None:
         return EndpointJudge(judge)
     path = resolve_model(judge.model)
-    plain = config.target_compute == "float32" and config.target_device == "cpu"
-    for model in (prompter, target) if plain else (prompter,):
-        if path.samefile(model.path):
+    loaded = (
+        (prompter, config.prompter_device, config.prompter_compute),
+        (target, config.target_device, config.target_compute),
+    )
+    for model, device, compute in loaded:
+        if (device, compute) == ("cpu", "float32") and path.samefile(model.path):
             return LocalJudge(model)
     return LocalJudge(load_model(judge.model, threads=config.threads))

@@ -55,14 +55,13 @@ def load_model(
         path_or_name: a .gguf file, a folder with config.json and safetensors, or a name that
             `resolve.resolve_model` finds.
         threads: None takes the container's CPU quota.
-        device: "cpu", or "cuda" for the current CUDA device, in a build that has CUDA. There the
-            model generates and scores, without gradients.
+        device: "cpu", or "cuda" for the current CUDA device, in a build that has CUDA.
         compute: on the CPU "float32" (the default), or "int8" for a frozen model whose speed
             matters more than the last digits: weights as stored codes (formats without an integer
             product become Q8_0), activations quantised in groups of 32. On a CUDA device
             "bfloat16" (the default) or "float32", of weights, activations, keys and values, with
-            sums in float32. It scores with the same arithmetic that it samples with; only
-            "float32" on the CPU has gradients.
+            sums in float32. It scores with the same arithmetic that it samples with; all but "int8"
+            have gradients.
         kv_dtype: on the CPU "float32" (the default), or "float16" to hold keys and values in half
             the memory, rounded in sampling and scoring alike; it has no gradients. One that float16
             cannot hold (beyond 65504) raises NumericError. On a CUDA device it is ``compute``.
@@ -121,17 +120,18 @@ def load_models(
     target_compute: str | None = None,
     *,
     device: str = "cpu",
+    compute: str | None = None,
     target_device: str = "cpu",
 ) -> tuple[NativeModel, NativeModel]:
     """Prompter and target; one object, and so one engine, where they are the same model
     in the same arithmetic on the same device.
 
-    target: None is the prompter's model. target_compute: None is the device's own. Raises as
-    `load_model`.
+    target: None is the prompter's model. device, compute: the prompter's. compute,
+    target_compute: None is the device's own. Raises as `load_model`.
     """
-    prompter_compute, _ = arithmetic_of(device, None, None)
+    prompter_compute, _ = arithmetic_of(device, compute, None)
     answer_compute, _ = arithmetic_of(target_device, target_compute, None)
-    prompter = load_model(model, threads=threads, device=device)
+    prompter = load_model(model, threads=threads, device=device, compute=prompter_compute)
     wanted = model if target is None else target
     same = wanted == model or resolve_model(wanted).samefile(prompter.path)
     if same and device == target_device and answer_compute == prompter_compute:
@@ -144,12 +144,14 @@ def load_models(
 def load_configured(
     config: TrainConfig | EvalConfig | HeadroomConfig | BoundConfig,
 ) -> tuple[NativeModel, NativeModel]:
-    """Prompter, on the CPU, and target of a configuration; raises as `load_model`."""
+    """Prompter and target of a configuration; raises as `load_model`."""
     return load_models(
         config.model,
         config.target,
         config.threads,
         config.target_compute,
+        device=config.prompter_device,
+        compute=config.prompter_compute,
         target_device=config.target_device,
     )
 

@@ -38,11 +38,12 @@ def price_train(
             context or ``memory_limit``, an unknown card.
     """
     device = gpu(gpu_name) if gpu_name is not None else None
-    if device is None and config.target_device != "cpu":
-        raise ValueError(
-            f'target_device: expected "cpu" in a price for this CPU, got "{config.target_device}"; '
-            "name a card to price it there"
-        )
+    for name in ("prompter_device", "target_device"):
+        if device is None and (where := getattr(config, name)) != "cpu":
+            raise ValueError(
+                f'{name}: expected "cpu" in a price for this CPU, got "{where}"; name a card to '
+                "price it there"
+            )
     prompter = find_shape(config.model)
     target = prompter if config.target is None else find_shape(config.target)
     lengths = find_lengths(
@@ -109,7 +110,8 @@ def _shared(config: TrainConfig, prompter: PricedModel, target: PricedModel) -> 
     same = target.name == prompter.name
     if not same and prompter.path is not None and target.path is not None:
         same = target.path.samefile(prompter.path)
-    return same and config.target_compute == "float32" and config.target_device == "cpu"
+    arithmetic = (config.prompter_device, config.prompter_compute)
+    return same and arithmetic == (config.target_device, config.target_compute)
 
 
 def _memory(

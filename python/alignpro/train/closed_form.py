@@ -294,7 +294,8 @@ _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
 
 # What the rollouts depend on; the fit alone reads the rest.
 _ROLLOUT_FIELDS = (
-    *("model", "adapter", "target", "target_compute", "target_device", "data", "split"),
+    *("model", "prompter_compute", "prompter_device", "adapter"),
+    *("target", "target_compute", "target_device", "data", "split"),
     *("reward", "seed", "prompts_per_step", "num_rewrites", "num_responses"),
     *("rewrite", "response", "prompting"),
 )

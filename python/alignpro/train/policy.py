@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
-from alignpro import native
 from alignpro.config import LoraConfig
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
@@ -47,11 +46,6 @@ class LoraPolicy(torch.nn.Module):
 
     def __init__(self, model: NativeModel, weights: LoraWeights) -> None:
         super().__init__()
-        if isinstance(model.core_model, native.core.DeviceModel):
-            raise ValueError(
-                'training: expected a model on device "cpu", got one on "cuda", which has no '
-                'gradients yet; load it with device="cpu"'
-            )
         self.model = model
         self._core = model.core_model
         self.rank, self.alpha, self.rslora = weights.rank, weights.alpha, weights.rslora

@@ -32,7 +32,12 @@ def run_sft(
     """Warm-start a prompter; writes config.json, metrics.jsonl and adapter/ to its directory."""
     check_run_dir(config.run_dir, overwrite=overwrite)
     pairs = [(row.prompt, row.instruction) for row in load_pairs(config.data)]
-    model = load_model(config.model, threads=config.threads)
+    model = load_model(
+        config.model,
+        threads=config.threads,
+        device=config.prompter_device,
+        compute=config.prompter_compute,
+    )
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
     rows = fit(policy, pairs, config, on_step)
     run_dir = prepare_run_dir(config.run_dir, overwrite=overwrite)
@@ -111,6 +116,11 @@ def trainer_from(
 def _load_models(config: TrainConfig) -> tuple[NativeModel, NativeModel]:
     """Prompter and target; the target alone, as both, where no prompter takes part."""
     if config.policy == "target":
-        model = load_model(config.target or config.model, threads=config.threads)
+        model = load_model(
+            config.target or config.model,
+            threads=config.threads,
+            device=config.target_device,
+            compute=config.target_compute,
+        )
         return model, model
     return load_configured(config)

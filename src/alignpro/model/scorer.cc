@@ -64,6 +64,44 @@ void require_scorable(const ScoreRequest& request, const ModelConfig& config,
   }
 }
 
+std::vector<std::vector<int64_t>> score_groups(const ScoreRequest& request) {
+  std::vector<int64_t> order(request.sequences.size());
+  std::iota(order.begin(), order.end(), 0);
+  if (request.keep_graph) return {order};
+  const auto sequence = [&](int64_t s) -> const std::vector<int32_t>& {
+    return request.sequences[static_cast<size_t>(s)];
+  };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return sequence(a) < sequence(b); });
+  std::vector<std::vector<int64_t>> groups;
+  int64_t tokens = kGroupTokens;
+  for (const int64_t s : order) {
+    if (tokens >= kGroupTokens) {
+      groups.emplace_back();
+      tokens = 0;
+    }
+    groups.back().push_back(s);
+    tokens += static_cast<int64_t>(sequence(s).size());
+  }
+  return groups;
+}
+
+void require_upstream(bool has_graph, int64_t values, bool with_reference,
+                      std::span<const float> d_logprob, std::span<const float> d_entropy,
+                      std::span<const float> d_kl) {
+  require(has_graph,
+          "backward: the graph is gone; score with keep_graph=True and call backward once");
+  const auto check_size = [&](std::span<const float> d, const char* name) {
+    require(static_cast<int64_t>(d.size()) == values, "backward: ", name, " has ", d.size(),
+            " values, expected ", values);
+  };
+  check_size(d_logprob, "d_logprob");
+  if (!d_entropy.empty()) check_size(d_entropy, "d_entropy");
+  if (!d_kl.empty()) check_size(d_kl, "d_kl");
+  require(d_kl.empty() || with_reference,
+          "backward: d_kl was given, but the score had no reference");
+}
+
 // What backward() needs of the policy's pass.
 struct Score::Graph {
   explicit Graph(std::shared_ptr<const Model> m)
@@ -106,25 +144,7 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
   if (request_.with_hidden) {
     hidden_.resize(values * static_cast<size_t>(model_->config().hidden_size));
   }
-  std::vector<int64_t> order(static_cast<size_t>(count));
-  std::iota(order.begin(), order.end(), 0);
-  if (request_.keep_graph) {
-    score_group(order);
-    return;
-  }
-  // Neighbours in token order share the most: group them.
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return request_.sequences[static_cast<size_t>(a)] < request_.sequences[static_cast<size_t>(b)];
-  });
-  for (size_t begin = 0; begin < order.size();) {
-    size_t end = begin;
-    int64_t tokens = 0;
-    while (end < order.size() && (end == begin || tokens < kGroupTokens)) {
-      tokens += static_cast<int64_t>(request_.sequences[static_cast<size_t>(order[end++])].size());
-    }
-    score_group({order.data() + begin, end - begin});
-    begin = end;
-  }
+  for (const std::vector<int64_t>& group : score_groups(request_)) score_group(group);
 }
 
 Score::Hidden Score::hidden_states(const TokenTree& tree, ScoreBuffers& buffers, bool keep) const {
@@ -263,18 +283,8 @@ void Score::score_group(std::span<const int64_t> members) {
 
 AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<const float> d_entropy,
                                  std::span<const float> d_kl) {
-  require(graph_ != nullptr,
-          "backward: the graph is gone; score with keep_graph=True and call backward once");
-  const auto check_size = [&](std::span<const float> d, const char* name) {
-    require(d.empty() || d.size() == logprob_.size(), "backward: ", name, " has ", d.size(),
-            " values, expected ", logprob_.size());
-  };
-  require(d_logprob.size() == logprob_.size(), "backward: d_logprob has ", d_logprob.size(),
-          " values, expected ", logprob_.size());
-  check_size(d_entropy, "d_entropy");
-  check_size(d_kl, "d_kl");
-  require(d_kl.empty() || request_.with_reference,
-          "backward: d_kl was given, but the score had no reference");
+  require_upstream(graph_ != nullptr, static_cast<int64_t>(logprob_.size()),
+                   request_.with_reference, d_logprob, d_entropy, d_kl);
 
   const std::shared_ptr<Graph> graph = std::exchange(graph_, nullptr);
   const Weights& weights = model_->weights();

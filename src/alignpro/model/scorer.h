@@ -36,6 +36,15 @@ struct ScoreRequest {
 void require_scorable(const ScoreRequest& request, const ModelConfig& config,
                       int64_t context_length);
 
+// Sequences that are scored together, by index: all of them, in their order, where gradients are to
+// follow; otherwise as many as bound the buffers, neighbours in token order, which share the most.
+std::vector<std::vector<int64_t>> score_groups(const ScoreRequest& request);
+
+// Throws InvalidArgument for derivatives that backward() does not take; it has a graph, or had one.
+void require_upstream(bool has_graph, int64_t values, bool with_reference,
+                      std::span<const float> d_logprob, std::span<const float> d_entropy,
+                      std::span<const float> d_kl);
+
 // Scores sequences token by token, through the layers and the vocabulary op that the engine samples
 // with: a score equals the log-probability recorded when the token was drawn, to the bit.
 // Tokens common to several sequences (a system prompt, the prompt of a group of rewrites) are

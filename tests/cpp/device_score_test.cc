@@ -1,0 +1,260 @@
+// Scores with gradients on a device, the device being the CPU (tests/emulated), beside the CPU
+// engine's.
+
+#include "cuda/model/device_score.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "alignpro/core/error.h"
+#include "alignpro/model/model.h"
+#include "alignpro/model/scorer.h"
+#include "check.h"
+#include "cuda/ops.h"
+#include "host_launch.h"
+#include "numbers.h"
+#include "random_checkpoint.h"
+
+using namespace alignpro;
+using namespace alignpro::model;
+using cuda::DeviceModel;
+using cuda::DeviceScore;
+
+// Fibers under the address sanitizer take twenty times as long: some of the tests do there.
+#if defined(__SANITIZE_ADDRESS__)
+#define SLOW_TEST(name) [[maybe_unused]] static void name()
+#else
+#define SLOW_TEST(name) TEST(name)
+#endif
+
+namespace {
+
+using Tokens = std::vector<int32_t>;
+
+Tokens text(int64_t size, int32_t start) {
+  Tokens tokens;
+  for (int64_t i = 0; i < size; ++i) {
+    tokens.push_back(static_cast<int32_t>((start + i * 31) % 111));
+  }
+  return tokens;
+}
+
+Tokens joined(Tokens first, const Tokens& then) {
+  first.insert(first.end(), then.begin(), then.end());
+  return first;
+}
+
+// A beginning of 18 tokens, which ends inside a block, under three continuations, two of which part
+// later, inside the same block; a stranger; one that is the beginning of another, and one of a
+// single token.
+ScoreRequest request_of(const ModelConfig& config) {
+  const Tokens start = text(18, 5), branch = joined(start, text(3, 40));
+  ScoreRequest request;
+  request.sequences = {joined(branch, text(5, 60)), joined(branch, text(2, 70)),
+                       joined(start, text(9, 80)),  text(7, 90),
+                       joined(start, {3}),          {7}};
+  request.starts = {18, 20, 18, 1, 18, 1};
+  request.adapter = LoraStore(config, 3, 6, false).adapter(config);
+  request.reference = LoraStore(config, 5, 8, false).adapter(config);
+  request.with_reference = true;
+  request.temperature = 0.8f;
+  request.keep_graph = true;
+  return request;
+}
+
+struct Upstream {
+  std::vector<float> logprob, entropy, kl;
+
+  explicit Upstream(size_t values)
+      : logprob(normal(values, 1)), entropy(normal(values, 2)), kl(normal(values, 3)) {}
+};
+
+template <typename AnyScore>
+AdapterGradients gradients_of(AnyScore& score) {
+  const Upstream up(score.logprob().size());
+  return score.backward(up.logprob, up.entropy,
+                        score.has_reference() ? up.kl : std::vector<float>());
+}
+
+std::vector<float> flat(const AdapterGradients& gradients) {
+  std::vector<float> all;
+  for (const auto& [a, b] : gradients.modules) {
+    all.insert(all.end(), a.begin(), a.end());
+    all.insert(all.end(), b.begin(), b.end());
+  }
+  return all;
+}
+
+double difference(const AdapterGradients& got, const AdapterGradients& expected) {
+  double most = 0;  // of any module: a wrong one does not hide among the others
+  for (size_t i = 0; i < expected.modules.size(); ++i) {
+    const auto& [a, b] = expected.modules[i];
+    most = std::max({most, relative_error(got.modules[i].a, Doubles(a.begin(), a.end())),
+                     relative_error(got.modules[i].b, Doubles(b.begin(), b.end()))});
+  }
+  return most;
+}
+
+ModelConfig small(bool bias, bool qk_norm, bool fused, int64_t window = 0) {
+  ModelConfig config = tiny(bias, qk_norm, fused);
+  config.num_layers = 2;
+  config.sliding_window = window;
+  return config;
+}
+
+// Shapes whose rows are whole 16 bytes in bfloat16.
+ModelConfig wide(ModelConfig config) {
+  config.intermediate_size = 56;
+  config.head_dim = config.rope.rotary_dim = 16;
+  return config;
+}
+
+std::shared_ptr<const DeviceModel> device_model(const ModelConfig& config,
+                                                DType compute = DType::kF32) {
+  return DeviceModel::from(RandomCheckpoint(config), compute, 0, 1);
+}
+
+// Sums in another order through two layers and back.
+constexpr double kBudgetOfGradients = 2e-5;
+
+void check_gradients(const ModelConfig& config, ScoreRequest request) {
+  const auto device = device_model(config);
+  const auto cpu = std::shared_ptr<const Model>(Model::from(RandomCheckpoint(config), 1, 0));
+  Score expected(cpu, request);
+  const AdapterGradients truth = gradients_of(expected);
+  DeviceScore got(device, request);
+  CHECK(relative_error(got.logprob(), Doubles(expected.logprob().begin(),
+                                              expected.logprob().end())) < kBudgetOfGradients);
+  const AdapterGradients kept = gradients_of(got);
+  CHECK(difference(kept, truth) < kBudgetOfGradients);
+  request.activations = Activations::kRecompute;
+  DeviceScore again(device, request);
+  CHECK_EQ(again.logprob(), got.logprob());
+  CHECK_EQ(flat(gradients_of(again)), flat(kept));
+}
+
+}  // namespace
+
+TEST(gradients_are_the_cpus_with_qk_norm) {
+  const ModelConfig config = small(false, true, false);
+  check_gradients(config, request_of(config));
+}
+SLOW_TEST(gradients_are_the_cpus_with_bias) {
+  const ModelConfig config = small(true, false, false);
+  check_gradients(config, request_of(config));
+}
+SLOW_TEST(gradients_are_the_cpus_fused_in_a_window) {
+  const ModelConfig config = small(false, false, true, 9);
+  check_gradients(config, request_of(config));
+}
+
+// One module of a site, another of a layer alone; no reference; the upstream of log-probabilities.
+SLOW_TEST(gradients_of_some_modules) {
+  const ModelConfig config = small(false, true, false);
+  LoraStore all(config, 2, 6, false);
+  std::erase_if(all.values, [](const auto& module) {
+    return module.first != "model.layers.0.self_attn.k_proj" &&
+           module.first != "model.layers.1.mlp.up_proj";
+  });
+  ScoreRequest request = request_of(config);
+  request.adapter = all.adapter(config);
+  request.reference = nullptr;
+  request.with_reference = false;
+  check_gradients(config, request);
+}
+
+// What is shared is computed once, to the bits that it has alone; with a graph and without.
+TEST(a_score_is_its_sequences_own) {
+  const ModelConfig config = wide(small(false, true, false));
+  for (const DType compute : {DType::kF32, DType::kBF16}) {
+    const auto device = device_model(config, compute);
+    ScoreRequest request = request_of(config);
+    request.with_hidden = true;
+    const DeviceScore together(device, request);
+    request.keep_graph = false;
+    const DeviceScore without(device, request);
+    CHECK_EQ(without.logprob(), together.logprob());
+    CHECK_EQ(without.kl(), together.kl());
+    CHECK_EQ(without.hidden(), together.hidden());
+    ScoreRequest one = request;
+    one.sequences = {request.sequences[1]};
+    one.starts = {request.starts[1]};
+    const DeviceScore alone(device, one);
+    const int64_t from = 8, count = 3;
+    CHECK_EQ(static_cast<int64_t>(alone.logprob().size()), count);
+    CHECK(same_bits(alone.logprob().data(), together.logprob().data() + from, count));
+    CHECK(same_bits(alone.entropy().data(), together.entropy().data() + from, count));
+    CHECK(same_bits(alone.reference_logprob().data(), together.reference_logprob().data() + from,
+                    count));
+    CHECK(same_bits(alone.hidden().data(), together.hidden().data() + from * config.hidden_size,
+                    static_cast<size_t>(count * config.hidden_size)));
+  }
+}
+
+SLOW_TEST(bfloat16_gradients_stay_near) {
+  const ModelConfig config = wide(small(false, true, false));
+  ScoreRequest request = request_of(config);
+  DeviceScore exact(device_model(config), request),
+      rounded(device_model(config, DType::kBF16), request);
+  const std::vector<float> truth = flat(gradients_of(exact)), got = flat(gradients_of(rounded));
+  const double far = relative_error(got, Doubles(truth.begin(), truth.end()));
+  // Eight bits of mantissa in weights, activations and their gradients: 0.055 here.
+  CHECK(far > 1e-4 && far < 0.1);
+}
+
+// The formula is what is allocated, beside weights and adapters.
+TEST(bytes_are_what_is_held_at_the_peak) {
+  const ModelConfig config = small(false, true, false);
+  const auto device = device_model(config);
+  cuda::EmulatedMemory& memory = cuda::emulated_memory();
+  ScoreRequest request = request_of(config);
+  request.sequences.erase(request.sequences.begin() + 1, request.sequences.begin() + 3);
+  request.starts.erase(request.starts.begin() + 1, request.starts.begin() + 3);
+  DeviceScore(device, request);  // uploads the adapters
+  std::vector<int64_t> peaks;
+  for (const bool graph : {true, false}) {
+    for (const auto activations : {Activations::kKeep, Activations::kRecompute}) {
+      request.keep_graph = graph;
+      request.activations = activations;
+      const int64_t before = memory.peak = memory.now;
+      {
+        DeviceScore score(device, request);
+        if (graph) (void)gradients_of(score);
+      }
+      CHECK_EQ(memory.now, before);
+      peaks.push_back(memory.peak - before);
+      // An allocation of its own is a multiple of 256 bytes.
+      CHECK_EQ(DeviceScore::bytes(*device, request), peaks.back());
+    }
+  }
+  CHECK(peaks[0] > peaks[1]);  // what recomputing is for
+}
+
+TEST(what_backward_does_not_take_is_refused) {
+  const ModelConfig config = small(false, false, false);
+  const auto device = device_model(config);
+  ScoreRequest request;
+  request.sequences = {{1, 2}, {5}};
+  request.starts = {1, 1};
+  request.adapter = LoraStore(config, 1, 6, false).adapter(config);
+  const std::vector<float> one = {1.0f}, two = {1.0f, 2.0f};
+  CHECK_THROWS(DeviceScore(device, request).backward(one, {}, {}), InvalidArgument,
+               "the graph is gone");
+  request.keep_graph = true;
+  DeviceScore score(device, request);
+  CHECK_THROWS(score.backward(two, {}, {}), InvalidArgument, "d_logprob has 2 values, expected 1");
+  CHECK_THROWS(score.backward(one, two, {}), InvalidArgument, "d_entropy has 2 values");
+  CHECK_THROWS(score.backward(one, {}, one), InvalidArgument, "the score had no reference");
+  CHECK(score.backward(one, {}, {}).modules.size() > 0);
+  CHECK_THROWS(score.backward(one, {}, {}), InvalidArgument, "the graph is gone");
+  // Nothing scored: nothing computed, gradients of zero.
+  request.starts = {2, 1};
+  DeviceScore nothing(device, request);
+  CHECK_EQ(DeviceScore::bytes(*device, request), int64_t{0});
+  for (const float value : flat(nothing.backward({}, {}, {}))) CHECK_EQ(value, 0.0f);
+}
+
+CHECK_MAIN()
