@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -163,8 +164,10 @@ def bench_linear(limit: dict[str, float], rows: int, cols: int, n: int) -> list[
     )
     plain = milliseconds(lambda: x @ w.T)
     share = 2.0 * rows * cols * n / ours / 1e9 / limit["matrix_tflops"]
+    read = 2.0 * cols * n / ours / 1e6 / limit["read_gbps"]  # the weight
     work = f"{rows} x {cols} x {n} bf16"
-    return [row("linear", work, ours, plain, share_of_matrix_rate=share)]
+    shares = {"share_of_matrix_rate": share, "share_of_bandwidth": read}
+    return [row("linear", work, ours, plain, **shares)]
 
 
 def bench_gradients(limit: dict[str, float], rows: int, cols: int, n: int) -> list[Row]:
@@ -263,7 +266,12 @@ def main(out: str, table: str) -> int:
     for bench in (
         lambda: bench_rows(limit),
         lambda: bench_linear(limit, 8192, 4096, 4096),
-        lambda: bench_linear(limit, 64, 4096, 14336),
+        # A decode step of Llama-3.1-8B: qkv, o, gate_up, down.
+        *(
+            partial(bench_linear, limit, rows, cols, n)
+            for rows in (1, 64)
+            for cols, n in ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+        ),
         lambda: bench_attention(limit, 64, 1024),
         lambda: bench_attention(limit, 1, 8192),
         lambda: bench_prefill(limit, 8, 2048),
