@@ -149,6 +149,10 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ({"policy": "target", "target_device": "cuda"}, "target_device: expected its default"),
         ({"target_compute": "bfloat16"}, "float32 or int8 with target_device cpu"),
         (
+            {"target_mode": "fast"},
+            "target_mode: expected strict with target_device cpu, got 'fast'",
+        ),
+        (
             {"target_device": "cuda", "target_compute": "int8"},
             "bfloat16 or float32 with target_device cuda",
         ),

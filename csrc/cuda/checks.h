@@ -48,6 +48,15 @@ inline void check_matrix(const char* op, const char* name, const Matrix& m, int6
   if (m.rows > 0) check_aligned(op, name, m.data);
 }
 
+inline void check_fast_linear(const char* op, const Matrix& x, const Matrix& weight,
+                              const Matrix& residual, const Matrix& out) {
+  check_matrix(op, "x", x, x.rows, weight.cols, x.dtype);
+  check_matrix(op, "weight", weight, weight.rows, x.cols, x.dtype);
+  check_matrix(op, "out", out, x.rows, weight.rows, x.dtype);
+  if (residual.data == nullptr) return;
+  check_matrix(op, "residual", residual, x.rows, weight.rows, x.dtype);
+}
+
 // Rows of [q heads | k heads | v heads].
 inline void check_heads(const char* op, const AttentionShape& shape, const Matrix& qkv,
                         const char* name) {

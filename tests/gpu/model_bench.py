@@ -1,5 +1,5 @@
-"""Decode of a random Llama-3.1-8B shape in bfloat16 beside transformers' generate (static cache),
-as a share of the bandwidth limit of the same run."""
+"""Decode of a random Llama-3.1-8B shape in bfloat16, in both modes, beside transformers' generate
+(static cache), as a share of the bandwidth limit of the same run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from alignpro import native
+from alignpro.models.native_model import wheel_folders
 from gpu.models import LLAMA_8B, params, write_folder
 
 CONTEXT, TIMED, UNTIMED = 1024, 48, 16  # positions when the timing ends; steps
@@ -88,18 +89,25 @@ def bench_decode(limit: dict[str, float]) -> list[dict[str, object]]:
         folder = Path(scratch) / "llama-8b"
         write_folder(LLAMA_8B, folder, "cuda")
         torch.cuda.empty_cache()
-        model = native.core.DeviceModel.load(str(folder))
-        mine = {n: ours(model, n) for n in (1, 64)}
-        limits = {n: step_bytes(model, n) / limit["read_gbps"] / 1e6 for n in mine}
-        del model
-        for sequences, milliseconds in mine.items():
+        mine: dict[tuple[int, str], float] = {}
+        limits: dict[int, float] = {}
+        for mode in ("strict", "fast"):
+            model = native.core.DeviceModel.load(
+                str(folder), mode=mode, library_folders=wheel_folders()
+            )
+            for n in (1, 64):
+                mine[n, mode] = ours(model, n)
+                limits[n] = step_bytes(model, n) / limit["read_gbps"] / 1e6
+            del model
+        theirs = {n: transformers_step(folder, n) for n in limits}
+        for (sequences, mode), milliseconds in mine.items():
             rows.append(
                 {
                     "op": "decode",
-                    "work": f"Llama-3.1-8B shape bf16, {sequences} sequences, context {CONTEXT}; "
-                    "beside transformers generate, static cache",
+                    "work": f"Llama-3.1-8B shape bf16, {sequences} sequences, context {CONTEXT}, "
+                    f"mode {mode}; beside transformers generate, static cache",
                     "ours_ms": milliseconds,
-                    "torch_ms": transformers_step(folder, sequences),
+                    "torch_ms": theirs[sequences],
                     "share_of_bandwidth": limits[sequences] / milliseconds,
                     "tokens_per_second": 1e3 * sequences / milliseconds,
                 }

@@ -26,6 +26,7 @@ CASES = (
     "linear_backward",
     "attention_backward",
     "model_generates",
+    "model_fast",
 )
 
 

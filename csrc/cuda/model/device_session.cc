@@ -47,7 +47,9 @@ DeviceSession::DeviceSession(std::shared_ptr<const DeviceWeights> weights,
       tables_(stream()),
       arena_(stream()),
       hidden_rows_(stream()),
-      draws_(stream()) {}
+      draws_(stream()) {
+  if (weights_->fast != nullptr) fast_.emplace(weights_->fast, stream());
+}
 
 DeviceSession::~DeviceSession() {
   try {
@@ -211,25 +213,34 @@ DeviceSession::Buffers DeviceSession::carve(const Tables& tables) {
   return buffers;
 }
 
-// A product of the layer, range by range: the base weights with the adapter's update in the same
-// pass. low: room for x A^T.
+// A product of the layer, range by range: the base weights with the adapter's update, in the strict
+// mode in the same pass. low: room for x A^T.
 void DeviceSession::apply_linear(const Tables& tables, int64_t layer, LinearSite site,
                                  const Matrix& x, const LinearExtras& extras, const Matrix& out,
                                  const Matrix& low) {
   const Matrix& w = weights_->layers[static_cast<size_t>(layer)].linears[static_cast<size_t>(site)];
   for (const Range& range : tables.ranges) {
     const Matrix from = rows_of(x, range.begin, range.end);
+    const Matrix to = rows_of(out, range.begin, range.end);
     LinearExtras joined = extras;
     joined.residual = rows_of(extras.residual, range.begin, range.end);
     const DeviceLowRank* update =
         range.adapter == nullptr ? nullptr : &range.adapter->update(layer, site);
-    if (update != nullptr && update->ranks() > 0) {
+    const bool with_update = update != nullptr && update->ranks() > 0;
+    if (with_update) {
       joined.lora_x = {low.data, from.rows, update->ranks(), update->ranks(), low.dtype};
       joined.lora_up = update->b;
       joined.lora_scale = update->scale;
-      linear(from, update->a, {}, joined.lora_x, stream());
     }
-    linear(from, w, joined, rows_of(out, range.begin, range.end), stream());
+    if (fast_) {
+      fast_->multiply(from, w, 1.0f, joined.bias, joined.residual, to);
+      if (!with_update) continue;
+      fast_->multiply(from, update->a, 1.0f, nullptr, {}, joined.lora_x);
+      fast_->multiply(joined.lora_x, update->b, update->scale, nullptr, to, to);
+      continue;
+    }
+    if (with_update) linear(from, update->a, {}, joined.lora_x, stream());
+    linear(from, w, joined, to, stream());
   }
 }
 

@@ -193,6 +193,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="default: a fresh one")] = None,
     threads: Annotated[int | None, typer.Option(help="default: the CPU quota")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda in a build that has it")] = "cpu",
+    mode: Annotated[str, typer.Option(help="strict, or fast: by cuBLASLt, on cuda")] = "strict",
 ) -> None:
     """Answer a prompt, as it is or through a trained prompter."""
     from alignpro.config import TrainConfig, load_yaml
@@ -206,7 +207,8 @@ def generate(
     )
     adapter = None
     if run is not None and settings is not None and settings.policy == "target":
-        target = load_model(settings.target or settings.model, threads=threads, device=device)
+        path = settings.target or settings.model
+        target = load_model(path, threads=threads, device=device, mode=mode)
         adapter = run / "adapter"
     elif run is not None and settings is not None:
         from alignpro.models.adapter import load_peft
@@ -219,6 +221,8 @@ def generate(
             settings.target_compute if device == settings.target_device else None,
             device=device,
             target_device=device,
+            mode=mode,
+            target_mode=mode,
         )
         pipeline = Pipeline(
             prompter,
@@ -232,7 +236,7 @@ def generate(
         typer.echo(f"rewrite: {rewrite.text}", err=True)
         text = rewrite.target_prompt
     else:
-        target = load_model(model, threads=threads, device=device)
+        target = load_model(model, threads=threads, device=device, mode=mode)
     for _token, delta, _logprob in target.stream(text, params, adapter=adapter):
         typer.echo(delta, nl=False)
     typer.echo()

@@ -22,6 +22,7 @@ class HeadroomConfig:
     # float32, or int8 on the CPU; bfloat16 or float32 on a CUDA device.
     target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
     target_device: Literal["cpu", "cuda"] = "cpu"  # cuda: a build with CUDA, on a GPU
+    target_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     data: str = "everyday"
     split: str | None = "train"
     reward: str = "vader+0.2*topic"
@@ -53,6 +54,7 @@ class BoundConfig:
     # float32, or int8 on the CPU; bfloat16 or float32 on a CUDA device.
     target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
     target_device: Literal["cpu", "cuda"] = "cpu"  # cuda: a build with CUDA, on a GPU
+    target_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     # PEFT folder of the tuned target; None: the optimum in closed form, from the target's samples.
     tuned: str | None = None
     data: str = "everyday"

@@ -37,6 +37,7 @@ class TrainConfig:
     # float32, or int8 on the CPU (faster, less exact); bfloat16 or float32 on a CUDA device.
     target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
     target_device: Literal["cpu", "cuda"] = "cpu"  # the prompter, which is trained, is on the CPU
+    target_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     # target: no prompter; the target itself is tuned on the raw prompts, with a LoRA and the same
     # objective (the paper's oracle, for comparison). num_rewrites then counts its responses.
     policy: Literal["prompter", "target"] = "prompter"
@@ -193,7 +194,7 @@ class TrainConfig:
         require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with kl_target, to be steered")
 
     def _check_tuned_target(self) -> None:
-        for name in ("num_responses", "target_compute", "target_device"):
+        for name in ("num_responses", "target_compute", "target_device", "target_mode"):
             _only_default(self, name, "with policy prompter")
         require(
             "algorithm",
