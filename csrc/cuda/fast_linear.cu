@@ -74,11 +74,14 @@ class FastLibrary {
 
  private:
   SharedLibrary library_;
+  template <typename Function>
+  Function* find(const char* name) const {
+    return library_.symbol<Function>(cat("cublasLt", name).c_str());
+  }
 
  public:
-#define ALIGNPRO_FROM_LIBRARY(name)                                                          \
-  decltype(cublasLt##name)* const name = library_.symbol<decltype(cublasLt##name)>("cublasL" \
-                                                                                   "t" #name)
+#define ALIGNPRO_FROM_LIBRARY(name) \
+  decltype(cublasLt##name)* const name = find<decltype(cublasLt##name)>(#name)
   ALIGNPRO_FROM_LIBRARY(GetStatusString);
   ALIGNPRO_FROM_LIBRARY(Create);
   ALIGNPRO_FROM_LIBRARY(Destroy);

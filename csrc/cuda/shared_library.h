@@ -25,7 +25,7 @@ class SharedLibrary {
         return;
       }
       const char* why = dlerror();
-      looked += cat(looked.empty() ? "" : "; ", name, " (", why == nullptr ? "unknown" : why, ")");
+      looked += cat(looked.empty() ? "" : ", ", why == nullptr ? name : why);  // it names the file
     }
     throw Unavailable(cat(what, ": not found, looked for ", looked, "; ", remedy));
   }

@@ -184,7 +184,7 @@ TEST(a_library_is_the_first_that_opens) {
   CHECK_THROWS(math.symbol<double(double)>("nothing"), Unavailable,
                "libm.so.6: expected a function nothing");
   CHECK_THROWS(SharedLibrary("what", {"libnone.so.1", "/nowhere/libm.so.6"}, "do this"),
-               Unavailable, "what: not found, looked for libnone.so.1 (");
+               Unavailable, "what: not found, looked for libnone.so.1: ");
   CHECK_THROWS(SharedLibrary("what", {"/nowhere/libm.so.6"}, "do this"), Unavailable, "; do this");
 }
 

@@ -61,22 +61,25 @@ inline constexpr int kProductBytes =
     static_cast<int>(sizeof(T)) * Shape::kStages * (Shape::kRows + Shape::kColumns) *
     (Shape::template kDepth<T> + Pack<T>::kSize);
 
+// A thread copies at one place of every few lines, so that only its first address is worked out.
 template <int kThreads, typename Block, typename Op, int kRows, int kDepth>
 ALIGNPRO_BODY void copy_slice(Block& block, const Op& operand, int64_t row, int64_t depth,
                               Slice<typename Op::Type, Op::kDepthMajor, kRows, kDepth> to) {
   constexpr int kPack = decltype(to)::kPack;
-  constexpr int kAcross = (Op::kDepthMajor ? kRows : kDepth) / kPack;
-  constexpr int kPieces = kRows * kDepth / kPack;
-  static_assert(kPieces % kThreads == 0);
+  constexpr int kLines = Op::kDepthMajor ? kDepth : kRows;
+  constexpr int kAcross = kRows * kDepth / kLines / kPack, kStep = kThreads / kAcross;
+  static_assert(kThreads % kAcross == 0 && kLines % kStep == 0);
+  const int first = block.thread() / kAcross, along = block.thread() % kAcross * kPack;
+  const int64_t line = (Op::kDepthMajor ? depth : row) + first;
+  const int64_t lines = Op::kDepthMajor ? operand.depth : operand.rows;
+  const int64_t across = (Op::kDepthMajor ? row : depth) + along;
+  const int64_t left = across < (Op::kDepthMajor ? operand.rows : operand.depth) ? lines - line : 0;
+  const int live = static_cast<int>(left < kLines ? left : kLines);
+  const auto* from = operand.data + line * operand.ld + across;
 #pragma unroll
-  for (int i = 0; i < kPieces / kThreads; ++i) {
-    const int piece = i * kThreads + block.thread();
-    const int line = piece / kAcross, along = piece % kAcross * kPack;
-    const int r = Op::kDepthMajor ? along : line, k = Op::kDepthMajor ? line : along;
-    const bool live = row + r < operand.rows && depth + k < operand.depth;
-    const int64_t at =
-        Op::kDepthMajor ? (depth + k) * operand.ld + row + r : (row + r) * operand.ld + depth + k;
-    block.copy16(to.at(r, k), operand.data + (live ? at : 0), live);
+  for (int i = 0; i < kLines; i += kStep) {
+    auto* at = Op::kDepthMajor ? to.at(along, first + i) : to.at(first + i, along);
+    block.copy16(at, i < live ? from + i * operand.ld : operand.data, i < live);
   }
 }
 
