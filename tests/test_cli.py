@@ -238,6 +238,7 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["generate", "x", "--model", "{tiny}", "--top-p", "2"], "top_p"),
         (["generate", "x", "--run", "nothing"], "nothing"),
         (["generate", "x", "--model", "{tiny}", "--device", "gpu"], 'expected "cpu" or "cuda"'),
+        (["generate", "x", "--model", "{tiny}", "--mode", "fast"], 'mode: expected "strict" on'),
         (["evaluate", "trained=nothing", "model={tiny}"], "nothing"),
         (["evaluate", "num_prompts=1000", "model={tiny}"], "1000 asked for"),
     ],

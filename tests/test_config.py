@@ -158,6 +158,10 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ({"prompter_device": "gpu"}, "prompter_device: expected one of 'cpu', 'cuda'"),
         ({"target_compute": "bfloat16"}, "float32 or int8 with target_device cpu"),
         (
+            {"target_mode": "fast"},
+            "target_mode: expected strict with target_device cpu, got 'fast'",
+        ),
+        (
             {"target_device": "cuda", "target_compute": "int8"},
             "bfloat16 or float32 with target_device cuda",
         ),

@@ -29,6 +29,12 @@ DType compute_from(const std::string& name) {
   return DType::kF32;
 }
 
+bool is_fast(const std::string& mode) {
+  require(mode == "strict" || mode == "fast",
+          "mode: expected \"strict\" or \"fast\" on device cuda, got \"", mode, "\"");
+  return mode == "fast";
+}
+
 py::dict describe_model(const DeviceModel& model) {
   py::dict d = describe(model.config(), model.context_length());
   const char* compute = model.weights().dtype == DType::kBF16 ? "bfloat16" : "float32";
@@ -37,6 +43,7 @@ py::dict describe_model(const DeviceModel& model) {
   d["weight_bytes"] = model.weights().bytes();
   d["compute"] = compute;
   d["kv_dtype"] = compute;
+  d["mode"] = model.weights().fast == nullptr ? "strict" : "fast";
   d["streamed_bytes"] = model.weights().streamed_bytes();
   return d;
 }
@@ -51,13 +58,16 @@ void bind_device_model(py::module_& m) {
       .def_static(
           "load",
           [](const std::string& path, int threads, int64_t context_length,
-             const std::string& compute) {
+             const std::string& compute, const std::string& mode,
+             std::vector<std::string> library_folders) {
             const DType dtype = compute_from(compute);
+            const cuda::Mode how{is_fast(mode), std::move(library_folders)};
             const GilRelease release;
-            return DeviceModel::load(path, dtype, context_length, threads);
+            return DeviceModel::load(path, dtype, context_length, threads, how);
           },
           py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
-          py::arg("compute") = "bfloat16")
+          py::arg("compute") = "bfloat16", py::arg("mode") = "strict",
+          py::arg("library_folders") = std::vector<std::string>())
       .def("lora_modules", [](const DeviceModel& self) { return lora_shapes(self.config()); })
       .def(
           "make_adapter",

@@ -48,6 +48,15 @@ inline void check_matrix(const char* op, const char* name, const Matrix& m, int6
   if (m.rows > 0) check_aligned(op, name, m.data);
 }
 
+inline void check_fast_linear(const char* op, const Matrix& x, const Matrix& weight,
+                              const Matrix& residual, const Matrix& out) {
+  check_matrix(op, "x", x, x.rows, weight.cols, x.dtype);
+  check_matrix(op, "weight", weight, weight.rows, x.cols, x.dtype);
+  check_matrix(op, "out", out, x.rows, weight.rows, x.dtype);
+  if (residual.data == nullptr) return;
+  check_matrix(op, "residual", residual, x.rows, weight.rows, x.dtype);
+}
+
 inline void check_head_dim(const char* op, const AttentionShape& shape, DType dtype) {
   const int64_t pack = pack_size(dtype);
   require(shape.head_dim > 0 && shape.head_dim % pack == 0, op,

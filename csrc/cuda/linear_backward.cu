@@ -1,5 +1,5 @@
-// The tiles of linear.cu with the weight read the other way round; first dy B, which is as wide as
-// the adapter's rank, then dx with the adapter's product in the same pass.
+// The wide tile of linear.cu with the weight read the other way round; first dy B, which is as wide
+// as the adapter's rank, then dx with the adapter's product in the same pass.
 
 #include "bodies/linear.h"
 #include "checks.h"
@@ -14,7 +14,8 @@ template <typename T, bool kLora>
 __global__ void __launch_bounds__(kTileThreads) linear_backward_kernel(Linear<T, true> args) {
   ALIGNPRO_DYNAMIC_SHARED(shared);
   DeviceBlock block;
-  linear_tile<kLora>(block, args, int64_t{blockIdx.x} * kTile, int64_t{blockIdx.y} * kTile, shared);
+  linear_tile<WideTile, kLora>(block, args, int64_t{blockIdx.x} * kTile,
+                               int64_t{blockIdx.y} * kTile, shared);
 }
 
 template <typename T>

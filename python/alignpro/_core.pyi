@@ -161,11 +161,19 @@ class DeviceModel:
 
     @staticmethod
     def load(
-        path: str, threads: int = 0, context_length: int = 0, compute: str = "bfloat16"
-    ) -> DeviceModel: ...
+        path: str,
+        threads: int = 0,
+        context_length: int = 0,
+        compute: str = "bfloat16",
+        mode: str = "strict",
+        library_folders: Sequence[str] = (),
+    ) -> DeviceModel:
+        """mode: "strict", or "fast" for products by cuBLASLt, which is what ALIGNPRO_CUBLASLT
+        names, or is looked for where the loader looks and then in library_folders."""
+
     @property
     def config(self) -> dict[str, Any]:
-        """As Model.config; compute is "bfloat16" or "float32", and kv_dtype is the same."""
+        """As Model.config, and mode; compute is "bfloat16" or "float32", kv_dtype the same."""
 
     def lora_modules(self) -> dict[str, tuple[int, int]]: ...
     def make_adapter(

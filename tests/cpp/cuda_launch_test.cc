@@ -239,24 +239,6 @@ TEST(qk_norm_is_the_cpus_rms_norm_of_each_head) {
   CHECK(difference(qkv.floats(), expected) < kBudget);
 }
 
-TEST(a_linear_layer_covers_its_output) {
-  const int64_t rows = 3, n = 300, k = 12;
-  Tensor<float> x(normal(rows * k, 1)), w(normal(n * k, 2)), out(rows * n),
-      residual(normal(rows * n, 3));
-  cuda::LinearExtras extras;
-  extras.residual = matrix(residual, rows, n);
-  cuda::linear(matrix(x, rows, k), matrix(w, n, k), extras, matrix(out, rows, n), nullptr);
-  Doubles expected;
-  for (int64_t m = 0; m < rows; ++m) {
-    for (int64_t c = 0; c < n; ++c) {
-      double sum = residual.data()[m * n + c];
-      for (int64_t i = 0; i < k; ++i) sum += double{x.data()[m * k + i]} * w.data()[c * k + i];
-      expected.push_back(sum);
-    }
-  }
-  CHECK(relative_error(out.floats(), expected) < kBudget);
-}
-
 // Queries of zero attend to all keys alike: the output is the mean of the values, head by head.
 TEST(decode_attention_reads_every_value_once) {
   const int64_t heads = 4, kv_heads = 2, d = 8, width = (heads + 2 * kv_heads) * d, count = 1030;

@@ -1,5 +1,5 @@
-// Bodies of csrc/cuda that multiply matrices (tile product, linear, linear_logprob and its
-// gradient, head_sample), run on the CPU by a block of fibers: tensor-core fragments, asynchronous
+// Bodies of csrc/cuda that multiply matrices (tile product, linear_logprob and its gradient,
+// head_sample), run on the CPU by a block of fibers: tensor-core fragments, asynchronous
 // copies and reduction trees as the device has them, against float64. Outputs are poisoned,
 // schedules random.
 
@@ -11,7 +11,6 @@
 
 #include "alignpro/core/rng.h"
 #include "check.h"
-#include "cuda/bodies/linear.h"
 #include "cuda/bodies/vocabulary.h"
 #include "host_block.h"
 #include "numbers.h"
@@ -295,45 +294,6 @@ TEST(products_match_double_whichever_way_operands_lie) {
   check_product<Bfloat16, false, false>(131, 70, 104, false);
   check_product<Bfloat16, true, true>(136, 72, 45, true);
   check_product<Bfloat16, false, true>(3, 136, 24, false);
-}
-
-TEST(linear_joins_adapter_bias_and_residual) {
-  const auto check = [](auto type) {
-    using T = decltype(type);
-    const int64_t rows = 9, n = 136, k = 40, rank = 8;
-    Tensor<T> x(normal(rows * k, 1)), w(normal(n * k, 2)), u(normal(rows * rank, 3));
-    Tensor<T> up(normal(n * rank, 4)), bias(normal(n, 5)), residual(normal(rows * n, 6));
-    Tensor<T> out(static_cast<size_t>(rows * n));
-    const Linear<T> args{{x.data(), k, rows, k},
-                         {w.data(), k, n, k},
-                         1.0f,
-                         {u.data(), rank, rows, rank},
-                         {up.data(), rank, n, rank},
-                         0.5f,
-                         bias.data(),
-                         {residual.data(), n},
-                         {out.data(), n}};
-    for (int64_t column = 0; column < n; column += kTile) {
-      SharedMemory<T> shared;
-      HostBlock::run(kTileThreads, next_seed(), [&](HostBlock& block) {
-        linear_tile<true>(block, args, 0, column, shared.data());
-      });
-    }
-    const Floats xs = x.floats(), ws = w.floats(), us = u.floats(), ups = up.floats();
-    const Floats bs = bias.floats(), rs = residual.floats();
-    Doubles expected;
-    for (size_t m = 0; m < rows; ++m) {
-      for (size_t c = 0; c < n; ++c) {
-        double sum = bs[c] + double{rs[m * n + c]};
-        for (size_t i = 0; i < k; ++i) sum += double{xs[m * k + i]} * ws[c * k + i];
-        for (size_t i = 0; i < rank; ++i) sum += 0.5 * us[m * rank + i] * ups[c * rank + i];
-        expected.push_back(sum);
-      }
-    }
-    CHECK(relative_error(out.floats(), expected) < (sizeof(T) == 2 ? 3e-3 : kBudget));
-  };
-  check(float{});
-  check(Bfloat16{});
 }
 
 TEST(forward_matches_double) {

@@ -102,8 +102,9 @@ engine::EngineOptions options(const engine::LanguageModel& model, int64_t max_ro
 }
 
 std::shared_ptr<const cuda::DeviceModel> device_model(const ModelConfig& config,
-                                                      DType compute = DType::kF32) {
-  return cuda::DeviceModel::from(RandomCheckpoint(config), compute, 0, 1);
+                                                      DType compute = DType::kF32,
+                                                      const cuda::Mode& mode = {}) {
+  return cuda::DeviceModel::from(RandomCheckpoint(config), compute, 0, 1, mode);
 }
 
 double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
@@ -276,6 +277,34 @@ SLOW_TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
   for (const auto& with : {first, second, std::shared_ptr<Adapter>()}) check(2, 3, with);
   check(8, 8, nullptr);  // everything grows
   for (const auto& with : {first, second, std::shared_ptr<Adapter>()}) check(2, 3, with);
+}
+
+// The emulated library's sums go by the number of rows: in last digits a row is not its own.
+TEST(the_fast_mode_is_near_and_says_so) {
+  const ModelConfig config = small(true, false, false);
+  const auto strict = device_model(config), fast = device_model(config, DType::kF32, {true});
+  CHECK(strict->weights().fast == nullptr && fast->weights().fast != nullptr);
+  const auto asked = asks(LoraStore(config, 3, 6, false).adapter(config));
+  Engine engine(std::shared_ptr<const engine::LanguageModel>(fast), options(*fast, 12));
+  const int64_t before = cuda::emulated_graph_launches();
+  const std::vector<Answer> answers = generate(engine, asked);
+  double sampled = 0, apart = 0;
+  for (size_t i = 0; i < asked.size(); ++i) {
+    const ScoreRequest request = score_request(asked, answers, i);
+    const auto scored = cuda::DeviceScore(fast, request).logprob();
+    sampled = std::max(sampled, largest_difference(scored, answers[i].logprobs));
+    apart =
+        std::max(apart, largest_difference(scored, cuda::DeviceScore(strict, request).logprob()));
+  }
+  CHECK(sampled > 0 && sampled < kLogprobBudget);
+  CHECK(apart > 0 && apart < kLogprobBudget);
+  // One adapter, steps of decode alone: graphs hold these products too.
+  const std::vector<Answer> base = generate(engine, {asked[0], asked[1]}, 6);
+  CHECK(cuda::emulated_graph_launches() > before);
+  for (size_t i = 0; i < base.size(); ++i) {
+    const auto scored = cuda::DeviceScore(fast, score_request(asked, base, i)).logprob();
+    CHECK(largest_difference(scored, base[i].logprobs) < kLogprobBudget);
+  }
 }
 
 TEST(scores_are_the_cpus) {

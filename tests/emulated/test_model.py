@@ -121,6 +121,7 @@ def test_what_a_device_cannot_do_is_one_line(llama):
     for options, text in (
         ({"compute": "int8"}, 'compute: expected "bfloat16" or "float32" on device "cuda"'),
         ({"kv_dtype": "float16"}, 'kv_dtype: expected "bfloat16" on device "cuda"'),
+        ({"mode": "quick"}, 'mode: expected "strict" or "fast" on device "cuda", got \'quick\''),
         ({"compute": "bfloat16"}, "intermediate_size: expected a multiple of 8 in BF16"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -132,6 +133,64 @@ def test_models_of_two_devices_are_two(llama):
     assert (prompter.config["device"], target.config["device"]) == ("cpu", "cuda")
     same, too = load_models(llama, None, 1)
     assert same is too
+
+
+def test_mode_fast_measures_what_it_costs(llama):
+    """The emulated library's sums go by the number of rows, as cuBLASLt's may."""
+    strict, fast = (
+        load_model(llama, device="cuda", compute="float32", mode=mode)
+        for mode in ("strict", "fast")
+    )
+    assert (strict.config["mode"], fast.config["mode"]) == ("strict", "fast")
+    assert strict.exact and not fast.exact and load_model(llama, threads=1).exact
+    params = SamplingParams(max_new_tokens=4, temperature=0.8, seed=3, ignore_eos=True)
+    adapter = lora(fast, 3)
+    for with_ in (None, adapter):
+        completions = fast.generate(PROMPTS, params, adapter=with_)
+        sampled = np.concatenate([c.logprobs for c in completions])
+        request = (
+            [prompt + c.tokens for prompt, c in zip(PROMPTS, completions, strict=True)],
+            [len(prompt) for prompt in PROMPTS],
+        )
+        scored, truth = (
+            model.core_model.score(
+                *request,
+                adapter=None if with_ is None else model.make_adapter(with_),
+                temperature=0.8,
+            ).logprob
+            for model in (fast, strict)
+        )
+        assert 0 < np.abs(scored - sampled).max() < BUDGET
+        assert 0 < np.abs(scored - truth).max() < BUDGET
+    prompter, target = load_models(llama, None, 1, target_device="cuda", target_compute="float32")
+    assert target.exact and prompter.exact
+    _, quick = load_models(
+        llama, None, 1, target_device="cuda", target_compute="float32", target_mode="fast"
+    )
+    assert not quick.exact
+
+
+def test_the_bound_of_a_fast_target_says_how_far_it_is_off(llama):
+    from alignpro.config import BoundConfig
+    from alignpro.data.load import PromptRow
+    from alignpro.evaluate.bound import measure_bound
+
+    config = BoundConfig(
+        num_rewrites=2,
+        num_responses=1,
+        rewrite=SamplingParams(max_new_tokens=3, temperature=1.0),
+        response=SamplingParams(max_new_tokens=3, temperature=1.0),
+    )
+    rows = [PromptRow("ab cd"), PromptRow("e")]
+
+    def reward(prompts, rewrites, responses):
+        return [float(len(text) % 3) for text in responses]
+
+    off = {}
+    for mode in ("strict", "fast"):
+        model = load_model(llama, device="cuda", compute="float32", mode=mode)
+        off[mode] = measure_bound(config, model, model, reward, rows)["parity_max_abs"]
+    assert off["strict"] is None and 0 < off["fast"] < BUDGET
 
 
 def test_threads_and_streams_share_a_device(llama):

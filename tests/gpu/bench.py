@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,10 @@ def bench_linear(limit: dict[str, float], rows: int, cols: int, n: int) -> list[
     )
     plain = milliseconds(lambda: x @ w.T)
     share = 2.0 * rows * cols * n / ours / 1e9 / limit["matrix_tflops"]
+    read = 2.0 * cols * n / ours / 1e6 / limit["read_gbps"]  # the weight
     work = f"{rows} x {cols} x {n} bf16"
-    return [row("linear", work, ours, plain, share_of_matrix_rate=share)]
+    shares = {"share_of_matrix_rate": share, "share_of_bandwidth": read}
+    return [row("linear", work, ours, plain, **shares)]
 
 
 def bench_gradients(limit: dict[str, float], rows: int, cols: int, n: int) -> list[Row]:
@@ -189,7 +192,12 @@ def benches(limit: dict[str, float], scratch: Path) -> list[Callable[[], list[Ro
     return [
         lambda: bench_rows(limit, *sizes((16384, 4096, 8192), (3, 64, 96))),
         lambda: bench_linear(limit, *sizes((8192, 4096, 4096), (5, 64, 72))),
-        lambda: bench_linear(limit, *sizes((64, 4096, 14336), (3, 64, 72))),
+        # A decode step of Llama-3.1-8B: qkv, o, gate_up, down.
+        *(
+            partial(bench_linear, limit, *sizes((rows, cols, n), (rows // 20 + 1, 64, 72)))
+            for rows in (1, 64)
+            for cols, n in ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+        ),
         lambda: bench_attention(limit, *sizes((64, 1024), (2, 32))),
         lambda: bench_attention(limit, *sizes((1, 8192), (1, 32))),
         lambda: bench_prefill(limit, *sizes((8, 2048), (2, 16))),

@@ -103,7 +103,8 @@ def linear() -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
         for rows, n, k in sizes(
-            ((1, 576, 1536), (130, 264, 72), (517, 1024, 4096)), ((1, 136, 48), (130, 8, 72))
+            ((1, 576, 1536), (130, 264, 72), (517, 1024, 4096), (2048, 1024, 512)),
+            ((1, 136, 48), (130, 8, 72)),
         ):
             x, w = normal(rows, k, dtype=dtype), normal(n, k, dtype=dtype, scale=k**-0.5)
             a, b = normal(16, k, dtype=dtype, scale=k**-0.5), normal(n, 16, dtype=dtype)
@@ -114,8 +115,9 @@ def linear() -> Measured:
             truth = x.double() @ w.double().T + 0.5 * x.double() @ a.double().T @ b.double().T
             plain = x @ w.T + 0.5 * ((x @ a.T) @ b.T) + bias + residual
             measured += judged(f"{name} lora", y, plain, truth + bias.double() + residual.double())
-            last = (x[-1:].contiguous(), w, bias, residual[-1:].contiguous(), (a, b, 0.5))
-            measured.append((f"{name} alone", differing(calls.linear(*last), y[-1:]), 0.0))
+            for few in (1, 40):  # by other tiles, the same bits
+                some = calls.linear(x[-few:], w, bias, residual[-few:], (a, b, 0.5))
+                measured.append((f"{name} last {few}", differing(some, y[-few:]), 0.0))
     return measured
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from alignpro import native
+from alignpro.models.native_model import wheel_folders
 from gpu.cases import Measured, case, sizes
 from gpu.models import Shape, generate, lora, write_folder
 
@@ -124,4 +125,31 @@ def model_gradients() -> Measured:
         measured.append(
             (f"{compute} kl minus the CPU's", kl, 1e-5 if compute == "float32" else 2e-2)
         )
+
+
+@case
+def model_fast() -> Measured:
+    """Mode fast beside strict: other sums, so other last digits and perhaps other tokens."""
+    core, measured = native.core, []
+    budgets = {"float32": 1e-4, "bfloat16": 0.5}  # as above
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        write_folder(SHAPE, folder)
+        for compute, budget in budgets.items():
+            strict = core.DeviceModel.load(str(folder), compute=compute)
+            fast = core.DeviceModel.load(
+                str(folder), compute=compute, mode="fast", library_folders=wheel_folders()
+            )
+            adapters = [lora(fast, 6) if i % 2 else None for i in range(len(PROMPTS))]
+            engine = core.Engine(
+                fast, kv_cache_bytes=sizes(256, 1) << 20, max_batch_rows=sizes(256, 24)
+            )
+            answers = generate(engine, PROMPTS, NEW, adapters)
+            for i, (prompt, (tokens, logprobs)) in enumerate(zip(PROMPTS, answers, strict=True)):
+                request = ([prompt + tokens], [len(prompt)], adapters[i])
+                own, other = (model.score(*request).logprob for model in (fast, strict))
+                sampled = float(np.abs(own - np.float32(logprobs)).max())
+                apart = float(np.abs(own - other).max())
+                measured.append((f"{compute} {i} sampled minus scored", sampled, budget))
+                measured.append((f"{compute} {i} minus strict", apart, budget))
     return measured

@@ -30,6 +30,7 @@ CASES = (
     "attention_backward",
     "model_generates",
     "model_gradients",
+    "model_fast",
 )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from alignpro import native
-from alignpro.models.native_model import load_model, load_models
+from alignpro.models.native_model import load_model, load_models, wheel_folders
 
 
 def test_the_same_model_is_one_engine(
@@ -45,3 +46,19 @@ def test_a_target_of_other_arithmetic_is_a_model_of_its_own(smollm2_path):
     prompter, target = load_models(smollm2_path, None, target_compute="int8")
     assert target is not prompter
     assert (prompter.config["compute"], target.config["compute"]) == ("float32", "int8")
+
+
+def test_the_fast_mode_is_a_devices():
+    with pytest.raises(ValueError, match='mode: expected "strict" on device "cpu", got \'fast\''):
+        load_model("./nowhere", mode="fast")
+    with pytest.raises(ValueError, match='mode: expected "strict" on device "cpu", got \'fast\''):
+        load_models("./nowhere", None, target_mode="fast")
+
+
+def test_libraries_of_nvidias_wheels_are_found(tmp_path, monkeypatch):
+    for name in ("cu99/lib", "cublas/lib", "cublas/include"):
+        (tmp_path / "nvidia" / name).mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    mine = [f for f in wheel_folders() if f.startswith(str(tmp_path))]
+    assert mine == [str(tmp_path / "nvidia" / name) for name in ("cublas/lib", "cu99/lib")]

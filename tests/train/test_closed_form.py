@@ -201,6 +201,10 @@ def test_a_scorer_that_differs_from_the_sampler_stops_the_fit(tmp_path):
     lax = make(config(tmp_path / "lax", strict_parity=False))
     lax.policy.model.core_model.error = 1e-3
     lax.train()
+    fast = make(config(tmp_path / "fast"))
+    fast.policy.model.exact = False
+    fast.policy.model.core_model.error = 1e-3
+    fast.train()
 
 
 def test_the_first_prompts_of_a_shuffled_pass(tmp_path):

@@ -26,16 +26,24 @@ struct Linear {
   Rows<T> out;
 };
 
-template <bool kLora, typename T, bool kDepthMajor, typename Block>
+// Tiles for few rows, beside WideTile: those of 16 have a chain of products a warp, 8 columns each.
+using Rows16 = TileShape<16, 32, 1, 4, 256, 6>;
+using Rows64 = TileShape<64, 64, 2, 2, 128, 4>;
+using Rows64Narrow = TileShape<64, 32, 2, 2, 128, 6>;
+
+template <typename Shape, bool kLora, typename T, bool kDepthMajor, typename Block>
 ALIGNPRO_BODY void linear_tile(Block& block, const Linear<T, kDepthMajor>& args, int64_t row,
                                int64_t column, void* shared) {
-  Sums sums, lora;
-  tile_product(block, args.x, row, args.weight, column, shared, sums);
-  if constexpr (kLora) tile_product(block, args.lora_x, row, args.lora_up, column, shared, lora);
-  for_share(Share(block.thread()), [&](int m, int n, int i, int j, int e) {
+  SumsOf<Shape> sums, lora;
+  tile_product<Shape>(block, args.x, row, args.weight, column, shared, sums);
+  if constexpr (kLora) {
+    tile_product<Shape>(block, args.lora_x, row, args.lora_up, column, shared, lora);
+  }
+  for_share(Share<Shape>(block.thread()), [&](int m, int n, int i, int j, int e) {
     const int64_t r = row + m, c = column + n;
     if (r >= args.x.rows || c >= args.weight.rows) return;
-    float value = args.scale * sums[i][j][e];
+    // Plus zero: a sum that is -0 stays it or not by how many zeros a slice ends with.
+    float value = std::fma(args.scale, sums[i][j][e], 0.0f);
     if constexpr (kLora) value = std::fma(args.lora_scale, lora[i][j][e], value);
     if (args.bias != nullptr) value += to_float(args.bias[c]);
     if (args.residual.data != nullptr) {

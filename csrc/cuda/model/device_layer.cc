@@ -14,8 +14,8 @@ Matrix low_rank(const Matrix& low, int64_t rows, const DeviceLowRank& update) {
   return {low.data, rows, update.ranks(), update.ranks(), low.dtype};
 }
 
-// A product of the layer, range by range: the base weights with the adapter's update in the same
-// pass.
+// A product of the layer, range by range: the base weights with the adapter's update, in mode
+// strict in the same pass.
 void apply_linear(const LayerPass& pass, int64_t layer, LinearSite site, const Matrix& x,
                   const LinearExtras& extras, const Matrix& out, const LayerActivations& kept) {
   const Matrix& w = weight_of(pass.weights, layer, site);
@@ -23,15 +23,24 @@ void apply_linear(const LayerPass& pass, int64_t layer, LinearSite site, const M
     const Matrix from = rows_of(x, range.begin, range.end);
     LinearExtras joined = extras;
     joined.residual = rows_of(extras.residual, range.begin, range.end);
+    const Matrix to = rows_of(out, range.begin, range.end);
     const DeviceLowRank* update =
         range.adapter == nullptr ? nullptr : &range.adapter->update(layer, site);
-    if (update != nullptr && update->ranks() > 0) {
+    const bool with_update = update != nullptr && update->ranks() > 0;
+    if (with_update) {
       joined.lora_x = low_rank(kept.low[static_cast<size_t>(site)], from.rows, *update);
       joined.lora_up = update->b;
       joined.lora_scale = update->scale;
-      linear(from, update->a, {}, joined.lora_x, pass.stream);
     }
-    linear(from, w, joined, rows_of(out, range.begin, range.end), pass.stream);
+    if (pass.fast != nullptr) {
+      pass.fast->multiply(from, w, 1.0f, joined.bias, joined.residual, to);
+      if (!with_update) continue;
+      pass.fast->multiply(from, update->a, 1.0f, nullptr, {}, joined.lora_x);
+      pass.fast->multiply(joined.lora_x, update->b, update->scale, nullptr, to, to);
+      continue;
+    }
+    if (with_update) linear(from, update->a, {}, joined.lora_x, pass.stream);
+    linear(from, w, joined, to, pass.stream);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <functional>
 #include <span>
 
+#include "../fast_linear.h"
 #include "../runtime.h"
 #include "device_adapter.h"
 #include "device_weights.h"
@@ -30,6 +31,7 @@ struct LayerPass {
   std::span<const AdapterRows> ranges;
   const int32_t *positions, *write_blocks;  // [rows]
   Stream stream;
+  FastLinear* fast;  // what multiplies in mode fast; null: linear
 };
 
 // What a layer leaves behind, [rows, ...] each. A session lets them share memory with the layer

@@ -13,16 +13,19 @@ DeviceModel::DeviceModel(std::shared_ptr<const DeviceWeights> weights)
       adapters_(std::make_shared<DeviceAdapters>(weights_->config.num_layers, weights_->dtype)) {}
 
 std::shared_ptr<DeviceModel> DeviceModel::load(const std::filesystem::path& path, DType compute,
-                                               int64_t context_length, int threads) {
-  return from(*model::Checkpoint::open(path), compute, context_length, threads);
+                                               int64_t context_length, int threads,
+                                               const Mode& mode) {
+  return from(*model::Checkpoint::open(path), compute, context_length, threads, mode);
 }
 
 std::shared_ptr<DeviceModel> DeviceModel::from(const model::Checkpoint& checkpoint, DType compute,
-                                               int64_t context_length, int threads) {
+                                               int64_t context_length, int threads,
+                                               const Mode& mode) {
+  auto fast = mode.fast ? open_fast_library(mode.library_folders) : nullptr;
   const int64_t context = model::choose_context(checkpoint.config(), context_length);
   ThreadTeam team(threads);
-  return std::shared_ptr<DeviceModel>(
-      new DeviceModel(std::make_shared<const DeviceWeights>(checkpoint, compute, context, team)));
+  return std::shared_ptr<DeviceModel>(new DeviceModel(
+      std::make_shared<const DeviceWeights>(checkpoint, compute, context, team, std::move(fast))));
 }
 
 int64_t DeviceModel::kv_share_bytes() const {

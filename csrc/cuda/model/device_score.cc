@@ -16,7 +16,11 @@ namespace {
 // Takes a staging from the model's pool and gives it back when nothing on its stream reads it.
 class Lease {
  public:
-  explicit Lease(ScoreStagingPool& pool) : pool_(pool), staging_(pool.take()) {}
+  Lease(ScoreStagingPool& pool, const DeviceWeights& weights) : pool_(pool), staging_(pool.take()) {
+    if (weights.fast != nullptr && !staging_->fast) {
+      staging_->fast.emplace(weights.fast, staging_->stream.get());
+    }
+  }
   ~Lease() {
     try {
       synchronize(staging_->stream.get());
@@ -55,7 +59,7 @@ class DeviceScore::Pass {
         request_(request),
         tree_(request, members),
         memory_(weights_, request, tree_),
-        lease_(model_->score_staging()),
+        lease_(model_->score_staging(), weights_),
         kept_memory_(stream(), memory_.kept(nullptr).bytes),
         kept_(memory_.kept(kept_memory_.data())) {
     if (request.adapter != nullptr) policy_ = model_->adapters().get(*request.adapter);
@@ -72,6 +76,7 @@ class DeviceScore::Pass {
 
  private:
   Stream stream() const { return lease_->stream.get(); }
+  FastLinear* fast() const { return lease_->fast ? &*lease_->fast : nullptr; }
   int64_t values() const { return tree_.values(); }
   int64_t num_layers() const { return weights_.config.num_layers; }
   float eps() const { return static_cast<float>(weights_.config.rms_eps); }
@@ -104,7 +109,8 @@ void DeviceScore::Pass::run_layer(const AdapterRows& adapter, int64_t layer, con
                                   const Matrix& out, const LayerMemory& memory,
                                   const Matrix& normed, const Matrix& activated) const {
   const ScoreTree::Tables& tables = kept_.tables;
-  const LayerPass pass{weights_, {&adapter, 1}, tables.positions, tables.write_blocks, stream()};
+  const LayerPass pass{weights_, {&adapter, 1}, tables.positions, tables.write_blocks,
+                       stream(), fast()};
   LayerActivations activations = memory.activations;
   activations.normed = normed;
   activations.activated = activated;
@@ -216,7 +222,8 @@ void DeviceScore::Pass::backward(std::span<const float> d_logprob, std::span<con
 
   const ScoreTree::Tables& tables = kept_.tables;
   const AdapterRows rows = range(policy_);
-  const LayerPass pass{weights_, {&rows, 1}, tables.positions, tables.write_blocks, stream()};
+  const LayerPass pass{weights_, {&rows, 1}, tables.positions, tables.write_blocks,
+                       stream(), fast()};
   AttentionBackwardInput tree{};
   tree.segments = tables.segments;
   tree.segment_count = tree_.segments();

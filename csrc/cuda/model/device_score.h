@@ -15,8 +15,8 @@ namespace alignpro::cuda {
 
 class DeviceScore {
  public:
-  // Log-probabilities to the bit of those that sessions draw. Throws as model::Score;
-  // NumericError where a row has no finite softmax.
+  // Log-probabilities to the bit of those that sessions draw, in mode strict. Throws as
+  // model::Score; NumericError where a row has no finite softmax.
   DeviceScore(std::shared_ptr<const DeviceModel> model, model::ScoreRequest request);
   ~DeviceScore();
 

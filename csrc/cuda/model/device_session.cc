@@ -69,7 +69,9 @@ DeviceSession::DeviceSession(std::shared_ptr<const DeviceWeights> weights,
       tables_(stream()),
       arena_(stream()),
       hidden_rows_(stream()),
-      draws_(stream()) {}
+      draws_(stream()) {
+  if (weights_->fast != nullptr) fast_.emplace(weights_->fast, stream());
+}
 
 DeviceSession::~DeviceSession() {
   try {
@@ -261,7 +263,8 @@ void DeviceSession::forward(const model::Batch& batch) {
 
 void DeviceSession::compute(const Tables& tables, const Buffers& buffers) {
   embedding(weights_->embedding, tables.tokens, buffers.stream, stream());
-  const LayerPass pass{*weights_, tables.ranges, tables.positions, tables.write_blocks, stream()};
+  const LayerPass pass{*weights_,           tables.ranges, tables.positions,
+                       tables.write_blocks, stream(),      fast_ ? &*fast_ : nullptr};
   const Attend attending = [&](const Matrix& qkv, const PagedKv& kv, const Matrix& out) {
     attend(tables, buffers.attention, qkv, kv, out);
   };

@@ -14,6 +14,7 @@
 #include <span>
 #include <vector>
 
+#include "../fast_linear.h"
 #include "../runtime.h"
 #include "alignpro/engine/language_model.h"
 #include "device_adapter.h"
@@ -91,6 +92,7 @@ class DeviceSession final : public engine::Session {
   const std::shared_ptr<const DeviceWeights> weights_;
   const std::shared_ptr<DeviceAdapters> adapters_;
   OwnedStream stream_;
+  std::optional<FastLinear> fast_;  // none in the strict mode
   DeviceBuffer kv_, tables_, arena_, hidden_rows_, draws_;
   PinnedBuffer staged_tables_, staged_draws_;
   Matrix hidden_;

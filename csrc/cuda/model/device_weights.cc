@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "alignpro/core/error.h"
@@ -69,11 +70,13 @@ Matrix upload(MatrixStore& store, const std::vector<ops::StoredRow>& rows, int64
 }  // namespace
 
 DeviceWeights::DeviceWeights(const model::Checkpoint& checkpoint, DType dtype_,
-                             int64_t context_length_, ThreadTeam& team)
+                             int64_t context_length_, ThreadTeam& team,
+                             std::shared_ptr<const FastLibrary> fast_)
     : config(runnable(checkpoint.config(), dtype_)),
       context_length(context_length_),
       dtype(dtype_),
       device(current_device()),
+      fast(std::move(fast_)),
       store_(dtype, &team) {
   embedding = head = upload(store_, checkpoint.embedding_rows(), config.hidden_size);
   if (!config.tied_head) head = upload(store_, checkpoint.head_rows(), config.hidden_size);

@@ -5,8 +5,10 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "../fast_linear.h"
 #include "alignpro/core/parallel.h"
 #include "alignpro/model/checkpoint.h"
 #include "alignpro/model/config.h"
@@ -25,12 +27,13 @@ class DeviceWeights {
   // Throws Unavailable without a GPU or the memory, InvalidArgument for a dtype or a shape that the
   // ops do not take, before anything is copied.
   DeviceWeights(const model::Checkpoint& checkpoint, DType dtype, int64_t context_length,
-                ThreadTeam& team);
+                ThreadTeam& team, std::shared_ptr<const FastLibrary> fast);
 
   const model::ModelConfig config;
   const int64_t context_length;
   const DType dtype;
   const int device;
+  const std::shared_ptr<const FastLibrary> fast;  // what multiplies by them; null: linear
 
   Matrix embedding, head;  // one where they are tied
   std::vector<DeviceLayer> layers;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -123,10 +124,11 @@ class ScoreMemory {
   const ScoreTree& tree_;
 };
 
-// A stream and pinned memory, which cost more to make than a small score takes.
+// A stream, pinned memory and a workspace, which cost more to make than a small score takes.
 struct ScoreStaging {
   OwnedStream stream;
   PinnedBuffer tables, results;
+  std::optional<FastLinear> fast;  // in mode fast
 };
 
 // Keeps one between scores, as model::ScoreBufferPool does.

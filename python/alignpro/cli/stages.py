@@ -193,6 +193,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="default: a fresh one")] = None,
     threads: Annotated[int | None, typer.Option(help="default: the CPU quota")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda in a build that has it")] = "cpu",
+    mode: Annotated[str, typer.Option(help="strict, or fast: by cuBLASLt, on cuda")] = "strict",
 ) -> None:
     """Answer a prompt, as it is or through a trained prompter."""
     from alignpro.config import TrainConfig, load_yaml
@@ -213,6 +214,7 @@ def generate(
             settings.target or settings.model,
             threads=threads,
             device=device,
+            mode=mode,
             compute=target_compute,
         )
         adapter = run / "adapter"
@@ -228,6 +230,8 @@ def generate(
             device=device,
             compute=settings.prompter_compute if device == settings.prompter_device else None,
             target_device=device,
+            mode=mode,
+            target_mode=mode,
         )
         pipeline = Pipeline(
             prompter,
@@ -241,7 +245,7 @@ def generate(
         typer.echo(f"rewrite: {rewrite.text}", err=True)
         text = rewrite.target_prompt
     else:
-        target = load_model(model, threads=threads, device=device)
+        target = load_model(model, threads=threads, device=device, mode=mode)
     for _token, delta, _logprob in target.stream(text, params, adapter=adapter):
         typer.echo(delta, nl=False)
     typer.echo()

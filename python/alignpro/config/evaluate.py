@@ -94,10 +94,12 @@ class EvalConfig:
     # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
     prompter_device: Literal["cpu", "cuda"] = "cpu"
     prompter_compute: Literal["float32", "bfloat16"] = "float32"
+    prompter_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     target: str | None = None
     # float32, or int8 on the CPU; bfloat16 or float32 on a CUDA device.
     target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
     target_device: Literal["cpu", "cuda"] = "cpu"  # cuda: a build with CUDA, on a GPU
+    target_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     untuned: str | None = None  # PEFT folder; None: the base model as prompter
     trained: str | None = None  # PEFT folder; None: no trained arm
     tuned: str | None = None  # PEFT folder of the target, tuned by the same reward: the oracle

@@ -30,10 +30,13 @@ COMPUTE = {"cpu": ("float32", "int8"), "cuda": ("bfloat16", "float32")}
 
 
 def check_target(config: TrainConfig | EvalConfig | HeadroomConfig | BoundConfig) -> None:
-    """What the target may compute with where it is."""
+    """What the target may compute with where it is, and how."""
     allowed = COMPUTE[config.target_device]
     expected = f"{' or '.join(allowed)} with target_device {config.target_device}"
     require("target_compute", config.target_compute, config.target_compute in allowed, expected)
+    if config.target_device == "cpu":
+        mode = config.target_mode
+        require("target_mode", mode, mode == "strict", "strict with target_device cpu")
 
 
 def check_prompter(
@@ -44,6 +47,9 @@ def check_prompter(
     expected = f"{' or '.join(allowed)} with prompter_device {config.prompter_device}"
     compute = config.prompter_compute
     require("prompter_compute", compute, compute in allowed, expected)
+    if config.prompter_device == "cpu":
+        mode = config.prompter_mode
+        require("prompter_mode", mode, mode == "strict", "strict with prompter_device cpu")
 
 
 def check_micro_batches(config: SftConfig | TrainConfig) -> None:

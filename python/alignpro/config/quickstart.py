@@ -23,6 +23,7 @@ class QuickstartConfig:
     model: str = "smollm2"
     prompter_device: Literal["cpu", "cuda"] = "cpu"
     prompter_compute: Literal["float32", "bfloat16"] = "float32"
+    prompter_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     reward: str = "vader+0.2*topic"
     seed: int = 0
     run_dir: str = "alignpro-quickstart"  # a number is added while the directory exists
@@ -53,6 +54,7 @@ class QuickstartConfig:
             "model": self.model,
             "prompter_device": self.prompter_device,
             "prompter_compute": self.prompter_compute,
+            "prompter_mode": self.prompter_mode,
             "seed": self.seed,
             "threads": self.threads,
             "prompting": self.prompting,

@@ -23,6 +23,7 @@ class SftConfig:
     # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
     prompter_device: Literal["cpu", "cuda"] = "cpu"
     prompter_compute: Literal["float32", "bfloat16"] = "float32"
+    prompter_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     data: str = "instructions"  # pairs: packaged name, file, or hub name
     run_dir: str = "alignpro-sft"
     seed: int = 0

@@ -20,11 +20,13 @@ class HeadroomConfig:
     # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
     prompter_device: Literal["cpu", "cuda"] = "cpu"
     prompter_compute: Literal["float32", "bfloat16"] = "float32"
+    prompter_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     adapter: str | None = None  # PEFT folder of the untuned prompter; None: the base model
     target: str | None = None  # path or name of the frozen target; None: the prompter's base
     # float32, or int8 on the CPU; bfloat16 or float32 on a CUDA device.
     target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
     target_device: Literal["cpu", "cuda"] = "cpu"  # cuda: a build with CUDA, on a GPU
+    target_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     data: str = "everyday"
     split: str | None = "train"
     reward: str = "vader+0.2*topic"
@@ -53,12 +55,14 @@ class BoundConfig:
     # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
     prompter_device: Literal["cpu", "cuda"] = "cpu"
     prompter_compute: Literal["float32", "bfloat16"] = "float32"
+    prompter_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     adapter: str | None = None  # PEFT folder of the untuned prompter; None: the base model
     trained: str | None = None  # PEFT folder of a trained prompter; None: not measured
     target: str | None = None  # path or name of the frozen target; None: the prompter's base
     # float32, or int8 on the CPU; bfloat16 or float32 on a CUDA device.
     target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
     target_device: Literal["cpu", "cuda"] = "cpu"  # cuda: a build with CUDA, on a GPU
+    target_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     # PEFT folder of the tuned target; None: the optimum in closed form, from the target's samples.
     tuned: str | None = None
     data: str = "everyday"

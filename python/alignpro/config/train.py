@@ -36,11 +36,13 @@ class TrainConfig:
     # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
     prompter_device: Literal["cpu", "cuda"] = "cpu"
     prompter_compute: Literal["float32", "bfloat16"] = "float32"
+    prompter_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     adapter: str | None = None  # PEFT folder to start from; it is the reference, too
     target: str | None = None  # path or name of the frozen target; None: the prompter's base
     # float32, or int8 on the CPU (faster, less exact); bfloat16 or float32 on a CUDA device.
     target_compute: Literal["float32", "int8", "bfloat16"] = "float32"
     target_device: Literal["cpu", "cuda"] = "cpu"
+    target_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
     # target: no prompter; the target itself is tuned on the raw prompts, with a LoRA and the same
     # objective (the paper's oracle, for comparison). num_rewrites then counts its responses.
     policy: Literal["prompter", "target"] = "prompter"
@@ -198,7 +200,7 @@ class TrainConfig:
         require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with kl_target, to be steered")
 
     def _check_tuned_target(self) -> None:
-        for name in ("num_responses", "prompter_device", "prompter_compute"):
+        for name in ("num_responses", "prompter_device", "prompter_compute", "prompter_mode"):
             _only_default(self, name, "with policy prompter")
         compute = self.target_compute
         expected = "float32 or bfloat16 with policy target: int8 has no gradients"

@@ -3,6 +3,7 @@
 Every response is scored exactly as it was sampled: whole token sequences, its EOS among them, at
 the temperature of ``response``. So a response's log-probability under the prompt that it was drawn
 for is the one recorded while sampling, to the bit, and the total variation of a target to itself 0.
+Of a target in mode "fast" the two differ; by how much is measured and reported.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def measure_bound(
         The part ``bound`` of report.json: reward_range, reward_range_source ("given" or
         "observed"), kl_coef, tuned ("adapter" or "closed form"), terms {name: mean, ci95}, bound,
         measured_gap, trained_gap (None without ``trained``), slack, holds, vacuous, rewards {arm:
-        mean, ci95}, truncated_responses (share that was cut off at the last allowed token).
+        mean, ci95}, truncated_responses (share that was cut off at the last allowed token),
+        parity_max_abs (of a target in mode "fast": the largest difference between sampled and
+        scored log-probabilities of a token, over some responses; else None: they are equal).
 
     Raises:
         ValueError: a reward outside the given range, or all rewards equal without one.
@@ -132,7 +135,11 @@ def measure_bound(
         tv_tuned = _total_variation(
             target, rollouts["tuned"], raw_tokens, config, "tuned target", on_progress
         )
-    return _report(config, rollouts, tv_rewrites, tv_tuned if tuned is not None else None)
+    report = _report(config, rollouts, tv_rewrites, tv_tuned if tuned is not None else None)
+    return {
+        **report,
+        "parity_max_abs": None if target.exact else _parity(target, rollouts["raw"], config),
+    }
 
 
 def _report(
@@ -269,6 +276,20 @@ def _total_variation(
     return variation
 
 
+def _parity(target: NativeModel, raw: Rollout, config: BoundConfig) -> float:
+    """The largest difference between sampled and scored log-probabilities, of some responses."""
+    drawn = [(group[0].target_tokens, r) for group in raw.rewrites for r in group[0].responses]
+    drawn = drawn[:_SCORED_AT_ONCE]
+    scored = token_logprobs(
+        target,
+        [prompt for prompt, _ in drawn],
+        [response.tokens for _, response in drawn],
+        config.response.temperature,
+    )
+    pairs = zip(scored, drawn, strict=True)
+    return max(float(np.abs(own - response.logprobs).max()) for own, (_, response) in pairs)
+
+
 def sequence_logprobs(
     model: NativeModel,
     prompts: Sequence[list[int]],
@@ -276,13 +297,23 @@ def sequence_logprobs(
     temperature: float,
 ) -> list[float]:
     """log p(continuation | prompt) of whole sequences of tokens under the base weights, in nats."""
+    return [math.fsum(part) for part in token_logprobs(model, prompts, continuations, temperature)]
+
+
+def token_logprobs(
+    model: NativeModel,
+    prompts: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    temperature: float,
+) -> list[Floats]:
+    """As `sequence_logprobs`, token by token."""
     score = model.core_model.score(
         [p + c for p, c in zip(prompts, continuations, strict=True)],
         [len(p) for p in prompts],
         temperature=temperature,
     )
     ends = np.cumsum([len(c) for c in continuations])
-    return [math.fsum(part) for part in np.split(np.asarray(score.logprob, np.float64), ends[:-1])]
+    return np.split(np.asarray(score.logprob, np.float64), ends[:-1])
 
 
 def _truncated(rollouts: dict[str, Rollout]) -> float:

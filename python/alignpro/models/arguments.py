@@ -109,6 +109,14 @@ def token_list(tokens: Any, what: str) -> list[int]:
     return [int(token) for token in tokens]
 
 
+def check_mode(device: str, mode: str) -> None:
+    """Whether a model on the device may multiply like that."""
+    allowed = ("strict", "fast") if device == "cuda" else ("strict",)
+    if mode not in allowed:
+        wanted = " or ".join(f'"{a}"' for a in allowed)
+        raise ValueError(f'mode: expected {wanted} on device "{device}", got {mode!r}')
+
+
 def arithmetic_of(device: str, compute: str | None, kv_dtype: str | None) -> tuple[str, str]:
     """(compute, kv_dtype) of a model on the device; None takes the device's own."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import threading
 import weakref
@@ -18,6 +19,7 @@ from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.arguments import (
     Prompt,
     arithmetic_of,
+    check_mode,
     check_prompts,
     core_params,
     is_int,
@@ -25,10 +27,11 @@ from alignpro.models.arguments import (
     token_list,
     with_seed,
 )
-from alignpro.models.completion_text import TextStream, completion_text
+from alignpro.models.completion_text import TextStream
+from alignpro.models.native_handle import NativeHandle
 from alignpro.models.resolve import DEFAULT_MODEL, resolve_model
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.types import Chat, Completion, FinishReason, SamplingParams
+from alignpro.types import Chat, Completion, SamplingParams
 
 if TYPE_CHECKING:
     from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, TrainConfig
@@ -42,6 +45,7 @@ def load_model(
     threads: int | None = None,
     *,
     device: str = "cpu",
+    mode: str = "strict",
     compute: str | None = None,
     kv_dtype: str | None = None,
     context_length: int | None = None,
@@ -56,6 +60,9 @@ def load_model(
             `resolve.resolve_model` finds.
         threads: None takes the container's CPU quota.
         device: "cpu", or "cuda" for the current CUDA device, in a build that has CUDA.
+        mode: "strict": sampled and scored log-probabilities are equal to the bit, whatever shares
+            the batch. "fast", on a CUDA device: the layers' products by cuBLASLt, whose order of
+            sums goes by the number of rows; the two then differ a little (docs/cuda.md).
         compute: on the CPU "float32" (the default), or "int8" for a frozen model whose speed
             matters more than the last digits: weights as stored codes (formats without an integer
             product become Q8_0), activations quantised in groups of 32. On a CUDA device
@@ -74,9 +81,11 @@ def load_model(
     Raises:
         FileNotFoundError: no such model.
         ModelFileError: its files are damaged or ask for what is not supported (a ValueError).
-        ValueError: an argument. UnavailableError: this machine, or no CUDA where it was asked for.
+        ValueError: an argument. UnavailableError: this machine, or no CUDA where it was asked for,
+            or no cuBLASLt for mode "fast".
     """
     compute, kv_dtype = arithmetic_of(device, compute, kv_dtype)
+    check_mode(device, mode)
     for name, value in (
         ("threads", threads),
         ("context_length", context_length),
@@ -99,7 +108,7 @@ def load_model(
     model: core.Model | core.DeviceModel
     where = (str(path), threads or 0, context_length or 0)
     if device == "cuda":
-        model = native.core.DeviceModel.load(*where, compute)
+        model = native.core.DeviceModel.load(*where, compute, mode, wheel_folders())
     else:
         model = native.core.Model.load(*where, compute, kv_dtype)
     engine = native.core.Engine(
@@ -122,22 +131,28 @@ def load_models(
     device: str = "cpu",
     compute: str | None = None,
     target_device: str = "cpu",
+    mode: str = "strict",
+    target_mode: str = "strict",
 ) -> tuple[NativeModel, NativeModel]:
     """Prompter and target; one object, and so one engine, where they are the same model
-    in the same arithmetic on the same device.
+    in the same arithmetic and mode on the same device.
 
     target: None is the prompter's model. device, compute: the prompter's. compute,
     target_compute: None is the device's own. Raises as `load_model`.
     """
     prompter_compute, _ = arithmetic_of(device, compute, None)
     answer_compute, _ = arithmetic_of(target_device, target_compute, None)
-    prompter = load_model(model, threads=threads, device=device, compute=prompter_compute)
+    check_mode(target_device, target_mode)
+    prompter = load_model(
+        model, threads=threads, device=device, mode=mode, compute=prompter_compute
+    )
     wanted = model if target is None else target
     same = wanted == model or resolve_model(wanted).samefile(prompter.path)
-    if same and device == target_device and answer_compute == prompter_compute:
+    own, asked = (device, mode, prompter_compute), (target_device, target_mode, answer_compute)
+    if same and own == asked:
         return prompter, prompter
     return prompter, load_model(
-        wanted, threads=threads, device=target_device, compute=answer_compute
+        wanted, threads=threads, device=target_device, mode=target_mode, compute=answer_compute
     )
 
 
@@ -152,49 +167,20 @@ def load_configured(
         config.target_compute,
         device=config.prompter_device,
         compute=config.prompter_compute,
+        mode=config.prompter_mode,
         target_device=config.target_device,
+        target_mode=config.target_mode,
     )
 
 
 _MOST_THREADS = 1024
 
 
-class NativeHandle:
-    """One sequence in the engine. Any thread may read and cancel it."""
-
-    def __init__(self, sequence: core.Sequence_, tokenizer: Tokenizer, engine: core.Engine) -> None:
-        self.sequence = sequence
-        self._tokenizer = tokenizer
-        self._engine = engine
-
-    @property
-    def finished(self) -> bool:
-        return self.sequence.finished
-
-    def cancel(self) -> None:
-        self.sequence.cancel()
-
-    def completion(self) -> Completion:
-        """What was written.
-
-        Raises:
-            RuntimeError: it is not finished. Whatever the step raised that ended it (NumericError).
-        """
-        sequence = self.sequence
-        reason = sequence.finish_reason
-        if reason is None:
-            raise RuntimeError("the sequence is not finished; step() the model until it is")
-        if reason == "failed":
-            self._engine.run([sequence])  # finished: raises what ended it
-        tokens = sequence.tokens
-        return Completion(
-            tokens=tokens,
-            text=completion_text(self._tokenizer, tokens, reason, sequence.matched_stop),
-            logprobs=sequence.logprobs,
-            kept_mass=sequence.kept_mass,
-            finish_reason=cast(FinishReason, reason),
-            prompt_tokens=sequence.prompt_tokens,
-        )
+def wheel_folders() -> list[str]:
+    """Where the wheels of NVIDIA's libraries, which torch's CUDA build brings, keep them."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = () if spec is None else spec.submodule_search_locations or ()
+    return [str(folder) for root in roots for folder in sorted(Path(root).glob("*/lib"))]
 
 
 class NativeModel:
@@ -232,6 +218,11 @@ class NativeModel:
     def context_length(self) -> int:
         """Positions that prompt and completion share."""
         return int(self.config["context_length"])
+
+    @property
+    def exact(self) -> bool:
+        """Whether scored log-probabilities are the sampled ones to the bit; not in mode "fast"."""
+        return bool(self.config.get("mode", "strict") == "strict")
 
     # --- whole completions ---
 

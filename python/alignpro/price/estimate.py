@@ -110,8 +110,8 @@ def _shared(config: TrainConfig, prompter: PricedModel, target: PricedModel) -> 
     same = target.name == prompter.name
     if not same and prompter.path is not None and target.path is not None:
         same = target.path.samefile(prompter.path)
-    arithmetic = (config.prompter_device, config.prompter_compute)
-    return same and arithmetic == (config.target_device, config.target_compute)
+    own = (config.prompter_device, config.prompter_compute, config.prompter_mode)
+    return same and own == (config.target_device, config.target_compute, config.target_mode)
 
 
 def _memory(

@@ -274,7 +274,8 @@ class ClosedFormFit:
         log_ratio = torch.cat([part.logprob for part in parts]) - sampled_logprobs(rewrites)
         kl = torch.cat([part.kl for part in parts if part.kl is not None])
         sequence = token_sequence(rewrites)
-        if self.step == 0 and config.strict_parity and bool((log_ratio != 0).any()):
+        exact = config.strict_parity and self.policy.model.exact
+        if self.step == 0 and exact and bool((log_ratio != 0).any()):
             raise RuntimeError(
                 "scored log-probabilities differ from the recorded ones by up to "
                 f"{float(log_ratio.abs().max()):.3g}, expected exactly 0: the rollouts are not "
@@ -294,8 +295,8 @@ _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
 
 # What the rollouts depend on; the fit alone reads the rest.
 _ROLLOUT_FIELDS = (
-    *("model", "prompter_compute", "prompter_device", "adapter"),
-    *("target", "target_compute", "target_device", "data", "split"),
+    *("model", "prompter_compute", "prompter_device", "prompter_mode", "adapter"),
+    *("target", "target_compute", "target_device", "target_mode", "data", "split"),
     *("reward", "seed", "prompts_per_step", "num_rewrites", "num_responses"),
     *("rewrite", "response", "prompting"),
 )

@@ -37,6 +37,7 @@ def run_sft(
         threads=config.threads,
         device=config.prompter_device,
         compute=config.prompter_compute,
+        mode=config.prompter_mode,
     )
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
     rows = fit(policy, pairs, config, on_step)
@@ -121,6 +122,7 @@ def _load_models(config: TrainConfig) -> tuple[NativeModel, NativeModel]:
             threads=config.threads,
             device=config.target_device,
             compute=config.target_compute,
+            mode=config.target_mode,
         )
         return model, model
     return load_configured(config)

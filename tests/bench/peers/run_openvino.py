@@ -23,9 +23,7 @@ def load(request: harness.Request):
     scheduler.enable_prefix_caching = False
     scheduler.max_num_seqs = request.widest
     options = {"INFERENCE_NUM_THREADS": request.threads, **PRECISIONS[request.variant]}
-    pipeline = openvino_genai.ContinuousBatchingPipeline(
-        request.model, scheduler, "CPU", options
-    )
+    pipeline = openvino_genai.ContinuousBatchingPipeline(request.model, scheduler, "CPU", options)
 
     def generate(prompts, new_tokens, seed):
         handles = []

@@ -1,0 +1,28 @@
+// A build without cuBLASLt's header.
+
+#include "alignpro/core/error.h"
+#include "fast_linear.h"
+
+namespace alignpro::cuda {
+namespace {
+
+[[noreturn]] void missing() {
+  throw Unavailable(
+      "mode \"fast\": this build has no cuBLASLt, whose header cublasLt.h was not found; pip "
+      "install nvidia-cublas (torch's CUDA build brings it) or give CMake "
+      "-DALIGNPRO_CUBLAS_INCLUDE=FOLDER, and build again; or use mode \"strict\"");
+}
+
+}  // namespace
+
+struct FastLinear::State {};
+
+std::shared_ptr<const FastLibrary> open_fast_library(const std::vector<std::string>&) { missing(); }
+FastLinear::FastLinear(std::shared_ptr<const FastLibrary>, Stream) { missing(); }
+FastLinear::~FastLinear() = default;
+void FastLinear::multiply(const Matrix&, const Matrix&, float, const void*, const Matrix&,
+                          const Matrix&) {
+  missing();
+}
+
+}  // namespace alignpro::cuda
