@@ -125,6 +125,7 @@ def model_gradients() -> Measured:
         measured.append(
             (f"{compute} kl minus the CPU's", kl, 1e-5 if compute == "float32" else 2e-2)
         )
+    return measured
 
 
 @case
