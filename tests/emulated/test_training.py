@@ -8,15 +8,23 @@ import json
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from alignpro.cli.stages import train as train_command
-from alignpro.config import EvalConfig, LoraConfig, Prompting, TrainConfig, to_mapping
+from alignpro.cli import app
+from alignpro.config import (
+    EvalConfig,
+    LoraConfig,
+    Prompting,
+    SftConfig,
+    TrainConfig,
+    to_mapping,
+)
 from alignpro.evaluate.run import run_evaluation
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.native_model import load_configured, load_model
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy, initial_weights
-from alignpro.train.run import make_trainer
+from alignpro.train.run import make_trainer, run_sft
 from alignpro.types import SamplingParams
 from model_variants import VARIANTS, variant_folder
 
@@ -188,7 +196,7 @@ def test_a_run_on_the_device_is_the_cpus(config, tmp_path):
 
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_mapping(config(steps=3))), "utf-8")
-    train_command(file, resume=True)
+    assert CliRunner().invoke(app, ["train", str(file), "--resume"]).exit_code == 0
     assert len(read_metrics(f"{on_device.run_dir}/metrics.jsonl")) == 3
     report = run_evaluation(
         EvalConfig(
@@ -207,6 +215,31 @@ def test_a_run_on_the_device_is_the_cpus(config, tmp_path):
         )
     )
     assert report["evaluation_config"]["prompter_device"] == "cuda"
+    arguments = ["generate", "he", "--run", on_device.run_dir, "--device", "cuda", "--threads", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "2"])
+    assert result.exit_code == 0 and "rewrite: " in result.stderr, result.output
+
+
+def test_a_warm_start_on_the_device_is_the_cpus(tiny_model_dir, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "he", "instruction": "in"}\n', "utf-8")
+    made = {}
+    for device in ("cuda", "cpu"):
+        options = SftConfig(
+            model=str(tiny_model_dir("llama")),
+            prompter_device=device,
+            data=str(pairs),
+            run_dir=str(tmp_path / device),
+            steps=1,
+            batch_size=1,
+            lora=LORA,
+            prompting=Prompting(template="{prompt}", separator=" "),
+            threads=1,
+        )
+        run_sft(options)
+        (made[device],) = read_metrics(tmp_path / device / "metrics.jsonl")
+    for name in ("loss", "grad_norm"):
+        assert made["cuda"][name] == pytest.approx(made["cpu"][name], rel=1e-4), name
 
 
 def test_which_models_share_a_base(config):
