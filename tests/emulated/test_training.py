@@ -3,6 +3,7 @@ family, micro-batches by the device's formula, and a run from its configuration 
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -23,6 +24,7 @@ from alignpro.evaluate.run import run_evaluation
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.native_model import load_configured, load_model
 from alignpro.train.metrics import read_metrics
+from alignpro.train.micro_batches import plan_micro_batches
 from alignpro.train.policy import LoraPolicy, initial_weights
 from alignpro.train.run import make_trainer, run_sft
 from alignpro.types import SamplingParams
@@ -110,6 +112,15 @@ def test_a_score_takes_what_its_formula_says(tiny_model_dir):
     fewer = policy.score_bytes(SEQUENCES[:1], STARTS[:1], with_reference=True)
     assert fewer < need["keep"]
     assert policy.score_bytes(SEQUENCES[:1], STARTS[:1], with_reference=False) < fewer
+
+    bytes_of = functools.partial(policy.score_bytes, with_reference=True)
+    plan = plan_micro_batches(SEQUENCES, STARTS, limit=need["recompute"] - 1, bytes_of=bytes_of)
+    assert len(plan) > 1
+    for micro in plan:
+        part = (micro.of(SEQUENCES), micro.of(STARTS))
+        assert bytes_of(*part, micro.activations) < need["recompute"]
+    with pytest.raises(ValueError, match="sequence 0: scoring its 17 tokens alone takes"):
+        plan_micro_batches(SEQUENCES, STARTS, limit=1 << 14, bytes_of=bytes_of)
 
 
 def test_bad_input_is_one_line(tiny_model_dir):
