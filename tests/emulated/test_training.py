@@ -3,6 +3,7 @@ family, micro-batches by the device's formula, and a run from its configuration 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -251,6 +252,9 @@ def test_a_warm_start_on_the_device_is_the_cpus(tiny_model_dir, tmp_path):
         (made[device],) = read_metrics(tmp_path / device / "metrics.jsonl")
     for name in ("loss", "grad_norm"):
         assert made["cuda"][name] == pytest.approx(made["cpu"][name], rel=1e-4), name
+    elsewhere = {"prompter_device": "cuda", "prompter_compute": "bfloat16"}
+    with pytest.raises(ValueError, match="intermediate_size: expected a multiple of 8 in BF16"):
+        run_sft(dataclasses.replace(options, **elsewhere, run_dir=str(tmp_path / "bfloat16")))
 
 
 def test_which_models_share_a_base(config):
