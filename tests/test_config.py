@@ -291,7 +291,8 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 def test_quickstart_hands_its_fields_to_every_stage():
     config = from_mapping(
         QuickstartConfig,
-        {"seed": 7, "model": "m", "reward": "vader", "lora": {"rank": 3}, "train": {"steps": 2}},
+        {"seed": 7, "model": "m", "reward": "vader", "lora": {"rank": 3}, "train": {"steps": 2}}
+        | {"prompter_device": "cuda", "prompter_compute": "bfloat16"},
     )
     sft, train, evaluate = config.stages()
     assert (sft.seed, train.seed, evaluate.seed) == (7, 7, 7)
@@ -299,6 +300,8 @@ def test_quickstart_hands_its_fields_to_every_stage():
     assert (train.reward, evaluate.reward) == ("vader", "vader")
     assert sft.lora == train.lora == LoraConfig(rank=3)
     assert train.steps == 2
+    for stage in (sft, train, evaluate):
+        assert (stage.prompter_device, stage.prompter_compute) == ("cuda", "bfloat16")
 
 
 @pytest.mark.parametrize(

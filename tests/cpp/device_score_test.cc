@@ -167,7 +167,7 @@ SLOW_TEST(gradients_of_some_modules) {
 }
 
 // What is shared is computed once, to the bits that it has alone; with a graph and without.
-TEST(a_score_is_its_sequences_own) {
+SLOW_TEST(a_score_is_its_sequences_own) {
   const ModelConfig config = wide(small(false, true, false));
   for (const DType compute : {DType::kF32, DType::kBF16}) {
     const auto device = device_model(config, compute);
@@ -224,7 +224,7 @@ SLOW_TEST(bfloat16_gradients_stay_near) {
 }
 
 // The formula is what is allocated, beside weights and adapters.
-TEST(bytes_are_what_is_held_at_the_peak) {
+SLOW_TEST(bytes_are_what_is_held_at_the_peak) {
   const ModelConfig config = small(false, true, false);
   const auto device = device_model(config);
   cuda::EmulatedMemory& memory = cuda::emulated_memory();

@@ -3,20 +3,31 @@ family, micro-batches by the device's formula, and a run from its configuration 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from alignpro.cli.stages import train as train_command
-from alignpro.config import EvalConfig, LoraConfig, Prompting, TrainConfig, to_mapping
+from alignpro.cli import app
+from alignpro.config import (
+    EvalConfig,
+    LoraConfig,
+    Prompting,
+    SftConfig,
+    TrainConfig,
+    to_mapping,
+)
 from alignpro.evaluate.run import run_evaluation
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.native_model import load_configured, load_model
 from alignpro.train.metrics import read_metrics
+from alignpro.train.micro_batches import plan_micro_batches
 from alignpro.train.policy import LoraPolicy, initial_weights
-from alignpro.train.run import make_trainer
+from alignpro.train.run import make_trainer, run_sft
 from alignpro.types import SamplingParams
 from model_variants import VARIANTS, variant_folder
 
@@ -103,6 +114,15 @@ def test_a_score_takes_what_its_formula_says(tiny_model_dir):
     assert fewer < need["keep"]
     assert policy.score_bytes(SEQUENCES[:1], STARTS[:1], with_reference=False) < fewer
 
+    bytes_of = functools.partial(policy.score_bytes, with_reference=True)
+    plan = plan_micro_batches(SEQUENCES, STARTS, limit=need["recompute"] - 1, bytes_of=bytes_of)
+    assert len(plan) > 1
+    for micro in plan:
+        part = (micro.of(SEQUENCES), micro.of(STARTS))
+        assert bytes_of(*part, micro.activations) < need["recompute"]
+    with pytest.raises(ValueError, match="sequence 0: scoring its 17 tokens alone takes"):
+        plan_micro_batches(SEQUENCES, STARTS, limit=1 << 14, bytes_of=bytes_of)
+
 
 def test_bad_input_is_one_line(tiny_model_dir):
     device = load_model(tiny_model_dir("llama"), device="cuda", compute="float32")
@@ -188,7 +208,7 @@ def test_a_run_on_the_device_is_the_cpus(config, tmp_path):
 
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_mapping(config(steps=3))), "utf-8")
-    train_command(file, resume=True)
+    assert CliRunner().invoke(app, ["train", str(file), "--resume"]).exit_code == 0
     assert len(read_metrics(f"{on_device.run_dir}/metrics.jsonl")) == 3
     report = run_evaluation(
         EvalConfig(
@@ -207,6 +227,34 @@ def test_a_run_on_the_device_is_the_cpus(config, tmp_path):
         )
     )
     assert report["evaluation_config"]["prompter_device"] == "cuda"
+    arguments = ["generate", "he", "--run", on_device.run_dir, "--device", "cuda", "--threads", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "2"])
+    assert result.exit_code == 0 and "rewrite: " in result.stderr, result.output
+
+
+def test_a_warm_start_on_the_device_is_the_cpus(tiny_model_dir, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "he", "instruction": "in"}\n', "utf-8")
+    made = {}
+    for device in ("cuda", "cpu"):
+        options = SftConfig(
+            model=str(tiny_model_dir("llama")),
+            prompter_device=device,
+            data=str(pairs),
+            run_dir=str(tmp_path / device),
+            steps=1,
+            batch_size=1,
+            lora=LORA,
+            prompting=Prompting(template="{prompt}", separator=" "),
+            threads=1,
+        )
+        run_sft(options)
+        (made[device],) = read_metrics(tmp_path / device / "metrics.jsonl")
+    for name in ("loss", "grad_norm"):
+        assert made["cuda"][name] == pytest.approx(made["cpu"][name], rel=1e-4), name
+    elsewhere = {"prompter_device": "cuda", "prompter_compute": "bfloat16"}
+    with pytest.raises(ValueError, match="intermediate_size: expected a multiple of 8 in BF16"):
+        run_sft(dataclasses.replace(options, **elsewhere, run_dir=str(tmp_path / "bfloat16")))
 
 
 def test_which_models_share_a_base(config):

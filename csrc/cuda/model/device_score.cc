@@ -2,12 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <numeric>
 #include <utility>
 
+#include "alignpro/core/dtype.h"
 #include "alignpro/core/error.h"
-#include "alignpro/core/float_bits.h"
 #include "score_memory.h"
 
 namespace alignpro::cuda {
@@ -41,11 +39,6 @@ class Lease {
 int64_t values_of(const model::ScoreRequest& request, int64_t sequence) {
   const auto s = static_cast<size_t>(sequence);
   return static_cast<int64_t>(request.sequences[s].size()) - request.starts[s];
-}
-
-float widened(const std::byte* from, DType dtype, int64_t index) {
-  if (dtype == DType::kF32) return reinterpret_cast<const float*>(from)[index];
-  return to_float(reinterpret_cast<const Bfloat16*>(from)[index]);
 }
 
 }  // namespace
@@ -311,9 +304,10 @@ void DeviceScore::score_group(std::span<const int64_t> members) {
     copy(1, entropy_);
     copy(2, kl_);
     copy(4, ref_logprob_);
-    for (int64_t i = 0; request_.with_hidden && i < count * width; ++i) {
-      hidden_[static_cast<size_t>(to * width + i)] =
-          widened(pass->hidden(), model_->weights().dtype, from * width + i);
+    if (request_.with_hidden) {
+      const DType dtype = model_->weights().dtype;
+      dequantize(dtype, pass->hidden() + from * width * block_bytes(dtype), count * width,
+                 hidden_.data() + to * width);
     }
     from += count;
   }

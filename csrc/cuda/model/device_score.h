@@ -34,11 +34,13 @@ class DeviceScore {
 
   // Bytes of device memory that a score of this request and its backward() hold at their peak,
   // exactly, beside weights and adapters. With R rows (shared beginnings once), V scored values, L
-  // layers, H hidden, F = qkv + kv + q + H + 2 I activations (+ qkv with head norms, + the layer's
-  // ranks) and w bytes a value, about w R (L F + L H + 5 H + 4 I + 2 qkv) + V (w H + 28), in the
-  // backward 4 more a number of the adapter and the larger of V (4 H + 4096 w) and the layers'
-  // scratch, which is in the first sum; L F is F when recomputed. Pieces are rounded up to 256
-  // bytes, segments to blocks of 16 positions. Throws as the constructor does.
+  // layers, H hidden, F = qkv + 2 kv + q + H + 2 I activations of a layer (+ qkv with head norms,
+  // + the adapter's ranks), P passes (2 with a reference) and w bytes a value, about
+  // w (R ((L + 1) H + L F) + P V H) + 48 V are kept, L F only where activations are. With them are
+  // held the larger of the forward's scratch, w R (2 H + I + F), and the backward's: 2 w R H, and
+  // the larger of V (4 H + 4096 w) and w R (H + 4 I + q + qkv, + F when recomputed) with 4 bytes
+  // for each number of the adapter. Pieces are rounded up to 256 bytes, segments to blocks of 16
+  // positions. Throws as the constructor does.
   static int64_t bytes(const DeviceModel& model, const model::ScoreRequest& request);
 
   // As model::Score::backward: float32, summed from the model's dtype. Once.
