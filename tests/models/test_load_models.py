@@ -61,4 +61,4 @@ def test_libraries_of_nvidias_wheels_are_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
     mine = [f for f in wheel_folders() if f.startswith(str(tmp_path))]
-    assert mine == [str(tmp_path / "nvidia" / name) for name in ("cublas/lib", "cu99/lib")]
+    assert mine == [str(tmp_path / "nvidia" / name) for name in ("cu99/lib", "cublas/lib")]
