@@ -1,32 +1,11 @@
-// The wide tile of linear.cu with the weight read the other way round; first dy B, which is as wide
+// The tiles of linear with the weight read the other way round; first dy B, which is as wide
 // as the adapter's rank, then dx with the adapter's product in the same pass.
 
-#include "bodies/linear.h"
 #include "checks.h"
-#include "device_block.h"
-#include "launch.h"
+#include "linear_tiles.h"
 #include "vocabulary_tiles.h"
 
 namespace alignpro::cuda {
-namespace {
-
-template <typename T, bool kLora>
-__global__ void __launch_bounds__(kTileThreads) linear_backward_kernel(Linear<T, true> args) {
-  ALIGNPRO_DYNAMIC_SHARED(shared);
-  DeviceBlock block;
-  linear_tile<WideTile, kLora>(block, args, int64_t{blockIdx.x} * kTile,
-                               int64_t{blockIdx.y} * kTile, shared);
-}
-
-template <typename T>
-void multiply(const char* op, const Linear<T, true>& args, bool with_lora, Stream stream) {
-  const dim3 grid(count((args.x.rows + kTile - 1) / kTile),
-                  count((args.weight.rows + kTile - 1) / kTile));
-  launch(op, with_lora ? linear_backward_kernel<T, true> : linear_backward_kernel<T, false>, grid,
-         kTileThreads, kProductBytes<T>, stream, args);
-}
-
-}  // namespace
 
 void linear_backward(const Matrix& dy, const Matrix& weight, const LinearBackwardExtras& extras,
                      const Matrix& dx, Stream stream) {
@@ -49,30 +28,30 @@ void linear_backward(const Matrix& dy, const Matrix& weight, const LinearBackwar
   dispatch(kOp, dy.dtype, [&](auto type) {
     using T = decltype(type);
     if (with_lora) {
-      multiply<T>(kOp,
-                  {operand<T>(dy),
-                   columns<T>(extras.lora_up),
-                   extras.lora_scale,
-                   {},
-                   {},
-                   0.0f,
-                   nullptr,
-                   {nullptr, 0},
-                   {static_cast<T*>(extras.d_low.data), extras.d_low.ld}},
-                  false, stream);
+      launch_linear<T, true>(kOp,
+                             {operand<T>(dy),
+                              columns<T>(extras.lora_up),
+                              extras.lora_scale,
+                              {},
+                              {},
+                              0.0f,
+                              nullptr,
+                              {nullptr, 0},
+                              {static_cast<T*>(extras.d_low.data), extras.d_low.ld}},
+                             false, stream);
     }
     if (!with_dx) return;
-    multiply<T>(kOp,
-                {operand<T>(dy),
-                 columns<T>(weight),
-                 1.0f,
-                 operand<T>(extras.d_low),
-                 columns<T>(extras.lora_down),
-                 1.0f,
-                 nullptr,
-                 {static_cast<const T*>(extras.residual.data), extras.residual.ld},
-                 {static_cast<T*>(dx.data), dx.ld}},
-                with_lora, stream);
+    launch_linear<T, true>(kOp,
+                           {operand<T>(dy),
+                            columns<T>(weight),
+                            1.0f,
+                            operand<T>(extras.d_low),
+                            columns<T>(extras.lora_down),
+                            1.0f,
+                            nullptr,
+                            {static_cast<const T*>(extras.residual.data), extras.residual.ld},
+                            {static_cast<T*>(dx.data), dx.ld}},
+                           with_lora, stream);
   });
 }
 

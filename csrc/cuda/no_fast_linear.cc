@@ -1,4 +1,4 @@
-// A build without cuBLASLt's header.
+// A build without cuBLASLt's header, or without CUDA.
 
 #include "alignpro/core/error.h"
 #include "fast_linear.h"
@@ -7,6 +7,9 @@ namespace alignpro::cuda {
 namespace {
 
 [[noreturn]] void missing() {
+  if (const std::string reason = unavailable_reason(); !reason.empty()) {
+    throw Unavailable(cat("device cuda: ", reason));
+  }
   throw Unavailable(
       "mode \"fast\": this build has no cuBLASLt, whose header cublasLt.h was not found; pip "
       "install nvidia-cublas (torch's CUDA build brings it) or give CMake "

@@ -1,5 +1,6 @@
-// linear of csrc/cuda on the CPU: its tiles by a block of fibers and its launcher, against float64
-// and against one another to the bit, whichever tile the number of rows chooses.
+// linear of csrc/cuda on the CPU: its tiles, which its gradient takes too, by a block of fibers and
+// its launcher, against float64 and against one another to the bit, whichever tile the number of
+// rows chooses.
 
 #include <cmath>
 #include <cstring>
@@ -19,6 +20,11 @@ namespace {
 
 constexpr int64_t kRank = 8;
 constexpr float kScale = 0.5f;
+#if defined(__SANITIZE_ADDRESS__)  // fibers take twenty times as long there
+constexpr int64_t kRowStep = 40;
+#else
+constexpr int64_t kRowStep = 1;
+#endif
 
 template <typename T>
 constexpr DType kDtype = sizeof(T) == 2 ? DType::kBF16 : DType::kF32;
@@ -66,21 +72,21 @@ struct Problem {
     return values;
   }
 
-  // By tiles of the shape; `all`: with adapter, bias and residual.
+  // By tiles of the shape, of `count` rows from `first` on; `all`: with adapter, bias and residual.
   template <typename Shape, bool kAll>
-  Floats by() {
-    Tensor<T> out(static_cast<size_t>(rows * n));
-    const Linear<T> args{{x.data(), k, rows, k},
+  Floats by(int64_t first, int64_t count) {
+    Tensor<T> out(static_cast<size_t>(count * n));
+    const Linear<T> args{{x.data() + first * k, k, count, k},
                          {w.data(), k, n, k},
                          1.0f,
-                         {u.data(), kRank, rows, kRank},
+                         {u.data() + first * kRank, kRank, count, kRank},
                          {up.data(), kRank, n, kRank},
                          kScale,
                          kAll ? bias.data() : nullptr,
-                         {kAll ? residual.data() : nullptr, n},
+                         {kAll ? residual.data() + first * n : nullptr, n},
                          {out.data(), n}};
     static uint32_t seed = 0;
-    for (int64_t row = 0; row < rows; row += Shape::kRows) {
+    for (int64_t row = 0; row < count; row += Shape::kRows) {
       for (int64_t column = 0; column < n; column += Shape::kColumns) {
         std::vector<Pack<uint32_t>> shared(kProductBytes<T, Shape> / 16);
         std::memset(shared.data(), 0xff, shared.size() * 16);
@@ -122,11 +128,11 @@ bool same(const Floats& a, const Floats& b) {
 template <typename T, bool kAll>
 void check_shapes(int64_t rows, int64_t n, int64_t k) {
   Problem<T> p(rows, n, k);
-  const Floats wide = p.template by<WideTile, kAll>();
+  const Floats wide = p.template by<WideTile, kAll>(0, rows);
   CHECK(relative_error(wide, p.expected(kAll)) < budget<T>());
-  CHECK(same(p.template by<Rows16, kAll>(), wide));
-  CHECK(same(p.template by<Rows64, kAll>(), wide));
-  CHECK(same(p.template by<Rows64Narrow, kAll>(), wide));
+  CHECK(same(p.template by<Rows16, kAll>(0, rows), wide));
+  CHECK(same(p.template by<Rows64, kAll>(0, rows), wide));
+  CHECK(same(p.template by<Rows64Narrow, kAll>(0, rows), wide));
 }
 
 template <typename T>
@@ -134,16 +140,68 @@ void check_rows(int64_t n, int64_t k) {
   Problem<T> p(130, n, k);
   const Floats all = p.launched(0, p.rows);
   CHECK(relative_error(all, p.expected(true)) < budget<T>());
-#if defined(__SANITIZE_ADDRESS__)
-  constexpr int64_t kStep = 16;  // 1, 17, 33, ...: every tile
-#else
-  constexpr int64_t kStep = 1;
-#endif
-  for (int64_t count = 1; count <= p.rows; count += kStep) {
+  for (int64_t count = 1; count <= p.rows; count += kRowStep) {
     const int64_t first = (count * 7) % (p.rows - count + 1);
-    const Floats some = p.launched(first, count);
-    CHECK(same_bits(some.data(), all.data() + first * n, some.size()));
+    const auto check = [&](const Floats& some) {
+      CHECK(some.size() == static_cast<size_t>(count * n) &&
+            same_bits(some.data(), all.data() + first * n, some.size()));
+    };
+    check(p.launched(first, count));
+    if (count % 8 != 1) continue;
+    check(p.template by<Rows64, true>(first, count));
+    check(p.template by<Rows64Narrow, true>(first, count));
   }
+}
+
+// dx = x W + u up + residual, W and up read across: what linear_backward launches.
+template <typename T, typename Shape>
+Floats backward_by(Problem<T>& p) {
+  Tensor<T> out(static_cast<size_t>(p.rows * p.n));
+  const Linear<T, true> args{{p.x.data(), p.k, p.rows, p.k},
+                             {p.w.data(), p.n, p.n, p.k},
+                             1.0f,
+                             {p.u.data(), kRank, p.rows, kRank},
+                             {p.up.data(), p.n, p.n, kRank},
+                             1.0f,
+                             nullptr,
+                             {p.residual.data(), p.n},
+                             {out.data(), p.n}};
+  static uint32_t seed = 0;
+  for (int64_t row = 0; row < p.rows; row += Shape::kRows) {
+    for (int64_t column = 0; column < p.n; column += Shape::kColumns) {
+      std::vector<Pack<uint32_t>> shared(kProductBytes<T, Shape, true> / 16);
+      std::memset(shared.data(), 0xff, shared.size() * 16);
+      HostBlock::run(Shape::kThreads, ++seed, [&](HostBlock& block) {
+        linear_tile<Shape, true>(block, args, row, column, shared.data());
+      });
+    }
+  }
+  return out.floats();
+}
+
+template <typename T>
+void check_backward(int64_t rows, int64_t n, int64_t k) {
+  Problem<T> p(rows, n, k);
+  const Floats wide = backward_by<T, WideTile>(p);
+  CHECK(same(backward_by<T, Rows16>(p), wide));
+  CHECK(same(backward_by<T, Rows64>(p), wide));
+  CHECK(same(backward_by<T, Rows64Narrow>(p), wide));
+  const Floats xs = p.x.floats(), ws = p.w.floats(), us = p.u.floats(), ups = p.up.floats();
+  const Floats rs = p.residual.floats();
+  Doubles expected;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t c = 0; c < n; ++c) {
+      double sum = rs[static_cast<size_t>(m * n + c)];
+      for (int64_t i = 0; i < k; ++i) {
+        sum += double{xs[static_cast<size_t>(m * k + i)]} * ws[static_cast<size_t>(i * n + c)];
+      }
+      for (int64_t i = 0; i < kRank; ++i) {
+        sum += double{us[static_cast<size_t>(m * kRank + i)]} * ups[static_cast<size_t>(i * n + c)];
+      }
+      expected.push_back(sum);
+    }
+  }
+  CHECK(relative_error(wide, expected) < budget<T>());
 }
 
 }  // namespace
@@ -155,18 +213,30 @@ TEST(every_tile_gives_the_same_bits) {
   check_shapes<Bfloat16, false>(3, 40, 1096);  // and end inside a load
 }
 
+TEST(every_tile_gives_a_gradient_the_same_bits) {
+  check_backward<float>(70, 72, 36);
+  check_backward<Bfloat16>(70, 72, 40);
+  check_backward<float>(3, 36, 420);
+  check_backward<Bfloat16>(3, 40, 1096);
+}
+
 TEST(a_row_is_the_same_among_any_number_of_rows) {
   check_rows<float>(40, 20);
   check_rows<Bfloat16>(40, 24);
 }
 
-// 128 blocks and more of a shape: the launcher takes the larger.
-TEST(wide_outputs_take_wide_tiles) {
-  Problem<Bfloat16> p(66, 16392, 8);
-  const Floats all = p.launched(0, p.rows);
-  CHECK(relative_error(all, p.expected(true)) < budget<Bfloat16>());
-  const Floats some = p.launched(1, 17);
-  CHECK(same_bits(some.data(), all.data() + p.n, some.size()));
+// Of so many columns 66 rows take Rows64Narrow, Rows64 and WideTile, 17 one of 64 rows, 5 Rows16.
+TEST(the_launcher_covers_outputs_by_every_tile) {
+  for (const int64_t n : {2056, 8200, 16392}) {
+    Problem<Bfloat16> p(66, n, 8);
+    const Floats all = p.launched(0, p.rows);
+    CHECK(relative_error(all, p.expected(true)) < budget<Bfloat16>());
+    for (const int64_t count : {17, 5}) {
+      const Floats some = p.launched(1, count);
+      CHECK(same_bits(some.data(), all.data() + n, some.size()));
+    }
+    if (kRowStep > 1) break;
+  }
 }
 
 // Products too small for float32 leave a sum of -0, which the zeros behind a slice's end turn.
@@ -174,8 +244,8 @@ TEST(a_sum_of_minus_zero_is_zero) {
   Problem<float> p(1, 32, 16);
   for (int64_t i = 0; i < 16; ++i) p.x.data()[i] = 1e-30f;
   for (int64_t i = 0; i < 32 * 16; ++i) p.w.data()[i] = -1e-30f;
-  for (const float v : p.by<WideTile, false>()) CHECK(v == 0.0f && !std::signbit(v));
-  for (const float v : p.by<Rows16, false>()) CHECK(v == 0.0f && !std::signbit(v));
+  for (const float v : p.by<WideTile, false>(0, 1)) CHECK(v == 0.0f && !std::signbit(v));
+  for (const float v : p.by<Rows16, false>(0, 1)) CHECK(v == 0.0f && !std::signbit(v));
 }
 
 TEST(a_library_is_the_first_that_opens) {

@@ -55,10 +55,19 @@ def test_the_fast_mode_is_a_devices():
         load_models("./nowhere", None, target_mode="fast")
 
 
+def test_without_cuda_the_fast_mode_says_that(tiny_model_dir):
+    if native.core.cuda.is_available():
+        pytest.skip(f"{native.core.cuda.device_name()} is here")
+    with pytest.raises(native.UnavailableError, match="^device cuda: "):
+        native.core.DeviceModel.load(str(tiny_model_dir("llama")), mode="fast")
+    with pytest.raises(ValueError, match='mode: expected "strict" or "fast" on device cuda, got'):
+        native.core.DeviceModel.load("./nowhere", mode="quick")
+
+
 def test_libraries_of_nvidias_wheels_are_found(tmp_path, monkeypatch):
     for name in ("cu99/lib", "cublas/lib", "cublas/include"):
         (tmp_path / "nvidia" / name).mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
     mine = [f for f in wheel_folders() if f.startswith(str(tmp_path))]
-    assert mine == [str(tmp_path / "nvidia" / name) for name in ("cublas/lib", "cu99/lib")]
+    assert mine == [str(tmp_path / "nvidia" / name) for name in ("cu99/lib", "cublas/lib")]

@@ -55,11 +55,19 @@ struct Slice {
     return kDepthMajor ? data + k * kLength + r : data + r * kLength + k;
   }
 };
-// What a product by the shape takes of shared memory, however its operands lie.
-template <typename T, typename Shape = WideTile>
-inline constexpr int kProductBytes =
-    static_cast<int>(sizeof(T)) * Shape::kStages * (Shape::kRows + Shape::kColumns) *
-    (Shape::template kDepth<T> + Pack<T>::kSize);
+// What a product by the shape takes of shared memory, B either way round where so asked. (A lies
+// across only in the wide one, whose slices are no larger for it.)
+template <typename T, typename Shape = WideTile, bool kEitherB = false>
+ALIGNPRO_HOST_DEVICE constexpr int product_bytes() {
+  constexpr int kDepth = Shape::template kDepth<T>;
+  constexpr int kA = Slice<T, false, Shape::kRows, kDepth>::kSize;
+  constexpr int kB = Slice<T, false, Shape::kColumns, kDepth>::kSize;
+  constexpr int kAcross = Slice<T, true, Shape::kColumns, kDepth>::kSize;
+  constexpr int kLargest = kEitherB && kAcross > kB ? kAcross : kB;
+  return static_cast<int>(sizeof(T)) * Shape::kStages * (kA + kLargest);
+}
+template <typename T, typename Shape = WideTile, bool kEitherB = false>
+inline constexpr int kProductBytes = product_bytes<T, Shape, kEitherB>();
 
 // A thread copies at one place of every few lines, so that only its first address is worked out.
 template <int kThreads, typename Block, typename Op, int kRows, int kDepth>
@@ -107,7 +115,7 @@ ALIGNPRO_BODY void multiply_slices(Block& block, Slice<Bfloat16, kA, Shape::kRow
                                    SumsOf<Shape>& sums) {
   constexpr int kHigh = Shape::kHigh, kWide = Shape::kWide;
   constexpr int kStep = kWide == 1 ? 32 : 16, kLoads = kWide == 1 ? 1 : kWide / 2;
-  static_assert(kDepth % kStep == 0 && (kWide == 1 || kWide % 2 == 0) && !(kB && kWide == 1));
+  static_assert(kDepth % kStep == 0 && (kWide == 1 || kWide % 2 == 0));
   const int warp = block.thread() / kWarp, lane = block.thread() % kWarp;
   const int row = warp / Shape::kWarpColumns * Shape::kOwnRows;
   const int column = warp % Shape::kWarpColumns * Shape::kOwnColumns;
@@ -117,7 +125,9 @@ ALIGNPRO_BODY void multiply_slices(Block& block, Slice<Bfloat16, kA, Shape::kRow
     uint32_t right[kLoads][4];
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      if constexpr (kB) {
+      if constexpr (kB && kWide == 1) {
+        block.load_transposed(right[j], b.at(column, k + lane));
+      } else if constexpr (kB) {
         block.load_transposed(right[j], b.at(column + 16 * j + high, k + low + middle));
       } else if constexpr (kWide == 1) {
         block.load_matrices(right[j], b.at(column + low, k + middle + 2 * high));
@@ -178,7 +188,7 @@ ALIGNPRO_BODY void multiply_slices(Block& block, Slice<float, kA, Shape::kRows, 
 }
 
 // sums = rows [a_row, a_row + kRows) of A times rows [b_row, b_row + kColumns) of B. shared:
-// kProductBytes<T, Shape>, free for other use afterwards.
+// kProductBytes<T, Shape, B::kDepthMajor>, free for other use afterwards.
 template <typename Shape = WideTile, typename Block, typename A, typename B>
 ALIGNPRO_BODY void tile_product(Block& block, const A& a, int64_t a_row, const B& b, int64_t b_row,
                                 void* shared, SumsOf<Shape>& sums) {
@@ -187,7 +197,8 @@ ALIGNPRO_BODY void tile_product(Block& block, const A& a, int64_t a_row, const B
   using SliceA = Slice<T, A::kDepthMajor, Shape::kRows, kDepth>;
   using SliceB = Slice<T, B::kDepthMajor, Shape::kColumns, kDepth>;
   constexpr int kStage = SliceA::kSize + SliceB::kSize;
-  static_assert(kStages * kStage * static_cast<int>(sizeof(T)) <= kProductBytes<T, Shape>);
+  static_assert(kStages * kStage * static_cast<int>(sizeof(T)) <=
+                kProductBytes<T, Shape, B::kDepthMajor>);
   T* memory = static_cast<T*>(shared);
   const auto slice_a = [&](int step) { return SliceA{memory + step % kStages * kStage}; };
   const auto slice_b = [&](int step) {
