@@ -7,6 +7,7 @@
 #include "device_block.h"
 #include "launch.h"
 #include "vocabulary_tiles.h"
+#include "wgmma.h"
 
 namespace alignpro::cuda {
 namespace {
@@ -45,6 +46,9 @@ void linear(const Matrix& x, const Matrix& weight, const LinearExtras& extras, c
                          static_cast<const T*>(extras.bias),
                          {static_cast<const T*>(extras.residual.data), extras.residual.ld},
                          {static_cast<T*>(out.data), out.ld}};
+    if constexpr (std::is_same_v<T, Bfloat16>) {
+      if (products() == Products::kWgmma) return linear_wgmma(kOp, args, with_lora, stream);
+    }
     const dim3 grid(count((rows + kTile - 1) / kTile), count((cols + kTile - 1) / kTile));
     launch(kOp, with_lora ? linear_kernel<T, true> : linear_kernel<T, false>, grid, kTileThreads,
            kProductBytes<T>, stream, args);

@@ -1,12 +1,15 @@
-"""Times the ops on the GPU beside torch in the same run: ``python -m gpu.bench OUT.json OUT.md``.
+"""Times the ops on the GPU beside torch: ``python -m gpu.bench OUT.json OUT.md [OP ...]``.
 
 CUDA events around single calls, the L2 cache overwritten before each, medians; inputs are random
-and larger than L2. The limits (matrix rate, read bandwidth) are measured here too.
+and larger than L2. The limits (matrix rate, read bandwidth) are measured here too. With the names
+of some ops these alone are timed, and join an OUT.json that is there: so ALIGNPRO_CUDA_PRODUCTS,
+which a process reads once, has its choices in one table.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,6 +23,8 @@ from gpu.model_bench import bench_decode
 
 Row = dict[str, object]
 BF16 = torch.bfloat16
+# What multiplies bfloat16 matrices in the ops that have a choice (csrc/cuda/products.h).
+PRODUCTS = os.environ.get("ALIGNPRO_CUDA_PRODUCTS") or "mma"
 
 
 def milliseconds(function: Callable[[], object], repeats: int = 15) -> float:
@@ -245,43 +250,56 @@ def markdown(report: dict[str, object], rows: list[Row]) -> str:
         f"{report['device']}, torch {report['torch']}; matrix rate "
         f"{limit['matrix_tflops']:.0f} TFLOP/s, read bandwidth {limit['read_gbps']:.0f} GB/s",
         "",
-        "| op | work | ours, ms | torch, ms | shares |",
-        "|---|---|---:|---:|---|",
+        "| op | work | products | ours, ms | torch, ms | shares |",
+        "|---|---|---|---:|---:|---|",
     ]
-    known = ("op", "work", "ours_ms", "torch_ms")
+    known = ("op", "work", "products", "ours_ms", "torch_ms")
     for r in rows:
         shares = ", ".join(f"{k} {v:.3g}" for k, v in r.items() if k not in known)
         torchs = "" if r["torch_ms"] is None else f"{r['torch_ms']:.3f}"
-        lines.append(f"| {r['op']} | {r['work']} | {r['ours_ms']:.3f} | {torchs} | {shares} |")
+        lines.append(
+            f"| {r['op']} | {r['work']} | {r['products']} | {r['ours_ms']:.3f} | {torchs} "
+            f"| {shares} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def main(out: str, table: str) -> int:
+def main(out: str, table: str, *ops: str) -> int:
     torch.manual_seed(0)
-    limit = limits()
-    rows: list[Row] = []
-    for bench in (
-        lambda: bench_rows(limit),
-        lambda: bench_linear(limit, 8192, 4096, 4096),
-        lambda: bench_linear(limit, 64, 4096, 14336),
-        lambda: bench_attention(limit, 64, 1024),
-        lambda: bench_attention(limit, 1, 8192),
-        lambda: bench_prefill(limit, 8, 2048),
-        lambda: bench_gradients(limit, 8192, 4096, 4096),
-        lambda: bench_attention_backward(limit, 8, 1024),
-        lambda: bench_sample(limit, 64, 4096, 131072),
-        lambda: bench_logprob(limit, 8192, 4096, 131072),
-        lambda: bench_decode(limit),
-    ):
-        rows += bench()
-        print(markdown({"device": "", "torch": "", "limits": limit}, rows[-1:]).splitlines()[-1])
-        torch.cuda.empty_cache()
     report: dict[str, object] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "limits": limit,
-        "rows": rows,
     }
+    rows: list[Row] = []
+    if ops and Path(out).exists():
+        report = json.loads(Path(out).read_text(encoding="utf-8"))
+        limit, rows = report["limits"], report["rows"]  # type: ignore[assignment]
+    else:
+        report["limits"] = limit = limits()
+    for op, bench in (
+        ("rms_norm", lambda: bench_rows(limit)),
+        ("linear", lambda: bench_linear(limit, 8192, 4096, 4096)),
+        ("linear", lambda: bench_linear(limit, 64, 4096, 14336)),
+        ("linear", lambda: bench_linear(limit, 1, 4096, 14336)),
+        ("attention_decode", lambda: bench_attention(limit, 64, 1024)),
+        ("attention_decode", lambda: bench_attention(limit, 1, 8192)),
+        ("attention_prefill", lambda: bench_prefill(limit, 8, 2048)),
+        ("linear_backward", lambda: bench_gradients(limit, 8192, 4096, 4096)),
+        ("attention_backward", lambda: bench_attention_backward(limit, 8, 1024)),
+        ("head_sample", lambda: bench_sample(limit, 64, 4096, 131072)),
+        ("linear_logprob", lambda: bench_logprob(limit, 8192, 4096, 131072)),
+        ("decode", lambda: bench_decode(limit)),
+    ):
+        if ops and op not in ops:
+            continue
+        timed: list[Row] = [{"products": PRODUCTS, **r} for r in bench()]
+        rows += timed
+        print(
+            *markdown({"device": "", "torch": "", "limits": limit}, timed).splitlines()[4:],
+            sep="\n",
+        )
+        torch.cuda.empty_cache()
+    report["rows"] = rows
     Path(out).write_text(json.dumps(report, indent=1), encoding="utf-8")
     Path(table).write_text(markdown(report, rows), encoding="utf-8")
     return 0
