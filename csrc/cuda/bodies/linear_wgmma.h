@@ -35,9 +35,10 @@ ALIGNPRO_BODY void store_linear(Block& block, const Linear<Bfloat16>& layer, int
         second += to_float(layer.bias[c + 1]);
       }
       if (layer.residual.data != nullptr) {
-        const Bfloat16* beside = layer.residual.data + r * layer.residual.ld + c;
-        first += to_float(beside[0]);
-        second += to_float(beside[1]);
+        const uint32_t pair =
+            *reinterpret_cast<const uint32_t*>(layer.residual.data + r * layer.residual.ld + c);
+        first += to_float(Bfloat16{static_cast<uint16_t>(pair)});
+        second += to_float(Bfloat16{static_cast<uint16_t>(pair >> 16)});
       }
       store_pair(block, layer.out.data + r * layer.out.ld + c, first, second);
     }
