@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include "launch.h"
+#include "products.h"
 
 namespace alignpro::cuda {
 
@@ -31,6 +32,22 @@ int current_device() {
   int device = 0;
   check(cudaGetDevice(&device), "current_device");
   return device;
+}
+
+int compute_capability() {
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, current_device()),
+        "compute_capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, current_device()),
+        "compute_capability");
+  return 10 * major + minor;
+}
+
+int multiprocessors() {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()),
+        "multiprocessors");
+  return count;
 }
 
 int dlpack_device_type() { return 2; }

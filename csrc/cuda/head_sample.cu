@@ -10,6 +10,7 @@
 #include "device_block.h"
 #include "launch.h"
 #include "vocabulary_tiles.h"
+#include "wgmma.h"
 
 namespace alignpro::cuda {
 namespace {
@@ -24,16 +25,7 @@ __global__ void __launch_bounds__(kTileThreads)
   __shared__ RowShared row_shared;
   DeviceBlock block;
   const int64_t row = blockIdx.x;
-  const bool truncated = is_truncated(draws[row]);
-  if (truncated && with_truncation) return;  // draw_truncated_kernel's
-  if (block.thread() == 0 && kept_mass != nullptr) kept_mass[row] = 1.0f;
-  if (truncated) {  // asked for, and no logits were kept
-    if (block.thread() == 0) {
-      tokens[row] = -1;
-      logprobs[row] = NAN;
-    }
-    return;
-  }
+  if (!is_plain(block, row, draws[row], with_truncation, tokens, logprobs, kept_mass)) return;
   draw_row(block, row, v, draws[row], stats + row * vocabulary_tiles(v.weight.rows), tokens,
            logprobs, reinterpret_cast<double*>(shared + kProductBytes<T>), row_shared, shared);
 }
@@ -102,6 +94,12 @@ void head_sample(const Matrix& hidden, const Matrix& head, const SampleRow* rows
       launch(kOp, draw_truncated_kernel, count(live), kDrawThreads, masses, stream, first, vocab,
              rows, pieces.stats, pieces.logits, truncation->banned, tokens, logprobs,
              truncation->kept_mass);
+    }
+    if constexpr (std::is_same_v<T, Bfloat16>) {
+      if (products() == Products::kWgmma) {
+        return draw_rows_wgmma(kOp, v, rows, pieces.stats, kept, tokens, logprobs,
+                               kept ? truncation->kept_mass : nullptr, stream);
+      }
     }
     launch(kOp, draw_kernel<T>, count(count_rows), kTileThreads, kProductBytes<T> + masses, stream,
            v, rows, pieces.stats, kept, tokens, logprobs, kept ? truncation->kept_mass : nullptr);

@@ -3,6 +3,7 @@
 #include "checks.h"
 #include "linear_tiles.h"
 #include "vocabulary_tiles.h"
+#include "wgmma.h"
 
 namespace alignpro::cuda {
 
@@ -31,6 +32,9 @@ void linear(const Matrix& x, const Matrix& weight, const LinearExtras& extras, c
                          static_cast<const T*>(extras.bias),
                          {static_cast<const T*>(extras.residual.data), extras.residual.ld},
                          {static_cast<T*>(out.data), out.ld}};
+    if constexpr (std::is_same_v<T, Bfloat16>) {
+      if (products() == Products::kWgmma) return linear_wgmma(kOp, args, with_lora, stream);
+    }
     launch_linear(kOp, args, with_lora, stream);
   });
 }

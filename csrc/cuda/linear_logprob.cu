@@ -8,6 +8,7 @@
 #include "device_block.h"
 #include "launch.h"
 #include "vocabulary_tiles.h"
+#include "wgmma.h"
 
 namespace alignpro::cuda {
 namespace {
@@ -57,6 +58,12 @@ void measure_tiles(const char* op, const Vocabulary<T>& v, bool with_ref, const 
                    float* ref_logit, float* logits, Stream stream) {
   Vocabulary<T> chunk = v;
   chunk.hidden.rows = first + live;
+  if constexpr (std::is_same_v<T, Bfloat16>) {
+    if (products() == Products::kWgmma) {
+      return measure_tiles_wgmma(op, chunk, with_ref, draws, first, stats, logit, ref_logit, logits,
+                                 stream);
+    }
+  }
   const dim3 grid(count((live + kTile - 1) / kTile), count(vocabulary_tiles(v.weight.rows)));
   launch(op, with_ref ? tile_stats_kernel<T, true> : tile_stats_kernel<T, false>, grid,
          kTileThreads, kProductBytes<T>, stream, chunk, draws, first, stats, logit, ref_logit,

@@ -2,6 +2,7 @@
 
 #include "alignpro/core/error.h"
 #include "ops.h"
+#include "products.h"
 #include "runtime.h"
 
 namespace alignpro::cuda {
@@ -21,6 +22,7 @@ std::string unavailable_reason() {
 std::string device_name() { missing("device_name"); }
 int current_device() { missing("current_device"); }
 std::string version() { return "no"; }
+Products products() { missing("products"); }
 int dlpack_device_type() { missing("dlpack_device_type"); }
 
 void embedding(const Matrix&, const int32_t*, const Matrix&, Stream) { missing("embedding"); }

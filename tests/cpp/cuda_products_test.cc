@@ -361,6 +361,28 @@ TEST(drawn_and_scored_log_probabilities_are_equal_to_the_bit) {
   check(Bfloat16{});
 }
 
+// Drawn and scored rows are merged by blocks of different sizes.
+TEST(a_row_is_merged_in_one_tree_by_any_block) {
+  const int64_t tiles = 1000;
+  const Floats logits = normal(tiles, 21, 3.0f);
+  std::vector<ops::TileStats> stats;
+  for (const float z : logits) {
+    stats.push_back(ops::open_tile(z, 0.5f * z));
+    ops::add_logit(z - 0.3f, 0.4f * z, &stats.back());
+  }
+  ops::RowStats merged[2];
+  for (const int threads : {kRowThreads, kTileThreads}) {
+    RowShared shared;
+    HostBlock::run(threads, next_seed(), [&](HostBlock& block) {
+      const ops::RowStats s = merge_row(block, stats.data(), tiles, shared);
+      if (block.thread() == 0) merged[threads == kRowThreads ? 0 : 1] = s;
+    });
+  }
+  CHECK_EQ(merged[0].lse, merged[1].lse);
+  CHECK_EQ(merged[0].mean_z, merged[1].mean_z);
+  CHECK_EQ(merged[0].ref_lse, merged[1].ref_lse);
+}
+
 TEST(draws_invert_the_distribution_in_token_order) {
   Problem<float> p(24, 300, 16, 1.0f);
   std::vector<SampleRow> draws;

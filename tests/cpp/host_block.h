@@ -37,6 +37,24 @@ class HostBlock {
   int thread() const { return current_; }
   int threads() const { return static_cast<int>(fibers_.size()); }
 
+  // For what works beside the threads (host_hopper.h): state of this block; a coin; work that is
+  // done at any time from now on; sleep until somebody wakes the list.
+  template <typename State>
+  State& beside() {
+    if (beside_ == nullptr) beside_ = std::make_shared<State>(static_cast<size_t>(threads()));
+    return *static_cast<State*>(beside_.get());
+  }
+  bool coin() { return random_() % 2 == 0; }
+  void in_flight(std::function<void()> work) { flights_.push_back(std::move(work)); }
+  void sleep_on(std::vector<int>& sleepers) {
+    sleepers.push_back(current_);
+    leave();
+  }
+  void wake(std::vector<int>& sleepers) {
+    for (const int fiber : sleepers) make_runnable(fiber);
+    sleepers.clear();
+  }
+
   void sync() { arrive(block_barrier_, threads()); }
 
   template <typename T>
@@ -160,7 +178,7 @@ class HostBlock {
   void schedule() {
     running() = this;
     size_t left = fibers_.size();
-    while (pick()) {
+    while (next()) {
 #if defined(__SANITIZE_ADDRESS__)
       void* fake = nullptr;
       __sanitizer_start_switch_fiber(&fake, own().context.uc_stack.ss_sp, kStack);
@@ -175,6 +193,22 @@ class HostBlock {
       throw std::runtime_error("a barrier was not reached by all threads: " + std::to_string(left) +
                                " wait");
     }
+  }
+
+  // Picks a fiber; work in flight is done now and then, and when nobody else can go on.
+  bool next() {
+    if (!flights_.empty() && random_() % 16 == 0) finish_flight();
+    while (!pick()) {
+      if (flights_.empty()) return false;
+      finish_flight();
+    }
+    return true;
+  }
+  void finish_flight() {
+    std::swap(flights_[random_() % flights_.size()], flights_.back());
+    const std::function<void()> work = std::move(flights_.back());
+    flights_.pop_back();
+    work();
   }
 
   // The next fiber to run: of the favourite warp while it can, which seldom changes.
@@ -288,6 +322,8 @@ class HostBlock {
   std::vector<Barrier> warp_barriers_;
   std::vector<Shown> shown_;
   Barrier block_barrier_;
+  std::shared_ptr<void> beside_;
+  std::vector<std::function<void()>> flights_;
   std::vector<std::vector<int>> runnable_;  // by warp
   size_t favourite_ = 0;
   int current_ = 0;

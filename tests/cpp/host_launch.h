@@ -16,6 +16,7 @@
 
 #define __global__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static
 #define ALIGNPRO_DYNAMIC_SHARED(name) unsigned char* name = alignpro::cuda::dynamic_shared()
 
@@ -23,15 +24,24 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-inline dim3 blockIdx;
+inline dim3 blockIdx, gridDim;
 
 namespace alignpro::cuda {
 
 inline constexpr int kSharedBytes = 99 << 10;  // what every GPU since sm_80 has
-inline unsigned char* dynamic_shared() {
-  alignas(16) static unsigned char memory[kSharedBytes];
-  return memory;
+inline constexpr int kHopperSharedBytes = 227 << 10;
+
+// Shared memory as the hardware addresses it, from 0 on; the dynamic part begins at a multiple of
+// 16 alone.
+struct SharedWindow {
+  static constexpr int kBegin = 16;
+  alignas(1024) unsigned char bytes[kBegin + kHopperSharedBytes];
+};
+inline SharedWindow& shared_window() {
+  static SharedWindow window;
+  return window;
 }
+inline unsigned char* dynamic_shared() { return shared_window().bytes + SharedWindow::kBegin; }
 
 inline unsigned count(int64_t blocks) { return static_cast<unsigned>(blocks); }
 
@@ -62,11 +72,12 @@ inline void run_grid(dim3 grid, int threads, const std::function<void(HostBlock&
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   static uint32_t seed = 0;
+  gridDim = grid;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = dim3(x, y, z);
-        std::memset(dynamic_shared(), 0xff, kSharedBytes);
+        std::memset(dynamic_shared(), 0xff, kHopperSharedBytes);
         HostBlock::run(threads, ++seed, body);
       }
     }
@@ -74,10 +85,10 @@ inline void run_grid(dim3 grid, int threads, const std::function<void(HostBlock&
 }
 
 template <typename... Params, typename... Args>
-void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
-            Stream, const Args&... args) {
-  if (shared_bytes > kSharedBytes) {
-    throw std::runtime_error(std::string(op) + ": more shared memory than an sm_86 has");
+void launch_any(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+                int limit, const Args&... args) {
+  if (shared_bytes > limit) {
+    throw std::runtime_error(std::string(op) + ": more shared memory than there is");
   }
   const auto run = [=] { run_grid(grid, threads, [&](HostBlock&) { kernel(args...); }); };
   if (emulated_capture() != nullptr) {
@@ -85,6 +96,17 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, i
   } else {
     run();
   }
+}
+
+template <typename... Params, typename... Args>
+void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+            Stream, const Args&... args) {
+  launch_any(op, kernel, grid, threads, shared_bytes, kSharedBytes, args...);
+}
+template <typename... Params, typename... Args>
+void launch_hopper(const char* op, void (*kernel)(Params...), dim3 grid, int threads,
+                   int shared_bytes, Stream, const Args&... args) {
+  launch_any(op, kernel, grid, threads, shared_bytes, kHopperSharedBytes, args...);
 }
 
 // What a kernel makes for its body.

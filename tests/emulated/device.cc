@@ -10,6 +10,7 @@
 #include <new>
 
 #include "alignpro/core/error.h"
+#include "cuda/products.h"
 #include "cuda/runtime.h"
 #include "host_launch.h"
 
@@ -31,6 +32,8 @@ void* poisoned(int64_t bytes) {
 std::string unavailable_reason() { return ""; }
 bool is_available() { return true; }
 int current_device() { return 0; }
+int compute_capability() { return 90; }  // so that either kind of products can be chosen
+int multiprocessors() { return 3; }
 std::string device_name() { return "emulated by the tests on a CPU"; }
 std::string version() { return "emulated"; }
 int dlpack_device_type() { return 1; }  // kDLCPU

@@ -1,12 +1,15 @@
-"""Times the ops on the GPU beside torch in the same run: ``python -m gpu.bench OUT.json OUT.md``.
+"""Times the ops on the GPU beside torch: ``python -m gpu.bench OUT.json OUT.md [OP ...]``.
 
 Inputs are random and larger than L2; the limits (matrix rate, read bandwidth) are measured in the
-same run.
+same run. With the names of some ops these alone are timed, without peers that are the same each
+time, and join an OUT.json that is there: so ALIGNPRO_CUDA_PRODUCTS, which a process reads once, has
+its choices in one table.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -27,6 +30,8 @@ from gpu.timing import Row, limits, milliseconds, row
 
 BF16 = torch.bfloat16
 HEADS = sizes((32, 8, 128), (4, 2, 16))
+# What multiplies bfloat16 matrices in the ops that have a choice (csrc/cuda/products.h).
+PRODUCTS = os.environ.get("ALIGNPRO_CUDA_PRODUCTS") or "mma"
 
 
 def bench_sample(limit: dict[str, float], rows: int, cols: int, vocab: int) -> list[Row]:
@@ -177,54 +182,68 @@ def markdown(report: dict[str, Any], rows: list[Row]) -> str:
         f"{report['device']}, torch {report['torch']}; matrix rate "
         f"{limit['matrix_tflops']:.0f} TFLOP/s, read bandwidth {limit['read_gbps']:.0f} GB/s",
         "",
-        "| op | work | ours, ms | torch, ms | shares |",
-        "|---|---|---:|---:|---|",
+        "| op | work | products | ours, ms | torch, ms | shares |",
+        "|---|---|---|---:|---:|---|",
     ]
-    known = ("op", "work", "ours_ms", "torch_ms")
+    known = ("op", "work", "products", "ours_ms", "torch_ms")
     for r in rows:
         shares = ", ".join(f"{k} {v:.3g}" for k, v in r.items() if k not in known)
         torchs = "" if r["torch_ms"] is None else f"{r['torch_ms']:.3f}"
-        lines.append(f"| {r['op']} | {r['work']} | {r['ours_ms']:.3f} | {torchs} | {shares} |")
+        lines.append(
+            f"| {r['op']} | {r['work']} | {r['products']} | {r['ours_ms']:.3f} | {torchs} "
+            f"| {shares} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def benches(limit: dict[str, float], scratch: Path) -> list[Callable[[], list[Row]]]:
+def benches(
+    limit: dict[str, float], scratch: Path, peers: bool
+) -> list[tuple[str, Callable[[], list[Row]]]]:
+    """Of each the op that it is asked for by."""
     return [
-        lambda: bench_rows(limit, *sizes((16384, 4096, 8192), (3, 64, 96))),
-        lambda: bench_linear(limit, *sizes((8192, 4096, 4096), (5, 64, 72))),
+        ("rms_norm", lambda: bench_rows(limit, *sizes((16384, 4096, 8192), (3, 64, 96)))),
+        ("linear", lambda: bench_linear(limit, *sizes((8192, 4096, 4096), (5, 64, 72)))),
         # A decode step of Llama-3.1-8B: qkv, o, gate_up, down.
         *(
-            partial(bench_linear, limit, *sizes((rows, cols, n), (rows // 20 + 1, 64, 72)))
-            for rows in (1, 64)
-            for cols, n in ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+            ("linear", partial(bench_linear, limit, *sizes((n, *of), (n // 20 + 1, 64, 72))))
+            for n in (1, 64)
+            for of in ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
         ),
-        lambda: bench_attention(limit, *sizes((64, 1024), (2, 32))),
-        lambda: bench_attention(limit, *sizes((1, 8192), (1, 32))),
-        lambda: bench_prefill(limit, *sizes((8, 2048), (2, 16))),
-        lambda: bench_gradients(limit, *sizes((8192, 4096, 4096), (5, 64, 72))),
-        lambda: bench_attention_backward(limit, *sizes((8, 1024), (2, 16))),
-        lambda: bench_sample(limit, *sizes((64, 4096, 131072), (3, 64, 300))),
-        lambda: bench_logprob(limit),
-        lambda: bench_model(limit, scratch),
-        lambda: bench_rollout(limit, scratch),
-        lambda: bench_gradient(limit, scratch),
+        ("attention_decode", lambda: bench_attention(limit, *sizes((64, 1024), (2, 32)))),
+        ("attention_decode", lambda: bench_attention(limit, *sizes((1, 8192), (1, 32)))),
+        ("attention_prefill", lambda: bench_prefill(limit, *sizes((8, 2048), (2, 16)))),
+        (
+            "linear_backward",
+            lambda: bench_gradients(limit, *sizes((8192, 4096, 4096), (5, 64, 72))),
+        ),
+        ("attention_backward", lambda: bench_attention_backward(limit, *sizes((8, 1024), (2, 16)))),
+        ("head_sample", lambda: bench_sample(limit, *sizes((64, 4096, 131072), (3, 64, 300)))),
+        ("linear_logprob", lambda: bench_logprob(limit, peers)),
+        ("decode", lambda: bench_model(limit, scratch, peers)),
+        ("rollout", lambda: bench_rollout(limit, scratch)),
+        ("gradient", lambda: bench_gradient(limit, scratch)),
     ]
 
 
-def main(out: str, table: str) -> int:
+def main(out: str, table: str, *ops: str) -> int:
     torch.manual_seed(0)
-    limit, failed = limits(), 0
-    report: dict[str, Any] = {
-        "device": calls.cuda.device_name(),
-        "torch": torch.__version__,
-        "limits": limit,
-        "rows": [],
-    }
+    failed = 0
+    if ops and Path(out).exists():
+        report: dict[str, Any] = json.loads(Path(out).read_text(encoding="utf-8"))
+    else:
+        report = {
+            "device": calls.cuda.device_name(),
+            "torch": torch.__version__,
+            "limits": limits(),
+            "rows": [],
+        }
     rows: list[Row] = report["rows"]
     with tempfile.TemporaryDirectory() as scratch:
-        for bench in benches(limit, Path(scratch)):
+        for op, bench in benches(report["limits"], Path(scratch), peers=not ops):
+            if ops and op not in ops:
+                continue
             try:
-                rows += bench()
+                rows += [{"products": PRODUCTS, **timed} for timed in bench()]
             except Exception:  # the others still tell something
                 traceback.print_exc()
                 failed = 1

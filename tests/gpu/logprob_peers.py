@@ -35,7 +35,7 @@ def chunks(inputs: heads.HeadInputs, size: int) -> list[heads.HeadInputs]:
     ]
 
 
-def bench_logprob(limit: dict[str, float]) -> list[Row]:
+def bench_logprob(limit: dict[str, float], peers: bool) -> list[Row]:
     rows, cols, vocab = sizes((8192, 4096, 131072), (5, 64, 300))
     work = f"{rows} x {cols} x {vocab} bf16"
     inputs = on_device(heads.make_inputs(heads.HeadSpec(vocab, cols, rows)))
@@ -71,7 +71,7 @@ def bench_logprob(limit: dict[str, float]) -> list[Row]:
                 share_of_matrix_rate=(products + 1) * flops / backward / 1e9 / peak,
             )
         )
-    for peer in heads.PEERS:
+    for peer in heads.PEERS if peers else ():
         if EMULATED and peer.compiles:
             continue  # for half a minute, on a CPU
         size = CHUNK if peer.name in HOLD_LOGITS else rows

@@ -110,14 +110,14 @@ def transformers_step(folder: Path, sequences: int) -> float | None:
     return 1e3 * (many - few) / TIMED
 
 
-def bench_model(limit: dict[str, float], scratch: Path) -> list[Row]:
-    """Decode and prefill in both modes."""
+def bench_model(limit: dict[str, float], scratch: Path, peers: bool) -> list[Row]:
+    """Decode and prefill in both modes; without peers in mode strict alone."""
     rows: list[Row] = []
     folder = folder_of("llama-8b", LLAMA_8B, scratch, DEVICE)
     torch.cuda.empty_cache()
     mine: dict[tuple[str, int], float] = {}
     first: dict[str, float] = {}
-    for mode in ("strict", "fast"):
+    for mode in ("strict", "fast") if peers else ("strict",):
         model = native.core.DeviceModel.load(
             str(folder), mode=mode, library_folders=wheel_folders()
         )
@@ -125,7 +125,7 @@ def bench_model(limit: dict[str, float], scratch: Path) -> list[Row]:
         limits = {n: step_bytes(model, n) / limit["read_gbps"] / 1e6 for n in SEQUENCES}
         first[mode] = prefill(model)
         del model
-    theirs = {n: transformers_step(folder, n) for n in SEQUENCES}
+    theirs = {n: transformers_step(folder, n) if peers else None for n in SEQUENCES}
     for (mode, sequences), milliseconds in mine.items():
         rows.append(
             row(

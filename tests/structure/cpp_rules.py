@@ -21,7 +21,7 @@ FOREIGN_TO_SRC = re.compile(
 FOREIGN_TO_BINDINGS = re.compile(r"^(torch/|ATen/|c10/)")
 FOREIGN_TO_CUDA = re.compile(r"^(Python\.h|pybind11/|torch/|ATen/|c10/)")
 # In csrc/cuda, what may name the runtime: callers and the C++ tests compile the rest without it.
-NAMES_CUDA = re.compile(r"(\.cu|/launch\.h|/device_block\.h)$")
+NAMES_CUDA = re.compile(r"(\.cu|/launch\.h|/device_block\.h|/hopper\.h)$")
 # A foreign runtime named without an include of its own.
 FOREIGN_WORDS = re.compile(r"\b(pybind11::|PyObject\b|Py_\w+|at::Tensor|torch::|cudaStream_t)")
 

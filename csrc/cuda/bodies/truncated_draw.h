@@ -71,6 +71,23 @@ ALIGNPRO_HOST_DEVICE inline bool is_truncated(const SampleRow& how) {
   return ops::truncates(how.temperature, how.top_k, how.top_p, how.min_p, how.ban_count);
 }
 
+// Whether draw_row draws the row. Else it is draw_truncated_row's, or, where truncation was asked
+// for and no logits were kept, has no token.
+template <typename Block>
+ALIGNPRO_BODY bool is_plain(Block& block, int64_t row, const SampleRow& how, bool with_truncation,
+                            int32_t* tokens, float* logprobs, float* kept_mass) {
+  const bool truncated = is_truncated(how);
+  if (truncated && with_truncation) return false;
+  if (block.thread() == 0) {
+    if (kept_mass != nullptr) kept_mass[row] = 1.0f;
+    if (truncated) {
+      tokens[row] = -1;
+      logprobs[row] = NAN;
+    }
+  }
+  return !truncated;
+}
+
 // logits [vocab] at the row's temperature, of which the banned become -inf. masses: shared, one a
 // tile. Nothing left to draw: token -1 and NaN.
 template <typename Block>

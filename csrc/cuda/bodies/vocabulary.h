@@ -145,19 +145,21 @@ struct RowShared {
   int ints[kMaxWarps];
 };
 
-// A row's softmax from its tiles; the same for every thread.
+// A row's softmax from its tiles; the same for every thread, and, by the first kRowThreads alone,
+// for a block of any size: drawn and scored rows are merged by different ones.
 template <typename Block>
 ALIGNPRO_BODY ops::RowStats merge_row(Block& block, const ops::TileStats* stats, int64_t tiles,
                                       RowShared& shared) {
+  const int64_t first = block.thread() < kRowThreads ? block.thread() : tiles;
   float max = -INFINITY, ref_max = -INFINITY;
-  for (int64_t t = block.thread(); t < tiles; t += block.threads()) {
+  for (int64_t t = first; t < tiles; t += kRowThreads) {
     max = Larger()(max, stats[t].max);
     ref_max = Larger()(ref_max, stats[t].ref_max);
   }
   max = reduce_block(block, max, shared.floats, Larger());
   ref_max = reduce_block(block, ref_max, shared.floats, Larger());
   ops::RowSums sums;
-  for (int64_t t = block.thread(); t < tiles; t += block.threads()) {
+  for (int64_t t = first; t < tiles; t += kRowThreads) {
     ops::add_tile(stats[t], max, ref_max, &sums);
   }
   sums.sum = reduce_block(block, sums.sum, shared.doubles, Add());
@@ -291,12 +293,13 @@ ALIGNPRO_BODY void finish_variation_row(Block& block, int64_t row, const Variati
 }
 
 // A draw from a row whose tiles are measured: the tile by inversion over tiles, then its logits
-// again, then the token within. masses: shared, `tiles` doubles; shared: kProductBytes<T>.
-template <typename T, typename Block>
-ALIGNPRO_BODY void draw_row(Block& block, int64_t row, const Vocabulary<T>& v, const SampleRow& how,
-                            const ops::TileStats* stats, int32_t* tokens, float* logprobs,
-                            double* masses, RowShared& row_shared, void* shared) {
-  const int64_t tiles = vocabulary_tiles(v.weight.rows);
+// again, then the token within. logits_of(tile): kTile of them in shared memory, there for all,
+// with the bits that were measured. masses: shared, `tiles` doubles.
+template <typename Block, typename LogitsOf>
+ALIGNPRO_BODY void draw_by_tiles(Block& block, int64_t row, int64_t vocab, const SampleRow& how,
+                                 const ops::TileStats* stats, int32_t* tokens, float* logprobs,
+                                 double* masses, RowShared& row_shared, const LogitsOf& logits_of) {
+  const int64_t tiles = vocabulary_tiles(vocab);
   const ops::RowStats s = merge_row(block, stats, tiles, row_shared);
   if (!s.valid()) {
     if (block.thread() == 0) {
@@ -318,18 +321,7 @@ ALIGNPRO_BODY void draw_row(Block& block, int64_t row, const Vocabulary<T>& v, c
   if (!greedy) {  // every thread walks the same masses to the same tile
     tile = ops::invert(tiles, target, [&](int64_t t) { return masses[t]; }, &below);
   }
-  Vocabulary<T> one = v;
-  one.hidden.data += row * one.hidden.ld;
-  one.hidden.rows = 1;
-  Sums z, unused;
-  tile_logits<false>(block, one, 0, tile * kTile, shared, z, unused);
-  auto* logits = static_cast<float*>(shared);
-  for_share(Share(block.thread()), [&](int m, int c, int i, int j, int e) {
-    if (m == 0)
-      logits[c] =
-          tile * kTile + c < v.weight.rows ? z[i][j][e] * inverse_temperature(how) : -INFINITY;
-  });
-  block.sync();
+  const float* logits = logits_of(tile);
   if (block.thread() != 0) return;
   int64_t column = 0;
   if (greedy) {
@@ -342,6 +334,30 @@ ALIGNPRO_BODY void draw_row(Block& block, int64_t row, const Vocabulary<T>& v, c
   }
   tokens[row] = static_cast<int32_t>(tile * kTile + column);
   logprobs[row] = static_cast<float>(logits[column] - s.lse);
+}
+
+// shared: kProductBytes<T>.
+template <typename T, typename Block>
+ALIGNPRO_BODY void draw_row(Block& block, int64_t row, const Vocabulary<T>& v, const SampleRow& how,
+                            const ops::TileStats* stats, int32_t* tokens, float* logprobs,
+                            double* masses, RowShared& row_shared, void* shared) {
+  const auto logits_of = [&](int64_t tile) {
+    Vocabulary<T> one = v;
+    one.hidden.data += row * one.hidden.ld;
+    one.hidden.rows = 1;
+    Sums z, unused;
+    tile_logits<false>(block, one, 0, tile * kTile, shared, z, unused);
+    auto* logits = static_cast<float*>(shared);
+    for_share(Share(block.thread()), [&](int m, int c, int i, int j, int e) {
+      if (m == 0)
+        logits[c] =
+            tile * kTile + c < v.weight.rows ? z[i][j][e] * inverse_temperature(how) : -INFINITY;
+    });
+    block.sync();
+    return logits;
+  };
+  draw_by_tiles(block, row, v.weight.rows, how, stats, tokens, logprobs, masses, row_shared,
+                logits_of);
 }
 
 }  // namespace alignpro::cuda

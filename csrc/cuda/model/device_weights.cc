@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "../products.h"
 #include "alignpro/core/error.h"
 #include "alignpro/model/rope_angles.h"
 #include "alignpro/model/transformer.h"
@@ -29,6 +30,7 @@ const model::ModelConfig& runnable(const model::ModelConfig& c, DType dtype) {
   if (const std::string reason = unavailable_reason(); !reason.empty()) {
     throw Unavailable(cat("device cuda: ", reason));
   }
+  (void)products();
   require(dtype == DType::kF32 || dtype == DType::kBF16,
           "compute: expected bfloat16 or float32 on device cuda, got ", dtype_name(dtype));
   const int64_t pack = 16 / block_bytes(dtype);
