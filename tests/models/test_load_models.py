@@ -58,7 +58,7 @@ def test_the_fast_mode_is_a_devices():
 def test_without_cuda_the_fast_mode_says_that(tiny_model_dir):
     if native.core.cuda.is_available():
         pytest.skip(f"{native.core.cuda.device_name()} is here")
-    with pytest.raises(native.UnavailableError, match="^device cuda: "):
+    with pytest.raises(native.UnavailableError, match=r"^device cuda: "):
         native.core.DeviceModel.load(str(tiny_model_dir("llama")), mode="fast")
     with pytest.raises(ValueError, match='mode: expected "strict" or "fast" on device cuda, got'):
         native.core.DeviceModel.load("./nowhere", mode="quick")
