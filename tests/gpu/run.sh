@@ -58,7 +58,8 @@ python3 -m gpu.check "$out/check.json" || failed=1
 if [[ "$capability" == 90a ]]; then
   section "the same by wgmma"
   ALIGNPRO_CUDA_PRODUCTS=wgmma python3 -m gpu.check "$out/check_wgmma.json" linear linear_logprob \
-    linear_logprob_backward head_sample head_sample_truncated model_generates || failed=1
+    linear_logprob_backward head_sample head_sample_truncated model_generates model_gradients ||
+    failed=1
 fi
 
 section "compute-sanitizer on small cases"
