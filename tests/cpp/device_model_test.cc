@@ -16,6 +16,7 @@
 #include "alignpro/model/scorer.h"
 #include "check.h"
 #include "cuda/ops.h"
+#include "device_models.h"
 #include "host_launch.h"
 #include "numbers.h"
 #include "random_checkpoint.h"
@@ -25,16 +26,7 @@ using namespace alignpro::model;
 using engine::Engine;
 using engine::Sequence;
 
-// Fibers under the address sanitizer take twenty times as long: some of the tests do there.
-#if defined(__SANITIZE_ADDRESS__)
-#define SLOW_TEST(name) [[maybe_unused]] static void name()
-#else
-#define SLOW_TEST(name) TEST(name)
-#endif
-
 namespace {
-
-using Tokens = std::vector<int32_t>;
 
 // float32 sums in another order, through two layers: log-probabilities differ by a few 1e-6.
 constexpr double kLogprobBudget = 2e-5;
@@ -45,14 +37,6 @@ struct Ask {
   float temperature;
   std::shared_ptr<Adapter> adapter;
 };
-
-Tokens text(int64_t size, int32_t start) {
-  Tokens tokens;
-  for (int64_t i = 0; i < size; ++i) {
-    tokens.push_back(static_cast<int32_t>((start + i * 31) % 111));
-  }
-  return tokens;
-}
 
 // Prompts of a common beginning that ends inside a block, one that repeats another, a stranger;
 // with and without the adapter, greedy and not.
@@ -101,12 +85,6 @@ engine::EngineOptions options(const engine::LanguageModel& model, int64_t max_ro
   return {64 * model.kv_block_bytes(), max_rows, prefix_cache};
 }
 
-std::shared_ptr<const cuda::DeviceModel> device_model(const ModelConfig& config,
-                                                      DType compute = DType::kF32,
-                                                      const cuda::Mode& mode = {}) {
-  return cuda::DeviceModel::from(RandomCheckpoint(config), compute, 0, 1, mode);
-}
-
 double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
   if (a.size() != b.size()) return INFINITY;
   double most = 0;
@@ -127,24 +105,6 @@ ScoreRequest score_request(const std::vector<Ask>& asked, const std::vector<Answ
   request.adapter = asked[which].adapter;
   request.temperature = asked[which].temperature == 0.0f ? 1.0f : asked[which].temperature;
   return request;
-}
-
-ModelConfig small(bool bias, bool qk_norm, bool fused) {
-  ModelConfig config = tiny(bias, qk_norm, fused);
-  config.num_layers = 2;
-  return config;
-}
-
-ModelConfig windowed(ModelConfig config, int64_t window) {
-  config.sliding_window = window;
-  return config;
-}
-
-// Shapes whose rows are whole 16 bytes in bfloat16.
-ModelConfig wide(ModelConfig config) {
-  config.intermediate_size = 56;
-  config.head_dim = config.rope.rotary_dim = 16;
-  return config;
 }
 
 void check_against_cpu(const ModelConfig& config) {
@@ -176,7 +136,7 @@ SLOW_TEST(generates_what_the_cpu_generates_with_qk_norm) {
   check_against_cpu(small(false, true, false));
 }
 TEST(generates_what_the_cpu_generates_fused_in_a_window) {
-  check_against_cpu(windowed(small(false, false, true), 9));
+  check_against_cpu(small(false, false, true, 9));
 }
 
 SLOW_TEST(a_sequences_bits_are_its_own) {

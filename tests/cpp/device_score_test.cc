@@ -14,6 +14,7 @@
 #include "alignpro/model/scorer.h"
 #include "check.h"
 #include "cuda/ops.h"
+#include "device_models.h"
 #include "host_launch.h"
 #include "numbers.h"
 #include "random_checkpoint.h"
@@ -23,24 +24,7 @@ using namespace alignpro::model;
 using cuda::DeviceModel;
 using cuda::DeviceScore;
 
-// Fibers under the address sanitizer take twenty times as long: some of the tests do there.
-#if defined(__SANITIZE_ADDRESS__)
-#define SLOW_TEST(name) [[maybe_unused]] static void name()
-#else
-#define SLOW_TEST(name) TEST(name)
-#endif
-
 namespace {
-
-using Tokens = std::vector<int32_t>;
-
-Tokens text(int64_t size, int32_t start) {
-  Tokens tokens;
-  for (int64_t i = 0; i < size; ++i) {
-    tokens.push_back(static_cast<int32_t>((start + i * 31) % 111));
-  }
-  return tokens;
-}
 
 Tokens joined(Tokens first, const Tokens& then) {
   first.insert(first.end(), then.begin(), then.end());
@@ -96,25 +80,6 @@ double difference(const AdapterGradients& got, const AdapterGradients& expected)
                      relative_error(got.modules[i].b, Doubles(b.begin(), b.end()))});
   }
   return most;
-}
-
-ModelConfig small(bool bias, bool qk_norm, bool fused, int64_t window = 0) {
-  ModelConfig config = tiny(bias, qk_norm, fused);
-  config.num_layers = 2;
-  config.sliding_window = window;
-  return config;
-}
-
-// Shapes whose rows are whole 16 bytes in bfloat16.
-ModelConfig wide(ModelConfig config) {
-  config.intermediate_size = 56;
-  config.head_dim = config.rope.rotary_dim = 16;
-  return config;
-}
-
-std::shared_ptr<const DeviceModel> device_model(const ModelConfig& config,
-                                                DType compute = DType::kF32) {
-  return DeviceModel::from(RandomCheckpoint(config), compute, 0, 1);
 }
 
 // Sums in another order through two layers and back.
@@ -199,7 +164,7 @@ TEST(fast_gradients_stay_near) {
   const ModelConfig config = small(true, false, false);
   ScoreRequest request = request_of(config);
   DeviceScore strict(device_model(config), request);
-  const auto model = DeviceModel::from(RandomCheckpoint(config), DType::kF32, 0, 1, {true});
+  const auto model = device_model(config, DType::kF32, {true});
   DeviceScore fast(model, request);
   const double apart =
       relative_error(fast.logprob(), Doubles(strict.logprob().begin(), strict.logprob().end()));

@@ -6,13 +6,13 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include "../runtime.h"
+#include "alignpro/core/spare_pool.h"
 #include "alignpro/model/scorer.h"
 #include "alignpro/model/token_tree.h"
 #include "device_layer.h"
@@ -130,22 +130,6 @@ struct ScoreStaging {
   PinnedBuffer tables, results;
   std::optional<FastLinear> fast;  // in mode fast
 };
-
-// Keeps one between scores, as model::ScoreBufferPool does.
-class ScoreStagingPool {
- public:
-  std::unique_ptr<ScoreStaging> take() {
-    const std::lock_guard lock(mutex_);
-    return spare_ != nullptr ? std::move(spare_) : std::make_unique<ScoreStaging>();
-  }
-  void give_back(std::unique_ptr<ScoreStaging> staging) {
-    const std::lock_guard lock(mutex_);
-    spare_ = std::move(staging);
-  }
-
- private:
-  std::mutex mutex_;
-  std::unique_ptr<ScoreStaging> spare_;
-};
+using ScoreStagingPool = SparePool<ScoreStaging>;
 
 }  // namespace alignpro::cuda

@@ -5,13 +5,12 @@
 
 #include <array>
 #include <cstdint>
-#include <memory>
-#include <mutex>
 #include <span>
 #include <vector>
 
 #include "alignpro/core/aligned.h"
 #include "alignpro/core/parallel.h"
+#include "alignpro/core/spare_pool.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/batch.h"
 #include "alignpro/model/weights.h"
@@ -56,22 +55,8 @@ struct ScoreBuffers {
   AlignedBuffer d_stream;
 };
 
-// Keeps one set of buffers between calls: fresh pages cost about a fifteenth of a training step.
-class ScoreBufferPool {
- public:
-  std::unique_ptr<ScoreBuffers> take() {
-    const std::lock_guard lock(mutex_);
-    return spare_ != nullptr ? std::move(spare_) : std::make_unique<ScoreBuffers>();
-  }
-  void give_back(std::unique_ptr<ScoreBuffers> buffers) {
-    const std::lock_guard lock(mutex_);
-    spare_ = std::move(buffers);
-  }
-
- private:
-  std::mutex mutex_;
-  std::unique_ptr<ScoreBuffers> spare_;
-};
+// Fresh pages cost about a fifteenth of a training step.
+using ScoreBufferPool = SparePool<ScoreBuffers>;
 
 // What every layer of a pass shares.
 struct PassContext {
