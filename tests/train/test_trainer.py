@@ -228,6 +228,7 @@ def test_one_nan_reward_stops_with_its_row_and_a_checkpoint(tmp_path):
 
 
 def test_ctrl_c_in_the_optimizer_waits_for_the_step(tmp_path):
+    handler = signal.getsignal(signal.SIGINT)  # SIG_IGN where a shell runs this in the background
     trainer = make(config(tmp_path))
     plain_step = trainer.learner.optimizer.step
 
@@ -241,7 +242,7 @@ def test_ctrl_c_in_the_optimizer_waits_for_the_step(tmp_path):
         trainer.train()
     assert trainer.step == 4 and len(log(trainer)) == 4
     assert load_checkpoint(trainer.run_dir, ToyModel.lora_modules).step == 4
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_rewards_get_the_columns_of_their_prompts(tmp_path):

@@ -309,8 +309,8 @@ void kv_write(const AttentionShape& shape, const float* qkv, std::span<const KvW
     write_row(shape, halves, to, kv);
   };
   const int64_t count = static_cast<int64_t>(writes.size());
-  // A row is about a microsecond; below this the team costs more than it brings.
-  if (count < 32) {
+  // A row is about two microseconds; below this the team costs more than it brings.
+  if (count < 8) {
     for (int64_t i = 0; i < count; ++i) write(i, 0);
   } else {
     team.run(count, write);
