@@ -122,6 +122,9 @@ def test_parity():
     assert "differ in 1 steps, by up to 1e-06; 0 is expected" in only({}, off)
     # The log writes null for what was not finite.
     assert "by up to infinity or NaN" in only({}, rows(1, parity_max_abs=None))
+    assert "; 0 is expected." in only({"config": {"target_mode": "fast"}}, off)
+    for config in ({"prompter_mode": "fast"}, {"policy": "target", "target_mode": "fast"}):
+        assert "; mode fast lets them." in only({"config": config}, off)
 
 
 def test_zero_signal_groups():

@@ -69,7 +69,7 @@ def find_warnings(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]
         *_judge(report.get("judge") or {}),
         *_headroom(report.get("headroom") or {}),
         *_bound(report.get("bound") or {}),
-        *_parity(steps),
+        *_parity(report.get("config") or {}, steps),
         *_zero_signal(steps),
         *_truncated(report.get("config") or {}, steps),
     ]
@@ -207,18 +207,20 @@ def _bound(bound: Mapping[str, Any]) -> list[Finding]:
     return [Finding("bound", text)]
 
 
-def _parity(steps: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def _parity(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> list[Finding]:
     # A null was not finite when it was written.
     off = [row["parity_max_abs"] for row in steps if row.get("parity_max_abs", 0.0) != 0.0]
     if not off:
         return []
     finite = [value for value in off if is_number(value)]
     largest = f"{max(finite):.3g}" if len(finite) == len(off) else "infinity or NaN"
+    mode = config.get("target_mode" if config.get("policy") == "target" else "prompter_mode")
+    expected = "mode fast lets them" if mode == "fast" else "0 is expected"
     return [
         Finding(
             "parity",
-            f"Sampled and scored log-probabilities differ in {len(off)} steps, by up to "
-            f"{largest}; 0 is expected. The gradient is of another policy than the one that wrote.",
+            f"Sampled and scored log-probabilities differ in {len(off)} steps, by up to {largest}; "
+            f"{expected}. The gradient is of another policy than the one that wrote.",
         )
     ]
 
