@@ -55,7 +55,7 @@ struct Pieces {
     stats = workspace.take<ops::TileStats>(rows * tiles);
     const int64_t stored = rows < kStoredRows ? rows : kStoredRows;
     logits = workspace.take<float>(with_truncation ? stored * tiles * kTile : 0);
-    bytes = workspace.bytes;
+    bytes = workspace.bytes();
   }
 };
 

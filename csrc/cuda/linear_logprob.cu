@@ -46,7 +46,7 @@ struct Pieces {
     ref_logit = workspace.take<float>(rows);
     stats = workspace.take<ops::TileStats>((rows < kRowChunk ? rows : kRowChunk) *
                                            vocabulary_tiles(in.weight.rows));
-    bytes = workspace.bytes;
+    bytes = workspace.bytes();
   }
 };
 

@@ -41,7 +41,7 @@ struct Pieces {
     Workspace workspace(memory);
     gradients = workspace.take<ops::RowGradient>(in.hidden.rows);
     dz = workspace.take<char>(in.hidden.rows * kChunk * block_bytes(in.hidden.dtype));
-    bytes = workspace.bytes;
+    bytes = workspace.bytes();
   }
 };
 

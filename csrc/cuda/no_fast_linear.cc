@@ -7,9 +7,6 @@ namespace alignpro::cuda {
 namespace {
 
 [[noreturn]] void missing() {
-  if (const std::string reason = unavailable_reason(); !reason.empty()) {
-    throw Unavailable(cat("device cuda: ", reason));
-  }
   throw Unavailable(
       "mode \"fast\": this build has no cuBLASLt, whose header cublasLt.h was not found; pip "
       "install nvidia-cublas (torch's CUDA build brings it) or give CMake "

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "ops.h"
+#include "workspace.h"
 
 namespace alignpro::cuda {
 
@@ -40,44 +41,6 @@ Graph end_capture(Stream stream);
 void abort_capture(Stream stream) noexcept;
 void launch_graph(Graph graph, Stream stream);
 void destroy_graph(Graph graph) noexcept;
-
-// Pieces of one allocation, each at a multiple of 256 bytes.
-class Layout {
- public:
-  int64_t take(int64_t bytes) {
-    const int64_t at = bytes_;
-    bytes_ += (bytes + 255) / 256 * 256;
-    return at;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  int64_t bytes_ = 0;
-};
-
-inline char* at(void* base, int64_t offset) { return static_cast<char*>(base) + offset; }
-
-// What lies in one allocation, cut off it piece by piece. Of a null one only bytes() counts.
-class Pieces {
- public:
-  explicit Pieces(void* base) : base_(base) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    const int64_t offset = layout_.take(count * static_cast<int64_t>(sizeof(T)));
-    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(at(base_, offset));
-  }
-  Matrix matrix(int64_t rows, int64_t cols, DType dtype) {
-    return {take<char>(rows * cols * block_bytes(dtype)), rows, cols, cols, dtype};
-  }
-  // What begins behind, of another life.
-  Pieces rest() const { return Pieces(base_ == nullptr ? nullptr : at(base_, layout_.bytes())); }
-  int64_t bytes() const { return layout_.bytes(); }
-
- private:
-  void* base_;
-  Layout layout_;
-};
 
 // Which device the calling thread's work goes to; ops.h's current_device() tells.
 void use_device(int device);

@@ -51,7 +51,7 @@ struct Pieces {
     gradients = workspace.take<ops::RowGradient>(rows);
     parts = workspace.take<VariationPart>((rows < kRowChunk ? rows : kRowChunk) *
                                           vocabulary_tiles(in.weight.rows));
-    bytes = workspace.bytes;
+    bytes = workspace.bytes();
   }
 };
 

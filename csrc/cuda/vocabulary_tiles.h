@@ -5,6 +5,7 @@
 
 #include "bodies/vocabulary.h"
 #include "ops.h"
+#include "workspace.h"
 
 namespace alignpro::cuda {
 
@@ -43,24 +44,5 @@ Vocabulary<T> vocabulary(const LogprobInput& in) {
   return {operand<T>(in.hidden),     operand<T>(in.weight), operand<T>(in.ref_hidden),
           operand<T>(in.ref_weight), 1.0f / in.temperature, in.tokens};
 }
-
-// A caller's workspace, cut into pieces at multiples of 16 bytes. Of a null one only `bytes`
-// counts.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    char* at = memory_ == nullptr ? nullptr : memory_ + bytes;
-    bytes += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
-    return reinterpret_cast<T*>(at);
-  }
-
-  int64_t bytes = 0;
-
- private:
-  char* memory_;
-};
 
 }  // namespace alignpro::cuda

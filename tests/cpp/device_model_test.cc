@@ -107,6 +107,17 @@ ScoreRequest score_request(const std::vector<Ask>& asked, const std::vector<Answ
   return request;
 }
 
+// Answers of six tokens have the bits that they have alone, and in a score, which knows no graph.
+void check_alone_and_scored(const std::shared_ptr<const cuda::DeviceModel>& device,
+                            const std::vector<Ask>& asked, const std::vector<Answer>& together) {
+  for (size_t i = 0; i < asked.size(); ++i) {
+    Engine alone(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
+    CHECK(generate(alone, {asked[i]}, 6)[0] == together[i]);
+    CHECK_EQ(cuda::DeviceScore(device, score_request(asked, together, i)).logprob(),
+             together[i].logprobs);
+  }
+}
+
 void check_against_cpu(const ModelConfig& config) {
   const auto adapter = LoraStore(config, 3, 6, false).adapter(config);
   const auto asked = asks(adapter);
@@ -176,13 +187,7 @@ SLOW_TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
     const std::vector<Answer> fewer = generate(engine, {asked[0], asked[2]}, 4);
     // Their prompts are cached: the last token of each is a step like those that follow.
     CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{7});
-    for (size_t i = 0; i < asked.size(); ++i) {
-      Engine alone(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
-      CHECK(generate(alone, {asked[i]}, 6)[0] == together[i]);
-      // No graph in a score.
-      CHECK_EQ(cuda::DeviceScore(device, score_request(asked, together, i)).logprob(),
-               together[i].logprobs);
-    }
+    check_alone_and_scored(device, asked, together);
     Answer first = together[0];
     first.tokens.resize(4);
     first.logprobs.resize(4);
@@ -206,12 +211,7 @@ SLOW_TEST(a_step_of_both_kinds_is_a_graph) {
   CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{4});  // of five steps of decoding
   generate(engine, {asked[0], asked[1], asked[2]}, 4);  // prompts cached: four steps of a new shape
   CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{7});
-  for (size_t i = 0; i < asked.size(); ++i) {
-    Engine alone(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
-    CHECK(generate(alone, {asked[i]}, 6)[0] == together[i]);
-    CHECK_EQ(cuda::DeviceScore(device, score_request(asked, together, i)).logprob(),
-             together[i].logprobs);
-  }
+  check_alone_and_scored(device, asked, together);
 }
 
 // Graphs know addresses and an adapter's matrices: other adapters have graphs of their own, and

@@ -16,7 +16,7 @@ from alignpro import native
 from alignpro.models.native_model import wheel_folders
 from gpu.calls import DEVICE
 from gpu.cases import sizes
-from gpu.models import LLAMA_8B, QWEN_1_5B, folder_of, lora, params, tensors
+from gpu.models import LLAMA_8B, QWEN_1_5B, folder_of, lora, params, position_bytes, tensors
 from gpu.timing import Row, row, seconds
 
 CONTEXT, TIMED, UNTIMED = sizes((1024, 48, 16), (20, 6, 2))  # positions at the end; steps
@@ -26,21 +26,19 @@ PREFILL = sizes((8, 2048), (2, 16))  # sequences, tokens of each
 
 def step_bytes(model: native.core.DeviceModel, sequences: int) -> float:
     """What a step must read: the weights once, and every sequence's keys and values."""
-    c = model.config
-    per_position = 2 * 2 * c["num_layers"] * c["num_kv_heads"] * c["head_dim"]
-    return float(c["streamed_bytes"] + sequences * (CONTEXT - TIMED // 2) * per_position)
+    positions = sequences * (CONTEXT - TIMED // 2)
+    return float(model.config["streamed_bytes"] + positions * position_bytes(model))
 
 
 def ours(model: native.core.DeviceModel, sequences: int) -> float:
     """Milliseconds a step, the median of TIMED: forward, draw, and the tokens back on the host."""
     blocks = sequences * (CONTEXT // 16 + 2)
-    c = model.config
-    block = 2 * 2 * 16 * c["num_layers"] * c["num_kv_heads"] * c["head_dim"]
+    cache = blocks * 16 * position_bytes(model)
     engine = native.core.Engine(
-        model, kv_cache_bytes=blocks * block, max_batch_rows=2048, prefix_cache=False
+        model, kv_cache_bytes=cache, max_batch_rows=2048, prefix_cache=False
     )
     length = CONTEXT - TIMED - UNTIMED
-    prompts = torch.randint(3, c["vocab_size"], (sequences, length)).tolist()
+    prompts = torch.randint(3, LLAMA_8B.vocab, (sequences, length)).tolist()
     handles = [
         engine.submit(prompt, params(CONTEXT - length, i)) for i, prompt in enumerate(prompts)
     ]

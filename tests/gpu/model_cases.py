@@ -25,14 +25,20 @@ PROMPTS.append([*PROMPTS[1][:-3], 7])
 NEW = sizes(24, 3)
 
 
-@case
-def model_generates() -> Measured:
-    core, measured = native.core, []
+def load_shape() -> tuple[Any, dict[str, Any]]:
+    """SHAPE's random weights in the CPU engine, and on the device by what they compute in."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_folder(SHAPE, folder)
-        cpu = core.Model.load(str(folder))
-        models = {c: core.DeviceModel.load(str(folder), compute=c) for c in ("float32", "bfloat16")}
+        load = native.core.DeviceModel.load
+        device = {c: load(str(folder), compute=c) for c in ("float32", "bfloat16")}
+        return native.core.Model.load(str(folder)), device
+
+
+@case
+def model_generates() -> Measured:
+    core, measured = native.core, []
+    cpu, models = load_shape()
     for compute, model in models.items():
         adapter = lora(model, 6)
         for name in sizes(("base", "adapter", "mixed"), ("mixed",)):
@@ -79,12 +85,8 @@ def model_gradients() -> Measured:
     """Of a loss of log-probability, entropy and KL to a reference adapter, over sequences with
     common beginnings. float32 beside the CPU engine; bfloat16 rounds eight bits through the layers
     and back, of weights too."""
-    core, measured = native.core, []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        write_folder(SHAPE, folder)
-        cpu = core.Model.load(str(folder))
-        models = {c: core.DeviceModel.load(str(folder), compute=c) for c in ("float32", "bfloat16")}
+    measured: Measured = []
+    cpu, models = load_shape()
     draw = np.random.default_rng(3)
     count, length = sizes((12, 90), (3, 9))
     shared = [int(n) for n in draw.integers(3, SHAPE.vocab, sizes(200, 19))]

@@ -136,6 +136,12 @@ def lora(model: Any, rank: int) -> Any:
     return model.make_adapter(matrices, 1.0)
 
 
+def position_bytes(model: Any) -> int:
+    """Keys and values of one position in bfloat16, all layers."""
+    c = model.config
+    return int(2 * 2 * c["num_layers"] * c["num_kv_heads"] * c["head_dim"])
+
+
 def params(count: int, seed: int, temperature: float = 1.0) -> Any:
     """Of exactly ``count`` tokens, all drawn from the whole distribution."""
     return native.core.SamplingParams(

@@ -19,7 +19,7 @@ from alignpro.pipeline import Pipeline
 from alignpro.types import Rollout, SamplingParams
 from gpu.calls import DEVICE
 from gpu.cases import sizes
-from gpu.models import LLAMA_8B, QWEN_1_5B, folder_of
+from gpu.models import LLAMA_8B, QWEN_1_5B, folder_of, position_bytes
 from gpu.timing import Row, row, seconds
 
 PROMPTS, REWRITES = sizes((32, 8), (2, 2))
@@ -58,10 +58,9 @@ def load(folder: Path) -> NativeModel:
 def limit_seconds(model: NativeModel, lengths: Sequence[int], new: int, gbps: float) -> float:
     """Of ``new`` steps of sequences with so many positions before: the weights once a step, and
     every sequence's keys and values."""
-    c = model.config
-    per_position = 2 * 2 * c["num_layers"] * c["num_kv_heads"] * c["head_dim"]
     positions = sum(new * length + new * (new - 1) / 2 for length in lengths)
-    return float((new * c["streamed_bytes"] + positions * per_position) / gbps / 1e9)
+    weights = new * model.config["streamed_bytes"]
+    return float((weights + positions * position_bytes(model)) / gbps / 1e9)
 
 
 def transformers_seconds(folders: Sequence[Path], lengths: Sequence[int]) -> float | None:

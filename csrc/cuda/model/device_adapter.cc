@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "../checks.h"
 #include "alignpro/model/weights.h"
 
 namespace alignpro::cuda {
@@ -27,7 +28,7 @@ Matrix upload(MatrixStore& store, const ops::PackedMatrix& from, int64_t rows, i
 int64_t device_ranks(const model::Adapter& adapter, int64_t layer, model::LinearSite site,
                      DType dtype) {
   const ops::LowRank* update = adapter.update(layer, site);
-  const int64_t pack = 16 / block_bytes(dtype);
+  const int64_t pack = pack_size(dtype);
   return update == nullptr ? 0 : (update->ranks() + pack - 1) / pack * pack;
 }
 

@@ -21,11 +21,10 @@ std::shared_ptr<DeviceModel> DeviceModel::load(const std::filesystem::path& path
 std::shared_ptr<DeviceModel> DeviceModel::from(const model::Checkpoint& checkpoint, DType compute,
                                                int64_t context_length, int threads,
                                                const Mode& mode) {
-  auto fast = mode.fast ? open_fast_library(mode.library_folders) : nullptr;
   const int64_t context = model::choose_context(checkpoint.config(), context_length);
   ThreadTeam team(threads);
   return std::shared_ptr<DeviceModel>(new DeviceModel(
-      std::make_shared<const DeviceWeights>(checkpoint, compute, context, team, std::move(fast))));
+      std::make_shared<const DeviceWeights>(checkpoint, compute, context, team, mode)));
 }
 
 int64_t DeviceModel::kv_share_bytes() const {

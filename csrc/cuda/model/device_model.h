@@ -6,8 +6,6 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "alignpro/engine/language_model.h"
 #include "device_adapter.h"
@@ -16,18 +14,10 @@
 
 namespace alignpro::cuda {
 
-// How the layers multiply. Strict: by linear, a row's bits are its own, and sampled and scored
-// log-probabilities are equal. Fast: by cuBLASLt (fast_linear.h), and they are not.
-struct Mode {
-  bool fast = false;
-  std::vector<std::string> library_folders = {};  // where cuBLASLt may lie, beside the loader's
-};
-
 class DeviceModel final : public engine::LanguageModel {
  public:
   // compute: kBF16 or kF32, of weights, activations and KV alike (sums are float32). `threads`
-  // convert the file; context_length as model::Model::load. Throws as DeviceWeights and
-  // open_fast_library.
+  // convert the file; context_length as model::Model::load. Throws as DeviceWeights.
   static std::shared_ptr<DeviceModel> load(const std::filesystem::path& path, DType compute,
                                            int64_t context_length, int threads, const Mode& mode);
   static std::shared_ptr<DeviceModel> from(const model::Checkpoint& checkpoint, DType compute,

@@ -135,7 +135,7 @@ LogprobInput DeviceScore::Pass::logprob_input(bool with_reference) const {
 
 void DeviceScore::Pass::forward() {
   void* staged = lease_->tables.reserve(kept_.table_bytes);
-  Pieces pieces(staged);
+  Workspace pieces(staged);
   tree_.write(tree_.cut(pieces));
   copy_to_device(kept_memory_.data(), staged, kept_.table_bytes, stream());
 

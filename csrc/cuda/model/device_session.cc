@@ -93,14 +93,6 @@ void DeviceSession::grow(DeviceBuffer& buffer, int64_t bytes) {
   if (buffer.reserve(bytes)) steps_.clear();
 }
 
-// A block lies in one piece, [layer][kv head][K, V][16][head_dim].
-PagedKv DeviceSession::layer_kv(int64_t layer) const {
-  const model::ModelConfig& c = weights_->config;
-  const int64_t half = kKvBlock * c.head_dim, of_layer = c.num_kv_heads * 2 * half;
-  return {at(kv_.data(), layer * of_layer * block_bytes(weights_->dtype)), c.num_layers * of_layer,
-          2 * half, half};
-}
-
 void DeviceSession::copy_slots(int64_t from, int64_t to, int64_t slots) {
   const DeviceScope scope(weights_->device);
   const model::ModelConfig& c = weights_->config;
@@ -145,48 +137,53 @@ DeviceSession::Tables DeviceSession::upload(const model::Batch& batch, bool deco
   }
   tables.prefill_count = static_cast<int64_t>(prefill.size());
 
-  Layout layout;
-  const int64_t tokens = layout.take(rows * 4), positions = layout.take(rows * 4);
-  const int64_t write_blocks = layout.take(rows * 4), output_rows = layout.take(outputs * 4);
-  const int64_t segments =
-      layout.take(tables.prefill_count * static_cast<int64_t>(sizeof(Segment)));
-  const int64_t table_values = static_cast<int64_t>(sequences.size()) * table_ld;
-  const int64_t block_table = layout.take(table_values * 4);
-  void* staged = staged_tables_.reserve(layout.bytes());
-  grow(tables_, layout.bytes());
-  const auto put = [&](int64_t offset, const auto& values) {
-    if (!values.empty()) {
-      std::memcpy(at(staged, offset), values.data(), values.size() * sizeof(values[0]));
-    }
-  };
-  put(tokens, batch.tokens);
-  put(positions, batch.positions);
-  put(output_rows, batch.output_rows);
-  std::vector<int32_t> to(static_cast<size_t>(rows), -1);
+  std::vector<int32_t> write_blocks(static_cast<size_t>(rows), -1);
   for (const model::KvWrite& write : batch.kv_writes) {
-    int32_t& block = to[static_cast<size_t>(write.row)];
+    int32_t& block = write_blocks[static_cast<size_t>(write.row)];
     require(block < 0, "device cuda: a row is written to one KV block, row ", write.row,
             " asks for two");
     block = write.block;
   }
-  put(write_blocks, to);
-  put(segments, prefill);
-  auto* table = reinterpret_cast<int32_t*>(at(staged, block_table));
-  std::fill(table, table + table_values, 0);
-  for (const model::Segment* sequence : sequences) {
-    std::copy(sequence->blocks.begin(), sequence->blocks.end(), table);
-    table += table_ld;
-  }
-  copy_to_device(tables_.data(), staged, layout.bytes(), stream());
-  const auto ints = [&](int64_t offset) {
-    return reinterpret_cast<const int32_t*>(at(tables_.data(), offset));
+  const int64_t table_values = static_cast<int64_t>(sequences.size()) * table_ld;
+  struct Lists {
+    int32_t *tokens, *positions, *write_blocks, *output_rows;
+    Segment* prefill;
+    int32_t* block_table;
+    int64_t bytes;
   };
-  tables.tokens = ints(tokens);
-  tables.positions = ints(positions);
-  tables.write_blocks = ints(write_blocks);
-  tables.output_rows = ints(output_rows);
-  tables.block_table = ints(block_table);
-  tables.prefill = reinterpret_cast<const Segment*>(at(tables_.data(), segments));
+  const auto cut = [&](void* base) {
+    Workspace from(base);
+    Lists lists;
+    lists.tokens = from.take<int32_t>(rows);
+    lists.positions = from.take<int32_t>(rows);
+    lists.write_blocks = from.take<int32_t>(rows);
+    lists.output_rows = from.take<int32_t>(outputs);
+    lists.prefill = from.take<Segment>(tables.prefill_count);
+    lists.block_table = from.take<int32_t>(table_values);
+    lists.bytes = from.bytes();
+    return lists;
+  };
+  const int64_t bytes = cut(nullptr).bytes;
+  void* staging = staged_tables_.reserve(bytes);
+  grow(tables_, bytes);
+  const Lists staged = cut(staging), there = cut(tables_.data());
+  std::copy(batch.tokens.begin(), batch.tokens.end(), staged.tokens);
+  std::copy(batch.positions.begin(), batch.positions.end(), staged.positions);
+  std::copy(write_blocks.begin(), write_blocks.end(), staged.write_blocks);
+  std::copy(batch.output_rows.begin(), batch.output_rows.end(), staged.output_rows);
+  std::copy(prefill.begin(), prefill.end(), staged.prefill);
+  std::fill_n(staged.block_table, table_values, 0);
+  for (size_t s = 0; s < sequences.size(); ++s) {
+    std::copy(sequences[s]->blocks.begin(), sequences[s]->blocks.end(),
+              staged.block_table + static_cast<int64_t>(s) * table_ld);
+  }
+  copy_to_device(tables_.data(), staging, bytes, stream());
+  tables.tokens = there.tokens;
+  tables.positions = there.positions;
+  tables.write_blocks = there.write_blocks;
+  tables.output_rows = there.output_rows;
+  tables.prefill = there.prefill;
+  tables.block_table = there.block_table;
 
   int64_t row = 0;
   for (const model::AdapterRange& range : batch.adapters) {
@@ -205,7 +202,7 @@ DeviceSession::Buffers DeviceSession::carve(const Tables& tables) {
   const model::ModelConfig& c = weights_->config;
   const int64_t decode_bytes = attention_decode_bytes(
       weights_->attention(), tables.most_decode_rows, tables.table_ld * kKvBlock);
-  const auto cut = [&](Pieces from, Buffers* buffers) {
+  const auto cut = [&](Workspace from, Buffers* buffers) {
     const auto matrix = [&](int64_t cols) {
       return from.matrix(tables.rows, cols, weights_->dtype);
     };
@@ -221,8 +218,8 @@ DeviceSession::Buffers DeviceSession::carve(const Tables& tables) {
     return from.bytes();
   };
   Buffers buffers;
-  grow(arena_, cut(Pieces(nullptr), &buffers));
-  cut(Pieces(arena_.data()), &buffers);
+  grow(arena_, cut(Workspace(nullptr), &buffers));
+  cut(Workspace(arena_.data()), &buffers);
   return buffers;
 }
 
@@ -269,7 +266,9 @@ void DeviceSession::compute(const Tables& tables, const Buffers& buffers) {
     attend(tables, buffers.attention, qkv, kv, out);
   };
   for (int64_t l = 0; l < weights_->config.num_layers; ++l) {
-    layer_forward(pass, l, buffers.stream, buffers.stream, layer_kv(l), buffers.layer, attending);
+    layer_forward(pass, l, buffers.stream, buffers.stream,
+                  weights_->kv_layer(kv_.data(), weights_->config.num_layers, l), buffers.layer,
+                  attending);
   }
   if (tables.outputs == 0) return;
   // The stream is a table too, its rows chosen as an embedding's are.
@@ -320,27 +319,42 @@ void DeviceSession::draw(std::span<const ops::SampleRow> rows) {
     banned.insert(banned.end(), row.banned.begin(), row.banned.end());
     truncated |= ops::truncates(row.temperature, row.top_k, row.top_p, row.min_p, bans);
   }
-  Layout layout;
-  const int64_t draws = layout.take(count * static_cast<int64_t>(sizeof(SampleRow)));
-  const int64_t bans = layout.take(static_cast<int64_t>(banned.size()) * 4);
-  const int64_t results = layout.take(count * 12);  // tokens, log-probabilities, kept masses
-  const int64_t workspace =
-      layout.take(head_sample_bytes(count, weights_->config.vocab_size, truncated));
-  draws_.reserve(layout.bytes());
-  void* staged = staged_draws_.reserve(workspace);
-  std::copy(requests.begin(), requests.end(), static_cast<SampleRow*>(staged));
-  std::copy(banned.begin(), banned.end(), reinterpret_cast<int32_t*>(at(staged, bans)));
-  copy_to_device(draws_.data(), staged, results, stream());
-  auto* tokens = reinterpret_cast<int32_t*>(at(draws_.data(), results));
-  auto* values = reinterpret_cast<float*>(tokens + count);
-  const Truncation truncation{reinterpret_cast<const int32_t*>(at(draws_.data(), bans)),
-                              values + count};
-  head_sample(hidden_, weights_->head, reinterpret_cast<const SampleRow*>(at(draws_.data(), draws)),
-              tokens, values, at(draws_.data(), workspace), stream(),
-              truncated ? &truncation : nullptr);
-  copy_to_host(at(staged, results), tokens, count * (truncated ? 12 : 8), stream());
+  struct Pieces {
+    SampleRow* requests;
+    int32_t* banned;
+    int64_t request_bytes;  // of both
+    int32_t* results;       // tokens, log-probabilities, kept masses: [3][count]
+    int64_t staged_bytes;   // of all so far
+    void* workspace;
+    int64_t bytes;
+  };
+  const auto cut = [&](void* base) {
+    Workspace from(base);
+    Pieces pieces;
+    pieces.requests = from.take<SampleRow>(count);
+    pieces.banned = from.take<int32_t>(static_cast<int64_t>(banned.size()));
+    pieces.request_bytes = from.bytes();
+    pieces.results = from.take<int32_t>(3 * count);
+    pieces.staged_bytes = from.bytes();
+    pieces.workspace =
+        from.take<char>(head_sample_bytes(count, weights_->config.vocab_size, truncated));
+    pieces.bytes = from.bytes();
+    return pieces;
+  };
+  const Pieces sizes = cut(nullptr);
+  draws_.reserve(sizes.bytes);
+  void* staging = staged_draws_.reserve(sizes.staged_bytes);
+  const Pieces staged = cut(staging), there = cut(draws_.data());
+  std::copy(requests.begin(), requests.end(), staged.requests);
+  std::copy(banned.begin(), banned.end(), staged.banned);
+  copy_to_device(draws_.data(), staging, sizes.request_bytes, stream());
+  auto* logprobs = reinterpret_cast<float*>(there.results + count);
+  const Truncation truncation{there.banned, logprobs + count};
+  head_sample(hidden_, weights_->head, there.requests, there.results, logprobs, there.workspace,
+              stream(), truncated ? &truncation : nullptr);
+  copy_to_host(staged.results, there.results, count * (truncated ? 12 : 8), stream());
   under_way_ = true;
-  drawn_ = {count, truncated, reinterpret_cast<const int32_t*>(at(staged, results))};
+  drawn_ = {count, truncated, staged.results};
 }
 
 void DeviceSession::collect(std::span<ops::SampledToken> out) {

@@ -87,7 +87,6 @@ class DeviceSession final : public engine::Session {
   void compute_as_graph(const Tables& tables, const Buffers& buffers);
   void attend(const Tables& tables, void* workspace, const Matrix& qkv, const PagedKv& kv,
               const Matrix& out);
-  PagedKv layer_kv(int64_t layer) const;
 
   const std::shared_ptr<const DeviceWeights> weights_;
   const std::shared_ptr<DeviceAdapters> adapters_;

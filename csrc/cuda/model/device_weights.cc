@@ -2,9 +2,9 @@
 
 #include <cstring>
 #include <numeric>
-#include <utility>
 #include <vector>
 
+#include "../checks.h"
 #include "../products.h"
 #include "alignpro/core/error.h"
 #include "alignpro/model/rope_angles.h"
@@ -33,7 +33,7 @@ const model::ModelConfig& runnable(const model::ModelConfig& c, DType dtype) {
   (void)products();
   require(dtype == DType::kF32 || dtype == DType::kBF16,
           "compute: expected bfloat16 or float32 on device cuda, got ", dtype_name(dtype));
-  const int64_t pack = 16 / block_bytes(dtype);
+  const int64_t pack = pack_size(dtype);
   const auto whole = [&](const char* name, int64_t size) {
     require(size % pack == 0, "device cuda: ", name, ": expected a multiple of ", pack, " in ",
             dtype_name(dtype), ", the model has ", size, "; use device cpu");
@@ -72,13 +72,12 @@ Matrix upload(MatrixStore& store, const std::vector<ops::StoredRow>& rows, int64
 }  // namespace
 
 DeviceWeights::DeviceWeights(const model::Checkpoint& checkpoint, DType dtype_,
-                             int64_t context_length_, ThreadTeam& team,
-                             std::shared_ptr<const FastLibrary> fast_)
+                             int64_t context_length_, ThreadTeam& team, const Mode& mode)
     : config(runnable(checkpoint.config(), dtype_)),
       context_length(context_length_),
       dtype(dtype_),
       device(current_device()),
-      fast(std::move(fast_)),
+      fast(mode.fast ? open_fast_library(mode.library_folders) : nullptr),
       store_(dtype, &team) {
   embedding = head = upload(store_, checkpoint.embedding_rows(), config.hidden_size);
   if (!config.tied_head) head = upload(store_, checkpoint.head_rows(), config.hidden_size);
@@ -119,6 +118,11 @@ AttentionShape DeviceWeights::attention() const {
 int64_t DeviceWeights::streamed_bytes() const {
   const int64_t table = config.vocab_size * config.hidden_size * block_bytes(dtype);
   return bytes() - (config.tied_head ? 0 : table);
+}
+
+PagedKv DeviceWeights::kv_layer(void* pool, int64_t count, int64_t layer) const {
+  const int64_t half = ops::kKvBlock * config.head_dim, own = config.num_kv_heads * 2 * half;
+  return {at(pool, layer * own * block_bytes(dtype)), count * own, 2 * half, half};
 }
 
 int64_t DeviceWeights::kv_block_bytes() const {

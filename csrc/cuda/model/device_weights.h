@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "../fast_linear.h"
@@ -22,12 +23,19 @@ struct DeviceLayer {
   const void *qkv_bias, *q_norm, *k_norm;  // null where the family has none
 };
 
+// How the layers multiply. Strict: by linear, a row's bits are its own, and sampled and scored
+// log-probabilities are equal. Fast: by cuBLASLt (fast_linear.h), and they are not.
+struct Mode {
+  bool fast = false;
+  std::vector<std::string> library_folders = {};  // where cuBLASLt may lie, beside the loader's
+};
+
 class DeviceWeights {
  public:
-  // Throws Unavailable without a GPU or the memory, InvalidArgument for a dtype or a shape that the
-  // ops do not take, before anything is copied.
+  // Throws Unavailable without a GPU, the memory or what the mode needs, InvalidArgument for a
+  // dtype or a shape that the ops do not take, before anything is copied.
   DeviceWeights(const model::Checkpoint& checkpoint, DType dtype, int64_t context_length,
-                ThreadTeam& team, std::shared_ptr<const FastLibrary> fast);
+                ThreadTeam& team, const Mode& mode);
 
   const model::ModelConfig config;
   const int64_t context_length;
@@ -45,6 +53,9 @@ class DeviceWeights {
   // Read once by a step whatever its batch: all but an embedding that is not the head.
   int64_t streamed_bytes() const;
   int64_t kv_block_bytes() const;
+  // One of `count` in a pool whose blocks lie in one piece each,
+  // [count][kv head][K, V][16][head_dim].
+  PagedKv kv_layer(void* pool, int64_t count, int64_t layer) const;
 
  private:
   MatrixStore store_;

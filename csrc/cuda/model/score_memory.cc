@@ -73,7 +73,7 @@ ScoreTree::ScoreTree(const model::ScoreRequest& request, std::span<const int64_t
   }
 }
 
-ScoreTree::Tables ScoreTree::cut(Pieces& from) const {
+ScoreTree::Tables ScoreTree::cut(Workspace& from) const {
   const auto ints = [&](int64_t count) { return from.take<int32_t>(count); };
   Tables t;
   t.tokens = ints(rows());
@@ -131,7 +131,7 @@ ScoreMemory::Ranks ScoreMemory::most_ranks() const {
   return most;
 }
 
-LayerMemory ScoreMemory::cut_layer(Pieces& from, const Ranks& ranks, bool with_raw) const {
+LayerMemory ScoreMemory::cut_layer(Workspace& from, const Ranks& ranks, bool with_raw) const {
   const model::ModelConfig& c = weights_.config;
   const auto matrix = [&](int64_t cols) { return from.matrix(tree_.rows(), cols, weights_.dtype); };
   LayerMemory memory;
@@ -142,8 +142,8 @@ LayerMemory ScoreMemory::cut_layer(Pieces& from, const Ranks& ranks, bool with_r
   a.middle = matrix(c.hidden_size);
   a.gate_up = matrix(2 * c.intermediate_size);
   for (size_t s = 0; s < ranks.size(); ++s) a.low[s] = matrix(ranks[s]);
-  const int64_t half = kKvBlock * c.head_dim, block = c.num_kv_heads * 2 * half;
-  memory.kv = {from.matrix(tree_.blocks(), block, weights_.dtype).data, block, 2 * half, half};
+  memory.kv = weights_.kv_layer(
+      from.take<char>(tree_.blocks() * weights_.kv_block_bytes() / c.num_layers), 1, 0);
   memory.lse = from.take<float>(tree_.rows() * c.num_heads);
   return memory;
 }
@@ -159,7 +159,7 @@ LogprobInput ScoreMemory::logprob_input() const {
 ScoreMemory::Kept ScoreMemory::kept(void* base) const {
   const model::ModelConfig& c = weights_.config;
   const int64_t rows = tree_.rows(), values = tree_.values(), width = c.hidden_size;
-  Pieces from(base);
+  Workspace from(base);
   Kept m;
   m.tables = tree_.cut(from);
   m.table_bytes = from.bytes();
@@ -183,10 +183,10 @@ ScoreMemory::Kept ScoreMemory::kept(void* base) const {
 ScoreMemory::Forward ScoreMemory::forward(void* base) const {
   const model::ModelConfig& c = weights_.config;
   const int64_t rows = tree_.rows(), width = c.hidden_size;
-  Pieces from(base);
+  Workspace from(base);
   Forward m;
   if (request_.with_reference) m.reference_stream = from.matrix(rows, width, weights_.dtype);
-  Pieces layers = from.rest(), head = from.rest();  // one after the other
+  Workspace layers = from.rest(), head = from.rest();  // one after the other
   m.normed = layers.matrix(rows, width, weights_.dtype);
   m.activated = layers.matrix(rows, c.intermediate_size, weights_.dtype);
   if (request_.with_reference || !keeps_layers()) m.layer = cut_layer(layers, most_ranks(), false);
@@ -199,11 +199,11 @@ ScoreMemory::Backward ScoreMemory::backward(void* base) const {
   const model::ModelConfig& c = weights_.config;
   const DType dtype = weights_.dtype;
   const int64_t rows = tree_.rows(), values = tree_.values(), width = c.hidden_size;
-  Pieces from(base);
+  Workspace from(base);
   Backward m;
   m.d_stream = from.matrix(rows, width, dtype);
   m.d_normed = from.matrix(rows, width, dtype);
-  Pieces head = from.rest(), layers = from.rest();
+  Workspace head = from.rest(), layers = from.rest();
   m.d_hidden = head.matrix(values, width, DType::kF32);
   m.upstream = head.take<float>(3 * values);
   m.logprob = head.take<char>(linear_logprob_backward_bytes(logprob_input()));

@@ -45,7 +45,7 @@ class ScoreTree {
     int32_t *value_rows, *value_tokens;          // [values]
     int32_t *value_begins, *row_values;          // [rows + 1], the values of each row
   };
-  Tables cut(Pieces& from) const;
+  Tables cut(Workspace& from) const;
   void write(const Tables& staged) const;
 
  private:
@@ -116,7 +116,7 @@ class ScoreMemory {
   using Ranks = std::array<int64_t, 4>;  // by LinearSite
   Ranks ranks(const model::Adapter* adapter, int64_t layer) const;
   Ranks most_ranks() const;  // of any layer of policy and reference
-  LayerMemory cut_layer(Pieces& from, const Ranks& ranks, bool with_raw) const;
+  LayerMemory cut_layer(Workspace& from, const Ranks& ranks, bool with_raw) const;
   LogprobInput logprob_input() const;  // shapes alone
 
   const DeviceWeights& weights_;

@@ -25,31 +25,36 @@ def check_optimizer(config: SftConfig | TrainConfig) -> None:
         require("threads", config.threads, config.threads >= 1, "at least 1")
 
 
-# What a model may compute with, by device; the device's own first.
+# What a model may compute with, by device, the device's own first; and how it may multiply.
 COMPUTE = {"cpu": ("float32", "int8"), "cuda": ("bfloat16", "float32")}
+MODES = {"cpu": ("strict",), "cuda": ("strict", "fast")}
 
 
 def check_target(config: TrainConfig | EvalConfig | HeadroomConfig | BoundConfig) -> None:
     """What the target may compute with where it is, and how."""
-    allowed = COMPUTE[config.target_device]
-    expected = f"{' or '.join(allowed)} with target_device {config.target_device}"
-    require("target_compute", config.target_compute, config.target_compute in allowed, expected)
-    if config.target_device == "cpu":
-        mode = config.target_mode
-        require("target_mode", mode, mode == "strict", "strict with target_device cpu")
+    _check_model("target", config.target_device, config.target_compute, config.target_mode)
 
 
 def check_prompter(
     config: SftConfig | TrainConfig | EvalConfig | HeadroomConfig | BoundConfig,
 ) -> None:
-    """What the prompter may compute with where it is; not what has no gradients."""
-    allowed = [name for name in COMPUTE[config.prompter_device] if name != "int8"]
-    expected = f"{' or '.join(allowed)} with prompter_device {config.prompter_device}"
-    compute = config.prompter_compute
-    require("prompter_compute", compute, compute in allowed, expected)
-    if config.prompter_device == "cpu":
-        mode = config.prompter_mode
-        require("prompter_mode", mode, mode == "strict", "strict with prompter_device cpu")
+    """What the prompter may compute with where it is, and how; not what has no gradients."""
+    _check_model(
+        "prompter",
+        config.prompter_device,
+        config.prompter_compute,
+        config.prompter_mode,
+        without=("int8",),
+    )
+
+
+def _check_model(
+    role: str, device: str, compute: str, mode: str, without: tuple[str, ...] = ()
+) -> None:
+    computes = [name for name in COMPUTE[device] if name not in without]
+    for name, value, allowed in (("compute", compute, computes), ("mode", mode, MODES[device])):
+        expected = f"{' or '.join(allowed)} with {role}_device {device}"
+        require(f"{role}_{name}", value, value in allowed, expected)
 
 
 def check_micro_batches(config: SftConfig | TrainConfig) -> None:

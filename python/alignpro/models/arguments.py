@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from alignpro import native
-from alignpro.config.fields import COMPUTE
+from alignpro.config.fields import COMPUTE, MODES
 from alignpro.types import Chat, SamplingParams
 
 if TYPE_CHECKING:
@@ -109,26 +109,24 @@ def token_list(tokens: Any, what: str) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def check_mode(device: str, mode: str) -> None:
-    """Whether a model on the device may multiply like that."""
-    allowed = ("strict", "fast") if device == "cuda" else ("strict",)
-    if mode not in allowed:
+def _chosen(device: str, name: str, value: str | None, allowed: tuple[str, ...]) -> str:
+    """One of what the device allows; None takes the first."""
+    if value is not None and value not in allowed:
         wanted = " or ".join(f'"{a}"' for a in allowed)
-        raise ValueError(f'mode: expected {wanted} on device "{device}", got {mode!r}')
+        raise ValueError(f'{name}: expected {wanted} on device "{device}", got {value!r}')
+    return allowed[0] if value is None else value
+
+
+def check_mode(device: str, mode: str) -> None:
+    """Whether a model on the device, which `arithmetic_of` knows, may multiply like that."""
+    _chosen(device, "mode", mode, MODES[device])
 
 
 def arithmetic_of(device: str, compute: str | None, kv_dtype: str | None) -> tuple[str, str]:
     """(compute, kv_dtype) of a model on the device; None takes the device's own."""
-
-    def chosen(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
-        if value is not None and value not in allowed:
-            wanted = " or ".join(f'"{a}"' for a in allowed)
-            raise ValueError(f'{name}: expected {wanted} on device "{device}", got {value!r}')
-        return allowed[0] if value is None else value
-
     if device not in COMPUTE:
         raise ValueError(f'device: expected "cpu" or "cuda", got {device!r}')
-    compute = chosen("compute", compute, COMPUTE[device])
-    return compute, chosen(
-        "kv_dtype", kv_dtype, (compute,) if device == "cuda" else ("float32", "float16")
+    compute = _chosen(device, "compute", compute, COMPUTE[device])
+    return compute, _chosen(
+        device, "kv_dtype", kv_dtype, (compute,) if device == "cuda" else ("float32", "float16")
     )

@@ -269,10 +269,7 @@ void Engine::run(std::span<const std::shared_ptr<Sequence>> sequences,
       lock.lock();
       turn_.wait(lock, [this] { return !driving_; });
       try {
-        unreported_ = in_turn(lock, [this](Sequences& finished) {
-          end_step(finished);
-          extend(finished, scheduler_.drop_interrupted(Clock::now()));
-        });
+        unreported_ = in_turn(lock, [this](Sequences& finished) { end_launched(finished); });
       } catch (...) {  // of a step that another thread launched; its sequences carry it
       }
       throw;
@@ -318,15 +315,16 @@ Engine::Sequences Engine::in_turn(std::unique_lock<std::mutex>& lock,
 }
 
 void Engine::step_once(Sequences& finished) {
-  if (drawing_) {
-    end_step(finished);
-    // What was cancelled since the launch does not wait for another step.
-    extend(finished, scheduler_.drop_interrupted(Clock::now()));
-    return;
-  }
+  if (drawing_) return end_launched(finished);
   const trace::Span span(trace::Level::kSteps, "step");
   begin_step(finished);
   end_step(finished);
+}
+
+// What was cancelled since the launch does not wait for another step.
+void Engine::end_launched(Sequences& finished) {
+  end_step(finished);
+  extend(finished, scheduler_.drop_interrupted(Clock::now()));
 }
 
 void Engine::begin_step(Sequences& finished) {

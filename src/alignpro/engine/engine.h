@@ -84,6 +84,7 @@ class Engine {
   void step_once(Sequences& finished);
   void begin_step(Sequences& finished);
   void end_step(Sequences& finished);
+  void end_launched(Sequences& finished);
   Sequences take_incoming();
   void admit();
   std::vector<Task*> forward(std::span<const Chunk> chunks);
