@@ -1,10 +1,9 @@
-#include "bind_cuda_backward.h"
-
 #include <cstdint>
 
+#include "bindings/gil.h"
 #include "cuda/ops.h"
+#include "cuda_ops.h"
 #include "device_call.h"
-#include "gil.h"
 
 namespace py = pybind11;
 using namespace alignpro;
@@ -126,7 +125,7 @@ void lora_backward(const py::object& x, const py::object& lora_x, const py::obje
 
 }  // namespace
 
-void bind_cuda_backward(py::module_& m) {
+void bind_cuda_ops_backward(py::module_& m) {
   m.def("rms_norm_backward", &rms_norm_backward, py::arg("x"), py::arg("weight"), py::arg("eps"),
         py::arg("dy"), py::arg("dx"), py::arg("stream"));
   m.def("embedding_backward", &embedding_backward, py::arg("d_out"), py::arg("begins"),

@@ -1,13 +1,12 @@
-#include "bind_cuda.h"
+#include "cuda_ops.h"
 
 #include <pybind11/stl.h>
 
 #include <cstdint>
 
-#include "bind_cuda_backward.h"
+#include "bindings/gil.h"
 #include "cuda/ops.h"
 #include "device_call.h"
-#include "gil.h"
 
 namespace py = pybind11;
 using namespace alignpro;
@@ -262,12 +261,7 @@ void head_sample(const py::object& hidden, const py::object& head, const py::obj
 
 }  // namespace
 
-void bind_cuda(py::module_& core) {
-  py::module_ m = core.def_submodule("cuda", "Ops on device memory; tensors cross by DLPack.");
-  m.def("is_available", &cuda::is_available);
-  m.def("unavailable_reason", &cuda::unavailable_reason);
-  m.def("device_name", &cuda::device_name);
-  m.def("version", &cuda::version);
+void bind_cuda_ops(py::module_& m) {
   py::class_<cuda::AttentionShape>(m, "AttentionShape")
       .def(py::init(&attention_shape), py::arg("num_heads"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("sliding_window"), py::arg("scale"));
@@ -333,5 +327,4 @@ void bind_cuda(py::module_& core) {
         py::arg("workspace"), py::arg("stream"));
   m.def("head_sample_bytes", &cuda::head_sample_bytes, py::arg("rows"), py::arg("vocab"),
         py::arg("with_truncation"));
-  bind_cuda_backward(m);
 }
