@@ -1,4 +1,4 @@
-// Table of contents of alignpro._core; one file a room.
+// Table of contents of alignpro._core; one file a layer.
 
 #include <pybind11/pybind11.h>
 
