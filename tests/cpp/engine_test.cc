@@ -609,7 +609,7 @@ TEST_CASE("bad requests are refused by name") {
   Bench small(2, 64);
   CHECK_THROWS_WITH_AS(
       (void)(small.submit(prompt_of(20, 0), params_of(20))),
-      doctest::Contains("kv_cache_bytes to at least " + std::to_string(3 * kBlockBytes)),
+      doctest::Contains(("kv_cache_bytes to at least " + std::to_string(3 * kBlockBytes)).c_str()),
       InvalidArgument);
   const auto bad = [&](auto change, const char* text) {
     SamplingParams params = params_of(4);
