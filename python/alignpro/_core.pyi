@@ -38,7 +38,7 @@ def trace_stop() -> dict[str, Any]:
 def read_gguf_metadata(path: str) -> dict[str, Any]:
     """Every key of a GGUF header; arrays become lists. Raises ModelFileError."""
 
-class StoredWeight:
+class QuantizedWeight:
     """A matrix of a GGUF file, mapped: its bytes are read where they are used."""
 
     rows: int
@@ -46,17 +46,17 @@ class StoredWeight:
     dtype: str
     nbytes: int
     @staticmethod
-    def from_gguf(path: str, name: str) -> StoredWeight: ...
+    def from_gguf(path: str, name: str) -> QuantizedWeight: ...
 
 # The vocabulary op. hidden, reference_hidden: float32 [T, D]; weights: [V, D] float32, float16,
-# bfloat16 as its uint16 bits, or StoredWeight; tokens: int32 [T].
+# bfloat16 as its uint16 bits, or QuantizedWeight; tokens: int32 [T].
 def linear_logprob(
     hidden: NDArray[np.float32],
-    weight: NDArray[Any] | StoredWeight,
+    weight: NDArray[Any] | QuantizedWeight,
     tokens: NDArray[np.int32],
     temperature: float,
     reference_hidden: NDArray[np.float32] | None,
-    reference_weight: NDArray[Any] | StoredWeight | None,
+    reference_weight: NDArray[Any] | QuantizedWeight | None,
     with_jacobian: bool,
 ) -> dict[str, NDArray[Any] | None]:
     """logprob, entropy, kl, reverse_kl, reference_logprob, lse, reference_lse: [T]; d_logprob and
@@ -64,22 +64,22 @@ def linear_logprob(
 
 def linear_logprob_variation(
     hidden: NDArray[np.float32],
-    weight: NDArray[Any] | StoredWeight,
+    weight: NDArray[Any] | QuantizedWeight,
     tokens: NDArray[np.int32],
     temperature: float,
     reference_hidden: NDArray[np.float32] | None,
-    reference_weight: NDArray[Any] | StoredWeight | None,
+    reference_weight: NDArray[Any] | QuantizedWeight | None,
     forward: dict[str, NDArray[Any] | None],
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(total variation, mass_above), [T] each."""
 
 def linear_logprob_backward(
     hidden: NDArray[np.float32],
-    weight: NDArray[Any] | StoredWeight,
+    weight: NDArray[Any] | QuantizedWeight,
     tokens: NDArray[np.int32],
     temperature: float,
     reference_hidden: NDArray[np.float32] | None,
-    reference_weight: NDArray[Any] | StoredWeight | None,
+    reference_weight: NDArray[Any] | QuantizedWeight | None,
     forward: dict[str, NDArray[Any] | None],
     mass_above: NDArray[np.float32] | None,
     upstream: dict[str, NDArray[np.float32] | None],

@@ -34,7 +34,7 @@ CALLS = {
     "linear_backward": "dy weight residual lora_down lora_up lora_scale d_low dx stream",
     "lora_backward": "x lora_x dy d_low lora_scale d_a d_b workspace stream",
     "attention_backward": (
-        "qkv shape out dout lse segments max_rows viewer_begin viewers block_table kv d_qkv "
+        "qkv shape out dout lse segments max_rows child_begin children block_table kv d_qkv "
         "workspace stream"
     ),
     "linear_logprob": LOGPROB + "workspace stream",

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import alignpro
 from alignpro.ops import (
-    StoredWeight,
+    QuantizedWeight,
     get_num_threads,
     linear_logprob,
     peak_bytes,
@@ -339,7 +339,7 @@ def stored(tmp_path_factory):
 @pytest.mark.parametrize("name", STORED)
 def test_a_weight_as_it_stands_in_a_file(stored, name):
     path, values = stored
-    weight = StoredWeight.from_gguf(path, name)
+    weight = QuantizedWeight.from_gguf(path, name)
     assert (weight.rows, weight.cols, weight.dtype) == (530, STORED_COLS, name)
     hidden, _, tokens, reference = draw(vocab=530, cols=STORED_COLS)
     ours, wide = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
@@ -355,13 +355,13 @@ def test_a_weight_as_it_stands_in_a_file(stored, name):
 def test_stored_weights_that_are_not_there(stored, tmp_path):
     path, _ = stored
     with pytest.raises(ValueError, match="holds no tensor nothing"):
-        StoredWeight.from_gguf(path, "nothing")
+        QuantizedWeight.from_gguf(path, "nothing")
     with pytest.raises(ValueError, match="expected a matrix"):
-        StoredWeight.from_gguf(path, "vector")
+        QuantizedWeight.from_gguf(path, "vector")
     page = tmp_path / "page.gguf"
     page.write_text("<html>")
     with pytest.raises(alignpro.ModelFileError):
-        StoredWeight.from_gguf(page, "F32")
+        QuantizedWeight.from_gguf(page, "F32")
 
 
 @pytest.fixture
