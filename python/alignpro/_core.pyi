@@ -62,7 +62,7 @@ def linear_logprob(
     """logprob, entropy, kl, reverse_kl, reference_logprob, lse, reference_lse: [T]; d_logprob and
     d_kl: [T, D], the derivatives by hidden. None where there is no reference (or no jacobian)."""
 
-def linear_logprob_variation(
+def total_variation(
     hidden: NDArray[np.float32],
     weight: NDArray[Any] | QuantizedWeight,
     tokens: NDArray[np.int32],
