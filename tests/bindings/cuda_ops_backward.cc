@@ -78,7 +78,7 @@ void attention_backward(const py::object& qkv, const cuda::AttentionShape& shape
   in.out = call.matrix(out, "out");
   in.dout = call.matrix(dout, "dout");
   in.lse = call.tensor(lse, "lse", 2).values<float>(DlType::kFloat, in.qkv.rows * shape.num_heads);
-  const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
+  const DeviceTensor& table = call.tensor(block_table, "block_table", 2, Rows::kApart);
   in.segments = call.segments(segments, table.size(0));
   in.segment_count = table.size(0);
   in.max_rows = max_rows;
