@@ -40,6 +40,7 @@ from memory import extra_bytes_of
 
 SHAPES = ((49152, 576), (151936, 896))  # SmolLM2-135M and Qwen2.5-0.5B: vocabulary x hidden
 TOKENS = (256, 1024)
+PACKAGES = ("transformers", "peft", "gguf", "liger-kernel", "triton")  # whose versions matter
 _CHECKED_TOKENS = 16
 
 Say = Callable[[str], None]
@@ -74,7 +75,7 @@ def bench_score(
         say("measuring the machine")
         report: dict[str, Any] = {
             "benchmark": "score",
-            "machine": machine(threads),
+            "machine": machine(threads, PACKAGES),
             "repeats": repeats,
             "model": None if model is None else model.name,
             "limits": limits(threads, repeats),

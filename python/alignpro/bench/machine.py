@@ -8,30 +8,20 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from alignpro.native import core
 
-_PACKAGES = (
-    "alignpro",
-    "numpy",
-    "torch",
-    "tokenizers",
-    "transformers",
-    "peft",
-    "gguf",
-    "liger-kernel",
-    "triton",
-)
+_PACKAGES = ("alignpro", "numpy", "tokenizers", "torch")
 _SETTLE_SECONDS = 0.02  # a thread pool that has just worked spins for some milliseconds
 Result = TypeVar("Result")
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """CPU, threads and versions."""
+def machine(threads: int, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """CPU, threads and versions, those of ``packages`` among them where they are installed."""
     return {
         "cpu": _cpu_name(),
         "cpus": core.available_cpus(),
@@ -39,7 +29,7 @@ def machine(threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "cpu_isa": core.cpu_isa(),
         "build": core.build_info(),
-        "versions": _versions(),
+        "versions": _versions([*_PACKAGES, *packages]),
     }
 
 
@@ -117,9 +107,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str]:
+def _versions(packages: Sequence[str]) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -38,7 +38,6 @@ def bench_step(
 ) -> None:
     """Seconds of whole training steps on work of a fixed size, by stage."""
     needs_torch("bench step")
-    check_new(json_file)
     from alignpro.bench.step import bench_step as measure
     from alignpro.bench.tables import step_table
 
