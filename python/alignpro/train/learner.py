@@ -21,7 +21,7 @@ from alignpro.objective import (
 from alignpro.train.critic import Critic, TokenTargets
 from alignpro.train.micro_batches import MicroBatch, plan_micro_batches
 from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
-from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors
+from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors, one_torch_thread
 from alignpro.train.trajectories import (
     StepBatch,
     Trajectory,
@@ -50,6 +50,7 @@ class Learner:
         if value_head is not None:
             self.critic = Critic(value_head, learning_rate=config.ppo.value_learning_rate)
 
+    @one_torch_thread()
     def improve(
         self, batch: StepBatch, kl_coef: float, step: int, stop_if_asked: Callable[[], None]
     ) -> tuple[dict[str, float], dict[str, float]]:
@@ -127,6 +128,8 @@ class Learner:
         trajectories = [batch.trajectories[row] for row in update.rows]
         total_tokens = sum(len(t.tokens) for t in trajectories)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.critic is not None:
+            self.critic.optimizer.zero_grad(set_to_none=True)
         results: list[LossResult] = []
         parity = value_loss = 0.0
         for micro in self._micro_batches(trajectories):
@@ -206,15 +209,15 @@ class Learner:
         return difference
 
     def _apply_gradients(self, step: int) -> dict[str, float]:
-        """One optimizer step; the norm is that of the gradient before it was clipped."""
+        """One optimizer step of the policy, and of the critic with it or of neither; the norm is
+        that of the policy's gradient before it was clipped."""
         config = self.config
         factor = rate_factor(config, step)
         rate = config.learning_rate * factor
-        norm = apply_gradients(
-            self.optimizer, learning_rate=rate, max_grad_norm=config.max_grad_norm
-        )
+        rates: dict[torch.optim.Optimizer, float] = {self.optimizer: rate}
         if self.critic is not None:
-            self.critic.apply_gradients(factor, config.max_grad_norm)
+            rates[self.critic.optimizer] = self.critic.learning_rate * factor
+        norm, *_ = apply_gradients(rates, max_grad_norm=config.max_grad_norm)
         return {"grad_norm": norm, "learning_rate": rate}
 
     def _copy_of_state(self) -> tuple[Any, ...]:
