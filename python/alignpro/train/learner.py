@@ -13,6 +13,7 @@ import torch
 from alignpro.config import TrainConfig
 from alignpro.objective import (
     LossResult,
+    Metric,
     PolicyBatch,
     merge_metrics,
     policy_loss,
@@ -122,7 +123,7 @@ class Learner:
         update: Update,
         kl_coef: float,
         stop_if_asked: Callable[[], None],
-    ) -> dict[str, float]:
+    ) -> dict[str, Metric]:
         """The gradient of one update, micro-batch by micro-batch under one denominator."""
         config = self.config
         trajectories = [batch.trajectories[row] for row in update.rows]
@@ -166,12 +167,13 @@ class Learner:
                 loss = self.critic.loss(scores.hidden, returns, total_tokens=total_tokens)
                 loss.backward()  # type: ignore[no-untyped-call]
                 value_loss += float(loss.detach())
-        return {
-            **merge_metrics(results),
-            "micro_batches": len(results),
-            **({"parity_max_abs": parity} if update.fresh else {}),
-            **({"value_loss": value_loss} if self.critic is not None else {}),
-        }
+        merged = merge_metrics([result.metrics for result in results])
+        merged["micro_batches"] = Metric(len(results), kind="work")
+        if update.fresh:
+            merged["parity_max_abs"] = Metric(parity, kind="largest")
+        if self.critic is not None:
+            merged["value_loss"] = Metric(value_loss * total_tokens, total_tokens)
+        return merged
 
     def _micro_batches(self, trajectories: Sequence[Trajectory]) -> list[MicroBatch]:
         return plan_micro_batches(
@@ -208,7 +210,7 @@ class Learner:
             )
         return difference
 
-    def _apply_gradients(self, step: int) -> dict[str, float]:
+    def _apply_gradients(self, step: int) -> dict[str, Metric]:
         """One optimizer step of the policy, and of the critic with it or of neither; the norm is
         that of the policy's gradient before it was clipped."""
         config = self.config
@@ -218,7 +220,10 @@ class Learner:
         if self.critic is not None:
             rates[self.critic.optimizer] = self.critic.learning_rate * factor
         norm, *_ = apply_gradients(rates, max_grad_norm=config.max_grad_norm)
-        return {"grad_norm": norm, "learning_rate": rate}
+        return {
+            "grad_norm": Metric(norm, kind="largest"),
+            "learning_rate": Metric(rate, kind="largest"),  # one for all updates of a step
+        }
 
     def _copy_of_state(self) -> tuple[Any, ...]:
         critic = None if self.critic is None else copy.deepcopy(self.critic.state_dict())
