@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "statistics": {"types"},
     "theory": {"types", "statistics"},
     "native": _BASE,
-    "models": _BASE | {"native"},
+    "models": _BASE | {"native", "files"},
     "ops": _BASE | {"native"},
     "pipeline": _SERVING | {"trace", "rewards.check"},
     "train": _RUNNING,
