@@ -334,10 +334,10 @@ def test_auto_learns_the_split_and_then_chooses(tmp_path):
         return [(row["num_rewrites"], row["num_responses"]) for row in log(trainer)]
 
     # The target adds nothing: one response says it all, but for the steps that look again.
-    quiet = run("quiet", letter_reward)
-    assert quiet[:LEARNING_STEPS] == [(8, 2)] * LEARNING_STEPS
-    assert quiet[RELEARN_EVERY] == (8, 2)
-    rest = [c for i, c in enumerate(quiet) if i >= LEARNING_STEPS and i != RELEARN_EVERY]
+    settled = run("settled", letter_reward)
+    assert settled[:LEARNING_STEPS] == [(8, 2)] * LEARNING_STEPS
+    assert settled[RELEARN_EVERY] == (8, 2)
+    rest = [c for i, c in enumerate(settled) if i >= LEARNING_STEPS and i != RELEARN_EVERY]
     assert rest == [(16, 1)] * len(rest)
 
     def of_the_response(prompts, rewrites, responses):

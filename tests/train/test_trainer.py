@@ -81,7 +81,7 @@ def log(trainer):
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
-def test_a_heavy_leash_holds_the_reference(tmp_path):
+def test_a_heavy_kl_penalty_holds_the_reference(tmp_path):
     free = make(config(tmp_path / "free", steps=40, kl_coef=0.0))
     held = make(config(tmp_path / "held", steps=40, kl_coef=50.0))
     for trainer in (free, held):
