@@ -17,10 +17,13 @@ PACKAGE = "alignpro"
 # room -> the rooms it may import. A room may always import itself.
 _BASE = {"config", "types"}
 _SERVING = _BASE | {"native", "models"}
-_RUNNING = _SERVING | {"pipeline", "rewards", "objective", "data", "statistics"}
+_WRITING = {"files", "run_directory"}
+_RUNNING = _SERVING | _WRITING | {"pipeline", "rewards", "objective", "data", "statistics"}
 ROOMS: dict[str, set[str]] = {
     "types": set(),
     "trace": set(),
+    "files": set(),
+    "run_directory": {"files"},
     "config": {"types"},
     "data": {"types"},
     "rewards": {"types"},
@@ -28,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "statistics": {"types"},
     "theory": {"types", "statistics"},
     "native": _BASE,
-    "models": _BASE | {"native"},
+    "models": _BASE | {"native", "files"},
     "ops": _BASE | {"native"},
     "pipeline": _SERVING | {"trace", "rewards.check"},
     "train": _RUNNING,
@@ -49,7 +52,7 @@ ONLY = {
     "openai": {"evaluate"},  # the judge's client
     "alignpro._core": {"native"},
 }
-STANDARD_LIBRARY_ONLY = {"config", "types", "trace", ""}
+STANDARD_LIBRARY_ONLY = {"config", "types", "trace", "files", "run_directory", ""}
 # The one module of config that needs more says so by its import.
 EXCEPTIONS = {("config", "yaml")}
 
