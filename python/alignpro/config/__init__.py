@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from alignpro.config.closed_form import ClosedFormConfig
 from alignpro.config.evaluate import EvalConfig, JudgeConfig, OptimumConfig, StaticSearch
+from alignpro.config.fields import from_mapping
 from alignpro.config.ppo import PpoConfig
 from alignpro.config.prompting import (
     RESPONSE,
@@ -19,7 +20,7 @@ from alignpro.config.prompting import (
     check_sampling,
 )
 from alignpro.config.quickstart import QuickstartConfig
-from alignpro.config.read import apply_overrides, from_mapping, load_yaml, to_mapping
+from alignpro.config.read import apply_overrides, load_yaml, to_mapping
 from alignpro.config.sft import SftConfig
 from alignpro.config.theory import BoundConfig, HeadroomConfig
 from alignpro.config.train import TrainConfig

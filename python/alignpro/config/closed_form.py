@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from alignpro.config.fields import require
+from alignpro.config.fields import checked, require
 
 
 @dataclass(frozen=True)
+@checked
 class ClosedFormConfig:
     """One set of rollouts of the untuned prompter, and the fit to them.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignpro.config.fields import check_prompter, check_target, require
+from alignpro.config.fields import check_prompter, check_target, checked, require
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, check_sampling
 from alignpro.types import SamplingParams
 
 
 @dataclass(frozen=True)
+@checked
 class StaticSearch:
     """Search for the best fixed instruction on training prompts, by successive halving."""
 
@@ -35,6 +36,7 @@ class StaticSearch:
 
 
 @dataclass(frozen=True)
+@checked
 class OptimumConfig:
     """The optimum of the objective by resampling what the untuned prompter writes."""
 
@@ -50,6 +52,7 @@ class OptimumConfig:
 
 
 @dataclass(frozen=True)
+@checked
 class JudgeConfig:
     """Who says which of two responses is better, and how it is asked."""
 
@@ -87,6 +90,7 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True)
+@checked
 class EvalConfig:
     """The arms of an evaluation on held-out prompts; each group that is null leaves its arm out."""
 

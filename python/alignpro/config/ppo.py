@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignpro.config.fields import require
+from alignpro.config.fields import checked, require
 
 
 @dataclass(frozen=True)
+@checked
 class PpoConfig:
     """Several passes over a batch, with clipped ratios (Schulman et al. 2017, arXiv 1707.06347)."""
 

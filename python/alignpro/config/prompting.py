@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from alignpro.config.fields import require
+from alignpro.config.fields import checked, require
 from alignpro.types import SamplingParams
 
 # An instruction is a short sentence. Measured on 52 styles of instruction under the sentiment
@@ -16,6 +16,7 @@ RESPONSE = SamplingParams(max_new_tokens=32, temperature=0.7)
 
 
 @dataclass(frozen=True)
+@checked
 class Prompting:
     """How prompter and target are put together."""
 
@@ -48,6 +49,7 @@ class Prompting:
 
 
 @dataclass(frozen=True)
+@checked
 class LoraConfig:
     """The trained part of the prompter (LoRA, arXiv 2106.09685)."""
 

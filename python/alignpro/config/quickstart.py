@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from alignpro.config.evaluate import EvalConfig
-from alignpro.config.fields import default_of
+from alignpro.config.fields import checked, default_of
 from alignpro.config.prompting import LoraConfig, Prompting
 from alignpro.config.sft import SftConfig
 from alignpro.config.train import TrainConfig
 
 
 @dataclass(frozen=True)
+@checked
 class QuickstartConfig:
     """Warm start, training and evaluation in one go.
 

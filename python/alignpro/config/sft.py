@@ -10,12 +10,14 @@ from alignpro.config.fields import (
     check_micro_batches,
     check_optimizer,
     check_prompter,
+    checked,
     require,
 )
 from alignpro.config.prompting import LoraConfig, Prompting
 
 
 @dataclass(frozen=True)
+@checked
 class SftConfig:
     """The supervised warm start: fits (prompt, instruction) pairs."""
 

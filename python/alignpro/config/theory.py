@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignpro.config.fields import check_prompter, check_target, require
+from alignpro.config.fields import check_prompter, check_target, checked, require
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, check_sampling
 from alignpro.types import SamplingParams
 
@@ -13,6 +13,7 @@ KL_COEFS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
+@checked
 class HeadroomConfig:
     """Rewrites of the untuned prompter, their responses and rewards, and a grid of kl_coef."""
 
@@ -48,6 +49,7 @@ class HeadroomConfig:
 
 
 @dataclass(frozen=True)
+@checked
 class BoundConfig:
     """The bound at one kl_coef, and the gap that is measured beside it."""
 

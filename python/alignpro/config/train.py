@@ -12,6 +12,7 @@ from alignpro.config.fields import (
     check_optimizer,
     check_prompter,
     check_target,
+    checked,
     default_of,
     require,
 )
@@ -28,6 +29,7 @@ from alignpro.types import SamplingParams
 
 
 @dataclass(frozen=True)
+@checked
 class TrainConfig:
     """Reinforcement learning of the prompter with a KL leash."""
 
