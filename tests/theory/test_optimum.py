@@ -36,7 +36,7 @@ def test_the_objective_is_reward_less_kl(kl_coef, offset):
     assert weights_kl(weights).max() <= np.log(7) + 1e-12 and weights_kl(weights).min() >= -1e-12
 
 
-def test_a_tight_leash_is_the_untuned_prompter_and_a_loose_one_the_best_sample():
+def test_a_large_kl_coef_is_the_untuned_prompter_and_a_small_one_the_best_sample():
     rewards = np.random.default_rng(1).normal(size=(4, 6))
     assert optimum_weights(rewards, 1e9) == pytest.approx(np.full((4, 6), 1 / 6))
     assert optimum_objective(rewards, 1e9) == pytest.approx(rewards.mean(axis=1))

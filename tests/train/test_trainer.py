@@ -80,7 +80,7 @@ def log(trainer):
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
-def test_a_heavy_leash_holds_the_reference(tmp_path):
+def test_a_heavy_penalty_holds_the_reference(tmp_path):
     free = make(config(tmp_path / "free", steps=40, kl_coef=0.0))
     held = make(config(tmp_path / "held", steps=40, kl_coef=50.0))
     for trainer in (free, held):
@@ -206,7 +206,9 @@ def test_equal_rewards_leave_the_weights_alone(tmp_path):
     before = matrices(trainer)
     trainer.train()
     # Exactly: AdamW makes a full step of the smallest rounding error.
-    assert [(row["zero_signal_groups"], row["grad_norm"]) for row in log(trainer)] == [(3, 0.0)] * 3
+    assert [(row["zero_advantage_groups"], row["grad_norm"]) for row in log(trainer)] == [
+        (3, 0.0)
+    ] * 3
     assert np.array_equal(matrices(trainer), before)
 
 

@@ -12,7 +12,7 @@ from alignpro.bench.generation import Say
 from alignpro.bench.machine import limits, machine, peak_rss_bytes
 from alignpro.bench.timeline import Timeline
 from alignpro.bench.work import ROLLOUT
-from alignpro.config import RESPONSE, REWRITE
+from alignpro.config import RESPONSE, REWRITE, ModelConfig, from_mapping
 from alignpro.data.load import load_prompts
 from alignpro.models.native_model import load_models
 from alignpro.native import core
@@ -58,7 +58,11 @@ def profile_rollout(
         raise ValueError(f"prompts: expected at most {len(rows)}, got {prompts}")
     texts = [row.prompt for row in rows[:prompts]]
     say("loading")
-    prompter, answerer = load_models(model, target, threads, compute)
+    prompter, answerer = load_models(
+        ModelConfig(str(model)),
+        from_mapping(ModelConfig, {"model": target, "compute": compute}),
+        threads,
+    )
     reward, no_reward = _reward()
     pipeline = Pipeline(
         prompter,

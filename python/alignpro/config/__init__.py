@@ -10,13 +10,14 @@ from __future__ import annotations
 from alignpro.config.closed_form import ClosedFormConfig
 from alignpro.config.evaluate import EvalConfig, JudgeConfig, OptimumConfig, StaticSearch
 from alignpro.config.fields import from_mapping
+from alignpro.config.model import DEFAULT_MODEL, ModelConfig, target_of
 from alignpro.config.ppo import PpoConfig
 from alignpro.config.prompting import (
     RESPONSE,
     REWRITE,
     LoraConfig,
     Prompting,
-    SamplingConfig,
+    StageConfig,
     check_sampling,
 )
 from alignpro.config.quickstart import QuickstartConfig
@@ -26,6 +27,7 @@ from alignpro.config.theory import BoundConfig, HeadroomConfig
 from alignpro.config.train import TrainConfig
 
 __all__ = [
+    "DEFAULT_MODEL",
     "RESPONSE",
     "REWRITE",
     "BoundConfig",
@@ -34,17 +36,19 @@ __all__ = [
     "HeadroomConfig",
     "JudgeConfig",
     "LoraConfig",
+    "ModelConfig",
     "OptimumConfig",
     "PpoConfig",
     "Prompting",
     "QuickstartConfig",
-    "SamplingConfig",
     "SftConfig",
+    "StageConfig",
     "StaticSearch",
     "TrainConfig",
     "apply_overrides",
     "check_sampling",
     "from_mapping",
     "load_yaml",
+    "target_of",
     "to_mapping",
 ]

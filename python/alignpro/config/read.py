@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alignpro.config.fields import from_mapping
+from alignpro.config.fields import TEXT, from_mapping
 
 T = TypeVar("T")
 
@@ -55,12 +55,16 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dic
         except yaml.YAMLError:
             value = text  # a plain string such as "hf:owner/name: x" need not be YAML
         *parents, last = key.strip().split(".")
-        room = result
+        group = result
         for parent in parents:
-            room = room.setdefault(parent, {})
-            if not isinstance(room, dict):
+            if group.get(parent) is None:  # a null may become a group
+                group[parent] = {}
+            elif isinstance(group[parent], str):  # so may text: prompter=smollm2 prompter.adapter=a
+                group[parent] = {TEXT: group[parent]}
+            group = group[parent]
+            if not isinstance(group, dict):
                 raise ValueError(f'override "{override}": "{parent}" is a value, not a group')
-        room[last] = value
+        group[last] = value
     return result
 
 

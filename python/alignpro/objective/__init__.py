@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from alignpro.objective.adaptive_kl import AdaptiveKLController
 from alignpro.objective.advantage import (
     MovingBaseline,
-    grpo,
+    group_normalized,
     reinforce,
     rloo,
     token_advantages,
-    without_signal,
-    zero_signal_groups,
+    zero_advantage_groups,
 )
 from alignpro.objective.critic import gae, value_loss
 from alignpro.objective.kl import future_kl, k1, k3, split_sequences, sum_per_sequence
-from alignpro.objective.leash import steer_kl_coef
 from alignpro.objective.loss import LossResult, PolicyBatch, merge_metrics, policy_loss
 from alignpro.objective.nested import allocate, allocations
 
 __all__ = [
+    "AdaptiveKLController",
     "LossResult",
     "MovingBaseline",
     "PolicyBatch",
@@ -25,7 +25,7 @@ __all__ = [
     "allocations",
     "future_kl",
     "gae",
-    "grpo",
+    "group_normalized",
     "k1",
     "k3",
     "merge_metrics",
@@ -33,10 +33,8 @@ __all__ = [
     "reinforce",
     "rloo",
     "split_sequences",
-    "steer_kl_coef",
     "sum_per_sequence",
     "token_advantages",
     "value_loss",
-    "without_signal",
-    "zero_signal_groups",
+    "zero_advantage_groups",
 ]

@@ -1,4 +1,4 @@
-"""Reinforcement learning of the prompter with a KL leash: the loop on one screen."""
+"""Reinforcement learning of the prompter with a KL penalty: the loop on one screen."""
 
 from __future__ import annotations
 
