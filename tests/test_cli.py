@@ -143,7 +143,7 @@ def test_generate_through_the_trained_prompter(quick):
 def small_yaml(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "train.yaml"
     path.write_text(
-        f"model: {tiny}\n"
+        f"prompter: {{model: {tiny}}}\n"
         "threads: 2\nsteps: 3\nprompts_per_step: 2\nnum_rewrites: 2\n"
         "rewrite: {max_new_tokens: 4}\nresponse: {max_new_tokens: 4}\nlora: {rank: 2}\n"
         "reward: topic\n"
@@ -153,17 +153,17 @@ def small_yaml(tiny, tmp_path_factory):
 
 def test_sft_then_train_then_evaluate(tiny, small_yaml, tmp_path):
     sft, rl = tmp_path / "sft", tmp_path / "rl"
-    options = [f"model={tiny}", f"run_dir={sft}", "steps=2", "batch_size=2", "lora.rank=2"]
+    options = [f"prompter={tiny}", f"run_dir={sft}", "steps=2", "batch_size=2", "lora.rank=2"]
     assert f"adapter: {sft / 'adapter'}" in run("sft", *options).output
     assert "is not empty" in refused("sft", *options)
     run("sft", *options, "--overwrite")
-    run("train", small_yaml, f"run_dir={rl}", f"adapter={sft / 'adapter'}")
+    run("train", small_yaml, f"run_dir={rl}", f"prompter.adapter={sft / 'adapter'}")
     first = read_metrics(rl / "metrics.jsonl")[0]
     assert first["kl_per_rewrite"] == 0.0  # the warm-started adapter is the reference
     output = tmp_path / "arms.json"
     arguments = [
-        f"model={tiny}",
-        f"untuned={sft / 'adapter'}",
+        f"prompter={tiny}",
+        f"prompter.adapter={sft / 'adapter'}",
         f"trained={rl / 'adapter'}",
         "num_prompts=2",
         "num_rewrites=1",
@@ -226,22 +226,28 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["train", "missing.yaml"], "missing.yaml"),
         (["train", "{yaml}", "lerning_rate=1"], 'did you mean "learning_rate"?'),
         (["train", "{yaml}", "steps"], "expected key=value"),
-        (["train", "{yaml}", "rewrite.temperature=-1"], "rewrite.temperature: expected 0 or more"),
-        (["train", "{yaml}", "model=nowhere/at/all.gguf"], "nowhere/at/all.gguf"),
+        (["train", "{yaml}", "rewrite.temperature=-1"], "rewrite.temperature: expected above 0"),
+        (["train", "{yaml}", "prompter=nowhere/at/all.gguf"], "nowhere/at/all.gguf"),
         (["train", "{yaml}", "reward=vadr"], "vadr"),
         (["train", "{yaml}", "data=nothing.jsonl"], "nothing.jsonl"),
-        (["train", "{yaml}", "adapter=nothing"], "nothing"),
+        (["train", "{yaml}", "prompter.adapter=nothing"], "nothing"),
         (["train", "{yaml}", "prompting.template=x"], 'expected "{{prompt}}" exactly once'),
         (["quickstart", "train.seed=3"], "quickstart sets it for every stage"),
-        (["quickstart", "--steps", "-1"], "steps: expected 0 or more, got -1"),
+        (["quickstart", "--steps", "-1"], "steps: expected at least 0, got -1"),
         (["generate", "", "--model", "{tiny}"], "expected text"),
         (["generate", "x" * 999, "--model", "{tiny}"], "context"),
         (["generate", "x", "--model", "{tiny}", "--top-p", "2"], "top_p"),
         (["generate", "x", "--run", "nothing"], "nothing"),
-        (["generate", "x", "--model", "{tiny}", "--device", "gpu"], 'expected "cpu" or "cuda"'),
-        (["generate", "x", "--model", "{tiny}", "--mode", "fast"], 'mode: expected "strict" on'),
-        (["evaluate", "trained=nothing", "model={tiny}"], "nothing"),
-        (["evaluate", "num_prompts=1000", "model={tiny}"], "1000 asked for"),
+        (
+            ["generate", "x", "--model", "{tiny}", "--device", "gpu"],
+            "device: expected one of 'cpu'",
+        ),
+        (
+            ["generate", "x", "--model", "{tiny}", "--no-deterministic"],
+            "deterministic: expected true with device cpu, got False",
+        ),
+        (["evaluate", "trained=nothing", "prompter={tiny}"], "nothing"),
+        (["evaluate", "num_prompts=1000", "prompter={tiny}"], "1000 asked for"),
     ],
 )
 def test_bad_input_is_one_line(arguments, line, small_yaml, tiny, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from alignpro.bench.generation import Say, rollout_pipeline, rollout_prompts
 from alignpro.bench.machine import limits, machine, peak_rss_bytes, recorded
 from alignpro.bench.timeline import Timeline
 from alignpro.bench.work import ROLLOUT
+from alignpro.config import ModelConfig, from_mapping
 from alignpro.models.native_model import load_models
 from alignpro.pipeline import REWRITE_STREAM, Pipeline, derive_seed
 from alignpro.rewards.build import build_reward
@@ -51,7 +52,11 @@ def profile_rollout(
     """
     texts = rollout_prompts(prompts)
     say("loading")
-    prompter, answerer = load_models(model, target, threads, compute)
+    prompter, answerer = load_models(
+        ModelConfig(str(model)),
+        from_mapping(ModelConfig, {"model": target, "compute": compute}),
+        threads,
+    )
     reward, no_reward = _reward()
     pipeline = rollout_pipeline(prompter, answerer, reward, prompter.make_adapter(adapter))
     say("measuring the machine's limits")

@@ -13,7 +13,7 @@ from typing import Any
 from alignpro.bench.machine import limits, machine, peak_rss_bytes, recorded
 from alignpro.bench.timeline import engine_flops
 from alignpro.bench.work import WORK, StepWork
-from alignpro.config import LoraConfig, TrainConfig
+from alignpro.config import LoraConfig, ModelConfig, TrainConfig
 from alignpro.data.load import load_prompts, stack_columns
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
@@ -67,7 +67,7 @@ def bench_step(
     """
     config = forced_lengths(
         TrainConfig(
-            model=str(model),
+            prompter=ModelConfig(str(model)),
             steps=WARM_UP + steps,
             prompts_per_step=work.prompts,
             num_rewrites=work.rewrites,
