@@ -132,7 +132,7 @@ def test_rewrites_of_two_tokens(tmp_path, critic):
         "num_rewrites": 160,
         "learning_rate": 0.05,
         "steps": 60,
-        "kl_coef": 1.0,  # of 111 rewrites many are rare: with a larger kl_coef, more samples
+        "kl_coef": 1.0,  # of 111 rewrites many are rare: with a smaller kl_coef, more samples
         "lora": LoraConfig(rank=VOCABULARY, alpha=float(VOCABULARY)),
     }
     if critic:
@@ -185,7 +185,7 @@ def test_a_heavy_kl_penalty_returns_to_the_reference(tmp_path, algorithm):
 
 
 def test_a_kl_target_is_met(tmp_path):
-    # The KL that the optimum at 0.5 has, from a kl_coef that is larger than that and adapts.
+    # The KL that the optimum at 0.5 has, from a kl_coef that is smaller than that and learns it.
     first = make(settings(tmp_path / "first", steps=0), reward=prompter_reward)
     reference = distribution(first, 1)
     values = torch.tensor([value_of(text) for text in NAMES], dtype=torch.float64)
