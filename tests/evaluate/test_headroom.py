@@ -158,8 +158,7 @@ def settings(config):
     return [
         f"prompter={config.prompter.model}", "reward=letter_reward:count_e", "num_prompts=3",
         "num_rewrites=3", "num_responses=2", "rewrite.max_new_tokens=4",
-        "response.max_new_tokens=4",
-        "threads=2",
+        "response.max_new_tokens=4", "threads=2",
     ]  # fmt: skip
 
 
