@@ -189,7 +189,7 @@ def test_the_bound_of_a_fast_target_says_how_far_it_is_off(llama):
     off = {}
     for mode in ("strict", "fast"):
         model = load_model(llama, device="cuda", compute="float32", mode=mode)
-        off[mode] = measure_bound(config, model, model, reward, rows)["parity_max_abs"]
+        off[mode] = measure_bound(config, model, model, reward, rows).parity_max_abs
     assert off["strict"] is None and 0 < off["fast"] < BUDGET
 
 
