@@ -33,8 +33,8 @@ def report(
     from rich.console import Console
 
     from alignpro.report.build import build_report
-    from alignpro.report.view import report_view
+    from alignpro.report.tables import report_view
 
     built = build_report(run_dir, evaluation=evaluation, headroom=headroom, bound=bound, out=out)
-    Console().print(report_view({**built.report, "samples": []}, built.metrics))
+    Console().print(report_view(built.report, built.metrics, samples=False))
     typer.echo(f"report: {built.path}")

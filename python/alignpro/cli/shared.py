@@ -98,9 +98,12 @@ def check_new(file: Path | None) -> None:
         raise FileNotFoundError(f"{file.parent}: no such folder; make it first")
 
 
-def write_json(file: Path | None, report: dict[str, Any]) -> None:
+def write_json(file: Path | None, report: Any) -> None:
+    """Write plain values, or the results of an evaluation."""
     if file is not None:
-        write_whole(file, report)
+        from alignpro.evaluate.results import to_json
+
+        write_whole(file, to_json(report))
 
 
 def split_settings(

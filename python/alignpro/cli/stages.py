@@ -60,7 +60,7 @@ def quickstart(
     from rich.console import Console
 
     from alignpro.quickstart import run_quickstart
-    from alignpro.report.view import report_view
+    from alignpro.report.tables import report_view
 
     console = Console()
     result = run_quickstart(config, console)
@@ -186,9 +186,10 @@ def evaluate(
     check_new(output)
     from rich.console import Console
 
+    from alignpro.evaluate.results import Report
     from alignpro.evaluate.run import UnjudgedError, run_evaluation
     from alignpro.report.progress import Bars
-    from alignpro.report.view import report_view
+    from alignpro.report.tables import report_view
 
     try:
         with Bars() as bars:
@@ -200,7 +201,7 @@ def evaluate(
         write_json(kept, error.report)
         raise UnjudgedError(f"{error}; the arms without it: {kept}", error.report) from None
     write_json(output, report)
-    Console().print(report_view(report))
+    Console().print(report_view(Report(report)))
 
 
 @app.command()
