@@ -29,7 +29,7 @@ def price_train(
 
     Args:
         gpu_name: a card of `devices.gpu`; None is this CPU, whose limits are measured.
-        rates: shares reached; None takes those of docs/performance.md on a CPU, and on a card
+        rates: shares reached; None takes those of docs/notes/performance.md on a CPU, and on a card
             leaves a lower bound.
         prompt_tokens: of a prompt, where the data is not here or stands for other data.
 
@@ -161,7 +161,7 @@ def _least_seconds(work: Work, device: Device) -> float:
 def _seconds(work: Work, device: Device, rates: Rates | None) -> float | None:
     """At the shares that were measured; None without any. Operations and reading are added up: a
     step of decoding is 5 ms and 1.5 ms a row where its weights take 5 ms to read
-    (docs/performance.md)."""
+    (docs/notes/performance.md)."""
     if rates is None:
         return None
 

@@ -361,7 +361,7 @@ def _scoring(
 
     The backward of a frozen matrix is one product (by its input), that of LoRA's two each, that of
     attention five where the forward is two. The vocabulary takes four products, two of them for
-    the gradient (docs/performance.md).
+    the gradient (docs/notes/performance.md).
     """
     model = trained.model
     shape = model.shape
