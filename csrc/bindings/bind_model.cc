@@ -118,7 +118,7 @@ namespace {
 py::dict describe_model(const model::Model& model) {
   py::dict d = describe(model.config(), model.context_length());
   d["device"] = "cpu";
-  d["threads"] = model.team().size();
+  d["threads"] = model.pool().size();
   d["weight_bytes"] = model.weights().bytes();
   d["compute"] = model.weights().head().arithmetic() == ops::Arithmetic::kInt8 ? "int8" : "float32";
   d["kv_dtype"] = model.kv_dtype() == DType::kF16 ? "float16" : "float32";

@@ -24,38 +24,38 @@ using namespace alignpro::bindings;
 
 namespace {
 
-// The team of the stand-alone ops, made when it is first needed.
-class OpsTeam {
+// The pool of the stand-alone ops, made when it is first needed.
+class OpsThreadPool {
  public:
-  std::shared_ptr<ThreadTeam> get() {
+  std::shared_ptr<ThreadPool> get() {
     const std::lock_guard lock(mutex_);
-    if (team_ == nullptr) team_ = std::make_shared<ThreadTeam>(0);
-    return team_;
+    if (pool_ == nullptr) pool_ = std::make_shared<ThreadPool>(0);
+    return pool_;
   }
   void resize(int threads) {
     require(threads >= 1, "threads: expected 1 or more, got ", threads);
-    auto fresh = std::make_shared<ThreadTeam>(threads);
+    auto fresh = std::make_shared<ThreadPool>(threads);
     const std::lock_guard lock(mutex_);
-    team_ = std::move(fresh);
+    pool_ = std::move(fresh);
   }
 
  private:
   std::mutex mutex_;
-  std::shared_ptr<ThreadTeam> team_;
+  std::shared_ptr<ThreadPool> pool_;
 };
 
-OpsTeam& ops_team() {
+OpsThreadPool& ops_pool() {
   // Never destroyed: a daemon thread may still compute while the interpreter goes away.
-  static auto* team = new OpsTeam;
-  return *team;
+  static auto* pool = new OpsThreadPool;
+  return *pool;
 }
 
 // A matrix of a GGUF file, mapped and read where it is used.
-struct StoredWeight {
+struct QuantizedWeight {
   std::shared_ptr<const io::GgufFile> file;
-  ops::StoredMatrix matrix;
+  ops::QuantizedMatrix matrix;
 
-  static StoredWeight from_gguf(const std::string& path, const std::string& name) {
+  static QuantizedWeight from_gguf(const std::string& path, const std::string& name) {
     auto file = std::make_shared<const io::GgufFile>(path);
     const auto found = file->tensors().find(name);
     if (found == file->tensors().end()) {
@@ -65,8 +65,8 @@ struct StoredWeight {
     const io::FileTensor& tensor = found->second;
     require(tensor.shape.size() == 2, path, ": ", name, ": expected a matrix, got shape ",
             io::shape_text(tensor.shape));
-    const ops::StoredMatrix matrix{tensor.data.data(), tensor.dtype, tensor.shape[0],
-                                   tensor.shape[1]};
+    const ops::QuantizedMatrix matrix{tensor.data.data(), tensor.dtype, tensor.shape[0],
+                                      tensor.shape[1]};
     return {std::move(file), matrix};
   }
 };
@@ -80,8 +80,9 @@ struct Weight {
 // float32 and float16 arrays; bfloat16, which numpy does not have, as its uint16 bits.
 Weight weight_from(const py::handle& object, const std::string& name) {
   if (object.is_none()) return {};
-  if (py::isinstance<StoredWeight>(object)) {
-    return {object.cast<const StoredWeight&>().matrix, py::reinterpret_borrow<py::object>(object)};
+  if (py::isinstance<QuantizedWeight>(object)) {
+    return {object.cast<const QuantizedWeight&>().matrix,
+            py::reinterpret_borrow<py::object>(object)};
   }
   const py::array array = contiguous_array(object, name, 2);
   DType dtype = DType::kF32;
@@ -95,8 +96,8 @@ Weight weight_from(const py::handle& object, const std::string& name) {
     throw InvalidArgument(cat(name, ": expected float32, float16 or bfloat16, got ",
                               std::string(py::str(array.dtype()))));
   }
-  return {ops::StoredMatrix{static_cast<const std::byte*>(array.data()), dtype, array.shape(0),
-                            array.shape(1)},
+  return {ops::QuantizedMatrix{static_cast<const std::byte*>(array.data()), dtype, array.shape(0),
+                               array.shape(1)},
           array};
 }
 
@@ -109,7 +110,7 @@ class Call {
         tokens_(contiguous_array(tokens, "tokens", 1)),
         weight_(weight_from(weight, "weight")),
         reference_weight_(weight_from(reference_weight, "reference_weight")) {
-    const auto* stored = std::get_if<ops::StoredMatrix>(&weight_.view);
+    const auto* stored = std::get_if<ops::QuantizedMatrix>(&weight_.view);
     require(stored != nullptr, "weight: expected a matrix, got None");
     require(tokens_.dtype().is(py::dtype::of<int32_t>()), "tokens: expected int32, got ",
             std::string(py::str(tokens_.dtype())));
@@ -138,7 +139,7 @@ class Call {
       return;
     }
     reference_hidden_ = float_array(reference_hidden, "reference_hidden", 2);
-    const auto* reference = std::get_if<ops::StoredMatrix>(&reference_weight_.view);
+    const auto* reference = std::get_if<ops::QuantizedMatrix>(&reference_weight_.view);
     if (reference == nullptr) reference = stored;
     require(reference->rows == vocab, "reference_weight: expected the vocabulary of weight, ",
             vocab, " rows, got ", reference->rows);
@@ -207,13 +208,14 @@ py::dict forward(const py::object& hidden, const py::object& weight, const py::o
   const ops::LogprobJacobian jacobian{out_data<float>(result["d_logprob"]),
                                       out_data<float>(result["d_kl"])};
   const GilRelease release;
-  ops::linear_logprob(call.input, out, with_jacobian ? &jacobian : nullptr, *ops_team().get());
+  ops::linear_logprob(call.input, out, with_jacobian ? &jacobian : nullptr, *ops_pool().get());
   return result;
 }
 
-py::tuple variation(const py::object& hidden, const py::object& weight, const py::object& tokens,
-                    float temperature, const py::object& reference_hidden,
-                    const py::object& reference_weight, const py::dict& saved) {
+py::tuple total_variation(const py::object& hidden, const py::object& weight,
+                          const py::object& tokens, float temperature,
+                          const py::object& reference_hidden, const py::object& reference_weight,
+                          const py::dict& saved) {
   const Call call(hidden, weight, tokens, temperature, reference_hidden, reference_weight);
   py::array_t<float> tv = make(call.rows), mass = make(call.rows);
   float* tv_data = tv.mutable_data();
@@ -221,7 +223,7 @@ py::tuple variation(const py::object& hidden, const py::object& weight, const py
   const ops::LogprobOutput out = output_views(saved);
   {
     const GilRelease release;
-    ops::total_variation(call.input, out, tv_data, mass_data, *ops_team().get());
+    ops::total_variation(call.input, out, tv_data, mass_data, *ops_pool().get());
   }
   return py::make_tuple(tv, mass);
 }
@@ -255,7 +257,7 @@ py::tuple backward(const py::object& hidden, const py::object& weight, const py:
     const GilRelease release;
     ops::linear_logprob_backward(call.input, out, mass,
                                  jacobian.logprob != nullptr ? &jacobian : nullptr, d, to_hidden,
-                                 to_weight, *ops_team().get());
+                                 to_weight, *ops_pool().get());
   }
   return py::make_tuple(d_hidden, d_weight);
 }
@@ -272,7 +274,7 @@ int64_t peak_bytes(int64_t num_tokens, int64_t hidden_size, int64_t vocab_size,
   }
   require(stored.has_value(),
           "peak_bytes: dtype: expected F32, F16, BF16, Q8_0, Q4_0 or Q4_1, got ", dtype);
-  const ops::StoredMatrix weight{nullptr, *stored, vocab_size, hidden_size};
+  const ops::QuantizedMatrix weight{nullptr, *stored, vocab_size, hidden_size};
   const float something = 0.0f;  // only whether there is a reference counts
   const ops::LogprobInput input{.rows = num_tokens,
                                 .hidden = &something,
@@ -280,31 +282,31 @@ int64_t peak_bytes(int64_t num_tokens, int64_t hidden_size, int64_t vocab_size,
                                 .tokens = {},
                                 .ref_hidden = reference ? &something : nullptr};
   const int64_t jacobian = gradient ? (reference ? 2 : 1) * num_tokens * hidden_size * 4 : 0;
-  return jacobian + ops::linear_logprob_bytes(input, gradient, ops_team().get()->size());
+  return jacobian + ops::linear_logprob_bytes(input, gradient, ops_pool().get()->size());
 }
 
 }  // namespace
 
 void bind_ops(py::module_& m) {
-  py::class_<StoredWeight>(m, "StoredWeight")
+  py::class_<QuantizedWeight>(m, "QuantizedWeight")
       .def_static(
           "from_gguf",
           [](const std::string& path, const std::string& name) {
             const GilRelease release;
-            return StoredWeight::from_gguf(path, name);
+            return QuantizedWeight::from_gguf(path, name);
           },
           py::arg("path"), py::arg("name"))
-      .def_property_readonly("rows", [](const StoredWeight& w) { return w.matrix.rows; })
-      .def_property_readonly("cols", [](const StoredWeight& w) { return w.matrix.cols; })
+      .def_property_readonly("rows", [](const QuantizedWeight& w) { return w.matrix.rows; })
+      .def_property_readonly("cols", [](const QuantizedWeight& w) { return w.matrix.cols; })
       .def_property_readonly(
-          "dtype", [](const StoredWeight& w) { return std::string(dtype_name(w.matrix.dtype)); })
-      .def_property_readonly("nbytes", [](const StoredWeight& w) {
+          "dtype", [](const QuantizedWeight& w) { return std::string(dtype_name(w.matrix.dtype)); })
+      .def_property_readonly("nbytes", [](const QuantizedWeight& w) {
         return w.matrix.rows * row_bytes(w.matrix.dtype, w.matrix.cols);
       });
   m.def("linear_logprob", &forward, py::arg("hidden"), py::arg("weight"), py::arg("tokens"),
         py::arg("temperature"), py::arg("reference_hidden"), py::arg("reference_weight"),
         py::arg("with_jacobian"));
-  m.def("linear_logprob_variation", &variation, py::arg("hidden"), py::arg("weight"),
+  m.def("total_variation", &total_variation, py::arg("hidden"), py::arg("weight"),
         py::arg("tokens"), py::arg("temperature"), py::arg("reference_hidden"),
         py::arg("reference_weight"), py::arg("forward"));
   m.def("linear_logprob_backward", &backward, py::arg("hidden"), py::arg("weight"),
@@ -313,6 +315,6 @@ void bind_ops(py::module_& m) {
         py::arg("want_hidden"), py::arg("want_weight"));
   m.def("linear_logprob_bytes", &peak_bytes, py::arg("num_tokens"), py::arg("hidden_size"),
         py::arg("vocab_size"), py::arg("dtype"), py::arg("reference"), py::arg("gradient"));
-  m.def("ops_threads", [] { return ops_team().get()->size(); });
-  m.def("set_ops_threads", [](int threads) { ops_team().resize(threads); }, py::arg("threads"));
+  m.def("ops_threads", [] { return ops_pool().get()->size(); });
+  m.def("set_ops_threads", [](int threads) { ops_pool().resize(threads); }, py::arg("threads"));
 }

@@ -15,11 +15,11 @@ namespace py = pybind11;
 void bind_system(py::module_& m) {
   m.def("cpu_isa", [] { return std::string(alignpro::cpu_isa_name(alignpro::cpu_isa())); });
   m.def("available_cpus", &alignpro::available_cpus);
-  const auto measure = [](double (*limit)(alignpro::ThreadTeam&)) {
+  const auto measure = [](double (*limit)(alignpro::ThreadPool&)) {
     return [limit](int threads) {
       const alignpro::bindings::GilRelease release;
-      alignpro::ThreadTeam team(threads);
-      return limit(team);
+      alignpro::ThreadPool pool(threads);
+      return limit(pool);
     };
   };
   m.def("measure_fma_peak", measure(&alignpro::ops::fma_peak_gflops), py::arg("threads") = 0);
@@ -37,4 +37,9 @@ void bind_system(py::module_& m) {
     info["cuda"] = alignpro::cuda::version();
     return info;
   });
+  py::module_ cuda = m.def_submodule("cuda", "Whether there is a device, and which.");
+  cuda.def("is_available", &alignpro::cuda::is_available);
+  cuda.def("unavailable_reason", &alignpro::cuda::unavailable_reason);
+  cuda.def("device_name", &alignpro::cuda::device_name);
+  cuda.def("version", &alignpro::cuda::version);
 }

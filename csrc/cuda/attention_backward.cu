@@ -56,8 +56,8 @@ void attention_backward(const AttentionShape& shape, const AttentionBackwardInpu
   check_matrix(kOp, "d_qkv", d_qkv, rows, qkv.cols, qkv.dtype);
   check_aligned(kOp, "workspace", workspace);
   check_segments(kOp, in.segment_count, in.max_rows, in.table_ld);
-  require((in.viewers == nullptr) == (in.viewer_begin == nullptr), kOp,
-          ": expected both or neither of viewer_begin and viewers");
+  require((in.children == nullptr) == (in.child_begin == nullptr), kOp,
+          ": expected both or neither of child_begin and children");
   dispatch(kOp, qkv.dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t group = shape.num_heads / shape.num_kv_heads;
@@ -72,8 +72,8 @@ void attention_backward(const AttentionShape& shape, const AttentionBackwardInpu
                                     {static_cast<T*>(in.kv.base), in.kv.block_stride,
                                      in.kv.head_stride, in.kv.value_offset, shape.head_dim},
                                     in.segments,
-                                    in.viewer_begin,
-                                    in.viewers,
+                                    in.child_begin,
+                                    in.children,
                                     in.block_table,
                                     in.table_ld,
                                     static_cast<int>(group),

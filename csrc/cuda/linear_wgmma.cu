@@ -12,7 +12,7 @@ namespace {
 
 using ManyRows = WgmmaTile<2, 256, 4>;
 using SomeRows = WgmmaTile<2, 128, 6>;
-using FewRows = WgmmaTile<1, 64, 12>;
+using GemvRows = WgmmaTile<1, 64, 12>;
 
 template <typename Tile, bool kLora>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
@@ -50,8 +50,8 @@ void launch_tiles(const char* op, const Linear<Bfloat16>& layer, bool with_lora,
 
 void linear_wgmma(const char* op, const Linear<Bfloat16>& layer, bool with_lora, Stream stream) {
   if (layer.x.rows == 0 || layer.weight.rows == 0) return;  // TMA takes no empty matrix
-  if (layer.x.rows <= FewRows::kRows) {
-    launch_tiles<FewRows>(op, layer, with_lora, stream);
+  if (layer.x.rows <= GemvRows::kRows) {
+    launch_tiles<GemvRows>(op, layer, with_lora, stream);
   } else if (tiles_of<ManyRows>(layer) < multiprocessors()) {
     launch_tiles<SomeRows>(op, layer, with_lora, stream);
   } else {

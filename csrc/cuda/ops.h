@@ -167,20 +167,20 @@ void attention_prefill(const AttentionShape& shape, const Matrix& qkv, const Seg
                        Stream stream);
 
 // What attention_prefill took and left, and d loss / d out. The keys of a segment's own rows are
-// seen by the segments viewers[viewer_begin[s] .. viewer_begin[s + 1]), itself among them, whose
+// seen by the segments children[child_begin[s] .. child_begin[s + 1]), itself among them, whose
 // cached positions they are; null: by itself alone, and cached positions are constants.
 struct AttentionBackwardInput {
   Matrix qkv, out, dout;
   const float* lse;
   const Segment* segments;
   int64_t segment_count, max_rows;
-  const int32_t *viewer_begin, *viewers;
+  const int32_t *child_begin, *children;
   const int32_t* block_table;
   int64_t table_ld;
   PagedKv kv;
 };
 // d_qkv of the segments' rows, overwritten: by q and k as they were turned, and by v. Keys are
-// summed over viewers in their order. workspace: attention_backward_bytes.
+// summed over children in their order. workspace: attention_backward_bytes.
 void attention_backward(const AttentionShape& shape, const AttentionBackwardInput& in,
                         const Matrix& d_qkv, void* workspace, Stream stream);
 int64_t attention_backward_bytes(const AttentionShape& shape, int64_t rows);

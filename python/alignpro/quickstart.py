@@ -20,7 +20,7 @@ from alignpro.data.load import load_pairs, load_prompts
 from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, load_inputs
 from alignpro.files import write_json
-from alignpro.models.native_model import load_configured
+from alignpro.models.native_model import load_models
 from alignpro.models.resolve import resolve_model
 from alignpro.native import core
 from alignpro.report.build import build_report
@@ -59,10 +59,10 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     held_out = load_inputs(evaluation)
     seconds: dict[str, float] = {}
 
-    with _timed(seconds, "download"), console.status(f"finding {config.model}"):
-        resolve_model(config.model)
-    with _timed(seconds, "load"), console.status(f"loading {config.model}"):
-        prompter, target = load_configured(train)
+    with _timed(seconds, "download"), console.status(f"finding {config.prompter.name}"):
+        resolve_model(config.prompter.name)
+    with _timed(seconds, "load"), console.status(f"loading {config.prompter.name}"):
+        prompter, target = load_models(train.prompter, train.target, train.threads)
 
     with Bars(console) as bars:
         with _timed(seconds, "sft"):
@@ -94,7 +94,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
 
     report = Report(
         outcome,
-        model=config.model,
+        model=config.prompter.name,
         reward=config.reward,
         seed=config.seed,
         seconds=seconds,

@@ -20,7 +20,7 @@
 
 namespace {
 
-using alignpro::ThreadTeam;
+using alignpro::ThreadPool;
 using alignpro::model::KvPool;
 using alignpro::ops::AttentionPlan;
 using alignpro::ops::AttentionShape;
@@ -43,10 +43,10 @@ struct Machine {
   double peak, bandwidth;
 };
 
-void measure(const Case& c, const Machine& machine, ThreadTeam& team) {
+void measure(const Case& c, const Machine& machine, ThreadPool& pool) {
   const int64_t blocks = (c.context + kKvBlock - 1) / kKvBlock;
   const int64_t common = c.shared / kKvBlock, own = blocks - common;
-  KvPool pool(kLayers, kShape.num_kv_heads, kShape.head_dim, common + c.batch * own);
+  KvPool kv_pool(kLayers, kShape.num_kv_heads, kShape.head_dim, common + c.batch * own);
   std::vector<std::vector<int32_t>> tables(static_cast<size_t>(c.batch));
   std::vector<Segment> segments;
   std::vector<KvWrite> writes;
@@ -65,19 +65,22 @@ void measure(const Case& c, const Machine& machine, ThreadTeam& team) {
   std::normal_distribution<float> draw(0.0f, 1.0f);
   std::vector<float> qkv(static_cast<size_t>(c.batch * c.rows * kShape.qkv_size()));
   for (float& v : qkv) v = draw(generator);
-  for (int64_t l = 0; l < kLayers; ++l) kv_write(kShape, qkv.data(), writes, pool.layer(l), team);
+  for (int64_t l = 0; l < kLayers; ++l)
+    kv_write(kShape, qkv.data(), writes, kv_pool.layer(l), pool);
   std::vector<float> out(static_cast<size_t>(c.batch * c.rows * kShape.q_size()));
-  const double seconds = median_seconds([&] {
-                           const AttentionPlan plan(kShape, segments, team.size());
-                           for (int64_t l = 0; l < kLayers; ++l) {
-                             attention(kShape, qkv.data(), plan, pool.layer(l), out.data(), team);
-                           }
-                         }) /
-                         kLayers;
+  const double seconds =
+      median_seconds([&] {
+        const AttentionPlan plan(kShape, segments, pool.size());
+        for (int64_t l = 0; l < kLayers; ++l) {
+          attention(kShape, qkv.data(), plan, kv_pool.layer(l), out.data(), pool);
+        }
+      }) /
+      kLayers;
   const double before = static_cast<double>(c.context - c.rows), rows = static_cast<double>(c.rows);
   const double pairs = static_cast<double>(c.batch) * (rows * before + rows * (rows + 1) / 2);
   const double gflops = 4 * pairs * static_cast<double>(kShape.q_size()) / seconds / 1e9;
-  const double bytes = static_cast<double>((common + c.batch * own) * pool.block_bytes()) / kLayers;
+  const double bytes =
+      static_cast<double>((common + c.batch * own) * kv_pool.block_bytes()) / kLayers;
   std::printf("%-22s %5ld %7ld %9.3f %8.1f %11.0f%% %8.1f %12.0f%%\n", c.name,
               static_cast<long>(c.batch), static_cast<long>(c.context), seconds * 1e3, gflops,
               100 * gflops / machine.peak, bytes / seconds / 1e9,
@@ -87,25 +90,25 @@ void measure(const Case& c, const Machine& machine, ThreadTeam& team) {
 }  // namespace
 
 int main() {
-  ThreadTeam team(0);
-  const Machine machine{alignpro::ops::fma_peak_gflops(team),
-                        alignpro::ops::read_bandwidth_gbps(team)};
-  std::printf("%d threads; FMA peak %.0f GFLOP/s; read bandwidth %.1f GB/s\n", team.size(),
+  ThreadPool pool(0);
+  const Machine machine{alignpro::ops::fma_peak_gflops(pool),
+                        alignpro::ops::read_bandwidth_gbps(pool)};
+  std::printf("%d threads; FMA peak %.0f GFLOP/s; read bandwidth %.1f GB/s\n", pool.size(),
               machine.peak, machine.bandwidth);
   std::printf("GB/s counts every block once: beyond the bandwidth it came from cache\n");
   std::printf("%-22s %5s %7s %9s %8s %12s %8s %13s\n", "", "batch", "context", "ms/layer",
               "GFLOP/s", "of FMA peak", "GB/s", "of bandwidth");
   for (const int64_t batch : {1, 16}) {
     for (const int64_t context : {128, 512, 2048, 8192}) {
-      measure({"decode", batch, context, 1, 0}, machine, team);
+      measure({"decode", batch, context, 1, 0}, machine, pool);
     }
   }
   for (const int64_t context : {128, 512, 2048, 8192}) {
-    measure({"decode, shared prefix", 16, context, 1, context - 32}, machine, team);
+    measure({"decode, shared prefix", 16, context, 1, context - 32}, machine, pool);
   }
   for (const int64_t context : {256, 2048, 8192}) {
-    measure({"prefill, whole", 1, context, context, 0}, machine, team);
+    measure({"prefill, whole", 1, context, context, 0}, machine, pool);
   }
-  measure({"prefill, last 256", 1, 8192, 256, 0}, machine, team);
-  measure({"prefill, shared prefix", 16, 2048, 16, 2032}, machine, team);
+  measure({"prefill, last 256", 1, 8192, 256, 0}, machine, pool);
+  measure({"prefill, shared prefix", 16, 2048, 16, 2032}, machine, pool);
 }

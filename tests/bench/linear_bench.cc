@@ -44,7 +44,7 @@ std::vector<std::byte> rows_of(DType dtype, int64_t rows, int64_t cols) {
 }
 
 void measure(DType dtype, Arithmetic arithmetic, std::span<const int64_t> row_counts, double peak,
-             double bandwidth, ThreadTeam& team) {
+             double bandwidth, ThreadPool& pool) {
   struct Shape {
     int64_t outputs, inputs;
   };
@@ -53,12 +53,12 @@ void measure(DType dtype, Arithmetic arithmetic, std::span<const int64_t> row_co
   double multiply_adds = 0, bytes = 0;
   for (const Shape& s : shapes) {
     const std::vector<std::byte> source = rows_of(dtype, s.outputs, s.inputs);
-    std::vector<ops::StoredRow> rows;
+    std::vector<ops::QuantizedRow> rows;
     for (int64_t r = 0; r < s.outputs; ++r) {
       rows.push_back({source.data() + r * row_bytes(dtype, s.inputs), dtype});
     }
     for (int layer = 0; layer < 30; ++layer) {
-      weights.push_back(PackedMatrix::pack(rows, s.inputs, team, arithmetic));
+      weights.push_back(PackedMatrix::pack(rows, s.inputs, pool, arithmetic));
       multiply_adds += static_cast<double>(s.outputs * s.inputs);
       bytes += static_cast<double>(weights.back().bytes());
     }
@@ -71,7 +71,7 @@ void measure(DType dtype, Arithmetic arithmetic, std::span<const int64_t> row_co
     std::vector<float> y(static_cast<size_t>(rows * 3072));
     const double seconds = median_seconds([&] {
       for (const PackedMatrix& w : weights) {
-        ops::linear(rows, {x.data(), w.cols()}, w, y.data(), w.rows(), {}, team);
+        ops::linear(rows, {x.data(), w.cols()}, w, y.data(), w.rows(), {}, pool);
       }
     });
     const double gflops = 2 * static_cast<double>(rows) * multiply_adds / seconds / 1e9;
@@ -92,15 +92,15 @@ int main(int count, char** arguments) {
     }
   }
   if (row_counts.empty()) row_counts = {1, 4, 16, 64, 256, 1024};
-  ThreadTeam team(0);
-  const double peak = ops::fma_peak_gflops(team);
-  const double bandwidth = ops::read_bandwidth_gbps(team);
+  ThreadPool pool(0);
+  const double peak = ops::fma_peak_gflops(pool);
+  const double bandwidth = ops::read_bandwidth_gbps(pool);
   std::printf("%s, %d threads; FMA peak %.0f GFLOP/s; read bandwidth %.1f GB/s\n",
-              std::string(cpu_isa_name(cpu_isa())).c_str(), team.size(), peak, bandwidth);
+              std::string(cpu_isa_name(cpu_isa())).c_str(), pool.size(), peak, bandwidth);
   for (const DType dtype : {DType::kF32, DType::kQ8_0, DType::kQ4_1}) {
     for (const Arithmetic arithmetic : {Arithmetic::kFloat32, Arithmetic::kInt8}) {
       if (dtype != DType::kF32 || arithmetic == Arithmetic::kFloat32) {
-        measure(dtype, arithmetic, row_counts, peak, bandwidth, team);
+        measure(dtype, arithmetic, row_counts, peak, bandwidth, pool);
       }
     }
   }

@@ -12,11 +12,11 @@
 #include <utility>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/dtype.h"
 #include "alignpro/core/error.h"
 #include "alignpro/ops/attention.h"
 #include "alignpro/ops/kv_view.h"
-#include "check.h"
 #include "numbers.h"
 
 using namespace alignpro;
@@ -30,7 +30,7 @@ struct Attention {
   AttentionShape shape;
   int64_t tokens;
   Floats qkv;
-  std::vector<std::byte> pool;
+  std::vector<std::byte> kv_pool;
   KvView kv;
   std::vector<int32_t> blocks;
 
@@ -39,31 +39,31 @@ struct Attention {
     const int64_t half = s.head_dim * kKvBlock * block_bytes(dtype), head = 2 * half;
     const int64_t block = s.num_kv_heads * head, needed = (count + kKvBlock - 1) / kKvBlock;
     // Slots that nobody wrote hold NaN, in either format: reading one would show.
-    pool.assign(static_cast<size_t>((needed + 1) * block + 64), std::byte{0xff});
-    kv = {pool.data(), block, head, half, dtype};
+    kv_pool.assign(static_cast<size_t>((needed + 1) * block + 64), std::byte{0xff});
+    kv = {kv_pool.data(), block, head, half, dtype};
     for (int64_t b = 0; b < needed; ++b) blocks.push_back(static_cast<int32_t>(needed - b));
   }
 
-  void write(int64_t begin, int64_t end, ThreadTeam& team) {
+  void write(int64_t begin, int64_t end, ThreadPool& pool) {
     std::vector<KvWrite> writes;
     for (int64_t t = begin; t < end; ++t) {
       writes.push_back({static_cast<int32_t>(t), blocks[static_cast<size_t>(t / kKvBlock)],
                         static_cast<int32_t>(t % kKvBlock)});
     }
-    kv_write(shape, qkv.data(), writes, kv, team);
+    kv_write(shape, qkv.data(), writes, kv, pool);
   }
 
   // Rows [begin, end) of `out`, their keys and those before them being written.
-  void attend(int64_t begin, int64_t end, Floats& out, ThreadTeam& team) const {
+  void attend(int64_t begin, int64_t end, Floats& out, ThreadPool& pool) const {
     const std::vector<Segment> segments{{begin, end - begin, begin, blocks}};
-    const AttentionPlan plan(shape, segments, team.size());
-    attention(shape, qkv.data(), plan, kv, out.data(), team);
+    const AttentionPlan plan(shape, segments, pool.size());
+    attention(shape, qkv.data(), plan, kv, out.data(), pool);
   }
 
-  Floats whole(ThreadTeam& team) {
-    write(0, tokens, team);
+  Floats whole(ThreadPool& pool) {
+    write(0, tokens, pool);
     Floats out(static_cast<size_t>(tokens * shape.q_size()), NAN);
-    attend(0, tokens, out, team);
+    attend(0, tokens, out, pool);
     return out;
   }
 
@@ -129,8 +129,8 @@ bool same_rows(const AttentionShape& shape, const Floats& a, int64_t row, const 
 
 }  // namespace
 
-TEST(attention_matches_double_and_chunking_a_prefill_changes_no_bit) {
-  ThreadTeam one(1), two(2), five(5);
+TEST_CASE("attention matches double and chunking a prefill changes no bit") {
+  ThreadPool one(1), two(2), five(5);
   struct Case {
     AttentionShape shape;
     int64_t tokens;
@@ -168,9 +168,9 @@ TEST(attention_matches_double_and_chunking_a_prefill_changes_no_bit) {
     CHECK(same_bits(out.data(), chunked.data(), out.size()));
     for (const int64_t t : {0, 15, 16, 510, 511, 512, 513, 1023, 1024, 1049}) {  // decoded
       if (t >= tokens) continue;
-      for (ThreadTeam* team : {&one, &two, &five}) {
+      for (ThreadPool* pool : {&one, &two, &five}) {
         Floats row(out.size(), NAN);
-        b.attend(t, t + 1, row, *team);
+        b.attend(t, t + 1, row, *pool);
         CHECK(same_rows(shape, row, t, out, t));
       }
     }
@@ -187,20 +187,20 @@ struct Forest {
   };
   AttentionShape shape;
   std::vector<Sequence> sequences;
-  Floats pool;  // as floats or as pairs of halves, random either way
+  Floats kv_pool;  // as floats or as pairs of halves, random either way
   KvView kv;
   int32_t next = 0;
 
   Forest(AttentionShape s, int64_t most_blocks, DType dtype = DType::kF32) : shape(s) {
     const int64_t half = s.head_dim * kKvBlock * block_bytes(dtype), head = 2 * half;
     const int64_t block = s.num_kv_heads * head;
-    pool = normal(static_cast<size_t>(most_blocks * block / 4 + 16), 77);
-    for (float& x : pool) {
+    kv_pool = normal(static_cast<size_t>(most_blocks * block / 4 + 16), 77);
+    for (float& x : kv_pool) {
       if (dtype == DType::kF32) continue;
       const uint16_t halves[2] = {float_to_half(x), float_to_half(x * x - 1.0f)};
       std::memcpy(&x, halves, sizeof(x));
     }
-    kv = {reinterpret_cast<std::byte*>(pool.data()), block, head, half, dtype};
+    kv = {reinterpret_cast<std::byte*>(kv_pool.data()), block, head, half, dtype};
   }
 
   // `size` positions, the first `shared` of them (a multiple of 16) those of sequence `from`.
@@ -217,7 +217,7 @@ struct Forest {
   }
 
   // The last `count` positions of each of `some`; q of a row depends on sequence and position.
-  Floats attend(const std::vector<std::pair<int64_t, int64_t>>& some, ThreadTeam& team,
+  Floats attend(const std::vector<std::pair<int64_t, int64_t>>& some, ThreadPool& pool,
                 std::vector<int64_t>* run_rows = nullptr) const {
     std::vector<Segment> segments;
     Floats qkv;
@@ -232,7 +232,7 @@ struct Forest {
       }
       rows += count;
     }
-    const AttentionPlan plan(shape, segments, team.size());
+    const AttentionPlan plan(shape, segments, pool.size());
     for (const auto& tile : plan.tiles) {
       for (const auto& run : tile.runs) {
         for (int64_t b = run.first_block; run_rows != nullptr && b < run.end_block; ++b) {
@@ -241,15 +241,15 @@ struct Forest {
       }
     }
     Floats out(static_cast<size_t>(rows * shape.q_size()), NAN);
-    attention(shape, qkv.data(), plan, kv, out.data(), team);
+    attention(shape, qkv.data(), plan, kv, out.data(), pool);
     return out;
   }
 };
 
 }  // namespace
 
-TEST(a_row_does_not_know_who_shares_its_blocks) {
-  ThreadTeam one(1), two(2), nine(9);
+TEST_CASE("a row does not know who shares its blocks") {
+  ThreadPool one(1), two(2), nine(9);
   for (const auto& [shape, dtype] :
        std::vector<std::pair<AttentionShape, DType>>{{make_shape(9, 3, 16, 0), DType::kF32},
                                                      {make_shape(14, 2, 12, 0), DType::kF32},
@@ -279,8 +279,8 @@ TEST(a_row_does_not_know_who_shares_its_blocks) {
       if (round > 1) order.resize(static_cast<size_t>(3 + 4 * (round - 2)));
       std::vector<std::pair<int64_t, int64_t>> some;
       for (const size_t i : order) some.push_back(all[i]);
-      for (ThreadTeam* team : {&one, &two, &nine}) {
-        const Floats out = forest.attend(some, *team);
+      for (ThreadPool* pool : {&one, &two, &nine}) {
+        const Floats out = forest.attend(some, *pool);
         int64_t row = 0;
         for (const size_t i : order) {
           CHECK(same_rows(shape, out, row, alone[i], 0, all[i].second));
@@ -291,8 +291,8 @@ TEST(a_row_does_not_know_who_shares_its_blocks) {
   }
 }
 
-TEST(a_shared_block_is_read_once_for_a_group) {
-  ThreadTeam one(1);
+TEST_CASE("a shared block is read once for a group") {
+  ThreadPool one(1);
   Forest forest(make_shape(9, 3, 16, 0), 200);
   const int64_t prompt = forest.add(300);
   std::vector<std::pair<int64_t, int64_t>> decoding;
@@ -305,7 +305,7 @@ TEST(a_shared_block_is_read_once_for_a_group) {
   CHECK_EQ(rows.size(), size_t{50});
 }
 
-TEST(a_plan_shows_every_token_each_of_its_blocks_once) {
+TEST_CASE("a plan shows every token each of its blocks once") {
   for (const int64_t window : {0, 33}) {
     for (const int threads : {1, 2, 16}) {
       const AttentionShape shape = make_shape(6, 2, 8, window);
@@ -348,13 +348,13 @@ TEST(a_plan_shows_every_token_each_of_its_blocks_once) {
         items.insert({item.tile, {item.kv_head, item.chunk}});
       }
       CHECK_EQ(items.size(), plan.items.size());
-      CHECK(threads > 1 || plan.merges.empty());
+      CHECK((threads > 1 || plan.merges.empty()));
     }
   }
 }
 
-TEST(attention_keeps_infinities_and_nan_where_they_belong) {
-  ThreadTeam team(3);
+TEST_CASE("attention keeps infinities and nan where they belong") {
+  ThreadPool pool(3);
   const AttentionShape shape = make_shape(1, 1, 4, 0);
   const auto set_key = [](Attention& a, int64_t token, float value) {
     for (int64_t i = 0; i < 4; ++i) a.qkv[static_cast<size_t>(token * 12 + 4 + i)] = value;
@@ -373,7 +373,7 @@ TEST(attention_keeps_infinities_and_nan_where_they_belong) {
   for (const int64_t dead : {0, 1}) {
     Attention a = make(1.0f);
     for (int64_t t = 512 * dead; t < 512 * (dead + 1); ++t) set_key(a, t, -kInf);
-    const Floats out = a.whole(team);
+    const Floats out = a.whole(pool);
     CHECK_EQ(is_nan(out, 511), dead == 0);  // nothing else to see: no softmax
     CHECK(!is_nan(out, 1029));
     double sum = 0, mass = 0;  // by hand, over the rest
@@ -390,27 +390,27 @@ TEST(attention_keeps_infinities_and_nan_where_they_belong) {
   for (const float bad : {NAN, kInf}) {
     Attention a = make(1.0f);
     set_key(a, 600, bad);
-    const Floats out = a.whole(team);
+    const Floats out = a.whole(pool);
     CHECK(!is_nan(out, 599));
     for (const int64_t row : {600, 611, 1023, 1024, 1029}) CHECK(is_nan(out, row));
   }
 }
 
-TEST(halves_are_written_rounded_and_never_beyond_their_range) {
-  ThreadTeam team(2);
+TEST_CASE("halves are written rounded and never beyond their range") {
+  ThreadPool pool(2);
   const AttentionShape shape = make_shape(1, 1, 9, 0);
-  for (const int64_t tokens : {3, 50}) {  // by the caller alone, and by the team
+  for (const int64_t tokens : {3, 50}) {  // by the caller alone, and by the pool
     for (const float value : {65519.0f, -65504.0f, 6e-8f, 1e-9f, -kInf, kInf, NAN, 0.1f}) {
       for (const int64_t at : {9, 17, 25, 26}) {  // lanes of K and of V, in vectors and past them
         Attention a(shape, tokens, 4, DType::kF16);
         a.qkv[static_cast<size_t>(27 * (tokens - 1) + at)] = value;
-        a.write(0, tokens, team);
+        a.write(0, tokens, pool);
         const int32_t block = a.blocks.back();
         const int64_t slot = (tokens - 1) % kKvBlock;
         const uint16_t bits = at < 18 ? a.kv.keys<uint16_t>(block, 0)[(at - 9) * kKvBlock + slot]
                                       : a.kv.values<uint16_t>(block, 0)[slot * 9 + at - 18];
         const float got = half_to_float(bits), expected = half_to_float(float_to_half(value));
-        CHECK(got == expected || (std::isnan(got) && std::isnan(value)));
+        CHECK((got == expected || (std::isnan(got) && std::isnan(value))));
         CHECK_EQ(std::isinf(got), std::isinf(value));
       }
     }
@@ -418,21 +418,22 @@ TEST(halves_are_written_rounded_and_never_beyond_their_range) {
       for (const int64_t at : {9, 26}) {
         Attention a(shape, tokens, 4, DType::kF16);
         a.qkv[static_cast<size_t>(27 * (tokens - 1) + at)] = value;
-        CHECK_THROWS(a.write(0, tokens, team), NumericError, "kv_dtype float16: expected keys");
+        CHECK_THROWS_WITH_AS((void)(a.write(0, tokens, pool)),
+                             doctest::Contains("kv_dtype float16: expected keys"), NumericError);
         a.qkv[static_cast<size_t>(27 * (tokens - 1) + at - 9)] = value;  // the query may be larger
         if (at == 9) a.qkv[static_cast<size_t>(27 * (tokens - 1) + at)] = 1.0f;
-        if (at == 9) a.write(0, tokens, team);
+        if (at == 9) a.write(0, tokens, pool);
       }
     }
   }
 }
 
-TEST(attention_gradient_by_finite_differences_of_the_double_reference) {
-  ThreadTeam team(2);
+TEST_CASE("attention gradient by finite differences of the double reference") {
+  ThreadPool pool(2);
   for (const int64_t window : {0, 6}) {
     const AttentionShape shape = make_shape(4, 2, 8, window);
     Attention a(shape, 19, 22);
-    const Floats out = a.whole(team);
+    const Floats out = a.whole(pool);
     const Floats dout = normal(out.size(), 23);
     std::vector<int32_t> rows;
     for (int32_t t = 0; t < a.tokens; ++t) rows.push_back(t);
@@ -440,7 +441,7 @@ TEST(attention_gradient_by_finite_differences_of_the_double_reference) {
     Floats d(a.qkv.size(), 0.0f);
     AlignedBuffer scratch;
     attention_backward(shape, a.qkv.data(), out.data(), dout.data(), segments, d.data(), scratch,
-                       team);
+                       pool);
     const auto loss = [&] {
       const Doubles y = a.plain<double>();
       double sum = 0;
@@ -461,5 +462,3 @@ TEST(attention_gradient_by_finite_differences_of_the_double_reference) {
     }
   }
 }
-
-CHECK_MAIN()

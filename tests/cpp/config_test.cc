@@ -3,9 +3,9 @@
 #include <cmath>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/model/config_readers.h"
-#include "check.h"
 #include "model_file_builder.h"
 
 using namespace alignpro;
@@ -27,29 +27,32 @@ ModelConfig config_with(const JsonFields& changes, const std::string& generation
 
 }  // namespace
 
-TEST(config_eos_and_bos) {
+TEST_CASE("config eos and bos") {
   CHECK((config_with({{"eos_token_id", "[3, 2, 3]"}}).eos_ids == std::vector<int32_t>{3, 2}));
   CHECK((config_with({}, R"({"eos_token_id": [4, 1]})").eos_ids == std::vector<int32_t>{4, 1}));
   CHECK((config_with({}, R"({"eos_token_id": null})").eos_ids == std::vector<int32_t>{2}));
   CHECK(config_with({{"eos_token_id", "32000"}}).eos_ids.empty());  // no logit reaches it
   CHECK(config_with({{"eos_token_id", "null"}}).eos_ids.empty());
   CHECK_EQ(config_with({{"bos_token_id", "null"}}).bos_id, -1);
-  CHECK_THROWS(config_with({{"eos_token_id", "\"</s>\""}}), FileError, "an integer or a list");
+  CHECK_THROWS_WITH_AS((void)(config_with({{"eos_token_id", "\"</s>\""}})),
+                       doctest::Contains("an integer or a list"), FileError);
 }
 
-TEST(config_families) {
+TEST_CASE("config families") {
   const ModelConfig qwen2 = config_with({{"model_type", "\"qwen2\""}});
-  CHECK(qwen2.qkv_bias && !qwen2.qk_norm && qwen2.sliding_window == 0);
+  CHECK((qwen2.qkv_bias && !qwen2.qk_norm && qwen2.sliding_window == 0));
   const ModelConfig qwen3 = config_with({{"model_type", "\"qwen3\""}, {"head_dim", "6"}});
-  CHECK(qwen3.qk_norm && !qwen3.qkv_bias && qwen3.head_dim == 6);
+  CHECK((qwen3.qk_norm && !qwen3.qkv_bias && qwen3.head_dim == 6));
   CHECK_EQ(config_with({{"model_type", "\"qwen3\""}}).head_dim, 128);
   CHECK(config_with({{"model_type", "\"phi3\""}}).fused_projections);
   CHECK_EQ(config_with({{"num_key_value_heads", "null"}}).num_kv_heads, 2);
-  CHECK_THROWS(config_with({{"model_type", "\"gpt2\""}}), FileError, "model_type 'gpt2'");
-  CHECK_THROWS(config_with({{"model_type", ""}}), FileError, "\"model_type\" must be a string");
+  CHECK_THROWS_WITH_AS((void)(config_with({{"model_type", "\"gpt2\""}})),
+                       doctest::Contains("model_type 'gpt2'"), FileError);
+  CHECK_THROWS_WITH_AS((void)(config_with({{"model_type", ""}})),
+                       doctest::Contains("\"model_type\" must be a string"), FileError);
 }
 
-TEST(config_sliding_windows) {
+TEST_CASE("config sliding windows") {
   const auto window = [](JsonFields changes) { return config_with(changes).sliding_window; };
   const std::string mistral = "\"mistral\"", qwen = "\"qwen2\"";
   CHECK_EQ(window({{"model_type", mistral}}), 4096);  // the class's default: absent is not null
@@ -68,30 +71,32 @@ TEST(config_sliding_windows) {
   };
   CHECK_EQ(with("max_window_layers", "2"), 0);
   CHECK_EQ(with("max_window_layers", "0"), 8);
-  CHECK_THROWS(with("max_window_layers", "1"), FileError, "max_window_layers mixes layers");
+  CHECK_THROWS_WITH_AS((void)(with("max_window_layers", "1")),
+                       doctest::Contains("max_window_layers mixes layers"), FileError);
   CHECK_EQ(with("layer_types", R"(["sliding_attention", "sliding_attention"])"), 8);
   CHECK_EQ(with("layer_types", R"(["full_attention", "full_attention"])"), 0);
-  CHECK_THROWS(with("layer_types", R"(["full_attention", "sliding_attention"])"), FileError,
-               "layer_types mixes layers");
-  CHECK_THROWS(with("layer_types", R"(["full_attention"])"), FileError, "1 entries for 2 layers");
-  CHECK_THROWS(with("layer_types", R"(["linear_attention", "full_attention"])"), FileError,
-               "layer type 'linear_attention'");
+  CHECK_THROWS_WITH_AS((void)(with("layer_types", R"(["full_attention", "sliding_attention"])")),
+                       doctest::Contains("layer_types mixes layers"), FileError);
+  CHECK_THROWS_WITH_AS((void)(with("layer_types", R"(["full_attention"])")),
+                       doctest::Contains("1 entries for 2 layers"), FileError);
+  CHECK_THROWS_WITH_AS((void)(with("layer_types", R"(["linear_attention", "full_attention"])")),
+                       doctest::Contains("layer type 'linear_attention'"), FileError);
 }
 
-TEST(config_rope) {
+TEST_CASE("config rope") {
   CHECK_EQ(config_with({}).rope.theta, 10000.0);
   CHECK_EQ(config_with({{"rope_theta", "5e5"}}).rope.theta, 5e5);
   const model::RopeConfig v5 =
       config_with(
           {{"rope_parameters", R"({"rope_theta": 7.0, "rope_type": "linear", "factor": 2})"}})
           .rope;
-  CHECK(v5.scaling == model::RopeScaling::kLinear && v5.theta == 7.0 && v5.factor == 2.0);
+  CHECK((v5.scaling == model::RopeScaling::kLinear && v5.theta == 7.0 && v5.factor == 2.0));
   const model::RopeConfig llama3 =
       config_with(
           {{"rope_scaling", R"({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16})"}})
           .rope;
-  CHECK(llama3.scaling == model::RopeScaling::kLlama3 && llama3.original_context == 16);
+  CHECK((llama3.scaling == model::RopeScaling::kLlama3 && llama3.original_context == 16));
   const JsonFields phi = {{"model_type", "\"phi3\""},
                           {"hidden_size", "16"},
                           {"partial_rotary_factor", "0.5"},
@@ -99,26 +104,31 @@ TEST(config_rope) {
                           {"rope_scaling", R"({"type": "su", "short_factor": [1.0, 2],
                                                "long_factor": [3.0, 4.0]})"}};
   const model::RopeConfig longrope = config_with(phi).rope;
-  CHECK(longrope.scaling == model::RopeScaling::kLongrope && longrope.rotary_dim == 4);
+  CHECK((longrope.scaling == model::RopeScaling::kLongrope && longrope.rotary_dim == 4));
   CHECK(std::abs(longrope.attention_factor - std::sqrt(1.5)) < 1e-12);
   CHECK((longrope.long_factors == std::vector<double>{3.0, 4.0}));
   JsonFields wrong = phi;
   wrong["partial_rotary_factor"] = "1.0";
-  CHECK_THROWS(config_with(wrong), FileError, "short_factor has 2 values, expected 4");
-  CHECK_THROWS(config_with({{"rope_scaling", R"({"type": "yarn", "factor": 4.0})"}}), FileError,
-               "rope scaling 'yarn' is not supported");
-  CHECK_THROWS(config_with({{"rope_scaling", R"({"type": "dynamic", "factor": 4.0})"}}), FileError,
-               "rope scaling 'dynamic' is not supported");
-  CHECK_THROWS(config_with({{"rope_scaling", R"({"type": "linear"})"}}), FileError,
-               "\"factor\" must be a number, it is missing");
-  CHECK_THROWS(config_with({{"rope_scaling", R"({"type": "linear", "factor": 0})"}}), FileError,
-               "rope scaling factor is 0");
-  CHECK_THROWS(config_with({{"partial_rotary_factor", "0.5"}}), FileError, "partial_rotary_factor");
+  CHECK_THROWS_WITH_AS((void)(config_with(wrong)),
+                       doctest::Contains("short_factor has 2 values, expected 4"), FileError);
+  CHECK_THROWS_WITH_AS(
+      (void)(config_with({{"rope_scaling", R"({"type": "yarn", "factor": 4.0})"}})),
+      doctest::Contains("rope scaling 'yarn' is not supported"), FileError);
+  CHECK_THROWS_WITH_AS(
+      (void)(config_with({{"rope_scaling", R"({"type": "dynamic", "factor": 4.0})"}})),
+      doctest::Contains("rope scaling 'dynamic' is not supported"), FileError);
+  CHECK_THROWS_WITH_AS((void)(config_with({{"rope_scaling", R"({"type": "linear"})"}})),
+                       doctest::Contains("\"factor\" must be a number, it is missing"), FileError);
+  CHECK_THROWS_WITH_AS(
+      (void)(config_with({{"rope_scaling", R"({"type": "linear", "factor": 0})"}})),
+      doctest::Contains("rope scaling factor is 0"), FileError);
+  CHECK_THROWS_WITH_AS((void)(config_with({{"partial_rotary_factor", "0.5"}})),
+                       doctest::Contains("partial_rotary_factor"), FileError);
 }
 
-TEST(config_refuses_by_name) {
+TEST_CASE("config refuses by name") {
   const auto refuses = [](const char* key, const char* value, const char* text) {
-    CHECK_THROWS(config_with({{key, value}}), FileError, text);
+    CHECK_THROWS_WITH_AS((void)(config_with({{key, value}})), doctest::Contains(text), FileError);
   };
   refuses("quantization_config", R"({"quant_method": "gptq"})", "weights quantised by gptq");
   refuses("hidden_act", "\"gelu\"", "hidden_act 'gelu'");
@@ -138,5 +148,3 @@ TEST(config_refuses_by_name) {
   refuses("rope_theta", "-1", "rope theta is -1");
   refuses("max_position_embeddings", "0", "context length is 0");
 }
-
-CHECK_MAIN()

@@ -8,10 +8,10 @@
 #include <span>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/aligned.h"
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/attention.h"
-#include "check.h"
 #include "cuda/ops.h"
 #include "host_block.h"
 #include "numbers.h"
@@ -34,15 +34,15 @@ struct Heads {
   int64_t group, kv_heads, head_dim, window;
 };
 
-// Sequences of some lengths in a pool whose blocks lie in no order; what no position wrote is NaN.
-// Rows are the last `rows` positions of each sequence, one sequence after another.
+// Sequences of some lengths in a kv_pool whose blocks lie in no order; what no position wrote is
+// NaN. Rows are the last `rows` positions of each sequence, one sequence after another.
 template <typename T>
 struct Sequences {
   Heads heads;
   cuda::AttentionShape shape;
   std::vector<int32_t> lengths, table, row_of, position_of;
   int64_t blocks = 0, width, q_size, rows = 0;
-  Tensor<T> pool, qkv;
+  Tensor<T> kv_pool, qkv;
 
   Sequences(const Heads& h, const std::vector<int32_t>& all, const std::vector<int32_t>& live)
       : heads(h),
@@ -51,7 +51,7 @@ struct Sequences {
         lengths(all),
         width((h.group + 2) * h.kv_heads * h.head_dim),
         q_size(h.group * h.kv_heads * h.head_dim),
-        pool(1),
+        kv_pool(1),
         qkv(1) {
     for (const int32_t length : lengths) blocks = std::max<int64_t>(blocks, (length + 15) / 16);
     std::vector<int32_t> order(lengths.size() * static_cast<size_t>(blocks));
@@ -73,7 +73,7 @@ struct Sequences {
       }
     }
     rows = static_cast<int64_t>(row_of.size());
-    pool = Tensor<T>(values);
+    kv_pool = Tensor<T>(values);
     qkv = Tensor<T>(normal(static_cast<size_t>(rows * width), 7));
   }
   int64_t block_of(size_t sequence, int64_t position) const {
@@ -81,7 +81,7 @@ struct Sequences {
   }
   cuda::PagedKv kv() {
     const int64_t half = 16 * heads.head_dim;
-    return {pool.data(), heads.kv_heads * 2 * half, 2 * half, half};
+    return {kv_pool.data(), heads.kv_heads * 2 * half, 2 * half, half};
   }
 
   struct Result {
@@ -136,7 +136,7 @@ struct Sequences {
   // float64
   void truth(Doubles* out, Doubles* lse) {
     const int64_t d = heads.head_dim;
-    const Floats stored = pool.floats(), q = qkv.floats();
+    const Floats stored = kv_pool.floats(), q = qkv.floats();
     for (int64_t row = 0; row < rows; ++row) {
       const auto sequence = static_cast<size_t>(row_of[static_cast<size_t>(row)]);
       const int64_t position = position_of[static_cast<size_t>(row)];
@@ -222,10 +222,10 @@ void check_backward(const Heads& heads, const std::vector<Node>& nodes) {
     most = std::max<int64_t>(most, nodes[s].rows);
     key_rows.push_back(keys);
   }
-  std::vector<int32_t> viewer_begin = {0}, viewers;
+  std::vector<int32_t> child_begin = {0}, children;
   for (const auto& of : seen_by) {
-    viewers.insert(viewers.end(), of.begin(), of.end());
-    viewer_begin.push_back(static_cast<int32_t>(viewers.size()));
+    children.insert(children.end(), of.begin(), of.end());
+    child_begin.push_back(static_cast<int32_t>(children.size()));
   }
   const auto count = [](int64_t n) { return static_cast<size_t>(n); };
   Tensor<T> qkv(normal(count(rows * width), 1)), out(count(rows * q_size)),
@@ -234,20 +234,20 @@ void check_backward(const Heads& heads, const std::vector<Node>& nodes) {
   const int64_t blocks = (longest + 15) / 16;
   std::vector<int32_t> table(nodes.size() * count(blocks));
   std::iota(table.rbegin(), table.rend(), 0);
-  Tensor<T> pool(table.size() * count(kv_heads * 32 * d));
+  Tensor<T> kv_pool(table.size() * count(kv_heads * 32 * d));
   for (size_t s = 0; s < nodes.size(); ++s) {
     for (size_t p = 0; p < key_rows[s].size(); ++p) {
       for (int64_t i = 0; i < 2 * kv_heads * d; ++i) {
         const int64_t head = i / d % kv_heads, half = i / d / kv_heads;
         const int64_t block = table[s * count(blocks) + p / 16];
-        pool.data()[((block * kv_heads + head) * 32 + half * 16 + static_cast<int64_t>(p) % 16) *
-                        d +
-                    i % d] = qkv.data()[key_rows[s][p] * width + q_size + i];
+        kv_pool.data()[((block * kv_heads + head) * 32 + half * 16 + static_cast<int64_t>(p) % 16) *
+                           d +
+                       i % d] = qkv.data()[key_rows[s][p] * width + q_size + i];
       }
     }
   }
   const cuda::AttentionShape shape{q_heads, kv_heads, d, heads.window, scale};
-  const cuda::PagedKv kv{pool.data(), kv_heads * 32 * d, 32 * d, 16 * d};
+  const cuda::PagedKv kv{kv_pool.data(), kv_heads * 32 * d, 32 * d, 16 * d};
   Floats lse(count(rows * q_heads), NAN);
   const auto segment_count = static_cast<int64_t>(segments.size());
   cuda::attention_prefill(shape, matrix(qkv, rows, width), segments.data(), segment_count, most,
@@ -261,8 +261,8 @@ void check_backward(const Heads& heads, const std::vector<Node>& nodes) {
                                         segments.data(),
                                         segment_count,
                                         most,
-                                        tree ? viewer_begin.data() : nullptr,
-                                        tree ? viewers.data() : nullptr,
+                                        tree ? child_begin.data() : nullptr,
+                                        tree ? children.data() : nullptr,
                                         table.data(),
                                         blocks,
                                         kv};
@@ -275,10 +275,10 @@ void check_backward(const Heads& heads, const std::vector<Node>& nodes) {
   }
   Floats expected(count(rows * width));
   AlignedBuffer scratch;
-  ThreadTeam team(1);
+  ThreadPool pool(1);
   ops::attention_backward({q_heads, kv_heads, d, heads.window, scale}, qkv.floats().data(),
                           out.floats().data(), dout.floats().data(), own, expected.data(), scratch,
-                          team);
+                          pool);
   const Floats got = d_qkv.floats();
   const double budget = sizeof(T) == 2 ? 1e-2 : 1e-5;  // P and dS are rounded to bfloat16
   const int64_t ends[] = {0, q_size, q_size + kv_heads * d, width};
@@ -296,25 +296,25 @@ void check_backward(const Heads& heads, const std::vector<Node>& nodes) {
 
 }  // namespace
 
-TEST(prefill_matches_double_and_decode_to_the_bit) {
+TEST_CASE("prefill matches double and decode to the bit") {
   check_prefill<float>({3, 2, 8, 0}, {40, 1, 23}, {40, 1, 7}, 9);
   check_prefill<float>({2, 1, 100, 7}, {50}, {50}, 13);
   check_prefill<Bfloat16>({4, 1, 128, 0}, {45, 20}, {45, 2}, 11);
   check_prefill<Bfloat16>({3, 2, 64, 20}, {70}, {60}, 32);
 }
 
-TEST(chunks_of_keys_are_joined_alike) {
+TEST_CASE("chunks of keys are joined alike") {
   check_prefill<Bfloat16>({2, 1, 64, 0}, {1060}, {40}, 7);
   check_prefill<Bfloat16>({1, 1, 80, 520}, {1100}, {90}, 64);
   check_prefill<float>({1, 1, 16, 0}, {530}, {30}, 8);
 }
 
-TEST(groups_may_have_more_than_a_warps_rows) {
+TEST_CASE("groups may have more than a warps rows") {
   check_prefill<Bfloat16>({20, 1, 64, 0}, {37}, {9}, 2);
   check_prefill<float>({33, 1, 8, 0}, {20}, {3}, 1);
 }
 
-TEST(a_nan_stays_in_its_row) {
+TEST_CASE("a nan stays in its row") {
   Sequences<Bfloat16> s({1, 1, 64, 0}, {40}, {40});
   s.qkv.data()[3 * s.width] = stored<Bfloat16>(NAN);
   const auto result = s.prefill(40);
@@ -322,15 +322,13 @@ TEST(a_nan_stays_in_its_row) {
     CHECK_EQ(std::isnan(result.out[static_cast<size_t>(row * 64)]), row == 3);
     CHECK_EQ(std::isnan(result.lse[static_cast<size_t>(row)]), row == 3);
   }
-  CHECK(std::isnan(s.decode({3})[0]) && !std::isnan(s.decode({4})[0]));
+  CHECK((std::isnan(s.decode({3})[0]) && !std::isnan(s.decode({4})[0])));
 }
 
-TEST(gradients_of_attention_are_the_cpus) {
+TEST_CASE("gradients of attention are the cpus") {
   check_backward<float>({2, 1, 8, 0}, {{-1, 70}});
   check_backward<float>({3, 2, 100, 9}, {{-1, 20}, {0, 7}, {0, 40}, {2, 5}});
   check_backward<Bfloat16>({4, 1, 128, 0}, {{-1, 37}, {0, 20}, {0, 1}});
   check_backward<Bfloat16>({1, 2, 64, 30}, {{-1, 130}});
   check_backward<Bfloat16>({3, 1, 96, 12}, {{-1, 9}, {0, 50}, {1, 30}});
 }
-
-CHECK_MAIN()

@@ -4,11 +4,11 @@
 #include <cmath>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/ops/linear.h"
 #include "alignpro/ops/rms_norm.h"
 #include "alignpro/ops/rope.h"
 #include "alignpro/ops/swiglu.h"
-#include "check.h"
 #include "cuda/ops.h"
 #include "host_block.h"
 #include "numbers.h"
@@ -36,22 +36,22 @@ bool agree(Tensor<T>& got, const Floats& expected) {
 template <typename T>
 void check_rows() {
   const int64_t rows = 5, n = 8 * 19;
-  ThreadTeam team(1);
+  ThreadPool pool(1);
   Tensor<T> gate_up(some(rows * 2 * n, 1, 2.0f)), dh(some(rows * n, 2));
   Tensor<T> d_gate_up(static_cast<size_t>(rows * 2 * n));
   cuda::swiglu_backward(matrix(gate_up, rows, 2 * n), matrix(dh, rows, n),
                         matrix(d_gate_up, rows, 2 * n), nullptr);
   Floats expected(static_cast<size_t>(rows * 2 * n));
-  ops::swiglu_backward(rows, n, gate_up.floats().data(), dh.floats().data(), expected.data(), team);
+  ops::swiglu_backward(rows, n, gate_up.floats().data(), dh.floats().data(), expected.data(), pool);
   CHECK(agree(d_gate_up, expected));
 
   Tensor<T> x(some(rows * n, 3, 3.0f)), weight(some(n, 4)), dy(some(rows * n, 5));
   Tensor<T> dx(some(rows * n, 6, 0.3f));
   Floats sum = dx.floats(), factors(rows), y(static_cast<size_t>(rows * n));
   ops::rms_norm(rows, n, x.floats().data(), n, weight.floats().data(), 1e-3f, y.data(), n,
-                factors.data(), team);
+                factors.data(), pool);
   ops::rms_norm_backward(rows, n, x.floats().data(), n, weight.floats().data(), factors.data(),
-                         dy.floats().data(), n, sum.data(), n, team);
+                         dy.floats().data(), n, sum.data(), n, pool);
   cuda::rms_norm_backward(matrix(x, rows, n), weight.data(), 1e-3f, matrix(dy, rows, n),
                           matrix(dx, rows, n), nullptr);
   CHECK(agree(dx, sum));
@@ -61,7 +61,7 @@ void check_rows() {
 template <typename T>
 void check_rows_that_lie_apart() {
   const int64_t rows = 3, heads = 4, kv_heads = 2, d = 24, width = 8 * d, normed = 6;
-  ThreadTeam team(1);
+  ThreadPool pool(1);
   Tensor<T> qkv(some(rows * width, 1, 3.0f)), d_qkv(some(rows * width, 2));
   Tensor<T> q_weight(some(d, 3)), k_weight(some(d, 4));
   const Floats x = qkv.floats(), dy = d_qkv.floats();
@@ -71,9 +71,9 @@ void check_rows_that_lie_apart() {
     const auto head_norm = [&](int64_t first, int64_t count, const Floats& weight) {
       const int64_t at = row * width + first * d;
       ops::rms_norm(count, d, x.data() + at, d, weight.data(), 1e-3f, y.data(), d, factors.data(),
-                    team);
+                    pool);
       ops::rms_norm_backward(count, d, x.data() + at, d, weight.data(), factors.data(),
-                             dy.data() + at, d, expected.data() + at, d, team);
+                             dy.data() + at, d, expected.data() + at, d, pool);
     };
     head_norm(0, heads, q_weight.floats());
     head_norm(heads, kv_heads, k_weight.floats());
@@ -102,7 +102,7 @@ void check_rows_that_lie_apart() {
 template <typename T>
 void check_rope() {
   const int64_t rows = 3, heads = 4, kv_heads = 2, d = 24, half = 8, width = 8 * d;
-  ThreadTeam team(1);
+  ThreadPool pool(1);
   Tensor<T> d_qkv(some(rows * width, 1));
   Floats expected = d_qkv.floats();
   const Floats values = expected;
@@ -119,7 +119,7 @@ void check_rope() {
     }
   }
   ops::rope(rows, expected.data(), width, heads + kv_heads, d, 2 * half, row_cos.data(),
-            row_sin.data(), team);
+            row_sin.data(), pool);
   cuda::rope_backward({heads, kv_heads, d, 0, 1.0f}, matrix(d_qkv, rows, width), 2 * half,
                       cos.data(), sin.data(), positions.data(), nullptr);
   CHECK(agree(d_qkv, expected));
@@ -132,7 +132,7 @@ void check_rope() {
 // rows of one adapter among others: a range of rows, and a module's columns of two.
 template <typename T>
 void check_linear(int64_t rows, int64_t n, int64_t k, int64_t rank) {
-  ThreadTeam team(1);
+  ThreadPool pool(1);
   const float scale = 0.5f;
   Tensor<T> dy(some(rows * n, 1)), w(some(n * k, 2, 0.2f)), a(some(rank * k, 3, 0.2f));
   Tensor<T> b(some(n * rank, 4, 0.2f)), residual(some(rows * k, 5)), x(some(rows * k, 6));
@@ -156,15 +156,15 @@ void check_linear(int64_t rows, int64_t n, int64_t k, int64_t rank) {
   }
   CHECK(agree(d_low, to_low));
   // From the d_low that was stored.
-  const Floats stored_low = d_low.floats();
+  const Floats quantized_low = d_low.floats();
   ops::linear_backward(rows, {up.data(), n}, packed, expected.data(), k, {.residual = rest.data()},
-                       team);
+                       pool);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < k; ++c) {
       double sum = expected[static_cast<size_t>(r * k + c)];
       for (int64_t i = 0; i < rank; ++i) {
-        sum +=
-            double{stored_low[static_cast<size_t>(r * rank + i)]} * to_float(a.data()[i * k + c]);
+        sum += double{quantized_low[static_cast<size_t>(r * rank + i)]} *
+               to_float(a.data()[i * k + c]);
       }
       expected[static_cast<size_t>(r * k + c)] = static_cast<float>(sum);
     }
@@ -173,7 +173,7 @@ void check_linear(int64_t rows, int64_t n, int64_t k, int64_t rank) {
   extras.d_low = matrix(low_alone, rows, rank);
   extras.residual = {};
   cuda::linear_backward(matrix(dy, rows, n), {}, extras, {}, nullptr);
-  CHECK(same_bits(low_alone.floats().data(), stored_low.data(), stored_low.size()));
+  CHECK(same_bits(low_alone.floats().data(), quantized_low.data(), quantized_low.size()));
 
   // The gradients of rows from 1 on, of the module with the last 8 ranks and outputs from 8 on.
   const int64_t live = rows - 1, outputs = n - 8;
@@ -190,10 +190,10 @@ void check_linear(int64_t rows, int64_t n, int64_t k, int64_t rank) {
   cuda::lora_backward(in, matrix(d_a, 8, k), matrix(d_b, outputs, 8), workspace.data(), nullptr);
   const Floats xs = x.floats(), lows = low.floats();
   Floats to_a(static_cast<size_t>(8 * k)), transposed(static_cast<size_t>(8 * outputs));
-  ops::matmul(8, k, live, {stored_low.data() + rank + rank - 8, 1, rank}, xs.data() + k, k,
-              to_a.data(), k, {}, team);
+  ops::matmul(8, k, live, {quantized_low.data() + rank + rank - 8, 1, rank}, xs.data() + k, k,
+              to_a.data(), k, {}, pool);
   ops::matmul(8, outputs, live, {lows.data() + rank + rank - 8, 1, rank}, up.data() + n + 8, n,
-              transposed.data(), outputs, {.scale = scale}, team);
+              transposed.data(), outputs, {.scale = scale}, pool);
   Floats to_b(transposed.size());
   for (int64_t o = 0; o < outputs; ++o) {
     for (int64_t i = 0; i < 8; ++i) {
@@ -209,25 +209,23 @@ void check_linear(int64_t rows, int64_t n, int64_t k, int64_t rank) {
 
 }  // namespace
 
-TEST(gradients_of_row_ops_are_the_cpus) {
+TEST_CASE("gradients of row ops are the cpus") {
   check_rows<float>();
   check_rows<Bfloat16>();
 }
 
-TEST(gradients_of_rows_that_lie_apart_are_the_cpus) {
+TEST_CASE("gradients of rows that lie apart are the cpus") {
   check_rows_that_lie_apart<float>();
   check_rows_that_lie_apart<Bfloat16>();
 }
 
-TEST(rope_turns_back) {
+TEST_CASE("rope turns back") {
   check_rope<float>();
   check_rope<Bfloat16>();
 }
 
-TEST(gradients_of_linear_layers_and_adapters_are_the_cpus) {
+TEST_CASE("gradients of linear layers and adapters are the cpus") {
   check_linear<float>(7, 40, 24, 8);
   check_linear<Bfloat16>(135, 48, 136, 16);
   check_linear<float>(1030, 16, 12, 8);  // more than a chunk of rows
 }
-
-CHECK_MAIN()

@@ -5,12 +5,12 @@
 #include <cmath>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/rng.h"
 #include "alignpro/ops/head_sample.h"
 #include "alignpro/ops/linear_logprob.h"
 #include "alignpro/ops/rms_norm.h"
 #include "alignpro/ops/swiglu.h"
-#include "check.h"
 #include "cuda/ops.h"
 #include "host_block.h"
 #include "numbers.h"
@@ -45,15 +45,15 @@ struct Outputs {
 
 // Forward and backward of both engines.
 void check_logprob(int64_t rows, int64_t vocab, int64_t cols) {
-  ThreadTeam team(1);
+  ThreadPool pool(1);
   Tensor<float> hidden(normal(static_cast<size_t>(rows * cols), 1));
   Tensor<float> ref(normal(static_cast<size_t>(rows * cols), 2));
   Tensor<float> weight(normal(static_cast<size_t>(vocab * cols), 3, 0.4f));
   std::vector<int32_t> tokens;
   for (int64_t m = 0; m < rows; ++m) tokens.push_back(static_cast<int32_t>((m * 4111 + 7) % vocab));
 
-  const ops::StoredMatrix stored{reinterpret_cast<const std::byte*>(weight.data()), DType::kF32,
-                                 vocab, cols};
+  const ops::QuantizedMatrix stored{reinterpret_cast<const std::byte*>(weight.data()), DType::kF32,
+                                    vocab, cols};
   const ops::LogprobInput cpu_in{.rows = rows,
                                  .hidden = hidden.data(),
                                  .weight = stored,
@@ -61,7 +61,7 @@ void check_logprob(int64_t rows, int64_t vocab, int64_t cols) {
                                  .temperature = 0.8f,
                                  .ref_hidden = ref.data()};
   Outputs cpu(rows), gpu(rows);
-  ops::linear_logprob(cpu_in, cpu.views<ops::LogprobOutput>(), nullptr, team);
+  ops::linear_logprob(cpu_in, cpu.views<ops::LogprobOutput>(), nullptr, pool);
 
   cuda::LogprobInput in;
   in.hidden = matrix(hidden, rows, cols);
@@ -80,7 +80,7 @@ void check_logprob(int64_t rows, int64_t vocab, int64_t cols) {
   const auto count = static_cast<size_t>(rows);
   Floats cpu_tv(count), cpu_above(count), tv(count, NAN), above(count, NAN);
   ops::total_variation(cpu_in, cpu.views<ops::LogprobOutput>(), cpu_tv.data(), cpu_above.data(),
-                       team);
+                       pool);
   Tensor<float> second(static_cast<size_t>(cuda::total_variation_bytes(in) / 4));
   cuda::total_variation(in, gpu.views<cuda::LogprobOutput>(), tv.data(), above.data(),
                         second.data(), nullptr);
@@ -91,7 +91,7 @@ void check_logprob(int64_t rows, int64_t vocab, int64_t cols) {
   Floats d_hidden(static_cast<size_t>(rows * cols)), d_weight(static_cast<size_t>(vocab * cols));
   ops::linear_logprob_backward(cpu_in, cpu.views<ops::LogprobOutput>(), cpu_above.data(), nullptr,
                                {u[0].data(), u[1].data(), u[2].data(), u[3].data(), u[4].data()},
-                               d_hidden.data(), d_weight.data(), team);
+                               d_hidden.data(), d_weight.data(), pool);
   Tensor<float> to_hidden(d_hidden.size()), to_weight(d_weight.size());
   Tensor<float> memory(static_cast<size_t>(cuda::linear_logprob_backward_bytes(in) / 4));
   cuda::linear_logprob_backward(
@@ -104,14 +104,14 @@ void check_logprob(int64_t rows, int64_t vocab, int64_t cols) {
 
 }  // namespace
 
-TEST(linear_logprob_is_the_cpus) {
+TEST_CASE("linear logprob is the cpus") {
   check_logprob(3, 4200, 8);   // more than a chunk of tokens
   check_logprob(2050, 20, 4);  // more than a chunk of rows
 }
 
-TEST(head_sample_draws_the_cpus_tokens) {
+TEST_CASE("head sample draws the cpus tokens") {
   const int64_t rows = 12, vocab = 900, cols = 24;
-  ThreadTeam team(1);
+  ThreadPool pool(1);
   Tensor<float> hidden(normal(rows * cols, 1)), head(normal(vocab * cols, 2, 0.3f));
   const auto packed = ops::PackedMatrix::pack(vocab, cols, head.data());
   std::vector<cuda::SampleRow> draws;
@@ -124,7 +124,7 @@ TEST(head_sample_draws_the_cpus_tokens) {
     draws.push_back({request.uniform, temperature});
   }
   std::vector<ops::SampledToken> expected(rows);
-  ops::head_sample(packed, hidden.data(), requests, expected, team);
+  ops::head_sample(packed, hidden.data(), requests, expected, pool);
   std::vector<int32_t> tokens(rows, -7);
   Floats logprobs(rows, NAN);
   Tensor<float> workspace(static_cast<size_t>(cuda::head_sample_bytes(rows, vocab) / 4));
@@ -136,9 +136,9 @@ TEST(head_sample_draws_the_cpus_tokens) {
   }
 }
 
-TEST(head_sample_truncates_as_the_cpu) {
+TEST_CASE("head sample truncates as the cpu") {
   const int64_t rows = 134, vocab = 300, cols = 8;
-  ThreadTeam team(1);
+  ThreadPool pool(1);
   Tensor<float> hidden(normal(rows * cols, 1)), head(normal(vocab * cols, 2, 0.8f));
   // Tokens 0, 17 and 250 tie, for rows 11 and 21 as the best; both have top_k 1, and 21 bans.
   for (const int64_t token : {17, 250}) {
@@ -173,7 +173,7 @@ TEST(head_sample_truncates_as_the_cpu) {
     requests.push_back(request);
   }
   std::vector<ops::SampledToken> expected(rows);
-  ops::head_sample(packed, hidden.data(), requests, expected, team);
+  ops::head_sample(packed, hidden.data(), requests, expected, pool);
   std::vector<int32_t> tokens(rows, -7);
   Floats logprobs(rows, NAN), kept(rows, NAN);
   Tensor<float> workspace(static_cast<size_t>(cuda::head_sample_bytes(rows, vocab, true) / 4));
@@ -188,7 +188,7 @@ TEST(head_sample_truncates_as_the_cpu) {
     CHECK(std::abs(logprobs[i] - expected[i].logprob) < 1e-5f);
     CHECK(std::abs(kept[i] - expected[i].kept_mass) < 1e-5f);
   }
-  CHECK(tokens[11] == 0 && tokens[21] == 0);
+  CHECK((tokens[11] == 0 && tokens[21] == 0));
   // What was truncated and is not: no token is better than a wrong one.
   draw(nullptr);
   CHECK_EQ(tokens[5], -1);
@@ -202,37 +202,37 @@ TEST(head_sample_truncates_as_the_cpu) {
   const cuda::Truncation nothing{all.data(), kept.data()};
   cuda::head_sample(matrix(hidden, 1, cols), matrix(head, vocab, cols), draws.data(), tokens.data(),
                     logprobs.data(), workspace.data(), nullptr, &nothing);
-  CHECK(tokens[0] == -1 && std::isnan(logprobs[0]) && std::isnan(kept[0]));
+  CHECK((tokens[0] == -1 && std::isnan(logprobs[0]) && std::isnan(kept[0])));
 }
 
-TEST(row_ops_are_the_cpus) {
+TEST_CASE("row ops are the cpus") {
   const int64_t rows = 5, n = 40;
-  ThreadTeam team(1);
+  ThreadPool pool(1);
   Tensor<float> x(normal(rows * 2 * n, 1)), weight(normal(2 * n, 2)), y(rows * 2 * n), h(rows * n);
   Floats expected(rows * 2 * n), activated(rows * n);
   ops::rms_norm(rows, 2 * n, x.data(), 2 * n, weight.data(), 1e-5f, expected.data(), 2 * n, nullptr,
-                team);
+                pool);
   cuda::rms_norm(matrix(x, rows, 2 * n), weight.data(), 1e-5f, matrix(y, rows, 2 * n), nullptr);
   CHECK(difference(y.floats(), expected) < kBudget);
-  ops::swiglu(rows, n, x.data(), activated.data(), team);
+  ops::swiglu(rows, n, x.data(), activated.data(), pool);
   cuda::swiglu(matrix(x, rows, 2 * n), matrix(h, rows, n), nullptr);
   CHECK(difference(h.floats(), activated) < kBudget);
   const int32_t tokens[] = {4, 0};
   Tensor<float> out(2 * n);
   cuda::embedding(matrix(h, rows, n), tokens, matrix(out, 2, n), nullptr);
-  CHECK(same_bits(out.data(), h.data() + 4 * n, n) && same_bits(out.data() + n, h.data(), n));
+  CHECK((same_bits(out.data(), h.data() + 4 * n, n) && same_bits(out.data() + n, h.data(), n)));
 }
 
-TEST(qk_norm_is_the_cpus_rms_norm_of_each_head) {
+TEST_CASE("qk norm is the cpus rms norm of each head") {
   const int64_t rows = 3, d = 12, heads = 4, kv_heads = 2, width = (heads + 2 * kv_heads) * d;
-  ThreadTeam team(1);
+  ThreadPool pool(1);
   Tensor<float> qkv(normal(rows * width, 1)), q_weight(normal(d, 2)), k_weight(normal(d, 3));
   Floats expected = qkv.floats();
   for (int64_t row = 0; row < rows; ++row) {
     float* q = expected.data() + row * width;
-    ops::rms_norm(heads, d, q, d, q_weight.data(), 1e-5f, q, d, nullptr, team);
+    ops::rms_norm(heads, d, q, d, q_weight.data(), 1e-5f, q, d, nullptr, pool);
     float* k = q + heads * d;
-    ops::rms_norm(kv_heads, d, k, d, k_weight.data(), 1e-5f, k, d, nullptr, team);
+    ops::rms_norm(kv_heads, d, k, d, k_weight.data(), 1e-5f, k, d, nullptr, pool);
   }
   cuda::qk_norm({heads, kv_heads, d, 0, 1.0f}, matrix(qkv, rows, width), q_weight.data(),
                 k_weight.data(), 1e-5f, nullptr);
@@ -240,7 +240,7 @@ TEST(qk_norm_is_the_cpus_rms_norm_of_each_head) {
 }
 
 // Queries of zero attend to all keys alike: the output is the mean of the values, head by head.
-TEST(decode_attention_reads_every_value_once) {
+TEST_CASE("decode attention reads every value once") {
   const int64_t heads = 4, kv_heads = 2, d = 8, width = (heads + 2 * kv_heads) * d, count = 1030;
   const int64_t blocks = (count + 15) / 16;
   const cuda::AttentionShape shape{heads, kv_heads, d, 0, 1.0f};
@@ -279,5 +279,3 @@ TEST(decode_attention_reads_every_value_once) {
   }
   CHECK(relative_error(out.floats(), expected) < 5e-6);
 }
-
-CHECK_MAIN()

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "check.h"
+#include <doctest/doctest.h>
 #include "cuda/bodies/linear.h"
 #include "cuda/ops.h"
 #include "cuda/shared_library.h"
@@ -143,8 +143,8 @@ void check_rows(int64_t n, int64_t k) {
   for (int64_t count = 1; count <= p.rows; count += kRowStep) {
     const int64_t first = (count * 7) % (p.rows - count + 1);
     const auto check = [&](const Floats& some) {
-      CHECK(some.size() == static_cast<size_t>(count * n) &&
-            same_bits(some.data(), all.data() + first * n, some.size()));
+      CHECK((some.size() == static_cast<size_t>(count * n) &&
+             same_bits(some.data(), all.data() + first * n, some.size())));
     };
     check(p.launched(first, count));
     if (count % 8 != 1) continue;
@@ -206,27 +206,27 @@ void check_backward(int64_t rows, int64_t n, int64_t k) {
 
 }  // namespace
 
-TEST(every_tile_gives_the_same_bits) {
+TEST_CASE("every tile gives the same bits") {
   check_shapes<float, true>(131, 72, 36);
   check_shapes<Bfloat16, true>(131, 72, 40);
   check_shapes<float, false>(3, 36, 420);      // slices go around the stages
   check_shapes<Bfloat16, false>(3, 40, 1096);  // and end inside a load
 }
 
-TEST(every_tile_gives_a_gradient_the_same_bits) {
+TEST_CASE("every tile gives a gradient the same bits") {
   check_backward<float>(70, 72, 36);
   check_backward<Bfloat16>(70, 72, 40);
   check_backward<float>(3, 36, 420);
   check_backward<Bfloat16>(3, 40, 1096);
 }
 
-TEST(a_row_is_the_same_among_any_number_of_rows) {
+TEST_CASE("a row is the same among any number of rows") {
   check_rows<float>(40, 20);
   check_rows<Bfloat16>(40, 24);
 }
 
 // Of so many columns 66 rows take Rows64Narrow, Rows64 and WideTile, 17 one of 64 rows, 5 Rows16.
-TEST(the_launcher_covers_outputs_by_every_tile) {
+TEST_CASE("the launcher covers outputs by every tile") {
   for (const int64_t n : {2056, 8200, 16392}) {
     Problem<Bfloat16> p(66, n, 8);
     const Floats all = p.launched(0, p.rows);
@@ -240,22 +240,22 @@ TEST(the_launcher_covers_outputs_by_every_tile) {
 }
 
 // Products too small for float32 leave a sum of -0, which the zeros behind a slice's end turn.
-TEST(a_sum_of_minus_zero_is_zero) {
+TEST_CASE("a sum of minus zero is zero") {
   Problem<float> p(1, 32, 16);
   for (int64_t i = 0; i < 16; ++i) p.x.data()[i] = 1e-30f;
   for (int64_t i = 0; i < 32 * 16; ++i) p.w.data()[i] = -1e-30f;
-  for (const float v : p.by<WideTile, false>(0, 1)) CHECK(v == 0.0f && !std::signbit(v));
-  for (const float v : p.by<Rows16, false>(0, 1)) CHECK(v == 0.0f && !std::signbit(v));
+  for (const float v : p.by<WideTile, false>(0, 1)) CHECK((v == 0.0f && !std::signbit(v)));
+  for (const float v : p.by<Rows16, false>(0, 1)) CHECK((v == 0.0f && !std::signbit(v)));
 }
 
-TEST(a_library_is_the_first_that_opens) {
+TEST_CASE("a library is the first that opens") {
   const SharedLibrary math("what", {"libnone.so.1", "libm.so.6"}, "");
   CHECK_EQ(math.symbol<double(double)>("cos")(0.0), 1.0);
-  CHECK_THROWS(math.symbol<double(double)>("nothing"), Unavailable,
-               "libm.so.6: expected a function nothing");
-  CHECK_THROWS(SharedLibrary("what", {"libnone.so.1", "/nowhere/libm.so.6"}, "do this"),
-               Unavailable, "what: not found, looked for libnone.so.1: ");
-  CHECK_THROWS(SharedLibrary("what", {"/nowhere/libm.so.6"}, "do this"), Unavailable, "; do this");
+  CHECK_THROWS_WITH_AS((void)(math.symbol<double(double)>("nothing")),
+                       doctest::Contains("libm.so.6: expected a function nothing"), Unavailable);
+  CHECK_THROWS_WITH_AS(
+      (void)(SharedLibrary("what", {"libnone.so.1", "/nowhere/libm.so.6"}, "do this")),
+      doctest::Contains("what: not found, looked for libnone.so.1: "), Unavailable);
+  CHECK_THROWS_WITH_AS((void)(SharedLibrary("what", {"/nowhere/libm.so.6"}, "do this")),
+                       doctest::Contains("; do this"), Unavailable);
 }
-
-CHECK_MAIN()

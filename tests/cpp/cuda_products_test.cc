@@ -9,8 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/rng.h"
-#include "check.h"
 #include "cuda/bodies/vocabulary.h"
 #include "host_block.h"
 #include "numbers.h"
@@ -187,7 +187,7 @@ void check_forward(int64_t rows, int64_t vocab, int64_t cols, float temperature,
     reverse.push_back(back);
   }
   if (vocab == 1) {
-    CHECK(p.logprob[0] == 0.0f && p.entropy[0] == 0.0f && p.kl[0] == 0.0f);
+    CHECK((p.logprob[0] == 0.0f && p.entropy[0] == 0.0f && p.kl[0] == 0.0f));
     return;
   }
   CHECK(relative_error(p.logprob, lp) < budget);
@@ -287,7 +287,7 @@ void draw(Problem<T>& p, const std::vector<SampleRow>& draws, std::vector<int32_
 
 }  // namespace
 
-TEST(products_match_double_whichever_way_operands_lie) {
+TEST_CASE("products match double whichever way operands lie") {
   check_product<float, false, false>(130, 72, 44, false);
   check_product<float, true, true>(136, 40, 33, true);
   check_product<float, false, true>(5, 136, 12, false);
@@ -296,7 +296,7 @@ TEST(products_match_double_whichever_way_operands_lie) {
   check_product<Bfloat16, false, true>(3, 136, 24, false);
 }
 
-TEST(forward_matches_double) {
+TEST_CASE("forward matches double") {
   check_forward<float>(1, 1, 8, 1.0f, 0.0f, kBudget);
   check_forward<float>(3, 111, 48, 1.0f, 0.0f, kBudget);
   check_forward<float>(130, 300, 36, 0.7f, 0.0f, kBudget);
@@ -306,7 +306,7 @@ TEST(forward_matches_double) {
   check_forward<float>(4, 200, 16, 1.0f, 1e4f, 1e-3);
 }
 
-TEST(a_divergence_from_oneself_is_zero_to_the_bit) {
+TEST_CASE("a divergence from oneself is zero to the bit") {
   Problem<Bfloat16> p(5, 200, 24, 1.0f);
   p.v.ref_hidden = p.v.hidden;
   p.forward<true>();
@@ -314,28 +314,28 @@ TEST(a_divergence_from_oneself_is_zero_to_the_bit) {
   for (const float kl : p.reverse_kl) CHECK_EQ(kl, 0.0f);
 }
 
-TEST(a_row_without_a_softmax_is_nan_alone) {
+TEST_CASE("a row without a softmax is nan alone") {
   Problem<float> p(3, 140, 8, 1.0f);
   p.hidden.data()[8] = NAN;
   p.forward<true>();
-  CHECK(std::isnan(p.logprob[1]) && std::isnan(p.entropy[1]) && std::isnan(p.kl[1]));
-  CHECK(std::isfinite(p.logprob[0]) && std::isfinite(p.logprob[2]) && std::isfinite(p.kl[2]));
+  CHECK((std::isnan(p.logprob[1]) && std::isnan(p.entropy[1]) && std::isnan(p.kl[1])));
+  CHECK((std::isfinite(p.logprob[0]) && std::isfinite(p.logprob[2]) && std::isfinite(p.kl[2])));
 }
 
-TEST(a_token_outside_the_vocabulary_has_no_log_probability) {
+TEST_CASE("a token outside the vocabulary has no log probability") {
   Problem<float> p(2, 140, 8, 1.0f);
   p.tokens[1] = 140;
   p.forward<true>();
-  CHECK(std::isnan(p.logprob[1]) && std::isnan(p.ref_logprob[1]) && std::isfinite(p.entropy[1]));
+  CHECK((std::isnan(p.logprob[1]) && std::isnan(p.ref_logprob[1]) && std::isfinite(p.entropy[1])));
   CHECK(std::isfinite(p.logprob[0]));
 }
 
-TEST(backward_matches_double) {
+TEST_CASE("backward matches double") {
   check_backward<float>(2e-5);
   check_backward<Bfloat16>(4e-3);  // dz is stored in bfloat16
 }
 
-TEST(drawn_and_scored_log_probabilities_are_equal_to_the_bit) {
+TEST_CASE("drawn and scored log probabilities are equal to the bit") {
   const auto check = [](auto type) {
     using T = decltype(type);
     const float temperature = 0.7f;
@@ -355,14 +355,14 @@ TEST(drawn_and_scored_log_probabilities_are_equal_to_the_bit) {
     std::vector<int32_t> token;
     Floats logprob;
     draw(one, {draws[13]}, token, logprob);
-    CHECK(token[0] == tokens[13] && same_bits(&logprob[0], &logprobs[13], 1));
+    CHECK((token[0] == tokens[13] && same_bits(&logprob[0], &logprobs[13], 1)));
   };
   check(float{});
   check(Bfloat16{});
 }
 
 // Drawn and scored rows are merged by blocks of different sizes.
-TEST(a_row_is_merged_in_one_tree_by_any_block) {
+TEST_CASE("a row is merged in one tree by any block") {
   const int64_t tiles = 1000;
   const Floats logits = normal(tiles, 21, 3.0f);
   std::vector<ops::TileStats> stats;
@@ -383,7 +383,7 @@ TEST(a_row_is_merged_in_one_tree_by_any_block) {
   CHECK_EQ(merged[0].ref_lse, merged[1].ref_lse);
 }
 
-TEST(draws_invert_the_distribution_in_token_order) {
+TEST_CASE("draws invert the distribution in token order") {
   Problem<float> p(24, 300, 16, 1.0f);
   std::vector<SampleRow> draws;
   for (uint32_t i = 0; i < 24; ++i) draws.push_back({keyed_uniform(3, 1, i), 1.0f});
@@ -397,11 +397,11 @@ TEST(draws_invert_the_distribution_in_token_order) {
     for (int32_t t = 0; t < tokens[row]; ++t)
       below += std::exp(logp[row * 300 + static_cast<size_t>(t)]);
     const double above = below + std::exp(logp[row * 300 + static_cast<size_t>(tokens[row])]);
-    CHECK(u > below - 1e-5 && u < above + 1e-5);
+    CHECK((u > below - 1e-5 && u < above + 1e-5));
   }
 }
 
-TEST(greedy_takes_the_lowest_id_on_a_tie) {
+TEST_CASE("greedy takes the lowest id on a tie") {
   Problem<float> p(2, 300, 8, 1.0f);
   for (int i = 0; i < 16; ++i) p.hidden.data()[i] = i % 8 == 0 ? 1.0f : 0.0f;
   for (int64_t t = 0; t < 300; ++t) p.weight.data()[t * 8] = t == 139 || t == 270 ? 5.0f : 1.0f;
@@ -411,10 +411,10 @@ TEST(greedy_takes_the_lowest_id_on_a_tie) {
   draw(p, {{0.3, 0.0f}, {0.3, 0.0f}}, tokens, logprobs);
   CHECK_EQ(tokens[0], 139);
   CHECK(std::abs(logprobs[0] - (5.0 - std::log(2 * std::exp(5.0) + 298 * std::exp(1.0)))) < 1e-5);
-  CHECK(tokens[1] == -1 && std::isnan(logprobs[1]));
+  CHECK((tokens[1] == -1 && std::isnan(logprobs[1])));
 }
 
-TEST(draws_reach_more_tiles_than_threads) {
+TEST_CASE("draws reach more tiles than threads") {
   const int64_t vocab = 300 * kTile - 5, cols = 8;
   Problem<float> p(1, vocab, cols, 1.0f);
   for (int64_t k = 0; k < cols; ++k) p.hidden.data()[k] = k == 0 ? 1.0f : 0.0f;
@@ -441,7 +441,7 @@ TEST(draws_reach_more_tiles_than_threads) {
       draw_row(block, 0, p.v, how, p.row_stats(0), &token, &logprob, shared.masses(), row_shared,
                shared.data());
     });
-    CHECK(token >= 0 && token < vocab);
+    CHECK((token >= 0 && token < vocab));
     if (position == 0) {
       CHECK_EQ(token, 2 * kTile + 7);
       continue;
@@ -450,9 +450,7 @@ TEST(draws_reach_more_tiles_than_threads) {
     for (int32_t t = 0; t < token; ++t) below += std::exp(logp[static_cast<size_t>(t)]);
     const double mass = std::exp(logp[static_cast<size_t>(token)]);
     const double u = how.uniform;
-    CHECK(u > below - 1e-5 && u < below + mass + 1e-5);
+    CHECK((u > below - 1e-5 && u < below + mass + 1e-5));
     CHECK(std::abs(logprob - std::log(mass)) < 1e-5);
   }
 }
-
-CHECK_MAIN()

@@ -7,9 +7,9 @@
 #include <cstdlib>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/core/rng.h"
-#include "check.h"
 #include "cuda/bodies/vocabulary.h"
 #include "cuda/ops.h"
 #include "cuda/products.h"
@@ -164,7 +164,7 @@ void check_scores(int64_t rows, int64_t vocab, int64_t cols) {
   Vocabularies v(rows, vocab, cols);
   const Scored s = v.score(0, rows, temperature, Ref::kShared);
   if (vocab == 1) {
-    CHECK(s.logprob[0] == 0.0f && s.entropy[0] == 0.0f && s.kl[0] == 0.0f);
+    CHECK((s.logprob[0] == 0.0f && s.entropy[0] == 0.0f && s.kl[0] == 0.0f));
     return;
   }
   const Doubles p = v.log_softmax(v.hidden, temperature), q = v.log_softmax(v.ref, temperature);
@@ -195,9 +195,9 @@ void check_scores(int64_t rows, int64_t vocab, int64_t cols) {
       const auto same = [&](const Floats& a, const Floats& b) {
         return same_bits(a.data(), b.data() + rows - count, at(count));
       };
-      CHECK(same(last.logprob, s.logprob) && same(last.entropy, s.entropy));
+      CHECK((same(last.logprob, s.logprob) && same(last.entropy, s.entropy)));
       if (reference == Ref::kNone) continue;
-      CHECK(same(last.kl, s.kl) && same(last.reverse_kl, s.reverse_kl));
+      CHECK((same(last.kl, s.kl) && same(last.reverse_kl, s.reverse_kl)));
       CHECK(same(last.ref_logprob, s.ref_logprob));
     }
   }
@@ -205,22 +205,28 @@ void check_scores(int64_t rows, int64_t vocab, int64_t cols) {
 
 }  // namespace
 
-TEST(the_choice_of_products_is_checked) {
-  CHECK(kChosen && products() == Products::kWgmma);
+TEST_CASE("the choice of products is checked") {
+  CHECK((kChosen && products() == Products::kWgmma));
   CHECK(choose_products("", 80, false) == Products::kMma);
   CHECK(choose_products("mma", 120, true) == Products::kMma);
   CHECK(choose_products("wgmma", 90, true) == Products::kWgmma);
-  CHECK_THROWS(choose_products("tensor", 90, true), InvalidArgument,
-               "ALIGNPRO_CUDA_PRODUCTS: expected mma or wgmma, got \"tensor\"");
-  CHECK_THROWS(choose_products("wgmma", 86, true), Unavailable,
-               "expected a GPU of compute capability 9.0, got 8.6; unset it or set it to mma");
-  CHECK_THROWS(choose_products("wgmma", 90, false), Unavailable, "no kernels for sm_90a");
+  CHECK_THROWS_WITH_AS(
+      (void)(choose_products("tensor", 90, true)),
+      doctest::Contains("ALIGNPRO_CUDA_PRODUCTS: expected mma or wgmma, got \"tensor\""),
+      InvalidArgument);
+  CHECK_THROWS_WITH_AS(
+      (void)(choose_products("wgmma", 86, true)),
+      doctest::Contains(
+          "expected a GPU of compute capability 9.0, got 8.6; unset it or set it to mma"),
+      Unavailable);
+  CHECK_THROWS_WITH_AS((void)(choose_products("wgmma", 90, false)),
+                       doctest::Contains("no kernels for sm_90a"), Unavailable);
 }
 
 // The emulation itself, against what the PTX ISA says: chunk c of row r lies at chunk c ^ (r % 8),
 // outside is zero, a step of 16 is 32 bytes on, and a lane's sums are those of its documented rows
 // and columns.
-TEST(boxes_and_products_lie_as_documented) {
+TEST_CASE("boxes and products lie as documented") {
   const int64_t rows = 61, depth = 40;  // of 64 x 64
   Half a(normal(at(rows * depth), 1)), b(normal(at(rows * depth), 2));
   const Floats left = a.floats(), right = b.floats();
@@ -267,7 +273,7 @@ TEST(boxes_and_products_lie_as_documented) {
   });
 }
 
-TEST(a_phase_that_never_ends_is_reported) {
+TEST_CASE("a phase that never ends is reported") {
   const auto wait = [](int arrivals, bool copied) {
     HostBlock::run(32, 1, [&](HostBlock& host) {
       HopperBlock block;
@@ -279,23 +285,25 @@ TEST(a_phase_that_never_ends_is_reported) {
     });
   };
   wait(1, true);
-  CHECK_THROWS(wait(2, true), std::runtime_error, "a barrier was not reached");
-  CHECK_THROWS(wait(1, false), std::runtime_error, "a barrier was not reached");
+  CHECK_THROWS_WITH_AS((void)(wait(2, true)), doctest::Contains("a barrier was not reached"),
+                       std::runtime_error);
+  CHECK_THROWS_WITH_AS((void)(wait(1, false)), doctest::Contains("a barrier was not reached"),
+                       std::runtime_error);
 }
 
-TEST(linear_matches_double_and_few_rows_the_bits_of_many) {
+TEST_CASE("linear matches double and few rows the bits of many") {
   check_layer(131, 328, 264, 16);  // two waves, ragged in all three, more slices than stages
   check_layer(65, 8, 8, 8);
   check_layer(3, 200, 904, 72);  // few rows: fifteen slices and two in twelve stages
 }
 
-TEST(more_tiles_of_rows_than_go_beside_each_other) {
+TEST_CASE("more tiles of rows than go beside each other") {
   const int64_t rows = 16 * 128 + 1;
   Layer layer(rows, 264, 8, 8);
   CHECK(relative_error(layer.run(0, rows, true), layer.expected(true)) < kHalfBudget);
 }
 
-TEST(an_adapter_of_zeros_changes_no_bit) {
+TEST_CASE("an adapter of zeros changes no bit") {
   Layer layer(70, 72, 136, 16);
   const Floats plain = layer.run(0, 70, false);
   layer.lora_up = Half(Floats(72 * 16, 0.0f));
@@ -305,13 +313,13 @@ TEST(an_adapter_of_zeros_changes_no_bit) {
   CHECK(same_bits(plain.data(), adapted.data(), plain.size()));
 }
 
-TEST(linear_logprob_matches_double) {
+TEST_CASE("linear logprob matches double") {
   check_scores(5, 300, 200);
   check_scores(70, 530, 72);
   check_scores(1, 1, 8);
 }
 
-TEST(a_divergence_from_oneself_is_zero_to_the_bit) {
+TEST_CASE("a divergence from oneself is zero to the bit") {
   Vocabularies v(66, 200, 72);
   v.ref = v.hidden;
   const Scored s = v.score(0, 66, 1.0f, Ref::kShared);
@@ -319,17 +327,17 @@ TEST(a_divergence_from_oneself_is_zero_to_the_bit) {
   for (const float kl : s.reverse_kl) CHECK_EQ(kl, 0.0f);
 }
 
-TEST(a_row_without_a_softmax_is_nan_alone) {
+TEST_CASE("a row without a softmax is nan alone") {
   Vocabularies v(3, 140, 8);
   v.hidden.data()[8] = stored<Bfloat16>(NAN);
   v.tokens[2] = 140;
   const Scored s = v.score(0, 3, 1.0f, Ref::kShared);
-  CHECK(std::isfinite(s.logprob[0]) && std::isfinite(s.kl[0]));
-  CHECK(std::isnan(s.logprob[1]) && std::isnan(s.entropy[1]) && std::isnan(s.kl[1]));
-  CHECK(std::isnan(s.logprob[2]) && std::isfinite(s.entropy[2]));
+  CHECK((std::isfinite(s.logprob[0]) && std::isfinite(s.kl[0])));
+  CHECK((std::isnan(s.logprob[1]) && std::isnan(s.entropy[1]) && std::isnan(s.kl[1])));
+  CHECK((std::isnan(s.logprob[2]) && std::isfinite(s.entropy[2])));
 }
 
-TEST(what_is_sampled_is_what_is_scored) {
+TEST_CASE("what is sampled is what is scored") {
   const float temperature = 0.7f;
   const int64_t all = 130;
   Vocabularies v(all, 300, 72);
@@ -350,7 +358,7 @@ TEST(what_is_sampled_is_what_is_scored) {
                 own.data(), tokens.data(), logprobs.data(), workspace.data(), nullptr,
                 truncated ? &truncation : nullptr);
     for (size_t i = 0; truncated && i < own.size(); ++i) {
-      CHECK(i % 2 == 0 && own[i].temperature > 0.0f ? kept[i] < 1.0f : kept[i] == 1.0f);
+      CHECK((i % 2 == 0 && own[i].temperature > 0.0f ? kept[i] < 1.0f : kept[i] == 1.0f));
     }
   };
   for (const bool truncated : {false, true}) {
@@ -362,12 +370,10 @@ TEST(what_is_sampled_is_what_is_scored) {
     const Scored greedy = v.score(0, rows, 1.0f, Ref::kNone);
     for (int64_t i = 0; i < rows; ++i) {
       const Scored& own = draws[at(i)].temperature == 0.0f ? greedy : s;
-      CHECK(v.tokens[at(i)] >= 0 && same_bits(&own.logprob[at(i)], &logprobs[at(i)], 1));
+      CHECK((v.tokens[at(i)] >= 0 && same_bits(&own.logprob[at(i)], &logprobs[at(i)], 1)));
     }
     draw(32, 5, truncated, one, alone);
     CHECK(std::equal(one.begin(), one.end(), v.tokens.begin() + 32));
     CHECK(same_bits(alone.data(), logprobs.data() + 32, 5));
   }
 }
-
-CHECK_MAIN()

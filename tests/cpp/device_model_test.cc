@@ -10,11 +10,11 @@
 #include <utility>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/model.h"
 #include "alignpro/model/scorer.h"
-#include "check.h"
 #include "cuda/ops.h"
 #include "device_models.h"
 #include "host_launch.h"
@@ -146,7 +146,7 @@ SLOW_TEST(generates_what_the_cpu_generates_with_bias) {
 SLOW_TEST(generates_what_the_cpu_generates_with_qk_norm) {
   check_against_cpu(small(false, true, false));
 }
-TEST(generates_what_the_cpu_generates_fused_in_a_window) {
+TEST_CASE("generates what the cpu generates fused in a window") {
   check_against_cpu(small(false, false, true, 9));
 }
 
@@ -240,10 +240,10 @@ SLOW_TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
 }
 
 // The emulated library's sums go by the number of rows: in last digits a row is not its own.
-TEST(the_fast_mode_is_near_and_says_so) {
+TEST_CASE("the fast mode is near and says so") {
   const ModelConfig config = small(true, false, false);
   const auto strict = device_model(config), fast = device_model(config, DType::kF32, {true});
-  CHECK(strict->weights().fast == nullptr && fast->weights().fast != nullptr);
+  CHECK((strict->weights().fast == nullptr && fast->weights().fast != nullptr));
   const auto asked = asks(LoraStore(config, 3, 6, false).adapter(config));
   Engine engine(std::shared_ptr<const engine::LanguageModel>(fast), options(*fast, 12));
   const int64_t before = cuda::emulated_graph_launches();
@@ -256,8 +256,8 @@ TEST(the_fast_mode_is_near_and_says_so) {
     apart =
         std::max(apart, largest_difference(scored, cuda::DeviceScore(strict, request).logprob()));
   }
-  CHECK(sampled > 0 && sampled < kLogprobBudget);
-  CHECK(apart > 0 && apart < kLogprobBudget);
+  CHECK((sampled > 0 && sampled < kLogprobBudget));
+  CHECK((apart > 0 && apart < kLogprobBudget));
   // One adapter, steps of decode alone: graphs hold these products too.
   const std::vector<Answer> base = generate(engine, {asked[0], asked[1]}, 6);
   CHECK(cuda::emulated_graph_launches() > before);
@@ -267,7 +267,7 @@ TEST(the_fast_mode_is_near_and_says_so) {
   }
 }
 
-TEST(scores_are_the_cpus) {
+TEST_CASE("scores are the cpus") {
   const ModelConfig config = small(true, false, false);
   const auto device = device_model(config);
   const auto cpu = Model::from(RandomCheckpoint(config), 1, 0);
@@ -301,7 +301,7 @@ SLOW_TEST(bfloat16_stays_near_float32) {
   const auto rounded = cuda::DeviceScore(device_model(config, DType::kBF16), request).logprob();
   // Eight bits of mantissa in weights and activations, through two layers.
   const double difference = relative_error(rounded, Doubles(exact.begin(), exact.end()));
-  CHECK(difference > 1e-4 && difference < 3e-2);
+  CHECK((difference > 1e-4 && difference < 3e-2));
 }
 
 SLOW_TEST(more_adapters_than_are_kept) {
@@ -322,39 +322,46 @@ SLOW_TEST(more_adapters_than_are_kept) {
   CHECK_EQ(cuda::DeviceScore(device, request).logprob(), values[0]);
 }
 
-TEST(what_a_device_cannot_do_is_refused_by_name) {
+TEST_CASE("what a device cannot do is refused by name") {
   const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
   ScoreRequest request;
   request.sequences = {{1, 2}};
   request.starts = {1};
   request.keep_graph = true;
-  CHECK_THROWS(cuda::DeviceScore(device, request), InvalidArgument, "keep_graph needs an adapter");
+  CHECK_THROWS_WITH_AS((void)(cuda::DeviceScore(device, request)),
+                       doctest::Contains("keep_graph needs an adapter"), InvalidArgument);
   request.keep_graph = false;
   request.sequences = {{1, 111}};
-  CHECK_THROWS(cuda::DeviceScore(device, request), InvalidArgument, "token 111");
-  CHECK_THROWS(cuda::DeviceScore::bytes(*device, request), InvalidArgument, "token 111");
+  CHECK_THROWS_WITH_AS((void)(cuda::DeviceScore(device, request)), doctest::Contains("token 111"),
+                       InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(cuda::DeviceScore::bytes(*device, request)),
+                       doctest::Contains("token 111"), InvalidArgument);
 
-  CHECK_THROWS(device_model(config, DType::kF16), InvalidArgument, "bfloat16 or float32");
-  CHECK_THROWS(device_model(config, DType::kBF16), InvalidArgument,
-               "intermediate_size: expected a multiple of 8 in BF16, the model has 52");
+  CHECK_THROWS_WITH_AS((void)(device_model(config, DType::kF16)),
+                       doctest::Contains("bfloat16 or float32"), InvalidArgument);
+  CHECK_THROWS_WITH_AS(
+      (void)(device_model(config, DType::kBF16)),
+      doctest::Contains("intermediate_size: expected a multiple of 8 in BF16, the model has 52"),
+      InvalidArgument);
   ModelConfig broad = config;
   broad.head_dim = broad.rope.rotary_dim = 160;
-  CHECK_THROWS(device_model(broad), InvalidArgument, "head_dim: expected at most 128");
+  CHECK_THROWS_WITH_AS((void)(device_model(broad)),
+                       doctest::Contains("head_dim: expected at most 128"), InvalidArgument);
   ModelConfig large = config;
   large.vocab_size = 500000;
-  CHECK_THROWS(device_model(large), Unavailable, "MB in F32, 64 MB of emulated");
+  CHECK_THROWS_WITH_AS((void)(device_model(large)),
+                       doctest::Contains("MB in F32, 64 MB of emulated"), Unavailable);
 }
 
-TEST(weights_that_give_nan_are_an_error_and_the_engine_lives) {
+TEST_CASE("weights that give nan are an error and the engine lives") {
   const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
   Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 8));
   LoraStore broken(config, 1, 3, false);
   for (auto& [path, pair] : broken.values) pair.first[0] = NAN;
   const auto adapter = broken.adapter(config);
-  CHECK_THROWS(generate(engine, {{{1, 2}, 0, 1.0f, adapter}}), NumericError, "no finite softmax");
+  CHECK_THROWS_WITH_AS((void)(generate(engine, {{{1, 2}, 0, 1.0f, adapter}})),
+                       doctest::Contains("no finite softmax"), NumericError);
   CHECK_EQ(generate(engine, {{{1, 2}, 0, 1.0f, nullptr}}, 2)[0].tokens.size(), size_t{2});
 }
-
-CHECK_MAIN()

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "check.h"
+#include <doctest/doctest.h>
 #include "cuda/model/device_model.h"
 #include "random_checkpoint.h"
 
@@ -14,7 +14,7 @@
 #if defined(__SANITIZE_ADDRESS__)
 #define SLOW_TEST(name) [[maybe_unused]] static void name()
 #else
-#define SLOW_TEST(name) TEST(name)
+#define SLOW_TEST(name) TEST_CASE("name")
 #endif
 
 namespace alignpro::model {

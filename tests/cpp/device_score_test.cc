@@ -9,10 +9,10 @@
 #include <utility>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/model/model.h"
 #include "alignpro/model/scorer.h"
-#include "check.h"
 #include "cuda/ops.h"
 #include "device_models.h"
 #include "host_launch.h"
@@ -103,7 +103,7 @@ void check_gradients(const ModelConfig& config, ScoreRequest request) {
 
 }  // namespace
 
-TEST(gradients_are_the_cpus_with_qk_norm) {
+TEST_CASE("gradients are the cpus with qk norm") {
   const ModelConfig config = small(false, true, false);
   check_gradients(config, request_of(config));
 }
@@ -160,7 +160,7 @@ SLOW_TEST(a_score_is_its_sequences_own) {
 }
 
 // Forward by cuBLASLt's stand-in, whose sums go another way; backward as in mode strict.
-TEST(fast_gradients_stay_near) {
+TEST_CASE("fast gradients stay near") {
   const ModelConfig config = small(true, false, false);
   ScoreRequest request = request_of(config);
   DeviceScore strict(device_model(config), request);
@@ -168,7 +168,7 @@ TEST(fast_gradients_stay_near) {
   DeviceScore fast(model, request);
   const double apart =
       relative_error(fast.logprob(), Doubles(strict.logprob().begin(), strict.logprob().end()));
-  CHECK(apart > 0 && apart < 1e-5);
+  CHECK((apart > 0 && apart < 1e-5));
   const AdapterGradients expected = gradients_of(strict), got = gradients_of(fast);
   CHECK(difference(got, expected) < 1e-4);
   request.activations = Activations::kRecompute;
@@ -185,7 +185,7 @@ SLOW_TEST(bfloat16_gradients_stay_near) {
   const std::vector<float> truth = flat(gradients_of(exact)), got = flat(gradients_of(rounded));
   const double far = relative_error(got, Doubles(truth.begin(), truth.end()));
   // Eight bits of mantissa in weights, activations and their gradients: 0.055 here.
-  CHECK(far > 1e-4 && far < 0.1);
+  CHECK((far > 1e-4 && far < 0.1));
 }
 
 // The formula is what is allocated, beside weights and adapters.
@@ -216,7 +216,7 @@ SLOW_TEST(bytes_are_what_is_held_at_the_peak) {
   CHECK(peaks[0] > peaks[1]);  // what recomputing is for
 }
 
-TEST(what_backward_does_not_take_is_refused) {
+TEST_CASE("what backward does not take is refused") {
   const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
   ScoreRequest request;
@@ -224,20 +224,22 @@ TEST(what_backward_does_not_take_is_refused) {
   request.starts = {1, 1};
   request.adapter = LoraStore(config, 1, 6, false).adapter(config);
   const std::vector<float> one = {1.0f}, two = {1.0f, 2.0f};
-  CHECK_THROWS(DeviceScore(device, request).backward(one, {}, {}), InvalidArgument,
-               "the graph is gone");
+  CHECK_THROWS_WITH_AS((void)(DeviceScore(device, request).backward(one, {}, {})),
+                       doctest::Contains("the graph is gone"), InvalidArgument);
   request.keep_graph = true;
   DeviceScore score(device, request);
-  CHECK_THROWS(score.backward(two, {}, {}), InvalidArgument, "d_logprob has 2 values, expected 1");
-  CHECK_THROWS(score.backward(one, two, {}), InvalidArgument, "d_entropy has 2 values");
-  CHECK_THROWS(score.backward(one, {}, one), InvalidArgument, "the score had no reference");
+  CHECK_THROWS_WITH_AS((void)(score.backward(two, {}, {})),
+                       doctest::Contains("d_logprob has 2 values, expected 1"), InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(score.backward(one, two, {})),
+                       doctest::Contains("d_entropy has 2 values"), InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(score.backward(one, {}, one)),
+                       doctest::Contains("the score had no reference"), InvalidArgument);
   CHECK(score.backward(one, {}, {}).modules.size() > 0);
-  CHECK_THROWS(score.backward(one, {}, {}), InvalidArgument, "the graph is gone");
+  CHECK_THROWS_WITH_AS((void)(score.backward(one, {}, {})), doctest::Contains("the graph is gone"),
+                       InvalidArgument);
   // Nothing scored: nothing computed, gradients of zero.
   request.starts = {2, 1};
   DeviceScore nothing(device, request);
   CHECK_EQ(DeviceScore::bytes(*device, request), int64_t{0});
   for (const float value : flat(nothing.backward({}, {}, {}))) CHECK_EQ(value, 0.0f);
 }
-
-CHECK_MAIN()

@@ -16,13 +16,13 @@
 #include <thread>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/core/rng.h"
 #include "alignpro/core/trace.h"
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/kv_pool.h"
-#include "check.h"
 
 namespace alignpro::engine {
 namespace {
@@ -296,7 +296,7 @@ std::shared_ptr<const model::Adapter> new_adapter() {
 
 // ---------------------------------------------------------------- KvPool
 
-TEST(kv_pool_copies_the_first_slots_of_every_layer_and_head) {
+TEST_CASE("kv pool copies the first slots of every layer and head") {
   model::KvPool pool(3, 2, 5, 4);
   const auto fill = [&](int64_t block, float base) {
     for (int64_t layer = 0; layer < 3; ++layer) {
@@ -342,27 +342,30 @@ TEST(kv_pool_copies_the_first_slots_of_every_layer_and_head) {
       CHECK(at(1) == (slot < 5 ? at(0) : std::pair<uint16_t, uint16_t>(0, 0)));
     }
   }
-  CHECK_THROWS(model::KvPool(1, 1, 1, 1, DType::kQ8_0), InvalidArgument, "F32 or F16");
-  CHECK_THROWS(model::KvPool(1, 1, 1, 0), InvalidArgument, "positive");
-  CHECK_THROWS(model::KvPool(1 << 20, 1 << 20, 1 << 20, 1 << 20), InvalidArgument, "overflow");
+  CHECK_THROWS_WITH_AS((void)(model::KvPool(1, 1, 1, 1, DType::kQ8_0)),
+                       doctest::Contains("F32 or F16"), InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(model::KvPool(1, 1, 1, 0)), doctest::Contains("positive"),
+                       InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(model::KvPool(1 << 20, 1 << 20, 1 << 20, 1 << 20)),
+                       doctest::Contains("overflow"), InvalidArgument);
 }
 
 // ---------------------------------------------------------------- PrefixCache
 
 // Acquires, pretends to compute the whole prompt, publishes.
-PrefixCache::Lease lease_of(PrefixCache& cache, uint64_t version, const Tokens& tokens,
-                            int64_t blocks) {
-  auto lease = cache.acquire(version, std::span(tokens).first(tokens.size() - 1), blocks);
-  CHECK(lease.has_value());
-  if (!lease) return {};
-  cache.publish(*lease, tokens, true);
-  return *lease;
+PrefixCache::BlockTable block_table_of(PrefixCache& cache, uint64_t version, const Tokens& tokens,
+                                       int64_t blocks) {
+  auto block_table = cache.acquire(version, std::span(tokens).first(tokens.size() - 1), blocks);
+  CHECK(block_table.has_value());
+  if (!block_table) return {};
+  cache.publish(*block_table, tokens, true);
+  return *block_table;
 }
 
-TEST(cache_shares_whole_blocks_and_copies_the_tail) {
+TEST_CASE("cache shares whole blocks and copies the tail") {
   PrefixCache cache(16, true);
   const Tokens prompt = prompt_of(40, 1);
-  auto first = lease_of(cache, 0, prompt, 4);
+  auto first = block_table_of(cache, 0, prompt, 4);
   CHECK_EQ(first.cached, 0);
   CHECK_EQ(cache.blocks_in_use(), 4);
 
@@ -387,7 +390,7 @@ TEST(cache_shares_whole_blocks_and_copies_the_tail) {
   CHECK_EQ(cache.blocks_in_use(), 0);
 }
 
-TEST(cache_changes_to_the_twin_that_was_published_first) {
+TEST_CASE("cache changes to the twin that was published first") {
   PrefixCache cache(16, true);
   const Tokens prompt = prompt_of(32, 1);
   auto a = *cache.acquire(0, std::span(prompt).first(31), 3);
@@ -404,10 +407,10 @@ TEST(cache_changes_to_the_twin_that_was_published_first) {
   cache.release(b);
 }
 
-TEST(cache_fills_a_tail_and_merges_equal_ones) {
+TEST_CASE("cache fills a tail and merges equal ones") {
   PrefixCache cache(16, true);
   const Tokens prompt = prompt_of(10, 1);
-  auto a = lease_of(cache, 0, prompt, 2);
+  auto a = block_table_of(cache, 0, prompt, 2);
   auto b = *cache.acquire(0, std::span(prompt).first(9), 2);
   CHECK_EQ(b.copy_slots, 9);
   cache.publish(b, prompt, true);
@@ -424,16 +427,16 @@ TEST(cache_fills_a_tail_and_merges_equal_ones) {
   CHECK_EQ(cache.blocks_free() + cache.blocks_cached(), 16);
 }
 
-TEST(cache_evicts_the_least_recently_used_leaf_and_keeps_a_quarter) {
+TEST_CASE("cache evicts the least recently used leaf and keeps a quarter") {
   PrefixCache cache(16, true);
   const Tokens old_prompt = prompt_of(32, 1), new_prompt = prompt_of(32, 2);
-  auto a = lease_of(cache, 0, old_prompt, 2);
-  auto b = lease_of(cache, 0, new_prompt, 2);
+  auto a = block_table_of(cache, 0, old_prompt, 2);
+  auto b = block_table_of(cache, 0, new_prompt, 2);
   cache.release(a);
   cache.release(b);
-  CHECK_EQ(cache.blocks_cached(), 4);                 // a quarter of 16
-  auto c = lease_of(cache, 0, prompt_of(32, 3), 13);  // takes 12 free ones and evicts one
-  CHECK_EQ(cache.cached_tokens(0, old_prompt), 16);   // the leaf of the older path went
+  CHECK_EQ(cache.blocks_cached(), 4);                       // a quarter of 16
+  auto c = block_table_of(cache, 0, prompt_of(32, 3), 13);  // takes 12 free ones and evicts one
+  CHECK_EQ(cache.cached_tokens(0, old_prompt), 16);         // the leaf of the older path went
   CHECK_EQ(cache.cached_tokens(0, new_prompt), 32);
   CHECK(!cache.acquire(0, prompt_of(8, 4), 4).has_value());  // 3 idle blocks are all there is
   auto d = cache.acquire(0, prompt_of(8, 4), 3);
@@ -445,10 +448,10 @@ TEST(cache_evicts_the_least_recently_used_leaf_and_keeps_a_quarter) {
   CHECK(cache.blocks_cached() <= 4);
 }
 
-TEST(cache_recomputes_a_tail_rather_than_refuse) {
+TEST_CASE("cache recomputes a tail rather than refuse") {
   PrefixCache cache(4, true);
   const Tokens prompt = prompt_of(10, 1);
-  auto a = lease_of(cache, 0, prompt, 1);
+  auto a = block_table_of(cache, 0, prompt, 1);
   cache.release(a);
   CHECK_EQ(cache.blocks_cached(), 1);
   auto all = cache.acquire(0, std::span(prompt).first(9), 4);  // needs the very block it could copy
@@ -457,10 +460,10 @@ TEST(cache_recomputes_a_tail_rather_than_refuse) {
   CHECK_EQ(all->cached, 0);
 }
 
-TEST(cache_off_shares_nothing) {
+TEST_CASE("cache off shares nothing") {
   PrefixCache cache(8, false);
   const Tokens prompt = prompt_of(33, 1);
-  auto a = lease_of(cache, 0, prompt, 3);
+  auto a = block_table_of(cache, 0, prompt, 3);
   CHECK_EQ(cache.cached_tokens(0, prompt), 0);
   cache.release(a);
   CHECK_EQ(cache.blocks_free(), 8);
@@ -468,7 +471,7 @@ TEST(cache_off_shares_nothing) {
 
 // ---------------------------------------------------------------- Engine
 
-TEST(tokens_depend_on_the_request_alone) {
+TEST_CASE("tokens depend on the request alone") {
   struct Case {
     Tokens prompt;
     SamplingParams params;
@@ -518,14 +521,14 @@ TEST(tokens_depend_on_the_request_alone) {
         CHECK(bench.engine->idle());
         CHECK_EQ(stats.kv_blocks_in_use, 0);
         CHECK(stats.kv_blocks_cached <= blocks / 4);
-        CHECK(prefix_cache || stats.cached_tokens == 0);
+        CHECK((prefix_cache || stats.cached_tokens == 0));
         for (const int64_t count : bench.model->row_counts) CHECK(count <= max_rows);
       }
     }
   }
 }
 
-TEST(samples_of_one_prompt_compute_it_once) {
+TEST_CASE("samples of one prompt compute it once") {
   for (const int64_t size : {3, 16, 17, 50, 200}) {
     Bench bench(400, 64);
     const Tokens prompt = prompt_of(size, 1);
@@ -547,7 +550,7 @@ TEST(samples_of_one_prompt_compute_it_once) {
   }
 }
 
-TEST(a_common_system_prompt_is_computed_once) {
+TEST_CASE("a common system prompt is computed once") {
   Bench bench(400, 64);
   const Tokens system = prompt_of(100, 1);
   std::vector<Handle> handles;
@@ -560,7 +563,7 @@ TEST(a_common_system_prompt_is_computed_once) {
   CHECK_EQ(bench.engine->stats().prefill_tokens, 100 + 6 * 10);
 }
 
-TEST(new_weights_never_see_old_entries) {
+TEST_CASE("new weights never see old entries") {
   Bench bench;
   const Tokens prompt = prompt_of(40, 1);
   const SamplingParams params = params_of(6);
@@ -576,7 +579,7 @@ TEST(new_weights_never_see_old_entries) {
   CHECK_EQ(base->read(0).tokens, expected_tokens(prompt, params));
 }
 
-TEST(a_large_request_is_not_overtaken) {
+TEST_CASE("a large request is not overtaken") {
   Bench bench(8, 64);
   const Handle small = bench.submit(prompt_of(60, 1), params_of(30));  // 6 of 8 blocks
   bench.engine->step();
@@ -590,22 +593,28 @@ TEST(a_large_request_is_not_overtaken) {
   CHECK_EQ(large->read(0).tokens, expected_tokens(prompt_of(10, 2), large_params));
 }
 
-TEST(bad_requests_are_refused_by_name) {
+TEST_CASE("bad requests are refused by name") {
   Bench bench(8, 64, true, 64);
   const auto submit = [&](Tokens prompt, SamplingParams params) {
     return bench.submit(prompt, params);
   };
-  CHECK_THROWS(submit({}, params_of(1)), InvalidArgument, "at least one token");
-  CHECK_THROWS(submit({1, kVocab}, params_of(1)), InvalidArgument, "got 97 at index 1");
-  CHECK_THROWS(submit({-1}, params_of(1)), InvalidArgument, "got -1");
-  CHECK_THROWS(submit(prompt_of(64, 0), params_of(1)), InvalidArgument, "context of 64");
+  CHECK_THROWS_WITH_AS((void)(submit({}, params_of(1))), doctest::Contains("at least one token"),
+                       InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(submit({1, kVocab}, params_of(1))),
+                       doctest::Contains("got 97 at index 1"), InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(submit({-1}, params_of(1))), doctest::Contains("got -1"),
+                       InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(submit(prompt_of(64, 0), params_of(1))),
+                       doctest::Contains("context of 64"), InvalidArgument);
   Bench small(2, 64);
-  CHECK_THROWS(small.submit(prompt_of(20, 0), params_of(20)), InvalidArgument,
-               "kv_cache_bytes to at least " + std::to_string(3 * kBlockBytes));
+  CHECK_THROWS_WITH_AS(
+      (void)(small.submit(prompt_of(20, 0), params_of(20))),
+      doctest::Contains(("kv_cache_bytes to at least " + std::to_string(3 * kBlockBytes)).c_str()),
+      InvalidArgument);
   const auto bad = [&](auto change, const char* text) {
     SamplingParams params = params_of(4);
     change(params);
-    CHECK_THROWS(submit({1}, params), InvalidArgument, text);
+    CHECK_THROWS_WITH_AS((void)(submit({1}, params)), doctest::Contains(text), InvalidArgument);
   };
   bad([](SamplingParams& p) { p.temperature = -1; }, "temperature");
   bad([](SamplingParams& p) { p.temperature = NAN; }, "temperature");
@@ -621,13 +630,15 @@ TEST(bad_requests_are_refused_by_name) {
   bad([](SamplingParams& p) { p.deadline_seconds = -1; }, "deadline_seconds");
   Bench elsewhere;
   const Handle handle = elsewhere.submit({1}, params_of(1));
-  CHECK_THROWS(bench.run({handle}), InvalidArgument, "this engine");
+  CHECK_THROWS_WITH_AS((void)(bench.run({handle})), doctest::Contains("this engine"),
+                       InvalidArgument);
   CHECK(bench.engine->idle());
-  CHECK_THROWS(Bench(0x7fffffff0, 64), InvalidArgument, "kv_cache_bytes");
-  CHECK_THROWS(Bench(8, 0), InvalidArgument, "max_batch_rows");
+  CHECK_THROWS_WITH_AS((void)(Bench(0x7fffffff0, 64)), doctest::Contains("kv_cache_bytes"),
+                       InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(Bench(8, 0)), doctest::Contains("max_batch_rows"), InvalidArgument);
 }
 
-TEST(length_ends_a_sequence_at_the_limit_and_at_the_context) {
+TEST_CASE("length ends a sequence at the limit and at the context") {
   Bench bench(64, 64, true, 64);
   const Handle nothing = bench.submit({1, 2}, params_of(0));
   CHECK_EQ(nothing->finish_reason(), FinishReason::kLength);
@@ -647,7 +658,7 @@ TEST(length_ends_a_sequence_at_the_limit_and_at_the_context) {
   CHECK_EQ(one->read(0).tokens.size(), size_t{1});
 }
 
-TEST(stop_ids_and_strings_end_a_sequence) {
+TEST_CASE("stop ids and strings end a sequence") {
   Bench bench;
   const Tokens prompt = prompt_of(9, 1);
   SamplingParams params = params_of(40);
@@ -693,10 +704,11 @@ TEST(stop_ids_and_strings_end_a_sequence) {
   bench.run({earliest});
   CHECK_EQ(earliest->stop_match()->index, size_t{1});
   CHECK_EQ(earliest->stop_match()->begin, 0);
-  CHECK_THROWS(bench.engine->set_token_bytes(std::vector<std::string>(98)), InvalidArgument, "97");
+  CHECK_THROWS_WITH_AS((void)(bench.engine->set_token_bytes(std::vector<std::string>(98))),
+                       doctest::Contains("97"), InvalidArgument);
 }
 
-TEST(cancel_and_deadline_end_waiting_prefill_and_decode) {
+TEST_CASE("cancel and deadline end waiting prefill and decode") {
   Bench bench(24, 4);
   const auto step = [&] { return bench.engine->step(); };
   SamplingParams params = params_of(100);
@@ -706,7 +718,7 @@ TEST(cancel_and_deadline_end_waiting_prefill_and_decode) {
   const Handle prefill = bench.submit(prompt_of(100, 2), params);
   const Handle waiting = bench.submit(prompt_of(100, 3), params);
   step();
-  CHECK(decoding->read(0).tokens.size() == 2 && prefill->read(0).tokens.empty());
+  CHECK((decoding->read(0).tokens.size() == 2 && prefill->read(0).tokens.empty()));
   for (const Handle& handle : {waiting, prefill, decoding}) {
     handle->cancel();
     const auto finished = step();
@@ -725,10 +737,10 @@ TEST(cancel_and_deadline_end_waiting_prefill_and_decode) {
   CHECK_EQ(late->finish_reason(), FinishReason::kDeadline);
   CHECK(late->read(0).tokens.empty());
   CHECK_EQ(partly->finish_reason(), FinishReason::kDeadline);
-  CHECK(!partly->read(0).tokens.empty() && partly->read(0).tokens.size() < 100);
+  CHECK((!partly->read(0).tokens.empty() && partly->read(0).tokens.size() < 100));
 }
 
-TEST(followers_of_a_cancelled_leader_proceed) {
+TEST_CASE("followers of a cancelled leader proceed") {
   Bench bench(64, 8);
   const Tokens prompt = prompt_of(100, 1);
   const Handle leader = bench.submit(prompt, params_of(4));
@@ -741,14 +753,14 @@ TEST(followers_of_a_cancelled_leader_proceed) {
   CHECK_EQ(bench.engine->stats().prefill_tokens, 100);  // what the leader left was used
 }
 
-TEST(an_error_finishes_what_is_in_the_engine_and_no_more) {
+TEST_CASE("an error finishes what is in the engine and no more") {
   Bench bench;
   const Handle a = bench.submit(prompt_of(5, 1), params_of(10));
   const Handle b = bench.submit(prompt_of(5, 2), params_of(10));
   bench.model->fail_next = true;
-  CHECK_THROWS(bench.run({a}), NumericError, "NaN");
+  CHECK_THROWS_WITH_AS((void)(bench.run({a})), doctest::Contains("NaN"), NumericError);
   CHECK_EQ(b->finish_reason(), FinishReason::kFailed);
-  CHECK_THROWS(bench.run({b}), NumericError, "NaN");
+  CHECK_THROWS_WITH_AS((void)(bench.run({b})), doctest::Contains("NaN"), NumericError);
   CHECK(bench.engine->idle());
   CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);
   const Handle c = bench.submit(prompt_of(5, 1), params_of(10));
@@ -756,10 +768,10 @@ TEST(an_error_finishes_what_is_in_the_engine_and_no_more) {
   CHECK_EQ(c->read(0).tokens, expected_tokens(prompt_of(5, 1), params_of(10)));
   bench.submit(prompt_of(5, 1), params_of(10));
   bench.model->fail_next = true;
-  CHECK_THROWS(bench.engine->step(), NumericError, "NaN");
+  CHECK_THROWS_WITH_AS((void)(bench.engine->step()), doctest::Contains("NaN"), NumericError);
 }
 
-TEST(poll_interrupts_run_and_cancels_its_sequences) {
+TEST_CASE("poll interrupts run and cancels its sequences") {
   Bench bench;
   SamplingParams params = params_of(200);
   params.ignore_eos = true;
@@ -767,11 +779,12 @@ TEST(poll_interrupts_run_and_cancels_its_sequences) {
   const Handle other = bench.submit(prompt_of(5, 2), params);
   int polls = 0;
   const std::vector<Handle> handles = {mine};
-  CHECK_THROWS(bench.engine->run(handles,
-                                 [&] {
-                                   if (++polls == 3) throw std::runtime_error("interrupt");
-                                 }),
-               std::runtime_error, "interrupt");
+  CHECK_THROWS_WITH_AS((void)(bench.engine->run(handles,
+                                                [&] {
+                                                  if (++polls == 3)
+                                                    throw std::runtime_error("interrupt");
+                                                })),
+                       doctest::Contains("interrupt"), std::runtime_error);
   CHECK_EQ(mine->finish_reason(), FinishReason::kCancelled);
   CHECK_EQ(mine->read(0).tokens.size(), size_t{3});
   CHECK(!other->finished());
@@ -781,7 +794,7 @@ TEST(poll_interrupts_run_and_cancels_its_sequences) {
   CHECK_EQ(other->read(0).tokens, expected_tokens(prompt_of(5, 2), params));
 }
 
-TEST(a_launched_step_is_ended_by_the_next_step) {
+TEST_CASE("a launched step is ended by the next step") {
   Bench bench;
   const Handle first = bench.submit(prompt_of(5, 1), params_of(10));
   CHECK(bench.engine->ready());
@@ -808,7 +821,7 @@ TEST(a_launched_step_is_ended_by_the_next_step) {
   CHECK_EQ(stats.kv_blocks_in_use, 0);
 }
 
-TEST(what_a_launch_found_finished_is_returned_by_the_step) {
+TEST_CASE("what a launch found finished is returned by the step") {
   Bench bench;
   const Handle nothing = bench.submit({1, 2}, params_of(0));
   bench.engine->launch();
@@ -817,7 +830,7 @@ TEST(what_a_launch_found_finished_is_returned_by_the_step) {
   CHECK(bench.engine->idle());
 }
 
-TEST(a_sequence_cancelled_under_way_ends_with_the_step) {
+TEST_CASE("a sequence cancelled under way ends with the step") {
   Bench bench;
   SamplingParams params = params_of(100);
   params.ignore_eos = true;
@@ -835,32 +848,33 @@ TEST(a_sequence_cancelled_under_way_ends_with_the_step) {
   bench.engine->launch();
   int polls = 0;
   const std::vector<Handle> handles = {mine};
-  CHECK_THROWS(bench.engine->run(handles,
-                                 [&] {
-                                   bench.engine->launch();
-                                   if (++polls == 2) throw std::runtime_error("interrupt");
-                                 }),
-               std::runtime_error, "interrupt");
+  CHECK_THROWS_WITH_AS((void)(bench.engine->run(handles,
+                                                [&] {
+                                                  bench.engine->launch();
+                                                  if (++polls == 2)
+                                                    throw std::runtime_error("interrupt");
+                                                })),
+                       doctest::Contains("interrupt"), std::runtime_error);
   CHECK_EQ(mine->finish_reason(), FinishReason::kCancelled);
   bench.run({other});
   CHECK_EQ(other->read(0).tokens, expected_tokens(prompt_of(9, 2), params));
   CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);
 }
 
-TEST(a_launch_that_fails_fails_what_it_held) {
+TEST_CASE("a launch that fails fails what it held") {
   Bench bench;
   const Handle lost = bench.submit(prompt_of(5, 1), params_of(10));
   bench.model->fail_next = true;
-  CHECK_THROWS(bench.engine->launch(), NumericError, "NaN");
+  CHECK_THROWS_WITH_AS((void)(bench.engine->launch()), doctest::Contains("NaN"), NumericError);
   CHECK_EQ(lost->finish_reason(), FinishReason::kFailed);
-  CHECK(bench.engine->idle() && bench.engine->ready());
+  CHECK((bench.engine->idle() && bench.engine->ready()));
   const Handle next = bench.submit(prompt_of(5, 1), params_of(10));
   bench.engine->launch();
   bench.run({next});
   CHECK_EQ(next->read(0).tokens, expected_tokens(prompt_of(5, 1), params_of(10)));
 }
 
-TEST(thirty_two_threads_share_the_steps) {
+TEST_CASE("thirty two threads share the steps") {
   Bench bench(200, 64);
   std::atomic<int> wrong{0};
   std::vector<std::thread> threads;
@@ -885,7 +899,7 @@ TEST(thirty_two_threads_share_the_steps) {
   CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);
 }
 
-TEST(a_dropped_engine_cancels_what_it_holds) {
+TEST_CASE("a dropped engine cancels what it holds") {
   Handle running, queued;
   {
     Bench bench;
@@ -898,7 +912,7 @@ TEST(a_dropped_engine_cancels_what_it_holds) {
   CHECK_EQ(running->read(0).tokens.size(), size_t{1});
 }
 
-TEST(a_recorded_step_says_whose_rows_it_held) {
+TEST_CASE("a recorded step says whose rows it held") {
   const auto run = [](bool record) {
     Bench bench(256, 8);  // a prompt of 20 takes more than one step
     if (record) trace::start(trace::Level::kOps);
@@ -931,7 +945,7 @@ TEST(a_recorded_step_says_whose_rows_it_held) {
   CHECK_EQ(forward_rows, 20 + 4 + 4 + 2);
 }
 
-TEST(reading_while_it_writes_gives_a_prefix) {
+TEST_CASE("reading while it writes gives a prefix") {
   Bench bench;
   SamplingParams params = params_of(100);
   params.ignore_eos = true;
@@ -950,5 +964,3 @@ TEST(reading_while_it_writes_gives_a_prefix) {
 
 }  // namespace
 }  // namespace alignpro::engine
-
-CHECK_MAIN()

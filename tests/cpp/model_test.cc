@@ -9,15 +9,15 @@
 #include <string>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/checkpoint.h"
 #include "alignpro/model/kv_pool.h"
 #include "alignpro/model/model.h"
+#include "alignpro/model/prefix_tree.h"
 #include "alignpro/model/scorer.h"
-#include "alignpro/model/token_tree.h"
 #include "alignpro/ops/linear_logprob.h"
-#include "check.h"
 #include "random_checkpoint.h"
 
 using namespace alignpro;
@@ -86,10 +86,10 @@ std::vector<float> weights_of(size_t count, uint32_t seed) {
 
 }  // namespace
 
-TEST(token_tree_shares_what_is_common) {
+TEST_CASE("token tree shares what is common") {
   const auto all = sequences();
   std::vector<std::span<const int32_t>> views(all.begin(), all.end());
-  const TokenTree tree(views);
+  const PrefixTree tree(views);
   // 20 inputs shared by all five, one more by four; then the runs, and the lone sequence of 3.
   int64_t separate = 0;
   for (const auto& s : all) separate += static_cast<int64_t>(s.size()) - 1;
@@ -103,7 +103,7 @@ TEST(token_tree_shares_what_is_common) {
   }
 }
 
-TEST(shared_prefixes_change_no_bit) {
+TEST_CASE("shared prefixes change no bit") {
   const auto model = tiny_model(tiny(true, false, false));
   const auto adapter = LoraStore(model->config(), 3, 5, false).adapter(model->config());
   const Score together = score(model, adapter, nullptr, false);
@@ -124,7 +124,7 @@ TEST(shared_prefixes_change_no_bit) {
   CHECK_EQ(at, together.logprob().size());
 }
 
-TEST(hidden_states_are_what_the_tokens_were_predicted_from) {
+TEST_CASE("hidden states are what the tokens were predicted from") {
   const std::vector<std::pair<ModelConfig, DType>> cases{{tiny(true, false, false), DType::kF32},
                                                          {tiny(false, true, true), DType::kF16}};
   for (const auto& [config, kv_dtype] : cases) {
@@ -136,7 +136,7 @@ TEST(hidden_states_are_what_the_tokens_were_predicted_from) {
     request.adapter = adapter;
     request.temperature = 0.9f;
     const Score without(model, request);
-    CHECK(!without.has_hidden() && without.hidden().empty());
+    CHECK((!without.has_hidden() && without.hidden().empty()));
     request.with_hidden = true;
     request.with_reference = true;  // its states are not the policy's
     const Score s(model, request);
@@ -164,7 +164,7 @@ TEST(hidden_states_are_what_the_tokens_were_predicted_from) {
                          .ref_logprob = nullptr,
                          .lse = lse.data(),
                          .ref_lse = nullptr},
-                        nullptr, model->team());
+                        nullptr, model->pool());
     CHECK(equal_bits(logprob, s.logprob()));
     CHECK(equal_bits(entropy, s.entropy()));
     // Here, and in the caller's copy.
@@ -174,7 +174,7 @@ TEST(hidden_states_are_what_the_tokens_were_predicted_from) {
   }
 }
 
-TEST(generation_path_equals_scoring_path_to_the_bit) {
+TEST_CASE("generation path equals scoring path to the bit") {
   for (const auto& [config, kv_dtype] :
        std::vector<std::pair<ModelConfig, DType>>{{tiny(true, false, false), DType::kF32},
                                                   {tiny(false, true, false), DType::kF32},
@@ -224,16 +224,19 @@ TEST(generation_path_equals_scoring_path_to_the_bit) {
   }
 }
 
-TEST(keys_and_values_as_halves_have_no_gradients) {
+TEST_CASE("keys and values as halves have no gradients") {
   const auto model = tiny_model(tiny(true, false, false), 2, DType::kF16);
   const auto adapter = LoraStore(model->config(), 2, 6, false).adapter(model->config());
-  CHECK_THROWS(score(model, adapter, nullptr, true), InvalidArgument,
-               "gradients: expected a model loaded with kv_dtype float32");
-  CHECK_THROWS(tiny_model(tiny(true, false, false), 2, DType::kQ8_0), InvalidArgument,
-               "kv_dtype: expected F32 or F16, got Q8_0");
+  CHECK_THROWS_WITH_AS(
+      (void)(score(model, adapter, nullptr, true)),
+      doctest::Contains("gradients: expected a model loaded with kv_dtype float32"),
+      InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(tiny_model(tiny(true, false, false), 2, DType::kQ8_0)),
+                       doctest::Contains("kv_dtype: expected F32 or F16, got Q8_0"),
+                       InvalidArgument);
 }
 
-TEST(an_adapter_with_zero_b_is_the_base_model) {
+TEST_CASE("an adapter with zero b is the base model") {
   const auto model = tiny_model(tiny(false, false, false));
   const auto adapter = LoraStore(model->config(), 3, 7, true).adapter(model->config());
   const Score s = score(model, adapter, nullptr, false);
@@ -241,7 +244,7 @@ TEST(an_adapter_with_zero_b_is_the_base_model) {
   for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
 }
 
-TEST(the_kl_to_an_equal_adapter_is_zero_to_the_bit) {
+TEST_CASE("the kl to an equal adapter is zero to the bit") {
   const auto model = tiny_model(tiny(false, false, false));
   const LoraStore store(model->config(), 3, 7, false);
   const Score s =
@@ -249,7 +252,7 @@ TEST(the_kl_to_an_equal_adapter_is_zero_to_the_bit) {
   for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
 }
 
-TEST(gradients_by_finite_differences) {
+TEST_CASE("gradients by finite differences") {
   for (const ModelConfig& config :
        {tiny(true, false, false), tiny(false, true, false), tiny(false, false, true)}) {
     const auto model = tiny_model(config);
@@ -295,7 +298,7 @@ TEST(gradients_by_finite_differences) {
   }
 }
 
-TEST(gradients_do_not_depend_on_threads_or_on_what_is_kept) {
+TEST_CASE("gradients do not depend on threads or on what is kept") {
   const ModelConfig config = tiny(true, false, false);
   const LoraStore store(config, 2, 8, false);
   std::vector<AdapterGradients> all;
@@ -311,14 +314,15 @@ TEST(gradients_do_not_depend_on_threads_or_on_what_is_kept) {
   CHECK(equal_bits(all[0], all[2]));
 }
 
-TEST(bad_requests_name_what_is_wrong) {
+TEST_CASE("bad requests name what is wrong") {
   const auto model = tiny_model(tiny(false, false, false));
   const auto refuse = [&](std::vector<std::vector<int32_t>> s, std::vector<int64_t> from,
                           const char* text) {
     ScoreRequest request;
     request.sequences = std::move(s);
     request.starts = std::move(from);
-    CHECK_THROWS(Score(model, std::move(request)), InvalidArgument, text);
+    CHECK_THROWS_WITH_AS((void)(Score(model, std::move(request))), doctest::Contains(text),
+                         InvalidArgument);
   };
   refuse({{1, 2}, {}}, {1, 1}, "sequence 1 is empty");
   refuse({{1, 111}}, {1}, "token 111");
@@ -329,10 +333,10 @@ TEST(bad_requests_name_what_is_wrong) {
       score(model, LoraStore(model->config(), 1, 1, false).adapter(model->config()), nullptr, true);
   const std::vector<float> d(once.logprob().size(), 1.0f);
   once.backward(d, {}, {});
-  CHECK_THROWS(once.backward(d, {}, {}), InvalidArgument, "call backward once");
+  CHECK_THROWS_WITH_AS((void)(once.backward(d, {}, {})), doctest::Contains("call backward once"),
+                       InvalidArgument);
   std::map<std::string, LoraMatrices> unknown{
       {"model.layers.9.mlp.up_proj", {1, d.data(), d.data()}}};
-  CHECK_THROWS(Adapter(model->config(), unknown, 1.0f), InvalidArgument, "layers.9");
+  CHECK_THROWS_WITH_AS((void)(Adapter(model->config(), unknown, 1.0f)),
+                       doctest::Contains("layers.9"), InvalidArgument);
 }
-
-CHECK_MAIN()

@@ -22,15 +22,15 @@ class RandomCheckpoint : public Checkpoint {
   explicit RandomCheckpoint(ModelConfig config) : config_(std::move(config)) {}
 
   const ModelConfig& config() const override { return config_; }
-  std::vector<ops::StoredRow> linear_rows(int64_t layer, LinearSite site) const override {
+  std::vector<ops::QuantizedRow> linear_rows(int64_t layer, LinearSite site) const override {
     const LinearShape shape = linear_shape(config_, site);
     return rows(static_cast<uint32_t>(100 + layer * 4 + static_cast<int>(site)), shape.outputs,
                 shape.inputs, 1.3f / std::sqrt(static_cast<float>(shape.inputs)));
   }
-  std::vector<ops::StoredRow> embedding_rows() const override {
+  std::vector<ops::QuantizedRow> embedding_rows() const override {
     return rows(1, config_.vocab_size, config_.hidden_size, 1.0f);
   }
-  std::vector<ops::StoredRow> head_rows() const override {
+  std::vector<ops::QuantizedRow> head_rows() const override {
     return rows(2, config_.vocab_size, config_.hidden_size, 0.5f);
   }
   std::vector<float> read_norm(int64_t layer, NormSite site) const override {
@@ -55,11 +55,12 @@ class RandomCheckpoint : public Checkpoint {
       for (int64_t i = 0; i < width; ++i) *out++ = draw(generator);
     }
   }
-  std::vector<ops::StoredRow> rows(uint32_t seed, int64_t count, int64_t width, float scale) const {
+  std::vector<ops::QuantizedRow> rows(uint32_t seed, int64_t count, int64_t width,
+                                      float scale) const {
     std::vector<float>& values = matrices_[seed];
     values.resize(static_cast<size_t>(count * width));
     fill(seed, 0, count, width, scale, values.data());
-    std::vector<ops::StoredRow> stored;
+    std::vector<ops::QuantizedRow> stored;
     for (int64_t row = 0; row < count; ++row) {
       stored.push_back(
           {reinterpret_cast<const std::byte*>(values.data() + row * width), DType::kF32});

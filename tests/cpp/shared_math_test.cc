@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/cpu_isa.h"
 #include "alignpro/core/float_bits.h"
 #include "alignpro/core/rng.h"
@@ -14,7 +15,6 @@
 #include "alignpro/ops/shared/attention_rows.h"
 #include "alignpro/ops/shared/row_softmax.h"
 #include "alignpro/ops/shared/sampling.h"
-#include "check.h"
 #include "numbers.h"
 
 using namespace alignpro;
@@ -109,7 +109,7 @@ Floats padded(const Floats& z) {
 
 }  // namespace
 
-TEST(bfloat16_rounds_to_the_nearest) {
+TEST_CASE("bfloat16 rounds to the nearest") {
   for (uint32_t bits = 0; bits < 0x7f80; ++bits) {
     const float value = to_float(Bfloat16{static_cast<uint16_t>(bits)});
     CHECK(round_bfloat16(value).bits == bits);
@@ -125,7 +125,7 @@ TEST(bfloat16_rounds_to_the_nearest) {
   }
 }
 
-TEST(statistics_of_any_split_are_those_of_one_pass) {
+TEST_CASE("statistics of any split are those of one pass") {
   std::mt19937 random(7);
   for (const Case& c : cases()) {
     const Truth t = truth(c);
@@ -175,7 +175,7 @@ TEST(statistics_of_any_split_are_those_of_one_pass) {
   }
 }
 
-TEST(rows_without_a_softmax_are_invalid) {
+TEST_CASE("rows without a softmax are invalid") {
   for (const float bad : {-kInf, kInf, static_cast<float>(NAN)}) {
     Floats z(40, -kInf), r(40, 0.0f);
     z[11] = bad;
@@ -184,7 +184,7 @@ TEST(rows_without_a_softmax_are_invalid) {
   }
 }
 
-TEST(vector_kernels_compute_the_shared_statistics) {
+TEST_CASE("vector kernels compute the shared statistics") {
   for (const cpu::Kernels* k : machine_kernels()) {
     for (const Case& c : cases()) {
       const Floats z = padded(c.z), r = padded(c.r);
@@ -203,7 +203,7 @@ TEST(vector_kernels_compute_the_shared_statistics) {
   }
 }
 
-TEST(vector_kernels_compute_the_shared_gradient) {
+TEST_CASE("vector kernels compute the shared gradient") {
   for (const cpu::Kernels* k : machine_kernels()) {
     for (const Case& c : cases()) {
       const Truth t = truth(c);
@@ -233,22 +233,22 @@ TEST(vector_kernels_compute_the_shared_gradient) {
   }
 }
 
-TEST(vector_kernels_compute_the_shared_variation) {
+TEST_CASE("vector kernels compute the shared variation") {
   const Floats z = normal(256, 1, 3.0f), r = normal(256, 2, 3.0f);
   RowGradient g = {};
   split_lse(7.5, &g.lse, &g.lse_low);
   split_lse(7.25, &g.ref_lse, &g.ref_lse_low);
   float variation = 0.0f, mass = 0.0f;
   for (size_t i = 0; i < z.size(); ++i) add_variation(g, z[i], r[i], &variation, &mass);
-  CHECK(variation > 0.1f && mass > variation);
+  CHECK((variation > 0.1f && mass > variation));
   for (const cpu::Kernels* k : machine_kernels()) {
     float by_vectors = NAN, mass_by_vectors = NAN;
     k->tile_variation_row(z.data(), r.data(), 1, 0, 16, &g, &by_vectors, &mass_by_vectors);
-    CHECK(near(by_vectors, variation, 1e-5f) && near(mass_by_vectors, mass, 1e-5f));
+    CHECK((near(by_vectors, variation, 1e-5f) && near(mass_by_vectors, mass, 1e-5f)));
   }
 }
 
-TEST(vector_kernels_compute_the_shared_activations) {
+TEST_CASE("vector kernels compute the shared activations") {
   const Floats gate = normal(37, 1, 4.0f), up = normal(37, 2);
   const Floats cos = normal(18, 3), sin = normal(18, 4);
   for (const cpu::Kernels* k : machine_kernels()) {
@@ -261,17 +261,17 @@ TEST(vector_kernels_compute_the_shared_activations) {
     for (size_t i = 0; i < 37; ++i) {
       float to_gate = NAN, to_up = NAN;
       silu_gradient(gate[i], up[i], h[i], &to_gate, &to_up);
-      CHECK(near(d_gate[i], to_gate, 4 * kBudget) && near(d_up[i], to_up, kBudget));
+      CHECK((near(d_gate[i], to_gate, 4 * kBudget) && near(d_up[i], to_up, kBudget)));
     }
     for (size_t i = 0; i < 18; ++i) {
       float a = gate[i], b = gate[i + 18];
       rotate(cos[i], sin[i], &a, &b);
-      CHECK(near(turned[i], a, kBudget) && near(turned[i + 18], b, kBudget));
+      CHECK((near(turned[i], a, kBudget) && near(turned[i + 18], b, kBudget)));
     }
   }
 }
 
-TEST(inversion_takes_the_token_that_the_target_falls_into) {
+TEST_CASE("inversion takes the token that the target falls into") {
   const double mass[] = {0.0, 0.25, 0.0, 0.5, 0.25, 0.0};
   const auto of = [&](int64_t i) { return mass[i]; };
   double below = -1.0;
@@ -287,7 +287,7 @@ TEST(inversion_takes_the_token_that_the_target_falls_into) {
   CHECK_EQ(invert(3, 0.0, [](int64_t) { return 0.0; }), -1);
 }
 
-TEST(joined_softmaxes_are_the_whole_one) {
+TEST_CASE("joined softmaxes are the whole one") {
   std::mt19937 random(3);
   const Floats scores = normal(200, 5, 5.0f), values = normal(200, 6);
   double top = -INFINITY, sum = 0, mean = 0;
@@ -310,7 +310,7 @@ TEST(joined_softmaxes_are_the_whole_one) {
         part_out /= part_sum;
       } else {  // nothing visible here; its keys come with the next piece
         const SoftmaxJoin none = join_softmax(max, total, -kInf, 0.0f);
-        CHECK(none.max == max && none.sum == total && none.keep == 1.0f && none.add == 0.0f);
+        CHECK((none.max == max && none.sum == total && none.keep == 1.0f && none.add == 0.0f));
         continue;
       }
       const SoftmaxJoin join = join_softmax(max, total, part_max, part_sum);
@@ -325,12 +325,10 @@ TEST(joined_softmaxes_are_the_whole_one) {
   }
 }
 
-TEST(a_window_counts_the_token_itself) {
+TEST_CASE("a window counts the token itself") {
   CHECK_EQ(first_visible(0, 0), 0);
   CHECK_EQ(first_visible(1000, 0), 0);
   CHECK_EQ(first_visible(9, 10), 0);
   CHECK_EQ(first_visible(10, 10), 1);
   CHECK_EQ(first_visible(10, 1), 10);
 }
-
-CHECK_MAIN()

@@ -12,11 +12,11 @@
 #include <thread>
 #include <vector>
 
+#include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/core/trace.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/op_counts.h"
-#include "check.h"
 
 namespace alignpro {
 namespace {
@@ -26,7 +26,7 @@ using trace::Level;
 using trace::Recording;
 using trace::Span;
 
-TEST(spans_nest) {
+TEST_CASE("spans nest") {
   trace::start(Level::kOps);
   {
     const Span outer(Level::kSteps, "outer", [] { return Counts{1, 2, 3, 4}; });
@@ -40,15 +40,15 @@ TEST(spans_nest) {
   CHECK_EQ(std::string(mark.name), "mark");
   CHECK_EQ(std::string(inner.name), "inner");
   CHECK_EQ(std::string(outer.name), "outer");
-  CHECK(outer.begin_ns <= inner.begin_ns && inner.begin_ns <= mark.begin_ns);
-  CHECK(mark.end_ns == mark.begin_ns && mark.end_ns <= inner.end_ns);
+  CHECK((outer.begin_ns <= inner.begin_ns && inner.begin_ns <= mark.begin_ns));
+  CHECK((mark.end_ns == mark.begin_ns && mark.end_ns <= inner.end_ns));
   CHECK(inner.end_ns <= outer.end_ns);
-  CHECK(outer.counts.rows == 1 && outer.counts.flops == 2 && outer.counts.bytes == 3);
-  CHECK(outer.counts.key == 4 && mark.counts.rows == 7 && mark.counts.key == ~uint64_t{0});
+  CHECK((outer.counts.rows == 1 && outer.counts.flops == 2 && outer.counts.bytes == 3));
+  CHECK((outer.counts.key == 4 && mark.counts.rows == 7 && mark.counts.key == ~uint64_t{0}));
   CHECK_EQ(outer.thread, static_cast<int64_t>(syscall(SYS_gettid)));
 }
 
-TEST(one_span_may_be_begun_again) {
+TEST_CASE("one span may be begun again") {
   trace::start(Level::kOps);
   Span op;
   op.begin(Level::kOps, "first", [] { return Counts{.rows = 1}; });
@@ -58,10 +58,10 @@ TEST(one_span_may_be_begun_again) {
   const Recording got = trace::stop();
   CHECK_EQ(got.events.size(), size_t{2});
   CHECK(got.events[0].end_ns <= got.events[1].begin_ns);
-  CHECK(got.events[0].counts.rows == 1 && got.events[1].counts.rows == 0);
+  CHECK((got.events[0].counts.rows == 1 && got.events[1].counts.rows == 0));
 }
 
-TEST(off_records_nothing_and_counts_nothing) {
+TEST_CASE("off records nothing and counts nothing") {
   int counted = 0;
   const auto count = [&counted] {
     ++counted;
@@ -81,10 +81,10 @@ TEST(off_records_nothing_and_counts_nothing) {
   }
   trace::start(Level::kOps);
   const Recording empty = trace::stop();
-  CHECK(got.events.empty() && empty.events.empty() && counted == 0);
+  CHECK((got.events.empty() && empty.events.empty() && counted == 0));
 }
 
-TEST(a_span_belongs_to_the_recording_that_holds_all_of_it) {
+TEST_CASE("a span belongs to the recording that holds all of it") {
   Span before(Level::kSteps, "before");
   trace::start(Level::kSteps);
   before.end();
@@ -95,7 +95,7 @@ TEST(a_span_belongs_to_the_recording_that_holds_all_of_it) {
   CHECK(trace::stop().events.empty());
 }
 
-TEST(what_is_beyond_the_limit_is_counted) {
+TEST_CASE("what is beyond the limit is counted") {
   trace::start(Level::kSteps, 3);
   for (int i = 0; i < 5; ++i) trace::mark(Level::kSteps, "mark", {.rows = i});
   const Recording got = trace::stop();
@@ -106,7 +106,7 @@ TEST(what_is_beyond_the_limit_is_counted) {
   CHECK_EQ(trace::stop().dropped, 0);
 }
 
-TEST(threads_record_side_by_side) {
+TEST_CASE("threads record side by side") {
   constexpr int kThreads = 4, kSpans = 500;
   trace::start(Level::kSteps, kThreads * kSpans);
   std::vector<std::thread> threads;
@@ -129,16 +129,19 @@ TEST(threads_record_side_by_side) {
   }
 }
 
-TEST(starting_and_stopping_out_of_turn) {
-  CHECK_THROWS(trace::stop(), InvalidArgument, "not on");
-  CHECK_THROWS(trace::start(Level::kOff), InvalidArgument, "above off");
-  CHECK_THROWS(trace::start(Level::kOps, 0), InvalidArgument, "at least 1 event, got 0");
+TEST_CASE("starting and stopping out of turn") {
+  CHECK_THROWS_WITH_AS((void)(trace::stop()), doctest::Contains("not on"), InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(trace::start(Level::kOff)), doctest::Contains("above off"),
+                       InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(trace::start(Level::kOps, 0)),
+                       doctest::Contains("at least 1 event, got 0"), InvalidArgument);
   trace::start(Level::kSteps);
-  CHECK_THROWS(trace::start(Level::kOps), InvalidArgument, "on already");
+  CHECK_THROWS_WITH_AS((void)(trace::start(Level::kOps)), doctest::Contains("on already"),
+                       InvalidArgument);
   trace::stop();
 }
 
-TEST(counts_of_a_linear) {
+TEST_CASE("counts of a linear") {
   const std::vector<float> source(32 * 48);
   const auto w = ops::PackedMatrix::pack(32, 48, source.data());
   const auto plain = model::linear_counts(5, w, {}, {}, 0, model::LinearSite::kO);
@@ -151,7 +154,7 @@ TEST(counts_of_a_linear) {
   CHECK_EQ(with.bytes - plain.bytes, 4 * (32 + 5 * 32));
 }
 
-TEST(counts_of_an_adapter_are_those_of_its_rows) {
+TEST_CASE("counts of an adapter are those of its rows") {
   model::ModelConfig config;
   config.vocab_size = 32;
   config.hidden_size = 16;
@@ -177,7 +180,7 @@ TEST(counts_of_an_adapter_are_those_of_its_rows) {
   CHECK_EQ(with.bytes - plain.bytes, 4 * weights);
 }
 
-TEST(counts_of_attention) {
+TEST_CASE("counts of attention") {
   ops::AttentionShape shape{
       .num_heads = 4, .num_kv_heads = 2, .head_dim = 8, .sliding_window = 0, .scale = 1.0f};
   const std::vector<int32_t> first = {7, 1, 4}, second = {7, 1, 5}, third = {2, 3, 8};
@@ -200,22 +203,20 @@ TEST(counts_of_attention) {
   CHECK_EQ(model::kv_write_counts(shape, 3, DType::kF32).bytes, 2 * 4 * 2 * 3 * 2 * 8);
 }
 
-TEST(counts_of_the_other_ops) {
+TEST_CASE("counts of the other ops") {
   const auto norm = model::rms_norm_counts(3, 10);
-  CHECK(norm.rows == 3 && norm.flops == 120 && norm.bytes == 4 * 70);
+  CHECK((norm.rows == 3 && norm.flops == 120 && norm.bytes == 4 * 70));
   const auto rope = model::rope_counts(3, 2, 8);
-  CHECK(rope.rows == 3 && rope.flops == 3 * 48 && rope.bytes == 4 * (2 * 48 + 3 * 8));
+  CHECK((rope.rows == 3 && rope.flops == 3 * 48 && rope.bytes == 4 * (2 * 48 + 3 * 8)));
   const auto swiglu = model::swiglu_counts(3, 10);
-  CHECK(swiglu.rows == 3 && swiglu.flops == 150 && swiglu.bytes == 4 * 90);
+  CHECK((swiglu.rows == 3 && swiglu.flops == 150 && swiglu.bytes == 4 * 90));
   const std::vector<float> source(64 * 16);
   const auto head = ops::PackedMatrix::pack(64, 16, source.data());
   const auto sample = model::head_sample_counts(3, head);
-  CHECK(sample.flops == 2 * 3 * 64 * 16 && sample.bytes == head.bytes() + 4 * 3 * 16);
+  CHECK((sample.flops == 2 * 3 * 64 * 16 && sample.bytes == head.bytes() + 4 * 3 * 16));
   const auto embedding = model::embedding_counts(3, head);
-  CHECK(embedding.flops == 0 && embedding.bytes == 3 * (head.bytes() / 64 + 4 * 16));
+  CHECK((embedding.flops == 0 && embedding.bytes == 3 * (head.bytes() / 64 + 4 * 16)));
 }
 
 }  // namespace
 }  // namespace alignpro
-
-CHECK_MAIN()

@@ -222,11 +222,11 @@ def attention_backward() -> Measured:
             packed = torch.tensor(segments, dtype=torch.int32, device=DEVICE)
             out, lse = calls.attention_prefill(qkv, shape, packed, prompt, table, kv, heads, d)
             dout = normal(rows, heads * d, dtype=dtype)
-            viewers = (ints([0, 3, 4, 5]), ints([0, 1, 2, 1, 2]))
+            children = (ints([0, 3, 4, 5]), ints([0, 1, 2, 1, 2]))
             memory = calls.workspace(calls.cuda.attention_backward_bytes(shape, rows))
             d_qkv = calls.poisoned(*qkv.shape, dtype=dtype)
             calls.cuda.attention_backward(
-                qkv, shape, out, dout, lse, packed, prompt, *viewers, table, kv, d_qkv, memory,
+                qkv, shape, out, dout, lse, packed, prompt, *children, table, kv, d_qkv, memory,
                 calls.stream(),
             )  # fmt: skip
             inputs = list(split.split([heads, kv_heads, kv_heads], dim=1))
@@ -243,7 +243,7 @@ def attention_backward() -> Measured:
                 measured += judged(name, got, attend, inputs, upstream, which)
             again = calls.poisoned(*qkv.shape, dtype=dtype)
             calls.cuda.attention_backward(
-                qkv, shape, out, dout, lse, packed, prompt, *viewers, table, kv, again, memory,
+                qkv, shape, out, dout, lse, packed, prompt, *children, table, kv, again, memory,
                 calls.stream(),
             )  # fmt: skip
             measured.append((f"{dtype} {heads}/{kv_heads}x{d} again", differing(again, d_qkv), 0.0))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import alignpro
 from alignpro.ops import (
-    StoredWeight,
+    QuantizedWeight,
     get_num_threads,
     linear_logprob,
     peak_bytes,
@@ -230,6 +230,21 @@ def test_small_vocabularies_and_no_tokens():
     assert none.logprob.shape == (0,) and h.grad.shape == (0, 5) and not w.grad.any()
 
 
+def test_without_columns_there_is_nothing_to_multiply():
+    hidden, weight, tokens, _ = draw(tokens=3, vocab=5)
+    none, no_weight = torch.zeros(3, 0), torch.zeros(5, 0)
+    for gradient in (False, True):
+        with pytest.raises(ValueError, match=r"^hidden: expected at least one column"):
+            linear_logprob(none.clone().requires_grad_(gradient), no_weight, tokens)
+        with pytest.raises(ValueError, match=r"^reference_hidden: expected at least one column"):
+            linear_logprob(
+                hidden.clone().requires_grad_(gradient), weight, tokens, 1.0, none, no_weight
+            )
+    # Nor is a reference without columns no reference.
+    with pytest.raises(ValueError, match="reference_hidden: expected shape"):
+        linear_logprob(hidden, weight, tokens, 1.0, none)
+
+
 def test_weights_of_zero_are_uniform():
     hidden, _, tokens, reference = draw(vocab=111)
     out = linear_logprob(hidden, torch.zeros(111, 64), tokens, 1.0, reference)
@@ -339,7 +354,7 @@ def stored(tmp_path_factory):
 @pytest.mark.parametrize("name", STORED)
 def test_a_weight_as_it_stands_in_a_file(stored, name):
     path, values = stored
-    weight = StoredWeight.from_gguf(path, name)
+    weight = QuantizedWeight.from_gguf(path, name)
     assert (weight.rows, weight.cols, weight.dtype) == (530, STORED_COLS, name)
     hidden, _, tokens, reference = draw(vocab=530, cols=STORED_COLS)
     ours, wide = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
@@ -355,13 +370,13 @@ def test_a_weight_as_it_stands_in_a_file(stored, name):
 def test_stored_weights_that_are_not_there(stored, tmp_path):
     path, _ = stored
     with pytest.raises(ValueError, match="holds no tensor nothing"):
-        StoredWeight.from_gguf(path, "nothing")
+        QuantizedWeight.from_gguf(path, "nothing")
     with pytest.raises(ValueError, match="expected a matrix"):
-        StoredWeight.from_gguf(path, "vector")
+        QuantizedWeight.from_gguf(path, "vector")
     page = tmp_path / "page.gguf"
     page.write_text("<html>")
     with pytest.raises(alignpro.ModelFileError):
-        StoredWeight.from_gguf(page, "F32")
+        QuantizedWeight.from_gguf(page, "F32")
 
 
 @pytest.fixture
@@ -497,7 +512,7 @@ def status(key):
 tokens, cols, vocab = 1024, 576, 49152
 hidden, weight = torch.randn(tokens, cols), torch.randn(vocab, cols) * 0.05
 reference, chosen = hidden + 0.1, torch.randint(0, vocab, (tokens,))
-# The team is up, and autograd.
+# The threads are up, and autograd.
 linear_logprob(hidden[:6].clone().requires_grad_(), weight[:300], chosen[:6] % 300).logprob.sum(
 ).backward()
 gradient = sys.argv[1] == "True"

@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": _RUNNING | {"theory"},
     "report": _RUNNING | {"train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report"},
-    "bench": _RUNNING | {"trace", "ops", "train"},
+    "bench": _RUNNING | {"trace", "train"},
     "price": _SERVING | {"data", "bench.machine", "train.micro_batches", "train.policy"},
     "cli": _RUNNING | {"train", "evaluate", "report", "quickstart", "bench", "price"},
     "__main__": {"cli"},
@@ -47,8 +47,8 @@ ROOMS: dict[str, set[str]] = {
 
 # module of others -> the rooms or modules that may import it
 ONLY = {
-    "transformers": {"rewards", "bench"},  # loads reward models; is measured against
-    "torch": {"objective", "ops", "train", "rewards", "bench"},
+    "transformers": {"rewards"},  # loads reward models
+    "torch": {"objective", "ops", "train", "rewards"},
     "openai": {"evaluate"},  # the judge's client
     "alignpro._core": {"native"},
 }

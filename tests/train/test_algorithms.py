@@ -73,7 +73,7 @@ def a_rollout(rewards, tokens=(2, 3)) -> Rollout:
 @pytest.mark.parametrize(
     "options",
     [
-        {"algorithm": "grpo"},
+        {"normalize_advantage": True},
         {"algorithm": "reinforce", "num_rewrites": 1},
         PPO,
         CRITIC,
@@ -84,9 +84,13 @@ def a_rollout(rewards, tokens=(2, 3)) -> Rollout:
             "response_budget": 8,
         },
         {"policy": "target", "response": SamplingParams(max_new_tokens=3)},
-        {"zero_signal": "skip", "num_rewrites": 2, "rewrite": SamplingParams(max_new_tokens=1)},
+        {
+            "zero_advantage_group": "skip",
+            "num_rewrites": 2,
+            "rewrite": SamplingParams(max_new_tokens=1),
+        },
     ],
-    ids=["grpo", "reinforce", "ppo", "critic", "kl_target", "auto", "target", "skip"],
+    ids=["normalized", "reinforce", "ppo", "critic", "kl_target", "auto", "target", "skip"],
 )
 def test_ten_steps_are_five_then_five(tmp_path, options):
     shared = {"reward": noisy_reward, "warm": options.get("policy") != "target"}
@@ -275,11 +279,11 @@ def some_equal(prompts, rewrites, responses, **columns):
 def test_skipped_groups_are_not_scored_and_not_in_the_mean(tmp_path):
     options = {"steps": 1, "prompts_per_step": 8, "reward": some_equal}
     kept = a_run(tmp_path / "kept", **options)
-    skipped = a_run(tmp_path / "skipped", zero_signal="skip", **options)
+    skipped = a_run(tmp_path / "skipped", zero_advantage_group="skip", **options)
     for trainer in (kept, skipped):
         trainer.train()
     (a,), (b,) = log(kept), log(skipped)
-    assert a["zero_signal_groups"] == b["zero_signal_groups"] == 6
+    assert a["zero_advantage_groups"] == b["zero_advantage_groups"] == 6
     scored = [t.policy.model.core_model.scores[0].sequences for t in (kept, skipped)]
     assert [len(s) for s in scored] == [32, 8]
     assert {s[1] for s in scored[1]} == {3, 4}  # "a" and "b"
@@ -288,20 +292,22 @@ def test_skipped_groups_are_not_scored_and_not_in_the_mean(tmp_path):
     assert b["grad_norm"] == pytest.approx(4 * a["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ["rloo", "grpo", "ppo"])
-def test_a_step_without_signal_does_nothing_and_says_so(tmp_path, algorithm):
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+def test_a_step_of_equal_rewards_does_nothing_and_says_so(tmp_path, algorithm, normalize):
     trainer = a_run(
         tmp_path,
         reward=lambda prompts, rewrites, responses: [0.1] * len(prompts),
         steps=2,
         algorithm=algorithm,
-        zero_signal="skip",
+        normalize_advantage=normalize,
+        zero_advantage_group="skip",
     )
     before = matrices(trainer)
     trainer.train()
     assert np.array_equal(matrices(trainer), before)
     for row in log(trainer):
-        assert (row["updates"], row["zero_signal_groups"], row["grad_norm"]) == (0, 3, 0.0)
+        assert (row["updates"], row["zero_advantage_groups"], row["grad_norm"]) == (0, 3, 0.0)
         assert row["kl_per_rewrite"] is None and row["kl_per_token"] is None
     assert not trainer.policy.model.core_model.scores
 

@@ -207,7 +207,9 @@ def test_equal_rewards_leave_the_weights_alone(tmp_path):
     before = matrices(trainer)
     trainer.train()
     # Exactly: AdamW makes a full step of the smallest rounding error.
-    assert [(row["zero_signal_groups"], row["grad_norm"]) for row in log(trainer)] == [(3, 0.0)] * 3
+    assert [(row["zero_advantage_groups"], row["grad_norm"]) for row in log(trainer)] == [
+        (3, 0.0)
+    ] * 3
     assert np.array_equal(matrices(trainer), before)
 
 

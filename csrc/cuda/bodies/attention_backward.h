@@ -26,7 +26,7 @@ struct AttentionBackward {
   float* delta;                // [rows][heads], out . dout
   KvBlocks<T> kv;
   const Segment* segments;
-  const int32_t *viewer_begin, *viewers;  // null: each segment sees its own rows alone
+  const int32_t *child_begin, *children;  // null: each segment sees its own rows alone
   const int32_t* block_table;
   int64_t table_ld;
   int group, num_kv_heads;
@@ -197,7 +197,7 @@ ALIGNPRO_BODY void attention_backward_queries(Block& block, int64_t segment, int
   });
 }
 
-// Keys are the rows of a segment, which it and its viewers see; viewers go in their order.
+// Keys are the rows of a segment, which it and its children see; children go in their order.
 template <int kDim, typename T, typename Block>
 ALIGNPRO_BODY void attention_backward_keys(Block& block, int64_t segment, int64_t kv_head,
                                            int64_t tile, const AttentionBackward<T>& args,
@@ -232,11 +232,11 @@ ALIGNPRO_BODY void attention_backward_keys(Block& block, int64_t segment, int64_
   v.load(block, shared.rows[1] + warp * kQueryRows * Tile::kLength);
   float dk[kDim / 16][2][4] = {}, dv[kDim / 16][2][4] = {}, unused[4];
 
-  const bool alone = args.viewers == nullptr;
-  const int from = alone ? 0 : args.viewer_begin[segment];
-  const int to = alone ? 1 : args.viewer_begin[segment + 1];
-  for (int viewer = from; viewer < to; ++viewer) {
-    const QueryRows<T> rows{args.segments[alone ? segment : args.viewers[viewer]], args.group,
+  const bool alone = args.children == nullptr;
+  const int from = alone ? 0 : args.child_begin[segment];
+  const int to = alone ? 1 : args.child_begin[segment + 1];
+  for (int child = from; child < to; ++child) {
+    const QueryRows<T> rows{args.segments[alone ? segment : args.children[child]], args.group,
                             kv_head, args.kv.head_dim};
     const int window = static_cast<int>(args.sliding_window), base = rows.own.position;
     const int begin = first_key > base ? first_key - base : 0;  // tokens
@@ -261,7 +261,7 @@ ALIGNPRO_BODY void attention_backward_keys(Block& block, int64_t segment, int64_
       }
       block.commit();
     };
-    block.sync();  // the viewer before has been read by all
+    block.sync();  // the child before has been read by all
     for (int i = 0; i < kBackwardStages - 1; ++i) copy(first_tile + i);
     for (int t = first_tile; t < end_tile; ++t) {
       block.template wait<kBackwardStages - 2>();

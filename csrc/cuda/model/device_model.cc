@@ -22,9 +22,9 @@ std::shared_ptr<DeviceModel> DeviceModel::from(const model::Checkpoint& checkpoi
                                                int64_t context_length, int threads,
                                                const Mode& mode) {
   const int64_t context = model::choose_context(checkpoint.config(), context_length);
-  ThreadTeam team(threads);
+  ThreadPool pool(threads);
   return std::shared_ptr<DeviceModel>(new DeviceModel(
-      std::make_shared<const DeviceWeights>(checkpoint, compute, context, team, mode)));
+      std::make_shared<const DeviceWeights>(checkpoint, compute, context, pool, mode)));
 }
 
 int64_t DeviceModel::kv_share_bytes() const {

@@ -221,8 +221,8 @@ void DeviceScore::Pass::backward(std::span<const float> d_logprob, std::span<con
   tree.segments = tables.segments;
   tree.segment_count = tree_.segments();
   tree.max_rows = tree_.most_rows();
-  tree.viewer_begin = tables.viewer_begins;
-  tree.viewers = tables.viewers;
+  tree.child_begin = tables.child_begins;
+  tree.children = tables.children;
   tree.block_table = tables.block_table;
   tree.table_ld = tree_.table_ld();
   for (int64_t l = num_layers() - 1; l >= 0; --l) {

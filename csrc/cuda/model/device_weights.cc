@@ -54,10 +54,10 @@ const model::ModelConfig& runnable(const model::ModelConfig& c, DType dtype) {
   return c;
 }
 
-Matrix upload(MatrixStore& store, const std::vector<ops::StoredRow>& rows, int64_t cols) {
+Matrix upload(MatrixStore& store, const std::vector<ops::QuantizedRow>& rows, int64_t cols) {
   const DType dtype = store.dtype();
   return store.add(static_cast<int64_t>(rows.size()), cols, [&](int64_t row, std::byte* out) {
-    const ops::StoredRow& from = rows[static_cast<size_t>(row)];
+    const ops::QuantizedRow& from = rows[static_cast<size_t>(row)];
     if (from.dtype == dtype) {
       std::memcpy(out, from.data, static_cast<size_t>(row_bytes(dtype, cols)));
       return;
@@ -72,13 +72,13 @@ Matrix upload(MatrixStore& store, const std::vector<ops::StoredRow>& rows, int64
 }  // namespace
 
 DeviceWeights::DeviceWeights(const model::Checkpoint& checkpoint, DType dtype_,
-                             int64_t context_length_, ThreadTeam& team, const Mode& mode)
+                             int64_t context_length_, ThreadPool& pool, const Mode& mode)
     : config(runnable(checkpoint.config(), dtype_)),
       context_length(context_length_),
       dtype(dtype_),
       device(current_device()),
       fast(mode.fast ? open_fast_library(mode.library_folders) : nullptr),
-      store_(dtype, &team) {
+      store_(dtype, &pool) {
   embedding = head = upload(store_, checkpoint.embedding_rows(), config.hidden_size);
   if (!config.tied_head) head = upload(store_, checkpoint.head_rows(), config.hidden_size);
   final_norm = store_.add(checkpoint.read_final_norm());

@@ -35,7 +35,7 @@ class DeviceWeights {
   // Throws Unavailable without a GPU, the memory or what the mode needs, InvalidArgument for a
   // dtype or a shape that the ops do not take, before anything is copied.
   DeviceWeights(const model::Checkpoint& checkpoint, DType dtype, int64_t context_length,
-                ThreadTeam& team, const Mode& mode);
+                ThreadPool& pool, const Mode& mode);
 
   const model::ModelConfig config;
   const int64_t context_length;

@@ -48,7 +48,7 @@ const float* MatrixStore::add_float32(std::span<const float> values) {
 void MatrixStore::finish() {
   synchronize(stream());
   staging_.reset();
-  team_ = nullptr;
+  pool_ = nullptr;
 }
 
 void* MatrixStore::take(int64_t bytes) {
@@ -64,8 +64,8 @@ void MatrixStore::upload(void* to, int64_t rows, int64_t row_bytes, const WriteR
     const int64_t live = std::min(at_once, rows - first);
     synchronize(stream());  // what was staged before has left
     auto* staged = static_cast<std::byte*>(staging_.reserve(live * row_bytes));
-    if (team_ != nullptr && live > 1) {
-      team_->run(live, [&](int64_t row, int) { write(first + row, staged + row * row_bytes); });
+    if (pool_ != nullptr && live > 1) {
+      pool_->run(live, [&](int64_t row, int) { write(first + row, staged + row * row_bytes); });
     } else {
       for (int64_t row = 0; row < live; ++row) write(first + row, staged + row * row_bytes);
     }

@@ -15,8 +15,8 @@ namespace alignpro::cuda {
 
 class MatrixStore {
  public:
-  // dtype: kF32 or kBF16. The team, where there is one, converts rows; it may go after finish().
-  MatrixStore(DType dtype, ThreadTeam* team) : dtype_(dtype), team_(team) {}
+  // dtype: kF32 or kBF16. The pool, where there is one, converts rows; it may go after finish().
+  MatrixStore(DType dtype, ThreadPool* pool) : dtype_(dtype), pool_(pool) {}
 
   // Writes row r's `cols` values in the store's dtype.
   using WriteRow = std::function<void(int64_t row, std::byte* out)>;
@@ -35,7 +35,7 @@ class MatrixStore {
   void* take(int64_t bytes);
 
   DType dtype_;
-  ThreadTeam* team_;
+  ThreadPool* pool_;
   int64_t bytes_ = 0;
   OwnedStream stream_;
   PinnedBuffer staging_;

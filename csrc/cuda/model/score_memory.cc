@@ -34,7 +34,7 @@ ScoreTree::ScoreTree(const model::ScoreRequest& request, std::span<const int64_t
       copies_.push_back({block, write.block, write.slot});
     }
   }
-  // Segments come with what continues them behind each, so a segment's viewers follow it.
+  // Segments come with what continues them behind each, so a segment's children follow it.
   const auto paths = tree_.segment_rows();
   for (size_t s = 0; s < batch.segments.size(); ++s) {
     const model::Segment& segment = batch.segments[s];
@@ -43,16 +43,16 @@ ScoreTree::ScoreTree(const model::ScoreRequest& request, std::span<const int64_t
                          static_cast<int32_t>(segment.position)});
     most_rows_ = std::max(most_rows_, segment.row_count);
     table_ld_ = std::max(table_ld_, static_cast<int64_t>(segment.blocks.size()));
-    viewer_begins_.push_back(static_cast<int32_t>(viewers_.size()));
+    viewer_begins_.push_back(static_cast<int32_t>(children_.size()));
     const auto continues = [&](size_t other) {
       return paths[other].position > segment.position &&
              paths[other].key_rows[static_cast<size_t>(segment.position)] == segment.row_begin;
     };
     for (size_t v = s; v < paths.size() && (v == s || continues(v)); ++v) {
-      viewers_.push_back(static_cast<int32_t>(v));
+      children_.push_back(static_cast<int32_t>(v));
     }
   }
-  viewer_begins_.push_back(static_cast<int32_t>(viewers_.size()));
+  viewer_begins_.push_back(static_cast<int32_t>(children_.size()));
   for (size_t m = 0; m < members.size(); ++m) {
     const auto& sequence = request.sequences[static_cast<size_t>(members[m])];
     const auto size = static_cast<int64_t>(sequence.size());
@@ -82,8 +82,8 @@ ScoreTree::Tables ScoreTree::cut(Workspace& from) const {
   t.copies = from.take<KvCopy>(copies());
   t.segments = from.take<Segment>(segments());
   t.block_table = ints(segments() * table_ld_);
-  t.viewer_begins = ints(segments() + 1);
-  t.viewers = ints(static_cast<int64_t>(viewers_.size()));
+  t.child_begins = ints(segments() + 1);
+  t.children = ints(static_cast<int64_t>(children_.size()));
   t.value_rows = ints(values());
   t.value_tokens = ints(values());
   t.value_begins = ints(rows() + 1);
@@ -103,8 +103,8 @@ void ScoreTree::write(const Tables& staged) const {
     std::copy(batch.segments[s].blocks.begin(), batch.segments[s].blocks.end(),
               staged.block_table + static_cast<int64_t>(s) * table_ld_);
   }
-  std::copy(viewer_begins_.begin(), viewer_begins_.end(), staged.viewer_begins);
-  std::copy(viewers_.begin(), viewers_.end(), staged.viewers);
+  std::copy(viewer_begins_.begin(), viewer_begins_.end(), staged.child_begins);
+  std::copy(children_.begin(), children_.end(), staged.children);
   std::copy(value_rows_.begin(), value_rows_.end(), staged.value_rows);
   std::copy(tokens_.begin(), tokens_.end(), staged.value_tokens);
   std::copy(value_begins_.begin(), value_begins_.end(), staged.value_begins);

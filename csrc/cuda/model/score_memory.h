@@ -12,14 +12,14 @@
 #include <vector>
 
 #include "../runtime.h"
-#include "alignpro/core/spare_pool.h"
+#include "alignpro/core/buffer_pool.h"
+#include "alignpro/model/prefix_tree.h"
 #include "alignpro/model/scorer.h"
-#include "alignpro/model/token_tree.h"
 #include "device_layer.h"
 
 namespace alignpro::cuda {
 
-// Some sequences of a request with their common beginnings once (model::TokenTree), and which row
+// Some sequences of a request with their common beginnings once (model::PrefixTree), and which row
 // each scored token is predicted from.
 class ScoreTree {
  public:
@@ -41,7 +41,7 @@ class ScoreTree {
     KvCopy* copies;                              // of blocks that a segment's parent began
     Segment* segments;                           // [segments]
     int32_t* block_table;                        // [segments, table_ld]
-    int32_t *viewer_begins, *viewers;            // [segments + 1], those of each
+    int32_t *child_begins, *children;            // [segments + 1], those of each
     int32_t *value_rows, *value_tokens;          // [values]
     int32_t *value_begins, *row_values;          // [rows + 1], the values of each row
   };
@@ -49,9 +49,9 @@ class ScoreTree {
   void write(const Tables& staged) const;
 
  private:
-  model::TokenTree tree_;
+  model::PrefixTree tree_;
   int64_t most_rows_ = 0, table_ld_ = 1;
-  std::vector<int32_t> write_blocks_, viewer_begins_, viewers_;
+  std::vector<int32_t> write_blocks_, viewer_begins_, children_;
   std::vector<KvCopy> copies_;
   std::vector<Segment> segments_;
   std::vector<int32_t> value_rows_, tokens_, value_begins_, row_values_;
@@ -130,6 +130,6 @@ struct ScoreStaging {
   PinnedBuffer tables, results;
   std::optional<FastLinear> fast;  // in mode fast
 };
-using ScoreStagingPool = SparePool<ScoreStaging>;
+using ScoreStagingPool = BufferPool<ScoreStaging>;
 
 }  // namespace alignpro::cuda

@@ -220,6 +220,18 @@ class Timeline:
         return total
 
 
+def engine_flops(events: Mapping[str, Any], since_ns: int = 0) -> int | None:
+    """Operations of the engine's steps from a moment on, by count; None where some did not fit."""
+    if events["dropped"] or "step" not in events["names"]:
+        return None
+    steps = np.flatnonzero(events["name"] == events["names"].index("step"))
+    steps = steps[np.argsort(events["begin_ns"][steps])]
+    begins = events["begin_ns"]
+    at = np.searchsorted(begins[steps], begins, side="right") - 1
+    inside = (at >= 0) & (begins >= since_ns) & (begins <= events["end_ns"][steps][at])
+    return int(events["flops"][inside].sum())
+
+
 def _seconds(begin_ns: int, end_ns: int) -> float:
     return (end_ns - begin_ns) / 1e9
 

@@ -29,13 +29,22 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as train.learning_rate=1e-4"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Fields of the configuration, such as seed=1 or prompter.model=smollm2.",
+    ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="write the numbers there")]
-Threads = Annotated[int | None, typer.Option(min=1, help="default: the CPU quota")]
-Config = Annotated[Path | None, typer.Argument(help="YAML file; without it, the defaults")]
-ModelName = Annotated[str, typer.Option(help="path or name")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that is there")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Number of threads; the default is the CPU quota.")
+]
+Config = Annotated[
+    Path | None, typer.Argument(help="YAML file of the configuration; every field has a default.")
+]
+ModelName = Annotated[str, typer.Option(help="Path or name of the model.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the run that is in the run directory.")
+]
 Command = TypeVar("Command", bound=Callable[..., None])
 
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from alignpro.config import HeadroomConfig, to_mapping
 from alignpro.data.load import load_prompts, stack_columns
-from alignpro.evaluate.adapters import check_adapter, load_adapter
+from alignpro.evaluate.adapters import check_adapters, load_adapter
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
 from alignpro.files import write_file
-from alignpro.models.native_model import load_configured
+from alignpro.models.native_model import load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.theory.headroom import headroom
@@ -115,13 +115,13 @@ def read_samples(path: Path, config: HeadroomConfig) -> Floats:
 
 
 def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
-    check_adapter("adapter", config.adapter)
+    check_adapters(config)
     rows = load_prompts(config.data, split=config.split)
     rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
     reward = build_reward(config.reward)
-    prompter, target = load_configured(config)
+    prompter, target = load_models(config.prompter, config.target, config.threads)
     pipeline = Pipeline.configured(config, prompter, target, reward)
-    pipeline = pipeline.with_adapter(load_adapter(config.adapter, prompter))
+    pipeline = pipeline.with_adapter(load_adapter(config.prompter.adapter, prompter))
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)
     return pipeline.rollout(
         [row.prompt for row in rows],

@@ -121,9 +121,9 @@ class EndpointJudge:
     says), 5xx, timeouts, broken connections."""
 
     def __init__(self, config: JudgeConfig) -> None:
-        self.name = config.model
+        self.name = config.model.name
         sampling = f"{config.temperature} {config.max_tokens}"
-        self.identity = f"endpoint {config.base_url} {config.model} {sampling}"
+        self.identity = f"endpoint {config.base_url} {self.name} {sampling}"
         self._config = config
 
     def replies(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]:
@@ -191,7 +191,7 @@ class EndpointJudge:
     def _complete(self, client: openai.OpenAI, messages: list[dict[str, str]]) -> Any:
         import openai
 
-        request: dict[str, Any] = {"model": self._config.model, "messages": messages}
+        request: dict[str, Any] = {"model": self.name, "messages": messages}
         for name in ("temperature", "max_tokens"):
             if getattr(self._config, name) is not None:
                 request[name] = getattr(self._config, name)

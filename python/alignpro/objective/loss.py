@@ -1,4 +1,4 @@
-"""The loss of reinforcement learning with a KL leash: tensors in, loss and metrics out."""
+"""The loss of reinforcement learning with a KL penalty: tensors in, loss and metrics out."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ PANELS = (
     Panel(
         "Groups without signal",
         "groups a step",
-        (Series("zero_signal_groups", "groups", "trained"),),
+        (Series("zero_advantage_groups", "groups", "trained"),),
         only_if_varying=True,
     ),
 )

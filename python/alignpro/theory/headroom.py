@@ -125,7 +125,7 @@ def recommended_kl_coef(frontier: Sequence[FrontierPoint], num_rewrites: int) ->
     """The smallest kl_coef whose mean effective sample size is at least a third of N.
 
     A smaller one promises more, and the promise rests on one or two rewrites a prompt; a larger one
-    gives reward away. It is the weakest KL penalty that these samples can speak for: more rewrites
+    gives reward away. It is the smallest kl_coef that these samples can speak for: more rewrites
     support a smaller one. None where the whole grid is below.
     """
     supported = [

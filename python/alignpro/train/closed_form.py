@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alignpro.config import TrainConfig
 from alignpro.models.adapter import save_peft
-from alignpro.objective import sum_per_sequence, zero_signal_groups
+from alignpro.objective import sum_per_sequence, zero_advantage_groups
 from alignpro.objective.closed_form import (
     closed_form_weights,
     effective_samples,
@@ -257,7 +257,7 @@ class ClosedFormFit:
             "entropy": look.entropy,
             "tokens": look.tokens,
             "micro_batches": len(plan),
-            "zero_signal_groups": zero_signal_groups(rewards),
+            "zero_advantage_groups": int(zero_advantage_groups(rewards).sum()),
         }
 
     def _plan(self, rewrites: Sequence[Trajectory], *, with_reference: bool) -> list[MicroBatch]:
@@ -304,9 +304,8 @@ _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
 
 # What the rollouts depend on; the fit alone reads the rest.
 _ROLLOUT_FIELDS = (
-    *("model", "prompter_compute", "prompter_device", "prompter_mode", "adapter"),
-    *("target", "target_compute", "target_device", "target_mode", "data", "split"),
-    *("reward", "seed", "prompts_per_step", "num_rewrites", "num_responses"),
+    *("prompter", "target", "data", "split", "reward", "seed"),
+    *("prompts_per_step", "num_rewrites", "num_responses"),
     *("rewrite", "response", "prompting"),
 )
 

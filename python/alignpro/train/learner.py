@@ -200,7 +200,7 @@ class Learner:
 
     def _check_parity(self, batch: PolicyBatch, step: int) -> float:
         """The largest difference between sampled and scored log-probabilities; 0.0 is expected
-        but of a model in mode "fast"."""
+        but of a model that is not deterministic."""
         difference = float((batch.logprob.detach() - batch.sampled_logprob).abs().max())
         if self.config.strict_parity and self.policy.model.exact and difference != 0.0:
             raise RuntimeError(

@@ -34,7 +34,7 @@ int affinity_cpus() {
 }
 
 // Counts forks on the way from the first process to this one. Threads do not survive a fork, so a
-// team whose number is not the current one has no workers any more.
+// pool whose number is not the current one has no workers any more.
 std::atomic<uint32_t> fork_count{0};
 
 void watch_forks() {
@@ -70,12 +70,13 @@ using Work = std::function<void(int64_t, int)>;
 // What the caller and its workers share. A job is open while items remain; a worker takes part by
 // raising the count while the job is open, so one that wakes late costs the caller nothing.
 // gate = epoch | open | count of workers inside, in one word that a futex can wait on.
-struct Crew {
+struct Workers {
   static constexpr uint32_t kCountMask = 0xFFF;
   static constexpr uint32_t kOpen = 0x1000;
   static constexpr uint32_t kEpoch = 0x2000;
 
-  explicit Crew(int threads) : size(threads), forks(fork_count.load(std::memory_order_relaxed)) {}
+  explicit Workers(int threads)
+      : size(threads), forks(fork_count.load(std::memory_order_relaxed)) {}
 
   const int size;
   const uint32_t forks;  // fork_count when it was made
@@ -186,17 +187,17 @@ int available_cpus() {
   return cpus;
 }
 
-struct ThreadTeam::Impl {
-  explicit Impl(int threads) : crew(new Crew(threads)) {}
+struct ThreadPool::Impl {
+  explicit Impl(int threads) : crew(new Workers(threads)) {}
 
-  std::atomic<Crew*> crew;
+  std::atomic<Workers*> crew;
 
   // The crew of this process. After a fork the old one is abandoned as it stands: its threads are
   // gone and its mutex may have been held by one of them.
-  Crew& current() {
-    Crew* seen = crew.load(std::memory_order_acquire);
+  Workers& current() {
+    Workers* seen = crew.load(std::memory_order_acquire);
     if (seen->forks == fork_count.load(std::memory_order_relaxed)) return *seen;
-    auto fresh = std::make_unique<Crew>(seen->size);
+    auto fresh = std::make_unique<Workers>(seen->size);
     if (crew.compare_exchange_strong(seen, fresh.get(), std::memory_order_acq_rel)) {
       return *fresh.release();
     }
@@ -204,23 +205,23 @@ struct ThreadTeam::Impl {
   }
 };
 
-ThreadTeam::ThreadTeam(int threads) {
-  require(threads >= 0 && threads < static_cast<int>(Crew::kCountMask),
+ThreadPool::ThreadPool(int threads) {
+  require(threads >= 0 && threads < static_cast<int>(Workers::kCountMask),
           "threads: expected 1 to 4094, or 0 for the available CPUs, got ", threads);
   watch_forks();
   impl_ = std::make_unique<Impl>(threads == 0 ? available_cpus() : threads);
 }
 
-ThreadTeam::~ThreadTeam() {
-  Crew* crew = impl_->crew.load();
+ThreadPool::~ThreadPool() {
+  Workers* crew = impl_->crew.load();
   if (crew->forks != fork_count.load()) return;  // abandoned: nothing to join in this process
   crew->stop();
   delete crew;
 }
 
-int ThreadTeam::size() const { return impl_->crew.load(std::memory_order_relaxed)->size; }
+int ThreadPool::size() const { return impl_->crew.load(std::memory_order_relaxed)->size; }
 
-void ThreadTeam::run(int64_t items, const std::function<void(int64_t item, int worker)>& fn) {
+void ThreadPool::run(int64_t items, const std::function<void(int64_t item, int worker)>& fn) {
   if (items > 0) impl_->current().run(items, fn);
 }
 

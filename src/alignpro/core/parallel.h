@@ -10,15 +10,15 @@ namespace alignpro {
 // up), never the host's core count.
 int available_cpus();
 
-// One persistent team of workers. Results never depend on its size: work items write disjoint
+// One persistent pool of workers. Results never depend on its size: work items write disjoint
 // outputs and every reduction has a fixed order (contract 2).
-class ThreadTeam {
+class ThreadPool {
  public:
   // `threads` >= 1 counts the caller; 0 means available_cpus().
-  explicit ThreadTeam(int threads);
-  ~ThreadTeam();
-  ThreadTeam(const ThreadTeam&) = delete;
-  ThreadTeam& operator=(const ThreadTeam&) = delete;
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const;
 

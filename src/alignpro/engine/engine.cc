@@ -103,7 +103,7 @@ model::Batch make_batch(std::span<const Chunk> chunks) {
     const Task& task = *chunk.task;
     const int64_t row_begin = batch.rows();
     const int64_t end = task.computed + chunk.count;
-    const std::span<const int32_t> blocks(task.lease.blocks);
+    const std::span<const int32_t> blocks(task.block_table.blocks);
     for (int64_t position = task.computed; position < end; ++position) {
       batch.kv_writes.push_back({static_cast<int32_t>(batch.rows()),
                                  blocks[static_cast<size_t>(position / kKvBlock)],
@@ -370,9 +370,9 @@ Engine::Sequences Engine::take_incoming() {
 void Engine::admit() {
   for (const Task* task : scheduler_.admit()) {
     counts_.cached_tokens += task->computed;
-    const PrefixCache::Lease& lease = task->lease;
-    if (lease.copy_slots == 0) continue;
-    session_->copy_slots(lease.copy_from, lease.copy_to, lease.copy_slots);
+    const PrefixCache::BlockTable& block_table = task->block_table;
+    if (block_table.copy_slots == 0) continue;
+    session_->copy_slots(block_table.copy_from, block_table.copy_to, block_table.copy_slots);
   }
 }
 

@@ -64,26 +64,26 @@ int64_t PrefixCache::cached_tokens(uint64_t version, std::span<const int32_t> to
   return static_cast<int64_t>(found.path.size()) * kKvBlock + found.partial_tokens;
 }
 
-std::optional<PrefixCache::Lease> PrefixCache::acquire(uint64_t version,
-                                                       std::span<const int32_t> tokens,
-                                                       int64_t blocks) {
+std::optional<PrefixCache::BlockTable> PrefixCache::acquire(uint64_t version,
+                                                            std::span<const int32_t> tokens,
+                                                            int64_t blocks) {
   const Match found = match(version, tokens);
   const auto shared = static_cast<int64_t>(found.path.size());
   const auto idle = std::count_if(found.path.begin(), found.path.end(),
                                   [](const Node* node) { return node->references == 0; });
   if (blocks - shared > blocks_free() + unreferenced_ - idle) return std::nullopt;
 
-  Lease lease;
+  BlockTable block_table;
   if (sharing_) {
-    lease.root = &root(version);
-    ++lease.root->references;
+    block_table.root = &root(version);
+    ++block_table.root->references;
   }
   for (Node* node : found.path) {
     hold(*node);
-    lease.path.push_back(node);
-    lease.blocks.push_back(node->block);
+    block_table.path.push_back(node);
+    block_table.blocks.push_back(node->block);
   }
-  lease.cached = shared * kKvBlock;
+  block_table.cached = shared * kKvBlock;
   // The block to copy from must not be evicted for its own copy; where memory is that short, the
   // few tokens are computed again.
   Node* source = found.partial;
@@ -92,72 +92,75 @@ std::optional<PrefixCache::Lease> PrefixCache::acquire(uint64_t version,
     drop(*source);
     source = nullptr;
   }
-  while (static_cast<int64_t>(lease.blocks.size()) < blocks) {
+  while (static_cast<int64_t>(block_table.blocks.size()) < blocks) {
     if (free_.empty()) evict_one();
-    lease.blocks.push_back(free_.back());
+    block_table.blocks.push_back(free_.back());
     free_.pop_back();
   }
   if (source != nullptr) {
-    lease.copy_from = source->block;
-    lease.copy_to = lease.blocks[static_cast<size_t>(shared)];
-    lease.copy_slots = found.partial_tokens;
-    lease.cached += found.partial_tokens;
+    block_table.copy_from = source->block;
+    block_table.copy_to = block_table.blocks[static_cast<size_t>(shared)];
+    block_table.copy_slots = found.partial_tokens;
+    block_table.cached += found.partial_tokens;
     drop(*source);
   }
-  return lease;
+  return block_table;
 }
 
-void PrefixCache::publish(Lease& lease, std::span<const int32_t> computed, bool is_prompt_end) {
+void PrefixCache::publish(BlockTable& block_table, std::span<const int32_t> computed,
+                          bool is_prompt_end) {
   if (!sharing_) return;
   const auto parent_of = [&](size_t block) -> Node& {
-    return block == 0 ? *lease.root : *lease.path[block - 1];
+    return block == 0 ? *block_table.root : *block_table.path[block - 1];
   };
   const auto end = computed.size() / kKvBlock;
-  size_t block = lease.path.size();
-  if (block > 0 && lease.path.back()->size < kKvBlock) --block;  // the prompt's tail, to be filled
+  size_t block = block_table.path.size();
+  if (block > 0 && block_table.path.back()->size < kKvBlock)
+    --block;  // the prompt's tail, to be filled
   for (; block < end; ++block) {
     const auto tokens = computed.subspan(block * kKvBlock, kKvBlock);
-    Node* own = block < lease.path.size() ? lease.path[block] : nullptr;
+    Node* own = block < block_table.path.size() ? block_table.path[block] : nullptr;
     Node* twin = find_child(parent_of(block), tokens);
     if (twin != nullptr) {
       hold(*twin);
       if (own != nullptr) {
         drop(*own);
         remove(*own);
-        lease.path.pop_back();
+        block_table.path.pop_back();
       } else {
-        free_.push_back(lease.blocks[block]);
+        free_.push_back(block_table.blocks[block]);
       }
-      lease.blocks[block] = twin->block;
-      lease.path.push_back(twin);
+      block_table.blocks[block] = twin->block;
+      block_table.path.push_back(twin);
     } else if (own != nullptr) {
       std::copy(tokens.begin(), tokens.end(), own->tokens.begin());
       own->size = static_cast<int32_t>(kKvBlock);
       index(*own);
     } else {
-      lease.path.push_back(insert(parent_of(block), tokens, lease.blocks[block]));
+      block_table.path.push_back(insert(parent_of(block), tokens, block_table.blocks[block]));
     }
   }
   const auto tail = computed.subspan(end * kKvBlock);
-  if (!is_prompt_end || tail.empty() || lease.path.size() > end) return;
+  if (!is_prompt_end || tail.empty() || block_table.path.size() > end) return;
   Node& parent = parent_of(end);
   const bool known =
       std::any_of(parent.children.begin(), parent.children.end(), [&](const Node* child) {
         return common_prefix(child->text(), tail) == static_cast<int64_t>(tail.size());
       });
-  if (!known) lease.path.push_back(insert(parent, tail, lease.blocks[end]));
+  if (!known) block_table.path.push_back(insert(parent, tail, block_table.blocks[end]));
 }
 
-void PrefixCache::release(Lease& lease) {
-  for (size_t block = lease.path.size(); block < lease.blocks.size(); ++block) {
-    free_.push_back(lease.blocks[block]);
+void PrefixCache::release(BlockTable& block_table) {
+  for (size_t block = block_table.path.size(); block < block_table.blocks.size(); ++block) {
+    free_.push_back(block_table.blocks[block]);
   }
   // Leaf first, so that a path's end is older than its beginning.
-  for (auto node = lease.path.rbegin(); node != lease.path.rend(); ++node) drop(**node);
-  if (lease.root != nullptr && --lease.root->references == 0 && lease.root->children.empty()) {
-    roots_.erase(lease.root->version);
+  for (auto node = block_table.path.rbegin(); node != block_table.path.rend(); ++node) drop(**node);
+  if (block_table.root != nullptr && --block_table.root->references == 0 &&
+      block_table.root->children.empty()) {
+    roots_.erase(block_table.root->version);
   }
-  lease = {};
+  block_table = {};
   while (unreferenced_ > max_unreferenced_ && evict_one()) {
   }
 }

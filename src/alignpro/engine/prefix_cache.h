@@ -35,7 +35,7 @@ class PrefixCache {
   };
 
   // The blocks of one sequence, from acquire() to release().
-  struct Lease {
+  struct BlockTable {
     Node* root = nullptr;         // null when sharing is off
     std::vector<Node*> path;      // nodes of the leading blocks, all visible to others
     std::vector<int32_t> blocks;  // every block, in order; those past `path` are private
@@ -53,15 +53,16 @@ class PrefixCache {
 
   // Room for `blocks` blocks, beginning with what is cached of `tokens`; nothing when they do not
   // fit beside the sequences that run now. `blocks` <= capacity always fits once nobody else runs.
-  std::optional<Lease> acquire(uint64_t version, std::span<const int32_t> tokens, int64_t blocks);
+  std::optional<BlockTable> acquire(uint64_t version, std::span<const int32_t> tokens,
+                                    int64_t blocks);
 
-  // Makes a lease's blocks visible up to `computed`, its tokens whose KV has been written: whole
-  // blocks, and the tail too if the prompt ends there (its samples then copy it). Where another
-  // sequence published the same tokens first, the lease changes to that block: the bits are equal
-  // (contract 2).
-  void publish(Lease& lease, std::span<const int32_t> computed, bool is_prompt_end);
+  // Makes a block_table's blocks visible up to `computed`, its tokens whose KV has been written:
+  // whole blocks, and the tail too if the prompt ends there (its samples then copy it). Where
+  // another sequence published the same tokens first, the block_table changes to that block: the
+  // bits are equal (contract 2).
+  void publish(BlockTable& block_table, std::span<const int32_t> computed, bool is_prompt_end);
 
-  void release(Lease& lease);
+  void release(BlockTable& block_table);
 
   int64_t capacity() const { return static_cast<int64_t>(nodes_.size()); }
   int64_t blocks_in_use() const { return capacity() - blocks_free() - blocks_cached(); }

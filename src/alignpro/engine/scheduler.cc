@@ -60,14 +60,14 @@ std::vector<Task*> Scheduler::admit() {
       continue;
     }
     const Request& request = sequence.request();
-    auto lease =
+    auto block_table =
         cache_.acquire(request.adapter_version, shareable(sequence), blocks_needed(request));
-    if (!lease) break;  // and nobody overtakes it: a large request must get its turn
+    if (!block_table) break;  // and nobody overtakes it: a large request must get its turn
     auto task = std::make_unique<Task>();
     task->sequence = std::move(*next);
     task->tokens = request.prompt;
-    task->computed = lease->cached;
-    task->lease = std::move(*lease);
+    task->computed = block_table->cached;
+    task->block_table = std::move(*block_table);
     rows -= task->remaining();
     admitted.push_back(task.get());
     running_.push_back(std::move(task));
@@ -131,12 +131,12 @@ void Scheduler::complete(const Chunk& chunk) {
   Task& task = *chunk.task;
   task.computed += chunk.count;
   const auto computed = static_cast<size_t>(task.computed);
-  cache_.publish(task.lease, std::span(task.tokens).first(computed),
+  cache_.publish(task.block_table, std::span(task.tokens).first(computed),
                  computed == task.sequence->prompt().size());
 }
 
 std::shared_ptr<Sequence> Scheduler::retire(Task* task) {
-  cache_.release(task->lease);
+  cache_.release(task->block_table);
   auto sequence = std::move(task->sequence);
   std::erase_if(running_, [task](const auto& running) { return running.get() == task; });
   return sequence;

@@ -15,7 +15,7 @@ namespace alignpro::engine {
 struct Task {
   std::shared_ptr<Sequence> sequence;
   std::vector<int32_t> tokens;  // the prompt, then what was generated
-  PrefixCache::Lease lease;
+  PrefixCache::BlockTable block_table;
   int64_t computed = 0;  // leading positions whose KV is written
 
   int64_t remaining() const { return static_cast<int64_t>(tokens.size()) - computed; }
@@ -47,8 +47,8 @@ class Scheduler {
   std::vector<std::shared_ptr<Sequence>> drop_interrupted(Clock::time_point now);
 
   // Moves sequences from the queue into flight while there is room for their rows and blocks;
-  // returns the new tasks, whose copies (lease.copy_*) are due before anything is computed, in
-  // order.
+  // returns the new tasks, whose copies (block_table.copy_*) are due before anything is computed,
+  // in order.
   std::vector<Task*> admit();
 
   // The next step: a row for everything that decodes, then prefill in order of admission. Chunks of

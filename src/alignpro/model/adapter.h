@@ -12,7 +12,7 @@
 
 namespace alignpro::model {
 
-// A linear layer as PEFT names it, and where it lies in this house's fused matrices.
+// A linear layer as PEFT names it, and where it lies in the fused matrices.
 struct LoraModule {
   std::string path;  // "model.layers.0.self_attn.q_proj"
   int64_t layer;

@@ -87,7 +87,7 @@ struct Piece {
   // 2i + 1): the head's rows. 0: rows are in order.
   int64_t interleaved_head = 0;
 
-  // The file's row for row `row` of this house: half j, lane i is stored at 2i + j.
+  // The file's row for fused row `row`: half j, lane i is stored at 2i + j.
   int64_t file_row(int64_t row) const {
     if (interleaved_head == 0) return row;
     const int64_t half = interleaved_head / 2;
@@ -194,8 +194,8 @@ std::vector<float> read_vector(const FileTensor& tensor) {
 }
 
 // The rows of pieces stacked one after another.
-std::vector<ops::StoredRow> rows_of(const Pieces& pieces) {
-  std::vector<ops::StoredRow> rows;
+std::vector<ops::QuantizedRow> rows_of(const Pieces& pieces) {
+  std::vector<ops::QuantizedRow> rows;
   for (const Piece& piece : pieces) {
     const FileTensor& tensor = piece.tensor;
     const int64_t size = row_bytes(tensor.dtype, tensor.shape.back());
@@ -245,11 +245,11 @@ class FileCheckpoint final : public Checkpoint {
 
   const ModelConfig& config() const override { return config_; }
 
-  std::vector<ops::StoredRow> linear_rows(int64_t layer, LinearSite site) const override {
+  std::vector<ops::QuantizedRow> linear_rows(int64_t layer, LinearSite site) const override {
     return rows_of(at(layer).linears[static_cast<size_t>(site)]);
   }
-  std::vector<ops::StoredRow> embedding_rows() const override { return rows_of(embedding_); }
-  std::vector<ops::StoredRow> head_rows() const override { return rows_of(head_); }
+  std::vector<ops::QuantizedRow> embedding_rows() const override { return rows_of(embedding_); }
+  std::vector<ops::QuantizedRow> head_rows() const override { return rows_of(head_); }
 
   std::vector<float> read_norm(int64_t layer, NormSite site) const override {
     const FileTensor& tensor = at(layer).norms[static_cast<size_t>(site)];

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "alignpro/model/config.h"
-#include "alignpro/ops/stored_matrix.h"
+#include "alignpro/ops/quantized_matrix.h"
 
 namespace alignpro::model {
 
@@ -15,7 +15,7 @@ enum class LinearSite { kQkv, kO, kGateUp, kDown };
 
 enum class NormSite { kAttention, kMlp, kQ, kK };
 
-// A model file as this house sees it: canonical names, rows as they are stored, one rope convention
+// A model file as the model reads it: canonical names, rows as they are stored, one rope convention
 // (half-split; the row permutation that llama.cpp's converter applies to q and k is undone here).
 // Constant after open(); any number of threads may read.
 class Checkpoint {
@@ -31,10 +31,10 @@ class Checkpoint {
 
   // The rows of an output-major matrix [outputs, inputs] as they are stored; they live as long as
   // this.
-  virtual std::vector<ops::StoredRow> linear_rows(int64_t layer, LinearSite site) const = 0;
-  virtual std::vector<ops::StoredRow> embedding_rows() const = 0;
+  virtual std::vector<ops::QuantizedRow> linear_rows(int64_t layer, LinearSite site) const = 0;
+  virtual std::vector<ops::QuantizedRow> embedding_rows() const = 0;
   // The output head [vocab, hidden]; the embedding where the head is tied.
-  virtual std::vector<ops::StoredRow> head_rows() const = 0;
+  virtual std::vector<ops::QuantizedRow> head_rows() const = 0;
 
   virtual std::vector<float> read_norm(int64_t layer, NormSite site) const = 0;
   virtual std::vector<float> read_final_norm() const = 0;

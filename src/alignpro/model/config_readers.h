@@ -10,7 +10,7 @@
 
 namespace alignpro::model {
 
-// Both return a validated config, and throw FileError for what a file asks and this house lacks.
+// Both return a validated config, and throw FileError for what a file asks and alignpro lacks.
 
 // config.json of a Hugging Face folder, in the layout of transformers 4 (rope_theta, rope_scaling)
 // or 5 (rope_parameters), and generation_config.json where there is one.

@@ -17,7 +17,7 @@
 
 namespace alignpro::model {
 
-// Base weights, constant after load, with the thread team that computes on them. The engine and the
+// Base weights, constant after load, with the thread pool that computes on them. The engine and the
 // scorer both run the same layers; there is one definition of every number (contract 1).
 class Model {
  public:
@@ -36,7 +36,7 @@ class Model {
   const ModelConfig& config() const { return weights_.config; }
   const Weights& weights() const { return weights_; }
   const RopeAngles& rope() const { return rope_; }
-  ThreadTeam& team() const { return *team_; }
+  ThreadPool& pool() const { return *pool_; }
   int64_t context_length() const { return context_length_; }
   DType kv_dtype() const { return kv_dtype_; }
   ScoreBufferPool& score_buffers() const { return *score_buffers_; }
@@ -51,13 +51,13 @@ class Model {
               std::span<ops::SampledToken> out) const;
 
  private:
-  Model(Weights weights, std::unique_ptr<ThreadTeam> team, int64_t context_length, DType kv_dtype);
+  Model(Weights weights, std::unique_ptr<ThreadPool> pool, int64_t context_length, DType kv_dtype);
 
   Weights weights_;
   int64_t context_length_;
   DType kv_dtype_;
   RopeAngles rope_;
-  std::unique_ptr<ThreadTeam> team_;
+  std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<ScoreBufferPool> score_buffers_ = std::make_unique<ScoreBufferPool>();
 };
 

@@ -24,13 +24,13 @@ struct PassTables {
   PassTables(const Model& model, const Batch& batch)
       : cos(static_cast<size_t>(batch.rows() * model.rope().half())),
         sin(cos.size()),
-        attention(attention_shape(model.config()), batch.segments, model.team().size()) {
+        attention(attention_shape(model.config()), batch.segments, model.pool().size()) {
     model.rope().compute(batch.positions, cos.data(), sin.data());
   }
   PassContext pass(const Model& model, const Batch& batch,
                    std::span<const AdapterRange> adapters) const {
     return {model.weights(), attention,  batch.kv_writes, adapters,
-            batch.rows(),    cos.data(), sin.data(),      model.team()};
+            batch.rows(),    cos.data(), sin.data(),      model.pool()};
   }
 
   std::vector<float> cos, sin;
@@ -112,7 +112,7 @@ struct Score::Graph {
 
   std::shared_ptr<const Model> model;
   std::unique_ptr<ScoreBuffers> buffers;
-  std::unique_ptr<TokenTree> tree;
+  std::unique_ptr<PrefixTree> tree;
   std::vector<int32_t> rows;    // of each scored value
   std::vector<float> hidden;    // [values, hidden] normed
   std::vector<int32_t> tokens;  // [values]
@@ -147,7 +147,7 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
   for (const std::vector<int64_t>& group : score_groups(request_)) score_group(group);
 }
 
-Score::Hidden Score::hidden_states(const TokenTree& tree, ScoreBuffers& buffers, bool keep) const {
+Score::Hidden Score::hidden_states(const PrefixTree& tree, ScoreBuffers& buffers, bool keep) const {
   const Weights& weights = model_->weights();
   const ModelConfig& config = weights.config;
   const Batch& batch = tree.batch();
@@ -176,7 +176,7 @@ Score::Hidden Score::hidden_states(const TokenTree& tree, ScoreBuffers& buffers,
   const auto stream = [&](int64_t l) {
     return buffers.streams[static_cast<size_t>(keep ? l : 0)].reserve(rows * width);
   };
-  ops::embedding(weights.embedding, batch.tokens, stream(0), model_->team());
+  ops::embedding(weights.embedding, batch.tokens, stream(0), model_->pool());
   float* reference_stream = nullptr;
   if (with_reference) {
     reference_stream = buffers.reference_stream.reserve(rows * width);
@@ -193,7 +193,7 @@ Score::Hidden Score::hidden_states(const TokenTree& tree, ScoreBuffers& buffers,
   }
   const auto final_norm = [&](const float* from, std::vector<float>& to) {
     ops::rms_norm(rows, width, from, width, weights.final_norm.data(),
-                  static_cast<float>(config.rms_eps), to.data(), width, nullptr, model_->team());
+                  static_cast<float>(config.rms_eps), to.data(), width, nullptr, model_->pool());
   };
   final_norm(stream(layers), hidden.policy);
   if (with_reference) final_norm(reference_stream, hidden.reference);
@@ -205,7 +205,7 @@ void Score::score_group(std::span<const int64_t> members) {
   std::vector<std::span<const int32_t>> sequences;
   for (const int64_t s : members)
     sequences.emplace_back(request_.sequences[static_cast<size_t>(s)]);
-  auto tree = std::make_unique<TokenTree>(sequences);
+  auto tree = std::make_unique<PrefixTree>(sequences);
   std::vector<int32_t> rows, tokens;
   for (size_t m = 0; m < members.size(); ++m) {
     const auto size = static_cast<int64_t>(sequences[m].size());
@@ -254,7 +254,7 @@ void Score::score_group(std::span<const int64_t> members) {
                        .tokens = tokens,
                        .temperature = request_.temperature,
                        .ref_hidden = or_null(reference)},
-                      outputs, graph_ != nullptr ? &jacobian : nullptr, model_->team());
+                      outputs, graph_ != nullptr ? &jacobian : nullptr, model_->pool());
   int64_t from = 0;
   for (const int64_t s : members) {
     const auto count = static_cast<int64_t>(request_.sequences[static_cast<size_t>(s)].size()) -
@@ -292,7 +292,7 @@ AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<con
   const Batch& batch = graph->tree->batch();
   const int64_t rows = batch.rows(), width = config.hidden_size;
   const auto values = static_cast<int64_t>(graph->rows.size());
-  ThreadTeam& team = model_->team();
+  ThreadPool& pool = model_->pool();
   AdapterGradients gradients(*request_.adapter);
   if (rows == 0 || values == 0) return gradients;
 
@@ -316,7 +316,7 @@ AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<con
                                {.logprob = d_logprob.data(),
                                 .entropy = d_entropy.empty() ? nullptr : d_entropy.data(),
                                 .kl = d_kl.empty() ? nullptr : d_kl.data()},
-                               d_hidden.data(), nullptr, team);
+                               d_hidden.data(), nullptr, pool);
   std::vector<float> d_normed(static_cast<size_t>(rows * width));
   for (int64_t v = 0; v < values; ++v) {
     float* to = d_normed.data() + graph->rows[static_cast<size_t>(v)] * width;
@@ -331,9 +331,9 @@ AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<con
         ignored(static_cast<size_t>(rows * width));
     const float* last = buffers.streams.back().data();
     ops::rms_norm(rows, width, last, width, weights.final_norm.data(),
-                  static_cast<float>(config.rms_eps), ignored.data(), width, factors.data(), team);
+                  static_cast<float>(config.rms_eps), ignored.data(), width, factors.data(), pool);
     ops::rms_norm_backward(rows, width, last, width, weights.final_norm.data(), factors.data(),
-                           d_normed.data(), width, d_stream, width, team);
+                           d_normed.data(), width, d_stream, width, pool);
   }
   const PassTables tables(*model_, batch);
   const std::vector<AdapterRange> ranges{{0, rows, request_.adapter.get()}};
@@ -362,7 +362,7 @@ int64_t Score::bytes(const Model& model, const ScoreRequest& request) {
   const ModelConfig& config = model.config();
   const std::vector<std::span<const int32_t>> sequences(request.sequences.begin(),
                                                         request.sequences.end());
-  const TokenTree tree(sequences);
+  const PrefixTree tree(sequences);
   const int64_t rows = tree.batch().rows(), hidden = config.hidden_size;
   const int64_t mlp = config.intermediate_size, layers = config.num_layers;
   const int64_t passes = request.with_reference ? 2 : 1;
@@ -392,7 +392,7 @@ int64_t Score::bytes(const Model& model, const ScoreRequest& request) {
                                              .weight = head,
                                              .tokens = {},
                                              .ref_hidden = request.with_reference ? some : nullptr},
-                                            request.keep_graph, model.team().size());
+                                            request.keep_graph, model.pool().size());
   if (request.keep_graph) {
     // The backward's scratch, the stream's gradient, the Jacobian.
     row_floats += 3 * mlp + 4 * hidden + config.q_size() + config.qkv_size() + config.num_heads +
@@ -403,7 +403,7 @@ int64_t Score::bytes(const Model& model, const ScoreRequest& request) {
   }
   floats += rows * row_floats;
   const int64_t widest = std::max({hidden, mlp, config.q_size(), 2 * mlp});
-  floats += ops::kRowChunk * (widest + (model.team().size() + 1) * ops::cpu::kPanel);
+  floats += ops::kRowChunk * (widest + (model.pool().size() + 1) * ops::cpu::kPanel);
   bytes += (tree.blocks() + 1) *
            KvPool::block_bytes(1, config.num_kv_heads, config.head_dim, model.kv_dtype());
   bytes += floats * static_cast<int64_t>(sizeof(float));

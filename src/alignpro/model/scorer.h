@@ -8,7 +8,7 @@
 
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/model.h"
-#include "alignpro/model/token_tree.h"
+#include "alignpro/model/prefix_tree.h"
 #include "alignpro/model/transformer.h"
 
 namespace alignpro::model {
@@ -89,7 +89,7 @@ class Score {
   };
 
   void score_group(std::span<const int64_t> members);
-  Hidden hidden_states(const TokenTree& tree, ScoreBuffers& buffers, bool keep) const;
+  Hidden hidden_states(const PrefixTree& tree, ScoreBuffers& buffers, bool keep) const;
 
   std::shared_ptr<const Model> model_;
   ScoreRequest request_;

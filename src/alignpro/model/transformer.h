@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "alignpro/core/aligned.h"
+#include "alignpro/core/buffer_pool.h"
 #include "alignpro/core/parallel.h"
-#include "alignpro/core/spare_pool.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/batch.h"
 #include "alignpro/model/weights.h"
@@ -56,7 +56,7 @@ struct ScoreBuffers {
 };
 
 // Fresh pages cost about a fifteenth of a training step.
-using ScoreBufferPool = SparePool<ScoreBuffers>;
+using ScoreBufferPool = BufferPool<ScoreBuffers>;
 
 // What every layer of a pass shares.
 struct PassContext {
@@ -67,7 +67,7 @@ struct PassContext {
   int64_t rows;
   const float* cos;  // [rows, rotary_dim / 2]
   const float* sin;
-  ThreadTeam& team;
+  ThreadPool& pool;
 };
 
 ops::AttentionShape attention_shape(const ModelConfig& config);

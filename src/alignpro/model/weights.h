@@ -40,7 +40,7 @@ struct Weights {
   // Read once by a step whatever its batch: all but an embedding that is not the head.
   int64_t streamed_bytes() const;
 
-  static Weights load(const Checkpoint& checkpoint, ThreadTeam& team,
+  static Weights load(const Checkpoint& checkpoint, ThreadPool& pool,
                       ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32);
 };
 

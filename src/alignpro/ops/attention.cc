@@ -11,8 +11,8 @@
 namespace alignpro::ops {
 namespace {
 
-using cpu::kFewPanels;
-using cpu::kFewRows;
+using cpu::kGemvPanels;
+using cpu::kGemvRows;
 using cpu::kPanel;
 using cpu::kRowTile;
 static_assert(kKvBlock == kPanel, "a block of keys is one panel of the matrix product");
@@ -23,7 +23,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 struct Workspace {
   AlignedBuffer queries;  // packed [head_dim][6] tiles
   AlignedBuffer block;    // [rows][16] scores
-  AlignedBuffer floats;   // K or V of kFewPanels blocks, and slack, where stored as halves
+  AlignedBuffer floats;   // K or V of kGemvPanels blocks, and slack, where stored as halves
   AlignedBuffer scores;   // [rows][kKvChunk]
   AlignedBuffer packed;   // packed probabilities of one block
   AlignedBuffer chunk;    // one chunk's result
@@ -63,7 +63,8 @@ struct Pass {
   const float* floats(const std::byte* stored, int64_t slot = 0) const {
     if (kv.dtype == DType::kF32) return reinterpret_cast<const float*>(stored);
     const int64_t count = shape.head_dim * kKvBlock;
-    float* to = workspace().floats.reserve(kFewPanels * (count + kPanel)) + slot * (count + kPanel);
+    float* to =
+        workspace().floats.reserve(kGemvPanels * (count + kPanel)) + slot * (count + kPanel);
     cpu::kernels().from_halves(reinterpret_cast<const uint16_t*>(stored), count, to);
     std::fill_n(to + count, kPanel, 0.0f);
     return to;
@@ -110,14 +111,14 @@ void gemm_rows(int64_t first, int64_t rows, int64_t k_count, const float* packed
 struct Reach {
   int64_t row, rows;
   int64_t begin, end;  // blocks
-  bool is_few;         // few rows, in one packed tile
+  bool is_gemv;        // few rows, in one packed tile
 
   Reach(const AttentionPlan::Run& run, int64_t group, int64_t begin_block, int64_t end_block)
       : row(run.token_begin * group),
         rows(run.token_end * group - row),
         begin(std::max(begin_block, run.first_block)),
         end(std::min(end_block, run.end_block)),
-        is_few(rows <= kFewRows && row % kRowTile + rows <= kRowTile) {}
+        is_gemv(rows <= kGemvRows && row % kRowTile + rows <= kRowTile) {}
 
   // Its first row among packed tiles of k_count columns.
   const float* first_of(const float* tiles, int64_t k_count) const {
@@ -145,16 +146,16 @@ void attend_chunk(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_
       return pass.kv.keys<std::byte>(run.blocks[at], kv_head);
     };
     for (int64_t b = reach.begin; b < reach.end;) {
-      const int64_t some = reach.is_few ? std::min(kFewPanels, reach.end - b) : 1;
+      const int64_t some = reach.is_gemv ? std::min(kGemvPanels, reach.end - b) : 1;
       for (int64_t next = b + some; next < std::min(run.end_block, b + 2 * some); ++next) {
         pass.fetch(stored(next));
       }
       float* row = scores + reach.row * kKvChunk + (b - begin) * kKvBlock;
-      if (reach.is_few) {
-        const float* keys[kFewPanels];
+      if (reach.is_gemv) {
+        const float* keys[kGemvPanels];
         for (int64_t i = 0; i < some; ++i) keys[i] = pass.floats(stored(b + i), i);
-        k.gemm_few(reach.rows, d, reach.first_of(queries, d), keys, some, kPanel, row, kKvChunk,
-                   kPanel, false);
+        k.gemv(reach.rows, d, reach.first_of(queries, d), keys, some, kPanel, row, kKvChunk, kPanel,
+               false);
       } else {
         gemm_rows(reach.row, reach.rows, d, queries, pass.floats(stored(b)), block);
         for (int64_t r = 0; r < reach.rows; ++r) {
@@ -199,12 +200,12 @@ void attend_chunk(const Pass& pass, const AttentionPlan::Tile& tile, int64_t kv_
       // A head_dim that is no multiple of 16 reads into the next row (the pool ends in slack);
       // those lanes are dropped when the row is stored.
       for (int64_t p = 0; p < panels;) {
-        const int64_t some = reach.is_few ? std::min(kFewPanels, panels - p) : 1;
-        if (reach.is_few) {
-          const float* columns[kFewPanels];
+        const int64_t some = reach.is_gemv ? std::min(kGemvPanels, panels - p) : 1;
+        if (reach.is_gemv) {
+          const float* columns[kGemvPanels];
           for (int64_t i = 0; i < some; ++i) columns[i] = values + (p + i) * kPanel;
-          k.gemm_few(reach.rows, live, packed, columns, some, d, out + p * rows * kPanel, kPanel,
-                     rows * kPanel, true);
+          k.gemv(reach.rows, live, packed, columns, some, d, out + p * rows * kPanel, kPanel,
+                 rows * kPanel, true);
         } else {
           k.gemm_panel(reach.rows, live, packed, live * kRowTile, values + p * kPanel, d,
                        out + p * rows * kPanel, true, false);
@@ -298,7 +299,7 @@ int64_t attention_partial_floats(int64_t rows, int64_t head_dim) {
 }
 
 void kv_write(const AttentionShape& shape, const float* qkv, std::span<const KvWrite> writes,
-              const KvView& kv, ThreadTeam& team) {
+              const KvView& kv, ThreadPool& pool) {
   const int64_t width = 2 * shape.num_kv_heads * shape.head_dim;
   const auto write = [&](int64_t item, int) {
     const KvWrite& to = writes[static_cast<size_t>(item)];
@@ -309,19 +310,19 @@ void kv_write(const AttentionShape& shape, const float* qkv, std::span<const KvW
     write_row(shape, halves, to, kv);
   };
   const int64_t count = static_cast<int64_t>(writes.size());
-  // A row is about two microseconds; below this the team costs more than it brings.
+  // A row is about two microseconds; below this the pool costs more than it brings.
   if (count < 8) {
     for (int64_t i = 0; i < count; ++i) write(i, 0);
   } else {
-    team.run(count, write);
+    pool.run(count, write);
   }
 }
 
 void attention(const AttentionShape& shape, const float* qkv, const AttentionPlan& plan,
-               const KvView& kv, float* out, ThreadTeam& team) {
+               const KvView& kv, float* out, ThreadPool& pool) {
   const Pass pass{shape, qkv, kv, out};
   float* partial = workspace().partial.reserve(plan.partial_floats);
-  team.run(static_cast<int64_t>(plan.items.size()), [&](int64_t index, int) {
+  pool.run(static_cast<int64_t>(plan.items.size()), [&](int64_t index, int) {
     const AttentionPlan::Item& item = plan.items[static_cast<size_t>(index)];
     if (item.chunk < 0) return attend(pass, *item.tile, item.kv_head);
     attend_chunk(pass, *item.tile, item.kv_head, item.chunk,
@@ -329,7 +330,7 @@ void attention(const AttentionShape& shape, const float* qkv, const AttentionPla
                  Result(partial + item.partial, pass.rows(*item.tile)));
   });
   if (plan.merges.empty()) return;
-  team.run(static_cast<int64_t>(plan.merges.size()), [&](int64_t index, int) {
+  pool.run(static_cast<int64_t>(plan.merges.size()), [&](int64_t index, int) {
     const AttentionPlan::Merge& split = plan.merges[static_cast<size_t>(index)];
     const int64_t rows = pass.rows(*split.tile), panels = pass.panels();
     const int64_t floats = attention_partial_floats(rows, shape.head_dim);

@@ -92,12 +92,12 @@ int64_t attention_partial_floats(int64_t rows, int64_t head_dim);
 // rounded to nearest; infinities and NaN stay what they are, and what is finite but beyond 65504
 // throws NumericError.
 void kv_write(const AttentionShape& shape, const float* qkv, std::span<const KvWrite> writes,
-              const KvView& kv, ThreadTeam& team);
+              const KvView& kv, ThreadPool& pool);
 
 // out [rows, q_size] = softmax(scale q K^T) V, causal, over the planned segments' blocks (already
 // written). A row's bits depend on its own position, window and keys alone.
 void attention(const AttentionShape& shape, const float* qkv, const AttentionPlan& plan,
-               const KvView& kv, float* out, ThreadTeam& team);
+               const KvView& kv, float* out, ThreadPool& pool);
 
 // For the backward: the batch rows that hold positions [0, position + row_count) of a segment, its
 // own rows included (a prefix shared by several segments is named by each).
@@ -111,10 +111,10 @@ struct SegmentRows {
 // Adds to the k and v columns of dqkv [rows, qkv_size] their gradients, and overwrites its q
 // columns, given out and dout of a forward over the same rows. Probabilities are computed again.
 // `scratch` grows to attention_backward_floats: keys shared by segments are summed afterwards, in
-// order, whatever the team.
+// order, whatever the pool.
 void attention_backward(const AttentionShape& shape, const float* qkv, const float* out,
                         const float* dout, std::span<const SegmentRows> segments, float* dqkv,
-                        AlignedBuffer& scratch, ThreadTeam& team);
+                        AlignedBuffer& scratch, ThreadPool& pool);
 int64_t attention_backward_floats(const AttentionShape& shape,
                                   std::span<const SegmentRows> segments);
 

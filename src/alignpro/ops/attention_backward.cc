@@ -154,7 +154,7 @@ int64_t attention_backward_floats(const AttentionShape& shape,
 
 void attention_backward(const AttentionShape& shape, const float* qkv, const float* out,
                         const float* dout, std::span<const SegmentRows> segments, float* dqkv,
-                        AlignedBuffer& scratch, ThreadTeam& team) {
+                        AlignedBuffer& scratch, ThreadPool& pool) {
   const int64_t d = shape.head_dim, heads = shape.num_kv_heads;
   const int64_t column_panels = (d + kPanel - 1) / kPanel;
   std::vector<int64_t> offsets;  // of each segment's first head
@@ -169,12 +169,12 @@ void attention_backward(const AttentionShape& shape, const float* qkv, const flo
     return local + offsets[static_cast<size_t>(segment)] +
            head * 2 * column_panels * (s.position + s.row_count) * kPanel;
   };
-  team.run(static_cast<int64_t>(segments.size()) * heads, [&](int64_t item, int) {
+  pool.run(static_cast<int64_t>(segments.size()) * heads, [&](int64_t item, int) {
     attend_backward(shape, qkv, out, dout, segments[static_cast<size_t>(item / heads)],
                     item % heads, local_of(item / heads, item % heads), dqkv);
   });
   // Keys that several segments share are summed in the segments' order.
-  team.run(2 * heads, [&](int64_t item, int) {
+  pool.run(2 * heads, [&](int64_t item, int) {
     const int64_t head = item / 2, half = item % 2;
     const int64_t column = shape.q_size() + (half * heads + head) * d;
     for (size_t s = 0; s < segments.size(); ++s) {

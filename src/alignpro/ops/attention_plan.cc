@@ -89,7 +89,7 @@ AttentionPlan::AttentionPlan(const AttentionShape& shape, std::span<const Segmen
   const int64_t heads = shape.num_kv_heads, group = shape.group();
   int64_t all = 0;
   for (const Segment& segment : segments) all += segment.row_count;
-  // Few tokens are spread over the team rather than gathered.
+  // Few tokens are spread over the pool rather than gathered.
   const int64_t share = (all * heads + 2 * threads - 1) / (2 * threads);
   const int64_t most = std::clamp<int64_t>(share, 1, std::max<int64_t>(1, kQueryRows / group));
   const std::vector<Member> members = cut(segments, most);

@@ -10,6 +10,6 @@ namespace alignpro::ops {
 
 // out [tokens, table.cols] = rows of the table [vocab, cols]. Tokens must lie in [0, vocab).
 void embedding(const PackedMatrix& table, std::span<const int32_t> tokens, float* out,
-               ThreadTeam& team);
+               ThreadPool& pool);
 
 }  // namespace alignpro::ops

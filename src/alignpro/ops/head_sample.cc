@@ -165,7 +165,7 @@ SampleRow as_drawn(const SampleRow& row) {
 }  // namespace
 
 void head_sample(const PackedMatrix& head, const float* hidden, std::span<const SampleRow> requests,
-                 std::span<SampledToken> out, ThreadTeam& team) {
+                 std::span<SampledToken> out, ThreadPool& pool) {
   const int64_t count = static_cast<int64_t>(requests.size());
   const int64_t tiles = vocab_tiles(head.rows()), cols = head.cols();
   std::vector<SampleRow> rows(requests.begin(), requests.end());
@@ -175,8 +175,8 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
   std::vector<TileStats> stats(static_cast<size_t>(count * tiles));
   for (int64_t first = 0; first < count; first += kRowChunk) {
     const int64_t live = std::min(kRowChunk, count - first);
-    packed.pack(live, cols, {hidden + first * cols, cols, 1}, kRowBlock, &team, head.arithmetic());
-    team.run(packed.blocks() * tiles, [&](int64_t item, int) {
+    packed.pack(live, cols, {hidden + first * cols, cols, 1}, kRowBlock, &pool, head.arithmetic());
+    pool.run(packed.blocks() * tiles, [&](int64_t item, int) {
       thread_local AlignedBuffer buffer;
       float* logits = buffer.reserve(kRowBlock * kVocabTile);
       const int64_t tile = item / packed.blocks(), block = item % packed.blocks();
@@ -215,9 +215,9 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
       std::memcpy(some + m * cols, hidden + truncated[first + static_cast<size_t>(m)] * cols,
                   static_cast<size_t>(cols) * sizeof(float));
     }
-    packed.pack(live, cols, {some, cols, 1}, kRowBlock, &team, head.arithmetic());
+    packed.pack(live, cols, {some, cols, 1}, kRowBlock, &pool, head.arithmetic());
     float* all = logits.reserve(live * head.panels() * cpu::kPanel);
-    team.run(tiles, [&](int64_t tile, int) {
+    pool.run(tiles, [&](int64_t tile, int) {
       float* to = all + tile * kTilePanels * live * cpu::kPanel;
       tile_logits(packed, 0, head, tile, some, to);
       for (int64_t m = 0; m < live; ++m) {
@@ -225,7 +225,7 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
         finish_tile_row(head.rows(), tile, to, live, m, inverse_temperature(rows[row]));
       }
     });
-    team.run(live, [&](int64_t m, int) {
+    pool.run(live, [&](int64_t m, int) {
       const int64_t row = truncated[first + static_cast<size_t>(m)];
       out[static_cast<size_t>(row)] =
           draw_truncated(rows[static_cast<size_t>(row)], merged(row), head.rows(), all, live, m);

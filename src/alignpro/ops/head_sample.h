@@ -30,6 +30,6 @@ struct SampledToken {
 // vocabulary tile; truncated rows go through a workspace of at most 16 x V floats.
 // Throws NumericError when a row has a NaN logit or no finite one.
 void head_sample(const PackedMatrix& head, const float* hidden, std::span<const SampleRow> rows,
-                 std::span<SampledToken> out, ThreadTeam& team);
+                 std::span<SampledToken> out, ThreadPool& pool);
 
 }  // namespace alignpro::ops

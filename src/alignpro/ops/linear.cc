@@ -4,7 +4,7 @@
 //
 // Every output is the sum, in ascending order, of per-block partial sums over kContract terms, each
 // run from zero in ascending k, and a low-rank term is one more block. Neither the row count, the
-// blocking over rows nor the team's size enters, so a row's bits are its own (contract 2). The
+// blocking over rows nor the pool's size enters, so a row's bits are its own (contract 2). The
 // two-level sum is also the more accurate one: 1536 terms err like 192 + 8.
 
 #include "alignpro/ops/linear.h"
@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include "alignpro/core/error.h"
-#include "alignpro/ops/code_rows.h"
+#include "alignpro/ops/int8_rows.h"
 #include "alignpro/ops/packed_rows.h"
 
 namespace alignpro::ops {
@@ -68,16 +68,16 @@ void for_contraction(int64_t begin, int64_t end, const Fn& fn) {
 // What follows the main sum: nothing, or a low-rank term.
 struct NoTerm {
   std::span<const int64_t> cuts(int64_t, int64_t) { return {}; }
-  void prepare(int64_t, const PackedRows&, ThreadTeam&) {}
+  void prepare(int64_t, const PackedRows&, ThreadPool&) {}
   void add(int64_t, int64_t, float*) const {}
 };
 
 // A provider's block(column panel, k_begin, k_count, scratch) is [k_count][16]; one that has
-// rows() computes up to few_rows() without packing, kStreamedRows at a time. Without c only the
-// term's preparation is done.
+// rows() computes up to gemv_rows() without packing, kQuantizedGemvRows at a time. Without c only
+// the term's preparation is done.
 template <typename Provider, typename Term>
 void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, float* c, int64_t ldc,
-              const Epilogue& epilogue, ThreadTeam& team, const Provider& provider, Term& term) {
+              const Epilogue& epilogue, ThreadPool& pool, const Provider& provider, Term& term) {
   if (rows == 0 || columns == 0) return;
   const cpu::Kernels& k = cpu::kernels();
   const int64_t panels = (columns + kPanel - 1) / kPanel;
@@ -85,25 +85,25 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
   PackedRows& packed = own_packed;  // workers must see this thread's instance, not their own
   constexpr bool kHasTerm = !std::is_same_v<Term, NoTerm>;
   constexpr bool kStreams = requires { provider.rows(0, 0, rows, a, c); };
-  constexpr bool kHasCodes = requires { provider.codes(); };
-  CodeRows* codes = nullptr;
-  if constexpr (kHasCodes) codes = provider.codes();
+  constexpr bool kHasInt8 = requires { provider.codes(); };
+  Int8Rows* codes = nullptr;
+  if constexpr (kHasInt8) codes = provider.codes();
   bool few = false;
-  if constexpr (kStreams) few = rows <= provider.few_rows() && a.col_stride == 1;
-  const int64_t at_once = few && codes == nullptr ? cpu::kStreamedRows : kRowChunk;
+  if constexpr (kStreams) few = rows <= provider.gemv_rows() && a.col_stride == 1;
+  const int64_t at_once = few && codes == nullptr ? cpu::kQuantizedGemvRows : kRowChunk;
   for (int64_t first = 0; first < rows; first += at_once) {
     const int64_t live = std::min(at_once, rows - first);
     const MatrixView chunk{a.data + first * a.row_stride, a.row_stride, a.col_stride};
-    if (codes != nullptr) codes->pack(live, contract, chunk, &team);
+    if (codes != nullptr) codes->pack(live, contract, chunk, &pool);
     if ((!few && codes == nullptr) || kHasTerm) {
-      packed.pack(live, contract, chunk, block_size(live, team.size()), &team,
+      packed.pack(live, contract, chunk, block_size(live, pool.size()), &pool,
                   term.cuts(first, live));
-      term.prepare(first, packed, team);
+      term.prepare(first, packed, pool);
     }
     if (c == nullptr) continue;
-    int64_t group = std::max<int64_t>(1, panels / (8 * team.size()));
+    int64_t group = std::max<int64_t>(1, panels / (8 * pool.size()));
     if (few) group = (group + kRowPanels - 1) / kRowPanels * kRowPanels;
-    team.run((panels + group - 1) / group, [&](int64_t item, int) {
+    pool.run((panels + group - 1) / group, [&](int64_t item, int) {
       Workspace& own = workspace();
       const int64_t p_begin = item * group, p_end = std::min(panels, p_begin + group);
       float* tiles = own.tile.reserve((few ? group : 1) * live * kPanel);
@@ -112,9 +112,9 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
         if (few && codes == nullptr) provider.rows(p_begin, p_end - p_begin, live, chunk, tiles);
       }
       for (int64_t p = p_begin; p < p_end; ++p) {
-        if constexpr (kHasCodes) {
+        if constexpr (kHasInt8) {
           if (codes != nullptr) {
-            provider.w.multiply_codes(p, live, codes->at(0), codes->stride(), tiles);
+            provider.w.int8_gemm(p, live, codes->at(0), codes->stride(), tiles);
           }
         }
         const bool blocks = !few && codes == nullptr;
@@ -156,7 +156,7 @@ class ForwardTerm {
     return cuts_;
   }
 
-  void prepare(int64_t first, const PackedRows& x, ThreadTeam& team) {
+  void prepare(int64_t first, const PackedRows& x, ThreadPool& pool) {
     low_.resize(static_cast<size_t>(x.blocks()));
     active_.assign(static_cast<size_t>(x.blocks()), nullptr);
     for (int64_t block = 0; block < x.blocks(); ++block) {
@@ -165,7 +165,7 @@ class ForwardTerm {
         if (row >= u.row_begin && row < u.row_end) active_[static_cast<size_t>(block)] = &u;
       }
     }
-    team.run(x.blocks(), [&](int64_t block, int) {
+    pool.run(x.blocks(), [&](int64_t block, int) {
       const LowRankRows* u = active_[static_cast<size_t>(block)];
       if (u == nullptr) return;
       const PackedMatrix& a = u->update->a;
@@ -208,11 +208,11 @@ class BackwardTerm {
 
   std::span<const int64_t> cuts(int64_t, int64_t) { return {}; }
 
-  void prepare(int64_t first, const PackedRows& dy, ThreadTeam& team) {
+  void prepare(int64_t first, const PackedRows& dy, ThreadPool& pool) {
     low_.resize(static_cast<size_t>(dy.blocks()));
     const PackedMatrix& b = update_.b;
     const int64_t ranks = update_.ranks();
-    team.run(dy.blocks(), [&](int64_t block, int) {
+    pool.run(dy.blocks(), [&](int64_t block, int) {
       const cpu::Kernels& k = cpu::kernels();
       const int64_t rows = dy.block_rows(block);
       float* low = d_low_ + (first + dy.block_row(block)) * ranks;
@@ -256,13 +256,13 @@ struct ForwardWeight {
   }
   // Of quantised weights twice as many rows go in two passes: the second finds them in the cache,
   // which costs less than to expand them. At 5 rows of float32 it cost a third more.
-  int64_t few_rows() const { return (w.is_quantized() ? 2 : 1) * cpu::kStreamedRows; }
+  int64_t gemv_rows() const { return (w.is_quantized() ? 2 : 1) * cpu::kQuantizedGemvRows; }
   void rows(int64_t p_begin, int64_t count, int64_t live, MatrixView x, float* out) const {
     w.multiply_rows(p_begin, count, live, x.data, x.row_stride, out);
   }
   // Where the rows are to be quantised, the calling thread's buffer for them.
-  CodeRows* codes() const {
-    thread_local CodeRows own;
+  Int8Rows* codes() const {
+    thread_local Int8Rows own;
     return w.arithmetic() == Arithmetic::kInt8 ? &own : nullptr;
   }
 };
@@ -302,36 +302,36 @@ struct PlainRight {
 }  // namespace
 
 void linear(int64_t rows, MatrixView x, const PackedMatrix& w, float* y, int64_t ldy,
-            const Epilogue& epilogue, ThreadTeam& team, std::span<const LowRankRows> updates) {
+            const Epilogue& epilogue, ThreadPool& pool, std::span<const LowRankRows> updates) {
   const ForwardWeight weight{w};
   if (updates.empty()) {
     NoTerm none;
-    multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, team, weight, none);
+    multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, pool, weight, none);
   } else {
     ForwardTerm term(updates);
-    multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, team, weight, term);
+    multiply(rows, w.rows(), w.cols(), x, y, ldy, epilogue, pool, weight, term);
   }
 }
 
 void linear_backward(int64_t rows, MatrixView dy, const PackedMatrix& w, float* dx, int64_t ldx,
-                     const Epilogue& epilogue, ThreadTeam& team, const LowRank* update,
+                     const Epilogue& epilogue, ThreadPool& pool, const LowRank* update,
                      float* d_low) {
   require(w.arithmetic() == Arithmetic::kFloat32,
           "gradients: expected a model loaded with compute float32, got int8");
   const TransposedWeight weight{w};
   if (update == nullptr) {
     NoTerm none;
-    multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, team, weight, none);
+    multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, pool, weight, none);
   } else {
     BackwardTerm term(*update, d_low);
-    multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, team, weight, term);
+    multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, pool, weight, term);
   }
 }
 
 void matmul(int64_t m, int64_t n, int64_t k, MatrixView a, const float* b, int64_t ldb, float* c,
-            int64_t ldc, const Epilogue& epilogue, ThreadTeam& team) {
+            int64_t ldc, const Epilogue& epilogue, ThreadPool& pool) {
   NoTerm none;
-  multiply(m, n, k, a, c, ldc, epilogue, team, PlainRight{b, ldb, n}, none);
+  multiply(m, n, k, a, c, ldc, epilogue, pool, PlainRight{b, ldb, n}, none);
 }
 
 }  // namespace alignpro::ops

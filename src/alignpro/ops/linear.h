@@ -42,18 +42,18 @@ struct LowRankRows {
 // y [rows, W.rows] (row stride ldy) = scale * (x W^T + low B^T) + bias + residual,
 // x [rows, W.cols]. `updates` ascend and do not overlap; rows in none have no second term.
 void linear(int64_t rows, MatrixView x, const PackedMatrix& w, float* y, int64_t ldy,
-            const Epilogue& epilogue, ThreadTeam& team, std::span<const LowRankRows> updates = {});
+            const Epilogue& epilogue, ThreadPool& pool, std::span<const LowRankRows> updates = {});
 
 // dx [rows, W.cols] (row stride ldx) = scale * (dy W + d_low A) + residual, dy [rows, W.rows],
 // where d_low [rows, ranks] = update scale * dy B is written as well. Without an update there is no
 // second term; without dx, d_low alone is computed.
 void linear_backward(int64_t rows, MatrixView dy, const PackedMatrix& w, float* dx, int64_t ldx,
-                     const Epilogue& epilogue, ThreadTeam& team, const LowRank* update = nullptr,
+                     const Epilogue& epilogue, ThreadPool& pool, const LowRank* update = nullptr,
                      float* d_low = nullptr);
 
 // c [m, n] (row stride ldc) = scale * a b + residual, a [m, k], b [k, n] with rows ldb apart.
 // The gradient of LoRA matrices is such a product over the rows of a batch.
 void matmul(int64_t m, int64_t n, int64_t k, MatrixView a, const float* b, int64_t ldb, float* c,
-            int64_t ldc, const Epilogue& epilogue, ThreadTeam& team);
+            int64_t ldc, const Epilogue& epilogue, ThreadPool& pool);
 
 }  // namespace alignpro::ops

@@ -61,7 +61,10 @@ struct Problem {
         inv_temperature(1.0f / input.temperature),
         with_ref(input.ref_hidden != nullptr),
         own_ref_weight(with_ref && !is_null(input.ref_weight)),
-        ref_cols(own_ref_weight ? hidden_size(input.ref_weight) : cols) {}
+        ref_cols(own_ref_weight ? hidden_size(input.ref_weight) : cols) {
+    require(cols >= 1, "hidden: expected at least one column, got none");
+    require(ref_cols >= 1, "reference_hidden: expected at least one column, got none");
+  }
 
   static bool is_null(const VocabularyWeight& weight) {
     const auto* packed = std::get_if<const PackedMatrix*>(&weight);
@@ -104,9 +107,9 @@ void tile_logits(const Problem& problem, const LogitRows& rows, const LogitRows&
   WeightTile& ref_weight = problem.own_ref_weight ? own.ref_weight : own.weight;
   const bool shared = &ref_weight == &own.weight;
   for (int64_t p = 0; p < panels; ++p) {
-    const float* panel = own.weight.has_codes() ? nullptr : own.weight.panel(p);
+    const float* panel = own.weight.has_int8() ? nullptr : own.weight.panel(p);
     const float* ref_panel =
-        r == nullptr || shared || ref_weight.has_codes() ? panel : ref_weight.panel(p);
+        r == nullptr || shared || ref_weight.has_int8() ? panel : ref_weight.panel(p);
     for (int64_t b = 0; b < rows.blocks(); ++b) {
       const int64_t at = b * kRowBlock * kVocabTile + p * rows.block_rows(b) * kPanel;
       own.weight.logits(rows, b, p, panel, z + at);
@@ -127,20 +130,20 @@ void tile_logits(const Problem& problem, const LogitRows& rows, const LogitRows&
 // fn(first, tile, rows, own) for every chunk of rows and tile, own.logits filled; tiles in
 // parallel. after(first, live) follows each chunk.
 template <typename Fn, typename After>
-void sweep_tiles(const Problem& problem, ThreadTeam& team, const Fn& fn, const After& after) {
+void sweep_tiles(const Problem& problem, ThreadPool& pool, const Fn& fn, const After& after) {
   const int64_t total = problem.in.rows;
   if (total == 0) return;
   const int64_t chunk = round_up(divide_up(total, divide_up(total, kChunkRows)), kRowTile);
   LogitRows rows, ref_rows;
   for (int64_t first = 0; first < total; first += chunk) {
     const int64_t live = std::min(chunk, total - first);
-    rows.pack(live, problem.cols, problem.hidden(first), kRowBlock, &team,
+    rows.pack(live, problem.cols, problem.hidden(first), kRowBlock, &pool,
               arithmetic(problem.in.weight));
     if (problem.with_ref) {
-      ref_rows.pack(live, problem.ref_cols, problem.ref_hidden(first), kRowBlock, &team,
+      ref_rows.pack(live, problem.ref_cols, problem.ref_hidden(first), kRowBlock, &pool,
                     problem.ref_arithmetic());
     }
-    team.run(problem.tiles, [&](int64_t tile, int) {
+    pool.run(problem.tiles, [&](int64_t tile, int) {
       Workspace& own = workspace();
       problem.open(own, tile);
       tile_logits(problem, rows, ref_rows, tile, own);
@@ -160,12 +163,12 @@ int64_t group_rows(int64_t rows, int threads) {
 // logits (and, for two operands, the reference's) into what multiplies the tile's rows of W; the
 // sums over all tiles are left in own.result (own.ref_result) for finish(first, rows, own).
 template <typename Transform, typename Finish>
-void sweep_groups(const Problem& problem, int operands, ThreadTeam& team,
+void sweep_groups(const Problem& problem, int operands, ThreadPool& pool,
                   const Transform& transform, const Finish& finish) {
   const int64_t total = problem.in.rows;
   if (total == 0) return;
-  const int64_t group = group_rows(total, team.size());
-  team.run(divide_up(total, group), [&](int64_t item, int) {
+  const int64_t group = group_rows(total, pool.size());
+  pool.run(divide_up(total, group), [&](int64_t item, int) {
     const cpu::Kernels& k = cpu::kernels();
     Workspace& own = workspace();
     const int64_t first = item * group, rows = std::min(group, total - first);
@@ -224,7 +227,7 @@ void read_weight_row(const VocabularyWeight& weight, int64_t row, float* out) {
     (*packed)->read_row(row, out);
     return;
   }
-  const StoredMatrix& stored = std::get<StoredMatrix>(weight);
+  const QuantizedMatrix& stored = std::get<QuantizedMatrix>(weight);
   dequantize(stored.dtype, stored.data + row * row_bytes(stored.dtype, stored.cols), stored.cols,
              out);
 }
@@ -259,12 +262,12 @@ RowStats write_row(const Problem& problem, const LogprobOutput& out, int64_t row
   return s;
 }
 
-void values_only(const Problem& problem, const LogprobOutput& out, ThreadTeam& team) {
+void values_only(const Problem& problem, const LogprobOutput& out, ThreadPool& pool) {
   const int64_t tiles = problem.tiles;
   std::vector<TileStats> stats(static_cast<size_t>(std::min(problem.in.rows, kChunkRows) * tiles));
   std::vector<float> logit(static_cast<size_t>(problem.in.rows)), ref_logit(logit.size());
   sweep_tiles(
-      problem, team,
+      problem, pool,
       [&](int64_t first, int64_t tile, const LogitRows& rows, Workspace& own) {
         for (int64_t b = 0; b < rows.blocks(); ++b) {
           const int64_t at = b * kRowBlock * kVocabTile, count = rows.block_rows(b);
@@ -300,12 +303,12 @@ struct Running {
 float finite_or_zero(float value) { return std::isfinite(value) ? value : 0.0f; }
 
 void values_and_jacobian(const Problem& problem, const LogprobOutput& out,
-                         const LogprobJacobian& jacobian, ThreadTeam& team) {
+                         const LogprobJacobian& jacobian, ThreadPool& pool) {
   const int64_t tiles = problem.tiles, cols = problem.cols;
   const int operands = problem.with_ref && jacobian.kl != nullptr ? 2 : 1;
   std::vector<Running> running(static_cast<size_t>(problem.in.rows));
   sweep_groups(
-      problem, operands, team,
+      problem, operands, pool,
       [&](int64_t first, int64_t m, int64_t tile, int64_t rows, Workspace& own) {
         const cpu::Kernels& k = cpu::kernels();
         Running& state = running[static_cast<size_t>(first + m)];
@@ -389,9 +392,9 @@ RowGradient row_gradient(const Problem& problem, const LogprobOutput& forward,
 }
 
 void hidden_gradient(const Problem& problem, const LogprobOutput& forward, const float* mass_above,
-                     const LogprobUpstream& upstream, float* d_hidden, ThreadTeam& team) {
+                     const LogprobUpstream& upstream, float* d_hidden, ThreadPool& pool) {
   sweep_groups(
-      problem, 1, team,
+      problem, 1, pool,
       [&](int64_t first, int64_t m, int64_t tile, int64_t rows, Workspace& own) {
         const RowGradient gradient =
             row_gradient(problem, forward, mass_above, upstream, first + m);
@@ -411,10 +414,10 @@ void hidden_gradient(const Problem& problem, const LogprobOutput& forward, const
 // dW = dz^T h, tile by tile: blocks of rows in order, summed in own.result [column panels][vocab
 // panels][16][16].
 void weight_gradient(const Problem& problem, const LogprobOutput& forward, const float* mass_above,
-                     const LogprobUpstream& upstream, float* d_weight, ThreadTeam& team) {
+                     const LogprobUpstream& upstream, float* d_weight, ThreadPool& pool) {
   const int64_t cols = problem.cols, column_panels = divide_up(cols, kPanel);
   sweep_tiles(
-      problem, team,
+      problem, pool,
       [&](int64_t first, int64_t tile, const LogitRows& rows, Workspace& own) {
         const cpu::Kernels& k = cpu::kernels();
         const int64_t panels = own.weight.panels();
@@ -466,25 +469,25 @@ void weight_gradient(const Problem& problem, const LogprobOutput& forward, const
 }  // namespace
 
 void linear_logprob(const LogprobInput& in, const LogprobOutput& out,
-                    const LogprobJacobian* jacobian, ThreadTeam& team) {
+                    const LogprobJacobian* jacobian, ThreadPool& pool) {
   const Problem problem(in);
   if (jacobian != nullptr) {
     problem.require_float32();
-    values_and_jacobian(problem, out, *jacobian, team);
+    values_and_jacobian(problem, out, *jacobian, pool);
   } else {
-    values_only(problem, out, team);
+    values_only(problem, out, pool);
   }
 }
 
 void total_variation(const LogprobInput& in, const LogprobOutput& forward, float* tv,
-                     float* mass_above, ThreadTeam& team) {
+                     float* mass_above, ThreadPool& pool) {
   const Problem problem(in);
   require(problem.with_ref, "total_variation: expected reference hidden states, got none");
   const int64_t tiles = problem.tiles;
   std::vector<std::array<float, 2>> parts(
       static_cast<size_t>(std::min(in.rows, kChunkRows) * tiles));
   sweep_tiles(
-      problem, team,
+      problem, pool,
       [&](int64_t first, int64_t tile, const LogitRows& rows, Workspace& own) {
         for (int64_t b = 0; b < rows.blocks(); ++b) {
           const int64_t at = b * kRowBlock * kVocabTile, count = rows.block_rows(b);
@@ -514,12 +517,12 @@ void total_variation(const LogprobInput& in, const LogprobOutput& forward, float
 void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forward,
                              const float* mass_above, const LogprobJacobian* jacobian,
                              const LogprobUpstream& upstream, float* d_hidden, float* d_weight,
-                             ThreadTeam& team) {
+                             ThreadPool& pool) {
   const Problem problem(in);
   problem.require_float32();
   if (d_weight != nullptr) {
     if (in.rows == 0) std::fill_n(d_weight, problem.vocab * problem.cols, 0.0f);
-    weight_gradient(problem, forward, mass_above, upstream, d_weight, team);
+    weight_gradient(problem, forward, mass_above, upstream, d_weight, pool);
   }
   if (d_hidden == nullptr) return;
   LogprobUpstream rest = upstream;
@@ -532,11 +535,11 @@ void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forwar
   const bool again = rest.logprob != nullptr || rest.entropy != nullptr || rest.kl != nullptr ||
                      rest.reverse_kl != nullptr || rest.total_variation != nullptr;
   if (again) {
-    hidden_gradient(problem, forward, mass_above, rest, d_hidden, team);
+    hidden_gradient(problem, forward, mass_above, rest, d_hidden, pool);
   } else {
     std::fill_n(d_hidden, in.rows * problem.cols, 0.0f);
   }
-  row_parallel(in.rows, problem.cols, team, [&](int64_t row) {
+  row_parallel(in.rows, problem.cols, pool, [&](int64_t row) {
     float* to = d_hidden + row * problem.cols;
     const cpu::Kernels& k = cpu::kernels();
     if (d_logprob != nullptr) {
@@ -553,7 +556,7 @@ int64_t linear_logprob_bytes(const LogprobInput& in, bool with_jacobian, int thr
   const int64_t sides = problem.with_ref ? 2 : 1;
   const int64_t contract = problem.cols + (problem.with_ref ? problem.ref_cols : 0);
   const auto weight_bytes = [](const VocabularyWeight& weight) {
-    const auto* stored = std::get_if<StoredMatrix>(&weight);
+    const auto* stored = std::get_if<QuantizedMatrix>(&weight);
     int64_t floats = kVocabTile * kPanel;
     if (stored != nullptr) {
       floats +=

@@ -6,13 +6,13 @@
 
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/packed_matrix.h"
-#include "alignpro/ops/stored_matrix.h"
+#include "alignpro/ops/quantized_matrix.h"
 
 namespace alignpro::ops {
 
 // The weight of a vocabulary projection: packed for the engine, or as it stands in a file or a
 // tensor (then each tile is widened and packed where it is used).
-using VocabularyWeight = std::variant<const PackedMatrix*, StoredMatrix>;
+using VocabularyWeight = std::variant<const PackedMatrix*, QuantizedMatrix>;
 
 // The fused vocabulary op: with z = hidden W^T / temperature, p = softmax(z), and q likewise from
 // the reference's hidden states (and weight), one pass over tiles of the vocabulary.
@@ -57,22 +57,22 @@ struct LogprobUpstream {
 // Nothing of size rows x vocab is stored; see linear_logprob_bytes. Throws NumericError naming the
 // row when a logit is NaN or +inf, or all are -inf. `jacobian` may be null.
 void linear_logprob(const LogprobInput& in, const LogprobOutput& out,
-                    const LogprobJacobian* jacobian, ThreadTeam& team);
+                    const LogprobJacobian* jacobian, ThreadPool& pool);
 
 // tv [rows] = TV(p, q) = sum max(0, p - q), and mass_above [rows] = sum of p where p > q, which its
 // derivative needs. A pass of its own: it can start only when both normalisers are known.
 void total_variation(const LogprobInput& in, const LogprobOutput& forward, float* tv,
-                     float* mass_above, ThreadTeam& team);
+                     float* mass_above, ThreadPool& pool);
 
 // d_hidden [rows, cols] and d_weight [vocab, cols] (overwritten; either may be null). With a
 // jacobian, d_hidden's share of logprob and kl comes from it; all the rest computes the tiles
 // again. The reference is a constant. `forward` and `mass_above` are what the forward passes wrote
 // (mass_above: only for total_variation). Sums run over tiles, and for d_weight over blocks of
-// rows, in order: the bits do not depend on the team.
+// rows, in order: the bits do not depend on the pool.
 void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forward,
                              const float* mass_above, const LogprobJacobian* jacobian,
                              const LogprobUpstream& upstream, float* d_hidden, float* d_weight,
-                             ThreadTeam& team);
+                             ThreadPool& pool);
 
 // Bytes that linear_logprob allocates beside its inputs and outputs, at most, on `threads` threads.
 int64_t linear_logprob_bytes(const LogprobInput& in, bool with_jacobian, int threads);

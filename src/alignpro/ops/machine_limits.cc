@@ -26,20 +26,20 @@ double median_seconds(const std::function<void()>& work) {
 
 }  // namespace
 
-double fma_peak_gflops(ThreadTeam& team) {
+double fma_peak_gflops(ThreadPool& pool) {
   constexpr int64_t kSteps = 10'000'000;
-  const int workers = team.size();
+  const int workers = pool.size();
   const double seconds = median_seconds(
-      [&] { team.run(workers, [](int64_t, int) { cpu::kernels().fma_chains(kSteps); }); });
+      [&] { pool.run(workers, [](int64_t, int) { cpu::kernels().fma_chains(kSteps); }); });
   return 2.0 * workers * kSteps * cpu::kFmaPerStep / seconds / 1e9;
 }
 
-double read_bandwidth_gbps(ThreadTeam& team) {
+double read_bandwidth_gbps(ThreadPool& pool) {
   constexpr int64_t kFloats = int64_t{1} << 27, kChunks = 64;
   AlignedBuffer memory(kFloats);
   std::fill_n(memory.data(), kFloats, 1.0f);
   const double seconds = median_seconds([&] {
-    team.run(kChunks, [&](int64_t item, int) {
+    pool.run(kChunks, [&](int64_t item, int) {
       constexpr int64_t kChunk = kFloats / kChunks;
       cpu::kernels().read_memory(memory.data() + item * kChunk, kChunk);
     });

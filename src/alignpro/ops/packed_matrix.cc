@@ -4,19 +4,19 @@
 
 #include "alignpro/core/error.h"
 #include "alignpro/ops/cpu/panel_layout.h"
-#include "alignpro/ops/stored_panel.h"
+#include "alignpro/ops/quantized_panel.h"
 
 namespace alignpro::ops {
 namespace {
 
 // The rows as Q8_0, in `bytes`; `wide` holds one of them.
-std::vector<StoredRow> to_q8_0(std::span<const StoredRow> rows, int64_t cols, float* wide,
-                               std::vector<std::byte>& bytes) {
+std::vector<QuantizedRow> to_q8_0(std::span<const QuantizedRow> rows, int64_t cols, float* wide,
+                                  std::vector<std::byte>& bytes) {
   const int64_t size = row_bytes(DType::kQ8_0, cols);
   bytes.resize(rows.size() * static_cast<size_t>(size));
-  std::vector<StoredRow> converted;
+  std::vector<QuantizedRow> converted;
   std::byte* to = bytes.data();
-  for (const StoredRow& row : rows) {
+  for (const QuantizedRow& row : rows) {
     dequantize(row.dtype, row.data, cols, wide);
     quantize_q8_0(wide, cols, to);
     converted.push_back({to, DType::kQ8_0});
@@ -42,7 +42,7 @@ PackedMatrix::PackedMatrix(int64_t cols, std::span<const DType> panel_types, int
   data_.reserve(bytes / static_cast<int64_t>(sizeof(float)));
 }
 
-PackedMatrix PackedMatrix::pack(std::span<const StoredRow> rows, int64_t cols, ThreadTeam& team,
+PackedMatrix PackedMatrix::pack(std::span<const QuantizedRow> rows, int64_t cols, ThreadPool& pool,
                                 Arithmetic arithmetic) {
   const bool integers = arithmetic == Arithmetic::kInt8;
   require(!integers || cols % cpu::kGroup == 0, "compute int8: expected rows in multiples of ",
@@ -57,7 +57,7 @@ PackedMatrix PackedMatrix::pack(std::span<const StoredRow> rows, int64_t cols, T
     const auto of_panel = rows_of(p);
     const DType first = of_panel.front().dtype;
     const bool alike = std::all_of(of_panel.begin(), of_panel.end(),
-                                   [first](const StoredRow& row) { return row.dtype == first; });
+                                   [first](const QuantizedRow& row) { return row.dtype == first; });
     if (integers) {
       types.push_back(alike && cpu::has_integer_product(first) ? first : DType::kQ8_0);
     } else {
@@ -70,24 +70,25 @@ PackedMatrix PackedMatrix::pack(std::span<const StoredRow> rows, int64_t cols, T
     AlignedBuffer wide;
     std::vector<std::byte> bytes;
   };
-  std::vector<Scratch> scratch(static_cast<size_t>(team.size()));
-  team.run(packed.panels(), [&](int64_t p, int worker) {
+  std::vector<Scratch> scratch(static_cast<size_t>(pool.size()));
+  pool.run(packed.panels(), [&](int64_t p, int worker) {
     const Panel& panel = packed.panels_[static_cast<size_t>(p)];
     const auto of_panel = rows_of(p);
     Scratch& own = scratch[static_cast<size_t>(worker)];
-    if (integers && std::any_of(of_panel.begin(), of_panel.end(),
-                                [&](const StoredRow& row) { return row.dtype != panel.dtype; })) {
+    if (integers && std::any_of(of_panel.begin(), of_panel.end(), [&](const QuantizedRow& row) {
+          return row.dtype != panel.dtype;
+        })) {
       const auto converted = to_q8_0(of_panel, cols, own.wide.reserve(cols), own.bytes);
-      pack_stored_panel(panel.dtype, converted, cols, packed.at(panel));
+      pack_quantized_panel(panel.dtype, converted, cols, packed.at(panel));
       return;
     }
     if (panel.dtype != DType::kF32) {
-      pack_stored_panel(panel.dtype, of_panel, cols, packed.at(panel));
+      pack_quantized_panel(panel.dtype, of_panel, cols, packed.at(panel));
       return;
     }
     float* wide = own.wide.reserve(kPanel * cols);
     int64_t live = 0;
-    for (const StoredRow& row : of_panel) {
+    for (const QuantizedRow& row : of_panel) {
       dequantize(row.dtype, row.data, cols, wide + live++ * cols);
     }
     cpu::kernels().pack_panel(wide, cols, live, cols, reinterpret_cast<float*>(packed.at(panel)));
@@ -139,10 +140,10 @@ void PackedMatrix::multiply_rows(int64_t p_begin, int64_t count, int64_t rows, c
   }
 }
 
-void PackedMatrix::multiply_codes(int64_t p, int64_t live, const uint8_t* x, int64_t x_stride,
-                                  float* out) const {
+void PackedMatrix::int8_gemm(int64_t p, int64_t live, const uint8_t* x, int64_t x_stride,
+                             float* out) const {
   const Panel& panel = panels_[static_cast<size_t>(p)];
-  cpu::kernels().multiply_codes(panel.dtype, live, cols_, x, x_stride, at(panel), out);
+  cpu::kernels().int8_gemm(panel.dtype, live, cols_, x, x_stride, at(panel), out);
 }
 
 void PackedMatrix::read_row(int64_t row, float* out) const {

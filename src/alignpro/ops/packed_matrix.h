@@ -7,7 +7,7 @@
 #include "alignpro/core/aligned.h"
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/cpu/kernels.h"
-#include "alignpro/ops/stored_matrix.h"
+#include "alignpro/ops/quantized_matrix.h"
 
 namespace alignpro::ops {
 
@@ -25,7 +25,7 @@ class PackedMatrix {
 
   // kInt8 stores rows whose format has no integer product as Q8_0, and needs cols in multiples of
   // 32 (InvalidArgument).
-  static PackedMatrix pack(std::span<const StoredRow> rows, int64_t cols, ThreadTeam& team,
+  static PackedMatrix pack(std::span<const QuantizedRow> rows, int64_t cols, ThreadPool& pool,
                            Arithmetic arithmetic = Arithmetic::kFloat32);
   static PackedMatrix pack(int64_t rows, int64_t cols, const float* source);
 
@@ -54,14 +54,13 @@ class PackedMatrix {
   void transposed_block(int64_t n_begin, int64_t n_count, int64_t k_begin, float* scratch,
                         float* out) const;
 
-  // x W^T for up to cpu::kStreamedRows rows of x [cols], x_stride apart, by `count` panels from
-  // p_begin on: out [count][rows][16]. The bits are those of the products by block.
+  // x W^T for up to cpu::kQuantizedGemvRows rows of x [cols], x_stride apart, by `count` panels
+  // from p_begin on: out [count][rows][16]. The bits are those of the products by block.
   void multiply_rows(int64_t p_begin, int64_t count, int64_t rows, const float* x, int64_t x_stride,
                      float* out) const;
 
   // Panel p times quantised rows: out [live][16]. Tiles of x lie x_stride bytes apart.
-  void multiply_codes(int64_t p, int64_t live, const uint8_t* x, int64_t x_stride,
-                      float* out) const;
+  void int8_gemm(int64_t p, int64_t live, const uint8_t* x, int64_t x_stride, float* out) const;
 
   // Copies row `row` to out [cols].
   void read_row(int64_t row, float* out) const;

@@ -27,8 +27,8 @@ class PackedRows {
   };
 
   // Blocks hold at most `block_size` rows, and one begins at every row in `cuts` (ascending).
-  // Without a team the caller packs alone, as an item of a running team must.
-  void pack(int64_t rows, int64_t contract, MatrixView source, int64_t block_size, ThreadTeam* team,
+  // Without a pool the caller packs alone, as an item of a running pool must.
+  void pack(int64_t rows, int64_t contract, MatrixView source, int64_t block_size, ThreadPool* pool,
             std::span<const int64_t> cuts = {}) {
     layout(rows, contract, block_size, cuts);
     const int64_t steps = (contract + cpu::kContract - 1) / cpu::kContract;
@@ -41,11 +41,11 @@ class PackedRows {
           source.row_stride, source.col_stride, buffer_.data() + offset(block, k_begin));
     };
     const int64_t items = blocks() * steps;
-    // Waking a team costs more than packing a few rows.
-    if (team == nullptr || rows * contract <= 32768) {
+    // Waking a pool costs more than packing a few rows.
+    if (pool == nullptr || rows * contract <= 32768) {
       for (int64_t item = 0; item < items; ++item) pack_item(item, 0);
     } else {
-      team->run(items, pack_item);
+      pool->run(items, pack_item);
     }
   }
 

@@ -6,9 +6,9 @@
 namespace alignpro::ops {
 
 void rms_norm(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* weight, float eps,
-              float* y, int64_t ldy, float* factors, ThreadTeam& team) {
+              float* y, int64_t ldy, float* factors, ThreadPool& pool) {
   const cpu::Kernels& k = cpu::kernels();
-  row_parallel(rows, n, team, [&](int64_t row) {
+  row_parallel(rows, n, pool, [&](int64_t row) {
     const float factor = k.rms_norm_row(x + row * ldx, weight, n, eps, y + row * ldy);
     if (factors != nullptr) factors[row] = factor;
   });
@@ -16,9 +16,9 @@ void rms_norm(int64_t rows, int64_t n, const float* x, int64_t ldx, const float*
 
 void rms_norm_backward(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* weight,
                        const float* factors, const float* dy, int64_t ldy, float* dx, int64_t lddx,
-                       ThreadTeam& team) {
+                       ThreadPool& pool) {
   const cpu::Kernels& k = cpu::kernels();
-  row_parallel(rows, n, team, [&](int64_t row) {
+  row_parallel(rows, n, pool, [&](int64_t row) {
     k.rms_norm_backward_row(x + row * ldx, weight, dy + row * ldy, factors[row], n,
                             dx + row * lddx);
   });

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "alignpro/ops/code_rows.h"
+#include "alignpro/ops/int8_rows.h"
 #include "alignpro/ops/packed_matrix.h"
 #include "alignpro/ops/packed_rows.h"
 #include "alignpro/ops/shared/row_softmax.h"
@@ -37,23 +37,23 @@ inline void panel_logits(const PackedRows& rows, int64_t block, const float* pan
 // Rows of hidden states ready for logits by either arithmetic.
 class LogitRows : public PackedRows {
  public:
-  void pack(int64_t rows, int64_t cols, MatrixView source, int64_t block_size, ThreadTeam* team,
+  void pack(int64_t rows, int64_t cols, MatrixView source, int64_t block_size, ThreadPool* pool,
             Arithmetic arithmetic) {
-    static_assert(kRowBlock % cpu::kCodeRows == 0, "a block begins at a tile of codes");
+    static_assert(kRowBlock % cpu::kInt8TileRows == 0, "a block begins at a tile of codes");
     if (arithmetic == Arithmetic::kFloat32) {
-      PackedRows::pack(rows, cols, source, block_size, team);
+      PackedRows::pack(rows, cols, source, block_size, pool);
     } else {
       layout(rows, cols, block_size, {});
-      codes_.pack(rows, cols, source, team);
+      codes_.pack(rows, cols, source, pool);
     }
   }
   // Integer products of a block with panel p: out [rows][16].
-  void multiply_codes(int64_t block, const PackedMatrix& weight, int64_t p, float* out) const {
-    weight.multiply_codes(p, block_rows(block), codes_.at(block_row(block)), codes_.stride(), out);
+  void int8_gemm(int64_t block, const PackedMatrix& weight, int64_t p, float* out) const {
+    weight.int8_gemm(p, block_rows(block), codes_.at(block_row(block)), codes_.stride(), out);
   }
 
  private:
-  CodeRows codes_;
+  Int8Rows codes_;
 };
 
 // The same against one tile: out [panels][rows][16]. `values` [rows, cols] is the block unpacked.
@@ -63,11 +63,11 @@ inline void tile_logits(const LogitRows& rows, int64_t block, const PackedMatrix
   const int64_t panel_floats = rows.block_rows(block) * cpu::kPanel;
   if (weight.arithmetic() == Arithmetic::kInt8) {
     for (int64_t p = 0; p < panels; ++p) {
-      rows.multiply_codes(block, weight, first + p, out + p * panel_floats);
+      rows.int8_gemm(block, weight, first + p, out + p * panel_floats);
     }
     return;
   }
-  if (rows.block_rows(block) <= cpu::kStreamedRows) {
+  if (rows.block_rows(block) <= cpu::kQuantizedGemvRows) {
     weight.multiply_rows(first, panels, rows.block_rows(block), values, weight.cols(), out);
     return;
   }

@@ -49,7 +49,7 @@ class WeightTile {
     cols_ = hidden_size(weight);
     live_ = std::min(kVocabTile, vocab_ - tile * kVocabTile);
     if (packed_ != nullptr) return;
-    const StoredMatrix& stored = std::get<StoredMatrix>(weight);
+    const QuantizedMatrix& stored = std::get<QuantizedMatrix>(weight);
     const int64_t row_size = row_bytes(stored.dtype, cols_);
     const std::byte* from = stored.data + tile * kVocabTile * row_size;
     if (stored.dtype == DType::kF32 && reinterpret_cast<uintptr_t>(from) % alignof(float) == 0) {
@@ -78,16 +78,14 @@ class WeightTile {
   }
 
   // Whether logits are integer products.
-  bool has_codes() const {
-    return packed_ != nullptr && packed_->arithmetic() == Arithmetic::kInt8;
-  }
+  bool has_int8() const { return packed_ != nullptr && packed_->arithmetic() == Arithmetic::kInt8; }
 
   // Unscaled logits of a block of rows against panel p, [rows][16]; `panel` is panel(p), which
   // integer products do without.
   void logits(const LogitRows& rows, int64_t block, int64_t p, const float* panel,
               float* out) const {
-    if (has_codes()) {
-      rows.multiply_codes(block, *packed_, tile_ * kTilePanels + p, out);
+    if (has_int8()) {
+      rows.int8_gemm(block, *packed_, tile_ * kTilePanels + p, out);
     } else {
       panel_logits(rows, block, panel, streams(), out);
     }

@@ -3,7 +3,7 @@
 // ascending order, whatever rows stand beside a row.
 
 // Eight codes of a row as bytes: the even columns' word, then the odd ones', as nibbles come apart.
-ALIGNPRO_INLINE void store_codes(I8 codes, uint8_t* even, uint8_t* odd) {
+ALIGNPRO_INLINE void store_int8(I8 codes, uint8_t* even, uint8_t* odd) {
 #if defined(__AVX2__)
   // A byte of each lane to its place in its half's eight bytes; the halves then fill each other.
   const __m256i places =
@@ -25,10 +25,10 @@ ALIGNPRO_INLINE void store_codes(I8 codes, uint8_t* even, uint8_t* odd) {
 
 void quantize_rows(int64_t rows, int64_t cols, const float* x, int64_t row_stride, uint8_t* out) {
   const int64_t groups = cols / kGroup;
-  for (int64_t g = 0; g < groups; ++g, out += kCodeGroupBytes) {
-    if (rows < kCodeRows) std::memset(out, 0, kCodeGroupBytes);
-    auto* sums = reinterpret_cast<int32_t*>(out + kGroup * kCodeRows);
-    auto* scales = reinterpret_cast<float*>(sums + kCodeRows);
+  for (int64_t g = 0; g < groups; ++g, out += kInt8GroupBytes) {
+    if (rows < kInt8TileRows) std::memset(out, 0, kInt8GroupBytes);
+    auto* sums = reinterpret_cast<int32_t*>(out + kGroup * kInt8TileRows);
+    auto* scales = reinterpret_cast<float*>(sums + kInt8TileRows);
     for (int64_t r = 0; r < rows; ++r) {
       const float* from = x + r * row_stride + g * kGroup;
       F8 top = splat(0.0f), poison = splat(0.0f);
@@ -50,15 +50,15 @@ void quantize_rows(int64_t rows, int64_t cols, const float* x, int64_t row_strid
         std::memcpy(&codes, &biased, sizeof(codes));
         codes -= 0x4B400000;
         sum += codes;
-        uint8_t* to = out + (i / 4 * kCodeRows + r) * 4;
-        store_codes(codes, to, to + kCodeRows * 4);
+        uint8_t* to = out + (i / 4 * kInt8TileRows + r) * 4;
+        store_int8(codes, to, to + kInt8TileRows * 4);
       }
       int32_t total = 0;
       // Codes of NaN or infinity are any integers: the scale carries what they were.
       for (int j = 0; j < 8 && scale - scale == 0.0f; ++j) total += sum[j];
       sums[r] = total;
       scales[r] = scale;
-      scales[kCodeRows + r] = scale * static_cast<float>(total);
+      scales[kInt8TileRows + r] = scale * static_cast<float>(total);
     }
   }
 }
@@ -73,10 +73,10 @@ void int8_tile(int64_t cols, const uint8_t* x, const uint8_t* panel, float* c) {
   constexpr bool kBytes = D == DType::kQ8_0;
   const __m512i nibbles = _mm512_set1_epi8(15);
   Wide total[Rows] = {};
-  for (int64_t k = 0; k < cols; k += kGroup, x += kCodeGroupBytes) {
+  for (int64_t k = 0; k < cols; k += kGroup, x += kInt8GroupBytes) {
     const uint8_t* low = panel + k / kGroup * kLayout.group_bytes() + kLayout.scale_bytes;
-    const auto* sums = reinterpret_cast<const int32_t*>(x + kGroup * kCodeRows);
-    const auto* scales = reinterpret_cast<const float*>(sums + kCodeRows);
+    const auto* sums = reinterpret_cast<const int32_t*>(x + kGroup * kInt8TileRows);
+    const auto* scales = reinterpret_cast<const float*>(sums + kInt8TileRows);
     __m512i acc[Rows];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
@@ -98,7 +98,7 @@ void int8_tile(int64_t cols, const uint8_t* x, const uint8_t* panel, float* c) {
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
           int32_t four;
-          std::memcpy(&four, x + ((2 * pair + odd) * kCodeRows + r) * 4, 4);
+          std::memcpy(&four, x + ((2 * pair + odd) * kInt8TileRows + r) * 4, 4);
           acc[r] = _mm512_dpbusd_epi32(acc[r], code[odd], _mm512_set1_epi32(four));
         }
       }
@@ -107,7 +107,7 @@ void int8_tile(int64_t cols, const uint8_t* x, const uint8_t* panel, float* c) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       total[r] = fma(_mm512_cvtepi32_ps(acc[r]) * splat_wide(scales[r]), a.scale, total[r]);
-      if (!kBytes) total[r] = fma(splat_wide(scales[kCodeRows + r]), a.minimum, total[r]);
+      if (!kBytes) total[r] = fma(splat_wide(scales[kInt8TileRows + r]), a.minimum, total[r]);
     }
   }
 #pragma GCC unroll 8
@@ -115,10 +115,10 @@ void int8_tile(int64_t cols, const uint8_t* x, const uint8_t* panel, float* c) {
 }
 
 template <DType D>
-void multiply_codes_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
-                       const uint8_t* panel, float* c) {
-  for (; rows >= kCodeRows; rows -= kCodeRows, x += x_stride, c += kCodeRows * kPanel) {
-    int8_tile<D, kCodeRows>(cols, x, panel, c);
+void int8_gemm_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
+                  const uint8_t* panel, float* c) {
+  for (; rows >= kInt8TileRows; rows -= kInt8TileRows, x += x_stride, c += kInt8TileRows * kPanel) {
+    int8_tile<D, kInt8TileRows>(cols, x, panel, c);
   }
   switch (rows) {
     case 1:
@@ -150,8 +150,8 @@ constexpr int planes(DType dtype) { return dtype == DType::kQ8_0 ? 2 : 1; }
 constexpr int64_t weight_group_bytes(int planes) { return planes * kPlaneBytes + 2 * kPanel * 4; }
 
 template <DType D>
-void expand_codes(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_t k_count,
-                  uint8_t* out) {
+void expand_int8(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_t k_count,
+                 uint8_t* out) {
   constexpr PanelLayout kLayout = panel_layout(D);
   constexpr int kPlanes = planes(D);
   // A stored word's nibbles are two words of one plane, or the same word of two.
@@ -177,7 +177,7 @@ void expand_codes(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_t k
 }
 
 constexpr int64_t kInt8Rows = 4;  // with eight the sums would not fit into 16 registers
-static_assert(kCodeRows % kInt8Rows == 0);
+static_assert(kInt8TileRows % kInt8Rows == 0);
 
 // sums[r][half] of one group and plane: lanes are the panel's rows.
 template <int Rows>
@@ -197,7 +197,7 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       int32_t four;
-      std::memcpy(&four, x + (word * kCodeRows + r) * 4, 4);
+      std::memcpy(&four, x + (word * kInt8TileRows + r) * 4, 4);
       const __m256i xs = _mm256_set1_epi32(four);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {  // 8 words of 15 * 127 * 2 stay below 2^15
@@ -222,7 +222,8 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
       int32_t sum = 0;
       for (int word = 0; word < 8; ++word) {
         for (int j = 0; j < 4; ++j) {
-          sum += w[word * 64 + 4 * n + j] * static_cast<int8_t>(x[(word * kCodeRows + r) * 4 + j]);
+          sum +=
+              w[word * 64 + 4 * n + j] * static_cast<int8_t>(x[(word * kInt8TileRows + r) * 4 + j]);
         }
       }
       sums[r][n / 8][n % 8] = sum;
@@ -243,12 +244,12 @@ void int8_tile(int64_t groups, const uint8_t* x, int64_t first, const uint8_t* w
       total[r][h] = accumulate ? load(c + r * kPanel + 8 * h) : splat(0.0f);
     }
   }
-  for (int64_t g = 0; g < groups; ++g, x += kCodeGroupBytes, w += weight_group_bytes(Planes)) {
+  for (int64_t g = 0; g < groups; ++g, x += kInt8GroupBytes, w += weight_group_bytes(Planes)) {
     I8 sums[Rows][2];
     group_sums<Rows>(x + 4 * first, w, sums);
     const auto* affine = reinterpret_cast<const float*>(w + Planes * kPlaneBytes);
-    const auto* totals = reinterpret_cast<const int32_t*>(x + kGroup * kCodeRows) + first;
-    const auto* scales = reinterpret_cast<const float*>(totals) + kCodeRows;
+    const auto* totals = reinterpret_cast<const int32_t*>(x + kGroup * kInt8TileRows) + first;
+    const auto* scales = reinterpret_cast<const float*>(totals) + kInt8TileRows;
     if constexpr (Planes == 2) {
       I8 high[Rows][2];
       group_sums<Rows>(x + 4 * first, w + kPlaneBytes, high);
@@ -266,7 +267,7 @@ void int8_tile(int64_t groups, const uint8_t* x, int64_t first, const uint8_t* w
         total[r][h] = fma(product, load(affine + 8 * h), total[r][h]);
         if (Planes == 1) {
           total[r][h] =
-              fma(splat(scales[kCodeRows + r]), load(affine + kPanel + 8 * h), total[r][h]);
+              fma(splat(scales[kInt8TileRows + r]), load(affine + kPanel + 8 * h), total[r][h]);
         }
       }
     }
@@ -279,17 +280,17 @@ void int8_tile(int64_t groups, const uint8_t* x, int64_t first, const uint8_t* w
 }
 
 template <DType D>
-void multiply_codes_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
-                       const uint8_t* panel, float* c) {
+void int8_gemm_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
+                  const uint8_t* panel, float* c) {
   constexpr int kPlanes = planes(D);
   uint8_t codes[kContract / kGroup * weight_group_bytes(kPlanes)];
   for (int64_t k = 0; k < cols; k += kContract) {
     const int64_t count = cols - k < kContract ? cols - k : kContract;
     const int64_t groups = count / kGroup;
-    expand_codes<D>(panel, cols, k, count, codes);
+    expand_int8<D>(panel, cols, k, count, codes);
     for (int64_t row = 0; row < rows; row += kInt8Rows) {
-      const uint8_t* tile = x + row / kCodeRows * x_stride + k / kGroup * kCodeGroupBytes;
-      const int64_t first = row % kCodeRows;
+      const uint8_t* tile = x + row / kInt8TileRows * x_stride + k / kGroup * kInt8GroupBytes;
+      const int64_t first = row % kInt8TileRows;
       float* to = c + row * kPanel;
       switch (rows - row) {
         case 1:
@@ -310,17 +311,17 @@ void multiply_codes_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_s
 
 #endif
 
-void multiply_codes(DType dtype, int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
-                    const void* panel, float* c) {
+void int8_gemm(DType dtype, int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
+               const void* panel, float* c) {
   const auto* p = static_cast<const uint8_t*>(panel);
   switch (dtype) {
     case DType::kQ4_0:
-      return multiply_codes_of<DType::kQ4_0>(rows, cols, x, x_stride, p, c);
+      return int8_gemm_of<DType::kQ4_0>(rows, cols, x, x_stride, p, c);
     case DType::kQ4_1:
-      return multiply_codes_of<DType::kQ4_1>(rows, cols, x, x_stride, p, c);
+      return int8_gemm_of<DType::kQ4_1>(rows, cols, x, x_stride, p, c);
     case DType::kQ4_K:
-      return multiply_codes_of<DType::kQ4_K>(rows, cols, x, x_stride, p, c);
+      return int8_gemm_of<DType::kQ4_K>(rows, cols, x, x_stride, p, c);
     default:
-      return multiply_codes_of<DType::kQ8_0>(rows, cols, x, x_stride, p, c);
+      return int8_gemm_of<DType::kQ8_0>(rows, cols, x, x_stride, p, c);
   }
 }

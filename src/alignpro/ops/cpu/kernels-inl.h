@@ -195,8 +195,8 @@ void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
 }
 
 template <int Rows, int Panels>
-void few_tile(int64_t k_count, const float* a, const float* const* b, int64_t ldb, float* c,
-              int64_t c_row, int64_t c_panel, bool accumulate) {
+void gemv_tile(int64_t k_count, const float* a, const float* const* b, int64_t ldb, float* c,
+               int64_t c_row, int64_t c_panel, bool accumulate) {
   Wide acc[Rows][Panels * kParts] = {};
   const float* from[Panels];
 #pragma GCC unroll 4
@@ -223,29 +223,29 @@ void few_tile(int64_t k_count, const float* a, const float* const* b, int64_t ld
 }
 
 template <int Rows>
-void few_rows(int64_t k_count, const float* a, const float* const* b, int64_t panels, int64_t ldb,
-              float* c, int64_t c_row, int64_t c_panel, bool accumulate) {
+void gemv_rows(int64_t k_count, const float* a, const float* const* b, int64_t panels, int64_t ldb,
+               float* c, int64_t c_row, int64_t c_panel, bool accumulate) {
   // As many chains as registers hold.
-  constexpr int kAtOnce = kParts == 1 ? kFewPanels : Rows < 4 ? kFewPanels / 2 : 1;
+  constexpr int kAtOnce = kParts == 1 ? kGemvPanels : Rows < 4 ? kGemvPanels / 2 : 1;
   for (; panels >= kAtOnce; panels -= kAtOnce, b += kAtOnce, c += kAtOnce * c_panel) {
-    few_tile<Rows, kAtOnce>(k_count, a, b, ldb, c, c_row, c_panel, accumulate);
+    gemv_tile<Rows, kAtOnce>(k_count, a, b, ldb, c, c_row, c_panel, accumulate);
   }
   for (; panels > 0; --panels, ++b, c += c_panel) {
-    few_tile<Rows, 1>(k_count, a, b, ldb, c, c_row, c_panel, accumulate);
+    gemv_tile<Rows, 1>(k_count, a, b, ldb, c, c_row, c_panel, accumulate);
   }
 }
 
-void gemm_few(int64_t rows, int64_t k_count, const float* a, const float* const* b, int64_t panels,
-              int64_t ldb, float* c, int64_t c_row, int64_t c_panel, bool accumulate) {
+void gemv(int64_t rows, int64_t k_count, const float* a, const float* const* b, int64_t panels,
+          int64_t ldb, float* c, int64_t c_row, int64_t c_panel, bool accumulate) {
   switch (rows) {
     case 1:
-      return few_rows<1>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
+      return gemv_rows<1>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
     case 2:
-      return few_rows<2>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
+      return gemv_rows<2>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
     case 3:
-      return few_rows<3>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
+      return gemv_rows<3>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
     default:
-      return few_rows<kFewRows>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
+      return gemv_rows<kGemvRows>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
   }
 }
 
@@ -755,11 +755,11 @@ void read_memory(const float* p, int64_t n) {
 const Kernels kKernels = {
     .name = ALIGNPRO_ISA_NAME,
     .gemm_panel = gemm_panel,
-    .gemm_few = gemm_few,
+    .gemv = gemv,
     .expand_panel = expand_panel,
     .stream_panels = stream_panels,
     .quantize_rows = quantize_rows,
-    .multiply_codes = multiply_codes,
+    .int8_gemm = int8_gemm,
     .pack_rows = pack_rows,
     .transpose_panels = transpose_panels,
     .pack_panel = pack_panel,

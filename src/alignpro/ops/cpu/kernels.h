@@ -15,11 +15,11 @@ inline constexpr int64_t kPanel = 16;
 // Contraction block: a B sub-panel (kContract x kPanel) stays in L1.
 inline constexpr int64_t kContract = 192;
 
-// Rows and panels at a time of gemm_few.
-inline constexpr int64_t kFewRows = 4;
-inline constexpr int64_t kFewPanels = 4;
+// Rows and panels at a time of gemv.
+inline constexpr int64_t kGemvRows = 4;
+inline constexpr int64_t kGemvPanels = 4;
 // Rows that read stored panels without expanding them; with eight, nothing was gained.
-inline constexpr int64_t kStreamedRows = 4;
+inline constexpr int64_t kQuantizedGemvRows = 4;
 
 // Multiply-adds in one step of fma_chains: twelve independent vectors of eight.
 inline constexpr int64_t kFmaPerStep = 96;
@@ -35,29 +35,28 @@ struct Kernels {
   void (*gemm_panel)(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
                      const float* b, int64_t ldb, float* c, bool accumulate, bool stream);
 
-  // The same for up to kFewRows rows of one packed tile and several b, panel by panel, which gives
+  // The same for up to kGemvRows rows of one packed tile and several b, panel by panel, which gives
   // few rows enough chains: c[m * c_row + p * c_panel + n].
-  void (*gemm_few)(int64_t rows, int64_t k_count, const float* a, const float* const* b,
-                   int64_t panels, int64_t ldb, float* c, int64_t c_row, int64_t c_panel,
-                   bool accumulate);
+  void (*gemv)(int64_t rows, int64_t k_count, const float* a, const float* const* b, int64_t panels,
+               int64_t ldb, float* c, int64_t c_row, int64_t c_panel, bool accumulate);
 
   // Panels in storage formats (panel_layout.h). expand_panel writes columns [k_begin, k_begin +
   // k_count) as floats [k_count][16]; of a quantised format both are multiples of 16. stream_panels
-  // multiplies up to kStreamedRows rows of x [cols], x_stride apart, by `panels` of them, `stride`
-  // bytes apart, without expanding them: out [panels][rows][16], the bits that gemm_panel gives
-  // over blocks of kContract.
+  // multiplies up to kQuantizedGemvRows rows of x [cols], x_stride apart, by `panels` of them,
+  // `stride` bytes apart, without expanding them: out [panels][rows][16], the bits that gemm_panel
+  // gives over blocks of kContract.
   void (*expand_panel)(DType dtype, const void* panel, int64_t cols, int64_t k_begin,
                        int64_t k_count, float* out);
   void (*stream_panels)(DType dtype, const void* panel, int64_t stride, int64_t panels,
                         int64_t cols, int64_t rows, const float* x, int64_t x_stride, float* out);
 
-  // Integer products (panel_layout.h). quantize_rows writes one tile of up to kCodeRows rows;
-  // multiply_codes multiplies rows by a panel, adding up groups in ascending order: c [rows][16],
+  // Integer products (panel_layout.h). quantize_rows writes one tile of up to kInt8TileRows rows;
+  // int8_gemm multiplies rows by a panel, adding up groups in ascending order: c [rows][16],
   // tiles of x lying x_stride bytes apart.
   void (*quantize_rows)(int64_t rows, int64_t cols, const float* x, int64_t row_stride,
                         uint8_t* out);
-  void (*multiply_codes)(DType dtype, int64_t rows, int64_t cols, const uint8_t* x,
-                         int64_t x_stride, const void* panel, float* c);
+  void (*int8_gemm)(DType dtype, int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
+                    const void* panel, float* c);
 
   // Packs rows [rows][k_count] of a matrix with element (m, k) at m * row_stride + k * col_stride
   // into [ceil(rows / 6)][k_count][6]; missing rows of the last tile are zero.

@@ -31,11 +31,12 @@ struct PanelLayout {
   constexpr int64_t group_bytes() const { return scale_bytes + high_bytes + low_bytes; }
 };
 
-// Integer products. Activations: tiles of kCodeRows rows, a group of 32 columns after the other:
-// signed codes [8 words][kCodeRows][4 bytes], then per row the sum of its codes (int32), the scale,
-// and scale * sum. Of each eight columns a word holds the even ones, the next word the odd ones.
-inline constexpr int64_t kCodeRows = 8;
-inline constexpr int64_t kCodeGroupBytes = kGroup * kCodeRows + 3 * kCodeRows * 4;
+// Integer products. Activations: tiles of kInt8TileRows rows, a group of 32 columns after the
+// other: signed codes [8 words][kInt8TileRows][4 bytes], then per row the sum of its codes (int32),
+// the scale, and scale * sum. Of each eight columns a word holds the even ones, the next word the
+// odd ones.
+inline constexpr int64_t kInt8TileRows = 8;
+inline constexpr int64_t kInt8GroupBytes = kGroup * kInt8TileRows + 3 * kInt8TileRows * 4;
 
 // Formats whose codes are multiplied as they stand; others become Q8_0 when they are loaded.
 constexpr bool has_integer_product(DType dtype) {

@@ -363,6 +363,6 @@ void stream_panels(DType dtype, const void* panel, int64_t stride, int64_t panel
     case 3:
       return stream_rows<3>(dtype, p, stride, panels, cols, x, x_stride, out);
     default:
-      return stream_rows<kStreamedRows>(dtype, p, stride, panels, cols, x, x_stride, out);
+      return stream_rows<kQuantizedGemvRows>(dtype, p, stride, panels, cols, x, x_stride, out);
   }
 }

@@ -1,4 +1,4 @@
-#include "alignpro/ops/stored_panel.h"
+#include "alignpro/ops/quantized_panel.h"
 
 #include <cstring>
 
@@ -97,7 +97,7 @@ void put_word(std::byte* words, int64_t word, int64_t n, uint32_t bits) {
   std::memcpy(words + (word * kPanel + n) * 4, &bits, sizeof bits);
 }
 
-void pack_quantized(DType dtype, std::span<const StoredRow> rows, int64_t cols, std::byte* out) {
+void pack_quantized(DType dtype, std::span<const QuantizedRow> rows, int64_t cols, std::byte* out) {
   const cpu::PanelLayout layout = cpu::panel_layout(dtype);
   const int64_t groups = cols / kGroup;
   std::byte* factors = out + groups * layout.group_bytes();
@@ -142,7 +142,8 @@ void pack_quantized(DType dtype, std::span<const StoredRow> rows, int64_t cols, 
 
 }  // namespace
 
-void pack_stored_panel(DType dtype, std::span<const StoredRow> rows, int64_t cols, std::byte* out) {
+void pack_quantized_panel(DType dtype, std::span<const QuantizedRow> rows, int64_t cols,
+                          std::byte* out) {
   if (static_cast<int64_t>(rows.size()) < kPanel) {
     std::memset(out, 0, static_cast<size_t>(cpu::panel_bytes(dtype, cols)));
   }

@@ -9,7 +9,7 @@ namespace alignpro::ops {
 
 // A matrix [rows, cols] as it lies in a file or in a tensor: rows in order, values in any storage
 // format, widened to float32 where they are used. Points to memory of the caller's.
-struct StoredMatrix {
+struct QuantizedMatrix {
   const std::byte* data;
   DType dtype;
   int64_t rows;
@@ -17,7 +17,7 @@ struct StoredMatrix {
 };
 
 // One row of such a matrix, for matrices that are put together from several.
-struct StoredRow {
+struct QuantizedRow {
   const std::byte* data;
   DType dtype;
 };

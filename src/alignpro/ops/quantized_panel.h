@@ -4,12 +4,13 @@
 #include <cstdint>
 #include <span>
 
-#include "alignpro/ops/stored_matrix.h"
+#include "alignpro/ops/quantized_matrix.h"
 
 namespace alignpro::ops {
 
 // Rearranges up to 16 rows of `cols` values in one format other than float32 into a panel
 // (cpu/panel_layout.h): the same codes and scales, no arithmetic. Missing rows are zero.
-void pack_stored_panel(DType dtype, std::span<const StoredRow> rows, int64_t cols, std::byte* out);
+void pack_quantized_panel(DType dtype, std::span<const QuantizedRow> rows, int64_t cols,
+                          std::byte* out);
 
 }  // namespace alignpro::ops

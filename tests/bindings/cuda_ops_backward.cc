@@ -1,10 +1,9 @@
-#include "bind_cuda_backward.h"
-
 #include <cstdint>
 
+#include "bindings/gil.h"
 #include "cuda/ops.h"
+#include "cuda_ops.h"
 #include "device_call.h"
-#include "gil.h"
 
 namespace py = pybind11;
 using namespace alignpro;
@@ -66,26 +65,26 @@ void rope_backward(const py::object& d_qkv, const cuda::AttentionShape& shape,
   cuda::rope_backward(shape, rows, 2 * half, c, s, at, stream_of(stream));
 }
 
-// segments, block_table and lse as attention_prefill's. viewer_begin, viewers: int32, or None.
+// segments, block_table and lse as attention_prefill's. child_begin, children: int32, or None.
 void attention_backward(const py::object& qkv, const cuda::AttentionShape& shape,
                         const py::object& out, const py::object& dout, const py::object& lse,
-                        const py::object& segments, int64_t max_rows,
-                        const py::object& viewer_begin, const py::object& viewers,
-                        const py::object& block_table, const py::object& kv,
-                        const py::object& d_qkv, const py::object& workspace, uintptr_t stream) {
+                        const py::object& segments, int64_t max_rows, const py::object& child_begin,
+                        const py::object& children, const py::object& block_table,
+                        const py::object& kv, const py::object& d_qkv, const py::object& workspace,
+                        uintptr_t stream) {
   Call call("attention_backward");
   cuda::AttentionBackwardInput in{};
   in.qkv = call.matrix(qkv, "qkv");
   in.out = call.matrix(out, "out");
   in.dout = call.matrix(dout, "dout");
   in.lse = call.tensor(lse, "lse", 2).values<float>(DlType::kFloat, in.qkv.rows * shape.num_heads);
-  const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
+  const DeviceTensor& table = call.tensor(block_table, "block_table", 2, Rows::kApart);
   in.segments = call.segments(segments, table.size(0));
   in.segment_count = table.size(0);
   in.max_rows = max_rows;
-  if (!viewer_begin.is_none() || !viewers.is_none()) {
-    in.viewer_begin = call.ints(viewer_begin, "viewer_begin", in.segment_count + 1);
-    in.viewers = call.ints(viewers, "viewers", in.segment_count);
+  if (!child_begin.is_none() || !children.is_none()) {
+    in.child_begin = call.ints(child_begin, "child_begin", in.segment_count + 1);
+    in.children = call.ints(children, "children", in.segment_count);
   }
   in.block_table = table.values<int32_t>(DlType::kInt, 0);
   in.table_ld = table.ld();
@@ -126,7 +125,7 @@ void lora_backward(const py::object& x, const py::object& lora_x, const py::obje
 
 }  // namespace
 
-void bind_cuda_backward(py::module_& m) {
+void bind_cuda_ops_backward(py::module_& m) {
   m.def("rms_norm_backward", &rms_norm_backward, py::arg("x"), py::arg("weight"), py::arg("eps"),
         py::arg("dy"), py::arg("dx"), py::arg("stream"));
   m.def("embedding_backward", &embedding_backward, py::arg("d_out"), py::arg("begins"),
@@ -140,7 +139,7 @@ void bind_cuda_backward(py::module_& m) {
         py::arg("sin"), py::arg("positions"), py::arg("stream"));
   m.def("attention_backward", &attention_backward, py::arg("qkv"), py::arg("shape"), py::arg("out"),
         py::arg("dout"), py::arg("lse"), py::arg("segments"), py::arg("max_rows"),
-        py::arg("viewer_begin"), py::arg("viewers"), py::arg("block_table"), py::arg("kv"),
+        py::arg("child_begin"), py::arg("children"), py::arg("block_table"), py::arg("kv"),
         py::arg("d_qkv"), py::arg("workspace"), py::arg("stream"));
   m.def("attention_backward_bytes", &cuda::attention_backward_bytes, py::arg("shape"),
         py::arg("rows"));

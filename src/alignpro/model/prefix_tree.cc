@@ -1,4 +1,4 @@
-#include "alignpro/model/token_tree.h"
+#include "alignpro/model/prefix_tree.h"
 
 #include <algorithm>
 #include <numeric>
@@ -12,7 +12,7 @@ int64_t inputs(std::span<const int32_t> sequence) {
 
 }  // namespace
 
-TokenTree::TokenTree(std::span<const std::span<const int32_t>> sequences)
+PrefixTree::PrefixTree(std::span<const std::span<const int32_t>> sequences)
     : leaf_(sequences.size(), -1) {
   std::vector<int64_t> sorted(sequences.size());
   std::iota(sorted.begin(), sorted.end(), 0);
@@ -35,8 +35,8 @@ TokenTree::TokenTree(std::span<const std::span<const int32_t>> sequences)
   }
 }
 
-void TokenTree::grow(std::span<const std::span<const int32_t>> sequences,
-                     std::span<const int64_t> sorted, int64_t depth, int64_t parent) {
+void PrefixTree::grow(std::span<const std::span<const int32_t>> sequences,
+                      std::span<const int64_t> sorted, int64_t depth, int64_t parent) {
   // Members agree on their first `depth` inputs. Split by the next one; a member without one ends.
   size_t begin = 0;
   while (begin < sorted.size() && inputs(sequences[static_cast<size_t>(sorted[begin])]) == depth) {
@@ -66,7 +66,7 @@ void TokenTree::grow(std::span<const std::span<const int32_t>> sequences,
   }
 }
 
-int64_t TokenTree::add_node(std::span<const int32_t> tokens, int64_t position, int64_t parent) {
+int64_t PrefixTree::add_node(std::span<const int32_t> tokens, int64_t position, int64_t parent) {
   Node node;
   node.row_begin = batch_.rows();
   node.row_count = static_cast<int64_t>(tokens.size());

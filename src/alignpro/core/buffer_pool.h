@@ -8,7 +8,7 @@ namespace alignpro {
 
 // Keeps one T between uses, where making one costs more than a use takes. Any thread.
 template <typename T>
-class SparePool {
+class BufferPool {
  public:
   std::unique_ptr<T> take() {
     const std::lock_guard lock(mutex_);

@@ -11,10 +11,10 @@ namespace alignpro::model {
 
 // Sequences packed without repetition: a tree whose nodes are runs of tokens, each run one segment
 // of a batch. A token shared by several sequences is one row.
-class TokenTree {
+class PrefixTree {
  public:
   // Inputs are the first size - 1 tokens of each sequence (the last one is only predicted).
-  TokenTree(std::span<const std::span<const int32_t>> sequences);
+  PrefixTree(std::span<const std::span<const int32_t>> sequences);
 
   // tokens, positions, segments and KV writes; adapters and output rows are the caller's. Spans
   // point into this object.
