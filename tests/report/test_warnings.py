@@ -145,9 +145,8 @@ def test_parity():
 def test_zero_advantage_groups():
     half = rows(10, zero_advantage_groups=0) + rows(10, zero_advantage_groups=2)
     assert keys(None, half) == []
-    assert keys(None, [*half, {"step": 20, "zero_advantage_groups": 1}]) == [
-        "zero_advantage_groups"
-    ]
+    more = [*half, {"step": 20, "zero_advantage_groups": 1}]
+    assert keys(None, more) == ["zero_advantage_groups"]
 
 
 def test_truncated_rewrites():

@@ -180,8 +180,8 @@ class BoundReport:
     num_prompts: int
     num_rewrites: int
     num_responses: int
-    # Of a target in mode "fast": the largest difference between a token's sampled and scored
-    # log-probability, over some responses; None: they are equal.
+    # Of a target that is not deterministic: the largest difference between a token's sampled and
+    # scored log-probability, over some responses; None: they are equal.
     parity_max_abs: float | None
     config: dict[str, Any] | None = None
 

@@ -82,12 +82,9 @@ def load_report(
     if not (metrics or run or parts):
         raise FileNotFoundError(f"{run_dir}: nothing to report; expected {_SEARCHED} in it")
     config = _read(run_dir / "config.json") or {}
-    known = {"model": (config.get("prompter") or {}).get("model")}
-    known |= {key: config.get(key) for key in ("reward", "seed")}
-    known = {key: value for key, value in known.items() if value is not None}
-    report = from_json(
-        Report, {"config": config, **known, **(run or {})}, str(run_dir / "report.json")
-    )
+    known = {**config, "model": (config.get("prompter") or {}).get("model"), "config": config}
+    named = {key: known.get(key) for key in ("model", "reward", "seed", "config")}
+    report = from_json(Report, {**named, **(run or {})}, str(run_dir / "report.json"))
     return replace(report, **parts), metrics
 
 
