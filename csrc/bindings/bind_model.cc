@@ -12,6 +12,7 @@
 #include "alignpro/model/model.h"
 #include "alignpro/model/scorer.h"
 #include "array.h"
+#include "bind_files.h"
 #include "bind_score.h"
 #include "gil.h"
 
@@ -143,14 +144,15 @@ void bind_model(py::module_& m) {
   of.def_property_readonly("config", &describe_model)
       .def_static(
           "load",
-          [](const std::string& path, int threads, int64_t context_length,
+          [](const py::object& files, int threads, int64_t context_length,
              const std::string& compute, const std::string& kv_dtype) {
             const ops::Arithmetic arithmetic = arithmetic_from(compute);
             const DType kv = kv_dtype_from(kv_dtype);
+            const model::ModelFiles opened = files_from(files);
             const GilRelease release;
-            return model::Model::load(path, threads, context_length, arithmetic, kv);
+            return model::Model::load(opened, threads, context_length, arithmetic, kv);
           },
-          py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
+          py::arg("files"), py::arg("threads") = 0, py::arg("context_length") = 0,
           py::arg("compute") = "float32", py::arg("kv_dtype") = "float32")
       .def("lora_modules", [](const model::Model& self) { return lora_shapes(self.config()); })
       .def(

@@ -35,8 +35,25 @@ def trace_stop() -> dict[str, Any]:
     rows). And names (list[str]), dropped (int, events beyond the limit). Raises ValueError where
     it is off."""
 
-def read_gguf_metadata(path: str) -> dict[str, Any]:
-    """Every key of a GGUF header; arrays become lists. Raises ModelFileError."""
+class ModelFiles:
+    """The files of one model, each read once: a GGUF file, or a folder in Hugging Face's layout.
+    Raises ModelFileError for a file that is missing or damaged."""
+
+    def __init__(self, path: str) -> None: ...
+    @property
+    def path(self) -> str: ...
+    def metadata(self) -> dict[str, Any] | None:
+        """Every key of a GGUF header, arrays as lists; None for a folder."""
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """One of a folder's JSON files; None where it has no such file."""
+
+    def eos_ids(self) -> list[int]:
+        """Every id that ends a text: what the files name, and the end tokens of known chat
+        templates; the tokenizer's own EOS first."""
+
+def metadata_eos_ids(metadata: dict[str, Any]) -> list[int]:
+    """As ModelFiles.eos_ids, of GGUF metadata that is no file."""
 
 class QuantizedWeight:
     """A matrix of a GGUF file, mapped: its bytes are read where they are used."""
@@ -103,7 +120,7 @@ class Adapter:
 class Model:
     @staticmethod
     def load(
-        path: str,
+        files: ModelFiles | str,
         threads: int = 0,
         context_length: int = 0,
         compute: str = "float32",
@@ -161,7 +178,7 @@ class DeviceModel:
 
     @staticmethod
     def load(
-        path: str,
+        files: ModelFiles | str,
         threads: int = 0,
         context_length: int = 0,
         compute: str = "bfloat16",

@@ -42,14 +42,20 @@ class SeveralEnds(ToyTokenizer):
 
 
 class NoEnd(ToyTokenizer):
+    def decode(self, tokens, *, skip_special=True):
+        assert not skip_special
+        return "".join({EOS: "</s>"}[token] for token in tokens)
+
     def encode_chat(self, messages, *, add_generation_prompt=True):
         return [0, 1, 5, 5][: 2 * len(messages)]
 
 
-def test_the_end_is_the_one_after_the_assistants_words():
+def test_the_end_is_the_one_after_the_assistants_words(caplog):
     assert end_of_turn(ToyTokenizer()) == EOS
     assert end_of_turn(SeveralEnds()) == 8
+    assert caplog.text == ""
     assert end_of_turn(NoEnd()) == EOS
+    assert "writes none of the model's end tokens (</s>) after an assistant turn" in caplog.text
     bare = ToyTokenizer()
     bare.eos_ids = ()
     with pytest.raises(ValueError, match="names no EOS token"):

@@ -100,13 +100,10 @@ def load_model(
         reason = native.core.cuda.unavailable_reason()
         raise native.UnavailableError(f'device "cuda": {reason}')
     path = resolve_model(path_or_name)
-    if path.is_dir():
-        tokenizer = Tokenizer.from_folder(path)
-    else:
-        metadata = native.core.read_gguf_metadata(str(path))
-        tokenizer = Tokenizer.from_gguf(metadata, str(path))
+    files = native.core.ModelFiles(str(path))
+    tokenizer = Tokenizer.of(files)
     model: core.Model | core.DeviceModel
-    where = (str(path), threads or 0, context_length or 0)
+    where = (files, threads or 0, context_length or 0)
     if device == "cuda":
         model = native.core.DeviceModel.load(*where, compute, mode, wheel_folders())
     else:

@@ -105,9 +105,7 @@ class PricedModel:
         """Its tokenizer, where the files are here."""
         if self.path is None:
             return None
-        if self.path.is_file():
-            return Tokenizer.from_gguf(core.read_gguf_metadata(str(self.path)), str(self.path))
-        return Tokenizer.from_folder(self.path)
+        return Tokenizer.of(core.ModelFiles(str(self.path)))
 
 
 # The config.json of each, as published on the hub; weights in bfloat16.
@@ -164,7 +162,7 @@ def find_shape(name: str) -> PricedModel:
         size = round(shape.parameters * BF16_BYTES)
         return PricedModel(name, shape, size, "bf16", "published")
     if path.is_file():
-        metadata = core.read_gguf_metadata(str(path))
+        metadata = core.ModelFiles(str(path)).metadata() or {}
         shape = from_gguf(metadata, str(path), tied_head=not _has_tensor(path, "output.weight"))
         return PricedModel(name, shape, path.stat().st_size, "GGUF", "files", path)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
