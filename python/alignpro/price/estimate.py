@@ -8,7 +8,7 @@ from typing import Any
 from alignpro.config import TrainConfig
 from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, this_cpu
 from alignpro.price.lengths import find_lengths, local_prompts
-from alignpro.price.shapes import PricedModel, find_shape
+from alignpro.price.models import PricedModel, find_priced
 from alignpro.price.work import Phase, Work, count_step
 
 # Of a trained number: itself, its gradient and AdamW's two moments; what the engine works with,
@@ -34,8 +34,8 @@ def price_train(
         prompt_tokens: of a prompt, where the data is not here or stands for other data.
 
     Raises:
-        FileNotFoundError: a model whose sizes are unknown. ValueError: work that does not fit a
-            context or ``memory_limit``, an unknown card.
+        FileNotFoundError: a model whose sizes are unknown. ValueError: a model that cannot run,
+            work that does not fit a context or ``memory_limit``, an unknown card.
     """
     device = gpu(gpu_name) if gpu_name is not None else None
     for name in ("prompter_device", "target_device"):
@@ -44,8 +44,10 @@ def price_train(
                 f'{name}: expected "cpu" in a price for this CPU, got "{where}"; name a card to '
                 "price it there"
             )
-    prompter = find_shape(config.model)
-    target = prompter if config.target is None else find_shape(config.target)
+    prompter = find_priced(config.model)
+    target = prompter if config.target is None else find_priced(config.target)
+    prompter = prompter.held(*_place(device, config.prompter_device, config.prompter_compute))
+    target = target.held(*_place(device, config.target_device, config.target_compute))
     lengths = find_lengths(
         local_prompts(config.data, config.split),
         config.prompting,
@@ -94,11 +96,19 @@ def price_train(
     }
 
 
+def _place(card: Device | None, device: str, compute: str | None) -> tuple[str, str]:
+    """Where a model runs in the price, and how. A card that the configuration does not ask for
+    computes in its own way."""
+    if card is None:
+        return "cpu", compute or "float32"
+    return "cuda", compute if device == "cuda" and compute is not None else "bfloat16"
+
+
 def _model(model: PricedModel) -> dict[str, Any]:
     return {
         "name": model.name,
-        "parameters": model.shape.parameters,
-        "layer_parameters": model.shape.linear_parameters,
+        "parameters": model.parameters,
+        "layer_parameters": model.facts.layer_parameters,
         "weight_bytes": model.weight_bytes,
         "storage": model.storage,
         "source": model.source,
