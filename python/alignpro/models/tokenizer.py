@@ -88,7 +88,7 @@ class Tokenizer:
                 "pass token ids, or use an instruct model"
             )
         variables = self._vocabulary.template_variables
-        shielded, mend = chat_template.shield(messages, self._pattern, template)
+        shielded, restore = chat_template.shield(messages, self._pattern, template)
         text = chat_template.render(
             template, shielded, add_generation_prompt=add_generation_prompt, variables=variables
         )
@@ -98,7 +98,7 @@ class Tokenizer:
             if isinstance(part, AddedToken):
                 ids.append(part.id)
             elif part:
-                ids += backend.encode(mend(part), add_special_tokens=False).ids
+                ids += backend.encode(restore(part), add_special_tokens=False).ids
             backend = self._vocabulary.continuation
         return ids
 

@@ -15,9 +15,9 @@ from typing import Literal
 
 from alignpro.config import TrainConfig
 from alignpro.native import core
-from alignpro.price.lengths import Lengths, common
+from alignpro.price.lengths import Lengths
 from alignpro.price.models import PricedModel
-from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches
+from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches, shared_prefix
 from alignpro.train.policy import select_modules
 
 ENGINE_ROWS = 256  # tokens in one forward of the engine
@@ -37,7 +37,7 @@ class Phase:
     weight_bytes: float
     least_weight_bytes: float
     kv_elements: float = 0.0  # of keys and values that are read
-    int8: bool = False  # in products of stored codes
+    int8: bool = False  # in int8 products
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _plan(config: TrainConfig, trained: _Sampling) -> tuple[list[MicroBatch], li
     predecessor; and the most bytes that a part of the plan holds."""
     sequences = _sequences(trained)
     starts = [trained.length] * len(sequences)
-    begins = [0, *(common(one, other) for one, other in itertools.pairwise(sequences))]
+    begins = [0, *(shared_prefix(one, other) for one, other in itertools.pairwise(sequences))]
     number = {id(sequence): index for index, sequence in enumerate(sequences)}
     modules = list(select_modules(trained.model.lora_modules, config.lora.target_modules))
     threads = config.threads or core.available_cpus()

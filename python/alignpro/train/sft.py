@@ -11,10 +11,11 @@ from typing import Any
 
 from alignpro.config import Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.train.micro_batches import plan_micro_batches
+from alignpro.train.micro_batches import plan_micro_batches, shared_prefix
 from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, one_torch_thread
 from alignpro.train.schedule import batch_indices
+from alignpro.types import Message
 
 _log = logging.getLogger(__name__)
 
@@ -132,8 +133,9 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
     """The id that ends what is written: of those that end a generation, the first that the chat
     template writes after the assistant's words.
 
-    A model may have several (Phi-3.5 has three); that one it was taught to write there. A template
-    that writes none of them leaves the tokenizer's own EOS, and a warning says so.
+    A model may have several (Phi-3.5 has three); that one it was taught to write there. Some
+    templates write it only where another turn follows. One that writes none of them leaves the
+    tokenizer's own EOS, and a warning says so.
     """
     ends = tokenizer.eos_ids
     if not ends:
@@ -141,17 +143,25 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
             "the model names no EOS token, so it cannot be taught where to stop; expected "
             "eos_token in tokenizer_config.json or tokenizer.ggml.eos_token_id"
         )
-    one, other = (
-        tokenizer.encode_chat(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}],
-            add_generation_prompt=False,
+
+    def after(*following: Message) -> list[int]:
+        """What two conversations end with that differ in the assistant's words alone."""
+        one, other = (
+            tokenizer.encode_chat(
+                [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": words},
+                    *following,
+                ],
+                add_generation_prompt=False,
+            )
+            for words in ("b", "c")
         )
-        for words in ("b", "c")
-    )
-    size = 0  # of what both end with, which follows the words
-    while size < min(len(one), len(other)) and one[-size - 1] == other[-size - 1]:
-        size += 1
-    found = next((token for token in one[len(one) - size :] if token in ends), None)
+        return one[len(one) - shared_prefix(one[::-1], other[::-1]) :]
+
+    one, other = (after({"role": "user", "content": words}) for words in ("d", "e"))
+    between = one[: shared_prefix(one, other)]
+    found = next((token for token in [*after(), *between] if token in ends), None)
     if found is not None:
         return found
     known = ", ".join(tokenizer.decode([end], skip_special=False) for end in ends)
