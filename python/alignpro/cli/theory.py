@@ -26,10 +26,13 @@ def headroom(
     config: Config = None,
     overrides: Overrides = None,
     json_file: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the frontier there, as PNG")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the frontier to this PNG file.")] = None,
     samples: Annotated[
         Path | None,
-        typer.Option(help="JSON lines of rewrites, responses and rewards: read, or else written"),
+        typer.Option(
+            help="JSON lines of rewrites, responses and rewards: read where the file exists, else "
+            "written."
+        ),
     ] = None,
 ) -> None:
     """What a prompter could gain, from samples of the untuned one, before training."""
