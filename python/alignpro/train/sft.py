@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 
 from alignpro.config import Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.train.micro_batches import plan_micro_batches
 from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, one_torch_thread
 from alignpro.train.schedule import batch_indices
@@ -79,14 +77,7 @@ def _accumulate_gradients(
     """The gradient of the whole batch, micro-batch by micro-batch under one denominator."""
     sequences, starts = [e.tokens for e in batch], [e.start for e in batch]
     tokens = sum(len(e.tokens) - e.start for e in batch)
-    plan = plan_micro_batches(
-        sequences,
-        starts,
-        limit=config.memory_limit,
-        bytes_of=functools.partial(policy.score_bytes, with_reference=False),
-        activations=config.activations,
-        most=config.micro_batch_size,
-    )
+    plan = policy.micro_batches(sequences, starts, config, with_reference=False)
     total_loss = total_entropy = 0.0
     for micro in plan:
         scores = policy.score(micro.of(sequences), micro.of(starts), activations=micro.activations)
