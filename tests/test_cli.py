@@ -335,7 +335,7 @@ def test_everything_that_stages_write_may_be_overwritten(quick, tiny, tmp_path):
     run(*train)
     assert not (folder / "report.json").exists() and (folder / "adapter").is_dir()
     before = sorted(p.name for p in tiny.iterdir())
-    for command in (["train", tmp_path / "config.json"], ["sft", f"model={tiny}"]):
+    for command in (["train", tmp_path / "config.json"], ["sft", f"prompter.model={tiny}"]):
         assert "not one of alignpro's" in refused(*command, f"run_dir={tiny}", "--overwrite")
     assert sorted(p.name for p in tiny.iterdir()) == before
 
