@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "array.h"
+#include "bind_files.h"
 #include "bind_model.h"
 #include "bind_score.h"
 #include "cuda/model/device_model.h"
@@ -57,15 +58,16 @@ void bind_device_model(py::module_& m) {
   of.def_property_readonly("config", &describe_model)
       .def_static(
           "load",
-          [](const std::string& path, int threads, int64_t context_length,
+          [](const py::object& files, int threads, int64_t context_length,
              const std::string& compute, const std::string& mode,
              std::vector<std::string> library_folders) {
             const DType dtype = compute_from(compute);
             const cuda::Mode how{is_fast(mode), std::move(library_folders)};
+            const model::ModelFiles opened = files_from(files);
             const GilRelease release;
-            return DeviceModel::load(path, dtype, context_length, threads, how);
+            return DeviceModel::load(opened, dtype, context_length, threads, how);
           },
-          py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
+          py::arg("files"), py::arg("threads") = 0, py::arg("context_length") = 0,
           py::arg("compute") = "bfloat16", py::arg("mode") = "strict",
           py::arg("library_folders") = std::vector<std::string>())
       .def("lora_modules", [](const DeviceModel& self) { return lora_shapes(self.config()); })

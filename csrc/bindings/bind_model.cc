@@ -4,14 +4,18 @@
 
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "alignpro/model/adapter.h"
+#include "alignpro/model/facts.h"
 #include "alignpro/model/model.h"
+#include "alignpro/model/score_bytes.h"
 #include "alignpro/model/scorer.h"
 #include "array.h"
+#include "bind_files.h"
 #include "bind_score.h"
 #include "gil.h"
 
@@ -126,6 +130,46 @@ py::dict describe_model(const model::Model& model) {
   return d;
 }
 
+py::dict matrix_bytes(const model::ModelFacts& facts, const std::string& device,
+                      const std::string& compute) {
+  require(device == "cpu" || device == "cuda", "device: expected \"cpu\" or \"cuda\", got \"",
+          device, "\"");
+  const auto bytes = [&] {
+    if (device == "cpu") return facts.bytes(arithmetic_from(compute));
+    require(compute == "bfloat16" || compute == "float32",
+            "compute: expected \"bfloat16\" or \"float32\" on device cuda, got \"", compute, "\"");
+    return facts.bytes(compute == "bfloat16" ? DType::kBF16 : DType::kF32);
+  }();
+  py::dict d;
+  d["layers"] = bytes.layers;
+  d["head"] = bytes.head;
+  d["embedding"] = bytes.embedding;
+  return d;
+}
+
+// Of a score with gradients, by an adapter of one rank on these modules.
+int64_t facts_score_bytes(const model::ModelFacts& facts,
+                          const std::vector<std::vector<int32_t>>& sequences,
+                          const std::vector<int64_t>& starts,
+                          const std::vector<std::string>& modules, int64_t rank,
+                          bool with_reference, const std::string& activations, int64_t threads) {
+  const GilRelease release;
+  require(starts.size() == sequences.size(), "score_bytes: expected a start for each of ",
+          sequences.size(), " sequences, got ", starts.size());
+  model::ScoreShape shape{.starts = starts,
+                          .with_reference = with_reference,
+                          .keep_graph = true,
+                          .activations = activations_from(activations),
+                          .threads = threads};
+  shape.sequences.assign(sequences.begin(), sequences.end());
+  shape.layer_ranks.resize(static_cast<size_t>(facts.config().num_layers));
+  const std::set<std::string> chosen(modules.begin(), modules.end());
+  for (const model::LoraModule& module : model::lora_modules(facts.config())) {
+    if (chosen.contains(module.path)) shape.layer_ranks[static_cast<size_t>(module.layer)] += rank;
+  }
+  return model::score_bytes(facts.config(), facts.plan_head(), shape);
+}
+
 }  // namespace
 
 void bind_model(py::module_& m) {
@@ -137,20 +181,45 @@ void bind_model(py::module_& m) {
         return paths;
       });
 
+  py::class_<model::ModelFacts>(m, "ModelFacts")
+      .def_property_readonly("config",
+                             [](const model::ModelFacts& f) {
+                               return describe(f.config(), model::choose_context(f.config(), 0));
+                             })
+      .def_property_readonly("has_weights", &model::ModelFacts::has_weights)
+      .def_property_readonly("lora_modules",
+                             [](const model::ModelFacts& f) { return lora_shapes(f.config()); })
+      .def_property_readonly("layer_parameters", &model::ModelFacts::layer_parameters)
+      .def_property_readonly("head_parameters", &model::ModelFacts::head_parameters)
+      .def_property_readonly("kv_elements", &model::ModelFacts::kv_elements)
+      .def("matrix_bytes", &matrix_bytes, py::arg("device") = "cpu", py::arg("compute") = "float32")
+      .def("score_bytes", &facts_score_bytes, py::arg("sequences"), py::arg("starts"),
+           py::arg("modules"), py::arg("rank"), py::arg("with_reference") = false,
+           py::arg("activations") = "keep", py::arg("threads") = 1);
+  m.def(
+      "describe",
+      [](const py::object& files) {
+        const model::ModelFiles opened = files_from(files);
+        const GilRelease release;
+        return model::ModelFacts(opened);
+      },
+      py::arg("files"));
+
   bind_score<model::Score>(m, "Score");
 
   py::class_<model::Model, std::shared_ptr<model::Model>> of(m, "Model");
   of.def_property_readonly("config", &describe_model)
       .def_static(
           "load",
-          [](const std::string& path, int threads, int64_t context_length,
+          [](const py::object& files, int threads, int64_t context_length,
              const std::string& compute, const std::string& kv_dtype) {
             const ops::Arithmetic arithmetic = arithmetic_from(compute);
             const DType kv = kv_dtype_from(kv_dtype);
+            const model::ModelFiles opened = files_from(files);
             const GilRelease release;
-            return model::Model::load(path, threads, context_length, arithmetic, kv);
+            return model::Model::load(opened, threads, context_length, arithmetic, kv);
           },
-          py::arg("path"), py::arg("threads") = 0, py::arg("context_length") = 0,
+          py::arg("files"), py::arg("threads") = 0, py::arg("context_length") = 0,
           py::arg("compute") = "float32", py::arg("kv_dtype") = "float32")
       .def("lora_modules", [](const model::Model& self) { return lora_shapes(self.config()); })
       .def(

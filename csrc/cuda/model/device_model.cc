@@ -12,10 +12,10 @@ DeviceModel::DeviceModel(std::shared_ptr<const DeviceWeights> weights)
     : weights_(std::move(weights)),
       adapters_(std::make_shared<DeviceAdapters>(weights_->config.num_layers, weights_->dtype)) {}
 
-std::shared_ptr<DeviceModel> DeviceModel::load(const std::filesystem::path& path, DType compute,
+std::shared_ptr<DeviceModel> DeviceModel::load(const model::ModelFiles& files, DType compute,
                                                int64_t context_length, int threads,
                                                const Mode& mode) {
-  return from(*model::Checkpoint::open(path), compute, context_length, threads, mode);
+  return from(*model::Checkpoint::open(files), compute, context_length, threads, mode);
 }
 
 std::shared_ptr<DeviceModel> DeviceModel::from(const model::Checkpoint& checkpoint, DType compute,

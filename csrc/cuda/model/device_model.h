@@ -4,7 +4,6 @@
 // what DeviceScore scores and trains with.
 
 #include <cstdint>
-#include <filesystem>
 #include <memory>
 
 #include "alignpro/engine/language_model.h"
@@ -18,7 +17,7 @@ class DeviceModel final : public engine::LanguageModel {
  public:
   // compute: kBF16 or kF32, of weights, activations and KV alike (sums are float32). `threads`
   // convert the file; context_length as model::Model::load. Throws as DeviceWeights.
-  static std::shared_ptr<DeviceModel> load(const std::filesystem::path& path, DType compute,
+  static std::shared_ptr<DeviceModel> load(const model::ModelFiles& files, DType compute,
                                            int64_t context_length, int threads, const Mode& mode);
   static std::shared_ptr<DeviceModel> from(const model::Checkpoint& checkpoint, DType compute,
                                            int64_t context_length, int threads,

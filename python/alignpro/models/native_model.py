@@ -69,13 +69,10 @@ def load_model(
         reason = native.core.cuda.unavailable_reason()
         raise native.UnavailableError(f'device "cuda": {reason}')
     path = resolve_model(config.name)
-    if path.is_dir():
-        tokenizer = Tokenizer.from_folder(path)
-    else:
-        metadata = native.core.read_gguf_metadata(str(path))
-        tokenizer = Tokenizer.from_gguf(metadata, str(path))
+    files = native.core.ModelFiles(str(path))
+    tokenizer = Tokenizer.of(files)
     made: core.Model | core.DeviceModel
-    where = (str(path), threads or 0, config.context_length or 0)
+    where = (files, threads or 0, config.context_length or 0)
     if config.device == "cuda":
         mode = "strict" if config.deterministic else "fast"  # the binding's word for it
         made = native.core.DeviceModel.load(*where, config.resolved_compute, mode, wheel_folders())

@@ -19,10 +19,9 @@ Model::Model(Weights weights, std::unique_ptr<ThreadPool> pool, int64_t context_
       rope_(weights_.config.rope, context_length),
       pool_(std::move(pool)) {}
 
-std::shared_ptr<Model> Model::load(const std::filesystem::path& path, int threads,
-                                   int64_t context_length, ops::Arithmetic arithmetic,
-                                   DType kv_dtype) {
-  return from(*Checkpoint::open(path), threads, context_length, arithmetic, kv_dtype);
+std::shared_ptr<Model> Model::load(const ModelFiles& files, int threads, int64_t context_length,
+                                   ops::Arithmetic arithmetic, DType kv_dtype) {
+  return from(*Checkpoint::open(files), threads, context_length, arithmetic, kv_dtype);
 }
 
 std::shared_ptr<Model> Model::from(const Checkpoint& checkpoint, int threads,

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <memory>
 #include <span>
 
@@ -24,8 +23,7 @@ class Model {
   // `threads` 0: available_cpus(). `context_length` 0: the model's own (for longrope, the positions
   // of pre-training; a larger value selects the long factors for every position). Keys and values
   // are held as kv_dtype, kF32 or kF16, in sampling and scoring alike; kF16 has no gradients.
-  static std::shared_ptr<Model> load(const std::filesystem::path& path, int threads,
-                                     int64_t context_length,
+  static std::shared_ptr<Model> load(const ModelFiles& files, int threads, int64_t context_length,
                                      ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32,
                                      DType kv_dtype = DType::kF32);
   static std::shared_ptr<Model> from(const Checkpoint& checkpoint, int threads,

@@ -6,9 +6,9 @@
 #include <numeric>
 
 #include "alignpro/core/error.h"
+#include "alignpro/model/score_bytes.h"
 #include "alignpro/ops/embedding.h"
 #include "alignpro/ops/linear_logprob.h"
-#include "alignpro/ops/packed_rows.h"
 #include "alignpro/ops/rms_norm.h"
 
 namespace alignpro::model {
@@ -359,55 +359,18 @@ AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<con
 
 int64_t Score::bytes(const Model& model, const ScoreRequest& request) {
   require_scorable(request, model.config(), model.context_length());
-  const ModelConfig& config = model.config();
-  const std::vector<std::span<const int32_t>> sequences(request.sequences.begin(),
-                                                        request.sequences.end());
-  const PrefixTree tree(sequences);
-  const int64_t rows = tree.batch().rows(), hidden = config.hidden_size;
-  const int64_t mlp = config.intermediate_size, layers = config.num_layers;
-  const int64_t passes = request.with_reference ? 2 : 1;
-  int64_t values = 0;
-  for (size_t s = 0; s < request.sequences.size(); ++s) {
-    values += static_cast<int64_t>(request.sequences[s].size()) - request.starts[s];
+  ScoreShape shape{.starts = request.starts,
+                   .with_reference = request.with_reference,
+                   .with_hidden = request.with_hidden,
+                   .keep_graph = request.keep_graph,
+                   .activations = request.activations,
+                   .threads = model.pool().size(),
+                   .kv_dtype = model.kv_dtype()};
+  shape.sequences.assign(request.sequences.begin(), request.sequences.end());
+  for (int64_t l = 0; l < model.config().num_layers && request.adapter != nullptr; ++l) {
+    shape.layer_ranks.push_back(request.adapter->layer_ranks(l));
   }
-  int64_t most_ranks = 0, all_ranks = 0;
-  for (int64_t l = 0; l < layers && request.adapter != nullptr; ++l) {
-    most_ranks = std::max(most_ranks, request.adapter->layer_ranks(l));
-    all_ranks += request.adapter->layer_ranks(l);
-  }
-  const int64_t activations = LayerActivations::floats_per_row(config);
-  const bool keep = request.keep_graph && request.activations == Activations::kKeep;
-  // Floats a row: streams, activations, the reference's, a layer's scratch.
-  int64_t row_floats = (request.keep_graph ? layers + 1 : 1) * hidden;
-  row_floats += keep ? layers * activations + all_ranks : activations + most_ranks;
-  if (request.with_reference) row_floats += hidden + activations + most_ranks;
-  row_floats += hidden + mlp;
-  row_floats += passes * hidden;          // normed
-  row_floats += 2 * model.rope().half();  // angles
-  int64_t floats = values * hidden * (passes + (request.with_hidden ? 2 : 0));
-  const ops::VocabularyWeight head = &model.weights().head();
-  const float* some = reinterpret_cast<const float*>(&head);  // only whether it is null counts
-  int64_t bytes = ops::linear_logprob_bytes({.rows = values,
-                                             .hidden = some,
-                                             .weight = head,
-                                             .tokens = {},
-                                             .ref_hidden = request.with_reference ? some : nullptr},
-                                            request.keep_graph, model.pool().size());
-  if (request.keep_graph) {
-    // The backward's scratch, the stream's gradient, the Jacobian.
-    row_floats += 3 * mlp + 4 * hidden + config.q_size() + config.qkv_size() + config.num_heads +
-                  most_ranks + 3 + model.rope().half();
-    floats += values * hidden * (passes + 1);
-    floats += ops::attention_backward_floats(attention_shape(config), tree.segment_rows());
-    floats += most_ranks * std::max(hidden, 2 * mlp);
-  }
-  floats += rows * row_floats;
-  const int64_t widest = std::max({hidden, mlp, config.q_size(), 2 * mlp});
-  floats += ops::kRowChunk * (widest + (model.pool().size() + 1) * ops::cpu::kPanel);
-  bytes += (tree.blocks() + 1) *
-           KvPool::block_bytes(1, config.num_kv_heads, config.head_dim, model.kv_dtype());
-  bytes += floats * static_cast<int64_t>(sizeof(float));
-  return bytes + values * 64;
+  return score_bytes(model.config(), model.weights().head(), shape);
 }
 
 }  // namespace alignpro::model
