@@ -204,8 +204,9 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not(tmp_path):
         assert child.stdout.readline() == "held\n"
         write_json(run / "config.json", {})
         for options in ({"resume": True}, {"overwrite": True}):
-            with pytest.raises(FileExistsError, match=f"in use by process {child.pid} on "):
-                open_run_dir(run, **options)
+            for use in (check_run_dir, open_run_dir):
+                with pytest.raises(FileExistsError, match=f"in use by process {child.pid} on "):
+                    use(run, **options)
         assert (run / "config.json").is_file()
     finally:
         child.send_signal(signal.SIGKILL)

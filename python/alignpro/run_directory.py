@@ -75,9 +75,7 @@ class RunDirectory:
         if isinstance(error, Exception):
             self._log(error, "the run")
             add_note(error, f"traceback: {self.path / ERROR_LOG}")
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._release()
 
     @contextlib.contextmanager
     def after(self, first: BaseException, doing: str) -> Iterator[None]:
@@ -138,20 +136,33 @@ class RunDirectory:
             self._lock = file
         _held[key] = self
 
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
 
 _held: weakref.WeakValueDictionary[tuple[int, int], RunDirectory] = weakref.WeakValueDictionary()
 
 
 def check_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Whether a run may use the directory; changes nothing.
+    """Whether a run may use the directory, asked before anything expensive; changes nothing.
 
     Raises:
         ValueError: ``resume`` and ``overwrite`` together, or ``overwrite`` of something else than
             a run, or of a run with a file in it that is not a run's.
-        FileExistsError: something is there and neither was asked for.
+        FileExistsError: something is there and neither was asked for, or a process uses it.
         FileNotFoundError: nothing to resume.
     """
-    path = Path(path)
+    path = _check(Path(path), resume, overwrite)
+    if is_run_dir(path):
+        directory = RunDirectory(path)
+        directory._hold()
+        directory._release()
+    return path
+
+
+def _check(path: Path, resume: bool, overwrite: bool) -> Path:
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     where = f"run directory {path}"
@@ -193,13 +204,13 @@ def open_run_dir(
     Call it when everything else about the run is known to be good. Raises as `check_run_dir`, and
     FileExistsError where another process uses the directory.
     """
-    path = check_run_dir(path, resume=resume, overwrite=overwrite)
+    path = _check(Path(path), resume, overwrite)
     path.mkdir(parents=True, exist_ok=True)
     if not is_run_dir(path):
         write_file(path / MARKER, _MARK)
     directory = RunDirectory(path)
     directory._hold()
-    check_run_dir(path, resume=resume, overwrite=overwrite)  # now that nobody else can change it
+    _check(path, resume, overwrite)  # now that nobody else can change it
     if overwrite:
         for entry in list(path.iterdir()):
             if entry.name not in (MARKER, LOCK):

@@ -11,9 +11,10 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from alignpro.evaluate.results import BoundReport, Evaluation, Headroom, JudgeResult, Report
+from alignpro.evaluate.results import Report
 from alignpro.files import write_file
-from alignpro.report import grids, theory, words
+from alignpro.report import grids, plots, theory, words
+from alignpro.report.frontier import frontier_svg
 from alignpro.report.warnings import find_warnings
 
 _MARK = '<meta name="generator" content="alignpro">'
@@ -39,8 +40,6 @@ def is_report(path: Path) -> bool:
 
 def render_report(report: Report, metrics: Sequence[Mapping[str, Any]]) -> str:
     """The page as text. Any part of the report may be absent, and so may the metrics."""
-    from alignpro.report.plots import curve_svgs
-
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -50,79 +49,25 @@ def render_report(report: Report, metrics: Sequence[Mapping[str, Any]]) -> str:
         loader=FunctionLoader(_template),
     )
     evaluation = report.evaluation
-    environment.globals.update(in_order=words.in_order, arm_title=words.arm_title)
-    environment.filters.update(number=words.number)
+    environment.globals.update(grids=grids, theory=theory, words=words, plots=plots)
+    environment.filters.update(number=words.number, svg=Markup)
     about = {"model": report.model, "reward": report.reward, "seed": report.seed}
     view = {
         "mark": Markup(_MARK),
         "about": [(key, str(value)) for key, value in about.items() if value is not None],
-        "headline": words.headline(evaluation),
-        "verdicts": [] if evaluation is None else words.verdicts(evaluation),
+        "report": report,
+        "evaluation": evaluation,
+        "judge": None if evaluation is None else evaluation.judge,
+        "headroom": report.headroom,
+        "frontier": "" if report.headroom is None else frontier_svg(report.headroom, evaluation),
+        "bound": report.bound,
         "warnings": find_warnings(report, metrics),
-        "evaluation": None if evaluation is None else _evaluation(evaluation),
-        "judge": None if evaluation is None else _judge(evaluation.judge),
-        "curves": [(title, Markup(svg)) for title, svg in curve_svgs(metrics, evaluation)],
-        "headroom": _headroom(report.headroom, evaluation),
-        "bound": _bound(report.bound),
+        "curves": plots.curve_svgs(metrics, evaluation),
         "samples": [] if evaluation is None else evaluation.samples,
         "costs": grids.costs(report, metrics),
-        "versions": report.versions,
         "config": json.dumps(report.config, indent=2, ensure_ascii=False, default=str),
     }
     return environment.get_template("report.html.j2").render(view)
-
-
-def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    from alignpro.report.plots import arms_svg, paired_svg
-
-    gap, static = evaluation.gap_closed, evaluation.arms.get("static")
-    return {
-        "arms": grids.arms_grid(evaluation),
-        "arms_plot": Markup(arms_svg(evaluation)),
-        "paired": grids.paired_grid(evaluation),
-        "paired_plot": Markup(paired_svg(evaluation)) if evaluation.paired else "",
-        "texts": grids.texts_grid(evaluation),
-        "gap_closed": "" if gap is None else words.gap_closed_sentence(gap),
-        "instruction": None if static is None else static.instruction,
-    }
-
-
-def _judge(judge: JudgeResult | None) -> dict[str, Any] | None:
-    if judge is None:
-        return None
-    return {
-        "name": judge.name,
-        "verdicts": words.judge_verdicts(judge),
-        "grid": grids.judge_grid(judge),
-        "facts": grids.judge_facts(judge),
-    }
-
-
-def _headroom(headroom: Headroom | None, evaluation: Evaluation | None) -> dict[str, Any] | None:
-    from alignpro.report.frontier import frontier_svg
-
-    if headroom is None:
-        return None
-    measured = evaluation is not None and evaluation.kl_per_rewrite is not None
-    return {
-        "words": theory.headroom_words(headroom),
-        "plot": Markup(frontier_svg(headroom, evaluation)),
-        "grids": [theory.frontier_grid(headroom), theory.best_of_n_grid(headroom)],
-        "measured": measured,
-    }
-
-
-def _bound(bound: BoundReport | None) -> dict[str, Any] | None:
-    if bound is None:
-        return None
-    holds, *rest = theory.bound_verdicts(bound)
-    return {
-        "holds": holds,
-        "words": [said.text for said in rest],
-        "grid": theory.bound_grid(bound),
-        "rewards": theory.rewards_grid(bound),
-        "facts": theory.bound_facts(bound),
-    }
 
 
 def _template(name: str) -> str:

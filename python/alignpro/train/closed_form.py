@@ -7,7 +7,6 @@ off-policy and costs the target nothing, for any kl_coef.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +36,6 @@ from alignpro.train.checkpoint import (
     write_config,
 )
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
-from alignpro.train.micro_batches import MicroBatch, plan_micro_batches
 from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, Reference, one_torch_thread
 from alignpro.train.schedule import batch_indices
@@ -233,7 +231,7 @@ class ClosedFormFit:
         assert leaf.grad is not None
         derivative = leaf.grad.flatten()
         self.policy.zero_grad(set_to_none=True)
-        plan = self._plan(rewrites, with_reference=False)
+        plan = self.policy.micro_batches(*scored(rewrites), config, with_reference=False)
         for micro in plan:
             part = micro.of(rewrites)
             scores = self.policy.score(
@@ -260,17 +258,9 @@ class ClosedFormFit:
             "zero_advantage_groups": int(zero_advantage_groups(rewards).sum()),
         }
 
-    def _plan(self, rewrites: Sequence[Trajectory], *, with_reference: bool) -> list[MicroBatch]:
-        return plan_micro_batches(
-            *scored(rewrites),
-            limit=self.config.memory_limit,
-            bytes_of=functools.partial(self.policy.score_bytes, with_reference=with_reference),
-            activations=self.config.activations,
-            most=self.config.micro_batch_size,
-        )
-
     def _look(self, rewrites: Sequence[Trajectory]) -> _Look:
         config = self.config
+        plan = self.policy.micro_batches(*scored(rewrites), config, with_reference=True)
         with torch.no_grad():
             parts = [
                 self.policy.score(
@@ -278,7 +268,7 @@ class ClosedFormFit:
                     temperature=config.rewrite.temperature,
                     reference=self.reference,
                 )
-                for micro in self._plan(rewrites, with_reference=True)
+                for micro in plan
             ]
         log_ratio = torch.cat([part.logprob for part in parts]) - sampled_logprobs(rewrites)
         kl = torch.cat([part.kl for part in parts if part.kl is not None])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from alignpro.objective import (
     token_advantages,
 )
 from alignpro.train.critic import Critic, TokenTargets
-from alignpro.train.micro_batches import MicroBatch, plan_micro_batches
+from alignpro.train.micro_batches import MicroBatch
 from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors, one_torch_thread
 from alignpro.train.trajectories import (
@@ -176,16 +175,11 @@ class Learner:
         return merged
 
     def _micro_batches(self, trajectories: Sequence[Trajectory]) -> list[MicroBatch]:
-        return plan_micro_batches(
+        return self.policy.micro_batches(
             *scored(trajectories),
-            limit=self.config.memory_limit,
-            bytes_of=functools.partial(
-                self.policy.score_bytes,
-                with_reference=True,
-                with_hidden=self.critic is not None,
-            ),
-            activations=self.config.activations,
-            most=self.config.micro_batch_size,
+            self.config,
+            with_reference=True,
+            with_hidden=self.critic is not None,
         )
 
     def _score(self, trajectories: Sequence[Trajectory], micro: MicroBatch) -> ScoreTensors:

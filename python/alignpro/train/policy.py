@@ -7,6 +7,7 @@ the loss and the optimizer. `LoraPolicy.score` is the one place where they meet.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
-from alignpro.config import LoraConfig
+from alignpro.config import LoraConfig, SftConfig, TrainConfig
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
-from alignpro.train.micro_batches import Activations
+from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches
 
 Matrices = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 Reference = LoraWeights | Literal["base"]
@@ -137,18 +138,46 @@ class LoraPolicy(torch.nn.Module):
         """
         inputs = [*self.lora_a, *self.lora_b]
         keep_graph = torch.is_grad_enabled() and any(p.requires_grad for p in inputs)
-        call = _Call(
-            policy=self,
-            sequences=sequences,
-            starts=starts,
+        score = self._core.score(
+            [list(s) for s in sequences],
+            list(starts),
+            adapter=self.core_adapter(),
             temperature=temperature,
-            reference=reference,
+            reference=(
+                self.model.make_adapter(reference) if isinstance(reference, LoraWeights) else None
+            ),
+            with_reference=reference is not None,
             keep_graph=keep_graph,
             activations=activations,
             with_hidden=with_hidden,
         )
-        logprob, entropy, kl, reference_logprob, hidden = _EngineScore.apply(call, *inputs)  # type: ignore[no-untyped-call]
+        # Large, and the caller's own array already: not copied once more.
+        hidden = torch.from_numpy(score.hidden) if with_hidden else None
+        names = self.names if keep_graph else None
+        flat = _EngineScore.apply(score, names, *inputs)  # type: ignore[no-untyped-call]
+        logprob, entropy, kl, reference_logprob = flat
         return ScoreTensors(logprob, entropy, kl, reference_logprob, hidden)
+
+    def micro_batches(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        config: TrainConfig | SftConfig,
+        *,
+        with_reference: bool,
+        with_hidden: bool = False,
+    ) -> list[MicroBatch]:
+        """How to score the sequences within the configuration's ``memory_limit``."""
+        return plan_micro_batches(
+            sequences,
+            starts,
+            limit=config.memory_limit,
+            bytes_of=functools.partial(
+                self.score_bytes, with_reference=with_reference, with_hidden=with_hidden
+            ),
+            activations=config.activations,
+            most=config.micro_batch_size,
+        )
 
     def score_bytes(
         self,
@@ -239,51 +268,23 @@ def select_modules(
     }
 
 
-@dataclass
-class _Call:
-    """The arguments of one score that are not tensors."""
-
-    policy: LoraPolicy
-    sequences: Sequence[Sequence[int]]
-    starts: Sequence[int]
-    temperature: float
-    reference: Reference | None
-    keep_graph: bool
-    activations: Activations
-    with_hidden: bool
-
-
 class _EngineScore(torch.autograd.Function):
     """The engine's score and its backward as one node of torch's graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *parameters: torch.Tensor) -> tuple[Any, ...]:
-        policy, reference = call.policy, call.reference
-        score = policy._core.score(
-            [list(s) for s in call.sequences],
-            list(call.starts),
-            adapter=policy.core_adapter(),
-            temperature=call.temperature,
-            reference=(
-                policy.model.make_adapter(reference) if isinstance(reference, LoraWeights) else None
-            ),
-            with_reference=reference is not None,
-            keep_graph=call.keep_graph,
-            activations=call.activations,
-            with_hidden=call.with_hidden,
-        )
+    def forward(
+        ctx: Any, score: Any, names: list[str] | None, *parameters: torch.Tensor
+    ) -> tuple[Any, ...]:
+        """names: of the modules, in the order of the parameters; None keeps no graph."""
         ctx.set_materialize_grads(False)
-        ctx.score = score if call.keep_graph else None
-        ctx.names = policy.names
+        ctx.score, ctx.names = None if names is None else score, names
         outputs = tuple(
             None if values is None else torch.from_numpy(np.array(values, np.float32))
             for values in (score.logprob, score.entropy, score.kl, score.reference_logprob)
         )
-        # Large, and the caller's own array already: not copied once more.
-        hidden = torch.from_numpy(score.hidden) if call.with_hidden else None
-        constants = [tensor for tensor in (outputs[3], hidden) if tensor is not None]
-        ctx.mark_non_differentiable(*constants)
-        return (*outputs, hidden)
+        if outputs[3] is not None:
+            ctx.mark_non_differentiable(outputs[3])
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -297,6 +298,7 @@ class _EngineScore(torch.autograd.Function):
         gradients = score.backward(d_logprob, d_entropy, d_kl)
         ordered = [gradients[name] for name in ctx.names]
         return (
+            None,
             None,
             *(torch.from_numpy(a) for a, _ in ordered),
             *(torch.from_numpy(b) for _, b in ordered),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from alignpro.config import Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.train.micro_batches import plan_micro_batches, shared_prefix
+from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, one_torch_thread
 from alignpro.train.schedule import batch_indices
@@ -83,14 +82,7 @@ def _accumulate_gradients(
     """The gradient of the whole batch, micro-batch by micro-batch under one denominator."""
     sequences, starts = [e.tokens for e in batch], [e.start for e in batch]
     tokens = sum(len(e.tokens) - e.start for e in batch)
-    plan = plan_micro_batches(
-        sequences,
-        starts,
-        limit=config.memory_limit,
-        bytes_of=functools.partial(policy.score_bytes, with_reference=False),
-        activations=config.activations,
-        most=config.micro_batch_size,
-    )
+    plan = policy.micro_batches(sequences, starts, config, with_reference=False)
     total_loss = total_entropy = 0.0
     for micro in plan:
         scores = policy.score(micro.of(sequences), micro.of(starts), activations=micro.activations)
