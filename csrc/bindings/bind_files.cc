@@ -93,36 +93,6 @@ py::object json(const ModelFiles& files, const std::string& name) {
   return to_python(*root, (files.path() / name).string());
 }
 
-// The ids of metadata that is no file; what is not as GGUF has it is for the tokenizer to refuse.
-std::vector<int32_t> metadata_eos_ids(const py::dict& metadata) {
-  model::GgufVocabulary vocabulary{
-      .find_id = [&metadata](std::string_view key) -> std::optional<int64_t> {
-        const py::str name(key.data(), key.size());
-        if (!metadata.contains(name) || !py::isinstance<py::int_>(metadata[name])) return {};
-        const int64_t id = PyLong_AsLongLong(py::object(metadata[name]).ptr());
-        if (PyErr_Occurred() != nullptr) PyErr_Clear();  // beyond 64 bits: -1, which is no id
-        return id;
-      },
-      .tokens = {},
-      .types = {}};
-  const auto listed = [&metadata](const char* key) {
-    const bool there = metadata.contains(key) && py::isinstance<py::list>(metadata[key]);
-    return there ? py::list(metadata[key]) : py::list();
-  };
-  for (const py::handle token : listed("tokenizer.ggml.tokens")) {
-    Py_ssize_t size = 0;
-    const char* text =
-        PyUnicode_Check(token.ptr()) ? PyUnicode_AsUTF8AndSize(token.ptr(), &size) : "";
-    if (text == nullptr) PyErr_Clear();
-    vocabulary.tokens.emplace_back(text == nullptr ? "" : text, static_cast<size_t>(size));
-  }
-  for (const py::handle type : listed("tokenizer.ggml.token_type")) {
-    vocabulary.types.push_back(py::isinstance<py::int_>(type) ? type.cast<int64_t>() : 0);
-  }
-  vocabulary.size = static_cast<int64_t>(vocabulary.tokens.size());
-  return model::end_of_text_ids(vocabulary);
-}
-
 }  // namespace
 
 namespace alignpro::bindings {
@@ -147,5 +117,14 @@ void bind_files(py::module_& m) {
       .def("metadata", &metadata)
       .def("json", &json, py::arg("name"))
       .def("eos_ids", [](const ModelFiles& files) { return model::end_of_text_ids(files); });
-  m.def("metadata_eos_ids", &metadata_eos_ids, py::arg("metadata"));
+  m.attr("GGUF_END_KEYS") =
+      std::vector<std::string>(std::begin(model::kGgufEndKeys), std::end(model::kGgufEndKeys));
+  m.def(
+      "end_of_text_ids",
+      [](const std::vector<int64_t>& named, const std::vector<std::string>& tokens,
+         const std::vector<int64_t>& types) {
+        const std::vector<std::string_view> texts(tokens.begin(), tokens.end());
+        return model::end_of_text_ids(named, texts, types, static_cast<int64_t>(texts.size()));
+      },
+      py::arg("named"), py::arg("tokens"), py::arg("types"));
 }

@@ -52,8 +52,10 @@ class ModelFiles:
         """Every id that ends a text: what the files name, and the end tokens of known chat
         templates; the tokenizer's own EOS first."""
 
-def metadata_eos_ids(metadata: dict[str, Any]) -> list[int]:
-    """As ModelFiles.eos_ids, of GGUF metadata that is no file."""
+GGUF_END_KEYS: list[str]  # of GGUF metadata, that name the end of a text
+
+def end_of_text_ids(named: list[int], tokens: list[str], types: list[int]) -> list[int]:
+    """As ModelFiles.eos_ids, of a GGUF vocabulary that is no file; named: ids by GGUF_END_KEYS."""
 
 class QuantizedWeight:
     """A matrix of a GGUF file, mapped: its bytes are read where they are used."""

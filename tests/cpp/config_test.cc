@@ -70,7 +70,7 @@ TEST_CASE("end of text of a folder") {
            Ids{5, 6});
   CHECK_EQ(ids_of({{"tokenizer.json",
                     R"({"model": {"vocab": {"<|eom_id|>": 2, "</s>": 3, "<|end|>": 1}}})"}}),
-           Ids{2, 1});
+           Ids{1, 2});
   CHECK_EQ(ids_of({{"tokenizer.json", R"({"model": {"vocab": [["a", 0.0], ["<|end|>", -1.5]]}})"}}),
            Ids{1});
 }

@@ -115,12 +115,21 @@ def test_markers_of_a_wrong_type_are_control_tokens(
     types = {"<|endoftext|>": kind, "<|im_end|>": kind}
     wrong = Tokenizer.from_gguf(gguf_metadata(types), "m.gguf")
     if kind == 1:
-        expected = "m.gguf: <|endoftext|>, <|im_end|>: typed as ordinary tokens"
-        assert expected in caplog.text
+        assert "m.gguf: typed as ordinary tokens" in caplog.text
+        assert "look like: <|endoftext|>, <|im_end|>\n" in caplog.text
     assert wrong.encode_chat(CHAT) == right.encode_chat(CHAT)
     assert wrong.decode([START, END, TEXT]) == ""
     hostile = wrong.encode_chat([{"role": "user", "content": "<|im_end|>"}])
     assert hostile.count(END) == 1 and end_of_turn(wrong) == END
+
+
+def test_a_named_end_of_a_wrong_type_is_no_word() -> None:
+    """ "</s>" is a word of the vocabulary, unless the file says that it is an end."""
+    word, end = (Tokenizer.from_gguf(gguf_metadata(eos=eos)) for eos in (END, STRIKE))
+    assert word.decode([STRIKE]) == "</s>" and end.decode([STRIKE]) == ""
+    assert word.eos_ids == (END, TEXT) and end.eos_ids == (STRIKE, TEXT, END)
+    letter = Tokenizer.from_gguf(gguf_metadata(eos=5))
+    assert letter.eos_ids == (5, TEXT, END) and letter.decode([5]) == "&"
 
 
 # --- real vocabularies ---

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -235,8 +235,10 @@ _EXPRESSIONS = {
 _PRE_TOKENIZERS = ("default", "gpt-2", "llama-bpe", "qwen2", "smollm")
 
 
-# A marker of a chat template. Exporters that type one as an ordinary token mean a control token.
+# A marker of a chat template; and what may be an ordinary word ("</s>" is HTML), and is a marker
+# where the file names it as its BOS or its end.
 _MARKER = re.compile(r"<([|\uff5c])[^\s<>|\uff5c]+\1>|<(?:start|end)_of_\w+>|\[\|\w+\|\]")
+_NAMED_MARKER = re.compile(r"_?<[^\s<>]+>|\[[^\s\[\]]+\]")
 
 
 def read_gguf(
@@ -259,16 +261,20 @@ def read_gguf(
     types: list[int] = gguf.listed("tokenizer.ggml.token_type", int, default=[1] * len(tokens))
     if not tokens or len(types) != len(tokens):
         raise gguf.error(f"{len(tokens)} tokens and {len(types)} token types; expected as many")
-    plain = [i for i, kind in enumerate(types) if kind == _NORMAL and _MARKER.fullmatch(tokens[i])]
-    if plain:
-        _log.warning(
-            "%s: %s: typed as ordinary tokens, taken as the control tokens they look like",
-            source,
-            ", ".join(tokens[i] for i in plain[:8]) + (", ..." if len(plain) > 8 else ""),
+    named = {
+        name: gguf.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
         )
-        types = list(types)
-        for i in plain:
-            types[i] = _CONTROL
+    }
+    if eos_ids is None:
+        ids = [gguf.get(key, int, default=-1) for key in native.core.GGUF_END_KEYS]
+        eos_ids = native.core.end_of_text_ids(ids, tokens, types)
+    ends = tuple(eos_ids)
+    types = _control_types(source, tokens, types, {named["bos_token"], *ends})
     if model == "gpt2":
         vocabulary = _byte_level_bpe(gguf, tokens, types)
     elif model == "llama":
@@ -280,16 +286,6 @@ def read_gguf(
         for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) and text
     )
-    named = {
-        name: gguf.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
-        for name, key in (
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("unk_token", "unknown"),
-            ("pad_token", "padding"),
-        )
-    }
-    ends = tuple(native.core.metadata_eos_ids(dict(metadata)) if eos_ids is None else eos_ids)
     return replace(
         vocabulary,
         added=_hide_ends(added, ends),
@@ -299,6 +295,30 @@ def read_gguf(
         template_variables={name: tokens[i] for name, i in named.items() if i is not None},
         source=source,
     )
+
+
+def _control_types(
+    source: str, tokens: Sequence[str], types: Sequence[int], named: Set[int | None]
+) -> list[int]:
+    """The types with markers as control tokens. Some exporters type them as ordinary tokens; text
+    would turn into them, and they would show in it.
+
+    named: ids that the file names as its BOS or an end.
+    """
+    found = [
+        i
+        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == _NORMAL
+        and (_MARKER.fullmatch(text) or (i in named and _NAMED_MARKER.fullmatch(text)))
+    ]
+    if found:
+        _log.warning(
+            "%s: typed as ordinary tokens, taken as the control tokens they look like: %s",
+            source,
+            ", ".join(tokens[i] for i in found[:8]) + (", ..." if len(found) > 8 else ""),
+        )
+    changed = dict.fromkeys(found, _CONTROL)
+    return [changed.get(i, kind) for i, kind in enumerate(types)]
 
 
 class _Gguf:

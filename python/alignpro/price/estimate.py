@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -49,12 +50,14 @@ def price_train(
     target = prompter if config.target is None else find_priced(answers.name)
     prompter = prompter.held(*_place(device, config.prompter))
     target = target.held(*_place(device, answers))
+    reads = prompter.tokenizer()
+    hears = reads if target.files is prompter.files else target.tokenizer()
     lengths = find_lengths(
         local_prompts(config.data, config.split),
         config.prompting,
         config.rewrite.max_new_tokens,
-        prompter.tokenizer(),
-        target.tokenizer(),
+        reads,
+        hears,
         prompt_tokens,
     )
     work = count_step(config, lengths, prompter, target)
@@ -119,8 +122,8 @@ def _model(model: PricedModel) -> dict[str, Any]:
 def _shared(config: TrainConfig, prompter: PricedModel, target: PricedModel) -> bool:
     """Whether prompter and target are one in memory, as `load_models` has it."""
     same = target.name == prompter.name
-    if not same and prompter.path is not None and target.path is not None:
-        same = target.path.samefile(prompter.path)
+    if not same and prompter.files is not None and target.files is not None:
+        same = os.path.samefile(target.files.path, prompter.files.path)
     return same and config.prompter.runs_like(target_of(config.prompter, config.target))
 
 

@@ -25,7 +25,7 @@ class PricedModel:
     facts: core.ModelFacts
     storage: str  # "GGUF", "safetensors" or a type: the form of the weights
     source: str  # "files" or "published"
-    path: Path | None = None  # of its files
+    files: core.ModelFiles | None = None  # None: they are not here
     matrix_bytes: Mapping[str, int] = field(default_factory=dict)  # layers, head, embedding
 
     def held(self, device: str, compute: str) -> PricedModel:
@@ -59,7 +59,7 @@ class PricedModel:
 
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer, where the files are here."""
-        return None if self.path is None else Tokenizer.of(core.ModelFiles(str(self.path)))
+        return None if self.files is None else Tokenizer.of(self.files)
 
 
 def find_priced(name: str) -> PricedModel:
@@ -71,7 +71,8 @@ def find_priced(name: str) -> PricedModel:
     path = find_model(name)
     if path is not None:
         storage = "GGUF" if path.is_file() else "safetensors"
-        return PricedModel(name, core.describe(str(path)), storage, "files", path)
+        files = core.ModelFiles(str(path))
+        return PricedModel(name, core.describe(files), storage, "files", files)
     published = {d.name.replace("--", "/"): d for d in sorted(_PUBLISHED.iterdir())}
     if name not in published:
         raise FileNotFoundError(

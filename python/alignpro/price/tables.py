@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -52,53 +53,49 @@ def _fit_line(report: dict[str, Any]) -> str:
     return f"{_size(need)} fits in its {has} only with fewer sequences at once."
 
 
-def _models(report: dict[str, Any]) -> Table:
-    table = Table(title="Models", title_justify="left")
-    for column in ("", "name", "parameters", "weights", "sizes from"):
-        table.add_column(column, overflow="fold")
-    for role, model in report["models"].items():
-        weights = f"{_size(model['weight_bytes'])} ({model['storage']})"
-        if model.get("shared"):
-            weights = "the prompter's"
-        row = (role, model["name"], _count(model["parameters"]), weights, model["source"])
-        table.add_row(*row)
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Names to the left, numbers to the right; a last row "in all" in bold."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "in all" else None)
     return table
+
+
+def _models(report: dict[str, Any]) -> Table:
+    def row(role: str, model: dict[str, Any]) -> Sequence[str]:
+        weights = f"{_size(model['weight_bytes'])} ({model['storage']})"
+        held = "the prompter's" if model.get("shared") else weights
+        return role, model["name"], _count(model["parameters"]), held, model["source"]
+
+    columns = ("", "name", "parameters", "weights", "sizes from")
+    return _table("Models", columns, [row(*item) for item in report["models"].items()])
 
 
 def _tokens(report: dict[str, Any]) -> Table:
-    table = Table(
-        title=f"Tokens, at most ({report['lengths']['source']}; "
+    return _table(
+        f"Tokens, at most ({report['lengths']['source']}; "
         f"{report['micro_batches']} micro-batches a step)",
-        title_justify="left",
+        ("", "a step", f"{report['steps']} steps"),
+        [
+            (name, f"{count:,}", _count(report["tokens"][name]))
+            for name, count in report["tokens_per_step"].items()
+        ],
     )
-    table.add_column("")
-    table.add_column("a step", justify="right")
-    table.add_column(f"{report['steps']} steps", justify="right")
-    for name, count in report["tokens_per_step"].items():
-        table.add_row(name, f"{count:,}", _count(report["tokens"][name]))
-    return table
 
 
 def _flops(report: dict[str, Any]) -> Table:
-    table = Table(title="Operations and bytes read, a step", title_justify="left")
-    for column in ("", "TFLOP", "GB"):
-        table.add_column(column, justify="right" if column else "left")
     flops, moved = report["flops_per_step"], report["bytes_per_step"]
-    for name, count in flops.items():
-        table.add_row(name, f"{count / 1e12:.3g}", f"{moved[name] / 1e9:.3g}")
-    total = (f"{sum(flops.values()) / 1e12:.3g}", f"{sum(moved.values()) / 1e9:.3g}")
-    table.add_row("in all", *total, style="bold")
-    return table
+    counts = {name: (flops[name], moved[name]) for name in flops}
+    counts["in all"] = (sum(flops.values()), sum(moved.values()))
+    rows = [(name, f"{f / 1e12:.3g}", f"{b / 1e9:.3g}") for name, (f, b) in counts.items()]
+    return _table("Operations and bytes read, a step", ("", "TFLOP", "GB"), rows)
 
 
 def _memory(report: dict[str, Any]) -> Table:
-    table = Table(title="Memory", title_justify="left")
-    table.add_column("")
-    table.add_column("held", justify="right")
-    for name, size in report["memory"].items():
-        table.add_row(name, _size(size))
-    table.add_row("in all", _size(report["memory_bytes"]), style="bold")
-    return table
+    sizes = {**report["memory"], "in all": report["memory_bytes"]}
+    return _table("Memory", ("", "held"), [(name, _size(size)) for name, size in sizes.items()])
 
 
 def _size(count: int) -> str:

@@ -92,27 +92,31 @@ class _Sampling:
         return rows
 
     def phases(self) -> tuple[Phase, Phase]:
-        read, drawn = self.reads(), self.wrote - 1
+        """Reading the contexts, and writing the samples."""
+        read, written, steps = self.reads(), self.writes(), self.wrote - 1
+        # Of the keys that decoding reads, what the samples of a context share once a step.
+        own = self.size * steps * (steps + 1) // 2
+        decoded = self.contexts * (steps * self.length + own)
+        batches = -(-self.samples // ENGINE_ROWS)
         return (
-            _generation(
-                f"{self.who} reads",
-                read,
-                self.samples,
-                -(-read.rows // ENGINE_ROWS),
-                1,
-                self.model,
-                int8=self.int8,
-            ),
-            _generation(
-                f"{self.who} writes",
-                self.writes(),
-                self.samples * drawn,
-                -(-self.samples // ENGINE_ROWS) * drawn,
-                drawn,
-                self.model,
-                kv=_read_positions(self.contexts, self.size, self.length, self.wrote),
-                int8=self.int8,
-            ),
+            self._phase("reads", read, self.samples, -(-read.rows // ENGINE_ROWS), 1, read.rows),
+            self._phase("writes", written, self.samples * steps, batches * steps, steps, decoded),
+        )
+
+    def _phase(
+        self, what: str, rows: _Rows, drawn: int, passes: int, least_passes: int, kv: int
+    ) -> Phase:
+        """drawn: tokens that are sampled. kv: positions whose keys and values are read."""
+        head = 2.0 * drawn * self.model.facts.head_parameters
+        return Phase(
+            f"{self.who} {what}",
+            "generate",
+            rows.rows,
+            rows.matrix_flops + rows.lora_flops + rows.attention_flops + head,
+            passes * self.model.streamed_bytes,
+            least_passes * self.model.streamed_bytes,
+            self.model.facts.kv_elements * kv,
+            self.int8,
         )
 
 
@@ -129,20 +133,25 @@ def count_step(
         raise ValueError("algorithm: closed_form is not priced: it samples once and then fits")
     sampled = _samplings(config, lengths, prompter, target)
     for one in sampled:
-        _check_context(one.who, one.model, one.length + one.wrote)
+        tokens, limit = one.length + one.wrote, one.model.config["context_length"]
+        if tokens > limit:
+            raise ValueError(
+                f"{one.who}: sequences of {tokens} tokens exceed the context of {one.model.name}, "
+                f"{limit}"
+            )
     trained = sampled[0]
     plan, begins, most = _plan(config, trained)
     passes = config.ppo.epochs if config.algorithm == "ppo" else 1
     score = tuple(_scoring(config, trained, plan, begins, passes))
     forward = score[0].rows
-    tokens: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for one in sampled:
-        tokens[f"{one.who} reads"] = one.reads().rows
-        tokens[f"{one.who} writes"] = one.samples * one.wrote
+        counts[f"{one.who} reads"] = one.reads().rows
+        counts[f"{one.who} writes"] = one.samples * one.wrote
     return Work(
         phases=tuple(phase for one in sampled for phase in one.phases()) + score,
         tokens={
-            **tokens,
+            **counts,
             "generated": sum(one.samples * one.wrote for one in sampled),
             "scored forward": 2 * forward,
             "scored backward": forward,
@@ -246,36 +255,6 @@ class _Rows:
         return 4.0 * self.pairs * float(width)
 
 
-def _generation(
-    name: str,
-    rows: _Rows,
-    drawn: int,
-    passes: int,
-    least_passes: int,
-    model: PricedModel,
-    kv: int | None = None,
-    int8: bool = False,
-) -> Phase:
-    """kv: positions whose keys and values are read; None: every row's once."""
-    head = 2.0 * drawn * model.facts.head_parameters
-    return Phase(
-        name,
-        "generate",
-        rows.rows,
-        rows.matrix_flops + rows.lora_flops + rows.attention_flops + head,
-        passes * model.streamed_bytes,
-        least_passes * model.streamed_bytes,
-        model.facts.kv_elements * (rows.rows if kv is None else kv),
-        int8,
-    )
-
-
-def _read_positions(groups: int, size: int, begin: int, length: int) -> int:
-    """Of the keys that decoding reads, what a group shares once a step."""
-    steps = length - 1
-    return groups * (steps * begin + size * steps * (steps + 1) // 2)
-
-
 def _plan(config: TrainConfig, trained: _Sampling) -> tuple[list[MicroBatch], list[int], int]:
     """The trainer's own plan for sequences of these lengths; where each sequence stops being its
     predecessor; and the most bytes that a part of the plan holds."""
@@ -356,11 +335,3 @@ def _scoring(
     head = float(passes * len(plan) * model.matrix_bytes["head"])
     flops = 4 * 2.0 * values * model.facts.head_parameters
     yield Phase("score vocabulary", "score", values, flops, head, head)
-
-
-def _check_context(who: str, model: PricedModel, tokens: int) -> None:
-    limit = model.config["context_length"]
-    if tokens > limit:
-        raise ValueError(
-            f"{who}: sequences of {tokens} tokens exceed the context of {model.name}, {limit}"
-        )

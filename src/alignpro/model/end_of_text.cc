@@ -88,85 +88,61 @@ class Ends {
   std::vector<Seen> seen_;
 };
 
-// A member of an object, null where it is missing or null in the file, as transformers reads it.
+// A member of an object; null where it is missing or null in the file, as transformers reads it.
 const Json* member(const Json* object, std::string_view key) {
   const Json* value = object == nullptr ? nullptr : object->find(key);
   return value == nullptr || value->is_null() ? nullptr : value;
 }
 
-const std::string* text_of(const Json* object, std::string_view key) {
-  const Json* value = member(object, key);
-  return value == nullptr ? nullptr : value->string();
+// A special token is written as its text, or as an object that holds it.
+const std::string* text_of(const Json* token) {
+  const Json* inner = token == nullptr ? nullptr : token->find("content");
+  return inner != nullptr ? inner->string() : token == nullptr ? nullptr : token->string();
 }
 
-bool is_true(const Json& object, std::string_view key) {
-  const Json* value = object.find(key);
-  return value != nullptr && value->boolean() != nullptr && *value->boolean();
-}
-
-// The tokens of a folder by id: those added beside the vocabulary, by every file that lists them,
-// and the vocabulary itself. What is damaged here is refused where the tokenizer is read.
-class FolderTokens {
- public:
-  FolderTokens(const Json* tokenizer, const Json* config) {
-    if (const Json* added = member(tokenizer, "added_tokens"); added && added->array()) {
-      for (const Json& entry : *added->array()) {
-        if (const Json* id = entry.find("id"); id && id->integer()) add(*id->integer(), entry);
-      }
-    }
-    if (const Json* added = member(config, "added_tokens_decoder"); added && added->object()) {
-      for (const auto& [key, entry] : *added->object()) {
-        int64_t id = -1;
-        const char* end = key.data() + key.size();
-        if (std::from_chars(key.data(), end, id).ptr == end) add(id, entry);
-      }
-    }
-    vocabulary_ = member(member(tokenizer, "model"), "vocab");
-  }
-
-  std::optional<int64_t> find(std::string_view text) const {
-    for (const auto& [id, known, special] : added_) {
-      if (known == text) return id;
-    }
-    if (vocabulary_ == nullptr) return std::nullopt;
-    if (const Json* id = vocabulary_->find(text)) {
-      return id->integer() == nullptr ? std::nullopt : std::optional(*id->integer());
-    }
-    if (vocabulary_->array() == nullptr) return std::nullopt;
-    const Json::Array& pairs = *vocabulary_->array();  // Unigram: [text, score] by id
-    for (size_t id = 0; id < pairs.size(); ++id) {
-      const Json::Array* pair = pairs[id].array();
-      if (pair != nullptr && !pair->empty() && pair->front().string() != nullptr &&
-          *pair->front().string() == text) {
-        return static_cast<int64_t>(id);
-      }
-    }
-    return std::nullopt;
-  }
-
-  void show(Ends& ends) const {
-    for (const auto& [id, text, special] : added_) ends.see(id, text, special);
-    for (const std::string_view text : kMarkers) {
-      if (const std::optional<int64_t> id = find(text)) ends.see(*id, text, false);
-    }
-  }
-
- private:
-  struct Added {
-    int64_t id;
-    std::string_view text;
-    bool special;
-  };
-
-  void add(int64_t id, const Json& entry) {
-    if (const std::string* text = text_of(&entry, "content")) {
-      added_.push_back({id, *text, is_true(entry, "special")});
-    }
-  }
-
-  std::vector<Added> added_;
-  const Json* vocabulary_;
+struct Token {
+  int64_t id;
+  std::string_view text;
+  bool is_control;
 };
+
+// Tokens of a folder: those added beside the vocabulary, by every file that lists them, and those
+// of the vocabulary itself. What is damaged here is refused where the tokenizer is read.
+std::vector<Token> folder_tokens(const Json* tokenizer, const Json* settings) {
+  std::vector<Token> tokens;
+  const auto add = [&tokens](int64_t id, const Json& entry) {
+    const Json* special = member(&entry, "special");
+    const bool is_control = special != nullptr && special->boolean() && *special->boolean();
+    if (const std::string* text = text_of(&entry)) tokens.push_back({id, *text, is_control});
+  };
+  if (const Json* added = member(tokenizer, "added_tokens"); added && added->array()) {
+    for (const Json& entry : *added->array()) {
+      if (const Json* id = entry.find("id"); id && id->integer()) add(*id->integer(), entry);
+    }
+  }
+  if (const Json* added = member(settings, "added_tokens_decoder"); added && added->object()) {
+    for (const auto& [key, entry] : *added->object()) {
+      int64_t id = -1;
+      const char* end = key.data() + key.size();
+      if (std::from_chars(key.data(), end, id).ptr == end) add(id, entry);
+    }
+  }
+  const Json* vocabulary = member(member(tokenizer, "model"), "vocab");
+  if (vocabulary != nullptr && vocabulary->object()) {
+    for (const auto& [text, id] : *vocabulary->object()) {
+      if (id.integer()) tokens.push_back({*id.integer(), text, false});
+    }
+  } else if (vocabulary != nullptr && vocabulary->array()) {  // Unigram: [text, score] by id
+    int64_t id = 0;
+    for (const Json& pair : *vocabulary->array()) {
+      const bool has_text =
+          pair.array() && !pair.array()->empty() && pair.array()->front().string();
+      if (has_text) tokens.push_back({id, *pair.array()->front().string(), false});
+      ++id;
+    }
+  }
+  return tokens;
+}
 
 // eos_token_id of config.json or generation_config.json: an id or a list of them.
 void add_eos_token_id(const ModelFiles& files, std::string_view name, Ends& ends) {
@@ -188,57 +164,47 @@ std::vector<int32_t> ends_of_folder(const ModelFiles& files) {
   Ends ends(size != nullptr && size->integer() != nullptr ? *size->integer()
                                                           : std::numeric_limits<int32_t>::max());
   const Json* settings = files.json("tokenizer_config.json");
-  const FolderTokens tokens(files.json("tokenizer.json"), settings);
+  const std::vector<Token> tokens = folder_tokens(files.json("tokenizer.json"), settings);
   for (const Json* file : {settings, files.json("special_tokens_map.json")}) {
-    // A special token is written as its text, or as an object that holds it.
-    const std::string* text = text_of(file, "eos_token");
-    if (text == nullptr) text = text_of(member(file, "eos_token"), "content");
+    const std::string* text = text_of(member(file, "eos_token"));
     if (text == nullptr) continue;
-    if (const std::optional<int64_t> id = tokens.find(*text)) ends.add(*id);
+    const auto found = std::ranges::find(tokens, std::string_view(*text), &Token::text);
+    if (found != tokens.end()) ends.add(found->id);
   }
   add_eos_token_id(files, "generation_config.json", ends);
   add_eos_token_id(files, "config.json", ends);
-  tokens.show(ends);
+  for (const Token& token : tokens) ends.see(token.id, token.text, token.is_control);
   return ends.finish();
 }
 
 std::vector<int32_t> ends_of_gguf(const io::GgufFile& file) {
-  const auto array = [&file](std::string_view key) -> const io::GgufValue* {
+  const auto each = [&file](std::string_view key, const auto& fn) {
     const io::GgufValue* value = file.find(key);
-    return value != nullptr && value->type() == io::GgufType::kArray ? value : nullptr;
+    if (value != nullptr && value->type() == io::GgufType::kArray) value->for_each(fn);
   };
-  GgufVocabulary vocabulary{
-      .find_id = [&file](auto key) { return file.find_integer(key); }, .tokens = {}, .types = {}};
-  if (const io::GgufValue* tokens = array("tokenizer.ggml.tokens")) {
-    tokens->for_each([&vocabulary](const io::GgufValue& token) {
-      vocabulary.tokens.push_back(token.string().value_or(""));
-    });
-  }
-  if (const io::GgufValue* types = array("tokenizer.ggml.token_type")) {
-    types->for_each([&vocabulary](const io::GgufValue& type) {
-      vocabulary.types.push_back(type.integer().value_or(0));
-    });
-  }
+  std::vector<int64_t> named, types;
+  for (const char* key : kGgufEndKeys) named.push_back(file.find_integer(key).value_or(-1));
+  std::vector<std::string_view> tokens;
+  each("tokenizer.ggml.tokens",
+       [&](const io::GgufValue& token) { tokens.push_back(token.string().value_or("")); });
+  each("tokenizer.ggml.token_type",
+       [&](const io::GgufValue& type) { types.push_back(type.integer().value_or(0)); });
   const auto embedding = file.tensors().find("token_embd.weight");
-  vocabulary.size = embedding != file.tensors().end()
-                        ? embedding->second.shape.front()
-                        : static_cast<int64_t>(vocabulary.tokens.size());
-  return end_of_text_ids(vocabulary);
+  return end_of_text_ids(named, tokens, types,
+                         embedding != file.tensors().end() ? embedding->second.shape.front()
+                                                           : static_cast<int64_t>(tokens.size()));
 }
 
 }  // namespace
 
-std::vector<int32_t> end_of_text_ids(const GgufVocabulary& vocabulary) {
-  Ends ends(vocabulary.size);
-  for (const char* key : {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id",
-                          "tokenizer.ggml.eom_token_id"}) {
-    if (const std::optional<int64_t> id = vocabulary.find_id(key)) ends.add(*id);
-  }
+std::vector<int32_t> end_of_text_ids(std::span<const int64_t> named,
+                                     std::span<const std::string_view> tokens,
+                                     std::span<const int64_t> types, int64_t vocab_size) {
+  Ends ends(vocab_size);
+  for (const int64_t id : named) ends.add(id);
   constexpr int64_t kControl = 3;
-  const bool typed = vocabulary.types.size() == vocabulary.tokens.size();
-  for (size_t id = 0; id < vocabulary.tokens.size(); ++id) {
-    ends.see(static_cast<int64_t>(id), vocabulary.tokens[id],
-             typed && vocabulary.types[id] == kControl);
+  for (size_t id = 0; id < tokens.size(); ++id) {
+    ends.see(static_cast<int64_t>(id), tokens[id], id < types.size() && types[id] == kControl);
   }
   return ends.finish();
 }
