@@ -93,6 +93,10 @@ void bind_sequence(py::module_& m) {
       .def_property_readonly("finish_reason", &finish_reason)
       .def_property_readonly("matched_stop", &matched_stop)
       .def("cancel", &Sequence::cancel)
+      .def("raise_error",
+           [](const Sequence& s) {
+             if (const auto error = s.error()) std::rethrow_exception(error);
+           })
       .def(
           "read",
           [](const Sequence& s, size_t begin) {

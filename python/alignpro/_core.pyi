@@ -263,10 +263,12 @@ class Sequence_:  # exported as _core.Sequence
     kept_mass: list[float]
     prompt_tokens: list[int]
     finished: bool
-    # "stop" | "length" | "cancelled" | "deadline"; "failed" after an error in a step
+    # "stop" | "length" | "cancelled" | "deadline"; "failed" where raise_error() raises
     finish_reason: str | None
     matched_stop: str | None  # the stop string that ended it
     def cancel(self) -> None: ...
+    def raise_error(self) -> None:
+        """Raises what ended it, if something did."""
     def read(self, begin: int) -> tuple[list[int], list[float]]:
         """Tokens and log-probabilities from index ``begin`` on, as far as written."""
 

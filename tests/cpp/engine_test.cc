@@ -33,6 +33,7 @@ using Handle = std::shared_ptr<Sequence>;
 
 constexpr int32_t kVocab = 97;
 constexpr int32_t kEos = 96;
+constexpr float kUndrawable = 0.125f;  // a temperature at which HashModel draws nothing
 
 model::ModelConfig tiny_config() {
   model::ModelConfig config;
@@ -120,6 +121,10 @@ class HashModel final : public LanguageModel {
     for (size_t i = 0; i < sample_rows.size(); ++i) {
       if (std::isnan(hidden[2 * i])) throw NumericError("KV that was never written, or not ours");
       const ops::SampleRow& row = sample_rows[i];
+      if (row.temperature == kUndrawable) {
+        out[i] = {};
+        continue;
+      }
       auto token = choose(static_cast<uint32_t>(hidden[2 * i]), row.temperature, row.uniform);
       while (std::count(row.banned.begin(), row.banned.end(), token) > 0) {
         token = (token + 1) % kVocab;
@@ -265,7 +270,12 @@ struct Bench {
                 std::shared_ptr<const model::Adapter> adapter = nullptr) {
     return engine->submit(prompt, params, std::move(adapter));
   }
-  void run(const std::vector<Handle>& handles) { engine->run(handles); }
+  void run(const std::vector<Handle>& handles) {
+    engine->run(handles);
+    for (const Handle& handle : handles) {
+      if (handle->error()) std::rethrow_exception(handle->error());
+    }
+  }
 };
 
 SamplingParams params_of(int64_t max_new, uint64_t seed = 0) {
@@ -769,6 +779,26 @@ TEST_CASE("an error finishes what is in the engine and no more") {
   bench.submit(prompt_of(5, 1), params_of(10));
   bench.model->fail_next = true;
   CHECK_THROWS_WITH_AS((void)(bench.engine->step()), doctest::Contains("NaN"), NumericError);
+}
+
+TEST_CASE("a request that cannot be drawn fails alone") {
+  Bench bench;
+  std::vector<Handle> good;
+  for (int i = 0; i < 6; ++i) good.push_back(bench.submit(prompt_of(5, i % 2), params_of(10)));
+  SamplingParams undrawable = params_of(10);
+  undrawable.temperature = kUndrawable;
+  const Handle bad = bench.submit(prompt_of(5, 1), undrawable);
+  bench.run(good);
+  CHECK_EQ(bad->finish_reason(), FinishReason::kFailed);
+  CHECK(bad->read(0).tokens.empty());
+  CHECK_THROWS_WITH_AS(std::rethrow_exception(bad->error()),
+                       doctest::Contains("token 0 of the completion has no finite softmax"),
+                       NumericError);
+  for (const Handle& handle : good) {
+    CHECK_EQ(handle->read(0).tokens, expected_tokens(handle->request().prompt, params_of(10)));
+  }
+  CHECK(bench.engine->idle());
+  CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);
 }
 
 TEST_CASE("poll interrupts run and cancels its sequences") {

@@ -321,6 +321,13 @@ ALIGNPRO_BODY void draw_by_tiles(Block& block, int64_t row, int64_t vocab, const
   if (!greedy) {  // every thread walks the same masses to the same tile
     tile = ops::invert(tiles, target, [&](int64_t t) { return masses[t]; }, &below);
   }
+  if (tile < 0 || tile >= tiles) {  // a defect: a valid row has a largest tile, with mass
+    if (block.thread() == 0) {
+      tokens[row] = -1;
+      logprobs[row] = NAN;
+    }
+    return;
+  }
   const float* logits = logits_of(tile);
   if (block.thread() != 0) return;
   int64_t column = 0;
@@ -331,6 +338,7 @@ ALIGNPRO_BODY void draw_by_tiles(Block& block, int64_t row, int64_t vocab, const
     const double scale = std::exp(tile_max - s.max);
     column = ops::invert(kTile, target - below,
                          [&](int64_t c) { return std::exp(logits[c] - tile_max) * scale; });
+    if (column < 0) column = 0;  // a defect: the tile was found by its mass
   }
   tokens[row] = static_cast<int32_t>(tile * kTile + column);
   logprobs[row] = static_cast<float>(logits[column] - s.lse);

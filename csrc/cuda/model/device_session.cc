@@ -365,11 +365,6 @@ void DeviceSession::collect(std::span<ops::SampledToken> out) {
           " rows, those of the last draw, got ", out.size());
   const auto* logprobs = reinterpret_cast<const float*>(tokens + count);
   for (int64_t i = 0; i < count; ++i) {
-    if (tokens[i] < 0) {
-      throw NumericError(cat("sampling: row ", i,
-                             " has no finite softmax (NaN or infinite logits); check the weights "
-                             "and the adapter"));
-    }
     out[static_cast<size_t>(i)] = {tokens[i], logprobs[i], truncated ? logprobs[count + i] : 1.0f};
   }
 }

@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 class NativeHandle:
     """One sequence in the engine. Any thread may read and cancel it."""
 
-    def __init__(self, sequence: core.Sequence_, tokenizer: Tokenizer, engine: core.Engine) -> None:
+    def __init__(self, sequence: core.Sequence_, tokenizer: Tokenizer) -> None:
         self.sequence = sequence
         self._tokenizer = tokenizer
-        self._engine = engine
 
     @property
     def finished(self) -> bool:
@@ -31,14 +30,15 @@ class NativeHandle:
         """What was written.
 
         Raises:
-            RuntimeError: it is not finished. Whatever the step raised that ended it (NumericError).
+            RuntimeError: it is not finished. Whatever ended it: NumericError where
+                no token could be drawn.
         """
         sequence = self.sequence
         reason = sequence.finish_reason
         if reason is None:
             raise RuntimeError("the sequence is not finished; step() the model until it is")
         if reason == "failed":
-            self._engine.run([sequence])  # finished: raises what ended it
+            sequence.raise_error()
         tokens = sequence.tokens
         return Completion(
             tokens=tokens,

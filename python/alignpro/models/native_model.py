@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from alignpro.models.arguments import (
     core_params,
     is_int,
     params_for,
+    samples_of,
     token_list,
     with_seed,
 )
@@ -226,6 +227,7 @@ class NativeModel:
 
     # --- whole completions ---
 
+    @overload
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -233,7 +235,29 @@ class NativeModel:
         *,
         adapter: AdapterLike = None,
         on_token: Callable[[int, int, float], None] | None = None,
-    ) -> list[Completion]:
+        errors: Literal["raise"] = "raise",
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: AdapterLike = None,
+        on_token: Callable[[int, int, float], None] | None = None,
+        errors: Literal["return"],
+    ) -> list[Completion | Exception]: ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: AdapterLike = None,
+        on_token: Callable[[int, int, float], None] | None = None,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> list[Completion] | list[Completion | Exception]:
         """Complete every prompt, all of them in one batch; Ctrl-C cancels what is under way.
 
         Draws are keyed by (seed, sample, position): the same request gives the same tokens whatever
@@ -245,18 +269,24 @@ class NativeModel:
             adapter: LoRA to generate with: `LoraWeights`, a PEFT folder, or from `make_adapter`.
             on_token: called with (index of the completion, token, log-probability) as they come; an
                 exception in it cancels everything and is raised.
+            errors: "raise" the first of them, or "return" each in the place of the completions
+                that it cost, beside those of the requests that went well.
 
         Returns:
             Completions prompt by prompt, ``params.n`` for each.
 
         Raises:
-            ValueError: an empty prompt, one over the context, or parameters out of range; the
-                message names the prompt's index. NumericError: NaN in the logits.
+            ValueError: an empty prompt, one over the context, or parameters out of range.
+            NumericError: no token can be drawn, for NaN or infinite logits. Both name the index
+                of the prompt.
         """
+        if errors not in ("raise", "return"):
+            raise ValueError(f'errors: expected "raise" or "return", got {errors!r}')
         prompts = check_prompts(prompts)
         each = params_for(params, len(prompts))
         prepared = self.make_adapter(adapter)
         handles: list[NativeHandle] = []
+        places: list[tuple[int, NativeHandle | Exception]] = []  # prompt, and what came of it
         with _cancelling(handles):
             for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
                 try:
@@ -264,13 +294,21 @@ class NativeModel:
                     keyed = with_seed(one)
                     for sample in range(one.n):
                         handles.append(self._start(tokens, keyed, prepared, sample))
+                        places.append((index, handles[-1]))
                 except ValueError as error:
-                    raise ValueError(f"prompt {index}: {error}") from None
+                    if errors == "raise":
+                        raise _of_prompt(index, error) from None
+                    places += [(index, error)] * samples_of(one)
             if on_token is None:
                 self._engine.run([handle.sequence for handle in handles])
             else:
                 self._report(handles, on_token)
-            return [handle.completion() for handle in handles]
+        outcomes = [_outcome(index, place) for index, place in places]
+        if errors == "raise":
+            for outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    raise outcome
+        return outcomes
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: AdapterLike = None
@@ -421,7 +459,7 @@ class NativeModel:
         if params.stop:
             self._send_token_bytes()
         sequence = self._engine.submit(tokens, compiled, adapter)
-        return NativeHandle(sequence, self.tokenizer, self._engine)
+        return NativeHandle(sequence, self.tokenizer)
 
     def _send_token_bytes(self) -> None:
         with self._lock:
@@ -477,6 +515,20 @@ class NativeModel:
                         waiting = []
             if waiting:
                 yield from _spread(waiting, handle.completion().text[len(text.sent) :])
+
+
+def _of_prompt(index: int, error: Exception) -> Exception:
+    """The same error, which names the prompt."""
+    return type(error)(f"prompt {index}: {error}")
+
+
+def _outcome(index: int, place: NativeHandle | Exception) -> Completion | Exception:
+    if isinstance(place, Exception):
+        return _of_prompt(index, place)
+    try:
+        return place.completion()
+    except native.NumericError as error:
+        return _of_prompt(index, error)
 
 
 def _spread(waiting: list[tuple[int, float]], text: str) -> Iterator[tuple[int, str, float]]:

@@ -125,6 +125,16 @@ model::Batch make_batch(std::span<const Chunk> chunks) {
   return batch;
 }
 
+NumericError no_token(const Task& task) {
+  const Request& request = task.sequence->request();
+  return NumericError(
+      cat("sampling: token ", task.tokens.size() - request.prompt.size(),
+          " of the completion has no finite softmax (NaN or infinite logits) at temperature ",
+          request.params.temperature,
+          request.params.min_new_tokens == 0 ? "" : ", or min_new_tokens leaves none to draw",
+          "; check the weights, the adapter and the temperature"));
+}
+
 // What a step consists of, for whoever records it: a request's rows bear its seed, which is its key
 // (contract 3).
 void mark_rows(std::span<const Chunk> chunks) {
@@ -256,7 +266,7 @@ void Engine::run(std::span<const std::shared_ptr<Sequence>> sequences,
     } else {
       try {
         in_turn(lock, [this](Sequences& finished) { step_once(finished); });
-      } catch (...) {  // each sequence that it ended carries it; rethrown below if one is ours
+      } catch (...) {  // each sequence that it ended carries it
       }
     }
     if (!poll) continue;
@@ -274,10 +284,6 @@ void Engine::run(std::span<const std::shared_ptr<Sequence>> sequences,
       }
       throw;
     }
-  }
-  lock.unlock();
-  for (const auto& sequence : sequences) {
-    if (const std::exception_ptr error = sequence->error()) std::rethrow_exception(error);
   }
 }
 
@@ -344,10 +350,15 @@ void Engine::end_step(Sequences& finished) {
   counts_.decode_tokens += static_cast<int64_t>(drawn.size());
   for (size_t i = 0; i < drawing.size(); ++i) {
     Task* task = drawing[i];
-    task->tokens.push_back(drawn[i].token);
-    const FinishReason reason = task->sequence->append(drawn[i]);
-    if (reason == FinishReason::kNone) continue;
-    task->sequence->finish(reason);
+    Sequence& sequence = *task->sequence;
+    if (drawn[i].token < 0) {
+      sequence.finish(FinishReason::kFailed, std::make_exception_ptr(no_token(*task)));
+    } else {
+      task->tokens.push_back(drawn[i].token);
+      const FinishReason reason = sequence.append(drawn[i]);
+      if (reason == FinishReason::kNone) continue;
+      sequence.finish(reason);
+    }
     finished.push_back(scheduler_.retire(task));
   }
 }

@@ -68,7 +68,7 @@ class Engine {
   bool ready() const;  // step() would not wait for the model
 
   // Returns when all of these are finished, driving steps or waiting for a thread that does.
-  // Rethrows the error of the first that failed. `poll` is called between steps, at least every
+  // One that failed carries its error. `poll` is called between steps, at least every
   // 50 ms; when it throws, these sequences are cancelled and its exception goes to the caller.
   void run(std::span<const std::shared_ptr<Sequence>> sequences,
            const std::function<void()>& poll = {});
