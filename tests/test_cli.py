@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -254,6 +255,68 @@ def test_debugging_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("ALIGNPRO_DEBUG", "1")
     result = CliRunner().invoke(app, ["train", "missing.yaml"])
     assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_a_defect_in_a_run_goes_to_its_error_log(small_yaml, tmp_path, monkeypatch):
+    def broken(self):
+        return {}["a defect"]
+
+    monkeypatch.setattr(Trainer, "_rollout", broken)
+    folder = tmp_path / "run"
+    line = run("train", small_yaml, f"run_dir={folder}", code=1).stderr
+    assert line == f"alignpro: KeyError: 'a defect'; traceback: {folder / 'error.log'}\n"
+    log = (folder / "error.log").read_text()
+    assert "Traceback" in log and "in broken" in log
+
+
+def test_a_reward_that_fails_in_a_run_keeps_its_traceback(small_yaml, tmp_path, monkeypatch):
+    (tmp_path / "fails.py").write_text("def f(responses):\n    return [1 / 0 for _ in responses]\n")
+    monkeypatch.chdir(tmp_path)
+    line = refused("train", small_yaml, "run_dir=run", "reward=fails:f")
+    assert "raised ZeroDivisionError at row 0" in line and "traceback: run/error.log" in line
+    assert "fails.py" in (tmp_path / "run" / "error.log").read_text()
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("foreign"), ZeroDivisionError()])
+def test_a_defect_outside_of_a_run_keeps_its_traceback(error, small_yaml, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("alignpro.train.run.load_prompts", broken)
+    result = CliRunner().invoke(app, ["train", str(small_yaml), f"run_dir={tmp_path / 'run'}"])
+    assert result.exception is error and result.exit_code == 1
+
+
+@pytest.mark.parametrize("signature", ["later", "nothing", "both", "positional", "thing", "absent"])
+def test_a_wrong_reward_is_one_line(signature, small_yaml, tmp_path, monkeypatch):
+    (tmp_path / "wrong_signatures.py").write_text(
+        "async def later(completions, **kw):\n    return []\ndef nothing(prompts):\n    return []\n"
+        "def both(responses, completions):\n    return []\n"
+        "def positional(prompts, responses, /):\n    return []\nthing = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    refused("train", small_yaml, "run_dir=run", f"reward=wrong_signatures:{signature}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_that_stages_write_may_be_overwritten(quick, tiny, tmp_path):
+    """And a model's folder may not, nor may a run with a file of somebody's."""
+    source, _ = quick
+    folder = tmp_path / "run"
+    shutil.copytree(source, folder)
+    train = ["train", folder / "config.json", f"run_dir={folder}", "steps=1", "--overwrite"]
+    (folder / "notes.md").write_text("mine")
+    assert "notes.md is not a run's" in refused(*train)
+    assert (folder / "report.json").is_file()
+    (folder / "notes.md").unlink()
+    shutil.copy(folder / "config.json", tmp_path / "config.json")
+    train[1] = tmp_path / "config.json"
+    run(*train)
+    assert not (folder / "report.json").exists() and (folder / "adapter").is_dir()
+    before = sorted(p.name for p in tiny.iterdir())
+    for command in (["train", tmp_path / "config.json"], ["sft", f"model={tiny}"]):
+        assert "not one of alignpro's" in refused(*command, f"run_dir={tiny}", "--overwrite")
+    assert sorted(p.name for p in tiny.iterdir()) == before
 
 
 def test_the_base_install_generates_and_informs(tiny):

@@ -117,7 +117,7 @@ def __getattr__(name: str) -> Any:
         from importlib import metadata
 
         value: Any = metadata.version("alignpro")
-    elif name == "ops":  # a room by its own name; it imports torch
+    elif name == "ops":  # a package by its own name; it imports torch
         value = importlib.import_module("alignpro.ops")
     elif name in _HOMES:
         value = getattr(importlib.import_module(f"alignpro.{_HOMES[name]}"), name)

@@ -334,10 +334,10 @@ def test_auto_learns_the_split_and_then_chooses(tmp_path):
         return [(row["num_rewrites"], row["num_responses"]) for row in log(trainer)]
 
     # The target adds nothing: one response says it all, but for the steps that look again.
-    quiet = run("quiet", letter_reward)
-    assert quiet[:LEARNING_STEPS] == [(8, 2)] * LEARNING_STEPS
-    assert quiet[RELEARN_EVERY] == (8, 2)
-    rest = [c for i, c in enumerate(quiet) if i >= LEARNING_STEPS and i != RELEARN_EVERY]
+    settled = run("settled", letter_reward)
+    assert settled[:LEARNING_STEPS] == [(8, 2)] * LEARNING_STEPS
+    assert settled[RELEARN_EVERY] == (8, 2)
+    rest = [c for i, c in enumerate(settled) if i >= LEARNING_STEPS and i != RELEARN_EVERY]
     assert rest == [(16, 1)] * len(rest)
 
     def of_the_response(prompts, rewrites, responses):
@@ -433,3 +433,20 @@ def test_a_row_of_the_log(tmp_path):
     with (trainer.run_dir / "metrics.jsonl").open() as file:
         seconds = json.loads(file.readline())["seconds"]
     assert set(seconds) == {"generate", "reward", "gradient", "optimizer", "step"}
+
+
+@pytest.mark.parametrize("spoiled", ["policy", "critic"])
+def test_policy_and_critic_step_together_or_not_at_all(tmp_path, spoiled):
+    one = {"algorithm": "ppo", "ppo": PpoConfig(epochs=1, minibatches=1, value_head=True)}
+    trainer = a_run(tmp_path, steps=3, **one)
+    learner = trainer.learner
+    head = learner.critic.head
+    parameters = [*trainer.policy.parameters(), *head.parameters()]
+    mine = trainer.policy.lora_b[0] if spoiled == "policy" else head.out.weight
+    before = [p.detach().clone() for p in parameters]
+    mine.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RuntimeError, match="non-finite"):
+        trainer.train()
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    assert not learner.optimizer.state and not learner.critic.optimizer.state
+    assert trainer.step == 0

@@ -35,8 +35,8 @@ from alignpro.theory.optimum import (
     Floats,
     effective_samples,
     optimum_weights,
+    shrunk_rewards,
     weights_kl,
-    without_noise,
 )
 from alignpro.types import Response, Reward, Rollout
 
@@ -214,7 +214,7 @@ def bound_report(result: Bound) -> dict[str, Any]:
 def _optimum(rewards: Floats, kl_coef: float) -> tuple[Floats, Floats]:
     """(reward, KL to rho_sft) of rho*, each [P], from ``rewards`` [P, N, M] of rho_sft."""
     if rewards.shape[2] >= 2:
-        kl = weights_kl(optimum_weights(without_noise(rewards), kl_coef))
+        kl = weights_kl(optimum_weights(shrunk_rewards(rewards), kl_coef))
         return crossfit(rewards, kl_coef)[0], kl
     means = rewards.mean(axis=2)
     weights = optimum_weights(means, kl_coef)

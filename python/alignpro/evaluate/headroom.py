@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from alignpro.config import HeadroomConfig, to_mapping
 from alignpro.data.load import load_prompts, stack_columns
 from alignpro.evaluate.adapters import check_adapter, load_adapter
 from alignpro.evaluate.progress import OnProgress, watch
+from alignpro.files import write_file
 from alignpro.models.native_model import load_configured
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
@@ -93,9 +93,7 @@ def write_samples(path: Path, config: HeadroomConfig, rollout: Rollout) -> None:
                     "rewards": [response.reward for response in rewrite.responses],
                 }
             )
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_samples(path: Path, config: HeadroomConfig) -> Floats:

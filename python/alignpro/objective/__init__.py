@@ -14,11 +14,15 @@ from alignpro.objective.advantage import (
 from alignpro.objective.critic import gae, value_loss
 from alignpro.objective.kl import future_kl, k1, k3, split_sequences, sum_per_sequence
 from alignpro.objective.leash import steer_kl_coef
-from alignpro.objective.loss import LossResult, PolicyBatch, merge_metrics, policy_loss
+from alignpro.objective.loss import LossResult, PolicyBatch, policy_loss
+from alignpro.objective.metrics import OF_EVERY_PASS, Metric, Metrics, merge_metrics
 from alignpro.objective.nested import allocate, allocations
 
 __all__ = [
+    "OF_EVERY_PASS",
     "LossResult",
+    "Metric",
+    "Metrics",
     "MovingBaseline",
     "PolicyBatch",
     "allocate",

@@ -21,7 +21,7 @@ from alignpro.report.words import (
 )
 
 # Nats. The prompter then favours its average token exp(0.5) = 1.6 times as much as the reference
-# does: far from the distribution that the leash is to keep.
+# does: far from the distribution that the KL penalty is to keep.
 KL_PER_TOKEN = 0.5
 # Share of the length. Judges and reward models pay for length alone; a quarter is past chance in
 # a mean over some dozens of prompts.

@@ -12,7 +12,8 @@ from alignpro.models.adapter import LoraWeights, load_peft, save_peft
 from alignpro.models.native_model import NativeModel, load_configured, load_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
-from alignpro.train.checkpoint import as_config, check_run_dir, prepare_run_dir, write_config
+from alignpro.run_directory import check_run_dir, open_run_dir
+from alignpro.train.checkpoint import as_config, write_config
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy, Reference
@@ -40,14 +41,17 @@ def run_sft(
         mode=config.prompter_mode,
     )
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
-    rows = fit(policy, pairs, config, on_step)
-    run_dir = prepare_run_dir(config.run_dir, overwrite=overwrite)
-    write_config(run_dir, as_config(config))
-    log = MetricsLog(run_dir / "metrics.jsonl")
-    for row in rows:
-        log.append(row)
-    weights = policy.weights()
-    save_peft(run_dir / "adapter", weights)
+    rows = fit(policy, pairs, config)
+    with open_run_dir(config.run_dir, overwrite=overwrite) as directory:
+        run_dir = directory.path
+        write_config(run_dir, as_config(config))
+        log = MetricsLog(run_dir / "metrics.jsonl")
+        for row in rows:
+            log.append(row)
+            if on_step is not None:
+                on_step(row)
+        weights = policy.weights()
+        save_peft(run_dir / "adapter", weights)
     return weights
 
 
