@@ -9,6 +9,7 @@
 #include <variant>
 #include <vector>
 
+#include "alignpro/engine/client.h"
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/model.h"
@@ -19,6 +20,7 @@ namespace py = pybind11;
 using alignpro::bindings::GilRelease;
 
 using alignpro::cuda::DeviceModel;
+using alignpro::engine::Client;
 using alignpro::engine::Engine;
 using alignpro::engine::EngineOptions;
 using alignpro::engine::EngineStats;
@@ -30,6 +32,8 @@ using alignpro::model::Adapter;
 using alignpro::model::Model;
 
 namespace {
+
+using NoGil = py::call_guard<GilRelease>;
 
 bool on_main_thread() {
   const py::module_ threading = py::module_::import("threading");
@@ -106,12 +110,34 @@ void bind_sequence(py::module_& m) {
           py::arg("begin"));
 }
 
+void bind_client(py::module_& m) {
+  py::class_<Client, std::shared_ptr<Client>>(m, "Client")
+      .def(py::init<std::shared_ptr<Engine>>(), py::arg("engine").none(false))
+      .def(
+          "submit",
+          [](Client& client, std::vector<int32_t> tokens, const SamplingParams& params,
+             std::shared_ptr<Adapter> adapter) {
+            return client.submit(std::move(tokens), params, std::move(adapter));
+          },
+          py::arg("tokens"), py::arg("params"), py::arg("adapter") = py::none())
+      .def("step", &Client::step, NoGil())
+      .def("launch", &Client::launch, NoGil())
+      .def("run",
+           [](Client& client) {
+             const std::function<void()> poll =
+                 on_main_thread() ? check_signals : std::function<void()>();
+             const GilRelease no_gil;
+             client.run(poll);
+           })
+      .def("cancel", &Client::cancel, NoGil())
+      .def("idle", &Client::idle);
+}
+
 }  // namespace
 
 void bind_engine(py::module_& m) {
   bind_sampling_params(m);
   bind_sequence(m);
-  using NoGil = py::call_guard<GilRelease>;
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](const std::variant<std::shared_ptr<Model>, std::shared_ptr<DeviceModel>>& of,
                        int64_t kv_cache_bytes, int64_t max_batch_rows, bool prefix_cache) {
@@ -127,24 +153,8 @@ void bind_engine(py::module_& m) {
            py::arg("max_batch_rows") = 256, py::arg("prefix_cache") = true)
       .def("set_token_bytes", &Engine::set_token_bytes, py::arg("pieces"), NoGil())
       .def(
-          "submit",
-          [](Engine& engine, std::vector<int32_t> tokens, const SamplingParams& params,
-             std::shared_ptr<Adapter> adapter) {
-            return engine.submit(std::move(tokens), params, std::move(adapter));
-          },
-          py::arg("tokens"), py::arg("params"), py::arg("adapter") = py::none())
-      .def("step", &Engine::step, NoGil())
-      .def("launch", &Engine::launch, NoGil())
+          "step", [](Engine& engine) { engine.step(); }, NoGil())
       .def("ready", &Engine::ready, NoGil())
-      .def(
-          "run",
-          [](Engine& engine, const std::vector<std::shared_ptr<Sequence>>& sequences) {
-            const std::function<void()> poll =
-                on_main_thread() ? check_signals : std::function<void()>();
-            const GilRelease no_gil;
-            engine.run(sequences, poll);
-          },
-          py::arg("sequences"))
       .def("idle", &Engine::idle, NoGil())
       .def("stats", [](const Engine& engine) {
         const EngineStats stats = engine.stats();
@@ -158,4 +168,5 @@ void bind_engine(py::module_& m) {
         out["kv_blocks_capacity"] = stats.kv_blocks_capacity;
         return out;
       });
+  bind_client(m);
 }

@@ -31,10 +31,6 @@ struct Vocabulary {
   const int32_t* tokens;  // [rows]; null: none
 };
 
-ALIGNPRO_HOST_DEVICE inline float inverse_temperature(const SampleRow& row) {
-  return row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
-}
-
 struct ShareStats {
   float max[kTile][4], ref_max[kTile][4];
   ops::TileStats stats[kTile][4];

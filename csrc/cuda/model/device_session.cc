@@ -314,10 +314,9 @@ void DeviceSession::draw(std::span<const ops::SampleRow> rows) {
   bool truncated = false;  // without, no logits are kept
   for (const ops::SampleRow& row : rows) {
     const auto bans = static_cast<int32_t>(row.banned.size());
-    requests.push_back({row.uniform, row.temperature, row.top_k, row.top_p, row.min_p,
-                        static_cast<int32_t>(banned.size()), bans});
+    requests.push_back({row, row.uniform, static_cast<int32_t>(banned.size()), bans});
     banned.insert(banned.end(), row.banned.begin(), row.banned.end());
-    truncated |= ops::truncates(row.temperature, row.top_k, row.top_p, row.min_p, bans);
+    truncated |= ops::truncates(row, bans);
   }
   struct Pieces {
     SampleRow* requests;

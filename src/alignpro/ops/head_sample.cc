@@ -6,7 +6,6 @@
 #include <numeric>
 #include <vector>
 
-#include "alignpro/ops/shared/sampling.h"
 #include "alignpro/ops/vocabulary.h"
 
 namespace alignpro::ops {
@@ -16,12 +15,7 @@ namespace {
 constexpr int64_t kTruncatedRows = 16;
 
 bool is_truncated(const SampleRow& row) {
-  return truncates(row.temperature, row.top_k, row.top_p, row.min_p,
-                   static_cast<int64_t>(row.banned.size()));
-}
-
-float inverse_temperature(const SampleRow& row) {
-  return row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
+  return truncates(row, static_cast<int64_t>(row.banned.size()));
 }
 
 constexpr SampledToken kNoToken{-1, NAN, NAN};
@@ -154,10 +148,7 @@ SampledToken draw_truncated(const SampleRow& row, const RowStats& stats, int64_t
 SampleRow as_drawn(const SampleRow& row) {
   SampleRow drawn = row;
   if (row.temperature == 0.0f && !row.banned.empty()) {
-    drawn.temperature = 1.0f;
-    drawn.top_k = 1;
-    drawn.top_p = 1.0f;
-    drawn.min_p = 0.0f;
+    static_cast<DrawOptions&>(drawn) = {.temperature = 1.0f, .top_k = 1};
   }
   return drawn;
 }

@@ -5,17 +5,13 @@
 
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/packed_matrix.h"
+#include "alignpro/ops/shared/sampling.h"
 
 namespace alignpro::ops {
 
 // How one token is drawn.
-struct SampleRow {
-  float temperature = 1.0f;  // 0: the most likely token, lowest id on a tie; its log-probability is
-                             // reported at temperature 1
-  int32_t top_k = 0;         // 0: off
-  float top_p = 1.0f;        // 1: off
-  float min_p = 0.0f;        // 0: off
-  double uniform = 0.0;      // the draw, in [0, 1)
+struct SampleRow : DrawOptions {
+  double uniform = 0.0;             // the draw, in [0, 1)
   std::span<const int32_t> banned;  // tokens that may not be drawn (EOS before min_new_tokens);
                                     // ascending
 };
