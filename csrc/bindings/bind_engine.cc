@@ -9,6 +9,7 @@
 #include <variant>
 #include <vector>
 
+#include "alignpro/core/fork.h"
 #include "alignpro/engine/client.h"
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
@@ -17,6 +18,7 @@
 #include "gil.h"
 
 namespace py = pybind11;
+using alignpro::require_not_forked_in_call;
 using alignpro::bindings::GilRelease;
 
 using alignpro::cuda::DeviceModel;
@@ -26,6 +28,7 @@ using alignpro::engine::EngineOptions;
 using alignpro::engine::EngineStats;
 using alignpro::engine::FinishReason;
 using alignpro::engine::LanguageModel;
+using alignpro::engine::Output;
 using alignpro::engine::SamplingParams;
 using alignpro::engine::Sequence;
 using alignpro::model::Adapter;
@@ -50,6 +53,12 @@ void check_signals() {
 py::object finish_reason(const Sequence& sequence) {
   if (!sequence.finished()) return py::none();
   return py::str(std::string(alignpro::engine::finish_reason_name(sequence.finish_reason())));
+}
+
+// The lock of a sequence is one that a fork may leave held.
+Output read(const Sequence& sequence, size_t begin) {
+  require_not_forked_in_call();
+  return sequence.read(begin);
 }
 
 py::object matched_stop(const Sequence& sequence) {
@@ -89,9 +98,9 @@ void bind_sampling_params(py::module_& m) {
 
 void bind_sequence(py::module_& m) {
   py::class_<Sequence, std::shared_ptr<Sequence>>(m, "Sequence")
-      .def_property_readonly("tokens", [](const Sequence& s) { return s.read(0).tokens; })
-      .def_property_readonly("logprobs", [](const Sequence& s) { return s.read(0).logprobs; })
-      .def_property_readonly("kept_mass", [](const Sequence& s) { return s.read(0).kept_mass; })
+      .def_property_readonly("tokens", [](const Sequence& s) { return read(s, 0).tokens; })
+      .def_property_readonly("logprobs", [](const Sequence& s) { return read(s, 0).logprobs; })
+      .def_property_readonly("kept_mass", [](const Sequence& s) { return read(s, 0).kept_mass; })
       .def_property_readonly("prompt_tokens", [](const Sequence& s) { return s.request().prompt; })
       .def_property_readonly("finished", &Sequence::finished)
       .def_property_readonly("finish_reason", &finish_reason)
@@ -104,7 +113,7 @@ void bind_sequence(py::module_& m) {
       .def(
           "read",
           [](const Sequence& s, size_t begin) {
-            auto output = s.read(begin);
+            auto output = read(s, begin);
             return std::pair(std::move(output.tokens), std::move(output.logprobs));
           },
           py::arg("begin"));
@@ -117,6 +126,7 @@ void bind_client(py::module_& m) {
           "submit",
           [](Client& client, std::vector<int32_t> tokens, const SamplingParams& params,
              std::shared_ptr<Adapter> adapter) {
+            require_not_forked_in_call();
             return client.submit(std::move(tokens), params, std::move(adapter));
           },
           py::arg("tokens"), py::arg("params"), py::arg("adapter") = py::none())
@@ -157,6 +167,7 @@ void bind_engine(py::module_& m) {
       .def("ready", &Engine::ready, NoGil())
       .def("idle", &Engine::idle, NoGil())
       .def("stats", [](const Engine& engine) {
+        require_not_forked_in_call();
         const EngineStats stats = engine.stats();
         py::dict out;
         out["prefill_tokens"] = stats.prefill_tokens;

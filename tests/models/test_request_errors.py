@@ -14,7 +14,7 @@ from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.native import NumericError
 from alignpro.types import Completion, SamplingParams
-from native_runs import SHORT, assert_settles, lora
+from native_runs import SHORT, assert_settles, drain, lora
 
 
 def broken_lora(model: NativeModel, value: float) -> LoraWeights:
@@ -30,13 +30,13 @@ def test_an_adapter_without_numbers_fails_its_own_requests(tiny: NativeModel, va
     prompts = [[5 + i, 6, 7] for i in range(6)]
     params = [replace(SHORT, seed=i, top_k=5 if i % 2 else 0) for i in range(6)]
     want = tiny.generate(prompts, params)
+    client = tiny.client()
     bad = [
-        tiny.submit([5, 6, 7 + i], replace(SHORT, top_k=3 * i), adapter=broken_lora(tiny, value))
+        client.submit([5, 6, 7 + i], replace(SHORT, top_k=3 * i), adapter=broken_lora(tiny, value))
         for i in range(2)
     ]
     assert tiny.generate(prompts, params) == want
-    while not tiny.idle():
-        tiny.step()
+    assert set(drain(client)) == set(bad)
     for handle in bad:
         with pytest.raises(NumericError, match="token 0 of the completion has no finite softmax"):
             handle.completion()
@@ -62,7 +62,7 @@ def test_errors_by_request(tiny: NativeModel) -> None:
     assert {type(error) for error in got} == {Completion, ValueError}
     with pytest.raises(ValueError, match="prompt 1: "):
         tiny.generate(prompts, params)
-    with pytest.raises(ValueError, match='errors: expected "raise" or "return", got .ignore.'):
+    with pytest.raises(ValueError, match="errors: expected"):
         tiny.generate(prompts, params, errors="ignore")  # type: ignore[call-overload]
     assert_settles(tiny)
 

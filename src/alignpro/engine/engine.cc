@@ -7,6 +7,7 @@
 
 #include "alignpro/core/cgroup.h"
 #include "alignpro/core/error.h"
+#include "alignpro/core/fork.h"
 #include "alignpro/core/trace.h"
 #include "alignpro/engine/client.h"
 #include "alignpro/model/adapter.h"
@@ -160,6 +161,7 @@ Engine::Engine(std::shared_ptr<const LanguageModel> model, EngineOptions options
 }
 
 Engine::~Engine() {
+  if (forked_in_call()) return;  // its locks may be held by threads that are not there
   for (const auto& sequence : incoming_) sequence->finish(FinishReason::kCancelled);
   for (const auto& sequence : scheduler_.clear()) sequence->finish(FinishReason::kCancelled);
 }
