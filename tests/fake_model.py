@@ -33,7 +33,7 @@ class FakeTokenizer:
         return [0, *self.encode(message["content"]), 1]
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeHandle:
     model: FakeModel
     prompt_tokens: list[int]
@@ -49,6 +49,9 @@ class FakeHandle:
 
     def completion(self) -> Completion:
         assert self.finished
+        self.model.completions += 1
+        if self.number in self.model.fails:
+            raise self.model.fails[self.number]
         tokens = [*self.model.tokenizer.encode(self.text), EOS][: self.params.max_new_tokens]
         ended = tokens[-1] == EOS
         return Completion(
@@ -60,11 +63,8 @@ class FakeHandle:
             prompt_tokens=self.prompt_tokens,
         )
 
-    def cancel(self) -> None:
-        self.cancelled = True
 
-
-@dataclass
+@dataclass(eq=False)
 class FakeModel:
     name: str = "fake"
     context_length: int = 4096
@@ -76,7 +76,16 @@ class FakeModel:
     asked: int = 0
     launched: bool = False
     fail_at_step: int | None = None
+    fails: dict[int, Exception] = field(default_factory=dict)  # by number of the submission
+    completions: int = 0  # asked for
     failure: BaseException = field(default_factory=lambda: RuntimeError("broken"))
+
+    def client(self) -> FakeModel:
+        return self  # which has one caller here
+
+    def cancel(self) -> None:
+        for handle in self.under_way():
+            handle.cancelled = True
 
     def submit(
         self, tokens: list[int], params: SamplingParams, *, adapter: Any = None, sample: int = 0

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from alignpro.models.adapter import LoraWeights
+from alignpro.models.native_client import NativeClient
 from alignpro.models.native_model import NativeModel
 from alignpro.types import SamplingParams
 
@@ -32,10 +33,10 @@ def lora(model: NativeModel, seed: int = 0, modules: int | None = None) -> LoraW
     )
 
 
-def drain(model: NativeModel) -> list[Any]:
+def drain(client: NativeClient) -> list[Any]:
     done: list[Any] = []
-    while not model.idle():
-        done += model.step()
+    while not client.idle():
+        done += client.step()
     return done
 
 

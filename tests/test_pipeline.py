@@ -264,7 +264,7 @@ def test_a_failing_reward_is_an_error_never_a_zero():
 def test_a_model_that_loses_a_request_does_not_hang_the_loop():
     model = FakeModel("lossy")
     model.step = lambda: model.handles.clear() or []
-    with pytest.raises(RuntimeError, match="neither finished nor under way in lossy"):
+    with pytest.raises(RuntimeError, match="neither finished nor in flight in lossy"):
         make(model).rewrite(PROMPTS, seed=0)
 
 

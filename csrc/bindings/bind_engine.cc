@@ -9,6 +9,8 @@
 #include <variant>
 #include <vector>
 
+#include "alignpro/core/fork.h"
+#include "alignpro/engine/client.h"
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/model.h"
@@ -16,20 +18,25 @@
 #include "gil.h"
 
 namespace py = pybind11;
+using alignpro::require_not_forked_in_call;
 using alignpro::bindings::GilRelease;
 
 using alignpro::cuda::DeviceModel;
+using alignpro::engine::Client;
 using alignpro::engine::Engine;
 using alignpro::engine::EngineOptions;
 using alignpro::engine::EngineStats;
 using alignpro::engine::FinishReason;
 using alignpro::engine::LanguageModel;
+using alignpro::engine::Output;
 using alignpro::engine::SamplingParams;
 using alignpro::engine::Sequence;
 using alignpro::model::Adapter;
 using alignpro::model::Model;
 
 namespace {
+
+using NoGil = py::call_guard<GilRelease>;
 
 bool on_main_thread() {
   const py::module_ threading = py::module_::import("threading");
@@ -46,6 +53,12 @@ void check_signals() {
 py::object finish_reason(const Sequence& sequence) {
   if (!sequence.finished()) return py::none();
   return py::str(std::string(alignpro::engine::finish_reason_name(sequence.finish_reason())));
+}
+
+// The lock of a sequence is one that a fork may leave held.
+Output read(const Sequence& sequence, size_t begin) {
+  require_not_forked_in_call();
+  return sequence.read(begin);
 }
 
 py::object matched_stop(const Sequence& sequence) {
@@ -85,21 +98,49 @@ void bind_sampling_params(py::module_& m) {
 
 void bind_sequence(py::module_& m) {
   py::class_<Sequence, std::shared_ptr<Sequence>>(m, "Sequence")
-      .def_property_readonly("tokens", [](const Sequence& s) { return s.read(0).tokens; })
-      .def_property_readonly("logprobs", [](const Sequence& s) { return s.read(0).logprobs; })
-      .def_property_readonly("kept_mass", [](const Sequence& s) { return s.read(0).kept_mass; })
+      .def_property_readonly("tokens", [](const Sequence& s) { return read(s, 0).tokens; })
+      .def_property_readonly("logprobs", [](const Sequence& s) { return read(s, 0).logprobs; })
+      .def_property_readonly("kept_mass", [](const Sequence& s) { return read(s, 0).kept_mass; })
       .def_property_readonly("prompt_tokens", [](const Sequence& s) { return s.request().prompt; })
       .def_property_readonly("finished", &Sequence::finished)
       .def_property_readonly("finish_reason", &finish_reason)
       .def_property_readonly("matched_stop", &matched_stop)
       .def("cancel", &Sequence::cancel)
+      .def("raise_error",
+           [](const Sequence& s) {
+             if (const auto error = s.error()) std::rethrow_exception(error);
+           })
       .def(
           "read",
           [](const Sequence& s, size_t begin) {
-            auto output = s.read(begin);
+            auto output = read(s, begin);
             return std::pair(std::move(output.tokens), std::move(output.logprobs));
           },
           py::arg("begin"));
+}
+
+void bind_client(py::module_& m) {
+  py::class_<Client, std::shared_ptr<Client>>(m, "Client")
+      .def(py::init<std::shared_ptr<Engine>>(), py::arg("engine").none(false))
+      .def(
+          "submit",
+          [](Client& client, std::vector<int32_t> tokens, const SamplingParams& params,
+             std::shared_ptr<Adapter> adapter) {
+            require_not_forked_in_call();
+            return client.submit(std::move(tokens), params, std::move(adapter));
+          },
+          py::arg("tokens"), py::arg("params"), py::arg("adapter") = py::none())
+      .def("step", &Client::step, NoGil())
+      .def("launch", &Client::launch, NoGil())
+      .def("run",
+           [](Client& client) {
+             const std::function<void()> poll =
+                 on_main_thread() ? check_signals : std::function<void()>();
+             const GilRelease no_gil;
+             client.run(poll);
+           })
+      .def("cancel", &Client::cancel, NoGil())
+      .def("idle", &Client::idle);
 }
 
 }  // namespace
@@ -107,7 +148,6 @@ void bind_sequence(py::module_& m) {
 void bind_engine(py::module_& m) {
   bind_sampling_params(m);
   bind_sequence(m);
-  using NoGil = py::call_guard<GilRelease>;
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](const std::variant<std::shared_ptr<Model>, std::shared_ptr<DeviceModel>>& of,
                        int64_t kv_cache_bytes, int64_t max_batch_rows, bool prefix_cache) {
@@ -123,26 +163,11 @@ void bind_engine(py::module_& m) {
            py::arg("max_batch_rows") = 256, py::arg("prefix_cache") = true)
       .def("set_token_bytes", &Engine::set_token_bytes, py::arg("pieces"), NoGil())
       .def(
-          "submit",
-          [](Engine& engine, std::vector<int32_t> tokens, const SamplingParams& params,
-             std::shared_ptr<Adapter> adapter) {
-            return engine.submit(std::move(tokens), params, std::move(adapter));
-          },
-          py::arg("tokens"), py::arg("params"), py::arg("adapter") = py::none())
-      .def("step", &Engine::step, NoGil())
-      .def("launch", &Engine::launch, NoGil())
+          "step", [](Engine& engine) { engine.step(); }, NoGil())
       .def("ready", &Engine::ready, NoGil())
-      .def(
-          "run",
-          [](Engine& engine, const std::vector<std::shared_ptr<Sequence>>& sequences) {
-            const std::function<void()> poll =
-                on_main_thread() ? check_signals : std::function<void()>();
-            const GilRelease no_gil;
-            engine.run(sequences, poll);
-          },
-          py::arg("sequences"))
       .def("idle", &Engine::idle, NoGil())
       .def("stats", [](const Engine& engine) {
+        require_not_forked_in_call();
         const EngineStats stats = engine.stats();
         py::dict out;
         out["prefill_tokens"] = stats.prefill_tokens;
@@ -154,4 +179,5 @@ void bind_engine(py::module_& m) {
         out["kv_blocks_capacity"] = stats.kv_blocks_capacity;
         return out;
       });
+  bind_client(m);
 }

@@ -5,6 +5,10 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <optional>
+#include <utility>
+
+#include "alignpro/core/fork.h"
 
 namespace alignpro::bindings {
 
@@ -16,8 +20,9 @@ namespace alignpro::bindings {
 // is gone.
 class GilRelease {
  public:
-  GilRelease() : state_(PyEval_SaveThread()) {}
+  GilRelease() : call_(std::in_place), state_(PyEval_SaveThread()) {}
   ~GilRelease() {
+    call_.reset();
     returning().fetch_add(1);
     if (leaving().load() && pthread_equal(pthread_self(), leaver()) == 0) {
       returning().fetch_sub(1);
@@ -28,6 +33,11 @@ class GilRelease {
   }
   GilRelease(const GilRelease&) = delete;
   GilRelease& operator=(const GilRelease&) = delete;
+
+  // To be called when the module is loaded: a forked child has none of the threads that return.
+  static void watch_forks() {
+    pthread_atfork(nullptr, nullptr, [] { returning().store(0); });
+  }
 
   // To be called at exit, with the GIL: from here on other threads do not come back. Waits for
   // those that are already asking for the GIL.
@@ -55,6 +65,7 @@ class GilRelease {
     return thread;
   }
 
+  std::optional<EngineCall> call_;  // made first: it throws in a child that may not call
   PyThreadState* state_;
 };
 

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_core, m) {
   bind_model(m);
   bind_device_model(m);
   bind_engine(m);
+  alignpro::bindings::GilRelease::watch_forks();
   pybind11::module_::import("atexit").attr("register")(
       pybind11::cpp_function(&alignpro::bindings::GilRelease::stop_returning));
 }

@@ -16,6 +16,7 @@
 #include <string>
 
 #include "alignpro/core/dtype.h"
+#include "alignpro/ops/shared/sampling.h"
 
 namespace alignpro::cuda {
 
@@ -222,15 +223,9 @@ void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forwar
                              const Matrix& d_weight, void* workspace, Stream stream);
 int64_t linear_logprob_backward_bytes(const LogprobInput& in);
 
-// One draw: its uniform in [0, 1), its temperature (0: the most likely token, lowest id on a tie;
-// its log-probability is reported at temperature 1), and its truncation as ops/head_sample.h
-// defines it.
-struct SampleRow {
+// One draw, whose uniform is in [0, 1).
+struct SampleRow : ops::DrawOptions {
   double uniform;
-  float temperature;
-  int32_t top_k = 0;                     // 0: off
-  float top_p = 1.0f;                    // 1: off
-  float min_p = 0.0f;                    // 0: off
   int32_t ban_begin = 0, ban_count = 0;  // of Truncation::banned
 };
 // What truncated rows need beside: tokens that may not be drawn, and where the probability of what

@@ -317,10 +317,12 @@ class Sequence_:  # exported as _core.Sequence
     kept_mass: list[float]
     prompt_tokens: list[int]
     finished: bool
-    # "stop" | "length" | "cancelled" | "deadline"; "failed" after an error in a step
+    # "stop" | "length" | "cancelled" | "deadline"; "failed" where raise_error() raises
     finish_reason: str | None
     matched_stop: str | None  # the stop string that ended it
     def cancel(self) -> None: ...
+    def raise_error(self) -> None:
+        """Raises what ended it, if something did."""
     def read(self, begin: int) -> tuple[list[int], list[float]]:
         """Tokens and log-probabilities from index ``begin`` on, as far as written."""
 
@@ -334,17 +336,29 @@ class Engine:
         prefix_cache: bool = True,
     ) -> None: ...
     def set_token_bytes(self, pieces: list[bytes]) -> None: ...
-    def submit(
-        self, tokens: list[int], params: SamplingParams, adapter: Adapter | None = None
-    ) -> Sequence_: ...
-    def step(self) -> list[Sequence_]: ...
-    def launch(self) -> None: ...
+    def step(self) -> None: ...
     def ready(self) -> bool: ...
-    def run(self, sequences: list[Sequence_]) -> None: ...
     def idle(self) -> bool: ...
     def stats(self) -> dict[str, int | float]:
         """prefill_tokens, cached_tokens, decode_tokens, steps, kv_blocks_in_use, kv_blocks_cached,
         kv_blocks_capacity"""
+
+class Client:
+    def __init__(self, engine: Engine) -> None: ...
+    def submit(
+        self, tokens: list[int], params: SamplingParams, adapter: Adapter | None = None
+    ) -> Sequence_: ...
+    def step(self) -> list[Sequence_]:
+        """One step for everybody, unless a request of this client has finished already; returns
+        what has finished since the last call."""
+
+    def launch(self) -> None: ...
+    def run(self) -> None:
+        """Steps until no request of this client is open; Ctrl-C cancels them."""
+
+    def cancel(self) -> None: ...
+    def idle(self) -> bool:
+        """No request is open, or finished and not yet returned by step()."""
 
 class cuda:
     """Whether there is a CUDA device, and which."""

@@ -13,13 +13,14 @@ import copy
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from alignpro import trace
 from alignpro.config import RESPONSE, REWRITE, Prompting, StageConfig, check_sampling
 from alignpro.models.arguments import check_params
-from alignpro.models.language_model import Handle, LanguageModel
+from alignpro.models.language_model import Client, Handle, LanguageModel
 from alignpro.types import Completion, Response, Reward, Rewrite, Rollout, SamplingParams
 
 REWRITE_STREAM, RESPONSE_STREAM = 1, 2  # streams of randomness
@@ -214,7 +215,7 @@ class Pipeline:
             raise ValueError(f"texts: expected {len(prompts)} lists, got {len(texts)}")
         started = time.perf_counter()
         rewrites: list[list[Rewrite]] = []
-        with _Flight(on_progress) as flight:
+        with _InFlight(on_progress) as in_flight:
             for index, (prompt, group) in enumerate(zip(prompts, texts, strict=True)):
                 _check_prompt(prompt, index)
                 if not group:
@@ -222,15 +223,15 @@ class Pipeline:
                 rewrites.append([self._given_rewrite(prompt, index, text) for text in group])
                 for sample, rewrite in enumerate(rewrites[-1]):
                     key = 0 if common_draws else sample
-                    self._submit_responses(flight, rewrite, key, num_responses, seed)
-            flight.land()
+                    self._submit_responses(in_flight, rewrite, key, num_responses, seed)
+            in_flight.run_until_done()
         written = time.perf_counter()
         rewrites = self._scored(prompts, rewrites, columns)
         return Rollout(
             prompts=list(prompts),
             rewrites=rewrites,
             seconds={"generate": written - started, "reward": time.perf_counter() - written},
-            generated_tokens=flight.generated_tokens,
+            generated_tokens=in_flight.generated_tokens,
         )
 
     def _generate(
@@ -245,26 +246,34 @@ class Pipeline:
         rewrites: list[dict[int, Rewrite]] = [{} for _ in prompts]
         with trace.span("read prompts"):
             read = [self._prompter_tokens(prompt, i) for i, prompt in enumerate(prompts)]
-        with _Flight(on_progress) as flight:
+        with _InFlight(on_progress) as in_flight:
 
             def finished(index: int, sample: int, completion: Completion) -> None:
                 rewrite = self._as_rewrite(prompts[index], index, completion)
                 rewrites[index][sample] = rewrite
-                self._submit_responses(flight, rewrite, sample, num_responses, seed)
+                self._submit_responses(in_flight, rewrite, sample, num_responses, seed)
 
             for index, tokens in enumerate(read):
                 params = replace(self.rewrite_params, seed=derive_seed(seed, REWRITE_STREAM, index))
                 for sample in range(num_rewrites):
-                    handle = self.prompter.submit(
-                        tokens, params, adapter=self.prompter_adapter, sample=sample
+                    in_flight.submit(
+                        self.prompter,
+                        tokens,
+                        params,
+                        self.prompter_adapter,
+                        sample,
+                        _Request(
+                            f"rewrite {sample} of prompt {index}",
+                            "hand-off",
+                            partial(finished, index, sample),
+                        ),
                     )
-                    flight.add(self.prompter, handle, _bind(finished, index, sample), "hand-off")
-            flight.land()
+            in_flight.run_until_done()
         ordered = [[group[j] for j in range(num_rewrites)] for group in rewrites]
-        return ordered, flight.generated_tokens
+        return ordered, in_flight.generated_tokens
 
     def _submit_responses(
-        self, flight: _Flight, rewrite: Rewrite, sample: int, num_responses: int, seed: int
+        self, in_flight: _InFlight, rewrite: Rewrite, sample: int, num_responses: int, seed: int
     ) -> None:
         """Queue M responses; they are appended to ``rewrite.responses`` in order of their index."""
         if num_responses == 0:
@@ -273,7 +282,7 @@ class Pipeline:
         params = replace(self.response_params, seed=key)
         arrived: dict[int, Response] = {}
 
-        def finished(_: int, number: int, completion: Completion) -> None:
+        def finished(number: int, completion: Completion) -> None:
             arrived[number] = Response(
                 tokens=completion.tokens,
                 text=completion.text,
@@ -285,10 +294,15 @@ class Pipeline:
                 rewrite.responses.extend(arrived[m] for m in range(num_responses))
 
         for number in range(num_responses):
-            handle = self.target.submit(
-                rewrite.target_tokens, params, adapter=self.target_adapter, sample=number
+            what = f"response {number} to rewrite {sample} of prompt {rewrite.prompt_index}"
+            in_flight.submit(
+                self.target,
+                rewrite.target_tokens,
+                params,
+                self.target_adapter,
+                number,
+                _Request(what, "answer", partial(finished, number)),
             )
-            flight.add(self.target, handle, _bind(finished, 0, number), "answer")
 
     def _prompter_tokens(self, prompt: str, index: int) -> list[int]:
         _check_prompt(prompt, index)
@@ -359,85 +373,94 @@ class Pipeline:
         ]
 
 
-class _Flight:
-    """Requests under way on one model or several; what finishes may add more.
+class _InFlight:
+    """Requests in flight on one model or several; what finishes may add more.
 
-    Leaving the block by an exception, Ctrl-C included, cancels everything still under way.
+    Leaving the block by an exception, Ctrl-C included, cancels everything still in flight.
     """
 
     def __init__(self, on_progress: Callable[[int], None] | None = None) -> None:
         self.generated_tokens = 0
-        self._landed = 0
+        self._finished = 0
         self._on_progress = on_progress
-        self._pending: list[tuple[Handle, Callable[[Completion], None], str]] = []
-        self._models: list[LanguageModel] = []
+        self._pending: dict[Handle, _Request] = {}
+        self._clients: dict[LanguageModel, Client] = {}
 
-    def __enter__(self) -> _Flight:
+    def __enter__(self) -> _InFlight:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             return
-        for handle, _on_finished, _landing in self._pending:
-            handle.cancel()
-        for model in self._models:
+        for client in self._clients.values():
+            client.cancel()
             # A step retires what was cancelled; an error here would hide the one that led here.
             with contextlib.suppress(Exception):
-                model.step()
+                while not client.idle():
+                    client.step()
 
-    def add(
+    def submit(
         self,
         model: LanguageModel,
-        handle: Handle,
-        on_finished: Callable[[Completion], None],
-        landing: str,
+        tokens: list[int],
+        params: SamplingParams,
+        adapter: Any,
+        sample: int,
+        request: _Request,
     ) -> None:
-        """landing: what a trace calls the work on a finished request."""
-        if not any(known is model for known in self._models):
-            self._models.append(model)
-        self._pending.append((handle, on_finished, landing))
+        if model not in self._clients:
+            self._clients[model] = model.client()
+        handle = self._clients[model].submit(tokens, params, adapter=adapter, sample=sample)
+        self._pending[handle] = request
 
-    def land(self) -> None:
-        """Step every model until nothing is under way.
+    def run_until_done(self) -> None:
+        """Step every model until nothing is in flight.
 
         Each has a step under way while another's is awaited, and none waits for one that is slower.
         """
         while self._pending:
-            for model in self._models:
-                model.launch()
-            for model in self._ready():
-                model.step()
-            # Asked of the handles, not of step(): another thread's step may have finished ours.
-            # Idleness is read first: whatever was ours is then finished, or lost.
-            idle = all(model.idle() for model in self._models)
-            # One look at each: another thread may finish a request between two.
-            looked = [(entry[0].finished, entry) for entry in self._pending]
-            landed = [entry for finished, entry in looked if finished]
-            flying = [entry for finished, entry in looked if not finished]
-            if idle and not landed:
+            for client in self._clients.values():
+                client.launch()
+            finished = [handle for client in self._ready() for handle in client.step()]
+            if not finished and all(client.idle() for client in self._clients.values()):
                 raise RuntimeError(
-                    f"{len(flying)} requests neither finished nor under way in "
-                    f"{', '.join(m.name for m in self._models)}"
+                    f"{len(self._pending)} requests neither finished nor in flight in "
+                    f"{', '.join(model.name for model in self._clients)}"
                 )
-            self._pending = flying
-            for handle, on_finished, landing in landed:
-                with trace.span(landing):
-                    completion = handle.completion()
+            for handle in finished:
+                request = self._pending.pop(handle)
+                with trace.span(request.span):
+                    completion = request.completion(handle)
                     self.generated_tokens += len(completion.tokens)
-                    on_finished(completion)
-            self._landed += len(landed)
-            if landed and self._on_progress is not None:
-                self._on_progress(self._landed)
+                    request.on_finished(completion)
+            self._finished += len(finished)
+            if finished and self._on_progress is not None:
+                self._on_progress(self._finished)
 
-    def _ready(self) -> list[LanguageModel]:
+    def _ready(self) -> list[Client]:
         """Those whose step has ended, waited for; where but one has work, that one at once."""
-        busy = [model for model in self._models if not model.idle()]
+        busy = [client for client in self._clients.values() if not client.idle()]
         while len(busy) > 1:
-            ready = [model for model in busy if model.ready()]
+            ready = [client for client in busy if client.ready()]
             if ready:
                 return ready
             time.sleep(_POLL_SECONDS)
         return busy
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be done with one completion."""
+
+    what: str  # how an error names it
+    span: str  # what a trace calls the work on it
+    on_finished: Callable[[Completion], None]
+
+    def completion(self, handle: Handle) -> Completion:
+        try:
+            return handle.completion()
+        except ArithmeticError as error:  # NumericError: it failed alone
+            raise type(error)(f"{self.what}: {error}") from None
 
 
 _POLL_SECONDS = 2e-5  # a hundredth of a step of a model that is worth a GPU
@@ -450,12 +473,6 @@ def _splitmix64(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
-
-
-def _bind(
-    function: Callable[[int, int, Completion], None], first: int, second: int
-) -> Callable[[Completion], None]:
-    return lambda completion: function(first, second, completion)
 
 
 def _fresh_seed() -> int:

@@ -145,25 +145,27 @@ def _new_tokens(batch: int, context: int, repeats: int) -> int:
 def _decode_steps(model: NativeModel, batch: int, context: int, repeats: int) -> list[float]:
     """Seconds of ``repeats`` steps in which every sequence decodes."""
     new_tokens = _new_tokens(batch, context, repeats)
+    client = model.client()
     handles = [
-        model.submit(prompt, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=index))
+        client.submit(
+            prompt, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=index)
+        )
         for index, prompt in enumerate(
             random_prompts(model.config["vocab_size"], batch, context - new_tokens)
         )
     ]
     while not all(handle.sequence.tokens for handle in handles):
-        model.step()
+        client.step()
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        model.step()
+        client.step()
         seconds.append(time.perf_counter() - started)
     if any(handle.finished for handle in handles):
         raise AssertionError("a sequence ended before all of its steps were timed")
-    for handle in handles:
-        handle.cancel()
-    while not model.idle():
-        model.step()
+    client.cancel()
+    while not client.idle():
+        client.step()
     return seconds
 
 

@@ -121,7 +121,7 @@ TEST_CASE("head sample draws the cpus tokens") {
     ops::SampleRow& request = requests.emplace_back();
     request.temperature = temperature;
     request.uniform = keyed_uniform(uint64_t{1} << 40, i % 2, i);
-    draws.push_back({request.uniform, temperature});
+    draws.push_back({{temperature}, request.uniform});
   }
   std::vector<ops::SampledToken> expected(rows);
   ops::head_sample(packed, hidden.data(), requests, expected, pool);
@@ -150,9 +150,9 @@ TEST_CASE("head sample truncates as the cpu") {
   const auto packed = ops::PackedMatrix::pack(vocab, cols, head.data());
   std::vector<cuda::SampleRow> draws;
   std::vector<ops::SampleRow> requests;
-  const std::vector<int32_t> banned = {3, 17, 299, 40};
+  const std::vector<int32_t> banned = {3, 17, 40, 299};
   for (uint32_t i = 0; i < rows; ++i) {
-    cuda::SampleRow draw{keyed_uniform(9, 1, i), 0.8f};
+    cuda::SampleRow draw{{0.8f}, keyed_uniform(9, 1, i)};
     ops::SampleRow request;
     const bool some = i % 16 == 5 || i % 16 == 11;  // the others are plain
     const int32_t top_k[] = {0, 1, 2, 5, 1000}, k = top_k[i % 5];

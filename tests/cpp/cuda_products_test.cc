@@ -341,7 +341,7 @@ TEST_CASE("drawn and scored log probabilities are equal to the bit") {
     const float temperature = 0.7f;
     Problem<T> p(18, 300, 40, 1.0f);
     std::vector<SampleRow> draws;
-    for (uint32_t i = 0; i < 18; ++i) draws.push_back({keyed_uniform(9, i % 3, i), temperature});
+    for (uint32_t i = 0; i < 18; ++i) draws.push_back({{temperature}, keyed_uniform(9, i % 3, i)});
     std::vector<int32_t> tokens;
     Floats logprobs;
     draw(p, draws, tokens, logprobs);
@@ -386,7 +386,7 @@ TEST_CASE("a row is merged in one tree by any block") {
 TEST_CASE("draws invert the distribution in token order") {
   Problem<float> p(24, 300, 16, 1.0f);
   std::vector<SampleRow> draws;
-  for (uint32_t i = 0; i < 24; ++i) draws.push_back({keyed_uniform(3, 1, i), 1.0f});
+  for (uint32_t i = 0; i < 24; ++i) draws.push_back({{1.0f}, keyed_uniform(3, 1, i)});
   std::vector<int32_t> tokens;
   Floats logprobs;
   draw(p, draws, tokens, logprobs);
@@ -432,7 +432,7 @@ TEST_CASE("draws reach more tiles than threads") {
   }
   const Doubles logp = p.log_softmax(p.hidden.floats(), 1.0f);
   for (uint32_t position = 0; position < 12; ++position) {
-    const SampleRow how{keyed_uniform(5, 0, position), position == 0 ? 0.0f : 1.0f};
+    const SampleRow how{{position == 0 ? 0.0f : 1.0f}, keyed_uniform(5, 0, position)};
     int32_t token = -7;
     float logprob = NAN;
     SharedMemory<float> shared;

@@ -343,7 +343,7 @@ TEST_CASE("what is sampled is what is scored") {
   Vocabularies v(all, 300, 72);
   std::vector<SampleRow> draws;
   for (uint32_t i = 0; i < all; ++i) {
-    draws.push_back({keyed_uniform(9, i % 3, i), i % 7 == 3 ? 0.0f : temperature});
+    draws.push_back({{i % 7 == 3 ? 0.0f : temperature}, keyed_uniform(9, i % 3, i)});
   }
   const auto draw = [&](int64_t first, int64_t count, bool truncated, std::vector<int32_t>& tokens,
                         Floats& logprobs) {

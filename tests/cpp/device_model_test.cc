@@ -71,9 +71,10 @@ std::vector<Answer> generate(Engine& engine, const std::vector<Ask>& asked, int6
     params.ignore_eos = true;
     handles.push_back(engine.submit(ask.prompt, params, ask.adapter));
   }
-  engine.run(handles);
+  while (!engine.idle()) engine.step();
   std::vector<Answer> answers;
   for (const auto& handle : handles) {
+    if (handle->error()) std::rethrow_exception(handle->error());
     auto output = handle->read(0);
     answers.push_back({std::move(output.tokens), std::move(output.logprobs)});
   }

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -851,7 +852,7 @@ TEST_CASE("truncation keeps what it says") {
   CHECK_EQ(second.begin()->first, order[1].second);
 }
 
-TEST_CASE("greedy takes the lowest id on a tie and nan is an error") {
+TEST_CASE("greedy takes the lowest id on a tie and nan has no token") {
   ThreadPool pool(1);
   const int64_t vocab = 600, cols = 4;
   Floats weight(static_cast<size_t>(vocab * cols), 0.0f);
@@ -864,11 +865,46 @@ TEST_CASE("greedy takes the lowest id on a tie and nan is an error") {
   head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, pool);
   CHECK_EQ(out.token, 290);
   hidden[0] = NAN;
-  CHECK_THROWS_WITH_AS((void)(head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, pool)),
-                       doctest::Contains("row 0"), NumericError);
+  head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, pool);
+  CHECK_EQ(out.token, -1);
   hidden[0] = -INFINITY;  // -inf for the three, NaN (0 * inf) for the rest
-  CHECK_THROWS_WITH_AS((void)(head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, pool)),
-                       doctest::Contains("row 0"), NumericError);
+  head_sample(packed, hidden.data(), {&row, 1}, {&out, 1}, pool);
+  CHECK_EQ(out.token, -1);
+}
+
+TEST_CASE("a row that cannot be drawn fails alone") {
+  ThreadPool pool(2);
+  Vocabulary v(40, 1000, 61, 1.0f);
+  std::vector<int32_t> all(1000);
+  std::iota(all.begin(), all.end(), 0);
+  std::vector<SampleRow> rows(40);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    rows[i].temperature = i % 5 == 1 ? 0.0f : 0.7f;
+    rows[i].uniform = keyed_uniform(3, 0, static_cast<uint32_t>(i));
+    if (i % 4 == 1) rows[i].top_k = 40;
+    if (i % 4 == 2) rows[i].min_p = 0.1f;
+    if (i % 7 == 2) rows[i].banned = std::span(all).first(990);
+  }
+  std::vector<SampledToken> before(40), after(40);
+  head_sample(v.packed, v.hidden.data(), rows, before, pool);
+  for (size_t i = 0; i < rows.size(); i += 3) {
+    float* hidden = v.hidden.data() + static_cast<int64_t>(i) * v.cols;
+    if (i % 4 == 0) hidden[5] = NAN;
+    if (i % 4 == 1) hidden[5] = INFINITY;
+    if (i % 4 == 2) rows[i].temperature = 1e-38f;
+    if (i % 4 == 3) rows[i].banned = all;
+  }
+  head_sample(v.packed, v.hidden.data(), rows, after, pool);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (i % 3 == 0) {
+      CHECK_EQ(after[i].token, -1);
+      continue;
+    }
+    CHECK(after[i].token >= 0);
+    CHECK_EQ(after[i].token, before[i].token);
+    CHECK_EQ(after[i].logprob, before[i].logprob);
+    CHECK_EQ(after[i].kept_mass, before[i].kept_mass);
+  }
 }
 
 TEST_CASE("minus infinity is an ordinary logit") {

@@ -203,5 +203,5 @@ def test_threads_and_streams_share_a_device(llama):
     pieces = list(device.stream([4, 5, 6], params))
     assert [p[0] for p in pieces] == whole.tokens
     assert [p[2] for p in pieces] == whole.logprobs
-    assert device.idle() and device.stats()["cached_tokens"] > 0
+    assert device._engine.idle() and device.stats()["cached_tokens"] > 0
     assert native.core.cuda.is_available()

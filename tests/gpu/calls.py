@@ -231,7 +231,8 @@ def sample_rows(
     engine's bytes."""
     limits = truncated or [(0, 1.0, 0.0, 0, 0)] * len(rows)
     packed = b"".join(
-        struct.pack("<dfiffii", *row, *limit) for row, limit in zip(rows, limits, strict=True)
+        struct.pack("<fiffdii", temperature, *limit[:3], uniform, *limit[3:])
+        for (uniform, temperature), limit in zip(rows, limits, strict=True)
     )
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8).reshape(-1, 32).to(DEVICE)
 

@@ -165,9 +165,10 @@ def generate(
 ) -> list[Answer]:
     """A request's draws are keyed by its prompt's first token."""
     with_ = adapters or [None] * len(prompts)
+    client = native.core.Client(engine)
     handles = [
-        engine.submit(prompt, params(count, prompt[0]), adapter)
+        client.submit(prompt, params(count, prompt[0]), adapter)
         for prompt, adapter in zip(prompts, with_, strict=True)
     ]
-    engine.run(handles)
+    client.run()
     return [(h.tokens, h.logprobs) for h in handles]

@@ -20,4 +20,4 @@ def nothing_left_over(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for name in ("tiny", "smollm2"):
         if name in request.fixturenames:
-            assert request.getfixturevalue(name).idle()
+            assert request.getfixturevalue(name)._engine.idle()

@@ -140,9 +140,10 @@ def test_samples_come_prompt_by_prompt(tiny: NativeModel) -> None:
     alone = [tiny.generate([prompt], params) for prompt in ("hello", "there")]
     assert got == [c for group in alone for c in group]
     assert len({tuple(c.tokens) for c in got}) == 6
-    handle = tiny.submit(tiny.tokenizer.encode_chat([{"role": "user", "content": "there"}]),
+    client = tiny.client()
+    handle = client.submit(tiny.tokenizer.encode_chat([{"role": "user", "content": "there"}]),
                          SHORT, sample=2)  # fmt: skip
-    assert drain(tiny) == [handle]
+    assert drain(client) == [handle]
     assert handle.completion() == got[5]
 
 

@@ -160,14 +160,15 @@ def test_a_deadline_returns_what_there_is(smollm2: NativeModel) -> None:
 
 
 def test_cancelling_a_handle(tiny: NativeModel) -> None:
-    handle = tiny.submit([1, 5, 6], ENDLESS)
-    other = tiny.submit([1, 5, 6], SHORT)
+    client = tiny.client()
+    handle = client.submit([1, 5, 6], ENDLESS)
+    other = client.submit([1, 5, 6], SHORT)
     with pytest.raises(RuntimeError, match="not finished"):
         handle.completion()
-    tiny.step()
-    tiny.step()
+    client.step()
+    client.step()
     handle.cancel()
-    assert set(drain(tiny)) == {handle, other}
+    assert set(drain(client)) == {handle, other}
     assert handle.completion().finish_reason == "cancelled"
     assert 1 <= len(handle.completion().tokens) < 5
     assert other.completion().finish_reason == "length"
@@ -192,16 +193,17 @@ def test_threads_that_step_get_back_their_own(tiny: NativeModel) -> None:
     failures: list[str] = []
 
     def work(seed: int) -> None:
-        mine = {tiny.submit([1, 5, 6], replace(SHORT, seed=seed), sample=s) for s in range(5)}
+        client = tiny.client()
+        mine = {client.submit([1, 5, 6], replace(SHORT, seed=seed), sample=s) for s in range(5)}
         got: list[Any] = []
-        while not tiny.idle():
-            got += tiny.step()
+        while not client.idle():
+            got += client.step()
         if len(got) != 5 or set(got) != mine:
             failures.append(f"{seed}: {len(got)}")
 
     run_threads([lambda i=i: work(i) for i in range(6)])
     assert not failures
-    assert tiny.idle() and tiny.step() == []
+    assert tiny.client().idle() and tiny.client().step() == []
 
 
 def test_generating_lets_other_threads_run(smollm2: NativeModel) -> None:

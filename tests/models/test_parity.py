@@ -214,12 +214,12 @@ def test_adapters_and_arrivals_mixed_in_one_batch(engine: Engines) -> None:
     prompts, params = requests(24)
     kinds = [("none", "all", "some", "rslora")[i % 4] for i in range(24)]
     loras = {kind: adapter(model, kind) for kind in kinds}
-    handles = []
+    handles, client = [], model.client()
     for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-        handles.append(model.submit(prompt, one, adapter=loras[kinds[i]]))
+        handles.append(client.submit(prompt, one, adapter=loras[kinds[i]]))
         if i % 3 == 2:
-            model.step()
-    drain(model)
+            client.step()
+    drain(client)
     completions = [handle.completion() for handle in handles]
     for kind, lora in loras.items():
         chosen = [i for i in range(24) if kinds[i] == kind]

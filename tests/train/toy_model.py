@@ -161,7 +161,6 @@ class ToyHandle:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
-    cancelled: bool = False
 
     def advance(self) -> None:
         rows, edges = self.model.table(self.adapter, self.params.temperature)
@@ -186,9 +185,6 @@ class ToyHandle:
             finish_reason="stop" if self.tokens[-1] == EOS else "length",
             prompt_tokens=self.prompt_tokens,
         )
-
-    def cancel(self) -> None:
-        self.cancelled = self.finished = True
 
 
 class ToyModel:
@@ -217,6 +213,12 @@ class ToyModel:
             edges = torch.cumsum(rows.double().exp(), 1)
             self._tables[adapter, temperature] = (rows.tolist(), edges.tolist())
         return self._tables[adapter, temperature]
+
+    def client(self):
+        return self  # which has one caller here
+
+    def cancel(self) -> None:
+        self.handles = []
 
     def submit(self, tokens, params, *, adapter=None, sample=0):
         handle = ToyHandle(self, tokens, params, adapter, sample)

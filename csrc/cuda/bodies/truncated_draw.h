@@ -68,7 +68,7 @@ ALIGNPRO_BODY uint64_t least_kept(Block& block, const float* logits, int64_t voc
 }
 
 ALIGNPRO_HOST_DEVICE inline bool is_truncated(const SampleRow& how) {
-  return ops::truncates(how.temperature, how.top_k, how.top_p, how.min_p, how.ban_count);
+  return ops::truncates(how, how.ban_count);
 }
 
 // Whether draw_row draws the row. Else it is draw_truncated_row's, or, where truncation was asked

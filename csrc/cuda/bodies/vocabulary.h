@@ -31,10 +31,6 @@ struct Vocabulary {
   const int32_t* tokens;  // [rows]; null: none
 };
 
-ALIGNPRO_HOST_DEVICE inline float inverse_temperature(const SampleRow& row) {
-  return row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
-}
-
 struct ShareStats {
   float max[kTile][4], ref_max[kTile][4];
   ops::TileStats stats[kTile][4];
@@ -321,6 +317,13 @@ ALIGNPRO_BODY void draw_by_tiles(Block& block, int64_t row, int64_t vocab, const
   if (!greedy) {  // every thread walks the same masses to the same tile
     tile = ops::invert(tiles, target, [&](int64_t t) { return masses[t]; }, &below);
   }
+  if (tile < 0 || tile >= tiles) {  // a defect: a valid row has a largest tile, with mass
+    if (block.thread() == 0) {
+      tokens[row] = -1;
+      logprobs[row] = NAN;
+    }
+    return;
+  }
   const float* logits = logits_of(tile);
   if (block.thread() != 0) return;
   int64_t column = 0;
@@ -331,6 +334,7 @@ ALIGNPRO_BODY void draw_by_tiles(Block& block, int64_t row, int64_t vocab, const
     const double scale = std::exp(tile_max - s.max);
     column = ops::invert(kTile, target - below,
                          [&](int64_t c) { return std::exp(logits[c] - tile_max) * scale; });
+    if (column < 0) column = 0;  // a defect: the tile was found by its mass
   }
   tokens[row] = static_cast<int32_t>(tile * kTile + column);
   logprobs[row] = static_cast<float>(logits[column] - s.lse);

@@ -314,10 +314,9 @@ void DeviceSession::draw(std::span<const ops::SampleRow> rows) {
   bool truncated = false;  // without, no logits are kept
   for (const ops::SampleRow& row : rows) {
     const auto bans = static_cast<int32_t>(row.banned.size());
-    requests.push_back({row.uniform, row.temperature, row.top_k, row.top_p, row.min_p,
-                        static_cast<int32_t>(banned.size()), bans});
+    requests.push_back({row, row.uniform, static_cast<int32_t>(banned.size()), bans});
     banned.insert(banned.end(), row.banned.begin(), row.banned.end());
-    truncated |= ops::truncates(row.temperature, row.top_k, row.top_p, row.min_p, bans);
+    truncated |= ops::truncates(row, bans);
   }
   struct Pieces {
     SampleRow* requests;
@@ -365,11 +364,6 @@ void DeviceSession::collect(std::span<ops::SampledToken> out) {
           " rows, those of the last draw, got ", out.size());
   const auto* logprobs = reinterpret_cast<const float*>(tokens + count);
   for (int64_t i = 0; i < count; ++i) {
-    if (tokens[i] < 0) {
-      throw NumericError(cat("sampling: row ", i,
-                             " has no finite softmax (NaN or infinite logits); check the weights "
-                             "and the adapter"));
-    }
     out[static_cast<size_t>(i)] = {tokens[i], logprobs[i], truncated ? logprobs[count + i] : 1.0f};
   }
 }

@@ -44,10 +44,16 @@ def params_for(
     return each
 
 
+def samples_of(params: Any) -> int:
+    """How many completions the parameters ask for; 1 where they do not say it rightly."""
+    n = getattr(params, "n", 1)
+    return int(n) if is_int(n) and n >= 1 else 1
+
+
 def with_seed(params: SamplingParams) -> SamplingParams:
     if not isinstance(params, SamplingParams):
         raise ValueError(f"params: expected SamplingParams, got {type(params).__name__}")
-    if not (is_int(params.n) and params.n >= 1):
+    if samples_of(params) != params.n:
         raise ValueError(f"n: expected an integer of 1 or more, got {params.n!r}")
     if params.seed is not None:
         return params

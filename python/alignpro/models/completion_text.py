@@ -28,25 +28,45 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self.sent = ""
         self._tokenizer = tokenizer
-        self._stops = stops
+        self._stops = [_StopPrefix(stop) for stop in stops]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._unsent = ""
         self._drop_space = tokenizer.strips_space
 
     def push(self, token: int) -> str | None:
         """The text since the last that was sent; None while its end is not certain."""
-        self._unsent += self._decoder.decode(self._tokenizer.join_bytes([token]))
-        if self._drop_space and self._unsent:
-            self._unsent = self._unsent.removeprefix(" ")
-            self._drop_space = False
+        new = self._decoder.decode(self._tokenizer.join_bytes([token]))
+        self._unsent += new
         half_a_character = self._decoder.getstate()[0]
-        if half_a_character or _ends_in_beginning(self._unsent, self._stops):
+        # Of the text as it was written: a stop string may begin with the space that is dropped.
+        begun = [stop.push(new) for stop in self._stops]
+        if half_a_character or any(begun):
             return None
         text, self._unsent = self._unsent, ""
+        if self._drop_space and text:
+            text, self._drop_space = text.removeprefix(" "), False
         self.sent += text
         return text
 
 
-def _ends_in_beginning(text: str, stops: Sequence[str]) -> bool:
-    """Whether ``text`` ends with what a stop string begins with."""
-    return any(text.endswith(stop[:size]) for stop in stops for size in range(1, len(stop) + 1))
+class _StopPrefix:
+    """How much of a stop string the text ends with (Knuth, Morris, Pratt): work that grows with the
+    text alone, however long the stop string."""
+
+    def __init__(self, stop: str) -> None:
+        self._stop = stop
+        self._matched = 0
+        self._shorter = [0]  # [i]: the longest shorter match where stop[: i + 1] is one
+        for char in stop[1:]:
+            self._shorter.append(self._next(self._shorter[-1], char))
+
+    def push(self, text: str) -> bool:
+        """Whether the text now ends with a beginning of the stop string, or all of it."""
+        for char in text:
+            self._matched = self._next(self._matched, char)
+        return self._matched > 0
+
+    def _next(self, matched: int, char: str) -> int:
+        while matched and (matched == len(self._stop) or self._stop[matched] != char):
+            matched = self._shorter[matched - 1]
+        return matched + 1 if self._stop[matched] == char else 0

@@ -12,28 +12,13 @@ from alignpro.types import Completion, SamplingParams
 class Handle(Protocol):
     """One request under way."""
 
-    @property
-    def finished(self) -> bool: ...
-
     def completion(self) -> Completion:
-        """What was written. Raises RuntimeError before it is finished."""
-
-    def cancel(self) -> None:
-        """End it at the next step, with what is written by then; after the end, nothing."""
+        """What was written. Raises RuntimeError before it is finished, and the request's own error
+        (NumericError) where it failed."""
 
 
-class LanguageModel(Protocol):
-    """Text in tokens, many requests at a time. What is submitted advances only in `step`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def context_length(self) -> int:
-        """Positions that prompt and completion share."""
+class Client(Protocol):
+    """One caller's requests to a model. What is submitted advances only in `step`."""
 
     def submit(
         self,
@@ -51,7 +36,8 @@ class LanguageModel(Protocol):
         """
 
     def step(self) -> Sequence[Handle]:
-        """Advance everything under way; returns what this thread submitted and is now finished."""
+        """Advance everything under way, whoever submitted it; returns the requests of this client
+        that have finished, or failed, since the last call."""
 
     def launch(self) -> None:
         """Put the next step under way, for who drives several models: one that computes elsewhere
@@ -60,5 +46,25 @@ class LanguageModel(Protocol):
     def ready(self) -> bool:
         """Whether `step` would not wait for a step that was launched."""
 
+    def cancel(self) -> None:
+        """End everything at the next step, with what is written by then."""
+
     def idle(self) -> bool:
-        """Whether nothing that this thread submitted is left for `step` to return."""
+        """Whether nothing of this client is left for `step` to return."""
+
+
+class LanguageModel(Protocol):
+    """Text in tokens, many requests at a time."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def context_length(self) -> int:
+        """Positions that prompt and completion share."""
+
+    def client(self) -> Client:
+        """For one caller: another's requests never come back from it."""

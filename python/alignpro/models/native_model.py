@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +19,21 @@ from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.arguments import (
     Prompt,
     check_prompts,
-    core_params,
     is_int,
     params_for,
+    samples_of,
     token_list,
     with_seed,
 )
 from alignpro.models.completion_text import TextStream
-from alignpro.models.native_handle import NativeHandle
+from alignpro.models.native_client import (
+    NativeClient,
+    NativeHandle,
+    completion_or_error,
+    of_prompt,
+    report,
+    stream,
+)
 from alignpro.models.resolve import resolve_model
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import Chat, Completion, SamplingParams
@@ -121,7 +126,7 @@ def wheel_folders() -> list[str]:
 
 class NativeModel:
     """A model in the native engine, with its tokenizer. Safe to use from many threads: they share
-    the engine's steps, and each gets back what it submitted itself."""
+    the engine's steps, and no request ends another's or changes its bits."""
 
     def __init__(
         self,
@@ -139,9 +144,7 @@ class NativeModel:
         self.config: dict[str, Any] = model.config
         self.lora_modules: dict[str, tuple[int, int]] = model.lora_modules()
         self._engine = engine
-        self._lock = threading.Lock()
         self._knows_token_bytes = False
-        self._mine = threading.local()  # .handles: what this thread submitted and step() owes it
         self._adapters: weakref.WeakKeyDictionary[LoraWeights, core.Adapter] = (
             weakref.WeakKeyDictionary()
         )
@@ -162,6 +165,7 @@ class NativeModel:
 
     # --- whole completions ---
 
+    @overload
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -169,7 +173,29 @@ class NativeModel:
         *,
         adapter: AdapterLike = None,
         on_token: Callable[[int, int, float], None] | None = None,
-    ) -> list[Completion]:
+        errors: Literal["raise"] = "raise",
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: AdapterLike = None,
+        on_token: Callable[[int, int, float], None] | None = None,
+        errors: Literal["return"],
+    ) -> list[Completion | Exception]: ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: AdapterLike = None,
+        on_token: Callable[[int, int, float], None] | None = None,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> list[Completion] | list[Completion | Exception]:
         """Complete every prompt, all of them in one batch; Ctrl-C cancels what is under way.
 
         Draws are keyed by (seed, sample, position): the same request gives the same tokens whatever
@@ -181,32 +207,48 @@ class NativeModel:
             adapter: LoRA to generate with: `LoraWeights`, a PEFT folder, or from `make_adapter`.
             on_token: called with (index of the completion, token, log-probability) as they come; an
                 exception in it cancels everything and is raised.
+            errors: "raise" the first of them, or "return" each in the place of the completions
+                that it cost, beside those of the requests that went well.
 
         Returns:
             Completions prompt by prompt, ``params.n`` for each.
 
         Raises:
-            ValueError: an empty prompt, one over the context, or parameters out of range; the
-                message names the prompt's index. NumericError: NaN in the logits.
+            ValueError: an empty prompt, one over the context, or parameters out of range.
+            NumericError: no token can be drawn, for NaN or infinite logits. Both name the index
+                of the prompt.
         """
+        if errors not in ("raise", "return"):
+            raise ValueError(f'errors: expected "raise" or "return", got {errors!r}')
         prompts = check_prompts(prompts)
         each = params_for(params, len(prompts))
         prepared = self.make_adapter(adapter)
-        handles: list[NativeHandle] = []
-        with _cancelling(handles):
+        handles: list[NativeHandle] = []  # of what was submitted
+        places: list[tuple[int, NativeHandle | Exception]] = []  # prompt, and what came of it
+        with self.client() as client:
             for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
                 try:
                     tokens = self._prompt_tokens(prompt)
                     keyed = with_seed(one)
                     for sample in range(one.n):
-                        handles.append(self._start(tokens, keyed, prepared, sample))
+                        handles.append(
+                            client.submit(tokens, keyed, adapter=prepared, sample=sample)
+                        )
+                        places.append((index, handles[-1]))
                 except ValueError as error:
-                    raise ValueError(f"prompt {index}: {error}") from None
+                    if errors == "raise":
+                        raise of_prompt(index, error) from None
+                    places += [(index, error)] * samples_of(one)
             if on_token is None:
-                self._engine.run([handle.sequence for handle in handles])
+                client.run()
             else:
-                self._report(handles, on_token)
-            return [handle.completion() for handle in handles]
+                report(client, handles, on_token)
+        outcomes = [completion_or_error(index, place) for index, place in places]
+        if errors == "raise":
+            for outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    raise outcome
+        return outcomes
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: AdapterLike = None
@@ -219,12 +261,12 @@ class NativeModel:
         one = params if params is not None else SamplingParams()
         if one.n != 1:
             raise ValueError(f"n: stream() writes 1 completion, got n = {one.n}")
-        prepared = self.make_adapter(adapter)
-        handle = self._start(self._prompt_tokens(prompt), with_seed(one), prepared, 0)
-        stream = self._stream(handle, one.stop)
+        client = self.client()
+        handle = client.submit(self._prompt_tokens(prompt), one, adapter=adapter)
+        pieces = stream(client, handle, TextStream(self.tokenizer, one.stop))
         # Dropped before its first token, a generator runs none of its own clean-up.
-        weakref.finalize(stream, handle.cancel).atexit = False
-        return stream
+        weakref.finalize(pieces, handle.cancel).atexit = False
+        return pieces
 
     def score(
         self,
@@ -253,41 +295,20 @@ class NativeModel:
 
     # --- the seam ---
 
-    def submit(
-        self,
-        tokens: list[int],
-        params: SamplingParams,
-        *,
-        adapter: AdapterLike = None,
-        sample: int = 0,
-    ) -> NativeHandle:
-        """Queue one sequence; see `LanguageModel.submit`."""
-        ids = token_list(tokens, "prompt")
-        handle = self._start(ids, with_seed(params), self.make_adapter(adapter), sample)
-        self._in_flight().append(handle)
-        return handle
-
-    def step(self) -> list[NativeHandle]:
-        """One forward pass for everything under way; returns what this thread submitted and is now
-        finished, also where another thread's step finished it."""
-        in_flight = self._in_flight()
-        if any(not handle.finished for handle in in_flight):
-            self._engine.step()
-        done = [handle for handle in in_flight if handle.finished]
-        if done:
-            in_flight[:] = [handle for handle in in_flight if not handle.finished]
-        return done
-
-    def launch(self) -> None:
-        """See `LanguageModel.launch`: on a GPU a step goes on beside another model's."""
-        if any(not handle.finished for handle in self._in_flight()):
-            self._engine.launch()
+    def client(self) -> NativeClient:
+        """See `LanguageModel.client`."""
+        return NativeClient(self, self._engine)
 
     def ready(self) -> bool:
+        """Whether a step would not wait for one that was launched."""
         return self._engine.ready()
 
-    def idle(self) -> bool:
-        return not self._in_flight()
+    def send_token_bytes(self) -> None:
+        """Tell the engine the bytes of every token, which stop strings need."""
+        if not self._knows_token_bytes:
+            # A tokenizer may know ids that the model has no rows for; it can never write them.
+            self._engine.set_token_bytes(self.tokenizer.token_bytes()[: self.config["vocab_size"]])
+            self._knows_token_bytes = True
 
     def stats(self) -> dict[str, int | float]:
         """Counters: prefill_tokens, cached_tokens, decode_tokens, steps, kv_blocks_*."""
@@ -311,12 +332,11 @@ class NativeModel:
                 "adapter: expected LoraWeights, a PEFT folder or None, got "
                 f"{type(adapter).__name__}"
             )
-        with self._lock:
-            made = self._adapters.get(adapter)
-            if made is None:
-                made = self.core_model.make_adapter(adapter.matrices, adapter.scale)
-                self._adapters[adapter] = made
-            return made
+        made = self._adapters.get(adapter)
+        if made is None:  # of two threads that make one, both take the first's
+            made = self.core_model.make_adapter(adapter.matrices, adapter.scale)
+            made = self._adapters.setdefault(adapter, made)
+        return made
 
     def _adapter_from_folder(self, folder: Path) -> core.Adapter:
         folder = folder.resolve()
@@ -335,12 +355,6 @@ class NativeModel:
 
     # --- within ---
 
-    def _in_flight(self) -> list[NativeHandle]:
-        handles: list[NativeHandle] | None = getattr(self._mine, "handles", None)
-        if handles is None:
-            handles = self._mine.handles = []
-        return handles
-
     def _prompt_tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if not prompt.strip():
@@ -349,84 +363,3 @@ class NativeModel:
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             return self.tokenizer.encode_chat(cast(Chat, prompt))
         return token_list(prompt, "expected token ids, a chat or a text")
-
-    def _start(
-        self, tokens: list[int], params: SamplingParams, adapter: core.Adapter | None, sample: int
-    ) -> NativeHandle:
-        compiled = core_params(params, sample)
-        if params.stop:
-            self._send_token_bytes()
-        sequence = self._engine.submit(tokens, compiled, adapter)
-        return NativeHandle(sequence, self.tokenizer, self._engine)
-
-    def _send_token_bytes(self) -> None:
-        with self._lock:
-            if not self._knows_token_bytes:
-                # A tokenizer may know ids that the model has no rows for; it can never write them.
-                self._engine.set_token_bytes(
-                    self.tokenizer.token_bytes()[: self.config["vocab_size"]]
-                )
-                self._knows_token_bytes = True
-
-    def _report(
-        self, handles: list[NativeHandle], on_token: Callable[[int, int, float], None]
-    ) -> None:
-        """Step until all are finished, telling every token as it comes."""
-        written = [0] * len(handles)
-        open_ = list(range(len(handles)))
-        while open_:
-            self._engine.step()
-            left = []
-            for index in open_:
-                sequence = handles[index].sequence
-                finished = sequence.finished  # before reading: then nothing comes after it
-                tokens, logprobs = sequence.read(written[index])
-                for token, logprob in zip(tokens, logprobs, strict=True):
-                    on_token(index, token, logprob)
-                written[index] += len(tokens)
-                if not finished:
-                    left.append(index)
-            open_ = left
-
-    def _stream(
-        self, handle: NativeHandle, stops: tuple[str, ...]
-    ) -> Iterator[tuple[int, str, float]]:
-        text = TextStream(self.tokenizer, stops)
-        waiting: list[tuple[int, float]] = []  # tokens whose text is not certain yet
-        written = 0
-        with _cancelling([handle]):
-            finished = False
-            while not finished:
-                if not handle.finished:
-                    self._engine.step()
-                finished = handle.finished
-                tokens, logprobs = handle.sequence.read(written)
-                written += len(tokens)
-                last = len(tokens) - 1
-                for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-                    waiting.append((token, logprob))
-                    if finished and i == last:
-                        break
-                    delta = text.push(token)
-                    if delta is not None:
-                        yield from _spread(waiting, delta)
-                        waiting = []
-            if waiting:
-                yield from _spread(waiting, handle.completion().text[len(text.sent) :])
-
-
-def _spread(waiting: list[tuple[int, float]], text: str) -> Iterator[tuple[int, str, float]]:
-    """The tokens with their common text on the last, which made it certain."""
-    for i, (token, logprob) in enumerate(waiting):
-        yield token, text if i == len(waiting) - 1 else "", logprob
-
-
-@contextlib.contextmanager
-def _cancelling(handles: list[NativeHandle]) -> Iterator[None]:
-    """Cancels the handles if the block is left by an exception, Ctrl-C and closing included."""
-    try:
-        yield
-    except BaseException:
-        for handle in handles:
-            handle.cancel()
-        raise

@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <chrono>
-#include <iterator>
 #include <limits>
 #include <utility>
 
 #include "alignpro/core/cgroup.h"
 #include "alignpro/core/error.h"
+#include "alignpro/core/fork.h"
 #include "alignpro/core/trace.h"
+#include "alignpro/engine/client.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/kv_pool.h"
 #include "alignpro/model/model.h"
@@ -69,11 +70,6 @@ class NativeModel final : public LanguageModel {
   std::shared_ptr<const model::Model> model_;
 };
 
-void extend(std::vector<std::shared_ptr<Sequence>>& all,
-            std::vector<std::shared_ptr<Sequence>> more) {
-  all.insert(all.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
-}
-
 // Checks the options and settles the size of the cache.
 EngineOptions resolve(EngineOptions options, const LanguageModel& model) {
   require(options.max_batch_rows >= 1, "max_batch_rows: expected >= 1, got ",
@@ -125,6 +121,16 @@ model::Batch make_batch(std::span<const Chunk> chunks) {
   return batch;
 }
 
+NumericError no_token(const Task& task) {
+  const Request& request = task.sequence->request();
+  return NumericError(
+      cat("sampling: token ", task.tokens.size() - request.prompt.size(),
+          " of the completion has no finite softmax (NaN or infinite logits) at temperature ",
+          request.params.temperature,
+          request.params.min_new_tokens == 0 ? "" : ", or min_new_tokens leaves none to draw",
+          "; check the weights, the adapter and the temperature"));
+}
+
 // What a step consists of, for whoever records it: a request's rows bear its seed, which is its key
 // (contract 3).
 void mark_rows(std::span<const Chunk> chunks) {
@@ -155,6 +161,7 @@ Engine::Engine(std::shared_ptr<const LanguageModel> model, EngineOptions options
 }
 
 Engine::~Engine() {
+  if (forked_in_call()) return;  // its locks may be held by threads that are not there
   for (const auto& sequence : incoming_) sequence->finish(FinishReason::kCancelled);
   for (const auto& sequence : scheduler_.clear()) sequence->finish(FinishReason::kCancelled);
 }
@@ -169,7 +176,8 @@ void Engine::set_token_bytes(std::vector<std::string> pieces) {
 }
 
 std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingParams params,
-                                         std::shared_ptr<const model::Adapter> adapter) {
+                                         std::shared_ptr<const model::Adapter> adapter,
+                                         const std::shared_ptr<Client>& client) {
   const model::ModelConfig& config = model_->config();
   validate(params);
   require(!tokens.empty(), "prompt: expected at least one token, got none");
@@ -206,32 +214,32 @@ std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingPa
   request.adapter_version = adapter == nullptr ? 0 : adapter->version();
   request.adapter = std::move(adapter);
   request.params = std::move(params);
-  request.owner = this;
+  request.client = client;
 
   const std::lock_guard lock(mutex_);
   request.token_bytes = token_bytes_;
   require(request.params.stop.empty() || request.token_bytes != nullptr,
           "stop: stop strings need the bytes of every token; call set_token_bytes() first");
   auto sequence = std::make_shared<Sequence>(std::move(request));
-  if (sequence->request().params.max_new_tokens == 0) sequence->finish(FinishReason::kLength);
-  incoming_.push_back(sequence);
+  if (client != nullptr) client->opened(sequence);
+  if (sequence->request().params.max_new_tokens == 0) {
+    sequence->finish(FinishReason::kLength);
+  } else {
+    incoming_.push_back(sequence);
+  }
   return sequence;
 }
 
-std::vector<std::shared_ptr<Sequence>> Engine::step() {
+void Engine::step(const Client* client) {
   std::unique_lock lock(mutex_);
   turn_.wait(lock, [this] { return !driving_; });
-  return in_turn(lock, [this](Sequences& finished) { step_once(finished); });
+  if (client == nullptr || !client->has_finished()) in_turn(lock, &Engine::whole_step);
 }
 
 void Engine::launch() {
   std::unique_lock lock(mutex_);
   turn_.wait(lock, [this] { return !driving_; });
-  if (drawing_) return;
-  unreported_ = in_turn(lock, [this](Sequences& finished) {
-    const trace::Span span(trace::Level::kSteps, "step");
-    begin_step(finished);
-  });
+  if (!drawing_) in_turn(lock, &Engine::begin_launched);
 }
 
 bool Engine::ready() const {
@@ -239,25 +247,13 @@ bool Engine::ready() const {
   return !driving_ && (!drawing_ || session_->ready());
 }
 
-void Engine::run(std::span<const std::shared_ptr<Sequence>> sequences,
-                 const std::function<void()>& poll) {
-  for (const auto& sequence : sequences) {
-    require(sequence != nullptr && sequence->request().owner == this,
-            "run: expected sequences submitted to this engine");
-  }
-  const auto unfinished = [&] {
-    return std::any_of(sequences.begin(), sequences.end(),
-                       [](const auto& sequence) { return !sequence->finished(); });
-  };
+void Engine::run(Client& client, const std::function<void()>& poll) {
   std::unique_lock lock(mutex_);
-  while (unfinished()) {
+  while (client.has_open()) {
     if (driving_) {
       turn_.wait_for(lock, std::chrono::milliseconds(50));
     } else {
-      try {
-        in_turn(lock, [this](Sequences& finished) { step_once(finished); });
-      } catch (...) {  // each sequence that it ended carries it; rethrown below if one is ours
-      }
+      in_turn(lock, &Engine::whole_step);
     }
     if (!poll) continue;
     lock.unlock();
@@ -265,25 +261,18 @@ void Engine::run(std::span<const std::shared_ptr<Sequence>> sequences,
       poll();
       lock.lock();
     } catch (...) {
-      for (const auto& sequence : sequences) sequence->cancel();
+      client.cancel();
       lock.lock();
       turn_.wait(lock, [this] { return !driving_; });
-      try {
-        unreported_ = in_turn(lock, [this](Sequences& finished) { end_launched(finished); });
-      } catch (...) {  // of a step that another thread launched; its sequences carry it
-      }
+      in_turn(lock, &Engine::end_launched);
       throw;
     }
-  }
-  lock.unlock();
-  for (const auto& sequence : sequences) {
-    if (const std::exception_ptr error = sequence->error()) std::rethrow_exception(error);
   }
 }
 
 bool Engine::idle() const {
   const std::lock_guard lock(mutex_);
-  return incoming_.empty() && in_flight_ == 0 && unreported_.empty();
+  return incoming_.empty() && in_flight_ == 0;
 }
 
 EngineStats Engine::stats() const {
@@ -291,44 +280,48 @@ EngineStats Engine::stats() const {
   return stats_;
 }
 
-// Work of the calling thread, whose turn it is: `lock` is held at entry and exit, not between.
-// Returns what finished, in it and before.
-Engine::Sequences Engine::in_turn(std::unique_lock<std::mutex>& lock,
-                                  const std::function<void(Sequences&)>& work) {
-  Sequences finished = take_incoming();
+// Work of the calling thread, whose turn it is: `lock` is held at entry and exit, not between. What
+// throws is a defect of ours, or memory: it ends everything in the engine, which carries it.
+void Engine::in_turn(std::unique_lock<std::mutex>& lock, void (Engine::*work)()) {
+  for (auto& sequence : incoming_) scheduler_.add(std::move(sequence));
+  incoming_.clear();
+  in_flight_ = scheduler_.size();
   driving_ = true;
   lock.unlock();
-  std::exception_ptr error;
   try {
-    work(finished);
+    (this->*work)();
   } catch (...) {
-    error = std::current_exception();
     drawing_.reset();
-    for (const auto& sequence : scheduler_.clear()) sequence->finish(FinishReason::kFailed, error);
+    for (const auto& sequence : scheduler_.clear()) {
+      sequence->finish(FinishReason::kFailed, std::current_exception());
+    }
   }
   lock.lock();
   publish_state();
   driving_ = false;
   turn_.notify_all();
-  if (error) std::rethrow_exception(error);
-  return finished;
 }
 
-void Engine::step_once(Sequences& finished) {
-  if (drawing_) return end_launched(finished);
+void Engine::whole_step() {
+  if (drawing_) return end_launched();
   const trace::Span span(trace::Level::kSteps, "step");
-  begin_step(finished);
-  end_step(finished);
+  begin_step();
+  end_step();
 }
 
 // What was cancelled since the launch does not wait for another step.
-void Engine::end_launched(Sequences& finished) {
-  end_step(finished);
-  extend(finished, scheduler_.drop_interrupted(Clock::now()));
+void Engine::end_launched() {
+  end_step();
+  scheduler_.drop_interrupted(Clock::now());
 }
 
-void Engine::begin_step(Sequences& finished) {
-  extend(finished, scheduler_.drop_interrupted(Clock::now()));
+void Engine::begin_launched() {
+  const trace::Span span(trace::Level::kSteps, "step");
+  begin_step();
+}
+
+void Engine::begin_step() {
+  scheduler_.drop_interrupted(Clock::now());
   admit();
   const std::vector<Chunk> chunks = scheduler_.pick();
   if (chunks.empty()) return;
@@ -336,35 +329,24 @@ void Engine::begin_step(Sequences& finished) {
   draw(*drawing_);
 }
 
-void Engine::end_step(Sequences& finished) {
+void Engine::end_step() {
   if (!drawing_) return;
   const std::vector<Task*> drawing = *std::exchange(drawing_, std::nullopt);
   std::vector<ops::SampledToken> drawn(drawing.size());
   if (!drawn.empty()) session_->collect(drawn);
-  counts_.decode_tokens += static_cast<int64_t>(drawn.size());
   for (size_t i = 0; i < drawing.size(); ++i) {
     Task* task = drawing[i];
-    task->tokens.push_back(drawn[i].token);
-    const FinishReason reason = task->sequence->append(drawn[i]);
-    if (reason == FinishReason::kNone) continue;
-    task->sequence->finish(reason);
-    finished.push_back(scheduler_.retire(task));
-  }
-}
-
-// Hands what was submitted to the scheduler; returns what is finished already, or was between
-// steps.
-Engine::Sequences Engine::take_incoming() {
-  Sequences finished = std::exchange(unreported_, {});
-  for (auto& sequence : std::exchange(incoming_, {})) {
-    if (sequence->finished()) {
-      finished.push_back(std::move(sequence));
-    } else {
-      scheduler_.add(std::move(sequence));
+    Sequence& sequence = *task->sequence;
+    if (drawn[i].token < 0) {
+      const auto error = std::make_exception_ptr(no_token(*task));
+      scheduler_.retire(task)->finish(FinishReason::kFailed, error);
+      continue;
     }
+    ++counts_.decode_tokens;
+    task->tokens.push_back(drawn[i].token);
+    const FinishReason reason = sequence.append(drawn[i]);
+    if (reason != FinishReason::kNone) scheduler_.retire(task)->finish(reason);
   }
-  in_flight_ = scheduler_.size();
-  return finished;
 }
 
 void Engine::admit() {

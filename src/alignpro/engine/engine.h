@@ -21,6 +21,8 @@ class Model;
 
 namespace alignpro::engine {
 
+class Client;
+
 struct EngineOptions {
   int64_t kv_cache_bytes = 0;    // 0: a quarter of the memory that is available now
   int64_t max_batch_rows = 256;  // tokens in one forward, decoding and prefill together
@@ -52,40 +54,37 @@ class Engine {
   void set_token_bytes(std::vector<std::string> pieces);
 
   // Queues a request; never waits for a step. Throws InvalidArgument for a request that can never
-  // run, naming the argument. max_new_tokens 0 is finished on return ("length").
+  // run, naming the argument. max_new_tokens 0 is finished on return ("length"). `client`, if any,
+  // is told when it ends.
   std::shared_ptr<Sequence> submit(std::vector<int32_t> tokens, SamplingParams params,
-                                   std::shared_ptr<const model::Adapter> adapter);
+                                   std::shared_ptr<const model::Adapter> adapter,
+                                   const std::shared_ptr<Client>& client = nullptr);
 
-  // One forward for everything that can run; returns what finished in it. If it throws (a NaN,
-  // say), every sequence in the engine is finished with that error and the engine is empty and
-  // usable.
-  std::vector<std::shared_ptr<Sequence>> step();
+  // One forward for everything that can run. A request that cannot be drawn (NaN, say) fails alone;
+  // what throws here, a defect or lack of memory, ends everything in the engine, each with that
+  // error, and the engine is empty and usable. Does nothing where, its turn come, `client` has
+  // something finished.
+  void step(const Client* client = nullptr);
 
   // The first part of a step, for who drives several engines: it is put under way, and a model that
-  // computes elsewhere than on this thread is left to it. step() then waits for it and returns what
-  // it ended. A second launch() before that does nothing. Throws as step().
+  // computes elsewhere than on this thread is left to it. step() then waits for it. A second
+  // launch() before that does nothing.
   void launch();
   bool ready() const;  // step() would not wait for the model
 
-  // Returns when all of these are finished, driving steps or waiting for a thread that does.
-  // Rethrows the error of the first that failed. `poll` is called between steps, at least every
-  // 50 ms; when it throws, these sequences are cancelled and its exception goes to the caller.
-  void run(std::span<const std::shared_ptr<Sequence>> sequences,
-           const std::function<void()>& poll = {});
+  // See Client::run.
+  void run(Client& client, const std::function<void()>& poll);
 
   bool idle() const;
   EngineStats stats() const;
 
  private:
-  using Sequences = std::vector<std::shared_ptr<Sequence>>;
-
-  Sequences in_turn(std::unique_lock<std::mutex>& lock,
-                    const std::function<void(Sequences&)>& work);
-  void step_once(Sequences& finished);
-  void begin_step(Sequences& finished);
-  void end_step(Sequences& finished);
-  void end_launched(Sequences& finished);
-  Sequences take_incoming();
+  void in_turn(std::unique_lock<std::mutex>& lock, void (Engine::*work)());
+  void whole_step();
+  void begin_launched();
+  void begin_step();
+  void end_step();
+  void end_launched();
   void admit();
   std::vector<Task*> forward(std::span<const Chunk> chunks);
   void draw(std::span<Task* const> tasks);
@@ -105,8 +104,7 @@ class Engine {
   mutable std::mutex mutex_;
   std::condition_variable turn_;
   bool driving_ = false;
-  Sequences incoming_;
-  Sequences unreported_;   // finished between steps; the next step returns them
+  std::vector<std::shared_ptr<Sequence>> incoming_;
   int64_t in_flight_ = 0;  // sequences inside scheduler_
   std::shared_ptr<const std::vector<std::string>> token_bytes_;
   EngineStats stats_;

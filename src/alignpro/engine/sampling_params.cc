@@ -6,9 +6,21 @@
 
 namespace alignpro::engine {
 
+namespace {
+
+// What divides a logit must leave it finite.
+constexpr float kLeastTemperature = 1e-30f;
+// What is searched after every token, in a step that everybody waits for.
+constexpr size_t kMostStops = 256;
+constexpr size_t kLongestStop = 4096;
+
+}  // namespace
+
 void validate(const SamplingParams& p) {
-  require(std::isfinite(p.temperature) && p.temperature >= 0.0f,
-          "temperature: expected a finite number >= 0, got ", p.temperature);
+  require(
+      p.temperature == 0.0f || (std::isfinite(p.temperature) && p.temperature >= kLeastTemperature),
+      "temperature: expected 0 (greedy) or a finite number >= ", kLeastTemperature, ", got ",
+      p.temperature);
   require(p.top_k >= 0, "top_k: expected >= 0 (0: off), got ", p.top_k);
   require(p.top_p > 0.0f && p.top_p <= 1.0f, "top_p: expected 0 < top_p <= 1 (1: off), got ",
           p.top_p);
@@ -18,8 +30,11 @@ void validate(const SamplingParams& p) {
   require(p.min_new_tokens >= 0 && p.min_new_tokens <= p.max_new_tokens,
           "min_new_tokens: expected 0 to max_new_tokens (", p.max_new_tokens, "), got ",
           p.min_new_tokens);
+  require(p.stop.size() <= kMostStops, "stop: expected at most ", kMostStops, " strings, got ",
+          p.stop.size());
   for (const std::string& stop : p.stop) {
-    require(!stop.empty(), "stop: expected non-empty strings, got an empty one");
+    require(!stop.empty() && stop.size() <= kLongestStop, "stop: expected strings of 1 to ",
+            kLongestStop, " bytes, got one of ", stop.size());
   }
   require(std::isfinite(p.deadline_seconds) && p.deadline_seconds >= 0.0,
           "deadline_seconds: expected a finite number >= 0 (0: none), got ", p.deadline_seconds);

@@ -4,14 +4,12 @@
 #include <string>
 #include <vector>
 
+#include "alignpro/ops/shared/sampling.h"
+
 namespace alignpro::engine {
 
 // How one sequence is drawn and when it ends.
-struct SamplingParams {
-  float temperature = 1.0f;  // 0: greedy, log-probabilities then at temperature 1
-  int32_t top_k = 0;         // 0: off
-  float top_p = 1.0f;        // 1: off
-  float min_p = 0.0f;        // 0: off
+struct SamplingParams : ops::DrawOptions {
   int64_t max_new_tokens = 64;
   int64_t min_new_tokens = 0;  // EOS and stop ids are not drawn, stop strings do not count, before
   uint64_t seed = 0;
@@ -22,7 +20,8 @@ struct SamplingParams {
   double deadline_seconds = 0.0;  // from submit(); 0: none
 };
 
-// Throws InvalidArgument naming the field. Token ids are checked against the model at submit().
+// The one set of limits: throws InvalidArgument naming the field. Token ids are checked against the
+// model at submit().
 void validate(const SamplingParams& params);
 
 }  // namespace alignpro::engine

@@ -24,30 +24,24 @@ int64_t Scheduler::blocks_needed(const Request& request) {
 
 void Scheduler::add(std::shared_ptr<Sequence> sequence) { waiting_.push_back(std::move(sequence)); }
 
-std::vector<std::shared_ptr<Sequence>> Scheduler::drop_interrupted(Clock::time_point now) {
-  std::vector<std::shared_ptr<Sequence>> dropped;
+void Scheduler::drop_interrupted(Clock::time_point now) {
   const auto interrupt = [now](Sequence& sequence) {
     const FinishReason reason = sequence.interrupted(now);
-    if (reason == FinishReason::kNone) return false;
-    sequence.finish(reason);
-    return true;
+    if (reason != FinishReason::kNone) sequence.finish(reason);
+    return reason != FinishReason::kNone;
   };
-  std::erase_if(waiting_, [&](const std::shared_ptr<Sequence>& sequence) {
-    if (!interrupt(*sequence)) return false;
-    dropped.push_back(sequence);
-    return true;
-  });
+  std::erase_if(waiting_, [&](const auto& sequence) { return interrupt(*sequence); });
   std::vector<Task*> ended;
   for (const auto& task : running_) {
     if (interrupt(*task->sequence)) ended.push_back(task.get());
   }
-  for (Task* task : ended) dropped.push_back(retire(task));
-  return dropped;
+  for (Task* task : ended) retire(task);
 }
 
 std::vector<Task*> Scheduler::admit() {
   std::vector<Task*> admitted;
-  int64_t rows = free_rows();
+  // A row of each step for everything in flight: all of it always fits, and what decodes advances.
+  int64_t rows = max_rows_ - static_cast<int64_t>(running_.size());
   int64_t passed_over = 0;
   auto next = waiting_.begin();
   // The limit on those passed over keeps a step's cost flat when thousands of samples of one prompt
@@ -68,7 +62,7 @@ std::vector<Task*> Scheduler::admit() {
     task->tokens = request.prompt;
     task->computed = block_table->cached;
     task->block_table = std::move(*block_table);
-    rows -= task->remaining();
+    --rows;
     admitted.push_back(task.get());
     running_.push_back(std::move(task));
     next = waiting_.erase(next);
@@ -77,8 +71,8 @@ std::vector<Task*> Scheduler::admit() {
 }
 
 // True while a sequence in prefill is computing a prefix that this one would share: n samples of a
-// prompt then cost one prefill. Ends by itself: whatever is in prefill advances every step, or is
-// retired; and each wait leaves more of the prompt cached than the last.
+// prompt then cost one prefill. Ends by itself: whatever is in prefill gets its share of the steps,
+// or is retired; and each wait leaves more of the prompt cached than the last.
 bool Scheduler::awaits_prefix(const Sequence& sequence) const {
   if (!prefix_cache_) return false;
   const auto tokens = shareable(sequence);
@@ -101,24 +95,38 @@ bool Scheduler::awaits_prefix(const Sequence& sequence) const {
   return false;
 }
 
-// Rows of the next step that running sequences leave. Admission needs at least one, so everything
-// in flight always fits and advances.
-int64_t Scheduler::free_rows() const {
-  int64_t rows = max_rows_;
-  for (const auto& task : running_) rows -= task->remaining();
-  return rows;
-}
-
-std::vector<Chunk> Scheduler::pick() const {
+std::vector<Chunk> Scheduler::pick() {
+  ++steps_;
   std::vector<Chunk> chunks;
+  std::vector<Task*> prefill;
   int64_t rows = max_rows_;
-  for (const bool prefill : {false, true}) {
-    for (const auto& task : running_) {
-      if (task->in_prefill() != prefill || rows == 0) continue;
-      const int64_t count = std::min(task->remaining(), rows);
-      chunks.push_back({task.get(), count});
-      rows -= count;
+  for (const auto& task : running_) {
+    if (task->in_prefill()) {
+      prefill.push_back(task.get());
+    } else {
+      chunks.push_back({task.get(), 1});
+      --rows;
     }
+  }
+  // Equal shares, of a block at least, to those who have waited longest: a short prompt is not kept
+  // behind long ones, and none starves. What the shares leave goes to the oldest.
+  std::vector<Task*> turns = prefill;
+  std::stable_sort(turns.begin(), turns.end(),
+                   [](const Task* a, const Task* b) { return a->last_prefill < b->last_prefill; });
+  const int64_t share =
+      std::max(kKvBlock, rows / std::max<int64_t>(1, static_cast<int64_t>(prefill.size())));
+  for (Task* task : prefill) task->rows = 0;
+  for (const auto& [order, most] : {std::pair(&turns, share), std::pair(&prefill, max_rows_)}) {
+    for (Task* task : *order) {
+      const int64_t more = std::min({task->remaining() - task->rows, most, rows});
+      task->rows += more;
+      rows -= more;
+    }
+  }
+  for (Task* task : prefill) {
+    if (task->rows == 0) continue;
+    task->last_prefill = steps_;
+    chunks.push_back({task, task->rows});
   }
   std::stable_sort(chunks.begin(), chunks.end(), [](const Chunk& a, const Chunk& b) {
     return a.task->sequence->request().adapter_version <

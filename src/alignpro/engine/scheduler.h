@@ -16,7 +16,9 @@ struct Task {
   std::shared_ptr<Sequence> sequence;
   std::vector<int32_t> tokens;  // the prompt, then what was generated
   PrefixCache::BlockTable block_table;
-  int64_t computed = 0;  // leading positions whose KV is written
+  int64_t computed = 0;      // leading positions whose KV is written
+  int64_t last_prefill = 0;  // the scheduler's last step with rows of its prompt
+  int64_t rows = 0;          // of its prompt in the step that is being picked
 
   int64_t remaining() const { return static_cast<int64_t>(tokens.size()) - computed; }
   bool in_prefill() const { return computed < static_cast<int64_t>(sequence->prompt().size()); }
@@ -44,16 +46,16 @@ class Scheduler {
   void add(std::shared_ptr<Sequence> sequence);
 
   // Finishes what was cancelled or is out of time, in the queue and in flight, and takes it out.
-  std::vector<std::shared_ptr<Sequence>> drop_interrupted(Clock::time_point now);
+  void drop_interrupted(Clock::time_point now);
 
   // Moves sequences from the queue into flight while there is room for their rows and blocks;
   // returns the new tasks, whose copies (block_table.copy_*) are due before anything is computed,
   // in order.
   std::vector<Task*> admit();
 
-  // The next step: a row for everything that decodes, then prefill in order of admission. Chunks of
-  // one adapter are adjacent, base weights first.
-  std::vector<Chunk> pick() const;
+  // The next step: a row for everything that decodes, then prefills in equal shares. Chunks of one
+  // adapter are adjacent, base weights first.
+  std::vector<Chunk> pick();
 
   // The chunk's KV has been written.
   void complete(const Chunk& chunk);
@@ -69,11 +71,11 @@ class Scheduler {
 
  private:
   bool awaits_prefix(const Sequence& sequence) const;
-  int64_t free_rows() const;
 
   const int64_t max_rows_;
   PrefixCache cache_;
   const bool prefix_cache_;
+  int64_t steps_ = 0;
   std::deque<std::shared_ptr<Sequence>> waiting_;
   std::vector<std::unique_ptr<Task>> running_;  // by admission, oldest first
 };

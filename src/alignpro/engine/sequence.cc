@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "alignpro/core/rng.h"
+#include "alignpro/engine/client.h"
 
 namespace alignpro::engine {
 namespace {
@@ -71,10 +72,7 @@ FinishReason Sequence::interrupted(Clock::time_point now) const {
 ops::SampleRow Sequence::sample_row(int64_t position) const {
   const SamplingParams& params = request_.params;
   ops::SampleRow row;
-  row.temperature = params.temperature;
-  row.top_k = params.top_k;
-  row.top_p = params.top_p;
-  row.min_p = params.min_p;
+  static_cast<ops::DrawOptions&>(row) = params;
   row.uniform = keyed_uniform(params.seed, params.sample, static_cast<uint32_t>(position));
   const int64_t written = position - static_cast<int64_t>(request_.prompt.size());
   if (written < params.min_new_tokens) row.banned = request_.stop_ids;
@@ -88,7 +86,7 @@ FinishReason Sequence::append(const ops::SampledToken& token) {
   output_.kept_mass.push_back(token.kept_mass);
   const auto& ids = request_.stop_ids;
   const auto written = static_cast<int64_t>(output_.tokens.size());
-  if (std::find(ids.begin(), ids.end(), token.token) != ids.end()) return FinishReason::kStop;
+  if (std::binary_search(ids.begin(), ids.end(), token.token)) return FinishReason::kStop;
   if (longest_stop_ > 0) {
     const auto match = find_stop(token.token);
     if (match && written >= request_.params.min_new_tokens) {
@@ -125,10 +123,13 @@ std::optional<Sequence::StopMatch> Sequence::find_stop(int32_t token) {
 }
 
 void Sequence::finish(FinishReason reason, std::exception_ptr error) {
-  const std::lock_guard lock(mutex_);
-  if (reason_.load(std::memory_order_relaxed) != FinishReason::kNone) return;
-  error_ = std::move(error);
-  reason_.store(reason, std::memory_order_release);
+  {
+    const std::lock_guard lock(mutex_);
+    if (reason_.load(std::memory_order_relaxed) != FinishReason::kNone) return;
+    error_ = std::move(error);
+    reason_.store(reason, std::memory_order_release);
+  }
+  if (const auto client = request_.client.lock()) client->finished(this);
 }
 
 }  // namespace alignpro::engine

@@ -22,9 +22,11 @@ class Adapter;
 
 namespace alignpro::engine {
 
+class Client;
+
 using Clock = std::chrono::steady_clock;
 
-// kFailed: a step threw while this sequence was in the engine; error() holds what.
+// kFailed: error() says why; no token could be drawn, or a step threw.
 enum class FinishReason { kNone, kStop, kLength, kCancelled, kDeadline, kFailed };
 
 // "stop", "length", "cancelled", "deadline", "failed"; empty for kNone.
@@ -36,10 +38,10 @@ struct Request {
   SamplingParams params;
   std::shared_ptr<const model::Adapter> adapter;  // null: base weights
   uint64_t adapter_version = 0;                   // 0: base weights; else unique to the adapter
-  std::vector<int32_t> stop_ids;                  // EOS (unless ignored) and stop_token_ids
+  std::vector<int32_t> stop_ids;  // EOS (unless ignored) and stop_token_ids, ascending
   std::shared_ptr<const std::vector<std::string>> token_bytes;  // [vocab]; set if params.stop is
-  int64_t max_positions = 0;  // prompt and new tokens together, bounded by the context
-  const void* owner = nullptr;
+  int64_t max_positions = 0;     // prompt and new tokens together, bounded by the context
+  std::weak_ptr<Client> client;  // to be told of the end; empty: nobody
 };
 
 // What a sequence has written: one entry a generated token, EOS included.
@@ -87,7 +89,7 @@ class Sequence {
   // Takes the next token; returns whether, and why, the sequence ends with it.
   FinishReason append(const ops::SampledToken& token);
 
-  // The first call wins.
+  // The first call wins, and tells the client.
   void finish(FinishReason reason, std::exception_ptr error = nullptr);
 
  private:

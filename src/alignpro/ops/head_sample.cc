@@ -6,8 +6,6 @@
 #include <numeric>
 #include <vector>
 
-#include "alignpro/core/error.h"
-#include "alignpro/ops/shared/sampling.h"
 #include "alignpro/ops/vocabulary.h"
 
 namespace alignpro::ops {
@@ -17,20 +15,10 @@ namespace {
 constexpr int64_t kTruncatedRows = 16;
 
 bool is_truncated(const SampleRow& row) {
-  return truncates(row.temperature, row.top_k, row.top_p, row.min_p,
-                   static_cast<int64_t>(row.banned.size()));
+  return truncates(row, static_cast<int64_t>(row.banned.size()));
 }
 
-float inverse_temperature(const SampleRow& row) {
-  return row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
-}
-
-[[noreturn]] void refuse(int64_t row) {
-  throw NumericError(
-      cat("sampling: row ", row,
-          " has no finite softmax (NaN or infinite logits); check the weights and the "
-          "adapter"));
-}
+constexpr SampledToken kNoToken{-1, NAN, NAN};
 
 // The logits of one row and tile again, for the one tile the draw fell into.
 void row_tile(const PackedMatrix& head, const float* hidden, int64_t tile, float inv_temperature,
@@ -46,10 +34,8 @@ void row_tile(const PackedMatrix& head, const float* hidden, int64_t tile, float
   finish_tile_row(head.rows(), tile, out, 1, 0, inv_temperature);
 }
 
-bool is_banned(const SampleRow& row, int32_t token) {
-  return std::find(row.banned.begin(), row.banned.end(), token) != row.banned.end();
-}
-
+// The tile's logits are computed again, and have the bits that were measured unless the weights
+// have changed in between (a mapped file can): then the row has no token.
 SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const SampleRow& row,
                         std::span<const TileStats> tiles) {
   const RowStats stats = merge_tiles(tiles.data(), static_cast<int64_t>(tiles.size()));
@@ -57,9 +43,15 @@ SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const Sam
   float logits[kVocabTile];
   int64_t tile = 0, column = 0;
   if (row.temperature == 0.0f) {
-    while (tiles[static_cast<size_t>(tile)].max != static_cast<float>(stats.max)) ++tile;
+    const auto top = static_cast<float>(stats.max);
+    tile = std::find_if(tiles.begin(), tiles.end(),
+                        [top](const TileStats& s) { return s.max == top; }) -
+           tiles.begin();
+    if (tile == static_cast<int64_t>(tiles.size())) return kNoToken;
     row_tile(head, hidden, tile, inv_temperature, logits);
-    while (logits[column] != static_cast<float>(stats.max)) ++column;
+    const int64_t columns = tile_panels(head.rows(), tile) * cpu::kPanel;
+    column = std::find(logits, logits + columns, top) - logits;
+    if (column == columns) return kNoToken;
   } else {
     const auto tile_mass = [&](int64_t t) {
       const TileStats& s = tiles[static_cast<size_t>(t)];
@@ -68,6 +60,7 @@ SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const Sam
     const double target = row.uniform * stats.sum;
     double below = 0.0;
     tile = invert(static_cast<int64_t>(tiles.size()), target, tile_mass, &below);
+    if (tile < 0) return kNoToken;
     row_tile(head, hidden, tile, inv_temperature, logits);
     float e[kVocabTile];
     const TileStats& s = tiles[static_cast<size_t>(tile)];
@@ -75,6 +68,7 @@ SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const Sam
     const double scale = std::exp(s.max - stats.max);
     column = invert(tile_panels(head.rows(), tile) * cpu::kPanel, target - below,
                     [&](int64_t i) { return e[i] * scale; });
+    if (column < 0) return kNoToken;
   }
   return {static_cast<int32_t>(tile * kVocabTile + column),
           static_cast<float>(logits[column] - stats.lse), 1.0f};
@@ -113,15 +107,15 @@ SampledToken draw_truncated(const SampleRow& row, const RowStats& stats, int64_t
                             const float* logits, int64_t rows, int64_t m) {
   std::vector<Candidate> kept;
   kept.reserve(static_cast<size_t>(vocab));
+  auto ban = row.banned.begin();
   for (int64_t v = 0; v < vocab; ++v) {
     const float z = tile_value(logits, rows, m, v);
-    if (z > -INFINITY && !is_banned(row, static_cast<int32_t>(v))) {
+    while (ban != row.banned.end() && *ban < v) ++ban;
+    if (z > -INFINITY && (ban == row.banned.end() || *ban != v)) {
       kept.push_back({z, static_cast<int32_t>(v)});
     }
   }
-  if (kept.empty()) {
-    throw InvalidArgument("sampling: min_new_tokens or a ban leaves no token that can be drawn");
-  }
+  if (kept.empty()) return kNoToken;
   if (row.top_k > 0 && static_cast<size_t>(row.top_k) < kept.size()) {
     std::nth_element(kept.begin(), kept.begin() + row.top_k - 1, kept.end(), better);
     kept.resize(static_cast<size_t>(row.top_k));
@@ -154,10 +148,7 @@ SampledToken draw_truncated(const SampleRow& row, const RowStats& stats, int64_t
 SampleRow as_drawn(const SampleRow& row) {
   SampleRow drawn = row;
   if (row.temperature == 0.0f && !row.banned.empty()) {
-    drawn.temperature = 1.0f;
-    drawn.top_k = 1;
-    drawn.top_p = 1.0f;
-    drawn.min_p = 0.0f;
+    static_cast<DrawOptions&>(drawn) = {.temperature = 1.0f, .top_k = 1};
   }
   return drawn;
 }
@@ -198,8 +189,9 @@ void head_sample(const PackedMatrix& head, const float* hidden, std::span<const 
   const auto merged = [&](int64_t row) { return merge_tiles(stats.data() + row * tiles, tiles); };
   std::vector<int64_t> truncated;
   for (int64_t row = 0; row < count; ++row) {
-    if (!merged(row).valid()) refuse(row);
-    if (is_truncated(rows[static_cast<size_t>(row)])) {
+    if (!merged(row).valid()) {
+      out[static_cast<size_t>(row)] = kNoToken;
+    } else if (is_truncated(rows[static_cast<size_t>(row)])) {
       truncated.push_back(row);
     } else {
       out[static_cast<size_t>(row)] =

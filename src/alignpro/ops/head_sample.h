@@ -5,22 +5,19 @@
 
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/packed_matrix.h"
+#include "alignpro/ops/shared/sampling.h"
 
 namespace alignpro::ops {
 
 // How one token is drawn.
-struct SampleRow {
-  float temperature = 1.0f;  // 0: the most likely token, lowest id on a tie; its log-probability is
-                             // reported at temperature 1
-  int32_t top_k = 0;         // 0: off
-  float top_p = 1.0f;        // 1: off
-  float min_p = 0.0f;        // 0: off
-  double uniform = 0.0;      // the draw, in [0, 1)
-  std::span<const int32_t> banned;  // tokens that may not be drawn (EOS before min_new_tokens)
+struct SampleRow : DrawOptions {
+  double uniform = 0.0;             // the draw, in [0, 1)
+  std::span<const int32_t> banned;  // tokens that may not be drawn (EOS before min_new_tokens);
+                                    // ascending
 };
 
 struct SampledToken {
-  int32_t token = -1;
+  int32_t token = -1;      // -1: none could be drawn, and the numbers are NaN
   float logprob = 0.0f;    // of the untruncated distribution at the row's temperature
   float kept_mass = 1.0f;  // probability of what truncation and bans left
 };
@@ -28,7 +25,8 @@ struct SampledToken {
 // Projects hidden [rows, K] on the head [V, K] and draws a token a row, by inversion of the
 // cumulative distribution in token order. No logits tensor: plain rows keep two numbers per
 // vocabulary tile; truncated rows go through a workspace of at most 16 x V floats.
-// Throws NumericError when a row has a NaN logit or no finite one.
+// A row fails alone: one with a NaN logit or no finite one, or whose bans leave nothing, has token
+// -1, and the others have the bits that they have without it.
 void head_sample(const PackedMatrix& head, const float* hidden, std::span<const SampleRow> rows,
                  std::span<SampledToken> out, ThreadPool& pool);
 

@@ -8,6 +8,20 @@
 
 namespace alignpro::ops {
 
+// How tokens are drawn: from the caller's parameters, which inherit it, to the row that a kernel
+// draws.
+struct DrawOptions {
+  float temperature = 1.0f;  // 0: the most likely token, lowest id on a tie; its log-probability is
+                             // reported at temperature 1
+  int32_t top_k = 0;         // 0: off
+  float top_p = 1.0f;        // 1: off
+  float min_p = 0.0f;        // 0: off
+};
+
+ALIGNPRO_HOST_DEVICE inline float inverse_temperature(const DrawOptions& how) {
+  return how.temperature > 0.0f ? 1.0f / how.temperature : 1.0f;
+}
+
 // First token, in token order, at which the cumulative mass passes `target`; rounding at the end
 // falls back to the last token with any mass; -1 where none has. *below receives the mass of the
 // tokens before it.
@@ -30,9 +44,9 @@ ALIGNPRO_HOST_DEVICE int64_t invert(int64_t count, double target, const Mass& ma
 }
 
 // Whether a draw is truncated: by bans alone where it is greedy.
-ALIGNPRO_HOST_DEVICE inline bool truncates(float temperature, int32_t top_k, float top_p,
-                                           float min_p, int64_t bans) {
-  return bans > 0 || (temperature > 0.0f && (top_k > 0 || top_p < 1.0f || min_p > 0.0f));
+ALIGNPRO_HOST_DEVICE inline bool truncates(const DrawOptions& how, int64_t bans) {
+  return bans > 0 ||
+         (how.temperature > 0.0f && (how.top_k > 0 || how.top_p < 1.0f || how.min_p > 0.0f));
 }
 
 // The least logit that min_p > 0 leaves beside the best.

@@ -1,0 +1,174 @@
+"""One caller's requests in the native engine, and what came of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+from alignpro import native
+from alignpro.models.arguments import core_params, token_list, with_seed
+from alignpro.models.completion_text import TextStream, completion_text
+from alignpro.models.tokenizer import Tokenizer
+from alignpro.types import Completion, FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from alignpro.models.native_model import NativeModel
+    from alignpro.native import core
+
+
+class NativeHandle:
+    """One sequence in the engine. Any thread may read and cancel it."""
+
+    def __init__(self, sequence: core.Sequence_, tokenizer: Tokenizer) -> None:
+        self.sequence = sequence
+        self._tokenizer = tokenizer
+
+    @property
+    def finished(self) -> bool:
+        return self.sequence.finished
+
+    def cancel(self) -> None:
+        self.sequence.cancel()
+
+    def completion(self) -> Completion:
+        """What was written.
+
+        Raises:
+            RuntimeError: it is not finished. What ended it: NumericError where no token could be
+                drawn, and any error of the engine itself.
+        """
+        sequence = self.sequence
+        reason = sequence.finish_reason
+        if reason is None:
+            raise RuntimeError("the sequence is not finished; step() its client until it is")
+        sequence.raise_error()
+        tokens = sequence.tokens
+        return Completion(
+            tokens=tokens,
+            text=completion_text(self._tokenizer, tokens, reason, sequence.matched_stop),
+            logprobs=sequence.logprobs,
+            kept_mass=sequence.kept_mass,
+            finish_reason=cast(FinishReason, reason),
+            prompt_tokens=sequence.prompt_tokens,
+        )
+
+
+class NativeClient:
+    """See `language_model.Client`. Leaving its ``with`` block by an exception, Ctrl-C and closing
+    included, cancels what is under way."""
+
+    def __init__(self, model: NativeModel, engine: core.Engine) -> None:
+        self._model = model
+        self._client = native.core.Client(engine)
+        self._handles: dict[core.Sequence_, NativeHandle] = {}
+
+    def __enter__(self) -> NativeClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.cancel()
+
+    def submit(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        *,
+        adapter: Any = None,
+        sample: int = 0,
+    ) -> NativeHandle:
+        """Queue one sequence; see `language_model.Client.submit`."""
+        compiled = core_params(with_seed(params), sample)
+        if params.stop:
+            self._model.send_token_bytes()
+        sequence = self._client.submit(
+            token_list(tokens, "prompt"), compiled, self._model.make_adapter(adapter)
+        )
+        handle = self._handles[sequence] = NativeHandle(sequence, self._model.tokenizer)
+        return handle
+
+    def step(self) -> list[NativeHandle]:
+        """One forward pass for everything in the engine, unless something of this client has
+        finished already; returns what has finished since the last call."""
+        return [self._handles.pop(sequence) for sequence in self._client.step()]
+
+    def run(self) -> None:
+        """Step until all of it is finished; Ctrl-C cancels it."""
+        self._client.run()
+
+    def launch(self) -> None:
+        """See `language_model.Client.launch`: on a GPU a step goes on beside another model's."""
+        self._client.launch()
+
+    def ready(self) -> bool:
+        return self._model.ready()
+
+    def cancel(self) -> None:
+        self._client.cancel()
+
+    def idle(self) -> bool:
+        return self._client.idle()
+
+
+def report(
+    client: NativeClient, handles: list[NativeHandle], on_token: Callable[[int, int, float], None]
+) -> None:
+    """Step until all are finished, telling every token as it comes."""
+    written = [0] * len(handles)
+    unfinished = dict(enumerate(handles))
+    while unfinished:
+        finished = set(client.step())
+        for index, handle in list(unfinished.items()):
+            tokens, logprobs = handle.sequence.read(written[index])
+            for token, logprob in zip(tokens, logprobs, strict=True):
+                on_token(index, token, logprob)
+            written[index] += len(tokens)
+            if handle in finished:
+                del unfinished[index]
+
+
+def stream(
+    client: NativeClient, handle: NativeHandle, text: TextStream
+) -> Iterator[tuple[int, str, float]]:
+    """(token, text it adds, log-probability) as they come; see `NativeModel.stream`."""
+    waiting: list[tuple[int, float]] = []  # tokens whose text is not certain yet
+    written = 0
+    with client:
+        finished = False
+        while not finished:
+            finished = bool(client.step())
+            tokens, logprobs = handle.sequence.read(written)
+            written += len(tokens)
+            last = len(tokens) - 1
+            for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+                waiting.append((token, logprob))
+                if finished and i == last:
+                    break
+                delta = text.push(token)
+                if delta is not None:
+                    yield from _spread(waiting, delta)
+                    waiting = []
+        completion = handle.completion()
+        if waiting:
+            yield from _spread(waiting, completion.text[len(text.sent) :])
+
+
+def of_prompt(index: int, error: Exception) -> Exception:
+    """The same error, which names the prompt."""
+    return type(error)(f"prompt {index}: {error}")
+
+
+def completion_or_error(index: int, place: NativeHandle | Exception) -> Completion | Exception:
+    """The completion of a request of the prompt, or the error that it met."""
+    if isinstance(place, Exception):
+        return of_prompt(index, place)
+    try:
+        return place.completion()
+    except native.NumericError as error:
+        return of_prompt(index, error)
+
+
+def _spread(waiting: list[tuple[int, float]], text: str) -> Iterator[tuple[int, str, float]]:
+    """The tokens with their common text on the last, which made it certain."""
+    for i, (token, logprob) in enumerate(waiting):
+        yield token, text if i == len(waiting) - 1 else "", logprob
