@@ -179,9 +179,9 @@ def commands(text):
     lines += re.findall(r"`(alignpro [^`]*)`", text)
     for line in lines:
         _, found, rest = line.partition("alignpro ")
-        words = shlex.split(rest.replace("--seed N", "")) if found else []
-        if words and words[0] in CONFIGS:
-            yield words[0], words[1:]
+        stage = (rest.split() or [""])[0]
+        if found and stage in CONFIGS:
+            yield stage, shlex.split(rest)[1:]
 
 
 def loaded(stage, words):
