@@ -253,6 +253,50 @@ def test_a_failure_cancels_what_is_under_way(failure):
     assert pipeline.prompter.under_way() == [] and target.under_way() == []
 
 
+@pytest.mark.parametrize(
+    ("model", "number", "what"),
+    [("prompter", 3, "rewrite 1 of prompt 1"), ("target", 0, "response [01] to rewrite . of prom")],
+)
+def test_a_request_that_fails_is_named_and_cancels_the_rest(model, number, what):
+    pipeline = make()
+    failing = getattr(pipeline, model)
+    failing.fails = {number: ArithmeticError("no finite softmax")}
+    with pytest.raises(ArithmeticError, match=what + ".*: no finite softmax"):
+        pipeline.rollout(PROMPTS, num_rewrites=2, num_responses=2, seed=1)
+    assert pipeline.prompter.under_way() == [] and pipeline.target.under_way() == []
+
+
+class CountedModel(FakeModel):
+    """Hands out handles that count what they are asked."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.counted, self.looks = {}, 0
+
+    def submit(self, *arguments, **options):
+        handle = super().submit(*arguments, **options)
+        model = self
+
+        class Counted:
+            def __getattr__(self, name):
+                model.looks += 1
+                return getattr(handle, name)
+
+        return self.counted.setdefault(handle, Counted())
+
+    def step(self):
+        return [self.counted[handle] for handle in super().step()]
+
+
+@pytest.mark.parametrize("count", [10, 100])
+def test_a_rollout_asks_each_request_once(count):
+    """Work of the loop beside the steps is linear in the requests, however many steps they take."""
+    prompter, target = CountedModel(rows=3), CountedModel(rows=3)
+    make(prompter, target).rollout([f"prompt {i}" for i in range(count)], num_rewrites=2, seed=1)
+    assert prompter.steps > count
+    assert prompter.looks == target.looks == 2 * count
+
+
 def test_a_failing_reward_is_an_error_never_a_zero():
     def reward(prompts, rewrites, responses, **columns):
         return [float("nan")] * len(prompts)

@@ -256,18 +256,12 @@ class Pipeline:
             for index, tokens in enumerate(read):
                 params = replace(self.rewrite_params, seed=derive_seed(seed, REWRITE_STREAM, index))
                 for sample in range(num_rewrites):
-                    in_flight.submit(
-                        self.prompter,
-                        tokens,
-                        params,
-                        self.prompter_adapter,
-                        sample,
-                        _Request(
-                            f"rewrite {sample} of prompt {index}",
-                            "hand-off",
-                            partial(finished, index, sample),
-                        ),
+                    handle = in_flight.client(self.prompter).submit(
+                        tokens, params, adapter=self.prompter_adapter, sample=sample
                     )
+                    what = f"rewrite {sample} of prompt {index}"
+                    on_finished = partial(finished, index, sample)
+                    in_flight.add(handle, _Request(what, "hand-off", on_finished))
             in_flight.run_until_done()
         ordered = [[group[j] for j in range(num_rewrites)] for group in rewrites]
         return ordered, in_flight.generated_tokens
@@ -294,15 +288,11 @@ class Pipeline:
                 rewrite.responses.extend(arrived[m] for m in range(num_responses))
 
         for number in range(num_responses):
-            what = f"response {number} to rewrite {sample} of prompt {rewrite.prompt_index}"
-            in_flight.submit(
-                self.target,
-                rewrite.target_tokens,
-                params,
-                self.target_adapter,
-                number,
-                _Request(what, "answer", partial(finished, number)),
+            handle = in_flight.client(self.target).submit(
+                rewrite.target_tokens, params, adapter=self.target_adapter, sample=number
             )
+            what = f"response {number} to rewrite {sample} of prompt {rewrite.prompt_index}"
+            in_flight.add(handle, _Request(what, "answer", partial(finished, number)))
 
     def _prompter_tokens(self, prompt: str, index: int) -> list[int]:
         _check_prompt(prompt, index)
@@ -399,18 +389,12 @@ class _InFlight:
                 while not client.idle():
                     client.step()
 
-    def submit(
-        self,
-        model: LanguageModel,
-        tokens: list[int],
-        params: SamplingParams,
-        adapter: Any,
-        sample: int,
-        request: _Request,
-    ) -> None:
+    def client(self, model: LanguageModel) -> Client:
         if model not in self._clients:
             self._clients[model] = model.client()
-        handle = self._clients[model].submit(tokens, params, adapter=adapter, sample=sample)
+        return self._clients[model]
+
+    def add(self, handle: Handle, request: _Request) -> None:
         self._pending[handle] = request
 
     def run_until_done(self) -> None:

@@ -408,7 +408,7 @@ TEST_CASE("greedy takes the lowest id on a tie") {
   std::vector<int32_t> tokens;
   Floats logprobs;
   p.hidden.data()[8] = NAN;
-  draw(p, {{0.3, 0.0f}, {0.3, 0.0f}}, tokens, logprobs);
+  draw(p, {{{0.0f}, 0.3}, {{0.0f}, 0.3}}, tokens, logprobs);
   CHECK_EQ(tokens[0], 139);
   CHECK(std::abs(logprobs[0] - (5.0 - std::log(2 * std::exp(5.0) + 298 * std::exp(1.0)))) < 1e-5);
   CHECK((tokens[1] == -1 && std::isnan(logprobs[1])));

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -74,6 +75,7 @@ class HashModel final : public LanguageModel {
   mutable std::atomic<int> forwards{0};
   mutable std::atomic<int64_t> rows{0};
   mutable std::atomic<bool> fail_next{false};
+  mutable std::atomic<int32_t> overflows{-1};  // a token that no forward takes
   mutable std::atomic<bool> computing{false};  // as a device that is still at its step
   mutable std::vector<int64_t> row_counts;     // of each forward
   std::chrono::microseconds delay{0};
@@ -92,7 +94,10 @@ class HashModel final : public LanguageModel {
     rows.fetch_add(batch.rows());
     row_counts.push_back(batch.rows());
     if (delay.count() > 0) std::this_thread::sleep_for(delay);
-    if (fail_next.exchange(false)) throw NumericError("forward: NaN");
+    if (fail_next.exchange(false)) throw std::runtime_error("forward: broken");
+    if (std::count(batch.tokens.begin(), batch.tokens.end(), overflows.load()) > 0) {
+      throw NumericError("kv_write: overflow");
+    }
     check_shape(batch);
     for (const model::KvWrite& write : batch.kv_writes) {
       for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
@@ -799,9 +804,9 @@ TEST_CASE("an error finishes what is in the engine and no more") {
   const Handle a = bench.submit(prompt_of(5, 1), params_of(10));
   const Handle b = bench.submit(prompt_of(5, 2), params_of(10));
   bench.model->fail_next = true;
-  CHECK_THROWS_WITH_AS((void)(bench.run({a})), doctest::Contains("NaN"), NumericError);
+  CHECK_THROWS_WITH_AS((void)(bench.run({a})), doctest::Contains("broken"), std::runtime_error);
   CHECK_EQ(b->finish_reason(), FinishReason::kFailed);
-  CHECK_THROWS_WITH_AS((void)(bench.run({b})), doctest::Contains("NaN"), NumericError);
+  CHECK_THROWS_WITH_AS((void)(bench.run({b})), doctest::Contains("broken"), std::runtime_error);
   CHECK(bench.engine->idle());
   CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);
   const Handle c = bench.submit(prompt_of(5, 1), params_of(10));
@@ -824,6 +829,32 @@ TEST_CASE("a request that cannot be drawn fails alone") {
                        NumericError);
   for (const Handle& handle : good) {
     CHECK_EQ(handle->read(0).tokens, expected_tokens(handle->request().prompt, params_of(10)));
+  }
+  CHECK(bench.engine->idle());
+  CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);
+}
+
+TEST_CASE("a request that no forward takes fails alone") {
+  Bench bench(256, 16);
+  std::vector<Handle> good;
+  for (int i = 0; i < 4; ++i)
+    good.push_back(bench.submit(prompt_of(9, 1), params_of(10, static_cast<uint64_t>(i % 2))));
+  const Tokens seen = prompt_of(9, 1);
+  for (const Handle& handle : good) {
+    const Tokens tokens = expected_tokens(seen, handle->request().params);
+    CHECK(std::count(tokens.begin(), tokens.end(), 94) == 0);
+  }
+  bench.model->overflows = 94;
+  const Handle bad = bench.submit({1, 8, 94, 3}, params_of(10));
+  const Handle later = bench.submit({2, 94}, params_of(10));
+  bench.run(good);
+  for (const Handle& handle : good) {
+    CHECK_EQ(handle->read(0).tokens, expected_tokens(seen, handle->request().params));
+  }
+  for (const Handle& handle : {bad, later}) {
+    CHECK_EQ(handle->finish_reason(), FinishReason::kFailed);
+    CHECK_THROWS_WITH_AS(std::rethrow_exception(handle->error()), doctest::Contains("overflow"),
+                         NumericError);
   }
   CHECK(bench.engine->idle());
   CHECK_EQ(bench.engine->stats().kv_blocks_in_use, 0);

@@ -204,6 +204,12 @@ def test_what_float16_cannot_hold_is_an_error(engine: Engines) -> None:
     params = SamplingParams(max_new_tokens=4, ignore_eos=True, seed=1)
     with pytest.raises(NumericError, match="kv_dtype float16: expected keys and values of at most"):
         model.generate([[5, 6, 7]], params, adapter=huge)
+    client = model.client()
+    bad, good = (client.submit([5, 6, 7], params, adapter=a) for a in (huge, None))
+    drain(client)
+    with pytest.raises(NumericError, match="kv_dtype float16: "):
+        bad.completion()
+    assert good.completion() == model.generate([[5, 6, 7]], params)[0]
     with pytest.raises(NumericError, match="load the model with kv_dtype float32"):
         model.score([[5, 6, 7]], adapter=huge)
     assert len(model.generate([[5, 6, 7]], params)[0].tokens) == 4

@@ -323,9 +323,15 @@ void Engine::begin_launched() {
 void Engine::begin_step() {
   scheduler_.drop_interrupted(Clock::now());
   admit();
-  const std::vector<Chunk> chunks = scheduler_.pick();
+  std::vector<Chunk> chunks = scheduler_.pick();
   if (chunks.empty()) return;
-  drawing_ = forward(chunks);
+  try {
+    drawing_ = forward(chunks);
+  } catch (const NumericError&) {  // a key that float16 cannot hold, say
+    drop_failing(chunks);
+    if (chunks.empty()) return;
+    drawing_ = forward(chunks);
+  }
   draw(*drawing_);
 }
 
@@ -375,6 +381,20 @@ std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
     scheduler_.complete(chunk);
   }
   return drawing;
+}
+
+// Of chunks whose forward failed, ends those that fail by themselves, with their own errors. The
+// others are computed again: their bits do not depend on who shares the batch (contract 2).
+void Engine::drop_failing(std::vector<Chunk>& chunks) {
+  std::erase_if(chunks, [this](const Chunk& chunk) {
+    try {
+      session_->forward(make_batch({&chunk, 1}));
+      return false;
+    } catch (const NumericError&) {
+      scheduler_.retire(chunk.task)->finish(FinishReason::kFailed, std::current_exception());
+      return true;
+    }
+  });
 }
 
 void Engine::draw(std::span<Task* const> tasks) {

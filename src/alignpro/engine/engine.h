@@ -87,6 +87,7 @@ class Engine {
   void end_launched();
   void admit();
   std::vector<Task*> forward(std::span<const Chunk> chunks);
+  void drop_failing(std::vector<Chunk>& chunks);
   void draw(std::span<Task* const> tasks);
   void publish_state();
 
