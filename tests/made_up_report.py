@@ -194,7 +194,7 @@ def full_metrics(steps: int = 40) -> list[dict[str, Any]]:
                 "kl_coef": 0.05 + 0.02 * done,
                 "variance_between": 0.02 - 0.01 * done,
                 "variance_within": 0.09 if step != 7 else None,
-                "zero_signal_groups": int(step % 3 == 0),
+                "zero_advantage_groups": int(step % 3 == 0),
                 "truncated_rewrites": 2,
                 "parity_max_abs": 0.0,
                 "num_rewrites": 4,

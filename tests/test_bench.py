@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from alignpro.bench.step import bench_step
+from alignpro.bench.tables import step_table
+from alignpro.bench.timeline import engine_flops
+from alignpro.bench.work import StepWork
 from alignpro.cli import app
-
-SCORE = ["bench", "score", "--shape", "300x16", "--tokens", "12", "--repeats", "2"]
 
 
 def run(*arguments: str):
     return CliRunner().invoke(app, [*arguments])
-
-
-def test_score_writes_every_figure(tmp_path: Path):
-    file = tmp_path / "score.json"
-    result = run(*SCORE, "--no-peers", "--threads", "1", "--json", str(file))
-    assert result.exit_code == 0, result.output
-    report = json.loads(file.read_text("utf-8"))
-    assert report["limits"]["fma_gflops"] > 0 and report["limits"]["read_gbps"] > 0
-    (head,) = report["heads"]
-    assert (head["vocab_size"], head["hidden_size"], head["num_tokens"]) == (300, 16, 12)
-    ours = next(row for row in head["implementations"] if row["name"] == "alignpro")
-    for phase in ("forward", "forward_backward"):
-        assert ours[phase]["seconds"] > 0 and ours[phase]["gflops"] > 0
-        assert 0 < ours[phase]["fma_share"] < 2
-    assert report["lora_pass"] is None
-
-
-def test_a_peer_is_measured_or_says_why_not(tmp_path: Path):
-    file = tmp_path / "score.json"
-    assert run(*SCORE, "--json", str(file)).exit_code == 0
-    rows = json.loads(file.read_text("utf-8"))["heads"][0]["implementations"]
-    assert len(rows) > 4
-    for row in rows:
-        assert row["skipped"] or row["forward_backward"]["seconds"] > 0, row["name"]
 
 
 def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
@@ -46,7 +27,6 @@ def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
         ("decode", ["--batch", "1,3", "--new-tokens", "4", "--prompt-tokens", "5"]),
         ("prefill", ["--shape", "1x9,2x5"]),
         ("rollout", ["--prompts", "2"]),
-        ("growth", ["--batch", "1,3", "--context", "32,64", "--compute", "float32,int8"]),
     ):
         file = tmp_path / f"{benchmark}.json"
         common = ["--model", str(smollm2_path), "--repeats", "1", "--json", str(file)]
@@ -70,21 +50,31 @@ def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
             # A step reads 5 + 4 / 2 positions of K and V: 30 layers, 3 heads, 64 wide.
             saved = rows[0]["bytes_per_step"] - report["results"][0]["bytes_per_step"]
             assert report["kv_dtype"] == "float16" and saved == 7 * 2 * 30 * 3 * 64 * 2
-        if benchmark == "growth":
-            cells = [(1, 32), (3, 32), (1, 64)]
-            assert [(row["batch"], row["context"]) for row in rows] == 2 * cells
-        if benchmark == "rollout":  # the same draws: the same work
-            generated = report["generated_tokens"]
-            assert generated["interleaved"] == generated["barrier"]
+        if benchmark == "rollout":
+            assert report["generated_tokens"][0] >= 2 * 4 * 2 and len(report["all_seconds"]) == 1
+            assert 0 < report["fma_share"] < 1 and report["gflops"] > 0
 
 
-def test_growth_is_drawn(tmp_path: Path, smollm2_path: Path):
-    plot = tmp_path / "growth.svg"
-    work = ["--model", str(smollm2_path), "--batch", "1,2", "--context", "32", "--repeats", "1"]
-    assert run("bench", "growth", *work, "--plot", str(plot)).exit_code == 0
-    assert "<svg" in plot.read_text("utf-8")
-    again = run("bench", "growth", *work, "--plot", str(plot))
-    assert again.exit_code == 2 and "is there already" in again.output
+def test_a_step_writes_every_figure(tmp_path: Path, smollm2_path: Path):
+    work = StepWork(prompts=1, rewrites=2, rewrite_tokens=4, response_tokens=4)
+    report = bench_step(model=smollm2_path, steps=1, threads=2, work=work)
+    assert report["generated_tokens"] == 2 * 8 and report["parity_max_abs"] == 0.0
+    assert 0 < report["generate_fma_share"] < 1
+    assert report["seconds_per_step"] > report["seconds_by_stage"]["generate"] > 0
+    Console(file=io.StringIO()).print(step_table(report))
+
+
+def test_operations_are_those_of_the_engines_steps():
+    events = {
+        "names": ["step", "linear o", "forward"],
+        "name": np.array([1, 0, 2, 1, 1, 0, 1]),
+        "begin_ns": np.array([5, 10, 11, 12, 25, 30, 31]),
+        "end_ns": np.array([6, 20, 19, 15, 26, 40, 35]),
+        "flops": np.array([1000, 0, 0, 10, 2000, 0, 7]),
+        "dropped": 0,
+    }
+    assert engine_flops(events) == 17 and engine_flops(events, since_ns=20) == 7
+    assert engine_flops({**events, "dropped": 1}) is None
 
 
 @pytest.mark.parametrize(
@@ -92,11 +82,9 @@ def test_growth_is_drawn(tmp_path: Path, smollm2_path: Path):
     [
         (["bench", "decode", "--batch", "1,x"], "--batch: expected numbers"),
         (["bench", "prefill", "--shape", "512"], "--shape: expected SEQUENCESxTOKENS"),
-        (["bench", "score", "--shape", "300"], "--shape: expected VOCABULARYxHIDDEN"),
         (["bench", "step", "--model", "/no/such.gguf"], "such.gguf"),
-        (["bench", "growth", "--batch", "1", "--context", "3", "--repeats", "1"], "context:"),
-        (["bench", "growth", "--context", "64,99999", "--batch", "1"], "the model holds 8192"),
-        (["bench", "growth", "--context", "64", "--compute", "float32,int3"], "compute: expected"),
+        (["bench", "rollout", "--prompts", "1000"], "prompts: expected at most 96, got 1000"),
+        (["bench", "decode", "--compute", "int3"], "compute: expected"),
         (["bench", "step", "--json", "/no/such/folder/x.json"], "no such folder"),
     ],
 )

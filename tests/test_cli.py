@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -142,7 +143,7 @@ def test_generate_through_the_trained_prompter(quick):
 def small_yaml(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "train.yaml"
     path.write_text(
-        f"model: {tiny}\n"
+        f"prompter: {{model: {tiny}}}\n"
         "threads: 2\nsteps: 3\nprompts_per_step: 2\nnum_rewrites: 2\n"
         "rewrite: {max_new_tokens: 4}\nresponse: {max_new_tokens: 4}\nlora: {rank: 2}\n"
         "reward: topic\n"
@@ -152,17 +153,17 @@ def small_yaml(tiny, tmp_path_factory):
 
 def test_sft_then_train_then_evaluate(tiny, small_yaml, tmp_path):
     sft, rl = tmp_path / "sft", tmp_path / "rl"
-    options = [f"model={tiny}", f"run_dir={sft}", "steps=2", "batch_size=2", "lora.rank=2"]
+    options = [f"prompter={tiny}", f"run_dir={sft}", "steps=2", "batch_size=2", "lora.rank=2"]
     assert f"adapter: {sft / 'adapter'}" in run("sft", *options).output
     assert "is not empty" in refused("sft", *options)
     run("sft", *options, "--overwrite")
-    run("train", small_yaml, f"run_dir={rl}", f"adapter={sft / 'adapter'}")
+    run("train", small_yaml, f"run_dir={rl}", f"prompter.adapter={sft / 'adapter'}")
     first = read_metrics(rl / "metrics.jsonl")[0]
     assert first["kl_per_rewrite"] == 0.0  # the warm-started adapter is the reference
     output = tmp_path / "arms.json"
     arguments = [
-        f"model={tiny}",
-        f"untuned={sft / 'adapter'}",
+        f"prompter={tiny}",
+        f"prompter.adapter={sft / 'adapter'}",
         f"trained={rl / 'adapter'}",
         "num_prompts=2",
         "num_rewrites=1",
@@ -225,22 +226,28 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["train", "missing.yaml"], "missing.yaml"),
         (["train", "{yaml}", "lerning_rate=1"], 'did you mean "learning_rate"?'),
         (["train", "{yaml}", "steps"], "expected key=value"),
-        (["train", "{yaml}", "rewrite.temperature=-1"], "rewrite.temperature: expected 0 or more"),
-        (["train", "{yaml}", "model=nowhere/at/all.gguf"], "nowhere/at/all.gguf"),
+        (["train", "{yaml}", "rewrite.temperature=-1"], "rewrite.temperature: expected above 0"),
+        (["train", "{yaml}", "prompter=nowhere/at/all.gguf"], "nowhere/at/all.gguf"),
         (["train", "{yaml}", "reward=vadr"], "vadr"),
         (["train", "{yaml}", "data=nothing.jsonl"], "nothing.jsonl"),
-        (["train", "{yaml}", "adapter=nothing"], "nothing"),
+        (["train", "{yaml}", "prompter.adapter=nothing"], "nothing"),
         (["train", "{yaml}", "prompting.template=x"], 'expected "{{prompt}}" exactly once'),
         (["quickstart", "train.seed=3"], "quickstart sets it for every stage"),
-        (["quickstart", "--steps", "-1"], "steps: expected 0 or more, got -1"),
+        (["quickstart", "--steps", "-1"], "steps: expected at least 0, got -1"),
         (["generate", "", "--model", "{tiny}"], "expected text"),
         (["generate", "x" * 999, "--model", "{tiny}"], "context"),
         (["generate", "x", "--model", "{tiny}", "--top-p", "2"], "top_p"),
         (["generate", "x", "--run", "nothing"], "nothing"),
-        (["generate", "x", "--model", "{tiny}", "--device", "gpu"], 'expected "cpu" or "cuda"'),
-        (["generate", "x", "--model", "{tiny}", "--mode", "fast"], 'mode: expected "strict" on'),
-        (["evaluate", "trained=nothing", "model={tiny}"], "nothing"),
-        (["evaluate", "num_prompts=1000", "model={tiny}"], "1000 asked for"),
+        (
+            ["generate", "x", "--model", "{tiny}", "--device", "gpu"],
+            "device: expected one of 'cpu'",
+        ),
+        (
+            ["generate", "x", "--model", "{tiny}", "--no-deterministic"],
+            "deterministic: expected true with device cpu, got False",
+        ),
+        (["evaluate", "trained=nothing", "prompter={tiny}"], "nothing"),
+        (["evaluate", "num_prompts=1000", "prompter={tiny}"], "1000 asked for"),
     ],
 )
 def test_bad_input_is_one_line(arguments, line, small_yaml, tiny, tmp_path, monkeypatch):
@@ -254,6 +261,68 @@ def test_debugging_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("ALIGNPRO_DEBUG", "1")
     result = CliRunner().invoke(app, ["train", "missing.yaml"])
     assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_a_defect_in_a_run_goes_to_its_error_log(small_yaml, tmp_path, monkeypatch):
+    def broken(self):
+        return {}["a defect"]
+
+    monkeypatch.setattr(Trainer, "_rollout", broken)
+    folder = tmp_path / "run"
+    line = run("train", small_yaml, f"run_dir={folder}", code=1).stderr
+    assert line == f"alignpro: KeyError: 'a defect'; traceback: {folder / 'error.log'}\n"
+    log = (folder / "error.log").read_text()
+    assert "Traceback" in log and "in broken" in log
+
+
+def test_a_reward_that_fails_in_a_run_keeps_its_traceback(small_yaml, tmp_path, monkeypatch):
+    (tmp_path / "fails.py").write_text("def f(responses):\n    return [1 / 0 for _ in responses]\n")
+    monkeypatch.chdir(tmp_path)
+    line = refused("train", small_yaml, "run_dir=run", "reward=fails:f")
+    assert "raised ZeroDivisionError at row 0" in line and "traceback: run/error.log" in line
+    assert "fails.py" in (tmp_path / "run" / "error.log").read_text()
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("foreign"), ZeroDivisionError()])
+def test_a_defect_outside_of_a_run_keeps_its_traceback(error, small_yaml, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("alignpro.train.run.load_prompts", broken)
+    result = CliRunner().invoke(app, ["train", str(small_yaml), f"run_dir={tmp_path / 'run'}"])
+    assert result.exception is error and result.exit_code == 1
+
+
+@pytest.mark.parametrize("signature", ["later", "nothing", "both", "positional", "thing", "absent"])
+def test_a_wrong_reward_is_one_line(signature, small_yaml, tmp_path, monkeypatch):
+    (tmp_path / "wrong_signatures.py").write_text(
+        "async def later(completions, **kw):\n    return []\ndef nothing(prompts):\n    return []\n"
+        "def both(responses, completions):\n    return []\n"
+        "def positional(prompts, responses, /):\n    return []\nthing = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    refused("train", small_yaml, "run_dir=run", f"reward=wrong_signatures:{signature}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_that_stages_write_may_be_overwritten(quick, tiny, tmp_path):
+    """And a model's folder may not, nor may a run with a file of somebody's."""
+    source, _ = quick
+    folder = tmp_path / "run"
+    shutil.copytree(source, folder)
+    train = ["train", folder / "config.json", f"run_dir={folder}", "steps=1", "--overwrite"]
+    (folder / "notes.md").write_text("mine")
+    assert "notes.md is not a run's" in refused(*train)
+    assert (folder / "report.json").is_file()
+    (folder / "notes.md").unlink()
+    shutil.copy(folder / "config.json", tmp_path / "config.json")
+    train[1] = tmp_path / "config.json"
+    run(*train)
+    assert not (folder / "report.json").exists() and (folder / "adapter").is_dir()
+    before = sorted(p.name for p in tiny.iterdir())
+    for command in (["train", tmp_path / "config.json"], ["sft", f"model={tiny}"]):
+        assert "not one of alignpro's" in refused(*command, f"run_dir={tiny}", "--overwrite")
+    assert sorted(p.name for p in tiny.iterdir()) == before
 
 
 def test_the_base_install_generates_and_informs(tiny):

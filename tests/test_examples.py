@@ -82,7 +82,7 @@ def test_each_data_set_has_its_oracle():
         oracle = load_yaml(TrainConfig, EXAMPLES / "paper" / f"oracle-{data}.yaml")
         train = load_yaml(TrainConfig, EXAMPLES / "paper" / f"train-phi3.5-{data}.yaml")
         assert (oracle.policy, train.policy) == ("target", "prompter")
-        assert oracle.model == train.target and oracle.target is None
+        assert oracle.trained.model == train.target.model and oracle.target is None
         for field in ("data", "split", "reward", "response", "steps", "kl_coef"):
             assert getattr(oracle, field) == getattr(train, field)
 
@@ -90,7 +90,7 @@ def test_each_data_set_has_its_oracle():
 def test_a_field_that_is_left_out_is_seen():
     mapping = {"seed": 1, "lora": {"rank": 3}}
     left_out = list(missing(TrainConfig, mapping))
-    assert {"model", "lora.alpha", "rewrite"} <= set(left_out)
+    assert {"prompter", "lora.alpha", "rewrite"} <= set(left_out)
     assert not {"seed", "lora", "lora.rank"} & set(left_out)
 
 
@@ -136,7 +136,7 @@ def test_training_and_evaluation_belong_together():
             continue
         train = load_yaml(TrainConfig, file)
         evaluate = load_yaml(EvalConfig, file.with_name(file.name.replace("train-", "evaluate-")))
-        for field in ("model", "target", "data", "reward", "prompting", "rewrite", "response"):
+        for field in ("prompter", "target", "data", "reward", "prompting", "rewrite", "response"):
             assert getattr(train, field) == getattr(evaluate, field), (file.name, field)
         assert evaluate.trained == f"{train.run_dir}/adapter"
         assert evaluate.split != train.split

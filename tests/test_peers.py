@@ -182,8 +182,8 @@ def test_prefill_counts_the_prompt_and_rollout_what_was_written():
         "benchmark": "rollout",
         "prompts": 2,
         "rewrites": 4,
-        "all_seconds": {"interleaved": [2.0, 4.0]},
-        "generated_tokens": {"interleaved": [100, 120]},
+        "all_seconds": [2.0, 4.0],
+        "generated_tokens": [100, 120],
     }
     (row,) = peers.our_rows(rollout, rollout)
     assert (row["batch"], row["tokens_per_second"]) == (8, (50 + 30) / 2)

@@ -282,9 +282,16 @@ def test_bad_arguments(arguments, line):
     assert line in str(caught.value)
 
 
-@pytest.mark.parametrize("params", [SamplingParams(seed=3), SamplingParams(temperature=-1.0)])
-def test_sampling_parameters_are_checked(params):
-    with pytest.raises(ValueError, match="response_params"):
+@pytest.mark.parametrize(
+    ("params", "line"),
+    [
+        (SamplingParams(seed=3), r"^response\.seed: expected unset"),
+        (SamplingParams(temperature=-1.0), r"^response\.temperature: expected .* got -1"),
+        (SamplingParams(min_new_tokens=65), r"^response\.min_new_tokens: expected .* got 65"),
+    ],
+)
+def test_sampling_parameters_are_checked(params, line):
+    with pytest.raises(ValueError, match=line):
         make(response_params=params)
 
 

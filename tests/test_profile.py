@@ -358,7 +358,7 @@ def refused(*arguments: object) -> str:
         (["--model", "no/such.gguf"], "no/such.gguf"),
         (["--target", "no/such.gguf"], "no/such.gguf"),
         (["--adapter", "nothing"], "adapter_config.json"),
-        (["--compute", "int4"], 'compute: expected "float32" or "int8"'),
+        (["--compute", "int4"], "compute: expected one of 'float32', 'int8'"),
         (["--prompts", "1000"], "prompts: expected at most 96, got 1000"),
         (["--out", "no/such/folder/x.json"], "no such folder"),
         (["--out", "x.json", "--json", "x.json"], "--out and --json: expected two files"),

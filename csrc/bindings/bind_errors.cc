@@ -10,6 +10,10 @@ void bind_errors(py::module_& m) {
   py::register_exception<alignpro::FileError>(m, "ModelFileError", PyExc_ValueError);
   py::register_exception<alignpro::Unavailable>(m, "UnavailableError", PyExc_RuntimeError);
   py::register_exception<alignpro::NumericError>(m, "NumericError", PyExc_ArithmeticError);
+  translate_invalid_argument();
+}
+
+void translate_invalid_argument() {
   py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);

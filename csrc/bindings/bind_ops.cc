@@ -25,7 +25,7 @@ using namespace alignpro::bindings;
 namespace {
 
 // The pool of the stand-alone ops, made when it is first needed.
-class OpsTeam {
+class OpsThreadPool {
  public:
   std::shared_ptr<ThreadPool> get() {
     const std::lock_guard lock(mutex_);
@@ -44,9 +44,9 @@ class OpsTeam {
   std::shared_ptr<ThreadPool> pool_;
 };
 
-OpsTeam& ops_team() {
+OpsThreadPool& ops_pool() {
   // Never destroyed: a daemon thread may still compute while the interpreter goes away.
-  static auto* pool = new OpsTeam;
+  static auto* pool = new OpsThreadPool;
   return *pool;
 }
 
@@ -208,13 +208,14 @@ py::dict forward(const py::object& hidden, const py::object& weight, const py::o
   const ops::LogprobJacobian jacobian{out_data<float>(result["d_logprob"]),
                                       out_data<float>(result["d_kl"])};
   const GilRelease release;
-  ops::linear_logprob(call.input, out, with_jacobian ? &jacobian : nullptr, *ops_team().get());
+  ops::linear_logprob(call.input, out, with_jacobian ? &jacobian : nullptr, *ops_pool().get());
   return result;
 }
 
-py::tuple variation(const py::object& hidden, const py::object& weight, const py::object& tokens,
-                    float temperature, const py::object& reference_hidden,
-                    const py::object& reference_weight, const py::dict& saved) {
+py::tuple total_variation(const py::object& hidden, const py::object& weight,
+                          const py::object& tokens, float temperature,
+                          const py::object& reference_hidden, const py::object& reference_weight,
+                          const py::dict& saved) {
   const Call call(hidden, weight, tokens, temperature, reference_hidden, reference_weight);
   py::array_t<float> tv = make(call.rows), mass = make(call.rows);
   float* tv_data = tv.mutable_data();
@@ -222,7 +223,7 @@ py::tuple variation(const py::object& hidden, const py::object& weight, const py
   const ops::LogprobOutput out = output_views(saved);
   {
     const GilRelease release;
-    ops::total_variation(call.input, out, tv_data, mass_data, *ops_team().get());
+    ops::total_variation(call.input, out, tv_data, mass_data, *ops_pool().get());
   }
   return py::make_tuple(tv, mass);
 }
@@ -256,7 +257,7 @@ py::tuple backward(const py::object& hidden, const py::object& weight, const py:
     const GilRelease release;
     ops::linear_logprob_backward(call.input, out, mass,
                                  jacobian.logprob != nullptr ? &jacobian : nullptr, d, to_hidden,
-                                 to_weight, *ops_team().get());
+                                 to_weight, *ops_pool().get());
   }
   return py::make_tuple(d_hidden, d_weight);
 }
@@ -281,7 +282,7 @@ int64_t peak_bytes(int64_t num_tokens, int64_t hidden_size, int64_t vocab_size,
                                 .tokens = {},
                                 .ref_hidden = reference ? &something : nullptr};
   const int64_t jacobian = gradient ? (reference ? 2 : 1) * num_tokens * hidden_size * 4 : 0;
-  return jacobian + ops::linear_logprob_bytes(input, gradient, ops_team().get()->size());
+  return jacobian + ops::linear_logprob_bytes(input, gradient, ops_pool().get()->size());
 }
 
 }  // namespace
@@ -305,7 +306,7 @@ void bind_ops(py::module_& m) {
   m.def("linear_logprob", &forward, py::arg("hidden"), py::arg("weight"), py::arg("tokens"),
         py::arg("temperature"), py::arg("reference_hidden"), py::arg("reference_weight"),
         py::arg("with_jacobian"));
-  m.def("linear_logprob_variation", &variation, py::arg("hidden"), py::arg("weight"),
+  m.def("total_variation", &total_variation, py::arg("hidden"), py::arg("weight"),
         py::arg("tokens"), py::arg("temperature"), py::arg("reference_hidden"),
         py::arg("reference_weight"), py::arg("forward"));
   m.def("linear_logprob_backward", &backward, py::arg("hidden"), py::arg("weight"),
@@ -314,6 +315,6 @@ void bind_ops(py::module_& m) {
         py::arg("want_hidden"), py::arg("want_weight"));
   m.def("linear_logprob_bytes", &peak_bytes, py::arg("num_tokens"), py::arg("hidden_size"),
         py::arg("vocab_size"), py::arg("dtype"), py::arg("reference"), py::arg("gradient"));
-  m.def("ops_threads", [] { return ops_team().get()->size(); });
-  m.def("set_ops_threads", [](int threads) { ops_team().resize(threads); }, py::arg("threads"));
+  m.def("ops_threads", [] { return ops_pool().get()->size(); });
+  m.def("set_ops_threads", [](int threads) { ops_pool().resize(threads); }, py::arg("threads"));
 }

@@ -37,4 +37,9 @@ void bind_system(py::module_& m) {
     info["cuda"] = alignpro::cuda::version();
     return info;
   });
+  py::module_ cuda = m.def_submodule("cuda", "Whether there is a device, and which.");
+  cuda.def("is_available", &alignpro::cuda::is_available);
+  cuda.def("unavailable_reason", &alignpro::cuda::unavailable_reason);
+  cuda.def("device_name", &alignpro::cuda::device_name);
+  cuda.def("version", &alignpro::cuda::version);
 }

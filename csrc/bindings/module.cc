@@ -2,7 +2,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include "bind_cuda.h"
 #include "bind_device_model.h"
 #include "bind_engine.h"
 #include "bind_errors.h"
@@ -23,7 +22,6 @@ PYBIND11_MODULE(_core, m) {
   bind_model(m);
   bind_device_model(m);
   bind_engine(m);
-  bind_cuda(m);
   pybind11::module_::import("atexit").attr("register")(
       pybind11::cpp_function(&alignpro::bindings::GilRelease::stop_returning));
 }

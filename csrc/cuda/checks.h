@@ -116,7 +116,7 @@ inline void check_segments(const char* op, int64_t count, int64_t max_rows, int6
   require(count >= 0 && count <= 65535, op, ": expected at most 65535 segments, got ", count);
 }
 
-inline bool has_reference(const LogprobInput& in) { return in.ref_hidden.data != nullptr; }
+inline bool has_reference(const LogprobInput& in) { return in.ref_hidden.rows > 0; }
 
 inline void check_logprob(const char* op, const LogprobInput& in) {
   const Matrix& h = in.hidden;

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         EvalConfig,
         HeadroomConfig,
         LoraConfig,
+        ModelConfig,
         Prompting,
         QuickstartConfig,
         SftConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "LoraConfig",
     "LoraWeights",
     "Message",
+    "ModelConfig",
     "ModelFileError",
     "NativeModel",
     "NumericError",
@@ -86,6 +88,7 @@ _HOMES = {
     "LoraConfig": "config",
     "LoraWeights": "models.adapter",
     "Message": "types",
+    "ModelConfig": "config",
     "ModelFileError": "native",
     "NativeModel": "models.native_model",
     "NumericError": "native",
@@ -117,7 +120,7 @@ def __getattr__(name: str) -> Any:
         from importlib import metadata
 
         value: Any = metadata.version("alignpro")
-    elif name == "ops":  # a room by its own name; it imports torch
+    elif name == "ops":  # a package by its own name; it imports torch
         value = importlib.import_module("alignpro.ops")
     elif name in _HOMES:
         value = getattr(importlib.import_module(f"alignpro.{_HOMES[name]}"), name)

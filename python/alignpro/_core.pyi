@@ -62,7 +62,7 @@ def linear_logprob(
     """logprob, entropy, kl, reverse_kl, reference_logprob, lse, reference_lse: [T]; d_logprob and
     d_kl: [T, D], the derivatives by hidden. None where there is no reference (or no jacobian)."""
 
-def linear_logprob_variation(
+def total_variation(
     hidden: NDArray[np.float32],
     weight: NDArray[Any] | QuantizedWeight,
     tokens: NDArray[np.int32],
@@ -292,18 +292,8 @@ class Engine:
         """prefill_tokens, cached_tokens, decode_tokens, steps, kv_blocks_in_use, kv_blocks_cached,
         kv_blocks_capacity"""
 
-# Ops on device memory (csrc/cuda/ops.h): tensors are objects with __dlpack__, stream is a
-# cudaStream_t as an integer. Each raises UnavailableError without CUDA or a GPU.
 class cuda:
-    class AttentionShape:
-        def __init__(
-            self,
-            num_heads: int,
-            num_kv_heads: int,
-            head_dim: int,
-            sliding_window: int,
-            scale: float,
-        ) -> None: ...
+    """Whether there is a CUDA device, and which."""
 
     @staticmethod
     def is_available() -> bool: ...
@@ -315,95 +305,3 @@ class cuda:
     @staticmethod
     def version() -> str:
         """Of the runtime it was built with; "no" without."""
-    @staticmethod
-    def embedding(table: Any, tokens: Any, out: Any, stream: int) -> None: ...
-    @staticmethod
-    def rms_norm(x: Any, weight: Any, eps: float, y: Any, stream: int) -> None: ...
-    @staticmethod
-    def swiglu(gate_up: Any, h: Any, stream: int) -> None: ...
-    @staticmethod
-    def linear(
-        x: Any,
-        weight: Any,
-        bias: Any | None,
-        residual: Any | None,
-        lora_x: Any | None,
-        lora_up: Any | None,
-        lora_scale: float,
-        out: Any,
-        stream: int,
-    ) -> None: ...
-    @staticmethod
-    def qk_norm(
-        qkv: Any, shape: AttentionShape, q_weight: Any, k_weight: Any, eps: float, stream: int
-    ) -> None: ...
-    @staticmethod
-    def rope_kv_write(
-        qkv: Any,
-        shape: AttentionShape,
-        cos: Any,
-        sin: Any,
-        positions: Any,
-        blocks: Any,
-        kv: Any,
-        stream: int,
-    ) -> None: ...
-    @staticmethod
-    def kv_copy(copies: Any, shape: AttentionShape, kv: Any, stream: int) -> None: ...
-    @staticmethod
-    def attention_decode(
-        qkv: Any,
-        shape: AttentionShape,
-        positions: Any,
-        block_table: Any,
-        max_positions: int,
-        kv: Any,
-        workspace: Any,
-        out: Any,
-        stream: int,
-    ) -> None: ...
-    @staticmethod
-    def attention_decode_bytes(shape: AttentionShape, rows: int, max_positions: int) -> int: ...
-    @staticmethod
-    def linear_logprob(
-        hidden: Any,
-        weight: Any,
-        tokens: Any,
-        temperature: float,
-        reference_hidden: Any | None,
-        reference_weight: Any | None,
-        forward: dict[str, Any],
-        workspace: Any,
-        stream: int,
-    ) -> None: ...
-    @staticmethod
-    def linear_logprob_bytes(rows: int, vocab: int) -> int: ...
-    @staticmethod
-    def linear_logprob_backward(
-        hidden: Any,
-        weight: Any,
-        tokens: Any,
-        temperature: float,
-        reference_hidden: Any | None,
-        reference_weight: Any | None,
-        forward: dict[str, Any],
-        upstream: dict[str, Any],
-        d_hidden: Any | None,
-        d_weight: Any | None,
-        workspace: Any,
-        stream: int,
-    ) -> None: ...
-    @staticmethod
-    def linear_logprob_backward_bytes(rows: int, vocab: int, bfloat16: bool) -> int: ...
-    @staticmethod
-    def head_sample(
-        hidden: Any,
-        head: Any,
-        rows: Any,
-        tokens: Any,
-        logprobs: Any,
-        workspace: Any,
-        stream: int,
-    ) -> None: ...
-    @staticmethod
-    def head_sample_bytes(rows: int, vocab: int) -> int: ...

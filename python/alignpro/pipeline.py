@@ -17,7 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 from alignpro import trace
-from alignpro.config import RESPONSE, REWRITE, Prompting, SamplingConfig, check_sampling
+from alignpro.config import RESPONSE, REWRITE, Prompting, StageConfig, check_sampling
+from alignpro.models.arguments import check_params
 from alignpro.models.language_model import Handle, LanguageModel
 from alignpro.types import Completion, Response, Reward, Rewrite, Rollout, SamplingParams
 
@@ -68,23 +69,27 @@ class Pipeline:
         self.target_adapter = target_adapter
         self.rewrite_params = rewrite_params or REWRITE
         self.response_params = response_params or RESPONSE
-        check_sampling("rewrite_params", self.rewrite_params)
-        check_sampling("response_params", self.response_params)
+        for name, params in (("rewrite", self.rewrite_params), ("response", self.response_params)):
+            check_sampling(name, params)
+            check_params(name, params)
 
     @classmethod
     def configured(
         cls,
-        config: SamplingConfig,
+        config: StageConfig,
         prompter: LanguageModel,
         target: LanguageModel,
         reward: Reward | None,
     ) -> Pipeline:
-        """The pipeline of a stage: its prompting and its sampling parameters."""
+        """The pipeline of a stage: its prompting, its sampling parameters and the target's own
+        adapter."""
+        adapter = None if config.target is None else config.target.adapter
         return cls(
             prompter,
             target,
             reward,
             prompting=config.prompting,
+            target_adapter=adapter,
             rewrite_params=config.rewrite,
             response_params=config.response,
         )

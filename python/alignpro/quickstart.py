@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import platform
 import resource
 import sys
@@ -20,7 +18,8 @@ from rich.console import Console
 from alignpro.config import QuickstartConfig
 from alignpro.data.load import load_pairs, load_prompts
 from alignpro.evaluate.run import evaluate_loaded, load_inputs
-from alignpro.models.native_model import load_configured
+from alignpro.files import write_json
+from alignpro.models.native_model import load_models
 from alignpro.models.resolve import resolve_model
 from alignpro.native import core
 from alignpro.report.build import build_report
@@ -59,16 +58,19 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     held_out = load_inputs(evaluation)
     seconds: dict[str, float] = {}
 
-    with _timed(seconds, "download"), console.status(f"finding {config.model}"):
-        resolve_model(config.model)
-    with _timed(seconds, "load"), console.status(f"loading {config.model}"):
-        prompter, target = load_configured(train)
+    with _timed(seconds, "download"), console.status(f"finding {config.prompter.name}"):
+        resolve_model(config.prompter.name)
+    with _timed(seconds, "load"), console.status(f"loading {config.prompter.name}"):
+        prompter, target = load_models(train.prompter, train.target, train.threads)
 
     with Bars(console) as bars:
         with _timed(seconds, "sft"):
             bars.show("warm start", 0, sft.steps)
             policy = LoraPolicy.fresh(prompter, sft.lora, seed=sft.seed)
-            sft_rows = fit(policy, pairs, sft, lambda row: show_sft_row(bars, row, sft.steps))
+            sft_rows = []
+            for row in fit(policy, pairs, sft):
+                sft_rows.append(row)
+                show_sft_row(bars, row, sft.steps)
             warm = policy.weights()
         with _timed(seconds, "train"):
             train = replace(train, run_dir=str(free_directory(config.run_dir)))
@@ -77,7 +79,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
             for row in sft_rows:
                 log.append(row)
             trainer.train([TrainBar(bars)])
-        with _timed(seconds, "evaluate"):
+        with _timed(seconds, "evaluate"), trainer.directory:
             trained = trainer.policy.weights()
             outcome = evaluate_loaded(
                 evaluation,
@@ -94,20 +96,19 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "seed": config.seed,
-        "model": config.model,
+        "model": config.prompter.name,
         "reward": config.reward,
         "versions": versions(),
         "config": as_config(config),
     }
-    metrics = write_reports(trainer.run_dir, report)
+    with trainer.directory:
+        metrics = write_reports(trainer.run_dir, report)
     return QuickstartResult(trainer.run_dir, report, metrics)
 
 
 def write_reports(run_dir: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """report.json, report.html and reward.png for a run; returns its metrics."""
-    partial = run_dir / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, run_dir / "report.json")
+    write_json(run_dir / "report.json", report)
     metrics = build_report(run_dir).metrics
     reward_curve(metrics, run_dir / "reward.png", report=report)
     return metrics

@@ -176,8 +176,8 @@ def _our_cases(report: dict[str, Any]) -> list[Row]:
         return [
             {
                 "batch": report["prompts"] * report["rewrites"],
-                "all_seconds": report["all_seconds"]["interleaved"],
-                "tokens": report["generated_tokens"]["interleaved"],
+                "all_seconds": report["all_seconds"],
+                "tokens": report["generated_tokens"],
             }
         ]
     cases = request_of(report, report["repeats"])["cases"]

@@ -4,12 +4,14 @@ adapters, and what a user may ask for and may not."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from alignpro import native
+from alignpro.config import ModelConfig
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.types import SamplingParams
@@ -119,9 +121,9 @@ def test_what_a_device_cannot_do_is_one_line(llama):
     with pytest.raises(ValueError, match="keep_graph needs an adapter"):
         device.core_model.score([[1, 2]], [1], keep_graph=True)
     for options, text in (
-        ({"compute": "int8"}, 'compute: expected "bfloat16" or "float32" on device "cuda"'),
-        ({"kv_dtype": "float16"}, 'kv_dtype: expected "bfloat16" on device "cuda"'),
-        ({"mode": "quick"}, 'mode: expected "strict" or "fast" on device "cuda", got \'quick\''),
+        ({"compute": "int8"}, "compute: expected bfloat16 or float32 with device cuda"),
+        ({"kv_dtype": "float16"}, "kv_dtype: expected bfloat16 with device cuda"),
+        ({"deterministic": "quick"}, "deterministic: expected true or false, got 'quick'"),
         ({"compute": "bfloat16"}, "intermediate_size: expected a multiple of 8 in BF16"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -129,17 +131,19 @@ def test_what_a_device_cannot_do_is_one_line(llama):
 
 
 def test_models_of_two_devices_are_two(llama):
-    prompter, target = load_models(llama, None, 1, "float32", target_device="cuda")
+    prompter, target = load_models(
+        ModelConfig(llama), ModelConfig(device="cuda", compute="float32"), 1
+    )
     assert (prompter.config["device"], target.config["device"]) == ("cpu", "cuda")
-    same, too = load_models(llama, None, 1)
+    same, too = load_models(ModelConfig(llama), None, 1)
     assert same is too
 
 
-def test_mode_fast_measures_what_it_costs(llama):
+def test_what_is_not_deterministic_measures_what_it_costs(llama):
     """The emulated library's sums go by the number of rows, as cuBLASLt's may."""
     strict, fast = (
-        load_model(llama, device="cuda", compute="float32", mode=mode)
-        for mode in ("strict", "fast")
+        load_model(llama, device="cuda", compute="float32", deterministic=deterministic)
+        for deterministic in (True, False)
     )
     assert (strict.config["mode"], fast.config["mode"]) == ("strict", "fast")
     assert strict.exact and not fast.exact and load_model(llama, threads=1).exact
@@ -162,15 +166,14 @@ def test_mode_fast_measures_what_it_costs(llama):
         )
         assert 0 < np.abs(scored - sampled).max() < BUDGET
         assert 0 < np.abs(scored - truth).max() < BUDGET
-    prompter, target = load_models(llama, None, 1, target_device="cuda", target_compute="float32")
+    on_device = ModelConfig(device="cuda", compute="float32")
+    prompter, target = load_models(ModelConfig(llama), on_device, 1)
     assert target.exact and prompter.exact
-    _, quick = load_models(
-        llama, None, 1, target_device="cuda", target_compute="float32", target_mode="fast"
-    )
+    _, quick = load_models(ModelConfig(llama), replace(on_device, deterministic=False), 1)
     assert not quick.exact
 
 
-def test_the_bound_of_a_fast_target_says_how_far_it_is_off(llama):
+def test_the_bound_of_a_target_that_is_not_deterministic_says_how_far_it_is_off(llama):
     from alignpro.config import BoundConfig
     from alignpro.data.load import PromptRow
     from alignpro.evaluate.bound import measure_bound
@@ -187,10 +190,10 @@ def test_the_bound_of_a_fast_target_says_how_far_it_is_off(llama):
         return [float(len(text) % 3) for text in responses]
 
     off = {}
-    for mode in ("strict", "fast"):
-        model = load_model(llama, device="cuda", compute="float32", mode=mode)
-        off[mode] = measure_bound(config, model, model, reward, rows)["parity_max_abs"]
-    assert off["strict"] is None and 0 < off["fast"] < BUDGET
+    for deterministic in (True, False):
+        model = load_model(llama, device="cuda", compute="float32", deterministic=deterministic)
+        off[deterministic] = measure_bound(config, model, model, reward, rows)["parity_max_abs"]
+    assert off[True] is None and 0 < off[False] < BUDGET
 
 
 def test_threads_and_streams_share_a_device(llama):

@@ -3,9 +3,9 @@ family, micro-batches by the device's formula, and a run from its configuration 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from alignpro.cli import app
 from alignpro.config import (
     EvalConfig,
     LoraConfig,
+    ModelConfig,
     Prompting,
     SftConfig,
     TrainConfig,
@@ -23,7 +24,7 @@ from alignpro.config import (
 )
 from alignpro.evaluate.run import run_evaluation
 from alignpro.models.adapter import LoraWeights, load_peft
-from alignpro.models.native_model import load_configured, load_model
+from alignpro.models.native_model import load_model, load_models
 from alignpro.train.metrics import read_metrics
 from alignpro.train.micro_batches import plan_micro_batches
 from alignpro.train.policy import LoraPolicy, initial_weights
@@ -32,6 +33,7 @@ from alignpro.types import SamplingParams
 from model_variants import VARIANTS, variant_folder
 
 LORA = LoraConfig(rank=3, alpha=6.0)
+ON_DEVICE = ModelConfig(device="cuda", compute="float32")
 # A beginning inside a block of 16 positions under two ends, one that is another's, and a stranger;
 # long enough for the window of mistral-window.
 SEQUENCES = [
@@ -156,9 +158,7 @@ def config(tiny_model_dir, tmp_path):
 
     def make(**changes) -> TrainConfig:
         defaults = {
-            "model": str(tiny_model_dir("llama")),
-            "prompter_device": "cuda",
-            "target_device": "cuda",
+            "prompter": replace(ON_DEVICE, model=str(tiny_model_dir("llama"))),
             "data": str(data),
             "split": None,
             "reward": "letter_reward:count_e",
@@ -187,7 +187,7 @@ def test_a_run_on_the_device_is_the_cpus(config, tmp_path):
     assert trainer.pipeline.prompter is trainer.pipeline.target  # one base, one engine
     assert trainer.pipeline.prompter.config["device"] == "cuda"
     trainer.train()
-    on_cpu = config(prompter_device="cpu", target_device="cpu", run_dir=str(tmp_path / "cpu"))
+    on_cpu = config(prompter=on_device.prompter.model, run_dir=str(tmp_path / "cpu"))
     make_trainer(on_cpu).train()
     rows, truth = (read_metrics(f"{c.run_dir}/metrics.jsonl") for c in (on_device, on_cpu))
     assert len(rows) == 2
@@ -212,9 +212,7 @@ def test_a_run_on_the_device_is_the_cpus(config, tmp_path):
     assert len(read_metrics(f"{on_device.run_dir}/metrics.jsonl")) == 3
     report = run_evaluation(
         EvalConfig(
-            model=on_device.model,
-            prompter_device="cuda",
-            target_device="cuda",
+            prompter=on_device.prompter,
             trained=f"{on_device.run_dir}/adapter",
             data=on_device.data,
             split=None,
@@ -226,7 +224,7 @@ def test_a_run_on_the_device_is_the_cpus(config, tmp_path):
             threads=1,
         )
     )
-    assert report["evaluation_config"]["prompter_device"] == "cuda"
+    assert report["evaluation_config"]["prompter"]["device"] == "cuda"
     arguments = ["generate", "he", "--run", on_device.run_dir, "--device", "cuda", "--threads", "1"]
     result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "2"])
     assert result.exit_code == 0 and "rewrite: " in result.stderr, result.output
@@ -238,8 +236,7 @@ def test_a_warm_start_on_the_device_is_the_cpus(tiny_model_dir, tmp_path):
     made = {}
     for device in ("cuda", "cpu"):
         options = SftConfig(
-            model=str(tiny_model_dir("llama")),
-            prompter_device=device,
+            prompter=ModelConfig(str(tiny_model_dir("llama")), device=device, compute="float32"),
             data=str(pairs),
             run_dir=str(tmp_path / device),
             steps=1,
@@ -252,20 +249,23 @@ def test_a_warm_start_on_the_device_is_the_cpus(tiny_model_dir, tmp_path):
         (made[device],) = read_metrics(tmp_path / device / "metrics.jsonl")
     for name in ("loss", "grad_norm"):
         assert made["cuda"][name] == pytest.approx(made["cpu"][name], rel=1e-4), name
-    elsewhere = {"prompter_device": "cuda", "prompter_compute": "bfloat16"}
+    elsewhere = replace(options.prompter, device="cuda", compute=None)  # bfloat16
     with pytest.raises(ValueError, match="intermediate_size: expected a multiple of 8 in BF16"):
-        run_sft(dataclasses.replace(options, **elsewhere, run_dir=str(tmp_path / "bfloat16")))
+        run_sft(replace(options, prompter=elsewhere, run_dir=str(tmp_path / "bfloat16")))
 
 
 def test_which_models_share_a_base(config):
-    for changes, shared, computes in (
-        ({"target_device": "cpu"}, False, ("float32", "float32")),
-        ({"prompter_device": "cpu"}, False, ("float32", "float32")),
-        ({}, True, ("float32", "float32")),
+    folder = config().prompter.model
+    here, there = ModelConfig(folder), replace(ON_DEVICE, model=folder)
+    for first, second, shared in (
+        (there, here, False),
+        (here, ON_DEVICE, False),
+        (there, ON_DEVICE, True),
+        (there, None, True),
     ):
-        prompter, target = load_configured(config(**changes))
+        prompter, target = load_models(first, second, 1)
         assert (prompter is target) == shared
-        assert (prompter.config["compute"], target.config["compute"]) == computes
+        assert prompter.config["compute"] == target.config["compute"] == "float32"
     # The tuned target is trained where it is.
-    tuned = make_trainer(config(policy="target", prompter_device="cpu", num_rewrites=2))
+    tuned = make_trainer(config(policy="target", prompter=folder, target=ON_DEVICE, num_rewrites=2))
     assert tuned.policy.model.config["device"] == "cuda"

@@ -212,7 +212,7 @@ def longest(prompts, rewrites, responses, **columns):
     return [float(len(w)) for w in rewrites]
 
 
-def test_the_optimum_is_the_best_candidate_where_the_leash_is_loose():
+def test_the_optimum_is_the_best_candidate_where_kl_coef_is_small():
     optimum = OptimumConfig(num_candidates=30, num_responses=1)
     pipeline, config = make(longest, kl_coef=0.01, optimum=optimum)
     report = evaluate(pipeline, PROMPTS, config, prompters={"untuned": None})
@@ -225,7 +225,7 @@ def test_the_optimum_is_the_best_candidate_where_the_leash_is_loose():
     assert arm["selection_reliability"] is None  # of one response a candidate
 
 
-def test_the_optimum_is_the_untuned_prompter_where_the_leash_is_tight():
+def test_the_optimum_is_the_untuned_prompter_where_kl_coef_is_large():
     optimum = OptimumConfig(num_candidates=30, num_responses=1)
     pipeline, config = make(longest, kl_coef=1e6, optimum=optimum)
     report = evaluate(pipeline, PROMPTS * 30, config, prompters={"untuned": None})

@@ -186,7 +186,7 @@ def test_the_command(model, tmp_path):
     save_peft(tmp_path / "tuned", lora(model, 0.3))
     file = tmp_path / "bound.json"
     settings = [
-        f"model={model.name}", "reward=letter_reward:count_e", "reward_range=[-20,20]",
+        f"prompter={model.name}", "reward=letter_reward:count_e", "reward_range=[-20,20]",
         "num_prompts=3", "num_rewrites=2", "num_responses=2", f"tuned={tmp_path / 'tuned'}",
         "rewrite.max_new_tokens=4", "response.max_new_tokens=4", "threads=2",
     ]  # fmt: skip
@@ -210,10 +210,10 @@ def test_the_command(model, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(setting, line):
-    error = invoke("bound", "model=nowhere", setting, code=2).stderr
+    error = invoke("bound", "prompter=nowhere", setting, code=2).stderr
     assert error.count("\n") == 1 and line in error
 
 
 def test_a_coefficient_for_a_target_that_is_tuned():
-    with pytest.raises(ValueError, match="tuned_kl_coef: expected unset beside tuned"):
+    with pytest.raises(ValueError, match=r"tuned_kl_coef: expected its default None"):
         dataclasses.replace(make(), tuned="folder", tuned_kl_coef=0.1)

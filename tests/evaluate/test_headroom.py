@@ -27,7 +27,7 @@ PROMPTING = Prompting(template="Advise: {prompt}", separator=" ")
 @pytest.fixture(scope="module")
 def config(tiny_model_dir):
     return HeadroomConfig(
-        model=str(tiny_model_dir("llama")),
+        prompter=str(tiny_model_dir("llama")),
         reward="letter_reward:count_e",
         seed=3,
         num_prompts=4,
@@ -51,7 +51,7 @@ def drawn(config, tmp_path_factory):
 
 
 def rollout(config, adapter=None):
-    model = load_model(config.model, threads=2)
+    model = load_model(config.prompter, threads=2)
     pipeline = Pipeline.configured(config, model, model, count_e).with_adapter(adapter)
     prompts = [row.prompt for row in runs.load_prompts("everyday", split="train")[:4]]
     return pipeline.rollout(prompts, num_rewrites=3, num_responses=2, seed=3)
@@ -89,7 +89,7 @@ def test_samples_hold_every_rewrite(config, drawn):
 
 def test_samples_are_read_again_without_a_model(config, drawn, monkeypatch):
     report, samples, _ = drawn
-    monkeypatch.setattr(runs, "load_configured", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(runs, "load_models", lambda *_: pytest.fail("a model was loaded"))
     assert run_headroom(config, samples=samples) == report
     other = run_headroom(dataclasses.replace(config, kl_coefs=(3.0,), threads=1), samples=samples)
     assert [point["kl_coef"] for point in other["frontier"]] == [3.0]
@@ -128,13 +128,14 @@ def test_damaged_samples_are_refused(config, drawn, tmp_path, damage, line):
 
 
 def test_the_adapter_is_the_untuned_prompter(config, tmp_path):
-    model = load_model(config.model, threads=2)
+    model = load_model(config.prompter, threads=2)
     weights = initial_weights(model, LoraConfig(rank=2), seed=0)
     draw = np.random.default_rng(0)
     for _, b in weights.matrices.values():
         b[:] = draw.normal(scale=0.3, size=b.shape)
     save_peft(tmp_path / "adapter", weights)
-    changed = dataclasses.replace(config, adapter=str(tmp_path / "adapter"))
+    prompter = dataclasses.replace(config.prompter, adapter=str(tmp_path / "adapter"))
+    changed = dataclasses.replace(config, prompter=prompter)
     report = run_headroom(changed)
     adapted, base = runs.rewards_of(rollout(config, weights)), runs.rewards_of(rollout(config))
     assert report["untuned_reward"] == pytest.approx(adapted.mean())
@@ -142,7 +143,7 @@ def test_the_adapter_is_the_untuned_prompter(config, tmp_path):
 
 
 def test_more_prompts_than_there_are(config):
-    changed = dataclasses.replace(config, num_prompts=1000, model="no such model")
+    changed = dataclasses.replace(config, num_prompts=1000, prompter="no such model")
     with pytest.raises(ValueError, match="num_prompts: everyday has 96 rows, 1000 asked for"):
         run_headroom(changed)
 
@@ -155,8 +156,10 @@ def invoke(*arguments, code=0):
 
 def settings(config):
     return [
-        f"model={config.model}", "reward=letter_reward:count_e", "num_prompts=3", "num_rewrites=3",
-        "num_responses=2", "rewrite.max_new_tokens=4", "response.max_new_tokens=4", "threads=2",
+        f"prompter={config.prompter.model}", "reward=letter_reward:count_e", "num_prompts=3",
+        "num_rewrites=3", "num_responses=2", "rewrite.max_new_tokens=4",
+        "response.max_new_tokens=4",
+        "threads=2",
     ]  # fmt: skip
 
 
@@ -181,13 +184,16 @@ def test_the_command(config, tmp_path):
         (["kl_coefs=[0.1,0]"], "kl_coefs[1]: expected above 0, got 0.0"),
         (["num_rewrites=1"], "num_rewrites: expected at least 2"),
         (["rewrite.top_k=5"], "rewrite.top_k: expected 0: the untruncated distribution"),
-        (["adapter=none"], "adapter: none: expected a PEFT folder, got none there"),
+        (
+            ["prompter.adapter=none"],
+            "prompter.adapter: none: expected a PEFT folder, got none",
+        ),
         (["--json", "here/x.json"], "here: no such folder"),
         (["--json", "x", "--plot", "x"], "expected a file for each, got one twice"),
     ],
 )
 def test_bad_input_is_one_line(arguments, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    error = invoke("headroom", "model=nowhere", *arguments, code=2).stderr
+    error = invoke("headroom", "prompter=nowhere", *arguments, code=2).stderr
     assert error.count("\n") == 1 and line in error
     assert list(tmp_path.iterdir()) == []

@@ -12,11 +12,14 @@ import pytest
 
 from alignpro.config import JudgeConfig
 from alignpro.evaluate.arms import Arm
-from alignpro.evaluate.judge import JudgeError, VerdictFile, judge_arms, question_text
-from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge, read_verdict
+from alignpro.evaluate.judge import JudgeError, VerdictFile, judge_arms
+from alignpro.evaluate.judges import (
+    EndpointJudge,
+    fingerprint,
+)
 from alignpro.statistics import length_controlled_win_rate
 from alignpro.types import Response, Rewrite, Rollout
-from judge_server import Fault, JudgeServer, read_question
+from judge_server import Fault, JudgeServer
 
 PROMPTS = ["Why {first}?", "How?\n\nTwo lines.", "What?", "Who?"]
 
@@ -261,90 +264,57 @@ def test_no_more_questions_at_once_than_asked_for(server):
 
     server.verdict = slowly
     prompts = [f"question {i}" for i in range(12)]
+    wins = [["poor", "good"][i % 2] for i in range(12)]
+    losses = [["good", "poor"][i % 2] for i in range(12)]
     arms = {
-        "trained": arm(["good"] * 12, prompts=prompts),
-        "raw": arm(["bad"] * 12, prompts=prompts),
+        name: arm([[f"{word} {j}" for j in range(4)] for word in words], prompts=prompts)
+        for name, words in (("trained", wins), ("raw", losses))
     }
-    ask(server, arms, concurrency=3)
-    assert server.most_under_way == 3
+
+    def verdict(asked):  # three of the four pairs that the trained arm wins get none
+        won = int(asked.prompt.split()[1]) % 2
+        return "hm" if won and not asked.a.endswith("0") else better(asked)
+
+    server.verdict = verdict
+    result = ask(server, arms, num_pairs=4, max_failed=0.9)["comparisons"]["trained_vs_raw"]
+    assert (result["n"], result["wins"], result["errors"]) == (30, 6, 18)
+    assert result["win_rate"] == pytest.approx(0.2)
+    low, high = result["ci95"]
+    # The mean over prompts of their own rates is 0.5, and its interval 0.25 to 0.75.
+    assert low < 0.2 < high < 0.5
 
 
-def test_a_second_run_asks_nothing(server, tmp_path):
-    path = tmp_path / "verdicts.jsonl"
-    first = ask(server, ARMS, verdicts=VerdictFile(path))
-    assert len(server.asked) == 8
-    text = path.read_text()
-    assert "secret" not in text and "Two lines" not in text
-    # A crash in the middle of a line: that verdict is asked for again, and the file is whole.
-    path.write_text(text[:-20])
-    second = ask(server, ARMS, verdicts=VerdictFile(path))
-    assert len(server.asked) == 9 and second["replayed"] == 7
-    third = ask(server, ARMS, verdicts=VerdictFile(path))
-    assert len(server.asked) == 9 and third["replayed"] == 8
-    assert first["comparisons"] == second["comparisons"] == third["comparisons"]
-    # Another model, prompt or sampling is another question.
-    ask(server, ARMS, verdicts=VerdictFile(path), temperature=None, max_tokens=None)
-    assert len(server.asked) == 17 and "temperature" not in server.asked[-1].body
-    assert "max_tokens" not in server.asked[-1].body
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_local_judge_is_known_by_its_weights(tmp_path, kind):
+    place = tmp_path / "judge"
+    if kind == "folder":
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+    weights = place / "model.safetensors" if kind == "folder" else place
+    weights.write_bytes(b"a" * 5000)
+    first = fingerprint(place)
+    assert fingerprint(place) == first
+    weights.write_bytes(b"a" * 2500 + b"b" + b"a" * 2499)  # as long
+    assert fingerprint(place) != first
+    weights.write_bytes(b"a" * 5000)
+    assert fingerprint(place) == first
+    moved = tmp_path / "moved"
+    place.rename(moved)
+    assert fingerprint(moved) == first
 
 
-def test_a_file_of_something_else_is_left_alone(tmp_path):
-    path = tmp_path / "verdicts.jsonl"
-    path.write_text('{"prompt": "mine"}\n')
-    with pytest.raises(ValueError, match="line 1: expected a judge's verdict"):
-        VerdictFile(path)
-    assert path.read_text() == '{"prompt": "mine"}\n'
-
-
-def test_an_endpoint_without_a_key(server, monkeypatch):
-    monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(ValueError, match="the environment variable JUDGE_KEY is not set"):
-        check_judge(config(server))
-    check_judge(config(server, api_key_env=None))
-    ask(server, ARMS, api_key_env=None)
-    assert all("authorization" not in asked.headers for asked in server.asked)
-
-
-@pytest.mark.parametrize(
-    ("reply", "verdict"),
-    [
-        ("A", "A"), (" B.\n", "B"), ("**A**", "A"), ("[[B]]", "B"), ("(A)", "A"), ("'B'", "B"),
-        ("Answer: A", "A"), ("The better response is B.", "B"), ("Response A", "A"),
-        ("**Verdict: B**", "B"), ("_A_", "A"),
-        ("A good answer", None), ("A and B", None), ("A, B", None), ("AB", None), ("a", None),
-        ("Both", None), ("tie", None), ("", None), ("C", None), ("A is better", None),
-        ("B is better than A", None), ("Bad", None), ("I cannot say.", None),
-    ],
-)  # fmt: skip
-def test_reading_a_verdict(reply, verdict):
-    assert read_verdict(reply) == verdict
-
-
-def test_braces_and_markers_in_the_texts_stay_what_they_are():
-    text = question_text("{second} {", "{prompt}", "}{first}")
-    parts = read_question(text)
-    assert parts == {"prompt": "{second} {", "A": "{prompt}", "B": "}{first}"}
-
-
-def test_a_local_judge_reads_the_likelier_letter(tiny_model_dir, monkeypatch):
-    from alignpro.models.native_model import load_model
-
-    # The tiny model's context holds 256 tokens, which are bytes.
-    monkeypatch.setattr("alignpro.evaluate.judge._QUESTION", "{prompt}\n{first}\n{second}\nA or B?")
-    model = load_model(tiny_model_dir("llama"), threads=2)
-    judge = LocalJudge(model)
-    questions = [question_text("why", f"answer {i}", "other") for i in range(11)]
-    replies = dict(judge.replies(questions))
-    assert sorted(replies) == list(range(11))
-    letters = [model.tokenizer.encode(letter) for letter in ("A", "B")]
-    for index, reply in replies.items():
-        chat = model.tokenizer.encode_chat([{"role": "user", "content": questions[index]}])
-        a, b = (float(s[-1]) for s in model.score([chat + letter for letter in letters]))
-        assert reply.verdict == ("A" if a > b else "B")
-        assert reply.text == f"log p(A) {a:.4f}, log p(B) {b:.4f}"
-    assert dict(judge.replies(questions)) == replies
-    ((index, reply),) = judge.replies([question_text("why " * 500, "x", "y")])
-    assert (index, reply.verdict) == (0, None) and "exceed the context" in reply.text
+def test_a_large_judge_is_read_in_blocks_all_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("alignpro.evaluate.judges._BLOCK", 10)
+    monkeypatch.setattr("alignpro.evaluate.judges._HASHED_WHOLE", 100)
+    path = tmp_path / "judge.gguf"
+    path.write_bytes(bytes(range(250)) * 4)
+    seen = {fingerprint(path)}
+    for changed in (0, 105, 500, 905):
+        content = bytearray(bytes(range(250)) * 4)
+        content[changed] ^= 1
+        path.write_bytes(content)
+        seen.add(fingerprint(path))
+    assert len(seen) == 5
 
 
 def test_comparisons_of_one_prompt_have_no_interval(server):

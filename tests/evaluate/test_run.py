@@ -39,7 +39,7 @@ def files(tiny_model_dir, tmp_path_factory):
 def mapping(files, **changes):
     folder, model = files
     return {
-        "model": str(model),
+        "prompter": str(model),
         "threads": 2,
         "data": str(folder / "prompts.jsonl"),
         "reward": "letter_reward:count_e",
@@ -154,7 +154,7 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
     ],
 )  # fmt: skip
 def test_refused_before_a_model_is_loaded(files, changes, line, monkeypatch):
-    monkeypatch.setattr("alignpro.evaluate.run.load_configured", None)
+    monkeypatch.setattr("alignpro.evaluate.run.load_models", None)
     with pytest.raises((ValueError, OSError)) as caught:
         run_evaluation(from_mapping(EvalConfig, mapping(files, **changes)))
     assert line in str(caught.value) and "\n" not in str(caught.value)

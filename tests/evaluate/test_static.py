@@ -161,7 +161,7 @@ def test_bad_searches():
     rewriting = EvalConfig(prompting=Prompting(mode="rewrite"))
     with pytest.raises(ValueError, match="a prompter writes no instructions"):
         load_search(StaticSearch(instructions=None), rewriting, held_out, 2)
-    with pytest.raises(ValueError, match="num_written: expected 0 or more"):
+    with pytest.raises(ValueError, match="num_written: expected at least 0"):
         StaticSearch(num_written=-1)
     with pytest.raises(ValueError, match="candidates: expected at least one"):
         StaticSearch(instructions=None, num_written=0)

@@ -1,4 +1,4 @@
-"""The ops of ``alignpro.native.core.cuda`` on torch tensors: outputs and workspaces are torch's,
+"""The ops of ``alignpro._testing`` on torch tensors: outputs and workspaces are torch's,
 poisoned before the call, and work goes on torch's current stream."""
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from alignpro import native
+from testing_extension import load_testing
 
-cuda: Any = native.core.cuda
+cuda: Any = load_testing()
 # The tests on a CPU emulate the device (tests/emulated): its tensors are the CPU's.
-EMULATED = cuda.version() == "emulated"
+EMULATED = native.core.cuda.version() == "emulated"
 DEVICE = "cpu" if EMULATED else "cuda"
 
 FORWARD = ("logprob", "entropy", "kl", "reverse_kl", "reference_logprob")

@@ -1,4 +1,4 @@
-"""The log-probability with its KL beside everybody that `alignpro bench score` knows, where their
+"""The log-probability with its KL beside everybody that tests/bench/heads.py knows, where their
 packages are: each at what it can compute, chunked by tokens where it would hold all logits."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from alignpro.bench import heads
+from bench import heads
 from gpu import calls
 from gpu.calls import DEVICE, EMULATED
 from gpu.cases import sizes

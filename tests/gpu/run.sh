@@ -37,19 +37,20 @@ section() { printf '\n=== %s (%d s)\n' "$1" "$((SECONDS - started))"; }
 
 section "build for sm_$capability"
 cmake -S "$repository" -B "$out/build" -G Ninja -DALIGNPRO_CUDA=ON -DALIGNPRO_PYTHON=ON \
+  -DALIGNPRO_TESTING=ON \
   -DCMAKE_CUDA_ARCHITECTURES="$capability" \
   -Dpybind11_DIR="$(python3 -m pybind11 --cmakedir)" -DPython_EXECUTABLE="$(command -v python3)" \
   >"$out/build.log"
-cmake --build "$out/build" --target _core >>"$out/build.log" 2>&1 || {
+cmake --build "$out/build" --target _core _testing >>"$out/build.log" 2>&1 || {
   tail -n 40 "$out/build.log" >&2
   exit 1
 }
 python3 "$repository/csrc/cuda/check_spills.py" "$out/build.log"
-# The package as it would be installed: the sources and the extension side by side.
+# The package as it would be installed: the sources and the extensions side by side.
 rm -rf "$out/python" && mkdir "$out/python"
 cp -r "$repository/python/alignpro" "$out/python/alignpro"
-rm -f "$out"/python/alignpro/_core*.so
-cp "$out"/build/_core*.so "$out/python/alignpro/"
+rm -f "$out"/python/alignpro/*.so
+cp "$out"/build/_core*.so "$out"/build/_testing*.so "$out/python/alignpro/"
 export PYTHONPATH="$out/python:$repository/tests"
 
 failed=0

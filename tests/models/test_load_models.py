@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignpro import native
+from alignpro.config import ModelConfig
 from alignpro.models.native_model import load_model, load_models, wheel_folders
 
 
@@ -18,19 +19,22 @@ def test_the_same_model_is_one_engine(
 ) -> None:
     folder = tiny_model_dir("llama")
     monkeypatch.chdir(folder.parent)
+    prompter = ModelConfig(str(folder), adapter="its own")
     for target in (None, str(folder), os.path.join(".", folder.name), f"{folder}{os.sep}"):
-        prompter, same = load_models(str(folder), target)
-        assert same is prompter
+        first, same = load_models(prompter, None if target is None else ModelConfig(target))
+        assert same is first
 
 
 def test_another_model_is_another_engine(tiny_model_dir: Callable[..., Path]) -> None:
     prompter, target = load_models(
-        str(tiny_model_dir("llama")), str(tiny_model_dir("qwen3")), threads=1
+        ModelConfig(str(tiny_model_dir("llama"))),
+        ModelConfig(str(tiny_model_dir("qwen3"))),
+        threads=1,
     )
     assert (prompter.config["family"], target.config["family"]) == ("llama", "qwen3")
     assert target.config["threads"] == 1
     with pytest.raises(FileNotFoundError):
-        load_models(str(tiny_model_dir("llama")), "./nowhere")
+        load_models(ModelConfig(str(tiny_model_dir("llama"))), ModelConfig("./nowhere"))
 
 
 def test_without_cuda_a_device_is_refused_before_anything_is_looked_for():
@@ -43,16 +47,26 @@ def test_without_cuda_a_device_is_refused_before_anything_is_looked_for():
 
 
 def test_a_target_of_other_arithmetic_is_a_model_of_its_own(smollm2_path):
-    prompter, target = load_models(smollm2_path, None, target_compute="int8")
+    prompter, target = load_models(ModelConfig(str(smollm2_path)), ModelConfig(compute="int8"))
     assert target is not prompter
     assert (prompter.config["compute"], target.config["compute"]) == ("float32", "int8")
 
 
-def test_the_fast_mode_is_a_devices():
-    with pytest.raises(ValueError, match='mode: expected "strict" on device "cpu", got \'fast\''):
-        load_model("./nowhere", mode="fast")
-    with pytest.raises(ValueError, match='mode: expected "strict" on device "cpu", got \'fast\''):
-        load_models("./nowhere", None, target_mode="fast")
+def test_the_cpu_is_deterministic():
+    with pytest.raises(ValueError, match=r"^deterministic: expected true with device cpu"):
+        load_model("./nowhere", deterministic=False)
+
+
+def test_a_group_and_its_options_say_the_same(tiny_model_dir):
+    folder = tiny_model_dir("llama")
+    for model in (
+        load_model(folder, threads=1, kv_dtype="float16", context_length=32),
+        load_model(ModelConfig(folder, kv_dtype="float16", context_length=32), 1),
+        load_model(ModelConfig(folder, kv_dtype="float16"), 1, context_length=32),
+    ):
+        assert model.config["kv_dtype"] == "float16" and model.context_length == 32
+    with pytest.raises(TypeError, match="mode"):
+        load_model(folder, mode="strict")
 
 
 def test_without_cuda_the_fast_mode_says_that(tiny_model_dir):

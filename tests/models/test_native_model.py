@@ -62,23 +62,23 @@ def test_the_default_model(smollm2: NativeModel) -> None:
     [
         (
             {"compute": "int4"},
-            'compute: expected "float32" or "int8" on device "cpu", got \'int4\'',
+            "compute: expected one of 'float32', 'int8', 'bfloat16' or null, got 'int4'",
         ),
         (
             {"kv_dtype": "bfloat16"},
-            'kv_dtype: expected "float32" or "float16" on device "cpu", got',
+            "kv_dtype: expected float32 or float16 with device cpu, got 'bfloat16'",
         ),
-        ({"device": "tpu"}, 'device: expected "cpu" or "cuda", got \'tpu\''),
+        ({"device": "tpu"}, "device: expected one of 'cpu', 'cuda', got 'tpu'"),
         (
             {"device": "cuda", "compute": "int8"},
-            'expected "bfloat16" or "float32" on device "cuda"',
+            "compute: expected bfloat16 or float32 with device cuda, got 'int8'",
         ),
-        ({"threads": 0}, "threads: expected an integer of 1 or more, got 0"),
+        ({"threads": 0}, "threads: expected an integer from 1 to 1024, got 0"),
         ({"threads": 1.5}, "threads: expected an integer"),
-        ({"threads": 10**6}, "threads: expected at most"),
-        ({"context_length": -1}, "context_length: expected an integer"),
+        ({"threads": 10**6}, "threads: expected an integer from 1 to 1024"),
+        ({"context_length": -1}, "context_length: expected at least 1 or null, got -1"),
         ({"kv_cache_bytes": 1}, "kv_cache_bytes: expected at least one block"),
-        ({"max_batch_rows": 0}, "max_batch_rows: expected an integer"),
+        ({"max_batch_rows": 0}, "max_batch_rows: expected at least 1, got 0"),
     ],
 )
 def test_bad_load_arguments(

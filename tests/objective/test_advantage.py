@@ -9,11 +9,10 @@ import torch
 
 from alignpro.objective import (
     MovingBaseline,
-    grpo,
+    group_normalized,
     reinforce,
     rloo,
-    without_signal,
-    zero_signal_groups,
+    zero_advantage_groups,
 )
 
 
@@ -39,15 +38,15 @@ def test_advantages_of_a_group_sum_to_zero():
     torch.testing.assert_close(advantages.sum(1), torch.zeros(5, dtype=torch.float64))
 
 
-def test_grpo_by_hand():
+def test_group_normalized_by_hand():
     rewards = torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 8.0]])
     # Means 3 and 6; unbiased deviations sqrt((4+1+9)/2) and sqrt((1+1+4)/2).
     a, b = math.sqrt(7), math.sqrt(3)
     expected = torch.tensor([[-2 / a, -1 / a, 3 / a], [-1 / b, -1 / b, 2 / b]])
-    torch.testing.assert_close(grpo(rewards), expected)
+    torch.testing.assert_close(group_normalized(rewards), expected)
 
 
-@pytest.mark.parametrize("advantages", [rloo, grpo])
+@pytest.mark.parametrize("advantages", [rloo, group_normalized])
 def test_rounding_is_no_signal(advantages):
     # The mean of the same three rewards in another order: not the same float.
     group = [(0.1 + 0.2 + 0.3) / 3, (0.3 + 0.2 + 0.1) / 3]
@@ -55,17 +54,19 @@ def test_rounding_is_no_signal(advantages):
     rewards = torch.tensor([group, [0.0, 1e-3]], dtype=torch.float64)
     result = advantages(rewards)
     assert result[0].tolist() == [0.0, 0.0] and result[1].abs().min() > 0
-    assert without_signal(rewards).tolist() == [True, False]
+    assert zero_advantage_groups(rewards).tolist() == [True, False]
 
 
-def test_grpo_of_equal_rewards_is_exactly_zero():
+def test_group_normalized_of_equal_rewards_is_exactly_zero():
     for value in (0.0, 0.1, -7.3, 1e8):
-        assert grpo(torch.full((2, 7), value)).tolist() == [[0.0] * 7] * 2
+        assert group_normalized(torch.full((2, 7), value)).tolist() == [[0.0] * 7] * 2
 
 
-def test_grpo_does_not_see_the_rewards_scale():
+def test_group_normalized_does_not_see_the_rewards_scale():
     rewards = torch.randn(3, 5, dtype=torch.float64, generator=torch.manual_seed(0))
-    torch.testing.assert_close(grpo(1e-5 * rewards + 2e-4), grpo(rewards), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        group_normalized(1e-5 * rewards + 2e-4), group_normalized(rewards), rtol=1e-6, atol=0
+    )
 
 
 def test_the_moving_baseline_by_hand():
@@ -98,9 +99,9 @@ def test_a_first_step_of_reinforce_is_over_all_prompts():
         reinforce(torch.ones(1, 1), MovingBaseline())
 
 
-def test_zero_signal_groups():
+def test_zero_advantage_groups():
     rewards = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 1e-6], [0.0, 0.0]])
-    assert zero_signal_groups(rewards) == 2
+    assert zero_advantage_groups(rewards).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_zero_signal_groups():
     ],
 )
 def test_what_is_no_group_is_refused(rewards, says):
-    for function in (rloo, grpo, zero_signal_groups):
+    for function in (rloo, group_normalized, zero_advantage_groups):
         with pytest.raises(ValueError, match=says):
             function(rewards)
     if says != "at least 2 rewrites per prompt, got 1":

@@ -330,7 +330,7 @@ def test_training_reaches_the_closed_form_optimum():
     )
 
 
-def test_a_leash_without_end_stays_at_the_reference():
+def test_a_kl_penalty_without_end_stays_at_the_reference():
     logits = REFERENCE.clone()
     step = gradient(lambda z: expected_loss(z, 0.0, 1e6) / 1e6, logits)
     torch.testing.assert_close(step, torch.zeros(7, 3, dtype=torch.float64), rtol=0, atol=1e-5)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from alignpro.objective import PolicyBatch, merge_metrics, policy_loss, token_advantages
+from alignpro.objective import Metric, PolicyBatch, merge_metrics, policy_loss, token_advantages
 
 
 def make_batch(**changes) -> PolicyBatch:
@@ -28,17 +28,21 @@ def make_batch(**changes) -> PolicyBatch:
     return PolicyBatch(**fields)
 
 
+def values(metrics):
+    return {name: metric.value for name, metric in metrics.items()}
+
+
 def test_loss_gradient_and_metrics_by_hand():
     batch = make_batch(advantage=torch.tensor([1.9, 2.0, -1.0], dtype=torch.float64))
     result = policy_loss(batch, 0.4, total_rewrites=2)
     result.loss.backward()
+    metrics = values(result.metrics)
     # A_0 = 2 - 0.4*0.25 = 1.9, A_1 = 2, A_2 = -1; ratios 1.
-    assert result.metrics["policy_loss"] == pytest.approx(-(1.9 + 2 - 1) / 2)
-    assert result.metrics["kl_loss"] == pytest.approx(0.4 * 0.875 / 2)
+    assert result.metrics["policy_loss"].value == pytest.approx(-(1.9 + 2 - 1) / 2)
+    assert result.metrics["kl_loss"].value == pytest.approx(0.4 * 0.875 / 2)
     assert result.loss.item() == pytest.approx(-1.45 + 0.175)
     assert batch.logprob.grad.tolist() == pytest.approx([-0.95, -1.0, 0.5])
     assert batch.kl.grad.tolist() == pytest.approx([0.2, 0.2, 0.2])
-    metrics = result.metrics
     assert metrics["loss"] == result.loss.item()
     assert metrics["kl_per_rewrite"] == pytest.approx(0.4375)
     assert metrics["k1_per_rewrite"] == pytest.approx((0.5 - 1.0 + 0.0) / 2)
@@ -71,8 +75,8 @@ def test_off_policy_ratios_by_hand():
     # Ratios 2, 1/2, 1 with advantages 2, 2, -1.
     assert result.loss.item() == pytest.approx(-(4 + 1 - 1) / 2)
     assert batch.logprob.grad.tolist() == pytest.approx([-2.0, -0.5, 0.5])
-    assert result.metrics["ratio_max"] == pytest.approx(2.0)
-    assert result.metrics["ratio_mean"] == pytest.approx(3.5 / 3)
+    assert result.metrics["ratio_max"].value == pytest.approx(2.0)
+    assert result.metrics["ratio_mean"].value == pytest.approx(3.5 / 3)
 
 
 def test_clipping_takes_the_pessimistic_side_and_reports_raw_ratios():
@@ -83,8 +87,8 @@ def test_clipping_takes_the_pessimistic_side_and_reports_raw_ratios():
     result.loss.backward()
     assert result.loss.item() == pytest.approx(-(2.4 + 1 - 1) / 2)
     assert batch.logprob.grad.tolist() == pytest.approx([0.0, -0.5, 0.5])
-    assert result.metrics["clip_fraction"] == pytest.approx(1 / 3)
-    assert result.metrics["ratio_max"] == pytest.approx(2.0)
+    assert result.metrics["clip_fraction"].value == pytest.approx(1 / 3)
+    assert result.metrics["ratio_max"].value == pytest.approx(2.0)
 
 
 def test_clipping_of_negative_advantages():
@@ -117,7 +121,7 @@ def test_the_ratio_of_the_first_epoch_is_exactly_one_in_float32():
         sequence=torch.arange(1000),
         advantage=torch.ones(1000),
     )
-    metrics = policy_loss(batch, 0.1, total_rewrites=1000).metrics
+    metrics = values(policy_loss(batch, 0.1, total_rewrites=1000).metrics)
     assert metrics["ratio_mean"] == metrics["ratio_max"] == 1.0
     assert metrics["k1_per_rewrite"] == metrics["k3_per_rewrite"] == 0.0
 
@@ -163,7 +167,11 @@ def accumulate(num_micro_batches: int) -> tuple[float, torch.Tensor, dict[str, f
         result = policy_loss(part, 0.3, total_rewrites=8, clip_range=0.05)
         result.loss.backward()
         results.append(result)
-    return math.fsum(r.loss.item() for r in results), shared.grad, merge_metrics(results)
+    return (
+        math.fsum(r.loss.item() for r in results),
+        shared.grad,
+        values(merge_metrics([r.metrics for r in results])),
+    )
 
 
 @pytest.mark.parametrize("num_micro_batches", [2, 4, 8])
@@ -223,6 +231,15 @@ def test_an_empty_batch_is_refused():
 def test_bad_options_are_named(options, says):
     with pytest.raises(ValueError, match=says):
         policy_loss(make_batch(), **{"kl_coef": 0.1, "total_rewrites": 2, **options})
+
+
+def test_parts_make_the_whole_as_their_kind_has_it():
+    parts = [
+        {"kl": Metric(6.0, 2.0), "max": Metric(3.0, kind="largest"), "n": Metric(4, kind="count")},
+        {"kl": Metric(1.0, 5.0), "max": Metric(7.0, kind="largest"), "n": Metric(5, kind="count")},
+        {"seldom": Metric(2.0, 4.0, "ratio")},
+    ]
+    assert values(merge_metrics(parts)) == {"kl": 1.0, "max": 7.0, "n": 9.0, "seldom": 0.5}
 
 
 def test_merging_nothing_is_refused():

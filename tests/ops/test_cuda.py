@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from alignpro import native
+from testing_extension import load_testing
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
@@ -16,7 +17,6 @@ import check_spills  # noqa: E402
 
 LOGPROB = "hidden weight tokens temperature reference_hidden reference_weight forward "
 CALLS = {
-    "device_name": "",
     "embedding": "table tokens out stream",
     "rms_norm": "x weight eps y stream",
     "swiglu": "gate_up h stream",
@@ -55,21 +55,34 @@ def arguments(op: str) -> dict[str, object]:
         "max_rows": 16,
         "forward": {},
         "upstream": {},
-        "shape": native.core.cuda.AttentionShape(2, 1, 8, 0, 1.0),
+        "shape": load_testing().AttentionShape(2, 1, 8, 0, 1.0),
     }
     return {name: typed.get(name) for name in CALLS[op].split()}
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_without_a_gpu_a_call_says_so(op):
+    cuda, testing = native.core.cuda, load_testing()
+    if cuda.is_available():
+        pytest.skip(f"{cuda.device_name()} is here")
+    with pytest.raises(native.UnavailableError, match=r"^cuda: ") as caught:
+        getattr(testing, op)(**arguments(op))
+    assert "\n" not in str(caught.value)
+    assert cuda.unavailable_reason() in str(caught.value)
+
+
+def test_every_op_is_called():
+    ops = {name for name in vars(load_testing()) if not name.startswith("__")}
+    assert {name for name in ops if not name.endswith("_bytes")} - {"AttentionShape"} == set(CALLS)
+
+
+def test_without_a_gpu_the_device_says_so():
     cuda = native.core.cuda
     if cuda.is_available():
         assert cuda.unavailable_reason() == ""
         pytest.skip(f"{cuda.device_name()} is here")
-    with pytest.raises(native.UnavailableError, match=r"^cuda: ") as caught:
-        getattr(cuda, op)(**arguments(op))
-    assert "\n" not in str(caught.value)
-    assert cuda.unavailable_reason() in str(caught.value) or op == "device_name"
+    with pytest.raises(native.UnavailableError, match=r"^cuda: "):
+        cuda.device_name()
     wanted = "ALIGNPRO_CUDA=ON" if cuda.version() == "no" else "GPU"
     assert wanted in cuda.unavailable_reason()
 

@@ -230,6 +230,21 @@ def test_small_vocabularies_and_no_tokens():
     assert none.logprob.shape == (0,) and h.grad.shape == (0, 5) and not w.grad.any()
 
 
+def test_without_columns_there_is_nothing_to_multiply():
+    hidden, weight, tokens, _ = draw(tokens=3, vocab=5)
+    none, no_weight = torch.zeros(3, 0), torch.zeros(5, 0)
+    for gradient in (False, True):
+        with pytest.raises(ValueError, match=r"^hidden: expected at least one column"):
+            linear_logprob(none.clone().requires_grad_(gradient), no_weight, tokens)
+        with pytest.raises(ValueError, match=r"^reference_hidden: expected at least one column"):
+            linear_logprob(
+                hidden.clone().requires_grad_(gradient), weight, tokens, 1.0, none, no_weight
+            )
+    # Nor is a reference without columns no reference.
+    with pytest.raises(ValueError, match="reference_hidden: expected shape"):
+        linear_logprob(hidden, weight, tokens, 1.0, none)
+
+
 def test_weights_of_zero_are_uniform():
     hidden, _, tokens, reference = draw(vocab=111)
     out = linear_logprob(hidden, torch.zeros(111, 64), tokens, 1.0, reference)
@@ -497,7 +512,7 @@ def status(key):
 tokens, cols, vocab = 1024, 576, 49152
 hidden, weight = torch.randn(tokens, cols), torch.randn(vocab, cols) * 0.05
 reference, chosen = hidden + 0.1, torch.randint(0, vocab, (tokens,))
-# The team is up, and autograd.
+# The threads are up, and autograd.
 linear_logprob(hidden[:6].clone().requires_grad_(), weight[:300], chosen[:6] % 300).logprob.sum(
 ).backward()
 gradient = sys.argv[1] == "True"

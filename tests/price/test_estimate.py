@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import Prompting, TrainConfig
+from alignpro.config import ModelConfig, Prompting, TrainConfig
 from alignpro.price.devices import CPU_RATES, Rates, gpu, read_rates
 from alignpro.price.estimate import price_train
 from alignpro.price.lengths import find_lengths, local_prompts
@@ -18,7 +18,7 @@ from alignpro.types import SamplingParams
 
 KNOWN = replace(CPU_RATES, gflops=100.0, gbps=10.0, source="a test")
 LARGE = {
-    "model": "Qwen/Qwen2.5-1.5B-Instruct",
+    "prompter": "Qwen/Qwen2.5-1.5B-Instruct",
     "target": "meta-llama/Llama-3.1-8B-Instruct",
     "data": "owner/prompts",
     "memory_limit": "8GiB",
@@ -69,7 +69,7 @@ def test_the_named_rates_take_the_devices_limits_over():
 
 def test_int8_answers_faster():
     plain = price_train(TrainConfig(), rates=KNOWN)
-    int8 = price_train(TrainConfig(target_compute="int8"), rates=KNOWN)
+    int8 = price_train(TrainConfig(target=ModelConfig(compute="int8")), rates=KNOWN)
     assert int8["seconds_per_step"] < 0.9 * plain["seconds_per_step"]
     # The two arithmetics do not share their weights.
     assert plain["memory"]["target weights"] == 0
@@ -138,13 +138,13 @@ def test_guessed_lengths_are_near(smollm2):
 
 def test_unknown_models_and_cards_are_refused():
     with pytest.raises(FileNotFoundError, match=r"owner/else.*not among those whose sizes are"):
-        price_train(large(model="owner/else"), gpu_name="H100")
+        price_train(large(prompter="owner/else"), gpu_name="H100")
     with pytest.raises(ValueError, match=r"--gpu: expected one of H200, H100, .*, got 'H900'"):
         gpu("H900")
-    with pytest.raises(ValueError, match='target_device: expected "cpu" in a price for this CPU'):
-        price_train(large(target_device="cuda", target_compute="bfloat16"))
-    with pytest.raises(ValueError, match='prompter_device: expected "cpu" in a price for this CPU'):
-        price_train(large(prompter_device="cuda", prompter_compute="bfloat16"))
+    with pytest.raises(ValueError, match=r'target\.device: expected "cpu" in a price for this CPU'):
+        price_train(large(target=ModelConfig(LARGE["target"], device="cuda")))
+    with pytest.raises(ValueError, match=r'prompter\.device: expected "cpu" in a price'):
+        price_train(large(prompter=ModelConfig(LARGE["prompter"], device="cuda")))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,9 @@ def test_the_command_loads_no_weights_and_writes_nothing_but_its_report(tmp_path
     monkeypatch.setattr(core.Model, "load", refuse)
     monkeypatch.setattr(training, "make_trainer", refuse)
     settings = tmp_path / "run.yaml"
-    settings.write_text(f"run_dir: {tmp_path / 'run'}\nadapter: not/there\nsteps: 7\n")
+    settings.write_text(
+        f"run_dir: {tmp_path / 'run'}\nprompter: {{adapter: not/there}}\nsteps: 7\n"
+    )
     rates, out = tmp_path / "rates.json", tmp_path / "price.json"
     rates.write_text('{"generate": 0.7, "score": 0.6, "bytes": 0.5, "gflops": 90, "gbps": 9}')
     result = run(settings, "--dry-run", "--rates", rates, "--json", out)

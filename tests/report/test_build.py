@@ -88,7 +88,9 @@ def test_what_is_measured_comes_from_one_evaluation(tmp_path):
 
 def test_a_run_that_was_only_trained(tmp_path):
     write_metrics(tmp_path)
-    write(tmp_path / "config.json", {"model": "smollm2", "reward": "vader", "seed": 7, "steps": 5})
+    write(
+        tmp_path / "config.json", {"prompter": {"model": "smollm2"}, "reward": "vader", "seed": 7}
+    )
     built = build_report(tmp_path)
     page = built.path.read_text(encoding="utf-8")
     assert 'id="training"' in page and 'id="arms"' not in page

@@ -122,15 +122,21 @@ def test_parity():
     assert "differ in 1 steps, by up to 1e-06; 0 is expected" in only({}, off)
     # The log writes null for what was not finite.
     assert "by up to infinity or NaN" in only({}, rows(1, parity_max_abs=None))
-    assert "; 0 is expected." in only({"config": {"target_mode": "fast"}}, off)
-    for config in ({"prompter_mode": "fast"}, {"policy": "target", "target_mode": "fast"}):
-        assert "; mode fast lets them." in only({"config": config}, off)
+    loose, strict = {"deterministic": False}, {"deterministic": True}
+    for config in ({"target": loose}, {"prompter": loose, "policy": "target", "target": strict}):
+        assert "; 0 is expected." in only({"config": config}, off)
+    for config in (
+        {"prompter": loose, "target": strict},
+        {"prompter": strict, "policy": "target", "target": loose},
+        {"prompter": loose, "policy": "target", "target": None},
+    ):
+        assert "; deterministic: false lets them." in only({"config": config}, off)
 
 
-def test_zero_signal_groups():
-    half = rows(10, zero_signal_groups=0) + rows(10, zero_signal_groups=2)
+def test_zero_advantage_groups():
+    half = rows(10, zero_advantage_groups=0) + rows(10, zero_advantage_groups=2)
     assert keys({}, half) == []
-    assert keys({}, [*half, {"step": 20, "zero_signal_groups": 1}]) == ["zero_signal_groups"]
+    assert keys({}, [*half, {"step": 20, "zero_advantage_groups": 1}]) == ["zero_advantage_groups"]
 
 
 def test_truncated_rewrites():

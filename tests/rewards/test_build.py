@@ -114,3 +114,32 @@ def test_importing_the_room_loads_nothing_heavy():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("async def f(completions, **kw): return []", "is async"),
+        ("def f(prompts): return []", r"takes \(prompts\)"),
+        ("def f(responses, completions): return []", "both responses and completions"),
+        ("def f(prompts, responses, /): return []", "positional-only"),
+        ("class f:\n    def __init__(self, scale): pass", "cannot be made with no options"),
+        ("f = 3", "expected a callable, got int"),
+    ],
+)
+def test_a_signature_that_no_reward_has_is_bad_input(code, says, tmp_path, monkeypatch):
+    name = f"wrong_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=says) as caught:
+        build_reward(f"{name}:f")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_defect_in_a_rewards_own_code_is_not_bad_input(tmp_path, monkeypatch):
+    (tmp_path / "broken_reward.py").write_text(
+        "class Broken:\n    def __init__(self):\n        len(3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match="has no len"):
+        build_reward("broken_reward:Broken")

@@ -17,10 +17,13 @@ PACKAGE = "alignpro"
 # room -> the rooms it may import. A room may always import itself.
 _BASE = {"config", "types"}
 _SERVING = _BASE | {"native", "models"}
-_RUNNING = _SERVING | {"pipeline", "rewards", "objective", "data", "statistics"}
+_WRITING = {"files", "run_directory"}
+_RUNNING = _SERVING | _WRITING | {"pipeline", "rewards", "objective", "data", "statistics"}
 ROOMS: dict[str, set[str]] = {
     "types": set(),
     "trace": set(),
+    "files": set(),
+    "run_directory": {"files"},
     "config": {"types"},
     "data": {"types"},
     "rewards": {"types"},
@@ -28,14 +31,14 @@ ROOMS: dict[str, set[str]] = {
     "statistics": {"types"},
     "theory": {"types", "statistics"},
     "native": _BASE,
-    "models": _BASE | {"native"},
+    "models": _BASE | {"native", "files"},
     "ops": _BASE | {"native"},
     "pipeline": _SERVING | {"trace", "rewards.check"},
     "train": _RUNNING,
     "evaluate": _RUNNING | {"theory"},
     "report": _RUNNING | {"train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report"},
-    "bench": _RUNNING | {"trace", "ops", "train"},
+    "bench": _RUNNING | {"trace", "train"},
     "price": _SERVING | {"data", "bench.machine", "train.micro_batches", "train.policy"},
     "cli": _RUNNING | {"train", "evaluate", "report", "quickstart", "bench", "price"},
     "__main__": {"cli"},
@@ -44,12 +47,12 @@ ROOMS: dict[str, set[str]] = {
 
 # module of others -> the rooms or modules that may import it
 ONLY = {
-    "transformers": {"rewards", "bench"},  # loads reward models; is measured against
-    "torch": {"objective", "ops", "train", "rewards", "bench"},
+    "transformers": {"rewards"},  # loads reward models
+    "torch": {"objective", "ops", "train", "rewards"},
     "openai": {"evaluate"},  # the judge's client
     "alignpro._core": {"native"},
 }
-STANDARD_LIBRARY_ONLY = {"config", "types", "trace", ""}
+STANDARD_LIBRARY_ONLY = {"config", "types", "trace", "files", "run_directory", ""}
 # The one module of config that needs more says so by its import.
 EXCEPTIONS = {("config", "yaml")}
 

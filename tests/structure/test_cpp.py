@@ -31,9 +31,10 @@ def test_includes_follow_the_arrows():
 
 
 def test_cmake_lists_every_source_by_name():
-    sources = tree("src", "csrc", suffixes=(".cc", ".cu"))
+    folders = ("src/", "csrc/", "tests/bindings/")
+    sources = tree(*folders, suffixes=(".cc", ".cu"))
     cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    assert cpp_rules.cmake_complaints(cmake, "", sources, ("src/", "csrc/")) == []
+    assert cpp_rules.cmake_complaints(cmake, "", sources, folders) == []
 
 
 def test_cmake_lists_every_cpp_test_by_name():
@@ -52,7 +53,7 @@ def test_every_op_header_has_a_cpp_test():
 
 def test_every_header_is_guarded_by_pragma_once():
     # An "-inl.h" is a body that each instruction set's file includes into its own namespace.
-    headers = tree("src", "csrc", "tests/cpp", suffixes=(".h",))
+    headers = tree("src", "csrc", "tests/bindings", "tests/cpp", suffixes=(".h",))
     unguarded = [path for path, text in headers.items() if "#pragma once" not in text]
     assert [path for path in unguarded if not path.endswith("-inl.h")] == []
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = "pip install -c constraints.txt '.[train]' && alignpro quickstart"
-TEST = "pip install -c constraints.txt '.[test]' && pytest"
+TEST = (
+    "pip install -c constraints.txt --config-settings=cmake.define.ALIGNPRO_TESTING=ON '.[test]' "
+    "&& pytest"
+)
 
 
 def fenced(text: str, language: str) -> list[str]:

@@ -15,7 +15,7 @@ from alignpro.theory.headroom import (
     headroom,
     recommended_kl_coef,
 )
-from alignpro.theory.optimum import optimum_objective, optimum_weights, without_noise
+from alignpro.theory.optimum import optimum_objective, optimum_weights, shrunk_rewards
 
 BETWEEN, WITHIN = 0.2, 0.4  # deviations
 
@@ -77,7 +77,7 @@ def test_crossfitting_nears_the_truth_with_more_samples():
 def test_the_corrected_estimate_is_near_where_samples_support_it(n, m, kl_coef):
     """Within 4% of kl_coef, where plain and cross-fitted stand apart by up to half of it."""
     rewards = gaussian(4000, n, m)
-    corrected = corrected_objective(without_noise(rewards), kl_coef)
+    corrected = corrected_objective(shrunk_rewards(rewards), kl_coef)
     assert corrected.mean() == pytest.approx(truth(kl_coef), abs=0.04 * kl_coef)
     reward, kl = crossfit(rewards, kl_coef)
     plain = optimum_objective(rewards.mean(axis=2), kl_coef)

@@ -10,8 +10,8 @@ from alignpro.theory.optimum import (
     effective_samples,
     optimum_objective,
     optimum_weights,
+    shrunk_rewards,
     weights_kl,
-    without_noise,
 )
 
 
@@ -36,7 +36,7 @@ def test_the_objective_is_reward_less_kl(kl_coef, offset):
     assert weights_kl(weights).max() <= np.log(7) + 1e-12 and weights_kl(weights).min() >= -1e-12
 
 
-def test_a_tight_leash_is_the_untuned_prompter_and_a_loose_one_the_best_sample():
+def test_a_large_kl_coef_is_the_untuned_prompter_and_a_small_one_the_best_sample():
     rewards = np.random.default_rng(1).normal(size=(4, 6))
     assert optimum_weights(rewards, 1e9) == pytest.approx(np.full((4, 6), 1 / 6))
     assert optimum_objective(rewards, 1e9) == pytest.approx(rewards.mean(axis=1))
@@ -48,24 +48,24 @@ def test_a_tight_leash_is_the_untuned_prompter_and_a_loose_one_the_best_sample()
     assert np.isfinite(weights_kl(loose)).all()  # weights of exactly 0 among them
 
 
-def test_spread_without_noise_is_what_lies_between_rewrites():
+def test_shrunk_spread_is_what_lies_between_rewrites():
     draw = np.random.default_rng(2)
     true = draw.normal(scale=0.2, size=(400, 6))
     rewards = true[:, :, None] + draw.normal(scale=0.5, size=(400, 6, 3))
-    quiet = without_noise(rewards)
+    shrunk = shrunk_rewards(rewards)
     between = law_of_total_variance(rewards).between_rewrites
-    assert quiet.var(axis=1, ddof=1).mean() == pytest.approx(between, rel=1e-9)
-    assert quiet.var(axis=1, ddof=1).mean() == pytest.approx(0.04, rel=0.15)  # 400 prompts
-    assert quiet.mean(axis=1) == pytest.approx(rewards.mean(axis=(1, 2)))
+    assert shrunk.var(axis=1, ddof=1).mean() == pytest.approx(between, rel=1e-9)
+    assert shrunk.var(axis=1, ddof=1).mean() == pytest.approx(0.04, rel=0.15)  # 400 prompts
+    assert shrunk.mean(axis=1) == pytest.approx(rewards.mean(axis=(1, 2)))
     noiseless = np.repeat(true[:, :, None], 3, axis=2)
-    assert without_noise(noiseless) == pytest.approx(true)
+    assert shrunk_rewards(noiseless) == pytest.approx(true)
 
 
 def test_rewards_that_are_all_noise_become_their_prompts_mean():
     # Every rewrite has the responses 0 and 1: the means are equal, between is below 0.
     rewards = np.tile([0.0, 1.0], (3, 4, 1)) + np.arange(3.0)[:, None, None]
-    assert without_noise(rewards) == pytest.approx(np.repeat([[0.5], [1.5], [2.5]], 4, axis=1))
-    assert without_noise(np.ones((2, 3, 2))) == pytest.approx(np.ones((2, 3)))
+    assert shrunk_rewards(rewards) == pytest.approx(np.repeat([[0.5], [1.5], [2.5]], 4, axis=1))
+    assert shrunk_rewards(np.ones((2, 3, 2))) == pytest.approx(np.ones((2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_rewards_that_are_all_noise_become_their_prompts_mean():
         (lambda: optimum_weights([0.0, np.inf], 1.0), "rewards: expected finite numbers"),
         (lambda: optimum_weights([], 1.0), "at least one sample"),
         (
-            lambda: without_noise(np.zeros((2, 3))),
+            lambda: shrunk_rewards(np.zeros((2, 3))),
             r"expected \[prompts >= 2, .* got shape \[2, 3\]",
         ),
-        (lambda: without_noise(np.zeros((2, 3, 1))), "responses >= 2"),
-        (lambda: without_noise(np.full((2, 3, 2), np.nan)), "expected finite numbers"),
+        (lambda: shrunk_rewards(np.zeros((2, 3, 1))), "responses >= 2"),
+        (lambda: shrunk_rewards(np.full((2, 3, 2), np.nan)), "expected finite numbers"),
     ],
 )
 def test_bad_input(call, message):

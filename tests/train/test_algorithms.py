@@ -73,7 +73,7 @@ def a_rollout(rewards, tokens=(2, 3)) -> Rollout:
 @pytest.mark.parametrize(
     "options",
     [
-        {"algorithm": "grpo"},
+        {"normalize_advantage": True},
         {"algorithm": "reinforce", "num_rewrites": 1},
         PPO,
         CRITIC,
@@ -84,9 +84,13 @@ def a_rollout(rewards, tokens=(2, 3)) -> Rollout:
             "response_budget": 8,
         },
         {"policy": "target", "response": SamplingParams(max_new_tokens=3)},
-        {"zero_signal": "skip", "num_rewrites": 2, "rewrite": SamplingParams(max_new_tokens=1)},
+        {
+            "zero_advantage_group": "skip",
+            "num_rewrites": 2,
+            "rewrite": SamplingParams(max_new_tokens=1),
+        },
     ],
-    ids=["grpo", "reinforce", "ppo", "critic", "kl_target", "auto", "target", "skip"],
+    ids=["normalized", "reinforce", "ppo", "critic", "kl_target", "auto", "target", "skip"],
 )
 def test_ten_steps_are_five_then_five(tmp_path, options):
     shared = {"reward": noisy_reward, "warm": options.get("policy") != "target"}
@@ -275,11 +279,11 @@ def some_equal(prompts, rewrites, responses, **columns):
 def test_skipped_groups_are_not_scored_and_not_in_the_mean(tmp_path):
     options = {"steps": 1, "prompts_per_step": 8, "reward": some_equal}
     kept = a_run(tmp_path / "kept", **options)
-    skipped = a_run(tmp_path / "skipped", zero_signal="skip", **options)
+    skipped = a_run(tmp_path / "skipped", zero_advantage_group="skip", **options)
     for trainer in (kept, skipped):
         trainer.train()
     (a,), (b,) = log(kept), log(skipped)
-    assert a["zero_signal_groups"] == b["zero_signal_groups"] == 6
+    assert a["zero_advantage_groups"] == b["zero_advantage_groups"] == 6
     scored = [t.policy.model.core_model.scores[0].sequences for t in (kept, skipped)]
     assert [len(s) for s in scored] == [32, 8]
     assert {s[1] for s in scored[1]} == {3, 4}  # "a" and "b"
@@ -288,20 +292,22 @@ def test_skipped_groups_are_not_scored_and_not_in_the_mean(tmp_path):
     assert b["grad_norm"] == pytest.approx(4 * a["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ["rloo", "grpo", "ppo"])
-def test_a_step_without_signal_does_nothing_and_says_so(tmp_path, algorithm):
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+def test_a_step_of_equal_rewards_does_nothing_and_says_so(tmp_path, algorithm, normalize):
     trainer = a_run(
         tmp_path,
         reward=lambda prompts, rewrites, responses: [0.1] * len(prompts),
         steps=2,
         algorithm=algorithm,
-        zero_signal="skip",
+        normalize_advantage=normalize,
+        zero_advantage_group="skip",
     )
     before = matrices(trainer)
     trainer.train()
     assert np.array_equal(matrices(trainer), before)
     for row in log(trainer):
-        assert (row["updates"], row["zero_signal_groups"], row["grad_norm"]) == (0, 3, 0.0)
+        assert (row["updates"], row["zero_advantage_groups"], row["grad_norm"]) == (0, 3, 0.0)
         assert row["kl_per_rewrite"] is None and row["kl_per_token"] is None
     assert not trainer.policy.model.core_model.scores
 
@@ -334,10 +340,10 @@ def test_auto_learns_the_split_and_then_chooses(tmp_path):
         return [(row["num_rewrites"], row["num_responses"]) for row in log(trainer)]
 
     # The target adds nothing: one response says it all, but for the steps that look again.
-    quiet = run("quiet", letter_reward)
-    assert quiet[:LEARNING_STEPS] == [(8, 2)] * LEARNING_STEPS
-    assert quiet[RELEARN_EVERY] == (8, 2)
-    rest = [c for i, c in enumerate(quiet) if i >= LEARNING_STEPS and i != RELEARN_EVERY]
+    settled = run("settled", letter_reward)
+    assert settled[:LEARNING_STEPS] == [(8, 2)] * LEARNING_STEPS
+    assert settled[RELEARN_EVERY] == (8, 2)
+    rest = [c for i, c in enumerate(settled) if i >= LEARNING_STEPS and i != RELEARN_EVERY]
     assert rest == [(16, 1)] * len(rest)
 
     def of_the_response(prompts, rewrites, responses):
@@ -433,3 +439,20 @@ def test_a_row_of_the_log(tmp_path):
     with (trainer.run_dir / "metrics.jsonl").open() as file:
         seconds = json.loads(file.readline())["seconds"]
     assert set(seconds) == {"generate", "reward", "gradient", "optimizer", "step"}
+
+
+@pytest.mark.parametrize("spoiled", ["policy", "critic"])
+def test_policy_and_critic_step_together_or_not_at_all(tmp_path, spoiled):
+    one = {"algorithm": "ppo", "ppo": PpoConfig(epochs=1, minibatches=1, value_head=True)}
+    trainer = a_run(tmp_path, steps=3, **one)
+    learner = trainer.learner
+    head = learner.critic.head
+    parameters = [*trainer.policy.parameters(), *head.parameters()]
+    mine = trainer.policy.lora_b[0] if spoiled == "policy" else head.out.weight
+    before = [p.detach().clone() for p in parameters]
+    mine.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RuntimeError, match="non-finite"):
+        trainer.train()
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    assert not learner.optimizer.state and not learner.critic.optimizer.state
+    assert trainer.step == 0

@@ -1,8 +1,6 @@
-"""Run directories and checkpoints: nothing is lost by accident, nothing torn is trusted."""
+"""Checkpoints: nothing is lost by accident, nothing torn is trusted."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -13,9 +11,7 @@ from alignpro.train.checkpoint import (
     Checkpoint,
     check_same_run,
     load_checkpoint,
-    prepare_run_dir,
     save_checkpoint,
-    write_config,
 )
 from alignpro.train.policy import initial_weights
 from train.toy_model import MODULE, ToyModel
@@ -75,37 +71,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     with pytest.raises(ValueError, match="step-000001: unreadable checkpoint") as caught:
         load_checkpoint(tmp_path, ToyModel.lora_modules)
     assert "\n" not in str(caught.value)
-
-
-def test_run_directories(tmp_path):
-    new = tmp_path / "a" / "run"
-    assert prepare_run_dir(new) == new and new.is_dir()
-    assert prepare_run_dir(new) == new  # still empty
-    with pytest.raises(FileNotFoundError, match="no run to resume"):
-        prepare_run_dir(new, resume=True)
-    write_config(new, {"a": 1})
-    (new / "metrics.jsonl").write_text("{}")
-    with pytest.raises(FileExistsError, match="--resume goes on with it, --overwrite deletes it"):
-        prepare_run_dir(new)
-    assert prepare_run_dir(new, resume=True) == new and (new / "metrics.jsonl").exists()
-    with pytest.raises(ValueError, match="exclude each other"):
-        prepare_run_dir(new, resume=True, overwrite=True)
-    prepare_run_dir(new, overwrite=True)
-    assert list(new.iterdir()) == []
-
-
-def test_overwrite_deletes_nothing_but_runs(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not one of alignpro's"):
-        prepare_run_dir(tmp_path, overwrite=True)
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
-    with pytest.raises(FileExistsError, match="a file of that name is there"):
-        prepare_run_dir(tmp_path / "thesis.txt", overwrite=True)
-
-
-def test_config_marks_the_run(tmp_path):
-    write_config(tmp_path, {"a": [1, 2]})
-    assert json.loads((tmp_path / "config.json").read_text()) == {"a": [1, 2]}
 
 
 def test_what_a_resume_may_change():

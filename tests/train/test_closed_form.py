@@ -1,4 +1,4 @@
-"""The closed-form fit on the enumerable model: the optimum, the leash, rollouts kept in a crash."""
+"""The closed-form fit on the enumerable model: optimum, KL penalty, rollouts kept in a crash."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_the_fit_is_the_optimum_of_the_objective(tmp_path, loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_heavy_leash_returns_the_reference(tmp_path, loss):
+def test_a_heavy_kl_penalty_returns_the_reference(tmp_path, loss):
     fit = make(one_token(tmp_path, loss, kl_coef=500.0, steps=40), model=Evenly())
     reference = distribution(fit)
     fit.train()

@@ -133,7 +133,7 @@ def test_sft_lowers_the_loss(model):
     policy = LoraPolicy.fresh(model, LORA, seed=0)
     pairs = [(prompt, "in the rain") for prompt in PROMPTS]
     settings = SftConfig(steps=12, batch_size=5, learning_rate=1e-2)
-    rows = fit(policy, pairs, settings)
+    rows = list(fit(policy, pairs, settings))
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 

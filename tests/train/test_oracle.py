@@ -132,7 +132,7 @@ def test_rewrites_of_two_tokens(tmp_path, critic):
         "num_rewrites": 160,
         "learning_rate": 0.05,
         "steps": 60,
-        "kl_coef": 1.0,  # of 111 rewrites many are rare: with a shorter leash, more samples
+        "kl_coef": 1.0,  # of 111 rewrites many are rare: with a smaller kl_coef, more samples
         "lora": LoraConfig(rank=VOCABULARY, alpha=float(VOCABULARY)),
     }
     if critic:
@@ -145,11 +145,13 @@ def test_rewrites_of_two_tokens(tmp_path, critic):
     check(trainer, length=2)
 
 
-def test_grpo_rests_where_its_own_deviation_says(tmp_path):
+def test_normalized_advantages_rest_where_their_own_deviation_says(tmp_path):
     # rho = rho_ref exp(R / (kl_coef sigma)) / Z with sigma the deviation of R under rho: another
-    # leash than kl_coef. Below a kl_coef of about 1 there is no such point here but sigma = 0.
+    # penalty than kl_coef. Below a kl_coef of about 1 there is no such point here but sigma = 0.
     kl_coef = 2.0
-    trainer = make(settings(tmp_path, algorithm="grpo", kl_coef=kl_coef), reward=prompter_reward)
+    trainer = make(
+        settings(tmp_path, normalize_advantage=True, kl_coef=kl_coef), reward=prompter_reward
+    )
     reference = distribution(trainer, 1)
     values = torch.tensor([value_of(text) for text in NAMES], dtype=torch.float64)
 
@@ -167,7 +169,7 @@ def test_grpo_rests_where_its_own_deviation_says(tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "reinforce", "ppo"])
-def test_a_heavy_leash_returns_to_the_reference(tmp_path, algorithm):
+def test_a_heavy_kl_penalty_returns_to_the_reference(tmp_path, algorithm):
     trainer = make(
         settings(tmp_path, algorithm=algorithm, kl_coef=100.0, steps=20, num_rewrites=16),
         reward=prompter_reward,
@@ -183,7 +185,7 @@ def test_a_heavy_leash_returns_to_the_reference(tmp_path, algorithm):
 
 
 def test_a_kl_target_is_met(tmp_path):
-    # The KL that the optimum at 0.5 has, from a leash that is shorter than that and learns it.
+    # The KL that the optimum at 0.5 has, from a kl_coef that is smaller than that and learns it.
     first = make(settings(tmp_path / "first", steps=0), reward=prompter_reward)
     reference = distribution(first, 1)
     values = torch.tensor([value_of(text) for text in NAMES], dtype=torch.float64)

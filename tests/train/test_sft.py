@@ -59,7 +59,7 @@ def test_the_end_is_the_one_after_the_assistants_words():
 def test_the_loss_is_the_mean_over_tokens():
     model = ToyModel()
     policy = LoraPolicy.fresh(model, LoraConfig(rank=2), seed=0)
-    (row,) = fit(policy, PAIRS, config(steps=1))
+    (row,) = list(fit(policy, PAIRS, config(steps=1)))
     table = model.core_model.table(None, 1.0)
     c, e = 5, 7
     by_hand = -(3 * (table[GEN, c] + table[c, EOS]) + table[GEN, e] + table[e, EOS]) / 8
@@ -79,7 +79,7 @@ def test_the_loss_is_the_mean_over_tokens():
 def test_micro_batches_change_neither_loss_nor_gradient(changes, micro_batches, mode):
     def run(**changes):
         policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0)
-        (row,) = fit(policy, PAIRS, config(steps=1, **changes))
+        (row,) = list(fit(policy, PAIRS, config(steps=1, **changes)))
         return row, [p.grad for p in policy.parameters()], policy.model.core_model.scores
 
     whole, gradients, _ = run()
@@ -95,7 +95,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(changes, micro_batches, 
 
 def test_fitting_reaches_the_frequencies_of_the_data():
     policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=4), seed=0)
-    rows = fit(policy, PAIRS, config(steps=150))
+    rows = list(fit(policy, PAIRS, config(steps=150)))
     assert rows[-1]["loss"] < rows[0]["loss"]
     table = policy.model.core_model.table(policy.core_adapter(), 1.0).detach()
     # Three instructions in four are "c": the entropy of that choice is what no fit can remove.
@@ -109,7 +109,7 @@ def test_the_same_seed_gives_the_same_weights():
 
     def run(seed):
         policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0)
-        fit(policy, pairs, config(steps=3, batch_size=2, seed=seed))
+        list(fit(policy, pairs, config(steps=3, batch_size=2, seed=seed)))
         return policy.weights().matrices[MODULE][1]
 
     assert np.array_equal(run(1), run(1))
@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_weights():
 
 def test_global_randomness_is_left_alone():
     before = torch.random.get_rng_state()
-    fit(LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0), PAIRS, config())
+    list(fit(LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0), PAIRS, config()))
     assert torch.equal(before, torch.random.get_rng_state())
 
 

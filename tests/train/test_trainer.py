@@ -14,6 +14,7 @@ import torch
 from alignpro.config import LoraConfig, Prompting, TrainConfig
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.check import RewardError
+from alignpro.run_directory import error_notes
 from alignpro.train.callbacks import TrainCallback
 from alignpro.train.checkpoint import load_checkpoint
 from alignpro.train.metrics import read_metrics
@@ -80,7 +81,7 @@ def log(trainer):
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
-def test_a_heavy_leash_holds_the_reference(tmp_path):
+def test_a_heavy_kl_penalty_holds_the_reference(tmp_path):
     free = make(config(tmp_path / "free", steps=40, kl_coef=0.0))
     held = make(config(tmp_path / "held", steps=40, kl_coef=50.0))
     for trainer in (free, held):
@@ -206,7 +207,9 @@ def test_equal_rewards_leave_the_weights_alone(tmp_path):
     before = matrices(trainer)
     trainer.train()
     # Exactly: AdamW makes a full step of the smallest rounding error.
-    assert [(row["zero_signal_groups"], row["grad_norm"]) for row in log(trainer)] == [(3, 0.0)] * 3
+    assert [(row["zero_advantage_groups"], row["grad_norm"]) for row in log(trainer)] == [
+        (3, 0.0)
+    ] * 3
     assert np.array_equal(matrices(trainer), before)
 
 
@@ -295,6 +298,92 @@ def test_resuming_under_another_configuration_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"another configuration: kl_coef was 0\.1, is 0\.2$"):
         make(other, resume=True)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["kl_coef"] == 0.1
+
+
+def test_torch_keeps_its_threads_but_in_loss_and_optimizer(tmp_path, monkeypatch):
+    seen = {"reward": set(), "callback": set(), "loss": set(), "optimizer": set()}
+
+    def reward(prompts, rewrites, responses):  # a classifier runs on all of them
+        seen["reward"].add(torch.get_num_threads())
+        return letter_reward(prompts, rewrites, responses)
+
+    class Look(TrainCallback):
+        def on_step(self, row):
+            seen["callback"].add(torch.get_num_threads())
+
+    trainer = make(config(tmp_path, steps=2), reward=reward)
+    score, step = trainer.policy.score, trainer.learner.optimizer.step
+
+    def scored(*arguments, **options):
+        seen["loss"].add(torch.get_num_threads())
+        return score(*arguments, **options)
+
+    def stepped():
+        seen["optimizer"].add(torch.get_num_threads())
+        step()
+
+    monkeypatch.setattr(trainer.policy, "score", scored)
+    monkeypatch.setattr(trainer.learner.optimizer, "step", stepped)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        trainer.train([Look()])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"reward": {3}, "callback": {3}, "loss": {1}, "optimizer": {1}}
+
+
+def test_a_checkpoint_that_fails_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
+    def reward(prompts, rewrites, responses):
+        raise KeyError("the defect")
+
+    def full(*_):
+        raise OSError("disk full")
+
+    class Bad(TrainCallback):
+        def on_end(self, run_dir):
+            raise RuntimeError("cannot end")
+
+    trainer = make(config(tmp_path), reward=reward)
+    monkeypatch.setattr("alignpro.train.trainer.save_checkpoint", full)
+    with pytest.raises(RewardError, match="the defect") as caught:
+        trainer.train([Bad()])
+    log = trainer.run_dir / "error.log"
+    assert error_notes(caught.value) == [
+        "then writing the checkpoint failed: disk full",
+        "then Bad.on_end failed: cannot end",
+        f"traceback: {log}",
+    ]
+    text = log.read_text()
+    for part in ("KeyError: 'the defect'", "OSError: disk full", "RuntimeError: cannot end"):
+        assert part in text
+
+
+def test_ctrl_c_is_told_with_the_checkpoint_that_failed(tmp_path, monkeypatch):
+    class Stop(TrainCallback):
+        def on_step(self, row):
+            raise KeyboardInterrupt
+
+    def full(*_):
+        raise OSError("disk full")
+
+    trainer = make(config(tmp_path))
+    monkeypatch.setattr("alignpro.train.trainer.save_checkpoint", full)
+    with pytest.raises(KeyboardInterrupt, match="after step 1; go on with") as caught:
+        trainer.train([Stop()])
+    assert error_notes(caught.value) == ["then writing the checkpoint failed: disk full"]
+
+
+def test_a_run_is_one_processs_while_it_trains(tmp_path):
+    class Second(TrainCallback):
+        def on_step(self, row):
+            with pytest.raises(FileExistsError, match="in use by this process"):
+                make(settings, resume=True)
+
+    settings = config(tmp_path, steps=1)
+    make(settings).train([Second()])
+    make(settings, resume=True).train()
 
 
 def test_pieces_that_do_not_fit(tmp_path):

@@ -108,7 +108,9 @@ def test_the_configuration_names_trackers():
 
 def test_a_tracker_that_is_missing_is_named_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "_installed", lambda name: False)
-    settings = config(tmp_path, track=("trackio",), model="no-such-model", reward="no-such-reward")
+    settings = config(
+        tmp_path, track=("trackio",), prompter="no-such-model", reward="no-such-reward"
+    )
     for start in (make, make_trainer):
         with pytest.raises(ImportError, match=r"track: trackio is not installed: pip install 'ali"):
             start(settings)

@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alignpro.bench.machine import interleaved, limits, machine, peak_rss_bytes
+from alignpro.bench.machine import interleaved, limits, machine, peak_rss_bytes, recorded
+from alignpro.bench.timeline import engine_flops
 from alignpro.bench.work import ROLLOUT, random_prompts
 from alignpro.config import RESPONSE, REWRITE
 from alignpro.data.load import load_prompts
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.pipeline import Pipeline
-from alignpro.types import SamplingParams
+from alignpro.types import Reward, SamplingParams
 
 Say = Callable[[str], None]
 
@@ -147,63 +148,74 @@ def bench_rollout(
     threads: int,
     say: Say = lambda what: None,
 ) -> dict[str, Any]:
-    """prompt -> rewrite -> response for real prompts, against the same with a barrier between.
+    """prompt -> rewrite -> response for real prompts; texts end where they end.
 
-    Both draw the same tokens from the same seeds: a round of each, and the next round with the
-    next seed. Rewrites end where they end, which is what a barrier waits for.
+    Each round has a seed and engines of its own, so that nothing is found in a prefix cache. The
+    share of the machine's multiply-adds is by the engine's own counts.
 
     Raises as `bench_decode`.
     """
-    rows = load_prompts(ROLLOUT.data, split=ROLLOUT.split)
-    texts = [row.prompt for row in rows[:prompts]]
-
-    def timed(side: Callable[[Pipeline, list[str], int], int], seed: int) -> tuple[int, float]:
-        # What one side computed must not be found by the other in a prefix cache; and nothing of
-        # it may be held while the other runs.
-        prompter = load_model(model, threads=threads)
-        pipeline = Pipeline(
-            prompter,
-            prompter if target is None else load_model(target, threads=threads),
-            None,
-            rewrite_params=replace(REWRITE, max_new_tokens=ROLLOUT.rewrite_tokens),
-            response_params=replace(RESPONSE, max_new_tokens=ROLLOUT.response_tokens),
-        )
-        begun = time.perf_counter()
-        written = side(pipeline, texts, seed)
-        return written, time.perf_counter() - begun
-
+    texts = rollout_prompts(prompts)
     loaded, report = open_report("rollout", model, threads, repeats)
     del loaded
-    sides: dict[str, Callable[[Pipeline, list[str], int], int]] = {
-        "interleaved": _interleaved,
-        "barrier": _with_barrier,
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    tokens: dict[str, list[int]] = {name: [] for name in sides}
+    seconds, tokens, gflops = [], [], []
     for seed in range(repeats + 1):
-        for name, side in sides.items():
-            say(f"{name}, round {seed}")
-            written, took = timed(side, seed)
-            tokens[name].append(written)
-            seconds[name].append(took)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    report |= {
+        say(f"round {seed}")
+        prompter = load_model(model, threads=threads)
+        answerer = prompter if target is None else load_model(target, threads=threads)
+        rollout = partial(
+            rollout_pipeline(prompter, answerer).rollout,
+            texts,
+            num_rewrites=ROLLOUT.rewrites,
+            seed=seed,
+        )
+        begun = time.perf_counter()
+        done, events = recorded(rollout)
+        seconds.append(time.perf_counter() - begun)
+        tokens.append(done.generated_tokens)
+        flops = engine_flops(events)
+        gflops.append(None if flops is None else flops / seconds[-1] / 1e9)
+    known = [rate for rate in gflops[1:] if rate is not None]
+    rate = statistics.median(known) if known else None
+    return report | {
         "target": None if target is None else str(target),
         "prompts": len(texts),
         "rewrites": ROLLOUT.rewrites,
-        "generated_tokens": {name: values[1:] for name, values in tokens.items()},
+        "generated_tokens": tokens[1:],
         "tokens_per_second": statistics.median(
-            n / s
-            for n, s in zip(tokens["interleaved"][1:], seconds["interleaved"][1:], strict=True)
+            n / s for n, s in zip(tokens[1:], seconds[1:], strict=True)
         ),
-        "seconds": medians,
-        "all_seconds": {name: values[1:] for name, values in seconds.items()},
-        "barrier_over_interleaved": statistics.median(
-            b / i for b, i in zip(seconds["barrier"][1:], seconds["interleaved"][1:], strict=True)
-        ),
+        "seconds": statistics.median(seconds[1:]),
+        "all_seconds": seconds[1:],
+        "gflops": rate,
+        "fma_share": None if rate is None else rate / report["limits"]["fma_gflops"],
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    return report
+
+
+def rollout_prompts(count: int) -> list[str]:
+    """The first prompts of the set that rollouts are measured on."""
+    rows = load_prompts(ROLLOUT.data, split=ROLLOUT.split)
+    if count > len(rows):
+        raise ValueError(f"prompts: expected at most {len(rows)}, got {count}")
+    return [row.prompt for row in rows[:count]]
+
+
+def rollout_pipeline(
+    prompter: NativeModel,
+    target: NativeModel,
+    reward: Reward | None = None,
+    prompter_adapter: Any = None,
+) -> Pipeline:
+    """With the lengths of `RolloutWork`."""
+    return Pipeline(
+        prompter,
+        target,
+        reward,
+        prompter_adapter=prompter_adapter,
+        rewrite_params=replace(REWRITE, max_new_tokens=ROLLOUT.rewrite_tokens),
+        response_params=replace(RESPONSE, max_new_tokens=ROLLOUT.response_tokens),
+    )
 
 
 class _Work:
@@ -286,15 +298,3 @@ def _generate(model: NativeModel, prompts: list[list[int]], new_tokens: int) -> 
         for index in range(len(prompts))
     ]
     model.generate(prompts, params)
-
-
-def _interleaved(pipeline: Pipeline, prompts: list[str], seed: int) -> int:
-    return pipeline.rollout(prompts, num_rewrites=ROLLOUT.rewrites, seed=seed).generated_tokens
-
-
-def _with_barrier(pipeline: Pipeline, prompts: list[str], seed: int) -> int:
-    """Every rewrite is finished before the first response begins; the same draws."""
-    rewrites = pipeline.rewrite(prompts, num_rewrites=ROLLOUT.rewrites, seed=seed)
-    written = sum(len(rewrite.tokens) for group in rewrites for rewrite in group)
-    texts = [[rewrite.text for rewrite in group] for group in rewrites]
-    return written + pipeline.answer(prompts, texts, seed=seed).generated_tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import platform
 import resource
@@ -12,27 +11,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from alignpro.native import core
 
-_PACKAGES = (
-    "alignpro",
-    "numpy",
-    "torch",
-    "tokenizers",
-    "transformers",
-    "peft",
-    "gguf",
-    "liger-kernel",
-    "triton",
-)
-_PROC = Path("/proc/self")
-_SETTLE_SECONDS = 0.02  # a thread team that has just worked spins for some milliseconds
+_PACKAGES = ("alignpro", "numpy", "tokenizers", "torch")
+_SETTLE_SECONDS = 0.02  # a thread pool that has just worked spins for some milliseconds
+Result = TypeVar("Result")
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """CPU, threads and versions."""
+def machine(threads: int, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """CPU, threads and versions, those of ``packages`` among them where they are installed."""
     return {
         "cpu": _cpu_name(),
         "cpus": core.available_cpus(),
@@ -40,7 +29,7 @@ def machine(threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "cpu_isa": core.cpu_isa(),
         "build": core.build_info(),
-        "versions": _versions(),
+        "versions": _versions([*_PACKAGES, *packages]),
     }
 
 
@@ -57,7 +46,7 @@ def limits(threads: int, repeats: int) -> dict[str, float]:
         ),
     }
     with contextlib.suppress(OSError):
-        _forget_high_water()
+        forget_high_water()
     return found
 
 
@@ -74,27 +63,16 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict
     return seconds
 
 
-def spread(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median and all values."""
-    return {"seconds": statistics.median(seconds), "all_seconds": list(seconds)}
-
-
-def extra_bytes(call: Callable[[], int]) -> int | None:
-    """How far the memory of this process grows above what it holds now while ``call`` runs, less
-    the bytes of results that ``call`` returns; None where the kernel cannot say.
-
-    Meant for a process of its own: memory that an allocator has kept is not counted.
-    """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+def recorded(
+    call: Callable[[], Result], level: Literal["steps", "ops"] = "ops"
+) -> tuple[Result, dict[str, Any]]:
+    """What ``call`` returns, and what the engine recorded meanwhile (`_core.trace_stop`)."""
+    core.trace_start(level)
     try:
-        _forget_high_water()
-        before = _high_water()
-    except OSError:
-        return None
-    results = call()
-    return max(_high_water() - before - results, 0)
+        result = call()
+    finally:
+        events = core.trace_stop()
+    return result, events
 
 
 def peak_rss_bytes() -> int:
@@ -104,27 +82,21 @@ def peak_rss_bytes() -> int:
 
 def available_bytes() -> int | None:
     """Memory that can be had without swapping; None where the kernel cannot say."""
-    return _proc_bytes(Path("/proc/meminfo"), "MemAvailable")
+    return proc_bytes(Path("/proc/meminfo"), "MemAvailable")
 
 
-def _forget_high_water() -> None:
-    """The high-water mark becomes what is held now."""
-    (_PROC / "clear_refs").write_text("5")
-
-
-def _high_water() -> int:
-    found = _proc_bytes(_PROC / "status", "VmHWM")
-    if found is None:
-        raise OSError("no VmHWM")
-    return found
-
-
-def _proc_bytes(path: Path, key: str) -> int | None:
+def proc_bytes(path: Path, key: str) -> int | None:
+    """A line "KEY: COUNT kB" of a file of the kernel's; None where it is not there."""
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith(key + ":"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def forget_high_water() -> None:
+    """The high-water mark becomes what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _cpu_name() -> str:
@@ -135,9 +107,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str]:
+def _versions(packages: Sequence[str]) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alignpro import trace
-from alignpro.bench.generation import Say
-from alignpro.bench.machine import limits, machine, peak_rss_bytes
+from alignpro.bench.generation import Say, rollout_pipeline, rollout_prompts
+from alignpro.bench.machine import limits, machine, peak_rss_bytes, recorded
 from alignpro.bench.timeline import Timeline
 from alignpro.bench.work import ROLLOUT
-from alignpro.config import RESPONSE, REWRITE
-from alignpro.data.load import load_prompts
+from alignpro.config import ModelConfig, from_mapping
 from alignpro.models.native_model import load_models
-from alignpro.native import core
 from alignpro.pipeline import REWRITE_STREAM, Pipeline, derive_seed
 from alignpro.rewards.build import build_reward
 from alignpro.types import Reward, Rollout
@@ -53,21 +50,15 @@ def profile_rollout(
         ValueError, OSError: a model, adapter or number of prompts that is not there, or an ``out``
             that is.
     """
-    rows = load_prompts(ROLLOUT.data, split=ROLLOUT.split)
-    if prompts > len(rows):
-        raise ValueError(f"prompts: expected at most {len(rows)}, got {prompts}")
-    texts = [row.prompt for row in rows[:prompts]]
+    texts = rollout_prompts(prompts)
     say("loading")
-    prompter, answerer = load_models(model, target, threads, compute)
-    reward, no_reward = _reward()
-    pipeline = Pipeline(
-        prompter,
-        answerer,
-        reward,
-        prompter_adapter=prompter.make_adapter(adapter),
-        rewrite_params=replace(REWRITE, max_new_tokens=ROLLOUT.rewrite_tokens),
-        response_params=replace(RESPONSE, max_new_tokens=ROLLOUT.response_tokens),
+    prompter, answerer = load_models(
+        ModelConfig(str(model)),
+        from_mapping(ModelConfig, {"model": target, "compute": compute}),
+        threads,
     )
+    reward, no_reward = _reward()
+    pipeline = rollout_pipeline(prompter, answerer, reward, prompter.make_adapter(adapter))
     say("measuring the machine's limits")
     measured = limits(threads, _LIMIT_REPEATS)
     say("rollout")
@@ -110,11 +101,10 @@ def record(
     """One rollout with recording on, and what the engine and the pipeline recorded."""
     trace.start()
     try:
-        core.trace_start("ops" if ops else "steps")
-        try:
-            rollout = pipeline.rollout(prompts, num_rewrites=rewrites, seed=seed)
-        finally:
-            events = core.trace_stop()
+        rollout, events = recorded(
+            lambda: pipeline.rollout(prompts, num_rewrites=rewrites, seed=seed),
+            "ops" if ops else "steps",
+        )
     finally:
         spans = trace.stop()
     return rollout, events, spans

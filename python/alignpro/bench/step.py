@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from alignpro.bench.machine import machine, peak_rss_bytes
+from alignpro.bench.machine import limits, machine, peak_rss_bytes, recorded
+from alignpro.bench.timeline import engine_flops
 from alignpro.bench.work import WORK, StepWork
-from alignpro.config import LoraConfig, TrainConfig
+from alignpro.config import LoraConfig, ModelConfig, TrainConfig
 from alignpro.data.load import load_prompts, stack_columns
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
@@ -23,6 +24,7 @@ from alignpro.train.trainer import Trainer
 from alignpro.types import SamplingParams
 
 WARM_UP = 1  # steps that are run and not counted
+_LIMIT_REPEATS = 5
 
 Say = Callable[[str], None]
 
@@ -41,7 +43,7 @@ class _Clock(TrainCallback):
     def on_step(self, row: Mapping[str, Any]) -> None:
         now = time.perf_counter()
         wall = now - self._last
-        self._rows.append({**row, "wall": wall})
+        self._rows.append({**row, "wall": wall, "end_ns": time.perf_counter_ns()})
         self._say(f"step {len(self._rows)} of {self._steps}: {wall:.1f} s")
         self._last = time.perf_counter()
 
@@ -57,14 +59,15 @@ def bench_step(
     """Medians over ``steps`` steps after a first one, as plain values.
 
     A step is timed from the end of the one before it to its own end: sampling, responses, reward,
-    scores and gradients under the KL, the optimizer, and the log.
+    scores and gradients under the KL, the optimizer, and the log. ``generate_fma_share`` is of the
+    machine's multiply-adds, by the engine's own counts.
 
     Raises:
         ValueError, OSError: a model that does not load, or whose context is too short.
     """
     config = forced_lengths(
         TrainConfig(
-            model=str(model),
+            prompter=ModelConfig(str(model)),
             steps=WARM_UP + steps,
             prompts_per_step=work.prompts,
             num_rewrites=work.rewrites,
@@ -82,6 +85,8 @@ def bench_step(
             threads=threads,
         )
     )
+    say("measuring the machine's limits")
+    measured_limits = limits(threads, _LIMIT_REPEATS)
     say(f"loading {model.name}")
     started = time.perf_counter()
     native = load_model(model, threads=threads)
@@ -98,7 +103,7 @@ def bench_step(
             columns=stack_columns(prompts),
             run_dir=Path(folder) / "run",
         )
-        trainer.train([_Clock(rows, say)])
+        _, events = recorded(lambda: trainer.train([_Clock(rows, say)]))
         peak = peak_rss_bytes()
     for row in rows:
         if row["generated_tokens"] != work.generated_tokens:
@@ -107,6 +112,8 @@ def bench_step(
                 f"got {row['generated_tokens']}"
             )
     measured = rows[WARM_UP:]
+    flops = engine_flops(events, rows[WARM_UP - 1]["end_ns"])
+    generating = sum(row["seconds"]["generate"] for row in measured)
 
     def median(value: Callable[[dict[str, Any]], float]) -> float:
         return statistics.median(value(row) for row in measured)
@@ -114,6 +121,8 @@ def bench_step(
     return {
         "benchmark": "step",
         "machine": machine(threads),
+        "limits": measured_limits,
+        "repeats": _LIMIT_REPEATS,
         "model": model.name,
         "work": asdict(work),
         "steps": steps,
@@ -127,6 +136,9 @@ def bench_step(
         },
         "generated_tokens": work.generated_tokens,
         "tokens_per_second": median(lambda row: row["tokens_per_second"]),
+        "generate_fma_share": None
+        if flops is None
+        else flops / generating / 1e9 / measured_limits["fma_gflops"],
         "kl_per_rewrite": median(lambda row: row["kl_per_rewrite"]),
         "reward_mean": median(lambda row: row["reward_mean"]),
         "parity_max_abs": max(row["parity_max_abs"] for row in rows),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,29 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 
-def score_tables(report: Mapping[str, Any]) -> Group:
-    """Machine limits, two tables for each head, and the LoRA pass.
-
-    "x ours" is in seconds, against ours for the same outputs.
-    """
-    parts: list[RenderableType] = [_limits_line(report)]
-    for head in report["heads"]:
-        parts += _head_tables(head)
-    if report["lora_pass"] is not None:
-        parts += _lora_tables(report["lora_pass"])
-    return Group(*parts)
-
-
 def step_table(report: Mapping[str, Any]) -> Table:
     """Seconds of one step by stage, memory, and what shows that the step was a real one."""
-    table = Table(show_header=False, box=None)
+    share = report["generate_fma_share"]
+    table = Table(title=limits_text(report), title_justify="left", show_header=False, box=None)
     table.add_column("what")
     table.add_column("value", justify="right")
     rows = [
         ("step", f"{report['seconds_per_step']:.2f} s"),
         *((stage, f"{s:.2f} s") for stage, s in report["seconds_by_stage"].items()),
         ("generation", f"{report['tokens_per_second']:,.0f} tokens/s"),
-        ("peak memory", _mib(report["peak_rss_bytes"])),
+        ("generation, of FMA peak", "?" if share is None else f"{share:.0%}"),
+        ("peak memory", mib_text(report["peak_rss_bytes"])),
         ("KL per rewrite", f"{report['kl_per_rewrite']:.3f} nats"),
         ("sampled against scored", f"{report['parity_max_abs']:g}"),
     ]
@@ -44,28 +33,18 @@ def step_table(report: Mapping[str, Any]) -> Table:
 
 def generation_tables(report: Mapping[str, Any]) -> Group:
     """Tokens a second of decode, prefill or rollout, beside the machine's limits."""
-    parts: list[RenderableType] = [_limits_line(report)]
-    tables = {"rollout": _rollout_table, "growth": _growth_table}
-    parts.append(tables.get(report["benchmark"], _throughput_table)(report))
-    cold = report.get("cold_start_seconds")
-    parts.append(
-        Text(
-            f"loaded in {report['load_seconds']:.2f} s, "
-            + ("" if cold is None else f"first token of a new process after {cold:.2f} s, ")
-            + f"peak memory {_mib(report['peak_rss_bytes'])}"
-        )
-    )
-    return Group(*parts)
+    table = _rollout_table if report["benchmark"] == "rollout" else _throughput_table
+    return Group(Text(limits_text(report)), table(report), Text(memory_text(report)))
 
 
 def profile_tables(report: Mapping[str, Any]) -> Group:
     """Stages in their order, then ops by time, beside the machine's limits."""
     whole = (
-        f"{_seconds(report['seconds'])}, {report['generated_tokens']:,} tokens "
+        f"{seconds_text(report['seconds'])}, {report['generated_tokens']:,} tokens "
         f"({report['tokens_per_second']:,.0f} tokens/s) in {report['steps']} steps "
         f"of {report['rows_per_step']:.0f} rows"
     )
-    parts: list[RenderableType] = [_limits_line(report), _stage_table(report), Text(whole)]
+    parts: list[RenderableType] = [Text(limits_text(report)), _stage_table(report), Text(whole)]
     if report["ops"] is not None:
         parts.append(_op_table(report["ops"]))
     if report["dropped"]:
@@ -82,14 +61,14 @@ def profile_tables(report: Mapping[str, Any]) -> Group:
 
 
 def _stage_table(report: Mapping[str, Any]) -> Table:
-    table = _table(f"{report['prompts']} prompts x {report['rewrites']} rewrites x 1 response")
+    table = new_table(f"{report['prompts']} prompts x {report['rewrites']} rewrites x 1 response")
     for column in ("time", "share", "rows", "rows/s"):
         table.add_column(column, justify="right")
     for row in report["stages"]:
         rows, seconds = row["rows"], row["seconds"]
         table.add_row(
             Text(row["stage"]),
-            Text(_seconds(seconds)),
+            Text(seconds_text(seconds)),
             Text(f"{row['share']:.1%}"),
             Text("" if rows is None else f"{rows:,}"),
             Text(f"{rows / seconds:,.0f}" if rows and seconds > 0 else ""),
@@ -98,13 +77,13 @@ def _stage_table(report: Mapping[str, Any]) -> Table:
 
 
 def _op_table(ops: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("ops")
+    table = new_table("ops")
     table.collapse_padding = True  # 80 columns hold it
     table.columns[0].no_wrap = True
     for column in ("time", "share", "calls", "GFLOP/s", "of peak", "GB/s", "of reads"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in ops:
-        cells = [row["op"], _seconds(row["seconds"]), f"{row['share']:.1%}"]
+        cells = [row["op"], seconds_text(row["seconds"]), f"{row['share']:.1%}"]
         if "calls" in row:
             cells += [
                 f"{row['calls']:,}",
@@ -117,9 +96,10 @@ def _op_table(ops: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _limits_line(report: Mapping[str, Any]) -> Text:
+def limits_text(report: Mapping[str, Any]) -> str:
+    """The machine, and what it can do at most."""
     limits = report["limits"]
-    return Text(
+    return (
         f"{report['machine']['cpu']}, {report['machine']['threads']} threads: "
         f"FMA peak {limits['fma_gflops']:.0f} GFLOP/s, "
         f"read bandwidth {limits['read_gbps']:.1f} GB/s; "
@@ -127,8 +107,18 @@ def _limits_line(report: Mapping[str, Any]) -> Text:
     )
 
 
+def memory_text(report: Mapping[str, Any]) -> str:
+    """Seconds of loading, and the most memory that was held."""
+    cold = report.get("cold_start_seconds")
+    return (
+        f"loaded in {report['load_seconds']:.2f} s, "
+        + ("" if cold is None else f"first token of a new process after {cold:.2f} s, ")
+        + f"peak memory {mib_text(report['peak_rss_bytes'])}"
+    )
+
+
 def _throughput_table(report: Mapping[str, Any]) -> Table:
-    table = _table(
+    table = new_table(
         f"{report['benchmark']}, {report['compute']}, keys and values {report['kv_dtype']}"
     )
     columns = ("tokens/s", "decode tokens/s", "first token", "GFLOP/s", "of FMA peak", "of reads")
@@ -143,7 +133,7 @@ def _throughput_table(report: Mapping[str, Any]) -> Table:
             name,
             f"{row['tokens_per_second']:,.0f}",
             "" if decode is None else f"{decode:,.0f}",
-            _seconds(row["seconds_to_first_token"]),
+            seconds_text(row["seconds_to_first_token"]),
             f"{row['gflops']:.0f}",
             f"{row['fma_share']:.0%}",
             "" if reads is None else f"{reads:.0%}",
@@ -152,100 +142,34 @@ def _throughput_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _growth_table(report: Mapping[str, Any]) -> Table:
-    table = _table("decoding steps")
-    for column in ("positions", "step", "tokens/s"):
-        table.add_column(column, justify="right")
-    for row in report["results"]:
-        cells = (
-            f"{row['compute']}, {row['batch']} sequences",
-            f"{row['context']}",
-            _seconds(row["seconds_per_step"]),
-            f"{row['tokens_per_second']:,.0f}",
-        )
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
-
-
 def _rollout_table(report: Mapping[str, Any]) -> Table:
-    table = _table(f"{report['prompts']} prompts x {report['rewrites']} rewrites x 1 response")
-    for column in ("time", "of interleaved"):
+    table = new_table(f"{report['prompts']} prompts x {report['rewrites']} rewrites x 1 response")
+    for column in ("time", "tokens/s", "GFLOP/s", "of FMA peak"):
         table.add_column(column, justify="right")
-    ratio = report["barrier_over_interleaved"]
-    for name, share in (("interleaved", 1.0), ("barrier", ratio)):
-        table.add_row(Text(name), Text(_seconds(report["seconds"][name])), Text(f"{share:.2f}"))
-    table.caption = f"{report['tokens_per_second']:,.0f} tokens/s"
-    table.caption_justify = "left"
+    share, gflops = report["fma_share"], report["gflops"]
+    cells = (
+        "rollout",
+        seconds_text(report["seconds"]),
+        f"{report['tokens_per_second']:,.0f}",
+        "?" if gflops is None else f"{gflops:.0f}",
+        "?" if share is None else f"{share:.0%}",
+    )
+    table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
-_PASSES = {"forward": "forward", "forward_backward": "forward and backward"}
-
-
-def _head_tables(head: Mapping[str, Any]) -> Iterator[RenderableType]:
-    stored = f", stored as {head['stored_as']}" if head["stored_as"] else ""
-    name = (
-        f"{head['vocab_size']} x {head['hidden_size']} ({head['weight']} weight{stored}), "
-        f"{head['num_tokens']} tokens"
-    )
-    for key, title in _PASSES.items():
-        table = _table(f"{name}: {title}")
-        for column in ("KL", "time", "x ours", "GFLOP/s", "of peak", "extra MiB"):
-            table.add_column(column, justify="right")
-        for row in head["implementations"]:
-            if key in row:
-                table.add_row(*(Text(cell) for cell in _head_cells(row, row[key])))
-        yield table
-    yield from _reasons(head["implementations"])
-
-
-def _head_cells(row: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
-    yield row["name"]
-    yield "yes" if "KL" in row["computes"] else "no"
-    yield _seconds(values["seconds"])
-    yield f"{values['ratio']:.2f}"
-    yield f"{values['gflops']:.0f}"
-    yield f"{values['fma_share']:.0%}"
-    yield _mib(values["extra_bytes"], unit="")
-
-
-def _lora_tables(lora: Mapping[str, Any]) -> Iterator[RenderableType]:
-    table = _table(
-        f"LoRA of rank {lora['rank']} on all linear layers, {lora['sequences']} x "
-        f"{lora['tokens_each']} tokens: forward and backward"
-    )
-    for name in ("time", "x ours", "extra MiB", "nats per token"):
-        table.add_column(name, justify="right")
-    for row in lora["sides"]:
-        if row["skipped"] is None:
-            cells = (
-                row["name"],
-                _seconds(row["seconds"]),
-                f"{row['ratio']:.2f}",
-                _mib(row["extra_bytes"], unit=""),
-                f"{row['nats_per_token']:.6f}",
-            )
-            table.add_row(*(Text(cell) for cell in cells))
-    yield table
-    yield from _reasons(lora["sides"])
-
-
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """Without rows; its first column names them."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     return table
 
 
-def _reasons(rows: list[Mapping[str, Any]]) -> Iterator[Text]:
-    """Why a row has no numbers."""
-    for row in rows:
-        if row["skipped"] is not None:
-            yield Text(f"skipped {row['name']}: {row['skipped']}")
-
-
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
+    """As milliseconds or seconds."""
     return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def _mib(value: int | None, unit: str = " MiB") -> str:
-    return "?" if value is None else f"{value / 2**20:,.1f}{unit}"
+def mib_text(value: int) -> str:
+    """Of bytes."""
+    return f"{value / 2**20:,.1f} MiB"

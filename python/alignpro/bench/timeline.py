@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alignpro.files import whole_file
 from alignpro.trace import Span
 
 # Of the rows of an engine's step; what a step is made of is marked under these names.
@@ -127,14 +128,15 @@ class Timeline:
         Raises:
             OSError: the file cannot be written.
         """
-        with path.open("x", encoding="utf-8") as file:
-            file.write('{"displayTimeUnit":"ms","otherData":')
-            file.write(json.dumps(about))
-            file.write(',"traceEvents":[\n')
+        if path.exists():
+            raise FileExistsError(f"{path}: is there already; name another file")
+        with whole_file(path) as file:
+            head = f'{{"displayTimeUnit":"ms","otherData":{json.dumps(about)},"traceEvents":[\n'
+            file.write(head.encode())
             for number, event in enumerate(self._chrome_events()):
-                file.write(",\n" if number else "")
-                file.write(json.dumps(event, separators=(",", ":")))
-            file.write("\n]}\n")
+                line = json.dumps(event, separators=(",", ":"))
+                file.write((f",\n{line}" if number else line).encode())
+            file.write(b"\n]}\n")
 
     def _chrome_events(self) -> Iterator[dict[str, Any]]:
         yield from _named_process(1, "alignpro")
@@ -216,6 +218,18 @@ class Timeline:
             stage = 2 * of_target.astype(np.int64) + phase
             np.add.at(total, (at, stage), self._events["rows"][events])
         return total
+
+
+def engine_flops(events: Mapping[str, Any], since_ns: int = 0) -> int | None:
+    """Operations of the engine's steps from a moment on, by count; None where some did not fit."""
+    if events["dropped"] or "step" not in events["names"]:
+        return None
+    steps = np.flatnonzero(events["name"] == events["names"].index("step"))
+    steps = steps[np.argsort(events["begin_ns"][steps])]
+    begins = events["begin_ns"]
+    at = np.searchsorted(begins[steps], begins, side="right") - 1
+    inside = (at >= 0) & (begins >= since_ns) & (begins <= events["end_ns"][steps][at])
+    return int(events["flops"][inside].sum())
 
 
 def _seconds(begin_ns: int, end_ns: int) -> float:

@@ -14,7 +14,6 @@ from alignpro.cli.shared import (
     Threads,
     app,
     check_new,
-    is_installed,
     needs_torch,
     one_line_errors,
     write_json,
@@ -23,49 +22,8 @@ from alignpro.cli.shared import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-bench = typer.Typer(help="Measure this machine, this package and its peers.", no_args_is_help=True)
+bench = typer.Typer(help="Measure the speed of this package on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-
-@bench.command("score")
-@one_line_errors
-def bench_score(
-    model: Annotated[str | None, typer.Option(help="adds its head, and its LoRA pass")] = None,
-    json_file: Json = None,
-    repeats: Annotated[int, typer.Option(min=1, help="of which the median is taken")] = 5,
-    threads: Threads = None,
-    peers: Annotated[bool, typer.Option(help="measure torch and what else is installed")] = True,
-    shape: Annotated[
-        list[str] | None, typer.Option(help="VOCABULARYxHIDDEN of a head; may be repeated")
-    ] = None,
-    tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="in one call; may be repeated")
-    ] = None,
-) -> None:
-    """Log-probabilities, KL and a LoRA pass, as shares of what this machine can do."""
-    needs_torch("bench score")
-    check_new(json_file)
-    from rich.console import Console
-
-    from alignpro.bench.score import SHAPES, TOKENS
-    from alignpro.bench.score import bench_score as measure
-    from alignpro.bench.tables import score_tables
-    from alignpro.models.resolve import resolve_model
-    from alignpro.native import core
-
-    shapes = [_shape(text) for text in shape] if shape else SHAPES
-    with Console(stderr=True).status("") as status:
-        report = measure(
-            model=None if model is None else resolve_model(model),
-            shapes=shapes,
-            tokens=tokens or TOKENS,
-            threads=threads or core.available_cpus(),
-            repeats=repeats,
-            peers=peers,
-            say=status.update,
-        )
-    write_json(json_file, report)
-    Console().print(score_tables(report))
 
 
 @bench.command("step")
@@ -73,37 +31,45 @@ def bench_score(
 def bench_step(
     model: ModelName = "smollm2",
     json_file: Json = None,
-    steps: Annotated[int, typer.Option(min=1, help="measured, after one more")] = 5,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps that are measured, after one to warm up.")
+    ] = 5,
     threads: Threads = None,
 ) -> None:
-    """Whole steps of reinforcement learning on work of a fixed size."""
+    """Seconds of whole training steps on work of a fixed size, by stage."""
     needs_torch("bench step")
-    check_new(json_file)
     from alignpro.bench.step import bench_step as measure
     from alignpro.bench.tables import step_table
 
     _run_bench(measure, step_table, model, json_file, threads, steps=steps)
 
 
-Compute = Annotated[str, typer.Option(help="float32 or int8")]
-KvDtype = Annotated[str, typer.Option(help="of keys and values: float32 or float16")]
-Repeats = Annotated[int, typer.Option(min=1, help="of which the median is taken, after one more")]
+Target = Annotated[
+    str | None, typer.Option(help="The target model; the default is the prompter's.")
+]
+Compute = Annotated[str, typer.Option(help="Arithmetic of the products: float32 or int8.")]
+KvDtype = Annotated[str, typer.Option(help="Type of cached keys and values: float32 or float16.")]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="Rounds whose median is taken, after one to warm up.")
+]
 
 
 @bench.command("decode")
 @one_line_errors
 def bench_decode(
     model: ModelName = "smollm2",
-    batch: Annotated[str, typer.Option(help="sequences at once, separated by commas")] = "1,16,64",
-    new_tokens: Annotated[int, typer.Option(min=1, help="a sequence")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="a sequence")] = 37,
+    batch: Annotated[
+        str, typer.Option(help="Numbers of sequences at once, separated by commas.")
+    ] = "1,16,64",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a sequence writes.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence's prompt.")] = 37,
     compute: Compute = "float32",
     kv_dtype: KvDtype = "float32",
     json_file: Json = None,
     repeats: Repeats = 5,
     threads: Threads = None,
 ) -> None:
-    """Tokens a second by batch, as shares of what this machine can do."""
+    """Decoded tokens a second by batch, as shares of what this machine can do."""
     from alignpro.bench.generation import bench_decode as measure
     from alignpro.bench.tables import generation_tables
 
@@ -126,27 +92,26 @@ def bench_decode(
 @one_line_errors
 def bench_prefill(
     model: ModelName = "smollm2",
-    shape: Annotated[str, typer.Option(help="SEQUENCESxTOKENS, separated by commas")] = (
-        "1x512,16x128"
-    ),
+    shape: Annotated[
+        str, typer.Option(help="SEQUENCESxTOKENS of the prompts, separated by commas.")
+    ] = "1x512,16x128",
     compute: Compute = "float32",
     kv_dtype: KvDtype = "float32",
     json_file: Json = None,
     repeats: Repeats = 5,
     threads: Threads = None,
 ) -> None:
-    """Prompt tokens a second up to the first new token."""
+    """Prompt tokens a second up to the first new token, as shares of this machine's limits."""
     from alignpro.bench.generation import bench_prefill as measure
     from alignpro.bench.tables import generation_tables
 
-    shapes = [_shape(part, "SEQUENCESxTOKENS, such as 1x512") for part in shape.split(",")]
     _run_bench(
         measure,
         generation_tables,
         model,
         json_file,
         threads,
-        shapes=shapes,
+        shapes=[_shape(part) for part in shape.split(",")],
         compute=compute,
         kv_dtype=kv_dtype,
         repeats=repeats,
@@ -157,13 +122,13 @@ def bench_prefill(
 @one_line_errors
 def bench_rollout(
     model: ModelName = "smollm2",
-    target: Annotated[str | None, typer.Option(help="default: the same model")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="with 4 rewrites each")] = 16,
+    target: Target = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, with 4 rewrites each.")] = 16,
     json_file: Json = None,
     repeats: Repeats = 5,
     threads: Threads = None,
 ) -> None:
-    """prompt -> rewrite -> response, against the same with a barrier between the models."""
+    """Tokens a second of whole rollouts: prompt -> rewrite -> response."""
     from alignpro.bench.generation import bench_rollout as measure
     from alignpro.bench.tables import generation_tables
     from alignpro.models.resolve import resolve_model
@@ -180,57 +145,24 @@ def bench_rollout(
     )
 
 
-@bench.command("growth")
-@one_line_errors
-def bench_growth(
-    model: ModelName = "smollm2",
-    batch: Annotated[str, typer.Option(help="sequences at once")] = "1,2,4,8,16,32,64,128,256",
-    context: Annotated[str, typer.Option(help="positions of one sequence")] = (
-        "128,256,512,1024,2048,4096,8192"
-    ),
-    compute: Annotated[str, typer.Option(help="float32, int8 or both")] = "float32",
-    json_file: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="draw it there; needs matplotlib")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="steps, of which the median is taken")] = 9,
-    threads: Threads = None,
-) -> None:
-    """Decoded tokens a second as batch and context grow."""
-    from alignpro.bench.growth import bench_growth as measure
-    from alignpro.bench.growth import growth_plot
-    from alignpro.bench.tables import generation_tables
-
-    check_new(plot)
-    if plot is not None and not is_installed("matplotlib"):
-        raise ImportError("--plot needs matplotlib: pip install matplotlib, or leave it out")
-    report = _run_bench(
-        measure,
-        generation_tables,
-        model,
-        json_file,
-        threads,
-        batches=_counts("--batch", batch),
-        contexts=_counts("--context", context),
-        computes=[part.strip() for part in compute.split(",")],
-        repeats=repeats,
-    )
-    if plot is not None:
-        growth_plot(report, plot)
-
-
 @app.command()
 @one_line_errors
 def profile(
     model: ModelName = "smollm2",
-    target: Annotated[str | None, typer.Option(help="default: the same model")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="of the prompter, a PEFT folder")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="of the everyday set")] = 16,
-    rewrites: Annotated[int, typer.Option(min=1, help="a prompt")] = 4,
-    compute: Annotated[str, typer.Option(help="of the target: float32 or int8")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, help="of everything random")] = 0,
-    ops: Annotated[bool, typer.Option(help="record every op, not only the steps")] = True,
-    out: Annotated[Path, typer.Option(help="the trace, for Perfetto or chrome://tracing")] = Path(
-        "profile.json"
-    ),
+    target: Target = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="PEFT folder of the prompter's adapter.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of the everyday set.")] = 16,
+    rewrites: Annotated[int, typer.Option(min=1, help="Rewrites of each prompt.")] = 4,
+    compute: Annotated[
+        str, typer.Option(help="Arithmetic of the target's products: float32 or int8.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the rollout.")] = 0,
+    ops: Annotated[bool, typer.Option(help="Record every op, not only the steps.")] = True,
+    out: Annotated[
+        Path, typer.Option(help="File of the trace, for Perfetto or chrome://tracing.")
+    ] = Path("profile.json"),
     json_file: Json = None,
     threads: Threads = None,
 ) -> None:
@@ -266,7 +198,7 @@ def _run_bench(
     json_file: Path | None,
     threads: int | None,
     **work: Any,
-) -> dict[str, Any]:
+) -> None:
     """Measure, write the numbers, print them."""
     check_new(json_file)
     from rich.console import Console
@@ -283,13 +215,12 @@ def _run_bench(
         )
     write_json(json_file, report)
     Console().print(tables(report))
-    return report
 
 
-def _shape(text: str, expected: str = "VOCABULARYxHIDDEN, such as 49152x576") -> tuple[int, int]:
+def _shape(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(_is_count(part) for part in parts):
-        raise ValueError(f"--shape: expected {expected}, got {text!r}")
+        raise ValueError(f"--shape: expected SEQUENCESxTOKENS, such as 1x512, got {text!r}")
     return int(parts[0]), int(parts[1])
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+from alignpro.files import write_json as write_whole
+from alignpro.run_directory import error_notes, one_line
+
+DEFECT, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 
 app = typer.Typer(
     name="alignpro",
@@ -37,7 +40,11 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def one_line_errors(command: Command) -> Command:
-    """Bad input is one line on stderr and exit code 2; ALIGNPRO_DEBUG=1 shows the traceback."""
+    """Bad input is one line on stderr and exit code 2; ALIGNPRO_DEBUG=1 shows the traceback.
+
+    An error that nobody raised on purpose is a defect, and keeps its traceback: in the error.log of
+    a run, where the one line says so, else on stderr.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -50,13 +57,29 @@ def one_line_errors(command: Command) -> Command:
             # The reader left (alignpro generate | head): nothing to say, and nowhere to say it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
-        except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        except Exception as error:
             if isinstance(error, typer.Exit) or os.environ.get("ALIGNPRO_DEBUG") == "1":
                 raise
-            typer.echo(f"alignpro: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(BAD_INPUT) from None
+            notes = error_notes(error)
+            on_purpose = _raised_on_purpose(error)
+            if not on_purpose and not notes:
+                raise
+            typer.echo("alignpro: " + "; ".join([one_line(error), *notes]), err=True)
+            raise typer.Exit(BAD_INPUT if on_purpose else DEFECT) from None
 
     return run  # type: ignore[return-value]
+
+
+def _raised_on_purpose(error: Exception) -> bool:
+    """Whether it says something about the input or the machine: an error of the system's, of a
+    class of ours, or of bad input that this package itself raises."""
+    if isinstance(error, (OSError, ImportError)) or type(error).__module__.startswith("alignpro"):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(__file__).resolve().parents[1]
+    return (
+        isinstance(error, (ValueError, RuntimeError)) and ours in Path(frames[-1].filename).parents
+    )
 
 
 def check_new(file: Path | None) -> None:
@@ -68,7 +91,7 @@ def check_new(file: Path | None) -> None:
 
 def write_json(file: Path | None, report: dict[str, Any]) -> None:
     if file is not None:
-        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_whole(file, report)
 
 
 def split_settings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,7 +45,7 @@ def quickstart(
         "seed": seed,
         "train.steps": steps,
         "evaluate.num_prompts": prompts,
-        "model": model,
+        "prompter.model": model,
         "run_dir": run_dir,
         "threads": threads,
     }
@@ -192,60 +192,43 @@ def generate(
     top_p: Annotated[float, typer.Option(help="above 0, at most 1 (off)")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="default: a fresh one")] = None,
     threads: Annotated[int | None, typer.Option(help="default: the CPU quota")] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda in a build that has it")] = "cpu",
-    mode: Annotated[str, typer.Option(help="strict, or fast: by cuBLASLt, on cuda")] = "strict",
+    device: Annotated[str, typer.Option(help="cpu, or cuda in a build that has it.")] = "cpu",
+    deterministic: Annotated[
+        bool, typer.Option(help="Sample bit for bit what scoring would give; off, on cuda: faster.")
+    ] = True,
 ) -> None:
     """Answer a prompt, as it is or through a trained prompter."""
-    from alignpro.config import TrainConfig, load_yaml
+    from alignpro.config import ModelConfig, TrainConfig, from_mapping, load_yaml, target_of
     from alignpro.models.native_model import load_model, load_models
     from alignpro.types import SamplingParams
 
+    def placed(config: ModelConfig) -> ModelConfig:
+        here: dict[str, Any] = {"device": device, "deterministic": deterministic}
+        if config.device != device:
+            here |= {"compute": None, "kv_dtype": None}  # this device's own
+        return from_mapping(ModelConfig, here, base=config)
+
     text = sys.stdin.read() if prompt == "-" else prompt
-    settings = load_yaml(TrainConfig, run / "config.json") if run is not None else None
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    adapter = None
-    target_compute = None  # the device's own, where the run had another device
-    if settings is not None and device == settings.target_device:
-        target_compute = settings.target_compute
-    if run is not None and settings is not None and settings.policy == "target":
-        target = load_model(
-            settings.target or settings.model,
-            threads=threads,
-            device=device,
-            mode=mode,
-            compute=target_compute,
-        )
-        adapter = run / "adapter"
-    elif run is not None and settings is not None:
-        from alignpro.models.adapter import load_peft
-        from alignpro.pipeline import Pipeline
-
-        prompter, target = load_models(
-            settings.model,
-            settings.target,
-            threads,
-            target_compute,
-            device=device,
-            compute=settings.prompter_compute if device == settings.prompter_device else None,
-            target_device=device,
-            mode=mode,
-            target_mode=mode,
-        )
-        pipeline = Pipeline(
-            prompter,
-            target,
-            None,
-            prompting=settings.prompting,
-            prompter_adapter=load_peft(run / "adapter", prompter.lora_modules),
-            rewrite_params=settings.rewrite,
-        )
-        rewrite = pipeline.rewrite([text], seed=seed)[0][0]
-        typer.echo(f"rewrite: {rewrite.text}", err=True)
-        text = rewrite.target_prompt
+    if run is None:
+        target, adapter = load_model(placed(ModelConfig(model)), threads), None
     else:
-        target = load_model(model, threads=threads, device=device, mode=mode)
+        settings = load_yaml(TrainConfig, run / "config.json")
+        answers = placed(target_of(settings.prompter, settings.target))
+        if settings.policy == "target":
+            target, adapter = load_model(answers, threads), str(run / "adapter")
+        else:
+            from alignpro.pipeline import Pipeline
+
+            prompter, target = load_models(placed(settings.prompter), answers, threads)
+            adapter = answers.adapter
+            pipeline = Pipeline.configured(settings, prompter, target, None)
+            rewriting = pipeline.with_adapter(prompter.make_adapter(run / "adapter"))
+            rewrite = rewriting.rewrite([text], seed=seed)[0][0]
+            typer.echo(f"rewrite: {rewrite.text}", err=True)
+            text = rewrite.target_prompt
     for _token, delta, _logprob in target.stream(text, params, adapter=adapter):
         typer.echo(delta, nl=False)
     typer.echo()

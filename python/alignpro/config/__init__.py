@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from alignpro.config.closed_form import ClosedFormConfig
 from alignpro.config.evaluate import EvalConfig, JudgeConfig, OptimumConfig, StaticSearch
+from alignpro.config.fields import from_mapping
+from alignpro.config.model import DEFAULT_MODEL, ModelConfig, target_of
 from alignpro.config.ppo import PpoConfig
 from alignpro.config.prompting import (
     RESPONSE,
     REWRITE,
     LoraConfig,
     Prompting,
-    SamplingConfig,
+    StageConfig,
     check_sampling,
 )
 from alignpro.config.quickstart import QuickstartConfig
-from alignpro.config.read import apply_overrides, from_mapping, load_yaml, to_mapping
+from alignpro.config.read import apply_overrides, load_yaml, to_mapping
 from alignpro.config.sft import SftConfig
 from alignpro.config.theory import BoundConfig, HeadroomConfig
 from alignpro.config.train import TrainConfig
 
 __all__ = [
+    "DEFAULT_MODEL",
     "RESPONSE",
     "REWRITE",
     "BoundConfig",
@@ -33,17 +36,19 @@ __all__ = [
     "HeadroomConfig",
     "JudgeConfig",
     "LoraConfig",
+    "ModelConfig",
     "OptimumConfig",
     "PpoConfig",
     "Prompting",
     "QuickstartConfig",
-    "SamplingConfig",
     "SftConfig",
+    "StageConfig",
     "StaticSearch",
     "TrainConfig",
     "apply_overrides",
     "check_sampling",
     "from_mapping",
     "load_yaml",
+    "target_of",
     "to_mapping",
 ]

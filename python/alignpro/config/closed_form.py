@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from alignpro.config.fields import require
+from alignpro.config.fields import at_least, checked
 
 
 @dataclass(frozen=True)
+@checked
 class ClosedFormConfig:
     """One set of rollouts of the untuned prompter, and the fit to them.
 
@@ -17,13 +18,10 @@ class ClosedFormConfig:
     passes are about right: more of them fit the noise (docs/closed-form.md).
     """
 
-    num_prompts: int | None = None  # prompts rolled out, once each; None: all there are
+    # Prompts rolled out, once each; None: all there are.
+    num_prompts: Annotated[int, at_least(1)] | None = None
     # Both are least at the optimum. variance: of reward - kl_coef * log ratio within a prompt.
     # likelihood: weighted by exp(reward / kl_coef), as the formula says; of a few noisy rewrites
     # it takes the best one and no more (seed 0 of docs/closed-form.md: +0.05 of reward where
     # variance gains +0.18).
     loss: Literal["variance", "likelihood"] = "variance"
-
-    def __post_init__(self) -> None:
-        count = self.num_prompts
-        require("num_prompts", count, count is None or count >= 1, "1 or more")

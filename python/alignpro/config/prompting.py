@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
-from alignpro.config.fields import require
+from alignpro.config.fields import above, at_least, checked, require
+from alignpro.config.model import ModelConfig
 from alignpro.types import SamplingParams
 
 # An instruction is a short sentence. Measured on 52 styles of instruction under the sentiment
@@ -16,6 +17,7 @@ RESPONSE = SamplingParams(max_new_tokens=32, temperature=0.7)
 
 
 @dataclass(frozen=True)
+@checked
 class Prompting:
     """How prompter and target are put together."""
 
@@ -48,25 +50,30 @@ class Prompting:
 
 
 @dataclass(frozen=True)
+@checked
 class LoraConfig:
     """The trained part of the prompter (LoRA, arXiv 2106.09685)."""
 
-    rank: int = 16
-    alpha: float = 32.0  # the update is alpha / rank * B A
+    rank: Annotated[int, at_least(1)] = 16
+    alpha: Annotated[float, above(0)] = 32.0  # the update is alpha / rank * B A
     rslora: bool = False  # alpha / sqrt(rank) instead (arXiv 2312.03732)
     # "all-linear", or endings of module paths: ["q_proj", "v_proj"]
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
     def __post_init__(self) -> None:
-        require("rank", self.rank, self.rank >= 1, "at least 1")
-        require("alpha", self.alpha, self.alpha > 0, "above 0")
         require(
             "target_modules", self.target_modules, bool(self.target_modules), "at least one name"
         )
 
 
-class SamplingConfig(Protocol):
-    """What every stage that samples says: how prompter and target are put together and drawn."""
+class StageConfig(Protocol):
+    """What every stage of two models says: which they are, how they are put together and drawn."""
+
+    @property
+    def prompter(self) -> ModelConfig: ...
+
+    @property
+    def target(self) -> ModelConfig | None: ...
 
     @property
     def prompting(self) -> Prompting: ...
@@ -79,20 +86,7 @@ class SamplingConfig(Protocol):
 
 
 def check_sampling(name: str, params: SamplingParams) -> None:
-    """Refuse what a stage sets itself, and values without a meaning."""
-    require(f"{name}.temperature", params.temperature, params.temperature >= 0, "0 or more")
-    require(f"{name}.top_k", params.top_k, params.top_k >= 0, "0 (off) or more")
-    require(f"{name}.top_p", params.top_p, 0 < params.top_p <= 1, "above 0 and at most 1")
-    require(f"{name}.min_p", params.min_p, 0 <= params.min_p < 1, "at least 0 and below 1")
-    require(
-        f"{name}.max_new_tokens", params.max_new_tokens, params.max_new_tokens >= 1, "1 or more"
-    )
-    require(
-        f"{name}.min_new_tokens",
-        params.min_new_tokens,
-        0 <= params.min_new_tokens <= params.max_new_tokens,
-        f"between 0 and max_new_tokens ({params.max_new_tokens})",
-    )
+    """Refuse what a stage sets itself; what the values may be is the engine's to say."""
     require(f"{name}.n", params.n, params.n == 1, "1: num_rewrites and num_responses say how many")
     require(f"{name}.seed", params.seed, params.seed is None, "unset: it is derived from seed")
     require(
@@ -103,19 +97,10 @@ def check_sampling(name: str, params: SamplingParams) -> None:
     )
 
 
-def check_on_policy(name: str, params: SamplingParams) -> None:
-    """The gradient is that of the untruncated policy, so that is what must be sampled."""
-    require(
-        f"{name}.temperature",
-        params.temperature,
-        params.temperature > 0,
-        "above 0: a greedy policy explores nothing",
-    )
+def check_untruncated(name: str, params: SamplingParams, reason: str) -> None:
+    """Refuse what draws from another distribution than the log-probabilities are of."""
+    require(f"{name}.temperature", params.temperature, params.temperature > 0, f"above 0: {reason}")
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_new_tokens": 0, "ignore_eos": False}
-    for field, value in off.items():
-        require(
-            f"{name}.{field}",
-            getattr(params, field),
-            getattr(params, field) == value,
-            f"{value} in training: a truncated draw biases the policy gradient",
-        )
+    for key, value in off.items():
+        given = getattr(params, key)
+        require(f"{name}.{key}", given, given == value, f"{value}: {reason}")

@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from alignpro.config.fields import (
-    Bytes,
-    check_micro_batches,
-    check_optimizer,
-    check_prompter,
-    require,
-)
+from alignpro.config.fields import Bytes, Seed, Threads, above, at_least, checked, require
+from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
 from alignpro.config.prompting import LoraConfig, Prompting
 
 
 @dataclass(frozen=True)
+@checked
 class SftConfig:
     """The supervised warm start: fits (prompt, instruction) pairs."""
 
-    model: str = "smollm2"  # path or name of the prompter's base weights
-    # On a CUDA device, in a build that has it: bfloat16 or float32. On the CPU: float32.
-    prompter_device: Literal["cpu", "cuda"] = "cpu"
-    prompter_compute: Literal["float32", "bfloat16"] = "float32"
-    prompter_mode: Literal["strict", "fast"] = "strict"  # fast, on CUDA: products by cuBLASLt
+    prompter: ModelConfig = PROMPTER  # what is trained; its adapter is a fresh one
     data: str = "instructions"  # pairs: packaged name, file, or hub name
     run_dir: str = "alignpro-sft"
-    seed: int = 0
-    steps: int = 32
-    batch_size: int = 16  # pairs a step
-    learning_rate: float = 1e-3
-    warmup_steps: int = 3  # linear, from 0
+    seed: Seed = 0
+    steps: Annotated[int, at_least(0)] = 32
+    batch_size: Annotated[int, at_least(1)] = 16  # pairs a step
+    # The optimizer and the micro-batches, as in `TrainConfig`.
+    learning_rate: Annotated[float, above(0)] = 1e-3
+    warmup_steps: Annotated[int, at_least(0)] = 3
     lr_schedule: Literal["constant", "linear"] = "constant"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    # As in `TrainConfig`.
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    max_grad_norm: Annotated[float, above(0)] = 1.0
     memory_limit: Bytes = 2**29
     activations: Literal["auto", "keep", "recompute"] = "auto"
-    micro_batch_size: int | None = None
+    micro_batch_size: Annotated[int, at_least(1)] | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
     prompting: Prompting = field(default_factory=Prompting)
-    threads: int | None = None  # None: the container's CPU quota
+    threads: Threads = None
 
     def __post_init__(self) -> None:
-        require("steps", self.steps, self.steps >= 0, "0 or more")
-        require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        check_prompter(self)
-        check_optimizer(self)
-        check_micro_batches(self)
+        check_trainable("prompter", self.prompter)
+        adapter = self.prompter.adapter
+        require("prompter.adapter", adapter, adapter is None, "null: a fresh one is trained")

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from alignpro.config import StageConfig
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.native_model import NativeModel
 
 
-def check_adapter(name: str, folder: str | None) -> None:
-    """Refuse a folder without an adapter while no model is loaded yet. name: its field.
+def check_adapters(config: StageConfig, **folders: str | None) -> None:
+    """Refuse folders without an adapter while no model is loaded yet: those of prompter and target,
+    and ``folders``, by their fields.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    if folder is not None and not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{name}: {folder}: expected a PEFT folder, got none there")
+    folders = {
+        "prompter.adapter": config.prompter.adapter,
+        "target.adapter": None if config.target is None else config.target.adapter,
+        **folders,
+    }
+    for name, folder in folders.items():
+        if folder is not None and not (Path(folder) / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{name}: {folder}: expected a PEFT folder, got none there")
 
 
 def load_adapter(folder: str | None, model: NativeModel) -> LoraWeights | None:

@@ -3,7 +3,7 @@
 Every response is scored exactly as it was sampled: whole token sequences, its EOS among them, at
 the temperature of ``response``. So a response's log-probability under the prompt that it was drawn
 for is the one recorded while sampling, to the bit, and the total variation of a target to itself 0.
-Of a target in mode "fast" the two differ; by how much is measured and reported.
+Of a target that is not deterministic the two differ; by how much is measured and reported.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 from alignpro.config import BoundConfig, to_mapping
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.evaluate.adapters import check_adapter, load_adapter
+from alignpro.evaluate.adapters import check_adapters, load_adapter
 from alignpro.evaluate.headroom import check_row_count, rewards_of
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.models.adapter import LoraWeights
-from alignpro.models.native_model import NativeModel, load_configured
+from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.statistics import Interval, bootstrap_mean_ci
@@ -35,8 +35,8 @@ from alignpro.theory.optimum import (
     Floats,
     effective_samples,
     optimum_weights,
+    shrunk_rewards,
     weights_kl,
-    without_noise,
 )
 from alignpro.types import Response, Reward, Rollout
 
@@ -45,19 +45,18 @@ _SCORED_AT_ONCE = 32  # sequences; bounds the memory of a scoring pass
 
 def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Load what the configuration names; returns what `measure_bound` does, with the config."""
-    for name in ("adapter", "trained", "tuned"):
-        check_adapter(name, getattr(config, name))
+    check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_prompts(config.data, split=config.split)
     rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
     reward = build_reward(config.reward)
-    prompter, target = load_configured(config)
+    prompter, target = load_models(config.prompter, config.target, config.threads)
     report = measure_bound(
         config,
         prompter,
         target,
         reward,
         rows,
-        adapter=load_adapter(config.adapter, prompter),
+        adapter=load_adapter(config.prompter.adapter, prompter),
         trained=load_adapter(config.trained, prompter),
         tuned=load_adapter(config.tuned, target),
         on_progress=on_progress,
@@ -91,8 +90,8 @@ def measure_bound(
         "observed"), kl_coef, tuned ("adapter" or "closed form"), terms {name: mean, ci95}, bound,
         measured_gap, trained_gap (None without ``trained``), slack, holds, vacuous, rewards {arm:
         mean, ci95}, truncated_responses (share that was cut off at the last allowed token),
-        parity_max_abs (of a target in mode "fast": the largest difference between sampled and
-        scored log-probabilities of a token, over some responses; else None: they are equal).
+        parity_max_abs (of a target that is not deterministic: the largest difference between
+        sampled and scored log-probabilities of a token, over some responses; else None: equal).
 
     Raises:
         ValueError: a reward outside the given range, or all rewards equal without one.
@@ -214,7 +213,7 @@ def bound_report(result: Bound) -> dict[str, Any]:
 def _optimum(rewards: Floats, kl_coef: float) -> tuple[Floats, Floats]:
     """(reward, KL to rho_sft) of rho*, each [P], from ``rewards`` [P, N, M] of rho_sft."""
     if rewards.shape[2] >= 2:
-        kl = weights_kl(optimum_weights(without_noise(rewards), kl_coef))
+        kl = weights_kl(optimum_weights(shrunk_rewards(rewards), kl_coef))
         return crossfit(rewards, kl_coef)[0], kl
     means = rewards.mean(axis=2)
     weights = optimum_weights(means, kl_coef)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import numpy as np
 
 from alignpro.config import HeadroomConfig, to_mapping
 from alignpro.data.load import load_prompts, stack_columns
-from alignpro.evaluate.adapters import check_adapter, load_adapter
+from alignpro.evaluate.adapters import check_adapters, load_adapter
 from alignpro.evaluate.progress import OnProgress, watch
-from alignpro.models.native_model import load_configured
+from alignpro.files import write_file
+from alignpro.models.native_model import load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.statistics import Interval
@@ -93,9 +93,7 @@ def write_samples(path: Path, config: HeadroomConfig, rollout: Rollout) -> None:
                     "rewards": [response.reward for response in rewrite.responses],
                 }
             )
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_samples(path: Path, config: HeadroomConfig) -> Floats:
@@ -133,13 +131,13 @@ def read_samples(path: Path, config: HeadroomConfig) -> Floats:
 
 
 def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
-    check_adapter("adapter", config.adapter)
+    check_adapters(config)
     rows = load_prompts(config.data, split=config.split)
     rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
     reward = build_reward(config.reward)
-    prompter, target = load_configured(config)
+    prompter, target = load_models(config.prompter, config.target, config.threads)
     pipeline = Pipeline.configured(config, prompter, target, reward)
-    pipeline = pipeline.with_adapter(load_adapter(config.adapter, prompter))
+    pipeline = pipeline.with_adapter(load_adapter(config.prompter.adapter, prompter))
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)
     return pipeline.rollout(
         [row.prompt for row in rows],

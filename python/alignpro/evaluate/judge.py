@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
+
 from alignpro.config import JudgeConfig
 from alignpro.evaluate.arms import Arm
 from alignpro.evaluate.progress import OnProgress
-from alignpro.statistics import bootstrap_mean_ci, length_controlled_win_rate
+from alignpro.files import write_file
+from alignpro.statistics import length_controlled_win_rate, ratio_of_means
 
 Verdict = Literal["A", "B", "tie"]
 AGAINST = ("raw", "untuned", "static")  # what the trained prompter is compared with
@@ -102,7 +105,7 @@ class VerdictFile:
                 raise ValueError(f"{path}, line {number}: expected a judge's verdict; move it away")
             self._known[key] = verdict
         if whole != text:
-            path.write_text(whole, encoding="utf-8")
+            write_file(path, whole)
 
 
 @dataclass
@@ -240,11 +243,12 @@ def _comparison(
         "errors": len(pairs) - n,
     }
     if len(set(prompts)) >= 2:
-        by_prompt: dict[int, list[float]] = {}
-        for index, value in zip(prompts, preferences, strict=True):
-            by_prompt.setdefault(index, []).append(value)
-        plain = bootstrap_mean_ci([sum(v) / len(v) for v in by_prompt.values()], seed=seed)
-        result["ci95"] = [plain.low, plain.high]
+        # All pairs weigh the same, also where a prompt has fewer of them: the ratio of sums by
+        # prompt is the mean over pairs, and its interval still resamples prompts.
+        wins = np.bincount(prompts, preferences).astype(float)
+        counts = np.bincount(prompts).astype(float)
+        plain = ratio_of_means(wins[counts > 0], counts[counts > 0], seed=seed)
+        result["win_rate"], result["ci95"] = plain.mean, [plain.low, plain.high]
         controlled = length_controlled_win_rate(
             preferences, differences, prompts=prompts, seed=seed
         )

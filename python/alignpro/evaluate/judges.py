@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignpro.config import JudgeConfig
@@ -58,7 +60,7 @@ class LocalJudge:
 
     def __init__(self, model: NativeModel) -> None:
         self.name = model.name
-        self.identity = f"local {model.path} {model.path.stat().st_size}"
+        self.identity = f"local {fingerprint(model.path)}"
         self._model = model
         self._letters = [model.tokenizer.encode(letter) for letter in ("A", "B")]
         if any(len(tokens) != 1 for tokens in self._letters) or (
@@ -88,14 +90,40 @@ class LocalJudge:
                 yield index, Reply(verdict, f"log p(A) {a:.4f}, log p(B) {b:.4f}")
 
 
+def fingerprint(model: Path) -> str:
+    """A hash of a model's weights, configuration and tokenizer, wherever they lie.
+
+    Of a file over `_HASHED_WHOLE` it reads that much, in blocks all over the file: models that
+    differ in every tensor differ in every block.
+    """
+    files = [model]
+    if model.is_dir():
+        files = sorted(f for f in model.iterdir() if f.suffix in _MODEL_FILES and f.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        name = path.name if model.is_dir() else ""
+        digest.update(f"{name} {size}\n".encode())
+        blocks = -(-min(size, _HASHED_WHOLE) // _BLOCK)
+        with path.open("rb") as file:
+            for block in range(blocks):
+                file.seek(block * _BLOCK if size <= _HASHED_WHOLE else size * block // blocks)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+_MODEL_FILES = {".safetensors", ".json", ".jinja", ".model"}
+_BLOCK, _HASHED_WHOLE = 1 << 20, 1 << 30  # bytes
+
+
 class EndpointJudge:
     """A model behind /chat/completions. Retries are the client's: 429 (after what Retry-After
     says), 5xx, timeouts, broken connections."""
 
     def __init__(self, config: JudgeConfig) -> None:
-        self.name = config.model
+        self.name = config.model.name
         sampling = f"{config.temperature} {config.max_tokens}"
-        self.identity = f"endpoint {config.base_url} {config.model} {sampling}"
+        self.identity = f"endpoint {config.base_url} {self.name} {sampling}"
         self._config = config
 
     def replies(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]:
@@ -163,7 +191,7 @@ class EndpointJudge:
     def _complete(self, client: openai.OpenAI, messages: list[dict[str, str]]) -> Any:
         import openai
 
-        request: dict[str, Any] = {"model": self._config.model, "messages": messages}
+        request: dict[str, Any] = {"model": self.name, "messages": messages}
         for name in ("temperature", "max_tokens"):
             if getattr(self._config, name) is not None:
                 request[name] = getattr(self._config, name)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import EvalConfig, JudgeConfig, StaticSearch, to_mapping
+from alignpro.config import EvalConfig, JudgeConfig, StaticSearch, target_of, to_mapping
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.evaluate.adapters import check_adapter, load_adapter
+from alignpro.evaluate.adapters import check_adapters, load_adapter
 from alignpro.evaluate.arms import sample_arms
 from alignpro.evaluate.compare import compare_arms
 from alignpro.evaluate.judge import Judge, JudgeError, VerdictFile, judge_arms
@@ -16,7 +16,7 @@ from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
 from alignpro.models.adapter import LoraWeights
-from alignpro.models.native_model import NativeModel, load_configured, load_model
+from alignpro.models.native_model import NativeModel, load_model, load_models, reusable
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
@@ -54,11 +54,13 @@ def run_evaluation(
     """
     if config.judge is not None and config.trained is None:
         raise ValueError("judge: it compares the trained prompter; set trained to its PEFT folder")
-    names = ["untuned"] if config.trained is None else ["untuned", "trained"]
-    inputs = load_inputs(config, num_prompters=len(names), output=output)
+    folders = {"untuned": config.prompter.adapter}
+    if config.trained is not None:
+        folders["trained"] = config.trained
+    inputs = load_inputs(config, num_prompters=len(folders), output=output)
     reward = build_reward(config.reward)
-    prompter, target = load_configured(config)
-    prompters = {name: load_adapter(getattr(config, name), prompter) for name in names}
+    prompter, target = load_models(config.prompter, config.target, config.threads)
+    prompters = {name: load_adapter(folder, prompter) for name, folder in folders.items()}
     report = evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
     return {**report, "evaluation_config": to_mapping(config)}
 
@@ -130,8 +132,7 @@ def load_inputs(
     Raises:
         ValueError, OSError, ImportError: bad input.
     """
-    for name in ("untuned", "trained", "tuned"):
-        check_adapter(name, getattr(config, name))
+    check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_eval_rows(config)
     search = None
     if isinstance(config.static, StaticSearch):
@@ -141,7 +142,7 @@ def load_inputs(
         check_judge(config.judge)
         verdicts = VerdictFile(_verdict_path(config.judge, output))
         if config.judge.base_url is None:
-            resolve_model(config.judge.model)
+            resolve_model(config.judge.model.name)
     return EvalInputs(rows, search, verdicts)
 
 
@@ -172,12 +173,6 @@ def _judge(
 ) -> Judge:
     if judge.base_url is not None:
         return EndpointJudge(judge)
-    path = resolve_model(judge.model)
-    loaded = (
-        (prompter, config.prompter_device, config.prompter_compute),
-        (target, config.target_device, config.target_compute),
-    )
-    for model, device, compute in loaded:
-        if (device, compute) == ("cpu", "float32") and path.samefile(model.path):
-            return LocalJudge(model)
-    return LocalJudge(load_model(judge.model, threads=config.threads))
+    loaded = ((config.prompter, prompter), (target_of(config.prompter, config.target), target))
+    model = reusable(judge.model, loaded)
+    return LocalJudge(model or load_model(judge.model, config.threads))

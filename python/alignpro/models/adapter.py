@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from alignpro.files import write_file, write_json
 
 Matrix = NDArray[np.float32]
 
@@ -134,8 +135,8 @@ def save_peft(folder: str | Path, weights: LoraWeights) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / _TENSORS, save(tensors, metadata={"format": "pt"}))
-    _replace(folder / _CONFIG, (json.dumps(config, indent=2) + "\n").encode("utf-8"))
+    write_file(folder / _TENSORS, save(tensors, metadata={"format": "pt"}))
+    write_json(folder / _CONFIG, config)
 
 
 # --- the configuration ---
@@ -264,9 +265,3 @@ def _as_float32(path: Path, name: str, entry: Mapping[str, Any]) -> Matrix:
     else:
         raise ValueError(f"{path}: {name}: expected F32, F16 or BF16, got {dtype}")
     return values.reshape(entry["shape"])
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from alignpro import native
-from alignpro.config.fields import COMPUTE, MODES
 from alignpro.types import Chat, SamplingParams
 
 if TYPE_CHECKING:
@@ -95,6 +94,14 @@ def core_params(params: SamplingParams, sample: int) -> core.SamplingParams:
     )
 
 
+def check_params(name: str, params: SamplingParams) -> None:
+    """Refuse what the engine would refuse when it is asked. name: for messages."""
+    try:
+        core_params(with_seed(params), sample=0)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from None
+
+
 def token_list(tokens: Any, what: str) -> list[int]:
     """Ids as a list of int; arrays are taken too."""
     if isinstance(tokens, np.ndarray):
@@ -107,26 +114,3 @@ def token_list(tokens: Any, what: str) -> list[int]:
         if not is_int(token) or not -(2**31) <= token < 2**31:
             raise ValueError(f"{what}: expected token ids, got {token!r} at index {index}")
     return [int(token) for token in tokens]
-
-
-def _chosen(device: str, name: str, value: str | None, allowed: tuple[str, ...]) -> str:
-    """One of what the device allows; None takes the first."""
-    if value is not None and value not in allowed:
-        wanted = " or ".join(f'"{a}"' for a in allowed)
-        raise ValueError(f'{name}: expected {wanted} on device "{device}", got {value!r}')
-    return allowed[0] if value is None else value
-
-
-def check_mode(device: str, mode: str) -> None:
-    """Whether a model on the device, which `arithmetic_of` knows, may multiply like that."""
-    _chosen(device, "mode", mode, MODES[device])
-
-
-def arithmetic_of(device: str, compute: str | None, kv_dtype: str | None) -> tuple[str, str]:
-    """(compute, kv_dtype) of a model on the device; None takes the device's own."""
-    if device not in COMPUTE:
-        raise ValueError(f'device: expected "cpu" or "cuda", got {device!r}')
-    compute = _chosen(device, "compute", compute, COMPUTE[device])
-    return compute, _chosen(
-        device, "kv_dtype", kv_dtype, (compute,) if device == "cuda" else ("float32", "float16")
-    )

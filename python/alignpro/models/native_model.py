@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignpro import native
+from alignpro.config import DEFAULT_MODEL, ModelConfig, target_of
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.arguments import (
     Prompt,
-    arithmetic_of,
-    check_mode,
     check_prompts,
     core_params,
     is_int,
@@ -29,148 +29,87 @@ from alignpro.models.arguments import (
 )
 from alignpro.models.completion_text import TextStream
 from alignpro.models.native_handle import NativeHandle
-from alignpro.models.resolve import DEFAULT_MODEL, resolve_model
+from alignpro.models.resolve import resolve_model
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import Chat, Completion, SamplingParams
 
 if TYPE_CHECKING:
-    from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, TrainConfig
     from alignpro.native import core
 
 AdapterLike = Any  # _core.Adapter | LoraWeights | path of a PEFT folder | None
 
 
 def load_model(
-    path_or_name: str | os.PathLike[str] = DEFAULT_MODEL,
+    model: str | os.PathLike[str] | ModelConfig = DEFAULT_MODEL,
     threads: int | None = None,
-    *,
-    device: str = "cpu",
-    mode: str = "strict",
-    compute: str | None = None,
-    kv_dtype: str | None = None,
-    context_length: int | None = None,
-    kv_cache_bytes: int | None = None,
-    prefix_cache: bool = True,
-    max_batch_rows: int = 256,
+    **options: Any,
 ) -> NativeModel:
     """Load a model file into the native engine.
 
     Args:
-        path_or_name: a .gguf file, a folder with config.json and safetensors, or a name that
-            `resolve.resolve_model` finds.
+        model: a path or name with ``options``, or the group that says both.
         threads: None takes the container's CPU quota.
-        device: "cpu", or "cuda" for the current CUDA device, in a build that has CUDA.
-        mode: "strict": sampled and scored log-probabilities are equal to the bit, whatever shares
-            the batch. "fast", on a CUDA device: the layers' products by cuBLASLt, whose order of
-            sums goes by the number of rows; the two then differ a little (docs/cuda.md).
-        compute: on the CPU "float32" (the default), or "int8" for a frozen model whose speed
-            matters more than the last digits: weights as stored codes (formats without an integer
-            product become Q8_0), activations quantised in groups of 32. On a CUDA device
-            "bfloat16" (the default) or "float32", of weights, activations, keys and values, with
-            sums in float32. It scores with the same arithmetic that it samples with; all but "int8"
-            have gradients.
-        kv_dtype: on the CPU "float32" (the default), or "float16" to hold keys and values in half
-            the memory, rounded in sampling and scoring alike; it has no gradients. One that float16
-            cannot hold (beyond 65504) raises NumericError. On a CUDA device it is ``compute``.
-        context_length: None takes the model's own (with longrope: the positions of pre-training).
-        kv_cache_bytes: None takes up to a quarter of the available memory, on a CUDA device half of
-            what is free after the weights.
-        prefix_cache: compute shared beginnings of prompts once.
-        max_batch_rows: tokens in one forward pass, decoding and prefill together.
+        options: fields of `ModelConfig`: device, compute, kv_dtype, deterministic, context_length,
+            kv_cache_bytes, prefix_cache, max_batch_rows. An adapter goes to what is asked of the
+            model, not to the base weights that are loaded here.
 
     Raises:
         FileNotFoundError: no such model.
         ModelFileError: its files are damaged or ask for what is not supported (a ValueError).
-        ValueError: an argument. UnavailableError: this machine, or no CUDA where it was asked for,
-            or no cuBLASLt for mode "fast".
+        ValueError: an option. UnavailableError: this machine, or no CUDA where it was asked for,
+            or no cuBLASLt for ``deterministic=False``.
     """
-    compute, kv_dtype = arithmetic_of(device, compute, kv_dtype)
-    check_mode(device, mode)
-    for name, value in (
-        ("threads", threads),
-        ("context_length", context_length),
-        ("kv_cache_bytes", kv_cache_bytes),
-        ("max_batch_rows", max_batch_rows),
-    ):
-        if value is not None and not (is_int(value) and 1 <= value < 2**63):
-            raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
-    if threads is not None and threads > _MOST_THREADS:
-        raise ValueError(f"threads: expected at most {_MOST_THREADS}, got {threads}")
-    if device == "cuda" and not native.core.cuda.is_available():
+    if isinstance(model, ModelConfig):
+        config = replace(model, **options)
+    else:
+        config = ModelConfig(cast(str, model), **options)  # which takes a path, too
+    if threads is not None and not (is_int(threads) and 1 <= threads <= _MOST_THREADS):
+        raise ValueError(f"threads: expected an integer from 1 to {_MOST_THREADS}, got {threads!r}")
+    if config.device == "cuda" and not native.core.cuda.is_available():
         reason = native.core.cuda.unavailable_reason()
         raise native.UnavailableError(f'device "cuda": {reason}')
-    path = resolve_model(path_or_name)
+    path = resolve_model(config.name)
     if path.is_dir():
         tokenizer = Tokenizer.from_folder(path)
     else:
         metadata = native.core.read_gguf_metadata(str(path))
         tokenizer = Tokenizer.from_gguf(metadata, str(path))
-    model: core.Model | core.DeviceModel
-    where = (str(path), threads or 0, context_length or 0)
-    if device == "cuda":
-        model = native.core.DeviceModel.load(*where, compute, mode, wheel_folders())
+    made: core.Model | core.DeviceModel
+    where = (str(path), threads or 0, config.context_length or 0)
+    if config.device == "cuda":
+        mode = "strict" if config.deterministic else "fast"  # the binding's word for it
+        made = native.core.DeviceModel.load(*where, config.resolved_compute, mode, wheel_folders())
     else:
-        model = native.core.Model.load(*where, compute, kv_dtype)
+        made = native.core.Model.load(*where, config.resolved_compute, config.resolved_kv_dtype)
     engine = native.core.Engine(
-        model,
-        kv_cache_bytes=kv_cache_bytes or 0,
-        max_batch_rows=max_batch_rows,
-        prefix_cache=prefix_cache,
+        made,
+        kv_cache_bytes=config.kv_cache_bytes or 0,
+        max_batch_rows=config.max_batch_rows,
+        prefix_cache=config.prefix_cache,
     )
-    return NativeModel(
-        name=os.fspath(path_or_name), path=path, tokenizer=tokenizer, model=model, engine=engine
-    )
+    return NativeModel(name=config.name, path=path, tokenizer=tokenizer, model=made, engine=engine)
 
 
 def load_models(
-    model: str | os.PathLike[str],
-    target: str | os.PathLike[str] | None,
-    threads: int | None = None,
-    target_compute: str | None = None,
-    *,
-    device: str = "cpu",
-    compute: str | None = None,
-    target_device: str = "cpu",
-    mode: str = "strict",
-    target_mode: str = "strict",
+    prompter: ModelConfig, target: ModelConfig | None, threads: int | None = None
 ) -> tuple[NativeModel, NativeModel]:
-    """Prompter and target; one object, and so one engine, where they are the same model
-    in the same arithmetic and mode on the same device.
-
-    target: None is the prompter's model. device, compute: the prompter's. compute,
-    target_compute: None is the device's own. Raises as `load_model`.
-    """
-    prompter_compute, _ = arithmetic_of(device, compute, None)
-    answer_compute, _ = arithmetic_of(target_device, target_compute, None)
-    check_mode(target_device, target_mode)
-    prompter = load_model(
-        model, threads=threads, device=device, mode=mode, compute=prompter_compute
-    )
-    wanted = model if target is None else target
-    same = wanted == model or resolve_model(wanted).samefile(prompter.path)
-    own, asked = (device, mode, prompter_compute), (target_device, target_mode, answer_compute)
-    if same and own == asked:
-        return prompter, prompter
-    return prompter, load_model(
-        wanted, threads=threads, device=target_device, mode=target_mode, compute=answer_compute
-    )
+    """Prompter and target of a stage; one object, and so one engine, where they are the same base
+    weights run alike. Raises as `load_model`."""
+    wanted = target_of(prompter, target)
+    first = load_model(prompter, threads)
+    second = reusable(wanted, [(prompter, first)])
+    return first, second or load_model(wanted, threads)
 
 
-def load_configured(
-    config: TrainConfig | EvalConfig | HeadroomConfig | BoundConfig,
-) -> tuple[NativeModel, NativeModel]:
-    """Prompter and target of a configuration; raises as `load_model`."""
-    return load_models(
-        config.model,
-        config.target,
-        config.threads,
-        config.target_compute,
-        device=config.prompter_device,
-        compute=config.prompter_compute,
-        mode=config.prompter_mode,
-        target_device=config.target_device,
-        target_mode=config.target_mode,
-    )
+def reusable(
+    wanted: ModelConfig, loaded: Sequence[tuple[ModelConfig, NativeModel]]
+) -> NativeModel | None:
+    """What is loaded already and would be loaded again, if anything."""
+    for config, model in loaded:
+        same = wanted.name == config.name or resolve_model(wanted.name).samefile(model.path)
+        if same and wanted.runs_like(config):
+            return model
+    return None
 
 
 _MOST_THREADS = 1024
@@ -221,7 +160,7 @@ class NativeModel:
 
     @property
     def exact(self) -> bool:
-        """Whether scored log-probabilities are the sampled ones to the bit; not in mode "fast"."""
+        """Whether scored log-probabilities are the sampled ones to the bit: see `deterministic`."""
         return bool(self.config.get("mode", "strict") == "strict")
 
     # --- whole completions ---

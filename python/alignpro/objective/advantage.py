@@ -24,34 +24,37 @@ def rloo(rewards: Tensor) -> Tensor:
 
     rewards: [P, N], one per rewrite (its responses' mean), N >= 2. Returns [P, N].
     Ahmadian et al. 2024 (arXiv 2402.14740). The baseline does not depend on rewrite i, so the
-    gradient stays unbiased; nothing is divided by a spread, and a group without signal gives
-    exactly 0. Raises ValueError for N < 2, another shape or non-finite rewards.
+    gradient stays unbiased; nothing is divided by a spread, and a group of equal rewards
+    gives exactly 0. Raises ValueError for N < 2, another shape or non-finite rewards.
     """
-    silent = without_signal(rewards)
+    equal = zero_advantage_groups(rewards)
     n = rewards.shape[1]
     # As a mean of differences, which are exactly 0 between equals; a difference of means is not.
     difference = rewards.unsqueeze(2) - rewards.unsqueeze(1)  # [P, N, N]
     advantages = difference.sum(dim=2) / (n - 1)
-    return advantages.masked_fill(silent.unsqueeze(1), 0.0)
+    return advantages.masked_fill(equal.unsqueeze(1), 0.0)
 
 
-def grpo(rewards: Tensor) -> Tensor:
-    """``A_i = (R_i - mean_j R_j) / std_j R_j`` within a group. Shao et al. 2024 (arXiv 2402.03300).
+def group_normalized(rewards: Tensor) -> Tensor:
+    """``A_i = (R_i - mean_j R_j) / std_j R_j`` within a group.
+
+    The advantage of GRPO (Shao et al. 2024, arXiv 2402.03300), whose loss is PPO's clipped one.
 
     rewards: [P, N], N >= 2; the deviation is the unbiased one (N - 1). Returns [P, N]. A group
-    without signal (`without_signal`) gives exactly 0: nothing is divided by a deviation of about 0.
+    of equal rewards (`zero_advantage_groups`) gives exactly 0: nothing is divided by a deviation of
+    about 0.
 
     The division changes what is optimised [derived]. With many rewrites a group the expected
     gradient at a prompt is that of ``E[R] / sigma - kl_coef * KL`` with sigma held fixed, so
     training rests where ``rho = rho_ref exp(R / (kl_coef * sigma)) / Z`` with sigma the standard
-    deviation of R under that same rho: the leash is ``kl_coef * sigma``, another for every prompt,
-    and the shorter the more alike its rewrites' rewards have become. ``kl_coef * log Z`` is not the
-    value reached. Raises as `rloo`.
+    deviation of R under that same rho: the KL's weight is ``kl_coef * sigma``, another for
+    every prompt, and the smaller the more alike its rewrites' rewards have become.
+    ``kl_coef * log Z`` is not the value reached. Raises as `rloo`.
     """
-    silent = without_signal(rewards).unsqueeze(1)
+    equal = zero_advantage_groups(rewards).unsqueeze(1)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    deviation = rewards.std(dim=1, keepdim=True).masked_fill(silent, 1.0)
-    return (centred / deviation).masked_fill(silent, 0.0)
+    deviation = rewards.std(dim=1, keepdim=True).masked_fill(equal, 1.0)
+    return (centred / deviation).masked_fill(equal, 0.0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def token_advantages(advantage: Tensor, kl: Tensor, sequence: Tensor, kl_coef: f
     return advantage.detach()[sequence] - kl_coef * future
 
 
-def without_signal(rewards: Tensor) -> Tensor:
+def zero_advantage_groups(rewards: Tensor) -> Tensor:
     """Which prompts have N equal rewards, up to rounding: boolean [P]. rewards: [P, N], N >= 2."""
     _check_rewards(rewards)
     if rewards.shape[1] < 2:
@@ -120,11 +123,6 @@ def without_signal(rewards: Tensor) -> Tensor:
         )
     spread = rewards.amax(dim=1) - rewards.amin(dim=1)
     return spread <= _ROUNDING * rewards.abs().amax(dim=1)
-
-
-def zero_signal_groups(rewards: Tensor) -> int:
-    """How many prompts have N equal rewards, up to rounding. rewards: [P, N], N >= 2."""
-    return int(without_signal(rewards).sum())
 
 
 def _check_rewards(rewards: Tensor) -> None:

@@ -1,15 +1,15 @@
-"""The loss of reinforcement learning with a KL leash: tensors in, loss and metrics out."""
+"""The loss of reinforcement learning with a KL penalty: tensors in, loss and metrics out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alignpro.objective.kl import k1, k3, split_sequences
+from alignpro.objective.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PolicyBatch:
 @dataclass(frozen=True)
 class LossResult:
     loss: Tensor  # scalar; carries the gradient
-    metrics: dict[str, float]
+    metrics: dict[str, Metric]
 
 
 def policy_loss(
@@ -61,7 +61,7 @@ def policy_loss(
     the first-order approximation of Schulman et al. 2017 (arXiv 1707.06347). ``clip_range`` is
     their epsilon: ``min(ratio A, clip(ratio, 1-eps, 1+eps) A)``; None does not clip.
 
-    Metrics: sums over tokens divided by total_rewrites ("loss", "policy_loss", "kl_loss",
+    Metrics: sums over tokens, as means over the batch's rewrites ("loss", "policy_loss", "kl_loss",
     "*_per_rewrite"), means over tokens ("entropy", "ratio_mean", "clip_fraction"), and extremes
     ("ratio_max"); ratios are those before clipping. ``merge_metrics`` joins those of micro-batches.
     Raises ValueError for tensors that are empty, not aligned, or not finite.
@@ -70,53 +70,33 @@ def policy_loss(
     advantage = batch.advantage.detach()
     ratio = torch.exp(batch.logprob - batch.sampled_logprob.detach())
     gain = ratio * advantage
-    clip_fraction = 0.0
+    clipped_tokens = 0.0
     if clip_range is not None:
         clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
-        clip_fraction = float((clipped < gain).double().mean())
+        clipped_tokens = float((clipped < gain).sum())
         gain = torch.minimum(gain, clipped)
-    policy_part = -gain.sum() / total_rewrites
-    kl_part = kl_coef * batch.kl.sum() / total_rewrites
-    loss = policy_part + kl_part
+    policy_part, kl_part = -gain.sum(), kl_coef * batch.kl.sum()
+    total = policy_part + kl_part
 
+    tokens, rewrites = float(batch.logprob.numel()), float(batch.sequence[-1] + 1)
     with torch.no_grad():
-        k1_tokens = k1(batch.logprob, batch.reference_logprob)
-        k3_tokens = k3(batch.logprob, batch.reference_logprob)
-        metrics = {
-            "loss": float(loss),
-            "policy_loss": float(policy_part),
-            "kl_loss": float(kl_part),
-            "kl_per_rewrite": float(batch.kl.sum()) / total_rewrites,
-            "k1_per_rewrite": float(k1_tokens.sum()) / total_rewrites,
-            "k3_per_rewrite": float(k3_tokens.sum()) / total_rewrites,
-            "entropy": float(batch.entropy.mean()),
-            "ratio_mean": float(ratio.mean()),
-            "ratio_max": float(ratio.max()),
-            "clip_fraction": clip_fraction,
-            "tokens": float(batch.logprob.numel()),
+        sums = {
+            "loss": total,
+            "policy_loss": policy_part,
+            "kl_loss": kl_part,
+            "kl_per_rewrite": batch.kl.sum(),
+            "k1_per_rewrite": k1(batch.logprob, batch.reference_logprob).sum(),
+            "k3_per_rewrite": k3(batch.logprob, batch.reference_logprob).sum(),
         }
-    return LossResult(loss, metrics)
-
-
-_TOKEN_MEANS = ("entropy", "ratio_mean", "clip_fraction")
-_EXTREMES = ("ratio_max",)
-
-
-def merge_metrics(micro_batches: Sequence[LossResult]) -> dict[str, float]:
-    """Metrics of one optimiser step from its micro-batches, as if they had been one batch."""
-    if not micro_batches:
-        raise ValueError("expected at least one micro-batch, got none")
-    rows = [result.metrics for result in micro_batches]
-    tokens = math.fsum(row["tokens"] for row in rows)
-    merged: dict[str, float] = {}
-    for name in rows[0]:
-        if name in _TOKEN_MEANS:
-            merged[name] = math.fsum(row[name] * row["tokens"] for row in rows) / tokens
-        elif name in _EXTREMES:
-            merged[name] = max(row[name] for row in rows)
-        else:
-            merged[name] = math.fsum(row[name] for row in rows)
-    return merged
+        metrics = {
+            **{name: Metric(float(value), rewrites) for name, value in sums.items()},
+            "entropy": Metric(float(batch.entropy.sum()), tokens),
+            "ratio_mean": Metric(float(ratio.sum()), tokens, "ratio"),
+            "ratio_max": Metric(float(ratio.max()), kind="largest"),
+            "clip_fraction": Metric(clipped_tokens, tokens, "ratio"),
+            "tokens": Metric(tokens, kind="count"),
+        }
+    return LossResult(total / total_rewrites, metrics)
 
 
 def _check(

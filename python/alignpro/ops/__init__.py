@@ -2,7 +2,7 @@
 
 from alignpro.ops.linear_logprob import (
     LinearLogprob,
-    StoredWeight,
+    QuantizedWeight,
     get_num_threads,
     linear_logprob,
     peak_bytes,
@@ -11,7 +11,7 @@ from alignpro.ops.linear_logprob import (
 
 __all__ = [
     "LinearLogprob",
-    "StoredWeight",
+    "QuantizedWeight",
     "get_num_threads",
     "linear_logprob",
     "peak_bytes",

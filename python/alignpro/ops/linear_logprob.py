@@ -22,11 +22,11 @@ _OUTPUTS = ("logprob", "entropy", "kl", "reverse_kl", "reference_logprob")
 _DIFFERENTIABLE = _OUTPUTS[:4]
 
 
-class StoredWeight:
+class QuantizedWeight:
     """A matrix [rows, cols] of a GGUF file as it stands there: memory mapped, quantised or not,
     widened tile by tile where it is used. Exact in value, and never trained."""
 
-    def __init__(self, handle: core.StoredWeight) -> None:
+    def __init__(self, handle: core.QuantizedWeight) -> None:
         self._handle = handle
         self.rows: int = handle.rows
         self.cols: int = handle.cols
@@ -34,16 +34,16 @@ class StoredWeight:
         self.nbytes: int = handle.nbytes
 
     @classmethod
-    def from_gguf(cls, path: str | os.PathLike[str], name: str) -> StoredWeight:
+    def from_gguf(cls, path: str | os.PathLike[str], name: str) -> QuantizedWeight:
         """The tensor ``name`` ("output.weight"; "token_embd.weight" where the head is tied).
 
         Raises:
             ModelFileError: the file (a ValueError). ValueError: no such tensor, or no matrix.
         """
-        return cls(core.StoredWeight.from_gguf(os.fspath(path), name))
+        return cls(core.QuantizedWeight.from_gguf(os.fspath(path), name))
 
     def __repr__(self) -> str:
-        return f"StoredWeight({self.dtype}, rows={self.rows}, cols={self.cols})"
+        return f"QuantizedWeight({self.dtype}, rows={self.rows}, cols={self.cols})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +78,11 @@ class LinearLogprob:
 
 def linear_logprob(
     hidden: torch.Tensor,
-    weight: torch.Tensor | StoredWeight,
+    weight: torch.Tensor | QuantizedWeight,
     tokens: torch.Tensor,
     temperature: float = 1.0,
     reference_hidden: torch.Tensor | None = None,
-    reference_weight: torch.Tensor | StoredWeight | None = None,
+    reference_weight: torch.Tensor | QuantizedWeight | None = None,
 ) -> LinearLogprob:
     """Log-probability, entropy and divergences of ``softmax(hidden @ weight.T / temperature)``.
 
@@ -103,7 +103,7 @@ def linear_logprob(
 
     Args:
         hidden: [..., D], float32, bfloat16 or float16, on the CPU.
-        weight: [V, D], likewise and read as it stands, or a `StoredWeight`.
+        weight: [V, D], likewise and read as it stands, or a `QuantizedWeight`.
         tokens: [...], any integer type, ids in [0, V).
         temperature: what logits are divided by; above 0.
         reference_hidden: [..., D'] of the same tokens under the reference.
@@ -136,7 +136,7 @@ def peak_bytes(
     gradient: bool = False,
 ) -> int:
     """What `linear_logprob` allocates at most beside inputs and outputs, in bytes, on the threads
-    that are set now. dtype: of ``weight``, as `StoredWeight.dtype`. gradient: to ``hidden``."""
+    that are set now. dtype: of ``weight``, as `QuantizedWeight.dtype`. gradient: to ``hidden``."""
     return core.linear_logprob_bytes(
         num_tokens, hidden_size, vocab_size, dtype, reference, gradient
     )
@@ -160,11 +160,11 @@ class _Call:
     def __init__(
         self,
         hidden: torch.Tensor,
-        weight: torch.Tensor | StoredWeight,
+        weight: torch.Tensor | QuantizedWeight,
         tokens: torch.Tensor,
         temperature: float,
         reference_hidden: torch.Tensor | None,
-        reference_weight: torch.Tensor | StoredWeight | None,
+        reference_weight: torch.Tensor | QuantizedWeight | None,
     ) -> None:
         _check_tensor("tokens", tokens)
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
@@ -250,7 +250,7 @@ class _Variation(torch.autograd.Function):
         ctx.call = call
         ctx.dtypes = hidden.dtype, None if weight is None else weight.dtype
         ctx.save_for_backward(hidden, weight)
-        variation, ctx.mass_above = core.linear_logprob_variation(*call.arguments, call.saved)
+        variation, ctx.mass_above = core.total_variation(*call.arguments, call.saved)
         return torch.from_numpy(variation.reshape(call.shape))
 
     @staticmethod
@@ -292,9 +292,9 @@ def _rows(name: str, value: torch.Tensor, leading: torch.Size) -> Floats:
     return array
 
 
-def _weight(name: str, value: torch.Tensor | StoredWeight) -> Any:
+def _weight(name: str, value: torch.Tensor | QuantizedWeight) -> Any:
     """The memory as it stands; a strided tensor is copied."""
-    if isinstance(value, StoredWeight):
+    if isinstance(value, QuantizedWeight):
         return value._handle
     _check_floats(name, value)
     if value.dim() != 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from alignpro.config import TrainConfig
+from alignpro.config import TrainConfig, target_of
 from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, this_cpu
 from alignpro.price.lengths import find_lengths, local_prompts
 from alignpro.price.shapes import PricedModel, find_shape
@@ -38,14 +38,15 @@ def price_train(
             context or ``memory_limit``, an unknown card.
     """
     device = gpu(gpu_name) if gpu_name is not None else None
-    for name in ("prompter_device", "target_device"):
-        if device is None and (where := getattr(config, name)) != "cpu":
+    answers = target_of(config.prompter, config.target)
+    for name, where in (("prompter", config.prompter.device), ("target", answers.device)):
+        if device is None and where != "cpu":
             raise ValueError(
-                f'{name}: expected "cpu" in a price for this CPU, got "{where}"; name a card to '
-                "price it there"
+                f'{name}.device: expected "cpu" in a price for this CPU, got "{where}"; name a '
+                "card to price it there"
             )
-    prompter = find_shape(config.model)
-    target = prompter if config.target is None else find_shape(config.target)
+    prompter = find_shape(config.prompter.name)
+    target = prompter if config.target is None else find_shape(answers.name)
     lengths = find_lengths(
         local_prompts(config.data, config.split),
         config.prompting,
@@ -90,7 +91,7 @@ def price_train(
         "hours": None if expected is None else expected * config.steps / 3600,
         "least_seconds_per_step": least,
         "least_hours": least * config.steps / 3600,
-        "left_out": ["reward", "loading", *(["warm start"] if config.adapter else [])],
+        "left_out": ["reward", "loading", *(["warm start"] if config.trained.adapter else [])],
     }
 
 
@@ -110,8 +111,7 @@ def _shared(config: TrainConfig, prompter: PricedModel, target: PricedModel) -> 
     same = target.name == prompter.name
     if not same and prompter.path is not None and target.path is not None:
         same = target.path.samefile(prompter.path)
-    own = (config.prompter_device, config.prompter_compute, config.prompter_mode)
-    return same and own == (config.target_device, config.target_compute, config.target_mode)
+    return same and config.prompter.runs_like(target_of(config.prompter, config.target))
 
 
 def _memory(
@@ -121,7 +121,7 @@ def _memory(
     once; the engine takes a quarter of the free memory at most, and lets sequences wait."""
     shared = _shared(config, prompter, target)
     lora = {f"LoRA {name}": size * work.lora_parameters for name, size in _LORA_BYTES.items()}
-    if config.adapter is not None:
+    if config.trained.adapter is not None:
         lora["LoRA of the reference"] = _FROZEN_LORA_BYTES * work.lora_parameters
     alone = config.policy == "target" and not shared  # no prompter is loaded
     return {

@@ -228,7 +228,7 @@ def from_gguf(metadata: Mapping[str, Any], where: str, *, tied_head: bool) -> Mo
 
 def _has_tensor(path: Path, name: str) -> bool:
     try:
-        core.StoredWeight.from_gguf(str(path), name)
+        core.QuantizedWeight.from_gguf(str(path), name)
     except ValueError:
         return False
     return True

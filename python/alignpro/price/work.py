@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from alignpro.config import TrainConfig
+from alignpro.config import TrainConfig, target_of
 from alignpro.native import core
 from alignpro.price.lengths import Lengths, common
 from alignpro.price.shapes import ModelShape, PricedModel
@@ -206,7 +206,7 @@ def _samplings(
             head=lengths.target_head,
             length=lengths.target,
             wrote=config.response.max_new_tokens,
-            int8=config.target_compute == "int8",
+            int8=target_of(config.prompter, config.target).compute == "int8",
         ),
     )
 
@@ -372,7 +372,7 @@ def _scoring(
             rows.add(begin, length, passes)
             if batch.activations == "recompute":
                 again.add(begin, length, passes)
-    frozen = 0.0 if config.adapter is None else rows.lora_flops
+    frozen = 0.0 if config.trained.adapter is None else rows.lora_flops
     one_pass = passes * len(plan) * model.bytes_per_parameter * shape.linear_parameters
     forward = 2 * (rows.matrix_flops + rows.attention_flops) + rows.lora_flops + frozen
     backward = rows.matrix_flops + 2 * rows.lora_flops + 2.5 * rows.attention_flops

@@ -98,9 +98,10 @@ def load_report(
             report[name] = _unwrapped(source, name, part, _chosen(run_dir, f"{name}.json", given))
     config = _read(run_dir / "config.json") or {}
     report.setdefault("config", config)
+    known = {**config, "model": (config.get("prompter") or {}).get("model")}
     for key in ("model", "reward", "seed"):
-        if key not in report and key in config:
-            report[key] = config[key]
+        if key not in report and known.get(key) is not None:
+            report[key] = known[key]
     check_report(report, str(run_dir))
     return report, metrics
 

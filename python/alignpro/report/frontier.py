@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignpro.report.svg import COLOURS, FONT_SIZE, legend_above, new_figure, style, to_svg
+from alignpro.report.svg import (
+    COLOURS,
+    FONT_SIZE,
+    legend_above,
+    new_figure,
+    save_figure,
+    style,
+    to_svg,
+)
 from alignpro.report.words import is_interval, is_number, recommended_point
 
 if TYPE_CHECKING:
@@ -32,7 +40,7 @@ def frontier_png(
 ) -> Path:
     """The same as a file: PNG by its suffix, or anything matplotlib knows. Returns the path."""
     path = Path(path)
-    _draw(headroom, trained).savefig(path, dpi=150, facecolor="white")
+    save_figure(_draw(headroom, trained), path)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from alignpro.files import write_file
 from alignpro.report import grids, theory, words
 from alignpro.report.check import check_report
 from alignpro.report.warnings import find_warnings
@@ -29,9 +29,7 @@ def write_report(
     """
     path = Path(path)
     page = render_report(report, metrics)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_file(path, page)
     return path
 
 

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from alignpro.report.svg import COLOURS, FONT_SIZE, legend_above, new_figure, style, to_svg
+from alignpro.report.svg import (
+    COLOURS,
+    FONT_SIZE,
+    legend_above,
+    new_figure,
+    save_figure,
+    style,
+    to_svg,
+)
 from alignpro.report.words import arm_title, arms_of, is_interval, is_number, paired_of
 
 if TYPE_CHECKING:
@@ -66,7 +74,7 @@ PANELS = (
     Panel(
         "Groups without signal",
         "groups a step",
-        (Series("zero_signal_groups", "groups", "trained"),),
+        (Series("zero_advantage_groups", "groups", "trained"),),
         only_if_varying=True,
     ),
 )
@@ -99,7 +107,7 @@ def reward_curve(
         all_axes[0].text(0.5, 0.5, "nothing to plot yet", ha="center", va="center")
         all_axes[0].set_axis_off()
     path = Path(path)
-    figure.savefig(path, dpi=150, facecolor="white")
+    save_figure(figure, path)
     return path
 
 

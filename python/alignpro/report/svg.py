@@ -8,7 +8,10 @@ from __future__ import annotations
 import html
 import io
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from alignpro.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,6 +75,12 @@ def legend_above(axes: Axes) -> None:
         # Before the layout axes take 77% of a figure's width, and about 85% after it.
         if legend.get_window_extent().width <= 1.1 * axes.get_window_extent().width:
             return
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """As a file in the format that its suffix names."""
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=150, facecolor="white")
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:

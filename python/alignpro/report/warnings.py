@@ -21,7 +21,7 @@ from alignpro.report.words import (
 )
 
 # Nats. The prompter then favours its average token exp(0.5) = 1.6 times as much as the reference
-# does: far from the distribution that the leash is to keep.
+# does: far from the distribution that the KL penalty is to keep.
 KL_PER_TOKEN = 0.5
 # Share of the length. Judges and reward models pay for length alone; a quarter is past chance in
 # a mean over some dozens of prompts.
@@ -38,7 +38,7 @@ LENGTH_BIAS = 0.05
 # Rewrites a prompt: fewer means that the forecast rests on one or two of them.
 EFFECTIVE_SAMPLES = 3.0
 # Share of the steps with at least one group of equal rewards, which teaches nothing.
-ZERO_SIGNAL_STEPS = 0.5
+ZERO_ADVANTAGE_STEPS = 0.5
 # Share of the rewrites of the last steps that were cut at max_new_tokens: the reward then judges
 # halves of sentences, and the length cannot shrink by learning to end.
 TRUNCATED = 0.25
@@ -70,7 +70,7 @@ def find_warnings(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]
         *_headroom(report.get("headroom") or {}),
         *_bound(report.get("bound") or {}),
         *_parity(report.get("config") or {}, steps),
-        *_zero_signal(steps),
+        *_zero_advantage(steps),
         *_truncated(report.get("config") or {}, steps),
     ]
 
@@ -214,8 +214,10 @@ def _parity(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> li
         return []
     finite = [value for value in off if is_number(value)]
     largest = f"{max(finite):.3g}" if len(finite) == len(off) else "infinity or NaN"
-    mode = config.get("target_mode" if config.get("policy") == "target" else "prompter_mode")
-    expected = "mode fast lets them" if mode == "fast" else "0 is expected"
+    tuned = config.get("target") if config.get("policy") == "target" else None
+    policy = tuned or config.get("prompter") or {}
+    exact = policy.get("deterministic", True)
+    expected = "0 is expected" if exact else "deterministic: false lets them"
     return [
         Finding(
             "parity",
@@ -225,21 +227,21 @@ def _parity(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> li
     ]
 
 
-def _zero_signal(steps: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def _zero_advantage(steps: Sequence[Mapping[str, Any]]) -> list[Finding]:
     counts = [
-        row["zero_signal_groups"] for row in steps if is_number(row.get("zero_signal_groups"))
+        row["zero_advantage_groups"] for row in steps if is_number(row.get("zero_advantage_groups"))
     ]
     if not counts:
         return []
     some = sum(count > 0 for count in counts) / len(counts)
-    if some <= ZERO_SIGNAL_STEPS:
+    if some <= ZERO_ADVANTAGE_STEPS:
         return []
     return [
         Finding(
-            "zero_signal_groups",
+            "zero_advantage_groups",
             f"{share(some)} of the steps have groups whose rewards are all equal, above "
-            f"{share(ZERO_SIGNAL_STEPS)}: those prompts teach nothing. More responses a rewrite, "
-            "or a finer reward, tells them apart.",
+            f"{share(ZERO_ADVANTAGE_STEPS)}: those prompts teach nothing. More responses a "
+            "rewrite, or a finer reward, tells them apart.",
         )
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -98,7 +99,11 @@ def _build_one(name: str, options: dict[str, Any]) -> Reward:
     elif name in _NAMED:
         build = _NAMED[name]
     elif ":" in name:
-        return from_callable(_load_object(name, options), name)
+        found = _load_object(name, options)
+        try:
+            return from_callable(found, name)
+        except TypeError as error:  # a signature that no reward has
+            raise ValueError(str(error)) from None
     else:
         raise ValueError(f"unknown reward {shorten(name)}; {_KNOWN}")
     try:
@@ -145,6 +150,11 @@ def _load_object(name: str, options: dict[str, Any]) -> Any:
     if found is None:
         raise ValueError(f"reward {name!r}: module {module_name!r} has no {attribute!r}")
     if isinstance(found, type):
+        try:
+            inspect.signature(found).bind(**options)
+        except TypeError as error:
+            given = sorted(options) or "no options"
+            raise ValueError(f"reward {name!r} cannot be made with {given}: {error}") from None
         found = found(**options)
     elif options:
         raise ValueError(f"reward {name!r}: a function takes no options, got {sorted(options)}")

@@ -11,7 +11,7 @@ objective kl_coef log Z (MATH: the optimum; each claim is tested by simulation):
   M - 1 responses, keep one by the weights. [derived] Its reward is unbiased, and its KL to rho_sft
   is at most the weights' (the chain rule and data processing: the same draws with a uniform
   choice give rho_sft). So the expectation is at most kl_coef log Z, whatever N and M.
-* **corrected** (M >= 2): the plug-in on `without_noise`, with the leave-one-out jackknife over
+* **corrected** (M >= 2): the plug-in on `shrunk_rewards`, with the leave-one-out jackknife over
   rewrites (Quenouille 1956) for the bias of finite N. The nearest of the three; no bound.
 
 Cross-fitted <= truth <= plain holds in expectation as long as N samples cover the optimum: where
@@ -38,8 +38,8 @@ from alignpro.theory.optimum import (
     effective_samples,
     optimum_objective,
     optimum_weights,
+    shrunk_rewards,
     weights_kl,
-    without_noise,
 )
 
 # With Gaussian rewards the effective share of the samples is exp(-(deviation / kl_coef)^2): a third
@@ -102,8 +102,8 @@ def headroom(rewards: ArrayLike, kl_coefs: Sequence[float], *, seed: int = 0) ->
     if not len(kl_coefs):
         raise ValueError("kl_coefs: expected at least one, got none")
     untuned = r.mean(axis=(1, 2))
-    quiet = without_noise(r) if r.shape[2] >= 2 else None
-    frontier = [_point(r, quiet, untuned, k, seed) for k in sorted({float(k) for k in kl_coefs})]
+    shrunk = shrunk_rewards(r) if r.shape[2] >= 2 else None
+    frontier = [_point(r, shrunk, untuned, k, seed) for k in sorted({float(k) for k in kl_coefs})]
     return Headroom(
         num_prompts=r.shape[0],
         num_rewrites=r.shape[1],
@@ -120,7 +120,7 @@ def recommended_kl_coef(frontier: Sequence[FrontierPoint], num_rewrites: int) ->
     """The smallest kl_coef whose mean effective sample size is at least a third of N.
 
     A smaller one promises more, and the promise rests on one or two rewrites a prompt; a larger one
-    gives reward away. It is the loosest leash that these samples can speak for: more rewrites
+    gives reward away. It is the smallest kl_coef that these samples can speak for: more rewrites
     support a smaller one. None where the whole grid is below.
     """
     supported = [
@@ -144,12 +144,12 @@ def crossfit(rewards: ArrayLike, kl_coef: float) -> tuple[Floats, Floats]:
     return reward, kl
 
 
-def corrected_objective(quiet: ArrayLike, kl_coef: float) -> Floats:
+def corrected_objective(shrunk: ArrayLike, kl_coef: float) -> Floats:
     """kl_coef log Z [P] from rewards without noise [P, N], N >= 2, by the jackknife over rewrites.
 
     ``N V - (N - 1) mean_j V(all but j)`` takes out the bias of order 1 / N.
     """
-    q = np.asarray(quiet, np.float64)
+    q = np.asarray(shrunk, np.float64)
     n = q.shape[1]
     left_out = [optimum_objective(np.delete(q, j, axis=1), kl_coef) for j in range(n)]
     estimate: Floats = n * optimum_objective(q, kl_coef) - (n - 1) * np.mean(left_out, axis=0)
@@ -184,12 +184,12 @@ def best_of_n(rewards: ArrayLike) -> list[BestOf]:
 
 
 def _point(
-    r: Floats, quiet: Floats | None, untuned: Floats, kl_coef: float, seed: int
+    r: Floats, shrunk: Floats | None, untuned: Floats, kl_coef: float, seed: int
 ) -> FrontierPoint:
     means = r.mean(axis=2)
     weights = optimum_weights(means, kl_coef)
     objective = optimum_objective(means, kl_coef)
-    cross = crossfit(r, kl_coef) if quiet is not None else None
+    cross = crossfit(r, kl_coef) if shrunk is not None else None
     return FrontierPoint(
         kl_coef=kl_coef,
         objective=bootstrap_mean_ci(objective, seed=seed),
@@ -203,8 +203,8 @@ def _point(
         crossfit_reward=None if cross is None else float(cross[0].mean()),
         crossfit_kl=None if cross is None else float(cross[1].mean()),
         corrected_objective=None
-        if quiet is None
-        else bootstrap_mean_ci(corrected_objective(quiet, kl_coef), seed=seed),
+        if shrunk is None
+        else bootstrap_mean_ci(corrected_objective(shrunk, kl_coef), seed=seed),
     )
 
 

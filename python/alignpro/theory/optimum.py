@@ -55,8 +55,9 @@ def effective_samples(weights: ArrayLike) -> Floats:
     return count
 
 
-def without_noise(rewards: ArrayLike) -> Floats:
-    """Rewards of the rewrites [P, N] whose spread is freed of the responses' noise.
+def shrunk_rewards(rewards: ArrayLike) -> Floats:
+    """Rewards of the rewrites [P, N], shrunk to their own spread, without the responses' noise
+    (empirical Bayes).
 
     The means over M responses of ``rewards`` [P, N, M] (N and M >= 2) vary by ``between + within /
     M``, where only ``between`` is the rewrites' own. They are drawn towards their prompt's mean by

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from alignpro.config import TrainConfig
-from alignpro.objective import MovingBaseline, allocate, allocations, steer_kl_coef
+from alignpro.objective import AdaptiveKLController, MovingBaseline, allocate, allocations
 from alignpro.statistics import VarianceSplit, law_of_total_variance
 from alignpro.train.trajectories import StepBatch
 from alignpro.types import Rollout
@@ -86,7 +86,8 @@ class Adaptive:
         """With one more step. kl_per_rewrite: NaN where nothing was scored; kl_coef then stays."""
         kl_coef, baseline, split = self.kl_coef, self.baseline, self.split
         if config.kl_target is not None and math.isfinite(kl_per_rewrite):
-            kl_coef = steer_kl_coef(kl_coef, kl_per_rewrite, config.kl_target, config.kl_gain)
+            controller = AdaptiveKLController(config.kl_target, config.kl_gain)
+            kl_coef = controller.update(kl_coef, kl_per_rewrite)
         if config.algorithm == "reinforce":
             baseline = baseline.after(batch.rewards, config.baseline_decay)
         if config.num_responses == "auto":

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignpro.run_directory import RunDirectory
+
 
 class TrainCallback:
     """Watches a training run. Derive from it and write the methods you need; these do nothing.
@@ -28,13 +30,48 @@ class TrainCallback:
         """Last, and also after an error or Ctrl-C; only where ``on_start`` had returned."""
 
 
-@contextlib.contextmanager
-def watching(
-    callbacks: Sequence[TrainCallback], run_dir: Path, config: Mapping[str, Any], step: int
-) -> Iterator[None]:
-    """``on_start`` of all, the block, then ``on_end`` of those that started, in reverse order."""
-    with contextlib.ExitStack() as started:
-        for callback in callbacks:
-            callback.on_start(run_dir, config, step)
-            started.callback(callback.on_end, run_dir)
-        yield
+class Watchers:
+    """The callbacks of a run. Every one is told of everything, also when another one fails; the
+    first error is the one that is raised, and what fails after it is logged and noted on it."""
+
+    def __init__(self, directory: RunDirectory, callbacks: Sequence[TrainCallback]) -> None:
+        self._directory, self._callbacks = directory, list(callbacks)
+        self._started: list[TrainCallback] = []
+
+    @contextlib.contextmanager
+    def watching(self, config: Mapping[str, Any], step: int) -> Iterator[None]:
+        """``on_start`` of all, the block, then ``on_end`` of those that started, in reverse."""
+        try:
+            for callback in self._callbacks:
+                callback.on_start(self._directory.path, config, step)
+                self._started.append(callback)
+            yield
+        except BaseException as error:
+            self._end(error)
+            raise
+        self._end(None)
+
+    def on_step(self, row: Mapping[str, Any]) -> None:
+        self._tell("on_step", row)
+
+    def on_checkpoint(self, path: Path, step: int, after: BaseException | None) -> None:
+        """after: the error that ends the run, if one does."""
+        self._tell("on_checkpoint", path, step, after=after)
+
+    def _end(self, after: BaseException | None) -> None:
+        self._started.reverse()
+        self._tell("on_end", self._directory.path, after=after)
+
+    def _tell(self, event: str, *arguments: Any, after: BaseException | None = None) -> None:
+        first = after
+        for callback in self._started:
+            try:
+                getattr(callback, event)(*arguments)
+            except Exception as error:
+                if first is None:
+                    first = error
+                else:
+                    doing = f"{type(callback).__name__}.{event}"
+                    self._directory.note_failure(first, error, doing)
+        if first is not None and first is not after:
+            raise first

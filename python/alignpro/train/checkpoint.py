@@ -1,4 +1,4 @@
-"""Run directories and checkpoints: written whole or not at all, read without running code.
+"""Checkpoints: written whole or not at all, read without running code.
 
 A run directory holds config.json, reference/ (the frozen adapter training started from, if any),
 metrics.jsonl, checkpoints/step-NNNNNN/ and, at the end, adapter/. A checkpoint holds the adapter
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Any
 
 import torch
 
+from alignpro.files import PARTIAL, whole_file, write_file, write_json
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
+from alignpro.run_directory import one_line, remove_run_files
 
 KEPT = 2  # checkpoints kept: the newest, and one in case a person finds it spoiled
 
@@ -38,28 +39,31 @@ class Checkpoint:
 
 def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:
     """Write run_dir/checkpoints/step-NNNNNN and point ``latest`` at it."""
-    root = Path(run_dir) / "checkpoints"
+    run_dir = Path(run_dir)
+    root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     name = f"step-{checkpoint.step:06d}"
-    partial, final = root / f"{name}.partial", root / name
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, final = root / f"{name}{PARTIAL}", root / name
+    remove_run_files(run_dir, partial)
     partial.mkdir()
     save_peft(partial / "adapter", checkpoint.weights)
-    torch.save(checkpoint.optimizer, partial / "optimizer.pt")
+    with whole_file(partial / "optimizer.pt") as file:
+        torch.save(checkpoint.optimizer, file)
     if checkpoint.critic is not None:
-        torch.save(checkpoint.critic, partial / "critic.pt")
+        with whole_file(partial / "critic.pt") as file:
+            torch.save(checkpoint.critic, file)
     state = {
         "step": checkpoint.step,
         "cursor": checkpoint.cursor,
         "config": checkpoint.config,
         "adaptive": checkpoint.adaptive,
     }
-    (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)  # the same step of the same run: the same content
+    write_json(partial / "state.json", state)
+    remove_run_files(run_dir, final)  # the same step of the same run: the same content
     os.replace(partial, final)
-    _write_atomically(root / "latest", name + "\n")
+    write_file(root / "latest", name + "\n")
     for old in sorted(root.glob("step-[0-9]*[0-9]"))[:-KEPT]:
-        shutil.rmtree(old)
+        remove_run_files(run_dir, old)
     return final
 
 
@@ -85,57 +89,16 @@ def load_checkpoint(
         adaptive = dict(state["adaptive"])
     except Exception as error:  # torch.load has no common base class for what a torn file raises
         raise ValueError(
-            f"{folder}: unreadable checkpoint ({_one_line(error)}); "
+            f"{folder}: unreadable checkpoint ({one_line(error)[:200]}); "
             f"name another in {root / 'latest'}"
         ) from error
     weights = load_peft(folder / "adapter", dict(lora_modules))
     return Checkpoint(step, cursor, config, weights, optimizer, adaptive, critic)
 
 
-def check_run_dir(run_dir: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Whether a run may use the directory; changes nothing.
-
-    Raises:
-        ValueError: ``resume`` and ``overwrite`` together, or ``overwrite`` of what is no run.
-        FileExistsError: something is there and neither was asked for.
-        FileNotFoundError: nothing to resume.
-    """
-    path = Path(run_dir)
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"run directory {path}: a file of that name is there")
-    is_run = (path / "config.json").is_file()
-    if resume and not is_run:
-        raise FileNotFoundError(f"run directory {path}: no run to resume there (no config.json)")
-    if not resume and path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"run directory {path} is not empty: --resume goes on with it, --overwrite deletes "
-                "it, run_dir=... names another"
-            )
-        if not is_run:
-            raise ValueError(
-                f"run directory {path}: not one of alignpro's (no config.json); not overwriting it"
-            )
-    return path
-
-
-def prepare_run_dir(run_dir: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Make the run directory, or refuse as `check_run_dir` does.
-
-    Call it when everything else about the run is known to be good.
-    """
-    path = check_run_dir(run_dir, resume=resume, overwrite=overwrite)
-    if overwrite and path.is_dir():
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def write_config(run_dir: str | Path, config: Mapping[str, Any]) -> None:
-    """Write config.json, which also marks the directory as a run."""
-    _write_atomically(Path(run_dir) / "config.json", json.dumps(config, indent=2) + "\n")
+    """Write config.json."""
+    write_json(Path(run_dir) / "config.json", config)
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:
@@ -148,7 +111,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a JSON object: {_one_line(error)}") from error
+        raise ValueError(f"{path}: not a JSON object: {one_line(error)[:200]}") from error
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -181,13 +144,3 @@ def as_config(config: Any) -> dict[str, Any]:
     """A dataclass as JSON would give it back."""
     mapping: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return mapping
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

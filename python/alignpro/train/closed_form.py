@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alignpro.config import TrainConfig
 from alignpro.models.adapter import save_peft
-from alignpro.objective import sum_per_sequence, zero_signal_groups
+from alignpro.objective import sum_per_sequence, zero_advantage_groups
 from alignpro.objective.closed_form import (
     closed_form_weights,
     effective_samples,
@@ -28,11 +28,11 @@ from alignpro.objective.closed_form import (
     weighted_likelihood_loss,
 )
 from alignpro.pipeline import Pipeline, derive_seed
-from alignpro.train.callbacks import TrainCallback, watching
+from alignpro.run_directory import open_run_dir
+from alignpro.train.callbacks import TrainCallback, Watchers
 from alignpro.train.checkpoint import (
     as_config,
     check_same_run,
-    prepare_run_dir,
     read_config,
     write_config,
 )
@@ -109,9 +109,10 @@ class ClosedFormFit:
         self._order = batch_indices(
             seed=config.seed, cursor=0, count=count or len(prompts), rows=len(prompts)
         )
-        self.run_dir = prepare_run_dir(
+        self.directory = open_run_dir(
             config.run_dir if run_dir is None else run_dir, resume=resume, overwrite=overwrite
         )
+        self.run_dir = self.directory.path
         self._rollouts = MetricsLog(self.run_dir / ROLLOUTS)
         self._log = MetricsLog(self.run_dir / "metrics.jsonl")
         if resume:
@@ -121,7 +122,6 @@ class ClosedFormFit:
             truncate_metrics(self._log.path, steps=0)
         write_config(self.run_dir, as_config(config))
 
-    @one_torch_thread()
     def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
         """Draw the rollouts that are missing, fit, and write adapter/.
 
@@ -132,15 +132,14 @@ class ClosedFormFit:
             RuntimeError: a scored log-probability differs from its record (``strict_parity``).
             RewardError, ValueError: from the rollouts; those before it are on disk.
         """
-        groups = [[written_by_prompter(w) for w in group] for group in self.rollouts()]
-        watchers = [*self.trackers, *callbacks]
-        with watching(watchers, self.run_dir, as_config(self.config), 0):
-            self._fit(groups, watchers)
-        save_peft(self.run_dir / "adapter", self.policy.weights())
+        watchers = Watchers(self.directory, [*self.trackers, *callbacks])
+        with self.directory:
+            groups = [[written_by_prompter(w) for w in group] for group in self.rollouts()]
+            with watchers.watching(as_config(self.config), 0):
+                self._fit(groups, watchers)
+            save_peft(self.run_dir / "adapter", self.policy.weights())
 
-    def _fit(
-        self, groups: Sequence[Sequence[Trajectory]], watchers: Sequence[TrainCallback]
-    ) -> None:
+    def _fit(self, groups: Sequence[Sequence[Trajectory]], watchers: Watchers) -> None:
         config = self.config
         rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
         optimizer = make_optimizer(self.policy.parameters(), config)
@@ -153,11 +152,10 @@ class ClosedFormFit:
                 count=min(config.prompts_per_step, len(groups)),
                 rows=len(groups),
             )
-            metrics = self._accumulate_gradients([groups[i] for i in chosen], rewards[chosen])
             rate = config.learning_rate * rate_factor(config, self.step)
-            norm = apply_gradients(
-                optimizer, learning_rate=rate, max_grad_norm=config.max_grad_norm
-            )
+            with one_torch_thread():
+                metrics = self._accumulate_gradients([groups[i] for i in chosen], rewards[chosen])
+                (norm,) = apply_gradients({optimizer: rate}, max_grad_norm=config.max_grad_norm)
             row = {
                 "step": self.step,
                 "epoch": cursor // len(groups),
@@ -170,8 +168,7 @@ class ClosedFormFit:
                 "seconds": {"step": time.perf_counter() - started},
             }
             self._log.append(row)
-            for watcher in watchers:
-                watcher.on_step(row)
+            watchers.on_step(row)
         self.step = config.steps
 
     def rollouts(self, on_progress: OnProgress | None = None) -> list[list[Rewrite]]:
@@ -186,8 +183,20 @@ class ClosedFormFit:
         rows = read_metrics(path)[: len(chunks)] if path.exists() else []
         truncate_metrics(path, steps=len(rows))  # a line that a crash cut short
         groups = [_rewrites(group) for row in rows for group in row["rewrites"]]
+        missing = list(enumerate(chunks))[len(rows) :]
+        if missing:
+            with self.directory:
+                groups += self._draw(missing, len(groups), on_progress)
+        return groups
+
+    def _draw(
+        self, chunks: Sequence[tuple[int, list[int]]], done: int, on_progress: OnProgress | None
+    ) -> Iterator[list[Rewrite]]:
+        """Rollouts by number and prompts, written down as they come."""
+        config = self.config
+        assert config.num_responses != "auto"
         pipeline = self.pipeline.with_adapter(self.policy.core_adapter())
-        for number, chunk in list(enumerate(chunks))[len(rows) :]:
+        for number, chunk in chunks:
             rollout = pipeline.rollout(
                 [self._prompts[i] for i in chunk],
                 num_rewrites=config.num_rewrites,
@@ -201,10 +210,10 @@ class ClosedFormFit:
                 "rewrites": [[asdict(w) for w in group] for group in rollout.rewrites],
             }
             self._rollouts.append(row)
-            groups += rollout.rewrites
+            yield from rollout.rewrites
+            done += len(chunk)
             if on_progress is not None:
-                on_progress("rollouts", len(groups), len(self._order))
-        return groups
+                on_progress("rollouts", done, len(self._order))
 
     def _accumulate_gradients(
         self, groups: Sequence[Sequence[Trajectory]], rewards: Tensor
@@ -248,7 +257,7 @@ class ClosedFormFit:
             "entropy": look.entropy,
             "tokens": look.tokens,
             "micro_batches": len(plan),
-            "zero_signal_groups": zero_signal_groups(rewards),
+            "zero_advantage_groups": int(zero_advantage_groups(rewards).sum()),
         }
 
     def _plan(self, rewrites: Sequence[Trajectory], *, with_reference: bool) -> list[MicroBatch]:
@@ -295,9 +304,8 @@ _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
 
 # What the rollouts depend on; the fit alone reads the rest.
 _ROLLOUT_FIELDS = (
-    *("model", "prompter_compute", "prompter_device", "prompter_mode", "adapter"),
-    *("target", "target_compute", "target_device", "target_mode", "data", "split"),
-    *("reward", "seed", "prompts_per_step", "num_rewrites", "num_responses"),
+    *("prompter", "target", "data", "split", "reward", "seed"),
+    *("prompts_per_step", "num_rewrites", "num_responses"),
     *("rewrite", "response", "prompting"),
 )
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from alignpro.objective import gae, split_sequences, value_loss
-from alignpro.train.optimizer import apply_gradients
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,6 @@ class Critic:
     ) -> torch.Tensor:
         """Half the mean squared error, as a part of an update of ``total_tokens``."""
         return value_loss(self.head(hidden), torch.cat(list(returns)), total_tokens=total_tokens)
-
-    def apply_gradients(self, factor: float, max_grad_norm: float) -> None:
-        """One optimizer step at ``factor`` times the learning rate, its gradient clipped alone."""
-        rate = self.learning_rate * factor
-        apply_gradients(self.optimizer, learning_rate=rate, max_grad_norm=max_grad_norm)
-        self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}

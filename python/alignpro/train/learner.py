@@ -13,6 +13,7 @@ import torch
 from alignpro.config import TrainConfig
 from alignpro.objective import (
     LossResult,
+    Metric,
     PolicyBatch,
     merge_metrics,
     policy_loss,
@@ -21,7 +22,7 @@ from alignpro.objective import (
 from alignpro.train.critic import Critic, TokenTargets
 from alignpro.train.micro_batches import MicroBatch, plan_micro_batches
 from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
-from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors
+from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors, one_torch_thread
 from alignpro.train.trajectories import (
     StepBatch,
     Trajectory,
@@ -50,6 +51,7 @@ class Learner:
         if value_head is not None:
             self.critic = Critic(value_head, learning_rate=config.ppo.value_learning_rate)
 
+    @one_torch_thread()
     def improve(
         self, batch: StepBatch, kl_coef: float, step: int, stop_if_asked: Callable[[], None]
     ) -> tuple[dict[str, float], dict[str, float]]:
@@ -121,12 +123,14 @@ class Learner:
         update: Update,
         kl_coef: float,
         stop_if_asked: Callable[[], None],
-    ) -> dict[str, float]:
+    ) -> dict[str, Metric]:
         """The gradient of one update, micro-batch by micro-batch under one denominator."""
         config = self.config
         trajectories = [batch.trajectories[row] for row in update.rows]
         total_tokens = sum(len(t.tokens) for t in trajectories)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.critic is not None:
+            self.critic.optimizer.zero_grad(set_to_none=True)
         results: list[LossResult] = []
         parity = value_loss = 0.0
         for micro in self._micro_batches(trajectories):
@@ -163,12 +167,13 @@ class Learner:
                 loss = self.critic.loss(scores.hidden, returns, total_tokens=total_tokens)
                 loss.backward()  # type: ignore[no-untyped-call]
                 value_loss += float(loss.detach())
-        return {
-            **merge_metrics(results),
-            "micro_batches": len(results),
-            **({"parity_max_abs": parity} if update.fresh else {}),
-            **({"value_loss": value_loss} if self.critic is not None else {}),
-        }
+        merged = merge_metrics([result.metrics for result in results])
+        merged["micro_batches"] = Metric(len(results), kind="work")
+        if update.fresh:
+            merged["parity_max_abs"] = Metric(parity, kind="largest")
+        if self.critic is not None:
+            merged["value_loss"] = Metric(value_loss * total_tokens, total_tokens)
+        return merged
 
     def _micro_batches(self, trajectories: Sequence[Trajectory]) -> list[MicroBatch]:
         return plan_micro_batches(
@@ -195,7 +200,7 @@ class Learner:
 
     def _check_parity(self, batch: PolicyBatch, step: int) -> float:
         """The largest difference between sampled and scored log-probabilities; 0.0 is expected
-        but of a model in mode "fast"."""
+        but of a model that is not deterministic."""
         difference = float((batch.logprob.detach() - batch.sampled_logprob).abs().max())
         if self.config.strict_parity and self.policy.model.exact and difference != 0.0:
             raise RuntimeError(
@@ -205,17 +210,20 @@ class Learner:
             )
         return difference
 
-    def _apply_gradients(self, step: int) -> dict[str, float]:
-        """One optimizer step; the norm is that of the gradient before it was clipped."""
+    def _apply_gradients(self, step: int) -> dict[str, Metric]:
+        """One optimizer step of the policy, and of the critic with it or of neither; the norm is
+        that of the policy's gradient before it was clipped."""
         config = self.config
         factor = rate_factor(config, step)
         rate = config.learning_rate * factor
-        norm = apply_gradients(
-            self.optimizer, learning_rate=rate, max_grad_norm=config.max_grad_norm
-        )
+        rates: dict[torch.optim.Optimizer, float] = {self.optimizer: rate}
         if self.critic is not None:
-            self.critic.apply_gradients(factor, config.max_grad_norm)
-        return {"grad_norm": norm, "learning_rate": rate}
+            rates[self.critic.optimizer] = self.critic.learning_rate * factor
+        norm, *_ = apply_gradients(rates, max_grad_norm=config.max_grad_norm)
+        return {
+            "grad_norm": Metric(norm, kind="largest"),
+            "learning_rate": Metric(rate, kind="largest"),  # one for all updates of a step
+        }
 
     def _copy_of_state(self) -> tuple[Any, ...]:
         critic = None if self.critic is None else copy.deepcopy(self.critic.state_dict())

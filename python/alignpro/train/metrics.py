@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alignpro.files import write_file
+
 
 class MetricsLog:
     """Appends rows to a JSONL file and flushes each."""
@@ -52,9 +54,7 @@ def truncate_metrics(path: str | Path, *, steps: int) -> None:
     if not path.exists():
         return
     rows = [row for row in read_metrics(path) if row["step"] < steps]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _finite(value: Any) -> Any:

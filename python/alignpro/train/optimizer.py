@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -30,16 +30,24 @@ def rate_factor(config: SftConfig | TrainConfig, step: int) -> float:
 
 
 def apply_gradients(
-    optimizer: torch.optim.Optimizer, *, learning_rate: float, max_grad_norm: float
-) -> float:
-    """One step; returns the norm of the gradient before it was clipped.
+    optimizers: Mapping[torch.optim.Optimizer, float], *, max_grad_norm: float
+) -> list[float]:
+    """One step of each optimizer at its learning rate; returns the norms of their gradients, each
+    clipped by its own.
 
     Raises:
-        RuntimeError: a gradient is not finite; nothing has changed then.
+        RuntimeError: a gradient of any is not finite; nothing has changed then.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm, error_if_nonfinite=True)
-    optimizer.step()
-    return float(norm)
+    norms = [
+        torch.nn.utils.clip_grad_norm_(
+            [p for group in optimizer.param_groups for p in group["params"]],
+            max_grad_norm,
+            error_if_nonfinite=True,
+        )
+        for optimizer in optimizers
+    ]
+    for optimizer, learning_rate in optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    return [float(norm) for norm in norms]

@@ -29,7 +29,7 @@ def rollout_row(
         "reward_variance": float(rewards.var()) if several else None,
         "num_rewrites": batch.rewards.shape[1],
         "num_responses": 1,
-        "zero_signal_groups": batch.zero_signal_groups,
+        "zero_advantage_groups": batch.zero_advantage_groups,
         "response_tokens": _mean(len(r.tokens) for r in responses),
         "truncated_responses": sum(r.finish_reason == "length" for r in responses),
         "kept_mass": _mean(mass for r in responses for mass in r.kept_mass),

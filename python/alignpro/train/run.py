@@ -9,10 +9,11 @@ from typing import Any
 from alignpro.config import SftConfig, TrainConfig
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
-from alignpro.models.native_model import NativeModel, load_configured, load_model
+from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
-from alignpro.train.checkpoint import as_config, check_run_dir, prepare_run_dir, write_config
+from alignpro.run_directory import check_run_dir, open_run_dir
+from alignpro.train.checkpoint import as_config, write_config
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy, Reference
@@ -32,22 +33,19 @@ def run_sft(
     """Warm-start a prompter; writes config.json, metrics.jsonl and adapter/ to its directory."""
     check_run_dir(config.run_dir, overwrite=overwrite)
     pairs = [(row.prompt, row.instruction) for row in load_pairs(config.data)]
-    model = load_model(
-        config.model,
-        threads=config.threads,
-        device=config.prompter_device,
-        compute=config.prompter_compute,
-        mode=config.prompter_mode,
-    )
+    model = load_model(config.prompter, config.threads)
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
-    rows = fit(policy, pairs, config, on_step)
-    run_dir = prepare_run_dir(config.run_dir, overwrite=overwrite)
-    write_config(run_dir, as_config(config))
-    log = MetricsLog(run_dir / "metrics.jsonl")
-    for row in rows:
-        log.append(row)
-    weights = policy.weights()
-    save_peft(run_dir / "adapter", weights)
+    rows = fit(policy, pairs, config)
+    with open_run_dir(config.run_dir, overwrite=overwrite) as directory:
+        run_dir = directory.path
+        write_config(run_dir, as_config(config))
+        log = MetricsLog(run_dir / "metrics.jsonl")
+        for row in rows:
+            log.append(row)
+            if on_step is not None:
+                on_step(row)
+        weights = policy.weights()
+        save_peft(run_dir / "adapter", weights)
     return weights
 
 
@@ -63,7 +61,7 @@ def make_trainer(
     rows = load_prompts(config.data, split=config.split)
     reward = build_reward(config.reward)
     prompter, target = _load_models(config)
-    start = config.adapter
+    start = config.trained.adapter
     if resume and (run_dir / "reference").is_dir():
         start = str(run_dir / "reference")
     trained = target if config.policy == "target" else prompter
@@ -117,12 +115,6 @@ def trainer_from(
 def _load_models(config: TrainConfig) -> tuple[NativeModel, NativeModel]:
     """Prompter and target; the target alone, as both, where no prompter takes part."""
     if config.policy == "target":
-        model = load_model(
-            config.target or config.model,
-            threads=config.threads,
-            device=config.target_device,
-            compute=config.target_compute,
-            mode=config.target_mode,
-        )
+        model = load_model(config.trained, config.threads)
         return model, model
-    return load_configured(config)
+    return load_models(config.prompter, config.target, config.threads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,20 +24,18 @@ class Example:
     start: int  # the first token to be written
 
 
-@one_torch_thread()
 def fit(
-    policy: LoraPolicy,
-    pairs: Sequence[tuple[str, str]],
-    config: SftConfig,
-    on_step: Callable[[Mapping[str, Any]], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Maximise the mean log-probability of the instructions' tokens; returns one row a step.
+    policy: LoraPolicy, pairs: Sequence[tuple[str, str]], config: SftConfig
+) -> Iterator[dict[str, Any]]:
+    """Maximise the mean log-probability of the instructions' tokens: a step for each row of metrics
+    that is taken from the iterator.
 
     Args:
         pairs: (prompt, instruction). Batches are shuffled by (config.seed, epoch).
 
     Raises:
         ValueError: no pairs, an empty one, or one over the context; the message names its index.
+            Before the first step.
     """
     examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting)
     limit = policy.model.context_length
@@ -46,8 +44,13 @@ def fit(
             raise ValueError(
                 f"pair {index}: {len(example.tokens)} tokens exceed the context of {limit}"
             )
+    return _fit(policy, examples, config)
+
+
+def _fit(
+    policy: LoraPolicy, examples: Sequence[Example], config: SftConfig
+) -> Iterator[dict[str, Any]]:
     optimizer = make_optimizer(policy.parameters(), config)
-    rows: list[dict[str, Any]] = []
     for step in range(config.steps):
         started = time.perf_counter()
         chosen = batch_indices(
@@ -57,20 +60,17 @@ def fit(
             rows=len(examples),
         )
         optimizer.zero_grad(set_to_none=True)
-        metrics = _accumulate_gradients(policy, [examples[i] for i in chosen], config)
         rate = config.learning_rate * rate_factor(config, step)
-        norm = apply_gradients(optimizer, learning_rate=rate, max_grad_norm=config.max_grad_norm)
-        row = {
+        with one_torch_thread():
+            metrics = _accumulate_gradients(policy, [examples[i] for i in chosen], config)
+            (norm,) = apply_gradients({optimizer: rate}, max_grad_norm=config.max_grad_norm)
+        yield {
             "step": step,
             **metrics,
             "grad_norm": norm,
             "learning_rate": rate,
             "seconds": time.perf_counter() - started,
         }
-        rows.append(row)
-        if on_step is not None:
-            on_step(row)
-    return rows
 
 
 def _accumulate_gradients(

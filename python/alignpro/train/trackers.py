@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignpro.files import write_json
 from alignpro.train.callbacks import TrainCallback
 
 PROJECT = "alignpro"  # of the runs that W&B and trackio keep
@@ -114,9 +115,7 @@ class Service(TrainCallback):
         self._run.finish()
 
     def _write_note(self) -> None:
-        partial = self._note.with_suffix(".json.partial")
-        partial.write_text(json.dumps({"id": self._id, "steps": self._steps}) + "\n", "utf-8")
-        os.replace(partial, self._note)
+        write_json(self._note, {"id": self._id, "steps": self._steps})
 
 
 def _start_wandb(run_dir: Path, config: dict[str, Any], run_id: str) -> Any:

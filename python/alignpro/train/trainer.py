@@ -1,4 +1,4 @@
-"""Reinforcement learning of the prompter with a KL leash: the loop on one screen."""
+"""Reinforcement learning of the prompter with a KL penalty: the loop on one screen."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import torch
 from alignpro.config import TrainConfig
 from alignpro.models.adapter import save_peft
 from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.run_directory import open_run_dir
 from alignpro.train.adaptive import Adaptive
-from alignpro.train.callbacks import TrainCallback, watching
+from alignpro.train.callbacks import TrainCallback, Watchers
 from alignpro.train.checkpoint import (
     Checkpoint,
     as_config,
     check_same_run,
     load_checkpoint,
-    prepare_run_dir,
     save_checkpoint,
     write_config,
 )
 from alignpro.train.learner import Learner
 from alignpro.train.metrics import MetricsLog, truncate_metrics
-from alignpro.train.policy import LoraPolicy, Reference, one_torch_thread
+from alignpro.train.policy import LoraPolicy, Reference
 from alignpro.train.row import rollout_row
 from alignpro.train.schedule import batch_indices
 from alignpro.train.trackers import make_trackers
@@ -47,7 +47,7 @@ class Trainer:
         value_head: a module from hidden states [T, D] to values [T], for ``ppo.value_head``.
         prompts: one text each. columns: more of the prompts' data for the reward, aligned.
         run_dir: where metrics.jsonl, checkpoints/ and adapter/ go; None: the configuration's.
-        resume, overwrite: what to do when the directory holds a run; see `prepare_run_dir`.
+        resume, overwrite: what to do when the directory holds a run; see `open_run_dir`.
 
     Raises:
         ValueError: no prompts, pieces that do not fit, a resume under another configuration.
@@ -84,15 +84,16 @@ class Trainer:
         self.adaptive = Adaptive(config.kl_coef)
         self.step = 0  # steps done
         self.cursor = 0  # prompts drawn
-        self.run_dir = prepare_run_dir(
+        self.directory = open_run_dir(
             config.run_dir if run_dir is None else run_dir, resume=resume, overwrite=overwrite
         )
+        self.run_dir = self.directory.path
+        self._saved = -1  # the step of the newest checkpoint
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
         if resume:
             self._restore()
         write_config(self.run_dir, as_config(config))
 
-    @one_torch_thread()
     def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
         """Run the steps that are left; write a checkpoint at the end, and at Ctrl-C or an error.
 
@@ -104,12 +105,11 @@ class Trainer:
             KeyboardInterrupt: after the checkpoint is written; it says how to go on.
             RewardError, ValueError, and what a callback raises: likewise after the checkpoint.
         """
-        watchers = [*self.trackers, *callbacks]
-        with watching(watchers, self.run_dir, as_config(self.config), self.step):
+        watchers = Watchers(self.directory, [*self.trackers, *callbacks])
+        with self.directory, watchers.watching(as_config(self.config), self.step):
             self._train(watchers)
 
-    def _train(self, watchers: Sequence[TrainCallback]) -> None:
-        saved = self.step if self.step > 0 else -1
+    def _train(self, watchers: Watchers) -> None:
         try:
             while self.step < self.config.steps:
                 started = time.perf_counter()
@@ -127,15 +127,17 @@ class Trainer:
                     self.step += 1
                     self.cursor += self.config.prompts_per_step
                     self.log.append(row)
-                for watcher in watchers:
-                    watcher.on_step(row)
+                watchers.on_step(row)
                 if self.step % self.config.checkpoint_every == 0:
-                    saved = self._checkpoint(saved, watchers)
-        except KeyboardInterrupt:
-            command = f"alignpro train {self.run_dir / 'config.json'} --resume"
-            raise KeyboardInterrupt(f"after step {self.step}; go on with: {command}") from None
-        finally:
-            self._checkpoint(saved, watchers)
+                    self._checkpoint(watchers)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                command = f"alignpro train {self.run_dir / 'config.json'} --resume"
+                error.args = (f"after step {self.step}; go on with: {command}",)
+            with self.directory.after(error, "writing the checkpoint"):
+                self._checkpoint(watchers, after=error)
+            raise
+        self._checkpoint(watchers)
         save_peft(self.run_dir / "adapter", self.policy.weights())
 
     def _rollout(self) -> Rollout:
@@ -183,26 +185,26 @@ class Trainer:
             "seconds": {**rollout.seconds, **stages},
         }
 
-    def _checkpoint(self, saved: int, watchers: Sequence[TrainCallback]) -> int:
-        """Write a checkpoint unless this step's is there; returns the step that is saved."""
+    def _checkpoint(self, watchers: Watchers, after: BaseException | None = None) -> None:
+        """Write a checkpoint unless this step's is there. after: the error that ends the run."""
+        if self._saved == self.step:
+            return
         critic = self.learner.critic
-        if saved != self.step:
-            with _interrupts_deferred():
-                path = save_checkpoint(
-                    self.run_dir,
-                    Checkpoint(
-                        step=self.step,
-                        cursor=self.cursor,
-                        config=as_config(self.config),
-                        weights=self.policy.weights(),
-                        optimizer=self.learner.optimizer.state_dict(),
-                        adaptive=self.adaptive.to_mapping(),
-                        critic=None if critic is None else critic.state_dict(),
-                    ),
-                )
-            for watcher in watchers:
-                watcher.on_checkpoint(path, self.step)
-        return self.step
+        with _interrupts_deferred():
+            path = save_checkpoint(
+                self.run_dir,
+                Checkpoint(
+                    step=self.step,
+                    cursor=self.cursor,
+                    config=as_config(self.config),
+                    weights=self.policy.weights(),
+                    optimizer=self.learner.optimizer.state_dict(),
+                    adaptive=self.adaptive.to_mapping(),
+                    critic=None if critic is None else critic.state_dict(),
+                ),
+            )
+            self._saved = self.step
+        watchers.on_checkpoint(path, self.step, after)
 
     def _restore(self) -> None:
         """Go back to the last checkpoint; without one, to the start."""
@@ -212,6 +214,7 @@ class Trainer:
             self.learner.load_state(checkpoint.weights, checkpoint.optimizer, checkpoint.critic)
             self.adaptive = Adaptive.from_mapping(checkpoint.adaptive)
             self.step, self.cursor = checkpoint.step, checkpoint.cursor
+            self._saved = self.step
         truncate_metrics(self.log.path, steps=self.step)
 
 

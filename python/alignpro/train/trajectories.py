@@ -9,7 +9,13 @@ from typing import Literal
 import torch
 
 from alignpro.config import TrainConfig
-from alignpro.objective import MovingBaseline, grpo, reinforce, rloo, without_signal
+from alignpro.objective import (
+    MovingBaseline,
+    group_normalized,
+    reinforce,
+    rloo,
+    zero_advantage_groups,
+)
 from alignpro.types import Rewrite, Rollout
 
 
@@ -36,7 +42,7 @@ class StepBatch:
     trajectories: list[Trajectory]  # S of them, those that are learnt from
     groups: list[list[int]]  # of each prompt: which trajectories are its own
     advantages: torch.Tensor  # [S] float32: reward minus baseline; rewards where a critic has it
-    zero_signal_groups: int  # prompts whose trajectories all earned the same, kept or skipped
+    zero_advantage_groups: int  # prompts whose trajectories all earned the same, kept or skipped
 
 
 def trajectories_of(
@@ -64,13 +70,13 @@ def step_batch(config: TrainConfig, rollout: Rollout, baseline: MovingBaseline) 
     """The trajectories to learn from, with the advantages of the configured algorithm."""
     written = trajectories_of(rollout, config.policy)
     rewards = torch.tensor([[t.reward for t in group] for group in written], dtype=torch.float64)
-    silent = (
-        without_signal(rewards)
+    equal = (
+        zero_advantage_groups(rewards)
         if rewards.shape[1] > 1
         else torch.zeros(len(rewards), dtype=torch.bool)
     )
     advantages = advantages_of(config, rewards, baseline)
-    kept = (~silent if config.zero_signal == "skip" else torch.ones_like(silent)).nonzero()
+    kept = (~equal if config.zero_advantage_group == "skip" else torch.ones_like(equal)).nonzero()
     rows = kept.flatten().tolist()
     trajectories = [t for row in rows for t in written[row]]
     groups, begin = [], 0
@@ -82,7 +88,7 @@ def step_batch(config: TrainConfig, rollout: Rollout, baseline: MovingBaseline) 
         trajectories=trajectories,
         groups=groups,
         advantages=advantages[rows].flatten().to(torch.float32),
-        zero_signal_groups=int(silent.sum()),
+        zero_advantage_groups=int(equal.sum()),
     )
 
 
@@ -90,11 +96,11 @@ def advantages_of(
     config: TrainConfig, rewards: torch.Tensor, baseline: MovingBaseline
 ) -> torch.Tensor:
     """[P, N] to [P, N]. With a value head the rewards as they are: `gae` has the baseline."""
-    if config.algorithm == "grpo":
-        return grpo(rewards)
     if config.algorithm == "reinforce":
         return reinforce(rewards, baseline)
-    return rewards if config.ppo.value_head else rloo(rewards)
+    if config.ppo.value_head:
+        return rewards
+    return group_normalized(rewards) if config.normalize_advantage else rloo(rewards)
 
 
 def scored(trajectories: Sequence[Trajectory]) -> tuple[list[list[int]], list[int]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from alignpro.config import TrainConfig
+from alignpro.objective import OF_EVERY_PASS, Metrics, merge_metrics
 from alignpro.pipeline import derive_seed
 from alignpro.train.trajectories import StepBatch
 
@@ -45,39 +45,10 @@ def plan_updates(config: TrainConfig, batch: StepBatch, step: int) -> list[Updat
     return updates
 
 
-def summarise(updates: Sequence[Update], metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step from those of its updates.
-
-    Ratios are over all passes, the largest ones and the largest gradient norm included; what the
-    policy is (loss, KL, entropy) is over the first pass, nearest to the weights that sampled.
-    """
-    every = [(m, len(u.rows)) for u, m in zip(updates, metrics, strict=True)]
-    first = [(m, rows) for (m, rows), u in zip(every, updates, strict=True) if u.epoch == 0]
-    summary: dict[str, float] = {}
-    for name in metrics[0]:
-        if name in _LARGEST:
-            summary[name] = max(m[name] for m in metrics)
-        elif name in _OF_THE_FRESH:
-            summary[name] = metrics[0][name]
-        elif name in _SUMS:
-            summary[name] = sum(m[name] for m, _ in (every if name == "micro_batches" else first))
-        else:
-            over = every if name in ("ratio_mean", "clip_fraction") else first
-            summary[name] = _mean(
-                [m[name] for m, _ in over],
-                [m["tokens"] if name in _TOKEN_MEANS else rows for m, rows in over],
-            )
+def summarise(updates: Sequence[Update], metrics: Sequence[Metrics]) -> dict[str, float]:
+    """Metrics of a step from those of its updates: over all passes, or over the first one alone, as
+    their kind asks for."""
+    merged = merge_metrics(metrics)
+    first = merge_metrics([m for u, m in zip(updates, metrics, strict=True) if u.epoch == 0])
+    summary = {n: (m if m.kind in OF_EVERY_PASS else first[n]).value for n, m in merged.items()}
     return summary | {"updates": len(updates)}
-
-
-_LARGEST = ("ratio_max", "grad_norm")
-_OF_THE_FRESH = ("parity_max_abs", "learning_rate")
-_SUMS = ("tokens", "micro_batches")
-_TOKEN_MEANS = ("entropy", "ratio_mean", "clip_fraction", "value_loss")
-
-
-def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    if len(values) == 1:
-        return values[0]  # as it is, to the bit
-    weighted = math.fsum(w * v for w, v in zip(weights, values, strict=True))
-    return weighted / math.fsum(weights)

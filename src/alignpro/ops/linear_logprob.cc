@@ -61,7 +61,10 @@ struct Problem {
         inv_temperature(1.0f / input.temperature),
         with_ref(input.ref_hidden != nullptr),
         own_ref_weight(with_ref && !is_null(input.ref_weight)),
-        ref_cols(own_ref_weight ? hidden_size(input.ref_weight) : cols) {}
+        ref_cols(own_ref_weight ? hidden_size(input.ref_weight) : cols) {
+    require(cols >= 1, "hidden: expected at least one column, got none");
+    require(ref_cols >= 1, "reference_hidden: expected at least one column, got none");
+  }
 
   static bool is_null(const VocabularyWeight& weight) {
     const auto* packed = std::get_if<const PackedMatrix*>(&weight);

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from alignpro.bench.machine import available_bytes
-from alignpro.ops import StoredWeight, linear_logprob
+from alignpro.ops import QuantizedWeight, linear_logprob
 
 LOGIT_DEVIATION = 6.0  # of a trained model's logits over the vocabulary
 REFERENCE_DISTANCE = 0.15  # of the reference's hidden states, in deviations of the policy's
@@ -49,7 +49,7 @@ class HeadInputs:
 
     spec: HeadSpec
     weight: torch.Tensor  # [V, D] float32, frozen
-    stored: StoredWeight | None  # the model's matrix as it stands in its file
+    stored: QuantizedWeight | None  # the model's matrix as it stands in its file
     is_random: bool  # the weight is, and so differs from the stored one
     hidden: torch.Tensor  # [T, D]
     reference_hidden: torch.Tensor  # [T, D]
@@ -109,7 +109,7 @@ def make_inputs(spec: HeadSpec) -> HeadInputs:
     )
 
 
-def head_of(path: Path) -> tuple[torch.Tensor | None, StoredWeight | None]:
+def head_of(path: Path) -> tuple[torch.Tensor | None, QuantizedWeight | None]:
     """A model's head in float32, and as it is stored; None for what cannot be read here.
 
     The float32 matrix of a GGUF file, which only the others need, is widened by the package gguf.
@@ -119,7 +119,7 @@ def head_of(path: Path) -> tuple[torch.Tensor | None, StoredWeight | None]:
     stored = None
     for name in ("output.weight", "token_embd.weight"):  # tied where the first is missing
         with contextlib.suppress(ValueError):
-            stored = StoredWeight.from_gguf(path, name)
+            stored = QuantizedWeight.from_gguf(path, name)
             break
     if stored is None or importlib.util.find_spec("gguf") is None:
         return None, stored
@@ -175,7 +175,7 @@ def _ours_stored(inputs: HeadInputs) -> Compute:
     return _engine(inputs.stored)
 
 
-def _engine(weight: torch.Tensor | StoredWeight) -> Compute:
+def _engine(weight: torch.Tensor | QuantizedWeight) -> Compute:
     def compute(inputs: HeadInputs, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         result = linear_logprob(
             hidden, weight, inputs.tokens, reference_hidden=inputs.reference_hidden

@@ -9,9 +9,9 @@
 #include "alignpro/core/error.h"
 #include "cuda/ops.h"
 
-// Tensors of device memory cross by DLPack, as array.h does for the host's: nothing is converted or
-// copied, and an error names the argument. The structures are the protocol's binary interface,
-// version 0 (dmlc.github.io/dlpack).
+// Tensors of device memory cross by DLPack as the host's do by csrc/bindings/array.h: nothing is
+// converted or copied, and an error names the argument. The structures are the protocol's binary
+// interface, version 0 (dmlc.github.io/dlpack).
 
 namespace alignpro::bindings {
 
@@ -34,13 +34,17 @@ struct DlManagedTensor {
   void (*deleter)(DlManagedTensor*);
 };
 
+// Whether rows of a matrix may lie apart: the op is then told by how much (ld).
+enum class Rows { kDense, kApart };
+
 enum class DlType : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 
 // Holds on to the tensor for its lifetime. The work that uses it must be on the stream on which the
 // tensor is used next, as torch's allocator asks.
 class DeviceTensor {
  public:
-  DeviceTensor(const py::handle& object, const std::string& name, int dimensions, int device)
+  DeviceTensor(const py::handle& object, const std::string& name, int dimensions, int device,
+               Rows rows)
       : name_(name) {
     if (!py::hasattr(object, "__dlpack__")) {
       throw InvalidArgument(cat(name, ": expected a tensor with __dlpack__, got ",
@@ -60,9 +64,9 @@ class DeviceTensor {
             tensor().dimensions);
     int64_t next = 1;
     for (int i = dimensions; --i >= 0;) {
-      // Rows may lie apart, values within a row may not.
-      require(stride(i) == next || size(i) <= 1 || (i == 0 && dimensions == 2 && stride(0) > next),
-              name, ": expected contiguous memory; call .contiguous() first");
+      const bool apart = rows == Rows::kApart && i == 0 && dimensions == 2 && stride(0) > next;
+      require(stride(i) == next || size(i) <= 1 || apart, name,
+              ": expected contiguous memory; call .contiguous() first");
       next *= size(i);
     }
   }

@@ -1,28 +1,61 @@
-"""One measurement of memory, in a process of its own: ``python -m alignpro.bench.worker JSON``.
+"""One measurement of memory, in a process of its own: ``python tests/bench/memory.py JSON``.
 
 A process that has done the same work before holds memory that it would use again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from alignpro.bench.machine import forget_high_water, proc_bytes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 _MARK = "extra bytes: "
 
 
 def extra_bytes_of(request: dict[str, Any]) -> int | None:
     """Run the request in a fresh interpreter; None where it or the kernel cannot say."""
-    command = [sys.executable, "-m", "alignpro.bench.worker", json.dumps(request)]
+    command = [sys.executable, __file__, json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True)
     for line in done.stdout.splitlines():
         if line.startswith(_MARK):
             value = json.loads(line.removeprefix(_MARK))
             return value if value is None else int(value)
     return None
+
+
+def extra_bytes(call: Callable[[], int]) -> int | None:
+    """How far the memory of this process grows above what it holds now while ``call`` runs, less
+    the bytes of results that ``call`` returns; None where the kernel cannot say.
+
+    Meant for a process of its own: memory that an allocator has kept is not counted.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    try:
+        forget_high_water()
+        before = _high_water()
+    except OSError:
+        return None
+    results = call()
+    return max(_high_water() - before - results, 0)
+
+
+def _high_water() -> int:
+    found = proc_bytes(Path("/proc/self/status"), "VmHWM")
+    if found is None:
+        raise OSError("no VmHWM")
+    return found
 
 
 def measure(request: dict[str, Any]) -> int | None:
@@ -37,8 +70,7 @@ def measure(request: dict[str, Any]) -> int | None:
 
 
 def _of_head(request: dict[str, Any]) -> int | None:
-    from alignpro.bench import heads
-    from alignpro.bench.machine import extra_bytes
+    import heads
 
     inputs = heads.make_inputs(heads.HeadSpec(**request["head"]))
     implementation = heads.BY_NAME[request["name"]]
@@ -57,8 +89,7 @@ def _of_head(request: dict[str, Any]) -> int | None:
 
 
 def _of_lora(request: dict[str, Any]) -> int | None:
-    from alignpro.bench import lora_pass
-    from alignpro.bench.machine import extra_bytes
+    import lora_pass
 
     side, tokens, gradient_bytes = lora_pass.make_pass(
         request["lora"], Path(request["model"]), request["threads"]

@@ -23,11 +23,12 @@ class Call {
     device_ = cuda::current_device();
   }
 
-  const DeviceTensor& tensor(const py::handle& object, const char* name, int dimensions) {
-    return tensors_.emplace_back(object, name, dimensions, device_);
+  const DeviceTensor& tensor(const py::handle& object, const char* name, int dimensions,
+                             Rows rows = Rows::kDense) {
+    return tensors_.emplace_back(object, name, dimensions, device_, rows);
   }
   cuda::Matrix matrix(const py::handle& object, const char* name) {
-    const DeviceTensor& t = tensor(object, name, 2);
+    const DeviceTensor& t = tensor(object, name, 2, Rows::kApart);
     return {t.data(), t.size(0), t.size(1), t.ld(), t.dtype()};
   }
   // None is a matrix of nothing.

@@ -13,6 +13,7 @@ from alignpro.config import (
     EvalConfig,
     HeadroomConfig,
     LoraConfig,
+    ModelConfig,
     Prompting,
     QuickstartConfig,
     SftConfig,
@@ -62,7 +63,7 @@ def test_a_partial_group_keeps_the_outer_defaults():
     [
         ({"lerning_rate": 1}, 'unknown configuration key "lerning_rate"; did you mean "learning_'),
         ({"lora": {"rnk": 1}}, 'unknown configuration key "lora.rnk"; did you mean "rank"?'),
-        ({"zzz": 1}, 'unknown configuration key "zzz"; known: model, prompter_device'),
+        ({"zzz": 1}, 'unknown configuration key "zzz"; known: prompter, target, policy'),
         ({"steps": 2.5}, "steps: expected an integer, got 2.5"),
         ({"steps": True}, "steps: expected an integer, got True"),
         ({"steps": "ten"}, "steps: expected an integer, got 'ten'"),
@@ -70,9 +71,9 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ({"learning_rate": float("nan")}, "learning_rate: expected a finite number, got nan"),
         ({"learning_rate": True}, "learning_rate: expected a number, got True"),
         ({"strict_parity": "no"}, "strict_parity: expected true or false, got 'no'"),
-        ({"model": 3}, "model: expected text, got 3"),
+        ({"prompter": {"model": 3}}, "prompter.model: expected text or null, got 3"),
         ({"threads": "all"}, "threads: expected an integer or null, got 'all'"),
-        ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"threads": 0}, "threads: expected at least 1 or null, got 0"),
         ({"lr_schedule": "linaer"}, 'did you mean "linear"?'),
         ({"prompting": {"mode": "prepend"}}, "prompting.mode: expected one of 'append', 'rewrite'"),
         ({"prompting": {"template": "no braces"}}, 'prompting.template: expected "{prompt}" exac'),
@@ -90,11 +91,11 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ({"memory_limit": 1.5}, "memory_limit: expected bytes"),
         ({"memory_limit": True}, "memory_limit: expected bytes"),
         ({"memory_limit": None}, "memory_limit: expected bytes"),
-        ({"memory_limit": 0}, "memory_limit: expected 1 byte or more, got 0"),
-        ({"memory_limit": "0.5B"}, "memory_limit: expected 1 byte or more, got 0"),
+        ({"memory_limit": 0}, "memory_limit: expected at least 1, got 0"),
+        ({"memory_limit": "0.5B"}, "memory_limit: expected at least 1, got 0"),
         ({"activations": "drop"}, "activations: expected one of 'auto', 'keep', 'recompute'"),
-        ({"micro_batch_size": 0}, "micro_batch_size: expected 1 or more, got 0"),
-        ({"kl_coef": -0.1}, "kl_coef: expected 0 or more, got -0.1"),
+        ({"micro_batch_size": 0}, "micro_batch_size: expected at least 1 or null, got 0"),
+        ({"kl_coef": -0.1}, "kl_coef: expected at least 0, got -0.1"),
         ({"num_rewrites": 1}, "num_rewrites: expected at least 2"),
         ({"algorithm": "rlooo"}, 'did you mean "rloo"?'),
         (
@@ -102,10 +103,10 @@ def test_a_partial_group_keeps_the_outer_defaults():
             "ppo.value_head: expected its default False (it goes with algorithm ppo), got True",
         ),
         ({"algorithm": "ppo", "ppo": {"clip_range": 1}}, "ppo.clip_range: expected between 0 and"),
-        ({"algorithm": "ppo", "ppo": {"epochs": 0}}, "ppo.epochs: expected 1 or more, got 0"),
+        ({"algorithm": "ppo", "ppo": {"epochs": 0}}, "ppo.epochs: expected at least 1, got 0"),
         (
             {"algorithm": "ppo", "ppo": {"gae_lambda": 0.5}},
-            "ppo.gae_lambda: expected 0.95 unless value_head is true, got 0.5",
+            "ppo.gae_lambda: expected its default 0.95 (it goes with value_head), got 0.5",
         ),
         (
             {"algorithm": "ppo", "ppo": {"value_head": True, "gae_lambda": 1.5}},
@@ -126,16 +127,19 @@ def test_a_partial_group_keeps_the_outer_defaults():
             "num_rewrites: expected 2 or more with prompts_per_step 1",
         ),
         ({"algorithm": "reinforce", "num_rewrites": 0}, "num_rewrites: expected at least 1, got 0"),
-        ({"algorithm": "reinforce", "zero_signal": "skip"}, "zero_signal: expected its default"),
         (
-            {"algorithm": "ppo", "ppo": {"value_head": True}, "zero_signal": "skip"},
-            "zero_signal: expected its default 'keep'",
+            {"algorithm": "reinforce", "zero_advantage_group": "skip"},
+            "zero_advantage_group: expected its default",
+        ),
+        (
+            {"algorithm": "ppo", "ppo": {"value_head": True}, "zero_advantage_group": "skip"},
+            "zero_advantage_group: expected its default 'keep'",
         ),
         ({"kl_gain": 0.2}, "kl_gain: expected its default 0.1 (it goes with kl_target), got 0.2"),
-        ({"kl_target": 0}, "kl_target: expected above 0, got 0.0"),
+        ({"kl_target": 0}, "kl_target: expected above 0 or null, got 0"),
         ({"kl_target": 1, "kl_coef": 0}, "kl_coef: expected above 0 with kl_target"),
         ({"num_responses": "some"}, "num_responses: expected an integer or one of 'auto'"),
-        ({"num_responses": 0}, 'num_responses: expected at least 1, or "auto", got 0'),
+        ({"num_responses": 0}, "num_responses: expected at least 1 or one of 'auto', got 0"),
         ({"response_budget": 8}, "response_budget: expected its default None (it goes with num_"),
         ({"num_responses": "auto"}, "response_budget: expected a product of two numbers above 1"),
         ({"num_responses": "auto", "response_budget": 7}, "response_budget: expected a product"),
@@ -146,35 +150,57 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ),
         ({"policy": "target", "num_responses": 2}, "num_responses: expected its default 1"),
         (
-            {"policy": "target", "target_compute": "int8"},
-            "target_compute: expected float32 or bfloat16 with policy target: int8 has no",
-        ),
-        ({"policy": "target", "prompter_device": "cuda"}, "prompter_device: expected its default"),
-        (
-            {"prompter_compute": "bfloat16"},
-            "prompter_compute: expected float32 with prompter",
-        ),
-        ({"prompter_compute": "int8"}, "prompter_compute: expected one of 'float32', 'bfloat16'"),
-        ({"prompter_device": "gpu"}, "prompter_device: expected one of 'cpu', 'cuda'"),
-        ({"target_compute": "bfloat16"}, "float32 or int8 with target_device cpu"),
-        (
-            {"target_mode": "fast"},
-            "target_mode: expected strict with target_device cpu, got 'fast'",
+            {"policy": "target", "target": {"compute": "int8"}},
+            "target.compute: expected float32 or bfloat16 where it is trained: int8 has no",
         ),
         (
-            {"target_device": "cuda", "target_compute": "int8"},
-            "bfloat16 or float32 with target_device cuda",
+            {"policy": "target", "target": {}, "prompter": {"device": "cuda"}},
+            "prompter: expected a model alone with policy target: it is not loaded",
         ),
-        ({"policy": "target", "response": {"top_k": 5}}, "response.top_k: expected 0 in training"),
+        (
+            {"policy": "target", "prompter": {"adapter": "sft/adapter"}},
+            "prompter.adapter: expected null: target.adapter is tuned, got 'sft/adapter'",
+        ),
+        ({"algorithm": "grpo"}, "is ppo with normalize_advantage true"),
+        (
+            {"algorithm": "reinforce", "normalize_advantage": True},
+            "normalize_advantage: expected its default False (it goes with a baseline over the",
+        ),
+        (
+            {"prompter": {"compute": "bfloat16"}},
+            "prompter.compute: expected float32 or int8 with device cpu, got 'bfloat16'",
+        ),
+        (
+            {"prompter": {"compute": "int8"}},
+            "prompter.compute: expected float32 or bfloat16 where it is trained: int8 has no",
+        ),
+        ({"prompter": {"kv_dtype": "float16"}}, "prompter.kv_dtype: expected float32 or bfloat16"),
+        ({"prompter": {"comput": "int8"}}, '"prompter.comput"; did you mean "compute"?'),
+        (
+            {"prompter": {"device": "gpu"}},
+            "prompter.device: expected one of 'cpu', 'cuda', got 'gpu'",
+        ),
+        ({"prompter": 3}, "prompter: expected text or a mapping of fields, got 3"),
+        ({"target": {"max_batch_rows": 0}}, "target.max_batch_rows: expected at least 1, got 0"),
+        ({"target": {"compute": "bfloat16"}}, "float32 or int8 with device cpu"),
+        (
+            {"target": {"deterministic": False}},
+            "target.deterministic: expected true with device cpu, got False",
+        ),
+        (
+            {"target": {"device": "cuda", "compute": "int8"}},
+            "bfloat16 or float32 with device cuda",
+        ),
+        ({"policy": "target", "response": {"top_k": 5}}, "response.top_k: expected 0: training dr"),
         ({"policy": "target", "response": {"temperature": 0}}, "response.temperature: expected ab"),
         ({"policy": "target", "algorithm": "closed_form"}, "algorithm: expected another one with"),
         ({"algorithm": "closed_form", "kl_coef": 0}, "kl_coef: expected above 0 with closed_form"),
         ({"algorithm": "closed_form", "kl_target": 1}, "kl_target: expected its default None"),
         ({"seed": -1}, "seed: expected between 0 and"),
-        ({"rewrite": {"temperature": -1.0}}, "rewrite.temperature: expected 0 or more, got -1.0"),
+        ({"rewrite": {"temperature": "hot"}}, "rewrite.temperature: expected a finite number, got"),
         ({"rewrite": {"temperature": 0}}, "rewrite.temperature: expected above 0"),
-        ({"rewrite": {"top_p": 0.8}}, "rewrite.top_p: expected 1.0 in training"),
-        ({"rewrite": {"min_new_tokens": 2}}, "rewrite.min_new_tokens: expected 0 in training"),
+        ({"rewrite": {"top_p": 0.8}}, "rewrite.top_p: expected 1.0: training draws from the untr"),
+        ({"rewrite": {"min_new_tokens": 2}}, "rewrite.min_new_tokens: expected 0: training"),
         ({"response": {"n": 2}}, "response.n: expected 1"),
         ({"response": {"seed": 2}}, "response.seed: expected unset"),
         ({"response": {"stop": "\n"}}, "response.stop: expected a list"),
@@ -208,7 +234,8 @@ def test_bytes_as_text(text, expected):
     [
         {"algorithm": "ppo", "ppo": {"value_head": True, "gae_lambda": 1}, "num_rewrites": 1},
         {"algorithm": "reinforce", "num_rewrites": 1, "baseline_decay": 0},
-        {"algorithm": "grpo", "zero_signal": "skip"},
+        {"normalize_advantage": True, "zero_advantage_group": "skip"},
+        {"algorithm": "ppo", "normalize_advantage": True},
         {"kl_target": 2, "kl_gain": 0.3},
         {"num_responses": "auto", "response_budget": 12},
         {"policy": "target", "rewrite": {"top_p": 0.5}},  # nothing is rewritten
@@ -238,11 +265,11 @@ def test_overrides_are_yaml_scalars(tmp_path):
     config = load_yaml(
         TrainConfig,
         path,
-        ["learning_rate=1e-4", "lora.alpha=8", "adapter=null", "reward=vader", "steps=5"],
+        ["learning_rate=1e-4", "lora.alpha=8", "prompter.adapter=null", "reward=vader", "steps=5"],
     )
     assert config.learning_rate == 1e-4
     assert config.lora == LoraConfig(rank=2, alpha=8.0)
-    assert (config.adapter, config.reward, config.steps) == (None, "vader", 5)
+    assert (config.prompter.adapter, config.reward, config.steps) == (None, "vader", 5)
 
 
 def test_overrides_leave_the_mapping_alone():
@@ -291,22 +318,27 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 def test_quickstart_hands_its_fields_to_every_stage():
     config = from_mapping(
         QuickstartConfig,
-        {"seed": 7, "model": "m", "reward": "vader", "lora": {"rank": 3}, "train": {"steps": 2}}
-        | {"prompter_device": "cuda", "prompter_compute": "bfloat16"},
+        {"seed": 7, "reward": "vader", "lora": {"rank": 3}, "train": {"steps": 2}, "target": "t"}
+        | {"prompter": {"model": "m", "device": "cuda", "compute": "bfloat16"}},
     )
     sft, train, evaluate = config.stages()
     assert (sft.seed, train.seed, evaluate.seed) == (7, 7, 7)
-    assert (sft.model, train.model, evaluate.model) == ("m", "m", "m")
+    assert train.target == evaluate.target == ModelConfig("t")
     assert (train.reward, evaluate.reward) == ("vader", "vader")
     assert sft.lora == train.lora == LoraConfig(rank=3)
     assert train.steps == 2
     for stage in (sft, train, evaluate):
-        assert (stage.prompter_device, stage.prompter_compute) == ("cuda", "bfloat16")
+        assert stage.prompter == ModelConfig("m", device="cuda", compute="bfloat16")
 
 
 @pytest.mark.parametrize(
     "mapping",
-    [{"train": {"seed": 3}}, {"sft": {"model": "x"}}, {"evaluate": {"reward": "vader"}}],
+    [
+        {"train": {"seed": 3}},
+        {"sft": {"prompter": "x"}},
+        {"train": {"target": "x"}},
+        {"evaluate": {"reward": "vader"}},
+    ],
 )
 def test_quickstart_refuses_a_shared_field_in_one_stage(mapping):
     # It would be overwritten without a word.

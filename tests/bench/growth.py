@@ -1,17 +1,31 @@
-"""`alignpro bench growth`: what one more sequence, and one more position, costs a decoding step."""
+"""What one more sequence, and one more position, costs a decoding step.
+
+python tests/bench/growth.py [--model MODEL] [--batch 1,2,4] [--context 128,256]
+                             [--compute float32,int8] [--json FILE] [--plot FILE.svg]
+                             [--repeats 9] [--threads N]
+"""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from alignpro.bench.generation import Say, open_report
 from alignpro.bench.machine import peak_rss_bytes
+from alignpro.bench.tables import limits_text, memory_text, new_table, seconds_text
 from alignpro.bench.work import random_prompts
+from alignpro.cli.shared import check_new, write_json
 from alignpro.models.native_model import NativeModel
+from alignpro.models.resolve import resolve_model
+from alignpro.native import core
 from alignpro.types import SamplingParams
 
 _MAX_BATCH_ROWS = 512  # prompt rows of one step, and so at least as many sequences
@@ -151,3 +165,57 @@ def _decode_steps(model: NativeModel, batch: int, context: int, repeats: int) ->
     while not model.idle():
         model.step()
     return seconds
+
+
+def _growth_table(report: Mapping[str, Any]) -> Table:
+    table = new_table("decoding steps")
+    for column in ("positions", "step", "tokens/s"):
+        table.add_column(column, justify="right")
+    for row in report["results"]:
+        cells = (
+            f"{row['compute']}, {row['batch']} sequences",
+            f"{row['context']}",
+            seconds_text(row["seconds_per_step"]),
+            f"{row['tokens_per_second']:,.0f}",
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _counts(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--batch", type=_counts, default="1,2,4,8,16,32,64,128,256")
+    parser.add_argument("--context", type=_counts, default="128,256,512,1024,2048,4096,8192")
+    parser.add_argument("--compute", default="float32")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=core.available_cpus())
+    options = parser.parse_args(arguments)
+    check_new(options.json)
+    check_new(options.plot)
+    with Console(stderr=True).status("") as status:
+        report = bench_growth(
+            model=resolve_model(options.model),
+            batches=options.batch,
+            contexts=options.context,
+            computes=[part.strip() for part in options.compute.split(",")],
+            repeats=options.repeats,
+            threads=options.threads,
+            say=status.update,
+        )
+    write_json(options.json, report)
+    Console().print(limits_text(report), _growth_table(report), memory_text(report), sep="\n")
+    if options.plot is not None:
+        growth_plot(report, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,9 @@
-#include "bind_cuda_backward.h"
-
 #include <cstdint>
 
+#include "bindings/gil.h"
 #include "cuda/ops.h"
+#include "cuda_ops.h"
 #include "device_call.h"
-#include "gil.h"
 
 namespace py = pybind11;
 using namespace alignpro;
@@ -79,7 +78,7 @@ void attention_backward(const py::object& qkv, const cuda::AttentionShape& shape
   in.out = call.matrix(out, "out");
   in.dout = call.matrix(dout, "dout");
   in.lse = call.tensor(lse, "lse", 2).values<float>(DlType::kFloat, in.qkv.rows * shape.num_heads);
-  const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
+  const DeviceTensor& table = call.tensor(block_table, "block_table", 2, Rows::kApart);
   in.segments = call.segments(segments, table.size(0));
   in.segment_count = table.size(0);
   in.max_rows = max_rows;
@@ -126,7 +125,7 @@ void lora_backward(const py::object& x, const py::object& lora_x, const py::obje
 
 }  // namespace
 
-void bind_cuda_backward(py::module_& m) {
+void bind_cuda_ops_backward(py::module_& m) {
   m.def("rms_norm_backward", &rms_norm_backward, py::arg("x"), py::arg("weight"), py::arg("eps"),
         py::arg("dy"), py::arg("dx"), py::arg("stream"));
   m.def("embedding_backward", &embedding_backward, py::arg("d_out"), py::arg("begins"),

@@ -1,13 +1,12 @@
-#include "bind_cuda.h"
+#include "cuda_ops.h"
 
 #include <pybind11/stl.h>
 
 #include <cstdint>
 
-#include "bind_cuda_backward.h"
+#include "bindings/gil.h"
 #include "cuda/ops.h"
 #include "device_call.h"
-#include "gil.h"
 
 namespace py = pybind11;
 using namespace alignpro;
@@ -108,7 +107,7 @@ void attention_decode(const py::object& qkv, const cuda::AttentionShape& shape,
   Call call("attention_decode");
   const cuda::Matrix rows = call.matrix(qkv, "qkv"), to = call.matrix(out, "out");
   const int32_t* at = call.ints(positions, "positions", rows.rows);
-  const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
+  const DeviceTensor& table = call.tensor(block_table, "block_table", 2, Rows::kApart);
   require(table.size(0) == rows.rows, "block_table: expected ", rows.rows, " rows as qkv, got ",
           table.size(0));
   const int32_t* blocks = table.values<int32_t>(DlType::kInt, 0);
@@ -127,7 +126,7 @@ void attention_prefill(const py::object& qkv, const cuda::AttentionShape& shape,
                        uintptr_t stream) {
   Call call("attention_prefill");
   const cuda::Matrix rows = call.matrix(qkv, "qkv"), to = call.matrix(out, "out");
-  const DeviceTensor& table = call.tensor(block_table, "block_table", 2);
+  const DeviceTensor& table = call.tensor(block_table, "block_table", 2, Rows::kApart);
   const cuda::Segment* own = call.segments(segments, table.size(0));
   const int32_t* blocks = table.values<int32_t>(DlType::kInt, 0);
   const cuda::PagedKv pool = call.paged_kv(kv, shape, rows.dtype);
@@ -184,7 +183,7 @@ void linear_logprob(const py::object& hidden, const py::object& weight, const py
   const cuda::LogprobInput in =
       logprob_input(call, hidden, weight, tokens, temperature, reference_hidden, reference_weight);
   const cuda::LogprobOutput out =
-      logprob_output(call, forward, in.hidden.rows, in.ref_hidden.data != nullptr);
+      logprob_output(call, forward, in.hidden.rows, in.ref_hidden.rows > 0);
   void* memory = call.workspace(workspace, cuda::linear_logprob_bytes(in));
   const GilRelease release;
   cuda::linear_logprob(in, out, memory, stream_of(stream));
@@ -200,7 +199,7 @@ void total_variation(const py::object& hidden, const py::object& weight, const p
   const cuda::LogprobInput in =
       logprob_input(call, hidden, weight, tokens, temperature, reference_hidden, reference_weight);
   const cuda::LogprobOutput saved =
-      logprob_output(call, forward, in.hidden.rows, in.ref_hidden.data != nullptr);
+      logprob_output(call, forward, in.hidden.rows, in.ref_hidden.rows > 0);
   const auto to = [&](const py::object& object, const char* name) {
     return call.tensor(object, name, 1).values<float>(DlType::kFloat, in.hidden.rows);
   };
@@ -220,7 +219,7 @@ void linear_logprob_backward(const py::object& hidden, const py::object& weight,
   const cuda::LogprobInput in =
       logprob_input(call, hidden, weight, tokens, temperature, reference_hidden, reference_weight);
   const cuda::LogprobOutput saved =
-      logprob_output(call, forward, in.hidden.rows, in.ref_hidden.data != nullptr);
+      logprob_output(call, forward, in.hidden.rows, in.ref_hidden.rows > 0);
   const auto given = [&](const char* name) -> const float* {
     return upstream.contains(name)
                ? call.floats<float>(py::object(upstream[name]), name, in.hidden.rows)
@@ -262,12 +261,7 @@ void head_sample(const py::object& hidden, const py::object& head, const py::obj
 
 }  // namespace
 
-void bind_cuda(py::module_& core) {
-  py::module_ m = core.def_submodule("cuda", "Ops on device memory; tensors cross by DLPack.");
-  m.def("is_available", &cuda::is_available);
-  m.def("unavailable_reason", &cuda::unavailable_reason);
-  m.def("device_name", &cuda::device_name);
-  m.def("version", &cuda::version);
+void bind_cuda_ops(py::module_& m) {
   py::class_<cuda::AttentionShape>(m, "AttentionShape")
       .def(py::init(&attention_shape), py::arg("num_heads"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("sliding_window"), py::arg("scale"));
@@ -333,5 +327,4 @@ void bind_cuda(py::module_& core) {
         py::arg("workspace"), py::arg("stream"));
   m.def("head_sample_bytes", &cuda::head_sample_bytes, py::arg("rows"), py::arg("vocab"),
         py::arg("with_truncation"));
-  bind_cuda_backward(m);
 }

@@ -1,26 +1,46 @@
-"""`alignpro bench score`: the vocabulary op and the LoRA pass, as shares of machine limits."""
+"""The vocabulary op and a LoRA pass, ours beside torch and what else is installed.
+
+    python tests/bench/score.py [--model MODEL] [--json FILE] [--repeats 5] [--threads N]
+                                [--shape VOCABULARYxHIDDEN ...] [--tokens N ...] [--no-peers]
+
+All are shares of limits measured in the same run. --model adds its head, and its LoRA pass.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
-from alignpro.bench import heads, lora_pass
-from alignpro.bench.heads import HeadInputs, HeadSpec, Unavailable
-from alignpro.bench.machine import interleaved, limits, machine, spread
-from alignpro.bench.worker import extra_bytes_of
+from alignpro.bench.machine import interleaved, limits, machine
+from alignpro.bench.tables import limits_text, new_table, seconds_text
+from alignpro.cli.shared import check_new, write_json
 from alignpro.models.native_model import NativeModel, load_model
+from alignpro.models.resolve import resolve_model
+from alignpro.native import core
 from alignpro.ops import get_num_threads, peak_bytes, set_num_threads
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import heads
+import lora_pass
+from heads import HeadInputs, HeadSpec, Unavailable
+from memory import extra_bytes_of
 
 SHAPES = ((49152, 576), (151936, 896))  # SmolLM2-135M and Qwen2.5-0.5B: vocabulary x hidden
 TOKENS = (256, 1024)
+PACKAGES = ("transformers", "peft", "gguf", "liger-kernel", "triton")  # whose versions matter
 _CHECKED_TOKENS = 16
 
 Say = Callable[[str], None]
@@ -55,7 +75,7 @@ def bench_score(
         say("measuring the machine")
         report: dict[str, Any] = {
             "benchmark": "score",
-            "machine": machine(threads),
+            "machine": machine(threads, PACKAGES),
             "repeats": repeats,
             "model": None if model is None else model.name,
             "limits": limits(threads, repeats),
@@ -245,6 +265,11 @@ def _bench_lora(
     }
 
 
+def spread(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median and all values."""
+    return {"seconds": statistics.median(seconds), "all_seconds": list(seconds)}
+
+
 @contextlib.contextmanager
 def _threads(threads: int) -> Iterator[None]:
     """So many for torch and for our ops, and what they were afterwards."""
@@ -256,3 +281,121 @@ def _threads(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         set_num_threads(before[1])
+
+
+# --- tables ---
+
+
+def score_tables(report: Mapping[str, Any]) -> Group:
+    """Machine limits, two tables for each head, and the LoRA pass.
+
+    "x ours" is in seconds, against ours for the same outputs.
+    """
+    parts: list[RenderableType] = [Text(limits_text(report))]
+    for head in report["heads"]:
+        parts += _head_tables(head)
+    if report["lora_pass"] is not None:
+        parts += _lora_tables(report["lora_pass"])
+    return Group(*parts)
+
+
+_PASSES = {"forward": "forward", "forward_backward": "forward and backward"}
+
+
+def _head_tables(head: Mapping[str, Any]) -> Iterator[RenderableType]:
+    stored = f", stored as {head['stored_as']}" if head["stored_as"] else ""
+    name = (
+        f"{head['vocab_size']} x {head['hidden_size']} ({head['weight']} weight{stored}), "
+        f"{head['num_tokens']} tokens"
+    )
+    for key, title in _PASSES.items():
+        table = new_table(f"{name}: {title}")
+        for column in ("KL", "time", "x ours", "GFLOP/s", "of peak", "extra MiB"):
+            table.add_column(column, justify="right")
+        for row in head["implementations"]:
+            if key in row:
+                table.add_row(*(Text(cell) for cell in _head_cells(row, row[key])))
+        yield table
+    yield from _reasons(head["implementations"])
+
+
+def _head_cells(row: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    yield row["name"]
+    yield "yes" if "KL" in row["computes"] else "no"
+    yield seconds_text(values["seconds"])
+    yield f"{values['ratio']:.2f}"
+    yield f"{values['gflops']:.0f}"
+    yield f"{values['fma_share']:.0%}"
+    yield _mib(values["extra_bytes"])
+
+
+def _lora_tables(lora: Mapping[str, Any]) -> Iterator[RenderableType]:
+    table = new_table(
+        f"LoRA of rank {lora['rank']} on all linear layers, {lora['sequences']} x "
+        f"{lora['tokens_each']} tokens: forward and backward"
+    )
+    for name in ("time", "x ours", "extra MiB", "nats per token"):
+        table.add_column(name, justify="right")
+    for row in lora["sides"]:
+        if row["skipped"] is None:
+            cells = (
+                row["name"],
+                seconds_text(row["seconds"]),
+                f"{row['ratio']:.2f}",
+                _mib(row["extra_bytes"]),
+                f"{row['nats_per_token']:.6f}",
+            )
+            table.add_row(*(Text(cell) for cell in cells))
+    yield table
+    yield from _reasons(lora["sides"])
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
+    """Why a row has no numbers."""
+    for row in rows:
+        if row["skipped"] is not None:
+            yield Text(f"skipped {row['name']}: {row['skipped']}")
+
+
+def _mib(value: int | None) -> str:
+    return "?" if value is None else f"{value / 2**20:,.1f}"
+
+
+def _shape(text: str) -> tuple[int, int]:
+    vocabulary, _, hidden = text.partition("x")
+    if not (vocabulary.isdecimal() and hidden.isdecimal() and int(vocabulary) and int(hidden)):
+        raise argparse.ArgumentTypeError(
+            f"expected VOCABULARYxHIDDEN, such as 49152x576, got {text!r}"
+        )
+    return int(vocabulary), int(hidden)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=core.available_cpus())
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--shape", type=_shape, action="append")
+    parser.add_argument("--tokens", type=int, action="append")
+    options = parser.parse_args(arguments)
+    check_new(options.json)
+    with Console(stderr=True).status("") as status:
+        report = bench_score(
+            model=None if options.model is None else resolve_model(options.model),
+            shapes=options.shape or SHAPES,
+            tokens=options.tokens or TOKENS,
+            threads=options.threads,
+            repeats=options.repeats,
+            peers=not options.no_peers,
+            say=status.update,
+        )
+    write_json(options.json, report)
+    Console().print(score_tables(report))
+
+
+if __name__ == "__main__":
+    main()

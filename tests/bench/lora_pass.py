@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from heads import Unavailable
 from torch.nn import functional
 
-from alignpro.bench.heads import Unavailable
 from alignpro.config import LoraConfig
 from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.native_model import NativeModel, load_model

@@ -1,0 +1,100 @@
+"""A model and how it is run: the one group that every stage and `models.load_model` read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+from alignpro.config.fields import Bytes, at_least, checked, require
+
+DEFAULT_MODEL = "smollm2"
+# By device, the device's own first. A device keeps keys and values as it computes.
+_COMPUTE = {"cpu": ("float32", "int8"), "cuda": ("bfloat16", "float32")}
+
+
+@dataclass(frozen=True)
+@checked
+class ModelConfig:
+    """A model and how it is run. A text alone is its path or name: ``target: smollm2``."""
+
+    text_field: ClassVar[str] = "model"
+
+    # A .gguf file, a folder with config.json and safetensors, or a name that
+    # `models.resolve.resolve_model` finds. None: of a target, the prompter's; else `name`.
+    model: str | None = None
+    adapter: str | None = None  # PEFT folder that takes part; None: the base weights alone
+    device: Literal["cpu", "cuda"] = "cpu"  # cuda: the current CUDA device, in a build with CUDA
+    # None: the device's own, which is float32 on the CPU and bfloat16 on CUDA. float32, on either:
+    # weights, activations, keys and values in it. bfloat16, on CUDA: the same, sums in float32.
+    # int8, on the CPU, for a frozen model whose speed matters more than the last digits: weights as
+    # stored codes (formats without an integer product become Q8_0), activations quantised in groups
+    # of 32; it has no gradients. A model scores with the arithmetic that it samples with.
+    compute: Literal["float32", "int8", "bfloat16"] | None = None
+    # None: float32 on the CPU, compute on CUDA. float16, on the CPU: keys and values in half the
+    # memory, rounded in sampling and scoring alike; no gradients. One that float16 cannot hold
+    # (beyond 65504) is a NumericError.
+    kv_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    # True: sampled and scored log-probabilities are equal to the bit, whatever shares the batch.
+    # False, on CUDA: the layers' products by cuBLASLt, whose order of sums goes by the number of
+    # rows; the two then differ a little (docs/cuda.md).
+    deterministic: bool = True
+    context_length: Annotated[int, at_least(1)] | None = None  # None: the model's own
+    # None: up to a quarter of the available memory; on CUDA half of what is free after the weights.
+    kv_cache_bytes: Bytes | None = None
+    prefix_cache: bool = True  # compute shared beginnings of prompts once
+    max_batch_rows: Annotated[int, at_least(1)] = 256  # tokens in one forward pass
+
+    def __post_init__(self) -> None:
+        device, compute = self.device, self.resolved_compute
+        cache = ("float32", "float16") if device == "cpu" else (compute,)
+        modes = (True,) if device == "cpu" else (True, False)
+        for name, value, allowed in (
+            ("compute", compute, _COMPUTE[device]),
+            ("kv_dtype", self.resolved_kv_dtype, cache),
+            ("deterministic", self.deterministic, modes),
+        ):
+            words = " or ".join(str(choice).lower() for choice in allowed)
+            require(name, value, value in allowed, f"{words} with device {device}")
+
+    @property
+    def name(self) -> str:
+        """``model``, or the one that everything works with as it is."""
+        return self.model or DEFAULT_MODEL
+
+    @property
+    def resolved_compute(self) -> str:
+        """``compute``, or the device's own."""
+        return self.compute or _COMPUTE[self.device][0]
+
+    @property
+    def resolved_kv_dtype(self) -> str:
+        """``kv_dtype``, or what the device keeps keys and values in."""
+        return self.kv_dtype or ("float32" if self.device == "cpu" else self.resolved_compute)
+
+    def runs_like(self, other: ModelConfig) -> bool:
+        """Whether one engine can serve both, where they have the same base weights."""
+
+        def plain(config: ModelConfig) -> tuple[ModelConfig, str, str]:
+            bare = replace(config, model=None, adapter=None, compute=None, kv_dtype=None)
+            return bare, config.resolved_compute, config.resolved_kv_dtype
+
+        return plain(self) == plain(other)
+
+
+PROMPTER = ModelConfig(DEFAULT_MODEL)
+
+
+def target_of(prompter: ModelConfig, target: ModelConfig | None) -> ModelConfig:
+    """The target with its model named. None: the prompter's base weights, run as the prompter is;
+    a group that names no model is of the prompter's."""
+    if target is None:
+        return replace(prompter, adapter=None)
+    return target if target.model is not None else replace(target, model=prompter.model)
+
+
+def check_trainable(name: str, model: ModelConfig) -> None:
+    """Refuse what has no gradients."""
+    compute, cache = model.resolved_compute, model.resolved_kv_dtype
+    expected = "float32 or bfloat16 where it is trained: {} has no gradients"
+    require(f"{name}.compute", compute, compute != "int8", expected.format("int8"))
+    require(f"{name}.kv_dtype", cache, cache != "float16", expected.format("float16"))

@@ -1,0 +1,263 @@
+"""Run directories: marked as alignpro's, used by one process, emptied of a run's files alone.
+
+Only a directory with the marker is ever emptied, and only if it holds nothing but what a run
+writes (`RUN_FILES`). Everything else in it is somebody's work, and a reason to refuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import traceback
+import weakref
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from alignpro.files import PARTIAL, sync_folder, write_file
+
+MARKER, LOCK, ERROR_LOG = ".alignpro-run", ".alignpro-lock", "error.log"
+_MARK = "This directory is a run of alignpro: `--overwrite` may empty it.\n"
+
+_PEFT = r"adapter_config\.json|adapter_model\.safetensors"
+# Paths in the directory, "/" between their parts. The verdicts of a judge are not among them: they
+# were paid for, and serve other runs as well.
+RUN_FILES = re.compile(
+    rf"""(?:
+    {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(ERROR_LOG)}
+    | (?:config|report|evaluation|headroom|bound|wandb|trackio)\.json
+    | (?:metrics|sft-metrics|rollouts)\.jsonl | report\.html | reward\.png
+    | (?:adapter|reference)/(?:{_PEFT})
+    | checkpoints/latest
+    | checkpoints/step-\d{{6,}}(?:{re.escape(PARTIAL)})?/
+      (?:state\.json | optimizer\.pt | critic\.pt | adapter/(?:{_PEFT}))
+    | tensorboard/events\.out\.tfevents\.[^/]+
+    | wandb/.+
+    )(?:{re.escape(PARTIAL)})?""",
+    re.VERBOSE,
+)
+_RUN_FOLDERS = re.compile(
+    rf"adapter|reference|tensorboard|wandb(?:/.+)?"
+    rf"|checkpoints(?:/step-\d{{6,}}(?:{re.escape(PARTIAL)})?(?:/adapter)?)?"
+)
+
+
+class RunDirectory:
+    """A run's directory, held by this process; made by `open_run_dir`.
+
+    As a context manager it is the run: an error that ends the block is kept with its traceback in
+    error.log, and noted on the error (`error_notes`); the lock is released.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: TextIO | None = None
+        self._depth = 0  # of blocks
+
+    def __enter__(self) -> RunDirectory:
+        self._hold()
+        self._depth += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        if isinstance(error, Exception):
+            self._log(error, "the run")
+            add_note(error, f"traceback: {self.path / ERROR_LOG}")
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @contextlib.contextmanager
+    def after(self, first: BaseException, doing: str) -> Iterator[None]:
+        """What is left to do after an error, which stays the one that is raised: another one is
+        logged, and noted on it."""
+        try:
+            yield
+        except Exception as second:
+            self.note_failure(first, second, doing)
+
+    def note_failure(self, first: BaseException, second: Exception, doing: str) -> None:
+        """Log ``second``, and note it on the error before it."""
+        self._log(second, doing)
+        add_note(first, f"then {doing} failed: {one_line(second)}")
+
+    def _log(self, error: Exception, doing: str) -> None:
+        when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        try:
+            with (self.path / ERROR_LOG).open("a", encoding="utf-8") as file:
+                file.write(f"{when} {doing} failed\n{text}\n")
+        except OSError as failure:  # a full disk may be the very error that is to be told
+            add_note(error, f"{ERROR_LOG} could not be written: {one_line(failure)}")
+
+    def _hold(self) -> None:
+        """Take the lock, unless it is held already.
+
+        The system drops it with the process, so a run that was killed leaves none behind. Objects
+        of one process that are not in a block make way for each other (a notebook's cell run
+        twice).
+        """
+        if self._lock is not None:
+            return
+        path = self.path / LOCK
+        file = path.open("a+", encoding="utf-8")
+        status = os.fstat(file.fileno())
+        key = status.st_dev, status.st_ino
+        holder = _held.get(key)
+        if holder is not None and holder._lock is not None:
+            file.close()
+            if holder._depth:
+                raise FileExistsError(f"run directory {self.path}: in use by this process")
+            self._lock, holder._lock = holder._lock, None
+        else:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                user = file.read().strip() or "another process"
+                file.close()
+                raise FileExistsError(
+                    f"run directory {self.path}: in use by {user}; wait for it to end, or "
+                    "run_dir=... names another"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+            file.flush()
+            self._lock = file
+        _held[key] = self
+
+
+_held: weakref.WeakValueDictionary[tuple[int, int], RunDirectory] = weakref.WeakValueDictionary()
+
+
+def check_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Whether a run may use the directory; changes nothing.
+
+    Raises:
+        ValueError: ``resume`` and ``overwrite`` together, or ``overwrite`` of something else than
+            a run, or of a run with a file in it that is not a run's.
+        FileExistsError: something is there and neither was asked for.
+        FileNotFoundError: nothing to resume.
+    """
+    path = Path(path)
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    where = f"run directory {path}"
+    if not path.is_dir() and (path.exists() or path.is_symlink()):
+        kind = "a link to nothing" if path.is_symlink() else "a file"
+        raise FileExistsError(f"{where}: {kind} of that name is there")
+    is_run = path.is_dir() and is_run_dir(path)
+    if resume:
+        if not (is_run and (path / "config.json").is_file()):
+            missing = "config.json" if is_run else f"{MARKER}, which marks one,"
+            raise FileNotFoundError(f"{where}: no run to resume there (no {missing} in it)")
+        return path
+    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if not entries - {MARKER, LOCK}:
+        return path
+    if not overwrite:
+        raise FileExistsError(
+            f"{where} is not empty: --resume goes on with it, --overwrite deletes it, "
+            "run_dir=... names another"
+        )
+    if path.is_symlink():
+        raise ValueError(f"{where}: a link to {path.resolve()}; to overwrite that, name it itself")
+    if not is_run:
+        raise ValueError(f"{where}: not one of alignpro's (no {MARKER} in it); not overwriting it")
+    for entry, known in _walk(path):
+        if not known:
+            raise ValueError(
+                f"{where}: {entry.relative_to(path).as_posix()} is not a run's; not overwriting "
+                "it: move that file away, or run_dir=... names another directory"
+            )
+    return path
+
+
+def open_run_dir(
+    path: str | Path, *, resume: bool = False, overwrite: bool = False
+) -> RunDirectory:
+    """Make, mark and lock the run directory, emptied for ``overwrite``.
+
+    Call it when everything else about the run is known to be good. Raises as `check_run_dir`, and
+    FileExistsError where another process uses the directory.
+    """
+    path = check_run_dir(path, resume=resume, overwrite=overwrite)
+    path.mkdir(parents=True, exist_ok=True)
+    if not is_run_dir(path):
+        write_file(path / MARKER, _MARK)
+    directory = RunDirectory(path)
+    directory._hold()
+    check_run_dir(path, resume=resume, overwrite=overwrite)  # now that nobody else can change it
+    if overwrite:
+        for entry in list(path.iterdir()):
+            if entry.name not in (MARKER, LOCK):
+                remove_run_files(path, entry)
+    return directory
+
+
+def is_run_dir(path: str | Path) -> bool:
+    """Whether the directory has the marker of a run."""
+    marker = Path(path) / MARKER
+    return marker.is_file() and not marker.is_symlink() and marker.read_bytes() == _MARK.encode()
+
+
+def remove_run_files(run_dir: Path, entry: Path) -> None:
+    """Delete a file or folder of a run, but nothing below it that a run does not write."""
+    if entry.is_dir() and not entry.is_symlink():
+        for below, known in reversed(list(_walk(run_dir, entry))):
+            if known and below.is_dir() and not below.is_symlink():
+                with contextlib.suppress(OSError):  # what is not a run's is still in it
+                    below.rmdir()
+            elif known:
+                below.unlink()
+        with contextlib.suppress(OSError):
+            entry.rmdir()
+    else:
+        entry.unlink(missing_ok=True)
+    sync_folder(entry.parent)
+
+
+def _walk(run_dir: Path, folder: Path | None = None) -> Iterator[tuple[Path, bool]]:
+    """(entry, whether a run writes such a one) of everything below, a folder before what is in it.
+
+    A link is no run's, but for those that W&B makes, and is never followed.
+    """
+    for entry in sorted((folder or run_dir).iterdir()):
+        name = entry.relative_to(run_dir).as_posix()
+        if entry.is_symlink():
+            yield entry, name.startswith("wandb/")
+        elif entry.is_dir():
+            yield entry, _RUN_FOLDERS.fullmatch(name) is not None
+            yield from _walk(run_dir, entry)
+        else:
+            yield entry, RUN_FILES.fullmatch(name) is not None
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """What `BaseException.add_note` does, in Python 3.10 as well."""
+    error.__dict__.setdefault("__notes__", []).append(note)
+
+
+def error_notes(error: BaseException) -> list[str]:
+    """The notes on an error."""
+    return [str(note) for note in getattr(error, "__notes__", [])]
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one line, behind its type where that is not one of bad input."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -1,0 +1,72 @@
+"""The maintainers' benchmarks of tests/bench run at toy size, and write what they promise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import barrier, growth, score
+
+SCORE = ["--shape", "300x16", "--tokens", "12", "--repeats", "2"]
+
+
+def test_score_writes_every_figure(tmp_path: Path, capsys):
+    file = tmp_path / "score.json"
+    score.main([*SCORE, "--no-peers", "--threads", "1", "--json", str(file)])
+    report = json.loads(file.read_text("utf-8"))
+    assert report["limits"]["fma_gflops"] > 0 and report["limits"]["read_gbps"] > 0
+    (head,) = report["heads"]
+    assert (head["vocab_size"], head["hidden_size"], head["num_tokens"]) == (300, 16, 12)
+    ours = next(row for row in head["implementations"] if row["name"] == "alignpro")
+    for phase in ("forward", "forward_backward"):
+        assert ours[phase]["seconds"] > 0 and ours[phase]["gflops"] > 0
+        assert 0 < ours[phase]["fma_share"] < 2
+        assert ours[phase]["extra_bytes"] is None or ours[phase]["extra_bytes"] >= 0
+    assert report["lora_pass"] is None
+    shown = capsys.readouterr().out
+    assert "FMA peak" in shown and "forward and backward" in shown
+
+
+def test_a_peer_is_measured_or_says_why_not(tmp_path: Path):
+    file = tmp_path / "score.json"
+    score.main([*SCORE, "--json", str(file)])
+    rows = json.loads(file.read_text("utf-8"))["heads"][0]["implementations"]
+    assert len(rows) > 4
+    for row in rows:
+        assert row["skipped"] or row["forward_backward"]["seconds"] > 0, row["name"]
+    with pytest.raises(FileExistsError, match="is there already"):
+        score.main([*SCORE, "--json", str(file)])
+
+
+def test_growth_writes_every_figure_and_is_drawn(tmp_path: Path, smollm2_path: Path, capsys):
+    file, plot = tmp_path / "growth.json", tmp_path / "growth.svg"
+    work = ["--batch", "1,3", "--context", "32,64", "--compute", "float32,int8", "--repeats", "1"]
+    files = ["--json", str(file), "--plot", str(plot)]
+    growth.main(["--model", str(smollm2_path), *work, *files])
+    report = json.loads(file.read_text("utf-8"))
+    cells = [(1, 32), (3, 32), (1, 64)]
+    assert [(row["batch"], row["context"]) for row in report["results"]] == 2 * cells
+    assert all(row["tokens_per_second"] > 0 for row in report["results"])
+    assert report["limits"]["fma_gflops"] > 0 and report["peak_rss_bytes"] > 0
+    assert "<svg" in plot.read_text("utf-8") and "peak memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1", "--context", "3", "--repeats", "1"], "context:"),
+        (["--context", "64,99999", "--batch", "1"], "the model holds 8192"),
+        (["--context", "64", "--batch", "1", "--compute", "float32,int3"], "compute: expected"),
+    ],
+)
+def test_growth_refuses_what_it_cannot_do(arguments, message, smollm2_path: Path):
+    with pytest.raises(ValueError, match=message):
+        growth.main(["--model", str(smollm2_path), *arguments])
+
+
+def test_a_barrier_draws_the_same_and_is_timed(smollm2_path: Path):
+    seconds = barrier.measure(smollm2_path, prompts=2, repeats=1, threads=2)
+    assert list(seconds) == ["interleaved", "with_barrier"]
+    assert all(len(values) == 1 and values[0] > 0 for values in seconds.values())
