@@ -439,9 +439,9 @@ TEST_CASE("attention gradient by finite differences of the double reference") {
     for (int32_t t = 0; t < a.tokens; ++t) rows.push_back(t);
     const std::vector<SegmentRows> segments{{0, a.tokens, 0, rows}};
     Floats d(a.qkv.size(), 0.0f);
-    AlignedBuffer scratch;
-    attention_backward(shape, a.qkv.data(), out.data(), dout.data(), segments, d.data(), scratch,
-                       pool);
+    Floats workspace(static_cast<size_t>(attention_backward_floats(shape, segments)));
+    attention_backward(shape, a.qkv.data(), out.data(), dout.data(), segments, d.data(),
+                       workspace.data(), pool);
     const auto loss = [&] {
       const Doubles y = a.plain<double>();
       double sum = 0;

@@ -13,7 +13,7 @@
 #include "alignpro/core/cpu_isa.h"
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/model.h"
-#include "alignpro/model/scorer.h"
+#include "alignpro/model/score.h"
 #include "random_checkpoint.h"
 
 using namespace alignpro;
@@ -158,8 +158,7 @@ TEST_CASE("the bits are those recorded") {
   };
   for (const Recorded& one : all) {
     for (const int threads : {1, 2}) {
-      const auto model =
-          Model::from(RandomCheckpoint(one.config), threads, 0, one.arithmetic, one.kv_dtype);
+      const auto model = cpu_model(one.config, threads, one.arithmetic, one.kv_dtype);
       const bool trains =
           one.arithmetic == ops::Arithmetic::kFloat32 && one.kv_dtype == DType::kF32;
       CAPTURE(one.name);

@@ -16,7 +16,7 @@
 #include "alignpro/model/kv_pool.h"
 #include "alignpro/model/model.h"
 #include "alignpro/model/prefix_tree.h"
-#include "alignpro/model/scorer.h"
+#include "alignpro/model/score.h"
 #include "alignpro/ops/linear_logprob.h"
 #include "random_checkpoint.h"
 
@@ -27,7 +27,7 @@ namespace {
 
 std::shared_ptr<Model> tiny_model(const ModelConfig& config, int threads = 2,
                                   DType kv_dtype = DType::kF32) {
-  return Model::from(RandomCheckpoint(config), threads, 0, ops::Arithmetic::kFloat32, kv_dtype);
+  return cpu_model(config, threads, ops::Arithmetic::kFloat32, kv_dtype);
 }
 
 std::vector<std::vector<int32_t>> sequences() {
@@ -152,9 +152,13 @@ TEST_CASE("hidden states are what the tokens were predicted from") {
     }
     std::vector<float> logprob(s.logprob().size()), entropy(logprob.size());
     std::vector<double> lse(logprob.size());
+    const RandomCheckpoint checkpoint(config);
+    ThreadPool pool(2);
+    const auto head = ops::PackedMatrix::pack(
+        config.tied_head ? checkpoint.embedding_rows() : checkpoint.head_rows(), width, pool);
     ops::linear_logprob({.rows = values,
                          .hidden = s.hidden().data(),
-                         .weight = &model->weights().head(),
+                         .weight = &head,
                          .tokens = tokens,
                          .temperature = 0.9f},
                         {.logprob = logprob.data(),
@@ -164,7 +168,7 @@ TEST_CASE("hidden states are what the tokens were predicted from") {
                          .ref_logprob = nullptr,
                          .lse = lse.data(),
                          .ref_lse = nullptr},
-                        nullptr, model->pool());
+                        nullptr, pool);
     CHECK(equal_bits(logprob, s.logprob()));
     CHECK(equal_bits(entropy, s.entropy()));
     // Here, and in the caller's copy.
@@ -186,9 +190,8 @@ TEST_CASE("generation path equals scoring path to the bit") {
     // drawn after each chunk takes the place of the next token.
     std::vector<int32_t> tokens = sequences()[1];
     std::map<size_t, float> drawn;
-    KvPool kv(config.num_layers, config.num_kv_heads, config.head_dim, 8, kv_dtype);
+    const auto session = model->make_session(8);
     const std::vector<int32_t> blocks = {5, 2}, stranger = {3};
-    std::vector<float> hidden(static_cast<size_t>(2 * config.hidden_size));
     size_t begin = 0;
     for (const size_t end : {size_t{1}, size_t{9}, size_t{18}, size_t{19}, tokens.size() - 1}) {
       Batch batch;
@@ -205,12 +208,13 @@ TEST_CASE("generation path equals scoring path to the bit") {
           {1, static_cast<int64_t>(end - begin), static_cast<int64_t>(begin), blocks});
       batch.adapters.push_back({1, batch.rows(), adapter.get()});
       batch.output_rows = {0, static_cast<int32_t>(batch.rows() - 1)};
-      model->forward(batch, kv, hidden.data());
+      session->forward(batch);
       std::vector<ops::SampleRow> rows(2);
       rows[1].temperature = 1.0f;
       rows[1].uniform = 0.1 + 0.04 * static_cast<double>(end);
       std::vector<ops::SampledToken> out(2);
-      model->sample(hidden.data(), rows, out);
+      session->draw(rows);
+      session->collect(out);
       tokens[end] = out[1].token;
       drawn[end] = out[1].logprob;
       begin = end;
