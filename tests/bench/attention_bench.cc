@@ -14,6 +14,7 @@
 
 #include "alignpro/core/parallel.h"
 #include "alignpro/model/kv_pool.h"
+#include "alignpro/ops/cpu_ops.h"
 #include "alignpro/ops/attention.h"
 #include "alignpro/ops/machine_limits.h"
 #include "timing.h"
@@ -46,7 +47,10 @@ struct Machine {
 void measure(const Case& c, const Machine& machine, ThreadPool& pool) {
   const int64_t blocks = (c.context + kKvBlock - 1) / kKvBlock;
   const int64_t common = c.shared / kKvBlock, own = blocks - common;
-  KvPool kv_pool(kLayers, kShape.num_kv_heads, kShape.head_dim, common + c.batch * own);
+  const auto device = alignpro::ops::make_cpu_device(1);
+  const auto ops = device->make_ops();
+  KvPool kv_pool(*ops, kLayers, kShape.num_kv_heads, kShape.head_dim, common + c.batch * own,
+                 alignpro::DType::kF32);
   std::vector<std::vector<int32_t>> tables(static_cast<size_t>(c.batch));
   std::vector<Segment> segments;
   std::vector<KvWrite> writes;

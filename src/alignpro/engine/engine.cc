@@ -290,6 +290,12 @@ void Engine::end_step(Sequences& finished) {
   const std::vector<Task*> drawing = *std::exchange(drawing_, std::nullopt);
   std::vector<ops::SampledToken> drawn(drawing.size());
   if (!drawn.empty()) session_->collect(drawn);
+  for (size_t row = 0; row < drawn.size(); ++row) {
+    if (drawn[row].token >= 0) continue;
+    throw NumericError(cat("sampling: row ", row,
+                           " has no finite softmax (NaN or infinite logits); check the weights and "
+                           "the adapter"));
+  }
   counts_.decode_tokens += static_cast<int64_t>(drawn.size());
   for (size_t i = 0; i < drawing.size(); ++i) {
     Task* task = drawing[i];

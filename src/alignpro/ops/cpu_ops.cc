@@ -156,9 +156,6 @@ class CpuOps final : public Ops {
   void clear(void* memory, int64_t bytes) override {
     std::memset(memory, 0, static_cast<size_t>(bytes));
   }
-  void copy(void* to, const void* from, int64_t bytes) override {
-    std::memcpy(to, from, static_cast<size_t>(bytes));
-  }
   void* stage(HostBuffer&, void* memory, int64_t) override { return memory; }
   void upload(void*, const void*, int64_t) override {}
   const void* download(HostBuffer&, const void* memory, int64_t) override { return memory; }

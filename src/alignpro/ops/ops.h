@@ -144,7 +144,6 @@ class Ops {
   virtual void* allocate(int64_t bytes, Pages pages) = 0;
   virtual void release(void* memory, int64_t bytes, Pages pages) noexcept = 0;
   virtual void clear(void* memory, int64_t bytes) = 0;
-  virtual void copy(void* to, const void* from, int64_t bytes) = 0;
   // Where the host writes what upload() sends to `memory`: there itself, or in `buffer`.
   virtual void* stage(HostBuffer& buffer, void* memory, int64_t bytes) = 0;
   virtual void upload(void* memory, const void* staged, int64_t bytes) = 0;

@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "../runtime.h"
+#include "runtime.h"
 #include "alignpro/core/parallel.h"
 
 namespace alignpro::cuda {
