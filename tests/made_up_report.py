@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
+
+from alignpro.evaluate.results import (
+    ArmResult,
+    Comparison,
+    Evaluation,
+    Interval,
+    Report,
+    from_json,
+)
 
 HOSTILE = "<script>alert('x')</script> & [red]not red[/red] {{ 7*7 }} \x1b[31m"
 NASTY = (
@@ -16,6 +26,42 @@ NASTY = (
     "Z\u0351\u036b\u0343a\u0363\u036cl\u030fg\u0334o \U0001f469\u200d\U0001f680 " + "\u4e2d" * 80,
 )
 ARMS = ("raw", "static", "untuned", "trained", "optimum", "tuned")
+
+
+def typed(report: dict[str, Any]) -> Report:
+    return from_json(Report, report, "report")
+
+
+def arm(mean: float = 0.5, ci95: tuple[float, float] = (0.45, 0.55), **fields: Any) -> ArmResult:
+    given = {
+        "reward_variance": 0.16,
+        "n": 64,
+        "num_responses": 256,
+        "components": {"vader": mean},
+        "empty_rewrites": 0,
+        "response_tokens": 40.0,
+    }
+    return ArmResult(Interval(mean, *ci95), **{**given, **fields})
+
+
+def comparison(**fields: Any) -> Comparison:
+    given = dict.fromkeys(field.name for field in dataclasses.fields(Comparison))
+    counts = dict.fromkeys(("wins", "ties", "losses", "identical", "order_disagreements"), 0)
+    return Comparison(**{**given, **counts, "n": 100, "errors": 0, **fields})
+
+
+def evaluation(arms: dict[str, ArmResult], **fields: Any) -> Evaluation:
+    return Evaluation(
+        arms,
+        **{
+            "paired": {},
+            "kl_per_rewrite": None,
+            "kl_per_token": None,
+            "tokens_per_second": 1234.5,
+            "samples": [],
+            **fields,
+        },
+    )
 
 
 def full_report() -> dict[str, Any]:
@@ -54,10 +100,15 @@ def full_report() -> dict[str, Any]:
         "paired": paired,
         "kl_per_rewrite": 1.97,
         "kl_per_token": 0.17,
-        "gap_closed": {"share": 0.695, "ci95": [0.52, 0.88]},
+        "gap_closed": {
+            "share": 0.695,
+            "ci95": [0.52, 0.88],
+            "gap": {"mean": 0.249, "ci95": [0.2, 0.3]},
+        },
         "judge": {
             "name": "a local judge " + HOSTILE,
             "questions": 384,
+            "replayed": 0,
             "failed": 2,
             "comparisons": _comparisons(),
         },
@@ -81,8 +132,11 @@ def _comparisons() -> dict[str, Any]:
             "ci95": [(wins + 5) / 64 - 0.11, (wins + 5) / 64 + 0.11],
             "length_controlled_win_rate": (wins + 1) / 64,
             "length_controlled_ci95": [(wins + 1) / 64 - 0.12, (wins + 1) / 64 + 0.12],
+            "identical": 0,
             "order_disagreements": 9,
+            "first_chosen": None,
             "mean_length_difference": 3.4,
+            "errors": 0,
         }
         for name, wins in (
             ("trained_vs_raw", 39),
@@ -104,6 +158,8 @@ def headroom() -> dict[str, Any]:
                 "kl_coef": round(kl_coef, 4),
                 "objective": reward - kl_coef * kl,
                 "objective_ci95": [reward - kl_coef * kl - 0.02, reward - kl_coef * kl + 0.02],
+                "gain": reward - kl_coef * kl - 0.49,
+                "gain_ci95": [reward - kl_coef * kl - 0.5, reward - kl_coef * kl - 0.48],
                 "reward": reward,
                 "kl": kl,
                 "effective_samples": 16 * math.exp(-kl),
@@ -112,6 +168,7 @@ def headroom() -> dict[str, Any]:
                 "crossfit_kl": 0.9 * kl,
                 "corrected_objective": reward - kl_coef * kl - 0.01,
                 "crossfit_ci95": [reward - 0.05, reward],
+                "corrected_ci95": [reward - 0.05, reward],
             }
         )
     return {
@@ -141,8 +198,11 @@ def bound() -> dict[str, Any]:
         "reward_range_source": "observed",
         "tuned": "closed form",
         "closed_form": {"kl_coef": 0.05, "effective_samples": 4.2},
+        "num_prompts": 64,
+        "num_rewrites": 16,
         "num_responses": 2,
         "truncated_responses": 0.4,
+        "parity_max_abs": None,
         "kl_coef": 0.05,
         "terms": {
             "tv_tuned": {"mean": 0.43, "ci95": [0.39, 0.47]},

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from alignpro.cli import app
+from alignpro.config import (
+    BoundConfig,
+    EvalConfig,
+    HeadroomConfig,
+    QuickstartConfig,
+    SftConfig,
+    TrainConfig,
+    load_yaml,
+)
 from alignpro.train.metrics import read_metrics
 from alignpro.train.trainer import Trainer
 
@@ -223,7 +234,11 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["train", "missing.yaml"], "missing.yaml"),
+        (["train", "missing.yaml"], "missing.yaml: expected a YAML file of settings, found no su"),
+        (["train", "."], ".: expected a YAML file of settings, found a folder"),
+        (["train", "steps=3"], "steps=3: expected a YAML file, or the config.json of a run, befo"),
+        (["evaluate", "untuned=a/folder"], "untuned: is now prompter.adapter"),
+        (["train", "{yaml}", "target_device=cuda"], "target_device: is now target.device"),
         (["train", "{yaml}", "lerning_rate=1"], 'did you mean "learning_rate"?'),
         (["train", "{yaml}", "steps"], "expected key=value"),
         (["train", "{yaml}", "rewrite.temperature=-1"], "rewrite.temperature: expected above 0"),
@@ -320,7 +335,7 @@ def test_everything_that_stages_write_may_be_overwritten(quick, tiny, tmp_path):
     run(*train)
     assert not (folder / "report.json").exists() and (folder / "adapter").is_dir()
     before = sorted(p.name for p in tiny.iterdir())
-    for command in (["train", tmp_path / "config.json"], ["sft", f"model={tiny}"]):
+    for command in (["train", tmp_path / "config.json"], ["sft", f"prompter.model={tiny}"]):
         assert "not one of alignpro's" in refused(*command, f"run_dir={tiny}", "--overwrite")
     assert sorted(p.name for p in tiny.iterdir()) == before
 
@@ -364,3 +379,30 @@ def test_help_imports_nothing_heavy():
         "report",
     ):
         assert command in result.stdout
+
+
+def commands(group=None):
+    """Every command with its parameters, those of a group (alignpro bench) included."""
+    for name, command in (group or typer.main.get_command(app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command)
+        else:
+            yield pytest.param(command, id=name)
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_help_is_in_sentences(command):
+    for text in (command.help, *(p.help for p in command.params if p.name != "help")):
+        assert text and text[0].isupper() and text.endswith("."), text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [BoundConfig, EvalConfig, HeadroomConfig, QuickstartConfig, SftConfig, TrainConfig],
+)
+def test_the_example_in_the_help_works(config):
+    (example,) = (p.help for p in typer.main.get_command(app).commands["sft"].params
+                  if p.name == "overrides")  # fmt: skip
+    settings = re.findall(r"[\w.]+=[\w.]*\w", example)
+    made = load_yaml(config, None, settings)
+    assert (made.seed, made.prompter.model) == (1, "smollm2") and len(settings) == 2

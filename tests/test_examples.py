@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -11,7 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alignpro.config import EvalConfig, TrainConfig, load_yaml
+from alignpro.config import (
+    BoundConfig,
+    EvalConfig,
+    HeadroomConfig,
+    QuickstartConfig,
+    SftConfig,
+    TrainConfig,
+    load_yaml,
+)
 from alignpro.config.fields import default_of
 from alignpro.data.load import load_prompts
 from alignpro.price.devices import Rates
@@ -149,3 +158,55 @@ def test_the_readme_says_that_nothing_was_run_and_names_what_is_there():
         assert (EXAMPLES.parent / name).is_file()
     for data in HUB:
         assert data in text
+
+
+CONFIGS = {
+    "quickstart": QuickstartConfig,
+    "sft": SftConfig,
+    "train": TrainConfig,
+    "evaluate": EvalConfig,
+    "headroom": HeadroomConfig,
+    "bound": BoundConfig,
+}
+PAGES = [EXAMPLES.parent / "README.md", EXAMPLES / "paper" / "README.md"]
+PAGES += sorted((EXAMPLES.parent / "docs").rglob("*.md"))
+
+
+def commands(text):
+    """(stage, words) of every `alignpro STAGE ...` in the blocks of a page, or in backticks."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    lines = [line for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()]
+    lines += re.findall(r"`(alignpro [^`]*)`", text)
+    for line in lines:
+        _, found, rest = line.partition("alignpro ")
+        words = shlex.split(rest.replace("--seed N", "")) if found else []
+        if words and words[0] in CONFIGS:
+            yield words[0], words[1:]
+
+
+def loaded(stage, words):
+    """The configuration that the words of a command make; options are left out."""
+    files = [w for w in words if w.endswith(".yaml") and "=" not in w]
+    file = (
+        EXAMPLES.parent / files[0].replace("$PROMPTER", "phi3.5").replace("$DATA", "orca")
+        if files
+        else None
+    )
+    return load_yaml(CONFIGS[stage], file, [w for w in words if "=" in w and w[0] != "-"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+def test_the_settings_in_the_pages_exist(page):
+    for stage, words in commands(page.read_text("utf-8")):
+        if not words or words[0] != "CONFIG.yaml":
+            loaded(stage, words)
+
+
+def test_there_are_settings_in_the_pages():
+    found = [c for page in PAGES for c in commands(page.read_text("utf-8"))]
+    assert len(found) > 12 and {stage for stage, _ in found} == set(CONFIGS)
+    oracle = "policy=target prompter.adapter=null run_dir=oracle"
+    (command,) = [words for _, words in found if " ".join(words).endswith(oracle)]
+    assert loaded("train", command).policy == "target"
+    with pytest.raises(ValueError, match=r"adapter: is now prompter\.adapter"):
+        loaded("train", ["examples/quickstart.yaml", "adapter=null"])

@@ -10,10 +10,12 @@
 #include <vector>
 
 #include "alignpro/model/adapter.h"
+#include "alignpro/model/facts.h"
 #include "alignpro/model/model.h"
 #include "alignpro/model/score.h"
 #include "alignpro/ops/cpu_ops.h"
 #include "array.h"
+#include "bind_files.h"
 #include "cuda/cuda_ops.h"
 #include "gil.h"
 
@@ -22,6 +24,12 @@ using namespace alignpro;
 using namespace alignpro::bindings;
 
 namespace {
+
+ops::Arithmetic arithmetic_from(const std::string& name) {
+  if (name == "float32") return ops::Arithmetic::kFloat32;
+  require(name == "int8", "compute: expected \"float32\" or \"int8\", got \"", name, "\"");
+  return ops::Arithmetic::kInt8;
+}
 
 // Checks what each device takes before it makes one.
 std::unique_ptr<ops::Device> device_from(const std::string& name,
@@ -33,21 +41,18 @@ std::unique_ptr<ops::Device> device_from(const std::string& name,
     const std::string wanted = compute.value_or("bfloat16");
     require(wanted == "bfloat16" || wanted == "float32",
             "compute: expected \"bfloat16\" or \"float32\" on device cuda, got \"", wanted, "\"");
-    require(!kv_dtype || *kv_dtype == wanted, "kv_dtype: on device cuda it is compute's, \"", wanted,
-            "\", got \"", kv_dtype.value_or(""), "\"");
+    require(!kv_dtype || *kv_dtype == wanted, "kv_dtype: on device cuda it is compute's, \"",
+            wanted, "\", got \"", kv_dtype.value_or(""), "\"");
     return cuda::make_device(wanted == "bfloat16" ? DType::kBF16 : DType::kF32, deterministic,
                              threads, library_folders);
   }
   require(name == "cpu", "device: expected \"cpu\" or \"cuda\", got \"", name, "\"");
   const std::string wanted = compute.value_or("float32"), kv = kv_dtype.value_or("float32");
-  require(wanted == "float32" || wanted == "int8",
-          "compute: expected \"float32\" or \"int8\", got \"", wanted, "\"");
+  const ops::Arithmetic arithmetic = arithmetic_from(wanted);
   require(kv == "float32" || kv == "float16",
           "kv_dtype: expected \"float32\" or \"float16\", got \"", kv, "\"");
   require(deterministic, "deterministic: device cpu always is, got false");
-  return ops::make_cpu_device(
-      threads, wanted == "int8" ? ops::Arithmetic::kInt8 : ops::Arithmetic::kFloat32,
-      kv == "float16" ? DType::kF16 : DType::kF32);
+  return ops::make_cpu_device(threads, arithmetic, kv == "float16" ? DType::kF16 : DType::kF32);
 }
 
 const char* kv_dtype_name(DType dtype) {
@@ -55,9 +60,7 @@ const char* kv_dtype_name(DType dtype) {
   return dtype == DType::kF16 ? "float16" : "float32";
 }
 
-py::dict describe(const model::Model& model) {
-  const model::ModelConfig& c = model.config();
-  const ops::Device& device = model.device();
+py::dict describe(const model::ModelConfig& c, int64_t context_length) {
   py::dict d;
   d["family"] = std::string(model::family_name(c.family));
   d["vocab_size"] = c.vocab_size;
@@ -67,10 +70,16 @@ py::dict describe(const model::Model& model) {
   d["num_heads"] = c.num_heads;
   d["num_kv_heads"] = c.num_kv_heads;
   d["head_dim"] = c.head_dim;
-  d["context_length"] = model.context_length();
+  d["context_length"] = context_length;
   d["bos_id"] = c.bos_id >= 0 ? py::object(py::int_(c.bos_id)) : py::object(py::none());
   d["eos_ids"] = c.eos_ids;
   d["tied_head"] = c.tied_head;
+  return d;
+}
+
+py::dict describe_model(const model::Model& model) {
+  const ops::Device& device = model.device();
+  py::dict d = describe(model.config(), model.context_length());
   d["device"] = device.name();
   d["threads"] = device.threads();
   d["compute"] = device.compute();
@@ -79,6 +88,14 @@ py::dict describe(const model::Model& model) {
   d["weight_bytes"] = model.weights().bytes();
   d["streamed_bytes"] = model.weights().streamed_bytes();
   return d;
+}
+
+py::dict lora_shapes(const model::ModelConfig& config) {
+  py::dict shapes;
+  for (const model::LoraModule& module : model::lora_modules(config)) {
+    shapes[py::str(module.path)] = py::make_tuple(module.outputs, module.inputs);
+  }
+  return shapes;
 }
 
 std::shared_ptr<model::Adapter> make_adapter(const model::ModelConfig& config,
@@ -130,6 +147,39 @@ py::dict gradients_to_dict(const model::Adapter& adapter,
   return result;
 }
 
+py::dict matrix_bytes(const model::ModelFacts& facts, const std::string& device,
+                      const std::string& compute) {
+  require(device == "cpu" || device == "cuda", "device: expected \"cpu\" or \"cuda\", got \"",
+          device, "\"");
+  const auto bytes = [&] {
+    if (device == "cpu") return facts.bytes(arithmetic_from(compute));
+    require(compute == "bfloat16" || compute == "float32",
+            "compute: expected \"bfloat16\" or \"float32\" on device cuda, got \"", compute, "\"");
+    return facts.bytes(compute == "bfloat16" ? DType::kBF16 : DType::kF32);
+  }();
+  py::dict d;
+  d["layers"] = bytes.layers;
+  d["head"] = bytes.head;
+  d["embedding"] = bytes.embedding;
+  return d;
+}
+
+// Of a score with gradients, by an adapter of one rank on these modules.
+int64_t facts_score_bytes(const model::ModelFacts& facts,
+                          std::vector<std::vector<int32_t>> sequences, std::vector<int64_t> starts,
+                          const std::vector<std::string>& modules, int64_t rank,
+                          bool with_reference, const std::string& activations, int threads) {
+  const GilRelease release;
+  require(starts.size() == sequences.size(), "score_bytes: expected a start for each of ",
+          sequences.size(), " sequences, got ", starts.size());
+  return facts.score_bytes({.sequences = std::move(sequences),
+                            .starts = std::move(starts),
+                            .with_reference = with_reference,
+                            .keep_graph = true,
+                            .activations = activations_from(activations)},
+                           modules, rank, threads);
+}
+
 void bind_score(py::module_& m) {
   const auto or_none = [](const std::vector<float>& values, bool there) {
     return there ? py::object(to_array(values)) : py::object(py::none());
@@ -139,9 +189,10 @@ void bind_score(py::module_& m) {
       .def_property_readonly("entropy", [](const model::Score& s) { return to_array(s.entropy()); })
       .def_property_readonly(
           "kl", [or_none](const model::Score& s) { return or_none(s.kl(), s.has_reference()); })
-      .def_property_readonly(
-          "reference_logprob",
-          [or_none](const model::Score& s) { return or_none(s.reference_logprob(), s.has_reference()); })
+      .def_property_readonly("reference_logprob",
+                             [or_none](const model::Score& s) {
+                               return or_none(s.reference_logprob(), s.has_reference());
+                             })
       .def_property_readonly("hidden",
                              [](const model::Score& s) -> py::object {
                                if (!s.has_hidden()) return py::none();
@@ -198,12 +249,12 @@ void bind_scoring(py::class_<model::Model, std::shared_ptr<model::Model>>& of) {
              bool with_hidden) {
             const GilRelease release;
             return model::Score::bytes(self, {.sequences = std::move(sequences),
-                                       .starts = std::move(starts),
-                                       .adapter = std::move(adapter),
-                                       .with_reference = with_reference,
-                                       .with_hidden = with_hidden,
-                                       .keep_graph = keep_graph,
-                                       .activations = activations_from(activations)});
+                                              .starts = std::move(starts),
+                                              .adapter = std::move(adapter),
+                                              .with_reference = with_reference,
+                                              .with_hidden = with_hidden,
+                                              .keep_graph = keep_graph,
+                                              .activations = activations_from(activations)});
           },
           py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
           py::arg("with_reference") = false, py::arg("keep_graph") = false,
@@ -221,34 +272,55 @@ void bind_model(py::module_& m) {
         return paths;
       });
 
+  py::class_<model::ModelFacts>(m, "ModelFacts")
+      .def_property_readonly("config",
+                             [](const model::ModelFacts& f) {
+                               return describe(f.config(), model::choose_context(f.config(), 0));
+                             })
+      .def_property_readonly("has_weights", &model::ModelFacts::has_weights)
+      .def_property_readonly("lora_modules",
+                             [](const model::ModelFacts& f) { return lora_shapes(f.config()); })
+      .def_property_readonly("layer_parameters", &model::ModelFacts::layer_parameters)
+      .def_property_readonly("head_parameters", &model::ModelFacts::head_parameters)
+      .def_property_readonly("kv_elements", &model::ModelFacts::kv_elements)
+      .def("matrix_bytes", &matrix_bytes, py::arg("device") = "cpu", py::arg("compute") = "float32")
+      .def("score_bytes", &facts_score_bytes, py::arg("sequences"), py::arg("starts"),
+           py::arg("modules"), py::arg("rank"), py::arg("with_reference") = false,
+           py::arg("activations") = "keep", py::arg("threads") = 1);
+  m.def(
+      "describe",
+      [](const py::object& files) {
+        const model::ModelFiles opened = files_from(files);
+        const GilRelease release;
+        return model::ModelFacts(opened);
+      },
+      py::arg("files"));
+
   bind_score(m);
 
   py::class_<model::Model, std::shared_ptr<model::Model>> of(m, "Model");
-  of.def_property_readonly("config", &describe)
+  of.def_property_readonly("config", &describe_model)
       .def_static(
           "load",
-          [](const std::string& path, const std::string& device,
+          [](const py::object& files, const std::string& device,
              const std::optional<std::string>& compute, const std::optional<std::string>& kv_dtype,
              bool deterministic, int threads, int64_t context_length,
              const std::vector<std::string>& library_folders) {
+            const auto open = [&] {
+              const GilRelease release;
+              return device_from(device, compute, kv_dtype, deterministic, threads,
+                                 library_folders);
+            };
+            auto made = open();
+            const model::ModelFiles opened = files_from(files);
             const GilRelease release;
-            return model::Model::load(
-                path,
-                device_from(device, compute, kv_dtype, deterministic, threads, library_folders),
-                context_length);
+            return model::Model::load(opened, std::move(made), context_length);
           },
-          py::arg("path"), py::kw_only(), py::arg("device") = "cpu",
+          py::arg("files"), py::kw_only(), py::arg("device") = "cpu",
           py::arg("compute") = py::none(), py::arg("kv_dtype") = py::none(),
           py::arg("deterministic") = true, py::arg("threads") = 0, py::arg("context_length") = 0,
           py::arg("library_folders") = std::vector<std::string>())
-      .def("lora_modules",
-           [](const model::Model& self) {
-             py::dict shapes;
-             for (const model::LoraModule& module : model::lora_modules(self.config())) {
-               shapes[py::str(module.path)] = py::make_tuple(module.outputs, module.inputs);
-             }
-             return shapes;
-           })
+      .def("lora_modules", [](const model::Model& self) { return lora_shapes(self.config()); })
       .def(
           "make_adapter",
           [](const model::Model& self, const py::dict& matrices, float scale) {

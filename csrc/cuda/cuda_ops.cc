@@ -132,9 +132,7 @@ class CudaOps final : public ops::Ops {
   }
 
   void* allocate(int64_t bytes, Pages) override { return cuda::allocate(bytes, stream()); }
-  void release(void* memory, int64_t, Pages) noexcept override {
-    cuda::release(memory, stream());
-  }
+  void release(void* memory, int64_t, Pages) noexcept override { cuda::release(memory, stream()); }
   void clear(void* memory, int64_t bytes) override { cuda::clear(memory, bytes, stream()); }
   void* stage(ops::HostBuffer& buffer, void*, int64_t bytes) override {
     return buffer.reserve(bytes);

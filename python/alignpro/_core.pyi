@@ -35,8 +35,25 @@ def trace_stop() -> dict[str, Any]:
     rows). And names (list[str]), dropped (int, events beyond the limit). Raises ValueError where
     it is off."""
 
-def read_gguf_metadata(path: str) -> dict[str, Any]:
-    """Every key of a GGUF header; arrays become lists. Raises ModelFileError."""
+class ModelFiles:
+    """The files of one model, each read once: a GGUF file, or a folder in Hugging Face's layout.
+    Raises ModelFileError for a file that is missing or damaged."""
+
+    def __init__(self, path: str) -> None: ...
+    @property
+    def path(self) -> str: ...
+    def metadata(self) -> dict[str, Any] | None:
+        """Every key of a GGUF header, arrays as lists; None for a folder."""
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """One of a folder's JSON files; None where it has no such file."""
+
+    def eos_ids(self) -> list[int]:
+        """Every id that ends a text: what the files name, and the end tokens of known chat
+        templates; the tokenizer's own EOS first."""
+
+def metadata_eos_ids(metadata: dict[str, Any]) -> list[int]:
+    """As ModelFiles.eos_ids, of GGUF metadata that is no file."""
 
 class QuantizedWeight:
     """A matrix of a GGUF file, mapped: its bytes are read where they are used."""
@@ -100,10 +117,46 @@ class Adapter:
     rank: int
     modules: list[str]
 
+class ModelFacts:
+    """What a model is and weighs, from the headers of its files: no weight is read. A folder may
+    hold config.json alone; its weights are then taken to be bfloat16."""
+
+    config: dict[str, Any]
+    """family, vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads,
+    head_dim, context_length, bos_id (int | None), eos_ids, tied_head"""
+    has_weights: bool
+    lora_modules: dict[str, tuple[int, int]]
+    """As Model.lora_modules()."""
+    layer_parameters: int
+    """Numbers in the layers' matrices."""
+    head_parameters: int
+    kv_elements: int
+    """Numbers that a position keeps in all layers."""
+
+    def matrix_bytes(self, device: str = "cpu", compute: str = "float32") -> dict[str, int]:
+        """Of "layers", "head" and "embedding" (0 where it is the head) when loaded. A step reads
+        layers and head, however few rows it has."""
+
+    def score_bytes(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        modules: Sequence[str],
+        rank: int,
+        with_reference: bool = False,
+        activations: str = "keep",
+        threads: int = 1,
+    ) -> int:
+        """As Model.score_bytes on the CPU, with keep_graph and an adapter of ``rank`` on
+        ``modules``."""
+
+def describe(files: ModelFiles | str) -> ModelFacts:
+    """Raises ModelFileError."""
+
 class Model:
     @staticmethod
     def load(
-        path: str,
+        files: ModelFiles | str,
         *,
         device: str = "cpu",
         compute: str | None = None,
@@ -121,9 +174,8 @@ class Model:
 
     @property
     def config(self) -> dict[str, Any]:
-        """family, vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads,
-        head_dim, context_length, bos_id (int | None), eos_ids, tied_head, device, threads,
-        weight_bytes, compute, kv_dtype, deterministic, streamed_bytes (read by every step)"""
+        """As ModelFacts.config, and device, threads, weight_bytes, compute, kv_dtype,
+        deterministic, streamed_bytes (read by every step)"""
 
     def lora_modules(self) -> dict[str, tuple[int, int]]:
         """Every linear a LoRA can attach to, by its PEFT path ("model.layers.0.self_attn.q_proj"),

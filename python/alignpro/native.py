@@ -1,7 +1,7 @@
 """The one door to the compiled engine. Nothing else imports ``_core``.
 
-The extension is loaded when a name is first asked for, so that what needs no engine (tokenizers,
-adapters on disk, rewards) works without it, and a missing build is reported by whoever needs it.
+The extension is loaded when a name is first asked for, so that what needs no engine (adapters on
+disk, rewards) works without it, and a missing build is reported by whoever needs it.
 """
 
 from __future__ import annotations

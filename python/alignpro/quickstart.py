@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from alignpro.config import QuickstartConfig
 from alignpro.data.load import load_pairs, load_prompts
+from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, load_inputs
 from alignpro.files import write_json
 from alignpro.models.native_model import load_models
@@ -39,7 +40,7 @@ class QuickstartResult:
     """What a run left behind."""
 
     run_dir: Path
-    report: dict[str, Any]  # report.json
+    report: Report  # report.json
     metrics: list[dict[str, Any]]  # metrics.jsonl
 
 
@@ -91,26 +92,26 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
                 bars.show,
             )
 
-    report = {
-        **outcome,
-        "seconds": seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "seed": config.seed,
-        "model": config.prompter.name,
-        "reward": config.reward,
-        "versions": versions(),
-        "config": as_config(config),
-    }
+    report = Report(
+        outcome,
+        model=config.prompter.name,
+        reward=config.reward,
+        seed=config.seed,
+        seconds=seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+        versions=versions(),
+        config=as_config(config),
+    )
     with trainer.directory:
         metrics = write_reports(trainer.run_dir, report)
     return QuickstartResult(trainer.run_dir, report, metrics)
 
 
-def write_reports(run_dir: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def write_reports(run_dir: Path, report: Report) -> list[dict[str, Any]]:
     """report.json, report.html and reward.png for a run; returns its metrics."""
-    write_json(run_dir / "report.json", report)
+    write_json(run_dir / "report.json", to_json(report))
     metrics = build_report(run_dir).metrics
-    reward_curve(metrics, run_dir / "reward.png", report=report)
+    reward_curve(metrics, run_dir / "reward.png", evaluation=report.evaluation)
     return metrics
 
 

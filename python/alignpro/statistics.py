@@ -21,6 +21,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Its ends, of an interval at the usual level."""
+        return self.low, self.high
+
 
 def bootstrap_mean_ci(
     values: Sequence[float] | NDArray[np.floating],

@@ -348,7 +348,7 @@ TEST_CASE("gguf lies by name") {
   refuses([](Gguf& f) { f.string("llama.rope.scaling.type", "yarn"); }, "rope scaling 'yarn'");
 }
 
-TEST_CASE("gguf rope and eos") {
+TEST_CASE("gguf rope") {
   ModelConfig config = open_changed([](Gguf& f) {
     f.f32("llama.rope.scaling.factor", 4.0f).f32("llama.rope.freq_base", 5e5f);
     f.tensors.push_back({"rope_freqs.weight", {8}, 0, build::floats(std::vector<float>(8, 2.0f))});
@@ -376,22 +376,42 @@ TEST_CASE("gguf rope and eos") {
                        })),
                        doctest::Contains("'rope_freqs.weight' has shape [4], expected [8]"),
                        FileError);
+}
 
-  // Without an eot id, the control token that ends a turn counts; a plain one of that text not.
-  const auto eos_of = [](int32_t type) {
-    return open_changed([type](Gguf& f) {
-             std::string tokens = raw<uint32_t>(8) + raw<uint64_t>(5);
-             std::string types = raw<uint32_t>(5) + raw<uint64_t>(5);
-             for (int i = 0; i < 5; ++i) {
-               tokens += Gguf::text(i == 4 ? "<|end|>" : "t");
-               types += raw<int32_t>(i == 4 ? type : 1);
+TEST_CASE("gguf end of text") {
+  using Token =
+      std::pair<std::string, int32_t>;  // text and type: 1 normal, 3 control, 4 the user's
+  const auto eos_of = [](const std::vector<Token>& vocabulary,
+                         const std::map<std::string, uint32_t>& keys = {}) {
+    return open_changed([&](Gguf& f) {
+             const auto count = static_cast<uint64_t>(vocabulary.size());
+             std::string tokens = raw<uint32_t>(8) + raw(count);
+             std::string types = raw<uint32_t>(5) + raw(count);
+             for (const auto& [text, type] : vocabulary) {
+               tokens += Gguf::text(text);
+               types += raw(type);
              }
              f.set("tokenizer.ggml.tokens", 9, tokens).set("tokenizer.ggml.token_type", 9, types);
+             for (const auto& [key, id] : keys) f.u32("tokenizer.ggml." + key, id);
            })
         .eos_ids;
   };
-  CHECK((eos_of(3) == std::vector<int32_t>{2, 4}));
-  CHECK((eos_of(1) == std::vector<int32_t>{2}));
+  using Ids = std::vector<int32_t>;
+  const Token word = {"t", 1};
+  // The file names token 2.
+  for (const int32_t type : {1, 3, 4}) {
+    CHECK_EQ(eos_of({word, {"<|end|>", type}, word, word}), Ids{2, 1});
+  }
+  CHECK_EQ(eos_of({word, {"</s>", 3}, word}), Ids{2, 1});
+  CHECK_EQ(eos_of({word, {"</s>", 1}, word}), Ids{2});  // HTML, as far as one can tell
+  CHECK_EQ(eos_of({word, {"<|END|>", 3}, word, {"<|Im_End|>", 3}}), Ids{2});
+  CHECK_EQ(
+      eos_of({{"<|im_end|>", 1}, word, word, word}, {{"eot_token_id", 3}, {"eom_token_id", 1}}),
+      Ids{2, 3, 1, 0});
+  CHECK_EQ(eos_of({word}, {{"eot_token_id", 4000}}), Ids{2});  // beyond the vocabulary
+  // gpt-oss goes on after the end of a message.
+  CHECK_EQ(eos_of({{"<|end|>", 3}, {"<|call|>", 3}, word, {"<|return|>", 3}}), Ids{2, 1, 3});
+  CHECK_EQ(eos_of({{"<|end|>", 3}, {"<|call|>", 3}, word}), Ids{2, 0});
 }
 
 // ---- safetensors -------------------------------------------------------------------------------
@@ -537,5 +557,5 @@ TEST_CASE("safetensors lies by name") {
                        doctest::Contains("expected *.safetensors files, found none"), FileError);
   std::filesystem::remove(folder / "config.json");
   CHECK_THROWS_WITH_AS((void)(Checkpoint::open(folder.path)),
-                       doctest::Contains("config.json: cannot be opened"), FileError);
+                       doctest::Contains("config.json: no such file"), FileError);
 }

@@ -1,11 +1,14 @@
 // config.json and generation_config.json; a GGUF's config is in checkpoint_test.
 
 #include <cmath>
+#include <map>
+#include <string>
 #include <vector>
 
 #include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/model/config_readers.h"
+#include "alignpro/model/end_of_text.h"
 #include "model_file_builder.h"
 
 using namespace alignpro;
@@ -22,20 +25,54 @@ ModelConfig config_with(const JsonFields& changes, const std::string& generation
   for (const auto& [key, value] : changes) fields[key] = value;
   build::write(folder / "config.json", build::json(fields));
   if (!generation.empty()) build::write(folder / "generation_config.json", generation);
-  return model::read_hf_config(folder.path);
+  return model::read_config(folder.path);
 }
 
 }  // namespace
 
 TEST_CASE("config eos and bos") {
   CHECK((config_with({{"eos_token_id", "[3, 2, 3]"}}).eos_ids == std::vector<int32_t>{3, 2}));
-  CHECK((config_with({}, R"({"eos_token_id": [4, 1]})").eos_ids == std::vector<int32_t>{4, 1}));
+  CHECK((config_with({}, R"({"eos_token_id": [4, 1]})").eos_ids == std::vector<int32_t>{4, 1, 2}));
   CHECK((config_with({}, R"({"eos_token_id": null})").eos_ids == std::vector<int32_t>{2}));
   CHECK(config_with({{"eos_token_id", "32000"}}).eos_ids.empty());  // no logit reaches it
   CHECK(config_with({{"eos_token_id", "null"}}).eos_ids.empty());
   CHECK_EQ(config_with({{"bos_token_id", "null"}}).bos_id, -1);
   CHECK_THROWS_WITH_AS((void)(config_with({{"eos_token_id", "\"</s>\""}})),
                        doctest::Contains("an integer or a list"), FileError);
+}
+
+TEST_CASE("end of text of a folder") {
+  const auto ids_of = [](const std::map<std::string, std::string>& files) {
+    const TempFolder folder;
+    for (const auto& [name, text] : files) build::write(folder / name, text);
+    return model::end_of_text_ids(folder.path);
+  };
+  using Ids = std::vector<int32_t>;
+  const std::string added = R"({"added_tokens": [{"id": 7, "content": "</s>", "special": false},
+      {"id": 8, "content": "<|im_end|>"}, {"id": 9, "content": "<|IM_END|>", "special": true},
+      {"id": 10, "content": "<stop>", "special": true}]})";
+  CHECK_EQ(ids_of({}), Ids{});
+  CHECK_EQ(ids_of({{"tokenizer.json", added}}), Ids{8});
+  // The tokenizer's EOS is a text, or an object with one; by either file, and by a list of ids.
+  CHECK_EQ(
+      ids_of({{"tokenizer.json", added}, {"tokenizer_config.json", R"({"eos_token": "</s>"})"}}),
+      Ids{7, 8});
+  CHECK_EQ(ids_of({{"tokenizer.json", added},
+                   {"special_tokens_map.json", R"({"eos_token": {"content": "<stop>"}})"},
+                   {"generation_config.json", R"({"eos_token_id": [3, 10]})"},
+                   {"config.json", R"({"eos_token_id": 4, "vocab_size": 10})"}}),
+           Ids{3, 4, 8});
+  // Tokens that tokenizer_config.json alone lists, and such as stand in the vocabulary.
+  CHECK_EQ(ids_of({{"tokenizer_config.json",
+                    R"({"eos_token": "<stop>", "added_tokens_decoder": {
+                        "5": {"content": "<stop>"}, "x": {"content": "<|eot_id|>"},
+                        "6": {"content": "</s>", "special": true}}})"}}),
+           Ids{5, 6});
+  CHECK_EQ(ids_of({{"tokenizer.json",
+                    R"({"model": {"vocab": {"<|eom_id|>": 2, "</s>": 3, "<|end|>": 1}}})"}}),
+           Ids{2, 1});
+  CHECK_EQ(ids_of({{"tokenizer.json", R"({"model": {"vocab": [["a", 0.0], ["<|end|>", -1.5]]}})"}}),
+           Ids{1});
 }
 
 TEST_CASE("config families") {

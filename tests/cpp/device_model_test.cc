@@ -111,8 +111,7 @@ void check_alone_and_scored(const std::shared_ptr<const Model>& device,
   for (size_t i = 0; i < asked.size(); ++i) {
     Engine alone(device, options(*device, 40));
     CHECK(generate(alone, {asked[i]}, 6)[0] == together[i]);
-    CHECK_EQ(Score(device, score_request(asked, together, i)).logprob(),
-             together[i].logprobs);
+    CHECK_EQ(Score(device, score_request(asked, together, i)).logprob(), together[i].logprobs);
   }
 }
 
@@ -157,8 +156,7 @@ SLOW_TEST(a_sequences_bits_are_its_own) {
     const std::vector<Answer> all = generate(together, asked, 3);
     for (const size_t i : {size_t{1}, size_t{5}}) {
       // Alone, a few tokens of prefill at a time, nothing shared.
-      Engine alone(device,
-                   options(*device, 3, false));
+      Engine alone(device, options(*device, 3, false));
       CHECK(generate(alone, {asked[i]}, 3)[0] == all[i]);
       CHECK_EQ(Score(device, score_request(asked, all, i)).logprob(), all[i].logprobs);
     }
@@ -228,8 +226,7 @@ SLOW_TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
     }
     const std::vector<Answer> answers = generate(engine, asked, 4);
     for (size_t i = 0; i < asked.size(); ++i) {
-      CHECK_EQ(Score(device, score_request(asked, answers, i)).logprob(),
-               answers[i].logprobs);
+      CHECK_EQ(Score(device, score_request(asked, answers, i)).logprob(), answers[i].logprobs);
     }
   };
   for (const auto& with : {first, second, std::shared_ptr<Adapter>()}) check(2, 3, with);
@@ -251,8 +248,7 @@ TEST_CASE("the fast mode is near and says so") {
     const ScoreRequest request = score_request(asked, answers, i);
     const auto scored = Score(fast, request).logprob();
     sampled = std::max(sampled, largest_difference(scored, answers[i].logprobs));
-    apart =
-        std::max(apart, largest_difference(scored, Score(strict, request).logprob()));
+    apart = std::max(apart, largest_difference(scored, Score(strict, request).logprob()));
   }
   CHECK((sampled > 0 && sampled < kLogprobBudget));
   CHECK((apart > 0 && apart < kLogprobBudget));
@@ -333,8 +329,8 @@ TEST_CASE("what a device cannot do is refused by name") {
   request.sequences = {{1, 111}};
   CHECK_THROWS_WITH_AS((void)(Score(device, request)), doctest::Contains("token 111"),
                        InvalidArgument);
-  CHECK_THROWS_WITH_AS((void)(Score::bytes(*device, request)),
-                       doctest::Contains("token 111"), InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(Score::bytes(*device, request)), doctest::Contains("token 111"),
+                       InvalidArgument);
 
   CHECK_THROWS_WITH_AS((void)(device_model(config, DType::kF16)),
                        doctest::Contains("bfloat16 or float32"), InvalidArgument);

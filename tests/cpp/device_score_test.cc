@@ -154,7 +154,7 @@ SLOW_TEST(a_score_is_its_sequences_own) {
   }
 }
 
-// Forward by cuBLASLt's stand-in, whose sums go another way; backward as in mode strict.
+// Forward by cuBLASLt's stand-in, whose sums go another way; backward as where it is deterministic.
 TEST_CASE("fast gradients stay near") {
   const ModelConfig config = small(true, false, false);
   ScoreRequest request = request_of(config);
@@ -175,8 +175,7 @@ TEST_CASE("fast gradients stay near") {
 SLOW_TEST(bfloat16_gradients_stay_near) {
   const ModelConfig config = wide(small(false, true, false));
   ScoreRequest request = request_of(config);
-  Score exact(device_model(config), request),
-      rounded(device_model(config, DType::kBF16), request);
+  Score exact(device_model(config), request), rounded(device_model(config, DType::kBF16), request);
   const std::vector<float> truth = flat(gradients_of(exact)), got = flat(gradients_of(rounded));
   const double far = relative_error(got, Doubles(truth.begin(), truth.end()));
   // Eight bits of mantissa in weights, activations and their gradients: 0.055 here.

@@ -349,8 +349,8 @@ TEST_CASE("kv pool copies the first slots of every layer and head") {
       CHECK(at(1) == (slot < 5 ? at(0) : std::pair<uint16_t, uint16_t>(0, 0)));
     }
   }
-  CHECK_THROWS_WITH_AS((void)(model::KvPool(*on, 1, 1, 1, 0, DType::kF32)), doctest::Contains("positive"),
-                       InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(model::KvPool(*on, 1, 1, 1, 0, DType::kF32)),
+                       doctest::Contains("positive"), InvalidArgument);
   CHECK_THROWS_WITH_AS((void)(model::KvPool(*on, 1 << 20, 1 << 20, 1 << 20, 1 << 20, DType::kF32)),
                        doctest::Contains("overflow"), InvalidArgument);
 }

@@ -192,7 +192,7 @@ def test_the_bound_of_a_target_that_is_not_deterministic_says_how_far_it_is_off(
     off = {}
     for deterministic in (True, False):
         model = load_model(llama, device="cuda", compute="float32", deterministic=deterministic)
-        off[deterministic] = measure_bound(config, model, model, reward, rows)["parity_max_abs"]
+        off[deterministic] = measure_bound(config, model, model, reward, rows).parity_max_abs
     assert off[True] is None and 0 < off[False] < BUDGET
 
 

@@ -77,10 +77,12 @@ class PaddedOps:
         return call
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.__name__)
+# The models' cases make no call of an op.
+OPS = [case for case in cases.CASES if not case.__name__.startswith("model")]
+
+
+@pytest.mark.parametrize("case", OPS, ids=lambda case: case.__name__)
 def test_rows_that_lie_apart_are_honoured_or_refused(case, monkeypatch):
-    if case.__name__.startswith("model"):
-        pytest.skip("models make their own matrices")
     ops = PaddedOps(calls.cuda)
     monkeypatch.setattr(calls, "cuda", ops)
     torch.manual_seed(7)

@@ -224,7 +224,7 @@ def test_a_run_on_the_device_is_the_cpus(config, tmp_path):
             threads=1,
         )
     )
-    assert report["evaluation_config"]["prompter"]["device"] == "cuda"
+    assert report.evaluation_config["prompter"]["device"] == "cuda"
     arguments = ["generate", "he", "--run", on_device.run_dir, "--device", "cuda", "--threads", "1"]
     result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "2"])
     assert result.exit_code == 0 and "rewrite: " in result.stderr, result.output

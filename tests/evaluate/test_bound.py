@@ -14,6 +14,7 @@ from alignpro.cli import app
 from alignpro.config import BoundConfig, LoraConfig, Prompting
 from alignpro.data.load import PromptRow
 from alignpro.evaluate.bound import measure_bound, sequence_logprobs
+from alignpro.evaluate.results import to_json
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
@@ -63,7 +64,7 @@ def make(**changes):
 
 
 def test_a_target_tuned_to_nothing_is_at_no_distance(model):
-    report = measure_bound(make(), model, model, letters, ROWS, tuned=lora(model, 0.0))
+    report = to_json(measure_bound(make(), model, model, letters, ROWS, tuned=lora(model, 0.0)))
     assert report["terms"]["tv_tuned"] == {"mean": 0.0, "ci95": [0.0, 0.0]}  # to the bit
     assert report["rewards"]["tuned"] == report["rewards"]["raw"]
     assert report["tuned"] == "adapter" and report["closed_form"] is None
@@ -91,7 +92,7 @@ def test_total_variation_of_the_process_that_is_run(model):
         response=SamplingParams(max_new_tokens=2, temperature=TEMPERATURE),
     )
     rows = ROWS[:2]
-    report = measure_bound(config, model, model, letters, rows, tuned=tuned)
+    report = to_json(measure_bound(config, model, model, letters, rows, tuned=tuned))
     exact = []
     for row in rows:
         tokens = model.tokenizer.encode_chat([{"role": "user", "content": row.prompt}])
@@ -112,7 +113,7 @@ def test_total_variation_of_rewrites(model):
         response=SamplingParams(max_new_tokens=2, temperature=TEMPERATURE),
     )
     rows = ROWS[:2]
-    report = measure_bound(config, model, model, letters, rows)
+    report = to_json(measure_bound(config, model, model, letters, rows))
     pipeline = Pipeline.configured(config, model, model, letters)
     rewrites = pipeline.rewrite([row.prompt for row in rows], num_rewrites=5, seed=config.seed)
     exact = []
@@ -140,9 +141,8 @@ def test_scores_are_those_of_sampling(model):
 
 def test_the_closed_form_and_a_trained_prompter(model):
     config = make(tuned_kl_coef=0.02)
-    report = measure_bound(
-        config, model, model, letters, ROWS, adapter=lora(model, 0.2), trained=lora(model, 0.4, 2)
-    )
+    adapters = {"adapter": lora(model, 0.2), "trained": lora(model, 0.4, 2)}
+    report = to_json(measure_bound(config, model, model, letters, ROWS, **adapters))
     assert report["tuned"] == "closed form"
     assert report["closed_form"]["kl_coef"] == 0.02
     assert 1 <= report["closed_form"]["effective_samples"] <= 6
@@ -160,11 +160,11 @@ def test_the_closed_form_and_a_trained_prompter(model):
 
 
 def test_the_range_of_rewards(model):
-    observed = measure_bound(make(reward_range=None), model, model, letters, ROWS)
+    observed = to_json(measure_bound(make(reward_range=None), model, model, letters, ROWS))
     assert observed["reward_range_source"] == "observed"
     low, high = observed["reward_range"]
     assert 0 <= low < high <= 1
-    assert measure_bound(make(), model, model, letters, ROWS)["reward_range_source"] == "given"
+    assert measure_bound(make(), model, model, letters, ROWS).reward_range_source == "given"
     with pytest.raises(ValueError, match=r"reward_range: expected every reward from 0.0 to 0.01"):
         measure_bound(make(reward_range=(0.0, 0.01)), model, model, letters, ROWS)
     with pytest.raises(ValueError, match="which shows no range; give reward_range"):
@@ -172,7 +172,7 @@ def test_the_range_of_rewards(model):
 
 
 def test_one_response_a_rewrite(model):
-    report = measure_bound(make(num_responses=1), model, model, letters, ROWS)
+    report = to_json(measure_bound(make(num_responses=1), model, model, letters, ROWS))
     assert report["terms"]["kl"]["mean"] > 0
 
 

@@ -13,6 +13,7 @@ from alignpro.cli import app
 from alignpro.config import HeadroomConfig, LoraConfig, Prompting
 from alignpro.evaluate import headroom as runs
 from alignpro.evaluate.headroom import run_headroom
+from alignpro.evaluate.results import to_json
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
@@ -46,7 +47,9 @@ def drawn(config, tmp_path_factory):
     """One run, its samples and what it said of its progress."""
     samples = tmp_path_factory.mktemp("headroom") / "samples.jsonl"
     seen = []
-    report = run_headroom(config, samples=samples, on_progress=lambda *row: seen.append(row))
+    report = to_json(
+        run_headroom(config, samples=samples, on_progress=lambda *row: seen.append(row))
+    )
     return report, samples, seen
 
 
@@ -61,7 +64,7 @@ def test_it_is_the_theory_of_an_untuned_rollout(config, drawn):
     report, _, seen = drawn
     rewards = runs.rewards_of(rollout(config))
     assert rewards.shape == (4, 3, 2) and rewards.std() > 0
-    expected = runs.as_report(headroom(rewards, config.kl_coefs, seed=3))
+    expected = to_json(headroom(rewards, config.kl_coefs, seed=3))
     assert {key: report[key] for key in expected} == expected
     assert report["untuned_reward"] == pytest.approx(rewards.mean())
     assert [point["kl_coef"] for point in report["frontier"]] == [0.2, 1.0]
@@ -90,8 +93,9 @@ def test_samples_hold_every_rewrite(config, drawn):
 def test_samples_are_read_again_without_a_model(config, drawn, monkeypatch):
     report, samples, _ = drawn
     monkeypatch.setattr(runs, "load_models", lambda *_: pytest.fail("a model was loaded"))
-    assert run_headroom(config, samples=samples) == report
-    other = run_headroom(dataclasses.replace(config, kl_coefs=(3.0,), threads=1), samples=samples)
+    assert to_json(run_headroom(config, samples=samples)) == report
+    changed = dataclasses.replace(config, kl_coefs=(3.0,), threads=1)
+    other = to_json(run_headroom(changed, samples=samples))
     assert [point["kl_coef"] for point in other["frontier"]] == [3.0]
     assert other["untuned_reward"] == report["untuned_reward"]
 
@@ -136,7 +140,7 @@ def test_the_adapter_is_the_untuned_prompter(config, tmp_path):
     save_peft(tmp_path / "adapter", weights)
     prompter = dataclasses.replace(config.prompter, adapter=str(tmp_path / "adapter"))
     changed = dataclasses.replace(config, prompter=prompter)
-    report = run_headroom(changed)
+    report = to_json(run_headroom(changed))
     adapted, base = runs.rewards_of(rollout(config, weights)), runs.rewards_of(rollout(config))
     assert report["untuned_reward"] == pytest.approx(adapted.mean())
     assert abs(adapted.mean() - base.mean()) > 1e-3
@@ -158,8 +162,7 @@ def settings(config):
     return [
         f"prompter={config.prompter.model}", "reward=letter_reward:count_e", "num_prompts=3",
         "num_rewrites=3", "num_responses=2", "rewrite.max_new_tokens=4",
-        "response.max_new_tokens=4",
-        "threads=2",
+        "response.max_new_tokens=4", "threads=2",
     ]  # fmt: skip
 
 

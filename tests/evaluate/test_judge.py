@@ -17,6 +17,7 @@ from alignpro.evaluate.judges import (
     EndpointJudge,
     fingerprint,
 )
+from alignpro.evaluate.results import to_json
 from alignpro.statistics import length_controlled_win_rate
 from alignpro.types import Response, Rewrite, Rollout
 from judge_server import Fault, JudgeServer
@@ -68,7 +69,7 @@ def config(server, **changes):
 
 def ask(server, arms, *, verdicts=None, **changes):
     settings = config(server, **changes)
-    return judge_arms(EndpointJudge(settings), arms, settings, verdicts=verdicts)
+    return to_json(judge_arms(EndpointJudge(settings), arms, settings, verdicts=verdicts))
 
 
 ARMS = {

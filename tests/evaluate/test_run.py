@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from alignpro.cli import app
 from alignpro.config import EvalConfig, from_mapping
+from alignpro.evaluate.results import to_json
 from alignpro.evaluate.run import load_inputs, run_evaluation
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
@@ -84,7 +85,9 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
     output = tmp_path / "report.json"
     seen = []
     config = from_mapping(EvalConfig, everything(files))
-    report = run_evaluation(config, output=output, on_progress=lambda *row: seen.append(row))
+    report = to_json(
+        run_evaluation(config, output=output, on_progress=lambda *row: seen.append(row))
+    )
     assert list(report["arms"]) == ARMS
     assert set(report["paired"]) == {f"trained_minus_{n}" for n in ARMS if n != "trained"}
     for name, arm in report["arms"].items():
@@ -108,7 +111,7 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
     last = {name: (done, total) for name, done, total in seen}
     assert all(done == total for done, total in last.values())
     # The same again, with nothing left to ask.
-    again = run_evaluation(config, output=output)
+    again = to_json(run_evaluation(config, output=output))
     assert again["judge"].pop("replayed") == judged["questions"]
     judged.pop("replayed")
     for each in (report, again):
@@ -120,9 +123,8 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
 
 def test_the_tuned_target_is_the_adapter_on_the_target(files):
     folder, _ = files
-    report = run_evaluation(
-        from_mapping(EvalConfig, mapping(files, tuned=str(folder / "tuned"), num_samples=4))
-    )
+    settings = mapping(files, tuned=str(folder / "tuned"), num_samples=4)
+    report = to_json(run_evaluation(from_mapping(EvalConfig, settings)))
     assert list(report["arms"]) == ["raw", "untuned", "trained", "tuned"]
     raw, tuned = (
         [sample[f"response_{arm}"] for sample in report["samples"]] for arm in ("raw", "tuned")

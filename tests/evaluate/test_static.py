@@ -9,6 +9,7 @@ import pytest
 
 from alignpro.config import EvalConfig, Prompting, StaticSearch
 from alignpro.data.load import PromptRow
+from alignpro.evaluate.results import to_json
 from alignpro.evaluate.static import SearchData, _plan, load_search, search_static
 from alignpro.pipeline import Pipeline
 from fake_model import WORDS, FakeModel
@@ -65,7 +66,7 @@ def test_the_best_instruction_is_found_through_noise():
         pipeline, search, data, {}, seed=1, on_progress=lambda *row: seen.append(row)
     )
     assert found.text == "style 19"
-    history = found.search
+    history = to_json(found.search)
     assert [r["candidates"] for r in history["rounds"]] == [20, 10, 5, 3, 2]
     assert history["responses"] <= 4000 and seen[-1][1] == seen[-1][2] == history["responses"]
     assert len(pipeline.target.handles) == history["responses"]
@@ -104,12 +105,13 @@ def test_what_the_prompters_write_is_among_the_candidates():
     found = search_static(pipeline, search, data, prompters, seed=0)
     # Empty rewrites are no candidates, equal ones are one; "as a list" is as long, but comes later.
     written = {word.strip() for word in WORDS} - {""}
-    entered = found.search["rounds"][0]
-    assert entered["candidates"] == found.search["candidates"]
+    history = to_json(found.search)
+    entered = history["rounds"][0]
+    assert entered["candidates"] == history["candidates"]
     best = {entry["instruction"] for entry in entered["best"]}
     assert best <= written | {"Hm."} and "" not in best
-    assert 4 < found.search["candidates"] <= len(written | {"Hm."})
-    assert (found.text, found.search["source"]) == ("with care", "given")
+    assert 4 < history["candidates"] <= len(written | {"Hm."})
+    assert (found.text, history["source"]) == ("with care", "given")
     assert {h.adapter for h in pipeline.prompter.handles} == {None, "other"}
     read = {bytes(t - 3 for t in h.prompt_tokens[1:-1]).decode() for h in pipeline.prompter.handles}
     assert read == {f"Advise: {row.prompt}" for row in TRAIN}
@@ -132,7 +134,7 @@ def test_one_candidate_needs_no_search():
     found = search_static(
         pipeline, StaticSearch(num_written=0), SearchData(TRAIN, ["only 1"]), {}, seed=0
     )
-    assert found.text == "only 1" and found.search["rounds"] == []
+    assert found.text == "only 1" and found.search.rounds == []
     assert pipeline.target.handles == []
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from alignpro import native
 from gpu import calls
 from gpu.calls import DEVICE
 from gpu.cases import normal, sizes
@@ -232,7 +233,7 @@ def main(out: str, table: str, *ops: str) -> int:
         report: dict[str, Any] = json.loads(Path(out).read_text(encoding="utf-8"))
     else:
         report = {
-            "device": calls.cuda.device_name(),
+            "device": native.core.cuda.device_name(),
             "torch": torch.__version__,
             "limits": limits(),
             "rows": [],

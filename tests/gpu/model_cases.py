@@ -132,7 +132,8 @@ def model_gradients() -> Measured:
 
 @case
 def model_fast() -> Measured:
-    """Products by cuBLASLt beside deterministic ones: other sums, so other last digits and perhaps other tokens."""
+    """Products by cuBLASLt beside deterministic ones: other sums, so other last digits and perhaps
+    other tokens."""
     core, measured = native.core, []
     budgets = {"float32": 1e-4, "bfloat16": 0.5}  # as above
     with tempfile.TemporaryDirectory() as scratch:

@@ -39,7 +39,7 @@ PLAIN = [
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2_path: Path) -> Tokenizer:
-    return Tokenizer.from_gguf(core.read_gguf_metadata(str(smollm2_path)), smollm2_path.name)
+    return Tokenizer.of(core.ModelFiles(str(smollm2_path)))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_smollm2_chats_as_transformers_does(tokenizer: Tokenizer, upstream: Any)
 def test_smollm2_facts(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 49152
     assert tokenizer.bos_id == 1
-    assert tokenizer.eos_ids == (2,)
+    assert tokenizer.eos_ids == (2, 0)  # <|im_end|>, <|endoftext|>
     assert tokenizer.decode(tokenizer.encode("2024")) == "2024"
     assert len(tokenizer.encode("2024")) == 4
 
@@ -293,7 +293,7 @@ def test_every_eos_of_the_generation_config_counts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": 9}', "utf-8")
     assert Tokenizer.from_folder(tmp_path).eos_ids == (*end, 9)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}', "utf-8")
-    assert Tokenizer.from_folder(tmp_path).eos_ids == (*end, 7, 8)
+    assert Tokenizer.from_folder(tmp_path).eos_ids == (*end, 7, 8, 9)
 
 
 def test_a_template_file_goes_before_the_config(tmp_path: Path) -> None:
@@ -327,8 +327,8 @@ def test_truncation_in_the_file_does_not_cut_prompts(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "tokenizer.json: no such file"),
-        ("<html></html>", "expected a JSON object"),
-        ("[]", "expected a JSON object, got list"),
+        ("<html></html>", "JSON line 1, column 1: expected a value"),
+        ("[]", "expected a JSON object, got array"),
         ('{"model": {"type": "WordPiece"}}', "expected a BPE or Unigram model, got WordPiece"),
         ('{"model": {"type": "BPE"}, "decoder": null}', "decoder, got none"),
         ('{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}', "not a tokenizer"),

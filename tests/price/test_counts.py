@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 
 import numpy as np
 import pytest
@@ -10,27 +10,40 @@ import pytest
 from alignpro.bench.step import forced_lengths
 from alignpro.config import LoraConfig, PpoConfig, Prompting, TrainConfig
 from alignpro.models.native_model import load_model
-from alignpro.native import core
+from alignpro.native import ModelFileError, core
 from alignpro.pipeline import Pipeline
-from alignpro.price.lengths import find_lengths, local_prompts
-from alignpro.price.shapes import PUBLISHED, ModelShape, PricedModel, find_shape
-from alignpro.price.work import count_step, lora_parameters, score_bytes
+from alignpro.price.lengths import Lengths, find_lengths, local_prompts
+from alignpro.price.models import find_priced
+from alignpro.price.work import count_step, lora_parameters
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.trainer import Trainer
 from alignpro.types import SamplingParams
 from conftest import FAMILIES
 
-SMALL = ModelShape(
-    vocab_size=10,
-    hidden_size=4,
-    intermediate_size=6,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=2,
-    context_length=100,
-)
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 10,
+    "hidden_size": 4,
+    "intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 2,
+    "max_position_embeddings": 100,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A model by its config.json alone, with some keys changed."""
+
+    def make(**changes):
+        (tmp_path / "config.json").write_text(json.dumps(SMALL | changes))
+        return find_priced(str(tmp_path)).held("cuda", "bfloat16")
+
+    return make
 
 
 def config(**changes):
@@ -46,25 +59,29 @@ def config(**changes):
     return TrainConfig(**{**defaults, **changes})
 
 
-def test_a_shape_counted_by_hand():
+def test_a_model_counted_by_hand(small):
     # q 4x4, k and v 2x4, o 4x4, gate and up 6x4, down 4x6
     layer = 16 + 8 + 8 + 16 + 24 + 24 + 24
-    assert SMALL.linear_parameters == 2 * layer
-    assert SMALL.parameters == 2 * layer + 2 * 40
-    assert replace(SMALL, tied_head=True).parameters == 2 * layer + 40
-    assert SMALL.kv_elements == 2 * 2 * 2
-    assert lora_parameters(SMALL, config()) == 2 * (8 + 6 + 6 + 8 + 10 + 10 + 10)
+    plain = small()
+    assert plain.facts.layer_parameters == 2 * layer
+    assert plain.parameters == 2 * layer + 2 * 40
+    assert plain.matrix_bytes == {"layers": 2 * 2 * layer, "head": 80, "embedding": 80}
+    assert plain.streamed_bytes == plain.weight_bytes - 80
+    assert plain.facts.kv_elements == 2 * 2 * 2
+    assert not plain.facts.has_weights
+    assert lora_parameters(plain, config()) == 2 * (8 + 6 + 6 + 8 + 10 + 10 + 10)
     only = config(lora=LoraConfig(rank=3, target_modules=("q_proj", "down_proj")))
-    assert lora_parameters(SMALL, only) == 2 * 3 * (8 + 10)
-    fused = replace(SMALL, fused_projections=True)
-    assert fused.linear_parameters == SMALL.linear_parameters
+    assert lora_parameters(plain, only) == 2 * 3 * (8 + 10)
+    tied = small(tie_word_embeddings=True)
+    assert tied.parameters == 2 * layer + 40
+    assert tied.matrix_bytes["embedding"] == 0
+    fused = small(model_type="phi3")
+    assert fused.facts.layer_parameters == plain.facts.layer_parameters
     assert lora_parameters(fused, config()) == 2 * (12 + 8 + 16 + 10)
 
 
-def test_a_step_counted_by_hand():
-    from alignpro.price.lengths import Lengths
-
-    model = PricedModel("small", SMALL, 1000, "bf16", "published")
+def test_a_step_counted_by_hand(small):
+    model = small()
     lengths = Lengths(10, 7, 12, target_head=6, target_shared=2, target_raw=8, source="")
     work = count_step(config(), lengths, model, model)
     assert work.tokens == {
@@ -76,7 +93,7 @@ def test_a_step_counted_by_hand():
         "scored forward": 2 * (7 + 2 * (3 + 3 * 5)),
         "scored backward": 7 + 2 * (3 + 3 * 5),
     }
-    linear, head, lora = SMALL.linear_parameters, 40, work.lora_parameters
+    linear, head, lora = model.facts.layer_parameters, 40, work.lora_parameters
     phases = {phase.name: phase for phase in work.phases}
     # A written token sees its prompt and those before it: 11 + 12 + 13 + 14 pairs each.
     pairs = 6 * (11 + 12 + 13 + 14)
@@ -100,10 +117,8 @@ def test_a_step_counted_by_hand():
     assert phases["prompter writes"].weight_bytes == 4 * model.streamed_bytes
 
 
-def test_other_ways_to_train_counted_by_hand():
-    from alignpro.price.lengths import Lengths
-
-    model = PricedModel("small", SMALL, 1000, "bf16", "published")
+def test_other_ways_to_train_counted_by_hand(small):
+    model = small()
     lengths = Lengths(10, 7, 12, target_head=6, target_shared=2, target_raw=8, source="")
     plain = count_step(config(), lengths, model, model)
 
@@ -134,10 +149,8 @@ def test_other_ways_to_train_counted_by_hand():
         count_step(config(algorithm="closed_form"), lengths, model, model)
 
 
-def test_a_smaller_memory_limit_repeats_the_prompts():
-    model = PricedModel("small", SMALL, 1000, "bf16", "published")
-    from alignpro.price.lengths import Lengths
-
+def test_a_smaller_memory_limit_repeats_the_prompts(small):
+    model = small()
     lengths = Lengths(40, 30, 42, 36, 2, 38, "")
     whole = count_step(config(), lengths, model, model)
     single = count_step(config(micro_batch_size=1), lengths, model, model)
@@ -155,23 +168,37 @@ def test_a_smaller_memory_limit_repeats_the_prompts():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shapes_are_the_engines(family, tiny_model_dir):
-    folder = tiny_model_dir(family)
-    priced = find_shape(str(folder))
+@pytest.mark.parametrize("tied", [False, True])
+def test_facts_are_the_engines(family, tied, tiny_model_dir):
+    folder = tiny_model_dir(family, tied=tied)
+    facts = core.describe(str(folder))
     model = load_model(folder, threads=1)
-    assert priced.shape.linears == model.lora_modules
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_kv_heads", "head_dim"):
-        assert getattr(priced.shape, name) == model.config[name]
-    assert priced.shape.tied_head == model.config["tied_head"]
-    assert priced.weight_bytes == pytest.approx(model.config["weight_bytes"], rel=0.1)
+    assert facts.has_weights and facts.lora_modules == model.lora_modules
+    assert facts.config == {key: model.config[key] for key in facts.config}
+    held = facts.matrix_bytes("cpu", "float32")
+    assert sum(held.values()) == model.config["weight_bytes"]
+    assert held["layers"] + held["head"] == model.config["streamed_bytes"]
 
 
-def test_the_default_models_file_gives_its_shape(smollm2):
-    priced = find_shape("smollm2")
+@pytest.mark.parametrize("compute", ["float32", "int8"])
+def test_facts_of_the_default_models_file(smollm2_path, compute):
+    priced = find_priced("smollm2").held("cpu", compute)
+    model = load_model(smollm2_path, threads=1, compute=compute)
     assert priced.source == "files"
-    assert priced.shape.linears == smollm2.lora_modules
-    assert priced.shape.parameters == pytest.approx(134.5e6, rel=1e-3)
-    assert priced.streamed_bytes == pytest.approx(smollm2.config["streamed_bytes"], rel=0.03)
+    assert priced.lora_modules == model.lora_modules
+    assert priced.parameters == pytest.approx(134.5e6, rel=1e-3)
+    assert priced.weight_bytes == model.config["weight_bytes"]
+    assert priced.streamed_bytes == model.config["streamed_bytes"]
+
+
+def test_facts_are_refused_by_name(small):
+    facts = small().facts
+    with pytest.raises(ValueError, match='device: expected "cpu" or "cuda", got "tpu"'):
+        facts.matrix_bytes("tpu", "float32")
+    with pytest.raises(ValueError, match='compute: expected "bfloat16" or "float32" on device'):
+        facts.matrix_bytes("cuda", "int8")
+    with pytest.raises(ModelFileError, match=r"config\.json: no such file"):
+        core.describe("/")
 
 
 @pytest.mark.parametrize(
@@ -182,20 +209,32 @@ def test_the_default_models_file_gives_its_shape(smollm2):
         ("meta-llama/Llama-3.1-8B-Instruct", 8.03),
     ],
 )
-def test_published_shapes_have_the_published_size(name, billions):
-    assert PUBLISHED[name].parameters / 1e9 == pytest.approx(billions, rel=4e-3)
+def test_published_models_have_the_published_size(name, billions, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = find_priced(name)
+    assert model.parameters / 1e9 == pytest.approx(billions, rel=4e-3)
+    if model.source == "published":
+        assert model.held("cpu", "float32").weight_bytes == 2 * model.parameters
 
 
 def test_score_bytes_are_the_engines(smollm2):
-    shape = find_shape("smollm2").shape
+    facts = core.describe(str(smollm2.path))
     policy = LoraPolicy.fresh(smollm2, LoraConfig(), seed=0)
     for mode in ("keep", "recompute"):
         for count, read, wrote in ((4, 60, 12), (2, 200, 40), (1, 500, 100)):
             sequences = [[1] * read + [5 + i] * wrote for i in range(count)]
-            theirs = policy.score_bytes(sequences, [read] * count, mode, with_reference=True)
-            rows, threads = read + count * wrote, smollm2.config["threads"]
-            ours = score_bytes(shape, 7, 16, rows, count * wrote, mode, threads)
-            assert ours == pytest.approx(theirs, rel=0.05), (mode, count)
+            starts = [read] * count
+            theirs = policy.score_bytes(sequences, starts, mode, with_reference=True)
+            ours = facts.score_bytes(
+                sequences,
+                starts,
+                modules=list(facts.lora_modules),
+                rank=16,
+                with_reference=True,
+                activations=mode,
+                threads=smollm2.config["threads"],
+            )
+            assert ours == theirs, (mode, count)
 
 
 def test_one_real_step(smollm2, tmp_path):
@@ -232,7 +271,7 @@ def test_one_real_step(smollm2, tmp_path):
 
     tokenizer = smollm2.tokenizer
     lengths = find_lengths(prompts, Prompting(), 4, tokenizer, tokenizer)
-    model = find_shape("smollm2")
+    model = find_priced("smollm2").held("cpu", "float32")
     work = count_step(settings, lengths, model, model)
     assert work.tokens["generated"] == row["generated_tokens"]
     read = work.tokens["prompter reads"] + work.tokens["target reads"]
@@ -243,7 +282,7 @@ def test_one_real_step(smollm2, tmp_path):
         return float(events[what][np.isin(events["name"], chosen)].sum())
 
     # The trace counts rows and operations of every forward; those of the engine have a head.
-    layers = model.shape.num_layers
+    layers = model.config["num_layers"]
     scored = counted("rows", "linear o") / layers - counted("rows", "embedding")
     # Short rewrites of one prompt often begin alike, and the engine computes that once.
     assert scored <= work.tokens["scored forward"] <= 1.15 * scored

@@ -204,8 +204,8 @@ def test_options_of_a_dry_run_need_one(tmp_path):
 
 
 def test_what_a_step_measured_on_this_machine_is_of_the_predictions_size():
-    # docs/performance.md: 4 prompts x 4 rewrites of 48 tokens and a response of 64, 9.7 s on a
-    # machine with 230 GFLOP/s and 34 GB/s; by count about 1.5 TFLOP.
+    # docs/notes/performance.md: 4 prompts x 4 rewrites of 48 tokens and a response of 64, 9.7 s on
+    # a machine with 230 GFLOP/s and 34 GB/s; by count about 1.5 TFLOP.
     work = TrainConfig(
         prompts_per_step=4,
         num_rewrites=4,

@@ -16,7 +16,7 @@ import subprocess
 import pytest
 
 from alignpro.report.html import render_report
-from made_up_report import full_metrics, full_report
+from made_up_report import full_metrics, full_report, typed
 
 REQUIRED = "ALIGNPRO_REQUIRE_BROWSER"  # set where a missing browser is a failure and no skip
 PHONE, DESK = 390, 1280  # px
@@ -126,7 +126,7 @@ def open_page(chromium, page, folder, scheme):
 
 @pytest.fixture(scope="module")
 def page():
-    return render_report(full_report(), full_metrics())
+    return render_report(typed(full_report()), full_metrics())
 
 
 @pytest.fixture(scope="module", params=["light", "dark"])

@@ -8,11 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.report.build import MEASURED, build_report, load_report
+from alignpro.evaluate.results import Evaluation, from_json, to_json
+from alignpro.report.build import build_report, load_report
 from made_up_report import full_metrics, full_report
 
 FULL = full_report()
-EVALUATION = {key: value for key, value in FULL.items() if key in MEASURED}
+EVALUATION = to_json(from_json(Evaluation, FULL, "full"))
 
 
 def write(path, value):
@@ -49,7 +50,7 @@ def test_everything_in_the_directory_is_found_by_name(tmp_path):
     assert result.output.endswith(f"report: {tmp_path / 'report.html'}\n")
     assert "The static instruction wins" in " ".join(result.output.split())
     report, metrics = load_report(tmp_path)
-    assert report == FULL
+    assert to_json(report) == FULL
     assert metrics == full_metrics(5)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for section in ("arms", "judge", "training", "headroom", "bound", "samples", "costs"):
@@ -71,18 +72,18 @@ def test_files_given_by_name_go_first(tmp_path):
     assert "The bound holds" in out.read_text(encoding="utf-8")
     assert not (tmp_path / "run" / "report.html").exists()
     report, _ = load_report(tmp_path / "run", evaluation=evaluation, headroom=headroom, bound=bound)
-    assert report["headroom"] == FULL["headroom"]
-    assert report["bound"] == FULL["bound"]
-    assert report["arms"] == FULL["arms"]
+    for part in ("headroom", "bound", "arms"):
+        assert to_json(report)[part] == FULL[part]
 
 
 def test_what_is_measured_comes_from_one_evaluation(tmp_path):
     write(tmp_path / "report.json", FULL)
     arms = {"raw": FULL["arms"]["raw"]}
-    write(tmp_path / "evaluation.json", {"arms": arms, "paired": {}})
-    report, _ = load_report(tmp_path)
-    assert report["arms"] == arms
-    assert not {"judge", "gap_closed", "samples", "kl_per_rewrite"} & set(report)
+    rest = {"paired": {}, "samples": [], "tokens_per_second": 1.0}
+    write(tmp_path / "evaluation.json", {"arms": arms, **rest})
+    report = to_json(load_report(tmp_path)[0])
+    assert report["arms"] == arms and report["samples"] == []
+    assert not {"judge", "gap_closed"} & set(report) and report["kl_per_rewrite"] is None
     assert report["versions"] == FULL["versions"]  # of the run, not of what it measured
 
 
@@ -112,6 +113,7 @@ def test_a_run_that_was_only_trained(tmp_path):
         ({"headroom.json": EVALUATION}, [], "headroom.json: not what `alignpro headroom` writes"),
         ({"bound.json": FULL["headroom"]}, [], "bound.json: not what `alignpro bound` writes"),
         ({"report.json": {"arms": {"raw": {}}}}, [], "arms.raw.mean_reward: expected a number"),
+        ({"report.json": {"seconds": {"x": "1"}}}, [], "seconds.x: expected a number, got '1'"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(files, arguments, line, tmp_path, monkeypatch):

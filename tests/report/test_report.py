@@ -11,24 +11,21 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from alignpro.evaluate.results import JudgeResult, Report, Sample
 from alignpro.report import plots
-from alignpro.report.check import check_report
 from alignpro.report.grids import arms_grid, judge_grid
 from alignpro.report.html import is_report, render_report, write_report
 from alignpro.report.plots import arms_svg, curve_svgs, paired_svg, reward_curve
 from alignpro.report.tables import (
-    arms_table,
     costs_table,
     grid_table,
-    samples_panel,
+    report_view,
     verdict_lines,
-    warning_lines,
 )
-from alignpro.report.view import report_view
 from alignpro.report.words import printable
-from made_up_report import HOSTILE, full_metrics, full_report
+from made_up_report import HOSTILE, comparison, evaluation, full_metrics, full_report, typed
 
-FULL, ROWS = full_report(), full_metrics()
+FULL, ROWS = typed(full_report()), full_metrics()
 SECTIONS = (
     "arms",
     "judge",
@@ -40,7 +37,7 @@ SECTIONS = (
     "configuration",
 )
 
-REPORT = {
+GIVEN = {
     "model": "SmolLM2-135M-Instruct",
     "reward": "vader+0.5*topic",
     "seed": 3,
@@ -52,6 +49,9 @@ REPORT = {
             "reward_variance": 0.211,
             "ci95": [0.301, 0.501],
             "n": 64,
+            "num_responses": 256,
+            "empty_rewrites": 0,
+            "response_tokens": 40.0,
             "components": {"vader": 0.25, "topic": 0.302},
         },
         "raw": {
@@ -59,6 +59,9 @@ REPORT = {
             "reward_variance": 0.222,
             "ci95": [0.212, 0.412],
             "n": 64,
+            "num_responses": 256,
+            "empty_rewrites": 0,
+            "response_tokens": 40.0,
             "components": {"vader": 0.15, "topic": 0.324},
         },
         "trained": {
@@ -66,6 +69,9 @@ REPORT = {
             "reward_variance": 0.133,
             "ci95": [0.573, 0.673],
             "n": 64,
+            "num_responses": 256,
+            "empty_rewrites": 0,
+            "response_tokens": 40.0,
             "components": {"vader": 0.45, "topic": 0.346},
         },
     },
@@ -74,6 +80,7 @@ REPORT = {
         "trained_minus_untuned": {"mean": 0.022, "ci95": [-0.02, 0.064]},
     },
     "kl_per_rewrite": 2.345,
+    "kl_per_token": 0.2,
     "tokens_per_second": 1234.5,
     "seconds": {"sft": 40.25, "train": 200.5},
     "peak_rss_bytes": 700 * 2**20,
@@ -83,6 +90,8 @@ REPORT = {
             "rewrite_untuned": f"Be brief. {HOSTILE}",
             "rewrite_trained": f"Be kind. {HOSTILE}",
             "response_raw": f"Frozen water. {HOSTILE}",
+            "response_untuned": "Water.",
+            "reward_untuned": 0.5,
             "response_trained": f"Lovely frozen water! {HOSTILE}",
             "reward_raw": 0.1,
             "reward_trained": 0.9,
@@ -90,6 +99,8 @@ REPORT = {
         {"prompt": "Only a prompt"},
     ],
 }
+REPORT = typed(GIVEN)
+ARMS = REPORT.evaluation
 METRICS = [
     {"stage": "sft", "loss": 2.0},
     {"step": 0, "reward_mean": 0.3, "kl_per_rewrite": 0.0},
@@ -150,7 +161,7 @@ def full_page() -> tuple[str, Page]:
 
 
 def test_arms_table_in_the_order_of_reading():
-    lines = plain(show(arms_table(REPORT))).splitlines()
+    lines = plain(show(grid_table(arms_grid(ARMS)))).splitlines()
     rows = [line for line in lines if "prompt" in line and "." in line]
     assert ["raw" in rows[0], "untuned" in rows[1], "trained" in rows[2]] == [True] * 3
     for cell in ("0.623", "0.573 to 0.673", "0.133", "0.450", "0.346", "64"):
@@ -158,7 +169,7 @@ def test_arms_table_in_the_order_of_reading():
 
 
 def test_six_arms_by_their_names():
-    grid = arms_grid(FULL)
+    grid = arms_grid(FULL.evaluation)
     assert [row[0] for row in grid.rows] == [
         "raw prompt",
         "static instruction",
@@ -171,17 +182,17 @@ def test_six_arms_by_their_names():
 
 
 def test_an_arm_of_ones_own_and_a_single_component():
-    report = copy.deepcopy(REPORT)
-    for arm in report["arms"].values():
+    given = copy.deepcopy(GIVEN)
+    for arm in given["arms"].values():
         arm["components"] = {"vader": arm["mean_reward"]}
-    report["arms"]["[bold]mine[/bold]"] = {**report["arms"]["raw"], "mean_reward": 0.777}
-    shown = plain(show(arms_table(report)))
+    given["arms"]["[bold]mine[/bold]"] = {**given["arms"]["raw"], "mean_reward": 0.777}
+    shown = plain(show(grid_table(arms_grid(typed(given).evaluation))))
     assert "vader" not in shown
     assert re.search(r"\[bold\]mine\[/bold\].*0\.777", shown)
 
 
 def test_the_judges_numbers_stand_in_their_columns():
-    grid = judge_grid(FULL["judge"])
+    grid = judge_grid(FULL.evaluation.judge)
     header = ["trained prompter against", "raw prompt", "untuned prompter", "static instruction"]
     assert list(grid.header) == header
     assert [row[:2] for row in grid.rows] == [
@@ -193,24 +204,29 @@ def test_the_judges_numbers_stand_in_their_columns():
         ["ties", "10"],
         ["losses", "15"],
         ["differ by order", "9"],
+        ["without a verdict", "0"],
         ["longer by, characters", "+3.4"],
     ]
-    mixed = {"a_vs_b": {"n": 1, "errors": 2}, "c_vs_b": {"first_chosen": 0.75}}
-    grid = judge_grid({"comparisons": mixed})
+    mixed = {"a_vs_b": comparison(errors=2), "c_vs_b": comparison(first_chosen=0.75)}
+    grid = judge_grid(JudgeResult("judge", 4, 0, 2, mixed))
     assert list(grid.header) == ["comparison", "a against b", "c against b"]
-    assert list(grid.rows) == [["shown first, chosen", "", "75%"], ["without a verdict", "2", ""]]
+    assert ["shown first, chosen", "", "75%"] in list(grid.rows)
+    assert ["without a verdict", "2", "0"] in list(grid.rows)
+    assert "win rate" not in [title for title, *_ in grid.rows]  # no column of nothing
 
 
 def test_the_tables_fit_a_terminal_of_eighty_columns():
-    assert "\N{HORIZONTAL ELLIPSIS}" not in plain(show(grid_table(judge_grid(FULL["judge"])), 80))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in plain(
+        show(grid_table(judge_grid(FULL.evaluation.judge)), 80)
+    )
 
 
 def test_verdict_lines_start_with_the_answer():
-    lines = verdict_lines(REPORT).plain.splitlines()
+    lines = verdict_lines(ARMS).plain.splitlines()
     assert lines[0].startswith("In part: it beats the raw prompt")
     assert "beats the raw prompt: +0.311" in lines[1]
     assert "No clear difference between the trained prompter and the untuned prompter" in lines[2]
-    full = verdict_lines(FULL).plain
+    full = verdict_lines(FULL.evaluation).plain
     assert full.startswith("The static instruction wins")
     assert "The judge prefers the trained prompter over the raw prompt: win rate 69%" in full
     assert "closes 70% (95% interval 52% to 88%) of the gap" in full
@@ -223,7 +239,7 @@ def test_costs_have_units():
 
 
 def test_samples_show_untrusted_text_as_it_is():
-    shown = show(samples_panel(REPORT["samples"]))
+    shown = show(report_view(REPORT))
     assert "\x1b[31m" not in shown  # the text's own escape sequence, not one of ours
     text = plain(shown)
     assert "[red]not red[/red]" in text
@@ -247,8 +263,9 @@ def test_the_terminal_shows_every_part():
         "warning: Trained prompter against raw prompt: the win rate falls",
     ):
         assert part in shown
-    assert warning_lines(REPORT, METRICS).plain == ""
-    bare = plain(show(report_view({"arms": REPORT["arms"]})))
+    assert "warning" not in plain(show(report_view(REPORT, METRICS)))
+    bare = plain(show(report_view(Report(evaluation(ARMS.arms)))))
+    assert "Frozen water" not in plain(show(report_view(REPORT, samples=False)))
     assert not {"The judge", "kl_coef", "bound"} & set(re.findall(r"The judge|kl_coef|bound", bare))
 
 
@@ -264,7 +281,7 @@ def test_printable_keeps_text_and_drops_control():
 
 
 def test_reward_curve_is_a_png(tmp_path):
-    path = reward_curve(METRICS, tmp_path / "reward.png", report=REPORT)
+    path = reward_curve(METRICS, tmp_path / "reward.png", evaluation=ARMS)
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     alone = reward_curve(METRICS, tmp_path / "alone.png").read_bytes()
@@ -275,22 +292,22 @@ def test_reward_curve_is_a_png(tmp_path):
 def test_the_plots_hold_the_measured_points():
     axes = plots.new_figure(3, 3).subplots()
     reward, kl = plots.panels_of(METRICS)
-    plots.draw_panel(axes, reward, METRICS, REPORT)
+    plots.draw_panel(axes, reward, METRICS, ARMS)
     line, raw, trained = axes.lines
     assert line.get_xydata().tolist() == [[0, 0.3], [1, 0.5], [2, 0.6]]
     assert (raw.get_ydata()[0], trained.get_ydata()[0]) == (0.312, 0.623)
     axes = plots.new_figure(3, 3).subplots()
-    plots.draw_panel(axes, kl, METRICS, REPORT)
+    plots.draw_panel(axes, kl, METRICS, ARMS)
     assert axes.lines[0].get_xydata().tolist() == [[0, 0.0], [1, 1.5], [2, 2.5]]
     axes = plots.new_figure(3, 3).subplots()
-    plots.draw_arms(axes, REPORT)
+    plots.draw_arms(axes, ARMS)
     assert [c.lines[0].get_xdata()[0] for c in axes.containers] == [0.312, 0.401, 0.623]
     (bars,) = axes.containers[2].lines[2]
     assert bars.get_segments()[0][:, 0].tolist() == pytest.approx([0.573, 0.673])
 
 
 def test_a_panel_needs_numbers_that_vary():
-    titles = [title for title, _ in curve_svgs(ROWS, FULL)]
+    titles = [title for title, _ in curve_svgs(ROWS, FULL.evaluation)]
     assert titles == [
         "Reward",
         "KL to the reference",
@@ -312,18 +329,18 @@ def test_a_panel_needs_numbers_that_vary():
 @pytest.mark.parametrize("metrics", [[], [{"step": 1}], [{"step": 0, "reward_mean": 0.5}]])
 def test_plots_of_little(metrics, tmp_path):
     assert reward_curve(metrics, tmp_path / "r.png").stat().st_size > 1000
-    assert len(curve_svgs(metrics, {})) == any("reward_mean" in row for row in metrics)
+    assert len(curve_svgs(metrics, None)) == any("reward_mean" in row for row in metrics)
 
 
 def test_the_svg_follows_the_page():
-    svg = arms_svg(REPORT)
+    svg = arms_svg(ARMS)
     assert svg.startswith("<svg")
     assert "currentColor" in svg and "var(--plot-trained)" in svg
     assert not re.search(r"#[0-9a-f]{6}", svg)
     opening = svg[: svg.index(">")]
     assert "viewBox" in opening and " width=" not in opening and " height=" not in opening
-    assert svg == arms_svg(REPORT)
-    assert "var(--plot-raw)" in paired_svg(REPORT)
+    assert svg == arms_svg(ARMS)
+    assert "var(--plot-raw)" in paired_svg(ARMS)
 
 
 def test_the_style_knows_every_colour_of_the_plots(full_page):
@@ -395,7 +412,7 @@ def test_the_full_page_says_what_was_measured(full_page):
         "TV of tuned and frozen target 0.430 0.390 to 0.470",
         "measured gap, tuned target - prompted optimum 0.076 0.030 to 0.120",
         "-1.000 to 1.200, observed",
-        "questions 384 without a verdict 2",
+        "questions 384 of them replayed 0 without a verdict 2",
         "generated in training 160,000 tokens",
         "tuned target reward 0.500 response",
     ):
@@ -404,7 +421,7 @@ def test_the_full_page_says_what_was_measured(full_page):
 
 def test_every_sample_is_there_once(full_page):
     _, parsed = full_page
-    prompts = [" ".join(printable(sample["prompt"]).split()) for sample in FULL["samples"]]
+    prompts = [" ".join(printable(sample.prompt).split()) for sample in FULL.evaluation.samples]
     assert len(prompts) == 8 and "4 more" in parsed.line
     assert [parsed.line.count(prompt) for prompt in prompts] == [1] * 8
 
@@ -422,10 +439,18 @@ def test_the_winner_stands_first(full_page):
 def test_every_part_may_be_absent(full_page):
     _, parsed = full_page
     assert [i for i in parsed.ids if i in SECTIONS] == list(SECTIONS)
-    for part in ("arms", "judge", "headroom", "bound", "samples"):
-        ids = Page(render_report({part: FULL[part]}, [])).ids
-        assert [i for i in ids if i in SECTIONS] == [part, "configuration"]
-    curves = Page(render_report({}, METRICS))
+    whole = FULL.evaluation
+    parts = {
+        ("headroom",): Report(headroom=FULL.headroom),
+        ("bound",): Report(bound=FULL.bound),
+        ("arms", "costs"): Report(evaluation(whole.arms)),
+        ("arms", "judge", "costs"): Report(evaluation(whole.arms, judge=whole.judge)),
+        ("arms", "samples", "costs"): Report(evaluation(whole.arms, samples=whole.samples)),
+    }
+    for sections, report in parts.items():
+        ids = Page(render_report(report, [])).ids
+        assert [i for i in ids if i in SECTIONS] == [*sections, "configuration"]
+    curves = Page(render_report(Report(), METRICS))
     assert [i for i in curves.ids if i in SECTIONS] == ["training", "configuration"]
     assert "Not known yet: no held-out evaluation" in curves.line
 
@@ -447,29 +472,9 @@ def test_write_report_replaces_the_file_at_once(tmp_path):
 
 
 def test_text_with_lone_surrogates_can_be_written(tmp_path):
-    path = write_report({"samples": [{"prompt": "\ud800"}]}, METRICS, tmp_path / "r.html")
+    report = Report(evaluation(ARMS.arms, samples=[Sample("\ud800", {})]))
+    path = write_report(report, METRICS, tmp_path / "r.html")
     assert "?" in path.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("report", "message"),
-    [
-        ({"arms": []}, r"r: arms: expected an object, got \[\]"),
-        ({"arms": {"raw": {"ci95": [0, 1]}}}, "arms.raw.mean_reward: expected a number, got noth"),
-        (
-            {"arms": {"raw": {"mean_reward": 1.0, "ci95": [0.1, float("nan")]}}},
-            r"arms.raw.ci95: expected \[low, high\], got \[0.1, nan\]",
-        ),
-        ({"paired": {"trained_minus_raw": {"mean": "1"}}}, "paired.trained_minus_raw.mean: exp"),
-        ({"headroom": {"frontier": [{"kl": 1}]}}, r"headroom.frontier\[0\].kl_coef: expected a n"),
-        ({"bound": {"terms": {"tv": 3}}}, "bound.terms.tv: expected an object with mean and ci95"),
-        ({"judge": {"comparisons": {"a_vs_b": 0.5}}}, "judge.comparisons.a_vs_b: expected an obj"),
-        ({"samples": [{"prompt": None}]}, r"samples\[0\].prompt: expected text, got nothing"),
-    ],
-)
-def test_another_shape_is_said(report, message):
-    with pytest.raises(ValueError, match=message):
-        check_report(report, "r")
 
 
 def test_importing_the_tables_loads_no_matplotlib():

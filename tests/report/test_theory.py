@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from alignpro.evaluate.results import BoundReport, Headroom, Interval, from_json
 from alignpro.report import frontier
 from alignpro.report.frontier import frontier_png, frontier_svg
-from alignpro.report.theory import (
-    bound_tables,
-    bound_words,
-    frontier_grid,
-    headroom_tables,
-    headroom_words,
-)
+from alignpro.report.tables import bound_tables, headroom_tables
+from alignpro.report.theory import bound_verdicts, frontier_grid, headroom_words
+from made_up_report import evaluation
 
 
 def point(kl_coef, objective, crossfit, samples):
@@ -39,7 +36,7 @@ def point(kl_coef, objective, crossfit, samples):
     }
 
 
-HEADROOM = {
+GIVEN = {
     "num_prompts": 48,
     "num_rewrites": 8,
     "num_responses": 4,
@@ -53,6 +50,7 @@ HEADROOM = {
     "recommended_kl_coef": 0.2,
     "variance": {"between_rewrites": 0.1, "within_rewrite": 0.3},
 }
+HEADROOM = from_json(Headroom, GIVEN, "headroom")
 TERM = {"mean": 0.25, "ci95": [0.2, 0.3]}
 BOUND = {
     "reward_range": [-1.0, 1.2],
@@ -68,8 +66,24 @@ BOUND = {
     "trained_gap": None,
     "rewards": {"raw": TERM},
     "truncated_responses": 0.0,
+    "tuned": "adapter",
+    "num_prompts": 64,
+    "num_rewrites": 8,
     "num_responses": 2,
+    "parity_max_abs": None,
 }
+
+
+def bound_of(**changes):
+    return from_json(BoundReport, {**BOUND, **changes}, "bound")
+
+
+def bound_words(**changes):
+    return " ".join(said.text for said in bound_verdicts(bound_of(**changes)))
+
+
+def headroom_of(**changes):
+    return from_json(Headroom, {**GIVEN, **changes}, "headroom")
 
 
 def text(renderable, width=80):
@@ -90,24 +104,24 @@ def test_headroom_in_words():
 def test_rows_to_doubt_are_faint():
     grid = frontier_grid(HEADROOM)
     assert (grid.strong, grid.faint) == (1, {0})  # 0.2 is recommended; 0.05 is below it
-    assert frontier_grid({**HEADROOM, "recommended_kl_coef": None}).faint == {0, 1}
+    assert frontier_grid(headroom_of(recommended_kl_coef=None)).faint == {0, 1}
 
 
 def test_headroom_that_gains_without_training():
-    better = {**HEADROOM, "frontier": [point(0.2, 0.558, 0.501, 4.3)]}
+    better = headroom_of(frontier=[point(0.2, 0.558, 0.501, 4.3)])
     words = " ".join(headroom_words(better))
     assert "by 3 response(s) reaches 0.501 without training" in words
     assert "Dim rows" not in words
 
 
 def test_headroom_that_is_not_supported():
-    words = " ".join(headroom_words({**HEADROOM, "recommended_kl_coef": None}))
+    words = " ".join(headroom_words(headroom_of(recommended_kl_coef=None)))
     assert "No kl_coef of the grid leaves a third of 8 rewrites effective" in words
     assert "Forecast" not in words
 
 
 def test_headroom_of_single_responses():
-    single = copy.deepcopy(HEADROOM)
+    single = copy.deepcopy(GIVEN)
     single.update(num_responses=1, variance=None)
     for p in single["frontier"]:
         for key in ("objective", "ci95", "reward", "kl"):
@@ -115,6 +129,7 @@ def test_headroom_of_single_responses():
         p["corrected_objective"] = p["corrected_ci95"] = None
     for best in single["best_of_n"]:
         best["crossfit_reward"] = None
+    single = from_json(Headroom, single, "headroom")
     words = " ".join(headroom_words(single))
     assert "makes the upper end too high" in words and "lies between" not in words
     assert "0.687" in text(headroom_tables(single))
@@ -126,7 +141,7 @@ def test_the_tables_fit_a_terminal_of_eighty_columns():
     for number in ("0.687", "0.587 to 0.787", "0.503", "0.561", "1.7", "0.776", "1.20"):
         assert number in shown
     assert "…" not in shown
-    shown = text(bound_tables(BOUND))
+    shown = text(bound_tables(bound_of()))
     for number in ("2.187", "2.000 to 2.300", "0.321", "1.866", "0.750"):
         assert number in shown
     assert "…" not in shown
@@ -146,22 +161,19 @@ def test_the_tables_fit_a_terminal_of_eighty_columns():
     ],
 )
 def test_the_bound_in_words(changes, sentence):
-    words = " ".join(bound_words({**BOUND, **changes}))
-    assert sentence in words
+    assert sentence in bound_words(**changes)
     if changes:
-        assert sentence not in " ".join(bound_words(BOUND))
+        assert sentence not in bound_words()
 
 
 def test_the_gap_of_a_trained_prompter_is_shown():
-    shown = text(bound_tables({**BOUND, "trained_gap": {"mean": 0.111, "ci95": [0.0, 0.2]}}))
+    shown = text(bound_tables(bound_of(trained_gap={"mean": 0.111, "ci95": [0.0, 0.2]})))
     assert "trained prompter" in shown and "0.111" in shown
-    assert "trained prompter" not in text(bound_tables(BOUND))
+    assert "trained prompter" not in text(bound_tables(bound_of()))
 
 
-EVALUATION = {
-    "kl_per_rewrite": 1.97,
-    "paired": {"trained_minus_untuned": {"mean": 0.17, "ci95": [0.11, 0.23]}},
-}
+GAIN = {"trained_minus_untuned": Interval(0.17, 0.11, 0.23)}
+EVALUATION = evaluation({}, kl_per_rewrite=1.97, paired=GAIN)
 
 
 def test_the_frontier_as_a_picture(tmp_path):
@@ -175,7 +187,7 @@ def test_the_frontier_as_a_picture(tmp_path):
 
 def test_the_trained_prompter_joins_where_it_is_known():
     assert frontier_svg(HEADROOM, EVALUATION) != frontier_svg(HEADROOM)
-    for missing in ({}, {**EVALUATION, "kl_per_rewrite": None}, {**EVALUATION, "paired": {}}):
+    for missing in (evaluation({}, paired=GAIN), evaluation({}, kl_per_rewrite=1.97)):
         assert frontier_svg(HEADROOM, missing) == frontier_svg(HEADROOM)
 
 
@@ -198,36 +210,25 @@ def test_the_frontier_holds_the_measured_points():
     assert next(t.get_text() for t in axes.texts) == "0.2"  # the recommended one has its name
 
 
-@pytest.mark.parametrize(
-    "headroom",
-    [
-        {},
-        {"frontier": []},
-        {"frontier": [{"kl_coef": 0.1, "reward": None, "kl": 0.2}], "best_of_n": None},
-        {"frontier": [{"kl_coef": 0.1, "reward": 0.5, "kl": 0.2}], "recommended_kl_coef": 0.1},
-        {"untuned_reward": 0.5, "best_of_n": [{"n": 2, "reward": 0.6, "kl": 0.19}]},
-    ],
-)
-def test_headroom_of_little(headroom, tmp_path):
-    assert frontier_svg(headroom, EVALUATION).startswith("<svg")
-    png = frontier_png(headroom, tmp_path / "f.png", EVALUATION).read_bytes()
+def test_headroom_of_little(tmp_path):
+    little = headroom_of(frontier=[], best_of_n=[], variance=None, recommended_kl_coef=None)
+    assert frontier_svg(little, EVALUATION).startswith("<svg")
+    png = frontier_png(little, tmp_path / "f.png", EVALUATION).read_bytes()
     assert png.startswith(b"\x89PNG")
-    assert text(headroom_tables(headroom)).strip()
+    assert text(headroom_tables(little)).strip()
 
 
-@pytest.mark.parametrize("key", list(HEADROOM))
-def test_any_number_of_a_headroom_may_be_absent(key):
-    less = {k: v for k, v in HEADROOM.items() if k != key}
-    assert headroom_words(less) and text(headroom_tables(less)).strip()
-    less = copy.deepcopy(HEADROOM)
-    for part in less["frontier"]:
-        part |= dict.fromkeys([k for k in part if k != "kl_coef"])
-    assert "support: 0.2." in " ".join(headroom_words(less))
+@pytest.mark.parametrize("key", sorted(GIVEN.keys() - {"recommended_kl_coef", "variance"}))
+def test_a_number_of_a_headroom_that_is_absent_is_said(key):
+    less = {k: v for k, v in GIVEN.items() if k != key}
+    with pytest.raises(ValueError, match=f"headroom.{key}: expected .*, got nothing"):
+        from_json(Headroom, less, "headroom")
 
 
-@pytest.mark.parametrize("key", list(BOUND))
-def test_any_number_of_a_bound_may_be_absent(key):
+@pytest.mark.parametrize(
+    "key", sorted(BOUND.keys() - {"closed_form", "trained_gap", "parity_max_abs"})
+)
+def test_a_number_of_a_bound_that_is_absent_is_said(key):
     less = {k: v for k, v in BOUND.items() if k != key}
-    assert bound_words(less) and text(bound_tables(less)).strip()
-    assert ("No gap was measured" in bound_words(less)[0]) == (key == "holds")
-    assert bound_words({})
+    with pytest.raises(ValueError, match=f"bound.{key}: expected .*, got nothing"):
+        from_json(BoundReport, less, "bound")

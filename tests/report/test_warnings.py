@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from alignpro.evaluate.results import JudgeResult, Report
 from alignpro.report import warnings
 from alignpro.report.warnings import find_warnings
-from made_up_report import full_metrics, full_report
+from made_up_report import arm, comparison, evaluation, full_metrics, full_report, typed
 
 
 def keys(report=None, metrics=()):
-    return [finding.key for finding in find_warnings(report or {}, metrics)]
+    return [finding.key for finding in find_warnings(report or Report(), metrics)]
 
 
 def only(report=None, metrics=()):
     """The one finding's text."""
-    (finding,) = find_warnings(report or {}, metrics)
+    (finding,) = find_warnings(report or Report(), metrics)
     return finding.text
 
 
@@ -27,22 +28,26 @@ def rows(count=20, **values):
 
 def arms(**trained):
     others = {"response_tokens": 40.0, "rewrite_tokens": 20.0}
-    return {"arms": {"raw": others, "untuned": others, "trained": {**others, **trained}}}
+    made = {"raw": arm(**others), "untuned": arm(**others), "trained": arm(**{**others, **trained})}
+    return Report(evaluation(made))
 
 
 def test_nothing_known_is_nothing_to_doubt():
     assert keys() == []
-    assert keys({"arms": {}, "judge": {}, "headroom": {}, "bound": {}}, rows()) == []
+    assert keys(Report(evaluation({})), rows()) == []
 
 
 def test_kl_per_token():
-    assert keys({"kl_per_token": 0.5}) == []
-    assert "KL per token is 0.51 nats, above 0.5" in only({"kl_per_token": 0.51})
+    def far(kl):
+        return Report(evaluation({}, kl_per_token=kl))
+
+    assert keys(far(0.5)) == []
+    assert "KL per token is 0.51 nats, above 0.5" in only(far(0.51))
     # Without an evaluation, the mean of the last steps counts.
     early = rows(15, kl_per_token=9.0) + [{**r, "step": 15} for r in rows(5, kl_per_token=0.5)]
-    assert keys({}, early) == []
-    assert keys({}, rows(kl_per_token=0.6)) == ["kl_per_token"]
-    assert keys({"kl_per_token": 0.1}, rows(kl_per_token=0.6)) == []
+    assert keys(None, early) == []
+    assert keys(None, rows(kl_per_token=0.6)) == ["kl_per_token"]
+    assert keys(far(0.1), rows(kl_per_token=0.6)) == []
 
 
 @pytest.mark.parametrize(("tokens", "way"), [(50.1, "longer"), (29.9, "shorter")])
@@ -64,12 +69,13 @@ def test_copy_rate():
 
 
 def test_overfitting():
-    held_out = {"mean_reward": 0.5, "reward_variance": 0.16, "ci95": [0.45, 0.55]}
-    report = {"arms": {"trained": held_out}}  # a quarter of the deviation is 0.1
+    # A quarter of the deviation is 0.1.
+    report = Report(evaluation({"trained": arm(0.5, (0.45, 0.55), reward_variance=0.16)}))
     assert keys(report, rows(reward_mean=0.6)) == []
     assert "0.601 in the last training steps" in only(report, rows(reward_mean=0.601))
     assert keys(report, rows(reward_mean=0.3)) == []
-    report["arms"]["trained"] = {**held_out, "ci95": [0.38, 0.62]}  # inside: may be chance
+    # Inside: may be chance.
+    report = Report(evaluation({"trained": arm(0.5, (0.38, 0.62), reward_variance=0.16)}))
     assert keys(report, rows(reward_mean=0.61)) == []
     assert keys(report, rows(reward_mean=0.63)) == ["overfitting"]
     # Early steps do not count: the last tenth does, and no fewer than five.
@@ -78,7 +84,8 @@ def test_overfitting():
 
 
 def judge(**row):
-    return {"judge": {"comparisons": {"trained_vs_raw": {"n": 100, **row}}}}
+    result = JudgeResult("judge", 100, 0, 0, {"trained_vs_raw": comparison(**row)})
+    return Report(evaluation({}, judge=result))
 
 
 def test_length_controlled_win_rate():
@@ -93,72 +100,75 @@ def test_length_controlled_win_rate():
 def test_order_disagreements():
     assert keys(judge(order_disagreements=25)) == []
     assert "in 26% of the comparisons, above 25%" in only(judge(order_disagreements=26))
-    assert keys({"judge": {"comparisons": {"a_vs_b": {"n": 0, "order_disagreements": 0}}}}) == []
+    assert keys(judge(n=0)) == []
 
 
 def test_effective_samples():
-    def report(samples):
-        frontier = [
-            {"kl_coef": 0.1, "effective_samples": samples},
-            {"kl_coef": 0.01, "effective_samples": 1.0},  # not the recommended one
+    def report(samples, recommended=0.1):
+        given = full_report()["headroom"]
+        point = given["frontier"][0]
+        given["num_rewrites"], given["recommended_kl_coef"] = 8, recommended
+        given["frontier"] = [
+            {**point, "kl_coef": 0.1, "effective_samples": samples},
+            {**point, "kl_coef": 0.01, "effective_samples": 1.0},  # not the recommended one
         ]
-        return {"headroom": {"frontier": frontier, "recommended_kl_coef": 0.1, "num_rewrites": 8}}
+        return typed({"headroom": given})
 
     assert keys(report(3.0)) == []
     assert "2.9 effective rewrites a prompt of 8, fewer than 3" in only(report(2.9))
-    unsupported = {"headroom": {**report(1)["headroom"], "recommended_kl_coef": None}}
-    assert "No kl_coef of the headroom's grid is supported" in only(unsupported)
-    assert keys({"headroom": {"num_rewrites": 8}}) == []
+    assert "No kl_coef of the headroom's grid is supported" in only(report(1.0, None))
 
 
 def test_a_bound_that_does_not_hold():
-    assert keys({"bound": {"holds": True}}) == keys({"bound": {"holds": None}}) == []
-    assert keys({"bound": {"holds": False}}) == ["bound"]
+    given = full_report()["bound"]
+    assert keys(typed({"bound": given})) == []
+    assert keys(typed({"bound": {**given, "holds": False}})) == ["bound"]
 
 
 def test_parity():
-    assert keys({}, rows(parity_max_abs=0.0)) == []
+    assert keys(None, rows(parity_max_abs=0.0)) == []
     off = [*rows(3, parity_max_abs=0.0), {"step": 3, "parity_max_abs": 1e-6}]
-    assert "differ in 1 steps, by up to 1e-06; 0 is expected" in only({}, off)
+    assert "differ in 1 steps, by up to 1e-06; 0 is expected" in only(None, off)
     # The log writes null for what was not finite.
-    assert "by up to infinity or NaN" in only({}, rows(1, parity_max_abs=None))
+    assert "by up to infinity or NaN" in only(None, rows(1, parity_max_abs=None))
     loose, strict = {"deterministic": False}, {"deterministic": True}
     for config in ({"target": loose}, {"prompter": loose, "policy": "target", "target": strict}):
-        assert "; 0 is expected." in only({"config": config}, off)
+        assert "; 0 is expected." in only(Report(config=config), off)
     for config in (
         {"prompter": loose, "target": strict},
         {"prompter": strict, "policy": "target", "target": loose},
         {"prompter": loose, "policy": "target", "target": None},
     ):
-        assert "; deterministic: false lets them." in only({"config": config}, off)
+        assert "; deterministic: false lets them." in only(Report(config=config), off)
 
 
 def test_zero_advantage_groups():
     half = rows(10, zero_advantage_groups=0) + rows(10, zero_advantage_groups=2)
-    assert keys({}, half) == []
-    assert keys({}, [*half, {"step": 20, "zero_advantage_groups": 1}]) == ["zero_advantage_groups"]
+    assert keys(None, half) == []
+    more = [*half, {"step": 20, "zero_advantage_groups": 1}]
+    assert keys(None, more) == ["zero_advantage_groups"]
 
 
 def test_truncated_rewrites():
     """16 prompts x 4 rewrites: the line is at 16."""
-    config = {"config": {"train": {"prompts_per_step": 16, "num_rewrites": 2}}}
+    config = Report(config={"train": {"prompts_per_step": 16, "num_rewrites": 2}})
     step = {"num_rewrites": 4}  # what a step says of itself goes before the configuration
     assert keys(config, rows(truncated_rewrites=16, **step)) == []
     assert "27% of the rewrites" in only(config, rows(truncated_rewrites=17, **step))
-    flat = {"config": {"prompts_per_step": 16, "num_rewrites": 4}}
+    flat = Report(config={"prompts_per_step": 16, "num_rewrites": 4})
     assert keys(flat, rows(truncated_rewrites=17)) == ["truncated_rewrites"]
     # Without a configuration: 640 tokens at 10 tokens a rewrite.
     lengths = {"tokens": 640.0, "rewrite_tokens": 10.0}
-    assert keys({}, rows(truncated_rewrites=16, **lengths)) == []
-    assert keys({}, rows(truncated_rewrites=17, **lengths)) == ["truncated_rewrites"]
-    assert keys({}, rows(truncated_rewrites=17)) == []  # of how many is unknown
+    assert keys(None, rows(truncated_rewrites=16, **lengths)) == []
+    assert keys(None, rows(truncated_rewrites=17, **lengths)) == ["truncated_rewrites"]
+    assert keys(None, rows(truncated_rewrites=17)) == []  # of how many is unknown
 
 
 def test_order_of_reading_and_purity():
-    report, metrics = full_report(), full_metrics()
+    report, metrics = typed(full_report()), full_metrics()
     found = find_warnings(report, metrics)
     assert [f.key for f in found] == ["length_controlled_win_rate"] * 3 + ["effective_samples"]
-    assert (report, metrics) == (full_report(), full_metrics())
+    assert (report, metrics) == (typed(full_report()), full_metrics())
     assert found == find_warnings(report, metrics)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from alignpro.evaluate.results import GapClosed, Interval
 from alignpro.report.words import (
     gap_closed_sentence,
     headline,
@@ -12,24 +15,24 @@ from alignpro.report.words import (
     number,
     verdict,
 )
+from made_up_report import arm, comparison, evaluation
 
 
 def report(**differences):
     """Arms at mean 0.5 minus the difference; intervals of half a width of 0.02."""
     paired = {
-        f"trained_minus_{key}": {"mean": d, "ci95": [d - 0.02, d + 0.02]}
-        for key, d in differences.items()
+        f"trained_minus_{key}": Interval(d, d - 0.02, d + 0.02) for key, d in differences.items()
     }
-    arms = {key: {"mean_reward": 0.5 - d} for key, d in differences.items()}
-    return {"arms": {**arms, "trained": {"mean_reward": 0.5}}, "paired": paired}
+    arms = {key: arm(0.5 - d) for key, d in differences.items()}
+    return evaluation({**arms, "trained": arm(0.5)}, paired=paired)
 
 
 def test_verdicts_claim_only_what_the_interval_supports():
-    assert "beats" in verdict({"mean": 0.3, "ci95": [0.1, 0.5]}, "raw prompt").text
-    assert "+0.300" in verdict({"mean": 0.3, "ci95": [0.1, 0.5]}, "raw prompt").text
-    assert "does worse than the x" in verdict({"mean": -0.3, "ci95": [-0.5, -0.1]}, "x").text
-    for bounds in ([-0.1, 0.5], [0.0, 0.5], [-0.5, 0.0]):
-        assert "No clear difference" in verdict({"mean": 0.2, "ci95": bounds}, "x").text
+    assert "beats" in verdict(Interval(0.3, 0.1, 0.5), "raw prompt").text
+    assert "+0.300" in verdict(Interval(0.3, 0.1, 0.5), "raw prompt").text
+    assert "does worse than the x" in verdict(Interval(-0.3, -0.5, -0.1), "x").text
+    for bounds in ((-0.1, 0.5), (0.0, 0.5), (-0.5, 0.0)):
+        assert "No clear difference" in verdict(Interval(0.2, *bounds), "x").text
 
 
 @pytest.mark.parametrize(
@@ -87,50 +90,52 @@ def test_a_static_instruction_that_wins_is_advised():
     assert "the static instruction is ahead by 0.010" in level and "cheaper per request" in level
     assert "the trained prompter is ahead by 0.010" in headline(report(static=0.01)).text
     # It is not advised where the raw prompt does better than both.
-    assert "needs neither" in headline(report(raw=-0.01, static=-0.005) | _clear("static")).text
-
-
-def _clear(key):
-    paired = {"raw": {"mean": -0.01, "ci95": [-0.03, 0.01]}}
-    paired[key] = {"mean": -0.005, "ci95": [-0.007, -0.003]}
-    return {"paired": {f"trained_minus_{k}": v for k, v in paired.items()}}
+    clear = {
+        "trained_minus_raw": Interval(-0.01, -0.03, 0.01),
+        "trained_minus_static": Interval(-0.005, -0.007, -0.003),
+    }
+    level = dataclasses.replace(report(raw=-0.01, static=-0.005), paired=clear)
+    assert "needs neither" in headline(level).text
 
 
 def test_without_an_evaluation_nothing_is_claimed():
-    assert headline({}).tone == "unclear" and headline({}).text.startswith("Not known yet")
-    assert "no trained prompter" in headline({"arms": {"raw": {"mean_reward": 1.0}}}).text
+    assert headline(None).tone == "unclear" and headline(None).text.startswith("Not known yet")
+    assert "no trained prompter" in headline(evaluation({"raw": arm(1.0)})).text
 
 
 def test_the_judges_verdict():
-    row = {"win_rate": 0.62, "ci95": [0.52, 0.72], "length_controlled_win_rate": 0.55}
+    row = comparison(win_rate=0.62, ci95=(0.52, 0.72), length_controlled_win_rate=0.55)
     said = judge_verdict("trained_vs_raw", row)
     assert said == (
         "better",
         "The judge prefers the trained prompter over the raw prompt: win rate 62% (52% to 72%), "
         "55% at equal length.",
     )
-    assert judge_verdict("trained_vs_raw", {**row, "ci95": [0.2, 0.4]}).text.startswith(
-        "The judge prefers the raw prompt over the trained prompter"
+    assert judge_verdict(
+        "trained_vs_raw", dataclasses.replace(row, ci95=(0.2, 0.4))
+    ).text.startswith("The judge prefers the raw prompt over the trained prompter")
+    assert (
+        judge_verdict("trained_vs_raw", dataclasses.replace(row, ci95=(0.4, 0.6))).tone == "unclear"
     )
-    assert judge_verdict("trained_vs_raw", {**row, "ci95": [0.4, 0.6]}).tone == "unclear"
-    assert judge_verdict("a_vs_b", {}).text.startswith("The judge does not tell the a from the b")
+    assert judge_verdict("a_vs_b", comparison()).text.startswith(
+        "The judge does not tell the a from the b"
+    )
 
 
 def test_the_gap_closed_in_words():
+    gap = Interval(0.3, 0.2, 0.4)
     assert "closes 82% (95% interval 70% to 95%) of the gap" in gap_closed_sentence(
-        {"share": 0.82, "ci95": [0.7, 0.95]}
+        GapClosed(0.82, (0.7, 0.95), gap)
     )
-    nothing = {"share": None, "ci95": None, "reason": "the tuned target is not clearly apart"}
+    nothing = GapClosed(None, None, gap, "the tuned target is not clearly apart")
     assert gap_closed_sentence(nothing) == (
         "No share of the oracle's gap: the tuned target is not clearly apart."
     )
-    assert "closes 82% of the gap" in gap_closed_sentence({"share": 0.82, "ci95": None})
 
 
 def test_numbers_that_are_absent_are_nothing():
-    assert [number(v) for v in (None, float("nan"), "1", True)] == [""] * 4
-    assert [interval(v) for v in (None, [1.0], [0.0, float("inf")])] == [""] * 3
-    assert (number(1), number(-0.5, 1, sign=True), interval([0, 1], 1)) == (
+    assert number(None) == interval(None) == ""
+    assert (number(1), number(-0.5, 1, sign=True), interval((0, 1), 1)) == (
         "1.000",
         "-0.5",
         "0.0 to 1.0",

@@ -83,3 +83,10 @@ def test_what_a_resume_may_change():
         )
     with pytest.raises(ValueError, match="new_field was None, is 1"):
         check_same_run(saved, {**saved, "new_field": 1})
+    group = {"model": "p", "device": "cpu", "max_batch_rows": 256}
+    saved = {**saved, "prompter": group, "target": None}
+    check_same_run(saved, {**saved, "prompter": {**group, "max_batch_rows": 8}})
+    with pytest.raises(ValueError, match=r"configuration: prompter\.device was 'cpu', is 'cuda'$"):
+        check_same_run(saved, {**saved, "prompter": {**group, "device": "cuda"}})
+    with pytest.raises(ValueError, match=r"configuration: target\.model was None, is 't'$"):
+        check_same_run(saved, {**saved, "target": {"model": "t", "adapter": None}})

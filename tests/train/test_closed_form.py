@@ -250,3 +250,38 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert json.loads((fit.run_dir / "config.json").read_text())["algorithm"] == "closed_form"
     assert (fit.run_dir / "adapter").is_dir()
     assert {"epoch", "effective_samples", "grad_norm"} <= set(rows[0])
+
+
+def test_torch_keeps_its_threads_but_in_the_fit(tmp_path, monkeypatch):
+    seen = {"reward": set(), "score": set()}
+
+    def reward(prompts, rewrites, responses):
+        seen["reward"].add(torch.get_num_threads())
+        return letter_value(prompts, rewrites, responses)
+
+    fit = make(config(tmp_path, "variance", steps=2), reward=reward)
+    score = fit.policy.score
+
+    def scored(*arguments, **options):
+        seen["score"].add(torch.get_num_threads())
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(fit.policy, "score", scored)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        fit.train()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"reward": {3}, "score": {1}}
+
+
+def test_an_error_while_rolling_out_is_kept_in_the_run(tmp_path):
+    def reward(prompts, rewrites, responses):
+        raise KeyError("the defect")
+
+    fit = make(config(tmp_path, "variance"), reward=reward)
+    with pytest.raises(RewardError, match="the defect"):
+        fit.rollouts()
+    assert "KeyError: 'the defect'" in (fit.run_dir / "error.log").read_text()

@@ -41,15 +41,37 @@ class SeveralEnds(ToyTokenizer):
         return [*tokens, 1] if add_generation_prompt else [*tokens, 7]
 
 
+class EndBeforeTheNextTurn(ToyTokenizer):
+    """As Apertus: nothing follows the last turn; between turns there is an end."""
+
+    eos_ids = (9, 8, 7)
+
+    def encode_chat(self, messages, *, add_generation_prompt=True):
+        tokens = []
+        for message in messages:
+            if message["role"] == "user":
+                tokens += [7] * (len(tokens) > 0) + [0, *self.encode(message["content"]), 8]
+            else:
+                tokens += [1, *self.encode(message["content"])]
+        return tokens
+
+
 class NoEnd(ToyTokenizer):
+    def decode(self, tokens, *, skip_special=True):
+        assert not skip_special
+        return "".join({EOS: "</s>"}[token] for token in tokens)
+
     def encode_chat(self, messages, *, add_generation_prompt=True):
         return [0, 1, 5, 5][: 2 * len(messages)]
 
 
-def test_the_end_is_the_one_after_the_assistants_words():
+def test_the_end_is_the_one_after_the_assistants_words(caplog):
     assert end_of_turn(ToyTokenizer()) == EOS
     assert end_of_turn(SeveralEnds()) == 8
+    assert end_of_turn(EndBeforeTheNextTurn()) == 7
+    assert caplog.text == ""
     assert end_of_turn(NoEnd()) == EOS
+    assert "writes none of the model's end tokens (</s>) after an assistant turn" in caplog.text
     bare = ToyTokenizer()
     bare.eos_ids = ()
     with pytest.raises(ValueError, match="names no EOS token"):

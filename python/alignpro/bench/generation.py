@@ -163,18 +163,18 @@ def bench_rollout(
         say(f"round {seed}")
         prompter = load_model(model, threads=threads)
         answerer = prompter if target is None else load_model(target, threads=threads)
-        rollout = partial(
-            rollout_pipeline(prompter, answerer).rollout,
-            texts,
-            num_rewrites=ROLLOUT.rewrites,
-            seed=seed,
-        )
-        begun = time.perf_counter()
-        done, events = recorded(rollout)
-        seconds.append(time.perf_counter() - begun)
-        tokens.append(done.generated_tokens)
+        pipeline = rollout_pipeline(prompter, answerer)
+
+        def timed(pipeline: Pipeline = pipeline, seed: int = seed) -> tuple[int, float]:
+            begun = time.perf_counter()
+            done = pipeline.rollout(texts, num_rewrites=ROLLOUT.rewrites, seed=seed)
+            return done.generated_tokens, time.perf_counter() - begun
+
+        (written, took), events = recorded(timed)
+        seconds.append(took)
+        tokens.append(written)
         flops = engine_flops(events)
-        gflops.append(None if flops is None else flops / seconds[-1] / 1e9)
+        gflops.append(None if flops is None else flops / took / 1e9)
     known = [rate for rate in gflops[1:] if rate is not None]
     rate = statistics.median(known) if known else None
     return report | {

@@ -13,24 +13,28 @@ from alignpro.cli.shared import app, one_line_errors
 @app.command()
 @one_line_errors
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="a run's directory, or one with its files")],
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a run, or of its files.")],
     evaluation: Annotated[
-        Path | None, typer.Option(help="what evaluate wrote; default: evaluation.json there")
+        Path | None,
+        typer.Option(help="What evaluate wrote; the default is the run's evaluation.json."),
     ] = None,
     headroom: Annotated[
-        Path | None, typer.Option(help="what headroom wrote; default: headroom.json there")
+        Path | None,
+        typer.Option(help="What headroom wrote; the default is the run's headroom.json."),
     ] = None,
     bound: Annotated[
-        Path | None, typer.Option(help="what bound wrote; default: bound.json there")
+        Path | None, typer.Option(help="What bound wrote; the default is the run's bound.json.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="default: report.html there")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The report to write; the default is the run's report.html.")
+    ] = None,
 ) -> None:
     """Build report.html from what a run's directory holds."""
     from rich.console import Console
 
     from alignpro.report.build import build_report
-    from alignpro.report.view import report_view
+    from alignpro.report.tables import report_view
 
     built = build_report(run_dir, evaluation=evaluation, headroom=headroom, bound=bound, out=out)
-    Console().print(report_view({**built.report, "samples": []}, built.metrics))
+    Console().print(report_view(built.report, built.metrics, samples=False))
     typer.echo(f"report: {built.path}")

@@ -29,13 +29,22 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as train.learning_rate=1e-4"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Fields of the configuration, such as seed=1 or prompter.model=smollm2.",
+    ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="write the numbers there")]
-Threads = Annotated[int | None, typer.Option(min=1, help="default: the CPU quota")]
-Config = Annotated[Path | None, typer.Argument(help="YAML file; without it, the defaults")]
-ModelName = Annotated[str, typer.Option(help="path or name")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that is there")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Number of threads; the default is the CPU quota.")
+]
+Config = Annotated[
+    Path | None, typer.Argument(help="YAML file of the configuration; every field has a default.")
+]
+ModelName = Annotated[str, typer.Option(help="Path or name of the model.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the run that is in the run directory.")
+]
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -75,11 +84,9 @@ def _raised_on_purpose(error: Exception) -> bool:
     class of ours, or of bad input that this package itself raises."""
     if isinstance(error, (OSError, ImportError)) or type(error).__module__.startswith("alignpro"):
         return True
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = Path(__file__).resolve().parents[1]
-    return (
-        isinstance(error, (ValueError, RuntimeError)) and ours in Path(frames[-1].filename).parents
-    )
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    ours = str(frame.f_globals.get("__name__")).split(".")[0] == "alignpro"
+    return ours and isinstance(error, (ValueError, RuntimeError))
 
 
 def check_new(file: Path | None) -> None:
@@ -89,9 +96,12 @@ def check_new(file: Path | None) -> None:
         raise FileNotFoundError(f"{file.parent}: no such folder; make it first")
 
 
-def write_json(file: Path | None, report: dict[str, Any]) -> None:
+def write_json(file: Path | None, report: Any) -> None:
+    """Write plain values, or the results of an evaluation."""
     if file is not None:
-        write_whole(file, report)
+        from alignpro.evaluate.results import to_json
+
+        write_whole(file, to_json(report))
 
 
 def split_settings(

@@ -12,8 +12,10 @@ import typer
 from alignpro.cli.shared import (
     Config,
     Json,
+    ModelName,
     Overrides,
     Overwrite,
+    Threads,
     app,
     check_new,
     needs_torch,
@@ -30,12 +32,16 @@ if TYPE_CHECKING:
 @one_line_errors
 def quickstart(
     overrides: Overrides = None,
-    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
-    steps: Annotated[int | None, typer.Option(help="of reinforcement learning")] = None,
-    prompts: Annotated[int | None, typer.Option(help="held-out prompts to evaluate on")] = None,
-    model: Annotated[str | None, typer.Option(help="path or name")] = None,
-    run_dir: Annotated[str | None, typer.Option(help="a number is added while it is taken")] = None,
-    threads: Annotated[int | None, typer.Option(help="default: the CPU quota")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the run.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps of reinforcement learning.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="Number of held-out prompts to evaluate on.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Path or name of the model.")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="Run directory; a number is added where it is taken.")
+    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Warm-start, train and evaluate a prompter, and write a report."""
     needs_torch("quickstart")
@@ -54,7 +60,7 @@ def quickstart(
     from rich.console import Console
 
     from alignpro.quickstart import run_quickstart
-    from alignpro.report.view import report_view
+    from alignpro.report.tables import report_view
 
     console = Console()
     result = run_quickstart(config, console)
@@ -87,20 +93,37 @@ def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite
 @app.command()
 @one_line_errors
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file, or a run's config.json")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of the configuration, or the config.json of a run.")
+    ],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run there")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the run directory.")
+    ] = False,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what it would cost")] = False,
-    gpu: Annotated[str | None, typer.Option(help="dry run: on H200, H100, A100, ...")] = None,
-    rates: Annotated[Path | None, typer.Option(help="dry run: measured shares, JSON")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="dry run: a prompt's")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run would cost, and stop.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Price a dry run on this card, such as H200, H100 or A100.")
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(help="JSON file of measured shares to price a dry run with.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a prompt to price a dry run with.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Train a prompter by reinforcement learning."""
     needs_torch("train")
     from alignpro.config import TrainConfig, load_yaml
 
+    if "=" in str(config) and not config.exists():
+        raise ValueError(
+            f"{config}: expected a YAML file, or the config.json of a run, before key=value; "
+            "`alignpro quickstart` needs none"
+        )
     options = load_yaml(TrainConfig, config, overrides or [])
     if dry_run:
         _price(options, gpu, rates, prompt_tokens, json_file)
@@ -150,7 +173,9 @@ def _price(
 def evaluate(
     config: Config = None,
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="write the numbers there, as JSON")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the numbers to this JSON file.")
+    ] = None,
 ) -> None:
     """Compare the arms on held-out prompts: raw prompt, untuned and trained prompter, and what the
     configuration adds (static, optimum, tuned, judge)."""
@@ -161,9 +186,10 @@ def evaluate(
     check_new(output)
     from rich.console import Console
 
+    from alignpro.evaluate.results import Report
     from alignpro.evaluate.run import UnjudgedError, run_evaluation
     from alignpro.report.progress import Bars
-    from alignpro.report.view import report_view
+    from alignpro.report.tables import report_view
 
     try:
         with Bars() as bars:
@@ -175,26 +201,38 @@ def evaluate(
         write_json(kept, error.report)
         raise UnjudgedError(f"{error}; the arms without it: {kept}", error.report) from None
     write_json(output, report)
-    Console().print(report_view(report))
+    Console().print(report_view(Report(report)))
 
 
 @app.command()
 @one_line_errors
 def generate(
-    prompt: Annotated[str, typer.Argument(help='what to answer; "-" reads standard input')],
-    model: Annotated[str, typer.Option(help="path or name")] = "smollm2",
+    prompt: Annotated[
+        str, typer.Argument(help='Text to answer; "-" reads it from standard input.')
+    ],
+    model: ModelName = "smollm2",
     run: Annotated[
         Path | None,
-        typer.Option(help="a training run, whose prompter (or tuned target) takes part"),
+        typer.Option(help="A training run whose prompter, or tuned target, takes part."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="above 0, at most 1 (off)")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="default: a fresh one")] = None,
-    threads: Annotated[int | None, typer.Option(help="default: the CPU quota")] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda in a build that has it.")] = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this mass; 1 is all of them.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed; the default is a fresh one.")
+    ] = None,
+    threads: Threads = None,
+    device: Annotated[
+        str, typer.Option(help="Device to run on: cpu, or cuda in a build with CUDA.")
+    ] = "cpu",
     deterministic: Annotated[
-        bool, typer.Option(help="Sample bit for bit what scoring would give; off, on cuda: faster.")
+        bool,
+        typer.Option(
+            help="Whether log-probabilities are equal to the bit in sampling and scoring; on cuda "
+            "it can be turned off for speed."
+        ),
     ] = True,
 ) -> None:
     """Answer a prompt, as it is or through a trained prompter."""

@@ -26,10 +26,13 @@ def headroom(
     config: Config = None,
     overrides: Overrides = None,
     json_file: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the frontier there, as PNG")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the frontier to this PNG file.")] = None,
     samples: Annotated[
         Path | None,
-        typer.Option(help="JSON lines of rewrites, responses and rewards: read, or else written"),
+        typer.Option(
+            help="JSON lines of rewrites, responses and rewards: read where the file exists, else "
+            "written."
+        ),
     ] = None,
 ) -> None:
     """What a prompter could gain, from samples of the untuned one, before training."""
@@ -51,14 +54,14 @@ def headroom(
     from alignpro.evaluate.headroom import run_headroom
     from alignpro.report.frontier import frontier_png
     from alignpro.report.progress import Bars
-    from alignpro.report.theory import headroom_tables
+    from alignpro.report.tables import headroom_tables
 
     with Bars() as bars:
         report = run_headroom(options, samples=samples, on_progress=bars.show)
     write_json(json_file, report)
     if plot is not None:
-        frontier_png(report, plot)
-    Console().print(headroom_tables(report))
+        frontier_png(report.headroom, plot)
+    Console().print(headroom_tables(report.headroom))
 
 
 @app.command()
@@ -74,7 +77,7 @@ def bound(config: Config = None, overrides: Overrides = None, json_file: Json = 
 
     from alignpro.evaluate.bound import run_bound
     from alignpro.report.progress import Bars
-    from alignpro.report.theory import bound_tables
+    from alignpro.report.tables import bound_tables
 
     with Bars() as bars:
         report = run_bound(options, on_progress=bars.show)

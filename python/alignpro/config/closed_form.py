@@ -15,13 +15,13 @@ class ClosedFormConfig:
 
     ``num_rewrites`` and ``num_responses`` of `TrainConfig` shape the rollouts; each of ``steps``
     steps reads ``prompts_per_step`` of the prompts with all their rewrites, pass after pass. Two
-    passes are about right: more of them fit the noise (docs/closed-form.md).
+    passes are about right: more of them fit the noise (docs/notes/closed-form.md).
     """
 
     # Prompts rolled out, once each; None: all there are.
     num_prompts: Annotated[int, at_least(1)] | None = None
     # Both are least at the optimum. variance: of reward - kl_coef * log ratio within a prompt.
     # likelihood: weighted by exp(reward / kl_coef), as the formula says; of a few noisy rewrites
-    # it takes the best one and no more (seed 0 of docs/closed-form.md: +0.05 of reward where
+    # it takes the best one and no more (seed 0 of docs/notes/closed-form.md: +0.05 of reward where
     # variance gains +0.18).
     loss: Literal["variance", "likelihood"] = "variance"

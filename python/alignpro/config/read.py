@@ -24,6 +24,9 @@ def load_yaml(cls: type[T], path: str | Path | None, overrides: Sequence[str] = 
 
     mapping: Any = {}
     if path is not None:
+        if not Path(path).is_file():
+            found = "a folder" if Path(path).is_dir() else "no such file"
+            raise FileNotFoundError(f"{path}: expected a YAML file of settings, found {found}")
         try:
             mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
@@ -184,7 +185,9 @@ class TrainConfig:
             require(
                 "response_budget",
                 budget,
-                budget is not None and any(budget % m == 0 for m in range(2, budget // 2 + 1)),
+                budget is not None
+                and budget > 3
+                and any(budget % m == 0 for m in range(2, math.isqrt(budget) + 1)),
                 "a product of two numbers above 1 (responses a prompt and step), with "
                 "num_responses auto",
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,13 +19,13 @@ from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.evaluate.adapters import check_adapters, load_adapter
 from alignpro.evaluate.headroom import check_row_count, rewards_of
 from alignpro.evaluate.progress import OnProgress, watch
+from alignpro.evaluate.results import BoundReport, ClosedForm
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
-from alignpro.statistics import Interval, bootstrap_mean_ci
+from alignpro.statistics import bootstrap_mean_ci
 from alignpro.theory.bound import (
-    Bound,
     prompting_bound,
     tilted_total_variation,
     total_variation_samples,
@@ -43,7 +43,7 @@ from alignpro.types import Response, Reward, Rollout
 _SCORED_AT_ONCE = 32  # sequences; bounds the memory of a scoring pass
 
 
-def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> dict[str, Any]:
+def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> BoundReport:
     """Load what the configuration names; returns what `measure_bound` does, with the config."""
     check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_prompts(config.data, split=config.split)
@@ -61,7 +61,7 @@ def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> 
         tuned=load_adapter(config.tuned, target),
         on_progress=on_progress,
     )
-    return {**report, "config": to_mapping(config)}
+    return replace(report, config=to_mapping(config))
 
 
 def measure_bound(
@@ -75,7 +75,7 @@ def measure_bound(
     trained: LoraWeights | None = None,
     tuned: LoraWeights | None = None,
     on_progress: OnProgress | None = None,
-) -> dict[str, Any]:
+) -> BoundReport:
     """Every term of the bound and the gap beside it, over the same prompts (theory.bound).
 
     The tuned target pi* is the adapter ``tuned``, or without one the closed form over the N x M
@@ -84,14 +84,6 @@ def measure_bound(
     and so understate the bound, and J(rho*) is the cross-fitted reward, which lucky responses do
     not raise; finite N biases both low, which is the safe side of either. With M = 1 noise
     overstates both: bound and gap come out too small.
-
-    Returns:
-        The part ``bound`` of report.json: reward_range, reward_range_source ("given" or
-        "observed"), kl_coef, tuned ("adapter" or "closed form"), terms {name: mean, ci95}, bound,
-        measured_gap, trained_gap (None without ``trained``), slack, holds, vacuous, rewards {arm:
-        mean, ci95}, truncated_responses (share that was cut off at the last allowed token),
-        parity_max_abs (of a target that is not deterministic: the largest difference between
-        sampled and scored log-probabilities of a token, over some responses; else None: equal).
 
     Raises:
         ValueError: a reward outside the given range, or all rewards equal without one.
@@ -135,10 +127,9 @@ def measure_bound(
             target, rollouts["tuned"], raw_tokens, config, "tuned target", on_progress
         )
     report = _report(config, rollouts, tv_rewrites, tv_tuned if tuned is not None else None)
-    return {
-        **report,
-        "parity_max_abs": None if target.exact else _parity(target, rollouts["raw"], config),
-    }
+    if target.exact:
+        return report
+    return replace(report, parity_max_abs=_parity(target, rollouts["raw"], config))
 
 
 def _report(
@@ -146,7 +137,7 @@ def _report(
     rollouts: dict[str, Rollout],
     tv_rewrites: Floats,
     tv_tuned: Floats | None,
-) -> dict[str, Any]:
+) -> BoundReport:
     rewards = {name: rewards_of(rollout) for name, rollout in rollouts.items()}
     means = {name: r.mean(axis=(1, 2)) for name, r in rewards.items()}
     if tv_tuned is None:
@@ -155,10 +146,7 @@ def _report(
         weights = optimum_weights(base, coefficient)
         tv_tuned = tilted_total_variation(base, coefficient)
         means["tuned"] = (weights * base).sum(axis=1)
-        closed_form = {
-            "kl_coef": coefficient,
-            "effective_samples": float(effective_samples(weights).mean()),
-        }
+        closed_form = ClosedForm(coefficient, float(effective_samples(weights).mean()))
     else:
         closed_form = None
     means["optimum"], kl = _optimum(rewards["untuned"], config.kl_coef)
@@ -174,40 +162,29 @@ def _report(
     )
     trained_gap = None
     if "trained" in means:
-        trained_gap = _plain(bootstrap_mean_ci(means["tuned"] - means["trained"], seed=config.seed))
-    return {
-        **bound_report(result),
-        "reward_range_source": source,
-        "tuned": "adapter" if closed_form is None else "closed form",
-        "closed_form": closed_form,
-        "trained_gap": trained_gap,
-        "rewards": {
-            name: _plain(bootstrap_mean_ci(values, seed=config.seed))
-            for name, values in means.items()
+        trained_gap = bootstrap_mean_ci(means["tuned"] - means["trained"], seed=config.seed)
+    return BoundReport(
+        reward_range=result.reward_range,
+        reward_range_source=source,
+        kl_coef=result.kl_coef,
+        terms={"tv_tuned": result.tv_tuned, "tv_rewrites": result.tv_rewrites, "kl": result.kl},
+        bound=result.bound,
+        measured_gap=result.measured_gap,
+        slack=result.slack,
+        holds=result.holds,
+        vacuous=result.vacuous,
+        tuned="adapter" if closed_form is None else "closed form",
+        closed_form=closed_form,
+        trained_gap=trained_gap,
+        rewards={
+            name: bootstrap_mean_ci(values, seed=config.seed) for name, values in means.items()
         },
-        "truncated_responses": _truncated(rollouts),
-        "num_prompts": len(rewards["raw"]),
-        "num_rewrites": config.num_rewrites,
-        "num_responses": config.num_responses,
-    }
-
-
-def bound_report(result: Bound) -> dict[str, Any]:
-    """A `Bound` as plain data."""
-    return {
-        "reward_range": list(result.reward_range),
-        "kl_coef": result.kl_coef,
-        "terms": {
-            "tv_tuned": _plain(result.tv_tuned),
-            "tv_rewrites": _plain(result.tv_rewrites),
-            "kl": _plain(result.kl),
-        },
-        "bound": _plain(result.bound),
-        "measured_gap": _plain(result.measured_gap),
-        "slack": _plain(result.slack),
-        "holds": result.holds,
-        "vacuous": result.vacuous,
-    }
+        truncated_responses=_truncated(rollouts),
+        num_prompts=len(rewards["raw"]),
+        num_rewrites=config.num_rewrites,
+        num_responses=config.num_responses,
+        parity_max_abs=None,
+    )
 
 
 def _optimum(rewards: Floats, kl_coef: float) -> tuple[Floats, Floats]:
@@ -324,7 +301,3 @@ def _truncated(rollouts: dict[str, Rollout]) -> float:
         for response in w.responses
     ]
     return sum(reason == "length" for reason in reasons) / len(reasons)
-
-
-def _plain(interval: Interval) -> dict[str, Any]:
-    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 from alignpro.config import EvalConfig
 from alignpro.evaluate.arms import Arm, kl_per_rewrite
+from alignpro.evaluate.results import ArmResult, Evaluation, GapClosed, Sample, SampleArm
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
@@ -23,57 +24,53 @@ def compare_arms(
     arms: Mapping[str, Arm],
     config: EvalConfig,
     prompters: Mapping[str, LoraWeights | None],
-) -> dict[str, Any]:
-    """The arms as a part of report.json.
-
-    Returns:
-        ``arms`` {name: mean_reward, reward_variance, ci95, n, num_responses, components,
-        empty_rewrites, response_tokens, rewrite_tokens, copy_rate, ...}; ``paired``
-        {trained_minus_X: mean, ci95}; ``kl_per_rewrite`` and ``kl_per_token`` (nats; None without
-        both prompters); ``gap_closed`` where there is a tuned target; ``tokens_per_second``;
-        ``samples``. Lengths are in tokens and means.
-    """
+) -> Evaluation:
+    """The arms side by side, and ``gap_closed`` where there is a tuned target."""
     seconds = math.fsum(arm.rollout.seconds["generate"] for arm in arms.values())
     tokens = sum(arm.rollout.generated_tokens for arm in arms.values())
-    trained = arms.get("trained")
-    report: dict[str, Any] = {
-        "arms": {name: _summary(arm, pipeline, config) for name, arm in arms.items()},
-        "paired": {
-            f"trained_minus_{name}": _paired(trained, arm, config)
-            for name, arm in arms.items()
-            if trained is not None and name != "trained"
-        },
-        **_kl(pipeline, arms, prompters),
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "samples": _samples(arms, config.num_samples),
-    }
+    rewards = {name: arm.per_prompt for name, arm in arms.items()}
+    per_rewrite, per_token = _kl(pipeline, arms, prompters)
+    closed = None
     if {"untuned", "trained", "tuned"} <= set(arms):
-        report["gap_closed"] = gap_closed(
-            *(arms[name].per_prompt for name in ("untuned", "trained", "tuned")), seed=config.seed
+        closed = gap_closed(
+            rewards["untuned"], rewards["trained"], rewards["tuned"], seed=config.seed
         )
-    return report
+    return Evaluation(
+        arms={name: _summary(arm, pipeline, config) for name, arm in arms.items()},
+        paired={
+            f"trained_minus_{name}": paired_difference(
+                rewards["trained"], rewards[name], seed=config.seed
+            )
+            for name in arms
+            if "trained" in arms and name != "trained"
+        },
+        kl_per_rewrite=per_rewrite,
+        kl_per_token=per_token,
+        tokens_per_second=tokens / max(seconds, 1e-9),
+        samples=_samples(arms, config.num_samples),
+        gap_closed=closed,
+    )
 
 
 def gap_closed(
     untuned: Sequence[float], trained: Sequence[float], tuned: Sequence[float], *, seed: int
-) -> dict[str, Any]:
+) -> GapClosed:
     """Share of what tuning the target gains that the prompter gains: (trained - untuned) /
     (tuned - untuned), rewards by prompt [n], with an interval that resamples prompts jointly.
 
     A gap whose own interval holds 0 has no share: dividing by noise gives any number.
     """
     gap = paired_difference(tuned, untuned, seed=seed)
-    result: dict[str, Any] = {"gap": {"mean": gap.mean, "ci95": [gap.low, gap.high]}}
     if gap.low <= 0 <= gap.high:
         reason = (
             "the tuned target is not clearly apart from the untuned prompter: "
             f"{gap.mean:+.3f}, 95% interval {gap.low:+.3f} to {gap.high:+.3f}"
         )
-        return {"share": None, "ci95": None, "reason": reason, **result}
+        return GapClosed(None, None, gap, reason)
     gained = [a - b for a, b in zip(trained, untuned, strict=True)]
     possible = [a - b for a, b in zip(tuned, untuned, strict=True)]
     share = ratio_of_means(gained, possible, seed=seed)
-    return {"share": share.mean, "ci95": [share.low, share.high], **result}
+    return GapClosed(share.mean, share.ci95, gap)
 
 
 def copied_share(prompt: str, rewrite: str) -> float:
@@ -94,53 +91,44 @@ def copied_share(prompt: str, rewrite: str) -> float:
     return len(copied) / len(written)
 
 
-def _summary(arm: Arm, pipeline: Pipeline, config: EvalConfig) -> dict[str, Any]:
-    interval = bootstrap_mean_ci(arm.per_prompt, seed=config.seed)
+def _summary(arm: Arm, pipeline: Pipeline, config: EvalConfig) -> ArmResult:
     rewrites = [w for group in arm.rollout.rewrites for w in group]
     responses = [r for w in rewrites for r in w.responses]
-    return {
-        "mean_reward": interval.mean,
-        "reward_variance": variance([reward for row in arm.rewards for reward in row]),
-        "ci95": [interval.low, interval.high],
-        "n": len(arm.rewards),
-        "num_responses": len(responses),
-        "components": arm.components,
-        "empty_rewrites": sum(not w.text for w in rewrites) if arm.adds else 0,
-        "response_tokens": sum(len(r.tokens) for r in responses) / len(responses),
-        **(_added(arm, pipeline) if arm.adds else {}),
+    result = ArmResult(
+        reward=bootstrap_mean_ci(arm.per_prompt, seed=config.seed),
+        reward_variance=variance([reward for row in arm.rewards for reward in row]),
+        n=len(arm.rewards),
+        num_responses=len(responses),
+        components=arm.components,
+        empty_rewrites=sum(not w.text for w in rewrites) if arm.adds else 0,
+        response_tokens=sum(len(r.tokens) for r in responses) / len(responses),
         **arm.about,
-    }
-
-
-def _added(arm: Arm, pipeline: Pipeline) -> dict[str, Any]:
-    """Of what stands behind or before the prompt: mean tokens, and the share that is copied."""
-    rewrites = [w for group in arm.rollout.rewrites for w in group]
+    )
+    if not arm.adds:
+        return result
     lengths = [
         # A given text has no tokens of a prompter; the target's are the nearest there are.
         len(w.tokens) if w.tokens else len(pipeline.target.tokenizer.encode(w.text))
         for w in rewrites
     ]
     copied = [copied_share(arm.rollout.prompts[w.prompt_index], w.text) for w in rewrites if w.text]
-    return {
-        "rewrite_tokens": sum(lengths) / len(lengths),
-        "copy_rate": sum(copied) / len(copied) if copied else None,
-    }
-
-
-def _paired(treated: Arm, control: Arm, config: EvalConfig) -> dict[str, Any]:
-    interval = paired_difference(treated.per_prompt, control.per_prompt, seed=config.seed)
-    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+    return replace(
+        result,
+        rewrite_tokens=sum(lengths) / len(lengths),
+        copy_rate=sum(copied) / len(copied) if copied else None,
+    )
 
 
 def _kl(
     pipeline: Pipeline, arms: Mapping[str, Arm], prompters: Mapping[str, LoraWeights | None]
-) -> dict[str, float | None]:
+) -> tuple[float | None, float | None]:
+    """Per rewrite and per token."""
     if (
         not {"trained", "untuned"} <= set(prompters)
         or pipeline.rewrite_params.temperature == 0  # a greedy rewrite is no draw from the policy
         or not isinstance(pipeline.prompter, NativeModel)  # remote: shows no distributions
     ):
-        return {"kl_per_rewrite": None, "kl_per_token": None}
+        return None, None
     rollout = arms["trained"].rollout
     value = kl_per_rewrite(
         pipeline.prompter,
@@ -150,20 +138,18 @@ def _kl(
         temperature=pipeline.rewrite_params.temperature,
     )
     lengths = [len(w.tokens) for group in rollout.rewrites for w in group]
-    return {"kl_per_rewrite": value, "kl_per_token": value * len(lengths) / sum(lengths)}
+    return value, value * len(lengths) / sum(lengths)
 
 
-def _samples(arms: Mapping[str, Arm], count: int) -> list[dict[str, Any]]:
+def _samples(arms: Mapping[str, Arm], count: int) -> list[Sample]:
     """Before and after for the first prompts, first draw of each: not picked for their reward."""
-    samples = []
-    prompts = arms["raw"].rollout.prompts
-    for index, prompt in enumerate(prompts[:count]):
-        sample: dict[str, Any] = {"prompt": prompt}
-        for name, arm in arms.items():
-            rewrite = arm.rollout.rewrites[index][0]
-            if arm.adds:
-                sample[f"rewrite_{name}"] = rewrite.text
-            sample[f"response_{name}"] = rewrite.responses[0].text
-            sample[f"reward_{name}"] = arm.rewards[index][0]
-        samples.append(sample)
-    return samples
+
+    def drawn(arm: Arm, index: int) -> SampleArm:
+        rewrite = arm.rollout.rewrites[index][0]
+        added = rewrite.text if arm.adds else None
+        return SampleArm(rewrite.responses[0].text, arm.rewards[index][0], added)
+
+    return [
+        Sample(prompt, {name: drawn(arm, index) for name, arm in arms.items()})
+        for index, prompt in enumerate(arms["raw"].rollout.prompts[:count])
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from alignpro.config import HeadroomConfig, to_mapping
 from alignpro.data.load import load_prompts, stack_columns
 from alignpro.evaluate.adapters import check_adapters, load_adapter
 from alignpro.evaluate.progress import OnProgress, watch
+from alignpro.evaluate.results import HeadroomReport
 from alignpro.files import write_file
 from alignpro.models.native_model import load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
-from alignpro.statistics import Interval
-from alignpro.theory.headroom import FrontierPoint, Headroom, headroom
+from alignpro.theory.headroom import headroom
 from alignpro.theory.optimum import Floats
 from alignpro.types import Rollout
 
@@ -31,8 +30,8 @@ def run_headroom(
     *,
     samples: Path | None = None,
     on_progress: OnProgress | None = None,
-) -> dict[str, Any]:
-    """The headroom of an untuned prompter: the part of that name of report.json, with its config.
+) -> HeadroomReport:
+    """The headroom of an untuned prompter.
 
     Args:
         samples: a file of JSON lines. Where it exists its rewrites are taken and no model is
@@ -51,7 +50,7 @@ def run_headroom(
         if samples is not None:
             write_samples(samples, config, rollout)
     result = headroom(rewards, config.kl_coefs, seed=config.seed)
-    return {**as_report(result), "config": to_mapping(config)}
+    return HeadroomReport(result, to_mapping(config))
 
 
 def rewards_of(rollout: Rollout) -> Floats:
@@ -59,21 +58,6 @@ def rewards_of(rollout: Rollout) -> Floats:
     return np.array(
         [[[r.reward for r in w.responses] for w in group] for group in rollout.rewrites], np.float64
     )
-
-
-def as_report(result: Headroom) -> dict[str, Any]:
-    """The part ``headroom`` of report.json: plain numbers, None where there is none."""
-    return {
-        "num_prompts": result.num_prompts,
-        "num_rewrites": result.num_rewrites,
-        "num_responses": result.num_responses,
-        "untuned_reward": result.untuned.mean,
-        "untuned_ci95": _ci(result.untuned),
-        "frontier": [_point(point) for point in result.frontier],
-        "best_of_n": [dataclasses.asdict(best) for best in result.best_of_n],
-        "recommended_kl_coef": result.recommended_kl_coef,
-        "variance": None if result.variance is None else dataclasses.asdict(result.variance),
-    }
 
 
 def write_samples(path: Path, config: HeadroomConfig, rollout: Rollout) -> None:
@@ -160,27 +144,3 @@ def check_row_count(wanted: int | None, there: int, data: str) -> int:
 def _of_samples(config: HeadroomConfig) -> dict[str, Any]:
     mapping = to_mapping(config)
     return {key: value for key, value in mapping.items() if key not in _NOT_OF_SAMPLES}
-
-
-def _point(point: FrontierPoint) -> dict[str, Any]:
-    cross, corrected = point.crossfit_objective, point.corrected_objective
-    return {
-        "kl_coef": point.kl_coef,
-        "objective": point.objective.mean,
-        "objective_ci95": _ci(point.objective),
-        "gain": point.gain.mean,
-        "gain_ci95": _ci(point.gain),
-        "reward": point.reward,
-        "kl": point.kl,
-        "effective_samples": point.effective_samples,
-        "crossfit_objective": None if cross is None else cross.mean,
-        "crossfit_ci95": None if cross is None else _ci(cross),
-        "crossfit_reward": point.crossfit_reward,
-        "crossfit_kl": point.crossfit_kl,
-        "corrected_objective": None if corrected is None else corrected.mean,
-        "corrected_ci95": None if corrected is None else _ci(corrected),
-    }
-
-
-def _ci(interval: Interval) -> list[float]:
-    return [interval.low, interval.high]

@@ -13,13 +13,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from alignpro.config import JudgeConfig
 from alignpro.evaluate.arms import Arm
 from alignpro.evaluate.progress import OnProgress
+from alignpro.evaluate.results import Comparison, JudgeResult
 from alignpro.files import write_file
 from alignpro.statistics import length_controlled_win_rate, ratio_of_means
 
@@ -125,20 +126,11 @@ def judge_arms(
     seed: int = 0,
     verdicts: VerdictFile | None = None,
     on_progress: OnProgress | None = None,
-) -> dict[str, Any]:
+) -> JudgeResult:
     """The trained prompter against every arm of ``AGAINST`` that is there.
 
     Pair j of a prompt is response j of either arm. Two responses that are the same text are a tie
-    that nobody is asked about.
-
-    Returns:
-        ``name``; ``questions``, of which ``replayed`` from the file, and ``failed``;
-        ``comparisons`` {trained_vs_X: n (pairs with verdicts in both orders), wins, ties, losses,
-        win_rate (a tie is half), ci95, length_controlled_win_rate, length_controlled_ci95,
-        identical and order_disagreements (both of them ties), first_chosen (share of verdicts for
-        the response shown first: 0.5 without a bias), mean_length_difference (characters,
-        trained - X), errors (pairs without)}. Intervals resample prompts; they are None with
-        pairs of fewer than 2 prompts.
+    that nobody is asked about. Intervals resample prompts.
 
     Raises:
         JudgeError: more than ``max_failed`` of the questions got no verdict.
@@ -152,15 +144,8 @@ def judge_arms(
     asked = [q for group in pairs.values() for pair in group for q in pair.questions or ()]
     questions = list(dict.fromkeys(asked))
     answered, replayed, failed = _ask(judge, questions, config, verdicts, on_progress)
-    return {
-        "name": judge.name,
-        "questions": len(questions),
-        "replayed": replayed,
-        "failed": failed,
-        "comparisons": {
-            name: _comparison(group, answered, seed=seed) for name, group in pairs.items()
-        },
-    }
+    comparisons = {name: _comparison(group, answered, seed=seed) for name, group in pairs.items()}
+    return JudgeResult(judge.name, len(questions), replayed, failed, comparisons)
 
 
 def _pairs(trained: Arm, other: Arm, config: JudgeConfig) -> list[_Pair]:
@@ -207,7 +192,7 @@ def _ask(
 
 def _comparison(
     pairs: Sequence[_Pair], answered: Mapping[str, Verdict], *, seed: int
-) -> dict[str, Any]:
+) -> Comparison:
     preferences: list[float] = []
     judged: list[_Pair] = []
     disagreements, shown_first = 0, []
@@ -227,34 +212,31 @@ def _comparison(
     n = len(judged)
     prompts = [pair.index for pair in judged]
     differences = [pair.length_difference for pair in judged]
-    result: dict[str, Any] = {
-        "n": n,
-        "wins": preferences.count(1.0),
-        "ties": preferences.count(0.5),
-        "losses": preferences.count(0.0),
-        "win_rate": sum(preferences) / n if n else None,
-        "ci95": None,
-        "length_controlled_win_rate": None,
-        "length_controlled_ci95": None,
-        "identical": sum(pair.questions is None for pair in judged),
-        "order_disagreements": disagreements,
-        "first_chosen": sum(shown_first) / len(shown_first) if shown_first else None,
-        "mean_length_difference": sum(differences) / n if n else None,
-        "errors": len(pairs) - n,
-    }
+    plain = controlled = None
     if len(set(prompts)) >= 2:
         # All pairs weigh the same, also where a prompt has fewer of them: the ratio of sums by
         # prompt is the mean over pairs, and its interval still resamples prompts.
         wins = np.bincount(prompts, preferences).astype(float)
         counts = np.bincount(prompts).astype(float)
         plain = ratio_of_means(wins[counts > 0], counts[counts > 0], seed=seed)
-        result["win_rate"], result["ci95"] = plain.mean, [plain.low, plain.high]
         controlled = length_controlled_win_rate(
             preferences, differences, prompts=prompts, seed=seed
         )
-        result["length_controlled_win_rate"] = controlled.mean
-        result["length_controlled_ci95"] = [controlled.low, controlled.high]
-    return result
+    return Comparison(
+        n=n,
+        wins=preferences.count(1.0),
+        ties=preferences.count(0.5),
+        losses=preferences.count(0.0),
+        win_rate=plain.mean if plain else sum(preferences) / n if n else None,
+        ci95=plain.ci95 if plain else None,
+        length_controlled_win_rate=controlled.mean if controlled else None,
+        length_controlled_ci95=controlled.ci95 if controlled else None,
+        identical=sum(pair.questions is None for pair in judged),
+        order_disagreements=disagreements,
+        first_chosen=sum(shown_first) / len(shown_first) if shown_first else None,
+        mean_length_difference=sum(differences) / n if n else None,
+        errors=len(pairs) - n,
+    )
 
 
 _SCORE: dict[Verdict, float] = {"A": 1.0, "B": 0.0, "tie": 0.5}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from alignpro.config import EvalConfig, JudgeConfig, StaticSearch, target_of, to_mapping
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
@@ -14,6 +13,7 @@ from alignpro.evaluate.compare import compare_arms
 from alignpro.evaluate.judge import Judge, JudgeError, VerdictFile, judge_arms
 from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
 from alignpro.evaluate.progress import OnProgress
+from alignpro.evaluate.results import Evaluation
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_model, load_models, reusable
@@ -35,14 +35,14 @@ class EvalInputs:
 class UnjudgedError(JudgeError):
     """The judge failed; ``report`` holds everything that was there before it was asked."""
 
-    def __init__(self, message: str, report: dict[str, Any]) -> None:
+    def __init__(self, message: str, report: Evaluation) -> None:
         super().__init__(message)
         self.report = report
 
 
 def run_evaluation(
     config: EvalConfig, *, output: Path | None = None, on_progress: OnProgress | None = None
-) -> dict[str, Any]:
+) -> Evaluation:
     """Load what the configuration names and compare the arms; returns what `evaluate_loaded` does,
     and ``evaluation_config``.
 
@@ -62,7 +62,7 @@ def run_evaluation(
     prompter, target = load_models(config.prompter, config.target, config.threads)
     prompters = {name: load_adapter(folder, prompter) for name, folder in folders.items()}
     report = evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
-    return {**report, "evaluation_config": to_mapping(config)}
+    return replace(report, evaluation_config=to_mapping(config))
 
 
 def evaluate_loaded(
@@ -73,13 +73,8 @@ def evaluate_loaded(
     inputs: EvalInputs,
     prompters: dict[str, LoraWeights | None],
     on_progress: OnProgress | None = None,
-) -> dict[str, Any]:
-    """The same over loaded parts.
-
-    Returns:
-        What `compare_arms` does, with ``static_search`` where one was made (see `search_static`)
-        and ``judge`` where there is one (see `judge_arms`).
-    """
+) -> Evaluation:
+    """The same over loaded parts."""
     tuned = load_adapter(config.tuned, target)
     judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
     pipeline = Pipeline.configured(config, prompter, target, reward)
@@ -107,21 +102,22 @@ def evaluate_loaded(
         on_progress=on_progress,
     )
     report = compare_arms(pipeline, arms, config, prompters)
-    if static is not None and static.search is not None:
-        report["static_search"] = static.search
-    if judge is not None and config.judge is not None:
-        try:
-            report["judge"] = judge_arms(
-                judge,
-                arms,
-                config.judge,
-                seed=config.seed,
-                verdicts=inputs.verdicts,
-                on_progress=on_progress,
-            )
-        except JudgeError as error:
-            raise UnjudgedError(str(error), report) from error
-    return report
+    if static is not None:
+        report = replace(report, static_search=static.search)
+    if judge is None or config.judge is None:
+        return report
+    try:
+        verdicts = judge_arms(
+            judge,
+            arms,
+            config.judge,
+            seed=config.seed,
+            verdicts=inputs.verdicts,
+            on_progress=on_progress,
+        )
+    except JudgeError as error:
+        raise UnjudgedError(str(error), report) from error
+    return replace(report, judge=verdicts)
 
 
 def load_inputs(

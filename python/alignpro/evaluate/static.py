@@ -11,11 +11,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from alignpro.config import EvalConfig, StaticSearch
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.evaluate.progress import OnProgress, watch
+from alignpro.evaluate.results import Candidate, SearchResult, SearchRound
 from alignpro.models.adapter import LoraWeights
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.types import Rewrite
@@ -37,7 +37,7 @@ class StaticInstruction:
     """One instruction for every prompt."""
 
     text: str
-    search: dict[str, Any] | None = None  # a part of the report; None: it was given
+    search: SearchResult | None = None  # None: it was given
 
 
 @dataclass
@@ -50,6 +50,10 @@ class _Candidate:
     @property
     def mean(self) -> float:
         return self.total / self.count
+
+    @property
+    def entry(self) -> Candidate:
+        return Candidate(self.text, self.source, self.mean, self.count)
 
 
 def in_append_form(pipeline: Pipeline) -> Pipeline:
@@ -116,7 +120,8 @@ def search_static(
     prompts, columns = [row.prompt for row in data.rows], stack_columns(data.rows)
     plan = _plan(len(candidates), len(prompts), search.budget)
     total = sum(count * num_prompts * each for count, num_prompts, each in plan)
-    done, cursor, rounds = 0, 0, []
+    done, cursor = 0, 0
+    rounds: list[SearchRound] = []
     left = candidates
     for number, (count, num_prompts, each) in enumerate(plan):
         assert count == len(left)
@@ -135,23 +140,18 @@ def search_static(
         done += count * num_prompts * each
         ranked = sorted(left, key=lambda candidate: -candidate.mean)  # stable: ties keep order
         rounds.append(
-            {
-                "candidates": count,
-                "prompts": num_prompts,
-                "responses": num_prompts * each,  # of a candidate
-                "best": [_entry(candidate) for candidate in ranked[:_SHOWN]],
-            }
+            SearchRound(count, num_prompts, num_prompts * each, [c.entry for c in ranked[:_SHOWN]])
         )
         left = ranked[: (count + 1) // 2]
-    history = {
-        "instruction": left[0].text,
-        "source": left[0].source,
-        "candidates": len(candidates),
-        "train_prompts": len(prompts),
-        "budget": search.budget,
-        "responses": done,
-        "rounds": rounds,
-    }
+    history = SearchResult(
+        instruction=left[0].text,
+        source=left[0].source,
+        candidates=len(candidates),
+        train_prompts=len(prompts),
+        budget=search.budget,
+        responses=done,
+        rounds=rounds,
+    )
     return StaticInstruction(left[0].text, history)
 
 
@@ -197,12 +197,3 @@ def _credit(candidates: Sequence[_Candidate], groups: Sequence[Sequence[Rewrite]
         for candidate, rewrite in zip(candidates, group, strict=True):
             candidate.total += sum(response.reward for response in rewrite.responses)
             candidate.count += len(rewrite.responses)
-
-
-def _entry(candidate: _Candidate) -> dict[str, Any]:
-    return {
-        "instruction": candidate.text,
-        "source": candidate.source,
-        "mean_reward": candidate.mean,
-        "responses": candidate.count,
-    }

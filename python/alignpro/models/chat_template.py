@@ -35,7 +35,7 @@ def control_pattern(texts: Iterable[str]) -> re.Pattern[str] | None:
 def shield(
     messages: Sequence[Mapping[str, Any]], pattern: re.Pattern[str] | None, avoid: str
 ) -> tuple[list[dict[str, Any]], Callable[[str], str]]:
-    """The messages with every control text in them broken, and the function that mends a text.
+    """The messages with every control text in them broken, and the function that restores a text.
 
     Args:
         pattern: of `control_pattern`. avoid: text whose characters must not serve as marks.

@@ -69,13 +69,10 @@ def load_model(
         reason = native.core.cuda.unavailable_reason()
         raise native.UnavailableError(f'device "cuda": {reason}')
     path = resolve_model(config.name)
-    if path.is_dir():
-        tokenizer = Tokenizer.from_folder(path)
-    else:
-        metadata = native.core.read_gguf_metadata(str(path))
-        tokenizer = Tokenizer.from_gguf(metadata, str(path))
+    files = native.core.ModelFiles(str(path))
+    tokenizer = Tokenizer.of(files)
     made = native.core.Model.load(
-        str(path),
+        files,
         device=config.device,
         compute=config.resolved_compute,
         kv_dtype=config.resolved_kv_dtype,

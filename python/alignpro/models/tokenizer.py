@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from alignpro import native
 from alignpro.models import chat_template
 from alignpro.models.vocabulary import AddedToken, Vocabulary, read_folder, read_gguf
 from alignpro.types import Chat
+
+if TYPE_CHECKING:
+    from alignpro.native import core
 
 
 class Tokenizer:
@@ -19,9 +23,17 @@ class Tokenizer:
         self._vocabulary = vocabulary
 
     @classmethod
+    def of(cls, files: core.ModelFiles) -> Tokenizer:
+        """A model's own. Raises ModelFileError."""
+        metadata = files.metadata()
+        if metadata is None:
+            return cls(read_folder(files))
+        return cls(read_gguf(metadata, files.path, files.eos_ids()))
+
+    @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
         """From a folder with tokenizer.json. Raises ModelFileError."""
-        return cls(read_folder(path))
+        return cls.of(native.core.ModelFiles(str(path)))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: str = "GGUF metadata") -> Tokenizer:
@@ -39,7 +51,7 @@ class Tokenizer:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every id that ends a text, the tokenizer's own EOS first."""
+        """Every id that ends a text, in the engine too, the tokenizer's own EOS first."""
         return self._vocabulary.eos_ids
 
     @property
@@ -76,7 +88,7 @@ class Tokenizer:
                 "pass token ids, or use an instruct model"
             )
         variables = self._vocabulary.template_variables
-        shielded, mend = chat_template.shield(messages, self._pattern, template)
+        shielded, restore = chat_template.shield(messages, self._pattern, template)
         text = chat_template.render(
             template, shielded, add_generation_prompt=add_generation_prompt, variables=variables
         )
@@ -86,7 +98,7 @@ class Tokenizer:
             if isinstance(part, AddedToken):
                 ids.append(part.id)
             elif part:
-                ids += backend.encode(mend(part), add_special_tokens=False).ids
+                ids += backend.encode(restore(part), add_special_tokens=False).ids
             backend = self._vocabulary.continuation
         return ids
 

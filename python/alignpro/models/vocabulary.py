@@ -7,16 +7,23 @@ beside it, so that text can never turn into one by accident (contract 7).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from alignpro import native
+
+if TYPE_CHECKING:
+    from alignpro.native import core
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,24 +73,25 @@ class Vocabulary:
 # --- tokenizer.json ---
 
 
-def read_folder(folder: str | Path) -> Vocabulary:
-    """A folder in Hugging Face's layout: tokenizer.json, tokenizer_config.json, and, where present,
-    chat_template.jinja, generation_config.json, config.json and special_tokens_map.json.
+def read_folder(files: core.ModelFiles) -> Vocabulary:
+    """A folder in Hugging Face's layout: tokenizer.json, and, where present, tokenizer_config.json,
+    chat_template.jinja, special_tokens_map.json, generation_config.json and config.json.
 
     Raises:
         ModelFileError: a file is missing, damaged or asks for what is not supported.
     """
-    folder = Path(folder)
+    folder = Path(files.path)
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    spec = files.json("tokenizer.json")
+    if spec is None:
         raise native.ModelFileError(
             f"{path}: no such file; a tokenizer is read from tokenizer.json, which "
             "save_pretrained() of a fast tokenizer writes"
         )
-    spec = _read_json(path)
-    config = _read_json(folder / "tokenizer_config.json", missing_ok=True)
-    specials = _read_json(folder / "special_tokens_map.json", missing_ok=True)
+    config = files.json("tokenizer_config.json") or {}
+    specials = files.json("special_tokens_map.json") or {}
     kind = _require_supported(path, spec)
+    eos_ids = tuple(files.eos_ids())
     added = _added_tokens(path, spec, config)
     backend = _plain_backend(path, spec)
     variables = {
@@ -91,41 +99,30 @@ def read_folder(folder: str | Path) -> Vocabulary:
         for key in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
         if (text := _token_text(config.get(key, specials.get(key)))) is not None
     }
-    ids = backend.get_vocab() | {token.text: token.id for token in added}
-    fallback = _read_json(folder / "config.json", missing_ok=True)
-    generation = _read_json(folder / "generation_config.json", missing_ok=True)
-    bos = ids.get(variables.get("bos_token", ""))
-    if bos is None and isinstance(fallback.get("bos_token_id"), int):
-        bos = fallback["bos_token_id"]
-    ends = [ids[variables["eos_token"]]] if variables.get("eos_token") in ids else []
-    for settings in (generation, fallback):
-        if settings.get("eos_token_id") is not None:
-            ends += _id_list(settings["eos_token_id"], f"{folder}: eos_token_id")
-            break
+    bos_token = variables.get("bos_token", "")
+    bos = next((token.id for token in added if token.text == bos_token), None)
+    if bos is None:
+        bos = backend.token_to_id(bos_token)
+    named = (files.json("config.json") or {}).get("bos_token_id")
+    if bos is None and isinstance(named, int):
+        bos = named
     return Vocabulary(
         backend=backend,
         continuation=_continuation(path, spec, backend),
         byte_level=kind == "byte level",
         strips_space=_strips_space(spec["decoder"]),
-        added=added,
+        added=_hide_ends(added, eos_ids),
         bos_id=bos,
-        eos_ids=tuple(dict.fromkeys(ends)),
+        eos_ids=eos_ids,
         chat_template=_folder_template(folder, config),
         template_variables=variables,
         source=str(folder),
     )
 
 
-def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
-    if missing_ok and not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise native.ModelFileError(f"{path}: expected a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise native.ModelFileError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+def _hide_ends(added: Iterable[AddedToken], eos_ids: Sequence[int]) -> tuple[AddedToken, ...]:
+    """An end is no part of the text, whatever the file says of its token."""
+    return tuple(replace(t, special=True) if t.id in eos_ids else t for t in added)
 
 
 def _require_supported(path: Path, spec: Mapping[str, Any]) -> str:
@@ -219,13 +216,6 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _id_list(value: Any, what: str) -> list[int]:
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise native.ModelFileError(f"{what}: expected a token id or a list of them, got {value!r}")
-    return ids
-
-
 # --- GGUF ---
 
 # tokenizer.ggml.token_type
@@ -245,11 +235,20 @@ _EXPRESSIONS = {
 _PRE_TOKENIZERS = ("default", "gpt-2", "llama-bpe", "qwen2", "smollm")
 
 
-def read_gguf(metadata: Mapping[str, Any], source: str = "GGUF metadata") -> Vocabulary:
+# A marker of a chat template. Exporters that type one as an ordinary token mean a control token.
+_MARKER = re.compile(r"<([|\uff5c])[^\s<>|\uff5c]+\1>|<(?:start|end)_of_\w+>|\[\|\w+\|\]")
+
+
+def read_gguf(
+    metadata: Mapping[str, Any],
+    source: str = "GGUF metadata",
+    eos_ids: Sequence[int] | None = None,
+) -> Vocabulary:
     """The tokenizer inside a GGUF file, from its metadata keys ``tokenizer.*``.
 
     Args:
         source: the file's name, for error messages.
+        eos_ids: what ends a text (`core.ModelFiles.eos_ids`); None finds it in the metadata.
 
     Raises:
         ModelFileError: a key is missing, inconsistent or asks for what is not supported.
@@ -260,6 +259,16 @@ def read_gguf(metadata: Mapping[str, Any], source: str = "GGUF metadata") -> Voc
     types: list[int] = gguf.listed("tokenizer.ggml.token_type", int, default=[1] * len(tokens))
     if not tokens or len(types) != len(tokens):
         raise gguf.error(f"{len(tokens)} tokens and {len(types)} token types; expected as many")
+    plain = [i for i, kind in enumerate(types) if kind == _NORMAL and _MARKER.fullmatch(tokens[i])]
+    if plain:
+        _log.warning(
+            "%s: %s: typed as ordinary tokens, taken as the control tokens they look like",
+            source,
+            ", ".join(tokens[i] for i in plain[:8]) + (", ..." if len(plain) > 8 else ""),
+        )
+        types = list(types)
+        for i in plain:
+            types[i] = _CONTROL
     if model == "gpt2":
         vocabulary = _byte_level_bpe(gguf, tokens, types)
     elif model == "llama":
@@ -280,15 +289,12 @@ def read_gguf(metadata: Mapping[str, Any], source: str = "GGUF metadata") -> Voc
             ("pad_token", "padding"),
         )
     }
-    turn_ends = [
-        gguf.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens)) for key in ("eot", "eom")
-    ]
-    ends = [i for i in (named["eos_token"], *turn_ends) if i is not None]
+    ends = tuple(native.core.metadata_eos_ids(dict(metadata)) if eos_ids is None else eos_ids)
     return replace(
         vocabulary,
-        added=added,
+        added=_hide_ends(added, ends),
         bos_id=named["bos_token"],
-        eos_ids=tuple(dict.fromkeys(ends)),
+        eos_ids=ends,
         chat_template=gguf.get("tokenizer.chat_template", str, default=None),
         template_variables={name: tokens[i] for name, i in named.items() if i is not None},
         source=source,

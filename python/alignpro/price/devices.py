@@ -37,7 +37,7 @@ class Rates:
     int8: float = 1.0  # how many times the operations int8 products make
     gflops: float | None = None  # in the place of the device's
     gbps: float | None = None
-    source: str = "docs/performance.md"
+    source: str = "docs/notes/performance.md"
 
     def __post_init__(self) -> None:
         for name in ("generate", "score", "bytes"):
@@ -49,9 +49,9 @@ class Rates:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
 
 
-# Measured on two cores with AVX-512 (docs/performance.md): 64 rows decode at 77% of the multiply-
-# add peak, a score with its backward runs at 63 to 70% of it, one row reads at 44 to 53% of the
-# bandwidth; int8 is twice as fast.
+# Measured on two cores with AVX-512 (docs/notes/performance.md): 64 rows decode at 77% of the
+# multiply-add peak, a score with its backward runs at 63 to 70% of it, one row reads at 44 to
+# 53% of the bandwidth; int8 is twice as fast.
 CPU_RATES = Rates(generate=0.75, score=0.65, bytes=0.5, int8=2.0)
 
 _GB = 10**9

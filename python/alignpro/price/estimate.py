@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from alignpro.config import TrainConfig, target_of
+from alignpro.config import ModelConfig, TrainConfig, target_of
 from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, this_cpu
 from alignpro.price.lengths import find_lengths, local_prompts
-from alignpro.price.shapes import PricedModel, find_shape
+from alignpro.price.models import PricedModel, find_priced
 from alignpro.price.work import Phase, Work, count_step
 
 # Of a trained number: itself, its gradient and AdamW's two moments; what the engine works with,
@@ -29,13 +29,13 @@ def price_train(
 
     Args:
         gpu_name: a card of `devices.gpu`; None is this CPU, whose limits are measured.
-        rates: shares reached; None takes those of docs/performance.md on a CPU, and on a card
+        rates: shares reached; None takes those of docs/notes/performance.md on a CPU, and on a card
             leaves a lower bound.
         prompt_tokens: of a prompt, where the data is not here or stands for other data.
 
     Raises:
-        FileNotFoundError: a model whose sizes are unknown. ValueError: work that does not fit a
-            context or ``memory_limit``, an unknown card.
+        FileNotFoundError: a model whose sizes are unknown. ValueError: a model that cannot run,
+            work that does not fit a context or ``memory_limit``, an unknown card.
     """
     device = gpu(gpu_name) if gpu_name is not None else None
     answers = target_of(config.prompter, config.target)
@@ -45,8 +45,10 @@ def price_train(
                 f'{name}.device: expected "cpu" in a price for this CPU, got "{where}"; name a '
                 "card to price it there"
             )
-    prompter = find_shape(config.prompter.name)
-    target = prompter if config.target is None else find_shape(answers.name)
+    prompter = find_priced(config.prompter.name)
+    target = prompter if config.target is None else find_priced(answers.name)
+    prompter = prompter.held(*_place(device, config.prompter))
+    target = target.held(*_place(device, answers))
     lengths = find_lengths(
         local_prompts(config.data, config.split),
         config.prompting,
@@ -95,11 +97,19 @@ def price_train(
     }
 
 
+def _place(card: Device | None, model: ModelConfig) -> tuple[str, str]:
+    """Where a model runs in the price, and how. A card that the configuration does not ask for
+    computes in bfloat16."""
+    if card is None or model.device == "cuda":
+        return model.device, model.resolved_compute
+    return "cuda", "bfloat16"
+
+
 def _model(model: PricedModel) -> dict[str, Any]:
     return {
         "name": model.name,
-        "parameters": model.shape.parameters,
-        "layer_parameters": model.shape.linear_parameters,
+        "parameters": model.parameters,
+        "layer_parameters": model.facts.layer_parameters,
         "weight_bytes": model.weight_bytes,
         "storage": model.storage,
         "source": model.source,
@@ -161,7 +171,7 @@ def _least_seconds(work: Work, device: Device) -> float:
 def _seconds(work: Work, device: Device, rates: Rates | None) -> float | None:
     """At the shares that were measured; None without any. Operations and reading are added up: a
     step of decoding is 5 ms and 1.5 ms a row where its weights take 5 ms to read
-    (docs/performance.md)."""
+    (docs/notes/performance.md)."""
     if rates is None:
         return None
 

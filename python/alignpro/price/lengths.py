@@ -9,6 +9,7 @@ from pathlib import Path
 from alignpro.config import Prompting
 from alignpro.data.load import PACKAGED, load_prompts
 from alignpro.models.tokenizer import Tokenizer
+from alignpro.train.micro_batches import shared_prefix
 
 PROMPT_TOKENS = 256  # of a prompt in data that is not here
 _BYTES_A_TOKEN = 4.0  # English text in a vocabulary of 32 to 150 thousand
@@ -98,8 +99,8 @@ class _Turn:
                 tokenizer.encode_chat([{"role": "user", "content": before + text + after}])
                 for text in ("a", "7")
             )
-            self.head = common(one, other)
-            self.tail = common(one[::-1], other[::-1])
+            self.head = shared_prefix(one, other)
+            self.tail = shared_prefix(one[::-1], other[::-1])
 
     @property
     def around(self) -> int:
@@ -112,11 +113,3 @@ def _counter(tokenizer: Tokenizer) -> Callable[[str], int]:
 
 def _guess(text: str) -> int:
     return round(len(text.encode()) / _BYTES_A_TOKEN)
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences share at their beginning."""
-    count = 0
-    while count < min(len(one), len(other)) and one[count] == other[count]:
-        count += 1
-    return count

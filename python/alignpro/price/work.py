@@ -7,6 +7,7 @@ twice that sequences share at their beginning, as in the engine.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,12 @@ from typing import Literal
 
 from alignpro.config import TrainConfig, target_of
 from alignpro.native import core
-from alignpro.price.lengths import Lengths, common
-from alignpro.price.shapes import ModelShape, PricedModel
-from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches
+from alignpro.price.lengths import Lengths
+from alignpro.price.models import PricedModel
+from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches, shared_prefix
 from alignpro.train.policy import select_modules
 
 ENGINE_ROWS = 256  # tokens in one forward of the engine
-_FLOAT = 4
 
 Kind = Literal["generate", "score"]
 
@@ -37,7 +37,7 @@ class Phase:
     weight_bytes: float
     least_weight_bytes: float
     kv_elements: float = 0.0  # of keys and values that are read
-    int8: bool = False  # in products of stored codes
+    int8: bool = False  # in int8 products
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class _Sampling:
         return self.contexts * self.size
 
     def reads(self) -> _Rows:
-        rows = _Rows(self.model.shape, self.lora)
+        rows = _Rows(self.model, self.lora)
         rows.add(0, self.shared)
         rows.add(self.shared, self.head, self.prompts)
         rows.add(self.head, self.length, self.contexts)
@@ -87,7 +87,7 @@ class _Sampling:
         return rows
 
     def writes(self) -> _Rows:
-        rows = _Rows(self.model.shape, self.lora)
+        rows = _Rows(self.model, self.lora)
         rows.add(self.length, self.length + self.wrote - 1, self.samples)
         return rows
 
@@ -149,10 +149,10 @@ def count_step(
         },
         lora_parameters=trained.lora,
         kv_elements=sum(
-            (one.reads().rows + one.writes().rows) * one.model.shape.kv_elements for one in sampled
+            (one.reads().rows + one.writes().rows) * one.model.facts.kv_elements for one in sampled
         ),
         alone_kv_elements=sum(
-            (one.length + one.wrote) * one.model.shape.kv_elements for one in sampled
+            (one.length + one.wrote) * one.model.facts.kv_elements for one in sampled
         ),
         score_bytes=most,
         micro_batches=len(plan),
@@ -172,7 +172,7 @@ def _samplings(
         tuned = _Sampling(
             "target",
             target,
-            lora_parameters(target.shape, config),
+            lora_parameters(target, config),
             prompts=prompts,
             contexts=prompts,
             size=rewrites,
@@ -186,7 +186,7 @@ def _samplings(
         _Sampling(
             "prompter",
             prompter,
-            lora_parameters(prompter.shape, config),
+            lora_parameters(prompter, config),
             prompts=prompts,
             contexts=prompts,
             size=rewrites,
@@ -211,52 +211,17 @@ def _samplings(
     )
 
 
-def lora_parameters(shape: ModelShape, config: TrainConfig) -> int:
+def lora_parameters(model: PricedModel, config: TrainConfig) -> int:
     """Of the matrices that are trained."""
-    modules = select_modules(shape.linears, config.lora.target_modules)
+    modules = select_modules(model.lora_modules, config.lora.target_modules)
     return config.lora.rank * sum(rows + cols for rows, cols in modules.values())
-
-
-def score_bytes(
-    shape: ModelShape,
-    lora_modules: int,
-    rank: int,
-    rows: int,
-    values: int,
-    activations: Activations,
-    threads: int,
-) -> int:
-    """What `Score::bytes` (src/alignpro/model/scorer.cc) says of a request with so many rows and
-    scored values, a reference and gradients. ``lora_modules``: in a layer."""
-    hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_layers
-    qkv = shape.q_size + 2 * shape.kv_size
-    ranks = lora_modules * rank
-    activation = qkv + shape.q_size + hidden + 2 * inner + ranks
-    kept = layers if activations == "keep" else 1
-    floats = (layers + 1) * hidden + kept * activation  # streams and activations
-    floats += hidden + activation  # the reference's
-    floats += hidden + inner + 2 * hidden + shape.head_dim  # scratch, normed, angles
-    floats += 3 * inner + 4 * hidden + shape.q_size + qkv + shape.num_heads + ranks  # backward
-    floats += 2 * shape.kv_size  # attention's backward
-    floats += 2 * shape.kv_size  # one layer's keys and values
-    return _FLOAT * (rows * floats + 5 * values * hidden) + _fixed_score_bytes(shape, threads)
-
-
-def _fixed_score_bytes(shape: ModelShape, threads: int) -> int:
-    """What does not grow with the rows: packed rows of a product, and a tile of the vocabulary
-    with its statistics for each thread."""
-    packed = 480 * (max(shape.q_size, 2 * shape.intermediate_size) + 16 * (threads + 1))
-    tiles = -(-shape.vocab_size // 256)
-    tile = 256 * 16 + (256 + 16) * shape.hidden_size
-    rows = 96 * (7 * tiles + 4 * shape.hidden_size + 4 * 256)
-    return _FLOAT * (packed + threads * (tile + rows))
 
 
 class _Rows:
     """Positions that pass through a model's layers, and what attention and matrices make of it."""
 
-    def __init__(self, shape: ModelShape, lora: int) -> None:
-        self._shape, self._lora = shape, lora
+    def __init__(self, model: PricedModel, lora: int) -> None:
+        self._model, self._lora = model, lora
         self.rows = 0
         self.pairs = 0.0
 
@@ -267,7 +232,7 @@ class _Rows:
 
     @property
     def matrix_flops(self) -> float:
-        return 2.0 * self.rows * self._shape.linear_parameters
+        return 2.0 * self.rows * self._model.facts.layer_parameters
 
     @property
     def lora_flops(self) -> float:
@@ -276,7 +241,9 @@ class _Rows:
     @property
     def attention_flops(self) -> float:
         """Queries by keys, weights by values: two products."""
-        return 4.0 * self.pairs * self._shape.q_size * self._shape.num_layers
+        config = self._model.config
+        width = config["num_heads"] * config["head_dim"] * config["num_layers"]
+        return 4.0 * self.pairs * float(width)
 
 
 def _generation(
@@ -290,7 +257,7 @@ def _generation(
     int8: bool = False,
 ) -> Phase:
     """kv: positions whose keys and values are read; None: every row's once."""
-    head = 2.0 * drawn * model.shape.head_parameters
+    head = 2.0 * drawn * model.facts.head_parameters
     return Phase(
         name,
         "generate",
@@ -298,7 +265,7 @@ def _generation(
         rows.matrix_flops + rows.lora_flops + rows.attention_flops + head,
         passes * model.streamed_bytes,
         least_passes * model.streamed_bytes,
-        model.shape.kv_elements * (rows.rows if kv is None else kv),
+        model.facts.kv_elements * (rows.rows if kv is None else kv),
         int8,
     )
 
@@ -312,21 +279,28 @@ def _read_positions(groups: int, size: int, begin: int, length: int) -> int:
 def _plan(config: TrainConfig, trained: _Sampling) -> tuple[list[MicroBatch], list[int], int]:
     """The trainer's own plan for sequences of these lengths; where each sequence stops being its
     predecessor; and the most bytes that a part of the plan holds."""
-    shape = trained.model.shape
     sequences = _sequences(trained)
     starts = [trained.length] * len(sequences)
-    begins = [0, *(common(one, other) for one, other in itertools.pairwise(sequences))]
-    own = [len(s) - begin for s, begin in zip(sequences, begins, strict=True)]
-    until = [0, *itertools.accumulate(own)]
+    begins = [0, *(shared_prefix(one, other) for one, other in itertools.pairwise(sequences))]
     number = {id(sequence): index for index, sequence in enumerate(sequences)}
-    modules = len(select_modules(shape.linears, config.lora.target_modules)) // shape.num_layers
+    modules = list(select_modules(trained.model.lora_modules, config.lora.target_modules))
     threads = config.threads or core.available_cpus()
 
+    @functools.cache
+    def bytes_at(first: int, count: int, mode: Activations) -> int:
+        return trained.model.facts.score_bytes(
+            sequences[first : first + count],
+            starts[:count],
+            modules=modules,
+            rank=config.lora.rank,
+            with_reference=True,
+            activations=mode,
+            threads=threads,
+        )
+
     def bytes_of(some: Sequence[Sequence[int]], _: Sequence[int], mode: Activations) -> int:
-        first = number[id(some[0])]
-        rows = len(some[0]) + until[first + len(some)] - until[first + 1]
-        values = len(some) * trained.wrote
-        return score_bytes(shape, modules, config.lora.rank, rows, values, mode, threads)
+        # One prompt is like the other: only the place in its group matters.
+        return bytes_at(number[id(some[0])] % trained.size, len(some), mode)
 
     plan = plan_micro_batches(
         sequences,
@@ -344,7 +318,7 @@ def _sequences(trained: _Sampling) -> list[list[int]]:
     """Made-up tokens that share what real ones do: a prompt's among its samples."""
     own = trained.length - trained.shared
     return [
-        [0] * trained.shared + [2 * prompt + 1] * own + [-sample - 1] * trained.wrote
+        [0] * trained.shared + [2 * prompt + 1] * own + [2 * sample + 2] * trained.wrote
         for prompt in range(trained.prompts)
         for sample in range(trained.size)
     ]
@@ -361,11 +335,10 @@ def _scoring(
 
     The backward of a frozen matrix is one product (by its input), that of LoRA's two each, that of
     attention five where the forward is two. The vocabulary takes four products, two of them for
-    the gradient (docs/performance.md).
+    the gradient (docs/notes/performance.md).
     """
     model = trained.model
-    shape = model.shape
-    rows, again = _Rows(shape, trained.lora), _Rows(shape, trained.lora)
+    rows, again = _Rows(model, trained.lora), _Rows(model, trained.lora)
     length = trained.length + trained.wrote
     for batch in plan:
         for begin in (0, *begins[batch.begin + 1 : batch.end]):
@@ -373,21 +346,21 @@ def _scoring(
             if batch.activations == "recompute":
                 again.add(begin, length, passes)
     frozen = 0.0 if config.trained.adapter is None else rows.lora_flops
-    one_pass = passes * len(plan) * model.bytes_per_parameter * shape.linear_parameters
+    one_pass = float(passes * len(plan) * model.matrix_bytes["layers"])
     forward = 2 * (rows.matrix_flops + rows.attention_flops) + rows.lora_flops + frozen
     backward = rows.matrix_flops + 2 * rows.lora_flops + 2.5 * rows.attention_flops
     backward += again.matrix_flops + again.lora_flops + again.attention_flops
     yield Phase("score forward", "score", rows.rows, forward, one_pass, one_pass)
     yield Phase("score backward", "score", rows.rows, backward, one_pass, one_pass)
     values = passes * len(begins) * trained.wrote
-    head = passes * len(plan) * model.bytes_per_parameter * shape.head_parameters
-    flops = 4 * 2.0 * values * shape.head_parameters
+    head = float(passes * len(plan) * model.matrix_bytes["head"])
+    flops = 4 * 2.0 * values * model.facts.head_parameters
     yield Phase("score vocabulary", "score", values, flops, head, head)
 
 
 def _check_context(who: str, model: PricedModel, tokens: int) -> None:
-    if tokens > model.shape.context_length:
+    limit = model.config["context_length"]
+    if tokens > limit:
         raise ValueError(
-            f"{who}: sequences of {tokens} tokens exceed the context of {model.name}, "
-            f"{model.shape.context_length}"
+            f"{who}: sequences of {tokens} tokens exceed the context of {model.name}, {limit}"
         )

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignpro.report.check import check_report
+from alignpro.evaluate.results import (
+    BoundReport,
+    Evaluation,
+    Headroom,
+    Report,
+    Result,
+    from_json,
+)
 from alignpro.report.html import is_report, write_report
 from alignpro.train.metrics import read_metrics
 
-# What an evaluation measures: taken together from one file, never mixed from two.
-MEASURED = (
-    "arms",
-    "paired",
-    "kl_per_rewrite",
-    "kl_per_token",
-    "gap_closed",
-    "judge",
-    "samples",
-    "tokens_per_second",
-)
 _SEARCHED = "report.json, evaluation.json, metrics.jsonl, headroom.json or bound.json"
 
 
 class BuiltReport(NamedTuple):
     path: Path
-    report: dict[str, Any]
+    report: Report
     metrics: list[dict[str, Any]]
 
 
@@ -60,7 +57,7 @@ def load_report(
     evaluation: str | Path | None = None,
     headroom: str | Path | None = None,
     bound: str | Path | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Report, list[dict[str, Any]]]:
     """(report, metrics) of a run directory.
 
     Found by name: report.json, evaluation.json, headroom.json, bound.json, metrics.jsonl and
@@ -74,36 +71,21 @@ def load_report(
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir}: no such folder; expected a run's")
-    sources = {
-        "report": _read(run_dir / "report.json"),
-        "evaluation": _read(_chosen(run_dir, "evaluation.json", evaluation)),
-        "headroom": _read(_chosen(run_dir, "headroom.json", headroom)),
-        "bound": _read(_chosen(run_dir, "bound.json", bound)),
+    run, log = _read(run_dir / "report.json"), run_dir / "metrics.jsonl"
+    found = {
+        "evaluation": _part(Evaluation, run_dir, "evaluation", evaluation, "arms"),
+        "headroom": _part(Headroom, run_dir, "headroom", headroom, "frontier"),
+        "bound": _part(BoundReport, run_dir, "bound", bound, "terms"),
     }
-    log = run_dir / "metrics.jsonl"
+    parts: dict[str, Any] = {name: part for name, part in found.items() if part is not None}
     metrics = read_metrics(log) if log.exists() else []
-    if not metrics and all(source is None for source in sources.values()):
+    if not (metrics or run or parts):
         raise FileNotFoundError(f"{run_dir}: nothing to report; expected {_SEARCHED} in it")
-
-    report = dict(sources["report"] or {})
-    measured = sources["evaluation"]
-    if measured is not None:
-        if not measured.get("arms"):
-            path = _chosen(run_dir, "evaluation.json", evaluation)
-            raise ValueError(f"{path}: not what `alignpro evaluate` writes: it has no arms")
-        report = {key: value for key, value in report.items() if key not in MEASURED} | measured
-    for name, part, given in (("headroom", "frontier", headroom), ("bound", "terms", bound)):
-        source = sources[name]
-        if source is not None:
-            report[name] = _unwrapped(source, name, part, _chosen(run_dir, f"{name}.json", given))
     config = _read(run_dir / "config.json") or {}
-    report.setdefault("config", config)
-    known = {**config, "model": (config.get("prompter") or {}).get("model")}
-    for key in ("model", "reward", "seed"):
-        if key not in report and known.get(key) is not None:
-            report[key] = known[key]
-    check_report(report, str(run_dir))
-    return report, metrics
+    known = {**config, "model": (config.get("prompter") or {}).get("model"), "config": config}
+    named = {key: known.get(key) for key in ("model", "reward", "seed", "config")}
+    report = from_json(Report, {**named, **(run or {})}, str(run_dir / "report.json"))
+    return replace(report, **parts), metrics
 
 
 def _chosen(run_dir: Path, name: str, given: str | Path | None) -> Path:
@@ -127,11 +109,18 @@ def _read(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _unwrapped(source: Mapping[str, Any], name: str, part: str, path: Path) -> Mapping[str, Any]:
-    """The part itself, or a report that holds it under its name."""
+def _part(
+    kind: type[Result], run_dir: Path, name: str, given: str | Path | None, key: str
+) -> Result | None:
+    """What a command wrote, known by a key that all of its kind have, or a report that holds it."""
+    path = _chosen(run_dir, f"{name}.json", given)
+    source = _read(path)
+    if source is None:
+        return None
     inner = source.get(name)
-    if part in source:
-        return source
-    if isinstance(inner, Mapping) and part in inner:
-        return inner
-    raise ValueError(f"{path}: not what `alignpro {name}` writes: it has no {part}")
+    if key not in source and isinstance(inner, Mapping):
+        source = dict(inner)
+    if key not in source:
+        what = "evaluate" if name == "evaluation" else name
+        raise ValueError(f"{path}: not what `alignpro {what}` writes: it has no {key}")
+    return from_json(kind, source, str(path))

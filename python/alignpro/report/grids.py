@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alignpro.evaluate.results import Comparison, Evaluation, JudgeResult, Report
 from alignpro.report.words import (
     arm_title,
-    arms_of,
     comparison_titles,
-    component_names,
     in_order,
     interval,
     is_number,
@@ -36,146 +35,97 @@ class Grid:
         return bool(self.rows)
 
 
-def arms_grid(report: Mapping[str, Any]) -> Grid:
+def arms_grid(evaluation: Evaluation) -> Grid:
     """Arms by row: mean reward with its 95% interval, variance, components, prompts."""
-    components = component_names(report)
-    arms = arms_of(report)
-    rows = []
-    for _, title, arm in arms:
-        parts = arm.get("components") or {}
-        rows.append(
-            [
-                title,
-                number(arm["mean_reward"]),
-                interval(arm["ci95"]),
-                number(arm.get("reward_variance")),
-                *(number(parts.get(name)) for name in components),
-                str(arm.get("n", "")),
-            ]
-        )
+    arms = in_order(evaluation.arms)
+    components = list(dict.fromkeys(name for arm in arms.values() for name in arm.components))
+    if len(components) == 1:  # the reward itself
+        components = []
+    rows = [
+        [
+            arm_title(key),
+            number(arm.reward.mean),
+            interval(arm.reward.ci95),
+            number(arm.reward_variance),
+            *(number(arm.components.get(name)) for name in components),
+            str(arm.n),
+        ]
+        for key, arm in arms.items()
+    ]
     header = ["arm", "mean reward", "95% interval", "variance", *components, "prompts"]
-    strong = next((i for i, (key, _, _) in enumerate(arms) if key == "trained"), None)
+    strong = list(arms).index("trained") if "trained" in arms else None
     return Grid("Held-out prompts", header, rows, strong)
 
 
-def texts_grid(report: Mapping[str, Any]) -> Grid:
+def texts_grid(evaluation: Evaluation) -> Grid:
     """What the arms wrote: lengths, copying, empty rewrites; no column of nothing."""
-    names = {
-        "response_tokens": "response tokens",
-        "rewrite_tokens": "rewrite tokens",
-        "copy_rate": "copy rate",
-        "empty_rewrites": "empty rewrites",
+    arms = in_order(evaluation.arms)
+    columns = {
+        "response tokens": {key: number(arm.response_tokens, 1) for key, arm in arms.items()},
+        "rewrite tokens": {key: number(arm.rewrite_tokens, 1) for key, arm in arms.items()},
+        "copy rate": {key: share(arm.copy_rate) for key, arm in arms.items()},
     }
-
-    def shown(name: str, value: Any) -> str:
-        if name == "copy_rate":
-            return share(value)
-        return number(value, 1 if name.endswith("_tokens") else 0)
-
-    arms = arms_of(report)
-    known = [name for name in names if any(arm.get(name) for _, _, arm in arms)]
-    rows = [[title, *(shown(name, arm.get(name)) for name in known)] for _, title, arm in arms]
-    header = ["arm", *(names[name] for name in known)]
-    return Grid("What the arms wrote", header, rows if known else [])
+    if any(arm.empty_rewrites for arm in arms.values()):
+        columns["empty rewrites"] = {key: str(arm.empty_rewrites) for key, arm in arms.items()}
+    shown = {title: column for title, column in columns.items() if any(column.values())}
+    rows = [[arm_title(key), *(column[key] for column in shown.values())] for key in arms]
+    return Grid("What the arms wrote", ["arm", *shown], rows)
 
 
-def paired_grid(report: Mapping[str, Any]) -> Grid:
+def paired_grid(evaluation: Evaluation) -> Grid:
     """Trained minus every other arm, paired by prompt."""
     rows = [
-        [arm_title(key), number(d["mean"], sign=True), interval(d["ci95"], sign=True)]
-        for key, d in paired_of(report).items()
+        [arm_title(key), number(d.mean, sign=True), interval(d.ci95, sign=True)]
+        for key, d in paired_of(evaluation).items()
     ]
     header = ["trained prompter minus", "reward per prompt", "95% interval"]
     return Grid("Paired differences", header, rows)
 
 
-def judge_grid(judge: Mapping[str, Any]) -> Grid:
+def judge_grid(judge: JudgeResult) -> Grid:
     """Win rates, plain and at equal length, a column for each comparison; a tie counts as half."""
-    comparisons = judge.get("comparisons") or {}
-    titles = [comparison_titles(name) for name in comparisons]
-    columns = list(comparisons.values())
+    titles = [comparison_titles(name) for name in judge.comparisons]
     header = ["comparison", *(f"{left} against {right}" for left, right in titles)]
     if len({left for left, _ in titles}) == 1:
         header = [f"{titles[0][0]} against", *(right for _, right in titles)]
-
-    def counts(key: str) -> list[str]:
-        return [str(column[key]) if is_number(column.get(key)) else "" for column in columns]
-
-    rows = [
-        ["win rate", *(share(column.get("win_rate")) for column in columns)],
-        ["95% interval", *(share_interval(column.get("ci95")) for column in columns)],
-        ["at equal length", *(share(c.get("length_controlled_win_rate")) for c in columns)],
-        ["95% interval", *(share_interval(c.get("length_controlled_ci95")) for c in columns)],
-        ["wins", *counts("wins")],
-        ["ties", *counts("ties")],
-        ["losses", *counts("losses")],
-        ["differ by order", *counts("order_disagreements")],
-        ["shown first, chosen", *(share(column.get("first_chosen")) for column in columns)],
-        ["without a verdict", *counts("errors")],
-        [
-            "longer by, characters",
-            *(number(c.get("mean_length_difference"), 1, sign=True) for c in columns),
-        ],
+    lines: list[tuple[str, Callable[[Comparison], str]]] = [
+        ("win rate", lambda c: share(c.win_rate)),
+        ("95% interval", lambda c: share_interval(c.ci95)),
+        ("at equal length", lambda c: share(c.length_controlled_win_rate)),
+        ("95% interval", lambda c: share_interval(c.length_controlled_ci95)),
+        ("wins", lambda c: str(c.wins)),
+        ("ties", lambda c: str(c.ties)),
+        ("losses", lambda c: str(c.losses)),
+        ("differ by order", lambda c: str(c.order_disagreements)),
+        ("shown first, chosen", lambda c: share(c.first_chosen)),
+        ("without a verdict", lambda c: str(c.errors)),
+        ("longer by, characters", lambda c: number(c.mean_length_difference, 1, sign=True)),
     ]
+    rows = [[title, *(shown(c) for c in judge.comparisons.values())] for title, shown in lines]
     return Grid("The judge", header, [row for row in rows if any(row[1:])], strong=0)
 
 
-def judge_facts(judge: Mapping[str, Any]) -> list[tuple[str, str]]:
+def judge_facts(judge: JudgeResult) -> list[tuple[str, str]]:
     """What was asked, and how much of it got no verdict."""
-    names = {
-        "questions": "questions",
-        "replayed": "of them replayed",
-        "failed": "without a verdict",
-    }
-    return [(title, str(judge[key])) for key, title in names.items() if is_number(judge.get(key))]
+    return [
+        ("questions", str(judge.questions)),
+        ("of them replayed", str(judge.replayed)),
+        ("without a verdict", str(judge.failed)),
+    ]
 
 
-def costs(
-    report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = ()
-) -> list[tuple[str, str]]:
+def costs(report: Report, metrics: Sequence[Mapping[str, Any]] = ()) -> list[tuple[str, str]]:
     """(name, value with its unit) of what the run cost."""
     rows = []
-    if is_number(report.get("kl_per_rewrite")):
-        rows.append(("KL per rewrite", f"{report['kl_per_rewrite']:.3f} nats"))
-    if is_number(report.get("kl_per_token")):
-        rows.append(("KL per token", f"{report['kl_per_token']:.3f} nats"))
+    evaluation = report.evaluation
+    if evaluation is not None and evaluation.kl_per_rewrite is not None:
+        rows.append(("KL per rewrite", f"{evaluation.kl_per_rewrite:.3f} nats"))
+        rows.append(("KL per token", f"{number(evaluation.kl_per_token)} nats"))
     generated = [m["generated_tokens"] for m in metrics if is_number(m.get("generated_tokens"))]
     if generated:
         rows.append(("generated in training", f"{sum(generated):,.0f} tokens"))
-    if is_number(report.get("tokens_per_second")):
-        rows.append(("generation", f"{report['tokens_per_second']:,.0f} tokens/s"))
-    if is_number(report.get("peak_rss_bytes")):
-        rows.append(("peak memory", mebibytes(report["peak_rss_bytes"])))
-    seconds = report.get("seconds") or {}
-    rows += [(f"{stage} stage", f"{s:.1f} s") for stage, s in seconds.items() if is_number(s)]
-    return rows
-
-
-@dataclass(frozen=True)
-class SampleArm:
-    """What one arm made of a prompt; a text is None where the arm has none."""
-
-    key: str
-    title: str
-    rewrite: str | None
-    response: str | None
-    reward: str  # as printed; "" where unknown
-
-
-def sample_arms(sample: Mapping[str, Any]) -> list[SampleArm]:
-    """The arms of a sample {prompt, rewrite_<arm>, response_<arm>, reward_<arm>}, in order."""
-    keys = {
-        key.partition("_")[2]: None
-        for key, value in sample.items()
-        if key.startswith(("rewrite_", "response_")) and value is not None
-    }
-    return [
-        SampleArm(
-            key,
-            arm_title(key),
-            sample.get(f"rewrite_{key}"),
-            sample.get(f"response_{key}"),
-            number(sample.get(f"reward_{key}")),
-        )
-        for key in in_order(keys)
-    ]
+    if evaluation is not None:
+        rows.append(("generation", f"{evaluation.tokens_per_second:,.0f} tokens/s"))
+    if report.peak_rss_bytes is not None:
+        rows.append(("peak memory", mebibytes(report.peak_rss_bytes)))
+    return rows + [(f"{stage} stage", f"{s:.1f} s") for stage, s in report.seconds.items()]

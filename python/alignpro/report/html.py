@@ -11,26 +11,22 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from alignpro.evaluate.results import BoundReport, Evaluation, Headroom, JudgeResult, Report
 from alignpro.files import write_file
 from alignpro.report import grids, theory, words
-from alignpro.report.check import check_report
 from alignpro.report.warnings import find_warnings
 
 _MARK = '<meta name="generator" content="alignpro">'
 
 
-def write_report(
-    report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], path: str | Path
-) -> Path:
+def write_report(report: Report, metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Writes the page to ``path``, replacing it in one step, and returns it.
 
     Readable on a phone, in light and dark; no script, no address, no second file. Every value is
     escaped but the plots, which hold numbers and our own words alone.
     """
-    path = Path(path)
-    page = render_report(report, metrics)
-    write_file(path, page)
-    return path
+    write_file(path, render_report(report, metrics))
+    return Path(path)
 
 
 def is_report(path: Path) -> bool:
@@ -41,13 +37,10 @@ def is_report(path: Path) -> bool:
         return _MARK.encode() in file.read(1024)
 
 
-def render_report(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The page as text. Any part of the report may be absent, and so may the metrics.
+def render_report(report: Report, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The page as text. Any part of the report may be absent, and so may the metrics."""
+    from alignpro.report.plots import curve_svgs
 
-    Raises:
-        ValueError: a part of another shape than the contract's; see `check_report`.
-    """
-    check_report(report)
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -56,84 +49,71 @@ def render_report(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]
         finalize=_finalize,
         loader=FunctionLoader(_template),
     )
-    environment.globals.update(sample_arms=grids.sample_arms)
+    evaluation = report.evaluation
+    environment.globals.update(in_order=words.in_order, arm_title=words.arm_title)
+    environment.filters.update(number=words.number)
+    about = {"model": report.model, "reward": report.reward, "seed": report.seed}
     view = {
         "mark": Markup(_MARK),
-        "about": _about(report),
-        "headline": words.headline(report),
-        "verdicts": [said for _, said in words.verdicts(report)],
+        "about": [(key, str(value)) for key, value in about.items() if value is not None],
+        "headline": words.headline(evaluation),
+        "verdicts": [] if evaluation is None else words.verdicts(evaluation),
         "warnings": find_warnings(report, metrics),
-        "evaluation": _evaluation(report),
-        "judge": _judge(report.get("judge") or {}),
-        "curves": _curves(metrics, report),
-        "headroom": _headroom(report),
-        "bound": _bound(report.get("bound") or {}),
-        "samples": report.get("samples") or [],
+        "evaluation": None if evaluation is None else _evaluation(evaluation),
+        "judge": None if evaluation is None else _judge(evaluation.judge),
+        "curves": [(title, Markup(svg)) for title, svg in curve_svgs(metrics, evaluation)],
+        "headroom": _headroom(report.headroom, evaluation),
+        "bound": _bound(report.bound),
+        "samples": [] if evaluation is None else evaluation.samples,
         "costs": grids.costs(report, metrics),
-        "versions": report.get("versions") or {},
-        "config": _json(report.get("config") or {}),
+        "versions": report.versions,
+        "config": json.dumps(report.config, indent=2, ensure_ascii=False, default=str),
     }
     return environment.get_template("report.html.j2").render(view)
 
 
-def _about(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(k, str(report[k])) for k in ("model", "reward", "seed") if report.get(k) is not None]
-
-
-def _evaluation(report: Mapping[str, Any]) -> dict[str, Any] | None:
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     from alignpro.report.plots import arms_svg, paired_svg
 
-    if not report.get("arms"):
-        return None
-    gap = report.get("gap_closed")
+    gap, static = evaluation.gap_closed, evaluation.arms.get("static")
     return {
-        "arms": grids.arms_grid(report),
-        "arms_plot": Markup(arms_svg(report)),
-        "paired": grids.paired_grid(report),
-        "paired_plot": Markup(paired_svg(report)) if report.get("paired") else "",
-        "texts": grids.texts_grid(report),
-        "gap_closed": words.gap_closed_sentence(gap) if gap else "",
-        "instruction": (report["arms"].get("static") or {}).get("instruction"),
+        "arms": grids.arms_grid(evaluation),
+        "arms_plot": Markup(arms_svg(evaluation)),
+        "paired": grids.paired_grid(evaluation),
+        "paired_plot": Markup(paired_svg(evaluation)) if evaluation.paired else "",
+        "texts": grids.texts_grid(evaluation),
+        "gap_closed": "" if gap is None else words.gap_closed_sentence(gap),
+        "instruction": None if static is None else static.instruction,
     }
 
 
-def _judge(judge: Mapping[str, Any]) -> dict[str, Any] | None:
-    comparisons = judge.get("comparisons")
-    if not comparisons:
+def _judge(judge: JudgeResult | None) -> dict[str, Any] | None:
+    if judge is None:
         return None
     return {
-        "name": judge.get("name", ""),
-        "verdicts": [words.judge_verdict(name, row) for name, row in comparisons.items()],
+        "name": judge.name,
+        "verdicts": words.judge_verdicts(judge),
         "grid": grids.judge_grid(judge),
         "facts": grids.judge_facts(judge),
     }
 
 
-def _curves(
-    metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
-) -> list[tuple[str, Markup]]:
-    from alignpro.report.plots import curve_svgs
-
-    return [(title, Markup(svg)) for title, svg in curve_svgs(metrics, report)]
-
-
-def _headroom(report: Mapping[str, Any]) -> dict[str, Any] | None:
+def _headroom(headroom: Headroom | None, evaluation: Evaluation | None) -> dict[str, Any] | None:
     from alignpro.report.frontier import frontier_svg
 
-    headroom = report.get("headroom")
-    if not headroom:
+    if headroom is None:
         return None
-    gain = (report.get("paired") or {}).get("trained_minus_untuned")
+    measured = evaluation is not None and evaluation.kl_per_rewrite is not None
     return {
         "words": theory.headroom_words(headroom),
-        "plot": Markup(frontier_svg(headroom, report)),
+        "plot": Markup(frontier_svg(headroom, evaluation)),
         "grids": [theory.frontier_grid(headroom), theory.best_of_n_grid(headroom)],
-        "measured": bool(gain) and words.is_number(report.get("kl_per_rewrite")),
+        "measured": measured,
     }
 
 
-def _bound(bound: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not bound:
+def _bound(bound: BoundReport | None) -> dict[str, Any] | None:
+    if bound is None:
         return None
     holds, *rest = theory.bound_verdicts(bound)
     return {
@@ -143,10 +123,6 @@ def _bound(bound: Mapping[str, Any]) -> dict[str, Any] | None:
         "rewards": theory.rewards_grid(bound),
         "facts": theory.bound_facts(bound),
     }
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
 
 
 def _template(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from alignpro.evaluate.results import Evaluation, Interval
 from alignpro.report.svg import (
     COLOURS,
     FONT_SIZE,
@@ -15,7 +16,7 @@ from alignpro.report.svg import (
     style,
     to_svg,
 )
-from alignpro.report.words import arm_title, arms_of, is_interval, is_number, paired_of
+from alignpro.report.words import arm_title, in_order, is_number, paired_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,24 +85,23 @@ def reward_curve(
     metrics: Sequence[Mapping[str, Any]],
     path: str | Path,
     *,
-    report: Mapping[str, Any] | None = None,
+    evaluation: Evaluation | None = None,
 ) -> Path:
     """Writes reward, KL and held-out arms side by side to ``path`` (PNG by its suffix, or anything
     matplotlib knows) and returns it.
 
     metrics: rows of metrics.jsonl; those without "step" and "reward_mean" (a supervised stage) are
-    passed over. report: adds the held-out arms beside the curve.
+    passed over. evaluation: adds the held-out arms beside the curve.
     """
     panels = panels_of(metrics)[:2]
-    held_out = report or {}
-    across = len(panels) + bool(held_out.get("arms"))
+    across = len(panels) + (evaluation is not None)
     figure = new_figure(4.2 * max(across, 1), 3.2)
     all_axes = figure.subplots(1, max(across, 1), squeeze=False)[0]
     for axes, panel in zip(all_axes, panels, strict=False):
-        draw_panel(axes, panel, metrics, held_out)
+        draw_panel(axes, panel, metrics, evaluation)
         axes.set_ylabel(f"{panel.title}, {panel.unit}")
-    if held_out.get("arms"):
-        draw_arms(all_axes[-1], held_out)
+    if evaluation is not None:
+        draw_arms(all_axes[-1], evaluation)
         all_axes[-1].set_xlabel("mean reward on held-out prompts, 95% intervals")
     if not across:
         all_axes[0].text(0.5, 0.5, "nothing to plot yet", ha="center", va="center")
@@ -112,32 +112,30 @@ def reward_curve(
 
 
 def curve_svgs(
-    metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]], evaluation: Evaluation | None
 ) -> list[tuple[str, str]]:
     """(title, ``<svg>``) of every panel that the metrics have numbers for."""
     drawn = []
     for index, panel in enumerate(panels_of(metrics)):
         figure = new_figure(_WIDTH, _HEIGHT)
-        draw_panel(figure.subplots(), panel, metrics, report)
+        draw_panel(figure.subplots(), panel, metrics, evaluation)
         drawn.append((panel.title, to_svg(figure, f"curve{index}", f"{panel.title} by step")))
     return drawn
 
 
-def arms_svg(report: Mapping[str, Any]) -> str:
+def arms_svg(evaluation: Evaluation) -> str:
     """Mean reward of every arm with its interval, one line an arm."""
-    figure = new_figure(_WIDE, 0.7 + 0.36 * len(report["arms"]))
-    draw_arms(figure.subplots(), report)
+    figure = new_figure(_WIDE, 0.7 + 0.36 * len(evaluation.arms))
+    draw_arms(figure.subplots(), evaluation)
     return to_svg(figure, "arms", "mean reward of every arm with its 95% interval")
 
 
-def paired_svg(report: Mapping[str, Any]) -> str:
+def paired_svg(evaluation: Evaluation) -> str:
     """Trained minus every other arm, against zero."""
-    paired = paired_of(report)
+    paired = paired_of(evaluation)
     figure = new_figure(_WIDE, 0.7 + 0.36 * len(paired))
     axes = figure.subplots()
-    rows = [
-        (f"minus {arm_title(key)}", float(d["mean"]), d["ci95"], key) for key, d in paired.items()
-    ]
+    rows = [(f"minus {arm_title(key)}", d, key) for key, d in paired.items()]
     _whiskers(axes, rows, "reward per prompt", sign=True)
     axes.axvline(0.0, color=COLOURS["frame"], zorder=0)
     return to_svg(figure, "paired", "paired differences of reward with their 95% intervals")
@@ -170,7 +168,7 @@ def draw_panel(
     axes: Axes,
     panel: Panel,
     metrics: Sequence[Mapping[str, Any]],
-    report: Mapping[str, Any],
+    evaluation: Evaluation | None,
 ) -> None:
     """One small multiple; the reward's has the held-out arms as lines across."""
     from matplotlib.ticker import MaxNLocator
@@ -190,10 +188,9 @@ def draw_panel(
     lines = len(panel.series)
     if panel.series[0].key == "reward_mean":
         for key, label in (("raw", "raw held out"), ("trained", "trained held out")):
-            arm = (report.get("arms") or {}).get(key)
-            if arm is not None:
+            if evaluation is not None and key in evaluation.arms:
                 axes.axhline(
-                    float(arm["mean_reward"]),
+                    evaluation.arms[key].reward.mean,
                     color=COLOURS[key],
                     linestyle=":",
                     linewidth=1.2,
@@ -209,20 +206,19 @@ def draw_panel(
     style(axes)
 
 
-def draw_arms(axes: Axes, report: Mapping[str, Any]) -> None:
+def draw_arms(axes: Axes, evaluation: Evaluation) -> None:
     """Dots and whiskers, in the order of reading from the top."""
-    rows = [(title, float(a["mean_reward"]), a["ci95"], key) for key, title, a in arms_of(report)]
+    rows = [(arm_title(key), arm.reward, key) for key, arm in in_order(evaluation.arms).items()]
     _whiskers(axes, rows, "mean reward")
 
 
 def _whiskers(
-    axes: Axes, rows: Sequence[tuple[str, float, Any, str]], unit: str, *, sign: bool = False
+    axes: Axes, rows: Sequence[tuple[str, Interval, str]], unit: str, *, sign: bool = False
 ) -> None:
-    """rows: (label, mean, [low, high], arm)."""
+    """rows: (label, interval, arm)."""
     from matplotlib.ticker import MaxNLocator
 
-    for position, (_, mean, ci95, arm) in enumerate(rows):
-        low, high = ci95 if is_interval(ci95) else (mean, mean)
+    for position, (_, (mean, low, high), arm) in enumerate(rows):
         axes.errorbar(
             [mean],
             [position],

@@ -6,23 +6,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from alignpro.report.grids import (
-    Grid,
-    arms_grid,
-    costs,
-    sample_arms,
+from alignpro.evaluate.results import BoundReport, Evaluation, Headroom, Report, Sample
+from alignpro.report.grids import Grid, arms_grid, costs, judge_grid, texts_grid
+from alignpro.report.theory import (
+    best_of_n_grid,
+    bound_grid,
+    bound_verdicts,
+    frontier_grid,
+    headroom_words,
+    rewards_grid,
 )
 from alignpro.report.warnings import find_warnings
 from alignpro.report.words import (
     Verdict,
     gap_closed_sentence,
     headline,
-    judge_verdict,
+    in_order,
+    judge_verdicts,
+    number,
     printable,
     verdicts,
 )
@@ -54,34 +60,59 @@ def _style(grid: Grid, row: int) -> str | None:
     return "bold" if row == grid.strong else "dim" if row in grid.faint else None
 
 
-def arms_table(report: Mapping[str, Any]) -> Table:
-    """Arms by row: mean reward with its 95% interval, variance, components, prompts."""
-    return grid_table(arms_grid(report))
+def report_view(
+    report: Report, metrics: Sequence[Mapping[str, Any]] = (), *, samples: bool = True
+) -> Group:
+    """All that the report holds: samples, tables, verdicts, costs, and what to doubt at the end."""
+    parts: list[RenderableType] = []
+    evaluation = report.evaluation
+    if evaluation is not None:
+        parts += [_sample_panel(sample) for sample in evaluation.samples if samples]
+        grids = [arms_grid(evaluation), texts_grid(evaluation)]
+        if evaluation.judge is not None:
+            grids.append(judge_grid(evaluation.judge))
+        parts += [grid_table(grid) for grid in grids if grid]
+    parts.append(verdict_lines(evaluation))
+    if report.headroom is not None:
+        parts.append(headroom_tables(report.headroom))
+    if report.bound is not None:
+        parts.append(bound_tables(report.bound))
+    parts.append(costs_table(report))
+    doubts = [f"warning: {printable(f.text)}" for f in find_warnings(report, metrics)]
+    return Group(*parts, *([Text("\n".join(doubts), style="yellow")] if doubts else []))
 
 
-def verdict_lines(report: Mapping[str, Any]) -> Text:
+def verdict_lines(evaluation: Evaluation | None) -> Text:
     """The answer, then the paired differences and the judge's win rates, one line each."""
-    lines = [headline(report), *(sentence for _, sentence in verdicts(report))]
-    judge = report.get("judge") or {}
-    lines += [judge_verdict(name, row) for name, row in (judge.get("comparisons") or {}).items()]
-    text = Text("\n").join(toned(line) for line in lines)
-    if report.get("gap_closed"):
-        text.append("\n" + printable(gap_closed_sentence(report["gap_closed"])))
+    said = [headline(evaluation)]
+    if evaluation is not None:
+        said += verdicts(evaluation)
+        said += [] if evaluation.judge is None else judge_verdicts(evaluation.judge)
+    text = said_lines(said)
+    if evaluation is not None and evaluation.gap_closed is not None:
+        text.append("\n" + printable(gap_closed_sentence(evaluation.gap_closed)))
     return text
 
 
-def toned(said: Verdict) -> Text:
-    """A verdict in its colour."""
-    return Text(printable(said.text), style=TONES[said.tone])
+def said_lines(said: Sequence[Verdict]) -> Text:
+    """Verdicts in their colours."""
+    return Text("\n").join(Text(printable(one.text), style=TONES[one.tone]) for one in said)
 
 
-def warning_lines(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = ()) -> Text:
-    """What to doubt, one line each; empty where there is nothing."""
-    lines = [f"warning: {printable(finding.text)}" for finding in find_warnings(report, metrics)]
-    return Text("\n".join(lines), style="yellow")
+def headroom_tables(headroom: Headroom) -> Group:
+    """The frontier by kl_coef, best-of-n, and the sentences of `headroom_words`."""
+    grids = (frontier_grid(headroom), best_of_n_grid(headroom))
+    words = Text("\n".join(headroom_words(headroom)))
+    return Group(*(grid_table(grid) for grid in grids if grid), words)
 
 
-def costs_table(report: Mapping[str, Any]) -> Table:
+def bound_tables(bound: BoundReport) -> Group:
+    """Every term with its interval, the rewards, and the sentences of `bound_verdicts`."""
+    grids = (bound_grid(bound), rewards_grid(bound))
+    return Group(*(grid_table(grid) for grid in grids), said_lines(bound_verdicts(bound)))
+
+
+def costs_table(report: Report) -> Table:
     """KL per rewrite, speed, memory, seconds by stage: as far as the report has them."""
     table = Table(show_header=False, box=None)
     table.add_column("what")
@@ -91,19 +122,15 @@ def costs_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def samples_panel(samples: Sequence[Mapping[str, Any]]) -> Group:
-    """One panel a sample: what was asked, and arm by arm what was added and what was answered."""
-    return Group(*(_sample_panel(sample) for sample in samples))
-
-
-def _sample_panel(sample: Mapping[str, Any]) -> Panel:
+def _sample_panel(sample: Sample) -> Panel:
+    """What was asked, and arm by arm what was added and what was answered."""
     text = Text()
-    for arm in sample_arms(sample):
-        reward = f" (reward {arm.reward})" if arm.reward else ""
-        for label, written in (("rewrite", arm.rewrite), (f"response{reward}", arm.response)):
+    for key, arm in in_order(sample.arms).items():
+        response = f"response (reward {number(arm.reward)})"
+        for label, written in (("rewrite", arm.rewrite), (response, arm.response)):
             if written is not None:
-                text.append(printable(f"{arm.key} {label}: "), style="bold")
+                text.append(printable(f"{key} {label}: "), style="bold")
                 text.append(printable(written).strip() + "\n")
     text.rstrip()
-    title = Text(" ".join(printable(sample["prompt"]).split()))
+    title = Text(" ".join(printable(sample.prompt).split()))
     return Panel(text, title=title, title_align="left")

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from alignpro.evaluate.results import ArmResult, BoundReport, Comparison, Headroom, Report
 from alignpro.report.words import (
     arm_title,
     comparison_titles,
     interval,
-    is_interval,
     is_number,
     number,
-    recommended_point,
     share,
 )
 
@@ -54,31 +53,28 @@ class Finding(NamedTuple):
     text: str  # one or two sentences with the number, the threshold and the reason
 
 
-def find_warnings(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Findings in the order of reading.
-
-    report: report.json, with ``headroom`` and ``bound`` where known. metrics: rows of
-    metrics.jsonl. Both may lack any part.
-    """
+def find_warnings(report: Report, metrics: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Findings in the order of reading. metrics: rows of metrics.jsonl, which may lack any part."""
     steps = [row for row in metrics if is_number(row.get("step"))]
+    evaluation = report.evaluation
+    arms = {} if evaluation is None else evaluation.arms
+    judge = None if evaluation is None else evaluation.judge
     return [
-        *_kl(report, steps),
-        *_lengths(report.get("arms") or {}),
-        *_copying(report.get("arms") or {}),
-        *_overfitting(report.get("arms") or {}, steps),
-        *_judge(report.get("judge") or {}),
-        *_headroom(report.get("headroom") or {}),
-        *_bound(report.get("bound") or {}),
-        *_parity(report.get("config") or {}, steps),
+        *_kl(None if evaluation is None else evaluation.kl_per_token, steps),
+        *_lengths(arms),
+        *_copying(arms),
+        *_overfitting(arms, steps),
+        *_judge({} if judge is None else judge.comparisons),
+        *_headroom(report.headroom),
+        *_bound(report.bound),
+        *_parity(report.config, steps),
         *_zero_advantage(steps),
-        *_truncated(report.get("config") or {}, steps),
+        *_truncated(report.config, steps),
     ]
 
 
-def _kl(report: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    value = report.get("kl_per_token")
-    if not is_number(value):
-        value = _mean(_last(steps), "kl_per_token")
+def _kl(per_token: float | None, steps: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    value = _mean(_last(steps), "kl_per_token") if per_token is None else per_token
     if value is None or value <= KL_PER_TOKEN:
         return []
     return [
@@ -90,33 +86,40 @@ def _kl(report: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> list[F
     ]
 
 
-def _lengths(arms: Mapping[str, Any]) -> list[Finding]:
-    found = []
-    trained = arms.get("trained") or {}
-    for what, name, others in (
-        ("responses", "response_tokens", ("raw", "untuned")),
-        ("rewrites", "rewrite_tokens", ("untuned",)),
-    ):
-        drifts = []
-        for other in others:
-            length, base = trained.get(name), (arms.get(other) or {}).get(name)
-            if is_number(length) and is_number(base) and base > 0:
-                drift = length / base - 1
-                if abs(drift) > LENGTH_DRIFT:
-                    way = "longer" if drift > 0 else "shorter"
-                    drifts.append(f"{share(abs(drift))} {way} than of the {arm_title(other)}")
-        if drifts:
-            text = (
-                f"The trained prompter's {what} are {' and '.join(drifts)}, past "
-                f"{share(LENGTH_DRIFT)}: part of the reward may be a reward for length."
-            )
-            found.append(Finding(f"{what}_length", text.replace("than of", "than those of")))
-    return found
+def _lengths(arms: Mapping[str, ArmResult]) -> list[Finding]:
+    if "trained" not in arms:
+        return []
+    responses = {key: arm.response_tokens for key, arm in arms.items()}
+    rewrites = {key: arm.rewrite_tokens for key, arm in arms.items()}
+    return [
+        *_drift("responses", responses, ("raw", "untuned")),
+        *_drift("rewrites", rewrites, ("untuned",)),
+    ]
 
 
-def _copying(arms: Mapping[str, Any]) -> list[Finding]:
-    rate = (arms.get("trained") or {}).get("copy_rate")
-    if not is_number(rate) or rate <= COPY_RATE:
+def _drift(what: str, lengths: Mapping[str, float | None], others: Sequence[str]) -> list[Finding]:
+    """By how much the trained arm's mean length is another than those of the others."""
+    length, drifts = lengths["trained"], []
+    for other in others:
+        base = lengths.get(other)
+        drift = length / base - 1 if base and length is not None else 0.0
+        if abs(drift) > LENGTH_DRIFT:
+            way = "longer" if drift > 0 else "shorter"
+            drifts.append(f"{share(abs(drift))} {way} than those of the {arm_title(other)}")
+    if not drifts:
+        return []
+    return [
+        Finding(
+            f"{what}_length",
+            f"The trained prompter's {what} are {' and '.join(drifts)}, past "
+            f"{share(LENGTH_DRIFT)}: part of the reward may be a reward for length.",
+        )
+    ]
+
+
+def _copying(arms: Mapping[str, ArmResult]) -> list[Finding]:
+    rate = arms["trained"].copy_rate if "trained" in arms else None
+    if rate is None or rate <= COPY_RATE:
         return []
     return [
         Finding(
@@ -127,33 +130,32 @@ def _copying(arms: Mapping[str, Any]) -> list[Finding]:
     ]
 
 
-def _overfitting(arms: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    trained, training = arms.get("trained") or {}, _mean(_last(steps), "reward_mean")
-    mean, spread = trained.get("mean_reward"), trained.get("reward_variance")
-    if training is None or not (is_number(mean) and is_number(spread) and spread > 0):
+def _overfitting(
+    arms: Mapping[str, ArmResult], steps: Sequence[Mapping[str, Any]]
+) -> list[Finding]:
+    training = _mean(_last(steps), "reward_mean")
+    if training is None or "trained" not in arms:
         return []
-    margin = OVERFITTING * spread**0.5
-    ci95 = trained.get("ci95")
-    inside = is_interval(ci95) and training <= ci95[1]
-    if inside or training - mean <= margin:
+    reward, margin = arms["trained"].reward, OVERFITTING * arms["trained"].reward_variance ** 0.5
+    if training <= reward.high or training - reward.mean <= margin:
         return []
     return [
         Finding(
             "overfitting",
-            f"Held-out reward is {number(mean)} ({interval(ci95)}) against {number(training)} in "
-            f"the last training steps, more than {OVERFITTING:g} standard deviations apart: the "
-            "gain may not carry over to new prompts.",
+            f"Held-out reward is {number(reward.mean)} ({interval(reward.ci95)}) against "
+            f"{number(training)} in the last training steps, more than {OVERFITTING:g} standard "
+            "deviations apart: the gain may not carry over to new prompts.",
         )
     ]
 
 
-def _judge(judge: Mapping[str, Any]) -> list[Finding]:
+def _judge(comparisons: Mapping[str, Comparison]) -> list[Finding]:
     found = []
-    for name, row in (judge.get("comparisons") or {}).items():
+    for name, row in comparisons.items():
         left, right = comparison_titles(name)
         left = left[:1].upper() + left[1:]
-        plain, controlled = row.get("win_rate"), row.get("length_controlled_win_rate")
-        if is_number(plain) and is_number(controlled) and plain - controlled > LENGTH_BIAS:
+        plain, controlled = row.win_rate, row.length_controlled_win_rate
+        if plain is not None and controlled is not None and plain - controlled > LENGTH_BIAS:
             found.append(
                 Finding(
                     "length_controlled_win_rate",
@@ -162,46 +164,44 @@ def _judge(judge: Mapping[str, Any]) -> list[Finding]:
                     f"{100 * LENGTH_BIAS:.0f} points. The judge pays for length.",
                 )
             )
-        count, total = row.get("order_disagreements"), row.get("n")
-        if is_number(count) and is_number(total) and total > 0:
-            disagreeing = count / total
-            if disagreeing > ORDER_DISAGREEMENTS:
-                found.append(
-                    Finding(
-                        "order_disagreements",
-                        f"{left} against {right}: the judge changes its mind with the order in "
-                        f"{share(disagreeing)} of the comparisons, above "
-                        f"{share(ORDER_DISAGREEMENTS)}. Position decides those, not the response.",
-                    )
+        disagreeing = row.order_disagreements / max(row.n, 1)
+        if disagreeing > ORDER_DISAGREEMENTS:
+            found.append(
+                Finding(
+                    "order_disagreements",
+                    f"{left} against {right}: the judge changes its mind with the order in "
+                    f"{share(disagreeing)} of the comparisons, above "
+                    f"{share(ORDER_DISAGREEMENTS)}. Position decides those, not the response.",
                 )
+            )
     return found
 
 
-def _headroom(headroom: Mapping[str, Any]) -> list[Finding]:
-    point = recommended_point(headroom)
-    if point is None and headroom.get("frontier"):
+def _headroom(headroom: Headroom | None) -> list[Finding]:
+    if headroom is None:
+        return []
+    point = headroom.recommended
+    if point is None:
         text = (
             "No kl_coef of the headroom's grid is supported by its samples: the forecast rests on "
             "one or two rewrites a prompt. Draw more rewrites."
         )
         return [Finding("effective_samples", text)]
-    samples = None if point is None else point.get("effective_samples")
-    if point is None or not is_number(samples) or samples >= EFFECTIVE_SAMPLES:
+    if point.effective_samples >= EFFECTIVE_SAMPLES:
         return []
-    of = headroom.get("num_rewrites")
     return [
         Finding(
             "effective_samples",
-            f"At the recommended kl_coef {point['kl_coef']:g} the forecast rests on "
-            f"{number(samples, 1)} effective rewrites a prompt"
-            f"{f' of {of}' if is_number(of) else ''}, fewer than {EFFECTIVE_SAMPLES:g}: it is "
-            "noisy, and biased. Draw more rewrites.",
+            f"At the recommended kl_coef {point.kl_coef:g} the forecast rests on "
+            f"{number(point.effective_samples, 1)} effective rewrites a prompt of "
+            f"{headroom.num_rewrites}, fewer than {EFFECTIVE_SAMPLES:g}: it is noisy, and biased. "
+            "Draw more rewrites.",
         )
     ]
 
 
-def _bound(bound: Mapping[str, Any]) -> list[Finding]:
-    if bound.get("holds") is not False:
+def _bound(bound: BoundReport | None) -> list[Finding]:
+    if bound is None or bound.holds:
         return []
     text = "The measured gap is larger than the bound: a term or the reward's range is wrong."
     return [Finding("bound", text)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from alignpro.types import Reward
 
@@ -36,6 +36,27 @@ def shorten(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
     return ascii(line if len(line) <= limit else line[: limit - 3] + "...")
 
 
+class _Rows(NamedTuple):
+    """The arguments of a reward, aligned."""
+
+    prompts: Sequence[str]
+    rewrites: Sequence[str]
+    responses: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
+
+    def scored_by(self, reward: Reward) -> list[object]:
+        prompts, rewrites, responses, columns = self
+        return _as_list(reward(prompts, rewrites, responses, **columns), reward_name(reward))
+
+    def alone(self) -> Iterator[tuple[int, _Rows]]:
+        """Every row by itself, with its index."""
+        for row in range(len(self.prompts)):
+            *texts, columns = self
+            prompts, rewrites, responses = ([column[row]] for column in texts)
+            own = {name: [values[row]] for name, values in columns.items()}
+            yield row, _Rows(prompts, rewrites, responses, own)
+
+
 def score_checked(
     reward: Reward,
     prompts: Sequence[str],
@@ -50,19 +71,20 @@ def score_checked(
     name the row behind a failed batch, rows are scored one by one until one fails.
     Raises ValueError where the inputs themselves are not aligned.
     """
-    columns = dict(columns or {})
-    _check_aligned(prompts, rewrites, responses, columns)
+    rows = _Rows(prompts, rewrites, responses, dict(columns or {}))
+    _check_aligned(rows)
     if not prompts:
         return []
     name = reward_name(reward)
     try:
-        scores = _as_list(reward(prompts, rewrites, responses, **columns), name)
+        scores = rows.scored_by(reward)
     except RewardError:
         raise  # a component has already named its row
     except Exception as error:
-        _raise_for_failed_batch(reward, name, prompts, rewrites, responses, columns, error)
+        failed, cause = _failed_batch(reward, rows, error)
+        raise failed from cause
     if len(scores) != len(prompts):
-        row = _find_row_with_wrong_count(reward, name, prompts, rewrites, responses, columns)
+        row = _find_row_with_wrong_count(reward, rows)
         where = "" if row is None else f"; row {_describe(row, prompts)} alone does not give 1"
         raise RewardError(
             f"reward {name!r}: expected {len(prompts)} scores, one a row, got {len(scores)}{where}",
@@ -71,19 +93,16 @@ def score_checked(
     return [_as_score(score, name, row, prompts) for row, score in enumerate(scores)]
 
 
-def _check_aligned(
-    prompts: Sequence[str],
-    rewrites: Sequence[str],
-    responses: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> None:
-    clash = sorted(RESERVED_COLUMNS & columns.keys())
+def _check_aligned(rows: _Rows) -> None:
+    clash = sorted(RESERVED_COLUMNS & rows.columns.keys())
     if clash:
         raise ValueError(f"column {clash[0]!r} collides with a reward argument; rename the column")
-    for what, values in {"rewrites": rewrites, "responses": responses, **columns}.items():
-        if len(values) != len(prompts):
+    inputs = {"rewrites": rows.rewrites, "responses": rows.responses, **rows.columns}
+    for what, values in inputs.items():
+        if len(values) != len(rows.prompts):
             raise ValueError(
-                f"reward input {what!r}: expected {len(prompts)} rows as prompts, got {len(values)}"
+                f"reward input {what!r}: expected {len(rows.prompts)} rows as prompts, got "
+                f"{len(values)}"
             )
 
 
@@ -127,54 +146,27 @@ def _describe_value(value: object) -> str:
     return "None" if value is None else f"{type(value).__name__} {shorten(repr(value), 40)}"
 
 
-def _score_alone(
-    reward: Reward,
-    name: str,
-    row: int,
-    prompts: Sequence[str],
-    rewrites: Sequence[str],
-    responses: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> list[object]:
-    own = {column: [values[row]] for column, values in columns.items()}
-    return _as_list(reward([prompts[row]], [rewrites[row]], [responses[row]], **own), name)
-
-
-def _raise_for_failed_batch(
-    reward: Reward,
-    name: str,
-    prompts: Sequence[str],
-    rewrites: Sequence[str],
-    responses: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-    batch_error: Exception,
-) -> None:
-    for row in range(len(prompts)):
+def _failed_batch(
+    reward: Reward, rows: _Rows, batch_error: Exception
+) -> tuple[RewardError, Exception]:
+    """What to raise where a batch failed, by the first row that fails alone, and its cause."""
+    name = reward_name(reward)
+    for row, alone in rows.alone():
         try:
-            _score_alone(reward, name, row, prompts, rewrites, responses, columns)
+            alone.scored_by(reward)
         except Exception as error:
-            raise RewardError(
-                f"reward {name!r} raised {type(error).__name__} at row {_describe(row, prompts)}: "
-                f"{error}",
-                row,
-            ) from error
-    raise RewardError(
-        f"reward {name!r} raised {type(batch_error).__name__} on a batch of {len(prompts)} rows, "
-        f"though on no row alone: {batch_error}"
-    ) from batch_error
+            kind, where = type(error).__name__, _describe(row, rows.prompts)
+            return RewardError(f"reward {name!r} raised {kind} at row {where}: {error}", row), error
+    return RewardError(
+        f"reward {name!r} raised {type(batch_error).__name__} on a batch of {len(rows.prompts)} "
+        f"rows, though on no row alone: {batch_error}"
+    ), batch_error
 
 
-def _find_row_with_wrong_count(
-    reward: Reward,
-    name: str,
-    prompts: Sequence[str],
-    rewrites: Sequence[str],
-    responses: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> int | None:
-    for row in range(len(prompts)):
+def _find_row_with_wrong_count(reward: Reward, rows: _Rows) -> int | None:
+    for row, alone in rows.alone():
         try:
-            count = len(_score_alone(reward, name, row, prompts, rewrites, responses, columns))
+            count = len(alone.scored_by(reward))
         except Exception:
             return row
         if count != 1:

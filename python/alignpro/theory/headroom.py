@@ -87,6 +87,11 @@ class Headroom:
     recommended_kl_coef: float | None
     variance: VarianceSplit | None
 
+    @property
+    def recommended(self) -> FrontierPoint | None:
+        """The point at ``recommended_kl_coef``."""
+        return next((p for p in self.frontier if p.kl_coef == self.recommended_kl_coef), None)
+
 
 def headroom(rewards: ArrayLike, kl_coefs: Sequence[float], *, seed: int = 0) -> Headroom:
     """The frontier over ``kl_coefs``, best-of-n, and a recommended kl_coef.

@@ -122,12 +122,22 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             laid out over ``steps``, so then that may not.
     """
     free = MAY_CHANGE - {"steps"} if now.get("lr_schedule") == "linear" else MAY_CHANGE
-    different = [k for k in sorted({*saved, *now} - free) if saved.get(k) != now.get(k)]
+    before, after = _flat(saved), _flat(now)
+    different = [k for k in sorted({*before, *after} - free) if before.get(k) != after.get(k)]
     if different:
         raise ValueError(
             "cannot resume under another configuration: "
-            + "; ".join(f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in different)
+            + "; ".join(f"{k} was {before.get(k)!r}, is {after.get(k)!r}" for k in different)
         )
+
+
+def _flat(mapping: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Every value under its path: "prompter.device"."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        group = isinstance(value, Mapping)
+        flat |= _flat(value, f"{path}{key}.") if group else {path + key: value}
+    return flat
 
 
 # They decide how far, how fast and in how much memory a run goes, not what a step computes (micro-
@@ -136,6 +146,8 @@ MAY_CHANGE = frozenset(
     {
         *("steps", "run_dir", "threads", "checkpoint_every", "track"),
         *("micro_batch_size", "memory_limit", "activations"),
+        *("prompter.kv_cache_bytes", "prompter.prefix_cache", "prompter.max_batch_rows"),
+        *("target.kv_cache_bytes", "target.prefix_cache", "target.max_batch_rows"),
     }
 )
 

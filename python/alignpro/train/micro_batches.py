@@ -82,7 +82,7 @@ def plan_micro_batches(
                 + "raise memory_limit"
             )
     rows = [len(s) for s in sequences]
-    shared = [0, *(_shared(a, b) for a, b in itertools.pairwise(sequences))]
+    shared = [0, *(shared_prefix(a, b) for a, b in itertools.pairwise(sequences))]
     # From each position to the end: (cost, micro-batches), and the first of them.
     best, first = [(0, 0)] * (count + 1), [MicroBatch(0, 0, "keep")] * count
     for begin in reversed(range(count)):
@@ -114,7 +114,7 @@ def _reach(
     return ends
 
 
-def _shared(one: Tokens, other: Tokens) -> int:
+def shared_prefix(one: Tokens, other: Tokens) -> int:
     """How many tokens two sequences have in common at their beginning."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

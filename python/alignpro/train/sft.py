@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from typing import Any
 
 from alignpro.config import Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.train.micro_batches import plan_micro_batches
+from alignpro.train.micro_batches import plan_micro_batches, shared_prefix
 from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, one_torch_thread
 from alignpro.train.schedule import batch_indices
+from alignpro.types import Message
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,21 +130,44 @@ def encode_pairs(
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int:
-    """The EOS id with which the chat template ends the assistant's turn.
+    """The id that ends what is written: of those that end a generation, the first that the chat
+    template writes after the assistant's words.
 
-    A model may have several (Phi-3.5 has three); the one after the assistant's words is the one it
-    was taught to write there. A template that ends the turn with none of them: the first EOS id.
+    A model may have several (Phi-3.5 has three); that one it was taught to write there. Some
+    templates write it only where another turn follows. One that writes none of them leaves the
+    tokenizer's own EOS, and a warning says so.
     """
-    if not tokenizer.eos_ids:
-        raise ValueError("the model names no EOS token, so it cannot be taught where to stop")
-    asked = tokenizer.encode_chat([{"role": "user", "content": "a"}])
-    answered = tokenizer.encode_chat(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-        add_generation_prompt=False,
+    ends = tokenizer.eos_ids
+    if not ends:
+        raise ValueError(
+            "the model names no EOS token, so it cannot be taught where to stop; expected "
+            "eos_token in tokenizer_config.json or tokenizer.ggml.eos_token_id"
+        )
+
+    def after(*following: Message) -> list[int]:
+        """What two conversations end with that differ in the assistant's words alone."""
+        one, other = (
+            tokenizer.encode_chat(
+                [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": words},
+                    *following,
+                ],
+                add_generation_prompt=False,
+            )
+            for words in ("b", "c")
+        )
+        return one[len(one) - shared_prefix(one[::-1], other[::-1]) :]
+
+    one, other = (after({"role": "user", "content": words}) for words in ("d", "e"))
+    between = one[: shared_prefix(one, other)]
+    found = next((token for token in [*after(), *between] if token in ends), None)
+    if found is not None:
+        return found
+    known = ", ".join(tokenizer.decode([end], skip_special=False) for end in ends)
+    _log.warning(
+        "the chat template writes none of the model's end tokens (%s) after an assistant turn; "
+        "the first is taught as the end",
+        known,
     )
-    # Where a template writes earlier turns otherwise, the shared part is shorter than ``asked``.
-    shared = 0
-    while shared < min(len(asked), len(answered)) and asked[shared] == answered[shared]:
-        shared += 1
-    after = [t for t in answered[shared:] if t in tokenizer.eos_ids]
-    return after[0] if after else tokenizer.eos_ids[0]
+    return ends[0]

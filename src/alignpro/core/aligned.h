@@ -14,7 +14,7 @@ namespace alignpro {
 //
 // Large ones are mappings of their own: a buffer that grows gives its pages back at once, where a
 // heap would keep the hole (a training step held 0.4 GB in such holes). They ask for huge pages, so
-// that weights stream past fewer page-table walks (measured in docs/performance.md).
+// that weights stream past fewer page-table walks (measured in docs/notes/performance.md).
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;

@@ -2,14 +2,12 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
-#include <system_error>
 #include <utility>
-#include <variant>
 
 #include "alignpro/core/error.h"
-#include "alignpro/io/gguf.h"
 #include "alignpro/io/safetensors.h"
 #include "alignpro/model/config_readers.h"
 
@@ -208,15 +206,11 @@ std::vector<ops::QuantizedRow> rows_of(const Pieces& pieces) {
 
 class FileCheckpoint final : public Checkpoint {
  public:
-  using Storage = std::variant<io::GgufFile, io::SafetensorsFolder>;
-
-  FileCheckpoint(Storage storage, ModelConfig config, const std::string& source)
-      : storage_(std::move(storage)), config_(std::move(config)) {
-    const bool gguf = std::holds_alternative<io::GgufFile>(storage_);
+  explicit FileCheckpoint(const ModelFiles& files) : files_(files), config_(read_config(files)) {
+    const bool gguf = files.gguf() != nullptr;
     const TensorNames& names = gguf ? kGgufNames : kHfNames;
-    const TensorMap& tensors =
-        std::visit([](const auto& file) -> const TensorMap& { return file.tensors(); }, storage_);
-    Finder finder(tensors, source);
+    if (!gguf) folder_.emplace(files.path());
+    Finder finder(gguf ? files.gguf()->tensors() : folder_->tensors(), files.path().string());
     const std::string head = std::string(names.head) + ".weight";
     const std::vector<int64_t> table = {config_.vocab_size, config_.hidden_size};
     embedding_ = {Piece{finder.get(std::string(names.embedding) + ".weight", table)}};
@@ -276,7 +270,9 @@ class FileCheckpoint final : public Checkpoint {
     return layers_[static_cast<size_t>(layer)];
   }
 
-  Storage storage_;  // keeps the mapping under every FileTensor alive
+  // These keep the mapping under every FileTensor alive.
+  ModelFiles files_;
+  std::optional<io::SafetensorsFolder> folder_;
   ModelConfig config_;
   Pieces embedding_;
   Pieces head_;
@@ -300,21 +296,8 @@ LinearShape linear_shape(const ModelConfig& config, LinearSite site) {
   throw InvalidArgument("linear site: not one of the enumerators");
 }
 
-std::unique_ptr<Checkpoint> Checkpoint::open(const std::filesystem::path& path) {
-  std::error_code ignored;  // what cannot be examined cannot be opened either, and that says why
-  if (std::filesystem::is_directory(path, ignored)) {
-    ModelConfig config = read_hf_config(path);
-    return std::make_unique<FileCheckpoint>(io::SafetensorsFolder(path), std::move(config),
-                                            path.string());
-  }
-  if (path.extension() == ".safetensors") {
-    throw FileError(cat(path.string(),
-                        ": expected a .gguf file or a folder with config.json and "
-                        "*.safetensors; give the folder this file is in"));
-  }
-  io::GgufFile file(path);
-  ModelConfig config = read_gguf_config(file);
-  return std::make_unique<FileCheckpoint>(std::move(file), std::move(config), path.string());
+std::unique_ptr<Checkpoint> Checkpoint::open(const ModelFiles& files) {
+  return std::make_unique<FileCheckpoint>(files);
 }
 
 }  // namespace alignpro::model

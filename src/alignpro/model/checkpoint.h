@@ -1,10 +1,10 @@
 #pragma once
 
-#include <filesystem>
 #include <memory>
 #include <vector>
 
 #include "alignpro/model/config.h"
+#include "alignpro/model/model_files.h"
 #include "alignpro/ops/quantized_matrix.h"
 
 namespace alignpro::model {
@@ -23,7 +23,7 @@ class Checkpoint {
   // A .gguf file, or a folder with config.json and *.safetensors (sharded or not).
   // Checks that every tensor the family needs is present with the expected shape and that no
   // unknown weight is left over. Throws FileError.
-  static std::unique_ptr<Checkpoint> open(const std::filesystem::path& path);
+  static std::unique_ptr<Checkpoint> open(const ModelFiles& files);
 
   virtual ~Checkpoint() = default;
 

@@ -5,6 +5,7 @@
 
 #include "alignpro/core/error.h"
 #include "alignpro/model/config_readers.h"
+#include "alignpro/model/end_of_text.h"
 
 namespace alignpro::model {
 namespace {
@@ -99,14 +100,6 @@ void apply_family(Family family, ModelConfig* config) {
   config->fused_projections = family == Family::kPhi3;
 }
 
-void add_eos(int64_t id, ModelConfig* config) {
-  if (id < 0 || id >= config->vocab_size) return;
-  const auto narrow = static_cast<int32_t>(id);
-  if (std::ranges::find(config->eos_ids, narrow) == config->eos_ids.end()) {
-    config->eos_ids.push_back(narrow);
-  }
-}
-
 void set_bos(int64_t id, ModelConfig* config) {
   config->bos_id = id >= 0 && id < config->vocab_size ? static_cast<int32_t>(id) : -1;
 }
@@ -114,6 +107,13 @@ void set_bos(int64_t id, ModelConfig* config) {
 double longrope_attention_factor(double scale, int64_t original_context) {
   if (!(scale > 1.0) || original_context < 2) return 1.0;
   return std::sqrt(1.0 + std::log(scale) / std::log(static_cast<double>(original_context)));
+}
+
+ModelConfig read_config(const ModelFiles& files) {
+  ModelConfig config =
+      files.gguf() != nullptr ? read_gguf_config(*files.gguf()) : read_hf_config(files);
+  config.eos_ids = end_of_text_ids(files);
+  return config;
 }
 
 void validate(const ModelConfig& config, const std::string& source) {
@@ -147,12 +147,6 @@ void validate(const ModelConfig& config, const std::string& source) {
   if (config.bos_id != -1 && !in_vocabulary(config.bos_id)) {
     throw FileError(cat(source, ": the BOS id ", config.bos_id, " is outside the vocabulary of ",
                         config.vocab_size));
-  }
-  for (const int32_t id : config.eos_ids) {
-    if (!in_vocabulary(id)) {
-      throw FileError(
-          cat(source, ": the EOS id ", id, " is outside the vocabulary of ", config.vocab_size));
-    }
   }
   validate_rope(config, source);
 }

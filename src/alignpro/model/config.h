@@ -47,8 +47,8 @@ struct ModelConfig {
   bool qk_norm = false;            // RMSNorm over head_dim on q and k before rope (Qwen3)
   bool fused_projections = false;  // one file matrix for QKV and one for gate-up (Phi-3)
   RopeConfig rope;
-  int32_t bos_id = -1;  // -1: none
-  std::vector<int32_t> eos_ids;
+  int32_t bos_id = -1;           // -1: none
+  std::vector<int32_t> eos_ids;  // every id that ends a text (end_of_text.h)
 
   int64_t q_size() const { return num_heads * head_dim; }
   int64_t kv_size() const { return num_kv_heads * head_dim; }

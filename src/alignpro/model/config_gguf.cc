@@ -120,39 +120,6 @@ RopeConfig read_rope(const io::GgufFile& file, const ArchKeys& keys, const Model
   return rope;
 }
 
-// GGUF names one EOS id; chat models end a turn with another, under "eot" or not named at all. Then
-// the control token that chat formats use for it counts: generation would run on without it.
-void read_eos(const io::GgufFile& file, ModelConfig* config) {
-  for (const char* key : {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id",
-                          "tokenizer.ggml.eom_token_id"}) {
-    if (const std::optional<int64_t> id = file.find_integer(key)) add_eos(*id, config);
-  }
-  if (file.find("tokenizer.ggml.eot_token_id") != nullptr) return;
-  const io::GgufValue* tokens = file.find("tokenizer.ggml.tokens");
-  const io::GgufValue* types = file.find("tokenizer.ggml.token_type");
-  if (tokens == nullptr || types == nullptr || tokens->type() != io::GgufType::kArray ||
-      types->type() != io::GgufType::kArray || tokens->size() != types->size()) {
-    return;
-  }
-  constexpr int64_t kControl = 3;
-  constexpr int64_t kUserDefined = 4;
-  std::vector<bool> special;
-  types->for_each([&special](const io::GgufValue& type) {
-    const int64_t value = type.integer().value_or(0);
-    special.push_back(value == kControl || value == kUserDefined);
-  });
-  size_t id = 0;
-  tokens->for_each([&](const io::GgufValue& token) {
-    if (special[id]) {
-      const std::string_view text = token.string().value_or("");
-      if (text == "<|im_end|>" || text == "<|end|>" || text == "<|eot_id|>") {
-        add_eos(static_cast<int64_t>(id), config);
-      }
-    }
-    ++id;
-  });
-}
-
 }  // namespace
 
 ModelConfig read_gguf_config(const io::GgufFile& file) {
@@ -204,7 +171,6 @@ ModelConfig read_gguf_config(const io::GgufFile& file) {
   config.tied_head = !file.tensors().contains("output.weight");
   config.rope = read_rope(file, keys, config);
   set_bos(file.find_integer("tokenizer.ggml.bos_token_id").value_or(-1), &config);
-  read_eos(file, &config);
   validate(config, file.name());
   return config;
 }

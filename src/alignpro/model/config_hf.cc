@@ -2,7 +2,6 @@
 // defaults of absent keys included.
 
 #include <algorithm>
-#include <system_error>
 #include <utility>
 
 #include "alignpro/core/error.h"
@@ -90,16 +89,6 @@ class Fields {
   const Json* object_;
   std::string where_;
 };
-
-Json parse_object(const std::filesystem::path& path) {
-  const io::MappedFile file(path);
-  const auto bytes = file.bytes();
-  Json root = Json::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file.name());
-  if (root.object() == nullptr) {
-    throw FileError(cat(file.name(), ": expected a JSON object, got ", root.kind()));
-  }
-  return root;
-}
 
 Family read_family(const Fields& fields) {
   const std::optional<std::string> name = fields.string("model_type");
@@ -276,33 +265,17 @@ RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
   return rope;
 }
 
-// generation_config.json rules where it names any id: Phi-3.5 and Llama 3 list several there.
-void read_eos(const Fields& fields, const std::filesystem::path& folder, ModelConfig* config) {
-  const auto add_from = [config](const Fields& source) {
-    const Json* value = source.find("eos_token_id");
-    if (value == nullptr) return false;
-    const Json::Array single{*value};
-    for (const Json& id : value->array() != nullptr ? *value->array() : single) {
-      if (id.integer() == nullptr) source.fail("eos_token_id", "an integer or a list of them");
-      add_eos(*id.integer(), config);
-    }
-    return true;
-  };
-  const std::filesystem::path generation = folder / "generation_config.json";
-  std::error_code ignored;
-  if (std::filesystem::exists(generation, ignored)) {
-    const Json root = parse_object(generation);
-    if (add_from(Fields(root, generation.string()))) return;
-  }
-  add_from(fields);
-}
-
 }  // namespace
 
-ModelConfig read_hf_config(const std::filesystem::path& folder) {
-  const std::filesystem::path path = folder / "config.json";
-  const Json root = parse_object(path);
-  const Fields fields(root, path.string());
+ModelConfig read_hf_config(const ModelFiles& files) {
+  const std::string path = (files.path() / "config.json").string();
+  const Json* root = files.json("config.json");
+  if (root == nullptr) {
+    throw FileError(cat(path,
+                        ": no such file; a model folder holds config.json, *.safetensors and "
+                        "tokenizer.json"));
+  }
+  const Fields fields(*root, path);
 
   ModelConfig config;
   apply_family(read_family(fields), &config);
@@ -321,8 +294,7 @@ ModelConfig read_hf_config(const std::filesystem::path& folder) {
   config.tied_head = fields.flag("tie_word_embeddings");
   config.rope = read_rope(fields, config);
   set_bos(fields.integer("bos_token_id").value_or(-1), &config);
-  read_eos(fields, folder, &config);
-  validate(config, path.string());
+  validate(config, path);
   return config;
 }
 

@@ -1,20 +1,22 @@
 #pragma once
 
-#include <filesystem>
 #include <optional>
 #include <string>
 #include <string_view>
 
-#include "alignpro/io/gguf.h"
 #include "alignpro/model/config.h"
+#include "alignpro/model/model_files.h"
 
 namespace alignpro::model {
 
-// Both return a validated config, and throw FileError for what a file asks and alignpro lacks.
+// All return a validated config, and throw FileError for what a file asks and alignpro lacks.
+ModelConfig read_config(const ModelFiles& files);
+
+// Its parts by format, without the ids that end a text (end_of_text.h).
 
 // config.json of a Hugging Face folder, in the layout of transformers 4 (rope_theta, rope_scaling)
-// or 5 (rope_parameters), and generation_config.json where there is one.
-ModelConfig read_hf_config(const std::filesystem::path& folder);
+// or 5 (rope_parameters).
+ModelConfig read_hf_config(const ModelFiles& files);
 
 // Metadata of a GGUF file; the factors of scaled rope and the untied head are tensors there.
 ModelConfig read_gguf_config(const io::GgufFile& file);
@@ -27,11 +29,8 @@ std::optional<Family> family_from_name(std::string_view name);
 // Fields that follow from the family alone: qkv_bias, qk_norm, fused_projections.
 void apply_family(Family family, ModelConfig* config);
 
-// Appends an EOS id unless it is there already. One outside the vocabulary is left out: no logit
-// reaches it (configs of shrunken models keep the ids of their parents).
-void add_eos(int64_t id, ModelConfig* config);
-
-// bos_id, or none where it lies outside the vocabulary, as above.
+// bos_id, or none where it lies outside the vocabulary: configurations of shrunken models keep the
+// ids of their parents.
 void set_bos(int64_t id, ModelConfig* config);
 
 // The factor on cos and sin where the file gives none: sqrt(1 + ln(scale) / ln(original)), for

@@ -28,8 +28,8 @@ class KvPool {
   static ops::KvView layer_of(void* base, int64_t layers, int64_t index, int64_t kv_heads,
                               int64_t head_dim, DType dtype) {
     const int64_t half = head_dim * kKvBlock * alignpro::block_bytes(dtype);
-    return {static_cast<std::byte*>(base) + index * kv_heads * 2 * half, layers * kv_heads * 2 * half,
-            2 * half, half, dtype};
+    return {static_cast<std::byte*>(base) + index * kv_heads * 2 * half,
+            layers * kv_heads * 2 * half, 2 * half, half, dtype};
   }
 
   ops::KvView layer(int64_t index) const {

@@ -23,9 +23,9 @@ void apply_linear(const LayerPass& pass, int64_t layer, LinearSite site, const M
     const ops::LoraWeight* update = range.adapter->update(layer, site);
     if (update == nullptr) continue;
     const int64_t rows = range.end - range.begin;
-    lora.push_back({range.begin, range.end, update,
-                    cut_ranks(saved.lora_down[static_cast<size_t>(site)], used, rows,
-                              update->ranks)});
+    lora.push_back(
+        {range.begin, range.end, update,
+         cut_ranks(saved.lora_down[static_cast<size_t>(site)], used, rows, update->ranks)});
     used += rows * update->ranks;
   }
   extras.lora = lora;
@@ -97,8 +97,8 @@ void layer_forward(const LayerPass& pass, int64_t layer, const Matrix& in, const
 void final_hidden(const LayerPass& pass, const Matrix& stream, const Matrix& out) {
   if (out.rows == 0) return;
   pass.ops.output_rows(pass.plan, stream, out);
-  pass.ops.rms_norm(out, pass.weights.final_norm,
-                    static_cast<float>(pass.weights.config.rms_eps), out);
+  pass.ops.rms_norm(out, pass.weights.final_norm, static_cast<float>(pass.weights.config.rms_eps),
+                    out);
 }
 
 void layer_backward(const LayerPass& pass, const DeviceAdapter& adapter, int64_t layer,

@@ -11,9 +11,9 @@ namespace alignpro::model {
 Model::Model(std::unique_ptr<ops::Device> device, Weights weights, int64_t context_length)
     : device_(std::move(device)), weights_(std::move(weights)), context_length_(context_length) {}
 
-std::shared_ptr<Model> Model::load(const std::filesystem::path& path,
-                                   std::unique_ptr<ops::Device> device, int64_t context_length) {
-  return from(*Checkpoint::open(path), std::move(device), context_length);
+std::shared_ptr<Model> Model::load(const ModelFiles& files, std::unique_ptr<ops::Device> device,
+                                   int64_t context_length) {
+  return from(*Checkpoint::open(files), std::move(device), context_length);
 }
 
 std::shared_ptr<Model> Model::from(const Checkpoint& checkpoint,

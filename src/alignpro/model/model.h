@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <memory>
 
 #include "alignpro/core/buffer_pool.h"
@@ -16,10 +15,10 @@ namespace alignpro::model {
 // the same layers; there is one definition of every number (contract 1).
 class Model final : public LanguageModel {
  public:
-  // `context_length` 0: the model's own (for longrope, the positions of pre-training; a larger value
-  // selects the long factors for every position).
-  static std::shared_ptr<Model> load(const std::filesystem::path& path,
-                                     std::unique_ptr<ops::Device> device, int64_t context_length);
+  // `context_length` 0: the model's own (for longrope, the positions of pre-training; a larger
+  // value selects the long factors for every position).
+  static std::shared_ptr<Model> load(const ModelFiles& files, std::unique_ptr<ops::Device> device,
+                                     int64_t context_length);
   static std::shared_ptr<Model> from(const Checkpoint& checkpoint,
                                      std::unique_ptr<ops::Device> device, int64_t context_length);
 

@@ -90,6 +90,11 @@ int64_t values_of(const ScoreRequest& request, int64_t sequence) {
   return static_cast<int64_t>(request.sequences[s].size()) - request.starts[s];
 }
 
+std::shared_ptr<const DeviceAdapter> uploaded(const std::shared_ptr<const Adapter>& adapter,
+                                              const ops::Device& device) {
+  return adapter == nullptr ? nullptr : adapter->on(device);
+}
+
 // Takes buffers from the model's pool and gives them back when nothing under way reads them.
 class Lease {
  public:
@@ -106,6 +111,7 @@ class Lease {
   Lease(const Lease&) = delete;
   Lease& operator=(const Lease&) = delete;
 
+  ScoreBuffers& operator*() const { return *buffers_; }
   ScoreBuffers* operator->() const { return buffers_.get(); }
 
  private:
@@ -130,13 +136,12 @@ class Score::Pass {
         weights_(model_->weights()),
         request_(request),
         tree_(request, members),
+        policy_(uploaded(request.adapter, model_->device())),
+        reference_(uploaded(request.reference, model_->device())),
         lease_(*model_),
-        memory_(weights_, model_->device(), ops(), prepared(), request, tree_),
+        memory_(weights_, model_->device(), ops(), prepared(), request, tree_, policy_, reference_),
         kept_memory_(ops(), memory_.kept(nullptr).bytes),
-        kept_(memory_.kept(kept_memory_.data())) {
-    if (request.adapter != nullptr) policy_ = request.adapter->on(model_->device());
-    if (request.reference != nullptr) reference_ = request.reference->on(model_->device());
-  }
+        kept_(memory_.kept(kept_memory_.data())) {}
 
   int64_t values() const { return tree_.values(); }
 
@@ -172,11 +177,11 @@ class Score::Pass {
   const Weights& weights_;
   const ScoreRequest& request_;
   const ScoreTree tree_;
+  const std::shared_ptr<const DeviceAdapter> policy_, reference_;
   const Lease lease_;  // outlives the memory of its ops
   const ScoreMemory memory_;
   const ops::Buffer kept_memory_;
   const ScoreMemory::Kept kept_;
-  std::shared_ptr<const DeviceAdapter> policy_, reference_;
   const float* results_ = nullptr;
   const std::byte* hidden_ = nullptr;
 };
@@ -275,8 +280,7 @@ void Score::Pass::d_stream_of_values(const ScoreMemory::Backward& m,
                                 kept_.jacobian, m.d_hidden, m.logprob);
   ops().output_rows_backward(plan(), m.d_hidden, m.d_normed);
   ops().clear(m.d_stream.data, tree_.rows() * m.d_stream.ld * block_bytes(m.d_stream.dtype));
-  ops().rms_norm_backward(kept_.streams.back(), weights_.final_norm, eps(), m.d_normed,
-                          m.d_stream);
+  ops().rms_norm_backward(kept_.streams.back(), weights_.final_norm, eps(), m.d_normed, m.d_stream);
 }
 
 void Score::Pass::backward(std::span<const float> d_logprob, std::span<const float> d_entropy,
@@ -308,7 +312,8 @@ void Score::Pass::backward(std::span<const float> d_logprob, std::span<const flo
 void Score::Pass::unpack(const ScoreMemory::Backward& m, const std::byte* host,
                          AdapterGradients& gradients) const {
   const auto on_host = [&](const Matrix& matrix) {
-    return reinterpret_cast<const float*>(host + (static_cast<char*>(matrix.data) - m.first_gradient));
+    return reinterpret_cast<const float*>(host +
+                                          (static_cast<char*>(matrix.data) - m.first_gradient));
   };
   for (size_t i = 0; i < gradients.modules.size(); ++i) {
     const Adapter::Module& module = request_.adapter->modules()[i];
@@ -377,23 +382,31 @@ int64_t Score::bytes(const Model& model, const ScoreRequest& request) {
   require_scorable(request, model);
   const ops::Device::Scope scope(model.device());
   const Lease lease(model);
+  return bytes(model.weights(), model.device(), *lease, request,
+               uploaded(request.adapter, model.device()),
+               uploaded(request.reference, model.device()));
+}
+
+int64_t Score::bytes(const Weights& weights, const ops::Device& device, ScoreBuffers& buffers,
+                     const ScoreRequest& request, std::shared_ptr<const DeviceAdapter> policy,
+                     std::shared_ptr<const DeviceAdapter> reference) {
   int64_t most = 0, values = 0;
   for (const std::vector<int64_t>& group : score_groups(request)) {
     const ScoreTree tree(request, group);
     if (tree.values() == 0) continue;
     values += tree.values();
-    lease->plan->prepare(tree.plan_request());
-    most = std::max(most, ScoreMemory(model.weights(), model.device(), *lease->ops, *lease->plan,
-                                      request, tree)
-                              .peak_bytes());
+    buffers.plan->prepare(tree.plan_request());
+    const ScoreMemory memory(weights, device, *buffers.ops, *buffers.plan, request, tree, policy,
+                             reference);
+    most = std::max(most, memory.peak_bytes());
   }
   if (values == 0) return 0;
-  const ModelConfig& c = model.config();
+  const ModelConfig& c = weights.config;
   const int64_t widest = std::max({c.hidden_size, 2 * c.intermediate_size, c.qkv_size()});
-  return most + lease->ops->score_overhead_bytes({values, c.hidden_size, widest,
-                                                  request.with_reference, request.with_hidden,
-                                                  request.keep_graph},
-                                                 model.weights().head());
+  return most +
+         buffers.ops->score_overhead_bytes({values, c.hidden_size, widest, request.with_reference,
+                                            request.with_hidden, request.keep_graph},
+                                           weights.head());
 }
 
 AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<const float> d_entropy,

@@ -68,15 +68,22 @@ class Score {
 
   // Bytes of the device's memory that a Score of this request and its backward() hold at their peak
   // beside the weights, the adapters and, on the CPU, the gradients: exactly on a GPU, at most on
-  // the CPU, whose ops allocate for themselves. With R rows (shared prefixes once), V scored values,
-  // L layers, H hidden, F = qkv + q + H + 2 I activations of a layer (+ q + k with head norms, + the
-  // adapter's ranks; + 2 kv on a GPU), P passes (2 with a reference) and w bytes a value, about
-  // w (R ((L + 1) H + L F) + P V H) + 48 V are kept, L F only where activations are. With them are
-  // held the larger of the forward's scratch, w R (2 H + I + F), and the backward's: 2 w R H, and
-  // the larger of 4 V H and w R (H + 4 I + q + qkv, + F when recomputed) with 4 bytes for each number
-  // of the adapter. On the CPU P V H more are kept for the backward, and the hidden states, where
-  // asked for, count twice: here, and in a copy for the caller. Throws as the constructor does.
+  // the CPU, whose ops allocate for themselves. With R rows (shared prefixes once), V scored
+  // values, L layers, H hidden, F = qkv + q + H + 2 I activations of a layer (+ q + k with head
+  // norms, + the adapter's ranks; + 2 kv on a GPU), P passes (2 with a reference) and w bytes a
+  // value, about w (R ((L + 1) H + L F) + P V H) + 48 V are kept, L F only where activations are.
+  // With them are held the larger of the forward's scratch, w R (2 H + I + F), and the backward's:
+  // 2 w R H, and the larger of 4 V H and w R (H + 4 I + q + qkv, + F when recomputed) with 4 bytes
+  // for each number of the adapter. On the CPU P V H more are kept for the backward, and the hidden
+  // states, where asked for, count twice: here, and in a copy for the caller. Throws as the
+  // constructor does.
   static int64_t bytes(const Model& model, const ScoreRequest& request);
+
+  // The same of weights that may be planned alone, under an adapter that may be, too. `buffers` are
+  // of the device. The request is not checked, its adapters are not looked at.
+  static int64_t bytes(const Weights& weights, const ops::Device& device, ScoreBuffers& buffers,
+                       const ScoreRequest& request, std::shared_ptr<const DeviceAdapter> policy,
+                       std::shared_ptr<const DeviceAdapter> reference);
 
   // Gradients of a loss by the adapter's matrices, from its derivatives by the outputs (flat, as
   // above; d_entropy and d_kl may be empty). May be called once, by any thread: it gives the graph

@@ -1,6 +1,7 @@
 #include "alignpro/model/score_memory.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "alignpro/model/kv_pool.h"
 #include "alignpro/model/score.h"
@@ -43,17 +44,18 @@ ops::PlanRequest ScoreTree::plan_request() const {
 }
 
 ScoreMemory::ScoreMemory(const Weights& weights, const ops::Device& device, const ops::Ops& ops,
-                         const ops::Plan& plan, const ScoreRequest& request, const ScoreTree& tree)
+                         const ops::Plan& plan, const ScoreRequest& request, const ScoreTree& tree,
+                         std::shared_ptr<const DeviceAdapter> policy,
+                         std::shared_ptr<const DeviceAdapter> reference)
     : weights_(weights),
       ops_(ops),
       plan_(plan),
       request_(request),
       tree_(tree),
       dtype_(device.dtype()),
-      kv_dtype_(device.kv_dtype()) {
-  if (request.adapter != nullptr) policy_ = request.adapter->on(device);
-  if (request.reference != nullptr) reference_ = request.reference->on(device);
-}
+      kv_dtype_(device.kv_dtype()),
+      policy_(std::move(policy)),
+      reference_(std::move(reference)) {}
 
 bool ScoreMemory::keeps_layers() const {
   return request_.keep_graph && request_.activations == Activations::kKeep;
@@ -86,8 +88,8 @@ int64_t ScoreMemory::kv_bytes() const {
 
 void ScoreMemory::cut_kv(LayerActivations& layer, ops::Workspace& from) const {
   const ModelConfig& c = weights_.config;
-  layer.kv = KvPool::layer_of(from.take<char>(kv_bytes()), 1, 0, c.num_kv_heads, c.head_dim,
-                              kv_dtype_);
+  layer.kv =
+      KvPool::layer_of(from.take<char>(kv_bytes()), 1, 0, c.num_kv_heads, c.head_dim, kv_dtype_);
 }
 
 LayerActivations ScoreMemory::cut_layer(ops::Workspace& from, const Ranks& ranks,
@@ -107,8 +109,8 @@ LayerActivations ScoreMemory::cut_layer(ops::Workspace& from, const Ranks& ranks
 
 ops::LogprobRequest ScoreMemory::logprob_shape() const {
   const int64_t width = weights_.config.hidden_size;
-  return {{nullptr, tree_.values(), width, width, dtype_}, {}, &weights_.head(),
-          request_.temperature};
+  return {
+      {nullptr, tree_.values(), width, width, dtype_}, {}, &weights_.head(), request_.temperature};
 }
 
 ScoreMemory::Kept ScoreMemory::kept(void* base) const {

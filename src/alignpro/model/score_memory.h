@@ -56,7 +56,9 @@ class ScoreTree {
 class ScoreMemory {
  public:
   ScoreMemory(const Weights& weights, const ops::Device& device, const ops::Ops& ops,
-              const ops::Plan& plan, const ScoreRequest& request, const ScoreTree& tree);
+              const ops::Plan& plan, const ScoreRequest& request, const ScoreTree& tree,
+              std::shared_ptr<const DeviceAdapter> policy,
+              std::shared_ptr<const DeviceAdapter> reference);
 
   // From the forward on, to the backward where there is one.
   struct Kept {
@@ -72,8 +74,8 @@ class ScoreMemory {
   };
   struct Forward {
     ops::Matrix reference_stream;
-    LayerActivations scratch;  // normed, activated and kv alone
-    LayerActivations layer;    // of the reference, and of the policy where layers are not kept
+    LayerActivations scratch;   // normed, activated and kv alone
+    LayerActivations layer;     // of the reference, and of the policy where layers are not kept
     void *attention, *logprob;  // workspaces
     int64_t bytes;
   };

@@ -45,8 +45,8 @@ class ModelSession final : public Session {
   const std::unique_ptr<ops::Plan> plan_;
   const std::unique_ptr<ops::Sampler> sampler_;
   ops::Buffer plan_memory_, memory_;
-  ops::Matrix hidden_;       // of the last forward
-  bool under_way_ = false;   // the device may still read what is staged and what is held
+  ops::Matrix hidden_;      // of the last forward
+  bool under_way_ = false;  // the device may still read what is staged and what is held
   std::vector<std::shared_ptr<const DeviceAdapter>> held_;
 };
 

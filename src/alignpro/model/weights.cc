@@ -60,11 +60,9 @@ Weights Weights::load(const Checkpoint& checkpoint, ops::Device& device, int64_t
     }
   }
   const RopeAngles angles(config.rope, context_length);
-  weights.rope = device.make_rope(
-      context_length, angles.half(),
-      [angles](std::span<const int32_t> positions, float* cos, float* sin) {
-        angles.compute(positions, cos, sin);
-      });
+  weights.rope = device.make_rope(context_length, angles.half(),
+                                  [angles](std::span<const int32_t> positions, float* cos,
+                                           float* sin) { angles.compute(positions, cos, sin); });
   device.finish_uploads();
   return weights;
 }

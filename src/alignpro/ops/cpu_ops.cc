@@ -30,6 +30,13 @@ namespace {
 constexpr int64_t kSlack = 64;
 
 struct CpuWeight final : Weight {
+  CpuWeight(const char* of, PackedMatrix packed) : matrix(std::move(packed)) {
+    name = of;
+    rows = matrix.rows();
+    cols = matrix.cols();
+    bytes = matrix.bytes();
+  }
+
   PackedMatrix matrix;
 };
 struct CpuLora final : LoraWeight {
@@ -58,7 +65,9 @@ class CpuPlan final : public Plan {
     outputs_ = static_cast<int64_t>(asked.output_rows.size());
     adapter_rows_.assign(asked.adapter_rows.begin(), asked.adapter_rows.end());
   }
-  int64_t bytes() const override { return 3 * rows_ * half() * static_cast<int64_t>(sizeof(float)); }
+  int64_t bytes() const override {
+    return 3 * rows_ * half() * static_cast<int64_t>(sizeof(float));
+  }
   void place(void* memory) override {
     cos = static_cast<float*>(memory);
     sin = cos + rows_ * half();
@@ -216,9 +225,8 @@ class CpuOps final : public Ops {
       updates.push_back({rows.begin, rows.end, &packed(*rows.lora), floats(rows.lora_down)});
     }
     const Epilogue epilogue{.bias = floats(extras.bias), .residual = floats(extras.residual)};
-    const trace::Span op(trace::Level::kOps, weight.name, [&] {
-      return linear_counts(x.rows, packed(weight), epilogue, updates);
-    });
+    const trace::Span op(trace::Level::kOps, weight.name,
+                         [&] { return linear_counts(x.rows, packed(weight), epilogue, updates); });
     ops::linear(x.rows, {floats(x), x.ld}, packed(weight), floats(out), out.ld, epilogue, pool_,
                 updates);
   }
@@ -423,14 +431,8 @@ class CpuDevice final : public Device {
 
   std::unique_ptr<const Weight> upload(const char* name, std::span<const QuantizedRow> rows,
                                        int64_t cols, Use use) override {
-    auto weight = std::make_unique<CpuWeight>();
-    weight->matrix = PackedMatrix::pack(
-        rows, cols, pool_, use == Use::kProduct ? arithmetic_ : Arithmetic::kFloat32);
-    weight->name = name;
-    weight->rows = weight->matrix.rows();
-    weight->cols = cols;
-    weight->bytes = weight->matrix.bytes();
-    return weight;
+    const Arithmetic arithmetic = use == Use::kProduct ? arithmetic_ : Arithmetic::kFloat32;
+    return std::make_unique<CpuWeight>(name, PackedMatrix::pack(rows, cols, pool_, arithmetic));
   }
   const void* upload(std::span<const float> values) override {
     return vectors_.emplace_back(values.begin(), values.end()).data();
@@ -468,6 +470,10 @@ class CpuDevice final : public Device {
 
 std::unique_ptr<Device> make_cpu_device(int threads, Arithmetic arithmetic, DType kv_dtype) {
   return std::make_unique<CpuDevice>(threads, arithmetic, kv_dtype);
+}
+
+std::unique_ptr<const Weight> planned_weight(PackedMatrix matrix) {
+  return std::make_unique<CpuWeight>("", std::move(matrix));
 }
 
 }  // namespace alignpro::ops

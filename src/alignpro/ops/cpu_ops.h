@@ -12,4 +12,7 @@ namespace alignpro::ops {
 std::unique_ptr<Device> make_cpu_device(int threads, Arithmetic arithmetic = Arithmetic::kFloat32,
                                         DType kv_dtype = DType::kF32);
 
+// A weight without values, for sizes alone (PackedMatrix::plan).
+std::unique_ptr<const Weight> planned_weight(PackedMatrix matrix);
+
 }  // namespace alignpro::ops

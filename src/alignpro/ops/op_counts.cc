@@ -57,11 +57,11 @@ trace::Counts attention_counts(const AttentionShape& shape, const AttentionPlan&
   std::sort(blocks.begin(), blocks.end());
   const int64_t read = std::unique(blocks.begin(), blocks.end()) - blocks.begin();
   const auto rows = static_cast<int64_t>(plan.tokens.size());
-  return {.rows = rows,
-          .flops = 4 * pairs * shape.num_heads * shape.head_dim,
-          .bytes = 2 * read * kKvBlock * shape.num_kv_heads * shape.head_dim *
-                       block_bytes(kv_dtype) +
-                   2 * rows * shape.q_size() * kFloat};
+  return {
+      .rows = rows,
+      .flops = 4 * pairs * shape.num_heads * shape.head_dim,
+      .bytes = 2 * read * kKvBlock * shape.num_kv_heads * shape.head_dim * block_bytes(kv_dtype) +
+               2 * rows * shape.q_size() * kFloat};
 }
 
 // x / (1 + exp(-x)) * y

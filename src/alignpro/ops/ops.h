@@ -1,7 +1,7 @@
 #pragma once
 
-// What a device does for a model: the seam that src/alignpro/model is written over. A Device holds a
-// model's weights and makes Ops, each of which runs the ops, one after the other, on a stream of
+// What a device does for a model: the seam that src/alignpro/model is written over. A Device holds
+// a model's weights and makes Ops, each of which runs the ops, one after the other, on a stream of
 // its own. cpu_ops.cc implements them on a thread pool, csrc/cuda/cuda_ops.cc on a GPU.
 //
 // Matrices are views of the device's memory; weights, adapters and plans are what each device makes
@@ -169,7 +169,8 @@ class Ops {
   virtual void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Matrix& dy,
                                  const Matrix& dx) = 0;
   virtual void swiglu(const Matrix& gate_up, const Matrix& h) = 0;
-  virtual void swiglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up) = 0;
+  virtual void swiglu_backward(const Matrix& gate_up, const Matrix& dh,
+                               const Matrix& d_gate_up) = 0;
 
   // out [rows, outputs] = x W^T + LoRA + bias + residual.
   virtual void linear(const Matrix& x, const Weight& weight, const LinearExtras& extras,
@@ -188,19 +189,19 @@ class Ops {
   // rms_norm of each q and k head of qkv in place; raw [rows, qk_size] keeps what they were.
   virtual void qk_norm(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,
                        const void* k_weight, float eps, const Matrix& raw) = 0;
-  virtual void qk_norm_backward(const AttentionShape& shape, const Matrix& raw, const void* q_weight,
-                                const void* k_weight, float eps, const Matrix& d_qkv) = 0;
+  virtual void qk_norm_backward(const AttentionShape& shape, const Matrix& raw,
+                                const void* q_weight, const void* k_weight, float eps,
+                                const Matrix& d_qkv) = 0;
   // Turns q and k by the plan's angles and writes k and v where the plan says. A device may keep k
   // in qkv as it was.
-  virtual void rope_kv_write(const Plan& plan, const Matrix& qkv,
-                             const KvView& kv) = 0;
+  virtual void rope_kv_write(const Plan& plan, const Matrix& qkv, const KvView& kv) = 0;
   virtual void rope_backward(const Plan& plan, const Matrix& d_qkv) = 0;
   // See attention.h. `saved` is what attention_backward reads beside qkv and kv; null: not wanted.
-  virtual void attention(const Plan& plan, const Matrix& qkv,
-                         const KvView& kv, void* workspace, const Matrix& out, float* saved) = 0;
-  virtual void attention_backward(const Plan& plan, const Matrix& qkv,
-                                  const KvView& kv, const float* saved, const Matrix& out,
-                                  const Matrix& d_out, void* workspace, const Matrix& d_qkv) = 0;
+  virtual void attention(const Plan& plan, const Matrix& qkv, const KvView& kv, void* workspace,
+                         const Matrix& out, float* saved) = 0;
+  virtual void attention_backward(const Plan& plan, const Matrix& qkv, const KvView& kv,
+                                  const float* saved, const Matrix& out, const Matrix& d_out,
+                                  void* workspace, const Matrix& d_qkv) = 0;
   virtual int64_t attention_bytes(const Plan& plan) const = 0;
   virtual int64_t attention_backward_bytes(const Plan& plan) const = 0;
   // Whether attention_backward reads the layer's keys and values, and `saved` [rows, heads].
@@ -215,9 +216,9 @@ class Ops {
   virtual void linear_logprob(const Plan& plan, const LogprobRequest& in, const LogprobOutput& out,
                               void* jacobian, void* workspace) = 0;
   virtual void linear_logprob_backward(const Plan& plan, const LogprobRequest& in,
-                                       const LogprobOutput& forward, const LogprobUpstream& upstream,
-                                       const void* jacobian, const Matrix& d_hidden,
-                                       void* workspace) = 0;
+                                       const LogprobOutput& forward,
+                                       const LogprobUpstream& upstream, const void* jacobian,
+                                       const Matrix& d_hidden, void* workspace) = 0;
   virtual int64_t linear_logprob_bytes(const LogprobRequest& in) const = 0;
   virtual int64_t linear_logprob_backward_bytes(const LogprobRequest& in) const = 0;
   virtual int64_t logprob_jacobian_bytes(int64_t values, int64_t hidden_size,
@@ -238,7 +239,7 @@ class Device {
  public:
   virtual ~Device() = default;
 
-  uint64_t id() const { return id_; }  // unique in this process, never reused
+  uint64_t id() const { return id_; }       // unique in this process, never reused
   virtual std::string name() const = 0;     // "cpu", "cuda"
   virtual std::string compute() const = 0;  // "float32", "int8", "bfloat16"
   virtual DType dtype() const = 0;          // of activations
@@ -257,7 +258,8 @@ class Device {
   enum class Use { kTable, kProduct };
   virtual std::unique_ptr<const Weight> upload(const char* name, std::span<const QuantizedRow> rows,
                                                int64_t cols, Use use) = 0;
-  virtual const void* upload(std::span<const float> values) = 0;  // in dtype(), as long as the device
+  virtual const void* upload(
+      std::span<const float> values) = 0;  // in dtype(), as long as the device
   virtual std::unique_ptr<const Rope> make_rope(
       int64_t positions, int64_t half,
       const std::function<void(std::span<const int32_t>, float*, float*)>& angles) = 0;

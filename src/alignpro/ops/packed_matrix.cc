@@ -25,36 +25,35 @@ std::vector<QuantizedRow> to_q8_0(std::span<const QuantizedRow> rows, int64_t co
   return converted;
 }
 
-}  // namespace
-
 using cpu::kPanel;
+
+std::span<const QuantizedRow> rows_of_panel(std::span<const QuantizedRow> rows, int64_t p) {
+  const auto count = static_cast<int64_t>(rows.size());
+  return rows.subspan(static_cast<size_t>(p * kPanel),
+                      static_cast<size_t>(std::min(kPanel, count - p * kPanel)));
+}
+
+}  // namespace
 
 PackedMatrix::PackedMatrix(int64_t cols, std::span<const DType> panel_types, int64_t rows)
     : rows_(rows), cols_(cols) {
-  int64_t bytes = 0;
   for (const DType dtype : panel_types) {
-    panels_.push_back({dtype, bytes});
+    panels_.push_back({dtype, bytes_});
     // Whole cache lines: a panel's first load is aligned.
-    bytes += (cpu::panel_bytes(dtype, cols) + 63) / 64 * 64;
+    bytes_ += (cpu::panel_bytes(dtype, cols) + 63) / 64 * 64;
     is_float32_ = is_float32_ && dtype == DType::kF32;
     is_quantized_ = is_quantized_ && block_values(dtype) > 1;
   }
-  data_.reserve(bytes / static_cast<int64_t>(sizeof(float)));
 }
 
-PackedMatrix PackedMatrix::pack(std::span<const QuantizedRow> rows, int64_t cols, ThreadPool& pool,
+PackedMatrix PackedMatrix::plan(std::span<const QuantizedRow> rows, int64_t cols,
                                 Arithmetic arithmetic) {
   const bool integers = arithmetic == Arithmetic::kInt8;
   require(!integers || cols % cpu::kGroup == 0, "compute int8: expected rows in multiples of ",
           cpu::kGroup, " columns, got ", cols, "; use float32 for this model");
-  const auto count = static_cast<int64_t>(rows.size());
-  const auto rows_of = [&](int64_t p) {
-    return rows.subspan(static_cast<size_t>(p * kPanel),
-                        static_cast<size_t>(std::min(kPanel, count - p * kPanel)));
-  };
   std::vector<DType> types;
-  for (int64_t p = 0; p * kPanel < count; ++p) {
-    const auto of_panel = rows_of(p);
+  for (int64_t p = 0; p * kPanel < static_cast<int64_t>(rows.size()); ++p) {
+    const auto of_panel = rows_of_panel(rows, p);
     const DType first = of_panel.front().dtype;
     const bool alike = std::all_of(of_panel.begin(), of_panel.end(),
                                    [first](const QuantizedRow& row) { return row.dtype == first; });
@@ -64,8 +63,16 @@ PackedMatrix PackedMatrix::pack(std::span<const QuantizedRow> rows, int64_t cols
       types.push_back(alike ? first : DType::kF32);
     }
   }
-  PackedMatrix packed(cols, types, count);
-  packed.arithmetic_ = arithmetic;
+  PackedMatrix planned(cols, types, static_cast<int64_t>(rows.size()));
+  planned.arithmetic_ = arithmetic;
+  return planned;
+}
+
+PackedMatrix PackedMatrix::pack(std::span<const QuantizedRow> rows, int64_t cols, ThreadPool& pool,
+                                Arithmetic arithmetic) {
+  const bool integers = arithmetic == Arithmetic::kInt8;
+  PackedMatrix packed = plan(rows, cols, arithmetic);
+  packed.data_.reserve(packed.bytes_ / static_cast<int64_t>(sizeof(float)));
   struct Scratch {
     AlignedBuffer wide;
     std::vector<std::byte> bytes;
@@ -73,7 +80,7 @@ PackedMatrix PackedMatrix::pack(std::span<const QuantizedRow> rows, int64_t cols
   std::vector<Scratch> scratch(static_cast<size_t>(pool.size()));
   pool.run(packed.panels(), [&](int64_t p, int worker) {
     const Panel& panel = packed.panels_[static_cast<size_t>(p)];
-    const auto of_panel = rows_of(p);
+    const auto of_panel = rows_of_panel(rows, p);
     Scratch& own = scratch[static_cast<size_t>(worker)];
     if (integers && std::any_of(of_panel.begin(), of_panel.end(), [&](const QuantizedRow& row) {
           return row.dtype != panel.dtype;
@@ -99,6 +106,7 @@ PackedMatrix PackedMatrix::pack(std::span<const QuantizedRow> rows, int64_t cols
 PackedMatrix PackedMatrix::pack(int64_t rows, int64_t cols, const float* source) {
   const std::vector<DType> types(static_cast<size_t>((rows + kPanel - 1) / kPanel), DType::kF32);
   PackedMatrix packed(cols, types, rows);
+  packed.data_.reserve(packed.bytes_ / static_cast<int64_t>(sizeof(float)));
   for (int64_t p = 0; p < packed.panels(); ++p) {
     cpu::kernels().pack_panel(
         source + p * kPanel * cols, cols, std::min(kPanel, rows - p * kPanel), cols,

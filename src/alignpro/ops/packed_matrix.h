@@ -28,11 +28,14 @@ class PackedMatrix {
   static PackedMatrix pack(std::span<const QuantizedRow> rows, int64_t cols, ThreadPool& pool,
                            Arithmetic arithmetic = Arithmetic::kFloat32);
   static PackedMatrix pack(int64_t rows, int64_t cols, const float* source);
+  // What pack() would make of such rows, without values: the rows' types alone are looked at.
+  static PackedMatrix plan(std::span<const QuantizedRow> rows, int64_t cols,
+                           Arithmetic arithmetic = Arithmetic::kFloat32);
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
   int64_t panels() const { return static_cast<int64_t>(panels_.size()); }
-  int64_t bytes() const { return data_.capacity() * static_cast<int64_t>(sizeof(float)); }
+  int64_t bytes() const { return bytes_; }
   bool is_float32() const { return is_float32_; }
   bool is_quantized() const { return is_quantized_; }  // every panel
   Arithmetic arithmetic() const { return arithmetic_; }
@@ -85,6 +88,7 @@ class PackedMatrix {
   bool is_float32_ = true, is_quantized_ = true;
   Arithmetic arithmetic_ = Arithmetic::kFloat32;
   std::vector<Panel> panels_;
+  int64_t bytes_ = 0;
   AlignedBuffer data_;
 };
 

@@ -1,0 +1,334 @@
+"""What evaluations measure, as dataclasses, and the JSON that holds it: `to_json`, `from_json`.
+
+A field is a key of the same name. An `Interval` is ``{"mean": m, "ci95": [low, high]}``, or two
+keys beside the others (`_TWO_KEYS`); what is optional and not there is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from alignpro.statistics import Interval
+from alignpro.theory.headroom import BestOf, FrontierPoint, Headroom
+
+__all__ = ["BestOf", "FrontierPoint", "Headroom", "Interval"]
+
+Pair = tuple[float, float]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm on the held-out prompts; lengths are means in tokens."""
+
+    reward: Interval  # over prompts
+    reward_variance: float  # of single responses
+    n: int  # prompts
+    num_responses: int
+    components: dict[str, float]  # means of the reward's parts, unweighted
+    empty_rewrites: int
+    response_tokens: float
+    rewrite_tokens: float | None = None  # None, here and below, where the arm has none
+    copy_rate: float | None = None  # share of the rewrites' words that is copied from the prompt
+    instruction: str | None = None
+    kl_coef: float | None = None
+    num_candidates: int | None = None
+    effective_samples: float | None = None
+    selection_reliability: float | None = None
+
+
+@dataclass(frozen=True)
+class GapClosed:
+    """Share of what tuning the target gains that the prompter gains."""
+
+    share: float | None  # None where the gap is not clear
+    ci95: Pair | None
+    gap: Interval  # tuned - untuned
+    reason: str | None = None  # why there is no share
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The trained prompter against another arm, by a judge. Rates are None without pairs, intervals
+    with pairs of fewer than 2 prompts."""
+
+    n: int  # pairs with verdicts in both orders
+    wins: int
+    ties: int
+    losses: int
+    win_rate: float | None  # a tie is half
+    ci95: Pair | None
+    length_controlled_win_rate: float | None
+    length_controlled_ci95: Pair | None
+    identical: int  # pairs of the same text, which are ties
+    order_disagreements: int  # pairs whose verdict changes with the order, which are ties
+    first_chosen: float | None  # share of verdicts for the response shown first
+    mean_length_difference: float | None  # characters
+    errors: int  # pairs without verdicts
+
+
+@dataclass(frozen=True)
+class JudgeResult:
+    name: str
+    questions: int
+    replayed: int  # of them, from the file of verdicts
+    failed: int
+    comparisons: dict[str, Comparison]  # "trained_vs_X"
+
+
+@dataclass(frozen=True)
+class SampleArm:
+    """What one arm made of a prompt, its first draw."""
+
+    response: str
+    reward: float
+    rewrite: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """In JSON an arm's fields are keys such as "response_raw"."""
+
+    prompt: str
+    arms: dict[str, SampleArm]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    instruction: str
+    source: str
+    mean_reward: float
+    responses: int
+
+
+@dataclass(frozen=True)
+class SearchRound:
+    candidates: int
+    prompts: int
+    responses: int  # of a candidate
+    best: list[Candidate]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """How a static instruction was found."""
+
+    instruction: str
+    source: str
+    candidates: int
+    train_prompts: int
+    budget: int
+    responses: int
+    rounds: list[SearchRound]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The arms, side by side."""
+
+    arms: dict[str, ArmResult]
+    paired: dict[str, Interval]  # "trained_minus_X", by prompt
+    kl_per_rewrite: float | None  # nats; None without both prompters
+    kl_per_token: float | None
+    tokens_per_second: float
+    samples: list[Sample]
+    gap_closed: GapClosed | None = None
+    static_search: SearchResult | None = None
+    judge: JudgeResult | None = None
+    evaluation_config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class HeadroomReport:
+    headroom: Headroom
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The tuned target that was not trained."""
+
+    kl_coef: float
+    effective_samples: float
+
+
+@dataclass(frozen=True)
+class BoundReport:
+    """Every term of the bound, and the gap beside it (theory.bound)."""
+
+    reward_range: Pair
+    reward_range_source: str  # "given" or "observed"
+    kl_coef: float
+    terms: dict[str, Interval]  # tv_tuned, tv_rewrites, kl
+    bound: Interval
+    measured_gap: Interval
+    slack: Interval
+    holds: bool
+    vacuous: bool
+    tuned: str  # "adapter" or "closed form"
+    closed_form: ClosedForm | None
+    trained_gap: Interval | None
+    rewards: dict[str, Interval]  # by arm
+    truncated_responses: float  # share that was cut off at the last allowed token
+    num_prompts: int
+    num_rewrites: int
+    num_responses: int
+    # Of a target that is not deterministic: the largest difference between a token's sampled and
+    # scored log-probability, over some responses; None: they are equal.
+    parity_max_abs: float | None
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run's report.json, of which any part may be absent."""
+
+    evaluation: Evaluation | None = None
+    headroom: Headroom | None = None
+    bound: BoundReport | None = None
+    model: str | None = None
+    reward: Any = None
+    seed: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    peak_rss_bytes: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+_TWO_KEYS: dict[tuple[type, str], tuple[str, str]] = {
+    (ArmResult, "reward"): ("mean_reward", "ci95"),
+    (Headroom, "untuned"): ("untuned_reward", "untuned_ci95"),
+    (FrontierPoint, "objective"): ("objective", "objective_ci95"),
+    (FrontierPoint, "gain"): ("gain", "gain_ci95"),
+    (FrontierPoint, "crossfit_objective"): ("crossfit_objective", "crossfit_ci95"),
+    (FrontierPoint, "corrected_objective"): ("corrected_objective", "corrected_ci95"),
+}
+# Fields whose keys stand among those around them, with one that is there if the field is.
+_INLINE = {(Report, "evaluation"): "arms", (HeadroomReport, "headroom"): "frontier"}
+
+
+def to_json(value: Any) -> Any:
+    """A result as plain values."""
+    if isinstance(value, Interval):
+        return {"mean": value.mean, "ci95": [value.low, value.high]}
+    if isinstance(value, Sample):
+        arms = {
+            f"{name}_{key}": item
+            for key, arm in value.arms.items()
+            for name, item in to_json(arm).items()
+        }
+        return {"prompt": value.prompt, **arms}
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    result: dict[str, Any] = {}
+    for part in dataclasses.fields(value):
+        item, at = getattr(value, part.name), (type(value), part.name)
+        if at in _TWO_KEYS:
+            mean, ci95 = _TWO_KEYS[at]
+            result[mean] = None if item is None else item.mean
+            result[ci95] = None if item is None else [item.low, item.high]
+        elif at in _INLINE and item is not None:
+            result |= to_json(item)
+        elif item is not None or part.default is dataclasses.MISSING:
+            result[part.name] = to_json(item)
+    return result
+
+
+def from_json(kind: type[Result], value: Any, where: str) -> Result:
+    """The result that `to_json` made plain. Keys that are not its own are passed over.
+
+    Raises:
+        ValueError: a value of another kind; where it is, what was expected and what came.
+    """
+    made: Result = _read(kind, value, where)
+    return made
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _read(inner[0], value, where)
+    if kind is Any:
+        return value
+    if kind is Interval:
+        _expect(isinstance(value, Mapping), "an object with mean and ci95", value, where)
+        return _interval(value.get("mean"), f"{where}.mean", value.get("ci95"), f"{where}.ci95")
+    if kind is Sample:
+        _expect(isinstance(value, Mapping), "an object", value, where)
+        arms = {
+            name: {n: value.get(f"{n}_{name}") for n in ("rewrite", "response", "reward")}
+            for name in (key.removeprefix("response_") for key in value if "response_" in key)
+        }
+        prompt = _read(str, value.get("prompt"), f"{where}.prompt")
+        return Sample(prompt, _read(dict[str, SampleArm], arms, where))
+    if dataclasses.is_dataclass(kind):
+        _expect(isinstance(value, Mapping), "an object", value, where)
+        return _read_fields(kind, value, where)
+    if origin is dict:
+        _expect(isinstance(value, Mapping), "an object", value, where)
+        return {key: _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is list:
+        _expect(isinstance(value, list), "a list", value, where)
+        return [_read(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is tuple:
+        good = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+        _expect(good, "[low, high]", value, where)
+        return float(value[0]), float(value[1])
+    if kind in (float, int):
+        _expect(_is_number(value), "a number", value, where)
+        return kind(value)
+    _expect(isinstance(value, kind), {str: "text", bool: "true or false"}[kind], value, where)
+    return value
+
+
+def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
+    made: dict[str, Any] = {}
+    hints = _hints(kind)
+    for part in dataclasses.fields(kind):
+        at = (kind, part.name)
+        if at in _TWO_KEYS:
+            mean, ci95 = (value.get(key) for key in _TWO_KEYS[at])
+            if mean is not None or hints[part.name] is Interval:
+                at_mean, at_ci95 = (f"{where}.{key}" for key in _TWO_KEYS[at])
+                made[part.name] = _interval(mean, at_mean, ci95, at_ci95)
+            else:
+                made[part.name] = None
+        elif at in _INLINE:
+            if _INLINE[at] in value:
+                made[part.name] = _read(hints[part.name], value, where)
+        elif value.get(part.name) is not None or (
+            part.default is dataclasses.MISSING and part.default_factory is dataclasses.MISSING
+        ):
+            made[part.name] = _read(hints[part.name], value.get(part.name), f"{where}.{part.name}")
+    return kind(**made)
+
+
+def _interval(mean: Any, at_mean: str, ci95: Any, at_ci95: str) -> Interval:
+    return Interval(_read(float, mean, at_mean), *_read(Pair, ci95, at_ci95))
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _expect(good: bool, expected: str, value: Any, where: str) -> None:
+    if not good:
+        shown = "nothing" if value is None else repr(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        raise ValueError(f"{where}: expected {expected}, got {shown}")

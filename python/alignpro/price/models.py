@@ -1,0 +1,81 @@
+"""A model as a price sees it: what its files say, or what its makers published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from alignpro.models.resolve import find_model
+from alignpro.models.tokenizer import Tokenizer
+from alignpro.native import core
+
+# The config.json of each, as on the hub, in a folder named ORGANISATION--MODEL. Of Phi-3.5 without
+# its rope factors, which change no size.
+_PUBLISHED = Path(__file__).parent / "published"
+
+
+@dataclass(frozen=True)
+class PricedModel:
+    """A model's facts, and the bytes of its matrices where it is to run."""
+
+    name: str
+    facts: core.ModelFacts
+    storage: str  # "GGUF", "safetensors" or a type: the form of the weights
+    source: str  # "files" or "published"
+    path: Path | None = None  # of its files
+    matrix_bytes: Mapping[str, int] = field(default_factory=dict)  # layers, head, embedding
+
+    def held(self, device: str, compute: str) -> PricedModel:
+        """The same on a device: on the CPU as stored, or in the types of int8 products."""
+        storage = self.storage if (device, compute) == ("cpu", "float32") else compute
+        held = self.facts.matrix_bytes(device, compute)
+        return replace(self, matrix_bytes=held, storage=storage)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self.facts.config
+
+    @cached_property
+    def lora_modules(self) -> dict[str, tuple[int, int]]:
+        return self.facts.lora_modules
+
+    @property
+    def parameters(self) -> int:
+        """Of all matrices; norms and biases are a ten-thousandth of them."""
+        tables = 1 if self.config["tied_head"] else 2
+        return self.facts.layer_parameters + tables * self.facts.head_parameters
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.matrix_bytes.values())
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What a step reads however few rows it has: layers and head, not the embedding."""
+        return self.matrix_bytes["layers"] + self.matrix_bytes["head"]
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, where the files are here."""
+        return None if self.path is None else Tokenizer.of(core.ModelFiles(str(self.path)))
+
+
+def find_priced(name: str) -> PricedModel:
+    """The model, from files that are here or from what was published; nothing is fetched.
+
+    Raises:
+        FileNotFoundError: neither has it. ModelFileError: files that cannot be run.
+    """
+    path = find_model(name)
+    if path is not None:
+        storage = "GGUF" if path.is_file() else "safetensors"
+        return PricedModel(name, core.describe(str(path)), storage, "files", path)
+    published = {d.name.replace("--", "/"): d for d in sorted(_PUBLISHED.iterdir())}
+    if name not in published:
+        raise FileNotFoundError(
+            f"model {name!r}: not on this machine, and not among those whose sizes are known "
+            f"({', '.join(published)}); name a path, or fetch it first"
+        )
+    return PricedModel(name, core.describe(str(published[name])), "bfloat16", "published")
