@@ -16,7 +16,7 @@
 #include "alignpro/ops/cpu_ops.h"
 #include "array.h"
 #include "bind_files.h"
-#include "cuda/cuda_ops.h"
+#include "cuda/device_ops.h"
 #include "gil.h"
 
 namespace py = pybind11;

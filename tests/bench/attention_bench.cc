@@ -14,8 +14,8 @@
 
 #include "alignpro/core/parallel.h"
 #include "alignpro/model/kv_pool.h"
-#include "alignpro/ops/cpu_ops.h"
 #include "alignpro/ops/attention.h"
+#include "alignpro/ops/cpu_ops.h"
 #include "alignpro/ops/machine_limits.h"
 #include "timing.h"
 
@@ -84,7 +84,10 @@ void measure(const Case& c, const Machine& machine, ThreadPool& pool) {
   const double pairs = static_cast<double>(c.batch) * (rows * before + rows * (rows + 1) / 2);
   const double gflops = 4 * pairs * static_cast<double>(kShape.q_size()) / seconds / 1e9;
   const double bytes =
-      static_cast<double>((common + c.batch * own) * kv_pool.block_bytes()) / kLayers;
+      static_cast<double>((common + c.batch * own) *
+                          KvPool::block_bytes(kLayers, kShape.num_kv_heads, kShape.head_dim,
+                                              alignpro::DType::kF32)) /
+      kLayers;
   std::printf("%-22s %5ld %7ld %9.3f %8.1f %11.0f%% %8.1f %12.0f%%\n", c.name,
               static_cast<long>(c.batch), static_cast<long>(c.context), seconds * 1e3, gflops,
               100 * gflops / machine.peak, bytes / seconds / 1e9,

@@ -16,6 +16,7 @@
 #include "alignpro/core/dtype.h"
 #include "alignpro/core/error.h"
 #include "alignpro/ops/attention.h"
+#include "alignpro/ops/attention_shape.h"
 #include "alignpro/ops/kv_view.h"
 #include "numbers.h"
 

@@ -68,8 +68,8 @@ void check_rows_that_lie_apart() {
     std::fill_n(expected.data() + row * width, normed * d, 0.0f);
     const auto head_norm = [&](int64_t first, int64_t count, const Floats& weight) {
       const int64_t at = row * width + first * d;
-      ops::rms_norm_backward(count, d, x.data() + at, d, weight.data(), 1e-3f,
-                             dy.data() + at, d, expected.data() + at, d, pool);
+      ops::rms_norm_backward(count, d, x.data() + at, d, weight.data(), 1e-3f, dy.data() + at, d,
+                             expected.data() + at, d, pool);
     };
     head_norm(0, heads, q_weight.floats());
     head_norm(heads, kv_heads, k_weight.floats());
@@ -166,7 +166,7 @@ void check_linear(int64_t rows, int64_t n, int64_t k, int64_t rank) {
     }
   }
   CHECK(agree(dx, expected));
-  extras.d_low = matrix(low_alone, rows, rank);
+  extras.d_lora_down = matrix(low_alone, rows, rank);
   extras.residual = {};
   cuda::linear_backward(matrix(dy, rows, n), {}, extras, {}, nullptr);
   CHECK(same_bits(low_alone.floats().data(), quantized_low.data(), quantized_low.size()));

@@ -61,7 +61,7 @@ void check_logprob(int64_t rows, int64_t vocab, int64_t cols) {
                                  .temperature = 0.8f,
                                  .ref_hidden = ref.data()};
   Outputs cpu(rows), gpu(rows);
-  ops::linear_logprob(cpu_in, cpu.views<ops::LogprobOutput>(), pool);
+  ops::linear_logprob(cpu_in, cpu.views<ops::LogprobOutput>(), nullptr, pool);
 
   cuda::LogprobInput in;
   in.hidden = matrix(hidden, rows, cols);
@@ -210,8 +210,7 @@ TEST_CASE("row ops are the cpus") {
   ThreadPool pool(1);
   Tensor<float> x(normal(rows * 2 * n, 1)), weight(normal(2 * n, 2)), y(rows * 2 * n), h(rows * n);
   Floats expected(rows * 2 * n), activated(rows * n);
-  ops::rms_norm(rows, 2 * n, x.data(), 2 * n, weight.data(), 1e-5f, expected.data(), 2 * n,
-                pool);
+  ops::rms_norm(rows, 2 * n, x.data(), 2 * n, weight.data(), 1e-5f, expected.data(), 2 * n, pool);
   cuda::rms_norm(matrix(x, rows, 2 * n), weight.data(), 1e-5f, matrix(y, rows, 2 * n), nullptr);
   CHECK(difference(y.floats(), expected) < kBudget);
   ops::swiglu(rows, n, x.data(), activated.data(), pool);

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include <doctest/doctest.h>
-#include "cuda/cuda_ops.h"
+#include "cuda/device_ops.h"
 #include "random_checkpoint.h"
 
 // Fibers under the address sanitizer take twenty times as long: some of the tests do there.

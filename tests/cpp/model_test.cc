@@ -20,7 +20,7 @@
 #include "alignpro/model/prefix_tree.h"
 #include "alignpro/model/score.h"
 #include "alignpro/ops/linear_logprob.h"
-#include "cuda/cuda_ops.h"
+#include "cuda/device_ops.h"
 #include "random_checkpoint.h"
 
 using namespace alignpro;

@@ -20,6 +20,7 @@
 #include "alignpro/ops/int8_rows.h"
 #include "alignpro/ops/linear.h"
 #include "alignpro/ops/linear_logprob.h"
+#include "alignpro/ops/logprob_output.h"
 #include "alignpro/ops/machine_limits.h"
 #include "alignpro/ops/matrix_view.h"
 #include "alignpro/ops/packed_matrix.h"

@@ -15,6 +15,7 @@
 #include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/core/trace.h"
+#include "alignpro/ops/lora_stack.h"
 #include "alignpro/ops/op_counts.h"
 
 namespace alignpro {

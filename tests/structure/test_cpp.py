@@ -75,10 +75,10 @@ def test_every_header_is_guarded_by_pragma_once():
         ("csrc/bindings/module.cc", "#include <torch/extension.h>", "foreign to bindings"),
         ("src/alignpro/model/model.cc", '#include "cuda/ops.h"', "foreign to model"),
         ("csrc/cuda/swiglu.cu", '#include "alignpro/model/model.h"', "higher layer model"),
-        ("csrc/cuda/cuda_ops.cc", '#include "alignpro/model/layer.h"', "higher layer model"),
-        ("csrc/cuda/cuda_ops.cc", '#include "alignpro/engine/engine.h"', "higher layer engine"),
-        ("csrc/cuda/cuda_ops.cc", "#include <cuda_runtime.h>", "foreign to cuda"),
-        ("csrc/cuda/cuda_ops.cc", "#include <pybind11/numpy.h>", "foreign to cuda"),
+        ("csrc/cuda/device_ops.cc", '#include "alignpro/model/layer.h"', "higher layer model"),
+        ("csrc/cuda/device_ops.cc", '#include "alignpro/engine/engine.h"', "higher layer engine"),
+        ("csrc/cuda/device_ops.cc", "#include <cuda_runtime.h>", "foreign to cuda"),
+        ("csrc/cuda/device_ops.cc", "#include <pybind11/numpy.h>", "foreign to cuda"),
         ("csrc/cuda/swiglu.cu", "#include <torch/extension.h>", "foreign to cuda"),
         ("csrc/cuda/bodies/rows.h", "#include <cuda_runtime.h>", "foreign to cuda"),
     ],
@@ -101,7 +101,7 @@ def test_right_includes_and_comments_pass():
     kernels = '#include <cuda_runtime.h>\n#include "alignpro/ops/kv_view.h"\n#include "launch.h"'
     assert cpp_rules.include_complaints("csrc/cuda/swiglu.cu", kernels) == []
     device = '#include "alignpro/ops/ops.h"\n#include "alignpro/core/error.h"\n#include "launch.h"'
-    assert cpp_rules.include_complaints("csrc/cuda/cuda_ops.cc", device) == []
+    assert cpp_rules.include_complaints("csrc/cuda/device_ops.cc", device) == []
 
 
 def test_a_source_missing_on_either_side_is_seen():

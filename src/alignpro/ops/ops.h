@@ -2,7 +2,7 @@
 
 // What a device does for a model: the seam that src/alignpro/model is written over. A Device holds
 // a model's weights and makes Ops, each of which runs the ops, one after the other, on a stream of
-// its own. cpu_ops.cc implements them on a thread pool, csrc/cuda/cuda_ops.cc on a GPU.
+// its own. cpu_ops.cc implements them on a thread pool, csrc/cuda/device_ops.cc on a GPU.
 //
 // Matrices are views of the device's memory; weights, adapters and plans are what each device makes
 // of them. Ops may return before they are done: wait() waits. Every result is a function of its own

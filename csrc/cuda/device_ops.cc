@@ -1,6 +1,7 @@
 // ops::Ops by the kernels of ops.h: each call puts its launches on the stream and does not wait.
+// Long because all of Ops is here, most of it a call of the op.
 
-#include "cuda_ops.h"
+#include "device_ops.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,7 +15,7 @@
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/shared/sampling.h"
 #include "checks.h"
-#include "cuda_plan.h"
+#include "device_plan.h"
 #include "fast_linear.h"
 #include "matrix_store.h"
 #include "runtime.h"

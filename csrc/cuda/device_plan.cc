@@ -1,4 +1,4 @@
-#include "cuda_plan.h"
+#include "device_plan.h"
 
 #include <algorithm>
 #include <bit>
