@@ -6,7 +6,6 @@
 #include <memory>
 #include <string>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include "alignpro/core/fork.h"
@@ -14,20 +13,17 @@
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/model.h"
-#include "cuda/model/device_model.h"
 #include "gil.h"
 
 namespace py = pybind11;
 using alignpro::require_not_forked_in_call;
 using alignpro::bindings::GilRelease;
 
-using alignpro::cuda::DeviceModel;
 using alignpro::engine::Client;
 using alignpro::engine::Engine;
 using alignpro::engine::EngineOptions;
 using alignpro::engine::EngineStats;
 using alignpro::engine::FinishReason;
-using alignpro::engine::LanguageModel;
 using alignpro::engine::Output;
 using alignpro::engine::SamplingParams;
 using alignpro::engine::Sequence;
@@ -149,15 +145,10 @@ void bind_engine(py::module_& m) {
   bind_sampling_params(m);
   bind_sequence(m);
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
-      .def(py::init([](const std::variant<std::shared_ptr<Model>, std::shared_ptr<DeviceModel>>& of,
-                       int64_t kv_cache_bytes, int64_t max_batch_rows, bool prefix_cache) {
+      .def(py::init([](std::shared_ptr<Model> model, int64_t kv_cache_bytes, int64_t max_batch_rows,
+                       bool prefix_cache) {
              const EngineOptions options{kv_cache_bytes, max_batch_rows, prefix_cache};
-             if (const auto* device = std::get_if<std::shared_ptr<DeviceModel>>(&of)) {
-               return std::make_shared<Engine>(std::shared_ptr<const LanguageModel>(*device),
-                                               options);
-             }
-             return std::make_shared<Engine>(
-                 std::shared_ptr<const Model>(std::get<std::shared_ptr<Model>>(of)), options);
+             return std::make_shared<Engine>(std::move(model), options);
            }),
            py::arg("model").none(false), py::kw_only(), py::arg("kv_cache_bytes") = 0,
            py::arg("max_batch_rows") = 256, py::arg("prefix_cache") = true)

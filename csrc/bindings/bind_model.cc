@@ -4,7 +4,7 @@
 
 #include <map>
 #include <memory>
-#include <set>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,11 +12,11 @@
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/facts.h"
 #include "alignpro/model/model.h"
-#include "alignpro/model/score_bytes.h"
-#include "alignpro/model/scorer.h"
+#include "alignpro/model/score.h"
+#include "alignpro/ops/cpu_ops.h"
 #include "array.h"
 #include "bind_files.h"
-#include "bind_score.h"
+#include "cuda/device_ops.h"
 #include "gil.h"
 
 namespace py = pybind11;
@@ -31,15 +31,34 @@ ops::Arithmetic arithmetic_from(const std::string& name) {
   return ops::Arithmetic::kInt8;
 }
 
-DType kv_dtype_from(const std::string& name) {
-  if (name == "float32") return DType::kF32;
-  require(name == "float16", "kv_dtype: expected \"float32\" or \"float16\", got \"", name, "\"");
-  return DType::kF16;
+// Checks what each device takes before it makes one.
+std::unique_ptr<ops::Device> device_from(const std::string& name,
+                                         const std::optional<std::string>& compute,
+                                         const std::optional<std::string>& kv_dtype,
+                                         bool deterministic, int threads,
+                                         const std::vector<std::string>& library_folders) {
+  if (name == "cuda") {
+    const std::string wanted = compute.value_or("bfloat16");
+    require(wanted == "bfloat16" || wanted == "float32",
+            "compute: expected \"bfloat16\" or \"float32\" on device cuda, got \"", wanted, "\"");
+    require(!kv_dtype || *kv_dtype == wanted, "kv_dtype: on device cuda it is compute's, \"",
+            wanted, "\", got \"", kv_dtype.value_or(""), "\"");
+    return cuda::make_device(wanted == "bfloat16" ? DType::kBF16 : DType::kF32, deterministic,
+                             threads, library_folders);
+  }
+  require(name == "cpu", "device: expected \"cpu\" or \"cuda\", got \"", name, "\"");
+  const std::string wanted = compute.value_or("float32"), kv = kv_dtype.value_or("float32");
+  const ops::Arithmetic arithmetic = arithmetic_from(wanted);
+  require(kv == "float32" || kv == "float16",
+          "kv_dtype: expected \"float32\" or \"float16\", got \"", kv, "\"");
+  require(deterministic, "deterministic: device cpu always is, got false");
+  return ops::make_cpu_device(threads, arithmetic, kv == "float16" ? DType::kF16 : DType::kF32);
 }
 
-}  // namespace
-
-namespace alignpro::bindings {
+const char* kv_dtype_name(DType dtype) {
+  if (dtype == DType::kBF16) return "bfloat16";
+  return dtype == DType::kF16 ? "float16" : "float32";
+}
 
 py::dict describe(const model::ModelConfig& c, int64_t context_length) {
   py::dict d;
@@ -55,6 +74,19 @@ py::dict describe(const model::ModelConfig& c, int64_t context_length) {
   d["bos_id"] = c.bos_id >= 0 ? py::object(py::int_(c.bos_id)) : py::object(py::none());
   d["eos_ids"] = c.eos_ids;
   d["tied_head"] = c.tied_head;
+  return d;
+}
+
+py::dict describe_model(const model::Model& model) {
+  const ops::Device& device = model.device();
+  py::dict d = describe(model.config(), model.context_length());
+  d["device"] = device.name();
+  d["threads"] = device.threads();
+  d["compute"] = device.compute();
+  d["kv_dtype"] = kv_dtype_name(device.kv_dtype());
+  d["deterministic"] = device.deterministic();
+  d["weight_bytes"] = model.weights().bytes();
+  d["streamed_bytes"] = model.weights().streamed_bytes();
   return d;
 }
 
@@ -115,21 +147,6 @@ py::dict gradients_to_dict(const model::Adapter& adapter,
   return result;
 }
 
-}  // namespace alignpro::bindings
-
-namespace {
-
-py::dict describe_model(const model::Model& model) {
-  py::dict d = describe(model.config(), model.context_length());
-  d["device"] = "cpu";
-  d["threads"] = model.pool().size();
-  d["weight_bytes"] = model.weights().bytes();
-  d["compute"] = model.weights().head().arithmetic() == ops::Arithmetic::kInt8 ? "int8" : "float32";
-  d["kv_dtype"] = model.kv_dtype() == DType::kF16 ? "float16" : "float32";
-  d["streamed_bytes"] = model.weights().streamed_bytes();
-  return d;
-}
-
 py::dict matrix_bytes(const model::ModelFacts& facts, const std::string& device,
                       const std::string& compute) {
   require(device == "cpu" || device == "cuda", "device: expected \"cpu\" or \"cuda\", got \"",
@@ -149,25 +166,99 @@ py::dict matrix_bytes(const model::ModelFacts& facts, const std::string& device,
 
 // Of a score with gradients, by an adapter of one rank on these modules.
 int64_t facts_score_bytes(const model::ModelFacts& facts,
-                          const std::vector<std::vector<int32_t>>& sequences,
-                          const std::vector<int64_t>& starts,
+                          std::vector<std::vector<int32_t>> sequences, std::vector<int64_t> starts,
                           const std::vector<std::string>& modules, int64_t rank,
-                          bool with_reference, const std::string& activations, int64_t threads) {
+                          bool with_reference, const std::string& activations, int threads) {
   const GilRelease release;
   require(starts.size() == sequences.size(), "score_bytes: expected a start for each of ",
           sequences.size(), " sequences, got ", starts.size());
-  model::ScoreShape shape{.starts = starts,
-                          .with_reference = with_reference,
-                          .keep_graph = true,
-                          .activations = activations_from(activations),
-                          .threads = threads};
-  shape.sequences.assign(sequences.begin(), sequences.end());
-  shape.layer_ranks.resize(static_cast<size_t>(facts.config().num_layers));
-  const std::set<std::string> chosen(modules.begin(), modules.end());
-  for (const model::LoraModule& module : model::lora_modules(facts.config())) {
-    if (chosen.contains(module.path)) shape.layer_ranks[static_cast<size_t>(module.layer)] += rank;
-  }
-  return model::score_bytes(facts.config(), facts.plan_head(), shape);
+  return facts.score_bytes({.sequences = std::move(sequences),
+                            .starts = std::move(starts),
+                            .with_reference = with_reference,
+                            .keep_graph = true,
+                            .activations = activations_from(activations)},
+                           modules, rank, threads);
+}
+
+void bind_score(py::module_& m) {
+  const auto or_none = [](const std::vector<float>& values, bool there) {
+    return there ? py::object(to_array(values)) : py::object(py::none());
+  };
+  py::class_<model::Score>(m, "Score")
+      .def_property_readonly("logprob", [](const model::Score& s) { return to_array(s.logprob()); })
+      .def_property_readonly("entropy", [](const model::Score& s) { return to_array(s.entropy()); })
+      .def_property_readonly(
+          "kl", [or_none](const model::Score& s) { return or_none(s.kl(), s.has_reference()); })
+      .def_property_readonly("reference_logprob",
+                             [or_none](const model::Score& s) {
+                               return or_none(s.reference_logprob(), s.has_reference());
+                             })
+      .def_property_readonly("hidden",
+                             [](const model::Score& s) -> py::object {
+                               if (!s.has_hidden()) return py::none();
+                               const auto values = static_cast<int64_t>(s.logprob().size());
+                               return to_array(s.hidden(), values, s.hidden_size());
+                             })
+      .def(
+          "backward",
+          [](model::Score& s, const py::object& d_logprob, const py::object& d_entropy,
+             const py::object& d_kl) {
+            const auto lp = float_vector(d_logprob, "d_logprob");
+            const auto entropy = float_vector(d_entropy, "d_entropy");
+            const auto kl = float_vector(d_kl, "d_kl");
+            const auto adapter = s.adapter();
+            std::optional<model::AdapterGradients> gradients;
+            {
+              const GilRelease release;
+              gradients = s.backward(lp, entropy, kl);
+            }
+            return gradients_to_dict(*adapter, *gradients);
+          },
+          py::arg("d_logprob"), py::arg("d_entropy") = py::none(), py::arg("d_kl") = py::none());
+}
+
+// score and score_bytes.
+void bind_scoring(py::class_<model::Model, std::shared_ptr<model::Model>>& of) {
+  of.def(
+        "score",
+        [](std::shared_ptr<model::Model> self, std::vector<std::vector<int32_t>> sequences,
+           std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter, float temperature,
+           std::shared_ptr<model::Adapter> reference, bool with_reference, bool keep_graph,
+           const std::string& activations, bool with_hidden) {
+          const GilRelease release;
+          model::ScoreRequest request{.sequences = std::move(sequences),
+                                      .starts = std::move(starts),
+                                      .adapter = std::move(adapter),
+                                      .temperature = temperature,
+                                      .with_reference = with_reference,
+                                      .reference = std::move(reference),
+                                      .with_hidden = with_hidden,
+                                      .keep_graph = keep_graph,
+                                      .activations = activations_from(activations)};
+          return std::make_unique<model::Score>(std::move(self), std::move(request));
+        },
+        py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
+        py::arg("temperature") = 1.0f, py::arg("reference") = nullptr,
+        py::arg("with_reference") = false, py::arg("keep_graph") = false,
+        py::arg("activations") = "keep", py::arg("with_hidden") = false)
+      .def(
+          "score_bytes",
+          [](const model::Model& self, std::vector<std::vector<int32_t>> sequences,
+             std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter,
+             bool with_reference, bool keep_graph, const std::string& activations,
+             bool with_hidden) {
+            const GilRelease release;
+            return model::Score::bytes(self, {.sequences = std::move(sequences),
+                                              .starts = std::move(starts),
+                                              .adapter = std::move(adapter),
+                                              .with_reference = with_reference,
+                                              .with_hidden = with_hidden,
+                                              .keep_graph = keep_graph,
+                                              .activations = activations_from(activations)});
+          },
+          py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
+          py::arg("with_reference") = false, py::arg("keep_graph") = false,
+          py::arg("activations") = "keep", py::arg("with_hidden") = false);
 }
 
 }  // namespace
@@ -205,22 +296,30 @@ void bind_model(py::module_& m) {
       },
       py::arg("files"));
 
-  bind_score<model::Score>(m, "Score");
+  bind_score(m);
 
   py::class_<model::Model, std::shared_ptr<model::Model>> of(m, "Model");
   of.def_property_readonly("config", &describe_model)
       .def_static(
           "load",
-          [](const py::object& files, int threads, int64_t context_length,
-             const std::string& compute, const std::string& kv_dtype) {
-            const ops::Arithmetic arithmetic = arithmetic_from(compute);
-            const DType kv = kv_dtype_from(kv_dtype);
+          [](const py::object& files, const std::string& device,
+             const std::optional<std::string>& compute, const std::optional<std::string>& kv_dtype,
+             bool deterministic, int threads, int64_t context_length,
+             const std::vector<std::string>& library_folders) {
+            const auto open = [&] {
+              const GilRelease release;
+              return device_from(device, compute, kv_dtype, deterministic, threads,
+                                 library_folders);
+            };
+            auto made = open();
             const model::ModelFiles opened = files_from(files);
             const GilRelease release;
-            return model::Model::load(opened, threads, context_length, arithmetic, kv);
+            return model::Model::load(opened, std::move(made), context_length);
           },
-          py::arg("files"), py::arg("threads") = 0, py::arg("context_length") = 0,
-          py::arg("compute") = "float32", py::arg("kv_dtype") = "float32")
+          py::arg("files"), py::kw_only(), py::arg("device") = "cpu",
+          py::arg("compute") = py::none(), py::arg("kv_dtype") = py::none(),
+          py::arg("deterministic") = true, py::arg("threads") = 0, py::arg("context_length") = 0,
+          py::arg("library_folders") = std::vector<std::string>())
       .def("lora_modules", [](const model::Model& self) { return lora_shapes(self.config()); })
       .def(
           "make_adapter",
@@ -228,5 +327,5 @@ void bind_model(py::module_& m) {
             return make_adapter(self.config(), matrices, scale);
           },
           py::arg("matrices"), py::arg("scale"));
-  bind_scoring<model::Score>(of);
+  bind_scoring(of);
 }

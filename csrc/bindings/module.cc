@@ -2,7 +2,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include "bind_device_model.h"
 #include "bind_engine.h"
 #include "bind_errors.h"
 #include "bind_files.h"
@@ -20,7 +19,6 @@ PYBIND11_MODULE(_core, m) {
   bind_files(m);
   bind_ops(m);
   bind_model(m);
-  bind_device_model(m);
   bind_engine(m);
   alignpro::bindings::GilRelease::watch_forks();
   pybind11::module_::import("atexit").attr("register")(

@@ -68,9 +68,9 @@ struct Plan {
 class FastLibrary {
  public:
   explicit FastLibrary(const std::vector<std::string>& names)
-      : library_("mode \"fast\": cuBLASLt", names,
+      : library_("deterministic false: cuBLASLt", names,
                  "pip install nvidia-cublas (torch's CUDA build brings it), or set "
-                 "ALIGNPRO_CUBLASLT to the file; or use mode \"strict\"") {}
+                 "ALIGNPRO_CUBLASLT to the file; or load with deterministic true") {}
 
  private:
   SharedLibrary library_;
@@ -100,7 +100,7 @@ class FastLibrary {
   void check(cublasStatus_t status, const char* doing) const {
     if (status == CUBLAS_STATUS_SUCCESS) return;
     throw Unavailable(cat("cuda: ", kOp, ": ", doing, ": ", GetStatusString(status),
-                          "; mode \"strict\" does without cuBLASLt"));
+                          "; deterministic true does without cuBLASLt"));
   }
   template <typename Value>
   void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t which,
@@ -175,7 +175,7 @@ cublasLtMatmulAlgo_t FastLibrary::choose(const Plan& plan, const Key& key) const
   if (found == 0) {
     throw Unavailable(cat("cuda: ", kOp, ": cuBLASLt has no algorithm for ", key.rows, " x ",
                           key.inputs, " x ", key.outputs, " in ", dtype_name(key.dtype),
-                          "; use mode \"strict\""));
+                          "; load with deterministic true"));
   }
   return best.algo;
 }

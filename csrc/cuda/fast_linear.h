@@ -1,8 +1,8 @@
 #pragma once
 
-// The dense products of the fast mode, by cuBLASLt: sums in float32, in an order that the library
-// chooses by shape and number of rows, so that a row's bits are not its own. No header of CUDA is
-// named here; no_fast_linear.cc answers in a build that has not found cuBLASLt's.
+// The dense products where deterministic is false, by cuBLASLt: sums in float32, in an order that
+// the library chooses by shape and number of rows, so that a row's bits are not its own. No header
+// of CUDA is named here; no_fast_linear.cc answers in a build that has not found cuBLASLt's.
 
 #include <memory>
 #include <string>

@@ -41,7 +41,7 @@ inline TensorMap tensor_map(const char* op, const Operand<Bfloat16>& m, int box)
     if (found != cudaDriverEntryPointSuccess) {
       throw Unavailable(cat("cuda: ", op,
                             ": expected a driver with cuTensorMapEncodeTiled (CUDA "
-                            "12 or later), found none; set ALIGNPRO_CUDA_PRODUCTS=mma"));
+                            "12 or later), found none"));
     }
     return reinterpret_cast<Encode>(function);
   }();

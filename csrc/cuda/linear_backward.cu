@@ -10,8 +10,8 @@ namespace alignpro::cuda {
 void linear_backward(const Matrix& dy, const Matrix& weight, const LinearBackwardExtras& extras,
                      const Matrix& dx, Stream stream) {
   constexpr const char* kOp = "linear_backward";
-  const int64_t rows = dy.rows, rank = extras.d_low.cols;
-  const bool with_lora = extras.d_low.data != nullptr, with_dx = dx.data != nullptr;
+  const int64_t rows = dy.rows, rank = extras.d_lora_down.cols;
+  const bool with_lora = extras.d_lora_down.data != nullptr, with_dx = dx.data != nullptr;
   const bool with_residual = extras.residual.data != nullptr;
   check_matrix(kOp, "dy", dy, rows, dy.cols, dy.dtype);
   if (with_dx) {
@@ -20,11 +20,11 @@ void linear_backward(const Matrix& dy, const Matrix& weight, const LinearBackwar
   }
   if (with_residual) check_matrix(kOp, "residual", extras.residual, rows, dx.cols, dy.dtype);
   if (with_lora) {
-    check_matrix(kOp, "d_low", extras.d_low, rows, extras.lora_up.cols, dy.dtype);
+    check_matrix(kOp, "d_lora_down", extras.d_lora_down, rows, extras.lora_up.cols, dy.dtype);
     check_matrix(kOp, "lora_up", extras.lora_up, dy.cols, rank, dy.dtype);
     if (with_dx) check_matrix(kOp, "lora_down", extras.lora_down, rank, dx.cols, dy.dtype);
   }
-  require(with_lora || with_dx, kOp, ": expected d_low or dx to write, got neither");
+  require(with_lora || with_dx, kOp, ": expected d_lora_down or dx to write, got neither");
   dispatch(kOp, dy.dtype, [&](auto type) {
     using T = decltype(type);
     if (with_lora) {
@@ -37,7 +37,7 @@ void linear_backward(const Matrix& dy, const Matrix& weight, const LinearBackwar
                               0.0f,
                               nullptr,
                               {nullptr, 0},
-                              {static_cast<T*>(extras.d_low.data), extras.d_low.ld}},
+                              {static_cast<T*>(extras.d_lora_down.data), extras.d_lora_down.ld}},
                              false, stream);
     }
     if (!with_dx) return;
@@ -45,7 +45,7 @@ void linear_backward(const Matrix& dy, const Matrix& weight, const LinearBackwar
                            {operand<T>(dy),
                             columns<T>(weight),
                             1.0f,
-                            operand<T>(extras.d_low),
+                            operand<T>(extras.d_lora_down),
                             columns<T>(extras.lora_down),
                             1.0f,
                             nullptr,

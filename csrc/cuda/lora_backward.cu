@@ -57,14 +57,14 @@ void lora_backward(const LoraBackwardInput& in, const Matrix& d_a, const Matrix&
   check_matrix(kOp, "x", in.x, rows, in.x.cols, dtype);
   check_matrix(kOp, "lora_x", in.lora_x, rows, rank, dtype);
   check_matrix(kOp, "dy", in.dy, rows, in.dy.cols, dtype);
-  check_matrix(kOp, "d_low", in.d_low, rows, rank, dtype);
+  check_matrix(kOp, "d_lora_down", in.d_lora_down, rows, rank, dtype);
   check_matrix(kOp, "d_a", d_a, rank, in.x.cols, DType::kF32);
   check_matrix(kOp, "d_b", d_b, in.dy.cols, rank, DType::kF32);
   check_aligned(kOp, "workspace", workspace);
   require(rows >= 1, kOp, ": expected at least one row, got none");
   dispatch(kOp, dtype, [&](auto type) {
     using T = decltype(type);
-    sum_rows<T>(kOp, in.d_low, in.x, 1.0f, d_a, workspace, stream);
+    sum_rows<T>(kOp, in.d_lora_down, in.x, 1.0f, d_a, workspace, stream);
     sum_rows<T>(kOp, in.dy, in.lora_x, in.lora_scale, d_b, workspace, stream);
   });
 }

@@ -22,7 +22,6 @@ std::string unavailable_reason() {
 std::string device_name() { missing("device_name"); }
 int current_device() { missing("current_device"); }
 std::string version() { return "no"; }
-Products products() { missing("products"); }
 int dlpack_device_type() { missing("dlpack_device_type"); }
 
 void embedding(const Matrix&, const int32_t*, const Matrix&, Stream) { missing("embedding"); }
@@ -116,7 +115,9 @@ void release_pinned(void*) noexcept {}
 int64_t free_memory() { missing("free_memory"); }
 void copy_to_device(void*, const void*, int64_t, Stream) { missing("copy_to_device"); }
 void copy_to_host(void*, const void*, int64_t, Stream) { missing("copy_to_host"); }
-void copy_pieces(void*, const void*, int64_t, int64_t, int64_t, Stream) { missing("copy_pieces"); }
+void copy_pieces(void*, int64_t, const void*, int64_t, int64_t, int64_t, Stream) {
+  missing("copy_pieces");
+}
 void clear(void*, int64_t, Stream) { missing("clear"); }
 void begin_capture(Stream) { missing("begin_capture"); }
 Graph end_capture(Stream) { missing("end_capture"); }

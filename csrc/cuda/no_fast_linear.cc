@@ -8,9 +8,9 @@ namespace {
 
 [[noreturn]] void missing() {
   throw Unavailable(
-      "mode \"fast\": this build has no cuBLASLt, whose header cublasLt.h was not found; pip "
+      "deterministic false: this build has no cuBLASLt, whose header cublasLt.h was not found; pip "
       "install nvidia-cublas (torch's CUDA build brings it) or give CMake "
-      "-DALIGNPRO_CUBLAS_INCLUDE=FOLDER, and build again; or use mode \"strict\"");
+      "-DALIGNPRO_CUBLAS_INCLUDE=FOLDER, and build again; or load with deterministic true");
 }
 
 }  // namespace

@@ -16,6 +16,9 @@
 #include <string>
 
 #include "alignpro/core/dtype.h"
+#include "alignpro/ops/attention_shape.h"
+#include "alignpro/ops/logprob_output.h"
+#include "alignpro/ops/matrix.h"
 #include "alignpro/ops/shared/sampling.h"
 
 namespace alignpro::cuda {
@@ -37,13 +40,11 @@ int dlpack_device_type();
 // The runtime this build was compiled with, "13.0"; "no" without.
 std::string version();
 
-// A matrix of device memory, kF32 or kBF16.
-struct Matrix {
-  void* data = nullptr;
-  int64_t rows = 0, cols = 0;
-  int64_t ld = 0;
-  DType dtype = DType::kF32;
-};
+using ops::at;
+using ops::AttentionShape;
+using ops::LogprobOutput;
+using ops::Matrix;  // kF32 or kBF16
+using ops::Workspace;
 
 // out [tokens, table.cols] = rows of the table. A token outside the table gives a row of NaN.
 void embedding(const Matrix& table, const int32_t* tokens, const Matrix& out, Stream stream);
@@ -81,40 +82,33 @@ void linear(const Matrix& x, const Matrix& weight, const LinearExtras& extras, c
 struct LinearBackwardExtras {
   Matrix residual;            // [rows, in features]; may be dx
   Matrix lora_down, lora_up;  // A [rank, in features] and B [out features, rank]
-  Matrix d_low;               // [rows, rank], receives lora_scale dy B
+  Matrix d_lora_down;         // [rows, rank], receives lora_scale dy B
   float lora_scale = 0.0f;
 };
-// dx [rows, in features] = dy W + d_low A + residual, in one dtype, sums in float32. Without data
-// in dx d_low alone is computed; without data in d_low there is no adapter.
+// dx [rows, in features] = dy W + d_lora_down A + residual, in one dtype, sums in float32. Without
+// data in dx d_lora_down alone is computed; without data in d_lora_down there is no adapter.
 void linear_backward(const Matrix& dy, const Matrix& weight, const LinearBackwardExtras& extras,
                      const Matrix& dx, Stream stream);
 
 // What forward and linear_backward leave of a range of rows with one adapter module. Modules that
 // share a weight take columns of dy and of the ranks.
 struct LoraBackwardInput {
-  Matrix x, lora_x;  // [rows, in features], x A^T [rows, rank]
-  Matrix dy, d_low;  // [rows, out features], lora_scale dy B [rows, rank]
+  Matrix x, lora_x;        // [rows, in features], x A^T [rows, rank]
+  Matrix dy, d_lora_down;  // [rows, out features], lora_scale dy B [rows, rank]
   float lora_scale;
 };
-// d_a [rank, in features] = d_low^T x and d_b [out features, rank] = lora_scale dy^T lora_x,
+// d_a [rank, in features] = d_lora_down^T x and d_b [out features, rank] = lora_scale dy^T lora_x,
 // float32, overwritten; rows are summed in their order. workspace: lora_backward_bytes.
 void lora_backward(const LoraBackwardInput& in, const Matrix& d_a, const Matrix& d_b,
                    void* workspace, Stream stream);
 int64_t lora_backward_bytes(int64_t rows, int64_t inputs, int64_t outputs, int64_t rank);
 
-// Rows of qkv are [q heads | k heads | v heads] x head_dim.
-struct AttentionShape {
-  int64_t num_heads, num_kv_heads, head_dim;
-  int64_t sliding_window;  // positions a token sees, itself included; 0: all
-  float scale;
-};
-
 // rms_norm in place over each q head of qkv by q_weight [head_dim] and each k head by k_weight.
 void qk_norm(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,
              const void* k_weight, float eps, Stream stream);
-// Turns the q and k heads of d_qkv from the gradient by qk_norm's output into that by its input
-// qkv, in place.
-void qk_norm_backward(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,
+// Turns the q and k heads of d_qkv from the gradient by qk_norm's output into that by its input,
+// whose q and k heads qk has (and may have more), in place.
+void qk_norm_backward(const AttentionShape& shape, const Matrix& qk, const void* q_weight,
                       const void* k_weight, float eps, const Matrix& d_qkv, Stream stream);
 
 // One layer of a pool of KV blocks of 16 positions, in the dtype of qkv: K [16][head_dim] of a
@@ -193,12 +187,7 @@ struct LogprobInput {
   float temperature = 1.0f;
   Matrix ref_hidden, ref_weight;
 };
-// Each [rows]; those of the reference are written only with one. A row without a finite softmax is
-// NaN in all of them.
-struct LogprobOutput {
-  float *logprob, *entropy, *kl, *reverse_kl, *ref_logprob;
-  double *lse, *ref_lse;
-};
+// A row without a finite softmax is NaN in all of `out`.
 // workspace: linear_logprob_bytes. Nothing of size rows x vocab is stored.
 void linear_logprob(const LogprobInput& in, const LogprobOutput& out, void* workspace,
                     Stream stream);
@@ -211,7 +200,7 @@ void total_variation(const LogprobInput& in, const LogprobOutput& forward, float
                      float* mass_above, void* workspace, Stream stream);
 int64_t total_variation_bytes(const LogprobInput& in);
 
-// Derivatives of the loss by each output, [rows]; null: zero.
+// As ops::LogprobUpstream, with what total_variation left for its derivative.
 struct LogprobUpstream {
   const float *logprob, *entropy, *kl, *reverse_kl;
   const float *total_variation = nullptr, *mass_above = nullptr;  // both or neither

@@ -1,6 +1,8 @@
 // A block a row: two sums in the tree of rms_norm, then the row again, from the cache.
 // qk_norm_backward: a warp a row and head.
 
+#include <algorithm>
+
 #include "bodies/rows.h"
 #include "checks.h"
 #include "device_block.h"
@@ -54,18 +56,18 @@ void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Mat
   });
 }
 
-void qk_norm_backward(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,
+void qk_norm_backward(const AttentionShape& shape, const Matrix& qk, const void* q_weight,
                       const void* k_weight, float eps, const Matrix& d_qkv, Stream stream) {
   constexpr const char* kOp = "qk_norm_backward";
-  check_heads(kOp, shape, qkv, "qkv");
-  check_matrix(kOp, "d_qkv", d_qkv, qkv.rows, qkv.cols, qkv.dtype);
+  check_heads(kOp, shape, d_qkv, "d_qkv");
+  check_matrix(kOp, "qk", qk, d_qkv.rows, std::max(qk.cols, shape.qk_size()), d_qkv.dtype);
   check_aligned(kOp, "q_weight", q_weight);
   check_aligned(kOp, "k_weight", k_weight);
-  dispatch(kOp, qkv.dtype, [&](auto type) {
+  dispatch(kOp, qk.dtype, [&](auto type) {
     using T = decltype(type);
-    const dim3 grid(count(qkv.rows), count(shape.num_heads + shape.num_kv_heads));
+    const dim3 grid(count(qk.rows), count(shape.num_heads + shape.num_kv_heads));
     launch(kOp, qk_norm_backward_kernel<T>, grid, kHeadThreads, 0, stream,
-           Rows<const T>{static_cast<const T*>(qkv.data), qkv.ld}, shape.num_heads, shape.head_dim,
+           Rows<const T>{static_cast<const T*>(qk.data), qk.ld}, shape.num_heads, shape.head_dim,
            static_cast<const T*>(q_weight), static_cast<const T*>(k_weight), eps,
            Rows<T>{static_cast<T*>(d_qkv.data), d_qkv.ld});
   });

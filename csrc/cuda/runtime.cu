@@ -57,10 +57,10 @@ void copy_to_host(void* to, const void* from, int64_t bytes, Stream stream) {
       cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, native(stream)),
       "copy_to_host");
 }
-void copy_pieces(void* to, const void* from, int64_t pitch, int64_t bytes, int64_t count,
-                 Stream stream) {
-  const auto p = static_cast<size_t>(pitch);
-  check(cudaMemcpy2DAsync(to, p, from, p, static_cast<size_t>(bytes), static_cast<size_t>(count),
+void copy_pieces(void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t bytes,
+                 int64_t count, Stream stream) {
+  check(cudaMemcpy2DAsync(to, static_cast<size_t>(to_pitch), from, static_cast<size_t>(from_pitch),
+                          static_cast<size_t>(bytes), static_cast<size_t>(count),
                           cudaMemcpyDeviceToDevice, native(stream)),
         "copy_pieces");
 }

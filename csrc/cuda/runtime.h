@@ -8,7 +8,6 @@
 #include <utility>
 
 #include "ops.h"
-#include "workspace.h"
 
 namespace alignpro::cuda {
 
@@ -28,9 +27,9 @@ int64_t free_memory();  // bytes of the current device that nobody holds
 // Between device memory and pinned memory, on the stream.
 void copy_to_device(void* to, const void* from, int64_t bytes, Stream stream);
 void copy_to_host(void* to, const void* from, int64_t bytes, Stream stream);
-// Within device memory: `count` pieces of `bytes`, `pitch` bytes apart on both sides.
-void copy_pieces(void* to, const void* from, int64_t pitch, int64_t bytes, int64_t count,
-                 Stream stream);
+// Within device memory: `count` pieces of `bytes`, so many bytes apart there and here.
+void copy_pieces(void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t bytes,
+                 int64_t count, Stream stream);
 void clear(void* memory, int64_t bytes, Stream stream);  // zeros, on the device
 
 using Graph = void*;  // cudaGraphExec_t

@@ -5,7 +5,6 @@
 
 #include "bodies/vocabulary.h"
 #include "ops.h"
-#include "workspace.h"
 
 namespace alignpro::cuda {
 

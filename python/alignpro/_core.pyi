@@ -159,15 +159,25 @@ class Model:
     @staticmethod
     def load(
         files: ModelFiles | str,
+        *,
+        device: str = "cpu",
+        compute: str | None = None,
+        kv_dtype: str | None = None,
+        deterministic: bool = True,
         threads: int = 0,
         context_length: int = 0,
-        compute: str = "float32",
-        kv_dtype: str = "float32",
-    ) -> Model: ...
+        library_folders: Sequence[str] = (),
+    ) -> Model:
+        """On "cpu", compute is "float32" (None) or "int8" and kv_dtype "float32" (None) or
+        "float16"; on "cuda", the current CUDA device, compute is "bfloat16" (None) or "float32",
+        and kv_dtype is the same. deterministic=False: products by cuBLASLt, which is what
+        ALIGNPRO_CUBLASLT names, or is looked for where the loader looks and then in
+        library_folders. UnavailableError where this machine or build lacks what was asked for."""
+
     @property
     def config(self) -> dict[str, Any]:
         """As ModelFacts.config, and device, threads, weight_bytes, compute, kv_dtype,
-        streamed_bytes (read by every step)"""
+        deterministic, streamed_bytes (read by every step)"""
 
     def lora_modules(self) -> dict[str, tuple[int, int]]:
         """Every linear a LoRA can attach to, by its PEFT path ("model.layers.0.self_attn.q_proj"),
@@ -207,73 +217,8 @@ class Model:
         activations: str = "keep",
         with_hidden: bool = False,
     ) -> int:
-        """What score() and its backward() hold at most, in bytes, beside weights, adapters and
-        gradients."""
-
-class DeviceModel:
-    """A model on the current CUDA device; load raises UnavailableError where there is none."""
-
-    @staticmethod
-    def load(
-        files: ModelFiles | str,
-        threads: int = 0,
-        context_length: int = 0,
-        compute: str = "bfloat16",
-        mode: str = "strict",
-        library_folders: Sequence[str] = (),
-    ) -> DeviceModel:
-        """mode: "strict", or "fast" for products by cuBLASLt, which is what ALIGNPRO_CUBLASLT
-        names, or is looked for where the loader looks and then in library_folders."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """As Model.config, and mode; compute is "bfloat16" or "float32", kv_dtype the same."""
-
-    def lora_modules(self) -> dict[str, tuple[int, int]]: ...
-    def make_adapter(
-        self, matrices: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]], scale: float
-    ) -> Adapter: ...
-    def score(
-        self,
-        sequences: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        adapter: Adapter | None = None,
-        temperature: float = 1.0,
-        reference: Adapter | None = None,
-        with_reference: bool = False,
-        keep_graph: bool = False,
-        activations: str = "keep",
-        with_hidden: bool = False,
-    ) -> DeviceScore:
-        """As Model.score."""
-
-    def score_bytes(
-        self,
-        sequences: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        adapter: Adapter | None = None,
-        with_reference: bool = False,
-        keep_graph: bool = False,
-        activations: str = "keep",
-        with_hidden: bool = False,
-    ) -> int:
-        """Of the device's memory: what score() and its backward() hold at most, in bytes, beside
-        weights and adapters."""
-
-class DeviceScore:
-    """As Score."""
-
-    logprob: NDArray[np.float32]
-    entropy: NDArray[np.float32]
-    kl: NDArray[np.float32] | None
-    reference_logprob: NDArray[np.float32] | None
-    hidden: NDArray[np.float32] | None
-    def backward(
-        self,
-        d_logprob: NDArray[np.float32],
-        d_entropy: NDArray[np.float32] | None,
-        d_kl: NDArray[np.float32] | None,
-    ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]: ...
+        """What score() and its backward() hold at most of the device's memory, in bytes, beside
+        weights, adapters and (on the CPU) gradients."""
 
 class Score:
     """Flat float32 arrays, sequences one after another: total = sum(len - start)."""
@@ -329,7 +274,7 @@ class Sequence_:  # exported as _core.Sequence
 class Engine:
     def __init__(
         self,
-        model: Model | DeviceModel,
+        model: Model,
         *,
         kv_cache_bytes: int = 0,
         max_batch_rows: int = 256,

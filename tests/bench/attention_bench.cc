@@ -15,6 +15,7 @@
 #include "alignpro/core/parallel.h"
 #include "alignpro/model/kv_pool.h"
 #include "alignpro/ops/attention.h"
+#include "alignpro/ops/cpu_ops.h"
 #include "alignpro/ops/machine_limits.h"
 #include "timing.h"
 
@@ -46,7 +47,10 @@ struct Machine {
 void measure(const Case& c, const Machine& machine, ThreadPool& pool) {
   const int64_t blocks = (c.context + kKvBlock - 1) / kKvBlock;
   const int64_t common = c.shared / kKvBlock, own = blocks - common;
-  KvPool kv_pool(kLayers, kShape.num_kv_heads, kShape.head_dim, common + c.batch * own);
+  const auto device = alignpro::ops::make_cpu_device(1);
+  const auto ops = device->make_ops();
+  KvPool kv_pool(*ops, kLayers, kShape.num_kv_heads, kShape.head_dim, common + c.batch * own,
+                 alignpro::DType::kF32);
   std::vector<std::vector<int32_t>> tables(static_cast<size_t>(c.batch));
   std::vector<Segment> segments;
   std::vector<KvWrite> writes;
@@ -80,7 +84,10 @@ void measure(const Case& c, const Machine& machine, ThreadPool& pool) {
   const double pairs = static_cast<double>(c.batch) * (rows * before + rows * (rows + 1) / 2);
   const double gflops = 4 * pairs * static_cast<double>(kShape.q_size()) / seconds / 1e9;
   const double bytes =
-      static_cast<double>((common + c.batch * own) * kv_pool.block_bytes()) / kLayers;
+      static_cast<double>((common + c.batch * own) *
+                          KvPool::block_bytes(kLayers, kShape.num_kv_heads, kShape.head_dim,
+                                              alignpro::DType::kF32)) /
+      kLayers;
   std::printf("%-22s %5ld %7ld %9.3f %8.1f %11.0f%% %8.1f %12.0f%%\n", c.name,
               static_cast<long>(c.batch), static_cast<long>(c.context), seconds * 1e3, gflops,
               100 * gflops / machine.peak, bytes / seconds / 1e9,

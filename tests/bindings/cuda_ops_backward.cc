@@ -118,7 +118,7 @@ void lora_backward(const py::object& x, const py::object& lora_x, const py::obje
                                    call.matrix(dy, "dy"), call.matrix(d_low, "d_low"), lora_scale};
   const cuda::Matrix to_a = call.matrix(d_a, "d_a"), to_b = call.matrix(d_b, "d_b");
   void* memory = call.workspace(
-      workspace, cuda::lora_backward_bytes(in.x.rows, in.x.cols, in.dy.cols, in.d_low.cols));
+      workspace, cuda::lora_backward_bytes(in.x.rows, in.x.cols, in.dy.cols, in.d_lora_down.cols));
   const GilRelease release;
   cuda::lora_backward(in, to_a, to_b, memory, stream_of(stream));
 }

@@ -16,6 +16,7 @@
 #include "alignpro/core/dtype.h"
 #include "alignpro/core/error.h"
 #include "alignpro/ops/attention.h"
+#include "alignpro/ops/attention_shape.h"
 #include "alignpro/ops/kv_view.h"
 #include "numbers.h"
 
@@ -439,9 +440,9 @@ TEST_CASE("attention gradient by finite differences of the double reference") {
     for (int32_t t = 0; t < a.tokens; ++t) rows.push_back(t);
     const std::vector<SegmentRows> segments{{0, a.tokens, 0, rows}};
     Floats d(a.qkv.size(), 0.0f);
-    AlignedBuffer scratch;
-    attention_backward(shape, a.qkv.data(), out.data(), dout.data(), segments, d.data(), scratch,
-                       pool);
+    Floats workspace(static_cast<size_t>(attention_backward_floats(shape, segments)));
+    attention_backward(shape, a.qkv.data(), out.data(), dout.data(), segments, d.data(),
+                       workspace.data(), pool);
     const auto loss = [&] {
       const Doubles y = a.plain<double>();
       double sum = 0;

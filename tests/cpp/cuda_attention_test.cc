@@ -274,11 +274,12 @@ void check_backward(const Heads& heads, const std::vector<Node>& nodes) {
                    std::span<const int32_t>(key_rows[s])});
   }
   Floats expected(count(rows * width));
-  AlignedBuffer scratch;
   ThreadPool pool(1);
-  ops::attention_backward({q_heads, kv_heads, d, heads.window, scale}, qkv.floats().data(),
-                          out.floats().data(), dout.floats().data(), own, expected.data(), scratch,
-                          pool);
+  const ops::AttentionShape on_cpu{q_heads, kv_heads, d, heads.window, scale};
+  AlignedBuffer scratch;
+  ops::attention_backward(on_cpu, qkv.floats().data(), out.floats().data(), dout.floats().data(),
+                          own, expected.data(),
+                          scratch.reserve(ops::attention_backward_floats(on_cpu, own)), pool);
   const Floats got = d_qkv.floats();
   const double budget = sizeof(T) == 2 ? 1e-2 : 1e-5;  // P and dS are rounded to bfloat16
   const int64_t ends[] = {0, q_size, q_size + kv_heads * d, width};

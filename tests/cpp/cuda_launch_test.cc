@@ -210,8 +210,7 @@ TEST_CASE("row ops are the cpus") {
   ThreadPool pool(1);
   Tensor<float> x(normal(rows * 2 * n, 1)), weight(normal(2 * n, 2)), y(rows * 2 * n), h(rows * n);
   Floats expected(rows * 2 * n), activated(rows * n);
-  ops::rms_norm(rows, 2 * n, x.data(), 2 * n, weight.data(), 1e-5f, expected.data(), 2 * n, nullptr,
-                pool);
+  ops::rms_norm(rows, 2 * n, x.data(), 2 * n, weight.data(), 1e-5f, expected.data(), 2 * n, pool);
   cuda::rms_norm(matrix(x, rows, 2 * n), weight.data(), 1e-5f, matrix(y, rows, 2 * n), nullptr);
   CHECK(difference(y.floats(), expected) < kBudget);
   ops::swiglu(rows, n, x.data(), activated.data(), pool);
@@ -230,9 +229,9 @@ TEST_CASE("qk norm is the cpus rms norm of each head") {
   Floats expected = qkv.floats();
   for (int64_t row = 0; row < rows; ++row) {
     float* q = expected.data() + row * width;
-    ops::rms_norm(heads, d, q, d, q_weight.data(), 1e-5f, q, d, nullptr, pool);
+    ops::rms_norm(heads, d, q, d, q_weight.data(), 1e-5f, q, d, pool);
     float* k = q + heads * d;
-    ops::rms_norm(kv_heads, d, k, d, k_weight.data(), 1e-5f, k, d, nullptr, pool);
+    ops::rms_norm(kv_heads, d, k, d, k_weight.data(), 1e-5f, k, d, pool);
   }
   cuda::qk_norm({heads, kv_heads, d, 0, 1.0f}, matrix(qkv, rows, width), q_weight.data(),
                 k_weight.data(), 1e-5f, nullptr);

@@ -1,4 +1,4 @@
-// The products of sm_90 (ALIGNPRO_CUDA_PRODUCTS=wgmma) as callers of csrc/cuda/ops.h see them, run
+// The products of sm_90 (set_products) as callers of csrc/cuda/ops.h see them, run
 // on the CPU with barriers, TMA and wgmma emulated (host_hopper.h): against float64, and to the bit
 // where rows, tiles or schedules differ. Three multiprocessors, so that a block takes several
 // tiles.
@@ -21,7 +21,7 @@ using namespace alignpro::cuda;
 
 namespace {
 
-const bool kChosen = setenv("ALIGNPRO_CUDA_PRODUCTS", "wgmma", 1) == 0;
+const bool kChosen = (set_products(Products::kWgmma), true);
 
 using Half = Tensor<Bfloat16>;
 // Sums of a few hundred products of bfloat16, rounded to bfloat16 at the end.
@@ -205,23 +205,7 @@ void check_scores(int64_t rows, int64_t vocab, int64_t cols) {
 
 }  // namespace
 
-TEST_CASE("the choice of products is checked") {
-  CHECK((kChosen && products() == Products::kWgmma));
-  CHECK(choose_products("", 80, false) == Products::kMma);
-  CHECK(choose_products("mma", 120, true) == Products::kMma);
-  CHECK(choose_products("wgmma", 90, true) == Products::kWgmma);
-  CHECK_THROWS_WITH_AS(
-      (void)(choose_products("tensor", 90, true)),
-      doctest::Contains("ALIGNPRO_CUDA_PRODUCTS: expected mma or wgmma, got \"tensor\""),
-      InvalidArgument);
-  CHECK_THROWS_WITH_AS(
-      (void)(choose_products("wgmma", 86, true)),
-      doctest::Contains(
-          "expected a GPU of compute capability 9.0, got 8.6; unset it or set it to mma"),
-      Unavailable);
-  CHECK_THROWS_WITH_AS((void)(choose_products("wgmma", 90, false)),
-                       doctest::Contains("no kernels for sm_90a"), Unavailable);
-}
+TEST_CASE("products are those chosen") { CHECK((kChosen && products() == Products::kWgmma)); }
 
 // The emulation itself, against what the PTX ISA says: chunk c of row r lies at chunk c ^ (r % 8),
 // outside is zero, a step of 16 is 32 bytes on, and a lane's sums are those of its documented rows

@@ -1,8 +1,6 @@
 // A model on a device, the device being the CPU (tests/emulated), beside the CPU engine: what it
 // generates and scores, and that a sequence's bits are its own.
 
-#include "cuda/model/device_score.h"
-
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -14,7 +12,7 @@
 #include "alignpro/core/error.h"
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/model.h"
-#include "alignpro/model/scorer.h"
+#include "alignpro/model/score.h"
 #include "cuda/ops.h"
 #include "device_models.h"
 #include "host_launch.h"
@@ -81,7 +79,7 @@ std::vector<Answer> generate(Engine& engine, const std::vector<Ask>& asked, int6
   return answers;
 }
 
-engine::EngineOptions options(const engine::LanguageModel& model, int64_t max_rows,
+engine::EngineOptions options(const LanguageModel& model, int64_t max_rows,
                               bool prefix_cache = true) {
   return {64 * model.kv_block_bytes(), max_rows, prefix_cache};
 }
@@ -109,32 +107,31 @@ ScoreRequest score_request(const std::vector<Ask>& asked, const std::vector<Answ
 }
 
 // Answers of six tokens have the bits that they have alone, and in a score, which knows no graph.
-void check_alone_and_scored(const std::shared_ptr<const cuda::DeviceModel>& device,
+void check_alone_and_scored(const std::shared_ptr<const Model>& device,
                             const std::vector<Ask>& asked, const std::vector<Answer>& together) {
   for (size_t i = 0; i < asked.size(); ++i) {
-    Engine alone(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
+    Engine alone(device, options(*device, 40));
     CHECK(generate(alone, {asked[i]}, 6)[0] == together[i]);
-    CHECK_EQ(cuda::DeviceScore(device, score_request(asked, together, i)).logprob(),
-             together[i].logprobs);
+    CHECK_EQ(Score(device, score_request(asked, together, i)).logprob(), together[i].logprobs);
   }
 }
 
 void check_against_cpu(const ModelConfig& config) {
   const auto adapter = LoraStore(config, 3, 6, false).adapter(config);
   const auto asked = asks(adapter);
-  const auto cpu = Model::from(RandomCheckpoint(config), 1, 0);
-  Engine reference(std::shared_ptr<const Model>(cpu), {0, 16, true});
+  const auto cpu = cpu_model(config, 1);
+  Engine reference(cpu, {0, 16, true});
   const std::vector<Answer> expected = generate(reference, asked);
 
   const auto device = device_model(config);
   // Twelve rows a step: prompts go by pieces beside what decodes already.
-  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 12));
+  Engine engine(device, options(*device, 12));
   const std::vector<Answer> got = generate(engine, asked);
   CHECK(engine.stats().cached_tokens > 0);
   for (size_t i = 0; i < asked.size(); ++i) {
     CHECK_EQ(got[i].tokens, expected[i].tokens);
     CHECK(largest_difference(got[i].logprobs, expected[i].logprobs) < kLogprobBudget);
-    const cuda::DeviceScore scored(device, score_request(asked, got, i));
+    const Score scored(device, score_request(asked, got, i));
     CHECK_EQ(scored.logprob(), got[i].logprobs);
   }
 }
@@ -156,14 +153,13 @@ SLOW_TEST(a_sequences_bits_are_its_own) {
   for (const DType compute : {DType::kF32, DType::kBF16}) {
     const auto device = device_model(config, compute);
     const auto asked = asks(LoraStore(config, 3, 6, false).adapter(config));
-    Engine together(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 40));
+    Engine together(device, options(*device, 40));
     const std::vector<Answer> all = generate(together, asked, 3);
     for (const size_t i : {size_t{1}, size_t{5}}) {
       // Alone, a few tokens of prefill at a time, nothing shared.
-      Engine alone(std::shared_ptr<const engine::LanguageModel>(device),
-                   options(*device, 3, false));
+      Engine alone(device, options(*device, 3, false));
       CHECK(generate(alone, {asked[i]}, 3)[0] == all[i]);
-      CHECK_EQ(cuda::DeviceScore(device, score_request(asked, all, i)).logprob(), all[i].logprobs);
+      CHECK_EQ(Score(device, score_request(asked, all, i)).logprob(), all[i].logprobs);
     }
     // The very same prompts once more: every block is found.
     CHECK(generate(together, asked, 3) == all);
@@ -181,7 +177,7 @@ SLOW_TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
     for (int32_t i = 0; i < 3; ++i) {
       asked.push_back({text(2 + 15 * i, 7 * i), static_cast<uint64_t>(i), 0.9f, with});
     }
-    Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 64));
+    Engine engine(device, options(*device, 64));
     const int64_t before = cuda::emulated_graph_launches();
     const std::vector<Answer> together = generate(engine, asked, 6);
     CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{4});  // of five steps of decoding
@@ -206,7 +202,7 @@ SLOW_TEST(a_step_of_both_kinds_is_a_graph) {
     asked.push_back({text(2 + 15 * i, 7 * i), static_cast<uint64_t>(i), 0.9f,
                      i == 1 ? adapter : std::shared_ptr<Adapter>()});
   }
-  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 100));
+  Engine engine(device, options(*device, 100));
   const int64_t before = cuda::emulated_graph_launches();
   const std::vector<Answer> together = generate(engine, asked, 6);
   CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{4});  // of five steps of decoding
@@ -220,7 +216,7 @@ SLOW_TEST(a_step_of_both_kinds_is_a_graph) {
 SLOW_TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
   const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
-  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 64));
+  Engine engine(device, options(*device, 64));
   const auto first = LoraStore(config, 2, 6, false).adapter(config);
   const auto second = LoraStore(config, 2, 7, false).adapter(config);
   int32_t start = 1;
@@ -231,8 +227,7 @@ SLOW_TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
     }
     const std::vector<Answer> answers = generate(engine, asked, 4);
     for (size_t i = 0; i < asked.size(); ++i) {
-      CHECK_EQ(cuda::DeviceScore(device, score_request(asked, answers, i)).logprob(),
-               answers[i].logprobs);
+      CHECK_EQ(Score(device, score_request(asked, answers, i)).logprob(), answers[i].logprobs);
     }
   };
   for (const auto& with : {first, second, std::shared_ptr<Adapter>()}) check(2, 3, with);
@@ -243,19 +238,18 @@ SLOW_TEST(a_graph_serves_its_adapter_and_its_buffers_alone) {
 // The emulated library's sums go by the number of rows: in last digits a row is not its own.
 TEST_CASE("the fast mode is near and says so") {
   const ModelConfig config = small(true, false, false);
-  const auto strict = device_model(config), fast = device_model(config, DType::kF32, {true});
-  CHECK((strict->weights().fast == nullptr && fast->weights().fast != nullptr));
+  const auto strict = device_model(config), fast = device_model(config, DType::kF32, false);
+  CHECK((strict->device().deterministic() && !fast->device().deterministic()));
   const auto asked = asks(LoraStore(config, 3, 6, false).adapter(config));
-  Engine engine(std::shared_ptr<const engine::LanguageModel>(fast), options(*fast, 12));
+  Engine engine(fast, options(*fast, 12));
   const int64_t before = cuda::emulated_graph_launches();
   const std::vector<Answer> answers = generate(engine, asked);
   double sampled = 0, apart = 0;
   for (size_t i = 0; i < asked.size(); ++i) {
     const ScoreRequest request = score_request(asked, answers, i);
-    const auto scored = cuda::DeviceScore(fast, request).logprob();
+    const auto scored = Score(fast, request).logprob();
     sampled = std::max(sampled, largest_difference(scored, answers[i].logprobs));
-    apart =
-        std::max(apart, largest_difference(scored, cuda::DeviceScore(strict, request).logprob()));
+    apart = std::max(apart, largest_difference(scored, Score(strict, request).logprob()));
   }
   CHECK((sampled > 0 && sampled < kLogprobBudget));
   CHECK((apart > 0 && apart < kLogprobBudget));
@@ -263,7 +257,7 @@ TEST_CASE("the fast mode is near and says so") {
   const std::vector<Answer> base = generate(engine, {asked[0], asked[1]}, 6);
   CHECK(cuda::emulated_graph_launches() > before);
   for (size_t i = 0; i < base.size(); ++i) {
-    const auto scored = cuda::DeviceScore(fast, score_request(asked, base, i)).logprob();
+    const auto scored = Score(fast, score_request(asked, base, i)).logprob();
     CHECK(largest_difference(scored, base[i].logprobs) < kLogprobBudget);
   }
 }
@@ -271,7 +265,7 @@ TEST_CASE("the fast mode is near and says so") {
 TEST_CASE("scores are the cpus") {
   const ModelConfig config = small(true, false, false);
   const auto device = device_model(config);
-  const auto cpu = Model::from(RandomCheckpoint(config), 1, 0);
+  const auto cpu = cpu_model(config, 1);
   ScoreRequest request;
   request.sequences = {text(23, 4), text(2, 9), text(40, 4), {7}};
   request.starts = {1, 1, 33, 1};
@@ -280,8 +274,8 @@ TEST_CASE("scores are the cpus") {
   request.with_reference = true;
   request.temperature = 0.8f;
   request.with_hidden = true;
-  const Score expected(std::shared_ptr<const Model>(cpu), request);
-  const cuda::DeviceScore got(device, request);
+  const Score expected(cpu, request);
+  const Score got(device, request);
   CHECK(largest_difference(got.logprob(), expected.logprob()) < kLogprobBudget);
   CHECK(largest_difference(got.entropy(), expected.entropy()) < kLogprobBudget);
   CHECK(largest_difference(got.kl(), expected.kl()) < kLogprobBudget);
@@ -289,7 +283,7 @@ TEST_CASE("scores are the cpus") {
   CHECK(largest_difference(got.hidden(), expected.hidden()) < kLogprobBudget);
   // Against itself there is no divergence, to the bit.
   request.reference = request.adapter;
-  const cuda::DeviceScore itself(device, request);
+  const Score itself(device, request);
   for (const float kl : itself.kl()) CHECK_EQ(kl, 0.0f);
 }
 
@@ -298,8 +292,8 @@ SLOW_TEST(bfloat16_stays_near_float32) {
   ScoreRequest request;
   request.sequences = {text(20, 4)};
   request.starts = {1};
-  const auto exact = cuda::DeviceScore(device_model(config), request).logprob();
-  const auto rounded = cuda::DeviceScore(device_model(config, DType::kBF16), request).logprob();
+  const auto exact = Score(device_model(config), request).logprob();
+  const auto rounded = Score(device_model(config, DType::kBF16), request).logprob();
   // Eight bits of mantissa in weights and activations, through two layers.
   const double difference = relative_error(rounded, Doubles(exact.begin(), exact.end()));
   CHECK((difference > 1e-4 && difference < 3e-2));
@@ -316,11 +310,11 @@ SLOW_TEST(more_adapters_than_are_kept) {
   for (uint32_t i = 0; i < 10; ++i) {
     adapters.push_back(LoraStore(config, 1, 100 + i, false).adapter(config));
     request.adapter = adapters.back();
-    values.push_back(cuda::DeviceScore(device, request).logprob());
+    values.push_back(Score(device, request).logprob());
     if (i > 0) CHECK(values[i] != values[i - 1]);
   }
   request.adapter = adapters[0];
-  CHECK_EQ(cuda::DeviceScore(device, request).logprob(), values[0]);
+  CHECK_EQ(Score(device, request).logprob(), values[0]);
 }
 
 TEST_CASE("what a device cannot do is refused by name") {
@@ -330,14 +324,14 @@ TEST_CASE("what a device cannot do is refused by name") {
   request.sequences = {{1, 2}};
   request.starts = {1};
   request.keep_graph = true;
-  CHECK_THROWS_WITH_AS((void)(cuda::DeviceScore(device, request)),
+  CHECK_THROWS_WITH_AS((void)(Score(device, request)),
                        doctest::Contains("keep_graph needs an adapter"), InvalidArgument);
   request.keep_graph = false;
   request.sequences = {{1, 111}};
-  CHECK_THROWS_WITH_AS((void)(cuda::DeviceScore(device, request)), doctest::Contains("token 111"),
+  CHECK_THROWS_WITH_AS((void)(Score(device, request)), doctest::Contains("token 111"),
                        InvalidArgument);
-  CHECK_THROWS_WITH_AS((void)(cuda::DeviceScore::bytes(*device, request)),
-                       doctest::Contains("token 111"), InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(Score::bytes(*device, request)), doctest::Contains("token 111"),
+                       InvalidArgument);
 
   CHECK_THROWS_WITH_AS((void)(device_model(config, DType::kF16)),
                        doctest::Contains("bfloat16 or float32"), InvalidArgument);
@@ -358,7 +352,7 @@ TEST_CASE("what a device cannot do is refused by name") {
 TEST_CASE("weights that give nan are an error and the engine lives") {
   const ModelConfig config = small(false, false, false);
   const auto device = device_model(config);
-  Engine engine(std::shared_ptr<const engine::LanguageModel>(device), options(*device, 8));
+  Engine engine(device, options(*device, 8));
   LoraStore broken(config, 1, 3, false);
   for (auto& [path, pair] : broken.values) pair.first[0] = NAN;
   const auto adapter = broken.adapter(config);

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include <doctest/doctest.h>
-#include "cuda/model/device_model.h"
+#include "cuda/device_ops.h"
 #include "random_checkpoint.h"
 
 // Fibers under the address sanitizer take twenty times as long: some of the tests do there.
@@ -43,10 +43,10 @@ inline ModelConfig wide(ModelConfig config) {
   return config;
 }
 
-inline std::shared_ptr<const cuda::DeviceModel> device_model(const ModelConfig& config,
-                                                             DType compute = DType::kF32,
-                                                             const cuda::Mode& mode = {}) {
-  return cuda::DeviceModel::from(RandomCheckpoint(config), compute, 0, 1, mode);
+inline std::shared_ptr<const Model> device_model(const ModelConfig& config,
+                                                 DType compute = DType::kF32,
+                                                 bool deterministic = true) {
+  return Model::from(RandomCheckpoint(config), cuda::make_device(compute, deterministic, 1), 0);
 }
 
 }  // namespace alignpro::model

@@ -1,8 +1,6 @@
 // Scores with gradients on a device, the device being the CPU (tests/emulated), beside the CPU
 // engine's.
 
-#include "cuda/model/device_score.h"
-
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -12,7 +10,7 @@
 #include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/model/model.h"
-#include "alignpro/model/scorer.h"
+#include "alignpro/model/score.h"
 #include "cuda/ops.h"
 #include "device_models.h"
 #include "host_launch.h"
@@ -21,8 +19,6 @@
 
 using namespace alignpro;
 using namespace alignpro::model;
-using cuda::DeviceModel;
-using cuda::DeviceScore;
 
 namespace {
 
@@ -56,8 +52,7 @@ struct Upstream {
       : logprob(normal(values, 1)), entropy(normal(values, 2)), kl(normal(values, 3)) {}
 };
 
-template <typename AnyScore>
-AdapterGradients gradients_of(AnyScore& score) {
+AdapterGradients gradients_of(Score& score) {
   const Upstream up(score.logprob().size());
   return score.backward(up.logprob, up.entropy,
                         score.has_reference() ? up.kl : std::vector<float>());
@@ -87,16 +82,16 @@ constexpr double kBudgetOfGradients = 2e-5;
 
 void check_gradients(const ModelConfig& config, ScoreRequest request) {
   const auto device = device_model(config);
-  const auto cpu = std::shared_ptr<const Model>(Model::from(RandomCheckpoint(config), 1, 0));
+  const auto cpu = cpu_model(config, 1);
   Score expected(cpu, request);
   const AdapterGradients truth = gradients_of(expected);
-  DeviceScore got(device, request);
+  Score got(device, request);
   CHECK(relative_error(got.logprob(), Doubles(expected.logprob().begin(),
                                               expected.logprob().end())) < kBudgetOfGradients);
   const AdapterGradients kept = gradients_of(got);
   CHECK(difference(kept, truth) < kBudgetOfGradients);
   request.activations = Activations::kRecompute;
-  DeviceScore again(device, request);
+  Score again(device, request);
   CHECK_EQ(again.logprob(), got.logprob());
   CHECK_EQ(flat(gradients_of(again)), flat(kept));
 }
@@ -138,16 +133,16 @@ SLOW_TEST(a_score_is_its_sequences_own) {
     const auto device = device_model(config, compute);
     ScoreRequest request = request_of(config);
     request.with_hidden = true;
-    const DeviceScore together(device, request);
+    const Score together(device, request);
     request.keep_graph = false;
-    const DeviceScore without(device, request);
+    const Score without(device, request);
     CHECK_EQ(without.logprob(), together.logprob());
     CHECK_EQ(without.kl(), together.kl());
     CHECK_EQ(without.hidden(), together.hidden());
     ScoreRequest one = request;
     one.sequences = {request.sequences[1]};
     one.starts = {request.starts[1]};
-    const DeviceScore alone(device, one);
+    const Score alone(device, one);
     const int64_t from = 8, count = 3;
     CHECK_EQ(static_cast<int64_t>(alone.logprob().size()), count);
     CHECK(same_bits(alone.logprob().data(), together.logprob().data() + from, count));
@@ -159,20 +154,20 @@ SLOW_TEST(a_score_is_its_sequences_own) {
   }
 }
 
-// Forward by cuBLASLt's stand-in, whose sums go another way; backward as in mode strict.
+// Forward by cuBLASLt's stand-in, whose sums go another way; backward as where it is deterministic.
 TEST_CASE("fast gradients stay near") {
   const ModelConfig config = small(true, false, false);
   ScoreRequest request = request_of(config);
-  DeviceScore strict(device_model(config), request);
-  const auto model = device_model(config, DType::kF32, {true});
-  DeviceScore fast(model, request);
+  Score strict(device_model(config), request);
+  const auto model = device_model(config, DType::kF32, false);
+  Score fast(model, request);
   const double apart =
       relative_error(fast.logprob(), Doubles(strict.logprob().begin(), strict.logprob().end()));
   CHECK((apart > 0 && apart < 1e-5));
   const AdapterGradients expected = gradients_of(strict), got = gradients_of(fast);
   CHECK(difference(got, expected) < 1e-4);
   request.activations = Activations::kRecompute;
-  DeviceScore again(model, request);
+  Score again(model, request);
   CHECK_EQ(again.logprob(), fast.logprob());
   CHECK_EQ(flat(gradients_of(again)), flat(got));
 }
@@ -180,8 +175,7 @@ TEST_CASE("fast gradients stay near") {
 SLOW_TEST(bfloat16_gradients_stay_near) {
   const ModelConfig config = wide(small(false, true, false));
   ScoreRequest request = request_of(config);
-  DeviceScore exact(device_model(config), request),
-      rounded(device_model(config, DType::kBF16), request);
+  Score exact(device_model(config), request), rounded(device_model(config, DType::kBF16), request);
   const std::vector<float> truth = flat(gradients_of(exact)), got = flat(gradients_of(rounded));
   const double far = relative_error(got, Doubles(truth.begin(), truth.end()));
   // Eight bits of mantissa in weights, activations and their gradients: 0.055 here.
@@ -196,7 +190,7 @@ SLOW_TEST(bytes_are_what_is_held_at_the_peak) {
   ScoreRequest request = request_of(config);
   request.sequences.erase(request.sequences.begin() + 1, request.sequences.begin() + 3);
   request.starts.erase(request.starts.begin() + 1, request.starts.begin() + 3);
-  DeviceScore(device, request);  // uploads the adapters
+  Score(device, request);  // uploads the adapters
   std::vector<int64_t> peaks;
   for (const bool graph : {true, false}) {
     for (const auto activations : {Activations::kKeep, Activations::kRecompute}) {
@@ -204,13 +198,13 @@ SLOW_TEST(bytes_are_what_is_held_at_the_peak) {
       request.activations = activations;
       const int64_t before = memory.peak = memory.now;
       {
-        DeviceScore score(device, request);
+        Score score(device, request);
         if (graph) (void)gradients_of(score);
       }
       CHECK_EQ(memory.now, before);
       peaks.push_back(memory.peak - before);
       // An allocation of its own is a multiple of 256 bytes.
-      CHECK_EQ(DeviceScore::bytes(*device, request), peaks.back());
+      CHECK_EQ(Score::bytes(*device, request), peaks.back());
     }
   }
   CHECK(peaks[0] > peaks[1]);  // what recomputing is for
@@ -224,10 +218,10 @@ TEST_CASE("what backward does not take is refused") {
   request.starts = {1, 1};
   request.adapter = LoraStore(config, 1, 6, false).adapter(config);
   const std::vector<float> one = {1.0f}, two = {1.0f, 2.0f};
-  CHECK_THROWS_WITH_AS((void)(DeviceScore(device, request).backward(one, {}, {})),
+  CHECK_THROWS_WITH_AS((void)(Score(device, request).backward(one, {}, {})),
                        doctest::Contains("the graph is gone"), InvalidArgument);
   request.keep_graph = true;
-  DeviceScore score(device, request);
+  Score score(device, request);
   CHECK_THROWS_WITH_AS((void)(score.backward(two, {}, {})),
                        doctest::Contains("d_logprob has 2 values, expected 1"), InvalidArgument);
   CHECK_THROWS_WITH_AS((void)(score.backward(one, two, {})),
@@ -239,7 +233,7 @@ TEST_CASE("what backward does not take is refused") {
                        InvalidArgument);
   // Nothing scored: nothing computed, gradients of zero.
   request.starts = {2, 1};
-  DeviceScore nothing(device, request);
-  CHECK_EQ(DeviceScore::bytes(*device, request), int64_t{0});
+  Score nothing(device, request);
+  CHECK_EQ(Score::bytes(*device, request), int64_t{0});
   for (const float value : flat(nothing.backward({}, {}, {}))) CHECK_EQ(value, 0.0f);
 }

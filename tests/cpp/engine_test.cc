@@ -25,6 +25,7 @@
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/kv_pool.h"
+#include "alignpro/ops/cpu_ops.h"
 
 namespace alignpro::engine {
 namespace {
@@ -199,7 +200,8 @@ class HashModel final : public LanguageModel {
 class HashSession final : public Session {
  public:
   HashSession(const HashModel& model, int64_t kv_blocks)
-      : model_(model), kv_(model.config().num_layers, 1, model.config().head_dim, kv_blocks) {}
+      : model_(model),
+        kv_(*ops_, model.config().num_layers, 1, model.config().head_dim, kv_blocks, DType::kF32) {}
 
   void copy_slots(int64_t from, int64_t to, int64_t slots) override {
     kv_.copy_slots(from, to, slots);
@@ -220,6 +222,8 @@ class HashSession final : public Session {
 
  private:
   const HashModel& model_;
+  const std::unique_ptr<ops::Device> device_ = ops::make_cpu_device(1);
+  const std::unique_ptr<ops::Ops> ops_ = device_->make_ops();
   model::KvPool kv_;
   std::vector<float> hidden_;
   std::vector<ops::SampledToken> drawn_;
@@ -315,7 +319,9 @@ std::shared_ptr<const model::Adapter> new_adapter() {
 // ---------------------------------------------------------------- KvPool
 
 TEST_CASE("kv pool copies the first slots of every layer and head") {
-  model::KvPool pool(3, 2, 5, 4);
+  const auto device = ops::make_cpu_device(1);
+  const auto on = device->make_ops();
+  model::KvPool pool(*on, 3, 2, 5, 4, DType::kF32);
   const auto fill = [&](int64_t block, float base) {
     for (int64_t layer = 0; layer < 3; ++layer) {
       for (int64_t head = 0; head < 2; ++head) {
@@ -345,9 +351,10 @@ TEST_CASE("kv pool copies the first slots of every layer and head") {
       }
     }
   }
-  model::KvPool halves(2, 2, 3, 2, DType::kF16);
-  CHECK_EQ(halves.block_bytes(), 2 * 2 * 2 * 3 * 16 * 2);
-  for (int64_t i = 0; i < halves.block_bytes() / 2; ++i) {
+  model::KvPool halves(*on, 2, 2, 3, 2, DType::kF16);
+  const int64_t bytes = model::KvPool::block_bytes(2, 2, 3, DType::kF16);
+  CHECK_EQ(bytes, 2 * 2 * 2 * 3 * 16 * 2);
+  for (int64_t i = 0; i < bytes / 2; ++i) {
     halves.layer(0).keys<uint16_t>(0, 0)[i] = static_cast<uint16_t>(i + 1);
   }
   halves.copy_slots(0, 1, 5);
@@ -360,11 +367,9 @@ TEST_CASE("kv pool copies the first slots of every layer and head") {
       CHECK(at(1) == (slot < 5 ? at(0) : std::pair<uint16_t, uint16_t>(0, 0)));
     }
   }
-  CHECK_THROWS_WITH_AS((void)(model::KvPool(1, 1, 1, 1, DType::kQ8_0)),
-                       doctest::Contains("F32 or F16"), InvalidArgument);
-  CHECK_THROWS_WITH_AS((void)(model::KvPool(1, 1, 1, 0)), doctest::Contains("positive"),
-                       InvalidArgument);
-  CHECK_THROWS_WITH_AS((void)(model::KvPool(1 << 20, 1 << 20, 1 << 20, 1 << 20)),
+  CHECK_THROWS_WITH_AS((void)(model::KvPool(*on, 1, 1, 1, 0, DType::kF32)),
+                       doctest::Contains("positive"), InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(model::KvPool(*on, 1 << 20, 1 << 20, 1 << 20, 1 << 20, DType::kF32)),
                        doctest::Contains("overflow"), InvalidArgument);
 }
 

@@ -2,11 +2,13 @@
 // gradients by finite differences, and nothing that depends on threads, sharing or what is kept.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <map>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <doctest/doctest.h>
@@ -16,8 +18,9 @@
 #include "alignpro/model/kv_pool.h"
 #include "alignpro/model/model.h"
 #include "alignpro/model/prefix_tree.h"
-#include "alignpro/model/scorer.h"
+#include "alignpro/model/score.h"
 #include "alignpro/ops/linear_logprob.h"
+#include "cuda/device_ops.h"
 #include "random_checkpoint.h"
 
 using namespace alignpro;
@@ -27,7 +30,13 @@ namespace {
 
 std::shared_ptr<Model> tiny_model(const ModelConfig& config, int threads = 2,
                                   DType kv_dtype = DType::kF32) {
-  return Model::from(RandomCheckpoint(config), threads, 0, ops::Arithmetic::kFloat32, kv_dtype);
+  return cpu_model(config, threads, ops::Arithmetic::kFloat32, kv_dtype);
+}
+
+// One body runs on each: the CPU, and a GPU that is emulated.
+std::vector<std::shared_ptr<Model>> on_every_device(const ModelConfig& config) {
+  return {tiny_model(config),
+          Model::from(RandomCheckpoint(config), cuda::make_device(DType::kF32, true, 1), 0)};
 }
 
 std::vector<std::vector<int32_t>> sequences() {
@@ -104,24 +113,25 @@ TEST_CASE("token tree shares what is common") {
 }
 
 TEST_CASE("shared prefixes change no bit") {
-  const auto model = tiny_model(tiny(true, false, false));
-  const auto adapter = LoraStore(model->config(), 3, 5, false).adapter(model->config());
-  const Score together = score(model, adapter, nullptr, false);
-  size_t at = 0;
-  for (size_t s = 0; s < sequences().size(); ++s) {
-    ScoreRequest request;
-    request.sequences = {sequences()[s]};
-    request.starts = {starts()[s]};
-    request.adapter = adapter;
-    request.temperature = 0.9f;
-    request.with_reference = true;
-    const Score alone(model, std::move(request));
-    for (size_t i = 0; i < alone.logprob().size(); ++i, ++at) {
-      CHECK_EQ(alone.logprob()[i], together.logprob()[at]);
-      CHECK_EQ(alone.kl()[i], together.kl()[at]);
+  for (const auto& model : on_every_device(tiny(true, false, false))) {
+    const auto adapter = LoraStore(model->config(), 3, 5, false).adapter(model->config());
+    const Score together = score(model, adapter, nullptr, false);
+    size_t at = 0;
+    for (size_t s = 0; s < sequences().size(); ++s) {
+      ScoreRequest request;
+      request.sequences = {sequences()[s]};
+      request.starts = {starts()[s]};
+      request.adapter = adapter;
+      request.temperature = 0.9f;
+      request.with_reference = true;
+      const Score alone(model, std::move(request));
+      for (size_t i = 0; i < alone.logprob().size(); ++i, ++at) {
+        CHECK_EQ(alone.logprob()[i], together.logprob()[at]);
+        CHECK_EQ(alone.kl()[i], together.kl()[at]);
+      }
     }
+    CHECK_EQ(at, together.logprob().size());
   }
-  CHECK_EQ(at, together.logprob().size());
 }
 
 TEST_CASE("hidden states are what the tokens were predicted from") {
@@ -152,9 +162,13 @@ TEST_CASE("hidden states are what the tokens were predicted from") {
     }
     std::vector<float> logprob(s.logprob().size()), entropy(logprob.size());
     std::vector<double> lse(logprob.size());
+    const RandomCheckpoint checkpoint(config);
+    ThreadPool pool(2);
+    const auto head = ops::PackedMatrix::pack(
+        config.tied_head ? checkpoint.embedding_rows() : checkpoint.head_rows(), width, pool);
     ops::linear_logprob({.rows = values,
                          .hidden = s.hidden().data(),
-                         .weight = &model->weights().head(),
+                         .weight = &head,
                          .tokens = tokens,
                          .temperature = 0.9f},
                         {.logprob = logprob.data(),
@@ -164,7 +178,7 @@ TEST_CASE("hidden states are what the tokens were predicted from") {
                          .ref_logprob = nullptr,
                          .lse = lse.data(),
                          .ref_lse = nullptr},
-                        nullptr, model->pool());
+                        nullptr, pool);
     CHECK(equal_bits(logprob, s.logprob()));
     CHECK(equal_bits(entropy, s.entropy()));
     // Here, and in the caller's copy.
@@ -180,47 +194,51 @@ TEST_CASE("generation path equals scoring path to the bit") {
                                                   {tiny(false, true, false), DType::kF32},
                                                   {tiny(false, false, true), DType::kF32},
                                                   {tiny(true, false, false), DType::kF16}}) {
-    const auto model = tiny_model(config, 2, kv_dtype);
-    const auto adapter = LoraStore(config, 2, 6, false).adapter(config);
-    // Prefill in odd chunks beside a stranger on the base weights, as the engine would. What is
-    // drawn after each chunk takes the place of the next token.
-    std::vector<int32_t> tokens = sequences()[1];
-    std::map<size_t, float> drawn;
-    KvPool kv(config.num_layers, config.num_kv_heads, config.head_dim, 8, kv_dtype);
-    const std::vector<int32_t> blocks = {5, 2}, stranger = {3};
-    std::vector<float> hidden(static_cast<size_t>(2 * config.hidden_size));
-    size_t begin = 0;
-    for (const size_t end : {size_t{1}, size_t{9}, size_t{18}, size_t{19}, tokens.size() - 1}) {
-      Batch batch;
-      const auto add = [&](int32_t token, size_t position, const std::vector<int32_t>& table) {
-        batch.kv_writes.push_back({static_cast<int32_t>(batch.rows()), table[position / 16],
-                                   static_cast<int32_t>(position % 16)});
-        batch.tokens.push_back(token);
-        batch.positions.push_back(static_cast<int32_t>(position));
-      };
-      add(77, 0, stranger);
-      batch.segments.push_back({0, 1, 0, stranger});
-      for (size_t i = begin; i < end; ++i) add(tokens[i], i, blocks);
-      batch.segments.push_back(
-          {1, static_cast<int64_t>(end - begin), static_cast<int64_t>(begin), blocks});
-      batch.adapters.push_back({1, batch.rows(), adapter.get()});
-      batch.output_rows = {0, static_cast<int32_t>(batch.rows() - 1)};
-      model->forward(batch, kv, hidden.data());
-      std::vector<ops::SampleRow> rows(2);
-      rows[1].temperature = 1.0f;
-      rows[1].uniform = 0.1 + 0.04 * static_cast<double>(end);
-      std::vector<ops::SampledToken> out(2);
-      model->sample(hidden.data(), rows, out);
-      tokens[end] = out[1].token;
-      drawn[end] = out[1].logprob;
-      begin = end;
+    const auto models = kv_dtype == DType::kF32 ? on_every_device(config)
+                                                : std::vector{tiny_model(config, 2, kv_dtype)};
+    for (const auto& model : models) {
+      const auto adapter = LoraStore(config, 2, 6, false).adapter(config);
+      // Prefill in odd chunks beside a stranger on the base weights, as the engine would. What is
+      // drawn after each chunk takes the place of the next token.
+      std::vector<int32_t> tokens = sequences()[1];
+      std::map<size_t, float> drawn;
+      const auto session = model->make_session(8);
+      const std::vector<int32_t> blocks = {5, 2}, stranger = {3};
+      size_t begin = 0;
+      for (const size_t end : {size_t{1}, size_t{9}, size_t{18}, size_t{19}, tokens.size() - 1}) {
+        Batch batch;
+        const auto add = [&](int32_t token, size_t position, const std::vector<int32_t>& table) {
+          batch.kv_writes.push_back({static_cast<int32_t>(batch.rows()), table[position / 16],
+                                     static_cast<int32_t>(position % 16)});
+          batch.tokens.push_back(token);
+          batch.positions.push_back(static_cast<int32_t>(position));
+        };
+        add(77, 0, stranger);
+        batch.segments.push_back({0, 1, 0, stranger});
+        for (size_t i = begin; i < end; ++i) add(tokens[i], i, blocks);
+        batch.segments.push_back(
+            {1, static_cast<int64_t>(end - begin), static_cast<int64_t>(begin), blocks});
+        batch.adapters.push_back({1, batch.rows(), adapter.get()});
+        batch.output_rows = {0, static_cast<int32_t>(batch.rows() - 1)};
+        session->forward(batch);
+        std::vector<ops::SampleRow> rows(2);
+        rows[1].temperature = 1.0f;
+        rows[1].uniform = 0.1 + 0.04 * static_cast<double>(end);
+        std::vector<ops::SampledToken> out(2);
+        session->draw(rows);
+        session->collect(out);
+        tokens[end] = out[1].token;
+        drawn[end] = out[1].logprob;
+        begin = end;
+      }
+      ScoreRequest request;
+      request.sequences = {tokens};
+      request.starts = {1};
+      request.adapter = adapter;
+      const Score scored(model, std::move(request));
+      for (const auto& [position, logprob] : drawn)
+        CHECK_EQ(logprob, scored.logprob()[position - 1]);
     }
-    ScoreRequest request;
-    request.sequences = {tokens};
-    request.starts = {1};
-    request.adapter = adapter;
-    const Score scored(model, std::move(request));
-    for (const auto& [position, logprob] : drawn) CHECK_EQ(logprob, scored.logprob()[position - 1]);
   }
 }
 
@@ -237,19 +255,21 @@ TEST_CASE("keys and values as halves have no gradients") {
 }
 
 TEST_CASE("an adapter with zero b is the base model") {
-  const auto model = tiny_model(tiny(false, false, false));
-  const auto adapter = LoraStore(model->config(), 3, 7, true).adapter(model->config());
-  const Score s = score(model, adapter, nullptr, false);
-  CHECK(equal_bits(s.logprob(), s.reference_logprob()));
-  for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
+  for (const auto& model : on_every_device(tiny(false, false, false))) {
+    const auto adapter = LoraStore(model->config(), 3, 7, true).adapter(model->config());
+    const Score s = score(model, adapter, nullptr, false);
+    CHECK(equal_bits(s.logprob(), s.reference_logprob()));
+    for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
+  }
 }
 
 TEST_CASE("the kl to an equal adapter is zero to the bit") {
-  const auto model = tiny_model(tiny(false, false, false));
-  const LoraStore store(model->config(), 3, 7, false);
-  const Score s =
-      score(model, store.adapter(model->config()), store.adapter(model->config()), false);
-  for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
+  for (const auto& model : on_every_device(tiny(false, false, false))) {
+    const LoraStore store(model->config(), 3, 7, false);
+    const Score s =
+        score(model, store.adapter(model->config()), store.adapter(model->config()), false);
+    for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
+  }
 }
 
 TEST_CASE("gradients by finite differences") {
@@ -315,28 +335,53 @@ TEST_CASE("gradients do not depend on threads or on what is kept") {
 }
 
 TEST_CASE("bad requests name what is wrong") {
-  const auto model = tiny_model(tiny(false, false, false));
-  const auto refuse = [&](std::vector<std::vector<int32_t>> s, std::vector<int64_t> from,
-                          const char* text) {
-    ScoreRequest request;
-    request.sequences = std::move(s);
-    request.starts = std::move(from);
-    CHECK_THROWS_WITH_AS((void)(Score(model, std::move(request))), doctest::Contains(text),
+  for (const auto& model : on_every_device(tiny(false, false, false))) {
+    const auto refuse = [&](std::vector<std::vector<int32_t>> s, std::vector<int64_t> from,
+                            const char* text) {
+      ScoreRequest request;
+      request.sequences = std::move(s);
+      request.starts = std::move(from);
+      CHECK_THROWS_WITH_AS((void)(Score(model, std::move(request))), doctest::Contains(text),
+                           InvalidArgument);
+    };
+    refuse({{1, 2}, {}}, {1, 1}, "sequence 1 is empty");
+    refuse({{1, 111}}, {1}, "token 111");
+    refuse({{1, 2}}, {3}, "start of sequence 0");
+    refuse({{1, 2}}, {1, 1}, "a start for each of 1");
+    refuse({std::vector<int32_t>(129, 1)}, {1}, "129 tokens");
+    Score once = score(model, LoraStore(model->config(), 1, 1, false).adapter(model->config()),
+                       nullptr, true);
+    const std::vector<float> d(once.logprob().size(), 1.0f);
+    once.backward(d, {}, {});
+    CHECK_THROWS_WITH_AS((void)(once.backward(d, {}, {})), doctest::Contains("call backward once"),
                          InvalidArgument);
-  };
-  refuse({{1, 2}, {}}, {1, 1}, "sequence 1 is empty");
-  refuse({{1, 111}}, {1}, "token 111");
-  refuse({{1, 2}}, {3}, "start of sequence 0");
-  refuse({{1, 2}}, {1, 1}, "a start for each of 1");
-  refuse({std::vector<int32_t>(129, 1)}, {1}, "129 tokens");
-  Score once =
-      score(model, LoraStore(model->config(), 1, 1, false).adapter(model->config()), nullptr, true);
-  const std::vector<float> d(once.logprob().size(), 1.0f);
-  once.backward(d, {}, {});
-  CHECK_THROWS_WITH_AS((void)(once.backward(d, {}, {})), doctest::Contains("call backward once"),
-                       InvalidArgument);
-  std::map<std::string, LoraMatrices> unknown{
-      {"model.layers.9.mlp.up_proj", {1, d.data(), d.data()}}};
-  CHECK_THROWS_WITH_AS((void)(Adapter(model->config(), unknown, 1.0f)),
-                       doctest::Contains("layers.9"), InvalidArgument);
+    std::map<std::string, LoraMatrices> unknown{
+        {"model.layers.9.mlp.up_proj", {1, d.data(), d.data()}}};
+    CHECK_THROWS_WITH_AS((void)(Adapter(model->config(), unknown, 1.0f)),
+                         doctest::Contains("layers.9"), InvalidArgument);
+  }
+}
+
+// One of two threads has the graph; the other is told, and nothing else.
+TEST_CASE("backward from two threads is called once") {
+  for (const auto& model : on_every_device(tiny(false, false, false))) {
+    const auto adapter = LoraStore(model->config(), 2, 6, false).adapter(model->config());
+    for (int round = 0; round < 8; ++round) {
+      Score s = score(model, adapter, nullptr, true);
+      const std::vector<float> d(s.logprob().size(), 1.0f);
+      std::atomic<int> done{0}, told{0};
+      const auto call = [&] {
+        try {
+          done += s.backward(d, {}, {}).modules.empty() ? 0 : 1;
+        } catch (const InvalidArgument& error) {
+          told += std::string(error.what()).find("call backward once") != std::string::npos;
+        }
+      };
+      std::thread first(call), second(call);
+      first.join();
+      second.join();
+      CHECK_EQ(done.load(), 1);
+      CHECK_EQ(told.load(), 1);
+    }
+  }
 }

@@ -21,6 +21,7 @@
 #include "alignpro/ops/int8_rows.h"
 #include "alignpro/ops/linear.h"
 #include "alignpro/ops/linear_logprob.h"
+#include "alignpro/ops/logprob_output.h"
 #include "alignpro/ops/machine_limits.h"
 #include "alignpro/ops/matrix_view.h"
 #include "alignpro/ops/packed_matrix.h"
@@ -430,10 +431,9 @@ TEST_CASE("rms norm and its gradient") {
   const int64_t rows = 3, n = 45;
   const float eps = 1e-5f;
   const Floats x = normal(rows * n, 12), w = normal(n, 13), dy = normal(rows * n, 14);
-  Floats y(rows * n, NAN), factors(rows), dx(rows * n, 0.0f);
-  rms_norm(rows, n, x.data(), n, w.data(), eps, y.data(), n, factors.data(), pool);
-  rms_norm_backward(rows, n, x.data(), n, w.data(), factors.data(), dy.data(), n, dx.data(), n,
-                    pool);
+  Floats y(rows * n, NAN), dx(rows * n, 0.0f);
+  rms_norm(rows, n, x.data(), n, w.data(), eps, y.data(), n, pool);
+  rms_norm_backward(rows, n, x.data(), n, w.data(), eps, dy.data(), n, dx.data(), n, pool);
   Doubles truth(rows * n), gradient(rows * n);
   for (int64_t r = 0; r < rows; ++r) {
     double mean = 0, pull = 0;

@@ -13,6 +13,8 @@
 
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/checkpoint.h"
+#include "alignpro/model/model.h"
+#include "alignpro/ops/cpu_ops.h"
 
 namespace alignpro::model {
 
@@ -95,6 +97,13 @@ inline ModelConfig tiny(bool bias, bool qk_norm, bool fused) {
   c.rope.rotary_dim = 12;
   c.eos_ids = {0};
   return c;
+}
+
+inline std::shared_ptr<Model> cpu_model(const ModelConfig& config, int threads = 2,
+                                        ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32,
+                                        DType kv_dtype = DType::kF32) {
+  return Model::from(RandomCheckpoint(config), ops::make_cpu_device(threads, arithmetic, kv_dtype),
+                     0);
 }
 
 // LoRA matrices for every linear.

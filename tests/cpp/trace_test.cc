@@ -15,8 +15,8 @@
 #include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/core/trace.h"
-#include "alignpro/model/adapter.h"
-#include "alignpro/model/op_counts.h"
+#include "alignpro/ops/lora_stack.h"
+#include "alignpro/ops/op_counts.h"
 
 namespace alignpro {
 namespace {
@@ -144,36 +144,30 @@ TEST_CASE("starting and stopping out of turn") {
 TEST_CASE("counts of a linear") {
   const std::vector<float> source(32 * 48);
   const auto w = ops::PackedMatrix::pack(32, 48, source.data());
-  const auto plain = model::linear_counts(5, w, {}, {}, 0, model::LinearSite::kO);
+  const auto plain = ops::linear_counts(5, w, {}, {});
   CHECK_EQ(plain.rows, 5);
   CHECK_EQ(plain.flops, 2 * 5 * 32 * 48);
   CHECK_EQ(plain.bytes, w.bytes() + 4 * 5 * (32 + 48));
   const float some = 0.0f;
   const ops::Epilogue all{.bias = &some, .residual = &some};
-  const auto with = model::linear_counts(5, w, all, {}, 0, model::LinearSite::kO);
+  const auto with = ops::linear_counts(5, w, all, {});
   CHECK_EQ(with.bytes - plain.bytes, 4 * (32 + 5 * 32));
 }
 
 TEST_CASE("counts of an adapter are those of its rows") {
-  model::ModelConfig config;
-  config.vocab_size = 32;
-  config.hidden_size = 16;
-  config.intermediate_size = 24;
-  config.num_layers = 1;
-  config.num_heads = 2;
-  config.num_kv_heads = 1;
-  config.head_dim = 8;
   const std::vector<float> values(32 * 16);  // enough for each matrix
-  const model::LoraMatrices matrices{3, values.data(), values.data()};
-  const model::Adapter adapter(config,
-                               {{"model.layers.0.self_attn.q_proj", matrices},
-                                {"model.layers.0.self_attn.v_proj", matrices}},
-                               1.0f);
+  // q and v, of rank 3 each.
+  const ops::LowRank update = ops::LowRank::pack({.ranks = 6,
+                                                  .inputs = 16,
+                                                  .outputs = 32,
+                                                  .a = values,
+                                                  .b = values,
+                                                  .scale = 1.0f,
+                                                  .modules = {{0, 16, 0, 3}, {24, 8, 3, 3}}});
   const auto w = ops::PackedMatrix::pack(32, 16, values.data());
-  const std::array<model::AdapterRange, 1> ranges = {{{2, 6, &adapter}}};
-  const auto site = model::LinearSite::kQkv;
-  const auto plain = model::linear_counts(9, w, {}, {}, 0, site);
-  const auto with = model::linear_counts(9, w, {}, ranges, 0, site);
+  const std::array<ops::LowRankRows, 1> updates = {{{2, 6, &update, nullptr}}};
+  const auto plain = ops::linear_counts(9, w, {}, {});
+  const auto with = ops::linear_counts(9, w, {}, updates);
   // q: 16 outputs, v: 8, each of rank 3 on 16 inputs, for 4 rows.
   const int64_t weights = 3 * (16 + 16) + 3 * (16 + 8);
   CHECK_EQ(with.flops - plain.flops, 2 * 4 * weights);
@@ -184,11 +178,11 @@ TEST_CASE("counts of attention") {
   ops::AttentionShape shape{
       .num_heads = 4, .num_kv_heads = 2, .head_dim = 8, .sliding_window = 0, .scale = 1.0f};
   const std::vector<int32_t> first = {7, 1, 4}, second = {7, 1, 5}, third = {2, 3, 8};
-  const std::array<model::Segment, 3> segments = {
+  const std::array<ops::Segment, 3> segments = {
       {{0, 3, 35, first}, {3, 1, 40, second}, {4, 1, 33, third}}};
   // Rows see 36, 37, 38, 41 and 34 positions, in blocks 1 to 5, 7 and 8.
   const auto counts_as = [&](DType dtype) {
-    return model::attention_counts(shape, ops::AttentionPlan(shape, segments, 2), dtype);
+    return ops::attention_counts(shape, ops::AttentionPlan(shape, segments, 2), dtype);
   };
   auto counts = counts_as(DType::kF32);
   CHECK_EQ(counts.rows, 5);
@@ -200,21 +194,21 @@ TEST_CASE("counts of attention") {
   counts = counts_as(DType::kF32);
   CHECK_EQ(counts.flops, 4 * 5 * 7 * 4 * 8);
   CHECK_EQ(counts.bytes, 4 * (2 * 5 * 16 * 2 * 8 + 2 * 5 * 4 * 8));
-  CHECK_EQ(model::kv_write_counts(shape, 3, DType::kF32).bytes, 2 * 4 * 2 * 3 * 2 * 8);
+  CHECK_EQ(ops::kv_write_counts(shape, 3, DType::kF32).bytes, 2 * 4 * 2 * 3 * 2 * 8);
 }
 
 TEST_CASE("counts of the other ops") {
-  const auto norm = model::rms_norm_counts(3, 10);
+  const auto norm = ops::rms_norm_counts(3, 10);
   CHECK((norm.rows == 3 && norm.flops == 120 && norm.bytes == 4 * 70));
-  const auto rope = model::rope_counts(3, 2, 8);
+  const auto rope = ops::rope_counts(3, 2, 8);
   CHECK((rope.rows == 3 && rope.flops == 3 * 48 && rope.bytes == 4 * (2 * 48 + 3 * 8)));
-  const auto swiglu = model::swiglu_counts(3, 10);
+  const auto swiglu = ops::swiglu_counts(3, 10);
   CHECK((swiglu.rows == 3 && swiglu.flops == 150 && swiglu.bytes == 4 * 90));
   const std::vector<float> source(64 * 16);
   const auto head = ops::PackedMatrix::pack(64, 16, source.data());
-  const auto sample = model::head_sample_counts(3, head);
+  const auto sample = ops::head_sample_counts(3, head);
   CHECK((sample.flops == 2 * 3 * 64 * 16 && sample.bytes == head.bytes() + 4 * 3 * 16));
-  const auto embedding = model::embedding_counts(3, head);
+  const auto embedding = ops::embedding_counts(3, head);
   CHECK((embedding.flops == 0 && embedding.bytes == 3 * (head.bytes() / 64 + 4 * 16)));
 }
 

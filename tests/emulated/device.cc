@@ -71,10 +71,11 @@ void copy_to_device(void* to, const void* from, int64_t bytes, Stream) {
 void copy_to_host(void* to, const void* from, int64_t bytes, Stream) {
   std::memcpy(to, from, static_cast<size_t>(bytes));
 }
-void copy_pieces(void* to, const void* from, int64_t pitch, int64_t bytes, int64_t count, Stream) {
+void copy_pieces(void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t bytes,
+                 int64_t count, Stream) {
   for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(static_cast<char*>(to) + i * pitch, static_cast<const char*>(from) + i * pitch,
-                static_cast<size_t>(bytes));
+    std::memcpy(static_cast<char*>(to) + i * to_pitch,
+                static_cast<const char*>(from) + i * from_pitch, static_cast<size_t>(bytes));
   }
 }
 void clear(void* memory, int64_t bytes, Stream) {

@@ -145,7 +145,7 @@ def test_what_is_not_deterministic_measures_what_it_costs(llama):
         load_model(llama, device="cuda", compute="float32", deterministic=deterministic)
         for deterministic in (True, False)
     )
-    assert (strict.config["mode"], fast.config["mode"]) == ("strict", "fast")
+    assert (strict.config["deterministic"], fast.config["deterministic"]) == (True, False)
     assert strict.exact and not fast.exact and load_model(llama, threads=1).exact
     params = SamplingParams(max_new_tokens=4, temperature=0.8, seed=3, ignore_eos=True)
     adapter = lora(fast, 3)

@@ -2,7 +2,7 @@
 
 Inputs are random and larger than L2; the limits (matrix rate, read bandwidth) are measured in the
 same run. With the names of some ops these alone are timed, without peers that are the same each
-time, and join an OUT.json that is there: so ALIGNPRO_CUDA_PRODUCTS, which a process reads once, has
+time, and join an OUT.json that is there: so ALIGNPRO_TEST_PRODUCTS, which a process reads once, has
 its choices in one table.
 """
 
@@ -32,7 +32,7 @@ from gpu.timing import Row, limits, milliseconds, row
 BF16 = torch.bfloat16
 HEADS = sizes((32, 8, 128), (4, 2, 16))
 # What multiplies bfloat16 matrices in the ops that have a choice (csrc/cuda/products.h).
-PRODUCTS = os.environ.get("ALIGNPRO_CUDA_PRODUCTS") or "mma"
+PRODUCTS = os.environ.get("ALIGNPRO_TEST_PRODUCTS") or "mma"
 
 
 def bench_sample(limit: dict[str, float], rows: int, cols: int, vocab: int) -> list[Row]:

@@ -24,13 +24,13 @@ SEQUENCES = sizes((1, 64), (1, 3))
 PREFILL = sizes((8, 2048), (2, 16))  # sequences, tokens of each
 
 
-def step_bytes(model: native.core.DeviceModel, sequences: int) -> float:
+def step_bytes(model: native.core.Model, sequences: int) -> float:
     """What a step must read: the weights once, and every sequence's keys and values."""
     positions = sequences * (CONTEXT - TIMED // 2)
     return float(model.config["streamed_bytes"] + positions * position_bytes(model))
 
 
-def ours(model: native.core.DeviceModel, sequences: int) -> float:
+def ours(model: native.core.Model, sequences: int) -> float:
     """Milliseconds a step, the median of TIMED: forward, draw, and the tokens back on the host."""
     blocks = sequences * (CONTEXT // 16 + 2)
     cache = blocks * 16 * position_bytes(model)
@@ -65,7 +65,7 @@ def prefill_flops() -> float:
     return float(sequences * (2 * length * weights + attention))
 
 
-def prefill(model: native.core.DeviceModel) -> float:
+def prefill(model: native.core.Model) -> float:
     """Milliseconds to the first tokens of all sequences."""
     sequences, length = PREFILL
     engine = native.core.Engine(
@@ -113,16 +113,20 @@ def transformers_step(folder: Path, sequences: int) -> float | None:
 
 
 def bench_model(limit: dict[str, float], scratch: Path, peers: bool) -> list[Row]:
-    """Decode and prefill in both modes; without peers in mode strict alone."""
+    """Decode and prefill, deterministic and by cuBLASLt; without peers the first alone."""
     rows: list[Row] = []
     folder = folder_of("llama-8b", LLAMA_8B, scratch, DEVICE)
     torch.cuda.empty_cache()
     mine: dict[tuple[str, int], float] = {}
     first: dict[str, float] = {}
-    for mode in ("strict", "fast") if peers else ("strict",):
-        model = native.core.DeviceModel.load(
-            str(folder), mode=mode, library_folders=wheel_folders()
+    for deterministic in (True, False) if peers else (True,):
+        model = native.core.Model.load(
+            str(folder),
+            device="cuda",
+            deterministic=deterministic,
+            library_folders=wheel_folders(),
         )
+        mode = "deterministic" if deterministic else "cuBLASLt"
         mine |= {(mode, n): ours(model, n) for n in SEQUENCES}
         limits = {n: step_bytes(model, n) / limit["read_gbps"] / 1e6 for n in SEQUENCES}
         first[mode] = prefill(model)
@@ -132,7 +136,7 @@ def bench_model(limit: dict[str, float], scratch: Path, peers: bool) -> list[Row
         rows.append(
             row(
                 "decode",
-                f"Llama-3.1-8B shape bf16, {sequences} sequences, context {CONTEXT}, mode {mode}; "
+                f"Llama-3.1-8B shape bf16, {sequences} sequences, context {CONTEXT}, {mode}; "
                 "beside transformers generate, static cache",
                 milliseconds,
                 theirs[sequences],
@@ -142,7 +146,7 @@ def bench_model(limit: dict[str, float], scratch: Path, peers: bool) -> list[Row
         )
     for mode, milliseconds in first.items():
         rate = prefill_flops() / milliseconds / 1e9 / limit["matrix_tflops"]
-        work = f"Llama-3.1-8B shape bf16, {PREFILL[0]} x {PREFILL[1]} tokens, mode {mode}"
+        work = f"Llama-3.1-8B shape bf16, {PREFILL[0]} x {PREFILL[1]} tokens, {mode}"
         rows.append(row("prefill", work, milliseconds, None, share_of_matrix_rate=rate))
     return rows
 
@@ -165,7 +169,7 @@ def bench_gradient(limit: dict[str, float], scratch: Path) -> list[Row]:
     """Scores with an exact KL to the base, and the gradients on the host; kept and recomputed."""
     folder = folder_of("qwen-1.5b", QWEN_1_5B, scratch, DEVICE)
     torch.cuda.empty_cache()
-    model = native.core.DeviceModel.load(str(folder))
+    model = native.core.Model.load(str(folder), device="cuda")
     adapter = lora(model, 16)
     sequences = [
         prompt + torch.randint(3, QWEN_1_5B.vocab, (REWRITE_TOKENS,)).tolist()

@@ -45,7 +45,7 @@ class Characters:
 
 
 def load(folder: Path) -> NativeModel:
-    model = native.core.DeviceModel.load(str(folder))
+    model = native.core.Model.load(str(folder), device="cuda")
     tokenizer: Any = Characters()
     engine = native.core.Engine(
         model, kv_cache_bytes=sizes(0, 8 << 20), max_batch_rows=sizes(2048, 64)

@@ -69,13 +69,33 @@ def test_a_group_and_its_options_say_the_same(tiny_model_dir):
         load_model(folder, mode="strict")
 
 
-def test_without_cuda_the_fast_mode_says_that(tiny_model_dir):
+def test_without_cuda_a_load_says_that(tiny_model_dir):
     if native.core.cuda.is_available():
         pytest.skip(f"{native.core.cuda.device_name()} is here")
     with pytest.raises(native.UnavailableError, match=r"^device cuda: "):
-        native.core.DeviceModel.load(str(tiny_model_dir("llama")), mode="fast")
-    with pytest.raises(ValueError, match='mode: expected "strict" or "fast" on device cuda, got'):
-        native.core.DeviceModel.load("./nowhere", mode="quick")
+        native.core.Model.load(str(tiny_model_dir("llama")), device="cuda", deterministic=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"device": "tpu"}, 'device: expected "cpu" or "cuda", got "tpu"'),
+        ({"compute": "bfloat16"}, 'compute: expected "float32" or "int8", got "bfloat16"'),
+        ({"kv_dtype": "int8"}, 'kv_dtype: expected "float32" or "float16", got "int8"'),
+        ({"deterministic": False}, "deterministic: device cpu always is, got false"),
+        (
+            {"device": "cuda", "compute": "int8"},
+            'compute: expected "bfloat16" or "float32" on device cuda, got "int8"',
+        ),
+        (
+            {"device": "cuda", "kv_dtype": "float32"},
+            'kv_dtype: on device cuda it is compute\'s, "bfloat16", got "float32"',
+        ),
+    ],
+)
+def test_what_a_device_does_not_take_is_refused_before_the_file(options, text):
+    with pytest.raises(ValueError, match=text):
+        native.core.Model.load("./nowhere", **options)
 
 
 def test_libraries_of_nvidias_wheels_are_found(tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 # Lower layers first; a layer may include itself and what stands before it. csrc/cuda implements
-# ops: it knows core, io and ops. csrc/cuda/model, by these ops, is a model to the engine.
-LAYERS = ("core", "io", "ops", "cuda", "model", "engine", "cuda/model", "bindings")
-OUTER = ("cuda", "cuda/model", "bindings")  # in csrc
+# ops: it knows core, io and ops, and no model. src knows nothing of csrc (FOREIGN_TO_SRC).
+LAYERS = ("core", "io", "ops", "cuda", "model", "engine", "bindings")
+OUTER = ("cuda", "bindings")  # in csrc
 
 FOREIGN_TO_SRC = re.compile(
     r"^(Python\.h|pybind11/|torch/|ATen/|c10/|cuda|cublas|cudnn|cooperative_groups|nvrtc|dlpack/)"
@@ -42,7 +42,7 @@ def layer_of(path: str) -> str | None:
         return "bindings"
     parts = parts[1:] if parts[:2] == ("csrc", "cuda") else parts
     if parts[:1] == ("cuda",):
-        return "cuda/model" if parts[1:2] == ("model",) else "cuda"
+        return "cuda"
     parts = parts[1:] if parts[:1] == ("src",) else parts
     return parts[1] if len(parts) > 2 and parts[0] == "alignpro" and parts[1] in LAYERS else None
 
@@ -56,14 +56,13 @@ def include_complaints(path: str, text: str) -> list[str]:
     complaints = []
     foreign = {"bindings": FOREIGN_TO_BINDINGS, "cuda": FOREIGN_TO_CUDA}.get(own, FOREIGN_TO_SRC)
     if own == "cuda" and not NAMES_CUDA.search(path):
-        foreign = FOREIGN_TO_SRC  # as csrc/cuda/model, which is C++ alone
+        foreign = FOREIGN_TO_SRC
     for name, quoted in includes(text):
         if foreign.match(name):
             complaints.append(f"{path}: includes <{name}>, a runtime foreign to {own}")
         if not quoted:
             continue
-        own_folder = own == "cuda" and name.startswith("model/")
-        other = "cuda/model" if own_folder else layer_of(name)
+        other = layer_of(name)
         if other is None:
             if own not in OUTER:
                 complaints.append(f'{path}: expected "alignpro/<layer>/...", got "{name}"')

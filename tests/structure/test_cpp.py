@@ -75,9 +75,10 @@ def test_every_header_is_guarded_by_pragma_once():
         ("csrc/bindings/module.cc", "#include <torch/extension.h>", "foreign to bindings"),
         ("src/alignpro/model/model.cc", '#include "cuda/ops.h"', "foreign to model"),
         ("csrc/cuda/swiglu.cu", '#include "alignpro/model/model.h"', "higher layer model"),
-        ("csrc/cuda/swiglu.cu", '#include "model/device_model.h"', "higher layer cuda/model"),
-        ("csrc/cuda/model/m.cc", "#include <cuda_runtime.h>", "foreign to cuda/model"),
-        ("csrc/cuda/model/m.cc", "#include <pybind11/numpy.h>", "foreign to cuda/model"),
+        ("csrc/cuda/device_ops.cc", '#include "alignpro/model/layer.h"', "higher layer model"),
+        ("csrc/cuda/device_ops.cc", '#include "alignpro/engine/engine.h"', "higher layer engine"),
+        ("csrc/cuda/device_ops.cc", "#include <cuda_runtime.h>", "foreign to cuda"),
+        ("csrc/cuda/device_ops.cc", "#include <pybind11/numpy.h>", "foreign to cuda"),
         ("csrc/cuda/swiglu.cu", "#include <torch/extension.h>", "foreign to cuda"),
         ("csrc/cuda/bodies/rows.h", "#include <cuda_runtime.h>", "foreign to cuda"),
     ],
@@ -99,8 +100,8 @@ def test_right_includes_and_comments_pass():
     assert cpp_rules.include_complaints("csrc/bindings/module.cc", bindings) == []
     kernels = '#include <cuda_runtime.h>\n#include "alignpro/ops/kv_view.h"\n#include "launch.h"'
     assert cpp_rules.include_complaints("csrc/cuda/swiglu.cu", kernels) == []
-    model = '#include "../ops.h"\n#include "alignpro/engine/language_model.h"\n#include "w.h"'
-    assert cpp_rules.include_complaints("csrc/cuda/model/m.cc", model) == []
+    device = '#include "alignpro/ops/ops.h"\n#include "alignpro/core/error.h"\n#include "launch.h"'
+    assert cpp_rules.include_complaints("csrc/cuda/device_ops.cc", device) == []
 
 
 def test_a_source_missing_on_either_side_is_seen():

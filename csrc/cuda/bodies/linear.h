@@ -2,8 +2,8 @@
 
 // A linear layer by tiles: out = scale x W^T + lora_scale (x_lora B^T) + bias + residual. The
 // adapter's second product joins in the same pass, while the tile is in registers; x_lora = x A^T
-// comes before. Backward is the same with dy for x, d_low for x_lora, and W and A read the other
-// way round: dx = dy W + d_low A + residual.
+// comes before. Backward is the same with dy for x, d_lora_down for x_lora, and W and A read the
+// other way round: dx = dy W + d_lora_down A + residual.
 
 #include <cmath>
 #include <cstdint>

@@ -76,13 +76,16 @@ def load_model(
     path = resolve_model(config.name)
     files = native.core.ModelFiles(str(path))
     tokenizer = Tokenizer.of(files)
-    made: core.Model | core.DeviceModel
-    where = (files, threads or 0, config.context_length or 0)
-    if config.device == "cuda":
-        mode = "strict" if config.deterministic else "fast"  # the binding's word for it
-        made = native.core.DeviceModel.load(*where, config.resolved_compute, mode, wheel_folders())
-    else:
-        made = native.core.Model.load(*where, config.resolved_compute, config.resolved_kv_dtype)
+    made = native.core.Model.load(
+        files,
+        device=config.device,
+        compute=config.resolved_compute,
+        kv_dtype=config.resolved_kv_dtype,
+        deterministic=config.deterministic,
+        threads=threads or 0,
+        context_length=config.context_length or 0,
+        library_folders=wheel_folders() if config.device == "cuda" else (),
+    )
     engine = native.core.Engine(
         made,
         kv_cache_bytes=config.kv_cache_bytes or 0,
@@ -134,7 +137,7 @@ class NativeModel:
         name: str,
         path: Path,
         tokenizer: Tokenizer,
-        model: core.Model | core.DeviceModel,
+        model: core.Model,
         engine: core.Engine,
     ) -> None:
         self.name = name
@@ -161,7 +164,7 @@ class NativeModel:
     @property
     def exact(self) -> bool:
         """Whether scored log-probabilities are the sampled ones to the bit: see `deterministic`."""
-        return bool(self.config.get("mode", "strict") == "strict")
+        return bool(self.config["deterministic"])
 
     # --- whole completions ---
 

@@ -10,9 +10,14 @@ namespace alignpro {
 template <typename T>
 class BufferPool {
  public:
-  std::unique_ptr<T> take() {
-    const std::lock_guard lock(mutex_);
-    return spare_ != nullptr ? std::move(spare_) : std::make_unique<T>();
+  // What was given back, or one made from `arguments`.
+  template <typename... Arguments>
+  std::unique_ptr<T> take(Arguments&&... arguments) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (spare_ != nullptr) return std::move(spare_);
+    }
+    return std::make_unique<T>(std::forward<Arguments>(arguments)...);
   }
   void give_back(std::unique_ptr<T> used) {
     const std::lock_guard lock(mutex_);

@@ -5,70 +5,22 @@
 #include <limits>
 #include <utility>
 
-#include "alignpro/core/cgroup.h"
 #include "alignpro/core/error.h"
 #include "alignpro/core/fork.h"
 #include "alignpro/core/trace.h"
 #include "alignpro/engine/client.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/kv_pool.h"
-#include "alignpro/model/model.h"
 
 namespace alignpro::engine {
 namespace {
 
 using model::kKvBlock;
 
-class NativeSession final : public Session {
- public:
-  NativeSession(std::shared_ptr<const model::Model> model, int64_t kv_blocks)
-      : model_(std::move(model)),
-        kv_(model_->config().num_layers, model_->config().num_kv_heads, model_->config().head_dim,
-            kv_blocks, model_->kv_dtype()) {}
-
-  void copy_slots(int64_t from, int64_t to, int64_t slots) override {
-    kv_.copy_slots(from, to, slots);
-  }
-  void forward(const model::Batch& batch) override {
-    hidden_.resize(batch.output_rows.size() * static_cast<size_t>(model_->config().hidden_size));
-    model_->forward(batch, kv_, hidden_.data());
-  }
-  void draw(std::span<const ops::SampleRow> rows) override {
-    drawn_.resize(rows.size());
-    model_->sample(hidden_.data(), rows, drawn_);
-  }
-  bool ready() const override { return true; }
-  void collect(std::span<ops::SampledToken> out) override {
-    std::copy(drawn_.begin(), drawn_.end(), out.begin());
-  }
-
- private:
-  std::shared_ptr<const model::Model> model_;
-  model::KvPool kv_;
-  std::vector<float> hidden_;  // [output rows, hidden_size]
-  std::vector<ops::SampledToken> drawn_;
-};
-
-class NativeModel final : public LanguageModel {
- public:
-  explicit NativeModel(std::shared_ptr<const model::Model> model) : model_(std::move(model)) {
-    require(model_ != nullptr, "model: expected a Model, got none");
-  }
-
-  const model::ModelConfig& config() const override { return model_->config(); }
-  int64_t context_length() const override { return model_->context_length(); }
-  int64_t kv_block_bytes() const override {
-    const model::ModelConfig& c = model_->config();
-    return model::KvPool::block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, model_->kv_dtype());
-  }
-  int64_t kv_share_bytes() const override { return cgroup::available_memory() / 4; }
-  std::unique_ptr<Session> make_session(int64_t kv_blocks) const override {
-    return std::make_unique<NativeSession>(model_, kv_blocks);
-  }
-
- private:
-  std::shared_ptr<const model::Model> model_;
-};
+std::shared_ptr<const LanguageModel> given(std::shared_ptr<const LanguageModel> model) {
+  require(model != nullptr, "model: expected a Model, got none");
+  return model;
+}
 
 // Checks the options and settles the size of the cache.
 EngineOptions resolve(EngineOptions options, const LanguageModel& model) {
@@ -148,11 +100,8 @@ void mark_rows(std::span<const Chunk> chunks) {
 
 }  // namespace
 
-Engine::Engine(std::shared_ptr<const model::Model> model, EngineOptions options)
-    : Engine(std::make_shared<const NativeModel>(std::move(model)), options) {}
-
 Engine::Engine(std::shared_ptr<const LanguageModel> model, EngineOptions options)
-    : model_(std::move(model)),
+    : model_(given(std::move(model))),
       options_(resolve(options, *model_)),
       kv_blocks_(options_.kv_cache_bytes / model_->kv_block_bytes()),
       session_(model_->make_session(kv_blocks_)),

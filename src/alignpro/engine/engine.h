@@ -10,18 +10,15 @@
 #include <string>
 #include <vector>
 
-#include "alignpro/engine/language_model.h"
 #include "alignpro/engine/scheduler.h"
 #include "alignpro/engine/sequence.h"
-
-namespace alignpro::model {
-class Adapter;
-class Model;
-}  // namespace alignpro::model
+#include "alignpro/model/language_model.h"
 
 namespace alignpro::engine {
 
 class Client;
+using model::LanguageModel;
+using model::Session;
 
 struct EngineOptions {
   int64_t kv_cache_bytes = 0;    // 0: a quarter of the memory that is available now
@@ -44,7 +41,6 @@ struct EngineStats {
 // everybody. A sequence's tokens depend on its request alone (contracts 2 and 3).
 class Engine {
  public:
-  Engine(std::shared_ptr<const model::Model> model, EngineOptions options);
   Engine(std::shared_ptr<const LanguageModel> model, EngineOptions options);
   ~Engine();  // finishes what is unfinished as cancelled
   Engine(const Engine&) = delete;

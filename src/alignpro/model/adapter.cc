@@ -38,46 +38,28 @@ std::vector<LoraModule> lora_modules(const ModelConfig& config) {
 
 namespace {
 
-// One site's modules on top of each other.
-ops::LowRank stack(const ModelConfig& config, const std::vector<Adapter::Module>& modules,
-                   const std::vector<const LoraMatrices*>& matrices, float scale) {
-  const LinearShape shape = linear_shape(config, modules.front().where.site);
-  const int64_t ranks = modules.back().rank_begin + modules.back().rank;
-  const auto panels = [](int64_t rows) {
-    return static_cast<size_t>((rows + ops::cpu::kPanel - 1) / ops::cpu::kPanel);
-  };
-  std::vector<float> a(static_cast<size_t>(ranks * shape.inputs));
-  std::vector<float> b(static_cast<size_t>(shape.outputs * ranks));
-  ops::LowRank update;
-  update.ranks_of_outputs.assign(panels(shape.outputs), {ranks, 0});
-  update.outputs_of_ranks.assign(panels(ranks), {shape.outputs, 0});
-  for (size_t i = 0; i < modules.size(); ++i) {
-    const Adapter::Module& m = modules[i];
-    const int64_t out_end = m.where.out_begin + m.where.outputs;
-    const int64_t rank_end = m.rank_begin + m.rank;
-    std::copy_n(matrices[i]->a, m.rank * shape.inputs, a.data() + m.rank_begin * shape.inputs);
-    for (int64_t n = 0; n < m.where.outputs; ++n) {
-      std::copy_n(matrices[i]->b + n * m.rank, m.rank,
-                  b.data() + (m.where.out_begin + n) * ranks + m.rank_begin);
-    }
-    const auto widen = [](std::pair<int64_t, int64_t>& range, int64_t begin, int64_t end) {
-      range = {std::min(range.first, begin), std::max(range.second, end)};
-    };
-    constexpr int64_t kPanel = ops::cpu::kPanel;
-    for (int64_t p = m.where.out_begin / kPanel; p * kPanel < out_end; ++p) {
-      widen(update.ranks_of_outputs[static_cast<size_t>(p)], m.rank_begin, rank_end);
-    }
-    for (int64_t p = m.rank_begin / kPanel; p * kPanel < rank_end; ++p) {
-      widen(update.outputs_of_ranks[static_cast<size_t>(p)], m.where.out_begin, out_end);
-    }
+// Makes room for `ranks` more rows of A and columns of B.
+void widen(ops::LoraStack& site, int64_t ranks) {
+  const int64_t wide = site.ranks + ranks;
+  site.a.resize(static_cast<size_t>(wide * site.inputs));
+  std::vector<float> b(static_cast<size_t>(site.outputs * wide));
+  for (int64_t n = 0; n < site.outputs; ++n) {
+    std::copy_n(site.b.data() + n * site.ranks, site.ranks, b.data() + n * wide);
   }
-  update.a = ops::PackedMatrix::pack(ranks, shape.inputs, a.data());
-  update.b = ops::PackedMatrix::pack(shape.outputs, ranks, b.data());
-  update.scale = scale;
-  return update;
+  site.b = std::move(b);
+  site.ranks = wide;
 }
 
 }  // namespace
+
+DeviceAdapter::DeviceAdapter(uint64_t version, Sites sites)
+    : version_(version), sites_(std::move(sites)) {
+  for (const auto& layer : sites_) {
+    for (const auto& lora : layer) {
+      if (lora != nullptr) most_ranks_ = std::max(most_ranks_, lora->ranks);
+    }
+  }
+}
 
 Adapter::Adapter(const ModelConfig& config, const std::map<std::string, LoraMatrices>& matrices,
                  float scale)
@@ -93,33 +75,49 @@ Adapter::Adapter(const ModelConfig& config, const std::map<std::string, LoraMatr
     require(found != known.end(), "adapter: the model has no linear '", path, "'; it has ",
             known.front().path, " ... ", known.back().path);
     require(m.rank >= 1, "adapter: '", path, "' has rank ", m.rank, ", expected at least 1");
-    Site& site = sites_[static_cast<size_t>(found->layer)][static_cast<size_t>(found->site)];
-    const Module* before =
-        site.modules.empty() ? nullptr : &modules_[static_cast<size_t>(site.modules.back())];
-    site.modules.push_back(static_cast<int>(modules_.size()));
-    modules_.push_back({*found, m.rank, before == nullptr ? 0 : before->rank_begin + before->rank});
-    max_rank_ = std::max(max_rank_, m.rank);
-  }
-  for (auto& layer : sites_) {
-    for (Site& site : layer) {
-      if (site.modules.empty()) continue;
-      std::vector<Module> modules;
-      std::vector<const LoraMatrices*> sources;
-      for (const int index : site.modules) {
-        modules.push_back(modules_[static_cast<size_t>(index)]);
-        sources.push_back(&matrices.at(modules.back().where.path));
-      }
-      site.update = stack(config, modules, sources, scale);
+    ops::LoraStack& site =
+        sites_[static_cast<size_t>(found->layer)][static_cast<size_t>(found->site)];
+    if (site.modules.empty()) {
+      const LinearShape shape = linear_shape(config, found->site);
+      site.inputs = shape.inputs;
+      site.outputs = shape.outputs;
+      site.scale = scale;
     }
+    const int64_t begin = site.ranks;
+    widen(site, m.rank);
+    std::copy_n(m.a, m.rank * site.inputs, site.a.data() + begin * site.inputs);
+    for (int64_t n = 0; n < found->outputs; ++n) {
+      std::copy_n(m.b + n * m.rank, m.rank,
+                  site.b.data() + (found->out_begin + n) * site.ranks + begin);
+    }
+    site.modules.push_back({found->out_begin, found->outputs, begin, m.rank});
+    modules_.push_back({*found, m.rank, begin});
+    max_rank_ = std::max(max_rank_, m.rank);
   }
 }
 
-int64_t Adapter::layer_ranks(int64_t layer) const {
-  int64_t ranks = 0;
-  for (const Site& site : sites_[static_cast<size_t>(layer)]) {
-    if (!site.modules.empty()) ranks += site.update.ranks();
+std::shared_ptr<const DeviceAdapter> Adapter::on(const ops::Device& device) const {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [id, adapter] : by_device_) {
+    if (id == device.id()) return adapter;
   }
-  return ranks;
+  std::vector<const ops::LoraStack*> matrices;
+  for (const auto& layer : sites_) {
+    for (const ops::LoraStack& site : layer) {
+      if (!site.modules.empty()) matrices.push_back(&site);
+    }
+  }
+  auto uploaded = device.upload(matrices);
+  DeviceAdapter::Sites sites(sites_.size());
+  auto next = uploaded.begin();
+  for (size_t l = 0; l < sites_.size(); ++l) {
+    for (size_t s = 0; s < sites_[l].size(); ++s) {
+      if (!sites_[l][s].modules.empty()) sites[l][s] = std::move(*next++);
+    }
+  }
+  auto made = std::make_shared<const DeviceAdapter>(version_, std::move(sites));
+  by_device_.emplace_back(device.id(), made);
+  return made;
 }
 
 void Adapter::require_fits(const ModelConfig& config) const {

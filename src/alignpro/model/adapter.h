@@ -3,12 +3,15 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "alignpro/model/checkpoint.h"
 #include "alignpro/model/config.h"
-#include "alignpro/ops/linear.h"
+#include "alignpro/ops/ops.h"
 
 namespace alignpro::model {
 
@@ -30,6 +33,25 @@ struct LoraMatrices {
   int64_t rank;
   const float* a;
   const float* b;
+};
+
+// An adapter's matrices on a device.
+class DeviceAdapter {
+ public:
+  using Sites = std::vector<std::array<std::unique_ptr<const ops::LoraWeight>, 4>>;
+  DeviceAdapter(uint64_t version, Sites sites);
+
+  uint64_t version() const { return version_; }
+  int64_t most_ranks() const { return most_ranks_; }  // of any one site
+  // Null where there is none.
+  const ops::LoraWeight* update(int64_t layer, LinearSite site) const {
+    return sites_[static_cast<size_t>(layer)][static_cast<size_t>(site)].get();
+  }
+
+ private:
+  uint64_t version_;
+  int64_t most_ranks_ = 0;
+  Sites sites_;
 };
 
 // Low-rank updates of one weight version (Hu et al. 2021): y = W x + scale B (A x), on any subset
@@ -55,32 +77,17 @@ class Adapter {
   int64_t max_rank() const { return max_rank_; }
   const std::vector<Module>& modules() const { return modules_; }
 
-  // The modules at one layer and site: indices into modules(), and their matrices, stacked (null
-  // where there are none).
-  const std::vector<int>& at(int64_t layer, LinearSite site) const {
-    return site_of(layer, site).modules;
-  }
-  const ops::LowRank* update(int64_t layer, LinearSite site) const {
-    const Site& s = site_of(layer, site);
-    return s.modules.empty() ? nullptr : &s.update;
-  }
-
-  // Ranks of all sites of a layer together.
-  int64_t layer_ranks(int64_t layer) const;
+  // Its matrices there, uploaded when first asked for; they go with the adapter. Hold on to them
+  // until the work that reads them is done. Any thread.
+  std::shared_ptr<const DeviceAdapter> on(const ops::Device& device) const;
 
  private:
-  struct Site {
-    std::vector<int> modules;
-    ops::LowRank update;
-  };
-  const Site& site_of(int64_t layer, LinearSite site) const {
-    return sites_[static_cast<size_t>(layer)][static_cast<size_t>(site)];
-  }
-
   uint64_t version_;
   int64_t max_rank_ = 0;
   std::vector<Module> modules_;
-  std::vector<std::array<Site, 4>> sites_;
+  std::vector<std::array<ops::LoraStack, 4>> sites_;  // without modules: none
+  mutable std::mutex mutex_;
+  mutable std::vector<std::pair<uint64_t, std::shared_ptr<const DeviceAdapter>>> by_device_;
 };
 
 }  // namespace alignpro::model

@@ -1,11 +1,14 @@
 #include "alignpro/model/facts.h"
 
 #include <algorithm>
+#include <array>
+#include <utility>
 #include <vector>
 
 #include "alignpro/core/error.h"
 #include "alignpro/model/config_readers.h"
 #include "alignpro/model/weights.h"
+#include "alignpro/ops/cpu_ops.h"
 
 namespace alignpro::model {
 namespace {
@@ -49,6 +52,34 @@ ops::PackedMatrix ModelFacts::plan_head(ops::Arithmetic arithmetic) const {
   return ops::PackedMatrix::plan(
       has_weights() ? checkpoint_->head_rows() : assumed_rows(config_.vocab_size),
       config_.hidden_size, arithmetic);
+}
+
+int64_t ModelFacts::score_bytes(const ScoreRequest& request,
+                                const std::vector<std::string>& modules, int64_t rank,
+                                int threads) const {
+  const auto device = ops::make_cpu_device(threads);
+  Weights weights;
+  weights.config = config_;
+  auto head = ops::planned_weight(plan_head(ops::Arithmetic::kFloat32));
+  (config_.tied_head ? weights.embedding : weights.own_head) = std::move(head);
+  weights.rope = device->make_rope(0, config_.rope.rotary_dim / 2, nullptr);
+  DeviceAdapter::Sites sites(static_cast<size_t>(config_.num_layers));
+  std::vector<std::array<int64_t, 4>> ranks(sites.size());
+  for (const LoraModule& module : lora_modules(config_)) {
+    if (std::ranges::find(modules, module.path) == modules.end()) continue;
+    ranks[static_cast<size_t>(module.layer)][static_cast<size_t>(module.site)] += rank;
+  }
+  for (size_t l = 0; l < sites.size(); ++l) {
+    for (size_t s = 0; s < sites[l].size(); ++s) {
+      if (ranks[l][s] == 0) continue;
+      auto lora = std::make_unique<ops::LoraWeight>();
+      lora->ranks = ranks[l][s];
+      sites[l][s] = std::move(lora);
+    }
+  }
+  ScoreBuffers buffers(*device, weights);
+  return Score::bytes(weights, *device, buffers, request,
+                      std::make_shared<const DeviceAdapter>(0, std::move(sites)), nullptr);
 }
 
 ModelFacts::Bytes ModelFacts::bytes(ops::Arithmetic arithmetic) const {

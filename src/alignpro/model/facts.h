@@ -2,10 +2,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "alignpro/core/dtype.h"
 #include "alignpro/model/checkpoint.h"
 #include "alignpro/model/model_files.h"
+#include "alignpro/model/score.h"
 #include "alignpro/ops/packed_matrix.h"
 
 namespace alignpro::model {
@@ -35,10 +38,14 @@ class ModelFacts {
   Bytes bytes(ops::Arithmetic arithmetic) const;  // on the CPU, as stored where that is possible
   Bytes bytes(DType dtype) const;                 // every number of this type, as on a CUDA device
 
-  // The head's form on the CPU, without values.
-  ops::PackedMatrix plan_head(ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32) const;
+  // Score::bytes on the CPU, under an adapter of one rank on these modules.
+  int64_t score_bytes(const ScoreRequest& request, const std::vector<std::string>& modules,
+                      int64_t rank, int threads) const;
 
  private:
+  // The head's form on the CPU, without values.
+  ops::PackedMatrix plan_head(ops::Arithmetic arithmetic) const;
+
   ModelConfig config_;
   std::shared_ptr<const Checkpoint> checkpoint_;  // null: config.json alone
 };

@@ -2,46 +2,51 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
-#include "alignpro/core/parallel.h"
 #include "alignpro/model/checkpoint.h"
 #include "alignpro/model/config.h"
-#include "alignpro/ops/packed_matrix.h"
+#include "alignpro/ops/ops.h"
 
 namespace alignpro::model {
 
 inline constexpr std::array<LinearSite, 4> kLinearSites = {LinearSite::kQkv, LinearSite::kO,
                                                            LinearSite::kGateUp, LinearSite::kDown};
 
-struct LayerWeights {
-  std::array<ops::PackedMatrix, 4> linears;  // by LinearSite
-  std::vector<float> attention_norm;         // [hidden]
-  std::vector<float> mlp_norm;               // [hidden]
-  std::vector<float> qkv_bias;               // [qkv_size] or empty
-  std::vector<float> q_norm, k_norm;         // [head_dim] or empty
+// By LinearSite.
+inline constexpr std::array<const char*, 4> kLinearNames = {"linear qkv", "linear o",
+                                                            "linear gate_up", "linear down"};
 
-  const ops::PackedMatrix& linear(LinearSite site) const {
-    return linears[static_cast<size_t>(site)];
-  }
+// Vectors are in the device's dtype; null where the family has none.
+struct LayerWeights {
+  std::array<std::unique_ptr<const ops::Weight>, 4> linears;  // by LinearSite
+  const void* attention_norm = nullptr;                       // [hidden]
+  const void* mlp_norm = nullptr;                             // [hidden]
+  const void* qkv_bias = nullptr;                             // [qkv_size]
+  const void *q_norm = nullptr, *k_norm = nullptr;            // [head_dim]
+
+  const ops::Weight& linear(LinearSite site) const { return *linears[static_cast<size_t>(site)]; }
 };
 
-// A checkpoint packed once, in the formats it is stored in. The head is the embedding where they
-// are tied.
+// A checkpoint on a device, which keeps its memory. The head is the embedding where they are tied.
 struct Weights {
   ModelConfig config;
-  ops::PackedMatrix embedding;  // [vocab, hidden]
-  ops::PackedMatrix own_head;   // [vocab, hidden]; empty when tied
+  std::unique_ptr<const ops::Weight> embedding;  // [vocab, hidden]
+  std::unique_ptr<const ops::Weight> own_head;   // [vocab, hidden]; null when tied
   std::vector<LayerWeights> layers;
-  std::vector<float> final_norm;  // [hidden]
+  const void* final_norm = nullptr;  // [hidden]
+  std::unique_ptr<const ops::Rope> rope;
 
-  const ops::PackedMatrix& head() const { return config.tied_head ? embedding : own_head; }
+  const ops::Weight& head() const { return config.tied_head ? *embedding : *own_head; }
   int64_t bytes() const;
   // Read once by a step whatever its batch: all but an embedding that is not the head.
   int64_t streamed_bytes() const;
 
-  static Weights load(const Checkpoint& checkpoint, ThreadPool& pool,
-                      ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32);
+  // Throws where the device cannot run such a model, before anything is uploaded.
+  static Weights load(const Checkpoint& checkpoint, ops::Device& device, int64_t context_length);
 };
+
+ops::AttentionShape attention_shape(const ModelConfig& config);
 
 }  // namespace alignpro::model

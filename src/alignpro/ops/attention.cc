@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "alignpro/core/aligned.h"
 #include "alignpro/core/error.h"
 #include "alignpro/ops/cpu/kernels.h"
 

@@ -5,29 +5,11 @@
 #include <span>
 #include <vector>
 
-#include "alignpro/core/aligned.h"
 #include "alignpro/core/parallel.h"
+#include "alignpro/ops/attention_shape.h"
 #include "alignpro/ops/kv_view.h"
-#include "alignpro/ops/shared/attention_rows.h"
 
 namespace alignpro::ops {
-
-// Grouped-query attention over packed rows; qkv rows are [q heads | k heads | v heads] x head_dim.
-struct AttentionShape {
-  int64_t num_heads;
-  int64_t num_kv_heads;
-  int64_t head_dim;
-  int64_t sliding_window;  // positions a token sees, itself included; 0: all
-  float scale;             // 1 / sqrt(head_dim)
-
-  int64_t group() const { return num_heads / num_kv_heads; }
-  int64_t qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
-  int64_t q_size() const { return num_heads * head_dim; }
-  // First position that a token at `position` sees.
-  int64_t first_visible(int64_t position) const {
-    return ops::first_visible(position, sliding_window);
-  }
-};
 
 // Positions whose softmax is taken at once. A row's chunks begin at multiples of it and are merged
 // in ascending order, so they may be computed anywhere and bound the scores held.
@@ -110,11 +92,11 @@ struct SegmentRows {
 
 // Adds to the k and v columns of dqkv [rows, qkv_size] their gradients, and overwrites its q
 // columns, given out and dout of a forward over the same rows. Probabilities are computed again.
-// `scratch` grows to attention_backward_floats: keys shared by segments are summed afterwards, in
+// `workspace` holds attention_backward_floats: keys shared by segments are summed afterwards, in
 // order, whatever the pool.
 void attention_backward(const AttentionShape& shape, const float* qkv, const float* out,
                         const float* dout, std::span<const SegmentRows> segments, float* dqkv,
-                        AlignedBuffer& scratch, ThreadPool& pool);
+                        float* workspace, ThreadPool& pool);
 int64_t attention_backward_floats(const AttentionShape& shape,
                                   std::span<const SegmentRows> segments);
 

@@ -154,7 +154,7 @@ int64_t attention_backward_floats(const AttentionShape& shape,
 
 void attention_backward(const AttentionShape& shape, const float* qkv, const float* out,
                         const float* dout, std::span<const SegmentRows> segments, float* dqkv,
-                        AlignedBuffer& scratch, ThreadPool& pool) {
+                        float* workspace, ThreadPool& pool) {
   const int64_t d = shape.head_dim, heads = shape.num_kv_heads;
   const int64_t column_panels = (d + kPanel - 1) / kPanel;
   std::vector<int64_t> offsets;  // of each segment's first head
@@ -163,7 +163,7 @@ void attention_backward(const AttentionShape& shape, const float* qkv, const flo
     offsets.push_back(size);
     size += 2 * column_panels * (s.position + s.row_count) * kPanel * heads;
   }
-  float* local = scratch.reserve(size);
+  float* local = workspace;
   const auto local_of = [&](int64_t segment, int64_t head) {
     const SegmentRows& s = segments[static_cast<size_t>(segment)];
     return local + offsets[static_cast<size_t>(segment)] +

@@ -141,7 +141,7 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
   }
 }
 
-// low = scale x A^T by row block, kept for the caller and packed as a left operand for B.
+// lora_down = scale x A^T by row block, kept for the caller and packed as a left operand for B.
 class ForwardTerm {
  public:
   explicit ForwardTerm(std::span<const LowRankRows> updates) : updates_(updates) {}
@@ -170,7 +170,7 @@ class ForwardTerm {
       if (u == nullptr) return;
       const PackedMatrix& a = u->update->a;
       const int64_t rows = x.block_rows(block), ranks = a.rows();
-      float* low = u->low + (first + x.block_row(block) - u->row_begin) * ranks;
+      float* low = u->lora_down + (first + x.block_row(block) - u->row_begin) * ranks;
       float* tile = workspace().tile.reserve(rows * kPanel);
       for (int64_t p = 0; p < a.panels(); ++p) {
         for_contraction(0, a.cols(), [&](int64_t begin, int64_t end) {
@@ -201,10 +201,11 @@ class ForwardTerm {
   std::vector<const LowRankRows*> active_;  // by block
 };
 
-// d_low = scale dy B by row block, kept for the caller and packed as a left operand for A.
+// d_lora_down = scale dy B by row block, kept for the caller and packed as a left operand for A.
 class BackwardTerm {
  public:
-  BackwardTerm(const LowRank& update, float* d_low) : update_(update), d_low_(d_low) {}
+  BackwardTerm(const LowRank& update, float* d_lora_down)
+      : update_(update), d_lora_down_(d_lora_down) {}
 
   std::span<const int64_t> cuts(int64_t, int64_t) { return {}; }
 
@@ -215,7 +216,7 @@ class BackwardTerm {
     pool.run(dy.blocks(), [&](int64_t block, int) {
       const cpu::Kernels& k = cpu::kernels();
       const int64_t rows = dy.block_rows(block);
-      float* low = d_low_ + (first + dy.block_row(block)) * ranks;
+      float* low = d_lora_down_ + (first + dy.block_row(block)) * ranks;
       float* tile = workspace().tile.reserve(rows * kPanel);
       float* scratch = workspace().panel.reserve(kContract * kPanel);
       for (int64_t p = 0; p < update_.a.panels(); ++p) {
@@ -244,7 +245,7 @@ class BackwardTerm {
 
  private:
   const LowRank& update_;
-  float* d_low_;
+  float* d_lora_down_;
   std::vector<PackedRows> low_;  // by block
 };
 
@@ -301,6 +302,33 @@ struct PlainRight {
 
 }  // namespace
 
+LowRank LowRank::pack(const LoraStack& m) {
+  const auto panels = [](int64_t rows) {
+    return static_cast<size_t>((rows + kPanel - 1) / kPanel);
+  };
+  const auto widen = [](std::pair<int64_t, int64_t>& range, int64_t begin, int64_t end) {
+    range = {std::min(range.first, begin), std::max(range.second, end)};
+  };
+  LowRank update;
+  update.ranks_of_outputs.assign(panels(m.outputs), {m.ranks, 0});
+  update.outputs_of_ranks.assign(panels(m.ranks), {m.outputs, 0});
+  for (const LoraStack::Module& module : m.modules) {
+    const int64_t out_end = module.out_begin + module.outputs;
+    const int64_t rank_end = module.rank_begin + module.rank;
+    for (int64_t p = module.out_begin / kPanel; p * kPanel < out_end; ++p) {
+      widen(update.ranks_of_outputs[static_cast<size_t>(p)], module.rank_begin, rank_end);
+    }
+    for (int64_t p = module.rank_begin / kPanel; p * kPanel < rank_end; ++p) {
+      widen(update.outputs_of_ranks[static_cast<size_t>(p)], module.out_begin, out_end);
+    }
+  }
+  update.a = PackedMatrix::pack(m.ranks, m.inputs, m.a.data());
+  update.b = PackedMatrix::pack(m.outputs, m.ranks, m.b.data());
+  update.scale = m.scale;
+  update.modules = m.modules;
+  return update;
+}
+
 void linear(int64_t rows, MatrixView x, const PackedMatrix& w, float* y, int64_t ldy,
             const Epilogue& epilogue, ThreadPool& pool, std::span<const LowRankRows> updates) {
   const ForwardWeight weight{w};
@@ -315,7 +343,7 @@ void linear(int64_t rows, MatrixView x, const PackedMatrix& w, float* y, int64_t
 
 void linear_backward(int64_t rows, MatrixView dy, const PackedMatrix& w, float* dx, int64_t ldx,
                      const Epilogue& epilogue, ThreadPool& pool, const LowRank* update,
-                     float* d_low) {
+                     float* d_lora_down) {
   require(w.arithmetic() == Arithmetic::kFloat32,
           "gradients: expected a model loaded with compute float32, got int8");
   const TransposedWeight weight{w};
@@ -323,7 +351,7 @@ void linear_backward(int64_t rows, MatrixView dy, const PackedMatrix& w, float* 
     NoTerm none;
     multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, pool, weight, none);
   } else {
-    BackwardTerm term(*update, d_low);
+    BackwardTerm term(*update, d_lora_down);
     multiply(rows, w.cols(), w.rows(), dy, dx, ldx, epilogue, pool, weight, term);
   }
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "alignpro/core/parallel.h"
+#include "alignpro/ops/lora_stack.h"
 #include "alignpro/ops/matrix_view.h"
 #include "alignpro/ops/packed_matrix.h"
 
@@ -27,29 +28,31 @@ struct LowRank {
   float scale = 1.0f;
   // By panel of 16 outputs the ranks, and by panel of 16 ranks the outputs, where B may be nonzero.
   std::vector<std::pair<int64_t, int64_t>> ranks_of_outputs, outputs_of_ranks;
+  std::vector<LoraStack::Module> modules;
 
+  static LowRank pack(const LoraStack& matrices);
   int64_t ranks() const { return a.rows(); }
 };
 
-// An update in force for rows [row_begin, row_end); low [row_end - row_begin, ranks] receives
+// An update in force for rows [row_begin, row_end); lora_down [row_end - row_begin, ranks] receives
 // scale x A^T.
 struct LowRankRows {
   int64_t row_begin, row_end;
   const LowRank* update;
-  float* low;
+  float* lora_down;
 };
 
-// y [rows, W.rows] (row stride ldy) = scale * (x W^T + low B^T) + bias + residual,
+// y [rows, W.rows] (row stride ldy) = scale * (x W^T + lora_down B^T) + bias + residual,
 // x [rows, W.cols]. `updates` ascend and do not overlap; rows in none have no second term.
 void linear(int64_t rows, MatrixView x, const PackedMatrix& w, float* y, int64_t ldy,
             const Epilogue& epilogue, ThreadPool& pool, std::span<const LowRankRows> updates = {});
 
-// dx [rows, W.cols] (row stride ldx) = scale * (dy W + d_low A) + residual, dy [rows, W.rows],
-// where d_low [rows, ranks] = update scale * dy B is written as well. Without an update there is no
-// second term; without dx, d_low alone is computed.
+// dx [rows, W.cols] (row stride ldx) = scale * (dy W + d_lora_down A) + residual, dy [rows,
+// W.rows], where d_lora_down [rows, ranks] = update scale * dy B is written as well. Without an
+// update there is no second term; without dx, d_lora_down alone is computed.
 void linear_backward(int64_t rows, MatrixView dy, const PackedMatrix& w, float* dx, int64_t ldx,
                      const Epilogue& epilogue, ThreadPool& pool, const LowRank* update = nullptr,
-                     float* d_low = nullptr);
+                     float* d_lora_down = nullptr);
 
 // c [m, n] (row stride ldc) = scale * a b + residual, a [m, k], b [k, n] with rows ldb apart.
 // The gradient of LoRA matrices is such a product over the rows of a batch.

@@ -5,6 +5,7 @@
 #include <variant>
 
 #include "alignpro/core/parallel.h"
+#include "alignpro/ops/logprob_output.h"
 #include "alignpro/ops/packed_matrix.h"
 #include "alignpro/ops/quantized_matrix.h"
 
@@ -24,17 +25,6 @@ struct LogprobInput {
   float temperature = 1.0f;               // > 0
   const float* ref_hidden = nullptr;      // [rows, ref_weight.cols]; null: no reference
   VocabularyWeight ref_weight = nullptr;  // null: the same weight
-};
-
-// Each [rows]. What a reference is needed for is written only with one, and may be null without.
-struct LogprobOutput {
-  float* logprob;      // z_a - lse(z)
-  float* entropy;      // -sum p log p
-  float* kl;           // KL(p || q) over the whole vocabulary, never negative, 0 when z == z_ref
-  float* reverse_kl;   // KL(q || p); may be null
-  float* ref_logprob;  // log q_a
-  double* lse;         // log sum exp z, with what float32 would lose: logits may be large
-  double* ref_lse;
 };
 
 // Derivatives by the hidden states, [rows, cols] each, gathered in the forward's own pass: sums of

@@ -1,26 +1,29 @@
 #include "alignpro/ops/rms_norm.h"
 
+#include <vector>
+
 #include "alignpro/ops/cpu/kernels.h"
 #include "alignpro/ops/row_parallel.h"
 
 namespace alignpro::ops {
 
 void rms_norm(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* weight, float eps,
-              float* y, int64_t ldy, float* factors, ThreadPool& pool) {
+              float* y, int64_t ldy, ThreadPool& pool) {
   const cpu::Kernels& k = cpu::kernels();
   row_parallel(rows, n, pool, [&](int64_t row) {
-    const float factor = k.rms_norm_row(x + row * ldx, weight, n, eps, y + row * ldy);
-    if (factors != nullptr) factors[row] = factor;
+    (void)k.rms_norm_row(x + row * ldx, weight, n, eps, y + row * ldy);
   });
 }
 
 void rms_norm_backward(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* weight,
-                       const float* factors, const float* dy, int64_t ldy, float* dx, int64_t lddx,
+                       float eps, const float* dy, int64_t ldy, float* dx, int64_t lddx,
                        ThreadPool& pool) {
   const cpu::Kernels& k = cpu::kernels();
   row_parallel(rows, n, pool, [&](int64_t row) {
-    k.rms_norm_backward_row(x + row * ldx, weight, dy + row * ldy, factors[row], n,
-                            dx + row * lddx);
+    thread_local std::vector<float> y;  // not wanted, but the factor that comes with it
+    y.resize(static_cast<size_t>(n));
+    const float factor = k.rms_norm_row(x + row * ldx, weight, n, eps, y.data());
+    k.rms_norm_backward_row(x + row * ldx, weight, dy + row * ldy, factor, n, dx + row * lddx);
   });
 }
 

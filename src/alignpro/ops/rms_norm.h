@@ -7,13 +7,13 @@
 namespace alignpro::ops {
 
 // y = weight * x / sqrt(mean(x^2) + eps) over each row of `n` floats (Zhang and Sennrich 2019).
-// factors [rows] receives 1 / sqrt(...) unless null. y may be x. Rows are ldx (ldy) apart.
+// y may be x. Rows are ldx (ldy) apart.
 void rms_norm(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* weight, float eps,
-              float* y, int64_t ldy, float* factors, ThreadPool& pool);
+              float* y, int64_t ldy, ThreadPool& pool);
 
-// dx += gradient at x, given dy and the forward's factors. dx may not be dy.
+// dx += gradient at x, given dy. dx may not be dy.
 void rms_norm_backward(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* weight,
-                       const float* factors, const float* dy, int64_t ldy, float* dx, int64_t lddx,
+                       float eps, const float* dy, int64_t ldy, float* dx, int64_t lddx,
                        ThreadPool& pool);
 
 }  // namespace alignpro::ops

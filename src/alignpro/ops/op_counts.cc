@@ -1,30 +1,26 @@
-#include "alignpro/model/op_counts.h"
+#include "alignpro/ops/op_counts.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "alignpro/model/adapter.h"
-
-namespace alignpro::model {
+namespace alignpro::ops {
 namespace {
 
 constexpr int64_t kFloat = sizeof(float);
 
 }  // namespace
 
-trace::Counts linear_counts(int64_t rows, const ops::PackedMatrix& w, const ops::Epilogue& epilogue,
-                            std::span<const AdapterRange> adapters, int64_t layer,
-                            LinearSite site) {
+trace::Counts linear_counts(int64_t rows, const PackedMatrix& w, const Epilogue& epilogue,
+                            std::span<const LowRankRows> updates) {
   trace::Counts counts{.rows = rows,
                        .flops = 2 * rows * w.rows() * w.cols(),
                        .bytes = w.bytes() + rows * (w.cols() + w.rows()) * kFloat};
   if (epilogue.bias != nullptr) counts.bytes += w.rows() * kFloat;
   if (epilogue.residual != nullptr) counts.bytes += rows * w.rows() * kFloat;
-  for (const AdapterRange& range : adapters) {
-    for (const int index : range.adapter->at(layer, site)) {
-      const Adapter::Module& m = range.adapter->modules()[static_cast<size_t>(index)];
-      const int64_t weights = m.rank * (m.where.inputs + m.where.outputs);
-      counts.flops += 2 * (range.row_end - range.row_begin) * weights;
+  for (const LowRankRows& rows_of : updates) {
+    for (const LoraStack::Module& m : rows_of.update->modules) {
+      const int64_t weights = m.rank * (w.cols() + m.outputs);
+      counts.flops += 2 * (rows_of.row_end - rows_of.row_begin) * weights;
       counts.bytes += weights * kFloat;
     }
   }
@@ -43,12 +39,12 @@ trace::Counts rope_counts(int64_t rows, int64_t heads, int64_t rotary_dim) {
           .bytes = rows * (2 * heads + 1) * rotary_dim * kFloat};
 }
 
-trace::Counts kv_write_counts(const ops::AttentionShape& shape, int64_t writes, DType kv_dtype) {
+trace::Counts kv_write_counts(const AttentionShape& shape, int64_t writes, DType kv_dtype) {
   const int64_t elements = 2 * writes * shape.num_kv_heads * shape.head_dim;
   return {.rows = writes, .flops = 0, .bytes = elements * (kFloat + block_bytes(kv_dtype))};
 }
 
-trace::Counts attention_counts(const ops::AttentionShape& shape, const ops::AttentionPlan& plan,
+trace::Counts attention_counts(const AttentionShape& shape, const AttentionPlan& plan,
                                DType kv_dtype) {
   int64_t pairs = 0;
   for (const auto& token : plan.tokens) {
@@ -61,11 +57,11 @@ trace::Counts attention_counts(const ops::AttentionShape& shape, const ops::Atte
   std::sort(blocks.begin(), blocks.end());
   const int64_t read = std::unique(blocks.begin(), blocks.end()) - blocks.begin();
   const auto rows = static_cast<int64_t>(plan.tokens.size());
-  return {.rows = rows,
-          .flops = 4 * pairs * shape.num_heads * shape.head_dim,
-          .bytes = 2 * read * ops::kKvBlock * shape.num_kv_heads * shape.head_dim *
-                       block_bytes(kv_dtype) +
-                   2 * rows * shape.q_size() * kFloat};
+  return {
+      .rows = rows,
+      .flops = 4 * pairs * shape.num_heads * shape.head_dim,
+      .bytes = 2 * read * kKvBlock * shape.num_kv_heads * shape.head_dim * block_bytes(kv_dtype) +
+               2 * rows * shape.q_size() * kFloat};
 }
 
 // x / (1 + exp(-x)) * y
@@ -73,16 +69,16 @@ trace::Counts swiglu_counts(int64_t rows, int64_t cols) {
   return {.rows = rows, .flops = 5 * rows * cols, .bytes = 3 * rows * cols * kFloat};
 }
 
-trace::Counts embedding_counts(int64_t rows, const ops::PackedMatrix& table) {
+trace::Counts embedding_counts(int64_t rows, const PackedMatrix& table) {
   return {.rows = rows,
           .flops = 0,
           .bytes = rows * (table.bytes() / table.rows() + table.cols() * kFloat)};
 }
 
-trace::Counts head_sample_counts(int64_t rows, const ops::PackedMatrix& head) {
+trace::Counts head_sample_counts(int64_t rows, const PackedMatrix& head) {
   return {.rows = rows,
           .flops = 2 * rows * head.rows() * head.cols(),
           .bytes = head.bytes() + rows * head.cols() * kFloat};
 }
 
-}  // namespace alignpro::model
+}  // namespace alignpro::ops

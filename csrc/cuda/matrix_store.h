@@ -8,8 +8,8 @@
 #include <span>
 #include <vector>
 
-#include "../runtime.h"
 #include "alignpro/core/parallel.h"
+#include "runtime.h"
 
 namespace alignpro::cuda {
 

@@ -1,17 +1,29 @@
 #pragma once
 
-// What lies in one allocation, cut off it piece by piece. No header of CUDA is named here.
-
 #include <cstdint>
 
-#include "ops.h"
+#include "alignpro/core/dtype.h"
 
-namespace alignpro::cuda {
+namespace alignpro::ops {
+
+// A view of memory on the device that computes: rows `ld` elements apart. No data: there is none.
+struct Matrix {
+  void* data = nullptr;
+  int64_t rows = 0, cols = 0;
+  int64_t ld = 0;
+  DType dtype = DType::kF32;
+};
 
 inline char* at(void* base, int64_t offset) { return static_cast<char*>(base) + offset; }
 
-// Pieces at multiples of 256 bytes from the base. Of a null base only bytes() counts: what cuts an
-// allocation says how large it must be.
+// Rows [begin, end) of a matrix; of one without data, that.
+inline Matrix rows_of(const Matrix& m, int64_t begin, int64_t end) {
+  if (m.data == nullptr) return m;
+  return {at(m.data, begin * m.ld * block_bytes(m.dtype)), end - begin, m.cols, m.ld, m.dtype};
+}
+
+// What lies in one allocation, cut off it piece by piece, at multiples of 256 bytes from the base.
+// Of a null base only bytes() counts: what cuts an allocation says how large it must be.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(base) {}
@@ -34,4 +46,4 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-}  // namespace alignpro::cuda
+}  // namespace alignpro::ops

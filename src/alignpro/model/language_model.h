@@ -8,10 +8,10 @@
 #include "alignpro/model/config.h"
 #include "alignpro/ops/head_sample.h"
 
-namespace alignpro::engine {
+namespace alignpro::model {
 
-// What one engine holds of a model, wherever that computes: KV blocks by integer id, and the hidden
-// rows between a forward and their draw. One thread at a time.
+// What one engine holds of a model: KV blocks by integer id, and the hidden rows between a forward
+// and their draw. One thread at a time.
 class Session {
  public:
   virtual ~Session() = default;
@@ -21,23 +21,22 @@ class Session {
 
   // Writes the batch's KV and keeps the final (normed) hidden states of batch.output_rows. A row's
   // bits depend on its own sequence alone (contract 2).
-  virtual void forward(const model::Batch& batch) = 0;
+  virtual void forward(const Batch& batch) = 0;
 
-  // Draws one token for each hidden row that the last forward kept; see ops::head_sample. A model
-  // that computes elsewhere than on the calling thread may still be at it, and at the forward, when
-  // this returns; collect() waits for the tokens.
+  // Draws one token for each hidden row that the last forward kept; see ops::head_sample. A device
+  // may still be at it, and at the forward, when this returns; collect() waits for the tokens.
   virtual void draw(std::span<const ops::SampleRow> rows) = 0;
   virtual bool ready() const = 0;  // collect() and the next forward() would not wait
   virtual void collect(std::span<ops::SampledToken> out) = 0;
 };
 
-// What the engine asks of a model: model::Model on the CPU, cuda::DeviceModel on a GPU, a model
-// that a reader can compute by hand in the engine's tests.
+// What the engine asks of a model: Model, or one that a reader can compute by hand in the engine's
+// tests.
 class LanguageModel {
  public:
   virtual ~LanguageModel() = default;
 
-  virtual const model::ModelConfig& config() const = 0;
+  virtual const ModelConfig& config() const = 0;
   virtual int64_t context_length() const = 0;
   virtual int64_t kv_block_bytes() const = 0;  // of kKvBlock positions, all layers
   // What a cache may take now of the memory it would lie in, where nobody says how much.
@@ -45,4 +44,4 @@ class LanguageModel {
   virtual std::unique_ptr<Session> make_session(int64_t kv_blocks) const = 0;
 };
 
-}  // namespace alignpro::engine
+}  // namespace alignpro::model

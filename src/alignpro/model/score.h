@@ -1,21 +1,19 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <span>
 #include <vector>
 
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/model.h"
-#include "alignpro/model/prefix_tree.h"
-#include "alignpro/model/transformer.h"
 
 namespace alignpro::model {
 
 // What a score keeps of each layer for its backward.
 enum class Activations {
-  kKeep,       // everything: LayerActivations::floats_per_row a row and layer
+  kKeep,       // everything: LayerActivations of every layer
   kRecompute,  // the residual stream alone; each layer is run again, to the same bits
 };
 
@@ -31,28 +29,28 @@ struct ScoreRequest {
   Activations activations = Activations::kKeep;
 };
 
-// Throws InvalidArgument for an empty sequence, a start out of range, a token outside the
-// vocabulary, a sequence longer than the context, naming its index, and for what else does not fit.
-void require_scorable(const ScoreRequest& request, const ModelConfig& config,
-                      int64_t context_length);
+// Gradients of one adapter, module by module as Adapter::modules().
+struct AdapterGradients {
+  struct Module {
+    std::vector<float> a;  // [rank, inputs]
+    std::vector<float> b;  // [outputs, rank]
+  };
+  std::vector<Module> modules;
 
-// Sequences that are scored together, by index: all of them, in their order, where gradients are to
-// follow; otherwise as many as bound the buffers, neighbours in token order, which share the most.
-std::vector<std::vector<int64_t>> score_groups(const ScoreRequest& request);
-
-// Throws InvalidArgument for derivatives that backward() does not take; it has a graph, or had one.
-void require_upstream(bool has_graph, int64_t values, bool with_reference,
-                      std::span<const float> d_logprob, std::span<const float> d_entropy,
-                      std::span<const float> d_kl);
+  explicit AdapterGradients(const Adapter& adapter);
+};
 
 // Scores sequences token by token, through the layers and the vocabulary op that the engine samples
-// with: a score equals the log-probability recorded when the token was drawn, to the bit.
-// Tokens common to several sequences (a system prompt, the prompt of a group of rewrites) are
-// computed once, forward and backward.
+// with: a score equals the log-probability recorded when the token was drawn, to the bit, where the
+// device is deterministic. Tokens common to several sequences (a system prompt, the prompt of a
+// group of rewrites) are computed once, forward and backward.
 class Score {
  public:
-  // Throws as require_scorable().
+  // Throws InvalidArgument for an empty sequence, a start out of range, a token outside the
+  // vocabulary, a sequence longer than the context, naming its index, and for what else does not
+  // fit; NumericError where a row has no finite softmax.
   Score(std::shared_ptr<const Model> model, ScoreRequest request);
+  ~Score();
 
   // Flat, sequence after sequence: sum of (size - start) values.
   const std::vector<float>& logprob() const { return logprob_; }
@@ -68,35 +66,42 @@ class Score {
   int64_t hidden_size() const { return model_->config().hidden_size; }
   const std::shared_ptr<const Adapter>& adapter() const { return request_.adapter; }
 
-  // Bytes that a Score of this request and its backward() hold at their peak, at most, beside the
-  // weights, the adapters and the gradients. With R rows (shared prefixes once), V scored values, L
-  // layers, H hidden, F = qkv + q + H + 2 I floats of activations (+ q + k with head norms, + the
-  // layer's ranks), about 4 (R (L F + (L + 14) H + ...) + 5 V H) bytes; L F is F when recomputed.
-  // The hidden states, where asked for, count twice: here, and in a copy for the caller.
-  // Throws as the constructor does.
+  // Bytes of the device's memory that a Score of this request and its backward() hold at their peak
+  // beside the weights, the adapters and, on the CPU, the gradients: exactly on a GPU, at most on
+  // the CPU, whose ops allocate for themselves. With R rows (shared prefixes once), V scored
+  // values, L layers, H hidden, F = qkv + q + H + 2 I activations of a layer (+ q + k with head
+  // norms, + the adapter's ranks; + 2 kv on a GPU), P passes (2 with a reference) and w bytes a
+  // value, about w (R ((L + 1) H + L F) + P V H) + 48 V are kept, L F only where activations are.
+  // With them are held the larger of the forward's scratch, w R (2 H + I + F), and the backward's:
+  // 2 w R H, and the larger of 4 V H and w R (H + 4 I + q + qkv, + F when recomputed) with 4 bytes
+  // for each number of the adapter. On the CPU P V H more are kept for the backward, and the hidden
+  // states, where asked for, count twice: here, and in a copy for the caller. Throws as the
+  // constructor does.
   static int64_t bytes(const Model& model, const ScoreRequest& request);
 
+  // The same of weights that may be planned alone, under an adapter that may be, too. `buffers` are
+  // of the device. The request is not checked, its adapters are not looked at.
+  static int64_t bytes(const Weights& weights, const ops::Device& device, ScoreBuffers& buffers,
+                       const ScoreRequest& request, std::shared_ptr<const DeviceAdapter> policy,
+                       std::shared_ptr<const DeviceAdapter> reference);
+
   // Gradients of a loss by the adapter's matrices, from its derivatives by the outputs (flat, as
-  // above; d_entropy and d_kl may be empty). May be called once: it gives the graph back.
+  // above; d_entropy and d_kl may be empty). May be called once, by any thread: it gives the graph
+  // back.
   AdapterGradients backward(std::span<const float> d_logprob, std::span<const float> d_entropy,
                             std::span<const float> d_kl);
 
  private:
-  struct Graph;
-
-  struct Hidden {
-    std::vector<float> policy, reference;  // [rows, hidden] normed; reference empty without one
-  };
+  class Pass;  // over one group of sequences
 
   void score_group(std::span<const int64_t> members);
-  Hidden hidden_states(const PrefixTree& tree, ScoreBuffers& buffers, bool keep) const;
 
   std::shared_ptr<const Model> model_;
   ScoreRequest request_;
   std::vector<int64_t> offsets_;  // of each sequence's first value in the flat outputs
   std::vector<float> logprob_, entropy_, kl_, ref_logprob_, hidden_;
-  std::vector<double> lse_;
-  std::shared_ptr<Graph> graph_;
+  std::atomic<bool> has_graph_;
+  std::unique_ptr<Pass> pass_;  // what backward() needs; none without scored values
 };
 
 }  // namespace alignpro::model
