@@ -188,17 +188,17 @@ int available_cpus() {
 }
 
 struct ThreadPool::Impl {
-  explicit Impl(int threads) : crew(new Workers(threads)) {}
+  explicit Impl(int threads) : workers(new Workers(threads)) {}
 
-  std::atomic<Workers*> crew;
+  std::atomic<Workers*> workers;
 
-  // The crew of this process. After a fork the old one is abandoned as it stands: its threads are
-  // gone and its mutex may have been held by one of them.
+  // The workers of this process. After a fork the old ones are abandoned as they stand: their
+  // threads are gone, and one of them may have held the mutex.
   Workers& current() {
-    Workers* seen = crew.load(std::memory_order_acquire);
+    Workers* seen = workers.load(std::memory_order_acquire);
     if (seen->forks == fork_count.load(std::memory_order_relaxed)) return *seen;
     auto fresh = std::make_unique<Workers>(seen->size);
-    if (crew.compare_exchange_strong(seen, fresh.get(), std::memory_order_acq_rel)) {
+    if (workers.compare_exchange_strong(seen, fresh.get(), std::memory_order_acq_rel)) {
       return *fresh.release();
     }
     return *seen;
@@ -213,13 +213,13 @@ ThreadPool::ThreadPool(int threads) {
 }
 
 ThreadPool::~ThreadPool() {
-  Workers* crew = impl_->crew.load();
-  if (crew->forks != fork_count.load()) return;  // abandoned: nothing to join in this process
-  crew->stop();
-  delete crew;
+  Workers* workers = impl_->workers.load();
+  if (workers->forks != fork_count.load()) return;  // abandoned: nothing to join in this process
+  workers->stop();
+  delete workers;
 }
 
-int ThreadPool::size() const { return impl_->crew.load(std::memory_order_relaxed)->size; }
+int ThreadPool::size() const { return impl_->workers.load(std::memory_order_relaxed)->size; }
 
 void ThreadPool::run(int64_t items, const std::function<void(int64_t item, int worker)>& fn) {
   if (items > 0) impl_->current().run(items, fn);

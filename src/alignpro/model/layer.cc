@@ -9,9 +9,9 @@ const ops::Weight& weight_of(const LayerPass& pass, int64_t layer, LinearSite si
   return pass.weights.layers[static_cast<size_t>(layer)].linear(site);
 }
 
-// `rows` of a matrix as wide as the ranks, where there is room for them.
-Matrix cut_ranks(const Matrix& room, int64_t begin, int64_t rows, int64_t ranks) {
-  return {ops::at(room.data, begin * block_bytes(room.dtype)), rows, ranks, ranks, room.dtype};
+// `rows` of a matrix as wide as the ranks, where there are any.
+Matrix cut_ranks(const Matrix& all, int64_t begin, int64_t rows, int64_t ranks) {
+  return {ops::at(all.data, begin * block_bytes(all.dtype)), rows, ranks, ranks, all.dtype};
 }
 
 // A product of the layer: the base weights with each range's adapter.

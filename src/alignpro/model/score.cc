@@ -96,11 +96,11 @@ std::shared_ptr<const DeviceAdapter> uploaded(const std::shared_ptr<const Adapte
 }
 
 // Takes buffers from the model's pool and gives them back when nothing under way reads them.
-class Lease {
+class PooledBuffers {
  public:
-  explicit Lease(const Model& model)
+  explicit PooledBuffers(const Model& model)
       : pool_(model.score_buffers()), buffers_(pool_.take(model.device(), model.weights())) {}
-  ~Lease() {
+  ~PooledBuffers() {
     if (buffers_ == nullptr) return;
     try {
       buffers_->ops->wait();
@@ -108,8 +108,8 @@ class Lease {
     } catch (const Unavailable&) {  // the device is gone
     }
   }
-  Lease(const Lease&) = delete;
-  Lease& operator=(const Lease&) = delete;
+  PooledBuffers(const PooledBuffers&) = delete;
+  PooledBuffers& operator=(const PooledBuffers&) = delete;
 
   ScoreBuffers& operator*() const { return *buffers_; }
   ScoreBuffers* operator->() const { return buffers_.get(); }
@@ -138,7 +138,7 @@ class Score::Pass {
         tree_(request, members),
         policy_(uploaded(request.adapter, model_->device())),
         reference_(uploaded(request.reference, model_->device())),
-        lease_(*model_),
+        pooled_(*model_),
         memory_(weights_, model_->device(), ops(), prepared(), request, tree_, policy_, reference_),
         kept_memory_(ops(), memory_.kept(nullptr).bytes),
         kept_(memory_.kept(kept_memory_.data())) {}
@@ -154,11 +154,11 @@ class Score::Pass {
                 std::span<const float> d_kl, AdapterGradients& gradients);
 
  private:
-  ops::Ops& ops() const { return *lease_->ops; }
-  const ops::Plan& plan() const { return *lease_->plan; }
+  ops::Ops& ops() const { return *pooled_->ops; }
+  const ops::Plan& plan() const { return *pooled_->plan; }
   const ops::Plan& prepared() const {
-    lease_->plan->prepare(tree_.plan_request());
-    return *lease_->plan;
+    pooled_->plan->prepare(tree_.plan_request());
+    return *pooled_->plan;
   }
   int64_t num_layers() const { return weights_.config.num_layers; }
   float eps() const { return static_cast<float>(weights_.config.rms_eps); }
@@ -178,7 +178,7 @@ class Score::Pass {
   const ScoreRequest& request_;
   const ScoreTree tree_;
   const std::shared_ptr<const DeviceAdapter> policy_, reference_;
-  const Lease lease_;  // outlives the memory of its ops
+  const PooledBuffers pooled_;  // outlives the memory of its ops
   const ScoreMemory memory_;
   const ops::Buffer kept_memory_;
   const ScoreMemory::Kept kept_;
@@ -217,7 +217,7 @@ ops::LogprobRequest Score::Pass::logprob_request(bool with_reference) const {
 
 void Score::Pass::forward() {
   const bool with_reference = request_.with_reference;
-  lease_->plan->place(kept_.plan);
+  pooled_->plan->place(kept_.plan);
   const ops::Buffer scratch(ops(), memory_.forward(nullptr).bytes);
   const ScoreMemory::Forward m = memory_.forward(scratch.data());
   clear_shared_kv(m.scratch);
@@ -243,10 +243,10 @@ void Score::Pass::forward() {
                        m.logprob);
 
   results_ = static_cast<const float*>(ops().download(
-      lease_->results, kept_.results, 5 * values() * static_cast<int64_t>(sizeof(float))));
+      pooled_->results, kept_.results, 5 * values() * static_cast<int64_t>(sizeof(float))));
   if (request_.with_hidden) {
     hidden_ = static_cast<const std::byte*>(
-        ops().download(lease_->hidden, kept_.hidden.data,
+        ops().download(pooled_->hidden, kept_.hidden.data,
                        values() * kept_.hidden.cols * block_bytes(kept_.hidden.dtype)));
   }
   ops().wait();
@@ -265,7 +265,7 @@ void Score::Pass::d_stream_of_values(const ScoreMemory::Backward& m,
                                      std::span<const float> d_entropy,
                                      std::span<const float> d_kl) {
   const int64_t bytes = 3 * values() * static_cast<int64_t>(sizeof(float));
-  auto* staged = static_cast<float*>(ops().stage(lease_->upstream, m.upstream, bytes));
+  auto* staged = static_cast<float*>(ops().stage(pooled_->upstream, m.upstream, bytes));
   std::fill_n(staged, 3 * values(), 0.0f);
   std::copy(d_logprob.begin(), d_logprob.end(), staged);
   std::copy(d_entropy.begin(), d_entropy.end(), staged + values());
@@ -303,7 +303,7 @@ void Score::Pass::backward(std::span<const float> d_logprob, std::span<const flo
     layer_backward(pass, *policy_, l, in, joined(layer, m.scratch), m.buffers, m.gradients[index],
                    m.d_stream);
   }
-  const void* host = ops().download(lease_->results, m.first_gradient, m.gradient_bytes);
+  const void* host = ops().download(pooled_->results, m.first_gradient, m.gradient_bytes);
   ops().wait();
   unpack(m, static_cast<const std::byte*>(host), gradients);
 }
@@ -381,8 +381,8 @@ void Score::score_group(std::span<const int64_t> members) {
 int64_t Score::bytes(const Model& model, const ScoreRequest& request) {
   require_scorable(request, model);
   const ops::Device::Scope scope(model.device());
-  const Lease lease(model);
-  return bytes(model.weights(), model.device(), *lease, request,
+  const PooledBuffers pooled(model);
+  return bytes(model.weights(), model.device(), *pooled, request,
                uploaded(request.adapter, model.device()),
                uploaded(request.reference, model.device()));
 }
