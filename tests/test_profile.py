@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from alignpro.bench.generation import _generate, _Work
+from alignpro.bench.generation import _generate
 from alignpro.bench.profile import record, rewrite_seeds
 from alignpro.bench.timeline import STAGES, Timeline
 from alignpro.bench.work import random_prompts
@@ -257,11 +257,12 @@ def test_operations_are_those_that_the_config_says(tiny_model_dir: Any):
     events = core.trace_stop()
     names = np.array(events["names"])[events["name"]]
     flops = {name: int(events["flops"][names == name].sum()) for name in events["names"]}
-    work = _Work(model)
+    facts, rows = core.describe(core.ModelFiles(str(model.path))), prompt + new - 1
     products = sum(n for name, n in flops.items() if name.startswith("linear"))
-    counted = products + flops["attention"]
-    assert counted == batch * (work.flops(prompt, 0) + work.flops(new - 1, prompt))
-    assert flops["head_sample"] == batch * new * work.head_flops
+    assert products == batch * rows * 2 * facts.layer_parameters
+    per_pair = 4 * model.config["num_layers"] * model.config["num_heads"] * model.config["head_dim"]
+    assert flops["attention"] == batch * rows * (rows + 1) // 2 * per_pair
+    assert flops["head_sample"] == batch * new * 2 * facts.head_parameters
     # Each step reads the layers' weights and the head once: this model's head is its own.
     weights = np.char.startswith(names, "linear") | (names == "head_sample")
     c = model.config

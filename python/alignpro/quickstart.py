@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from alignpro.bench.machine import peak_rss_bytes, versions
 from alignpro.config import QuickstartConfig
 from alignpro.data.load import load_pairs, load_prompts
 from alignpro.evaluate.results import Report, to_json
@@ -34,11 +31,11 @@ from alignpro.train.run import trainer_from
 from alignpro.train.sft import fit
 from alignpro.train.trackers import check_trackers
 
+_PACKAGES = ("alignpro", "numpy", "torch", "tokenizers", "vaderSentiment")  # decide the numbers
+
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """What a run left behind."""
-
     run_dir: Path
     report: Report  # report.json
     metrics: list[dict[str, Any]]  # metrics.jsonl
@@ -99,7 +96,8 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
         seed=config.seed,
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
-        versions=versions(),
+        versions=versions(_PACKAGES)
+        | {"cpu_isa": core.cpu_isa(), "threads": str(core.available_cpus())},
         config=as_config(config),
     )
     with trainer.directory:
@@ -122,21 +120,6 @@ def free_directory(name: str) -> Path:
         number += 1
         path = Path(f"{name}-{number}")
     return path
-
-
-def versions() -> dict[str, str]:
-    """Of everything that decides the numbers."""
-    found = {"python": platform.python_version()}
-    for package in ("alignpro", "numpy", "torch", "tokenizers", "vaderSentiment"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found | {"cpu_isa": core.cpu_isa(), "threads": str(core.available_cpus())}
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held at once."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Floats = NDArray[np.float64]
 _CHUNK_ELEMENTS = 1 << 22  # resampled values held at once: 32 MiB
 
 
@@ -28,11 +29,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap_mean_ci(
-    values: Sequence[float] | NDArray[np.floating],
-    *,
-    seed: int = 0,
-    level: float = 0.95,
-    resamples: int = 10_000,
+    values: ArrayLike, *, seed: int = 0, level: float = 0.95, resamples: int = 10_000
 ) -> Interval:
     """Mean of per-prompt ``values`` [n] with its percentile bootstrap interval (Efron 1979).
 
@@ -46,14 +43,7 @@ def bootstrap_mean_ci(
     return _percentiles(float(x.mean()), np.concatenate(means), level)
 
 
-def paired_difference(
-    treated: Sequence[float] | NDArray[np.floating],
-    control: Sequence[float] | NDArray[np.floating],
-    *,
-    seed: int = 0,
-    level: float = 0.95,
-    resamples: int = 10_000,
-) -> Interval:
+def paired_difference(treated: ArrayLike, control: ArrayLike, *, seed: int = 0) -> Interval:
     """Mean of ``treated - control`` over the same prompts [n], with its bootstrap interval.
 
     Pairing takes out what prompts have in common, so the interval is narrower than that of two
@@ -63,17 +53,10 @@ def paired_difference(
     b = _finite("control", control, dimensions=1)
     if a.size != b.size:
         raise ValueError(f"expected values of the same prompts, got {a.size} and {b.size}")
-    return bootstrap_mean_ci(a - b, seed=seed, level=level, resamples=resamples)
+    return bootstrap_mean_ci(a - b, seed=seed)
 
 
-def ratio_of_means(
-    numerator: Sequence[float] | NDArray[np.floating],
-    denominator: Sequence[float] | NDArray[np.floating],
-    *,
-    seed: int = 0,
-    level: float = 0.95,
-    resamples: int = 10_000,
-) -> Interval:
+def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike, *, seed: int = 0) -> Interval:
     """mean(numerator) / mean(denominator) over the same prompts [n], n >= 2, with the percentile
     interval of a bootstrap that resamples prompts, and so both together.
 
@@ -87,19 +70,18 @@ def ratio_of_means(
     if b.mean() == 0:
         raise ValueError("denominator: expected a mean other than 0")
     ratios = []
-    for drawn in _resampled(a.size, seed, resamples):
+    for drawn in _resampled(a.size, seed):
         top, bottom = a[drawn].mean(axis=1), b[drawn].mean(axis=1)
         ratios.append(top[bottom != 0] / bottom[bottom != 0])
-    return _percentiles(float(a.mean() / b.mean()), np.concatenate(ratios), level)
+    return _percentiles(float(a.mean() / b.mean()), np.concatenate(ratios))
 
 
 def length_controlled_win_rate(
-    preferences: Sequence[float] | NDArray[np.floating],
-    length_differences: Sequence[float] | NDArray[np.floating],
+    preferences: ArrayLike,
+    length_differences: ArrayLike,
     *,
     prompts: Sequence[int] | None = None,
     seed: int = 0,
-    level: float = 0.95,
     resamples: int = 1000,
 ) -> Interval:
     """The win rate a judge would give at equal lengths (Dubois et al. 2024, arXiv 2404.04475).
@@ -139,28 +121,23 @@ def length_controlled_win_rate(
         for row in drawn:
             weight = np.bincount(row, minlength=names.size)[cluster].astype(np.float64)
             draws.append(_fit_logistic(x, y, weight, whole)[0])
-    return _percentiles(_sigmoid(whole[0]), np.array([_sigmoid(a) for a in draws]), level)
+    return _percentiles(_sigmoid(whole[0]), np.array([_sigmoid(a) for a in draws]))
 
 
-def _fit_logistic(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    weight: NDArray[np.float64],
-    start: NDArray[np.float64],
-) -> NDArray[np.float64]:
+def _fit_logistic(x: Floats, y: Floats, weight: Floats, start: Floats) -> Floats:
     """Intercept and slope of the posterior mode; y [n] may be fractions."""
     from scipy.optimize import minimize
 
     design = np.stack([np.ones_like(x), x], axis=1)
     precision = np.array(_PRIOR_DEVIATIONS) ** -2.0
 
-    def loss(beta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def loss(beta: Floats) -> tuple[float, Floats]:
         eta = design @ beta
         value = weight @ (np.logaddexp(0.0, eta) - y * eta) + 0.5 * precision @ beta**2
         residual = weight * (0.5 * (1.0 + np.tanh(0.5 * eta)) - y)
         return float(value), design.T @ residual + precision * beta
 
-    found: NDArray[np.float64] = minimize(loss, start, jac=True, method="BFGS").x
+    found: Floats = minimize(loss, start, jac=True, method="BFGS").x
     return found
 
 
@@ -171,7 +148,7 @@ def _sigmoid(value: float) -> float:
     return float(0.5 * (1.0 + np.tanh(0.5 * value)))
 
 
-def variance(values: Sequence[float] | NDArray[np.floating]) -> float:
+def variance(values: ArrayLike) -> float:
     """Unbiased sample variance of ``values`` [n], n >= 2."""
     x = _finite("values", values, dimensions=1)
     if x.size < 2:
@@ -189,8 +166,13 @@ class VarianceSplit:
     @property
     def prompter_share(self) -> float:
         """between / (between + within), in [0, 1]; 0 where nothing varies."""
+        return self.share_of_means(1)
+
+    def share_of_means(self, responses: int) -> float:
+        """between / (between + within / responses): the rewrites' own share of the variance of
+        means over that many responses, in [0, 1]; 0 where nothing varies."""
         between = max(self.between_rewrites, 0.0)
-        total = between + self.within_rewrite
+        total = between + self.within_rewrite / responses
         return between / total if total > 0 else 0.0
 
 
@@ -213,7 +195,7 @@ def law_of_total_variance(rewards: ArrayLike) -> VarianceSplit:
     return VarianceSplit(between_rewrites=of_means - within / m, within_rewrite=within)
 
 
-def _resampled(count: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
+def _resampled(count: int, seed: int, resamples: int = 10_000) -> Iterator[NDArray[np.int64]]:
     """Indices [some resamples, count] drawn with replacement, in chunks that bound the memory."""
     if resamples < 1:
         raise ValueError(f"resamples: expected at least 1, got {resamples}")
@@ -223,20 +205,19 @@ def _resampled(count: int, seed: int, resamples: int) -> Iterator[NDArray[np.int
         yield rng.integers(count, size=(min(chunk, resamples - begin), count))
 
 
-def _percentiles(estimate: float, draws: NDArray[np.float64], level: float) -> Interval:
+def _percentiles(estimate: float, draws: Floats, level: float = 0.95) -> Interval:
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number in (0, 1), got {level}")
     low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
     return Interval(estimate, float(low), float(high))
 
 
-def _finite(name: str, values: ArrayLike, *, dimensions: int) -> NDArray[np.float64]:
+def _finite(name: str, values: ArrayLike, *, dimensions: int) -> Floats:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name}: expected numbers in {dimensions} dimension(s): {error}"
-        ) from error
+        message = f"{name}: expected numbers in {dimensions} dimension(s): {error}"
+        raise ValueError(message) from error
     if array.ndim != dimensions:
         raise ValueError(f"{name}: expected {dimensions} dimension(s), got shape {array.shape}")
     if not np.isfinite(array).all():

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from alignpro.cli import app
 from alignpro.config import HeadroomConfig, LoraConfig, Prompting
+from alignpro.data.load import load_prompts
 from alignpro.evaluate import headroom as runs
 from alignpro.evaluate.headroom import run_headroom
 from alignpro.evaluate.results import to_json
@@ -56,7 +57,7 @@ def drawn(config, tmp_path_factory):
 def rollout(config, adapter=None):
     model = load_model(config.prompter, threads=2)
     pipeline = Pipeline.configured(config, model, model, count_e).with_adapter(adapter)
-    prompts = [row.prompt for row in runs.load_prompts("everyday", split="train")[:4]]
+    prompts = [row.prompt for row in load_prompts("everyday", split="train")[:4]]
     return pipeline.rollout(prompts, num_rewrites=3, num_responses=2, seed=3)
 
 

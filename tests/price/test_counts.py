@@ -185,7 +185,7 @@ def test_facts_of_the_default_models_file(smollm2_path, compute):
     priced = find_priced("smollm2").held("cpu", compute)
     model = load_model(smollm2_path, threads=1, compute=compute)
     assert priced.source == "files"
-    assert priced.lora_modules == model.lora_modules
+    assert priced.facts.lora_modules == model.lora_modules
     assert priced.parameters == pytest.approx(134.5e6, rel=1e-3)
     assert priced.weight_bytes == model.config["weight_bytes"]
     assert priced.streamed_bytes == model.config["streamed_bytes"]
@@ -282,7 +282,7 @@ def test_one_real_step(smollm2, tmp_path):
         return float(events[what][np.isin(events["name"], chosen)].sum())
 
     # The trace counts rows and operations of every forward; the engine's have a span of their own.
-    layers = model.config["num_layers"]
+    layers = model.facts.config["num_layers"]
     scored = counted("rows", "linear o") / layers - counted("rows", "forward")
     # Short rewrites of one prompt often begin alike, and the engine computes that once.
     assert scored <= work.tokens["scored forward"] <= 1.15 * scored

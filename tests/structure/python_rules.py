@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "train": _RUNNING,
     "evaluate": _RUNNING | {"theory"},
     "report": _RUNNING | {"train", "evaluate"},
-    "quickstart": _RUNNING | {"train", "evaluate", "report"},
+    "quickstart": _RUNNING | {"train", "evaluate", "report", "bench.machine"},
     "bench": _RUNNING | {"trace", "train"},
     "price": _SERVING | {"data", "bench.machine", "train.micro_batches", "train.policy"},
     "cli": _RUNNING | {"train", "evaluate", "report", "quickstart", "bench", "price"},

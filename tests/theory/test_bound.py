@@ -120,7 +120,7 @@ def test_the_arithmetic_by_hand():
     assert result.measured_gap.mean == pytest.approx(0.375)
     assert result.slack.mean == pytest.approx(0.225)
     assert (result.slack.low, result.slack.high) == pytest.approx((-0.05, 0.5))  # paired
-    assert result.kl.mean == pytest.approx(1.2)
+    assert result.terms["kl"].mean == pytest.approx(1.2)
     assert result.holds and not result.vacuous
 
 

@@ -18,11 +18,13 @@ from alignpro.bench.work import ROLLOUT, random_prompts
 from alignpro.config import RESPONSE, REWRITE
 from alignpro.data.load import load_prompts
 from alignpro.models.native_model import NativeModel, load_model
+from alignpro.native import core
 from alignpro.pipeline import Pipeline
 from alignpro.types import Reward, SamplingParams
 
 Say = Callable[[str], None]
 
+_VALUE_BYTES = {"float32": 4, "float16": 2}  # of a number in the cache
 PROMPT_TOKENS = 37  # a short question in its chat template
 
 
@@ -44,7 +46,8 @@ def bench_decode(
     ``decode_tokens_per_second`` leaves out the time to the first token, measured by calls that
     stop there. ``cold_start_seconds`` is a new process up to its first token, interpreter and
     imports included, with the file in the system's cache. Shares are of the limits measured in the
-    same run: multiply-adds of the whole call, and weights and KV read from memory while decoding.
+    same run: operations of the whole call, by the engine's own counts (None where they did not
+    fit), and weights and KV read from memory while decoding.
 
     Raises:
         ValueError, OSError: a model that does not load, or whose context is too short.
@@ -61,34 +64,34 @@ def bench_decode(
         ),
         "results": [],
     }
-    work, vocab_size = _Work(loaded), loaded.config["vocab_size"]
+    config = loaded.config
+    kv_bytes = core.describe(core.ModelFiles(str(model))).kv_elements * _VALUE_BYTES[kv_dtype]
     for batch in batches:
         say(f"{batch} sequences")
-        prompts = random_prompts(vocab_size, batch, prompt_tokens)
+        prompts = random_prompts(config["vocab_size"], batch, prompt_tokens)
+        _, events = recorded(partial(_generate, loaded, prompts, new_tokens))
         seconds = interleaved(
             {
                 "first": partial(_generate, loaded, prompts, 1),
                 "all": partial(_generate, loaded, prompts, new_tokens),
             },
-            repeats + 1,
+            repeats,
         )
-        first, whole = (statistics.median(seconds[name][1:]) for name in ("first", "all"))
-        flops = (
-            batch * (work.flops(prompt_tokens, 0) + work.flops(new_tokens - 1, prompt_tokens))
-            + batch * new_tokens * work.head_flops
-        )
+        first, whole = (statistics.median(seconds[name]) for name in ("first", "all"))
+        flops = engine_flops(events)
         decoding = max(whole - first, 1e-9)
         steps = new_tokens - 1
-        moved = steps * (work.weight_bytes + batch * work.kv_bytes(prompt_tokens + new_tokens / 2))
+        held = batch * (prompt_tokens + new_tokens / 2)  # positions, on average
+        moved = steps * (config["streamed_bytes"] + held * kv_bytes)
         report["results"].append(
             {
                 "batch": batch,
                 "tokens_per_second": batch * new_tokens / whole,
                 "seconds": whole,
-                "all_seconds": seconds["all"][1:],
+                "all_seconds": seconds["all"],
                 "seconds_to_first_token": first,
                 "decode_tokens_per_second": batch * steps / decoding if steps else None,
-                "flops_per_token": flops / (batch * new_tokens),
+                "flops_per_token": None if flops is None else flops / (batch * new_tokens),
                 "bytes_per_step": moved / steps if steps else None,
                 **_rate(flops, whole, report),
                 "read_share": moved / decoding / 1e9 / report["limits"]["read_gbps"]
@@ -118,21 +121,21 @@ def bench_prefill(
         "prefill", model, threads, repeats, compute=compute, kv_dtype=kv_dtype
     )
     report["results"] = []
-    work, vocab_size = _Work(loaded), loaded.config["vocab_size"]
     for batch, length in shapes:
         say(f"{batch} x {length}")
-        prompts = random_prompts(vocab_size, batch, length)
-        seconds = interleaved({"all": partial(_generate, loaded, prompts, 1)}, repeats + 1)
-        whole = statistics.median(seconds["all"][1:])
-        flops = batch * (work.flops(length, 0) + work.head_flops)
+        prompts = random_prompts(loaded.config["vocab_size"], batch, length)
+        call = partial(_generate, loaded, prompts, 1)
+        _, events = recorded(call)
+        seconds = interleaved({"all": call}, repeats)["all"]
+        whole = statistics.median(seconds)
         report["results"].append(
             {
                 "batch": batch,
                 "prompt_tokens": length,
                 "tokens_per_second": batch * length / whole,
                 "seconds_to_first_token": whole,
-                "all_seconds": seconds["all"][1:],
-                **_rate(flops, whole, report),
+                "all_seconds": seconds,
+                **_rate(engine_flops(events), whole, report),
             }
         )
     report["peak_rss_bytes"] = peak_rss_bytes()
@@ -218,45 +221,23 @@ def rollout_pipeline(
     )
 
 
-class _Work:
-    """What one token costs, by count: a multiply-add is two operations."""
-
-    def __init__(self, model: NativeModel) -> None:
-        c = model.config
-        heads, kv_heads, d = c["num_heads"], c["num_kv_heads"], c["head_dim"]
-        of_layer = (2 * heads + 2 * kv_heads) * d + 3 * c["intermediate_size"]
-        self._linear_flops: int = 2 * c["num_layers"] * c["hidden_size"] * of_layer
-        self._attention_flops: int = 4 * c["num_layers"] * heads * d  # a pair of positions
-        value_bytes = {"float32": 4, "float16": 2}[c["kv_dtype"]]
-        self._kv_bytes: int = 2 * value_bytes * c["num_layers"] * kv_heads * d  # K and V
-        self.head_flops = 2 * c["vocab_size"] * c["hidden_size"]
-        self.weight_bytes: int = c["streamed_bytes"]
-
-    def flops(self, tokens: int, before: int) -> float:
-        """Of ``tokens`` positions after ``before`` others, without the head."""
-        looked_at = tokens * before + tokens * (tokens + 1) / 2
-        return tokens * self._linear_flops + looked_at * self._attention_flops
-
-    def kv_bytes(self, positions: float) -> float:
-        return positions * self._kv_bytes
-
-
 def open_report(
     benchmark: str,
     model: Path,
     threads: int,
     repeats: int,
     limits_now: dict[str, float] | None = None,
+    prefix_cache: bool = False,
     **options: Any,
 ) -> tuple[NativeModel, dict[str, Any]]:
-    """The model, with nothing kept between calls, and what every report begins with.
+    """The model, and what every report begins with.
 
     options: of `load_model`. The machine's limits, unless they are known, are measured before the
     model is loaded, and what they held is left out of the peak memory.
     """
     limits_now = limits_now or limits(threads, repeats)
     started = time.perf_counter()
-    loaded = load_model(model, threads=threads, prefix_cache=False, **options)
+    loaded = load_model(model, threads=threads, prefix_cache=prefix_cache, **options)
     seconds = time.perf_counter() - started
     return loaded, {
         "benchmark": benchmark,
@@ -271,7 +252,9 @@ def open_report(
     }
 
 
-def _rate(flops: float, seconds: float, report: dict[str, Any]) -> dict[str, float]:
+def _rate(flops: int | None, seconds: float, report: dict[str, Any]) -> dict[str, float | None]:
+    if flops is None:
+        return {"gflops": None, "fma_share": None}
     gflops = flops / seconds / 1e9
     return {"gflops": gflops, "fma_share": gflops / report["limits"]["fma_gflops"]}
 

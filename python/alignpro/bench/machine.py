@@ -7,8 +7,9 @@ import gc
 import platform
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,7 +30,7 @@ def machine(threads: int, packages: Sequence[str] = ()) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "cpu_isa": core.cpu_isa(),
         "build": core.build_info(),
-        "versions": _versions([*_PACKAGES, *packages]),
+        "versions": versions([*_PACKAGES, *packages]),
     }
 
 
@@ -76,8 +77,8 @@ def recorded(
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held at once."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def available_bytes() -> int | None:
@@ -107,7 +108,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _versions(packages: Sequence[str]) -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Python's, and those of ``packages`` as far as they are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

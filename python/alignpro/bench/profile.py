@@ -116,7 +116,6 @@ def rewrite_seeds(seed: int, prompts: int) -> list[int]:
 
 
 def _reward() -> tuple[Reward | None, str | None]:
-    """A reward, or why there is none."""
     try:
         return build_reward("vader"), None
     except ImportError as error:

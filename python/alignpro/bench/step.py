@@ -10,12 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from alignpro.bench.machine import limits, machine, peak_rss_bytes, recorded
+from alignpro.bench.generation import Say, open_report
+from alignpro.bench.machine import peak_rss_bytes, recorded
 from alignpro.bench.timeline import engine_flops
 from alignpro.bench.work import WORK, StepWork
 from alignpro.config import LoraConfig, ModelConfig, TrainConfig
 from alignpro.data.load import load_prompts, stack_columns
-from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.train.callbacks import TrainCallback
@@ -25,8 +25,6 @@ from alignpro.types import SamplingParams
 
 WARM_UP = 1  # steps that are run and not counted
 _LIMIT_REPEATS = 5
-
-Say = Callable[[str], None]
 
 
 class _Clock(TrainCallback):
@@ -85,12 +83,8 @@ def bench_step(
             threads=threads,
         )
     )
-    say("measuring the machine's limits")
-    measured_limits = limits(threads, _LIMIT_REPEATS)
-    say(f"loading {model.name}")
-    started = time.perf_counter()
-    native = load_model(model, threads=threads)
-    load_seconds = time.perf_counter() - started
+    say(f"measuring the machine's limits, and loading {model.name}")
+    native, report = open_report("step", model, threads, _LIMIT_REPEATS, prefix_cache=True)
     prompts = load_prompts(config.data, split=config.split)
     pipeline = Pipeline.configured(config, native, native, build_reward(config.reward))
     rows: list[dict[str, Any]] = []
@@ -118,15 +112,9 @@ def bench_step(
     def median(value: Callable[[dict[str, Any]], float]) -> float:
         return statistics.median(value(row) for row in measured)
 
-    return {
-        "benchmark": "step",
-        "machine": machine(threads),
-        "limits": measured_limits,
-        "repeats": _LIMIT_REPEATS,
-        "model": model.name,
+    return report | {
         "work": asdict(work),
         "steps": steps,
-        "load_seconds": load_seconds,
         "seconds_per_step": median(lambda row: row["wall"]),
         "all_seconds": [row["wall"] for row in measured],
         "warm_up_seconds": [row["wall"] for row in rows[:WARM_UP]],
@@ -138,7 +126,7 @@ def bench_step(
         "tokens_per_second": median(lambda row: row["tokens_per_second"]),
         "generate_fma_share": None
         if flops is None
-        else flops / generating / 1e9 / measured_limits["fma_gflops"],
+        else flops / generating / 1e9 / report["limits"]["fma_gflops"],
         "kl_per_rewrite": median(lambda row: row["kl_per_rewrite"]),
         "reward_mean": median(lambda row: row["reward_mean"]),
         "parity_max_abs": max(row["parity_max_abs"] for row in rows),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +12,6 @@ from rich.text import Text
 
 
 def step_table(report: Mapping[str, Any]) -> Table:
-    """Seconds of one step by stage, memory, and what shows that the step was a real one."""
     share = report["generate_fma_share"]
     table = Table(title=limits_text(report), title_justify="left", show_header=False, box=None)
     table.add_column("what")
@@ -32,13 +31,11 @@ def step_table(report: Mapping[str, Any]) -> Table:
 
 
 def generation_tables(report: Mapping[str, Any]) -> Group:
-    """Tokens a second of decode, prefill or rollout, beside the machine's limits."""
     table = _rollout_table if report["benchmark"] == "rollout" else _throughput_table
     return Group(Text(limits_text(report)), table(report), Text(memory_text(report)))
 
 
 def profile_tables(report: Mapping[str, Any]) -> Group:
-    """Stages in their order, then ops by time, beside the machine's limits."""
     whole = (
         f"{seconds_text(report['seconds'])}, {report['generated_tokens']:,} tokens "
         f"({report['tokens_per_second']:,.0f} tokens/s) in {report['steps']} steps "
@@ -61,43 +58,36 @@ def profile_tables(report: Mapping[str, Any]) -> Group:
 
 
 def _stage_table(report: Mapping[str, Any]) -> Table:
-    table = new_table(f"{report['prompts']} prompts x {report['rewrites']} rewrites x 1 response")
-    for column in ("time", "share", "rows", "rows/s"):
-        table.add_column(column, justify="right")
-    for row in report["stages"]:
+    def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         rows, seconds = row["rows"], row["seconds"]
-        table.add_row(
-            Text(row["stage"]),
-            Text(seconds_text(seconds)),
-            Text(f"{row['share']:.1%}"),
-            Text("" if rows is None else f"{rows:,}"),
-            Text(f"{rows / seconds:,.0f}" if rows and seconds > 0 else ""),
+        return (
+            row["stage"],
+            seconds_text(seconds),
+            f"{row['share']:.1%}",
+            "" if rows is None else f"{rows:,}",
+            f"{rows / seconds:,.0f}" if rows and seconds > 0 else "",
         )
-    return table
+
+    title = f"{report['prompts']} prompts x {report['rewrites']} rewrites x 1 response"
+    return new_table(title, ("time", "share", "rows", "rows/s"), map(cells, report["stages"]))
 
 
 def _op_table(ops: Sequence[Mapping[str, Any]]) -> Table:
-    table = new_table("ops")
-    table.collapse_padding = True  # 80 columns hold it
-    table.columns[0].no_wrap = True
-    for column in ("time", "share", "calls", "GFLOP/s", "of peak", "GB/s", "of reads"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in ops:
-        cells = [row["op"], seconds_text(row["seconds"]), f"{row['share']:.1%}"]
+    def cells(row: Mapping[str, Any]) -> Iterator[str]:
+        yield from (row["op"], seconds_text(row["seconds"]), f"{row['share']:.1%}")
         if "calls" in row:
-            cells += [
-                f"{row['calls']:,}",
-                f"{row['gflops']:.1f}",
-                f"{row['fma_share']:.0%}",
-                f"{row['gbps']:.1f}",
-                f"{row['read_share']:.0%}",
-            ]
-        table.add_row(*(Text(cell) for cell in cells))
+            yield from (f"{row['calls']:,}", f"{row['gflops']:.1f}", f"{row['fma_share']:.0%}")
+            yield from (f"{row['gbps']:.1f}", f"{row['read_share']:.0%}")
+
+    columns = ("time", "share", "calls", "GFLOP/s", "of peak", "GB/s", "of reads")
+    table = new_table("ops", columns, map(cells, ops))
+    table.collapse_padding = True  # 80 columns hold it
+    for column in table.columns:
+        column.no_wrap = True
     return table
 
 
 def limits_text(report: Mapping[str, Any]) -> str:
-    """The machine, and what it can do at most."""
     limits = report["limits"]
     return (
         f"{report['machine']['cpu']}, {report['machine']['threads']} threads: "
@@ -108,7 +98,6 @@ def limits_text(report: Mapping[str, Any]) -> str:
 
 
 def memory_text(report: Mapping[str, Any]) -> str:
-    """Seconds of loading, and the most memory that was held."""
     cold = report.get("cold_start_seconds")
     return (
         f"loaded in {report['load_seconds']:.2f} s, "
@@ -118,34 +107,27 @@ def memory_text(report: Mapping[str, Any]) -> str:
 
 
 def _throughput_table(report: Mapping[str, Any]) -> Table:
-    table = new_table(
-        f"{report['benchmark']}, {report['compute']}, keys and values {report['kv_dtype']}"
-    )
-    columns = ("tokens/s", "decode tokens/s", "first token", "GFLOP/s", "of FMA peak", "of reads")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in report["results"]:
+    def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         name = f"{row['batch']} sequences"
         if "prompt_tokens" in row:
             name = f"{row['batch']} x {row['prompt_tokens']} tokens"
         decode, reads = row.get("decode_tokens_per_second"), row.get("read_share")
-        cells = (
+        return (
             name,
             f"{row['tokens_per_second']:,.0f}",
             "" if decode is None else f"{decode:,.0f}",
             seconds_text(row["seconds_to_first_token"]),
-            f"{row['gflops']:.0f}",
-            f"{row['fma_share']:.0%}",
+            "?" if row["gflops"] is None else f"{row['gflops']:.0f}",
+            "?" if row["fma_share"] is None else f"{row['fma_share']:.0%}",
             "" if reads is None else f"{reads:.0%}",
         )
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
+
+    title = f"{report['benchmark']}, {report['compute']}, keys and values {report['kv_dtype']}"
+    columns = ("tokens/s", "decode tokens/s", "first token", "GFLOP/s", "of FMA peak", "of reads")
+    return new_table(title, columns, map(cells, report["results"]))
 
 
 def _rollout_table(report: Mapping[str, Any]) -> Table:
-    table = new_table(f"{report['prompts']} prompts x {report['rewrites']} rewrites x 1 response")
-    for column in ("time", "tokens/s", "GFLOP/s", "of FMA peak"):
-        table.add_column(column, justify="right")
     share, gflops = report["fma_share"], report["gflops"]
     cells = (
         "rollout",
@@ -154,22 +136,24 @@ def _rollout_table(report: Mapping[str, Any]) -> Table:
         "?" if gflops is None else f"{gflops:.0f}",
         "?" if share is None else f"{share:.0%}",
     )
-    table.add_row(*(Text(cell) for cell in cells))
-    return table
+    title = f"{report['prompts']} prompts x {report['rewrites']} rewrites x 1 response"
+    return new_table(title, ("time", "tokens/s", "GFLOP/s", "of FMA peak"), [cells])
 
 
-def new_table(title: str) -> Table:
-    """Without rows; its first column names them."""
+def new_table(title: str, columns: Iterable[str] = (), rows: Iterable[Iterable[str]] = ()) -> Table:
+    """A first column without a title names the rows; numbers stand to the right."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
 def seconds_text(value: float) -> str:
-    """As milliseconds or seconds."""
     return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
 def mib_text(value: int) -> str:
-    """Of bytes."""
     return f"{value / 2**20:,.1f} MiB"

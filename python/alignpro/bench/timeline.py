@@ -45,7 +45,7 @@ class Timeline:
         self._events = events
         self._spans = spans
         (self.rollout,) = (span for span in spans if span.name == "rollout")
-        self.seconds = _seconds(self.rollout.begin_ns, self.rollout.end_ns)
+        self.seconds = (self.rollout.end_ns - self.rollout.begin_ns) / 1e9
         steps = self._named("step")
         steps = steps[np.argsort(events["begin_ns"][steps], kind="stable")]
         self._steps = steps
@@ -68,17 +68,13 @@ class Timeline:
     def stages(self) -> list[dict[str, Any]]:
         """Seconds by stage, in the order of `STAGES`; they add up to the rollout's. Rows of a
         stage that has some are the positions computed for it."""
-        seconds: dict[str, float] = {}
-        for stage in STAGES[:-1]:
-            if stage in ROW_STAGES:
-                seconds[stage] = float(self.step_stages[:, ROW_STAGES.index(stage)].sum())
-            else:
-                seconds[stage] = sum(
-                    _seconds(s.begin_ns, s.end_ns) for s in self._spans if s.name == stage
-                )
+        seconds = dict(zip(ROW_STAGES, self.step_stages.sum(0).tolist(), strict=True))
+        for stage in ("hand-off", "reward"):
+            seconds[stage] = sum(
+                (s.end_ns - s.begin_ns) / 1e9 for s in self._spans if s.name == stage
+            )
         seconds["other"] = self.seconds - sum(seconds.values())
-        totals = self.rows.sum(0)
-        rows = {stage: int(totals[i]) for i, stage in enumerate(ROW_STAGES)}
+        rows = dict(zip(ROW_STAGES, self.rows.sum(0).astype(int).tolist(), strict=True))
         return [
             {
                 "stage": stage,
@@ -100,6 +96,7 @@ class Timeline:
             of = np.flatnonzero(events["name"] == index)
             seconds = float(self._durations(of).sum())
             flops, moved = int(events["flops"][of].sum()), int(events["bytes"][of].sum())
+            gflops, gbps = flops / seconds / 1e9, moved / seconds / 1e9
             found.append(
                 {
                     "op": name,
@@ -108,10 +105,10 @@ class Timeline:
                     "share": seconds / self.seconds,
                     "flops": flops,
                     "bytes": moved,
-                    "gflops": flops / seconds / 1e9,
-                    "fma_share": flops / seconds / 1e9 / limits["fma_gflops"],
-                    "gbps": moved / seconds / 1e9,
-                    "read_share": moved / seconds / 1e9 / limits["read_gbps"],
+                    "gflops": gflops,
+                    "fma_share": gflops / limits["fma_gflops"],
+                    "gbps": gbps,
+                    "read_share": gbps / limits["read_gbps"],
                 }
             )
         if not found:
@@ -139,16 +136,17 @@ class Timeline:
             file.write(b"\n]}\n")
 
     def _chrome_events(self) -> Iterator[dict[str, Any]]:
-        yield from _named_process(1, "alignpro")
-        yield from _named_process(2, "stages")
+        for process, name in ((1, "alignpro"), (2, "stages")):
+            yield _about("process_name", process, name=name)
+            yield _about("process_sort_index", process, sort_index=process)
         main = threading.main_thread().native_id
         threads = {s.thread for s in self._spans} | set(self._events["thread"].tolist())
         for thread in sorted(threads, key=lambda t: (t != main, t)):
-            yield _named_thread(1, thread, "main" if thread == main else f"thread {thread}")
+            name = "main" if thread == main else f"thread {thread}"
+            yield _about("thread_name", 1, tid=thread, name=name)
         tracks = {stage: number for number, stage in enumerate(STAGES[:-1], start=1)}
         for stage, number in tracks.items():
-            yield _named_thread(2, number, stage)
-
+            yield _about("thread_name", 2, tid=number, name=stage)
         for span in self._spans:
             yield self._complete(1, span.thread, span.name, span.begin_ns, span.end_ns, {})
             if span.name in tracks:
@@ -232,26 +230,12 @@ def engine_flops(events: Mapping[str, Any], since_ns: int = 0) -> int | None:
     return int(events["flops"][inside].sum())
 
 
-def _seconds(begin_ns: int, end_ns: int) -> float:
-    return (end_ns - begin_ns) / 1e9
-
-
 def _shares(rows: Floats) -> Floats:
     """Each step's rows as parts of 1; zeros where there are none."""
     total: Floats = np.maximum(rows.sum(1, keepdims=True), 1)
     return rows / total
 
 
-def _named_process(process: int, name: str) -> Iterator[dict[str, Any]]:
-    yield {"ph": "M", "pid": process, "name": "process_name", "args": {"name": name}}
-    yield {
-        "ph": "M",
-        "pid": process,
-        "name": "process_sort_index",
-        "args": {"sort_index": process},
-    }
-
-
-def _named_thread(process: int, thread: int, name: str) -> dict[str, Any]:
-    args = {"name": name}
-    return {"ph": "M", "pid": process, "tid": thread, "name": "thread_name", "args": args}
+def _about(what: str, process: int, tid: int | None = None, **args: Any) -> dict[str, Any]:
+    event = {"ph": "M", "pid": process, "name": what, "args": args}
+    return event if tid is None else event | {"tid": tid}

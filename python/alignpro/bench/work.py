@@ -25,7 +25,6 @@ class StepWork:
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens that prompter and target write in one step."""
         return self.prompts * self.rewrites * (self.rewrite_tokens + self.response_tokens)
 
 

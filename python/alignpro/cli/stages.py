@@ -276,17 +276,12 @@ def generate(
 @one_line_errors
 def info() -> None:
     """Instruction set, threads, backends and versions."""
-    import importlib.metadata
-    import platform
-
+    from alignpro.bench.machine import versions
     from alignpro.native import core
 
     rows = {"cpu_isa": core.cpu_isa(), "threads": str(core.available_cpus()), **core.build_info()}
-    rows["python"] = platform.python_version()
-    for package in ("alignpro", "numpy", "tokenizers", "jinja2", "torch", "transformers"):
-        try:
-            rows[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            rows[package] = "not installed"
+    packages = ("alignpro", "numpy", "tokenizers", "jinja2", "torch", "transformers")
+    found = versions(packages)
+    rows |= {name: found.get(name, "not installed") for name in ("python", *packages)}
     for name, value in rows.items():
         typer.echo(f"{name:<14} {value}")

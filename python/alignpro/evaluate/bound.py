@@ -15,16 +15,16 @@ from dataclasses import replace
 import numpy as np
 
 from alignpro.config import BoundConfig, to_mapping
-from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.evaluate.adapters import check_adapters, load_adapter
-from alignpro.evaluate.headroom import check_row_count, rewards_of
+from alignpro.data.load import PromptRow, stack_columns
+from alignpro.evaluate.headroom import rewards_of
+from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import BoundReport, ClosedForm
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
-from alignpro.statistics import bootstrap_mean_ci
+from alignpro.statistics import Floats, bootstrap_mean_ci
 from alignpro.theory.bound import (
     prompting_bound,
     tilted_total_variation,
@@ -32,7 +32,6 @@ from alignpro.theory.bound import (
 )
 from alignpro.theory.headroom import crossfit
 from alignpro.theory.optimum import (
-    Floats,
     effective_samples,
     optimum_weights,
     shrunk_rewards,
@@ -46,8 +45,7 @@ _SCORED_AT_ONCE = 32  # sequences; bounds the memory of a scoring pass
 def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> BoundReport:
     """Load what the configuration names; returns what `measure_bound` does, with the config."""
     check_adapters(config, trained=config.trained, tuned=config.tuned)
-    rows = load_prompts(config.data, split=config.split)
-    rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
+    rows = load_rows(config)
     reward = build_reward(config.reward)
     prompter, target = load_models(config.prompter, config.target, config.threads)
     report = measure_bound(
@@ -164,15 +162,8 @@ def _report(
     if "trained" in means:
         trained_gap = bootstrap_mean_ci(means["tuned"] - means["trained"], seed=config.seed)
     return BoundReport(
-        reward_range=result.reward_range,
+        **vars(result),
         reward_range_source=source,
-        kl_coef=result.kl_coef,
-        terms={"tv_tuned": result.tv_tuned, "tv_rewrites": result.tv_rewrites, "kl": result.kl},
-        bound=result.bound,
-        measured_gap=result.measured_gap,
-        slack=result.slack,
-        holds=result.holds,
-        vacuous=result.vacuous,
         tuned="adapter" if closed_form is None else "closed form",
         closed_form=closed_form,
         trained_gap=trained_gap,

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from alignpro.config import HeadroomConfig, to_mapping
-from alignpro.data.load import load_prompts, stack_columns
-from alignpro.evaluate.adapters import check_adapters, load_adapter
+from alignpro.data.load import stack_columns
+from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
 from alignpro.files import write_file
 from alignpro.models.native_model import load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.statistics import Floats
 from alignpro.theory.headroom import headroom
-from alignpro.theory.optimum import Floats
 from alignpro.types import Rollout
 
 # What changes neither a sample nor its reward.
@@ -116,8 +116,7 @@ def read_samples(path: Path, config: HeadroomConfig) -> Floats:
 
 def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
     check_adapters(config)
-    rows = load_prompts(config.data, split=config.split)
-    rows = rows[: check_row_count(config.num_prompts, len(rows), config.data)]
+    rows = load_rows(config)
     reward = build_reward(config.reward)
     prompter, target = load_models(config.prompter, config.target, config.threads)
     pipeline = Pipeline.configured(config, prompter, target, reward)
@@ -131,14 +130,6 @@ def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
         columns=stack_columns(rows),
         on_progress=watch(on_progress, "untuned prompter", total),
     )
-
-
-def check_row_count(wanted: int | None, there: int, data: str) -> int:
-    """How many rows to take. Raises ValueError for more than there are, and for fewer than 2."""
-    count = there if wanted is None else wanted
-    if count > there or count < 2:
-        raise ValueError(f"num_prompts: {data} has {there} rows, {max(count, 2)} asked for")
-    return count
 
 
 def _of_samples(config: HeadroomConfig) -> dict[str, Any]:

@@ -20,8 +20,6 @@ OPTIMUM_STREAM = 4  # of randomness, beside the pipeline's
 
 @dataclass(frozen=True)
 class Resampled:
-    """Answers to resampled rewrites."""
-
     rollout: Rollout  # unscored
     effective_samples: float  # mean over prompts of 1 / sum w^2: of the candidates' weights
     reliability: float | None  # see `selection_reliability`
@@ -104,9 +102,5 @@ def selection_reliability(rewards: ArrayLike) -> float | None:
     with one response, which does not tell the two apart.
     """
     r = np.asarray(rewards, dtype=np.float64)
-    if r.shape[2] < 2:
-        return None
-    split = law_of_total_variance(r)
-    own = max(split.between_rewrites, 0.0)
-    total = own + split.within_rewrite / r.shape[2]
-    return own / total if total > 0 else 0.0
+    responses = r.shape[2]
+    return None if responses < 2 else law_of_total_variance(r).share_of_means(responses)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from alignpro.statistics import Interval
+from alignpro.theory.bound import Bound
 from alignpro.theory.headroom import BestOf, FrontierPoint, Headroom
 
 __all__ = ["BestOf", "FrontierPoint", "Headroom", "Interval"]
@@ -85,8 +86,6 @@ class JudgeResult:
 
 @dataclass(frozen=True)
 class SampleArm:
-    """What one arm made of a prompt, its first draw."""
-
     response: str
     reward: float
     rewrite: str | None = None
@@ -118,8 +117,6 @@ class SearchRound:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """How a static instruction was found."""
-
     instruction: str
     source: str
     candidates: int
@@ -131,8 +128,6 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The arms, side by side."""
-
     arms: dict[str, ArmResult]
     paired: dict[str, Interval]  # "trained_minus_X", by prompt
     kl_per_rewrite: float | None  # nats; None without both prompters
@@ -160,18 +155,10 @@ class ClosedForm:
 
 
 @dataclass(frozen=True)
-class BoundReport:
-    """Every term of the bound, and the gap beside it (theory.bound)."""
+class BoundReport(Bound):
+    """The bound with what it was measured on."""
 
-    reward_range: Pair
     reward_range_source: str  # "given" or "observed"
-    kl_coef: float
-    terms: dict[str, Interval]  # tv_tuned, tv_rewrites, kl
-    bound: Interval
-    measured_gap: Interval
-    slack: Interval
-    holds: bool
-    vacuous: bool
     tuned: str  # "adapter" or "closed form"
     closed_form: ClosedForm | None
     trained_gap: Interval | None
@@ -210,12 +197,12 @@ _TWO_KEYS: dict[tuple[type, str], tuple[str, str]] = {
     (FrontierPoint, "crossfit_objective"): ("crossfit_objective", "crossfit_ci95"),
     (FrontierPoint, "corrected_objective"): ("corrected_objective", "corrected_ci95"),
 }
+_PLAIN = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
 # Fields whose keys stand among those around them, with one that is there if the field is.
 _INLINE = {(Report, "evaluation"): "arms", (HeadroomReport, "headroom"): "frontier"}
 
 
 def to_json(value: Any) -> Any:
-    """A result as plain values."""
     if isinstance(value, Interval):
         return {"mean": value.mean, "ci95": [value.low, value.high]}
     if isinstance(value, Sample):
@@ -261,35 +248,30 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _read(inner[0], value, where)
     if kind is Any:
         return value
+    if kind in (float, int):
+        _expect(_is_number(value), "a number", value, where)
+        return kind(value)
+    if origin is tuple:
+        good = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+        _expect(good, "[low, high]", value, where)
+        return float(value[0]), float(value[1])
     if kind is Interval:
         _expect(isinstance(value, Mapping), "an object with mean and ci95", value, where)
         return _interval(value.get("mean"), f"{where}.mean", value.get("ci95"), f"{where}.ci95")
+    plain = dict if dataclasses.is_dataclass(kind) else origin or kind
+    _expect(isinstance(value, plain), _PLAIN[plain], value, where)
+    if origin is dict:
+        return {key: _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is list:
+        return [_read(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if kind is Sample:
-        _expect(isinstance(value, Mapping), "an object", value, where)
         arms = {
             name: {n: value.get(f"{n}_{name}") for n in ("rewrite", "response", "reward")}
             for name in (key.removeprefix("response_") for key in value if "response_" in key)
         }
         prompt = _read(str, value.get("prompt"), f"{where}.prompt")
         return Sample(prompt, _read(dict[str, SampleArm], arms, where))
-    if dataclasses.is_dataclass(kind):
-        _expect(isinstance(value, Mapping), "an object", value, where)
-        return _read_fields(kind, value, where)
-    if origin is dict:
-        _expect(isinstance(value, Mapping), "an object", value, where)
-        return {key: _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is list:
-        _expect(isinstance(value, list), "a list", value, where)
-        return [_read(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is tuple:
-        good = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-        _expect(good, "[low, high]", value, where)
-        return float(value[0]), float(value[1])
-    if kind in (float, int):
-        _expect(_is_number(value), "a number", value, where)
-        return kind(value)
-    _expect(isinstance(value, kind), {str: "text", bool: "true or false"}[kind], value, where)
-    return value
+    return _read_fields(kind, value, where) if plain is dict else value
 
 
 def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignpro.config import EvalConfig, JudgeConfig, StaticSearch, target_of, to_mapping
-from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.evaluate.adapters import check_adapters, load_adapter
+from alignpro.data.load import PromptRow, stack_columns
 from alignpro.evaluate.arms import sample_arms
 from alignpro.evaluate.compare import compare_arms
+from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.judge import Judge, JudgeError, VerdictFile, judge_arms
 from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
 from alignpro.evaluate.progress import OnProgress
@@ -74,7 +74,6 @@ def evaluate_loaded(
     prompters: dict[str, LoraWeights | None],
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
-    """The same over loaded parts."""
     tuned = load_adapter(config.tuned, target)
     judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
     pipeline = Pipeline.configured(config, prompter, target, reward)
@@ -129,7 +128,7 @@ def load_inputs(
         ValueError, OSError, ImportError: bad input.
     """
     check_adapters(config, trained=config.trained, tuned=config.tuned)
-    rows = load_eval_rows(config)
+    rows = load_rows(config)
     search = None
     if isinstance(config.static, StaticSearch):
         search = load_search(config.static, config, rows, num_prompters)
@@ -140,19 +139,6 @@ def load_inputs(
         if config.judge.base_url is None:
             resolve_model(config.judge.model.name)
     return EvalInputs(rows, search, verdicts)
-
-
-def load_eval_rows(config: EvalConfig) -> list[PromptRow]:
-    """The held-out rows, cut to ``num_prompts``.
-
-    Raises:
-        ValueError: fewer rows than asked for.
-    """
-    rows = load_prompts(config.data, split=config.split)
-    wanted = config.num_prompts
-    if wanted is not None and wanted > len(rows):
-        raise ValueError(f"num_prompts: {config.data} has {len(rows)} rows, {wanted} asked for")
-    return rows[:wanted]
 
 
 def _verdict_path(judge: JudgeConfig, output: Path | None) -> Path | None:

@@ -34,8 +34,6 @@ class SearchData:
 
 @dataclass(frozen=True)
 class StaticInstruction:
-    """One instruction for every prompt."""
-
     text: str
     search: SearchResult | None = None  # None: it was given
 

@@ -17,8 +17,6 @@ from alignpro.native import core
 
 @dataclass(frozen=True)
 class Device:
-    """The limits of a machine."""
-
     name: str
     gflops: float  # of multiply-adds, two operations each
     gbps: float  # of reading memory

@@ -155,7 +155,6 @@ def _fits(all_at_once: int, least: int, device: Device) -> str | None:
 
 
 def _bytes(phase: Phase, device: Device, *, least: bool = False) -> float:
-    """What a phase reads."""
     weights = phase.least_weight_bytes if least else phase.weight_bytes
     return weights + device.kv_bytes * phase.kv_elements
 

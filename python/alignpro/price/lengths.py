@@ -90,11 +90,12 @@ class _Turn:
     """Token counts of a user turn around a text that changes."""
 
     def __init__(self, tokenizer: Tokenizer | None, before: str, after: str) -> None:
-        self.count: Callable[[str], int] = _guess if tokenizer is None else _counter(tokenizer)
+        self.count: Callable[[str], int] = _guess
         if tokenizer is None:
             self.head = _CHAT_TOKENS[0] + _guess(before)
             self.tail = _CHAT_TOKENS[1] + _guess(after)
         else:
+            self.count = lambda text: len(tokenizer.encode(text)) if text else 0
             one, other = (
                 tokenizer.encode_chat([{"role": "user", "content": before + text + after}])
                 for text in ("a", "7")
@@ -105,10 +106,6 @@ class _Turn:
     @property
     def around(self) -> int:
         return self.head + self.tail
-
-
-def _counter(tokenizer: Tokenizer) -> Callable[[str], int]:
-    return lambda text: len(tokenizer.encode(text)) if text else 0
 
 
 def _guess(text: str) -> int:

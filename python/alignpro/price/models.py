@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from alignpro.models.resolve import find_model
 from alignpro.models.tokenizer import Tokenizer
@@ -34,18 +32,10 @@ class PricedModel:
         held = self.facts.matrix_bytes(device, compute)
         return replace(self, matrix_bytes=held, storage=storage)
 
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return self.facts.config
-
-    @cached_property
-    def lora_modules(self) -> dict[str, tuple[int, int]]:
-        return self.facts.lora_modules
-
     @property
     def parameters(self) -> int:
         """Of all matrices; norms and biases are a ten-thousandth of them."""
-        tables = 1 if self.config["tied_head"] else 2
+        tables = 1 if self.facts.config["tied_head"] else 2
         return self.facts.layer_parameters + tables * self.facts.head_parameters
 
     @property
@@ -58,7 +48,6 @@ class PricedModel:
         return self.matrix_bytes["layers"] + self.matrix_bytes["head"]
 
     def tokenizer(self) -> Tokenizer | None:
-        """Its tokenizer, where the files are here."""
         return None if self.files is None else Tokenizer.of(self.files)
 
 

@@ -11,14 +11,12 @@ from rich.text import Text
 
 
 def price_tables(report: dict[str, Any]) -> RenderableType:
-    """Tokens, operations and memory of `price_train`'s report, then its hours."""
     return Group(
         _models(report), _tokens(report), _flops(report), _memory(report), Text(hours_line(report))
     )
 
 
 def hours_line(report: dict[str, Any]) -> str:
-    """Time, with what it rests on."""
     device, rates = report["device"], report["rates"]
     limits = (
         f"{device['gflops'] / 1e3:.4g} TFLOP/s and {device['gbps']:.4g} GB/s ({device['source']})"
@@ -99,14 +97,11 @@ def _memory(report: dict[str, Any]) -> Table:
 
 
 def _size(count: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count} bytes"
+    return f"{count} bytes" if count < 1000 else _count(count, "GB", "MB", "kB")
 
 
-def _count(count: float) -> str:
-    for unit, factor in (("G", 10**9), ("M", 10**6)):
+def _count(count: float, *units: str) -> str:
+    for unit, factor in zip(units or ("G", "M"), (10**9, 10**6, 10**3), strict=False):
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count:,.0f}"

@@ -27,8 +27,6 @@ Kind = Literal["generate", "score"]
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a step."""
-
     name: str
     kind: Kind
     rows: int  # positions that pass through the layers
@@ -42,8 +40,6 @@ class Phase:
 
 @dataclass(frozen=True)
 class Work:
-    """One step."""
-
     phases: tuple[Phase, ...]
     tokens: dict[str, int]
     lora_parameters: int
@@ -133,7 +129,7 @@ def count_step(
         raise ValueError("algorithm: closed_form is not priced: it samples once and then fits")
     sampled = _samplings(config, lengths, prompter, target)
     for one in sampled:
-        tokens, limit = one.length + one.wrote, one.model.config["context_length"]
+        tokens, limit = one.length + one.wrote, one.model.facts.config["context_length"]
         if tokens > limit:
             raise ValueError(
                 f"{one.who}: sequences of {tokens} tokens exceed the context of {one.model.name}, "
@@ -177,62 +173,51 @@ def _samplings(
         assert config.response_budget is not None  # the configuration's rule
         rewrites, responses = config.response_budget, 1  # more of both models' tokens than any
     prompts = config.prompts_per_step
-    if config.policy == "target":
-        tuned = _Sampling(
-            "target",
-            target,
-            lora_parameters(target, config),
-            prompts=prompts,
-            contexts=prompts,
-            size=rewrites,
-            shared=lengths.target_shared,
-            head=lengths.target_raw,
-            length=lengths.target_raw,
-            wrote=config.response.max_new_tokens,
-        )
-        return (tuned,)
-    return (
-        _Sampling(
-            "prompter",
-            prompter,
-            lora_parameters(prompter, config),
-            prompts=prompts,
-            contexts=prompts,
-            size=rewrites,
-            shared=lengths.prompter_shared,
-            head=lengths.prompter,
-            length=lengths.prompter,
-            wrote=config.rewrite.max_new_tokens,
-        ),
-        _Sampling(
-            "target",
-            target,
-            0,
-            prompts=prompts,
-            contexts=prompts * rewrites,
-            size=responses,
-            shared=lengths.target_shared,
-            head=lengths.target_head,
-            length=lengths.target,
-            wrote=config.response.max_new_tokens,
-            int8=target_of(config.prompter, config.target).compute == "int8",
-        ),
+    tuned = config.policy == "target"
+    model, length = (target, lengths.target_raw) if tuned else (prompter, lengths.prompter)
+    trained = _Sampling(
+        "target" if tuned else "prompter",
+        model,
+        lora_parameters(model, config),
+        prompts=prompts,
+        contexts=prompts,
+        size=rewrites,
+        shared=lengths.target_shared if tuned else lengths.prompter_shared,
+        head=length,
+        length=length,
+        wrote=(config.response if tuned else config.rewrite).max_new_tokens,
     )
+    if tuned:
+        return (trained,)
+    answers = _Sampling(
+        "target",
+        target,
+        0,
+        prompts=prompts,
+        contexts=prompts * rewrites,
+        size=responses,
+        shared=lengths.target_shared,
+        head=lengths.target_head,
+        length=lengths.target,
+        wrote=config.response.max_new_tokens,
+        int8=target_of(config.prompter, config.target).compute == "int8",
+    )
+    return trained, answers
 
 
 def lora_parameters(model: PricedModel, config: TrainConfig) -> int:
-    """Of the matrices that are trained."""
-    modules = select_modules(model.lora_modules, config.lora.target_modules)
+    modules = select_modules(model.facts.lora_modules, config.lora.target_modules)
     return config.lora.rank * sum(rows + cols for rows, cols in modules.values())
 
 
+@dataclass
 class _Rows:
     """Positions that pass through a model's layers, and what attention and matrices make of it."""
 
-    def __init__(self, model: PricedModel, lora: int) -> None:
-        self._model, self._lora = model, lora
-        self.rows = 0
-        self.pairs = 0.0
+    model: PricedModel
+    lora: int
+    rows: int = 0
+    pairs: float = 0.0
 
     def add(self, begin: int, end: int, sequences: int = 1) -> None:
         """Positions [begin, end) of each sequence, each of which sees those up to itself."""
@@ -241,16 +226,16 @@ class _Rows:
 
     @property
     def matrix_flops(self) -> float:
-        return 2.0 * self.rows * self._model.facts.layer_parameters
+        return 2.0 * self.rows * self.model.facts.layer_parameters
 
     @property
     def lora_flops(self) -> float:
-        return 2.0 * self.rows * self._lora
+        return 2.0 * self.rows * self.lora
 
     @property
     def attention_flops(self) -> float:
         """Queries by keys, weights by values: two products."""
-        config = self._model.config
+        config = self.model.facts.config
         width = config["num_heads"] * config["head_dim"] * config["num_layers"]
         return 4.0 * self.pairs * float(width)
 
@@ -262,7 +247,7 @@ def _plan(config: TrainConfig, trained: _Sampling) -> tuple[list[MicroBatch], li
     starts = [trained.length] * len(sequences)
     begins = [0, *(shared_prefix(one, other) for one, other in itertools.pairwise(sequences))]
     number = {id(sequence): index for index, sequence in enumerate(sequences)}
-    modules = list(select_modules(trained.model.lora_modules, config.lora.target_modules))
+    modules = list(select_modules(trained.model.facts.lora_modules, config.lora.target_modules))
     threads = config.threads or core.available_cpus()
 
     @functools.cache

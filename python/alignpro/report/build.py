@@ -88,14 +88,6 @@ def load_report(
     return replace(report, **parts), metrics
 
 
-def _chosen(run_dir: Path, name: str, given: str | Path | None) -> Path:
-    if given is None:
-        return run_dir / name
-    if not Path(given).is_file():
-        raise FileNotFoundError(f"{given}: no such file")
-    return Path(given)
-
-
 def _read(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file."""
     if not path.exists():
@@ -113,7 +105,9 @@ def _part(
     kind: type[Result], run_dir: Path, name: str, given: str | Path | None, key: str
 ) -> Result | None:
     """What a command wrote, known by a key that all of its kind have, or a report that holds it."""
-    path = _chosen(run_dir, f"{name}.json", given)
+    if given is not None and not Path(given).is_file():
+        raise FileNotFoundError(f"{given}: no such file")
+    path = run_dir / f"{name}.json" if given is None else Path(given)
     source = _read(path)
     if source is None:
         return None

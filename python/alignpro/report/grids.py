@@ -36,7 +36,6 @@ class Grid:
 
 
 def arms_grid(evaluation: Evaluation) -> Grid:
-    """Arms by row: mean reward with its 95% interval, variance, components, prompts."""
     arms = in_order(evaluation.arms)
     components = list(dict.fromkeys(name for arm in arms.values() for name in arm.components))
     if len(components) == 1:  # the reward itself
@@ -73,7 +72,6 @@ def texts_grid(evaluation: Evaluation) -> Grid:
 
 
 def paired_grid(evaluation: Evaluation) -> Grid:
-    """Trained minus every other arm, paired by prompt."""
     rows = [
         [arm_title(key), number(d.mean, sign=True), interval(d.ci95, sign=True)]
         for key, d in paired_of(evaluation).items()
@@ -106,7 +104,6 @@ def judge_grid(judge: JudgeResult) -> Grid:
 
 
 def judge_facts(judge: JudgeResult) -> list[tuple[str, str]]:
-    """What was asked, and how much of it got no verdict."""
     return [
         ("questions", str(judge.questions)),
         ("of them replayed", str(judge.replayed)),

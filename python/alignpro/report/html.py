@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from alignpro.evaluate.results import Report
@@ -31,7 +30,6 @@ def write_report(report: Report, metrics: Sequence[Mapping[str, Any]], path: str
 
 
 def is_report(path: Path) -> bool:
-    """Whether a file is a page that `write_report` wrote."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -46,7 +44,7 @@ def render_report(report: Report, metrics: Sequence[Mapping[str, Any]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_finalize,
-        loader=FunctionLoader(_template),
+        loader=PackageLoader("alignpro.report"),
     )
     evaluation = report.evaluation
     environment.globals.update(grids=grids, theory=theory, words=words, plots=plots)
@@ -68,10 +66,6 @@ def render_report(report: Report, metrics: Sequence[Mapping[str, Any]]) -> str:
         "config": json.dumps(report.config, indent=2, ensure_ascii=False, default=str),
     }
     return environment.get_template("report.html.j2").render(view)
-
-
-def _template(name: str) -> str:
-    return files("alignpro.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _finalize(value: Any) -> Any:

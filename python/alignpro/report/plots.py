@@ -124,14 +124,12 @@ def curve_svgs(
 
 
 def arms_svg(evaluation: Evaluation) -> str:
-    """Mean reward of every arm with its interval, one line an arm."""
     figure = new_figure(_WIDE, 0.7 + 0.36 * len(evaluation.arms))
     draw_arms(figure.subplots(), evaluation)
     return to_svg(figure, "arms", "mean reward of every arm with its 95% interval")
 
 
 def paired_svg(evaluation: Evaluation) -> str:
-    """Trained minus every other arm, against zero."""
     paired = paired_of(evaluation)
     figure = new_figure(_WIDE, 0.7 + 0.36 * len(paired))
     axes = figure.subplots()
@@ -207,7 +205,6 @@ def draw_panel(
 
 
 def draw_arms(axes: Axes, evaluation: Evaluation) -> None:
-    """Dots and whiskers, in the order of reading from the top."""
     rows = [(arm_title(key), arm.reward, key) for key, arm in in_order(evaluation.arms).items()]
     _whiskers(axes, rows, "mean reward")
 

@@ -41,20 +41,16 @@ class Bars:
         self._progress.stop()
 
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Set the bar ``name`` to ``done`` of ``total``."""
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)
 
 
 def show_sft_row(bars: Bars, row: Mapping[str, Any], steps: int) -> None:
-    """One row of the warm start's metrics."""
     bars.show("warm start", row["step"] + 1, steps, f"loss {row['loss']:.3f}")
 
 
 class TrainBar(TrainCallback):
-    """A training run as one of the bars."""
-
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
 

@@ -48,7 +48,6 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def style(axes: Axes) -> None:
-    """Two thin axes, text of one size and colour."""
     axes.tick_params(colors=COLOURS["text"], labelsize=FONT_SIZE, color=COLOURS["frame"])
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(COLOURS["text"])
@@ -78,7 +77,6 @@ def legend_above(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """As a file in the format that its suffix names."""
     with whole_file(path) as file:
         figure.savefig(file, format=path.suffix[1:] or "png", dpi=150, facecolor="white")
 

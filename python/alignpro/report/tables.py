@@ -39,25 +39,17 @@ TONES = {"better": "green", "worse": "red", "unclear": ""}
 
 
 def grid_table(grid: Grid) -> Table:
-    """A grid as a table of the terminal."""
     table = Table(title=Text(printable(grid.title)), title_justify="left")
     if len(grid.header) > _WIDE:
-        table.box, table.show_edge, table.pad_edge, table.padding = (
-            _TIGHT,
-            False,
-            False,
-            (0, 0, 0, 1),
-        )
+        table.box, table.padding = _TIGHT, (0, 0, 0, 1)
+        table.show_edge = table.pad_edge = False
     for index, title in enumerate(grid.header):
         table.add_column(Text(printable(title)), justify="right" if index else "left")
     for index, row in enumerate(grid.rows):
         cells = (Text(printable(cell)) for cell in row)
-        table.add_row(*cells, style=_style(grid, index))
+        style = "bold" if index == grid.strong else "dim" if index in grid.faint else None
+        table.add_row(*cells, style=style)
     return table
-
-
-def _style(grid: Grid, row: int) -> str | None:
-    return "bold" if row == grid.strong else "dim" if row in grid.faint else None
 
 
 def report_view(
@@ -83,7 +75,6 @@ def report_view(
 
 
 def verdict_lines(evaluation: Evaluation | None) -> Text:
-    """The answer, then the paired differences and the judge's win rates, one line each."""
     said = [headline(evaluation)]
     if evaluation is not None:
         said += verdicts(evaluation)
@@ -95,25 +86,21 @@ def verdict_lines(evaluation: Evaluation | None) -> Text:
 
 
 def said_lines(said: Sequence[Verdict]) -> Text:
-    """Verdicts in their colours."""
     return Text("\n").join(Text(printable(one.text), style=TONES[one.tone]) for one in said)
 
 
 def headroom_tables(headroom: Headroom) -> Group:
-    """The frontier by kl_coef, best-of-n, and the sentences of `headroom_words`."""
     grids = (frontier_grid(headroom), best_of_n_grid(headroom))
     words = Text("\n".join(headroom_words(headroom)))
     return Group(*(grid_table(grid) for grid in grids if grid), words)
 
 
 def bound_tables(bound: BoundReport) -> Group:
-    """Every term with its interval, the rewards, and the sentences of `bound_verdicts`."""
     grids = (bound_grid(bound), rewards_grid(bound))
     return Group(*(grid_table(grid) for grid in grids), said_lines(bound_verdicts(bound)))
 
 
 def costs_table(report: Report) -> Table:
-    """KL per rewrite, speed, memory, seconds by stage: as far as the report has them."""
     table = Table(show_header=False, box=None)
     table.add_column("what")
     table.add_column("value", justify="right")
@@ -123,7 +110,6 @@ def costs_table(report: Report) -> Table:
 
 
 def _sample_panel(sample: Sample) -> Panel:
-    """What was asked, and arm by arm what was added and what was answered."""
     text = Text()
     for key, arm in in_order(sample.arms).items():
         response = f"response (reward {number(arm.reward)})"

@@ -109,7 +109,6 @@ def _noise(point: FrontierPoint, untuned: float, n: int, m: int) -> str:
 
 
 def bound_grid(bound: BoundReport) -> Grid:
-    """Every term, the bound and the measured gaps."""
     named = [(_TERMS.get(key, key.replace("_", " ")), term) for key, term in bound.terms.items()]
     strong = len(named)
     named += [
@@ -126,7 +125,6 @@ def bound_grid(bound: BoundReport) -> Grid:
 
 
 def rewards_grid(bound: BoundReport) -> Grid:
-    """The rewards that the bound was measured beside."""
     rows = [
         [arm_title(key), number(value.mean), interval(value.ci95)]
         for key, value in bound.rewards.items()
@@ -179,7 +177,6 @@ def _about_bound(bound: BoundReport) -> list[str]:
 
 
 def bound_facts(bound: BoundReport) -> list[tuple[str, str]]:
-    """What the bound was computed for."""
     return [
         ("reward range", f"{interval(bound.reward_range)}, {bound.reward_range_source}"),
         ("kl_coef", f"{bound.kl_coef:g}"),

@@ -63,7 +63,6 @@ def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share as per cent."""
     return "" if value is None else f"{100 * value:.0f}%"
 
 
@@ -73,12 +72,10 @@ def interval(ci95: Pair | None, digits: int = 3, *, sign: bool = False) -> str:
 
 
 def share_interval(ci95: Pair | None) -> str:
-    """The same for an interval of shares."""
     return " to ".join(share(bound) for bound in ci95 or ())
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value of the metrics is a finite int or float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -107,12 +104,10 @@ def verdict(difference: Interval, against: str) -> Verdict:
 
 
 def verdicts(evaluation: Evaluation) -> list[Verdict]:
-    """A sentence for every paired difference."""
     return [verdict(d, arm_title(key)) for key, d in paired_of(evaluation).items()]
 
 
 def judge_verdicts(judge: JudgeResult) -> list[Verdict]:
-    """A sentence for every win rate."""
     return [judge_verdict(name, row) for name, row in judge.comparisons.items()]
 
 
@@ -202,7 +197,6 @@ def gap_closed_sentence(gap: GapClosed) -> str:
 
 
 def _leads(arms: Mapping[str, ArmResult], one: str, other: str) -> bool:
-    """Whether both arms were measured and the first has the higher mean."""
     return one in arms and other in arms and arms[one].reward.mean > arms[other].reward.mean
 
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alignpro.statistics import Interval, bootstrap_mean_ci
-from alignpro.theory.optimum import Floats, optimum_weights
+from alignpro.statistics import Floats, Interval, bootstrap_mean_ci
+from alignpro.theory.optimum import optimum_weights
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Bound:
 
     reward_range: tuple[float, float]
     kl_coef: float
-    tv_tuned: Interval  # TV(pi*(.|x), pi_F(.|x)), in [0, 1]
-    tv_rewrites: Interval  # E_{x' ~ rho_sft} TV(pi_F(.|x), pi_F(.|x')), in [0, 1]
-    kl: Interval  # KL(rho* || rho_sft), nats
+    # tv_tuned: TV(pi*(.|x), pi_F(.|x)), in [0, 1]; tv_rewrites: E_{x' ~ rho_sft} TV(pi_F(.|x),
+    # pi_F(.|x')), in [0, 1]; kl: KL(rho* || rho_sft), nats.
+    terms: dict[str, Interval]
     bound: Interval  # r_max * (tv_tuned + tv_rewrites) - kl_coef * kl
     measured_gap: Interval  # J(pi*) - J(rho*)
     slack: Interval  # bound - measured_gap, paired by prompt
@@ -81,16 +81,15 @@ def prompting_bound(
                 f"{name}: expected numbers from 0 to {most}, got {values.min()} to {values.max()}"
             )
     bounds = (high - low) * (arrays["tv_tuned"] + arrays["tv_rewrites"]) - kl_coef * arrays["kl"]
+    intervals = {name: bootstrap_mean_ci(array, seed=seed) for name, array in arrays.items()}
     slack = bootstrap_mean_ci(bounds - arrays["gap"], seed=seed)
     bound = bootstrap_mean_ci(bounds, seed=seed)
     return Bound(
         reward_range=(low, high),
         kl_coef=kl_coef,
-        tv_tuned=bootstrap_mean_ci(arrays["tv_tuned"], seed=seed),
-        tv_rewrites=bootstrap_mean_ci(arrays["tv_rewrites"], seed=seed),
-        kl=bootstrap_mean_ci(arrays["kl"], seed=seed),
+        measured_gap=intervals.pop("gap"),
+        terms=intervals,
         bound=bound,
-        measured_gap=bootstrap_mean_ci(arrays["gap"], seed=seed),
         slack=slack,
         holds=slack.mean >= 0,
         vacuous=bound.mean >= high - low,

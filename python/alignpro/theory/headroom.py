@@ -31,9 +31,14 @@ from math import comb, log
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alignpro.statistics import Interval, VarianceSplit, bootstrap_mean_ci, law_of_total_variance
-from alignpro.theory.optimum import (
+from alignpro.statistics import (
     Floats,
+    Interval,
+    VarianceSplit,
+    bootstrap_mean_ci,
+    law_of_total_variance,
+)
+from alignpro.theory.optimum import (
     as_rewards,
     effective_samples,
     optimum_objective,
@@ -66,8 +71,6 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class BestOf:
-    """The best of n of the N rewrites."""
-
     n: int
     reward: float  # expected largest R_hat: optimistic where M is finite
     crossfit_reward: float | None  # chosen by M - 1 responses, judged by the one left out
@@ -76,8 +79,6 @@ class BestOf:
 
 @dataclass(frozen=True)
 class Headroom:
-    """What there is to gain, at which KL, and how far to trust it."""
-
     num_prompts: int
     num_rewrites: int
     num_responses: int
@@ -89,7 +90,6 @@ class Headroom:
 
     @property
     def recommended(self) -> FrontierPoint | None:
-        """The point at ``recommended_kl_coef``."""
         return next((p for p in self.frontier if p.kl_coef == self.recommended_kl_coef), None)
 
 

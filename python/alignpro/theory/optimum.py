@@ -9,11 +9,9 @@ functions are vectorised over leading dimensions and work in float64.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from alignpro.statistics import law_of_total_variance
-
-Floats = NDArray[np.float64]
+from alignpro.statistics import Floats, law_of_total_variance
 
 
 def optimum_weights(rewards: ArrayLike, kl_coef: float) -> Floats:
@@ -70,10 +68,7 @@ def shrunk_rewards(rewards: ArrayLike) -> Floats:
     not above 0, all rewrites of a prompt get its mean.
     """
     r = as_rewards(rewards)
-    split = law_of_total_variance(r)
-    between = max(split.between_rewrites, 0.0)
-    total = between + split.within_rewrite / r.shape[2]
-    factor = np.sqrt(between / total) if total > 0 else 0.0
+    factor = np.sqrt(law_of_total_variance(r).share_of_means(r.shape[2]))
     means = r.mean(axis=2)
     centre = means.mean(axis=1, keepdims=True)
     shrunk: Floats = centre + factor * (means - centre)

@@ -1,12 +1,22 @@
-"""The PEFT folders that a configuration names."""
+"""The rows and the PEFT folders that a configuration names."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from alignpro.config import StageConfig
+from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, StageConfig
+from alignpro.data.load import PromptRow, load_prompts
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.native_model import NativeModel
+
+
+def load_rows(config: BoundConfig | EvalConfig | HeadroomConfig) -> list[PromptRow]:
+    """The first ``num_prompts`` rows. Raises ValueError for fewer of them, or fewer than 2."""
+    rows = load_prompts(config.data, split=config.split)
+    wanted = max(2, config.num_prompts or 0)
+    if wanted > len(rows):
+        raise ValueError(f"num_prompts: {config.data} has {len(rows)} rows, {wanted} asked for")
+    return rows[: config.num_prompts]
 
 
 def check_adapters(config: StageConfig, **folders: str | None) -> None:
