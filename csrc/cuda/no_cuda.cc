@@ -125,5 +125,6 @@ void abort_capture(Stream) noexcept {}
 void launch_graph(Graph, Stream) { missing("launch_graph"); }
 void destroy_graph(Graph) noexcept {}
 void use_device(int) { missing("use_device"); }
+void set_products(Products) { missing("set_products"); }
 
 }  // namespace alignpro::cuda
