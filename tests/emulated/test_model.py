@@ -146,7 +146,7 @@ def test_what_is_not_deterministic_measures_what_it_costs(llama):
         for deterministic in (True, False)
     )
     assert (strict.config["deterministic"], fast.config["deterministic"]) == (True, False)
-    assert strict.exact and not fast.exact and load_model(llama, threads=1).exact
+    assert strict.bit_exact and not fast.bit_exact and load_model(llama, threads=1).bit_exact
     params = SamplingParams(max_new_tokens=4, temperature=0.8, seed=3, ignore_eos=True)
     adapter = lora(fast, 3)
     for with_ in (None, adapter):
@@ -168,9 +168,9 @@ def test_what_is_not_deterministic_measures_what_it_costs(llama):
         assert 0 < np.abs(scored - truth).max() < BUDGET
     on_device = ModelConfig(device="cuda", compute="float32")
     prompter, target = load_models(ModelConfig(llama), on_device, 1)
-    assert target.exact and prompter.exact
+    assert target.bit_exact and prompter.bit_exact
     _, quick = load_models(ModelConfig(llama), replace(on_device, deterministic=False), 1)
-    assert not quick.exact
+    assert not quick.bit_exact
 
 
 def test_the_bound_of_a_target_that_is_not_deterministic_says_how_far_it_is_off(llama):

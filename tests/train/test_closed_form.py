@@ -202,7 +202,7 @@ def test_a_scorer_that_differs_from_the_sampler_stops_the_fit(tmp_path):
     lax.policy.model.core_model.error = 1e-3
     lax.train()
     fast = make(config(tmp_path / "fast"))
-    fast.policy.model.exact = False
+    fast.policy.model.bit_exact = False
     fast.policy.model.core_model.error = 1e-3
     fast.train()
 

@@ -193,7 +193,7 @@ def test_a_scorer_that_differs_from_the_sampler_stops_training(tmp_path):
 
 def test_what_a_fast_policy_differs_by_is_measured(tmp_path):
     trainer = make(config(tmp_path, steps=1))
-    trainer.policy.model.exact = False
+    trainer.policy.model.bit_exact = False
     trainer.policy.model.core_model.error = 1e-3
     trainer.train()
     assert log(trainer)[0]["parity_max_abs"] == pytest.approx(1e-3, rel=1e-3)

@@ -190,7 +190,7 @@ class ToyHandle:
 class ToyModel:
     name = "toy"
     context_length = 64
-    exact = True
+    bit_exact = True
     lora_modules: ClassVar = {MODULE: (VOCABULARY, HIDDEN)}
 
     def __init__(self, seed: int = 0, hidden_size: int = HIDDEN):

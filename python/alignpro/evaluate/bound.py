@@ -125,7 +125,7 @@ def measure_bound(
             target, rollouts["tuned"], raw_tokens, config, "tuned target", on_progress
         )
     report = _report(config, rollouts, tv_rewrites, tv_tuned if tuned is not None else None)
-    if target.exact:
+    if target.bit_exact:
         return report
     return replace(report, parity_max_abs=_parity(target, rollouts["raw"], config))
 

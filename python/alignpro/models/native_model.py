@@ -162,7 +162,7 @@ class NativeModel:
         return int(self.config["context_length"])
 
     @property
-    def exact(self) -> bool:
+    def bit_exact(self) -> bool:
         """Whether scored log-probabilities are the sampled ones to the bit: see `deterministic`."""
         return bool(self.config["deterministic"])
 

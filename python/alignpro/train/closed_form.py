@@ -273,7 +273,7 @@ class ClosedFormFit:
         log_ratio = torch.cat([part.logprob for part in parts]) - sampled_logprobs(rewrites)
         kl = torch.cat([part.kl for part in parts if part.kl is not None])
         sequence = token_sequence(rewrites)
-        exact = config.strict_parity and self.policy.model.exact
+        exact = config.strict_parity and self.policy.model.bit_exact
         if self.step == 0 and exact and bool((log_ratio != 0).any()):
             raise RuntimeError(
                 "scored log-probabilities differ from the recorded ones by up to "

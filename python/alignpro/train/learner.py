@@ -196,7 +196,7 @@ class Learner:
         """The largest difference between sampled and scored log-probabilities; 0.0 is expected
         but of a model that is not deterministic."""
         difference = float((batch.logprob.detach() - batch.sampled_logprob).abs().max())
-        if self.config.strict_parity and self.policy.model.exact and difference != 0.0:
+        if self.config.strict_parity and self.policy.model.bit_exact and difference != 0.0:
             raise RuntimeError(
                 f"step {step}: scored log-probabilities differ from the sampled ones by up to "
                 f"{difference:.3g}, expected exactly 0: sampler and scorer do not compute the same "
