@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from alignpro.config import ARMS
 from alignpro.evaluate.results import (
     ArmResult,
     Comparison,
@@ -25,7 +26,6 @@ NASTY = (
     "# heading\n\n| a | b |\n|---|---|\n    code\n\ttab",
     "Z\u0351\u036b\u0343a\u0363\u036cl\u030fg\u0334o \U0001f469\u200d\U0001f680 " + "\u4e2d" * 80,
 )
-ARMS = ("raw", "static", "untuned", "trained", "optimum", "tuned")
 
 
 def typed(report: dict[str, Any]) -> Report:
@@ -66,7 +66,8 @@ def evaluation(arms: dict[str, ArmResult], **fields: Any) -> Evaluation:
 
 def full_report() -> dict[str, Any]:
     """Every part of the contract; the static instruction wins."""
-    means = dict(zip(ARMS, (0.521, 0.702, 0.492, 0.665, 0.688, 0.741), strict=True))
+    values = (0.521, 0.702, 0.655, 0.492, 0.665, 0.721, 0.688, 0.741)
+    means = dict(zip(ARMS, values, strict=True))
     arms: dict[str, Any] = {}
     for index, (key, mean) in enumerate(means.items()):
         arms[key] = {
@@ -80,7 +81,10 @@ def full_report() -> dict[str, Any]:
             "response_tokens": 41.5 + 2 * index,
             "rewrite_tokens": 0.0 if key == "raw" else 11.25 + index,
             "copy_rate": 0.04 * index,
+            "truncated_responses": 0.02 * index,
         }
+        if key not in ("raw", "tuned"):
+            arms[key] |= {"common_rewrite": 0.11 * index, "leaked_answers": 0.01 * index}
     arms["static"]["instruction"] = "Answer warmly, in two sentences. " + HOSTILE
     paired = {
         f"trained_minus_{key}": {
@@ -105,6 +109,22 @@ def full_report() -> dict[str, Any]:
             "ci95": [0.52, 0.88],
             "gap": {"mean": 0.249, "ci95": [0.2, 0.3]},
         },
+        "static_to_labelled": {
+            "share": 0.41,
+            "ci95": [-0.2, 0.95],
+            "gap": {"mean": 0.019, "ci95": [0.004, 0.04]},
+        },
+        "required": [
+            {
+                "requirement": f"trained>{key}{HOSTILE}",
+                "left": "trained",
+                "right": key,
+                "difference": paired[f"trained_minus_{key}"],
+                "margin": 0.05,
+                "met": key == "raw",
+            }
+            for key in ("raw", "policy_text")
+        ],
         "judge": {
             "name": "a local judge " + HOSTILE,
             "questions": 384,

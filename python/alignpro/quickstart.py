@@ -15,7 +15,7 @@ from alignpro.bench.machine import peak_rss_bytes, versions
 from alignpro.config import QuickstartConfig
 from alignpro.data.load import load_pairs, load_prompts
 from alignpro.evaluate.results import Report, to_json
-from alignpro.evaluate.run import evaluate_loaded, load_inputs
+from alignpro.evaluate.run import evaluate_loaded, load_inputs, spend
 from alignpro.files import write_json
 from alignpro.models.native_model import load_models
 from alignpro.models.resolve import resolve_model
@@ -25,7 +25,7 @@ from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
 from alignpro.train.checkpoint import as_config
-from alignpro.train.metrics import MetricsLog
+from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import trainer_from
 from alignpro.train.sft import fit
@@ -50,10 +50,10 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     """
     sft, train, evaluation = config.stages()
     check_trackers(train.track)
+    held_out = load_inputs(evaluation)
     reward = build_reward(train.reward)
     pairs = [(row.prompt, row.instruction) for row in load_pairs(sft.data)]
     train_rows = load_prompts(train.data, split=train.split)
-    held_out = load_inputs(evaluation)
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "download"), console.status(f"finding {config.prompter.name}"):
@@ -79,8 +79,9 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
             trainer.train([TrainBar(bars)])
         with _timed(seconds, "evaluate"), trainer.directory:
             trained = trainer.policy.weights()
+            metrics = trainer.run_dir / "metrics.jsonl"
             outcome = evaluate_loaded(
-                evaluation,
+                spend(evaluation, read_metrics(metrics), str(metrics)),
                 prompter,
                 target,
                 reward,
@@ -101,8 +102,8 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
         config=as_config(config),
     )
     with trainer.directory:
-        metrics = write_reports(trainer.run_dir, report)
-    return QuickstartResult(trainer.run_dir, report, metrics)
+        rows = write_reports(trainer.run_dir, report)
+    return QuickstartResult(trainer.run_dir, report, rows)
 
 
 def write_reports(run_dir: Path, report: Report) -> list[dict[str, Any]]:

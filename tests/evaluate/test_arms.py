@@ -9,7 +9,7 @@ import pytest
 
 from alignpro.config import EvalConfig, LoraConfig, OptimumConfig, Prompting
 from alignpro.evaluate.arms import kl_per_rewrite, sample_arms
-from alignpro.evaluate.compare import compare_arms, copied_share, gap_closed
+from alignpro.evaluate.compare import compare_arms, gap_closed
 from alignpro.evaluate.optimum import resample_optimum, selection_reliability
 from alignpro.evaluate.results import to_json
 from alignpro.evaluate.static import StaticInstruction
@@ -31,7 +31,7 @@ def make(reward, *, seed=3, **changes):
 
 def evaluate(pipeline, prompts, config, *, prompters, **options):
     arms = sample_arms(pipeline, prompts, config, prompters=prompters, **options)
-    return to_json(compare_arms(pipeline, arms, config, prompters))
+    return to_json(compare_arms(pipeline, arms, config, prompters, options.get("columns")))
 
 
 def by_prompt(prompts, rewrites, responses, **columns):
@@ -199,6 +199,108 @@ def test_a_tuned_target_reads_the_raw_prompt():
     assert set(report["gap_closed"]) >= {"share", "ci95", "gap"}
 
 
+def turns(pipeline, begin, end):
+    return [bytes(t - 3 for t in h.prompt_tokens[1:-1]).decode() for h in pipeline.target.handles][
+        begin:end
+    ]
+
+
+def test_a_policy_and_the_instruction_of_each_label():
+    pipeline, config = make(by_prompt, policy_text=" If asked, answer. ")
+    static, labelled = StaticInstruction("Go on."), ["A.", "", "C.", ""]
+    report = evaluate(
+        pipeline, PROMPTS, config, prompters={"trained": None}, static=static, labelled=labelled
+    )
+    assert list(report["arms"]) == ["raw", "static", "policy_text", "trained", "labelled"]
+    assert set(turns(pipeline, 24, 48)) == {f"{p} Go on." for p in PROMPTS}
+    assert set(turns(pipeline, 48, 72)) == {f"{p} If asked, answer." for p in PROMPTS}
+    # An empty instruction leaves the prompt alone, under the raw prompt's own draws.
+    assert set(turns(pipeline, 96, 120)) == {"one A.", "two", "three C.", "four"}
+    arms = report["arms"]
+    assert arms["policy_text"]["instruction"] == "If asked, answer."
+    assert arms["labelled"]["mean_reward"] == 2.0 and arms["labelled"]["empty_rewrites"] == 6
+    assert arms["policy_text"]["mean_reward"] == 2.5
+    assert set(report["paired"]) == {
+        f"trained_minus_{name}" for name in ("raw", "static", "policy_text", "labelled")
+    }
+    # In rewrite mode instructions are appended all the same.
+    rewriting = Prompting(mode="rewrite", template="Advise: {prompt}", separator=" ")
+    pipeline.prompting, pipeline.target = rewriting, FakeModel("t")
+    arms = sample_arms(pipeline, PROMPTS, config, prompters={}, labelled=labelled)
+    assert "one A." in turns(pipeline, 0, None)
+
+
+def by_length(prompts, rewrites, responses, **columns):
+    return [PROMPTS.index(p) + float(len(w)) for p, w in zip(prompts, rewrites, strict=True)]
+
+
+def test_the_way_from_static_to_labelled():
+    pipeline, config = make(by_length)
+    report = evaluate(
+        pipeline,
+        PROMPTS * 10,
+        config,
+        prompters={"trained": None},
+        static=StaticInstruction("1"),
+        labelled=["1234"] * 40,
+    )
+    way, trained = report["static_to_labelled"], report["arms"]["trained"]["mean_reward"]
+    assert way["gap"] == {"mean": 3.0, "ci95": [3.0, 3.0]}
+    assert way["share"] == pytest.approx((trained - 2.5) / 3)
+    assert way["ci95"][0] < way["share"] < way["ci95"][1]
+    level = evaluate(
+        pipeline,
+        PROMPTS,
+        config,
+        prompters={"trained": None},
+        static=StaticInstruction("1"),
+        labelled=["2"] * 4,
+    )["static_to_labelled"]
+    assert level["share"] is None
+    assert "the labelled rule is not clearly apart from the static" in level["reason"]
+
+
+def test_what_is_required_of_the_arms():
+    required = ("static>raw+0.9", "static > raw + 1", "raw>static", "trained>raw-2")
+    pipeline, config = make(by_prompt, require=required)
+    report = evaluate(
+        pipeline, PROMPTS, config, prompters={"trained": None}, static=StaticInstruction("x")
+    )
+    found = report["required"]
+    # The difference is exactly 1 for every prompt: above 0.9, and not above itself.
+    assert [one["met"] for one in found] == [True, False, False, True]
+    assert found[0] == {
+        "requirement": "static>raw+0.9",
+        "left": "static",
+        "right": "raw",
+        "difference": {"mean": 1.0, "ci95": [1.0, 1.0]},
+        "margin": 0.9,
+        "met": True,
+    }
+    assert found[2]["difference"]["mean"] == -1.0 and found[3]["margin"] == -2.0
+    with pytest.raises(ValueError, match=r"require: static>raw\+0.9: expected one of the arms raw"):
+        evaluate(pipeline, PROMPTS, config, prompters={})
+
+
+def test_what_the_arms_wrote_in_numbers():
+    reward = WeightedSum({"good": (1.0, by_prompt), "long": (-0.5, by_length)})
+    pipeline, config = make(reward)
+    report = evaluate(
+        pipeline,
+        PROMPTS,
+        config,
+        prompters={"trained": None},
+        static=StaticInstruction("Say: x"),
+        columns={"answer": ["x", "y", None, ["z", "X"]]},
+    )
+    static, raw = report["arms"]["static"], report["arms"]["raw"]
+    assert static["common_rewrite"] == 1.0 and static["distinct_rewrites"] == 1
+    assert static["leaked_answers"] == 0.5 and "leaked_answers" not in raw
+    # Values 1, 2, 3, 4 by prompt; what the reward takes off for is no component that should rise.
+    assert static["component_errors"] == {"good": pytest.approx(math.sqrt(5 / 3 / 4))}
+    assert 0 <= raw["truncated_responses"] <= 1
+
+
 def test_how_far_the_selection_is_luck():
     # Prompt 1: means 1 and 5, within 2, so Var(R) = 8 - 2/2 = 7; prompt 2 varies nowhere.
     # Averages: Var(R) 3.5, within 1; with two responses a mean adds 1/2.
@@ -255,23 +357,6 @@ def test_what_chose_a_rewrite_does_not_judge_it():
         {h.params.seed for h in pipeline.target.handles[a:b]} for a, b in ((0, 1600), (1600, 2080))
     ]
     assert not seeds[0] & seeds[1]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "rewrite", "share"),
-    [
-        ("How do I boil an egg?", "how do I boil an egg", 1.0),
-        ("How do I boil an egg?", "Please boil an egg now", 3 / 5),
-        ("How do I boil an egg?", "an egg to boil", 0.0),  # no run of three
-        ("How do I boil an egg?", "An egg", 1.0),  # shorter than a run: the whole of it
-        ("How do I boil an egg?", "Egg boil", 0.0),
-        ("one two three four", "one two three x two three four", 6 / 7),
-        ("anything", "", 0.0),
-        ("anything", "?!", 0.0),
-    ],
-)
-def test_copied_share(prompt, rewrite, share):
-    assert copied_share(prompt, rewrite) == pytest.approx(share)
 
 
 def test_the_share_of_the_gap_by_hand():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import EvalConfig, from_mapping
+from alignpro.config import ARMS, EvalConfig, from_mapping
 from alignpro.evaluate.results import to_json
 from alignpro.evaluate.run import load_inputs, run_evaluation
 from alignpro.models.adapter import save_peft
@@ -19,7 +20,6 @@ from alignpro.statistics import length_controlled_win_rate
 from judge_server import Fault, JudgeServer
 from native_runs import lora
 
-ARMS = ["raw", "static", "untuned", "trained", "optimum", "tuned"]
 SHORT = "{prompt}\n{first}\n{second}\nA or B?"  # the tiny model's context is 256 tokens of a byte
 
 
@@ -30,7 +30,11 @@ def files(tiny_model_dir, tmp_path_factory):
     for seed, name in enumerate(("trained", "tuned")):
         save_peft(folder / name, lora(model, seed=seed))
     rows = [
-        {"prompt": f"tell me about {what}", "split": "heldout" if i % 2 else "train"}
+        {
+            "prompt": f"tell me about {what}",
+            "split": "heldout" if i % 2 else "train",
+            "kind": "wet" if what in ("bees", "rust", "fog") else "dry",
+        }
         for i, what in enumerate(("tides", "bees", "rain", "rust", "moss", "owls", "salt", "fog"))
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,6 +63,8 @@ def everything(files, **changes):
         tuned=str(folder / "tuned"),
         static={"instructions": None, "candidates": ["be brief", "be kind"], "num_written": 2,
                 "budget": 60},
+        policy_text="If dry, be wet.",
+        labelled={"instructions": {"wet": "be dry", "dry": ""}},
         optimum={"num_candidates": 3, "num_responses": 2},
         judge={"model": str(model), "num_prompts": 3},
         **changes,
@@ -88,7 +94,9 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
     report = to_json(
         run_evaluation(config, output=output, on_progress=lambda *row: seen.append(row))
     )
-    assert list(report["arms"]) == ARMS
+    assert list(report["arms"]) == list(ARMS)
+    assert report["arms"]["labelled"]["empty_rewrites"] == 2  # owls, that is
+    assert {"share", "gap"} <= report["static_to_labelled"].keys()
     assert set(report["paired"]) == {f"trained_minus_{n}" for n in ARMS if n != "trained"}
     for name, arm in report["arms"].items():
         assert (arm["n"], arm["num_responses"]) == (4, 8)
@@ -149,6 +157,35 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
         ({"static": {"budget": 3}}, "static.budget: expected at least"),
         ({"static": {"split": "heldout"}}, "4 of the 4 prompts to search on"),
         ({"static": {}, "split": None}, "4 of the 4 prompts to search on"),
+        (
+            {"static": {"budget_tokens": "auto"}, "trained": None},
+            "static.budget_tokens: auto: expected a trained adapter with its run's metrics.jsonl",
+        ),
+        ({"static": {"budget_tokens": "auto"}}, "metrics.jsonl in the folder around it, got /"),
+        ({"static": {"writers": ["tuned"]}}, "static.writers[0]: expected one of 'untuned', 'tra"),
+        ({"policy_text": ""}, "policy_text: expected a text"),
+        ({"labelled": {"instructions": ["x"]}}, "labelled.instructions: expected a mapping"),
+        ({"labelled": {"instructions": {"wet": 1}}}, "labelled.instructions.wet: expected text"),
+        (
+            {"labelled": {"instructions": {"wet": "x"}}},
+            "prompts.jsonl ('tell me about owls'): kind 'dry' has no instruction; "
+            "labelled.instructions has ['wet']",
+        ),
+        (
+            {"labelled": {"column": "type"}},
+            "row 0 of {data} ('tell me about bees'): expected a label in column 'type'; there are "
+            "['kind', 'split']",
+        ),
+        ({"require": ["trained"]}, "require: expected ARM>ARM or ARM>ARM+MARGIN, got 'trained'"),
+        ({"require": ["trained>raw+x"]}, "require: expected ARM>ARM or"),
+        ({"require": ["trained>raw>static"]}, "require: expected ARM>ARM or"),
+        ({"require": ["trained>stattic"]}, "got 'stattic'; did you mean \"static\"?"),
+        ({"require": ["raw>raw"]}, "require: raw>raw: expected two arms, got one twice"),
+        ({"require": ["trained>static"]}, "the arms raw, untuned, trained, got 'static'"),
+        (
+            {"require": ["trained>raw"], "trained": None},
+            "require: trained>raw: expected one of the arms raw, untuned, got 'trained'",
+        ),
         ({"optimum": {"num_candidates": 1}}, "optimum.num_candidates: expected at least 2"),
         ({"kl_coef": 0}, "kl_coef: expected above 0"),
         ({"seed": -1}, "seed: expected between 0 and"),
@@ -159,6 +196,7 @@ def test_refused_before_a_model_is_loaded(files, changes, line, monkeypatch):
     monkeypatch.setattr("alignpro.evaluate.run.load_models", None)
     with pytest.raises((ValueError, OSError)) as caught:
         run_evaluation(from_mapping(EvalConfig, mapping(files, **changes)))
+    line = line.replace("{data}", mapping(files)["data"])
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -181,9 +219,58 @@ def test_the_command_writes_and_prints_every_arm(files, quick_judge, tmp_path):
     )
     assert result.exit_code == 0, result.output
     report = json.loads(output.read_text())
-    assert list(report["arms"]) == ARMS and report["arms"]["raw"]["n"] == 3
+    assert list(report["arms"]) == list(ARMS) and report["arms"]["raw"]["n"] == 3
     for name in ARMS:
         assert name.split("_")[0] in result.output
+
+
+def test_the_gate_both_ways(files, tmp_path):
+    """A difference of 9 letters in 5 tokens' answers is certain not to be there."""
+    config = write_yaml(tmp_path / "c.yaml", mapping(files, require=["trained>raw-9"]))
+    output = tmp_path / "out.json"
+
+    def gate(*required):
+        output.unlink(missing_ok=True)
+        arguments = ["evaluate", str(config), "--output", str(output)]
+        for one in required:
+            arguments += ["--require", one]
+        result = CliRunner().invoke(app, arguments)
+        return result.exit_code, result.stdout, result.stderr
+
+    code, shown, _ = gate("untuned>raw-9.5")
+    assert code == 0 and "Held-out prompts" not in shown.split("\nRequired: ")[0]
+    _bars, report = shown.split("\nRequired: ", 1)
+    assert report.startswith("trained>raw-9: met, trained prompter minus raw prompt is ab")
+    assert [one["met"] for one in json.loads(output.read_text())["required"]] == [True, True]
+    code, shown, errors = gate("trained > raw + 9")
+    assert code == 3 and errors == "" and "Required: trained > raw + 9: not met" in shown
+    required = json.loads(output.read_text())["required"]
+    assert [one["met"] for one in required] == [True, False]
+    (tmp_path / "evaluation.json").write_text(output.read_text())
+    assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    body = page[page.index("<body>") :]
+    assert body.index("Required: trained &gt; raw + 9: not met") < body.index("<h1>")
+    code, _, errors = gate("trained>row")
+    assert code == 2 and errors.count("\n") == 1 and 'did you mean "raw"?' in errors
+
+
+def test_a_search_spends_what_the_training_spent(files, tmp_path):
+    folder, _ = files
+    run = tmp_path / "run"
+    shutil.copytree(folder / "trained", run / "adapter")
+    log = run / "metrics.jsonl"
+    static = {"instructions": None, "candidates": ["be brief", "be kind"], "num_written": 0,
+              "budget_tokens": "auto"}  # fmt: skip
+    config = from_mapping(
+        EvalConfig, mapping(files, trained=str(run / "adapter"), static=static, num_samples=0)
+    )
+    log.write_text('{"step": 0, "reward_mean": 0.5}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl does not say how many tokens the target"):
+        run_evaluation(config)
+    log.write_text("".join(json.dumps({"step": i, "target_tokens": 100}) + "\n" for i in range(3)))
+    search = to_json(run_evaluation(config))["static_search"]
+    assert search["budget"] == 300 and 280 <= search["tokens"] <= 310
 
 
 def test_a_judge_that_fails_costs_no_arm(files, quick_judge, tmp_path, monkeypatch):

@@ -10,11 +10,12 @@ import pytest
 from alignpro.config import EvalConfig, Prompting, StaticSearch
 from alignpro.data.load import PromptRow
 from alignpro.evaluate.results import to_json
-from alignpro.evaluate.static import SearchData, _plan, load_search, search_static
+from alignpro.evaluate.static import SearchData, load_search, search_static
 from alignpro.pipeline import Pipeline
 from fake_model import WORDS, FakeModel
 
 TRAIN = [PromptRow(f"question {i}", {"level": i}) for i in range(10)]
+BOTH = ("untuned", "trained")
 PROMPTING = Prompting(template="Advise: {prompt}", separator=" ")
 
 
@@ -44,16 +45,63 @@ def make(reward, mode="append"):
     return Pipeline(FakeModel("p"), FakeModel("t"), reward, prompting=prompting)
 
 
-def test_a_plan_by_hand():
-    # 9 candidates: 4 halvings (9, 5, 3, 2) with 50 responses each, on at most 10 prompts.
-    assert _plan(9, 10, 200) == [(9, 5, 1), (5, 10, 1), (3, 10, 1), (2, 10, 2)]
-    assert _plan(1, 10, 200) == []
-    for candidates, prompts, budget in ((100, 7, 1000), (2, 1, 2), (65, 96, 2048)):
-        plan = _plan(candidates, prompts, budget)
-        assert sum(c * p * m for c, p, m in plan) <= budget
-        assert all(p >= 1 and m >= 1 for _, p, m in plan)
-        shown = [p * m for _, p, m in plan]
+def rounds(count, budget, rows=TRAIN):
+    data = SearchData(rows, [f"style {i}" for i in range(count)])
+    search = StaticSearch(num_written=0, budget=budget)
+    found = search_static(make(Scorer()), search, data, {}, seed=0).search
+    return [(r.candidates, r.prompts, r.responses) for r in found.rounds], found.responses
+
+
+def test_a_budget_by_hand():
+    # 9 candidates, 4 halvings: a quarter of 200 is 5 responses of each; a third of the 155 left is
+    # 10 of each of 5; half of the 105 left is 17 of each of 3, on 10 prompts and then 7 of them
+    # again; and the 54 left are 27 of each of 2.
+    assert rounds(9, 200) == ([(9, 5, 5), (5, 10, 10), (3, 10, 17), (2, 10, 27)], 200)
+    assert rounds(1, 200) == ([], 0)
+    for candidates, prompts, budget in ((100, 7, 1000), (2, 1, 2), (65, 10, 2048)):
+        done, responses = rounds(candidates, budget, TRAIN[:prompts])
+        assert budget - 2 < responses <= budget
+        shown = [each for _, _, each in done]
         assert shown == sorted(shown)
+
+
+def test_a_budget_of_the_targets_tokens():
+    pipeline = make(Scorer(noise=3.0))
+    data = SearchData(TRAIN, [f"style {i}" for i in range(20)])
+    search = StaticSearch(num_written=0, budget_tokens=20_000)
+    seen = []
+    found = search_static(
+        pipeline, search, data, {}, seed=1, on_progress=lambda *row: seen.append(row)
+    )
+    assert found.text == "style 19" and found.search.budget == 20_000
+    written = sum(len(h.completion().tokens) for h in pipeline.target.handles)
+    assert found.search.tokens == written
+    assert 0.95 * 20_000 < written < 1.02 * 20_000
+    assert seen[-1] == ("static search", 20_000, 20_000)
+    assert all(0 < done <= 20_000 for _, done, _ in seen)
+    # One response to each is drawn however little there is.
+    little = StaticSearch(num_written=0, budget_tokens=1)
+    least = search_static(make(Scorer()), little, SearchData(TRAIN, ["a 1", "b 2"]), {}, seed=0)
+    assert least.search.responses == 2 and least.text == "b 2"
+
+
+class Words(Scorer):
+    """Pays for each of two words: no single instruction has both."""
+
+    def value(self, rewrite):
+        return float("brief" in rewrite) + float("kind" in rewrite) - 0.001 * len(rewrite)
+
+
+def test_the_best_instructions_are_joined():
+    data = SearchData(TRAIN, ["Be brief.", "Shout.", "Be kind.", "Ask back.", "Be odd and long."])
+    search = StaticSearch(num_written=0, budget=600, joined=2)
+    found = search_static(make(Words(noise=0.3)), search, data, {}, seed=0)
+    assert found.text in ("Be brief. Be kind.", "Be kind. Be brief.")
+    assert found.search.source == "joined" and found.search.candidates == 5
+    assert [r.candidates for r in found.search.rounds] == [5, 3, 2, 4, 2]
+    assert found.search.responses <= 600
+    alone = StaticSearch(num_written=0, budget=600)
+    assert search_static(make(Words()), alone, data, {}, seed=0).text == "Be kind."
 
 
 def test_the_best_instruction_is_found_through_noise():
@@ -68,7 +116,7 @@ def test_the_best_instruction_is_found_through_noise():
     assert found.text == "style 19"
     history = to_json(found.search)
     assert [r["candidates"] for r in history["rounds"]] == [20, 10, 5, 3, 2]
-    assert history["responses"] <= 4000 and seen[-1][1] == seen[-1][2] == history["responses"]
+    assert history["responses"] <= 4000 and seen[-1][1:] == (4000, 4000)
     assert len(pipeline.target.handles) == history["responses"]
     last = history["rounds"][-1]["best"]
     assert [entry["instruction"] for entry in last] == ["style 19", "style 18"]
@@ -117,6 +165,14 @@ def test_what_the_prompters_write_is_among_the_candidates():
     assert read == {f"Advise: {row.prompt}" for row in TRAIN}
 
 
+def test_what_the_training_found_can_be_kept_out():
+    pipeline = make(Scorer())
+    prompters = {"untuned": None, "trained": "other"}
+    search = StaticSearch(num_written=10, budget=500, writers=("untuned",))
+    search_static(pipeline, search, SearchData(TRAIN, ["Hm."]), prompters, seed=0)
+    assert {h.adapter for h in pipeline.prompter.handles} == {None}
+
+
 def test_in_rewrite_mode_instructions_are_appended_and_prompters_not_asked():
     pipeline = make(Scorer(), mode="rewrite")
     data = SearchData(TRAIN, ["a 1", "b 2"])
@@ -142,8 +198,8 @@ def test_no_prompt_that_is_held_out_is_searched_on():
     config = EvalConfig()
     held_out = [PromptRow("How do I remove limescale from a kettle?")]
     with pytest.raises(ValueError, match=r"static: 1 of the 96 prompts .* held out as well"):
-        load_search(StaticSearch(), config, held_out, 2)
-    data = load_search(StaticSearch(), config, [PromptRow("another")], 2)
+        load_search(StaticSearch(), config, held_out, BOTH)
+    data = load_search(StaticSearch(), config, [PromptRow("another")], BOTH)
     assert len(data.rows) == 96 and len(data.instructions) == 52
 
 
@@ -151,18 +207,24 @@ def test_instructions_from_a_file_and_a_list(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"instruction": " Be brief. "}\n{"instruction": "Be kind."}\n')
     search = StaticSearch(instructions=str(path), candidates=("Be kind.", "Be bold."))
-    data = load_search(search, EvalConfig(), [PromptRow("x")], 1)
+    data = load_search(search, EvalConfig(), [PromptRow("x")], ("untuned",))
     assert data.instructions == ["Be kind.", "Be bold.", "Be brief."]
 
 
 def test_bad_searches():
     config, held_out = EvalConfig(), [PromptRow("x")]
     with pytest.raises(ValueError, match=r"static.budget: expected at least 812 .*116.*7 rounds"):
-        load_search(StaticSearch(budget=811), config, held_out, 2)
-    load_search(StaticSearch(budget=812), config, held_out, 2)
+        load_search(StaticSearch(budget=811), config, held_out, BOTH)
+    load_search(StaticSearch(budget=812), config, held_out, BOTH)
+    # Half of it goes to the four best and their pairs.
+    with pytest.raises(ValueError, match=r"static.budget: expected at least 1624"):
+        load_search(StaticSearch(budget=1623, joined=4), config, held_out, BOTH)
+    load_search(StaticSearch(budget_tokens=1), config, held_out, BOTH)
+    with pytest.raises(ValueError, match=r"budget: expected its default 2048 .*without budget_tok"):
+        StaticSearch(budget=1, budget_tokens=1)
     rewriting = EvalConfig(prompting=Prompting(mode="rewrite"))
     with pytest.raises(ValueError, match="a prompter writes no instructions"):
-        load_search(StaticSearch(instructions=None), rewriting, held_out, 2)
+        load_search(StaticSearch(instructions=None), rewriting, held_out, BOTH)
     with pytest.raises(ValueError, match="num_written: expected at least 0"):
         StaticSearch(num_written=-1)
     with pytest.raises(ValueError, match="candidates: expected at least one"):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from alignpro.evaluate.results import JudgeResult, Report, Sample
 from alignpro.report import plots
-from alignpro.report.grids import arms_grid, judge_grid
+from alignpro.report.grids import arms_grid, judge_grid, texts_grid
 from alignpro.report.html import is_report, render_report, write_report
 from alignpro.report.plots import arms_svg, curve_svgs, paired_svg, reward_curve
 from alignpro.report.tables import (
@@ -168,17 +168,21 @@ def test_arms_table_in_the_order_of_reading():
         assert cell in rows[2]
 
 
-def test_six_arms_by_their_names():
+def test_eight_arms_by_their_names():
     grid = arms_grid(FULL.evaluation)
     assert [row[0] for row in grid.rows] == [
         "raw prompt",
         "static instruction",
+        "policy text",
         "untuned prompter",
         "trained prompter",
+        "labelled rule",
         "resampled optimum",
         "tuned target",
     ]
-    assert grid.strong == 3
+    assert grid.strong == 4
+    shown = plain(show(grid_table(grid)) + show(grid_table(texts_grid(FULL.evaluation))))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown  # nothing is cut off
 
 
 def test_an_arm_of_ones_own_and_a_single_component():
@@ -371,8 +375,9 @@ def test_the_page_is_self_contained(full_page):
 def test_untrusted_text_is_escaped_everywhere(full_page):
     html, parsed = full_page
     assert "<script" not in html and "\x1b" not in html
-    # In a sample: the prompt, four rewrites, six responses. Beside it: instruction, judge, config.
-    assert html.count("&lt;script&gt;") == 11 + 3 == parsed.text.count("alert('x')")
+    # In a sample: the prompt, six rewrites, eight responses. Beside it: two requirements, the
+    # instruction, the judge, the configuration.
+    assert html.count("&lt;script&gt;") == 15 + 5 == parsed.text.count("alert('x')")
     assert [tag for tag, _ in parsed.tags].count("style") == 1 + len(re.findall("<svg", html))
     assert "{{ 7*7 }}" in parsed.text
     assert "&lt;b&gt;" in parsed.text  # text that was escaped already stays as it was
@@ -414,7 +419,7 @@ def test_the_full_page_says_what_was_measured(full_page):
         "-1.000 to 1.200, observed",
         "questions 384 of them replayed 0 without a verdict 2",
         "generated in training 160,000 tokens",
-        "tuned target reward 0.500 response",
+        "tuned target reward 0.700 response",
     ):
         assert value in parsed.line
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from alignpro import findings
 from alignpro.evaluate.results import JudgeResult, Report
 from alignpro.report import warnings
 from alignpro.report.warnings import find_warnings
@@ -164,6 +166,33 @@ def test_truncated_rewrites():
     assert keys(None, rows(truncated_rewrites=17)) == []  # of how many is unknown
 
 
+def test_one_rewrite_for_every_prompt():
+    varied = [{"step": step, "common_rewrite": 0.9} for step in range(4)]
+    stuck = [{"step": step, "common_rewrite": 1.0} for step in range(4, 9)]
+    assert keys(None, varied) == keys(None, [*stuck, {"step": 9, "common_rewrite": 0.2}]) == []
+    text = only(None, varied + stuck)
+    assert "100% of the rewrites of a step are one text from step 4 on, above 90%" in text
+    # The arm's number goes before the steps', which say since when.
+    assert "95% of the trained prompter's rewrites are one text from step 4 on" in only(
+        arms(common_rewrite=0.95), varied + stuck
+    )
+    assert keys(arms(common_rewrite=0.5), varied + stuck) == []
+
+
+def test_components_cuts_and_leaks():
+    errors = {"component_errors": {"vader": 0.01}}
+    assert "vader falls to 0.400" in only(arms(components={"vader": 0.4}, **errors))
+    assert keys(arms(components={"vader": 0.6}, **errors)) == []
+    assert keys(arms(truncated_responses=0.3)) == ["truncated_responses"]
+    assert keys(arms(leaked_answers=0.2)) == ["leaked_answers"]
+    # What the arm says of its rewrites goes before what the training's last steps say.
+    cut = rows(truncated_rewrites=17, num_rewrites=4)
+    config = {"prompts_per_step": 16}
+    report = arms(truncated_rewrites=0.1)
+    assert keys(Report(report.evaluation, config=config), cut) == []
+    assert keys(arms(truncated_rewrites=0.3)) == ["truncated_rewrites"]
+
+
 def test_order_of_reading_and_purity():
     report, metrics = typed(full_report()), full_metrics()
     found = find_warnings(report, metrics)
@@ -173,7 +202,8 @@ def test_order_of_reading_and_purity():
 
 
 def test_every_threshold_has_its_reason():
-    source = Path(warnings.__file__).read_text(encoding="utf-8").splitlines()
-    thresholds = [i for i, line in enumerate(source) if line[:1].isupper() and " = " in line]
+    files = (warnings.__file__, findings.__file__)
+    source = [line for file in files for line in Path(file).read_text("utf-8").splitlines()]
+    thresholds = [i for i, line in enumerate(source) if re.match(r"[A-Z_]+ = [0-9.]+$", line)]
     assert len(thresholds) >= 10
     assert all(source[i - 1].startswith("#") for i in thresholds)

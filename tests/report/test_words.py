@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 
-from alignpro.evaluate.results import GapClosed, Interval
+from alignpro.evaluate.results import GapClosed, Interval, Required
 from alignpro.report.words import (
-    gap_closed_sentence,
+    gap_sentences,
     headline,
     interval,
     judge_verdict,
     number,
+    required_verdicts,
     verdict,
 )
 from made_up_report import arm, comparison, evaluation
@@ -64,6 +65,12 @@ def test_verdicts_claim_only_what_the_interval_supports():
         ({"raw": -0.1, "static": -0.2}, "worse", "The static instruction wins"),
         ({"raw": -0.2, "static": -0.1}, "worse", "No: the raw prompt does better"),
         ({"untuned": 0.1}, "better", "Yes: it beats the untuned prompter."),
+        (
+            {"raw": 0.1, "static": 0.1, "policy_text": 0.0, "labelled": -0.2},
+            "unclear",
+            "In part: it beats the raw prompt and the static instruction; it is not clearly better "
+            "than the policy text.",
+        ),
         (
             {"untuned": 0.0},
             "unclear",
@@ -122,15 +129,38 @@ def test_the_judges_verdict():
     )
 
 
-def test_the_gap_closed_in_words():
+def test_the_gaps_closed_in_words():
     gap = Interval(0.3, 0.2, 0.4)
-    assert "closes 82% (95% interval 70% to 95%) of the gap" in gap_closed_sentence(
-        GapClosed(0.82, (0.7, 0.95), gap)
+    said = gap_sentences(
+        evaluation(
+            {},
+            gap_closed=GapClosed(None, None, gap, "the tuned target is not clearly apart"),
+            static_to_labelled=GapClosed(1.1, (0.7, 1.3), gap),
+        )
     )
-    nothing = GapClosed(None, None, gap, "the tuned target is not clearly apart")
-    assert gap_closed_sentence(nothing) == (
-        "No share of the oracle's gap: the tuned target is not clearly apart."
+    assert said == [
+        "No share of the gap between the untuned prompter and the tuned target: the tuned target "
+        "is not clearly apart.",
+        "The trained prompter closes 110% (95% interval 70% to 130%) of the gap between the static "
+        "instruction and the labelled rule.",
+    ]
+    assert gap_sentences(evaluation({})) == []
+
+
+def test_what_was_required_in_words():
+    def required(met, margin=0.05):
+        one = Required("trained>static", "trained", "static", Interval(0.1, 0.06, 0.2), margin, met)
+        return required_verdicts(evaluation({}, required=[one]))
+
+    (met,) = required(True)
+    assert met == (
+        "better",
+        "Required: trained>static: met, trained prompter minus static instruction is above +0.050: "
+        "+0.100 reward per prompt, 95% interval +0.060 to +0.200.",
     )
+    ((tone, text),) = required(False, 0.0)
+    assert tone == "worse" and "not met" in text and "is not above 0:" in text
+    assert required_verdicts(None) == required_verdicts(evaluation({})) == []
 
 
 def test_numbers_that_are_absent_are_nothing():

@@ -18,7 +18,9 @@ PACKAGE = "alignpro"
 _BASE = {"config", "types"}
 _SERVING = _BASE | {"native", "models"}
 _WRITING = {"files", "run_directory"}
-_RUNNING = _SERVING | _WRITING | {"pipeline", "rewards", "objective", "data", "statistics"}
+_RUNNING = (
+    _SERVING | _WRITING | {"pipeline", "rewards", "objective", "data", "statistics", "findings"}
+)
 ROOMS: dict[str, set[str]] = {
     "types": set(),
     "trace": set(),
@@ -30,12 +32,13 @@ ROOMS: dict[str, set[str]] = {
     "objective": {"types"},
     "statistics": {"types"},
     "theory": {"types", "statistics"},
+    "findings": {"types", "statistics"},
     "native": _BASE,
     "models": _BASE | {"native", "files"},
     "ops": _BASE | {"native"},
     "pipeline": _SERVING | {"trace", "rewards.check"},
     "train": _RUNNING,
-    "evaluate": _RUNNING | {"theory"},
+    "evaluate": _RUNNING | {"theory", "train.metrics"},
     "report": _RUNNING | {"train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report", "bench.machine"},
     "bench": _RUNNING | {"trace", "train"},

@@ -16,7 +16,8 @@ import typer
 from alignpro.files import write_json as write_whole
 from alignpro.run_directory import error_notes, one_line
 
-DEFECT, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+# Exit codes. Not met: a difference between arms that --require asks for is not shown.
+DEFECT, BAD_INPUT, NOT_MET, INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
     name="alignpro",

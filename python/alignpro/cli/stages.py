@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alignpro.cli.shared import (
+    NOT_MET,
     Config,
     Json,
     ModelName,
@@ -26,6 +28,7 @@ from alignpro.cli.shared import (
 
 if TYPE_CHECKING:
     from alignpro.config import TrainConfig
+    from alignpro.evaluate.results import Evaluation
 
 
 @app.command()
@@ -66,6 +69,7 @@ def quickstart(
     result = run_quickstart(config, console)
     console.print(report_view(result.report, result.metrics))
     typer.echo(f"report: {result.run_dir / 'report.html'}")
+    _exit_unless_met(result.report.evaluation)
 
 
 @app.command()
@@ -176,13 +180,23 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Write the numbers to this JSON file.")
     ] = None,
+    required: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--require",
+            metavar="ARM>ARM[+MARGIN]",
+            help="End with exit status 3 unless the paired 95% interval of the difference between "
+            "the two arms lies above the margin (0 if none is given); may be given again.",
+        ),
+    ] = None,
 ) -> None:
     """Compare the arms on held-out prompts: raw prompt, untuned and trained prompter, and what the
-    configuration adds (static, optimum, tuned, judge)."""
+    configuration adds (static, policy_text, labelled, optimum, tuned, judge)."""
     from alignpro.config import EvalConfig, load_yaml
 
     path, settings = split_settings(config, overrides)
     options = load_yaml(EvalConfig, path, settings)
+    options = replace(options, require=(*options.require, *(required or [])))
     check_new(output)
     from rich.console import Console
 
@@ -202,6 +216,13 @@ def evaluate(
         raise UnjudgedError(f"{error}; the arms without it: {kept}", error.report) from None
     write_json(output, report)
     Console().print(report_view(Report(report)))
+    _exit_unless_met(report)
+
+
+def _exit_unless_met(evaluation: Evaluation | None) -> None:
+    required = None if evaluation is None else evaluation.required
+    if not all(one.met for one in required or ()):
+        raise typer.Exit(NOT_MET)
 
 
 @app.command()

@@ -8,7 +8,15 @@ a value of the wrong type and a value out of range are a `ValueError` of one lin
 from __future__ import annotations
 
 from alignpro.config.closed_form import ClosedFormConfig
-from alignpro.config.evaluate import EvalConfig, JudgeConfig, OptimumConfig, StaticSearch
+from alignpro.config.evaluate import (
+    ARMS,
+    EvalConfig,
+    JudgeConfig,
+    Labelled,
+    OptimumConfig,
+    StaticSearch,
+    read_requirement,
+)
 from alignpro.config.fields import from_mapping
 from alignpro.config.model import DEFAULT_MODEL, ModelConfig, target_of
 from alignpro.config.ppo import PpoConfig
@@ -27,6 +35,7 @@ from alignpro.config.theory import BoundConfig, HeadroomConfig
 from alignpro.config.train import TrainConfig
 
 __all__ = [
+    "ARMS",
     "DEFAULT_MODEL",
     "RESPONSE",
     "REWRITE",
@@ -35,6 +44,7 @@ __all__ = [
     "EvalConfig",
     "HeadroomConfig",
     "JudgeConfig",
+    "Labelled",
     "LoraConfig",
     "ModelConfig",
     "OptimumConfig",
@@ -49,6 +59,7 @@ __all__ = [
     "check_sampling",
     "from_mapping",
     "load_yaml",
+    "read_requirement",
     "target_of",
     "to_mapping",
 ]

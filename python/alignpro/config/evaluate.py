@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
-from alignpro.config.fields import Range, Seed, Threads, above, at_least, checked, require
+from alignpro.config.fields import (
+    Range,
+    Seed,
+    Threads,
+    above,
+    at_least,
+    checked,
+    only_default,
+    require,
+)
 from alignpro.config.model import PROMPTER, ModelConfig
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, check_sampling
 from alignpro.types import SamplingParams
+
+# Every arm that there can be and what a report calls it, in the order of reading.
+ARMS = {
+    "raw": "raw prompt",
+    "static": "static instruction",
+    "policy_text": "policy text",
+    "untuned": "untuned prompter",
+    "trained": "trained prompter",
+    "labelled": "labelled rule",
+    "optimum": "resampled optimum",
+    "tuned": "tuned target",
+}
+_REQUIREMENT = re.compile(r"\s*(\w+)\s*>\s*(\w+)\s*(?:([+-])\s*(\d+(?:\.\d*)?|\.\d+))?\s*")
+
+
+class Requirement(NamedTuple):
+    """``left - right`` is to lie above ``margin`` with its whole paired 95% interval."""
+
+    left: str
+    right: str
+    margin: float
+
+
+def read_requirement(text: str, arms: Collection[str] = ARMS) -> Requirement:
+    """ "trained>static+0.05" as what it says. Raises ValueError unless both are of ``arms``."""
+    match = _REQUIREMENT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"require: expected ARM>ARM or ARM>ARM+MARGIN, got {text!r}")
+    left, right, sign, margin = match.groups()
+    for name in (left, right):
+        if name not in arms:
+            close = difflib.get_close_matches(name, arms, n=1)
+            hint = f'; did you mean "{close[0]}"?' if close else ""
+            raise ValueError(
+                f"require: {text}: expected one of the arms {', '.join(arms)}, got {name!r}{hint}"
+            )
+    if left == right:
+        raise ValueError(f"require: {text}: expected two arms, got one twice")
+    return Requirement(left, right, float((sign or "") + (margin or "0")))
 
 
 @dataclass(frozen=True)
@@ -20,11 +71,22 @@ class StaticSearch:
     split: str | None = "train"  # of them; a prompt that is held out as well is refused
     instructions: str | None = "instructions"  # candidates: the "instruction" column of this source
     candidates: tuple[str, ...] = ()  # more of them, your own
-    # Candidates that each prompter writes for training prompts; 0: none.
+    # Candidates that each of the writers writes for training prompts; 0: none.
     num_written: Annotated[int, at_least(0)] = 32
+    # What the trained prompter writes comes from the training: with it, the search stands on what
+    # the training found. A static arm that owes nothing to the training has no "trained" here.
+    writers: tuple[Literal["untuned", "trained"], ...] = ("untuned", "trained")
+    # The best so many are joined two by two, in both orders ("A B" and "B A"), and the second half
+    # of the budget goes to a search among them and these; 0: none.
+    joined: Annotated[int, at_least(0)] = 0
     budget: Annotated[int, at_least(1)] = 2048  # responses of the whole search
+    # Tokens of the target instead, of the whole search. auto: as many as the training used, by the
+    # metrics.jsonl of the run that `trained` lies in.
+    budget_tokens: Annotated[int, at_least(1)] | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
+        if self.budget_tokens is not None:
+            only_default(self, "budget", "without budget_tokens")
         blank = [text for text in self.candidates if not text.strip()]
         require("candidates", self.candidates, not blank, "instructions, none of them empty")
         require(
@@ -33,6 +95,20 @@ class StaticSearch:
             bool(self.candidates or self.instructions or self.num_written),
             "at least one, where neither instructions nor num_written gives any",
         )
+
+
+@dataclass(frozen=True)
+@checked
+class Labelled:
+    """An instruction a row, by a label that no prompter reads: the rules as they are written.
+
+    It is no ceiling: a prompter may find better words for a rule.
+    """
+
+    column: str = "kind"  # of the data: the label of each row
+    # Label to instruction; an empty one leaves the prompt as it is. None: the column holds the
+    # instructions themselves.
+    instructions: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +171,9 @@ class EvalConfig:
     # One instruction for every prompt: the text itself, or how to search for it; {} takes the
     # defaults, here and in the other groups.
     static: str | StaticSearch | None = None
+    # A whole policy as one conditional text ("If it is a question, ..."), behind every prompt.
+    policy_text: str | None = None
+    labelled: Labelled | None = None
     optimum: OptimumConfig | None = None
     # Of the optimum; what the prompter was trained with.
     kl_coef: Annotated[float, above(0)] = 0.05
@@ -111,6 +190,9 @@ class EvalConfig:
     response: SamplingParams = RESPONSE
     prompting: Prompting = field(default_factory=Prompting)
     num_samples: Annotated[int, at_least(0)] = 3  # before/after samples kept in the report
+    # "trained>static", "trained>static+0.05": pairs of arms whose paired 95% interval has to lie
+    # above the margin. The report says whether it does; the command's exit status, too.
+    require: tuple[str, ...] = ()
     threads: Threads = None
 
     def __post_init__(self) -> None:
@@ -118,6 +200,10 @@ class EvalConfig:
         check_sampling("response", self.response)
         if isinstance(self.static, str):
             require("static", self.static, bool(self.static.strip()), "an instruction or a search")
+        if self.policy_text is not None:
+            require("policy_text", self.policy_text, bool(self.policy_text.strip()), "a text")
+        for text in self.require:
+            read_requirement(text)
         if self.judge is not None:
             pairs = self.num_rewrites * self.num_responses
             require(

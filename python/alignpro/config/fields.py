@@ -160,6 +160,14 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             raise ValueError(f"{name}: expected a list, got {value!r}")
         return tuple(read_value(v, arguments[0], f"{name}[{i}]") for i, v in enumerate(value))
+    if _is_dict(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}: expected a mapping, got {value!r}")
+        kind_of_key, kind_of_item = arguments
+        return {
+            read_value(k, kind_of_key, f"{name}: key"): read_value(v, kind_of_item, f"{name}.{k}")
+            for k, v in value.items()
+        }
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
@@ -189,6 +197,10 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     raise ValueError(f"{name}: expected {kind.get(hint, hint)}, got {value!r}")
 
 
+def _is_dict(hint: Any) -> bool:
+    return typing.get_origin(hint) is dict
+
+
 def _read_bytes(value: Any, name: str) -> int:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
@@ -205,7 +217,8 @@ def _read_union(value: Any, arguments: tuple[Any, ...], name: str, default: Any)
     if value is None and type(None) in arguments:
         return None
     if isinstance(value, Mapping):  # meant as the group: its own message is the one that helps
-        arguments = tuple(a for a in arguments if dataclasses.is_dataclass(a)) or arguments
+        groups = (a for a in arguments if dataclasses.is_dataclass(a) or _is_dict(a))
+        arguments = tuple(groups) or arguments
     if len(arguments) == 1:
         return read_value(value, arguments[0], name, default)
     errors: list[str] = []

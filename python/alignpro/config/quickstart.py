@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignpro.config.evaluate import EvalConfig
+from alignpro.config.evaluate import EvalConfig, StaticSearch
 from alignpro.config.fields import Seed, Threads, checked, default_of, require
 from alignpro.config.model import PROMPTER, ModelConfig
 from alignpro.config.prompting import LoraConfig, Prompting
@@ -49,6 +49,13 @@ class QuickstartConfig:
                     raise ValueError(
                         f"{stage}.{f.name}: quickstart sets it for every stage; set {f.name} itself"
                     )
+        static = self.evaluate.static
+        if isinstance(static, StaticSearch) and static.budget_tokens == "auto":
+            expected = (
+                "a number with train.algorithm closed_form, whose steps ask the target nothing"
+            )
+            counted = self.train.algorithm != "closed_form"
+            require("evaluate.static.budget_tokens", static.budget_tokens, counted, expected)
         self.stages()  # each has rules for what it shares
 
     def stages(self) -> tuple[SftConfig, TrainConfig, EvalConfig]:

@@ -1,6 +1,7 @@
 """The arms of an evaluation (MATH: arms): who answers what, under the same seeds.
 
-raw: the prompt as it is. static: one instruction behind every prompt. untuned, trained: a prompter.
+raw: the prompt as it is. static: one instruction behind every prompt. policy_text: a whole policy
+behind every prompt. untuned, trained: a prompter. labelled: the instruction of the row's label.
 optimum: resampled from what the untuned prompter writes. tuned: the prompt as it is, before a
 target that was tuned. Every arm answers the same prompts, so that differences are paired by prompt.
 """
@@ -19,8 +20,8 @@ from alignpro.evaluate.static import StaticInstruction, in_append_form
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
-from alignpro.rewards.combine import score_components
-from alignpro.types import Reward, Rollout
+from alignpro.rewards.combine import score_rollout
+from alignpro.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class Arm:
 
     rollout: Rollout
     rewards: list[list[float]]
-    components: dict[str, float]  # mean of every part of the reward, unweighted
+    components: dict[str, list[float]]  # every part of the reward, unweighted, in `Scores` order
     adds: bool  # whether the target reads anything but the prompt
     about: dict[str, Any] = field(default_factory=dict)  # more of it for the report
+    paid: frozenset[str] = frozenset()  # the parts whose weight is above 0
 
     @property
     def per_prompt(self) -> list[float]:
@@ -50,6 +52,7 @@ def sample_arms(
     *,
     prompters: Mapping[str, LoraWeights | None],
     static: StaticInstruction | None = None,
+    labelled: Sequence[str] | None = None,
     tuned: LoraWeights | None = None,
     columns: Mapping[str, Sequence[Any]] | None = None,
     on_progress: OnProgress | None = None,
@@ -60,6 +63,7 @@ def sample_arms(
         prompts: held out, at least 2. columns: more of their data for the reward, aligned.
         prompters: "untuned" and "trained" -> adapter (None: the base model as prompter).
             ``config.optimum`` needs "untuned".
+        labelled: an instruction for each prompt, "" for none.
         tuned: an adapter of the target.
 
     Raises:
@@ -75,8 +79,8 @@ def sample_arms(
     arms: dict[str, Arm] = {}
 
     def add(name: str, rollout: Rollout, *, adds: bool, **about: Any) -> None:
-        scores, components = _score(reward, rollout, columns)
-        arms[name] = Arm(rollout, scores, components, adds, about)
+        rewards, components, paid = score_rollout(reward, rollout, columns)
+        arms[name] = Arm(rollout, rewards, components, adds, about, paid)
 
     num_answers = config.num_rewrites * config.num_responses
     answers = len(prompts) * num_answers
@@ -89,16 +93,22 @@ def sample_arms(
             on_progress=watch(on_progress, name, answers),
         )
 
-    add("raw", respond(unscored, "raw"), adds=False)
-    if static is not None:
+    def instruct(name: str, texts: Sequence[str], **about: Any) -> None:
         rollout = in_append_form(unscored).answer(
             prompts,
-            [[static.text] * config.num_rewrites] * len(prompts),
+            [[text] * config.num_rewrites for text in texts],
             num_responses=config.num_responses,
             seed=config.seed,
-            on_progress=watch(on_progress, "static", answers),
+            on_progress=watch(on_progress, name, answers),
         )
-        add("static", rollout, adds=True, instruction=static.text)
+        add(name, rollout, adds=True, **about)
+
+    add("raw", respond(unscored, "raw"), adds=False)
+    if static is not None:
+        instruct("static", [static.text] * len(prompts), instruction=static.text)
+    if config.policy_text is not None:
+        text = config.policy_text.strip()
+        instruct("policy_text", [text] * len(prompts), instruction=text)
     for name, adapter in prompters.items():
         rollout = unscored.with_adapter(adapter).rollout(
             prompts,
@@ -108,6 +118,8 @@ def sample_arms(
             on_progress=watch(on_progress, name, answers + len(prompts) * config.num_rewrites),
         )
         add(name, rollout, adds=True)
+    if labelled is not None:
+        instruct("labelled", labelled)
     if config.optimum is not None:
         resampled = resample_optimum(
             pipeline.with_adapter(prompters["untuned"]),
@@ -167,25 +179,3 @@ def kl_per_rewrite(
 
 
 _SCORED_AT_ONCE = 32  # rewrites; bounds the memory of a scoring pass
-
-
-def _score(
-    reward: Reward, rollout: Rollout, columns: Mapping[str, Sequence[Any]] | None
-) -> tuple[list[list[float]], dict[str, float]]:
-    rows = [
-        (index, rewrite.text, response.text)
-        for index, group in enumerate(rollout.rewrites)
-        for rewrite in group
-        for response in rewrite.responses
-    ]
-    scores, components = score_components(
-        reward,
-        [rollout.prompts[index] for index, _, _ in rows],
-        [text for _, text, _ in rows],
-        [text for _, _, text in rows],
-        {name: [values[index] for index, _, _ in rows] for name, values in (columns or {}).items()},
-    )
-    rewards: list[list[float]] = [[] for _ in rollout.prompts]
-    for (index, _, _), score in zip(rows, scores, strict=True):
-        rewards[index].append(score)
-    return rewards, {name: math.fsum(v) / len(v) for name, v in components.items()}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from typing import Any
 
-from alignpro.config import EvalConfig
+from alignpro.config import ARMS, EvalConfig, read_requirement
 from alignpro.evaluate.arms import Arm, kl_per_rewrite
-from alignpro.evaluate.results import ArmResult, Evaluation, GapClosed, Sample, SampleArm
+from alignpro.evaluate.results import (
+    ArmResult,
+    Evaluation,
+    GapClosed,
+    Required,
+    Sample,
+    SampleArm,
+)
+from alignpro.findings import measure
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, ratio_of_means, variance
-
-COPIED_RUN = 3  # words
-_WORD = re.compile(r"\w+")
 
 
 def compare_arms(
@@ -24,19 +28,27 @@ def compare_arms(
     arms: Mapping[str, Arm],
     config: EvalConfig,
     prompters: Mapping[str, LoraWeights | None],
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Evaluation:
-    """The arms side by side, and ``gap_closed`` where there is a tuned target."""
+    """The arms side by side, and what the configuration requires of them.
+
+    columns: more of the prompts' data; the column "answer", where there is one, is what the reward
+        looks for, and so what a rewrite should not hold.
+    """
     seconds = math.fsum(arm.rollout.seconds["generate"] for arm in arms.values())
     tokens = sum(arm.rollout.generated_tokens for arm in arms.values())
     rewards = {name: arm.per_prompt for name, arm in arms.items()}
     per_rewrite, per_token = _kl(pipeline, arms, prompters)
-    closed = None
-    if {"untuned", "trained", "tuned"} <= set(arms):
-        closed = gap_closed(
-            rewards["untuned"], rewards["trained"], rewards["tuned"], seed=config.seed
-        )
+    answers = (columns or {}).get("answer")
+
+    def way(start: str, end: str) -> GapClosed | None:
+        if not {start, "trained", end} <= set(arms):
+            return None
+        pieces = (rewards[start], rewards["trained"], rewards[end])
+        return gap_closed(*pieces, seed=config.seed, ends=(start, end))
+
     return Evaluation(
-        arms={name: _summary(arm, pipeline, config) for name, arm in arms.items()},
+        arms={name: _summary(arm, pipeline, config, answers) for name, arm in arms.items()},
         paired={
             f"trained_minus_{name}": paired_difference(
                 rewards["trained"], rewards[name], seed=config.seed
@@ -48,74 +60,68 @@ def compare_arms(
         kl_per_token=per_token,
         tokens_per_second=tokens / max(seconds, 1e-9),
         samples=_samples(arms, config.num_samples),
-        gap_closed=closed,
+        gap_closed=way("untuned", "tuned"),
+        static_to_labelled=way("static", "labelled"),
+        required=_required(rewards, config),
     )
 
 
 def gap_closed(
-    untuned: Sequence[float], trained: Sequence[float], tuned: Sequence[float], *, seed: int
+    start: Sequence[float],
+    trained: Sequence[float],
+    end: Sequence[float],
+    *,
+    seed: int,
+    ends: tuple[str, str] = ("untuned", "tuned"),
 ) -> GapClosed:
-    """Share of what tuning the target gains that the prompter gains: (trained - untuned) /
-    (tuned - untuned), rewards by prompt [n], with an interval that resamples prompts jointly.
+    """Share of the way between two arms (``ends``) that the prompter has come: (trained - start) /
+    (end - start), rewards by prompt [n], with an interval that resamples prompts jointly.
 
     A gap whose own interval holds 0 has no share: dividing by noise gives any number.
     """
-    gap = paired_difference(tuned, untuned, seed=seed)
+    gap = paired_difference(end, start, seed=seed)
     if gap.low <= 0 <= gap.high:
+        names = (ARMS[name] for name in reversed(ends))
         reason = (
-            "the tuned target is not clearly apart from the untuned prompter: "
+            f"the {' is not clearly apart from the '.join(names)}: "
             f"{gap.mean:+.3f}, 95% interval {gap.low:+.3f} to {gap.high:+.3f}"
         )
         return GapClosed(None, None, gap, reason)
-    gained = [a - b for a, b in zip(trained, untuned, strict=True)]
-    possible = [a - b for a, b in zip(tuned, untuned, strict=True)]
+    gained = [a - b for a, b in zip(trained, start, strict=True)]
+    possible = [a - b for a, b in zip(end, start, strict=True)]
     share = ratio_of_means(gained, possible, seed=seed)
     return GapClosed(share.mean, share.ci95, gap)
 
 
-def copied_share(prompt: str, rewrite: str) -> float:
-    """Share of the rewrite's words that lie in a run of three or more words (or in the whole
-    rewrite, where it is shorter) that stands in the prompt: 1 for a rewrite that repeats it.
-
-    Runs, since single words such as "the" are shared by any two texts. Case is ignored.
-    """
-    there, written = (_WORD.findall(text.lower()) for text in (prompt, rewrite))
-    run = min(COPIED_RUN, len(written))
-    if run == 0:
-        return 0.0
-    known = {tuple(there[i : i + run]) for i in range(len(there) - run + 1)}
-    copied: set[int] = set()
-    for i in range(len(written) - run + 1):
-        if tuple(written[i : i + run]) in known:
-            copied.update(range(i, i + run))
-    return len(copied) / len(written)
+def _required(rewards: Mapping[str, Sequence[float]], config: EvalConfig) -> list[Required] | None:
+    found = []
+    for text in config.require:
+        left, right, margin = read_requirement(text, rewards)
+        difference = paired_difference(rewards[left], rewards[right], seed=config.seed)
+        found.append(Required(text, left, right, difference, margin, difference.low > margin))
+    return found or None
 
 
-def _summary(arm: Arm, pipeline: Pipeline, config: EvalConfig) -> ArmResult:
-    rewrites = [w for group in arm.rollout.rewrites for w in group]
-    responses = [r for w in rewrites for r in w.responses]
-    result = ArmResult(
-        reward=bootstrap_mean_ci(arm.per_prompt, seed=config.seed),
-        reward_variance=variance([reward for row in arm.rewards for reward in row]),
-        n=len(arm.rewards),
-        num_responses=len(responses),
-        components=arm.components,
-        empty_rewrites=sum(not w.text for w in rewrites) if arm.adds else 0,
-        response_tokens=sum(len(r.tokens) for r in responses) / len(responses),
-        **arm.about,
-    )
-    if not arm.adds:
-        return result
-    lengths = [
+def _summary(
+    arm: Arm, pipeline: Pipeline, config: EvalConfig, answers: Sequence[Any] | None
+) -> ArmResult:
+    measured = measure(
+        arm.rollout,
+        arm.components,
+        arm.paid,
+        adds=arm.adds,
         # A given text has no tokens of a prompter; the target's are the nearest there are.
-        len(w.tokens) if w.tokens else len(pipeline.target.tokenizer.encode(w.text))
-        for w in rewrites
-    ]
-    copied = [copied_share(arm.rollout.prompts[w.prompt_index], w.text) for w in rewrites if w.text]
-    return replace(
-        result,
-        rewrite_tokens=sum(lengths) / len(lengths),
-        copy_rate=sum(copied) / len(copied) if copied else None,
+        count_tokens=lambda text: len(pipeline.target.tokenizer.encode(text)),
+        answers=answers,
+    )
+    rewards = [reward for row in arm.rewards for reward in row]
+    return ArmResult(
+        reward=bootstrap_mean_ci(arm.per_prompt, seed=config.seed),
+        reward_variance=variance(rewards),
+        n=len(arm.rewards),
+        num_responses=len(rewards),
+        **vars(measured),
+        **arm.about,
     )
 
 

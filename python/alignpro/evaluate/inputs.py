@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, StageConfig
 from alignpro.data.load import PromptRow, load_prompts
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.native_model import NativeModel
+from alignpro.rewards.check import shorten
 
 
 def load_rows(config: BoundConfig | EvalConfig | HeadroomConfig) -> list[PromptRow]:
@@ -17,6 +19,34 @@ def load_rows(config: BoundConfig | EvalConfig | HeadroomConfig) -> list[PromptR
     if wanted > len(rows):
         raise ValueError(f"num_prompts: {config.data} has {len(rows)} rows, {wanted} asked for")
     return rows[: config.num_prompts]
+
+
+def instructions_by_label(config: EvalConfig, rows: Sequence[PromptRow]) -> list[str] | None:
+    """What the labelled arm puts behind each row's prompt; None without that arm.
+
+    Raises:
+        ValueError: a row without a label, or a label without an instruction; it names the row.
+    """
+    if config.labelled is None:
+        return None
+    column, instructions = config.labelled.column, config.labelled.instructions
+    texts = []
+    for index, row in enumerate(rows):
+        where = f"labelled: row {index} of {config.data} ({shorten(row.prompt)})"
+        label = row.columns.get(column)
+        if label is None:
+            there = sorted(row.columns) or "no other column than the prompt"
+            raise ValueError(f"{where}: expected a label in column {column!r}; there are {there}")
+        text = label if instructions is None else instructions.get(str(label))
+        if text is None:
+            raise ValueError(
+                f"{where}: {column} {label!r} has no instruction; labelled.instructions has "
+                f"{sorted(instructions or ())}"
+            )
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: expected text in column {column!r}, got {text!r}")
+        texts.append(text.strip())
+    return texts
 
 
 def check_adapters(config: StageConfig, **folders: str | None) -> None:

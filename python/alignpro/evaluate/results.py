@@ -36,8 +36,15 @@ class ArmResult:
     components: dict[str, float]  # means of the reward's parts, unweighted
     empty_rewrites: int
     response_tokens: float
-    rewrite_tokens: float | None = None  # None, here and below, where the arm has none
-    copy_rate: float | None = None  # share of the rewrites' words that is copied from the prompt
+    # As `findings.Measured` has them; None, here and below, where the arm has none.
+    component_errors: dict[str, float] | None = None
+    truncated_responses: float | None = None
+    rewrite_tokens: float | None = None
+    truncated_rewrites: float | None = None
+    copy_rate: float | None = None
+    leaked_answers: float | None = None
+    distinct_rewrites: int | None = None
+    common_rewrite: float | None = None
     instruction: str | None = None
     kl_coef: float | None = None
     num_candidates: int | None = None
@@ -47,12 +54,24 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class GapClosed:
-    """Share of what tuning the target gains that the prompter gains."""
+    """Share of the way from one arm to another that the trained prompter has come."""
 
     share: float | None  # None where the gap is not clear
     ci95: Pair | None
-    gap: Interval  # tuned - untuned
+    gap: Interval  # the other arm minus the one
     reason: str | None = None  # why there is no share
+
+
+@dataclass(frozen=True)
+class Required:
+    """A pair of arms that was required to differ, and whether it does."""
+
+    requirement: str  # "trained>static+0.05"
+    left: str
+    right: str
+    difference: Interval  # left - right, by prompt
+    margin: float
+    met: bool  # the whole interval lies above the margin
 
 
 @dataclass(frozen=True)
@@ -121,9 +140,10 @@ class SearchResult:
     source: str
     candidates: int
     train_prompts: int
-    budget: int
+    budget: int  # responses, or tokens of the target: the one that was set
     responses: int
     rounds: list[SearchRound]
+    tokens: int | None = None  # that the target wrote
 
 
 @dataclass(frozen=True)
@@ -134,7 +154,9 @@ class Evaluation:
     kl_per_token: float | None
     tokens_per_second: float
     samples: list[Sample]
-    gap_closed: GapClosed | None = None
+    gap_closed: GapClosed | None = None  # from untuned to tuned
+    static_to_labelled: GapClosed | None = None
+    required: list[Required] | None = None
     static_search: SearchResult | None = None
     judge: JudgeResult | None = None
     evaluation_config: dict[str, Any] | None = None

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from alignpro.config import EvalConfig, JudgeConfig, StaticSearch, target_of, to_mapping
+from alignpro.config import (
+    ARMS,
+    EvalConfig,
+    JudgeConfig,
+    StaticSearch,
+    read_requirement,
+    target_of,
+    to_mapping,
+)
 from alignpro.data.load import PromptRow, stack_columns
 from alignpro.evaluate.arms import sample_arms
 from alignpro.evaluate.compare import compare_arms
-from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
+from alignpro.evaluate.inputs import check_adapters, instructions_by_label, load_adapter, load_rows
 from alignpro.evaluate.judge import Judge, JudgeError, VerdictFile, judge_arms
 from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
 from alignpro.evaluate.progress import OnProgress
@@ -20,6 +30,7 @@ from alignpro.models.native_model import NativeModel, load_model, load_models, r
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.train.metrics import read_metrics
 from alignpro.types import Reward
 
 
@@ -29,6 +40,7 @@ class EvalInputs:
 
     rows: list[PromptRow]  # held out
     search: SearchData | None  # of a static instruction that is to be found
+    labelled: list[str] | None  # the instruction of each row's label
     verdicts: VerdictFile | None
 
 
@@ -57,7 +69,8 @@ def run_evaluation(
     folders = {"untuned": config.prompter.adapter}
     if config.trained is not None:
         folders["trained"] = config.trained
-    inputs = load_inputs(config, num_prompters=len(folders), output=output)
+    inputs = load_inputs(config, prompters=tuple(folders), output=output)
+    config = _with_budget(config)
     reward = build_reward(config.reward)
     prompter, target = load_models(config.prompter, config.target, config.threads)
     prompters = {name: load_adapter(folder, prompter) for name, folder in folders.items()}
@@ -90,17 +103,19 @@ def evaluate_loaded(
             seed=config.seed,
             on_progress=on_progress,
         )
+    columns = stack_columns(inputs.rows)
     arms = sample_arms(
         pipeline,
         [row.prompt for row in inputs.rows],
         config,
         prompters=prompters,
         static=static,
+        labelled=inputs.labelled,
         tuned=tuned,
-        columns=stack_columns(inputs.rows),
+        columns=columns,
         on_progress=on_progress,
     )
-    report = compare_arms(pipeline, arms, config, prompters)
+    report = compare_arms(pipeline, arms, config, prompters, columns)
     if static is not None:
         report = replace(report, static_search=static.search)
     if judge is None or config.judge is None:
@@ -120,25 +135,57 @@ def evaluate_loaded(
 
 
 def load_inputs(
-    config: EvalConfig, *, num_prompters: int = 2, output: Path | None = None
+    config: EvalConfig,
+    *,
+    prompters: tuple[str, ...] = ("untuned", "trained"),
+    output: Path | None = None,
 ) -> EvalInputs:
-    """Read and check everything that needs no model.
+    """Read and check everything that needs no model. prompters: the arms that are prompters.
 
     Raises:
         ValueError, OSError, ImportError: bad input.
     """
+    there = {"raw", *prompters}
+    there |= {name for name in ARMS if name not in prompters and getattr(config, name, None)}
+    for text in config.require:
+        read_requirement(text, [name for name in ARMS if name in there])
     check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_rows(config)
     search = None
     if isinstance(config.static, StaticSearch):
-        search = load_search(config.static, config, rows, num_prompters)
+        search = load_search(config.static, config, rows, prompters)
     verdicts = None
     if config.judge is not None:
         check_judge(config.judge)
         verdicts = VerdictFile(_verdict_path(config.judge, output))
         if config.judge.base_url is None:
             resolve_model(config.judge.model.name)
-    return EvalInputs(rows, search, verdicts)
+    return EvalInputs(rows, search, instructions_by_label(config, rows), verdicts)
+
+
+def spend(config: EvalConfig, rows: Sequence[Mapping[str, Any]], where: str) -> EvalConfig:
+    """``static.budget_tokens: auto`` as a number: what a training's rows of metrics add up to."""
+    if not isinstance(config.static, StaticSearch) or config.static.budget_tokens != "auto":
+        return config
+    tokens = sum(row.get("target_tokens") or 0 for row in rows)
+    if not tokens:
+        raise ValueError(
+            f"static.budget_tokens: auto: {where} does not say how many tokens the target wrote; "
+            "set the number"
+        )
+    return replace(config, static=replace(config.static, budget_tokens=tokens))
+
+
+def _with_budget(config: EvalConfig) -> EvalConfig:
+    if not isinstance(config.static, StaticSearch) or config.static.budget_tokens != "auto":
+        return config
+    log = None if config.trained is None else Path(config.trained).parent / "metrics.jsonl"
+    if log is None or not log.is_file():
+        raise FileNotFoundError(
+            "static.budget_tokens: auto: expected a trained adapter with its run's metrics.jsonl "
+            f"in the folder around it, got {'no trained adapter' if log is None else log}"
+        )
+    return spend(config, read_metrics(log), str(log))
 
 
 def _verdict_path(judge: JudgeConfig, output: Path | None) -> Path | None:

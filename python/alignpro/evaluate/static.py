@@ -9,16 +9,16 @@ Somekh 2013; Jamieson and Talwalkar 2016, arXiv 1502.07943).
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from alignpro.config import EvalConfig, StaticSearch
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.evaluate.progress import OnProgress, watch
+from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Candidate, SearchResult, SearchRound
 from alignpro.models.adapter import LoraWeights
 from alignpro.pipeline import Pipeline, derive_seed
-from alignpro.types import Rewrite
 
 SEARCH_STREAM = 3  # of randomness, beside the pipeline's
 _SHOWN = 5  # candidates of a round in the report
@@ -62,9 +62,12 @@ def in_append_form(pipeline: Pipeline) -> Pipeline:
 
 
 def load_search(
-    search: StaticSearch, config: EvalConfig, held_out: Sequence[PromptRow], num_prompters: int
+    search: StaticSearch,
+    config: EvalConfig,
+    held_out: Sequence[PromptRow],
+    prompters: Sequence[str],
 ) -> SearchData:
-    """The training prompts and the instructions that are given.
+    """The training prompts and the instructions that are given. prompters: those of the evaluation.
 
     Raises:
         ValueError: a training prompt that is held out as well, or a budget too small for one
@@ -83,19 +86,22 @@ def load_search(
         found = load_prompts(search.instructions, column="instruction")
         instructions += [row.prompt.strip() for row in found]
     instructions = list(dict.fromkeys(instructions))
-    written = search.num_written * num_prompters if config.prompting.mode == "append" else 0
-    most = len(instructions) + min(written, len(rows) * num_prompters)
+    writers = len(set(prompters) & set(search.writers))
+    written = search.num_written * writers if config.prompting.mode == "append" else 0
+    most = len(instructions) + min(written, len(rows) * writers)
     if most == 0:
         raise ValueError(
             "static: no candidates: in rewrite mode a prompter writes no instructions; set "
             "static.instructions or static.candidates"
         )
-    needed = most * _num_rounds(most)
-    if search.budget < needed:
-        raise ValueError(
-            f"static.budget: expected at least {needed} responses for up to {most} candidates in "
-            f"{_num_rounds(most)} rounds, got {search.budget}"
-        )
+    if search.budget_tokens is None:
+        stages = [most, _num_joined(search, most)] if search.joined else [most]
+        needed = len(stages) * max(count * _num_rounds(count) for count in stages)
+        if search.budget < needed:
+            raise ValueError(
+                f"static.budget: expected at least {needed} responses for up to {most} candidates "
+                f"in {_num_rounds(most)} rounds, got {search.budget}"
+            )
     return SearchData(rows, instructions)
 
 
@@ -113,44 +119,123 @@ def search_static(
     A survivor keeps the rewards of earlier rounds. The winner's mean on the training prompts is
     the best of many noisy means, hence too high; only the held-out arm says what it is worth.
     """
-    candidates = _candidates(pipeline, search, data, prompters, seed)
-    pipeline = in_append_form(pipeline)
-    prompts, columns = [row.prompt for row in data.rows], stack_columns(data.rows)
-    plan = _plan(len(candidates), len(prompts), search.budget)
-    total = sum(count * num_prompts * each for count, num_prompts, each in plan)
-    done, cursor = 0, 0
-    rounds: list[SearchRound] = []
-    left = candidates
-    for number, (count, num_prompts, each) in enumerate(plan):
-        assert count == len(left)
-        chosen = [(cursor + i) % len(prompts) for i in range(num_prompts)]
-        cursor += num_prompts
-        rollout = pipeline.answer(
-            [prompts[i] for i in chosen],
-            [[candidate.text for candidate in left]] * num_prompts,
-            num_responses=each,
-            seed=derive_seed(seed, SEARCH_STREAM, 1 + number),
-            columns={name: [values[i] for i in chosen] for name, values in columns.items()},
-            common_draws=True,
-            on_progress=watch(on_progress, "static search", total, done),
-        )
-        _credit(left, rollout.rewrites)
-        done += count * num_prompts * each
-        ranked = sorted(left, key=lambda candidate: -candidate.mean)  # stable: ties keep order
-        rounds.append(
-            SearchRound(count, num_prompts, num_prompts * each, [c.entry for c in ranked[:_SHOWN]])
-        )
-        left = ranked[: (count + 1) // 2]
-    history = SearchResult(
-        instruction=left[0].text,
-        source=left[0].source,
-        candidates=len(candidates),
-        train_prompts=len(prompts),
-        budget=search.budget,
-        responses=done,
-        rounds=rounds,
+    assert search.budget_tokens != "auto"  # resolved before
+    budget = search.budget_tokens or search.budget
+    texts = _candidates(pipeline, search, data, prompters, seed)
+    halving = _Halving(
+        in_append_form(pipeline),
+        data.rows,
+        budget,
+        None if search.budget_tokens is None else float(pipeline.response_params.max_new_tokens),
+        seed,
+        on_progress,
     )
-    return StaticInstruction(left[0].text, history)
+    best = halving.run(texts, budget / 2 if search.joined else budget)
+    if search.joined:
+        chosen = best[: search.joined]
+        pairs = [f"{a.text} {b.text}" for a, b in itertools.permutations(chosen, 2)]
+        sources = {one.text: one.source for one in chosen} | dict.fromkeys(pairs, "joined")
+        best = halving.run(sources, budget - halving.spent)
+    if on_progress is not None:
+        on_progress("static search", budget, budget)
+    history = SearchResult(
+        instruction=best[0].text,
+        source=best[0].source,
+        candidates=len(texts),
+        train_prompts=len(data.rows),
+        budget=budget,
+        responses=halving.responses,
+        rounds=halving.rounds,
+        tokens=halving.tokens,
+    )
+    return StaticInstruction(best[0].text, history)
+
+
+class _Halving:
+    """Successive halving within a budget of responses, or of tokens: then a response's length is
+    first taken to be the longest and later what it was on average so far."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        rows: Sequence[PromptRow],
+        budget: int,
+        longest: float | None,
+        seed: int,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.responses = self.tokens = 0
+        self.rounds: list[SearchRound] = []
+        self._pipeline, self._seed, self._on_progress = pipeline, seed, on_progress
+        self._prompts, self._columns = [row.prompt for row in rows], stack_columns(rows)
+        self._budget, self._longest = budget, longest
+        self._cursor = self._batches = 0
+
+    @property
+    def spent(self) -> int:
+        return self.responses if self._longest is None else self.tokens
+
+    def run(self, sources: Mapping[str, str], budget: float) -> list[_Candidate]:
+        """Candidates (text to source) from the best to the first that left. A survivor keeps the
+        rewards of earlier rounds; a round takes an equal share of what is left of the budget."""
+        left = [_Candidate(text, source) for text, source in sources.items()]
+        gone: list[_Candidate] = []
+        until = self.spent + budget
+        while len(left) > 1:
+            share = (until - self.spent) / _num_rounds(len(left))
+            seen = self._round(left, self.spent + share)
+            ranked = sorted(left, key=lambda candidate: -candidate.mean)  # stable: ties keep order
+            best = [candidate.entry for candidate in ranked[:_SHOWN]]
+            self.rounds.append(SearchRound(len(left), *seen, best))
+            half = (len(left) + 1) // 2
+            left, gone = ranked[:half], ranked[half:] + gone
+        return left + gone
+
+    def _round(self, left: Sequence[_Candidate], until: float) -> tuple[int, int]:
+        """All of ``left`` answer the same prompts; (prompts, responses of each candidate)."""
+        seen, each = set[int](), 0
+        while not each or until - self.spent >= len(left) * self._price:
+            affordable = max(1, int((until - self.spent) / (len(left) * self._price)))
+            num_prompts = min(affordable, len(self._prompts))
+            num_responses = affordable // num_prompts
+            chosen = [(self._cursor + i) % len(self._prompts) for i in range(num_prompts)]
+            self._cursor += num_prompts
+            self._answer(left, chosen, num_responses)
+            seen.update(chosen)
+            each += num_prompts * num_responses
+        return len(seen), each
+
+    def _answer(self, left: Sequence[_Candidate], chosen: Sequence[int], responses: int) -> None:
+        self._batches += 1
+        spent, price = self.spent, self._price
+
+        def show(done: int) -> None:
+            assert self._on_progress is not None
+            now = min(self._budget, round(spent + done * price))
+            self._on_progress("static search", now, self._budget)
+
+        rollout = self._pipeline.answer(
+            [self._prompts[i] for i in chosen],
+            [[candidate.text for candidate in left]] * len(chosen),
+            num_responses=responses,
+            seed=derive_seed(self._seed, SEARCH_STREAM, self._batches),
+            columns={name: [values[i] for i in chosen] for name, values in self._columns.items()},
+            common_draws=True,
+            on_progress=None if self._on_progress is None else show,
+        )
+        for group in rollout.rewrites:
+            for candidate, rewrite in zip(left, group, strict=True):
+                candidate.total += sum(response.reward for response in rewrite.responses)
+                candidate.count += len(rewrite.responses)
+        self.responses += len(left) * len(chosen) * responses
+        self.tokens += rollout.generated_tokens
+
+    @property
+    def _price(self) -> float:
+        """Of a response."""
+        if self._longest is None:
+            return 1.0
+        return self.tokens / self.responses if self.responses else self._longest
 
 
 def _candidates(
@@ -159,39 +244,28 @@ def _candidates(
     data: SearchData,
     prompters: Mapping[str, LoraWeights | None],
     seed: int,
-) -> list[_Candidate]:
-    """Distinct instructions, in a fixed order: those that are given first."""
+) -> dict[str, str]:
+    """Distinct instructions and their sources, in a fixed order: those that are given first."""
     sources = dict.fromkeys(data.instructions, "given")
     if pipeline.prompting.mode == "append" and search.num_written:
         prompts = [row.prompt for row in data.rows[: search.num_written]]
         for name, adapter in prompters.items():
+            if name not in search.writers:
+                continue
             key = derive_seed(seed, SEARCH_STREAM, 0)
             for group in pipeline.with_adapter(adapter).rewrite(prompts, seed=key):
                 if group[0].text:
                     sources.setdefault(group[0].text, name)
     if not sources:
         raise ValueError("static: the prompters wrote nothing but empty rewrites to choose from")
-    return [_Candidate(text, source) for text, source in sources.items()]
+    return sources
 
 
 def _num_rounds(candidates: int) -> int:
     return (candidates - 1).bit_length()  # halvings, rounded up, until one is left
 
 
-def _plan(candidates: int, prompts: int, budget: int) -> list[tuple[int, int, int]]:
-    """(candidates, prompts, responses to each prompt) of every round."""
-    plan = []
-    left, rounds = candidates, _num_rounds(candidates)
-    for _ in range(rounds):
-        each = budget // (rounds * left)
-        num_prompts = min(each, prompts)
-        plan.append((left, num_prompts, each // num_prompts))
-        left = (left + 1) // 2
-    return plan
-
-
-def _credit(candidates: Sequence[_Candidate], groups: Sequence[Sequence[Rewrite]]) -> None:
-    for group in groups:
-        for candidate, rewrite in zip(candidates, group, strict=True):
-            candidate.total += sum(response.reward for response in rewrite.responses)
-            candidate.count += len(rewrite.responses)
+def _num_joined(search: StaticSearch, candidates: int) -> int:
+    """The best of so many candidates, and all their pairs."""
+    best = min(search.joined, candidates)
+    return best + best * (best - 1)

@@ -57,12 +57,16 @@ def arms_grid(evaluation: Evaluation) -> Grid:
 
 
 def texts_grid(evaluation: Evaluation) -> Grid:
-    """What the arms wrote: lengths, copying, empty rewrites; no column of nothing."""
+    """What the arms wrote: lengths, copying, cuts, the share of rewrites that are one text, answers
+    in rewrites, empty rewrites; no column of nothing."""
     arms = in_order(evaluation.arms)
     columns = {
         "response tokens": {key: number(arm.response_tokens, 1) for key, arm in arms.items()},
         "rewrite tokens": {key: number(arm.rewrite_tokens, 1) for key, arm in arms.items()},
         "copy rate": {key: share(arm.copy_rate) for key, arm in arms.items()},
+        "cut responses": {key: share(arm.truncated_responses) for key, arm in arms.items()},
+        "one text": {key: share(arm.common_rewrite) for key, arm in arms.items()},
+        "hold the answer": {key: share(arm.leaked_answers) for key, arm in arms.items()},
     }
     if any(arm.empty_rewrites for arm in arms.values()):
         columns["empty rewrites"] = {key: str(arm.empty_rewrites) for key, arm in arms.items()}
@@ -121,6 +125,12 @@ def costs(report: Report, metrics: Sequence[Mapping[str, Any]] = ()) -> list[tup
     generated = [m["generated_tokens"] for m in metrics if is_number(m.get("generated_tokens"))]
     if generated:
         rows.append(("generated in training", f"{sum(generated):,.0f} tokens"))
+    answered = [m["target_tokens"] for m in metrics if is_number(m.get("target_tokens"))]
+    if answered:
+        rows.append(("of them the target's", f"{sum(answered):,.0f} tokens"))
+    search = None if evaluation is None else evaluation.static_search
+    if search is not None and search.tokens is not None:
+        rows.append(("target in the static search", f"{search.tokens:,.0f} tokens"))
     if evaluation is not None:
         rows.append(("generation", f"{evaluation.tokens_per_second:,.0f} tokens/s"))
     if report.peak_rss_bytes is not None:

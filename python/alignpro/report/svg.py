@@ -25,6 +25,8 @@ COLOURS = {
     "raw": "#7b818b",
     "untuned": "#a2811d",
     "static": "#b3462f",
+    "policy_text": "#a8407c",
+    "labelled": "#12808a",
     "optimum": "#7a4fc0",
     "tuned": "#2a8a54",
     "frame": "#b9bfc9",

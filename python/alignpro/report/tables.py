@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -24,17 +24,18 @@ from alignpro.report.theory import (
 from alignpro.report.warnings import find_warnings
 from alignpro.report.words import (
     Verdict,
-    gap_closed_sentence,
+    gap_sentences,
     headline,
     in_order,
     judge_verdicts,
     number,
     printable,
+    required_verdicts,
     verdicts,
 )
 
 # Model text is always given as Text: a plain str would be read as rich's own markup.
-_WIDE, _TIGHT = 7, box.SIMPLE_HEAD  # columns; eight fit into 80 characters without a frame
+_WIDE, _TIGHT = 6, box.SIMPLE_HEAD  # columns; eight fit into 80 characters without a frame
 TONES = {"better": "green", "worse": "red", "unclear": ""}
 
 
@@ -44,7 +45,8 @@ def grid_table(grid: Grid) -> Table:
         table.box, table.padding = _TIGHT, (0, 0, 0, 1)
         table.show_edge = table.pad_edge = False
     for index, title in enumerate(grid.header):
-        table.add_column(Text(printable(title)), justify="right" if index else "left")
+        justify: Literal["left", "right"] = "right" if index else "left"
+        table.add_column(Text(printable(title)), justify=justify, overflow="fold")
     for index, row in enumerate(grid.rows):
         cells = (Text(printable(cell)) for cell in row)
         style = "bold" if index == grid.strong else "dim" if index in grid.faint else None
@@ -55,9 +57,11 @@ def grid_table(grid: Grid) -> Table:
 def report_view(
     report: Report, metrics: Sequence[Mapping[str, Any]] = (), *, samples: bool = True
 ) -> Group:
-    """All that the report holds: samples, tables, verdicts, costs, and what to doubt at the end."""
-    parts: list[RenderableType] = []
+    """All that the report holds: what was required of the arms, samples, tables, verdicts, costs,
+    and what to doubt at the end."""
     evaluation = report.evaluation
+    required = required_verdicts(evaluation)
+    parts: list[RenderableType] = [said_lines(required)] if required else []
     if evaluation is not None:
         parts += [_sample_panel(sample) for sample in evaluation.samples if samples]
         grids = [arms_grid(evaluation), texts_grid(evaluation)]
@@ -80,8 +84,9 @@ def verdict_lines(evaluation: Evaluation | None) -> Text:
         said += verdicts(evaluation)
         said += [] if evaluation.judge is None else judge_verdicts(evaluation.judge)
     text = said_lines(said)
-    if evaluation is not None and evaluation.gap_closed is not None:
-        text.append("\n" + printable(gap_closed_sentence(evaluation.gap_closed)))
+    if evaluation is not None:
+        for sentence in gap_sentences(evaluation):
+            text.append("\n" + printable(sentence))
     return text
 
 

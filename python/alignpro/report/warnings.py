@@ -1,15 +1,23 @@
 """What a reader should doubt in a run: a pure function of its report and its metrics.
 
-Every threshold stands here with its reason, and every finding names what was measured and where
+What the trained prompter writes is judged by `findings`, as in training. Every other threshold
+stands here with its reason, and every finding names what was measured and where
 the line is. A number that is absent is no finding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from alignpro.evaluate.results import ArmResult, BoundReport, Comparison, Headroom, Report
+from alignpro.findings import (
+    ONE_REWRITE,
+    Finding,
+    arm_findings,
+    one_rewrite,
+    truncated_rewrites,
+)
 from alignpro.report.words import (
     arm_title,
     comparison_titles,
@@ -22,12 +30,6 @@ from alignpro.report.words import (
 # Nats. The prompter then favours its average token exp(0.5) = 1.6 times as much as the reference
 # does: far from the distribution that the KL penalty is to keep.
 KL_PER_TOKEN = 0.5
-# Share of the length. Judges and reward models pay for length alone; a quarter is past chance in
-# a mean over some dozens of prompts.
-LENGTH_DRIFT = 0.25
-# Share of the rewrite that repeats the prompt: then the prompter hands on the prompt more than it
-# writes anything.
-COPY_RATE = 0.5
 # Standard deviations of the held-out reward between the last training steps and the held-out
 # mean: a quarter is past what a harder draw of prompts explains. The training mean must lie above
 # the held-out interval as well.
@@ -38,19 +40,11 @@ LENGTH_BIAS = 0.05
 EFFECTIVE_SAMPLES = 3.0
 # Share of the steps with at least one group of equal rewards, which teaches nothing.
 ZERO_ADVANTAGE_STEPS = 0.5
-# Share of the rewrites of the last steps that were cut at max_new_tokens: the reward then judges
-# halves of sentences, and the length cannot shrink by learning to end.
-TRUNCATED = 0.25
 # Share of the comparisons in which the judge's choice changes with the order: one that goes by
 # position alone changes every time, one that tosses a coin half the time.
 ORDER_DISAGREEMENTS = 0.25
 # "The last steps": this share of the rows, and no fewer than a handful.
 LAST_SHARE, LAST_FEWEST = 0.1, 5
-
-
-class Finding(NamedTuple):
-    key: str  # stable name of the rule
-    text: str  # one or two sentences with the number, the threshold and the reason
 
 
 # Of metrics.jsonl.
@@ -65,15 +59,13 @@ def find_warnings(report: Report, metrics: Rows) -> list[Finding]:
     judge = None if evaluation is None else evaluation.judge
     return [
         *_kl(None if evaluation is None else evaluation.kl_per_token, steps),
-        *_lengths(arms),
-        *_copying(arms.get("trained")),
+        *_written(arms, report.config, steps),
         *_overfitting(arms.get("trained"), steps),
         *_judge({} if judge is None else judge.comparisons),
         *_headroom(report.headroom),
         *_bound(report.bound),
         *_parity(report.config, steps),
         *_zero_advantage(steps),
-        *_truncated(report.config, steps),
     ]
 
 
@@ -87,36 +79,28 @@ def _kl(per_token: float | None, steps: Rows) -> Iterator[Finding]:
         )
 
 
-def _lengths(arms: Mapping[str, ArmResult]) -> Iterator[Finding]:
-    responses = {key: arm.response_tokens for key, arm in arms.items()}
-    rewrites = {key: arm.rewrite_tokens or 0.0 for key, arm in arms.items()}
-    for what, lengths, others in (
-        ("responses", responses, ("raw", "untuned")),
-        ("rewrites", rewrites, ("untuned",)),
-    ):
-        drifts = []
-        for other in others:
-            length, base = lengths.get("trained", 0.0), lengths.get(other, 0.0)
-            drift = length / base - 1 if length and base else 0.0
-            if abs(drift) > LENGTH_DRIFT:
-                way = "longer" if drift > 0 else "shorter"
-                drifts.append(f"{share(abs(drift))} {way} than those of the {arm_title(other)}")
-        if drifts:
-            yield Finding(
-                f"{what}_length",
-                f"The trained prompter's {what} are {' and '.join(drifts)}, past "
-                f"{share(LENGTH_DRIFT)}: part of the reward may be a reward for length.",
-            )
+def _written(
+    arms: Mapping[str, ArmResult], config: Mapping[str, Any], steps: Rows
+) -> Iterator[Finding]:
+    """What the trained prompter writes: by its arm, and by the steps where that does not say."""
+    since, trained = _one_rewrite_since(steps), arms.get("trained")
+    if trained is not None:
+        before = {arm_title(key): arms[key] for key in ("raw", "untuned") if key in arms}
+        yield from arm_findings(trained, before, since=since)
+    if since is not None and (trained is None or trained.common_rewrite is None):
+        yield one_rewrite(steps[-1]["common_rewrite"], "the rewrites of a step", since)
+    if trained is None or trained.truncated_rewrites is None:
+        yield from _truncated(config, steps)
 
 
-def _copying(trained: ArmResult | None) -> Iterator[Finding]:
-    rate = None if trained is None else trained.copy_rate
-    if rate is not None and rate > COPY_RATE:
-        yield Finding(
-            "copy_rate",
-            f"The trained prompter's copy rate is {share(rate)}, above {share(COPY_RATE)}: its "
-            "rewrites repeat the prompt more than they add to it.",
-        )
+def _one_rewrite_since(steps: Rows) -> int | None:
+    """The step from which on nearly all rewrites of a step are one text."""
+    since = None
+    for row in reversed(steps):
+        if not is_number(row.get("common_rewrite")) or row["common_rewrite"] <= ONE_REWRITE:
+            break
+        since = int(row["step"])
+    return since
 
 
 def _overfitting(trained: ArmResult | None, steps: Rows) -> Iterator[Finding]:
@@ -220,12 +204,8 @@ def _truncated(config: Mapping[str, Any], steps: Rows) -> Iterator[Finding]:
         if is_number(row.get("truncated_rewrites")) and rewrites:
             cut += row["truncated_rewrites"]
             total += rewrites
-    if total and cut / total > TRUNCATED:
-        yield Finding(
-            "truncated_rewrites",
-            f"{share(cut / total)} of the rewrites of the last steps are cut at max_new_tokens, "
-            f"above {share(TRUNCATED)}: they end in the middle. Raise rewrite.max_new_tokens.",
-        )
+    if total:
+        yield from truncated_rewrites(cut / total, "the rewrites of the last steps")
 
 
 def _rewrites_of(row: Mapping[str, Any], config: Mapping[str, Any]) -> float | None:

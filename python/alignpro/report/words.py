@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
+from alignpro.config import ARMS
 from alignpro.evaluate.results import (
     ArmResult,
     Comparison,
@@ -15,19 +16,13 @@ from alignpro.evaluate.results import (
     Interval,
     JudgeResult,
     Pair,
+    Required,
 )
 
-ARMS = {
-    "raw": "raw prompt",
-    "static": "static instruction",
-    "untuned": "untuned prompter",
-    "trained": "trained prompter",
-    "optimum": "resampled optimum",
-    "tuned": "tuned target",
-}
 # Terminal control sequences hide in control characters; line breaks and tabs are harmless. The
 # bidirectional controls reorder the text around them, ours included.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_RIVALS = ("raw", "untuned", "static", "policy_text")  # what could be had without training
 _CHEAPER = "The instruction is also cheaper per request: no prompter runs before the target."
 
 
@@ -107,6 +102,24 @@ def verdicts(evaluation: Evaluation) -> list[Verdict]:
     return [verdict(d, arm_title(key)) for key, d in paired_of(evaluation).items()]
 
 
+def required_verdicts(evaluation: Evaluation | None) -> list[Verdict]:
+    """One sentence on each difference that was required."""
+    required = None if evaluation is None else evaluation.required
+    return [_required_verdict(one) for one in required or ()]
+
+
+def _required_verdict(required: Required) -> Verdict:
+    arms = f"{arm_title(required.left)} minus {arm_title(required.right)}"
+    numbers = (
+        f"{number(required.difference.mean, sign=True)} reward per prompt, 95% interval "
+        f"{interval(required.difference.ci95, sign=True)}"
+    )
+    line = f"above {number(required.margin, sign=True)}" if required.margin else "above 0"
+    says = f"met, {arms} is {line}" if required.met else f"not met, {arms} is not {line}"
+    found: Tone = "better" if required.met else "worse"
+    return Verdict(found, f"Required: {required.requirement}: {says}: {numbers}.")
+
+
 def judge_verdicts(judge: JudgeResult) -> list[Verdict]:
     return [judge_verdict(name, row) for name, row in judge.comparisons.items()]
 
@@ -146,7 +159,7 @@ def headline(evaluation: Evaluation | None) -> Verdict:
                 f"{ahead} is ahead {by}, within the noise). {_CHEAPER} Prefer it until a larger "
                 "evaluation tells the two apart.",
             )
-    helps = {key: tone(paired[key].ci95) for key in ("raw", "untuned", "static") if key in paired}
+    helps = {key: tone(paired[key].ci95) for key in _RIVALS if key in paired}
     beaten = [f"the {arm_title(key)}" for key, found in helps.items() if found == "better"]
     level = [f"the {arm_title(key)}" for key, found in helps.items() if found == "unclear"]
     lost = [f"the {arm_title(key)}" for key, found in helps.items() if found == "worse"]
@@ -186,13 +199,22 @@ def comparison_titles(name: str) -> tuple[str, str]:
     return arm_title(left), arm_title(right)
 
 
-def gap_closed_sentence(gap: GapClosed) -> str:
-    """The share of the oracle's gain that the trained prompter reaches, or why there is none."""
+def gap_sentences(evaluation: Evaluation) -> list[str]:
+    """How far the trained prompter comes between two other arms, or why that has no number."""
+    ways = (
+        (evaluation.gap_closed, "untuned", "tuned"),
+        (evaluation.static_to_labelled, "static", "labelled"),
+    )
+    return [_gap_sentence(gap, *ends) for gap, *ends in ways if gap is not None]
+
+
+def _gap_sentence(gap: GapClosed, start: str, end: str) -> str:
+    between = f"the gap between the {arm_title(start)} and the {arm_title(end)}"
     if gap.share is None:
-        return f"No share of the oracle's gap: {gap.reason or 'the gap was not measured'}."
+        return f"No share of {between}: {gap.reason or 'the gap was not measured'}."
     return (
         f"The trained prompter closes {share(gap.share)} (95% interval {share_interval(gap.ci95)}) "
-        "of the gap between the untuned prompter and the tuned target."
+        f"of {between}."
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignpro.rewards.check import RewardError, reward_name, score_checked
-from alignpro.types import Reward
+from alignpro.types import Reward, Rollout
 
 
 class WeightedSum:
@@ -78,3 +78,36 @@ def score_components(
         return reward.total(parts), parts
     scores = score_checked(reward, prompts, rewrites, responses, columns)
     return scores, {reward_name(reward): scores}
+
+
+class Scores(NamedTuple):
+    """A rollout's rewards, its rows in the order of prompt, rewrite and response."""
+
+    rewards: list[list[float]]  # [prompts][responses]
+    components: dict[str, list[float]]  # [rows], unweighted
+    paid: frozenset[str]  # the components whose weight is above 0
+
+
+def score_rollout(
+    reward: Reward, rollout: Rollout, columns: Mapping[str, Sequence[Any]] | None = None
+) -> Scores:
+    """``columns``: more of the prompts' data, each aligned with ``rollout.prompts``."""
+    rows = [
+        (index, rewrite.text, response.text)
+        for index, group in enumerate(rollout.rewrites)
+        for rewrite in group
+        for response in rewrite.responses
+    ]
+    scores, components = score_components(
+        reward,
+        [rollout.prompts[index] for index, _, _ in rows],
+        [text for _, text, _ in rows],
+        [text for _, _, text in rows],
+        {name: [values[index] for index, _, _ in rows] for name, values in (columns or {}).items()},
+    )
+    rewards: list[list[float]] = [[] for _ in rollout.prompts]
+    for (index, _, _), score in zip(rows, scores, strict=True):
+        rewards[index].append(score)
+    weights = {name: weight for name, (weight, _) in getattr(reward, "terms", {}).items()}
+    paid = frozenset(name for name in components if weights.get(name, 1.0) > 0)
+    return Scores(rewards, components, paid)
