@@ -112,6 +112,31 @@ def test_quickstart_leaves_its_files(quick, tiny):
     assert "trained rewrite" in result.output
 
 
+def test_a_quickstart_that_does_not_reach_what_is_required(tiny, tmp_path):
+    rows = [
+        {"prompt": f"tell me about {what}", "kind": kind, "split": split}
+        for split, whats in {"train": "ab", "validation": "cd", "heldout": "ef"}.items()
+        for what, kind in zip(whats, ("long", "short"), strict=True)
+    ]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    static = "{instructions: null, candidates: [a, b, c], num_written: 0, budget_tokens: auto}"
+    options = ["--model", tiny, "--run-dir", tmp_path / "run", "--steps", 2, "reward=topic"]
+    settings = [f"{stage}.data={data}" for stage in ("train", "evaluate")]
+    settings += ["train.heldout={num_prompts: 2}", f"evaluate.static={static}"]
+    settings += ["evaluate.labelled.instructions={long: be long, short: ''}"]
+    settings += ["evaluate.policy_text=be", "evaluate.require=[trained>static+9]"]
+    result = run("quickstart", *options, *SMALL, *settings, code=3)
+    assert "Required: trained>static+9: not met" in result.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["required"][0]["met"] is False
+    assert {"static", "policy_text", "labelled"} <= report["arms"].keys()
+    assert {"trained_minus_static", "trained_minus_policy_text"} <= report["paired"].keys()
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert report["static_search"]["budget"] == sum(row["target_tokens"] for row in metrics)
+    assert all("heldout" in row for row in metrics)
+
+
 def test_the_report_is_built_one_way(quick):
     folder, _ = quick
     written = (folder / "report.html").read_bytes()
@@ -260,6 +285,22 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (
             ["generate", "x", "--model", "{tiny}", "--no-deterministic"],
             "deterministic: expected true with device cpu, got False",
+        ),
+        (["quickstart", "evaluate.require=[trained>stat]"], 'did you mean "static"?'),
+        (
+            ["quickstart", "evaluate.require=[trained>static]"],
+            "require: trained>static: expected one of the arms raw, untuned, trained, got 'static'",
+        ),
+        (
+            [
+                *("quickstart", "train.algorithm=closed_form"),
+                "evaluate.static={{budget_tokens: auto}}",
+            ],
+            "evaluate.static.budget_tokens: expected a number with train.algorithm closed_form",
+        ),
+        (
+            ["evaluate", "--require", "trained>raw", "prompter={tiny}"],
+            "raw, untuned, got 'trained'",
         ),
         (["evaluate", "trained=nothing", "prompter={tiny}"], "nothing"),
         (["evaluate", "num_prompts=1000", "prompter={tiny}"], "1000 asked for"),

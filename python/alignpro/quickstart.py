@@ -25,6 +25,7 @@ from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
 from alignpro.train.checkpoint import as_config
+from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import trainer_from
@@ -54,6 +55,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     reward = build_reward(train.reward)
     pairs = [(row.prompt, row.instruction) for row in load_pairs(sft.data)]
     train_rows = load_prompts(train.data, split=train.split)
+    watched = load_held_out(train, train_rows)
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "download"), console.status(f"finding {config.prompter.name}"):
@@ -72,7 +74,9 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
             warm = policy.weights()
         with _timed(seconds, "train"):
             train = replace(train, run_dir=str(free_directory(config.run_dir)))
-            trainer = trainer_from(train, prompter, target, reward, train_rows, warm)
+            trainer = trainer_from(
+                *(train, prompter, target, reward, train_rows, warm), held_out=watched
+            )
             log = MetricsLog(trainer.run_dir / "sft-metrics.jsonl")
             for row in sft_rows:
                 log.append(row)

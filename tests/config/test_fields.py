@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import alignpro.config
-from alignpro.config import LoraConfig, Prompting, TrainConfig, from_mapping
+from alignpro.config import Labelled, LoraConfig, Prompting, TrainConfig, from_mapping
 
 
 def dataclasses_of_config():
@@ -51,6 +51,16 @@ def test_the_walk_finds_them():
     assert {"TrainConfig.algorithm", "TrainConfig.track", "LoraConfig.target_modules"} <= names
     assert {"TrainConfig.num_responses", "Prompting.mode", "SftConfig.lr_schedule"} <= names
     assert len(FIELDS) > 100
+
+
+def test_a_mapping_is_read_by_its_keys_and_values():
+    labelled = from_mapping(Labelled, {"instructions": {"fact": "Be brief.", "left alone": ""}})
+    assert labelled.instructions == {"fact": "Be brief.", "left alone": ""}
+    assert from_mapping(Labelled, {"instructions": None}).instructions is None
+    line = "instructions: key: expected text, got True"  # YAML 1.1 reads yes as true
+    assert line in refusal(Labelled, instructions={True: "Be brief."})
+    assert "instructions.fact: expected text, got 3" in refusal(Labelled, instructions={"fact": 3})
+    assert "instructions: expected a mapping or null, got 3" in refusal(Labelled, instructions=3)
 
 
 def refusal(make, *arguments, **keywords):

@@ -18,6 +18,7 @@ from alignpro.config.evaluate import (
     read_requirement,
 )
 from alignpro.config.fields import from_mapping
+from alignpro.config.held_out import HeldOutConfig
 from alignpro.config.model import DEFAULT_MODEL, ModelConfig, target_of
 from alignpro.config.ppo import PpoConfig
 from alignpro.config.prompting import (
@@ -43,6 +44,7 @@ __all__ = [
     "ClosedFormConfig",
     "EvalConfig",
     "HeadroomConfig",
+    "HeldOutConfig",
     "JudgeConfig",
     "Labelled",
     "LoraConfig",

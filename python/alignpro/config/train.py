@@ -18,6 +18,7 @@ from alignpro.config.fields import (
     only_default,
     require,
 )
+from alignpro.config.held_out import HeldOutConfig
 from alignpro.config.model import (
     PROMPTER,
     ModelConfig,
@@ -110,6 +111,7 @@ class TrainConfig:
     max_grad_norm: Annotated[float, above(0)] = 1.0
     lora: LoraConfig = field(default_factory=LoraConfig)  # without an adapter to start from
 
+    heldout: HeldOutConfig | None = None  # prompts to watch while training; {} takes the defaults
     # Trackers beside metrics.jsonl (always) and TensorBoard (where it is installed).
     track: tuple[Literal["wandb", "trackio"], ...] = ()
     # Steps; one is always written at the end and at Ctrl-C.
@@ -165,7 +167,7 @@ class TrainConfig:
             require("ppo.minibatches", batches, batches <= prompts, expected)
         if self.algorithm == "closed_form":
             require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with closed_form")
-            for name in ("kl_target", "response_budget"):
+            for name in ("kl_target", "response_budget", "heldout"):
                 only_default(self, name, "with an algorithm that samples while it trains")
             fixed = self.num_responses != "auto"
             require("num_responses", self.num_responses, fixed, "a number with closed_form")

@@ -43,7 +43,14 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("Reward", "mean reward", (Series("reward_mean", "training", "trained"),)),
+    Panel(
+        "Reward",
+        "mean reward",
+        (
+            Series("reward_mean", "training", "trained"),
+            Series("heldout.reward_mean", "held out", "tuned"),
+        ),
+    ),
     Panel(
         "KL to the reference",
         "nats per rewrite",
@@ -76,6 +83,12 @@ PANELS = (
         "Groups without signal",
         "groups a step",
         (Series("zero_advantage_groups", "groups", "trained"),),
+        only_if_varying=True,
+    ),
+    Panel(
+        "Rewrites that are one text",
+        "share of a step's",
+        (Series("common_rewrite", "most frequent", "trained"),),
         only_if_varying=True,
     ),
 )
@@ -155,11 +168,15 @@ def panels_of(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
 
 def points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) of the reinforcement-learning rows that have a number there."""
-    return [
-        (float(row["step"]), float(row[key]))
-        for row in metrics
-        if all(is_number(row.get(name)) for name in ("step", "reward_mean", key))
-    ]
+    *groups, name = key.split(".")
+    found = []
+    for row in metrics:
+        inner: Any = row
+        for group in groups:
+            inner = inner.get(group) or {}
+        if all(map(is_number, (row.get("step"), row.get("reward_mean"), inner.get(name)))):
+            found.append((float(row["step"]), float(inner[name])))
+    return found
 
 
 def draw_panel(

@@ -15,7 +15,9 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
+from alignpro.report.words import printable
 from alignpro.train.callbacks import TrainCallback
 
 
@@ -45,6 +47,10 @@ class Bars:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)
 
+    def say(self, text: str) -> None:
+        """A line that stays, above the bars."""
+        self._progress.console.print(Text(printable(text), style="yellow"))
+
 
 def show_sft_row(bars: Bars, row: Mapping[str, Any], steps: int) -> None:
     bars.show("warm start", row["step"] + 1, steps, f"loss {row['loss']:.3f}")
@@ -53,6 +59,8 @@ def show_sft_row(bars: Bars, row: Mapping[str, Any], steps: int) -> None:
 class TrainBar(TrainCallback):
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
+        self._held_out = ""
+        self._said: set[str] = set()  # rules whose warning was shown
 
     def on_start(self, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
         self._steps = int(config["steps"])
@@ -60,4 +68,10 @@ class TrainBar(TrainCallback):
 
     def on_step(self, row: Mapping[str, Any]) -> None:
         note = f"reward {row['reward_mean']:.3f}, KL {row['kl_per_rewrite']:.2f} nats"
-        self._bars.show("training", row["step"] + 1, self._steps, note)
+        if "heldout" in row:
+            self._held_out = f", held out {row['heldout']['reward_mean']:.3f}"
+        self._bars.show("training", row["step"] + 1, self._steps, note + self._held_out)
+        for rule, text in row.get("warnings", {}).items():
+            if rule not in self._said:
+                self._said.add(rule)
+                self._bars.say(f"warning at step {row['step']}: {text}")

@@ -21,7 +21,8 @@ class TrainCallback:
         """Before the first step. step: steps done before, above 0 in a run that is resumed."""
 
     def on_step(self, row: Mapping[str, Any]) -> None:
-        """After every step, with its row of metrics.jsonl, which is on disk by then."""
+        """After every step, with its row of metrics.jsonl, which is on disk by then; "warnings" are
+        sentences by the name of their rule, where there are any."""
 
     def on_checkpoint(self, path: Path, step: int) -> None:
         """After a checkpoint of so many steps is on disk as ``path``."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from alignpro.findings import diversity
 from alignpro.train.adaptive import variance_split
 from alignpro.train.trajectories import StepBatch
 from alignpro.types import Rollout
@@ -34,17 +35,21 @@ def rollout_row(
         "truncated_responses": sum(r.finish_reason == "length" for r in responses),
         "kept_mass": _mean(mass for r in responses for mass in r.kept_mass),
         "sample": responses[0].text,
+        "target_tokens": sum(len(r.tokens) for r in responses),
         "generated_tokens": rollout.generated_tokens,
         "tokens_per_second": rollout.generated_tokens / max(rollout.seconds["generate"], 1e-9),
     }
     if policy == "prompter":
         split = variance_split(rollout)
+        distinct, common = diversity(rollout)
         row |= {
             "num_responses": len(rewrites[0].responses),
             "variance_between": None if split is None else split.between_rewrites,
             "variance_within": None if split is None else split.within_rewrite,
             "rewrite_tokens": _mean(len(w.tokens) for w in rewrites),
             "truncated_rewrites": sum(w.finish_reason == "length" for w in rewrites),
+            "distinct_rewrites": distinct,
+            "common_rewrite": common,
             "empty_rewrites": sum(not w.text for w in rewrites),
             "sample": rewrites[0].text,
         }

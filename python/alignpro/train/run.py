@@ -15,6 +15,7 @@ from alignpro.rewards.build import build_reward
 from alignpro.run_directory import check_run_dir, open_run_dir
 from alignpro.train.checkpoint import as_config, write_config
 from alignpro.train.closed_form import ClosedFormFit
+from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy, Reference
 from alignpro.train.sft import fit
@@ -59,6 +60,7 @@ def make_trainer(
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
     check_trackers(config.track)
     rows = load_prompts(config.data, split=config.split)
+    held_out = load_held_out(config, rows)
     reward = build_reward(config.reward)
     prompter, target = _load_models(config)
     start = config.trained.adapter
@@ -66,10 +68,12 @@ def make_trainer(
         start = str(run_dir / "reference")
     trained = target if config.policy == "target" else prompter
     weights = None if start is None else load_peft(Path(start), trained.lora_modules)
-    trainer = trainer_from(
-        config, prompter, target, reward, rows, weights, resume=resume, overwrite=overwrite
+    return trainer_from(
+        *(config, prompter, target, reward, rows, weights),
+        held_out=held_out,
+        resume=resume,
+        overwrite=overwrite,
     )
-    return trainer
 
 
 def trainer_from(
@@ -80,11 +84,12 @@ def trainer_from(
     rows: Sequence[PromptRow],
     weights: LoraWeights | None,
     *,
+    held_out: Sequence[PromptRow] = (),
     resume: bool = False,
     overwrite: bool = False,
 ) -> Trainer | ClosedFormFit:
     """A trainer over loaded parts. ``weights``: where training starts, and the reference; None is a
-    fresh adapter, whose reference is the base model."""
+    fresh adapter, whose reference is the base model. ``held_out``: see `load_held_out`."""
     reference: Reference = "base"
     trained = target if config.policy == "target" else prompter
     if weights is None:
@@ -106,7 +111,7 @@ def trainer_from(
         value_head = None
         if config.ppo.value_head:
             value_head = ValueHead(int(trained.config["hidden_size"]))
-        trainer = Trainer(*pieces, value_head=value_head, **options)
+        trainer = Trainer(*pieces, value_head=value_head, held_out=held_out, **options)
     if weights is not None and not (trainer.run_dir / "reference").is_dir():
         save_peft(trainer.run_dir / "reference", weights)
     return trainer

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from alignpro.config import TrainConfig
+from alignpro.data.load import PromptRow
 from alignpro.models.adapter import save_peft
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import open_run_dir
@@ -26,8 +27,9 @@ from alignpro.train.checkpoint import (
     save_checkpoint,
     write_config,
 )
+from alignpro.train.held_out import HeldOut, step_warnings
 from alignpro.train.learner import Learner
-from alignpro.train.metrics import MetricsLog, truncate_metrics
+from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
 from alignpro.train.policy import LoraPolicy, Reference
 from alignpro.train.row import rollout_row
 from alignpro.train.schedule import batch_indices
@@ -46,6 +48,7 @@ class Trainer:
         policy: what is trained. reference: what it is held to: "base", or frozen matrices.
         value_head: a module from hidden states [T, D] to values [T], for ``ppo.value_head``.
         prompts: one text each. columns: more of the prompts' data for the reward, aligned.
+        held_out: the prompts of the configuration's ``heldout``.
         run_dir: where metrics.jsonl, checkpoints/ and adapter/ go; None: the configuration's.
         resume, overwrite: what to do when the directory holds a run; see `open_run_dir`.
 
@@ -65,6 +68,7 @@ class Trainer:
         reference: Reference = "base",
         columns: Mapping[str, Sequence[Any]] | None = None,
         value_head: torch.nn.Module | None = None,
+        held_out: Sequence[PromptRow] = (),
         run_dir: str | Path | None = None,
         resume: bool = False,
         overwrite: bool = False,
@@ -74,6 +78,9 @@ class Trainer:
             raise ValueError("algorithm: closed_form samples once and then fits; not a Trainer's")
         if config.ppo.value_head != (value_head is not None):
             raise ValueError("value_head: expected one with ppo.value_head, and none without")
+        if (config.heldout is not None) != bool(held_out):
+            raise ValueError("held_out: expected prompts with heldout, and none without")
+        self.held_out = HeldOut(config, held_out) if held_out else None
         self.trackers = make_trackers(config.track)
         self.config = config
         self.pipeline = pipeline
@@ -112,6 +119,7 @@ class Trainer:
     def _train(self, watchers: Watchers) -> None:
         try:
             while self.step < self.config.steps:
+                seen = self._look_at_held_out()
                 started = time.perf_counter()
                 rollout = self._rollout()
                 with _interrupts_deferred() as stop_if_asked:  # a step is done as a whole or not
@@ -121,6 +129,8 @@ class Trainer:
                     )
                     stages["step"] = time.perf_counter() - started
                     row = self._row(rollout, batch, metrics, stages)
+                    warnings = step_warnings(row) | seen.pop("warnings", {})
+                    row |= seen | ({"warnings": warnings} if warnings else {})
                     self.adaptive = self.adaptive.after(
                         self.config, rollout, batch, metrics["kl_per_rewrite"]
                     )
@@ -139,6 +149,11 @@ class Trainer:
             raise
         self._checkpoint(watchers)
         save_peft(self.run_dir / "adapter", self.policy.weights())
+
+    def _look_at_held_out(self) -> dict[str, Any]:
+        if self.held_out is None:
+            return {}
+        return self.held_out.look(self.pipeline, self.policy.core_adapter(), self.step)
 
     def _rollout(self) -> Rollout:
         """N rewrites and N x M responses for the next prompts, under the weights as they are; N
@@ -216,6 +231,8 @@ class Trainer:
             self.step, self.cursor = checkpoint.step, checkpoint.cursor
             self._saved = self.step
         truncate_metrics(self.log.path, steps=self.step)
+        if self.held_out is not None and self.log.path.exists():
+            self.held_out.restore(read_metrics(self.log.path))
 
 
 def check_pieces(

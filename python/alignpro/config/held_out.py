@@ -1,0 +1,23 @@
+"""What a training run looks at beside its own prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from alignpro.config.fields import at_least, checked
+
+
+@dataclass(frozen=True)
+@checked
+class HeldOutConfig:
+    """A few prompts that are not trained on, answered as the training goes on.
+
+    What is read off them goes into the row of the step, and warnings into the row and the terminal.
+    They choose nothing by themselves; a person who chooses by them keeps others for the evaluation.
+    """
+
+    data: str | None = None  # None: the training's own
+    split: str | None = "validation"  # a prompt that is trained on as well is refused
+    num_prompts: Annotated[int, at_least(2)] | None = 16  # the first so many; None: all
+    every: Annotated[int, at_least(1)] = 10  # steps; the first and the last one are looked at, too

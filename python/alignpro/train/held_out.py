@@ -1,0 +1,109 @@
+"""A look at prompts that are not trained on, while the training goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from alignpro.config import TrainConfig
+from alignpro.data.load import PromptRow, load_prompts, stack_columns
+from alignpro.findings import ONE_REWRITE, Finding, Measured, arm_findings, measure, one_rewrite
+from alignpro.models.adapter import LoraWeights
+from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.rewards.combine import score_rollout
+
+_HELD_OUT = 1 << 33  # a stream of randomness beside those of the steps
+
+
+def load_held_out(config: TrainConfig, trained_on: Sequence[PromptRow]) -> list[PromptRow]:
+    """The prompts that ``config.heldout`` names; none without it.
+
+    Raises:
+        ValueError: fewer than asked for, or a prompt that is trained on.
+    """
+    options = config.heldout
+    if options is None:
+        return []
+    source = options.data or config.data
+    rows = load_prompts(source, split=options.split)
+    wanted = max(2, options.num_prompts or 0)
+    if wanted > len(rows):
+        raise ValueError(f"heldout.num_prompts: {source} has {len(rows)} rows, {wanted} asked for")
+    shared = {row.prompt for row in rows} & {row.prompt for row in trained_on}
+    if shared:
+        raise ValueError(
+            f"heldout: {len(shared)} of the {len(rows)} prompts ({source}, split {options.split}) "
+            "are trained on; set heldout.data or heldout.split to others"
+        )
+    return rows[: options.num_prompts]
+
+
+class HeldOut:
+    """The same draws for the same prompts at every look, so that two looks differ by the policy."""
+
+    def __init__(self, config: TrainConfig, rows: Sequence[PromptRow]) -> None:
+        assert config.heldout is not None
+        self._config, self._every = config, config.heldout.every
+        self._prompts, self._columns = [row.prompt for row in rows], stack_columns(rows)
+        self._before: Measured | None = None  # the first look's: the policy that training began as
+
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take the first look from the metrics of the run that is resumed."""
+        seen = [row["heldout"] for row in rows if "heldout" in row]
+        if seen:
+            fields = Measured.__dataclass_fields__
+            self._before = Measured(**{name: seen[0][name] for name in fields})
+
+    def look(self, pipeline: Pipeline, adapter: LoraWeights | Any, step: int) -> dict[str, Any]:
+        """What a step's row says of it: "heldout" and "warnings"; nothing where no look is due.
+
+        Raises: as `Pipeline.rollout`.
+        """
+        config = self._config
+        if step % self._every and step != config.steps - 1:
+            return {}
+        started = time.perf_counter()
+        assert pipeline.reward is not None
+        seed, unscored = derive_seed(config.seed, _HELD_OUT), pipeline.without_reward()
+        prompter = config.policy == "prompter"
+        if prompter:
+            rollout = unscored.with_adapter(adapter).rollout(self._prompts, seed=seed)
+        else:
+            rollout = unscored.with_target_adapter(adapter).respond(self._prompts, seed=seed)
+        rewards, components, paid = score_rollout(pipeline.reward, rollout, self._columns)
+        measured = measure(
+            rollout,
+            components,
+            paid,
+            adds=prompter,
+            count_tokens=lambda text: 0,  # a prompter wrote them all
+            answers=self._columns.get("answer"),
+        )
+        if self._before is None:
+            self._before = measured
+        before = {"untuned prompter" if prompter else "frozen target": self._before}
+        found = arm_findings(measured, before, "prompter" if prompter else "tuned target")
+        return {
+            "heldout": {
+                "reward_mean": sum(reward for (reward,) in rewards) / len(rewards),
+                **vars(measured),
+                "seconds": time.perf_counter() - started,
+            },
+            "warnings": _by_rule(found, "On held-out prompts: "),
+        }
+
+
+def step_warnings(row: Mapping[str, Any]) -> dict[str, str]:
+    """What to doubt in a step's own rewrites."""
+    common = row.get("common_rewrite")
+    if common is None or common <= ONE_REWRITE:
+        return {}
+    return _by_rule([one_rewrite(common, "the rewrites of this step")])
+
+
+def _by_rule(findings: Iterable[Finding], where: str = "") -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for key, text in findings:  # a rule may find more than one thing
+        texts[key] = f"{texts[key]} {text}" if key in texts else where + text
+    return texts
