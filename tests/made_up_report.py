@@ -125,6 +125,16 @@ def full_report() -> dict[str, Any]:
             }
             for key in ("raw", "policy_text")
         ],
+        "static_search": {
+            "instruction": arms["static"]["instruction"],
+            "source": "given",
+            "candidates": 52,
+            "train_prompts": 96,
+            "budget": 160000,
+            "responses": 4010,
+            "rounds": [],
+            "tokens": 159870,
+        },
         "judge": {
             "name": "a local judge " + HOSTILE,
             "questions": 384,

@@ -4,6 +4,7 @@ out."""
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 
@@ -201,6 +202,18 @@ def test_no_prompt_that_is_held_out_is_searched_on():
         load_search(StaticSearch(), config, held_out, BOTH)
     data = load_search(StaticSearch(), config, [PromptRow("another")], BOTH)
     assert len(data.rows) == 96 and len(data.instructions) == 52
+
+
+def test_a_file_that_is_sorted_by_kind_is_shuffled(tmp_path):
+    path = tmp_path / "sorted.jsonl"
+    rows = [{"prompt": f"q{i}", "kind": i // 20, "split": "train"} for i in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    search = StaticSearch(data=str(path))
+    found = load_search(search, EvalConfig(seed=3), [PromptRow("x")], BOTH).rows
+    assert len({row.columns["kind"] for row in found[:10]}) >= 4
+    assert sorted(row.prompt for row in found) == sorted(row["prompt"] for row in rows)
+    assert found == load_search(search, EvalConfig(seed=3), [PromptRow("x")], BOTH).rows
+    assert found != load_search(search, EvalConfig(seed=4), [PromptRow("x")], BOTH).rows
 
 
 def test_instructions_from_a_file_and_a_list(tmp_path):

@@ -321,6 +321,7 @@ def test_a_panel_needs_numbers_that_vary():
         "kl_coef",
         "Variance of the reward",
         "Groups without signal",
+        "Rewrites that are one text",
     ]
     held = [{**row, "kl_coef": 0.05, "variance_between": None} for row in ROWS]
     panels = {panel.title: panel for panel in plots.panels_of(held)}
@@ -409,6 +410,11 @@ def test_the_full_page_says_what_was_measured(full_page):
     for value in (
         "The trained prompter closes 70% (95% interval 52% to 88%)",
         "Answer warmly, in two sentences.",
+        "The static instruction (given) was found among 52 candidates by 4,010 responses to "
+        "training prompts, 159,870 tokens of the target.",
+        "closes 41% (95% interval -20% to 95%) of the gap between the static instruction",
+        "Required: trained>raw<script>",
+        "of them the target's 120,000 tokens",
         "The judge prefers the static instruction over the trained prompter: win rate 31%",
         "Smallest kl_coef that these samples support: 0.0468 (2.2 of 16 rewrites effective).",
         "The optimum there has reward 0.660 at a KL of 2.00 nats per rewrite.",

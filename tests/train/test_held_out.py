@@ -147,11 +147,15 @@ def test_prompts_that_are_refused(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     trained = [PromptRow(f"p{i}") for i in (1, 3, 5)]
 
-    def load(**heldout):
-        return load_held_out(config(tmp_path, data=str(path), heldout=heldout), trained)
+    def load(seed=0, **heldout):
+        settings = config(tmp_path, data=str(path), heldout=heldout, seed=seed)
+        return load_held_out(settings, trained)
 
-    assert [row.prompt for row in load(num_prompts=2)] == ["p0", "p2"]
-    assert len(load(num_prompts=None)) == 3
+    whole = load(num_prompts=None)
+    assert sorted(row.prompt for row in whole) == ["p0", "p2", "p4"]
+    few = [load(num_prompts=2, seed=seed) for seed in range(8)]
+    assert few[0] == load(num_prompts=2) and all(row in whole for rows in few for row in rows)
+    assert len({frozenset(row.prompt for row in rows) for rows in few}) > 1  # not the first two
     with pytest.raises(ValueError, match=r"heldout.num_prompts: .* has 3 rows, 16 asked for"):
         load()
     with pytest.raises(ValueError, match=r"heldout: 3 of the 3 prompts .* are trained on"):

@@ -19,5 +19,5 @@ class HeldOutConfig:
 
     data: str | None = None  # None: the training's own
     split: str | None = "validation"  # a prompt that is trained on as well is refused
-    num_prompts: Annotated[int, at_least(2)] | None = 16  # the first so many; None: all
+    num_prompts: Annotated[int, at_least(2)] | None = 16  # so many of them, drawn; None: all
     every: Annotated[int, at_least(1)] = 10  # steps; the first and the last one are looked at, too

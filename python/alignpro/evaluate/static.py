@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -67,7 +68,8 @@ def load_search(
     held_out: Sequence[PromptRow],
     prompters: Sequence[str],
 ) -> SearchData:
-    """The training prompts and the instructions that are given. prompters: those of the evaluation.
+    """The training prompts, shuffled since files come sorted by kind and early rounds see only a
+    few of them, and the instructions that are given. prompters: those of the evaluation.
 
     Raises:
         ValueError: a training prompt that is held out as well, or a budget too small for one
@@ -75,6 +77,7 @@ def load_search(
     """
     source = search.data or config.data
     rows = load_prompts(source, split=search.split)
+    random.Random(config.seed).shuffle(rows)
     shared = {row.prompt for row in rows} & {row.prompt for row in held_out}
     if shared:
         raise ValueError(

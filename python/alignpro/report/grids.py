@@ -128,9 +128,6 @@ def costs(report: Report, metrics: Sequence[Mapping[str, Any]] = ()) -> list[tup
     answered = [m["target_tokens"] for m in metrics if is_number(m.get("target_tokens"))]
     if answered:
         rows.append(("of them the target's", f"{sum(answered):,.0f} tokens"))
-    search = None if evaluation is None else evaluation.static_search
-    if search is not None and search.tokens is not None:
-        rows.append(("target in the static search", f"{search.tokens:,.0f} tokens"))
     if evaluation is not None:
         rows.append(("generation", f"{evaluation.tokens_per_second:,.0f} tokens/s"))
     if report.peak_rss_bytes is not None:

@@ -31,6 +31,7 @@ from alignpro.report.words import (
     number,
     printable,
     required_verdicts,
+    search_sentence,
     verdicts,
 )
 
@@ -85,7 +86,9 @@ def verdict_lines(evaluation: Evaluation | None) -> Text:
         said += [] if evaluation.judge is None else judge_verdicts(evaluation.judge)
     text = said_lines(said)
     if evaluation is not None:
-        for sentence in gap_sentences(evaluation):
+        search = evaluation.static_search
+        found = [] if search is None else [search_sentence(search)]
+        for sentence in [*gap_sentences(evaluation), *found]:
             text.append("\n" + printable(sentence))
     return text
 

@@ -17,6 +17,7 @@ from alignpro.evaluate.results import (
     JudgeResult,
     Pair,
     Required,
+    SearchResult,
 )
 
 # Terminal control sequences hide in control characters; line breaks and tabs are harmless. The
@@ -206,6 +207,15 @@ def gap_sentences(evaluation: Evaluation) -> list[str]:
         (evaluation.static_to_labelled, "static", "labelled"),
     )
     return [_gap_sentence(gap, *ends) for gap, *ends in ways if gap is not None]
+
+
+def search_sentence(search: SearchResult) -> str:
+    """How the static instruction was found, and at what cost."""
+    tokens = "" if search.tokens is None else f", {search.tokens:,} tokens of the target"
+    return (
+        f"The static instruction ({search.source}) was found among {search.candidates} candidates "
+        f"by {search.responses:,} responses to training prompts{tokens}."
+    )
 
 
 def _gap_sentence(gap: GapClosed, start: str, end: str) -> str:

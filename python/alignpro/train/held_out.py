@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,8 @@ _HELD_OUT = 1 << 33  # a stream of randomness beside those of the steps
 
 
 def load_held_out(config: TrainConfig, trained_on: Sequence[PromptRow]) -> list[PromptRow]:
-    """The prompts that ``config.heldout`` names; none without it.
+    """The prompts that ``config.heldout`` names, drawn by the run's seed since files come sorted by
+    kind; none without it.
 
     Raises:
         ValueError: fewer than asked for, or a prompt that is trained on.
@@ -36,7 +38,7 @@ def load_held_out(config: TrainConfig, trained_on: Sequence[PromptRow]) -> list[
             f"heldout: {len(shared)} of the {len(rows)} prompts ({source}, split {options.split}) "
             "are trained on; set heldout.data or heldout.split to others"
         )
-    return rows[: options.num_prompts]
+    return random.Random(config.seed).sample(rows, options.num_prompts or len(rows))
 
 
 class HeldOut:
