@@ -218,7 +218,8 @@ def test_a_file_that_is_sorted_by_kind_is_shuffled(tmp_path):
 
 def test_instructions_from_a_file_and_a_list(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text('{"instruction": " Be brief. "}\n{"instruction": "Be kind."}\n')
+    texts = (" Be brief. ", "", "Be kind.", "Be brief.")  # "": a pair that leaves the prompt alone
+    path.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in texts))
     search = StaticSearch(instructions=str(path), candidates=("Be kind.", "Be bold."))
     data = load_search(search, EvalConfig(), [PromptRow("x")], ("untuned",))
     assert data.instructions == ["Be kind.", "Be bold.", "Be brief."]

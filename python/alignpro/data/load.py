@@ -87,6 +87,14 @@ def load_pairs(
     ]
 
 
+def load_instructions(source: str | Path) -> list[str]:
+    """The distinct texts of the column "instruction", in order; pairs that leave the prompt alone
+    ("") have none. Sources and errors as in ``load_prompts``."""
+    values = [(row, _value_of(row, "instruction")) for row in _read(source, None)]
+    texts = [_text_of(row, "instruction").strip() for row, value in values if value != ""]
+    return list(dict.fromkeys(texts))
+
+
 def stack_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
     """The rows' other columns as lists aligned with ``rows``; None where a row lacks a column."""
     names = dict.fromkeys(name for row in rows for name in row.columns)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from alignpro.config import EvalConfig, StaticSearch
-from alignpro.data.load import PromptRow, load_prompts, stack_columns
+from alignpro.data.load import PromptRow, load_instructions, load_prompts, stack_columns
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Candidate, SearchResult, SearchRound
 from alignpro.models.adapter import LoraWeights
@@ -86,8 +86,7 @@ def load_search(
         )
     instructions = [text.strip() for text in search.candidates]
     if search.instructions is not None:
-        found = load_prompts(search.instructions, column="instruction")
-        instructions += [row.prompt.strip() for row in found]
+        instructions += load_instructions(search.instructions)
     instructions = list(dict.fromkeys(instructions))
     writers = len(set(prompters) & set(search.writers))
     written = search.num_written * writers if config.prompting.mode == "append" else 0
