@@ -148,7 +148,7 @@ def test_the_page_as_it_is_seen(opened):
         assert frame["faint"] == []
         assert frame["small"] == []
         assert frame["sections"] == SECTIONS
-        assert len(frame["plots"]) == 11 and min(frame["plots"]) >= 300
+        assert len(frame["plots"]) == 12 and min(frame["plots"]) >= 300
         # What is drawn over text's colour is read beside it; 3 is WCAG's line for graphics. The
         # frame of the axes is meant to be fainter.
         assert min(frame["lines"]) > 1.5

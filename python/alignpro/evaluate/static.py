@@ -93,8 +93,8 @@ def load_search(
     most = len(instructions) + min(written, len(rows) * writers)
     if most == 0:
         raise ValueError(
-            "static: no candidates: in rewrite mode a prompter writes no instructions; set "
-            "static.instructions or static.candidates"
+            "static: no candidates: set static.instructions or static.candidates (in rewrite mode, "
+            "or without static.writers, a prompter writes no instructions)"
         )
     if search.budget_tokens is None:
         stages = [most, _num_joined(search, most)] if search.joined else [most]

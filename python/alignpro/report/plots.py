@@ -108,7 +108,8 @@ def reward_curve(
     """
     panels = panels_of(metrics)[:2]
     across = len(panels) + (evaluation is not None)
-    figure = new_figure(4.2 * max(across, 1), 3.2)
+    arms = 0 if evaluation is None else len(evaluation.arms)
+    figure = new_figure(4.2 * max(across, 1), max(3.2, 0.9 + 0.36 * arms))
     all_axes = figure.subplots(1, max(across, 1), squeeze=False)[0]
     for axes, panel in zip(all_axes, panels, strict=False):
         draw_panel(axes, panel, metrics, evaluation)
