@@ -58,10 +58,8 @@ struct QuantizedWeight {
   static QuantizedWeight from_gguf(const std::string& path, const std::string& name) {
     auto file = std::make_shared<const io::GgufFile>(path);
     const auto found = file->tensors().find(name);
-    if (found == file->tensors().end()) {
-      throw InvalidArgument(cat(path, ": holds no tensor ", io::printable(name), "; it has ",
-                                file->tensors().size(), " others"));
-    }
+    require(found != file->tensors().end(), path, ": holds no tensor ", io::printable(name),
+            "; it has ", file->tensors().size(), " others");
     const io::FileTensor& tensor = found->second;
     require(tensor.shape.size() == 2, path, ": ", name, ": expected a matrix, got shape ",
             io::shape_text(tensor.shape));
@@ -267,13 +265,9 @@ int64_t peak_bytes(int64_t num_tokens, int64_t hidden_size, int64_t vocab_size,
   require(num_tokens >= 0 && hidden_size >= 1 && vocab_size >= 1,
           "peak_bytes: expected num_tokens >= 0 and sizes of 1 or more, got ", num_tokens, ", ",
           hidden_size, ", ", vocab_size);
-  std::optional<DType> stored;
-  for (const DType known :
-       {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_1}) {
-    if (dtype == dtype_name(known)) stored = known;
-  }
+  const std::optional<DType> stored = dtype_from_name(dtype);
   require(stored.has_value(),
-          "peak_bytes: dtype: expected F32, F16, BF16, Q8_0, Q4_0 or Q4_1, got ", dtype);
+          "peak_bytes: dtype: expected a storage format as F32, BF16 or Q8_0, got ", dtype);
   const ops::QuantizedMatrix weight{nullptr, *stored, vocab_size, hidden_size};
   const float something = 0.0f;  // only whether there is a reference counts
   const ops::LogprobInput input{.rows = num_tokens,

@@ -459,11 +459,9 @@ void CudaDevice::require_runs(const ops::ModelShape& shape) const {
   at_most("head_dim", shape.head_dim, kMaxHeadDim);
   at_most("vocab_size", shape.vocab_size, kMaxVocabulary);
   const int64_t wanted = shape.weights * block_bytes(dtype_), free = free_memory();
-  if (wanted > free) {
-    throw Unavailable(cat("device cuda: the weights need ", wanted >> 20, " MB in ",
-                          dtype_name(dtype_), ", ", free >> 20, " MB of ", device_name(),
-                          " are free; free some, or use device cpu"));
-  }
+  require<Unavailable>(wanted <= free, "device cuda: the weights need ", wanted >> 20, " MB in ",
+                       dtype_name(dtype_), ", ", free >> 20, " MB of ", device_name(),
+                       " are free; free some, or use device cpu");
 }
 
 // Ranks are padded with zeros to whole 16 bytes, which changes no bit.

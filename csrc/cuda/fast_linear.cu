@@ -172,11 +172,9 @@ cublasLtMatmulAlgo_t FastLibrary::choose(const Plan& plan, const Key& key) const
   check(MatmulAlgoGetHeuristic(handle(), plan.operation.get(), plan.weight.get(), plan.x.get(),
                                plan.residual.get(), plan.out.get(), made, 1, &best, &found),
         "choose an algorithm");
-  if (found == 0) {
-    throw Unavailable(cat("cuda: ", kOp, ": cuBLASLt has no algorithm for ", key.rows, " x ",
-                          key.inputs, " x ", key.outputs, " in ", dtype_name(key.dtype),
-                          "; load with deterministic true"));
-  }
+  require<Unavailable>(found != 0, "cuda: ", kOp, ": cuBLASLt has no algorithm for ", key.rows,
+                       " x ", key.inputs, " x ", key.outputs, " in ", dtype_name(key.dtype),
+                       "; load with deterministic true");
   return best.algo;
 }
 

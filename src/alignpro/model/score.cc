@@ -251,11 +251,9 @@ void Score::Pass::forward() {
   }
   ops().wait();
   for (int64_t i = 0; i < values(); ++i) {
-    if (!std::isfinite(results_[i])) {
-      throw NumericError(cat("linear_logprob: row ", i,
-                             " has no finite softmax (NaN or infinite logits); check the weights "
-                             "and the adapter"));
-    }
+    require<NumericError>(std::isfinite(results_[i]), "linear_logprob: row ", i,
+                          " has no finite softmax (NaN or infinite logits); check the weights "
+                          "and the adapter");
   }
 }
 

@@ -244,11 +244,10 @@ void note_token(const Problem& problem, int64_t row, int64_t m, int64_t tile, in
 RowStats write_row(const Problem& problem, const LogprobOutput& out, int64_t row,
                    std::span<const TileStats> tiles, float logit, float ref_logit) {
   const RowStats s = merge_tiles(tiles.data(), static_cast<int64_t>(tiles.size()));
-  if (!s.valid() || (problem.with_ref && !std::isfinite(s.ref_lse))) {
-    throw NumericError(cat("linear_logprob: row ", row,
-                           " has no finite softmax (NaN or infinite logits); check the weights, "
-                           "the adapter and the learning rate"));
-  }
+  require<NumericError>(s.valid() && (!problem.with_ref || std::isfinite(s.ref_lse)),
+                        "linear_logprob: row ", row,
+                        " has no finite softmax (NaN or infinite logits); check the weights, "
+                        "the adapter and the learning rate");
   const RowValues values = row_values(s, logit, ref_logit);
   out.logprob[row] = values.logprob;
   out.entropy[row] = values.entropy;
