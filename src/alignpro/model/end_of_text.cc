@@ -150,11 +150,9 @@ void add_eos_token_id(const ModelFiles& files, std::string_view name, Ends& ends
   if (value == nullptr) return;
   const Json::Array single{*value};
   for (const Json& id : value->array() != nullptr ? *value->array() : single) {
-    if (id.integer() == nullptr) {
-      throw FileError(cat((files.path() / name).string(),
-                          ": \"eos_token_id\" must be an integer or a list of them, it is ",
-                          id.kind()));
-    }
+    require<FileError>(id.integer() != nullptr, (files.path() / name).string(),
+                       ": \"eos_token_id\" must be an integer or a list of them, it is ",
+                       id.kind());
     ends.add(*id.integer());
   }
 }
