@@ -132,7 +132,7 @@ struct ScoreShape {
   bool with_reference, with_hidden, keep_graph;
 };
 
-class HostBuffer;
+struct HostBuffer;
 
 class Ops {
  public:
