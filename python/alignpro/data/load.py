@@ -11,7 +11,6 @@ Errors are DataError, one line that names the source, the line or row, and the c
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,8 @@ from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
+
+from alignpro.optional import import_for
 
 PACKAGED = {"everyday": "everyday_prompts.jsonl", "instructions": "instructions.jsonl"}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -278,7 +279,7 @@ def _read_csv(path: Path, name: str) -> Iterator[_Row]:
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[_Row]:
-    parquet = _import_for("Parquet files", "pyarrow.parquet", "alignpro[parquet]")
+    parquet = import_for("reading Parquet files", "pyarrow.parquet", "alignpro[parquet]")
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
@@ -288,7 +289,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[_Row]:
 
 
 def _read_hub(name: str, split: str) -> Iterator[_Row]:
-    datasets = _import_for(f"the hub data set {name!r}", "datasets", "datasets")
+    datasets = import_for(f"reading the hub data set {name!r}", "datasets", "datasets")
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # its errors share no base
@@ -297,17 +298,6 @@ def _read_hub(name: str, split: str) -> Iterator[_Row]:
     for index, values in enumerate(rows):
         place = f"hub data set {name!r}, row {index}"
         yield _Row(place, _as_object(values, place))
-
-
-def _import_for(what: str, module: str, requirement: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.split(".")[0]
-        raise ImportError(
-            f"reading {what} needs the package {package!r}, which is not installed; "
-            f"install it with: pip install '{requirement}'"
-        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from alignpro.config import ModelConfig, TrainConfig, target_of
-from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, this_cpu
+from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, read_rates, this_cpu
 from alignpro.price.lengths import find_lengths, local_prompts
 from alignpro.price.models import PricedModel, find_priced
 from alignpro.price.work import Phase, Work, count_step
@@ -23,21 +24,23 @@ def price_train(
     config: TrainConfig,
     *,
     gpu_name: str | None = None,
-    rates: Rates | None = None,
+    rates: Rates | Path | None = None,
     prompt_tokens: int | None = None,
 ) -> dict[str, Any]:
     """What the run would cost, as plain values; no weights are loaded and nothing is fetched.
 
     Args:
         gpu_name: a card of `devices.gpu`; None is this CPU, whose limits are measured.
-        rates: shares reached; None takes those of docs/notes/performance.md on a CPU, and on a card
-            leaves a lower bound.
+        rates: shares reached, or a file of them (`read_rates`); None takes those of
+            docs/notes/performance.md on a CPU, and on a card leaves a lower bound.
         prompt_tokens: of a prompt, where the data is not here or stands for other data.
 
     Raises:
         FileNotFoundError: a model whose sizes are unknown. ValueError: a model that cannot run,
             work that does not fit a context or ``memory_limit``, an unknown card.
     """
+    if isinstance(rates, Path):
+        rates = read_rates(rates)
     device = gpu(gpu_name) if gpu_name is not None else None
     answers = target_of(config.prompter, config.target)
     for name, where in (("prompter", config.prompter.device), ("target", answers.device)):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from alignpro.rewards._optional import import_for
+from alignpro.optional import import_for
 
 Output = Literal["logit", "probability"]
 
@@ -44,8 +44,8 @@ class ClassifierReward:
         for what, value in {"batch_size": batch_size, "max_length": max_length}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{what}: expected at least 1, got {value}")
-        self._torch = import_for("ClassifierReward", "torch", "classifier")
-        transformers = import_for("ClassifierReward", "transformers", "classifier")
+        self._torch = import_for("ClassifierReward", "torch", "alignpro[classifier]")
+        transformers = import_for("ClassifierReward", "transformers", "alignpro[classifier]")
         self.name = f"hf:{name_or_path}" + ("" if label is None else f"#{label}")
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name_or_path)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from alignpro.rewards._optional import import_for
+from alignpro.optional import import_for
 
 # A word may hold apostrophes inside ("don't"); underscores and punctuation part words.
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")

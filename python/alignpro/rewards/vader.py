@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from alignpro.rewards._optional import import_for
+from alignpro.optional import import_for
 
 
 class VaderReward:
