@@ -103,6 +103,8 @@ def length_controlled_win_rate(
         ValueError: lengths that differ, a preference outside [0, 1], fewer than 2 prompts.
         ImportError: scipy is missing.
     """
+    from scipy.special import expit
+
     y = _finite("preferences", preferences, dimensions=1)
     d = _finite("length_differences", length_differences, dimensions=1)
     cluster = np.arange(y.size) if prompts is None else np.asarray(prompts)
@@ -121,12 +123,13 @@ def length_controlled_win_rate(
         for row in drawn:
             weight = np.bincount(row, minlength=names.size)[cluster].astype(np.float64)
             draws.append(_fit_logistic(x, y, weight, whole)[0])
-    return _percentiles(_sigmoid(whole[0]), np.array([_sigmoid(a) for a in draws]))
+    return _percentiles(float(expit(whole[0])), expit(np.array(draws)))
 
 
 def _fit_logistic(x: Floats, y: Floats, weight: Floats, start: Floats) -> Floats:
     """Intercept and slope of the posterior mode; y [n] may be fractions."""
     from scipy.optimize import minimize
+    from scipy.special import expit
 
     design = np.stack([np.ones_like(x), x], axis=1)
     precision = np.array(_PRIOR_DEVIATIONS) ** -2.0
@@ -134,7 +137,7 @@ def _fit_logistic(x: Floats, y: Floats, weight: Floats, start: Floats) -> Floats
     def loss(beta: Floats) -> tuple[float, Floats]:
         eta = design @ beta
         value = weight @ (np.logaddexp(0.0, eta) - y * eta) + 0.5 * precision @ beta**2
-        residual = weight * (0.5 * (1.0 + np.tanh(0.5 * eta)) - y)
+        residual = weight * (expit(eta) - y)
         return float(value), design.T @ residual + precision * beta
 
     found: Floats = minimize(loss, start, jac=True, method="BFGS").x
@@ -142,10 +145,6 @@ def _fit_logistic(x: Floats, y: Floats, weight: Floats, start: Floats) -> Floats
 
 
 _PRIOR_DEVIATIONS = (10.0, 2.5)  # of intercept and slope
-
-
-def _sigmoid(value: float) -> float:
-    return float(0.5 * (1.0 + np.tanh(0.5 * value)))
 
 
 def variance(values: ArrayLike) -> float:

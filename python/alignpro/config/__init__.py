@@ -19,6 +19,7 @@ from alignpro.config.model import target_of as target_of
 from alignpro.config.ppo import PpoConfig as PpoConfig
 from alignpro.config.prompting import RESPONSE as RESPONSE
 from alignpro.config.prompting import REWRITE as REWRITE
+from alignpro.config.prompting import FitConfig as FitConfig
 from alignpro.config.prompting import LoraConfig as LoraConfig
 from alignpro.config.prompting import Prompting as Prompting
 from alignpro.config.prompting import StageConfig as StageConfig

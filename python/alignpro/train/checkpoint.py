@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,24 +96,6 @@ def load_checkpoint(
     return Checkpoint(step, cursor, config, weights, optimizer, adaptive, critic)
 
 
-def write_config(run_dir: str | Path, config: Mapping[str, Any]) -> None:
-    """Write config.json."""
-    write_json(Path(run_dir) / "config.json", config)
-
-
-def read_config(run_dir: str | Path) -> dict[str, Any]:
-    """The configuration of the run there.
-
-    Raises:
-        ValueError: config.json is not a JSON object.
-    """
-    path = Path(run_dir) / "config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a JSON object: {one_line(error)[:200]}") from error
-
-
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to resume under another configuration.
 
@@ -150,9 +132,3 @@ MAY_CHANGE = frozenset(
         *("target.kv_cache_bytes", "target.prefix_cache", "target.max_batch_rows"),
     }
 )
-
-
-def as_config(config: Any) -> dict[str, Any]:
-    """A dataclass as JSON would give it back."""
-    mapping: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return mapping

@@ -18,10 +18,11 @@ from alignpro.objective import (
     policy_loss,
     token_advantages,
 )
-from alignpro.train.critic import Critic, TokenTargets
+from alignpro.train.critic import Critic
 from alignpro.train.micro_batches import MicroBatch
-from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
+from alignpro.train.optimizer import apply_gradients, make_optimizer
 from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors, one_torch_thread
+from alignpro.train.schedule import rate_factor
 from alignpro.train.trajectories import (
     StepBatch,
     Trajectory,
@@ -92,18 +93,18 @@ class Learner:
 
     def _token_targets(
         self, batch: StepBatch, kl_coef: float, stop_if_asked: Callable[[], None]
-    ) -> TokenTargets | None:
+    ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """The critic's advantages and returns, under the weights that sampled."""
         if self.critic is None:
             return None
-        targets = TokenTargets([], [])
+        targets = []
         for micro in self._micro_batches(batch.trajectories):
             stop_if_asked()
             trajectories = micro.of(batch.trajectories)
             with torch.no_grad():
                 scores = self._score(trajectories, micro)
             assert scores.hidden is not None and scores.kl is not None
-            part = self.critic.targets(
+            targets += self.critic.targets(
                 scores.hidden,
                 batch.advantages[micro.begin : micro.end],
                 scores.kl,
@@ -111,14 +112,12 @@ class Learner:
                 kl_coef=kl_coef,
                 gae_lambda=self.config.ppo.gae_lambda,
             )
-            targets.advantages.extend(part.advantages)
-            targets.returns.extend(part.returns)
         return targets
 
     def _accumulate_gradients(
         self,
         batch: StepBatch,
-        targets: TokenTargets | None,
+        targets: list[tuple[torch.Tensor, torch.Tensor]] | None,
         update: Update,
         kl_coef: float,
         stop_if_asked: Callable[[], None],
@@ -147,7 +146,7 @@ class Learner:
                 advantage=(
                     token_advantages(batch.advantages[rows], scores.kl, sequence, kl_coef)
                     if targets is None
-                    else torch.cat([targets.advantages[row] for row in rows])
+                    else torch.cat([targets[row][0] for row in rows])
                 ),
             )
             if update.fresh:
@@ -162,7 +161,7 @@ class Learner:
             results.append(result)
             if self.critic is not None and targets is not None:
                 assert scores.hidden is not None
-                returns = [targets.returns[row] for row in rows]
+                returns = torch.cat([targets[row][1] for row in rows])
                 loss = self.critic.loss(scores.hidden, returns, total_tokens=total_tokens)
                 loss.backward()  # type: ignore[no-untyped-call]
                 value_loss += float(loss.detach())

@@ -6,26 +6,15 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from alignpro.config import SftConfig, TrainConfig
-from alignpro.train.schedule import learning_rate_factor
+from alignpro.config import FitConfig
 
 
 def make_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: SftConfig | TrainConfig
+    parameters: Iterable[torch.nn.Parameter], config: FitConfig
 ) -> torch.optim.AdamW:
     """AdamW as the configuration has it."""
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-
-
-def rate_factor(config: SftConfig | TrainConfig, step: int) -> float:
-    """Multiplier of a learning rate at ``step``, by the configuration's schedule."""
-    return learning_rate_factor(
-        step,
-        steps=config.steps,
-        warmup_steps=config.warmup_steps,
-        schedule=config.lr_schedule,
     )
 
 

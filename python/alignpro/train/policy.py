@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
-from alignpro.config import LoraConfig, SftConfig, TrainConfig
+from alignpro.config import FitConfig, LoraConfig
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
 from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches
@@ -162,7 +162,7 @@ class LoraPolicy(torch.nn.Module):
         self,
         sequences: Sequence[Sequence[int]],
         starts: Sequence[int],
-        config: TrainConfig | SftConfig,
+        config: FitConfig,
         *,
         with_reference: bool,
         with_hidden: bool = False,

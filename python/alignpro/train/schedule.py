@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 import numpy as np
+
+from alignpro.config import FitConfig
 
 
 def batch_indices(*, seed: int, cursor: int, count: int, rows: int) -> list[int]:
@@ -21,19 +22,17 @@ def batch_indices(*, seed: int, cursor: int, count: int, rows: int) -> list[int]
     ]
 
 
-def learning_rate_factor(
-    step: int, *, steps: int, warmup_steps: int, schedule: Literal["constant", "linear"]
-) -> float:
+def rate_factor(config: FitConfig, step: int) -> float:
     """Multiplier of the learning rate at ``step`` in 0..steps-1.
 
     Warm-up climbs in equal parts to 1 at step ``warmup_steps``; "linear" then falls so that a step
     beyond the last would be 0.
     """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.lr_schedule == "constant":
         return 1.0
-    return (steps - step) / max(1, steps - warmup_steps)
+    return (config.steps - step) / max(1, config.steps - config.warmup_steps)
 
 
 @functools.lru_cache(maxsize=4)

@@ -11,9 +11,9 @@ from typing import Any
 from alignpro.config import Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import shared_prefix
-from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
+from alignpro.train.optimizer import apply_gradients, make_optimizer
 from alignpro.train.policy import LoraPolicy, one_torch_thread
-from alignpro.train.schedule import batch_indices
+from alignpro.train.schedule import batch_indices, rate_factor
 from alignpro.types import Message
 
 _log = logging.getLogger(__name__)
