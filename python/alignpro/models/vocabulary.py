@@ -38,9 +38,9 @@ class AddedToken:
     single_word: bool = False  # only where no letter, digit or underscore touches it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Vocabulary:
-    """Everything `tokenizer.Tokenizer` works from."""
+    """What `tokenizer.Tokenizer` works from, and is."""
 
     backend: tokenizers.Tokenizer  # text at the start of the input, no added tokens
     continuation: tokenizers.Tokenizer  # text after an added token
@@ -48,20 +48,20 @@ class Vocabulary:
     strips_space: bool  # decoding drops one leading space, which encoding put there
     added: tuple[AddedToken, ...] = ()
     bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()  # all that end a text, the tokenizer's own EOS first
     chat_template: str | None = None
     template_variables: dict[str, str] = field(default_factory=dict)
     source: str = "tokenizer"  # for error messages
 
     @cached_property
-    def size(self) -> int:
-        """One more than the largest id."""
-        ids = [self.backend.get_vocab_size() - 1, *(token.id for token in self.added)]
-        return max(max(ids), max(self.backend.get_vocab().values(), default=-1)) + 1
+    def vocab_size(self) -> int:
+        """One more than the largest token id; a model may have room for more."""
+        ids = [*self.backend.get_vocab().values(), *(token.id for token in self.added)]
+        return max(ids, default=-1) + 1
 
-    def token_bytes(self) -> list[bytes]:
-        """The bytes each id adds to a text, [size]; b"" for special tokens and unused ids."""
-        pieces = [b""] * self.size
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        pieces = [b""] * self.vocab_size
         spelled = _bytes_of_byte_level if self.byte_level else _bytes_of_sentencepiece
         for text, token in self.backend.get_vocab().items():
             pieces[token] = spelled(text)
