@@ -37,14 +37,6 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
-class PairRow:
-    """What a prompter should write for a prompt: an example for the supervised warm start."""
-
-    prompt: str
-    instruction: str
-
-
-@dataclass(frozen=True)
 class _Row:
     place: str  # "prompts.jsonl, line 3"
     values: Mapping[str, Any]
@@ -79,10 +71,10 @@ def load_pairs(
     prompt_column: str = "prompt",
     instruction_column: str = "instruction",
     split: str | None = None,
-) -> list[PairRow]:
+) -> list[tuple[str, str]]:
     """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``."""
     return [
-        PairRow(_text_of(row, prompt_column, chat=True), _text_of(row, instruction_column))
+        (_text_of(row, prompt_column, chat=True), _text_of(row, instruction_column))
         for row in _read(source, split)
     ]
 
@@ -148,10 +140,15 @@ def _type_name(value: Any) -> str:
 def _read(source: str | Path, split: str | None) -> list[_Row]:
     """All rows of a source, after the split was taken; never empty."""
     name, path = str(source), Path(source)
-    if name in PACKAGED and not path.is_file():
+    if name in PACKAGED and not path.exists():
         path = Path(__file__).with_name(PACKAGED[name])
     if path.is_file():
-        rows = _take_split(list(_read_file(path, name)), split, name)
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES:
+            expected = f"a file ending in {', '.join(SUFFIXES)}"
+            raise DataError(f"{name}: expected {expected}, got {suffix!r}")
+        read = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+        rows = _take_split(list(read.get(suffix, _read_parquet)(path, name)), split, name)
     elif path.exists() or path.suffix.lower() in SUFFIXES:
         problem = "is a folder" if path.exists() else "there is no such file"
         raise DataError(f"{name}: {problem}; expected a file ({', '.join(SUFFIXES)})")
@@ -178,14 +175,6 @@ def _take_split(rows: list[_Row], split: str | None, name: str) -> list[_Row]:
         there = sorted({str(row.values["split"]) for row in rows})
         raise DataError(f"{name}: no rows in split {split!r}; there are {there}")
     return kept
-
-
-def _read_file(path: Path, name: str) -> Iterator[_Row]:
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"{name}: expected a file ending in {', '.join(SUFFIXES)}, got {suffix!r}")
-    read = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
-    return read.get(suffix, _read_parquet)(path, name)
 
 
 def _read_text(path: Path, name: str) -> str:

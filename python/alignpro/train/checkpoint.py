@@ -33,7 +33,7 @@ class Checkpoint:
     config: dict[str, Any]  # of the run
     weights: LoraWeights
     optimizer: dict[str, Any]  # torch's state_dict
-    adaptive: dict[str, Any]  # what a run learns beside its weights: `Adaptive.to_mapping`
+    adaptive: dict[str, Any]  # what a run learns beside its weights: `Adaptive`
     critic: dict[str, Any] | None = None  # the value head and its optimizer: `Critic.state_dict`
 
 
@@ -52,12 +52,8 @@ def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:
     if checkpoint.critic is not None:
         with whole_file(partial / "critic.pt") as file:
             torch.save(checkpoint.critic, file)
-    state = {
-        "step": checkpoint.step,
-        "cursor": checkpoint.cursor,
-        "config": checkpoint.config,
-        "adaptive": checkpoint.adaptive,
-    }
+    names = ("step", "cursor", "config", "adaptive")
+    state = {name: getattr(checkpoint, name) for name in names}
     write_json(partial / "state.json", state)
     remove_run_files(run_dir, final)  # the same step of the same run: the same content
     os.replace(partial, final)
@@ -70,11 +66,7 @@ def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:
 def load_checkpoint(
     run_dir: str | Path, lora_modules: Mapping[str, tuple[int, int]]
 ) -> Checkpoint | None:
-    """The checkpoint that ``latest`` names; None where the run has not written one.
-
-    Raises:
-        ValueError: a checkpoint that is there and cannot be read; the message names the file.
-    """
+    """The checkpoint that ``latest`` names; None where the run has not written one."""
     root = Path(run_dir) / "checkpoints"
     if not (root / "latest").exists():
         return None
@@ -114,7 +106,6 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _flat(mapping: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Every value under its path: "prompter.device"."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         group = isinstance(value, Mapping)

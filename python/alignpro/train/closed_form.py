@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -31,9 +31,13 @@ from alignpro.run_directory import one_line
 from alignpro.train.callbacks import TrainCallback, Watchers
 from alignpro.train.checkpoint import check_same_run
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
-from alignpro.train.optimizer import apply_gradients, make_optimizer
 from alignpro.train.policy import one_torch_thread
-from alignpro.train.schedule import batch_indices, rate_factor
+from alignpro.train.schedule import (
+    apply_gradients,
+    batch_indices,
+    make_optimizer,
+    rate_factor,
+)
 from alignpro.train.trainer import TrainingRun
 from alignpro.train.trajectories import (
     Trajectory,
@@ -48,16 +52,6 @@ ROLLOUTS = "rollouts.jsonl"  # in the run directory: a line for each ``prompts_p
 OnProgress = Callable[[str, int, int], None]  # "rollouts", prompts done, prompts in all
 
 LOSSES = {"variance": log_variance_loss, "likelihood": weighted_likelihood_loss}
-
-
-@dataclass(frozen=True)
-class _Look:
-    """The rewrites of some prompts under the weights as they are; P prompts, N rewrites of each."""
-
-    log_ratio: Tensor  # [P, N] log rho - log rho_ref
-    kl: float  # nats per rewrite of the prompter's, estimated off-policy; exact at every token
-    entropy: float  # mean over the rewrites' tokens
-    tokens: int
 
 
 class ClosedFormFit(TrainingRun):
@@ -87,14 +81,8 @@ class ClosedFormFit(TrainingRun):
         truncate_metrics(self.log.path, steps=0)
 
     def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
-        """Draw the rollouts that are missing, fit, and write adapter/.
-
-        Args:
-            callbacks: who else watches, beside the trackers of the configuration.
-
-        Raises:
-            RuntimeError: a scored log-probability differs from its record (``strict_parity``).
-            RewardError, ValueError: from the rollouts; those before it are on disk.
+        """Draw the rollouts that are missing, fit, and write adapter/. Raises as `Trainer.train`;
+        the rollouts before an error are on disk.
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
         with self.directory:
@@ -148,7 +136,11 @@ class ClosedFormFit(TrainingRun):
         path = self.run_dir / ROLLOUTS
         there = read_metrics(path)[: len(chunks)] if path.exists() else []
         truncate_metrics(path, steps=len(there))  # a line that a crash cut short
-        groups = [_rewrites(group) for row in there for group in row["rewrites"]]
+        groups = [
+            [Rewrite(**{**w, "responses": [Response(**r) for r in w["responses"]]}) for w in group]
+            for row in there
+            for group in row["rewrites"]
+        ]
         missing = list(enumerate(chunks))[len(there) :]
         if missing:
             with self.directory:
@@ -187,8 +179,8 @@ class ClosedFormFit(TrainingRun):
         """
         config = self.config
         rewrites = [t for group in groups for t in group]
-        look = self._look(rewrites)
-        leaf = look.log_ratio.requires_grad_()
+        leaf, measured = self._look(rewrites)
+        leaf.requires_grad_()
         loss = LOSSES[config.closed_form.loss](leaf, rewards, config.kl_coef)
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
@@ -205,23 +197,23 @@ class ClosedFormFit(TrainingRun):
             weights = derivative[micro.begin : micro.end][token_sequence(part)]
             (weights * scores.logprob).sum().backward()  # type: ignore[no-untyped-call]
         weights = closed_form_weights(rewards, config.kl_coef)
-        log_ratio = look.log_ratio.detach().double()
+        log_ratio = leaf.detach().double()
         ratio = log_ratio.exp()
         return {
             "loss": float(loss.detach()),
             # Of the prompter as it is, by importance weights on the rollouts it was fitted to.
             "reward_mean": float((ratio * rewards).sum() / ratio.sum()),
             "rollout_reward_mean": float(rewards.mean()),
-            "kl_per_rewrite": look.kl,
             "weighted_log_ratio": float((weights * log_ratio).sum(dim=1).mean()),
             "effective_samples": float(effective_samples(weights).mean()),
-            "entropy": look.entropy,
-            "tokens": look.tokens,
+            **measured,
             "micro_batches": len(plan),
             "zero_advantage_groups": int(zero_advantage_groups(rewards).sum()),
         }
 
-    def _look(self, rewrites: Sequence[Trajectory]) -> _Look:
+    def _look(self, rewrites: Sequence[Trajectory]) -> tuple[Tensor, dict[str, float]]:
+        """log rho - log rho_ref [P, N] under the weights as they are, and metrics: the KL in nats
+        per rewrite of the prompter's, estimated off-policy and exact at every token."""
         config = self.config
         plan = self.policy.micro_batches(*scored(rewrites), config, with_reference=True)
         with torch.no_grad():
@@ -243,14 +235,12 @@ class ClosedFormFit(TrainingRun):
                 f"{float(log_ratio.abs().max()):.3g}, expected exactly 0: the rollouts are not "
                 "this prompter's (strict_parity=false goes on regardless)"
             )
-        return _Look(
-            log_ratio=sum_per_sequence(log_ratio, sequence, len(rewrites)).view(
-                -1, config.num_rewrites
-            ),
-            kl=float(off_policy_kl(log_ratio, kl, sequence, len(rewrites)).mean()),
-            entropy=float(torch.cat([part.entropy for part in parts]).mean()),
-            tokens=len(log_ratio),
-        )
+        summed = sum_per_sequence(log_ratio, sequence, len(rewrites))
+        return summed.view(-1, config.num_rewrites), {
+            "kl_per_rewrite": float(off_policy_kl(log_ratio, kl, sequence, len(rewrites)).mean()),
+            "entropy": float(torch.cat([part.entropy for part in parts]).mean()),
+            "tokens": len(log_ratio),
+        }
 
 
 _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
@@ -266,11 +256,3 @@ _ROLLOUT_FIELDS = (
 def _of_the_rollouts(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: config.get(name) for name in _ROLLOUT_FIELDS}
     return {**fields, "closed_form.num_prompts": config.get("closed_form", {}).get("num_prompts")}
-
-
-def _rewrites(group: Sequence[Mapping[str, Any]]) -> list[Rewrite]:
-    """A prompt's rewrites as they were written down."""
-    return [
-        Rewrite(**{**fields, "responses": [Response(**r) for r in fields["responses"]]})
-        for fields in group
-    ]

@@ -62,21 +62,15 @@ class LoraPolicy(torch.nn.Module):
         return cls(model, initial_weights(model, config, seed=seed))
 
     def _matrices(self) -> Matrices:
-        """The parameters' own memory."""
         triples = zip(self.names, self.lora_a, self.lora_b, strict=True)
         return {name: (_numpy(a), _numpy(b)) for name, a, b in triples}
 
     def weights(self) -> LoraWeights:
-        """A copy of the matrices as they are now."""
         copies = {name: (a.copy(), b.copy()) for name, (a, b) in self._matrices().items()}
         return replace(self._layout, matrices=copies)
 
     def load_weights(self, weights: LoraWeights) -> None:
-        """Overwrite the matrices in place, keeping the parameters an optimizer may hold.
-
-        Raises:
-            ValueError: other modules, rank or scale than this policy's.
-        """
+        """Overwrite the matrices in place, keeping the parameters an optimizer may hold."""
 
         def layout(of: LoraWeights, names: Collection[str]) -> str:
             return f"rank {of.rank}, alpha {of.alpha}, rslora {of.rslora} and {len(names)} modules"
@@ -97,7 +91,12 @@ class LoraPolicy(torch.nn.Module):
         miss a fused optimizer's update and an assignment to ``.data``, and a stale adapter would
         pass unnoticed.
         """
-        if self._in_engine is None or not self._equals(self._in_engine[0]):
+        known = {} if self._in_engine is None else self._in_engine[0].matrices
+        if self._in_engine is None or not all(
+            np.array_equal(mine, before)
+            for name, pair in self._matrices().items()
+            for mine, before in zip(pair, known[name], strict=True)
+        ):
             weights = self.weights()
             self._in_engine = (weights, self.model.make_adapter(weights))
         return self._in_engine[1]
@@ -192,13 +191,6 @@ class LoraPolicy(torch.nn.Module):
             with_hidden=with_hidden,
         )
 
-    def _equals(self, weights: LoraWeights) -> bool:
-        return all(
-            np.array_equal(mine, theirs)
-            for name, pair in self._matrices().items()
-            for mine, theirs in zip(pair, weights.matrices[name], strict=True)
-        )
-
 
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
@@ -217,11 +209,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def initial_weights(model: NativeModel, config: LoraConfig, *, seed: int) -> LoraWeights:
-    """Fresh LoRA matrices for the configured modules, drawn from a generator of their own.
-
-    Raises:
-        ValueError: a target module the model does not have.
-    """
+    """Fresh LoRA matrices for the configured modules, drawn from a generator of their own."""
     modules = select_modules(model.lora_modules, config.target_modules)
     generator = torch.Generator().manual_seed(seed % 2**63)
     matrices: Matrices = {}
@@ -241,11 +229,7 @@ def initial_weights(model: NativeModel, config: LoraConfig, *, seed: int) -> Lor
 def select_modules(
     modules: dict[str, tuple[int, int]], targets: Literal["all-linear"] | Sequence[str]
 ) -> dict[str, tuple[int, int]]:
-    """The modules whose path ends with one of ``targets`` ("q_proj", "layers.0.mlp.up_proj").
-
-    Raises:
-        ValueError: a target that matches nothing; the message lists the last parts of all paths.
-    """
+    """The modules whose path ends with one of ``targets`` ("q_proj", "layers.0.mlp.up_proj")."""
     if targets == "all-linear":
         return dict(modules)
     chosen: set[str] = set()

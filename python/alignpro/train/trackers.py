@@ -21,11 +21,7 @@ PROJECT = "alignpro"  # of the runs that W&B and trackio keep
 
 
 def make_trackers(names: Sequence[str]) -> list[TrainCallback]:
-    """TensorBoard if its package is there, and the named ones ("wandb", "trackio").
-
-    Raises:
-        ImportError: a named tracker that is not installed.
-    """
+    """TensorBoard if its package is there, and the named ones ("wandb", "trackio")."""
     check_trackers(names)
     trackers: list[TrainCallback] = [TensorBoard()] if is_installed("tensorboard") else []
     return trackers + [Service(name, _STARTS[name]) for name in names]
@@ -88,9 +84,7 @@ class Service(TrainCallback):
     A run that is resumed does the steps after its checkpoint again, to the same numbers; the
     tracker gets each once, under the id the run began with.
 
-    Args:
-        start: (run directory, configuration, id) -> what has ``log(metrics, step=)`` and
-            ``finish()``.
+    start: (run directory, configuration, id) -> what has ``log(metrics, step=)`` and ``finish()``.
     """
 
     def __init__(self, name: str, start: Callable[[Path, dict[str, Any], str], Any]) -> None:
