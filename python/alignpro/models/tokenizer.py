@@ -122,7 +122,11 @@ class Tokenizer(Vocabulary):
         begin = at = 0
         while self._pattern is not None and (match := self._pattern.search(text, at)):
             token = self._by_text[match.group()]
-            if token.single_word and _touches_word(text, match.start(), match.end()):
+            sides = (
+                text[max(match.start() - 1, 0) : match.start()]
+                + text[match.end() : match.end() + 1]
+            )
+            if token.single_word and any(char.isalnum() or char == "_" for char in sides):
                 at = match.start() + 1
                 continue
             before = text[begin : match.start()]
@@ -133,11 +137,6 @@ class Tokenizer(Vocabulary):
                 begin += 1
             at = begin
         yield text[begin:]
-
-
-def _touches_word(text: str, begin: int, end: int) -> bool:
-    sides = text[max(begin - 1, 0) : begin] + text[end : end + 1]
-    return any(char.isalnum() or char == "_" for char in sides)
 
 
 def _check_text(text: Any, what: str) -> None:
