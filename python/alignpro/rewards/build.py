@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from alignpro import rewards
 from alignpro.rewards.check import shorten
 from alignpro.rewards.combine import WeightedSum
 from alignpro.rewards.function import from_callable
@@ -20,19 +21,7 @@ _PLUS = re.compile(r"(?<!\d[eE])\+")
 _WEIGHTED = re.compile(r"\s*([^*]*?)\s*\*\s*(.*?)\s*")
 
 
-def _vader(**options: Any) -> Reward:
-    from alignpro.rewards.vader import VaderReward
-
-    return VaderReward(**options)
-
-
-def _topic(**options: Any) -> Reward:
-    from alignpro.rewards.topic import TopicReward
-
-    return TopicReward(**options)
-
-
-_NAMED: dict[str, Callable[..., Reward]] = {"vader": _vader, "topic": _topic}
+_NAMED = {"vader": "VaderReward", "topic": "TopicReward"}  # in alignpro.rewards
 _KNOWN = f"known: {', '.join(_NAMED)}, 'module:function', 'hf:NAME' or 'hf:NAME#label'"
 
 
@@ -97,7 +86,7 @@ def _build_one(name: str, options: dict[str, Any]) -> Reward:
     if name.startswith("hf:"):
         build = _classifier_builder(name)
     elif name in _NAMED:
-        build = _NAMED[name]
+        build = getattr(rewards, _NAMED[name])
     elif ":" in name:
         found = _load_object(name, options)
         try:
