@@ -65,6 +65,10 @@ class TrainConfig:
     # target's own noise, with N * M = response_budget.
     num_responses: Annotated[int, at_least(1)] | Literal["auto"] = 1
     response_budget: int | None = None  # responses a prompt and step, with auto
+    # A prompt's rewrites are answered under the same random draws, and a text that several of them
+    # wrote is answered once. Unbiased, with less of the target's noise, for fewer tokens; auto
+    # needs independent draws to measure that noise and takes no notice of this.
+    common_draws: bool = True
     # The policy is the untruncated distribution at this temperature.
     rewrite: SamplingParams = REWRITE
     response: SamplingParams = RESPONSE

@@ -201,6 +201,7 @@ class ClosedFormFit:
                 num_responses=config.num_responses,
                 seed=derive_seed(config.seed, number),
                 columns={name: [v[i] for i in chunk] for name, v in self._columns.items()},
+                common_draws=config.common_draws,
             )
             row = {
                 "step": number,
@@ -295,7 +296,7 @@ _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
 # What the rollouts depend on; the fit alone reads the rest.
 _ROLLOUT_FIELDS = (
     *("prompter", "target", "data", "split", "reward", "seed"),
-    *("prompts_per_step", "num_rewrites", "num_responses"),
+    *("prompts_per_step", "num_rewrites", "num_responses", "common_draws"),
     *("rewrite", "response", "prompting"),
 )
 

@@ -164,6 +164,7 @@ class Trainer:
             num_responses=num_responses,
             seed=seed,
             columns=columns,
+            common_draws=config.common_draws and config.num_responses != "auto",
         )
 
     def _row(
