@@ -2,7 +2,8 @@
 
 A source is one of
 * a file: .jsonl, .json (an array of objects), .csv (with a header) or .parquet, in UTF-8;
-* the name of data that the package ships: "everyday" (prompts), "instructions" (pairs);
+* the name of data that the package ships: "everyday" and "house_rules" (prompts), "instructions"
+  and "house_rules_warm_start" (pairs);
 * the name of a data set on the hub, "owner/name", read through the package ``datasets``.
 
 Errors are DataError, one line that names the source, the line or row, and the column.
@@ -20,7 +21,12 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-PACKAGED = {"everyday": "everyday_prompts.jsonl", "instructions": "instructions.jsonl"}
+PACKAGED = {
+    "everyday": "everyday_prompts.jsonl",
+    "instructions": "instructions.jsonl",
+    "house_rules": "house_rules.jsonl",
+    "house_rules_warm_start": "house_rules_warm_start.jsonl",
+}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -41,7 +47,7 @@ class PairRow:
     """What a prompter should write for a prompt: an example for the supervised warm start."""
 
     prompt: str
-    instruction: str
+    instruction: str  # "" leaves the prompt as it is
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ def load_pairs(
     instruction_column: str = "instruction",
     split: str | None = None,
 ) -> list[PairRow]:
-    """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``."""
+    """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``, but
+    an instruction may be "".
+    """
     return [
         PairRow(_prompt_of(row, prompt_column), _text_of(row, instruction_column))
         for row in _read(source, split)
@@ -101,7 +109,8 @@ def _prompt_of(row: _Row, column: str) -> str:
 
 
 def _text_of(row: _Row, column: str) -> str:
-    return _checked_text(_value_of(row, column), f"{row.place}, column {column!r}", "text")
+    value = _value_of(row, column)
+    return value if value == "" else _checked_text(value, f"{row.place}, column {column!r}", "text")
 
 
 def _value_of(row: _Row, column: str) -> Any:
