@@ -50,7 +50,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     sft, train, evaluation = config.stages()
     check_trackers(train.track)
     reward = build_reward(train.reward)
-    pairs = [(row.prompt, row.instruction) for row in load_pairs(sft.data)]
+    pairs = load_pairs(sft.data)
     train_rows = load_prompts(train.data, split=train.split)
     held_out = load_inputs(evaluation)
     seconds: dict[str, float] = {}

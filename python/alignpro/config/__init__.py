@@ -7,7 +7,6 @@ a value of the wrong type and a value out of range are a `ValueError` of one lin
 
 from __future__ import annotations
 
-from alignpro.config.closed_form import ClosedFormConfig as ClosedFormConfig
 from alignpro.config.evaluate import EvalConfig as EvalConfig
 from alignpro.config.evaluate import JudgeConfig as JudgeConfig
 from alignpro.config.evaluate import OptimumConfig as OptimumConfig
@@ -16,7 +15,6 @@ from alignpro.config.fields import from_mapping as from_mapping
 from alignpro.config.model import DEFAULT_MODEL as DEFAULT_MODEL
 from alignpro.config.model import ModelConfig as ModelConfig
 from alignpro.config.model import target_of as target_of
-from alignpro.config.ppo import PpoConfig as PpoConfig
 from alignpro.config.prompting import RESPONSE as RESPONSE
 from alignpro.config.prompting import REWRITE as REWRITE
 from alignpro.config.prompting import FitConfig as FitConfig
@@ -31,4 +29,6 @@ from alignpro.config.read import to_mapping as to_mapping
 from alignpro.config.sft import SftConfig as SftConfig
 from alignpro.config.theory import BoundConfig as BoundConfig
 from alignpro.config.theory import HeadroomConfig as HeadroomConfig
+from alignpro.config.train import ClosedFormConfig as ClosedFormConfig
+from alignpro.config.train import PpoConfig as PpoConfig
 from alignpro.config.train import TrainConfig as TrainConfig

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from alignpro.config.closed_form import ClosedFormConfig
 from alignpro.config.fields import (
     Range,
     above,
@@ -20,9 +19,49 @@ from alignpro.config.model import (
     check_trainable,
     target_of,
 )
-from alignpro.config.ppo import PpoConfig
 from alignpro.config.prompting import FitConfig, StageConfig, check_untruncated
 from alignpro.types import SamplingParams
+
+
+@dataclass(frozen=True)
+@checked
+class PpoConfig:
+    """Several passes over a batch, with clipped ratios (Schulman et al. 2017, arXiv 1707.06347)."""
+
+    # epsilon: a ratio beyond 1 +- this earns nothing more.
+    clip_range: Annotated[float, Range(lambda v: 0 < v < 1, "between 0 and 1")] = 0.2
+    epochs: Annotated[int, at_least(1)] = 2  # passes over a step's rewrites
+    minibatches: Annotated[int, at_least(1)] = 2  # optimizer steps a pass; whole prompts each
+    # A learned baseline for every token; without one, the mean of the rewrite's siblings.
+    value_head: bool = False
+    # With value_head; 1: its advantages do not trust the values.
+    gae_lambda: Annotated[float, Range(lambda v: 0 <= v <= 1, "0 to 1")] = 0.95
+    # With value_head; follows the policy's schedule.
+    value_learning_rate: Annotated[float, above(0)] = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.value_head:
+            for name in ("gae_lambda", "value_learning_rate"):
+                only_default(self, name, "with value_head")
+
+
+@dataclass(frozen=True)
+@checked
+class ClosedFormConfig:
+    """One set of rollouts of the untuned prompter, and the fit to them.
+
+    ``num_rewrites`` and ``num_responses`` of `TrainConfig` shape the rollouts; each of ``steps``
+    steps reads ``prompts_per_step`` of the prompts with all their rewrites, pass after pass. Two
+    passes are about right: more of them fit the noise (docs/notes/closed-form.md).
+    """
+
+    # Prompts rolled out, once each; None: all there are.
+    num_prompts: Annotated[int, at_least(1)] | None = None
+    # Both are least at the optimum. variance: of reward - kl_coef * log ratio within a prompt.
+    # likelihood: weighted by exp(reward / kl_coef), as the formula says; of a few noisy rewrites
+    # it takes the best one and no more (seed 0 of docs/notes/closed-form.md: +0.05 of reward where
+    # variance gains +0.18).
+    loss: Literal["variance", "likelihood"] = "variance"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from alignpro.data.load import DataError as DataError
-from alignpro.data.load import PairRow as PairRow
 from alignpro.data.load import PromptRow as PromptRow
 from alignpro.data.load import load_pairs as load_pairs
 from alignpro.data.load import load_prompts as load_prompts

@@ -37,14 +37,6 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
-class PairRow:
-    """What a prompter should write for a prompt: an example for the supervised warm start."""
-
-    prompt: str
-    instruction: str
-
-
-@dataclass(frozen=True)
 class _Row:
     place: str  # "prompts.jsonl, line 3"
     values: Mapping[str, Any]
@@ -79,10 +71,10 @@ def load_pairs(
     prompt_column: str = "prompt",
     instruction_column: str = "instruction",
     split: str | None = None,
-) -> list[PairRow]:
+) -> list[tuple[str, str]]:
     """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``."""
     return [
-        PairRow(_text_of(row, prompt_column, chat=True), _text_of(row, instruction_column))
+        (_text_of(row, prompt_column, chat=True), _text_of(row, instruction_column))
         for row in _read(source, split)
     ]
 

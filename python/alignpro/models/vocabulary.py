@@ -90,7 +90,14 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
         )
     config = files.json("tokenizer_config.json") or {}
     specials = files.json("special_tokens_map.json") or {}
-    kind = _require_supported(path, spec)
+    model, decoder = spec.get("model"), _decoder_parts(spec.get("decoder"))
+    kind = model.get("type", "BPE") if isinstance(model, dict) else None
+    if kind not in ("BPE", "Unigram"):
+        raise native.ModelFileError(f"{path}: expected a BPE or Unigram model, got {kind}")
+    if not decoder.keys() & {"ByteLevel", "Metaspace", "ByteFallback", "Replace"}:
+        got = ", ".join(decoder) or "none"
+        expected = "a byte-level or SentencePiece decoder"
+        raise native.ModelFileError(f"{path}: expected {expected}, got {got}")
     eos_ids = tuple(files.eos_ids())
     added = _added_tokens(path, spec, config)
     backend = _plain_backend(path, spec)
@@ -109,8 +116,8 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
     return Vocabulary(
         backend=backend,
         continuation=_continuation(path, spec, backend),
-        byte_level=kind == "byte level",
-        strips_space=_strips_space(spec["decoder"]),
+        byte_level="ByteLevel" in decoder,
+        strips_space=_strips_space(decoder),
         added=_hide_ends(added, eos_ids),
         bos_id=bos,
         eos_ids=eos_ids,
@@ -125,21 +132,6 @@ def _hide_ends(added: Iterable[AddedToken], eos_ids: Sequence[int]) -> tuple[Add
     return tuple(replace(t, special=True) if t.id in eos_ids else t for t in added)
 
 
-def _require_supported(path: Path, spec: Mapping[str, Any]) -> str:
-    model = spec.get("model")
-    kind = model.get("type", "BPE") if isinstance(model, dict) else None
-    if kind not in ("BPE", "Unigram"):
-        raise native.ModelFileError(f"{path}: expected a BPE or Unigram model, got {kind}")
-    parts = _decoder_parts(spec.get("decoder"))
-    if "ByteLevel" in parts:
-        return "byte level"
-    if {"Metaspace", "ByteFallback", "Replace"} & set(parts):
-        return "sentencepiece"
-    raise native.ModelFileError(
-        f"{path}: expected a byte-level or SentencePiece decoder, got {', '.join(parts) or 'none'}"
-    )
-
-
 def _decoder_parts(decoder: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(decoder, dict):
         return {}
@@ -147,8 +139,7 @@ def _decoder_parts(decoder: Any) -> dict[str, dict[str, Any]]:
     return {str(part.get("type")): part for part in listed if isinstance(part, dict)}
 
 
-def _strips_space(decoder: Any) -> bool:
-    parts = _decoder_parts(decoder)
+def _strips_space(parts: Mapping[str, dict[str, Any]]) -> bool:
     strip, metaspace = parts.get("Strip"), parts.get("Metaspace")
     if metaspace is not None:
         default = "always" if metaspace.get("add_prefix_space", True) else "never"

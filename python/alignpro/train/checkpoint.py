@@ -33,7 +33,7 @@ class Checkpoint:
     config: dict[str, Any]  # of the run
     weights: LoraWeights
     optimizer: dict[str, Any]  # torch's state_dict
-    adaptive: dict[str, Any]  # what a run learns beside its weights: `Adaptive.to_mapping`
+    adaptive: dict[str, Any]  # what a run learns beside its weights: `Adaptive`
     critic: dict[str, Any] | None = None  # the value head and its optimizer: `Critic.state_dict`
 
 

@@ -32,7 +32,7 @@ def run_sft(
 ) -> LoraWeights:
     """Warm-start a prompter; writes config.json, metrics.jsonl and adapter/ to its directory."""
     check_run_dir(config.run_dir, overwrite=overwrite)
-    pairs = [(row.prompt, row.instruction) for row in load_pairs(config.data)]
+    pairs = load_pairs(config.data)
     model = load_model(config.prompter, config.threads)
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
     rows = fit(policy, pairs, config)
@@ -60,7 +60,10 @@ def make_trainer(
     check_trackers(config.track)
     rows = load_prompts(config.data, split=config.split)
     reward = build_reward(config.reward)
-    prompter, target = _load_models(config)
+    if config.policy == "target":  # no prompter takes part
+        prompter = target = load_model(config.trained, config.threads)
+    else:
+        prompter, target = load_models(config.prompter, config.target, config.threads)
     start = config.trained.adapter
     if resume and (run_dir / "reference").is_dir():
         start = str(run_dir / "reference")
@@ -109,11 +112,3 @@ def trainer_from(
     if weights is not None and not (trainer.run_dir / "reference").is_dir():
         save_peft(trainer.run_dir / "reference", weights)
     return trainer
-
-
-def _load_models(config: TrainConfig) -> tuple[NativeModel, NativeModel]:
-    """Prompter and target; the target alone, as both, where no prompter takes part."""
-    if config.policy == "target":
-        model = load_model(config.trained, config.threads)
-        return model, model
-    return load_models(config.prompter, config.target, config.threads)

@@ -7,12 +7,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignpro.config import TrainConfig, to_mapping
+from alignpro.config import TrainConfig, from_mapping, to_mapping
 from alignpro.files import write_json
 from alignpro.models.adapter import save_peft
 from alignpro.pipeline import Pipeline, derive_seed
@@ -241,7 +242,7 @@ class Trainer(TrainingRun):
                     config=to_mapping(self.config),
                     weights=self.policy.weights(),
                     optimizer=self.learner.optimizer.state_dict(),
-                    adaptive=self.adaptive.to_mapping(),
+                    adaptive=asdict(self.adaptive),
                     critic=None if critic is None else critic.state_dict(),
                 ),
             )
@@ -254,7 +255,7 @@ class Trainer(TrainingRun):
         if checkpoint is not None:
             check_same_run(checkpoint.config, to_mapping(self.config))
             self.learner.load_state(checkpoint.weights, checkpoint.optimizer, checkpoint.critic)
-            self.adaptive = Adaptive.from_mapping(checkpoint.adaptive)
+            self.adaptive = from_mapping(Adaptive, checkpoint.adaptive)
             self.step, self.cursor = checkpoint.step, checkpoint.cursor
             self._saved = self.step
         truncate_metrics(self.log.path, steps=self.step)
