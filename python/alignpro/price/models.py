@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from alignpro.models.resolve import find_model
 from alignpro.models.tokenizer import Tokenizer
@@ -46,6 +47,17 @@ class PricedModel:
     def streamed_bytes(self) -> int:
         """What a step reads however few rows it has: layers and head, not the embedding."""
         return self.matrix_bytes["layers"] + self.matrix_bytes["head"]
+
+    def summary(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "layer_parameters": self.facts.layer_parameters,
+            "weight_bytes": self.weight_bytes,
+            "storage": self.storage,
+            "source": self.source,
+        }
 
     def tokenizer(self) -> Tokenizer | None:
         return None if self.files is None else Tokenizer.of(self.files)

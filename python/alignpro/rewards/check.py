@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from alignpro.types import Reward
+from alignpro.types import Reward, Texts
 
 RESERVED_COLUMNS = frozenset({"prompts", "rewrites", "responses"})
 _SHOWN_CHARACTERS = 60
@@ -59,9 +59,9 @@ class _Rows(NamedTuple):
 
 def score_checked(
     reward: Reward,
-    prompts: Sequence[str],
-    rewrites: Sequence[str],
-    responses: Sequence[str],
+    prompts: Texts,
+    rewrites: Texts,
+    responses: Texts,
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[float]:
     """Calls ``reward`` on aligned rows and returns one finite float per row.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignpro.optional import import_for
+from alignpro.types import Texts
 
 Output = Literal["logit", "probability"]
 
@@ -74,11 +75,7 @@ class ClassifierReward:
         self._max_length = max_length or _longest_input(self._tokenizer, self._model.config)
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
         scores: list[float] = []
         for begin in range(0, len(responses), self._batch_size):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.rewards.check import reward_name
+from alignpro.types import Texts
 
 _OURS = ("prompts", "rewrites", "responses")
 _EXPECTED = (
@@ -27,11 +28,7 @@ class FunctionReward:
     takes_all_columns: bool  # it has **kwargs
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> Sequence[float]:
         missing = sorted(self.required - columns.keys())
         if missing:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignpro.optional import import_for
+from alignpro.types import Texts
 
 # A word may hold apostrophes inside ("don't"); underscores and punctuation part words.
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
@@ -47,11 +48,7 @@ class TopicReward:
         self._snowball = import_for("TopicReward", "snowballstemmer")
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
         # A stemmer keeps state while it works: one for each call, so that threads may share self.
         stem = _memoised(self._snowball.stemmer("english").stemWord)
