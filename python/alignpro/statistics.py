@@ -49,10 +49,7 @@ def paired_difference(treated: ArrayLike, control: ArrayLike, *, seed: int = 0) 
     Pairing takes out what prompts have in common, so the interval is narrower than that of two
     independent means. Raises ValueError where the lengths differ or n < 2.
     """
-    a = _finite("treated", treated, dimensions=1)
-    b = _finite("control", control, dimensions=1)
-    if a.size != b.size:
-        raise ValueError(f"expected values of the same prompts, got {a.size} and {b.size}")
+    a, b = _paired(treated=treated, control=control)
     return bootstrap_mean_ci(a - b, seed=seed)
 
 
@@ -63,10 +60,7 @@ def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike, *, seed: int = 
     It means something only where the denominator's own interval stays clear of 0: ask
     `bootstrap_mean_ci` first. Raises ValueError where its mean is 0 or the lengths differ.
     """
-    a = _finite("numerator", numerator, dimensions=1)
-    b = _finite("denominator", denominator, dimensions=1)
-    if a.size != b.size or a.size < 2:
-        raise ValueError(f"expected at least 2 values of the same prompts, got {a.size}, {b.size}")
+    a, b = _paired(numerator=numerator, denominator=denominator)
     if b.mean() == 0:
         raise ValueError("denominator: expected a mean other than 0")
     ratios = []
@@ -209,6 +203,13 @@ def _percentiles(estimate: float, draws: Floats, level: float = 0.95) -> Interva
         raise ValueError(f"level: expected a number in (0, 1), got {level}")
     low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
     return Interval(estimate, float(low), float(high))
+
+
+def _paired(**values: ArrayLike) -> tuple[Floats, Floats]:
+    a, b = (_finite(name, given, dimensions=1) for name, given in values.items())
+    if a.size != b.size or a.size < 2:
+        raise ValueError(f"expected 2 or more values of the same prompts, got {a.size}, {b.size}")
+    return a, b
 
 
 def _finite(name: str, values: ArrayLike, *, dimensions: int) -> Floats:

@@ -48,9 +48,6 @@ def bench_decode(
     imports included, with the file in the system's cache. Shares are of the limits measured in the
     same run: operations of the whole call, by the engine's own counts (None where they did not
     fit), and weights and KV read from memory while decoding.
-
-    Raises:
-        ValueError, OSError: a model that does not load, or whose context is too short.
     """
     loaded, report = open_report(
         "decode", model, threads, repeats, compute=compute, kv_dtype=kv_dtype
@@ -113,10 +110,7 @@ def bench_prefill(
     kv_dtype: str = "float32",
     say: Say = lambda what: None,
 ) -> dict[str, Any]:
-    """Prompt tokens a second for (sequences, tokens each), up to and with the first token.
-
-    Raises as `bench_decode`.
-    """
+    """Prompt tokens a second for (sequences, tokens each), up to and with the first token."""
     loaded, report = open_report(
         "prefill", model, threads, repeats, compute=compute, kv_dtype=kv_dtype
     )
@@ -155,8 +149,6 @@ def bench_rollout(
 
     Each round has a seed and engines of its own, so that nothing is found in a prefix cache. The
     share of the machine's multiply-adds is by the engine's own counts.
-
-    Raises as `bench_decode`.
     """
     texts = rollout_prompts(prompts)
     loaded, report = open_report("rollout", model, threads, repeats)
@@ -193,7 +185,6 @@ def bench_rollout(
 
 
 def rollout_prompts(count: int) -> list[str]:
-    """The first prompts of the set that rollouts are measured on."""
     rows = load_prompts(ROLLOUT.data, split=ROLLOUT.split)
     if count > len(rows):
         raise ValueError(f"prompts: expected at most {len(rows)}, got {count}")

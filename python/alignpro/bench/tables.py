@@ -12,7 +12,6 @@ from rich.text import Text
 
 
 def bench_tables(report: Mapping[str, Any]) -> RenderableType:
-    """What a benchmark, or a profile, reports."""
     if report["benchmark"] == "step":
         return step_table(report)
     return (profile_tables if report["benchmark"] == "profile" else generation_tables)(report)

@@ -119,11 +119,7 @@ class Timeline:
 
     def write_chrome_trace(self, path: Path, about: Mapping[str, Any]) -> None:
         """The trace event format, complete events in microseconds from the rollout's begin:
-        process 1 is what ran on each thread, process 2 which stages each step worked for.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        process 1 is what ran on each thread, process 2 which stages each step worked for."""
         if path.exists():
             raise FileExistsError(f"{path}: is there already; name another file")
         with whole_file(path) as file:

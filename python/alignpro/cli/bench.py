@@ -158,7 +158,6 @@ def _run_bench(
     threads: int | None,
     work: dict[str, Any],
 ) -> None:
-    """Measure, write the numbers, print them."""
     check_new(json_file)
     from rich.console import Console
 

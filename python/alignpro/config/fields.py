@@ -242,7 +242,6 @@ def only_default(config: Any, name: str, where: str, path: str = "") -> None:
 
 
 def default_of(f: dataclasses.Field[Any]) -> object:
-    """A fresh default of a dataclass field."""
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return f.default

@@ -206,7 +206,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_targets(path: Path, targets: Any, modules: Mapping[str, Any]) -> None:
-    """Every module the configuration lists is in the file."""
     for target in targets if isinstance(targets, list) else []:
         if not any(f".{module}".endswith(f".{target}") for module in modules):
             raise ValueError(

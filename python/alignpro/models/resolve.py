@@ -76,11 +76,7 @@ def resolve_model(
 
 
 def find_model(name: str) -> Path | None:
-    """As `resolve_model`, of what is on this machine; None where nothing is. Nothing is fetched.
-
-    Raises:
-        FileNotFoundError: a path that is there and holds no model, or a path that is not there.
-    """
+    """As `resolve_model`, of what is on this machine; None where nothing is. Nothing is fetched."""
     if name and (Path(name).expanduser().exists() or _looks_like_path(name)):
         return resolve_model(name)
     packaged = _is_packaged(name)
@@ -102,7 +98,6 @@ def cache_dir() -> Path:
 
 
 def _model_path(path: Path) -> Path:
-    """An existing path's model: a file, a folder with config.json, or a folder's only .gguf."""
     if path.is_file() or (path / "config.json").is_file():
         return path
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
@@ -115,7 +110,6 @@ def _model_path(path: Path) -> Path:
 
 
 def _is_packaged(name: str) -> bool:
-    """Whether the name is one of the default model's."""
     repo = _DEFAULT_REPO.lower()
     return name.lower() in {DEFAULT_MODEL, repo, repo.split("/")[1]}
 

@@ -75,11 +75,7 @@ class Vocabulary:
 
 def read_folder(files: core.ModelFiles) -> Vocabulary:
     """A folder in Hugging Face's layout: tokenizer.json, and, where present, tokenizer_config.json,
-    chat_template.jinja, special_tokens_map.json, generation_config.json and config.json.
-
-    Raises:
-        ModelFileError: a file is missing, damaged or asks for what is not supported.
-    """
+    chat_template.jinja, special_tokens_map.json, generation_config.json and config.json."""
     folder = Path(files.path)
     path = folder / "tokenizer.json"
     spec = files.json("tokenizer.json")
@@ -242,9 +238,6 @@ def read_gguf(
     Args:
         source: the file's name, for error messages.
         eos_ids: what ends a text (`core.ModelFiles.eos_ids`); None finds it in the metadata.
-
-    Raises:
-        ModelFileError: a key is missing, inconsistent or asks for what is not supported.
     """
     gguf = _Gguf(metadata, source)
     model = gguf.get("tokenizer.ggml.model", str)

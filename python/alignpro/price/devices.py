@@ -64,11 +64,7 @@ _SHEETS = {
 
 
 def gpu(name: str) -> Device:
-    """A graphics card by its name, in any case.
-
-    Raises:
-        ValueError: an unknown one; the message lists the known.
-    """
+    """A graphics card by its name, in any case."""
     for known, (tflops, gbps, gigabytes) in _SHEETS.items():
         if known.lower() == name.lower():
             # 16 bits are what a card would keep keys and values in.
@@ -87,11 +83,7 @@ def this_cpu(threads: int | None, rates: Rates) -> Device:
 
 
 def read_rates(file: Path) -> Rates:
-    """Rates from a JSON object of `Rates`' fields; ``source`` becomes the file's name.
-
-    Raises:
-        ValueError: not such an object; the message names the file and the field.
-    """
+    """Rates from a JSON object of `Rates`' fields; ``source`` becomes the file's name."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

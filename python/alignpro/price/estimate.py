@@ -34,10 +34,6 @@ def price_train(
         rates: shares reached, or a file of them (`read_rates`); None takes those of
             docs/notes/performance.md on a CPU, and on a card leaves a lower bound.
         prompt_tokens: of a prompt, where the data is not here or stands for other data.
-
-    Raises:
-        FileNotFoundError: a model whose sizes are unknown. ValueError: a model that cannot run,
-            work that does not fit a context or ``memory_limit``, an unknown card.
     """
     if isinstance(rates, Path):
         rates = read_rates(rates)

@@ -64,11 +64,7 @@ class PricedModel:
 
 
 def find_priced(name: str) -> PricedModel:
-    """The model, from files that are here or from what was published; nothing is fetched.
-
-    Raises:
-        FileNotFoundError: neither has it. ModelFileError: files that cannot be run.
-    """
+    """The model, from files that are here or from what was published; nothing is fetched."""
     path = find_model(name)
     if path is not None:
         storage = "GGUF" if path.is_file() else "safetensors"

@@ -107,12 +107,7 @@ class _Sampling:
 def count_step(
     config: TrainConfig, lengths: Lengths, prompter: PricedModel, target: PricedModel
 ) -> Work:
-    """The work of one step; with ``num_responses: auto``, of the dearest that it may choose.
-
-    Raises:
-        ValueError: a rewrite that does not fit ``memory_limit`` alone, a sequence over a context,
-            or the closed form, whose steps are not all alike.
-    """
+    """The work of one step; with ``num_responses: auto``, of the dearest that it may choose."""
     if config.algorithm == "closed_form":
         raise ValueError("algorithm: closed_form is not priced: it samples once and then fits")
     sampled = _samplings(config, lengths, prompter, target)

@@ -19,7 +19,7 @@ reward, upper end of the plain estimate's interval].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, log
 
 import numpy as np
@@ -57,10 +57,10 @@ class FrontierPoint:
     reward: float  # sum_i w_i R_i
     kl: float  # sum_i w_i log(N w_i), nats
     effective_samples: float  # 1 / sum_i w_i^2, of N
-    crossfit_objective: Interval | None  # None where M is 1, here and below
-    crossfit_reward: float | None
-    crossfit_kl: float | None
-    corrected_objective: Interval | None
+    crossfit_objective: Interval | None = None  # None where M is 1, here and below
+    crossfit_reward: float | None = None
+    crossfit_kl: float | None = None
+    corrected_objective: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -188,22 +188,23 @@ def _point(
     means = r.mean(axis=2)
     weights = optimum_weights(means, kl_coef)
     objective = optimum_objective(means, kl_coef)
-    cross = crossfit(r, kl_coef) if shrunk is not None else None
-    return FrontierPoint(
+    point = FrontierPoint(
         kl_coef=kl_coef,
         objective=bootstrap_mean_ci(objective, seed=seed),
         gain=bootstrap_mean_ci(objective - untuned, seed=seed),
         reward=float((weights * means).sum(axis=1).mean()),
         kl=float(weights_kl(weights).mean()),
         effective_samples=float(effective_samples(weights).mean()),
-        crossfit_objective=None
-        if cross is None
-        else bootstrap_mean_ci(cross[0] - kl_coef * cross[1], seed=seed),
-        crossfit_reward=None if cross is None else float(cross[0].mean()),
-        crossfit_kl=None if cross is None else float(cross[1].mean()),
-        corrected_objective=None
-        if shrunk is None
-        else bootstrap_mean_ci(corrected_objective(shrunk, kl_coef), seed=seed),
+    )
+    if shrunk is None:
+        return point
+    reward, kl = crossfit(r, kl_coef)
+    return replace(
+        point,
+        crossfit_objective=bootstrap_mean_ci(reward - kl_coef * kl, seed=seed),
+        crossfit_reward=float(reward.mean()),
+        crossfit_kl=float(kl.mean()),
+        corrected_objective=bootstrap_mean_ci(corrected_objective(shrunk, kl_coef), seed=seed),
     )
 
 

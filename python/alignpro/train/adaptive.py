@@ -56,7 +56,6 @@ class RunningSplit:
         )
 
     def counts(self, step: int, budget: int) -> tuple[int, int]:
-        """N and M of a step, N * M = budget; see `objective.allocate`."""
         learning = next((n, m) for n, m in allocations(budget) if m >= 2)
         if self.split_weight == 0.0 or step < LEARNING_STEPS:
             return learning
@@ -93,7 +92,6 @@ class Adaptive:
         return Adaptive(kl_coef, baseline, split)
 
     def counts(self, config: TrainConfig, step: int) -> tuple[int, int]:
-        """Rewrites a prompt and responses a rewrite of a step."""
         if config.num_responses != "auto":
             return config.num_rewrites, config.num_responses
         assert config.response_budget is not None  # the configuration's rule

@@ -70,11 +70,7 @@ def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:
 def load_checkpoint(
     run_dir: str | Path, lora_modules: Mapping[str, tuple[int, int]]
 ) -> Checkpoint | None:
-    """The checkpoint that ``latest`` names; None where the run has not written one.
-
-    Raises:
-        ValueError: a checkpoint that is there and cannot be read; the message names the file.
-    """
+    """The checkpoint that ``latest`` names; None where the run has not written one."""
     root = Path(run_dir) / "checkpoints"
     if not (root / "latest").exists():
         return None
@@ -114,7 +110,6 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _flat(mapping: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Every value under its path: "prompter.device"."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         group = isinstance(value, Mapping)

@@ -31,9 +31,13 @@ from alignpro.run_directory import one_line
 from alignpro.train.callbacks import TrainCallback, Watchers
 from alignpro.train.checkpoint import check_same_run
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
-from alignpro.train.optimizer import apply_gradients, make_optimizer
 from alignpro.train.policy import one_torch_thread
-from alignpro.train.schedule import batch_indices, rate_factor
+from alignpro.train.schedule import (
+    apply_gradients,
+    batch_indices,
+    make_optimizer,
+    rate_factor,
+)
 from alignpro.train.trainer import TrainingRun
 from alignpro.train.trajectories import (
     Trajectory,
@@ -269,7 +273,6 @@ def _of_the_rollouts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rewrites(group: Sequence[Mapping[str, Any]]) -> list[Rewrite]:
-    """A prompt's rewrites as they were written down."""
     return [
         Rewrite(**{**fields, "responses": [Response(**r) for r in fields["responses"]]})
         for fields in group

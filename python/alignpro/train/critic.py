@@ -56,7 +56,6 @@ class Critic:
         return list(zip(*(split_sequences(part, sequence) for part in both), strict=True))
 
     def loss(self, hidden: Tensor, returns: Tensor, *, total_tokens: int) -> Tensor:
-        """Half the mean squared error, as a part of an update of ``total_tokens``."""
         return value_loss(self.head(hidden), returns, total_tokens=total_tokens)
 
     def state_dict(self) -> dict[str, Any]:

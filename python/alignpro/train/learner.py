@@ -20,9 +20,8 @@ from alignpro.objective import (
 )
 from alignpro.train.critic import Critic
 from alignpro.train.micro_batches import MicroBatch
-from alignpro.train.optimizer import apply_gradients, make_optimizer
 from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors, one_torch_thread
-from alignpro.train.schedule import rate_factor
+from alignpro.train.schedule import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.trajectories import (
     StepBatch,
     Trajectory,
@@ -62,10 +61,6 @@ class Learner:
 
         Returns:
             Metrics, and the seconds of "gradient" (scores included) and "optimizer".
-
-        Raises:
-            RuntimeError: a log-probability differs from the sampled one (``strict_parity``), or a
-                gradient is not finite.
         """
         seconds = {"gradient": 0.0, "optimizer": 0.0}
         updates = plan_updates(self.config, batch, step)
@@ -94,7 +89,6 @@ class Learner:
     def _token_targets(
         self, batch: StepBatch, kl_coef: float, stop_if_asked: Callable[[], None]
     ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-        """The critic's advantages and returns, under the weights that sampled."""
         if self.critic is None:
             return None
         targets = []
@@ -182,7 +176,6 @@ class Learner:
         )
 
     def _score(self, trajectories: Sequence[Trajectory], micro: MicroBatch) -> ScoreTensors:
-        """The trajectories' tokens under policy and reference."""
         return self.policy.score(
             *scored(trajectories),
             temperature=self.config.sampled.temperature,
@@ -225,7 +218,6 @@ class Learner:
     def load_state(
         self, weights: Any, optimizer: dict[str, Any], critic: dict[str, Any] | None
     ) -> None:
-        """Weights, the optimizer's state and the critic's, as they were."""
         self.policy.load_weights(weights)
         self.optimizer.load_state_dict(optimizer)
         if self.critic is not None and critic is not None:

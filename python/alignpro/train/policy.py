@@ -62,21 +62,15 @@ class LoraPolicy(torch.nn.Module):
         return cls(model, initial_weights(model, config, seed=seed))
 
     def _matrices(self) -> Matrices:
-        """The parameters' own memory."""
         triples = zip(self.names, self.lora_a, self.lora_b, strict=True)
         return {name: (_numpy(a), _numpy(b)) for name, a, b in triples}
 
     def weights(self) -> LoraWeights:
-        """A copy of the matrices as they are now."""
         copies = {name: (a.copy(), b.copy()) for name, (a, b) in self._matrices().items()}
         return replace(self._layout, matrices=copies)
 
     def load_weights(self, weights: LoraWeights) -> None:
-        """Overwrite the matrices in place, keeping the parameters an optimizer may hold.
-
-        Raises:
-            ValueError: other modules, rank or scale than this policy's.
-        """
+        """Overwrite the matrices in place, keeping the parameters an optimizer may hold."""
 
         def layout(of: LoraWeights, names: Collection[str]) -> str:
             return f"rank {of.rank}, alpha {of.alpha}, rslora {of.rslora} and {len(names)} modules"
@@ -217,11 +211,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def initial_weights(model: NativeModel, config: LoraConfig, *, seed: int) -> LoraWeights:
-    """Fresh LoRA matrices for the configured modules, drawn from a generator of their own.
-
-    Raises:
-        ValueError: a target module the model does not have.
-    """
+    """Fresh LoRA matrices for the configured modules, drawn from a generator of their own."""
     modules = select_modules(model.lora_modules, config.target_modules)
     generator = torch.Generator().manual_seed(seed % 2**63)
     matrices: Matrices = {}
@@ -241,11 +231,7 @@ def initial_weights(model: NativeModel, config: LoraConfig, *, seed: int) -> Lor
 def select_modules(
     modules: dict[str, tuple[int, int]], targets: Literal["all-linear"] | Sequence[str]
 ) -> dict[str, tuple[int, int]]:
-    """The modules whose path ends with one of ``targets`` ("q_proj", "layers.0.mlp.up_proj").
-
-    Raises:
-        ValueError: a target that matches nothing; the message lists the last parts of all paths.
-    """
+    """The modules whose path ends with one of ``targets`` ("q_proj", "layers.0.mlp.up_proj")."""
     if targets == "all-linear":
         return dict(modules)
     chosen: set[str] = set()

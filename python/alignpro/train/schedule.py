@@ -1,10 +1,13 @@
-"""What a step reads and how large it is: pure functions of the step, so a resume needs no state."""
+"""What a step reads, how large it is, and the optimizer of every stage: AdamW, a schedule, and a
+gradient clipped by its norm. No state but AdamW's own needs keeping for a resume."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
 
 from alignpro.config import FitConfig
 
@@ -33,6 +36,34 @@ def rate_factor(config: FitConfig, step: int) -> float:
     if config.lr_schedule == "constant":
         return 1.0
     return (config.steps - step) / max(1, config.steps - config.warmup_steps)
+
+
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: FitConfig
+) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def apply_gradients(
+    optimizers: Mapping[torch.optim.Optimizer, float], *, max_grad_norm: float
+) -> list[float]:
+    """One step of each optimizer at its learning rate; returns the norms of their gradients, each
+    clipped by its own. RuntimeError where a gradient is not finite; nothing has changed then."""
+    norms = [
+        torch.nn.utils.clip_grad_norm_(
+            [p for group in optimizer.param_groups for p in group["params"]],
+            max_grad_norm,
+            error_if_nonfinite=True,
+        )
+        for optimizer in optimizers
+    ]
+    for optimizer, learning_rate in optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    return [float(norm) for norm in norms]
 
 
 @functools.lru_cache(maxsize=4)

@@ -21,11 +21,7 @@ PROJECT = "alignpro"  # of the runs that W&B and trackio keep
 
 
 def make_trackers(names: Sequence[str]) -> list[TrainCallback]:
-    """TensorBoard if its package is there, and the named ones ("wandb", "trackio").
-
-    Raises:
-        ImportError: a named tracker that is not installed.
-    """
+    """TensorBoard if its package is there, and the named ones ("wandb", "trackio")."""
     check_trackers(names)
     trackers: list[TrainCallback] = [TensorBoard()] if is_installed("tensorboard") else []
     return trackers + [Service(name, _STARTS[name]) for name in names]

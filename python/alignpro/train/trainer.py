@@ -97,7 +97,6 @@ class TrainingRun:
         raise NotImplementedError
 
     def _pick(self, rows: Sequence[int]) -> tuple[list[str], dict[str, list[Any]]]:
-        """Prompts by number, and their columns."""
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
         return [self.prompts[i] for i in rows], columns
 
@@ -216,7 +215,6 @@ class Trainer(TrainingRun):
         metrics: Mapping[str, float],
         stages: Mapping[str, float],
     ) -> dict[str, Any]:
-        """One line of the metrics log: raw numbers, before any clipping."""
         tokens_each = metrics["tokens"] / max(1, len(batch.trajectories))
         return {
             "step": self.step,
