@@ -17,6 +17,7 @@ class Message(TypedDict):
 
 
 Chat = Sequence[Message]
+Texts = Sequence[str]  # of a batch, one a row
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,5 @@ class Reward(Protocol):
     """Scores responses against the *original* prompts: aligned lists in, one float each out."""
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> Sequence[float]: ...

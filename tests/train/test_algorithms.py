@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
-from alignpro.config import PpoConfig, Prompting
+from alignpro.config import PpoConfig, Prompting, from_mapping
 from alignpro.objective import MovingBaseline
 from alignpro.statistics import law_of_total_variance
 from alignpro.train.adaptive import LEARNING_STEPS, RELEARN_EVERY, Adaptive, RunningSplit
@@ -122,7 +123,7 @@ def test_ten_steps_are_five_then_five(tmp_path, options):
 
 def test_adaptive_state_survives_json_to_the_bit():
     state = Adaptive(1 / 3, MovingBaseline(0.1, 1.9), RunningSplit(0.1, 1 / 7, 1.8, 3.3, 2.2, 1.8))
-    assert Adaptive.from_mapping(json.loads(json.dumps(state.to_mapping()))) == state
+    assert from_mapping(Adaptive, json.loads(json.dumps(asdict(state)))) == state
 
 
 # --- ppo ---

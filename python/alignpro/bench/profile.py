@@ -45,10 +45,6 @@ def profile_rollout(
         target: None is the prompter's model. adapter: a PEFT folder for the prompter.
         compute: the target's arithmetic; the prompter, which would be trained, runs in float32.
         ops: record every op as well; without it ``ops`` of the result is None.
-
-    Raises:
-        ValueError, OSError: a model, adapter or number of prompts that is not there, or an ``out``
-            that is.
     """
     texts = rollout_prompts(prompts)
     say("loading")
@@ -98,7 +94,6 @@ def profile_rollout(
 def record(
     pipeline: Pipeline, prompts: list[str], rewrites: int, seed: int, ops: bool
 ) -> tuple[Rollout, Mapping[str, Any], list[trace.Span]]:
-    """One rollout with recording on, and what the engine and the pipeline recorded."""
     trace.start()
     try:
         rollout, events = recorded(
@@ -111,7 +106,6 @@ def record(
 
 
 def rewrite_seeds(seed: int, prompts: int) -> list[int]:
-    """The seeds of a rollout's requests to the prompter."""
     return [derive_seed(seed, REWRITE_STREAM, index) for index in range(prompts)]
 
 

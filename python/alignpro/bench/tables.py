@@ -11,6 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 
+def bench_tables(report: Mapping[str, Any]) -> RenderableType:
+    if report["benchmark"] == "step":
+        return step_table(report)
+    return (profile_tables if report["benchmark"] == "profile" else generation_tables)(report)
+
+
 def step_table(report: Mapping[str, Any]) -> Table:
     share = report["generate_fma_share"]
     table = Table(title=limits_text(report), title_justify="left", show_header=False, box=None)

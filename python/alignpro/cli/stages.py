@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -20,12 +20,9 @@ from alignpro.cli.shared import (
     check_new,
     needs_torch,
     one_line_errors,
-    split_settings,
+    read_settings,
     write_json,
 )
-
-if TYPE_CHECKING:
-    from alignpro.config import TrainConfig
 
 
 @app.command()
@@ -73,10 +70,9 @@ def quickstart(
 def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Warm-start a prompter on (prompt, instruction) pairs."""
     needs_torch("sft")
-    from alignpro.config import SftConfig, load_yaml
+    from alignpro.config import SftConfig
 
-    path, settings = split_settings(config, overrides)
-    options = load_yaml(SftConfig, path, settings)
+    options = read_settings(SftConfig, config, overrides)
     from alignpro.report.progress import Bars, show_sft_row
     from alignpro.train.run import run_sft
 
@@ -126,7 +122,15 @@ def train(
         )
     options = load_yaml(TrainConfig, config, overrides or [])
     if dry_run:
-        _price(options, gpu, rates, prompt_tokens, json_file)
+        check_new(json_file)
+        from rich.console import Console
+
+        from alignpro.price.estimate import price_train
+        from alignpro.price.tables import price_tables
+
+        report = price_train(options, gpu_name=gpu, rates=rates, prompt_tokens=prompt_tokens)
+        write_json(json_file, report)
+        Console().print(price_tables(report))
         return
     given = {"--gpu": gpu, "--rates": rates, "--prompt-tokens": prompt_tokens, "--json": json_file}
     for name, value in given.items():
@@ -144,30 +148,6 @@ def train(
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
 
 
-def _price(
-    options: TrainConfig,
-    gpu: str | None,
-    rates: Path | None,
-    prompt_tokens: int | None,
-    json_file: Path | None,
-) -> None:
-    check_new(json_file)
-    from rich.console import Console
-
-    from alignpro.price.devices import read_rates
-    from alignpro.price.estimate import price_train
-    from alignpro.price.tables import price_tables
-
-    report = price_train(
-        options,
-        gpu_name=gpu,
-        rates=None if rates is None else read_rates(rates),
-        prompt_tokens=prompt_tokens,
-    )
-    write_json(json_file, report)
-    Console().print(price_tables(report))
-
-
 @app.command()
 @one_line_errors
 def evaluate(
@@ -179,10 +159,9 @@ def evaluate(
 ) -> None:
     """Compare the arms on held-out prompts: raw prompt, untuned and trained prompter, and what the
     configuration adds (static, optimum, tuned, judge)."""
-    from alignpro.config import EvalConfig, load_yaml
+    from alignpro.config import EvalConfig
 
-    path, settings = split_settings(config, overrides)
-    options = load_yaml(EvalConfig, path, settings)
+    options = read_settings(EvalConfig, config, overrides)
     check_new(output)
     from rich.console import Console
 

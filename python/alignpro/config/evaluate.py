@@ -7,7 +7,7 @@ from typing import Annotated
 
 from alignpro.config.fields import Range, Seed, Threads, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig
-from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, check_sampling
+from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, StageConfig
 from alignpro.types import SamplingParams
 
 
@@ -85,7 +85,7 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 @checked
-class EvalConfig:
+class EvalConfig(StageConfig):
     """The arms of an evaluation on held-out prompts; each group that is null leaves its arm out."""
 
     prompter: ModelConfig = PROMPTER  # its adapter: the untuned arm's, None: the base model
@@ -114,8 +114,7 @@ class EvalConfig:
     threads: Threads = None
 
     def __post_init__(self) -> None:
-        check_sampling("rewrite", self.rewrite)
-        check_sampling("response", self.response)
+        super().__post_init__()
         if isinstance(self.static, str):
             require("static", self.static, bool(self.static.strip()), "an instruction or a search")
         if self.judge is not None:

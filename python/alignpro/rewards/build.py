@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from alignpro import rewards
 from alignpro.rewards.check import shorten
 from alignpro.rewards.combine import WeightedSum
 from alignpro.rewards.function import from_callable
@@ -20,29 +21,8 @@ _PLUS = re.compile(r"(?<!\d[eE])\+")
 _WEIGHTED = re.compile(r"\s*([^*]*?)\s*\*\s*(.*?)\s*")
 
 
-def _vader(**options: Any) -> Reward:
-    from alignpro.rewards.vader import VaderReward
-
-    return VaderReward(**options)
-
-
-def _topic(**options: Any) -> Reward:
-    from alignpro.rewards.topic import TopicReward
-
-    return TopicReward(**options)
-
-
-def _house_rules(**options: Any) -> Reward:
-    from alignpro.rewards.house_rules import HouseRulesReward
-
-    return HouseRulesReward(**options)
-
-
-_NAMED: dict[str, Callable[..., Reward]] = {
-    "vader": _vader,
-    "topic": _topic,
-    "house_rules": _house_rules,
-}
+# In alignpro.rewards.
+_NAMED = {"vader": "VaderReward", "topic": "TopicReward", "house_rules": "HouseRulesReward"}
 _KNOWN = f"known: {', '.join(_NAMED)}, 'module:function', 'hf:NAME' or 'hf:NAME#label'"
 
 
@@ -107,7 +87,7 @@ def _build_one(name: str, options: dict[str, Any]) -> Reward:
     if name.startswith("hf:"):
         build = _classifier_builder(name)
     elif name in _NAMED:
-        build = _NAMED[name]
+        build = getattr(rewards, _NAMED[name])
     elif ":" in name:
         found = _load_object(name, options)
         try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from alignpro.rewards.check import RewardError, reward_name, score_checked
-from alignpro.types import Reward
+from alignpro.types import Reward, Texts
 
 
 @runtime_checkable
@@ -45,11 +45,7 @@ class WeightedSum:
         self.name = "+".join(n if w == 1 else f"{w:g}*{n}" for n, (w, _) in self.terms.items())
 
     def components(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> dict[str, list[float]]:
         """Scores of every part, unweighted: name -> [rows]."""
         scores: dict[str, list[float]] = {}
@@ -68,20 +64,16 @@ class WeightedSum:
         return [sum(row) for row in zip(*parts, strict=True)]
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
         return self.total(self.components(prompts, rewrites, responses, **columns))
 
 
 def score_components(
     reward: Reward,
-    prompts: Sequence[str],
-    rewrites: Sequence[str],
-    responses: Sequence[str],
+    prompts: Texts,
+    rewrites: Texts,
+    responses: Texts,
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Checked scores [rows] and, for reports, their unweighted parts by name; scores once.

@@ -11,9 +11,13 @@ from typing import Any
 from alignpro.config import Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import shared_prefix
-from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, one_torch_thread
-from alignpro.train.schedule import batch_indices
+from alignpro.train.schedule import (
+    apply_gradients,
+    batch_indices,
+    make_optimizer,
+    rate_factor,
+)
 from alignpro.types import Message
 
 _log = logging.getLogger(__name__)
@@ -80,7 +84,6 @@ def _fit(
 def _accumulate_gradients(
     policy: LoraPolicy, batch: Sequence[Example], config: SftConfig
 ) -> dict[str, float]:
-    """The gradient of the whole batch, micro-batch by micro-batch under one denominator."""
     sequences, starts = [e.tokens for e in batch], [e.start for e in batch]
     tokens = sum(len(e.tokens) - e.start for e in batch)
     plan = policy.micro_batches(sequences, starts, config, with_reference=False)
