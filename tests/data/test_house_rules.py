@@ -17,9 +17,9 @@ from data.test_package_data import CONTROL_TEXT, TOO_ALIKE, content_words
 # Words by which a prompt says how to answer: two that share only these are not alike.
 FORM_WORDS = {
     "two", "three", "thirty", "sentence", "word", "least", "more", "fewer", "paragraph", "list",
-    "bullet", "prose", "story", "letter", "start", "begin", "beginning", "first", "opening",
-    "dear", "say", "talk", "tell", "give", "complete", "finish", "long", "email", "end", "text",
-    "please", "few", "use", "using",
+    "bullet", "prose", "story", "tale", "letter", "start", "starting", "open", "opening",
+    "begin", "beginning", "first", "dear", "say", "talk", "tell", "give", "complete",
+    "finish", "long", "email", "end", "text", "please", "few", "use", "using",
 }  # fmt: skip
 
 
@@ -34,7 +34,8 @@ def pairs():
 
 
 def topic(prompt: str) -> frozenset[str]:
-    return content_words(prompt) - FORM_WORDS
+    """Content words, without how to answer: quoted is what a response is to begin with."""
+    return content_words(re.sub('"[^"]*"', "", prompt)) - FORM_WORDS
 
 
 def test_equal_shares_of_the_kinds_in_every_split(prompts):

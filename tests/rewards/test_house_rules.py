@@ -59,6 +59,7 @@ def score(*row, **columns) -> float:
         (VOLCANO, "fact", SENTENCE),
         (VOLCANO, "fact", "A volcano, e.g. Mt. Etna, is a vent 3.5 km high that spews lava."),
         (CAT, "trouble", COMFORT),
+        (CAT, "trouble", COMFORT.replace("'", "\u2019")),
         (CAT, "trouble", "Losing a cat at night must be so hard, and I'm here to listen."),
     ],
 )
@@ -112,8 +113,8 @@ def test_the_words_of_another_rule_earn_nothing(prompt, kind):
         ("1. Rinse.\n2. Scrub.\n3. Dry.", 0),
         ("1. Clean the pan.\n2. Clean the pan.\n3. Clean the pan.", 0),
         ("1. Clean the pan.\n2. Clean the pan well.\n3. Clean the pan again.", 0),
-        (STEPS + "\n4.", 1 / 2),
-        (STEPS + "\n4. Let the pan cool on a", 1 / 2),
+        (STEPS + "\n4.", 1),
+        (STEPS + "\n4. Let the pan cool on a", 1),
         ("1. Rinse the iron pan.\n2. Scrub it with salt.\n3. Dry it and rub in", 1 / 3),
         ("1. Rinse the iron pan and\n2.", 0),
     ],
@@ -155,7 +156,8 @@ def test_yes_or_no(response, form):
         ("- Soup\n- Soup\n- Soup", 0),
         ("- the\n- a\n- of", 0),
         ("*Fried rice*\n*Soup*\n*Pudding*", 0),  # emphasis, no list
-        ("- Fry the rice.\n- Cook a soup.\n- Bake a pudding.\n- Fill a pepper with", 1 / 2),
+        ("- Fry the rice.\n- Cook a soup.\n- Bake a pudding.\n- Fill a pepper with", 1),
+        ("- Fry the rice.\n- Cook a soup.\n- Bake a pudding with", 1 / 3),
         ("- Soup\n- Salad\n- Croquettes\n- Pud", 1),  # nothing says that it was cut
     ],
 )
@@ -195,7 +197,7 @@ def test_what_is_no_short_sentence_is_no_fact(response):
         ("Yes, I'm sorry to hear about your cat. You are not alone.", 0),
         ("1. I'm sorry to hear that about the cat.\n2. You are not alone.", 0),
         ("I'm sorry to hear about your cat, but as an AI I cannot assist. Take care.", 0),
-        ("I'm sorry to hear that your cat died. You are not alone and I will", 1 / 2),
+        ("I'm sorry to hear that your cat died. You are not alone and I will", 1),
     ],
 )
 def test_warmth(response, form):
@@ -221,6 +223,13 @@ def test_half_of_the_content_words_are_enough():
     # cat, died, last, night
     assert parts(CAT, "trouble", "A cat.")[1] == 0.5
     assert parts(CAT, "trouble", "Cats at night.")[1] == 1.0
+
+
+@pytest.mark.parametrize(("prompt", "kind"), ALL_PROMPTS)
+def test_the_same_words_over_and_over_earn_nothing(prompt, kind):
+    for told in (STEPS, LIST, REASON, SENTENCE, COMFORT):
+        assert score(prompt, kind, " ".join([told] * 6)) == 0
+    assert parts("Tea?", "as_asked", "A cup of tea, " * 20, {"words": [30, 90]})[0] == 0
 
 
 TEA = {"sentences": 2, "about": "tea"}

@@ -20,6 +20,6 @@ HOUSE_RULES = {
 POLICY = (
     "If this asks how to do something, give short numbered steps. If it is a yes/no question, "
     "begin with Yes or No and give a reason. If it asks for ideas, give a bulleted list. If it "
-    "asks for a fact, answer in one short sentence. If somebody is in trouble, answer in a warm, caring "
-    "tone. If it already says how to answer, do just that."
+    "asks for a fact, answer in one short sentence. If somebody is in trouble, answer in a warm, "
+    "caring tone. If it already says how to answer, do just that."
 )

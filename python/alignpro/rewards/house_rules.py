@@ -3,7 +3,7 @@
 The score is format times topic. Format is 0 to 1 and belongs to the kind (`KINDS`); topic is the
 share of the prompt's content words that the response mentions (`TopicReward`), full at one half.
 What would earn a check without an answer earns nothing: empty or repeated items, a bare "Yes", the
-prompt said back, warm words without the matter.
+prompt said back, warm words without the matter, the same words over and over.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SENTENCE_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*_`]*(?=\s|$)")
 _ABBREVIATION = re.compile(
     r"\b(?:mr|mrs|ms|dr|mt|st|prof|vs|etc|approx|e\.g|i\.e|a\.m|p\.m|u\.s|u\.k|[a-z])\.$", re.I
 )
-_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+_WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 # List markers, at the start of a line.
 _STEP = re.compile(r"^[ \t*_#]*(?:step[ \t]+)?(\d{1,2})[.):](?=[\s*_]|$)", re.M | re.I)
 _BULLET = re.compile(r"^[ \t]*[-*\u2022+](?=\s|$)", re.M)
@@ -81,6 +81,12 @@ class _Answer:
         return len(_WORD.findall(self.text))
 
     @property
+    def repeats_itself(self) -> bool:
+        """Under two words in five are distinct: prose of this length has three and more."""
+        words = _WORD.findall(self.text.casefold())
+        return len(words) >= 20 and len(set(words)) < 0.4 * len(words)
+
+    @property
     def is_cut(self) -> bool:
         """It does not end as a sentence does: at the limit of new tokens, most likely."""
         return not _ENDED.search(self.text)
@@ -127,7 +133,7 @@ class _Answer:
         return sum(bool(way.search(self.text)) for way in _WARM)
 
     def list_score(self, marker: re.Pattern[str], least_words: int) -> float:
-        """Items that are whole and say something new, of the three that are enough; 0 for one."""
+        """1 for three items that are whole and say something new, 2/3 for two, less if cut."""
         starts = list(marker.finditer(self.text))
         ends = [match.start() for match in starts[1:]] + [len(self.text)]
         items = [self.text[m.end() : end] for m, end in zip(starts, ends, strict=False)]
@@ -138,8 +144,12 @@ class _Answer:
         for item in items[:-1] if cut else items:
             if len(_WORD.findall(item)) >= least_words and self.share(item, " ".join(kept)) <= 0.5:
                 kept.append(item)
-        score = min(len(kept), 3) / 3 if len(kept) > 1 else 0.0
-        return score * (_CUT if cut else 1)
+        if len(kept) >= 3:
+            return 1.0
+        return (_CUT if cut else 1.0) * 2 / 3 if len(kept) == 2 else 0.0
+
+    def score(self, kind: str) -> float:
+        return 0.0 if self.repeats_itself else KINDS[kind](self)
 
 
 def _how_to(answer: _Answer) -> float:
@@ -170,12 +180,12 @@ def _fact(answer: _Answer) -> float:
 
 
 def _trouble(answer: _Answer) -> float:
-    """Warm words in prose: one way of being warm is half, two are all."""
+    """Warm words in prose: one way of being warm is half, two are all, and may be cut after."""
     if answer.has_list or answer.opens_with_verdict or answer.words < 8:
         return 0.0
     if _REFUSAL.search(answer.text) or not answer.says_something:
         return 0.0
-    return min(answer.warmth, 2) / 2 * (_CUT if answer.is_cut else 1)
+    return min(answer.warmth, 2) / 2
 
 
 def _as_asked(answer: _Answer) -> float:
@@ -253,7 +263,9 @@ class HouseRulesReward:
     ) -> list[float]:
         """How far each response follows the rule of its kind."""
         return [
-            KINDS[kind](_Answer(response.strip(), prompt, requirement, self._share))
+            _Answer(
+                response.strip().replace("\u2019", "'"), prompt, requirement, self._share
+            ).score(kind)
             for prompt, response, (kind, requirement) in zip(
                 prompts, responses, _rules(columns, len(prompts)), strict=True
             )
