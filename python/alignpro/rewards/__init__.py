@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from alignpro.rewards.classifier import ClassifierReward
     from alignpro.rewards.combine import WeightedSum, score_components
     from alignpro.rewards.function import FunctionReward, from_callable
+    from alignpro.rewards.house_rules import HouseRulesReward
     from alignpro.rewards.topic import TopicReward
     from alignpro.rewards.vader import VaderReward
 
 __all__ = [
     "ClassifierReward",
     "FunctionReward",
+    "HouseRulesReward",
     "RewardError",
     "TopicReward",
     "VaderReward",
@@ -31,6 +33,7 @@ __all__ = [
 _HOMES = {
     "ClassifierReward": "classifier",
     "FunctionReward": "function",
+    "HouseRulesReward": "house_rules",
     "RewardError": "check",
     "TopicReward": "topic",
     "VaderReward": "vader",
