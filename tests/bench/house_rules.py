@@ -1,6 +1,7 @@
 """What the house rules are worth: the mean reward of each kind's prompts behind each fixed text.
 
     python tests/bench/house_rules.py [--model smollm2] [--per-kind 40] [--responses 2]
+                                      [--split train] [--threads N]
 
 Prints a Markdown table, a row for every text and a column for every kind. The last row takes each
 prompt's own rule by its label. Wordings are chosen here, on training prompts: further texts to try
@@ -76,8 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--responses", type=int, default=2, help="Responses to every prompt.")
     parser.add_argument("--seed", type=int, default=0, help="Random seed of the responses.")
     parser.add_argument("--text", action="append", default=[], help="A further text; repeatable.")
+    parser.add_argument("--threads", type=int, default=None, help="Threads of the engine.")
     given = parser.parse_args(arguments)
-    model = load_model(given.model)
+    model = load_model(given.model, given.threads)
     pipeline = Pipeline(model, model, build_reward("house_rules"), response_params=RESPONSE)
     texts = list(dict.fromkeys(["", *HOUSE_RULES.values(), POLICY, *given.text]))
     rows = rows_of(given.split, given.per_kind)

@@ -142,7 +142,7 @@ class _Answer:
         cut = bool(items) and ((self.is_cut and ended) or not _WORD.search(items[-1]))
         kept: list[str] = []
         for item in items[:-1] if cut else items:
-            if len(_WORD.findall(item)) >= least_words and self.share(item, " ".join(kept)) <= 0.5:
+            if len(_WORD.findall(item)) >= least_words and self.share(item, " ".join(kept)) <= 0.6:
                 kept.append(item)
         if len(kept) >= 3:
             return 1.0
