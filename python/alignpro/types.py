@@ -94,6 +94,7 @@ class Rollout:
     rewrites: list[list[Rewrite]]  # [prompts][N]
     seconds: dict[str, float]  # wall time by stage: "generate", "reward"
     generated_tokens: int  # prompter and target together
+    common_draws: bool = False  # a prompt's rewrites share draws, so their noise is not independent
 
 
 @runtime_checkable

@@ -101,6 +101,8 @@ def test_chats_from_parquet(tmp_path):
 def test_pairs(write):
     rows = [{"prompt": "Bake bread", "instruction": "Be brief.", "tone": "dry"}]
     assert load_pairs(write("a.jsonl", jsonl(rows))) == [("Bake bread", "Be brief.")]
+    rows[0]["instruction"] = ""  # leaves the prompt as it is
+    assert load_pairs(write("c.jsonl", jsonl(rows))) == [("Bake bread", "")]
     renamed = write("b.csv", "x,y\nBake bread,Be brief.\n")
     assert load_pairs(renamed, "x", "y") == [("Bake bread", "Be brief.")]
 

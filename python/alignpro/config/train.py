@@ -86,6 +86,10 @@ class TrainConfig(FitConfig, StageConfig):
     # target's own noise, with N * M = response_budget.
     num_responses: Annotated[int, at_least(1)] | Literal["auto"] = 1
     response_budget: int | None = None  # responses a prompt and step, with auto
+    # A prompt's rewrites are answered under the same random draws, and a text that several of them
+    # wrote is answered once. Unbiased, with less of the target's noise, for fewer tokens; auto
+    # needs independent draws to measure that noise and takes no notice of this.
+    common_draws: bool = True
 
     # The objective: mean reward - kl_coef * KL(prompter || reference), KL in nats per rewrite.
     kl_coef: Annotated[float, at_least(0)] = 0.05

@@ -2,7 +2,8 @@
 
 A source is one of
 * a file: .jsonl, .json (an array of objects), .csv (with a header) or .parquet, in UTF-8;
-* the name of data that the package ships: "everyday" (prompts), "instructions" (pairs);
+* the name of data that the package ships: "everyday" and "house_rules" (prompts), "instructions"
+  and "house_rules_warm_start" (pairs);
 * the name of a data set on the hub, "owner/name", read through the package ``datasets``.
 
 Errors are DataError, one line that names the source, the line or row, and the column.
@@ -20,7 +21,12 @@ from typing import Any
 
 from alignpro.optional import import_for
 
-PACKAGED = {"everyday": "everyday_prompts.jsonl", "instructions": "instructions.jsonl"}
+PACKAGED = {
+    "everyday": "everyday_prompts.jsonl",
+    "instructions": "instructions.jsonl",
+    "house_rules": "house_rules.jsonl",
+    "house_rules_warm_start": "house_rules_warm_start.jsonl",
+}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -72,9 +78,13 @@ def load_pairs(
     instruction_column: str = "instruction",
     split: str | None = None,
 ) -> list[tuple[str, str]]:
-    """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``."""
+    """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``, but
+    an instruction may be "", which leaves the prompt as it is."""
     return [
-        (_text_of(row, prompt_column, chat=True), _text_of(row, instruction_column))
+        (
+            _text_of(row, prompt_column, chat=True),
+            _text_of(row, instruction_column, may_be_empty=True),
+        )
         for row in _read(source, split)
     ]
 
@@ -85,7 +95,7 @@ def stack_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
     return {name: [row.columns.get(name) for row in rows] for name in names}
 
 
-def _text_of(row: _Row, column: str, *, chat: bool = False) -> str:
+def _text_of(row: _Row, column: str, *, chat: bool = False, may_be_empty: bool = False) -> str:
     """The text of a column; where it may be a ``chat``, its user turn."""
     if column not in row.values:
         raise DataError(f"{row.place}: no column {column!r}; there are {sorted(row.values)}")
@@ -95,7 +105,7 @@ def _text_of(row: _Row, column: str, *, chat: bool = False) -> str:
     expected = "text or a chat" if chat else "text"
     if not isinstance(value, str):
         raise DataError(f"{where}: expected {expected}, got {_type_name(value)}")
-    if not value.strip():
+    if not value.strip() and not (may_be_empty and value == ""):
         raise DataError(f"{where}: expected {expected}, got an empty string")
     try:
         value.encode("utf-8")

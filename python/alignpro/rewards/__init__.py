@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from alignpro.rewards.combine import score_components as score_components
     from alignpro.rewards.function import FunctionReward as FunctionReward
     from alignpro.rewards.function import from_callable as from_callable
+    from alignpro.rewards.house_rules import HouseRulesReward as HouseRulesReward
     from alignpro.rewards.topic import TopicReward as TopicReward
     from alignpro.rewards.vader import VaderReward as VaderReward
 
 _HOMES = {
     "ClassifierReward": "classifier",
     "FunctionReward": "function",
+    "HouseRulesReward": "house_rules",
     "RewardError": "check",
     "TopicReward": "topic",
     "VaderReward": "vader",

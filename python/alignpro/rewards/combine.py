@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from alignpro.rewards.check import RewardError, reward_name, score_checked
 from alignpro.types import Reward, Texts
+
+
+@runtime_checkable
+class Composed(Reward, Protocol):
+    """A reward whose parts stay visible: checked scores by name, and the score that they make."""
+
+    def components(
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
+    ) -> dict[str, list[float]]: ...
+
+    def total(self, components: Mapping[str, Sequence[float]]) -> list[float]: ...
 
 
 class WeightedSum:
@@ -63,9 +74,9 @@ def score_components(
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Checked scores [rows] and, for reports, their unweighted parts by name; scores once.
 
-    A reward that is no ``WeightedSum`` is its own single part.
+    A reward without ``components`` and ``total`` is its own single part.
     """
-    if isinstance(reward, WeightedSum):
+    if isinstance(reward, Composed):
         parts = reward.components(prompts, rewrites, responses, **(columns or {}))
         return reward.total(parts), parts
     scores = score_checked(reward, prompts, rewrites, responses, columns)

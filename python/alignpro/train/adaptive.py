@@ -99,7 +99,10 @@ class Adaptive:
 
 
 def variance_split(rollout: Rollout) -> VarianceSplit | None:
-    """Where the reward's variance comes from; None without two rewrites and two responses each."""
+    """Where the reward's variance comes from; None without two rewrites and two responses each that
+    were drawn independently."""
+    if rollout.common_draws:
+        return None
     rewards = [[[r.reward for r in w.responses] for w in group] for group in rollout.rewrites]
     if len(rewards[0]) < 2 or len(rewards[0][0]) < 2:
         return None

@@ -163,6 +163,7 @@ class ClosedFormFit(TrainingRun):
                 num_responses=config.num_responses,
                 seed=derive_seed(config.seed, number),
                 columns=columns,
+                common_draws=config.common_draws,
             )
             rewrites = [[asdict(w) for w in group] for group in rollout.rewrites]
             log.append({"step": number, "prompts": rollout.prompts, "rewrites": rewrites})
@@ -248,7 +249,7 @@ _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
 # What the rollouts depend on; the fit alone reads the rest.
 _ROLLOUT_FIELDS = (
     *("prompter", "target", "data", "split", "reward", "seed"),
-    *("prompts_per_step", "num_rewrites", "num_responses"),
+    *("prompts_per_step", "num_rewrites", "num_responses", "common_draws"),
     *("rewrite", "response", "prompting"),
 )
 

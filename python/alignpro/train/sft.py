@@ -38,11 +38,12 @@ def fit(
     that is taken from the iterator.
 
     Args:
-        pairs: (prompt, instruction). Batches are shuffled by (config.seed, epoch).
+        pairs: (prompt, instruction); where that is empty, the end of the turn is all there is to
+            write. Batches are shuffled by (config.seed, epoch).
 
     Raises:
-        ValueError: no pairs, an empty one, or one over the context; the message names its index.
-            Before the first step.
+        ValueError: no pairs, an empty prompt, or a pair over the context; the message names its
+            index. Before the first step.
     """
     examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting)
     limit = policy.model.context_length
@@ -110,9 +111,8 @@ def encode_pairs(
     end = end_of_turn(tokenizer)
     examples = []
     for index, (prompt, instruction) in enumerate(pairs):
-        if not prompt.strip() or not instruction.strip():
-            which = "prompt" if not prompt.strip() else "instruction"
-            raise ValueError(f"pair {index}: the {which} is empty")
+        if not prompt.strip():
+            raise ValueError(f"pair {index}: the prompt is empty")
         try:
             read = tokenizer.encode_chat(
                 [{"role": "user", "content": prompting.prompter_turn(prompt)}]

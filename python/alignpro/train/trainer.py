@@ -206,6 +206,7 @@ class Trainer(TrainingRun):
             num_responses=num_responses,
             seed=seed,
             columns=columns,
+            common_draws=config.common_draws and config.num_responses != "auto",
         )
 
     def _row(
