@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import barrier, growth, score
+from alignpro.data.house_rules import HOUSE_RULES, POLICY
+from alignpro.types import SamplingParams
+from bench import barrier, growth, house_rules, score
 
 SCORE = ["--shape", "300x16", "--tokens", "12", "--repeats", "2"]
 
@@ -70,3 +72,15 @@ def test_a_barrier_draws_the_same_and_is_timed(smollm2_path: Path):
     seconds = barrier.measure(smollm2_path, prompts=2, repeats=1, threads=2)
     assert list(seconds) == ["interleaved", "with_barrier"]
     assert all(len(values) == 1 and values[0] > 0 for values in seconds.values())
+
+
+def test_house_rules_prints_a_row_for_every_text(smollm2_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(house_rules, "RESPONSE", SamplingParams(max_new_tokens=4))
+    work = ["--per-kind", "1", "--responses", "1", "--split", "validation"]
+    house_rules.main(["--model", str(smollm2_path), *work, "--text", "Sing."])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == f"| text | {' | '.join(HOUSE_RULES)} | all |"
+    texts = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    rules = [rule for rule in HOUSE_RULES.values() if rule]
+    assert texts == ["none: the raw prompt", *rules, POLICY, "Sing.", house_rules.RIGHT_RULE]
+    assert all(0 <= float(cell) <= 1 for row in rows for cell in row.strip("| ").split(" | ")[1:])

@@ -131,6 +131,34 @@ def test_every_request_has_a_key_of_its_own():
     assert seeds.isdisjoint(seed for name, seed, _ in keys if name == "target")
 
 
+def test_common_draws_answer_a_text_once():
+    reward = LengthReward()
+    pipeline = make(reward=reward)
+    rollout = pipeline.rollout(PROMPTS, num_rewrites=8, num_responses=3, seed=9, common_draws=True)
+    texts = {(w.prompt_index, w.text) for w in flat(rollout)}
+    assert len(texts) < 24  # some of eight are the same
+    assert len(pipeline.target.handles) == 3 * len(texts) == len(reward.calls[0][0])
+    for w in flat(rollout):  # each draws what rewrite 0 of its prompt would
+        assert len(w.responses) == 3
+        alone = make(reward=LengthReward()).answer(
+            [w.target_prompt], [[""]], num_responses=3, seed=9
+        )
+        if w.prompt_index == 0:
+            assert [r.tokens for r in w.responses] == [
+                r.tokens for r in alone.rewrites[0][0].responses
+            ]
+    for a in flat(rollout):
+        for b in flat(rollout):
+            if (a.prompt_index, a.text) == (b.prompt_index, b.text):
+                assert a.responses == b.responses
+    written = make().rollout(PROMPTS, num_rewrites=8, num_responses=3, seed=9)
+    assert [w.tokens for w in flat(rollout)] == [w.tokens for w in flat(written)]
+    tokens = sum(len(w.tokens) for w in flat(rollout)) + sum(
+        len(h.completion().tokens) for h in pipeline.target.handles
+    )
+    assert rollout.generated_tokens == tokens
+
+
 def test_seeds_are_pinned_and_fresh_without_one():
     assert _splitmix64(0) == 0xE220A8397B1DCDAF  # the generator's first output from state 0
     assert derive_seed(0, 1) == 0x5E41AB087439611E

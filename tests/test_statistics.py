@@ -95,7 +95,7 @@ def test_a_ratio_with_zeros_below_stays_finite():
     ("numerator", "denominator", "says"),
     [
         ([1.0], [1.0], "at least 2"),
-        ([1.0, 2.0], [1.0], "at least 2 values of the same prompts, got 2, 1"),
+        ([1.0, 2.0], [1.0], "at least 2 values of the same prompts, got 2 and 1"),
         ([1.0, 2.0], [1.0, -1.0], "mean other than 0"),
         ([1.0, math.inf], [1.0, 1.0], "numerator: expected finite"),
     ],

@@ -1,4 +1,4 @@
-#include "bind_engine.h"
+#include "bind.h"
 
 #include <pybind11/stl.h>
 
@@ -19,14 +19,7 @@ namespace py = pybind11;
 using alignpro::require_not_forked_in_call;
 using alignpro::bindings::GilRelease;
 
-using alignpro::engine::Client;
-using alignpro::engine::Engine;
-using alignpro::engine::EngineOptions;
-using alignpro::engine::EngineStats;
-using alignpro::engine::FinishReason;
-using alignpro::engine::Output;
-using alignpro::engine::SamplingParams;
-using alignpro::engine::Sequence;
+using namespace alignpro::engine;
 using alignpro::model::Adapter;
 using alignpro::model::Model;
 
@@ -70,19 +63,15 @@ void bind_sampling_params(py::module_& m) {
                        uint32_t sample, std::vector<std::string> stop,
                        std::vector<int32_t> stop_token_ids, bool ignore_eos,
                        double deadline_seconds) {
-             SamplingParams params;
-             params.temperature = temperature;
-             params.top_k = top_k;
-             params.top_p = top_p;
-             params.min_p = min_p;
-             params.max_new_tokens = max_new_tokens;
-             params.min_new_tokens = min_new_tokens;
-             params.seed = seed;
-             params.sample = sample;
-             params.stop = std::move(stop);
-             params.stop_token_ids = std::move(stop_token_ids);
-             params.ignore_eos = ignore_eos;
-             params.deadline_seconds = deadline_seconds;
+             SamplingParams params{{temperature, top_k, top_p, min_p},
+                                   max_new_tokens,
+                                   min_new_tokens,
+                                   seed,
+                                   sample,
+                                   std::move(stop_token_ids),
+                                   std::move(stop),
+                                   ignore_eos,
+                                   deadline_seconds};
              validate(params);
              return params;
            }),

@@ -1,4 +1,4 @@
-#include "bind_errors.h"
+#include "bind.h"
 
 #include "alignpro/core/error.h"
 

@@ -1,4 +1,4 @@
-#include "bind_files.h"
+#include "bind.h"
 
 #include <pybind11/stl.h>
 
@@ -59,7 +59,7 @@ py::object to_python(const Json& value, const std::string& where) {
   if (const bool* boolean = value.boolean()) return py::bool_(*boolean);
   if (const std::string* text = value.string()) return to_str(*text, where);
   if (const int64_t* integer = value.integer()) return py::int_(*integer);
-  if (const Json::Number* number = value.number()) return py::float_(number->value);
+  if (const double* number = value.number()) return py::float_(*number);
   if (const Json::Array* array = value.array()) {
     py::list items(array->size());
     for (size_t i = 0; i < array->size(); ++i) items[i] = to_python((*array)[i], where);

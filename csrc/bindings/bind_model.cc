@@ -1,4 +1,4 @@
-#include "bind_model.h"
+#include "bind.h"
 
 #include <pybind11/stl.h>
 
@@ -15,7 +15,6 @@
 #include "alignpro/model/score.h"
 #include "alignpro/ops/cpu_ops.h"
 #include "array.h"
-#include "bind_files.h"
 #include "cuda/device_ops.h"
 #include "gil.h"
 

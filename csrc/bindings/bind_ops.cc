@@ -1,4 +1,4 @@
-#include "bind_ops.h"
+#include "bind.h"
 
 #include <pybind11/numpy.h>
 
@@ -8,7 +8,6 @@
 #include <optional>
 #include <string>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include "alignpro/core/dtype.h"
@@ -24,29 +23,16 @@ using namespace alignpro::bindings;
 
 namespace {
 
-// The pool of the stand-alone ops, made when it is first needed.
-class OpsThreadPool {
- public:
-  std::shared_ptr<ThreadPool> get() {
-    const std::lock_guard lock(mutex_);
-    if (pool_ == nullptr) pool_ = std::make_shared<ThreadPool>(0);
-    return pool_;
-  }
-  void resize(int threads) {
-    require(threads >= 1, "threads: expected 1 or more, got ", threads);
-    auto fresh = std::make_shared<ThreadPool>(threads);
-    const std::lock_guard lock(mutex_);
-    pool_ = std::move(fresh);
-  }
-
- private:
-  std::mutex mutex_;
-  std::shared_ptr<ThreadPool> pool_;
-};
-
-OpsThreadPool& ops_pool() {
-  // Never destroyed: a daemon thread may still compute while the interpreter goes away.
-  static auto* pool = new OpsThreadPool;
+// The pool of the stand-alone ops: made anew of so many threads where they are given, and when it
+// is first needed. Never destroyed: a daemon thread may still compute while the interpreter goes
+// away.
+std::shared_ptr<ThreadPool> ops_pool(int threads = 0) {
+  static auto* mutex = new std::mutex;
+  static auto* pool = new std::shared_ptr<ThreadPool>;
+  auto fresh = threads > 0 ? std::make_shared<ThreadPool>(threads) : nullptr;
+  const std::lock_guard lock(*mutex);
+  if (fresh != nullptr) *pool = std::move(fresh);
+  if (*pool == nullptr) *pool = std::make_shared<ThreadPool>(0);
   return *pool;
 }
 
@@ -58,10 +44,8 @@ struct QuantizedWeight {
   static QuantizedWeight from_gguf(const std::string& path, const std::string& name) {
     auto file = std::make_shared<const io::GgufFile>(path);
     const auto found = file->tensors().find(name);
-    if (found == file->tensors().end()) {
-      throw InvalidArgument(cat(path, ": holds no tensor ", io::printable(name), "; it has ",
-                                file->tensors().size(), " others"));
-    }
+    require(found != file->tensors().end(), path, ": holds no tensor ", io::printable(name),
+            "; it has ", file->tensors().size(), " others");
     const io::FileTensor& tensor = found->second;
     require(tensor.shape.size() == 2, path, ": ", name, ": expected a matrix, got shape ",
             io::shape_text(tensor.shape));
@@ -73,7 +57,7 @@ struct QuantizedWeight {
 
 // What a weight argument points to, and what keeps it alive.
 struct Weight {
-  ops::VocabularyWeight view = static_cast<const ops::PackedMatrix*>(nullptr);
+  ops::VocabularyWeight view;
   py::object owner = py::none();
 };
 
@@ -110,16 +94,15 @@ class Call {
         tokens_(contiguous_array(tokens, "tokens", 1)),
         weight_(weight_from(weight, "weight")),
         reference_weight_(weight_from(reference_weight, "reference_weight")) {
-    const auto* stored = std::get_if<ops::QuantizedMatrix>(&weight_.view);
-    require(stored != nullptr, "weight: expected a matrix, got None");
+    require(!weight.is_none(), "weight: expected a matrix, got None");
     require(tokens_.dtype().is(py::dtype::of<int32_t>()), "tokens: expected int32, got ",
             std::string(py::str(tokens_.dtype())));
     rows = hidden_.shape(0);
     cols = hidden_.shape(1);
-    vocab = stored->rows;
+    vocab = weight_.view.rows();
     require(vocab >= 1, "weight: expected at least one row, got none");
-    require(cols == stored->cols, "weight: expected ", cols, " columns as hidden, got ",
-            stored->cols);
+    require(cols == weight_.view.cols(), "weight: expected ", cols, " columns as hidden, got ",
+            weight_.view.cols());
     require(tokens_.shape(0) == rows, "tokens: expected ", rows, " as hidden, got ",
             tokens_.shape(0));
     require(std::isfinite(temperature) && temperature > 0.0f,
@@ -139,12 +122,12 @@ class Call {
       return;
     }
     reference_hidden_ = float_array(reference_hidden, "reference_hidden", 2);
-    const auto* reference = std::get_if<ops::QuantizedMatrix>(&reference_weight_.view);
-    if (reference == nullptr) reference = stored;
-    require(reference->rows == vocab, "reference_weight: expected the vocabulary of weight, ",
-            vocab, " rows, got ", reference->rows);
-    require(reference_hidden_.shape(0) == rows && reference_hidden_.shape(1) == reference->cols,
-            "reference_hidden: expected shape [", rows, ", ", reference->cols, "], got [",
+    const ops::VocabularyWeight& reference =
+        reference_weight.is_none() ? weight_.view : reference_weight_.view;
+    require(reference.rows() == vocab, "reference_weight: expected the vocabulary of weight, ",
+            vocab, " rows, got ", reference.rows());
+    require(reference_hidden_.shape(0) == rows && reference_hidden_.shape(1) == reference.cols(),
+            "reference_hidden: expected shape [", rows, ", ", reference.cols(), "], got [",
             reference_hidden_.shape(0), ", ", reference_hidden_.shape(1), "]");
     input.ref_hidden = static_cast<const float*>(reference_hidden_.data());
     input.ref_weight = reference_weight_.view;
@@ -208,7 +191,7 @@ py::dict forward(const py::object& hidden, const py::object& weight, const py::o
   const ops::LogprobJacobian jacobian{out_data<float>(result["d_logprob"]),
                                       out_data<float>(result["d_kl"])};
   const GilRelease release;
-  ops::linear_logprob(call.input, out, with_jacobian ? &jacobian : nullptr, *ops_pool().get());
+  ops::linear_logprob(call.input, out, with_jacobian ? &jacobian : nullptr, *ops_pool());
   return result;
 }
 
@@ -223,7 +206,7 @@ py::tuple total_variation(const py::object& hidden, const py::object& weight,
   const ops::LogprobOutput out = output_views(saved);
   {
     const GilRelease release;
-    ops::total_variation(call.input, out, tv_data, mass_data, *ops_pool().get());
+    ops::total_variation(call.input, out, tv_data, mass_data, *ops_pool());
   }
   return py::make_tuple(tv, mass);
 }
@@ -242,22 +225,21 @@ py::tuple backward(const py::object& hidden, const py::object& weight, const py:
             " values, got ", alive.back().shape(0));
     return static_cast<const float*>(alive.back().data());
   };
-  const ops::LogprobUpstream d{given("logprob"), given("entropy"), given("kl"), given("reverse_kl"),
-                               given("total_variation")};
+  const ops::LogprobUpstream d{
+      given("logprob"),    given("entropy"),         given("kl"),
+      given("reverse_kl"), given("total_variation"), out_data<float>(mass_above)};
   py::object d_hidden = py::none(), d_weight = py::none();
   if (want_hidden) d_hidden = make(call.rows, call.cols);
   if (want_weight) d_weight = make(call.vocab, call.cols);
   const ops::LogprobOutput out = output_views(saved);
   const ops::LogprobJacobian jacobian{out_data<float>(saved["d_logprob"]),
                                       out_data<float>(saved["d_kl"])};
-  const float* mass = out_data<float>(mass_above);
   float* to_hidden = out_data<float>(d_hidden);
   float* to_weight = out_data<float>(d_weight);
   {
     const GilRelease release;
-    ops::linear_logprob_backward(call.input, out, mass,
-                                 jacobian.logprob != nullptr ? &jacobian : nullptr, d, to_hidden,
-                                 to_weight, *ops_pool().get());
+    ops::linear_logprob_backward(call.input, out, jacobian.logprob != nullptr ? &jacobian : nullptr,
+                                 d, to_hidden, to_weight, *ops_pool());
   }
   return py::make_tuple(d_hidden, d_weight);
 }
@@ -267,13 +249,9 @@ int64_t peak_bytes(int64_t num_tokens, int64_t hidden_size, int64_t vocab_size,
   require(num_tokens >= 0 && hidden_size >= 1 && vocab_size >= 1,
           "peak_bytes: expected num_tokens >= 0 and sizes of 1 or more, got ", num_tokens, ", ",
           hidden_size, ", ", vocab_size);
-  std::optional<DType> stored;
-  for (const DType known :
-       {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_1}) {
-    if (dtype == dtype_name(known)) stored = known;
-  }
+  const std::optional<DType> stored = dtype_from_name(dtype);
   require(stored.has_value(),
-          "peak_bytes: dtype: expected F32, F16, BF16, Q8_0, Q4_0 or Q4_1, got ", dtype);
+          "peak_bytes: dtype: expected a storage format as F32, BF16 or Q8_0, got ", dtype);
   const ops::QuantizedMatrix weight{nullptr, *stored, vocab_size, hidden_size};
   const float something = 0.0f;  // only whether there is a reference counts
   const ops::LogprobInput input{.rows = num_tokens,
@@ -282,7 +260,7 @@ int64_t peak_bytes(int64_t num_tokens, int64_t hidden_size, int64_t vocab_size,
                                 .tokens = {},
                                 .ref_hidden = reference ? &something : nullptr};
   const int64_t jacobian = gradient ? (reference ? 2 : 1) * num_tokens * hidden_size * 4 : 0;
-  return jacobian + ops::linear_logprob_bytes(input, gradient, ops_pool().get()->size());
+  return jacobian + ops::linear_logprob_bytes(input, gradient, ops_pool()->size());
 }
 
 }  // namespace
@@ -315,6 +293,12 @@ void bind_ops(py::module_& m) {
         py::arg("want_hidden"), py::arg("want_weight"));
   m.def("linear_logprob_bytes", &peak_bytes, py::arg("num_tokens"), py::arg("hidden_size"),
         py::arg("vocab_size"), py::arg("dtype"), py::arg("reference"), py::arg("gradient"));
-  m.def("ops_threads", [] { return ops_pool().get()->size(); });
-  m.def("set_ops_threads", [](int threads) { ops_pool().resize(threads); }, py::arg("threads"));
+  m.def("ops_threads", [] { return ops_pool()->size(); });
+  m.def(
+      "set_ops_threads",
+      [](int threads) {
+        require(threads >= 1, "threads: expected 1 or more, got ", threads);
+        ops_pool(threads);
+      },
+      py::arg("threads"));
 }

@@ -1,4 +1,4 @@
-#include "bind_system.h"
+#include "bind.h"
 
 #include <pybind11/stl.h>
 

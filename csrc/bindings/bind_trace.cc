@@ -1,4 +1,4 @@
-#include "bind_trace.h"
+#include "bind.h"
 
 #include <pybind11/numpy.h>
 

@@ -2,13 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "bind_engine.h"
-#include "bind_errors.h"
-#include "bind_files.h"
-#include "bind_model.h"
-#include "bind_ops.h"
-#include "bind_system.h"
-#include "bind_trace.h"
+#include "bind.h"
 #include "gil.h"
 
 PYBIND11_MODULE(_core, m) {

@@ -61,16 +61,12 @@ void attention_backward(const AttentionShape& shape, const AttentionBackwardInpu
   dispatch(kOp, qkv.dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t group = shape.num_heads / shape.num_kv_heads;
-    const auto input = [](const Matrix& m) {
-      return Rows<const T>{static_cast<const T*>(m.data), m.ld};
-    };
-    const AttentionBackward<T> args{input(qkv),
-                                    input(in.out),
-                                    input(in.dout),
+    const AttentionBackward<T> args{rows_as<const T>(qkv),
+                                    rows_as<const T>(in.out),
+                                    rows_as<const T>(in.dout),
                                     in.lse,
                                     static_cast<float*>(workspace),
-                                    {static_cast<T*>(in.kv.base), in.kv.block_stride,
-                                     in.kv.head_stride, in.kv.value_offset, shape.head_dim},
+                                    kv_blocks<T>(in.kv, shape),
                                     in.segments,
                                     in.child_begin,
                                     in.children,
@@ -80,7 +76,7 @@ void attention_backward(const AttentionShape& shape, const AttentionBackwardInpu
                                     static_cast<int>(shape.num_kv_heads),
                                     shape.sliding_window,
                                     shape.scale,
-                                    {static_cast<T*>(d_qkv.data), d_qkv.ld}};
+                                    rows_as<T>(d_qkv)};
     launch(kOp, attention_delta_kernel<T>, count(rows), kDeltaThreads, 0, stream, args);
     const auto grid = [&](int64_t most) {
       return dim3(count((most + kBackwardRows<T> - 1) / kBackwardRows<T>),

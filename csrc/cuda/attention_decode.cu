@@ -48,9 +48,8 @@ void attention_decode(const AttentionShape& shape, const Matrix& qkv, const int3
   check_table(kOp, table_ld, max_positions);
   dispatch(kOp, qkv.dtype, [&](auto type) {
     using T = decltype(type);
-    const AttentionDecode<T> args{{static_cast<const T*>(qkv.data), qkv.ld},
-                                  {static_cast<T*>(kv.base), kv.block_stride, kv.head_stride,
-                                   kv.value_offset, shape.head_dim},
+    const AttentionDecode<T> args{rows_as<const T>(qkv),
+                                  kv_blocks<T>(kv, shape),
                                   block_table,
                                   table_ld,
                                   positions,
@@ -60,7 +59,7 @@ void attention_decode(const AttentionShape& shape, const Matrix& qkv, const int3
                                   shape.scale,
                                   static_cast<float*>(workspace),
                                   chunks_of(max_positions),
-                                  {static_cast<T*>(out.data), out.ld}};
+                                  rows_as<T>(out)};
     const dim3 rows_heads(count(qkv.rows), count(shape.num_kv_heads));
     dispatch_head_dim(kOp, shape.head_dim, [&](auto dim) {
       constexpr int kDim = decltype(dim)::value;

@@ -33,9 +33,8 @@ void attention_prefill(const AttentionShape& shape, const Matrix& qkv, const Seg
   dispatch(kOp, qkv.dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t group = shape.num_heads / shape.num_kv_heads;
-    const AttentionPrefill<T> args{{static_cast<const T*>(qkv.data), qkv.ld},
-                                   {static_cast<T*>(kv.base), kv.block_stride, kv.head_stride,
-                                    kv.value_offset, shape.head_dim},
+    const AttentionPrefill<T> args{rows_as<const T>(qkv),
+                                   kv_blocks<T>(kv, shape),
                                    segments,
                                    block_table,
                                    table_ld,
@@ -43,7 +42,7 @@ void attention_prefill(const AttentionShape& shape, const Matrix& qkv, const Seg
                                    static_cast<int>(shape.num_kv_heads),
                                    shape.sliding_window,
                                    shape.scale,
-                                   {static_cast<T*>(out.data), out.ld},
+                                   rows_as<T>(out),
                                    lse};
     const dim3 grid(count((max_rows * group + kPrefillRows<T> - 1) / kPrefillRows<T>),
                     count(shape.num_kv_heads), count(segment_count));

@@ -48,8 +48,8 @@ inline void check_matrix(const char* op, const char* name, const Matrix& m, int6
   if (m.rows > 0) check_aligned(op, name, m.data);
 }
 
-inline void check_fast_linear(const char* op, const Matrix& x, const Matrix& weight,
-                              const Matrix& residual, const Matrix& out) {
+inline void check_linear(const char* op, const Matrix& x, const Matrix& weight,
+                         const Matrix& residual, const Matrix& out) {
   check_matrix(op, "x", x, x.rows, weight.cols, x.dtype);
   check_matrix(op, "weight", weight, weight.rows, x.cols, x.dtype);
   check_matrix(op, "out", out, x.rows, weight.rows, x.dtype);

@@ -49,16 +49,18 @@ PagedKv paged(const KvView& kv) {
 
 class CudaSampler final : public ops::Sampler {
  public:
-  explicit CudaSampler(Stream stream) : stream_(stream), memory_(stream) {}
+  CudaSampler(ops::Ops& ops, Stream stream)
+      : ops_(ops), stream_(stream), memory_(ops), staged_(ops) {}
 
   void draw(const Matrix& hidden, const ops::Weight& head,
             std::span<const ops::SampleRow> rows) override;
   void collect(std::span<ops::SampledToken> out) override;
 
  private:
+  ops::Ops& ops_;
   const Stream stream_;
-  DeviceBuffer memory_;
-  PinnedBuffer staged_;
+  ops::Buffer memory_;
+  ops::HostBuffer staged_;
   // Where a draw's tokens arrive: [count] of ids, log-probabilities and, where truncated, masses.
   int64_t count_ = 0;
   bool truncated_ = false;
@@ -105,7 +107,7 @@ void CudaSampler::draw(const Matrix& hidden, const ops::Weight& head,
   const Pieces staged = cut(staging), there = cut(memory_.data());
   std::copy(requests.begin(), requests.end(), staged.requests);
   std::copy(banned.begin(), banned.end(), staged.banned);
-  copy_to_device(memory_.data(), staging, sizes.request_bytes, stream_);
+  ops_.upload(memory_.data(), staging, sizes.request_bytes);
   auto* logprobs = reinterpret_cast<float*>(there.results + count);
   const Truncation truncation{there.banned, logprobs + count};
   head_sample(hidden, matrix(head), there.requests, there.results, logprobs, there.workspace,
@@ -128,11 +130,15 @@ void CudaSampler::collect(std::span<ops::SampledToken> out) {
 class CudaOps final : public ops::Ops {
  public:
   explicit CudaOps(const std::shared_ptr<const FastLibrary>& fast) {
-    if (fast != nullptr) fast_.emplace(fast, stream());
+    if (fast != nullptr) fast_.emplace(fast, *this, stream());
   }
 
-  void* allocate(int64_t bytes, Pages) override { return cuda::allocate(bytes, stream()); }
-  void release(void* memory, int64_t, Pages) noexcept override { cuda::release(memory, stream()); }
+  void* allocate(int64_t bytes, Pages pages) override {
+    return pages == Pages::kHost ? allocate_pinned(bytes) : cuda::allocate(bytes, stream());
+  }
+  void release(void* memory, int64_t, Pages pages) noexcept override {
+    pages == Pages::kHost ? release_pinned(memory) : cuda::release(memory, stream());
+  }
   void clear(void* memory, int64_t bytes) override { cuda::clear(memory, bytes, stream()); }
   void* stage(ops::HostBuffer& buffer, void*, int64_t bytes) override {
     return buffer.reserve(bytes);
@@ -145,17 +151,15 @@ class CudaOps final : public ops::Ops {
     copy_to_host(host, memory, bytes, stream());
     return host;
   }
-  void* allocate_host(int64_t bytes) override { return allocate_pinned(bytes); }
-  void release_host(void* memory) noexcept override { release_pinned(memory); }
   void wait() override { synchronize(stream()); }
   bool is_done() const override { return cuda::is_done(stream()); }
 
   std::unique_ptr<ops::Plan> make_plan(const AttentionShape& shape,
                                        const ops::Rope& rope) override {
-    return std::make_unique<CudaPlan>(shape, static_cast<const CudaRope&>(rope), stream());
+    return std::make_unique<CudaPlan>(shape, static_cast<const CudaRope&>(rope), *this, stream());
   }
   std::unique_ptr<ops::Sampler> make_sampler() override {
-    return std::make_unique<CudaSampler>(stream());
+    return std::make_unique<CudaSampler>(*this, stream());
   }
 
   void embedding(const ops::Plan& plan, const ops::Weight& table, const Matrix& out) override {
@@ -295,8 +299,7 @@ class CudaOps final : public ops::Ops {
   void linear_logprob_backward(const ops::Plan& plan, const ops::LogprobRequest& in,
                                const LogprobOutput& forward, const ops::LogprobUpstream& upstream,
                                const void*, const Matrix& d_hidden, void* workspace) override {
-    const LogprobUpstream by{upstream.logprob, upstream.entropy, upstream.kl, nullptr};
-    cuda::linear_logprob_backward(input_of(&plan, in), forward, by, d_hidden, {}, workspace,
+    cuda::linear_logprob_backward(input_of(&plan, in), forward, upstream, d_hidden, {}, workspace,
                                   stream());
   }
   int64_t linear_logprob_bytes(const ops::LogprobRequest& in) const override {
@@ -359,7 +362,7 @@ class CudaDevice final : public ops::Device {
         device_(current_device()),
         fast_(deterministic ? nullptr : open_fast_library(library_folders)),
         pool_(std::make_unique<ThreadPool>(threads)),
-        store_(compute, pool_.get()) {}
+        store_(compute, pool_.get(), std::make_unique<CudaOps>(nullptr)) {}
 
   std::string name() const override { return "cuda"; }
   std::string compute() const override { return dtype_ == DType::kBF16 ? "bfloat16" : "float32"; }
@@ -459,17 +462,15 @@ void CudaDevice::require_runs(const ops::ModelShape& shape) const {
   at_most("head_dim", shape.head_dim, kMaxHeadDim);
   at_most("vocab_size", shape.vocab_size, kMaxVocabulary);
   const int64_t wanted = shape.weights * block_bytes(dtype_), free = free_memory();
-  if (wanted > free) {
-    throw Unavailable(cat("device cuda: the weights need ", wanted >> 20, " MB in ",
-                          dtype_name(dtype_), ", ", free >> 20, " MB of ", device_name(),
-                          " are free; free some, or use device cpu"));
-  }
+  require<Unavailable>(wanted <= free, "device cuda: the weights need ", wanted >> 20, " MB in ",
+                       dtype_name(dtype_), ", ", free >> 20, " MB of ", device_name(),
+                       " are free; free some, or use device cpu");
 }
 
 // Ranks are padded with zeros to whole 16 bytes, which changes no bit.
 std::vector<std::unique_ptr<const ops::LoraWeight>> CudaDevice::upload(
     std::span<const ops::LoraStack* const> sites) const {
-  const auto store = std::make_shared<MatrixStore>(dtype_, nullptr);
+  const auto store = std::make_shared<MatrixStore>(dtype_, nullptr, make_ops());
   const int64_t pack = pack_size(dtype_);
   std::vector<std::unique_ptr<const ops::LoraWeight>> made;
   for (const ops::LoraStack* site : sites) {

@@ -144,24 +144,29 @@ void CudaPlan::prepare_score(std::span<const ops::SegmentRows> paths) {
   }
 }
 
+// fn(values, where they lie in the tables), of all but the block table.
+template <typename Fn>
+void CudaPlan::for_tables(Tables& t, const Fn& fn) const {
+  fn(tokens_, t.tokens);
+  fn(positions_, t.positions);
+  fn(write_blocks_, t.write_blocks);
+  fn(output_rows_, t.output_rows);
+  fn(targets_, t.targets);
+  fn(copies_, t.copies);
+  fn(segments_, t.segments);
+  fn(child_begins_, t.child_begins);
+  fn(children_, t.children);
+  fn(output_begins_, t.output_begins);
+  fn(row_outputs_, t.row_outputs);
+}
+
 CudaPlan::Tables CudaPlan::cut(void* base) const {
   Workspace from(base);
-  const auto ints = [&](const std::vector<int32_t>& values) {
-    return from.take<int32_t>(static_cast<int64_t>(values.size()));
-  };
   Tables t;
-  t.tokens = ints(tokens_);
-  t.positions = ints(positions_);
-  t.write_blocks = ints(write_blocks_);
-  t.output_rows = ints(output_rows_);
-  t.targets = ints(targets_);
-  t.copies = from.take<KvCopy>(copies());
-  t.segments = from.take<Segment>(segments());
+  for_tables(t, [&]<typename T>(const std::vector<T>& values, T*& at) {
+    at = from.take<T>(static_cast<int64_t>(values.size()));
+  });
   t.block_table = from.take<int32_t>(static_cast<int64_t>(sequences_.size()) * table_ld);
-  t.child_begins = ints(child_begins_);
-  t.children = ints(children_);
-  t.output_begins = ints(output_begins_);
-  t.row_outputs = ints(row_outputs_);
   t.bytes = from.bytes();
   return t;
 }
@@ -169,26 +174,15 @@ CudaPlan::Tables CudaPlan::cut(void* base) const {
 void CudaPlan::place(void* memory) {
   tables = cut(memory);
   void* staging = staged_.reserve(tables.bytes);
-  const Tables staged = cut(staging);
-  const auto put = [](const auto& values, auto* to) {
-    std::copy(values.begin(), values.end(), to);
-  };
-  put(tokens_, staged.tokens);
-  put(positions_, staged.positions);
-  put(write_blocks_, staged.write_blocks);
-  put(output_rows_, staged.output_rows);
-  put(targets_, staged.targets);
-  put(copies_, staged.copies);
-  put(segments_, staged.segments);
+  Tables staged = cut(staging);
+  for_tables(staged,
+             [](const auto& values, auto* at) { std::copy(values.begin(), values.end(), at); });
   std::fill_n(staged.block_table, static_cast<int64_t>(sequences_.size()) * table_ld, 0);
   for (size_t s = 0; s < sequences_.size(); ++s) {
-    put(sequences_[s], staged.block_table + static_cast<int64_t>(s) * table_ld);
+    std::copy(sequences_[s].begin(), sequences_[s].end(),
+              staged.block_table + static_cast<int64_t>(s) * table_ld);
   }
-  put(child_begins_, staged.child_begins);
-  put(children_, staged.children);
-  put(output_begins_, staged.output_begins);
-  put(row_outputs_, staged.row_outputs);
-  copy_to_device(memory, staging, tables.bytes, stream_);
+  ops_.upload(memory, staging, tables.bytes);
 }
 
 // The first of a shape runs as it is: its kernels are then loaded, and a shape seen once costs no

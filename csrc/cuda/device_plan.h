@@ -39,8 +39,8 @@ class CudaPlan final : public ops::Plan {
     int64_t bytes;
   };
 
-  CudaPlan(const ops::AttentionShape& shape, const CudaRope& angles, Stream stream)
-      : Plan(shape), rope(angles), stream_(stream) {}
+  CudaPlan(const ops::AttentionShape& shape, const CudaRope& angles, ops::Ops& ops, Stream stream)
+      : Plan(shape), rope(angles), ops_(ops), stream_(stream), staged_(ops) {}
 
   void prepare(const ops::PlanRequest& request) override;
   int64_t bytes() const override { return cut(nullptr).bytes; }
@@ -73,10 +73,13 @@ class CudaPlan final : public ops::Plan {
   bool pad_decode_step(const ops::PlanRequest& request);
   void prepare_attention(bool is_score);
   void prepare_score(std::span<const ops::SegmentRows> paths);
+  template <typename Fn>
+  void for_tables(Tables& tables, const Fn& fn) const;
   Tables cut(void* base) const;
 
+  ops::Ops& ops_;
   const Stream stream_;
-  PinnedBuffer staged_;
+  ops::HostBuffer staged_;
   bool decodes_ = false;
   std::vector<int32_t> tokens_, positions_, output_rows_, targets_, write_blocks_;
   std::vector<ops::Segment> all_segments_;

@@ -27,9 +27,8 @@ void embedding(const Matrix& table, const int32_t* tokens, const Matrix& out, St
   require(table.rows >= 1, kOp, ": table: expected at least one row, got none");
   dispatch(kOp, table.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(kOp, embedding_kernel<T>, count(out.rows), kThreads, 0, stream,
-           Rows<T>{static_cast<T*>(table.data), table.ld}, table.rows, table.cols, tokens,
-           Rows<T>{static_cast<T*>(out.data), out.ld});
+    launch(kOp, embedding_kernel<T>, count(out.rows), kThreads, 0, stream, rows_as<T>(table),
+           table.rows, table.cols, tokens, rows_as<T>(out));
   });
 }
 

@@ -29,7 +29,7 @@ void embedding_backward(const Matrix& d_out, const int32_t* begins, const int32_
     using T = decltype(type);
     launch(kOp, embedding_backward_kernel<T>, count(d_table.rows), kThreads, 0, stream,
            d_table.cols, Rows<const float>{static_cast<const float*>(d_out.data), d_out.ld}, begins,
-           places, Rows<T>{static_cast<T*>(d_table.data), d_table.ld});
+           places, rows_as<T>(d_table));
   });
 }
 

@@ -12,7 +12,6 @@
 
 #include "checks.h"
 #include "launch.h"
-#include "runtime.h"
 #include "shared_library.h"
 
 namespace alignpro::cuda {
@@ -172,11 +171,9 @@ cublasLtMatmulAlgo_t FastLibrary::choose(const Plan& plan, const Key& key) const
   check(MatmulAlgoGetHeuristic(handle(), plan.operation.get(), plan.weight.get(), plan.x.get(),
                                plan.residual.get(), plan.out.get(), made, 1, &best, &found),
         "choose an algorithm");
-  if (found == 0) {
-    throw Unavailable(cat("cuda: ", kOp, ": cuBLASLt has no algorithm for ", key.rows, " x ",
-                          key.inputs, " x ", key.outputs, " in ", dtype_name(key.dtype),
-                          "; load with deterministic true"));
-  }
+  require<Unavailable>(found != 0, "cuda: ", kOp, ": cuBLASLt has no algorithm for ", key.rows,
+                       " x ", key.inputs, " x ", key.outputs, " in ", dtype_name(key.dtype),
+                       "; load with deterministic true");
   return best.algo;
 }
 
@@ -186,18 +183,18 @@ std::shared_ptr<const FastLibrary> open_fast_library(const std::vector<std::stri
 
 struct FastLinear::State {
   std::shared_ptr<const FastLibrary> library;
+  ops::Buffer workspace;
   Stream stream;
-  DeviceBuffer workspace{stream, kWorkspace};
   std::map<Key, Plan> plans = {};
 };
 
-FastLinear::FastLinear(std::shared_ptr<const FastLibrary> library, Stream stream)
-    : state_(new State{std::move(library), stream}) {}
+FastLinear::FastLinear(std::shared_ptr<const FastLibrary> library, ops::Ops& ops, Stream stream)
+    : state_(new State{std::move(library), ops::Buffer(ops, kWorkspace), stream}) {}
 FastLinear::~FastLinear() = default;
 
 void FastLinear::multiply(const Matrix& x, const Matrix& weight, float scale, const void* bias,
                           const Matrix& residual, const Matrix& out) {
-  check_fast_linear(kOp, x, weight, residual, out);
+  check_linear(kOp, x, weight, residual, out);
   if (x.rows == 0) return;
   State& s = *state_;
   const bool with_residual = residual.data != nullptr;
@@ -210,13 +207,13 @@ void FastLinear::multiply(const Matrix& x, const Matrix& weight, float scale, co
   if (bias != nullptr)
     s.library->set(plan.operation.get(), CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
   const float beta = with_residual ? 1.0f : 0.0f;
-  s.library->check(s.library->Matmul(s.library->handle(), plan.operation.get(), &scale, weight.data,
-                                     plan.weight.get(), x.data, plan.x.get(), &beta,
-                                     with_residual ? residual.data : out.data, plan.residual.get(),
-                                     out.data, plan.out.get(), &plan.algorithm, s.workspace.data(),
-                                     static_cast<size_t>(s.workspace.bytes()),
-                                     static_cast<cudaStream_t>(s.stream)),
-                   "multiply");
+  s.library->check(
+      s.library->Matmul(s.library->handle(), plan.operation.get(), &scale, weight.data,
+                        plan.weight.get(), x.data, plan.x.get(), &beta,
+                        with_residual ? residual.data : out.data, plan.residual.get(), out.data,
+                        plan.out.get(), &plan.algorithm, s.workspace.data(),
+                        static_cast<size_t>(kWorkspace), static_cast<cudaStream_t>(s.stream)),
+      "multiply");
 }
 
 }  // namespace alignpro::cuda

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "alignpro/ops/ops.h"
 #include "ops.h"
 
 namespace alignpro::cuda {
@@ -22,7 +23,7 @@ std::shared_ptr<const FastLibrary> open_fast_library(const std::vector<std::stri
 // Products on one stream, by one thread at a time; holds a workspace.
 class FastLinear {
  public:
-  FastLinear(std::shared_ptr<const FastLibrary> library, Stream stream);
+  FastLinear(std::shared_ptr<const FastLibrary> library, ops::Ops& ops, Stream stream);
   ~FastLinear();
   FastLinear(const FastLinear&) = delete;
   FastLinear& operator=(const FastLinear&) = delete;

@@ -38,11 +38,9 @@ inline TensorMap tensor_map(const char* op, const Operand<Bfloat16>& m, int box)
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                            cudaEnableDefault, &found),
           op);
-    if (found != cudaDriverEntryPointSuccess) {
-      throw Unavailable(cat("cuda: ", op,
-                            ": expected a driver with cuTensorMapEncodeTiled (CUDA "
-                            "12 or later), found none"));
-    }
+    require<Unavailable>(found == cudaDriverEntryPointSuccess, "cuda: ", op,
+                         ": expected a driver with cuTensorMapEncodeTiled (CUDA "
+                         "12 or later), found none");
     return reinterpret_cast<Encode>(function);
   }();
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.depth), static_cast<cuuint64_t>(m.rows)};
@@ -53,10 +51,9 @@ inline TensorMap tensor_map(const char* op, const Operand<Bfloat16>& m, int box)
       encode(&made.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<Bfloat16*>(m.data), sizes,
              strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    throw Unavailable(cat("cuda: ", op, ": cuTensorMapEncodeTiled refused [", m.rows, ", ", m.depth,
-                          "] at a distance of ", m.ld, " (error ", static_cast<int>(status), ")"));
-  }
+  require<Unavailable>(status == CUDA_SUCCESS, "cuda: ", op, ": cuTensorMapEncodeTiled refused [",
+                       m.rows, ", ", m.depth, "] at a distance of ", m.ld, " (error ",
+                       static_cast<int>(status), ")");
   return made;
 }
 

@@ -26,9 +26,7 @@ void kv_copy(const AttentionShape& shape, DType dtype, const KvCopy* copies, int
   dispatch(kOp, dtype, [&](auto type) {
     using T = decltype(type);
     launch(kOp, kv_copy_kernel<T>, count(copy_count), kThreads, 0, stream, copies,
-           shape.num_kv_heads,
-           KvBlocks<T>{static_cast<T*>(kv.base), kv.block_stride, kv.head_stride, kv.value_offset,
-                       shape.head_dim});
+           shape.num_kv_heads, kv_blocks<T>(kv, shape));
   });
 }
 

@@ -37,20 +37,14 @@ void linear_backward(const Matrix& dy, const Matrix& weight, const LinearBackwar
                               0.0f,
                               nullptr,
                               {nullptr, 0},
-                              {static_cast<T*>(extras.d_lora_down.data), extras.d_lora_down.ld}},
+                              rows_as<T>(extras.d_lora_down)},
                              false, stream);
     }
     if (!with_dx) return;
     launch_linear<T, true>(kOp,
-                           {operand<T>(dy),
-                            columns<T>(weight),
-                            1.0f,
-                            operand<T>(extras.d_lora_down),
-                            columns<T>(extras.lora_down),
-                            1.0f,
-                            nullptr,
-                            {static_cast<const T*>(extras.residual.data), extras.residual.ld},
-                            {static_cast<T*>(dx.data), dx.ld}},
+                           {operand<T>(dy), columns<T>(weight), 1.0f,
+                            operand<T>(extras.d_lora_down), columns<T>(extras.lora_down), 1.0f,
+                            nullptr, rows_as<const T>(extras.residual), rows_as<T>(dx)},
                            with_lora, stream);
   });
 }

@@ -23,7 +23,7 @@ void round_row(DType dtype, const float* values, int64_t count, std::byte* out) 
   }
 }
 
-Matrix MatrixStore::add(int64_t rows, int64_t cols, const WriteRow& write) {
+ops::Matrix MatrixStore::add(int64_t rows, int64_t cols, const WriteRow& write) {
   const int64_t row_bytes = cols * block_bytes(dtype_);
   void* to = take(rows * row_bytes);
   upload(to, rows, row_bytes, write);
@@ -46,14 +46,13 @@ const float* MatrixStore::add_float32(std::span<const float> values) {
 }
 
 void MatrixStore::finish() {
-  synchronize(stream());
+  ops_->wait();
   staging_.reset();
   pool_ = nullptr;
 }
 
 void* MatrixStore::take(int64_t bytes) {
-  bytes_ += bytes;
-  return buffers_.emplace_back(stream(), std::max<int64_t>(bytes, 1)).data();
+  return buffers_.emplace_back(*ops_, std::max<int64_t>(bytes, 1)).data();
 }
 
 void MatrixStore::upload(void* to, int64_t rows, int64_t row_bytes, const WriteRow& write) {
@@ -62,15 +61,14 @@ void MatrixStore::upload(void* to, int64_t rows, int64_t row_bytes, const WriteR
       std::clamp<int64_t>(kStagingBytes / row_bytes, 1, std::max<int64_t>(1, rows));
   for (int64_t first = 0; first < rows; first += at_once) {
     const int64_t live = std::min(at_once, rows - first);
-    synchronize(stream());  // what was staged before has left
+    ops_->wait();  // what was staged before has left
     auto* staged = static_cast<std::byte*>(staging_.reserve(live * row_bytes));
     if (pool_ != nullptr && live > 1) {
       pool_->run(live, [&](int64_t row, int) { write(first + row, staged + row * row_bytes); });
     } else {
       for (int64_t row = 0; row < live; ++row) write(first + row, staged + row * row_bytes);
     }
-    copy_to_device(static_cast<std::byte*>(to) + first * row_bytes, staged, live * row_bytes,
-                   stream());
+    ops_->upload(static_cast<std::byte*>(to) + first * row_bytes, staged, live * row_bytes);
   }
 }
 

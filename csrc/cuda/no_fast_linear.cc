@@ -18,7 +18,7 @@ namespace {
 struct FastLinear::State {};
 
 std::shared_ptr<const FastLibrary> open_fast_library(const std::vector<std::string>&) { missing(); }
-FastLinear::FastLinear(std::shared_ptr<const FastLibrary>, Stream) { missing(); }
+FastLinear::FastLinear(std::shared_ptr<const FastLibrary>, ops::Ops&, Stream) { missing(); }
 FastLinear::~FastLinear() = default;
 void FastLinear::multiply(const Matrix&, const Matrix&, float, const void*, const Matrix&,
                           const Matrix&) {

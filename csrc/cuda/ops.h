@@ -1,7 +1,7 @@
 #pragma once
 
-// The ops on a GPU: what src/alignpro/ops declares, on device memory. No header of CUDA is named
-// here, so that callers compile without it; no_cuda.cc answers in a build that has none.
+// The ops on a GPU: what src/alignpro/ops declares and says, on device memory. No header of CUDA
+// is named here: callers compile without. A build without CUDA has no_cuda.cc in their place.
 //
 // Pointers are device memory; matrices have rows `ld` elements apart, contiguous within a row,
 // pointers and rows at multiples of 16 bytes. Work is put on `stream` and not waited for. Nothing
@@ -43,6 +43,7 @@ std::string version();
 using ops::at;
 using ops::AttentionShape;
 using ops::LogprobOutput;
+using ops::LogprobUpstream;
 using ops::Matrix;  // kF32 or kBF16
 using ops::Workspace;
 
@@ -53,14 +54,12 @@ void embedding(const Matrix& table, const int32_t* tokens, const Matrix& out, St
 void embedding_backward(const Matrix& d_out, const int32_t* begins, const int32_t* places,
                         const Matrix& d_table, Stream stream);
 
-// y = weight * x / sqrt(mean(x^2) + eps) row by row; weight [cols] in x's dtype. y may be x.
+// weight [cols] in x's dtype. y may be x.
 void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, Stream stream);
 
-// h [rows, n] = silu(gate) * up, from gate_up [rows, 2n] = [gate | up].
 void swiglu(const Matrix& gate_up, const Matrix& h, Stream stream);
 
-// The gradients of rms_norm and swiglu. dx is added to, and may not be dy; d_gate_up [rows, 2n] is
-// overwritten, from dh [rows, n].
+// dx is added to, and may not be dy; d_gate_up is overwritten.
 void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Matrix& dy,
                        const Matrix& dx, Stream stream);
 void swiglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up,
@@ -133,7 +132,7 @@ struct KvCopy {
 void kv_copy(const AttentionShape& shape, DType dtype, const KvCopy* copies, int64_t copy_count,
              const PagedKv& kv, Stream stream);
 
-// Turns the q and k heads of d_qkv back, in place: the gradient of their rotation.
+// In place, of the q and k heads.
 void rope_backward(const AttentionShape& shape, const Matrix& d_qkv, int64_t rotary_dim,
                    const float* cos, const float* sin, const int32_t* positions, Stream stream);
 
@@ -193,18 +192,11 @@ void linear_logprob(const LogprobInput& in, const LogprobOutput& out, void* work
                     Stream stream);
 int64_t linear_logprob_bytes(const LogprobInput& in);
 
-// tv [rows] = TV(p, q) = sum max(0, p - q), and mass_above [rows] = sum of p where p > q, which its
-// derivative needs; given what linear_logprob wrote, with a reference. workspace:
-// total_variation_bytes.
+// Given what linear_logprob wrote, with a reference. workspace: total_variation_bytes.
 void total_variation(const LogprobInput& in, const LogprobOutput& forward, float* tv,
                      float* mass_above, void* workspace, Stream stream);
 int64_t total_variation_bytes(const LogprobInput& in);
 
-// As ops::LogprobUpstream, with what total_variation left for its derivative.
-struct LogprobUpstream {
-  const float *logprob, *entropy, *kl, *reverse_kl;
-  const float *total_variation = nullptr, *mass_above = nullptr;  // both or neither
-};
 // d_hidden [rows, cols] and d_weight [vocab, cols], float32, overwritten; data null: not wanted.
 // workspace: linear_logprob_backward_bytes.
 void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forward,

@@ -27,10 +27,8 @@ void set_products(Products wanted) {
           "CMAKE_CUDA_ARCHITECTURES");
     }
     const int capability = compute_capability();
-    if (capability != 90) {
-      throw Unavailable(cat("wgmma: expected a GPU of compute capability 9.0, got ",
-                            capability / 10, ".", capability % 10));
-    }
+    require<Unavailable>(capability == 90, "wgmma: expected a GPU of compute capability 9.0, got ",
+                         capability / 10, ".", capability % 10);
   }
   chosen = wanted;
 }

@@ -42,9 +42,8 @@ void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, S
   check_aligned(kOp, "weight", weight);
   dispatch(kOp, x.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(kOp, rms_norm_kernel<T>, count(x.rows), kThreads, 0, stream, x.cols,
-           Rows<T>{static_cast<T*>(x.data), x.ld}, static_cast<const T*>(weight), eps,
-           Rows<T>{static_cast<T*>(y.data), y.ld});
+    launch(kOp, rms_norm_kernel<T>, count(x.rows), kThreads, 0, stream, x.cols, rows_as<T>(x),
+           static_cast<const T*>(weight), eps, rows_as<T>(y));
   });
 }
 
@@ -57,9 +56,8 @@ void qk_norm(const AttentionShape& shape, const Matrix& qkv, const void* q_weigh
   dispatch(kOp, qkv.dtype, [&](auto type) {
     using T = decltype(type);
     const dim3 grid(count(qkv.rows), count(shape.num_heads + shape.num_kv_heads));
-    launch(kOp, qk_norm_kernel<T>, grid, kHeadThreads, 0, stream,
-           Rows<T>{static_cast<T*>(qkv.data), qkv.ld}, shape.num_heads, shape.head_dim,
-           static_cast<const T*>(q_weight), static_cast<const T*>(k_weight), eps);
+    launch(kOp, qk_norm_kernel<T>, grid, kHeadThreads, 0, stream, rows_as<T>(qkv), shape.num_heads,
+           shape.head_dim, static_cast<const T*>(q_weight), static_cast<const T*>(k_weight), eps);
   });
 }
 

@@ -50,9 +50,8 @@ void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Mat
   dispatch(kOp, x.dtype, [&](auto type) {
     using T = decltype(type);
     launch(kOp, rms_norm_backward_kernel<T>, count(x.rows), kThreads, 0, stream, x.cols,
-           Rows<const T>{static_cast<const T*>(x.data), x.ld}, static_cast<const T*>(weight), eps,
-           Rows<const T>{static_cast<const T*>(dy.data), dy.ld},
-           Rows<T>{static_cast<T*>(dx.data), dx.ld});
+           rows_as<const T>(x), static_cast<const T*>(weight), eps, rows_as<const T>(dy),
+           rows_as<T>(dx));
   });
 }
 
@@ -66,10 +65,9 @@ void qk_norm_backward(const AttentionShape& shape, const Matrix& qk, const void*
   dispatch(kOp, qk.dtype, [&](auto type) {
     using T = decltype(type);
     const dim3 grid(count(qk.rows), count(shape.num_heads + shape.num_kv_heads));
-    launch(kOp, qk_norm_backward_kernel<T>, grid, kHeadThreads, 0, stream,
-           Rows<const T>{static_cast<const T*>(qk.data), qk.ld}, shape.num_heads, shape.head_dim,
-           static_cast<const T*>(q_weight), static_cast<const T*>(k_weight), eps,
-           Rows<T>{static_cast<T*>(d_qkv.data), d_qkv.ld});
+    launch(kOp, qk_norm_backward_kernel<T>, grid, kHeadThreads, 0, stream, rows_as<const T>(qk),
+           shape.num_heads, shape.head_dim, static_cast<const T*>(q_weight),
+           static_cast<const T*>(k_weight), eps, rows_as<T>(d_qkv));
   });
 }
 

@@ -28,9 +28,8 @@ void rope_backward(const AttentionShape& shape, const Matrix& d_qkv, int64_t rot
   check_rotary(kOp, shape, rotary_dim);
   dispatch(kOp, d_qkv.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(kOp, rope_backward_kernel<T>, count(d_qkv.rows), kThreads, 0, stream,
-           Rows<T>{static_cast<T*>(d_qkv.data), d_qkv.ld}, shape.num_heads + shape.num_kv_heads,
-           shape.head_dim, rotary_dim, cos, sin, positions);
+    launch(kOp, rope_backward_kernel<T>, count(d_qkv.rows), kThreads, 0, stream, rows_as<T>(d_qkv),
+           shape.num_heads + shape.num_kv_heads, shape.head_dim, rotary_dim, cos, sin, positions);
   });
 }
 

@@ -28,16 +28,8 @@ void rope_kv_write(const AttentionShape& shape, const Matrix& qkv, int64_t rotar
   dispatch(kOp, qkv.dtype, [&](auto type) {
     using T = decltype(type);
     launch(kOp, rope_kv_write_kernel<T>, count(qkv.rows), kThreads, 0, stream,
-           RopeKvWrite<T>{{static_cast<T*>(qkv.data), qkv.ld},
-                          shape.num_heads,
-                          shape.num_kv_heads,
-                          rotary_dim,
-                          cos,
-                          sin,
-                          positions,
-                          blocks,
-                          {static_cast<T*>(kv.base), kv.block_stride, kv.head_stride,
-                           kv.value_offset, shape.head_dim}});
+           RopeKvWrite<T>{rows_as<T>(qkv), shape.num_heads, shape.num_kv_heads, rotary_dim, cos,
+                          sin, positions, blocks, kv_blocks<T>(kv, shape)});
   });
 }
 

@@ -5,7 +5,6 @@
 // refuses or there is none.
 
 #include <cstdint>
-#include <utility>
 
 #include "ops.h"
 
@@ -44,22 +43,6 @@ void destroy_graph(Graph graph) noexcept;
 // Which device the calling thread's work goes to; ops.h's current_device() tells.
 void use_device(int device);
 
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) : before_(current_device()) {
-    if (before_ != device) use_device(device);
-    device_ = device;
-  }
-  ~DeviceScope() {
-    if (before_ != device_) use_device(before_);
-  }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-
- private:
-  int before_, device_;
-};
-
 class OwnedStream {
  public:
   OwnedStream() : stream_(make_stream()) {}
@@ -95,63 +78,6 @@ class OwnedGraph {
 
  private:
   Graph graph_ = nullptr;
-};
-
-// Memory of a device that grows, or pinned memory; the stream outlives it.
-class DeviceBuffer {
- public:
-  explicit DeviceBuffer(Stream stream, int64_t bytes = 0) : stream_(stream) { reserve(bytes); }
-  ~DeviceBuffer() {
-    if (data_ != nullptr) release(data_, stream_);
-  }
-  DeviceBuffer(DeviceBuffer&& other) noexcept
-      : stream_(other.stream_),
-        data_(std::exchange(other.data_, nullptr)),
-        bytes_(std::exchange(other.bytes_, 0)) {}
-  DeviceBuffer& operator=(DeviceBuffer&&) = delete;
-
-  // At least so many bytes, whose values are lost where it grows; true where the address changed.
-  bool reserve(int64_t bytes) {
-    if (bytes <= bytes_) return false;
-    if (data_ != nullptr) release(std::exchange(data_, nullptr), stream_);
-    bytes_ = 0;
-    data_ = allocate(bytes, stream_);
-    bytes_ = bytes;
-    return true;
-  }
-  void* data() const { return data_; }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  Stream stream_;
-  void* data_ = nullptr;
-  int64_t bytes_ = 0;
-};
-
-class PinnedBuffer {
- public:
-  PinnedBuffer() = default;
-  ~PinnedBuffer() { reset(); }
-  PinnedBuffer(const PinnedBuffer&) = delete;
-  PinnedBuffer& operator=(const PinnedBuffer&) = delete;
-
-  // As above; nothing on a stream may still read it.
-  void* reserve(int64_t bytes) {
-    if (bytes > bytes_) {
-      reset();
-      data_ = allocate_pinned(bytes);
-      bytes_ = bytes;
-    }
-    return data_;
-  }
-  void reset() {
-    if (data_ != nullptr) release_pinned(std::exchange(data_, nullptr));
-    bytes_ = 0;
-  }
-
- private:
-  void* data_ = nullptr;
-  int64_t bytes_ = 0;
 };
 
 }  // namespace alignpro::cuda

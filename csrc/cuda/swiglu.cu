@@ -24,9 +24,8 @@ void swiglu(const Matrix& gate_up, const Matrix& h, Stream stream) {
   check_matrix(kOp, "gate_up", gate_up, h.rows, 2 * h.cols, h.dtype);
   dispatch(kOp, h.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(kOp, swiglu_kernel<T>, count(h.rows), kThreads, 0, stream, h.cols,
-           Rows<T>{static_cast<T*>(gate_up.data), gate_up.ld},
-           Rows<T>{static_cast<T*>(h.data), h.ld});
+    launch(kOp, swiglu_kernel<T>, count(h.rows), kThreads, 0, stream, h.cols, rows_as<T>(gate_up),
+           rows_as<T>(h));
   });
 }
 

@@ -28,9 +28,7 @@ void swiglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_ga
   dispatch(kOp, dh.dtype, [&](auto type) {
     using T = decltype(type);
     launch(kOp, swiglu_backward_kernel<T>, count(dh.rows), kThreads, 0, stream, dh.cols,
-           Rows<const T>{static_cast<const T*>(gate_up.data), gate_up.ld},
-           Rows<const T>{static_cast<const T*>(dh.data), dh.ld},
-           Rows<T>{static_cast<T*>(d_gate_up.data), d_gate_up.ld});
+           rows_as<const T>(gate_up), rows_as<const T>(dh), rows_as<T>(d_gate_up));
   });
 }
 

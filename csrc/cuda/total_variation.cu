@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads)
     row_gradients_kernel(int64_t rows, bool with_ref, const int32_t* tokens, LogprobOutput forward,
                          LogprobUpstream upstream, ops::RowGradient* gradients) {
   const int64_t row = int64_t{blockIdx.x} * kThreads + DeviceBlock().thread();
-  if (row < rows) gradients[row] = row_gradient(row, with_ref, tokens, forward, upstream);
+  if (row < rows) gradients[row] = ops::row_gradient(row, with_ref, tokens, forward, upstream);
 }
 
 template <typename T>

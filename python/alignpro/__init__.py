@@ -9,75 +9,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alignpro.config import (
-        BoundConfig,
-        EvalConfig,
-        HeadroomConfig,
-        LoraConfig,
-        ModelConfig,
-        Prompting,
-        QuickstartConfig,
-        SftConfig,
-        TrainConfig,
-    )
-    from alignpro.models.adapter import LoraWeights, load_peft, save_peft
-    from alignpro.models.native_model import NativeModel, load_model
-    from alignpro.models.resolve import resolve_model
-    from alignpro.models.tokenizer import Tokenizer
-    from alignpro.native import ModelFileError, NumericError, UnavailableError
-    from alignpro.pipeline import Pipeline
-    from alignpro.rewards.build import build_reward
-    from alignpro.rewards.check import RewardError
-    from alignpro.train.callbacks import TrainCallback
-    from alignpro.train.trainer import Trainer
-    from alignpro.types import (
-        Chat,
-        Completion,
-        Message,
-        Response,
-        Reward,
-        Rewrite,
-        Rollout,
-        SamplingParams,
-    )
+    from alignpro.config import BoundConfig as BoundConfig
+    from alignpro.config import EvalConfig as EvalConfig
+    from alignpro.config import HeadroomConfig as HeadroomConfig
+    from alignpro.config import LoraConfig as LoraConfig
+    from alignpro.config import ModelConfig as ModelConfig
+    from alignpro.config import Prompting as Prompting
+    from alignpro.config import QuickstartConfig as QuickstartConfig
+    from alignpro.config import SftConfig as SftConfig
+    from alignpro.config import TrainConfig as TrainConfig
+    from alignpro.models.adapter import LoraWeights as LoraWeights
+    from alignpro.models.adapter import load_peft as load_peft
+    from alignpro.models.adapter import save_peft as save_peft
+    from alignpro.models.native_model import NativeModel as NativeModel
+    from alignpro.models.native_model import load_model as load_model
+    from alignpro.models.resolve import resolve_model as resolve_model
+    from alignpro.models.tokenizer import Tokenizer as Tokenizer
+    from alignpro.native import ModelFileError as ModelFileError
+    from alignpro.native import NumericError as NumericError
+    from alignpro.native import UnavailableError as UnavailableError
+    from alignpro.pipeline import Pipeline as Pipeline
+    from alignpro.rewards.build import build_reward as build_reward
+    from alignpro.rewards.check import RewardError as RewardError
+    from alignpro.train.callbacks import TrainCallback as TrainCallback
+    from alignpro.train.trainer import Trainer as Trainer
+    from alignpro.types import Chat as Chat
+    from alignpro.types import Completion as Completion
+    from alignpro.types import Message as Message
+    from alignpro.types import Response as Response
+    from alignpro.types import Reward as Reward
+    from alignpro.types import Rewrite as Rewrite
+    from alignpro.types import Rollout as Rollout
+    from alignpro.types import SamplingParams as SamplingParams
 
     __version__: str
-
-__all__ = [
-    "BoundConfig",
-    "Chat",
-    "Completion",
-    "EvalConfig",
-    "HeadroomConfig",
-    "LoraConfig",
-    "LoraWeights",
-    "Message",
-    "ModelConfig",
-    "ModelFileError",
-    "NativeModel",
-    "NumericError",
-    "Pipeline",
-    "Prompting",
-    "QuickstartConfig",
-    "Response",
-    "Reward",
-    "RewardError",
-    "Rewrite",
-    "Rollout",
-    "SamplingParams",
-    "SftConfig",
-    "Tokenizer",
-    "TrainCallback",
-    "TrainConfig",
-    "Trainer",
-    "UnavailableError",
-    "__version__",
-    "build_reward",
-    "load_model",
-    "load_peft",
-    "resolve_model",
-    "save_peft",
-]
 
 _HOMES = {
     "BoundConfig": "config",
@@ -113,6 +78,7 @@ _HOMES = {
     "resolve_model": "models.resolve",
     "save_peft": "models.adapter",
 }
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

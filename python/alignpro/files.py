@@ -33,7 +33,6 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write text (as UTF-8) or bytes."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 

@@ -23,10 +23,6 @@ def __getattr__(name: str) -> Any:
     return extension if name == "core" else getattr(extension, name)
 
 
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
 def _load() -> Any:
     try:
         return importlib.import_module("alignpro._core")

@@ -121,6 +121,7 @@ class Pipeline:
         num_responses: int = 1,
         seed: int | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
+        common_draws: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> Rollout:
         """N rewrites a prompt, M responses a rewrite, each scored against its original prompt.
@@ -131,6 +132,8 @@ class Pipeline:
         Args:
             seed: None draws a fresh one.
             columns: more of the prompts' data for the reward, each aligned with ``prompts``.
+            common_draws: all rewrites of a prompt draw what rewrite 0 draws. Rewrites of one text
+                then have the same responses, which are generated and scored once.
             on_progress: called with the number of rewrites and responses finished so far.
 
         Raises:
@@ -143,7 +146,7 @@ class Pipeline:
         with trace.span("rollout"):
             started = time.perf_counter()
             rewrites, generated = self._generate(
-                prompts, num_rewrites, num_responses, seed, on_progress
+                prompts, num_rewrites, num_responses, seed, common_draws, on_progress
             )
             written = time.perf_counter()
             rewrites = self._scored(prompts, rewrites, columns)
@@ -153,6 +156,7 @@ class Pipeline:
             rewrites=rewrites,
             seconds={"generate": written - started, "reward": scored - written},
             generated_tokens=generated,
+            common_draws=common_draws,
         )
 
     def rewrite(
@@ -202,8 +206,7 @@ class Pipeline:
             texts: rewrites [prompts][N], N >= 1 and free to differ; "" is the raw prompt. The
                 responses to texts[i][j] draw what those of rewrite j of prompt i draw in `rollout`
                 under the same seed.
-            common_draws: all rewrites of a prompt draw what rewrite 0 draws, for a comparison
-                between them.
+            common_draws: as in `rollout`, for a comparison between a prompt's rewrites.
 
         Raises:
             ValueError: as `rollout`, or texts that are not one list a prompt.
@@ -220,10 +223,16 @@ class Pipeline:
                 _check_prompt(prompt, index)
                 if not group:
                     raise ValueError(f"texts: expected a rewrite of prompt {index}, got none")
-                rewrites.append([self._given_rewrite(prompt, index, text) for text in group])
-                for sample, rewrite in enumerate(rewrites[-1]):
-                    key = 0 if common_draws else sample
-                    self._submit_responses(in_flight, rewrite, key, num_responses, seed)
+                given = [self._given_rewrite(prompt, index, text) for text in group]
+                answered: dict[str, Rewrite] | None = {} if common_draws else None
+                rewrites.append(
+                    [
+                        self._submit_responses(
+                            in_flight, rewrite, sample, num_responses, seed, answered
+                        )
+                        for sample, rewrite in enumerate(given)
+                    ]
+                )
             in_flight.run_until_done()
         written = time.perf_counter()
         rewrites = self._scored(prompts, rewrites, columns)
@@ -232,6 +241,7 @@ class Pipeline:
             rewrites=rewrites,
             seconds={"generate": written - started, "reward": time.perf_counter() - written},
             generated_tokens=in_flight.generated_tokens,
+            common_draws=common_draws,
         )
 
     def _generate(
@@ -240,18 +250,21 @@ class Pipeline:
         num_rewrites: int,
         num_responses: int,
         seed: int,
+        common_draws: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> tuple[list[list[Rewrite]], int]:
         """Rewrites [prompts][N] with responses [M] still unscored, and the tokens written."""
         rewrites: list[dict[int, Rewrite]] = [{} for _ in prompts]
+        answered: list[dict[str, Rewrite] | None] = [{} if common_draws else None for _ in prompts]
         with trace.span("read prompts"):
             read = [self._prompter_tokens(prompt, i) for i, prompt in enumerate(prompts)]
         with _InFlight(on_progress) as in_flight:
 
             def finished(index: int, sample: int, completion: Completion) -> None:
                 rewrite = self._as_rewrite(prompts[index], index, completion)
-                rewrites[index][sample] = rewrite
-                self._submit_responses(in_flight, rewrite, sample, num_responses, seed)
+                rewrites[index][sample] = self._submit_responses(
+                    in_flight, rewrite, sample, num_responses, seed, answered[index]
+                )
 
             for index, tokens in enumerate(read):
                 params = replace(self.rewrite_params, seed=derive_seed(seed, REWRITE_STREAM, index))
@@ -267,11 +280,26 @@ class Pipeline:
         return ordered, in_flight.generated_tokens
 
     def _submit_responses(
-        self, in_flight: _InFlight, rewrite: Rewrite, sample: int, num_responses: int, seed: int
-    ) -> None:
-        """Queue M responses; they are appended to ``rewrite.responses`` in order of their index."""
+        self,
+        in_flight: _InFlight,
+        rewrite: Rewrite,
+        sample: int,
+        num_responses: int,
+        seed: int,
+        answered: dict[str, Rewrite] | None,
+    ) -> Rewrite:
+        """Queue M responses; they are appended to ``rewrite.responses`` in order of their index.
+
+        answered: with common draws, the prompt's rewrites by text. A second one of a text has the
+        list of the first.
+        """
         if num_responses == 0:
-            return
+            return rewrite
+        if answered is not None:
+            first = answered.setdefault(rewrite.text, rewrite)
+            if first is not rewrite:
+                return replace(rewrite, responses=first.responses)
+            sample = 0
         key = derive_seed(seed, RESPONSE_STREAM, rewrite.prompt_index, sample)
         params = replace(self.response_params, seed=key)
         arrived: dict[int, Response] = {}
@@ -293,6 +321,7 @@ class Pipeline:
             )
             what = f"response {number} to rewrite {sample} of prompt {rewrite.prompt_index}"
             in_flight.add(handle, _Request(what, "answer", partial(finished, number)))
+        return rewrite
 
     def _prompter_tokens(self, prompt: str, index: int) -> list[int]:
         _check_prompt(prompt, index)
@@ -341,7 +370,8 @@ class Pipeline:
             return rewrites
         from alignpro.rewards.check import score_checked
 
-        rows = [(w, r) for group in rewrites for w in group for r in w.responses]
+        lists = {id(w.responses): w for group in rewrites for w in group}  # shared: scored once
+        rows = [(w, r) for w in lists.values() for r in w.responses]
         with trace.span("reward"):
             scored = score_checked(
                 self.reward,
@@ -354,11 +384,11 @@ class Pipeline:
                 },
             )
         scores = iter(scored)
+        with_rewards = {
+            key: [replace(r, reward=next(scores)) for r in w.responses] for key, w in lists.items()
+        }
         return [
-            [
-                replace(w, responses=[replace(r, reward=next(scores)) for r in w.responses])
-                for w in group
-            ]
+            [replace(w, responses=with_rewards[id(w.responses)]) for w in group]
             for group in rewrites
         ]
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from alignpro.bench.machine import peak_rss_bytes, versions
-from alignpro.config import QuickstartConfig
+from alignpro.config import QuickstartConfig, to_mapping
 from alignpro.data.load import load_pairs, load_prompts
 from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, load_inputs, spend
@@ -24,7 +24,6 @@ from alignpro.report.build import build_report
 from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
-from alignpro.train.checkpoint import as_config
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
@@ -53,7 +52,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     check_trackers(train.track)
     held_out = load_inputs(evaluation)
     reward = build_reward(train.reward)
-    pairs = [(row.prompt, row.instruction) for row in load_pairs(sft.data)]
+    pairs = load_pairs(sft.data)
     train_rows = load_prompts(train.data, split=train.split)
     watched = load_held_out(train, train_rows)
     seconds: dict[str, float] = {}
@@ -103,7 +102,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
         peak_rss_bytes=peak_rss_bytes(),
         versions=versions(_PACKAGES)
         | {"cpu_isa": core.cpu_isa(), "threads": str(core.available_cpus())},
-        config=as_config(config),
+        config=to_mapping(config),
     )
     with trainer.directory:
         rows = write_reports(trainer.run_dir, report)

@@ -49,10 +49,7 @@ def paired_difference(treated: ArrayLike, control: ArrayLike, *, seed: int = 0) 
     Pairing takes out what prompts have in common, so the interval is narrower than that of two
     independent means. Raises ValueError where the lengths differ or n < 2.
     """
-    a = _finite("treated", treated, dimensions=1)
-    b = _finite("control", control, dimensions=1)
-    if a.size != b.size:
-        raise ValueError(f"expected values of the same prompts, got {a.size} and {b.size}")
+    a, b = _paired(treated=treated, control=control)
     return bootstrap_mean_ci(a - b, seed=seed)
 
 
@@ -63,10 +60,7 @@ def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike, *, seed: int = 
     It means something only where the denominator's own interval stays clear of 0: ask
     `bootstrap_mean_ci` first. Raises ValueError where its mean is 0 or the lengths differ.
     """
-    a = _finite("numerator", numerator, dimensions=1)
-    b = _finite("denominator", denominator, dimensions=1)
-    if a.size != b.size or a.size < 2:
-        raise ValueError(f"expected at least 2 values of the same prompts, got {a.size}, {b.size}")
+    a, b = _paired(numerator=numerator, denominator=denominator)
     if b.mean() == 0:
         raise ValueError("denominator: expected a mean other than 0")
     ratios = []
@@ -103,6 +97,8 @@ def length_controlled_win_rate(
         ValueError: lengths that differ, a preference outside [0, 1], fewer than 2 prompts.
         ImportError: scipy is missing.
     """
+    from scipy.special import expit
+
     y = _finite("preferences", preferences, dimensions=1)
     d = _finite("length_differences", length_differences, dimensions=1)
     cluster = np.arange(y.size) if prompts is None else np.asarray(prompts)
@@ -121,12 +117,13 @@ def length_controlled_win_rate(
         for row in drawn:
             weight = np.bincount(row, minlength=names.size)[cluster].astype(np.float64)
             draws.append(_fit_logistic(x, y, weight, whole)[0])
-    return _percentiles(_sigmoid(whole[0]), np.array([_sigmoid(a) for a in draws]))
+    return _percentiles(float(expit(whole[0])), expit(np.array(draws)))
 
 
 def _fit_logistic(x: Floats, y: Floats, weight: Floats, start: Floats) -> Floats:
     """Intercept and slope of the posterior mode; y [n] may be fractions."""
     from scipy.optimize import minimize
+    from scipy.special import expit
 
     design = np.stack([np.ones_like(x), x], axis=1)
     precision = np.array(_PRIOR_DEVIATIONS) ** -2.0
@@ -134,7 +131,7 @@ def _fit_logistic(x: Floats, y: Floats, weight: Floats, start: Floats) -> Floats
     def loss(beta: Floats) -> tuple[float, Floats]:
         eta = design @ beta
         value = weight @ (np.logaddexp(0.0, eta) - y * eta) + 0.5 * precision @ beta**2
-        residual = weight * (0.5 * (1.0 + np.tanh(0.5 * eta)) - y)
+        residual = weight * (expit(eta) - y)
         return float(value), design.T @ residual + precision * beta
 
     found: Floats = minimize(loss, start, jac=True, method="BFGS").x
@@ -142,10 +139,6 @@ def _fit_logistic(x: Floats, y: Floats, weight: Floats, start: Floats) -> Floats
 
 
 _PRIOR_DEVIATIONS = (10.0, 2.5)  # of intercept and slope
-
-
-def _sigmoid(value: float) -> float:
-    return float(0.5 * (1.0 + np.tanh(0.5 * value)))
 
 
 def variance(values: ArrayLike) -> float:
@@ -210,6 +203,15 @@ def _percentiles(estimate: float, draws: Floats, level: float = 0.95) -> Interva
         raise ValueError(f"level: expected a number in (0, 1), got {level}")
     low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
     return Interval(estimate, float(low), float(high))
+
+
+def _paired(**values: ArrayLike) -> tuple[Floats, Floats]:
+    a, b = (_finite(name, given, dimensions=1) for name, given in values.items())
+    if a.size != b.size or a.size < 2:
+        raise ValueError(
+            f"expected at least 2 values of the same prompts, got {a.size} and {b.size}"
+        )
+    return a, b
 
 
 def _finite(name: str, values: ArrayLike, *, dimensions: int) -> Floats:

@@ -17,6 +17,7 @@ class Message(TypedDict):
 
 
 Chat = Sequence[Message]
+Texts = Sequence[str]  # of a batch, one a row
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Rollout:
     rewrites: list[list[Rewrite]]  # [prompts][N]
     seconds: dict[str, float]  # wall time by stage: "generate", "reward"
     generated_tokens: int  # prompter and target together
+    common_draws: bool = False  # a prompt's rewrites share draws, so their noise is not independent
 
 
 @runtime_checkable
@@ -100,9 +102,5 @@ class Reward(Protocol):
     """Scores responses against the *original* prompts: aligned lists in, one float each out."""
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> Sequence[float]: ...

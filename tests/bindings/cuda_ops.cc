@@ -3,9 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <string_view>
 
 #include "bindings/gil.h"
 #include "cuda/ops.h"
+#include "cuda/products.h"
 #include "device_call.h"
 
 namespace py = pybind11;
@@ -262,6 +265,11 @@ void head_sample(const py::object& hidden, const py::object& head, const py::obj
 }  // namespace
 
 void bind_cuda_ops(py::module_& m) {
+  // How its ops multiply bfloat16 matrices: by mma.sync, or by wgmma where this says so.
+  const char* products = std::getenv("ALIGNPRO_TEST_PRODUCTS");
+  if (products != nullptr && std::string_view(products) == "wgmma") {
+    cuda::set_products(cuda::Products::kWgmma);
+  }
   py::class_<cuda::AttentionShape>(m, "AttentionShape")
       .def(py::init(&attention_shape), py::arg("num_heads"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("sliding_window"), py::arg("scale"));
@@ -327,4 +335,5 @@ void bind_cuda_ops(py::module_& m) {
         py::arg("workspace"), py::arg("stream"));
   m.def("head_sample_bytes", &cuda::head_sample_bytes, py::arg("rows"), py::arg("vocab"),
         py::arg("with_truncation"));
+  bind_cuda_ops_backward(m);
 }

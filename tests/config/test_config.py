@@ -63,7 +63,7 @@ def test_a_partial_group_keeps_the_outer_defaults():
     [
         ({"lerning_rate": 1}, 'unknown configuration key "lerning_rate"; did you mean "learning_'),
         ({"lora": {"rnk": 1}}, 'unknown configuration key "lora.rnk"; did you mean "rank"?'),
-        ({"zzz": 1}, 'unknown configuration key "zzz"; known: prompter, target, policy'),
+        ({"zzz": 1}, 'unknown configuration key "zzz"; known: prompter, target, data'),
         ({"steps": 2.5}, "steps: expected an integer, got 2.5"),
         ({"steps": True}, "steps: expected an integer, got True"),
         ({"steps": "ten"}, "steps: expected an integer, got 'ten'"),

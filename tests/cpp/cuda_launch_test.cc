@@ -89,9 +89,10 @@ void check_logprob(int64_t rows, int64_t vocab, int64_t cols) {
   const Floats u[5] = {normal(count, 4), normal(count, 5), normal(count, 6), normal(count, 7),
                        normal(count, 8)};
   Floats d_hidden(static_cast<size_t>(rows * cols)), d_weight(static_cast<size_t>(vocab * cols));
-  ops::linear_logprob_backward(cpu_in, cpu.views<ops::LogprobOutput>(), cpu_above.data(), nullptr,
-                               {u[0].data(), u[1].data(), u[2].data(), u[3].data(), u[4].data()},
-                               d_hidden.data(), d_weight.data(), pool);
+  ops::linear_logprob_backward(
+      cpu_in, cpu.views<ops::LogprobOutput>(), nullptr,
+      {u[0].data(), u[1].data(), u[2].data(), u[3].data(), u[4].data(), cpu_above.data()},
+      d_hidden.data(), d_weight.data(), pool);
   Tensor<float> to_hidden(d_hidden.size()), to_weight(d_weight.size());
   Tensor<float> memory(static_cast<size_t>(cuda::linear_logprob_backward_bytes(in) / 4));
   cuda::linear_logprob_backward(

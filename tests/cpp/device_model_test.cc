@@ -299,40 +299,8 @@ SLOW_TEST(bfloat16_stays_near_float32) {
   CHECK((difference > 1e-4 && difference < 3e-2));
 }
 
-SLOW_TEST(more_adapters_than_are_kept) {
-  const ModelConfig config = small(false, false, false);
-  const auto device = device_model(config);
-  ScoreRequest request;
-  request.sequences = {text(4, 4)};
-  request.starts = {1};
-  std::vector<std::vector<float>> values;
-  std::vector<std::shared_ptr<Adapter>> adapters;
-  for (uint32_t i = 0; i < 10; ++i) {
-    adapters.push_back(LoraStore(config, 1, 100 + i, false).adapter(config));
-    request.adapter = adapters.back();
-    values.push_back(Score(device, request).logprob());
-    if (i > 0) CHECK(values[i] != values[i - 1]);
-  }
-  request.adapter = adapters[0];
-  CHECK_EQ(Score(device, request).logprob(), values[0]);
-}
-
 TEST_CASE("what a device cannot do is refused by name") {
   const ModelConfig config = small(false, false, false);
-  const auto device = device_model(config);
-  ScoreRequest request;
-  request.sequences = {{1, 2}};
-  request.starts = {1};
-  request.keep_graph = true;
-  CHECK_THROWS_WITH_AS((void)(Score(device, request)),
-                       doctest::Contains("keep_graph needs an adapter"), InvalidArgument);
-  request.keep_graph = false;
-  request.sequences = {{1, 111}};
-  CHECK_THROWS_WITH_AS((void)(Score(device, request)), doctest::Contains("token 111"),
-                       InvalidArgument);
-  CHECK_THROWS_WITH_AS((void)(Score::bytes(*device, request)), doctest::Contains("token 111"),
-                       InvalidArgument);
-
   CHECK_THROWS_WITH_AS((void)(device_model(config, DType::kF16)),
                        doctest::Contains("bfloat16 or float32"), InvalidArgument);
   CHECK_THROWS_WITH_AS(

@@ -14,7 +14,7 @@
 #if defined(__SANITIZE_ADDRESS__)
 #define SLOW_TEST(name) [[maybe_unused]] static void name()
 #else
-#define SLOW_TEST(name) TEST_CASE("name")
+#define SLOW_TEST(name) TEST_CASE(#name)
 #endif
 
 namespace alignpro::model {

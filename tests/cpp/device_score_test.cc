@@ -126,34 +126,6 @@ SLOW_TEST(gradients_of_some_modules) {
   check_gradients(config, request);
 }
 
-// What is shared is computed once, to the bits that it has alone; with a graph and without.
-SLOW_TEST(a_score_is_its_sequences_own) {
-  const ModelConfig config = wide(small(false, true, false));
-  for (const DType compute : {DType::kF32, DType::kBF16}) {
-    const auto device = device_model(config, compute);
-    ScoreRequest request = request_of(config);
-    request.with_hidden = true;
-    const Score together(device, request);
-    request.keep_graph = false;
-    const Score without(device, request);
-    CHECK_EQ(without.logprob(), together.logprob());
-    CHECK_EQ(without.kl(), together.kl());
-    CHECK_EQ(without.hidden(), together.hidden());
-    ScoreRequest one = request;
-    one.sequences = {request.sequences[1]};
-    one.starts = {request.starts[1]};
-    const Score alone(device, one);
-    const int64_t from = 8, count = 3;
-    CHECK_EQ(static_cast<int64_t>(alone.logprob().size()), count);
-    CHECK(same_bits(alone.logprob().data(), together.logprob().data() + from, count));
-    CHECK(same_bits(alone.entropy().data(), together.entropy().data() + from, count));
-    CHECK(same_bits(alone.reference_logprob().data(), together.reference_logprob().data() + from,
-                    count));
-    CHECK(same_bits(alone.hidden().data(), together.hidden().data() + from * config.hidden_size,
-                    static_cast<size_t>(count * config.hidden_size)));
-  }
-}
-
 // Forward by cuBLASLt's stand-in, whose sums go another way; backward as where it is deterministic.
 TEST_CASE("fast gradients stay near") {
   const ModelConfig config = small(true, false, false);
@@ -208,32 +180,4 @@ SLOW_TEST(bytes_are_what_is_held_at_the_peak) {
     }
   }
   CHECK(peaks[0] > peaks[1]);  // what recomputing is for
-}
-
-TEST_CASE("what backward does not take is refused") {
-  const ModelConfig config = small(false, false, false);
-  const auto device = device_model(config);
-  ScoreRequest request;
-  request.sequences = {{1, 2}, {5}};
-  request.starts = {1, 1};
-  request.adapter = LoraStore(config, 1, 6, false).adapter(config);
-  const std::vector<float> one = {1.0f}, two = {1.0f, 2.0f};
-  CHECK_THROWS_WITH_AS((void)(Score(device, request).backward(one, {}, {})),
-                       doctest::Contains("the graph is gone"), InvalidArgument);
-  request.keep_graph = true;
-  Score score(device, request);
-  CHECK_THROWS_WITH_AS((void)(score.backward(two, {}, {})),
-                       doctest::Contains("d_logprob has 2 values, expected 1"), InvalidArgument);
-  CHECK_THROWS_WITH_AS((void)(score.backward(one, two, {})),
-                       doctest::Contains("d_entropy has 2 values"), InvalidArgument);
-  CHECK_THROWS_WITH_AS((void)(score.backward(one, {}, one)),
-                       doctest::Contains("the score had no reference"), InvalidArgument);
-  CHECK(score.backward(one, {}, {}).modules.size() > 0);
-  CHECK_THROWS_WITH_AS((void)(score.backward(one, {}, {})), doctest::Contains("the graph is gone"),
-                       InvalidArgument);
-  // Nothing scored: nothing computed, gradients of zero.
-  request.starts = {2, 1};
-  Score nothing(device, request);
-  CHECK_EQ(Score::bytes(*device, request), int64_t{0});
-  for (const float value : flat(nothing.backward({}, {}, {}))) CHECK_EQ(value, 0.0f);
 }

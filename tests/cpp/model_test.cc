@@ -1,5 +1,8 @@
 // The transformer on a tiny random model: parity of the engine's path and the scorer's to the bit,
 // gradients by finite differences, and nothing that depends on threads, sharing or what is kept.
+//
+// One body for every device: model_test runs it on the CPU, device_model_test on an emulated GPU
+// (ALIGNPRO_EMULATED_DEVICE), in every dtype that it computes in.
 
 #include <algorithm>
 #include <atomic>
@@ -7,6 +10,7 @@
 #include <cstring>
 #include <map>
 #include <random>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -20,23 +24,45 @@
 #include "alignpro/model/prefix_tree.h"
 #include "alignpro/model/score.h"
 #include "alignpro/ops/linear_logprob.h"
-#include "cuda/device_ops.h"
 #include "random_checkpoint.h"
+#if defined(ALIGNPRO_EMULATED_DEVICE)
+#include "device_models.h"
+#endif
 
 using namespace alignpro;
 using namespace alignpro::model;
 
 namespace {
 
-std::shared_ptr<Model> tiny_model(const ModelConfig& config, int threads = 2,
-                                  DType kv_dtype = DType::kF32) {
-  return cpu_model(config, threads, ops::Arithmetic::kFloat32, kv_dtype);
+#if defined(ALIGNPRO_EMULATED_DEVICE)
+// Two layers say what three do. Under the address sanitizer, where fibers take twenty times as
+// long, float32 alone, and a race is looked for twice.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int kRounds = 2;
+#else
+constexpr int kRounds = 8;
+#endif
+std::vector<std::shared_ptr<const Model>> on_the_device(const ModelConfig& config) {
+  const ModelConfig shape = wide(small(config.qkv_bias, config.qk_norm, config.fused_projections));
+  std::vector<std::shared_ptr<const Model>> models = {device_model(shape)};
+#if !defined(__SANITIZE_ADDRESS__)
+  models.push_back(device_model(shape, DType::kBF16));
+#endif
+  return models;
 }
+#else
+constexpr int kRounds = 8;
+std::vector<std::shared_ptr<const Model>> on_the_device(const ModelConfig& config) {
+  return {cpu_model(config), cpu_model(config, 2, ops::Arithmetic::kFloat32, DType::kF16)};
+}
+#endif
 
-// One body runs on each: the CPU, and a GPU that is emulated.
-std::vector<std::shared_ptr<Model>> on_every_device(const ModelConfig& config) {
-  return {tiny_model(config),
-          Model::from(RandomCheckpoint(config), cuda::make_device(DType::kF32, true, 1), 0)};
+// Of these, what has gradients.
+std::vector<std::shared_ptr<const Model>> trainable(const ModelConfig& config) {
+  auto models = on_the_device(config);
+  std::erase_if(models,
+                [](const auto& model) { return model->device().kv_dtype() == DType::kF16; });
+  return models;
 }
 
 std::vector<std::vector<int32_t>> sequences() {
@@ -56,7 +82,7 @@ std::vector<std::vector<int32_t>> sequences() {
 
 std::vector<int64_t> starts() { return {21, 21, 21, 21, 1, 4}; }
 
-Score score(const std::shared_ptr<Model>& model, std::shared_ptr<const Adapter> adapter,
+Score score(const std::shared_ptr<const Model>& model, std::shared_ptr<const Adapter> adapter,
             std::shared_ptr<const Adapter> reference, bool keep_graph,
             Activations activations = Activations::kKeep) {
   ScoreRequest request;
@@ -75,129 +101,56 @@ bool equal_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-bool equal_bits(const AdapterGradients& a, const AdapterGradients& b) {
-  for (size_t i = 0; i < a.modules.size(); ++i) {
-    if (!equal_bits(a.modules[i].a, b.modules[i].a) ||
-        !equal_bits(a.modules[i].b, b.modules[i].b)) {
-      return false;
-    }
-  }
-  return a.modules.size() == b.modules.size();
-}
-
-std::vector<float> weights_of(size_t count, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> draw;
-  std::vector<float> values(count);
-  for (float& v : values) v = draw(generator);
-  return values;
-}
-
 }  // namespace
 
-TEST_CASE("token tree shares what is common") {
-  const auto all = sequences();
-  std::vector<std::span<const int32_t>> views(all.begin(), all.end());
-  const PrefixTree tree(views);
-  // 20 inputs shared by all five, one more by four; then the runs, and the lone sequence of 3.
-  int64_t separate = 0;
-  for (const auto& s : all) separate += static_cast<int64_t>(s.size()) - 1;
-  CHECK(tree.batch().rows() < separate / 2);
-  for (size_t s = 0; s < all.size(); ++s) {
-    for (size_t i = 0; i + 1 < all[s].size(); ++i) {
-      const int32_t row = tree.row(static_cast<int64_t>(s), static_cast<int64_t>(i));
-      CHECK_EQ(tree.batch().tokens[static_cast<size_t>(row)], all[s][i]);
-      CHECK_EQ(tree.batch().positions[static_cast<size_t>(row)], static_cast<int32_t>(i));
-    }
-  }
-}
-
+// What is shared is computed once, to the bits that it has alone; with a graph and without.
 TEST_CASE("shared prefixes change no bit") {
-  for (const auto& model : on_every_device(tiny(true, false, false))) {
-    const auto adapter = LoraStore(model->config(), 3, 5, false).adapter(model->config());
-    const Score together = score(model, adapter, nullptr, false);
+  for (const auto& model : on_the_device(tiny(true, false, false))) {
+    ScoreRequest request;
+    request.sequences = sequences();
+    request.starts = starts();
+    request.adapter = LoraStore(model->config(), 3, 5, false).adapter(model->config());
+    request.temperature = 0.9f;
+    request.with_reference = true;
+    request.with_hidden = true;
+    const Score together(model, request);
+    if (model->device().kv_dtype() != DType::kF16) {
+      ScoreRequest to_train = request;
+      to_train.keep_graph = true;
+      const Score graph(model, to_train);
+      CHECK(equal_bits(graph.logprob(), together.logprob()));
+      CHECK(equal_bits(graph.kl(), together.kl()));
+      CHECK(equal_bits(graph.hidden(), together.hidden()));
+    }
     size_t at = 0;
     for (size_t s = 0; s < sequences().size(); ++s) {
-      ScoreRequest request;
-      request.sequences = {sequences()[s]};
-      request.starts = {starts()[s]};
-      request.adapter = adapter;
-      request.temperature = 0.9f;
-      request.with_reference = true;
-      const Score alone(model, std::move(request));
-      for (size_t i = 0; i < alone.logprob().size(); ++i, ++at) {
-        CHECK_EQ(alone.logprob()[i], together.logprob()[at]);
-        CHECK_EQ(alone.kl()[i], together.kl()[at]);
-      }
+      ScoreRequest one = request;
+      one.sequences = {sequences()[s]};
+      one.starts = {starts()[s]};
+      const Score alone(model, one);
+      const size_t count = alone.logprob().size();
+      const auto same = [&](const std::vector<float>& own, const std::vector<float>& all,
+                            size_t width) {
+        return own.size() == count * width &&
+               std::memcmp(own.data(), all.data() + at * width, own.size() * sizeof(float)) == 0;
+      };
+      CHECK(same(alone.logprob(), together.logprob(), 1));
+      CHECK(same(alone.entropy(), together.entropy(), 1));
+      CHECK(same(alone.kl(), together.kl(), 1));
+      CHECK(same(alone.reference_logprob(), together.reference_logprob(), 1));
+      CHECK(same(alone.hidden(), together.hidden(),
+                 static_cast<size_t>(model->config().hidden_size)));
+      at += count;
     }
     CHECK_EQ(at, together.logprob().size());
   }
 }
 
-TEST_CASE("hidden states are what the tokens were predicted from") {
-  const std::vector<std::pair<ModelConfig, DType>> cases{{tiny(true, false, false), DType::kF32},
-                                                         {tiny(false, true, true), DType::kF16}};
-  for (const auto& [config, kv_dtype] : cases) {
-    const auto model = tiny_model(config, 2, kv_dtype);
-    const auto adapter = LoraStore(model->config(), 3, 5, false).adapter(model->config());
-    ScoreRequest request;
-    request.sequences = sequences();
-    request.starts = starts();
-    request.adapter = adapter;
-    request.temperature = 0.9f;
-    const Score without(model, request);
-    CHECK((!without.has_hidden() && without.hidden().empty()));
-    request.with_hidden = true;
-    request.with_reference = true;  // its states are not the policy's
-    const Score s(model, request);
-    CHECK(equal_bits(s.logprob(), without.logprob()));
-
-    const int64_t width = model->config().hidden_size;
-    const auto values = static_cast<int64_t>(s.logprob().size());
-    CHECK_EQ(static_cast<int64_t>(s.hidden().size()), values * width);
-    std::vector<int32_t> tokens;
-    for (size_t i = 0; i < sequences().size(); ++i) {
-      const auto all = sequences()[i];
-      tokens.insert(tokens.end(), all.begin() + starts()[i], all.end());
-    }
-    std::vector<float> logprob(s.logprob().size()), entropy(logprob.size());
-    std::vector<double> lse(logprob.size());
-    const RandomCheckpoint checkpoint(config);
-    ThreadPool pool(2);
-    const auto head = ops::PackedMatrix::pack(
-        config.tied_head ? checkpoint.embedding_rows() : checkpoint.head_rows(), width, pool);
-    ops::linear_logprob({.rows = values,
-                         .hidden = s.hidden().data(),
-                         .weight = &head,
-                         .tokens = tokens,
-                         .temperature = 0.9f},
-                        {.logprob = logprob.data(),
-                         .entropy = entropy.data(),
-                         .kl = nullptr,
-                         .reverse_kl = nullptr,
-                         .ref_logprob = nullptr,
-                         .lse = lse.data(),
-                         .ref_lse = nullptr},
-                        nullptr, pool);
-    CHECK(equal_bits(logprob, s.logprob()));
-    CHECK(equal_bits(entropy, s.entropy()));
-    // Here, and in the caller's copy.
-    ScoreRequest plain = request;
-    plain.with_hidden = false;
-    CHECK_EQ(Score::bytes(*model, request) - Score::bytes(*model, plain), 2 * values * width * 4);
-  }
-}
-
 TEST_CASE("generation path equals scoring path to the bit") {
-  for (const auto& [config, kv_dtype] :
-       std::vector<std::pair<ModelConfig, DType>>{{tiny(true, false, false), DType::kF32},
-                                                  {tiny(false, true, false), DType::kF32},
-                                                  {tiny(false, false, true), DType::kF32},
-                                                  {tiny(true, false, false), DType::kF16}}) {
-    const auto models = kv_dtype == DType::kF32 ? on_every_device(config)
-                                                : std::vector{tiny_model(config, 2, kv_dtype)};
-    for (const auto& model : models) {
-      const auto adapter = LoraStore(config, 2, 6, false).adapter(config);
+  for (const ModelConfig& config :
+       {tiny(true, false, false), tiny(false, true, false), tiny(false, false, true)}) {
+    for (const auto& model : on_the_device(config)) {
+      const auto adapter = LoraStore(model->config(), 2, 6, false).adapter(model->config());
       // Prefill in odd chunks beside a stranger on the base weights, as the engine would. What is
       // drawn after each chunk takes the place of the next token.
       std::vector<int32_t> tokens = sequences()[1];
@@ -242,6 +195,227 @@ TEST_CASE("generation path equals scoring path to the bit") {
   }
 }
 
+TEST_CASE("an adapter with zero b is the base model") {
+  for (const auto& model : on_the_device(tiny(false, false, false))) {
+    const auto adapter = LoraStore(model->config(), 3, 7, true).adapter(model->config());
+    const Score s = score(model, adapter, nullptr, false);
+    CHECK(equal_bits(s.logprob(), s.reference_logprob()));
+    for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
+  }
+}
+
+TEST_CASE("the kl to an equal adapter is zero to the bit") {
+  for (const auto& model : on_the_device(tiny(false, false, false))) {
+    const LoraStore store(model->config(), 3, 7, false);
+    const Score s =
+        score(model, store.adapter(model->config()), store.adapter(model->config()), false);
+    for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
+  }
+}
+
+TEST_CASE("bad requests name what is wrong") {
+  for (const auto& model : on_the_device(tiny(false, false, false))) {
+    const auto refuse = [&](std::vector<std::vector<int32_t>> s, std::vector<int64_t> from,
+                            const char* text) {
+      ScoreRequest request;
+      request.sequences = std::move(s);
+      request.starts = std::move(from);
+      CHECK_THROWS_WITH_AS((void)(Score(model, std::move(request))), doctest::Contains(text),
+                           InvalidArgument);
+    };
+    refuse({{1, 2}, {}}, {1, 1}, "sequence 1 is empty");
+    refuse({{1, 111}}, {1}, "token 111");
+    refuse({{1, 2}}, {3}, "start of sequence 0");
+    refuse({{1, 2}}, {1, 1}, "a start for each of 1");
+    refuse({std::vector<int32_t>(129, 1)}, {1}, "129 tokens");
+    ScoreRequest request;
+    request.sequences = {{1, 2}};
+    request.starts = {1};
+    request.keep_graph = true;
+    CHECK_THROWS_WITH_AS((void)(Score(model, request)),
+                         doctest::Contains("keep_graph needs an adapter"), InvalidArgument);
+    request.sequences = {{1, 111}};
+    request.keep_graph = false;
+    CHECK_THROWS_WITH_AS((void)(Score::bytes(*model, request)), doctest::Contains("token 111"),
+                         InvalidArgument);
+    std::map<std::string, LoraMatrices> unknown{
+        {"model.layers.9.mlp.up_proj", {1, nullptr, nullptr}}};
+    CHECK_THROWS_WITH_AS((void)(Adapter(model->config(), unknown, 1.0f)),
+                         doctest::Contains("layers.9"), InvalidArgument);
+  }
+}
+
+TEST_CASE("what backward does not take is refused") {
+  for (const auto& model : trainable(tiny(false, false, false))) {
+    ScoreRequest request;
+    request.sequences = {{1, 2}, {5}};
+    request.starts = {1, 1};
+    request.adapter = LoraStore(model->config(), 1, 6, false).adapter(model->config());
+    const std::vector<float> one = {1.0f}, two = {1.0f, 2.0f};
+    const auto refuse = [&](Score& score, std::span<const float> d_logprob,
+                            std::span<const float> d_entropy, std::span<const float> d_kl,
+                            const char* text) {
+      CHECK_THROWS_WITH_AS((void)(score.backward(d_logprob, d_entropy, d_kl)),
+                           doctest::Contains(text), InvalidArgument);
+    };
+    Score plain(model, request);
+    refuse(plain, one, {}, {}, "the graph is gone");
+    request.keep_graph = true;
+    Score score(model, request);
+    refuse(score, two, {}, {}, "d_logprob has 2 values, expected 1");
+    refuse(score, one, two, {}, "d_entropy has 2 values");
+    refuse(score, one, {}, one, "the score had no reference");
+    CHECK(score.backward(one, {}, {}).modules.size() > 0);
+    refuse(score, one, {}, {}, "call backward once");
+    // Nothing scored: nothing computed, gradients of zero.
+    request.starts = {2, 1};
+    Score nothing(model, request);
+    CHECK_EQ(Score::bytes(*model, request), int64_t{0});
+    for (const auto& [a, b] : nothing.backward({}, {}, {}).modules) {
+      for (const auto* matrix : {&a, &b}) {
+        for (const float value : *matrix) CHECK_EQ(value, 0.0f);
+      }
+    }
+  }
+}
+
+TEST_CASE("adapters are told apart, and found again") {
+  for (const auto& model : on_the_device(tiny(false, false, false))) {
+    ScoreRequest request;
+    request.sequences = {{4, 35, 66, 97}};
+    request.starts = {1};
+    std::vector<std::vector<float>> values;
+    std::vector<std::shared_ptr<Adapter>> adapters;
+    for (uint32_t i = 0; i < 4; ++i) {
+      adapters.push_back(LoraStore(model->config(), 1, 100 + i, false).adapter(model->config()));
+      request.adapter = adapters.back();
+      values.push_back(Score(model, request).logprob());
+      if (i > 0) CHECK(values[i] != values[i - 1]);
+    }
+    request.adapter = adapters[0];
+    CHECK_EQ(Score(model, request).logprob(), values[0]);
+  }
+}
+
+// One of two threads has the graph; the other is told, and nothing else.
+TEST_CASE("backward from two threads is called once") {
+  for (const auto& model : trainable(tiny(false, false, false))) {
+    const auto adapter = LoraStore(model->config(), 2, 6, false).adapter(model->config());
+    for (int round = 0; round < kRounds; ++round) {
+      Score s = score(model, adapter, nullptr, true);
+      const std::vector<float> d(s.logprob().size(), 1.0f);
+      std::atomic<int> done{0}, told{0};
+      const auto call = [&] {
+        try {
+          done += s.backward(d, {}, {}).modules.empty() ? 0 : 1;
+        } catch (const InvalidArgument& error) {
+          told += std::string(error.what()).find("call backward once") != std::string::npos;
+        }
+      };
+      std::thread first(call), second(call);
+      first.join();
+      second.join();
+      CHECK_EQ(done.load(), 1);
+      CHECK_EQ(told.load(), 1);
+    }
+  }
+}
+
+#if !defined(ALIGNPRO_EMULATED_DEVICE)
+// Of the CPU alone; a GPU's gradients are held beside these (device_score_test).
+
+namespace {
+
+std::shared_ptr<Model> tiny_model(const ModelConfig& config, int threads = 2,
+                                  DType kv_dtype = DType::kF32) {
+  return cpu_model(config, threads, ops::Arithmetic::kFloat32, kv_dtype);
+}
+
+bool equal_bits(const AdapterGradients& a, const AdapterGradients& b) {
+  for (size_t i = 0; i < a.modules.size(); ++i) {
+    if (!equal_bits(a.modules[i].a, b.modules[i].a) ||
+        !equal_bits(a.modules[i].b, b.modules[i].b)) {
+      return false;
+    }
+  }
+  return a.modules.size() == b.modules.size();
+}
+
+std::vector<float> weights_of(size_t count, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> draw;
+  std::vector<float> values(count);
+  for (float& v : values) v = draw(generator);
+  return values;
+}
+
+}  // namespace
+
+TEST_CASE("token tree shares what is common") {
+  const auto all = sequences();
+  std::vector<std::span<const int32_t>> views(all.begin(), all.end());
+  const PrefixTree tree(views);
+  // 20 inputs shared by all five, one more by four; then the runs, and the lone sequence of 3.
+  int64_t separate = 0;
+  for (const auto& s : all) separate += static_cast<int64_t>(s.size()) - 1;
+  CHECK(tree.batch().rows() < separate / 2);
+  for (size_t s = 0; s < all.size(); ++s) {
+    for (size_t i = 0; i + 1 < all[s].size(); ++i) {
+      const int32_t row = tree.row(static_cast<int64_t>(s), static_cast<int64_t>(i));
+      CHECK_EQ(tree.batch().tokens[static_cast<size_t>(row)], all[s][i]);
+      CHECK_EQ(tree.batch().positions[static_cast<size_t>(row)], static_cast<int32_t>(i));
+    }
+  }
+}
+
+TEST_CASE("hidden states are what the tokens were predicted from") {
+  const std::vector<std::pair<ModelConfig, DType>> cases{{tiny(true, false, false), DType::kF32},
+                                                         {tiny(false, true, true), DType::kF16}};
+  for (const auto& [config, kv_dtype] : cases) {
+    const auto model = tiny_model(config, 2, kv_dtype);
+    const auto adapter = LoraStore(model->config(), 3, 5, false).adapter(model->config());
+    ScoreRequest request;
+    request.sequences = sequences();
+    request.starts = starts();
+    request.adapter = adapter;
+    request.temperature = 0.9f;
+    const Score without(model, request);
+    CHECK((!without.has_hidden() && without.hidden().empty()));
+    request.with_hidden = true;
+    request.with_reference = true;  // its states are not the policy's
+    const Score s(model, request);
+    CHECK(equal_bits(s.logprob(), without.logprob()));
+
+    const int64_t width = model->config().hidden_size;
+    const auto values = static_cast<int64_t>(s.logprob().size());
+    CHECK_EQ(static_cast<int64_t>(s.hidden().size()), values * width);
+    std::vector<int32_t> tokens;
+    for (size_t i = 0; i < sequences().size(); ++i) {
+      const auto all = sequences()[i];
+      tokens.insert(tokens.end(), all.begin() + starts()[i], all.end());
+    }
+    std::vector<float> logprob(s.logprob().size()), entropy(logprob.size());
+    std::vector<double> lse(logprob.size());
+    const RandomCheckpoint checkpoint(config);
+    ThreadPool pool(2);
+    const auto head = ops::PackedMatrix::pack(
+        config.tied_head ? checkpoint.embedding_rows() : checkpoint.head_rows(), width, pool);
+    ops::linear_logprob({.rows = values,
+                         .hidden = s.hidden().data(),
+                         .weight = &head,
+                         .tokens = tokens,
+                         .temperature = 0.9f},
+                        {.logprob = logprob.data(), .entropy = entropy.data(), .lse = lse.data()},
+                        nullptr, pool);
+    CHECK(equal_bits(logprob, s.logprob()));
+    CHECK(equal_bits(entropy, s.entropy()));
+    // Here, and in the caller's copy.
+    ScoreRequest plain = request;
+    plain.with_hidden = false;
+    CHECK_EQ(Score::bytes(*model, request) - Score::bytes(*model, plain), 2 * values * width * 4);
+  }
+}
+
 TEST_CASE("keys and values as halves have no gradients") {
   const auto model = tiny_model(tiny(true, false, false), 2, DType::kF16);
   const auto adapter = LoraStore(model->config(), 2, 6, false).adapter(model->config());
@@ -252,24 +426,6 @@ TEST_CASE("keys and values as halves have no gradients") {
   CHECK_THROWS_WITH_AS((void)(tiny_model(tiny(true, false, false), 2, DType::kQ8_0)),
                        doctest::Contains("kv_dtype: expected F32 or F16, got Q8_0"),
                        InvalidArgument);
-}
-
-TEST_CASE("an adapter with zero b is the base model") {
-  for (const auto& model : on_every_device(tiny(false, false, false))) {
-    const auto adapter = LoraStore(model->config(), 3, 7, true).adapter(model->config());
-    const Score s = score(model, adapter, nullptr, false);
-    CHECK(equal_bits(s.logprob(), s.reference_logprob()));
-    for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
-  }
-}
-
-TEST_CASE("the kl to an equal adapter is zero to the bit") {
-  for (const auto& model : on_every_device(tiny(false, false, false))) {
-    const LoraStore store(model->config(), 3, 7, false);
-    const Score s =
-        score(model, store.adapter(model->config()), store.adapter(model->config()), false);
-    for (const float kl : s.kl()) CHECK_EQ(kl, 0.0f);
-  }
 }
 
 TEST_CASE("gradients by finite differences") {
@@ -334,54 +490,4 @@ TEST_CASE("gradients do not depend on threads or on what is kept") {
   CHECK(equal_bits(all[0], all[2]));
 }
 
-TEST_CASE("bad requests name what is wrong") {
-  for (const auto& model : on_every_device(tiny(false, false, false))) {
-    const auto refuse = [&](std::vector<std::vector<int32_t>> s, std::vector<int64_t> from,
-                            const char* text) {
-      ScoreRequest request;
-      request.sequences = std::move(s);
-      request.starts = std::move(from);
-      CHECK_THROWS_WITH_AS((void)(Score(model, std::move(request))), doctest::Contains(text),
-                           InvalidArgument);
-    };
-    refuse({{1, 2}, {}}, {1, 1}, "sequence 1 is empty");
-    refuse({{1, 111}}, {1}, "token 111");
-    refuse({{1, 2}}, {3}, "start of sequence 0");
-    refuse({{1, 2}}, {1, 1}, "a start for each of 1");
-    refuse({std::vector<int32_t>(129, 1)}, {1}, "129 tokens");
-    Score once = score(model, LoraStore(model->config(), 1, 1, false).adapter(model->config()),
-                       nullptr, true);
-    const std::vector<float> d(once.logprob().size(), 1.0f);
-    once.backward(d, {}, {});
-    CHECK_THROWS_WITH_AS((void)(once.backward(d, {}, {})), doctest::Contains("call backward once"),
-                         InvalidArgument);
-    std::map<std::string, LoraMatrices> unknown{
-        {"model.layers.9.mlp.up_proj", {1, d.data(), d.data()}}};
-    CHECK_THROWS_WITH_AS((void)(Adapter(model->config(), unknown, 1.0f)),
-                         doctest::Contains("layers.9"), InvalidArgument);
-  }
-}
-
-// One of two threads has the graph; the other is told, and nothing else.
-TEST_CASE("backward from two threads is called once") {
-  for (const auto& model : on_every_device(tiny(false, false, false))) {
-    const auto adapter = LoraStore(model->config(), 2, 6, false).adapter(model->config());
-    for (int round = 0; round < 8; ++round) {
-      Score s = score(model, adapter, nullptr, true);
-      const std::vector<float> d(s.logprob().size(), 1.0f);
-      std::atomic<int> done{0}, told{0};
-      const auto call = [&] {
-        try {
-          done += s.backward(d, {}, {}).modules.empty() ? 0 : 1;
-        } catch (const InvalidArgument& error) {
-          told += std::string(error.what()).find("call backward once") != std::string::npos;
-        }
-      };
-      std::thread first(call), second(call);
-      first.join();
-      second.join();
-      CHECK_EQ(done.load(), 1);
-      CHECK_EQ(told.load(), 1);
-    }
-  }
-}
+#endif

@@ -11,7 +11,6 @@ import pytest
 
 from alignpro.data import (
     DataError,
-    PairRow,
     PromptRow,
     load_pairs,
     load_prompts,
@@ -101,9 +100,11 @@ def test_chats_from_parquet(tmp_path):
 
 def test_pairs(write):
     rows = [{"prompt": "Bake bread", "instruction": "Be brief.", "tone": "dry"}]
-    assert load_pairs(write("a.jsonl", jsonl(rows))) == [PairRow("Bake bread", "Be brief.")]
+    assert load_pairs(write("a.jsonl", jsonl(rows))) == [("Bake bread", "Be brief.")]
+    rows[0]["instruction"] = ""  # leaves the prompt as it is
+    assert load_pairs(write("c.jsonl", jsonl(rows))) == [("Bake bread", "")]
     renamed = write("b.csv", "x,y\nBake bread,Be brief.\n")
-    assert load_pairs(renamed, "x", "y") == [PairRow("Bake bread", "Be brief.")]
+    assert load_pairs(renamed, "x", "y") == [("Bake bread", "Be brief.")]
 
 
 def test_columns_are_stacked_beside_the_rows():
@@ -122,7 +123,7 @@ def test_the_packaged_prompts_are_there_and_split():
 def test_the_packaged_pairs_are_there():
     pairs = load_pairs("instructions")
     assert len(pairs) >= 90
-    assert len({p.instruction for p in pairs}) > 40
+    assert len({instruction for _, instruction in pairs}) > 40
 
 
 def chat(*roles):

@@ -45,12 +45,12 @@ struct FastLinear::State {};
 std::shared_ptr<const FastLibrary> open_fast_library(const std::vector<std::string>&) {
   return std::make_shared<const FastLibrary>();
 }
-FastLinear::FastLinear(std::shared_ptr<const FastLibrary>, Stream) {}
+FastLinear::FastLinear(std::shared_ptr<const FastLibrary>, ops::Ops&, Stream) {}
 FastLinear::~FastLinear() = default;
 
 void FastLinear::multiply(const Matrix& x, const Matrix& weight, float scale, const void* bias,
                           const Matrix& residual, const Matrix& out) {
-  check_fast_linear("fast_linear", x, weight, residual, out);
+  check_linear("fast_linear", x, weight, residual, out);
   const auto run = [=] {
     dispatch("fast_linear", x.dtype,
              [&](auto type) { product<decltype(type)>(x, weight, scale, bias, residual, out); });

@@ -17,7 +17,7 @@ PACKAGE = "alignpro"
 # room -> the rooms it may import. A room may always import itself.
 _BASE = {"config", "types"}
 _SERVING = _BASE | {"native", "models"}
-_WRITING = {"files", "run_directory"}
+_WRITING = {"files", "run_directory", "optional"}
 _RUNNING = (
     _SERVING | _WRITING | {"pipeline", "rewards", "objective", "data", "statistics", "findings"}
 )
@@ -25,10 +25,11 @@ ROOMS: dict[str, set[str]] = {
     "types": set(),
     "trace": set(),
     "files": set(),
+    "optional": set(),
     "run_directory": {"files"},
     "config": {"types"},
-    "data": {"types"},
-    "rewards": {"types"},
+    "data": {"types", "optional"},
+    "rewards": {"types", "optional"},
     "objective": {"types"},
     "statistics": {"types"},
     "theory": {"types", "statistics"},
@@ -55,7 +56,7 @@ ONLY = {
     "openai": {"evaluate"},  # the judge's client
     "alignpro._core": {"native"},
 }
-STANDARD_LIBRARY_ONLY = {"config", "types", "trace", "files", "run_directory", ""}
+STANDARD_LIBRARY_ONLY = {"config", "types", "trace", "files", "optional", "run_directory", ""}
 # The one module of config that needs more says so by its import.
 EXCEPTIONS = {("config", "yaml")}
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
-from alignpro.config import PpoConfig, Prompting
+from alignpro.config import PpoConfig, Prompting, from_mapping
 from alignpro.objective import MovingBaseline
 from alignpro.statistics import law_of_total_variance
 from alignpro.train.adaptive import LEARNING_STEPS, RELEARN_EVERY, Adaptive, RunningSplit
@@ -122,7 +123,7 @@ def test_ten_steps_are_five_then_five(tmp_path, options):
 
 def test_adaptive_state_survives_json_to_the_bit():
     state = Adaptive(1 / 3, MovingBaseline(0.1, 1.9), RunningSplit(0.1, 1 / 7, 1.8, 3.3, 2.2, 1.8))
-    assert Adaptive.from_mapping(json.loads(json.dumps(state.to_mapping()))) == state
+    assert from_mapping(Adaptive, json.loads(json.dumps(asdict(state)))) == state
 
 
 # --- ppo ---
@@ -316,7 +317,11 @@ def test_a_step_of_equal_rewards_does_nothing_and_says_so(tmp_path, algorithm, n
 
 
 def test_the_split_is_in_every_row_that_can_tell(tmp_path):
-    trainer = a_run(tmp_path / "two", steps=2, num_responses=2, reward=noisy_reward)
+    options = {"steps": 2, "num_responses": 2, "reward": noisy_reward}
+    shared = a_run(tmp_path / "shared", **options)
+    shared.train()
+    assert log(shared)[0]["variance_within"] is None
+    trainer = a_run(tmp_path / "two", common_draws=False, **options)
     trainer.train()
     for row in log(trainer):
         assert row["variance_within"] > 0.0 and row["variance_between"] != 0.0

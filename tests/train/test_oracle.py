@@ -103,6 +103,15 @@ def test_rloo(tmp_path):
     check(make(settings(tmp_path), reward=prompter_reward))
 
 
+@pytest.mark.parametrize("common_draws", [True, False])
+def test_shared_draws_of_a_noisy_target_are_unbiased(tmp_path, common_draws):
+    # The response does not depend on the rewrite here: noise that moves the optimum nowhere.
+    def noisy(prompts, rewrites, responses, **columns):
+        return [value_of(w) + value_of(r) for w, r in zip(rewrites, responses, strict=True)]
+
+    check(make(settings(tmp_path, common_draws=common_draws), reward=noisy))
+
+
 def test_reinforce(tmp_path):
     check(make(settings(tmp_path, algorithm="reinforce"), reward=prompter_reward))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from alignpro.train.schedule import batch_indices, learning_rate_factor
+from alignpro.config import SftConfig
+from alignpro.train.schedule import batch_indices, rate_factor
 
 
 def test_every_pass_is_a_permutation_of_its_own():
@@ -30,9 +31,10 @@ def test_a_batch_larger_than_the_data():
 def test_learning_rate_by_hand():
     def factors(schedule):
         return [
-            learning_rate_factor(s, steps=6, warmup_steps=2, schedule=schedule) for s in range(6)
+            rate_factor(SftConfig(steps=6, warmup_steps=2, lr_schedule=schedule), s)
+            for s in range(6)
         ]
 
     assert factors("constant") == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
     assert factors("linear") == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
-    assert learning_rate_factor(0, steps=1, warmup_steps=0, schedule="linear") == 1.0
+    assert rate_factor(SftConfig(steps=1, warmup_steps=0, lr_schedule="linear"), 0) == 1.0

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from alignpro.config import LoraConfig
+from alignpro.train.critic import ValueHead
 from alignpro.train.policy import LoraPolicy
-from alignpro.train.value_head import ValueHead
 from train.toy_model import HIDDEN, ToyModel
 
 SEQUENCES, STARTS = [[0, 3, 1, 4, 5, 2], [0, 1, 6]], [3, 2]

@@ -107,7 +107,7 @@ def test_the_configuration_names_trackers():
 
 
 def test_a_tracker_that_is_missing_is_named_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "_installed", lambda name: False)
+    monkeypatch.setattr(trackers, "is_installed", lambda name: False)
     settings = config(
         tmp_path, track=("trackio",), prompter="no-such-model", reward="no-such-reward"
     )

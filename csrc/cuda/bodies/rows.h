@@ -25,6 +25,11 @@ struct Rows {
   }
 };
 
+template <typename T>
+Rows<T> rows_as(const Matrix& m) {
+  return {static_cast<T*>(m.data), m.ld};
+}
+
 template <typename T, typename Block>
 ALIGNPRO_BODY void embedding_row(Block& block, int64_t row, Rows<T> table, int64_t vocab,
                                  int64_t cols, const int32_t* tokens, Rows<T> out) {
@@ -163,6 +168,12 @@ struct KvBlocks {
     return key(block, head, slot) + value_offset;
   }
 };
+
+template <typename T>
+KvBlocks<T> kv_blocks(const PagedKv& kv, const AttentionShape& shape) {
+  return {static_cast<T*>(kv.base), kv.block_stride, kv.head_stride, kv.value_offset,
+          shape.head_dim};
+}
 
 template <typename T>
 struct RopeKvWrite {

@@ -189,27 +189,6 @@ ALIGNPRO_BODY void finish_logprob_row(Block& block, int64_t row, const ops::Tile
   out.ref_lse[row] = valid ? s.ref_lse : NAN;
 }
 
-ALIGNPRO_HOST_DEVICE inline ops::RowGradient row_gradient(int64_t row, bool with_ref,
-                                                          const int32_t* tokens,
-                                                          const LogprobOutput& forward,
-                                                          const LogprobUpstream& upstream) {
-  const auto given = [row](const float* values) { return values != nullptr ? values[row] : 0.0f; };
-  ops::RowGradient g = {};
-  ops::split_lse(forward.lse[row], &g.lse, &g.lse_low);
-  g.entropy = given(forward.entropy);
-  g.d_logprob = given(upstream.logprob);
-  g.d_entropy = given(upstream.entropy);
-  g.token = tokens[row];
-  if (!with_ref) return g;
-  ops::split_lse(forward.ref_lse[row], &g.ref_lse, &g.ref_lse_low);
-  g.kl = given(forward.kl);
-  g.d_kl = given(upstream.kl);
-  g.d_reverse_kl = given(upstream.reverse_kl);
-  g.d_total_variation = given(upstream.total_variation);
-  g.mass_above = given(upstream.mass_above);
-  return g;
-}
-
 // d loss / d z of a tile, times the inverse temperature, to dz [rows][ld], whose first column is
 // token `first_token`. Zero past the vocabulary.
 template <bool kRef, typename T, typename Block>

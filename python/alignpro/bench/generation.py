@@ -48,9 +48,6 @@ def bench_decode(
     imports included, with the file in the system's cache. Shares are of the limits measured in the
     same run: operations of the whole call, by the engine's own counts (None where they did not
     fit), and weights and KV read from memory while decoding.
-
-    Raises:
-        ValueError, OSError: a model that does not load, or whose context is too short.
     """
     loaded, report = open_report(
         "decode", model, threads, repeats, compute=compute, kv_dtype=kv_dtype
@@ -113,10 +110,7 @@ def bench_prefill(
     kv_dtype: str = "float32",
     say: Say = lambda what: None,
 ) -> dict[str, Any]:
-    """Prompt tokens a second for (sequences, tokens each), up to and with the first token.
-
-    Raises as `bench_decode`.
-    """
+    """Prompt tokens a second for (sequences, tokens each), up to and with the first token."""
     loaded, report = open_report(
         "prefill", model, threads, repeats, compute=compute, kv_dtype=kv_dtype
     )
@@ -155,13 +149,11 @@ def bench_rollout(
 
     Each round has a seed and engines of its own, so that nothing is found in a prefix cache. The
     share of the machine's multiply-adds is by the engine's own counts.
-
-    Raises as `bench_decode`.
     """
     texts = rollout_prompts(prompts)
     loaded, report = open_report("rollout", model, threads, repeats)
     del loaded
-    seconds, tokens, gflops = [], [], []
+    rounds = []
     for seed in range(repeats + 1):
         say(f"round {seed}")
         prompter = load_model(model, threads=threads)
@@ -173,31 +165,26 @@ def bench_rollout(
             done = pipeline.rollout(texts, num_rewrites=ROLLOUT.rewrites, seed=seed)
             return done.generated_tokens, time.perf_counter() - begun
 
-        (written, took), events = recorded(timed)
-        seconds.append(took)
-        tokens.append(written)
-        flops = engine_flops(events)
-        gflops.append(None if flops is None else flops / took / 1e9)
-    known = [rate for rate in gflops[1:] if rate is not None]
-    rate = statistics.median(known) if known else None
+        (tokens, took), events = recorded(timed)
+        rounds.append((tokens, took, _rate(engine_flops(events), took, report)))
+    del rounds[0]  # it warmed up
+    known = [rate["gflops"] for *_, rate in rounds if rate["gflops"] is not None]
+    gflops = statistics.median(known) if known else None
     return report | {
         "target": None if target is None else str(target),
         "prompts": len(texts),
         "rewrites": ROLLOUT.rewrites,
-        "generated_tokens": tokens[1:],
-        "tokens_per_second": statistics.median(
-            n / s for n, s in zip(tokens[1:], seconds[1:], strict=True)
-        ),
-        "seconds": statistics.median(seconds[1:]),
-        "all_seconds": seconds[1:],
-        "gflops": rate,
-        "fma_share": None if rate is None else rate / report["limits"]["fma_gflops"],
+        "generated_tokens": [tokens for tokens, *_ in rounds],
+        "tokens_per_second": statistics.median(tokens / took for tokens, took, _ in rounds),
+        "seconds": statistics.median(took for _, took, _ in rounds),
+        "all_seconds": [took for _, took, _ in rounds],
+        "gflops": gflops,
+        "fma_share": None if gflops is None else gflops / report["limits"]["fma_gflops"],
         "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
 def rollout_prompts(count: int) -> list[str]:
-    """The first prompts of the set that rollouts are measured on."""
     rows = load_prompts(ROLLOUT.data, split=ROLLOUT.split)
     if count > len(rows):
         raise ValueError(f"prompts: expected at most {len(rows)}, got {count}")

@@ -24,7 +24,9 @@ Result = TypeVar("Result")
 def machine(threads: int, packages: Sequence[str] = ()) -> dict[str, Any]:
     """CPU, threads and versions, those of ``packages`` among them where they are installed."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": _proc_value(Path("/proc/cpuinfo"), "model name")
+        or platform.processor()
+        or platform.machine(),
         "cpus": core.available_cpus(),
         "threads": threads,
         "system": f"{platform.system()} {platform.release()}",
@@ -88,24 +90,22 @@ def available_bytes() -> int | None:
 
 def proc_bytes(path: Path, key: str) -> int | None:
     """A line "KEY: COUNT kB" of a file of the kernel's; None where it is not there."""
+    value = _proc_value(path, key)
+    return None if value is None else int(value.split()[0]) * 1024
+
+
+def _proc_value(path: Path, key: str) -> str | None:
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
+            name, colon, value = line.partition(":")
+            if colon and name.strip() == key:
+                return value.strip()
     return None
 
 
 def forget_high_water() -> None:
     """The high-water mark becomes what is held now."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from alignpro.config import ModelConfig, from_mapping
 from alignpro.models.native_model import load_models
 from alignpro.pipeline import REWRITE_STREAM, Pipeline, derive_seed
 from alignpro.rewards.build import build_reward
-from alignpro.types import Reward, Rollout
+from alignpro.types import Rollout
 
 _LIMIT_REPEATS = 5
 
@@ -45,10 +45,6 @@ def profile_rollout(
         target: None is the prompter's model. adapter: a PEFT folder for the prompter.
         compute: the target's arithmetic; the prompter, which would be trained, runs in float32.
         ops: record every op as well; without it ``ops`` of the result is None.
-
-    Raises:
-        ValueError, OSError: a model, adapter or number of prompts that is not there, or an ``out``
-            that is.
     """
     texts = rollout_prompts(prompts)
     say("loading")
@@ -57,7 +53,11 @@ def profile_rollout(
         from_mapping(ModelConfig, {"model": target, "compute": compute}),
         threads,
     )
-    reward, no_reward = _reward()
+    reward, no_reward = None, None
+    try:
+        reward = build_reward("vader")
+    except ImportError as error:
+        no_reward = str(error)
     pipeline = rollout_pipeline(prompter, answerer, reward, prompter.make_adapter(adapter))
     say("measuring the machine's limits")
     measured = limits(threads, _LIMIT_REPEATS)
@@ -98,7 +98,6 @@ def profile_rollout(
 def record(
     pipeline: Pipeline, prompts: list[str], rewrites: int, seed: int, ops: bool
 ) -> tuple[Rollout, Mapping[str, Any], list[trace.Span]]:
-    """One rollout with recording on, and what the engine and the pipeline recorded."""
     trace.start()
     try:
         rollout, events = recorded(
@@ -111,12 +110,4 @@ def record(
 
 
 def rewrite_seeds(seed: int, prompts: int) -> list[int]:
-    """The seeds of a rollout's requests to the prompter."""
     return [derive_seed(seed, REWRITE_STREAM, index) for index in range(prompts)]
-
-
-def _reward() -> tuple[Reward | None, str | None]:
-    try:
-        return build_reward("vader"), None
-    except ImportError as error:
-        return None, str(error)

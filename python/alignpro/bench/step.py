@@ -59,9 +59,6 @@ def bench_step(
     A step is timed from the end of the one before it to its own end: sampling, responses, reward,
     scores and gradients under the KL, the optimizer, and the log. ``generate_fma_share`` is of the
     machine's multiply-adds, by the engine's own counts.
-
-    Raises:
-        ValueError, OSError: a model that does not load, or whose context is too short.
     """
     config = forced_lengths(
         TrainConfig(

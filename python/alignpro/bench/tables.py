@@ -11,11 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 
+def bench_tables(report: Mapping[str, Any]) -> RenderableType:
+    if report["benchmark"] == "step":
+        return step_table(report)
+    if report["benchmark"] == "profile":
+        return profile_tables(report)
+    table = _rollout_table if report["benchmark"] == "rollout" else _throughput_table
+    return Group(Text(limits_text(report)), table(report), Text(memory_text(report)))
+
+
 def step_table(report: Mapping[str, Any]) -> Table:
     share = report["generate_fma_share"]
-    table = Table(title=limits_text(report), title_justify="left", show_header=False, box=None)
-    table.add_column("what")
-    table.add_column("value", justify="right")
     rows = [
         ("step", f"{report['seconds_per_step']:.2f} s"),
         *((stage, f"{s:.2f} s") for stage, s in report["seconds_by_stage"].items()),
@@ -25,14 +31,7 @@ def step_table(report: Mapping[str, Any]) -> Table:
         ("KL per rewrite", f"{report['kl_per_rewrite']:.3f} nats"),
         ("sampled against scored", f"{report['parity_max_abs']:g}"),
     ]
-    for what, value in rows:
-        table.add_row(Text(what), Text(value))
-    return table
-
-
-def generation_tables(report: Mapping[str, Any]) -> Group:
-    table = _rollout_table if report["benchmark"] == "rollout" else _throughput_table
-    return Group(Text(limits_text(report)), table(report), Text(memory_text(report)))
+    return new_table(limits_text(report), ("value",), rows)
 
 
 def profile_tables(report: Mapping[str, Any]) -> Group:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignpro.files import whole_file
+from alignpro.statistics import Floats
 from alignpro.trace import Span
 
 # Of the rows of an engine's step; what a step is made of is marked under these names.
@@ -20,8 +21,6 @@ _ROWS = ("prefill.rows", "decode.rows")
 _DRAWN = ("prefill.drawn", "decode.drawn")
 _STEP_PARTS = ("step", "forward", "sample")
 STAGES = (*ROW_STAGES[:2], "hand-off", *ROW_STAGES[2:], "reward", "other")
-
-Floats = NDArray[np.float64]
 
 
 class Timeline:
@@ -120,11 +119,7 @@ class Timeline:
 
     def write_chrome_trace(self, path: Path, about: Mapping[str, Any]) -> None:
         """The trace event format, complete events in microseconds from the rollout's begin:
-        process 1 is what ran on each thread, process 2 which stages each step worked for.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        process 1 is what ran on each thread, process 2 which stages each step worked for."""
         if path.exists():
             raise FileExistsError(f"{path}: is there already; name another file")
         with whole_file(path) as file:

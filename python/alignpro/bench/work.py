@@ -8,30 +8,6 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class StepWork:
-    """One optimizer step: prompts x rewrites of an exact length, one exact response to each."""
-
-    prompts: int = 4
-    rewrites: int = 4  # a prompt
-    rewrite_tokens: int = 48  # exactly, temperature 1
-    response_tokens: int = 64  # exactly
-    response_temperature: float = 0.7
-    lora_rank: int = 16  # on every linear layer
-    lora_alpha: float = 32.0
-    kl_coef: float = 0.04
-    learning_rate: float = 3e-4
-    data: str = "everyday"
-    split: str = "train"
-
-    @property
-    def generated_tokens(self) -> int:
-        return self.prompts * self.rewrites * (self.rewrite_tokens + self.response_tokens)
-
-
-WORK = StepWork()
-
-
-@dataclass(frozen=True)
 class RolloutWork:
     """prompt -> rewrites -> a response to each, which end where they end."""
 
@@ -43,7 +19,24 @@ class RolloutWork:
     split: str = "train"
 
 
+@dataclass(frozen=True)
+class StepWork(RolloutWork):
+    """One optimizer step: rewrites, at temperature 1, and responses have exactly these lengths."""
+
+    prompts: int = 4
+    response_temperature: float = 0.7
+    lora_rank: int = 16  # on every linear layer
+    lora_alpha: float = 32.0
+    kl_coef: float = 0.04
+    learning_rate: float = 3e-4
+
+    @property
+    def generated_tokens(self) -> int:
+        return self.prompts * self.rewrites * (self.rewrite_tokens + self.response_tokens)
+
+
 ROLLOUT = RolloutWork()
+WORK = StepWork()
 
 
 def random_prompts(vocab_size: int, batch: int, length: int) -> list[list[int]]:

@@ -9,5 +9,4 @@ __all__ = ["app", "bench", "main", "report", "stages", "theory"]
 
 
 def main() -> None:
-    """The entry point."""
     app()

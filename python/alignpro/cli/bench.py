@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,11 +19,17 @@ from alignpro.cli.shared import (
     write_json,
 )
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 bench = typer.Typer(help="Measure the speed of this package on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+
+Target = Annotated[
+    str | None, typer.Option(help="The target model; the default is the prompter's.")
+]
+Compute = Annotated[str, typer.Option(help="Arithmetic of the products: float32 or int8.")]
+KvDtype = Annotated[str, typer.Option(help="Type of cached keys and values: float32 or float16.")]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="Rounds whose median is taken, after one to warm up.")
+]
 
 
 @bench.command("step")
@@ -39,19 +45,8 @@ def bench_step(
     """Seconds of whole training steps on work of a fixed size, by stage."""
     needs_torch("bench step")
     from alignpro.bench.step import bench_step as measure
-    from alignpro.bench.tables import step_table
 
-    _run_bench(measure, step_table, model, json_file, threads, steps=steps)
-
-
-Target = Annotated[
-    str | None, typer.Option(help="The target model; the default is the prompter's.")
-]
-Compute = Annotated[str, typer.Option(help="Arithmetic of the products: float32 or int8.")]
-KvDtype = Annotated[str, typer.Option(help="Type of cached keys and values: float32 or float16.")]
-Repeats = Annotated[
-    int, typer.Option(min=1, help="Rounds whose median is taken, after one to warm up.")
-]
+    _run_bench(measure, model, json_file, threads, {"steps": steps})
 
 
 @bench.command("decode")
@@ -71,21 +66,11 @@ def bench_decode(
 ) -> None:
     """Decoded tokens a second by batch, as shares of what this machine can do."""
     from alignpro.bench.generation import bench_decode as measure
-    from alignpro.bench.tables import generation_tables
 
-    _run_bench(
-        measure,
-        generation_tables,
-        model,
-        json_file,
-        threads,
-        batches=_counts("--batch", batch),
-        new_tokens=new_tokens,
-        prompt_tokens=prompt_tokens,
-        compute=compute,
-        kv_dtype=kv_dtype,
-        repeats=repeats,
-    )
+    work: dict[str, Any] = {"compute": compute, "kv_dtype": kv_dtype, "repeats": repeats}
+    work["batches"] = _counts("--batch", batch, ",", "numbers such as 1,16,64")
+    work |= {"new_tokens": new_tokens, "prompt_tokens": prompt_tokens}
+    _run_bench(measure, model, json_file, threads, work)
 
 
 @bench.command("prefill")
@@ -103,19 +88,13 @@ def bench_prefill(
 ) -> None:
     """Prompt tokens a second up to the first new token, as shares of this machine's limits."""
     from alignpro.bench.generation import bench_prefill as measure
-    from alignpro.bench.tables import generation_tables
 
-    _run_bench(
-        measure,
-        generation_tables,
-        model,
-        json_file,
-        threads,
-        shapes=[_shape(part) for part in shape.split(",")],
-        compute=compute,
-        kv_dtype=kv_dtype,
-        repeats=repeats,
-    )
+    shapes = [
+        _counts("--shape", part.lower(), "x", "SEQUENCESxTOKENS, such as 1x512", count=2)
+        for part in shape.split(",")
+    ]
+    work = {"shapes": shapes, "compute": compute, "kv_dtype": kv_dtype, "repeats": repeats}
+    _run_bench(measure, model, json_file, threads, work)
 
 
 @bench.command("rollout")
@@ -130,19 +109,9 @@ def bench_rollout(
 ) -> None:
     """Tokens a second of whole rollouts: prompt -> rewrite -> response."""
     from alignpro.bench.generation import bench_rollout as measure
-    from alignpro.bench.tables import generation_tables
-    from alignpro.models.resolve import resolve_model
 
-    _run_bench(
-        measure,
-        generation_tables,
-        model,
-        json_file,
-        threads,
-        target=None if target is None else resolve_model(target),
-        prompts=prompts,
-        repeats=repeats,
-    )
+    work = {"target": target, "prompts": prompts, "repeats": repeats}
+    _run_bench(measure, model, json_file, threads, work)
 
 
 @app.command()
@@ -171,65 +140,46 @@ def profile(
     if out == json_file:
         raise ValueError(f"--out and --json: expected two files, got {out} twice")
     from alignpro.bench.profile import profile_rollout as measure
-    from alignpro.bench.tables import profile_tables
-    from alignpro.models.resolve import resolve_model
 
-    _run_bench(
-        measure,
-        profile_tables,
-        model,
-        json_file,
-        threads,
-        target=None if target is None else resolve_model(target),
-        adapter=adapter,
-        prompts=prompts,
-        rewrites=rewrites,
-        compute=compute,
-        seed=seed,
-        ops=ops,
-        out=out,
-    )
+    work: dict[str, Any] = {
+        "target": target,
+        "adapter": adapter,
+        "prompts": prompts,
+        "rewrites": rewrites,
+    }
+    work |= {"compute": compute, "seed": seed, "ops": ops, "out": out}
+    _run_bench(measure, model, json_file, threads, work)
 
 
 def _run_bench(
     measure: Callable[..., dict[str, Any]],
-    tables: Callable[[dict[str, Any]], RenderableType],
     model: str,
     json_file: Path | None,
     threads: int | None,
-    **work: Any,
+    work: dict[str, Any],
 ) -> None:
-    """Measure, write the numbers, print them."""
     check_new(json_file)
     from rich.console import Console
 
+    from alignpro.bench.tables import bench_tables
     from alignpro.models.resolve import resolve_model
     from alignpro.native import core
 
+    if work.get("target") is not None:
+        work["target"] = resolve_model(work["target"])
+    work |= {"model": resolve_model(model), "threads": threads or core.available_cpus()}
     with Console(stderr=True).status("") as status:
-        report = measure(
-            model=resolve_model(model),
-            threads=threads or core.available_cpus(),
-            say=status.update,
-            **work,
-        )
+        report = measure(say=status.update, **work)
     write_json(json_file, report)
-    Console().print(tables(report))
+    Console().print(bench_tables(report))
 
 
-def _shape(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(_is_count(part) for part in parts):
-        raise ValueError(f"--shape: expected SEQUENCESxTOKENS, such as 1x512, got {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
-def _counts(option: str, text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(_is_count(part.strip()) for part in parts):
-        raise ValueError(f"{option}: expected numbers such as 1,16,64, got {text!r}")
+def _counts(
+    option: str, text: str, separator: str, expected: str, count: int | None = None
+) -> list[int]:
+    parts = [part.strip() for part in text.split(separator)]
+    if not all(part.isdecimal() and int(part) for part in parts) or len(parts) != (
+        count or len(parts)
+    ):
+        raise ValueError(f"{option}: expected {expected}, got {text!r}")
     return [int(part) for part in parts]
-
-
-def _is_count(text: str) -> bool:
-    return text.isdecimal() and int(text) >= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import sys
 import traceback
@@ -14,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from alignpro.files import write_json as write_whole
+from alignpro.optional import is_installed
 from alignpro.run_directory import error_notes, one_line
 
 # Exit codes. Not met: a difference between arms that --require asks for is not shown.
@@ -46,6 +46,7 @@ ModelName = Annotated[str, typer.Option(help="Path or name of the model.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run that is in the run directory.")
 ]
+T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -105,21 +106,14 @@ def write_json(file: Path | None, report: Any) -> None:
         write_whole(file, to_json(report))
 
 
-def split_settings(
-    config: Path | None, overrides: list[str] | None
-) -> tuple[Path | None, list[str]]:
+def read_settings(cls: type[T], config: Path | None, overrides: list[str] | None) -> T:
     """The file is optional, so a first key=value arrives in its place."""
+    from alignpro.config import load_yaml
+
     settings = list(overrides or [])
     if config is not None and "=" in str(config) and not config.exists():
-        return None, [str(config), *settings]
-    return config, settings
-
-
-def is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # an import hook hides it
-        return False
+        config, settings = None, [str(config), *settings]
+    return load_yaml(cls, config, settings)
 
 
 def needs_torch(command: str) -> None:

@@ -22,12 +22,11 @@ from alignpro.cli.shared import (
     check_new,
     needs_torch,
     one_line_errors,
-    split_settings,
+    read_settings,
     write_json,
 )
 
 if TYPE_CHECKING:
-    from alignpro.config import TrainConfig
     from alignpro.evaluate.results import Evaluation
 
 
@@ -77,10 +76,9 @@ def quickstart(
 def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Warm-start a prompter on (prompt, instruction) pairs."""
     needs_torch("sft")
-    from alignpro.config import SftConfig, load_yaml
+    from alignpro.config import SftConfig
 
-    path, settings = split_settings(config, overrides)
-    options = load_yaml(SftConfig, path, settings)
+    options = read_settings(SftConfig, config, overrides)
     from alignpro.report.progress import Bars, show_sft_row
     from alignpro.train.run import run_sft
 
@@ -130,7 +128,15 @@ def train(
         )
     options = load_yaml(TrainConfig, config, overrides or [])
     if dry_run:
-        _price(options, gpu, rates, prompt_tokens, json_file)
+        check_new(json_file)
+        from rich.console import Console
+
+        from alignpro.price.estimate import price_train
+        from alignpro.price.tables import price_tables
+
+        report = price_train(options, gpu_name=gpu, rates=rates, prompt_tokens=prompt_tokens)
+        write_json(json_file, report)
+        Console().print(price_tables(report))
         return
     given = {"--gpu": gpu, "--rates": rates, "--prompt-tokens": prompt_tokens, "--json": json_file}
     for name, value in given.items():
@@ -146,30 +152,6 @@ def train(
             trainer.rollouts(bars.show)
         trainer.train([TrainBar(bars)])
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
-
-
-def _price(
-    options: TrainConfig,
-    gpu: str | None,
-    rates: Path | None,
-    prompt_tokens: int | None,
-    json_file: Path | None,
-) -> None:
-    check_new(json_file)
-    from rich.console import Console
-
-    from alignpro.price.devices import read_rates
-    from alignpro.price.estimate import price_train
-    from alignpro.price.tables import price_tables
-
-    report = price_train(
-        options,
-        gpu_name=gpu,
-        rates=None if rates is None else read_rates(rates),
-        prompt_tokens=prompt_tokens,
-    )
-    write_json(json_file, report)
-    Console().print(price_tables(report))
 
 
 @app.command()
@@ -192,10 +174,9 @@ def evaluate(
 ) -> None:
     """Compare the arms on held-out prompts: raw prompt, untuned and trained prompter, and what the
     configuration adds (static, policy_text, labelled, optimum, tuned, judge)."""
-    from alignpro.config import EvalConfig, load_yaml
+    from alignpro.config import EvalConfig
 
-    path, settings = split_settings(config, overrides)
-    options = load_yaml(EvalConfig, path, settings)
+    options = read_settings(EvalConfig, config, overrides)
     options = replace(options, require=(*options.require, *(required or [])))
     check_new(output)
     from rich.console import Console

@@ -13,11 +13,11 @@ from alignpro.cli.shared import (
     Overrides,
     app,
     check_new,
-    is_installed,
     one_line_errors,
-    split_settings,
+    read_settings,
     write_json,
 )
+from alignpro.optional import is_installed
 
 
 @app.command()
@@ -36,10 +36,9 @@ def headroom(
     ] = None,
 ) -> None:
     """What a prompter could gain, from samples of the untuned one, before training."""
-    from alignpro.config import HeadroomConfig, load_yaml
+    from alignpro.config import HeadroomConfig
 
-    path, settings = split_settings(config, overrides)
-    options = load_yaml(HeadroomConfig, path, settings)
+    options = read_settings(HeadroomConfig, config, overrides)
     check_new(json_file)
     check_new(plot)
     if samples is not None and not samples.exists():
@@ -68,10 +67,9 @@ def headroom(
 @one_line_errors
 def bound(config: Config = None, overrides: Overrides = None, json_file: Json = None) -> None:
     """How far a prompted target may fall short of a tuned one, and how far it does."""
-    from alignpro.config import BoundConfig, load_yaml
+    from alignpro.config import BoundConfig
 
-    path, settings = split_settings(config, overrides)
-    options = load_yaml(BoundConfig, path, settings)
+    options = read_settings(BoundConfig, config, overrides)
     check_new(json_file)
     from rich.console import Console
 

@@ -7,61 +7,32 @@ a value of the wrong type and a value out of range are a `ValueError` of one lin
 
 from __future__ import annotations
 
-from alignpro.config.closed_form import ClosedFormConfig
-from alignpro.config.evaluate import (
-    ARMS,
-    EvalConfig,
-    JudgeConfig,
-    Labelled,
-    OptimumConfig,
-    StaticSearch,
-    read_requirement,
-)
-from alignpro.config.fields import from_mapping
-from alignpro.config.held_out import HeldOutConfig
-from alignpro.config.model import DEFAULT_MODEL, ModelConfig, target_of
-from alignpro.config.ppo import PpoConfig
-from alignpro.config.prompting import (
-    RESPONSE,
-    REWRITE,
-    LoraConfig,
-    Prompting,
-    StageConfig,
-    check_sampling,
-)
-from alignpro.config.quickstart import QuickstartConfig
-from alignpro.config.read import apply_overrides, load_yaml, to_mapping
-from alignpro.config.sft import SftConfig
-from alignpro.config.theory import BoundConfig, HeadroomConfig
-from alignpro.config.train import TrainConfig
-
-__all__ = [
-    "ARMS",
-    "DEFAULT_MODEL",
-    "RESPONSE",
-    "REWRITE",
-    "BoundConfig",
-    "ClosedFormConfig",
-    "EvalConfig",
-    "HeadroomConfig",
-    "HeldOutConfig",
-    "JudgeConfig",
-    "Labelled",
-    "LoraConfig",
-    "ModelConfig",
-    "OptimumConfig",
-    "PpoConfig",
-    "Prompting",
-    "QuickstartConfig",
-    "SftConfig",
-    "StageConfig",
-    "StaticSearch",
-    "TrainConfig",
-    "apply_overrides",
-    "check_sampling",
-    "from_mapping",
-    "load_yaml",
-    "read_requirement",
-    "target_of",
-    "to_mapping",
-]
+from alignpro.config.evaluate import ARMS as ARMS
+from alignpro.config.evaluate import EvalConfig as EvalConfig
+from alignpro.config.evaluate import JudgeConfig as JudgeConfig
+from alignpro.config.evaluate import Labelled as Labelled
+from alignpro.config.evaluate import OptimumConfig as OptimumConfig
+from alignpro.config.evaluate import StaticSearch as StaticSearch
+from alignpro.config.evaluate import read_requirement as read_requirement
+from alignpro.config.fields import from_mapping as from_mapping
+from alignpro.config.held_out import HeldOutConfig as HeldOutConfig
+from alignpro.config.model import DEFAULT_MODEL as DEFAULT_MODEL
+from alignpro.config.model import ModelConfig as ModelConfig
+from alignpro.config.model import target_of as target_of
+from alignpro.config.prompting import RESPONSE as RESPONSE
+from alignpro.config.prompting import REWRITE as REWRITE
+from alignpro.config.prompting import FitConfig as FitConfig
+from alignpro.config.prompting import LoraConfig as LoraConfig
+from alignpro.config.prompting import Prompting as Prompting
+from alignpro.config.prompting import StageConfig as StageConfig
+from alignpro.config.prompting import check_sampling as check_sampling
+from alignpro.config.quickstart import QuickstartConfig as QuickstartConfig
+from alignpro.config.read import apply_overrides as apply_overrides
+from alignpro.config.read import load_yaml as load_yaml
+from alignpro.config.read import to_mapping as to_mapping
+from alignpro.config.sft import SftConfig as SftConfig
+from alignpro.config.theory import BoundConfig as BoundConfig
+from alignpro.config.theory import HeadroomConfig as HeadroomConfig
+from alignpro.config.train import ClosedFormConfig as ClosedFormConfig
+from alignpro.config.train import PpoConfig as PpoConfig
+from alignpro.config.train import TrainConfig as TrainConfig

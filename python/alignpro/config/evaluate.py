@@ -19,7 +19,7 @@ from alignpro.config.fields import (
     require,
 )
 from alignpro.config.model import PROMPTER, ModelConfig
-from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, check_sampling
+from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, StageConfig
 from alignpro.types import SamplingParams
 
 # Every arm that there can be and what a report calls it, in the order of reading.
@@ -161,7 +161,7 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 @checked
-class EvalConfig:
+class EvalConfig(StageConfig):
     """The arms of an evaluation on held-out prompts; each group that is null leaves its arm out."""
 
     prompter: ModelConfig = PROMPTER  # its adapter: the untuned arm's, None: the base model
@@ -196,8 +196,7 @@ class EvalConfig:
     threads: Threads = None
 
     def __post_init__(self) -> None:
-        check_sampling("rewrite", self.rewrite)
-        check_sampling("response", self.response)
+        super().__post_init__()
         if isinstance(self.static, str):
             require("static", self.static, bool(self.static.strip()), "an instruction or a search")
         if self.policy_text is not None:

@@ -78,7 +78,7 @@ def checked(cls: type[T]) -> type[T]:
     own = cls.__dict__.get("__post_init__")
 
     def __post_init__(self: Any) -> None:
-        hints = _hints(cls)
+        hints = _hints(type(self))
         for f in dataclasses.fields(self):
             value = read_value(getattr(self, f.name), hints[f.name], f.name, default_of(f))
             object.__setattr__(self, f.name, value)
@@ -255,7 +255,6 @@ def only_default(config: Any, name: str, where: str, path: str = "") -> None:
 
 
 def default_of(f: dataclasses.Field[Any]) -> object:
-    """A fresh default of a dataclass field."""
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return f.default

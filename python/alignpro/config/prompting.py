@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from alignpro.config.fields import above, at_least, checked, require
-from alignpro.config.model import ModelConfig
+from alignpro.config.fields import Bytes, Seed, Threads, above, at_least, checked, require
+from alignpro.config.model import PROMPTER, ModelConfig
 from alignpro.types import SamplingParams
 
 # An instruction is a short sentence. Measured on 52 styles of instruction under the sentiment
@@ -66,35 +66,57 @@ class LoraConfig:
         )
 
 
-class StageConfig(Protocol):
+@dataclass(frozen=True)
+@checked
+class FitConfig:
+    """How a stage that trains does so."""
+
+    steps: Annotated[int, at_least(0)] = 20
+    # A step is scored in micro-batches, which never change its gradient: each as large as fits.
+    memory_limit: Bytes = 2**29  # what one forward and backward may hold; or text: "800MiB"
+    # auto: keep activations for the backward, unless recomputing them is cheaper than smaller
+    # micro-batches, or the only way.
+    activations: Literal["auto", "keep", "recompute"] = "auto"
+    # The most rewrites, or pairs, in a micro-batch; None: any number.
+    micro_batch_size: Annotated[int, at_least(1)] | None = None
+
+    # The optimizer: AdamW.
+    learning_rate: Annotated[float, above(0)] = 3e-4
+    warmup_steps: Annotated[int, at_least(0)] = 2  # linear, from 0
+    lr_schedule: Literal["constant", "linear"] = "constant"  # linear: down to 0 at the last step
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    max_grad_norm: Annotated[float, above(0)] = 1.0
+    lora: LoraConfig = field(default_factory=LoraConfig)  # without an adapter to start from
+
+
+@dataclass(frozen=True)
+@checked
+class StageConfig:
     """What every stage of two models says: which they are, how they are put together and drawn."""
 
-    @property
-    def prompter(self) -> ModelConfig: ...
+    prompter: ModelConfig = PROMPTER  # its adapter is the untuned prompter's; None: the base model
+    target: ModelConfig | None = None  # frozen; None: the prompter's base weights
+    data: str = "everyday"  # prompts: packaged name, file, or hub name
+    split: str | None = "train"  # rows whose "split" column says so; None: all rows
+    reward: str = "vader+0.2*topic"
+    seed: Seed = 0
+    rewrite: SamplingParams = REWRITE
+    response: SamplingParams = RESPONSE
+    prompting: Prompting = field(default_factory=Prompting)
+    threads: Threads = None
 
-    @property
-    def target(self) -> ModelConfig | None: ...
-
-    @property
-    def prompting(self) -> Prompting: ...
-
-    @property
-    def rewrite(self) -> SamplingParams: ...
-
-    @property
-    def response(self) -> SamplingParams: ...
+    def __post_init__(self) -> None:
+        check_sampling("rewrite", self.rewrite)
+        check_sampling("response", self.response)
 
 
 def check_sampling(name: str, params: SamplingParams) -> None:
     """Refuse what a stage sets itself; what the values may be is the engine's to say."""
     require(f"{name}.n", params.n, params.n == 1, "1: num_rewrites and num_responses say how many")
     require(f"{name}.seed", params.seed, params.seed is None, "unset: it is derived from seed")
-    require(
-        f"{name}.deadline_seconds",
-        params.deadline_seconds,
-        params.deadline_seconds is None,
-        "unset: a deadline would make results depend on the clock",
-    )
+    deadline = params.deadline_seconds
+    expected = "unset: a deadline would make results depend on the clock"
+    require(f"{name}.deadline_seconds", deadline, deadline is None, expected)
 
 
 def check_untruncated(name: str, params: SamplingParams, reason: str) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
-from alignpro.config.fields import Bytes, Seed, Threads, above, at_least, checked, require
+from alignpro.config.fields import Seed, Threads, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
-from alignpro.config.prompting import LoraConfig, Prompting
+from alignpro.config.prompting import FitConfig, Prompting
 
 
 @dataclass(frozen=True)
 @checked
-class SftConfig:
+class SftConfig(FitConfig):
     """The supervised warm start: fits (prompt, instruction) pairs."""
 
     prompter: ModelConfig = PROMPTER  # what is trained; its adapter is a fresh one
@@ -21,16 +21,8 @@ class SftConfig:
     seed: Seed = 0
     steps: Annotated[int, at_least(0)] = 32
     batch_size: Annotated[int, at_least(1)] = 16  # pairs a step
-    # The optimizer and the micro-batches, as in `TrainConfig`.
     learning_rate: Annotated[float, above(0)] = 1e-3
     warmup_steps: Annotated[int, at_least(0)] = 3
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    weight_decay: Annotated[float, at_least(0)] = 0.0
-    max_grad_norm: Annotated[float, above(0)] = 1.0
-    memory_limit: Bytes = 2**29
-    activations: Literal["auto", "keep", "recompute"] = "auto"
-    micro_batch_size: Annotated[int, at_least(1)] | None = None
-    lora: LoraConfig = field(default_factory=LoraConfig)
     prompting: Prompting = field(default_factory=Prompting)
     threads: Threads = None
 

@@ -6,12 +6,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from alignpro.config.closed_form import ClosedFormConfig
 from alignpro.config.fields import (
-    Bytes,
     Range,
-    Seed,
-    Threads,
     above,
     at_least,
     checked,
@@ -20,45 +16,70 @@ from alignpro.config.fields import (
 )
 from alignpro.config.held_out import HeldOutConfig
 from alignpro.config.model import (
-    PROMPTER,
     ModelConfig,
     check_trainable,
     target_of,
 )
-from alignpro.config.ppo import PpoConfig
-from alignpro.config.prompting import (
-    RESPONSE,
-    REWRITE,
-    LoraConfig,
-    Prompting,
-    check_sampling,
-    check_untruncated,
-)
+from alignpro.config.prompting import FitConfig, StageConfig, check_untruncated
 from alignpro.types import SamplingParams
 
 
 @dataclass(frozen=True)
 @checked
-class TrainConfig:
+class PpoConfig:
+    """Several passes over a batch, with clipped ratios (Schulman et al. 2017, arXiv 1707.06347)."""
+
+    # epsilon: a ratio beyond 1 +- this earns nothing more.
+    clip_range: Annotated[float, Range(lambda v: 0 < v < 1, "between 0 and 1")] = 0.2
+    epochs: Annotated[int, at_least(1)] = 2  # passes over a step's rewrites
+    minibatches: Annotated[int, at_least(1)] = 2  # optimizer steps a pass; whole prompts each
+    # A learned baseline for every token; without one, the mean of the rewrite's siblings.
+    value_head: bool = False
+    # With value_head; 1: its advantages do not trust the values.
+    gae_lambda: Annotated[float, Range(lambda v: 0 <= v <= 1, "0 to 1")] = 0.95
+    # With value_head; follows the policy's schedule.
+    value_learning_rate: Annotated[float, above(0)] = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.value_head:
+            for name in ("gae_lambda", "value_learning_rate"):
+                only_default(self, name, "with value_head")
+
+
+@dataclass(frozen=True)
+@checked
+class ClosedFormConfig:
+    """One set of rollouts of the untuned prompter, and the fit to them.
+
+    ``num_rewrites`` and ``num_responses`` of `TrainConfig` shape the rollouts; each of ``steps``
+    steps reads ``prompts_per_step`` of the prompts with all their rewrites, pass after pass. Two
+    passes are about right: more of them fit the noise (docs/notes/closed-form.md).
+    """
+
+    # Prompts rolled out, once each; None: all there are.
+    num_prompts: Annotated[int, at_least(1)] | None = None
+    # Both are least at the optimum. variance: of reward - kl_coef * log ratio within a prompt.
+    # likelihood: weighted by exp(reward / kl_coef), as the formula says; of a few noisy rewrites
+    # it takes the best one and no more (seed 0 of docs/notes/closed-form.md: +0.05 of reward where
+    # variance gains +0.18).
+    loss: Literal["variance", "likelihood"] = "variance"
+
+
+@dataclass(frozen=True)
+@checked
+class TrainConfig(FitConfig, StageConfig):
     """Reinforcement learning of the prompter with a KL penalty."""
 
     # What is trained, and on what.
-    # Its adapter is where training starts, and the reference; None: a fresh one (lora), whose
-    # reference is the base model.
-    prompter: ModelConfig = PROMPTER
-    target: ModelConfig | None = None  # frozen; None: the prompter's base weights
+    # The prompter's adapter is where training starts, and the reference; None: a fresh one (lora),
+    # whose reference is the base model. ``rewrite`` is of the untruncated distribution.
     # target: no prompter; the target itself is tuned on the raw prompts, with a LoRA and the same
     # objective (the paper's oracle, for comparison). num_rewrites then counts its responses, and
     # target.adapter is where training starts.
     policy: Literal["prompter", "target"] = "prompter"
-    data: str = "everyday"  # prompts: packaged name, file, or hub name
-    split: str | None = "train"  # rows whose "split" column says so; None: all rows
-    reward: str = "vader+0.2*topic"
     run_dir: str = "alignpro-run"
-    seed: Seed = 0
 
     # One step.
-    steps: Annotated[int, at_least(0)] = 20
     prompts_per_step: Annotated[int, at_least(1)] = 16
     # N, rewrites a prompt: the group that the baseline is taken over.
     num_rewrites: Annotated[int, at_least(1)] = 4
@@ -66,10 +87,10 @@ class TrainConfig:
     # target's own noise, with N * M = response_budget.
     num_responses: Annotated[int, at_least(1)] | Literal["auto"] = 1
     response_budget: int | None = None  # responses a prompt and step, with auto
-    # The policy is the untruncated distribution at this temperature.
-    rewrite: SamplingParams = REWRITE
-    response: SamplingParams = RESPONSE
-    prompting: Prompting = field(default_factory=Prompting)
+    # A prompt's rewrites are answered under the same random draws, and a text that several of them
+    # wrote is answered once. Unbiased, with less of the target's noise, for fewer tokens; auto
+    # needs independent draws to measure that noise and takes no notice of this.
+    common_draws: bool = True
 
     # The objective: mean reward - kl_coef * KL(prompter || reference), KL in nats per rewrite.
     kl_coef: Annotated[float, at_least(0)] = 0.05
@@ -95,37 +116,23 @@ class TrainConfig:
     zero_advantage_group: Literal["keep", "skip"] = "keep"
     strict_parity: bool = True  # stop unless sampled and scored log-probabilities are equal
 
-    # A step is scored in micro-batches, which never change its gradient: each as large as fits.
-    memory_limit: Bytes = 2**29  # what one forward and backward may hold; or text: "800MiB"
-    # auto: keep activations for the backward, unless recomputing them is cheaper than smaller
-    # micro-batches, or the only way.
-    activations: Literal["auto", "keep", "recompute"] = "auto"
-    # The most rewrites in a micro-batch; None: any number.
-    micro_batch_size: Annotated[int, at_least(1)] | None = None
-
-    # The optimizer: AdamW.
-    learning_rate: Annotated[float, above(0)] = 3e-4
-    warmup_steps: Annotated[int, at_least(0)] = 2  # linear, from 0
-    lr_schedule: Literal["constant", "linear"] = "constant"  # linear: down to 0 at the last step
-    weight_decay: Annotated[float, at_least(0)] = 0.0
-    max_grad_norm: Annotated[float, above(0)] = 1.0
-    lora: LoraConfig = field(default_factory=LoraConfig)  # without an adapter to start from
-
     heldout: HeldOutConfig | None = None  # prompts to watch while training; {} takes the defaults
     # Trackers beside metrics.jsonl (always) and TensorBoard (where it is installed).
     track: tuple[Literal["wandb", "trackio"], ...] = ()
     # Steps; one is always written at the end and at Ctrl-C.
     checkpoint_every: Annotated[int, at_least(1)] = 10
-    threads: Threads = None
 
     def __post_init__(self) -> None:
+        StageConfig.__post_init__(self)
         self._check_algorithm()
         self._check_counts()
-        self._check_kl_target()
+        if self.kl_target is None:
+            only_default(self, "kl_gain", "with kl_target")
+        else:
+            expected = "above 0 with kl_target, to be steered"
+            require("kl_coef", self.kl_coef, self.kl_coef > 0, expected)
         once = len(set(self.track)) == len(self.track)
         require("track", self.track, once, "every tracker once")
-        check_sampling("rewrite", self.rewrite)
-        check_sampling("response", self.response)
         sampled, reason = "rewrite", "training draws from the untruncated policy"
         if self._tunes_target:
             self._check_tuned_target()
@@ -201,12 +208,6 @@ class TrainConfig:
         if self.algorithm == "reinforce":
             expected = "2 or more with prompts_per_step 1: the first step is its own baseline"
             require("num_rewrites", rewrites, rewrites * self.prompts_per_step >= 2, expected)
-
-    def _check_kl_target(self) -> None:
-        if self.kl_target is None:
-            only_default(self, "kl_gain", "with kl_target")
-            return
-        require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with kl_target, to be steered")
 
     def _check_tuned_target(self) -> None:
         only_default(self, "num_responses", "with policy prompter")

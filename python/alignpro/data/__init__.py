@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from alignpro.data.load import (
-    DataError,
-    PairRow,
-    PromptRow,
-    load_pairs,
-    load_prompts,
-    stack_columns,
-)
-
-__all__ = ["DataError", "PairRow", "PromptRow", "load_pairs", "load_prompts", "stack_columns"]
+from alignpro.data.load import DataError as DataError
+from alignpro.data.load import PromptRow as PromptRow
+from alignpro.data.load import load_pairs as load_pairs
+from alignpro.data.load import load_prompts as load_prompts
+from alignpro.data.load import stack_columns as stack_columns

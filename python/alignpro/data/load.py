@@ -2,7 +2,8 @@
 
 A source is one of
 * a file: .jsonl, .json (an array of objects), .csv (with a header) or .parquet, in UTF-8;
-* the name of data that the package ships: "everyday" (prompts), "instructions" (pairs);
+* the name of data that the package ships: "everyday" and "house_rules" (prompts), "instructions"
+  and "house_rules_warm_start" (pairs);
 * the name of a data set on the hub, "owner/name", read through the package ``datasets``.
 
 Errors are DataError, one line that names the source, the line or row, and the column.
@@ -11,16 +12,21 @@ Errors are DataError, one line that names the source, the line or row, and the c
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-PACKAGED = {"everyday": "everyday_prompts.jsonl", "instructions": "instructions.jsonl"}
+from alignpro.optional import import_for
+
+PACKAGED = {
+    "everyday": "everyday_prompts.jsonl",
+    "instructions": "instructions.jsonl",
+    "house_rules": "house_rules.jsonl",
+    "house_rules_warm_start": "house_rules_warm_start.jsonl",
+}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -34,14 +40,6 @@ class PromptRow:
 
     prompt: str
     columns: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PairRow:
-    """What a prompter should write for a prompt: an example for the supervised warm start."""
-
-    prompt: str
-    instruction: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def load_prompts(
     """
     prompts = []
     for row in _read(source, split):
-        prompt = _prompt_of(row, column)
+        prompt = _text_of(row, column, chat=True)
         columns = {name: value for name, value in row.values.items() if name != column}
         prompts.append(PromptRow(prompt, columns))
     return prompts
@@ -79,10 +77,14 @@ def load_pairs(
     prompt_column: str = "prompt",
     instruction_column: str = "instruction",
     split: str | None = None,
-) -> list[PairRow]:
-    """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``."""
+) -> list[tuple[str, str]]:
+    """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``, but
+    an instruction may be "", which leaves the prompt as it is."""
     return [
-        PairRow(_prompt_of(row, prompt_column), _text_of(row, instruction_column))
+        (
+            _text_of(row, prompt_column, chat=True),
+            _text_of(row, instruction_column, may_be_empty=True),
+        )
         for row in _read(source, split)
     ]
 
@@ -90,9 +92,8 @@ def load_pairs(
 def load_instructions(source: str | Path) -> list[str]:
     """The distinct texts of the column "instruction", in order; pairs that leave the prompt alone
     ("") have none. Sources and errors as in ``load_prompts``."""
-    values = [(row, _value_of(row, "instruction")) for row in _read(source, None)]
-    texts = [_text_of(row, "instruction").strip() for row, value in values if value != ""]
-    return list(dict.fromkeys(texts))
+    texts = (_text_of(row, "instruction", may_be_empty=True).strip() for row in _read(source, None))
+    return [text for text in dict.fromkeys(texts) if text]
 
 
 def stack_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
@@ -101,27 +102,17 @@ def stack_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
     return {name: [row.columns.get(name) for row in rows] for name in names}
 
 
-def _prompt_of(row: _Row, column: str) -> str:
-    value = _value_of(row, column)
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        value = _single_user_turn(value, f"{row.place}, column {column!r}")
-    return _checked_text(value, f"{row.place}, column {column!r}", "text or a chat")
-
-
-def _text_of(row: _Row, column: str) -> str:
-    return _checked_text(_value_of(row, column), f"{row.place}, column {column!r}", "text")
-
-
-def _value_of(row: _Row, column: str) -> Any:
+def _text_of(row: _Row, column: str, *, chat: bool = False, may_be_empty: bool = False) -> str:
+    """The text of a column; where it may be a ``chat``, its user turn."""
     if column not in row.values:
         raise DataError(f"{row.place}: no column {column!r}; there are {sorted(row.values)}")
-    return row.values[column]
-
-
-def _checked_text(value: Any, where: str, expected: str) -> str:
+    value, where = row.values[column], f"{row.place}, column {column!r}"
+    if chat and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        value = _single_user_turn(value, where)
+    expected = "text or a chat" if chat else "text"
     if not isinstance(value, str):
         raise DataError(f"{where}: expected {expected}, got {_type_name(value)}")
-    if not value.strip():
+    if not value.strip() and not (may_be_empty and value == ""):
         raise DataError(f"{where}: expected {expected}, got an empty string")
     try:
         value.encode("utf-8")
@@ -165,24 +156,28 @@ def _type_name(value: Any) -> str:
 
 def _read(source: str | Path, split: str | None) -> list[_Row]:
     """All rows of a source, after the split was taken; never empty."""
-    path = Path(source)
+    name, path = str(source), Path(source)
+    if name in PACKAGED and not path.exists():
+        path = Path(__file__).with_name(PACKAGED[name])
     if path.is_file():
-        rows = _take_split(list(_read_file(path, str(source))), split, str(source))
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES:
+            expected = f"a file ending in {', '.join(SUFFIXES)}"
+            raise DataError(f"{name}: expected {expected}, got {suffix!r}")
+        read = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+        rows = _take_split(list(read.get(suffix, _read_parquet)(path, name)), split, name)
     elif path.exists() or path.suffix.lower() in SUFFIXES:
         problem = "is a folder" if path.exists() else "there is no such file"
-        raise DataError(f"{source}: {problem}; expected a file ({', '.join(SUFFIXES)})")
-    elif str(source) in PACKAGED:
-        with as_file(files("alignpro.data").joinpath(PACKAGED[str(source)])) as packaged:
-            rows = _take_split(list(_read_file(packaged, str(source))), split, str(source))
-    elif str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
-        rows = list(_read_hub(str(source), split or "train"))
+        raise DataError(f"{name}: {problem}; expected a file ({', '.join(SUFFIXES)})")
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        rows = list(_read_hub(name, split or "train"))
     else:
         raise DataError(
-            f"{source}: expected a file ({', '.join(SUFFIXES)}), one of the package's own "
+            f"{name}: expected a file ({', '.join(SUFFIXES)}), one of the package's own "
             f"({', '.join(PACKAGED)}), or a hub data set 'owner/name'"
         )
     if not rows:
-        raise DataError(f"{source}: no rows" + (f" in split {split!r}" if split else ""))
+        raise DataError(f"{name}: no rows" + (f" in split {split!r}" if split else ""))
     return rows
 
 
@@ -197,19 +192,6 @@ def _take_split(rows: list[_Row], split: str | None, name: str) -> list[_Row]:
         there = sorted({str(row.values["split"]) for row in rows})
         raise DataError(f"{name}: no rows in split {split!r}; there are {there}")
     return kept
-
-
-def _read_file(path: Path, name: str) -> Iterator[_Row]:
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return _read_jsonl(path, name)
-    if suffix == ".json":
-        return _read_json(path, name)
-    if suffix == ".csv":
-        return _read_csv(path, name)
-    if suffix == ".parquet":
-        return _read_parquet(path, name)
-    raise DataError(f"{name}: expected a file ending in {', '.join(SUFFIXES)}, got {suffix!r}")
 
 
 def _read_text(path: Path, name: str) -> str:
@@ -229,31 +211,26 @@ def _read_jsonl(path: Path, name: str) -> Iterator[_Row]:
         if not line.strip():
             continue
         place = f"{name}, line {number}"
-        try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{place}: malformed JSON: {_json_problem(error)}") from error
-        yield _Row(place, _as_object(values, place))
+        yield _Row(place, _as_object(_parse_json(line, name, number), place))
 
 
 def _read_json(path: Path, name: str) -> Iterator[_Row]:
-    try:
-        rows = json.loads(_read_text(path, name))
-    except json.JSONDecodeError as error:
-        problem = f"{name}, line {error.lineno}: malformed JSON: {_json_problem(error)}"
-        raise DataError(problem) from error
-    except RecursionError as error:
-        raise DataError(f"{name}: malformed JSON: nested too deeply") from error
+    rows = _parse_json(_read_text(path, name), name)
     if not isinstance(rows, list):
         raise DataError(f"{name}: expected an array of objects, got {_type_name(rows)}")
     for index, values in enumerate(rows):
         yield _Row(f"{name}, row {index}", _as_object(values, f"{name}, row {index}"))
 
 
-def _json_problem(error: json.JSONDecodeError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "nested too deeply"
+def _parse_json(text: str, name: str, line: int = 1) -> Any:
+    """line: the number of the text's first."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, problem = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+    except RecursionError:
+        problem = "nested too deeply"
+    raise DataError(f"{name}, line {line}: malformed JSON: {problem}")
 
 
 def _as_object(values: Any, place: str) -> Mapping[str, Any]:
@@ -286,7 +263,7 @@ def _read_csv(path: Path, name: str) -> Iterator[_Row]:
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[_Row]:
-    parquet = _import_for("Parquet files", "pyarrow.parquet", "alignpro[parquet]")
+    parquet = import_for("reading Parquet files", "pyarrow.parquet", "alignpro[parquet]")
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
@@ -296,7 +273,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[_Row]:
 
 
 def _read_hub(name: str, split: str) -> Iterator[_Row]:
-    datasets = _import_for(f"the hub data set {name!r}", "datasets", "datasets")
+    datasets = import_for(f"reading the hub data set {name!r}", "datasets", "datasets")
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # its errors share no base
@@ -305,17 +282,6 @@ def _read_hub(name: str, split: str) -> Iterator[_Row]:
     for index, values in enumerate(rows):
         place = f"hub data set {name!r}, row {index}"
         yield _Row(place, _as_object(values, place))
-
-
-def _import_for(what: str, module: str, requirement: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.split(".")[0]
-        raise ImportError(
-            f"reading {what} needs the package {package!r}, which is not installed; "
-            f"install it with: pip install '{requirement}'"
-        ) from error
 
 
 def _first_line(error: Exception) -> str:

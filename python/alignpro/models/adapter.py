@@ -87,7 +87,13 @@ def load_peft(folder: str | Path, lora_modules: Mapping[str, tuple[int, int]]) -
     for module, found in halves.items():
         if len(found) != 2:
             raise ValueError(f"{path}: {module}: lora_{'B' if 'A' in found else 'A'} is missing")
-    _check_targets(path, config.get("target_modules"), halves)
+    targets = config.get("target_modules")
+    for target in targets if isinstance(targets, list) else []:
+        if not any(f".{module}".endswith(f".{target}") for module in halves):
+            raise ValueError(
+                f"{path}: {target} is in target_modules of {_CONFIG}, but the file has no matrices "
+                "for it"
+            )
     return LoraWeights(
         rank=rank,
         alpha=float(config["lora_alpha"]),
@@ -205,16 +211,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_targets(path: Path, targets: Any, modules: Mapping[str, Any]) -> None:
-    """Every module the configuration lists is in the file."""
-    for target in targets if isinstance(targets, list) else []:
-        if not any(module == target or module.endswith(f".{target}") for module in modules):
-            raise ValueError(
-                f"{path}: {target} is in target_modules of {_CONFIG}, but the file has no matrices "
-                "for it"
-            )
-
-
 def _targets(modules: Mapping[str, Any]) -> tuple[list[str], list[int] | None]:
     """(target_modules, layers_to_transform) by which PEFT finds exactly these modules: the names'
     last parts and the layers if every layer has the same; else every path in full."""
@@ -256,10 +252,8 @@ def _read_tensors(path: Path) -> dict[str, Matrix]:
 
 def _as_float32(path: Path, name: str, entry: Mapping[str, Any]) -> Matrix:
     data, dtype = entry["data"], entry["dtype"]
-    if dtype == "F32":
-        values = np.frombuffer(data, "<f4").astype(np.float32)
-    elif dtype == "F16":
-        values = np.frombuffer(data, "<f2").astype(np.float32)
+    if dtype in ("F32", "F16"):
+        values = np.frombuffer(data, "<f4" if dtype == "F32" else "<f2").astype(np.float32)
     elif dtype == "BF16":  # the upper half of a float32
         values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:

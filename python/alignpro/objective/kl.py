@@ -60,7 +60,6 @@ def k3(logprob: Tensor, reference_logprob: Tensor) -> Tensor:
 
 
 def _lengths(values: Tensor, sequence: Tensor) -> list[int]:
-    """Token counts of the sequences in order, after checking that the two are aligned."""
     if values.dim() != 1 or sequence.shape != values.shape:
         raise ValueError(
             "expected aligned 1-D tensors, got values of shape "

@@ -102,22 +102,14 @@ def policy_loss(
 def _check(
     batch: PolicyBatch, kl_coef: float, total_rewrites: int, clip_range: float | None
 ) -> None:
-    tokens = {
-        "logprob": batch.logprob,
-        "kl": batch.kl,
-        "entropy": batch.entropy,
-        "reference_logprob": batch.reference_logprob,
-        "sampled_logprob": batch.sampled_logprob,
-        "advantage": batch.advantage,
-    }
     shape = batch.sequence.shape
     split_sequences(batch.sequence, batch.sequence)  # refuses what is no sequence
-    for name, tensor in tokens.items():
+    for name, tensor in vars(batch).items():
         if tensor.shape != shape:
             raise ValueError(
                 f"{name}: expected shape [{shape[0]}] as sequence, got {tuple(tensor.shape)}"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor).all()):  # the sequence's integers are
             raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
     if not batch.sequence.numel():
         raise ValueError("expected at least one rewrite token, got an empty batch")

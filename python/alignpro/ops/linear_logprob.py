@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from alignpro.native import core
 
 Floats = NDArray[np.float32]
 _OUTPUTS = ("logprob", "entropy", "kl", "reverse_kl", "reference_logprob")
-_DIFFERENTIABLE = _OUTPUTS[:4]
+_VARIATION = ("total_variation",)
 
 
 class QuantizedWeight:
@@ -119,10 +118,11 @@ def linear_logprob(
     """
     call = _Call(hidden, weight, tokens, temperature, reference_hidden, reference_weight)
     weight_input = weight if isinstance(weight, torch.Tensor) else None
-    values = dict(zip(_OUTPUTS, _Forward.apply(call, hidden, weight_input), strict=True))  # type: ignore[no-untyped-call]
+    apply = functools.partial(_Op.apply, call, hidden, weight_input)
+    values = dict(zip(_OUTPUTS, apply(_OUTPUTS), strict=True))
     variation = None
     if reference_hidden is not None:
-        variation = functools.partial(_Variation.apply, call, hidden, weight_input)
+        variation = lambda: apply(_VARIATION)[0]  # noqa: E731
     return LinearLogprob(**values, _variation=variation)
 
 
@@ -170,7 +170,6 @@ class _Call:
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
         self.shape = tokens.shape
-        self.hidden_shape = hidden.shape if isinstance(hidden, torch.Tensor) else None
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= 2**31):
             wrong = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
             raise ValueError(f"tokens: expected ids of the vocabulary, got {wrong}")
@@ -190,77 +189,54 @@ class _Call:
         )
         self.saved: dict[str, Floats | None] = {}
 
-    def backward(
-        self, upstream: Mapping[str, torch.Tensor | None], mass_above: Floats | None, ctx: Any
-    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
-        """Gradients of (call, hidden, weight) from the derivatives by the outputs."""
-        _, wants_hidden, wants_weight = ctx.needs_input_grad
-        d_hidden, d_weight = core.linear_logprob_backward(
-            *self.arguments,
-            self.saved,
-            mass_above,
-            {name: _flat(gradient) for name, gradient in upstream.items()},
-            wants_hidden,
-            wants_weight,
-        )
-        hidden_dtype, weight_dtype = ctx.dtypes
-        return (
-            None,
-            None
-            if d_hidden is None
-            else torch.from_numpy(d_hidden).reshape(self.hidden_shape).to(hidden_dtype),
-            None if d_weight is None else torch.from_numpy(d_weight).to(weight_dtype),
-        )
 
+class _Op(torch.autograd.Function):
+    """Outputs by name: those of the first pass, or the total variation, which needs that one."""
 
-class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, hidden: torch.Tensor, weight: torch.Tensor | None
+        ctx: Any,
+        call: _Call,
+        hidden: torch.Tensor,
+        weight: torch.Tensor | None,
+        names: tuple[str, ...],
     ) -> tuple[torch.Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.call = call
-        ctx.dtypes = hidden.dtype, None if weight is None else weight.dtype
+        ctx.call, ctx.names, ctx.mass_above = call, names, None
         # Saved so that autograd notices when one is overwritten before the backward reads it.
         ctx.save_for_backward(hidden, weight)
-        call.saved = core.linear_logprob(*call.arguments, ctx.needs_input_grad[1])
+        if names is _OUTPUTS:
+            found = call.saved = core.linear_logprob(*call.arguments, ctx.needs_input_grad[1])
+        else:
+            variation, ctx.mass_above = core.total_variation(*call.arguments, call.saved)
+            found = {names[0]: variation}
         outputs = tuple(
             None if value is None else torch.from_numpy(value.reshape(call.shape))
-            for value in (call.saved[name] for name in _OUTPUTS)
+            for value in (found[name] for name in names)
         )
-        if outputs[4] is not None:
-            ctx.mark_non_differentiable(outputs[4])
+        ctx.mark_non_differentiable(*(o for o in outputs[4:] if o is not None))
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, *upstream: torch.Tensor | None
-    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
-        ctx.saved_tensors  # noqa: B018  raises when hidden or weight was overwritten
+    def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors  # raises when one was overwritten
+        _, wants_hidden, wants_weight, _ = ctx.needs_input_grad
         call: _Call = ctx.call
-        return call.backward(dict(zip(_DIFFERENTIABLE, upstream, strict=False)), None, ctx)
-
-
-class _Variation(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, call: _Call, hidden: torch.Tensor, weight: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.call = call
-        ctx.dtypes = hidden.dtype, None if weight is None else weight.dtype
-        ctx.save_for_backward(hidden, weight)
-        variation, ctx.mass_above = core.total_variation(*call.arguments, call.saved)
-        return torch.from_numpy(variation.reshape(call.shape))
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, upstream: torch.Tensor
-    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
-        ctx.saved_tensors  # noqa: B018
-        call: _Call = ctx.call
-        return call.backward({"total_variation": upstream}, ctx.mass_above, ctx)
+        d_hidden, d_weight = core.linear_logprob_backward(
+            *call.arguments,
+            call.saved,
+            ctx.mass_above,
+            {n: _flat(g) for n, g in zip(ctx.names[:4], upstream, strict=False)},
+            wants_hidden,
+            wants_weight,
+        )
+        gradients = ((d_hidden, hidden), (d_weight, weight))
+        return (
+            None,
+            *(None if d is None else torch.from_numpy(d).view_as(of).to(of) for d, of in gradients),
+            None,
+        )
 
 
 def _check_tensor(name: str, value: Any) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from alignpro.bench.machine import available_bytes, limits
+from alignpro.config.fields import Range, above, checked, from_mapping
 from alignpro.native import core
 
 
@@ -25,26 +27,22 @@ class Device:
     kv_bytes: int = 4  # of a number in the key-value cache
 
 
+_Share = Annotated[float, Range(lambda v: bool(0 < v <= 1), "a share in (0, 1]")]
+_Positive = Annotated[float, above(0)]
+
+
 @dataclass(frozen=True)
+@checked
 class Rates:
     """Shares of the limits that were reached, and how the limits are to be taken instead."""
 
-    generate: float  # of the operations, while many rows are decoded or read
-    score: float  # of the operations, forward, backward and vocabulary
-    bytes: float  # of the bandwidth, by weights and keys while decoding
-    int8: float = 1.0  # how many times the operations int8 products make
-    gflops: float | None = None  # in the place of the device's
-    gbps: float | None = None
+    generate: _Share  # of the operations, while many rows are decoded or read
+    score: _Share  # of the operations, forward, backward and vocabulary
+    bytes: _Share  # of the bandwidth, by weights and keys while decoding
+    int8: _Positive = 1.0  # how many times the operations int8 products make
+    gflops: _Positive | None = None  # in the place of the device's
+    gbps: _Positive | None = None
     source: str = "docs/notes/performance.md"
-
-    def __post_init__(self) -> None:
-        for name in ("generate", "score", "bytes"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share in (0, 1], got {getattr(self, name)}")
-        for name in ("int8", "gflops", "gbps"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {value}")
 
 
 # Measured on two cores with AVX-512 (docs/notes/performance.md): 64 rows decode at 77% of the
@@ -66,11 +64,7 @@ _SHEETS = {
 
 
 def gpu(name: str) -> Device:
-    """A graphics card by its name, in any case.
-
-    Raises:
-        ValueError: an unknown one; the message lists the known.
-    """
+    """A graphics card by its name, in any case."""
     for known, (tflops, gbps, gigabytes) in _SHEETS.items():
         if known.lower() == name.lower():
             # 16 bits are what a card would keep keys and values in.
@@ -89,24 +83,14 @@ def this_cpu(threads: int | None, rates: Rates) -> Device:
 
 
 def read_rates(file: Path) -> Rates:
-    """Rates from a JSON object of `Rates`' fields; ``source`` becomes the file's name.
-
-    Raises:
-        ValueError: not such an object; the message names the file and the field.
-    """
+    """Rates from a JSON object of `Rates`' fields; ``source`` becomes the file's name."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
-    known = [f.name for f in fields(Rates) if f.name != "source"]
     if not isinstance(found, Mapping) or not {"generate", "score", "bytes"} <= found.keys():
         raise ValueError(f"{file}: expected an object with generate, score and bytes, got {found}")
-    for name, value in found.items():
-        if name not in known:
-            raise ValueError(f"{file}: unknown key {name!r}; known: {', '.join(known)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{file}: {name}: expected a number, got {value!r}")
     try:
-        return Rates(**found, source=file.name)
+        return from_mapping(Rates, {**found, "source": file.name})
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

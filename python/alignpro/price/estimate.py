@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from alignpro.config import ModelConfig, TrainConfig, target_of
-from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, this_cpu
+from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, read_rates, this_cpu
 from alignpro.price.lengths import find_lengths, local_prompts
 from alignpro.price.models import PricedModel, find_priced
 from alignpro.price.work import Phase, Work, count_step
@@ -23,21 +24,19 @@ def price_train(
     config: TrainConfig,
     *,
     gpu_name: str | None = None,
-    rates: Rates | None = None,
+    rates: Rates | Path | None = None,
     prompt_tokens: int | None = None,
 ) -> dict[str, Any]:
     """What the run would cost, as plain values; no weights are loaded and nothing is fetched.
 
     Args:
         gpu_name: a card of `devices.gpu`; None is this CPU, whose limits are measured.
-        rates: shares reached; None takes those of docs/notes/performance.md on a CPU, and on a card
-            leaves a lower bound.
+        rates: shares reached, or a file of them (`read_rates`); None takes those of
+            docs/notes/performance.md on a CPU, and on a card leaves a lower bound.
         prompt_tokens: of a prompt, where the data is not here or stands for other data.
-
-    Raises:
-        FileNotFoundError: a model whose sizes are unknown. ValueError: a model that cannot run,
-            work that does not fit a context or ``memory_limit``, an unknown card.
     """
+    if isinstance(rates, Path):
+        rates = read_rates(rates)
     device = gpu(gpu_name) if gpu_name is not None else None
     answers = target_of(config.prompter, config.target)
     for name, where in (("prompter", config.prompter.device), ("target", answers.device)):
@@ -69,13 +68,17 @@ def price_train(
             device, gflops=rates.gflops or device.gflops, gbps=rates.gbps or device.gbps
         )
     memory = _memory(config, prompter, target, work, device)
-    least, expected = _least_seconds(work, device), _seconds(work, device, rates)
+    least, expected = _seconds(work, device, rates)
     total = sum(memory.values())
     least_total = total - memory[_KV] + device.kv_bytes * work.alone_kv_elements
+    fits = None
+    if device.memory_bytes is not None:
+        needs = ((total, "yes"), (least_total, "with fewer sequences at once"), (0, "no"))
+        fits = next(words for need, words in needs if need <= device.memory_bytes)
     return {
         "models": {
-            "prompter": _model(prompter),
-            "target": _model(target) | {"shared": _shared(config, prompter, target)},
+            "prompter": prompter.summary(),
+            "target": target.summary() | {"shared": _shared(config, prompter, target)},
         },
         "lengths": asdict(lengths),
         "steps": config.steps,
@@ -90,7 +93,7 @@ def price_train(
         "memory_bytes": total,
         "device": asdict(device),
         "least_memory_bytes": least_total,
-        "fits": _fits(total, least_total, device),
+        "fits": fits,
         "rates": None if rates is None else asdict(rates),
         "seconds_per_step": expected,
         "hours": None if expected is None else expected * config.steps / 3600,
@@ -106,17 +109,6 @@ def _place(card: Device | None, model: ModelConfig) -> tuple[str, str]:
     if card is None or model.device == "cuda":
         return model.device, model.resolved_compute
     return "cuda", "bfloat16"
-
-
-def _model(model: PricedModel) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "parameters": model.parameters,
-        "layer_parameters": model.facts.layer_parameters,
-        "weight_bytes": model.weight_bytes,
-        "storage": model.storage,
-        "source": model.source,
-    }
 
 
 def _shared(config: TrainConfig, prompter: PricedModel, target: PricedModel) -> bool:
@@ -146,40 +138,25 @@ def _memory(
     }
 
 
-def _fits(all_at_once: int, least: int, device: Device) -> str | None:
-    if device.memory_bytes is None:
-        return None
-    if all_at_once <= device.memory_bytes:
-        return "yes"
-    return "with fewer sequences at once" if least <= device.memory_bytes else "no"
-
-
 def _bytes(phase: Phase, device: Device, *, least: bool = False) -> float:
     weights = phase.least_weight_bytes if least else phase.weight_bytes
     return weights + device.kv_bytes * phase.kv_elements
 
 
-def _least_seconds(work: Work, device: Device) -> float:
-    """No step can be faster at the device's limits."""
-    return sum(
-        max(
-            phase.flops / (device.gflops * 1e9),
-            _bytes(phase, device, least=True) / (device.gbps * 1e9),
-        )
-        for phase in work.phases
+def _seconds(work: Work, device: Device, rates: Rates | None) -> tuple[float, float | None]:
+    """What no step can be faster than at the device's limits; and at the shares that were measured,
+    None without any. There, operations and reading are added up: a step of decoding is 5 ms and
+    1.5 ms a row where its weights take 5 ms to read (docs/notes/performance.md)."""
+    gflops, gbps = device.gflops * 1e9, device.gbps * 1e9
+    least = sum(
+        max(phase.flops / gflops, _bytes(phase, device, least=True) / gbps) for phase in work.phases
     )
-
-
-def _seconds(work: Work, device: Device, rates: Rates | None) -> float | None:
-    """At the shares that were measured; None without any. Operations and reading are added up: a
-    step of decoding is 5 ms and 1.5 ms a row where its weights take 5 ms to read
-    (docs/notes/performance.md)."""
     if rates is None:
-        return None
+        return least, None
 
-    def seconds(phase: Phase) -> float:
+    def seconds(phase: Phase, rates: Rates) -> float:
         share = rates.generate if phase.kind == "generate" else rates.score
-        flops = device.gflops * 1e9 * share * (rates.int8 if phase.int8 else 1.0)
-        return phase.flops / flops + _bytes(phase, device) / (device.gbps * 1e9 * rates.bytes)
+        flops = gflops * share * (rates.int8 if phase.int8 else 1.0)
+        return phase.flops / flops + _bytes(phase, device) / (gbps * rates.bytes)
 
-    return sum(seconds(phase) for phase in work.phases)
+    return least, sum(seconds(phase, rates) for phase in work.phases)

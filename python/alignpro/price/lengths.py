@@ -66,12 +66,10 @@ def find_lengths(
         turns = [reads.around + reads.count(text) for text in prompts]
         heads = [answers.head + answers.count(text) for text in prompts]
         known = [name for name, t in (("prompter", prompter), ("target", target)) if t is None]
-        source = f"mean of {len(prompts)} prompts" + (
-            f", {_BYTES_A_TOKEN:g} bytes a token where the tokenizer is not here "
-            f"({' and '.join(known)})"
-            if known
-            else ""
-        )
+        source = f"mean of {len(prompts)} prompts"
+        if known:
+            source += f", {_BYTES_A_TOKEN:g} bytes a token where the tokenizer is not here "
+            source += f"({' and '.join(known)})"
     own = round(sum(heads) / len(heads))
     head = own if append else answers.head
     separator = answers.count(prompting.separator) if append else 0
@@ -102,10 +100,7 @@ class _Turn:
             )
             self.head = shared_prefix(one, other)
             self.tail = shared_prefix(one[::-1], other[::-1])
-
-    @property
-    def around(self) -> int:
-        return self.head + self.tail
+        self.around = self.head + self.tail
 
 
 def _guess(text: str) -> int:

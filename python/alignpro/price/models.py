@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from alignpro.models.resolve import find_model
 from alignpro.models.tokenizer import Tokenizer
@@ -47,16 +48,23 @@ class PricedModel:
         """What a step reads however few rows it has: layers and head, not the embedding."""
         return self.matrix_bytes["layers"] + self.matrix_bytes["head"]
 
+    def summary(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "layer_parameters": self.facts.layer_parameters,
+            "weight_bytes": self.weight_bytes,
+            "storage": self.storage,
+            "source": self.source,
+        }
+
     def tokenizer(self) -> Tokenizer | None:
         return None if self.files is None else Tokenizer.of(self.files)
 
 
 def find_priced(name: str) -> PricedModel:
-    """The model, from files that are here or from what was published; nothing is fetched.
-
-    Raises:
-        FileNotFoundError: neither has it. ModelFileError: files that cannot be run.
-    """
+    """The model, from files that are here or from what was published; nothing is fetched."""
     path = find_model(name)
     if path is not None:
         storage = "GGUF" if path.is_file() else "safetensors"

@@ -18,23 +18,21 @@ def price_tables(report: dict[str, Any]) -> RenderableType:
 
 def hours_line(report: dict[str, Any]) -> str:
     device, rates = report["device"], report["rates"]
-    limits = (
-        f"{device['gflops'] / 1e3:.4g} TFLOP/s and {device['gbps']:.4g} GB/s ({device['source']})"
-    )
-    left_out = f"Left out: {', '.join(report['left_out'])}."
-    memory = _fit_line(report)
+    limits = f"{device['gflops'] / 1e3:.4g} TFLOP/s and {device['gbps']:.4g} GB/s"
+    limits += f" ({device['source']})"
+    ending = f"{_fit_line(report)} Left out: {', '.join(report['left_out'])}."
     if rates is None:
         return (
             f"Time on {device['name']}: at least {_duration(report['least_hours'])} at the limits "
             f"of {limits}, if every rewrite and response runs to its maximum; no rate has been "
-            f"measured on this device yet (--rates FILE). {memory} {left_out}"
+            f"measured on this device yet (--rates FILE). {ending}"
         )
     return (
         f"Time on {device['name']}: {_duration(report['hours'])} "
         f"({report['seconds_per_step']:.3g} s a step) if every rewrite and response runs to its "
         f"maximum, at {rates['generate']:.0%} (generation), {rates['score']:.0%} (scoring) and "
         f"{rates['bytes']:.0%} (bytes) of {limits}, shares from {rates['source']}. "
-        f"{memory} {left_out}"
+        f"{ending}"
     )
 
 

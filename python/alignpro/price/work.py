@@ -73,58 +73,41 @@ class _Sampling:
     def samples(self) -> int:
         return self.contexts * self.size
 
-    def reads(self) -> _Rows:
-        rows = _Rows(self.model, self.lora)
-        rows.add(0, self.shared)
-        rows.add(self.shared, self.head, self.prompts)
-        rows.add(self.head, self.length, self.contexts)
-        # The last position is computed for every sample, which draws its first token there.
-        rows.add(self.length - 1, self.length, self.samples - self.contexts)
-        return rows
-
-    def writes(self) -> _Rows:
-        rows = _Rows(self.model, self.lora)
-        rows.add(self.length, self.length + self.wrote - 1, self.samples)
-        return rows
-
     def phases(self) -> tuple[Phase, Phase]:
         """Reading the contexts, and writing the samples."""
-        read, written, steps = self.reads(), self.writes(), self.wrote - 1
+        samples, steps, facts = self.samples, self.wrote - 1, self.model.facts
+        read = _Rows(
+            self.model,
+            self.lora,
+            (0, self.shared, 1),
+            (self.shared, self.head, self.prompts),
+            (self.head, self.length, self.contexts),
+            # The last position is computed for every sample, which draws its first token there.
+            (self.length - 1, self.length, samples - self.contexts),
+        )
+        written = _Rows(self.model, self.lora, (self.length, self.length + steps, samples))
         # Of the keys that decoding reads, what the samples of a context share once a step.
         own = self.size * steps * (steps + 1) // 2
         decoded = self.contexts * (steps * self.length + own)
-        batches = -(-self.samples // ENGINE_ROWS)
-        return (
-            self._phase("reads", read, self.samples, -(-read.rows // ENGINE_ROWS), 1, read.rows),
-            self._phase("writes", written, self.samples * steps, batches * steps, steps, decoded),
-        )
+        batches, reads = -(-samples // ENGINE_ROWS), -(-read.count // ENGINE_ROWS)
 
-    def _phase(
-        self, what: str, rows: _Rows, drawn: int, passes: int, least_passes: int, kv: int
-    ) -> Phase:
-        """drawn: tokens that are sampled. kv: positions whose keys and values are read."""
-        head = 2.0 * drawn * self.model.facts.head_parameters
-        return Phase(
-            f"{self.who} {what}",
-            "generate",
-            rows.rows,
-            rows.matrix_flops + rows.lora_flops + rows.attention_flops + head,
-            passes * self.model.streamed_bytes,
-            least_passes * self.model.streamed_bytes,
-            self.model.facts.kv_elements * kv,
-            self.int8,
+        def phase(what: str, rows: _Rows, drawn: int, passes: int, least: int, kv: int) -> Phase:
+            """drawn: tokens that are sampled. kv: positions whose keys and values are read."""
+            flops = rows.matrices + rows.lora + rows.attention + 2.0 * drawn * facts.head_parameters
+            streamed, moved = self.model.streamed_bytes, facts.kv_elements * kv
+            sizes = (rows.count, flops, passes * streamed, least * streamed, moved)
+            return Phase(f"{self.who} {what}", "generate", *sizes, self.int8)
+
+        return (
+            phase("reads", read, samples, reads, 1, read.count),
+            phase("writes", written, samples * steps, batches * steps, steps, decoded),
         )
 
 
 def count_step(
     config: TrainConfig, lengths: Lengths, prompter: PricedModel, target: PricedModel
 ) -> Work:
-    """The work of one step; with ``num_responses: auto``, of the dearest that it may choose.
-
-    Raises:
-        ValueError: a rewrite that does not fit ``memory_limit`` alone, a sequence over a context,
-            or the closed form, whose steps are not all alike.
-    """
+    """The work of one step; with ``num_responses: auto``, of the dearest that it may choose."""
     if config.algorithm == "closed_form":
         raise ValueError("algorithm: closed_form is not priced: it samples once and then fits")
     sampled = _samplings(config, lengths, prompter, target)
@@ -140,12 +123,16 @@ def count_step(
     passes = config.ppo.epochs if config.algorithm == "ppo" else 1
     score = tuple(_scoring(config, trained, plan, begins, passes))
     forward = score[0].rows
+    phases: list[Phase] = []
     counts: dict[str, int] = {}
+    held = 0
     for one in sampled:
-        counts[f"{one.who} reads"] = one.reads().rows
-        counts[f"{one.who} writes"] = one.samples * one.wrote
+        reads, writes = one.phases()
+        phases += (reads, writes)
+        counts |= {reads.name: reads.rows, writes.name: one.samples * one.wrote}
+        held += (reads.rows + writes.rows) * one.model.facts.kv_elements
     return Work(
-        phases=tuple(phase for one in sampled for phase in one.phases()) + score,
+        phases=(*phases, *score),
         tokens={
             **counts,
             "generated": sum(one.samples * one.wrote for one in sampled),
@@ -153,9 +140,7 @@ def count_step(
             "scored backward": forward,
         },
         lora_parameters=trained.lora,
-        kv_elements=sum(
-            (one.reads().rows + one.writes().rows) * one.model.facts.kv_elements for one in sampled
-        ),
+        kv_elements=held,
         alone_kv_elements=sum(
             (one.length + one.wrote) * one.model.facts.kv_elements for one in sampled
         ),
@@ -210,40 +195,33 @@ def lora_parameters(model: PricedModel, config: TrainConfig) -> int:
     return config.lora.rank * sum(rows + cols for rows, cols in modules.values())
 
 
-@dataclass
 class _Rows:
-    """Positions that pass through a model's layers, and what attention and matrices make of it."""
+    """Positions that pass through a model's layers, and the operations they take there.
 
-    model: PricedModel
-    lora: int
-    rows: int = 0
-    pairs: float = 0.0
+    spans: positions [begin, end) of so many sequences; each position sees those up to itself.
+    """
 
-    def add(self, begin: int, end: int, sequences: int = 1) -> None:
-        """Positions [begin, end) of each sequence, each of which sees those up to itself."""
-        self.rows += sequences * (end - begin)
-        self.pairs += sequences * (end * (end + 1) - begin * (begin + 1)) / 2
-
-    @property
-    def matrix_flops(self) -> float:
-        return 2.0 * self.rows * self.model.facts.layer_parameters
-
-    @property
-    def lora_flops(self) -> float:
-        return 2.0 * self.rows * self.lora
-
-    @property
-    def attention_flops(self) -> float:
-        """Queries by keys, weights by values: two products."""
-        config = self.model.facts.config
+    def __init__(self, model: PricedModel, lora: int, *spans: tuple[int, int, int]) -> None:
+        config = model.facts.config
         width = config["num_heads"] * config["head_dim"] * config["num_layers"]
-        return 4.0 * self.pairs * float(width)
+        self.count = sum(number * (end - begin) for begin, end, number in spans)
+        pairs = sum(n * (end * (end + 1) - begin * (begin + 1)) for begin, end, n in spans) / 2
+        self.matrices = 2.0 * self.count * model.facts.layer_parameters
+        self.lora = 2.0 * self.count * lora
+        # Queries by keys, weights by values: two products.
+        self.attention = 4.0 * pairs * float(width)
 
 
 def _plan(config: TrainConfig, trained: _Sampling) -> tuple[list[MicroBatch], list[int], int]:
     """The trainer's own plan for sequences of these lengths; where each sequence stops being its
     predecessor; and the most bytes that a part of the plan holds."""
-    sequences = _sequences(trained)
+    own = trained.length - trained.shared
+    # Made-up tokens that share what real ones do: a prompt's among its samples.
+    sequences = [
+        [0] * trained.shared + [2 * prompt + 1] * own + [2 * sample + 2] * trained.wrote
+        for prompt in range(trained.prompts)
+        for sample in range(trained.size)
+    ]
     starts = [trained.length] * len(sequences)
     begins = [0, *(shared_prefix(one, other) for one, other in itertools.pairwise(sequences))]
     number = {id(sequence): index for index, sequence in enumerate(sequences)}
@@ -278,16 +256,6 @@ def _plan(config: TrainConfig, trained: _Sampling) -> tuple[list[MicroBatch], li
     return plan, begins, most
 
 
-def _sequences(trained: _Sampling) -> list[list[int]]:
-    """Made-up tokens that share what real ones do: a prompt's among its samples."""
-    own = trained.length - trained.shared
-    return [
-        [0] * trained.shared + [2 * prompt + 1] * own + [2 * sample + 2] * trained.wrote
-        for prompt in range(trained.prompts)
-        for sample in range(trained.size)
-    ]
-
-
 def _scoring(
     config: TrainConfig,
     trained: _Sampling,
@@ -302,20 +270,21 @@ def _scoring(
     the gradient (docs/notes/performance.md).
     """
     model = trained.model
-    rows, again = _Rows(model, trained.lora), _Rows(model, trained.lora)
     length = trained.length + trained.wrote
-    for batch in plan:
-        for begin in (0, *begins[batch.begin + 1 : batch.end]):
-            rows.add(begin, length, passes)
-            if batch.activations == "recompute":
-                again.add(begin, length, passes)
-    frozen = 0.0 if config.trained.adapter is None else rows.lora_flops
+    spans = [
+        (batch.activations, (begin, length, passes))
+        for batch in plan
+        for begin in (0, *begins[batch.begin + 1 : batch.end])
+    ]
+    rows = _Rows(model, trained.lora, *(span for _, span in spans))
+    again = _Rows(model, trained.lora, *(span for mode, span in spans if mode == "recompute"))
+    frozen = 0.0 if config.trained.adapter is None else rows.lora
     one_pass = float(passes * len(plan) * model.matrix_bytes["layers"])
-    forward = 2 * (rows.matrix_flops + rows.attention_flops) + rows.lora_flops + frozen
-    backward = rows.matrix_flops + 2 * rows.lora_flops + 2.5 * rows.attention_flops
-    backward += again.matrix_flops + again.lora_flops + again.attention_flops
-    yield Phase("score forward", "score", rows.rows, forward, one_pass, one_pass)
-    yield Phase("score backward", "score", rows.rows, backward, one_pass, one_pass)
+    forward = 2 * (rows.matrices + rows.attention) + rows.lora + frozen
+    backward = rows.matrices + 2 * rows.lora + 2.5 * rows.attention
+    backward += again.matrices + again.lora + again.attention
+    yield Phase("score forward", "score", rows.count, forward, one_pass, one_pass)
+    yield Phase("score backward", "score", rows.count, backward, one_pass, one_pass)
     values = passes * len(begins) * trained.wrote
     head = float(passes * len(plan) * model.matrix_bytes["head"])
     flops = 4 * 2.0 * values * model.facts.head_parameters

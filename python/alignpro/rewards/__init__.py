@@ -6,31 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alignpro.rewards.build import build_reward
-    from alignpro.rewards.check import RewardError, reward_name, score_checked
-    from alignpro.rewards.classifier import ClassifierReward
-    from alignpro.rewards.combine import WeightedSum, score_components
-    from alignpro.rewards.function import FunctionReward, from_callable
-    from alignpro.rewards.topic import TopicReward
-    from alignpro.rewards.vader import VaderReward
-
-__all__ = [
-    "ClassifierReward",
-    "FunctionReward",
-    "RewardError",
-    "TopicReward",
-    "VaderReward",
-    "WeightedSum",
-    "build_reward",
-    "from_callable",
-    "reward_name",
-    "score_checked",
-    "score_components",
-]
+    from alignpro.rewards.build import build_reward as build_reward
+    from alignpro.rewards.check import RewardError as RewardError
+    from alignpro.rewards.check import reward_name as reward_name
+    from alignpro.rewards.check import score_checked as score_checked
+    from alignpro.rewards.classifier import ClassifierReward as ClassifierReward
+    from alignpro.rewards.combine import WeightedSum as WeightedSum
+    from alignpro.rewards.combine import score_components as score_components
+    from alignpro.rewards.function import FunctionReward as FunctionReward
+    from alignpro.rewards.function import from_callable as from_callable
+    from alignpro.rewards.house_rules import HouseRulesReward as HouseRulesReward
+    from alignpro.rewards.topic import TopicReward as TopicReward
+    from alignpro.rewards.vader import VaderReward as VaderReward
 
 _HOMES = {
     "ClassifierReward": "classifier",
     "FunctionReward": "function",
+    "HouseRulesReward": "house_rules",
     "RewardError": "check",
     "TopicReward": "topic",
     "VaderReward": "vader",
@@ -41,6 +33,7 @@ _HOMES = {
     "score_checked": "check",
     "score_components": "combine",
 }
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

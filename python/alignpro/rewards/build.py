@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from alignpro import rewards
 from alignpro.rewards.check import shorten
 from alignpro.rewards.combine import WeightedSum
 from alignpro.rewards.function import from_callable
@@ -20,28 +21,17 @@ _PLUS = re.compile(r"(?<!\d[eE])\+")
 _WEIGHTED = re.compile(r"\s*([^*]*?)\s*\*\s*(.*?)\s*")
 
 
-def _vader(**options: Any) -> Reward:
-    from alignpro.rewards.vader import VaderReward
-
-    return VaderReward(**options)
-
-
-def _topic(**options: Any) -> Reward:
-    from alignpro.rewards.topic import TopicReward
-
-    return TopicReward(**options)
-
-
-_NAMED: dict[str, Callable[..., Reward]] = {"vader": _vader, "topic": _topic}
+# In alignpro.rewards.
+_NAMED = {"vader": "VaderReward", "topic": "TopicReward", "house_rules": "HouseRulesReward"}
 _KNOWN = f"known: {', '.join(_NAMED)}, 'module:function', 'hf:NAME' or 'hf:NAME#label'"
 
 
 def build_reward(spec: str | Mapping[str, Any]) -> Reward:
     """Builds a reward from a line, or from a mapping of names to weights or options.
 
-    A line is a sum of terms ``[weight*]name``. A name is one of "vader" and "topic",
-    "module:function" for your own (installed or in the current folder; signatures as in
-    ``from_callable``; a class is called with the options to make the reward), or
+    A line is a sum of terms ``[weight*]name``. A name is one of "vader", "topic" and
+    "house_rules", "module:function" for your own (installed or in the current folder; signatures as
+    in ``from_callable``; a class is called with the options to make the reward), or
     "hf:NAME[#label]" for a Hugging Face sequence classifier. A mapping says the same with room for
     options: ``{"vader": 1.0, "hf:NAME#label": {"weight": 0.5, "pair": False}}``.
 
@@ -97,7 +87,7 @@ def _build_one(name: str, options: dict[str, Any]) -> Reward:
     if name.startswith("hf:"):
         build = _classifier_builder(name)
     elif name in _NAMED:
-        build = _NAMED[name]
+        build = getattr(rewards, _NAMED[name])
     elif ":" in name:
         found = _load_object(name, options)
         try:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from alignpro.types import Reward
+from alignpro.types import Reward, Texts
 
 RESERVED_COLUMNS = frozenset({"prompts", "rewrites", "responses"})
 _SHOWN_CHARACTERS = 60
@@ -59,9 +59,9 @@ class _Rows(NamedTuple):
 
 def score_checked(
     reward: Reward,
-    prompts: Sequence[str],
-    rewrites: Sequence[str],
-    responses: Sequence[str],
+    prompts: Texts,
+    rewrites: Texts,
+    responses: Texts,
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[float]:
     """Calls ``reward`` on aligned rows and returns one finite float per row.
@@ -81,14 +81,22 @@ def score_checked(
     except RewardError:
         raise  # a component has already named its row
     except Exception as error:
-        failed, cause = _failed_batch(reward, rows, error)
-        raise failed from cause
+        for row, alone in rows.alone():
+            try:
+                alone.scored_by(reward)
+            except Exception as cause:
+                raised = f"raised {type(cause).__name__} at row {_describe(row, prompts)}"
+                raise RewardError(f"reward {name!r} {raised}: {cause}", row) from cause
+        raise RewardError(
+            f"reward {name!r} raised {type(error).__name__} on a batch of {len(prompts)} rows, "
+            f"though on no row alone: {error}"
+        ) from error
     if len(scores) != len(prompts):
-        row = _find_row_with_wrong_count(reward, rows)
-        where = "" if row is None else f"; row {_describe(row, prompts)} alone does not give 1"
+        wrong = next((r for r, alone in rows.alone() if not _gives_one(reward, alone)), None)
+        where = "" if wrong is None else f"; row {_describe(wrong, prompts)} alone does not give 1"
         raise RewardError(
             f"reward {name!r}: expected {len(prompts)} scores, one a row, got {len(scores)}{where}",
-            row,
+            wrong,
         )
     return [_as_score(score, name, row, prompts) for row, score in enumerate(scores)]
 
@@ -123,16 +131,14 @@ def _as_list(result: object, name: str) -> list[object]:
 
 def _as_score(value: Any, name: str, row: int, prompts: Sequence[str]) -> float:
     where = f"reward {name!r}, row {_describe(row, prompts)}"
-    # float() would read "1.5" and one-element arrays; neither is a score somebody meant to give.
-    is_text = isinstance(value, (str, bytes, bytearray))
-    if value is None or is_text or getattr(value, "ndim", 0) != 0:
-        raise RewardError(f"{where}: expected a number, got {_describe_value(value)}", row)
     try:
+        # float() would read "1.5" and one-element arrays, which nobody meant as a score.
+        if isinstance(value, (str, bytes, bytearray)) or getattr(value, "ndim", 0) != 0:
+            raise TypeError
         score = float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise RewardError(
-            f"{where}: expected a number, got {_describe_value(value)}", row
-        ) from error
+        given = "None" if value is None else f"{type(value).__name__} {shorten(repr(value), 40)}"
+        raise RewardError(f"{where}: expected a number, got {given}", row) from error
     if not math.isfinite(score):
         raise RewardError(f"{where}: expected a finite number, got {score}", row)
     return score
@@ -142,33 +148,8 @@ def _describe(row: int, prompts: Sequence[str]) -> str:
     return f"{row} (prompt {shorten(prompts[row])})"
 
 
-def _describe_value(value: object) -> str:
-    return "None" if value is None else f"{type(value).__name__} {shorten(repr(value), 40)}"
-
-
-def _failed_batch(
-    reward: Reward, rows: _Rows, batch_error: Exception
-) -> tuple[RewardError, Exception]:
-    """What to raise where a batch failed, by the first row that fails alone, and its cause."""
-    name = reward_name(reward)
-    for row, alone in rows.alone():
-        try:
-            alone.scored_by(reward)
-        except Exception as error:
-            kind, where = type(error).__name__, _describe(row, rows.prompts)
-            return RewardError(f"reward {name!r} raised {kind} at row {where}: {error}", row), error
-    return RewardError(
-        f"reward {name!r} raised {type(batch_error).__name__} on a batch of {len(rows.prompts)} "
-        f"rows, though on no row alone: {batch_error}"
-    ), batch_error
-
-
-def _find_row_with_wrong_count(reward: Reward, rows: _Rows) -> int | None:
-    for row, alone in rows.alone():
-        try:
-            count = len(alone.scored_by(reward))
-        except Exception:
-            return row
-        if count != 1:
-            return row
-    return None
+def _gives_one(reward: Reward, row: _Rows) -> bool:
+    try:
+        return len(row.scored_by(reward)) == 1
+    except Exception:
+        return False

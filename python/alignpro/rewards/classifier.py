@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from alignpro.rewards._optional import import_for
+from alignpro.optional import import_for
+from alignpro.types import Texts
 
 Output = Literal["logit", "probability"]
 
@@ -44,8 +45,8 @@ class ClassifierReward:
         for what, value in {"batch_size": batch_size, "max_length": max_length}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{what}: expected at least 1, got {value}")
-        self._torch = import_for("ClassifierReward", "torch", "classifier")
-        transformers = import_for("ClassifierReward", "transformers", "classifier")
+        self._torch = import_for("ClassifierReward", "torch", "alignpro[classifier]")
+        transformers = import_for("ClassifierReward", "transformers", "alignpro[classifier]")
         self.name = f"hf:{name_or_path}" + ("" if label is None else f"#{label}")
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name_or_path)
@@ -74,11 +75,7 @@ class ClassifierReward:
         self._max_length = max_length or _longest_input(self._tokenizer, self._model.config)
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
         scores: list[float] = []
         for begin in range(0, len(responses), self._batch_size):

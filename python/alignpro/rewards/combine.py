@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from alignpro.rewards.check import RewardError, reward_name, score_checked
-from alignpro.types import Reward, Rollout
+from alignpro.types import Reward, Rollout, Texts
+
+
+@runtime_checkable
+class Composed(Reward, Protocol):
+    """A reward whose parts stay visible: checked scores by name, and the score that they make."""
+
+    def components(
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
+    ) -> dict[str, list[float]]: ...
+
+    def total(self, components: Mapping[str, Sequence[float]]) -> list[float]: ...
 
 
 class WeightedSum:
@@ -30,11 +41,7 @@ class WeightedSum:
         self.name = "+".join(n if w == 1 else f"{w:g}*{n}" for n, (w, _) in self.terms.items())
 
     def components(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> dict[str, list[float]]:
         """Scores of every part, unweighted: name -> [rows]."""
         scores: dict[str, list[float]] = {}
@@ -53,27 +60,23 @@ class WeightedSum:
         return [sum(row) for row in zip(*parts, strict=True)]
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
         return self.total(self.components(prompts, rewrites, responses, **columns))
 
 
 def score_components(
     reward: Reward,
-    prompts: Sequence[str],
-    rewrites: Sequence[str],
-    responses: Sequence[str],
+    prompts: Texts,
+    rewrites: Texts,
+    responses: Texts,
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Checked scores [rows] and, for reports, their unweighted parts by name; scores once.
 
-    A reward that is no ``WeightedSum`` is its own single part.
+    A reward without ``components`` and ``total`` is its own single part.
     """
-    if isinstance(reward, WeightedSum):
+    if isinstance(reward, Composed):
         parts = reward.components(prompts, rewrites, responses, **(columns or {}))
         return reward.total(parts), parts
     scores = score_checked(reward, prompts, rewrites, responses, columns)

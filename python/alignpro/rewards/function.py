@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.rewards.check import reward_name
+from alignpro.types import Texts
 
 _OURS = ("prompts", "rewrites", "responses")
 _EXPECTED = (
@@ -27,11 +28,7 @@ class FunctionReward:
     takes_all_columns: bool  # it has **kwargs
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> Sequence[float]:
         missing = sorted(self.required - columns.keys())
         if missing:
@@ -74,21 +71,16 @@ def from_callable(function: Callable[..., Any], name: str | None = None) -> Func
         raise TypeError(f"reward {name!r} has no readable signature; {_EXPECTED}") from error
 
     kinds = inspect.Parameter
-    for parameter in parameters:
-        if parameter.kind is kinds.POSITIONAL_ONLY:
-            raise TypeError(
-                f"reward function {name!r}: {parameter.name!r} is positional-only; {_EXPECTED}"
-            )
+    wrong = [p.name for p in parameters if p.kind is kinds.POSITIONAL_ONLY]
     named = {
         p.name: p for p in parameters if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
     }
-    if "responses" in named and "completions" in named:
-        raise TypeError(
-            f"reward function {name!r} takes both responses and completions; {_EXPECTED}"
-        )
-    if "responses" not in named and "completions" not in named:
-        shown = ", ".join(named) or "no named parameter"
-        raise TypeError(f"reward function {name!r} takes ({shown}); {_EXPECTED}")
+    texts = [what for what in ("responses", "completions") if what in named]
+    if wrong or len(texts) != 1:
+        shown = f"({', '.join(named) or 'no named parameter'})"
+        problem = "takes both responses and completions" if texts else f"takes {shown}"
+        problem = f": {wrong[0]!r} is positional-only" if wrong else f" {problem}"
+        raise TypeError(f"reward function {name!r}{problem}; {_EXPECTED}")
 
     arguments = tuple(a for a in (*_OURS, "completions") if a in named)
     columns = {n: p for n, p in named.items() if n not in arguments}

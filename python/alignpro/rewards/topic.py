@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from alignpro.rewards._optional import import_for
+from alignpro.optional import import_for
+from alignpro.types import Texts
 
 # A word may hold apostrophes inside ("don't"); underscores and punctuation part words.
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
@@ -47,14 +49,10 @@ class TopicReward:
         self._snowball = import_for("TopicReward", "snowballstemmer")
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
         # A stemmer keeps state while it works: one for each call, so that threads may share self.
-        stem = _memoised(self._snowball.stemmer("english").stemWord)
+        stem = functools.cache(self._snowball.stemmer("english").stemWord)
         return [
             _share_mentioned(prompt, response, stem)
             for prompt, response in zip(prompts, responses, strict=True)
@@ -73,14 +71,3 @@ def _words(text: str) -> list[str]:
     words = _WORD.findall(text.casefold().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
     # "dog's" is the word "dog"; "it's" stays whole, it is a stop word.
     return [w[:-2] if w.endswith("'s") and w not in _STOP_WORDS else w for w in words]
-
-
-def _memoised(function: Callable[[str], str]) -> Callable[[str], str]:
-    known: dict[str, str] = {}
-
-    def look_up(word: str) -> str:
-        if word not in known:
-            known[word] = function(word)
-        return known[word]
-
-    return look_up

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from alignpro.rewards._optional import import_for
+from alignpro.optional import import_for
+from alignpro.types import Texts
 
 
 class VaderReward:
@@ -22,10 +23,6 @@ class VaderReward:
         self._analyzer = module.SentimentIntensityAnalyzer()
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        rewrites: Sequence[str],
-        responses: Sequence[str],
-        **columns: Sequence[Any],
+        self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
         return [float(self._analyzer.polarity_scores(text)["compound"]) for text in responses]

@@ -6,15 +6,12 @@ For rewards in a range of width r_max, pi* any tuned target, and rho* the optimu
     J(pi*) - J(rho*)  <=  r_max E_x[ TV(pi*(.|x), pi_F(.|x)) + E_{x' ~ rho_sft} TV(pi_F(.|x),
                           pi_F(.|x')) ]  -  kl_coef E_x KL(rho* || rho_sft)
 
-J is the mean reward, J(rho) that of the target behind a prompter. Three steps, each of which may be
-loose: J(pi*) - J(pi_F) <= r_max TV; J(pi_F) - J(rho_sft) <= r_max E TV; and J(rho_sft) - J(rho*) <=
--kl_coef KL(rho* || rho_sft), since rho* does at least as well on the objective as rho_sft, whose KL
-is 0. The last also holds for a trained prompter whose objective is above the untuned one's, with
-its own KL in the place of rho*'s.
+J is the mean reward. Three steps, each of which may be loose: J(pi*) - J(pi_F) <= r_max TV;
+J(pi_F) - J(rho_sft) <= r_max E TV; and J(rho_sft) - J(rho*) <= -kl_coef KL(rho* || rho_sft), which
+also holds for a trained prompter whose objective is above the untuned one's, with its own KL.
 
 Responses are whole token sequences of the process that is run: one cut off at its last allowed
-token stands for all of its continuations. The total variation is that of the process so truncated,
-and as the reward sees no more than it, the bound is about the same thing that is measured.
+token stands for all of its continuations, in the total variation and in what is measured alike.
 """
 
 from __future__ import annotations

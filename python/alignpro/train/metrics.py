@@ -26,11 +26,7 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a log. A last line cut short by a crash is left out.
-
-    Raises:
-        ValueError: another line is not a JSON object.
-    """
+    """The rows of a log. A last line cut short by a crash is left out."""
     rows: list[dict[str, Any]] = []
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):

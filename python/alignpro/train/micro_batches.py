@@ -54,10 +54,6 @@ def plan_micro_batches(
         bytes_of: (sequences, starts, activations) -> bytes; more sequences never take less.
         activations: "auto" chooses for each micro-batch.
         most: sequences in one micro-batch; None: any number.
-
-    Raises:
-        ValueError: a sequence that does not fit alone; the message names it, its need and the
-            limit.
     """
     count = len(sequences)
     modes: tuple[Activations, ...] = (

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
-from alignpro.config import LoraConfig, SftConfig, TrainConfig
+from alignpro.config import FitConfig, LoraConfig
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
 from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches
@@ -49,7 +49,7 @@ class LoraPolicy(torch.nn.Module):
         super().__init__()
         self.model = model
         self._core = model.core_model
-        self.rank, self.alpha, self.rslora = weights.rank, weights.alpha, weights.rslora
+        self._layout = replace(weights, matrices={}, base_model_name=model.name)
         self.names = list(weights.matrices)
         pairs = [weights.matrices[name] for name in self.names]
         self.lora_a = torch.nn.ParameterList([_parameter(a) for a, _ in pairs])
@@ -61,43 +61,28 @@ class LoraPolicy(torch.nn.Module):
         """New matrices: A Kaiming-uniform (a = sqrt 5), B zero: the policy starts as the base."""
         return cls(model, initial_weights(model, config, seed=seed))
 
-    @property
-    def scale(self) -> float:
-        """The factor on B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def _matrices(self) -> Matrices:
+        triples = zip(self.names, self.lora_a, self.lora_b, strict=True)
+        return {name: (_numpy(a), _numpy(b)) for name, a, b in triples}
 
     def weights(self) -> LoraWeights:
-        """A copy of the matrices as they are now."""
-        return LoraWeights(
-            rank=self.rank,
-            alpha=self.alpha,
-            rslora=self.rslora,
-            matrices={
-                name: (_numpy(a).copy(), _numpy(b).copy())
-                for name, a, b in zip(self.names, self.lora_a, self.lora_b, strict=True)
-            },
-            base_model_name=self.model.name,
-        )
+        copies = {name: (a.copy(), b.copy()) for name, (a, b) in self._matrices().items()}
+        return replace(self._layout, matrices=copies)
 
     def load_weights(self, weights: LoraWeights) -> None:
-        """Overwrite the matrices in place, keeping the parameters an optimizer may hold.
+        """Overwrite the matrices in place, keeping the parameters an optimizer may hold."""
 
-        Raises:
-            ValueError: other modules, rank or scale than this policy's.
-        """
-        mine = (self.rank, self.alpha, self.rslora, sorted(self.names))
-        theirs = (weights.rank, weights.alpha, weights.rslora, sorted(weights.matrices))
-        if mine != theirs:
-            raise ValueError(
-                f"adapter: expected rank {mine[0]}, alpha {mine[1]}, rslora {mine[2]} and "
-                f"{len(mine[3])} modules, got rank {theirs[0]}, alpha {theirs[1]}, rslora "
-                f"{theirs[2]} and {len(theirs[3])} modules"
-                + ("" if mine[:3] != theirs[:3] else " of other names")
-            )
+        def layout(of: LoraWeights, names: Collection[str]) -> str:
+            return f"rank {of.rank}, alpha {of.alpha}, rslora {of.rslora} and {len(names)} modules"
+
+        mine, theirs = layout(self._layout, self.names), layout(weights, weights.matrices)
+        if mine != theirs or set(self.names) != set(weights.matrices):
+            other = " of other names" if mine == theirs else ""
+            raise ValueError(f"adapter: expected {mine}, got {theirs}{other}")
         with torch.no_grad():
-            for name, a, b in zip(self.names, self.lora_a, self.lora_b, strict=True):
-                a.copy_(torch.from_numpy(weights.matrices[name][0]))
-                b.copy_(torch.from_numpy(weights.matrices[name][1]))
+            for name, *pair in zip(self.names, self.lora_a, self.lora_b, strict=True):
+                for parameter, given in zip(pair, weights.matrices[name], strict=True):
+                    parameter.copy_(torch.from_numpy(given))
 
     def core_adapter(self) -> Any:
         """The engine's adapter for the matrices as they are now; made anew when they changed.
@@ -106,7 +91,12 @@ class LoraPolicy(torch.nn.Module):
         miss a fused optimizer's update and an assignment to ``.data``, and a stale adapter would
         pass unnoticed.
         """
-        if self._in_engine is None or not self._equals(self._in_engine[0]):
+        known = {} if self._in_engine is None else self._in_engine[0].matrices
+        if self._in_engine is None or not all(
+            np.array_equal(mine, before)
+            for name, pair in self._matrices().items()
+            for mine, before in zip(pair, known[name], strict=True)
+        ):
             weights = self.weights()
             self._in_engine = (weights, self.model.make_adapter(weights))
         return self._in_engine[1]
@@ -162,7 +152,7 @@ class LoraPolicy(torch.nn.Module):
         self,
         sequences: Sequence[Sequence[int]],
         starts: Sequence[int],
-        config: TrainConfig | SftConfig,
+        config: FitConfig,
         *,
         with_reference: bool,
         with_hidden: bool = False,
@@ -201,13 +191,6 @@ class LoraPolicy(torch.nn.Module):
             with_hidden=with_hidden,
         )
 
-    def _equals(self, weights: LoraWeights) -> bool:
-        return all(
-            np.array_equal(_numpy(a), weights.matrices[name][0])
-            and np.array_equal(_numpy(b), weights.matrices[name][1])
-            for name, a, b in zip(self.names, self.lora_a, self.lora_b, strict=True)
-        )
-
 
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
@@ -226,11 +209,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def initial_weights(model: NativeModel, config: LoraConfig, *, seed: int) -> LoraWeights:
-    """Fresh LoRA matrices for the configured modules, drawn from a generator of their own.
-
-    Raises:
-        ValueError: a target module the model does not have.
-    """
+    """Fresh LoRA matrices for the configured modules, drawn from a generator of their own."""
     modules = select_modules(model.lora_modules, config.target_modules)
     generator = torch.Generator().manual_seed(seed % 2**63)
     matrices: Matrices = {}
@@ -250,22 +229,17 @@ def initial_weights(model: NativeModel, config: LoraConfig, *, seed: int) -> Lor
 def select_modules(
     modules: dict[str, tuple[int, int]], targets: Literal["all-linear"] | Sequence[str]
 ) -> dict[str, tuple[int, int]]:
-    """The modules whose path ends with one of ``targets`` ("q_proj", "layers.0.mlp.up_proj").
-
-    Raises:
-        ValueError: a target that matches nothing; the message lists the last parts of all paths.
-    """
+    """The modules whose path ends with one of ``targets`` ("q_proj", "layers.0.mlp.up_proj")."""
     if targets == "all-linear":
         return dict(modules)
+    chosen: set[str] = set()
     for target in targets:
-        if not any(_ends_with(name, target) for name in modules):
+        found = [name for name in modules if f".{name}".endswith(f".{target}")]
+        if not found:
             known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules))
             raise ValueError(f'target_modules: the model has no module "{target}"; it has {known}')
-    return {
-        name: shape
-        for name, shape in modules.items()
-        if any(_ends_with(name, target) for target in targets)
-    }
+        chosen.update(found)
+    return {name: shape for name, shape in modules.items() if name in chosen}
 
 
 class _EngineScore(torch.autograd.Function):
@@ -320,7 +294,3 @@ def _parameter(matrix: NDArray[np.float32]) -> torch.nn.Parameter:
 def _numpy(parameter: torch.Tensor) -> NDArray[np.float32]:
     array: NDArray[np.float32] = parameter.detach().contiguous().numpy()
     return array
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)

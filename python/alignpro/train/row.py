@@ -35,7 +35,9 @@ def rollout_row(
         "truncated_responses": sum(r.finish_reason == "length" for r in responses),
         "kept_mass": _mean(mass for r in responses for mass in r.kept_mass),
         "sample": responses[0].text,
-        "target_tokens": sum(len(r.tokens) for r in responses),
+        # What was written: rewrites may share a response that was drawn once.
+        "target_tokens": rollout.generated_tokens
+        - (sum(len(w.tokens) for w in rewrites) if policy == "prompter" else 0),
         "generated_tokens": rollout.generated_tokens,
         "tokens_per_second": rollout.generated_tokens / max(rollout.seconds["generate"], 1e-9),
     }

@@ -6,22 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import SftConfig, TrainConfig
+from alignpro.config import SftConfig, TrainConfig, to_mapping
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
+from alignpro.files import write_json
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.run_directory import check_run_dir, open_run_dir
-from alignpro.train.checkpoint import as_config, write_config
 from alignpro.train.closed_form import ClosedFormFit
+from alignpro.train.critic import ValueHead
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy, Reference
 from alignpro.train.sft import fit
 from alignpro.train.trackers import check_trackers
 from alignpro.train.trainer import Trainer
-from alignpro.train.value_head import ValueHead
 from alignpro.types import Reward
 
 
@@ -33,13 +33,13 @@ def run_sft(
 ) -> LoraWeights:
     """Warm-start a prompter; writes config.json, metrics.jsonl and adapter/ to its directory."""
     check_run_dir(config.run_dir, overwrite=overwrite)
-    pairs = [(row.prompt, row.instruction) for row in load_pairs(config.data)]
+    pairs = load_pairs(config.data)
     model = load_model(config.prompter, config.threads)
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
     rows = fit(policy, pairs, config)
     with open_run_dir(config.run_dir, overwrite=overwrite) as directory:
         run_dir = directory.path
-        write_config(run_dir, as_config(config))
+        write_json(run_dir / "config.json", to_mapping(config))
         log = MetricsLog(run_dir / "metrics.jsonl")
         for row in rows:
             log.append(row)
@@ -62,7 +62,10 @@ def make_trainer(
     rows = load_prompts(config.data, split=config.split)
     held_out = load_held_out(config, rows)
     reward = build_reward(config.reward)
-    prompter, target = _load_models(config)
+    if config.policy == "target":  # no prompter takes part
+        prompter = target = load_model(config.trained, config.threads)
+    else:
+        prompter, target = load_models(config.prompter, config.target, config.threads)
     start = config.trained.adapter
     if resume and (run_dir / "reference").is_dir():
         start = str(run_dir / "reference")
@@ -115,11 +118,3 @@ def trainer_from(
     if weights is not None and not (trainer.run_dir / "reference").is_dir():
         save_peft(trainer.run_dir / "reference", weights)
     return trainer
-
-
-def _load_models(config: TrainConfig) -> tuple[NativeModel, NativeModel]:
-    """Prompter and target; the target alone, as both, where no prompter takes part."""
-    if config.policy == "target":
-        model = load_model(config.trained, config.threads)
-        return model, model
-    return load_models(config.prompter, config.target, config.threads)

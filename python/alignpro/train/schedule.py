@@ -1,11 +1,15 @@
-"""What a step reads and how large it is: pure functions of the step, so a resume needs no state."""
+"""What a step reads, how large it is, and the optimizer of every stage: AdamW, a schedule, and a
+gradient clipped by its norm. No state but AdamW's own needs keeping for a resume."""
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
+
+from alignpro.config import FitConfig
 
 
 def batch_indices(*, seed: int, cursor: int, count: int, rows: int) -> list[int]:
@@ -21,19 +25,45 @@ def batch_indices(*, seed: int, cursor: int, count: int, rows: int) -> list[int]
     ]
 
 
-def learning_rate_factor(
-    step: int, *, steps: int, warmup_steps: int, schedule: Literal["constant", "linear"]
-) -> float:
+def rate_factor(config: FitConfig, step: int) -> float:
     """Multiplier of the learning rate at ``step`` in 0..steps-1.
 
     Warm-up climbs in equal parts to 1 at step ``warmup_steps``; "linear" then falls so that a step
     beyond the last would be 0.
     """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.lr_schedule == "constant":
         return 1.0
-    return (steps - step) / max(1, steps - warmup_steps)
+    return (config.steps - step) / max(1, config.steps - config.warmup_steps)
+
+
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: FitConfig
+) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def apply_gradients(
+    optimizers: Mapping[torch.optim.Optimizer, float], *, max_grad_norm: float
+) -> list[float]:
+    """One step of each optimizer at its learning rate; returns the norms of their gradients, each
+    clipped by its own. RuntimeError where a gradient is not finite; nothing has changed then."""
+    norms = [
+        torch.nn.utils.clip_grad_norm_(
+            [p for group in optimizer.param_groups for p in group["params"]],
+            max_grad_norm,
+            error_if_nonfinite=True,
+        )
+        for optimizer in optimizers
+    ]
+    for optimizer, learning_rate in optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    return [float(norm) for norm in norms]
 
 
 @functools.lru_cache(maxsize=4)

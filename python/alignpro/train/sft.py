@@ -11,9 +11,13 @@ from typing import Any
 from alignpro.config import Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import shared_prefix
-from alignpro.train.optimizer import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.policy import LoraPolicy, one_torch_thread
-from alignpro.train.schedule import batch_indices
+from alignpro.train.schedule import (
+    apply_gradients,
+    batch_indices,
+    make_optimizer,
+    rate_factor,
+)
 from alignpro.types import Message
 
 _log = logging.getLogger(__name__)
@@ -34,11 +38,12 @@ def fit(
     that is taken from the iterator.
 
     Args:
-        pairs: (prompt, instruction). Batches are shuffled by (config.seed, epoch).
+        pairs: (prompt, instruction); where that is empty, the end of the turn is all there is to
+            write. Batches are shuffled by (config.seed, epoch).
 
     Raises:
-        ValueError: no pairs, an empty one, or one over the context; the message names its index.
-            Before the first step.
+        ValueError: no pairs, an empty prompt, or a pair over the context; the message names its
+            index. Before the first step.
     """
     examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting)
     limit = policy.model.context_length
@@ -79,7 +84,6 @@ def _fit(
 def _accumulate_gradients(
     policy: LoraPolicy, batch: Sequence[Example], config: SftConfig
 ) -> dict[str, float]:
-    """The gradient of the whole batch, micro-batch by micro-batch under one denominator."""
     sequences, starts = [e.tokens for e in batch], [e.start for e in batch]
     tokens = sum(len(e.tokens) - e.start for e in batch)
     plan = policy.micro_batches(sequences, starts, config, with_reference=False)
@@ -107,9 +111,8 @@ def encode_pairs(
     end = end_of_turn(tokenizer)
     examples = []
     for index, (prompt, instruction) in enumerate(pairs):
-        if not prompt.strip() or not instruction.strip():
-            which = "prompt" if not prompt.strip() else "instruction"
-            raise ValueError(f"pair {index}: the {which} is empty")
+        if not prompt.strip():
+            raise ValueError(f"pair {index}: the prompt is empty")
         try:
             read = tokenizer.encode_chat(
                 [{"role": "user", "content": prompting.prompter_turn(prompt)}]

@@ -6,7 +6,6 @@ metrics.jsonl holds everything they show, and is what the report is made from.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import uuid
@@ -15,26 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.files import write_json
+from alignpro.optional import is_installed
 from alignpro.train.callbacks import TrainCallback
 
 PROJECT = "alignpro"  # of the runs that W&B and trackio keep
 
 
 def make_trackers(names: Sequence[str]) -> list[TrainCallback]:
-    """TensorBoard if its package is there, and the named ones ("wandb", "trackio").
-
-    Raises:
-        ImportError: a named tracker that is not installed.
-    """
+    """TensorBoard if its package is there, and the named ones ("wandb", "trackio")."""
     check_trackers(names)
-    trackers: list[TrainCallback] = [TensorBoard()] if _installed("tensorboard") else []
+    trackers: list[TrainCallback] = [TensorBoard()] if is_installed("tensorboard") else []
     return trackers + [Service(name, _STARTS[name]) for name in names]
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """ImportError for the first that is not installed."""
     for name in names:
-        if not _installed(name):
+        if not is_installed(name):
             raise ImportError(
                 f"track: {name} is not installed: pip install 'alignpro[{name}]', or leave it out "
                 "of track (metrics.jsonl is always written)"
@@ -88,9 +84,7 @@ class Service(TrainCallback):
     A run that is resumed does the steps after its checkpoint again, to the same numbers; the
     tracker gets each once, under the id the run began with.
 
-    Args:
-        start: (run directory, configuration, id) -> what has ``log(metrics, step=)`` and
-            ``finish()``.
+    start: (run directory, configuration, id) -> what has ``log(metrics, step=)`` and ``finish()``.
     """
 
     def __init__(self, name: str, start: Callable[[Path, dict[str, Any], str], Any]) -> None:
@@ -140,10 +134,3 @@ def _start_trackio(run_dir: Path, config: dict[str, Any], run_id: str) -> Any:
 
 
 _STARTS = {"wandb": _start_wandb, "trackio": _start_trackio}
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ModuleNotFoundError, ValueError):  # an import hook hides it
-        return False

@@ -7,13 +7,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignpro.config import TrainConfig
+from alignpro.config import TrainConfig, from_mapping, to_mapping
 from alignpro.data.load import PromptRow
+from alignpro.files import write_json
 from alignpro.models.adapter import save_peft
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import open_run_dir
@@ -21,11 +23,9 @@ from alignpro.train.adaptive import Adaptive
 from alignpro.train.callbacks import TrainCallback, Watchers
 from alignpro.train.checkpoint import (
     Checkpoint,
-    as_config,
     check_same_run,
     load_checkpoint,
     save_checkpoint,
-    write_config,
 )
 from alignpro.train.held_out import HeldOut, step_warnings
 from alignpro.train.learner import Learner
@@ -38,16 +38,16 @@ from alignpro.train.trajectories import StepBatch, step_batch
 from alignpro.types import Rollout
 
 
-class Trainer:
-    """Maximises mean reward - kl_coef * KL(policy || reference) over the prompts (MATH: objective).
+class TrainingRun:
+    """The pieces of a run and its directory: what both ways to train begin with.
 
     Args:
         pipeline: prompter, target and reward. The one of the two models that the configuration's
             ``policy`` names is the policy's model; its sampling parameters are the
             configuration's ``rewrite`` and ``response``.
         policy: what is trained. reference: what it is held to: "base", or frozen matrices.
-        value_head: a module from hidden states [T, D] to values [T], for ``ppo.value_head``.
         prompts: one text each. columns: more of the prompts' data for the reward, aligned.
+        value_head: a module from hidden states [T, D] to values [T], for ``ppo.value_head``.
         held_out: the prompts of the configuration's ``heldout``.
         run_dir: where metrics.jsonl, checkpoints/ and adapter/ go; None: the configuration's.
         resume, overwrite: what to do when the directory holds a run; see `open_run_dir`.
@@ -73,33 +73,76 @@ class Trainer:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        check_pieces(config, pipeline, policy, prompts, columns)
-        if config.algorithm == "closed_form":
-            raise ValueError("algorithm: closed_form samples once and then fits; not a Trainer's")
-        if config.ppo.value_head != (value_head is not None):
-            raise ValueError("value_head: expected one with ppo.value_head, and none without")
         if (config.heldout is not None) != bool(held_out):
             raise ValueError("held_out: expected prompts with heldout, and none without")
         self.held_out = HeldOut(config, held_out) if held_out else None
-        self.trackers = make_trackers(config.track)
         self.config = config
         self.pipeline = pipeline
         self.policy = policy
+        self.reference = reference
         self.prompts = list(prompts)
         self.columns = {name: list(values) for name, values in (columns or {}).items()}
-        self.learner = Learner(config, policy, reference, value_head)
-        self.adaptive = Adaptive(config.kl_coef)
+        self._check_pieces()
+        self._begin(value_head)
+        self.trackers = make_trackers(config.track)
         self.step = 0  # steps done
-        self.cursor = 0  # prompts drawn
         self.directory = open_run_dir(
             config.run_dir if run_dir is None else run_dir, resume=resume, overwrite=overwrite
         )
         self.run_dir = self.directory.path
-        self._saved = -1  # the step of the newest checkpoint
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
         if resume:
             self._restore()
-        write_config(self.run_dir, as_config(config))
+        write_json(self.run_dir / "config.json", to_mapping(config))
+
+    def _begin(self, value_head: torch.nn.Module | None) -> None:
+        """Check and make what this way to train needs, before the directory is touched."""
+        raise NotImplementedError
+
+    def _restore(self) -> None:
+        """Go on with what the directory holds."""
+        raise NotImplementedError
+
+    def _pick(self, rows: Sequence[int]) -> tuple[list[str], dict[str, list[Any]]]:
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        return [self.prompts[i] for i in rows], columns
+
+    def _check_pieces(self) -> None:
+        config, pipeline, prompts = self.config, self.pipeline, self.prompts
+        if not prompts:
+            raise ValueError("prompts: expected at least one, got none")
+        for name, values in self.columns.items():
+            if len(values) != len(prompts):
+                raise ValueError(
+                    f"column {name}: expected {len(prompts)} values, got {len(values)}"
+                )
+        if getattr(pipeline, config.policy) is not self.policy.model:
+            raise ValueError(f"pipeline: its {config.policy} is not the model the policy trains")
+        if pipeline.reward is None:
+            raise ValueError("pipeline: training needs a reward, got None")
+        for name in ("rewrite", "response"):
+            if getattr(pipeline, f"{name}_params") != getattr(config, name):
+                raise ValueError(f"pipeline: its {name}_params are not the configuration's {name}")
+        if pipeline.prompting != config.prompting:
+            raise ValueError("pipeline: its prompting is not the configuration's")
+
+
+class Trainer(TrainingRun):
+    """Maximises mean reward - kl_coef * KL(policy || reference) over the prompts (MATH: objective).
+
+    Arguments and errors are those of `TrainingRun`.
+    """
+
+    def _begin(self, value_head: torch.nn.Module | None) -> None:
+        config = self.config
+        if config.algorithm == "closed_form":
+            raise ValueError("algorithm: closed_form samples once and then fits; not a Trainer's")
+        if config.ppo.value_head != (value_head is not None):
+            raise ValueError("value_head: expected one with ppo.value_head, and none without")
+        self.learner = Learner(config, self.policy, self.reference, value_head)
+        self.adaptive = Adaptive(config.kl_coef)
+        self.cursor = 0  # prompts drawn
+        self._saved = -1  # the step of the newest checkpoint
 
     def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
         """Run the steps that are left; write a checkpoint at the end, and at Ctrl-C or an error.
@@ -113,7 +156,7 @@ class Trainer:
             RewardError, ValueError, and what a callback raises: likewise after the checkpoint.
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
-        with self.directory, watchers.watching(as_config(self.config), self.step):
+        with self.directory, watchers.watching(to_mapping(self.config), self.step):
             self._train(watchers)
 
     def _train(self, watchers: Watchers) -> None:
@@ -165,8 +208,7 @@ class Trainer:
             count=config.prompts_per_step,
             rows=len(self.prompts),
         )
-        prompts = [self.prompts[i] for i in rows]
-        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        prompts, columns = self._pick(rows)
         seed, adapter = derive_seed(config.seed, self.step), self.policy.core_adapter()
         num_rewrites, num_responses = self.adaptive.counts(config, self.step)
         if config.policy == "target":
@@ -179,6 +221,7 @@ class Trainer:
             num_responses=num_responses,
             seed=seed,
             columns=columns,
+            common_draws=config.common_draws and config.num_responses != "auto",
         )
 
     def _row(
@@ -188,7 +231,6 @@ class Trainer:
         metrics: Mapping[str, float],
         stages: Mapping[str, float],
     ) -> dict[str, Any]:
-        """One line of the metrics log: raw numbers, before any clipping."""
         tokens_each = metrics["tokens"] / max(1, len(batch.trajectories))
         return {
             "step": self.step,
@@ -211,10 +253,10 @@ class Trainer:
                 Checkpoint(
                     step=self.step,
                     cursor=self.cursor,
-                    config=as_config(self.config),
+                    config=to_mapping(self.config),
                     weights=self.policy.weights(),
                     optimizer=self.learner.optimizer.state_dict(),
-                    adaptive=self.adaptive.to_mapping(),
+                    adaptive=asdict(self.adaptive),
                     critic=None if critic is None else critic.state_dict(),
                 ),
             )
@@ -225,38 +267,14 @@ class Trainer:
         """Go back to the last checkpoint; without one, to the start."""
         checkpoint = load_checkpoint(self.run_dir, self.policy.model.lora_modules)
         if checkpoint is not None:
-            check_same_run(checkpoint.config, as_config(self.config))
+            check_same_run(checkpoint.config, to_mapping(self.config))
             self.learner.load_state(checkpoint.weights, checkpoint.optimizer, checkpoint.critic)
-            self.adaptive = Adaptive.from_mapping(checkpoint.adaptive)
+            self.adaptive = from_mapping(Adaptive, checkpoint.adaptive)
             self.step, self.cursor = checkpoint.step, checkpoint.cursor
             self._saved = self.step
         truncate_metrics(self.log.path, steps=self.step)
         if self.held_out is not None and self.log.path.exists():
             self.held_out.restore(read_metrics(self.log.path))
-
-
-def check_pieces(
-    config: TrainConfig,
-    pipeline: Pipeline,
-    policy: LoraPolicy,
-    prompts: Sequence[str],
-    columns: Mapping[str, Sequence[Any]] | None,
-) -> None:
-    """Refuse prompts, columns, a pipeline and a policy that are not the configuration's."""
-    if not prompts:
-        raise ValueError("prompts: expected at least one, got none")
-    for name, values in (columns or {}).items():
-        if len(values) != len(prompts):
-            raise ValueError(f"column {name}: expected {len(prompts)} values, got {len(values)}")
-    if getattr(pipeline, config.policy) is not policy.model:
-        raise ValueError(f"pipeline: its {config.policy} is not the model the policy trains")
-    if pipeline.reward is None:
-        raise ValueError("pipeline: training needs a reward, got None")
-    for name in ("rewrite", "response"):
-        if getattr(pipeline, f"{name}_params") != getattr(config, name):
-            raise ValueError(f"pipeline: its {name}_params are not the configuration's {name}")
-    if pipeline.prompting != config.prompting:
-        raise ValueError("pipeline: its prompting is not the configuration's")
 
 
 @contextlib.contextmanager

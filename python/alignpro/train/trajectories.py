@@ -62,7 +62,6 @@ def trajectories_of(
 
 
 def written_by_prompter(w: Rewrite) -> Trajectory:
-    """A rewrite, with the mean reward of its responses."""
     return Trajectory(w.prompter_tokens, w.tokens, w.logprobs, w.reward, w.finish_reason == "stop")
 
 

@@ -58,14 +58,12 @@ CpuIsa choose_cpu_isa(std::string_view forced) {
   }
   for (const auto& [isa, name, needs] : kIsas) {
     if (forced != name) continue;
-    if (std::find(compiled.begin(), compiled.end(), isa) == compiled.end()) {
-      throw Unavailable(cat("ALIGNPRO_CPU_ISA=", forced, ": this build has no ", forced,
-                            " kernels; unset it or set it to generic"));
-    }
-    if (!machine_supports(isa)) {
-      throw Unavailable(cat("ALIGNPRO_CPU_ISA=", forced, ": this machine lacks ", forced, " (",
-                            needs, " are needed); unset it or set it to generic"));
-    }
+    require<Unavailable>(std::find(compiled.begin(), compiled.end(), isa) != compiled.end(),
+                         "ALIGNPRO_CPU_ISA=", forced, ": this build has no ", forced,
+                         " kernels; unset it or set it to generic");
+    require<Unavailable>(machine_supports(isa), "ALIGNPRO_CPU_ISA=", forced,
+                         ": this machine lacks ", forced, " (", needs,
+                         " are needed); unset it or set it to generic");
     return isa;
   }
   throw InvalidArgument(

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 namespace alignpro {
@@ -10,6 +11,7 @@ namespace alignpro {
 enum class DType { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ4_K, kQ5_K, kQ6_K };
 
 std::string_view dtype_name(DType dtype);
+std::optional<DType> dtype_from_name(std::string_view name);
 
 // Values of one block: 1 for plain floats, 32 for Qx_0 and Qx_1, 256 for Qx_K.
 int64_t block_values(DType dtype);

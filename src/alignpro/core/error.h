@@ -41,9 +41,9 @@ std::string cat(const Parts&... parts) {
   return out.str();
 }
 
-template <typename... Parts>
+template <typename Failure = InvalidArgument, typename... Parts>
 void require(bool condition, const Parts&... parts) {
-  if (!condition) throw InvalidArgument(cat(parts...));
+  if (!condition) throw Failure(cat(parts...));
 }
 
 }  // namespace alignpro

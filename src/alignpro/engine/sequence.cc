@@ -22,21 +22,8 @@ Clock::time_point deadline_of(const SamplingParams& params) {
 }  // namespace
 
 std::string_view finish_reason_name(FinishReason reason) {
-  switch (reason) {
-    case FinishReason::kNone:
-      return "";
-    case FinishReason::kStop:
-      return "stop";
-    case FinishReason::kLength:
-      return "length";
-    case FinishReason::kCancelled:
-      return "cancelled";
-    case FinishReason::kDeadline:
-      return "deadline";
-    case FinishReason::kFailed:
-      return "failed";
-  }
-  return "";
+  constexpr std::string_view kNames[] = {"", "stop", "length", "cancelled", "deadline", "failed"};
+  return kNames[static_cast<size_t>(reason)];
 }
 
 Sequence::Sequence(Request request)

@@ -27,27 +27,8 @@ T load(const std::byte* source) {
 
 // Bytes of a scalar; 0 for strings and arrays.
 uint64_t scalar_bytes(GgufType type) {
-  switch (type) {
-    case GgufType::kU8:
-    case GgufType::kI8:
-    case GgufType::kBool:
-      return 1;
-    case GgufType::kU16:
-    case GgufType::kI16:
-      return 2;
-    case GgufType::kU32:
-    case GgufType::kI32:
-    case GgufType::kF32:
-      return 4;
-    case GgufType::kU64:
-    case GgufType::kI64:
-    case GgufType::kF64:
-      return 8;
-    case GgufType::kString:
-    case GgufType::kArray:
-      return 0;
-  }
-  return 0;
+  constexpr uint8_t kBytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+  return kBytes[static_cast<uint32_t>(type)];
 }
 
 // Reads forward and never past the end.
@@ -144,35 +125,6 @@ std::string_view tensor_type_name(uint32_t type) {
   return type < std::size(kNames) ? kNames[type] : std::string_view();
 }
 
-std::optional<DType> supported_type(uint32_t type) {
-  switch (type) {
-    case 0:
-      return DType::kF32;
-    case 1:
-      return DType::kF16;
-    case 2:
-      return DType::kQ4_0;
-    case 3:
-      return DType::kQ4_1;
-    case 6:
-      return DType::kQ5_0;
-    case 7:
-      return DType::kQ5_1;
-    case 8:
-      return DType::kQ8_0;
-    case 12:
-      return DType::kQ4_K;
-    case 13:
-      return DType::kQ5_K;
-    case 14:
-      return DType::kQ6_K;
-    case 30:
-      return DType::kBF16;
-    default:
-      return std::nullopt;
-  }
-}
-
 void check_magic(Cursor& in, std::span<const std::byte> bytes) {
   const std::string_view head(reinterpret_cast<const char*>(bytes.data()),
                               std::min<size_t>(bytes.size(), 16));
@@ -215,9 +167,9 @@ TensorEntry read_tensor_entry(Cursor& in, uint64_t alignment) {
     entry.tensor.shape.push_back(extent);
   }
   const auto type = in.read<uint32_t>(label);
-  const std::optional<DType> dtype = supported_type(type);
+  const std::string_view known = tensor_type_name(type);
+  const std::optional<DType> dtype = dtype_from_name(known);
   if (!dtype) {
-    const std::string_view known = tensor_type_name(type);
     in.fail(cat(label, " has type ", known.empty() ? "number " + std::to_string(type) : known,
                 ", which is not supported; F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, "
                 "Q5_K and Q6_K are"));
@@ -254,14 +206,22 @@ void check_disjoint(Cursor& in, const std::vector<TensorEntry>& entries) {
   }
 }
 
-// `what` finishes the sentence "key 'x' must be ...".
-[[noreturn]] void wrong_type(const GgufFile& file, std::string_view key, std::string_view what) {
-  throw FileError(cat(file.name(), ": metadata key '", key, "' must be ", what, ", it is of type ",
-                      gguf_type_name(file.find(key)->type())));
+// A value by one of its readers; `what` finishes the sentence "key 'x' must be ...".
+template <typename T, typename Read>
+std::optional<T> read(const GgufFile& file, std::string_view key,
+                      std::optional<Read> (GgufValue::*reader)() const, std::string_view what) {
+  const GgufValue* value = file.find(key);
+  if (value == nullptr) return std::nullopt;
+  const std::optional<Read> out = (value->*reader)();
+  require<FileError>(out.has_value(), file.name(), ": metadata key '", key, "' must be ", what,
+                     ", it is of type ", gguf_type_name(value->type()));
+  return T(*out);
 }
 
-[[noreturn]] void missing_key(const GgufFile& file, std::string_view key) {
-  throw FileError(cat(file.name(), ": metadata key '", key, "' is missing"));
+template <typename T>
+T given(const GgufFile& file, std::string_view key, std::optional<T> value) {
+  require<FileError>(value.has_value(), file.name(), ": metadata key '", key, "' is missing");
+  return *std::move(value);
 }
 
 }  // namespace
@@ -399,53 +359,23 @@ const GgufValue* GgufFile::find(std::string_view key) const {
 }
 
 std::optional<int64_t> GgufFile::find_integer(std::string_view key) const {
-  const GgufValue* value = find(key);
-  if (value == nullptr) return std::nullopt;
-  const std::optional<int64_t> out = value->integer();
-  if (!out) wrong_type(*this, key, "an integer below 2^63");
-  return out;
+  return read<int64_t>(*this, key, &GgufValue::integer, "an integer below 2^63");
 }
-
 std::optional<double> GgufFile::find_number(std::string_view key) const {
-  const GgufValue* value = find(key);
-  if (value == nullptr) return std::nullopt;
-  const std::optional<double> out = value->number();
-  if (!out) wrong_type(*this, key, "a number");
-  return out;
+  return read<double>(*this, key, &GgufValue::number, "a number");
 }
-
 std::optional<bool> GgufFile::find_boolean(std::string_view key) const {
-  const GgufValue* value = find(key);
-  if (value == nullptr) return std::nullopt;
-  const std::optional<bool> out = value->boolean();
-  if (!out) wrong_type(*this, key, "a boolean");
-  return out;
+  return read<bool>(*this, key, &GgufValue::boolean, "a boolean");
 }
-
 std::optional<std::string> GgufFile::find_string(std::string_view key) const {
-  const GgufValue* value = find(key);
-  if (value == nullptr) return std::nullopt;
-  const std::optional<std::string_view> out = value->string();
-  if (!out) wrong_type(*this, key, "a string");
-  return std::string(*out);
+  return read<std::string>(*this, key, &GgufValue::string, "a string");
 }
-
 int64_t GgufFile::integer(std::string_view key) const {
-  const std::optional<int64_t> value = find_integer(key);
-  if (!value) missing_key(*this, key);
-  return *value;
+  return given(*this, key, find_integer(key));
 }
-
-double GgufFile::number(std::string_view key) const {
-  const std::optional<double> value = find_number(key);
-  if (!value) missing_key(*this, key);
-  return *value;
-}
-
+double GgufFile::number(std::string_view key) const { return given(*this, key, find_number(key)); }
 std::string GgufFile::string(std::string_view key) const {
-  const std::optional<std::string> value = find_string(key);
-  if (!value) missing_key(*this, key);
-  return *value;
+  return given(*this, key, find_string(key));
 }
 
 }  // namespace alignpro::io

@@ -14,21 +14,11 @@ bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
 void append_utf8(uint32_t code, std::string* out) {
   const auto push = [out](uint32_t byte) { out->push_back(static_cast<char>(byte)); };
-  if (code < 0x80) {
-    push(code);
-  } else if (code < 0x800) {
-    push(0xc0 | code >> 6);
-    push(0x80 | (code & 0x3f));
-  } else if (code < 0x10000) {
-    push(0xe0 | code >> 12);
-    push(0x80 | (code >> 6 & 0x3f));
-    push(0x80 | (code & 0x3f));
-  } else {
-    push(0xf0 | code >> 18);
-    push(0x80 | (code >> 12 & 0x3f));
-    push(0x80 | (code >> 6 & 0x3f));
-    push(0x80 | (code & 0x3f));
-  }
+  if (code < 0x80) return push(code);
+  const int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;  // bytes of six bits
+  constexpr uint32_t kLead[] = {0xc0, 0xe0, 0xf0};
+  push(kLead[more - 1] | code >> 6 * more);
+  for (int i = more; i-- > 0;) push(0x80 | (code >> 6 * i & 0x3f));
 }
 
 // Length of the well-formed UTF-8 sequence at the front of `text`; 0 when there is none.
@@ -56,10 +46,8 @@ class Parser {
       : text_(text), source_(source), limits_(limits) {}
 
   Json document() {
-    if (text_.size() > limits_.max_bytes) {
-      throw FileError(cat(source_, ": JSON of ", text_.size(), " bytes is over the limit of ",
-                          limits_.max_bytes));
-    }
+    require<FileError>(text_.size() <= limits_.max_bytes, source_, ": JSON of ", text_.size(),
+                       " bytes is over the limit of ", limits_.max_bytes);
     Json root = value(0);
     skip_space();
     if (at_ != text_.size()) fail("unexpected text after the JSON value");
@@ -160,50 +148,22 @@ class Parser {
   }
 
   uint32_t hex4() {
+    const std::string_view four = text_.substr(at_, 4);
     uint32_t code = 0;
-    for (int i = 0; i < 4; ++i, ++at_) {
-      const char c = peek();
-      if (is_digit(c)) {
-        code = code * 16 + static_cast<uint32_t>(c - '0');
-      } else if ((c | 0x20) >= 'a' && (c | 0x20) <= 'f') {
-        code = code * 16 + static_cast<uint32_t>((c | 0x20) - 'a' + 10);
-      } else {
-        fail("expected four hexadecimal digits after \\u");
-      }
-    }
+    const char* end = std::from_chars(four.data(), four.data() + four.size(), code, 16).ptr;
+    at_ += static_cast<size_t>(end - four.data());
+    if (end != four.data() + 4) fail("expected four hexadecimal digits after \\u");
     return code;
   }
 
   void escape(std::string* out) {
+    constexpr std::string_view kNames = "\"\\/bfnrt", kMeant = "\"\\/\b\f\n\r\t";
     const char c = peek();
-    ++at_;
-    switch (c) {
-      case '"':
-      case '\\':
-      case '/':
-        out->push_back(c);
-        return;
-      case 'b':
-        out->push_back('\b');
-        return;
-      case 'f':
-        out->push_back('\f');
-        return;
-      case 'n':
-        out->push_back('\n');
-        return;
-      case 'r':
-        out->push_back('\r');
-        return;
-      case 't':
-        out->push_back('\t');
-        return;
-      case 'u':
-        break;
-      default:
-        --at_;
-        fail("unknown escape in a string");
+    if (const size_t known = kNames.find(c); known != std::string_view::npos) {
+      ++at_;
+      return out->push_back(kMeant[known]);
     }
+    if (!take('u')) fail("unknown escape in a string");
     uint32_t code = hex4();
     if (code >= 0xdc00 && code < 0xe000) fail("lone low surrogate in a string");
     if (code >= 0xd800 && code < 0xdc00) {
@@ -282,8 +242,13 @@ std::string_view Json::kind() const {
   return kKinds[value_.index()];
 }
 
+const double* Json::number() const {
+  const auto* n = std::get_if<Number>(&value_);
+  return n == nullptr ? nullptr : &n->value;
+}
+
 const int64_t* Json::integer() const {
-  const Number* n = number();
+  const auto* n = std::get_if<Number>(&value_);
   return n != nullptr && n->is_integer ? &n->integer : nullptr;
 }
 

@@ -45,7 +45,7 @@ class Json {
 
   // Null pointers where the value is of another kind: the caller knows what it wanted and says so.
   const bool* boolean() const { return std::get_if<bool>(&value_); }
-  const Number* number() const { return std::get_if<Number>(&value_); }
+  const double* number() const;
   const int64_t* integer() const;
   const std::string* string() const { return std::get_if<std::string>(&value_); }
   const Array* array() const { return std::get_if<Array>(&value_); }

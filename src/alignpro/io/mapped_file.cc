@@ -36,9 +36,8 @@ MappedFile::MappedFile(const std::filesystem::path& path) : name_(path.string())
   if (status.st_size <= 0) throw FileError(cat(name_, ": the file is empty"));
   const auto size = static_cast<size_t>(status.st_size);
   void* address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd, 0);
-  if (address == MAP_FAILED) {
-    throw FileError(cat(name_, ": cannot be mapped into memory: ", std::strerror(errno)));
-  }
+  require<FileError>(address != MAP_FAILED, name_,
+                     ": cannot be mapped into memory: ", std::strerror(errno));
   bytes_ = {static_cast<const std::byte*>(address), size};
 }
 

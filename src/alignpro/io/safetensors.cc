@@ -22,13 +22,6 @@ std::string_view text_of(std::span<const std::byte> bytes) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-std::optional<DType> supported_dtype(std::string_view name) {
-  if (name == "F32") return DType::kF32;
-  if (name == "F16") return DType::kF16;
-  if (name == "BF16") return DType::kBF16;
-  return std::nullopt;
-}
-
 struct Entry {
   std::string name;
   FileTensor tensor;
@@ -47,11 +40,9 @@ Entry read_entry(const std::string& file, const Json::Member& member, int64_t da
 
   const std::string* dtype = field("dtype").string();
   if (dtype == nullptr) throw FileError(cat(label, ": dtype must be a string"));
-  const std::optional<DType> supported = supported_dtype(*dtype);
-  if (!supported) {
-    throw FileError(cat(label, " has dtype ", printable(*dtype),
-                        ", which is not supported; F32, F16 and BF16 are"));
-  }
+  const std::optional<DType> supported = dtype_from_name(*dtype);
+  require<FileError>(supported.has_value() && block_values(*supported) == 1, label, " has dtype ",
+                     printable(*dtype), ", which is not supported; F32, F16 and BF16 are");
   entry.tensor.dtype = *supported;
 
   const Json::Array* shape = field("shape").array();
@@ -59,30 +50,23 @@ Entry read_entry(const std::string& file, const Json::Member& member, int64_t da
   int64_t bytes = block_bytes(*supported);
   for (const Json& dimension : *shape) {
     const int64_t* extent = dimension.integer();
-    if (extent == nullptr || *extent < 1) {
-      throw FileError(cat(label, ": dimensions must be integers of 1 or more"));
-    }
-    if (!multiply(bytes, *extent, &bytes)) {
-      throw FileError(cat(label, ": its dimensions overflow"));
-    }
+    require<FileError>(extent != nullptr && *extent >= 1, label,
+                       ": dimensions must be integers of 1 or more");
+    require<FileError>(multiply(bytes, *extent, &bytes), label, ": its dimensions overflow");
     entry.tensor.shape.push_back(*extent);
   }
 
   const Json::Array* offsets = field("data_offsets").array();
   const int64_t* begin = offsets && offsets->size() == 2 ? (*offsets)[0].integer() : nullptr;
   const int64_t* end = offsets && offsets->size() == 2 ? (*offsets)[1].integer() : nullptr;
-  if (begin == nullptr || end == nullptr) {
-    throw FileError(cat(label, ": data_offsets must be two integers"));
-  }
-  if (*begin < 0 || *end < *begin || *end > data_bytes) {
-    throw FileError(cat(label, ": data_offsets [", *begin, ", ", *end,
-                        "] do not lie in the file's ", data_bytes,
-                        " bytes of data; the file may be truncated"));
-  }
-  if (*end - *begin != bytes) {
-    throw FileError(cat(label, ": data_offsets span ", *end - *begin, " bytes, shape ",
-                        shape_text(entry.tensor.shape), " of ", *dtype, " needs ", bytes));
-  }
+  require<FileError>(begin != nullptr && end != nullptr, label,
+                     ": data_offsets must be two integers");
+  require<FileError>(*begin >= 0 && *end >= *begin && *end <= data_bytes, label, ": data_offsets [",
+                     *begin, ", ", *end, "] do not lie in the file's ", data_bytes,
+                     " bytes of data; the file may be truncated");
+  require<FileError>(*end - *begin == bytes, label, ": data_offsets span ", *end - *begin,
+                     " bytes, shape ", shape_text(entry.tensor.shape), " of ", *dtype, " needs ",
+                     bytes);
   entry.begin = *begin;
   entry.end = *end;
   return entry;
@@ -105,9 +89,7 @@ std::vector<std::string> list_weight_files(const fs::path& folder) {
   }
   if (error) throw FileError(cat(folder.string(), ": cannot be listed: ", error.message()));
   std::ranges::sort(names);
-  if (names.empty()) {
-    throw FileError(cat(folder.string(), ": expected *.safetensors files, found none"));
-  }
+  require<FileError>(!names.empty(), folder.string(), ": expected *.safetensors files, found none");
   return names;
 }
 
@@ -116,19 +98,18 @@ std::map<std::string, std::string> read_index(const fs::path& path) {
   const MappedFile file(path);
   const Json root = Json::parse(text_of(file.bytes()), file.name());
   const Json* weight_map = root.find("weight_map");
-  if (weight_map == nullptr || weight_map->object() == nullptr || weight_map->object()->empty()) {
-    throw FileError(cat(file.name(), ": expected an object \"weight_map\" of tensor to file name"));
-  }
+  require<FileError>(
+      weight_map != nullptr && weight_map->object() != nullptr && !weight_map->object()->empty(),
+      file.name(), ": expected an object \"weight_map\" of tensor to file name");
   std::map<std::string, std::string> shards;
   for (const auto& [tensor, value] : *weight_map->object()) {
     const std::string* shard = value.string();
     // A bare file name and nothing else: an index must not reach out of its folder.
-    if (shard == nullptr || shard->empty() || *shard == "." || *shard == ".." ||
-        shard->find_first_of(std::string_view("/\\\0", 3)) != std::string::npos) {
-      throw FileError(cat(file.name(), ": tensor '", printable(tensor), "' maps to '",
-                          shard ? printable(*shard) : std::string(value.kind()),
-                          "', expected a file name in the same folder"));
-    }
+    require<FileError>(shard != nullptr && !shard->empty() && *shard != "." && *shard != ".." &&
+                           shard->find_first_of(std::string_view("/\\\0", 3)) == std::string::npos,
+                       file.name(), ": tensor '", printable(tensor), "' maps to '",
+                       shard ? printable(*shard) : std::string(value.kind()),
+                       "', expected a file name in the same folder");
     shards.emplace(tensor, *shard);
   }
   return shards;
@@ -146,18 +127,14 @@ SafetensorsFolder::SafetensorsFolder(const fs::path& folder) {
   std::set<std::string> names;
   for (const auto& [tensor, shard] : shards) names.insert(shard);
   for (const std::string& name : names) {
-    if (!is_there(folder / name)) {
-      throw FileError(
-          cat(index.string(), ": shard '", printable(name), "' is missing from the folder"));
-    }
+    require<FileError>(is_there(folder / name), index.string(), ": shard '", printable(name),
+                       "' is missing from the folder");
     add_file(folder / name);
   }
   for (const auto& [tensor, shard] : shards) {
     const auto at = file_of_.find(tensor);
-    if (at == file_of_.end() || at->second != shard) {
-      throw FileError(cat(index.string(), ": tensor '", printable(tensor), "' is not in shard '",
-                          printable(shard), "'"));
-    }
+    require<FileError>(at != file_of_.end() && at->second == shard, index.string(), ": tensor '",
+                       printable(tensor), "' is not in shard '", printable(shard), "'");
   }
 }
 
@@ -166,21 +143,17 @@ void SafetensorsFolder::add_file(const fs::path& path) {
   const std::string& name = file.name();
   const std::span<const std::byte> bytes = file.bytes();
   uint64_t header_bytes = 0;
-  if (bytes.size() < sizeof header_bytes) {
-    throw FileError(cat(name, ": truncated: ", bytes.size(), " bytes are no safetensors file"));
-  }
+  require<FileError>(bytes.size() >= sizeof header_bytes, name, ": truncated: ", bytes.size(),
+                     " bytes are no safetensors file");
   std::memcpy(&header_bytes, bytes.data(), sizeof header_bytes);
   const std::span<const std::byte> rest = bytes.subspan(sizeof header_bytes);
-  if (rest.empty() || text_of(rest).front() != '{') {
-    throw FileError(cat(name,
-                        ": expected a safetensors file, a length and then '{'; this one "
-                        "begins with \"",
-                        printable(text_of(bytes).substr(0, 16)), "\""));
-  }
-  if (header_bytes > kMaxHeaderBytes || header_bytes > rest.size()) {
-    throw FileError(cat(name, ": the header claims ", header_bytes, " bytes, ", rest.size(),
-                        " are left; the file is truncated or no safetensors file"));
-  }
+  require<FileError>(!rest.empty() && text_of(rest).front() == '{', name,
+                     ": expected a safetensors file, a length and then '{'; this one "
+                     "begins with \"",
+                     printable(text_of(bytes).substr(0, 16)), "\"");
+  require<FileError>(header_bytes <= kMaxHeaderBytes && header_bytes <= rest.size(), name,
+                     ": the header claims ", header_bytes, " bytes, ", rest.size(),
+                     " are left; the file is truncated or no safetensors file");
   const Json header =
       Json::parse(text_of(rest.first(header_bytes)), name, {.max_bytes = kMaxHeaderBytes});
   const std::span<const std::byte> data = rest.subspan(header_bytes);
@@ -193,25 +166,21 @@ void SafetensorsFolder::add_file(const fs::path& path) {
   std::ranges::sort(entries, {}, &Entry::begin);
   int64_t covered = 0;
   for (const Entry& entry : entries) {
-    if (entry.begin != covered) {
-      throw FileError(cat(name, ": tensor '", printable(entry.name), "' begins at ", entry.begin,
-                          " of the data, expected ", covered, ": an overlap or a gap"));
-    }
+    require<FileError>(entry.begin == covered, name, ": tensor '", printable(entry.name),
+                       "' begins at ", entry.begin, " of the data, expected ", covered,
+                       ": an overlap or a gap");
     covered = entry.end;
   }
-  if (static_cast<uint64_t>(covered) != data.size()) {
-    throw FileError(
-        cat(name, ": its tensors end at byte ", covered, " of the data, which has ", data.size()));
-  }
+  require<FileError>(static_cast<uint64_t>(covered) == data.size(), name,
+                     ": its tensors end at byte ", covered, " of the data, which has ",
+                     data.size());
 
   for (Entry& entry : entries) {
     entry.tensor.data = data.subspan(static_cast<size_t>(entry.begin),
                                      static_cast<size_t>(entry.end - entry.begin));
     const auto [at, added] = file_of_.emplace(entry.name, path.filename().string());
-    if (!added) {
-      throw FileError(
-          cat(name, ": tensor '", printable(entry.name), "' is also in '", at->second, "'"));
-    }
+    require<FileError>(added, name, ": tensor '", printable(entry.name), "' is also in '",
+                       at->second, "'");
     tensors_.emplace(std::move(entry.name), std::move(entry.tensor));
   }
   files_.push_back(std::move(file));

@@ -17,66 +17,27 @@ namespace {
 using io::FileTensor;
 using TensorMap = std::map<std::string, FileTensor, std::less<>>;
 
-// What a file format calls the tensors of a layer, after its prefix, and the rest.
-struct TensorNames {
-  const char* layer_prefix;  // the layer's number and a dot follow
-  const char* embedding;
-  const char* final_norm;
-  const char* head;
-  const char* attention_norm;
-  const char* mlp_norm;
-  const char* q;
-  const char* k;
-  const char* v;
-  const char* qkv;
-  const char* o;
-  const char* gate;
-  const char* up;
-  const char* gate_up;
-  const char* down;
-  const char* q_norm;
-  const char* k_norm;
+// What the formats call a tensor; those of a layer after its prefix.
+struct Name {
+  const char *hf, *gguf;
 };
-
-constexpr TensorNames kHfNames{
-    .layer_prefix = "model.layers.",
-    .embedding = "model.embed_tokens",
-    .final_norm = "model.norm",
-    .head = "lm_head",
-    .attention_norm = "input_layernorm",
-    .mlp_norm = "post_attention_layernorm",
-    .q = "self_attn.q_proj",
-    .k = "self_attn.k_proj",
-    .v = "self_attn.v_proj",
-    .qkv = "self_attn.qkv_proj",
-    .o = "self_attn.o_proj",
-    .gate = "mlp.gate_proj",
-    .up = "mlp.up_proj",
-    .gate_up = "mlp.gate_up_proj",
-    .down = "mlp.down_proj",
-    .q_norm = "self_attn.q_norm",
-    .k_norm = "self_attn.k_norm",
-};
-
-constexpr TensorNames kGgufNames{
-    .layer_prefix = "blk.",
-    .embedding = "token_embd",
-    .final_norm = "output_norm",
-    .head = "output",
-    .attention_norm = "attn_norm",
-    .mlp_norm = "ffn_norm",
-    .q = "attn_q",
-    .k = "attn_k",
-    .v = "attn_v",
-    .qkv = "attn_qkv",
-    .o = "attn_output",
-    .gate = "ffn_gate",
-    .up = "ffn_up",
-    .gate_up = "ffn_up",  // fused under the name of one half
-    .down = "ffn_down",
-    .q_norm = "attn_q_norm",
-    .k_norm = "attn_k_norm",
-};
+constexpr Name kLayers{"model.layers.", "blk."};  // the layer's number and a dot follow
+constexpr Name kEmbedding{"model.embed_tokens", "token_embd"};
+constexpr Name kFinalNorm{"model.norm", "output_norm"};
+constexpr Name kHead{"lm_head", "output"};
+constexpr Name kAttentionNorm{"input_layernorm", "attn_norm"};
+constexpr Name kMlpNorm{"post_attention_layernorm", "ffn_norm"};
+constexpr Name kQ{"self_attn.q_proj", "attn_q"};
+constexpr Name kK{"self_attn.k_proj", "attn_k"};
+constexpr Name kV{"self_attn.v_proj", "attn_v"};
+constexpr Name kQkv{"self_attn.qkv_proj", "attn_qkv"};
+constexpr Name kO{"self_attn.o_proj", "attn_output"};
+constexpr Name kGate{"mlp.gate_proj", "ffn_gate"};
+constexpr Name kUp{"mlp.up_proj", "ffn_up"};
+constexpr Name kGateUp{"mlp.gate_up_proj", "ffn_up"};  // GGUF: under the name of one half
+constexpr Name kDown{"mlp.down_proj", "ffn_down"};
+constexpr Name kQNorm{"self_attn.q_norm", "attn_q_norm"};
+constexpr Name kKNorm{"self_attn.k_norm", "attn_k_norm"};
 
 // Consecutive output rows of a site: one matrix or bias of the file.
 struct Piece {
@@ -105,19 +66,17 @@ struct Layer {
 // Finds tensors by name and shape, and knows at the end which were never asked for.
 class Finder {
  public:
-  Finder(const TensorMap& tensors, std::string source)
-      : tensors_(tensors), source_(std::move(source)) {}
+  Finder(bool gguf, const TensorMap& tensors, std::string source)
+      : gguf_(gguf), tensors_(tensors), source_(std::move(source)) {}
+
+  const char* name(const Name& name) const { return gguf_ ? name.gguf : name.hf; }
 
   const FileTensor& get(const std::string& name, const std::vector<int64_t>& shape) {
     const auto at = tensors_.find(name);
-    if (at == tensors_.end()) {
-      throw FileError(
-          cat(source_, ": tensor '", name, "' of shape ", io::shape_text(shape), " is missing"));
-    }
-    if (at->second.shape != shape) {
-      throw FileError(cat(source_, ": tensor '", name, "' has shape ",
-                          io::shape_text(at->second.shape), ", expected ", io::shape_text(shape)));
-    }
+    require<FileError>(at != tensors_.end(), source_, ": tensor '", name, "' of shape ",
+                       io::shape_text(shape), " is missing");
+    require<FileError>(at->second.shape == shape, source_, ": tensor '", name, "' has shape ",
+                       io::shape_text(at->second.shape), ", expected ", io::shape_text(shape));
     used_.insert(name);
     return at->second;
   }
@@ -129,28 +88,29 @@ class Finder {
     for (const auto& [name, tensor] : tensors_) {
       // Buffers that old transformers saved; computed from the config here.
       if (name.ends_with("rotary_emb.inv_freq")) continue;
-      if (!used_.contains(name)) {
-        throw FileError(cat(source_, ": unknown tensor '", io::printable(name), "' of shape ",
-                            io::shape_text(tensor.shape), "; this model has no place for it"));
-      }
+      require<FileError>(used_.contains(name), source_, ": unknown tensor '", io::printable(name),
+                         "' of shape ", io::shape_text(tensor.shape),
+                         "; this model has no place for it");
     }
   }
 
  private:
+  const bool gguf_;
   const TensorMap& tensors_;
   std::string source_;
   std::set<std::string, std::less<>> used_;
 };
 
-Layer find_layer(Finder& finder, const ModelConfig& config, const TensorNames& names,
-                 const std::string& prefix, bool interleaved) {
+Layer find_layer(Finder& finder, const ModelConfig& config, int64_t index, bool interleaved) {
   const int64_t hidden = config.hidden_size, inner = config.intermediate_size;
   const int64_t head = interleaved ? config.head_dim : 0;
-  const auto matrix = [&](const char* name, int64_t outputs, int64_t inputs, int64_t heads_of) {
-    return Piece{finder.get(prefix + name + ".weight", {outputs, inputs}), heads_of};
+  const std::string prefix = cat(finder.name(kLayers), index, ".");
+  const auto matrix = [&](const Name& name, int64_t outputs, int64_t inputs, int64_t heads_of) {
+    return Piece{finder.get(cat(prefix, finder.name(name), ".weight"), {outputs, inputs}),
+                 heads_of};
   };
-  const auto vector = [&](const char* name, const char* suffix, int64_t size) {
-    return finder.get(prefix + name + suffix, {size});
+  const auto vector = [&](const Name& name, const char* suffix, int64_t size) {
+    return finder.get(cat(prefix, finder.name(name), suffix), {size});
   };
   Layer layer;
   const auto linear = [&layer](LinearSite site) -> Pieces& {
@@ -160,27 +120,26 @@ Layer find_layer(Finder& finder, const ModelConfig& config, const TensorNames& n
     return layer.norms[static_cast<size_t>(site)];
   };
   if (config.fused_projections) {
-    linear(LinearSite::kQkv) = {matrix(names.qkv, config.qkv_size(), hidden, 0)};
-    linear(LinearSite::kGateUp) = {matrix(names.gate_up, 2 * inner, hidden, 0)};
+    linear(LinearSite::kQkv) = {matrix(kQkv, config.qkv_size(), hidden, 0)};
+    linear(LinearSite::kGateUp) = {matrix(kGateUp, 2 * inner, hidden, 0)};
   } else {
-    linear(LinearSite::kQkv) = {matrix(names.q, config.q_size(), hidden, head),
-                                matrix(names.k, config.kv_size(), hidden, head),
-                                matrix(names.v, config.kv_size(), hidden, 0)};
-    linear(LinearSite::kGateUp) = {matrix(names.gate, inner, hidden, 0),
-                                   matrix(names.up, inner, hidden, 0)};
+    linear(LinearSite::kQkv) = {matrix(kQ, config.q_size(), hidden, head),
+                                matrix(kK, config.kv_size(), hidden, head),
+                                matrix(kV, config.kv_size(), hidden, 0)};
+    linear(LinearSite::kGateUp) = {matrix(kGate, inner, hidden, 0), matrix(kUp, inner, hidden, 0)};
   }
-  linear(LinearSite::kO) = {matrix(names.o, hidden, config.q_size(), 0)};
-  linear(LinearSite::kDown) = {matrix(names.down, hidden, inner, 0)};
-  norm(NormSite::kAttention) = vector(names.attention_norm, ".weight", hidden);
-  norm(NormSite::kMlp) = vector(names.mlp_norm, ".weight", hidden);
+  linear(LinearSite::kO) = {matrix(kO, hidden, config.q_size(), 0)};
+  linear(LinearSite::kDown) = {matrix(kDown, hidden, inner, 0)};
+  norm(NormSite::kAttention) = vector(kAttentionNorm, ".weight", hidden);
+  norm(NormSite::kMlp) = vector(kMlpNorm, ".weight", hidden);
   if (config.qk_norm) {
-    norm(NormSite::kQ) = vector(names.q_norm, ".weight", config.head_dim);
-    norm(NormSite::kK) = vector(names.k_norm, ".weight", config.head_dim);
+    norm(NormSite::kQ) = vector(kQNorm, ".weight", config.head_dim);
+    norm(NormSite::kK) = vector(kKNorm, ".weight", config.head_dim);
   }
   if (config.qkv_bias) {
-    layer.qkv_bias = {Piece{vector(names.q, ".bias", config.q_size())},
-                      Piece{vector(names.k, ".bias", config.kv_size())},
-                      Piece{vector(names.v, ".bias", config.kv_size())}};
+    layer.qkv_bias = {Piece{vector(kQ, ".bias", config.q_size())},
+                      Piece{vector(kK, ".bias", config.kv_size())},
+                      Piece{vector(kV, ".bias", config.kv_size())}};
   }
   return layer;
 }
@@ -208,13 +167,12 @@ class FileCheckpoint final : public Checkpoint {
  public:
   explicit FileCheckpoint(const ModelFiles& files) : files_(files), config_(read_config(files)) {
     const bool gguf = files.gguf() != nullptr;
-    const TensorNames& names = gguf ? kGgufNames : kHfNames;
     if (!gguf) folder_.emplace(files.path());
-    Finder finder(gguf ? files.gguf()->tensors() : folder_->tensors(), files.path().string());
-    const std::string head = std::string(names.head) + ".weight";
+    Finder finder(gguf, gguf ? files.gguf()->tensors() : folder_->tensors(), files.path().string());
+    const std::string head = cat(finder.name(kHead), ".weight");
     const std::vector<int64_t> table = {config_.vocab_size, config_.hidden_size};
-    embedding_ = {Piece{finder.get(std::string(names.embedding) + ".weight", table)}};
-    final_norm_ = finder.get(std::string(names.final_norm) + ".weight", {config_.hidden_size});
+    embedding_ = {Piece{finder.get(cat(finder.name(kEmbedding), ".weight"), table)}};
+    final_norm_ = finder.get(cat(finder.name(kFinalNorm), ".weight"), {config_.hidden_size});
     if (config_.tied_head) {
       head_ = embedding_;
       finder.ignore(head);  // a copy of the embedding that some writers leave in
@@ -224,8 +182,7 @@ class FileCheckpoint final : public Checkpoint {
     // Only the converter of this one architecture permutes.
     const bool interleaved = gguf && config_.family == Family::kLlama;
     for (int64_t l = 0; l < config_.num_layers; ++l) {
-      const std::string prefix = cat(names.layer_prefix, l, ".");
-      layers_.push_back(find_layer(finder, config_, names, prefix, interleaved));
+      layers_.push_back(find_layer(finder, config_, l, interleaved));
     }
     if (gguf) {
       // Part of the config, which has read them.

@@ -19,44 +19,39 @@ constexpr int64_t kMaxHeadDim = 4096;
 
 void check_factors(const std::vector<double>& factors, int64_t expected, const char* what,
                    const std::string& source) {
-  if (static_cast<int64_t>(factors.size()) != expected) {
-    throw FileError(cat(source, ": ", what, " has ", factors.size(), " values, expected ", expected,
-                        " (half of the rotated lanes of a head)"));
-  }
+  require<FileError>(static_cast<int64_t>(factors.size()) == expected, source, ": ", what, " has ",
+                     factors.size(), " values, expected ", expected,
+                     " (half of the rotated lanes of a head)");
   for (const double factor : factors) {
-    if (!std::isfinite(factor) || factor <= 0) {
-      throw FileError(cat(source, ": ", what, " holds ", factor, ", expected values above 0"));
-    }
+    require<FileError>(std::isfinite(factor) && factor > 0, source, ": ", what, " holds ", factor,
+                       ", expected values above 0");
   }
 }
 
 void validate_rope(const ModelConfig& config, const std::string& source) {
   const RopeConfig& rope = config.rope;
   const auto positive = [&source](double value, const char* what) {
-    if (!std::isfinite(value) || value <= 0) {
-      throw FileError(cat(source, ": ", what, " is ", value, ", expected a number above 0"));
-    }
+    require<FileError>(std::isfinite(value) && value > 0, source, ": ", what, " is ", value,
+                       ", expected a number above 0");
   };
-  if (rope.rotary_dim < 2 || rope.rotary_dim > config.head_dim || rope.rotary_dim % 2 != 0) {
-    throw FileError(cat(source, ": rotary dimension is ", rope.rotary_dim,
-                        ", expected an even number of 2 to the head dimension ", config.head_dim));
-  }
+  require<FileError>(
+      rope.rotary_dim >= 2 && rope.rotary_dim <= config.head_dim && rope.rotary_dim % 2 == 0,
+      source, ": rotary dimension is ", rope.rotary_dim,
+      ", expected an even number of 2 to the head dimension ", config.head_dim);
   positive(rope.theta, "rope theta");
   positive(rope.factor, "rope scaling factor");
   positive(rope.attention_factor, "rope attention factor");
   if (rope.scaling == RopeScaling::kLlama3) {
     positive(rope.low_freq_factor, "rope low_freq_factor");
     positive(rope.high_freq_factor, "rope high_freq_factor");
-    if (rope.high_freq_factor <= rope.low_freq_factor) {
-      throw FileError(cat(source, ": rope high_freq_factor ", rope.high_freq_factor,
-                          " must be above low_freq_factor ", rope.low_freq_factor));
-    }
+    require<FileError>(rope.high_freq_factor > rope.low_freq_factor, source,
+                       ": rope high_freq_factor ", rope.high_freq_factor,
+                       " must be above low_freq_factor ", rope.low_freq_factor);
   }
   if (rope.scaling == RopeScaling::kLlama3 || rope.scaling == RopeScaling::kLongrope) {
-    if (rope.original_context < 1 || rope.original_context > kMaxContext) {
-      throw FileError(cat(source, ": the context of pre-training is ", rope.original_context,
-                          ", expected 1 to ", kMaxContext));
-    }
+    require<FileError>(rope.original_context >= 1 && rope.original_context <= kMaxContext, source,
+                       ": the context of pre-training is ", rope.original_context,
+                       ", expected 1 to ", kMaxContext);
   }
   if (rope.scaling == RopeScaling::kLongrope) {
     check_factors(rope.short_factors, rope.rotary_dim / 2, "rope short_factor", source);
@@ -69,28 +64,14 @@ void validate_rope(const ModelConfig& config, const std::string& source) {
 
 }  // namespace
 
-std::string_view family_name(Family family) {
-  switch (family) {
-    case Family::kLlama:
-      return "llama";
-    case Family::kMistral:
-      return "mistral";
-    case Family::kQwen2:
-      return "qwen2";
-    case Family::kQwen3:
-      return "qwen3";
-    case Family::kPhi3:
-      return "phi3";
-  }
-  throw InvalidArgument("family: not one of the enumerators");
-}
+constexpr std::string_view kFamilies[] = {"llama", "mistral", "qwen2", "qwen3", "phi3"};
+
+std::string_view family_name(Family family) { return kFamilies[static_cast<size_t>(family)]; }
 
 std::optional<Family> family_from_name(std::string_view name) {
-  for (const Family family :
-       {Family::kLlama, Family::kMistral, Family::kQwen2, Family::kQwen3, Family::kPhi3}) {
-    if (name == family_name(family)) return family;
-  }
-  return std::nullopt;
+  const auto* at = std::ranges::find(kFamilies, name);
+  if (at == std::end(kFamilies)) return std::nullopt;
+  return static_cast<Family>(at - kFamilies);
 }
 
 void apply_family(Family family, ModelConfig* config) {
@@ -118,9 +99,8 @@ ModelConfig read_config(const ModelFiles& files) {
 
 void validate(const ModelConfig& config, const std::string& source) {
   const auto within = [&source](int64_t value, int64_t limit, const char* what) {
-    if (value < 1 || value > limit) {
-      throw FileError(cat(source, ": ", what, " is ", value, ", expected 1 to ", limit));
-    }
+    require<FileError>(value >= 1 && value <= limit, source, ": ", what, " is ", value,
+                       ", expected 1 to ", limit);
   };
   within(config.vocab_size, kMaxVocab, "the vocabulary size");
   within(config.hidden_size, kMaxWidth, "the hidden size");
@@ -131,23 +111,18 @@ void validate(const ModelConfig& config, const std::string& source) {
   within(config.head_dim, kMaxHeadDim, "the head dimension");
   within(config.q_size(), kMaxWidth, "heads times head dimension");
   within(config.context_length, kMaxContext, "the context length");
-  if (config.num_heads % config.num_kv_heads != 0) {
-    throw FileError(cat(source, ": ", config.num_heads, " attention heads are no multiple of ",
-                        config.num_kv_heads, " key-value heads"));
-  }
-  if (config.sliding_window < 0 || config.sliding_window > kMaxContext) {
-    throw FileError(cat(source, ": the sliding window is ", config.sliding_window,
-                        ", expected 0 to ", kMaxContext));
-  }
-  if (!std::isfinite(config.rms_eps) || config.rms_eps <= 0 || config.rms_eps >= 1) {
-    throw FileError(cat(source, ": the RMSNorm epsilon is ", config.rms_eps,
-                        ", expected a number between 0 and 1"));
-  }
+  require<FileError>(config.num_heads % config.num_kv_heads == 0, source, ": ", config.num_heads,
+                     " attention heads are no multiple of ", config.num_kv_heads,
+                     " key-value heads");
+  require<FileError>(config.sliding_window >= 0 && config.sliding_window <= kMaxContext, source,
+                     ": the sliding window is ", config.sliding_window, ", expected 0 to ",
+                     kMaxContext);
+  require<FileError>(std::isfinite(config.rms_eps) && config.rms_eps > 0 && config.rms_eps < 1,
+                     source, ": the RMSNorm epsilon is ", config.rms_eps,
+                     ", expected a number between 0 and 1");
   const auto in_vocabulary = [&config](int64_t id) { return id >= 0 && id < config.vocab_size; };
-  if (config.bos_id != -1 && !in_vocabulary(config.bos_id)) {
-    throw FileError(cat(source, ": the BOS id ", config.bos_id, " is outside the vocabulary of ",
-                        config.vocab_size));
-  }
+  require<FileError>(config.bos_id == -1 || in_vocabulary(config.bos_id), source, ": the BOS id ",
+                     config.bos_id, " is outside the vocabulary of ", config.vocab_size);
   validate_rope(config, source);
 }
 

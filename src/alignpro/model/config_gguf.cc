@@ -9,33 +9,16 @@
 namespace alignpro::model {
 namespace {
 
-// "{arch}.{name}" keys of one file.
-class ArchKeys {
- public:
-  ArchKeys(const io::GgufFile& file, std::string arch) : file_(file), prefix_(arch + ".") {}
+// The name of an architecture's key: "{arch}.{name}".
+struct ArchKey {
+  std::string prefix;
 
-  std::string key(std::string_view name) const { return prefix_ + std::string(name); }
-  int64_t integer(std::string_view name) const { return file_.integer(key(name)); }
-  double number(std::string_view name) const { return file_.number(key(name)); }
-  std::optional<int64_t> find_integer(std::string_view name) const {
-    return file_.find_integer(key(name));
-  }
-  std::optional<double> find_number(std::string_view name) const {
-    return file_.find_number(key(name));
-  }
-  std::optional<std::string> find_string(std::string_view name) const {
-    return file_.find_string(key(name));
-  }
-  bool has(std::string_view name) const { return file_.find(key(name)) != nullptr; }
-
- private:
-  const io::GgufFile& file_;
-  std::string prefix_;
+  std::string operator()(std::string_view name) const { return cat(prefix, ".", name); }
 };
 
 // What a llama-like file may ask for and no family here expresses (mixtures of experts, mixed
 // windows, soft caps, scaled residuals).
-void refuse_unsupported(const io::GgufFile& file, const ArchKeys& keys) {
+void refuse_unsupported(const io::GgufFile& file, const ArchKey& key) {
   constexpr std::array<std::string_view, 8> kRefused = {"attention.sliding_window_pattern",
                                                         "attention.scale",
                                                         "attn_logit_softcapping",
@@ -45,23 +28,17 @@ void refuse_unsupported(const io::GgufFile& file, const ArchKeys& keys) {
                                                         "embedding_scale",
                                                         "rope.dimension_sections"};
   for (const std::string_view name : kRefused) {
-    if (keys.has(name)) {
-      throw FileError(cat(file.name(), ": metadata key '", keys.key(name), "' is not supported"));
-    }
+    require<FileError>(file.find(key(name)) == nullptr, file.name(), ": metadata key '", key(name),
+                       "' is not supported");
   }
-  if (!file.find_boolean(keys.key("attention.causal")).value_or(true)) {
-    throw FileError(cat(file.name(), ": attention that is not causal ('",
-                        keys.key("attention.causal"), "') is not supported"));
-  }
-  if (keys.find_integer("expert_count").value_or(0) != 0) {
-    throw FileError(cat(file.name(), ": mixtures of experts ('", keys.key("expert_count"),
-                        "') are not supported"));
-  }
-  if (file.find_integer("split.count").value_or(1) > 1) {
-    throw FileError(cat(file.name(),
-                        ": this is one part of a split GGUF; join the parts first "
-                        "(llama-gguf-split --merge)"));
-  }
+  require<FileError>(file.find_boolean(key("attention.causal")).value_or(true), file.name(),
+                     ": attention that is not causal ('", key("attention.causal"),
+                     "') is not supported");
+  require<FileError>(file.find_integer(key("expert_count")).value_or(0) == 0, file.name(),
+                     ": mixtures of experts ('", key("expert_count"), "') are not supported");
+  require<FileError>(file.find_integer("split.count").value_or(1) <= 1, file.name(),
+                     ": this is one part of a split GGUF; join the parts first "
+                     "(llama-gguf-split --merge)");
 }
 
 // The factors of scaled rope, stored as a tensor; empty where there is none.
@@ -70,33 +47,31 @@ std::vector<double> read_factors(const io::GgufFile& file, std::string_view name
   const auto at = file.tensors().find(name);
   if (at == file.tensors().end()) return {};
   const io::FileTensor& tensor = at->second;
-  if (tensor.shape.size() != 1 || tensor.shape[0] != rotary_dim / 2) {
-    throw FileError(cat(file.name(), ": tensor '", name, "' has shape ",
-                        io::shape_text(tensor.shape), ", expected [", rotary_dim / 2, "]"));
-  }
+  require<FileError>(tensor.shape.size() == 1 && tensor.shape[0] == rotary_dim / 2, file.name(),
+                     ": tensor '", name, "' has shape ", io::shape_text(tensor.shape),
+                     ", expected [", rotary_dim / 2, "]");
   std::vector<float> values(static_cast<size_t>(tensor.shape[0]));
   dequantize(tensor.dtype, tensor.data.data(), tensor.shape[0], values.data());
   return {values.begin(), values.end()};
 }
 
-RopeConfig read_rope(const io::GgufFile& file, const ArchKeys& keys, const ModelConfig& config) {
+RopeConfig read_rope(const io::GgufFile& file, const ArchKey& key, const ModelConfig& config) {
   RopeConfig rope;
-  rope.theta = keys.find_number("rope.freq_base").value_or(10000.0);
-  rope.rotary_dim = keys.find_integer("rope.dimension_count").value_or(config.head_dim);
-  if (config.family == Family::kLlama && rope.rotary_dim != config.head_dim) {
-    throw FileError(cat(file.name(), ": ", keys.key("rope.dimension_count"), " is ",
-                        rope.rotary_dim, ", expected the head dimension ", config.head_dim));
-  }
+  rope.theta = file.find_number(key("rope.freq_base")).value_or(10000.0);
+  rope.rotary_dim = file.find_integer(key("rope.dimension_count")).value_or(config.head_dim);
+  require<FileError>(config.family != Family::kLlama || rope.rotary_dim == config.head_dim,
+                     file.name(), ": ", key("rope.dimension_count"), " is ", rope.rotary_dim,
+                     ", expected the head dimension ", config.head_dim);
   rope.freq_factors = read_factors(file, "rope_freqs.weight", rope.rotary_dim);
   rope.short_factors = read_factors(file, "rope_factors_short.weight", rope.rotary_dim);
   rope.long_factors = read_factors(file, "rope_factors_long.weight", rope.rotary_dim);
   const bool has_long = !rope.short_factors.empty() || !rope.long_factors.empty();
 
   // A factor without a type is linear: older writers have only "scale_linear" or "factor".
-  std::optional<double> factor = keys.find_number("rope.scaling.factor");
-  if (!factor) factor = keys.find_number("rope.scale_linear");
+  std::optional<double> factor = file.find_number(key("rope.scaling.factor"));
+  if (!factor) factor = file.find_number(key("rope.scale_linear"));
   const bool scaled = factor && *factor != 0.0 && *factor != 1.0;
-  const std::string type = keys.find_string("rope.scaling.type")
+  const std::string type = file.find_string(key("rope.scaling.type"))
                                .value_or(has_long ? "longrope"
                                          : scaled ? "linear"
                                                   : "none");
@@ -105,10 +80,10 @@ RopeConfig read_rope(const io::GgufFile& file, const ArchKeys& keys, const Model
     if (scaled) rope.factor = *factor;
   } else if (type == "longrope") {
     rope.scaling = RopeScaling::kLongrope;
-    rope.original_context = keys.integer("rope.scaling.original_context_length");
+    rope.original_context = file.integer(key("rope.scaling.original_context_length"));
     const double scale =
         static_cast<double>(config.context_length) / static_cast<double>(rope.original_context);
-    rope.attention_factor = keys.find_number("rope.scaling.attn_factor")
+    rope.attention_factor = file.find_number(key("rope.scaling.attn_factor"))
                                 .value_or(longrope_attention_factor(scale, rope.original_context));
     // A context that ends before pre-training's never reaches the long factors.
     rope.original_context = std::min(rope.original_context, config.context_length);
@@ -126,31 +101,27 @@ ModelConfig read_gguf_config(const io::GgufFile& file) {
   const std::string arch = file.string("general.architecture");
   const std::optional<Family> family = family_from_name(arch);
   // Mistral files say "llama": the two have one graph.
-  if (!family || *family == Family::kMistral) {
-    throw FileError(cat(file.name(), ": architecture '", io::printable(arch),
-                        "' is not supported; llama, qwen2, qwen3 and phi3 are"));
-  }
-  const ArchKeys keys(file, arch);
-  refuse_unsupported(file, keys);
+  require<FileError>(family && *family != Family::kMistral, file.name(), ": architecture '",
+                     io::printable(arch), "' is not supported; llama, qwen2, qwen3 and phi3 are");
+  const ArchKey key{arch};
+  refuse_unsupported(file, key);
 
   ModelConfig config;
   apply_family(*family, &config);
   const auto embedding = file.tensors().find("token_embd.weight");
-  if (embedding == file.tensors().end() || embedding->second.shape.size() != 2) {
-    throw FileError(cat(file.name(), ": expected a matrix 'token_embd.weight'"));
-  }
+  require<FileError>(embedding != file.tensors().end() && embedding->second.shape.size() == 2,
+                     file.name(), ": expected a matrix 'token_embd.weight'");
   config.vocab_size = embedding->second.shape[0];
-  const int64_t declared = keys.find_integer("vocab_size").value_or(config.vocab_size);
-  if (declared != config.vocab_size) {
-    throw FileError(cat(file.name(), ": ", keys.key("vocab_size"), " is ", declared,
-                        ", but token_embd.weight has ", config.vocab_size, " rows"));
-  }
-  config.hidden_size = keys.integer("embedding_length");
-  config.intermediate_size = keys.integer("feed_forward_length");
-  config.num_layers = keys.integer("block_count");
-  config.num_heads = keys.integer("attention.head_count");
-  config.num_kv_heads = keys.find_integer("attention.head_count_kv").value_or(config.num_heads);
-  if (const std::optional<int64_t> key_length = keys.find_integer("attention.key_length")) {
+  const int64_t declared = file.find_integer(key("vocab_size")).value_or(config.vocab_size);
+  require<FileError>(declared == config.vocab_size, file.name(), ": ", key("vocab_size"), " is ",
+                     declared, ", but token_embd.weight has ", config.vocab_size, " rows");
+  config.hidden_size = file.integer(key("embedding_length"));
+  config.intermediate_size = file.integer(key("feed_forward_length"));
+  config.num_layers = file.integer(key("block_count"));
+  config.num_heads = file.integer(key("attention.head_count"));
+  config.num_kv_heads =
+      file.find_integer(key("attention.head_count_kv")).value_or(config.num_heads);
+  if (const std::optional<int64_t> key_length = file.find_integer(key("attention.key_length"))) {
     config.head_dim = *key_length;
   } else if (config.num_heads >= 1 && config.hidden_size % config.num_heads == 0) {
     config.head_dim = config.hidden_size / config.num_heads;
@@ -160,16 +131,15 @@ ModelConfig read_gguf_config(const io::GgufFile& file) {
                         ", and there is no attention.key_length"));
   }
   const int64_t value_length =
-      keys.find_integer("attention.value_length").value_or(config.head_dim);
-  if (value_length != config.head_dim) {
-    throw FileError(cat(file.name(), ": attention.value_length ", value_length,
-                        " differs from the keys' ", config.head_dim, ", which is not supported"));
-  }
-  config.context_length = keys.integer("context_length");
-  config.sliding_window = keys.find_integer("attention.sliding_window").value_or(0);
-  config.rms_eps = keys.number("attention.layer_norm_rms_epsilon");
+      file.find_integer(key("attention.value_length")).value_or(config.head_dim);
+  require<FileError>(value_length == config.head_dim, file.name(), ": attention.value_length ",
+                     value_length, " differs from the keys' ", config.head_dim,
+                     ", which is not supported");
+  config.context_length = file.integer(key("context_length"));
+  config.sliding_window = file.find_integer(key("attention.sliding_window")).value_or(0);
+  config.rms_eps = file.number(key("attention.layer_norm_rms_epsilon"));
   config.tied_head = !file.tensors().contains("output.weight");
-  config.rope = read_rope(file, keys, config);
+  config.rope = read_rope(file, key, config);
   set_bos(file.find_integer("tokenizer.ggml.bos_token_id").value_or(-1), &config);
   validate(config, file.name());
   return config;

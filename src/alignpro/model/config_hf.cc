@@ -35,57 +35,48 @@ class Fields {
   }
 
   std::optional<int64_t> integer(std::string_view key) const {
-    const Json* value = find(key);
-    if (value == nullptr) return std::nullopt;
-    if (value->integer() == nullptr) fail(key, "an integer");
-    return *value->integer();
+    return read<int64_t>(key, &Json::integer, "an integer");
   }
-
   std::optional<double> number(std::string_view key) const {
-    const Json* value = find(key);
-    if (value == nullptr) return std::nullopt;
-    if (value->number() == nullptr) fail(key, "a number");
-    return value->number()->value;
+    return read<double>(key, &Json::number, "a number");
   }
-
-  bool flag(std::string_view key) const {
-    const Json* value = find(key);
-    if (value == nullptr) return false;
-    if (value->boolean() == nullptr) fail(key, "true or false");
-    return *value->boolean();
-  }
-
   std::optional<std::string> string(std::string_view key) const {
-    const Json* value = find(key);
-    if (value == nullptr) return std::nullopt;
-    if (value->string() == nullptr) fail(key, "a string");
-    return *value->string();
+    return read<std::string>(key, &Json::string, "a string");
   }
-
+  bool flag(std::string_view key) const {
+    return read<bool>(key, &Json::boolean, "true or false").value_or(false);
+  }
   int64_t required_integer(std::string_view key) const {
-    const std::optional<int64_t> value = integer(key);
-    if (!value) fail(key, "an integer");
-    return *value;
+    return given(integer(key), key, "an integer");
   }
-
-  double required_number(std::string_view key) const {
-    const std::optional<double> value = number(key);
-    if (!value) fail(key, "a number");
-    return *value;
-  }
-
+  double required_number(std::string_view key) const { return given(number(key), key, "a number"); }
   std::vector<double> required_numbers(std::string_view key) const {
     const Json* value = find(key);
     if (value == nullptr || value->array() == nullptr) fail(key, "a list of numbers");
     std::vector<double> out;
     for (const Json& item : *value->array()) {
       if (item.number() == nullptr) fail(key, "a list of numbers");
-      out.push_back(item.number()->value);
+      out.push_back(*item.number());
     }
     return out;
   }
 
  private:
+  template <typename T>
+  std::optional<T> read(std::string_view key, const T* (Json::*reader)() const,
+                        std::string_view expected) const {
+    const Json* value = find(key);
+    if (value == nullptr) return std::nullopt;
+    const T* out = (value->*reader)();
+    if (out == nullptr) fail(key, expected);
+    return *out;
+  }
+  template <typename T>
+  T given(std::optional<T> value, std::string_view key, std::string_view expected) const {
+    if (!value) fail(key, expected);
+    return *std::move(value);
+  }
+
   const Json* object_;
   std::string where_;
 };
@@ -94,10 +85,8 @@ Family read_family(const Fields& fields) {
   const std::optional<std::string> name = fields.string("model_type");
   if (!name) fields.fail("model_type", "a string");
   const std::optional<Family> family = family_from_name(*name);
-  if (!family) {
-    throw FileError(cat(fields.where(), ": model_type '", io::printable(*name),
-                        "' is not supported; llama, mistral, qwen2, qwen3 and phi3 are"));
-  }
+  require<FileError>(family.has_value(), fields.where(), ": model_type '", io::printable(*name),
+                     "' is not supported; llama, mistral, qwen2, qwen3 and phi3 are");
   return *family;
 }
 
@@ -110,28 +99,21 @@ void refuse_unsupported(const Fields& fields, Family family) {
                         " are not supported; use the original folder or a GGUF file"));
   }
   const std::string activation = fields.string("hidden_act").value_or("silu");
-  if (activation != "silu") {
-    throw FileError(cat(fields.where(), ": hidden_act '", io::printable(activation),
-                        "' is not supported; silu is"));
-  }
+  require<FileError>(activation == "silu", fields.where(), ": hidden_act '",
+                     io::printable(activation), "' is not supported; silu is");
   // Qwen2's QKV bias belongs to the family; transformers reads no key for it.
-  if (family != Family::kQwen2 && fields.flag("attention_bias")) {
-    throw FileError(
-        cat(fields.where(), ": attention_bias is not supported for ", family_name(family)));
-  }
-  if (fields.flag("mlp_bias")) {
-    throw FileError(cat(fields.where(), ": mlp_bias is not supported"));
-  }
+  require<FileError>(family == Family::kQwen2 || !fields.flag("attention_bias"), fields.where(),
+                     ": attention_bias is not supported for ", family_name(family));
+  require<FileError>(!fields.flag("mlp_bias"), fields.where(), ": mlp_bias is not supported");
 }
 
 int64_t read_head_dim(const Fields& fields, const ModelConfig& config) {
   if (const std::optional<int64_t> explicit_dim = fields.integer("head_dim")) return *explicit_dim;
   if (config.family == Family::kQwen3) return 128;  // the family's default; not derived
-  if (config.num_heads < 1 || config.hidden_size % config.num_heads != 0) {
-    throw FileError(cat(fields.where(), ": hidden_size ", config.hidden_size,
-                        " is no multiple of num_attention_heads ", config.num_heads,
-                        ", and there is no head_dim"));
-  }
+  require<FileError>(config.num_heads >= 1 && config.hidden_size % config.num_heads == 0,
+                     fields.where(), ": hidden_size ", config.hidden_size,
+                     " is no multiple of num_attention_heads ", config.num_heads,
+                     ", and there is no head_dim");
   return config.hidden_size / config.num_heads;
 }
 
@@ -157,23 +139,18 @@ int64_t read_sliding_window(const Fields& fields, const ModelConfig& config) {
     for (const Json& type : *types->array()) {
       const std::string* name = type.string();
       if (name == nullptr) fields.fail("layer_types", "a list of strings");
-      if (*name != "full_attention" && *name != "sliding_attention") {
-        throw FileError(cat(fields.where(), ": layer type '", io::printable(*name),
-                            "' is not supported; full_attention and sliding_attention are"));
-      }
+      require<FileError>(*name == "full_attention" || *name == "sliding_attention", fields.where(),
+                         ": layer type '", io::printable(*name),
+                         "' is not supported; full_attention and sliding_attention are");
       sliding += *name == "sliding_attention" ? 1 : 0;
     }
     const auto count = static_cast<int64_t>(types->array()->size());
-    if (count != config.num_layers) {
-      throw FileError(cat(fields.where(), ": layer_types has ", count, " entries for ",
-                          config.num_layers, " layers"));
-    }
+    require<FileError>(count == config.num_layers, fields.where(), ": layer_types has ", count,
+                       " entries for ", config.num_layers, " layers");
     if (sliding != 0 && sliding != count) refuse_mixed_windows(fields, "layer_types");
-    if (sliding == count && window == 0) {
-      throw FileError(cat(fields.where(),
-                          ": layer_types asks for sliding_attention, but no "
-                          "sliding_window is in force"));
-    }
+    require<FileError>(sliding != count || window != 0, fields.where(),
+                       ": layer_types asks for sliding_attention, but no "
+                       "sliding_window is in force");
     // Mistral and Phi-3 ignore the list and slide whenever there is a window.
     if (sliding == 0 && !qwen && window != 0) refuse_mixed_windows(fields, "layer_types");
     return sliding == 0 ? 0 : window;
@@ -211,22 +188,18 @@ RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
   if (parameters != nullptr && parameters->object() == nullptr) fields.fail(key, "an object");
   const Fields scaling(parameters == nullptr ? kEmpty : *parameters,
                        cat(fields.where(), ": ", key));
-  if (scaling.find("full_attention") != nullptr || scaling.find("sliding_attention") != nullptr) {
-    throw FileError(cat(scaling.where(), " differs by layer type, which is not supported"));
-  }
+  require<FileError>(
+      scaling.find("full_attention") == nullptr && scaling.find("sliding_attention") == nullptr,
+      scaling.where(), " differs by layer type, which is not supported");
 
   RopeConfig rope;
   rope.theta = scaling.number("rope_theta").value_or(fields.number("rope_theta").value_or(10000.0));
   const double part = scaling.number("partial_rotary_factor")
                           .value_or(fields.number("partial_rotary_factor").value_or(1.0));
-  if (!(part > 0 && part <= 1)) {
-    throw FileError(cat(fields.where(), ": partial_rotary_factor is ", part,
-                        ", expected above 0 and at most 1"));
-  }
-  if (part != 1.0 && config.family != Family::kPhi3) {
-    throw FileError(cat(fields.where(), ": partial_rotary_factor is not supported for ",
-                        family_name(config.family)));
-  }
+  require<FileError>(part > 0 && part <= 1, fields.where(), ": partial_rotary_factor is ", part,
+                     ", expected above 0 and at most 1");
+  require<FileError>(part == 1.0 || config.family == Family::kPhi3, fields.where(),
+                     ": partial_rotary_factor is not supported for ", family_name(config.family));
   rope.rotary_dim = config.head_dim;
   if (part != 1.0) {
     // Bounded first: the product of a lying head_dim might not fit.
@@ -270,11 +243,9 @@ RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
 ModelConfig read_hf_config(const ModelFiles& files) {
   const std::string path = (files.path() / "config.json").string();
   const Json* root = files.json("config.json");
-  if (root == nullptr) {
-    throw FileError(cat(path,
-                        ": no such file; a model folder holds config.json, *.safetensors and "
-                        "tokenizer.json"));
-  }
+  require<FileError>(root != nullptr, path,
+                     ": no such file; a model folder holds config.json, *.safetensors and "
+                     "tokenizer.json");
   const Fields fields(*root, path);
 
   ModelConfig config;

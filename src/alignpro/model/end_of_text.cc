@@ -46,47 +46,33 @@ bool is_one_of(std::span<const std::string_view> texts, std::string_view text) {
   return std::ranges::find(texts, text) != texts.end();
 }
 
-class Ends {
- public:
-  explicit Ends(int64_t vocab_size) : vocab_size_(vocab_size) {}
-
-  void add(int64_t id) {
-    if (id < 0 || id >= vocab_size_) return;
-    const auto narrow = static_cast<int32_t>(id);
-    if (std::ranges::find(ids_, narrow) == ids_.end()) ids_.push_back(narrow);
-  }
-
-  // A token of the vocabulary; adds it in finish() if it is a known end.
-  void see(int64_t id, std::string_view text, bool is_control) {
-    if (!is_one_of(kMarkers, text) && !(is_control && is_one_of(kControls, text)) &&
-        text != "<|call|>") {
-      return;
-    }
-    seen_.push_back({id, text});
-  }
-
-  std::vector<int32_t> finish() {
-    const auto has = [this](std::string_view text) {
-      return std::ranges::find(seen_, text, &Seen::text) != seen_.end();
-    };
-    // gpt-oss: <|end|> ends a message, after which the same turn goes on; <|call|> ends the turn.
-    const bool harmony = has("<|return|>") && has("<|call|>");
-    for (const auto& [id, text] : seen_) {
-      if (text != (harmony ? "<|end|>" : "<|call|>")) add(id);
-    }
-    return std::move(ids_);
-  }
-
- private:
-  struct Seen {
-    int64_t id;
-    std::string_view text;
-  };
-
-  int64_t vocab_size_;
-  std::vector<int32_t> ids_;
-  std::vector<Seen> seen_;
+struct Token {
+  int64_t id;
+  std::string_view text;
+  bool is_control;
 };
+
+// The ids that are named, and those of the tokens that are known as ends.
+std::vector<int32_t> ends(std::span<const int64_t> named, std::span<const Token> tokens,
+                          int64_t vocab_size) {
+  std::vector<int32_t> ids;
+  const auto add = [&](int64_t id) {
+    if (id < 0 || id >= vocab_size) return;
+    const auto narrow = static_cast<int32_t>(id);
+    if (std::ranges::find(ids, narrow) == ids.end()) ids.push_back(narrow);
+  };
+  for (const int64_t id : named) add(id);
+  const auto has = [&](std::string_view text) {
+    return std::ranges::find(tokens, text, &Token::text) != tokens.end();
+  };
+  // gpt-oss: <|end|> ends a message, after which the same turn goes on; <|call|> ends the turn.
+  const bool harmony = has("<|return|>") && has("<|call|>");
+  for (const auto& [id, text, is_control] : tokens) {
+    const bool known = is_one_of(kMarkers, text) || (is_control && is_one_of(kControls, text));
+    if (harmony ? text == "<|call|>" || (known && text != "<|end|>") : known) add(id);
+  }
+  return ids;
+}
 
 // A member of an object; null where it is missing or null in the file, as transformers reads it.
 const Json* member(const Json* object, std::string_view key) {
@@ -99,12 +85,6 @@ const std::string* text_of(const Json* token) {
   const Json* inner = token == nullptr ? nullptr : token->find("content");
   return inner != nullptr ? inner->string() : token == nullptr ? nullptr : token->string();
 }
-
-struct Token {
-  int64_t id;
-  std::string_view text;
-  bool is_control;
-};
 
 // Tokens of a folder: those added beside the vocabulary, by every file that lists them, and those
 // of the vocabulary itself. What is damaged here is refused where the tokenizer is read.
@@ -145,36 +125,34 @@ std::vector<Token> folder_tokens(const Json* tokenizer, const Json* settings) {
 }
 
 // eos_token_id of config.json or generation_config.json: an id or a list of them.
-void add_eos_token_id(const ModelFiles& files, std::string_view name, Ends& ends) {
+void add_eos_token_id(const ModelFiles& files, std::string_view name, std::vector<int64_t>& named) {
   const Json* value = member(files.json(name), "eos_token_id");
   if (value == nullptr) return;
   const Json::Array single{*value};
   for (const Json& id : value->array() != nullptr ? *value->array() : single) {
-    if (id.integer() == nullptr) {
-      throw FileError(cat((files.path() / name).string(),
-                          ": \"eos_token_id\" must be an integer or a list of them, it is ",
-                          id.kind()));
-    }
-    ends.add(*id.integer());
+    require<FileError>(id.integer() != nullptr, (files.path() / name).string(),
+                       ": \"eos_token_id\" must be an integer or a list of them, it is ",
+                       id.kind());
+    named.push_back(*id.integer());
   }
 }
 
 std::vector<int32_t> ends_of_folder(const ModelFiles& files) {
   const Json* size = member(files.json("config.json"), "vocab_size");
-  Ends ends(size != nullptr && size->integer() != nullptr ? *size->integer()
-                                                          : std::numeric_limits<int32_t>::max());
+  std::vector<int64_t> named;
   const Json* settings = files.json("tokenizer_config.json");
   const std::vector<Token> tokens = folder_tokens(files.json("tokenizer.json"), settings);
   for (const Json* file : {settings, files.json("special_tokens_map.json")}) {
     const std::string* text = text_of(member(file, "eos_token"));
     if (text == nullptr) continue;
     const auto found = std::ranges::find(tokens, std::string_view(*text), &Token::text);
-    if (found != tokens.end()) ends.add(found->id);
+    if (found != tokens.end()) named.push_back(found->id);
   }
-  add_eos_token_id(files, "generation_config.json", ends);
-  add_eos_token_id(files, "config.json", ends);
-  for (const Token& token : tokens) ends.see(token.id, token.text, token.is_control);
-  return ends.finish();
+  add_eos_token_id(files, "generation_config.json", named);
+  add_eos_token_id(files, "config.json", named);
+  return ends(named, tokens,
+              size != nullptr && size->integer() != nullptr ? *size->integer()
+                                                            : std::numeric_limits<int32_t>::max());
 }
 
 std::vector<int32_t> ends_of_gguf(const io::GgufFile& file) {
@@ -200,13 +178,13 @@ std::vector<int32_t> ends_of_gguf(const io::GgufFile& file) {
 std::vector<int32_t> end_of_text_ids(std::span<const int64_t> named,
                                      std::span<const std::string_view> tokens,
                                      std::span<const int64_t> types, int64_t vocab_size) {
-  Ends ends(vocab_size);
-  for (const int64_t id : named) ends.add(id);
   constexpr int64_t kControl = 3;
+  std::vector<Token> seen;
   for (size_t id = 0; id < tokens.size(); ++id) {
-    ends.see(static_cast<int64_t>(id), tokens[id], id < types.size() && types[id] == kControl);
+    seen.push_back(
+        {static_cast<int64_t>(id), tokens[id], id < types.size() && types[id] == kControl});
   }
-  return ends.finish();
+  return ends(named, seen, vocab_size);
 }
 
 std::vector<int32_t> end_of_text_ids(const ModelFiles& files) {

@@ -21,11 +21,9 @@ ModelFiles::ModelFiles(const std::filesystem::path& path) : state_(std::make_sha
   state_->path = path;
   std::error_code ignored;  // what cannot be examined cannot be opened either, and that says why
   if (std::filesystem::is_directory(path, ignored)) return;
-  if (path.extension() == ".safetensors") {
-    throw FileError(cat(path.string(),
-                        ": expected a .gguf file or a folder with config.json and "
-                        "*.safetensors; give the folder this file is in"));
-  }
+  require<FileError>(path.extension() != ".safetensors", path.string(),
+                     ": expected a .gguf file or a folder with config.json and "
+                     "*.safetensors; give the folder this file is in");
   state_->gguf.emplace(path);
 }
 
@@ -46,9 +44,8 @@ const io::Json* ModelFiles::json(std::string_view name) const {
       const auto bytes = file.bytes();
       root =
           io::Json::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file.name());
-      if (root->object() == nullptr) {
-        throw FileError(cat(file.name(), ": expected a JSON object, got ", root->kind()));
-      }
+      require<FileError>(root->object() != nullptr, file.name(), ": expected a JSON object, got ",
+                         root->kind());
     }
     at = state_->json.emplace(name, std::move(root)).first;
   }

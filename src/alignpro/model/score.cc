@@ -67,24 +67,6 @@ std::vector<std::vector<int64_t>> score_groups(const ScoreRequest& request) {
   return groups;
 }
 
-void require_graph(bool has_graph) {
-  require(has_graph,
-          "backward: the graph is gone; score with keep_graph=True and call backward once");
-}
-
-void require_upstream(int64_t values, bool with_reference, std::span<const float> d_logprob,
-                      std::span<const float> d_entropy, std::span<const float> d_kl) {
-  const auto check_size = [&](std::span<const float> d, const char* name) {
-    require(static_cast<int64_t>(d.size()) == values, "backward: ", name, " has ", d.size(),
-            " values, expected ", values);
-  };
-  check_size(d_logprob, "d_logprob");
-  if (!d_entropy.empty()) check_size(d_entropy, "d_entropy");
-  if (!d_kl.empty()) check_size(d_kl, "d_kl");
-  require(d_kl.empty() || with_reference,
-          "backward: d_kl was given, but the score had no reference");
-}
-
 int64_t values_of(const ScoreRequest& request, int64_t sequence) {
   const auto s = static_cast<size_t>(sequence);
   return static_cast<int64_t>(request.sequences[s].size()) - request.starts[s];
@@ -251,11 +233,9 @@ void Score::Pass::forward() {
   }
   ops().wait();
   for (int64_t i = 0; i < values(); ++i) {
-    if (!std::isfinite(results_[i])) {
-      throw NumericError(cat("linear_logprob: row ", i,
-                             " has no finite softmax (NaN or infinite logits); check the weights "
-                             "and the adapter"));
-    }
+    require<NumericError>(std::isfinite(results_[i]), "linear_logprob: row ", i,
+                          " has no finite softmax (NaN or infinite logits); check the weights "
+                          "and the adapter");
   }
 }
 
@@ -411,9 +391,20 @@ int64_t Score::bytes(const Weights& weights, const ops::Device& device, ScoreBuf
 
 AdapterGradients Score::backward(std::span<const float> d_logprob, std::span<const float> d_entropy,
                                  std::span<const float> d_kl) {
+  const auto require_graph = [](bool has_graph) {
+    require(has_graph,
+            "backward: the graph is gone; score with keep_graph=True and call backward once");
+  };
+  const auto check_size = [&](std::span<const float> d, const char* name) {
+    require(d.size() == logprob_.size(), "backward: ", name, " has ", d.size(),
+            " values, expected ", logprob_.size());
+  };
   require_graph(has_graph_.load());
-  require_upstream(static_cast<int64_t>(logprob_.size()), request_.with_reference, d_logprob,
-                   d_entropy, d_kl);
+  check_size(d_logprob, "d_logprob");
+  if (!d_entropy.empty()) check_size(d_entropy, "d_entropy");
+  if (!d_kl.empty()) check_size(d_kl, "d_kl");
+  require(d_kl.empty() || request_.with_reference,
+          "backward: d_kl was given, but the score had no reference");
   require_graph(has_graph_.exchange(false));  // of two threads one has it
   const std::unique_ptr<Pass> pass = std::move(pass_);
   AdapterGradients gradients(*request_.adapter);

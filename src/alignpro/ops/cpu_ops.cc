@@ -168,8 +168,6 @@ class CpuOps final : public Ops {
   void* stage(HostBuffer&, void* memory, int64_t) override { return memory; }
   void upload(void*, const void*, int64_t) override {}
   const void* download(HostBuffer&, const void* memory, int64_t) override { return memory; }
-  void* allocate_host(int64_t bytes) override { return allocate(bytes, Pages::kNow); }
-  void release_host(void* memory) noexcept override { release(memory, 0, Pages::kNow); }
   void wait() override {}
   bool is_done() const override { return true; }
 
@@ -349,15 +347,10 @@ class CpuOps final : public Ops {
                                const LogprobOutput& forward, const LogprobUpstream& upstream,
                                const void* jacobian, const Matrix& d_hidden, void*) override {
     const LogprobJacobian left = jacobian_of(in, const_cast<void*>(jacobian));
-    const LogprobOutput own{.logprob = forward.logprob,
-                            .entropy = forward.entropy,
-                            .kl = nullptr,
-                            .reverse_kl = nullptr,
-                            .ref_logprob = nullptr,
-                            .lse = forward.lse,
-                            .ref_lse = nullptr};
-    ops::linear_logprob_backward(input_of(plan, in, false), own, nullptr, &left, upstream,
-                                 floats(d_hidden), nullptr, pool_);
+    const LogprobOutput own{
+        .logprob = forward.logprob, .entropy = forward.entropy, .lse = forward.lse};
+    ops::linear_logprob_backward(input_of(plan, in, false), own, &left, upstream, floats(d_hidden),
+                                 nullptr, pool_);
   }
   int64_t linear_logprob_bytes(const LogprobRequest&) const override { return 0; }
   int64_t linear_logprob_backward_bytes(const LogprobRequest&) const override { return 0; }

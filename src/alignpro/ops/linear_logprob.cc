@@ -55,20 +55,15 @@ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 struct Problem {
   explicit Problem(const LogprobInput& input)
       : in(input),
-        vocab(vocab_size(input.weight)),
-        cols(hidden_size(input.weight)),
+        vocab(input.weight.rows()),
+        cols(input.weight.cols()),
         tiles(vocab_tiles(vocab)),
         inv_temperature(1.0f / input.temperature),
         with_ref(input.ref_hidden != nullptr),
-        own_ref_weight(with_ref && !is_null(input.ref_weight)),
-        ref_cols(own_ref_weight ? hidden_size(input.ref_weight) : cols) {
+        own_ref_weight(with_ref && input.ref_weight.rows() > 0),
+        ref_cols(own_ref_weight ? input.ref_weight.cols() : cols) {
     require(cols >= 1, "hidden: expected at least one column, got none");
     require(ref_cols >= 1, "reference_hidden: expected at least one column, got none");
-  }
-
-  static bool is_null(const VocabularyWeight& weight) {
-    const auto* packed = std::get_if<const PackedMatrix*>(&weight);
-    return packed != nullptr && *packed == nullptr;
   }
 
   void open(Workspace& own, int64_t tile) const {
@@ -76,12 +71,12 @@ struct Problem {
     if (own_ref_weight) own.ref_weight.open(in.ref_weight, tile);
   }
   Arithmetic ref_arithmetic() const {
-    return arithmetic(own_ref_weight ? in.ref_weight : in.weight);
+    return (own_ref_weight ? in.ref_weight : in.weight).arithmetic();
   }
   // Gradients multiply by the weight's float32 values.
   void require_float32() const {
     require(
-        arithmetic(in.weight) == Arithmetic::kFloat32 && ref_arithmetic() == Arithmetic::kFloat32,
+        in.weight.arithmetic() == Arithmetic::kFloat32 && ref_arithmetic() == Arithmetic::kFloat32,
         "gradients: expected a model loaded with compute float32, got int8");
   }
   MatrixView hidden(int64_t first) const { return {in.hidden + first * cols, cols, 1}; }
@@ -138,7 +133,7 @@ void sweep_tiles(const Problem& problem, ThreadPool& pool, const Fn& fn, const A
   for (int64_t first = 0; first < total; first += chunk) {
     const int64_t live = std::min(chunk, total - first);
     rows.pack(live, problem.cols, problem.hidden(first), kRowBlock, &pool,
-              arithmetic(problem.in.weight));
+              problem.in.weight.arithmetic());
     if (problem.with_ref) {
       ref_rows.pack(live, problem.ref_cols, problem.ref_hidden(first), kRowBlock, &pool,
                     problem.ref_arithmetic());
@@ -223,11 +218,8 @@ void for_row(int64_t cols, int64_t rows, int64_t m, const Fn& fn) {
 }
 
 void read_weight_row(const VocabularyWeight& weight, int64_t row, float* out) {
-  if (const auto* packed = std::get_if<const PackedMatrix*>(&weight)) {
-    (*packed)->read_row(row, out);
-    return;
-  }
-  const QuantizedMatrix& stored = std::get<QuantizedMatrix>(weight);
+  if (weight.packed != nullptr) return weight.packed->read_row(row, out);
+  const QuantizedMatrix& stored = weight.stored;
   dequantize(stored.dtype, stored.data + row * row_bytes(stored.dtype, stored.cols), stored.cols,
              out);
 }
@@ -244,11 +236,10 @@ void note_token(const Problem& problem, int64_t row, int64_t m, int64_t tile, in
 RowStats write_row(const Problem& problem, const LogprobOutput& out, int64_t row,
                    std::span<const TileStats> tiles, float logit, float ref_logit) {
   const RowStats s = merge_tiles(tiles.data(), static_cast<int64_t>(tiles.size()));
-  if (!s.valid() || (problem.with_ref && !std::isfinite(s.ref_lse))) {
-    throw NumericError(cat("linear_logprob: row ", row,
-                           " has no finite softmax (NaN or infinite logits); check the weights, "
-                           "the adapter and the learning rate"));
-  }
+  require<NumericError>(s.valid() && (!problem.with_ref || std::isfinite(s.ref_lse)),
+                        "linear_logprob: row ", row,
+                        " has no finite softmax (NaN or infinite logits); check the weights, "
+                        "the adapter and the learning rate");
   const RowValues values = row_values(s, logit, ref_logit);
   out.logprob[row] = values.logprob;
   out.entropy[row] = values.entropy;
@@ -363,41 +354,17 @@ void values_and_jacobian(const Problem& problem, const LogprobOutput& out,
       });
 }
 
-float value_or_zero(const float* values, int64_t row) {
-  return values != nullptr ? values[row] : 0.0f;
-}
-
 RowGradient row_gradient(const Problem& problem, const LogprobOutput& forward,
-                         const float* mass_above, const LogprobUpstream& upstream, int64_t row) {
-  RowGradient gradient = {
-      .lse = 0.0f,
-      .lse_low = 0.0f,
-      .ref_lse = 0.0f,
-      .ref_lse_low = 0.0f,
-      .entropy = value_or_zero(forward.entropy, row),
-      .kl = value_or_zero(forward.kl, row),
-      .mass_above = value_or_zero(mass_above, row),
-      .d_logprob = value_or_zero(upstream.logprob, row),
-      .d_entropy = value_or_zero(upstream.entropy, row),
-      .d_kl = value_or_zero(upstream.kl, row),
-      .d_reverse_kl = value_or_zero(upstream.reverse_kl, row),
-      .d_total_variation = value_or_zero(upstream.total_variation, row),
-      .token = problem.in.tokens[static_cast<size_t>(row)],
-  };
-  split_lse(forward.lse[row], &gradient.lse, &gradient.lse_low);
-  if (problem.with_ref) {
-    split_lse(forward.ref_lse[row], &gradient.ref_lse, &gradient.ref_lse_low);
-  }
-  return gradient;
+                         const LogprobUpstream& upstream, int64_t row) {
+  return row_gradient(row, problem.with_ref, problem.in.tokens.data(), forward, upstream);
 }
 
-void hidden_gradient(const Problem& problem, const LogprobOutput& forward, const float* mass_above,
+void hidden_gradient(const Problem& problem, const LogprobOutput& forward,
                      const LogprobUpstream& upstream, float* d_hidden, ThreadPool& pool) {
   sweep_groups(
       problem, 1, pool,
       [&](int64_t first, int64_t m, int64_t tile, int64_t rows, Workspace& own) {
-        const RowGradient gradient =
-            row_gradient(problem, forward, mass_above, upstream, first + m);
+        const RowGradient gradient = row_gradient(problem, forward, upstream, first + m);
         cpu::kernels().tile_gradient_row(
             own.logits.data(), problem.with_ref ? own.ref_logits.data() : nullptr, rows, m,
             own.weight.panels(), tile * kVocabTile, &gradient, problem.inv_temperature);
@@ -413,7 +380,7 @@ void hidden_gradient(const Problem& problem, const LogprobOutput& forward, const
 
 // dW = dz^T h, tile by tile: blocks of rows in order, summed in own.result [column panels][vocab
 // panels][16][16].
-void weight_gradient(const Problem& problem, const LogprobOutput& forward, const float* mass_above,
+void weight_gradient(const Problem& problem, const LogprobOutput& forward,
                      const LogprobUpstream& upstream, float* d_weight, ThreadPool& pool) {
   const int64_t cols = problem.cols, column_panels = divide_up(cols, kPanel);
   sweep_tiles(
@@ -427,8 +394,7 @@ void weight_gradient(const Problem& problem, const LogprobOutput& forward, const
           const int64_t block_first = first + b * kRowBlock;
           float* dz = own.logits.data() + at;
           for (int64_t m = 0; m < count; ++m) {
-            const RowGradient gradient =
-                row_gradient(problem, forward, mass_above, upstream, block_first + m);
+            const RowGradient gradient = row_gradient(problem, forward, upstream, block_first + m);
             k.tile_gradient_row(dz, problem.with_ref ? own.ref_logits.data() + at : nullptr, count,
                                 m, panels, tile * kVocabTile, &gradient, problem.inv_temperature);
           }
@@ -494,7 +460,7 @@ void total_variation(const LogprobInput& in, const LogprobOutput& forward, float
           for (int64_t m = 0; m < count; ++m) {
             const int64_t row = b * kRowBlock + m;
             auto& part = parts[static_cast<size_t>(row * tiles + tile)];
-            const RowGradient statistics = row_gradient(problem, forward, nullptr, {}, first + row);
+            const RowGradient statistics = row_gradient(problem, forward, {}, first + row);
             cpu::kernels().tile_variation_row(own.logits.data() + at, own.ref_logits.data() + at,
                                               count, m, own.weight.panels(), &statistics, &part[0],
                                               &part[1]);
@@ -515,14 +481,13 @@ void total_variation(const LogprobInput& in, const LogprobOutput& forward, float
 }
 
 void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forward,
-                             const float* mass_above, const LogprobJacobian* jacobian,
-                             const LogprobUpstream& upstream, float* d_hidden, float* d_weight,
-                             ThreadPool& pool) {
+                             const LogprobJacobian* jacobian, const LogprobUpstream& upstream,
+                             float* d_hidden, float* d_weight, ThreadPool& pool) {
   const Problem problem(in);
   problem.require_float32();
   if (d_weight != nullptr) {
     if (in.rows == 0) std::fill_n(d_weight, problem.vocab * problem.cols, 0.0f);
-    weight_gradient(problem, forward, mass_above, upstream, d_weight, pool);
+    weight_gradient(problem, forward, upstream, d_weight, pool);
   }
   if (d_hidden == nullptr) return;
   LogprobUpstream rest = upstream;
@@ -535,7 +500,7 @@ void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forwar
   const bool again = rest.logprob != nullptr || rest.entropy != nullptr || rest.kl != nullptr ||
                      rest.reverse_kl != nullptr || rest.total_variation != nullptr;
   if (again) {
-    hidden_gradient(problem, forward, mass_above, rest, d_hidden, pool);
+    hidden_gradient(problem, forward, rest, d_hidden, pool);
   } else {
     std::fill_n(d_hidden, in.rows * problem.cols, 0.0f);
   }
@@ -556,13 +521,9 @@ int64_t linear_logprob_bytes(const LogprobInput& in, bool with_jacobian, int thr
   const int64_t sides = problem.with_ref ? 2 : 1;
   const int64_t contract = problem.cols + (problem.with_ref ? problem.ref_cols : 0);
   const auto weight_bytes = [](const VocabularyWeight& weight) {
-    const auto* stored = std::get_if<QuantizedMatrix>(&weight);
-    int64_t floats = kVocabTile * kPanel;
-    if (stored != nullptr) {
-      floats +=
-          kPanel * stored->cols + (stored->dtype == DType::kF32 ? 0 : kVocabTile * stored->cols);
-    }
-    return floats * 4;
+    const QuantizedMatrix& m = weight.stored;  // of no columns where it is packed
+    return 4 * (kVocabTile * kPanel + kPanel * m.cols +
+                (m.dtype == DType::kF32 ? 0 : kVocabTile * m.cols));
   };
   const int64_t tile_bytes =
       weight_bytes(in.weight) + (problem.own_ref_weight ? weight_bytes(in.ref_weight) : 0);

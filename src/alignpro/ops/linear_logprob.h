@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <span>
-#include <variant>
 
 #include "alignpro/core/parallel.h"
 #include "alignpro/ops/logprob_output.h"
@@ -13,18 +12,31 @@ namespace alignpro::ops {
 
 // The weight of a vocabulary projection: packed for the engine, or as it stands in a file or a
 // tensor (then each tile is widened and packed where it is used).
-using VocabularyWeight = std::variant<const PackedMatrix*, QuantizedMatrix>;
+struct VocabularyWeight {
+  VocabularyWeight() = default;
+  VocabularyWeight(const PackedMatrix* matrix) : packed(matrix) {}
+  VocabularyWeight(const QuantizedMatrix& matrix) : stored(matrix) {}
+
+  const PackedMatrix* packed = nullptr;
+  QuantizedMatrix stored = {};  // where it is not packed
+
+  int64_t rows() const { return packed != nullptr ? packed->rows() : stored.rows; }
+  int64_t cols() const { return packed != nullptr ? packed->cols() : stored.cols; }
+  Arithmetic arithmetic() const {
+    return packed != nullptr ? packed->arithmetic() : Arithmetic::kFloat32;
+  }
+};
 
 // The fused vocabulary op: with z = hidden W^T / temperature, p = softmax(z), and q likewise from
 // the reference's hidden states (and weight), one pass over tiles of the vocabulary.
 struct LogprobInput {
   int64_t rows;
-  const float* hidden;                    // [rows, W.cols]
-  VocabularyWeight weight;                // [vocab, cols]
-  std::span<const int32_t> tokens;        // [rows]
-  float temperature = 1.0f;               // > 0
-  const float* ref_hidden = nullptr;      // [rows, ref_weight.cols]; null: no reference
-  VocabularyWeight ref_weight = nullptr;  // null: the same weight
+  const float* hidden;                // [rows, W.cols]
+  VocabularyWeight weight;            // [vocab, cols]
+  std::span<const int32_t> tokens;    // [rows]
+  float temperature = 1.0f;           // > 0
+  const float* ref_hidden = nullptr;  // [rows, ref_weight.cols]; null: no reference
+  VocabularyWeight ref_weight = {};   // no rows: the same weight
 };
 
 // Derivatives by the hidden states, [rows, cols] each, gathered in the forward's own pass: sums of
@@ -33,15 +45,6 @@ struct LogprobInput {
 struct LogprobJacobian {
   float* logprob;       // d logprob / d hidden
   float* kl = nullptr;  // d KL(p || q) / d hidden; null: not wanted
-};
-
-// Derivatives of the loss by each output, [rows]; null: zero.
-struct LogprobUpstream {
-  const float* logprob = nullptr;
-  const float* entropy = nullptr;
-  const float* kl = nullptr;
-  const float* reverse_kl = nullptr;
-  const float* total_variation = nullptr;
 };
 
 // Nothing of size rows x vocab is stored; see linear_logprob_bytes. Throws NumericError naming the
@@ -56,13 +59,12 @@ void total_variation(const LogprobInput& in, const LogprobOutput& forward, float
 
 // d_hidden [rows, cols] and d_weight [vocab, cols] (overwritten; either may be null). With a
 // jacobian, d_hidden's share of logprob and kl comes from it; all the rest computes the tiles
-// again. The reference is a constant. `forward` and `mass_above` are what the forward passes wrote
-// (mass_above: only for total_variation). Sums run over tiles, and for d_weight over blocks of
-// rows, in order: the bits do not depend on the pool.
+// again. The reference is a constant. `forward` is what the forward passes wrote.
+// Sums run over tiles, and for d_weight over blocks of rows, in order: the bits do not depend on
+// the pool.
 void linear_logprob_backward(const LogprobInput& in, const LogprobOutput& forward,
-                             const float* mass_above, const LogprobJacobian* jacobian,
-                             const LogprobUpstream& upstream, float* d_hidden, float* d_weight,
-                             ThreadPool& pool);
+                             const LogprobJacobian* jacobian, const LogprobUpstream& upstream,
+                             float* d_hidden, float* d_weight, ThreadPool& pool);
 
 // Bytes that linear_logprob allocates beside its inputs and outputs, at most, on `threads` threads.
 int64_t linear_logprob_bytes(const LogprobInput& in, bool with_jacobian, int threads);

@@ -132,15 +132,15 @@ struct ScoreShape {
   bool with_reference, with_hidden, keep_graph;
 };
 
-class HostBuffer;
+struct HostBuffer;
 
 class Ops {
  public:
   virtual ~Ops() = default;
 
   // Memory at a multiple of 64 bytes, of 256 on a GPU. kOnTouch: zeros, whose pages cost nothing
-  // before they are written.
-  enum class Pages { kNow, kOnTouch };
+  // before they are written. kHost: the host's, for what stage() and download() move.
+  enum class Pages { kNow, kOnTouch, kHost };
   virtual void* allocate(int64_t bytes, Pages pages) = 0;
   virtual void release(void* memory, int64_t bytes, Pages pages) noexcept = 0;
   virtual void clear(void* memory, int64_t bytes) = 0;
@@ -149,8 +149,6 @@ class Ops {
   virtual void upload(void* memory, const void* staged, int64_t bytes) = 0;
   // Where the host reads `memory` after wait(): there itself, or in `buffer`.
   virtual const void* download(HostBuffer& buffer, const void* memory, int64_t bytes) = 0;
-  virtual void* allocate_host(int64_t bytes) = 0;
-  virtual void release_host(void* memory) noexcept = 0;
   virtual void wait() = 0;
   virtual bool is_done() const = 0;  // wait() would not wait
 
@@ -315,45 +313,21 @@ class Buffer {
     return data_;
   }
   void* data() const { return data_; }
-
- private:
   void reset() {
     if (data_ != nullptr) ops_.release(std::exchange(data_, nullptr), bytes_, pages_);
     bytes_ = 0;
   }
 
+ private:
   Ops& ops_;
   const Ops::Pages pages_;
   void* data_ = nullptr;
   int64_t bytes_ = 0;
 };
 
-// The host's, for stage() and download(); nothing under way may still read it when it grows.
-class HostBuffer {
- public:
-  explicit HostBuffer(Ops& ops) : ops_(ops) {}
-  ~HostBuffer() { reset(); }
-  HostBuffer(const HostBuffer&) = delete;
-  HostBuffer& operator=(const HostBuffer&) = delete;
-
-  void* reserve(int64_t bytes) {
-    if (bytes > bytes_) {
-      reset();
-      data_ = ops_.allocate_host(bytes);
-      bytes_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  void reset() {
-    if (data_ != nullptr) ops_.release_host(std::exchange(data_, nullptr));
-    bytes_ = 0;
-  }
-
-  Ops& ops_;
-  void* data_ = nullptr;
-  int64_t bytes_ = 0;
+// Nothing under way may still read it when it grows.
+struct HostBuffer : Buffer {
+  explicit HostBuffer(Ops& ops) : Buffer(ops, 0, Ops::Pages::kHost) {}
 };
 
 }  // namespace alignpro::ops

@@ -39,25 +39,18 @@ void read_group(DType dtype, const std::byte* row, int64_t group, int64_t n, uin
       for (int j = 0; j < 32; ++j) codes[j] = static_cast<uint8_t>(at(block, 2 + j) ^ 0x80);
       return;
     case DType::kQ4_0:
-      std::memcpy(to + 2 * n, block, 2);
-      nibbles(block + 2, codes);
-      return;
     case DType::kQ4_1:
-      std::memcpy(to + 2 * n, block, 2);
-      std::memcpy(to + 32 + 2 * n, block + 2, 2);
-      nibbles(block + 4, codes);
-      return;
     case DType::kQ5_0:
+    case DType::kQ5_1: {
+      const bool with_minimum = dtype == DType::kQ4_1 || dtype == DType::kQ5_1;
+      const bool five = dtype == DType::kQ5_0 || dtype == DType::kQ5_1;
+      const std::byte* bits = block + (with_minimum ? 4 : 2);
       std::memcpy(to + 2 * n, block, 2);
-      nibbles(block + 6, codes);
-      fifth_bits(block + 2, codes);
+      if (with_minimum) std::memcpy(to + 32 + 2 * n, block + 2, 2);
+      nibbles(bits + (five ? 4 : 0), codes);
+      if (five) fifth_bits(bits, codes);
       return;
-    case DType::kQ5_1:
-      std::memcpy(to + 2 * n, block, 2);
-      std::memcpy(to + 32 + 2 * n, block + 2, 2);
-      nibbles(block + 8, codes);
-      fifth_bits(block + 4, codes);
-      return;
+    }
     case DType::kQ4_K:
     case DType::kQ5_K: {
       const GroupScale s = k_group_scale(block + 4, g);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <variant>
 
 #include "alignpro/core/aligned.h"
 #include "alignpro/ops/linear_logprob.h"
@@ -10,46 +9,17 @@
 
 namespace alignpro::ops {
 
-inline int64_t vocab_size(const VocabularyWeight& weight) {
-  return std::visit(
-      [](const auto& w) {
-        if constexpr (std::is_pointer_v<std::decay_t<decltype(w)>>)
-          return w->rows();
-        else
-          return w.rows;
-      },
-      weight);
-}
-
-inline int64_t hidden_size(const VocabularyWeight& weight) {
-  return std::visit(
-      [](const auto& w) {
-        if constexpr (std::is_pointer_v<std::decay_t<decltype(w)>>)
-          return w->cols();
-        else
-          return w.cols;
-      },
-      weight);
-}
-
-inline Arithmetic arithmetic(const VocabularyWeight& weight) {
-  const auto* packed = std::get_if<const PackedMatrix*>(&weight);
-  return packed != nullptr && *packed != nullptr ? (*packed)->arithmetic() : Arithmetic::kFloat32;
-}
-
 // One worker's view of one tile of a vocabulary weight, in the two orders that the products read.
 class WeightTile {
  public:
   void open(const VocabularyWeight& weight, int64_t tile) {
-    packed_ = std::holds_alternative<const PackedMatrix*>(weight)
-                  ? std::get<const PackedMatrix*>(weight)
-                  : nullptr;
+    packed_ = weight.packed;
     tile_ = tile;
-    vocab_ = vocab_size(weight);
-    cols_ = hidden_size(weight);
+    vocab_ = weight.rows();
+    cols_ = weight.cols();
     live_ = std::min(kVocabTile, vocab_ - tile * kVocabTile);
     if (packed_ != nullptr) return;
-    const QuantizedMatrix& stored = std::get<QuantizedMatrix>(weight);
+    const QuantizedMatrix& stored = weight.stored;
     const int64_t row_size = row_bytes(stored.dtype, cols_);
     const std::byte* from = stored.data + tile * kVocabTile * row_size;
     if (stored.dtype == DType::kF32 && reinterpret_cast<uintptr_t>(from) % alignof(float) == 0) {

@@ -120,24 +120,9 @@ void int8_gemm_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride
   for (; rows >= kInt8TileRows; rows -= kInt8TileRows, x += x_stride, c += kInt8TileRows * kPanel) {
     int8_tile<D, kInt8TileRows>(cols, x, panel, c);
   }
-  switch (rows) {
-    case 1:
-      return int8_tile<D, 1>(cols, x, panel, c);
-    case 2:
-      return int8_tile<D, 2>(cols, x, panel, c);
-    case 3:
-      return int8_tile<D, 3>(cols, x, panel, c);
-    case 4:
-      return int8_tile<D, 4>(cols, x, panel, c);
-    case 5:
-      return int8_tile<D, 5>(cols, x, panel, c);
-    case 6:
-      return int8_tile<D, 6>(cols, x, panel, c);
-    case 7:
-      return int8_tile<D, 7>(cols, x, panel, c);
-    default:
-      return;
-  }
+  with_count<kInt8TileRows - 1>(rows, [&](auto live) __attribute__((always_inline)) {
+    int8_tile<D, decltype(live)::kValue>(cols, x, panel, c);
+  });
 }
 
 #else
@@ -292,19 +277,9 @@ void int8_gemm_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride
       const uint8_t* tile = x + row / kInt8TileRows * x_stride + k / kGroup * kInt8GroupBytes;
       const int64_t first = row % kInt8TileRows;
       float* to = c + row * kPanel;
-      switch (rows - row) {
-        case 1:
-          int8_tile<kPlanes, 1>(groups, tile, first, codes, to, k > 0);
-          break;
-        case 2:
-          int8_tile<kPlanes, 2>(groups, tile, first, codes, to, k > 0);
-          break;
-        case 3:
-          int8_tile<kPlanes, 3>(groups, tile, first, codes, to, k > 0);
-          break;
-        default:
-          int8_tile<kPlanes, 4>(groups, tile, first, codes, to, k > 0);
-      }
+      with_count<kInt8Rows>(rows - row, [&](auto live) __attribute__((always_inline)) {
+        int8_tile<kPlanes, decltype(live)::kValue>(groups, tile, first, codes, to, k > 0);
+      });
     }
   }
 }

@@ -125,6 +125,20 @@ ALIGNPRO_INLINE F8 exp8(F8 x) {
 
 ALIGNPRO_INLINE float exp1(float x) { return exp8(splat(x))[0]; }
 
+// fn(Constant<count>()) for 1 <= count <= kMost; a larger count is kMost, of 0 there is nothing to
+// do.
+template <int64_t kNumber>
+struct Constant {
+  static constexpr int64_t kValue = kNumber;
+};
+template <int64_t kMost, typename Fn>
+ALIGNPRO_INLINE void with_count(int64_t count, const Fn& fn) {
+  if constexpr (kMost > 0) {
+    if (count >= kMost) return fn(Constant<kMost>());
+    with_count<kMost - 1>(count, fn);
+  }
+}
+
 // ---- matrix products -------------------------------------------------------------------------
 
 // One tile of rows against a sub-panel of B. Meanwhile it fetches `lines` lines from `ahead` on,
@@ -178,20 +192,9 @@ void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
     c += kRowTile * kPanel;
     ahead += lines * kPanel;
   }
-  switch (rows - m) {
-    case 1:
-      return micro_tile<1>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
-    case 2:
-      return micro_tile<2>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
-    case 3:
-      return micro_tile<3>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
-    case 4:
-      return micro_tile<4>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
-    case 5:
-      return micro_tile<5>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
-    default:
-      return;
-  }
+  with_count<kRowTile - 1>(rows - m, [&](auto live) __attribute__((always_inline)) {
+    micro_tile<decltype(live)::kValue>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
+  });
 }
 
 template <int Rows, int Panels>
@@ -237,16 +240,9 @@ void gemv_rows(int64_t k_count, const float* a, const float* const* b, int64_t p
 
 void gemv(int64_t rows, int64_t k_count, const float* a, const float* const* b, int64_t panels,
           int64_t ldb, float* c, int64_t c_row, int64_t c_panel, bool accumulate) {
-  switch (rows) {
-    case 1:
-      return gemv_rows<1>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
-    case 2:
-      return gemv_rows<2>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
-    case 3:
-      return gemv_rows<3>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
-    default:
-      return gemv_rows<kGemvRows>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
-  }
+  with_count<kGemvRows>(rows, [&](auto live) __attribute__((always_inline)) {
+    gemv_rows<decltype(live)::kValue>(k_count, a, b, panels, ldb, c, c_row, c_panel, accumulate);
+  });
 }
 
 #include "alignpro/ops/cpu/panels-inl.h"
@@ -319,31 +315,15 @@ ALIGNPRO_INLINE void pack_tile(const float* from, int64_t row_stride, int64_t k_
   }
 }
 
-void pack_tile(int64_t live, const float* from, int64_t row_stride, int64_t k_count,
-               float* packed) {
-  switch (live) {
-    case 1:
-      return pack_tile<1>(from, row_stride, k_count, packed);
-    case 2:
-      return pack_tile<2>(from, row_stride, k_count, packed);
-    case 3:
-      return pack_tile<3>(from, row_stride, k_count, packed);
-    case 4:
-      return pack_tile<4>(from, row_stride, k_count, packed);
-    case 5:
-      return pack_tile<5>(from, row_stride, k_count, packed);
-    default:
-      return pack_tile<6>(from, row_stride, k_count, packed);
-  }
-}
-
 void pack_rows(int64_t rows, int64_t k_count, const float* source, int64_t row_stride,
                int64_t col_stride, float* packed) {
   for (int64_t m = 0; m < rows; m += kRowTile) {
     const int64_t live = rows - m < kRowTile ? rows - m : kRowTile;
     const float* from = source + m * row_stride;
     if (col_stride == 1) {
-      pack_tile(live, from, row_stride, k_count, packed);
+      with_count<kRowTile>(live, [&](auto rows_of_tile) __attribute__((always_inline)) {
+        pack_tile<decltype(rows_of_tile)::kValue>(from, row_stride, k_count, packed);
+      });
     } else if (row_stride == 1 && live == kRowTile) {
       for (int64_t k = 0; k < k_count; ++k) {
         std::memcpy(packed + k * kRowTile, from + k * col_stride, kRowTile * sizeof(float));

@@ -199,34 +199,52 @@ void expand_plain(const uint8_t* panel, int64_t k_begin, int64_t k_count, float*
   for (int64_t at = 0; at < k_count * kPanel * 2; at += 64) __builtin_prefetch(next + at);
 }
 
+// fn(TypeConstant<dtype>()).
+template <DType kType>
+struct TypeConstant {
+  static constexpr DType kValue = kType;
+};
+template <typename Fn>
+ALIGNPRO_INLINE void with_dtype(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::kF32:
+      return fn(TypeConstant<DType::kF32>());
+    case DType::kF16:
+      return fn(TypeConstant<DType::kF16>());
+    case DType::kBF16:
+      return fn(TypeConstant<DType::kBF16>());
+    case DType::kQ8_0:
+      return fn(TypeConstant<DType::kQ8_0>());
+    case DType::kQ4_0:
+      return fn(TypeConstant<DType::kQ4_0>());
+    case DType::kQ4_1:
+      return fn(TypeConstant<DType::kQ4_1>());
+    case DType::kQ5_0:
+      return fn(TypeConstant<DType::kQ5_0>());
+    case DType::kQ5_1:
+      return fn(TypeConstant<DType::kQ5_1>());
+    case DType::kQ4_K:
+      return fn(TypeConstant<DType::kQ4_K>());
+    case DType::kQ5_K:
+      return fn(TypeConstant<DType::kQ5_K>());
+    case DType::kQ6_K:
+      return fn(TypeConstant<DType::kQ6_K>());
+  }
+}
+
 void expand_panel(DType dtype, const void* panel, int64_t cols, int64_t k_begin, int64_t k_count,
                   float* out) {
   const auto* p = static_cast<const uint8_t*>(panel);
-  switch (dtype) {
-    case DType::kF32:
+  with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
+    constexpr DType kType = decltype(type)::kValue;
+    if constexpr (kType == DType::kF32) {
       std::memcpy(out, p + k_begin * kPanel * 4, static_cast<size_t>(k_count * kPanel) * 4);
-      return;
-    case DType::kF16:
-      return expand_plain<DType::kF16>(p, k_begin, k_count, out);
-    case DType::kBF16:
-      return expand_plain<DType::kBF16>(p, k_begin, k_count, out);
-    case DType::kQ8_0:
-      return expand_quantized<DType::kQ8_0>(p, cols, k_begin, k_count, out);
-    case DType::kQ4_0:
-      return expand_quantized<DType::kQ4_0>(p, cols, k_begin, k_count, out);
-    case DType::kQ4_1:
-      return expand_quantized<DType::kQ4_1>(p, cols, k_begin, k_count, out);
-    case DType::kQ5_0:
-      return expand_quantized<DType::kQ5_0>(p, cols, k_begin, k_count, out);
-    case DType::kQ5_1:
-      return expand_quantized<DType::kQ5_1>(p, cols, k_begin, k_count, out);
-    case DType::kQ4_K:
-      return expand_quantized<DType::kQ4_K>(p, cols, k_begin, k_count, out);
-    case DType::kQ5_K:
-      return expand_quantized<DType::kQ5_K>(p, cols, k_begin, k_count, out);
-    case DType::kQ6_K:
-      return expand_quantized<DType::kQ6_K>(p, cols, k_begin, k_count, out);
-  }
+    } else if constexpr (is_quantized(kType)) {
+      expand_quantized<kType>(p, cols, k_begin, k_count, out);
+    } else {
+      expand_plain<kType>(p, k_begin, k_count, out);
+    }
+  });
 }
 
 // A few rows times Panels panels, `stride` bytes apart: out [Panels][Rows][16], block by block as
@@ -311,30 +329,14 @@ void stream_plain(const uint8_t* panel, int64_t stride, int64_t cols, const floa
 template <int Rows, int Panels>
 void stream_by_type(DType dtype, const uint8_t* p, int64_t stride, int64_t cols, const float* x,
                     int64_t x_stride, float* out) {
-  switch (dtype) {
-    case DType::kF32:
-      return stream_plain<DType::kF32, Rows, Panels>(p, stride, cols, x, x_stride, out);
-    case DType::kF16:
-      return stream_plain<DType::kF16, Rows, Panels>(p, stride, cols, x, x_stride, out);
-    case DType::kBF16:
-      return stream_plain<DType::kBF16, Rows, Panels>(p, stride, cols, x, x_stride, out);
-    case DType::kQ8_0:
-      return stream_quantized<DType::kQ8_0, Rows, Panels>(p, stride, cols, x, x_stride, out);
-    case DType::kQ4_0:
-      return stream_quantized<DType::kQ4_0, Rows, Panels>(p, stride, cols, x, x_stride, out);
-    case DType::kQ4_1:
-      return stream_quantized<DType::kQ4_1, Rows, Panels>(p, stride, cols, x, x_stride, out);
-    case DType::kQ5_0:
-      return stream_quantized<DType::kQ5_0, Rows, Panels>(p, stride, cols, x, x_stride, out);
-    case DType::kQ5_1:
-      return stream_quantized<DType::kQ5_1, Rows, Panels>(p, stride, cols, x, x_stride, out);
-    case DType::kQ4_K:
-      return stream_quantized<DType::kQ4_K, Rows, Panels>(p, stride, cols, x, x_stride, out);
-    case DType::kQ5_K:
-      return stream_quantized<DType::kQ5_K, Rows, Panels>(p, stride, cols, x, x_stride, out);
-    case DType::kQ6_K:
-      return stream_quantized<DType::kQ6_K, Rows, Panels>(p, stride, cols, x, x_stride, out);
-  }
+  with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
+    constexpr DType kType = decltype(type)::kValue;
+    if constexpr (is_quantized(kType)) {
+      stream_quantized<kType, Rows, Panels>(p, stride, cols, x, x_stride, out);
+    } else {
+      stream_plain<kType, Rows, Panels>(p, stride, cols, x, x_stride, out);
+    }
+  });
 }
 
 template <int Rows>
@@ -355,14 +357,7 @@ void stream_rows(DType dtype, const uint8_t* p, int64_t stride, int64_t panels, 
 void stream_panels(DType dtype, const void* panel, int64_t stride, int64_t panels, int64_t cols,
                    int64_t rows, const float* x, int64_t x_stride, float* out) {
   const auto* p = static_cast<const uint8_t*>(panel);
-  switch (rows) {
-    case 1:
-      return stream_rows<1>(dtype, p, stride, panels, cols, x, x_stride, out);
-    case 2:
-      return stream_rows<2>(dtype, p, stride, panels, cols, x, x_stride, out);
-    case 3:
-      return stream_rows<3>(dtype, p, stride, panels, cols, x, x_stride, out);
-    default:
-      return stream_rows<kQuantizedGemvRows>(dtype, p, stride, panels, cols, x, x_stride, out);
-  }
+  with_count<kQuantizedGemvRows>(rows, [&](auto live) __attribute__((always_inline)) {
+    stream_rows<decltype(live)::kValue>(dtype, p, stride, panels, cols, x, x_stride, out);
+  });
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "alignpro/core/host_device.h"
+#include "alignpro/ops/logprob_output.h"
 #include "alignpro/ops/shared/tile_stats.h"
 
 namespace alignpro::ops {
@@ -165,6 +166,28 @@ ALIGNPRO_HOST_DEVICE inline void add_variation(const RowGradient& s, float z, fl
 ALIGNPRO_HOST_DEVICE inline void split_lse(double lse, float* high, float* low) {
   *high = static_cast<float>(lse);
   *low = static_cast<float>(lse - *high);
+}
+
+// What a row's derivatives by its logits need, from what its forward left.
+ALIGNPRO_HOST_DEVICE inline RowGradient row_gradient(int64_t row, bool with_ref,
+                                                     const int32_t* tokens,
+                                                     const LogprobOutput& forward,
+                                                     const LogprobUpstream& upstream) {
+  const auto given = [row](const float* values) { return values != nullptr ? values[row] : 0.0f; };
+  RowGradient g = {};
+  split_lse(forward.lse[row], &g.lse, &g.lse_low);
+  g.entropy = given(forward.entropy);
+  g.d_logprob = given(upstream.logprob);
+  g.d_entropy = given(upstream.entropy);
+  g.token = tokens[row];
+  if (!with_ref) return g;
+  split_lse(forward.ref_lse[row], &g.ref_lse, &g.ref_lse_low);
+  g.kl = given(forward.kl);
+  g.d_kl = given(upstream.kl);
+  g.d_reverse_kl = given(upstream.reverse_kl);
+  g.d_total_variation = given(upstream.total_variation);
+  g.mass_above = given(upstream.mass_above);
+  return g;
 }
 
 }  // namespace alignpro::ops
