@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "statistics": {"types"},
     "theory": {"types", "statistics"},
     "native": _BASE,
-    "models": _BASE | {"native", "files"},
+    "models": _BASE | {"native", "files", "trace"},
     "ops": _BASE | {"native"},
     "pipeline": _SERVING | {"trace", "rewards.check"},
     "train": _RUNNING,
@@ -49,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
 ONLY = {
     "transformers": {"rewards"},  # loads reward models
     "torch": {"objective", "ops", "train", "rewards"},
-    "openai": {"evaluate"},  # the judge's client
+    "httpx2": {"models"},  # calls to endpoints
     "alignpro._core": {"native"},
 }
 STANDARD_LIBRARY_ONLY = {"config", "types", "trace", "files", "run_directory", ""}

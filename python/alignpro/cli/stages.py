@@ -237,10 +237,13 @@ def generate(
 ) -> None:
     """Answer a prompt, as it is or through a trained prompter."""
     from alignpro.config import ModelConfig, TrainConfig, from_mapping, load_yaml, target_of
-    from alignpro.models.native_model import load_model, load_models
+    from alignpro.models.endpoint import EndpointModel
+    from alignpro.models.native_model import NativeModel, load_model, load_models
     from alignpro.types import SamplingParams
 
     def placed(config: ModelConfig) -> ModelConfig:
+        if config.endpoint is not None:
+            return config
         here: dict[str, Any] = {"device": device, "deterministic": deterministic}
         if config.device != device:
             here |= {"compute": None, "kv_dtype": None}  # this device's own
@@ -250,6 +253,7 @@ def generate(
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
+    target: NativeModel | EndpointModel
     if run is None:
         target, adapter = load_model(placed(ModelConfig(model)), threads), None
     else:
@@ -267,6 +271,12 @@ def generate(
             rewrite = rewriting.rewrite([text], seed=seed)[0][0]
             typer.echo(f"rewrite: {rewrite.text}", err=True)
             text = rewrite.target_prompt
+    if isinstance(target, EndpointModel):
+        client = target.client()
+        handle = client.submit([{"role": "user", "content": text}], params)
+        client.step()
+        typer.echo(handle.completion().text)
+        return
     for _token, delta, _logprob in target.stream(text, params, adapter=adapter):
         typer.echo(delta, nl=False)
     typer.echo()

@@ -8,9 +8,10 @@ a value of the wrong type and a value out of range are a `ValueError` of one lin
 from __future__ import annotations
 
 from alignpro.config.closed_form import ClosedFormConfig
+from alignpro.config.endpoint import Budget, ClientConfig
 from alignpro.config.evaluate import EvalConfig, JudgeConfig, OptimumConfig, StaticSearch
 from alignpro.config.fields import from_mapping
-from alignpro.config.model import DEFAULT_MODEL, ModelConfig, target_of
+from alignpro.config.model import DEFAULT_MODEL, ModelConfig, check_local, target_of
 from alignpro.config.ppo import PpoConfig
 from alignpro.config.prompting import (
     RESPONSE,
@@ -31,6 +32,8 @@ __all__ = [
     "RESPONSE",
     "REWRITE",
     "BoundConfig",
+    "Budget",
+    "ClientConfig",
     "ClosedFormConfig",
     "EvalConfig",
     "HeadroomConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "StaticSearch",
     "TrainConfig",
     "apply_overrides",
+    "check_local",
     "check_sampling",
     "from_mapping",
     "load_yaml",

@@ -160,6 +160,10 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             raise ValueError(f"{name}: expected a list, got {value!r}")
         return tuple(read_value(v, arguments[0], f"{name}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}: expected a mapping, got {value!r}")
+        return dict(value)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from alignpro.config.fields import Seed, Threads, above, at_least, checked, only_default, require
-from alignpro.config.model import PROMPTER, ModelConfig, target_of
+from alignpro.config.model import (
+    PROMPTER,
+    PROMPTER_HERE,
+    ModelConfig,
+    check_local,
+    target_of,
+)
 from alignpro.config.prompting import (
     RESPONSE,
     REWRITE,
@@ -77,7 +83,10 @@ class BoundConfig:
     def __post_init__(self) -> None:
         _check_samples(self)
         check_untruncated("response", self.response, _UNTRUNCATED)
-        adapter = target_of(self.prompter, self.target).adapter
+        target = target_of(self.prompter, self.target)
+        reason = "its log-probabilities of given text are compared, which endpoints do not tell"
+        check_local("target", target, reason)
+        adapter = target.adapter
         require("target.adapter", adapter, adapter is None, "null: base weights are compared")
         if self.tuned is not None:
             only_default(self, "tuned_kl_coef", "without tuned: that target was tuned already")
@@ -94,3 +103,4 @@ def _check_samples(config: HeadroomConfig | BoundConfig) -> None:
     check_sampling("rewrite", config.rewrite)
     check_sampling("response", config.response)
     check_untruncated("rewrite", config.rewrite, _UNTRUNCATED)
+    check_local("prompter", config.prompter, PROMPTER_HERE)

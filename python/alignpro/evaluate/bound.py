@@ -48,6 +48,7 @@ def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> 
     rows = load_rows(config)
     reward = build_reward(config.reward)
     prompter, target = load_models(config.prompter, config.target, config.threads)
+    assert isinstance(target, NativeModel)  # the configuration's rule
     report = measure_bound(
         config,
         prompter,

@@ -101,14 +101,16 @@ def _summary(arm: Arm, pipeline: Pipeline, config: EvalConfig) -> ArmResult:
         num_responses=len(responses),
         components=arm.components,
         empty_rewrites=sum(not w.text for w in rewrites) if arm.adds else 0,
-        response_tokens=sum(len(r.tokens) for r in responses) / len(responses),
+        response_tokens=sum(r.num_tokens for r in responses) / len(responses),
         **arm.about,
     )
     if not arm.adds:
         return result
+    prompter = pipeline.prompter
+    assert prompter is not None  # an evaluation has one
     lengths = [
-        # A given text has no tokens of a prompter; the target's are the nearest there are.
-        len(w.tokens) if w.tokens else len(pipeline.target.tokenizer.encode(w.text))
+        # A given text was written by no prompter, and is counted in its tokens all the same.
+        len(w.tokens) if w.tokens else len(prompter.tokenizer.encode(w.text))
         for w in rewrites
     ]
     copied = [copied_share(arm.rollout.prompts[w.prompt_index], w.text) for w in rewrites if w.text]

@@ -45,7 +45,7 @@ def run_headroom(
     if samples is not None and samples.exists():
         rewards = read_samples(samples, config)
     else:
-        rollout = _draw(config, on_progress)
+        rollout = _draw(config, samples, on_progress)
         rewards = rewards_of(rollout)
         if samples is not None:
             write_samples(samples, config, rollout)
@@ -114,11 +114,12 @@ def read_samples(path: Path, config: HeadroomConfig) -> Floats:
     return np.array([rewards for _, rewards in known]).reshape(-1, n, m)
 
 
-def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
+def _draw(config: HeadroomConfig, samples: Path | None, on_progress: OnProgress | None) -> Rollout:
     check_adapters(config)
     rows = load_rows(config)
     reward = build_reward(config.reward)
-    prompter, target = load_models(config.prompter, config.target, config.threads)
+    calls = None if samples is None else samples.with_name(samples.name + ".calls.jsonl")
+    prompter, target = load_models(config.prompter, config.target, config.threads, calls=calls)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     pipeline = pipeline.with_adapter(load_adapter(config.prompter.adapter, prompter))
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)

@@ -48,7 +48,7 @@ from alignpro.train.trajectories import (
     token_sequence,
     written_by_prompter,
 )
-from alignpro.types import Response, Rewrite
+from alignpro.types import Response, Rewrite, Usage
 
 ROLLOUTS = "rollouts.jsonl"  # in the run directory: a line for each ``prompts_per_step`` prompts
 OnProgress = Callable[[str, int, int], None]  # "rollouts", prompts done, prompts in all
@@ -132,7 +132,9 @@ class ClosedFormFit:
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
         with self.directory:
-            groups = [[written_by_prompter(w) for w in group] for group in self.rollouts()]
+            # The losses compare all N rewrites of a prompt, so one without an answer leaves it out.
+            answered = [g for g in self.rollouts() if all(w.responses for w in g)]
+            groups = [[written_by_prompter(w) for w in group] for group in answered]
             with watchers.watching(as_config(self.config), 0):
                 self._fit(groups, watchers)
             save_peft(self.run_dir / "adapter", self.policy.weights())
@@ -307,7 +309,12 @@ def _of_the_rollouts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rewrites(group: Sequence[Mapping[str, Any]]) -> list[Rewrite]:
     """A prompt's rewrites as they were written down."""
+
+    def response(fields: Mapping[str, Any]) -> Response:
+        usage = fields.get("usage")
+        return Response(**{**fields, "usage": None if usage is None else Usage(**usage)})
+
     return [
-        Rewrite(**{**fields, "responses": [Response(**r) for r in fields["responses"]]})
+        Rewrite(**{**fields, "responses": [response(r) for r in fields["responses"]]})
         for fields in group
     ]

@@ -9,7 +9,7 @@ import torch
 
 from alignpro.train.adaptive import variance_split
 from alignpro.train.trajectories import StepBatch
-from alignpro.types import Rollout
+from alignpro.types import Rollout, Usage
 
 
 def rollout_row(
@@ -27,10 +27,11 @@ def rollout_row(
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()) if several else None,
         "reward_variance": float(rewards.var()) if several else None,
-        "num_rewrites": batch.rewards.shape[1],
+        "num_rewrites": max(len(group) for group in rollout.rewrites),
         "num_responses": 1,
         "zero_advantage_groups": batch.zero_advantage_groups,
-        "response_tokens": _mean(len(r.tokens) for r in responses),
+        "failed_responses": len(rollout.failed),
+        "response_tokens": _mean(r.num_tokens for r in responses),
         "truncated_responses": sum(r.finish_reason == "length" for r in responses),
         "kept_mass": _mean(mass for r in responses for mass in r.kept_mass),
         "sample": responses[0].text,
@@ -40,13 +41,23 @@ def rollout_row(
     if policy == "prompter":
         split = variance_split(rollout)
         row |= {
-            "num_responses": len(rewrites[0].responses),
+            "num_responses": max(len(w.responses) for w in rewrites),
             "variance_between": None if split is None else split.between_rewrites,
             "variance_within": None if split is None else split.within_rewrite,
             "rewrite_tokens": _mean(len(w.tokens) for w in rewrites),
             "truncated_rewrites": sum(w.finish_reason == "length" for w in rewrites),
             "empty_rewrites": sum(not w.text for w in rewrites),
             "sample": rewrites[0].text,
+        }
+    else:
+        row["num_rewrites"] = len(responses) // len(rollout.rewrites)
+    told = [r.usage for r in responses if r.usage is not None]
+    if told:
+        used = sum(told, Usage())
+        row |= {
+            "target_input_tokens": used.input_tokens,
+            "target_output_tokens": used.output_tokens,
+            "target_cost": used.cost,
         }
     return row
 

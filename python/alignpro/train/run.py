@@ -9,10 +9,11 @@ from typing import Any
 from alignpro.config import SftConfig, TrainConfig
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
+from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
-from alignpro.run_directory import check_run_dir, open_run_dir
+from alignpro.run_directory import CALLS, check_run_dir, open_run_dir
 from alignpro.train.checkpoint import as_config, write_config
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.metrics import MetricsLog
@@ -64,7 +65,7 @@ def make_trainer(
     start = config.trained.adapter
     if resume and (run_dir / "reference").is_dir():
         start = str(run_dir / "reference")
-    trained = target if config.policy == "target" else prompter
+    trained = _trained(config, prompter, target)
     weights = None if start is None else load_peft(Path(start), trained.lora_modules)
     trainer = trainer_from(
         config, prompter, target, reward, rows, weights, resume=resume, overwrite=overwrite
@@ -75,7 +76,7 @@ def make_trainer(
 def trainer_from(
     config: TrainConfig,
     prompter: NativeModel,
-    target: NativeModel,
+    target: NativeModel | ChatModel,
     reward: Reward,
     rows: Sequence[PromptRow],
     weights: LoraWeights | None,
@@ -86,7 +87,7 @@ def trainer_from(
     """A trainer over loaded parts. ``weights``: where training starts, and the reference; None is a
     fresh adapter, whose reference is the base model."""
     reference: Reference = "base"
-    trained = target if config.policy == "target" else prompter
+    trained = _trained(config, prompter, target)
     if weights is None:
         policy = LoraPolicy.fresh(trained, config.lora, seed=config.seed)
     else:
@@ -112,9 +113,19 @@ def trainer_from(
     return trainer
 
 
-def _load_models(config: TrainConfig) -> tuple[NativeModel, NativeModel]:
+def _trained(
+    config: TrainConfig, prompter: NativeModel, target: NativeModel | ChatModel
+) -> NativeModel:
+    if config.policy == "prompter":
+        return prompter
+    assert isinstance(target, NativeModel)  # the configuration's rule
+    return target
+
+
+def _load_models(config: TrainConfig) -> tuple[NativeModel, NativeModel | ChatModel]:
     """Prompter and target; the target alone, as both, where no prompter takes part."""
     if config.policy == "target":
         model = load_model(config.trained, config.threads)
         return model, model
-    return load_models(config.prompter, config.target, config.threads)
+    calls = Path(config.run_dir) / CALLS
+    return load_models(config.prompter, config.target, config.threads, calls=calls)
