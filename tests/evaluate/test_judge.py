@@ -252,7 +252,7 @@ def test_a_refused_key_or_unknown_model_stops_at_once(server, status):
     message = json.dumps({"error": {"message": "no such thing"}})
     server.always = Fault(status=status, body=message)
     with pytest.raises(
-        JudgeError, match=f"^judge referee: Error code: {status} - no such"
+        JudgeError, match=f"^judge referee at http://.*: HTTP {status}: no such thing"
     ) as caught:
         ask(server, ARMS, max_failed=0.9, concurrency=1)
     assert "secret-key" not in str(caught.value)
