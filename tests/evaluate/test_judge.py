@@ -20,7 +20,8 @@ from alignpro.evaluate.judges import (
 from alignpro.evaluate.results import to_json
 from alignpro.statistics import length_controlled_win_rate
 from alignpro.types import Response, Rewrite, Rollout
-from judge_server import Fault, JudgeServer
+from chat_server import Fault
+from judge_server import JudgeServer
 
 PROMPTS = ["Why {first}?", "How?\n\nTwo lines.", "What?", "Who?"]
 

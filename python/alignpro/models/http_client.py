@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     import httpx2
 
 _log = logging.getLogger(__name__)
-_LONGEST_PAUSE = 30.0  # between attempts; Retry-After may ask for more, up to
-_LONGEST_RETRY_AFTER = 600.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts; each twice the last
+_LONGEST_RETRY_AFTER = 600.0  # seconds; an endpoint that asks for more has no answer for us
 _BUDGET_POLL = 0.05  # seconds between looks at whether a call under way left some of a budget
 _BYTES_PER_TOKEN = 3.0  # of text; a low guess, to reserve enough of a budget
 
@@ -137,7 +137,9 @@ class HttpClient:
         self._http = httpx2.AsyncClient(
             headers=headers,
             timeout=httpx2.Timeout(None, connect=options.connect_seconds),
-            limits=httpx2.Limits(max_connections=options.concurrency),
+            # A connection is for one call: the second copy of a reply that a server or a proxy
+            # sends twice would be taken for the answer to the next call.
+            limits=httpx2.Limits(max_connections=options.concurrency, max_keepalive_connections=0),
         )
         self._slots = asyncio.Semaphore(options.concurrency)
         self._first, self._first_is_done = asyncio.Lock(), False
@@ -173,8 +175,8 @@ class HttpClient:
                 failures += 1
                 if failures > self._options.max_retries:
                     times = "1 attempt" if failures == 1 else f"{failures} attempts"
-                    raise RequestError(f"{self._shown(error)} ({times})") from None
-                longest = min(_LONGEST_PAUSE, 0.5 * 2.0 ** (failures - 1))
+                    raise RequestError(f"{error} ({times})") from None
+                longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (failures - 1))
                 await asyncio.sleep(max(error.pause, longest * random.uniform(0.5, 1.0)))
 
     async def _turn(self) -> None:
@@ -198,10 +200,13 @@ class HttpClient:
             raise _Again(f"no answer within {self._options.timeout_seconds:g} s") from None
         except httpx2.TransportError as error:
             raise _Again(f"{type(error).__name__}: {error}") from None
+        content = response.content
+        if self._key:  # which a server may repeat, and nobody is to be shown
+            content = content.replace(self._key.encode(), b"***")
         try:
-            reply = json.loads(response.content)
+            reply = json.loads(content)
         except ValueError:  # of UTF-8 as well
-            reply = one_line(response.content.decode("utf-8", "replace"))
+            reply = one_line(content.decode("utf-8", "replace"))
         status = response.status_code
         if 200 <= status < 300:
             try:
@@ -213,7 +218,7 @@ class HttpClient:
             return None
         learnt = self._dialect.learn(sent, reply) if status in (400, 422) else None
         if learnt is None:
-            raise RequestError(self._shown(f"HTTP {status}: {_message(reply)}"))
+            raise RequestError(f"HTTP {status}: {_message(reply)}")
         _log.warning("%s at %s refuses %s", self._name, self._url, learnt)
         self._calls.put_changes(self._dialect.changes)
         return None
@@ -236,20 +241,15 @@ class HttpClient:
         message = f"HTTP {status}: {_message(reply)}"
         quota = "insufficient_quota" in str(reply)
         if status in (401, 402, 403, 404) or quota:
-            raise EndpointError(self._shown(f"{self._name} at {self._url}: {message}"))
+            raise EndpointError(f"{self._name} at {self._url}: {message}")
         if status in (408, 409, 425, 429) or status >= 500:
             pause = _retry_after(response.headers.get("retry-after"))
             if pause > _LONGEST_RETRY_AFTER:
-                raise RequestError(self._shown(f"{message}; it asks to wait {pause:.0f} s"))
+                raise RequestError(f"{message}; it asks to wait {pause:.0f} s")
             if pause:
                 now = asyncio.get_running_loop().time()
                 self._not_before = max(self._not_before, now + pause)
             raise _Again(message, pause)
-
-    def _shown(self, message: object) -> str:
-        """A message without the key, which a server may repeat."""
-        text = one_line(message)
-        return text.replace(self._key, "***") if self._key else text
 
 
 class _Account:
