@@ -94,7 +94,8 @@ def test_a_run_is_killed_resumed_and_replayed_to_the_bit(server, tmp_path):
     again = make(settings(server, tmp_path / "replayed"), overwrite=True)
     again.train()
     assert log(again) == log(second)
-    assert log(second)[0]["target_output_tokens"] == 4 * 24
+    usage = {"input_tokens": 5 * 24, "output_tokens": 4 * 24, "cost": None}
+    assert log(second)[0]["target_usage"] == usage
     server.start()
 
 

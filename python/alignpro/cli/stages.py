@@ -132,6 +132,7 @@ def train(
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
+    from alignpro.models.endpoint import EndpointModel
     from alignpro.report.progress import Bars, TrainBar
     from alignpro.train.closed_form import ClosedFormFit
     from alignpro.train.run import make_trainer
@@ -141,6 +142,8 @@ def train(
         if isinstance(trainer, ClosedFormFit):
             trainer.rollouts(bars.show)
         trainer.train([TrainBar(bars)])
+    if isinstance(trainer.pipeline.target, EndpointModel):
+        typer.echo(trainer.pipeline.target.spent())
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
 
 

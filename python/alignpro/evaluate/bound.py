@@ -89,6 +89,7 @@ def measure_bound(
     """
     prompts, columns = [row.prompt for row in rows], stack_columns(rows)
     pipeline = Pipeline.configured(config, prompter, target, reward).with_adapter(adapter)
+    pipeline.max_failed = 0.0  # every rollout has N x M rows for each of the same prompts
     answers = config.num_rewrites * config.num_responses
 
     def raw(name: str, pipeline: Pipeline) -> Rollout:

@@ -14,6 +14,7 @@ from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, ratio_of_means, variance
+from alignpro.types import Usage
 
 COPIED_RUN = 3  # words
 _WORD = re.compile(r"\w+")
@@ -28,6 +29,14 @@ def compare_arms(
     """The arms side by side, and ``gap_closed`` where there is a tuned target."""
     seconds = math.fsum(arm.rollout.seconds["generate"] for arm in arms.values())
     tokens = sum(arm.rollout.generated_tokens for arm in arms.values())
+    used = [
+        response.usage
+        for arm in arms.values()
+        for group in arm.rollout.rewrites
+        for rewrite in group
+        for response in rewrite.responses
+        if response.usage is not None
+    ]
     rewards = {name: arm.per_prompt for name, arm in arms.items()}
     per_rewrite, per_token = _kl(pipeline, arms, prompters)
     closed = None
@@ -48,6 +57,8 @@ def compare_arms(
         kl_per_token=per_token,
         tokens_per_second=tokens / max(seconds, 1e-9),
         samples=_samples(arms, config.num_samples),
+        failed_responses=sum(len(arm.rollout.failed) for arm in arms.values()) or None,
+        target_usage=sum(used, Usage()) if used else None,
         gap_closed=closed,
     )
 
@@ -147,7 +158,7 @@ def _samples(arms: Mapping[str, Arm], count: int) -> list[Sample]:
     """Before and after for the first prompts, first draw of each: not picked for their reward."""
 
     def drawn(arm: Arm, index: int) -> SampleArm:
-        rewrite = arm.rollout.rewrites[index][0]
+        rewrite = next(w for w in arm.rollout.rewrites[index] if w.responses)
         added = rewrite.text if arm.adds else None
         return SampleArm(rewrite.responses[0].text, arm.rewards[index][0], added)
 

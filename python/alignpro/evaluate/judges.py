@@ -17,7 +17,7 @@ from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.language_model import RequestError
 from alignpro.models.native_model import NativeModel
 from alignpro.models.reply import one_line, split_reasoning
-from alignpro.types import Message, SamplingParams
+from alignpro.types import Message, SamplingParams, Usage
 
 _EXTRA = "pip install 'alignpro[judge]'"
 _REMINDER = "That is no verdict. Reply with one letter and nothing else: A or B."
@@ -77,6 +77,8 @@ def check_judge(config: JudgeConfig) -> None:
 
 class LocalJudge:
     """A model in this process: the likelier of the two letters, with nothing sampled."""
+
+    usage: Usage | None = None
 
     def __init__(self, model: NativeModel) -> None:
         self.name = model.name
@@ -151,6 +153,10 @@ class EndpointJudge:
         self.identity = f"endpoint {config.base_url} {self.name} {sampling}"
         self._model = EndpointModel(config.asked)
         self._max_tokens, self._concurrency = config.max_tokens, config.concurrency
+
+    @property
+    def usage(self) -> Usage:
+        return self._model.usage()
 
     def replies(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]:
         """As they come. A reply that is no verdict is asked for once more.

@@ -9,6 +9,7 @@ Somekh 2013; Jamieson and Talwalkar 2016, arXiv 1502.07943).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,7 @@ class _Candidate:
 
     @property
     def mean(self) -> float:
-        return self.total / self.count
+        return self.total / self.count if self.count else -math.inf  # none was answered
 
     @property
     def entry(self) -> Candidate:

@@ -84,14 +84,14 @@ class EndpointModel:
         body |= self._config.client.body or {}
         return Call({k: v for k, v in body.items() if v is not None}, params.seed, sample)
 
-    def usage(self, answer: Answer) -> Usage:
-        """What an answer took, at the configured prices."""
-        return priced(answer.input_tokens or 0, answer.output_tokens or 0, self._config.client)
+    def usage(self, answer: Answer | None = None) -> Usage:
+        """What an answer took, at the configured prices; None: all that the file of calls holds."""
+        of = self.calls if answer is None else answer
+        return priced(of.input_tokens or 0, of.output_tokens or 0, self._config.client)
 
     def spent(self) -> str:
         """What was asked for so far, in words."""
-        calls = self.calls
-        total = priced(calls.input_tokens, calls.output_tokens, self._config.client)
+        calls, total = self.calls, self.usage()
         cost = "" if total.cost is None else f", cost {total.cost:.4g}"
         return (
             f"{self.name}: {calls.attempts:,} calls, {total.input_tokens:,} tokens read, "

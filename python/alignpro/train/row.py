@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -53,12 +54,7 @@ def rollout_row(
         row["num_rewrites"] = len(responses) // len(rollout.rewrites)
     told = [r.usage for r in responses if r.usage is not None]
     if told:
-        used = sum(told, Usage())
-        row |= {
-            "target_input_tokens": used.input_tokens,
-            "target_output_tokens": used.output_tokens,
-            "target_cost": used.cost,
-        }
+        row["target_usage"] = asdict(sum(told, Usage()))
     return row
 
 
