@@ -261,10 +261,17 @@ def test_a_rewrite_over_the_targets_context_is_left_out_and_counted():
     assert all(math.isnan(w.reward) for w in long if w.text)
 
 
-def test_a_given_rewrite_over_the_targets_context_is_refused():
+def test_of_given_rewrites_those_that_do_not_fit_are_left_out():
     pipeline, prompts = over_context(max_failed=0.6)
-    with pytest.raises(ValueError, match=r"the rewrite of prompt 1: 1.. tokens and 48 new ones"):
-        pipeline.answer(prompts, [[""], ["a long one"]], seed=0)
+    rollout = pipeline.answer(prompts, [["", "a long one"]] * 2, seed=0)
+    assert [[len(w.responses) for w in group] for group in rollout.rewrites] == [[1, 1], [1, 0]]
+    assert len(rollout.failed) == 1 and "rewrite 1 of prompt 1: 1" in rollout.failed[0]
+
+
+def test_a_prompt_over_the_targets_context_is_no_row_of_chance():
+    pipeline, _ = over_context(max_failed=0.6)
+    with pytest.raises(ValueError, match=r"prompt 0: 2.. tokens and 48 new ones exceed"):
+        pipeline.respond(["x" * 200, "short"], seed=0)
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt()])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from alignpro.models.adapter import LoraWeights, load_peft, save_peft
+    from alignpro.models.endpoint import EndpointModel
     from alignpro.models.native_model import NativeModel, load_model
     from alignpro.models.resolve import resolve_model
     from alignpro.models.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ __all__ = [
     "BoundConfig",
     "Chat",
     "Completion",
+    "EndpointModel",
     "EvalConfig",
     "HeadroomConfig",
     "LoraConfig",
@@ -83,6 +85,7 @@ _HOMES = {
     "BoundConfig": "config",
     "Chat": "types",
     "Completion": "types",
+    "EndpointModel": "models.endpoint",
     "EvalConfig": "config",
     "HeadroomConfig": "config",
     "LoraConfig": "config",

@@ -228,8 +228,8 @@ class Pipeline:
                 between them.
 
         Raises:
-            ValueError: as `rollout`, a given rewrite that does not fit, or texts that are not one
-                list a prompt. FailedRowsError: as `rollout`.
+            ValueError: as `rollout`, or texts that are not one list a prompt. FailedRowsError: as
+                `rollout`.
         """
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_responses=num_responses)
@@ -244,10 +244,10 @@ class Pipeline:
                 _check_prompt(prompt, index)
                 if not group:
                     raise ValueError(f"texts: expected a rewrite of prompt {index}, got none")
-                rewrites.append([self._given_rewrite(prompt, index, text) for text in group])
+                rewrites.append([self._read_by_target(prompt, index, text) for text in group])
                 for sample, rewrite in enumerate(rewrites[-1]):
                     key = 0 if common_draws else sample
-                    self._submit_responses(in_flight, rewrite, key, num_responses, seed)
+                    self._hand_over(in_flight, rewrite, sample, key, num_responses, seed)
             in_flight.run_until_done()
         written = time.perf_counter()
         rewrites = self._scored(prompts, rewrites, columns)
@@ -282,12 +282,7 @@ class Pipeline:
                 assert completion is not None  # the engine's requests are answered, or the end
                 rewrite = self._as_rewrite(prompts[index], index, completion)
                 rewrites[index][sample] = rewrite
-                unfit = self._too_long(rewrite)
-                if unfit is None:
-                    self._submit_responses(in_flight, rewrite, sample, num_responses, seed)
-                else:
-                    for _ in range(max(1, num_responses)):
-                        in_flight.leave_out(f"rewrite {sample} of prompt {index}: {unfit}")
+                self._hand_over(in_flight, rewrite, sample, sample, num_responses, seed)
 
             for index, tokens in enumerate(read):
                 params = replace(self.rewrite_params, seed=derive_seed(seed, REWRITE_STREAM, index))
@@ -302,14 +297,29 @@ class Pipeline:
         ordered = [[group[j] for j in range(num_rewrites)] for group in rewrites]
         return ordered, in_flight
 
-    def _submit_responses(
-        self, in_flight: InFlight, rewrite: Rewrite, sample: int, num_responses: int, seed: int
+    def _hand_over(
+        self,
+        in_flight: InFlight,
+        rewrite: Rewrite,
+        sample: int,
+        key: int,
+        num_responses: int,
+        seed: int,
     ) -> None:
-        """Queue M responses; they are appended to ``rewrite.responses`` in order of their index."""
-        if num_responses == 0:
+        """Queue M responses; they are appended to ``rewrite.responses`` in order of their index.
+
+        key: the rewrite whose draws they are.
+        """
+        unfit = self._too_long(rewrite)
+        if unfit is not None and not rewrite.text:
+            raise ValueError(f"prompt {rewrite.prompt_index}: {unfit}")
+        if unfit is not None:
+            for _ in range(max(1, num_responses)):
+                in_flight.leave_out(f"rewrite {sample} of prompt {rewrite.prompt_index}: {unfit}")
+        if unfit is not None or num_responses == 0:
             return
-        key = derive_seed(seed, RESPONSE_STREAM, rewrite.prompt_index, sample)
-        params = replace(self.response_params, seed=key)
+        drawn = derive_seed(seed, RESPONSE_STREAM, rewrite.prompt_index, key)
+        params = replace(self.response_params, seed=drawn)
         arrived: dict[int, Response | None] = {}
 
         def finished(number: int, completion: Completion | None) -> None:
@@ -355,20 +365,13 @@ class Pipeline:
             finish_reason=completion.finish_reason,
         )
 
-    def _given_rewrite(self, prompt: str, index: int, text: str) -> Rewrite:
-        """As `_read_by_target`, of a rewrite that must fit."""
-        rewrite = self._read_by_target(prompt, index, text)
-        unfit = self._too_long(rewrite)
-        if unfit is not None:
-            raise ValueError(f"{_named(index, text)}: {unfit}")
-        return rewrite
-
     def _read_by_target(self, prompt: str, index: int, text: str) -> Rewrite:
         """What the target reads for a rewrite that no prompter wrote; "" is the raw prompt."""
         turn = self.prompting.target_turn(prompt, text)
         tokens = []
         if isinstance(self.target, LanguageModel):
-            tokens = _chat_tokens(self.target, turn, _named(index, text))
+            what = f"the rewrite of prompt {index}" if text else f"prompt {index}"
+            tokens = _chat_tokens(self.target, turn, what)
         return Rewrite(
             prompt_index=index,
             prompter_tokens=[],
@@ -451,11 +454,6 @@ def _as_response(completion: Completion) -> Response:
         reasoning=completion.reasoning,
         usage=completion.usage,
     )
-
-
-def _named(index: int, text: str) -> str:
-    """How an error names what the target reads."""
-    return f"the rewrite of prompt {index}" if text else f"prompt {index}"
 
 
 def _too_long(model: LanguageModel, tokens: int, params: SamplingParams) -> str | None:

@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "models": _BASE | {"native", "files", "trace"},
     "ops": _BASE | {"native"},
     "pipeline": _SERVING | {"trace", "rewards.check"},
+    "trl": _BASE | {"models", "pipeline"},
     "train": _RUNNING,
     "evaluate": _RUNNING | {"theory"},
     "report": _RUNNING | {"train", "evaluate"},

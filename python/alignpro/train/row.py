@@ -24,7 +24,7 @@ def rollout_row(
     responses = [r for w in rewrites for r in w.responses]
     rewards = torch.tensor([r.reward for r in responses], dtype=torch.float64)
     several = len(responses) > 1
-    row = {
+    row: dict[str, Any] = {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()) if several else None,
         "reward_variance": float(rewards.var()) if several else None,
