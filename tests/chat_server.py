@@ -140,21 +140,24 @@ class ChatServer:
             answer = fault if fault is not None else self.answer(asked)
             fault = answer if isinstance(answer, Fault) else Fault.reply(answer)
             time.sleep(fault.sleep)
-            data = fault.body.encode()
-            for _ in range(1 + fault.twice):
-                handler.send_response(fault.status)
-                handler.send_header("Content-Type", "application/json")
-                handler.send_header("Content-Length", str(fault.promise or len(data)))
-                for name, value in fault.headers.items():
-                    handler.send_header(name, value)
-                handler.end_headers()
-                half = len(data) // 2 if fault.pause else len(data)
-                handler.wfile.write(data[:half])
-                handler.wfile.flush()
-                time.sleep(fault.pause)
-                handler.wfile.write(data[half:])
-            if fault.promise is not None:
-                handler.close_connection = True
-        finally:
+        finally:  # before the client can know, and ask for more
             with self._lock:
                 self.under_way -= 1
+        self._reply(handler, fault)
+
+    def _reply(self, handler: BaseHTTPRequestHandler, fault: Fault) -> None:
+        data = fault.body.encode()
+        for _ in range(1 + fault.twice):
+            handler.send_response(fault.status)
+            handler.send_header("Content-Type", "application/json")
+            handler.send_header("Content-Length", str(fault.promise or len(data)))
+            for name, value in fault.headers.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            half = len(data) // 2 if fault.pause else len(data)
+            handler.wfile.write(data[:half])
+            handler.wfile.flush()
+            time.sleep(fault.pause)
+            handler.wfile.write(data[half:])
+        if fault.promise is not None:
+            handler.close_connection = True

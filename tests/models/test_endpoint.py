@@ -1,4 +1,7 @@
-"""A model behind an endpoint, on a real HTTP server with the faults that real ones have."""
+"""A model behind an endpoint, on a real HTTP server with the faults that real ones have.
+
+Long because it is a list of what one server can do wrong.
+"""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts; each twice the last
 _LONGEST_RETRY_AFTER = 600.0  # seconds; an endpoint that asks for more has no answer for us
+_SECRET = 12  # characters; shorter keys are placeholders ("EMPTY"), and may be words of an answer
 _BUDGET_POLL = 0.05  # seconds between looks at whether a call under way left some of a budget
 _BYTES_PER_TOKEN = 3.0  # of text; a low guess, to reserve enough of a budget
 
@@ -201,7 +202,7 @@ class HttpClient:
         except httpx2.TransportError as error:
             raise _Again(f"{type(error).__name__}: {error}") from None
         content = response.content
-        if self._key:  # which a server may repeat, and nobody is to be shown
+        if len(self._key) >= _SECRET:  # which a server may repeat, and nobody is to be shown
             content = content.replace(self._key.encode(), b"***")
         try:
             reply = json.loads(content)
