@@ -6,6 +6,7 @@ Long because it is a list of what one server can do wrong.
 from __future__ import annotations
 
 import email.utils
+import gc
 import itertools
 import json
 import logging
@@ -350,6 +351,20 @@ def test_ctrl_c_ends_what_is_under_way(server):
     assert time.monotonic() - started < 0.25
     time.sleep(0.7)
     assert len(server.asked) <= 2
+
+
+def test_a_model_that_is_gone_leaves_no_thread(server):
+    before = threading.active_count()
+    answers = model(server)
+    ask(answers, "a")
+    del answers
+    gc.collect()
+    for _ in range(100):
+        named = [thread for thread in threading.enumerate() if thread.name == "endpoint"]
+        if not named or threading.active_count() <= before:
+            return
+        time.sleep(0.05)
+    raise AssertionError(named)
 
 
 # --- keys ---

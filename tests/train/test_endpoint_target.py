@@ -16,7 +16,7 @@ from alignpro.models.http_client import BudgetError
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.objective import MovingBaseline, group_normalized, rloo
 from alignpro.pipeline import Pipeline
-from alignpro.run_directory import CALLS
+from alignpro.run_directory import CALLS, error_notes
 from alignpro.train.callbacks import TrainCallback
 from alignpro.train.policy import LoraPolicy, initial_weights
 from alignpro.train.trainer import Trainer
@@ -135,9 +135,11 @@ def test_rows_that_fail_leave_their_group_and_are_counted(server, tmp_path):
 def test_a_budget_stops_the_run_with_a_checkpoint(server, tmp_path):
     run = settings(server, tmp_path, client={"budget": {"calls": 60}})
     trainer = make(run)
-    with pytest.raises(BudgetError, match="the budget of 60 calls is spent; raise it and resume"):
+    with pytest.raises(BudgetError, match="the budget of 60 calls is spent; raise it") as caught:
         trainer.train()
     assert len(server.asked) == 60 and len(log(trainer)) == 2
+    (note, _) = error_notes(caught.value)
+    assert note == f"after step 2; go on with: alignpro train {tmp_path}/run/config.json --resume"
     more = settings(server, tmp_path, client={"budget": {"calls": 100}})
     resumed = make(more, resume=True)
     resumed.train()

@@ -20,6 +20,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -100,6 +101,7 @@ class HttpClient:
                 threading.Thread(target=loop.run_forever, daemon=True, name="endpoint").start()
                 asyncio.run_coroutine_threadsafe(self._open(), loop).result()
                 self._loop = loop
+                weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
         future: Future[Answer] = Future()
         self._loop.call_soon_threadsafe(self._begin, call, future)
         return future
