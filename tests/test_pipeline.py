@@ -7,6 +7,7 @@ import math
 import pytest
 
 from alignpro.config import Prompting
+from alignpro.models.in_flight import FailedRowsError
 from alignpro.pipeline import Pipeline, _splitmix64, derive_seed
 from alignpro.rewards.check import RewardError
 from alignpro.types import SamplingParams
@@ -258,16 +259,47 @@ def test_bad_prompts_are_named_before_anything_is_submitted(prompts, line):
     assert pipeline.prompter.handles == []
 
 
-def test_a_rewrite_over_the_targets_context_is_named_and_cancels_the_rest():
-    prompts = ["short", "x" * 100]
+def over_context(max_failed):
+    """Prompt 1 leaves room for an empty rewrite alone."""
     pipeline = make(
-        target=FakeModel("target", context_length=140),
+        target=FakeModel("target", context_length=150),
         response_params=SamplingParams(max_new_tokens=48),
+        max_failed=max_failed,
     )
-    with pytest.raises(ValueError, match="rewrite of prompt 1") as caught:
+    return pipeline, ["short", "x" * 100]
+
+
+def test_rewrites_over_the_targets_context_are_named_and_cancel_the_rest_where_too_many():
+    pipeline, prompts = over_context(max_failed=0.1)
+    with pytest.raises(FailedRowsError, match=r"rewrite . of prompt 1") as caught:
         pipeline.rollout(prompts, num_rewrites=8, seed=0)
-    assert "48 new ones exceed the context of target (140 tokens)" in str(caught.value)
+    assert "48 new ones exceed the context of target (150 tokens)" in str(caught.value)
+    assert "2 of 16 responses failed, more than target.max_failed (0.1) allows" in str(caught.value)
     assert pipeline.prompter.under_way() == [] and pipeline.target.under_way() == []
+
+
+def test_a_rewrite_over_the_targets_context_is_left_out_and_counted():
+    pipeline, prompts = over_context(max_failed=0.6)
+    rollout = pipeline.rollout(prompts, num_rewrites=8, num_responses=2, seed=0)
+    short, long = rollout.rewrites
+    assert [len(w.responses) for w in short] == [2] * 8
+    assert {(len(w.responses), bool(w.text)) for w in long} == {(2, False), (0, True)}
+    unanswered = sum(not w.responses for w in long)
+    assert len(rollout.failed) == 2 * unanswered
+    assert all(math.isnan(w.reward) for w in long if w.text)
+
+
+def test_of_given_rewrites_those_that_do_not_fit_are_left_out():
+    pipeline, prompts = over_context(max_failed=0.6)
+    rollout = pipeline.answer(prompts, [["", "a long one"]] * 2, seed=0)
+    assert [[len(w.responses) for w in group] for group in rollout.rewrites] == [[1, 1], [1, 0]]
+    assert len(rollout.failed) == 1 and "rewrite 1 of prompt 1: 1" in rollout.failed[0]
+
+
+def test_a_prompt_over_the_targets_context_is_no_row_of_chance():
+    pipeline, _ = over_context(max_failed=0.6)
+    with pytest.raises(ValueError, match=r"prompt 0: 2.. tokens and 48 new ones exceed"):
+        pipeline.respond(["x" * 200, "short"], seed=0)
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt()])

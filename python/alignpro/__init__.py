@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from alignpro.models.adapter import LoraWeights as LoraWeights
     from alignpro.models.adapter import load_peft as load_peft
     from alignpro.models.adapter import save_peft as save_peft
+    from alignpro.models.endpoint import EndpointModel as EndpointModel
     from alignpro.models.native_model import NativeModel as NativeModel
     from alignpro.models.native_model import load_model as load_model
     from alignpro.models.resolve import resolve_model as resolve_model
@@ -48,6 +49,7 @@ _HOMES = {
     "BoundConfig": "config",
     "Chat": "types",
     "Completion": "types",
+    "EndpointModel": "models.endpoint",
     "EvalConfig": "config",
     "HeadroomConfig": "config",
     "LoraConfig": "config",

@@ -106,16 +106,16 @@ def measure(
     """
     rewrites = [w for group in rollout.rewrites for w in group]
     responses = [r for w in rewrites for r in w.responses]
-    each = len(responses) // len(rollout.prompts)
+    prompt_of = [w.prompt_index for w in rewrites for _ in w.responses]
     measured = Measured(
         components={name: math.fsum(values) / len(values) for name, values in components.items()},
         component_errors={
-            name: _error_by_prompt(values, each)
+            name: _error_by_prompt(values, prompt_of)
             for name, values in components.items()
             if name in paid
         },
         empty_rewrites=sum(not w.text for w in rewrites) if adds else 0,
-        response_tokens=sum(len(r.tokens) for r in responses) / len(responses),
+        response_tokens=sum(r.num_tokens for r in responses) / len(responses),
         truncated_responses=_share(r.finish_reason == "length" for r in responses),
     )
     if not adds:
@@ -299,9 +299,12 @@ def _stands_in(phrase: str, text: str) -> bool:
     return f" {words} " in f" {there} "
 
 
-def _error_by_prompt(values: Sequence[float], each: int) -> float:
-    """Standard error of the mean of ``values`` [prompts * each], whose unit is the prompt."""
-    means = [sum(values[i : i + each]) / each for i in range(0, len(values), each)]
+def _error_by_prompt(values: Sequence[float], prompt_of: Sequence[int]) -> float:
+    """Standard error of the mean of ``values`` [responses], whose unit is the prompt."""
+    by_prompt: dict[int, list[float]] = {}
+    for prompt, value in zip(prompt_of, values, strict=True):
+        by_prompt.setdefault(prompt, []).append(value)
+    means = [sum(group) / len(group) for group in by_prompt.values()]
     return math.sqrt(variance(means) / len(means))
 
 

@@ -1,27 +1,43 @@
 """prompt -> rewrite -> response -> reward.
 
-The pipeline drives two `LanguageModel`s, which may be one object. A rewrite is handed to the
-target the moment it is finished: no barrier stands between the models, and where prompter and
-target are one engine their rows decode in one batch. Text crosses between them once per rewrite,
-and the tokens on both sides are kept.
+The prompter is a `LanguageModel`; the target is one too, which may be the same object, or a
+`ChatModel` behind an endpoint. A rewrite is handed to the target the moment it is finished: no
+barrier stands between the models, and where prompter and target are one engine their rows decode
+in one batch. Text crosses between them once per rewrite, and the tokens on both sides are kept,
+where there are tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from alignpro import trace
-from alignpro.config import RESPONSE, REWRITE, Prompting, StageConfig, check_sampling
+from alignpro.config import (
+    RESPONSE,
+    REWRITE,
+    ModelConfig,
+    Prompting,
+    StageConfig,
+    check_sampling,
+)
 from alignpro.models.arguments import check_params
-from alignpro.models.language_model import Client, Handle, LanguageModel
-from alignpro.types import Completion, Response, Reward, Rewrite, Rollout, SamplingParams
+from alignpro.models.in_flight import InFlight, Request
+from alignpro.models.language_model import ChatModel, Handle, LanguageModel
+from alignpro.types import (
+    Completion,
+    Message,
+    Response,
+    Reward,
+    Rewrite,
+    Rollout,
+    SamplingParams,
+)
 
 REWRITE_STREAM, RESPONSE_STREAM = 1, 2  # streams of randomness
 
@@ -42,18 +58,20 @@ class Pipeline:
     """A prompter in front of a frozen target, and the reward that judges the answers.
 
     Args:
-        prompter: the model that writes rewrites. target: the model that answers them; pass the same
-            object where they share base weights.
+        prompter: the model that writes rewrites; None where all of them are given (`answer`).
+        target: the model that answers them; pass the same object where they share base weights.
         reward: scores responses against the original prompts; None leaves rewards NaN.
         prompter_adapter: what ``prompter.submit`` takes as adapter; None is the base model.
         target_adapter: likewise for ``target.submit``; the target itself stays frozen, and this is
             for a comparison with one that was tuned.
+        max_failed: share of a call's responses that may fail and be left out; one always may, but
+            with 0. See `ModelConfig`.
     """
 
     def __init__(
         self,
-        prompter: LanguageModel,
-        target: LanguageModel,
+        prompter: LanguageModel | None,
+        target: LanguageModel | ChatModel,
         reward: Reward | None,
         *,
         prompting: Prompting | None = None,
@@ -61,6 +79,7 @@ class Pipeline:
         target_adapter: Any = None,
         rewrite_params: SamplingParams | None = None,
         response_params: SamplingParams | None = None,
+        max_failed: float = ModelConfig.max_failed,
     ) -> None:
         self.prompter = prompter
         self.target = target
@@ -70,6 +89,7 @@ class Pipeline:
         self.target_adapter = target_adapter
         self.rewrite_params = rewrite_params or REWRITE
         self.response_params = response_params or RESPONSE
+        self.max_failed = max_failed
         for name, params in (("rewrite", self.rewrite_params), ("response", self.response_params)):
             check_sampling(name, params)
             check_params(name, params)
@@ -79,20 +99,21 @@ class Pipeline:
         cls,
         config: StageConfig,
         prompter: LanguageModel,
-        target: LanguageModel,
+        target: LanguageModel | ChatModel,
         reward: Reward | None,
     ) -> Pipeline:
-        """The pipeline of a stage: its prompting, its sampling parameters and the target's own
-        adapter."""
-        adapter = None if config.target is None else config.target.adapter
+        """The pipeline of a stage: its prompting, its sampling parameters, the target's own adapter
+        and how much of it may fail."""
+        answers = config.target or ModelConfig()
         return cls(
             prompter,
             target,
             reward,
             prompting=config.prompting,
-            target_adapter=adapter,
+            target_adapter=answers.adapter,
             rewrite_params=config.rewrite,
             response_params=config.response,
+            max_failed=answers.max_failed,
         )
 
     def with_adapter(self, adapter: Any) -> Pipeline:
@@ -137,15 +158,17 @@ class Pipeline:
             on_progress: called with the number of rewrites and responses finished so far.
 
         Raises:
-            ValueError: an empty prompt, or a prompt or rewrite that does not fit its model's
-                context; the message names the index. RewardError: see `rewards.check`.
+            ValueError: an empty prompt, or one that does not fit its model's context; the message
+                names the index. RewardError: see `rewards.check`.
+            FailedRowsError: more of the responses failed than ``max_failed`` allows; those of a
+                rewrite that does not fit the target are failed ones.
         """
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_rewrites=num_rewrites, num_responses=num_responses)
         _check_columns(columns, len(prompts))
         with trace.span("rollout"):
             started = time.perf_counter()
-            rewrites, generated = self._generate(
+            rewrites, done = self._generate(
                 prompts, num_rewrites, num_responses, seed, common_draws, on_progress
             )
             written = time.perf_counter()
@@ -155,7 +178,8 @@ class Pipeline:
             prompts=list(prompts),
             rewrites=rewrites,
             seconds={"generate": written - started, "reward": scored - written},
-            generated_tokens=generated,
+            generated_tokens=done.generated_tokens,
+            failed=done.failed,
             common_draws=common_draws,
         )
 
@@ -209,7 +233,8 @@ class Pipeline:
             common_draws: as in `rollout`, for a comparison between a prompt's rewrites.
 
         Raises:
-            ValueError: as `rollout`, or texts that are not one list a prompt.
+            ValueError: as `rollout`, or texts that are not one list a prompt. FailedRowsError: as
+                `rollout`.
         """
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_responses=num_responses)
@@ -218,18 +243,17 @@ class Pipeline:
             raise ValueError(f"texts: expected {len(prompts)} lists, got {len(texts)}")
         started = time.perf_counter()
         rewrites: list[list[Rewrite]] = []
-        with _InFlight(on_progress) as in_flight:
+        rows = sum(len(group) for group in texts) * num_responses
+        with InFlight(rows, self.max_failed, on_progress) as in_flight:
             for index, (prompt, group) in enumerate(zip(prompts, texts, strict=True)):
                 _check_prompt(prompt, index)
                 if not group:
                     raise ValueError(f"texts: expected a rewrite of prompt {index}, got none")
-                given = [self._given_rewrite(prompt, index, text) for text in group]
+                given = [self._read_by_target(prompt, index, text) for text in group]
                 answered: dict[str, Rewrite] | None = {} if common_draws else None
                 rewrites.append(
                     [
-                        self._submit_responses(
-                            in_flight, rewrite, sample, num_responses, seed, answered
-                        )
+                        self._hand_over(in_flight, rewrite, sample, num_responses, seed, answered)
                         for sample, rewrite in enumerate(given)
                     ]
                 )
@@ -241,6 +265,7 @@ class Pipeline:
             rewrites=rewrites,
             seconds={"generate": written - started, "reward": time.perf_counter() - written},
             generated_tokens=in_flight.generated_tokens,
+            failed=in_flight.failed,
             common_draws=common_draws,
         )
 
@@ -252,36 +277,42 @@ class Pipeline:
         seed: int,
         common_draws: bool = False,
         on_progress: Callable[[int], None] | None = None,
-    ) -> tuple[list[list[Rewrite]], int]:
-        """Rewrites [prompts][N] with responses [M] still unscored, and the tokens written."""
+    ) -> tuple[list[list[Rewrite]], InFlight]:
+        """Rewrites [prompts][N] with responses [M] still unscored, and what is known of the
+        requests."""
+        prompter = self.prompter
+        if prompter is None:
+            raise ValueError("prompter: expected a model that writes rewrites, got None")
         rewrites: list[dict[int, Rewrite]] = [{} for _ in prompts]
         answered: list[dict[str, Rewrite] | None] = [{} if common_draws else None for _ in prompts]
         with trace.span("read prompts"):
-            read = [self._prompter_tokens(prompt, i) for i, prompt in enumerate(prompts)]
-        with _InFlight(on_progress) as in_flight:
+            read = [self._prompter_tokens(prompter, p, i) for i, p in enumerate(prompts)]
+        rows = len(prompts) * num_rewrites * max(1, num_responses)
+        with InFlight(rows, self.max_failed, on_progress) as in_flight:
 
-            def finished(index: int, sample: int, completion: Completion) -> None:
+            def finished(index: int, sample: int, completion: Completion | None) -> None:
+                assert completion is not None  # the engine's requests are answered, or the end
                 rewrite = self._as_rewrite(prompts[index], index, completion)
-                rewrites[index][sample] = self._submit_responses(
+                rewrites[index][sample] = self._hand_over(
                     in_flight, rewrite, sample, num_responses, seed, answered[index]
                 )
 
             for index, tokens in enumerate(read):
                 params = replace(self.rewrite_params, seed=derive_seed(seed, REWRITE_STREAM, index))
                 for sample in range(num_rewrites):
-                    handle = in_flight.client(self.prompter).submit(
+                    handle = in_flight.client(prompter).submit(
                         tokens, params, adapter=self.prompter_adapter, sample=sample
                     )
                     what = f"rewrite {sample} of prompt {index}"
                     on_finished = partial(finished, index, sample)
-                    in_flight.add(handle, _Request(what, "hand-off", on_finished))
+                    in_flight.add(handle, Request(what, "hand-off", on_finished))
             in_flight.run_until_done()
         ordered = [[group[j] for j in range(num_rewrites)] for group in rewrites]
-        return ordered, in_flight.generated_tokens
+        return ordered, in_flight
 
-    def _submit_responses(
+    def _hand_over(
         self,
-        in_flight: _InFlight,
+        in_flight: InFlight,
         rewrite: Rewrite,
         sample: int,
         num_responses: int,
@@ -293,61 +324,73 @@ class Pipeline:
         answered: with common draws, the prompt's rewrites by text. A second one of a text has the
         list of the first.
         """
-        if num_responses == 0:
+        unfit = self._too_long(rewrite)
+        if unfit is not None and not rewrite.text:
+            raise ValueError(f"prompt {rewrite.prompt_index}: {unfit}")
+        if unfit is not None:
+            for _ in range(max(1, num_responses)):
+                in_flight.leave_out(f"rewrite {sample} of prompt {rewrite.prompt_index}: {unfit}")
+        if unfit is not None or num_responses == 0:
             return rewrite
-        if answered is not None:
-            first = answered.setdefault(rewrite.text, rewrite)
-            if first is not rewrite:
-                return replace(rewrite, responses=first.responses)
-            sample = 0
-        key = derive_seed(seed, RESPONSE_STREAM, rewrite.prompt_index, sample)
-        params = replace(self.response_params, seed=key)
-        arrived: dict[int, Response] = {}
+        first = rewrite if answered is None else answered.setdefault(rewrite.text, rewrite)
+        if first is not rewrite:
+            return replace(rewrite, responses=first.responses)
+        key = sample if answered is None else 0
+        drawn = derive_seed(seed, RESPONSE_STREAM, rewrite.prompt_index, key)
+        params = replace(self.response_params, seed=drawn)
+        arrived: dict[int, Response | None] = {}
 
-        def finished(number: int, completion: Completion) -> None:
-            arrived[number] = Response(
-                tokens=completion.tokens,
-                text=completion.text,
-                logprobs=completion.logprobs,
-                finish_reason=completion.finish_reason,
-                kept_mass=completion.kept_mass,
-            )
+        def finished(number: int, completion: Completion | None) -> None:
+            arrived[number] = None if completion is None else _as_response(completion)
             if len(arrived) == num_responses:
-                rewrite.responses.extend(arrived[m] for m in range(num_responses))
+                ordered = (arrived[m] for m in range(num_responses))
+                rewrite.responses.extend(r for r in ordered if r is not None)
 
         for number in range(num_responses):
-            handle = in_flight.client(self.target).submit(
-                rewrite.target_tokens, params, adapter=self.target_adapter, sample=number
-            )
+            handle = self._submit(in_flight, rewrite, params, number)
             what = f"response {number} to rewrite {sample} of prompt {rewrite.prompt_index}"
-            in_flight.add(handle, _Request(what, "answer", partial(finished, number)))
+            in_flight.add(handle, Request(what, "answer", partial(finished, number)))
         return rewrite
 
-    def _prompter_tokens(self, prompt: str, index: int) -> list[int]:
+    def _submit(
+        self, in_flight: InFlight, rewrite: Rewrite, params: SamplingParams, number: int
+    ) -> Handle:
+        """One response to what the target reads: tokens where it is here, else a conversation."""
+        if isinstance(self.target, LanguageModel):
+            return in_flight.client(self.target).submit(
+                rewrite.target_tokens, params, adapter=self.target_adapter, sample=number
+            )
+        if self.target_adapter is not None:
+            raise ValueError(f"target_adapter: expected None, {self.target.name} is not here")
+        conversation: list[Message] = [{"role": "user", "content": rewrite.target_prompt}]
+        return in_flight.chat_client(self.target).submit(conversation, params, sample=number)
+
+    def _prompter_tokens(self, prompter: LanguageModel, prompt: str, index: int) -> list[int]:
         _check_prompt(prompt, index)
         turn = self.prompting.prompter_turn(prompt)
-        tokens = _chat_tokens(self.prompter, turn, f"prompt {index}")
-        _check_fits(
-            self.prompter, len(tokens), self.rewrite_params, f"prompt {index} in its template"
-        )
+        tokens = _chat_tokens(prompter, turn, f"prompt {index}")
+        unfit = _too_long(prompter, len(tokens), self.rewrite_params)
+        if unfit is not None:
+            raise ValueError(f"prompt {index} in its template: {unfit}")
         return tokens
 
     def _as_rewrite(self, prompt: str, index: int, completion: Completion) -> Rewrite:
         """What the prompter wrote, and what the target reads of it."""
         return replace(
-            self._given_rewrite(prompt, index, completion.text.strip()),
+            self._read_by_target(prompt, index, completion.text.strip()),
             prompter_tokens=completion.prompt_tokens,
             tokens=completion.tokens,
             logprobs=completion.logprobs,
             finish_reason=completion.finish_reason,
         )
 
-    def _given_rewrite(self, prompt: str, index: int, text: str) -> Rewrite:
+    def _read_by_target(self, prompt: str, index: int, text: str) -> Rewrite:
         """What the target reads for a rewrite that no prompter wrote; "" is the raw prompt."""
         turn = self.prompting.target_turn(prompt, text)
-        what = f"the rewrite of prompt {index}" if text else f"prompt {index}"
-        tokens = _chat_tokens(self.target, turn, what)
-        _check_fits(self.target, len(tokens), self.response_params, what)
+        tokens = []
+        if isinstance(self.target, LanguageModel):
+            what = f"the rewrite of prompt {index}" if text else f"prompt {index}"
+            tokens = _chat_tokens(self.target, turn, what)
         return Rewrite(
             prompt_index=index,
             prompter_tokens=[],
@@ -358,6 +401,12 @@ class Pipeline:
             target_tokens=tokens,
             finish_reason="stop",
         )
+
+    def _too_long(self, rewrite: Rewrite) -> str | None:
+        """Why the target cannot read a rewrite; one behind an endpoint says so itself."""
+        if not isinstance(self.target, LanguageModel):
+            return None
+        return _too_long(self.target, len(rewrite.target_tokens), self.response_params)
 
     def _scored(
         self,
@@ -393,91 +442,6 @@ class Pipeline:
         ]
 
 
-class _InFlight:
-    """Requests in flight on one model or several; what finishes may add more.
-
-    Leaving the block by an exception, Ctrl-C included, cancels everything still in flight.
-    """
-
-    def __init__(self, on_progress: Callable[[int], None] | None = None) -> None:
-        self.generated_tokens = 0
-        self._finished = 0
-        self._on_progress = on_progress
-        self._pending: dict[Handle, _Request] = {}
-        self._clients: dict[LanguageModel, Client] = {}
-
-    def __enter__(self) -> _InFlight:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            return
-        for client in self._clients.values():
-            client.cancel()
-            # A step retires what was cancelled; an error here would hide the one that led here.
-            with contextlib.suppress(Exception):
-                while not client.idle():
-                    client.step()
-
-    def client(self, model: LanguageModel) -> Client:
-        if model not in self._clients:
-            self._clients[model] = model.client()
-        return self._clients[model]
-
-    def add(self, handle: Handle, request: _Request) -> None:
-        self._pending[handle] = request
-
-    def run_until_done(self) -> None:
-        """Step every model until nothing is in flight.
-
-        Each has a step under way while another's is awaited, and none waits for one that is slower.
-        """
-        while self._pending:
-            for client in self._clients.values():
-                client.launch()
-            finished = [handle for client in self._ready() for handle in client.step()]
-            if not finished and all(client.idle() for client in self._clients.values()):
-                raise RuntimeError(
-                    f"{len(self._pending)} requests neither finished nor in flight in "
-                    f"{', '.join(model.name for model in self._clients)}"
-                )
-            for handle in finished:
-                request = self._pending.pop(handle)
-                with trace.span(request.span):
-                    completion = request.completion(handle)
-                    self.generated_tokens += len(completion.tokens)
-                    request.on_finished(completion)
-            self._finished += len(finished)
-            if finished and self._on_progress is not None:
-                self._on_progress(self._finished)
-
-    def _ready(self) -> list[Client]:
-        """Those whose step has ended, waited for; where but one has work, that one at once."""
-        busy = [client for client in self._clients.values() if not client.idle()]
-        while len(busy) > 1:
-            ready = [client for client in busy if client.ready()]
-            if ready:
-                return ready
-            time.sleep(_POLL_SECONDS)
-        return busy
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is to be done with one completion."""
-
-    what: str  # how an error names it
-    span: str  # what a trace calls the work on it
-    on_finished: Callable[[Completion], None]
-
-    def completion(self, handle: Handle) -> Completion:
-        try:
-            return handle.completion()
-        except ArithmeticError as error:  # NumericError: it failed alone
-            raise type(error)(f"{self.what}: {error}") from None
-
-
-_POLL_SECONDS = 2e-5  # a hundredth of a step of a model that is worth a GPU
 _MASK = 2**64 - 1
 
 
@@ -500,13 +464,26 @@ def _chat_tokens(model: LanguageModel, turn: str, what: str) -> list[int]:
         raise ValueError(f"{what}: {error}") from None
 
 
-def _check_fits(model: LanguageModel, tokens: int, params: SamplingParams, what: str) -> None:
+def _as_response(completion: Completion) -> Response:
+    return Response(
+        tokens=completion.tokens,
+        text=completion.text,
+        logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        kept_mass=completion.kept_mass,
+        reasoning=completion.reasoning,
+        usage=completion.usage,
+    )
+
+
+def _too_long(model: LanguageModel, tokens: int, params: SamplingParams) -> str | None:
     limit = model.context_length
-    if tokens + params.max_new_tokens > limit:
-        raise ValueError(
-            f"{what}: {tokens} tokens and {params.max_new_tokens} new ones exceed the context of "
-            f"{model.name} ({limit} tokens); shorten it or lower max_new_tokens"
-        )
+    if tokens + params.max_new_tokens <= limit:
+        return None
+    return (
+        f"{tokens} tokens and {params.max_new_tokens} new ones exceed the context of {model.name} "
+        f"({limit} tokens); shorten it or lower max_new_tokens"
+    )
 
 
 def _check_prompt(prompt: str, index: int) -> None:

@@ -24,6 +24,7 @@ from alignpro.report.build import build_report
 from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
+from alignpro.run_directory import CALLS
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
@@ -59,8 +60,11 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
 
     with _timed(seconds, "download"), console.status(f"finding {config.prompter.name}"):
         resolve_model(config.prompter.name)
+    train = replace(train, run_dir=str(free_directory(config.run_dir)))
     with _timed(seconds, "load"), console.status(f"loading {config.prompter.name}"):
-        prompter, target = load_models(train.prompter, train.target, train.threads)
+        prompter, target = load_models(
+            train.prompter, train.target, train.threads, calls=Path(train.run_dir) / CALLS
+        )
 
     with Bars(console) as bars:
         with _timed(seconds, "sft"):
@@ -72,7 +76,6 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
                 show_sft_row(bars, row, sft.steps)
             warm = policy.weights()
         with _timed(seconds, "train"):
-            train = replace(train, run_dir=str(free_directory(config.run_dir)))
             trainer = trainer_from(
                 *(train, prompter, target, reward, train_rows, warm), held_out=watched
             )

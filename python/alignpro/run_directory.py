@@ -21,6 +21,7 @@ from typing import TextIO
 from alignpro.files import PARTIAL, sync_folder, write_file
 
 MARKER, LOCK, ERROR_LOG = ".alignpro-run", ".alignpro-lock", "error.log"
+CALLS = "calls.jsonl"  # of an endpoint: answers that were paid for, which no overwriting deletes
 _MARK = "This directory is a run of alignpro: `--overwrite` may empty it.\n"
 
 _PEFT = r"adapter_config\.json|adapter_model\.safetensors"
@@ -30,7 +31,7 @@ RUN_FILES = re.compile(
     rf"""(?:
     {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(ERROR_LOG)}
     | (?:config|report|evaluation|headroom|bound|wandb|trackio)\.json
-    | (?:metrics|sft-metrics|rollouts)\.jsonl | report\.html | reward\.png
+    | (?:metrics|sft-metrics|rollouts)\.jsonl | {re.escape(CALLS)} | report\.html | reward\.png
     | (?:adapter|reference)/(?:{_PEFT})
     | checkpoints/latest
     | checkpoints/step-\d{{6,}}(?:{re.escape(PARTIAL)})?/
@@ -176,7 +177,7 @@ def _check(path: Path, resume: bool, overwrite: bool) -> Path:
             raise FileNotFoundError(f"{where}: no run to resume there (no {missing} in it)")
         return path
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if not entries - {MARKER, LOCK}:
+    if not entries - {MARKER, LOCK, CALLS}:
         return path
     if not overwrite:
         raise FileExistsError(
@@ -213,7 +214,7 @@ def open_run_dir(
     _check(path, resume, overwrite)  # now that nobody else can change it
     if overwrite:
         for entry in list(path.iterdir()):
-            if entry.name not in (MARKER, LOCK):
+            if entry.name not in (MARKER, LOCK, CALLS):
                 remove_run_files(path, entry)
     return directory
 

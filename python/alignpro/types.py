@@ -1,4 +1,4 @@
-"""Data that crosses rooms: dataclasses, and the protocols at the seams. Standard library only."""
+"""Data that crosses layers: dataclasses, and the protocols at the seams. Standard library only."""
 
 from __future__ import annotations
 
@@ -43,8 +43,26 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What an endpoint says that an answer took, and its price where there is one."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0  # reasoning included
+    cost: float | None = None
+
+    def __add__(self, other: Usage) -> Usage:
+        costs = [cost for cost in (self.cost, other.cost) if cost is not None]
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            sum(costs) if costs else None,
+        )
+
+
+@dataclass(frozen=True)
 class Completion:
-    """What a model wrote. Lists are aligned with ``tokens``; a final EOS is among them."""
+    """What a model wrote. Lists are aligned with ``tokens``; a final EOS is among them. Of a model
+    behind an endpoint they are empty, and ``usage`` is there."""
 
     tokens: list[int]
     text: str
@@ -52,11 +70,18 @@ class Completion:
     kept_mass: list[float]
     finish_reason: FinishReason
     prompt_tokens: list[int]
+    reasoning: str = ""  # written before ``text``, and no part of it
+    usage: Usage | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) if self.usage is None else self.usage.output_tokens
 
 
 @dataclass(frozen=True)
 class Response:
-    """One answer of the target (y)."""
+    """One answer of the target (y). Of a target behind an endpoint, ``tokens`` and what is aligned
+    with them are empty, and ``usage`` is there."""
 
     tokens: list[int]
     text: str
@@ -64,6 +89,12 @@ class Response:
     finish_reason: FinishReason
     reward: float = float("nan")
     kept_mass: list[float] = field(default_factory=list)  # by truncation; empty where not told
+    reasoning: str = ""
+    usage: Usage | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) if self.usage is None else self.usage.output_tokens
 
 
 @dataclass(frozen=True)
@@ -76,25 +107,29 @@ class Rewrite:
     logprobs: list[float]  # of ``tokens``, at the sampling temperature
     text: str
     target_prompt: str  # the user turn the target read: the rewrite, or the prompt with it appended
-    target_tokens: list[int]  # the same as token ids, chat template applied
+    target_tokens: list[int]  # the same as token ids, chat template applied; none of an endpoint
     finish_reason: FinishReason
-    responses: list[Response] = field(default_factory=list)
+    responses: list[Response] = field(default_factory=list)  # those that failed are left out
 
     @property
     def reward(self) -> float:
-        """Mean over the responses: the unbiased estimate of R(x, x') = E_y[r(x, y)]."""
-        return sum(r.reward for r in self.responses) / len(self.responses)
+        """Mean over the responses: the unbiased estimate of R(x, x') = E_y[r(x, y)]; NaN, and no
+        reward, where there are none."""
+        rewards = [r.reward for r in self.responses]
+        return sum(rewards) / len(rewards) if rewards else float("nan")
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """N rewrites a prompt, M responses a rewrite, each scored against the original prompt."""
+    """N rewrites a prompt, M responses a rewrite, each scored against the original prompt. A
+    response that failed is left out of its rewrite, which stays."""
 
     prompts: list[str]
     rewrites: list[list[Rewrite]]  # [prompts][N]
     seconds: dict[str, float]  # wall time by stage: "generate", "reward"
     generated_tokens: int  # prompter and target together
     common_draws: bool = False  # a prompt's rewrites share draws, so their noise is not independent
+    failed: list[str] = field(default_factory=list)  # of each response that is left out: the reason
 
 
 @runtime_checkable

@@ -20,7 +20,8 @@ from alignpro.evaluate.judges import (
 from alignpro.evaluate.results import to_json
 from alignpro.statistics import length_controlled_win_rate
 from alignpro.types import Response, Rewrite, Rollout
-from judge_server import Fault, JudgeServer
+from chat_server import Fault
+from judge_server import JudgeServer
 
 PROMPTS = ["Why {first}?", "How?\n\nTwo lines.", "What?", "Who?"]
 
@@ -252,7 +253,7 @@ def test_a_refused_key_or_unknown_model_stops_at_once(server, status):
     message = json.dumps({"error": {"message": "no such thing"}})
     server.always = Fault(status=status, body=message)
     with pytest.raises(
-        JudgeError, match=f"^judge referee: Error code: {status} - no such"
+        JudgeError, match=f"^judge referee at http://.*: HTTP {status}: no such thing"
     ) as caught:
         ask(server, ARMS, max_failed=0.9, concurrency=1)
     assert "secret-key" not in str(caught.value)

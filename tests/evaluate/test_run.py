@@ -17,7 +17,8 @@ from alignpro.evaluate.run import load_inputs, run_evaluation
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
 from alignpro.statistics import length_controlled_win_rate
-from judge_server import Fault, JudgeServer
+from chat_server import Fault
+from judge_server import JudgeServer
 from native_runs import lora
 
 SHORT = "{prompt}\n{first}\n{second}\nA or B?"  # the tiny model's context is 256 tokens of a byte

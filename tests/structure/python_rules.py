@@ -35,9 +35,10 @@ ROOMS: dict[str, set[str]] = {
     "theory": {"types", "statistics"},
     "findings": {"types", "statistics"},
     "native": _BASE,
-    "models": _BASE | {"native", "files"},
+    "models": _BASE | {"native", "files", "trace"},
     "ops": _BASE | {"native"},
     "pipeline": _SERVING | {"trace", "rewards.check"},
+    "trl": _BASE | {"models", "pipeline"},
     "train": _RUNNING,
     "evaluate": _RUNNING | {"theory", "train.metrics"},
     "report": _RUNNING | {"train", "evaluate"},
@@ -53,7 +54,7 @@ ROOMS: dict[str, set[str]] = {
 ONLY = {
     "transformers": {"rewards"},  # loads reward models
     "torch": {"objective", "ops", "train", "rewards"},
-    "openai": {"evaluate"},  # the judge's client
+    "httpx2": {"models"},  # calls to endpoints
     "alignpro._core": {"native"},
 }
 STANDARD_LIBRARY_ONLY = {"config", "types", "trace", "files", "optional", "run_directory", ""}

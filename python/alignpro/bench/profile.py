@@ -12,7 +12,7 @@ from alignpro.bench.machine import limits, machine, peak_rss_bytes, recorded
 from alignpro.bench.timeline import Timeline
 from alignpro.bench.work import ROLLOUT
 from alignpro.config import ModelConfig, from_mapping
-from alignpro.models.native_model import load_models
+from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import REWRITE_STREAM, Pipeline, derive_seed
 from alignpro.rewards.build import build_reward
 from alignpro.types import Rollout
@@ -53,6 +53,7 @@ def profile_rollout(
         from_mapping(ModelConfig, {"model": target, "compute": compute}),
         threads,
     )
+    assert isinstance(answerer, NativeModel)
     reward, no_reward = None, None
     try:
         reward = build_reward("vader")

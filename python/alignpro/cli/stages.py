@@ -142,6 +142,7 @@ def train(
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
+    from alignpro.models.endpoint import EndpointModel
     from alignpro.report.progress import Bars, TrainBar
     from alignpro.train.closed_form import ClosedFormFit
     from alignpro.train.run import make_trainer
@@ -151,6 +152,8 @@ def train(
         if isinstance(trainer, ClosedFormFit):
             trainer.rollouts(bars.show)
         trainer.train([TrainBar(bars)])
+    if isinstance(trainer.pipeline.target, EndpointModel):
+        typer.echo(trainer.pipeline.target.spent())
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
 
 
@@ -239,10 +242,13 @@ def generate(
 ) -> None:
     """Answer a prompt, as it is or through a trained prompter."""
     from alignpro.config import ModelConfig, TrainConfig, from_mapping, load_yaml, target_of
-    from alignpro.models.native_model import load_model, load_models
+    from alignpro.models.endpoint import EndpointModel
+    from alignpro.models.native_model import NativeModel, load_model, load_models
     from alignpro.types import SamplingParams
 
     def placed(config: ModelConfig) -> ModelConfig:
+        if config.endpoint is not None:
+            return config
         here: dict[str, Any] = {"device": device, "deterministic": deterministic}
         if config.device != device:
             here |= {"compute": None, "kv_dtype": None}  # this device's own
@@ -252,6 +258,7 @@ def generate(
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
+    target: NativeModel | EndpointModel
     if run is None:
         target, adapter = load_model(placed(ModelConfig(model)), threads), None
     else:
@@ -269,6 +276,12 @@ def generate(
             rewrite = rewriting.rewrite([text], seed=seed)[0][0]
             typer.echo(f"rewrite: {rewrite.text}", err=True)
             text = rewrite.target_prompt
+    if isinstance(target, EndpointModel):
+        client = target.client()
+        handle = client.submit([{"role": "user", "content": text}], params)
+        client.step()
+        typer.echo(handle.completion().text)
+        return
     for _token, delta, _logprob in target.stream(text, params, adapter=adapter):
         typer.echo(delta, nl=False)
     typer.echo()

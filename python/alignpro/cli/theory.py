@@ -52,6 +52,7 @@ def headroom(
 
     from alignpro.evaluate.headroom import run_headroom
     from alignpro.report.frontier import frontier_png
+    from alignpro.report.grids import usage_words
     from alignpro.report.progress import Bars
     from alignpro.report.tables import headroom_tables
 
@@ -61,6 +62,8 @@ def headroom(
     if plot is not None:
         frontier_png(report.headroom, plot)
     Console().print(headroom_tables(report.headroom))
+    if report.target_usage is not None:
+        typer.echo(f"target: {usage_words(report.target_usage)}")
 
 
 @app.command()

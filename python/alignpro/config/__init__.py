@@ -7,6 +7,8 @@ a value of the wrong type and a value out of range are a `ValueError` of one lin
 
 from __future__ import annotations
 
+from alignpro.config.endpoint import Budget as Budget
+from alignpro.config.endpoint import ClientConfig as ClientConfig
 from alignpro.config.evaluate import ARMS as ARMS
 from alignpro.config.evaluate import EvalConfig as EvalConfig
 from alignpro.config.evaluate import JudgeConfig as JudgeConfig
@@ -18,6 +20,7 @@ from alignpro.config.fields import from_mapping as from_mapping
 from alignpro.config.held_out import HeldOutConfig as HeldOutConfig
 from alignpro.config.model import DEFAULT_MODEL as DEFAULT_MODEL
 from alignpro.config.model import ModelConfig as ModelConfig
+from alignpro.config.model import check_local as check_local
 from alignpro.config.model import target_of as target_of
 from alignpro.config.prompting import RESPONSE as RESPONSE
 from alignpro.config.prompting import REWRITE as REWRITE

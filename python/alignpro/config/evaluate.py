@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
+from alignpro.config.endpoint import Budget, ClientConfig, check_url
 from alignpro.config.fields import (
     Range,
     Seed,
@@ -18,7 +19,7 @@ from alignpro.config.fields import (
     only_default,
     require,
 )
-from alignpro.config.model import PROMPTER, ModelConfig
+from alignpro.config.model import PROMPTER, ModelConfig, check_local
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, StageConfig
 from alignpro.types import SamplingParams
 
@@ -139,11 +140,12 @@ class JudgeConfig:
     cache: str | None = None  # JSONL of verdicts; None: beside the output file
     # Share of questions that may stay without a verdict.
     max_failed: Annotated[float, Range(lambda v: 0 <= v < 1, "at least 0 and below 1")] = 0.02
-    # Of an endpoint.
+    # Of an endpoint; the rest of its client has the defaults of `ClientConfig`.
     concurrency: Annotated[int, at_least(1)] = 8  # questions under way at once
     timeout_seconds: Annotated[float, above(0)] = 60.0  # for one attempt
-    # After 429, 5xx, a timeout or a broken connection.
+    # After 429, 5xx, a timeout, a broken connection or a reply that is none.
     max_retries: Annotated[int, at_least(0)] = 4
+    budget: Budget = field(default_factory=Budget)  # of calls and tokens; the judge then fails
     temperature: Annotated[float, at_least(0)] | None = 0.0  # None: leave it to the endpoint
     # Of the reply; None: leave it to the endpoint.
     max_tokens: Annotated[int, at_least(1)] | None = 16
@@ -153,10 +155,28 @@ class JudgeConfig:
         require("model", self.model.model, named, "the judge's path or name")
         require("model.adapter", self.model.adapter, self.model.adapter is None, "null")
         if self.base_url is not None:
-            url = self.base_url.startswith(("http://", "https://"))
-            require("base_url", self.base_url, url, "an http:// or https:// address")
+            check_url("base_url", self.base_url)
             alone = self.model == ModelConfig(self.model.model)
             require("model", self.model, alone, "the name alone, with base_url")
+        check_local("model", self.model, "base_url is the judge's endpoint")
+
+    @property
+    def asked(self) -> ModelConfig:
+        """The model that is asked, as a group of its own."""
+        if self.base_url is None:
+            return self.model
+        return ModelConfig(
+            self.model.model,
+            endpoint=self.base_url,
+            api_key_env=self.api_key_env,
+            client=ClientConfig(
+                concurrency=self.concurrency,
+                timeout_seconds=self.timeout_seconds,
+                max_retries=self.max_retries,
+                budget=self.budget,
+                body={"temperature": self.temperature, "max_tokens": self.max_tokens, "seed": None},
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -197,6 +217,8 @@ class EvalConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target is not None and self.tuned is not None:
+            check_local("target", self.target, "an adapter of the target (tuned) is measured")
         if isinstance(self.static, str):
             require("static", self.static, bool(self.static.strip()), "an instruction or a search")
         if self.policy_text is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, ClassVar, Literal
 
-from alignpro.config.fields import Bytes, at_least, checked, require
+from alignpro.config.endpoint import ClientConfig, check_url
+from alignpro.config.fields import Bytes, Range, at_least, checked, only_default, require
 
 DEFAULT_MODEL = "smollm2"
 # By device, the device's own first. A device keeps keys and values as it computes.
+_OF_ENDPOINTS = ("model", "endpoint", "api_key_env", "client", "max_failed")
 _COMPUTE = {"cpu": ("float32", "int8"), "cuda": ("bfloat16", "float32")}
 
 
@@ -21,7 +23,17 @@ class ModelConfig:
 
     # A .gguf file, a folder with config.json and safetensors, or a name that
     # `models.resolve.resolve_model` finds. None: of a target, the prompter's; else `name`.
+    # With endpoint, what the endpoint calls it.
     model: str | None = None
+    # A target's: an OpenAI-compatible endpoint, "https://.../v1". None: a model in this process.
+    endpoint: str | None = None
+    # The environment variable that holds the endpoint's key, which is never stored. None: no key.
+    api_key_env: str | None = None
+    client: ClientConfig = field(default_factory=ClientConfig)  # how the endpoint is asked
+    # A target's: the share of a step's responses that may fail and be left out, instead of ending
+    # the run: no answer after all retries, or a rewrite that does not fit. One always may, but
+    # with 0.
+    max_failed: Annotated[float, Range(lambda v: 0 <= v < 1, "at least 0 and below 1")] = 0.1
     adapter: str | None = None  # PEFT folder that takes part; None: the base weights alone
     device: Literal["cpu", "cuda"] = "cpu"  # cuda: the current CUDA device, in a build with CUDA
     # None: the device's own, which is float32 on the CPU and bfloat16 on CUDA. float32, on either:
@@ -45,6 +57,16 @@ class ModelConfig:
     max_batch_rows: Annotated[int, at_least(1)] = 256  # tokens in one forward pass
 
     def __post_init__(self) -> None:
+        if self.endpoint is not None:
+            check_url("endpoint", self.endpoint)
+            named = bool((self.model or "").strip())
+            require("model", self.model, named, "the endpoint's name for its model")
+            for f in fields(self):
+                if f.name not in _OF_ENDPOINTS:
+                    only_default(self, f.name, "with a model in this process")
+            return
+        for name in ("api_key_env", "client"):
+            only_default(self, name, "with endpoint")
         device, compute = self.device, self.resolved_compute
         cache = ("float32", "float16") if device == "cpu" else (compute,)
         modes = (True,) if device == "cpu" else (True, False)
@@ -75,10 +97,13 @@ class ModelConfig:
         """Whether one engine can serve both, where they have the same base weights."""
 
         def plain(config: ModelConfig) -> tuple[ModelConfig, str, str]:
-            bare = replace(config, model=None, adapter=None, compute=None, kv_dtype=None)
+            bare = replace(
+                config, model=None, adapter=None, compute=None, kv_dtype=None, max_failed=0.0
+            )
             return bare, config.resolved_compute, config.resolved_kv_dtype
 
-        return plain(self) == plain(other)
+        here = self.endpoint is None and other.endpoint is None
+        return here and plain(self) == plain(other)
 
 
 PROMPTER = ModelConfig(DEFAULT_MODEL)
@@ -92,8 +117,17 @@ def target_of(prompter: ModelConfig, target: ModelConfig | None) -> ModelConfig:
     return target if target.model is not None else replace(target, model=prompter.model)
 
 
+PROMPTER_HERE = "a prompter is a model in this process; a target may be behind an endpoint"
+
+
+def check_local(name: str, model: ModelConfig, reason: str) -> None:
+    """Refuse a model behind an endpoint."""
+    require(f"{name}.endpoint", model.endpoint, model.endpoint is None, f"null: {reason}")
+
+
 def check_trainable(name: str, model: ModelConfig) -> None:
     """Refuse what has no gradients."""
+    check_local(name, model, "it is trained, and scored, in this process")
     compute, cache = model.resolved_compute, model.resolved_kv_dtype
     expected = "float32 or bfloat16 where it is trained: {} has no gradients"
     require(f"{name}.compute", compute, compute != "int8", expected.format("int8"))

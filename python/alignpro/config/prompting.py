@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from alignpro.config.fields import Bytes, Seed, Threads, above, at_least, checked, require
-from alignpro.config.model import PROMPTER, ModelConfig
+from alignpro.config.model import PROMPTER, PROMPTER_HERE, ModelConfig, check_local
 from alignpro.types import SamplingParams
 
 # An instruction is a short sentence. Measured on 52 styles of instruction under the sentiment
@@ -108,6 +108,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         check_sampling("rewrite", self.rewrite)
         check_sampling("response", self.response)
+        check_local("prompter", self.prompter, PROMPTER_HERE)
 
 
 def check_sampling(name: str, params: SamplingParams) -> None:

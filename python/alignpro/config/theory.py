@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from alignpro.config.fields import above, at_least, checked, only_default, require
-from alignpro.config.model import target_of
+from alignpro.config.model import check_local, target_of
 from alignpro.config.prompting import StageConfig, check_untruncated
 
 KL_COEFS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
@@ -53,7 +53,10 @@ class BoundConfig(StageConfig):
         super().__post_init__()
         check_untruncated("rewrite", self.rewrite, _UNTRUNCATED)
         check_untruncated("response", self.response, _UNTRUNCATED)
-        adapter = target_of(self.prompter, self.target).adapter
+        target = target_of(self.prompter, self.target)
+        reason = "its log-probabilities of given text are compared, which endpoints do not tell"
+        check_local("target", target, reason)
+        adapter = target.adapter
         require("target.adapter", adapter, adapter is None, "null: base weights are compared")
         if self.tuned is not None:
             only_default(self, "tuned_kl_coef", "without tuned: that target was tuned already")

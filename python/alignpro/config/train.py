@@ -157,7 +157,7 @@ class TrainConfig(FitConfig, StageConfig):
         return self.policy == "target"
 
     @property
-    def _group_baseline(self) -> bool:
+    def group_baseline(self) -> bool:
         """The baseline is taken over the rewrites of a prompt."""
         critic = self.algorithm == "ppo" and self.ppo.value_head
         return self.algorithm in ("rloo", "ppo") and not critic
@@ -181,7 +181,7 @@ class TrainConfig(FitConfig, StageConfig):
         else:
             for f in fields(self.closed_form):
                 only_default(self.closed_form, f.name, "with algorithm closed_form", "closed_form.")
-        if not self._group_baseline:
+        if not self.group_baseline:
             group = "with a baseline over the rewrites of a prompt (rloo, ppo without value head)"
             only_default(self, "normalize_advantage", group)
             equal = f"{group}: with another one, equal rewards do teach something"
@@ -202,7 +202,7 @@ class TrainConfig(FitConfig, StageConfig):
             )
             return
         only_default(self, "response_budget", "with num_responses auto")
-        if self._group_baseline or self.algorithm == "closed_form":
+        if self.group_baseline or self.algorithm == "closed_form":
             expected = "at least 2: a rewrite is judged against the others of its prompt"
             require("num_rewrites", rewrites, rewrites >= 2, expected)
         if self.algorithm == "reinforce":

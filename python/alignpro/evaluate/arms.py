@@ -18,6 +18,7 @@ from alignpro.evaluate.optimum import num_sequences, resample_optimum
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.static import StaticInstruction, in_append_form
 from alignpro.models.adapter import LoraWeights
+from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import score_rollout
@@ -146,7 +147,32 @@ def sample_arms(
         )
     if tuned is not None:
         add("tuned", respond(unscored.with_target_adapter(tuned), "tuned"), adds=False)
-    return arms
+    return _answered(arms)
+
+
+def _answered(arms: dict[str, Arm]) -> dict[str, Arm]:
+    """The prompts that every arm has an answer to, for differences to be paired by prompt."""
+    rows = zip(*(arm.rewards for arm in arms.values()), strict=True)
+    kept = [index for index, rewards in enumerate(rows) if all(rewards)]
+    if not kept:
+        raise FailedRowsError("no prompt was answered in every arm; see the endpoint's log")
+    return {name: _of_prompts(arm, kept) for name, arm in arms.items()}
+
+
+def _of_prompts(arm: Arm, kept: Sequence[int]) -> Arm:
+    if len(kept) == len(arm.rewards):
+        return arm
+    rollout = arm.rollout
+    rewrites = [
+        [replace(w, prompt_index=row) for w in rollout.rewrites[index]]
+        for row, index in enumerate(kept)
+    ]
+    prompts = [rollout.prompts[index] for index in kept]
+    return replace(
+        arm,
+        rollout=replace(rollout, prompts=prompts, rewrites=rewrites),
+        rewards=[arm.rewards[index] for index in kept],
+    )
 
 
 def kl_per_rewrite(

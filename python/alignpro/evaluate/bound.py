@@ -48,6 +48,7 @@ def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> 
     rows = load_rows(config)
     reward = build_reward(config.reward)
     prompter, target = load_models(config.prompter, config.target, config.threads)
+    assert isinstance(target, NativeModel)  # the configuration's rule
     report = measure_bound(
         config,
         prompter,
@@ -88,6 +89,7 @@ def measure_bound(
     """
     prompts, columns = [row.prompt for row in rows], stack_columns(rows)
     pipeline = Pipeline.configured(config, prompter, target, reward).with_adapter(adapter)
+    pipeline.max_failed = 0.0  # every rollout has N x M rows for each of the same prompts
     answers = config.num_rewrites * config.num_responses
 
     def raw(name: str, pipeline: Pipeline) -> Rollout:

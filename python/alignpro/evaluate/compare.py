@@ -21,6 +21,7 @@ from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, ratio_of_means, variance
+from alignpro.types import Usage
 
 
 def compare_arms(
@@ -37,6 +38,14 @@ def compare_arms(
     """
     seconds = math.fsum(arm.rollout.seconds["generate"] for arm in arms.values())
     tokens = sum(arm.rollout.generated_tokens for arm in arms.values())
+    used = [
+        response.usage
+        for arm in arms.values()
+        for group in arm.rollout.rewrites
+        for rewrite in group
+        for response in rewrite.responses
+        if response.usage is not None
+    ]
     rewards = {name: arm.per_prompt for name, arm in arms.items()}
     per_rewrite, per_token = _kl(pipeline, arms, prompters)
     answers = (columns or {}).get("answer")
@@ -60,6 +69,8 @@ def compare_arms(
         kl_per_token=per_token,
         tokens_per_second=tokens / max(seconds, 1e-9),
         samples=_samples(arms, config.num_samples),
+        failed_responses=sum(len(arm.rollout.failed) for arm in arms.values()) or None,
+        target_usage=sum(used, Usage()) if used else None,
         gap_closed=way("untuned", "tuned"),
         static_to_labelled=way("static", "labelled"),
         required=_required(rewards, config),
@@ -105,13 +116,15 @@ def _required(rewards: Mapping[str, Sequence[float]], config: EvalConfig) -> lis
 def _summary(
     arm: Arm, pipeline: Pipeline, config: EvalConfig, answers: Sequence[Any] | None
 ) -> ArmResult:
+    prompter = pipeline.prompter
+    assert prompter is not None  # an evaluation has one
     measured = measure(
         arm.rollout,
         arm.components,
         arm.paid,
         adds=arm.adds,
-        # A given text has no tokens of a prompter; the target's are the nearest there are.
-        count_tokens=lambda text: len(pipeline.target.tokenizer.encode(text)),
+        # A given text was written by no prompter, and is counted in its tokens all the same.
+        count_tokens=lambda text: len(prompter.tokenizer.encode(text)),
         answers=answers,
     )
     rewards = [reward for row in arm.rewards for reward in row]
@@ -151,7 +164,7 @@ def _samples(arms: Mapping[str, Arm], count: int) -> list[Sample]:
     """Before and after for the first prompts, first draw of each: not picked for their reward."""
 
     def drawn(arm: Arm, index: int) -> SampleArm:
-        rewrite = arm.rollout.rewrites[index][0]
+        rewrite = next(w for w in arm.rollout.rewrites[index] if w.responses)
         added = rewrite.text if arm.adds else None
         return SampleArm(rewrite.responses[0].text, arm.rewards[index][0], added)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
 from alignpro.files import write_file
+from alignpro.models.endpoint import EndpointModel
+from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.statistics import Floats
 from alignpro.theory.headroom import headroom
-from alignpro.types import Rollout
+from alignpro.types import Rollout, Usage
 
 # What changes neither a sample nor its reward.
 _NOT_OF_SAMPLES = ("kl_coefs", "threads")
@@ -42,22 +45,52 @@ def run_headroom(
     Raises:
         ValueError: samples of another configuration; the message names the key.
     """
+    usage = None
     if samples is not None and samples.exists():
         rewards = read_samples(samples, config)
     else:
-        rollout = _draw(config, on_progress)
+        drawn, usage = _draw(config, samples, on_progress)
+        rollout = complete(drawn)
         rewards = rewards_of(rollout)
         if samples is not None:
             write_samples(samples, config, rollout)
     result = headroom(rewards, config.kl_coefs, seed=config.seed)
-    return HeadroomReport(result, to_mapping(config))
+    return HeadroomReport(result, to_mapping(config), usage)
 
 
 def rewards_of(rollout: Rollout) -> Floats:
-    """Rewards [P, N, M] of a scored rollout."""
+    """Rewards [P, N, M] of a scored rollout without failures."""
     return np.array(
         [[[r.reward for r in w.responses] for w in group] for group in rollout.rewrites], np.float64
     )
+
+
+def complete_rewards(rollout: Rollout) -> Floats:
+    """Rewards [P, N, M] of the prompts without a failed response.
+
+    Raises:
+        FailedRowsError: fewer than 2 of the prompts are.
+    """
+    return rewards_of(complete(rollout))
+
+
+def complete(rollout: Rollout) -> Rollout:
+    """The prompts without a failed response, as `complete_rewards`."""
+    most = max(len(w.responses) for group in rollout.rewrites for w in group)
+    whole = [
+        (prompt, group)
+        for prompt, group in zip(rollout.prompts, rollout.rewrites, strict=True)
+        if all(len(w.responses) == most for w in group)
+    ]
+    if len(whole) < min(2, len(rollout.prompts)):
+        raise FailedRowsError(
+            f"of {len(rollout.prompts)} prompts {len(whole)} have every response, expected 2 or "
+            "more; run again: what was answered is not asked for again"
+        )
+    rewrites = [
+        [replace(w, prompt_index=row) for w in group] for row, (_, group) in enumerate(whole)
+    ]
+    return replace(rollout, prompts=[prompt for prompt, _ in whole], rewrites=rewrites)
 
 
 def write_samples(path: Path, config: HeadroomConfig, rollout: Rollout) -> None:
@@ -114,15 +147,18 @@ def read_samples(path: Path, config: HeadroomConfig) -> Floats:
     return np.array([rewards for _, rewards in known]).reshape(-1, n, m)
 
 
-def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
+def _draw(
+    config: HeadroomConfig, samples: Path | None, on_progress: OnProgress | None
+) -> tuple[Rollout, Usage | None]:
     check_adapters(config)
     rows = load_rows(config)
     reward = build_reward(config.reward)
-    prompter, target = load_models(config.prompter, config.target, config.threads)
+    calls = None if samples is None else samples.with_name(samples.name + ".calls.jsonl")
+    prompter, target = load_models(config.prompter, config.target, config.threads, calls=calls)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     pipeline = pipeline.with_adapter(load_adapter(config.prompter.adapter, prompter))
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)
-    return pipeline.rollout(
+    rollout = pipeline.rollout(
         [row.prompt for row in rows],
         num_rewrites=config.num_rewrites,
         num_responses=config.num_responses,
@@ -130,6 +166,7 @@ def _draw(config: HeadroomConfig, on_progress: OnProgress | None) -> Rollout:
         columns=stack_columns(rows),
         on_progress=watch(on_progress, "untuned prompter", total),
     )
+    return rollout, target.usage() if isinstance(target, EndpointModel) else None
 
 
 def _of_samples(config: HeadroomConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Comparison, JudgeResult
 from alignpro.files import write_file
 from alignpro.statistics import length_controlled_win_rate, ratio_of_means
+from alignpro.types import Usage
 
 Verdict = Literal["A", "B", "tie"]
 AGAINST = ("raw", "untuned", "static")  # what the trained prompter is compared with
@@ -54,6 +55,10 @@ class Judge(Protocol):
     @property
     def identity(self) -> str:
         """Everything about the judge that a verdict depends on."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """What an endpoint says that its replies took so far; None of a judge in this process."""
 
     def replies(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]: ...
 
@@ -145,13 +150,14 @@ def judge_arms(
     questions = list(dict.fromkeys(asked))
     answered, replayed, failed = _ask(judge, questions, config, verdicts, on_progress)
     comparisons = {name: _comparison(group, answered, seed=seed) for name, group in pairs.items()}
-    return JudgeResult(judge.name, len(questions), replayed, failed, comparisons)
+    return JudgeResult(judge.name, len(questions), replayed, failed, comparisons, usage=judge.usage)
 
 
 def _pairs(trained: Arm, other: Arm, config: JudgeConfig) -> list[_Pair]:
     pairs = []
     for index, prompt in enumerate(trained.rollout.prompts[: config.num_prompts]):
-        both = zip(trained.response_texts(index), other.response_texts(index), strict=True)
+        # Where an answer failed, the pairs that are left.
+        both = zip(trained.response_texts(index), other.response_texts(index), strict=False)
         for ours, theirs in list(both)[: config.num_pairs]:
             orders = question_text(prompt, ours, theirs), question_text(prompt, theirs, ours)
             pairs.append(_Pair(index, None if ours == theirs else orders, len(ours) - len(theirs)))

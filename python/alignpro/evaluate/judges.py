@@ -4,36 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
+import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from alignpro.config import JudgeConfig
 from alignpro.evaluate.judge import JudgeError, Reply, Verdict
+from alignpro.models.endpoint import EndpointHandle, EndpointModel
+from alignpro.models.http_client import BudgetError, EndpointError
+from alignpro.models.language_model import RequestError
 from alignpro.models.native_model import NativeModel
-
-if TYPE_CHECKING:
-    import openai
+from alignpro.models.reply import one_line, split_reasoning
+from alignpro.types import Message, SamplingParams, Usage
 
 _EXTRA = "pip install 'alignpro[judge]'"
 _REMINDER = "That is no verdict. Reply with one letter and nothing else: A or B."
-# One letter, perhaps marked up or introduced ("**B**", "Answer: A", "[[A]]", "Response B."). Prose
-# is none: "A good answer, but B ..." would be read either way.
-_LETTER = re.compile(
-    r"[\W_]*(?:(?:the )?(?:better )?(?:answer|response|verdict|choice)(?: is)?[\W_]*)?([AB])[\W_]*",
+# One letter or a word for a tie, perhaps marked up or introduced ("**B**", "Answer: A", "[[C]]",
+# "Response B.", "It's a tie"). Prose is none: "A good answer, but B ..." would be read either way.
+_VERDICT = re.compile(
+    r"[\W_]*(?:(?:the )?(?:better )?(?:answer|response|verdict|choice|winner)(?: is)?[\W_]*)?"
+    r"(?:(?P<letter>[AB])|(?P<tie>(?:it is |it's |its )?(?:an? )?(?:tie|tied|draw)|C|either|neither"
+    r"|no preference|(?:both(?: (?:responses|answers))?(?: are)? ?)?(?:equal|equally good|the same"
+    r"|same)?))[\W_]*",
     re.IGNORECASE,
 )
+_KEYS = ("verdict", "winner", "better", "answer", "choice", "preferred")  # of a reply in JSON
 _SCORED_AT_ONCE = 8  # questions; bounds the memory of a scoring pass
 
 
 def read_verdict(reply: str) -> Verdict | None:
-    """The letter that a reply consists of; None for anything else."""
-    match = _LETTER.fullmatch(reply)
-    letter = "" if match is None else match[1]
-    return "A" if letter == "A" else "B" if letter == "B" else None
+    """The letter that a reply consists of, or a tie where it says so; None for anything else.
+
+    Reasoning before the answer is passed over; an answer in JSON is read by its key.
+    """
+    answer, _ = split_reasoning(reply)
+    answer = _in_json(answer or "")
+    match = _VERDICT.fullmatch(answer)
+    if match is None:
+        return None
+    if match["letter"] is None:
+        return "tie" if match["tie"] else None
+    return "A" if match["letter"] == "A" else "B" if match["letter"] == "B" else None
+
+
+def _in_json(answer: str) -> str:
+    text = re.sub(r"^```\w*\s*|\s*```$", "", answer.strip())
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return answer
+    found = [value[k] for k in _KEYS if k in value] if isinstance(value, dict) else []
+    return str(found[0]) if len(found) == 1 else answer
 
 
 def check_judge(config: JudgeConfig) -> None:
@@ -46,17 +69,16 @@ def check_judge(config: JudgeConfig) -> None:
         raise ImportError(f"judge: the length-controlled win rate needs scipy: {_EXTRA}")
     if config.base_url is None:
         return
-    if importlib.util.find_spec("openai") is None:
-        raise ImportError(f"judge.base_url: an endpoint needs the package openai: {_EXTRA}")
-    if config.api_key_env is not None and not os.environ.get(config.api_key_env):
-        raise ValueError(
-            f"judge.api_key_env: the environment variable {config.api_key_env} is not set; set it, "
-            "or judge.api_key_env=null for an endpoint without keys"
-        )
+    try:
+        EndpointModel(config.asked)
+    except ValueError as error:
+        raise ValueError(f"judge.{error}") from None
 
 
 class LocalJudge:
     """A model in this process: the likelier of the two letters, with nothing sampled."""
+
+    usage: Usage | None = None
 
     def __init__(self, model: NativeModel) -> None:
         self.name = model.name
@@ -67,6 +89,12 @@ class LocalJudge:
             self._letters[0] == self._letters[1]
         ):
             raise ValueError(f"judge {model.name}: expected a token for each of A and B, got none")
+        asked = model.tokenizer.encode_chat([{"role": "user", "content": "A or B?"}])
+        if model.tokenizer.decode(asked, skip_special=False).rstrip().endswith("<think>"):
+            raise ValueError(
+                f"judge {model.name}: its chat template opens a block of reasoning, in which no "
+                "letter can be scored; expected a model that answers at once, or judge.base_url"
+            )
 
     def replies(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]:
         """In order. A question over the model's context gets no verdict."""
@@ -117,100 +145,64 @@ _BLOCK, _HASHED_WHOLE = 1 << 20, 1 << 30  # bytes
 
 
 class EndpointJudge:
-    """A model behind /chat/completions. Retries are the client's: 429 (after what Retry-After
-    says), 5xx, timeouts, broken connections."""
+    """A model behind /chat/completions, asked by the client that a target behind one has."""
 
     def __init__(self, config: JudgeConfig) -> None:
         self.name = config.model.name
         sampling = f"{config.temperature} {config.max_tokens}"
         self.identity = f"endpoint {config.base_url} {self.name} {sampling}"
-        self._config = config
+        self._model = EndpointModel(config.asked)
+        self._max_tokens, self._concurrency = config.max_tokens, config.concurrency
+
+    @property
+    def usage(self) -> Usage:
+        return self._model.usage()
 
     def replies(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]:
-        """As they come, ``concurrency`` at a time.
+        """As they come. A reply that is no verdict is asked for once more.
 
         Raises:
-            JudgeError: the endpoint refuses the key or does not know the model.
+            JudgeError: the endpoint refuses the key or does not know the model, or its budget is
+                spent.
         """
-        with self._client() as client:
-            pool = ThreadPoolExecutor(self._config.concurrency)
-            try:
-                indices = {
-                    pool.submit(self._reply, client, question): index
-                    for index, question in enumerate(questions)
-                }
-                for future in as_completed(indices):
-                    yield indices[future], future.result()
-            finally:
-                # What is under way is waited for: nothing is asked once this has ended.
-                pool.shutdown(wait=True, cancel_futures=True)
+        client = self._model.client()
+        asked: dict[EndpointHandle, tuple[int, list[Message], bool]] = {}
 
-    def _client(self) -> openai.OpenAI:
-        import openai
+        def ask(index: int, conversation: list[Message], again: bool) -> None:
+            handle = client.submit(conversation, SamplingParams(seed=0))
+            asked[handle] = index, conversation, again
 
-        config = self._config
-        named = config.api_key_env
-        return openai.OpenAI(
-            base_url=config.base_url,
-            api_key=os.environ[named] if named is not None else "none",
-            timeout=config.timeout_seconds,
-            max_retries=config.max_retries,
-        )
+        try:
+            left = enumerate(questions)
+            while True:
+                for index, question in itertools.islice(left, self._concurrency - len(asked)):
+                    ask(index, [{"role": "user", "content": question}], False)
+                if client.idle():
+                    return
+                for handle in client.step():
+                    index, conversation, again = asked.pop(handle)
+                    text, problem = self._answer(handle)
+                    verdict = read_verdict(text)
+                    if verdict is not None or problem or again:
+                        said = text if verdict is not None else f"no verdict: {one_line(text)}"
+                        yield index, Reply(verdict, problem or said)
+                        continue
+                    more: list[Message] = [
+                        {"role": "assistant", "content": text},
+                        {"role": "user", "content": _REMINDER},
+                    ]
+                    ask(index, conversation + more, True)
+        finally:
+            client.cancel()
 
-    def _reply(self, client: openai.OpenAI, question: str) -> Reply:
-        """A reply that is no verdict, or no chat completion at all, is asked for once more."""
-        import openai
-
-        messages = [{"role": "user", "content": question}]
-        problem = ""
-        for _ in range(2):
-            try:
-                text = _content(self._complete(client, messages))
-            except (
-                openai.AuthenticationError,
-                openai.PermissionDeniedError,
-                openai.NotFoundError,
-            ) as error:
-                raise JudgeError(f"judge {self.name}: {_line(error)}") from error
-            except (openai.APIConnectionError, openai.APIStatusError) as error:
-                return Reply(None, _line(error))  # retried by the client already
-            except (openai.OpenAIError, ValueError) as error:  # ValueError: malformed JSON
-                problem = f"no chat completion: {_line(error)}"
-                continue
-            verdict = read_verdict(text)
-            if verdict is not None:
-                return Reply(verdict, text)
-            problem = f"no verdict: {_line(text)}"
-            messages = [
-                messages[0],
-                {"role": "assistant", "content": text},
-                {"role": "user", "content": _REMINDER},
-            ]
-        return Reply(None, problem)
-
-    def _complete(self, client: openai.OpenAI, messages: list[dict[str, str]]) -> Any:
-        import openai
-
-        request: dict[str, Any] = {"model": self.name, "messages": messages}
-        for name in ("temperature", "max_tokens"):
-            if getattr(self._config, name) is not None:
-                request[name] = getattr(self._config, name)
-        if self._config.api_key_env is None:
-            request["extra_headers"] = {"Authorization": openai.omit}
-        return client.chat.completions.create(**request)
-
-
-def _content(completion: Any) -> str:
-    """The reply's text; the client checks nothing of what a server sends."""
-    try:
-        content = completion.choices[0].message.content
-    except (AttributeError, IndexError, TypeError):
-        raise ValueError(f"expected choices with a message, got {_line(completion)}") from None
-    if not isinstance(content, str):
-        raise ValueError(f"expected text in the message, got {_line(content)}")
-    return content
-
-
-def _line(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+    def _answer(self, handle: EndpointHandle) -> tuple[str, str]:
+        """The answer, or why there is none."""
+        try:
+            return handle.completion().text, ""
+        except RequestError as error:
+            problem = str(error)
+            if "length" in problem and self._max_tokens is not None:
+                problem += f"; judge.max_tokens is {self._max_tokens}, null is no limit"
+            return "", problem
+        except (EndpointError, BudgetError) as error:
+            raise JudgeError(f"judge {error}") from error

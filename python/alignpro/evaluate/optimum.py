@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from alignpro.config import EvalConfig, OptimumConfig
+from alignpro.evaluate.headroom import complete_rewards
+from alignpro.models.in_flight import FailedRowsError
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.statistics import law_of_total_variance
 from alignpro.theory.optimum import effective_samples, optimum_weights
@@ -63,7 +65,10 @@ def resample_optimum(
         on_progress=on_progress,
     )
     chosen, effective = [], []
-    for index, group in enumerate(candidates.rewrites):
+    for index, written in enumerate(candidates.rewrites):
+        group = [w for w in written if w.responses]
+        if not group:
+            raise FailedRowsError(f"optimum: no candidate for prompt {index} was answered")
         weights = optimum_weights([w.reward for w in group], config.kl_coef)
         effective.append(float(effective_samples(weights)))
         draw = np.random.default_rng(derive_seed(config.seed, OPTIMUM_STREAM, 1, index))
@@ -86,9 +91,7 @@ def resample_optimum(
     return Resampled(
         replace(fresh, rewrites=rewrites),
         float(np.mean(effective)),
-        selection_reliability(
-            [[[r.reward for r in w.responses] for w in group] for group in candidates.rewrites]
-        ),
+        selection_reliability(complete_rewards(candidates)),
         candidates.generated_tokens + fresh.generated_tokens,
         candidates.seconds["generate"] + fresh.seconds["generate"],
     )

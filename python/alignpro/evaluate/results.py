@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from alignpro.statistics import Interval
 from alignpro.theory.bound import Bound
 from alignpro.theory.headroom import BestOf, FrontierPoint, Headroom
+from alignpro.types import Usage
 
 __all__ = ["BestOf", "FrontierPoint", "Headroom", "Interval"]
 
@@ -101,6 +102,7 @@ class JudgeResult:
     replayed: int  # of them, from the file of verdicts
     failed: int
     comparisons: dict[str, Comparison]  # "trained_vs_X"
+    usage: Usage | None = None  # of a judge behind an endpoint, for what was not replayed
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ class Evaluation:
     kl_per_token: float | None
     tokens_per_second: float
     samples: list[Sample]
+    failed_responses: int | None = None  # left out; None where there are none
+    target_usage: Usage | None = None  # of a target behind an endpoint
     gap_closed: GapClosed | None = None  # from untuned to tuned
     static_to_labelled: GapClosed | None = None
     required: list[Required] | None = None
@@ -166,6 +170,7 @@ class Evaluation:
 class HeadroomReport:
     headroom: Headroom
     config: dict[str, Any]
+    target_usage: Usage | None = None  # of a target behind an endpoint
 
 
 @dataclass(frozen=True)

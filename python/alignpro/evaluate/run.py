@@ -26,6 +26,7 @@ from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Evaluation
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
 from alignpro.models.adapter import LoraWeights
+from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models, reusable
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
@@ -58,7 +59,8 @@ def run_evaluation(
     """Load what the configuration names and compare the arms; returns what `evaluate_loaded` does,
     and ``evaluation_config``.
 
-    output: where the report will be written; a judge's verdicts are kept beside it.
+    output: where the report will be written; a judge's verdicts, and the calls to a target behind
+        an endpoint, are kept beside it.
 
     Raises:
         ValueError, OSError, ImportError: bad input, before a model is loaded or while it is.
@@ -72,7 +74,8 @@ def run_evaluation(
     inputs = load_inputs(config, prompters=tuple(folders), output=output)
     config = _with_budget(config)
     reward = build_reward(config.reward)
-    prompter, target = load_models(config.prompter, config.target, config.threads)
+    calls = None if output is None else output.with_name(output.name + ".calls.jsonl")
+    prompter, target = load_models(config.prompter, config.target, config.threads, calls=calls)
     prompters = {name: load_adapter(folder, prompter) for name, folder in folders.items()}
     report = evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
     return replace(report, evaluation_config=to_mapping(config))
@@ -81,13 +84,16 @@ def run_evaluation(
 def evaluate_loaded(
     config: EvalConfig,
     prompter: NativeModel,
-    target: NativeModel,
+    target: NativeModel | ChatModel,
     reward: Reward,
     inputs: EvalInputs,
     prompters: dict[str, LoraWeights | None],
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
-    tuned = load_adapter(config.tuned, target)
+    tuned = None
+    if config.tuned is not None:
+        assert isinstance(target, NativeModel)  # the configuration's rule
+        tuned = load_adapter(config.tuned, target)
     judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     static = None
@@ -198,10 +204,15 @@ def _verdict_path(judge: JudgeConfig, output: Path | None) -> Path | None:
 
 
 def _judge(
-    judge: JudgeConfig, config: EvalConfig, prompter: NativeModel, target: NativeModel
+    judge: JudgeConfig,
+    config: EvalConfig,
+    prompter: NativeModel,
+    target: NativeModel | ChatModel,
 ) -> Judge:
     if judge.base_url is not None:
         return EndpointJudge(judge)
-    loaded = ((config.prompter, prompter), (target_of(config.prompter, config.target), target))
+    loaded = [(config.prompter, prompter)]
+    if isinstance(target, NativeModel):
+        loaded.append((target_of(config.prompter, config.target), target))
     model = reusable(judge.model, loaded)
     return LocalJudge(model or load_model(judge.model, config.threads))

@@ -97,7 +97,7 @@ class NativeClient:
         self._client.run()
 
     def launch(self) -> None:
-        """See `language_model.Client.launch`: on a GPU a step goes on beside another model's."""
+        """See `language_model.Requests.launch`: on a GPU a step goes on beside another model's."""
         self._client.launch()
 
     def ready(self) -> bool:

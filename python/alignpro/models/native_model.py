@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignpro import native
-from alignpro.config import DEFAULT_MODEL, ModelConfig, target_of
+from alignpro.config import DEFAULT_MODEL, ModelConfig, check_local, target_of
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.arguments import (
     Prompt,
@@ -26,6 +26,7 @@ from alignpro.models.arguments import (
     with_seed,
 )
 from alignpro.models.completion_text import TextStream
+from alignpro.models.endpoint import EndpointModel
 from alignpro.models.native_client import (
     NativeClient,
     NativeHandle,
@@ -73,6 +74,7 @@ def load_model(
     if config.device == "cuda" and not native.core.cuda.is_available():
         reason = native.core.cuda.unavailable_reason()
         raise native.UnavailableError(f'device "cuda": {reason}')
+    check_local("model", config, "`EndpointModel` is what stands for one")
     path = resolve_model(config.name)
     files = native.core.ModelFiles(str(path))
     tokenizer = Tokenizer.of(files)
@@ -96,11 +98,24 @@ def load_model(
 
 
 def load_models(
-    prompter: ModelConfig, target: ModelConfig | None, threads: int | None = None
-) -> tuple[NativeModel, NativeModel]:
+    prompter: ModelConfig,
+    target: ModelConfig | None,
+    threads: int | None = None,
+    *,
+    calls: Path | None = None,
+) -> tuple[NativeModel, NativeModel | EndpointModel]:
     """Prompter and target of a stage; one object, and so one engine, where they are the same base
-    weights run alike. Raises as `load_model`."""
+    weights run alike.
+
+    Args:
+        calls: the file of calls of a target behind an endpoint; see `EndpointModel`.
+
+    Raises as `load_model` and `EndpointModel`.
+    """
     wanted = target_of(prompter, target)
+    if wanted.endpoint is not None:
+        answers = EndpointModel(wanted, calls)  # first: it says at once what is missing
+        return load_model(prompter, threads), answers
     first = load_model(prompter, threads)
     second = reusable(wanted, [(prompter, first)])
     return first, second or load_model(wanted, threads)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import ModelConfig, TrainConfig, target_of
+from alignpro.config import ModelConfig, TrainConfig, check_local, target_of
 from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, read_rates, this_cpu
 from alignpro.price.lengths import find_lengths, local_prompts
 from alignpro.price.models import PricedModel, find_priced
@@ -39,6 +39,7 @@ def price_train(
         rates = read_rates(rates)
     device = gpu(gpu_name) if gpu_name is not None else None
     answers = target_of(config.prompter, config.target)
+    check_local("target", answers, "what an endpoint's answers take is not known before they come")
     for name, where in (("prompter", config.prompter.device), ("target", answers.device)):
         if device is None and where != "cpu":
             raise ValueError(

@@ -19,6 +19,7 @@ from alignpro.report.words import (
     share,
     share_interval,
 )
+from alignpro.types import Usage
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ def judge_facts(judge: JudgeResult) -> list[tuple[str, str]]:
     ]
 
 
+def usage_words(usage: Usage) -> str:
+    cost = "" if usage.cost is None else f", cost {usage.cost:.4g}"
+    return f"{usage.input_tokens:,} tokens read, {usage.output_tokens:,} written{cost}"
+
+
 def costs(report: Report, metrics: Sequence[Mapping[str, Any]] = ()) -> list[tuple[str, str]]:
     """(name, value with its unit) of what the run cost."""
     rows = []
@@ -128,6 +134,21 @@ def costs(report: Report, metrics: Sequence[Mapping[str, Any]] = ()) -> list[tup
     answered = [m["target_tokens"] for m in metrics if is_number(m.get("target_tokens"))]
     if answered:
         rows.append(("of them the target's", f"{sum(answered):,.0f} tokens"))
+    used = [Usage(**m["target_usage"]) for m in metrics if m.get("target_usage")]
+    for name, of_stage in (
+        ("target in training", sum(used, Usage()) if used else None),
+        ("target in the evaluation", None if evaluation is None else evaluation.target_usage),
+        ("judge", None if evaluation is None or not evaluation.judge else evaluation.judge.usage),
+    ):
+        if of_stage is not None:
+            rows.append((name, usage_words(of_stage)))
+    failed = [m["failed_responses"] for m in metrics if is_number(m.get("failed_responses"))]
+    if any(failed):
+        rows.append(("failed in training", f"{sum(failed):,} responses, left out"))
+    if evaluation is not None and evaluation.failed_responses:
+        rows.append(
+            ("failed in the evaluation", f"{evaluation.failed_responses:,} responses, left out")
+        )
     if evaluation is not None:
         rows.append(("generation", f"{evaluation.tokens_per_second:,.0f} tokens/s"))
     if report.peak_rss_bytes is not None:

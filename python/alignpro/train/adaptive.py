@@ -45,7 +45,7 @@ class RunningSplit:
         rewrites = [w for group in rollout.rewrites for w in group]
         responses = [r for w in rewrites for r in w.responses]
         written = sum(len(w.tokens) for w in rewrites) / len(rewrites)
-        answered = sum(len(r.tokens) for r in responses) / len(responses)
+        answered = sum(r.num_tokens for r in responses) / len(responses)
         return RunningSplit(
             between,
             within,
@@ -99,11 +99,13 @@ class Adaptive:
 
 
 def variance_split(rollout: Rollout) -> VarianceSplit | None:
-    """Where the reward's variance comes from; None without two rewrites and two responses each that
-    were drawn independently."""
+    """Where the reward's variance comes from, over the prompts with every response there; None
+    without two rewrites and two responses each that were drawn independently."""
     if rollout.common_draws:
         return None
     rewards = [[[r.reward for r in w.responses] for w in group] for group in rollout.rewrites]
-    if len(rewards[0]) < 2 or len(rewards[0][0]) < 2:
+    most = max(len(row) for group in rewards for row in group)
+    whole = [group for group in rewards if all(len(row) == most for row in group)]
+    if most < 2 or not whole or len(whole[0]) < 2:
         return None
-    return law_of_total_variance(rewards)
+    return law_of_total_variance(whole)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alignpro.config import Budget, ClientConfig
 from alignpro.files import PARTIAL, whole_file, write_file, write_json
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
 from alignpro.run_directory import one_line, remove_run_files
@@ -121,5 +122,8 @@ MAY_CHANGE = frozenset(
         *("micro_batch_size", "memory_limit", "activations"),
         *("prompter.kv_cache_bytes", "prompter.prefix_cache", "prompter.max_batch_rows"),
         *("target.kv_cache_bytes", "target.prefix_cache", "target.max_batch_rows"),
+        *("target.endpoint", "target.api_key_env", "target.max_failed"),
+        *(f"target.client.{f.name}" for f in fields(ClientConfig) if f.name != "body"),
+        *(f"target.client.budget.{f.name}" for f in fields(Budget)),
     }
 )

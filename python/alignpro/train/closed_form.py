@@ -46,7 +46,7 @@ from alignpro.train.trajectories import (
     token_sequence,
     written_by_prompter,
 )
-from alignpro.types import Response, Rewrite
+from alignpro.types import Response, Rewrite, Usage
 
 ROLLOUTS = "rollouts.jsonl"  # in the run directory: a line for each ``prompts_per_step`` prompts
 OnProgress = Callable[[str, int, int], None]  # "rollouts", prompts done, prompts in all
@@ -86,7 +86,9 @@ class ClosedFormFit(TrainingRun):
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
         with self.directory:
-            groups = [[written_by_prompter(w) for w in group] for group in self.rollouts()]
+            # The losses compare all N rewrites of a prompt, so one without an answer leaves it out.
+            answered = [g for g in self.rollouts() if all(w.responses for w in g)]
+            groups = [[written_by_prompter(w) for w in group] for group in answered]
             with watchers.watching(to_mapping(self.config), 0):
                 self._fit(groups, watchers)
             save_peft(self.run_dir / "adapter", self.policy.weights())
@@ -136,11 +138,7 @@ class ClosedFormFit(TrainingRun):
         path = self.run_dir / ROLLOUTS
         there = read_metrics(path)[: len(chunks)] if path.exists() else []
         truncate_metrics(path, steps=len(there))  # a line that a crash cut short
-        groups = [
-            [Rewrite(**{**w, "responses": [Response(**r) for r in w["responses"]]}) for w in group]
-            for row in there
-            for group in row["rewrites"]
-        ]
+        groups = [[_rewrite(w) for w in group] for row in there for group in row["rewrites"]]
         missing = list(enumerate(chunks))[len(there) :]
         if missing:
             with self.directory:
@@ -257,3 +255,13 @@ _ROLLOUT_FIELDS = (
 def _of_the_rollouts(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: config.get(name) for name in _ROLLOUT_FIELDS}
     return {**fields, "closed_form.num_prompts": config.get("closed_form", {}).get("num_prompts")}
+
+
+def _rewrite(fields: Mapping[str, Any]) -> Rewrite:
+    """As it was written down."""
+
+    def response(fields: Mapping[str, Any]) -> Response:
+        usage = fields.get("usage")
+        return Response(**{**fields, "usage": None if usage is None else Usage(**usage)})
+
+    return Rewrite(**{**fields, "responses": [response(r) for r in fields["responses"]]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from alignpro.findings import diversity
 from alignpro.train.adaptive import variance_split
 from alignpro.train.trajectories import StepBatch
-from alignpro.types import Rollout
+from alignpro.types import Rollout, Usage
 
 
 def rollout_row(
@@ -24,14 +25,15 @@ def rollout_row(
     responses = [r for w in rewrites for r in w.responses]
     rewards = torch.tensor([r.reward for r in responses], dtype=torch.float64)
     several = len(responses) > 1
-    row = {
+    row: dict[str, Any] = {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()) if several else None,
         "reward_variance": float(rewards.var()) if several else None,
-        "num_rewrites": batch.rewards.shape[1],
+        "num_rewrites": max(len(group) for group in rollout.rewrites),
         "num_responses": 1,
         "zero_advantage_groups": batch.zero_advantage_groups,
-        "response_tokens": _mean(len(r.tokens) for r in responses),
+        "failed_responses": len(rollout.failed),
+        "response_tokens": _mean(r.num_tokens for r in responses),
         "truncated_responses": sum(r.finish_reason == "length" for r in responses),
         "kept_mass": _mean(mass for r in responses for mass in r.kept_mass),
         "sample": responses[0].text,
@@ -45,7 +47,7 @@ def rollout_row(
         split = variance_split(rollout)
         distinct, common = diversity(rollout)
         row |= {
-            "num_responses": len(rewrites[0].responses),
+            "num_responses": max(len(w.responses) for w in rewrites),
             "variance_between": None if split is None else split.between_rewrites,
             "variance_within": None if split is None else split.within_rewrite,
             "rewrite_tokens": _mean(len(w.tokens) for w in rewrites),
@@ -55,6 +57,12 @@ def rollout_row(
             "empty_rewrites": sum(not w.text for w in rewrites),
             "sample": rewrites[0].text,
         }
+    else:
+        row["num_rewrites"] = len(responses) // len(rollout.rewrites)
+    # Rewrites of one text share their responses, which were paid for once.
+    told = {id(r): r.usage for r in responses if r.usage is not None}.values()
+    if told:
+        row["target_usage"] = asdict(sum(told, Usage()))
     return row
 
 

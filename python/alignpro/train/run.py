@@ -10,10 +10,11 @@ from alignpro.config import SftConfig, TrainConfig, to_mapping
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.files import write_json
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
+from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
-from alignpro.run_directory import check_run_dir, open_run_dir
+from alignpro.run_directory import CALLS, check_run_dir, open_run_dir
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.critic import ValueHead
 from alignpro.train.held_out import load_held_out
@@ -62,14 +63,17 @@ def make_trainer(
     rows = load_prompts(config.data, split=config.split)
     held_out = load_held_out(config, rows)
     reward = build_reward(config.reward)
+    prompter: NativeModel
+    target: NativeModel | ChatModel
     if config.policy == "target":  # no prompter takes part
         prompter = target = load_model(config.trained, config.threads)
     else:
-        prompter, target = load_models(config.prompter, config.target, config.threads)
+        calls = Path(config.run_dir) / CALLS
+        prompter, target = load_models(config.prompter, config.target, config.threads, calls=calls)
     start = config.trained.adapter
     if resume and (run_dir / "reference").is_dir():
         start = str(run_dir / "reference")
-    trained = target if config.policy == "target" else prompter
+    trained = _trained(config, prompter, target)
     weights = None if start is None else load_peft(Path(start), trained.lora_modules)
     return trainer_from(
         *(config, prompter, target, reward, rows, weights),
@@ -82,7 +86,7 @@ def make_trainer(
 def trainer_from(
     config: TrainConfig,
     prompter: NativeModel,
-    target: NativeModel,
+    target: NativeModel | ChatModel,
     reward: Reward,
     rows: Sequence[PromptRow],
     weights: LoraWeights | None,
@@ -94,7 +98,7 @@ def trainer_from(
     """A trainer over loaded parts. ``weights``: where training starts, and the reference; None is a
     fresh adapter, whose reference is the base model. ``held_out``: see `load_held_out`."""
     reference: Reference = "base"
-    trained = target if config.policy == "target" else prompter
+    trained = _trained(config, prompter, target)
     if weights is None:
         policy = LoraPolicy.fresh(trained, config.lora, seed=config.seed)
     else:
@@ -118,3 +122,12 @@ def trainer_from(
     if weights is not None and not (trainer.run_dir / "reference").is_dir():
         save_peft(trainer.run_dir / "reference", weights)
     return trainer
+
+
+def _trained(
+    config: TrainConfig, prompter: NativeModel, target: NativeModel | ChatModel
+) -> NativeModel:
+    if config.policy == "prompter":
+        return prompter
+    assert isinstance(target, NativeModel)  # the configuration's rule
+    return target

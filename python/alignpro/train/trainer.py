@@ -17,8 +17,10 @@ from alignpro.config import TrainConfig, from_mapping, to_mapping
 from alignpro.data.load import PromptRow
 from alignpro.files import write_json
 from alignpro.models.adapter import save_peft
+from alignpro.models.http_client import BudgetError, EndpointError
+from alignpro.models.in_flight import FailedRowsError
 from alignpro.pipeline import Pipeline, derive_seed
-from alignpro.run_directory import open_run_dir
+from alignpro.run_directory import add_note, open_run_dir
 from alignpro.train.adaptive import Adaptive
 from alignpro.train.callbacks import TrainCallback, Watchers
 from alignpro.train.checkpoint import (
@@ -153,6 +155,7 @@ class Trainer(TrainingRun):
         Raises:
             RuntimeError: a scored log-probability differs from the sampled one (``strict_parity``).
             KeyboardInterrupt: after the checkpoint is written; it says how to go on.
+            FailedRowsError, BudgetError, EndpointError: a target that cannot go on; likewise.
             RewardError, ValueError, and what a callback raises: likewise after the checkpoint.
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
@@ -184,9 +187,11 @@ class Trainer(TrainingRun):
                 if self.step % self.config.checkpoint_every == 0:
                     self._checkpoint(watchers)
         except BaseException as error:
+            command = f"alignpro train {self.run_dir / 'config.json'} --resume"
             if isinstance(error, KeyboardInterrupt):
-                command = f"alignpro train {self.run_dir / 'config.json'} --resume"
                 error.args = (f"after step {self.step}; go on with: {command}",)
+            elif isinstance(error, (FailedRowsError, BudgetError, EndpointError)):
+                add_note(error, f"after step {self.step}; go on with: {command}")
             with self.directory.after(error, "writing the checkpoint"):
                 self._checkpoint(watchers, after=error)
             raise

@@ -38,7 +38,7 @@ class Trajectory:
 class StepBatch:
     """The trajectories of one step, those of a prompt beside each other."""
 
-    rewards: torch.Tensor  # [P, N] float64, of all that was sampled
+    rewards: torch.Tensor  # [R] float64, of all that was sampled and answered
     trajectories: list[Trajectory]  # S of them, those that are learnt from
     groups: list[list[int]]  # of each prompt: which trajectories are its own
     advantages: torch.Tensor  # [S] float32: reward minus baseline; rewards where a critic has it
@@ -48,9 +48,12 @@ class StepBatch:
 def trajectories_of(
     rollout: Rollout, policy: Literal["prompter", "target"]
 ) -> list[list[Trajectory]]:
-    """[P][N]: rewrites with the mean reward of their responses, or responses to raw prompts."""
+    """[P][N]: rewrites with the mean reward of their responses, or responses to raw prompts. A
+    rewrite without a response is no trajectory: nobody judged it."""
     if policy == "prompter":
-        return [[written_by_prompter(w) for w in group] for group in rollout.rewrites]
+        return [
+            [written_by_prompter(w) for w in group if w.responses] for group in rollout.rewrites
+        ]
     return [
         [
             Trajectory(w.target_tokens, r.tokens, r.logprobs, r.reward, r.finish_reason == "stop")
@@ -68,38 +71,41 @@ def written_by_prompter(w: Rewrite) -> Trajectory:
 def step_batch(config: TrainConfig, rollout: Rollout, baseline: MovingBaseline) -> StepBatch:
     """The trajectories to learn from, with the advantages of the configured algorithm."""
     written = trajectories_of(rollout, config.policy)
-    rewards = torch.tensor([[t.reward for t in group] for group in written], dtype=torch.float64)
-    equal = (
-        zero_advantage_groups(rewards)
-        if rewards.shape[1] > 1
-        else torch.zeros(len(rewards), dtype=torch.bool)
-    )
+    rewards = [torch.tensor([t.reward for t in g], dtype=torch.float64) for g in written]
+    equal = [len(r) > 1 and bool(zero_advantage_groups(r[None])) for r in rewards]
     advantages = advantages_of(config, rewards, baseline)
-    kept = (~equal if config.zero_advantage_group == "skip" else torch.ones_like(equal)).nonzero()
-    rows = kept.flatten().tolist()
-    trajectories = [t for row in rows for t in written[row]]
-    groups, begin = [], 0
-    for row in rows:
-        groups.append(list(range(begin, begin + len(written[row]))))
-        begin = groups[-1][-1] + 1
+    # A rewrite whose siblings all failed has nothing to be compared with, and teaches as little.
+    teaches = [len(r) > (1 if config.group_baseline else 0) for r in rewards]
+    trajectories: list[Trajectory] = []
+    groups: list[list[int]] = []
+    kept: list[torch.Tensor] = []
+    for row, group in enumerate(written):
+        skipped = config.zero_advantage_group == "skip" and (equal[row] or not teaches[row])
+        if not group or skipped:
+            continue
+        groups.append(list(range(len(trajectories), len(trajectories) + len(group))))
+        trajectories += group
+        kept.append(advantages[row])
     return StepBatch(
-        rewards=rewards,
+        rewards=torch.cat(rewards),
         trajectories=trajectories,
         groups=groups,
-        advantages=advantages[rows].flatten().to(torch.float32),
-        zero_advantage_groups=int(equal.sum()),
+        advantages=torch.cat(kept or [torch.zeros(0)]).to(torch.float32),
+        zero_advantage_groups=sum(equal),
     )
 
 
 def advantages_of(
-    config: TrainConfig, rewards: torch.Tensor, baseline: MovingBaseline
-) -> torch.Tensor:
-    """[P, N] to [P, N]. With a value head the rewards as they are: `gae` has the baseline."""
+    config: TrainConfig, rewards: Sequence[torch.Tensor], baseline: MovingBaseline
+) -> list[torch.Tensor]:
+    """[P][N] to [P][N]. With a value head the rewards as they are: `gae` has the baseline."""
     if config.algorithm == "reinforce":
-        return reinforce(rewards, baseline)
+        sizes = [len(r) for r in rewards]
+        return list(torch.split(reinforce(torch.cat(list(rewards))[None], baseline)[0], sizes))
     if config.ppo.value_head:
-        return rewards
-    return group_normalized(rewards) if config.normalize_advantage else rloo(rewards)
+        return list(rewards)
+    compared = group_normalized if config.normalize_advantage else rloo
+    return [compared(r[None])[0] if len(r) > 1 else torch.zeros_like(r) for r in rewards]
 
 
 def scored(trajectories: Sequence[Trajectory]) -> tuple[list[list[int]], list[int]]:

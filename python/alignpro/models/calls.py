@@ -1,0 +1,111 @@
+"""Calls to an endpoint and their answers, in a file of JSON lines from which they are replayed.
+
+A call is known by everything that it asks for and by its draw. What the endpoint made of the
+parameters is written down as well, and where a run went on without an answer, the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from alignpro.files import write_file
+from alignpro.models.reply import Answer
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, as it is known: before it is put into the endpoint's own words."""
+
+    body: dict[str, Any]
+    seed: int
+    sample: int
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+class CallFile:
+    """Answers by call. Without a path they are kept in memory alone.
+
+    Holds requests and answers as they are, and never a key.
+
+    Raises:
+        ValueError: a line that is no call; a last line that a crash cut short is dropped.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.replayed = 0
+        self._known: dict[str, Answer | str] = {}  # a text: why there is none
+        self.changes: dict[str, str | None] = {}  # see `dialect.Dialect`
+        # Of all that is written down: requests sent, and tokens read and written.
+        self.attempts = self.input_tokens = self.output_tokens = 0
+        self._lock = threading.Lock()
+        if path is not None and path.exists():
+            self._read(path)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, call: Call) -> Answer | str | None:
+        """The answer, or why the run went on without one; None for a call that is not known."""
+        known = self._known.get(call.key)
+        self.replayed += known is not None
+        return known
+
+    def put(self, call: Call, answer: Answer, *, attempts: int, seconds: float) -> None:
+        row = {
+            "key": call.key,
+            "request": call.body,
+            "seed": call.seed,
+            "sample": call.sample,
+            "answer": asdict(answer),
+            "attempts": attempts,
+            "seconds": round(seconds, 3),
+        }
+        self._add(row)
+
+    def put_failure(self, call: Call, reason: str) -> None:
+        """That a run went on without an answer."""
+        self._add({"key": call.key, "request": call.body, "failed": reason})
+
+    def put_changes(self, changes: dict[str, str | None]) -> None:
+        """What the endpoint refuses, and what is sent instead."""
+        self._add({"changes": changes})
+
+    def _add(self, row: dict[str, Any]) -> None:
+        with self._lock:
+            self._take(row)
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+    def _take(self, row: dict[str, Any]) -> None:
+        if "changes" in row:
+            self.changes = dict(row["changes"])
+        elif "failed" in row:
+            self._known[row["key"]] = str(row["failed"])
+        else:
+            answer = self._known[row["key"]] = Answer(**row["answer"])
+            self.attempts += int(row["attempts"])
+            self.input_tokens += answer.input_tokens or 0
+            self.output_tokens += answer.output_tokens or 0
+
+    def _read(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{path}, line {number}: expected a recorded call; move the file away"
+                ) from None
+        if whole != text:
+            write_file(path, whole)

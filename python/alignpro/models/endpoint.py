@@ -1,0 +1,206 @@
+"""A model behind an OpenAI-compatible endpoint, as a `ChatModel`: a target, or a judge."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from alignpro.config import ClientConfig, ModelConfig
+from alignpro.models.arguments import with_seed
+from alignpro.models.calls import Call, CallFile
+from alignpro.models.http_client import HttpClient
+from alignpro.models.language_model import RequestError
+from alignpro.models.reply import Answer
+from alignpro.types import Chat, Completion, SamplingParams, Usage
+
+
+class EndpointModel:
+    """What ``config.endpoint`` calls ``config.model``. Nothing is asked before the first request.
+
+    Args:
+        calls: the file of every call and its answer, unless ``config.client.calls`` names another.
+            What is in it already is replayed: a call that asks for the same is not made again.
+
+    Raises:
+        ValueError: there is no key and nothing to replay, or ``calls`` is no such file.
+    """
+
+    def __init__(self, config: ModelConfig, calls: Path | None = None) -> None:
+        self.name = config.name
+        self.endpoint = config.endpoint
+        named = config.client.calls
+        self.calls = CallFile(calls if named is None else Path(named))
+        self._config = config
+        self._http = HttpClient(config, self.calls)
+        self._under_way: dict[str, Future[Answer]] = {}  # by key
+        if not len(self.calls):
+            self._http.read_key()
+
+    def __repr__(self) -> str:
+        return f"EndpointModel({self.name!r}, {self.endpoint!r})"
+
+    def client(self) -> EndpointClient:
+        """See `ChatModel.client`."""
+        return EndpointClient(self)
+
+    def answer(self, call: Call) -> Future[Answer]:
+        """The recorded answer, that of the same call under way, or a new one."""
+        under_way = self._under_way.get(call.key)
+        if under_way is not None:
+            return under_way
+        known = self.calls.get(call)
+        if known is None:
+            self._under_way[call.key] = future = self._http.start(call)
+            # By then the file has the answer.
+            future.add_done_callback(lambda _: self._under_way.pop(call.key, None))
+            return future
+        future = Future()
+        if isinstance(known, str):
+            future.set_exception(RequestError(known))
+        else:
+            future.set_result(known)
+        return future
+
+    def call(self, conversation: Chat, params: SamplingParams, sample: int) -> Call:
+        """What is asked for, in the words of OpenAI, and of vLLM where they have none."""
+        assert params.seed is not None
+        body: dict[str, Any] = {
+            "model": self.name,
+            "messages": [dict(message) for message in conversation],
+            "temperature": params.temperature,
+            "max_tokens": params.max_new_tokens,
+            # Draws differ also at an endpoint that takes seeds and knows no samples.
+            "seed": _short_seed(params.seed, sample),
+        }
+        plain = SamplingParams()
+        for ours, theirs in _NAMES.items():
+            value = getattr(params, ours)
+            if value != getattr(plain, ours):
+                body[theirs] = list(value) if isinstance(value, tuple) else value
+        body |= self._config.client.body or {}
+        return Call({k: v for k, v in body.items() if v is not None}, params.seed, sample)
+
+    def usage(self, answer: Answer | None = None) -> Usage:
+        """What an answer took, at the configured prices; None: all that the file of calls holds."""
+        of = self.calls if answer is None else answer
+        return priced(of.input_tokens or 0, of.output_tokens or 0, self._config.client)
+
+    def spent(self) -> str:
+        """What was asked for so far, in words."""
+        calls, total = self.calls, self.usage()
+        cost = "" if total.cost is None else f", cost {total.cost:.4g}"
+        return (
+            f"{self.name}: {calls.attempts:,} calls, {total.input_tokens:,} tokens read, "
+            f"{total.output_tokens:,} written{cost}; {calls.replayed:,} answers replayed"
+        )
+
+
+class EndpointHandle:
+    """One answer under way."""
+
+    def __init__(self, model: EndpointModel, call: Call) -> None:
+        self._model, self._call = model, call
+        self.future = model.answer(call)
+
+    def completion(self) -> Completion:
+        """What was answered.
+
+        Raises:
+            RequestError: nothing, after all retries. EndpointError, BudgetError: see there.
+        """
+        if not self.future.done():
+            raise RuntimeError("the request is not finished; step() its client until it is")
+        try:
+            answer = self.future.result()
+        except RequestError as error:
+            reason = str(error)
+
+            def accept() -> None:
+                self._model.calls.put_failure(self._call, reason)
+
+            raise RequestError(reason, accept) from None
+        text, finish_reason = answer.text, answer.finish_reason
+        cut = [at for stop in self._call.body.get("stop", ()) if (at := text.find(stop)) >= 0]
+        if cut:  # by an endpoint that was not told, or leaves the stop text in
+            text, finish_reason = text[: min(cut)], "stop"
+        return Completion(
+            tokens=[],
+            text=text,
+            logprobs=[],
+            kept_mass=[],
+            finish_reason=finish_reason,
+            prompt_tokens=[],
+            reasoning=answer.reasoning,
+            usage=self._model.usage(answer),
+        )
+
+
+class EndpointClient:
+    """See `language_model.ChatClient`."""
+
+    def __init__(self, model: EndpointModel) -> None:
+        self._model = model
+        self._finished: queue.SimpleQueue[EndpointHandle] = queue.SimpleQueue()
+        self._under_way: set[EndpointHandle] = set()
+
+    def submit(
+        self, conversation: Chat, params: SamplingParams, *, sample: int = 0
+    ) -> EndpointHandle:
+        """Queue one answer; see `language_model.ChatClient.submit`."""
+        call = self._model.call(conversation, with_seed(params), sample)
+        handle = EndpointHandle(self._model, call)
+        self._under_way.add(handle)
+        handle.future.add_done_callback(lambda _: self._finished.put(handle))
+        return handle
+
+    def step(self) -> Sequence[EndpointHandle]:
+        """What has finished; where nothing has, the next that does."""
+        if self.idle():
+            return []
+        finished = [self._finished.get()]
+        while not self._finished.empty():
+            finished.append(self._finished.get())
+        self._under_way.difference_update(finished)
+        return finished
+
+    def launch(self) -> None:
+        """Calls are under way by themselves."""
+
+    def ready(self) -> bool:
+        return not self._finished.empty()
+
+    def cancel(self) -> None:
+        for handle in self._under_way:
+            handle.future.cancel()
+
+    def idle(self) -> bool:
+        return not self._under_way
+
+
+def priced(read: int, written: int, client: ClientConfig) -> Usage:
+    """Tokens with what they cost, where both prices are known."""
+    if client.input_price is None or client.output_price is None:
+        return Usage(read, written)
+    return Usage(read, written, (read * client.input_price + written * client.output_price) / 1e6)
+
+
+# Of `SamplingParams`, sent where they are not the defaults.
+_NAMES = {
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "stop": "stop",
+    "min_new_tokens": "min_tokens",
+    "ignore_eos": "ignore_eos",
+    "stop_token_ids": "stop_token_ids",
+}
+
+
+def _short_seed(seed: int, sample: int) -> int:
+    """31 bits, which every endpoint takes."""
+    digest = hashlib.sha256(f"{seed} {sample}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1

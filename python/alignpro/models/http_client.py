@@ -1,0 +1,349 @@
+"""Chat completions over HTTP: so many at a time, so often, for so long, again, and for so much.
+
+One event loop, in a thread of its own, has every call under way; the seam outside of it is
+synchronous (`endpoint.EndpointClient`).
+
+The client is httpx2: maintained, with an asynchronous side whose calls end when they are cancelled,
+and installed with tokenizers already. Retries are written here: a library for them (tenacity,
+stamina) knows neither a pause that all calls keep (Retry-After) nor a refusal that changes the
+request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import logging
+import math
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from alignpro.config import Budget, ModelConfig
+from alignpro.models.calls import Call, CallFile
+from alignpro.models.dialect import Dialect
+from alignpro.models.language_model import RequestError
+from alignpro.models.reply import Answer, one_line, read_reply
+
+if TYPE_CHECKING:
+    import httpx2
+
+_log = logging.getLogger(__name__)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts; each twice the last
+_LONGEST_RETRY_AFTER = 600.0  # seconds; an endpoint that asks for more has no answer for us
+_SECRET = 12  # characters; shorter keys are placeholders ("EMPTY"), and may be words of an answer
+_BUDGET_POLL = 0.05  # seconds between looks at whether a call under way left some of a budget
+_BYTES_PER_TOKEN = 3.0  # of text; a low guess, to reserve enough of a budget
+
+
+class EndpointError(RuntimeError):
+    """The endpoint refuses every call: the key, the model or the account. It ends the run."""
+
+
+class BudgetError(RuntimeError):
+    """The budget of an endpoint is spent. It ends the run, which can be resumed."""
+
+
+class _Again(Exception):
+    """An attempt failed in a way that passes."""
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause  # seconds
+
+
+class HttpClient:
+    """The calls to one endpoint."""
+
+    def __init__(self, config: ModelConfig, calls: CallFile) -> None:
+        assert config.endpoint is not None
+        self._url = config.endpoint.rstrip("/").removesuffix("/chat/completions")
+        self._url += "/chat/completions"
+        self._name, self._key_env, self._options = config.name, config.api_key_env, config.client
+        self._calls = calls
+        self._dialect = Dialect(calls.changes)
+        self._budget = _Account(config.client.budget, config, calls)
+        self._key = ""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting = threading.Lock()
+
+    def read_key(self) -> str:
+        """The key, from its environment variable; none of the messages shows it.
+
+        Raises:
+            ValueError: the variable is not set, or what is in it cannot be a key.
+        """
+        if self._key_env is None:
+            return ""
+        key = os.environ.get(self._key_env, "").strip()
+        where = f"api_key_env: the environment variable {self._key_env}"
+        if not key:
+            raise ValueError(f"{where} is not set; set it, or api_key_env=null for no key")
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError(f"{where}: expected a key of printable characters without spaces")
+        return key
+
+    def start(self, call: Call) -> Future[Answer]:
+        """Put a call under way."""
+        with self._starting:
+            if self._loop is None:
+                self._key = self.read_key()
+                loop = asyncio.new_event_loop()
+                threading.Thread(target=loop.run_forever, daemon=True, name="endpoint").start()
+                asyncio.run_coroutine_threadsafe(self._open(), loop).result()
+                self._loop = loop
+                weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
+        future: Future[Answer] = Future()
+        self._loop.call_soon_threadsafe(self._begin, call, future)
+        return future
+
+    # --- on the loop ---
+
+    def _begin(self, call: Call, future: Future[Answer]) -> None:
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._settle(call, future))
+        self._tasks.add(task)  # the loop's own reference is a weak one
+        task.add_done_callback(self._tasks.discard)
+
+        def cancel(future: Future[Answer]) -> None:
+            if future.cancelled():
+                loop.call_soon_threadsafe(task.cancel)
+
+        future.add_done_callback(cancel)
+
+    async def _settle(self, call: Call, future: Future[Answer]) -> None:
+        try:
+            answer = await self._answer(call)
+        except Exception as error:
+            with suppress(InvalidStateError):  # it was cancelled meanwhile
+                future.set_exception(error)
+        else:
+            with suppress(InvalidStateError):
+                future.set_result(answer)
+
+    async def _open(self) -> None:
+        import httpx2
+
+        options = self._options
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._http = httpx2.AsyncClient(
+            headers=headers,
+            timeout=httpx2.Timeout(None, connect=options.connect_seconds),
+            # A connection is for one call: the second copy of a reply that a server or a proxy
+            # sends twice would be taken for the answer to the next call.
+            limits=httpx2.Limits(max_connections=options.concurrency, max_keepalive_connections=0),
+        )
+        self._slots = asyncio.Semaphore(options.concurrency)
+        self._first, self._first_is_done = asyncio.Lock(), False
+        self._next_turn = self._not_before = 0.0  # in the loop's time
+
+    async def _answer(self, call: Call) -> Answer:
+        """What the endpoint refuses is learnt by the first call, which goes alone."""
+        if not self._first_is_done:
+            async with self._first:
+                if not self._first_is_done:
+                    try:
+                        return await self._attempts(call)
+                    finally:
+                        self._first_is_done = True
+        return await self._attempts(call)
+
+    async def _attempts(self, call: Call) -> Answer:
+        failures = sent = 0
+        started = time.monotonic()
+        while True:
+            try:
+                async with self._slots:
+                    await self._turn()
+                    with await self._budget.reserve(call):
+                        sent += 1
+                        answer = await self._attempt(call)
+                    if answer is not None:
+                        answer = _with_tokens(answer, call)
+                        took = time.monotonic() - started
+                        self._calls.put(call, answer, attempts=sent, seconds=took)
+                        return answer
+            except _Again as error:
+                failures += 1
+                if failures > self._options.max_retries:
+                    times = "1 attempt" if failures == 1 else f"{failures} attempts"
+                    raise RequestError(f"{error} ({times})") from None
+                longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (failures - 1))
+                await asyncio.sleep(max(error.pause, longest * random.uniform(0.5, 1.0)))
+
+    async def _turn(self) -> None:
+        """Wait for the pause that the endpoint asked for, and for the next call of this minute."""
+        loop = asyncio.get_running_loop()
+        if self._options.requests_per_minute is not None:
+            begin = max(loop.time(), self._next_turn)
+            self._next_turn = begin + 60.0 / self._options.requests_per_minute
+            await asyncio.sleep(begin - loop.time())
+        while (pause := self._not_before - loop.time()) > 0:
+            await asyncio.sleep(pause)
+
+    async def _attempt(self, call: Call) -> Answer | None:
+        """None: the endpoint refused a parameter, and will be asked without it."""
+        import httpx2
+
+        sent = self._dialect.of(call.body)
+        try:
+            response = await asyncio.wait_for(self._exchange(sent), self._options.timeout_seconds)
+        except asyncio.TimeoutError:
+            raise _Again(f"no answer within {self._options.timeout_seconds:g} s") from None
+        except httpx2.TransportError as error:
+            raise _Again(f"{type(error).__name__}: {error}") from None
+        content = response.content
+        if len(self._key) >= _SECRET:  # which a server may repeat, and nobody is to be shown
+            content = content.replace(self._key.encode(), b"***")
+        try:
+            reply = json.loads(content)
+        except ValueError:  # of UTF-8 as well
+            reply = one_line(content.decode("utf-8", "replace"))
+        status = response.status_code
+        if 200 <= status < 300:
+            try:
+                return read_reply(reply)
+            except ValueError as error:
+                raise _Again(f"no chat completion: {error}") from None
+        self._check_status(status, reply, response)
+        if self._dialect.of(call.body) != sent:  # another call has learnt it
+            return None
+        learnt = self._dialect.learn(sent, reply) if status in (400, 422) else None
+        if learnt is None:
+            raise RequestError(f"HTTP {status}: {_message(reply)}")
+        _log.warning("%s at %s refuses %s", self._name, self._url, learnt)
+        self._calls.put_changes(self._dialect.changes)
+        return None
+
+    async def _exchange(self, body: dict[str, Any]) -> httpx2.Response:
+        request = self._http.build_request("POST", self._url, content=json.dumps(body))
+        limit = self._options.first_byte_seconds
+        try:
+            response = await asyncio.wait_for(self._http.send(request, stream=True), limit)
+        except asyncio.TimeoutError:
+            raise _Again(f"no answer began within {limit:g} s") from None
+        try:
+            await response.aread()
+        finally:
+            await response.aclose()
+        return response
+
+    def _check_status(self, status: int, reply: object, response: httpx2.Response) -> None:
+        """Raise what a status says, but of one that refuses the request itself."""
+        message = f"HTTP {status}: {_message(reply)}"
+        quota = "insufficient_quota" in str(reply)
+        if status in (401, 402, 403, 404) or quota:
+            raise EndpointError(f"{self._name} at {self._url}: {message}")
+        if status in (408, 409, 425, 429) or status >= 500:
+            pause = _retry_after(response.headers.get("retry-after"))
+            if pause > _LONGEST_RETRY_AFTER:
+                raise RequestError(f"{message}; it asks to wait {pause:.0f} s")
+            if pause:
+                now = asyncio.get_running_loop().time()
+                self._not_before = max(self._not_before, now + pause)
+            raise _Again(message, pause)
+
+
+class _Account:
+    """What was spent and what calls under way may still spend, so that no budget is passed."""
+
+    def __init__(self, budget: Budget, config: ModelConfig, calls: CallFile) -> None:
+        self._budget, self._config, self._calls = budget, config, calls
+        self._sent = calls.attempts  # requests
+        self._tokens = [0.0, 0.0]  # reserved: to be read, to be written
+        self._under_way = 0
+
+    async def reserve(self, call: Call) -> AbstractContextManager[None]:
+        """A context for one attempt, when there is enough for it.
+
+        Raises:
+            BudgetError: there is not, and no call under way may leave some.
+        """
+        body = call.body
+        read = _tokens_in(json.dumps(body["messages"]))
+        written = float(body.get("max_tokens") or 0)
+        while (over := self._over(read, written)) is not None:
+            if not self._under_way:
+                raise BudgetError(
+                    f"{self._config.name}: the budget of {over} is spent; raise it and resume: "
+                    "what was answered is not asked for again"
+                )
+            await asyncio.sleep(_BUDGET_POLL)
+        self._sent += 1
+        self._add(1, read, written)
+        return self._held(read, written)
+
+    @contextmanager
+    def _held(self, read: float, written: float) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._add(-1, -read, -written)
+
+    def _add(self, calls: int, read: float, written: float) -> None:
+        self._under_way += calls
+        self._tokens[0] += read
+        self._tokens[1] += written
+
+    def _over(self, read: float, written: float) -> str | None:
+        """The budget that one more call may pass."""
+        budget, client = self._budget, self._config.client
+        read += self._calls.input_tokens + self._tokens[0]
+        written += self._calls.output_tokens + self._tokens[1]
+        if budget.calls is not None and self._sent + 1 > budget.calls:
+            return f"{budget.calls} calls"
+        if budget.tokens is not None and read + written > budget.tokens:
+            return f"{budget.tokens} tokens"
+        cost = read * (client.input_price or 0) + written * (client.output_price or 0)
+        if budget.cost is not None and cost / 1e6 > budget.cost:
+            return f"{budget.cost:g}"
+        return None
+
+
+def _with_tokens(answer: Answer, call: Call) -> Answer:
+    """Of an endpoint that does not say them, estimates."""
+    read, written = answer.input_tokens, answer.output_tokens
+    if read is None:
+        read = _tokens_in(json.dumps(call.body["messages"]))
+    if written is None:
+        written = _tokens_in(answer.reasoning + answer.text)
+    return replace(answer, input_tokens=read, output_tokens=written)
+
+
+def _tokens_in(text: str) -> int:
+    return math.ceil(len(text.encode()) / _BYTES_PER_TOKEN)
+
+
+def _message(reply: object) -> str:
+    """What an error reply says, wherever it says it."""
+    while isinstance(reply, dict):
+        inner = next((reply[k] for k in ("error", "message", "detail") if reply.get(k)), None)
+        if inner is None:
+            break
+        reply = inner
+    return one_line(reply)
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds that a Retry-After asks for, as a number or a date; 0 for anything else."""
+    if value is None:
+        return 0.0
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0

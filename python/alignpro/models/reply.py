@@ -1,0 +1,98 @@
+"""What an endpoint replies: the answer, the reasoning before it, and what both took."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alignpro.models.language_model import RequestError
+from alignpro.types import FinishReason
+
+_OPENED = re.compile(r"\s*<(think|thinking|thought|reasoning)>")
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    reasoning: str
+    finish_reason: FinishReason
+    input_tokens: int | None  # None: the endpoint does not say
+    output_tokens: int | None  # reasoning included
+
+
+def split_reasoning(text: str) -> tuple[str | None, str]:
+    """(answer, reasoning) of a text that may begin with a block of reasoning; None as the answer of
+    one whose block is never closed.
+
+    The block may have been opened by the chat template: then "</think>" alone ends it.
+    """
+    opened = _OPENED.match(text)
+    end = f"</{opened[1]}>" if opened else "</think>"
+    before, closed, after = text.rpartition(end)
+    begin = opened.end() if opened else 0
+    if closed:
+        return after.lstrip(), before[begin:].strip()
+    return (None, text[begin:].strip()) if opened else (text, "")
+
+
+def read_reply(reply: object) -> Answer:
+    """The first choice of a chat completion.
+
+    Raises:
+        ValueError: it is no chat completion. RequestError: it is one without an answer.
+    """
+    choice = _at(_at(reply, "choices"), 0)
+    message = _at(choice, "message")
+    if not isinstance(message, Mapping):
+        raise ValueError(f"expected choices with a message, got {one_line(reply)}")
+    ended = choice.get("finish_reason")
+    content = _text(message.get("content"))
+    reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning")) or ""
+    answer, block = (None, "") if content is None else split_reasoning(content)
+    reasoning = reasoning or block
+    if ended == "content_filter":
+        raise RequestError("no answer: the endpoint's content filter cut it")
+    if not answer and ended == "length":
+        raise RequestError(
+            "no answer: the reply was cut (finish_reason length) before one began; allow more "
+            "tokens, or turn the model's reasoning off"
+        )
+    if answer is None:
+        if not reasoning and content is None and not message.get("tool_calls"):
+            raise ValueError(f"expected text in the message, got {one_line(message)}")
+        what = "reasoning alone" if reasoning else "a tool call"
+        raise RequestError(f"no answer: the reply is {what} (finish_reason {ended})")
+    usage = reply.get("usage") if isinstance(reply, Mapping) else None
+    read, written = (_count(usage, f"{kind}_tokens") for kind in ("prompt", "completion"))
+    return Answer(answer, reasoning, "length" if ended == "length" else "stop", read, written)
+
+
+def one_line(value: object) -> str:
+    """At most 200 characters of it."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _at(value: Any, key: str | int) -> Any:
+    try:
+        return value[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _text(content: object) -> str | None:
+    """Of a text, or of a list of parts."""
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        content = "".join(part for part in parts if isinstance(part, str))
+    if not isinstance(content, str):
+        return None
+    # JSON can say half of a surrogate pair, which is no text.
+    return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _count(usage: object, name: str) -> int | None:
+    value = usage.get(name) if isinstance(usage, Mapping) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
