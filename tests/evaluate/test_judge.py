@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import threading
 import time
 
@@ -15,9 +16,12 @@ from alignpro.evaluate.arms import Arm
 from alignpro.evaluate.judge import JudgeError, VerdictFile, judge_arms
 from alignpro.evaluate.judges import (
     EndpointJudge,
+    LocalJudge,
     fingerprint,
+    read_verdict,
 )
 from alignpro.evaluate.results import to_json
+from alignpro.models.native_model import load_model
 from alignpro.statistics import length_controlled_win_rate
 from alignpro.types import Response, Rewrite, Rollout
 from chat_server import Fault
@@ -326,3 +330,73 @@ def test_comparisons_of_one_prompt_have_no_interval(server):
     result = ask(server, single)["comparisons"]["trained_vs_raw"]
     assert (result["n"], result["win_rate"], result["ci95"]) == (1, 1.0, None)
     assert result["length_controlled_win_rate"] is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("A", "A"),
+        ("**B**", "B"),
+        ("Answer: B", "B"),
+        ("The better response is A.", "A"),
+        ("[[A]]", "A"),
+        ("<think>\nB is long, so A?\n</think>\n\nB", "B"),
+        ("B is longer</think>A", "A"),
+        ("<reasoning>B is odd</reasoning>A", "A"),
+        ('{"winner": "A"}', "A"),
+        ('```json\n{"verdict": "B", "why": "A is short"}\n```', "B"),
+        ('{"verdict": "tie"}', "tie"),
+        ("tie", "tie"),
+        ("Tie.", "tie"),
+        ("It's a tie.", "tie"),
+        ("Verdict: draw", "tie"),
+        ("C", "tie"),
+        ("[[C]]", "tie"),
+        ("Both", "tie"),
+        ("Both are equally good.", "tie"),
+        ("Neither", "tie"),
+        ("equal", "tie"),
+        ("They are equal", "tie"),
+        ("<think>A then", None),
+        ("", None),
+        ("a", None),
+        ("A good answer, but B is better", None),
+        ("Both have their merits, but B", None),
+        ('{"winner": "A", "verdict": "B"}', None),
+    ],
+)
+def test_a_reply_is_read_as_what_it_says(reply, verdict):
+    assert read_verdict(reply) == verdict
+
+
+def test_ties_are_worth_half(server):
+    server.verdict = lambda asked: "tie" if asked.prompt in PROMPTS[:2] else better(asked)
+    result = ask(server, ARMS)["comparisons"]["trained_vs_raw"]
+    assert (result["wins"], result["ties"], result["losses"], result["errors"]) == (1, 2, 1, 0)
+    assert result["win_rate"] == 0.5
+
+
+def test_a_judge_cut_in_its_reasoning_is_told_apart_from_one_without_a_verdict(server):
+    server.answer = lambda asked: Fault.reply("<think>First", "length")
+    with pytest.raises(JudgeError, match=r"finish_reason length.*judge\.max_tokens is 16"):
+        ask(server, ARMS)
+
+
+def test_what_a_judge_took_is_reported(server):
+    server.answer = lambda asked: Fault.reply(better(asked), usage=(100, 2))
+    report = ask(server, ARMS)
+    assert (report["usage"]["input_tokens"], report["usage"]["output_tokens"]) == (800, 16)
+    server.asked.clear()
+    with pytest.raises(JudgeError, match="the budget of 5 calls is spent"):
+        ask(server, ARMS, budget={"calls": 5})
+    assert len(server.asked) == 5
+
+
+def test_a_local_judge_inside_a_block_of_reasoning_is_refused(tiny_model_dir, tmp_path):
+    folder = tmp_path / "judge"
+    shutil.copytree(tiny_model_dir("llama"), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] += "<think>\n"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="opens a block of reasoning"):
+        LocalJudge(load_model(folder, threads=1))

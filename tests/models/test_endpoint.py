@@ -181,6 +181,8 @@ def test_a_reply_without_an_answer_fails_alone_and_at_once(server, reply, reason
         Fault(body="\xff\xfe"),
         Fault.reply(None),
         Fault.reply(7),
+        Fault.reply("half an ans", "error"),
+        Fault(body='{"error": {"message": "upstream is busy", "code": 502}}'),
         Fault(sleep=1.0),
         Fault(body=" " * 100, pause=1.0),
     ],
@@ -308,6 +310,26 @@ def test_what_is_refused_is_learnt_once_said_and_remembered(server, tmp_path, ca
     ]
     ask(model(server, calls), "g", params=params)  # another process: nothing is refused any more
     assert len(server.asked) == 4 + 6 + 1
+
+
+@pytest.mark.parametrize(
+    ("message", "name"),
+    [
+        ("Unrecognized request argument supplied: top_k", "top_k"),
+        ("invalid temperature: only 1 is allowed for this model", "temperature"),
+        ("`temperature` and `top_p` cannot be specified together", "temperature"),
+        ("seed: Extra inputs are not permitted", "seed"),
+        ('Unknown name "min_p": Cannot find field.', "min_p"),
+    ],
+)
+def test_a_refusal_is_read_in_many_words(server, message, name):
+    def answer(asked):
+        return Fault.error(400, message) if name in asked.body else "fine"
+
+    server.answer = answer
+    params = replace(PARAMS, top_k=3, top_p=0.9, min_p=0.1)
+    (done,) = ask(model(server), "a", params=params)
+    assert done.text == "fine" and len(server.asked) == 2
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

@@ -25,9 +25,9 @@ _REMINDER = "That is no verdict. Reply with one letter and nothing else: A or B.
 # "Response B.", "It's a tie"). Prose is none: "A good answer, but B ..." would be read either way.
 _VERDICT = re.compile(
     r"[\W_]*(?:(?:the )?(?:better )?(?:answer|response|verdict|choice|winner)(?: is)?[\W_]*)?"
-    r"(?:(?P<letter>[AB])|(?P<tie>(?:it is |it's |its )?(?:an? )?(?:tie|tied|draw)|C|either|neither"
-    r"|no preference|(?:both(?: (?:responses|answers))?(?: are)? ?)?(?:equal|equally good|the same"
-    r"|same)?))[\W_]*",
+    r"(?:(?P<letter>[AB])|(?P<tie>(?:(?:it is|it's|they are|both(?: responses| answers)? are) )?"
+    r"(?:an? )?(?:tie|tied|draw|C|equal|equally good|(?:the )?same|either|neither|both"
+    r"|no preference)))[\W_]*",
     re.IGNORECASE,
 )
 _KEYS = ("verdict", "winner", "better", "answer", "choice", "preferred")  # of a reply in JSON

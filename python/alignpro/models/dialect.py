@@ -13,7 +13,8 @@ _FIXED = {"model", "messages"}
 _REFUSED = re.compile(
     r"unsupported|not supported|n't support|not support|unknown|unrecogni[sz]ed|unexpected"
     r"|not (?:be )?(?:permitted|allowed|available|accepted)|extra (?:inputs|fields)|additional"
-    r"|deprecated|instead|only .*default|cannot be (?:used|set|specified)|no such",
+    r"|deprecated|instead|only .*(?:default|allowed|supported)|compatible|not accept"
+    r"|cannot be (?:used|set|specified)|no such",
     re.IGNORECASE,
 )
 

@@ -52,6 +52,8 @@ def read_reply(reply: object) -> Answer:
     reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning")) or ""
     answer, block = (None, "") if content is None else split_reasoning(content)
     reasoning = reasoning or block
+    if ended in ("error", "abort"):  # OpenRouter's and vLLM's words for an answer that broke off
+        raise ValueError(f"an answer that broke off (finish_reason {ended})")
     if ended == "content_filter":
         raise RequestError("no answer: the endpoint's content filter cut it")
     if not answer and ended == "length":
