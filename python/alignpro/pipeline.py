@@ -40,6 +40,7 @@ from alignpro.types import (
 )
 
 REWRITE_STREAM, RESPONSE_STREAM = 1, 2  # streams of randomness
+Answered = dict[tuple[int, str], Rewrite]  # by prompt and text
 
 
 def derive_seed(seed: int, *keys: int) -> int:
@@ -243,6 +244,7 @@ class Pipeline:
             raise ValueError(f"texts: expected {len(prompts)} lists, got {len(texts)}")
         started = time.perf_counter()
         rewrites: list[list[Rewrite]] = []
+        answered: Answered | None = {} if common_draws else None
         rows = sum(len(group) for group in texts) * num_responses
         with InFlight(rows, self.max_failed, on_progress) as in_flight:
             for index, (prompt, group) in enumerate(zip(prompts, texts, strict=True)):
@@ -250,13 +252,8 @@ class Pipeline:
                 if not group:
                     raise ValueError(f"texts: expected a rewrite of prompt {index}, got none")
                 given = [self._read_by_target(prompt, index, text) for text in group]
-                answered: dict[str, Rewrite] | None = {} if common_draws else None
-                rewrites.append(
-                    [
-                        self._hand_over(in_flight, rewrite, sample, num_responses, seed, answered)
-                        for sample, rewrite in enumerate(given)
-                    ]
-                )
+                hand_over = partial(self._hand_over, in_flight, num_responses, seed, answered)
+                rewrites.append([hand_over(w, sample) for sample, w in enumerate(given)])
             in_flight.run_until_done()
         written = time.perf_counter()
         rewrites = self._scored(prompts, rewrites, columns)
@@ -284,7 +281,7 @@ class Pipeline:
         if prompter is None:
             raise ValueError("prompter: expected a model that writes rewrites, got None")
         rewrites: list[dict[int, Rewrite]] = [{} for _ in prompts]
-        answered: list[dict[str, Rewrite] | None] = [{} if common_draws else None for _ in prompts]
+        answered: Answered | None = {} if common_draws else None
         with trace.span("read prompts"):
             read = [self._prompter_tokens(prompter, p, i) for i, p in enumerate(prompts)]
         rows = len(prompts) * num_rewrites * max(1, num_responses)
@@ -294,7 +291,7 @@ class Pipeline:
                 assert completion is not None  # the engine's requests are answered, or the end
                 rewrite = self._as_rewrite(prompts[index], index, completion)
                 rewrites[index][sample] = self._hand_over(
-                    in_flight, rewrite, sample, num_responses, seed, answered[index]
+                    in_flight, num_responses, seed, answered, rewrite, sample
                 )
 
             for index, tokens in enumerate(read):
@@ -313,17 +310,14 @@ class Pipeline:
     def _hand_over(
         self,
         in_flight: InFlight,
-        rewrite: Rewrite,
-        sample: int,
         num_responses: int,
         seed: int,
-        answered: dict[str, Rewrite] | None,
+        answered: Answered | None,
+        rewrite: Rewrite,
+        sample: int,
     ) -> Rewrite:
         """Queue M responses; they are appended to ``rewrite.responses`` in order of their index.
-
-        answered: with common draws, the prompt's rewrites by text. A second one of a text has the
-        list of the first.
-        """
+        With ``answered`` draws are common: a second rewrite of a text has the first one's list."""
         unfit = self._too_long(rewrite)
         if unfit is not None and not rewrite.text:
             raise ValueError(f"prompt {rewrite.prompt_index}: {unfit}")
@@ -332,9 +326,10 @@ class Pipeline:
                 in_flight.leave_out(f"rewrite {sample} of prompt {rewrite.prompt_index}: {unfit}")
         if unfit is not None or num_responses == 0:
             return rewrite
-        first = rewrite if answered is None else answered.setdefault(rewrite.text, rewrite)
-        if first is not rewrite:
-            return replace(rewrite, responses=first.responses)
+        if answered is not None:
+            first = answered.setdefault((rewrite.prompt_index, rewrite.text), rewrite)
+            if first is not rewrite:
+                return replace(rewrite, responses=first.responses)
         key = sample if answered is None else 0
         drawn = derive_seed(seed, RESPONSE_STREAM, rewrite.prompt_index, key)
         params = replace(self.response_params, seed=drawn)

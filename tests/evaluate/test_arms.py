@@ -31,7 +31,9 @@ def make(reward, *, seed=3, **changes):
 
 def evaluate(pipeline, prompts, config, *, prompters, **options):
     arms = sample_arms(pipeline, prompts, config, prompters=prompters, **options)
-    return to_json(compare_arms(pipeline, arms, config, prompters, options.get("columns")))
+    answers = options.get("columns", {}).get("answer", [None] * len(prompts))
+    by_prompt = dict(zip(prompts, answers, strict=True))
+    return to_json(compare_arms(pipeline, arms, config, prompters, by_prompt))
 
 
 def by_prompt(prompts, rewrites, responses, **columns):

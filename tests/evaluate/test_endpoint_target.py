@@ -14,6 +14,7 @@ from alignpro.config import (
     SftConfig,
     TrainConfig,
     from_mapping,
+    to_mapping,
 )
 from alignpro.evaluate.headroom import complete_rewards, run_headroom
 from alignpro.evaluate.results import to_json
@@ -143,15 +144,15 @@ def test_a_dry_run_does_not_guess_at_an_endpoint(stage):
 
 
 def test_the_configuration_of_a_run_with_an_endpoint_is_read_back(stage, tmp_path):
-    from alignpro.train.checkpoint import as_config, check_same_run
+    from alignpro.train.checkpoint import check_same_run
 
     del stage["num_prompts"]
     config = from_mapping(TrainConfig, stage)
-    saved = json.loads(json.dumps(as_config(config)))
+    saved = json.loads(json.dumps(to_mapping(config)))
     assert from_mapping(TrainConfig, saved) == config
     moved = {**stage["target"], "endpoint": "http://127.0.0.1:10/v1", "max_failed": 0.0}
     moved["client"] = {"concurrency": 3, "budget": {"calls": 5}}
-    check_same_run(saved, as_config(from_mapping(TrainConfig, {**stage, "target": moved})))
+    check_same_run(saved, to_mapping(from_mapping(TrainConfig, {**stage, "target": moved})))
     other = {**stage["target"], "model": "other"}
     with pytest.raises(ValueError, match=r"target\.model was 'big', is 'other'"):
-        check_same_run(saved, as_config(from_mapping(TrainConfig, {**stage, "target": other})))
+        check_same_run(saved, to_mapping(from_mapping(TrainConfig, {**stage, "target": other})))

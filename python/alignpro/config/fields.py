@@ -137,6 +137,8 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     default: where ``hint`` is a dataclass, what a mapping of some of its fields starts from. A
         dataclass with a ``text_field`` may be given as text, which is then that field.
     """
+    if hint is Any:
+        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _read_union(value, arguments, name, default)

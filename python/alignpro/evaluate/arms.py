@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 from alignpro.config import EvalConfig
@@ -168,10 +169,12 @@ def _of_prompts(arm: Arm, kept: Sequence[int]) -> Arm:
         for row, index in enumerate(kept)
     ]
     prompts = [rollout.prompts[index] for index in kept]
+    of_kept = [index in kept for index, row in enumerate(arm.rewards) for _ in row]
     return replace(
         arm,
         rollout=replace(rollout, prompts=prompts, rewrites=rewrites),
         rewards=[arm.rewards[index] for index in kept],
+        components={n: list(compress(values, of_kept)) for n, values in arm.components.items()},
     )
 
 

@@ -29,12 +29,11 @@ def compare_arms(
     arms: Mapping[str, Arm],
     config: EvalConfig,
     prompters: Mapping[str, LoraWeights | None],
-    columns: Mapping[str, Sequence[Any]] | None = None,
+    answers: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """The arms side by side, and what the configuration requires of them.
 
-    columns: more of the prompts' data; the column "answer", where there is one, is what the reward
-        looks for, and so what a rewrite should not hold.
+    answers: by prompt, what the reward looks for, and so what a rewrite should not hold.
     """
     seconds = math.fsum(arm.rollout.seconds["generate"] for arm in arms.values())
     tokens = sum(arm.rollout.generated_tokens for arm in arms.values())
@@ -48,7 +47,6 @@ def compare_arms(
     ]
     rewards = {name: arm.per_prompt for name, arm in arms.items()}
     per_rewrite, per_token = _kl(pipeline, arms, prompters)
-    answers = (columns or {}).get("answer")
 
     def way(start: str, end: str) -> GapClosed | None:
         if not {start, "trained", end} <= set(arms):
@@ -114,7 +112,7 @@ def _required(rewards: Mapping[str, Sequence[float]], config: EvalConfig) -> lis
 
 
 def _summary(
-    arm: Arm, pipeline: Pipeline, config: EvalConfig, answers: Sequence[Any] | None
+    arm: Arm, pipeline: Pipeline, config: EvalConfig, answers: Mapping[str, Any] | None
 ) -> ArmResult:
     prompter = pipeline.prompter
     assert prompter is not None  # an evaluation has one
@@ -125,7 +123,7 @@ def _summary(
         adds=arm.adds,
         # A given text was written by no prompter, and is counted in its tokens all the same.
         count_tokens=lambda text: len(prompter.tokenizer.encode(text)),
-        answers=answers,
+        answers=None if answers is None else [answers.get(p) for p in arm.rollout.prompts],
     )
     rewards = [reward for row in arm.rewards for reward in row]
     return ArmResult(

@@ -121,7 +121,8 @@ def evaluate_loaded(
         columns=columns,
         on_progress=on_progress,
     )
-    report = compare_arms(pipeline, arms, config, prompters, columns)
+    answers = {row.prompt: row.columns.get("answer") for row in inputs.rows}
+    report = compare_arms(pipeline, arms, config, prompters, answers)
     if static is not None:
         report = replace(report, static_search=static.search)
     if judge is None or config.judge is None:
