@@ -45,8 +45,8 @@ def config(server, **client):
     return from_mapping(ModelConfig, mapping)
 
 
-def model(server, calls=None, **client):
-    return EndpointModel(config(server, **client), calls)
+def model(server, path=None, **client):
+    return EndpointModel(config(server, **client), path)
 
 
 def ask(answers, *turns, params=PARAMS, samples=1):
@@ -182,6 +182,8 @@ def test_a_reply_without_an_answer_fails_alone_and_at_once(server, reply, reason
         Fault.reply(None),
         Fault.reply(7),
         Fault.reply("half an ans", "error"),
+        Fault(body="no gzip", headers={"Content-Encoding": "gzip"}),
+        Fault(body="[" * 100_000),
         Fault(body='{"error": {"message": "upstream is busy", "code": 502}}'),
         Fault(sleep=1.0),
         Fault(body=" " * 100, pause=1.0),
@@ -489,6 +491,13 @@ def test_a_line_that_was_cut_short_is_dropped_and_another_refused(server, tmp_pa
     calls.write_text("not a call\n" + whole)
     with pytest.raises(ValueError, match=r"calls.jsonl, line 1: expected a recorded call"):
         model(server, calls)
+
+
+def test_a_file_of_ones_own_is_named_in_the_configuration(server, tmp_path):
+    ask(model(server, tmp_path / "run/calls.jsonl", calls=str(tmp_path / "own.jsonl")), "a")
+    assert (tmp_path / "own.jsonl").read_text().count("\n") == 1
+    with pytest.raises(FileNotFoundError, match=r"client\.calls: .*missing: no such folder"):
+        model(server, calls=str(tmp_path / "missing/calls.jsonl"))
 
 
 # --- budgets ---

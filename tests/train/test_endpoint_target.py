@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignpro.config import ModelConfig
+from alignpro.config import ClosedFormConfig, ModelConfig
 from alignpro.models.endpoint import EndpointModel
 from alignpro.models.http_client import BudgetError
 from alignpro.models.in_flight import FailedRowsError
@@ -18,10 +18,11 @@ from alignpro.objective import MovingBaseline, group_normalized, rloo
 from alignpro.pipeline import Pipeline
 from alignpro.run_directory import CALLS, error_notes
 from alignpro.train.callbacks import TrainCallback
+from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.policy import LoraPolicy, initial_weights
 from alignpro.train.trainer import Trainer
 from alignpro.train.trajectories import step_batch, trajectories_of
-from alignpro.types import Response, Rewrite, Rollout
+from alignpro.types import Response, Rewrite, Rollout, Usage
 from chat_server import ChatServer, Fault
 from fake_model import FakeModel
 from train.test_trainer import LETTERS, MODULE, PROMPTS, config, log, matrices
@@ -130,6 +131,32 @@ def test_rows_that_fail_leave_their_group_and_are_counted(server, tmp_path):
     again.train()
     assert log(again) == rows and np.array_equal(matrices(again), matrices(trainer))
     server.start()
+
+
+def test_the_closed_form_fits_the_prompts_with_every_answer(server, tmp_path):
+    def answer(asked):
+        return Fault.error(400, "not this one") if asked.turn[0] == "c" else drawn(asked)
+
+    server.answer = answer
+    run = settings(
+        server,
+        tmp_path,
+        algorithm="closed_form",
+        max_failed=0.9,
+        closed_form=ClosedFormConfig(num_prompts=8),
+        prompts_per_step=8,
+    )
+    model = ToyModel()
+    pipeline = Pipeline.configured(run, model, EndpointModel(run.target), reward)
+    policy = LoraPolicy(model, initial_weights(model, run.lora, seed=3))
+    reference = policy.weights()
+    fit = ClosedFormFit(run, pipeline, policy, PROMPTS, reference=reference)
+    fit.train()
+    kept = [group for group in fit.rollouts() if all(w.responses for w in group)]
+    assert len(kept) == 7 and len(fit.rollouts()) == 8
+    # The usage of a response is read back from the file.
+    assert kept[0][0].responses[0].usage == Usage(5, 4)
+    assert len(log(fit)) == 4 and log(fit)[0]["rollout_reward_mean"] >= 0
 
 
 def test_a_budget_stops_the_run_with_a_checkpoint(server, tmp_path):

@@ -27,12 +27,15 @@ class EndpointModel:
 
     Raises:
         ValueError: there is no key and nothing to replay, or ``calls`` is no such file.
+        FileNotFoundError: the folder of ``config.client.calls``.
     """
 
     def __init__(self, config: ModelConfig, calls: Path | None = None) -> None:
         self.name = config.name
         self.endpoint = config.endpoint
         named = config.client.calls
+        if named is not None and not Path(named).parent.is_dir():
+            raise FileNotFoundError(f"client.calls: {Path(named).parent}: no such folder")
         self.calls = CallFile(calls if named is None else Path(named))
         self._config = config
         self._http = HttpClient(config, self.calls)

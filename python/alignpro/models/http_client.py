@@ -201,14 +201,14 @@ class HttpClient:
             response = await asyncio.wait_for(self._exchange(sent), self._options.timeout_seconds)
         except asyncio.TimeoutError:
             raise _Again(f"no answer within {self._options.timeout_seconds:g} s") from None
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:  # connections, protocol, encodings
             raise _Again(f"{type(error).__name__}: {error}") from None
         content = response.content
         if len(self._key) >= _SECRET:  # which a server may repeat, and nobody is to be shown
             content = content.replace(self._key.encode(), b"***")
         try:
             reply = json.loads(content)
-        except ValueError:  # of UTF-8 as well
+        except (ValueError, RecursionError):  # of UTF-8 as well; nested without end
             reply = one_line(content.decode("utf-8", "replace"))
         status = response.status_code
         if 200 <= status < 300:
@@ -272,7 +272,7 @@ class _Account:
         """
         body = call.body
         read = _tokens_in(json.dumps(body["messages"]))
-        written = float(body.get("max_tokens") or 0)
+        written = float(body.get("max_tokens") or body.get("max_completion_tokens") or 0)
         while (over := self._over(read, written)) is not None:
             if not self._under_way:
                 raise BudgetError(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alignpro.config import to_mapping
 from alignpro.models.adapter import save_peft
+from alignpro.models.in_flight import FailedRowsError
 from alignpro.objective import sum_per_sequence, zero_advantage_groups
 from alignpro.objective.closed_form import (
     closed_form_weights,
@@ -88,6 +89,8 @@ class ClosedFormFit(TrainingRun):
         with self.directory:
             # The losses compare all N rewrites of a prompt, so one without an answer leaves it out.
             answered = [g for g in self.rollouts() if all(w.responses for w in g)]
+            if not answered:
+                raise FailedRowsError("no prompt has an answer to every rewrite; resume asks again")
             groups = [[written_by_prompter(w) for w in group] for group in answered]
             with watchers.watching(to_mapping(self.config), 0):
                 self._fit(groups, watchers)
