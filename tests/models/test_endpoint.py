@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import email.utils
 import gc
-import itertools
 import json
 import logging
 import os
@@ -185,24 +184,24 @@ def test_a_reply_without_an_answer_fails_alone_and_at_once(server, reply, reason
         Fault(body="no gzip", headers={"Content-Encoding": "gzip"}),
         Fault(body="[" * 100_000),
         Fault(body='{"error": {"message": "upstream is busy", "code": 502}}'),
-        Fault(sleep=1.0),
-        Fault(body=" " * 100, pause=1.0),
+        Fault(sleep=3.0),
+        Fault(body=" " * 100, pause=3.0),
     ],
 )
 def test_a_passing_fault_costs_no_answer(server, fault):
     server.faults = [fault]
-    done = ask(model(server, timeout_seconds=0.5), "a", "b")
+    done = ask(model(server, timeout_seconds=1.5), "a", "b")
     assert [d.text for d in done] == ["heard a", "heard b"]
     assert len(server.asked) == 3
 
 
 def test_a_slow_first_byte_is_given_up_before_a_slow_answer(server):
-    server.faults = [Fault(sleep=1.0)]
+    server.faults = [Fault(sleep=4.0)]
     started = time.monotonic()
-    (done,) = ask(model(server, first_byte_seconds=0.3), "a")
-    assert done.text == "heard a" and time.monotonic() - started < 0.95
-    server.faults = [Fault(body=completion("x"), pause=0.5)]
-    (done,) = ask(model(server, first_byte_seconds=0.3), "b")
+    (done,) = ask(model(server, first_byte_seconds=1.0), "a")
+    assert done.text == "heard a" and time.monotonic() - started < 3.5
+    server.faults = [Fault(body=completion("x"), pause=1.5)]
+    (done,) = ask(model(server, first_byte_seconds=1.0), "b")
     assert done.text == "x"
 
 
@@ -358,13 +357,13 @@ def test_no_more_calls_are_under_way_than_allowed(server):
 
 
 def test_calls_a_minute_are_spread(server):
-    ask(model(server, requests_per_minute=600), *"abcd")
+    ask(model(server, requests_per_minute=120), *"abcd")
     times = [asked.at for asked in server.asked]
-    assert min(b - a for a, b in itertools.pairwise(times)) > 0.07
+    assert times[-1] - times[0] > 1.2  # three pauses of half a second
 
 
 def test_ctrl_c_ends_what_is_under_way(server):
-    server.answer = lambda asked: Fault(body=completion("x"), sleep=0.3)
+    server.answer = lambda asked: Fault(body=completion("x"), sleep=3.0)
     client = model(server, concurrency=2).client()
     for turn in "abcdefgh":
         client.submit([{"role": "user", "content": turn}], PARAMS)
@@ -372,8 +371,8 @@ def test_ctrl_c_ends_what_is_under_way(server):
     started = time.monotonic()
     while not client.idle():
         client.step()
-    assert time.monotonic() - started < 0.25
-    time.sleep(0.7)
+    assert time.monotonic() - started < 2.0
+    time.sleep(0.5)
     assert len(server.asked) <= 2
 
 
