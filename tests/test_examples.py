@@ -16,6 +16,7 @@ from alignpro.config import (
     BoundConfig,
     EvalConfig,
     HeadroomConfig,
+    ModelConfig,
     QuickstartConfig,
     SftConfig,
     TrainConfig,
@@ -60,9 +61,15 @@ def kind(file):
     return EvalConfig if file.name.startswith("evaluate-") else TrainConfig
 
 
+ENDPOINT = {"endpoint", "api_key_env", "client", "max_failed"}
+
+
 def missing(cls, mapping, path=""):
-    """Fields of the dataclass and of those inside it that the mapping leaves to defaults."""
+    """Fields of the dataclass and of those inside it that the mapping leaves to defaults; of a
+    model that is here, nothing is said of an endpoint."""
     for field in dataclasses.fields(cls):
+        if cls is ModelConfig and field.name in ENDPOINT and "endpoint" not in mapping:
+            continue
         if field.name not in mapping:
             yield path + field.name
         elif dataclasses.is_dataclass(inner := default_of(field)):

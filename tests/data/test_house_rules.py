@@ -110,7 +110,7 @@ def test_the_warm_start_says_nothing_of_the_kinds(prompts, pairs):
 def test_every_training_prompt_is_warmed_up_three_times_and_no_other(prompts, pairs):
     train = {row.prompt for row in prompts if row.columns["split"] == "train"}
     assert Counter(prompt for prompt, _ in pairs) == dict.fromkeys(train, 3)
-    assert len({(pair.prompt, pair.instruction) for pair in pairs if pair.instruction}) == 600
+    assert len({pair for pair in pairs if pair[1]}) == 600
 
 
 def test_the_rules_name_every_kind_and_one_is_to_leave_alone():
