@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from alignpro.data.house_rules import HOUSE_RULES, POLICY
 from alignpro.types import SamplingParams
 from bench import barrier, growth, house_rules, score
 
@@ -79,8 +78,9 @@ def test_house_rules_prints_a_row_for_every_text(smollm2_path: Path, monkeypatch
     work = ["--per-kind", "1", "--responses", "1", "--split", "validation"]
     house_rules.main(["--model", str(smollm2_path), *work, "--text", "Sing."])
     head, _, *rows = capsys.readouterr().out.splitlines()
-    assert head == f"| text | {' | '.join(HOUSE_RULES)} | all |"
+    assert head == f"| text | {' | '.join(house_rules.RULES)} | all |"
     texts = [row.split(" | ")[0].removeprefix("| ") for row in rows]
-    rules = [rule for rule in HOUSE_RULES.values() if rule]
-    assert texts == ["none: the raw prompt", *rules, POLICY, "Sing.", house_rules.RIGHT_RULE]
+    rules = [rule for rule in house_rules.RULES.values() if rule]
+    policy = house_rules.ARMS.policy_text
+    assert texts == ["none: the raw prompt", *rules, policy, "Sing.", house_rules.RIGHT_RULE]
     assert all(0 <= float(cell) <= 1 for row in rows for cell in row.strip("| ").split(" | ")[1:])

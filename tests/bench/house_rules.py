@@ -13,15 +13,17 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import defaultdict
+from pathlib import Path
 
-from alignpro.data.house_rules import HOUSE_RULES, POLICY
+from alignpro.config import EvalConfig, load_yaml
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
-from alignpro.types import SamplingParams
 
-RESPONSE = SamplingParams(max_new_tokens=64, temperature=0.7)
+ARMS = load_yaml(EvalConfig, Path(__file__).parents[2] / "examples" / "evaluate-house-rules.yaml")
+RESPONSE = ARMS.response
+RULES = ARMS.labelled.instructions  # kind -> text, "" for none
 RIGHT_RULE = "the right rule by the label"
 
 
@@ -50,7 +52,7 @@ def measure(
         kind = row.columns["kind"]
         for rewrite in rewrites:
             found[rewrite.text][kind].append(rewrite.reward)
-            if rewrite.text == HOUSE_RULES[kind]:
+            if rewrite.text == RULES[kind]:
                 found[RIGHT_RULE][kind].append(rewrite.reward)
     return {
         text: {kind: sum(values) / len(values) for kind, values in by_kind.items()}
@@ -59,9 +61,9 @@ def measure(
 
 
 def table(means: dict[str, dict[str, float]]) -> str:
-    lines = [f"| text | {' | '.join(HOUSE_RULES)} | all |", "|---" * (len(HOUSE_RULES) + 2) + "|"]
+    lines = [f"| text | {' | '.join(RULES)} | all |", "|---" * (len(RULES) + 2) + "|"]
     for text, by_kind in means.items():
-        cells = [f"{by_kind[kind]:.2f}" for kind in HOUSE_RULES]
+        cells = [f"{by_kind[kind]:.2f}" for kind in RULES]
         mean = sum(by_kind.values()) / len(by_kind)
         lines.append(f"| {text or 'none: the raw prompt'} | {' | '.join(cells)} | {mean:.2f} |")
     return "\n".join(lines)
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     model = load_model(given.model, given.threads)
     pipeline = Pipeline(model, model, build_reward("house_rules"), response_params=RESPONSE)
-    texts = list(dict.fromkeys(["", *HOUSE_RULES.values(), POLICY, *given.text]))
+    texts = list(dict.fromkeys(["", *RULES.values(), ARMS.policy_text, *given.text]))
     rows = rows_of(given.split, given.per_kind)
     means = measure(pipeline, rows, texts, given.responses, given.seed)
     means[RIGHT_RULE] = means.pop(RIGHT_RULE)  # the last row

@@ -6,11 +6,12 @@ import itertools
 import re
 from collections import Counter, defaultdict
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
+from alignpro.config import EvalConfig, load_yaml
 from alignpro.data import load_pairs, load_prompts
-from alignpro.data.house_rules import HOUSE_RULES, POLICY
 from alignpro.rewards.house_rules import KINDS, HouseRulesReward
 from data.test_package_data import CONTROL_TEXT, TOO_ALIKE, content_words
 
@@ -21,6 +22,10 @@ FORM_WORDS = {
     "begin", "beginning", "first", "dear", "say", "talk", "tell", "give", "complete",
     "finish", "long", "email", "end", "text", "please", "few", "use", "using",
 }  # fmt: skip
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ARMS = load_yaml(EvalConfig, EXAMPLES / "evaluate-house-rules.yaml")
+RULES = ARMS.labelled.instructions
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +109,7 @@ def test_the_warm_start_says_nothing_of_the_kinds(prompts, pairs):
     assert all(table == first for table in others)
     # A sixth of the rewrites are empty; the other five rules have five wordings each.
     assert first.pop("") == 20 and list(first.values()) == [4] * 25
-    assert set(HOUSE_RULES.values()) - {""} <= set(first)
+    assert set(RULES.values()) - {""} <= set(first)
 
 
 def test_every_training_prompt_is_warmed_up_three_times_and_no_other(prompts, pairs):
@@ -114,11 +119,11 @@ def test_every_training_prompt_is_warmed_up_three_times_and_no_other(prompts, pa
 
 
 def test_the_rules_name_every_kind_and_one_is_to_leave_alone():
-    assert HOUSE_RULES.keys() == KINDS.keys()
-    assert HOUSE_RULES["as_asked"] == ""
-    for text in (*HOUSE_RULES.values(), POLICY):
+    assert RULES.keys() == KINDS.keys()
+    assert RULES["as_asked"] == ""
+    for text in (*RULES.values(), ARMS.policy_text):
         assert text.isascii() and text == text.strip() and not re.search(r"\s\s|\n", text)
-    assert POLICY.count("If ") == len(KINDS)
+    assert ARMS.policy_text.count("If ") == len(KINDS)
 
 
 def test_the_module_is_in_the_package():
