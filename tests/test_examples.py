@@ -16,6 +16,7 @@ from alignpro.config import (
     BoundConfig,
     EvalConfig,
     HeadroomConfig,
+    ModelConfig,
     QuickstartConfig,
     SftConfig,
     TrainConfig,
@@ -62,7 +63,11 @@ def kind(file):
 
 def missing(cls, mapping, path=""):
     """Fields of the dataclass and of those inside it that the mapping leaves to defaults."""
+    # What only a target behind an endpoint has; a model in this process refuses the first three.
+    endpoints = {"endpoint", "api_key_env", "client", "max_failed"} if cls is ModelConfig else set()
     for field in dataclasses.fields(cls):
+        if field.name in endpoints - mapping.keys():
+            continue
         if field.name not in mapping:
             yield path + field.name
         elif dataclasses.is_dataclass(inner := default_of(field)):
