@@ -61,14 +61,12 @@ def kind(file):
     return EvalConfig if file.name.startswith("evaluate-") else TrainConfig
 
 
-ENDPOINT = {"endpoint", "api_key_env", "client", "max_failed"}
-
-
 def missing(cls, mapping, path=""):
-    """Fields of the dataclass and of those inside it that the mapping leaves to defaults; of a
-    model that is here, nothing is said of an endpoint."""
+    """Fields of the dataclass and of those inside it that the mapping leaves to defaults."""
+    # What only a target behind an endpoint has; a model in this process refuses the first three.
+    endpoints = {"endpoint", "api_key_env", "client", "max_failed"} if cls is ModelConfig else set()
     for field in dataclasses.fields(cls):
-        if cls is ModelConfig and field.name in ENDPOINT and "endpoint" not in mapping:
+        if field.name in endpoints - mapping.keys():
             continue
         if field.name not in mapping:
             yield path + field.name
