@@ -149,6 +149,11 @@ def test_a_partial_group_keeps_the_outer_defaults():
             "num_rewrites: expected its default 4 (it goes with a number of num_responses;",
         ),
         ({"policy": "target", "num_responses": 2}, "num_responses: expected its default 1"),
+        ({"policy": "target", "common_draws": True}, "common_draws: expected its default False"),
+        (
+            {"num_responses": "auto", "response_budget": 8, "common_draws": True},
+            "common_draws: expected its default False (it goes with a number of num_responses;",
+        ),
         (
             {"policy": "target", "target": {"compute": "int8"}},
             "target.compute: expected float32 or bfloat16 where it is trained: int8 has no",

@@ -318,10 +318,10 @@ def test_a_step_of_equal_rewards_does_nothing_and_says_so(tmp_path, algorithm, n
 
 def test_the_split_is_in_every_row_that_can_tell(tmp_path):
     options = {"steps": 2, "num_responses": 2, "reward": noisy_reward}
-    shared = a_run(tmp_path / "shared", **options)
+    shared = a_run(tmp_path / "shared", common_draws=True, **options)
     shared.train()
     assert log(shared)[0]["variance_within"] is None
-    trainer = a_run(tmp_path / "two", common_draws=False, **options)
+    trainer = a_run(tmp_path / "two", **options)
     trainer.train()
     for row in log(trainer):
         assert row["variance_within"] > 0.0 and row["variance_between"] != 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -156,7 +155,6 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path, changes):
 
 
 def test_target_tokens_are_spent_once(tmp_path):
-    settings = partial(config, common_draws=False)  # one response a rewrite, whatever it says
     calls = []
 
     def reward(prompts, rewrites, responses):
@@ -165,19 +163,19 @@ def test_target_tokens_are_spent_once(tmp_path):
             raise KeyboardInterrupt
         return letter_value(prompts, rewrites, responses)
 
-    fit = make(settings(tmp_path), reward=reward)
+    fit = make(config(tmp_path), reward=reward)
     with pytest.raises(KeyboardInterrupt):
         fit.train()
     with (fit.run_dir / "rollouts.jsonl").open("a") as file:
         file.write('{"step": 2, "prom')  # cut short
-    again = make(settings(tmp_path), reward=reward, resume=True)
+    again = make(config(tmp_path), reward=reward, resume=True)
     again.train()
     assert calls == [12, 12, 8, 8]  # 3 + 3 + 2 prompts of 4 rewrites: the third chunk twice
-    whole = make(settings(tmp_path / "whole"))
+    whole = make(config(tmp_path / "whole"))
     whole.train()
     assert np.array_equal(matrices(again), matrices(whole)) and log(again) == log(whole)
     # Another fit of the same rollouts.
-    other = make(settings(tmp_path, loss="likelihood", kl_coef=2.0), reward=reward, resume=True)
+    other = make(config(tmp_path, loss="likelihood", kl_coef=2.0), reward=reward, resume=True)
     other.train()
     assert calls == [12, 12, 8, 8]
     assert log(other)[0]["kl_coef"] == 2.0 and len(log(other)) == 6

@@ -52,9 +52,7 @@ def settings(server, path, *, client=None, **changes):
         "max_failed": changes.pop("max_failed", 0.3),
         "client": {"max_retries": 1, "timeout_seconds": 5.0, **(client or {})},
     }
-    # A call for every response: what is answered once is counted once.
-    options = {"steps": 4, "num_responses": 2, "checkpoint_every": 1, "common_draws": False}
-    options |= changes
+    options = {"steps": 4, "num_responses": 2, "checkpoint_every": 1, **changes}
     return config(path, target=target, **options)
 
 

@@ -88,9 +88,8 @@ class TrainConfig(FitConfig, StageConfig):
     num_responses: Annotated[int, at_least(1)] | Literal["auto"] = 1
     response_budget: int | None = None  # responses a prompt and step, with auto
     # A prompt's rewrites are answered under the same random draws, and a text that several of them
-    # wrote is answered once. Unbiased, with less of the target's noise, for fewer tokens; auto
-    # needs independent draws to measure that noise and takes no notice of this.
-    common_draws: bool = True
+    # wrote is answered once. Unbiased, with less of the target's noise, for fewer tokens.
+    common_draws: bool = False
 
     # The objective: mean reward - kl_coef * KL(prompter || reference), KL in nats per rewrite.
     kl_coef: Annotated[float, at_least(0)] = 0.05
@@ -191,6 +190,8 @@ class TrainConfig(FitConfig, StageConfig):
         rewrites, responses, budget = self.num_rewrites, self.num_responses, self.response_budget
         if responses == "auto":
             only_default(self, "num_rewrites", "with a number of num_responses; auto chooses both")
+            independent = "with a number of num_responses; auto measures independent draws"
+            only_default(self, "common_draws", independent)
             require(
                 "response_budget",
                 budget,
@@ -210,7 +211,8 @@ class TrainConfig(FitConfig, StageConfig):
             require("num_rewrites", rewrites, rewrites * self.prompts_per_step >= 2, expected)
 
     def _check_tuned_target(self) -> None:
-        only_default(self, "num_responses", "with policy prompter")
+        for name in ("num_responses", "common_draws"):
+            only_default(self, name, "with policy prompter")
         adapter, alone = self.prompter.adapter, ModelConfig(self.prompter.model)
         require("prompter.adapter", adapter, adapter is None, "null: target.adapter is tuned")
         if self.target is not None:

@@ -226,7 +226,7 @@ class Trainer(TrainingRun):
             num_responses=num_responses,
             seed=seed,
             columns=columns,
-            common_draws=config.common_draws and config.num_responses != "auto",
+            common_draws=config.common_draws,
         )
 
     def _row(
