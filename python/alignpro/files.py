@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and those that grow line by line."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON document, indented for a reader."""
     write_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def recorded_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that grows line by line, with their numbers from 1.
+
+    A last line that a crash cut short is left out, and cut off the file once the others are taken:
+    who stops at one of them, because the file is no such one, leaves it as it was.
+    """
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    yield from enumerate(whole.splitlines(), start=1)
+    if whole != text:
+        write_file(path, whole)
 
 
 def sync_folder(folder: Path) -> None:

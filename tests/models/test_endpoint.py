@@ -19,6 +19,7 @@ from dataclasses import replace
 import pytest
 
 from alignpro.config import ModelConfig, from_mapping
+from alignpro.models.calls import CallFile
 from alignpro.models.endpoint import EndpointModel
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.language_model import RequestError
@@ -570,3 +571,11 @@ def test_a_replay_loads_no_http_client(server, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["heard a", "False"]
+
+
+def test_a_file_that_is_no_file_of_calls_is_left_as_it_was(tmp_path):
+    path = tmp_path / "calls.jsonl"
+    path.write_text('{"other": 1}\n{"cut sh')
+    with pytest.raises(ValueError, match=r"calls\.jsonl, line 1: expected a recorded call"):
+        CallFile(path)
+    assert path.read_text() == '{"other": 1}\n{"cut sh'

@@ -21,7 +21,7 @@ from alignpro.config import JudgeConfig
 from alignpro.evaluate.arms import Arm
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Comparison, JudgeResult
-from alignpro.files import write_file
+from alignpro.files import recorded_lines
 from alignpro.statistics import length_controlled_win_rate, ratio_of_means
 from alignpro.types import Usage
 
@@ -99,9 +99,7 @@ class VerdictFile:
                 file.write(json.dumps(row) + "\n")
 
     def _read(self, path: Path) -> None:
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in recorded_lines(path):
             try:
                 row = json.loads(line)
                 key, verdict = row["key"], row["verdict"]
@@ -110,8 +108,6 @@ class VerdictFile:
             if not isinstance(key, str) or verdict not in ("A", "B", "tie"):
                 raise ValueError(f"{path}, line {number}: expected a judge's verdict; move it away")
             self._known[key] = verdict
-        if whole != text:
-            write_file(path, whole)
 
 
 @dataclass

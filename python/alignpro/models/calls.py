@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignpro.files import write_file
+from alignpro.files import recorded_lines
 from alignpro.models.reply import Answer
 
 
@@ -98,14 +98,10 @@ class CallFile:
             self.output_tokens += answer.output_tokens or 0
 
     def _read(self, path: Path) -> None:
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in recorded_lines(path):
             try:
                 self._take(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"{path}, line {number}: expected a recorded call; move the file away"
                 ) from None
-        if whole != text:
-            write_file(path, whole)
