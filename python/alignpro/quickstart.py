@@ -25,6 +25,7 @@ from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
 from alignpro.run_directory import CALLS
+from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
@@ -43,8 +44,9 @@ class QuickstartResult:
 
 
 def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResult:
-    """Run every stage and write report.json, report.html, reward.png, metrics.jsonl, adapter/ and
-    reference/ (the warm-started prompter, which is the untuned arm) to a new directory.
+    """Run every stage and write report.json, report.html, reward.png, metrics.jsonl, adapter/,
+    reference/ (the warm-started prompter, which is the untuned arm) and evaluate.json (the
+    evaluation's configuration, for other prompts) to a new directory.
 
     Raises:
         ValueError, OSError: bad input, before anything is written.
@@ -82,6 +84,8 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
             log = MetricsLog(trainer.run_dir / "sft-metrics.jsonl")
             for row in sft_rows:
                 log.append(row)
+            if isinstance(trainer, ClosedFormFit):
+                trainer.rollouts(bars.show)
             trainer.train([TrainBar(bars)])
         with _timed(seconds, "evaluate"), trainer.directory:
             trained = trainer.policy.weights()
@@ -107,8 +111,15 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
         | {"cpu_isa": core.cpu_isa(), "threads": str(core.available_cpus())},
         config=to_mapping(config),
     )
+    folder = trainer.run_dir
+    again = replace(
+        evaluation,
+        prompter=replace(evaluation.prompter, adapter=str(folder / "reference")),
+        trained=str(folder / "adapter"),
+    )
     with trainer.directory:
-        rows = write_reports(trainer.run_dir, report)
+        write_json(folder / "evaluate.json", to_mapping(again))
+        rows = write_reports(folder, report)
     return QuickstartResult(trainer.run_dir, report, rows)
 
 

@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import defaultdict
-from pathlib import Path
 
-from alignpro.config import EvalConfig, load_yaml
+from alignpro.config import QUICKSTART, QuickstartConfig, load_yaml
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 
-ARMS = load_yaml(EvalConfig, Path(__file__).parents[2] / "examples" / "evaluate-house-rules.yaml")
+ARMS = load_yaml(QuickstartConfig, QUICKSTART).evaluate
 RESPONSE = ARMS.response
 RULES = ARMS.labelled.instructions  # kind -> text, "" for none
 RIGHT_RULE = "the right rule by the label"

@@ -6,11 +6,10 @@ import itertools
 import re
 from collections import Counter, defaultdict
 from importlib.resources import files
-from pathlib import Path
 
 import pytest
 
-from alignpro.config import EvalConfig, load_yaml
+from alignpro.config import QUICKSTART, QuickstartConfig, load_yaml
 from alignpro.data import load_pairs, load_prompts
 from alignpro.rewards.house_rules import KINDS, HouseRulesReward
 from data.test_package_data import CONTROL_TEXT, TOO_ALIKE, content_words
@@ -23,8 +22,7 @@ FORM_WORDS = {
     "finish", "long", "email", "end", "text", "please", "few", "use", "using",
 }  # fmt: skip
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-ARMS = load_yaml(EvalConfig, EXAMPLES / "evaluate-house-rules.yaml")
+ARMS = load_yaml(QuickstartConfig, QUICKSTART).evaluate
 RULES = ARMS.labelled.instructions
 
 
@@ -100,16 +98,14 @@ def test_prompts_are_one_line(prompts):
 
 
 def test_the_warm_start_says_nothing_of_the_kinds(prompts, pairs):
-    """Every kind's prompts meet every rule, in every wording, equally often: no information."""
+    """Every kind's prompts meet every rule equally often: no information."""
     kind_of = {r.prompt: r.columns["kind"] for r in prompts if r.columns["split"] == "train"}
     tables = {kind: Counter() for kind in KINDS}
     for prompt, instruction in pairs:
         tables[kind_of[prompt]][instruction] += 1
     first, *others = tables.values()
     assert all(table == first for table in others)
-    # A sixth of the rewrites are empty; the other five rules have five wordings each.
-    assert first.pop("") == 20 and list(first.values()) == [4] * 25
-    assert set(RULES.values()) - {""} <= set(first)
+    assert first == dict.fromkeys(RULES.values(), 20)
 
 
 def test_every_training_prompt_is_warmed_up_three_times_and_no_other(prompts, pairs):
@@ -123,9 +119,8 @@ def test_the_rules_name_every_kind_and_one_is_to_leave_alone():
     assert RULES["as_asked"] == ""
     for text in (*RULES.values(), ARMS.policy_text):
         assert text.isascii() and text == text.strip() and not re.search(r"\s\s|\n", text)
-    assert ARMS.policy_text.count("If ") == len(KINDS)
 
 
 def test_the_module_is_in_the_package():
-    for name in ("house_rules.jsonl", "house_rules_warm_start.jsonl"):
+    for name in ("house_rules.jsonl", "house_rules_warm_start.jsonl", "quickstart.yaml"):
         assert (files("alignpro") / "data" / name).is_file()

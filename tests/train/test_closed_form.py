@@ -132,6 +132,59 @@ def test_a_heavy_kl_penalty_returns_the_reference(tmp_path, loss):
     assert 0.5 * float((distribution(fit) - reference).abs().sum()) < 0.02
 
 
+def pooled(tmp_path, rounds=1, **changes):
+    how = ClosedFormConfig(loss="pooled", rounds=rounds, candidates=13, batch_size=8)
+    return one_token(tmp_path, "pooled", closed_form=how, **changes)
+
+
+def test_the_pooled_fit_is_the_optimum_too(tmp_path):
+    # Every text is a candidate and the reward is exact, so the targets are rho* itself.
+    settings = pooled(tmp_path, steps=800, learning_rate=0.0015)
+    fit = make(settings, model=Evenly())
+    reference = distribution(fit)
+    fit.train()
+    values = torch.tensor([0.0, *VALUES.values()])
+    # Several control tokens are the empty text; its candidate is the last of them.
+    reference, fitted = (p[2:] / p[2:].sum() for p in (reference, distribution(fit)))
+    optimum = torch.softmax(reference.log() + values / settings.kl_coef, 0)
+    assert 0.5 * float((reference - optimum).abs().sum()) > 0.3
+    assert 0.5 * float((fitted - optimum).abs().sum()) < 0.08  # a label a prompt and step: noise
+    first = log(fit)[0]
+    assert first["expected_reward"] == pytest.approx(float((optimum * values).sum()), rel=1e-3)
+    assert first["target_tokens"] > 0 and "target_tokens" not in log(fit)[1]
+
+
+def test_later_rounds_draw_from_the_prompter_fitted_before(tmp_path):
+    calls = []
+
+    def reward(prompts, rewrites, responses):
+        calls.append(np.mean(letter_value(prompts, rewrites, responses)))
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return letter_value(prompts, rewrites, responses)
+
+    settings = pooled(tmp_path, 2, steps=40, kl_coef=0.1, num_rewrites=16)
+    fit = make(settings, reward=reward, model=ToyModel())
+    with pytest.raises(KeyboardInterrupt):
+        fit.train()  # in the second round's fourth chunk
+    again = make(settings, reward=reward, model=ToyModel(), resume=True)
+    again.train()
+    assert len(calls) == 12 + 5  # eight prompts a round, one a chunk
+    assert np.mean(calls[8:]) > np.mean(calls[:8]) + 0.1
+    whole = make(dataclasses.replace(settings, run_dir=str(tmp_path / "whole")), model=ToyModel())
+    whole.train()
+    assert np.array_equal(matrices(again), matrices(whole))
+    assert [row["round"] for row in log(again)] == [0] * 20 + [1] * 20
+    with pytest.raises(ValueError, match=r"another configuration: kl_coef was 0\.1, is 0\.2"):
+        make(dataclasses.replace(settings, kl_coef=0.2), resume=True)
+
+
+def test_prompts_that_share_no_texts_are_told_so(tmp_path):
+    settings = config(tmp_path, "pooled", rewrite=SamplingParams(max_new_tokens=12))
+    with pytest.raises(ValueError, match="pooled needs a prompter that chooses among few texts"):
+        make(settings).train()
+
+
 def test_the_first_step_starts_at_the_reference_exactly(tmp_path):
     fit = make(config(tmp_path))
     fit.train()

@@ -106,14 +106,19 @@ def write_json(file: Path | None, report: Any) -> None:
         write_whole(file, to_json(report))
 
 
-def read_settings(cls: type[T], config: Path | None, overrides: list[str] | None) -> T:
-    """The file is optional, so a first key=value arrives in its place."""
+def read_settings(
+    cls: type[T], config: Path | None, overrides: list[str] | None, default: Path | None = None
+) -> T:
+    """The file is optional, so a first key=value arrives in its place.
+
+    default: the file where none is given; None: the defaults of ``cls``.
+    """
     from alignpro.config import load_yaml
 
     settings = list(overrides or [])
     if config is not None and "=" in str(config) and not config.exists():
         config, settings = None, [str(config), *settings]
-    return load_yaml(cls, config, settings)
+    return load_yaml(cls, config or default, settings)
 
 
 def needs_torch(command: str) -> None:

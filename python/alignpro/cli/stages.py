@@ -33,9 +33,15 @@ if TYPE_CHECKING:
 @app.command()
 @one_line_errors
 def quickstart(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="YAML file of the configuration; without one, the shipped house rules."
+        ),
+    ] = None,
     overrides: Overrides = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the run.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of reinforcement learning.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of the run.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
     prompts: Annotated[
         int | None, typer.Option(help="Number of held-out prompts to evaluate on.")
     ] = None,
@@ -47,7 +53,7 @@ def quickstart(
 ) -> None:
     """Warm-start, train and evaluate a prompter, and write a report."""
     needs_torch("quickstart")
-    from alignpro.config import QuickstartConfig, load_yaml
+    from alignpro.config import QUICKSTART, QuickstartConfig
 
     options = {
         "seed": seed,
@@ -58,14 +64,16 @@ def quickstart(
         "threads": threads,
     }
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    config = load_yaml(QuickstartConfig, None, [*given, *(overrides or [])])
+    settings = read_settings(
+        QuickstartConfig, config, [*(overrides or []), *given], default=QUICKSTART
+    )
     from rich.console import Console
 
     from alignpro.quickstart import run_quickstart
     from alignpro.report.tables import report_view
 
     console = Console()
-    result = run_quickstart(config, console)
+    result = run_quickstart(settings, console)
     console.print(report_view(result.report, result.metrics))
     typer.echo(f"report: {result.run_dir / 'report.html'}")
     _exit_unless_met(result.report.evaluation)

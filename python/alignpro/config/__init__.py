@@ -29,6 +29,7 @@ from alignpro.config.prompting import LoraConfig as LoraConfig
 from alignpro.config.prompting import Prompting as Prompting
 from alignpro.config.prompting import StageConfig as StageConfig
 from alignpro.config.prompting import check_sampling as check_sampling
+from alignpro.config.quickstart import QUICKSTART as QUICKSTART
 from alignpro.config.quickstart import QuickstartConfig as QuickstartConfig
 from alignpro.config.read import apply_overrides as apply_overrides
 from alignpro.config.read import load_yaml as load_yaml

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from alignpro.config.evaluate import EvalConfig, StaticSearch
+from alignpro.config.evaluate import EvalConfig
 from alignpro.config.fields import Seed, Threads, checked, default_of, require
 from alignpro.config.model import PROMPTER, ModelConfig
 from alignpro.config.prompting import LoraConfig, Prompting
 from alignpro.config.sft import SftConfig
 from alignpro.config.train import TrainConfig
+
+# What `alignpro quickstart` runs where no file is given.
+QUICKSTART = Path(__file__).parents[1] / "data" / "quickstart.yaml"
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,6 @@ class QuickstartConfig:
                     raise ValueError(
                         f"{stage}.{f.name}: quickstart sets it for every stage; set {f.name} itself"
                     )
-        static = self.evaluate.static
-        if isinstance(static, StaticSearch) and static.budget_tokens == "auto":
-            expected = (
-                "a number with train.algorithm closed_form, whose steps ask the target nothing"
-            )
-            counted = self.train.algorithm != "closed_form"
-            require("evaluate.static.budget_tokens", static.budget_tokens, counted, expected)
         self.stages()  # each has rules for what it shares
 
     def stages(self) -> tuple[SftConfig, TrainConfig, EvalConfig]:

@@ -49,20 +49,30 @@ class PpoConfig:
 @dataclass(frozen=True)
 @checked
 class ClosedFormConfig:
-    """One set of rollouts of the untuned prompter, and the fit to them.
+    """Rollouts of the untuned prompter, and the fit to them.
 
     ``num_rewrites`` and ``num_responses`` of `TrainConfig` shape the rollouts; each of ``steps``
     steps reads ``prompts_per_step`` of the prompts with all their rewrites, pass after pass. Two
-    passes are about right: more of them fit the noise (docs/notes/closed-form.md).
+    passes are about right: more of them fit the noise (docs/notes/closed-form.md). With "pooled", a
+    step reads one rewrite of ``batch_size`` prompts, and the rounds share the steps.
     """
 
-    # Prompts rolled out, once each; None: all there are.
+    # Prompts rolled out, once each a round; None: all there are.
     num_prompts: Annotated[int, at_least(1)] | None = None
-    # Both are least at the optimum. variance: of reward - kl_coef * log ratio within a prompt.
+    # All are least at the optimum. variance: of reward - kl_coef * log ratio within a prompt.
     # likelihood: weighted by exp(reward / kl_coef), as the formula says; of a few noisy rewrites
     # it takes the best one and no more (seed 0 of docs/notes/closed-form.md: +0.05 of reward where
-    # variance gains +0.18).
-    loss: Literal["variance", "likelihood"] = "variance"
+    # variance gains +0.18). pooled: the same, with rewards estimated from all prompts that a text
+    # was answered behind (docs/notes/house-rules.md): for prompters that choose among few texts.
+    loss: Literal["variance", "likelihood", "pooled"] = "variance"
+    rounds: Annotated[int, at_least(1)] = 1  # of rollouts, each by the prompter fitted before
+    candidates: Annotated[int, at_least(2)] = 3  # texts a prompt that a fit weighs, the best ones
+    batch_size: Annotated[int, at_least(1)] = 8  # prompts a step of the fit
+
+    def __post_init__(self) -> None:
+        if self.loss != "pooled":
+            for name in ("rounds", "candidates", "batch_size"):
+                only_default(self, name, "with loss pooled", "closed_form.")
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,9 @@ class TrainConfig(FitConfig, StageConfig):
                 only_default(self, name, "with an algorithm that samples while it trains")
             fixed = self.num_responses != "auto"
             require("num_responses", self.num_responses, fixed, "a number with closed_form")
+            rounds = self.closed_form.rounds
+            expected = f"a multiple of closed_form.rounds ({rounds}), which share them"
+            require("steps", self.steps, self.steps % rounds == 0, expected)
         else:
             for f in fields(self.closed_form):
                 only_default(self.closed_form, f.name, "with algorithm closed_form", "closed_form.")

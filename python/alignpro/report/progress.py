@@ -67,7 +67,9 @@ class TrainBar(TrainCallback):
         self._bars.show("training", step, self._steps)
 
     def on_step(self, row: Mapping[str, Any]) -> None:
-        note = f"reward {row['reward_mean']:.3f}, KL {row['kl_per_rewrite']:.2f} nats"
+        note = f"reward {row['reward_mean']:.3f}"
+        if "kl_per_rewrite" in row:
+            note += f", KL {row['kl_per_rewrite']:.2f} nats"
         if "heldout" in row:
             self._held_out = f", held out {row['heldout']['reward_mean']:.3f}"
         self._bars.show("training", row["step"] + 1, self._steps, note + self._held_out)

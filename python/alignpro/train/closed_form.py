@@ -2,7 +2,8 @@
 
 ``rho* = rho_ref exp(R / kl_coef) / Z`` (MATH: "The optimum, in closed form") asks for no rollouts
 but the reference's. They are drawn first and written down as they come; the fit that follows is
-off-policy and costs the target nothing, for any kl_coef.
+off-policy and costs the target nothing, for any kl_coef. With the loss "pooled" there may be
+further rounds: the fitted prompter's rollouts join those before, and the fit goes on.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,12 +35,14 @@ from alignpro.train.callbacks import TrainCallback, Watchers
 from alignpro.train.checkpoint import check_same_run
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
 from alignpro.train.policy import one_torch_thread
+from alignpro.train.pooled import Pool, distinct_responses, draw
 from alignpro.train.schedule import (
     apply_gradients,
     batch_indices,
     make_optimizer,
     rate_factor,
 )
+from alignpro.train.sft import likelihood_gradients
 from alignpro.train.trainer import TrainingRun
 from alignpro.train.trajectories import (
     Trajectory,
@@ -61,8 +65,10 @@ class ClosedFormFit(TrainingRun):
     Arguments and errors are those of `TrainingRun`. The rollouts are the starting policy's, so
     ``reference`` must be what the policy starts as. ``resume`` takes up the rollouts that are
     there, draws what is missing, and fits anew: kl_coef and everything else that only the fit reads
-    may then be another.
+    may then be another, unless there are several rounds.
     """
+
+    _on_progress: OnProgress | None = None
 
     def _begin(self, value_head: torch.nn.Module | None) -> None:
         count, rows = self.config.closed_form.num_prompts, len(self.prompts)
@@ -78,7 +84,11 @@ class ClosedFormFit(TrainingRun):
             saved = dict(json.loads(path.read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a JSON object: {one_line(error)[:200]}") from error
-        check_same_run(_of_the_rollouts(saved), _of_the_rollouts(to_mapping(self.config)))
+        mine = to_mapping(self.config)
+        if self.config.closed_form.rounds > 1:  # later rollouts are those of an earlier fit
+            check_same_run(saved, mine)
+        else:
+            check_same_run(_of_the_rollouts(saved), _of_the_rollouts(mine))
         truncate_metrics(self.log.path, steps=0)
 
     def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
@@ -87,63 +97,144 @@ class ClosedFormFit(TrainingRun):
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
         with self.directory:
-            # The losses compare all N rewrites of a prompt, so one without an answer leaves it out.
-            answered = [g for g in self.rollouts() if all(w.responses for w in g)]
-            if not answered:
-                raise FailedRowsError("no prompt has an answer to every rewrite; resume asks again")
-            groups = [[written_by_prompter(w) for w in group] for group in answered]
+            self.rollouts(self._on_progress)
             with watchers.watching(to_mapping(self.config), 0):
-                self._fit(groups, watchers)
+                if self.config.closed_form.loss == "pooled":
+                    self._fit_pooled(watchers)
+                else:
+                    self._fit(watchers)
             save_peft(self.run_dir / "adapter", self.policy.weights())
 
-    def _fit(self, groups: Sequence[Sequence[Trajectory]], watchers: Watchers) -> None:
+    def _fit_pooled(self, watchers: Watchers) -> None:
         config = self.config
+        pool = Pool(self.policy, self.reference, config)
+        rounds = config.closed_form.rounds
+        stage = replace(config, steps=config.steps // rounds)  # a round's: its schedule, its steps
+        for number in range(rounds):
+            started = time.perf_counter()
+            groups = self.rollouts(self._on_progress, number)
+            drawn = time.perf_counter()
+            for prompt, group in zip(self._order(number), groups, strict=True):
+                pool.add(prompt, [w for w in group if w.responses])
+            with one_torch_thread():
+                targets, pooled = pool.targets()
+            looked = time.perf_counter()
+            answers = [r for group in groups for _, r in distinct_responses(group)]
+            rewards = [w.reward for group in groups for w in group if w.responses]
+            first = {
+                "target_tokens": sum(r.num_tokens for r in answers),
+                "expected_reward": float(np.mean([t.expected for t in targets])),
+                "noise_variance": pooled.noise,
+                "text_by_features_variance": pooled.text_by_features,
+            }
+            seconds = {"rollouts": drawn - started, "pool": looked - drawn}
+            optimizer = make_optimizer(self.policy.parameters(), config)
+            for step in range(stage.steps):
+                begun = time.perf_counter()
+                size, rows = config.closed_form.batch_size, len(targets)
+                cursor, seed = step * size, derive_seed(config.seed, _FIT, number)
+                chosen = batch_indices(seed=seed, cursor=cursor, count=min(size, rows), rows=rows)
+                batch = draw([targets[i] for i in chosen], derive_seed(seed, step))
+                rate = config.learning_rate * rate_factor(stage, step)
+                with one_torch_thread():
+                    metrics = likelihood_gradients(
+                        self.policy, batch, config, temperature=config.rewrite.temperature
+                    )
+                    (norm,) = apply_gradients({optimizer: rate}, max_grad_norm=config.max_grad_norm)
+                seconds["step"] = time.perf_counter() - begun
+                self._report(
+                    {
+                        "round": number,
+                        "epoch": cursor // rows,
+                        "reward_mean": float(np.mean(rewards)),
+                        **metrics,
+                        **first,
+                        "grad_norm": norm,
+                        "learning_rate": rate,
+                    },
+                    seconds,
+                    watchers,
+                )
+                first, seconds = {}, {}
+
+    def _report(
+        self, row: Mapping[str, Any], seconds: Mapping[str, float], watchers: Watchers
+    ) -> None:
+        """A row of the log, for the step that was just done."""
+        config = self.config
+        whole = {
+            "step": self.step,
+            **row,
+            "kl_coef": config.kl_coef,
+            "num_rewrites": config.num_rewrites,
+            "num_responses": config.num_responses,
+            "seconds": dict(seconds),
+        }
+        self.log.append(whole)
+        self.step += 1
+        watchers.on_step(whole)
+
+    def _fit(self, watchers: Watchers) -> None:
+        config = self.config
+        # The losses compare all N rewrites of a prompt, so one without an answer leaves it out.
+        answered = [g for g in self.rollouts() if all(w.responses for w in g)]
+        if not answered:
+            raise FailedRowsError("no prompt has an answer to every rewrite; resume asks again")
+        groups = [[written_by_prompter(w) for w in group] for group in answered]
         rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
         optimizer = make_optimizer(self.policy.parameters(), config)
-        for self.step in range(config.steps):
+        answers = [r for group in answered for _, r in distinct_responses(group)]
+        first = {"target_tokens": sum(r.num_tokens for r in answers)}
+        for step in range(config.steps):
             started = time.perf_counter()
-            cursor = self.step * config.prompts_per_step
+            cursor = step * config.prompts_per_step
             chosen = batch_indices(
                 seed=derive_seed(config.seed, _FIT),
                 cursor=cursor,
                 count=min(config.prompts_per_step, len(groups)),
                 rows=len(groups),
             )
-            rate = config.learning_rate * rate_factor(config, self.step)
+            rate = config.learning_rate * rate_factor(config, step)
             with one_torch_thread():
                 metrics = self._accumulate_gradients([groups[i] for i in chosen], rewards[chosen])
                 (norm,) = apply_gradients({optimizer: rate}, max_grad_norm=config.max_grad_norm)
-            row = {
-                "step": self.step,
-                "epoch": cursor // len(groups),
-                **metrics,
-                "grad_norm": norm,
-                "learning_rate": rate,
-                "kl_coef": config.kl_coef,
-                "num_rewrites": config.num_rewrites,
-                "num_responses": config.num_responses,
-                "seconds": {"step": time.perf_counter() - started},
-            }
-            self.log.append(row)
-            watchers.on_step(row)
-        self.step = config.steps
+            self._report(
+                {
+                    "epoch": cursor // len(groups),
+                    **metrics,
+                    **first,
+                    "grad_norm": norm,
+                    "learning_rate": rate,
+                },
+                {"step": time.perf_counter() - started},
+                watchers,
+            )
+            first = {}
 
-    def rollouts(self, on_progress: OnProgress | None = None) -> list[list[Rewrite]]:
-        """N rewrites of every prompt with their rewards: those on disk, and the missing ones.
+    def _order(self, number: int) -> list[int]:
+        """The prompts of a round: one shuffled pass over all, or so many of it, after another."""
+        rows = len(self.prompts)
+        count = self.config.closed_form.num_prompts or rows
+        return batch_indices(seed=self.config.seed, cursor=number * count, count=count, rows=rows)
 
-        To be called before `train` by who wants to see them come.
+    def rollouts(
+        self, on_progress: OnProgress | None = None, number: int = 0
+    ) -> list[list[Rewrite]]:
+        """N rewrites of every prompt of a round with their rewards: those on disk, and the missing
+        ones, which are the policy's as it is.
+
+        To be called before `train` by who wants to see them come, of every round.
         """
-        config, size = self.config, self.config.prompts_per_step
-        count, rows = config.closed_form.num_prompts, len(self.prompts)
-        # A shuffled pass over the prompts.
-        order = batch_indices(seed=config.seed, cursor=0, count=count or rows, rows=rows)
+        self._on_progress = on_progress
+        size, order = self.config.prompts_per_step, self._order(number)
         chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        before = number * len(chunks)  # lines of the rounds before
         path = self.run_dir / ROLLOUTS
-        there = read_metrics(path)[: len(chunks)] if path.exists() else []
-        truncate_metrics(path, steps=len(there))  # a line that a crash cut short
+        there = (read_metrics(path) if path.exists() else [])[before : before + len(chunks)]
         groups = [[_rewrite(w) for w in group] for row in there for group in row["rewrites"]]
-        missing = list(enumerate(chunks))[len(there) :]
+        missing = list(enumerate(chunks, before))[len(there) :]
         if missing:
+            truncate_metrics(path, steps=before + len(there))  # a line that a crash cut short
             with self.directory:
                 for rewrites in self._draw(missing):
                     groups += rewrites

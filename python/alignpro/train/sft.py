@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignpro.config import Prompting, SftConfig
+from alignpro.config import FitConfig, Prompting, SftConfig
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.policy import LoraPolicy, one_torch_thread
@@ -70,7 +70,7 @@ def _fit(
         optimizer.zero_grad(set_to_none=True)
         rate = config.learning_rate * rate_factor(config, step)
         with one_torch_thread():
-            metrics = _accumulate_gradients(policy, [examples[i] for i in chosen], config)
+            metrics = likelihood_gradients(policy, [examples[i] for i in chosen], config)
             (norm,) = apply_gradients({optimizer: rate}, max_grad_norm=config.max_grad_norm)
         yield {
             "step": step,
@@ -81,15 +81,21 @@ def _fit(
         }
 
 
-def _accumulate_gradients(
-    policy: LoraPolicy, batch: Sequence[Example], config: SftConfig
+def likelihood_gradients(
+    policy: LoraPolicy, batch: Sequence[Example], config: FitConfig, *, temperature: float = 1.0
 ) -> dict[str, float]:
+    """Accumulate the gradient of minus the mean log-probability of what is to be written."""
     sequences, starts = [e.tokens for e in batch], [e.start for e in batch]
     tokens = sum(len(e.tokens) - e.start for e in batch)
     plan = policy.micro_batches(sequences, starts, config, with_reference=False)
     total_loss = total_entropy = 0.0
     for micro in plan:
-        scores = policy.score(micro.of(sequences), micro.of(starts), activations=micro.activations)
+        scores = policy.score(
+            micro.of(sequences),
+            micro.of(starts),
+            temperature=temperature,
+            activations=micro.activations,
+        )
         loss = -scores.logprob.sum() / tokens
         loss.backward()  # type: ignore[no-untyped-call]
         total_loss += float(loss.detach())

@@ -1,0 +1,164 @@
+"""The closed form with rewards pooled over prompts: what every prompt should be rewritten to.
+
+``rho*(x'|x) ~ rho_ref(x'|x) exp(R(x, x') / kl_coef)`` over a prompt's candidates: of the texts that
+many prompts share, those that earn most behind this one by `pooled_rewards`. The fit then draws
+from it, one text a prompt, and raises its likelihood: an unbiased step towards the least
+KL(rho* || rho).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from alignpro.config import TrainConfig
+from alignpro.objective.pooled_rewards import PooledRewards, pooled_rewards
+from alignpro.pipeline import derive_seed
+from alignpro.train.policy import LoraPolicy, Reference
+from alignpro.train.sft import Example
+from alignpro.types import Response, Rewrite
+
+# Prompts that a text was answered behind, to be a candidate. The best of many estimates is the
+# luckiest: with every text a candidate, the fit wrote what had once earned 1 (KL 16 nats).
+SHARED_BY = 5
+LABEL_STREAM = 4  # of randomness, beside those of the pipeline, the minibatches and the search
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one prompt is to be rewritten to."""
+
+    context: list[int]  # what the prompter reads
+    rewrites: list[list[int]]  # C candidates, end of turn included
+    weights: list[float]  # [C] of them, which sum to 1
+    expected: float  # pooled reward under these weights
+
+
+def distinct_responses(rewrites: Iterable[Rewrite]) -> list[tuple[Rewrite, Response]]:
+    """A prompt's responses, each once: rewrites of one text share theirs under common draws."""
+    found = {(w.text, r.text): (w, r) for w in rewrites for r in w.responses}
+    return list(found.values())
+
+
+class Pool:
+    """All rollouts so far, by prompt, and what is to be learnt from them."""
+
+    def __init__(self, policy: LoraPolicy, reference: Reference, config: TrainConfig) -> None:
+        self.policy = policy
+        self.config = config
+        self._reference = None if reference == "base" else policy.model.make_adapter(reference)
+        self._written: dict[int, list[Rewrite]] = {}  # by the prompt's number
+        self._prior: dict[tuple[int, str], float] = {}  # log rho_ref, by prompt and text
+
+    def add(self, prompt: int, rewrites: Sequence[Rewrite]) -> None:
+        if rewrites:
+            self._written.setdefault(prompt, []).extend(rewrites)
+
+    def targets(self) -> tuple[list[Target], PooledRewards]:
+        """A target for every prompt that has rollouts, under the weights as they are.
+
+        Raises ValueError where prompts share no texts.
+        """
+        behind = Counter(
+            text for rewrites in self._written.values() for text in {w.text for w in rewrites}
+        )
+        shared = [text for text, prompts in behind.items() if prompts >= SHARED_BY]
+        if len(shared) < 2:
+            raise ValueError(
+                "closed_form.loss: pooled needs a prompter that chooses among few texts, and fewer "
+                f"than two were written behind {SHARED_BY} prompts; use variance, or more prompts"
+            )
+        number = {text: place for place, text in enumerate(shared)}
+        texts: dict[str, list[int]] = {}  # to tokens
+        observed: list[tuple[int, int, float]] = []
+        for row, rewrites in enumerate(self._written.values()):
+            for rewrite, response in distinct_responses(rewrites):
+                if rewrite.text in number:
+                    texts.setdefault(rewrite.text, rewrite.tokens)
+                    observed.append((row, number[rewrite.text], response.reward))
+        rows, numbers, rewards_seen = zip(*observed, strict=True)
+        pooled = pooled_rewards(
+            self._features(),
+            torch.tensor(rows),
+            torch.tensor(numbers),
+            torch.tensor(rewards_seen, dtype=torch.float64),
+            num_texts=len(shared),
+        )
+        count = min(self.config.closed_form.candidates, len(shared))
+        best = pooled.mean.topk(count, dim=1).indices
+        chosen = [[shared[i] for i in indices] for indices in best.tolist()]
+        self._look_up_priors(chosen, texts)
+        targets = []
+        for place, (prompt, rewrites) in enumerate(self._written.items()):
+            rewards = pooled.mean[place, [number[t] for t in chosen[place]]]
+            prior = torch.tensor([self._prior[prompt, t] for t in chosen[place]])
+            weights = torch.softmax(prior + rewards / self.config.kl_coef, dim=0)
+            targets.append(
+                Target(
+                    context=rewrites[0].prompter_tokens,
+                    rewrites=[texts[t] for t in chosen[place]],
+                    weights=weights.tolist(),
+                    expected=float(weights @ rewards),
+                )
+            )
+        return targets, pooled
+
+    def _contexts(self) -> list[list[int]]:
+        return [rewrites[0].prompter_tokens for rewrites in self._written.values()]
+
+    def _features(self) -> torch.Tensor:
+        """[P, D]: the prompter's state where it begins to write."""
+        contexts = self._contexts()
+        rows = [[*c, w[0].tokens[0]] for c, w in zip(contexts, self._written.values(), strict=True)]
+        starts = [len(c) for c in contexts]
+        plan = self.policy.micro_batches(
+            rows, starts, self.config, with_reference=False, with_hidden=True
+        )
+        states = []
+        with torch.no_grad():
+            for micro in plan:
+                part = self.policy.score(micro.of(rows), micro.of(starts), with_hidden=True)
+                assert part.hidden is not None
+                states.append(part.hidden.clone())
+        return torch.cat(states)
+
+    def _look_up_priors(
+        self, chosen: Sequence[Sequence[str]], texts: Mapping[str, list[int]]
+    ) -> None:
+        """log rho_ref(text | prompt) of the pairs that were not asked for before."""
+        missing = [
+            (prompt, context, text)
+            for prompt, context, candidates in zip(
+                self._written, self._contexts(), chosen, strict=True
+            )
+            for text in candidates
+            if (prompt, text) not in self._prior
+        ]
+        rows = [[*context, *texts[text]] for _, context, text in missing]
+        starts = [len(context) for _, context, _ in missing]
+        plan = self.policy.micro_batches(rows, starts, self.config, with_reference=False)
+        for micro in plan:
+            score = self.policy.model.core_model.score(
+                [list(r) for r in micro.of(rows)],
+                list(micro.of(starts)),
+                adapter=self._reference,
+                temperature=self.config.rewrite.temperature,
+            )
+            logprobs = np.asarray(score.logprob, np.float64)
+            lengths = [len(texts[text]) for _, _, text in micro.of(missing)]
+            parts = np.split(logprobs, np.cumsum(lengths)[:-1])
+            for (prompt, _, text), part in zip(micro.of(missing), parts, strict=True):
+                self._prior[prompt, text] = float(part.sum())
+
+
+def draw(targets: Sequence[Target], seed: int) -> list[Example]:
+    """A candidate of each target by its weights, to be written after the target's context."""
+    rng = np.random.default_rng(derive_seed(seed, LABEL_STREAM))
+    return [
+        Example([*t.context, *t.rewrites[rng.choice(len(t.weights), p=t.weights)]], len(t.context))
+        for t in targets
+    ]
