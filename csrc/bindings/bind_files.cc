@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "alignpro/core/error.h"
+#include "alignpro/io/safetensors.h"
 #include "alignpro/model/end_of_text.h"
 #include "gil.h"
 
@@ -117,6 +118,9 @@ void bind_files(py::module_& m) {
       .def("metadata", &metadata)
       .def("json", &json, py::arg("name"))
       .def("eos_ids", [](const ModelFiles& files) { return model::end_of_text_ids(files); });
+  m.def(
+      "list_weight_files", [](const std::string& folder) { return io::list_weight_files(folder); },
+      py::arg("folder"));
   m.attr("GGUF_END_KEYS") =
       std::vector<std::string>(std::begin(model::kGgufEndKeys), std::end(model::kGgufEndKeys));
   m.def(

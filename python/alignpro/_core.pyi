@@ -52,6 +52,9 @@ class ModelFiles:
         """Every id that ends a text: what the files name, and the end tokens of known chat
         templates; the tokenizer's own EOS first."""
 
+def list_weight_files(folder: str) -> list[str]:
+    """The *.safetensors of a model folder that hold its weights, by name."""
+
 GGUF_END_KEYS: list[str]  # of GGUF metadata, that name the end of a text
 
 def end_of_text_ids(named: list[int], tokens: list[str], types: list[int]) -> list[int]:

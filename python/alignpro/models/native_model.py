@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from alignpro import native
 from alignpro.config import DEFAULT_MODEL, ModelConfig, check_local, target_of
-from alignpro.models.adapter import LoraWeights, load_peft
+from alignpro.models.adapter import LoraWeights, adapter_folder, load_peft
 from alignpro.models.arguments import (
     Prompt,
     check_prompts,
@@ -357,7 +357,7 @@ class NativeModel:
         return made
 
     def _adapter_from_folder(self, folder: Path) -> core.Adapter:
-        folder = folder.resolve()
+        folder = adapter_folder(folder).resolve()
         files = (folder / "adapter_config.json", folder / "adapter_model.safetensors")
         try:
             changed = (files[0].stat().st_mtime_ns, files[1].stat().st_mtime_ns)
