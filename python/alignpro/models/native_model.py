@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ from alignpro.types import Chat, Completion, SamplingParams
 
 if TYPE_CHECKING:
     from alignpro.native import core
+
+_log = logging.getLogger(__name__)
 
 AdapterLike = Any  # _core.Adapter | LoraWeights | path of a PEFT folder | None
 
@@ -88,6 +91,14 @@ def load_model(
         context_length=config.context_length or 0,
         library_folders=wheel_folders() if config.device == "cuda" else (),
     )
+    if (files.json("config.json") or {}).get("tie_word_embeddings") and not made.config[
+        "tied_head"
+    ]:
+        _log.warning(
+            "%s: tie_word_embeddings is set, and lm_head.weight is another matrix than the "
+            "embedding: the head of the file is used",
+            path,
+        )
     engine = native.core.Engine(
         made,
         kv_cache_bytes=config.kv_cache_bytes or 0,
