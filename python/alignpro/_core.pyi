@@ -48,6 +48,9 @@ class ModelFiles:
     def json(self, name: str) -> dict[str, Any] | None:
         """One of a folder's JSON files; None where it has no such file."""
 
+    def table(self, name: str) -> NDArray[np.float32]:
+        """The embedding ("embed_tokens") or the output head ("lm_head"), [vocab, hidden]."""
+
     def eos_ids(self) -> list[int]:
         """Every id that ends a text: what the files name, and the end tokens of known chat
         templates; the tokenizer's own EOS first."""

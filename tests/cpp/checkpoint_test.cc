@@ -457,7 +457,7 @@ TEST_CASE("safetensors head beside a tied config") {
     CHECK_EQ(expand(checkpoint->head_rows(), 5, 6, 4)[3],
              135.0f);  // the file's, not the embedding's
   }
-  named("lm_head.weight").data = named("model.embed_tokens.weight").data;
+  named("lm_head.weight").values = named("model.embed_tokens.weight").values;
   write_model(folder, file.bytes(), config);
   CHECK(Checkpoint::open(folder.path)->config().tied_head);
   std::erase_if(file.tensors, [](const auto& t) { return t.name == "lm_head.weight"; });

@@ -347,10 +347,16 @@ def test_truncated_tensors(folder: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
-def test_a_whole_matrix_is_refused_by_its_name(folder: Path, name: str) -> None:
-    whole = {f"base_model.model.{name}.weight": np.zeros((111, 48), np.float32)}
-    with pytest.raises(ValueError, match=f"holds a whole {name.rpartition('.')[2]}"):
-        load_peft(changed(folder, lambda t: t.update(whole)), MODULES)
+def test_a_copy_of_a_table_is_passed_over_and_another_is_refused(folder: Path, name: str) -> None:
+    last = name.rpartition(".")[2]
+    table = np.random.default_rng(0).normal(size=(111, 48)).astype(np.float32)
+    tables = {last: table}.__getitem__
+    changed(folder, lambda t: t.update({f"base_model.model.{name}.weight": table}))
+    assert_same(load_peft(folder, MODULES, tables), weights_for(MODULES))
+    table[7, 3] += 1
+    for base_table in (tables, None):
+        with pytest.raises(ValueError, match=f"holds a {last} of its own"):
+            load_peft(folder, MODULES, base_table)
 
 
 def test_a_named_adapter_lies_in_a_subfolder(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,14 @@ def adapter_folder(folder: str | Path) -> Path:
     if folder.suffix == ".gguf":
         raise FileNotFoundError(f"{folder}: {expected}; adapters as GGUF files are not read")
     model = "; this folder holds a model" * (folder / "config.json").is_file()
-    raise FileNotFoundError(f"{folder / _CONFIG}: no such file; {expected}{model}")
+    raise FileNotFoundError(f"{folder}: no {_CONFIG} there; {expected}{model}")
 
 
-def load_peft(folder: str | Path, lora_modules: Mapping[str, tuple[int, int]]) -> LoraWeights:
+def load_peft(
+    folder: str | Path,
+    lora_modules: Mapping[str, tuple[int, int]],
+    base_table: Callable[[str], Matrix] | None = None,
+) -> LoraWeights:
     """Read an adapter that PEFT or `save_peft` wrote.
 
     Modules of several ranks and scales (rank_pattern, alpha_pattern, halves of a fused matrix) are
@@ -80,6 +84,8 @@ def load_peft(folder: str | Path, lora_modules: Mapping[str, tuple[int, int]]) -
     Args:
         folder: as for `adapter_folder`.
         lora_modules: the model's linears: module path -> (out_features, in_features).
+        base_table: gives the model's "embed_tokens" or "lm_head", [vocab, hidden]; a file that
+            holds a copy of one, as PEFT's save_embedding_layers writes, is then read.
 
     Raises:
         FileNotFoundError: no such folder or file.
@@ -91,7 +97,7 @@ def load_peft(folder: str | Path, lora_modules: Mapping[str, tuple[int, int]]) -
     path = folder / _TENSORS
     found: dict[str, _Update] = {}
     parts: dict[str, dict[str, _Update]] = {}
-    for module, (a, b) in _read_pairs(path).items():
+    for module, (a, b) in _read_pairs(path, base_table).items():
         rank = _of_pattern(config, "rank_pattern", module, config["r"])
         alpha = _of_pattern(config, "alpha_pattern", module, config["lora_alpha"])
         scale = _scale(float(alpha), rank, config.get("use_rslora") is True)
@@ -387,7 +393,9 @@ def _examples(modules: Mapping[str, Any]) -> str:
 # --- tensors ---
 
 
-def _read_pairs(path: Path) -> dict[str, tuple[Matrix, Matrix]]:
+def _read_pairs(
+    path: Path, base_table: Callable[[str], Matrix] | None
+) -> dict[str, tuple[Matrix, Matrix]]:
     """Module path -> (A, B)."""
     halves: dict[str, dict[str, Matrix]] = {}
     for key, tensor in _read_tensors(path).items():
@@ -397,10 +405,11 @@ def _read_pairs(path: Path) -> dict[str, tuple[Matrix, Matrix]]:
             continue
         whole = re.search(r"(embed_tokens|lm_head)(?:\.base_layer)?\.weight$", key)
         if whole is not None:
+            if base_table is not None and np.array_equal(base_table(whole[1]), tensor):
+                continue
             raise ValueError(
-                f"{path}: holds a whole {whole[1]} ({key}), which would stand in the base model's "
-                "place and is not supported; save it without (save_embedding_layers=False), or "
-                "merge the adapter into its base"
+                f"{path}: holds a {whole[1]} of its own ({key}), which is not supported; save the "
+                "adapter without it (save_embedding_layers=False), or merge it into its base"
             )
         raise ValueError(
             f"{path}: unexpected tensor {key}; expected {_PREFIX}MODULE.lora_A.weight and "

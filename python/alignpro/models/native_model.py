@@ -367,6 +367,10 @@ class NativeModel:
             made = self._adapters.setdefault(adapter, made)
         return made
 
+    def base_table(self, name: str) -> NDArray[np.float32]:
+        """The base's "embed_tokens" or "lm_head", [vocab, hidden], read from its files."""
+        return native.core.ModelFiles(str(self.path)).table(name)
+
     def _adapter_from_folder(self, folder: Path) -> core.Adapter:
         folder = adapter_folder(folder).resolve()
         files = (folder / "adapter_config.json", folder / "adapter_model.safetensors")
@@ -377,7 +381,7 @@ class NativeModel:
         known = self._adapter_files.get(folder)
         if known is not None and known[0] == changed:
             return known[1]
-        weights = load_peft(folder, self.lora_modules)
+        weights = load_peft(folder, self.lora_modules, self.base_table)
         made = self.core_model.make_adapter(weights.matrices, weights.scale)
         self._adapter_files[folder] = (changed, made)
         return made
