@@ -8,7 +8,10 @@
 #include <vector>
 
 #include "alignpro/core/error.h"
+#include "alignpro/io/safetensors.h"
+#include "alignpro/model/checkpoint.h"
 #include "alignpro/model/end_of_text.h"
+#include "array.h"
 #include "gil.h"
 
 namespace py = pybind11;
@@ -84,6 +87,28 @@ py::object metadata(const ModelFiles& files) {
   return out;
 }
 
+// The embedding or the output head, [vocab, hidden].
+py::array_t<float> table(const ModelFiles& files, const std::string& name) {
+  require(name == "embed_tokens" || name == "lm_head",
+          "table: expected embed_tokens or lm_head, got ", name);
+  std::vector<float> values;
+  int64_t rows = 0, cols = 0;
+  {
+    const GilRelease unlocked;
+    const auto checkpoint = model::Checkpoint::open(files);
+    const auto stored = name == "lm_head" ? checkpoint->head_rows() : checkpoint->embedding_rows();
+    rows = static_cast<int64_t>(stored.size());
+    cols = checkpoint->config().hidden_size;
+    values.resize(static_cast<size_t>(rows * cols));
+    float* to = values.data();
+    for (const ops::QuantizedRow& row : stored) {
+      dequantize(row.dtype, row.data, cols, to);
+      to += cols;
+    }
+  }
+  return bindings::to_array(values, rows, cols);
+}
+
 py::object json(const ModelFiles& files, const std::string& name) {
   const Json* root = [&] {
     const GilRelease unlocked;
@@ -116,7 +141,11 @@ void bind_files(py::module_& m) {
       .def_property_readonly("path", [](const ModelFiles& f) { return f.path().string(); })
       .def("metadata", &metadata)
       .def("json", &json, py::arg("name"))
+      .def("table", &table, py::arg("name"))
       .def("eos_ids", [](const ModelFiles& files) { return model::end_of_text_ids(files); });
+  m.def(
+      "list_weight_files", [](const std::string& folder) { return io::list_weight_files(folder); },
+      py::arg("folder"));
   m.attr("GGUF_END_KEYS") =
       std::vector<std::string>(std::begin(model::kGgufEndKeys), std::end(model::kGgufEndKeys));
   m.def(

@@ -48,9 +48,15 @@ class ModelFiles:
     def json(self, name: str) -> dict[str, Any] | None:
         """One of a folder's JSON files; None where it has no such file."""
 
+    def table(self, name: str) -> NDArray[np.float32]:
+        """The embedding ("embed_tokens") or the output head ("lm_head"), [vocab, hidden]."""
+
     def eos_ids(self) -> list[int]:
         """Every id that ends a text: what the files name, and the end tokens of known chat
         templates; the tokenizer's own EOS first."""
+
+def list_weight_files(folder: str) -> list[str]:
+    """The *.safetensors of a model folder that hold its weights, by name."""
 
 GGUF_END_KEYS: list[str]  # of GGUF metadata, that name the end of a text
 

@@ -3,14 +3,17 @@
 
 #include "alignpro/model/checkpoint.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <numeric>
 
 #include <doctest/doctest.h>
 #include "alignpro/core/error.h"
 #include "alignpro/io/gguf.h"
+#include "alignpro/io/safetensors.h"
 #include "model_file_builder.h"
 
 using namespace alignpro;
@@ -345,7 +348,7 @@ TEST_CASE("gguf lies by name") {
   refuses([](Gguf& f) { f.u32("llama.rope.dimension_count", 8); }, "expected the head dimension");
   refuses([](Gguf& f) { f.u32("llama.expert_count", 8); }, "mixtures of experts");
   refuses([](Gguf& f) { f.u32("split.count", 2); }, "split GGUF");
-  refuses([](Gguf& f) { f.string("llama.rope.scaling.type", "yarn"); }, "rope scaling 'yarn'");
+  refuses([](Gguf& f) { f.string("llama.rope.scaling.type", "su"); }, "rope scaling 'su'");
 }
 
 TEST_CASE("gguf rope") {
@@ -357,6 +360,16 @@ TEST_CASE("gguf rope") {
   CHECK_EQ(config.rope.factor, 4.0);
   CHECK_EQ(config.rope.theta, 5e5);
   CHECK(config.rope.freq_factors == std::vector<double>(8, 2.0));
+
+  config = open_changed([](Gguf& f) {
+    f.string("llama.rope.scaling.type", "yarn").f32("llama.rope.scaling.factor", 4.0f);
+    f.u32("llama.rope.scaling.original_context_length", 16);
+    f.f32("llama.rope.scaling.yarn_beta_fast", 16.0f).f32("llama.rope.scaling.attn_factor", 0.5f);
+  });
+  CHECK(config.rope.scaling == model::RopeScaling::kYarn);
+  CHECK((config.rope.original_context == 16 && config.rope.factor == 4.0));
+  CHECK((config.rope.beta_fast == 16.0 && config.rope.beta_slow == 1.0));
+  CHECK(std::abs(config.rope.attention_factor - 0.5 * (0.1 * std::log(4.0) + 1.0)) < 1e-12);
 
   config = open_changed([](Gguf& f) {
     f.u32("llama.rope.scaling.original_context_length", 16);
@@ -429,14 +442,61 @@ TEST_CASE("safetensors folder") {
   CHECK_EQ(checkpoint->read_final_norm()[0], 112.0f);
 }
 
-TEST_CASE("safetensors tied head uses the embedding") {
+TEST_CASE("safetensors head beside a tied config") {
   const TempFolder folder;
   JsonFields config = tiny_config();
   config["tie_word_embeddings"] = "true";
-  write_model(folder, tiny_safetensors().bytes(), config);  // a stale lm_head is there as well
+  build::Safetensors file = tiny_safetensors();
+  const auto named = [&file](const char* name) -> auto& {
+    return *std::ranges::find_if(file.tensors, [&](const auto& t) { return t.name == name; });
+  };
+  write_model(folder, file.bytes(), config);
+  {
+    const auto checkpoint = Checkpoint::open(folder.path);
+    CHECK(!checkpoint->config().tied_head);
+    CHECK_EQ(expand(checkpoint->head_rows(), 5, 6, 4)[3],
+             135.0f);  // the file's, not the embedding's
+  }
+  named("lm_head.weight").values = named("model.embed_tokens.weight").values;
+  write_model(folder, file.bytes(), config);
+  CHECK(Checkpoint::open(folder.path)->config().tied_head);
+  std::erase_if(file.tensors, [](const auto& t) { return t.name == "lm_head.weight"; });
+  write_model(folder, file.bytes(), config);
   const auto checkpoint = Checkpoint::open(folder.path);
-  const std::vector<float> row = expand(checkpoint->head_rows(), 0, 1, 4);
-  CHECK_EQ(row[1], 1.0f);
+  CHECK(checkpoint->config().tied_head);
+  CHECK_EQ(expand(checkpoint->head_rows(), 0, 1, 4)[1], 1.0f);
+}
+
+TEST_CASE("safetensors files that count") {
+  const TempFolder folder;
+  const auto put = [&](const char* name, const std::string& text = "x") {
+    build::write(folder / name, text);
+  };
+  const auto files = [&] { return io::list_weight_files(folder.path); };
+  using Names = std::vector<std::string>;
+  CHECK_THROWS_WITH_AS((void)files(), doctest::Contains("found none"), FileError);
+  put("consolidated.safetensors");
+  put("consolidated-00001-of-00001.safetensors");
+  put("adapter_model.safetensors");
+  CHECK_THROWS_WITH_AS((void)files(), doctest::Contains("found none"), FileError);
+  put("part.safetensors");
+  CHECK_EQ(files(), Names{"part.safetensors"});
+  put("model-00002-of-00002.safetensors");
+  CHECK_THROWS_WITH_AS((void)files(), doctest::Contains("shard 1 of 2 is missing"), FileError);
+  put("model-00001-of-00002.safetensors");
+  const Names shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"};
+  CHECK_EQ(files(), shards);
+  put("model-00001-of-00003.safetensors");
+  CHECK_THROWS_WITH_AS((void)files(), doctest::Contains("shards of two builds"), FileError);
+  put("model.safetensors.index.json",
+      R"({"weight_map": {"a": "model-00001-of-00002.safetensors",
+                         "b": "model-00002-of-00002.safetensors"}})");
+  CHECK_EQ(files(), shards);
+  std::filesystem::remove(folder / "model-00002-of-00002.safetensors");
+  CHECK_THROWS_WITH_AS((void)files(), doctest::Contains("00002-of-00002.safetensors' is missing"),
+                       FileError);
+  put("model.safetensors");  // beside an index of which not every shard is there
+  CHECK_EQ(files(), Names{"model.safetensors"});
 }
 
 TEST_CASE("safetensors shards") {

@@ -149,11 +149,10 @@ TEST_CASE("config rope") {
   CHECK_THROWS_WITH_AS((void)(config_with(wrong)),
                        doctest::Contains("short_factor has 2 values, expected 4"), FileError);
   CHECK_THROWS_WITH_AS(
-      (void)(config_with({{"rope_scaling", R"({"type": "yarn", "factor": 4.0})"}})),
-      doctest::Contains("rope scaling 'yarn' is not supported"), FileError);
-  CHECK_THROWS_WITH_AS(
-      (void)(config_with({{"rope_scaling", R"({"type": "dynamic", "factor": 4.0})"}})),
-      doctest::Contains("rope scaling 'dynamic' is not supported"), FileError);
+      (void)(config_with({{"rope_scaling", R"({"type": "proportional", "factor": 4.0})"}})),
+      doctest::Contains("rope scaling 'proportional' is not supported"), FileError);
+  CHECK(config_with({{"rope_scaling", R"({"type": "dynamic", "factor": 4.0})"}}).rope.scaling ==
+        model::RopeScaling::kNone);
   CHECK_THROWS_WITH_AS((void)(config_with({{"rope_scaling", R"({"type": "linear"})"}})),
                        doctest::Contains("\"factor\" must be a number, it is missing"), FileError);
   CHECK_THROWS_WITH_AS(
@@ -163,11 +162,38 @@ TEST_CASE("config rope") {
                        doctest::Contains("partial_rotary_factor"), FileError);
 }
 
+TEST_CASE("config yarn") {
+  const auto yarn = [](const std::string& more) {
+    return config_with(
+        {{"rope_scaling",
+          R"({"type": "yarn", "original_max_position_embeddings": 32)" + more + "}"}});
+  };
+  const ModelConfig config = yarn(R"(, "factor": 4.0)");
+  CHECK(config.rope.scaling == model::RopeScaling::kYarn);
+  CHECK((config.rope.factor == 4.0 && config.rope.original_context == 32));
+  CHECK_EQ(config.context_length, 128);  // the tiny config has 64
+  CHECK(std::abs(config.rope.attention_factor - (0.1 * std::log(4.0) + 1.0)) < 1e-12);
+  CHECK_EQ(yarn(R"(, "factor": 4.0, "attention_factor": 1.5)").rope.attention_factor, 1.5);
+  CHECK_EQ(yarn(R"(, "factor": 1.5)").context_length, 64);
+  const double ratio = (0.1 * std::log(4.0) + 1.0) / (0.05 * std::log(4.0) + 1.0);
+  const ModelConfig deepseek = yarn(R"(, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5)");
+  CHECK(std::abs(deepseek.rope.attention_factor - ratio) < 1e-12);
+  CHECK_THROWS_WITH_AS((void)(yarn(R"(, "factor": 2.0, "beta_fast": 0.5)")),
+                       doctest::Contains("expected beta_fast above beta_slow"), FileError);
+}
+
+TEST_CASE("what is left of quantisation in a config says nothing") {
+  for (const char* rest : {"{}", "null", R"({"load_in_4bit": false})",
+                           R"({"quant_method": "bitsandbytes", "load_in_4bit": true})"}) {
+    CHECK_EQ(config_with({{"quantization_config", rest}}).hidden_size, 4);
+  }
+}
+
 TEST_CASE("config refuses by name") {
   const auto refuses = [](const char* key, const char* value, const char* text) {
     CHECK_THROWS_WITH_AS((void)(config_with({{key, value}})), doctest::Contains(text), FileError);
   };
-  refuses("quantization_config", R"({"quant_method": "gptq"})", "weights quantised by gptq");
+  refuses("quantization_config", R"({"quant_method": "bitnet"})", "weights quantised by bitnet");
   refuses("hidden_act", "\"gelu\"", "hidden_act 'gelu'");
   refuses("attention_bias", "true", "attention_bias is not supported for llama");
   refuses("mlp_bias", "true", "mlp_bias is not supported");

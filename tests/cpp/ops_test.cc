@@ -157,6 +157,13 @@ std::vector<std::byte> quantized_rows(DType dtype, int64_t rows, int64_t cols, u
       case DType::kQ6_K:
         tame(at + 208, false);
         break;
+      case DType::kQ3_K:
+        tame(at + 108, false);
+        break;
+      case DType::kQ2_K:
+        tame(at + 80, false);
+        tame(at + 82, false);
+        break;
       case DType::kQ4_1:
       case DType::kQ5_1:
       case DType::kQ4_K:
@@ -177,9 +184,10 @@ std::vector<QuantizedRow> rows_in(DType dtype, const std::vector<std::byte>& byt
   return rows;
 }
 
-constexpr DType kAllTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ8_0,
-                               DType::kQ4_0, DType::kQ4_1, DType::kQ5_0, DType::kQ5_1,
-                               DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
+constexpr DType kAllTypes[] = {DType::kF32,  DType::kF16,    DType::kBF16,  DType::kQ8_0,
+                               DType::kQ4_0, DType::kQ4_1,   DType::kQ5_0,  DType::kQ5_1,
+                               DType::kQ4_K, DType::kQ5_K,   DType::kQ6_K,  DType::kQ2_K,
+                               DType::kQ3_K, DType::kIQ4_NL, DType::kIQ4_XS};
 
 // Whatever the storage, products have the bits of the same values in float32, one row or many.
 void check_storage(std::span<const QuantizedRow> rows, int64_t cols) {
@@ -397,7 +405,7 @@ TEST_CASE("a matrix may change its format between and within panels") {
   const int64_t cols = 512;
   std::vector<std::vector<std::byte>> parts;
   std::vector<QuantizedRow> rows;
-  for (const DType dtype : {DType::kQ4_K, DType::kQ6_K, DType::kF16}) {
+  for (const DType dtype : {DType::kQ4_K, DType::kQ6_K, DType::kQ3_K, DType::kF16}) {
     parts.push_back(quantized_rows(dtype, 40, cols, 3));
     for (const QuantizedRow& row : rows_in(dtype, parts.back(), cols)) rows.push_back(row);
   }

@@ -206,7 +206,7 @@ def test_the_command(model, tmp_path):
         ("reward_range=[1]", "reward_range: expected [low, high] with low < high"),
         ("kl_coef=0", "kl_coef: expected above 0"),
         ("num_prompts=1", "num_prompts: expected at least 2"),
-        ("tuned=none", "tuned: none: expected a PEFT folder, got none there"),
+        ("tuned=none", "tuned: none: no adapter_config.json there; expected the folder"),
     ],
 )
 def test_bad_input_is_one_line(setting, line):

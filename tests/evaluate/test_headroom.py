@@ -190,7 +190,7 @@ def test_the_command(config, tmp_path):
         (["rewrite.top_k=5"], "rewrite.top_k: expected 0: the untruncated distribution"),
         (
             ["prompter.adapter=none"],
-            "prompter.adapter: none: expected a PEFT folder, got none",
+            "prompter.adapter: none: no adapter_config.json there; expected",
         ),
         (["--json", "here/x.json"], "here: no such folder"),
         (["--json", "x", "--plot", "x"], "expected a file for each, got one twice"),

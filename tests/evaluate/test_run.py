@@ -144,8 +144,8 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"trained": "nothing/here"}, "trained: nothing/here: expected a PEFT folder"),
-        ({"tuned": "nothing/here"}, "tuned: nothing/here: expected a PEFT folder"),
+        ({"trained": "nothing/here"}, "trained: nothing/here: no adapter_config.json there"),
+        ({"tuned": "nothing/here"}, "tuned: nothing/here: no adapter_config.json there"),
         ({"trained": None, "judge": {"model": "m"}}, "judge: it compares the trained prompter"),
         ({"judge": {}}, "judge.model: expected the judge's path or name"),
         ({"judge": {"model": "m", "base_url": "localhost:80"}}, "judge.base_url: expected an http"),

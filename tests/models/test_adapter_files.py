@@ -138,6 +138,71 @@ def test_we_load_what_peft_saves(
         assert weights.scale == pytest.approx(scaling, rel=1e-12)
 
 
+PATTERNS = {
+    "rank": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 7}},
+    "alpha": {"alpha_pattern": {"layers.0.self_attn.q_proj": 64, "o_proj": 0}},
+    "both": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True},
+    "all of them": {"rank_pattern": {".*": 2}, "alpha_pattern": {".*": 5}, "lora_alpha": 0},
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_ranks_and_scales_by_module_are_pefts(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], name: str
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.float32)
+    shapes = {
+        path: (module.out_features, module.in_features)
+        for path, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and path != "lm_head"
+    }
+    options = {"lora_alpha": 5} | PATTERNS[name]
+    config = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM",
+                        init_lora_weights=False, **options)  # fmt: skip
+    model = get_peft_model(base, config)
+    model.save_pretrained(tmp_path)
+    weights = load_peft(tmp_path, shapes)
+    ranks = {matrix.shape[0] for matrix, _ in weights.matrices.values()}
+    assert ranks == {weights.rank}
+    for path, (a, b) in weights.matrices.items():
+        delta = model.get_submodule(f"base_model.model.{path}").get_delta_weight("default")
+        wide = weights.scale * (b.astype(np.float64) @ a.astype(np.float64))
+        np.testing.assert_allclose(wide, delta.detach().numpy(), rtol=1e-4, atol=1e-6)
+    save_peft(tmp_path / "again", weights)
+    assert_same(load_peft(tmp_path / "again", shapes), weights)
+
+
+@pytest.mark.parametrize("parts", [("q", "k", "v"), ("k",), ("v",), ("gate", "up"), ("up",)])
+def test_parts_of_a_fused_matrix_are_stacked(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    rows = {"q": 48, "k": 24, "v": 24, "gate": 100, "up": 100}
+    begins = {"q": 0, "k": 48, "v": 72, "gate": 0, "up": 100}
+    is_mlp = parts[-1] == "up"
+    block = "mlp" if is_mlp else "self_attn"
+    whole = f"model.layers.0.{block}.{'gate_up' if is_mlp else 'qkv'}_proj"
+    fused = {whole: (200 if is_mlp else 96, 48)}
+    apart = {f"model.layers.0.{block}.{part}_proj": (rows[part], 48) for part in parts}
+    weights = weights_for(apart)
+    save_peft(tmp_path, weights)
+    expected = np.zeros(fused[whole])
+    for part in parts:
+        a, b = weights.matrices[f"model.layers.0.{block}.{part}_proj"]
+        expected[begins[part] : begins[part] + rows[part]] = weights.scale * (b @ a)
+    got = load_peft(tmp_path, fused)
+    a, b = got.matrices[whole]
+    np.testing.assert_allclose(got.scale * (b @ a), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_that_do_not_fit_a_fused_matrix(tmp_path: Path) -> None:
+    path = "model.layers.0.self_attn"
+    save_peft(tmp_path, weights_for({f"{path}.q_proj": (48, 48), f"{path}.k_proj": (30, 48)}))
+    with pytest.raises(ValueError, match=r"qkv_proj is fused, of 96 outputs.*k_proj with 30"):
+        load_peft(tmp_path, {f"{path}.qkv_proj": (96, 48)})
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_widened(tmp_path: Path, dtype: str) -> None:
     import torch
@@ -174,8 +239,12 @@ def folder(tmp_path: Path) -> Path:
         ({"bias": "all"}, "bias: expected none, got all"),
         ({"use_dora": True}, "use_dora = True is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = .*not supported"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern = .*not supported"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern = .*not supported"),
+        ({"rank_pattern": {"q_proj": 8}}, r"q_proj: expected lora_A of shape \(8, 48\) \(rank 8"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: q_proj: expected a rank of 1 or more"),
+        ({"rank_pattern": [4]}, "rank_pattern: expected an object, got list"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern: q_proj: expected a number, got '8'"),
+        ({"alpha_pattern": {"(q": 8}}, r"alpha_pattern: \(q: no pattern"),
+        ({"lora_alpha": 0}, "lora_alpha is 0: the adapter adds nothing"),
         ({"lora_bias": True}, "lora_bias = True is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication = .*not supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out = True is not supported"),
@@ -185,7 +254,6 @@ def folder(tmp_path: Path) -> Path:
         ({"r": "4"}, "r: expected a rank"),
         ({"r": 8}, r"mlp.down_proj: .*rank 8\), got \(4, 100\)"),
         ({"lora_alpha": None}, "lora_alpha: expected a number"),
-        ({"target_modules": ["q_proj", "gate"]}, "gate is in target_modules"),
     ],
 )
 def test_unsupported_options(folder: Path, change: dict[str, Any], message: str) -> None:
@@ -195,6 +263,16 @@ def test_unsupported_options(folder: Path, change: dict[str, Any], message: str)
     with pytest.raises(ValueError, match=message) as caught:
         load_peft(folder, MODULES)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_targets_of_other_models_are_passed_over_and_missing_ones_are_not(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(config | {"target_modules": ["q_proj", "c_attn"]}), "utf-8")
+    assert load_peft(folder, MODULES).matrices
+    changed(folder, lambda t: [t.pop(key) for key in list(t) if "q_proj" in key])
+    with pytest.raises(ValueError, match="q_proj is in target_modules"):
+        load_peft(folder, MODULES)
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -234,7 +312,10 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
         ),
         (
             lambda t: t.update(
-                {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 48), np.float32)}
+                {
+                    "base_model.model.lm_head.lora_A.weight": np.zeros((4, 48), np.float32),
+                    "base_model.model.lm_head.lora_B.weight": np.zeros((111, 4), np.float32),
+                }
             ),
             "the model has no module lm_head; it has model.layers.0.self_attn.q_proj ...",
         ),
@@ -263,6 +344,35 @@ def test_truncated_tensors(folder: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match="not a safetensors file"):
         load_peft(folder, MODULES)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+def test_a_copy_of_a_table_is_passed_over_and_another_is_refused(folder: Path, name: str) -> None:
+    last = name.rpartition(".")[2]
+    table = np.random.default_rng(0).normal(size=(111, 48)).astype(np.float32)
+    tables = {last: table}.__getitem__
+    changed(folder, lambda t: t.update({f"base_model.model.{name}.weight": table}))
+    assert_same(load_peft(folder, MODULES, tables), weights_for(MODULES))
+    table[7, 3] += 1
+    for base_table in (tables, None):
+        with pytest.raises(ValueError, match=f"holds a {last} of its own"):
+            load_peft(folder, MODULES, base_table)
+
+
+def test_a_named_adapter_lies_in_a_subfolder(tmp_path: Path) -> None:
+    save_peft(tmp_path / "policy", weights_for(MODULES))
+    assert_same(load_peft(tmp_path, MODULES), weights_for(MODULES))
+    save_peft(tmp_path / "value", weights_for(MODULES))
+    with pytest.raises(FileNotFoundError, match="got one with several: policy, value; pass one"):
+        load_peft(tmp_path, MODULES)
+
+
+def test_what_is_no_adapter_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    with pytest.raises(FileNotFoundError, match="this folder holds a model"):
+        load_peft(tmp_path, MODULES)
+    with pytest.raises(FileNotFoundError, match="adapters as GGUF files are not read"):
+        load_peft(tmp_path / "lora.gguf", MODULES)
 
 
 def test_missing_files(folder: Path, tmp_path: Path) -> None:

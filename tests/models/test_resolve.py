@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import subprocess
@@ -45,17 +46,32 @@ class FakeHub:
         self.cached: Path | None = None
         self.remote: Path | None = None
         self.calls: list[tuple[str, str]] = []
+        self.left_out: list[str] = []
 
     def HfApi(self) -> SimpleNamespace:
         return SimpleNamespace(model_info=self.model_info)
 
-    def model_info(self, repo: str, timeout: float) -> None:
+    def model_info(self, repo: str, timeout: float) -> SimpleNamespace:
         assert timeout <= 5
         self.calls.append(("model_info", repo))
         if self.remote is None:
             raise ConnectionError("no route to host\nat all")
+        files = [SimpleNamespace(rfilename=path.name) for path in self.remote.iterdir()]
+        return SimpleNamespace(siblings=files)
 
-    def snapshot_download(self, repo: str, local_files_only: bool = False, **_: Any) -> str:
+    def hf_hub_download(self, repo: str, file: str, **_: Any) -> str:
+        self.calls.append(("file", repo))
+        assert self.remote is not None
+        return str(self.remote / file)
+
+    def snapshot_download(
+        self,
+        repo: str,
+        local_files_only: bool = False,
+        ignore_patterns: list[str] | None = None,
+        **_: Any,
+    ) -> str:
+        self.left_out = ignore_patterns or self.left_out
         self.calls.append(("cache" if local_files_only else "download", repo))
         found = self.cached if local_files_only else self.remote
         if found is None:
@@ -104,6 +120,20 @@ def test_a_folder_with_one_gguf(tmp_path: Path) -> None:
     assert resolve_model(tmp_path) == tmp_path / "a.gguf"
     (tmp_path / "b.gguf").write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match=r"2 \.gguf files; name one"):
+        resolve_model(tmp_path)
+
+
+def test_a_configuration_beside_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    (tmp_path / "a.gguf").write_bytes(b"x")
+    assert resolve_model(tmp_path) == tmp_path / "a.gguf"
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert resolve_model(tmp_path) == tmp_path
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}", "utf-8")
+    with pytest.raises(FileNotFoundError, match="got an adapter; pass its base as the model"):
         resolve_model(tmp_path)
 
 
@@ -229,12 +259,57 @@ def test_the_local_cache_goes_before_the_hub(tmp_path: Path, hub: FakeHub) -> No
     assert hub.calls == [("cache", "org/name")]
 
 
+def test_a_second_copy_of_the_weights_is_not_fetched(tmp_path: Path, hub: FakeHub) -> None:
+    hub.remote = model_folder(tmp_path / "remote")
+    resolve_model("org/name")
+    assert fnmatch.filter(["consolidated.safetensors", "model.safetensors"], hub.left_out[0]) == [
+        "consolidated.safetensors"
+    ]
+
+
+@pytest.mark.parametrize("place", ["cached", "remote"])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("org/name:Q8_0", "m.Q8_0.gguf"),
+        ("org/name:q4_k_m", "m-Q4_K_M.gguf"),
+        ("org/name/m-Q4_K_M.gguf", "m-Q4_K_M.gguf"),
+        ("hf.co/org/name:Q8_0", "m.Q8_0.gguf"),
+        ("https://huggingface.co/org/name/m.Q8_0.gguf", "m.Q8_0.gguf"),
+    ],
+)
+def test_a_gguf_file_of_a_repository(
+    tmp_path: Path, hub: FakeHub, place: str, name: str, file: str
+) -> None:
+    folder = model_folder(tmp_path / place)
+    for other in ("m.Q8_0.gguf", "m-Q4_K_M.gguf", "m-IQ4_K_M.gguf", "mmproj-Q8_0.gguf"):
+        (folder / other).write_bytes(b"x")
+    setattr(hub, place, folder)
+    assert resolve_model(name) == folder / file
+    assert {repo for _, repo in hub.calls} == {"org/name"}
+
+
+@pytest.mark.parametrize("place", ["cached", "remote"])
+def test_a_repository_of_gguf_files_alone(tmp_path: Path, hub: FakeHub, place: str) -> None:
+    folder = tmp_path / place
+    folder.mkdir()
+    (folder / "a.Q8_0.gguf").write_bytes(b"x")
+    setattr(hub, place, folder)
+    assert resolve_model("org/name") == folder / "a.Q8_0.gguf"
+    (folder / "a.Q4_0.gguf").write_bytes(b"x")
+    listed = r"name one \.gguf file of org/name, as org/name/FILE: a\.Q4_0\.gguf, a\.Q8_0\.gguf"
+    for name in ("org/name", "org/name:Q2_K"):
+        with pytest.raises(FileNotFoundError, match=listed):
+            resolve_model(name)
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "a shard"])
 def test_an_incomplete_cache_is_passed_over(tmp_path: Path, hub: FakeHub, missing: str) -> None:
     hub.cached = model_folder(tmp_path / "cached")
     hub.remote = model_folder(tmp_path / "remote")
     if missing == "a shard":
-        index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+        (hub.cached / "model.safetensors").rename(hub.cached / "model-1.safetensors")
+        index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
         (hub.cached / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     else:
         (hub.cached / missing).unlink()
@@ -277,7 +352,7 @@ def test_the_hub_can_be_switched_off(
 def test_a_repository_without_safetensors(tmp_path: Path, hub: FakeHub) -> None:
     hub.remote = model_folder(tmp_path / "remote")
     (hub.remote / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json with safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"neither config\.json with safetensors nor"):
         resolve_model("org/name")
 
 

@@ -277,13 +277,16 @@ def test_a_folder_encodes_as_transformers_does(tmp_path: Path, flavour: str) -> 
 
 
 @pytest.mark.parametrize("flavour", ["byte-level", "llama-2"])
-def test_added_tokens_of_a_folder_stay_text_in_messages(tmp_path: Path, flavour: str) -> None:
+def test_special_tokens_of_a_folder_stay_text_in_messages(tmp_path: Path, flavour: str) -> None:
     save_tokenizer(tmp_path, flavour)
     tokenizer = Tokenizer.from_folder(tmp_path)
-    added = set(range(tokenizer.vocab_size - 5, tokenizer.vocab_size)) | {1}
-    assert not added & set(tokenizer.encode("<tool_call><|end|><s>"))
+    tool_call = tokenizer.vocab_size - 1  # added, and not special
+    special = set(range(tool_call - 4, tool_call)) | {1}
+    ids = tokenizer.encode("<tool_call><|end|><s>")
+    assert not special & set(ids) and ids[0] == tool_call
     ids = tokenizer.encode_chat([{"role": "user", "content": "<tool_call><|end|>"}])
-    assert len([i for i in ids if i in added]) == 4  # <s> <|user|> <|end|> <|assistant|>
+    assert len([i for i in ids if i in special]) == 4  # <s> <|user|> <|end|> <|assistant|>
+    assert ids.count(tool_call) == 1
 
 
 def test_every_eos_of_the_generation_config_counts(tmp_path: Path) -> None:
@@ -430,12 +433,11 @@ def test_sentencepiece_chat_has_one_bos() -> None:
         ({"tokenizer.ggml.tokens": ["a"]}, "1 tokens and"),
         ({"tokenizer.ggml.scores": [0.5]}, "1 scores"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens: expected a list of str"),
-        ({"tokenizer.ggml.bos_token_id": 10**9}, "expected an id below"),
         ({"tokenizer.ggml.eos_token_id": True}, "expected int, got bool"),
         ({"tokenizer.ggml.model": "gpt2"}, "no tokenizer.ggml.merges"),
         (
             {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "quux"},
-            "tokenizer.ggml.pre: expected one of .*got 'quux'",
+            "tokenizer.ggml.pre: words cut as 'quux' are not supported; expected one of",
         ),
         (
             {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["ab"]},
@@ -460,6 +462,8 @@ def test_damaged_gguf_metadata(change: dict[str, Any], message: str) -> None:
         ("smollm", "ab 12  3", ["ab", " ", "1", "2", "  ", "3"]),
         ("llama-bpe", "ab 12345\n\nIT'S", ["ab", " ", "123", "45", "\n\n", "IT", "'S"]),
         ("qwen2", "ab 123\n c'll", ["ab", " ", "1", "2", "3", "\n", " c", "'ll"]),
+        ("tekken", "aBcD 12 IT's/", ["a", "Bc", "D", " ", "1", "2", " IT", "'s", "/"]),
+        ("gpt-4o", "aBcD 1234 IT's/", ["a", "Bc", "D", " ", "123", "4", " IT's", "/"]),
     ],
 )
 def test_words_by_pre_tokenizer(pre: str, text: str, words: list[str]) -> None:

@@ -312,9 +312,11 @@ def test_half_precision_is_the_float32_run_on_widened_values(dtype):
     assert torch.equal(h.grad, h32.grad.to(dtype)) and torch.equal(w.grad, w32.grad.to(dtype))
 
 
-STORED = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
-# Where a block of a K format, which gguf-py reads but does not write, has its float16 factors.
-FACTORS = {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+STORED = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
+          "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS"]  # fmt: skip
+# Where a block of a format, which gguf-py reads but does not write, has its float16 factors.
+FACTORS = {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q2_K": [80, 82], "Q3_K": [108],
+           "IQ4_NL": [0], "IQ4_XS": [0]}  # fmt: skip
 STORED_COLS = 256
 
 
@@ -322,13 +324,14 @@ def stored_bytes(name, weight):
     kind = gguf.GGMLQuantizationType[name]
     if name not in FACTORS:
         return gguf.quantize(weight, kind)
-    rows, size = len(weight), gguf.GGML_QUANT_SIZES[kind][1]
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = weight.size // values
     source = np.random.default_rng(len(name) + ord(name[1]))
-    data = source.integers(0, 256, (rows, size), dtype=np.uint8)
+    data = source.integers(0, 256, (blocks, size), dtype=np.uint8)
     for at in FACTORS[name]:
-        factors = source.normal(0, 2e-4, rows).astype(np.float16)
-        data[:, at : at + 2] = factors.view(np.uint8).reshape(rows, 2)
-    return data
+        factors = source.normal(0, 2e-4, blocks).astype(np.float16)
+        data[:, at : at + 2] = factors.view(np.uint8).reshape(blocks, 2)
+    return data.reshape(len(weight), -1)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, StageConfig
 from alignpro.data.load import PromptRow, load_prompts
-from alignpro.models.adapter import LoraWeights, load_peft
+from alignpro.models.adapter import LoraWeights, adapter_folder, load_peft
 from alignpro.models.native_model import NativeModel
 from alignpro.rewards.check import shorten
 
@@ -62,10 +62,12 @@ def check_adapters(config: StageConfig, **folders: str | None) -> None:
         **folders,
     }
     for name, folder in folders.items():
-        if folder is not None and not (Path(folder) / "adapter_config.json").is_file():
-            raise FileNotFoundError(f"{name}: {folder}: expected a PEFT folder, got none there")
+        try:
+            _ = folder is None or adapter_folder(folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}: {error}") from None
 
 
 def load_adapter(folder: str | None, model: NativeModel) -> LoraWeights | None:
     """None is the model without an adapter. Raises as `load_peft`."""
-    return None if folder is None else load_peft(Path(folder), model.lora_modules)
+    return None if folder is None else load_peft(Path(folder), model.lora_modules, model.base_table)

@@ -5,10 +5,11 @@ Everything an adapter asks for is done, or refused by name; nothing is skipped.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,65 +41,96 @@ class LoraWeights:
     @property
     def scale(self) -> float:
         """alpha / rank; alpha / sqrt(rank) with rank-stabilised LoRA (arXiv 2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return _scale(self.alpha, self.rank, self.rslora)
 
 
-def load_peft(folder: str | Path, lora_modules: Mapping[str, tuple[int, int]]) -> LoraWeights:
+def _scale(alpha: float, rank: int, rslora: bool) -> float:
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def adapter_folder(folder: str | Path) -> Path:
+    """The folder of an adapter's files: this one, or the one beneath it that has them, where PEFT
+    puts an adapter that has a name.
+
+    Raises:
+        FileNotFoundError: none has, or several have.
+    """
+    folder = Path(folder)
+    if (folder / _CONFIG).is_file():
+        return folder
+    found = sorted(path.parent for path in folder.glob(f"*/{_CONFIG}"))
+    if len(found) == 1:
+        return found[0]
+    expected = "expected the folder of a PEFT LoRA adapter"
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise FileNotFoundError(f"{folder}: {expected}, got one with several: {names}; pass one")
+    if folder.suffix == ".gguf":
+        raise FileNotFoundError(f"{folder}: {expected}; adapters as GGUF files are not read")
+    model = "; this folder holds a model" * (folder / "config.json").is_file()
+    raise FileNotFoundError(f"{folder}: no {_CONFIG} there; {expected}{model}")
+
+
+def load_peft(
+    folder: str | Path,
+    lora_modules: Mapping[str, tuple[int, int]],
+    base_table: Callable[[str], Matrix] | None = None,
+) -> LoraWeights:
     """Read an adapter that PEFT or `save_peft` wrote.
 
+    Modules of several ranks and scales (rank_pattern, alpha_pattern, halves of a fused matrix) are
+    given the largest rank, by zeros, and one scale, by factors on B: the same update.
+
     Args:
+        folder: as for `adapter_folder`.
         lora_modules: the model's linears: module path -> (out_features, in_features).
+        base_table: gives the model's "embed_tokens" or "lm_head", [vocab, hidden]; a file that
+            holds a copy of one, as PEFT's save_embedding_layers writes, is then read.
 
     Raises:
         FileNotFoundError: no such folder or file.
         ValueError: an option that is not supported, an unknown module, a wrong shape or rank, a
-            missing half; the message names file and module.
+            missing half, or scales of 0 alone; the message names file and module.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     config = _read_config(folder / _CONFIG)
     path = folder / _TENSORS
-    tensors = _read_tensors(path)
-    rank = config["r"]
-    halves: dict[str, dict[str, Matrix]] = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
-        if match is None:
-            raise ValueError(
-                f"{path}: unexpected tensor {key}; expected {_PREFIX}MODULE.lora_A.weight and "
-                "lora_B.weight alone"
-            )
-        module, half = match.groups()
-        if module not in lora_modules:
+    found: dict[str, _Update] = {}
+    parts: dict[str, dict[str, _Update]] = {}
+    for module, (a, b) in _read_pairs(path, base_table).items():
+        rank = _of_pattern(config, "rank_pattern", module, config["r"])
+        alpha = _of_pattern(config, "alpha_pattern", module, config["lora_alpha"])
+        scale = _scale(float(alpha), rank, config.get("use_rslora") is True)
+        update = _Update(rank, scale, a, b)
+        whole = _fused(module)
+        if module in lora_modules:
+            found[module] = update.checked(path, module, *lora_modules[module])
+        elif whole in lora_modules:
+            update.checked(path, module, b.shape[0], lora_modules[whole][1])
+            parts.setdefault(whole, {})[module.rpartition(".")[2]] = update
+        else:
             raise ValueError(
                 f"{path}: the model has no module {module}; it has {_examples(lora_modules)}"
             )
-        out_features, in_features = lora_modules[module]
-        expected = (rank, in_features) if half == "A" else (out_features, rank)
-        if tensor.shape != expected:
-            raise ValueError(
-                f"{path}: {module}: expected lora_{half} of shape {expected} (rank {rank}), got "
-                f"{tensor.shape}"
-            )
-        if not np.isfinite(tensor).all():
-            raise ValueError(f"{path}: {module}: lora_{half} holds NaN or infinity")
-        halves.setdefault(module, {})[half] = tensor
-    if not halves:
+    for whole, halves in parts.items():
+        if whole in found:
+            raise ValueError(f"{path}: {whole} has matrices as a whole and by its parts")
+        found[whole] = _stacked(path, whole, halves, lora_modules[whole][0])
+    if not found:
         raise ValueError(f"{path}: holds no LoRA matrices")
-    for module, found in halves.items():
-        if len(found) != 2:
-            raise ValueError(f"{path}: {module}: lora_{'B' if 'A' in found else 'A'} is missing")
-    targets = config.get("target_modules")
-    for target in targets if isinstance(targets, list) else []:
-        if not any(f".{module}".endswith(f".{target}") for module in halves):
-            raise ValueError(
-                f"{path}: {target} is in target_modules of {_CONFIG}, but the file has no matrices "
-                "for it"
-            )
+    _check_targets(path, config.get("target_modules"), found, lora_modules)
+    rank, alpha, rslora = _common(config, found)
+    if alpha == 0:
+        raise ValueError(
+            f"{folder / _CONFIG}: lora_alpha is 0: the adapter adds nothing and cannot be "
+            "trained; expected another number"
+        )
+    scale = _scale(alpha, rank, rslora)
     return LoraWeights(
         rank=rank,
-        alpha=float(config["lora_alpha"]),
-        rslora=config.get("use_rslora") is True,
-        matrices={m: (halves[m]["A"], halves[m]["B"]) for m in lora_modules if m in halves},
+        alpha=alpha,
+        rslora=rslora,
+        matrices={m: found[m].padded(rank, scale) for m in lora_modules if m in found},
         base_model_name=config.get("base_model_name_or_path") or "",
     )
 
@@ -145,10 +177,120 @@ def save_peft(folder: str | Path, weights: LoraWeights) -> None:
     write_json(folder / _CONFIG, config)
 
 
+# --- modules of several ranks and scales ---
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What one module's matrices add: scale * B (A x)."""
+
+    rank: int
+    scale: float
+    a: Matrix  # [rank, in]
+    b: Matrix  # [out, rank]
+
+    def checked(self, path: Path, module: str, outputs: int, inputs: int) -> _Update:
+        expected = {"A": (self.rank, inputs), "B": (outputs, self.rank)}
+        for half, tensor in (("A", self.a), ("B", self.b)):
+            if tensor.shape != expected[half]:
+                raise ValueError(
+                    f"{path}: {module}: expected lora_{half} of shape {expected[half]} "
+                    f"(rank {self.rank}), got {tensor.shape}"
+                )
+            if not np.isfinite(tensor).all():
+                raise ValueError(f"{path}: {module}: lora_{half} holds NaN or infinity")
+        return self
+
+    def padded(self, rank: int, scale: float) -> tuple[Matrix, Matrix]:
+        more = rank - self.rank
+        factor = np.float32(self.scale / scale)
+        b = self.b if factor == 1 else self.b * factor
+        return np.pad(self.a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))
+
+
+_FUSED = {
+    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def _fused(module: str) -> str:
+    """The fused matrix of which a module of another family's name is a part; "" for none."""
+    for whole, parts in _FUSED.items():
+        block, _, name = whole.rpartition(".")
+        for part in parts:
+            if module.endswith(f".{block}.{part}"):
+                return module.removesuffix(part) + name
+    return ""
+
+
+def _stacked(path: Path, whole: str, parts: Mapping[str, _Update], outputs: int) -> _Update:
+    """The parts' updates as one: ranks side by side, each B in its part's output rows."""
+    rows = {name: update.b.shape[0] for name, update in parts.items()}
+    if "gate_up_proj" in whole:
+        sizes = {"gate_proj": outputs // 2, "up_proj": outputs // 2}
+    else:  # keys and values are alike, so either says what is left for queries
+        queries = rows.get("q_proj", outputs - 2 * rows.get("k_proj", rows.get("v_proj", 0)))
+        values = (outputs - queries) // 2
+        sizes = {"q_proj": queries, "k_proj": values, "v_proj": values}
+    if min(sizes.values()) <= 0 or any(rows[name] != sizes[name] for name in parts):
+        got = ", ".join(f"{name} with {size}" for name, size in rows.items())
+        raise ValueError(
+            f"{path}: {whole} is fused, of {outputs} outputs, into which these do not fit: {got}"
+        )
+    begins = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+    rank = sum(update.rank for update in parts.values())
+    scale = next((u.scale for u in parts.values() if u.scale), 0.0)
+    b = np.zeros((outputs, rank), np.float32)
+    at = 0
+    for name, update in parts.items():
+        factor = np.float32(update.scale / scale if scale else 0.0)
+        b[begins[name] : begins[name] + rows[name], at : at + update.rank] = update.b * factor
+        at += update.rank
+    return _Update(rank, scale, np.concatenate([u.a for u in parts.values()]), b)
+
+
+def _common(config: Mapping[str, Any], found: Mapping[str, _Update]) -> tuple[int, float, bool]:
+    """(rank, alpha, rslora) for all modules: the file's own where they agree; else the largest rank
+    and the alpha that gives a scale there is."""
+    rank = max(update.rank for update in found.values())
+    rslora = config.get("use_rslora") is True
+    alpha = float(config["lora_alpha"])
+    scales = {update.scale for update in found.values()}
+    if scales == {_scale(alpha, rank, rslora)}:
+        return rank, alpha, rslora
+    scale = next((u.scale for u in found.values() if u.scale), 0.0)
+    return rank, scale * rank / _scale(rank, rank, rslora), rslora
+
+
+def _of_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+    """Of the first pattern that matches names at the path's end, as PEFT's get_pattern_key."""
+    for pattern, value in (config.get(key) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _check_targets(
+    path: Path, targets: Any, found: Mapping[str, Any], lora_modules: Mapping[str, Any]
+) -> None:
+    """Names that the model lacks are passed over, as PEFT does: lists are written for many models.
+    A module that the model has and the file does not is a damaged file."""
+    names = targets if isinstance(targets, list) else []
+    for name in names:
+        of_model = [m for m in lora_modules if f".{m}".endswith(f".{name}")]
+        if of_model and not any(module in found for module in of_model):
+            raise ValueError(
+                f"{path}: {name} is in target_modules of {_CONFIG}, but the file has no matrices "
+                "for it"
+            )
+
+
 # --- the configuration ---
 
 # Options that change neither what is in the file nor what is computed from it.
 _HARMLESS = {
+    "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
@@ -169,6 +311,7 @@ _HARMLESS = {
     "peft_version",
     "qalora_group_size",
     "r",
+    "rank_pattern",
     "revision",
     "runtime_config",
     "target_modules",
@@ -180,8 +323,6 @@ _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the folder of a PEFT LoRA adapter")
     try:
         config = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -203,12 +344,30 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights = {initial!r} changes the base weights and is not "
             "supported; convert the adapter to plain LoRA with PEFT when saving it"
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{path}: r: expected a rank of 1 or more, got {rank!r}")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise ValueError(f"{path}: lora_alpha: expected a number, got {alpha!r}")
+    _check_rank(f"{path}: r", config.get("r"))
+    _check_alpha(f"{path}: lora_alpha", config.get("lora_alpha"))
+    checks = {"rank_pattern": _check_rank, "alpha_pattern": _check_alpha}
+    for key, check in checks.items():
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{path}: {key}: expected an object, got {type(patterns).__name__}")
+        for pattern, value in patterns.items():
+            check(f"{path}: {key}: {pattern}", value)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{path}: {key}: {pattern}: no pattern: {error}") from None
     return config
+
+
+def _check_rank(what: str, rank: Any) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"{what}: expected a rank of 1 or more, got {rank!r}")
+
+
+def _check_alpha(what: str, alpha: Any) -> None:
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise ValueError(f"{what}: expected a number, got {alpha!r}")
 
 
 def _targets(modules: Mapping[str, Any]) -> tuple[list[str], list[int] | None]:
@@ -232,6 +391,34 @@ def _examples(modules: Mapping[str, Any]) -> str:
 
 
 # --- tensors ---
+
+
+def _read_pairs(
+    path: Path, base_table: Callable[[str], Matrix] | None
+) -> dict[str, tuple[Matrix, Matrix]]:
+    """Module path -> (A, B)."""
+    halves: dict[str, dict[str, Matrix]] = {}
+    for key, tensor in _read_tensors(path).items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+        if match is not None:
+            halves.setdefault(match[1], {})[match[2]] = tensor
+            continue
+        whole = re.search(r"(embed_tokens|lm_head)(?:\.base_layer)?\.weight$", key)
+        if whole is not None:
+            if base_table is not None and np.array_equal(base_table(whole[1]), tensor):
+                continue
+            raise ValueError(
+                f"{path}: holds a {whole[1]} of its own ({key}), which is not supported; save the "
+                "adapter without it (save_embedding_layers=False), or merge it into its base"
+            )
+        raise ValueError(
+            f"{path}: unexpected tensor {key}; expected {_PREFIX}MODULE.lora_A.weight and "
+            "lora_B.weight alone"
+        )
+    for module, found in halves.items():
+        if len(found) != 2:
+            raise ValueError(f"{path}: {module}: lora_{'B' if 'A' in found else 'A'} is missing")
+    return {module: (found["A"], found["B"]) for module, found in halves.items()}
 
 
 def _read_tensors(path: Path) -> dict[str, Matrix]:

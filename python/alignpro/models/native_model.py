@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from alignpro import native
 from alignpro.config import DEFAULT_MODEL, ModelConfig, check_local, target_of
-from alignpro.models.adapter import LoraWeights, load_peft
+from alignpro.models.adapter import LoraWeights, adapter_folder, load_peft
 from alignpro.models.arguments import (
     Prompt,
     check_prompts,
@@ -41,6 +42,8 @@ from alignpro.types import Chat, Completion, SamplingParams
 
 if TYPE_CHECKING:
     from alignpro.native import core
+
+_log = logging.getLogger(__name__)
 
 AdapterLike = Any  # _core.Adapter | LoraWeights | path of a PEFT folder | None
 
@@ -88,6 +91,14 @@ def load_model(
         context_length=config.context_length or 0,
         library_folders=wheel_folders() if config.device == "cuda" else (),
     )
+    if (files.json("config.json") or {}).get("tie_word_embeddings") and not made.config[
+        "tied_head"
+    ]:
+        _log.warning(
+            "%s: tie_word_embeddings is set, and lm_head.weight is another matrix than the "
+            "embedding: the head of the file is used",
+            path,
+        )
     engine = native.core.Engine(
         made,
         kv_cache_bytes=config.kv_cache_bytes or 0,
@@ -356,8 +367,12 @@ class NativeModel:
             made = self._adapters.setdefault(adapter, made)
         return made
 
+    def base_table(self, name: str) -> NDArray[np.float32]:
+        """The base's "embed_tokens" or "lm_head", [vocab, hidden], read from its files."""
+        return native.core.ModelFiles(str(self.path)).table(name)
+
     def _adapter_from_folder(self, folder: Path) -> core.Adapter:
-        folder = folder.resolve()
+        folder = adapter_folder(folder).resolve()
         files = (folder / "adapter_config.json", folder / "adapter_model.safetensors")
         try:
             changed = (files[0].stat().st_mtime_ns, files[1].stat().st_mtime_ns)
@@ -366,7 +381,7 @@ class NativeModel:
         known = self._adapter_files.get(folder)
         if known is not None and known[0] == changed:
             return known[1]
-        weights = load_peft(folder, self.lora_modules)
+        weights = load_peft(folder, self.lora_modules, self.base_table)
         made = self.core_model.make_adapter(weights.matrices, weights.scale)
         self._adapter_files[folder] = (changed, made)
         return made

@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignpro import native
 from alignpro.config import DEFAULT_MODEL
 from alignpro.files import write_json
 
@@ -28,6 +30,7 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_LEFT_OUT = ["consolidated*"]  # Mistral's second copy of the weights
 _HUB_TIMEOUT = 4.0  # seconds until a hub that does not answer is given up
 
 _log = logging.getLogger(__name__)
@@ -44,6 +47,9 @@ def resolve_model(
     goes to the packaged copy at once. ALIGNPRO_OFFLINE=1 keeps everything local, HF_HUB_OFFLINE=1
     the hub's part.
 
+    Of a repository of GGUF files one is named by its quantisation ("owner/name:Q4_K_M") or in full
+    ("owner/name/file.gguf"); "hf.co/" may stand before a name.
+
     Args:
         on_progress: told what is being fetched; None logs it.
 
@@ -54,17 +60,18 @@ def resolve_model(
     path = Path(name).expanduser()
     if name and path.exists():
         return _model_path(path)
-    if _looks_like_path(name):
+    packaged = _is_packaged(name)
+    on_hub = _HubName(_DEFAULT_REPO) if packaged else _hub_name(name)
+    if on_hub is None:
         raise FileNotFoundError(
             f"{name}: no such file or folder; expected a .gguf file, a folder with config.json and "
             f"safetensors, or a model name such as {DEFAULT_MODEL}"
         )
-    packaged = _is_packaged(name)
     hub = [_from_hub_cache, _from_hub] if name != DEFAULT_MODEL else []
     tried = [f"path {name} (does not exist)"]
     for find in [*hub, *([_from_package] if packaged else [])]:
         try:
-            return find(_DEFAULT_REPO if packaged else name, say)
+            return find(on_hub, say)
         except _NotThere as missing:
             tried.append(str(missing))
     advice = (
@@ -77,12 +84,13 @@ def resolve_model(
 
 def find_model(name: str) -> Path | None:
     """As `resolve_model`, of what is on this machine; None where nothing is. Nothing is fetched."""
-    if name and (Path(name).expanduser().exists() or _looks_like_path(name)):
-        return resolve_model(name)
     packaged = _is_packaged(name)
+    on_hub = _HubName(_DEFAULT_REPO) if packaged else _hub_name(name)
+    if (name and Path(name).expanduser().exists()) or on_hub is None:
+        return resolve_model(name)
     if name != DEFAULT_MODEL:
         with contextlib.suppress(_NotThere):
-            return _from_hub_cache(_DEFAULT_REPO if packaged else name, _log.info)
+            return _from_hub_cache(on_hub, _log.info)
     file = cache_dir() / _FILE
     return file if packaged and _is_verified(file) else None
 
@@ -98,11 +106,19 @@ def cache_dir() -> Path:
 
 
 def _model_path(path: Path) -> Path:
-    if path.is_file() or (path / "config.json").is_file():
+    if path.is_file():
         return path
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    files = sorted(path.glob("*.gguf"))
+    has_config = (path / "config.json").is_file()
+    if has_config and (not files or any(path.glob("*.safetensors"))):
+        return path
     if len(files) == 1:
         return files[0]
+    if (path / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{path}: expected a model, got an adapter; pass its base as the model, and this "
+            "folder as adapter"
+        )
     got = f"{len(files)} .gguf files; name one" if files else "neither"
     raise FileNotFoundError(
         f"{path}: expected a folder with config.json or one .gguf file, got {got}"
@@ -114,9 +130,43 @@ def _is_packaged(name: str) -> bool:
     return name.lower() in {DEFAULT_MODEL, repo, repo.split("/")[1]}
 
 
-def _looks_like_path(name: str) -> bool:
-    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
-    return named is None or name.endswith((".gguf", ".safetensors", ".json"))
+@dataclass(frozen=True)
+class _HubName:
+    repo: str
+    quantisation: str | None = None  # of a GGUF file: "Q4_K_M"
+    file: str | None = None  # a GGUF file's path in the repository
+
+    @property
+    def names_gguf(self) -> bool:
+        return self.quantisation is not None or self.file is not None
+
+    def choose(self, files: Iterable[str]) -> str:
+        """The GGUF file meant, of a repository's files. Raises _NotThere."""
+        ggufs = sorted(f for f in files if f.endswith(".gguf") and "mmproj" not in f.lower())
+        if self.file is not None:
+            found = [f for f in ggufs if f == self.file]
+        elif self.quantisation is not None:
+            ends = re.compile(rf"(^|[-._/]){re.escape(self.quantisation)}\.gguf$", re.IGNORECASE)
+            found = [f for f in ggufs if ends.search(f)]
+        else:
+            found = ggufs
+        if len(found) == 1:
+            return found[0]
+        if not ggufs:
+            raise _NotThere(f"{self.repo} has neither config.json with safetensors nor .gguf files")
+        listed = ", ".join(ggufs[:12]) + ", ..." * (len(ggufs) > 12)
+        raise _NotThere(f"name one .gguf file of {self.repo}, as {self.repo}/FILE: {listed}")
+
+
+def _hub_name(name: str) -> _HubName | None:
+    """None for what looks like a path."""
+    part = r"[\w-][\w.-]*"
+    plain = re.sub(r"^(https://)?(hf\.co|huggingface\.co)/", "", name)
+    found = re.fullmatch(rf"({part}(?:/{part})?)", plain)
+    if found and not plain.endswith((".gguf", ".safetensors", ".json")):
+        return _HubName(found[1])
+    found = re.fullmatch(rf"({part}/{part})(?::([\w.-]+)|/((?:{part}/)*{part}\.gguf))", plain)
+    return _HubName(found[1], found[2], found[3]) if found else None
 
 
 def _offline(*variables: str) -> str | None:
@@ -137,35 +187,53 @@ def _hub() -> Any:
     return huggingface_hub
 
 
-def _from_hub_cache(repo: str, say: Callable[[str], None]) -> Path:
+def _from_hub_cache(name: _HubName, say: Callable[[str], None]) -> Path:
     hub = _hub()
     if hub is None:
         raise _NotThere("the Hugging Face cache (huggingface_hub is not installed)")
     try:
-        folder = Path(hub.snapshot_download(repo, local_files_only=True))
+        folder = Path(hub.snapshot_download(name.repo, local_files_only=True))
     except Exception:  # not there, or a name that is no repository's
         raise _NotThere("the Hugging Face cache (not there)") from None
     # A tokenizer or a configuration alone may have been cached.
-    if not _has_all_weights(folder):
+    if not name.names_gguf and _has_all_weights(folder):
+        return folder
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+    if not files:
         raise _NotThere(f"the Hugging Face cache ({folder} is incomplete)")
-    return folder
+    try:
+        return folder / name.choose(files)
+    except _NotThere as missing:
+        raise _NotThere(f"the Hugging Face cache ({missing})") from None
 
 
-def _from_hub(repo: str, say: Callable[[str], None]) -> Path:
+def _from_hub(name: _HubName, say: Callable[[str], None]) -> Path:
     forbidden, hub = _offline("ALIGNPRO_OFFLINE", "HF_HUB_OFFLINE"), _hub()
     if forbidden or hub is None:
         reason = f"switched off by {forbidden}" if forbidden else "huggingface_hub is not installed"
         raise _NotThere(f"the Hugging Face hub ({reason})")
+    repo = name.repo
     try:
-        hub.HfApi().model_info(repo, timeout=_HUB_TIMEOUT)
+        info = hub.HfApi().model_info(repo, timeout=_HUB_TIMEOUT)
+        files = [sibling.rfilename for sibling in info.siblings or ()]
+        is_folder = "config.json" in files and any(f.endswith(".safetensors") for f in files)
+        if name.names_gguf or not is_folder:
+            file = name.choose(files)
+            say(f"fetching {file} of {repo} from the Hugging Face hub")
+            return Path(hub.hf_hub_download(repo, file, etag_timeout=_HUB_TIMEOUT))
         say(f"fetching {repo} from the Hugging Face hub")
         folder = Path(
-            hub.snapshot_download(repo, allow_patterns=_HUB_FILES, etag_timeout=_HUB_TIMEOUT)
+            hub.snapshot_download(
+                repo,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_HUB_LEFT_OUT,
+                etag_timeout=_HUB_TIMEOUT,
+            )
         )
-    except Exception as error:  # no network, no such repository, no permission
+    except Exception as error:  # no network, no such repository or file, no permission
         raise _NotThere(f"the Hugging Face hub ({_brief(error)})") from None
     if not _has_all_weights(folder):
-        raise _NotThere(f"the Hugging Face hub ({repo} has no config.json with safetensors)")
+        raise _NotThere(f"the Hugging Face hub ({repo} lacks some of its weights)")
     return folder
 
 
@@ -173,26 +241,24 @@ def _has_all_weights(folder: Path) -> bool:
     """Whether there is a configuration, with every file of the weights."""
     if not (folder / "config.json").is_file():
         return False
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return any(folder.glob("*.safetensors"))
     try:
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        native.core.list_weight_files(str(folder))
+    except native.ModelFileError:
         return False
-    return all((folder / shard).is_file() for shard in shards)
+    return True
 
 
 def _brief(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     text = lines[0].strip().rstrip(".:") if lines else type(error).__name__
-    return text if len(text) <= 160 else f"{text[:157]}..."
+    most = 600 if isinstance(error, _NotThere) else 160  # ours lists files
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 # --- the packaged default ---
 
 
-def _from_package(repo: str, say: Callable[[str], None]) -> Path:
+def _from_package(name: _HubName, say: Callable[[str], None]) -> Path:
     file = cache_dir() / _FILE
     if _is_verified(file):
         return file

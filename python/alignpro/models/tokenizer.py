@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,13 +38,15 @@ class Tokenizer(Vocabulary):
         return cls(**vars(read_gguf(metadata, source)))
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Token ids of plain text; "<|im_end|>" in it is ten characters, never a control id.
+        """Token ids of plain text; "<|im_end|>" in it is ten characters, never a control id. Added
+        tokens that are not special (runs of spaces, <think>) are words of the vocabulary: they are
+        matched wherever they stand, as the model was trained.
 
         Raises:
             ValueError: not a string, a lone surrogate, or ``add_bos`` where the model has no BOS.
         """
         _check_text(text, "text")
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self._ids(text, self._plain_pattern, lambda part: part)
         if not add_bos:
             return ids
         if self.bos_id is None:
@@ -53,7 +55,8 @@ class Tokenizer(Vocabulary):
 
     def encode_chat(self, messages: Chat, *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a chat in the model's template. Control tokens come from the template alone:
-        such text in a message, its role included, is encoded as ordinary characters.
+        such text in a message, its role included, is encoded as ordinary characters. Added tokens
+        that are not special are matched in messages as in `encode`.
 
         Raises:
             ValueError: not a list of {"role": str, "content": str}, a lone surrogate, a model
@@ -66,22 +69,14 @@ class Tokenizer(Vocabulary):
                 f"{self.source} has no chat template; encode the prompt yourself and "
                 "pass token ids, or use an instruct model"
             )
-        shielded, restore = chat_template.shield(messages, self._pattern, template)
+        shielded, restore = chat_template.shield(messages, self._special_pattern, template)
         text = chat_template.render(
             template,
             shielded,
             add_generation_prompt=add_generation_prompt,
             variables=self.template_variables,
         )
-        ids: list[int] = []
-        backend = self.backend
-        for part in self._split(text):
-            if isinstance(part, AddedToken):
-                ids.append(part.id)
-            elif part:
-                ids += backend.encode(restore(part), add_special_tokens=False).ids
-            backend = self.continuation
-        return ids
+        return self._ids(text, self._pattern, restore)
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD, unused ids nothing.
@@ -117,10 +112,33 @@ class Tokenizer(Vocabulary):
     def _pattern(self) -> Any:
         return chat_template.control_pattern(self._by_text)
 
-    def _split(self, text: str) -> Iterator[str | AddedToken]:
-        """The text cut at its control tokens; a token may swallow the white space at its sides."""
+    @cached_property
+    def _special_pattern(self) -> Any:
+        return chat_template.control_pattern(t.text for t in self.added if t.special)
+
+    @cached_property
+    def _plain_pattern(self) -> Any:
+        return chat_template.control_pattern(t.text for t in self.added if not t.special)
+
+    def _ids(self, text: str, pattern: Any, restore: Callable[[str], str]) -> list[int]:
+        """Ids of a text with the added tokens that ``pattern`` matches.
+
+        restore: undoes in what lies between them what kept other tokens from being matched.
+        """
+        ids: list[int] = []
+        backend = self.backend
+        for part in self._split(text, pattern):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
+            elif part:
+                ids += backend.encode(restore(part), add_special_tokens=False).ids
+            backend = self.continuation
+        return ids
+
+    def _split(self, text: str, pattern: Any) -> Iterator[str | AddedToken]:
+        """The text cut at added tokens; a token may swallow the white space at its sides."""
         begin = at = 0
-        while self._pattern is not None and (match := self._pattern.search(text, at)):
+        while pattern is not None and (match := pattern.search(text, at)):
             token = self._by_text[match.group()]
             sides = (
                 text[max(match.start() - 1, 0) : match.start()]

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers
 
 from alignpro import native
+from alignpro.models.pre_tokenizer import NAMES, Rule, inferred_rule, named_rule
 
 if TYPE_CHECKING:
     from alignpro.native import core
@@ -208,20 +209,6 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
-# How a text is cut into words before merging, by tokenizer.ggml.pre. The expressions are part of
-# the models: those of Llama 3 and Qwen2 as in their tokenizer.json.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = (
-    _CONTRACTIONS + r"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_EXPRESSIONS = {
-    "llama-bpe": _WORDS.format(digits=r"\p{N}{1,3}"),
-    "qwen2": _WORDS.format(digits=r"\p{N}"),
-}
-_PRE_TOKENIZERS = ("default", "gpt-2", "llama-bpe", "qwen2", "smollm")
-
-
 # A marker of a chat template; and what may be an ordinary word ("</s>" is HTML), and is a marker
 # where the file names it as its BOS or its end.
 _MARKER = re.compile(r"<([|\uff5c])[^\s<>|\uff5c]+\1>|<(?:start|end)_of_\w+>|\[\|\w+\|\]")
@@ -265,8 +252,9 @@ def read_gguf(
         vocabulary = _sentencepiece_bpe(gguf, tokens, types)
     else:
         raise gguf.error(f"tokenizer.ggml.model: expected gpt2 or llama, got {model!r}")
+    swallows = _swallows_space(gguf, model)
     added = tuple(
-        AddedToken(id=i, text=text, special=kind != _USER_DEFINED)
+        AddedToken(id=i, text=text, special=kind != _USER_DEFINED, rstrip=swallows(text, kind))
         for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) and text
     )
@@ -305,63 +293,90 @@ def _control_types(
     return [changed.get(i, kind) for i, kind in enumerate(types)]
 
 
+def _swallows_space(gguf: _Gguf, model: str) -> Callable[[str, int], bool]:
+    """Whether a token of this text and type swallows the white space to its right. The format has
+    no key for it. Phi-3's markers do, and its template writes line ends behind them."""
+    name = gguf.get("general.name", str, default="").lower()
+    is_phi3 = gguf.get("general.architecture", str, default="") == "phi3" or any(
+        part in name for part in ("phi-3", "phi3")
+    )
+    if not is_phi3 or model != "llama":  # Phi-4 has the architecture, and a tokenizer of its own
+        return lambda text, kind: False
+    kept = ("<unk>", "<s>", "<|endoftext|>")
+    return lambda text, kind: text == "</s>" or (kind == _CONTROL and text not in kept)
+
+
 class _Gguf:
     """Metadata with the checks that a file from outside needs."""
 
     def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
-        self._metadata = metadata
-        self._source = source
+        self.metadata = metadata
+        self.source = source
 
     def error(self, message: str) -> Exception:
-        return native.ModelFileError(f"{self._source}: {message}")
+        return native.ModelFileError(f"{self.source}: {message}")
 
     def get(self, key: str, kind: type, **default: Any) -> Any:
-        if key not in self._metadata:
+        if key not in self.metadata:
             if "default" in default:
                 return default["default"]
             raise self.error(f"no {key}; the file holds no tokenizer that can be read")
-        value = self._metadata[key]
+        value = self.metadata[key]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.error(f"{key}: expected {kind.__name__}, got {type(value).__name__}")
         return value
 
     def listed(self, key: str, kind: type, **default: Any) -> list[Any]:
         value: list[Any] = self.get(key, list, **default)
+        if kind is float:  # some writers choose the type by the values, and scores are whole
+            value = [float(i) if type(i) is int else i for i in value]
         if not all(isinstance(item, kind) for item in value):
             raise self.error(f"{key}: expected a list of {kind.__name__}")
         return value
 
     def token_id(self, key: str, size: int) -> int | None:
+        """An id that cannot be is none: writers put -1, or the size of the vocabulary, for that."""
         value: int | None = self.get(key, int, default=None)
         if value is not None and not 0 <= value < size:
-            raise self.error(f"{key}: expected an id below {size}, got {value}")
+            _log.warning(
+                "%s: %s is %d, and ids are below %d: taken as none", self.source, key, value, size
+            )
+            return None
         return value
+
+    def rule(self) -> Rule:
+        """How words are cut, which decides the ids of every text."""
+        key = "tokenizer.ggml.pre"
+        name = self.get(key, str, default="default")
+        if name == "default":
+            guess, rule = inferred_rule(self.metadata)
+            _log.warning(
+                "%s: no %s says how text is cut into words; taken as %s. Where the model was made "
+                "with another rule, all it reads is spelled wrongly: use a newer conversion",
+                *(self.source, key, guess),
+            )
+            return rule
+        known = named_rule(name)
+        if known is None:
+            raise self.error(
+                f"{key}: words cut as {name!r} are not supported; expected one of "
+                f"{', '.join(NAMES)}, or the original folder with its tokenizer.json"
+            )
+        return known
 
 
 def _byte_level_bpe(gguf: _Gguf, tokens: Sequence[str], types: Sequence[int]) -> Vocabulary:
-    pre = gguf.get("tokenizer.ggml.pre", str, default="default")
-    if pre not in _PRE_TOKENIZERS:
-        raise gguf.error(
-            f"tokenizer.ggml.pre: expected one of {', '.join(_PRE_TOKENIZERS)}, got {pre!r}"
-        )
+    rule = gguf.rule()
     merges = []
     for merge in gguf.listed("tokenizer.ggml.merges", str):
         left, space, right = merge.partition(" ")
         if not (left and space and right):
             raise gguf.error(f"tokenizer.ggml.merges: expected two tokens, got {merge!r}")
         merges.append((left, right))
-    # Llama 3 takes a word that is a token as it is, whether or not merges lead there.
-    backend = _bpe(gguf, tokens, types, merges, ignore_merges=pre == "llama-bpe")
-    words: list[Any] = []
-    if pre == "smollm":
-        words = [pre_tokenizers.Digits(individual_digits=True)]
-    elif pre in _EXPRESSIONS:
-        words = [pre_tokenizers.Split(tokenizers.Regex(_EXPRESSIONS[pre]), "isolated")]
-    own_regex = pre not in _EXPRESSIONS
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_regex)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*words, byte_level])
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
+    backend = _bpe(gguf, tokens, types, merges, ignore_merges=rule.ignore_merges)
+    backend.pre_tokenizer = rule.pre_tokenizer()
+    if (normalizer := rule.normalizer()) is not None:
+        backend.normalizer = normalizer
     backend.decoder = decoders.ByteLevel()
     return Vocabulary(backend, backend, byte_level=True, strips_space=False)
 

@@ -74,7 +74,9 @@ def make_trainer(
     if resume and (run_dir / "reference").is_dir():
         start = str(run_dir / "reference")
     trained = _trained(config, prompter, target)
-    weights = None if start is None else load_peft(Path(start), trained.lora_modules)
+    weights = (
+        None if start is None else load_peft(Path(start), trained.lora_modules, trained.base_table)
+    )
     return trainer_from(
         *(config, prompter, target, reward, rows, weights),
         held_out=held_out,

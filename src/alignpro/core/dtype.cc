@@ -109,6 +109,44 @@ void block_q6_k(const std::byte* block, float* out) {
   }
 }
 
+// Groups of 16 values have a scale and a minimum in one byte each.
+void block_q2_k(const std::byte* block, float* out) {
+  const float factor = half_at(block + 80), minimum = half_at(block + 82);
+  for (int i = 0; i < 256; ++i) {
+    const int scales = int_at(block + i / 16);
+    const float s = factor * static_cast<float>(scales & 15);
+    out[i] = s * static_cast<float>(two_bits_at(block + 16, i)) -
+             minimum * static_cast<float>(scales >> 4);
+  }
+}
+
+// Bit i / 32 of byte i % 32 adds four; codes are from -4 on.
+void block_q3_k(const std::byte* block, float* out) {
+  const float factor = half_at(block + 108);
+  for (int i = 0; i < 256; ++i) {
+    const int third = int_at(block + i % 32) >> (i / 32) & 1;
+    const int q = (two_bits_at(block + 32, i) | third << 2) - 4;
+    out[i] = factor * static_cast<float>(q3_k_scale(block + 96, i / 16)) * static_cast<float>(q);
+  }
+}
+
+// Nibbles as in Q4_0.
+void expand_iq4(const std::byte* low, float scale, float* out) {
+  for (int j = 0; j < 16; ++j) {
+    out[j] = scale * static_cast<float>(iq4_value(int_at(low + j) & 15));
+    out[j + 16] = scale * static_cast<float>(iq4_value(int_at(low + j) >> 4));
+  }
+}
+void block_iq4_nl(const std::byte* block, float* out) {
+  expand_iq4(block + 2, half_at(block), out);
+}
+void block_iq4_xs(const std::byte* block, float* out) {
+  for (int group = 0; group < 8; ++group) {
+    const float scale = half_at(block) * static_cast<float>(iq4_xs_scale(block, group));
+    expand_iq4(block + 8 + 16 * group, scale, out + 32 * group);
+  }
+}
+
 struct Format {
   std::string_view name;
   int64_t block_values;
@@ -138,6 +176,10 @@ constexpr Format kFormats[] = {
     blocks<256, 2 + 2 + 12 + 128, block_k<false>>("Q4_K"),
     blocks<256, 2 + 2 + 12 + 32 + 128, block_k<true>>("Q5_K"),
     blocks<256, 128 + 64 + 16 + 2, block_q6_k>("Q6_K"),
+    blocks<256, 16 + 64 + 2 + 2, block_q2_k>("Q2_K"),
+    blocks<256, 32 + 64 + 12 + 2, block_q3_k>("Q3_K"),
+    blocks<32, 2 + 16, block_iq4_nl>("IQ4_NL"),
+    blocks<256, 2 + 2 + 4 + 128, block_iq4_xs>("IQ4_XS"),
 };
 
 const Format& format(DType dtype) {
@@ -184,6 +226,31 @@ GroupScale k_group_scale(const std::byte* packed, int group) {
   }
   return {static_cast<uint8_t>((byte(group + 4) & 15) | byte(group - 4) >> 6 << 4),
           static_cast<uint8_t>(byte(group + 4) >> 4 | byte(group) >> 6 << 4)};
+}
+
+// Two halves of 128 values: value 32 i + j of a half lies at bit 2 i of its byte j.
+int two_bits_at(const std::byte* packed, int i) {
+  return int_at(packed + i / 128 * 32 + i % 32) >> (i % 128 / 32 * 2) & 3;
+}
+
+// Four low bits in nibbles of bytes 0 to 7, two upper bits in bytes 8 to 11.
+int q3_k_scale(const std::byte* packed, int group) {
+  const int low = int_at(packed + group % 8) >> (group / 8 * 4) & 15;
+  const int high = int_at(packed + 8 + group % 4) >> (group / 4 * 2) & 3;
+  return (low | high << 4) - 32;
+}
+
+// Two upper bits in the 16 bits after the factor, four low bits in the nibbles behind them.
+int iq4_xs_scale(const std::byte* block, int group) {
+  const int low = int_at(block + 4 + group / 2) >> (group % 2 * 4) & 15;
+  const int high = load<uint16_t>(block + 2) >> (2 * group) & 3;
+  return (low | high << 4) - 32;
+}
+
+int iq4_value(int code) {
+  constexpr int kValues[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                               1,    13,   25,  38,  53,  69,  89,  113};
+  return kValues[code & 15];
 }
 
 std::string_view dtype_name(DType dtype) { return format(dtype).name; }

@@ -171,8 +171,8 @@ TensorEntry read_tensor_entry(Cursor& in, uint64_t alignment) {
   const std::optional<DType> dtype = dtype_from_name(known);
   if (!dtype) {
     in.fail(cat(label, " has type ", known.empty() ? "number " + std::to_string(type) : known,
-                ", which is not supported; F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, "
-                "Q5_K and Q6_K are"));
+                ", which is not supported; F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, "
+                "Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL and IQ4_XS are"));
   }
   entry.tensor.dtype = *dtype;
   const int64_t block = block_values(*dtype);

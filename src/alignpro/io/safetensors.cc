@@ -1,9 +1,10 @@
 #include "alignpro/io/safetensors.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <optional>
-#include <set>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -16,6 +17,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr const char* kIndex = "model.safetensors.index.json";
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
 
 std::string_view text_of(std::span<const std::byte> bytes) {
@@ -41,8 +43,11 @@ Entry read_entry(const std::string& file, const Json::Member& member, int64_t da
   const std::string* dtype = field("dtype").string();
   if (dtype == nullptr) throw FileError(cat(label, ": dtype must be a string"));
   const std::optional<DType> supported = dtype_from_name(*dtype);
-  require<FileError>(supported.has_value() && block_values(*supported) == 1, label, " has dtype ",
-                     printable(*dtype), ", which is not supported; F32, F16 and BF16 are");
+  require<FileError>(
+      supported.has_value() && block_values(*supported) == 1, label, " has dtype ",
+      printable(*dtype),
+      ", which is not supported; F32, F16 and BF16 are. Of quantised weights use the "
+      "original folder or a GGUF file");
   entry.tensor.dtype = *supported;
 
   const Json::Array* shape = field("shape").array();
@@ -78,21 +83,6 @@ bool is_there(const fs::path& path) {
   return fs::exists(path, ignored);
 }
 
-// The files of a folder that hold its weights, by name.
-std::vector<std::string> list_weight_files(const fs::path& folder) {
-  if (is_there(folder / "model.safetensors")) return {"model.safetensors"};
-  std::vector<std::string> names;
-  std::error_code error;
-  fs::directory_iterator at(folder, error);
-  for (; !error && at != fs::directory_iterator(); at.increment(error)) {
-    if (at->path().extension() == ".safetensors") names.push_back(at->path().filename());
-  }
-  if (error) throw FileError(cat(folder.string(), ": cannot be listed: ", error.message()));
-  std::ranges::sort(names);
-  require<FileError>(!names.empty(), folder.string(), ": expected *.safetensors files, found none");
-  return names;
-}
-
 // weight_map of the index: tensor -> shard.
 std::map<std::string, std::string> read_index(const fs::path& path) {
   const MappedFile file(path);
@@ -115,23 +105,78 @@ std::map<std::string, std::string> read_index(const fs::path& path) {
   return shards;
 }
 
+// Number and count of "model-00001-of-00002.safetensors"; 0 and 0 for another name.
+std::pair<int, int> shard_of(const std::string& name) {
+  int number = 0, count = 0, length = 0;
+  const int found =
+      std::sscanf(name.c_str(), "model-%5d-of-%5d.safetensors%n", &number, &count, &length);
+  if (found != 2 || length != static_cast<int>(name.size())) return {0, 0};
+  return {number, count};
+}
+
+std::vector<std::string> list_safetensors(const fs::path& folder) {
+  std::vector<std::string> names;
+  std::error_code error;
+  fs::directory_iterator at(folder, error);
+  for (; !error && at != fs::directory_iterator(); at.increment(error)) {
+    if (at->path().extension() == ".safetensors") names.push_back(at->path().filename());
+  }
+  if (error) throw FileError(cat(folder.string(), ": cannot be listed: ", error.message()));
+  std::ranges::sort(names);
+  return names;
+}
+
+void require_shards(const fs::path& folder, std::span<const std::string> shards) {
+  const int count = shard_of(shards.front()).second;
+  for (const std::string& name : shards) {
+    require<FileError>(shard_of(name).second == count, folder.string(), ": '", shards.front(),
+                       "' and '", name, "' are shards of two builds, and no ", kIndex,
+                       " says which one counts; remove one of them");
+  }
+  for (int number = 1; number <= count; ++number) {
+    require<FileError>(
+        std::ranges::any_of(
+            shards, [&](const std::string& name) { return shard_of(name).first == number; }),
+        folder.string(), ": shard ", number, " of ", count, " is missing from the folder");
+  }
+}
+
 }  // namespace
 
+std::vector<std::string> list_weight_files(const fs::path& folder) {
+  if (is_there(folder / "model.safetensors")) return {"model.safetensors"};
+  std::vector<std::string> names;
+  if (const fs::path index = folder / kIndex; is_there(index)) {
+    for (const auto& [tensor, shard] : read_index(index)) names.push_back(shard);
+    std::ranges::sort(names);
+    names.erase(std::ranges::unique(names).begin(), names.end());
+    for (const std::string& name : names) {
+      require<FileError>(is_there(folder / name), index.string(), ": shard '", printable(name),
+                         "' is missing from the folder");
+    }
+    return names;
+  }
+  names = list_safetensors(folder);
+  std::vector<std::string> shards;
+  std::ranges::copy_if(names, std::back_inserter(shards),
+                       [](const std::string& name) { return shard_of(name).second > 0; });
+  if (!shards.empty()) {
+    require_shards(folder, shards);
+    return shards;
+  }
+  std::erase_if(names, [](const std::string& name) {
+    return name.starts_with("consolidated") || name == "adapter_model.safetensors";
+  });
+  require<FileError>(!names.empty(), folder.string(),
+                     ": expected model.safetensors or its shards, found none");
+  return names;
+}
+
 SafetensorsFolder::SafetensorsFolder(const fs::path& folder) {
-  const fs::path index = folder / "model.safetensors.index.json";
-  if (!is_there(index)) {
-    for (const std::string& name : list_weight_files(folder)) add_file(folder / name);
-    return;
-  }
-  const std::map<std::string, std::string> shards = read_index(index);
-  std::set<std::string> names;
-  for (const auto& [tensor, shard] : shards) names.insert(shard);
-  for (const std::string& name : names) {
-    require<FileError>(is_there(folder / name), index.string(), ": shard '", printable(name),
-                       "' is missing from the folder");
-    add_file(folder / name);
-  }
-  for (const auto& [tensor, shard] : shards) {
+  for (const std::string& name : list_weight_files(folder)) add_file(folder / name);
+  const fs::path index = folder / kIndex;
+  if (is_there(folder / "model.safetensors") || !is_there(index)) return;
+  for (const auto& [tensor, shard] : read_index(index)) {
     const auto at = file_of_.find(tensor);
     require<FileError>(at != file_of_.end() && at->second == shard, index.string(), ": tensor '",
                        printable(tensor), "' is not in shard '", printable(shard), "'");

@@ -10,8 +10,14 @@
 
 namespace alignpro::io {
 
-// The weights of a model folder: model.safetensors.index.json and the shards that it names, or
-// model.safetensors, or, with neither, every *.safetensors there is.
+// The files of a folder that hold its weights, by name: model.safetensors; else the shards that
+// model.safetensors.index.json names; else model-00001-of-N.safetensors and so on; else every
+// *.safetensors but a copy in Mistral's own layout (consolidated*) and an adapter
+// (adapter_model.safetensors). What stands beside them is left over from another build, and
+// transformers does not read it either. Throws FileError where there are none, or not all.
+std::vector<std::string> list_weight_files(const std::filesystem::path& folder);
+
+// The weights of a model folder: the tensors of `list_weight_files`.
 // Headers are checked when the folder is opened: sizes, dtypes (F32, F16, BF16), and that the
 // tensors of a file tile its data without gap or overlap. Constant afterwards.
 // Format: github.com/huggingface/safetensors, README.

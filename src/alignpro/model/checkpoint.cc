@@ -81,6 +81,8 @@ class Finder {
     return at->second;
   }
 
+  bool has(const std::string& name) const { return tensors_.contains(name); }
+
   void ignore(const std::string& name) { used_.insert(name); }
 
   // A weight without a place would be a model other than the one computed.
@@ -144,6 +146,11 @@ Layer find_layer(Finder& finder, const ModelConfig& config, int64_t index, bool 
   return layer;
 }
 
+// Bit for bit; the same values in another type count as others, which changes no result.
+bool same_values(const FileTensor& one, const FileTensor& other) {
+  return one.dtype == other.dtype && std::ranges::equal(one.data, other.data);
+}
+
 std::vector<float> read_vector(const FileTensor& tensor) {
   std::vector<float> out(static_cast<size_t>(tensor.shape[0]));
   dequantize(tensor.dtype, tensor.data.data(), tensor.shape[0], out.data());
@@ -173,12 +180,12 @@ class FileCheckpoint final : public Checkpoint {
     const std::vector<int64_t> table = {config_.vocab_size, config_.hidden_size};
     embedding_ = {Piece{finder.get(cat(finder.name(kEmbedding), ".weight"), table)}};
     final_norm_ = finder.get(cat(finder.name(kFinalNorm), ".weight"), {config_.hidden_size});
-    if (config_.tied_head) {
-      head_ = embedding_;
-      finder.ignore(head);  // a copy of the embedding that some writers leave in
-    } else {
-      head_ = {Piece{finder.get(head, table)}};
+    if (config_.tied_head && finder.has(head)) {
+      // Some writers leave a copy of the embedding in; another head, as of a merged adapter that
+      // trained it, is the model's, whatever the config says.
+      config_.tied_head = same_values(finder.get(head, table), embedding_.front().tensor);
     }
+    head_ = config_.tied_head ? embedding_ : Pieces{Piece{finder.get(head, table)}};
     // Only the converter of this one architecture permutes.
     const bool interleaved = gguf && config_.family == Family::kLlama;
     for (int64_t l = 0; l < config_.num_layers; ++l) {

@@ -48,7 +48,14 @@ void validate_rope(const ModelConfig& config, const std::string& source) {
                        ": rope high_freq_factor ", rope.high_freq_factor,
                        " must be above low_freq_factor ", rope.low_freq_factor);
   }
-  if (rope.scaling == RopeScaling::kLlama3 || rope.scaling == RopeScaling::kLongrope) {
+  if (rope.scaling == RopeScaling::kYarn) {
+    positive(rope.beta_slow, "rope beta_slow");
+    require<FileError>(rope.beta_fast > rope.beta_slow && rope.theta > 1, source,
+                       ": yarn: expected beta_fast above beta_slow and a rope theta above 1, got ",
+                       rope.beta_fast, ", ", rope.beta_slow, " and ", rope.theta);
+  }
+  if (rope.scaling == RopeScaling::kLlama3 || rope.scaling == RopeScaling::kLongrope ||
+      rope.scaling == RopeScaling::kYarn) {
     require<FileError>(rope.original_context >= 1 && rope.original_context <= kMaxContext, source,
                        ": the context of pre-training is ", rope.original_context,
                        ", expected 1 to ", kMaxContext);
@@ -88,6 +95,10 @@ void set_bos(int64_t id, ModelConfig* config) {
 double longrope_attention_factor(double scale, int64_t original_context) {
   if (!(scale > 1.0) || original_context < 2) return 1.0;
   return std::sqrt(1.0 + std::log(scale) / std::log(static_cast<double>(original_context)));
+}
+
+double yarn_attention_factor(double factor, double weight) {
+  return factor > 1.0 ? 0.1 * weight * std::log(factor) + 1.0 : 1.0;
 }
 
 ModelConfig read_config(const ModelFiles& files) {

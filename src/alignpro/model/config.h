@@ -11,21 +11,26 @@ enum class Family { kLlama, kMistral, kQwen2, kQwen3, kPhi3 };
 
 std::string_view family_name(Family family);
 
-enum class RopeScaling { kNone, kLinear, kLlama3, kLongrope };
+enum class RopeScaling { kNone, kLinear, kLlama3, kLongrope, kYarn };
 
 // Rotary position embedding, half-split convention: lane i pairs with lane i + rotary_dim / 2.
 struct RopeConfig {
   double theta = 10000.0;
   int64_t rotary_dim = 0;  // head_dim unless the family rotates only a part
   RopeScaling scaling = RopeScaling::kNone;
-  double factor = 1.0;                // linear, llama3
+  double factor = 1.0;                // linear, llama3, yarn
   double low_freq_factor = 1.0;       // llama3
   double high_freq_factor = 4.0;      // llama3
-  int64_t original_context = 0;       // llama3, longrope: positions of pre-training
+  int64_t original_context = 0;       // llama3, longrope, yarn: positions of pre-training
   std::vector<double> short_factors;  // longrope, [rotary_dim / 2]
   std::vector<double> long_factors;   // longrope, [rotary_dim / 2]
-  double attention_factor = 1.0;      // longrope: multiplies cos and sin
-  std::vector<double> freq_factors;   // [rotary_dim / 2] divisors stored in the file; empty: none
+  double attention_factor = 1.0;      // longrope, yarn: multiplies cos and sin
+  // yarn (arXiv 2309.00071): lanes that turn more often than beta_fast within original_context keep
+  // their frequency, below beta_slow it is divided by factor; the bounds are whole lanes or not.
+  double beta_fast = 32.0;
+  double beta_slow = 1.0;
+  bool whole_lanes = true;
+  std::vector<double> freq_factors;  // [rotary_dim / 2] divisors stored in the file; empty: none
 };
 
 // What every family reduces to. Anything a file asks for that is not expressed here is refused by

@@ -78,6 +78,23 @@ RopeConfig read_rope(const io::GgufFile& file, const ArchKey& key, const ModelCo
   if (type == "linear" && !has_long) {
     rope.scaling = scaled ? RopeScaling::kLinear : RopeScaling::kNone;
     if (scaled) rope.factor = *factor;
+  } else if (type == "yarn" && !has_long && scaled) {
+    require<FileError>(
+        file.find_number(key("rope.scaling.yarn_ext_factor")).value_or(1.0) == 1.0 &&
+            file.find_number(key("rope.scaling.yarn_log_multiplier")).value_or(0.0) == 0.0,
+        file.name(), ": yarn with yarn_ext_factor or yarn_log_multiplier is not supported");
+    rope.scaling = RopeScaling::kYarn;
+    rope.factor = *factor;
+    rope.original_context = file.find_integer(key("rope.scaling.original_context_length"))
+                                .value_or(config.context_length);
+    const auto optional = [&](const char* name, double absent) {
+      return file.find_number(key(name)).value_or(absent);
+    };
+    rope.beta_fast = optional("rope.scaling.yarn_beta_fast", rope.beta_fast);
+    rope.beta_slow = optional("rope.scaling.yarn_beta_slow", rope.beta_slow);
+    rope.attention_factor = optional("rope.scaling.attn_factor", 1.0) *
+                            optional("rope.scaling.yarn_attn_factor", 1.0) *
+                            yarn_attention_factor(rope.factor);
   } else if (type == "longrope") {
     rope.scaling = RopeScaling::kLongrope;
     rope.original_context = file.integer(key("rope.scaling.original_context_length"));
@@ -87,10 +104,10 @@ RopeConfig read_rope(const io::GgufFile& file, const ArchKey& key, const ModelCo
                                 .value_or(longrope_attention_factor(scale, rope.original_context));
     // A context that ends before pre-training's never reaches the long factors.
     rope.original_context = std::min(rope.original_context, config.context_length);
-  } else if (type != "none" || has_long) {
+  } else if ((type != "none" && type != "yarn") || has_long) {
     throw FileError(cat(file.name(), ": rope scaling '", io::printable(type), "'",
                         has_long ? " with rope_factors tensors" : "",
-                        " is not supported; none, linear and longrope are"));
+                        " is not supported; none, linear, longrope and yarn are"));
   }
   return rope;
 }

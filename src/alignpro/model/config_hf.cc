@@ -2,6 +2,8 @@
 // defaults of absent keys included.
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <utility>
 
 #include "alignpro/core/error.h"
@@ -13,6 +15,8 @@ namespace alignpro::model {
 namespace {
 
 using io::Json;
+
+constexpr double kMostPositions = 1e8;  // what validate() takes; beyond it the file lies
 
 // A JSON object with the file's name, for messages. null counts as absent, as in transformers.
 class Fields {
@@ -43,8 +47,8 @@ class Fields {
   std::optional<std::string> string(std::string_view key) const {
     return read<std::string>(key, &Json::string, "a string");
   }
-  bool flag(std::string_view key) const {
-    return read<bool>(key, &Json::boolean, "true or false").value_or(false);
+  bool flag(std::string_view key, bool absent = false) const {
+    return read<bool>(key, &Json::boolean, "true or false").value_or(absent);
   }
   int64_t required_integer(std::string_view key) const {
     return given(integer(key), key, "an integer");
@@ -91,12 +95,17 @@ Family read_family(const Fields& fields) {
 }
 
 void refuse_unsupported(const Fields& fields, Family family) {
-  if (const Json* quantization = fields.find("quantization_config")) {
-    const Json* method = quantization->find("quant_method");
-    const bool named = method != nullptr && method->string() != nullptr;
-    throw FileError(cat(fields.where(), ": weights quantised by ",
-                        named ? io::printable(*method->string()) : "quantization_config",
-                        " are not supported; use the original folder or a GGUF file"));
+  // Left behind by a 16-bit merge, it says nothing: tensors of these methods have types and names
+  // by which they are refused. Of other methods the tensors may look like plain weights.
+  constexpr std::array<std::string_view, 4> kVisible = {"bitsandbytes", "gptq", "awq", "fp8"};
+  const Json* quantization = fields.find("quantization_config");
+  const Json* method = quantization == nullptr ? nullptr : quantization->find("quant_method");
+  if (method != nullptr && !method->is_null()) {
+    const std::string* name = method->string();
+    require<FileError>(name != nullptr && std::ranges::find(kVisible, *name) != kVisible.end(),
+                       fields.where(), ": weights quantised by ",
+                       name != nullptr ? io::printable(*name) : "quantization_config",
+                       " are not supported; use the original folder or a GGUF file");
   }
   const std::string activation = fields.string("hidden_act").value_or("silu");
   require<FileError>(activation == "silu", fields.where(), ": hidden_act '",
@@ -172,8 +181,12 @@ RopeScaling read_scaling_type(const Fields& fields, Family family) {
   // Early Phi-3 files say "su" or "yarn" and mean longrope.
   const bool phi_alias = family == Family::kPhi3 && (*name == "su" || *name == "yarn");
   if (*name == "longrope" || phi_alias) return RopeScaling::kLongrope;
-  throw FileError(cat(fields.where(), ": rope scaling '", io::printable(*name),
-                      "' is not supported; default, linear, llama3 and longrope are"));
+  if (*name == "yarn") return RopeScaling::kYarn;
+  // Changes nothing up to max_position_embeddings, and no context here is longer.
+  if (*name == "dynamic") return RopeScaling::kNone;
+  throw FileError(
+      cat(fields.where(), ": rope scaling '", io::printable(*name),
+          "' is not supported; default, linear, dynamic, llama3, longrope and yarn are"));
 }
 
 RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
@@ -227,6 +240,21 @@ RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
     rope.high_freq_factor = scaling.required_number("high_freq_factor");
     return rope;
   }
+  if (rope.scaling == RopeScaling::kYarn) {
+    rope.factor = scaling.number("factor").value_or(static_cast<double>(config.context_length) /
+                                                    static_cast<double>(rope.original_context));
+    const double mscale = scaling.number("mscale").value_or(0.0);
+    const double mscale_all = scaling.number("mscale_all_dim").value_or(0.0);
+    const double inferred = mscale != 0.0 && mscale_all != 0.0
+                                ? yarn_attention_factor(rope.factor, mscale) /
+                                      yarn_attention_factor(rope.factor, mscale_all)
+                                : yarn_attention_factor(rope.factor);
+    rope.attention_factor = scaling.number("attention_factor").value_or(inferred);
+    rope.beta_fast = scaling.number("beta_fast").value_or(rope.beta_fast);
+    rope.beta_slow = scaling.number("beta_slow").value_or(rope.beta_slow);
+    rope.whole_lanes = scaling.flag("truncate", true);
+    return rope;
+  }
   rope.short_factors = scaling.required_numbers("short_factor");
   rope.long_factors = scaling.required_numbers("long_factor");
   const double scale = scaling.number("factor").value_or(
@@ -264,6 +292,14 @@ ModelConfig read_hf_config(const ModelFiles& files) {
       fields.number("rms_norm_eps").value_or(config.family == Family::kPhi3 ? 1e-5 : 1e-6);
   config.tied_head = fields.flag("tie_word_embeddings");
   config.rope = read_rope(fields, config);
+  if (config.rope.scaling == RopeScaling::kYarn) {
+    // Qwen's pages add rope_scaling alone and leave max_position_embeddings at pre-training's.
+    const double stretched = config.rope.factor * static_cast<double>(config.rope.original_context);
+    if (stretched < kMostPositions) {
+      config.context_length =
+          std::max(config.context_length, static_cast<int64_t>(std::lround(stretched)));
+    }
+  }
   set_bos(fields.integer("bos_token_id").value_or(-1), &config);
   validate(config, path);
   return config;

@@ -36,5 +36,7 @@ void set_bos(int64_t id, ModelConfig* config);
 // The factor on cos and sin where the file gives none: sqrt(1 + ln(scale) / ln(original)), for
 // scale = context / original > 1 (LongRoPE, arXiv 2402.13753).
 double longrope_attention_factor(double scale, int64_t original_context);
+// YaRN's, for `weight` 1 of the logarithm: 0.1 weight ln(factor) + 1.
+double yarn_attention_factor(double factor, double weight = 1.0);
 
 }  // namespace alignpro::model

@@ -54,9 +54,10 @@ PackedMatrix PackedMatrix::plan(std::span<const QuantizedRow> rows, int64_t cols
   std::vector<DType> types;
   for (int64_t p = 0; p * kPanel < static_cast<int64_t>(rows.size()); ++p) {
     const auto of_panel = rows_of_panel(rows, p);
-    const DType first = of_panel.front().dtype;
-    const bool alike = std::all_of(of_panel.begin(), of_panel.end(),
-                                   [first](const QuantizedRow& row) { return row.dtype == first; });
+    const DType first = cpu::panel_type(of_panel.front().dtype);
+    const bool alike = std::all_of(
+        of_panel.begin(), of_panel.end(),
+        [first](const QuantizedRow& row) { return cpu::panel_type(row.dtype) == first; });
     if (integers) {
       types.push_back(alike && cpu::has_integer_product(first) ? first : DType::kQ8_0);
     } else {
@@ -83,7 +84,7 @@ PackedMatrix PackedMatrix::pack(std::span<const QuantizedRow> rows, int64_t cols
     const auto of_panel = rows_of_panel(rows, p);
     Scratch& own = scratch[static_cast<size_t>(worker)];
     if (integers && std::any_of(of_panel.begin(), of_panel.end(), [&](const QuantizedRow& row) {
-          return row.dtype != panel.dtype;
+          return cpu::panel_type(row.dtype) != panel.dtype;
         })) {
       const auto converted = to_q8_0(of_panel, cols, own.wide.reserve(cols), own.bytes);
       pack_quantized_panel(panel.dtype, converted, cols, packed.at(panel));

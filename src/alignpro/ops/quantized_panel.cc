@@ -81,6 +81,44 @@ void read_group(DType dtype, const std::byte* row, int64_t group, int64_t n, uin
       if (g == 0) std::memcpy(factors + 2 * n, block + 208, 2);
       return;
     }
+    case DType::kQ2_K: {
+      for (int half = 0; half < 2; ++half) {
+        const int scales = at(block, 2 * g + half);
+        to[32 * half + n] = static_cast<std::byte>(scales & 15);
+        to[32 * half + 16 + n] = static_cast<std::byte>(scales >> 4);
+      }
+      for (int j = 0; j < 32; ++j) {
+        codes[j] = static_cast<uint8_t>(two_bits_at(block + 16, 32 * g + j));
+      }
+      if (g == 0) {
+        std::memcpy(factors + 2 * n, block + 80, 2);
+        std::memcpy(factors + 32 + 2 * n, block + 82, 2);
+      }
+      return;
+    }
+    case DType::kQ3_K: {
+      to[n] = static_cast<std::byte>(q3_k_scale(block + 96, 2 * g));
+      to[16 + n] = static_cast<std::byte>(q3_k_scale(block + 96, 2 * g + 1));
+      for (int j = 0; j < 32; ++j) {
+        const int third = at(block, j) >> g & 1;
+        codes[j] = static_cast<uint8_t>((two_bits_at(block + 32, 32 * g + j) | third << 2) + 28);
+      }
+      if (g == 0) std::memcpy(factors + 2 * n, block + 108, 2);
+      return;
+    }
+    case DType::kIQ4_NL:
+    case DType::kIQ4_XS: {
+      const bool has_factor = dtype == DType::kIQ4_XS;
+      if (has_factor) {
+        to[n] = static_cast<std::byte>(iq4_xs_scale(block, g));
+        if (g == 0) std::memcpy(factors + 2 * n, block, 2);
+      } else {
+        std::memcpy(to + 2 * n, block, 2);
+      }
+      nibbles(block + (has_factor ? 8 + 16 * g : 2), codes);
+      for (int j = 0; j < 32; ++j) codes[j] = static_cast<uint8_t>(iq4_value(codes[j]) + 128);
+      return;
+    }
     default:
       return;
   }
@@ -101,9 +139,9 @@ void pack_quantized(DType dtype, std::span<const QuantizedRow> rows, int64_t col
     for (size_t r = 0; r < rows.size(); ++r) {
       const auto n = static_cast<int64_t>(r);
       uint8_t codes[kGroup] = {};
-      read_group(dtype, rows[r].data, group, n, codes, to,
+      read_group(rows[r].dtype, rows[r].data, group, n, codes, to,
                  factors + group / cpu::kGroupsPerFactor * layout.factor_bytes);
-      if (dtype == DType::kQ8_0) {
+      if (cpu::has_byte_codes(dtype)) {
         for (int64_t word = 0; word < 8; ++word) {
           for (int64_t j = 0; j < 4; ++j) {
             low[(word * kPanel + n) * 4 + j] = std::byte{codes[word / 2 * 8 + word % 2 + 2 * j]};

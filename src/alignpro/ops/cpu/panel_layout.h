@@ -13,9 +13,9 @@ namespace alignpro::ops::cpu {
 // Plain formats: [cols][16] values. Quantised ones: groups of 32 columns one behind the other,
 //   scales | high bits | low bits,
 // then, for the K formats, the factors of each 8 groups. Codes are unsigned and lie in 32-bit
-// words, a row a word: low bits of 8 columns as nibbles, [4][16] words a group (Q8_0: as bytes,
-// [8][16], of each 8 columns the even ones in one word, the odd ones in the next); the fifth bits
-// of 32 columns, [16]; the upper two bits of 16 columns, [2][16]. A weight is fma(code, scale,
+// words, a row a word: low bits of 8 columns as nibbles, [4][16] words a group (byte codes: as
+// bytes, [8][16], of each 8 columns the even ones in one word, the odd ones in the next); the fifth
+// bits of 32 columns, [16]; the upper two bits of 16 columns, [2][16]. A weight is fma(code, scale,
 // minimum), which rounds exactly as the file's formula does: products of scale and code fit into 24
 // bits.
 inline constexpr int64_t kGroup = 32;
@@ -23,7 +23,8 @@ inline constexpr int64_t kGroupsPerFactor = 8;
 
 struct PanelLayout {
   int64_t scale_bytes;  // float16 scales [16], and minima [16] where the format has them; K: the
-                        // integers of [16] scales and [16] minima (Q6_K: 2 x [16] scales)
+                        // integers of [16] scales and [16] minima (Q6_K: 2 x [16] scales; Q2_K:
+                        // 2 x ([16] scales, [16] minima); IQ4_XS: [16] scales)
   int64_t high_bytes;   // of codes beyond four bits
   int64_t low_bytes;
   int64_t factor_bytes;  // float16 [16], for 8 groups; with minima twice
@@ -48,6 +49,17 @@ constexpr bool is_quantized(DType dtype) {
   return dtype != DType::kF32 && dtype != DType::kF16 && dtype != DType::kBF16;
 }
 
+// The format in which a panel holds these rows, exactly: IQ4_NL has Q8_0's scales and values of 8
+// bits, Q3_K has Q6_K's scales and values of fewer bits.
+constexpr DType panel_type(DType dtype) {
+  return dtype == DType::kIQ4_NL ? DType::kQ8_0 : dtype == DType::kQ3_K ? DType::kQ6_K : dtype;
+}
+
+// Codes of 8 bits from -128 on.
+constexpr bool has_byte_codes(DType dtype) {
+  return dtype == DType::kQ8_0 || dtype == DType::kIQ4_XS;
+}
+
 constexpr PanelLayout panel_layout(DType dtype) {
   switch (dtype) {
     case DType::kQ8_0:
@@ -66,6 +78,10 @@ constexpr PanelLayout panel_layout(DType dtype) {
       return {32, 64, 256, 64};
     case DType::kQ6_K:
       return {32, 128, 256, 32};
+    case DType::kQ2_K:
+      return {64, 0, 256, 64};
+    case DType::kIQ4_XS:
+      return {16, 0, 512, 32};
     default:
       return {0, 0, 0, 0};
   }

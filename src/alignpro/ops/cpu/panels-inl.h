@@ -55,6 +55,7 @@ ALIGNPRO_INLINE Wide load_bytes(const uint8_t* p) {
 constexpr int kBits(DType dtype) {
   switch (dtype) {
     case DType::kQ8_0:
+    case DType::kIQ4_XS:
       return 8;
     case DType::kQ6_K:
       return 6;
@@ -68,11 +69,14 @@ constexpr int kBits(DType dtype) {
 }
 
 constexpr bool is_k_format(DType dtype) {
-  return dtype == DType::kQ4_K || dtype == DType::kQ5_K || dtype == DType::kQ6_K;
+  return dtype == DType::kQ4_K || dtype == DType::kQ5_K || dtype == DType::kQ6_K ||
+         dtype == DType::kQ2_K || dtype == DType::kIQ4_XS;
 }
 
 // Columns that share a scale.
-constexpr int64_t scale_columns(DType dtype) { return dtype == DType::kQ6_K ? 16 : kGroup; }
+constexpr int64_t scale_columns(DType dtype) {
+  return dtype == DType::kQ6_K || dtype == DType::kQ2_K ? 16 : kGroup;
+}
 
 struct Affine {
   Wide scale, minimum;
@@ -92,10 +96,15 @@ ALIGNPRO_INLINE Affine affine_at(const uint8_t* panel, int64_t cols, int64_t col
       const uint8_t* scales = at + column % kGroup / 16 * 16 + kLanes * part;
       const Wide scale = factor * load_bytes<int8_t>(scales);
       return {scale, scale * -32.0f};
+    } else if constexpr (D == DType::kIQ4_XS) {
+      const Wide scale = factor * load_bytes<int8_t>(at + kLanes * part);
+      return {scale, scale * -128.0f};
     } else {
-      const Wide minimum = load_halves(factors + 32 + 2 * kLanes * part) *
-                           load_bytes<uint8_t>(at + 16 + kLanes * part);
-      return {factor * load_bytes<uint8_t>(at + kLanes * part), -minimum};
+      const uint8_t* scales = at + kLanes * part;
+      if constexpr (D == DType::kQ2_K) scales += column % kGroup / 16 * 32;
+      const Wide minimum =
+          load_halves(factors + 32 + 2 * kLanes * part) * load_bytes<uint8_t>(scales + 16);
+      return {factor * load_bytes<uint8_t>(scales), -minimum};
     }
   } else {
     const Wide scale = load_halves(at + 2 * kLanes * part);
@@ -229,6 +238,13 @@ ALIGNPRO_INLINE void with_dtype(DType dtype, const Fn& fn) {
       return fn(TypeConstant<DType::kQ5_K>());
     case DType::kQ6_K:
       return fn(TypeConstant<DType::kQ6_K>());
+    case DType::kQ2_K:
+      return fn(TypeConstant<DType::kQ2_K>());
+    case DType::kIQ4_XS:
+      return fn(TypeConstant<DType::kIQ4_XS>());
+    case DType::kQ3_K:
+    case DType::kIQ4_NL:
+      break;  // no panel's type: see panel_type
   }
 }
 

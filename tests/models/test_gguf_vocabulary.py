@@ -1,0 +1,212 @@
+"""Tokenizers of GGUF files: what the files of many converters say, and what they leave out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import pre_tokenizers
+
+from alignpro.models.tokenizer import Tokenizer
+from alignpro.native import ModelFileError, core
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = ["1 2", "12 3", "Ġ 12", "' S", "T 'S", ". Ċ", "h e", "Ġ t", "Ġt he"]
+MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXTS = ["ab 12345", "IT'S", "12 34", "end.\n\nNew", "a\n\n  b", "HelloWorld"]
+
+
+def metadata(pre: str | None = "qwen2", plain: tuple[str, ...] = (), **keys: Any) -> dict[str, Any]:
+    """A byte-level vocabulary with three control tokens, then ``plain`` added ones."""
+    tokens = [*ALPHABET, *(m.replace(" ", "") for m in MERGES), *MARKS, *plain]
+    made = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [
+            3 if token in MARKS else 4 if token in plain else 1 for token in tokens
+        ],
+        "tokenizer.ggml.merges": MERGES,
+        "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
+    }
+    if pre is not None:
+        made["tokenizer.ggml.pre"] = pre
+    return made | {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+
+
+def ids(given: dict[str, Any]) -> list[list[int]]:
+    tokenizer = Tokenizer.from_gguf(given)
+    return [tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("rule", "names"),
+    [
+        ("qwen2", ["deepseek-r1-qwen", "kormo", "megrez"]),
+        ("llama-bpe", ["llama3", "llama-v3", "falcon3", "pixtral"]),
+        ("gpt-2", ["phi-2", "gigachat", "exaone4"]),
+        ("dbrx", ["smaug-bpe"]),
+        ("gpt-4o", ["llama4"]),
+    ],
+)
+def test_names_of_one_rule(rule: str, names: list[str]) -> None:
+    for name in names:
+        assert ids(metadata(name)) == ids(metadata(rule)), name
+
+
+def test_a_rule_that_is_not_known_is_refused() -> None:
+    with pytest.raises(
+        ModelFileError, match=r"words cut as 'olmo' are not supported.*tokenizer\.j"
+    ):
+        Tokenizer.from_gguf(metadata("olmo"))
+
+
+@pytest.mark.parametrize("pre", [None, "default"])
+def test_a_file_without_a_rule_is_read_by_its_architecture(
+    pre: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for architecture in ("qwen2", "qwen3"):
+        given = metadata(pre) | {"general.architecture": architecture}
+        assert ids(given) == ids(metadata("qwen2"))
+    assert "taken as qwen2" in caplog.text
+    given = metadata(pre) | {"general.architecture": "llama"}
+    assert ids(given) == ids(metadata("gpt-2"))  # one of many; Llama 3 by its size
+    assert "taken as gpt-2" in caplog.text
+    more = [f"<|reserved_{i}|>" for i in range(128_256 - len(given["tokenizer.ggml.tokens"]))]
+    given["tokenizer.ggml.tokens"] = given["tokenizer.ggml.tokens"] + more
+    given["tokenizer.ggml.token_type"] = given["tokenizer.ggml.token_type"] + [3] * len(more)
+    assert ids(given) == ids(metadata("llama-bpe"))
+
+
+def test_a_file_with_a_rule_is_read_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    ids(metadata("llama-bpe"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("key", ["padding", "unknown", "bos", "eos"])
+@pytest.mark.parametrize("value", [2**32 - 1, "the number of tokens"])
+def test_an_id_that_cannot_be_is_none(
+    key: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = metadata()
+    value = len(right["tokenizer.ggml.tokens"]) if isinstance(value, str) else value
+    tokenizer = Tokenizer.from_gguf(metadata(**{f"{key}_token_id": value}))
+    assert [tokenizer.encode(text) for text in TEXTS] == ids(right)
+    assert f"{key}_token_id is {value}" in caplog.text
+    assert tokenizer.bos_id is None and tokenizer.eos_ids  # ends are known by their text, too
+
+
+def test_whole_scores() -> None:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "▁h"]
+    given = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * 3,
+        "tokenizer.ggml.scores": [0] * 260 + [-1, -2],
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    assert Tokenizer.from_gguf(given).encode("h") == [tokens.index("▁h")]
+    given["tokenizer.ggml.scores"] = [True] * len(tokens)
+    with pytest.raises(ModelFileError, match="scores: expected a list of float"):
+        Tokenizer.from_gguf(given)
+
+
+# --- added tokens that are not special ---
+
+
+def test_plain_added_tokens_are_matched_in_text_and_special_ones_are_not() -> None:
+    """As everyone's tokenizers do: the model was trained with them. A text with "<|im_end|>" in it
+    has none of its own."""
+    plain = ("    ", "<think>")
+    given = metadata(plain=plain, eos_token_id=ALPHABET.index("a"))
+    spaces, think = (given["tokenizer.ggml.tokens"].index(text) for text in plain)
+    template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer = Tokenizer.from_gguf(given | {"tokenizer.chat_template": template})
+    a, b = (ALPHABET.index(char) for char in "ab")
+    assert tokenizer.encode("    a<think>b") == [spaces, a, think, b]
+    assert tokenizer.encode("     a")[0] == spaces  # and a fifth
+    assert tokenizer.decode([think, a]) == "<think>a"
+    start, end = (
+        given["tokenizer.ggml.tokens"].index(f"<|im_{side}|>") for side in ("start", "end")
+    )
+    text = "a<think>b<|im_end|>"
+    assert not {start, end} & set(tokenizer.encode(text))
+    chat = tokenizer.encode_chat([{"role": "user", "content": text}])
+    assert chat == [start, *tokenizer.encode(text), end]
+
+
+# --- Phi-3 ---
+
+
+def phi3(**changes: Any) -> dict[str, Any]:
+    pieces = ["▁", "h", "i", "hi", "▁hi"]
+    marks = ["<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces, *marks]
+    return {
+        "general.architecture": "phi3",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 4] + [6] * 256 + [1] * len(pieces) + [3] * len(marks),
+        "tokenizer.ggml.scores": [0.0] * 259 + [-1.0, -2.0, -3.0, -4.0, -5.0] + [0.0] * len(marks),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": tokens.index("<|endoftext|>"),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.chat_template": "{{ bos_token }}{% for m in messages %}{{ '<|user|>\n' + "
+        "m.content + '<|end|>\n<|assistant|>\n' }}{% endfor %}",
+    } | changes
+
+
+@pytest.mark.parametrize("name", [{}, {"general.architecture": "x", "general.name": "Phi-3 mini"}])
+def test_phi3s_markers_swallow_the_white_space_behind_them(name: dict[str, Any]) -> None:
+    given = phi3(**name)
+    expected = ["<s>", "<|user|>", "▁hi", "<|end|>", "<|assistant|>"]
+    got = Tokenizer.from_gguf(given).encode_chat([{"role": "user", "content": "hi"}])
+    assert [given["tokenizer.ggml.tokens"][i] for i in got] == expected
+
+
+def test_markers_of_others_keep_it() -> None:
+    given = phi3(**{"general.architecture": "llama"})
+    got = Tokenizer.from_gguf(given).encode_chat([{"role": "user", "content": "hi"}])
+    assert given["tokenizer.ggml.tokens"].index("<0x0A>") in got
+
+
+# --- real vocabularies: llama.cpp's own texts ---
+
+
+def real_vocabulary(name: str) -> Path:
+    root = os.environ.get("ALIGNPRO_VOCABULARIES")
+    if root is None or not (Path(root) / name).exists():
+        pytest.skip(f"ALIGNPRO_VOCABULARIES names no folder with {name}")
+    return Path(root) / name
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "phi-3", "qwen2", "llama-bpe", "llama-spm"])
+@pytest.mark.parametrize("with_pre", [True, False])
+def test_ids_of_llama_cpps_texts(
+    name: str, with_pre: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    file = real_vocabulary(f"vocab/ggml-vocab-{name}.gguf")
+    given = core.ModelFiles(str(file)).metadata()
+    assert given is not None
+    if not with_pre:
+        del given["tokenizer.ggml.pre"]
+    tokenizer = Tokenizer.from_gguf(given)
+    with open(f"{file}.inp", newline="", encoding="utf-8") as texts:
+        inputs = texts.read().split("\n__ggml_vocab_test__\n")
+    outputs = Path(f"{file}.out").read_text("utf-8").splitlines()
+    assert len(outputs) > 40
+    for text, line in zip(inputs, outputs, strict=False):
+        assert tokenizer.encode(text) == [int(i) for i in line.split()], repr(text)
+
+
+@pytest.mark.parametrize("text", ["<think>\nhm\n</think>\n", '<tool_call>\n{"a": 1}\n</tool_call>'])
+def test_qwen3s_folder_encodes_its_words_as_transformers_does(text: str) -> None:
+    folder = real_vocabulary("tokenizers/qwen3")
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(folder))
+    assert Tokenizer.from_folder(folder).encode(text) == theirs.encode(text)
