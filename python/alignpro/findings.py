@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from alignpro.statistics import variance
-from alignpro.types import Rollout
+from alignpro.types import Conversation, Rollout
 
 # Share of the length. Judges and reward models pay for length alone; a quarter is past chance in
 # a mean over some dozens of prompts.
@@ -121,7 +121,8 @@ def measure(
     if not adds:
         return measured
     written = [w for w in rewrites if w.text]
-    copied = [copied_share(rollout.prompts[w.prompt_index], w.text) for w in written]
+    prompts = [Conversation.of(prompt).text for prompt in rollout.prompts]
+    copied = [copied_share(prompts[w.prompt_index], w.text) for w in written]
     given = answers or [None] * len(rollout.prompts)
     distinct, common = diversity(rollout)
     return Measured(
@@ -134,7 +135,7 @@ def measure(
             "leaked_answers": _share(
                 holds_answer(
                     w.text,
-                    rollout.prompts[w.prompt_index],
+                    prompts[w.prompt_index],
                     [r.text for r in w.responses],
                     given[w.prompt_index],
                 )

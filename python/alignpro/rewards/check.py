@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from alignpro.types import Reward, Texts
+from alignpro.types import Conversation, Message, Prompt, Reward, Texts
 
+CONVERSATIONS = "conversations"
 RESERVED_COLUMNS = frozenset({"prompts", "rewrites", "responses"})
 _SHOWN_CHARACTERS = 60
 
@@ -59,7 +60,7 @@ class _Rows(NamedTuple):
 
 def score_checked(
     reward: Reward,
-    prompts: Texts,
+    prompts: Sequence[Prompt],
     rewrites: Texts,
     responses: Texts,
     columns: Mapping[str, Sequence[Any]] | None = None,
@@ -71,7 +72,8 @@ def score_checked(
     name the row behind a failed batch, rows are scored one by one until one fails.
     Raises ValueError where the inputs themselves are not aligned.
     """
-    rows = _Rows(prompts, rewrites, responses, dict(columns or {}))
+    texts, given = reward_inputs(prompts, columns)
+    rows = _Rows(texts, rewrites, responses, _accepted(reward, texts, given))
     _check_aligned(rows)
     if not prompts:
         return []
@@ -85,7 +87,7 @@ def score_checked(
             try:
                 alone.scored_by(reward)
             except Exception as cause:
-                raised = f"raised {type(cause).__name__} at row {_describe(row, prompts)}"
+                raised = f"raised {type(cause).__name__} at row {_describe(row, texts)}"
                 raise RewardError(f"reward {name!r} {raised}: {cause}", row) from cause
         raise RewardError(
             f"reward {name!r} raised {type(error).__name__} on a batch of {len(prompts)} rows, "
@@ -93,12 +95,49 @@ def score_checked(
         ) from error
     if len(scores) != len(prompts):
         wrong = next((r for r, alone in rows.alone() if not _gives_one(reward, alone)), None)
-        where = "" if wrong is None else f"; row {_describe(wrong, prompts)} alone does not give 1"
+        where = "" if wrong is None else f"; row {_describe(wrong, texts)} alone does not give 1"
         raise RewardError(
             f"reward {name!r}: expected {len(prompts)} scores, one a row, got {len(scores)}{where}",
             wrong,
         )
-    return [_as_score(score, name, row, prompts) for row, score in enumerate(scores)]
+    return [_as_score(score, name, row, texts) for row, score in enumerate(scores)]
+
+
+def reward_inputs(
+    prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]] | None
+) -> tuple[list[str], dict[str, Sequence[Any]]]:
+    """The last user turns; the columns with the conversations where a prompt has earlier turns."""
+    given = dict(columns or {})
+    if any(isinstance(prompt, Conversation) for prompt in prompts):
+        if CONVERSATIONS in given:
+            raise ValueError(
+                f"column {CONVERSATIONS!r} collides with a reward argument; rename the column"
+            )
+        given[CONVERSATIONS] = [messages_of(prompt) for prompt in prompts]
+    return [p.last_turn if isinstance(p, Conversation) else p for p in prompts], given
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """What a reward reads of a prompt under ``conversations``."""
+    if isinstance(prompt, Conversation):
+        return prompt.messages
+    return [{"role": "user", "content": prompt}]  # which the reward may take empty
+
+
+def _accepted(
+    reward: Reward, prompts: Sequence[str], columns: dict[str, Sequence[Any]]
+) -> dict[str, Sequence[Any]]:
+    """The columns with the conversations for who names them, without for who takes no columns."""
+    try:
+        parameters = inspect.signature(reward).parameters
+    except (TypeError, ValueError):
+        return columns
+    if CONVERSATIONS in parameters and CONVERSATIONS not in columns:
+        return columns | {CONVERSATIONS: [messages_of(prompt) for prompt in prompts]}
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if CONVERSATIONS not in parameters and not everything:
+        columns = {name: values for name, values in columns.items() if name != CONVERSATIONS}
+    return columns
 
 
 def _check_aligned(rows: _Rows) -> None:

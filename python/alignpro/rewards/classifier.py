@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignpro.optional import import_for
-from alignpro.types import Texts
+from alignpro.rewards.check import CONVERSATIONS
+from alignpro.types import Conversation, Texts
 
 Output = Literal["logit", "probability"]
 
@@ -17,7 +18,8 @@ class ClassifierReward:
 
     name_or_path: a folder or a hub name, as ``AutoModelForSequenceClassification`` takes it.
     label: a label's name or index; may be left out where the model has only one.
-    pair: the classifier reads the prompt and the response; False: the response alone.
+    pair: the classifier reads the prompt, a conversation with every turn after its role, and the
+        response; False: the response alone.
     output: None means the logit of a one-label model (a reward model's score, unbounded) and
         otherwise the probability, in [0, 1]: softmax over the labels, or the sigmoid of the label's
         own logit where the model has one label or says ``multi_label_classification``.
@@ -78,9 +80,12 @@ class ClassifierReward:
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
         scores: list[float] = []
+        asked = list(prompts)
+        if CONVERSATIONS in columns:
+            asked = [Conversation.of(messages).text for messages in columns[CONVERSATIONS]]
         for begin in range(0, len(responses), self._batch_size):
             rows = slice(begin, begin + self._batch_size)
-            scores += self._score(list(prompts[rows]), list(responses[rows]))
+            scores += self._score(asked[rows], list(responses[rows]))
         return scores
 
     def _score(self, prompts: list[str], responses: list[str]) -> list[float]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from alignpro.rewards.check import RewardError, reward_name, score_checked
-from alignpro.types import Reward, Rollout, Texts
+from alignpro.rewards.check import RewardError, reward_inputs, reward_name, score_checked
+from alignpro.types import Prompt, Reward, Rollout, Texts
 
 
 @runtime_checkable
@@ -67,7 +67,7 @@ class WeightedSum:
 
 def score_components(
     reward: Reward,
-    prompts: Texts,
+    prompts: Sequence[Prompt],
     rewrites: Texts,
     responses: Texts,
     columns: Mapping[str, Sequence[Any]] | None = None,
@@ -77,7 +77,8 @@ def score_components(
     A reward without ``components`` and ``total`` is its own single part.
     """
     if isinstance(reward, Composed):
-        parts = reward.components(prompts, rewrites, responses, **(columns or {}))
+        texts, given = reward_inputs(prompts, columns)
+        parts = reward.components(texts, rewrites, responses, **given)
         return reward.total(parts), parts
     scores = score_checked(reward, prompts, rewrites, responses, columns)
     return scores, {reward_name(reward): scores}

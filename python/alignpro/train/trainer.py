@@ -19,6 +19,7 @@ from alignpro.files import write_json
 from alignpro.models.adapter import save_peft
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.in_flight import FailedRowsError
+from alignpro.models.reading import read_prompts
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import add_note, open_run_dir
 from alignpro.train.adaptive import Adaptive
@@ -37,7 +38,7 @@ from alignpro.train.row import rollout_row
 from alignpro.train.schedule import batch_indices
 from alignpro.train.trackers import make_trackers
 from alignpro.train.trajectories import StepBatch, step_batch
-from alignpro.types import Rollout
+from alignpro.types import Prompt, PromptLike, Rollout
 
 
 class TrainingRun:
@@ -65,7 +66,7 @@ class TrainingRun:
         config: TrainConfig,
         pipeline: Pipeline,
         policy: LoraPolicy,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         *,
         reference: Reference = "base",
         columns: Mapping[str, Sequence[Any]] | None = None,
@@ -82,7 +83,7 @@ class TrainingRun:
         self.pipeline = pipeline
         self.policy = policy
         self.reference = reference
-        self.prompts = list(prompts)
+        self.prompts = read_prompts(prompts)
         self.columns = {name: list(values) for name, values in (columns or {}).items()}
         self._check_pieces()
         self._begin(value_head)
@@ -105,7 +106,7 @@ class TrainingRun:
         """Go on with what the directory holds."""
         raise NotImplementedError
 
-    def _pick(self, rows: Sequence[int]) -> tuple[list[str], dict[str, list[Any]]]:
+    def _pick(self, rows: Sequence[int]) -> tuple[list[Prompt], dict[str, list[Any]]]:
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
         return [self.prompts[i] for i in rows], columns
 
