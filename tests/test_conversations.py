@@ -11,10 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from alignpro.config import EvalConfig, ModelConfig, Prompting, TrainConfig, from_mapping
+from alignpro.config import (
+    EvalConfig,
+    HeadroomConfig,
+    ModelConfig,
+    Prompting,
+    TrainConfig,
+    from_mapping,
+)
+from alignpro.evaluate.headroom import run_headroom
 from alignpro.evaluate.run import run_evaluation
 from alignpro.models.endpoint import EndpointModel
 from alignpro.pipeline import Pipeline
+from alignpro.price.lengths import find_lengths
 from alignpro.rewards.check import score_checked
 from alignpro.rewards.combine import WeightedSum, score_components
 from alignpro.rewards.function import from_callable
@@ -24,7 +33,7 @@ from alignpro.train.sft import encode_pairs
 from alignpro.trl import prompter_rows, rewrite_reward
 from alignpro.types import Conversation, SamplingParams
 from chat_server import ChatServer
-from fake_model import FakeModel
+from fake_model import FakeModel, FakeTokenizer
 
 DIALOGUES = Path(__file__).parents[2] / "shared/data/hh_harmless_test.jsonl.gz"
 
@@ -113,6 +122,21 @@ def test_only_the_last_turn_that_the_target_reads_is_another(server, mode):
     there.answer([CHAT, "Why?"], texts, seed=1)
     asked = [asked.body["messages"] for asked in server.asked]
     assert len(asked) == 3 and all(messages in asked for messages in read)
+
+
+def test_roles_that_a_template_refuses_are_named_before_anything_is_written():
+    class NoSystem(FakeTokenizer):
+        def encode_chat(self, messages, **options):
+            if messages[0]["role"] == "system":
+                raise ValueError("the chat template: System role not supported")
+            return super().encode_chat(messages, **options)
+
+    prompter = FakeModel()
+    pipeline = Pipeline(prompter, FakeModel(tokenizer=NoSystem()), None)
+    for start in (pipeline.rollout, pipeline.respond):
+        with pytest.raises(ValueError, match=r"^prompt 2: the chat template: System role"):
+            start(["Why?", CHAT[1:], CHAT])
+    assert prompter.handles == []
 
 
 def test_the_history_is_cut_to_what_the_prompter_holds():
@@ -228,6 +252,41 @@ def test_common_beginnings_are_computed_once(smollm2):
     pipeline.answer([second], [["briefly", "in verse", "as a list"]], seed=1)
     spent = smollm2.stats()["prefill_tokens"] - before
     assert spent < len(read) / 2  # of three requests, each of that length
+
+
+def test_lengths_of_conversations_are_what_the_models_read(smollm2):
+    prompts, prompting, tokenizer = [WHOLE, "Why?"], Prompting(), smollm2.tokenizer
+    found = find_lengths(prompts, prompting, 12, tokenizer, tokenizer)
+    turns = [prompting.prompter_turns(prompt)[0] for prompt in prompts]
+    reads = [len(tokenizer.encode_chat([{"role": "user", "content": turn}])) for turn in turns]
+    assert found.prompter == pytest.approx(sum(reads) / 2, abs=3)
+    raw = [len(tokenizer.encode_chat(Conversation.of(prompt).messages)) for prompt in prompts]
+    assert found.target_raw == pytest.approx(sum(raw) / 2, abs=1)
+    guessed = find_lengths(prompts, prompting, 12, None, None)
+    assert guessed.target_raw == pytest.approx(found.target_raw, rel=0.5)
+
+
+def test_samples_of_headroom_hold_the_conversation(server, tiny_model_dir, tmp_path):
+    data = tmp_path / "data.jsonl"
+    ascii_chat = [{**message, "content": "Why?"} for message in CHAT]
+    rows = [{"messages": ascii_chat}, {"prompt": "How?"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "prompter": str(tiny_model_dir("llama")),
+        "target": {"endpoint": server.url, "model": "big"},
+        "data": str(data),
+        "split": None,
+        "reward": "vader",
+        "num_prompts": 2,
+        "num_rewrites": 2,
+        "num_responses": 2,
+        "rewrite": {"max_new_tokens": 2},
+        "prompting": {"template": "{prompt}", "history_template": "{history}\n"},
+        "threads": 1,
+    }
+    run_headroom(from_mapping(HeadroomConfig, config), samples=tmp_path / "samples.jsonl")
+    _, *samples = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
+    assert [sample["prompt"] for sample in samples] == [ascii_chat] * 2 + ["How?"] * 2
 
 
 @pytest.fixture(scope="module")

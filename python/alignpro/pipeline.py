@@ -30,6 +30,7 @@ from alignpro.models.arguments import check_params
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
 from alignpro.models.reading import (
+    check_roles,
     naming,
     prompter_tokens,
     read_prompts,
@@ -291,6 +292,8 @@ class Pipeline:
         answered: Answered | None = {} if common_draws else None
         with trace.span("read prompts"):
             read = [self._prompter_tokens(prompter, p, i) for i, p in enumerate(prompts)]
+            if isinstance(self.target, LanguageModel):
+                check_roles(self.target.tokenizer, prompts)
         rows = len(prompts) * num_rewrites * max(1, num_responses)
         with InFlight(rows, self.max_failed, on_progress) as in_flight:
 

@@ -38,6 +38,18 @@ def naming(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {error}") from None
 
 
+def check_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> None:
+    """Refuse a conversation that the chat template refuses for its roles (a system message, two
+    turns of one side). Raises ValueError, which names the index of the prompt."""
+    seen = set()
+    for index, prompt in enumerate(prompts):
+        roles = tuple(role for role, _ in Conversation.of(prompt).history)
+        if roles and roles not in seen:
+            seen.add(roles)
+            with naming(f"prompt {index}"):
+                target_tokens(tokenizer, prompt)
+
+
 def target_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Raises ValueError; see `Tokenizer.encode_chat`."""
     return tokenizer.encode_chat(Conversation.of(prompt).messages)

@@ -64,12 +64,15 @@ def score_checked(
     rewrites: Texts,
     responses: Texts,
     columns: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    may_abstain: bool = False,
 ) -> list[float]:
     """Calls ``reward`` on aligned rows and returns one finite float per row.
 
     Raises RewardError naming the row (index and prompt) where the reward raises (chained as the
     cause), or gives None, NaN, an infinity, something that is no number, or the wrong count. To
-    name the row behind a failed batch, rows are scored one by one until one fails.
+    name the row behind a failed batch, rows are scored one by one until one fails. With
+    ``may_abstain`` None is NaN instead, for a sum in which the other parts count.
     Raises ValueError where the inputs themselves are not aligned.
     """
     texts, given = reward_inputs(prompts, columns)
@@ -100,7 +103,10 @@ def score_checked(
             f"reward {name!r}: expected {len(prompts)} scores, one a row, got {len(scores)}{where}",
             wrong,
         )
-    return [_as_score(score, name, row, texts) for row, score in enumerate(scores)]
+    return [
+        math.nan if may_abstain and score is None else _as_score(score, name, row, texts)
+        for row, score in enumerate(scores)
+    ]
 
 
 def reward_inputs(
@@ -176,7 +182,9 @@ def _as_score(value: Any, name: str, row: int, prompts: Sequence[str]) -> float:
             raise TypeError
         score = float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        given = "None" if value is None else f"{type(value).__name__} {shorten(repr(value), 40)}"
+        given = f"{type(value).__name__} {shorten(repr(value), 40)}"
+        if value is None:
+            given = "None, which abstains in a sum alone, where other rewards score the row"
         raise RewardError(f"{where}: expected a number, got {given}", row) from error
     if not math.isfinite(score):
         raise RewardError(f"{where}: expected a finite number, got {score}", row)

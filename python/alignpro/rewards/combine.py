@@ -43,11 +43,13 @@ class WeightedSum:
     def components(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> dict[str, list[float]]:
-        """Scores of every part, unweighted: name -> [rows]."""
+        """Scores of every part, unweighted: name -> [rows]; NaN where a part abstained (None)."""
         scores: dict[str, list[float]] = {}
         for name, (_, reward) in self.terms.items():
             try:
-                scores[name] = score_checked(reward, prompts, rewrites, responses, columns)
+                scores[name] = score_checked(
+                    reward, prompts, rewrites, responses, columns, may_abstain=True
+                )
             except RewardError as error:
                 if reward_name(reward) == name:
                     raise
@@ -55,9 +57,17 @@ class WeightedSum:
         return scores
 
     def total(self, components: Mapping[str, Sequence[float]]) -> list[float]:
-        """The weighted sum of what ``components`` returned: [rows]. Nothing is scored again."""
+        """The weighted sum of what ``components`` returned: [rows]. Nothing is scored again. A part
+        that abstained adds nothing; RewardError where all of them did."""
         parts = [[weight * s for s in components[name]] for name, (weight, _) in self.terms.items()]
-        return [sum(row) for row in zip(*parts, strict=True)]
+        totals = []
+        for row, scores in enumerate(zip(*parts, strict=True)):
+            given = [score for score in scores if not math.isnan(score)]
+            if not given:
+                every = f"reward {self.name!r}, row {row}: expected a number of one part at least"
+                raise RewardError(f"{every}, got None of all", row)
+            totals.append(sum(given))
+        return totals
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]

@@ -33,6 +33,11 @@ class FunctionReward:
         if CONVERSATIONS in self.columns and CONVERSATIONS not in columns:
             columns[CONVERSATIONS] = [messages_of(prompt) for prompt in prompts]
         missing = sorted(self.required - columns.keys())
+        if "completion_ids" in missing:
+            raise ValueError(
+                f"reward function {self.name!r} takes completion_ids, which are not passed: a "
+                "response may come from an endpoint, without tokens; read the text in completions"
+            )
         if missing:
             raise ValueError(
                 f"reward function {self.name!r} needs the data column {missing[0]!r}; "
@@ -46,7 +51,15 @@ class FunctionReward:
                 f"column {clash[0]!r} collides with a reward argument; rename the column"
             )
         wanted = {c: v for c, v in columns.items() if self.takes_all_columns or c in self.columns}
-        return self.function(**{name: rows[name] for name in self.arguments}, **wanted)
+        try:
+            return self.function(**{name: rows[name] for name in self.arguments}, **wanted)
+        except TypeError as error:
+            if not str(error).startswith("string indices must be integers"):
+                raise
+            raise TypeError(
+                f"{error}: prompts and completions are plain text here, as TRL has them without "
+                "messages; the messages of the prompts are in the argument conversations"
+            ) from error
 
 
 def from_callable(function: Callable[..., Any], name: str | None = None) -> FunctionReward:

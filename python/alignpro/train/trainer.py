@@ -19,7 +19,8 @@ from alignpro.files import write_json
 from alignpro.models.adapter import save_peft
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.in_flight import FailedRowsError
-from alignpro.models.reading import read_prompts
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.reading import check_roles, read_prompts
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import add_note, open_run_dir
 from alignpro.train.adaptive import Adaptive
@@ -119,6 +120,8 @@ class TrainingRun:
                 raise ValueError(
                     f"column {name}: expected {len(prompts)} values, got {len(values)}"
                 )
+        if isinstance(pipeline.target, LanguageModel):
+            check_roles(pipeline.target.tokenizer, prompts)
         if getattr(pipeline, config.policy) is not self.policy.model:
             raise ValueError(f"pipeline: its {config.policy} is not the model the policy trains")
         if pipeline.reward is None:
