@@ -62,6 +62,11 @@ def test_one_prompt_in_all_its_forms():
     assert WHOLE.last_turn == " And  then? " and WHOLE.short is WHOLE
     assert {WHOLE: 1}[Conversation.of([dict(message) for message in CHAT])] == 1
     assert Conversation.of(CHAT[1:]) != WHOLE
+    assert (
+        Conversation([[m["role"], m["content"]] for m in CHAT[:-1]], CHAT[-1]["content"]) == WHOLE
+    )
+    with pytest.raises(ValueError, match="message 0: expected one of the roles"):
+        Conversation((("tool", "x"),), "last")
     lone = Conversation.of([{"role": "user", "content": "Why?"}])
     assert lone == Conversation.of("Why?")
     assert lone.short == lone.plain == lone.text == "Why?"
@@ -75,8 +80,11 @@ def test_one_prompt_in_all_its_forms():
         (CHAT[:3], "expected a chat that ends in a user turn, got the roles"),
         ([], "expected a chat that ends in a user turn"),
         ("", "expected text or a chat, got an empty string"),
-        ([{"role": "user", "content": " "}], "expected a last user turn, got an empty string"),
-        (["Why?"], "expected messages with 'role' and 'content', message 0 is str"),
+        (
+            [{"role": "user", "content": " "}],
+            "expected text or a chat, got an empty string as last",
+        ),
+        (["Why?"], "message 0: expected 'role' and 'content', got str"),
         ({"role": "user", "content": "Why?"}, "expected text or a chat, got dict"),
         ([{"role": "tool", "content": "x"}, CHAT[1]], "message 0: expected one of the roles"),
     ],
@@ -98,6 +106,9 @@ def test_a_text_where_a_list_is_wanted_is_refused():
         pipeline.answer(["Why?"], ["briefly"])
     with pytest.raises(ValueError, match="texts: expected 2 lists, got text"):
         pipeline.answer(["Why?", "How?"], "ab")
+    for texts in (("ab", ["", ""], ["x", "y"]), (["a", "b"], ["", ""], "xy")):
+        with pytest.raises(ValueError, match=r"reward input '.*': expected a list, got text"):
+            score_checked(Catching(), *texts)
     with pytest.raises(ValueError, match="column kind: expected a list of 2 values, got text"):
         pipeline.rollout(["Why?", "How?"], columns={"kind": "ab"})
 

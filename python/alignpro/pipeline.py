@@ -30,6 +30,7 @@ from alignpro.models.arguments import check_params
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
 from alignpro.models.reading import (
+    check_columns,
     check_roles,
     naming,
     prompter_tokens,
@@ -176,7 +177,7 @@ class Pipeline:
         """
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_rewrites=num_rewrites, num_responses=num_responses)
-        _check_columns(columns, len(prompts))
+        check_columns(columns, len(prompts))
         given = read_prompts(prompts)
         with trace.span("rollout"):
             started = time.perf_counter()
@@ -250,7 +251,7 @@ class Pipeline:
         """
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_responses=num_responses)
-        _check_columns(columns, len(prompts))
+        check_columns(columns, len(prompts))
         given = read_prompts(prompts)
         _check_texts(texts, len(given))
         started = time.perf_counter()
@@ -490,11 +491,3 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-def _check_columns(columns: Mapping[str, Sequence[Any]] | None, count: int) -> None:
-    for name, values in (columns or {}).items():
-        if isinstance(values, str):
-            raise ValueError(f"column {name}: expected a list of {count} values, got text")
-        if len(values) != count:
-            raise ValueError(f"column {name}: expected {count} values, got {len(values)}")

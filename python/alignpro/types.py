@@ -24,32 +24,42 @@ _NOT_TEXT = ("tool_calls", "function_call", "tool_call_id", "images", "audio")
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt (x): messages of which the last is the user turn that a rewrite changes."""
+    """A prompt (x): messages of which the last is the user turn that a rewrite changes.
+
+    Raises:
+        ValueError: what is no text, a role that is none of ``ROLES``, or an empty last turn.
+    """
 
     history: tuple[tuple[str, str], ...]  # (role, content) of the messages before
     last_turn: str
+
+    def __post_init__(self) -> None:
+        history = tuple((role, content) for role, content in self.history)
+        for index, (role, content) in enumerate(history):
+            if role not in ROLES:
+                expected = f"expected one of the roles {', '.join(ROLES)}"
+                raise ValueError(f"message {index}: {expected}, got {role!r}")
+            _as_text(content, index)
+        object.__setattr__(self, "history", history)
+        if not self.last_turn.strip():
+            raise ValueError("expected text or a chat, got an empty string as last user turn")
 
     @classmethod
     def of(cls, prompt: PromptLike) -> Conversation:
         """From any form of a prompt: text is a lone user turn.
 
         Raises:
-            ValueError: neither text nor a chat that ends in a user turn, a role that is none of
-                ``ROLES``, content that is no text, or an empty last turn.
+            ValueError: neither text nor a chat that ends in a user turn; otherwise as the class.
         """
         if isinstance(prompt, Conversation):
             return prompt
         if isinstance(prompt, str):
-            return cls((), _not_empty(prompt, "text or a chat"))
+            return cls((), prompt)
         messages = [(m["role"], m["content"]) for m in text_messages(prompt)]
-        roles = [role for role, _ in messages]
-        for index, role in enumerate(roles):
-            if role not in ROLES:
-                expected = f"expected one of the roles {', '.join(ROLES)}"
-                raise ValueError(f"message {index}: {expected}, got {role!r}")
-        if not messages or roles[-1] != "user":
+        if not messages or messages[-1][0] != "user":
+            roles = [role for role, _ in messages]
             raise ValueError(f"expected a chat that ends in a user turn, got the roles {roles}")
-        return cls(tuple(messages[:-1]), _not_empty(messages[-1][1], "a last user turn"))
+        return cls(tuple(messages[:-1]), messages[-1][1])
 
     @property
     def messages(self) -> list[Message]:
@@ -101,8 +111,8 @@ def text_messages(chat: Any) -> list[Message]:
     messages: list[Message] = []
     for index, message in enumerate(chat):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            expected = "expected messages with 'role' and 'content'"
-            raise ValueError(f"{expected}, message {index} is {type_name(message)}")
+            got = list(message) if isinstance(message, Mapping) else type_name(message)
+            raise ValueError(f"message {index}: expected 'role' and 'content', got {got}")
         beside = [key for key in _NOT_TEXT if message.get(key)]
         if beside:
             raise ValueError(f"message {index}: expected text alone, got {beside[0]!r} beside it")
@@ -127,12 +137,6 @@ def _as_text(content: Any, index: int) -> str:
             raise ValueError(f"{expected}, got a part of type {kind!r}")
         texts.append(text)
     return "\n".join(texts)
-
-
-def _not_empty(text: str, expected: str) -> str:
-    if not text.strip():
-        raise ValueError(f"expected {expected}, got an empty string")
-    return text
 
 
 def type_name(value: Any) -> str:

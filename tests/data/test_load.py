@@ -260,7 +260,11 @@ def chat(*roles):
             ' {"role": "user", "content": "x"}]}',
             r"lone surrogate U\+D800 at character 0",
         ),
-        ("a.jsonl", jsonl([{"prompt": ["x"]}]), "message 0 is str"),
+        (
+            "a.jsonl",
+            jsonl([{"prompt": ["x"]}]),
+            "message 0: expected 'role' and 'content', got str",
+        ),
         ("a.jsonl", jsonl([{"prompt": [{"role": "user"}]}]), "'role' and 'content'"),
         (
             "a.jsonl",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from alignpro.config import Prompting
 from alignpro.models.language_model import LanguageModel
@@ -27,6 +28,15 @@ def read_prompts(prompts: Sequence[PromptLike]) -> list[Prompt]:
         with naming(f"prompt {index}"):
             read.append(Conversation.of(prompt).short)
     return read
+
+
+def check_columns(columns: Mapping[str, Sequence[Any]] | None, count: int) -> None:
+    """Refuse columns that are not aligned with ``count`` prompts."""
+    for name, values in (columns or {}).items():
+        if isinstance(values, str):
+            raise ValueError(f"column {name}: expected a list of {count} values, got text")
+        if len(values) != count:
+            raise ValueError(f"column {name}: expected {count} values, got {len(values)}")
 
 
 @contextlib.contextmanager

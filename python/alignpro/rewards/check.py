@@ -114,6 +114,8 @@ def reward_inputs(
 ) -> tuple[list[str], dict[str, Sequence[Any]]]:
     """The last user turns; the columns with the conversations where a prompt has earlier turns."""
     given = dict(columns or {})
+    if isinstance(prompts, str):
+        raise ValueError("reward input 'prompts': expected a list, got text")
     if any(isinstance(prompt, Conversation) for prompt in prompts):
         if CONVERSATIONS in given:
             raise ValueError(
@@ -152,6 +154,8 @@ def _check_aligned(rows: _Rows) -> None:
         raise ValueError(f"column {clash[0]!r} collides with a reward argument; rename the column")
     inputs = {"rewrites": rows.rewrites, "responses": rows.responses, **rows.columns}
     for what, values in inputs.items():
+        if isinstance(values, str):
+            raise ValueError(f"reward input {what!r}: expected a list, got text")
         if len(values) != len(rows.prompts):
             raise ValueError(
                 f"reward input {what!r}: expected {len(rows.prompts)} rows as prompts, got "

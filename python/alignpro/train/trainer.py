@@ -20,7 +20,7 @@ from alignpro.models.adapter import save_peft
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.reading import check_roles, read_prompts
+from alignpro.models.reading import check_columns, check_roles, read_prompts
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import add_note, open_run_dir
 from alignpro.train.adaptive import Adaptive
@@ -85,6 +85,7 @@ class TrainingRun:
         self.policy = policy
         self.reference = reference
         self.prompts = read_prompts(prompts)
+        check_columns(columns, len(self.prompts))
         self.columns = {name: list(values) for name, values in (columns or {}).items()}
         self._check_pieces()
         self._begin(value_head)
@@ -115,11 +116,6 @@ class TrainingRun:
         config, pipeline, prompts = self.config, self.pipeline, self.prompts
         if not prompts:
             raise ValueError("prompts: expected at least one, got none")
-        for name, values in self.columns.items():
-            if len(values) != len(prompts):
-                raise ValueError(
-                    f"column {name}: expected {len(prompts)} values, got {len(values)}"
-                )
         if isinstance(pipeline.target, LanguageModel):
             check_roles(pipeline.target.tokenizer, prompts)
         if getattr(pipeline, config.policy) is not self.policy.model:
