@@ -248,6 +248,17 @@ def test_conversations_in_trls_rows_and_rewards(server):
     assert [*CHAT[:-1], last] in [asked.body["messages"] for asked in server.asked]
 
 
+def test_trls_rows_come_back_from_a_table(server):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    table = datasets.Dataset.from_list(prompter_rows([CHAT, "Why?"]))
+    score = rewrite_reward(target_of(server), Catching())
+    columns = {name: list(table[name]) for name in table.column_names}
+    prompts, originals = columns["prompt"], columns["original_prompt"]
+    score(prompts=prompts, completions=["", ""], original_prompt=originals)
+    asked = [asked.body["messages"] for asked in server.asked]
+    assert len(asked) == 2 and CHAT in asked
+
+
 def test_common_beginnings_are_computed_once(smollm2):
     history = [
         {"role": "system", "content": "You are a careful assistant. " * 12},
