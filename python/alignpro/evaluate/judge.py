@@ -1,10 +1,9 @@
 """Win rates by a judge that is asked in both orders.
 
-The judge reads the original prompt (of a conversation every turn, after its role) and two
-responses, never a rewrite. Each pair is asked twice,
-with the responses in either order; verdicts that change with the order are a tie, so that a judge
-which always says "A" prefers nothing. Every verdict is kept in a file, from which a second run, or
-one after a crash, replays it.
+The judge reads the original prompt, of a conversation every turn after its role, and two responses,
+never a rewrite. Each pair is asked twice, with the responses in either order; verdicts that change
+with the order are a tie, so that a judge which always says "A" prefers nothing. Every verdict is
+kept in a file, from which a second run, or one after a crash, replays it.
 """
 
 from __future__ import annotations
