@@ -28,9 +28,12 @@ class FakeTokenizer:
         return bytes(token - 3 for token in tokens if token >= 3).decode(errors="replace")
 
     def encode_chat(self, messages: Any, *, add_generation_prompt: bool = True) -> list[int]:
-        (message,) = messages
-        assert message["role"] == "user"
-        return [0, *self.encode(message["content"]), 1]
+        tokens = []
+        for message in messages:
+            if message is messages[-1] and message["role"] == "user":
+                return [*tokens, 0, *self.encode(message["content"]), 1]
+            tokens += [1, *self.encode(message["role"] + message["content"]), EOS]
+        return tokens
 
 
 @dataclass(eq=False)

@@ -125,6 +125,11 @@ def test_the_measures_of_a_rollout_by_hand():
         distinct_rewrites=3,
         common_rewrite=0.5,
     )
+    # A part that abstained is no zero; of one prompt alone there is no error of its mean.
+    nan = float("nan")
+    abstained = {"good": [nan, nan, 1.0, 0.0], "long": [nan] * 4}
+    some = measure(drawn, abstained, frozenset(abstained), adds=False, count_tokens=len)
+    assert (some.components, some.component_errors) == ({"good": 0.5}, {})
     raw = measure(drawn, components, frozenset(), adds=False, count_tokens=len)
     assert raw.rewrite_tokens is None and raw.leaked_answers is None and raw.empty_rewrites == 0
     # Of one prompt alone nobody knows whether the text is that of every prompt.

@@ -13,7 +13,13 @@ from alignpro.train.run import make_trainer
 from alignpro.types import SamplingParams
 from llama_server import free_port, llama_server
 
-PROMPTS = ["How do bees find home?", "Why is the sky blue?\n\nIn one line. ünï 🙂"]
+CHAT = [
+    {"role": "system", "content": "Be kind.  "},
+    {"role": "user", "content": "Hi\n\n"},
+    {"role": "assistant", "content": "Hello! ünï 🙂"},
+    {"role": "user", "content": "How do bees find home?"},
+]
+PROMPTS = ["How do bees find home?", "Why is the sky blue?\n\nIn one line. ünï 🙂", CHAT, CHAT[1:]]
 
 
 @pytest.fixture(scope="module")

@@ -245,9 +245,9 @@ def test_counts_of_tokens_and_progress():
 @pytest.mark.parametrize(
     ("prompts", "line"),
     [
-        (["fine", ""], "prompt 1 is empty"),
-        (["fine", " \n"], "prompt 1 is empty"),
-        (["fine", 3], "prompt 1: expected text, got int"),
+        (["fine", ""], "prompt 1: expected text or a chat, got an empty string"),
+        (["fine", " \n"], "prompt 1: expected text or a chat, got an empty string"),
+        (["fine", 3], "prompt 1: expected text or a chat, got int"),
         (["fine", "x" * 500], "prompt 1 in its template: 510 tokens and 12 new ones exceed the"),
     ],
 )

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from alignpro.train.trainer import Trainer as Trainer
     from alignpro.types import Chat as Chat
     from alignpro.types import Completion as Completion
+    from alignpro.types import Conversation as Conversation
     from alignpro.types import Message as Message
     from alignpro.types import Response as Response
     from alignpro.types import Reward as Reward
@@ -49,6 +50,7 @@ _HOMES = {
     "BoundConfig": "config",
     "Chat": "types",
     "Completion": "types",
+    "Conversation": "types",
     "EndpointModel": "models.endpoint",
     "EvalConfig": "config",
     "HeadroomConfig": "config",

@@ -12,10 +12,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from alignpro.statistics import variance
-from alignpro.types import Rollout
+from alignpro.types import Conversation, Rollout
 
 # Share of the length. Judges and reward models pay for length alone; a quarter is past chance in
 # a mean over some dozens of prompts.
@@ -38,6 +38,7 @@ ONE_REWRITE = 0.9
 
 COPIED_RUN = 3  # words
 _WORD = re.compile(r"\w+")
+_Value = TypeVar("_Value")
 
 
 class Finding(NamedTuple):
@@ -107,12 +108,15 @@ def measure(
     rewrites = [w for group in rollout.rewrites for w in group]
     responses = [r for w in rewrites for r in w.responses]
     prompt_of = [w.prompt_index for w in rewrites for _ in w.responses]
+    # NaN: the part abstained.
+    scores = {name: _without_nan(values, values) for name, values in components.items()}
+    scores = {name: given for name, given in scores.items() if given}
     measured = Measured(
-        components={name: math.fsum(values) / len(values) for name, values in components.items()},
+        components={name: math.fsum(given) / len(given) for name, given in scores.items()},
         component_errors={
-            name: _error_by_prompt(values, prompt_of)
-            for name, values in components.items()
-            if name in paid
+            name: _error_by_prompt(given, of)
+            for name, given in scores.items()
+            if name in paid and len(set(of := _without_nan(prompt_of, components[name]))) > 1
         },
         empty_rewrites=sum(not w.text for w in rewrites) if adds else 0,
         response_tokens=sum(r.num_tokens for r in responses) / len(responses),
@@ -121,7 +125,8 @@ def measure(
     if not adds:
         return measured
     written = [w for w in rewrites if w.text]
-    copied = [copied_share(rollout.prompts[w.prompt_index], w.text) for w in written]
+    prompts = [Conversation.of(prompt).text for prompt in rollout.prompts]
+    copied = [copied_share(prompts[w.prompt_index], w.text) for w in written]
     given = answers or [None] * len(rollout.prompts)
     distinct, common = diversity(rollout)
     return Measured(
@@ -134,7 +139,7 @@ def measure(
             "leaked_answers": _share(
                 holds_answer(
                     w.text,
-                    rollout.prompts[w.prompt_index],
+                    prompts[w.prompt_index],
                     [r.text for r in w.responses],
                     given[w.prompt_index],
                 )
@@ -297,6 +302,11 @@ def _repeats(text: str, source: str) -> bool:
 def _stands_in(phrase: str, text: str) -> bool:
     words, there = (" ".join(_WORD.findall(one.lower())) for one in (phrase, text))
     return f" {words} " in f" {there} "
+
+
+def _without_nan(values: Sequence[_Value], scores: Sequence[float]) -> list[_Value]:
+    """Those whose score is a number."""
+    return [value for value, score in zip(values, scores, strict=True) if not math.isnan(score)]
 
 
 def _error_by_prompt(values: Sequence[float], prompt_of: Sequence[int]) -> float:

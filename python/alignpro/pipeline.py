@@ -29,9 +29,20 @@ from alignpro.config import (
 from alignpro.models.arguments import check_params
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
+from alignpro.models.reading import (
+    check_columns,
+    check_roles,
+    naming,
+    prompter_tokens,
+    read_prompts,
+    target_tokens,
+    too_long,
+)
 from alignpro.types import (
     Completion,
-    Message,
+    Conversation,
+    Prompt,
+    PromptLike,
     Response,
     Reward,
     Rewrite,
@@ -137,7 +148,7 @@ class Pipeline:
 
     def rollout(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         *,
         num_rewrites: int = 1,
         num_responses: int = 1,
@@ -159,24 +170,25 @@ class Pipeline:
             on_progress: called with the number of rewrites and responses finished so far.
 
         Raises:
-            ValueError: an empty prompt, or one that does not fit its model's context; the message
-                names the index. RewardError: see `rewards.check`.
+            ValueError: what is no prompt (`Conversation.of`), or one that does not fit its model's
+                context; the message names the index. RewardError: see `rewards.check`.
             FailedRowsError: more of the responses failed than ``max_failed`` allows; those of a
                 rewrite that does not fit the target are failed ones.
         """
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_rewrites=num_rewrites, num_responses=num_responses)
-        _check_columns(columns, len(prompts))
+        check_columns(columns, len(prompts))
+        given = read_prompts(prompts)
         with trace.span("rollout"):
             started = time.perf_counter()
             rewrites, done = self._generate(
-                prompts, num_rewrites, num_responses, seed, common_draws, on_progress
+                given, num_rewrites, num_responses, seed, common_draws, on_progress
             )
             written = time.perf_counter()
-            rewrites = self._scored(prompts, rewrites, columns)
+            rewrites = self._scored(given, rewrites, columns)
             scored = time.perf_counter()
         return Rollout(
-            prompts=list(prompts),
+            prompts=given,
             rewrites=rewrites,
             seconds={"generate": written - started, "reward": scored - written},
             generated_tokens=done.generated_tokens,
@@ -185,16 +197,16 @@ class Pipeline:
         )
 
     def rewrite(
-        self, prompts: Sequence[str], *, num_rewrites: int = 1, seed: int | None = None
+        self, prompts: Sequence[PromptLike], *, num_rewrites: int = 1, seed: int | None = None
     ) -> list[list[Rewrite]]:
         """Rewrites alone, [prompts][N], without responses; the same draws as in `rollout`."""
         _check_counts(num_rewrites=num_rewrites)
         seed = _fresh_seed() if seed is None else seed
-        return self._generate(prompts, num_rewrites, 0, seed)[0]
+        return self._generate(read_prompts(prompts), num_rewrites, 0, seed)[0]
 
     def respond(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         *,
         num_responses: int = 1,
         seed: int | None = None,
@@ -216,7 +228,7 @@ class Pipeline:
 
     def answer(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         texts: Sequence[Sequence[str]],
         *,
         num_responses: int = 1,
@@ -239,26 +251,23 @@ class Pipeline:
         """
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_responses=num_responses)
-        _check_columns(columns, len(prompts))
-        if len(texts) != len(prompts):
-            raise ValueError(f"texts: expected {len(prompts)} lists, got {len(texts)}")
+        check_columns(columns, len(prompts))
+        given = read_prompts(prompts)
+        _check_texts(texts, len(given))
         started = time.perf_counter()
         rewrites: list[list[Rewrite]] = []
         answered: Answered | None = {} if common_draws else None
         rows = sum(len(group) for group in texts) * num_responses
         with InFlight(rows, self.max_failed, on_progress) as in_flight:
-            for index, (prompt, group) in enumerate(zip(prompts, texts, strict=True)):
-                _check_prompt(prompt, index)
-                if not group:
-                    raise ValueError(f"texts: expected a rewrite of prompt {index}, got none")
-                given = [self._read_by_target(prompt, index, text) for text in group]
+            for index, (prompt, group) in enumerate(zip(given, texts, strict=True)):
+                read = [self._read_by_target(prompt, index, text) for text in group]
                 hand_over = partial(self._hand_over, in_flight, num_responses, seed, answered)
-                rewrites.append([hand_over(w, sample) for sample, w in enumerate(given)])
+                rewrites.append([hand_over(w, sample) for sample, w in enumerate(read)])
             in_flight.run_until_done()
         written = time.perf_counter()
-        rewrites = self._scored(prompts, rewrites, columns)
+        rewrites = self._scored(given, rewrites, columns)
         return Rollout(
-            prompts=list(prompts),
+            prompts=given,
             rewrites=rewrites,
             seconds={"generate": written - started, "reward": time.perf_counter() - written},
             generated_tokens=in_flight.generated_tokens,
@@ -268,7 +277,7 @@ class Pipeline:
 
     def _generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         num_rewrites: int,
         num_responses: int,
         seed: int,
@@ -284,6 +293,8 @@ class Pipeline:
         answered: Answered | None = {} if common_draws else None
         with trace.span("read prompts"):
             read = [self._prompter_tokens(prompter, p, i) for i, p in enumerate(prompts)]
+            if isinstance(self.target, LanguageModel):
+                check_roles(self.target.tokenizer, prompts)
         rows = len(prompts) * num_rewrites * max(1, num_responses)
         with InFlight(rows, self.max_failed, on_progress) as in_flight:
 
@@ -357,19 +368,20 @@ class Pipeline:
             )
         if self.target_adapter is not None:
             raise ValueError(f"target_adapter: expected None, {self.target.name} is not here")
-        conversation: list[Message] = [{"role": "user", "content": rewrite.target_prompt}]
+        conversation = Conversation.of(rewrite.target_prompt).messages
         return in_flight.chat_client(self.target).submit(conversation, params, sample=number)
 
-    def _prompter_tokens(self, prompter: LanguageModel, prompt: str, index: int) -> list[int]:
-        _check_prompt(prompt, index)
-        turn = self.prompting.prompter_turn(prompt)
-        tokens = _chat_tokens(prompter, turn, f"prompt {index}")
-        unfit = _too_long(prompter, len(tokens), self.rewrite_params)
+    def _prompter_tokens(self, prompter: LanguageModel, prompt: Prompt, index: int) -> list[int]:
+        params = self.rewrite_params
+        most = prompter.context_length - params.max_new_tokens
+        with naming(f"prompt {index}"):
+            tokens = prompter_tokens(prompter.tokenizer, self.prompting, prompt, most)
+        unfit = too_long(prompter, len(tokens), params)
         if unfit is not None:
             raise ValueError(f"prompt {index} in its template: {unfit}")
         return tokens
 
-    def _as_rewrite(self, prompt: str, index: int, completion: Completion) -> Rewrite:
+    def _as_rewrite(self, prompt: Prompt, index: int, completion: Completion) -> Rewrite:
         """What the prompter wrote, and what the target reads of it."""
         return replace(
             self._read_by_target(prompt, index, completion.text.strip()),
@@ -379,20 +391,20 @@ class Pipeline:
             finish_reason=completion.finish_reason,
         )
 
-    def _read_by_target(self, prompt: str, index: int, text: str) -> Rewrite:
+    def _read_by_target(self, prompt: Prompt, index: int, text: str) -> Rewrite:
         """What the target reads for a rewrite that no prompter wrote; "" is the raw prompt."""
-        turn = self.prompting.target_turn(prompt, text)
+        read = self.prompting.target_prompt(prompt, text)
         tokens = []
         if isinstance(self.target, LanguageModel):
-            what = f"the rewrite of prompt {index}" if text else f"prompt {index}"
-            tokens = _chat_tokens(self.target, turn, what)
+            with naming(f"the rewrite of prompt {index}" if text else f"prompt {index}"):
+                tokens = target_tokens(self.target.tokenizer, read)
         return Rewrite(
             prompt_index=index,
             prompter_tokens=[],
             tokens=[],
             logprobs=[],
             text=text,
-            target_prompt=turn,
+            target_prompt=read,
             target_tokens=tokens,
             finish_reason="stop",
         )
@@ -401,11 +413,11 @@ class Pipeline:
         """Why the target cannot read a rewrite; one behind an endpoint says so itself."""
         if not isinstance(self.target, LanguageModel):
             return None
-        return _too_long(self.target, len(rewrite.target_tokens), self.response_params)
+        return too_long(self.target, len(rewrite.target_tokens), self.response_params)
 
     def _scored(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         rewrites: list[list[Rewrite]],
         columns: Mapping[str, Sequence[Any]] | None,
     ) -> list[list[Rewrite]]:
@@ -452,13 +464,6 @@ def _fresh_seed() -> int:
     return int.from_bytes(os.urandom(8), "little")
 
 
-def _chat_tokens(model: LanguageModel, turn: str, what: str) -> list[int]:
-    try:
-        return model.tokenizer.encode_chat([{"role": "user", "content": turn}])
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-
-
 def _as_response(completion: Completion) -> Response:
     return Response(
         tokens=completion.tokens,
@@ -471,30 +476,18 @@ def _as_response(completion: Completion) -> Response:
     )
 
 
-def _too_long(model: LanguageModel, tokens: int, params: SamplingParams) -> str | None:
-    limit = model.context_length
-    if tokens + params.max_new_tokens <= limit:
-        return None
-    return (
-        f"{tokens} tokens and {params.max_new_tokens} new ones exceed the context of {model.name} "
-        f"({limit} tokens); shorten it or lower max_new_tokens"
-    )
-
-
-def _check_prompt(prompt: str, index: int) -> None:
-    if not isinstance(prompt, str):
-        raise ValueError(f"prompt {index}: expected text, got {type(prompt).__name__}")
-    if not prompt.strip():
-        raise ValueError(f"prompt {index} is empty")
+def _check_texts(texts: Sequence[Sequence[str]], count: int) -> None:
+    if isinstance(texts, str) or len(texts) != count:
+        got = "text" if isinstance(texts, str) else str(len(texts))
+        raise ValueError(f"texts: expected {count} lists, got {got}")
+    for index, group in enumerate(texts):
+        if isinstance(group, str):
+            raise ValueError(f"texts: expected a list of rewrites of prompt {index}, got text")
+        if not group:
+            raise ValueError(f"texts: expected a rewrite of prompt {index}, got none")
 
 
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-def _check_columns(columns: Mapping[str, Sequence[Any]] | None, count: int) -> None:
-    for name, values in (columns or {}).items():
-        if len(values) != count:
-            raise ValueError(f"column {name}: expected {count} values, got {len(values)}")

@@ -13,21 +13,26 @@ from typing import Any
 
 from alignpro.config import Prompting
 from alignpro.models.language_model import ChatModel, LanguageModel
+from alignpro.models.reading import read_prompts
 from alignpro.pipeline import Pipeline, derive_seed
-from alignpro.types import Message, Reward, SamplingParams
+from alignpro.types import Conversation, Message, PromptLike, Reward, SamplingParams
 
 COLUMN = "original_prompt"
 
 
 def prompter_rows(
-    prompts: Sequence[str], prompting: Prompting | None = None
+    prompts: Sequence[PromptLike], prompting: Prompting | None = None
 ) -> list[dict[str, Any]]:
-    """Rows of a data set to train on: what the prompter reads as ``prompt``, and the user's own."""
+    """Rows of a data set to train on: what the prompter reads as ``prompt``, and the user's own,
+    all as messages where one of them is a conversation. Nothing of a history is cut."""
     prompting = prompting or Prompting()
     rows: list[dict[str, Any]] = []
-    for prompt in prompts:
-        turn: Message = {"role": "user", "content": prompting.prompter_turn(prompt)}
-        rows.append({"prompt": [turn], COLUMN: prompt})
+    given = read_prompts(prompts)
+    short = all(isinstance(prompt, str) for prompt in given)  # a column of a table has one type
+    for prompt in given:
+        turn: Message = {"role": "user", "content": prompting.prompter_turns(prompt)[0]}
+        original = prompt if short else Conversation.of(prompt).messages
+        rows.append({"prompt": [turn], COLUMN: original})
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
@@ -18,6 +18,130 @@ class Message(TypedDict):
 
 Chat = Sequence[Message]
 Texts = Sequence[str]  # of a batch, one a row
+ROLES = ("system", "developer", "user", "assistant")  # of the messages of a prompt
+_NOT_TEXT = ("tool_calls", "function_call", "tool_call_id", "images", "audio")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt (x): messages of which the last is the user turn that a rewrite changes.
+
+    Raises:
+        ValueError: what is no text, a role that is none of ``ROLES``, or an empty last turn.
+    """
+
+    history: tuple[tuple[str, str], ...]  # (role, content) of the messages before
+    last_turn: str
+
+    def __post_init__(self) -> None:
+        history = tuple((role, content) for role, content in self.history)
+        for index, (role, content) in enumerate(history):
+            if role not in ROLES:
+                expected = f"expected one of the roles {', '.join(ROLES)}"
+                raise ValueError(f"message {index}: {expected}, got {role!r}")
+            _as_text(content, index)
+        object.__setattr__(self, "history", history)
+        if not self.last_turn.strip():
+            raise ValueError("expected text or a chat, got an empty string as last user turn")
+
+    @classmethod
+    def of(cls, prompt: PromptLike) -> Conversation:
+        """From any form of a prompt: text is a lone user turn.
+
+        Raises:
+            ValueError: neither text nor a chat that ends in a user turn; otherwise as the class.
+        """
+        if isinstance(prompt, Conversation):
+            return prompt
+        if isinstance(prompt, str):
+            return cls((), prompt)
+        messages = [(m["role"], m["content"]) for m in text_messages(prompt)]
+        if not messages or messages[-1][0] != "user":
+            roles = [role for role, _ in messages]
+            raise ValueError(f"expected a chat that ends in a user turn, got the roles {roles}")
+        return cls(tuple(messages[:-1]), messages[-1][1])
+
+    @property
+    def messages(self) -> list[Message]:
+        """As models and endpoints read it."""
+        turns = (*self.history, ("user", self.last_turn))
+        return [{"role": role, "content": content} for role, content in turns]
+
+    @property
+    def short(self) -> Prompt:
+        """The short form: a lone user turn is its text."""
+        return self if self.history else self.last_turn
+
+    @property
+    def plain(self) -> str | list[Message]:
+        """The short form as JSON can hold it."""
+        return self.messages if self.history else self.last_turn
+
+    @property
+    def text(self) -> str:
+        """For a reader of one text: a lone user turn as it is, else every turn after its role."""
+        if not self.history:
+            return self.last_turn
+        return transcript((*self.history, ("user", self.last_turn)))
+
+    def with_last_turn(self, text: str) -> Conversation:
+        """The same history before another last turn."""
+        return Conversation(self.history, text)
+
+
+Prompt = str | Conversation  # text stands for a conversation of one user turn
+PromptLike = Prompt | Chat
+
+
+def transcript(turns: Sequence[tuple[str, str]]) -> str:
+    """(role, content) as one text, every turn after its role."""
+    return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in turns)
+
+
+def text_messages(chat: Any) -> list[Message]:
+    """A chat with the content of every message as text; parts of text are joined by line feeds,
+    as servers do for templates that take text. What else a message holds is left out.
+
+    Raises:
+        ValueError: not a list of messages with role and content, or what no text stands for: parts
+            of another type, tool calls, images.
+    """
+    if isinstance(chat, (str, bytes, Mapping)) or not isinstance(chat, Sequence):
+        raise ValueError(f"expected text or a chat, got {type_name(chat)}")
+    messages: list[Message] = []
+    for index, message in enumerate(chat):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            got = list(message) if isinstance(message, Mapping) else type_name(message)
+            raise ValueError(f"message {index}: expected 'role' and 'content', got {got}")
+        beside = [key for key in _NOT_TEXT if message.get(key)]
+        if beside:
+            raise ValueError(f"message {index}: expected text alone, got {beside[0]!r} beside it")
+        role = message["role"]
+        if not isinstance(role, str):
+            raise ValueError(f"message {index}: expected text as role, got {type_name(role)}")
+        messages.append({"role": role, "content": _as_text(message["content"], index)})
+    return messages
+
+
+def _as_text(content: Any, index: int) -> str:
+    if isinstance(content, str):
+        return content
+    expected = f"message {index}: expected text or parts of type 'text'"
+    if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
+        raise ValueError(f"{expected}, got {type_name(content)}")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type_name(part)
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(text, str):
+            raise ValueError(f"{expected}, got a part of type {kind!r}")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def type_name(value: Any) -> str:
+    """For messages about a value that came from JSON."""
+    return "nothing (null)" if value is None else type(value).__name__
 
 
 @dataclass(frozen=True)
@@ -106,7 +230,7 @@ class Rewrite:
     tokens: list[int]  # what it wrote, EOS included
     logprobs: list[float]  # of ``tokens``, at the sampling temperature
     text: str
-    target_prompt: str  # the user turn the target read: the rewrite, or the prompt with it appended
+    target_prompt: Prompt  # what the target read: its last turn is x' or has x' appended
     target_tokens: list[int]  # the same as token ids, chat template applied; none of an endpoint
     finish_reason: FinishReason
     responses: list[Response] = field(default_factory=list)  # those that failed are left out
@@ -124,7 +248,7 @@ class Rollout:
     """N rewrites a prompt, M responses a rewrite, each scored against the original prompt. A
     response that failed is left out of its rewrite, which stays."""
 
-    prompts: list[str]
+    prompts: list[Prompt]
     rewrites: list[list[Rewrite]]  # [prompts][N]
     seconds: dict[str, float]  # wall time by stage: "generate", "reward"
     generated_tokens: int  # prompter and target together
@@ -134,7 +258,12 @@ class Rollout:
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores responses against the *original* prompts: aligned lists in, one float each out."""
+    """Scores responses against the *original* prompts: aligned lists in, one float each out.
+
+    ``prompts`` are the last user turns. The whole conversations, as lists of messages, are given as
+    ``conversations``: always to a reward that names this parameter, and to one that takes all
+    columns where a prompt has more messages than one.
+    """
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]

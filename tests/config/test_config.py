@@ -24,6 +24,7 @@ from alignpro.config import (
     load_yaml,
     to_mapping,
 )
+from alignpro.types import Conversation
 
 
 @pytest.mark.parametrize(
@@ -353,9 +354,51 @@ def test_quickstart_refuses_a_shared_field_in_one_stage(mapping):
 
 def test_prompting():
     append = Prompting(template="Q: {prompt} {other}", separator=" | ")
-    assert append.prompter_turn("{prompt} {x}") == "Q: {prompt} {x} {other}"
-    assert append.target_turn("p", "r") == "p | r"
-    assert append.target_turn("p", "") == "p"
+    assert append.prompter_turns("{prompt} {x}") == ["Q: {prompt} {x} {other}"]
+    assert append.target_prompt("p", "r") == "p | r"
+    assert append.target_prompt("p", "") == "p"
     rewrite = Prompting(mode="rewrite")
-    assert rewrite.target_turn("p", "r") == "r"
-    assert rewrite.target_turn("p", "") == "p"
+    assert rewrite.target_prompt("p", "r") == "r"
+    assert rewrite.target_prompt("p", "") == "p"
+
+
+CHAT = Conversation((("system", "Be {kind}."), ("user", "a"), ("assistant", "b")), "last")
+
+
+@pytest.mark.parametrize(
+    ("settings", "turns"),
+    [
+        ({"history": "none"}, ["Q: last"]),
+        (
+            {"history": "turns"},
+            ["<User: a\n\nAssistant: b>Q: last", "<Assistant: b>Q: last", "Q: last"],
+        ),
+        (
+            {},  # whole, then the oldest turns are cut first and the system message last
+            [
+                "<System: Be {kind}.\n\nUser: a\n\nAssistant: b>Q: last",
+                "<System: Be {kind}.\n\nAssistant: b>Q: last",
+                "<System: Be {kind}.>Q: last",
+                "Q: last",
+            ],
+        ),
+        ({"history_cut": "nothing", "history": "turns"}, ["<User: a\n\nAssistant: b>Q: last"]),
+        ({"history_cut": "nothing", "history": "none"}, ["Q: last"]),
+    ],
+)
+def test_what_the_prompter_is_shown_of_a_conversation(settings, turns):
+    prompting = Prompting(template="Q: {prompt}", history_template="<{history}>", **settings)
+    assert prompting.prompter_turns(CHAT) == turns
+    assert prompting.prompter_turns("last") == ["Q: last"]
+
+
+def test_the_target_reads_the_history_as_it_is():
+    read = Prompting(separator=" / ").target_prompt(CHAT, "r")
+    assert read == Conversation(CHAT.history, "last / r")
+    assert Prompting(mode="rewrite").target_prompt(CHAT, "r").messages == [
+        *CHAT.messages[:-1],
+        {"role": "user", "content": "r"},
+    ]
+    assert Prompting().target_prompt(CHAT, "") is CHAT
+    with pytest.raises(ValueError, match=r"history_template: expected .* exactly once"):
+        Prompting(history_template="before")

@@ -16,6 +16,7 @@ from alignpro.data import (
     load_prompts,
     stack_columns,
 )
+from alignpro.types import Conversation
 
 ROWS = [
     {"prompt": "Bake bread", "answer": "flour", "split": "train"},
@@ -83,13 +84,70 @@ def test_another_column_and_the_split(write):
     assert [r.prompt for r in kept] == ["Bake bread", "Caf\u00e9?"]
 
 
-def test_chats_give_their_user_turn(write):
-    chats = [
-        [{"role": "user", "content": "Bake bread"}],
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+SYSTEM = {"role": "system", "content": "Be kind."}
+ASKED = {"role": "user", "content": "Hi"}
+ANSWERED = {"role": "assistant", "content": "Hello"}
+LAST = {"role": "user", "content": "Bake bread"}
+
+
+def test_chats_are_conversations_and_a_lone_user_turn_is_text(write):
+    chats = [[LAST], [SYSTEM, LAST], [ASKED, ANSWERED, LAST], [ANSWERED, ASKED, LAST]]
+    for column in ("prompt", "messages"):
+        name = write("a.jsonl", jsonl({column: chat, "x": 1} for chat in chats))
+        rows = load_prompts(name)
+        assert rows[0] == PromptRow("Bake bread", {"x": 1})
+        assert [Conversation.of(row.prompt).messages for row in rows] == chats
+        assert load_prompts(name, column) == rows
+
+
+def test_an_answer_after_the_last_user_turn_is_a_reference(write):
+    rows = [
+        {"messages": [ASKED, ANSWERED]},
+        {"messages": [ASKED, ANSWERED, LAST, {"role": "assistant", "content": "Knead."}]},
+        {"messages": [ASKED, ANSWERED], "reference": "mine"},
+        {"messages": [ASKED, ANSWERED, ANSWERED]},
+        {"messages": [LAST]},
     ]
-    name = write("a.jsonl", jsonl({"prompt": chat} for chat in chats))
-    assert [r.prompt for r in load_prompts(name)] == ["Bake bread", "Hi"]
+    read = load_prompts(write("a.jsonl", jsonl(rows)))
+    whole = Conversation((("user", "Hi"), ("assistant", "Hello")), "Bake bread")
+    assert [row.prompt for row in read] == ["Hi", whole, "Hi", "Hi", "Bake bread"]
+    assert stack_columns(read) == {"reference": ["Hello", "Knead.", "mine", None, None]}
+
+
+def test_sharegpt_and_parts_of_text(write):
+    turns = [("system", "Be kind."), ("human", "Hi"), ("gpt", "Hello"), ("human", "Bake bread")]
+    rows = [
+        {"conversations": [{"from": who, "value": text} for who, text in turns]},
+        {
+            "messages": [
+                SYSTEM,
+                ASKED,
+                ANSWERED,
+                {"role": "user", "content": parts("Bake", "bread")},
+            ]
+        },
+        {"prompt": [{"role": "user", "content": parts("Bake bread")}]},
+    ]
+    first, second, third = (row.prompt for row in load_prompts(write("a.jsonl", jsonl(rows))))
+    assert first.messages == [SYSTEM, ASKED, ANSWERED, LAST]
+    assert second == Conversation(first.history, "Bake\nbread")
+    assert third == "Bake bread"
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_of_turns_without_answers_the_first_is_the_prompt(write):
+    rows = [{"question_id": 81, "turns": ["Bake bread", "Now shorter."]}]
+    (row,) = load_prompts(write("a.jsonl", jsonl(rows)))
+    assert row == PromptRow("Bake bread", rows[0])
+
+
+def test_pairs_whose_prompt_is_a_conversation(write):
+    rows = [{"messages": [SYSTEM, LAST], "instruction": "Be brief."}]
+    ((prompt, instruction),) = load_pairs(write("a.jsonl", jsonl(rows)))
+    assert (prompt.messages, instruction) == ([SYSTEM, LAST], "Be brief.")
 
 
 def test_chats_from_parquet(tmp_path):
@@ -163,13 +221,56 @@ def chat(*roles):
         ("a.csv", "", "a.csv: no rows"),
         ("a.parquet", b"PAR1 no", "a.parquet: no readable Parquet file"),
         ("a.txt", "x", r"a.txt: expected a file ending in \.jsonl.*got '.txt'"),
-        ("a.jsonl", jsonl([chat("system", "user")]), "'system' message would not reach"),
-        ("a.jsonl", jsonl([chat("user", "assistant", "user")]), "only user turn, got roles"),
-        ("a.jsonl", jsonl([chat("assistant", "user")]), "begins with its only user turn"),
-        ("a.jsonl", jsonl([chat()]), r"only user turn, got roles \[\]"),
-        ("a.jsonl", jsonl([{"prompt": ["x"]}]), "message 0 is str"),
+        (
+            "a.jsonl",
+            jsonl([chat("user"), chat("user", "tool", "user")]),
+            "line 2.*message 1: .*'tool'",
+        ),
+        ("a.jsonl", jsonl([chat("system", "assistant")]), "expected a chat with a user turn, got"),
+        ("a.jsonl", jsonl([chat("user", "assistant", "system")]), "or in the answer to it, got"),
+        ("a.jsonl", jsonl([chat()]), r"user turn, got the roles \[\]"),
+        ("a.jsonl", jsonl([{"messages": "hi"}]), "column 'messages': expected a list, got text"),
+        ("a.csv", "turns\nhi\n", "line 2, column 'turns': expected a list, got text"),
+        ("a.jsonl", jsonl([{"turns": ["hi", 3]}]), "expected a list of the user's turns as text"),
+        ("a.jsonl", jsonl([{"turns": []}]), "expected a list of the user's turns as text"),
+        ("a.jsonl", jsonl([{"turns": [" "]}]), "got an empty string"),
+        (
+            "a.jsonl",
+            jsonl([{"conversations": [{"from": "observation", "value": "x"}]}]),
+            "message 0: expected 'from' to be one of human, .*got 'observation'",
+        ),
+        (
+            "a.jsonl",
+            jsonl([{"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}]),
+            "message 0: expected text or parts of type 'text', got a part of type 'image_url'",
+        ),
+        (
+            "a.jsonl",
+            jsonl([{"prompt": [{"role": "user", "content": "x", "tool_calls": [{}]}]}]),
+            "message 0: expected text alone, got 'tool_calls' beside it",
+        ),
+        (
+            "a.jsonl",
+            jsonl([{"prompt": [{"role": "user", "content": None}]}]),
+            r"got nothing \(null",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "system", "content": "\\ud800"},'
+            ' {"role": "user", "content": "x"}]}',
+            r"lone surrogate U\+D800 at character 0",
+        ),
+        (
+            "a.jsonl",
+            jsonl([{"prompt": ["x"]}]),
+            "message 0: expected 'role' and 'content', got str",
+        ),
         ("a.jsonl", jsonl([{"prompt": [{"role": "user"}]}]), "'role' and 'content'"),
-        ("a.jsonl", jsonl([{"prompt": [{"role": "user", "content": ["x"]}]}]), "got list"),
+        (
+            "a.jsonl",
+            jsonl([{"prompt": [{"role": "user", "content": ["x"]}]}]),
+            "a part of type 'str'",
+        ),
         ("a.jsonl", jsonl([{"prompt": [{"role": "user", "content": ""}]}]), "an empty string"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from alignpro.evaluate.judges import (
 from alignpro.evaluate.results import to_json
 from alignpro.models.native_model import load_model
 from alignpro.statistics import length_controlled_win_rate
-from alignpro.types import Response, Rewrite, Rollout
+from alignpro.types import Conversation, Response, Rewrite, Rollout
 from chat_server import Fault
 from judge_server import JudgeServer
 
@@ -107,6 +108,18 @@ def test_wins_losses_and_what_the_judge_sees(server):
         assert asked.headers["authorization"] == "Bearer secret-key"
         assert asked.body["model"] == "referee" and asked.body["temperature"] == 0.0
         assert asked.body["max_tokens"] == 16
+
+
+def test_the_judge_sees_the_whole_conversation(server):
+    chat = Conversation((("system", "Be {first}."), ("user", "a"), ("assistant", "b")), "last")
+    prompts = [chat, *PROMPTS[1:]]
+    arms = {
+        name: replace(one, rollout=replace(one.rollout, prompts=prompts))
+        for name, one in ARMS.items()
+    }
+    ask(server, arms)
+    assert {q.prompt for q in server.asked} == {chat.text, *PROMPTS[1:]}
+    assert chat.text == "System: Be {first}.\n\nUser: a\n\nAssistant: b\n\nUser: last"
 
 
 def test_a_judge_that_always_says_a_prefers_nothing(server):

@@ -120,8 +120,8 @@ def test_lengths_are_what_the_models_read(smollm2):
         rewrite = " ".join(["one"] * 12)
         assert len(tokenizer.encode(rewrite)) == 12
         found = find_lengths(prompts, prompting, 12, tokenizer, tokenizer)
-        reads = mean([prompting.prompter_turn(text) for text in prompts])
-        hears = mean([prompting.target_turn(text, rewrite) for text in prompts])
+        reads = mean([prompting.prompter_turns(text)[0] for text in prompts])
+        hears = mean([prompting.target_prompt(text, rewrite) for text in prompts])
         assert found.prompter == pytest.approx(reads, abs=1)
         assert found.target == pytest.approx(hears, abs=1.5)
         assert found.target_shared <= found.target_head <= found.target

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from alignpro.rewards import ClassifierReward, build_reward, score_checked
+from alignpro.types import Conversation
 
 transformers = pytest.importorskip("transformers")
 
@@ -109,6 +110,20 @@ def test_long_rows_are_truncated_to_what_the_model_takes(three_labels):
     (short,) = ClassifierReward(three_labels, label=1, max_length=8)(["dog"], [""], long)
     (expected,) = logits_alone(three_labels, ["dog"], long, max_length=8).softmax(-1)[:, 1].tolist()
     assert short == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_conversation_is_read_as_text_without_what_is_too_old(three_labels):
+    history = (("system", "the cat"), ("user", "sat here " * 20), ("assistant", "and too"))
+    reward = ClassifierReward(three_labels, label=1)
+    cases = {
+        Conversation(history[2:], "dog"): "Assistant: and too\n\nUser: dog",
+        Conversation(history[1:], "dog"): "Assistant: and too\n\nUser: dog",
+        Conversation(history[:2], "dog"): "dog",
+    }
+    scores = score_checked(reward, [*cases, "cat"], [""] * 4, ["mat"] * 4)
+    expected = logits_alone(three_labels, [*cases.values(), "cat"], ["mat"] * 4).softmax(-1)[:, 1]
+    assert scores == pytest.approx(expected.tolist(), abs=1e-6)
+    assert len({round(score, 6) for score in scores}) == 3
 
 
 def test_a_tokenizer_without_padding_goes_row_by_row(tmp_path, three_labels):

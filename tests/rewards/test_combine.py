@@ -6,7 +6,14 @@ import math
 
 import pytest
 
-from alignpro.rewards import RewardError, VaderReward, WeightedSum, score_checked, score_components
+from alignpro.rewards import (
+    RewardError,
+    VaderReward,
+    WeightedSum,
+    from_callable,
+    score_checked,
+    score_components,
+)
 from alignpro.types import Reward
 
 ROWS = (["p1", "p2"], ["r1", "r2"], ["x", "yyy"])
@@ -56,6 +63,24 @@ def test_an_error_names_the_part_and_the_row():
     ) as e:
         score_checked(WeightedSum({"length": (1.0, length), "judge": (1.0, broken)}), *ROWS)
     assert e.value.row == 1
+
+
+def test_a_part_that_abstains_leaves_the_others():
+    def some(completions, task):
+        return [
+            None if t == "code" else float(len(c)) for c, t in zip(completions, task, strict=True)
+        ]
+
+    some = from_callable(some)
+    rows = (["p", "q"], ["", ""], ["abc", "de"], {"task": ["code", "math"]})
+    parts = {"some": (2.0, some), "length": (1.0, from_callable(lambda responses: [1.0, 1.0]))}
+    scores, components = score_components(WeightedSum(parts), *rows)
+    assert scores == [1.0, 5.0]
+    assert math.isnan(components["some"][0]) and components["some"][1] == 2.0
+    with pytest.raises(RewardError, match=r"row 0.*expected a number, got None, which"):
+        score_checked(some, *rows)
+    with pytest.raises(RewardError, match="row 0: expected a number of one part at least"):
+        score_components(WeightedSum({"some": (2.0, some)}), *rows)
 
 
 def test_bad_terms_are_refused():

@@ -115,3 +115,16 @@ def test_other_signatures_are_refused(function, says):
 def test_a_column_that_collides_with_an_argument():
     with pytest.raises(RewardError, match="column 'completions' collides"):
         call(lambda completions, **kwargs: [0.0, 0.0], completions=["a", "b"])
+
+
+def test_what_trl_gives_beside_text_is_refused_by_name():
+    def chat(completions):
+        return [float(len(c[0]["content"])) for c in completions]
+
+    def ids(completions, completion_ids):
+        return [0.0 for _ in completions]
+
+    with pytest.raises(TypeError, match=r"completions are plain text here.*in the argument conver"):
+        from_callable(chat)(["p"], ["r"], ["y"])
+    with pytest.raises(ValueError, match=r"completion_ids, which are not passed.*in completions"):
+        from_callable(ids)(["p"], ["r"], ["y"])

@@ -13,9 +13,9 @@ from alignpro.config import ClosedFormConfig, LoraConfig, Prompting, TrainConfig
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.check import RewardError
 from alignpro.train.callbacks import TrainCallback
-from alignpro.train.closed_form import ClosedFormFit
+from alignpro.train.closed_form import ClosedFormFit, _as_fields, _rewrite
 from alignpro.train.policy import LoraPolicy, initial_weights
-from alignpro.types import SamplingParams
+from alignpro.types import Conversation, Response, Rewrite, SamplingParams, Usage
 from train.test_trainer import PROMPTS, VALUES, log, matrices
 from train.toy_model import GEN, LETTERS, MODULE, ToyModel
 
@@ -338,3 +338,11 @@ def test_an_error_while_rolling_out_is_kept_in_the_run(tmp_path):
     with pytest.raises(RewardError, match="the defect"):
         fit.rollouts()
     assert "KeyError: 'the defect'" in (fit.run_dir / "error.log").read_text()
+
+
+def test_a_rewrite_of_a_conversation_is_read_as_it_was_written_down():
+    chat = Conversation((("system", "Be kind."), ("user", "a"), ("assistant", "b")), "last")
+    responses = [Response([1], "x", [-0.5], "stop", 1.0, usage=Usage(3, 1))]
+    for read in (chat, "last"):
+        rewrite = Rewrite(0, [1], [2], [-0.5], "r", read, [], "stop", responses)
+        assert _rewrite(json.loads(json.dumps(_as_fields(rewrite)))) == rewrite

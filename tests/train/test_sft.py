@@ -24,13 +24,13 @@ def config(**changes):
 
 def test_what_is_read_and_what_is_written():
     tokenizer = ToyTokenizer()
-    first, *_ = encode_pairs(tokenizer, [("ab", " ca\n")], PLAIN)
+    first, *_ = encode_pairs(tokenizer, [("ab", " ca\n")], PLAIN, 99)
     assert first.tokens == [0, 3, 4, GEN, 5, 3, EOS]
     assert first.start == 4
 
 
 def test_an_empty_instruction_is_the_end_alone():
-    (example,) = encode_pairs(ToyTokenizer(), [("ab", " ")], PLAIN)
+    (example,) = encode_pairs(ToyTokenizer(), [("ab", " ")], PLAIN, 99)
     assert example.tokens[example.start :] == [EOS]
     policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=4), seed=0)
     list(fit(policy, [("ab", ""), ("d", "")], config(steps=100)))
@@ -157,7 +157,7 @@ def test_global_randomness_is_left_alone():
     ("pairs", "line"),
     [
         ([], "pairs: expected at least one"),
-        ([("a", "b"), ("", "b")], "pair 1: the prompt is empty"),
+        ([("a", "b"), ("", "b")], "pair 1: expected text or a chat, got an empty string"),
         ([("a" * 70, "b")], "pair 0: 74 tokens exceed the context of 64"),
     ],
 )

@@ -20,7 +20,7 @@ from alignpro.data.load import load_prompts
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.native import core
 from alignpro.pipeline import Pipeline
-from alignpro.types import Reward, SamplingParams
+from alignpro.types import Prompt, Reward, SamplingParams
 
 Say = Callable[[str], None]
 
@@ -184,7 +184,7 @@ def bench_rollout(
     }
 
 
-def rollout_prompts(count: int) -> list[str]:
+def rollout_prompts(count: int) -> list[Prompt]:
     rows = load_prompts(ROLLOUT.data, split=ROLLOUT.split)
     if count > len(rows):
         raise ValueError(f"prompts: expected at most {len(rows)}, got {count}")

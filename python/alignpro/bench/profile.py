@@ -15,7 +15,7 @@ from alignpro.config import ModelConfig, from_mapping
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import REWRITE_STREAM, Pipeline, derive_seed
 from alignpro.rewards.build import build_reward
-from alignpro.types import Rollout
+from alignpro.types import Prompt, Rollout
 
 _LIMIT_REPEATS = 5
 
@@ -97,7 +97,7 @@ def profile_rollout(
 
 
 def record(
-    pipeline: Pipeline, prompts: list[str], rewrites: int, seed: int, ops: bool
+    pipeline: Pipeline, prompts: list[Prompt], rewrites: int, seed: int, ops: bool
 ) -> tuple[Rollout, Mapping[str, Any], list[trace.Span]]:
     trace.start()
     try:

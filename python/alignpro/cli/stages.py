@@ -252,7 +252,7 @@ def generate(
     from alignpro.config import ModelConfig, TrainConfig, from_mapping, load_yaml, target_of
     from alignpro.models.endpoint import EndpointModel
     from alignpro.models.native_model import NativeModel, load_model, load_models
-    from alignpro.types import SamplingParams
+    from alignpro.types import Conversation, SamplingParams
 
     def placed(config: ModelConfig) -> ModelConfig:
         if config.endpoint is not None:
@@ -283,7 +283,7 @@ def generate(
             rewriting = pipeline.with_adapter(prompter.make_adapter(run / "adapter"))
             rewrite = rewriting.rewrite([text], seed=seed)[0][0]
             typer.echo(f"rewrite: {rewrite.text}", err=True)
-            text = rewrite.target_prompt
+            text = Conversation.of(rewrite.target_prompt).last_turn
     if isinstance(target, EndpointModel):
         client = target.client()
         handle = client.submit([{"role": "user", "content": text}], params)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from alignpro.config.fields import Bytes, Seed, Threads, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, PROMPTER_HERE, ModelConfig, check_local
-from alignpro.types import SamplingParams
+from alignpro.types import Conversation, Prompt, SamplingParams, transcript
 
 # An instruction is a short sentence. Measured on 52 styles of instruction under the sentiment
 # reward, the first 25 words of a response tell the styles apart as well as 50 do (the deviation
@@ -23,30 +23,64 @@ class Prompting:
 
     # append: the target reads the prompt, the separator, then what the prompter wrote.
     # rewrite: the target reads what the prompter wrote instead of the prompt.
+    # Of a conversation, this is its last user turn; the rest reaches the target as it is.
     mode: Literal["append", "rewrite"] = "append"
-    # The user turn that the prompter reads; {prompt} stands for the user's prompt.
+    # The user turn that the prompter reads; {prompt} stands for the last user turn.
     template: str = (
         "Write one short instruction that says how to answer this request.\n\nRequest: {prompt}"
     )
     separator: str = "\n\n"  # append mode: between the prompt and the instruction
+    # What the prompter is shown of a conversation before its last user turn: nothing, the turns of
+    # user and assistant, or the system message as well.
+    history: Literal["none", "turns", "all"] = "all"
+    # Stands before the template where there is a history to show, which {history} stands for.
+    history_template: str = "Conversation so far:\n\n{history}\n\n"
+    # Where the prompter's context cannot hold it, what is left out of the history that it is shown:
+    # whole messages, the oldest first and the system message last; or nothing, an error instead.
+    history_cut: Literal["oldest", "nothing"] = "oldest"
 
     def __post_init__(self) -> None:
-        if self.template.count("{prompt}") != 1:
-            raise ValueError(
-                'template: expected "{prompt}" exactly once, got it '
-                f"{self.template.count('{prompt}')} times in {self.template!r}"
-            )
+        for name, place in (("template", "{prompt}"), ("history_template", "{history}")):
+            text: str = getattr(self, name)
+            if text.count(place) != 1:
+                raise ValueError(
+                    f'{name}: expected "{place}" exactly once, got it '
+                    f"{text.count(place)} times in {text!r}"
+                )
 
-    def prompter_turn(self, prompt: str) -> str:
-        """The user turn the prompter reads. Braces inside ``prompt`` stay what they are."""
-        before, after = self.template.split("{prompt}")
-        return before + prompt + after
+    def prompter_turns(self, prompt: Prompt) -> list[str]:
+        """The user turn the prompter reads, whole, and then with ever more of the history cut.
+        Braces inside the prompt stay what they are."""
+        conversation = Conversation.of(prompt)
+        turn = _filled(self.template, "{prompt}", conversation.last_turn)
+        shown = [
+            (role, content)
+            for role, content in conversation.history
+            if self.history == "all" or (self.history == "turns" and role in ("user", "assistant"))
+        ]
+        turns = []
+        while shown:
+            turns.append(_filled(self.history_template, "{history}", transcript(shown)) + turn)
+            if self.history_cut == "nothing":
+                return turns
+            of_users = (i for i, (role, _) in enumerate(shown) if role in ("user", "assistant"))
+            del shown[next(of_users, 0)]
+        return [*turns, turn]
 
-    def target_turn(self, prompt: str, rewrite: str) -> str:
-        """The user turn the target reads. An empty rewrite leaves the prompt as it is."""
+    def target_prompt(self, prompt: Prompt, rewrite: str) -> Prompt:
+        """What the target reads: only the last turn is another. An empty rewrite leaves the prompt
+        as it is."""
         if not rewrite:
             return prompt
-        return rewrite if self.mode == "rewrite" else prompt + self.separator + rewrite
+        conversation = Conversation.of(prompt)
+        appended = conversation.last_turn + self.separator + rewrite
+        turn = rewrite if self.mode == "rewrite" else appended
+        return conversation.with_last_turn(turn).short
+
+
+def _filled(template: str, place: str, text: str) -> str:
+    before, after = template.split(place)
+    return before + text + after
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.optional import import_for
+from alignpro.types import Conversation, Message, Prompt, text_messages, type_name
 
 PACKAGED = {
     "everyday": "everyday_prompts.jsonl",
@@ -28,6 +29,14 @@ PACKAGED = {
     "house_rules_warm_start": "house_rules_warm_start.jsonl",
 }
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PROMPT_COLUMNS = ("prompt", "messages", "conversations", "turns")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 class DataError(ValueError):
@@ -38,7 +47,7 @@ class DataError(ValueError):
 class PromptRow:
     """A prompt and the other columns of its row, which rewards may use."""
 
-    prompt: str
+    prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,42 +58,48 @@ class _Row:
 
 
 def load_prompts(
-    source: str | Path, column: str = "prompt", split: str | None = None
+    source: str | Path, column: str | None = None, split: str | None = None
 ) -> list[PromptRow]:
-    """Rows of ``source`` with the prompt in ``column``, in the order of the source.
+    """Rows of ``source`` with their prompt, in the order of the source.
 
-    The prompt is text, or a chat (a list of ``{"role", "content"}``) with exactly one user turn,
-    which is the prompt. Answers after it are no part of the prompt and are left out. A system
-    message or a second user turn is refused: the target would never see it, and dropping it
-    silently would change what was asked.
+    A prompt is text, or a conversation that ends in a user turn: a list of
+    ``{"role": "system" | "user" | "assistant", "content": text}``, or ShareGPT's
+    ``{"from": "human" | "gpt" | "system", "value": text}``. Content may be parts of type "text". An
+    answer after the last user turn is no part of the prompt; where it is one message, it is the
+    column "reference" of rows that have none. A column "turns" holds the user's turns alone
+    (MT-Bench): the later ones refer to answers that nobody has given, so the first is the prompt,
+    and the column stays among the others for the reward.
 
+    column: where the prompt is; None takes the first of ``PROMPT_COLUMNS`` that a row has.
     split: keeps the rows whose "split" column equals it; on the hub it names the split to read
     (there None reads "train").
 
     Raises DataError for a source that is not there, is malformed, or has no rows left; for a row
-    without the column; for a prompt that is empty, has the wrong type or a lone surrogate.
+    without the column; for a prompt that is empty, has the wrong type or a lone surrogate; for
+    messages with another role or what is no text (images, tool calls).
     """
     prompts = []
     for row in _read(source, split):
-        prompt = _text_of(row, column, chat=True)
-        columns = {name: value for name, value in row.values.items() if name != column}
+        name, prompt, reply = _prompt_of(row, column)
+        columns = {key: value for key, value in row.values.items() if key != name}
+        if name == "turns":
+            columns[name] = row.values[name]
+        if reply is not None:
+            columns.setdefault("reference", reply)
         prompts.append(PromptRow(prompt, columns))
     return prompts
 
 
 def load_pairs(
     source: str | Path,
-    prompt_column: str = "prompt",
+    prompt_column: str | None = None,
     instruction_column: str = "instruction",
     split: str | None = None,
-) -> list[tuple[str, str]]:
+) -> list[tuple[Prompt, str]]:
     """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``, but
     an instruction may be "", which leaves the prompt as it is."""
     return [
-        (
-            _text_of(row, prompt_column, chat=True),
-            _text_of(row, instruction_column, may_be_empty=True),
-        )
+        (_prompt_of(row, prompt_column)[1], _text_of(row, instruction_column))
         for row in _read(source, split)
     ]
 
@@ -92,7 +107,7 @@ def load_pairs(
 def load_instructions(source: str | Path) -> list[str]:
     """The distinct texts of the column "instruction", in order; pairs that leave the prompt alone
     ("") have none. Sources and errors as in ``load_prompts``."""
-    texts = (_text_of(row, "instruction", may_be_empty=True).strip() for row in _read(source, None))
+    texts = (_text_of(row, "instruction").strip() for row in _read(source, None))
     return [text for text in dict.fromkeys(texts) if text]
 
 
@@ -102,18 +117,83 @@ def stack_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
     return {name: [row.columns.get(name) for row in rows] for name in names}
 
 
-def _text_of(row: _Row, column: str, *, chat: bool = False, may_be_empty: bool = False) -> str:
-    """The text of a column; where it may be a ``chat``, its user turn."""
+def _text_of(row: _Row, column: str) -> str:
+    value, where = _value_of(row, column), f"{row.place}, column {column!r}"
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected text, got {type_name(value)}")
+    if value and not value.strip():
+        raise DataError(f"{where}: expected text, got white space alone")
+    _check_unicode(value, where)
+    return value
+
+
+def _value_of(row: _Row, column: str) -> Any:
     if column not in row.values:
         raise DataError(f"{row.place}: no column {column!r}; there are {sorted(row.values)}")
-    value, where = row.values[column], f"{row.place}, column {column!r}"
-    if chat and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        value = _single_user_turn(value, where)
-    expected = "text or a chat" if chat else "text"
-    if not isinstance(value, str):
-        raise DataError(f"{where}: expected {expected}, got {_type_name(value)}")
-    if not value.strip() and not (may_be_empty and value == ""):
-        raise DataError(f"{where}: expected {expected}, got an empty string")
+    return row.values[column]
+
+
+def _prompt_of(row: _Row, column: str | None) -> tuple[str, Prompt, str | None]:
+    """The prompt's column, the prompt, and the answer that stands after it, if one does."""
+    if column is None:
+        there = [name for name in PROMPT_COLUMNS if name in row.values]
+        column = there[0] if there else PROMPT_COLUMNS[0]
+    value, where = _value_of(row, column), f"{row.place}, column {column!r}"
+    try:
+        if column in PROMPT_COLUMNS[1:] and isinstance(value, str):
+            raise ValueError("expected a list, got text; a prompt as text is in 'prompt'")
+        if column == "turns":
+            prompt, reply = Conversation.of(_first_turn(value)), None
+        elif isinstance(value, str):
+            prompt, reply = Conversation.of(value), None
+        else:
+            prompt, reply = _up_to_last_user_turn(text_messages(_openai_form(value)))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+    for message in prompt.messages:
+        _check_unicode(message["content"], where)
+    return column, prompt.short, reply
+
+
+def _up_to_last_user_turn(messages: Sequence[Message]) -> tuple[Conversation, str | None]:
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        raise ValueError(f"expected a chat with a user turn, got the roles {roles}")
+    end = len(roles) - roles[::-1].index("user")
+    after = messages[end:]
+    if any(message["role"] != "assistant" for message in after):
+        raise ValueError(
+            f"expected a chat that ends in a user turn, or in the answer to it, got roles {roles}"
+        )
+    return Conversation.of(messages[:end]), after[0]["content"] if len(after) == 1 else None
+
+
+def _openai_form(chat: Any) -> Any:
+    """ShareGPT's messages as {"role", "content"}; others as they are."""
+    if not isinstance(chat, Sequence) or isinstance(chat, (str, bytes)):
+        return chat
+    messages = []
+    for index, message in enumerate(chat):
+        if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
+            role = _SHAREGPT_ROLES.get(message["from"])
+            if role is None:
+                known = ", ".join(_SHAREGPT_ROLES)
+                raise ValueError(
+                    f"message {index}: expected 'from' to be one of {known}, got "
+                    f"{message['from']!r}"
+                )
+            message = {"role": role, "content": message["value"]}
+        messages.append(message)
+    return messages
+
+
+def _first_turn(turns: Any) -> Any:
+    if not isinstance(turns, Sequence) or not turns or not all(isinstance(t, str) for t in turns):
+        raise ValueError(f"expected a list of the user's turns as text, got {type_name(turns)}")
+    return turns[0]
+
+
+def _check_unicode(value: str, where: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -121,34 +201,6 @@ def _text_of(row: _Row, column: str, *, chat: bool = False, may_be_empty: bool =
             f"{where}: lone surrogate U+{ord(value[error.start]):04X} at character {error.start}; "
             "expected valid Unicode"
         ) from error
-    return value
-
-
-def _single_user_turn(messages: Sequence[Any], where: str) -> Any:
-    users = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise DataError(
-                f"{where}: expected messages with 'role' and 'content', message {index} is "
-                f"{_type_name(message)}"
-            )
-        if message["role"] == "user":
-            users.append(message["content"])
-        elif message["role"] != "assistant":
-            raise DataError(
-                f"{where}: a {message['role']!r} message would not reach the target, "
-                "which reads one user turn; move its text into the user turn or remove it"
-            )
-    if len(users) != 1 or messages[0]["role"] != "user":
-        raise DataError(
-            f"{where}: expected a chat that begins with its only user turn, got roles "
-            f"{[message['role'] for message in messages]}"
-        )
-    return users[0]
-
-
-def _type_name(value: Any) -> str:
-    return "nothing (null)" if value is None else type(value).__name__
 
 
 # Sources
@@ -217,7 +269,7 @@ def _read_jsonl(path: Path, name: str) -> Iterator[_Row]:
 def _read_json(path: Path, name: str) -> Iterator[_Row]:
     rows = _parse_json(_read_text(path, name), name)
     if not isinstance(rows, list):
-        raise DataError(f"{name}: expected an array of objects, got {_type_name(rows)}")
+        raise DataError(f"{name}: expected an array of objects, got {type_name(rows)}")
     for index, values in enumerate(rows):
         yield _Row(f"{name}, row {index}", _as_object(values, f"{name}, row {index}"))
 
@@ -235,7 +287,7 @@ def _parse_json(text: str, name: str, line: int = 1) -> Any:
 
 def _as_object(values: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(values, dict):
-        raise DataError(f"{place}: expected an object with columns, got {_type_name(values)}")
+        raise DataError(f"{place}: expected an object with columns, got {type_name(values)}")
     return values
 
 

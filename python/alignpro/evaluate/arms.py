@@ -23,7 +23,7 @@ from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import score_rollout
-from alignpro.types import Rollout
+from alignpro.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Arm:
 
 def sample_arms(
     pipeline: Pipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     config: EvalConfig,
     *,
     prompters: Mapping[str, LoraWeights | None],

@@ -21,7 +21,7 @@ from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, ratio_of_means, variance
-from alignpro.types import Usage
+from alignpro.types import Conversation, Prompt, Usage
 
 
 def compare_arms(
@@ -29,7 +29,7 @@ def compare_arms(
     arms: Mapping[str, Arm],
     config: EvalConfig,
     prompters: Mapping[str, LoraWeights | None],
-    answers: Mapping[str, Any] | None = None,
+    answers: Mapping[Prompt, Any] | None = None,
 ) -> Evaluation:
     """The arms side by side, and what the configuration requires of them.
 
@@ -112,7 +112,7 @@ def _required(rewards: Mapping[str, Sequence[float]], config: EvalConfig) -> lis
 
 
 def _summary(
-    arm: Arm, pipeline: Pipeline, config: EvalConfig, answers: Mapping[str, Any] | None
+    arm: Arm, pipeline: Pipeline, config: EvalConfig, answers: Mapping[Prompt, Any] | None
 ) -> ArmResult:
     prompter = pipeline.prompter
     assert prompter is not None  # an evaluation has one
@@ -167,6 +167,8 @@ def _samples(arms: Mapping[str, Arm], count: int) -> list[Sample]:
         return SampleArm(rewrite.responses[0].text, arm.rewards[index][0], added)
 
     return [
-        Sample(prompt, {name: drawn(arm, index) for name, arm in arms.items()})
+        Sample(
+            Conversation.of(prompt).text, {name: drawn(arm, index) for name, arm in arms.items()}
+        )
         for index, prompt in enumerate(arms["raw"].rollout.prompts[:count])
     ]

@@ -22,7 +22,7 @@ from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.statistics import Floats
 from alignpro.theory.headroom import headroom
-from alignpro.types import Rollout, Usage
+from alignpro.types import Conversation, Rollout, Usage
 
 # What changes neither a sample nor its reward.
 _NOT_OF_SAMPLES = ("kl_coefs", "threads")
@@ -101,7 +101,7 @@ def write_samples(path: Path, config: HeadroomConfig, rollout: Rollout) -> None:
             lines.append(
                 {
                     "prompt_index": rewrite.prompt_index,
-                    "prompt": prompt,
+                    "prompt": Conversation.of(prompt).plain,
                     "rewrite": rewrite.text,
                     "prompter_tokens": rewrite.prompter_tokens,
                     "tokens": rewrite.tokens,

@@ -10,6 +10,7 @@ from alignpro.data.load import PromptRow, load_prompts
 from alignpro.models.adapter import LoraWeights, adapter_folder, load_peft
 from alignpro.models.native_model import NativeModel
 from alignpro.rewards.check import shorten
+from alignpro.types import Conversation
 
 
 def load_rows(config: BoundConfig | EvalConfig | HeadroomConfig) -> list[PromptRow]:
@@ -32,7 +33,8 @@ def instructions_by_label(config: EvalConfig, rows: Sequence[PromptRow]) -> list
     column, instructions = config.labelled.column, config.labelled.instructions
     texts = []
     for index, row in enumerate(rows):
-        where = f"labelled: row {index} of {config.data} ({shorten(row.prompt)})"
+        turn = shorten(Conversation.of(row.prompt).last_turn)
+        where = f"labelled: row {index} of {config.data} ({turn})"
         label = row.columns.get(column)
         if label is None:
             there = sorted(row.columns) or "no other column than the prompt"

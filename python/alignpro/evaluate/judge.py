@@ -1,9 +1,9 @@
 """Win rates by a judge that is asked in both orders.
 
-The judge reads the original prompt and two responses, never a rewrite. Each pair is asked twice,
-with the responses in either order; verdicts that change with the order are a tie, so that a judge
-which always says "A" prefers nothing. Every verdict is kept in a file, from which a second run, or
-one after a crash, replays it.
+The judge reads the original prompt, of a conversation every turn after its role, and two responses,
+never a rewrite. Each pair is asked twice, with the responses in either order; verdicts that change
+with the order are a tie, so that a judge which always says "A" prefers nothing. Every verdict is
+kept in a file, from which a second run, or one after a crash, replays it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Comparison, JudgeResult
 from alignpro.files import recorded_lines
 from alignpro.statistics import length_controlled_win_rate, ratio_of_means
-from alignpro.types import Usage
+from alignpro.types import Conversation, Usage
 
 Verdict = Literal["A", "B", "tie"]
 AGAINST = ("raw", "untuned", "static")  # what the trained prompter is compared with
@@ -152,10 +152,11 @@ def judge_arms(
 def _pairs(trained: Arm, other: Arm, config: JudgeConfig) -> list[_Pair]:
     pairs = []
     for index, prompt in enumerate(trained.rollout.prompts[: config.num_prompts]):
+        shown = Conversation.of(prompt).text
         # Where an answer failed, the pairs that are left.
         both = zip(trained.response_texts(index), other.response_texts(index), strict=False)
         for ours, theirs in list(both)[: config.num_pairs]:
-            orders = question_text(prompt, ours, theirs), question_text(prompt, theirs, ours)
+            orders = question_text(shown, ours, theirs), question_text(shown, theirs, ours)
             pairs.append(_Pair(index, None if ours == theirs else orders, len(ours) - len(theirs)))
     return pairs
 

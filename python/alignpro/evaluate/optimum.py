@@ -15,7 +15,7 @@ from alignpro.models.in_flight import FailedRowsError
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.statistics import law_of_total_variance
 from alignpro.theory.optimum import effective_samples, optimum_weights
-from alignpro.types import Rollout
+from alignpro.types import Prompt, Rollout
 
 OPTIMUM_STREAM = 4  # of randomness, beside the pipeline's
 
@@ -37,7 +37,7 @@ def num_sequences(prompts: int, config: EvalConfig, optimum: OptimumConfig) -> i
 
 def resample_optimum(
     untuned: Pipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     config: EvalConfig,
     optimum: OptimumConfig,
     *,

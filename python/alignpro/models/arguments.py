@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alignpro import native
-from alignpro.types import Chat, SamplingParams
+from alignpro.types import PromptLike, SamplingParams
 
 if TYPE_CHECKING:
     from alignpro.native import core
 
-Prompt = Sequence[int] | Chat | str  # a text is one user turn of a chat
+Prompt = Sequence[int] | PromptLike  # a text is one user turn of a chat
 
 
 def is_int(value: Any) -> bool:

@@ -38,7 +38,7 @@ from alignpro.models.native_client import (
 )
 from alignpro.models.resolve import resolve_model
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.types import Chat, Completion, SamplingParams
+from alignpro.types import Completion, Conversation, SamplingParams, text_messages
 
 if TYPE_CHECKING:
     from alignpro.native import core
@@ -389,10 +389,12 @@ class NativeModel:
     # --- within ---
 
     def _prompt_tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, Conversation):
+            return self.tokenizer.encode_chat(prompt.messages)
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise ValueError("expected text, got none")
             return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            return self.tokenizer.encode_chat(cast(Chat, prompt))
+            return self.tokenizer.encode_chat(text_messages(prompt))
         return token_list(prompt, "expected token ids, a chat or a text")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from alignpro.config import Prompting
 from alignpro.data.load import PACKAGED, load_prompts
+from alignpro.models.reading import target_tokens
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import shared_prefix
+from alignpro.types import Conversation, Prompt
 
 PROMPT_TOKENS = 256  # of a prompt in data that is not here
 _BYTES_A_TOKEN = 4.0  # English text in a vocabulary of 32 to 150 thousand
@@ -32,7 +34,7 @@ class Lengths:
     source: str  # where the numbers are from, for a person
 
 
-def local_prompts(data: str, split: str | None) -> list[str] | None:
+def local_prompts(data: str, split: str | None) -> list[Prompt] | None:
     """The prompts of a source that is on this machine; None for one that would be fetched."""
     if data not in PACKAGED and not Path(data).is_file() and data.count("/") == 1:
         return None
@@ -40,7 +42,7 @@ def local_prompts(data: str, split: str | None) -> list[str] | None:
 
 
 def find_lengths(
-    prompts: Sequence[str] | None,
+    prompts: Sequence[Prompt] | None,
     prompting: Prompting,
     rewrite_tokens: int,
     prompter: Tokenizer | None,
@@ -63,8 +65,13 @@ def find_lengths(
         source = f"{length} tokens a prompt, {'assumed' if prompt_tokens is None else 'as given'}"
         turns, heads = [reads.around + length], [answers.head + length]
     else:
-        turns = [reads.around + reads.count(text) for text in prompts]
-        heads = [answers.head + answers.count(text) for text in prompts]
+        conversations = [Conversation.of(prompt) for prompt in prompts]
+        turns = []
+        for conversation in conversations:
+            whole, turn = prompting.prompter_turns(conversation)[0], conversation.last_turn
+            history = whole[: -len(before + turn + after)]
+            turns.append(reads.around + reads.count(history) + reads.count(turn))
+        heads = [answers.head_of(conversation) for conversation in conversations]
         known = [name for name, t in (("prompter", prompter), ("target", target)) if t is None]
         source = f"mean of {len(prompts)} prompts"
         if known:
@@ -101,6 +108,14 @@ class _Turn:
             self.head = shared_prefix(one, other)
             self.tail = shared_prefix(one[::-1], other[::-1])
         self.around = self.head + self.tail
+        self._tokenizer = tokenizer
+
+    def head_of(self, conversation: Conversation) -> int:
+        """Tokens up to the end of its last turn."""
+        if self._tokenizer is not None and conversation.history:
+            return len(target_tokens(self._tokenizer, conversation.short)) - self.tail
+        history = sum(self.around + self.count(content) for _, content in conversation.history)
+        return history + self.head + self.count(conversation.last_turn)
 
 
 def _guess(text: str) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignpro.optional import import_for
-from alignpro.types import Texts
+from alignpro.rewards.check import CONVERSATIONS
+from alignpro.types import Conversation, Texts
 
 Output = Literal["logit", "probability"]
 
@@ -17,14 +18,15 @@ class ClassifierReward:
 
     name_or_path: a folder or a hub name, as ``AutoModelForSequenceClassification`` takes it.
     label: a label's name or index; may be left out where the model has only one.
-    pair: the classifier reads the prompt and the response; False: the response alone.
+    pair: the classifier reads the prompt, a conversation with every turn after its role, and the
+        response; False: the response alone.
     output: None means the logit of a one-label model (a reward model's score, unbounded) and
         otherwise the probability, in [0, 1]: softmax over the labels, or the sigmoid of the label's
         own logit where the model has one label or says ``multi_label_classification``.
     batch_size: rows in one forward. Padding is masked, but the float sums may differ in their last
         bits with the batch size.
-    max_length: tokens a row; longer rows are truncated, longest part first. None: what tokenizer
-        and model allow, at most 4096.
+    max_length: tokens a row; longer rows are truncated, longest part first, after the oldest
+        messages of a conversation. None: what tokenizer and model allow, at most 4096.
     Errors: ImportError without transformers or torch; ValueError for an unknown or missing label
     (the labels are listed), or where nothing classifies under that name.
     """
@@ -78,10 +80,24 @@ class ClassifierReward:
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
         scores: list[float] = []
+        asked = list(prompts)
+        if CONVERSATIONS in columns and self._pair:
+            given = zip(columns[CONVERSATIONS], responses, strict=True)
+            asked = [self._shown(Conversation.of(messages), text) for messages, text in given]
         for begin in range(0, len(responses), self._batch_size):
             rows = slice(begin, begin + self._batch_size)
-            scores += self._score(list(prompts[rows]), list(responses[rows]))
+            scores += self._score(asked[rows], list(responses[rows]))
         return scores
+
+    def _shown(self, conversation: Conversation, response: str) -> str:
+        """As text, without the oldest messages where it would be truncated: at its end stands the
+        last turn."""
+        while conversation.history:
+            length = len(self._tokenizer(conversation.text, response)["input_ids"])
+            if length <= self._max_length:
+                break
+            conversation = Conversation(conversation.history[1:], conversation.last_turn)
+        return conversation.text
 
     def _score(self, prompts: list[str], responses: list[str]) -> list[float]:
         texts = (prompts, responses) if self._pair else (responses,)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from alignpro.rewards.check import RewardError, reward_name, score_checked
-from alignpro.types import Reward, Rollout, Texts
+from alignpro.rewards.check import RewardError, reward_inputs, reward_name, score_checked
+from alignpro.types import Prompt, Reward, Rollout, Texts
 
 
 @runtime_checkable
@@ -43,11 +43,13 @@ class WeightedSum:
     def components(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> dict[str, list[float]]:
-        """Scores of every part, unweighted: name -> [rows]."""
+        """Scores of every part, unweighted: name -> [rows]; NaN where a part abstained (None)."""
         scores: dict[str, list[float]] = {}
         for name, (_, reward) in self.terms.items():
             try:
-                scores[name] = score_checked(reward, prompts, rewrites, responses, columns)
+                scores[name] = score_checked(
+                    reward, prompts, rewrites, responses, columns, may_abstain=True
+                )
             except RewardError as error:
                 if reward_name(reward) == name:
                     raise
@@ -55,9 +57,17 @@ class WeightedSum:
         return scores
 
     def total(self, components: Mapping[str, Sequence[float]]) -> list[float]:
-        """The weighted sum of what ``components`` returned: [rows]. Nothing is scored again."""
+        """The weighted sum of what ``components`` returned: [rows]. Nothing is scored again. A part
+        that abstained adds nothing; RewardError where all of them did."""
         parts = [[weight * s for s in components[name]] for name, (weight, _) in self.terms.items()]
-        return [sum(row) for row in zip(*parts, strict=True)]
+        totals = []
+        for row, scores in enumerate(zip(*parts, strict=True)):
+            given = [score for score in scores if not math.isnan(score)]
+            if not given:
+                every = f"reward {self.name!r}, row {row}: expected a number of one part at least"
+                raise RewardError(f"{every}, got None of all", row)
+            totals.append(sum(given))
+        return totals
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
@@ -67,7 +77,7 @@ class WeightedSum:
 
 def score_components(
     reward: Reward,
-    prompts: Texts,
+    prompts: Sequence[Prompt],
     rewrites: Texts,
     responses: Texts,
     columns: Mapping[str, Sequence[Any]] | None = None,
@@ -77,7 +87,8 @@ def score_components(
     A reward without ``components`` and ``total`` is its own single part.
     """
     if isinstance(reward, Composed):
-        parts = reward.components(prompts, rewrites, responses, **(columns or {}))
+        texts, given = reward_inputs(prompts, columns)
+        parts = reward.components(texts, rewrites, responses, **given)
         return reward.total(parts), parts
     scores = score_checked(reward, prompts, rewrites, responses, columns)
     return scores, {reward_name(reward): scores}

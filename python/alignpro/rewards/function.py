@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignpro.rewards.check import reward_name
+from alignpro.rewards.check import CONVERSATIONS, messages_of, reward_name
 from alignpro.types import Texts
 
 _OURS = ("prompts", "rewrites", "responses")
@@ -23,14 +23,21 @@ class FunctionReward:
     function: Callable[..., Sequence[float]]
     name: str
     arguments: tuple[str, ...]  # those of prompts, rewrites, responses, completions that it takes
-    columns: frozenset[str]  # columns it names
+    columns: frozenset[str]  # columns it names; "conversations" may be one of them
     required: frozenset[str]  # columns it cannot do without
     takes_all_columns: bool  # it has **kwargs
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> Sequence[float]:
+        if CONVERSATIONS in self.columns and CONVERSATIONS not in columns:
+            columns[CONVERSATIONS] = [messages_of(prompt) for prompt in prompts]
         missing = sorted(self.required - columns.keys())
+        if "completion_ids" in missing:
+            raise ValueError(
+                f"reward function {self.name!r} takes completion_ids, which are not passed: a "
+                "response may come from an endpoint, without tokens; read the text in completions"
+            )
         if missing:
             raise ValueError(
                 f"reward function {self.name!r} needs the data column {missing[0]!r}; "
@@ -44,7 +51,15 @@ class FunctionReward:
                 f"column {clash[0]!r} collides with a reward argument; rename the column"
             )
         wanted = {c: v for c, v in columns.items() if self.takes_all_columns or c in self.columns}
-        return self.function(**{name: rows[name] for name in self.arguments}, **wanted)
+        try:
+            return self.function(**{name: rows[name] for name in self.arguments}, **wanted)
+        except TypeError as error:
+            if not str(error).startswith("string indices must be integers"):
+                raise
+            raise TypeError(
+                f"{error}: prompts and completions are plain text here, as TRL has them without "
+                "messages; the messages of the prompts are in the argument conversations"
+            ) from error
 
 
 def from_callable(function: Callable[..., Any], name: str | None = None) -> FunctionReward:
@@ -52,8 +67,9 @@ def from_callable(function: Callable[..., Any], name: str | None = None) -> Func
 
     Two signatures are known by their parameter names: ours, ``(prompts, rewrites, responses,
     **columns)``, and TRL's, ``(prompts, completions, **columns)``; ``completions`` are the
-    responses as plain strings. Both may leave out what they do not use. Data columns are passed by
-    name: all of them to a ``**kwargs``, otherwise those that the function names.
+    responses as plain strings, and ``prompts`` the last user turns. Both may leave out what they do
+    not use. Data columns are passed by name: all of them to a ``**kwargs``, otherwise those that
+    the function names. ``conversations`` are the whole prompts, as lists of messages.
 
     Raises TypeError for an async function, for parameters that cannot be passed by name, and where
     neither ``responses`` nor ``completions`` is taken.

@@ -51,7 +51,7 @@ from alignpro.train.trajectories import (
     token_sequence,
     written_by_prompter,
 )
-from alignpro.types import Response, Rewrite, Usage
+from alignpro.types import Conversation, Response, Rewrite, Usage
 
 ROLLOUTS = "rollouts.jsonl"  # in the run directory: a line for each ``prompts_per_step`` prompts
 OnProgress = Callable[[str, int, int], None]  # "rollouts", prompts done, prompts in all
@@ -248,17 +248,23 @@ class ClosedFormFit(TrainingRun):
         assert config.num_responses != "auto"  # the configuration's rule
         pipeline = self.pipeline.with_adapter(self.policy.core_adapter())
         for number, chunk in chunks:
-            prompts, columns = self._pick(chunk)
+            picked, columns = self._pick(chunk)
             rollout = pipeline.rollout(
-                prompts,
+                picked,
                 num_rewrites=config.num_rewrites,
                 num_responses=config.num_responses,
                 seed=derive_seed(config.seed, number),
                 columns=columns,
                 common_draws=config.common_draws,
             )
-            rewrites = [[asdict(w) for w in group] for group in rollout.rewrites]
-            log.append({"step": number, "prompts": rollout.prompts, "rewrites": rewrites})
+            rewrites = [[_as_fields(w) for w in group] for group in rollout.rewrites]
+            log.append(
+                {
+                    "step": number,
+                    "prompts": [Conversation.of(p).plain for p in rollout.prompts],
+                    "rewrites": rewrites,
+                }
+            )
             yield rollout.rewrites
 
     def _accumulate_gradients(
@@ -351,6 +357,11 @@ def _of_the_rollouts(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "closed_form.num_prompts": config.get("closed_form", {}).get("num_prompts")}
 
 
+def _as_fields(rewrite: Rewrite) -> dict[str, Any]:
+    """As it can be written down."""
+    return asdict(rewrite) | {"target_prompt": Conversation.of(rewrite.target_prompt).plain}
+
+
 def _rewrite(fields: Mapping[str, Any]) -> Rewrite:
     """As it was written down."""
 
@@ -358,4 +369,6 @@ def _rewrite(fields: Mapping[str, Any]) -> Rewrite:
         usage = fields.get("usage")
         return Response(**{**fields, "usage": None if usage is None else Usage(**usage)})
 
-    return Rewrite(**{**fields, "responses": [response(r) for r in fields["responses"]]})
+    responses = [response(r) for r in fields["responses"]]
+    read = Conversation.of(fields["target_prompt"]).short
+    return Rewrite(**{**fields, "target_prompt": read, "responses": responses})

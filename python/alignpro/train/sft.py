@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.config import FitConfig, Prompting, SftConfig
+from alignpro.models.reading import prompter_tokens
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.policy import LoraPolicy, one_torch_thread
@@ -18,7 +19,7 @@ from alignpro.train.schedule import (
     make_optimizer,
     rate_factor,
 )
-from alignpro.types import Message
+from alignpro.types import Conversation, Message, PromptLike
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Example:
 
 
 def fit(
-    policy: LoraPolicy, pairs: Sequence[tuple[str, str]], config: SftConfig
+    policy: LoraPolicy, pairs: Sequence[tuple[PromptLike, str]], config: SftConfig
 ) -> Iterator[dict[str, Any]]:
     """Maximise the mean log-probability of the instructions' tokens: a step for each row of metrics
     that is taken from the iterator.
@@ -45,8 +46,8 @@ def fit(
         ValueError: no pairs, an empty prompt, or a pair over the context; the message names its
             index. Before the first step.
     """
-    examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting)
     limit = policy.model.context_length
+    examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting, limit)
     for index, example in enumerate(examples):
         if len(example.tokens) > limit:
             raise ValueError(
@@ -109,24 +110,22 @@ def likelihood_gradients(
 
 
 def encode_pairs(
-    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], prompting: Prompting
+    tokenizer: Tokenizer, pairs: Sequence[tuple[PromptLike, str]], prompting: Prompting, limit: int
 ) -> list[Example]:
-    """The pairs as the prompter would read and write them, ended by its end-of-turn token."""
+    """The pairs as the prompter would read and write them, ended by its end-of-turn token.
+    limit: tokens of a pair, for which a conversation's history is cut."""
     if not pairs:
         raise ValueError("pairs: expected at least one, got none")
     end = end_of_turn(tokenizer)
     examples = []
     for index, (prompt, instruction) in enumerate(pairs):
-        if not prompt.strip():
-            raise ValueError(f"pair {index}: the prompt is empty")
         try:
-            read = tokenizer.encode_chat(
-                [{"role": "user", "content": prompting.prompter_turn(prompt)}]
-            )
-            written = tokenizer.encode(instruction.strip())
+            conversation = Conversation.of(prompt)
+            written = [*tokenizer.encode(instruction.strip()), end]
+            read = prompter_tokens(tokenizer, prompting, conversation, limit - len(written))
         except ValueError as error:
             raise ValueError(f"pair {index}: {error}") from None
-        examples.append(Example(tokens=[*read, *written, end], start=len(read)))
+        examples.append(Example(tokens=[*read, *written], start=len(read)))
     return examples
 
 

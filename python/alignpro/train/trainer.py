@@ -19,6 +19,8 @@ from alignpro.files import write_json
 from alignpro.models.adapter import save_peft
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.in_flight import FailedRowsError
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.reading import check_columns, check_roles, read_prompts
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import add_note, open_run_dir
 from alignpro.train.adaptive import Adaptive
@@ -37,7 +39,7 @@ from alignpro.train.row import rollout_row
 from alignpro.train.schedule import batch_indices
 from alignpro.train.trackers import make_trackers
 from alignpro.train.trajectories import StepBatch, step_batch
-from alignpro.types import Rollout
+from alignpro.types import Prompt, PromptLike, Rollout
 
 
 class TrainingRun:
@@ -65,7 +67,7 @@ class TrainingRun:
         config: TrainConfig,
         pipeline: Pipeline,
         policy: LoraPolicy,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         *,
         reference: Reference = "base",
         columns: Mapping[str, Sequence[Any]] | None = None,
@@ -82,7 +84,8 @@ class TrainingRun:
         self.pipeline = pipeline
         self.policy = policy
         self.reference = reference
-        self.prompts = list(prompts)
+        self.prompts = read_prompts(prompts)
+        check_columns(columns, len(self.prompts))
         self.columns = {name: list(values) for name, values in (columns or {}).items()}
         self._check_pieces()
         self._begin(value_head)
@@ -105,7 +108,7 @@ class TrainingRun:
         """Go on with what the directory holds."""
         raise NotImplementedError
 
-    def _pick(self, rows: Sequence[int]) -> tuple[list[str], dict[str, list[Any]]]:
+    def _pick(self, rows: Sequence[int]) -> tuple[list[Prompt], dict[str, list[Any]]]:
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
         return [self.prompts[i] for i in rows], columns
 
@@ -113,11 +116,8 @@ class TrainingRun:
         config, pipeline, prompts = self.config, self.pipeline, self.prompts
         if not prompts:
             raise ValueError("prompts: expected at least one, got none")
-        for name, values in self.columns.items():
-            if len(values) != len(prompts):
-                raise ValueError(
-                    f"column {name}: expected {len(prompts)} values, got {len(values)}"
-                )
+        if isinstance(pipeline.target, LanguageModel):
+            check_roles(pipeline.target.tokenizer, prompts)
         if getattr(pipeline, config.policy) is not self.policy.model:
             raise ValueError(f"pipeline: its {config.policy} is not the model the policy trains")
         if pipeline.reward is None:

@@ -1,0 +1,96 @@
+"""Prompts of any form; what a model reads of one, as tokens, and whether it fits."""
+
+from __future__ import annotations
+
+import contextlib
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from alignpro.config import Prompting
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.tokenizer import Tokenizer
+from alignpro.types import Conversation, Prompt, PromptLike, SamplingParams
+
+
+def read_prompts(prompts: Sequence[PromptLike]) -> list[Prompt]:
+    """Prompts of any form in their short form.
+
+    Raises:
+        ValueError: not a list of them, or what is no prompt; the message names the index.
+    """
+    if isinstance(prompts, (str, bytes, Mapping, Conversation)):
+        raise ValueError(f"prompts: expected a list of prompts, got {type(prompts).__name__}")
+    if len(prompts) and isinstance(prompts[0], Mapping):
+        raise ValueError("prompts: expected a list of chats, got one chat; put it into a list")
+    read = []
+    for index, prompt in enumerate(prompts):
+        with naming(f"prompt {index}"):
+            read.append(Conversation.of(prompt).short)
+    return read
+
+
+def check_columns(columns: Mapping[str, Sequence[Any]] | None, count: int) -> None:
+    """Refuse columns that are not aligned with ``count`` prompts."""
+    for name, values in (columns or {}).items():
+        if isinstance(values, str):
+            raise ValueError(f"column {name}: expected a list of {count} values, got text")
+        if len(values) != count:
+            raise ValueError(f"column {name}: expected {count} values, got {len(values)}")
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """A ValueError inside says what it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def check_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> None:
+    """Refuse a conversation that the chat template refuses for its roles (a system message, two
+    turns of one side). Raises ValueError, which names the index of the prompt."""
+    seen = set()
+    for index, prompt in enumerate(prompts):
+        roles = tuple(role for role, _ in Conversation.of(prompt).history)
+        if roles and roles not in seen:
+            seen.add(roles)
+            with naming(f"prompt {index}"):
+                target_tokens(tokenizer, prompt)
+
+
+def target_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Raises ValueError; see `Tokenizer.encode_chat`."""
+    return tokenizer.encode_chat(Conversation.of(prompt).messages)
+
+
+def prompter_tokens(
+    tokenizer: Tokenizer, prompting: Prompting, prompt: Prompt, most: int
+) -> list[int]:
+    """The turn that the prompter reads, with as much of the history as ``most`` tokens hold. Where
+    none of it is left, or is to be cut, it may still be longer.
+
+    Raises ValueError; see `Tokenizer.encode_chat`.
+    """
+
+    def encode(turn: str) -> list[int]:
+        return tokenizer.encode_chat([{"role": "user", "content": turn}])
+
+    whole, *cut = prompting.prompter_turns(prompt)
+    tokens = encode(whole)
+    if len(tokens) <= most or not cut:
+        return tokens
+    fits = bisect_left(cut, True, key=lambda turn: len(encode(turn)) <= most)
+    return encode(cut[min(fits, len(cut) - 1)])
+
+
+def too_long(model: LanguageModel, tokens: int, params: SamplingParams) -> str | None:
+    """Why a model cannot read so many tokens and write what ``params`` ask for; None if it can."""
+    limit = model.context_length
+    if tokens + params.max_new_tokens <= limit:
+        return None
+    return (
+        f"{tokens} tokens and {params.max_new_tokens} new ones exceed the context of {model.name} "
+        f"({limit} tokens); shorten it or lower max_new_tokens"
+    )
