@@ -344,7 +344,8 @@ class Pipeline:
         for number in range(num_responses):
             handle = self._submit(in_flight, rewrite, params, number)
             what = f"response {number} to rewrite {sample} of prompt {rewrite.prompt_index}"
-            in_flight.add(handle, Request(what, "answer", partial(finished, number)))
+            on_finished = partial(finished, number)
+            in_flight.add(handle, Request(what, "answer", on_finished, wants_answer=True))
         return rewrite
 
     def _submit(
@@ -377,6 +378,7 @@ class Pipeline:
             tokens=completion.tokens,
             logprobs=completion.logprobs,
             finish_reason=completion.finish_reason,
+            reasoning=completion.reasoning,
         )
 
     def _read_by_target(self, prompt: str, index: int, text: str) -> Rewrite:

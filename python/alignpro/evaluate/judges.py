@@ -16,7 +16,8 @@ from alignpro.models.endpoint import EndpointHandle, EndpointModel
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.language_model import RequestError
 from alignpro.models.native_model import NativeModel
-from alignpro.models.reply import one_line, split_reasoning
+from alignpro.models.reasoning import split_reasoning
+from alignpro.models.reply import one_line
 from alignpro.types import Message, SamplingParams, Usage
 
 _EXTRA = "pip install 'alignpro[judge]'"

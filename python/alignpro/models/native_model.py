@@ -32,6 +32,7 @@ from alignpro.models.native_client import (
     NativeHandle,
     completion_or_error,
     of_prompt,
+    prompt_end,
     report,
     stream,
 )
@@ -274,14 +275,17 @@ class NativeModel:
         """(token, text it adds, log-probability), as they come. Closing the iterator cancels.
 
         Text arrives in whole characters, and not before it is certain that no stop string cuts it;
-        joined, it is the completion's text. Raises as `generate`, on this call.
+        joined, it is the completion's text, to which a block of reasoning adds nothing. Raises as
+        `generate`, on this call.
         """
         one = params if params is not None else SamplingParams()
         if one.n != 1:
             raise ValueError(f"n: stream() writes 1 completion, got n = {one.n}")
         client = self.client()
-        handle = client.submit(self._prompt_tokens(prompt), one, adapter=adapter)
-        pieces = stream(client, handle, TextStream(self.tokenizer, one.stop))
+        tokens = self._prompt_tokens(prompt)
+        handle = client.submit(tokens, one, adapter=adapter)
+        text = TextStream(self.tokenizer, one.stop, prompt_end(self.tokenizer, tokens))
+        pieces = stream(client, handle, text)
         # Dropped before its first token, a generator runs none of its own clean-up.
         weakref.finalize(pieces, handle.cancel).atexit = False
         return pieces
