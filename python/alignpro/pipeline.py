@@ -18,14 +18,7 @@ from functools import partial
 from typing import Any
 
 from alignpro import trace
-from alignpro.config import (
-    RESPONSE,
-    REWRITE,
-    ModelConfig,
-    Prompting,
-    StageConfig,
-    check_sampling,
-)
+from alignpro.config import RESPONSE, REWRITE, ModelConfig, Prompting, StageConfig, check_sampling
 from alignpro.models.arguments import check_params
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
@@ -162,7 +155,7 @@ class Pipeline:
             ValueError: an empty prompt, or one that does not fit its model's context; the message
                 names the index. RewardError: see `rewards.check`.
             FailedRowsError: more of the responses failed than ``max_failed`` allows; those of a
-                rewrite that does not fit the target are failed ones.
+                rewrite that does not fit the target, and those cut in their reasoning, are failed.
         """
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_rewrites=num_rewrites, num_responses=num_responses)

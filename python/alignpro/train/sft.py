@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.config import Prompting, SftConfig
+from alignpro.models.native_client import prompt_end
+from alignpro.models.reasoning import open_block
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.policy import LoraPolicy, one_torch_thread
@@ -118,6 +120,12 @@ def encode_pairs(
                 [{"role": "user", "content": prompting.prompter_turn(prompt)}]
             )
             written = tokenizer.encode(instruction.strip())
+            if open_block(prompt_end(tokenizer, read)) is not None:
+                raise ValueError(
+                    "the chat template opens a block of reasoning, in which no instruction can be "
+                    "taught; prompter.chat_template_kwargs may close it, or prompter.chat_template "
+                    "takes another"
+                )
         except ValueError as error:
             raise ValueError(f"pair {index}: {error}") from None
         examples.append(Example(tokens=[*read, *written, end], start=len(read)))
