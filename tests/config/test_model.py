@@ -82,6 +82,7 @@ def test_models_that_run_alike_share_an_engine():
     plain = ModelConfig("p")
     for other in (
         ModelConfig("t", adapter="a"),
+        ModelConfig(chat_template="rag", chat_template_kwargs={"enable_thinking": False}),
         ModelConfig(compute="float32", kv_dtype="float32"),
     ):
         assert plain.runs_like(other)

@@ -121,15 +121,24 @@ def load_models(
         calls: the file of calls of a target behind an endpoint; see `EndpointModel`.
         date: as of `load_model`.
 
-    Raises as `load_model` and `EndpointModel`.
+    Raises as `load_model` and `EndpointModel`, and ValueError for a model whose template cannot
+    write a prompt.
     """
     wanted = target_of(prompter, target)
     if wanted.endpoint is not None:
         answers = EndpointModel(wanted, calls)  # first: it says at once what is missing
-        return load_model(prompter, threads, date=date), answers
-    first = load_model(prompter, threads, date=date)
-    second = reusable(wanted, [(prompter, first)])
-    return first, second or load_model(wanted, threads, date=date)
+        return _that_chats("prompter", load_model(prompter, threads, date=date)), answers
+    first = _that_chats("prompter", load_model(prompter, threads, date=date))
+    second = reusable(wanted, [(prompter, first)]) or load_model(wanted, threads, date=date)
+    return first, _that_chats("target", second)
+
+
+def _that_chats(role: str, model: NativeModel) -> NativeModel:
+    try:
+        model.tokenizer.encode_chat([{"role": "user", "content": "a"}])
+    except ValueError as error:
+        raise ValueError(f"{role}: {error}") from None
+    return model
 
 
 def reusable(
