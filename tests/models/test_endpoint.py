@@ -104,11 +104,9 @@ def test_parameters_that_are_not_the_defaults_go_out_and_the_users_own_win(serve
 
 
 def test_variables_of_the_chat_template_go_out(server):
-    config = ModelConfig(
-        "big", endpoint=server.url, chat_template_kwargs={"enable_thinking": False}
-    )
-    ask(EndpointModel(config), "x")
-    assert server.asked[0].body["chat_template_kwargs"] == {"enable_thinking": False}
+    off = {"enable_thinking": False}
+    ask(EndpointModel(ModelConfig("big", endpoint=server.url, chat_template_kwargs=off)), "x")
+    assert server.asked[0].body["chat_template_kwargs"] == off
     with pytest.raises(ValueError, match="chat_template: expected its default None"):
         ModelConfig("big", endpoint=server.url, chat_template="rag")
 

@@ -1,8 +1,9 @@
-"""What a run does with its chat template: reasoning, variables, and one date however long it takes."""
+"""What a run does with its chat template: reasoning, variables, and one date to the end."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from alignpro.config import (
     Prompting,
     TrainConfig,
     from_mapping,
+    load_yaml,
 )
 from alignpro.evaluate.run import run_evaluation
 from alignpro.models.native_model import load_model, load_models
@@ -24,7 +26,10 @@ from alignpro.train.sft import encode_pairs
 from alignpro.types import SamplingParams
 from scripted_model import scripted_model
 
-DATED = "{{ strftime_now('%d') }}{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
+DATED = (
+    "{{ strftime_now('%d') }}{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+    "<|assistant|>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +114,6 @@ def test_a_run_keeps_its_date(tiny_model_dir, tmp_path, data, monkeypatch):
 
 def test_a_date_of_yaml_is_a_date():
     assert from_mapping(TrainConfig, {"date": "2026-11-28"}).date == "2026-11-28"
-    from alignpro.config import load_yaml
-
     assert load_yaml(TrainConfig, None, ["date=2026-11-28"]).date == "2026-11-28"
     with pytest.raises(ValueError, match=r'^date: expected a date such as "2026-11-28"'):
         TrainConfig(date="28 Nov")
@@ -139,8 +142,6 @@ def test_a_rewrite_that_is_cut_in_its_reasoning_is_an_empty_one(thinker, tmp_pat
 
 
 def test_a_template_of_ones_own_where_the_file_has_none(tiny_model_dir, tmp_path):
-    import shutil
-
     folder = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama"), folder)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
@@ -151,7 +152,7 @@ def test_a_template_of_ones_own_where_the_file_has_none(tiny_model_dir, tmp_path
         load_models(bare, None, 1)
     file = tmp_path / "own.jinja"
     file.write_text("<|user|>{{ messages[0].content }}<|assistant|>")
-    with pytest.raises(ValueError, match="^target: .* has no chat template"):
+    with pytest.raises(ValueError, match=r"^target: .* has no chat template"):
         load_models(replace(bare, chat_template=str(file)), bare, 1)
     prompter, target = load_models(replace(bare, chat_template=str(file)), None, 1)
     assert target is prompter
