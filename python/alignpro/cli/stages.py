@@ -299,9 +299,13 @@ def generate(
         client.step()
         typer.echo(handle.completion().text)
         return
+    written = ""
     for _token, delta, _logprob in target.stream(text, params, adapter=adapter):
+        written += delta
         typer.echo(delta, nl=False)
     typer.echo()
+    if not written:
+        typer.echo("no answer was begun; --max-new-tokens allows a longer one", err=True)
 
 
 @app.command()
