@@ -13,6 +13,7 @@ from alignpro.config import (
     LoraConfig,
     ModelConfig,
     Prompting,
+    SftConfig,
     TrainConfig,
     from_mapping,
     load_yaml,
@@ -21,8 +22,9 @@ from alignpro.evaluate.run import run_evaluation
 from alignpro.models.native_model import load_model, load_models
 from alignpro.run_directory import recorded_date
 from alignpro.train.metrics import read_metrics
+from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import make_trainer
-from alignpro.train.sft import encode_pairs
+from alignpro.train.sft import fit
 from alignpro.types import SamplingParams
 from scripted_model import scripted_model
 
@@ -160,8 +162,11 @@ def test_a_template_of_ones_own_where_the_file_has_none(tiny_model_dir, tmp_path
 
 
 def test_no_instruction_is_taught_inside_a_block_of_reasoning(thinker):
-    pairs, prompting = [("Why?", "Be brief.")], Prompting(template="{prompt}")
-    assert encode_pairs(load_model(thinker, 1).tokenizer, pairs, prompting)
-    forced = load_model(thinker, 1, chat_template_kwargs={"force_thinking": True})
+    pairs, settings = [("Why?", "Be brief.")], SftConfig(prompting=Prompting(template="{prompt}"))
+
+    def policy(**options):
+        return LoraPolicy.fresh(load_model(thinker, 1, **options), LoraConfig(rank=2), seed=0)
+
+    assert fit(policy(), pairs, settings)
     with pytest.raises(ValueError, match="pair 0: the chat template opens a block of reasoning"):
-        encode_pairs(forced.tokenizer, pairs, prompting)
+        fit(policy(chat_template_kwargs={"force_thinking": True}), pairs, settings)

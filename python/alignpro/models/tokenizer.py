@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,13 +96,14 @@ class Tokenizer(Vocabulary):
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Token ids of plain text; "<|im_end|>" in it is ten characters, never a control id. Added
-        tokens that are none ("<think>" of Qwen3, runs of spaces) are matched, as everywhere.
+        tokens that are not special (runs of spaces, <think>) are words of the vocabulary: they are
+        matched wherever they stand, as the model was trained.
 
         Raises:
             ValueError: not a string, a lone surrogate, or ``add_bos`` where the model has no BOS.
         """
         _check_text(text, "text")
-        ids = self._ids(self._split(text, self._ordinary))
+        ids = self._ids(text, self._plain_pattern, lambda part: part)
         if not add_bos:
             return ids
         if self.bos_id is None:
@@ -119,7 +120,7 @@ class Tokenizer(Vocabulary):
         """
         _check_chat(messages)
         template = self._require(self._template)
-        shielded, restore = chat_template.shield(messages, self._controls, template)
+        shielded, restore = chat_template.shield(messages, self._special_pattern, template)
         text = chat_template.render(
             template,
             shielded,
@@ -127,19 +128,7 @@ class Tokenizer(Vocabulary):
             variables={**self.special_tokens, **self.chat_template_kwargs},
             date=self.date,
         )
-        parts = self._split(text, self._pattern)
-        return self._ids(restore(part) if isinstance(part, str) else part for part in parts)
-
-    def _ids(self, parts: Iterable[str | AddedToken]) -> list[int]:
-        ids: list[int] = []
-        backend = self.backend
-        for part in parts:
-            if isinstance(part, AddedToken):
-                ids.append(part.id)
-            elif part:
-                ids += backend.encode(part, add_special_tokens=False).ids
-            backend = self.continuation
-        return ids
+        return self._ids(text, self._pattern, restore)
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD, unused ids nothing.
@@ -176,15 +165,30 @@ class Tokenizer(Vocabulary):
         return chat_template.control_pattern(self._by_text)
 
     @cached_property
-    def _controls(self) -> Any:
+    def _special_pattern(self) -> Any:
         return chat_template.control_pattern(t.text for t in self.added if t.control)
 
     @cached_property
-    def _ordinary(self) -> Any:
+    def _plain_pattern(self) -> Any:
         return chat_template.control_pattern(t.text for t in self.added if not t.control)
 
+    def _ids(self, text: str, pattern: Any, restore: Callable[[str], str]) -> list[int]:
+        """Ids of a text with the added tokens that ``pattern`` matches.
+
+        restore: undoes in what lies between them what kept other tokens from being matched.
+        """
+        ids: list[int] = []
+        backend = self.backend
+        for part in self._split(text, pattern):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
+            elif part:
+                ids += backend.encode(restore(part), add_special_tokens=False).ids
+            backend = self.continuation
+        return ids
+
     def _split(self, text: str, pattern: Any) -> Iterator[str | AddedToken]:
-        """The text cut at its added tokens; a token may swallow the white space at its sides."""
+        """The text cut at added tokens; a token may swallow the white space at its sides."""
         begin = at = 0
         while pattern is not None and (match := pattern.search(text, at)):
             token = self._by_text[match.group()]

@@ -44,8 +44,8 @@ def fit(
             write. Batches are shuffled by (config.seed, epoch).
 
     Raises:
-        ValueError: no pairs, an empty prompt, or a pair over the context; the message names its
-            index. Before the first step.
+        ValueError: no pairs, an empty prompt, a pair over the context, or a chat template that
+            opens a block of reasoning; the message names its index. Before the first step.
     """
     examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting)
     limit = policy.model.context_length
@@ -53,6 +53,13 @@ def fit(
         if len(example.tokens) > limit:
             raise ValueError(
                 f"pair {index}: {len(example.tokens)} tokens exceed the context of {limit}"
+            )
+        read = prompt_end(policy.model.tokenizer, example.tokens[: example.start])
+        if open_block(read) is not None:
+            raise ValueError(
+                f"pair {index}: the chat template opens a block of reasoning, in which no "
+                "instruction can be taught; prompter.chat_template_kwargs may close it, or "
+                "prompter.chat_template takes another"
             )
     return _fit(policy, examples, config)
 
@@ -120,12 +127,6 @@ def encode_pairs(
                 [{"role": "user", "content": prompting.prompter_turn(prompt)}]
             )
             written = tokenizer.encode(instruction.strip())
-            if open_block(prompt_end(tokenizer, read)) is not None:
-                raise ValueError(
-                    "the chat template opens a block of reasoning, in which no instruction can be "
-                    "taught; prompter.chat_template_kwargs may close it, or prompter.chat_template "
-                    "takes another"
-                )
         except ValueError as error:
             raise ValueError(f"pair {index}: {error}") from None
         examples.append(Example(tokens=[*read, *written, end], start=len(read)))
