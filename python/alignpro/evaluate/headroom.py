@@ -49,6 +49,8 @@ def run_headroom(
     usage = None
     if samples is not None and samples.exists():
         rewards = read_samples(samples, config)
+        with samples.open(encoding="utf-8") as file:
+            config = replace(config, date=json.loads(next(file))["config"].get("date"))
     else:
         config = replace(config, date=config.date or today())
         drawn, usage = _draw(config, samples, on_progress)
