@@ -72,6 +72,7 @@ class Completion:
     prompt_tokens: list[int]
     reasoning: str = ""  # written before ``text``, and no part of it
     usage: Usage | None = None
+    answered: bool = True  # False: it is a block of reasoning alone, which no answer follows
 
     @property
     def num_tokens(self) -> int:

@@ -101,12 +101,12 @@ def test_a_block_that_the_template_opens(thinker):
     assert "".join(text for _, text, _ in forced.stream("hi", PARAMS)) == "Be"
 
 
-@pytest.mark.parametrize(("limit", "text"), [(2, ""), (4, ""), (5, "B"), (6, "Be")])
+@pytest.mark.parametrize(("limit", "text"), [(1, ""), (2, ""), (4, ""), (5, "B"), (6, "Be")])
 def test_a_cut_block_is_no_answer(thinker, limit, text):
     params = SamplingParams(max_new_tokens=limit, seed=1)
     (done,) = thinker.generate(["hi"], params)
     assert (done.text, done.finish_reason) == (text, "length")
-    assert len(done.tokens) == limit
+    assert len(done.tokens) == limit and done.answered == bool(text)
     assert "".join(piece for _, piece, _ in thinker.stream("hi", params)) == text
 
 

@@ -134,8 +134,8 @@ class InFlight:
             self.leave_out(f"{request.what}: {error}")
             return None
         self.generated_tokens += completion.num_tokens
-        missing = no_answer(completion.text, completion.reasoning, completion.finish_reason)
-        if request.wants_answer and missing is not None:
+        if request.wants_answer and not completion.answered:
+            missing = no_answer(None, completion.reasoning, completion.finish_reason)
             self.leave_out(f"{request.what}: {missing}")
             return None
         self._finished += 1

@@ -54,6 +54,7 @@ class NativeHandle:
             finish_reason=cast(FinishReason, reason),
             prompt_tokens=read,
             reasoning=reasoning,
+            answered=bool(answer) or (answer is not None and not reasoning),
         )
 
 
