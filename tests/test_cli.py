@@ -283,6 +283,18 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["generate", "x", "--model", "{tiny}", "--top-p", "2"], "top_p"),
         (["generate", "x", "--run", "nothing"], "nothing"),
         (
+            ["generate", "x", "--run", "nothing", "--chat-template", "rag"],
+            "expected no chat template with --run",
+        ),
+        (
+            ["generate", "x", "--model", "{tiny}", "--chat-template", "rag"],
+            "chat_template: expected a name (this model has default), a file",
+        ),
+        (
+            ["generate", "x", "--model", "{tiny}", "--chat-template-kwargs", "{{thinking: no}}"],
+            "chat_template_kwargs: the template reads no thinking",
+        ),
+        (
             ["generate", "x", "--model", "{tiny}", "--device", "gpu"],
             "device: expected one of 'cpu'",
         ),

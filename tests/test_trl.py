@@ -65,6 +65,16 @@ def test_completions_are_answered_and_scored_against_the_original_prompt(server,
     ]
 
 
+def test_a_block_of_reasoning_is_no_part_of_a_rewrite(server):
+    reward = Reward()
+    rewrite_reward(target_of(server), reward)(
+        prompts=[""] * 3,
+        completions=["<think>\nhm\n</think>\n\nbriefly", "hm</think> in verse", "<think>hm"],
+        original_prompt=["Why?", "How?", "Who?"],
+    )
+    assert [rewrite for _, rewrite, _ in reward.rows] == ["briefly", "in verse", ""]
+
+
 def test_a_rewrite_without_an_answer_has_no_reward(server):
     def answer(asked):
         return Fault.error(400, "no") if "bad" in asked.turn else "x"

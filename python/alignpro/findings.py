@@ -251,6 +251,16 @@ def one_rewrite(common: float, whose: str, since: int | None = None) -> Finding:
     )
 
 
+def reasoning_alone(count: int) -> Finding:
+    """Rewrites of one step that are a block of reasoning and nothing else."""
+    return Finding(
+        "reasoning_alone",
+        f"{count} of the rewrites of this step are reasoning alone, cut before it ended, and count "
+        "as empty: the target read the prompt as it is. Raise rewrite.max_new_tokens, or turn the "
+        "reasoning off (prompter.chat_template_kwargs).",
+    )
+
+
 def truncated_rewrites(cut: float, whose: str) -> Iterator[Finding]:
     if cut > TRUNCATED:
         yield Finding(

@@ -18,14 +18,7 @@ from functools import partial
 from typing import Any
 
 from alignpro import trace
-from alignpro.config import (
-    RESPONSE,
-    REWRITE,
-    ModelConfig,
-    Prompting,
-    StageConfig,
-    check_sampling,
-)
+from alignpro.config import RESPONSE, REWRITE, ModelConfig, Prompting, StageConfig, check_sampling
 from alignpro.models.arguments import check_params
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
@@ -173,7 +166,7 @@ class Pipeline:
             ValueError: what is no prompt (`Conversation.of`), or one that does not fit its model's
                 context; the message names the index. RewardError: see `rewards.check`.
             FailedRowsError: more of the responses failed than ``max_failed`` allows; those of a
-                rewrite that does not fit the target are failed ones.
+                rewrite that does not fit the target, and those cut in their reasoning, are failed.
         """
         seed = _fresh_seed() if seed is None else seed
         _check_counts(num_rewrites=num_rewrites, num_responses=num_responses)
@@ -355,7 +348,8 @@ class Pipeline:
         for number in range(num_responses):
             handle = self._submit(in_flight, rewrite, params, number)
             what = f"response {number} to rewrite {sample} of prompt {rewrite.prompt_index}"
-            in_flight.add(handle, Request(what, "answer", partial(finished, number)))
+            on_finished = partial(finished, number)
+            in_flight.add(handle, Request(what, "answer", on_finished, wants_answer=True))
         return rewrite
 
     def _submit(
@@ -389,6 +383,7 @@ class Pipeline:
             tokens=completion.tokens,
             logprobs=completion.logprobs,
             finish_reason=completion.finish_reason,
+            reasoning=completion.reasoning,
         )
 
     def _read_by_target(self, prompt: Prompt, index: int, text: str) -> Rewrite:

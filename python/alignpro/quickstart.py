@@ -17,6 +17,7 @@ from alignpro.data.load import load_pairs, load_prompts
 from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, load_inputs, spend
 from alignpro.files import write_json
+from alignpro.models.chat_template import today
 from alignpro.models.native_model import load_models
 from alignpro.models.resolve import resolve_model
 from alignpro.native import core
@@ -51,6 +52,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     Raises:
         ValueError, OSError: bad input, before anything is written.
     """
+    config = replace(config, date=config.date or today())
     sft, train, evaluation = config.stages()
     check_trackers(train.track)
     held_out = load_inputs(evaluation)
@@ -65,7 +67,11 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     train = replace(train, run_dir=str(free_directory(config.run_dir)))
     with _timed(seconds, "load"), console.status(f"loading {config.prompter.name}"):
         prompter, target = load_models(
-            train.prompter, train.target, train.threads, calls=Path(train.run_dir) / CALLS
+            train.prompter,
+            train.target,
+            train.threads,
+            calls=Path(train.run_dir) / CALLS,
+            date=config.date,
         )
 
     with Bars(console) as bars:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import traceback
@@ -217,6 +218,22 @@ def open_run_dir(
             if entry.name not in (MARKER, LOCK, CALLS):
                 remove_run_files(path, entry)
     return directory
+
+
+def recorded_date(*paths: str | Path | None) -> str | None:
+    """The date that the run was told which is, or holds, the first of ``paths`` that one does.
+
+    Raises:
+        ValueError: its config.json is damaged.
+    """
+    for path in paths:
+        around = [] if path is None else [Path(path), *Path(path).resolve().parents]
+        run = next((p for p in around if is_run_dir(p)), None)
+        if run is None or not (run / "config.json").is_file():
+            continue
+        date = json.loads((run / "config.json").read_text(encoding="utf-8")).get("date")
+        return date if isinstance(date, str) else None
+    return None
 
 
 def is_run_dir(path: str | Path) -> bool:

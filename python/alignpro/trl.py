@@ -14,6 +14,7 @@ from typing import Any
 from alignpro.config import Prompting
 from alignpro.models.language_model import ChatModel, LanguageModel
 from alignpro.models.reading import read_prompts
+from alignpro.models.reasoning import split_reasoning
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.types import Conversation, Message, PromptLike, Reward, SamplingParams
 
@@ -87,7 +88,7 @@ def rewrite_reward(
         }
         rollout = pipeline.answer(
             list(originals),
-            [[_text(completion).strip()] for completion in completions],
+            [[_rewrite(completion)] for completion in completions],
             num_responses=num_responses,
             seed=derive_seed(seed, next(calls)),
             columns=own,
@@ -99,6 +100,12 @@ def rewrite_reward(
 
 # What TRL gives to a reward function beside the columns of the data.
 _OF_TRL = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+
+
+def _rewrite(completion: Any) -> str:
+    """Without a block of reasoning; "" of one that was cut in it."""
+    answer, _ = split_reasoning(_text(completion))
+    return (answer or "").strip()
 
 
 def _text(completion: Any) -> str:

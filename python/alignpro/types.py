@@ -196,6 +196,7 @@ class Completion:
     prompt_tokens: list[int]
     reasoning: str = ""  # written before ``text``, and no part of it
     usage: Usage | None = None
+    answered: bool = True  # False: it is a block of reasoning alone, which no answer follows
 
     @property
     def num_tokens(self) -> int:
@@ -234,6 +235,7 @@ class Rewrite:
     target_tokens: list[int]  # the same as token ids, chat template applied; none of an endpoint
     finish_reason: FinishReason
     responses: list[Response] = field(default_factory=list)  # those that failed are left out
+    reasoning: str = ""  # written before ``text``, and no part of it; a cut one leaves no text
 
     @property
     def reward(self) -> float:

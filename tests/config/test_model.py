@@ -82,6 +82,7 @@ def test_models_that_run_alike_share_an_engine():
     plain = ModelConfig("p")
     for other in (
         ModelConfig("t", adapter="a"),
+        ModelConfig(chat_template="rag", chat_template_kwargs={"enable_thinking": False}),
         ModelConfig(compute="float32", kv_dtype="float32"),
     ):
         assert plain.runs_like(other)
@@ -118,7 +119,9 @@ def test_a_judge_is_a_model_or_an_endpoints_name():
     local = from_mapping(JudgeConfig, {"model": {"model": "m", "compute": "int8"}})
     assert local.model == ModelConfig("m", compute="int8")
     line = refusal(JudgeConfig, model=local.model, base_url="http://x")
-    assert line.startswith("model: expected the name alone, with base_url, got ModelConfig(")
+    assert line.startswith(
+        "model: expected a name and chat_template_kwargs, with base_url, got ModelConfig("
+    )
     assert refusal(JudgeConfig).startswith("model: expected the judge's path or name, got None")
     line = refusal(JudgeConfig, model=ModelConfig("m", adapter="a"))
     assert line == "model.adapter: expected null, got 'a'"

@@ -372,7 +372,10 @@ def test_comparisons_of_one_prompt_have_no_interval(server):
         ("They are equal", "tie"),
         ("<think>A then", None),
         ("", None),
-        ("a", None),
+        ("a", "A"),
+        ("answer: b", "B"),
+        ("a tie", "tie"),
+        ("<think>\nA or B?\n</think>\n\ntie", "tie"),
         ("A good answer, but B is better", None),
         ("Both have their merits, but B", None),
         ('{"winner": "A", "verdict": "B"}', None),
@@ -409,7 +412,27 @@ def test_a_local_judge_inside_a_block_of_reasoning_is_refused(tiny_model_dir, tm
     folder = tmp_path / "judge"
     shutil.copytree(tiny_model_dir("llama"), folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] += "<think>\n"
+    own = settings["chat_template"]
+    settings["chat_template"] += "{% if not closed %}<think>\n{% endif %}"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="opens a block of reasoning"):
+    with pytest.raises(ValueError, match=r"opens a block of reasoning.*chat_template_kwargs"):
         LocalJudge(load_model(folder, threads=1))
+    judges = [
+        LocalJudge(load_model(folder, threads=1, **options))
+        for options in (
+            {"chat_template_kwargs": {"closed": True}},
+            {"chat_template": own},
+            {"chat_template": own + " "},
+        )
+    ]
+    assert judges[0].identity == judges[1].identity  # which read the same
+    assert judges[2].identity != judges[1].identity
+
+
+def test_template_variables_go_to_the_judges_endpoint(server):
+    name = {"model": "referee", "chat_template_kwargs": {"enable_thinking": False}}
+    report = judge_arms(EndpointJudge(config(server, model=name)), ARMS, config(server))
+    assert {a.body["chat_template_kwargs"]["enable_thinking"] for a in server.asked} == {False}
+    assert report["comparisons"] == to_json(report.comparisons) and report["questions"] == 8
+    plain, thinks = EndpointJudge(config(server)), EndpointJudge(config(server, model=name))
+    assert plain.identity != thinks.identity

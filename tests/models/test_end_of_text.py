@@ -153,7 +153,7 @@ def test_real_vocabularies(name: str, texts: set[str], taught: str | None) -> No
     tokenizer = Tokenizer.of(core.ModelFiles(str(Path(root) / name)))
     spelled = {tokenizer.decode([i], skip_special=False) for i in tokenizer.eos_ids}
     assert spelled == texts
-    if taught is not None and tokenizer.chat_template is not None:
+    if taught is not None and tokenizer.chat_templates:
         assert tokenizer.decode([end_of_turn(tokenizer)], skip_special=False) == taught
 
 

@@ -103,6 +103,14 @@ def test_parameters_that_are_not_the_defaults_go_out_and_the_users_own_win(serve
     assert body["min_tokens"] == 2 and "ignore_eos" not in body
 
 
+def test_variables_of_the_chat_template_go_out(server):
+    off = {"enable_thinking": False}
+    ask(EndpointModel(ModelConfig("big", endpoint=server.url, chat_template_kwargs=off)), "x")
+    assert server.asked[0].body["chat_template_kwargs"] == off
+    with pytest.raises(ValueError, match="chat_template: expected its default None"):
+        ModelConfig("big", endpoint=server.url, chat_template="rag")
+
+
 def test_draws_have_seeds_of_their_own(server):
     ask(model(server), "x", "y", samples=3)
     ask(model(server), "x", params=replace(PARAMS, seed=6))
@@ -148,6 +156,7 @@ def test_an_open_block_of_reasoning_is_no_answer():
         (Fault.reply(None, "length", reasoning_content="and so"), "before one began"),
         (Fault.reply("", "length"), "before one began"),
         (Fault.reply(None, reasoning_content="and so"), "reasoning alone"),
+        (Fault.reply("<think>and so</think>"), "reasoning alone"),
         (Fault.reply("Bad w", "content_filter"), "content filter"),
         (Fault.reply(None, "tool_calls", tool_calls=[{"id": "1"}]), "a tool call"),
         (Fault.error(400, "maximum context length is 100 tokens"), "HTTP 400: maximum context"),

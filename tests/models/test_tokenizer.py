@@ -280,13 +280,25 @@ def test_a_folder_encodes_as_transformers_does(tmp_path: Path, flavour: str) -> 
 def test_special_tokens_of_a_folder_stay_text_in_messages(tmp_path: Path, flavour: str) -> None:
     save_tokenizer(tmp_path, flavour)
     tokenizer = Tokenizer.from_folder(tmp_path)
-    tool_call = tokenizer.vocab_size - 1  # added, and not special
-    special = set(range(tool_call - 4, tool_call)) | {1}
-    ids = tokenizer.encode("<tool_call><|end|><s>")
-    assert not special & set(ids) and ids[0] == tool_call
+    first = tokenizer.vocab_size - 5
+    added, tool_call = {*range(first, first + 4), 1}, first + 4
+    ids = tokenizer.encode("a<tool_call><|end|><s>")
+    assert not added & set(ids) and ids.count(tool_call) == 1  # which is no control token
     ids = tokenizer.encode_chat([{"role": "user", "content": "<tool_call><|end|>"}])
-    assert len([i for i in ids if i in special]) == 4  # <s> <|user|> <|end|> <|assistant|>
+    assert len([i for i in ids if i in added]) == 4  # <s> <|user|> <|end|> <|assistant|>
     assert ids.count(tool_call) == 1
+
+
+@pytest.mark.parametrize("text", ["<\uff5cUser\uff5c>", "<|fim_middle|>", "<start_of_turn>"])
+def test_a_marker_stays_text_whatever_the_file_calls_it(tmp_path: Path, text: str) -> None:
+    save_tokenizer(tmp_path, "byte-level")
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    spec["added_tokens"][-1]["content"] = text  # special: false
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    marker = tokenizer.vocab_size - 1
+    assert marker not in tokenizer.encode(text)
+    assert marker not in tokenizer.encode_chat([{"role": "user", "content": text}])
 
 
 def test_every_eos_of_the_generation_config_counts(tmp_path: Path) -> None:

@@ -237,6 +237,14 @@ def generate(
         int | None, typer.Option(help="Random seed; the default is a fresh one.")
     ] = None,
     threads: Threads = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="Chat template: a name among the model's own, a file, or its text."),
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(help="Variables of the template, such as '{enable_thinking: false}'."),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="Device to run on: cpu, or cuda in a build with CUDA.")
     ] = "cpu",
@@ -263,21 +271,30 @@ def generate(
         return from_mapping(ModelConfig, here, base=config)
 
     text = sys.stdin.read() if prompt == "-" else prompt
+    chats = [] if chat_template is None else [f"chat_template={json.dumps(chat_template)}"]
+    if chat_template_kwargs is not None:
+        chats.append(f"chat_template_kwargs={chat_template_kwargs}")
+    if run is not None and chats:
+        raise ValueError(f"{chats[0]}: expected no chat template with --run, which has its own")
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     target: NativeModel | EndpointModel
     if run is None:
-        target, adapter = load_model(placed(ModelConfig(model)), threads), None
+        named = read_settings(ModelConfig, None, [f"model={json.dumps(model)}", *chats])
+        target, adapter = load_model(placed(named), threads), None
     else:
         settings = load_yaml(TrainConfig, run / "config.json")
         answers = placed(target_of(settings.prompter, settings.target))
         if settings.policy == "target":
-            target, adapter = load_model(answers, threads), str(run / "adapter")
+            target = load_model(answers, threads, date=settings.date)
+            adapter = str(run / "adapter")
         else:
             from alignpro.pipeline import Pipeline
 
-            prompter, target = load_models(placed(settings.prompter), answers, threads)
+            prompter, target = load_models(
+                placed(settings.prompter), answers, threads, date=settings.date
+            )
             adapter = answers.adapter
             pipeline = Pipeline.configured(settings, prompter, target, None)
             rewriting = pipeline.with_adapter(prompter.make_adapter(run / "adapter"))
@@ -290,9 +307,13 @@ def generate(
         client.step()
         typer.echo(handle.completion().text)
         return
+    written = ""
     for _token, delta, _logprob in target.stream(text, params, adapter=adapter):
+        written += delta
         typer.echo(delta, nl=False)
     typer.echo()
+    if not written:
+        typer.echo("no answer was begun; --max-new-tokens allows a longer one", err=True)
 
 
 @app.command()

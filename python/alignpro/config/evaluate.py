@@ -130,7 +130,7 @@ class OptimumConfig:
 class JudgeConfig:
     """Who says which of two responses is better, and how it is asked."""
 
-    # A local model, or the endpoint's name for its model: then its name alone.
+    # A local model, or the endpoint's name for its model: then its name, with template variables.
     model: ModelConfig = field(default_factory=ModelConfig)
     base_url: str | None = None  # an OpenAI-compatible endpoint, "https://.../v1"; None: local
     # The environment variable that holds the key, which is never stored. None: there is no key.
@@ -156,8 +156,9 @@ class JudgeConfig:
         require("model.adapter", self.model.adapter, self.model.adapter is None, "null")
         if self.base_url is not None:
             check_url("base_url", self.base_url)
-            alone = self.model == ModelConfig(self.model.model)
-            require("model", self.model, alone, "the name alone, with base_url")
+            variables = self.model.chat_template_kwargs
+            alone = self.model == ModelConfig(self.model.model, chat_template_kwargs=variables)
+            require("model", self.model, alone, "a name and chat_template_kwargs, with base_url")
         check_local("model", self.model, "base_url is the judge's endpoint")
 
     @property
@@ -169,6 +170,7 @@ class JudgeConfig:
             self.model.model,
             endpoint=self.base_url,
             api_key_env=self.api_key_env,
+            chat_template_kwargs=self.model.chat_template_kwargs,
             client=ClientConfig(
                 concurrency=self.concurrency,
                 timeout_seconds=self.timeout_seconds,

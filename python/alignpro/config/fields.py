@@ -12,6 +12,7 @@ as read the values here; and it takes 0.25 s to import, where all of `config` ta
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import functools
 import numbers
@@ -44,6 +45,19 @@ def above(limit: float) -> Range:
 Bytes = Annotated[int, "bytes", at_least(1)]
 Seed = Annotated[int, Range(lambda v: 0 <= v < 2**64, "between 0 and 2**64 - 1")]
 Threads = Annotated[int, at_least(1)] | None  # None: the container's CPU quota
+
+
+def _is_iso_date(value: str) -> bool:
+    try:
+        datetime.datetime.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
+
+
+# What a chat template that asks for the date is told, by every model of a run. None: today's, which
+# the run then records; to evaluate a run: the one that it recorded.
+Date = Annotated[str, Range(_is_iso_date, 'a date such as "2026-11-28"')] | None
 
 # The key of a group that was given as text before some of its fields were: see `apply_overrides`.
 TEXT = ""
@@ -193,6 +207,8 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
         return int(value)  # numpy's integers are integers
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
+    if hint is str and isinstance(value, datetime.date):
+        return value.isoformat()  # YAML reads 2026-11-28 as one
     if hint is not int and isinstance(value, hint):
         return value
     kind = {int: "an integer", str: "text", bool: "true or false", float: "a number"}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from alignpro.config.endpoint import ClientConfig, check_url
 from alignpro.config.fields import Bytes, Range, at_least, checked, only_default, require
 
 DEFAULT_MODEL = "smollm2"
+_OF_ENDPOINTS = {
+    *("model", "endpoint", "api_key_env", "client", "max_failed", "chat_template_kwargs")
+}
 # By device, the device's own first. A device keeps keys and values as it computes.
-_OF_ENDPOINTS = ("model", "endpoint", "api_key_env", "client", "max_failed")
 _COMPUTE = {"cpu": ("float32", "int8"), "cuda": ("bfloat16", "float32")}
 
 
@@ -34,6 +36,12 @@ class ModelConfig:
     # the run: no answer after all retries, or a rewrite that does not fit. One always may, but
     # with 0.
     max_failed: Annotated[float, Range(lambda v: 0 <= v < 1, "at least 0 and below 1")] = 0.1
+    # How chats are written: a name among the templates of the model's files, a file, or the text of
+    # one (jinja). None: the files' own default.
+    chat_template: str | None = None
+    # Variables of the template: {enable_thinking: false}. An endpoint is sent them under this name,
+    # as vLLM and SGLang take it.
+    chat_template_kwargs: dict[str, Any] | None = None
     adapter: str | None = None  # PEFT folder that takes part; None: the base weights alone
     device: Literal["cpu", "cuda"] = "cpu"  # cuda: the current CUDA device, in a build with CUDA
     # None: the device's own, which is float32 on the CPU and bfloat16 on CUDA. float32, on either:
@@ -100,6 +108,7 @@ class ModelConfig:
             bare = replace(
                 config, model=None, adapter=None, compute=None, kv_dtype=None, max_failed=0.0
             )
+            bare = replace(bare, chat_template=None, chat_template_kwargs=None)
             return bare, config.resolved_compute, config.resolved_kv_dtype
 
         here = self.endpoint is None and other.endpoint is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from alignpro.config.fields import Bytes, Seed, Threads, above, at_least, checked, require
+from alignpro.config.fields import Bytes, Date, Seed, Threads, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, PROMPTER_HERE, ModelConfig, check_local
 from alignpro.types import Conversation, Prompt, SamplingParams, transcript
 
@@ -137,6 +137,7 @@ class StageConfig:
     rewrite: SamplingParams = REWRITE
     response: SamplingParams = RESPONSE
     prompting: Prompting = field(default_factory=Prompting)
+    date: Date = None
     threads: Threads = None
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.config.evaluate import EvalConfig
-from alignpro.config.fields import Seed, Threads, checked, default_of, require
+from alignpro.config.fields import Date, Seed, Threads, checked, default_of, require
 from alignpro.config.model import PROMPTER, ModelConfig
 from alignpro.config.prompting import LoraConfig, Prompting
 from alignpro.config.sft import SftConfig
@@ -33,6 +33,7 @@ class QuickstartConfig:
     run_dir: str = "alignpro-quickstart"  # a number is added while the directory exists
     threads: Threads = None
     prompting: Prompting = field(default_factory=Prompting)
+    date: Date = None
     lora: LoraConfig = field(default_factory=LoraConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

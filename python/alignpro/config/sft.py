@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from alignpro.config.fields import Seed, Threads, above, at_least, checked, require
+from alignpro.config.fields import Date, Seed, Threads, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
 from alignpro.config.prompting import FitConfig, Prompting
 
@@ -24,6 +24,7 @@ class SftConfig(FitConfig):
     learning_rate: Annotated[float, above(0)] = 1e-3
     warmup_steps: Annotated[int, at_least(0)] = 3
     prompting: Prompting = field(default_factory=Prompting)
+    date: Date = None
     threads: Threads = None
 
     def __post_init__(self) -> None:

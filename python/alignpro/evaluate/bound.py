@@ -21,9 +21,11 @@ from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import BoundReport, ClosedForm
 from alignpro.models.adapter import LoraWeights
+from alignpro.models.chat_template import today
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.run_directory import recorded_date
 from alignpro.statistics import Floats, bootstrap_mean_ci
 from alignpro.theory.bound import (
     prompting_bound,
@@ -47,7 +49,9 @@ def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> 
     check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_rows(config)
     reward = build_reward(config.reward)
-    prompter, target = load_models(config.prompter, config.target, config.threads)
+    date = config.date or recorded_date(config.trained, config.tuned) or today()
+    config = replace(config, date=date)
+    prompter, target = load_models(config.prompter, config.target, config.threads, date=date)
     assert isinstance(target, NativeModel)  # the configuration's rule
     report = measure_bound(
         config,

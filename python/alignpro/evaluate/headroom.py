@@ -15,6 +15,7 @@ from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
 from alignpro.files import write_file
+from alignpro.models.chat_template import today
 from alignpro.models.endpoint import EndpointModel
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import load_models
@@ -48,7 +49,10 @@ def run_headroom(
     usage = None
     if samples is not None and samples.exists():
         rewards = read_samples(samples, config)
+        with samples.open(encoding="utf-8") as file:
+            config = replace(config, date=json.loads(next(file))["config"].get("date"))
     else:
+        config = replace(config, date=config.date or today())
         drawn, usage = _draw(config, samples, on_progress)
         rollout = complete(drawn)
         rewards = rewards_of(rollout)
@@ -129,6 +133,8 @@ def read_samples(path: Path, config: HeadroomConfig) -> Floats:
             f"({type(error).__name__}: {error}); name another file to draw new ones"
         ) from None
     wanted = _of_samples(config)
+    if config.date is None:  # any that they were drawn with
+        wanted.pop("date")
     for key in wanted:
         if drawn.get(key) != wanted[key]:
             raise ValueError(
@@ -154,7 +160,9 @@ def _draw(
     rows = load_rows(config)
     reward = build_reward(config.reward)
     calls = None if samples is None else samples.with_name(samples.name + ".calls.jsonl")
-    prompter, target = load_models(config.prompter, config.target, config.threads, calls=calls)
+    prompter, target = load_models(
+        config.prompter, config.target, config.threads, calls=calls, date=config.date
+    )
     pipeline = Pipeline.configured(config, prompter, target, reward)
     pipeline = pipeline.with_adapter(load_adapter(config.prompter.adapter, prompter))
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)

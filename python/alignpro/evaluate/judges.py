@@ -15,8 +15,10 @@ from alignpro.evaluate.judge import JudgeError, Reply, Verdict
 from alignpro.models.endpoint import EndpointHandle, EndpointModel
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.language_model import RequestError
+from alignpro.models.native_client import prompt_end
 from alignpro.models.native_model import NativeModel
-from alignpro.models.reply import one_line, split_reasoning
+from alignpro.models.reasoning import open_block, split_reasoning
+from alignpro.models.reply import one_line
 from alignpro.types import Message, SamplingParams, Usage
 
 _EXTRA = "pip install 'alignpro[judge]'"
@@ -25,7 +27,7 @@ _REMINDER = "That is no verdict. Reply with one letter and nothing else: A or B.
 # "Response B.", "It's a tie"). Prose is none: "A good answer, but B ..." would be read either way.
 _VERDICT = re.compile(
     r"[\W_]*(?:(?:the )?(?:better )?(?:answer|response|verdict|choice|winner)(?: is)?[\W_]*)?"
-    r"(?:(?P<letter>[AB])|(?P<tie>(?:(?:it is|it's|they are|both(?: responses| answers)? are) )?"
+    r"(?:(?P<letter>[ab])|(?P<tie>(?:(?:it is|it's|they are|both(?: responses| answers)? are) )?"
     r"(?:an? )?(?:tie|tied|draw|C|equal|equally good|(?:the )?same|either|neither|both"
     r"|no preference)))[\W_]*",
     re.IGNORECASE,
@@ -45,8 +47,8 @@ def read_verdict(reply: str) -> Verdict | None:
     if match is None:
         return None
     if match["letter"] is None:
-        return "tie" if match["tie"] else None
-    return "A" if match["letter"] == "A" else "B" if match["letter"] == "B" else None
+        return "tie"
+    return "A" if match["letter"] in "Aa" else "B"
 
 
 def _in_json(answer: str) -> str:
@@ -82,7 +84,6 @@ class LocalJudge:
 
     def __init__(self, model: NativeModel) -> None:
         self.name = model.name
-        self.identity = f"local {fingerprint(model.path)}"
         self._model = model
         self._letters = [model.tokenizer.encode(letter) for letter in ("A", "B")]
         if any(len(tokens) != 1 for tokens in self._letters) or (
@@ -90,11 +91,14 @@ class LocalJudge:
         ):
             raise ValueError(f"judge {model.name}: expected a token for each of A and B, got none")
         asked = model.tokenizer.encode_chat([{"role": "user", "content": "A or B?"}])
-        if model.tokenizer.decode(asked, skip_special=False).rstrip().endswith("<think>"):
+        if open_block(prompt_end(model.tokenizer, asked)) is not None:
             raise ValueError(
                 f"judge {model.name}: its chat template opens a block of reasoning, in which no "
-                "letter can be scored; expected a model that answers at once, or judge.base_url"
+                "letter can be scored; judge.model.chat_template_kwargs may close it, "
+                "judge.model.chat_template takes another, or ask an endpoint (judge.base_url)"
             )
+        # A question in tokens shows all that the template, its variables and its date do to it.
+        self.identity = f"local {fingerprint(model.path)} {asked}"
 
     def replies(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]:
         """In order. A question over the model's context gets no verdict."""
@@ -151,6 +155,8 @@ class EndpointJudge:
         self.name = config.model.name
         sampling = f"{config.temperature} {config.max_tokens}"
         self.identity = f"endpoint {config.base_url} {self.name} {sampling}"
+        if config.model.chat_template_kwargs:
+            self.identity += f" {json.dumps(config.model.chat_template_kwargs, sort_keys=True)}"
         self._model = EndpointModel(config.asked)
         self._max_tokens, self._concurrency = config.max_tokens, config.concurrency
 

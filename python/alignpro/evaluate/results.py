@@ -26,6 +26,13 @@ Pair = tuple[float, float]
 Result = TypeVar("Result")
 
 
+class ByKey:
+    """A result that is also read by the keys of its JSON: ``result["judge"]["comparisons"]``."""
+
+    def __getitem__(self, key: str) -> Any:
+        return to_json(self)[key]
+
+
 @dataclass(frozen=True)
 class ArmResult:
     """One arm on the held-out prompts; lengths are means in tokens."""
@@ -96,7 +103,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class JudgeResult:
+class JudgeResult(ByKey):
     name: str
     questions: int
     replayed: int  # of them, from the file of verdicts
@@ -149,7 +156,7 @@ class SearchResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(ByKey):
     arms: dict[str, ArmResult]
     paired: dict[str, Interval]  # "trained_minus_X", by prompt
     kl_per_rewrite: float | None  # nats; None without both prompters
@@ -167,7 +174,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class HeadroomReport:
+class HeadroomReport(ByKey):
     headroom: Headroom
     config: dict[str, Any]
     target_usage: Usage | None = None  # of a target behind an endpoint
@@ -182,7 +189,7 @@ class ClosedForm:
 
 
 @dataclass(frozen=True)
-class BoundReport(Bound):
+class BoundReport(Bound, ByKey):
     """The bound with what it was measured on."""
 
     reward_range_source: str  # "given" or "observed"
@@ -201,7 +208,7 @@ class BoundReport(Bound):
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(ByKey):
     """A run's report.json, of which any part may be absent."""
 
     evaluation: Evaluation | None = None

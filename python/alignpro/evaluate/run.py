@@ -26,11 +26,13 @@ from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Evaluation
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
 from alignpro.models.adapter import LoraWeights
+from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models, reusable
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.run_directory import recorded_date
 from alignpro.train.metrics import read_metrics
 from alignpro.types import Reward
 
@@ -72,10 +74,13 @@ def run_evaluation(
     if config.trained is not None:
         folders["trained"] = config.trained
     inputs = load_inputs(config, prompters=tuple(folders), output=output)
-    config = _with_budget(config)
+    date = config.date or recorded_date(config.trained, config.tuned) or today()
+    config = replace(_with_budget(config), date=date)
     reward = build_reward(config.reward)
     calls = None if output is None else output.with_name(output.name + ".calls.jsonl")
-    prompter, target = load_models(config.prompter, config.target, config.threads, calls=calls)
+    prompter, target = load_models(
+        config.prompter, config.target, config.threads, calls=calls, date=date
+    )
     prompters = {name: load_adapter(folder, prompter) for name, folder in folders.items()}
     report = evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
     return replace(report, evaluation_config=to_mapping(config))
@@ -216,4 +221,4 @@ def _judge(
     if isinstance(target, NativeModel):
         loaded.append((target_of(config.prompter, config.target), target))
     model = reusable(judge.model, loaded)
-    return LocalJudge(model or load_model(judge.model, config.threads))
+    return LocalJudge(model or load_model(judge.model, config.threads, date=config.date))

@@ -12,10 +12,67 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import jinja2
+
+# What `render` itself says; no variable may.
+_OURS = ("messages", "add_generation_prompt", "strftime_now", "raise_exception")
+
+
+def today() -> str:
+    """The date that a template is told where none is given: of a run, or of a loaded model, it is
+    one, however long that lasts."""
+    return datetime.now().date().isoformat()
+
+
+def choose(named: Mapping[str, str], wanted: str | None) -> str | None:
+    """The template to use; None where there is none that is meant.
+
+    Args:
+        named: those of a model's files. wanted: a name among them, a file, or the text of another;
+            None is the one called "default".
+
+    Raises:
+        ValueError: none of these. OSError: a file that cannot be read.
+    """
+    if wanted is None or wanted in named:
+        return named.get(wanted or "default")
+    if "{" in wanted or "\n" in wanted:
+        return wanted
+    path = Path(wanted).expanduser()
+    if not path.is_file():
+        there = ", ".join(sorted(named)) or "none"
+        raise ValueError(
+            f"chat_template: expected a name (this model has {there}), a file, or the text of a "
+            f"template, got {wanted!r}"
+        )
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template: {path}: expected UTF-8 text: {error}") from None
+
+
+def check_variables(template: str, variables: Iterable[str]) -> None:
+    """Refuse what a template does not read.
+
+    Raises:
+        ValueError: such a variable, or a template that does not compile.
+    """
+    from jinja2 import meta
+
+    source = _compiled(template).environment.parse(template)
+    reads = meta.find_undeclared_variables(source) - {*_OURS}
+    for name in variables:
+        if name in _OURS:
+            raise ValueError(f"chat_template_kwargs: alignpro sets {name} itself")
+        if name not in reads:
+            raise ValueError(
+                f"chat_template_kwargs: the template reads no {name}; it reads "
+                f"{', '.join(sorted(reads)) or 'none'}"
+            )
 
 
 def control_pattern(texts: Iterable[str]) -> re.Pattern[str] | None:
@@ -86,23 +143,26 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool,
-    variables: Mapping[str, str],
+    variables: Mapping[str, Any],
+    date: str,
 ) -> str:
     """The template's text for a chat.
 
     Args:
-        variables: the special tokens by name ("bos_token", "eos_token", ...).
+        variables: the special tokens by name ("bos_token", "eos_token", ...), and others.
+        date: what `strftime_now` writes, in ISO 8601; of a day alone the hour is midnight.
 
     Raises:
         ValueError: the template does not compile, refuses the chat or fails on it.
     """
+    compiled = _compiled(template)
+    given = {"tools": None, "documents": None, **variables}
     try:
-        return _compiled(template).render(
+        return compiled.render(
+            given,
             messages=messages,
-            tools=None,
-            documents=None,
             add_generation_prompt=add_generation_prompt,
-            **variables,
+            strftime_now=datetime.fromisoformat(date).strftime,
         )
     except Exception as error:  # a template is a program from a file: it may fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -151,8 +211,13 @@ def _compiled(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"chat template: it does not compile ({' '.join(str(error).split())}); chat_template "
+            "takes another: a name, a file or the text"
+        ) from error
 
 
 def _branch(node: Mapping[str, Any]) -> str:

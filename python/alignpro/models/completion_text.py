@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from alignpro.models.reasoning import AnswerStream
 from alignpro.models.tokenizer import Tokenizer
 
 
@@ -23,10 +24,16 @@ def completion_text(
 
 
 class TextStream:
-    """Text of tokens as far as it is certain: whole characters, no beginning of a stop string."""
+    """The answer in tokens as far as it is certain: whole characters, no beginning of a stop
+    string, nothing of a block of reasoning.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    Args:
+        prompt: the end of what was read, which may have opened the block.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], prompt: str = "") -> None:
         self.sent = ""
+        self._answer = AnswerStream(prompt)
         self._tokenizer = tokenizer
         self._stops = [_StopPrefix(stop) for stop in stops]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -34,7 +41,7 @@ class TextStream:
         self._drop_space = tokenizer.strips_space
 
     def push(self, token: int) -> str | None:
-        """The text since the last that was sent; None while its end is not certain."""
+        """What is added to the text that was sent; None while that is not certain."""
         new = self._decoder.decode(self._tokenizer.join_bytes([token]))
         self._unsent += new
         half_a_character = self._decoder.getstate()[0]
@@ -45,8 +52,9 @@ class TextStream:
         text, self._unsent = self._unsent, ""
         if self._drop_space and text:
             text, self._drop_space = text.removeprefix(" "), False
-        self.sent += text
-        return text
+        answer = self._answer.push(text)
+        self.sent += answer or ""
+        return answer
 
 
 class _StopPrefix:

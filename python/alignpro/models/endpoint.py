@@ -84,6 +84,8 @@ class EndpointModel:
             value = getattr(params, ours)
             if value != getattr(plain, ours):
                 body[theirs] = list(value) if isinstance(value, tuple) else value
+        if self._config.chat_template_kwargs:
+            body["chat_template_kwargs"] = self._config.chat_template_kwargs
         body |= self._config.client.body or {}
         return Call({k: v for k, v in body.items() if v is not None}, params.seed, sample)
 

@@ -17,6 +17,7 @@ from alignpro.models.language_model import (
     LanguageModel,
     RequestError,
 )
+from alignpro.models.reasoning import no_answer
 from alignpro.types import Completion
 
 
@@ -31,6 +32,7 @@ class Request:
     what: str  # how an error names it
     span: str  # what a trace calls the work on it
     on_finished: Callable[[Completion | None], None]  # None: it failed, and is left out
+    wants_answer: bool = False  # a completion without an answer has failed
 
 
 class InFlight:
@@ -131,8 +133,12 @@ class InFlight:
             self._accepted.append(error)
             self.leave_out(f"{request.what}: {error}")
             return None
-        self._finished += 1
         self.generated_tokens += completion.num_tokens
+        if request.wants_answer and not completion.answered:
+            missing = no_answer(None, completion.reasoning, completion.finish_reason)
+            self.leave_out(f"{request.what}: {missing}")
+            return None
+        self._finished += 1
         return completion
 
     def _ready(self) -> list[Client | ChatClient]:

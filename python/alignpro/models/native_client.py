@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from alignpro import native
 from alignpro.models.arguments import core_params, token_list, with_seed
 from alignpro.models.completion_text import TextStream, completion_text
+from alignpro.models.reasoning import OPENING_TOKENS, split_reasoning
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import Completion, FinishReason, SamplingParams
 
@@ -31,7 +32,7 @@ class NativeHandle:
         self.sequence.cancel()
 
     def completion(self) -> Completion:
-        """What was written.
+        """What was written; ``text`` is the answer, "" of one that was cut in its reasoning.
 
         Raises:
             RuntimeError: it is not finished. What ended it: NumericError where no token could be
@@ -42,14 +43,18 @@ class NativeHandle:
         if reason is None:
             raise RuntimeError("the sequence is not finished; step() its client until it is")
         sequence.raise_error()
-        tokens = sequence.tokens
+        tokens, read = sequence.tokens, sequence.prompt_tokens
+        written = completion_text(self._tokenizer, tokens, reason, sequence.matched_stop)
+        answer, reasoning = split_reasoning(written, prompt_end(self._tokenizer, read))
         return Completion(
             tokens=tokens,
-            text=completion_text(self._tokenizer, tokens, reason, sequence.matched_stop),
+            text=answer or "",
             logprobs=sequence.logprobs,
             kept_mass=sequence.kept_mass,
             finish_reason=cast(FinishReason, reason),
-            prompt_tokens=sequence.prompt_tokens,
+            prompt_tokens=read,
+            reasoning=reasoning,
+            answered=bool(answer) or (answer is not None and not reasoning),
         )
 
 
@@ -150,7 +155,14 @@ def stream(
                     waiting = []
         completion = handle.completion()
         if waiting:
-            yield from _spread(waiting, completion.text[len(text.sent) :])
+            # A block of reasoning that is closed twice ends later than it seemed to.
+            known = completion.text.startswith(text.sent)
+            yield from _spread(waiting, completion.text[len(text.sent) :] if known else "")
+
+
+def prompt_end(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """What a prompt ends with, as far as it can open a block of reasoning."""
+    return tokenizer.decode(tokens[-OPENING_TOKENS:], skip_special=False)
 
 
 def of_prompt(index: int, error: Exception) -> Exception:

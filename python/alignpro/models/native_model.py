@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import os
@@ -33,6 +34,7 @@ from alignpro.models.native_client import (
     NativeHandle,
     completion_or_error,
     of_prompt,
+    prompt_end,
     report,
     stream,
 )
@@ -51,6 +53,8 @@ AdapterLike = Any  # _core.Adapter | LoraWeights | path of a PEFT folder | None
 def load_model(
     model: str | os.PathLike[str] | ModelConfig = DEFAULT_MODEL,
     threads: int | None = None,
+    *,
+    date: str | None = None,
     **options: Any,
 ) -> NativeModel:
     """Load a model file into the native engine.
@@ -58,8 +62,11 @@ def load_model(
     Args:
         model: a path or name with ``options``, or the group that says both.
         threads: None takes the container's CPU quota.
-        options: fields of `ModelConfig`: device, compute, kv_dtype, deterministic, context_length,
-            kv_cache_bytes, prefix_cache, max_batch_rows. An adapter goes to what is asked of the
+        date: what a chat template that asks for it is told, "2026-11-28"; None: today's, which the
+            model then keeps.
+        options: fields of `ModelConfig`: chat_template, chat_template_kwargs, device, compute,
+            kv_dtype, deterministic, context_length, kv_cache_bytes, prefix_cache, max_batch_rows.
+            An adapter goes to what is asked of the
             model, not to the base weights that are loaded here.
 
     Raises:
@@ -80,7 +87,9 @@ def load_model(
     check_local("model", config, "`EndpointModel` is what stands for one")
     path = resolve_model(config.name)
     files = native.core.ModelFiles(str(path))
-    tokenizer = Tokenizer.of(files)
+    tokenizer = Tokenizer.of(files).with_template(
+        config.chat_template, config.chat_template_kwargs, date
+    )
     made = native.core.Model.load(
         files,
         device=config.device,
@@ -114,32 +123,43 @@ def load_models(
     threads: int | None = None,
     *,
     calls: Path | None = None,
+    date: str | None = None,
 ) -> tuple[NativeModel, NativeModel | EndpointModel]:
-    """Prompter and target of a stage; one object, and so one engine, where they are the same base
-    weights run alike.
+    """Prompter and target of a stage; one engine where they are the same base weights run alike,
+    and one object where their chats are written alike, too.
 
     Args:
         calls: the file of calls of a target behind an endpoint; see `EndpointModel`.
+        date: as of `load_model`.
 
-    Raises as `load_model` and `EndpointModel`.
+    Raises as `load_model` and `EndpointModel`, and ValueError for a model whose template cannot
+    write a prompt.
     """
     wanted = target_of(prompter, target)
     if wanted.endpoint is not None:
         answers = EndpointModel(wanted, calls)  # first: it says at once what is missing
-        return load_model(prompter, threads), answers
-    first = load_model(prompter, threads)
-    second = reusable(wanted, [(prompter, first)])
-    return first, second or load_model(wanted, threads)
+        return _that_chats("prompter", load_model(prompter, threads, date=date)), answers
+    first = _that_chats("prompter", load_model(prompter, threads, date=date))
+    second = reusable(wanted, [(prompter, first)]) or load_model(wanted, threads, date=date)
+    return first, _that_chats("target", second)
+
+
+def _that_chats(role: str, model: NativeModel) -> NativeModel:
+    try:
+        model.tokenizer.encode_chat([{"role": "user", "content": "a"}])
+    except ValueError as error:
+        raise ValueError(f"{role}: {error}") from None
+    return model
 
 
 def reusable(
     wanted: ModelConfig, loaded: Sequence[tuple[ModelConfig, NativeModel]]
 ) -> NativeModel | None:
-    """What is loaded already and would be loaded again, if anything."""
+    """What is loaded already and would be loaded again, if anything, with its chat template."""
     for config, model in loaded:
         same = wanted.name == config.name or resolve_model(wanted.name).samefile(model.path)
         if same and wanted.runs_like(config):
-            return model
+            return model.with_template(wanted.chat_template, wanted.chat_template_kwargs)
     return None
 
 
@@ -191,6 +211,18 @@ class NativeModel:
     def bit_exact(self) -> bool:
         """Whether scored log-probabilities are the sampled ones to the bit: see `deterministic`."""
         return bool(self.config["deterministic"])
+
+    def with_template(
+        self, template: str | None = None, variables: Mapping[str, Any] | None = None
+    ) -> NativeModel:
+        """The same weights in the same engine, whose chats are written otherwise; the model itself
+        where they are not. See `Tokenizer.with_template`."""
+        tokenizer = self.tokenizer.with_template(template, variables, self.tokenizer.date)
+        if tokenizer.template_settings == self.tokenizer.template_settings:
+            return self
+        other = copy.copy(self)
+        other.tokenizer = tokenizer
+        return other
 
     # --- whole completions ---
 
@@ -285,14 +317,17 @@ class NativeModel:
         """(token, text it adds, log-probability), as they come. Closing the iterator cancels.
 
         Text arrives in whole characters, and not before it is certain that no stop string cuts it;
-        joined, it is the completion's text. Raises as `generate`, on this call.
+        joined, it is the completion's text, to which a block of reasoning adds nothing. Raises as
+        `generate`, on this call.
         """
         one = params if params is not None else SamplingParams()
         if one.n != 1:
             raise ValueError(f"n: stream() writes 1 completion, got n = {one.n}")
         client = self.client()
-        handle = client.submit(self._prompt_tokens(prompt), one, adapter=adapter)
-        pieces = stream(client, handle, TextStream(self.tokenizer, one.stop))
+        tokens = self._prompt_tokens(prompt)
+        handle = client.submit(tokens, one, adapter=adapter)
+        text = TextStream(self.tokenizer, one.stop, prompt_end(self.tokenizer, tokens))
+        pieces = stream(client, handle, text)
         # Dropped before its first token, a generator runs none of its own clean-up.
         weakref.finalize(pieces, handle.cancel).atexit = False
         return pieces

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from alignpro.models.language_model import RequestError
+from alignpro.models.reasoning import no_answer, split_reasoning
 from alignpro.types import FinishReason
-
-_OPENED = re.compile(r"\s*<(think|thinking|thought|reasoning)>")
 
 
 @dataclass(frozen=True)
@@ -20,21 +18,6 @@ class Answer:
     finish_reason: FinishReason
     input_tokens: int | None  # None: the endpoint does not say
     output_tokens: int | None  # reasoning included
-
-
-def split_reasoning(text: str) -> tuple[str | None, str]:
-    """(answer, reasoning) of a text that may begin with a block of reasoning; None as the answer of
-    one whose block is never closed.
-
-    The block may have been opened by the chat template: then "</think>" alone ends it.
-    """
-    opened = _OPENED.match(text)
-    end = f"</{opened[1]}>" if opened else "</think>"
-    before, closed, after = text.rpartition(end)
-    begin = opened.end() if opened else 0
-    if closed:
-        return after.lstrip(), before[begin:].strip()
-    return (None, text[begin:].strip()) if opened else (text, "")
 
 
 def read_reply(reply: object) -> Answer:
@@ -56,19 +39,17 @@ def read_reply(reply: object) -> Answer:
         raise ValueError(f"an answer that broke off (finish_reason {ended})")
     if ended == "content_filter":
         raise RequestError("no answer: the endpoint's content filter cut it")
-    if not answer and ended == "length":
-        raise RequestError(
-            "no answer: the reply was cut (finish_reason length) before one began; allow more "
-            "tokens, or turn the model's reasoning off"
-        )
-    if answer is None:
-        if not reasoning and content is None and not message.get("tool_calls"):
-            raise ValueError(f"expected text in the message, got {one_line(message)}")
-        what = "reasoning alone" if reasoning else "a tool call"
-        raise RequestError(f"no answer: the reply is {what} (finish_reason {ended})")
+    finish_reason: FinishReason = "length" if ended == "length" else "stop"
+    if answer is None and content is None and not reasoning and finish_reason == "stop":
+        if message.get("tool_calls"):
+            raise RequestError(f"no answer: the reply is a tool call (finish_reason {ended})")
+        raise ValueError(f"expected text in the message, got {one_line(message)}")
+    missing = no_answer(answer, reasoning, finish_reason)
+    if missing is not None:
+        raise RequestError(missing)
     usage = reply.get("usage") if isinstance(reply, Mapping) else None
     read, written = (_count(usage, f"{kind}_tokens") for kind in ("prompt", "completion"))
-    return Answer(answer, reasoning, "length" if ended == "length" else "stop", read, written)
+    return Answer(answer or "", reasoning, finish_reason, read, written)
 
 
 def one_line(value: object) -> str:

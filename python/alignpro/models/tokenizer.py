@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignpro import native
 from alignpro.models import chat_template
+from alignpro.models.chat_template import today
 from alignpro.models.vocabulary import AddedToken, Vocabulary, read_folder, read_gguf
 from alignpro.types import Chat
 
@@ -16,8 +18,13 @@ if TYPE_CHECKING:
     from alignpro.native import core
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer(Vocabulary):
     """A model's tokenizer with its chat template. Immutable; any number of threads may use it."""
+
+    chat_template: str | None = None  # the text that chats are rendered by; None: the default's
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # its variables
+    date: str = field(default_factory=today)  # what it is told, in ISO 8601
 
     @classmethod
     def of(cls, files: core.ModelFiles) -> Tokenizer:
@@ -26,6 +33,56 @@ class Tokenizer(Vocabulary):
         if metadata is None:
             return cls(**vars(read_folder(files)))
         return cls(**vars(read_gguf(metadata, files.path, files.eos_ids())))
+
+    def with_template(
+        self,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        date: str | None = None,
+    ) -> Tokenizer:
+        """The same vocabulary, whose chats are written otherwise.
+
+        Args:
+            template: a name among ``chat_templates``, a file, or the text of one; None: "default".
+            variables: what the template reads beside the chat, such as ``enable_thinking``.
+            date: what `strftime_now` writes; None: today's, here and now.
+
+        Raises:
+            ValueError: no such template, or one that does not compile; a variable that it does not
+                read. OSError: a file that cannot be read.
+        """
+        chosen = chat_template.choose(self.chat_templates, template)
+        if variables or template is not None:
+            chat_template.check_variables(self._require(chosen), variables or {})
+        return replace(
+            self,
+            chat_template=chosen,
+            chat_template_kwargs=dict(variables or {}),
+            date=date or today(),
+        )
+
+    @property
+    def template_settings(self) -> tuple[str | None, Mapping[str, Any], str]:
+        """What `encode_chat` depends on beside the chat and the vocabulary."""
+        return self._template, self.chat_template_kwargs, self.date
+
+    @property
+    def _template(self) -> str | None:
+        return self.chat_template or self.chat_templates.get("default")
+
+    def _require(self, template: str | None) -> str:
+        if template is not None:
+            return template
+        named = ", ".join(sorted(self.chat_templates))
+        if named:
+            raise ValueError(
+                f'{self.source} has chat templates {named}, none called "default"; chat_template '
+                "says which"
+            )
+        raise ValueError(
+            f"{self.source} has no chat template; chat_template takes one (a file, or its text), "
+            "or encode the prompt yourself and pass token ids"
+        )
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -54,27 +111,23 @@ class Tokenizer(Vocabulary):
         return [self.bos_id, *ids]
 
     def encode_chat(self, messages: Chat, *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a chat in the model's template. Control tokens come from the template alone:
-        such text in a message, its role included, is encoded as ordinary characters. Added tokens
-        that are not special are matched in messages as in `encode`.
+        """Token ids of a chat in the template. Control tokens come from it alone, and from its
+        variables: such text in a message, its role included, is encoded as ordinary characters.
+        Added tokens that are no control tokens are matched in messages as in `encode`.
 
         Raises:
             ValueError: not a list of {"role": str, "content": str}, a lone surrogate, a model
                 without a template, or a template that refuses the chat.
         """
         _check_chat(messages)
-        template = self.chat_template
-        if template is None:
-            raise ValueError(
-                f"{self.source} has no chat template; encode the prompt yourself and "
-                "pass token ids, or use an instruct model"
-            )
+        template = self._require(self._template)
         shielded, restore = chat_template.shield(messages, self._special_pattern, template)
         text = chat_template.render(
             template,
             shielded,
             add_generation_prompt=add_generation_prompt,
-            variables=self.template_variables,
+            variables={**self.special_tokens, **self.chat_template_kwargs},
+            date=self.date,
         )
         return self._ids(text, self._pattern, restore)
 
@@ -102,7 +155,7 @@ class Tokenizer(Vocabulary):
 
     @cached_property
     def _special_bytes(self) -> dict[int, bytes]:
-        return {t.id: t.text.encode("utf-8") for t in self.added if t.special}
+        return {t.id: t.text.encode("utf-8") for t in self.added if t.hidden}
 
     @cached_property
     def _by_text(self) -> dict[str, AddedToken]:
@@ -114,11 +167,11 @@ class Tokenizer(Vocabulary):
 
     @cached_property
     def _special_pattern(self) -> Any:
-        return chat_template.control_pattern(t.text for t in self.added if t.special)
+        return chat_template.control_pattern(t.text for t in self.added if t.control)
 
     @cached_property
     def _plain_pattern(self) -> Any:
-        return chat_template.control_pattern(t.text for t in self.added if not t.special)
+        return chat_template.control_pattern(t.text for t in self.added if not t.control)
 
     def _ids(self, text: str, pattern: Any, restore: Callable[[str], str]) -> list[int]:
         """Ids of a text with the added tokens that ``pattern`` matches.

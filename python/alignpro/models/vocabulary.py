@@ -20,6 +20,7 @@ from tokenizers import decoders, models, normalizers
 
 from alignpro import native
 from alignpro.models.pre_tokenizer import NAMES, Rule, inferred_rule, named_rule
+from alignpro.models.reasoning import TAGS
 
 if TYPE_CHECKING:
     from alignpro.native import core
@@ -33,10 +34,21 @@ class AddedToken:
 
     id: int
     text: str
-    special: bool = True  # not shown in decoded text
+    special: bool = True  # by the file's own word
     lstrip: bool = False  # swallows the white space to its left
     rstrip: bool = False
     single_word: bool = False  # only where no letter, digit or underscore touches it
+
+    @property
+    def control(self) -> bool:
+        """Whether text from outside never becomes it. "<think>" and runs of spaces are ordinary
+        text that has a token; DeepSeek's "<\uff5cUser\uff5c>" is not, though its file says so."""
+        return self.special or _MARKER.fullmatch(self.text) is not None
+
+    @property
+    def hidden(self) -> bool:
+        """Whether decoded text leaves it out. A tag of reasoning shows what is no answer."""
+        return self.special and self.text not in TAGS
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,8 +62,8 @@ class Vocabulary:
     added: tuple[AddedToken, ...] = ()
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()  # all that end a text, the tokenizer's own EOS first
-    chat_template: str | None = None
-    template_variables: dict[str, str] = field(default_factory=dict)
+    chat_templates: dict[str, str] = field(default_factory=dict)  # by name; "default" is one
+    special_tokens: dict[str, str] = field(default_factory=dict)  # as a template calls them
     source: str = "tokenizer"  # for error messages
 
     @cached_property
@@ -67,7 +79,7 @@ class Vocabulary:
         for text, token in self.backend.get_vocab().items():
             pieces[token] = spelled(text)
         for added in self.added:
-            pieces[added.id] = b"" if added.special else added.text.encode("utf-8")
+            pieces[added.id] = b"" if added.hidden else added.text.encode("utf-8")
         return pieces
 
 
@@ -76,7 +88,8 @@ class Vocabulary:
 
 def read_folder(files: core.ModelFiles) -> Vocabulary:
     """A folder in Hugging Face's layout: tokenizer.json, and, where present, tokenizer_config.json,
-    chat_template.jinja, special_tokens_map.json, generation_config.json and config.json."""
+    chat_template.jinja, additional_chat_templates/, special_tokens_map.json,
+    generation_config.json and config.json."""
     folder = Path(files.path)
     path = folder / "tokenizer.json"
     spec = files.json("tokenizer.json")
@@ -118,8 +131,8 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
         added=_hide_ends(added, eos_ids),
         bos_id=bos,
         eos_ids=eos_ids,
-        chat_template=_folder_template(folder, config),
-        template_variables=variables,
+        chat_templates=_folder_templates(folder, config),
+        special_tokens=variables,
         source=str(folder),
     )
 
@@ -190,18 +203,23 @@ def _token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
+def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Those of tokenizer_config.json, and over them those in files of their own."""
+    named = config.get("chat_template")
+    if isinstance(named, list):
+        named = {t.get("name"): t.get("template") for t in named if isinstance(t, dict)}
+    elif not isinstance(named, dict):
+        named = {"default": named}
+    found = {k: v for k, v in named.items() if isinstance(k, str) and isinstance(v, str)}
+    files = {p.stem: p for p in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    for name, file in files.items():
         try:
-            return file.read_text("utf-8")
+            found[name] = file.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise native.ModelFileError(f"{file}: expected UTF-8 text: {error}") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    return found
 
 
 # --- GGUF ---
@@ -263,8 +281,8 @@ def read_gguf(
         added=_hide_ends(added, ends),
         bos_id=named["bos_token"],
         eos_ids=ends,
-        chat_template=gguf.get("tokenizer.chat_template", str, default=None),
-        template_variables={name: tokens[i] for name, i in named.items() if i is not None},
+        chat_templates=_gguf_templates(gguf, metadata),
+        special_tokens={name: tokens[i] for name, i in named.items() if i is not None},
         source=source,
     )
 
@@ -304,6 +322,15 @@ def _swallows_space(gguf: _Gguf, model: str) -> Callable[[str, int], bool]:
         return lambda text, kind: False
     kept = ("<unk>", "<s>", "<|endoftext|>")
     return lambda text, kind: text == "</s>" or (kind == _CONTROL and text not in kept)
+
+
+def _gguf_templates(gguf: _Gguf, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """tokenizer.chat_template, and tokenizer.chat_template.NAME."""
+    key = "tokenizer.chat_template"
+    named = [k.removeprefix(f"{key}.") for k in metadata if k.startswith(f"{key}.")]
+    found = {name: gguf.get(f"{key}.{name}", str) for name in named}
+    default = gguf.get(key, str, default=None)
+    return found if default is None else {**found, "default": default}
 
 
 class _Gguf:

@@ -50,8 +50,7 @@ def price_train(
     target = prompter if config.target is None else find_priced(answers.name)
     prompter = prompter.held(*_place(device, config.prompter))
     target = target.held(*_place(device, answers))
-    reads = prompter.tokenizer()
-    hears = reads if target.files is prompter.files else target.tokenizer()
+    reads, hears = prompter.tokenizer(config.prompter), target.tokenizer(answers)
     lengths = find_lengths(
         local_prompts(config.data, config.split),
         config.prompting,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from alignpro.config import ModelConfig
 from alignpro.models.resolve import find_model
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.native import core
@@ -59,8 +60,12 @@ class PricedModel:
             "source": self.source,
         }
 
-    def tokenizer(self) -> Tokenizer | None:
-        return None if self.files is None else Tokenizer.of(self.files)
+    def tokenizer(self, config: ModelConfig) -> Tokenizer | None:
+        """With the chat template of ``config``."""
+        if self.files is None:
+            return None
+        plain = Tokenizer.of(self.files)
+        return plain.with_template(config.chat_template, config.chat_template_kwargs)
 
 
 def find_priced(name: str) -> PricedModel:

@@ -9,7 +9,15 @@ from typing import Any
 
 from alignpro.config import TrainConfig
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.findings import ONE_REWRITE, Finding, Measured, arm_findings, measure, one_rewrite
+from alignpro.findings import (
+    ONE_REWRITE,
+    Finding,
+    Measured,
+    arm_findings,
+    measure,
+    one_rewrite,
+    reasoning_alone,
+)
 from alignpro.models.adapter import LoraWeights
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.rewards.combine import score_rollout
@@ -99,9 +107,12 @@ class HeldOut:
 def step_warnings(row: Mapping[str, Any]) -> dict[str, str]:
     """What to doubt in a step's own rewrites."""
     common = row.get("common_rewrite")
-    if common is None or common <= ONE_REWRITE:
-        return {}
-    return _by_rule([one_rewrite(common, "the rewrites of this step")])
+    found = []
+    if common is not None and common > ONE_REWRITE:
+        found.append(one_rewrite(common, "the rewrites of this step"))
+    if row.get("reasoning_alone"):
+        found.append(reasoning_alone(row["reasoning_alone"]))
+    return _by_rule(found)
 
 
 def _by_rule(findings: Iterable[Finding], where: str = "") -> dict[str, str]:

@@ -55,6 +55,7 @@ def rollout_row(
             "distinct_rewrites": distinct,
             "common_rewrite": common,
             "empty_rewrites": sum(not w.text for w in rewrites),
+            "reasoning_alone": sum(bool(w.reasoning) and not w.text for w in rewrites),
             "sample": rewrites[0].text,
         }
     else:

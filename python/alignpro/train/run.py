@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from alignpro.config import SftConfig, TrainConfig, to_mapping
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.files import write_json
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
+from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
-from alignpro.run_directory import CALLS, check_run_dir, open_run_dir
+from alignpro.run_directory import CALLS, check_run_dir, open_run_dir, recorded_date
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.critic import ValueHead
 from alignpro.train.held_out import load_held_out
@@ -35,7 +37,8 @@ def run_sft(
     """Warm-start a prompter; writes config.json, metrics.jsonl and adapter/ to its directory."""
     check_run_dir(config.run_dir, overwrite=overwrite)
     pairs = load_pairs(config.data)
-    model = load_model(config.prompter, config.threads)
+    config = replace(config, date=config.date or today())
+    model = load_model(config.prompter, config.threads, date=config.date)
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
     rows = fit(policy, pairs, config)
     with open_run_dir(config.run_dir, overwrite=overwrite) as directory:
@@ -63,13 +66,17 @@ def make_trainer(
     rows = load_prompts(config.data, split=config.split)
     held_out = load_held_out(config, rows)
     reward = build_reward(config.reward)
+    date = config.date or (recorded_date(run_dir) if resume else today())
+    config = replace(config, date=date)
     prompter: NativeModel
     target: NativeModel | ChatModel
     if config.policy == "target":  # no prompter takes part
-        prompter = target = load_model(config.trained, config.threads)
+        prompter = target = load_model(config.trained, config.threads, date=date)
     else:
         calls = Path(config.run_dir) / CALLS
-        prompter, target = load_models(config.prompter, config.target, config.threads, calls=calls)
+        prompter, target = load_models(
+            config.prompter, config.target, config.threads, calls=calls, date=date
+        )
     start = config.trained.adapter
     if resume and (run_dir / "reference").is_dir():
         start = str(run_dir / "reference")

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.config import FitConfig, Prompting, SftConfig
+from alignpro.models.native_client import prompt_end
 from alignpro.models.reading import prompter_tokens
+from alignpro.models.reasoning import open_block
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.policy import LoraPolicy, one_torch_thread
@@ -43,8 +45,8 @@ def fit(
             write. Batches are shuffled by (config.seed, epoch).
 
     Raises:
-        ValueError: no pairs, an empty prompt, or a pair over the context; the message names its
-            index. Before the first step.
+        ValueError: no pairs, an empty prompt, a pair over the context, or a chat template that
+            opens a block of reasoning; the message names its index. Before the first step.
     """
     limit = policy.model.context_length
     examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting, limit)
@@ -52,6 +54,13 @@ def fit(
         if len(example.tokens) > limit:
             raise ValueError(
                 f"pair {index}: {len(example.tokens)} tokens exceed the context of {limit}"
+            )
+        read = prompt_end(policy.model.tokenizer, example.tokens[: example.start])
+        if open_block(read) is not None:
+            raise ValueError(
+                f"pair {index}: the chat template opens a block of reasoning, in which no "
+                "instruction can be taught; prompter.chat_template_kwargs may close it, or "
+                "prompter.chat_template takes another"
             )
     return _fit(policy, examples, config)
 
