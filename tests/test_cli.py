@@ -116,6 +116,13 @@ def test_quickstart_leaves_its_files(quick, tiny):
     assert "trained rewrite" in result.output
 
 
+def test_a_quickstarts_evaluation_can_be_run_again(quick, tmp_path):
+    folder, _ = quick
+    run("evaluate", folder / "evaluate.json", "--output", tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["arms"] == json.loads((folder / "report.json").read_text())["arms"]
+
+
 def test_a_quickstart_that_does_not_reach_what_is_required(tiny, tmp_path):
     rows = [
         {"prompt": f"tell me about {what}", "kind": kind, "split": split}

@@ -78,7 +78,8 @@ class Pool:
         for row, rewrites in enumerate(self._written.values()):
             for rewrite, response in distinct_responses(rewrites):
                 if rewrite.text in number:
-                    texts.setdefault(rewrite.text, rewrite.tokens)
+                    if rewrite.finish_reason == "stop" or rewrite.text not in texts:
+                        texts[rewrite.text] = rewrite.tokens  # not those of one that was cut
                     observed.append((row, number[rewrite.text], response.reward))
         rows, numbers, rewards_seen = zip(*observed, strict=True)
         pooled = pooled_rewards(
