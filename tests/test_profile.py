@@ -303,7 +303,7 @@ def test_recording_out_of_turn():
 
 def test_a_rollout_that_fails_leaves_recording_off(tiny: NativeModel):
     for _ in range(2):
-        with pytest.raises(ValueError, match="prompt 1 is empty"):
+        with pytest.raises(ValueError, match="prompt 1: expected text or a chat"):
             record(small_pipeline(tiny, tiny), ["bcd", " "], 1, 0, ops=True)
 
 

@@ -31,7 +31,7 @@ _PEFT = r"adapter_config\.json|adapter_model\.safetensors"
 RUN_FILES = re.compile(
     rf"""(?:
     {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(ERROR_LOG)}
-    | (?:config|report|evaluation|headroom|bound|wandb|trackio)\.json
+    | (?:config|report|evaluate|evaluation|headroom|bound|wandb|trackio)\.json
     | (?:metrics|sft-metrics|rollouts)\.jsonl | {re.escape(CALLS)} | report\.html | reward\.png
     | (?:adapter|reference)/(?:{_PEFT})
     | checkpoints/latest
