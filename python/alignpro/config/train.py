@@ -72,7 +72,7 @@ class ClosedFormConfig:
     def __post_init__(self) -> None:
         if self.loss != "pooled":
             for name in ("rounds", "candidates", "batch_size"):
-                only_default(self, name, "with loss pooled", "closed_form.")
+                only_default(self, name, "with loss pooled")
 
 
 @dataclass(frozen=True)

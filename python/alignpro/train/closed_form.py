@@ -97,22 +97,23 @@ class ClosedFormFit(TrainingRun):
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
         with self.directory:
-            self.rollouts(self._on_progress)
+            groups = self.rollouts(self._on_progress)
             with watchers.watching(to_mapping(self.config), 0):
                 if self.config.closed_form.loss == "pooled":
-                    self._fit_pooled(watchers)
+                    self._fit_pooled(groups, watchers)
                 else:
-                    self._fit(watchers)
+                    self._fit(groups, watchers)
             save_peft(self.run_dir / "adapter", self.policy.weights())
 
-    def _fit_pooled(self, watchers: Watchers) -> None:
+    def _fit_pooled(self, groups: list[list[Rewrite]], watchers: Watchers) -> None:
         config = self.config
         pool = Pool(self.policy, self.reference, config)
         rounds = config.closed_form.rounds
         stage = replace(config, steps=config.steps // rounds)  # a round's: its schedule, its steps
         for number in range(rounds):
             started = time.perf_counter()
-            groups = self.rollouts(self._on_progress, number)
+            if number:
+                groups = self.rollouts(self._on_progress, number)
             drawn = time.perf_counter()
             for prompt, group in zip(self._order(number), groups, strict=True):
                 pool.add(prompt, [w for w in group if w.responses])
@@ -174,10 +175,10 @@ class ClosedFormFit(TrainingRun):
         self.step += 1
         watchers.on_step(whole)
 
-    def _fit(self, watchers: Watchers) -> None:
+    def _fit(self, rollouts: Sequence[Sequence[Rewrite]], watchers: Watchers) -> None:
         config = self.config
         # The losses compare all N rewrites of a prompt, so one without an answer leaves it out.
-        answered = [g for g in self.rollouts() if all(w.responses for w in g)]
+        answered = [g for g in rollouts if all(w.responses for w in g)]
         if not answered:
             raise FailedRowsError("no prompt has an answer to every rewrite; resume asks again")
         groups = [[written_by_prompter(w) for w in group] for group in answered]

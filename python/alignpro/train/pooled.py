@@ -95,7 +95,7 @@ class Pool:
         self._look_up_priors(chosen, texts)
         targets = []
         for place, (prompt, rewrites) in enumerate(self._written.items()):
-            rewards = pooled.mean[place, [number[t] for t in chosen[place]]]
+            rewards = pooled.mean[place, best[place]]
             prior = torch.tensor([self._prior[prompt, t] for t in chosen[place]])
             weights = torch.softmax(prior + rewards / self.config.kl_coef, dim=0)
             targets.append(
