@@ -62,6 +62,7 @@ void bind_sampling_params(py::module_& m) {
                        int64_t max_new_tokens, int64_t min_new_tokens, uint64_t seed,
                        uint32_t sample, std::vector<std::string> stop,
                        std::vector<int32_t> stop_token_ids, bool ignore_eos,
+                       float repetition_penalty, float presence_penalty, float frequency_penalty,
                        double deadline_seconds) {
              SamplingParams params{{temperature, top_k, top_p, min_p},
                                    max_new_tokens,
@@ -71,6 +72,9 @@ void bind_sampling_params(py::module_& m) {
                                    std::move(stop_token_ids),
                                    std::move(stop),
                                    ignore_eos,
+                                   repetition_penalty,
+                                   presence_penalty,
+                                   frequency_penalty,
                                    deadline_seconds};
              validate(params);
              return params;
@@ -78,7 +82,9 @@ void bind_sampling_params(py::module_& m) {
            py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
            py::arg("min_p"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("seed"),
            py::arg("sample"), py::arg("stop"), py::arg("stop_token_ids"), py::arg("ignore_eos"),
-           py::arg("deadline_seconds"));
+           py::arg("repetition_penalty"), py::arg("presence_penalty"), py::arg("frequency_penalty"),
+           py::arg("deadline_seconds"))
+      .def_property_readonly("penalises", &alignpro::engine::penalises);
 }
 
 void bind_sequence(py::module_& m) {

@@ -75,6 +75,7 @@ void CudaSampler::draw(const Matrix& hidden, const ops::Weight& head,
   std::vector<int32_t> banned;
   bool truncated = false;  // without, no logits are kept
   for (const ops::SampleRow& row : rows) {
+    require(row.penalties.empty(), "penalties: expected none on a CUDA device");
     const auto bans = static_cast<int32_t>(row.banned.size());
     requests.push_back({row, row.uniform, static_cast<int32_t>(banned.size()), bans});
     banned.insert(banned.end(), row.banned.begin(), row.banned.end());

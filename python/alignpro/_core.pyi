@@ -259,8 +259,13 @@ class SamplingParams:
         stop: list[str],
         stop_token_ids: list[int],
         ignore_eos: bool,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
         deadline_seconds: float,
     ) -> None: ...
+    @property
+    def penalises(self) -> bool: ...
 
 class Sequence_:  # exported as _core.Sequence
     tokens: list[int]

@@ -148,8 +148,11 @@ def type_name(value: Any) -> str:
 class SamplingParams:
     """How tokens are drawn. Defaults: the model's own distribution, 64 new tokens.
 
-    Log-probabilities are always those of the untruncated distribution at ``temperature``;
-    top-k, top-p and min-p change what may be drawn, and the mass they kept is reported.
+    Log-probabilities are always those of the model's own distribution at ``temperature``; top-k,
+    top-p, min-p and the penalties change what may be drawn, and the mass that the first three kept
+    is reported. ``repetition_penalty`` divides the positive logits of every token that was read or
+    written, and multiplies the negative ones (Keskar et al. 2019); the other two are taken from the
+    logits of written tokens: once, and for every time. Penalties are the CPU's and an endpoint's.
     """
 
     temperature: float = 1.0  # 0: greedy, log-probabilities then at temperature 1
@@ -163,6 +166,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # text that ends a completion; it is cut from ``text``
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0  # 1: off
+    presence_penalty: float = 0.0  # 0: off
+    frequency_penalty: float = 0.0  # 0: off
     deadline_seconds: float | None = None  # from submission; what was written by then is returned
 
 

@@ -197,6 +197,10 @@ def test_a_partial_group_keeps_the_outer_defaults():
             {"target": {"device": "cuda", "compute": "int8"}},
             "bfloat16 or float32 with device cuda",
         ),
+        (
+            {"policy": "target", "response": {"repetition_penalty": 1.1}},
+            "response.repetition_penalty: expected 1.0: training dr",
+        ),
         ({"policy": "target", "response": {"top_k": 5}}, "response.top_k: expected 0: training dr"),
         ({"policy": "target", "response": {"temperature": 0}}, "response.temperature: expected ab"),
         ({"policy": "target", "algorithm": "closed_form"}, "algorithm: expected another one with"),

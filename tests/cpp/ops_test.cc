@@ -859,6 +859,44 @@ TEST_CASE("truncation keeps what it says") {
   CHECK_EQ(second.begin()->first, order[1].second);
 }
 
+TEST_CASE("penalties change what is drawn, and not the log-probability") {
+  ThreadPool pool(1);
+  Vocabulary v(1, 300, 12, 1.0f);
+  const double temperature = 0.8;
+  const Doubles logits = product(v.hidden, v.weight, 1, 300, 12);
+  std::vector<Penalty> penalties;
+  Doubles changed;  // exponentials, by token
+  double model = 0, total = 0;
+  for (int i = 0; i < 300; ++i) {
+    double z = logits[static_cast<size_t>(i)];
+    model += std::exp(z / temperature);
+    if (i % 2 == 1) {
+      penalties.push_back({i, 1.5f, 0.25f * static_cast<float>(i % 7)});
+      z = (z > 0 ? z / 1.5 : z * 1.5) - 0.25 * (i % 7);
+    }
+    changed.push_back(std::exp(z / temperature));
+    total += changed.back();
+  }
+  const std::vector<int32_t> banned = {10, 11};
+  const double left = total - changed[10] - changed[11];
+  changed[10] = changed[11] = 0;
+  SampleRow row;
+  row.temperature = static_cast<float>(temperature);
+  row.penalties = penalties;
+  row.banned = banned;
+  for (int draw = 0; draw < 200; ++draw) {
+    row.uniform = (draw + 0.5) / 200;
+    SampledToken out;
+    head_sample(v.packed, v.hidden.data(), {&row, 1}, {&out, 1}, pool);
+    double sum = 0;  // by inversion in token order
+    size_t expected = 0;
+    while ((sum += changed[expected]) <= row.uniform * left) ++expected;
+    CHECK_EQ(out.token, static_cast<int32_t>(expected));
+    CHECK(std::abs(out.logprob - (logits[expected] / temperature - std::log(model))) < 1e-5);
+    CHECK(std::abs(out.kept_mass - left / total) < 1e-5);
+  }
+}
+
 TEST_CASE("greedy takes the lowest id on a tie and nan has no token") {
   ThreadPool pool(1);
   const int64_t vocab = 600, cols = 4;

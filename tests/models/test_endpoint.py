@@ -96,11 +96,13 @@ def test_a_conversation_goes_out_and_text_comes_back(server):
 def test_parameters_that_are_not_the_defaults_go_out_and_the_users_own_win(server):
     answers = model(server, body={"reasoning_effort": "low", "seed": None, "top_k": 7})
     params = replace(PARAMS, top_k=5, top_p=0.9, min_p=0.1, stop=("\n", "END"), min_new_tokens=2)
+    params = replace(params, presence_penalty=0.5)
     ask(answers, "x", params=params)
     body = server.asked[0].body
     assert "seed" not in body and body["reasoning_effort"] == "low" and body["top_k"] == 7
     assert (body["top_p"], body["min_p"], body["stop"]) == (0.9, 0.1, ["\n", "END"])
     assert body["min_tokens"] == 2 and "ignore_eos" not in body
+    assert body["presence_penalty"] == 0.5 and "repetition_penalty" not in body
 
 
 def test_variables_of_the_chat_template_go_out(server):

@@ -47,6 +47,46 @@ def test_every_family_writes_what_transformers_writes(
     np.testing.assert_allclose(completion.logprobs, expected.numpy(), atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"repetition_penalty": 1.8},
+        {"repetition_penalty": 0.7},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.4},
+        {"repetition_penalty": 1.3, "presence_penalty": -0.2, "frequency_penalty": 0.6},
+    ],
+    ids=str,
+)
+def test_penalties_choose_by_what_was_seen_and_logprobs_stay_the_models(
+    tiny_model_dir: Callable[..., Path], given: dict[str, float]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model_dir("llama")
+    model = load_model(folder)
+    prompt = model.tokenizer.encode("the rain on the plain", add_bos=True)
+    params = SamplingParams(max_new_tokens=40, temperature=0.0, ignore_eos=True)
+    (plain,) = model.generate([prompt], params)
+    (got,) = model.generate([prompt], replace(params, **given))
+    assert got.tokens != plain.tokens
+    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        logits = oracle(torch.tensor([prompt + got.tokens])).logits[0, len(prompt) - 1 : -1]
+    repetition = given.get("repetition_penalty", 1.0)
+    for place, (row, token) in enumerate(zip(logits, got.tokens, strict=True)):
+        changed, written = row.clone(), got.tokens[:place]
+        for seen in set(prompt + written):
+            changed[seen] = row[seen] / repetition if row[seen] > 0 else row[seen] * repetition
+        for seen in set(written):
+            changed[seen] -= given.get("presence_penalty", 0.0)
+            changed[seen] -= given.get("frequency_penalty", 0.0) * written.count(seen)
+        assert token == changed.argmax()
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(got.tokens)[:, None])[:, 0]
+    np.testing.assert_allclose(got.logprobs, expected.numpy(), atol=2e-5)
+
+
 def test_the_default_model(smollm2: NativeModel) -> None:
     greedy = SamplingParams(max_new_tokens=16, temperature=0.0)
     (completion,) = smollm2.generate(["What is the capital of France?"], greedy)
@@ -208,6 +248,9 @@ def test_bad_prompts(tiny: NativeModel, prompts: Any, message: str) -> None:
         ({"top_k": 2**40}, "top_k: expected an integer"),
         ({"top_p": 0.0}, "top_p: "),
         ({"min_p": 1.5}, "min_p: "),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected 0.01 to 100 "),
+        ({"presence_penalty": float("nan")}, "presence_penalty: "),
+        ({"frequency_penalty": "2"}, "frequency_penalty: expected a number, got '2'"),
         ({"max_new_tokens": -1}, "max_new_tokens: "),
         ({"min_new_tokens": 13}, "min_new_tokens: "),
         ({"n": 0}, "n: expected an integer of 1 or more, got 0"),

@@ -159,6 +159,7 @@ def check_untruncated(name: str, params: SamplingParams, reason: str) -> None:
     """Refuse what draws from another distribution than the log-probabilities are of."""
     require(f"{name}.temperature", params.temperature, params.temperature > 0, f"above 0: {reason}")
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_new_tokens": 0, "ignore_eos": False}
+    off |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     for key, value in off.items():
         given = getattr(params, key)
         require(f"{name}.{key}", given, given == value, f"{value}: {reason}")

@@ -71,7 +71,8 @@ def core_params(params: SamplingParams, sample: int) -> core.SamplingParams:
         value = getattr(params, name)
         if not (is_int(value) and least <= value <= most):
             raise ValueError(f"{name}: expected an integer in [{least}, {most}], got {value!r}")
-    for name in ("temperature", "top_p", "min_p"):
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    for name in ("temperature", "top_p", "min_p", *penalties):
         value = getattr(params, name)
         if not (is_int(value) or isinstance(value, (float, np.floating))):
             raise ValueError(f"{name}: expected a number, got {value!r}")

@@ -201,6 +201,9 @@ _NAMES = {
     "stop": "stop",
     "min_new_tokens": "min_tokens",
     "ignore_eos": "ignore_eos",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
     "stop_token_ids": "stop_token_ids",
 }
 

@@ -84,6 +84,12 @@ class NativeClient:
     ) -> NativeHandle:
         """Queue one sequence; see `language_model.Client.submit`."""
         compiled = core_params(with_seed(params), sample)
+        device = self._model.core_model.config["device"]
+        if compiled.penalises and device != "cpu":
+            raise ValueError(
+                f"repetition, presence and frequency penalties: device {device!r} draws without "
+                "them; leave them out, or load the model on the CPU"
+            )
         if params.stop:
             self._model.send_token_bytes()
         sequence = self._client.submit(

@@ -1,6 +1,7 @@
 #include "alignpro/engine/sampling_params.h"
 
 #include <cmath>
+#include <utility>
 
 #include "alignpro/core/error.h"
 
@@ -13,6 +14,8 @@ constexpr float kLeastTemperature = 1e-30f;
 // What is searched after every token, in a step that everybody waits for.
 constexpr size_t kMostStops = 256;
 constexpr size_t kLongestStop = 4096;
+// Beyond it only the likeliest tokens and none of them are left, and a logit may overflow.
+constexpr float kMostPenalty = 100.0f;
 
 }  // namespace
 
@@ -36,8 +39,20 @@ void validate(const SamplingParams& p) {
     require(!stop.empty() && stop.size() <= kLongestStop, "stop: expected strings of 1 to ",
             kLongestStop, " bytes, got one of ", stop.size());
   }
+  require(p.repetition_penalty >= 1 / kMostPenalty && p.repetition_penalty <= kMostPenalty,
+          "repetition_penalty: expected ", 1 / kMostPenalty, " to ", kMostPenalty,
+          " (1: off), got ", p.repetition_penalty);
+  for (const auto& [name, value] : {std::pair("presence_penalty", p.presence_penalty),
+                                    std::pair("frequency_penalty", p.frequency_penalty)}) {
+    require(std::abs(value) <= kMostPenalty, name, ": expected ", -kMostPenalty, " to ",
+            kMostPenalty, " (0: off), got ", value);
+  }
   require(std::isfinite(p.deadline_seconds) && p.deadline_seconds >= 0.0,
           "deadline_seconds: expected a finite number >= 0 (0: none), got ", p.deadline_seconds);
+}
+
+bool penalises(const SamplingParams& p) {
+  return p.repetition_penalty != 1.0f || p.presence_penalty != 0.0f || p.frequency_penalty != 0.0f;
 }
 
 }  // namespace alignpro::engine

@@ -31,6 +31,13 @@ Sequence::Sequence(Request request)
   for (const std::string& stop : request_.params.stop) {
     longest_stop_ = std::max(longest_stop_, stop.size());
   }
+  const float repetition = request_.params.repetition_penalty;
+  if (repetition != 1.0f) {
+    std::vector<int32_t> read = request_.prompt;
+    std::sort(read.begin(), read.end());
+    read.erase(std::unique(read.begin(), read.end()), read.end());
+    for (const int32_t token : read) penalties_.push_back({token, repetition, 0.0f});
+  }
 }
 
 std::exception_ptr Sequence::error() const {
@@ -63,10 +70,23 @@ ops::SampleRow Sequence::sample_row(int64_t position) const {
   row.uniform = keyed_uniform(params.seed, params.sample, static_cast<uint32_t>(position));
   const int64_t written = position - static_cast<int64_t>(request_.prompt.size());
   if (written < params.min_new_tokens) row.banned = request_.stop_ids;
+  row.penalties = penalties_;
   return row;
 }
 
+void Sequence::penalise(int32_t token) {
+  const SamplingParams& params = request_.params;
+  auto at = std::lower_bound(penalties_.begin(), penalties_.end(), token,
+                             [](const ops::Penalty& p, int32_t id) { return p.token < id; });
+  if (at == penalties_.end() || at->token != token) {
+    at = penalties_.insert(at, {token, params.repetition_penalty, 0.0f});
+  }
+  if (at->times++ == 0) at->minus += params.presence_penalty;
+  at->minus += params.frequency_penalty;
+}
+
 FinishReason Sequence::append(const ops::SampledToken& token) {
+  if (penalises(request_.params)) penalise(token.token);
   const std::lock_guard lock(mutex_);
   output_.tokens.push_back(token.token);
   output_.logprobs.push_back(token.logprob);

@@ -83,7 +83,8 @@ class Sequence {
   // kCancelled or kDeadline if it must end now; else kNone.
   FinishReason interrupted(Clock::time_point now) const;
 
-  // How the next token, at absolute `position`, is to be drawn.
+  // How the next token, at absolute `position`, is to be drawn. What it points to lives until
+  // append().
   ops::SampleRow sample_row(int64_t position) const;
 
   // Takes the next token; returns whether, and why, the sequence ends with it.
@@ -94,9 +95,11 @@ class Sequence {
 
  private:
   std::optional<StopMatch> find_stop(int32_t token);
+  void penalise(int32_t token);  // which has been written
 
   const Request request_;
   const Clock::time_point deadline_;
+  std::vector<ops::Penalty> penalties_;  // of the next draw; the engine's alone
   std::atomic<bool> cancelled_{false};
   std::atomic<FinishReason> reason_{FinishReason::kNone};
 

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kTruncatedRows = 16;
 
 bool is_truncated(const SampleRow& row) {
-  return truncates(row, static_cast<int64_t>(row.banned.size()));
+  return !row.penalties.empty() || truncates(row, static_cast<int64_t>(row.banned.size()));
 }
 
 constexpr SampledToken kNoToken{-1, NAN, NAN};
@@ -102,9 +102,27 @@ size_t nucleus(std::vector<Candidate>& all, double wanted, double lse) {
   return all.size();
 }
 
-// Bans, then top-k, then top-p of what top-k left, then min-p against the best that is left.
+// Lowers the penalised logits of row m; returns the logarithm of the sum of all exponentials after.
+double penalise(const SampleRow& row, int64_t vocab, float* logits, int64_t rows, int64_t m) {
+  const float inv_temperature = inverse_temperature(row);
+  for (const Penalty& p : row.penalties) {
+    float& z = tile_value(logits, rows, m, p.token);
+    z = (z > 0.0f ? z / p.repetition : z * p.repetition) - p.minus * inv_temperature;
+  }
+  float best = -INFINITY;
+  for (int64_t v = 0; v < vocab; ++v) best = std::max(best, tile_value(logits, rows, m, v));
+  double sum = 0.0;
+  for (int64_t v = 0; v < vocab; ++v) sum += std::exp(tile_value(logits, rows, m, v) - best);
+  return best + std::log(sum);
+}
+
+// Penalties, then bans, then top-k, then top-p of what top-k left, then min-p against the best that
+// is left.
 SampledToken draw_truncated(const SampleRow& row, const RowStats& stats, int64_t vocab,
-                            const float* logits, int64_t rows, int64_t m) {
+                            float* logits, int64_t rows, int64_t m) {
+  std::vector<float> before;  // the penalties
+  for (const Penalty& p : row.penalties) before.push_back(tile_value(logits, rows, m, p.token));
+  const double lse = before.empty() ? stats.lse : penalise(row, vocab, logits, rows, m);
   std::vector<Candidate> kept;
   kept.reserve(static_cast<size_t>(vocab));
   auto ban = row.banned.begin();
@@ -124,10 +142,10 @@ SampledToken draw_truncated(const SampleRow& row, const RowStats& stats, int64_t
     std::sort(kept.begin(), kept.end(),
               [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
     double mass = 0.0;
-    for (const Candidate& c : kept) mass += std::exp(c.z - stats.lse);
+    for (const Candidate& c : kept) mass += std::exp(c.z - lse);
     return mass;
   };
-  if (row.top_p < 1.0f) kept.resize(nucleus(kept, row.top_p * mass_of(), stats.lse));
+  if (row.top_p < 1.0f) kept.resize(nucleus(kept, row.top_p * mass_of(), lse));
   if (row.min_p > 0.0f) {
     const float best = std::min_element(kept.begin(), kept.end(), better)->z;
     const double floor = min_p_floor(best, row.min_p);
@@ -136,18 +154,22 @@ SampledToken draw_truncated(const SampleRow& row, const RowStats& stats, int64_t
   const double mass = mass_of();
   const int64_t drawn =
       invert(static_cast<int64_t>(kept.size()), row.uniform * mass,
-             [&](int64_t i) { return std::exp(kept[static_cast<size_t>(i)].z - stats.lse); });
+             [&](int64_t i) { return std::exp(kept[static_cast<size_t>(i)].z - lse); });
   // Every candidate underflowed: the best of them is the limit.
   const Candidate& token = drawn >= 0 ? kept[static_cast<size_t>(drawn)]
                                       : *std::min_element(kept.begin(), kept.end(), better);
-  return {token.token, static_cast<float>(token.z - stats.lse),
-          static_cast<float>(std::min(1.0, mass))};
+  const auto penalty = std::find_if(row.penalties.begin(), row.penalties.end(),
+                                    [&](const Penalty& p) { return p.token == token.token; });
+  const float z = penalty == row.penalties.end()
+                      ? token.z
+                      : before[static_cast<size_t>(penalty - row.penalties.begin())];
+  return {token.token, static_cast<float>(z - stats.lse), static_cast<float>(std::min(1.0, mass))};
 }
 
-// Greedy with bans is a truncation to the best allowed token.
+// Greedy with bans or penalties is a truncation to the best allowed token.
 SampleRow as_drawn(const SampleRow& row) {
   SampleRow drawn = row;
-  if (row.temperature == 0.0f && !row.banned.empty()) {
+  if (row.temperature == 0.0f && is_truncated(row)) {
     static_cast<DrawOptions&>(drawn) = {.temperature = 1.0f, .top_k = 1};
   }
   return drawn;

@@ -9,17 +9,29 @@
 
 namespace alignpro::ops {
 
+// A token whose logit is lowered before anything is drawn: of a positive one, divided by
+// `repetition`, of a negative one, multiplied with it (Keskar et al. 2019, equation 1); then
+// `minus` is taken away. Both are of logits at temperature 1.
+struct Penalty {
+  int32_t token = 0;
+  float repetition = 1.0f;
+  float minus = 0.0f;
+  int32_t times = 0;  // that it was written, for who keeps the list
+};
+
 // How one token is drawn.
 struct SampleRow : DrawOptions {
-  double uniform = 0.0;             // the draw, in [0, 1)
-  std::span<const int32_t> banned;  // tokens that may not be drawn (EOS before min_new_tokens);
-                                    // ascending
+  double uniform = 0.0;                // the draw, in [0, 1)
+  std::span<const int32_t> banned;     // tokens that may not be drawn (EOS before min_new_tokens);
+                                       // ascending
+  std::span<const Penalty> penalties;  // ascending by token
 };
 
 struct SampledToken {
   int32_t token = -1;      // -1: none could be drawn, and the numbers are NaN
-  float logprob = 0.0f;    // of the untruncated distribution at the row's temperature
-  float kept_mass = 1.0f;  // probability of what truncation and bans left
+  float logprob = 0.0f;    // of the model's distribution at the row's temperature, as it is without
+                           // truncation, bans and penalties
+  float kept_mass = 1.0f;  // probability, under the penalties, of what truncation and bans left
 };
 
 // Projects hidden [rows, K] on the head [V, K] and draws a token a row, by inversion of the

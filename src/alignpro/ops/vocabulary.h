@@ -89,7 +89,8 @@ inline void finish_tile_row(int64_t vocab, int64_t tile, float* logits, int64_t 
                                 vocab - tile * kVocabTile, inv_temperature);
 }
 
-inline float tile_value(const float* logits, int64_t rows, int64_t row, int64_t column) {
+template <typename Float>  // float or const float
+Float& tile_value(Float* logits, int64_t rows, int64_t row, int64_t column) {
   return logits[(column / cpu::kPanel * rows + row) * cpu::kPanel + column % cpu::kPanel];
 }
 
