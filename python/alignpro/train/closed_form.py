@@ -116,7 +116,7 @@ class ClosedFormFit(TrainingRun):
                 groups = self.rollouts(self._on_progress, number)
             drawn = time.perf_counter()
             for prompt, group in zip(self._order(number), groups, strict=True):
-                pool.add(prompt, [w for w in group if w.responses])
+                pool.add(prompt, [w for w in group if w.responses], by_reference=not number)
             with one_torch_thread():
                 targets, pooled = pool.targets()
             looked = time.perf_counter()
@@ -139,7 +139,11 @@ class ClosedFormFit(TrainingRun):
                 rate = config.learning_rate * rate_factor(stage, step)
                 with one_torch_thread():
                     metrics = likelihood_gradients(
-                        self.policy, batch, config, temperature=config.rewrite.temperature
+                        self.policy,
+                        batch,
+                        config,
+                        temperature=config.rewrite.temperature,
+                        per="text",  # else the step is biased towards short ones
                     )
                     (norm,) = apply_gradients({optimizer: rate}, max_grad_norm=config.max_grad_norm)
                 seconds["step"] = time.perf_counter() - begun

@@ -8,8 +8,9 @@ KL(rho* || rho).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,11 +53,15 @@ class Pool:
         self.config = config
         self._reference = None if reference == "base" else policy.model.make_adapter(reference)
         self._written: dict[int, list[Rewrite]] = {}  # by the prompt's number
-        self._prior: dict[tuple[int, str], float] = {}  # log rho_ref, by prompt and text
+        self._prior: dict[tuple[int, tuple[int, ...]], float] = {}  # log rho_ref, by tokens
 
-    def add(self, prompt: int, rewrites: Sequence[Rewrite]) -> None:
+    def add(self, prompt: int, rewrites: Sequence[Rewrite], *, by_reference: bool = False) -> None:
+        """by_reference: rho_ref drew them, whose log-probabilities are then known."""
         if rewrites:
             self._written.setdefault(prompt, []).extend(rewrites)
+        if by_reference:
+            for w in rewrites:
+                self._prior[prompt, tuple(w.tokens)] = math.fsum(w.logprobs)
 
     def targets(self) -> tuple[list[Target], PooledRewards]:
         """A target for every prompt that has rollouts, under the weights as they are.
@@ -91,17 +96,17 @@ class Pool:
         )
         count = min(self.config.closed_form.candidates, len(shared))
         best = pooled.mean.topk(count, dim=1).indices
-        chosen = [[shared[i] for i in indices] for indices in best.tolist()]
-        self._look_up_priors(chosen, texts)
+        chosen = [[texts[shared[i]] for i in indices] for indices in best.tolist()]
+        self._look_up_priors(chosen)
         targets = []
         for place, (prompt, rewrites) in enumerate(self._written.items()):
             rewards = pooled.mean[place, best[place]]
-            prior = torch.tensor([self._prior[prompt, t] for t in chosen[place]])
+            prior = torch.tensor([self._prior[prompt, tuple(t)] for t in chosen[place]])
             weights = torch.softmax(prior + rewards / self.config.kl_coef, dim=0)
             targets.append(
                 Target(
                     context=rewrites[0].prompter_tokens,
-                    rewrites=[texts[t] for t in chosen[place]],
+                    rewrites=chosen[place],
                     weights=weights.tolist(),
                     expected=float(weights @ rewards),
                 )
@@ -127,19 +132,17 @@ class Pool:
                 states.append(part.hidden.clone())
         return torch.cat(states)
 
-    def _look_up_priors(
-        self, chosen: Sequence[Sequence[str]], texts: Mapping[str, list[int]]
-    ) -> None:
-        """log rho_ref(text | prompt) of the pairs that were not asked for before."""
+    def _look_up_priors(self, chosen: Sequence[Sequence[list[int]]]) -> None:
+        """log rho_ref(rewrite | prompt) of the pairs that were not known before."""
         missing = [
-            (prompt, context, text)
+            (prompt, context, tokens)
             for prompt, context, candidates in zip(
                 self._written, self._contexts(), chosen, strict=True
             )
-            for text in candidates
-            if (prompt, text) not in self._prior
+            for tokens in candidates
+            if (prompt, tuple(tokens)) not in self._prior
         ]
-        rows = [[*context, *texts[text]] for _, context, text in missing]
+        rows = [[*context, *tokens] for _, context, tokens in missing]
         starts = [len(context) for _, context, _ in missing]
         plan = self.policy.micro_batches(rows, starts, self.config, with_reference=False)
         for micro in plan:
@@ -150,10 +153,10 @@ class Pool:
                 temperature=self.config.rewrite.temperature,
             )
             logprobs = np.asarray(score.logprob, np.float64)
-            lengths = [len(texts[text]) for _, _, text in micro.of(missing)]
+            lengths = [len(tokens) for _, _, tokens in micro.of(missing)]
             parts = np.split(logprobs, np.cumsum(lengths)[:-1])
-            for (prompt, _, text), part in zip(micro.of(missing), parts, strict=True):
-                self._prior[prompt, text] = float(part.sum())
+            for (prompt, _, tokens), part in zip(micro.of(missing), parts, strict=True):
+                self._prior[prompt, tuple(tokens)] = float(part.sum())
 
 
 def draw(targets: Sequence[Target], seed: int) -> list[Example]:

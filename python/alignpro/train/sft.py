@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from alignpro.config import FitConfig, Prompting, SftConfig
 from alignpro.models.native_client import prompt_end
@@ -92,11 +92,20 @@ def _fit(
 
 
 def likelihood_gradients(
-    policy: LoraPolicy, batch: Sequence[Example], config: FitConfig, *, temperature: float = 1.0
+    policy: LoraPolicy,
+    batch: Sequence[Example],
+    config: FitConfig,
+    *,
+    temperature: float = 1.0,
+    per: Literal["token", "text"] = "token",
 ) -> dict[str, float]:
-    """Accumulate the gradient of minus the mean log-probability of what is to be written."""
+    """Accumulate the gradient of minus the mean log-probability of what is to be written.
+
+    per: what the mean is over. Of a token, it weighs a batch of short texts as one of long ones.
+    """
     sequences, starts = [e.tokens for e in batch], [e.start for e in batch]
     tokens = sum(len(e.tokens) - e.start for e in batch)
+    count = tokens if per == "token" else len(batch)
     plan = policy.micro_batches(sequences, starts, config, with_reference=False)
     total_loss = total_entropy = 0.0
     for micro in plan:
@@ -106,7 +115,7 @@ def likelihood_gradients(
             temperature=temperature,
             activations=micro.activations,
         )
-        loss = -scores.logprob.sum() / tokens
+        loss = -scores.logprob.sum() / count
         loss.backward()  # type: ignore[no-untyped-call]
         total_loss += float(loss.detach())
         total_entropy += float(scores.entropy.detach().sum()) / tokens
