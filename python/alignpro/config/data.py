@@ -18,14 +18,21 @@ class Source:
 
     text_field: ClassVar[str] = "path"
 
-    # A file, a packaged name, or a data set on the hub: "owner/name" or "owner/name:subset". None:
-    # the data of the stage around this group.
     path: str | None = None
-    # Rows whose column "split" says so; a file without that column is all training data ("train").
-    # On the hub: the split that is read. None: all rows of a file, "train" on the hub.
+    """A file, a packaged name, or a hub name such as "owner/name" or "owner/name:subset".
+
+    null: the data of the stage around this group.
+    """
     split: str | None = "train"
-    subset: str | None = None  # of a hub set with several: "main"; None: its only one
-    revision: str | None = None  # of a hub set: a branch, tag or commit; None: the newest
+    """The rows to use, by their column "split"; null is all rows.
+
+    A file without that column is all training data ("train"). On the hub it is the split that is
+    read, and null is "train".
+    """
+    subset: str | None = None
+    """The subset of a hub set that has several, such as "main"."""
+    revision: str | None = None
+    """The branch, tag or commit of a hub set; null is the newest."""
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -38,9 +45,12 @@ class Source:
 class DataConfig(Source):
     """Prompts."""
 
-    # The column that holds the prompts, or several whose texts make one, a blank line between them:
-    # [instruction, input]. None: the first of prompt, messages, conversations and turns.
     prompt: str | tuple[str, ...] | None = None
+    """The column that holds the prompts; null is the first of prompt, messages, conversations and
+    turns.
+
+    Of several columns, [instruction, input], the texts make one prompt, a blank line between them.
+    """
 
     def __post_init__(self) -> None:
         Source.__post_init__(self)
@@ -63,7 +73,9 @@ class PairsConfig(DataConfig):
     """Prompts, and what the prompter is to write for each."""
 
     path: str | None = "instructions"
-    instruction: str = "instruction"  # the column of what is to be written
+    """A file, a packaged name, or a hub name."""
+    instruction: str = "instruction"
+    """The column of what is to be written."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
@@ -76,9 +88,14 @@ class InstructionsConfig(Source):
     """Candidate instructions."""
 
     path: str | None = "instructions"
+    """A file, a packaged name, or a hub name."""
     split: str | None = None
-    # The column that holds them. None: "instruction", where it is clear that it holds no prompts.
+    """The rows to use, by their column "split"; null is all rows."""
     instruction: str | None = None
+    """The column that holds them; null is "instruction", where that clearly holds no prompts.
+
+    It may, beside columns such as "input" and "output", where no other column is a prompt.
+    """
 
     def __post_init__(self) -> None:
         Source.__post_init__(self)

@@ -69,10 +69,10 @@ def read_requirement(text: str, arms: Collection[str] = ARMS) -> Requirement:
 class StaticSearch:
     """Search for the best fixed instruction on training prompts, by successive halving."""
 
-    # Prompts that the search may see; one that is held out as well is refused.
     data: DataConfig = field(default_factory=DataConfig)
-    # Candidates; None: none of a source.
+    """The prompts that the search may see; one that is held out as well is refused."""
     instructions: InstructionsConfig | None = field(default_factory=InstructionsConfig)
+    """The candidates; null takes none from a source."""
     candidates: tuple[str, ...] = ()  # more of them, your own
     # Candidates that each of the writers writes for training prompts; 0: none.
     num_written: Annotated[int, at_least(0)] = 32
@@ -203,6 +203,7 @@ class EvalConfig(StageConfig):
     kl_coef: Annotated[float, above(0)] = 0.05
     judge: JudgeConfig | None = None
     data: DataConfig = HELD_OUT
+    """The prompts."""
     reward: str = "vader+0.2*topic"
     seed: Seed = 0
     num_prompts: Annotated[int, at_least(2)] | None = None  # the first so many rows; None: all

@@ -132,10 +132,14 @@ class StageConfig:
     prompter: ModelConfig = PROMPTER  # its adapter is the untuned prompter's; None: the base model
     target: ModelConfig | None = None  # frozen; None: the prompter's base weights
     data: DataConfig = TRAINING
-    # A prompt that prompter or target cannot read with what is written behind it. error: before the
-    # first step; skip: its row is left out; cut: the oldest turns of its conversation are left out,
-    # then the middle of its last turn, which prompter, target and reward then read alike.
+    """The prompts."""
     on_too_long: OnTooLong = "error"
+    """What becomes of a prompt that prompter or target cannot read with what is written behind it.
+
+    error: before the first step. skip: its row is left out. cut: the oldest turns of its
+    conversation are left out, then the middle of its last turn; prompter, target and reward then
+    read what is left.
+    """
     reward: str = "vader+0.2*topic"
     seed: Seed = 0
     rewrite: SamplingParams = REWRITE

@@ -18,9 +18,9 @@ class SftConfig(FitConfig):
 
     prompter: ModelConfig = PROMPTER  # what is trained; its adapter is a fresh one
     data: PairsConfig = field(default_factory=PairsConfig)
-    # A pair that the prompter's context does not hold: see `StageConfig.on_too_long`. What is to be
-    # written is never cut.
+    """The pairs."""
     on_too_long: OnTooLong = "error"
+    """What becomes of a pair that the context does not hold: error, skip, or cut its prompt."""
     run_dir: str = "alignpro-sft"
     seed: Seed = 0
     steps: Annotated[int, at_least(0)] = 32

@@ -42,6 +42,7 @@ class BoundConfig(StageConfig):
     # PEFT folder of the tuned target; None: the optimum in closed form, from the target's samples.
     tuned: str | None = None
     data: DataConfig = HELD_OUT
+    """The prompts."""
     reward_range: tuple[float, ...] | None = None  # [low, high]; None: what was observed
     num_prompts: Annotated[int, at_least(2)] | None = 32  # the first so many rows; None: all
     num_rewrites: Annotated[int, at_least(2)] = 8  # N
