@@ -13,7 +13,7 @@ from rich.console import Console
 
 from alignpro.bench.machine import peak_rss_bytes, versions
 from alignpro.config import QuickstartConfig, to_mapping
-from alignpro.data.load import load_pairs, load_prompts
+from alignpro.data.load import load_pairs, load_prompts, stack_columns
 from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, load_inputs, spend
 from alignpro.files import write_json
@@ -25,6 +25,7 @@ from alignpro.report.build import build_report
 from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.run_directory import CALLS
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.held_out import load_held_out
@@ -60,6 +61,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     pairs = load_pairs(sft.data)
     train_rows = load_prompts(train.data)
     watched = load_held_out(train, train_rows)
+    check_columns(reward, stack_columns(train_rows))
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "download"), console.status(f"finding {config.prompter.name}"):

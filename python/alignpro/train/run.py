@@ -17,6 +17,7 @@ from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.run_directory import CALLS, check_run_dir, open_run_dir, recorded_date
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.critic import ValueHead
@@ -67,6 +68,7 @@ def make_trainer(
     rows = load_prompts(config.data)
     held_out = load_held_out(config, rows)
     reward = build_reward(config.reward)
+    check_columns(reward, stack_columns(rows))
     date = config.date or (recorded_date(run_dir) if resume else today())
     config = replace(config, date=date)
     prompter: NativeModel
