@@ -122,7 +122,6 @@ def test_importing_the_room_loads_nothing_heavy():
         ("def f(completions, trainer_state): return []", "takes trainer_state"),
         ("def f(responses)\n    return []", r"SyntaxError: .*wrong_\d+\.py, line 1"),
         ("x = 1\nundefined", r"NameError: name 'undefined' .*wrong_\d+\.py, line 2\)"),
-        ("class f:\n    def __init__(self): self.x = {}['k']", r"KeyError: 'k' .*\.py, line 2\)"),
         ("def f(prompts): return []", r"takes \(prompts\)"),
         ("def f(responses, completions): return []", "both responses and completions"),
         ("def f(prompts, responses, /): return []", "positional-only"),

@@ -159,10 +159,7 @@ def _load_object(name: str, options: dict[str, Any]) -> Any:
         except TypeError as error:
             given = sorted(options) or "no options"
             raise ValueError(f"reward {name!r} cannot be made with {given}: {error}") from None
-        try:
-            found = found(**options)
-        except Exception as error:
-            raise ValueError(f"reward {name!r}: {_raised(error)}") from error
+        found = found(**options)
     elif options:
         raise ValueError(f"reward {name!r}: a function takes no options, got {sorted(options)}")
     if not callable(found):
