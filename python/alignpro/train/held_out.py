@@ -14,6 +14,7 @@ from alignpro.findings import (
     Finding,
     Measured,
     arm_findings,
+    equal_rewards,
     measure,
     one_rewrite,
     reasoning_alone,
@@ -114,6 +115,8 @@ def step_warnings(row: Mapping[str, Any]) -> dict[str, str]:
     found = []
     if common is not None and common > ONE_REWRITE:
         found.append(one_rewrite(common, "the rewrites of this step"))
+    if row["reward_variance"] == 0.0:
+        found.append(equal_rewards(row["truncated_responses"], row["scored_responses"]))
     if row["unscored_responses"]:
         count = row["unscored_responses"]
         found.append(

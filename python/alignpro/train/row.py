@@ -34,6 +34,7 @@ def rollout_row(
         "zero_advantage_groups": batch.zero_advantage_groups,
         "failed_responses": len(rollout.failed),
         "unscored_responses": rollout.unscored,
+        "scored_responses": len(responses),
         "response_tokens": _mean(r.num_tokens for r in responses),
         "truncated_responses": sum(r.finish_reason == "length" for r in responses),
         "kept_mass": _mean(mass for r in responses for mass in r.kept_mass),
