@@ -79,7 +79,9 @@ def run_evaluation(
     date = config.date or recorded_date(config.trained, config.tuned) or today()
     config = replace(_with_budget(config), date=date)
     reward = build_reward(config.reward)
-    check_columns(reward, stack_columns(inputs.rows))
+    for read in (inputs.rows, inputs.search.rows if inputs.search else []):
+        if read:
+            check_columns(reward, stack_columns(read))
     calls = None if output is None else output.with_name(output.name + ".calls.jsonl")
     prompter, target = load_models(
         config.prompter, config.target, config.threads, calls=calls, date=date

@@ -84,9 +84,10 @@ class FunctionReward:
                 "target is behind an endpoint, without tokens; read the text in completions"
             )
         if missing:
+            there = sorted(set(names) - {COMPLETION_IDS, CONVERSATIONS})
             raise ValueError(
                 f"reward function {self.name!r} needs the data column {missing[0]!r}; "
-                f"columns here: {sorted(names) or 'none'}"
+                f"columns here: {there or 'none'}"
             )
 
 

@@ -68,7 +68,8 @@ def make_trainer(
     rows = load_prompts(config.data)
     held_out = load_held_out(config, rows)
     reward = build_reward(config.reward)
-    check_columns(reward, stack_columns(rows))
+    for read in filter(None, (rows, held_out)):
+        check_columns(reward, stack_columns(read))
     date = config.date or (recorded_date(run_dir) if resume else today())
     config = replace(config, date=date)
     prompter: NativeModel
