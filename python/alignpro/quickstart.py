@@ -13,7 +13,7 @@ from rich.console import Console
 
 from alignpro.bench.machine import peak_rss_bytes, versions
 from alignpro.config import QuickstartConfig, to_mapping
-from alignpro.data.load import load_pairs, load_prompts
+from alignpro.data.load import load_pairs, load_prompts, stack_columns
 from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, load_inputs, spend
 from alignpro.files import write_json
@@ -25,13 +25,14 @@ from alignpro.report.build import build_report
 from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.run_directory import CALLS
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import trainer_from
-from alignpro.train.sft import fit
+from alignpro.train.sft import fit, fit_pairs
 from alignpro.train.trackers import check_trackers
 
 _PACKAGES = ("alignpro", "numpy", "torch", "tokenizers", "vaderSentiment")  # decide the numbers
@@ -58,8 +59,9 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     held_out = load_inputs(evaluation)
     reward = build_reward(train.reward)
     pairs = load_pairs(sft.data)
-    train_rows = load_prompts(train.data, split=train.split)
+    train_rows = load_prompts(train.data)
     watched = load_held_out(train, train_rows)
+    check_columns(reward, stack_columns(train_rows))
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "download"), console.status(f"finding {config.prompter.name}"):
@@ -79,7 +81,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
             bars.show("warm start", 0, sft.steps)
             policy = LoraPolicy.fresh(prompter, sft.lora, seed=sft.seed)
             sft_rows = []
-            for row in fit(policy, pairs, sft):
+            for row in fit(policy, fit_pairs(prompter, pairs, sft), sft):
                 sft_rows.append(row)
                 show_sft_row(bars, row, sft.steps)
             warm = policy.weights()

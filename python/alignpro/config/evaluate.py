@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
+from alignpro.config.data import HELD_OUT, DataConfig, InstructionsConfig
 from alignpro.config.endpoint import Budget, ClientConfig, check_url
 from alignpro.config.fields import (
     Range,
@@ -68,9 +69,10 @@ def read_requirement(text: str, arms: Collection[str] = ARMS) -> Requirement:
 class StaticSearch:
     """Search for the best fixed instruction on training prompts, by successive halving."""
 
-    data: str | None = None  # prompts that the search may see; None: the evaluation's own data
-    split: str | None = "train"  # of them; a prompt that is held out as well is refused
-    instructions: str | None = "instructions"  # candidates: the "instruction" column of this source
+    data: DataConfig = field(default_factory=DataConfig)
+    """The prompts that the search may see; one that is held out as well is refused."""
+    instructions: InstructionsConfig | None = field(default_factory=InstructionsConfig)
+    """The candidates; null takes none from a source."""
     candidates: tuple[str, ...] = ()  # more of them, your own
     # Candidates that each of the writers writes for training prompts; 0: none.
     num_written: Annotated[int, at_least(0)] = 32
@@ -200,8 +202,8 @@ class EvalConfig(StageConfig):
     # Of the optimum; what the prompter was trained with.
     kl_coef: Annotated[float, above(0)] = 0.05
     judge: JudgeConfig | None = None
-    data: str = "everyday"
-    split: str | None = "heldout"
+    data: DataConfig = HELD_OUT
+    """The prompts."""
     reward: str = "vader+0.2*topic"
     seed: Seed = 0
     num_prompts: Annotated[int, at_least(2)] | None = None  # the first so many rows; None: all

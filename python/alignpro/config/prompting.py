@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from alignpro.config.data import TRAINING, DataConfig, OnTooLong
 from alignpro.config.fields import Bytes, Date, Seed, Threads, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, PROMPTER_HERE, ModelConfig, check_local
 from alignpro.types import Conversation, Prompt, SamplingParams, transcript
@@ -130,8 +131,15 @@ class StageConfig:
 
     prompter: ModelConfig = PROMPTER  # its adapter is the untuned prompter's; None: the base model
     target: ModelConfig | None = None  # frozen; None: the prompter's base weights
-    data: str = "everyday"  # prompts: packaged name, file, or hub name
-    split: str | None = "train"  # rows whose "split" column says so; None: all rows
+    data: DataConfig = TRAINING
+    """The prompts."""
+    on_too_long: OnTooLong = "error"
+    """What becomes of a prompt that prompter or target cannot read with what is written behind it.
+
+    error: before the first step. skip: its row is left out. cut: the oldest turns of its
+    conversation are left out, then the middle of its last turn; prompter, target and reward then
+    read what is left.
+    """
     reward: str = "vader+0.2*topic"
     seed: Seed = 0
     rewrite: SamplingParams = REWRITE
@@ -144,6 +152,7 @@ class StageConfig:
         check_sampling("rewrite", self.rewrite)
         check_sampling("response", self.response)
         check_local("prompter", self.prompter, PROMPTER_HERE)
+        require("data.path", self.data.path, self.data.path is not None, "a source")
 
 
 def check_sampling(name: str, params: SamplingParams) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from alignpro.config.data import OnTooLong, PairsConfig
 from alignpro.config.fields import Date, Seed, Threads, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
 from alignpro.config.prompting import FitConfig, Prompting
@@ -16,7 +17,10 @@ class SftConfig(FitConfig):
     """The supervised warm start: fits (prompt, instruction) pairs."""
 
     prompter: ModelConfig = PROMPTER  # what is trained; its adapter is a fresh one
-    data: str = "instructions"  # pairs: packaged name, file, or hub name
+    data: PairsConfig = field(default_factory=PairsConfig)
+    """The pairs."""
+    on_too_long: OnTooLong = "error"
+    """What becomes of a pair that the context does not hold: error, skip, or cut its prompt."""
     run_dir: str = "alignpro-sft"
     seed: Seed = 0
     steps: Annotated[int, at_least(0)] = 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from alignpro.config.data import HELD_OUT, DataConfig
 from alignpro.config.fields import above, at_least, checked, only_default, require
 from alignpro.config.model import check_local, target_of
 from alignpro.config.prompting import StageConfig, check_untruncated
@@ -40,7 +41,8 @@ class BoundConfig(StageConfig):
     trained: str | None = None  # PEFT folder of a trained prompter; None: not measured
     # PEFT folder of the tuned target; None: the optimum in closed form, from the target's samples.
     tuned: str | None = None
-    split: str | None = "heldout"
+    data: DataConfig = HELD_OUT
+    """The prompts."""
     reward_range: tuple[float, ...] | None = None  # [low, high]; None: what was observed
     num_prompts: Annotated[int, at_least(2)] | None = 32  # the first so many rows; None: all
     num_rewrites: Annotated[int, at_least(2)] = 8  # N

@@ -20,11 +20,13 @@ from alignpro.evaluate.headroom import rewards_of
 from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import BoundReport, ClosedForm
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.chat_template import today
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.run_directory import recorded_date
 from alignpro.statistics import Floats, bootstrap_mean_ci
 from alignpro.theory.bound import (
@@ -49,6 +51,7 @@ def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> 
     check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_rows(config)
     reward = build_reward(config.reward)
+    check_columns(reward, stack_columns(rows))
     date = config.date or recorded_date(config.trained, config.tuned) or today()
     config = replace(config, date=date)
     prompter, target = load_models(config.prompter, config.target, config.threads, date=date)
@@ -91,8 +94,10 @@ def measure_bound(
     Raises:
         ValueError: a reward outside the given range, or all rewards equal without one.
     """
-    prompts, columns = [row.prompt for row in rows], stack_columns(rows)
     pipeline = Pipeline.configured(config, prompter, target, reward).with_adapter(adapter)
+    fitted = fit_rows(rows, unread_by(pipeline), config.on_too_long)
+    rows = fitted.rows
+    prompts, columns = [row.prompt for row in rows], stack_columns(rows)
     pipeline.max_failed = 0.0  # every rollout has N x M rows for each of the same prompts
     answers = config.num_rewrites * config.num_responses
 
@@ -116,6 +121,11 @@ def measure_bound(
         )
 
     untuned = prompted("untuned prompter", pipeline)
+    if untuned.unscored:
+        raise ValueError(
+            "bound: it compares the same prompts throughout, so every response needs a score; the "
+            f"reward gave {untuned.unscored} of them none (None)"
+        )
     if config.reward_range is not None:  # one that is too narrow mostly shows here already
         _reward_range(config, {"untuned": rewards_of(untuned)})
     rollouts = {"untuned": untuned, "raw": raw("raw prompt", pipeline)}
@@ -131,6 +141,7 @@ def measure_bound(
             target, rollouts["tuned"], raw_tokens, config, "tuned target", on_progress
         )
     report = _report(config, rollouts, tv_rewrites, tv_tuned if tuned is not None else None)
+    report = replace(report, too_long=fitted.note)
     if target.bit_exact:
         return report
     return replace(report, parity_max_abs=_parity(target, rollouts["raw"], config))

@@ -15,12 +15,14 @@ from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
 from alignpro.files import write_file
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.chat_template import today
 from alignpro.models.endpoint import EndpointModel
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.statistics import Floats
 from alignpro.theory.headroom import headroom
 from alignpro.types import Conversation, Rollout, Usage
@@ -46,20 +48,20 @@ def run_headroom(
     Raises:
         ValueError: samples of another configuration; the message names the key.
     """
-    usage = None
+    usage = too_long = None
     if samples is not None and samples.exists():
         rewards = read_samples(samples, config)
         with samples.open(encoding="utf-8") as file:
             config = replace(config, date=json.loads(next(file))["config"].get("date"))
     else:
         config = replace(config, date=config.date or today())
-        drawn, usage = _draw(config, samples, on_progress)
+        drawn, usage, too_long = _draw(config, samples, on_progress)
         rollout = complete(drawn)
         rewards = rewards_of(rollout)
         if samples is not None:
             write_samples(samples, config, rollout)
     result = headroom(rewards, config.kl_coefs, seed=config.seed)
-    return HeadroomReport(result, to_mapping(config), usage)
+    return HeadroomReport(result, to_mapping(config), usage, too_long)
 
 
 def rewards_of(rollout: Rollout) -> Floats:
@@ -70,7 +72,7 @@ def rewards_of(rollout: Rollout) -> Floats:
 
 
 def complete_rewards(rollout: Rollout) -> Floats:
-    """Rewards [P, N, M] of the prompts without a failed response.
+    """Rewards [P, N, M] of the prompts whose responses all have a score.
 
     Raises:
         FailedRowsError: fewer than 2 of the prompts are.
@@ -79,17 +81,19 @@ def complete_rewards(rollout: Rollout) -> Floats:
 
 
 def complete(rollout: Rollout) -> Rollout:
-    """The prompts without a failed response, as `complete_rewards`."""
+    """The prompts whose responses all have a score, as `complete_rewards`."""
     most = max(len(w.responses) for group in rollout.rewrites for w in group)
     whole = [
         (prompt, group)
         for prompt, group in zip(rollout.prompts, rollout.rewrites, strict=True)
-        if all(len(w.responses) == most for w in group)
+        if most and all(len(w.responses) == most for w in group)
     ]
     if len(whole) < min(2, len(rollout.prompts)):
+        unscored = f"the reward gave {rollout.unscored} responses no score"
+        again = "run again: what was answered is not asked for again"
         raise FailedRowsError(
-            f"of {len(rollout.prompts)} prompts {len(whole)} have every response, expected 2 or "
-            "more; run again: what was answered is not asked for again"
+            f"of {len(rollout.prompts)} prompts {len(whole)} have every response with a score, "
+            f"expected 2 or more; {unscored if rollout.unscored else again}"
         )
     rewrites = [
         [replace(w, prompt_index=row) for w in group] for row, (_, group) in enumerate(whole)
@@ -155,16 +159,19 @@ def read_samples(path: Path, config: HeadroomConfig) -> Floats:
 
 def _draw(
     config: HeadroomConfig, samples: Path | None, on_progress: OnProgress | None
-) -> tuple[Rollout, Usage | None]:
+) -> tuple[Rollout, Usage | None, str | None]:
     check_adapters(config)
     rows = load_rows(config)
     reward = build_reward(config.reward)
+    check_columns(reward, stack_columns(rows))
     calls = None if samples is None else samples.with_name(samples.name + ".calls.jsonl")
     prompter, target = load_models(
         config.prompter, config.target, config.threads, calls=calls, date=config.date
     )
     pipeline = Pipeline.configured(config, prompter, target, reward)
     pipeline = pipeline.with_adapter(load_adapter(config.prompter.adapter, prompter))
+    fitted = fit_rows(rows, unread_by(pipeline), config.on_too_long)
+    rows = fitted.rows
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)
     rollout = pipeline.rollout(
         [row.prompt for row in rows],
@@ -174,7 +181,8 @@ def _draw(
         columns=stack_columns(rows),
         on_progress=watch(on_progress, "untuned prompter", total),
     )
-    return rollout, target.usage() if isinstance(target, EndpointModel) else None
+    usage = target.usage() if isinstance(target, EndpointModel) else None
+    return rollout, usage, fitted.note
 
 
 def _of_samples(config: HeadroomConfig) -> dict[str, Any]:

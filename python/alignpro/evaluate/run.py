@@ -25,6 +25,7 @@ from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Evaluation
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
@@ -32,6 +33,7 @@ from alignpro.models.native_model import NativeModel, load_model, load_models, r
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.run_directory import recorded_date
 from alignpro.train.metrics import read_metrics
 from alignpro.types import Reward
@@ -77,6 +79,9 @@ def run_evaluation(
     date = config.date or recorded_date(config.trained, config.tuned) or today()
     config = replace(_with_budget(config), date=date)
     reward = build_reward(config.reward)
+    for read in (inputs.rows, inputs.search.rows if inputs.search else []):
+        if read:
+            check_columns(reward, stack_columns(read))
     calls = None if output is None else output.with_name(output.name + ".calls.jsonl")
     prompter, target = load_models(
         config.prompter, config.target, config.threads, calls=calls, date=date
@@ -101,33 +106,40 @@ def evaluate_loaded(
         tuned = load_adapter(config.tuned, target)
     judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
     pipeline = Pipeline.configured(config, prompter, target, reward)
+    given = [text for text in (config.static, config.policy_text) if isinstance(text, str)]
+    unread = unread_by(pipeline, texts=[*given, *(inputs.labelled or ())])
+    fitted = fit_rows(inputs.rows, unread, config.on_too_long)
+    rows = fitted.rows
     static = None
     if isinstance(config.static, str):
         static = StaticInstruction(config.static.strip())
     elif config.static is not None:
         assert inputs.search is not None
+        unread = unread_by(pipeline, texts=inputs.search.instructions)
+        read = fit_rows(inputs.search.rows, unread, config.on_too_long)
         static = search_static(
             pipeline,
             config.static,
-            inputs.search,
+            replace(inputs.search, rows=read.rows),
             prompters,
             seed=config.seed,
             on_progress=on_progress,
         )
-    columns = stack_columns(inputs.rows)
+    columns = stack_columns(rows)
     arms = sample_arms(
         pipeline,
-        [row.prompt for row in inputs.rows],
+        [row.prompt for row in rows],
         config,
         prompters=prompters,
         static=static,
-        labelled=inputs.labelled,
+        labelled=instructions_by_label(config, rows),
         tuned=tuned,
         columns=columns,
         on_progress=on_progress,
     )
-    answers = {row.prompt: row.columns.get("answer") for row in inputs.rows}
+    answers = {row.prompt: row.columns.get("answer") for row in rows}
     report = compare_arms(pipeline, arms, config, prompters, answers)
+    report = replace(report, too_long=fitted.note)
     if static is not None:
         report = replace(report, static_search=static.search)
     if judge is None or config.judge is None:

@@ -170,6 +170,7 @@ class ClosedFormFit(TrainingRun):
         whole = {
             "step": self.step,
             **row,
+            **(self.notes if self.step == 0 else {}),
             "kl_coef": config.kl_coef,
             "num_rewrites": config.num_rewrites,
             "num_responses": config.num_responses,
@@ -262,6 +263,9 @@ class ClosedFormFit(TrainingRun):
                 columns=columns,
                 common_draws=config.common_draws,
             )
+            if rollout.unscored:
+                known = self.notes.get("unscored_responses", 0)
+                self.notes["unscored_responses"] = known + rollout.unscored
             rewrites = [[_as_fields(w) for w in group] for group in rollout.rewrites]
             log.append(
                 {
@@ -351,7 +355,7 @@ _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
 
 # What the rollouts depend on; the fit alone reads the rest.
 _ROLLOUT_FIELDS = (
-    *("prompter", "target", "data", "split", "reward", "seed"),
+    *("prompter", "target", "data", "on_too_long", "reward", "seed"),
     *("prompts_per_step", "num_rewrites", "num_responses", "common_draws"),
     *("rewrite", "response", "prompting"),
 )

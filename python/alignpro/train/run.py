@@ -10,19 +10,21 @@ from typing import Any
 from alignpro.config import SftConfig, TrainConfig, to_mapping
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.files import write_json
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.run_directory import CALLS, check_run_dir, open_run_dir, recorded_date
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.critic import ValueHead
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy, Reference
-from alignpro.train.sft import fit
+from alignpro.train.sft import fit, fit_pairs
 from alignpro.train.trackers import check_trackers
 from alignpro.train.trainer import Trainer
 from alignpro.types import Reward
@@ -40,7 +42,7 @@ def run_sft(
     config = replace(config, date=config.date or today())
     model = load_model(config.prompter, config.threads, date=config.date)
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
-    rows = fit(policy, pairs, config)
+    rows = fit(policy, fit_pairs(model, pairs, config), config)
     with open_run_dir(config.run_dir, overwrite=overwrite) as directory:
         run_dir = directory.path
         write_json(run_dir / "config.json", to_mapping(config))
@@ -63,9 +65,11 @@ def make_trainer(
     """
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
     check_trackers(config.track)
-    rows = load_prompts(config.data, split=config.split)
+    rows = load_prompts(config.data)
     held_out = load_held_out(config, rows)
     reward = build_reward(config.reward)
+    for read in filter(None, (rows, held_out)):
+        check_columns(reward, stack_columns(read))
     date = config.date or (recorded_date(run_dir) if resume else today())
     config = replace(config, date=date)
     prompter: NativeModel
@@ -113,6 +117,9 @@ def trainer_from(
     else:
         policy, reference = LoraPolicy(trained, weights), weights
     pipeline = Pipeline.configured(config, prompter, target, reward)
+    unread = unread_by(pipeline, rewrites=config.policy == "prompter")
+    fitted = fit_rows(rows, unread, config.on_too_long)
+    rows, held_out = fitted.rows, fit_rows(held_out, unread, config.on_too_long).rows
     pieces = (config, pipeline, policy, [row.prompt for row in rows])
     options: dict[str, Any] = {
         "reference": reference,
@@ -128,6 +135,8 @@ def trainer_from(
         if config.ppo.value_head:
             value_head = ValueHead(int(trained.config["hidden_size"]))
         trainer = Trainer(*pieces, value_head=value_head, held_out=held_out, **options)
+    if fitted.note is not None:
+        trainer.notes["too_long"] = fitted.note
     if weights is not None and not (trainer.run_dir / "reference").is_dir():
         save_peft(trainer.run_dir / "reference", weights)
     return trainer
