@@ -319,7 +319,7 @@ def test_the_command_writes_a_trace_and_the_numbers(
     tmp_path: Path, smollm2_path: Path, options: list[str]
 ):
     out, numbers = tmp_path / "trace.json", tmp_path / "numbers.json"
-    files = ["--out", out, "--json", numbers]
+    files = ["--trace", out, "--output", numbers]
     size = ["--model", smollm2_path, "--prompts", 2, "--rewrites", 1, "--threads", 2]
     result = run(*size, *files, *options)
     assert result.exit_code == 0, result.output
@@ -361,9 +361,9 @@ def refused(*arguments: object) -> str:
         (["--adapter", "nothing"], "adapter_config.json"),
         (["--compute", "int4"], "compute: expected one of 'float32', 'int8'"),
         (["--prompts", "1000"], "prompts: expected at most 96, got 1000"),
-        (["--out", "no/such/folder/x.json"], "no such folder"),
-        (["--out", "x.json", "--json", "x.json"], "--out and --json: expected two files"),
-        (["--out", "taken.json"], "taken.json: is there already"),
+        (["--trace", "no/such/folder/x.json"], "no such folder"),
+        (["--trace", "x.json", "--output", "x.json"], "--trace and --output: expected two files"),
+        (["--trace", "taken.json"], "taken.json: is there already"),
     ],
 )
 def test_bad_arguments_are_one_line(

@@ -89,7 +89,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib import metadata
 
-        value: Any = metadata.version("alignpro")
+        try:
+            value: Any = metadata.version("alignpro")
+        except metadata.PackageNotFoundError:  # a checkout on the path
+            value = "0+source"
     elif name == "ops":  # a package by its own name; it imports torch
         value = importlib.import_module("alignpro.ops")
     elif name in _HOMES:

@@ -152,18 +152,30 @@ class SamplingParams:
     top-k, top-p and min-p change what may be drawn, and the mass they kept is reported.
     """
 
-    temperature: float = 1.0  # 0: greedy, log-probabilities then at temperature 1
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    min_p: float = 0.0  # 0: off
+    temperature: float = 1.0
+    """The sampling temperature; 0 is greedy, with log-probabilities at temperature 1."""
+    top_k: int = 0
+    """How many of the likeliest tokens may be drawn; 0 is all."""
+    top_p: float = 1.0
+    """The probability mass of the likeliest tokens that may be drawn; 1 is all."""
+    min_p: float = 0.0
+    """The share of the likeliest token's probability that a token needs to be drawn; 0 is off."""
     max_new_tokens: int = 64
-    min_new_tokens: int = 0  # EOS and stop ids are not drawn before
-    n: int = 1  # samples per prompt; the prompt is computed once
-    seed: int | None = None  # None: fresh randomness for every prompt
-    stop: tuple[str, ...] = ()  # text that ends a completion; it is cut from ``text``
+    """The most tokens that are written."""
+    min_new_tokens: int = 0
+    """The tokens that are written before the end or a stop token may be drawn."""
+    n: int = 1
+    """Samples of a prompt, which is computed once."""
+    seed: int | None = None
+    """The random seed; null is fresh randomness for every prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, and are cut from it."""
     stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a completion."""
     ignore_eos: bool = False
-    deadline_seconds: float | None = None  # from submission; what was written by then is returned
+    """Whether the model's end of text is written like any other token."""
+    deadline_seconds: float | None = None
+    """Seconds from submission after which what was written is returned; null waits for all."""
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ import typer
 from alignpro.cli.shared import (
     NOT_MET,
     Config,
-    Json,
     ModelName,
+    Output,
     Overrides,
     Overwrite,
     Threads,
     app,
     check_new,
+    examples,
     needs_torch,
     one_line_errors,
     read_settings,
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from alignpro.evaluate.results import Evaluation
 
 
-@app.command()
+@app.command(
+    epilog=examples("alignpro quickstart", "alignpro quickstart --seed 1 --steps 48 --run seed-1")
+)
 @one_line_errors
 def quickstart(
     config: Annotated[
@@ -46,8 +49,8 @@ def quickstart(
         int | None, typer.Option(help="Number of held-out prompts to evaluate on.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Path or name of the model.")] = None,
-    run_dir: Annotated[
-        str | None, typer.Option(help="Run directory; a number is added where it is taken.")
+    run: Annotated[
+        str | None, typer.Option(help="Directory of the run; a number is added where it is taken.")
     ] = None,
     threads: Threads = None,
 ) -> None:
@@ -60,7 +63,7 @@ def quickstart(
         "train.steps": steps,
         "evaluate.num_prompts": prompts,
         "prompter.model": model,
-        "run_dir": run_dir,
+        "run_dir": run,
         "threads": threads,
     }
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
@@ -79,7 +82,11 @@ def quickstart(
     _exit_unless_met(result.report.evaluation)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro sft run_dir=alignpro-sft", "alignpro sft data=pairs.jsonl steps=64 seed=1"
+    )
+)
 @one_line_errors
 def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Warm-start a prompter on (prompt, instruction) pairs."""
@@ -100,7 +107,14 @@ def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite
     typer.echo(f"adapter: {Path(options.run_dir) / 'adapter'}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro train alignpro.yaml",
+        "alignpro train alignpro.yaml steps=40 kl_coef=0.1 run_dir=second",
+        "alignpro train alignpro.yaml --dry-run",
+        "alignpro train alignpro-run/config.json --resume",
+    )
+)
 @one_line_errors
 def train(
     config: Annotated[
@@ -123,7 +137,7 @@ def train(
     prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a prompt to price a dry run with.")
     ] = None,
-    json_file: Json = None,
+    output: Output = None,
 ) -> None:
     """Train a prompter by reinforcement learning."""
     needs_torch("train")
@@ -136,17 +150,17 @@ def train(
         )
     options = load_yaml(TrainConfig, config, overrides or [])
     if dry_run:
-        check_new(json_file)
+        check_new(output)
         from rich.console import Console
 
         from alignpro.price.estimate import price_train
         from alignpro.price.tables import price_tables
 
         report = price_train(options, gpu_name=gpu, rates=rates, prompt_tokens=prompt_tokens)
-        write_json(json_file, report)
+        write_json(output, report)
         Console().print(price_tables(report))
         return
-    given = {"--gpu": gpu, "--rates": rates, "--prompt-tokens": prompt_tokens, "--json": json_file}
+    given = {"--gpu": gpu, "--rates": rates, "--prompt-tokens": prompt_tokens, "--output": output}
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
@@ -165,14 +179,17 @@ def train(
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro evaluate trained=alignpro-run/adapter reward=topic --output evaluation.json",
+        "alignpro evaluate trained=alignpro-run/adapter static={} --require 'trained>static'",
+    )
+)
 @one_line_errors
 def evaluate(
     config: Config = None,
     overrides: Overrides = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write the numbers to this JSON file.")
-    ] = None,
+    output: Output = None,
     required: Annotated[
         list[str] | None,
         typer.Option(
@@ -183,8 +200,11 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Compare the arms on held-out prompts: raw prompt, untuned and trained prompter, and what the
-    configuration adds (static, policy_text, labelled, optimum, tuned, judge)."""
+    """Compare the arms on held-out prompts.
+
+    They are the raw prompt, the untuned and the trained prompter, and what the configuration adds
+    (static, policy_text, labelled, optimum, tuned, judge).
+    """
     from alignpro.config import EvalConfig
 
     options = read_settings(EvalConfig, config, overrides)
@@ -217,7 +237,13 @@ def _exit_unless_met(evaluation: Evaluation | None) -> None:
         raise typer.Exit(NOT_MET)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro generate 'Why is the sky blue?'",
+        "alignpro generate 'Why is the sky blue?' --run alignpro-run --seed 1",
+        "alignpro generate - --model smollm2 --max-new-tokens 64 < question.txt",
+    )
+)
 @one_line_errors
 def generate(
     prompt: Annotated[
@@ -316,10 +342,10 @@ def generate(
         typer.echo("no answer was begun; --max-new-tokens allows a longer one", err=True)
 
 
-@app.command()
+@app.command(epilog=examples("alignpro info"))
 @one_line_errors
 def info() -> None:
-    """Instruction set, threads, backends and versions."""
+    """Print instruction set, threads, backends and versions."""
     from alignpro.bench.machine import versions
     from alignpro.native import core
 

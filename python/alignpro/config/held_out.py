@@ -17,7 +17,11 @@ class HeldOutConfig:
     They choose nothing by themselves; a person who chooses by them keeps others for the evaluation.
     """
 
-    data: str | None = None  # None: the training's own
-    split: str | None = "validation"  # a prompt that is trained on as well is refused
-    num_prompts: Annotated[int, at_least(2)] | None = 16  # so many of them, drawn; None: all
-    every: Annotated[int, at_least(1)] = 10  # steps; the first and the last one are looked at, too
+    data: str | None = None
+    """The prompts to look at; null is the training's own data."""
+    split: str | None = "validation"
+    """The split of these prompts; a prompt that is trained on as well is refused."""
+    num_prompts: Annotated[int, at_least(2)] | None = 16
+    """How many of them are drawn; null is all."""
+    every: Annotated[int, at_least(1)] = 10
+    """Steps from one look to the next; the first and the last step are looked at, too."""
