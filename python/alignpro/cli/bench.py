@@ -173,12 +173,13 @@ def _run_bench(
     from alignpro.bench.tables import bench_tables
     from alignpro.models.resolve import resolve_model
     from alignpro.native import core
+    from alignpro.report.progress import Bars
 
-    if work.get("target") is not None:
-        work["target"] = resolve_model(work["target"])
-    work |= {"model": resolve_model(model), "threads": threads or core.available_cpus()}
-    with Console(stderr=True).status("") as status:
-        report = measure(say=status.update, **work)
+    with Bars("finding the model") as bars:
+        if work.get("target") is not None:
+            work["target"] = resolve_model(work["target"])
+        work |= {"model": resolve_model(model), "threads": threads or core.available_cpus()}
+        report = measure(say=bars.doing, **work)
     write_json(output, report)
     Console().print(bench_tables(report))
 

@@ -40,8 +40,10 @@ def report(
     from rich.console import Console
 
     from alignpro.report.build import build_report
+    from alignpro.report.progress import Bars
     from alignpro.report.tables import report_view
 
-    built = build_report(run, evaluation=evaluation, headroom=headroom, bound=bound, out=output)
+    with Bars("building the report"):
+        built = build_report(run, evaluation=evaluation, headroom=headroom, bound=bound, out=output)
     Console().print(report_view(built.report, built.metrics, samples=False))
     typer.echo(f"report: {built.path}")

@@ -72,12 +72,13 @@ def quickstart(
     )
     from rich.console import Console
 
-    from alignpro.quickstart import run_quickstart
+    from alignpro.report.progress import Bars
     from alignpro.report.tables import report_view
 
-    console = Console()
-    result = run_quickstart(settings, console)
-    console.print(report_view(result.report, result.metrics))
+    with Bars("loading torch"):
+        from alignpro.quickstart import run_quickstart
+    result = run_quickstart(settings)
+    Console().print(report_view(result.report, result.metrics))
     typer.echo(f"report: {result.run_dir / 'report.html'}")
     _exit_unless_met(result.report.evaluation)
 
@@ -95,10 +96,10 @@ def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite
 
     options = read_settings(SftConfig, config, overrides)
     from alignpro.report.progress import Bars, show_sft_row
-    from alignpro.train.run import run_sft
 
-    with Bars() as bars:
-        bars.show("warm start", 0, options.steps)
+    with Bars("loading data and model") as bars:
+        from alignpro.train.run import run_sft
+
         run_sft(
             options,
             overwrite=overwrite,
@@ -155,8 +156,10 @@ def train(
 
         from alignpro.price.estimate import price_train
         from alignpro.price.tables import price_tables
+        from alignpro.report.progress import Bars
 
-        report = price_train(options, gpu_name=gpu, rates=rates, prompt_tokens=prompt_tokens)
+        with Bars("measuring this machine" if gpu is None else "counting"):
+            report = price_train(options, gpu_name=gpu, rates=rates, prompt_tokens=prompt_tokens)
         write_json(output, report)
         Console().print(price_tables(report))
         return
@@ -166,11 +169,12 @@ def train(
             raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
     from alignpro.models.endpoint import EndpointModel
     from alignpro.report.progress import Bars, TrainBar
-    from alignpro.train.closed_form import ClosedFormFit
-    from alignpro.train.run import make_trainer
 
-    trainer = make_trainer(options, resume=resume, overwrite=overwrite)
-    with Bars() as bars:
+    with Bars("loading data and models") as bars:
+        from alignpro.train.closed_form import ClosedFormFit
+        from alignpro.train.run import make_trainer
+
+        trainer = make_trainer(options, resume=resume, overwrite=overwrite)
         if isinstance(trainer, ClosedFormFit):
             trainer.rollouts(bars.show)
         trainer.train([TrainBar(bars)])
@@ -218,7 +222,7 @@ def evaluate(
     from alignpro.report.tables import report_view
 
     try:
-        with Bars() as bars:
+        with Bars("loading data and models") as bars:
             report = run_evaluation(options, output=output, on_progress=bars.show)
     except UnjudgedError as error:
         if output is None:
@@ -286,6 +290,7 @@ def generate(
     from alignpro.config import ModelConfig, TrainConfig, from_mapping, load_yaml, target_of
     from alignpro.models.endpoint import EndpointModel
     from alignpro.models.native_model import NativeModel, load_model, load_models
+    from alignpro.report.progress import Bars
     from alignpro.types import Conversation, SamplingParams
 
     def placed(config: ModelConfig) -> ModelConfig:
@@ -306,27 +311,28 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     target: NativeModel | EndpointModel
-    if run is None:
-        named = read_settings(ModelConfig, None, [f"model={json.dumps(model)}", *chats])
-        target, adapter = load_model(placed(named), threads), None
-    else:
-        settings = load_yaml(TrainConfig, run / "config.json")
-        answers = placed(target_of(settings.prompter, settings.target))
-        if settings.policy == "target":
-            target = load_model(answers, threads, date=settings.date)
-            adapter = str(run / "adapter")
+    with Bars("loading"):
+        if run is None:
+            named = read_settings(ModelConfig, None, [f"model={json.dumps(model)}", *chats])
+            target, adapter = load_model(placed(named), threads), None
         else:
-            from alignpro.pipeline import Pipeline
+            settings = load_yaml(TrainConfig, run / "config.json")
+            answers = placed(target_of(settings.prompter, settings.target))
+            if settings.policy == "target":
+                target = load_model(answers, threads, date=settings.date)
+                adapter = str(run / "adapter")
+            else:
+                from alignpro.pipeline import Pipeline
 
-            prompter, target = load_models(
-                placed(settings.prompter), answers, threads, date=settings.date
-            )
-            adapter = answers.adapter
-            pipeline = Pipeline.configured(settings, prompter, target, None)
-            rewriting = pipeline.with_adapter(prompter.make_adapter(run / "adapter"))
-            rewrite = rewriting.rewrite([text], seed=seed)[0][0]
-            typer.echo(f"rewrite: {rewrite.text}", err=True)
-            text = Conversation.of(rewrite.target_prompt).last_turn
+                prompter, target = load_models(
+                    placed(settings.prompter), answers, threads, date=settings.date
+                )
+                adapter = answers.adapter
+                pipeline = Pipeline.configured(settings, prompter, target, None)
+                rewriting = pipeline.with_adapter(prompter.make_adapter(run / "adapter"))
+                rewrite = rewriting.rewrite([text], seed=seed)[0][0]
+                typer.echo(f"rewrite: {rewrite.text}", err=True)
+                text = Conversation.of(rewrite.target_prompt).last_turn
     if isinstance(target, EndpointModel):
         client = target.client()
         handle = client.submit([{"role": "user", "content": text}], params)

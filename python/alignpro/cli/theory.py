@@ -65,7 +65,7 @@ def headroom(
     from alignpro.report.progress import Bars
     from alignpro.report.tables import headroom_tables
 
-    with Bars() as bars:
+    with Bars("loading data and models") as bars:
         report = run_headroom(options, samples=samples, on_progress=bars.show)
     write_json(output, report)
     if plot is not None:
@@ -97,7 +97,7 @@ def bound(config: Config = None, overrides: Overrides = None, output: Output = N
     from alignpro.report.progress import Bars
     from alignpro.report.tables import bound_tables
 
-    with Bars() as bars:
+    with Bars("loading data and models") as bars:
         report = run_bound(options, on_progress=bars.show)
     write_json(output, report)
     Console().print(bound_tables(report))
