@@ -19,7 +19,7 @@ from typing import Any
 
 from alignpro import trace
 from alignpro.config import RESPONSE, REWRITE, ModelConfig, Prompting, StageConfig, check_sampling
-from alignpro.models.arguments import check_params
+from alignpro.models.arguments import check_models, check_params
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
 from alignpro.models.reading import (
@@ -65,6 +65,7 @@ class Pipeline:
     Args:
         prompter: the model that writes rewrites; None where all of them are given (`answer`).
         target: the model that answers them; pass the same object where they share base weights.
+            None where rewrites alone are written (`rewrite`).
         reward: scores responses against the original prompts; None leaves rewards NaN.
         prompter_adapter: what ``prompter.submit`` takes as adapter; None is the base model.
         target_adapter: likewise for ``target.submit``; the target itself stays frozen, and this is
@@ -76,7 +77,7 @@ class Pipeline:
     def __init__(
         self,
         prompter: LanguageModel | None,
-        target: LanguageModel | ChatModel,
+        target: LanguageModel | ChatModel | None,
         reward: Reward | None,
         *,
         prompting: Prompting | None = None,
@@ -86,8 +87,9 @@ class Pipeline:
         response_params: SamplingParams | None = None,
         max_failed: float = ModelConfig.max_failed,
     ) -> None:
+        check_models(prompter, target, reward)
         self.prompter = prompter
-        self.target = target
+        self._target = target
         self.reward = reward
         self.prompting = prompting or Prompting()
         self.prompter_adapter = prompter_adapter
@@ -120,6 +122,15 @@ class Pipeline:
             response_params=config.response,
             max_failed=answers.max_failed,
         )
+
+    @property
+    def target(self) -> LanguageModel | ChatModel:
+        """The model that answers. Raises ValueError where there is none."""
+        if self._target is None:
+            raise ValueError(
+                "target: expected a model that answers, got None; load_model loads one"
+            )
+        return self._target
 
     def with_adapter(self, adapter: Any) -> Pipeline:
         """The same pipeline with another prompter adapter."""
@@ -286,8 +297,8 @@ class Pipeline:
         answered: Answered | None = {} if common_draws else None
         with trace.span("read prompts"):
             read = [self._prompter_tokens(prompter, p, i) for i, p in enumerate(prompts)]
-            if isinstance(self.target, LanguageModel):
-                check_roles(self.target.tokenizer, prompts)
+            if isinstance(self._target, LanguageModel):
+                check_roles(self._target.tokenizer, prompts)
         rows = len(prompts) * num_rewrites * max(1, num_responses)
         with InFlight(rows, self.max_failed, on_progress) as in_flight:
 
@@ -390,9 +401,9 @@ class Pipeline:
         """What the target reads for a rewrite that no prompter wrote; "" is the raw prompt."""
         read = self.prompting.target_prompt(prompt, text)
         tokens = []
-        if isinstance(self.target, LanguageModel):
+        if isinstance(self._target, LanguageModel):
             with naming(f"the rewrite of prompt {index}" if text else f"prompt {index}"):
-                tokens = target_tokens(self.target.tokenizer, read)
+                tokens = target_tokens(self._target.tokenizer, read)
         return Rewrite(
             prompt_index=index,
             prompter_tokens=[],
@@ -406,9 +417,9 @@ class Pipeline:
 
     def _too_long(self, rewrite: Rewrite) -> str | None:
         """Why the target cannot read a rewrite; one behind an endpoint says so itself."""
-        if not isinstance(self.target, LanguageModel):
+        if not isinstance(self._target, LanguageModel):
             return None
-        return too_long(self.target, len(rewrite.target_tokens), self.response_params)
+        return too_long(self._target, len(rewrite.target_tokens), self.response_params)
 
     def _scored(
         self,

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from alignpro.cli import app
 from alignpro.config import ARMS, EvalConfig, from_mapping
 from alignpro.evaluate.results import to_json
-from alignpro.evaluate.run import load_inputs, run_evaluation
+from alignpro.evaluate.run import load_inputs, run_evaluate
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
 from alignpro.statistics import length_controlled_win_rate
@@ -93,9 +93,7 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
     output = tmp_path / "report.json"
     seen = []
     config = from_mapping(EvalConfig, everything(files))
-    report = to_json(
-        run_evaluation(config, output=output, on_progress=lambda *row: seen.append(row))
-    )
+    report = to_json(run_evaluate(config, output=output, on_progress=lambda *row: seen.append(row)))
     assert list(report["arms"]) == list(ARMS)
     assert report["arms"]["labelled"]["empty_rewrites"] == 2  # owls, that is
     assert {"share", "gap"} <= report["static_to_labelled"].keys()
@@ -121,7 +119,7 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
     last = {name: (done, total) for name, done, total in seen}
     assert all(done == total for done, total in last.values())
     # The same again, with nothing left to ask.
-    again = to_json(run_evaluation(config, output=output))
+    again = to_json(run_evaluate(config, output=output))
     assert again["judge"].pop("replayed") == judged["questions"]
     judged.pop("replayed")
     for each in (report, again):
@@ -135,7 +133,7 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
 def test_the_tuned_target_is_the_adapter_on_the_target(files):
     folder, _ = files
     settings = mapping(files, tuned=str(folder / "tuned"), num_samples=4)
-    report = to_json(run_evaluation(from_mapping(EvalConfig, settings)))
+    report = to_json(run_evaluate(from_mapping(EvalConfig, settings)))
     assert list(report["arms"]) == ["raw", "untuned", "trained", "tuned"]
     raw, tuned = (
         [sample[f"response_{arm}"] for sample in report["samples"]] for arm in ("raw", "tuned")
@@ -198,7 +196,7 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
 def test_refused_before_a_model_is_loaded(files, changes, line, monkeypatch):
     monkeypatch.setattr("alignpro.evaluate.run.load_models", None)
     with pytest.raises((ValueError, OSError)) as caught:
-        run_evaluation(from_mapping(EvalConfig, mapping(files, **changes)))
+        run_evaluate(from_mapping(EvalConfig, mapping(files, **changes)))
     line = line.replace("{data}", mapping(files)["data"])
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
@@ -270,9 +268,9 @@ def test_a_search_spends_what_the_training_spent(files, tmp_path):
     )
     log.write_text('{"step": 0, "reward_mean": 0.5}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl does not say how many tokens the target"):
-        run_evaluation(config)
+        run_evaluate(config)
     log.write_text("".join(json.dumps({"step": i, "target_tokens": 100}) + "\n" for i in range(3)))
-    search = to_json(run_evaluation(config))["static_search"]
+    search = to_json(run_evaluate(config))["static_search"]
     assert search["budget"] == 300 and 280 <= search["tokens"] <= 310
 
 

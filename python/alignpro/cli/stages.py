@@ -171,13 +171,15 @@ def train(
     from alignpro.report.progress import Bars, TrainBar
 
     with Bars("loading data and models") as bars:
-        from alignpro.train.closed_form import ClosedFormFit
-        from alignpro.train.run import make_trainer
+        from alignpro.train.run import run_train
 
-        trainer = make_trainer(options, resume=resume, overwrite=overwrite)
-        if isinstance(trainer, ClosedFormFit):
-            trainer.rollouts(bars.show)
-        trainer.train([TrainBar(bars)])
+        trainer = run_train(
+            options,
+            resume=resume,
+            overwrite=overwrite,
+            callbacks=[TrainBar(bars)],
+            on_progress=bars.show,
+        )
     if isinstance(trainer.pipeline.target, EndpointModel):
         typer.echo(trainer.pipeline.target.spent())
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
@@ -217,13 +219,13 @@ def evaluate(
     from rich.console import Console
 
     from alignpro.evaluate.results import Report
-    from alignpro.evaluate.run import UnjudgedError, run_evaluation
+    from alignpro.evaluate.run import UnjudgedError, run_evaluate
     from alignpro.report.progress import Bars
     from alignpro.report.tables import report_view
 
     try:
         with Bars("loading data and models") as bars:
-            report = run_evaluation(options, output=output, on_progress=bars.show)
+            report = run_evaluate(options, output=output, on_progress=bars.show)
     except UnjudgedError as error:
         if output is None:
             raise
@@ -322,15 +324,16 @@ def generate(
                 target = load_model(answers, threads, date=settings.date)
                 adapter = str(run / "adapter")
             else:
-                from alignpro.pipeline import Pipeline
+                from alignpro.prompter import Prompter
 
                 prompter, target = load_models(
                     placed(settings.prompter), answers, threads, date=settings.date
                 )
                 adapter = answers.adapter
-                pipeline = Pipeline.configured(settings, prompter, target, None)
-                rewriting = pipeline.with_adapter(prompter.make_adapter(run / "adapter"))
-                rewrite = rewriting.rewrite([text], seed=seed)[0][0]
+                rewriting = Prompter(
+                    prompter, run / "adapter", prompting=settings.prompting, params=settings.rewrite
+                )
+                rewrite = rewriting.rewrites([text], seed=seed)[0][0]
                 typer.echo(f"rewrite: {rewrite.text}", err=True)
                 text = Conversation.of(rewrite.target_prompt).last_turn
     if isinstance(target, EndpointModel):
