@@ -56,7 +56,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     held_out = load_inputs(evaluation)
     reward = build_reward(train.reward)
     pairs = load_pairs(sft.data)
-    train_rows = load_prompts(train.data, split=train.split)
+    train_rows = load_prompts(train.data)
     watched = load_held_out(train, train_rows)
     seconds: dict[str, float] = {}
 

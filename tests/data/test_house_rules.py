@@ -101,8 +101,8 @@ def test_the_warm_start_says_nothing_of_the_kinds(prompts, pairs):
     """Every kind's prompts meet every rule equally often: no information."""
     kind_of = {r.prompt: r.columns["kind"] for r in prompts if r.columns["split"] == "train"}
     tables = {kind: Counter() for kind in KINDS}
-    for prompt, instruction in pairs:
-        tables[kind_of[prompt]][instruction] += 1
+    for pair in pairs:
+        tables[kind_of[pair.prompt]][pair.instruction] += 1
     first, *others = tables.values()
     assert all(table == first for table in others)
     assert first == dict.fromkeys(RULES.values(), 20)
@@ -110,8 +110,8 @@ def test_the_warm_start_says_nothing_of_the_kinds(prompts, pairs):
 
 def test_every_training_prompt_is_warmed_up_three_times_and_no_other(prompts, pairs):
     train = {row.prompt for row in prompts if row.columns["split"] == "train"}
-    assert Counter(prompt for prompt, _ in pairs) == dict.fromkeys(train, 3)
-    assert len({pair for pair in pairs if pair[1]}) == 600
+    assert Counter(pair.prompt for pair in pairs) == dict.fromkeys(train, 3)
+    assert len({pair for pair in pairs if pair.instruction}) == 600
 
 
 def test_the_rules_name_every_kind_and_one_is_to_leave_alone():

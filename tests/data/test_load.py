@@ -9,9 +9,12 @@ import types
 
 import pytest
 
+from alignpro.config import DataConfig, InstructionsConfig, PairsConfig
 from alignpro.data import (
     DataError,
+    PairRow,
     PromptRow,
+    load_instructions,
     load_pairs,
     load_prompts,
     stack_columns,
@@ -146,8 +149,8 @@ def test_of_turns_without_answers_the_first_is_the_prompt(write):
 
 def test_pairs_whose_prompt_is_a_conversation(write):
     rows = [{"messages": [SYSTEM, LAST], "instruction": "Be brief."}]
-    ((prompt, instruction),) = load_pairs(write("a.jsonl", jsonl(rows)))
-    assert (prompt.messages, instruction) == ([SYSTEM, LAST], "Be brief.")
+    (pair,) = load_pairs(write("a.jsonl", jsonl(rows)))
+    assert (pair.prompt.messages, pair.instruction) == ([SYSTEM, LAST], "Be brief.")
 
 
 def test_chats_from_parquet(tmp_path):
@@ -158,11 +161,71 @@ def test_chats_from_parquet(tmp_path):
 
 def test_pairs(write):
     rows = [{"prompt": "Bake bread", "instruction": "Be brief.", "tone": "dry"}]
-    assert load_pairs(write("a.jsonl", jsonl(rows))) == [("Bake bread", "Be brief.")]
+    assert load_pairs(write("a.jsonl", jsonl(rows))) == [PairRow("Bake bread", "Be brief.")]
     rows[0]["instruction"] = ""  # leaves the prompt as it is
-    assert load_pairs(write("c.jsonl", jsonl(rows))) == [("Bake bread", "")]
+    assert load_pairs(write("c.jsonl", jsonl(rows))) == [PairRow("Bake bread", "")]
     renamed = write("b.csv", "x,y\nBake bread,Be brief.\n")
-    assert load_pairs(renamed, "x", "y") == [("Bake bread", "Be brief.")]
+    assert load_pairs(renamed, "x", "y") == [PairRow("Bake bread", "Be brief.")]
+
+
+def test_the_columns_of_pairs_are_named(write):
+    """BPO: the user's prompt is under "instruction", what is to be written beside it."""
+    bpo = {"instruction": "Why is it?", "context": "", "optimized_prompt": "Say why in one line."}
+    name = write("bpo.json", json.dumps([bpo]))
+    columns = PairsConfig(name, prompt="instruction", instruction="optimized_prompt")
+    assert load_pairs(columns) == [PairRow("Why is it?", "Say why in one line.")]
+    with pytest.raises(DataError, match=r"row 0: no column 'prompt'.*name the one .* data\.prompt"):
+        load_pairs(name)
+
+
+def test_what_users_asked_is_no_candidate_instruction(write):
+    bpo = {"instruction": "Why is it?", "context": "", "optimized_prompt": "Say why in one line."}
+    alpaca = {"instruction": "Name a colour.", "input": "", "output": "Red."}
+    for row in (bpo, alpaca):
+        with pytest.raises(DataError, match=r"a\.json, row 0: column 'instruction'.*users asked"):
+            load_instructions(write("a.json", json.dumps([row])))
+    name = write("b.json", json.dumps([bpo, bpo | {"optimized_prompt": " "[:0]}]))
+    named = InstructionsConfig(name, instruction="optimized_prompt")
+    assert load_instructions(named) == ["Say why in one line."]
+    for clear in ({"instruction": "Be brief."}, {"prompt": "Hi", "instruction": "Be brief."}):
+        assert load_instructions(write("c.jsonl", jsonl([clear]))) == ["Be brief."]
+
+
+def test_what_belongs_to_an_instruction_is_not_lost(write):
+    """Alpaca's and Dolly's second column is a part of what the user asked."""
+    rows = [
+        {"instruction": "Sum it up.", "input": "A long text.", "output": "Short."},
+        {"instruction": "Say hi.", "input": "", "output": "Hi."},
+    ]
+    name = write("a.json", json.dumps(rows))
+    with pytest.raises(DataError, match=r"row 0.*'input' beside it.*data.prompt=\[instruction, in"):
+        load_prompts(name, "instruction")
+    assert load_prompts(name, ["instruction", "input"]) == [
+        PromptRow("Sum it up.\n\nA long text.", {"output": "Short."}),
+        PromptRow("Say hi.", {"output": "Hi."}),
+    ]
+    alone = write("b.json", json.dumps(rows[1:]))
+    assert load_prompts(alone, "instruction") == [
+        PromptRow("Say hi.", {"input": "", "output": "Hi."})
+    ]
+    with pytest.raises(DataError, match="row 0: no column 'question'"):
+        load_prompts(name, ["instruction", "question"])
+
+
+def test_data_of_a_stage_or_its_own():
+    own = DataConfig("who/set", subset="main", prompt="question")
+    held_out = DataConfig(split="validation")
+    assert held_out.of(own) == DataConfig(
+        "who/set", subset="main", prompt="question", split="validation"
+    )
+    assert DataConfig("b.csv").of(own) == DataConfig("b.csv")
+    with pytest.raises(ValueError, match="subset: expected its default None .it goes with path"):
+        DataConfig(subset="main")
+
+
+def test_rows_know_their_place(write):
+    name = write("a.csv", 'prompt\n\n"two\nlines"\nlast\n')
+    assert [row.place for row in load_prompts(name)] == ["a.csv, line 3", "a.csv, line 5"]
 
 
 def test_columns_are_stacked_beside_the_rows():
@@ -181,7 +244,7 @@ def test_the_packaged_prompts_are_there_and_split():
 def test_the_packaged_pairs_are_there():
     pairs = load_pairs("instructions")
     assert len(pairs) >= 90
-    assert len({instruction for _, instruction in pairs}) > 40
+    assert len({pair.instruction for pair in pairs}) > 40
 
 
 def chat(*roles):
@@ -207,7 +270,6 @@ def chat(*roles):
         ("a.jsonl", "\n \n", "a.jsonl: no rows"),
         ("a.jsonl", "[" * 100_000, "line 1: malformed JSON: nested too deeply"),
         ("a.json", '[{"prompt": "x"},\n{"prompt"}]', "a.json, line 2: malformed JSON"),
-        ("a.json", '{"prompt": "x"}', "a.json: expected an array of objects, got dict"),
         ("a.json", '[{"prompt": "x"}, {"prompt": ""}]', "a.json, row 1, column 'prompt'"),
         ("a.json", "[]", "a.json: no rows"),
         ("a.json", "<html></html>", "a.json, line 1: malformed JSON"),
@@ -292,8 +354,13 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
         load_prompts("folder")
     with pytest.raises(DataError, match=r"evryday: expected a file .*everyday, instructions"):
         load_prompts("evryday")
-    with pytest.raises(DataError, match=r"\./somewhere: expected a file"):
+    with pytest.raises(DataError, match=r"\./somewhere: there is no such file"):
         load_prompts("./somewhere")
+    for absent in ("folder/prompts.tsv", "folder/prompts"):  # no data set on the hub
+        with pytest.raises(DataError, match=f"{absent}: there is no such file"):
+            load_prompts(absent)
+    with pytest.raises(DataError, match="everyday: subset and revision are of a hub data set"):
+        load_prompts(DataConfig("everyday", subset="main"))
 
 
 def test_splits_that_are_not_there(write):
@@ -302,9 +369,17 @@ def test_splits_that_are_not_there(write):
         DataError, match=r"no rows in split 'test'; there are \['heldout', 'train'\]"
     ):
         load_prompts(name, split="test")
-    unsplit = write("b.jsonl", '{"prompt": "x"}')
-    with pytest.raises(DataError, match=r"b\.jsonl, line 1: no column 'split'"):
-        load_prompts(unsplit, split="train")
+    mixed = write("b.jsonl", jsonl([*ROWS, {"prompt": "x"}]))
+    with pytest.raises(DataError, match=r"b\.jsonl, line 4: no column 'split', which other rows"):
+        load_prompts(mixed, split="train")
+
+
+def test_without_a_split_column_all_is_training_data(write):
+    name = write("a.csv", "prompt\nBake bread\n")
+    for split in ("train", None):
+        assert load_prompts(name, split=split) == [PromptRow("Bake bread")]
+    with pytest.raises(DataError, match=r"a\.csv: no column 'split', so all .*; add .* null"):
+        load_prompts(name, split="heldout")
 
 
 def test_pairs_name_the_column_that_is_wrong(write):
@@ -321,10 +396,15 @@ def test_a_hub_data_set_is_read_through_datasets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
 
-    def load_dataset(name, split):
-        asked.append((name, split))
+    def load_dataset(name, *subset, split, **options):
+        asked.append((name, *subset, split, *options.items()))
         if name == "who/missing":
             raise FileNotFoundError("not on the hub\nmore lines")
+        if name == "who/several" and not subset:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['main', "
+                "'other']\nExample of usage:\n\t`load_dataset('who/several', 'main')`"
+            )
         return ROWS
 
     fake = types.ModuleType("datasets")
@@ -333,8 +413,26 @@ def test_a_hub_data_set_is_read_through_datasets(tmp_path, monkeypatch):
     assert load_prompts("who/prompts") == EXPECTED
     assert load_prompts("who/prompts", split="test") == EXPECTED
     assert asked == [("who/prompts", "train"), ("who/prompts", "test")]
-    with pytest.raises(DataError, match=r"'who/missing', split 'train': not on the hub$"):
+    with pytest.raises(
+        DataError, match=r"'who/missing', split 'train': not on the hub more lines$"
+    ):
         load_prompts("who/missing")
+    with pytest.raises(DataError, match=r"configs: \['main', 'other'\]; name one as who/several:"):
+        load_prompts("who/several")
+    asked.clear()
+    for source in (
+        DataConfig("who/several:main"),
+        DataConfig("who/several", subset="main"),
+        DataConfig("who/several:main", split="test", revision="v1"),
+    ):
+        assert load_prompts(source) == EXPECTED
+    assert asked == [
+        ("who/several", "main", "train"),
+        ("who/several", "main", "train"),
+        ("who/several", "main", "test", ("revision", "v1")),
+    ]
+    with pytest.raises(DataError, match="the subset is named twice"):
+        load_prompts(DataConfig("who/several:main", subset="main"))
 
 
 @pytest.mark.parametrize(

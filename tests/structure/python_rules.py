@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "optional": set(),
     "run_directory": {"files"},
     "config": {"types"},
-    "data": {"types", "optional"},
+    "data": _BASE | {"optional"},
     "rewards": {"types", "optional"},
     "objective": {"types"},
     "statistics": {"types"},

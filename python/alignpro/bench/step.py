@@ -14,7 +14,7 @@ from alignpro.bench.generation import Say, open_report
 from alignpro.bench.machine import peak_rss_bytes, recorded
 from alignpro.bench.timeline import engine_flops
 from alignpro.bench.work import WORK, StepWork
-from alignpro.config import LoraConfig, ModelConfig, TrainConfig
+from alignpro.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from alignpro.data.load import load_prompts, stack_columns
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
@@ -71,8 +71,7 @@ def bench_step(
             response=SamplingParams(
                 max_new_tokens=work.response_tokens, temperature=work.response_temperature
             ),
-            data=work.data,
-            split=work.split,
+            data=DataConfig(work.data, split=work.split),
             kl_coef=work.kl_coef,
             learning_rate=work.learning_rate,
             lora=LoraConfig(rank=work.lora_rank, alpha=work.lora_alpha),
@@ -82,7 +81,7 @@ def bench_step(
     )
     say(f"measuring the machine's limits, and loading {model.name}")
     native, report = open_report("step", model, threads, _LIMIT_REPEATS, prefix_cache=True)
-    prompts = load_prompts(config.data, split=config.split)
+    prompts = load_prompts(config.data)
     pipeline = Pipeline.configured(config, native, native, build_reward(config.reward))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,11 @@ a value of the wrong type and a value out of range are a `ValueError` of one lin
 
 from __future__ import annotations
 
+from alignpro.config.data import DataConfig as DataConfig
+from alignpro.config.data import InstructionsConfig as InstructionsConfig
+from alignpro.config.data import OnTooLong as OnTooLong
+from alignpro.config.data import PairsConfig as PairsConfig
+from alignpro.config.data import Source as Source
 from alignpro.config.endpoint import Budget as Budget
 from alignpro.config.endpoint import ClientConfig as ClientConfig
 from alignpro.config.evaluate import ARMS as ARMS

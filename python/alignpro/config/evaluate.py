@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
+from alignpro.config.data import HELD_OUT, DataConfig, InstructionsConfig
 from alignpro.config.endpoint import Budget, ClientConfig, check_url
 from alignpro.config.fields import (
     Range,
@@ -68,12 +69,10 @@ def read_requirement(text: str, arms: Collection[str] = ARMS) -> Requirement:
 class StaticSearch:
     """Search for the best fixed instruction on training prompts, by successive halving."""
 
-    data: str | None = None
-    """Prompts that the search may see; null is the data of the evaluation."""
-    split: str | None = "train"
-    """The split of these prompts; a prompt that is held out as well is refused."""
-    instructions: str | None = "instructions"
-    """Where candidates come from: the column "instruction" of this source; null takes none."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts that the search may see; one that is held out as well is refused."""
+    instructions: InstructionsConfig | None = field(default_factory=InstructionsConfig)
+    """Where candidates come from; null takes none of a source."""
     candidates: tuple[str, ...] = ()
     """More candidates, your own."""
     num_written: Annotated[int, at_least(0)] = 32
@@ -235,8 +234,7 @@ class EvalConfig(StageConfig):
     """The weight of the KL penalty in the optimum: what the prompter was trained with."""
     judge: JudgeConfig | None = None
     """A judge that compares the trained prompter's answers with the others'; null asks none."""
-    data: str = "everyday"
-    split: str | None = "heldout"
+    data: DataConfig = HELD_OUT
     reward: str = "vader+0.2*topic"
     seed: Seed = 0
     num_prompts: Annotated[int, at_least(2)] | None = None

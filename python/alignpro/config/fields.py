@@ -74,6 +74,7 @@ _RENAMED = {
     "target_compute": "target.compute",
     "target_mode": "target.deterministic (true for strict, false for fast)",
     "zero_signal": "zero_advantage_group",
+    "split": "data.split",
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
+from alignpro.config.data import DataConfig
 from alignpro.config.fields import at_least, checked
 
 
@@ -17,10 +18,8 @@ class HeldOutConfig:
     They choose nothing by themselves; a person who chooses by them keeps others for the evaluation.
     """
 
-    data: str | None = None
-    """The prompts to look at; null is the training's own data."""
-    split: str | None = "validation"
-    """The split of these prompts; a prompt that is trained on as well is refused."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
+    """The prompts to look at; one that is trained on as well is refused."""
     num_prompts: Annotated[int, at_least(2)] | None = 16
     """How many of them are drawn; null is all."""
     every: Annotated[int, at_least(1)] = 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from alignpro.config.data import TRAINING, DataConfig, OnTooLong
 from alignpro.config.fields import Bytes, Date, Seed, Threads, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, PROMPTER_HERE, ModelConfig, check_local
 from alignpro.types import Conversation, Prompt, SamplingParams, transcript
@@ -155,10 +156,15 @@ class StageConfig:
     """The model that rewrites prompts; its adapter is the untuned prompter's."""
     target: ModelConfig | None = None
     """The frozen model that answers; null is the base weights of the prompter."""
-    data: str = "everyday"
-    """Prompts: a packaged name, a file, or a hub name."""
-    split: str | None = "train"
-    """The rows to use, by their column "split"; null is all rows."""
+    data: DataConfig = TRAINING
+    """The prompts."""
+    on_too_long: OnTooLong = "error"
+    """What becomes of a prompt that a model cannot read with what is written behind it: an error
+    before the first step, its row left out, or the prompt cut.
+
+    cut: the oldest turns of its conversation are left out, then the middle of its last turn, which
+    prompter, target and reward then read alike.
+    """
     reward: str = "vader+0.2*topic"
     """The reward: a sum of terms such as "vader+0.2*topic" or "module:function".
 
@@ -182,6 +188,7 @@ class StageConfig:
         check_sampling("rewrite", self.rewrite)
         check_sampling("response", self.response)
         check_local("prompter", self.prompter, PROMPTER_HERE)
+        require("data.path", self.data.path, self.data.path is not None, "a source")
 
 
 def check_sampling(name: str, params: SamplingParams) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from alignpro.config.data import OnTooLong, PairsConfig
 from alignpro.config.fields import Date, Seed, Threads, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
 from alignpro.config.prompting import FitConfig, Prompting
@@ -17,8 +18,14 @@ class SftConfig(FitConfig):
 
     prompter: ModelConfig = PROMPTER
     """The model that is trained, with a fresh adapter."""
-    data: str = "instructions"
-    """The pairs of prompt and instruction: a packaged name, a file, or a hub name."""
+    data: PairsConfig = field(default_factory=PairsConfig)
+    """The pairs of prompt and instruction."""
+    on_too_long: OnTooLong = "error"
+    """What becomes of a pair that the prompter's context does not hold: an error before the first
+    step, its row left out, or the prompt cut.
+
+    What is to be written is never cut. See `StageConfig.on_too_long`.
+    """
     run_dir: str = "alignpro-sft"
     """The directory of the run."""
     seed: Seed = 0

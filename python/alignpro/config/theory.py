@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from alignpro.config.data import HELD_OUT, DataConfig
 from alignpro.config.fields import above, at_least, checked, only_default, require
 from alignpro.config.model import check_local, target_of
 from alignpro.config.prompting import StageConfig, check_untruncated
@@ -44,8 +45,7 @@ class BoundConfig(StageConfig):
     tuned: str | None = None
     """The PEFT folder of the tuned target; null is the optimum in closed form, from the target's
     samples."""
-    split: str | None = "heldout"
-    """The rows to use, by their column "split"; null is all rows."""
+    data: DataConfig = HELD_OUT
     reward_range: tuple[float, ...] | None = None
     """The least and the greatest reward, [low, high]; null is what was observed."""
     num_prompts: Annotated[int, at_least(2)] | None = 32

@@ -1,24 +1,24 @@
-"""Reading prompts and (prompt, instruction) pairs from files, the package's own data, or the hub.
+"""Reading prompts, pairs and instructions from files, the package's own data, or the hub.
 
-A source is one of
-* a file: .jsonl, .json (an array of objects), .csv (with a header) or .parquet, in UTF-8;
+A source is a path, or a group of the configuration with its columns (`config.data`):
+* a file as `data.files` reads them;
 * the name of data that the package ships: "everyday" and "house_rules" (prompts), "instructions"
   and "house_rules_warm_start" (pairs);
-* the name of a data set on the hub, "owner/name", read through the package ``datasets``.
+* the name of a data set on the hub, "owner/name" or "owner/name:subset", read through the package
+  ``datasets``.
 
 Errors are DataError, one line that names the source, the line or row, and the column.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignpro.config import DataConfig, InstructionsConfig, PairsConfig, Source
+from alignpro.data.files import SUFFIXES, DataError, Row, read_file, suffix_of
 from alignpro.optional import import_for
 from alignpro.types import Conversation, Message, Prompt, text_messages, type_name
 
@@ -28,8 +28,9 @@ PACKAGED = {
     "house_rules": "house_rules.jsonl",
     "house_rules_warm_start": "house_rules_warm_start.jsonl",
 }
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "turns")
+# What Alpaca, Dolly and BPO put beside a user's instruction: it belongs to the prompt.
+_BESIDE_INSTRUCTION = ("input", "context")
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -39,26 +40,19 @@ _SHAREGPT_ROLES = {
 }
 
 
-class DataError(ValueError):
-    """Data that cannot be read as asked: the line says where, what was expected and what came."""
-
-
 @dataclass(frozen=True)
 class PromptRow:
     """A prompt and the other columns of its row, which rewards may use."""
 
     prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Row:
-    place: str  # "prompts.jsonl, line 3"
-    values: Mapping[str, Any]
+    place: str = field(default="", compare=False)  # in the user's data: "prompts.csv, line 3"
 
 
 def load_prompts(
-    source: str | Path, column: str | None = None, split: str | None = None
+    source: str | Path | DataConfig,
+    column: str | Sequence[str] | None = None,
+    split: str | None = None,
 ) -> list[PromptRow]:
     """Rows of ``source`` with their prompt, in the order of the source.
 
@@ -70,44 +64,74 @@ def load_prompts(
     (MT-Bench): the later ones refer to answers that nobody has given, so the first is the prompt,
     and the column stays among the others for the reward.
 
-    column: where the prompt is; None takes the first of ``PROMPT_COLUMNS`` that a row has.
-    split: keeps the rows whose "split" column equals it; on the hub it names the split to read
-    (there None reads "train").
+    source: a group says the rest as well; the other arguments are for a path alone.
+    column, split: see `DataConfig.prompt` and `Source.split`; None: every row.
 
     Raises DataError for a source that is not there, is malformed, or has no rows left; for a row
     without the column; for a prompt that is empty, has the wrong type or a lone surrogate; for
-    messages with another role or what is no text (images, tool calls).
+    messages with another role or what is no text (images, tool calls); for a column "instruction"
+    alone beside an "input" or "context" that belongs to it.
     """
+    if not isinstance(source, DataConfig):
+        source = DataConfig(str(source), split=split, prompt=_as_columns(column))
     prompts = []
-    for row in _read(source, split):
-        name, prompt, reply = _prompt_of(row, column)
-        columns = {key: value for key, value in row.values.items() if key != name}
-        if name == "turns":
-            columns[name] = row.values[name]
+    for row in _read(source):
+        names, prompt, reply = _prompt_of(row, source.prompt)
+        others = {key: value for key, value in row.values.items() if key not in names}
+        if "turns" in names:
+            others["turns"] = row.values["turns"]
         if reply is not None:
-            columns.setdefault("reference", reply)
-        prompts.append(PromptRow(prompt, columns))
+            others.setdefault("reference", reply)
+        prompts.append(PromptRow(prompt, others, row.place))
     return prompts
 
 
+@dataclass(frozen=True)
+class PairRow:
+    """A prompt, and what the prompter is to write for it: "" leaves the prompt as it is."""
+
+    prompt: Prompt
+    instruction: str
+    place: str = field(default="", compare=False)
+
+
 def load_pairs(
-    source: str | Path,
-    prompt_column: str | None = None,
+    source: str | Path | PairsConfig,
+    prompt_column: str | Sequence[str] | None = None,
     instruction_column: str = "instruction",
     split: str | None = None,
-) -> list[tuple[Prompt, str]]:
-    """Rows of ``source`` as (prompt, instruction); sources and errors as in ``load_prompts``, but
-    an instruction may be "", which leaves the prompt as it is."""
+) -> list[PairRow]:
+    """Rows of ``source`` as pairs; sources, arguments and errors as in ``load_prompts``."""
+    if not isinstance(source, PairsConfig):
+        columns = _as_columns(prompt_column)
+        source = PairsConfig(
+            str(source), split=split, prompt=columns, instruction=instruction_column
+        )
     return [
-        (_prompt_of(row, prompt_column)[1], _text_of(row, instruction_column))
-        for row in _read(source, split)
+        PairRow(_prompt_of(row, source.prompt)[1], _text_of(row, source.instruction), row.place)
+        for row in _read(source)
     ]
 
 
-def load_instructions(source: str | Path) -> list[str]:
-    """The distinct texts of the column "instruction", in order; pairs that leave the prompt alone
-    ("") have none. Sources and errors as in ``load_prompts``."""
-    texts = (_text_of(row, "instruction").strip() for row in _read(source, None))
+def load_instructions(source: str | Path | InstructionsConfig) -> list[str]:
+    """The distinct texts of the column of instructions, in order; pairs that leave the prompt alone
+    ("") have none. Sources and errors as in ``load_prompts``.
+
+    Raises DataError where no column is named and "instruction" may hold what users asked, as in the
+    files of Alpaca, Dolly and BPO: it stands beside other columns, and none of them is a prompt.
+    """
+    if not isinstance(source, InstructionsConfig):
+        source = InstructionsConfig(str(source))
+    texts = []
+    for row in _read(source):
+        others = sorted(row.values.keys() - {"instruction", "split"})
+        if source.instruction is None and others and not row.values.keys() & set(PROMPT_COLUMNS):
+            raise DataError(
+                f"{row.place}: column 'instruction' is read as candidate instructions, and beside "
+                f"{others} without a prompt it may hold what users asked; name the column that is "
+                "meant: instructions: {path: ..., instruction: COLUMN}"
+            )
+        texts.append(_text_of(row, source.instruction or "instruction").strip())
     return [text for text in dict.fromkeys(texts) if text]
 
 
@@ -117,7 +141,11 @@ def stack_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
     return {name: [row.columns.get(name) for row in rows] for name in names}
 
 
-def _text_of(row: _Row, column: str) -> str:
+def _as_columns(given: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    return given if given is None or isinstance(given, str) else tuple(given)
+
+
+def _text_of(row: Row, column: str) -> str:
     value, where = _value_of(row, column), f"{row.place}, column {column!r}"
     if not isinstance(value, str):
         raise DataError(f"{where}: expected text, got {type_name(value)}")
@@ -127,18 +155,35 @@ def _text_of(row: _Row, column: str) -> str:
     return value
 
 
-def _value_of(row: _Row, column: str) -> Any:
+def _value_of(row: Row, column: str) -> Any:
     if column not in row.values:
-        raise DataError(f"{row.place}: no column {column!r}; there are {sorted(row.values)}")
+        key = "prompt" if column in PROMPT_COLUMNS else "instruction"
+        raise DataError(
+            f"{row.place}: no column {column!r}; there are {sorted(row.values)}; name the one that "
+            f"is meant as data.{key}"
+        )
     return row.values[column]
 
 
-def _prompt_of(row: _Row, column: str | None) -> tuple[str, Prompt, str | None]:
-    """The prompt's column, the prompt, and the answer that stands after it, if one does."""
-    if column is None:
-        there = [name for name in PROMPT_COLUMNS if name in row.values]
-        column = there[0] if there else PROMPT_COLUMNS[0]
-    value, where = _value_of(row, column), f"{row.place}, column {column!r}"
+def _prompt_of(
+    row: Row, column: str | tuple[str, ...] | None
+) -> tuple[tuple[str, ...], Prompt, str | None]:
+    """The prompt's columns, the prompt, and the answer that stands after it, if one does."""
+    if isinstance(column, tuple):
+        texts = [_text_of(row, name) for name in column]
+        value: Any = "\n\n".join(text for text in texts if text)
+        names, where = column, f"{row.place}, columns {', '.join(column)}"
+    else:
+        if column is None:
+            column = next((n for n in PROMPT_COLUMNS if n in row.values), PROMPT_COLUMNS[0])
+        value, where = _value_of(row, column), f"{row.place}, column {column!r}"
+        names = (column,)
+    beside = [name for name in _BESIDE_INSTRUCTION if row.values.get(name)]
+    if names == ("instruction",) and beside:
+        raise DataError(
+            f"{where}: {beside[0]!r} beside it is a part of the prompt; name both, as "
+            f"data.prompt=[instruction, {beside[0]}], or take the column out of the data"
+        )
     try:
         if column in PROMPT_COLUMNS[1:] and isinstance(value, str):
             raise ValueError("expected a list, got text; a prompt as text is in 'prompt'")
@@ -152,7 +197,7 @@ def _prompt_of(row: _Row, column: str | None) -> tuple[str, Prompt, str | None]:
         raise DataError(f"{where}: {error}") from None
     for message in prompt.messages:
         _check_unicode(message["content"], where)
-    return column, prompt.short, reply
+    return names, prompt.short, reply
 
 
 def _up_to_last_user_turn(messages: Sequence[Message]) -> tuple[Conversation, str | None]:
@@ -206,23 +251,34 @@ def _check_unicode(value: str, where: str) -> None:
 # Sources
 
 
-def _read(source: str | Path, split: str | None) -> list[_Row]:
+def is_local(source: Source) -> bool:
+    """Whether it is here: a file, or the package's own."""
+    path = source.path or ""
+    return path in PACKAGED or Path(path).exists() or not _on_hub(path)
+
+
+def _on_hub(name: str) -> bool:
+    path = Path(name)
+    here = path.parent.is_dir() or name.startswith((".", "/", "~"))
+    return name.count("/") == 1 and not here and suffix_of(name) not in SUFFIXES
+
+
+def _read(source: Source) -> list[Row]:
     """All rows of a source, after the split was taken; never empty."""
-    name, path = str(source), Path(source)
+    name, split = source.path, source.split
+    assert name is not None  # the configuration's rule, or `DataConfig.of`
+    path = Path(name)
     if name in PACKAGED and not path.exists():
         path = Path(__file__).with_name(PACKAGED[name])
-    if path.is_file():
-        suffix = path.suffix.lower()
-        if suffix not in SUFFIXES:
-            expected = f"a file ending in {', '.join(SUFFIXES)}"
-            raise DataError(f"{name}: expected {expected}, got {suffix!r}")
-        read = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
-        rows = _take_split(list(read.get(suffix, _read_parquet)(path, name)), split, name)
-    elif path.exists() or path.suffix.lower() in SUFFIXES:
+    if not path.is_file() and _on_hub(name):
+        rows = list(_read_hub(source))
+    elif (source.subset, source.revision) != (None, None):
+        raise DataError(f"{name}: subset and revision are of a hub data set; this is none")
+    elif path.is_file():
+        rows = _take_split(read_file(path, name), split, name)
+    elif path.exists() or "/" in name or suffix_of(name) in SUFFIXES:
         problem = "is a folder" if path.exists() else "there is no such file"
         raise DataError(f"{name}: {problem}; expected a file ({', '.join(SUFFIXES)})")
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        rows = list(_read_hub(name, split or "train"))
     else:
         raise DataError(
             f"{name}: expected a file ({', '.join(SUFFIXES)}), one of the package's own "
@@ -233,12 +289,19 @@ def _read(source: str | Path, split: str | None) -> list[_Row]:
     return rows
 
 
-def _take_split(rows: list[_Row], split: str | None, name: str) -> list[_Row]:
+def _take_split(rows: list[Row], split: str | None, name: str) -> list[Row]:
     if split is None:
         return rows
-    for row in rows:
-        if "split" not in row.values:
-            raise DataError(f"{row.place}: no column 'split', though split {split!r} was asked for")
+    without = [row for row in rows if "split" not in row.values]
+    if without and len(without) < len(rows):
+        raise DataError(f"{without[0].place}: no column 'split', which other rows have")
+    if without:
+        if split == "train":
+            return rows
+        raise DataError(
+            f"{name}: no column 'split', so all its rows are training data, and none are of split "
+            f"{split!r}; add the column, or set split to null to take every row"
+        )
     kept = [row for row in rows if row.values["split"] == split]
     if rows and not kept:
         there = sorted({str(row.values["split"]) for row in rows})
@@ -246,95 +309,25 @@ def _take_split(rows: list[_Row], split: str | None, name: str) -> list[_Row]:
     return kept
 
 
-def _read_text(path: Path, name: str) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{name}, line {line}: byte 0x{data[error.start]:02x} is no valid UTF-8"
-        ) from error
-
-
-def _read_jsonl(path: Path, name: str) -> Iterator[_Row]:
-    # Line feeds alone: str.splitlines also splits at characters that JSON allows in strings.
-    for number, line in enumerate(_read_text(path, name).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{name}, line {number}"
-        yield _Row(place, _as_object(_parse_json(line, name, number), place))
-
-
-def _read_json(path: Path, name: str) -> Iterator[_Row]:
-    rows = _parse_json(_read_text(path, name), name)
-    if not isinstance(rows, list):
-        raise DataError(f"{name}: expected an array of objects, got {type_name(rows)}")
-    for index, values in enumerate(rows):
-        yield _Row(f"{name}, row {index}", _as_object(values, f"{name}, row {index}"))
-
-
-def _parse_json(text: str, name: str, line: int = 1) -> Any:
-    """line: the number of the text's first."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line, problem = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-    except RecursionError:
-        problem = "nested too deeply"
-    raise DataError(f"{name}, line {line}: malformed JSON: {problem}")
-
-
-def _as_object(values: Any, place: str) -> Mapping[str, Any]:
-    if not isinstance(values, dict):
-        raise DataError(f"{place}: expected an object with columns, got {type_name(values)}")
-    return values
-
-
-def _read_csv(path: Path, name: str) -> Iterator[_Row]:
-    reader = csv.reader(io.StringIO(_read_text(path, name), newline=""), strict=True)
-    header: list[str] | None = None
-    place = f"{name}, line 1"
-    try:
-        for fields in reader:
-            place = f"{name}, line {reader.line_num}"
-            if not fields:
-                continue
-            if header is None:
-                header = fields
-                repeated = [column for column in header if header.count(column) > 1]
-                if repeated:
-                    raise DataError(f"{place}: column {repeated[0]!r} appears twice")
-            elif len(fields) != len(header):
-                raise DataError(f"{place}: expected {len(header)} columns, got {len(fields)}")
-            else:
-                yield _Row(place, dict(zip(header, fields, strict=True)))
-    except csv.Error as error:
-        problem = f"{name}, line {reader.line_num}: malformed CSV: {error}"
-        raise DataError(problem) from error
-
-
-def _read_parquet(path: Path, name: str) -> Iterator[_Row]:
-    parquet = import_for("reading Parquet files", "pyarrow.parquet", "alignpro[parquet]")
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise DataError(f"{name}: no readable Parquet file: {_first_line(error)}") from error
-    for index, values in enumerate(rows):
-        yield _Row(f"{name}, row {index}", values)
-
-
-def _read_hub(name: str, split: str) -> Iterator[_Row]:
+def _read_hub(source: Source) -> Iterator[Row]:
+    assert source.path is not None
+    name, _, subset = source.path.partition(":")
+    if subset and source.subset is not None:
+        raise DataError(f"{source.path}: the subset is named twice, {source.subset!r} beside it")
+    named, split = subset or source.subset, source.split or "train"
     datasets = import_for(f"reading the hub data set {name!r}", "datasets", "datasets")
+    options = {} if source.revision is None else {"revision": source.revision}
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, *([named] if named else []), split=split, **options)
     except Exception as error:  # its errors share no base
-        problem = f"hub data set {name!r}, split {split!r}: {_first_line(error)}"
-        raise DataError(problem) from error
+        # They list the subsets, or splits, that there are, and end in an example for Python.
+        text = " ".join(str(error).partition("Example of usage")[0].split())
+        said = text[:500] or type(error).__name__
+        if named is None and "config" in said.lower():
+            said += f"; name one as {name}:SUBSET, or as subset"
+        raise DataError(f"hub data set {source.path!r}, split {split!r}: {said}") from error
     for index, values in enumerate(rows):
-        place = f"hub data set {name!r}, row {index}"
-        yield _Row(place, _as_object(values, place))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        place = f"hub data set {source.path!r}, row {index}"
+        if not isinstance(values, dict):
+            raise DataError(f"{place}: expected columns, got {type_name(values)}")
+        yield Row(place, values)

@@ -15,10 +15,11 @@ from alignpro.types import Conversation
 
 def load_rows(config: BoundConfig | EvalConfig | HeadroomConfig) -> list[PromptRow]:
     """The first ``num_prompts`` rows. Raises ValueError for fewer of them, or fewer than 2."""
-    rows = load_prompts(config.data, split=config.split)
+    rows = load_prompts(config.data)
     wanted = max(2, config.num_prompts or 0)
     if wanted > len(rows):
-        raise ValueError(f"num_prompts: {config.data} has {len(rows)} rows, {wanted} asked for")
+        there = f"{config.data.path} has {len(rows)} rows"
+        raise ValueError(f"num_prompts: {there}, {wanted} asked for")
     return rows[: config.num_prompts]
 
 
@@ -32,9 +33,9 @@ def instructions_by_label(config: EvalConfig, rows: Sequence[PromptRow]) -> list
         return None
     column, instructions = config.labelled.column, config.labelled.instructions
     texts = []
-    for index, row in enumerate(rows):
+    for row in rows:
         turn = shorten(Conversation.of(row.prompt).last_turn)
-        where = f"labelled: row {index} of {config.data} ({turn})"
+        where = f"labelled: {row.place} ({turn})"
         label = row.columns.get(column)
         if label is None:
             there = sorted(row.columns) or "no other column than the prompt"

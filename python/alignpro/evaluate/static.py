@@ -76,14 +76,14 @@ def load_search(
         ValueError: a training prompt that is held out as well, or a budget too small for one
             response to every candidate in every round.
     """
-    source = search.data or config.data
-    rows = load_prompts(source, split=search.split)
+    source = search.data.of(config.data)
+    rows = load_prompts(source)
     random.Random(config.seed).shuffle(rows)
     shared = {row.prompt for row in rows} & {row.prompt for row in held_out}
     if shared:
         raise ValueError(
-            f"static: {len(shared)} of the {len(rows)} prompts to search on ({source}, split "
-            f"{search.split}) are held out as well; set static.data or static.split to others"
+            f"static: {len(shared)} of the {len(rows)} prompts to search on ({source.path}, "
+            f"split {source.split}) are held out as well; set static.data to others"
         )
     instructions = [text.strip() for text in search.candidates]
     if search.instructions is not None:

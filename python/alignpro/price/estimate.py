@@ -52,7 +52,7 @@ def price_train(
     target = target.held(*_place(device, answers))
     reads, hears = prompter.tokenizer(config.prompter), target.tokenizer(answers)
     lengths = find_lengths(
-        local_prompts(config.data, config.split),
+        local_prompts(config.data),
         config.prompting,
         config.rewrite.max_new_tokens,
         reads,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from alignpro.config import Prompting
-from alignpro.data.load import PACKAGED, load_prompts
+from alignpro.config import DataConfig, Prompting
+from alignpro.data.load import is_local, load_prompts
 from alignpro.models.reading import target_tokens
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import shared_prefix
@@ -34,11 +33,9 @@ class Lengths:
     source: str  # where the numbers are from, for a person
 
 
-def local_prompts(data: str, split: str | None) -> list[Prompt] | None:
+def local_prompts(data: DataConfig) -> list[Prompt] | None:
     """The prompts of a source that is on this machine; None for one that would be fetched."""
-    if data not in PACKAGED and not Path(data).is_file() and data.count("/") == 1:
-        return None
-    return [row.prompt for row in load_prompts(data, split=split)]
+    return [row.prompt for row in load_prompts(data)] if is_local(data) else None
 
 
 def find_lengths(

@@ -349,7 +349,7 @@ _FIT = 1 << 32  # the stream of the fit's order, beside those of the rollouts
 
 # What the rollouts depend on; the fit alone reads the rest.
 _ROLLOUT_FIELDS = (
-    *("prompter", "target", "data", "split", "reward", "seed"),
+    *("prompter", "target", "data", "on_too_long", "reward", "seed"),
     *("prompts_per_step", "num_rewrites", "num_responses", "common_draws"),
     *("rewrite", "response", "prompting"),
 )

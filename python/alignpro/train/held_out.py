@@ -35,16 +35,17 @@ def load_held_out(config: TrainConfig, trained_on: Sequence[PromptRow]) -> list[
     options = config.heldout
     if options is None:
         return []
-    source = options.data or config.data
-    rows = load_prompts(source, split=options.split)
+    source = options.data.of(config.data)
+    rows = load_prompts(source)
     wanted = max(2, options.num_prompts or 0)
     if wanted > len(rows):
-        raise ValueError(f"heldout.num_prompts: {source} has {len(rows)} rows, {wanted} asked for")
+        there = f"{source.path} has {len(rows)} rows"
+        raise ValueError(f"heldout.num_prompts: {there}, {wanted} asked for")
     shared = {row.prompt for row in rows} & {row.prompt for row in trained_on}
     if shared:
         raise ValueError(
-            f"heldout: {len(shared)} of the {len(rows)} prompts ({source}, split {options.split}) "
-            "are trained on; set heldout.data or heldout.split to others"
+            f"heldout: {len(shared)} of the {len(rows)} prompts ({source.path}, split "
+            f"{source.split}) are trained on; set heldout.data to others"
         )
     return random.Random(config.seed).sample(rows, options.num_prompts or len(rows))
 

@@ -90,7 +90,7 @@ def make_trainer(
     check_config(config, TrainConfig)
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
     check_trackers(config.track)
-    rows = load_prompts(config.data, split=config.split)
+    rows = load_prompts(config.data)
     held_out = load_held_out(config, rows)
     reward = build_reward(config.reward)
     date = config.date or (recorded_date(run_dir) if resume else today())

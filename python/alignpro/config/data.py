@@ -1,0 +1,94 @@
+"""Where rows come from, and which of their columns are what: one group for every stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from alignpro.config.fields import checked, only_default, require
+
+# What becomes of a prompt that the models cannot read (`models.lengths`).
+OnTooLong = Literal["error", "skip", "cut"]
+
+
+@dataclass(frozen=True)
+@checked
+class Source:
+    """Rows. A text alone is their path: ``data: prompts.csv``."""
+
+    text_field: ClassVar[str] = "path"
+
+    path: str | None = None
+    """A file, a packaged name, or a data set on the hub ("owner/name" or "owner/name:subset"); null
+    is the data of the stage around this group."""
+    split: str | None = "train"
+    """The rows to use, by their column "split"; null is all rows of a file, and "train" on the hub.
+
+    A file without that column is all training data ("train"). On the hub: the split that is read.
+    """
+    subset: str | None = None
+    """The subset of a hub set that has several, such as "main"; null is its only one."""
+    revision: str | None = None
+    """The branch, tag or commit of a hub set; null is the newest."""
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            for name in ("subset", "revision"):
+                only_default(self, name, "with path")
+
+
+@dataclass(frozen=True)
+@checked
+class DataConfig(Source):
+    """Prompts."""
+
+    prompt: str | tuple[str, ...] | None = None
+    """The column that holds the prompts, or several whose texts make one, such as [instruction,
+    input]; null is the first of prompt, messages, conversations and turns.
+
+    The texts of several columns have a blank line between them.
+    """
+
+    def __post_init__(self) -> None:
+        Source.__post_init__(self)
+        require("prompt", self.prompt, bool(self.prompt) or self.prompt is None, "a column")
+
+    def of(self, own: DataConfig) -> DataConfig:
+        """These rows; of ``own``'s source, and prompt column, where none is named here."""
+        if self.path is not None:
+            return self
+        return replace(own, split=self.split, prompt=self.prompt or own.prompt)
+
+
+TRAINING = DataConfig("everyday")
+HELD_OUT = DataConfig("everyday", split="heldout")
+
+
+@dataclass(frozen=True)
+@checked
+class PairsConfig(DataConfig):
+    """Prompts, and what the prompter is to write for each."""
+
+    path: str | None = "instructions"
+    instruction: str = "instruction"
+    """The column of what is to be written."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        require("path", self.path, self.path is not None, "a source")
+
+
+@dataclass(frozen=True)
+@checked
+class InstructionsConfig(Source):
+    """Candidate instructions."""
+
+    path: str | None = "instructions"
+    split: str | None = None
+    instruction: str | None = None
+    """The column that holds them; null is "instruction", where it is clear that it holds no
+    prompts."""
+
+    def __post_init__(self) -> None:
+        Source.__post_init__(self)
+        require("path", self.path, self.path is not None, "a source")
