@@ -215,7 +215,7 @@ def test_init_then_train(here, tiny_model_dir):
     assert "prompts.csv: 3 prompts" in done.output and "my_reward.py" in done.output
     assert "go on with: alignpro train alignpro.yaml" in done.output
     settings = yaml.safe_load(Path("alignpro.yaml").read_text())
-    assert settings["split"] is None and settings["reward"] == "my_reward:score"
+    assert settings["data"]["path"] == "prompts.csv" and settings["reward"] == "my_reward:score"
     run(
         "train",
         "alignpro.yaml",
@@ -256,8 +256,16 @@ def test_init_uses_the_splits_that_are_there(here):
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run("init", "--data", "p.jsonl", "--reward", "topic")
     made = load_yaml(TrainConfig, "alignpro.yaml")
-    assert made.split == "train" and made.heldout.split == "validation"
-    assert made.prompts_per_step == 7 and "p.jsonl: 7 prompts" in done.output
+    assert made.data.split == "train" and made.heldout.data.split == "validation"
+    assert made.prompts_per_step == 7 and "p.jsonl: 7 prompts, such as: say 0" in done.output
+
+
+def test_init_takes_another_column(here):
+    Path("q.csv").write_text("id,question\n1,Why?\n2,How?\n")
+    line = run("init", "--data", "q.csv", code=2).stderr
+    assert "prompt" in line and "question" in line  # which columns there are
+    run("init", "--data", "q.csv", "--column", "question", "--reward", "topic")
+    assert load_yaml(TrainConfig, "alignpro.yaml").data.prompt == "question"
 
 
 @pytest.mark.parametrize(

@@ -296,8 +296,7 @@ def test_samples_of_headroom_hold_the_conversation(server, tiny_model_dir, tmp_p
     config = {
         "prompter": str(tiny_model_dir("llama")),
         "target": {"endpoint": server.url, "model": "big"},
-        "data": str(data),
-        "split": None,
+        "data": {"path": str(data), "split": None},
         "reward": "vader",
         "num_prompts": 2,
         "num_rewrites": 2,
@@ -354,8 +353,7 @@ def stage(server, dialogues, tiny_model_dir, tmp_path, monkeypatch):
     return {
         "prompter": str(folder),
         "target": {"endpoint": server.url, "model": "big"},
-        "data": "data.jsonl",
-        "split": None,
+        "data": {"path": "data.jsonl", "split": None},
         "reward": "turns_seen:score",
         "num_responses": 1,
         "rewrite": {"max_new_tokens": 3},

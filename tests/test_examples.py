@@ -97,7 +97,7 @@ def test_each_data_set_has_its_oracle():
         train = load_yaml(TrainConfig, EXAMPLES / "paper" / f"train-phi3.5-{data}.yaml")
         assert (oracle.policy, train.policy) == ("target", "prompter")
         assert oracle.trained.model == train.target.model and oracle.target is None
-        for field in ("data", "split", "reward", "response", "steps", "kl_coef"):
+        for field in ("data", "on_too_long", "reward", "response", "steps", "kl_coef"):
             assert getattr(oracle, field) == getattr(train, field)
 
 
@@ -119,7 +119,7 @@ def test_its_data_has_the_column_and_the_split(file, monkeypatch):
 
     hub = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    (row,) = load_prompts(config.data, split=config.split)
+    (row,) = load_prompts(config.data)
     assert row.prompt == "x"
 
 
@@ -150,10 +150,11 @@ def test_training_and_evaluation_belong_together():
             continue
         train = load_yaml(TrainConfig, file)
         evaluate = load_yaml(EvalConfig, file.with_name(file.name.replace("train-", "evaluate-")))
-        for field in ("prompter", "target", "data", "reward", "prompting", "rewrite", "response"):
+        for field in ("prompter", "target", "reward", "prompting", "rewrite", "response"):
             assert getattr(train, field) == getattr(evaluate, field), (file.name, field)
         assert evaluate.trained == f"{train.run_dir}/adapter"
-        assert evaluate.split != train.split
+        assert evaluate.data.path == train.data.path
+        assert evaluate.data.split != train.data.split
 
 
 def test_the_readme_says_that_nothing_was_run_and_names_what_is_there():

@@ -58,7 +58,6 @@ def test_a_training_run_before_the_server_is_replayed_without_it(url, port, tmp_
         return TrainConfig(
             target=ModelConfig("smollm2", endpoint=url),
             data=str(tmp_path / "prompts.jsonl"),
-            split=None,
             steps=2,
             prompts_per_step=2,
             num_rewrites=2,

@@ -29,7 +29,7 @@ from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import trainer_from
-from alignpro.train.sft import fit
+from alignpro.train.sft import fit, fit_pairs
 from alignpro.train.trackers import check_trackers
 
 _PACKAGES = ("alignpro", "numpy", "torch", "tokenizers", "vaderSentiment")  # decide the numbers
@@ -77,7 +77,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
             bars.show("warm start", 0, sft.steps)
             policy = LoraPolicy.fresh(prompter, sft.lora, seed=sft.seed)
             sft_rows = []
-            for row in fit(policy, pairs, sft):
+            for row in fit(policy, fit_pairs(prompter, pairs, sft), sft):
                 sft_rows.append(row)
                 show_sft_row(bars, row, sft.steps)
             warm = policy.weights()

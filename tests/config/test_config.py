@@ -10,6 +10,7 @@ import pytest
 from alignpro.config import (
     RESPONSE,
     BoundConfig,
+    DataConfig,
     EvalConfig,
     HeadroomConfig,
     LoraConfig,
@@ -280,8 +281,60 @@ def test_overrides_are_yaml_scalars(tmp_path):
 
 def test_overrides_leave_the_mapping_alone():
     mapping = {"lora": {"rank": 2}}
-    assert apply_overrides(mapping, ["lora.rank=3"]) == {"lora": {"rank": 3}}
+    assert apply_overrides(TrainConfig, mapping, ["lora.rank=3"]) == {"lora": {"rank": 3}}
     assert mapping == {"lora": {"rank": 2}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use at most 3 words # not more",
+        "First line.\n\nSecond line. {prompt}",
+        "Request {prompt}\nRewrite ",
+        "{prompt}",
+        "Request: {prompt}",
+        "[{prompt}]",
+        "- {prompt}",
+        "'one' and 'another' {prompt}",
+        '"{prompt}" # "said"',
+        "&a {prompt}",
+    ],
+)
+def test_text_is_taken_as_it_was_typed(text):
+    def read(key):
+        found = load_yaml(EvalConfig, None, [f"{key}={text}"])
+        return found.static if key == "static" else found.prompting.template
+
+    if "{prompt}" in text:
+        assert read("prompting.template") == text
+    if text[0] not in "[{":  # which is a search
+        assert read("static") == text
+
+
+def test_text_that_only_looks_like_something_else():
+    def read(cls, *overrides):
+        return load_yaml(cls, None, overrides)
+
+    assert read(TrainConfig, "prompting.separator=\n\n").prompting.separator == "\n\n"
+    assert read(TrainConfig, "prompting.separator= - ").prompting.separator == " - "
+    assert read(TrainConfig, "prompting.separator=").prompting.separator == ""
+    assert read(TrainConfig, r'prompting.separator="\n"').prompting.separator == "\n"
+    assert read(TrainConfig, "data=2024").data == DataConfig("2024")
+    assert read(TrainConfig, "data={path: a.csv, split: null}").data.split is None
+    assert read(TrainConfig, "data=a.csv", "data.prompt=[instruction, input]").data == DataConfig(
+        "a.csv", prompt=("instruction", "input")
+    )
+    assert read(TrainConfig, "data.split=null").data.split is None
+    assert read(TrainConfig, "data.split=yes").data.split == "yes"
+    assert read(TrainConfig, "date=2026-11-28").date == "2026-11-28"
+    assert read(TrainConfig, "target=2e5").target.model == "2e5"
+    assert read(TrainConfig, "target=null").target is None
+    assert read(TrainConfig, "memory_limit=800MiB").memory_limit == 800 * 2**20
+    labelled = read(EvalConfig, "labelled.instructions.wet=be dry # now").labelled
+    assert labelled.instructions == {"wet": "be dry # now"}
+    assert read(EvalConfig, "static={joined: 3}").static.joined == 3
+    assert read(EvalConfig, "static.instructions=null").static.instructions is None
+    assert read(EvalConfig, "static.candidates=[a, b]").static.candidates == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +347,7 @@ def test_overrides_leave_the_mapping_alone():
 )
 def test_bad_overrides(override, line):
     with pytest.raises(ValueError, match="override") as caught:
-        apply_overrides({"steps": 1}, [override])
+        apply_overrides(TrainConfig, {"steps": 1}, [override])
     assert line in str(caught.value)
 
 

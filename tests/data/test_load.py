@@ -219,7 +219,7 @@ def test_data_of_a_stage_or_its_own():
         "who/set", subset="main", prompt="question", split="validation"
     )
     assert DataConfig("b.csv").of(own) == DataConfig("b.csv")
-    with pytest.raises(ValueError, match="subset: expected its default None .it goes with path"):
+    with pytest.raises(ValueError, match=r"subset: expected its default None \(it goes with path"):
         DataConfig(subset="main")
 
 

@@ -159,8 +159,7 @@ def config(tiny_model_dir, tmp_path):
     def make(**changes) -> TrainConfig:
         defaults = {
             "prompter": replace(ON_DEVICE, model=str(tiny_model_dir("llama"))),
-            "data": str(data),
-            "split": None,
+            "data": {"path": str(data), "split": None},
             "reward": "letter_reward:count_e",
             "run_dir": str(tmp_path / "run"),
             "steps": 2,
@@ -215,7 +214,6 @@ def test_a_run_on_the_device_is_the_cpus(config, tmp_path):
             prompter=on_device.prompter,
             trained=f"{on_device.run_dir}/adapter",
             data=on_device.data,
-            split=None,
             reward=on_device.reward,
             num_rewrites=1,
             rewrite=on_device.rewrite,

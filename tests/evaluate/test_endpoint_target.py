@@ -43,8 +43,7 @@ def stage(server, tiny_model_dir, tmp_path, monkeypatch):
     return {
         "prompter": str(tiny_model_dir("llama")),
         "target": {"endpoint": server.url, "model": "big", "max_failed": 0.4, "client": prices},
-        "data": str(data),
-        "split": None,
+        "data": {"path": str(data), "split": None},
         "reward": "length_of_responses:score",
         "num_prompts": 4,
         "num_rewrites": 2,

@@ -156,8 +156,8 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
         ({"static": " "}, "static: expected an instruction or a search"),
         ({"static": 3}, "static: expected text or a mapping of fields or null, got 3"),
         ({"static": {"budget": 3}}, "static.budget: expected at least"),
-        ({"static": {"split": "heldout"}}, "4 of the 4 prompts to search on"),
-        ({"static": {}, "split": None}, "4 of the 4 prompts to search on"),
+        ({"static": {"data": {"split": "heldout"}}}, "4 of the 4 prompts to search on"),
+        ({"static": {}, "split": None}, "split: is now data.split"),
         (
             {"static": {"budget_tokens": "auto"}, "trained": None},
             "static.budget_tokens: auto: expected a trained adapter with its run's metrics.jsonl",
@@ -174,8 +174,8 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
         ),
         (
             {"labelled": {"column": "type"}},
-            "row 0 of {data} ('tell me about bees'): expected a label in column 'type'; there are "
-            "['kind', 'split']",
+            "prompts.jsonl, line 2 ('tell me about bees'): expected a label in column 'type'; "
+            "there are ['kind', 'split']",
         ),
         ({"require": ["trained"]}, "require: expected ARM>ARM or ARM>ARM+MARGIN, got 'trained'"),
         ({"require": ["trained>raw+x"]}, "require: expected ARM>ARM or"),
@@ -197,7 +197,6 @@ def test_refused_before_a_model_is_loaded(files, changes, line, monkeypatch):
     monkeypatch.setattr("alignpro.evaluate.run.load_models", None)
     with pytest.raises((ValueError, OSError)) as caught:
         run_evaluate(from_mapping(EvalConfig, mapping(files, **changes)))
-    line = line.replace("{data}", mapping(files)["data"])
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -19,7 +19,9 @@ _BASE = {"config", "types"}
 _SERVING = _BASE | {"native", "models"}
 _WRITING = {"files", "run_directory", "optional"}
 _RUNNING = (
-    _SERVING | _WRITING | {"pipeline", "rewards", "objective", "data", "statistics", "findings"}
+    _SERVING
+    | _WRITING
+    | {"pipeline", "lengths", "rewards", "objective", "data", "statistics", "findings"}
 )
 ROOMS: dict[str, set[str]] = {
     "types": set(),
@@ -38,6 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "models": _BASE | {"native", "files", "trace"},
     "ops": _BASE | {"native"},
     "pipeline": _SERVING | {"trace", "rewards.check"},
+    "lengths": _BASE | {"models", "pipeline", "data"},
     "trl": _BASE | {"models", "pipeline"},
     "prompter": _BASE | {"models", "pipeline"},
     "train": _RUNNING,

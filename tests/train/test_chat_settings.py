@@ -51,8 +51,7 @@ def data(tmp_path):
 def config(tmp_path, data, model, **changes):
     settings = {
         "prompter": model,
-        "data": data,
-        "split": None,
+        "data": {"path": data, "split": None},
         "reward": "letter_reward:count_e",
         "run_dir": str(tmp_path / "run"),
         "steps": 2,
@@ -100,8 +99,7 @@ def test_a_run_keeps_its_date(tiny_model_dir, tmp_path, data, monkeypatch):
     evaluation = EvalConfig(
         prompter=model,
         trained=str(adapter),
-        data=data,
-        split=None,
+        data={"path": data, "split": None},
         num_prompts=2,
         num_rewrites=1,
         reward="letter_reward:count_e",

@@ -159,9 +159,9 @@ def test_prompts_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"heldout.num_prompts: .* has 3 rows, 16 asked for"):
         load()
     with pytest.raises(ValueError, match=r"heldout: 3 of the 3 prompts .* are trained on"):
-        load(split="train", num_prompts=2)
+        load(data={"split": "train"}, num_prompts=2)
     with pytest.raises(ValueError, match=r"no rows in split 'x'; there are \['train', 'valid"):
-        load(split="x")
+        load(data={"split": "x"})
     assert load_held_out(config(tmp_path), trained) == []
 
 

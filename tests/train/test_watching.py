@@ -15,7 +15,7 @@ from alignpro.config import TrainConfig, from_mapping
 from alignpro.train import trackers
 from alignpro.train.callbacks import TrainCallback
 from alignpro.train.checkpoint import load_checkpoint
-from alignpro.train.metrics import METRICS
+from alignpro.train.metrics import METRICS, read_metrics
 from alignpro.train.run import make_trainer
 from alignpro.train.trackers import TensorBoard, flatten, make_trackers, tagged
 from train.test_trainer import config, log, make
@@ -102,7 +102,8 @@ def test_flatten_names_nested_values_and_leaves_the_unknown_out():
 def test_every_number_of_a_run_has_a_group_and_a_sentence(tmp_path):
     for text in METRICS.values():
         assert text.text[0].isupper() and text.text.endswith("."), text
-    tags = [tag for row in log(crashed_and_resumed(tmp_path)) for tag, _ in tagged(row)]
+    rows = read_metrics(crashed_and_resumed(tmp_path).log.path)
+    tags = [tag for row in rows for tag, _ in tagged(row)]
     groups = {"reward", "kl", "tokens", "time", "loss", "rewrites"}
     assert {tag.split("/")[0] for tag in tags} - {"sample"} == groups
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,11 +15,12 @@ import typer
 from alignpro.cli.shared import app, check_new, examples, one_line_errors
 
 if TYPE_CHECKING:
-    from alignpro.data.load import PromptRow
+    from alignpro.config import DataConfig
 
 # What `init` writes. The rest keeps its default, which `alignpro config train` says.
 _KEYS = (
-    *("prompter.model", "target", "data", "split", "reward", "run_dir", "seed"),
+    *("prompter.model", "target", "data.path", "data.split", "data.prompt", "on_too_long"),
+    *("reward", "run_dir", "seed"),
     *("rewrite.max_new_tokens", "response.max_new_tokens", "response.temperature"),
     *("prompting.mode", "prompting.template", "steps", "learning_rate", "lora.rank"),
     *("prompts_per_step", "num_rewrites", "kl_coef", "heldout", "checkpoint_every"),
@@ -91,10 +94,13 @@ def init(
         str | None,
         typer.Option(help="Prompts: a file (JSON Lines, JSON, CSV, Parquet), or a hub name."),
     ] = None,
-    split: Annotated[
+    column: Annotated[
         str | None,
-        typer.Option(help="Rows to train on, by their column split; the default is train."),
+        typer.Option(help="Column that holds the prompts; the default is prompt or messages."),
     ] = None,
+    split: Annotated[
+        str, typer.Option(help="Rows to train on, by their column split, if they have one.")
+    ] = "train",
     model: Annotated[
         str | None, typer.Option(help="Path or name of the prompter; the default is smollm2.")
     ] = None,
@@ -117,19 +123,19 @@ def init(
     Questions are asked in a terminal, about what no option says.
     """
     check_new(config)
-    from alignpro.config import TrainConfig, load_yaml
+    from alignpro.config import DataConfig, TrainConfig, load_yaml
     from alignpro.config.describe import commented_yaml
     from alignpro.data.load import load_prompts
     from alignpro.files import write_file
     from alignpro.models.resolve import find_model
     from alignpro.rewards.build import build_reward
+    from alignpro.types import Conversation
 
     data = data or _ask("Prompts (a file, or a name on the hub)", None)
     if data is None:
         raise ValueError("--data: expected a file of prompts, or a hub name; there is no terminal")
-    rows = load_prompts(data, split=split)
-    split, watched = _splits(rows, split)
-    count = sum(split is None or row.columns.get("split") in (None, split) for row in rows)
+    source = DataConfig(data, split=split, prompt=column)
+    rows = load_prompts(source)
     model = model or _ask("Prompter (a path or a name)", "smollm2") or "smollm2"
     target = target or _ask("Target (a path or a name; nothing: the prompter's model)", "") or None
     for name in filter(None, (model, target)):
@@ -145,12 +151,13 @@ def init(
     values: dict[str, Any] = {
         "prompter.model": model,
         "target": target,
-        "data": data,
-        "split": split,
+        "data.path": data,
+        "data.split": split,
+        "data.prompt": column,
         "reward": reward,
         "run_dir": run or _ask("Directory of the run", "alignpro-run") or "alignpro-run",
-        "prompts_per_step": min(16, count),
-        "heldout": {"split": watched} if watched is not None else None,
+        "prompts_per_step": min(16, len(rows)),
+        "heldout": {} if _has_validation(source) else None,
     }
     write_file(
         config,
@@ -161,7 +168,8 @@ def init(
         + commented_yaml(TrainConfig, only=_KEYS, values=values),
     )
     load_yaml(TrainConfig, config)
-    typer.echo(f"{data}: {count} prompts")
+    first = Conversation.of(rows[0].prompt).last_turn
+    typer.echo(f"{data}: {len(rows)} prompts, such as: {shorten(first, 60, placeholder=' ...')}")
     typer.echo(f"{config}: written; go on with: alignpro train {config}")
 
 
@@ -177,15 +185,17 @@ def _is_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def _splits(rows: list[PromptRow], asked: str | None) -> tuple[str | None, str | None]:
-    """The split to train on, and the one to watch; None: the data has no such rows."""
-    found = dict.fromkeys(str(row.columns["split"]) for row in rows if row.columns.get("split"))
-    watched = "validation" if "validation" in found else None
-    if asked is not None or not found:
-        return asked, watched
-    if "train" in found:
-        return "train", watched
-    raise ValueError(f"--split: expected one of the data's, {', '.join(found)}; there is no train")
+def _has_validation(source: DataConfig) -> bool:
+    """Whether a file has rows to watch while training."""
+    from alignpro.data.files import DataError
+    from alignpro.data.load import load_prompts
+
+    if not Path(str(source.path)).is_file():
+        return False
+    try:
+        return len(load_prompts(replace(source, split="validation"))) > 1
+    except DataError:
+        return False
 
 
 def _stub_of(reward: str) -> Path | None:

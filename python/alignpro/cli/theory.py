@@ -24,7 +24,7 @@ from alignpro.optional import is_installed
 @app.command(
     epilog=examples(
         "alignpro headroom reward=topic num_prompts=16",
-        "alignpro headroom data=prompts.csv split=null --samples samples.jsonl",
+        "alignpro headroom data=prompts.csv --samples samples.jsonl",
     )
 )
 @one_line_errors

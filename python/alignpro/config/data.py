@@ -19,15 +19,18 @@ class Source:
     text_field: ClassVar[str] = "path"
 
     path: str | None = None
-    """A file, a packaged name, or a data set on the hub ("owner/name" or "owner/name:subset"); null
-    is the data of the stage around this group."""
-    split: str | None = "train"
-    """The rows to use, by their column "split"; null is all rows of a file, and "train" on the hub.
+    """A file, a packaged name, or a hub name such as "owner/name" or "owner/name:subset".
 
-    A file without that column is all training data ("train"). On the hub: the split that is read.
+    null: the data of the stage around this group.
+    """
+    split: str | None = "train"
+    """The rows to use, by their column "split"; null is all rows.
+
+    A file without that column is all training data ("train"). On the hub it is the split that is
+    read, and null is "train".
     """
     subset: str | None = None
-    """The subset of a hub set that has several, such as "main"; null is its only one."""
+    """The subset of a hub set that has several, such as "main"."""
     revision: str | None = None
     """The branch, tag or commit of a hub set; null is the newest."""
 
@@ -43,10 +46,10 @@ class DataConfig(Source):
     """Prompts."""
 
     prompt: str | tuple[str, ...] | None = None
-    """The column that holds the prompts, or several whose texts make one, such as [instruction,
-    input]; null is the first of prompt, messages, conversations and turns.
+    """The column that holds the prompts; null is the first of prompt, messages, conversations and
+    turns.
 
-    The texts of several columns have a blank line between them.
+    Of several columns, [instruction, input], the texts make one prompt, a blank line between them.
     """
 
     def __post_init__(self) -> None:
@@ -70,6 +73,7 @@ class PairsConfig(DataConfig):
     """Prompts, and what the prompter is to write for each."""
 
     path: str | None = "instructions"
+    """A file, a packaged name, or a hub name."""
     instruction: str = "instruction"
     """The column of what is to be written."""
 
@@ -84,10 +88,14 @@ class InstructionsConfig(Source):
     """Candidate instructions."""
 
     path: str | None = "instructions"
+    """A file, a packaged name, or a hub name."""
     split: str | None = None
+    """The rows to use, by their column "split"; null is all rows."""
     instruction: str | None = None
-    """The column that holds them; null is "instruction", where it is clear that it holds no
-    prompts."""
+    """The column that holds them; null is "instruction", where that clearly holds no prompts.
+
+    It may, beside columns such as "input" and "output", where no other column is a prompt.
+    """
 
     def __post_init__(self) -> None:
         Source.__post_init__(self)

@@ -235,6 +235,7 @@ class EvalConfig(StageConfig):
     judge: JudgeConfig | None = None
     """A judge that compares the trained prompter's answers with the others'; null asks none."""
     data: DataConfig = HELD_OUT
+    """The prompts."""
     reward: str = "vader+0.2*topic"
     seed: Seed = 0
     num_prompts: Annotated[int, at_least(2)] | None = None

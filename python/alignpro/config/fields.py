@@ -220,6 +220,40 @@ def _is_dict(hint: Any) -> bool:
     return typing.get_origin(hint) is dict
 
 
+class Kinds(NamedTuple):
+    """What a field may be given as, beside numbers and choices."""
+
+    text: bool
+    group: bool  # a mapping or a list
+
+
+def accepted(cls: type[Any], keys: Sequence[str]) -> Kinds:
+    """What the field of ``cls`` that nested ``keys`` lead to takes; nothing where there is none."""
+    hints: list[Any] = [cls]
+    for key in keys:
+        found = []
+        for hint in hints:
+            if dataclasses.is_dataclass(hint):
+                found.append(type_hints(hint).get(key))
+            elif _is_dict(hint):
+                found.append(typing.get_args(hint)[1])
+        hints = [one for hint in found for one in _alternatives(hint)]
+    groups = [h for h in hints if dataclasses.is_dataclass(h) or _is_dict(h)]
+    lists = [h for h in hints if typing.get_origin(h) is tuple]
+    short = any(getattr(group, "text_field", None) for group in groups)
+    return Kinds(text=short or str in hints, group=bool(groups or lists))
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The types that a hint allows, without their notes."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return [one for argument in arguments for one in _alternatives(argument)]
+    if origin is Annotated:
+        return [] if "bytes" in arguments else _alternatives(arguments[0])
+    return [hint]
+
+
 def _read_bytes(value: Any, name: str) -> int:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)

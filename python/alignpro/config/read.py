@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alignpro.config.fields import TEXT, from_mapping
+from alignpro.config.fields import TEXT, Kinds, accepted, from_mapping
 
 T = TypeVar("T")
 
@@ -51,25 +51,26 @@ def load_yaml(cls: type[T], path: str | Path | None, overrides: Sequence[str] = 
                 f"{path}: expected a mapping of fields, got a {type(mapping).__name__}"
             )
     try:
-        return from_mapping(cls, apply_overrides(mapping, overrides))
+        return from_mapping(cls, apply_overrides(cls, mapping, overrides))
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
 
 
-def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of ``mapping`` with every ``a.b=value`` set; values are read as YAML."""
-    import yaml
+def apply_overrides(
+    cls: type[Any], mapping: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """A copy of ``mapping``, the fields of ``cls``, with every ``a.b=value`` set.
 
+    A text is taken as it was typed, its line breaks, "#" and outer spaces with it, unless YAML's
+    quotes stand around all of it; null is none. Values of other fields are read as YAML.
+    """
     result: dict[str, Any] = _plain(mapping)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise ValueError(f'override "{override}": expected key=value')
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            value = text  # a plain string such as "hf:owner/name: x" need not be YAML
         *parents, last = key.strip().split(".")
+        value = _typed(text, accepted(cls, [*parents, last]))
         group = result
         for parent in parents:
             if group.get(parent) is None:  # a null may become a group
@@ -81,6 +82,27 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dic
                 raise ValueError(f'override "{override}": "{parent}" is a value, not a group')
         group[last] = value
     return result
+
+
+def _typed(text: str, kinds: Kinds) -> Any:
+    """What was typed, for a field of such kinds."""
+    import yaml
+
+    if not text:
+        return ""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2026-13-01
+        return text  # a plain string such as "hf:owner/name: x" need not be YAML
+    quoted = (
+        isinstance(node, yaml.ScalarNode)
+        and node.style in ("'", '"')
+        and node.end_mark.index == len(text.rstrip())
+    )
+    none = value is None and bool(text.strip())
+    group = kinds.group and isinstance(value, (dict, list)) and text.lstrip()[0] in "{["
+    return text if kinds.text and not (quoted or none or group) else value
 
 
 def _plain(value: Any) -> Any:

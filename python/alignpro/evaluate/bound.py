@@ -20,6 +20,7 @@ from alignpro.evaluate.headroom import rewards_of
 from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import BoundReport, ClosedForm
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.chat_template import today
 from alignpro.models.native_model import NativeModel, load_models
@@ -91,8 +92,10 @@ def measure_bound(
     Raises:
         ValueError: a reward outside the given range, or all rewards equal without one.
     """
-    prompts, columns = [row.prompt for row in rows], stack_columns(rows)
     pipeline = Pipeline.configured(config, prompter, target, reward).with_adapter(adapter)
+    fitted = fit_rows(rows, unread_by(pipeline), config.on_too_long)
+    rows = fitted.rows
+    prompts, columns = [row.prompt for row in rows], stack_columns(rows)
     pipeline.max_failed = 0.0  # every rollout has N x M rows for each of the same prompts
     answers = config.num_rewrites * config.num_responses
 
@@ -131,6 +134,7 @@ def measure_bound(
             target, rollouts["tuned"], raw_tokens, config, "tuned target", on_progress
         )
     report = _report(config, rollouts, tv_rewrites, tv_tuned if tuned is not None else None)
+    report = replace(report, too_long=fitted.note)
     if target.bit_exact:
         return report
     return replace(report, parity_max_abs=_parity(target, rollouts["raw"], config))

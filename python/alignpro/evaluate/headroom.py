@@ -15,6 +15,7 @@ from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
 from alignpro.files import write_file
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.chat_template import today
 from alignpro.models.endpoint import EndpointModel
 from alignpro.models.in_flight import FailedRowsError
@@ -47,20 +48,20 @@ def run_headroom(
         ValueError: samples of another configuration; the message names the key.
     """
     check_config(config, HeadroomConfig)
-    usage = None
+    usage = too_long = None
     if samples is not None and samples.exists():
         rewards = read_samples(samples, config)
         with samples.open(encoding="utf-8") as file:
             config = replace(config, date=json.loads(next(file))["config"].get("date"))
     else:
         config = replace(config, date=config.date or today())
-        drawn, usage = _draw(config, samples, on_progress)
+        drawn, usage, too_long = _draw(config, samples, on_progress)
         rollout = complete(drawn)
         rewards = rewards_of(rollout)
         if samples is not None:
             write_samples(samples, config, rollout)
     result = headroom(rewards, config.kl_coefs, seed=config.seed)
-    return HeadroomReport(result, to_mapping(config), usage)
+    return HeadroomReport(result, to_mapping(config), usage, too_long)
 
 
 def rewards_of(rollout: Rollout) -> Floats:
@@ -156,7 +157,7 @@ def read_samples(path: Path, config: HeadroomConfig) -> Floats:
 
 def _draw(
     config: HeadroomConfig, samples: Path | None, on_progress: OnProgress | None
-) -> tuple[Rollout, Usage | None]:
+) -> tuple[Rollout, Usage | None, str | None]:
     check_adapters(config)
     rows = load_rows(config)
     reward = build_reward(config.reward)
@@ -166,6 +167,8 @@ def _draw(
     )
     pipeline = Pipeline.configured(config, prompter, target, reward)
     pipeline = pipeline.with_adapter(load_adapter(config.prompter.adapter, prompter))
+    fitted = fit_rows(rows, unread_by(pipeline), config.on_too_long)
+    rows = fitted.rows
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)
     rollout = pipeline.rollout(
         [row.prompt for row in rows],
@@ -175,7 +178,8 @@ def _draw(
         columns=stack_columns(rows),
         on_progress=watch(on_progress, "untuned prompter", total),
     )
-    return rollout, target.usage() if isinstance(target, EndpointModel) else None
+    usage = target.usage() if isinstance(target, EndpointModel) else None
+    return rollout, usage, fitted.note
 
 
 def _of_samples(config: HeadroomConfig) -> dict[str, Any]:

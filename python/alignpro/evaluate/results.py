@@ -164,6 +164,7 @@ class Evaluation(ByKey):
     tokens_per_second: float
     samples: list[Sample]
     failed_responses: int | None = None  # left out; None where there are none
+    too_long: str | None = None  # what became of rows too long for a model, for a person
     target_usage: Usage | None = None  # of a target behind an endpoint
     gap_closed: GapClosed | None = None  # from untuned to tuned
     static_to_labelled: GapClosed | None = None
@@ -178,6 +179,7 @@ class HeadroomReport(ByKey):
     headroom: Headroom
     config: dict[str, Any]
     target_usage: Usage | None = None  # of a target behind an endpoint
+    too_long: str | None = None  # as in `Evaluation`
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ class BoundReport(Bound, ByKey):
     # scored log-probability, over some responses; None: they are equal.
     parity_max_abs: float | None
     config: dict[str, Any] | None = None
+    too_long: str | None = None  # as in `Evaluation`
 
 
 @dataclass(frozen=True)

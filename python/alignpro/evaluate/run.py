@@ -26,6 +26,7 @@ from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Evaluation
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
@@ -103,33 +104,40 @@ def evaluate_loaded(
         tuned = load_adapter(config.tuned, target)
     judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
     pipeline = Pipeline.configured(config, prompter, target, reward)
+    given = [text for text in (config.static, config.policy_text) if isinstance(text, str)]
+    unread = unread_by(pipeline, texts=[*given, *(inputs.labelled or ())])
+    fitted = fit_rows(inputs.rows, unread, config.on_too_long)
+    rows = fitted.rows
     static = None
     if isinstance(config.static, str):
         static = StaticInstruction(config.static.strip())
     elif config.static is not None:
         assert inputs.search is not None
+        unread = unread_by(pipeline, texts=inputs.search.instructions)
+        read = fit_rows(inputs.search.rows, unread, config.on_too_long)
         static = search_static(
             pipeline,
             config.static,
-            inputs.search,
+            replace(inputs.search, rows=read.rows),
             prompters,
             seed=config.seed,
             on_progress=on_progress,
         )
-    columns = stack_columns(inputs.rows)
+    columns = stack_columns(rows)
     arms = sample_arms(
         pipeline,
-        [row.prompt for row in inputs.rows],
+        [row.prompt for row in rows],
         config,
         prompters=prompters,
         static=static,
-        labelled=inputs.labelled,
+        labelled=instructions_by_label(config, rows),
         tuned=tuned,
         columns=columns,
         on_progress=on_progress,
     )
-    answers = {row.prompt: row.columns.get("answer") for row in inputs.rows}
+    answers = {row.prompt: row.columns.get("answer") for row in rows}
     report = compare_arms(pipeline, arms, config, prompters, answers)
+    report = replace(report, too_long=fitted.note)
     if static is not None:
         report = replace(report, static_search=static.search)
     if judge is None or config.judge is None:

@@ -58,6 +58,7 @@ def find_warnings(report: Report, metrics: Rows) -> list[Finding]:
     arms = {} if evaluation is None else evaluation.arms
     judge = None if evaluation is None else evaluation.judge
     return [
+        *_too_long(report, steps),
         *_kl(None if evaluation is None else evaluation.kl_per_token, steps),
         *_written(arms, report.config, steps),
         *_overfitting(arms.get("trained"), steps),
@@ -67,6 +68,17 @@ def find_warnings(report: Report, metrics: Rows) -> list[Finding]:
         *_parity(report.config, steps),
         *_zero_advantage(steps),
     ]
+
+
+def _too_long(report: Report, steps: Rows) -> Iterator[Finding]:
+    of_training = steps[0].get("too_long") if steps else None
+    for part, where in (
+        (of_training, "training"),
+        (report.evaluation and report.evaluation.too_long, "the evaluation"),
+        (report.bound and report.bound.too_long, "the bound"),
+    ):
+        if part:
+            yield Finding("too_long", f"In {where}, {part}.")
 
 
 def _kl(per_token: float | None, steps: Rows) -> Iterator[Finding]:

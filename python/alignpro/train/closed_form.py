@@ -166,6 +166,7 @@ class ClosedFormFit(TrainingRun):
         whole = {
             "step": self.step,
             **row,
+            **(self.notes if self.step == 0 else {}),
             "kl_coef": config.kl_coef,
             "num_rewrites": config.num_rewrites,
             "num_responses": config.num_responses,

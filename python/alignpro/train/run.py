@@ -10,6 +10,7 @@ from typing import Any
 from alignpro.config import SftConfig, TrainConfig, check_config, to_mapping
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.files import write_json
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
@@ -23,7 +24,7 @@ from alignpro.train.critic import ValueHead
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog
 from alignpro.train.policy import LoraPolicy, Reference
-from alignpro.train.sft import fit
+from alignpro.train.sft import fit, fit_pairs
 from alignpro.train.trackers import check_trackers
 from alignpro.train.trainer import Trainer
 from alignpro.types import Reward
@@ -42,7 +43,7 @@ def run_sft(
     config = replace(config, date=config.date or today())
     model = load_model(config.prompter, config.threads, date=config.date)
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
-    rows = fit(policy, pairs, config)
+    rows = fit(policy, fit_pairs(model, pairs, config), config)
     with open_run_dir(config.run_dir, overwrite=overwrite) as directory:
         run_dir = directory.path
         write_json(run_dir / "config.json", to_mapping(config))
@@ -140,6 +141,9 @@ def trainer_from(
     else:
         policy, reference = LoraPolicy(trained, weights), weights
     pipeline = Pipeline.configured(config, prompter, target, reward)
+    unread = unread_by(pipeline, rewrites=config.policy == "prompter")
+    fitted = fit_rows(rows, unread, config.on_too_long)
+    rows, held_out = fitted.rows, fit_rows(held_out, unread, config.on_too_long).rows
     pieces = (config, pipeline, policy, [row.prompt for row in rows])
     options: dict[str, Any] = {
         "reference": reference,
@@ -155,6 +159,8 @@ def trainer_from(
         if config.ppo.value_head:
             value_head = ValueHead(int(trained.config["hidden_size"]))
         trainer = Trainer(*pieces, value_head=value_head, held_out=held_out, **options)
+    if fitted.note is not None:
+        trainer.notes["too_long"] = fitted.note
     if weights is not None and not (trainer.run_dir / "reference").is_dir():
         save_peft(trainer.run_dir / "reference", weights)
     return trainer

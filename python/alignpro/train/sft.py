@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.config import FitConfig, Prompting, SftConfig
+from alignpro.data.load import PairRow
+from alignpro.lengths import fit_rows
 from alignpro.models.native_client import prompt_end
-from alignpro.models.reading import prompter_tokens
+from alignpro.models.native_model import NativeModel
+from alignpro.models.reading import naming, prompter_tokens
 from alignpro.models.reasoning import open_block
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.micro_batches import shared_prefix
@@ -52,9 +55,7 @@ def fit(
     examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting, limit)
     for index, example in enumerate(examples):
         if len(example.tokens) > limit:
-            raise ValueError(
-                f"pair {index}: {len(example.tokens)} tokens exceed the context of {limit}"
-            )
+            raise ValueError(f"pair {index}: {_OVER.format(len(example.tokens), limit)}")
         read = prompt_end(policy.model.tokenizer, example.tokens[: example.start])
         if open_block(read) is not None:
             raise ValueError(
@@ -63,6 +64,28 @@ def fit(
                 "prompter.chat_template takes another"
             )
     return _fit(policy, examples, config)
+
+
+def fit_pairs(
+    model: NativeModel, pairs: Sequence[PairRow], config: SftConfig
+) -> list[tuple[PromptLike, str]]:
+    """The pairs that the prompter's context holds, by ``config.on_too_long``.
+
+    Raises as `fit_rows`.
+    """
+    limit, end = model.context_length, end_of_turn(model.tokenizer)
+
+    def unread(pair: PairRow) -> str | None:
+        pieces = (pair.prompt, pair.instruction)
+        example = _encode_pair(model.tokenizer, pieces, config.prompting, limit, end)
+        over = len(example.tokens) > limit
+        return _OVER.format(len(example.tokens), limit) if over else None
+
+    rows = fit_rows(pairs, unread, config.on_too_long).rows
+    return [(pair.prompt, pair.instruction) for pair in rows]
+
+
+_OVER = "{} tokens exceed the context of {}"
 
 
 def _fit(
@@ -127,15 +150,19 @@ def encode_pairs(
         raise ValueError("pairs: expected at least one, got none")
     end = end_of_turn(tokenizer)
     examples = []
-    for index, (prompt, instruction) in enumerate(pairs):
-        try:
-            conversation = Conversation.of(prompt)
-            written = [*tokenizer.encode(instruction.strip()), end]
-            read = prompter_tokens(tokenizer, prompting, conversation, limit - len(written))
-        except ValueError as error:
-            raise ValueError(f"pair {index}: {error}") from None
-        examples.append(Example(tokens=[*read, *written], start=len(read)))
+    for index, pair in enumerate(pairs):
+        with naming(f"pair {index}"):
+            examples.append(_encode_pair(tokenizer, pair, prompting, limit, end))
     return examples
+
+
+def _encode_pair(
+    tokenizer: Tokenizer, pair: tuple[PromptLike, str], prompting: Prompting, limit: int, end: int
+) -> Example:
+    conversation = Conversation.of(pair[0])
+    written = [*tokenizer.encode(pair[1].strip()), end]
+    read = prompter_tokens(tokenizer, prompting, conversation, limit - len(written))
+    return Example(tokens=[*read, *written], start=len(read))
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int:

@@ -16,6 +16,7 @@ import torch
 from alignpro.config import TrainConfig, check_config, from_mapping, to_mapping
 from alignpro.data.load import PromptRow
 from alignpro.files import write_json
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.in_flight import FailedRowsError
@@ -100,6 +101,7 @@ class TrainingRun:
         self.prompts = read_prompts(prompts)
         check_columns(columns, len(self.prompts))
         self.columns = {name: list(values) for name, values in (columns or {}).items()}
+        self.notes: dict[str, str] = {}  # of the data, for the first row of metrics
         self._check_pieces()
         self._begin(value_head)
         self.trackers = make_trackers(config.track)
@@ -129,6 +131,8 @@ class TrainingRun:
         config, pipeline, prompts = self.config, self.pipeline, self.prompts
         if not prompts:
             raise ValueError("prompts: expected at least one, got none")
+        rows = [PromptRow(prompt) for prompt in prompts]
+        fit_rows(rows, unread_by(pipeline, rewrites=config.policy == "prompter"), "error")
         if isinstance(pipeline.target, LanguageModel):
             check_roles(pipeline.target.tokenizer, prompts)
         if getattr(pipeline, config.policy) is not self.policy.model:
@@ -257,6 +261,7 @@ class Trainer(TrainingRun):
             **metrics,
             "kl_per_token": metrics["kl_per_rewrite"] / max(1.0, tokens_each),
             **rollout_row(rollout, batch, self.config.policy),
+            **(self.notes if self.step == 0 else {}),
             "seconds": {**rollout.seconds, **stages},
         }
 
