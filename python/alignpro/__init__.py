@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignpro.config import BoundConfig as BoundConfig
+    from alignpro.config import DataConfig as DataConfig
     from alignpro.config import EvalConfig as EvalConfig
     from alignpro.config import HeadroomConfig as HeadroomConfig
     from alignpro.config import LoraConfig as LoraConfig
@@ -60,6 +61,7 @@ _HOMES = {
     "Chat": "types",
     "Completion": "types",
     "Conversation": "types",
+    "DataConfig": "config",
     "EndpointModel": "models.endpoint",
     "EvalConfig": "config",
     "HeadroomConfig": "config",

@@ -203,7 +203,7 @@ class Pipeline:
     def rewrite(
         self, prompts: Sequence[PromptLike], *, num_rewrites: int = 1, seed: int | None = None
     ) -> list[list[Rewrite]]:
-        """Rewrites alone, [prompts][N], without responses; the same draws as in `rollout`."""
+        """Rewrites alone, ``[prompts][N]``, without responses; the same draws as in `rollout`."""
         _check_counts(num_rewrites=num_rewrites)
         seed = _fresh_seed() if seed is None else seed
         return self._generate(read_prompts(prompts), num_rewrites, 0, seed)[0]
@@ -244,8 +244,8 @@ class Pipeline:
         """The target on rewrites that are given: M responses each, scored as in `rollout`.
 
         Args:
-            texts: rewrites [prompts][N], N >= 1 and free to differ; "" is the raw prompt. The
-                responses to texts[i][j] draw what those of rewrite j of prompt i draw in `rollout`
+            texts: rewrites ``[prompts][N]``, N >= 1 and free to differ; "" is the raw prompt. The
+                responses to ``texts[i][j]`` draw what those of rewrite j of prompt i draw in `rollout`
                 under the same seed.
             common_draws: as in `rollout`, for a comparison between a prompt's rewrites.
 
