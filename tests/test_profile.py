@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from alignpro.bench.generation import _generate
 from alignpro.bench.profile import record, rewrite_seeds
-from alignpro.bench.timeline import STAGES, Timeline
+from alignpro.bench.tables import limit_share
+from alignpro.bench.timeline import STAGES, Timeline, beyond
 from alignpro.bench.work import random_prompts
 from alignpro.cli import app
 from alignpro.models.native_model import NativeModel, load_model
@@ -120,6 +121,16 @@ def test_ops_beside_the_limits():
         "seconds": pytest.approx(55e-9),
         "share": pytest.approx(55 / 600),
     }
+
+
+def test_shares_above_a_limit_are_marked():
+    ops = Timeline(EVENTS, SPANS, [PROMPTER]).ops(LIMITS)
+    assert not any(beyond(op) for op in ops)
+    slower = {name: value / 2 for name, value in LIMITS.items()}  # measured beside other work
+    ops = Timeline(EVENTS, SPANS, [PROMPTER]).ops(slower)
+    (above,) = (op for op in ops if beyond(op))
+    assert above["op"] == "linear o" and above["read_share"] == pytest.approx(2)
+    assert limit_share(above["read_share"]) == "200%*" and limit_share(1.0) == "100%"
 
 
 def test_marks_of_a_step_that_was_dropped_count_for_no_other():

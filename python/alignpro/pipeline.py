@@ -245,8 +245,8 @@ class Pipeline:
 
         Args:
             texts: rewrites ``[prompts][N]``, N >= 1 and free to differ; "" is the raw prompt. The
-                responses to ``texts[i][j]`` draw what those of rewrite j of prompt i draw in `rollout`
-                under the same seed.
+                responses to ``texts[i][j]`` draw what those of rewrite j of prompt i draw in
+                `rollout` under the same seed.
             common_draws: as in `rollout`, for a comparison between a prompt's rewrites.
 
         Raises:

@@ -120,8 +120,8 @@ class Prompter:
     def rewrites(
         self, prompts: Sequence[PromptLike], *, num_rewrites: int = 1, seed: int | None = None
     ) -> list[list[Rewrite]]:
-        """``[prompts][num_rewrites]`` with all that is known of each: text, tokens, log-probabilities,
-        and ``target_prompt``, what the target is to be asked."""
+        """``[prompts][num_rewrites]`` with all that is known of each: text, tokens,
+        log-probabilities, and ``target_prompt``, what the target is to be asked."""
         if isinstance(prompts, str):
             raise ValueError(
                 "prompts: expected a list of prompts, got text; rewrite(prompt) takes it"
