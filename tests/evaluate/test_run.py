@@ -235,15 +235,15 @@ def test_the_gate_both_ways(files, tmp_path):
         for one in required:
             arguments += ["--require", one]
         result = CliRunner().invoke(app, arguments)
-        return result.exit_code, result.stdout, result.stderr
+        errors = [line for line in result.stderr.splitlines() if line.startswith("alignpro: ")]
+        return result.exit_code, result.stdout, errors
 
     code, shown, _ = gate("untuned>raw-9.5")
-    assert code == 0 and "Held-out prompts" not in shown.split("\nRequired: ")[0]
-    _bars, report = shown.split("\nRequired: ", 1)
-    assert report.startswith("trained>raw-9: met, trained prompter minus raw prompt is ab")
+    assert code == 0
+    assert shown.startswith("Required: trained>raw-9: met, trained prompter minus raw prompt is ab")
     assert [one["met"] for one in json.loads(output.read_text())["required"]] == [True, True]
     code, shown, errors = gate("trained > raw + 9")
-    assert code == 3 and errors == "" and "Required: trained > raw + 9: not met" in shown
+    assert code == 3 and errors == [] and "Required: trained > raw + 9: not met" in shown
     required = json.loads(output.read_text())["required"]
     assert [one["met"] for one in required] == [True, False]
     (tmp_path / "evaluation.json").write_text(output.read_text())
@@ -252,7 +252,7 @@ def test_the_gate_both_ways(files, tmp_path):
     body = page[page.index("<body>") :]
     assert body.index("Required: trained &gt; raw + 9: not met") < body.index("<h1>")
     code, _, errors = gate("trained>row")
-    assert code == 2 and errors.count("\n") == 1 and 'did you mean "raw"?' in errors
+    assert code == 2 and len(errors) == 1 and 'did you mean "raw"?' in errors[0]
 
 
 def test_a_search_spends_what_the_training_spent(files, tmp_path):
@@ -283,8 +283,9 @@ def test_a_judge_that_fails_costs_no_arm(files, quick_judge, tmp_path, monkeypat
         arguments = ["evaluate", str(config), "--output", str(output)]
         result = CliRunner().invoke(app, arguments)
         kept = tmp_path / "out.json.unjudged.json"
-        assert result.exit_code == 2 and result.stderr.count("\n") == 1
-        assert "got no verdict" in result.stderr and str(kept) in result.stderr
+        *progress, error = result.stderr.splitlines()
+        assert result.exit_code == 2 and not any("alignpro" in line for line in progress)
+        assert "got no verdict" in error and str(kept) in error
         assert list(json.loads(kept.read_text())["arms"]) == ["raw", "untuned", "trained"]
         assert not output.exists()
         server.always = None  # it recovers
