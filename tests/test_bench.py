@@ -29,7 +29,7 @@ def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
         ("rollout", ["--prompts", "2"]),
     ):
         file = tmp_path / f"{benchmark}.json"
-        common = ["--model", str(smollm2_path), "--repeats", "1", "--json", str(file)]
+        common = ["--model", str(smollm2_path), "--repeats", "1", "--output", str(file)]
         result = run("bench", benchmark, *common, *work)
         assert result.exit_code == 0, result.output
         report = json.loads(file.read_text("utf-8"))
@@ -85,7 +85,7 @@ def test_operations_are_those_of_the_engines_steps():
         (["bench", "step", "--model", "/no/such.gguf"], "such.gguf"),
         (["bench", "rollout", "--prompts", "1000"], "prompts: expected at most 96, got 1000"),
         (["bench", "decode", "--compute", "int3"], "compute: expected"),
-        (["bench", "step", "--json", "/no/such/folder/x.json"], "no such folder"),
+        (["bench", "step", "--output", "/no/such/folder/x.json"], "no such folder"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message):

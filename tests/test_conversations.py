@@ -20,7 +20,7 @@ from alignpro.config import (
     from_mapping,
 )
 from alignpro.evaluate.headroom import run_headroom
-from alignpro.evaluate.run import run_evaluation
+from alignpro.evaluate.run import run_evaluate
 from alignpro.models.endpoint import EndpointModel
 from alignpro.pipeline import Pipeline
 from alignpro.price.lengths import find_lengths
@@ -391,7 +391,7 @@ def test_500_conversations_through_training_and_evaluation(server, dialogues, st
     assert len(read_metrics(Path("run/metrics.jsonl"))) == 2
     check()
     options = {"num_rewrites": 1, "static": "Be brief.", "trained": "run/adapter"}
-    report = run_evaluation(from_mapping(EvalConfig, stage | options))
+    report = run_evaluate(from_mapping(EvalConfig, stage | options))
     assert set(report.arms) == {"raw", "static", "untuned", "trained"}
     assert {arm.n for arm in report.arms.values()} == {500}
     assert report.samples[1].prompt == Conversation.of(prompts[1]).text

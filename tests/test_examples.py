@@ -191,8 +191,9 @@ def commands(text):
 
 
 def loaded(stage, words):
-    """The configuration that the words of a command make; options are left out."""
-    files = [w for w in words if w.endswith(".yaml") and "=" not in w]
+    """The configuration that the words of a command make; options are left out, and so is a file
+    that is the reader's own."""
+    files = [w for w in words if w.endswith(".yaml") and w.startswith("examples/")]
     file = (
         EXAMPLES.parent / files[0].replace("$PROMPTER", "phi3.5").replace("$DATA", "orca")
         if files

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from alignpro.bench.generation import _generate
 from alignpro.bench.profile import record, rewrite_seeds
-from alignpro.bench.timeline import STAGES, Timeline
+from alignpro.bench.tables import limit_share
+from alignpro.bench.timeline import STAGES, Timeline, beyond
 from alignpro.bench.work import random_prompts
 from alignpro.cli import app
 from alignpro.models.native_model import NativeModel, load_model
@@ -120,6 +121,16 @@ def test_ops_beside_the_limits():
         "seconds": pytest.approx(55e-9),
         "share": pytest.approx(55 / 600),
     }
+
+
+def test_shares_above_a_limit_are_marked():
+    ops = Timeline(EVENTS, SPANS, [PROMPTER]).ops(LIMITS)
+    assert not any(beyond(op) for op in ops)
+    slower = {name: value / 2 for name, value in LIMITS.items()}  # measured beside other work
+    ops = Timeline(EVENTS, SPANS, [PROMPTER]).ops(slower)
+    (above,) = (op for op in ops if beyond(op))
+    assert above["op"] == "linear o" and above["read_share"] == pytest.approx(2)
+    assert limit_share(above["read_share"]) == "200%*" and limit_share(1.0) == "100%"
 
 
 def test_marks_of_a_step_that_was_dropped_count_for_no_other():
@@ -319,7 +330,7 @@ def test_the_command_writes_a_trace_and_the_numbers(
     tmp_path: Path, smollm2_path: Path, options: list[str]
 ):
     out, numbers = tmp_path / "trace.json", tmp_path / "numbers.json"
-    files = ["--out", out, "--json", numbers]
+    files = ["--trace", out, "--output", numbers]
     size = ["--model", smollm2_path, "--prompts", 2, "--rewrites", 1, "--threads", 2]
     result = run(*size, *files, *options)
     assert result.exit_code == 0, result.output
@@ -361,9 +372,9 @@ def refused(*arguments: object) -> str:
         (["--adapter", "nothing"], "adapter_config.json"),
         (["--compute", "int4"], "compute: expected one of 'float32', 'int8'"),
         (["--prompts", "1000"], "prompts: expected at most 96, got 1000"),
-        (["--out", "no/such/folder/x.json"], "no such folder"),
-        (["--out", "x.json", "--json", "x.json"], "--out and --json: expected two files"),
-        (["--out", "taken.json"], "taken.json: is there already"),
+        (["--trace", "no/such/folder/x.json"], "no such folder"),
+        (["--trace", "x.json", "--output", "x.json"], "--trace and --output: expected two files"),
+        (["--trace", "taken.json"], "taken.json: is there already"),
     ],
 )
 def test_bad_arguments_are_one_line(

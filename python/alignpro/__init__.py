@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignpro.config import BoundConfig as BoundConfig
+    from alignpro.config import DataConfig as DataConfig
     from alignpro.config import EvalConfig as EvalConfig
     from alignpro.config import HeadroomConfig as HeadroomConfig
     from alignpro.config import LoraConfig as LoraConfig
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from alignpro.config import QuickstartConfig as QuickstartConfig
     from alignpro.config import SftConfig as SftConfig
     from alignpro.config import TrainConfig as TrainConfig
+    from alignpro.config import load_yaml as load_yaml
+    from alignpro.evaluate.headroom import run_headroom as run_headroom
+    from alignpro.evaluate.run import run_evaluate as run_evaluate
     from alignpro.models.adapter import LoraWeights as LoraWeights
     from alignpro.models.adapter import load_peft as load_peft
     from alignpro.models.adapter import save_peft as save_peft
@@ -30,9 +34,15 @@ if TYPE_CHECKING:
     from alignpro.native import NumericError as NumericError
     from alignpro.native import UnavailableError as UnavailableError
     from alignpro.pipeline import Pipeline as Pipeline
+    from alignpro.prompter import Prompter as Prompter
     from alignpro.rewards.build import build_reward as build_reward
     from alignpro.rewards.check import RewardError as RewardError
+    from alignpro.rewards.function import from_callable as from_callable
     from alignpro.train.callbacks import TrainCallback as TrainCallback
+    from alignpro.train.policy import LoraPolicy as LoraPolicy
+    from alignpro.train.run import make_trainer as make_trainer
+    from alignpro.train.run import run_sft as run_sft
+    from alignpro.train.run import run_train as run_train
     from alignpro.train.trainer import Trainer as Trainer
     from alignpro.types import Chat as Chat
     from alignpro.types import Completion as Completion
@@ -51,10 +61,12 @@ _HOMES = {
     "Chat": "types",
     "Completion": "types",
     "Conversation": "types",
+    "DataConfig": "config",
     "EndpointModel": "models.endpoint",
     "EvalConfig": "config",
     "HeadroomConfig": "config",
     "LoraConfig": "config",
+    "LoraPolicy": "train.policy",
     "LoraWeights": "models.adapter",
     "Message": "types",
     "ModelConfig": "config",
@@ -62,6 +74,7 @@ _HOMES = {
     "NativeModel": "models.native_model",
     "NumericError": "native",
     "Pipeline": "pipeline",
+    "Prompter": "prompter",
     "Prompting": "config",
     "QuickstartConfig": "config",
     "Response": "types",
@@ -77,9 +90,16 @@ _HOMES = {
     "Trainer": "train.trainer",
     "UnavailableError": "native",
     "build_reward": "rewards.build",
+    "from_callable": "rewards.function",
     "load_model": "models.native_model",
     "load_peft": "models.adapter",
+    "load_yaml": "config",
+    "make_trainer": "train.run",
     "resolve_model": "models.resolve",
+    "run_evaluate": "evaluate.run",
+    "run_headroom": "evaluate.headroom",
+    "run_sft": "train.run",
+    "run_train": "train.run",
     "save_peft": "models.adapter",
 }
 __all__ = [*_HOMES, "__version__"]
@@ -89,7 +109,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib import metadata
 
-        value: Any = metadata.version("alignpro")
+        try:
+            value: Any = metadata.version("alignpro")
+        except metadata.PackageNotFoundError:  # a checkout on the path
+            value = "0+source"
     elif name == "ops":  # a package by its own name; it imports torch
         value = importlib.import_module("alignpro.ops")
     elif name in _HOMES:

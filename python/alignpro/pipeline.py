@@ -20,7 +20,7 @@ from typing import Any
 
 from alignpro import trace
 from alignpro.config import RESPONSE, REWRITE, ModelConfig, Prompting, StageConfig, check_sampling
-from alignpro.models.arguments import check_params
+from alignpro.models.arguments import check_models, check_params
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
 from alignpro.models.reading import (
@@ -66,6 +66,7 @@ class Pipeline:
     Args:
         prompter: the model that writes rewrites; None where all of them are given (`answer`).
         target: the model that answers them; pass the same object where they share base weights.
+            None where rewrites alone are written (`rewrite`).
         reward: scores responses against the original prompts; None leaves rewards NaN.
         prompter_adapter: what ``prompter.submit`` takes as adapter; None is the base model.
         target_adapter: likewise for ``target.submit``; the target itself stays frozen, and this is
@@ -77,7 +78,7 @@ class Pipeline:
     def __init__(
         self,
         prompter: LanguageModel | None,
-        target: LanguageModel | ChatModel,
+        target: LanguageModel | ChatModel | None,
         reward: Reward | None,
         *,
         prompting: Prompting | None = None,
@@ -87,8 +88,9 @@ class Pipeline:
         response_params: SamplingParams | None = None,
         max_failed: float = ModelConfig.max_failed,
     ) -> None:
+        check_models(prompter, target, reward)
         self.prompter = prompter
-        self.target = target
+        self._target = target
         self.reward = reward
         self.prompting = prompting or Prompting()
         self.prompter_adapter = prompter_adapter
@@ -121,6 +123,15 @@ class Pipeline:
             response_params=config.response,
             max_failed=answers.max_failed,
         )
+
+    @property
+    def target(self) -> LanguageModel | ChatModel:
+        """The model that answers. Raises ValueError where there is none."""
+        if self._target is None:
+            raise ValueError(
+                "target: expected a model that answers, got None; load_model loads one"
+            )
+        return self._target
 
     def with_adapter(self, adapter: Any) -> Pipeline:
         """The same pipeline with another prompter adapter."""
@@ -194,7 +205,7 @@ class Pipeline:
     def rewrite(
         self, prompts: Sequence[PromptLike], *, num_rewrites: int = 1, seed: int | None = None
     ) -> list[list[Rewrite]]:
-        """Rewrites alone, [prompts][N], without responses; the same draws as in `rollout`."""
+        """Rewrites alone, ``[prompts][N]``, without responses; the same draws as in `rollout`."""
         _check_counts(num_rewrites=num_rewrites)
         seed = _fresh_seed() if seed is None else seed
         return self._generate(read_prompts(prompts), num_rewrites, 0, seed)[0]
@@ -235,9 +246,9 @@ class Pipeline:
         """The target on rewrites that are given: M responses each, scored as in `rollout`.
 
         Args:
-            texts: rewrites [prompts][N], N >= 1 and free to differ; "" is the raw prompt. The
-                responses to texts[i][j] draw what those of rewrite j of prompt i draw in `rollout`
-                under the same seed.
+            texts: rewrites ``[prompts][N]``, N >= 1 and free to differ; "" is the raw prompt. The
+                responses to ``texts[i][j]`` draw what those of rewrite j of prompt i draw in
+                `rollout` under the same seed.
             common_draws: as in `rollout`, for a comparison between a prompt's rewrites.
 
         Raises:
@@ -289,8 +300,8 @@ class Pipeline:
         answered: Answered | None = {} if common_draws else None
         with trace.span("read prompts"):
             read = [self._prompter_tokens(prompter, p, i) for i, p in enumerate(prompts)]
-            if isinstance(self.target, LanguageModel):
-                check_roles(self.target.tokenizer, prompts)
+            if isinstance(self._target, LanguageModel):
+                check_roles(self._target.tokenizer, prompts)
         rows = len(prompts) * num_rewrites * max(1, num_responses)
         with InFlight(rows, self.max_failed, on_progress) as in_flight:
 
@@ -393,9 +404,9 @@ class Pipeline:
         """What the target reads for a rewrite that no prompter wrote; "" is the raw prompt."""
         read = self.prompting.target_prompt(prompt, text)
         tokens = []
-        if isinstance(self.target, LanguageModel):
+        if isinstance(self._target, LanguageModel):
             with naming(f"the rewrite of prompt {index}" if text else f"prompt {index}"):
-                tokens = target_tokens(self.target.tokenizer, read)
+                tokens = target_tokens(self._target.tokenizer, read)
         return Rewrite(
             prompt_index=index,
             prompter_tokens=[],
@@ -409,9 +420,9 @@ class Pipeline:
 
     def _too_long(self, rewrite: Rewrite) -> str | None:
         """Why the target cannot read a rewrite; one behind an endpoint says so itself."""
-        if not isinstance(self.target, LanguageModel):
+        if not isinstance(self._target, LanguageModel):
             return None
-        return too_long(self.target, len(rewrite.target_tokens), self.response_params)
+        return too_long(self._target, len(rewrite.target_tokens), self.response_params)
 
     def _scored(
         self,

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from alignpro.bench.machine import peak_rss_bytes, versions
 from alignpro.config import QuickstartConfig, to_mapping
 from alignpro.data.load import load_pairs, load_prompts, stack_columns
@@ -45,7 +43,7 @@ class QuickstartResult:
     metrics: list[dict[str, Any]]  # metrics.jsonl
 
 
-def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResult:
+def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     """Run every stage and write report.json, report.html, reward.png, metrics.jsonl, adapter/,
     reference/ (the warm-started prompter, which is the untuned arm) and evaluate.json (the
     evaluation's configuration, for other prompts) to a new directory.
@@ -64,19 +62,19 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
     check_columns(reward, stack_columns(train_rows))
     seconds: dict[str, float] = {}
 
-    with _timed(seconds, "download"), console.status(f"finding {config.prompter.name}"):
-        resolve_model(config.prompter.name)
-    train = replace(train, run_dir=str(free_directory(config.run_dir)))
-    with _timed(seconds, "load"), console.status(f"loading {config.prompter.name}"):
-        prompter, target = load_models(
-            train.prompter,
-            train.target,
-            train.threads,
-            calls=Path(train.run_dir) / CALLS,
-            date=config.date,
-        )
-
-    with Bars(console) as bars:
+    with Bars(f"finding {config.prompter.name}") as bars:
+        with _timed(seconds, "download"):
+            resolve_model(config.prompter.name)
+        train = replace(train, run_dir=str(free_directory(config.run_dir)))
+        bars.doing(f"loading {config.prompter.name}")
+        with _timed(seconds, "load"):
+            prompter, target = load_models(
+                train.prompter,
+                train.target,
+                train.threads,
+                calls=Path(train.run_dir) / CALLS,
+                date=config.date,
+            )
         with _timed(seconds, "sft"):
             bars.show("warm start", 0, sft.steps)
             policy = LoraPolicy.fresh(prompter, sft.lora, seed=sft.seed)
@@ -125,7 +123,7 @@ def run_quickstart(config: QuickstartConfig, console: Console) -> QuickstartResu
         prompter=replace(evaluation.prompter, adapter=str(folder / "reference")),
         trained=str(folder / "adapter"),
     )
-    with trainer.directory:
+    with Bars("writing the report"), trainer.directory:
         write_json(folder / "evaluate.json", to_mapping(again))
         rows = write_reports(folder, report)
     return QuickstartResult(trainer.run_dir, report, rows)

@@ -150,26 +150,40 @@ class SamplingParams:
 
     Log-probabilities are always those of the model's own distribution at ``temperature``; top-k,
     top-p, min-p and the penalties change what may be drawn, and the mass that the first three kept
-    is reported. ``repetition_penalty`` divides the positive logits of every token that was read or
-    written, and multiplies the negative ones (Keskar et al. 2019); the other two are taken from the
-    logits of written tokens: once, and for every time. Penalties are the CPU's and an endpoint's.
+    is reported. Penalties (the first is Keskar et al. 2019's) are the CPU's and an endpoint's.
     """
 
-    temperature: float = 1.0  # 0: greedy, log-probabilities then at temperature 1
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    min_p: float = 0.0  # 0: off
+    temperature: float = 1.0
+    """The sampling temperature; 0 is greedy, with log-probabilities at temperature 1."""
+    top_k: int = 0
+    """How many of the likeliest tokens may be drawn; 0 is all."""
+    top_p: float = 1.0
+    """The probability mass of the likeliest tokens that may be drawn; 1 is all."""
+    min_p: float = 0.0
+    """The share of the likeliest token's probability that a token needs to be drawn; 0 is off."""
     max_new_tokens: int = 64
-    min_new_tokens: int = 0  # EOS and stop ids are not drawn before
-    n: int = 1  # samples per prompt; the prompt is computed once
-    seed: int | None = None  # None: fresh randomness for every prompt
-    stop: tuple[str, ...] = ()  # text that ends a completion; it is cut from ``text``
+    """The most tokens that are written."""
+    min_new_tokens: int = 0
+    """The tokens that are written before the end or a stop token may be drawn."""
+    n: int = 1
+    """Samples of a prompt, which is computed once."""
+    seed: int | None = None
+    """The random seed; null is fresh randomness for every prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, and are cut from it."""
     stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a completion."""
     ignore_eos: bool = False
-    repetition_penalty: float = 1.0  # 1: off
-    presence_penalty: float = 0.0  # 0: off
-    frequency_penalty: float = 0.0  # 0: off
-    deadline_seconds: float | None = None  # from submission; what was written by then is returned
+    """Whether the model's end of text is written like any other token."""
+    repetition_penalty: float = 1.0
+    """What the positive logits of tokens that were read or written are divided by, and the negative
+    ones multiplied with; 1 is off."""
+    presence_penalty: float = 0.0
+    """What is taken from the logits of tokens that were written."""
+    frequency_penalty: float = 0.0
+    """What is taken from the logits of written tokens for every time that they were."""
+    deadline_seconds: float | None = None
+    """Seconds from submission after which what was written is returned; null waits for all."""
 
 
 @dataclass(frozen=True)

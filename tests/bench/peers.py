@@ -120,7 +120,7 @@ def run_ours(
             command += ["--" + name.replace("_", "-"), str(value)]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "ours.json"
-        done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True)
+        done = subprocess.run([*command, "--output", str(file)], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"alignpro bench {benchmark}: {last_line(done.stderr)}")
         report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

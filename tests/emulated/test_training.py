@@ -22,7 +22,7 @@ from alignpro.config import (
     TrainConfig,
     to_mapping,
 )
-from alignpro.evaluate.run import run_evaluation
+from alignpro.evaluate.run import run_evaluate
 from alignpro.models.adapter import LoraWeights, load_peft
 from alignpro.models.native_model import load_model, load_models
 from alignpro.train.metrics import read_metrics
@@ -209,7 +209,7 @@ def test_a_run_on_the_device_is_the_cpus(config, tmp_path):
     file.write_text(json.dumps(to_mapping(config(steps=3))), "utf-8")
     assert CliRunner().invoke(app, ["train", str(file), "--resume"]).exit_code == 0
     assert len(read_metrics(f"{on_device.run_dir}/metrics.jsonl")) == 3
-    report = run_evaluation(
+    report = run_evaluate(
         EvalConfig(
             prompter=on_device.prompter,
             trained=f"{on_device.run_dir}/adapter",

@@ -190,7 +190,7 @@ def test_the_command(model, tmp_path):
         "num_prompts=3", "num_rewrites=2", "num_responses=2", f"tuned={tmp_path / 'tuned'}",
         "rewrite.max_new_tokens=4", "response.max_new_tokens=4", "threads=2",
     ]  # fmt: skip
-    result = invoke("bound", *settings, "--json", file)
+    result = invoke("bound", *settings, "--output", file)
     assert "Bound on the gap to a tuned target" in result.stdout
     report = json.loads(file.read_text())
     assert report["reward_range"] == [-20.0, 20.0] and report["tuned"] == "adapter"

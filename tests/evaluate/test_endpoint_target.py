@@ -18,7 +18,7 @@ from alignpro.config import (
 )
 from alignpro.evaluate.headroom import complete_rewards, run_headroom
 from alignpro.evaluate.results import to_json
-from alignpro.evaluate.run import run_evaluation
+from alignpro.evaluate.run import run_evaluate
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.price.estimate import price_train
 from alignpro.types import Response, Rewrite, Rollout
@@ -72,7 +72,7 @@ def test_headroom_before_an_endpoint_and_its_calls_beside_the_samples(stage, ser
 def test_an_evaluation_before_an_endpoint_is_replayed(stage, server, tmp_path):
     stage = {**stage, "static": "Be brief."}
     config = from_mapping(EvalConfig, stage)
-    report = to_json(run_evaluation(config, output=tmp_path / "evaluation.json"))
+    report = to_json(run_evaluate(config, output=tmp_path / "evaluation.json"))
     asked = len(server.asked)
     assert set(report["arms"]) == {"raw", "static", "untuned"}
     assert report["arms"]["raw"]["response_tokens"] == 3
@@ -80,7 +80,7 @@ def test_an_evaluation_before_an_endpoint_is_replayed(stage, server, tmp_path):
     # An empty rewrite is the raw prompt with the raw arm's draws, which were paid for already.
     assert asked <= 3 * 16
     server.kill()
-    again = to_json(run_evaluation(config, output=tmp_path / "evaluation.json"))
+    again = to_json(run_evaluate(config, output=tmp_path / "evaluation.json"))
     del report["tokens_per_second"], again["tokens_per_second"]
     assert again == report
     server.start()
@@ -93,7 +93,7 @@ def test_prompts_without_an_answer_in_an_arm_leave_all_of_them(stage, server):
         return Fault.reply("x" * (3 if asked.turn == "Why 3?" else 1), usage=(1, 1))
 
     server.answer = answer
-    report = run_evaluation(from_mapping(EvalConfig, {**stage, "static": "Be brief."}))
+    report = run_evaluate(from_mapping(EvalConfig, {**stage, "static": "Be brief."}))
     assert {name: arm.n for name, arm in report.arms.items()} == dict.fromkeys(report.arms, 3)
     assert report.failed_responses >= 4
     assert report.arms["raw"].reward.mean == pytest.approx((1 + 1 + 3) / 3)

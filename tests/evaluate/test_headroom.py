@@ -169,14 +169,14 @@ def settings(config):
 
 def test_the_command(config, tmp_path):
     files = {name: tmp_path / name for name in ("h.json", "h.png", "s.jsonl")}
-    options = ["--json", files["h.json"], "--plot", files["h.png"], "--samples", files["s.jsonl"]]
+    options = ["--output", files["h.json"], "--plot", files["h.png"], "--samples", files["s.jsonl"]]
     result = invoke("headroom", *settings(config), *options)
     assert "Optimum by kl_coef" in result.stdout and "Untuned prompter: reward" in result.stdout
     assert json.loads(files["h.json"].read_text())["num_prompts"] == 3
     assert files["h.png"].read_bytes().startswith(b"\x89PNG")
     # Again from the samples, with another grid.
     again = tmp_path / "again.json"
-    options = ["kl_coefs=[5]", "--samples", files["s.jsonl"], "--json", again]
+    options = ["kl_coefs=[5]", "--samples", files["s.jsonl"], "--output", again]
     invoke("headroom", *settings(config), *options)
     assert [p["kl_coef"] for p in json.loads(again.read_text())["frontier"]] == [5.0]
 
@@ -192,8 +192,8 @@ def test_the_command(config, tmp_path):
             ["prompter.adapter=none"],
             "prompter.adapter: none: no adapter_config.json there; expected",
         ),
-        (["--json", "here/x.json"], "here: no such folder"),
-        (["--json", "x", "--plot", "x"], "expected a file for each, got one twice"),
+        (["--output", "here/x.json"], "here: no such folder"),
+        (["--output", "x", "--plot", "x"], "expected a file for each, got one twice"),
     ],
 )
 def test_bad_input_is_one_line(arguments, line, tmp_path, monkeypatch):

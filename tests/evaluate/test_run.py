@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from alignpro.cli import app
 from alignpro.config import ARMS, EvalConfig, from_mapping
 from alignpro.evaluate.results import to_json
-from alignpro.evaluate.run import load_inputs, run_evaluation
+from alignpro.evaluate.run import load_inputs, run_evaluate
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
 from alignpro.statistics import length_controlled_win_rate
@@ -93,9 +93,7 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
     output = tmp_path / "report.json"
     seen = []
     config = from_mapping(EvalConfig, everything(files))
-    report = to_json(
-        run_evaluation(config, output=output, on_progress=lambda *row: seen.append(row))
-    )
+    report = to_json(run_evaluate(config, output=output, on_progress=lambda *row: seen.append(row)))
     assert list(report["arms"]) == list(ARMS)
     assert report["arms"]["labelled"]["empty_rewrites"] == 2  # owls, that is
     assert {"share", "gap"} <= report["static_to_labelled"].keys()
@@ -121,7 +119,7 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
     last = {name: (done, total) for name, done, total in seen}
     assert all(done == total for done, total in last.values())
     # The same again, with nothing left to ask.
-    again = to_json(run_evaluation(config, output=output))
+    again = to_json(run_evaluate(config, output=output))
     assert again["judge"].pop("replayed") == judged["questions"]
     judged.pop("replayed")
     for each in (report, again):
@@ -135,7 +133,7 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
 def test_the_tuned_target_is_the_adapter_on_the_target(files):
     folder, _ = files
     settings = mapping(files, tuned=str(folder / "tuned"), num_samples=4)
-    report = to_json(run_evaluation(from_mapping(EvalConfig, settings)))
+    report = to_json(run_evaluate(from_mapping(EvalConfig, settings)))
     assert list(report["arms"]) == ["raw", "untuned", "trained", "tuned"]
     raw, tuned = (
         [sample[f"response_{arm}"] for sample in report["samples"]] for arm in ("raw", "tuned")
@@ -198,7 +196,7 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
 def test_refused_before_a_model_is_loaded(files, changes, line, monkeypatch):
     monkeypatch.setattr("alignpro.evaluate.run.load_models", None)
     with pytest.raises((ValueError, OSError)) as caught:
-        run_evaluation(from_mapping(EvalConfig, mapping(files, **changes)))
+        run_evaluate(from_mapping(EvalConfig, mapping(files, **changes)))
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -237,15 +235,15 @@ def test_the_gate_both_ways(files, tmp_path):
         for one in required:
             arguments += ["--require", one]
         result = CliRunner().invoke(app, arguments)
-        return result.exit_code, result.stdout, result.stderr
+        errors = [line for line in result.stderr.splitlines() if line.startswith("alignpro: ")]
+        return result.exit_code, result.stdout, errors
 
     code, shown, _ = gate("untuned>raw-9.5")
-    assert code == 0 and "Held-out prompts" not in shown.split("\nRequired: ")[0]
-    _bars, report = shown.split("\nRequired: ", 1)
-    assert report.startswith("trained>raw-9: met, trained prompter minus raw prompt is ab")
+    assert code == 0
+    assert shown.startswith("Required: trained>raw-9: met, trained prompter minus raw prompt is ab")
     assert [one["met"] for one in json.loads(output.read_text())["required"]] == [True, True]
     code, shown, errors = gate("trained > raw + 9")
-    assert code == 3 and errors == "" and "Required: trained > raw + 9: not met" in shown
+    assert code == 3 and errors == [] and "Required: trained > raw + 9: not met" in shown
     required = json.loads(output.read_text())["required"]
     assert [one["met"] for one in required] == [True, False]
     (tmp_path / "evaluation.json").write_text(output.read_text())
@@ -254,7 +252,7 @@ def test_the_gate_both_ways(files, tmp_path):
     body = page[page.index("<body>") :]
     assert body.index("Required: trained &gt; raw + 9: not met") < body.index("<h1>")
     code, _, errors = gate("trained>row")
-    assert code == 2 and errors.count("\n") == 1 and 'did you mean "raw"?' in errors
+    assert code == 2 and len(errors) == 1 and 'did you mean "raw"?' in errors[0]
 
 
 def test_a_search_spends_what_the_training_spent(files, tmp_path):
@@ -269,9 +267,9 @@ def test_a_search_spends_what_the_training_spent(files, tmp_path):
     )
     log.write_text('{"step": 0, "reward_mean": 0.5}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl does not say how many tokens the target"):
-        run_evaluation(config)
+        run_evaluate(config)
     log.write_text("".join(json.dumps({"step": i, "target_tokens": 100}) + "\n" for i in range(3)))
-    search = to_json(run_evaluation(config))["static_search"]
+    search = to_json(run_evaluate(config))["static_search"]
     assert search["budget"] == 300 and 280 <= search["tokens"] <= 310
 
 
@@ -285,8 +283,9 @@ def test_a_judge_that_fails_costs_no_arm(files, quick_judge, tmp_path, monkeypat
         arguments = ["evaluate", str(config), "--output", str(output)]
         result = CliRunner().invoke(app, arguments)
         kept = tmp_path / "out.json.unjudged.json"
-        assert result.exit_code == 2 and result.stderr.count("\n") == 1
-        assert "got no verdict" in result.stderr and str(kept) in result.stderr
+        *progress, error = result.stderr.splitlines()
+        assert result.exit_code == 2 and not any("alignpro" in line for line in progress)
+        assert "got no verdict" in error and str(kept) in error
         assert list(json.loads(kept.read_text())["arms"]) == ["raw", "untuned", "trained"]
         assert not output.exists()
         server.always = None  # it recovers

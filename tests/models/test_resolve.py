@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from alignpro.models import resolve
-from alignpro.models.resolve import cache_dir, resolve_model
+from alignpro.models.resolve import cache_dir, published_name, resolve_model
 
 PAYLOAD = b"GGUF and some weights" * 100
 
@@ -360,3 +360,17 @@ def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "_hub", lambda: None)
     with pytest.raises(FileNotFoundError, match="huggingface_hub is not installed"):
         resolve_model("org/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "source", "found"),
+    [
+        ("smollm2", "/cache/x.gguf", "", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("a/b:Q4_K_M", "/hub/models--a--b/snapshots/1/x-Q4_K_M.gguf", "", "a/b"),
+        ("a/b-c", "/hub/models--a--b-c/snapshots/1", "", "a/b-c"),
+        ("x.gguf", "/models/x.gguf", "https://huggingface.co/a/b", "a/b"),
+        ("x", "/models/x", "", "/models/x"),
+    ],
+)
+def test_the_name_by_which_others_find_a_model(name, path, source, found):
+    assert published_name(name, Path(path), source) == found

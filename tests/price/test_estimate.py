@@ -185,7 +185,7 @@ def test_the_command_loads_no_weights_and_writes_nothing_but_its_report(tmp_path
     )
     rates, out = tmp_path / "rates.json", tmp_path / "price.json"
     rates.write_text('{"generate": 0.7, "score": 0.6, "bytes": 0.5, "gflops": 90, "gbps": 9}')
-    result = run(settings, "--dry-run", "--rates", rates, "--json", out)
+    result = run(settings, "--dry-run", "--rates", rates, "--output", out)
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
     assert report["steps"] == 7 and report["tokens"]["generated"] == 7 * 64 * 44

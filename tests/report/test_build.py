@@ -67,7 +67,7 @@ def test_files_given_by_name_go_first(tmp_path):
     out = tmp_path / "out.html"
     run(
         tmp_path / "run",
-        *("--evaluation", evaluation, "--headroom", headroom, "--bound", bound, "--out", out),
+        *("--evaluation", evaluation, "--headroom", headroom, "--bound", bound, "--output", out),
     )
     assert "The bound holds" in out.read_text(encoding="utf-8")
     assert not (tmp_path / "run" / "report.html").exists()
@@ -107,7 +107,7 @@ def test_a_run_that_was_only_trained(tmp_path):
         ({"report.json": FULL}, ["--evaluation", "gone.json"], "gone.json: no such file"),
         ({"report.json": FULL}, ["--headroom", "gone.json"], "gone.json: no such file"),
         ({"report.json": FULL}, ["--bound", "gone.json"], "gone.json: no such file"),
-        ({"report.json": FULL}, ["--out", "nowhere/r.html"], "nowhere: no such folder"),
+        ({"report.json": FULL}, ["--output", "nowhere/r.html"], "nowhere: no such folder"),
         ({"report.json": [1]}, [], "report.json: expected a JSON object, got list"),
         ({"evaluation.json": {"x": 1}}, [], "evaluation.json: not what `alignpro evaluate` writes"),
         ({"headroom.json": EVALUATION}, [], "headroom.json: not what `alignpro headroom` writes"),
@@ -129,10 +129,10 @@ def test_nothing_of_others_is_overwritten(tmp_path):
     write(tmp_path / "report.json", FULL)
     for page in ("report.html", "thesis.html"):
         (tmp_path / page).write_text("mine")
-        options = [] if page == "report.html" else ["--out", tmp_path / page]
+        options = [] if page == "report.html" else ["--output", tmp_path / page]
         assert "is no report; name another file" in refused(tmp_path, *options)
         assert (tmp_path / page).read_text() == "mine"
-    assert "is no report" in refused(tmp_path, "--out", tmp_path)
+    assert "is no report" in refused(tmp_path, "--output", tmp_path)
 
 
 def test_a_file_that_is_not_json(tmp_path):

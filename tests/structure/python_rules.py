@@ -42,15 +42,19 @@ ROOMS: dict[str, set[str]] = {
     "pipeline": _SERVING | {"trace", "rewards.check"},
     "lengths": _BASE | {"models", "pipeline", "data"},
     "trl": _BASE | {"models", "pipeline"},
+    "prompter": _BASE | {"models", "pipeline"},
     "train": _RUNNING,
     "evaluate": _RUNNING | {"theory", "train.metrics"},
     "report": _RUNNING | {"train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report", "bench.machine"},
     "bench": _RUNNING | {"trace", "train"},
     "price": _SERVING | {"data", "bench.machine", "train.micro_batches", "train.policy"},
-    "cli": _RUNNING | {"train", "evaluate", "report", "quickstart", "bench", "price"},
+    "cli": _RUNNING
+    | {"train", "evaluate", "report", "quickstart", "bench", "price"}
+    | {"prompter"},
     "__main__": {"cli"},
-    "": _RUNNING | {"ops", "train", "evaluate", "report"},  # __init__.py: the lazy public names
+    "": _RUNNING
+    | {"ops", "prompter", "train", "evaluate", "report"},  # __init__.py: the lazy public names
 }
 
 # module of others -> the rooms or modules that may import it

@@ -1,4 +1,4 @@
-"""The README's commands are the ones that CI runs, and its layers are the tree's."""
+"""The README's commands are the ones that CI runs, and the layers of docs/layers.md the tree's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fenced(text: str, language: str) -> list[str]:
 
 
 def layer_complaints(readme: str, package: Path, source: Path) -> list[str]:
-    """Folders and modules of the tree that the README's list of layers leaves out."""
+    """Folders and modules of the tree that the list of layers leaves out."""
     names = [p.name + "/" for p in source.iterdir() if p.is_dir()]
     for path in package.iterdir():
         if path.is_dir() and path.name != "__pycache__":
@@ -27,7 +27,7 @@ def layer_complaints(readme: str, package: Path, source: Path) -> list[str]:
         elif path.suffix == ".py" and path.stem != "__init__":
             names.append(path.name)
     blocks = "\n".join(fenced(readme, "text"))
-    return [f"{name}: not in the README's layers" for name in sorted(names) if name not in blocks]
+    return [f"{name}: not in the list of layers" for name in sorted(names) if name not in blocks]
 
 
 def test_fenced_reads_bodies_by_language():
@@ -48,8 +48,8 @@ def test_ci_names_and_checks_the_same_commands():
     assert len(re.findall(r'bash -c "\$TEST_COMMAND"', script)) == 1
 
 
-def test_readme_lists_every_layer():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_layers_lists_every_layer():
+    readme = (ROOT / "docs/layers.md").read_text(encoding="utf-8")
     assert layer_complaints(readme, ROOT / "python/alignpro", ROOT / "src/alignpro") == []
 
 
@@ -58,13 +58,22 @@ def test_a_layer_left_out_is_seen(tmp_path):
     (tmp_path / "p" / "one.py").touch()
     (tmp_path / "s" / "core").mkdir(parents=True)
     complaints = layer_complaints("```text\none.py\ncore/\n```\n", tmp_path / "p", tmp_path / "s")
-    assert complaints == ["extra/: not in the README's layers"]
+    assert complaints == ["extra/: not in the list of layers"]
 
 
-def test_readme_python_block_is_valid_and_uses_the_public_names():
-    blocks = fenced((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+def test_readme_is_one_screen_and_sends_to_pages_that_are_there():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 100
+    for page in re.findall(r"`docs/([\w./-]+\.\w+)`", readme):
+        assert (ROOT / "docs" / page).is_file(), page
+    for name in ("tutorial", "concepts", "configuration", "troubleshooting"):
+        assert f"docs/{name}.md" in readme
+
+
+def test_python_blocks_are_valid_and_use_the_public_names():
+    blocks = fenced((ROOT / "docs/engine.md").read_text(encoding="utf-8"), "python")
     for block in blocks:
-        compile(block, "README.md", "exec")
+        compile(block, "engine.md", "exec")
     for name in ("load_model", "generate", "score", "Pipeline", "rollout"):
         assert name in blocks[0]
     assert "linear_logprob" in blocks[1]

@@ -18,7 +18,7 @@ from alignpro.config import (
     from_mapping,
     load_yaml,
 )
-from alignpro.evaluate.run import run_evaluation
+from alignpro.evaluate.run import run_evaluate
 from alignpro.models.native_model import load_model, load_models
 from alignpro.run_directory import recorded_date
 from alignpro.train.metrics import read_metrics
@@ -108,7 +108,7 @@ def test_a_run_keeps_its_date(tiny_model_dir, tmp_path, data, monkeypatch):
         prompting=whole.prompting,
         threads=1,
     )
-    report = run_evaluation(evaluation)
+    report = run_evaluate(evaluation)
     assert report.evaluation_config["date"] == report["evaluation_config"]["date"] == "2026-11-28"
 
 

@@ -101,7 +101,7 @@ def test_one_rewrite_for_everything_is_warned_of(tmp_path):
         held_out=ROWS,
     )
     said = io.StringIO()
-    with Bars(Console(file=said, width=200)) as bars:
+    with Bars(console=Console(file=said, width=200)) as bars:
         trainer.train([TrainBar(bars)])
     rows = log(trainer)
     assert rows[0]["common_rewrite"] < 0.9 and "one_rewrite" not in rows[0].get("warnings", {})

@@ -15,8 +15,9 @@ from alignpro.config import TrainConfig, from_mapping
 from alignpro.train import trackers
 from alignpro.train.callbacks import TrainCallback
 from alignpro.train.checkpoint import load_checkpoint
+from alignpro.train.metrics import METRICS, read_metrics
 from alignpro.train.run import make_trainer
-from alignpro.train.trackers import TensorBoard, flatten, make_trackers
+from alignpro.train.trackers import TensorBoard, flatten, make_trackers, tagged
 from train.test_trainer import config, log, make
 from train.toy_model import ToyModel
 
@@ -98,6 +99,31 @@ def test_flatten_names_nested_values_and_leaves_the_unknown_out():
     assert dict(flatten(row)) == {"a": 1.0, "s": "text", "seconds/step": 2.5, "seconds/x/y": 1.0}
 
 
+def test_every_number_of_a_run_has_a_group_and_a_sentence(tmp_path):
+    for text in METRICS.values():
+        assert text.text[0].isupper() and text.text.endswith("."), text
+    rows = read_metrics(crashed_and_resumed(tmp_path).log.path)
+    tags = [tag for row in rows for tag, _ in tagged(row)]
+    groups = {"reward", "kl", "tokens", "time", "loss", "rewrites"}
+    assert {tag.split("/")[0] for tag in tags} - {"sample"} == groups
+
+
+def test_tags_of_what_is_watched_and_of_what_nobody_knows():
+    row = {
+        "heldout": {"reward_mean": 0.5, "components": {"vader": 0.2}, "seconds": 2.0, "copies": 0},
+        "target_usage": {"cost": 3.0},
+        "mine": 1,
+    }
+    assert dict(tagged(row)) == {
+        "reward/heldout": 0.5,
+        "reward/heldout/vader": 0.2,
+        "time/heldout": 2.0,
+        "heldout/copies": 0.0,
+        "tokens/usage/cost": 3.0,
+        "other/mine": 1.0,
+    }
+
+
 def test_the_configuration_names_trackers():
     assert from_mapping(TrainConfig, {"track": ["wandb"]}).track == ("wandb",)
     with pytest.raises(ValueError, match=r"track\[0\]: expected one of 'wandb', 'trackio'"):
@@ -142,9 +168,9 @@ def test_tensorboard_holds_every_step_once(tmp_path):
     events.Reload()
     rows = log(trainer)
     names = events.Tags()["scalars"]
-    assert {"reward_mean", "kl_per_rewrite", "seconds/generate", "seconds/step"} <= set(names)
+    assert {"reward/mean", "kl/per_rewrite", "time/generate", "time/step"} <= set(names)
     for name in ("reward_mean", "kl_per_rewrite", "grad_norm"):
-        scalars = events.Scalars(name)
+        scalars = events.Scalars(METRICS[name].tag)
         assert [event.step for event in scalars] == list(range(6))
         assert [e.value for e in scalars] == pytest.approx([r[name] for r in rows], rel=1e-6)
     samples = events.Tensors("sample/text_summary")
@@ -165,9 +191,9 @@ def test_wandb_holds_every_step_once(tmp_path, monkeypatch):
     assert len(files) == 2 and all(run_id in file.name for file in files)
     history = [row for file in files for row in finished_wandb(file)]
     assert [row["_step"] for row in history] == list(range(6))
-    for name in ("reward_mean", "sample"):
-        assert [row[name] for row in history] == [row[name] for row in rows]
-    assert all(row["seconds/step"] > 0 for row in history)
+    for name, tag in (("reward_mean", "reward/mean"), ("sample", "sample")):
+        assert [row[tag] for row in history] == [row[name] for row in rows]
+    assert all(row["time/step"] > 0 for row in history)
 
 
 def finished_wandb(file: Path):
@@ -235,5 +261,5 @@ pathlib.Path({str(tmp_path / "found.json")!r}).write_text(found)
     name, held, rows = json.loads((tmp_path / "found.json").read_text())
     assert name.startswith("run-")
     assert [row["step"] for row in held] == list(range(6))
-    for key in ("reward_mean", "sample"):
-        assert [row[key] for row in held] == [row[key] for row in rows]
+    for key, tag in (("reward_mean", "reward/mean"), ("sample", "sample")):
+        assert [row[tag] for row in held] == [row[key] for row in rows]

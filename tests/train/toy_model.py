@@ -188,7 +188,7 @@ class ToyHandle:
 
 
 class ToyModel:
-    name = "toy"
+    name = published_name = "toy"
     context_length = 64
     bit_exact = True
     lora_modules: ClassVar = {MODULE: (VOCABULARY, HIDDEN)}

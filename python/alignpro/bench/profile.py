@@ -9,7 +9,7 @@ from typing import Any
 from alignpro import trace
 from alignpro.bench.generation import Say, rollout_pipeline, rollout_prompts
 from alignpro.bench.machine import limits, machine, peak_rss_bytes, recorded
-from alignpro.bench.timeline import Timeline
+from alignpro.bench.timeline import Timeline, beyond
 from alignpro.bench.work import ROLLOUT
 from alignpro.config import ModelConfig, from_mapping
 from alignpro.models.native_model import NativeModel, load_models
@@ -39,7 +39,8 @@ def profile_rollout(
     Stages are those of `Timeline`, which says how a step with rows of both models is divided.
     An op's time is what its caller waited for, with all threads at work. Its operations and bytes
     are counted from its sizes: a multiply-add is two operations, weights count as they are
-    stored, each operand once. Shares are of the limits measured just before.
+    stored, each operand once. Shares are of the limits measured just before, and once more after it
+    where an op was faster: then of the larger ones.
 
     Args:
         target: None is the prompter's model. adapter: a PEFT folder for the prompter.
@@ -64,8 +65,16 @@ def profile_rollout(
     measured = limits(threads, _LIMIT_REPEATS)
     say("rollout")
     rollout, events, spans = record(pipeline, texts, rewrites, seed, ops)
-    say("writing")
+    memory = peak_rss_bytes()
     timeline = Timeline(events, spans, rewrite_seeds(seed, prompts))
+    found = timeline.ops(measured) if ops else None
+    if any(beyond(op) for op in found or ()):
+        # Other work held the machine back when its limits were measured, and not in the rollout.
+        say("measuring the machine's limits again")
+        again = limits(threads, _LIMIT_REPEATS)
+        measured = {name: max(value, again[name]) for name, value in measured.items()}
+        found = timeline.ops(measured)
+    say("writing")
     report = {
         "benchmark": "profile",
         "machine": machine(threads),
@@ -86,10 +95,10 @@ def profile_rollout(
         "steps": timeline.steps,
         "rows_per_step": float(timeline.rows.sum()) / max(timeline.steps, 1),
         "stages": timeline.stages(),
-        "ops": timeline.ops(measured) if ops else None,
+        "ops": found,
         "dropped": events["dropped"],
         "trace": str(out),
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": memory,
     }
     about = {name: value for name, value in report.items() if name not in ("stages", "ops")}
     timeline.write_chrome_trace(out, about)

@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from alignpro.bench.timeline import beyond
+
 
 def bench_tables(report: Mapping[str, Any]) -> RenderableType:
     if report["benchmark"] == "step":
@@ -75,15 +77,22 @@ def _op_table(ops: Sequence[Mapping[str, Any]]) -> Table:
     def cells(row: Mapping[str, Any]) -> Iterator[str]:
         yield from (row["op"], seconds_text(row["seconds"]), f"{row['share']:.1%}")
         if "calls" in row:
-            yield from (f"{row['calls']:,}", f"{row['gflops']:.1f}", f"{row['fma_share']:.0%}")
-            yield from (f"{row['gbps']:.1f}", f"{row['read_share']:.0%}")
+            yield from (f"{row['calls']:,}", f"{row['gflops']:.1f}", limit_share(row["fma_share"]))
+            yield from (f"{row['gbps']:.1f}", limit_share(row["read_share"]))
 
     columns = ("time", "share", "calls", "GFLOP/s", "of peak", "GB/s", "of reads")
     table = new_table("ops", columns, map(cells, ops))
     table.collapse_padding = True  # 80 columns hold it
     for column in table.columns:
         column.no_wrap = True
+    if any(beyond(op) for op in ops):
+        table.caption = "* above the measured limit: from the caches, or it was measured too low"
     return table
+
+
+def limit_share(share: float) -> str:
+    """A share of what the machine can do; one above it is marked."""
+    return f"{share:.0%}" + "*" * (share > 1)
 
 
 def limits_text(report: Mapping[str, Any]) -> str:

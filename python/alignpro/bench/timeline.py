@@ -225,6 +225,12 @@ def engine_flops(events: Mapping[str, Any], since_ns: int = 0) -> int | None:
     return int(events["flops"][inside].sum())
 
 
+def beyond(op: Mapping[str, Any]) -> bool:
+    """Whether an op is above a limit of the machine: bytes that come from the caches are faster
+    than memory, and limits are measured while other work may hold the machine back."""
+    return bool(max(op.get("fma_share", 0.0), op.get("read_share", 0.0)) > 1)
+
+
 def _shares(rows: Floats) -> Floats:
     """Each step's rows as parts of 1; zeros where there are none."""
     total: Floats = np.maximum(rows.sum(1, keepdims=True), 1)

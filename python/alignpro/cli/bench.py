@@ -9,17 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from alignpro.cli.shared import (
-    Json,
     ModelName,
+    Output,
     Threads,
     app,
     check_new,
+    examples,
     needs_torch,
     one_line_errors,
     write_json,
 )
 
-bench = typer.Typer(help="Measure the speed of this package on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 Target = Annotated[
@@ -32,11 +33,11 @@ Repeats = Annotated[
 ]
 
 
-@bench.command("step")
+@bench.command("step", epilog=examples("alignpro bench step --steps 3"))
 @one_line_errors
 def bench_step(
     model: ModelName = "smollm2",
-    json_file: Json = None,
+    output: Output = None,
     steps: Annotated[
         int, typer.Option(min=1, help="Steps that are measured, after one to warm up.")
     ] = 5,
@@ -46,10 +47,10 @@ def bench_step(
     needs_torch("bench step")
     from alignpro.bench.step import bench_step as measure
 
-    _run_bench(measure, model, json_file, threads, {"steps": steps})
+    _run_bench(measure, model, output, threads, {"steps": steps})
 
 
-@bench.command("decode")
+@bench.command("decode", epilog=examples("alignpro bench decode --batch 1,16 --output decode.json"))
 @one_line_errors
 def bench_decode(
     model: ModelName = "smollm2",
@@ -60,7 +61,7 @@ def bench_decode(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence's prompt.")] = 37,
     compute: Compute = "float32",
     kv_dtype: KvDtype = "float32",
-    json_file: Json = None,
+    output: Output = None,
     repeats: Repeats = 5,
     threads: Threads = None,
 ) -> None:
@@ -70,10 +71,10 @@ def bench_decode(
     work: dict[str, Any] = {"compute": compute, "kv_dtype": kv_dtype, "repeats": repeats}
     work["batches"] = _counts("--batch", batch, ",", "numbers such as 1,16,64")
     work |= {"new_tokens": new_tokens, "prompt_tokens": prompt_tokens}
-    _run_bench(measure, model, json_file, threads, work)
+    _run_bench(measure, model, output, threads, work)
 
 
-@bench.command("prefill")
+@bench.command("prefill", epilog=examples("alignpro bench prefill --shape 1x512,16x128"))
 @one_line_errors
 def bench_prefill(
     model: ModelName = "smollm2",
@@ -82,7 +83,7 @@ def bench_prefill(
     ] = "1x512,16x128",
     compute: Compute = "float32",
     kv_dtype: KvDtype = "float32",
-    json_file: Json = None,
+    output: Output = None,
     repeats: Repeats = 5,
     threads: Threads = None,
 ) -> None:
@@ -94,16 +95,16 @@ def bench_prefill(
         for part in shape.split(",")
     ]
     work = {"shapes": shapes, "compute": compute, "kv_dtype": kv_dtype, "repeats": repeats}
-    _run_bench(measure, model, json_file, threads, work)
+    _run_bench(measure, model, output, threads, work)
 
 
-@bench.command("rollout")
+@bench.command("rollout", epilog=examples("alignpro bench rollout --prompts 8"))
 @one_line_errors
 def bench_rollout(
     model: ModelName = "smollm2",
     target: Target = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts, with 4 rewrites each.")] = 16,
-    json_file: Json = None,
+    output: Output = None,
     repeats: Repeats = 5,
     threads: Threads = None,
 ) -> None:
@@ -111,10 +112,15 @@ def bench_rollout(
     from alignpro.bench.generation import bench_rollout as measure
 
     work = {"target": target, "prompts": prompts, "repeats": repeats}
-    _run_bench(measure, model, json_file, threads, work)
+    _run_bench(measure, model, output, threads, work)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro profile --prompts 4",
+        "alignpro profile --trace profile.json --output profile-numbers.json",
+    )
+)
 @one_line_errors
 def profile(
     model: ModelName = "smollm2",
@@ -129,16 +135,19 @@ def profile(
     ] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the rollout.")] = 0,
     ops: Annotated[bool, typer.Option(help="Record every op, not only the steps.")] = True,
-    out: Annotated[
+    trace: Annotated[
         Path, typer.Option(help="File of the trace, for Perfetto or chrome://tracing.")
     ] = Path("profile.json"),
-    json_file: Json = None,
+    output: Output = None,
     threads: Threads = None,
 ) -> None:
-    """Where the time of a rollout goes: a trace, and tables of stages and ops."""
-    check_new(out)
-    if out == json_file:
-        raise ValueError(f"--out and --json: expected two files, got {out} twice")
+    """Say where the time of a rollout goes.
+
+    A trace, and tables of stages and ops.
+    """
+    check_new(trace)
+    if trace == output:
+        raise ValueError(f"--trace and --output: expected two files, got {trace} twice")
     from alignpro.bench.profile import profile_rollout as measure
 
     work: dict[str, Any] = {
@@ -147,30 +156,31 @@ def profile(
         "prompts": prompts,
         "rewrites": rewrites,
     }
-    work |= {"compute": compute, "seed": seed, "ops": ops, "out": out}
-    _run_bench(measure, model, json_file, threads, work)
+    work |= {"compute": compute, "seed": seed, "ops": ops, "out": trace}
+    _run_bench(measure, model, output, threads, work)
 
 
 def _run_bench(
     measure: Callable[..., dict[str, Any]],
     model: str,
-    json_file: Path | None,
+    output: Path | None,
     threads: int | None,
     work: dict[str, Any],
 ) -> None:
-    check_new(json_file)
+    check_new(output)
     from rich.console import Console
 
     from alignpro.bench.tables import bench_tables
     from alignpro.models.resolve import resolve_model
     from alignpro.native import core
+    from alignpro.report.progress import Bars
 
-    if work.get("target") is not None:
-        work["target"] = resolve_model(work["target"])
-    work |= {"model": resolve_model(model), "threads": threads or core.available_cpus()}
-    with Console(stderr=True).status("") as status:
-        report = measure(say=status.update, **work)
-    write_json(json_file, report)
+    with Bars("finding the model") as bars:
+        if work.get("target") is not None:
+            work["target"] = resolve_model(work["target"])
+        work |= {"model": resolve_model(model), "threads": threads or core.available_cpus()}
+        report = measure(say=bars.doing, **work)
+    write_json(output, report)
     Console().print(bench_tables(report))
 
 

@@ -7,13 +7,20 @@ from typing import Annotated
 
 import typer
 
-from alignpro.cli.shared import app, one_line_errors
+from alignpro.cli.shared import app, examples, one_line_errors
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro report alignpro-run",
+        "alignpro report alignpro-run --evaluation evaluation.json --output full.html",
+    )
+)
 @one_line_errors
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="Directory of a run, or of its files.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Directory of a run, or of its files.")
+    ],
     evaluation: Annotated[
         Path | None,
         typer.Option(help="What evaluate wrote; the default is the run's evaluation.json."),
@@ -25,7 +32,7 @@ def report(
     bound: Annotated[
         Path | None, typer.Option(help="What bound wrote; the default is the run's bound.json.")
     ] = None,
-    out: Annotated[
+    output: Annotated[
         Path | None, typer.Option(help="The report to write; the default is the run's report.html.")
     ] = None,
 ) -> None:
@@ -33,8 +40,10 @@ def report(
     from rich.console import Console
 
     from alignpro.report.build import build_report
+    from alignpro.report.progress import Bars
     from alignpro.report.tables import report_view
 
-    built = build_report(run_dir, evaluation=evaluation, headroom=headroom, bound=bound, out=out)
+    with Bars("building the report"):
+        built = build_report(run, evaluation=evaluation, headroom=headroom, bound=bound, out=output)
     Console().print(report_view(built.report, built.metrics, samples=False))
     typer.echo(f"report: {built.path}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from alignpro.files import write_json as write_whole
 from alignpro.optional import is_installed
@@ -19,14 +20,51 @@ from alignpro.run_directory import error_notes, one_line
 # Exit codes. Not met: a difference between arms that --require asks for is not shown.
 DEFECT, BAD_INPUT, NOT_MET, INTERRUPTED = 1, 2, 3, 130
 
+# In the order of a user's work, which is that of --help.
+_ORDER = (
+    *("quickstart", "init", "config", "headroom", "sft", "train", "evaluate", "report"),
+    *("generate", "bound", "info", "profile", "bench"),
+)
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=_ORDER.index)
+
+
 app = typer.Typer(
     name="alignpro",
-    help="Train a small prompter in front of a frozen language model.",
+    cls=_InOrder,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import alignpro
+
+        typer.echo(f"alignpro {alignpro.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _alignpro(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Train a small prompter in front of a frozen language model."""
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: commands as they are typed."""
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
+
 
 Overrides = Annotated[
     list[str] | None,
@@ -35,7 +73,9 @@ Overrides = Annotated[
         help="Fields of the configuration, such as seed=1 or prompter.model=smollm2.",
     ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="Write the numbers to this JSON file.")
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Number of threads; the default is the CPU quota.")
 ]

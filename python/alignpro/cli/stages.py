@@ -13,13 +13,14 @@ import typer
 from alignpro.cli.shared import (
     NOT_MET,
     Config,
-    Json,
     ModelName,
+    Output,
     Overrides,
     Overwrite,
     Threads,
     app,
     check_new,
+    examples,
     needs_torch,
     one_line_errors,
     read_settings,
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from alignpro.evaluate.results import Evaluation
 
 
-@app.command()
+@app.command(
+    epilog=examples("alignpro quickstart", "alignpro quickstart --seed 1 --steps 48 --run seed-1")
+)
 @one_line_errors
 def quickstart(
     config: Annotated[
@@ -46,8 +49,8 @@ def quickstart(
         int | None, typer.Option(help="Number of held-out prompts to evaluate on.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Path or name of the model.")] = None,
-    run_dir: Annotated[
-        str | None, typer.Option(help="Run directory; a number is added where it is taken.")
+    run: Annotated[
+        str | None, typer.Option(help="Directory of the run; a number is added where it is taken.")
     ] = None,
     threads: Threads = None,
 ) -> None:
@@ -60,7 +63,7 @@ def quickstart(
         "train.steps": steps,
         "evaluate.num_prompts": prompts,
         "prompter.model": model,
-        "run_dir": run_dir,
+        "run_dir": run,
         "threads": threads,
     }
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
@@ -69,17 +72,22 @@ def quickstart(
     )
     from rich.console import Console
 
-    from alignpro.quickstart import run_quickstart
+    from alignpro.report.progress import Bars
     from alignpro.report.tables import report_view
 
-    console = Console()
-    result = run_quickstart(settings, console)
-    console.print(report_view(result.report, result.metrics))
+    with Bars("loading torch"):
+        from alignpro.quickstart import run_quickstart
+    result = run_quickstart(settings)
+    Console().print(report_view(result.report, result.metrics))
     typer.echo(f"report: {result.run_dir / 'report.html'}")
     _exit_unless_met(result.report.evaluation)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro sft run_dir=alignpro-sft", "alignpro sft data=pairs.jsonl steps=64 seed=1"
+    )
+)
 @one_line_errors
 def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Warm-start a prompter on (prompt, instruction) pairs."""
@@ -88,10 +96,10 @@ def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite
 
     options = read_settings(SftConfig, config, overrides)
     from alignpro.report.progress import Bars, show_sft_row
-    from alignpro.train.run import run_sft
 
-    with Bars() as bars:
-        bars.show("warm start", 0, options.steps)
+    with Bars("loading data and model") as bars:
+        from alignpro.train.run import run_sft
+
         run_sft(
             options,
             overwrite=overwrite,
@@ -100,7 +108,14 @@ def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite
     typer.echo(f"adapter: {Path(options.run_dir) / 'adapter'}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro train alignpro.yaml",
+        "alignpro train alignpro.yaml steps=40 kl_coef=0.1 run_dir=second",
+        "alignpro train alignpro.yaml --dry-run",
+        "alignpro train alignpro-run/config.json --resume",
+    )
+)
 @one_line_errors
 def train(
     config: Annotated[
@@ -123,7 +138,7 @@ def train(
     prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a prompt to price a dry run with.")
     ] = None,
-    json_file: Json = None,
+    output: Output = None,
 ) -> None:
     """Train a prompter by reinforcement learning."""
     needs_torch("train")
@@ -136,43 +151,51 @@ def train(
         )
     options = load_yaml(TrainConfig, config, overrides or [])
     if dry_run:
-        check_new(json_file)
+        check_new(output)
         from rich.console import Console
 
         from alignpro.price.estimate import price_train
         from alignpro.price.tables import price_tables
+        from alignpro.report.progress import Bars
 
-        report = price_train(options, gpu_name=gpu, rates=rates, prompt_tokens=prompt_tokens)
-        write_json(json_file, report)
+        with Bars("measuring this machine" if gpu is None else "counting"):
+            report = price_train(options, gpu_name=gpu, rates=rates, prompt_tokens=prompt_tokens)
+        write_json(output, report)
         Console().print(price_tables(report))
         return
-    given = {"--gpu": gpu, "--rates": rates, "--prompt-tokens": prompt_tokens, "--json": json_file}
+    given = {"--gpu": gpu, "--rates": rates, "--prompt-tokens": prompt_tokens, "--output": output}
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
     from alignpro.models.endpoint import EndpointModel
     from alignpro.report.progress import Bars, TrainBar
-    from alignpro.train.closed_form import ClosedFormFit
-    from alignpro.train.run import make_trainer
 
-    trainer = make_trainer(options, resume=resume, overwrite=overwrite)
-    with Bars() as bars:
-        if isinstance(trainer, ClosedFormFit):
-            trainer.rollouts(bars.show)
-        trainer.train([TrainBar(bars)])
+    with Bars("loading data and models") as bars:
+        from alignpro.train.run import run_train
+
+        trainer = run_train(
+            options,
+            resume=resume,
+            overwrite=overwrite,
+            callbacks=[TrainBar(bars)],
+            on_progress=bars.show,
+        )
     if isinstance(trainer.pipeline.target, EndpointModel):
         typer.echo(trainer.pipeline.target.spent())
     typer.echo(f"adapter: {trainer.run_dir / 'adapter'}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro evaluate trained=alignpro-run/adapter reward=topic --output evaluation.json",
+        "alignpro evaluate trained=alignpro-run/adapter static={} --require 'trained>static'",
+    )
+)
 @one_line_errors
 def evaluate(
     config: Config = None,
     overrides: Overrides = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write the numbers to this JSON file.")
-    ] = None,
+    output: Output = None,
     required: Annotated[
         list[str] | None,
         typer.Option(
@@ -183,8 +206,11 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Compare the arms on held-out prompts: raw prompt, untuned and trained prompter, and what the
-    configuration adds (static, policy_text, labelled, optimum, tuned, judge)."""
+    """Compare the arms on held-out prompts.
+
+    They are the raw prompt, the untuned and the trained prompter, and what the configuration adds
+    (static, policy_text, labelled, optimum, tuned, judge).
+    """
     from alignpro.config import EvalConfig
 
     options = read_settings(EvalConfig, config, overrides)
@@ -193,13 +219,13 @@ def evaluate(
     from rich.console import Console
 
     from alignpro.evaluate.results import Report
-    from alignpro.evaluate.run import UnjudgedError, run_evaluation
+    from alignpro.evaluate.run import UnjudgedError, run_evaluate
     from alignpro.report.progress import Bars
     from alignpro.report.tables import report_view
 
     try:
-        with Bars() as bars:
-            report = run_evaluation(options, output=output, on_progress=bars.show)
+        with Bars("loading data and models") as bars:
+            report = run_evaluate(options, output=output, on_progress=bars.show)
     except UnjudgedError as error:
         if output is None:
             raise
@@ -217,7 +243,13 @@ def _exit_unless_met(evaluation: Evaluation | None) -> None:
         raise typer.Exit(NOT_MET)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro generate 'Why is the sky blue?'",
+        "alignpro generate 'Why is the sky blue?' --run alignpro-run --seed 1",
+        "alignpro generate - --model smollm2 --max-new-tokens 64 < question.txt",
+    )
+)
 @one_line_errors
 def generate(
     prompt: Annotated[
@@ -260,6 +292,7 @@ def generate(
     from alignpro.config import ModelConfig, TrainConfig, from_mapping, load_yaml, target_of
     from alignpro.models.endpoint import EndpointModel
     from alignpro.models.native_model import NativeModel, load_model, load_models
+    from alignpro.report.progress import Bars
     from alignpro.types import Conversation, SamplingParams
 
     def placed(config: ModelConfig) -> ModelConfig:
@@ -280,27 +313,29 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     target: NativeModel | EndpointModel
-    if run is None:
-        named = read_settings(ModelConfig, None, [f"model={json.dumps(model)}", *chats])
-        target, adapter = load_model(placed(named), threads), None
-    else:
-        settings = load_yaml(TrainConfig, run / "config.json")
-        answers = placed(target_of(settings.prompter, settings.target))
-        if settings.policy == "target":
-            target = load_model(answers, threads, date=settings.date)
-            adapter = str(run / "adapter")
+    with Bars("loading"):
+        if run is None:
+            named = read_settings(ModelConfig, None, [f"model={json.dumps(model)}", *chats])
+            target, adapter = load_model(placed(named), threads), None
         else:
-            from alignpro.pipeline import Pipeline
+            settings = load_yaml(TrainConfig, run / "config.json")
+            answers = placed(target_of(settings.prompter, settings.target))
+            if settings.policy == "target":
+                target = load_model(answers, threads, date=settings.date)
+                adapter = str(run / "adapter")
+            else:
+                from alignpro.prompter import Prompter
 
-            prompter, target = load_models(
-                placed(settings.prompter), answers, threads, date=settings.date
-            )
-            adapter = answers.adapter
-            pipeline = Pipeline.configured(settings, prompter, target, None)
-            rewriting = pipeline.with_adapter(prompter.make_adapter(run / "adapter"))
-            rewrite = rewriting.rewrite([text], seed=seed)[0][0]
-            typer.echo(f"rewrite: {rewrite.text}", err=True)
-            text = Conversation.of(rewrite.target_prompt).last_turn
+                prompter, target = load_models(
+                    placed(settings.prompter), answers, threads, date=settings.date
+                )
+                adapter = answers.adapter
+                rewriting = Prompter(
+                    prompter, run / "adapter", prompting=settings.prompting, params=settings.rewrite
+                )
+                rewrite = rewriting.rewrites([text], seed=seed)[0][0]
+                typer.echo(f"rewrite: {rewrite.text}", err=True)
+                text = Conversation.of(rewrite.target_prompt).last_turn
     if isinstance(target, EndpointModel):
         client = target.client()
         handle = client.submit([{"role": "user", "content": text}], params)
@@ -316,10 +351,10 @@ def generate(
         typer.echo("no answer was begun; --max-new-tokens allows a longer one", err=True)
 
 
-@app.command()
+@app.command(epilog=examples("alignpro info"))
 @one_line_errors
 def info() -> None:
-    """Instruction set, threads, backends and versions."""
+    """Print instruction set, threads, backends and versions."""
     from alignpro.bench.machine import versions
     from alignpro.native import core
 

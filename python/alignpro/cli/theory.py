@@ -9,10 +9,11 @@ import typer
 
 from alignpro.cli.shared import (
     Config,
-    Json,
+    Output,
     Overrides,
     app,
     check_new,
+    examples,
     one_line_errors,
     read_settings,
     write_json,
@@ -20,12 +21,17 @@ from alignpro.cli.shared import (
 from alignpro.optional import is_installed
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro headroom reward=topic num_prompts=16",
+        "alignpro headroom data=prompts.csv --samples samples.jsonl",
+    )
+)
 @one_line_errors
 def headroom(
     config: Config = None,
     overrides: Overrides = None,
-    json_file: Json = None,
+    output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the frontier to this PNG file.")] = None,
     samples: Annotated[
         Path | None,
@@ -35,17 +41,20 @@ def headroom(
         ),
     ] = None,
 ) -> None:
-    """What a prompter could gain, from samples of the untuned one, before training."""
+    """Say before training what a prompter could gain.
+
+    The samples are those of the untuned prompter.
+    """
     from alignpro.config import HeadroomConfig
 
     options = read_settings(HeadroomConfig, config, overrides)
-    check_new(json_file)
+    check_new(output)
     check_new(plot)
     if samples is not None and not samples.exists():
         check_new(samples)
-    written = [file for file in (json_file, plot, samples) if file is not None]
+    written = [file for file in (output, plot, samples) if file is not None]
     if len(set(written)) < len(written):
-        raise ValueError("--json, --plot and --samples: expected a file for each, got one twice")
+        raise ValueError("--output, --plot and --samples: expected a file for each, got one twice")
     if plot is not None and not is_installed("matplotlib"):
         raise ImportError("--plot needs matplotlib: pip install matplotlib, or leave it out")
     from rich.console import Console
@@ -56,9 +65,9 @@ def headroom(
     from alignpro.report.progress import Bars
     from alignpro.report.tables import headroom_tables
 
-    with Bars() as bars:
+    with Bars("loading data and models") as bars:
         report = run_headroom(options, samples=samples, on_progress=bars.show)
-    write_json(json_file, report)
+    write_json(output, report)
     if plot is not None:
         frontier_png(report.headroom, plot)
     Console().print(headroom_tables(report.headroom))
@@ -66,21 +75,29 @@ def headroom(
         typer.echo(f"target: {usage_words(report.target_usage)}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "alignpro bound reward=topic num_prompts=16",
+        "alignpro bound trained=alignpro-run/adapter --output bound.json",
+    )
+)
 @one_line_errors
-def bound(config: Config = None, overrides: Overrides = None, json_file: Json = None) -> None:
-    """How far a prompted target may fall short of a tuned one, and how far it does."""
+def bound(config: Config = None, overrides: Overrides = None, output: Output = None) -> None:
+    """Say how far prompting falls short of tuning the target.
+
+    The bound term by term, and beside it the gap that is measured.
+    """
     from alignpro.config import BoundConfig
 
     options = read_settings(BoundConfig, config, overrides)
-    check_new(json_file)
+    check_new(output)
     from rich.console import Console
 
     from alignpro.evaluate.bound import run_bound
     from alignpro.report.progress import Bars
     from alignpro.report.tables import bound_tables
 
-    with Bars() as bars:
+    with Bars("loading data and models") as bars:
         report = run_bound(options, on_progress=bars.show)
-    write_json(json_file, report)
+    write_json(output, report)
     Console().print(bound_tables(report))

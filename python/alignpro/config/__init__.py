@@ -37,6 +37,7 @@ from alignpro.config.prompting import check_sampling as check_sampling
 from alignpro.config.quickstart import QUICKSTART as QUICKSTART
 from alignpro.config.quickstart import QuickstartConfig as QuickstartConfig
 from alignpro.config.read import apply_overrides as apply_overrides
+from alignpro.config.read import check_config as check_config
 from alignpro.config.read import load_yaml as load_yaml
 from alignpro.config.read import to_mapping as to_mapping
 from alignpro.config.sft import SftConfig as SftConfig

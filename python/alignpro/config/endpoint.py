@@ -16,9 +16,12 @@ class Budget:
     Everything that the file of recorded calls holds counts, also what an earlier process asked.
     """
 
-    calls: Annotated[int, at_least(1)] | None = None  # requests sent, repeated ones included
-    tokens: Annotated[int, at_least(1)] | None = None  # read and written
-    cost: Annotated[float, above(0)] | None = None  # in the currency of the prices
+    calls: Annotated[int, at_least(1)] | None = None
+    """The most requests that are sent, repeated ones included; null sets no limit."""
+    tokens: Annotated[int, at_least(1)] | None = None
+    """The most tokens that are read and written; null sets no limit."""
+    cost: Annotated[float, above(0)] | None = None
+    """The most that calls may cost, in the currency of the prices; null sets no limit."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +29,37 @@ class Budget:
 class ClientConfig:
     """How an endpoint is asked: how much at once, for how long, how often, at what price."""
 
-    concurrency: Annotated[int, at_least(1)] = 16  # calls under way at once
-    requests_per_minute: Annotated[float, above(0)] | None = None  # None: no limit of our own
+    concurrency: Annotated[int, at_least(1)] = 16
+    """How many calls are under way at once."""
+    requests_per_minute: Annotated[float, above(0)] | None = None
+    """The most requests in a minute; null sets no limit of ours."""
     connect_seconds: Annotated[float, above(0)] = 10.0
-    # Until an answer begins. None: timeout_seconds; an endpoint may begin when it has all of it.
+    """Seconds until a connection has to stand."""
     first_byte_seconds: Annotated[float, above(0)] | None = None
-    timeout_seconds: Annotated[float, above(0)] = 120.0  # for the whole of one attempt
-    # After 429, 5xx, a timeout, a broken connection or a reply that is none; the pauses double
-    # from half a second on, and are never shorter than Retry-After says.
+    """Seconds until an answer has to begin; null is timeout_seconds.
+
+    An endpoint may begin only when it has all of the answer.
+    """
+    timeout_seconds: Annotated[float, above(0)] = 120.0
+    """Seconds for the whole of one attempt."""
     max_retries: Annotated[int, at_least(0)] = 6
-    input_price: Annotated[float, at_least(0)] | None = None  # of a million tokens read
-    output_price: Annotated[float, at_least(0)] | None = None  # of a million tokens written
+    """How often a failed call is repeated.
+
+    After 429, 5xx, a timeout, a broken connection or a reply that is none; the pauses double from
+    half a second on, and are never shorter than Retry-After says.
+    """
+    input_price: Annotated[float, at_least(0)] | None = None
+    """The price of a million tokens read; null leaves costs out."""
+    output_price: Annotated[float, at_least(0)] | None = None
+    """The price of a million tokens written; null leaves costs out."""
     budget: Budget = field(default_factory=Budget)
-    # The JSONL file of every call and its answer: what is in it is not asked for again. None:
-    # calls.jsonl in the run directory, or beside the output file.
+    """What the endpoint may be asked for before the run stops."""
     calls: str | None = None
-    # More fields of every request, as the endpoint names them: {"reasoning_effort": "low"}.
-    # null leaves one of ours out.
+    """The JSONL file of every call and its answer, from which a call is not asked again; null is
+    calls.jsonl in the run directory, or a file beside the output."""
     body: dict[str, Any] | None = None
+    """More fields of every request, as the endpoint names them, such as {reasoning_effort: low}; a
+    null leaves one of ours out."""
 
     def __post_init__(self) -> None:
         priced = self.input_price is not None and self.output_price is not None

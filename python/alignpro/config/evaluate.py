@@ -70,22 +70,33 @@ class StaticSearch:
     """Search for the best fixed instruction on training prompts, by successive halving."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The prompts that the search may see; one that is held out as well is refused."""
+    """Prompts that the search may see; one that is held out as well is refused."""
     instructions: InstructionsConfig | None = field(default_factory=InstructionsConfig)
-    """The candidates; null takes none from a source."""
-    candidates: tuple[str, ...] = ()  # more of them, your own
-    # Candidates that each of the writers writes for training prompts; 0: none.
+    """Where candidates come from; null takes none of a source."""
+    candidates: tuple[str, ...] = ()
+    """More candidates, your own."""
     num_written: Annotated[int, at_least(0)] = 32
-    # What the trained prompter writes comes from the training: with it, the search stands on what
-    # the training found. A static arm that owes nothing to the training has no "trained" here.
+    """How many candidates each of the writers writes for training prompts."""
     writers: tuple[Literal["untuned", "trained"], ...] = ("untuned", "trained")
-    # The best so many are joined two by two, in both orders ("A B" and "B A"), and the second half
-    # of the budget goes to a search among them and these; 0: none.
+    """The prompters that write candidates.
+
+    What the trained prompter writes comes from the training: with it, the search stands on what the
+    training found. A static arm that owes nothing to the training has no "trained" here.
+    """
     joined: Annotated[int, at_least(0)] = 0
-    budget: Annotated[int, at_least(1)] = 2048  # responses of the whole search
-    # Tokens of the target instead, of the whole search. auto: as many as the training used, by the
-    # metrics.jsonl of the run that `trained` lies in.
+    """How many of the best candidates are joined two by two; 0 joins none.
+
+    In both orders ("A B" and "B A"); the second half of the budget goes to a search among them and
+    these.
+    """
+    budget: Annotated[int, at_least(1)] = 2048
+    """Responses of the whole search."""
     budget_tokens: Annotated[int, at_least(1)] | Literal["auto"] | None = None
+    """Tokens of the target in the whole search, instead of responses; auto is as many as the
+    training used.
+
+    By the metrics.jsonl of the run that `trained` lies in.
+    """
 
     def __post_init__(self) -> None:
         if self.budget_tokens is not None:
@@ -108,10 +119,11 @@ class Labelled:
     It is no ceiling: a prompter may find better words for a rule.
     """
 
-    column: str = "kind"  # of the data: the label of each row
-    # Label to instruction; an empty one leaves the prompt as it is. None: the column holds the
-    # instructions themselves.
+    column: str = "kind"
+    """The column of the data that holds each row's label."""
     instructions: dict[str, str] | None = None
+    """The instruction of each label, an empty one leaving the prompt as it is; null says that the
+    column holds the instructions themselves."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +131,14 @@ class Labelled:
 class OptimumConfig:
     """The optimum of the objective by resampling what the untuned prompter writes."""
 
-    # Rewrites a prompt that the optimum is resampled from.
     num_candidates: Annotated[int, at_least(2)] = 16
-    # Responses a candidate: their mean reward is its weight's exponent. Measured on SmolLM2: with
-    # one, the arm keeps the untuned prompter's reward; with four, a third of the spread between
-    # the candidates' means is R's own.
+    """Rewrites a prompt that the optimum is resampled from."""
     num_responses: Annotated[int, at_least(1)] = 4
+    """Responses a candidate, whose mean reward decides its weight.
+
+    Measured on SmolLM2: with one, the arm keeps the untuned prompter's reward; with four, a third
+    of the spread between the candidates' means is their own.
+    """
 
 
 @dataclass(frozen=True)
@@ -132,25 +146,36 @@ class OptimumConfig:
 class JudgeConfig:
     """Who says which of two responses is better, and how it is asked."""
 
-    # A local model, or the endpoint's name for its model: then its name, with template variables.
     model: ModelConfig = field(default_factory=ModelConfig)
-    base_url: str | None = None  # an OpenAI-compatible endpoint, "https://.../v1"; None: local
-    # The environment variable that holds the key, which is never stored. None: there is no key.
+    """The judge: a local model, or the endpoint's name for its model."""
+    base_url: str | None = None
+    """The judge's OpenAI-compatible endpoint, such as "https://.../v1"; null is a local model."""
     api_key_env: str | None = "OPENAI_API_KEY"
-    num_prompts: Annotated[int, at_least(2)] | None = None  # the first so many; None: all
-    num_pairs: Annotated[int, at_least(1)] = 1  # pairs of responses a prompt
-    cache: str | None = None  # JSONL of verdicts; None: beside the output file
-    # Share of questions that may stay without a verdict.
+    """The environment variable that holds the key, which is never stored; null is for an endpoint
+    without keys."""
+    num_prompts: Annotated[int, at_least(2)] | None = None
+    """How many of the prompts are judged, the first ones; null is all."""
+    num_pairs: Annotated[int, at_least(1)] = 1
+    """Pairs of responses that are compared for each prompt."""
+    cache: str | None = None
+    """The JSONL file of verdicts; null is a file beside the output."""
     max_failed: Annotated[float, Range(lambda v: 0 <= v < 1, "at least 0 and below 1")] = 0.02
-    # Of an endpoint; the rest of its client has the defaults of `ClientConfig`.
-    concurrency: Annotated[int, at_least(1)] = 8  # questions under way at once
-    timeout_seconds: Annotated[float, above(0)] = 60.0  # for one attempt
-    # After 429, 5xx, a timeout, a broken connection or a reply that is none.
+    """The share of questions that may stay without a verdict."""
+    concurrency: Annotated[int, at_least(1)] = 8
+    """How many questions an endpoint is asked at once."""
+    timeout_seconds: Annotated[float, above(0)] = 60.0
+    """Seconds for one attempt to ask an endpoint."""
     max_retries: Annotated[int, at_least(0)] = 4
-    budget: Budget = field(default_factory=Budget)  # of calls and tokens; the judge then fails
-    temperature: Annotated[float, at_least(0)] | None = 0.0  # None: leave it to the endpoint
-    # Of the reply; None: leave it to the endpoint.
+    """How often a failed question is repeated.
+
+    After 429, 5xx, a timeout, a broken connection or a reply that is none.
+    """
+    budget: Budget = field(default_factory=Budget)
+    """What the judge's endpoint may be asked for before the judge fails."""
+    temperature: Annotated[float, at_least(0)] | None = 0.0
+    """The sampling temperature of the judge; null leaves it to the endpoint."""
     max_tokens: Annotated[int, at_least(1)] | None = 16
+    """The most tokens of a reply; null leaves it to the endpoint."""
 
     def __post_init__(self) -> None:
         named = bool((self.model.model or "").strip())
@@ -188,35 +213,49 @@ class JudgeConfig:
 class EvalConfig(StageConfig):
     """The arms of an evaluation on held-out prompts; each group that is null leaves its arm out."""
 
-    prompter: ModelConfig = PROMPTER  # its adapter: the untuned arm's, None: the base model
+    prompter: ModelConfig = PROMPTER
+    """The model that rewrites; its adapter is the untuned arm's, none being the base model."""
     target: ModelConfig | None = None  # frozen; None: the prompter's base weights
-    trained: str | None = None  # PEFT folder; None: no trained arm
-    tuned: str | None = None  # PEFT folder of the target, tuned by the same reward: the oracle
-    # One instruction for every prompt: the text itself, or how to search for it; {} takes the
-    # defaults, here and in the other groups.
+    trained: str | None = None
+    """The PEFT folder of the trained prompter; null leaves the trained arm out."""
+    tuned: str | None = None
+    """The PEFT folder of a target that was tuned by the same reward; null leaves this arm out."""
     static: str | StaticSearch | None = None
-    # A whole policy as one conditional text ("If it is a question, ..."), behind every prompt.
+    """One instruction for every prompt: its text, or how to search for it ({} takes the defaults);
+    null leaves this arm out."""
     policy_text: str | None = None
+    """A whole policy as one conditional text ("If it is a question, ..."), put behind every prompt;
+    null leaves this arm out."""
     labelled: Labelled | None = None
+    """An instruction for each row by its label; null leaves this arm out."""
     optimum: OptimumConfig | None = None
-    # Of the optimum; what the prompter was trained with.
+    """The optimum of the objective, by resampling; null leaves this arm out."""
     kl_coef: Annotated[float, above(0)] = 0.05
+    """The weight of the KL penalty in the optimum: what the prompter was trained with."""
     judge: JudgeConfig | None = None
+    """A judge that compares the trained prompter's answers with the others'; null asks none."""
     data: DataConfig = HELD_OUT
     """The prompts."""
     reward: str = "vader+0.2*topic"
     seed: Seed = 0
-    num_prompts: Annotated[int, at_least(2)] | None = None  # the first so many rows; None: all
-    # Rewrites a prompt; an arm without any gets as many responses.
+    num_prompts: Annotated[int, at_least(2)] | None = None
+    """How many of the rows are used, the first ones; null is all."""
     num_rewrites: Annotated[int, at_least(1)] = 4
-    num_responses: Annotated[int, at_least(1)] = 1  # responses a rewrite
+    """Rewrites a prompt; an arm without rewrites gets as many responses."""
+    num_responses: Annotated[int, at_least(1)] = 1
+    """Responses to each rewrite."""
     rewrite: SamplingParams = REWRITE
     response: SamplingParams = RESPONSE
     prompting: Prompting = field(default_factory=Prompting)
-    num_samples: Annotated[int, at_least(0)] = 3  # before/after samples kept in the report
-    # "trained>static", "trained>static+0.05": pairs of arms whose paired 95% interval has to lie
-    # above the margin. The report says whether it does; the command's exit status, too.
+    num_samples: Annotated[int, at_least(0)] = 3
+    """How many samples of before and after the report keeps."""
     require: tuple[str, ...] = ()
+    """Differences between arms that have to be shown, such as "trained>static" or
+    "trained>static+0.05".
+
+    The whole paired 95% interval has to lie above the margin. The report says whether it does, and
+    the command's exit status, too.
+    """
     threads: Threads = None
 
     def __post_init__(self) -> None:

@@ -93,7 +93,7 @@ def checked(cls: type[T]) -> type[T]:
     own = cls.__dict__.get("__post_init__")
 
     def __post_init__(self: Any) -> None:
-        hints = _hints(type(self))
+        hints = type_hints(type(self))
         for f in dataclasses.fields(self):
             value = read_value(getattr(self, f.name), hints[f.name], f.name, default_of(f))
             object.__setattr__(self, f.name, value)
@@ -130,7 +130,7 @@ def from_mapping(
         # A group that names some of its fields keeps this class's defaults for the others, which
         # need not be those of the group's own class.
         default = default_of(fields[key]) if base is None else getattr(base, key)
-        values[key] = read_value(value, _hints(cls)[key], name, default)
+        values[key] = read_value(value, type_hints(cls)[key], name, default)
     try:
         return cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore[type-var]
     except ValueError as error:
@@ -234,7 +234,7 @@ def accepted(cls: type[Any], keys: Sequence[str]) -> Kinds:
         found = []
         for hint in hints:
             if dataclasses.is_dataclass(hint):
-                found.append(_hints(hint).get(key))
+                found.append(type_hints(hint).get(key))
             elif _is_dict(hint):
                 found.append(typing.get_args(hint)[1])
         hints = [one for hint in found for one in _alternatives(hint)]
@@ -289,7 +289,7 @@ def _read_union(value: Any, arguments: tuple[Any, ...], name: str, default: Any)
     raise ValueError(f"{name}: expected {alternatives}{nothing}, got {value!r}")
 
 
-_hints: Callable[[Any], dict[str, Any]] = functools.cache(
+type_hints: Callable[[Any], dict[str, Any]] = functools.cache(
     functools.partial(typing.get_type_hints, include_extras=True)
 )
 

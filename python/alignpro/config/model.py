@@ -23,46 +23,71 @@ class ModelConfig:
 
     text_field: ClassVar[str] = "model"
 
-    # A .gguf file, a folder with config.json and safetensors, or a name that
-    # `models.resolve.resolve_model` finds. None: of a target, the prompter's; else `name`.
-    # With endpoint, what the endpoint calls it.
     model: str | None = None
-    # A target's: an OpenAI-compatible endpoint, "https://.../v1". None: a model in this process.
+    """A .gguf file, a folder with config.json and safetensors, or a name; null is smollm2, and of a
+    target the prompter's model.
+
+    With endpoint, what the endpoint calls its model. Names are found by `alignpro.resolve_model`.
+    """
     endpoint: str | None = None
-    # The environment variable that holds the endpoint's key, which is never stored. None: no key.
+    """The OpenAI-compatible endpoint of a target, such as "https://.../v1"; null is a model in this
+    process."""
     api_key_env: str | None = None
-    client: ClientConfig = field(default_factory=ClientConfig)  # how the endpoint is asked
-    # A target's: the share of a step's responses that may fail and be left out, instead of ending
-    # the run: no answer after all retries, or a rewrite that does not fit. One always may, but
-    # with 0.
+    """The environment variable that holds the endpoint's key, which is never stored; null is for an
+    endpoint without keys."""
+    client: ClientConfig = field(default_factory=ClientConfig)
+    """How the endpoint is asked."""
     max_failed: Annotated[float, Range(lambda v: 0 <= v < 1, "at least 0 and below 1")] = 0.1
-    # How chats are written: a name among the templates of the model's files, a file, or the text of
-    # one (jinja). None: the files' own default.
+    """The share of a step's responses that may fail and be left out, instead of ending the run.
+
+    Of a target: no answer after all retries, or a rewrite that does not fit. One response always
+    may fail, but with 0.
+    """
     chat_template: str | None = None
-    # Variables of the template: {enable_thinking: false}. An endpoint is sent them under this name,
-    # as vLLM and SGLang take it.
+    """How chats are written: a name among the templates of the model's files, a file, or the text
+    of a template; null is the files' own."""
     chat_template_kwargs: dict[str, Any] | None = None
-    adapter: str | None = None  # PEFT folder that takes part; None: the base weights alone
-    device: Literal["cpu", "cuda"] = "cpu"  # cuda: the current CUDA device, in a build with CUDA
-    # None: the device's own, which is float32 on the CPU and bfloat16 on CUDA. float32, on either:
-    # weights, activations, keys and values in it. bfloat16, on CUDA: the same, sums in float32.
-    # int8, on the CPU, for a frozen model whose speed matters more than the last digits: weights as
-    # stored codes (formats without an integer product become Q8_0), activations quantised in groups
-    # of 32; it has no gradients. A model scores with the arithmetic that it samples with.
+    """Variables of the chat template, such as {enable_thinking: false}.
+
+    An endpoint is sent them under this name, as vLLM and SGLang take it.
+    """
+    adapter: str | None = None
+    """The PEFT folder of an adapter that takes part; null is the base weights alone."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs; cuda is the current CUDA device, in a build with CUDA."""
     compute: Literal["float32", "int8", "bfloat16"] | None = None
-    # None: float32 on the CPU, compute on CUDA. float16, on the CPU: keys and values in half the
-    # memory, rounded in sampling and scoring alike; no gradients. One that float16 cannot hold
-    # (beyond 65504) is a NumericError.
+    """The arithmetic of the products; null is float32 on the CPU and bfloat16 on CUDA.
+
+    float32, on either: weights, activations, keys and values in it. bfloat16, on CUDA: the same,
+    sums in float32. int8, on the CPU, for a frozen model whose speed matters more than the last
+    digits: weights as stored codes (formats without an integer product become Q8_0), activations
+    quantised in groups of 32; it has no gradients. A model scores with the arithmetic that it
+    samples with.
+    """
     kv_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    # True: sampled and scored log-probabilities are equal to the bit, whatever shares the batch.
-    # False, on CUDA: the layers' products by cuBLASLt, whose order of sums goes by the number of
-    # rows; the two then differ a little (docs/cuda.md).
+    """The type of cached keys and values; null is float32 on the CPU and that of compute on CUDA.
+
+    float16, on the CPU: keys and values in half the memory, rounded in sampling and scoring alike;
+    no gradients. One that float16 cannot hold (beyond 65504) is a NumericError.
+    """
     deterministic: bool = True
-    context_length: Annotated[int, at_least(1)] | None = None  # None: the model's own
-    # None: up to a quarter of the available memory; on CUDA half of what is free after the weights.
+    """Whether sampled and scored log-probabilities are equal to the bit, whatever shares the batch.
+
+    False, on CUDA: the layers' products by cuBLASLt, whose order of sums goes by the number of
+    rows; the two then differ a little (docs/cuda.md).
+    """
+    context_length: Annotated[int, at_least(1)] | None = None
+    """The most tokens of prompt and answer together; null is the model's own limit."""
     kv_cache_bytes: Bytes | None = None
-    prefix_cache: bool = True  # compute shared beginnings of prompts once
-    max_batch_rows: Annotated[int, at_least(1)] = 256  # tokens in one forward pass
+    """Memory of cached keys and values, such as "1.5GB"; null is up to a quarter of what is
+    available.
+
+    On CUDA null is half of what is free after the weights.
+    """
+    prefix_cache: bool = True
+    """Whether shared beginnings of prompts are computed once."""
+    max_batch_rows: Annotated[int, at_least(1)] = 256
+    """The most tokens in one forward pass."""
 
     def __post_init__(self) -> None:
         if self.endpoint is not None:

@@ -22,23 +22,30 @@ RESPONSE = SamplingParams(max_new_tokens=32, temperature=0.7)
 class Prompting:
     """How prompter and target are put together."""
 
-    # append: the target reads the prompt, the separator, then what the prompter wrote.
-    # rewrite: the target reads what the prompter wrote instead of the prompt.
-    # Of a conversation, this is its last user turn; the rest reaches the target as it is.
     mode: Literal["append", "rewrite"] = "append"
-    # The user turn that the prompter reads; {prompt} stands for the last user turn.
+    """What the target reads: the prompt with what the prompter wrote behind it (append), or what
+    the prompter wrote instead of the prompt (rewrite).
+
+    Of a conversation, this is its last user turn; the rest reaches the target as it is.
+    """
     template: str = (
         "Write one short instruction that says how to answer this request.\n\nRequest: {prompt}"
     )
-    separator: str = "\n\n"  # append mode: between the prompt and the instruction
-    # What the prompter is shown of a conversation before its last user turn: nothing, the turns of
-    # user and assistant, or the system message as well.
+    """The user turn that the prompter reads, in which {prompt} stands for the last user turn."""
+    separator: str = "\n\n"
+    """What stands between the prompt and the instruction, with mode append."""
     history: Literal["none", "turns", "all"] = "all"
-    # Stands before the template where there is a history to show, which {history} stands for.
+    """What the prompter is shown of a conversation before its last user turn: nothing, the turns of
+    user and assistant, or the system message as well."""
     history_template: str = "Conversation so far:\n\n{history}\n\n"
-    # Where the prompter's context cannot hold it, what is left out of the history that it is shown:
-    # whole messages, the oldest first and the system message last; or nothing, an error instead.
+    """What stands before the template where there is a history to show, for which {history} stands.
+    """
     history_cut: Literal["oldest", "nothing"] = "oldest"
+    """What is left out of the history that the prompter's context cannot hold: the oldest messages,
+    or nothing, which is an error instead.
+
+    Whole messages, the oldest first and the system message last.
+    """
 
     def __post_init__(self) -> None:
         for name, place in (("template", "{prompt}"), ("history_template", "{history}")):
@@ -90,10 +97,14 @@ class LoraConfig:
     """The trained part of the prompter (LoRA, arXiv 2106.09685)."""
 
     rank: Annotated[int, at_least(1)] = 16
-    alpha: Annotated[float, above(0)] = 32.0  # the update is alpha / rank * B A
-    rslora: bool = False  # alpha / sqrt(rank) instead (arXiv 2312.03732)
-    # "all-linear", or endings of module paths: ["q_proj", "v_proj"]
+    """The rank of the LoRA matrices."""
+    alpha: Annotated[float, above(0)] = 32.0
+    """The scale of the update, which is alpha / rank * B A."""
+    rslora: bool = False
+    """Whether the scale is alpha / sqrt(rank) instead (arXiv 2312.03732)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """The linear layers that are adapted: "all-linear", or endings of module paths such as [q_proj,
+    v_proj]."""
 
     def __post_init__(self) -> None:
         require(
@@ -107,21 +118,33 @@ class FitConfig:
     """How a stage that trains does so."""
 
     steps: Annotated[int, at_least(0)] = 20
-    # A step is scored in micro-batches, which never change its gradient: each as large as fits.
-    memory_limit: Bytes = 2**29  # what one forward and backward may hold; or text: "800MiB"
-    # auto: keep activations for the backward, unless recomputing them is cheaper than smaller
-    # micro-batches, or the only way.
+    """Steps of training."""
+    memory_limit: Bytes = 2**29
+    """The most memory that one forward and backward pass may hold, such as "800MiB".
+
+    A step is scored in micro-batches, which never change its gradient: each as large as fits.
+    """
     activations: Literal["auto", "keep", "recompute"] = "auto"
-    # The most rewrites, or pairs, in a micro-batch; None: any number.
+    """Whether activations are kept for the backward pass or computed again.
+
+    auto: keep them, unless recomputing is cheaper than smaller micro-batches, or the only way.
+    """
     micro_batch_size: Annotated[int, at_least(1)] | None = None
+    """The most rewrites, or pairs, in a micro-batch; null sets no limit."""
 
     # The optimizer: AdamW.
     learning_rate: Annotated[float, above(0)] = 3e-4
-    warmup_steps: Annotated[int, at_least(0)] = 2  # linear, from 0
-    lr_schedule: Literal["constant", "linear"] = "constant"  # linear: down to 0 at the last step
+    """The learning rate of AdamW."""
+    warmup_steps: Annotated[int, at_least(0)] = 2
+    """Steps in which the learning rate rises linearly from 0."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """Whether the learning rate stays constant or falls linearly to 0 at the last step."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
+    """The weight decay of AdamW."""
     max_grad_norm: Annotated[float, above(0)] = 1.0
-    lora: LoraConfig = field(default_factory=LoraConfig)  # without an adapter to start from
+    """The norm to which gradients are clipped."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapter that is trained, where there is none to start from."""
 
 
 @dataclass(frozen=True)
@@ -129,24 +152,37 @@ class FitConfig:
 class StageConfig:
     """What every stage of two models says: which they are, how they are put together and drawn."""
 
-    prompter: ModelConfig = PROMPTER  # its adapter is the untuned prompter's; None: the base model
-    target: ModelConfig | None = None  # frozen; None: the prompter's base weights
+    prompter: ModelConfig = PROMPTER
+    """The model that rewrites prompts; its adapter is the untuned prompter's."""
+    target: ModelConfig | None = None
+    """The frozen model that answers; null is the base weights of the prompter."""
     data: DataConfig = TRAINING
     """The prompts."""
     on_too_long: OnTooLong = "error"
-    """What becomes of a prompt that prompter or target cannot read with what is written behind it.
+    """What becomes of a prompt that a model cannot read with what is written behind it: an error
+    before the first step, its row left out, or the prompt cut.
 
-    error: before the first step. skip: its row is left out. cut: the oldest turns of its
-    conversation are left out, then the middle of its last turn; prompter, target and reward then
-    read what is left.
+    cut: the oldest turns of its conversation are left out, then the middle of its last turn, which
+    prompter, target and reward then read alike.
     """
     reward: str = "vader+0.2*topic"
+    """The reward: a sum of terms such as "vader+0.2*topic" or "module:function".
+
+    Names are those of `alignpro.build_reward`.
+    """
     seed: Seed = 0
+    """The random seed, from which everything random follows."""
     rewrite: SamplingParams = REWRITE
+    """How the prompter is sampled."""
     response: SamplingParams = RESPONSE
+    """How the target is sampled."""
     prompting: Prompting = field(default_factory=Prompting)
+    """How prompter and target are put together."""
     date: Date = None
+    """The date that chat templates are told, such as 2026-11-28; null is today's, which the run
+    records."""
     threads: Threads = None
+    """The number of threads; null is the CPU quota."""
 
     def __post_init__(self) -> None:
         check_sampling("rewrite", self.rewrite)

@@ -26,18 +26,31 @@ class QuickstartConfig:
     The fields here hold for every stage; ``sft``, ``train`` and ``evaluate`` hold the rest.
     """
 
-    prompter: ModelConfig = PROMPTER  # its adapter is trained here
-    target: ModelConfig | None = None  # frozen; None: the prompter's base weights
+    prompter: ModelConfig = PROMPTER
+    """The model that is trained, with fresh adapters."""
+    target: ModelConfig | None = None
+    """The frozen model that answers; null is the base weights of the prompter."""
     reward: str = "vader+0.2*topic"
+    """The reward: a sum of terms such as "vader+0.2*topic" or "module:function"."""
     seed: Seed = 0
-    run_dir: str = "alignpro-quickstart"  # a number is added while the directory exists
+    """The random seed, from which everything random follows."""
+    run_dir: str = "alignpro-quickstart"
+    """The directory of the run; a number is added while it exists."""
     threads: Threads = None
+    """The number of threads; null is the CPU quota."""
     prompting: Prompting = field(default_factory=Prompting)
+    """How prompter and target are put together."""
     date: Date = None
+    """The date that chat templates are told, such as 2026-11-28; null is today's, which the run
+    records."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapter that is trained."""
     sft: SftConfig = field(default_factory=SftConfig)
+    """The warm start."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """The reinforcement learning."""
     evaluate: EvalConfig = field(default_factory=EvalConfig)
+    """The evaluation."""
 
     def __post_init__(self) -> None:
         if self.train.policy != "prompter":

@@ -18,6 +18,18 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return mapping
 
 
+def check_config(config: Any, cls: type) -> None:
+    """Refuse what is no ``cls``, with what would make one of it."""
+    if isinstance(config, cls):
+        return
+    name, hint = cls.__name__, ""
+    if isinstance(config, Mapping):
+        hint = f"; alignpro.config.from_mapping(alignpro.{name}, mapping) makes one"
+    elif isinstance(config, (str, Path)):
+        hint = f"; alignpro.load_yaml(alignpro.{name}, file) reads one"
+    raise ValueError(f"config: expected {name}, got {type(config).__name__}{hint}")
+
+
 def load_yaml(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file (None: all defaults), then apply overrides of the form ``a.b=value``."""
     import yaml

@@ -16,20 +16,32 @@ from alignpro.config.prompting import FitConfig, Prompting
 class SftConfig(FitConfig):
     """The supervised warm start: fits (prompt, instruction) pairs."""
 
-    prompter: ModelConfig = PROMPTER  # what is trained; its adapter is a fresh one
+    prompter: ModelConfig = PROMPTER
+    """The model that is trained, with a fresh adapter."""
     data: PairsConfig = field(default_factory=PairsConfig)
-    """The pairs."""
+    """The pairs of prompt and instruction."""
     on_too_long: OnTooLong = "error"
-    """What becomes of a pair that the context does not hold: error, skip, or cut its prompt."""
+    """What becomes of a pair that the prompter's context does not hold: an error before the first
+    step, its row left out, or the prompt cut.
+
+    What is to be written is never cut. See `StageConfig.on_too_long`.
+    """
     run_dir: str = "alignpro-sft"
+    """The directory of the run."""
     seed: Seed = 0
+    """The random seed, from which everything random follows."""
     steps: Annotated[int, at_least(0)] = 32
-    batch_size: Annotated[int, at_least(1)] = 16  # pairs a step
+    batch_size: Annotated[int, at_least(1)] = 16
+    """Pairs in a step."""
     learning_rate: Annotated[float, above(0)] = 1e-3
     warmup_steps: Annotated[int, at_least(0)] = 3
     prompting: Prompting = field(default_factory=Prompting)
+    """How prompter and target are put together."""
     date: Date = None
+    """The date that chat templates are told, such as 2026-11-28; null is today's, which the run
+    records."""
     threads: Threads = None
+    """The number of threads; null is the CPU quota."""
 
     def __post_init__(self) -> None:
         check_trainable("prompter", self.prompter)

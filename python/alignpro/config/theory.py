@@ -20,12 +20,14 @@ _UNTRUNCATED = "the untruncated distribution is what is scored"
 class HeadroomConfig(StageConfig):
     """Rewrites of the untuned prompter, their responses and rewards, and a grid of kl_coef."""
 
-    num_prompts: Annotated[int, at_least(2)] | None = 48  # the first so many rows; None: all
-    # N: the KL that the samples can show is at most log N.
+    num_prompts: Annotated[int, at_least(2)] | None = 48
+    """How many of the rows are used, the first ones; null is all."""
     num_rewrites: Annotated[int, at_least(2)] = 8
-    # M; from 2 on, the estimates that are freed of noise.
+    """Rewrites a prompt; the KL that the samples can show is at most its logarithm."""
     num_responses: Annotated[int, at_least(1)] = 4
+    """Responses to each rewrite; from 2 on, there are estimates that are freed of noise."""
     kl_coefs: tuple[Annotated[float, above(0)], ...] = KL_COEFS
+    """The weights of the KL penalty that are looked at."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,18 +40,24 @@ class HeadroomConfig(StageConfig):
 class BoundConfig(StageConfig):
     """The bound at one kl_coef, and the gap that is measured beside it."""
 
-    trained: str | None = None  # PEFT folder of a trained prompter; None: not measured
-    # PEFT folder of the tuned target; None: the optimum in closed form, from the target's samples.
+    trained: str | None = None
+    """The PEFT folder of a trained prompter; null leaves it out."""
     tuned: str | None = None
+    """The PEFT folder of the tuned target; null is the optimum in closed form, from the target's
+    samples."""
     data: DataConfig = HELD_OUT
-    """The prompts."""
-    reward_range: tuple[float, ...] | None = None  # [low, high]; None: what was observed
-    num_prompts: Annotated[int, at_least(2)] | None = 32  # the first so many rows; None: all
-    num_rewrites: Annotated[int, at_least(2)] = 8  # N
-    num_responses: Annotated[int, at_least(1)] = 4  # M; the raw prompt gets N x M
+    reward_range: tuple[float, ...] | None = None
+    """The least and the greatest reward, [low, high]; null is what was observed."""
+    num_prompts: Annotated[int, at_least(2)] | None = 32
+    """How many of the rows are used, the first ones; null is all."""
+    num_rewrites: Annotated[int, at_least(2)] = 8
+    """Rewrites a prompt."""
+    num_responses: Annotated[int, at_least(1)] = 4
+    """Responses to each rewrite; the raw prompt gets as many as all rewrites together."""
     kl_coef: Annotated[float, above(0)] = 0.05
-    # Of the closed-form tuned target; None: kl_coef.
+    """The weight of the KL penalty."""
     tuned_kl_coef: Annotated[float, above(0)] | None = None
+    """The weight of the KL penalty of the tuned target in closed form; null is kl_coef."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,16 +29,20 @@ from alignpro.types import SamplingParams
 class PpoConfig:
     """Several passes over a batch, with clipped ratios (Schulman et al. 2017, arXiv 1707.06347)."""
 
-    # epsilon: a ratio beyond 1 +- this earns nothing more.
     clip_range: Annotated[float, Range(lambda v: 0 < v < 1, "between 0 and 1")] = 0.2
-    epochs: Annotated[int, at_least(1)] = 2  # passes over a step's rewrites
-    minibatches: Annotated[int, at_least(1)] = 2  # optimizer steps a pass; whole prompts each
-    # A learned baseline for every token; without one, the mean of the rewrite's siblings.
+    """Epsilon of the clipped ratio: a ratio beyond 1 +- this earns nothing more."""
+    epochs: Annotated[int, at_least(1)] = 2
+    """Passes over the rewrites of a step."""
+    minibatches: Annotated[int, at_least(1)] = 2
+    """Optimizer steps in a pass, each of whole prompts."""
     value_head: bool = False
-    # With value_head; 1: its advantages do not trust the values.
+    """Whether a learned baseline for every token takes the place of the mean of the rewrite's
+    siblings."""
     gae_lambda: Annotated[float, Range(lambda v: 0 <= v <= 1, "0 to 1")] = 0.95
-    # With value_head; follows the policy's schedule.
+    """Lambda of the generalised advantage estimation with value_head; at 1 its advantages do not
+    trust the values."""
     value_learning_rate: Annotated[float, above(0)] = 1e-3
+    """The learning rate of the value head, which follows the schedule of the policy."""
 
     def __post_init__(self) -> None:
         if not self.value_head:
@@ -57,17 +61,23 @@ class ClosedFormConfig:
     step reads one rewrite of ``batch_size`` prompts, and the rounds share the steps.
     """
 
-    # Prompts rolled out, once each a round; None: all there are.
     num_prompts: Annotated[int, at_least(1)] | None = None
-    # All are least at the optimum. variance: of reward - kl_coef * log ratio within a prompt.
-    # likelihood: weighted by exp(reward / kl_coef), as the formula says; of a few noisy rewrites
-    # it takes the best one and no more (seed 0 of docs/notes/closed-form.md: +0.05 of reward where
-    # variance gains +0.18). pooled: the same, with rewards estimated from all prompts that a text
-    # was answered behind (docs/notes/house-rules.md): for prompters that choose among few texts.
+    """How many prompts are rolled out, once each a round; null is all."""
     loss: Literal["variance", "likelihood", "pooled"] = "variance"
-    rounds: Annotated[int, at_least(1)] = 1  # of rollouts, each by the prompter fitted before
-    candidates: Annotated[int, at_least(2)] = 3  # texts a prompt that a fit weighs, the best ones
-    batch_size: Annotated[int, at_least(1)] = 8  # prompts a step of the fit
+    """The loss of the fit, which all are least at the optimum.
+
+    variance: of reward - kl_coef * log ratio within a prompt. likelihood: weighted by exp(reward /
+    kl_coef), as the formula says; of a few noisy rewrites it takes the best one and no more (seed 0
+    of docs/notes/closed-form.md: +0.05 of reward where variance gains +0.18). pooled: the same,
+    with rewards estimated from all prompts that a text was answered behind
+    (docs/notes/house-rules.md): for prompters that choose among few texts.
+    """
+    rounds: Annotated[int, at_least(1)] = 1
+    """Rounds of rollouts, each by the prompter that was fitted before; with loss pooled."""
+    candidates: Annotated[int, at_least(2)] = 3
+    """Texts a prompt that a fit weighs, the best ones; with loss pooled."""
+    batch_size: Annotated[int, at_least(1)] = 8
+    """Prompts in a step of the fit; with loss pooled."""
 
     def __post_init__(self) -> None:
         if self.loss != "pooled":
@@ -81,55 +91,81 @@ class TrainConfig(FitConfig, StageConfig):
     """Reinforcement learning of the prompter with a KL penalty."""
 
     # What is trained, and on what.
-    # The prompter's adapter is where training starts, and the reference; None: a fresh one (lora),
-    # whose reference is the base model. ``rewrite`` is of the untruncated distribution.
-    # target: no prompter; the target itself is tuned on the raw prompts, with a LoRA and the same
-    # objective (the paper's oracle, for comparison). num_rewrites then counts its responses, and
-    # target.adapter is where training starts.
     policy: Literal["prompter", "target"] = "prompter"
+    """What is trained: the prompter, or the target itself on the raw prompts, for comparison.
+
+    target: no prompter takes part; the target is tuned with a LoRA and the same objective (the
+    paper's oracle). num_rewrites then counts its responses, and target.adapter is where training
+    starts.
+    """
     run_dir: str = "alignpro-run"
+    """The directory of the run."""
 
     # One step.
     prompts_per_step: Annotated[int, at_least(1)] = 16
-    # N, rewrites a prompt: the group that the baseline is taken over.
+    """Prompts in a step."""
     num_rewrites: Annotated[int, at_least(1)] = 4
-    # M, responses a rewrite. auto: N and M follow from how much of the reward's variance is the
-    # target's own noise, with N * M = response_budget.
+    """Rewrites a prompt, the group that the baseline is taken over."""
     num_responses: Annotated[int, at_least(1)] | Literal["auto"] = 1
-    response_budget: int | None = None  # responses a prompt and step, with auto
-    # A prompt's rewrites are answered under the same random draws, and a text that several of them
-    # wrote is answered once. Unbiased, with less of the target's noise, for fewer tokens.
+    """Responses to each rewrite; auto follows from how much of the reward's variance is the
+    target's own noise.
+
+    auto: num_rewrites follows as well, with num_rewrites * num_responses = response_budget.
+    """
+    response_budget: int | None = None
+    """Responses a prompt and step, with num_responses auto."""
     common_draws: bool = False
+    """Whether the rewrites of a prompt are answered under the same random draws.
 
-    # The objective: mean reward - kl_coef * KL(prompter || reference), KL in nats per rewrite.
+    A text that several of them wrote is answered once. Unbiased, with less of the target's noise,
+    for fewer tokens.
+    """
+
     kl_coef: Annotated[float, at_least(0)] = 0.05
-    # Nats per rewrite: kl_coef is only where to start, and is steered to this
-    # (objective.adaptive_kl).
+    """The weight of the KL penalty: the objective is mean reward - kl_coef * KL(prompter ||
+    reference), in nats per rewrite."""
     kl_target: Annotated[float, above(0)] | None = None
-    # With kl_target: a step moves kl_coef by exp(0.2 * this) at most.
+    """The KL in nats per rewrite that kl_coef is steered to; null keeps kl_coef as it is.
+
+    kl_coef is then only where to start (`alignpro.objective.adaptive_kl`).
+    """
     kl_gain: Annotated[float, above(0)] = 0.1
+    """How fast kl_coef is steered with kl_target: a step moves it by exp(0.2 * this) at most."""
 
-    # The baseline: siblings (rloo), earlier steps (reinforce). ppo: several clipped passes a
-    # batch. closed_form: a fit to one set of samples of the reference; no rollouts while training.
     algorithm: Literal["rloo", "reinforce", "ppo", "closed_form"] = "rloo"
-    # Divide a prompt's advantages by the standard deviation of its rewards, which optimises
-    # something else (objective.advantage). With algorithm ppo: the advantage and the clipped loss
-    # of GRPO (arXiv 2402.03300).
+    """How the prompter learns: by a baseline of sibling rewrites (rloo) or of earlier steps
+    (reinforce), by several clipped passes a batch (ppo), or by a fit to one set of samples
+    (closed_form)."""
     normalize_advantage: bool = False
-    # reinforce: what a step's mean reward keeps, a step later.
-    baseline_decay: Annotated[float, Range(lambda v: 0 <= v < 1, "at least 0 and below 1")] = 0.9
-    ppo: PpoConfig = field(default_factory=PpoConfig)
-    closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
-    # Prompts whose rewrites all earned the same teach nothing but the KL: keep that, or skip them
-    # (not scored, not in the mean; a step of none else changes nothing).
-    zero_advantage_group: Literal["keep", "skip"] = "keep"
-    strict_parity: bool = True  # stop unless sampled and scored log-probabilities are equal
+    """Whether a prompt's advantages are divided by the standard deviation of its rewards, which
+    optimises something else.
 
-    heldout: HeldOutConfig | None = None  # prompts to watch while training; {} takes the defaults
-    # Trackers beside metrics.jsonl (always) and TensorBoard (where it is installed).
+    With algorithm ppo: the advantage and the clipped loss of GRPO (arXiv 2402.03300). See
+    `alignpro.objective.advantage`.
+    """
+    baseline_decay: Annotated[float, Range(lambda v: 0 <= v < 1, "at least 0 and below 1")] = 0.9
+    """What the baseline of reinforce keeps of a step's mean reward, a step later."""
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    """The settings of algorithm ppo."""
+    closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
+    """The settings of algorithm closed_form."""
+    zero_advantage_group: Literal["keep", "skip"] = "keep"
+    """What is done with prompts whose rewrites all earned the same: keep their KL in the loss, or
+    skip them.
+
+    They teach nothing but the KL. skip: not scored, not in the mean; a step of none else changes
+    nothing.
+    """
+    strict_parity: bool = True
+    """Whether the run stops unless sampled and scored log-probabilities are equal."""
+
+    heldout: HeldOutConfig | None = None
+    """Prompts to watch while training ({} takes the defaults); null watches none."""
     track: tuple[Literal["wandb", "trackio"], ...] = ()
-    # Steps; one is always written at the end and at Ctrl-C.
+    """Trackers beside metrics.jsonl, which is always written, and TensorBoard, which is used where
+    it is installed."""
     checkpoint_every: Annotated[int, at_least(1)] = 10
+    """Steps from one checkpoint to the next; one is always written at the end and at Ctrl-C."""
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)

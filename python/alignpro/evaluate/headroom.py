@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from alignpro.config import HeadroomConfig, to_mapping
+from alignpro.config import HeadroomConfig, check_config, to_mapping
 from alignpro.data.load import stack_columns
 from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
 from alignpro.evaluate.progress import OnProgress, watch
@@ -48,6 +48,7 @@ def run_headroom(
     Raises:
         ValueError: samples of another configuration; the message names the key.
     """
+    check_config(config, HeadroomConfig)
     usage = too_long = None
     if samples is not None and samples.exists():
         rewards = read_samples(samples, config)

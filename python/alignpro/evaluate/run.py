@@ -12,6 +12,7 @@ from alignpro.config import (
     EvalConfig,
     JudgeConfig,
     StaticSearch,
+    check_config,
     read_requirement,
     target_of,
     to_mapping,
@@ -57,7 +58,7 @@ class UnjudgedError(JudgeError):
         self.report = report
 
 
-def run_evaluation(
+def run_evaluate(
     config: EvalConfig, *, output: Path | None = None, on_progress: OnProgress | None = None
 ) -> Evaluation:
     """Load what the configuration names and compare the arms; returns what `evaluate_loaded` does,
@@ -70,6 +71,7 @@ def run_evaluation(
         ValueError, OSError, ImportError: bad input, before a model is loaded or while it is.
         UnjudgedError: the judge failed.
     """
+    check_config(config, EvalConfig)
     if config.judge is not None and config.trained is None:
         raise ValueError("judge: it compares the trained prompter; set trained to its PEFT folder")
     folders = {"untuned": config.prompter.adapter}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alignpro import native
+from alignpro.config import ModelConfig
 from alignpro.types import PromptLike, SamplingParams
 
 if TYPE_CHECKING:
@@ -112,3 +113,18 @@ def token_list(tokens: Any, what: str) -> list[int]:
         if not is_int(token) or not -(2**31) <= token < 2**31:
             raise ValueError(f"{what}: expected token ids, got {token!r} at index {index}")
     return [int(token) for token in tokens]
+
+
+def check_models(prompter: Any, target: Any, reward: Any) -> None:
+    """Refuse what stands for a model or a reward and is none, with what would make one of it."""
+    for name, model in (("prompter", prompter), ("target", target)):
+        if isinstance(model, (str, os.PathLike, ModelConfig)):
+            raise ValueError(
+                f"{name}: expected a model, got {type(model).__name__}; alignpro.load_model loads "
+                "one from a path, a name or a ModelConfig; EndpointModel stands for one elsewhere"
+            )
+    if reward is not None and not callable(reward):
+        raise ValueError(
+            f"reward: expected a reward, got {type(reward).__name__}; alignpro.build_reward makes "
+            'one from a line such as "vader+0.2*topic"'
+        )

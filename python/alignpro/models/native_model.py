@@ -38,7 +38,7 @@ from alignpro.models.native_client import (
     report,
     stream,
 )
-from alignpro.models.resolve import resolve_model
+from alignpro.models.resolve import published_name, resolve_model
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import Completion, Conversation, SamplingParams, text_messages
 
@@ -114,7 +114,15 @@ def load_model(
         max_batch_rows=config.max_batch_rows,
         prefix_cache=config.prefix_cache,
     )
-    return NativeModel(name=config.name, path=path, tokenizer=tokenizer, model=made, engine=engine)
+    source = (files.metadata() or {}).get("general.source.repo_url") or ""
+    return NativeModel(
+        name=config.name,
+        path=path,
+        tokenizer=tokenizer,
+        model=made,
+        engine=engine,
+        published_name=published_name(config.name, path, source),
+    )
 
 
 def load_models(
@@ -185,8 +193,10 @@ class NativeModel:
         tokenizer: Tokenizer,
         model: core.Model,
         engine: core.Engine,
+        published_name: str = "",
     ) -> None:
         self.name = name
+        self.published_name = published_name or name  # by which others find its base weights
         self.path = path
         self.tokenizer = tokenizer
         self.core_model = model

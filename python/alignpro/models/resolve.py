@@ -95,6 +95,20 @@ def find_model(name: str) -> Path | None:
     return file if packaged and _is_verified(file) else None
 
 
+def published_name(name: str, path: Path, source: str = "") -> str:
+    """What others, such as PEFT, find the model of ``path`` by: its name on the hub, else the path.
+
+    name: what it was asked for by. source: the address that a GGUF file says it was made from.
+    """
+    folders = [part for part in path.parts if part.startswith("models--")]  # of the hub's cache
+    if folders:
+        return folders[-1].removeprefix("models--").replace("--", "/", 1)
+    if _is_packaged(name):
+        return _DEFAULT_REPO
+    found = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)", source)
+    return found[1] if found else str(path.absolute())
+
+
 class _NotThere(Exception):
     """Where a model was looked for, and why it was not found there."""
 

@@ -1,55 +1,203 @@
-"""Progress bars, alike in every command."""
+"""How far a command is, alike in every one: bars on a terminal, plain lines where there is none."""
 
 from __future__ import annotations
 
+import datetime
+import logging
+import threading
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.text import Text
 
 from alignpro.report.words import printable
 from alignpro.train.callbacks import TrainCallback
 
+# Where there is no terminal: a line for what is done, and one when nothing was said for so long.
+QUIET_SECONDS = 5.0
+_TICK_SECONDS = 0.2
+
+
+@dataclass
+class _Stage:
+    total: int
+    begun: float
+    before: int  # what was done when it was first shown: a run that goes on
+    done: int = 0
+    seen: float = 0.0  # when ``done`` was told
+    note: str = ""
+
+    def left(self, now: float) -> float | None:
+        """Seconds, at the pace up to what was told last."""
+        made = self.done - self.before
+        if made <= 0:
+            return None
+        pace = (self.seen - self.begun) / made
+        return max(0.0, pace * (self.total - self.done) - (now - self.seen))
+
 
 class Bars:
-    """One bar per name, made when its name first appears. Use as a context manager."""
+    """One bar per name, made when its name first appears. Use as a context manager.
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-        self._tasks: dict[str, TaskID] = {}
+    While no bar is under way it says what is being done: ``doing``, and "working" later. What
+    alignpro logs meanwhile, such as a download, is said as well.
+
+    console: None is stderr, so that results alone are on stdout.
+    """
+
+    def __init__(self, doing: str = "working", *, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._doing = doing
+        self._stages: dict[str, _Stage] = {}
+        self._log = _Said(self)
+        self._level = logging.NOTSET
+        self._bars = _TerminalBars(self._console, doing) if self._console.is_terminal else None
+        self._lock = threading.RLock()
+        self._stopped = threading.Event()
+        self._said = self._since = time.monotonic()
 
     def __enter__(self) -> Bars:
-        self._progress.start()
+        logger = logging.getLogger("alignpro")
+        self._level = logger.level
+        logger.addHandler(self._log)
+        if logger.getEffectiveLevel() > logging.INFO:
+            logger.setLevel(logging.INFO)
+        if self._bars is not None:
+            self._bars.progress.start()
+        else:
+            self._said = self._since = time.monotonic()
+            self._ticker = threading.Thread(target=self._tick, daemon=True)
+            self._ticker.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        logger = logging.getLogger("alignpro")
+        logger.removeHandler(self._log)
+        logger.setLevel(self._level)
+        if self._bars is not None:
+            self._bars.stop()
+        else:
+            self._stopped.set()
+            self._ticker.join()
 
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, note=note)
-        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
+        with self._lock:
+            now = time.monotonic()
+            stage = self._stages.setdefault(name, _Stage(total, now, done))
+            was_done = stage.done >= stage.total and stage.total == total
+            stage.done, stage.total, stage.note, stage.seen = done, total, note, now
+            if self._bars is not None:
+                self._bars.show(name, done, total, note)
+            elif (done >= total and not was_done) or now - self._said >= QUIET_SECONDS:
+                self._write(self._line(name, stage, now))
+            if done >= total:
+                self.doing("working")
+
+    def doing(self, what: str) -> None:
+        """Say what takes its time without a count."""
+        with self._lock:
+            self._doing, self._since = what, time.monotonic()
+            if self._bars is not None:
+                self._bars.doing(what)
 
     def say(self, text: str) -> None:
         """A line that stays, above the bars."""
-        self._progress.console.print(Text(printable(text), style="yellow"))
+        self._write(printable(text), style="yellow")
+
+    def quiet(self) -> None:
+        """A line, where none was written for `QUIET_SECONDS`."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._said < QUIET_SECONDS:
+                return
+            open_stages = [s for s in self._stages.items() if s[1].done < s[1].total]
+            if open_stages:
+                self._write(self._line(*open_stages[-1], now))
+            else:
+                self._write(f"{self._doing}, {_clock(now - self._since)}")
+
+    def _tick(self) -> None:
+        while not self._stopped.wait(_TICK_SECONDS):
+            self.quiet()
+
+    def _line(self, name: str, stage: _Stage, now: float) -> str:
+        left = stage.left(now)
+        parts = [f"{name} {stage.done}/{stage.total}", _clock(now - stage.begun)]
+        if left is not None and stage.done < stage.total:
+            parts.append(f"{_clock(left)} left")
+        return ", ".join([*parts, stage.note] if stage.note else parts)
+
+    def _write(self, line: str, style: str = "") -> None:
+        self._said = time.monotonic()
+        self._console.print(Text(line, style=style), soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+class _Said(logging.Handler):
+    """What alignpro logs, as lines above the bars."""
+
+    def __init__(self, bars: Bars) -> None:
+        super().__init__(logging.INFO)
+        self._bars = bars
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._bars.say(record.getMessage())
+
+
+class _Count(ProgressColumn):
+    """3/20; nothing where there is nothing to count."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{int(task.completed)}/{int(task.total)}")
+
+
+class _TerminalBars:
+    def __init__(self, console: Console, doing: str) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            _Count(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            speed_estimate_period=3600.0,  # a step may take minutes
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._without_count = self.progress.add_task(doing, total=None, note="")
+
+    def stop(self) -> None:
+        self.progress.remove_task(self._without_count)
+        self.progress.stop()
+
+    def show(self, name: str, done: int, total: int, note: str) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self.progress.add_task(name, total=total, note=note)
+        self.progress.update(self._tasks[name], completed=done, total=total, note=note)
+        self.progress.update(self._without_count, visible=False)
+
+    def doing(self, what: str) -> None:
+        under_way = any(not task.finished for task in self.progress.tasks if task.total is not None)
+        self.progress.reset(
+            self._without_count, description=what, total=None, visible=not under_way
+        )
 
 
 def show_sft_row(bars: Bars, row: Mapping[str, Any], steps: int) -> None:

@@ -241,6 +241,8 @@ class ClosedFormFit(TrainingRun):
         missing = list(enumerate(chunks, before))[len(there) :]
         if missing:
             truncate_metrics(path, steps=before + len(there))  # a line that a crash cut short
+            if on_progress is not None:
+                on_progress("rollouts", len(groups), len(order))
             with self.directory:
                 for rewrites in self._draw(missing):
                     groups += rewrites

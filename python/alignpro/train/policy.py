@@ -49,7 +49,7 @@ class LoraPolicy(torch.nn.Module):
         super().__init__()
         self.model = model
         self._core = model.core_model
-        self._layout = replace(weights, matrices={}, base_model_name=model.name)
+        self._layout = replace(weights, matrices={}, base_model_name=model.published_name)
         self.names = list(weights.matrices)
         pairs = [weights.matrices[name] for name in self.names]
         self.lora_a = torch.nn.ParameterList([_parameter(a) for a, _ in pairs])
@@ -222,7 +222,7 @@ def initial_weights(model: NativeModel, config: LoraConfig, *, seed: int) -> Lor
         alpha=config.alpha,
         rslora=config.rslora,
         matrices=matrices,
-        base_model_name=model.name,
+        base_model_name=model.published_name,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import SftConfig, TrainConfig, to_mapping
+from alignpro.config import SftConfig, TrainConfig, check_config, to_mapping
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.files import write_json
 from alignpro.lengths import fit_rows, unread_by
@@ -19,7 +19,8 @@ from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
 from alignpro.run_directory import CALLS, check_run_dir, open_run_dir, recorded_date
-from alignpro.train.closed_form import ClosedFormFit
+from alignpro.train.callbacks import TrainCallback
+from alignpro.train.closed_form import ClosedFormFit, OnProgress
 from alignpro.train.critic import ValueHead
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog
@@ -37,6 +38,7 @@ def run_sft(
     on_step: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> LoraWeights:
     """Warm-start a prompter; writes config.json, metrics.jsonl and adapter/ to its directory."""
+    check_config(config, SftConfig)
     check_run_dir(config.run_dir, overwrite=overwrite)
     pairs = load_pairs(config.data)
     config = replace(config, date=config.date or today())
@@ -56,6 +58,30 @@ def run_sft(
     return weights
 
 
+def run_train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainCallback] = (),
+    on_progress: OnProgress | None = None,
+) -> Trainer | ClosedFormFit:
+    """Train what the configuration names; the trainer is returned when it has ended, with its
+    ``policy``, ``pipeline`` and ``run_dir``.
+
+    Args:
+        callbacks: who watches the steps; see `TrainCallback`.
+        on_progress: told of the rollouts of a closed form as they come.
+
+    Raises as `make_trainer` and `Trainer.train`.
+    """
+    trainer = make_trainer(config, resume=resume, overwrite=overwrite)
+    if isinstance(trainer, ClosedFormFit):
+        trainer.rollouts(on_progress)
+    trainer.train(callbacks)
+    return trainer
+
+
 def make_trainer(
     config: TrainConfig, *, resume: bool = False, overwrite: bool = False
 ) -> Trainer | ClosedFormFit:
@@ -63,6 +89,7 @@ def make_trainer(
 
     The reference is kept in run_dir/reference, so that a resume holds on to the same one.
     """
+    check_config(config, TrainConfig)
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
     check_trackers(config.track)
     rows = load_prompts(config.data)

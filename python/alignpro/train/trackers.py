@@ -16,6 +16,7 @@ from typing import Any
 from alignpro.files import write_json
 from alignpro.optional import is_installed
 from alignpro.train.callbacks import TrainCallback
+from alignpro.train.metrics import tag_of
 
 PROJECT = "alignpro"  # of the runs that W&B and trackio keep
 
@@ -52,6 +53,12 @@ def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield name, float(value)
 
 
+def tagged(row: Mapping[str, Any]) -> Iterator[tuple[str, float | str]]:
+    """`flatten` under the names of groups: "reward/mean", "kl/per_rewrite"; texts keep theirs."""
+    for name, value in flatten(row):
+        yield (name if isinstance(value, str) else tag_of(name)), value
+
+
 class TensorBoard(TrainCallback):
     """Event files in run_dir/tensorboard: scalars, and the sample as text.
 
@@ -70,7 +77,7 @@ class TensorBoard(TrainCallback):
             self._writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
 
     def on_step(self, row: Mapping[str, Any]) -> None:
-        for name, value in flatten(row):
+        for name, value in tagged(row):
             write = self._writer.add_text if isinstance(value, str) else self._writer.add_scalar
             write(name, value, row["step"])
 
@@ -101,7 +108,7 @@ class Service(TrainCallback):
 
     def on_step(self, row: Mapping[str, Any]) -> None:
         if row["step"] >= self._steps:
-            self._run.log(dict(flatten(row)), step=row["step"])
+            self._run.log(dict(tagged(row)), step=row["step"])
             self._steps = row["step"] + 1
             self._write_note()
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from alignpro.config import TrainConfig, from_mapping, to_mapping
+from alignpro.config import TrainConfig, check_config, from_mapping, to_mapping
 from alignpro.data.load import PromptRow
 from alignpro.files import write_json
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import save_peft
+from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import check_columns, check_roles, read_prompts
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import add_note, open_run_dir
@@ -78,6 +79,18 @@ class TrainingRun:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
+        check_config(config, TrainConfig)
+        if not isinstance(pipeline, Pipeline):
+            raise ValueError(
+                f"pipeline: expected a Pipeline, got {type(pipeline).__name__}; "
+                "alignpro.make_trainer(config) makes one, and all that a trainer needs"
+            )
+        if isinstance(policy, (NativeModel, LoraWeights)):
+            raise ValueError(
+                f"policy: expected a LoraPolicy, got {type(policy).__name__}; "
+                "LoraPolicy.fresh(model, config.lora, seed=0) makes one for a model, and "
+                "LoraPolicy(model, weights) of an adapter"
+            )
         if (config.heldout is not None) != bool(held_out):
             raise ValueError("held_out: expected prompts with heldout, and none without")
         self.held_out = HeldOut(config, held_out) if held_out else None

@@ -1,0 +1,207 @@
+"""`alignpro init` and `alignpro config`: a configuration to start from, and every key of one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alignpro.cli.shared import app, check_new, examples, one_line_errors
+
+if TYPE_CHECKING:
+    from alignpro.config import DataConfig
+
+# What `init` writes. The rest keeps its default, which `alignpro config train` says.
+_KEYS = (
+    *("prompter.model", "target", "data.path", "data.split", "data.prompt", "on_too_long"),
+    *("reward", "run_dir", "seed"),
+    *("rewrite.max_new_tokens", "response.max_new_tokens", "response.temperature"),
+    *("prompting.mode", "prompting.template", "steps", "learning_rate", "lora.rank"),
+    *("prompts_per_step", "num_rewrites", "kl_coef", "heldout", "checkpoint_every"),
+)
+_REWARD = "my_reward:score"
+_REWARD_FILE = '''"""What a good answer is: edit `{name}` to say it."""
+
+
+def {name}(prompts, responses, **columns):
+    """One number for each response, higher for a better one.
+
+    prompts: the original prompts, as text. columns: the other columns of the data, by their name.
+    """
+    # An example: answers of about forty words.
+    return [-abs(len(response.split()) - 40) / 40 for response in responses]
+'''
+
+
+class Stage(str, Enum):
+    """The commands that a configuration is for."""
+
+    quickstart = "quickstart"
+    headroom = "headroom"
+    sft = "sft"
+    train = "train"
+    evaluate = "evaluate"
+    bound = "bound"
+
+
+@app.command(
+    epilog=examples(
+        "alignpro config train", "alignpro config train kl_coef", "alignpro config evaluate"
+    )
+)
+@one_line_errors
+def config(
+    stage: Annotated[Stage, typer.Argument(help="The command that the configuration is for.")],
+    key: Annotated[
+        str | None, typer.Argument(help="One key, or group of keys, with all that is said of it.")
+    ] = None,
+) -> None:
+    """Print every key, its default and what it is for.
+
+    What is printed is a configuration to edit.
+    """
+    from alignpro import config as configs
+    from alignpro.config.describe import commented_yaml
+
+    classes = {
+        Stage.quickstart: configs.QuickstartConfig,
+        Stage.headroom: configs.HeadroomConfig,
+        Stage.sft: configs.SftConfig,
+        Stage.train: configs.TrainConfig,
+        Stage.evaluate: configs.EvalConfig,
+        Stage.bound: configs.BoundConfig,
+    }
+    typer.echo(commented_yaml(classes[stage], key=key), nl=False)
+
+
+@app.command(
+    epilog=examples(
+        "alignpro init",
+        "alignpro init --data prompts.csv --reward my_reward:score",
+        "alignpro init mine.yaml --data everyday --model smollm2 --reward topic",
+    )
+)
+@one_line_errors
+def init(
+    config: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("alignpro.yaml"),
+    data: Annotated[
+        str | None,
+        typer.Option(help="Prompts: a file (JSON Lines, JSON, CSV, Parquet), or a hub name."),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column that holds the prompts; the default is prompt or messages."),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Rows to train on, by their column split, if they have one.")
+    ] = "train",
+    model: Annotated[
+        str | None, typer.Option(help="Path or name of the prompter; the default is smollm2.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Path or name of the target; the default is the prompter's.")
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="Reward: vader, topic, hf:NAME, or your MODULE:FUNCTION, which is written to edit "
+            "where there is none; the default is my_reward:score."
+        ),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Directory of the run; the default is alignpro-run.")
+    ] = None,
+) -> None:
+    """Write a configuration for prompts and a reward of your own.
+
+    Questions are asked in a terminal, about what no option says.
+    """
+    check_new(config)
+    from alignpro.config import DataConfig, TrainConfig, load_yaml
+    from alignpro.config.describe import commented_yaml
+    from alignpro.data.load import load_prompts
+    from alignpro.files import write_file
+    from alignpro.models.resolve import find_model
+    from alignpro.rewards.build import build_reward
+    from alignpro.types import Conversation
+
+    data = data or _ask("Prompts (a file, or a name on the hub)", None)
+    if data is None:
+        raise ValueError("--data: expected a file of prompts, or a hub name; there is no terminal")
+    source = DataConfig(data, split=split, prompt=column)
+    rows = load_prompts(source)
+    model = model or _ask("Prompter (a path or a name)", "smollm2") or "smollm2"
+    target = target or _ask("Target (a path or a name; nothing: the prompter's model)", "") or None
+    for name in filter(None, (model, target)):
+        if find_model(name) is None:
+            typer.echo(f"{name}: not on this machine; the first run fetches it")
+    reward = reward or _ask("Reward (a name, or MODULE:FUNCTION of yours)", _REWARD) or _REWARD
+    stub = _stub_of(reward)
+    if stub is None and "hf:" not in reward:  # which would be fetched
+        build_reward(reward)
+    if stub is not None:
+        write_file(stub, _REWARD_FILE.format(name=reward.partition(":")[2]))
+        typer.echo(f"{stub}: an example of a reward; edit it to say what a good answer is")
+    values: dict[str, Any] = {
+        "prompter.model": model,
+        "target": target,
+        "data.path": data,
+        "data.split": split,
+        "data.prompt": column,
+        "reward": reward,
+        "run_dir": run or _ask("Directory of the run", "alignpro-run") or "alignpro-run",
+        "prompts_per_step": min(16, len(rows)),
+        "heldout": {} if _has_validation(source) else None,
+    }
+    write_file(
+        config,
+        "# Training of a prompter on your prompts:\n#\n"
+        f"#   alignpro train {config} --dry-run   # what it takes\n"
+        f"#   alignpro train {config}\n#\n"
+        "# Keys that are left out keep their default; `alignpro config train` prints them all.\n\n"
+        + commented_yaml(TrainConfig, only=_KEYS, values=values),
+    )
+    load_yaml(TrainConfig, config)
+    first = Conversation.of(rows[0].prompt).last_turn
+    typer.echo(f"{data}: {len(rows)} prompts, such as: {shorten(first, 60, placeholder=' ...')}")
+    typer.echo(f"{config}: written; go on with: alignpro train {config}")
+
+
+def _ask(question: str, default: str | None) -> str | None:
+    """What a person says; the default where none is there."""
+    if not _is_terminal():
+        return default
+    answer: str = typer.prompt(question, default=default, show_default=bool(default))
+    return answer.strip()
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _has_validation(source: DataConfig) -> bool:
+    """Whether a file has rows to watch while training."""
+    from alignpro.data.files import DataError
+    from alignpro.data.load import load_prompts
+
+    if not Path(str(source.path)).is_file():
+        return False
+    try:
+        return len(load_prompts(replace(source, split="validation"))) > 1
+    except DataError:
+        return False
+
+
+def _stub_of(reward: str) -> Path | None:
+    """The file of a function that is not there yet."""
+    module, colon, function = reward.partition(":")
+    if not colon or not module.isidentifier() or not function.isidentifier() or module == "hf":
+        return None
+    file = Path(f"{module}.py")
+    return None if file.exists() or importlib.util.find_spec(module) is not None else file

@@ -1,0 +1,181 @@
+"""What every key of a configuration is for: from the docstrings of its fields, their one owner.
+
+A field's docstring stands below it. Its first paragraph is one sentence, which `commented_yaml`
+shows; the pages show the rest as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from alignpro.config.fields import Range, default_of, type_hints
+
+_WIDTH = 96
+
+
+class Key(NamedTuple):
+    """One key of a configuration. ``text``: a sentence, and perhaps more paragraphs."""
+
+    path: str
+    text: str
+    values: str  # what it may be: "at least 1", "rloo, reinforce, ppo or closed_form"; or ""
+    default: Any
+    group: type | None  # of the keys inside it
+
+    @property
+    def sentence(self) -> str:
+        return self.text.split("\n\n")[0]
+
+
+@functools.cache
+def field_docs(cls: type) -> Mapping[str, str]:
+    """{field: docstring} of a dataclass and the classes it is derived from, white space joined."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(tree, ast.ClassDef)
+        for node, after in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+                assert isinstance(node.target, ast.Name) and isinstance(after.value, ast.Constant)
+                paragraphs = str(after.value.value).split("\n\n")
+                docs[node.target.id] = "\n\n".join(" ".join(p.split()) for p in paragraphs)
+    return docs
+
+
+def describe(cls: type, path: str = "", base: Any = None) -> Iterator[Key]:
+    """Every key of a configuration in the order of its fields, those inside a group after it.
+
+    base: an instance whose values are the defaults; None: those of ``cls``.
+    """
+    docs, hints = field_docs(cls), type_hints(cls)
+    for f in dataclasses.fields(cls):
+        default = default_of(f) if base is None else getattr(base, f.name)
+        name, group = path + f.name, group_of(hints[f.name])
+        yield Key(name, docs.get(f.name, ""), allowed(hints[f.name]), default, group)
+        if group is not None:
+            inside = default if isinstance(default, group) else None
+            yield from describe(group, f"{name}.", inside)
+
+
+def group_of(hint: Any) -> type | None:
+    """The dataclass that a field holds, or may hold."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return hint
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    inside = (group_of(a) for a in typing.get_args(hint)) if union else ()
+    return next((group for group in inside if group is not None), None)
+
+
+def allowed(hint: Any) -> str:
+    """What a value of the annotated type may be, where there is something to say."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        ranges = [note.words for note in arguments[1:] if isinstance(note, Range)]
+        return " and ".join(ranges)
+    if origin is Literal:
+        return " or ".join(str(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(filter(None, dict.fromkeys(allowed(a) for a in arguments)))
+    if origin is tuple:
+        words = allowed(arguments[0])
+        return f"each {words}" if words else ""
+    return ""
+
+
+def commented_yaml(
+    cls: type,
+    *,
+    values: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
+    key: str | None = None,
+) -> str:
+    """A configuration as YAML, with every key's sentence above it; `load_yaml` reads it back.
+
+    Args:
+        values: {path: value} of the keys that are not at their default.
+        only: the paths to write, whose groups come with them; None: all. A group that is null by
+            default is written as null, its keys as comments behind it.
+        key: one key alone, with the whole of its text.
+
+    Raises:
+        ValueError: a key that the configuration does not have.
+    """
+    keys = list(describe(cls))
+    if key is not None:
+        known = {one.path for one in keys}
+        if key not in known:
+            from difflib import get_close_matches
+
+            close = get_close_matches(key, known, n=1)
+            hint = f'; did you mean "{close[0]}"?' if close else ""
+            raise ValueError(f"{key}: no such key{hint}")
+        parents = {key[:at] for at, letter in enumerate(key) if letter == "."}
+        keys = [k for k in keys if k.path in parents or (k.path + ".").startswith(key + ".")]
+    elif only is not None:
+        wanted = {path[:at] for path in only for at, c in enumerate(path + ".") if c == "."}
+        keys = [k for k in keys if k.path in wanted]
+    lines: list[str] = []
+    commented: list[str] = []  # groups that are null: what is inside them is written as comments
+    shown: dict[type, str] = {}  # where the keys of a class stand already
+    left_out = "\0"
+    for one in keys:
+        if (one.path + ".").startswith(left_out):
+            continue
+        depth, value = one.path.count("."), (values or {}).get(one.path, one.default)
+        dead = any(one.path.startswith(path) for path in commented)
+        is_group = one.group is not None and isinstance(value, one.group)
+        text = one.text if one.path == key else one.sentence
+        if one.values and not is_group:
+            text += f" [{one.values}]".replace(" ", "\xa0").replace("\xa0", " ", 1)  # on one line
+        margin = "  " * depth
+        if depth == 0 and lines and (one.group is not None or lines[-1].startswith(" ")):
+            lines.append("")
+        if one.group is not None and only is None:
+            if one.group in shown and one.path != key:
+                text += f" Its keys are those of {shown[one.group]}."
+                left_out = f"{one.path}."
+            shown.setdefault(one.group, one.path)
+        body = []
+        for paragraph in text.split("\n\n"):
+            wide = _WIDTH - len(margin) - 2
+            wrapped = textwrap.wrap(paragraph, wide, break_on_hyphens=False) or [""]
+            body += [f"{margin}# {line}".replace("\xa0", " ") for line in wrapped]
+        name = one.path.rpartition(".")[2]
+        if is_group and left_out != f"{one.path}.":
+            line = f"{margin}{name}:"
+        else:
+            line = f"{margin}{name}: {as_yaml(value)}"
+        if one.group is not None and not is_group and left_out != f"{one.path}.":
+            commented.append(f"{one.path}.")
+        lines += [*body, f"{margin}# {name}: {as_yaml(value)}" if dead else line]
+    return "\n".join(lines).strip("\n") + "\n"
+
+
+_PLAIN = re.compile(r"[A-Za-z/][\w./+*\-]*( [\w./+*\-]+)*")
+_NOT_TEXT = ("true", "false", "yes", "no", "on", "off", "null", "none", "y", "n")
+
+
+def as_yaml(value: Any) -> str:
+    """One value on one line, as YAML 1.1 reads it back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)
+                 if getattr(value, f.name) != default_of(f)}  # fmt: skip
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {as_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(as_yaml, value)) + "]"
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _NOT_TEXT:
+        return value
+    return json.dumps(value, ensure_ascii=False)
