@@ -12,11 +12,14 @@ import typer
 
 from alignpro.cli.shared import (
     NOT_MET,
+    AllowChanges,
     Config,
     Json,
     ModelName,
     Overrides,
     Overwrite,
+    Resume,
+    Run,
     Threads,
     app,
     check_new,
@@ -24,6 +27,7 @@ from alignpro.cli.shared import (
     one_line_errors,
     read_settings,
     write_json,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -81,7 +85,13 @@ def quickstart(
 
 @app.command()
 @one_line_errors
-def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+def sft(
+    config: Config = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    allow_changes: AllowChanges = False,
+) -> None:
     """Warm-start a prompter on (prompt, instruction) pairs."""
     needs_torch("sft")
     from alignpro.config import SftConfig
@@ -94,7 +104,9 @@ def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite
         bars.show("warm start", 0, options.steps)
         run_sft(
             options,
+            resume=resume,
             overwrite=overwrite,
+            allow_changes=allow_changes,
             on_step=lambda row: show_sft_row(bars, row, options.steps),
         )
     typer.echo(f"adapter: {Path(options.run_dir) / 'adapter'}")
@@ -107,10 +119,9 @@ def train(
         Path, typer.Argument(help="YAML file of the configuration, or the config.json of a run.")
     ],
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the run directory.")
-    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
+    allow_changes: AllowChanges = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run would cost, and stop.")
     ] = False,
@@ -127,14 +138,14 @@ def train(
 ) -> None:
     """Train a prompter by reinforcement learning."""
     needs_torch("train")
-    from alignpro.config import TrainConfig, load_yaml
+    from alignpro.config import TrainConfig
 
     if "=" in str(config) and not config.exists():
         raise ValueError(
             f"{config}: expected a YAML file, or the config.json of a run, before key=value; "
             "`alignpro quickstart` needs none"
         )
-    options = load_yaml(TrainConfig, config, overrides or [])
+    options = read_settings(TrainConfig, config, overrides)
     if dry_run:
         check_new(json_file)
         from rich.console import Console
@@ -155,7 +166,7 @@ def train(
     from alignpro.train.closed_form import ClosedFormFit
     from alignpro.train.run import make_trainer
 
-    trainer = make_trainer(options, resume=resume, overwrite=overwrite)
+    trainer = make_trainer(options, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
     with Bars() as bars:
         if isinstance(trainer, ClosedFormFit):
             trainer.rollouts(bars.show)
@@ -170,8 +181,12 @@ def train(
 def evaluate(
     config: Config = None,
     overrides: Overrides = None,
+    run: Run = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write the numbers to this JSON file.")
+        Path | None,
+        typer.Option(
+            help="Write the numbers to this JSON file; the default is evaluation.json of the --run."
+        ),
     ] = None,
     required: Annotated[
         list[str] | None,
@@ -185,28 +200,30 @@ def evaluate(
 ) -> None:
     """Compare the arms on held-out prompts: raw prompt, untuned and trained prompter, and what the
     configuration adds (static, policy_text, labelled, optimum, tuned, judge)."""
-    from alignpro.config import EvalConfig
-
-    options = read_settings(EvalConfig, config, overrides)
-    options = replace(options, require=(*options.require, *(required or [])))
-    check_new(output)
     from rich.console import Console
 
+    from alignpro.config import EvalConfig
+    from alignpro.evaluate.of_run import EVALUATE
     from alignpro.evaluate.results import Report
     from alignpro.evaluate.run import UnjudgedError, run_evaluation
     from alignpro.report.progress import Bars
     from alignpro.report.tables import report_view
 
-    try:
-        with Bars() as bars:
-            report = run_evaluation(options, output=output, on_progress=bars.show)
-    except UnjudgedError as error:
-        if output is None:
-            raise
-        kept = output.with_name(output.name + ".unjudged.json")
-        write_json(kept, error.report)
-        raise UnjudgedError(f"{error}; the arms without it: {kept}", error.report) from None
-    write_json(output, report)
+    beside = run / EVALUATE if run is not None and (run / EVALUATE).is_file() else None
+    options = read_settings(EvalConfig, config, overrides, default=beside, run=run)
+    options = replace(options, require=(*options.require, *(required or [])))
+    output = run / "evaluation.json" if output is None and run is not None else output
+    with writing(run, output):
+        try:
+            with Bars() as bars:
+                report = run_evaluation(options, output=output, run=run, on_progress=bars.show)
+        except UnjudgedError as error:
+            if output is None:
+                raise
+            kept = output.with_name(output.name + ".unjudged.json")
+            write_json(kept, error.report)
+            raise UnjudgedError(f"{error}; the arms without it: {kept}", error.report) from None
+        write_json(output, report)
     Console().print(report_view(Report(report)))
     _exit_unless_met(report)
 

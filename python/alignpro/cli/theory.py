@@ -11,11 +11,12 @@ from alignpro.cli.shared import (
     Config,
     Json,
     Overrides,
+    Run,
     app,
-    check_new,
     one_line_errors,
     read_settings,
     write_json,
+    writing,
 )
 from alignpro.optional import is_installed
 
@@ -25,6 +26,7 @@ from alignpro.optional import is_installed
 def headroom(
     config: Config = None,
     overrides: Overrides = None,
+    run: Run = None,
     json_file: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the frontier to this PNG file.")] = None,
     samples: Annotated[
@@ -38,11 +40,8 @@ def headroom(
     """What a prompter could gain, from samples of the untuned one, before training."""
     from alignpro.config import HeadroomConfig
 
-    options = read_settings(HeadroomConfig, config, overrides)
-    check_new(json_file)
-    check_new(plot)
-    if samples is not None and not samples.exists():
-        check_new(samples)
+    options = read_settings(HeadroomConfig, config, overrides, run=run)
+    json_file = run / "headroom.json" if json_file is None and run is not None else json_file
     written = [file for file in (json_file, plot, samples) if file is not None]
     if len(set(written)) < len(written):
         raise ValueError("--json, --plot and --samples: expected a file for each, got one twice")
@@ -56,11 +55,13 @@ def headroom(
     from alignpro.report.progress import Bars
     from alignpro.report.tables import headroom_tables
 
-    with Bars() as bars:
-        report = run_headroom(options, samples=samples, on_progress=bars.show)
-    write_json(json_file, report)
-    if plot is not None:
-        frontier_png(report.headroom, plot)
+    drawn = None if samples is None or samples.exists() else samples
+    with writing(run, json_file, plot, drawn):
+        with Bars() as bars:
+            report = run_headroom(options, samples=samples, run=run, on_progress=bars.show)
+        write_json(json_file, report)
+        if plot is not None:
+            frontier_png(report.headroom, plot)
     Console().print(headroom_tables(report.headroom))
     if report.target_usage is not None:
         typer.echo(f"target: {usage_words(report.target_usage)}")
@@ -68,19 +69,22 @@ def headroom(
 
 @app.command()
 @one_line_errors
-def bound(config: Config = None, overrides: Overrides = None, json_file: Json = None) -> None:
+def bound(
+    config: Config = None, overrides: Overrides = None, run: Run = None, json_file: Json = None
+) -> None:
     """How far a prompted target may fall short of a tuned one, and how far it does."""
     from alignpro.config import BoundConfig
 
-    options = read_settings(BoundConfig, config, overrides)
-    check_new(json_file)
+    options = read_settings(BoundConfig, config, overrides, run=run)
+    json_file = run / "bound.json" if json_file is None and run is not None else json_file
     from rich.console import Console
 
     from alignpro.evaluate.bound import run_bound
     from alignpro.report.progress import Bars
     from alignpro.report.tables import bound_tables
 
-    with Bars() as bars:
-        report = run_bound(options, on_progress=bars.show)
-    write_json(json_file, report)
+    with writing(run, json_file):
+        with Bars() as bars:
+            report = run_bound(options, output=json_file, run=run, on_progress=bars.show)
+        write_json(json_file, report)
     Console().print(bound_tables(report))

@@ -18,8 +18,17 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return mapping
 
 
-def load_yaml(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file (None: all defaults), then apply overrides of the form ``a.b=value``."""
+def load_yaml(
+    cls: type[T],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    base: T | None = None,
+) -> T:
+    """Read a YAML file (None: all defaults), then apply overrides of the form ``a.b=value``.
+
+    base: what is taken for the fields that are left out, instead of the defaults.
+    """
     import yaml
 
     mapping: Any = {}
@@ -39,7 +48,7 @@ def load_yaml(cls: type[T], path: str | Path | None, overrides: Sequence[str] = 
                 f"{path}: expected a mapping of fields, got a {type(mapping).__name__}"
             )
     try:
-        return from_mapping(cls, apply_overrides(mapping, overrides))
+        return from_mapping(cls, apply_overrides(mapping, overrides), base=base)
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
 
@@ -69,6 +78,21 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dic
                 raise ValueError(f'override "{override}": "{parent}" is a value, not a group')
         group[last] = value
     return result
+
+
+def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(before, after) of the values in which nested mappings differ, by path: "prompter.model"."""
+    one, other = _flat(before), _flat(after)
+    paths = sorted({*one, *other})
+    return {p: (one.get(p), other.get(p)) for p in paths if one.get(p) != other.get(p)}
+
+
+def _flat(mapping: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        group = isinstance(value, Mapping)
+        flat |= _flat(value, f"{path}{key}.") if group else {path + key: value}
+    return flat
 
 
 def _plain(value: Any) -> Any:

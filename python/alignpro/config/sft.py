@@ -23,6 +23,8 @@ class SftConfig(FitConfig):
     batch_size: Annotated[int, at_least(1)] = 16  # pairs a step
     learning_rate: Annotated[float, above(0)] = 1e-3
     warmup_steps: Annotated[int, at_least(0)] = 3
+    # Steps; one is always written at Ctrl-C.
+    checkpoint_every: Annotated[int, at_least(1)] = 10
     prompting: Prompting = field(default_factory=Prompting)
     date: Date = None
     threads: Threads = None
