@@ -138,7 +138,7 @@ def test_a_marker_is_what_it_says(tmp_path):
         "checkpoints/step-000010/notes.txt",
         "second/config.json",  # another run inside
         "tensorboard/notes.txt",
-        "evaluation.json.judge.jsonl",  # verdicts were paid for
+        "mine.json.judge.jsonl",
         "wandb2/x",
         "metrics.jsonl.old",
     ],
@@ -294,6 +294,13 @@ def test_a_run_without_a_step_is_in_nobodys_way(tmp_path):
     assert (run / CONFIG).is_file()
     open_run_dir(run)
     assert listing(run) == [LOCK, MARKER, "calls.jsonl"]
+
+
+def test_what_was_paid_for_stays(tmp_path):
+    paid = ["bound.json.calls.jsonl", "calls.jsonl", "evaluation.json.judge.jsonl"]
+    run = make_run(tmp_path / "run", [*OURS, *paid])
+    open_run_dir(run, overwrite=True)
+    assert listing(run) == [LOCK, MARKER, *paid]
 
 
 @pytest.mark.parametrize(

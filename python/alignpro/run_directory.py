@@ -22,19 +22,22 @@ from alignpro.files import LOCKED, PARTIAL, lock_file, lock_holder, sync_folder,
 
 MARKER, LOCK, ERROR_LOG = ".alignpro-run", ".alignpro-lock", "error.log"
 CONFIG, FINGERPRINTS = "config.json", "fingerprints.json"
-CALLS = "calls.jsonl"  # of an endpoint: answers that were paid for, which no overwriting deletes
+CALLS = "calls.jsonl"  # of an endpoint
 _MARK = "This directory is a run of alignpro: `--overwrite` may empty it.\n"
 
 _PEFT = r"adapter_config\.json|adapter_model\.safetensors|base_model\.json"
-# Paths in the directory, "/" between their parts. The verdicts of a judge are not among them: they
-# were paid for, and serve other runs as well.
+# Answers and verdicts that were paid for stay where they are: they serve other runs as well.
+_PAID = re.compile(
+    rf"{re.escape(CALLS)}|(?:evaluation|headroom|bound)\.json\.(?:calls|judge)\.jsonl"
+)
+# Paths in the directory, "/" between their parts.
 RUN_FILES = re.compile(
     rf"""(?:
     {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(ERROR_LOG)}
     | {re.escape(CONFIG)} | {re.escape(FINGERPRINTS)}
     | (?:report|evaluate|evaluation|headroom|bound|wandb|trackio)\.json
-    | (?:evaluation|headroom|bound)\.json(?:\.arms\.jsonl|{re.escape(LOCKED)})
-    | (?:metrics|sft-metrics|rollouts)\.jsonl | {re.escape(CALLS)} | report\.html | reward\.png
+    | (?:evaluation|headroom|bound)\.json(?:\.arms\.jsonl|\.unjudged\.json|{re.escape(LOCKED)})
+    | (?:metrics|sft-metrics|rollouts)\.jsonl | {_PAID.pattern} | report\.html | reward\.png
     | (?:adapter|reference)/(?:{_PEFT})
     | checkpoints/step-\d{{6,}}(?:{re.escape(PARTIAL)})?/
       (?:state\.json | optimizer\.pt | critic\.pt | adapter/(?:{_PEFT}))
@@ -50,7 +53,7 @@ _RUN_FOLDERS = re.compile(
 # What is there before the first step is done; a log without a line is such a one, too.
 _BEFORE_A_STEP = re.compile(
     rf"""(?:
-    {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(CALLS)} | {re.escape(ERROR_LOG)}
+    {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(ERROR_LOG)} | {_PAID.pattern}
     | {re.escape(CONFIG)} | {re.escape(FINGERPRINTS)} | sft-metrics\.jsonl | reference(?:/.*)?
     | checkpoints | tensorboard(?:/.*)? | wandb(?:/.*)? | (?:wandb|trackio)\.json
     | .*{re.escape(PARTIAL)}(?:/.*)?
@@ -242,7 +245,7 @@ def open_run_dir(
         raise
     if not resume:  # by now it may be emptied
         for entry in list(path.iterdir()):
-            if entry.name not in (MARKER, LOCK, CALLS):
+            if entry.name not in (MARKER, LOCK) and not _PAID.fullmatch(entry.name):
                 remove_run_files(path, entry)
     return directory
 

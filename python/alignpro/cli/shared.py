@@ -175,7 +175,8 @@ def read_settings(
         from alignpro.evaluate.of_run import settings_of_run
 
         base = settings_of_run(cls, run)  # type: ignore[type-var]
-    return load_yaml(cls, config or default, settings, base=base)
+    options: T = load_yaml(cls, config or default, settings, base=base)
+    return options
 
 
 def needs_torch(command: str) -> None:
