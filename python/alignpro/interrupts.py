@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -66,14 +67,23 @@ def interrupts_deferred(*, after: BaseException | None = None) -> Iterator[Calla
 def _handled(
     handle: Callable[[int, FrameType | None], object], which: Callable[[object], bool]
 ) -> Iterator[None]:
-    """``handle`` in the place of those handlers that ``which`` picks."""
-    before = {}
+    """``handle`` in the place of those handlers that ``which`` picks; in this process alone, since
+    a worker that a reward forks is ended by them."""
+    before, home = {}, os.getpid()
+
+    def handle_here(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == home:
+            handle(number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             handler = signal.getsignal(number)
             if which(handler):
                 before[number] = handler
-                signal.signal(number, handle)
+                signal.signal(number, handle_here)
     try:
         yield
     finally:
