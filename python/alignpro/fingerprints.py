@@ -1,7 +1,7 @@
 """What a run was made from, as hashes: models, adapters, data, reward and chat templates.
 
 They lie in fingerprints.json of the run, so that a resume, a replay or an evaluation with anything
-else is refused, or said by name. What a configuration says is compared as it is; here is what its
+else is refused or said, by name. What a configuration says is compared as it is; here is what its
 names stood for at the time.
 """
 
@@ -133,7 +133,7 @@ def differences(then: Fingerprints, now: Fingerprints, doing: str) -> list[str]:
         if theirs is None or theirs.hash == mine.hash:
             continue
         named = f"{what} {mine.name}".strip()
-        if what.endswith("data"):
+        if _is_data(what):
             found.append(f"{named}: {_other_rows(theirs.hash, mine.hash)}")
         else:
             before = f" ({theirs.name})" if theirs.name not in ("", mine.name) else ""
@@ -181,18 +181,27 @@ def _hash(*values: Any) -> str:
 def check_same_inputs(
     run_dir: Path, now: Fingerprints, *, allow_changes: bool = False
 ) -> list[str]:
-    """What differs from what the run was made from; refused unless ``allow_changes``.
+    """What differs from what the run was made from. Data may grow and be corrected as a run goes
+    on; other models, another adapter, template or reward make another run of it, and are refused
+    unless ``allow_changes``.
 
     Raises:
         ValueError: names what differs.
     """
-    found = differences(read_fingerprints(run_dir), now, "the run began with")
+    then = read_fingerprints(run_dir)
+    data = {what: one for what, one in now.items() if _is_data(what)}
+    rest = {what: one for what, one in now.items() if not _is_data(what)}
+    found = differences(then, rest, "the run began with")
     if found and not allow_changes:
         raise ValueError(
             f"cannot resume: {'; '.join(found)}. --allow-changes goes on all the same, "
             "run_dir=... starts another run"
         )
-    return found
+    return found + differences(then, data, "")
+
+
+def _is_data(what: str) -> bool:
+    return what.endswith("data")
 
 
 def read_fingerprints(run_dir: Path) -> Fingerprints:

@@ -192,6 +192,16 @@ def test_arms_of_another_measurement_are_refused(place, changes, line):
     run_evaluation(faster, output=output)  # how it runs changes no arm
 
 
+def test_arms_of_yesterday_go_on_with_their_date(place, monkeypatch):
+    config = config_of(place, date=None, trained=None, prompter={"adapter": None}, static=None)
+    monkeypatch.setattr("alignpro.evaluate.run.today", lambda: "2026-11-28")
+    run_evaluation(config, output=place / "out.json")
+    monkeypatch.setattr("alignpro.evaluate.run.today", lambda: "2026-11-29")
+    monkeypatch.setattr(Pipeline, "respond", None)
+    again = run_evaluation(config, output=place / "out.json")
+    assert again.evaluation_config["date"] == "2026-11-28"
+
+
 def test_a_file_of_something_else_is_no_arms(place):
     (place / "out.json.arms.jsonl").write_text('{"prompt": "mine"}\n')
     with pytest.raises(ValueError, match="line 1: expected an arm that was kept; move the file"):

@@ -99,34 +99,39 @@ def reweighted(place):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (appended, "data p.jsonl: 8 rows then, 9 now; those that were there are the same"),
-        (typo, "data p.jsonl: 1 of 8 rows differ (row 1, counted from 0)"),
-        (reordered, "data p.jsonl: the same 8 rows in another order"),
-        (relabelled, "data p.jsonl: 1 of 8 rows differ in other columns than the prompt (row 7,"),
-        (rescored, "reward own_reward:score own_reward.py: not what the run began with"),
-        (retemplated, "chat template of the prompter: not what the run began with"),
-        (reweighted, "weights of the prompter {model}: not what the run began with"),
-    ],
-)
-def test_what_changed_is_refused_by_name_or_said(place, change, said, caplog):
+OTHER_INPUTS = [
+    (rescored, "reward own_reward:score own_reward.py: not what the run began with"),
+    (retemplated, "chat template of the prompter: not what the run began with"),
+    (reweighted, "weights of the prompter {model}: not what the run began with"),
+]
+OTHER_DATA = [
+    (appended, "data p.jsonl: 8 rows then, 9 now; those that were there are the same"),
+    (typo, "data p.jsonl: 1 of 8 rows differ (row 1, counted from 0)"),
+    (reordered, "data p.jsonl: the same 8 rows in another order"),
+    (relabelled, "data p.jsonl: 1 of 8 rows differ in other columns than the prompt (row 7,"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), OTHER_INPUTS + OTHER_DATA)
+def test_what_changed_is_named(place, change, said, caplog):
     make_trainer(config(place)).train()
     before = (place / "run" / "config.json").read_bytes()
     change(place)
-    more = config(place, steps=3)
-    with pytest.raises(ValueError, match=r"^cannot resume: ") as caught:
-        make_trainer(more, resume=True)
-    line = said.format(model=place / "model")
-    assert line in str(caught.value) and "\n" not in str(caught.value)
-    assert (place / "run" / "config.json").read_bytes() == before
-    assert len(read_metrics(place / "run" / "metrics.jsonl")) == 2
-    make_trainer(more, resume=True, allow_changes=True).train()
-    assert any(line in message for message in caplog.messages)
+    more, line = config(place, steps=3), said.format(model=place / "model")
+    refused = (change, said) in OTHER_INPUTS
+    if refused:
+        with pytest.raises(ValueError, match=r"^cannot resume: ") as caught:
+            make_trainer(more, resume=True)
+        assert line in str(caught.value) and "\n" not in str(caught.value)
+        assert (place / "run" / "config.json").read_bytes() == before
+        assert len(read_metrics(place / "run" / "metrics.jsonl")) == 2
+    make_trainer(more, resume=True, allow_changes=refused).train()
+    assert any(f"from step 2 on: {line}" in message for message in caplog.messages)
     (change,) = json.loads((place / "run" / "fingerprints.json").read_text())["changes"]
     assert change["step"] == 2 and any(line in what for what in change["what"])
+    caplog.clear()
     make_trainer(replace(more, steps=4), resume=True).train()  # from then on it is the run's
+    assert caplog.messages == []
 
 
 def test_the_same_again_is_no_change(place):
@@ -178,7 +183,6 @@ def test_an_adapter_for_another_base_is_said(place, tiny_model_dir, caplog):
     make_trainer(config(place)).train()
     mine = load_model(place / "model", threads=1)
     assert mine.load_adapter(place / "run" / "adapter").base_fingerprint == mine.fingerprint
-    assert not caplog.messages
     reweighted(place)
     load_model(place / "model", threads=1).load_adapter(place / "run" / "adapter")
     (said,) = caplog.messages
@@ -209,7 +213,7 @@ def sft(place, **changes):
     return SftConfig(**settings)
 
 
-def test_a_warm_start_goes_on_to_the_bit(place, monkeypatch):
+def test_a_warm_start_goes_on_to_the_bit(place, caplog):
     whole = run_sft(sft(place, run_dir=str(place / "whole")))
 
     def stop(row):
@@ -235,8 +239,11 @@ def test_a_warm_start_goes_on_to_the_bit(place, monkeypatch):
         run_sft(sft(place, learning_rate=0.1, steps=7), resume=True)
     again = sft(place, steps=7)
     (place / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "instruction": "b"}) + "\n")
-    with pytest.raises(ValueError, match=r"data pairs.jsonl: 8 rows then, 1 now"):
-        run_sft(again, resume=True)
+    run_sft(again, resume=True)
+    assert "from step 6 on: data pairs.jsonl: 8 rows then, 1 now" in caplog.text
+    reweighted(place)
+    with pytest.raises(ValueError, match="cannot resume: weights of the prompter"):
+        run_sft(replace(again, steps=8), resume=True)
 
 
 def test_rows_are_compared_as_they_are_read():

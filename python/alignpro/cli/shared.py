@@ -61,7 +61,8 @@ AllowChanges = Annotated[
     bool,
     typer.Option(
         "--allow-changes",
-        help="Resume although data, models or reward are others than the run began with.",
+        help="Resume although models, adapter, template or reward are others than the run began "
+        "with.",
     ),
 ]
 Overwrite = Annotated[

@@ -19,7 +19,6 @@ from alignpro.evaluate.kept import KeptArms, plain_rollout, read_rollout
 from alignpro.evaluate.optimum import num_sequences, resample_optimum
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.static import StaticInstruction, in_append_form
-from alignpro.fingerprints import of_adapter
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import NativeModel
@@ -145,7 +144,7 @@ def sample_arms(
         instruct("policy_text", [text] * len(prompts), instruction=text)
     for name, adapter in prompters.items():
         total = answers + len(prompts) * config.num_rewrites
-        add(name, adapter_hash(adapter), prompted(adapter), adds=True, total=total)
+        add(name, kept.hash_of(adapter), prompted(adapter), adds=True, total=total)
     if labelled is not None:
         instruct("labelled", labelled)
     if config.optimum is not None:
@@ -174,19 +173,15 @@ def sample_arms(
 
         add(
             "optimum",
-            [adapter_hash(untuned), config.kl_coef, asdict(options)],
+            [kept.hash_of(untuned), config.kl_coef, asdict(options)],
             optimum,
             adds=True,
             total=num_sequences(len(prompts), config, options),
             about=lambda: about,
         )
     if tuned is not None:
-        add("tuned", adapter_hash(tuned), respond(unscored.with_target_adapter(tuned)), adds=False)
+        add("tuned", kept.hash_of(tuned), respond(unscored.with_target_adapter(tuned)), adds=False)
     return _answered(arms)
-
-
-def adapter_hash(adapter: LoraWeights | None) -> str | None:
-    return None if adapter is None else of_adapter(adapter).hash
 
 
 def _plain_arm(arm: Arm) -> dict[str, Any]:

@@ -18,10 +18,9 @@ import numpy as np
 
 from alignpro.config import BoundConfig, to_mapping
 from alignpro.data.load import PromptRow, stack_columns
-from alignpro.evaluate.arms import adapter_hash
 from alignpro.evaluate.headroom import rewards_of
 from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows, made_from_of
-from alignpro.evaluate.kept import KeptArms
+from alignpro.evaluate.kept import KeptArms, arms_path, kept_date
 from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import BoundReport, ClosedForm
@@ -63,7 +62,9 @@ def run_bound(
     check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_rows(config)
     reward = build_reward(config.reward)
-    date = config.date or recorded_date(config.trained, config.tuned) or today()
+    arms = arms_path(output)
+    recorded = recorded_date(config.trained, config.tuned) or kept_date(arms)
+    date = config.date or recorded or today()
     config = replace(config, date=date)
     prompter, target = load_models(config.prompter, config.target, config.threads, date=date)
     assert isinstance(target, NativeModel)  # the configuration's rule
@@ -71,14 +72,13 @@ def run_bound(
     made_from = made_from_of(config, prompter, target, reward, rows)
     around = (run, config.trained, config.tuned, config.prompter.adapter)
     say_what_differs(config, made_from, adapter, rows, *around)
-    path = None if output is None else output.with_name(output.name + ".arms.jsonl")
     report = measure_bound(
         config,
         prompter,
         target,
         reward,
         rows,
-        kept=KeptArms.at(path, config, made_from),
+        kept=KeptArms.at(arms, config, made_from),
         adapter=adapter,
         trained=load_adapter(config.trained, prompter),
         tuned=load_adapter(config.tuned, target),
@@ -128,7 +128,7 @@ def measure_bound(
             columns=columns,
             on_progress=watch(on_progress, name, len(rows) * answers),
         )
-        return arms.rollout(name, adapter_hash(adapter), prompts, sample)
+        return arms.rollout(name, arms.hash_of(adapter), prompts, sample)
 
     def prompted(name: str, pipeline: Pipeline, adapter: LoraWeights | None) -> Rollout:
         sample = partial(
@@ -140,7 +140,7 @@ def measure_bound(
             columns=columns,
             on_progress=watch(on_progress, name, len(rows) * (answers + config.num_rewrites)),
         )
-        return arms.rollout(name, adapter_hash(adapter), prompts, sample)
+        return arms.rollout(name, arms.hash_of(adapter), prompts, sample)
 
     untuned = prompted("untuned prompter", pipeline, adapter)
     if config.reward_range is not None:  # one that is too narrow mostly shows here already

@@ -6,6 +6,7 @@ something of its own is taken where that is the same, and made anew where it is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,8 @@ from typing import Any
 
 from alignpro.config import HOW_IT_RUNS, StageConfig, differing, to_mapping
 from alignpro.files import append_line, recorded_lines
-from alignpro.fingerprints import Fingerprints, as_fingerprints, differences, to_plain
+from alignpro.fingerprints import Fingerprints, as_fingerprints, differences, of_adapter, to_plain
+from alignpro.models.adapter import LoraWeights
 from alignpro.types import Prompt, Rewrite, Rollout
 
 # What every response of every arm depends on, beside fingerprints.
@@ -25,6 +27,20 @@ _FIELDS = (
 # An adapter goes by what is in it.
 _BY_OTHER_MEANS = HOW_IT_RUNS | {"adapter"}
 _log = logging.getLogger(__name__)
+
+
+def arms_path(output: Path | None) -> Path | None:
+    """Where the arms of a report are kept: beside it."""
+    return None if output is None else output.with_name(output.name + ".arms.jsonl")
+
+
+def kept_date(path: Path | None) -> str | None:
+    """The date that kept arms were told, for the others to be told the same."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
+        if path is not None:
+            with path.open(encoding="utf-8") as file:
+                return str(json.loads(next(file))["config"]["date"])
+    return None
 
 
 class KeptArms:
@@ -67,6 +83,10 @@ class KeptArms:
     def put(self, name: str, of: Any, value: Mapping[str, Any]) -> None:
         if self._path is not None:
             append_line(self._path, json.dumps({"arm": name, "of": of, "value": value}))
+
+    def hash_of(self, adapter: LoraWeights | None) -> str | None:
+        """What an arm depends on that has an adapter of its own."""
+        return None if adapter is None or self._path is None else of_adapter(adapter).hash
 
     def rollout(
         self, name: str, of: Any, prompts: Sequence[Prompt], sample: Callable[[], Rollout]

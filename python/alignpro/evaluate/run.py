@@ -18,7 +18,7 @@ from alignpro.config import (
     to_mapping,
 )
 from alignpro.data.load import PromptRow, stack_columns
-from alignpro.evaluate.arms import adapter_hash, sample_arms
+from alignpro.evaluate.arms import sample_arms
 from alignpro.evaluate.compare import compare_arms
 from alignpro.evaluate.inputs import (
     check_adapters,
@@ -29,7 +29,7 @@ from alignpro.evaluate.inputs import (
 )
 from alignpro.evaluate.judge import Judge, JudgeError, VerdictFile, judge_arms
 from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
-from alignpro.evaluate.kept import KeptArms
+from alignpro.evaluate.kept import KeptArms, arms_path, kept_date
 from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Evaluation, SearchResult, from_json, to_json
@@ -90,7 +90,9 @@ def run_evaluation(
     if config.trained is not None:
         folders["trained"] = config.trained
     inputs = load_inputs(config, prompters=tuple(folders), output=output)
-    date = config.date or recorded_date(config.trained, config.tuned) or today()
+    arms = arms_path(output)
+    recorded = recorded_date(config.trained, config.tuned) or kept_date(arms)
+    date = config.date or recorded or today()
     config = replace(_with_budget(config), date=date)
     reward = build_reward(config.reward)
     calls = None if output is None else output.with_name(output.name + ".calls.jsonl")
@@ -101,10 +103,9 @@ def run_evaluation(
     made_from = made_from_of(config, prompter, target, reward, inputs.rows)
     around = (run, config.trained, config.tuned, config.prompter.adapter)
     say_what_differs(config, made_from, prompters["untuned"], inputs.rows, *around)
-    path = None if output is None else output.with_name(output.name + ".arms.jsonl")
     report = evaluate_loaded(
         *(config, prompter, target, reward, inputs, prompters, on_progress),
-        kept=KeptArms.at(path, config, made_from),
+        kept=KeptArms.at(arms, config, made_from),
     )
     return replace(report, evaluation_config=to_mapping(config))
 
@@ -181,7 +182,7 @@ def _searched(
         asdict(config.static),
         fingerprints.of_rows("", rows, stack_columns(data.rows)).hash,
         data.instructions,
-        {writer: adapter_hash(adapter) for writer, adapter in prompters.items()},
+        {writer: kept.hash_of(adapter) for writer, adapter in prompters.items()},
     ]
     known = kept.get(name, of)
     if known is not None:

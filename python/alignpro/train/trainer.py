@@ -55,8 +55,8 @@ class TrainingRun:
         run_dir: where metrics.jsonl, checkpoints/ and adapter/ go, or such a directory that is held
             already; None: the configuration's.
         resume, overwrite: what to do when the directory holds a run; see `open_run_dir`.
-        allow_changes: resume with other data, models or another reward than the run began with,
-            which is then said and recorded.
+        allow_changes: resume with other models, another adapter, template or reward than the run
+            began with, which is then said and recorded, as other data always are.
 
     Raises:
         ValueError: no prompts, pieces that do not fit, a resume under another configuration.
