@@ -185,6 +185,7 @@ class Trainer(TrainingRun):
             RuntimeError: a scored log-probability differs from the sampled one (``strict_parity``).
             KeyboardInterrupt: after the checkpoint is written; it says how to go on.
             FailedRowsError, BudgetError, EndpointError: a target that cannot go on; likewise.
+            OSError: a full disk; the checkpoints that were there stay.
             RewardError, ValueError, and what a callback raises: likewise after the checkpoint.
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
@@ -220,7 +221,7 @@ class Trainer(TrainingRun):
             after = said_of_resume("train", self.run_dir, self.step)
             if isinstance(error, KeyboardInterrupt):
                 error.args = (after,)
-            elif isinstance(error, (FailedRowsError, BudgetError, EndpointError)):
+            elif isinstance(error, (FailedRowsError, BudgetError, EndpointError, OSError)):
                 add_note(error, after)
             with self.directory.after(error, "writing the checkpoint"):
                 self._checkpoint(watchers, after=error)
