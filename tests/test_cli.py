@@ -107,7 +107,9 @@ def test_quickstart_leaves_its_files(quick, tiny):
 
 def test_a_quickstarts_evaluation_can_be_run_again(quick, tmp_path):
     folder, _ = quick
-    run("evaluate", folder / "evaluate.json", "--output", tmp_path / "again.json")
+    asked = json.loads((folder / "evaluate.json").read_text())
+    assert asked["num_prompts"] == 3 and not {"prompter", "reward", "trained"} & asked.keys()
+    run("evaluate", "--run", folder, "--output", tmp_path / "again.json")
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["arms"] == json.loads((folder / "report.json").read_text())["arms"]
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from alignpro.files import whole_file, write_file, write_json
+from alignpro.files import append_line, being_written, whole_file, write_file, write_json
 from alignpro.run_directory import (
+    CONFIG,
     ERROR_LOG,
     LOCK,
     MARKER,
     check_run_dir,
     error_notes,
+    is_free,
+    open_free_run_dir,
     open_run_dir,
     remove_run_files,
+    run_of_config,
 )
 
 OURS = [
@@ -33,7 +38,9 @@ OURS = [
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
     "reference/adapter_config.json",
-    "checkpoints/latest",
+    "fingerprints.json",
+    "evaluation.json.arms.jsonl",
+    "reference/base_model.json",
     "checkpoints/step-000010/state.json",
     "checkpoints/step-000010/optimizer.pt",
     "checkpoints/step-000010/critic.pt",
@@ -74,6 +81,7 @@ def test_a_new_directory_is_marked(tmp_path):
     open_run_dir(new)  # nothing of a run in it yet
     refused(new, FileNotFoundError, "no run to resume there .no config.json", resume=True)
     write_json(new / "config.json", {"a": 1})
+    append_line(new / "metrics.jsonl", "{}")
     refused(new, FileExistsError, "--resume goes on with it, --overwrite deletes it")
     refused(new, ValueError, "exclude each other", resume=True, overwrite=True)
     open_run_dir(new, resume=True)
@@ -130,7 +138,7 @@ def test_a_marker_is_what_it_says(tmp_path):
         "checkpoints/step-000010/notes.txt",
         "second/config.json",  # another run inside
         "tensorboard/notes.txt",
-        "evaluation.json.judge.jsonl",  # verdicts were paid for
+        "mine.json.judge.jsonl",
         "wandb2/x",
         "metrics.jsonl.old",
     ],
@@ -155,7 +163,7 @@ def test_links_are_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "adapter_config.json").write_text("mine")
-    run = make_run(tmp_path / "run", ["config.json", "wandb/offline-run-1/x"])
+    run = make_run(tmp_path / "run", ["config.json", "report.json", "wandb/offline-run-1/x"])
     (run / "wandb" / "latest-run").symlink_to("offline-run-1")  # as W&B makes it
     (run / "wandb" / "far").symlink_to(outside)
     (run / "adapter").symlink_to(outside)
@@ -203,6 +211,9 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not(tmp_path):
     try:
         assert child.stdout.readline() == "held\n"
         write_json(run / "config.json", {})
+        for use in (check_run_dir, open_run_dir):
+            with pytest.raises(FileExistsError, match=f"in use by process {child.pid} on "):
+                use(run)  # no step is done in it, and it is somebody's
         for options in ({"resume": True}, {"overwrite": True}):
             for use in (check_run_dir, open_run_dir):
                 with pytest.raises(FileExistsError, match=f"in use by process {child.pid} on "):
@@ -267,3 +278,106 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "before" and listing(tmp_path) == ["a.json"]
     write_json(path, {"a": [1]})
     assert path.read_text() == '{\n  "a": [\n    1\n  ]\n}\n'
+
+
+BEGUN = ["config.json", "fingerprints.json", "error.log", "reference/adapter_config.json",
+         "sft-metrics.jsonl", "tensorboard/events.out.tfevents.17.host.1.0",
+         "checkpoints/step-000001.partial/adapter/adapter_model.safetensors"]  # fmt: skip
+
+
+def test_a_run_without_a_step_is_in_nobodys_way(tmp_path):
+    run = make_run(tmp_path / "run", BEGUN)
+    (run / "metrics.jsonl").write_text('{"step": 0, "cut by a ki')
+    (run / "calls.jsonl").write_text("paid for")
+    assert is_free(run)
+    open_run_dir(run, resume=True)  # and may be gone on with
+    assert (run / CONFIG).is_file()
+    open_run_dir(run)
+    assert listing(run) == [LOCK, MARKER, "calls.jsonl"]
+
+
+def test_what_was_paid_for_stays(tmp_path):
+    paid = ["bound.json.calls.jsonl", "calls.jsonl", "evaluation.json.judge.jsonl"]
+    run = make_run(tmp_path / "run", [*OURS, *paid])
+    open_run_dir(run, overwrite=True)
+    assert listing(run) == [LOCK, MARKER, *paid]
+
+
+@pytest.mark.parametrize(
+    "work", ["checkpoints/step-000001/state.json", "adapter/adapter_config.json", "rollouts.jsonl",
+             "metrics.jsonl", "notes.md", "reference/notes.md"]
+)  # fmt: skip
+def test_what_is_somebodys_work_is_in_the_way(tmp_path, work):
+    run = make_run(tmp_path / "run", [*BEGUN, work])
+    (run / work).write_text("{}\n")
+    assert not is_free(run)
+    refused(run, FileExistsError, "is not empty: --resume")
+
+
+def test_a_name_that_is_taken_gets_a_number(tmp_path):
+    name = str(tmp_path / "run")
+    first = open_free_run_dir(name)
+    with first:
+        second = open_free_run_dir(name)
+    make_run(tmp_path / "run-3", ["metrics.jsonl"])
+    (tmp_path / "run-3" / "metrics.jsonl").write_text("{}\n")
+    with first, second:
+        paths = [first.path, second.path, open_free_run_dir(name).path]
+    assert [path.name for path in paths] == ["run", "run-2", "run-4"]
+
+
+def test_a_copy_of_a_run_is_a_run_of_its_own(tmp_path):
+    make_run(tmp_path / "run", [CONFIG])
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert run_of_config(tmp_path / "copy" / CONFIG) == tmp_path / "copy"
+    assert run_of_config(tmp_path / "copy" / "other.json") is run_of_config(None) is None
+    (tmp_path / "plain").mkdir()
+    write_json(tmp_path / "plain" / CONFIG, {})
+    assert run_of_config(tmp_path / "plain" / CONFIG) is None
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path):
+    """A file may not grow beyond 4096 bytes, as on a disk that is full."""
+    code = """
+import resource, sys
+from alignpro.files import append_line
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+append_line(sys.argv[1], "a" * 3000)
+try:
+    append_line(sys.argv[1], "b" * 3000)
+except OSError as error:
+    print(error.strerror)
+append_line(sys.argv[1], "c")
+"""
+    path = tmp_path / "log.jsonl"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.stdout == "File too large\n", done.stderr
+    assert path.read_text() == "a" * 3000 + "\nc\n"
+
+
+WRITE = """
+import sys, time
+from pathlib import Path
+from alignpro.files import being_written
+with being_written(Path(sys.argv[1])):
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_file_has_one_writer(tmp_path):
+    path = tmp_path / "out.json"
+    child = subprocess.Popen([sys.executable, "-c", WRITE, path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "writing\n"
+        with (
+            pytest.raises(FileExistsError, match=f"process {child.pid} on .* is writing it"),
+            being_written(path),
+        ):
+            pass
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    with being_written(None, path):
+        assert listing(tmp_path) == ["out.json.lock"]
+    assert listing(tmp_path) == []

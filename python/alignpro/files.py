@@ -1,15 +1,17 @@
-"""Files that are written whole or not at all, and those that grow line by line."""
+"""Files that are written whole or not at all, those that grow line by line, and locks."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 PARTIAL = ".partial"  # behind the name of a file that is still being written
+LOCKED = ".lock"  # of the lock that is beside a file meanwhile
 
 
 @contextlib.contextmanager
@@ -42,6 +44,23 @@ def write_json(path: str | Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=2) + "\n")
 
 
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a file that grows line by line, and put it on disk.
+
+    Where the disk is full nothing is added: half a line would spoil the next one.
+    """
+    with Path(path).open("ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        rest = memoryview((line + "\n").encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(before)
+            raise
+
+
 def recorded_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file that grows line by line, with their numbers from 1.
 
@@ -63,3 +82,57 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def lock_file(path: Path) -> TextIO | None:
+    """The open file that holds the lock called ``path``, or None where another process has it,
+    which `lock_holder` names. The system drops it with the process, however that ends."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        if _is_at(file, path):
+            break
+        file.close()  # its holder took it away before it let go
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    return file
+
+
+def lock_holder(path: Path) -> str:
+    """Who has the lock, as far as it says."""
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8").strip() or "another process"
+    return "another process"
+
+
+@contextlib.contextmanager
+def being_written(*paths: Path | None) -> Iterator[None]:
+    """Hold the files that a command will write, by a lock beside each that is gone at the end.
+
+    Raises:
+        FileExistsError: another process writes one of them.
+    """
+    with contextlib.ExitStack() as held:
+        for path in paths:
+            if path is None:
+                continue
+            at = path.with_name(path.name + LOCKED)
+            file = lock_file(at)
+            if file is None:
+                raise FileExistsError(
+                    f"{path}: {lock_holder(at)} is writing it; wait for it to end, or name another"
+                )
+            held.callback(file.close)
+            held.callback(at.unlink, missing_ok=True)  # before it is let go
+        yield
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False

@@ -12,6 +12,7 @@ from typing import Any
 from alignpro.bench.machine import peak_rss_bytes, versions
 from alignpro.config import QuickstartConfig, to_mapping
 from alignpro.data.load import load_pairs, load_prompts, stack_columns
+from alignpro.evaluate.of_run import beside_the_run
 from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, load_inputs, spend
 from alignpro.files import write_json
@@ -24,13 +25,13 @@ from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
-from alignpro.run_directory import CALLS
+from alignpro.run_directory import CALLS, open_free_run_dir
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import trainer_from
-from alignpro.train.sft import fit, fit_pairs
+from alignpro.train.sft import WarmStart, fit_pairs
 from alignpro.train.trackers import check_trackers
 
 _PACKAGES = ("alignpro", "numpy", "torch", "tokenizers", "vaderSentiment")  # decide the numbers
@@ -45,8 +46,8 @@ class QuickstartResult:
 
 def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     """Run every stage and write report.json, report.html, reward.png, metrics.jsonl, adapter/,
-    reference/ (the warm-started prompter, which is the untuned arm) and evaluate.json (the
-    evaluation's configuration, for other prompts) to a new directory.
+    reference/ (the warm-started prompter, which is the untuned arm) and evaluate.json (what the
+    evaluation asks for beside the run, for `alignpro evaluate --run`) to a new directory.
 
     Raises:
         ValueError, OSError: bad input, before anything is written.
@@ -62,40 +63,45 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     check_columns(reward, stack_columns(train_rows))
     seconds: dict[str, float] = {}
 
-    with Bars(f"finding {config.prompter.name}") as bars:
+    with contextlib.ExitStack() as held, Bars(f"finding {config.prompter.name}") as bars:
         with _timed(seconds, "download"):
             resolve_model(config.prompter.name)
-        train = replace(train, run_dir=str(free_directory(config.run_dir)))
+        directory = open_free_run_dir(config.run_dir)
+        held.enter_context(directory.held())
+        folder = directory.path
+        train = replace(train, run_dir=str(folder))
         bars.doing(f"loading {config.prompter.name}")
         with _timed(seconds, "load"):
             prompter, target = load_models(
                 train.prompter,
                 train.target,
                 train.threads,
-                calls=Path(train.run_dir) / CALLS,
+                calls=folder / CALLS,
                 date=config.date,
             )
         with _timed(seconds, "sft"):
             bars.show("warm start", 0, sft.steps)
             policy = LoraPolicy.fresh(prompter, sft.lora, seed=sft.seed)
             sft_rows = []
-            for row in fit(policy, fit_pairs(prompter, pairs, sft), sft):
+            for row in WarmStart(policy, fit_pairs(prompter, pairs, sft), sft).rows():
                 sft_rows.append(row)
                 show_sft_row(bars, row, sft.steps)
             warm = policy.weights()
         with _timed(seconds, "train"):
             trainer = trainer_from(
-                *(train, prompter, target, reward, train_rows, warm), held_out=watched
+                *(train, prompter, target, reward, train_rows, warm),
+                held_out=watched,
+                run_dir=directory,
             )
-            log = MetricsLog(trainer.run_dir / "sft-metrics.jsonl")
+            log = MetricsLog(folder / "sft-metrics.jsonl")
             for row in sft_rows:
                 log.append(row)
             if isinstance(trainer, ClosedFormFit):
                 trainer.rollouts(bars.show)
             trainer.train([TrainBar(bars)])
-        with _timed(seconds, "evaluate"), trainer.directory:
+        with _timed(seconds, "evaluate"), directory:
             trained = trainer.policy.weights()
-            metrics = trainer.run_dir / "metrics.jsonl"
+            metrics = folder / "metrics.jsonl"
             outcome = evaluate_loaded(
                 spend(evaluation, read_metrics(metrics), str(metrics)),
                 prompter,
@@ -105,28 +111,21 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
                 {"untuned": warm, "trained": trained},
                 bars.show,
             )
-
-    report = Report(
-        outcome,
-        model=config.prompter.name,
-        reward=config.reward,
-        seed=config.seed,
-        seconds=seconds,
-        peak_rss_bytes=peak_rss_bytes(),
-        versions=versions(_PACKAGES)
-        | {"cpu_isa": core.cpu_isa(), "threads": str(core.available_cpus())},
-        config=to_mapping(config),
-    )
-    folder = trainer.run_dir
-    again = replace(
-        evaluation,
-        prompter=replace(evaluation.prompter, adapter=str(folder / "reference")),
-        trained=str(folder / "adapter"),
-    )
-    with Bars("writing the report"), trainer.directory:
-        write_json(folder / "evaluate.json", to_mapping(again))
+        report = Report(
+            outcome,
+            model=config.prompter.name,
+            reward=config.reward,
+            seed=config.seed,
+            seconds=seconds,
+            peak_rss_bytes=peak_rss_bytes(),
+            versions=versions(_PACKAGES)
+            | {"cpu_isa": core.cpu_isa(), "threads": str(core.available_cpus())},
+            config=to_mapping(config),
+        )
+        bars.doing("writing the report")
+        write_json(folder / "evaluate.json", beside_the_run(evaluation, folder))
         rows = write_reports(folder, report)
-    return QuickstartResult(trainer.run_dir, report, rows)
+    return QuickstartResult(folder, report, rows)
 
 
 def write_reports(run_dir: Path, report: Report) -> list[dict[str, Any]]:
@@ -135,15 +134,6 @@ def write_reports(run_dir: Path, report: Report) -> list[dict[str, Any]]:
     metrics = build_report(run_dir).metrics
     reward_curve(metrics, run_dir / "reward.png", evaluation=report.evaluation)
     return metrics
-
-
-def free_directory(name: str) -> Path:
-    """``name``, or ``name-2``, ``name-3``, ... while a file or a filled folder is there."""
-    path, number = Path(name), 1
-    while path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        number += 1
-        path = Path(f"{name}-{number}")
-    return path
 
 
 @contextlib.contextmanager

@@ -1,15 +1,14 @@
 """Run directories: marked as alignpro's, used by one process, emptied of a run's files alone.
 
 Only a directory with the marker is ever emptied, and only if it holds nothing but what a run
-writes (`RUN_FILES`). Everything else in it is somebody's work, and a reason to refuse.
+writes (`RUN_FILES`). Everything else in it is somebody's work, and a reason to refuse. What a run
+leaves that did not do its first step is nobody's work, and in nobody's way.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 import traceback
 import weakref
@@ -17,24 +16,29 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
-from alignpro.files import PARTIAL, sync_folder, write_file
+from alignpro.files import LOCKED, PARTIAL, lock_file, lock_holder, sync_folder, write_file
 
 MARKER, LOCK, ERROR_LOG = ".alignpro-run", ".alignpro-lock", "error.log"
-CALLS = "calls.jsonl"  # of an endpoint: answers that were paid for, which no overwriting deletes
+CONFIG, FINGERPRINTS = "config.json", "fingerprints.json"
+CALLS = "calls.jsonl"  # of an endpoint
 _MARK = "This directory is a run of alignpro: `--overwrite` may empty it.\n"
 
-_PEFT = r"adapter_config\.json|adapter_model\.safetensors"
-# Paths in the directory, "/" between their parts. The verdicts of a judge are not among them: they
-# were paid for, and serve other runs as well.
+_PEFT = r"adapter_config\.json|adapter_model\.safetensors|base_model\.json"
+# Answers and verdicts that were paid for stay where they are: they serve other runs as well.
+_PAID = re.compile(
+    rf"{re.escape(CALLS)}|(?:evaluation|headroom|bound)\.json\.(?:calls|judge)\.jsonl"
+)
+# Paths in the directory, "/" between their parts.
 RUN_FILES = re.compile(
     rf"""(?:
     {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(ERROR_LOG)}
-    | (?:config|report|evaluate|evaluation|headroom|bound|wandb|trackio)\.json
-    | (?:metrics|sft-metrics|rollouts)\.jsonl | {re.escape(CALLS)} | report\.html | reward\.png
+    | {re.escape(CONFIG)} | {re.escape(FINGERPRINTS)}
+    | (?:report|evaluate|evaluation|headroom|bound|wandb|trackio)\.json
+    | (?:evaluation|headroom|bound)\.json(?:\.arms\.jsonl|\.unjudged\.json|{re.escape(LOCKED)})
+    | (?:metrics|sft-metrics|rollouts)\.jsonl | {_PAID.pattern} | report\.html | reward\.png
     | (?:adapter|reference)/(?:{_PEFT})
-    | checkpoints/latest
     | checkpoints/step-\d{{6,}}(?:{re.escape(PARTIAL)})?/
       (?:state\.json | optimizer\.pt | critic\.pt | adapter/(?:{_PEFT}))
     | tensorboard/events\.out\.tfevents\.[^/]+
@@ -45,6 +49,16 @@ RUN_FILES = re.compile(
 _RUN_FOLDERS = re.compile(
     rf"adapter|reference|tensorboard|wandb(?:/.+)?"
     rf"|checkpoints(?:/step-\d{{6,}}(?:{re.escape(PARTIAL)})?(?:/adapter)?)?"
+)
+# What is there before the first step is done; a log without a line is such a one, too.
+_BEFORE_A_STEP = re.compile(
+    rf"""(?:
+    {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(ERROR_LOG)} | {_PAID.pattern}
+    | {re.escape(CONFIG)} | {re.escape(FINGERPRINTS)} | sft-metrics\.jsonl | reference(?:/.*)?
+    | checkpoints | tensorboard(?:/.*)? | wandb(?:/.*)? | (?:wandb|trackio)\.json
+    | .*{re.escape(PARTIAL)}(?:/.*)?
+    )""",
+    re.VERBOSE,
 )
 
 
@@ -58,11 +72,13 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: TextIO | None = None
-        self._depth = 0  # of blocks
+        self._depth = 0  # of blocks that hold it
+        self._runs = 0  # of them, those that are the run
 
     def __enter__(self) -> RunDirectory:
         self._hold()
         self._depth += 1
+        self._runs += 1
         return self
 
     def __exit__(
@@ -72,12 +88,24 @@ class RunDirectory:
         trace: TracebackType | None,
     ) -> None:
         self._depth -= 1
-        if self._depth:
-            return
-        if isinstance(error, Exception):
+        self._runs -= 1
+        if isinstance(error, Exception) and not self._runs:
             self._log(error, "the run")
             add_note(error, f"traceback: {self.path / ERROR_LOG}")
-        self._release()
+        if not self._depth:
+            self._release()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The lock alone, before and after the run: an error in the block is none of the run's."""
+        self._hold()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._release()
 
     @contextlib.contextmanager
     def after(self, first: BaseException, doing: str) -> Iterator[None]:
@@ -112,36 +140,34 @@ class RunDirectory:
         if self._lock is not None:
             return
         path = self.path / LOCK
-        file = path.open("a+", encoding="utf-8")
-        status = os.fstat(file.fileno())
-        key = status.st_dev, status.st_ino
-        holder = _held.get(key)
+        key = _identity(path)
+        holder = None if key is None else _held.get(key)
         if holder is not None and holder._lock is not None:
-            file.close()
             if holder._depth:
                 raise FileExistsError(f"run directory {self.path}: in use by this process")
             self._lock, holder._lock = holder._lock, None
         else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                user = file.read().strip() or "another process"
-                file.close()
+            self._lock = lock_file(path)
+            if self._lock is None:
                 raise FileExistsError(
-                    f"run directory {self.path}: in use by {user}; wait for it to end, or "
-                    "run_dir=... names another"
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-            file.flush()
-            self._lock = file
+                    f"run directory {self.path}: in use by {lock_holder(path)}; wait for it to "
+                    "end, or run_dir=... names another"
+                )
+            key = _identity(path)
+        assert key is not None
         _held[key] = self
 
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_dev, status.st_ino
+    return None
 
 
 _held: weakref.WeakValueDictionary[tuple[int, int], RunDirectory] = weakref.WeakValueDictionary()
@@ -173,12 +199,11 @@ def _check(path: Path, resume: bool, overwrite: bool) -> Path:
         raise FileExistsError(f"{where}: {kind} of that name is there")
     is_run = path.is_dir() and is_run_dir(path)
     if resume:
-        if not (is_run and (path / "config.json").is_file()):
-            missing = "config.json" if is_run else f"{MARKER}, which marks one,"
+        if not (is_run and (path / CONFIG).is_file()):
+            missing = CONFIG if is_run else f"{MARKER}, which marks one,"
             raise FileNotFoundError(f"{where}: no run to resume there (no {missing} in it)")
         return path
-    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if not entries - {MARKER, LOCK, CALLS}:
+    if not path.is_dir() or is_free(path):
         return path
     if not overwrite:
         raise FileExistsError(
@@ -208,32 +233,92 @@ def open_run_dir(
     """
     path = _check(Path(path), resume, overwrite)
     path.mkdir(parents=True, exist_ok=True)
+    sync_folder(path.parent)
     if not is_run_dir(path):
         write_file(path / MARKER, _MARK)
     directory = RunDirectory(path)
     directory._hold()
-    _check(path, resume, overwrite)  # now that nobody else can change it
-    if overwrite:
+    try:
+        _check(path, resume, overwrite)  # now that nobody else can change it
+    except BaseException:
+        directory._release()
+        raise
+    if not resume:  # by now it may be emptied
         for entry in list(path.iterdir()):
-            if entry.name not in (MARKER, LOCK, CALLS):
+            if entry.name not in (MARKER, LOCK) and not _PAID.fullmatch(entry.name):
                 remove_run_files(path, entry)
     return directory
 
 
+def open_free_run_dir(name: str) -> RunDirectory:
+    """``name``, or ``name-2``, ``name-3``, ...: the first that no run is in and nobody uses."""
+    path, number = Path(name), 1
+    while True:
+        if not path.exists() or (path.is_dir() and is_free(path)):
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                return open_run_dir(path)
+        number += 1
+        path = Path(f"{name}-{number}")
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder is empty, or of a run that did not do its first step."""
+    entries = [(e, known, e.relative_to(folder).as_posix()) for e, known in _walk(folder)]
+    if not is_run_dir(folder):
+        return all(name in (LOCK, CALLS) for _, _, name in entries)
+    return all(
+        known and (_BEFORE_A_STEP.fullmatch(name) or _is_log_without_a_line(entry))
+        for entry, known, name in entries
+    )
+
+
+def _is_log_without_a_line(entry: Path) -> bool:
+    return entry.suffix == ".jsonl" and entry.is_file() and b"\n" not in entry.read_bytes()
+
+
+def run_of_config(path: str | Path | None) -> Path | None:
+    """The run directory that a file is the config.json of; None for another file. Where the run was
+    copied or moved to is where it goes on, whatever ``run_dir`` in the file says."""
+    if path is None or Path(path).name != CONFIG:
+        return None
+    folder = Path(path).parent
+    return folder if is_run_dir(folder) else None
+
+
+def run_around(*paths: str | Path | None) -> Path | None:
+    """The run directory that is, or holds, the first of ``paths`` of which one does."""
+    for path in paths:
+        around = [] if path is None else [Path(path), *Path(path).resolve().parents]
+        run = next((p for p in around if is_run_dir(p)), None)
+        if run is not None and (run / CONFIG).is_file():
+            return run
+    return None
+
+
 def recorded_date(*paths: str | Path | None) -> str | None:
-    """The date that the run was told which is, or holds, the first of ``paths`` that one does.
+    """The date that the run around ``paths`` was told.
 
     Raises:
         ValueError: its config.json is damaged.
     """
-    for path in paths:
-        around = [] if path is None else [Path(path), *Path(path).resolve().parents]
-        run = next((p for p in around if is_run_dir(p)), None)
-        if run is None or not (run / "config.json").is_file():
-            continue
-        date = json.loads((run / "config.json").read_text(encoding="utf-8")).get("date")
-        return date if isinstance(date, str) else None
-    return None
+    run = run_around(*paths)
+    date = None if run is None else read_record(run / CONFIG).get("date")
+    return date if isinstance(date, str) else None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run.
+
+    Raises:
+        ValueError: not one. FileNotFoundError: no such file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path}: not JSON: {one_line(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def is_run_dir(path: str | Path) -> bool:

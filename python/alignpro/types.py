@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -263,6 +263,26 @@ class Rewrite:
         reward, where there are none."""
         rewards = [r.reward for r in self.responses]
         return sum(rewards) / len(rewards) if rewards else float("nan")
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        plain = asdict(self) | {"target_prompt": Conversation.of(self.target_prompt).plain}
+        for response in plain["responses"]:
+            if response["reward"] != response["reward"]:  # NaN: not scored
+                del response["reward"]
+        return plain
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> Rewrite:
+        """What `to_plain` made of it."""
+
+        def response(fields: Mapping[str, Any]) -> Response:
+            usage = fields.get("usage")
+            return Response(**{**fields, "usage": None if usage is None else Usage(**usage)})
+
+        responses = [response(r) for r in plain["responses"]]
+        read = Conversation.of(plain["target_prompt"]).short
+        return cls(**{**plain, "target_prompt": read, "responses": responses})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from alignpro.evaluate.judge import JudgeError, VerdictFile, judge_arms
 from alignpro.evaluate.judges import (
     EndpointJudge,
     LocalJudge,
-    fingerprint,
     read_verdict,
 )
 from alignpro.evaluate.results import to_json
@@ -301,39 +300,6 @@ def test_no_more_questions_at_once_than_asked_for(server):
     low, high = result["ci95"]
     # The mean over prompts of their own rates is 0.5, and its interval 0.25 to 0.75.
     assert low < 0.2 < high < 0.5
-
-
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_local_judge_is_known_by_its_weights(tmp_path, kind):
-    place = tmp_path / "judge"
-    if kind == "folder":
-        place.mkdir()
-        (place / "config.json").write_text("{}")
-    weights = place / "model.safetensors" if kind == "folder" else place
-    weights.write_bytes(b"a" * 5000)
-    first = fingerprint(place)
-    assert fingerprint(place) == first
-    weights.write_bytes(b"a" * 2500 + b"b" + b"a" * 2499)  # as long
-    assert fingerprint(place) != first
-    weights.write_bytes(b"a" * 5000)
-    assert fingerprint(place) == first
-    moved = tmp_path / "moved"
-    place.rename(moved)
-    assert fingerprint(moved) == first
-
-
-def test_a_large_judge_is_read_in_blocks_all_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("alignpro.evaluate.judges._BLOCK", 10)
-    monkeypatch.setattr("alignpro.evaluate.judges._HASHED_WHOLE", 100)
-    path = tmp_path / "judge.gguf"
-    path.write_bytes(bytes(range(250)) * 4)
-    seen = {fingerprint(path)}
-    for changed in (0, 105, 500, 905):
-        content = bytearray(bytes(range(250)) * 4)
-        content[changed] ^= 1
-        path.write_bytes(content)
-        seen.add(fingerprint(path))
-    assert len(seen) == 5
 
 
 def test_comparisons_of_one_prompt_have_no_interval(server):

@@ -17,17 +17,19 @@ PACKAGE = "alignpro"
 # room -> the rooms it may import. A room may always import itself.
 _BASE = {"config", "types"}
 _SERVING = _BASE | {"native", "models"}
-_WRITING = {"files", "run_directory", "optional"}
+_WRITING = {"files", "run_directory", "optional", "interrupts"}
 _RUNNING = (
     _SERVING
     | _WRITING
     | {"pipeline", "lengths", "rewards", "objective", "data", "statistics", "findings"}
+    | {"fingerprints"}
 )
 ROOMS: dict[str, set[str]] = {
     "types": set(),
     "trace": set(),
     "files": set(),
     "optional": set(),
+    "interrupts": set(),
     "run_directory": {"files"},
     "config": {"types"},
     "data": _BASE | {"optional"},
@@ -39,6 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "native": _BASE,
     "models": _BASE | {"native", "files", "trace"},
     "ops": _BASE | {"native"},
+    "fingerprints": _BASE | {"models", "rewards.check", "files", "run_directory"},
     "pipeline": _SERVING | {"trace", "rewards.check"},
     "lengths": _BASE | {"models", "pipeline", "data"},
     "trl": _BASE | {"models", "pipeline"},
@@ -64,7 +67,9 @@ ONLY = {
     "httpx2": {"models"},  # calls to endpoints
     "alignpro._core": {"native"},
 }
-STANDARD_LIBRARY_ONLY = {"config", "types", "trace", "files", "optional", "run_directory", ""}
+STANDARD_LIBRARY_ONLY = {
+    *("config", "types", "trace", "files", "optional", "interrupts", "run_directory", ""),
+}
 # The one module of config that needs more says so by its import.
 EXCEPTIONS = {("config", "yaml")}
 

@@ -36,7 +36,7 @@ def test_round_trip(tmp_path):
     assert torch.equal(back.optimizer["state"][0]["exp_avg"], torch.ones(2))
 
 
-def test_latest_moves_and_old_ones_go(tmp_path):
+def test_the_last_is_taken_and_old_ones_go(tmp_path):
     assert load_checkpoint(tmp_path, ToyModel.lora_modules) is None
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, checkpoint(step))
@@ -53,24 +53,69 @@ def test_a_write_that_was_cut_leaves_the_one_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path, checkpoint(2))
     monkeypatch.undo()
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
     assert load_checkpoint(tmp_path, ToyModel.lora_modules).step == 1
     save_checkpoint(tmp_path, checkpoint(2))
     assert load_checkpoint(tmp_path, ToyModel.lora_modules).step == 2
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "code"])
-def test_a_damaged_checkpoint_is_named(tmp_path, damage):
-    folder = save_checkpoint(tmp_path, checkpoint(1))
-    path = folder / "optimizer.pt"
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:100])
-    elif damage == "missing":
-        (folder / "state.json").unlink()
-    else:
-        torch.save({"state": pytest.raises}, path)  # a pickled function: not to be run
-    with pytest.raises(ValueError, match="step-000001: unreadable checkpoint") as caught:
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose(path):
+    """Of the right size, as a file system leaves it that wrote down the size alone."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-300] + bytes(300))
+
+
+def spoil(path):
+    torch.save({"state": pytest.raises}, path)  # a pickled function: not to be run
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("optimizer.pt", cut),
+        ("optimizer.pt", lose),
+        ("optimizer.pt", spoil),
+        ("optimizer.pt", lambda path: path.unlink()),
+        ("state.json", cut),
+        ("state.json", lambda path: path.write_text("")),
+        ("state.json", lambda path: path.unlink()),
+        ("adapter/adapter_model.safetensors", cut),
+        ("adapter/adapter_model.safetensors", lose),
+        ("adapter/adapter_config.json", lambda path: path.unlink()),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, name, damage):
+    save_checkpoint(tmp_path, checkpoint(1))
+    damage(save_checkpoint(tmp_path, checkpoint(2)) / name)
+    assert load_checkpoint(tmp_path, ToyModel.lora_modules).step == 1
+    (said,) = caplog.messages
+    assert "step-000002: damaged (" in said and "\n" not in said
+    damage(tmp_path / "checkpoints" / "step-000001" / name)
+    assert load_checkpoint(tmp_path, ToyModel.lora_modules) is None
+
+
+def test_steps_after_the_one_gone_back_to_are_gone(tmp_path):
+    for step in (5, 6):
+        save_checkpoint(tmp_path, checkpoint(step))
+    cut(tmp_path / "checkpoints" / "step-000006" / "optimizer.pt")
+    save_checkpoint(tmp_path, checkpoint(1_000_000))  # by number, and not by name
+    save_checkpoint(tmp_path, checkpoint(3))
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, checkpoint(1))
+
+    def refuse(*_, **__):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(PermissionError):
         load_checkpoint(tmp_path, ToyModel.lora_modules)
-    assert "\n" not in str(caught.value)
 
 
 def test_what_a_resume_may_change():

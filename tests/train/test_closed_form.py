@@ -13,7 +13,7 @@ from alignpro.config import ClosedFormConfig, LoraConfig, Prompting, TrainConfig
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.check import RewardError
 from alignpro.train.callbacks import TrainCallback
-from alignpro.train.closed_form import ClosedFormFit, _as_fields, _rewrite
+from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.policy import LoraPolicy, initial_weights
 from alignpro.types import Conversation, Response, Rewrite, SamplingParams, Usage
 from train.test_trainer import PROMPTS, VALUES, log, matrices
@@ -345,4 +345,4 @@ def test_a_rewrite_of_a_conversation_is_read_as_it_was_written_down():
     responses = [Response([1], "x", [-0.5], "stop", 1.0, usage=Usage(3, 1))]
     for read in (chat, "last"):
         rewrite = Rewrite(0, [1], [2], [-0.5], "r", read, [], "stop", responses)
-        assert _rewrite(json.loads(json.dumps(_as_fields(rewrite)))) == rewrite
+        assert Rewrite.of_plain(json.loads(json.dumps(rewrite.to_plain()))) == rewrite

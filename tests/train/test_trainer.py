@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from alignpro.config import LoraConfig, Prompting, TrainConfig
+from alignpro.interrupts import exit_status
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.check import RewardError
 from alignpro.run_directory import error_notes
@@ -231,7 +232,7 @@ def test_one_nan_reward_stops_with_its_row_and_a_checkpoint(tmp_path):
 
 
 def test_ctrl_c_in_the_optimizer_waits_for_the_step(tmp_path):
-    handler = signal.getsignal(signal.SIGINT)  # SIG_IGN where a shell runs this in the background
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = make(config(tmp_path))
     plain_step = trainer.learner.optimizer.step
 
@@ -245,7 +246,53 @@ def test_ctrl_c_in_the_optimizer_waits_for_the_step(tmp_path):
         trainer.train()
     assert trainer.step == 4 and len(log(trainer)) == 4
     assert load_checkpoint(trainer.run_dir, ToyModel.lora_modules).step == 4
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_end_is_as_ctrl_c(tmp_path, number):
+    class Send(TrainCallback):
+        def on_step(self, row):
+            if row["step"] == 2:
+                os.kill(os.getpid(), number)
+
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        trainer = make(config(tmp_path))
+        with pytest.raises(KeyboardInterrupt, match="after step 3; go on with") as caught:
+            trainer.train([Send()])
+        assert exit_status(caught.value) == 128 + number
+        assert load_checkpoint(trainer.run_dir, ToyModel.lora_modules).step == 3
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # nohup
+        make(config(tmp_path), resume=True).train([Send()])
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_first_step_that_fails_is_in_nobodys_way(tmp_path):
+    def reward(prompts, rewrites, responses):
+        raise KeyError("a typo")
+
+    with pytest.raises(RewardError):
+        make(config(tmp_path, steps=2), reward=reward).train()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    make(config(tmp_path, steps=1, kl_coef=0.2)).train()  # the corrected command
+    with pytest.raises(FileExistsError, match="is not empty: --resume"):
+        make(config(tmp_path))
+
+
+def test_a_torn_checkpoint_costs_the_steps_since_the_one_before(tmp_path, caplog):
+    whole = make(config(tmp_path / "whole"))
+    whole.train()
+    settings = config(tmp_path / "torn", steps=5, checkpoint_every=2)
+    make(settings).train()
+    (tmp_path / "torn" / "run" / "checkpoints" / "step-000005" / "optimizer.pt").write_bytes(b"PK")
+    resumed = make(dataclasses.replace(settings, steps=10), resume=True)
+    assert resumed.step == 4 and "step-000005: damaged" in caplog.text
+    resumed.train()
+    assert log(resumed) == log(whole) and np.array_equal(matrices(resumed), matrices(whole))
 
 
 def test_rewards_get_the_columns_of_their_prompts(tmp_path):
@@ -279,7 +326,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert json.loads((trainer.run_dir / "config.json").read_text())["kl_coef"] == 0.1
     assert (trainer.run_dir / "adapter").is_dir()
     kept = sorted(p.name for p in (trainer.run_dir / "checkpoints").iterdir())
-    assert kept == ["latest", "step-000004", "step-000005"]
+    assert kept == ["step-000004", "step-000005"]
 
 
 def test_a_run_that_is_complete_resumes_to_nothing(tmp_path):
@@ -336,7 +383,10 @@ def test_torch_keeps_its_threads_but_in_loss_and_optimizer(tmp_path, monkeypatch
 
 def test_a_checkpoint_that_fails_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
     def reward(prompts, rewrites, responses):
-        raise KeyError("the defect")
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError("the defect")
+        return [0.0] * len(prompts)
 
     def full(*_):
         raise OSError("disk full")
@@ -345,6 +395,7 @@ def test_a_checkpoint_that_fails_does_not_hide_why_the_run_ended(tmp_path, monke
         def on_end(self, run_dir):
             raise RuntimeError("cannot end")
 
+    calls = []
     trainer = make(config(tmp_path), reward=reward)
     monkeypatch.setattr("alignpro.train.trainer.save_checkpoint", full)
     with pytest.raises(RewardError, match="the defect") as caught:

@@ -189,6 +189,7 @@ class ToyHandle:
 
 class ToyModel:
     name = published_name = "toy"
+    fingerprint = "of the toy"
     context_length = 64
     bit_exact = True
     lora_modules: ClassVar = {MODULE: (VOCABULARY, HIDDEN)}

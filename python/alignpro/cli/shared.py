@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
+from alignpro.files import being_written
 from alignpro.files import write_json as write_whole
+from alignpro.interrupts import exit_status, interruptible
 from alignpro.optional import is_installed
-from alignpro.run_directory import error_notes, one_line
+from alignpro.run_directory import error_notes, one_line, open_run_dir, run_of_config
 
-# Exit codes. Not met: a difference between arms that --require asks for is not shown.
-DEFECT, BAD_INPUT, NOT_MET, INTERRUPTED = 1, 2, 3, 130
+# Exit codes. Not met: a difference between arms that --require asks for is not shown. Interrupted:
+# `exit_status`.
+DEFECT, BAD_INPUT, NOT_MET = 1, 2, 3
 
 # In the order of a user's work, which is that of --help.
 _ORDER = (
@@ -74,7 +79,16 @@ Overrides = Annotated[
     ),
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", help="Write the numbers to this JSON file.")
+    Path | None,
+    typer.Option("--output", help="Write the numbers to this JSON file; see also --run."),
+]
+Run = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        help="Run to take models, adapters, templates, sampling and reward from, and to write the "
+        "numbers to; key=value overrides them.",
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Number of threads; the default is the CPU quota.")
@@ -83,6 +97,15 @@ Config = Annotated[
     Path | None, typer.Argument(help="YAML file of the configuration; every field has a default.")
 ]
 ModelName = Annotated[str, typer.Option(help="Path or name of the model.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")]
+AllowChanges = Annotated[
+    bool,
+    typer.Option(
+        "--allow-changes",
+        help="Resume although models, adapter, template or reward are others than the run began "
+        "with.",
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run that is in the run directory.")
 ]
@@ -91,7 +114,8 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def one_line_errors(command: Command) -> Command:
-    """Bad input is one line on stderr and exit code 2; ALIGNPRO_DEBUG=1 shows the traceback.
+    """Bad input is one line on stderr and exit code 2; ALIGNPRO_DEBUG=1 shows the traceback. A
+    SIGTERM or SIGHUP interrupts as Ctrl-C does.
 
     An error that nobody raised on purpose is a defect, and keeps its traceback: in the error.log of
     a run, where the one line says so, else on stderr.
@@ -100,10 +124,12 @@ def one_line_errors(command: Command) -> Command:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with interruptible():
+                command(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
-            typer.echo(f"alignpro: interrupted {interrupt}".rstrip(), err=True)
-            raise typer.Exit(INTERRUPTED) from None
+            said = "; ".join([f"interrupted {interrupt}".rstrip(), *error_notes(interrupt)])
+            typer.echo(f"alignpro: {said}", err=True)
+            raise typer.Exit(exit_status(interrupt)) from None
         except BrokenPipeError:
             # The reader left (alignpro generate | head): nothing to say, and nowhere to say it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -146,19 +172,53 @@ def write_json(file: Path | None, report: Any) -> None:
         write_whole(file, to_json(report))
 
 
+@contextlib.contextmanager
+def writing(run: Path | None, *files: Path | None) -> Iterator[None]:
+    """Hold what a command writes, for it alone: new files, and the run that they lie in.
+
+    Raises:
+        FileExistsError: another process does, or such a file is there. FileNotFoundError: a folder.
+    """
+    with contextlib.ExitStack() as held:
+        if run is not None and run in {file.parent for file in files if file is not None}:
+            held.enter_context(open_run_dir(run, resume=True).held())
+        for file in files:
+            if file is not None and not file.parent.is_dir():
+                raise FileNotFoundError(f"{file.parent}: no such folder; make it first")
+        held.enter_context(being_written(*files))
+        for file in files:
+            check_new(file)
+        yield
+
+
 def read_settings(
-    cls: type[T], config: Path | None, overrides: list[str] | None, default: Path | None = None
+    cls: type[T],
+    config: Path | None,
+    overrides: list[str] | None,
+    default: Path | None = None,
+    run: Path | None = None,
 ) -> T:
-    """The file is optional, so a first key=value arrives in its place.
+    """The file is optional, so a first key=value arrives in its place. The config.json of a run is
+    of the directory that it lies in, which may be a copy.
 
     default: the file where none is given; None: the defaults of ``cls``.
+    run: what is not given is as in that run.
     """
     from alignpro.config import load_yaml
 
     settings = list(overrides or [])
     if config is not None and "=" in str(config) and not config.exists():
         config, settings = None, [str(config), *settings]
-    return load_yaml(cls, config or default, settings)
+    home = run_of_config(config)
+    if home is not None and "run_dir" in getattr(cls, "__dataclass_fields__", {}):
+        settings = [f"run_dir={json.dumps(str(home))}", *settings]
+    base: Any = None
+    if run is not None:
+        from alignpro.evaluate.of_run import settings_of_run
+
+        base = settings_of_run(cls, run)  # type: ignore[type-var]
+    options: T = load_yaml(cls, config or default, settings, base=base)
+    return options
 
 
 def needs_torch(command: str) -> None:

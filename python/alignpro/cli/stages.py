@@ -12,11 +12,14 @@ import typer
 
 from alignpro.cli.shared import (
     NOT_MET,
+    AllowChanges,
     Config,
     ModelName,
     Output,
     Overrides,
     Overwrite,
+    Resume,
+    Run,
     Threads,
     app,
     check_new,
@@ -25,6 +28,7 @@ from alignpro.cli.shared import (
     one_line_errors,
     read_settings,
     write_json,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +93,13 @@ def quickstart(
     )
 )
 @one_line_errors
-def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+def sft(
+    config: Config = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    allow_changes: AllowChanges = False,
+) -> None:
     """Warm-start a prompter on (prompt, instruction) pairs."""
     needs_torch("sft")
     from alignpro.config import SftConfig
@@ -102,7 +112,9 @@ def sft(config: Config = None, overrides: Overrides = None, overwrite: Overwrite
 
         run_sft(
             options,
+            resume=resume,
             overwrite=overwrite,
+            allow_changes=allow_changes,
             on_step=lambda row: show_sft_row(bars, row, options.steps),
         )
     typer.echo(f"adapter: {Path(options.run_dir) / 'adapter'}")
@@ -122,10 +134,9 @@ def train(
         Path, typer.Argument(help="YAML file of the configuration, or the config.json of a run.")
     ],
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the run directory.")
-    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
+    allow_changes: AllowChanges = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run would cost, and stop.")
     ] = False,
@@ -142,14 +153,14 @@ def train(
 ) -> None:
     """Train a prompter by reinforcement learning."""
     needs_torch("train")
-    from alignpro.config import TrainConfig, load_yaml
+    from alignpro.config import TrainConfig
 
     if "=" in str(config) and not config.exists():
         raise ValueError(
             f"{config}: expected a YAML file, or the config.json of a run, before key=value; "
             "`alignpro quickstart` needs none"
         )
-    options = load_yaml(TrainConfig, config, overrides or [])
+    options = read_settings(TrainConfig, config, overrides)
     if dry_run:
         check_new(output)
         from rich.console import Console
@@ -177,6 +188,7 @@ def train(
             options,
             resume=resume,
             overwrite=overwrite,
+            allow_changes=allow_changes,
             callbacks=[TrainBar(bars)],
             on_progress=bars.show,
         )
@@ -195,6 +207,7 @@ def train(
 def evaluate(
     config: Config = None,
     overrides: Overrides = None,
+    run: Run = None,
     output: Output = None,
     required: Annotated[
         list[str] | None,
@@ -211,28 +224,30 @@ def evaluate(
     They are the raw prompt, the untuned and the trained prompter, and what the configuration adds
     (static, policy_text, labelled, optimum, tuned, judge).
     """
-    from alignpro.config import EvalConfig
-
-    options = read_settings(EvalConfig, config, overrides)
-    options = replace(options, require=(*options.require, *(required or [])))
-    check_new(output)
     from rich.console import Console
 
+    from alignpro.config import EvalConfig
+    from alignpro.evaluate.of_run import EVALUATE
     from alignpro.evaluate.results import Report
     from alignpro.evaluate.run import UnjudgedError, run_evaluate
     from alignpro.report.progress import Bars
     from alignpro.report.tables import report_view
 
-    try:
-        with Bars("loading data and models") as bars:
-            report = run_evaluate(options, output=output, on_progress=bars.show)
-    except UnjudgedError as error:
-        if output is None:
-            raise
-        kept = output.with_name(output.name + ".unjudged.json")
-        write_json(kept, error.report)
-        raise UnjudgedError(f"{error}; the arms without it: {kept}", error.report) from None
-    write_json(output, report)
+    beside = run / EVALUATE if run is not None and (run / EVALUATE).is_file() else None
+    options = read_settings(EvalConfig, config, overrides, default=beside, run=run)
+    options = replace(options, require=(*options.require, *(required or [])))
+    output = run / "evaluation.json" if output is None and run is not None else output
+    with writing(run, output):
+        try:
+            with Bars("loading data and models") as bars:
+                report = run_evaluate(options, output=output, run=run, on_progress=bars.show)
+        except UnjudgedError as error:
+            if output is None:
+                raise
+            kept = output.with_name(output.name + ".unjudged.json")
+            write_json(kept, error.report)
+            raise UnjudgedError(f"{error}; the arms without it: {kept}", error.report) from None
+        write_json(output, report)
     Console().print(report_view(Report(report)))
     _exit_unless_met(report)
 

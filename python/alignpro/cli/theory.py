@@ -11,12 +11,13 @@ from alignpro.cli.shared import (
     Config,
     Output,
     Overrides,
+    Run,
     app,
-    check_new,
     examples,
     one_line_errors,
     read_settings,
     write_json,
+    writing,
 )
 from alignpro.optional import is_installed
 
@@ -31,6 +32,7 @@ from alignpro.optional import is_installed
 def headroom(
     config: Config = None,
     overrides: Overrides = None,
+    run: Run = None,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the frontier to this PNG file.")] = None,
     samples: Annotated[
@@ -47,11 +49,8 @@ def headroom(
     """
     from alignpro.config import HeadroomConfig
 
-    options = read_settings(HeadroomConfig, config, overrides)
-    check_new(output)
-    check_new(plot)
-    if samples is not None and not samples.exists():
-        check_new(samples)
+    options = read_settings(HeadroomConfig, config, overrides, run=run)
+    output = run / "headroom.json" if output is None and run is not None else output
     written = [file for file in (output, plot, samples) if file is not None]
     if len(set(written)) < len(written):
         raise ValueError("--output, --plot and --samples: expected a file for each, got one twice")
@@ -65,11 +64,13 @@ def headroom(
     from alignpro.report.progress import Bars
     from alignpro.report.tables import headroom_tables
 
-    with Bars("loading data and models") as bars:
-        report = run_headroom(options, samples=samples, on_progress=bars.show)
-    write_json(output, report)
-    if plot is not None:
-        frontier_png(report.headroom, plot)
+    drawn = None if samples is None or samples.exists() else samples
+    with writing(run, output, plot, drawn):
+        with Bars("loading data and models") as bars:
+            report = run_headroom(options, samples=samples, run=run, on_progress=bars.show)
+        write_json(output, report)
+        if plot is not None:
+            frontier_png(report.headroom, plot)
     Console().print(headroom_tables(report.headroom))
     if report.target_usage is not None:
         typer.echo(f"target: {usage_words(report.target_usage)}")
@@ -82,22 +83,25 @@ def headroom(
     )
 )
 @one_line_errors
-def bound(config: Config = None, overrides: Overrides = None, output: Output = None) -> None:
+def bound(
+    config: Config = None, overrides: Overrides = None, run: Run = None, output: Output = None
+) -> None:
     """Say how far prompting falls short of tuning the target.
 
     The bound term by term, and beside it the gap that is measured.
     """
     from alignpro.config import BoundConfig
 
-    options = read_settings(BoundConfig, config, overrides)
-    check_new(output)
+    options = read_settings(BoundConfig, config, overrides, run=run)
+    output = run / "bound.json" if output is None and run is not None else output
     from rich.console import Console
 
     from alignpro.evaluate.bound import run_bound
     from alignpro.report.progress import Bars
     from alignpro.report.tables import bound_tables
 
-    with Bars("loading data and models") as bars:
-        report = run_bound(options, on_progress=bars.show)
-    write_json(output, report)
+    with writing(run, output):
+        with Bars("loading data and models") as bars:
+            report = run_bound(options, output=output, run=run, on_progress=bars.show)
+        write_json(output, report)
     Console().print(bound_tables(report))

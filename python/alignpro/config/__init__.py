@@ -22,8 +22,10 @@ from alignpro.config.evaluate import OptimumConfig as OptimumConfig
 from alignpro.config.evaluate import StaticSearch as StaticSearch
 from alignpro.config.evaluate import read_requirement as read_requirement
 from alignpro.config.fields import from_mapping as from_mapping
+from alignpro.config.fields import unchecked as unchecked
 from alignpro.config.held_out import HeldOutConfig as HeldOutConfig
 from alignpro.config.model import DEFAULT_MODEL as DEFAULT_MODEL
+from alignpro.config.model import HOW_IT_RUNS as HOW_IT_RUNS
 from alignpro.config.model import ModelConfig as ModelConfig
 from alignpro.config.model import check_local as check_local
 from alignpro.config.model import target_of as target_of
@@ -38,6 +40,7 @@ from alignpro.config.quickstart import QUICKSTART as QUICKSTART
 from alignpro.config.quickstart import QuickstartConfig as QuickstartConfig
 from alignpro.config.read import apply_overrides as apply_overrides
 from alignpro.config.read import check_config as check_config
+from alignpro.config.read import differing as differing
 from alignpro.config.read import load_yaml as load_yaml
 from alignpro.config.read import to_mapping as to_mapping
 from alignpro.config.sft import SftConfig as SftConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from alignpro.config.endpoint import ClientConfig, check_url
+from alignpro.config.endpoint import Budget, ClientConfig, check_url
 from alignpro.config.fields import Bytes, Range, at_least, checked, only_default, require
 
 DEFAULT_MODEL = "smollm2"
@@ -141,6 +141,16 @@ class ModelConfig:
 
 
 PROMPTER = ModelConfig(DEFAULT_MODEL)
+# Paths of fields that decide how fast, in how much memory and by which server a model answers, not
+# what it answers.
+HOW_IT_RUNS = frozenset(
+    {
+        *("kv_cache_bytes", "prefix_cache", "max_batch_rows"),
+        *("endpoint", "api_key_env", "max_failed"),
+        *(f"client.{f.name}" for f in fields(ClientConfig) if f.name not in ("body", "budget")),
+        *(f"client.budget.{f.name}" for f in fields(Budget)),
+    }
+)
 
 
 def target_of(prompter: ModelConfig, target: ModelConfig | None) -> ModelConfig:

@@ -30,8 +30,17 @@ def check_config(config: Any, cls: type) -> None:
     raise ValueError(f"config: expected {name}, got {type(config).__name__}{hint}")
 
 
-def load_yaml(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file (None: all defaults), then apply overrides of the form ``a.b=value``."""
+def load_yaml(
+    cls: type[T],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    base: T | None = None,
+) -> T:
+    """Read a YAML file (None: all defaults), then apply overrides of the form ``a.b=value``.
+
+    base: what is taken for the fields that are left out, instead of the defaults.
+    """
     import yaml
 
     mapping: Any = {}
@@ -51,7 +60,7 @@ def load_yaml(cls: type[T], path: str | Path | None, overrides: Sequence[str] = 
                 f"{path}: expected a mapping of fields, got a {type(mapping).__name__}"
             )
     try:
-        return from_mapping(cls, apply_overrides(cls, mapping, overrides))
+        return from_mapping(cls, apply_overrides(cls, mapping, overrides), base=base)
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
 
@@ -103,6 +112,21 @@ def _typed(text: str, kinds: Kinds) -> Any:
     none = value is None and bool(text.strip())
     group = kinds.group and isinstance(value, (dict, list)) and text.lstrip()[0] in "{["
     return text if kinds.text and not (quoted or none or group) else value
+
+
+def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(before, after) of the values in which nested mappings differ, by path: "prompter.model"."""
+    one, other = _flat(before), _flat(after)
+    paths = sorted({*one, *other})
+    return {p: (one.get(p), other.get(p)) for p in paths if one.get(p) != other.get(p)}
+
+
+def _flat(mapping: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        group = isinstance(value, Mapping)
+        flat |= _flat(value, f"{path}{key}.") if group else {path + key: value}
+    return flat
 
 
 def _plain(value: Any) -> Any:

@@ -9,12 +9,13 @@ target that was tuned. Every arm answers the same prompts, so that differences a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import compress
 from typing import Any
 
 from alignpro.config import EvalConfig
+from alignpro.evaluate.kept import KeptArms, plain_rollout, read_rollout
 from alignpro.evaluate.optimum import num_sequences, resample_optimum
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.static import StaticInstruction, in_append_form
@@ -24,6 +25,8 @@ from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import score_rollout
 from alignpro.types import Prompt, Rollout
+
+OnRollout = Callable[[int], None] | None  # told how much of a rollout is done
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def sample_arms(
     labelled: Sequence[str] | None = None,
     tuned: LoraWeights | None = None,
     columns: Mapping[str, Sequence[Any]] | None = None,
+    kept: KeptArms | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Arm]:
     """Sample and score every arm that is asked for; "raw" always is.
@@ -67,6 +71,7 @@ def sample_arms(
             ``config.optimum`` needs "untuned".
         labelled: an instruction for each prompt, "" for none.
         tuned: an adapter of the target.
+        kept: the arms that an evaluation before this one has finished, and where others go.
 
     Raises:
         ValueError: fewer than 2 prompts, no reward. RewardError: see `rewards.check`.
@@ -79,76 +84,127 @@ def sample_arms(
         raise ValueError("optimum: it resamples the untuned prompter, which is not there")
     reward, unscored = pipeline.reward, pipeline.without_reward()
     arms: dict[str, Arm] = {}
-
-    def add(name: str, rollout: Rollout, *, adds: bool, **about: Any) -> None:
-        rollout, rewards, components, paid = score_rollout(reward, rollout, columns)
-        arms[name] = Arm(rollout, rewards, components, adds, about, paid)
-
+    kept = kept or KeptArms()
     num_answers = config.num_rewrites * config.num_responses
     answers = len(prompts) * num_answers
 
-    def respond(before: Pipeline, name: str) -> Rollout:
-        return before.respond(
-            prompts,
-            num_responses=num_answers,
-            seed=config.seed,
-            on_progress=watch(on_progress, name, answers),
+    def add(
+        name: str,
+        of: Any,
+        sample: Callable[[OnRollout], Rollout],
+        *,
+        adds: bool,
+        total: int = answers,
+        about: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        """An arm, which depends on ``of`` beside what all do; see `KeptArms`."""
+        show, known = watch(on_progress, name, total), kept.get(name, of)
+        if known is not None:
+            arms[name] = _read_arm(known, prompts)
+            if show is not None:
+                show(total)
+            return
+        rollout = sample(show)
+        rollout, rewards, components, paid = score_rollout(reward, rollout, columns)
+        arms[name] = Arm(rollout, rewards, components, adds, about(), paid)
+        kept.put(name, of, _plain_arm(arms[name]))
+
+    def respond(before: Pipeline) -> Callable[[OnRollout], Rollout]:
+        return lambda show: before.respond(
+            prompts, num_responses=num_answers, seed=config.seed, on_progress=show
         )
 
     def instruct(name: str, texts: Sequence[str], **about: Any) -> None:
-        rollout = in_append_form(unscored).answer(
+        def answer(show: OnRollout) -> Rollout:
+            return in_append_form(unscored).answer(
+                prompts,
+                [[text] * config.num_rewrites for text in texts],
+                num_responses=config.num_responses,
+                seed=config.seed,
+                on_progress=show,
+            )
+
+        add(name, list(texts), answer, adds=True, about=lambda: about)
+
+    def prompted(adapter: LoraWeights | None) -> Callable[[OnRollout], Rollout]:
+        return lambda show: unscored.with_adapter(adapter).rollout(
             prompts,
-            [[text] * config.num_rewrites for text in texts],
+            num_rewrites=config.num_rewrites,
             num_responses=config.num_responses,
             seed=config.seed,
-            on_progress=watch(on_progress, name, answers),
+            on_progress=show,
         )
-        add(name, rollout, adds=True, **about)
 
-    add("raw", respond(unscored, "raw"), adds=False)
+    add("raw", None, respond(unscored), adds=False)
     if static is not None:
         instruct("static", [static.text] * len(prompts), instruction=static.text)
     if config.policy_text is not None:
         text = config.policy_text.strip()
         instruct("policy_text", [text] * len(prompts), instruction=text)
     for name, adapter in prompters.items():
-        rollout = unscored.with_adapter(adapter).rollout(
-            prompts,
-            num_rewrites=config.num_rewrites,
-            num_responses=config.num_responses,
-            seed=config.seed,
-            on_progress=watch(on_progress, name, answers + len(prompts) * config.num_rewrites),
-        )
-        add(name, rollout, adds=True)
+        total = answers + len(prompts) * config.num_rewrites
+        add(name, kept.hash_of(adapter), prompted(adapter), adds=True, total=total)
     if labelled is not None:
         instruct("labelled", labelled)
     if config.optimum is not None:
-        resampled = resample_optimum(
-            pipeline.with_adapter(prompters["untuned"]),
-            prompts,
-            config,
-            config.optimum,
-            columns=columns,
-            on_progress=watch(
-                on_progress, "optimum", num_sequences(len(prompts), config, config.optimum)
-            ),
-        )
-        add(
-            "optimum",
-            replace(
+        options, untuned = config.optimum, prompters["untuned"]
+        about: dict[str, Any] = {"kl_coef": config.kl_coef}
+
+        def optimum(show: OnRollout) -> Rollout:
+            resampled = resample_optimum(
+                pipeline.with_adapter(untuned),
+                prompts,
+                config,
+                options,
+                columns=columns,
+                on_progress=show,
+            )
+            about.update(
+                num_candidates=options.num_candidates,
+                effective_samples=resampled.effective_samples,
+                selection_reliability=resampled.reliability,
+            )
+            return replace(
                 resampled.rollout,
                 seconds={"generate": resampled.seconds},
                 generated_tokens=resampled.generated_tokens,
-            ),
+            )
+
+        add(
+            "optimum",
+            [kept.hash_of(untuned), config.kl_coef, asdict(options)],
+            optimum,
             adds=True,
-            kl_coef=config.kl_coef,
-            num_candidates=config.optimum.num_candidates,
-            effective_samples=resampled.effective_samples,
-            selection_reliability=resampled.reliability,
+            total=num_sequences(len(prompts), config, options),
+            about=lambda: about,
         )
     if tuned is not None:
-        add("tuned", respond(unscored.with_target_adapter(tuned), "tuned"), adds=False)
+        add("tuned", kept.hash_of(tuned), respond(unscored.with_target_adapter(tuned)), adds=False)
     return _answered(arms)
+
+
+def _plain_arm(arm: Arm) -> dict[str, Any]:
+    components = {
+        name: [None if score != score else score for score in scores]  # NaN: abstained
+        for name, scores in arm.components.items()
+    }
+    return {
+        **plain_rollout(arm.rollout),
+        "rewards": arm.rewards,
+        "components": components,
+        "adds": arm.adds,
+        "about": arm.about,
+        "paid": sorted(arm.paid),
+    }
+
+
+def _read_arm(plain: Mapping[str, Any], prompts: Sequence[Prompt]) -> Arm:
+    components = {
+        name: [math.nan if score is None else score for score in scores]
+        for name, scores in plain["components"].items()
+    }
+    rollout, paid = read_rollout(plain, prompts), frozenset(plain["paid"])
+    return Arm(rollout, plain["rewards"], components, plain["adds"], plain["about"], paid)
 
 
 def _answered(arms: dict[str, Arm]) -> dict[str, Arm]:

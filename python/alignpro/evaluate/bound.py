@@ -11,13 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from alignpro.config import BoundConfig, to_mapping
 from alignpro.data.load import PromptRow, stack_columns
 from alignpro.evaluate.headroom import rewards_of
-from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
+from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows, made_from_of
+from alignpro.evaluate.kept import KeptArms, arms_path, kept_date
+from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import BoundReport, ClosedForm
 from alignpro.lengths import fit_rows, unread_by
@@ -46,23 +50,39 @@ from alignpro.types import Response, Reward, Rollout
 _SCORED_AT_ONCE = 32  # sequences; bounds the memory of a scoring pass
 
 
-def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> BoundReport:
-    """Load what the configuration names; returns what `measure_bound` does, with the config."""
+def run_bound(
+    config: BoundConfig,
+    *,
+    output: Path | None = None,
+    run: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> BoundReport:
+    """Load what the configuration names; returns what `measure_bound` does, with the config.
+
+    output, run: as for `run_evaluate`.
+    """
     check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_rows(config)
     reward = build_reward(config.reward)
     check_columns(reward, stack_columns(rows))
-    date = config.date or recorded_date(config.trained, config.tuned) or today()
+    arms = arms_path(output)
+    recorded = recorded_date(config.trained, config.tuned) or kept_date(arms)
+    date = config.date or recorded or today()
     config = replace(config, date=date)
     prompter, target = load_models(config.prompter, config.target, config.threads, date=date)
     assert isinstance(target, NativeModel)  # the configuration's rule
+    adapter = load_adapter(config.prompter.adapter, prompter)
+    made_from = made_from_of(config, prompter, target, reward, rows)
+    around = (run, config.trained, config.tuned, config.prompter.adapter)
+    say_what_differs(config, made_from, adapter, rows, *around)
     report = measure_bound(
         config,
         prompter,
         target,
         reward,
         rows,
-        adapter=load_adapter(config.prompter.adapter, prompter),
+        kept=KeptArms.at(arms, config, made_from),
+        adapter=adapter,
         trained=load_adapter(config.trained, prompter),
         tuned=load_adapter(config.tuned, target),
         on_progress=on_progress,
@@ -80,6 +100,7 @@ def measure_bound(
     adapter: LoraWeights | None = None,
     trained: LoraWeights | None = None,
     tuned: LoraWeights | None = None,
+    kept: KeptArms | None = None,
     on_progress: OnProgress | None = None,
 ) -> BoundReport:
     """Every term of the bound and the gap beside it, over the same prompts (theory.bound).
@@ -101,17 +122,22 @@ def measure_bound(
     pipeline.max_failed = 0.0  # every rollout has N x M rows for each of the same prompts
     answers = config.num_rewrites * config.num_responses
 
-    def raw(name: str, pipeline: Pipeline) -> Rollout:
-        return pipeline.respond(
+    arms = kept or KeptArms()
+
+    def raw(name: str, pipeline: Pipeline, adapter: LoraWeights | None = None) -> Rollout:
+        sample = partial(
+            pipeline.respond,
             prompts,
             num_responses=answers,
             seed=config.seed,
             columns=columns,
             on_progress=watch(on_progress, name, len(rows) * answers),
         )
+        return arms.rollout(name, arms.hash_of(adapter), prompts, sample)
 
-    def prompted(name: str, pipeline: Pipeline) -> Rollout:
-        return pipeline.rollout(
+    def prompted(name: str, pipeline: Pipeline, adapter: LoraWeights | None) -> Rollout:
+        sample = partial(
+            pipeline.rollout,
             prompts,
             num_rewrites=config.num_rewrites,
             num_responses=config.num_responses,
@@ -119,8 +145,9 @@ def measure_bound(
             columns=columns,
             on_progress=watch(on_progress, name, len(rows) * (answers + config.num_rewrites)),
         )
+        return arms.rollout(name, arms.hash_of(adapter), prompts, sample)
 
-    untuned = prompted("untuned prompter", pipeline)
+    untuned = prompted("untuned prompter", pipeline, adapter)
     if untuned.unscored:
         raise ValueError(
             "bound: it compares the same prompts throughout, so every response needs a score; the "
@@ -131,9 +158,9 @@ def measure_bound(
     rollouts = {"untuned": untuned, "raw": raw("raw prompt", pipeline)}
     raw_tokens = [group[0].target_tokens for group in rollouts["raw"].rewrites]
     if tuned is not None:
-        rollouts["tuned"] = raw("tuned target", pipeline.with_target_adapter(tuned))
+        rollouts["tuned"] = raw("tuned target", pipeline.with_target_adapter(tuned), tuned)
     if trained is not None:
-        rollouts["trained"] = prompted("trained prompter", pipeline.with_adapter(trained))
+        rollouts["trained"] = prompted("trained prompter", pipeline.with_adapter(trained), trained)
 
     tv_rewrites = _total_variation(target, untuned, raw_tokens, config, "rewrites", on_progress)
     if tuned is not None:

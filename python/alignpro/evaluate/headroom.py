@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +10,34 @@ from typing import Any
 
 import numpy as np
 
-from alignpro.config import HeadroomConfig, check_config, to_mapping
+from alignpro.config import HeadroomConfig, check_config, target_of, to_mapping
+from alignpro.data.files import DataError
 from alignpro.data.load import stack_columns
-from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows
+from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows, made_from_of
+from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
 from alignpro.files import write_file
+from alignpro.fingerprints import (
+    Fingerprint,
+    Fingerprints,
+    as_fingerprints,
+    differences,
+    of_adapter_folder,
+    of_reward,
+    of_rows,
+    of_template,
+    to_plain,
+)
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.chat_template import today
 from alignpro.models.endpoint import EndpointModel
+from alignpro.models.fingerprint import fingerprint
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import load_models
+from alignpro.models.resolve import find_model
+from alignpro.models.tokenizer import Tokenizer
+from alignpro.native import core
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
@@ -35,6 +53,7 @@ def run_headroom(
     config: HeadroomConfig,
     *,
     samples: Path | None = None,
+    run: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> HeadroomReport:
     """The headroom of an untuned prompter.
@@ -42,25 +61,30 @@ def run_headroom(
     Args:
         samples: a file of JSON lines. Where it exists its rewrites are taken and no model is
             loaded; otherwise it is written, before anything is computed. The first line has the
-            configuration of the samples; every other one prompt_index, prompt, rewrite,
-            prompter_tokens, tokens, logprobs, responses (texts) and rewards of one rewrite.
+            configuration and the fingerprints of the samples; every other one prompt_index, prompt,
+            rewrite, prompter_tokens, tokens, logprobs, responses (texts) and rewards of one
+            rewrite.
+        run: a run whose settings these are to be; a warning names what differs.
 
     Raises:
-        ValueError: samples of another configuration; the message names the key.
+        ValueError: samples of another configuration, or of other models, data, adapter or reward
+            as far as they are at hand; the message names what.
     """
     check_config(config, HeadroomConfig)
     usage = too_long = None
     if samples is not None and samples.exists():
-        rewards = read_samples(samples, config)
-        with samples.open(encoding="utf-8") as file:
-            config = replace(config, date=json.loads(next(file))["config"].get("date"))
+        rewards, date, made_from = read_samples(samples, config)
+        config = replace(config, date=date)
+        other = differences(made_from, _at_hand(config), "they were drawn from")
+        if other:
+            raise ValueError(f"{samples}: {'; '.join(other)}; name another file to draw new ones")
     else:
         config = replace(config, date=config.date or today())
-        drawn, usage, too_long = _draw(config, samples, on_progress)
+        drawn, usage, too_long, made_from = _draw(config, samples, run, on_progress)
         rollout = complete(drawn)
         rewards = rewards_of(rollout)
         if samples is not None:
-            write_samples(samples, config, rollout)
+            write_samples(samples, config, rollout, made_from)
     result = headroom(rewards, config.kl_coefs, seed=config.seed)
     return HeadroomReport(result, to_mapping(config), usage, too_long)
 
@@ -102,9 +126,12 @@ def complete(rollout: Rollout) -> Rollout:
     return replace(rollout, prompts=[prompt for prompt, _ in whole], rewrites=rewrites)
 
 
-def write_samples(path: Path, config: HeadroomConfig, rollout: Rollout) -> None:
-    """Every rewrite as a line, after one with the configuration; whole or not at all."""
-    lines: list[dict[str, Any]] = [{"config": _of_samples(config)}]
+def write_samples(
+    path: Path, config: HeadroomConfig, rollout: Rollout, made_from: Fingerprints
+) -> None:
+    """Every rewrite as a line, after one with what they were drawn from; whole or not at all."""
+    head = {"config": _of_samples(config), "fingerprints": to_plain(made_from)}
+    lines: list[dict[str, Any]] = [head]
     for prompt, group in zip(rollout.prompts, rollout.rewrites, strict=True):
         for rewrite in group:
             lines.append(
@@ -122,8 +149,8 @@ def write_samples(path: Path, config: HeadroomConfig, rollout: Rollout) -> None:
     write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_samples(path: Path, config: HeadroomConfig) -> Floats:
-    """Rewards [P, N, M] of a file that `write_samples` left.
+def read_samples(path: Path, config: HeadroomConfig) -> tuple[Floats, str | None, Fingerprints]:
+    """Rewards [P, N, M] of a file that `write_samples` left, their date and fingerprints.
 
     Raises:
         ValueError: not such a file, a damaged one, or one drawn with another configuration.
@@ -155,12 +182,47 @@ def read_samples(path: Path, config: HeadroomConfig) -> Floats:
             f"{path}: expected {n} rewrites a prompt and {m} rewards a rewrite, in order, got "
             f"{len(known)} lines that are not so"
         )
-    return np.array([rewards for _, rewards in known]).reshape(-1, n, m)
+    rewards = np.array([rewards for _, rewards in known]).reshape(-1, n, m)
+    return rewards, drawn.get("date"), as_fingerprints(header.get("fingerprints"))
+
+
+def _at_hand(config: HeadroomConfig) -> Fingerprints:
+    """What samples were drawn from, without loading or fetching anything: of what is on this
+    machine, which need not have all of it."""
+    found: Fingerprints = {}
+    groups = {"prompter": config.prompter, "target": target_of(config.prompter, config.target)}
+    for role, group in groups.items():
+        with contextlib.suppress(OSError):
+            path = None if group.endpoint is not None else find_model(group.name)
+            if path is not None:
+                found[f"weights of the {role}"] = Fingerprint(group.name, fingerprint(path))
+                tokenizer = Tokenizer.of(core.ModelFiles(str(path))).with_template(
+                    group.chat_template, group.chat_template_kwargs, config.date
+                )
+                found[f"chat template of the {role}"] = of_template(tokenizer)
+    with contextlib.suppress(OSError, DataError):
+        rows = load_rows(config)
+        prompts = [row.prompt for row in rows]
+        found["data"] = of_rows(str(config.data.path), prompts, stack_columns(rows))
+    adapters = {
+        "adapter of the prompter": config.prompter.adapter,
+        "adapter of the target": groups["target"].adapter,
+    }
+    for what, folder in adapters.items():
+        with contextlib.suppress(OSError):
+            if folder is not None:
+                found[what] = of_adapter_folder(folder)
+    with contextlib.suppress(OSError, ValueError, ImportError):
+        found |= of_reward(build_reward(config.reward))
+    return found
 
 
 def _draw(
-    config: HeadroomConfig, samples: Path | None, on_progress: OnProgress | None
-) -> tuple[Rollout, Usage | None, str | None]:
+    config: HeadroomConfig,
+    samples: Path | None,
+    run: Path | None,
+    on_progress: OnProgress | None,
+) -> tuple[Rollout, Usage | None, str | None, Fingerprints]:
     check_adapters(config)
     rows = load_rows(config)
     reward = build_reward(config.reward)
@@ -169,8 +231,10 @@ def _draw(
     prompter, target = load_models(
         config.prompter, config.target, config.threads, calls=calls, date=config.date
     )
-    pipeline = Pipeline.configured(config, prompter, target, reward)
-    pipeline = pipeline.with_adapter(load_adapter(config.prompter.adapter, prompter))
+    adapter = load_adapter(config.prompter.adapter, prompter)
+    made_from = made_from_of(config, prompter, target, reward, rows)
+    say_what_differs(config, made_from, adapter, rows, run, config.prompter.adapter)
+    pipeline = Pipeline.configured(config, prompter, target, reward).with_adapter(adapter)
     fitted = fit_rows(rows, unread_by(pipeline), config.on_too_long)
     rows = fitted.rows
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)
@@ -182,8 +246,10 @@ def _draw(
         columns=stack_columns(rows),
         on_progress=watch(on_progress, "untuned prompter", total),
     )
+    if config.prompter.adapter is not None:
+        made_from["adapter of the prompter"] = of_adapter_folder(config.prompter.adapter)
     usage = target.usage() if isinstance(target, EndpointModel) else None
-    return rollout, usage, fitted.note
+    return rollout, usage, fitted.note, made_from
 
 
 def _of_samples(config: HeadroomConfig) -> dict[str, Any]:

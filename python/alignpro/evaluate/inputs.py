@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from alignpro import fingerprints
 from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, StageConfig
-from alignpro.data.load import PromptRow, load_prompts
-from alignpro.models.adapter import LoraWeights, adapter_folder, load_peft
+from alignpro.data.load import PromptRow, load_prompts, stack_columns
+from alignpro.models.adapter import LoraWeights, adapter_folder
+from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel
 from alignpro.rewards.check import shorten
-from alignpro.types import Conversation
+from alignpro.types import Conversation, Reward
 
 
 def load_rows(config: BoundConfig | EvalConfig | HeadroomConfig) -> list[PromptRow]:
@@ -72,5 +73,21 @@ def check_adapters(config: StageConfig, **folders: str | None) -> None:
 
 
 def load_adapter(folder: str | None, model: NativeModel) -> LoraWeights | None:
-    """None is the model without an adapter. Raises as `load_peft`."""
-    return None if folder is None else load_peft(Path(folder), model.lora_modules, model.base_table)
+    """None is the model without an adapter. As `NativeModel.load_adapter`."""
+    return None if folder is None else model.load_adapter(folder)
+
+
+def made_from_of(
+    config: StageConfig,
+    prompter: NativeModel,
+    target: NativeModel | ChatModel,
+    reward: Reward,
+    rows: Sequence[PromptRow],
+) -> fingerprints.Fingerprints:
+    """What every arm is made from."""
+    found = fingerprints.of_models(prompter, target) | fingerprints.of_reward(reward)
+    prompts = [row.prompt for row in rows]
+    found["data"] = fingerprints.of_rows(str(config.data.path), prompts, stack_columns(rows))
+    if config.target is not None and config.target.adapter is not None:
+        found["adapter of the target"] = fingerprints.of_adapter_folder(config.target.adapter)
+    return found

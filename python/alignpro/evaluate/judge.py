@@ -21,7 +21,7 @@ from alignpro.config import JudgeConfig
 from alignpro.evaluate.arms import Arm
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Comparison, JudgeResult
-from alignpro.files import recorded_lines
+from alignpro.files import append_line, recorded_lines
 from alignpro.statistics import length_controlled_win_rate, ratio_of_means
 from alignpro.types import Conversation, Usage
 
@@ -95,8 +95,7 @@ class VerdictFile:
         self._known[key] = reply.verdict
         if self._path is not None:
             row = {"key": key, "judge": judge.name, "verdict": reply.verdict, "reply": reply.text}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self._path, json.dumps(row))
 
     def _read(self, path: Path) -> None:
         for number, line in recorded_lines(path):

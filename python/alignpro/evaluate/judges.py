@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from alignpro.config import JudgeConfig
 from alignpro.evaluate.judge import JudgeError, Reply, Verdict
@@ -98,7 +96,7 @@ class LocalJudge:
                 "judge.model.chat_template takes another, or ask an endpoint (judge.base_url)"
             )
         # A question in tokens shows all that the template, its variables and its date do to it.
-        self.identity = f"local {fingerprint(model.path)} {asked}"
+        self.identity = f"local {model.fingerprint} {asked}"
 
     def replies(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]:
         """In order. A question over the model's context gets no verdict."""
@@ -120,32 +118,6 @@ class LocalJudge:
             for (index, _), (a, b) in zip(chunk, pairs.tolist(), strict=True):
                 verdict: Verdict = "A" if a > b else "B" if b > a else "tie"
                 yield index, Reply(verdict, f"log p(A) {a:.4f}, log p(B) {b:.4f}")
-
-
-def fingerprint(model: Path) -> str:
-    """A hash of a model's weights, configuration and tokenizer, wherever they lie.
-
-    Of a file over `_HASHED_WHOLE` it reads that much, in blocks all over the file: models that
-    differ in every tensor differ in every block.
-    """
-    files = [model]
-    if model.is_dir():
-        files = sorted(f for f in model.iterdir() if f.suffix in _MODEL_FILES and f.is_file())
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        name = path.name if model.is_dir() else ""
-        digest.update(f"{name} {size}\n".encode())
-        blocks = -(-min(size, _HASHED_WHOLE) // _BLOCK)
-        with path.open("rb") as file:
-            for block in range(blocks):
-                file.seek(block * _BLOCK if size <= _HASHED_WHOLE else size * block // blocks)
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
-
-
-_MODEL_FILES = {".safetensors", ".json", ".jinja", ".model"}
-_BLOCK, _HASHED_WHOLE = 1 << 20, 1 << 30  # bytes
 
 
 class EndpointJudge:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from alignpro import fingerprints
 from alignpro.config import (
     ARMS,
     EvalConfig,
@@ -20,11 +21,19 @@ from alignpro.config import (
 from alignpro.data.load import PromptRow, stack_columns
 from alignpro.evaluate.arms import sample_arms
 from alignpro.evaluate.compare import compare_arms
-from alignpro.evaluate.inputs import check_adapters, instructions_by_label, load_adapter, load_rows
+from alignpro.evaluate.inputs import (
+    check_adapters,
+    instructions_by_label,
+    load_adapter,
+    load_rows,
+    made_from_of,
+)
 from alignpro.evaluate.judge import Judge, JudgeError, VerdictFile, judge_arms
 from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
+from alignpro.evaluate.kept import KeptArms, arms_path, kept_date
+from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress
-from alignpro.evaluate.results import Evaluation
+from alignpro.evaluate.results import Evaluation, SearchResult, from_json, to_json
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights
@@ -59,13 +68,20 @@ class UnjudgedError(JudgeError):
 
 
 def run_evaluate(
-    config: EvalConfig, *, output: Path | None = None, on_progress: OnProgress | None = None
+    config: EvalConfig,
+    *,
+    output: Path | None = None,
+    run: Path | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Load what the configuration names and compare the arms; returns what `evaluate_loaded` does,
     and ``evaluation_config``.
 
-    output: where the report will be written; a judge's verdicts, and the calls to a target behind
-        an endpoint, are kept beside it.
+    output: where the report will be written. Beside it are kept each arm as it is finished, a
+        judge's verdicts, and the calls to a target behind an endpoint: an evaluation that was
+        stopped goes on with them.
+    run: the run whose evaluation this is to be; a warning names what differs from what it was made
+        from. None: the one that an adapter of the configuration lies in.
 
     Raises:
         ValueError, OSError, ImportError: bad input, before a model is loaded or while it is.
@@ -78,7 +94,9 @@ def run_evaluate(
     if config.trained is not None:
         folders["trained"] = config.trained
     inputs = load_inputs(config, prompters=tuple(folders), output=output)
-    date = config.date or recorded_date(config.trained, config.tuned) or today()
+    arms = arms_path(output)
+    recorded = recorded_date(config.trained, config.tuned) or kept_date(arms)
+    date = config.date or recorded or today()
     config = replace(_with_budget(config), date=date)
     reward = build_reward(config.reward)
     for read in (inputs.rows, inputs.search.rows if inputs.search else []):
@@ -89,7 +107,13 @@ def run_evaluate(
         config.prompter, config.target, config.threads, calls=calls, date=date
     )
     prompters = {name: load_adapter(folder, prompter) for name, folder in folders.items()}
-    report = evaluate_loaded(config, prompter, target, reward, inputs, prompters, on_progress)
+    made_from = made_from_of(config, prompter, target, reward, inputs.rows)
+    around = (run, config.trained, config.tuned, config.prompter.adapter)
+    say_what_differs(config, made_from, prompters["untuned"], inputs.rows, *around)
+    report = evaluate_loaded(
+        *(config, prompter, target, reward, inputs, prompters, on_progress),
+        kept=KeptArms.at(arms, config, made_from),
+    )
     return replace(report, evaluation_config=to_mapping(config))
 
 
@@ -101,7 +125,10 @@ def evaluate_loaded(
     inputs: EvalInputs,
     prompters: dict[str, LoraWeights | None],
     on_progress: OnProgress | None = None,
+    *,
+    kept: KeptArms | None = None,
 ) -> Evaluation:
+    kept = kept or KeptArms()
     tuned = None
     if config.tuned is not None:
         assert isinstance(target, NativeModel)  # the configuration's rule
@@ -119,14 +146,8 @@ def evaluate_loaded(
         assert inputs.search is not None
         unread = unread_by(pipeline, texts=inputs.search.instructions)
         read = fit_rows(inputs.search.rows, unread, config.on_too_long)
-        static = search_static(
-            pipeline,
-            config.static,
-            replace(inputs.search, rows=read.rows),
-            prompters,
-            seed=config.seed,
-            on_progress=on_progress,
-        )
+        search = replace(inputs.search, rows=read.rows)
+        static = _searched(pipeline, config, search, prompters, kept, on_progress)
     columns = stack_columns(rows)
     arms = sample_arms(
         pipeline,
@@ -137,6 +158,7 @@ def evaluate_loaded(
         labelled=instructions_by_label(config, rows),
         tuned=tuned,
         columns=columns,
+        kept=kept,
         on_progress=on_progress,
     )
     answers = {row.prompt: row.columns.get("answer") for row in rows}
@@ -158,6 +180,34 @@ def evaluate_loaded(
     except JudgeError as error:
         raise UnjudgedError(str(error), report) from error
     return replace(report, judge=verdicts)
+
+
+def _searched(
+    pipeline: Pipeline,
+    config: EvalConfig,
+    data: SearchData,
+    prompters: dict[str, LoraWeights | None],
+    kept: KeptArms,
+    on_progress: OnProgress | None,
+) -> StaticInstruction:
+    """The search, or what an earlier one found."""
+    assert isinstance(config.static, StaticSearch)
+    name, rows = "static search", [row.prompt for row in data.rows]
+    of = [
+        asdict(config.static),
+        fingerprints.of_rows("", rows, stack_columns(data.rows)).hash,
+        data.instructions,
+        {writer: kept.hash_of(adapter) for writer, adapter in prompters.items()},
+    ]
+    known = kept.get(name, of)
+    if known is not None:
+        found = from_json(SearchResult, known, name)
+        return StaticInstruction(found.instruction, found)
+    static = search_static(
+        *(pipeline, config.static, data, prompters), seed=config.seed, on_progress=on_progress
+    )
+    kept.put(name, of, to_json(static.search))
+    return static
 
 
 def load_inputs(

@@ -5,6 +5,7 @@ Everything an adapter asks for is done, or refused by name; nothing is skipped.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignpro.files import write_file, write_json
+from alignpro.files import sync_folder, write_file, write_json
 
 Matrix = NDArray[np.float32]
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_BASE = "base_model.json"  # ours, beside PEFT's: what it was trained for
 _PREFIX = "base_model.model."
 
 
@@ -37,6 +39,7 @@ class LoraWeights:
     rslora: bool
     matrices: dict[str, tuple[Matrix, Matrix]]  # module path -> (A [rank, in], B [out, rank])
     base_model_name: str = ""
+    base_fingerprint: str = ""  # of the base's files (models.fingerprint); "": not known
 
     @property
     def scale(self) -> float:
@@ -132,7 +135,17 @@ def load_peft(
         rslora=rslora,
         matrices={m: found[m].padded(rank, scale) for m in lora_modules if m in found},
         base_model_name=config.get("base_model_name_or_path") or "",
+        base_fingerprint=_read_base(folder / _BASE),
     )
+
+
+def _read_base(path: Path) -> str:
+    """A file that is not ours says nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        base = json.loads(path.read_text("utf-8"))
+        if isinstance(base, dict) and isinstance(base.get("fingerprint"), str):
+            return str(base["fingerprint"])
+    return ""
 
 
 def save_peft(folder: str | Path, weights: LoraWeights) -> None:
@@ -174,7 +187,13 @@ def save_peft(folder: str | Path, weights: LoraWeights) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / _TENSORS, save(tensors, metadata={"format": "pt"}))
+    if weights.base_fingerprint:
+        base = {"name": weights.base_model_name, "fingerprint": weights.base_fingerprint}
+        write_json(folder / _BASE, base)
+    else:
+        (folder / _BASE).unlink(missing_ok=True)
     write_json(folder / _CONFIG, config)
+    sync_folder(folder.parent)
 
 
 # --- modules of several ranks and scales ---

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignpro.files import recorded_lines
+from alignpro.files import append_line, recorded_lines
 from alignpro.models.reply import Answer
 
 
@@ -83,8 +83,7 @@ class CallFile:
         with self._lock:
             self._take(row)
             if self.path is not None:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_line(self.path, json.dumps(row))
 
     def _take(self, row: dict[str, Any]) -> None:
         if "changes" in row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import logging
 import os
@@ -29,6 +30,7 @@ from alignpro.models.arguments import (
 )
 from alignpro.models.completion_text import TextStream
 from alignpro.models.endpoint import EndpointModel
+from alignpro.models.fingerprint import fingerprint
 from alignpro.models.native_client import (
     NativeClient,
     NativeHandle,
@@ -38,7 +40,7 @@ from alignpro.models.native_client import (
     report,
     stream,
 )
-from alignpro.models.resolve import published_name, resolve_model
+from alignpro.models.resolve import plain_name, published_name, resolve_model
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import Completion, Conversation, SamplingParams, text_messages
 
@@ -221,6 +223,11 @@ class NativeModel:
     def bit_exact(self) -> bool:
         """Whether scored log-probabilities are the sampled ones to the bit: see `deterministic`."""
         return bool(self.config["deterministic"])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the files: weights, configuration and tokenizer."""
+        return fingerprint(self.path)
 
     def with_template(
         self, template: str | None = None, variables: Mapping[str, Any] | None = None
@@ -412,6 +419,21 @@ class NativeModel:
             made = self._adapters.setdefault(adapter, made)
         return made
 
+    def load_adapter(self, folder: str | os.PathLike[str]) -> LoraWeights:
+        """An adapter's files; a warning says where they were trained for another base.
+
+        Raises as `load_peft`.
+        """
+        weights = load_peft(Path(folder), self.lora_modules, self.base_table)
+        if not self._is_base_of(weights):
+            _log.warning(
+                "%s: trained for %s, loaded on %s, whose weights are others",
+                folder,
+                weights.base_model_name,
+                self.name,
+            )
+        return weights
+
     def base_table(self, name: str) -> NDArray[np.float32]:
         """The base's "embed_tokens" or "lm_head", [vocab, hidden], read from its files."""
         return native.core.ModelFiles(str(self.path)).table(name)
@@ -426,12 +448,21 @@ class NativeModel:
         known = self._adapter_files.get(folder)
         if known is not None and known[0] == changed:
             return known[1]
-        weights = load_peft(folder, self.lora_modules, self.base_table)
+        weights = self.load_adapter(folder)
         made = self.core_model.make_adapter(weights.matrices, weights.scale)
         self._adapter_files[folder] = (changed, made)
         return made
 
     # --- within ---
+
+    def _is_base_of(self, weights: LoraWeights) -> bool:
+        """By the hash of the base's files, or, of an adapter that came without, by its name."""
+        if weights.base_fingerprint:
+            return weights.base_fingerprint == self.fingerprint
+        named = weights.base_model_name
+        return not named or plain_name(named) in {
+            plain_name(part) for part in (self.name, *self.path.parts)
+        }
 
     def _prompt_tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, Conversation):

@@ -119,6 +119,14 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "alignpro"
 
 
+def plain_name(name: str) -> str:
+    """What a name, or a part of a path, says of the model: without owner, format, quantisation."""
+    last = re.split(r"[/\\]|--", name.rstrip("/"))[-1].lower()
+    last = re.sub(r"\.gguf$|[-_]gguf$", "", last)
+    last = re.sub(r"[-._:](i?q\d\w*|b?f(p?)(16|32)|(bnb[-_])?[48]bit)$", "", last)
+    return re.sub(r"[-_.]", "", last)
+
+
 def _model_path(path: Path) -> Path:
     if path.is_file():
         return path

@@ -2,27 +2,31 @@
 
 A run directory holds config.json, reference/ (the frozen adapter training started from, if any),
 metrics.jsonl, checkpoints/step-NNNNNN/ and, at the end, adapter/. A checkpoint holds the adapter
-(PEFT), the state of the optimizer and of a value head, and state.json. Randomness is keyed by
-(seed, step, ...), so no generator's state needs keeping.
+(PEFT), the state of the optimizer and of a value head, and state.json, with their digests.
+Randomness is keyed by (seed, step, ...), so no generator's state needs keeping.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignpro.config import Budget, ClientConfig
-from alignpro.files import PARTIAL, whole_file, write_file, write_json
+from alignpro.config import HOW_IT_RUNS, differing
+from alignpro.files import PARTIAL, sync_folder, whole_file, write_json
 from alignpro.models.adapter import LoraWeights, load_peft, save_peft
 from alignpro.run_directory import one_line, remove_run_files
 
-KEPT = 2  # checkpoints kept: the newest, and one in case a person finds it spoiled
+KEPT = 2  # checkpoints kept: the newest, and one in case it is spoiled
+_STATE = "state.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,54 +43,106 @@ class Checkpoint:
 
 
 def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write run_dir/checkpoints/step-NNNNNN and point ``latest`` at it."""
+    """Write run_dir/checkpoints/step-NNNNNN: on disk as a whole, or not there.
+
+    Those of later steps are of a run that went back to an earlier one, and go.
+    """
     run_dir = Path(run_dir)
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    name = f"step-{checkpoint.step:06d}"
-    partial, final = root / f"{name}{PARTIAL}", root / name
+    sync_folder(run_dir)
+    final = root / f"step-{checkpoint.step:06d}"
+    partial = final.with_name(final.name + PARTIAL)
     remove_run_files(run_dir, partial)
-    partial.mkdir()
-    save_peft(partial / "adapter", checkpoint.weights)
-    with whole_file(partial / "optimizer.pt") as file:
-        torch.save(checkpoint.optimizer, file)
-    if checkpoint.critic is not None:
-        with whole_file(partial / "critic.pt") as file:
-            torch.save(checkpoint.critic, file)
-    names = ("step", "cursor", "config", "adaptive")
-    state = {name: getattr(checkpoint, name) for name in names}
-    write_json(partial / "state.json", state)
+    try:
+        _write(partial, checkpoint)
+    except BaseException:
+        remove_run_files(run_dir, partial)  # on a full disk, its place is needed
+        raise
     remove_run_files(run_dir, final)  # the same step of the same run: the same content
     os.replace(partial, final)
-    write_file(root / "latest", name + "\n")
-    for old in sorted(root.glob("step-[0-9]*[0-9]"))[:-KEPT]:
-        remove_run_files(run_dir, old)
+    sync_folder(root)
+    folders = _folders(root)
+    newest = [folder for folder in folders if _step_of(folder) <= checkpoint.step][-KEPT:]
+    for folder in folders:
+        if folder not in newest:
+            remove_run_files(run_dir, folder)
     return final
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    folder.mkdir()
+    save_peft(folder / "adapter", checkpoint.weights)
+    with whole_file(folder / "optimizer.pt") as file:
+        torch.save(checkpoint.optimizer, file)
+    if checkpoint.critic is not None:
+        with whole_file(folder / "critic.pt") as file:
+            torch.save(checkpoint.critic, file)
+    names = ("step", "cursor", "config", "adaptive")
+    state: dict[str, Any] = {name: getattr(checkpoint, name) for name in names}
+    write_json(folder / _STATE, {**state, "sha256": _digests(folder)})
 
 
 def load_checkpoint(
     run_dir: str | Path, lora_modules: Mapping[str, tuple[int, int]]
 ) -> Checkpoint | None:
-    """The checkpoint that ``latest`` names; None where the run has not written one."""
-    root = Path(run_dir) / "checkpoints"
-    if not (root / "latest").exists():
-        return None
-    folder = root / (root / "latest").read_text(encoding="utf-8").strip()
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
-        critic = None
-        if (folder / "critic.pt").exists():
-            critic = torch.load(folder / "critic.pt", weights_only=True)
-        step, cursor, config = int(state["step"]), int(state["cursor"]), dict(state["config"])
-        adaptive = dict(state["adaptive"])
-    except Exception as error:  # torch.load has no common base class for what a torn file raises
-        raise ValueError(
-            f"{folder}: unreadable checkpoint ({one_line(error)[:200]}); "
-            f"name another in {root / 'latest'}"
-        ) from error
-    weights = load_peft(folder / "adapter", dict(lora_modules))
-    return Checkpoint(step, cursor, config, weights, optimizer, adaptive, critic)
+    """The last whole checkpoint; None where the run has none. One that is damaged (a copy cut
+    short, a disk that lost what it had) is passed over, and a warning says so.
+
+    Raises:
+        OSError: the system does not let it be read, which says nothing about what is in it.
+    """
+    for folder in reversed(_folders(Path(run_dir) / "checkpoints")):
+        try:
+            return _read(folder, lora_modules)
+        except (
+            Exception
+        ) as error:  # torch.load has no common base class for what a torn file raises
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise
+            reason = one_line(error)[:200]
+            _log.warning("%s: damaged (%s); going back to the one before", folder, reason)
+    return None
+
+
+def _read(folder: Path, lora_modules: Mapping[str, tuple[int, int]]) -> Checkpoint:
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    digests = _digests(folder)
+    for name, digest in state["sha256"].items():
+        if digests.get(name) != digest:
+            raise ValueError(f"{name} is not what was written")
+    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+    critic = None
+    if (folder / "critic.pt").exists():
+        critic = torch.load(folder / "critic.pt", weights_only=True)
+    return Checkpoint(
+        int(state["step"]),
+        int(state["cursor"]),
+        dict(state["config"]),
+        load_peft(folder / "adapter", dict(lora_modules)),
+        optimizer,
+        dict(state["adaptive"]),
+        critic,
+    )
+
+
+def _folders(root: Path) -> list[Path]:
+    """By step."""
+    found = [f for f in root.glob("step-[0-9]*[0-9]") if f.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the state."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != _STATE)
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -97,21 +153,12 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             laid out over ``steps``, so then that may not.
     """
     free = MAY_CHANGE - {"steps"} if now.get("lr_schedule") == "linear" else MAY_CHANGE
-    before, after = _flat(saved), _flat(now)
-    different = [k for k in sorted({*before, *after} - free) if before.get(k) != after.get(k)]
+    different = {k: v for k, v in differing(saved, now).items() if k not in free}
     if different:
         raise ValueError(
             "cannot resume under another configuration: "
-            + "; ".join(f"{k} was {before.get(k)!r}, is {after.get(k)!r}" for k in different)
+            + "; ".join(f"{k} was {was!r}, is {value!r}" for k, (was, value) in different.items())
         )
-
-
-def _flat(mapping: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        group = isinstance(value, Mapping)
-        flat |= _flat(value, f"{path}{key}.") if group else {path + key: value}
-    return flat
 
 
 # They decide how far, how fast and in how much memory a run goes, not what a step computes (micro-
@@ -120,10 +167,6 @@ MAY_CHANGE = frozenset(
     {
         *("steps", "run_dir", "threads", "checkpoint_every", "track"),
         *("micro_batch_size", "memory_limit", "activations"),
-        *("prompter.kv_cache_bytes", "prompter.prefix_cache", "prompter.max_batch_rows"),
-        *("target.kv_cache_bytes", "target.prefix_cache", "target.max_batch_rows"),
-        *("target.endpoint", "target.api_key_env", "target.max_failed"),
-        *(f"target.client.{f.name}" for f in fields(ClientConfig) if f.name != "body"),
-        *(f"target.client.budget.{f.name}" for f in fields(Budget)),
+        *(f"{role}.{path}" for role in ("prompter", "target") for path in HOW_IT_RUNS),
     }
 )

@@ -8,10 +8,9 @@ further rounds: the fitted prompter's rollouts join those before, and the fit go
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from alignpro.config import to_mapping
+from alignpro.interrupts import interruptible
 from alignpro.models.adapter import save_peft
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.objective import sum_per_sequence, zero_advantage_groups
@@ -30,7 +30,7 @@ from alignpro.objective.closed_form import (
     weighted_likelihood_loss,
 )
 from alignpro.pipeline import derive_seed
-from alignpro.run_directory import one_line
+from alignpro.run_directory import CONFIG, read_record
 from alignpro.train.callbacks import TrainCallback, Watchers
 from alignpro.train.checkpoint import check_same_run
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
@@ -51,7 +51,7 @@ from alignpro.train.trajectories import (
     token_sequence,
     written_by_prompter,
 )
-from alignpro.types import Conversation, Response, Rewrite, Usage
+from alignpro.types import Conversation, Rewrite
 
 ROLLOUTS = "rollouts.jsonl"  # in the run directory: a line for each ``prompts_per_step`` prompts
 OnProgress = Callable[[str, int, int], None]  # "rollouts", prompts done, prompts in all
@@ -79,11 +79,7 @@ class ClosedFormFit(TrainingRun):
             )
 
     def _restore(self) -> None:
-        path = self.run_dir / "config.json"
-        try:
-            saved = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a JSON object: {one_line(error)[:200]}") from error
+        saved = read_record(self.run_dir / CONFIG)
         mine = to_mapping(self.config)
         if self.config.closed_form.rounds > 1:  # later rollouts are those of an earlier fit
             check_same_run(saved, mine)
@@ -96,7 +92,7 @@ class ClosedFormFit(TrainingRun):
         the rollouts before an error are on disk.
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
-        with self.directory:
+        with interruptible(), self.directory:
             groups = self.rollouts(self._on_progress)
             with watchers.watching(to_mapping(self.config), 0):
                 if self.config.closed_form.loss == "pooled":
@@ -237,7 +233,9 @@ class ClosedFormFit(TrainingRun):
         before = number * len(chunks)  # lines of the rounds before
         path = self.run_dir / ROLLOUTS
         there = (read_metrics(path) if path.exists() else [])[before : before + len(chunks)]
-        groups = [[_rewrite(w) for w in group] for row in there for group in row["rewrites"]]
+        groups = [
+            [Rewrite.of_plain(w) for w in group] for row in there for group in row["rewrites"]
+        ]
         missing = list(enumerate(chunks, before))[len(there) :]
         if missing:
             truncate_metrics(path, steps=before + len(there))  # a line that a crash cut short
@@ -268,7 +266,7 @@ class ClosedFormFit(TrainingRun):
             if rollout.unscored:
                 known = self.notes.get("unscored_responses", 0)
                 self.notes["unscored_responses"] = known + rollout.unscored
-            rewrites = [[_as_fields(w) for w in group] for group in rollout.rewrites]
+            rewrites = [[w.to_plain() for w in group] for group in rollout.rewrites]
             log.append(
                 {
                     "step": number,
@@ -366,20 +364,3 @@ _ROLLOUT_FIELDS = (
 def _of_the_rollouts(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: config.get(name) for name in _ROLLOUT_FIELDS}
     return {**fields, "closed_form.num_prompts": config.get("closed_form", {}).get("num_prompts")}
-
-
-def _as_fields(rewrite: Rewrite) -> dict[str, Any]:
-    """As it can be written down."""
-    return asdict(rewrite) | {"target_prompt": Conversation.of(rewrite.target_prompt).plain}
-
-
-def _rewrite(fields: Mapping[str, Any]) -> Rewrite:
-    """As it was written down."""
-
-    def response(fields: Mapping[str, Any]) -> Response:
-        usage = fields.get("usage")
-        return Response(**{**fields, "usage": None if usage is None else Usage(**usage)})
-
-    responses = [response(r) for r in fields["responses"]]
-    read = Conversation.of(fields["target_prompt"]).short
-    return Rewrite(**{**fields, "target_prompt": read, "responses": responses})

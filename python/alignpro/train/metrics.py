@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignpro.files import write_file
+from alignpro.files import append_line, write_file
 
 
 class MetricText(NamedTuple):
@@ -142,10 +141,7 @@ class MetricsLog:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row. NaN and infinities are written as null: JSON has no word for them."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, json.dumps(_finite(row)))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ class LoraPolicy(torch.nn.Module):
 
     def weights(self) -> LoraWeights:
         copies = {name: (a.copy(), b.copy()) for name, (a, b) in self._matrices().items()}
-        return replace(self._layout, matrices=copies)
+        return replace(self._layout, matrices=copies, base_fingerprint=self.model.fingerprint)
 
     def load_weights(self, weights: LoraWeights) -> None:
         """Overwrite the matrices in place, keeping the parameters an optimizer may hold."""

@@ -2,60 +2,116 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from alignpro import fingerprints
 from alignpro.config import SftConfig, TrainConfig, check_config, to_mapping
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.files import write_json
+from alignpro.interrupts import interruptible, interrupts_deferred
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import LoraWeights, load_peft, save_peft
+from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
-from alignpro.run_directory import CALLS, check_run_dir, open_run_dir, recorded_date
+from alignpro.run_directory import (
+    CALLS,
+    CONFIG,
+    RunDirectory,
+    check_run_dir,
+    one_line,
+    open_run_dir,
+    recorded_date,
+)
 from alignpro.train.callbacks import TrainCallback
+from alignpro.train.checkpoint import load_checkpoint, save_checkpoint
 from alignpro.train.closed_form import ClosedFormFit, OnProgress
 from alignpro.train.critic import ValueHead
 from alignpro.train.held_out import load_held_out
-from alignpro.train.metrics import MetricsLog
+from alignpro.train.metrics import MetricsLog, truncate_metrics
 from alignpro.train.policy import LoraPolicy, Reference
-from alignpro.train.sft import fit, fit_pairs
+from alignpro.train.sft import WarmStart, fit_pairs
 from alignpro.train.trackers import check_trackers
-from alignpro.train.trainer import Trainer
+from alignpro.train.trainer import Trainer, said_of_resume
 from alignpro.types import Reward
+
+_log = logging.getLogger(__name__)
 
 
 def run_sft(
     config: SftConfig,
     *,
+    resume: bool = False,
     overwrite: bool = False,
+    allow_changes: bool = False,
     on_step: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> LoraWeights:
-    """Warm-start a prompter; writes config.json, metrics.jsonl and adapter/ to its directory."""
+    """Warm-start a prompter; writes config.json, metrics.jsonl, checkpoints/ and adapter/ to its
+    directory. resume, overwrite, allow_changes, and what interrupts: as for `Trainer`.
+    """
     check_config(config, SftConfig)
-    check_run_dir(config.run_dir, overwrite=overwrite)
+    run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
     pairs = load_pairs(config.data)
-    config = replace(config, date=config.date or today())
+    config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
     model = load_model(config.prompter, config.threads, date=config.date)
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
-    rows = fit(policy, fit_pairs(model, pairs, config), config)
-    with open_run_dir(config.run_dir, overwrite=overwrite) as directory:
-        run_dir = directory.path
-        write_json(run_dir / "config.json", to_mapping(config))
-        log = MetricsLog(run_dir / "metrics.jsonl")
-        for row in rows:
-            log.append(row)
-            if on_step is not None:
-                on_step(row)
-        weights = policy.weights()
+    warm = WarmStart(policy, fit_pairs(model, pairs, config), config)
+    made_from = fingerprints.of_models(model, None)
+    columns = {"instruction": [pair.instruction for pair in pairs]}
+    made_from["data"] = fingerprints.of_rows(
+        str(config.data.path), [pair.prompt for pair in pairs], columns
+    )
+    directory = open_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    log = MetricsLog(run_dir / "metrics.jsonl")
+    changed: list[str] = []
+    if resume:
+        changed = fingerprints.check_same_inputs(run_dir, made_from, allow_changes=allow_changes)
+        checkpoint = load_checkpoint(run_dir, model.lora_modules)
+        if checkpoint is not None:
+            warm.restore(checkpoint)
+        truncate_metrics(log.path, steps=warm.step)
+    fingerprints.write_fingerprints(run_dir, made_from, changed=changed, step=warm.step)
+    write_json(run_dir / CONFIG, to_mapping(config))
+    with interruptible(), directory:
+        _fit(warm, directory, log, on_step)
+        weights = warm.policy.weights()
         save_peft(run_dir / "adapter", weights)
     return weights
+
+
+def _fit(
+    warm: WarmStart,
+    directory: RunDirectory,
+    log: MetricsLog,
+    on_step: Callable[[Mapping[str, Any]], None] | None,
+) -> None:
+    try:
+        while warm.step < warm.config.steps:
+            with interrupts_deferred():
+                row = warm.advance()
+                log.append(row)
+            if on_step is not None:
+                on_step(row)
+            if warm.step % warm.config.checkpoint_every == 0 or warm.step == warm.config.steps:
+                with interrupts_deferred():
+                    save_checkpoint(directory.path, warm.checkpoint())
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (said_of_resume("sft", directory.path, warm.step),)
+        if warm.step:
+            with (
+                directory.after(error, "writing the checkpoint"),
+                interrupts_deferred(after=error),
+            ):
+                save_checkpoint(directory.path, warm.checkpoint())
+        raise
 
 
 def run_train(
@@ -63,6 +119,7 @@ def run_train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    allow_changes: bool = False,
     callbacks: Sequence[TrainCallback] = (),
     on_progress: OnProgress | None = None,
 ) -> Trainer | ClosedFormFit:
@@ -75,7 +132,7 @@ def run_train(
 
     Raises as `make_trainer` and `Trainer.train`.
     """
-    trainer = make_trainer(config, resume=resume, overwrite=overwrite)
+    trainer = make_trainer(config, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
     if isinstance(trainer, ClosedFormFit):
         trainer.rollouts(on_progress)
     trainer.train(callbacks)
@@ -83,11 +140,16 @@ def run_train(
 
 
 def make_trainer(
-    config: TrainConfig, *, resume: bool = False, overwrite: bool = False
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_changes: bool = False,
 ) -> Trainer | ClosedFormFit:
     """A trainer with everything the configuration names: models, adapter, prompts and reward.
 
     The reference is kept in run_dir/reference, so that a resume holds on to the same one.
+    resume, overwrite, allow_changes: see `TrainingRun`.
     """
     check_config(config, TrainConfig)
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
@@ -108,19 +170,32 @@ def make_trainer(
         prompter, target = load_models(
             config.prompter, config.target, config.threads, calls=calls, date=date
         )
-    start = config.trained.adapter
-    if resume and (run_dir / "reference").is_dir():
-        start = str(run_dir / "reference")
     trained = _trained(config, prompter, target)
-    weights = (
-        None if start is None else load_peft(Path(start), trained.lora_modules, trained.base_table)
-    )
+    weights = _start(config, trained, run_dir if resume else None)
     return trainer_from(
         *(config, prompter, target, reward, rows, weights),
         held_out=held_out,
         resume=resume,
         overwrite=overwrite,
+        allow_changes=allow_changes,
     )
+
+
+def _start(config: TrainConfig, model: NativeModel, run_dir: Path | None) -> LoraWeights | None:
+    """Where training starts: what the run that is resumed kept of it, else the configuration's."""
+    given = config.trained.adapter
+    kept = None if run_dir is None else run_dir / "reference"
+    if kept is not None and kept.exists():
+        try:
+            return model.load_adapter(kept)
+        except (OSError, ValueError) as error:
+            if given is None:
+                raise ValueError(
+                    f"{kept}: damaged ({one_line(error)}), and the run has no other copy of what "
+                    "its training began with"
+                ) from None
+            _log.warning("%s: damaged (%s); reading %s again", kept, one_line(error), given)
+    return None if given is None else model.load_adapter(given)
 
 
 def trainer_from(
@@ -132,11 +207,11 @@ def trainer_from(
     weights: LoraWeights | None,
     *,
     held_out: Sequence[PromptRow] = (),
-    resume: bool = False,
-    overwrite: bool = False,
+    **options: Any,
 ) -> Trainer | ClosedFormFit:
     """A trainer over loaded parts. ``weights``: where training starts, and the reference; None is a
-    fresh adapter, whose reference is the base model. ``held_out``: see `load_held_out`."""
+    fresh adapter, whose reference is the base model. ``held_out``: see `load_held_out`.
+    ``options``: run_dir, resume, overwrite and allow_changes of `TrainingRun`."""
     reference: Reference = "base"
     trained = _trained(config, prompter, target)
     if weights is None:
@@ -148,12 +223,7 @@ def trainer_from(
     fitted = fit_rows(rows, unread, config.on_too_long)
     rows, held_out = fitted.rows, fit_rows(held_out, unread, config.on_too_long).rows
     pieces = (config, pipeline, policy, [row.prompt for row in rows])
-    options: dict[str, Any] = {
-        "reference": reference,
-        "columns": stack_columns(rows),
-        "resume": resume,
-        "overwrite": overwrite,
-    }
+    options |= {"reference": reference, "columns": stack_columns(rows)}
     trainer: Trainer | ClosedFormFit
     if config.algorithm == "closed_form":
         trainer = ClosedFormFit(*pieces, **options)
@@ -164,8 +234,6 @@ def trainer_from(
         trainer = Trainer(*pieces, value_head=value_head, held_out=held_out, **options)
     if fitted.note is not None:
         trainer.notes["too_long"] = fitted.note
-    if weights is not None and not (trainer.run_dir / "reference").is_dir():
-        save_peft(trainer.run_dir / "reference", weights)
     return trainer
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from alignpro.config import FitConfig, Prompting, SftConfig
+from alignpro.config import FitConfig, Prompting, SftConfig, to_mapping
 from alignpro.data.load import PairRow
 from alignpro.lengths import fit_rows
 from alignpro.models.native_client import prompt_end
@@ -16,6 +16,7 @@ from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import naming, prompter_tokens
 from alignpro.models.reasoning import open_block
 from alignpro.models.tokenizer import Tokenizer
+from alignpro.train.checkpoint import Checkpoint, check_same_run
 from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.policy import LoraPolicy, one_torch_thread
 from alignpro.train.schedule import (
@@ -37,11 +38,8 @@ class Example:
     start: int  # the first token to be written
 
 
-def fit(
-    policy: LoraPolicy, pairs: Sequence[tuple[PromptLike, str]], config: SftConfig
-) -> Iterator[dict[str, Any]]:
-    """Maximise the mean log-probability of the instructions' tokens: a step for each row of metrics
-    that is taken from the iterator.
+class WarmStart:
+    """Maximises the mean log-probability of the instructions' tokens, step by step.
 
     Args:
         pairs: (prompt, instruction); where that is empty, the end of the turn is all there is to
@@ -51,19 +49,71 @@ def fit(
         ValueError: no pairs, an empty prompt, a pair over the context, or a chat template that
             opens a block of reasoning; the message names its index. Before the first step.
     """
-    limit = policy.model.context_length
-    examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting, limit)
-    for index, example in enumerate(examples):
-        if len(example.tokens) > limit:
-            raise ValueError(f"pair {index}: {_OVER.format(len(example.tokens), limit)}")
-        read = prompt_end(policy.model.tokenizer, example.tokens[: example.start])
-        if open_block(read) is not None:
-            raise ValueError(
-                f"pair {index}: the chat template opens a block of reasoning, in which no "
-                "instruction can be taught; prompter.chat_template_kwargs may close it, or "
-                "prompter.chat_template takes another"
-            )
-    return _fit(policy, examples, config)
+
+    def __init__(
+        self, policy: LoraPolicy, pairs: Sequence[tuple[PromptLike, str]], config: SftConfig
+    ) -> None:
+        limit = policy.model.context_length
+        self._examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting, limit)
+        for index, example in enumerate(self._examples):
+            if len(example.tokens) > limit:
+                raise ValueError(f"pair {index}: {_OVER.format(len(example.tokens), limit)}")
+            read = prompt_end(policy.model.tokenizer, example.tokens[: example.start])
+            if open_block(read) is not None:
+                raise ValueError(
+                    f"pair {index}: the chat template opens a block of reasoning, in which no "
+                    "instruction can be taught; prompter.chat_template_kwargs may close it, or "
+                    "prompter.chat_template takes another"
+                )
+        self.policy, self.config = policy, config
+        self.optimizer = make_optimizer(policy.parameters(), config)
+        self.step = 0  # steps done
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The steps that are left: one for each row of metrics that is taken."""
+        while self.step < self.config.steps:
+            yield self.advance()
+
+    def advance(self) -> dict[str, Any]:
+        """Do a step, as a whole; returns its row of metrics."""
+        config, started = self.config, time.perf_counter()
+        chosen = batch_indices(
+            seed=config.seed,
+            cursor=self.step * config.batch_size,
+            count=config.batch_size,
+            rows=len(self._examples),
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        rate = config.learning_rate * rate_factor(config, self.step)
+        batch = [self._examples[i] for i in chosen]
+        with one_torch_thread():
+            metrics = likelihood_gradients(self.policy, batch, config)
+            (norm,) = apply_gradients({self.optimizer: rate}, max_grad_norm=config.max_grad_norm)
+        self.step += 1
+        return {
+            "step": self.step - 1,
+            **metrics,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            step=self.step,
+            cursor=self.step * self.config.batch_size,
+            config=to_mapping(self.config),
+            weights=self.policy.weights(),
+            optimizer=self.optimizer.state_dict(),
+            adaptive={},
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on as if it had not stopped. Raises ValueError as `check_same_run`."""
+        check_same_run(checkpoint.config, to_mapping(self.config))
+        self.policy.load_weights(checkpoint.weights)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.step = checkpoint.step
 
 
 def fit_pairs(
@@ -86,32 +136,6 @@ def fit_pairs(
 
 
 _OVER = "{} tokens exceed the context of {}"
-
-
-def _fit(
-    policy: LoraPolicy, examples: Sequence[Example], config: SftConfig
-) -> Iterator[dict[str, Any]]:
-    optimizer = make_optimizer(policy.parameters(), config)
-    for step in range(config.steps):
-        started = time.perf_counter()
-        chosen = batch_indices(
-            seed=config.seed,
-            cursor=step * config.batch_size,
-            count=config.batch_size,
-            rows=len(examples),
-        )
-        optimizer.zero_grad(set_to_none=True)
-        rate = config.learning_rate * rate_factor(config, step)
-        with one_torch_thread():
-            metrics = likelihood_gradients(policy, [examples[i] for i in chosen], config)
-            (norm,) = apply_gradients({optimizer: rate}, max_grad_norm=config.max_grad_norm)
-        yield {
-            "step": step,
-            **metrics,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "seconds": time.perf_counter() - started,
-        }
 
 
 def likelihood_gradients(

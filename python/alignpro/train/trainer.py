@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alignpro import fingerprints
 from alignpro.config import TrainConfig, check_config, from_mapping, to_mapping
-from alignpro.data.load import PromptRow
+from alignpro.data.load import PromptRow, stack_columns
 from alignpro.files import write_json
+from alignpro.interrupts import interruptible, interrupts_deferred
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.http_client import BudgetError, EndpointError
@@ -24,7 +23,7 @@ from alignpro.models.language_model import LanguageModel
 from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import check_columns, check_roles, read_prompts
 from alignpro.pipeline import Pipeline, derive_seed
-from alignpro.run_directory import add_note, open_run_dir
+from alignpro.run_directory import CONFIG, RunDirectory, add_note, open_run_dir
 from alignpro.train.adaptive import Adaptive
 from alignpro.train.callbacks import TrainCallback, Watchers
 from alignpro.train.checkpoint import (
@@ -55,8 +54,11 @@ class TrainingRun:
         prompts: one text each. columns: more of the prompts' data for the reward, aligned.
         value_head: a module from hidden states [T, D] to values [T], for ``ppo.value_head``.
         held_out: the prompts of the configuration's ``heldout``.
-        run_dir: where metrics.jsonl, checkpoints/ and adapter/ go; None: the configuration's.
+        run_dir: where metrics.jsonl, checkpoints/ and adapter/ go, or such a directory that is held
+            already; None: the configuration's.
         resume, overwrite: what to do when the directory holds a run; see `open_run_dir`.
+        allow_changes: resume with other models, another adapter, template or reward than the run
+            began with, which is then said and recorded, as other data always are.
 
     Raises:
         ValueError: no prompts, pieces that do not fit, a resume under another configuration.
@@ -75,9 +77,10 @@ class TrainingRun:
         columns: Mapping[str, Sequence[Any]] | None = None,
         value_head: torch.nn.Module | None = None,
         held_out: Sequence[PromptRow] = (),
-        run_dir: str | Path | None = None,
+        run_dir: str | Path | RunDirectory | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        allow_changes: bool = False,
     ) -> None:
         check_config(config, TrainConfig)
         if not isinstance(pipeline, Pipeline):
@@ -106,14 +109,24 @@ class TrainingRun:
         self._begin(value_head)
         self.trackers = make_trackers(config.track)
         self.step = 0  # steps done
-        self.directory = open_run_dir(
-            config.run_dir if run_dir is None else run_dir, resume=resume, overwrite=overwrite
-        )
+        if isinstance(run_dir, RunDirectory):
+            self.directory = run_dir
+        else:
+            wanted = config.run_dir if run_dir is None else run_dir
+            self.directory = open_run_dir(wanted, resume=resume, overwrite=overwrite)
         self.run_dir = self.directory.path
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
+        made_from, changed = self._made_from(held_out), list[str]()
         if resume:
+            changed = fingerprints.check_same_inputs(
+                self.run_dir, made_from, allow_changes=allow_changes
+            )
             self._restore()
-        write_json(self.run_dir / "config.json", to_mapping(config))
+        fingerprints.write_fingerprints(self.run_dir, made_from, changed=changed, step=self.step)
+        if isinstance(reference, LoraWeights):
+            save_peft(self.run_dir / "reference", reference)
+        # Last: where it is, everything that a resume needs is there as well.
+        write_json(self.run_dir / CONFIG, to_mapping(config))
 
     def _begin(self, value_head: torch.nn.Module | None) -> None:
         """Check and make what this way to train needs, before the directory is touched."""
@@ -122,6 +135,21 @@ class TrainingRun:
     def _restore(self) -> None:
         """Go on with what the directory holds."""
         raise NotImplementedError
+
+    def _made_from(self, held_out: Sequence[PromptRow]) -> fingerprints.Fingerprints:
+        found = fingerprints.of_models(self.pipeline.prompter, self.pipeline.target)
+        found |= fingerprints.of_reward(self.pipeline.reward)
+        found["data"] = fingerprints.of_rows(str(self.config.data.path), self.prompts, self.columns)
+        if held_out:
+            columns = stack_columns(held_out)
+            prompts = [row.prompt for row in held_out]
+            found["held-out data"] = fingerprints.of_rows("", prompts, columns)
+        if isinstance(self.reference, LoraWeights):
+            found["adapter that training began with"] = fingerprints.of_adapter(self.reference)
+        answers = self.pipeline.target_adapter
+        if isinstance(answers, (str, Path)):
+            found["adapter of the target"] = fingerprints.of_adapter_folder(answers)
+        return found
 
     def _pick(self, rows: Sequence[int]) -> tuple[list[Prompt], dict[str, list[Any]]]:
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
@@ -164,7 +192,8 @@ class Trainer(TrainingRun):
         self._saved = -1  # the step of the newest checkpoint
 
     def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
-        """Run the steps that are left; write a checkpoint at the end, and at Ctrl-C or an error.
+        """Run the steps that are left; write a checkpoint at the end, and at an error, Ctrl-C,
+        SIGTERM or SIGHUP.
 
         Args:
             callbacks: who else watches, beside the trackers of the configuration.
@@ -173,10 +202,12 @@ class Trainer(TrainingRun):
             RuntimeError: a scored log-probability differs from the sampled one (``strict_parity``).
             KeyboardInterrupt: after the checkpoint is written; it says how to go on.
             FailedRowsError, BudgetError, EndpointError: a target that cannot go on; likewise.
+            OSError: a full disk; the checkpoints that were there stay.
             RewardError, ValueError, and what a callback raises: likewise after the checkpoint.
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
-        with self.directory, watchers.watching(to_mapping(self.config), self.step):
+        watching = watchers.watching(to_mapping(self.config), self.step)
+        with interruptible(), self.directory, watching:
             self._train(watchers)
 
     def _train(self, watchers: Watchers) -> None:
@@ -185,7 +216,7 @@ class Trainer(TrainingRun):
                 seen = self._look_at_held_out()
                 started = time.perf_counter()
                 rollout = self._rollout()
-                with _interrupts_deferred() as stop_if_asked:  # a step is done as a whole or not
+                with interrupts_deferred() as stop_if_asked:  # a step is done as a whole or not
                     batch = step_batch(self.config, rollout, self.adaptive.baseline)
                     metrics, stages = self.learner.improve(
                         batch, self.adaptive.kl_coef, self.step, stop_if_asked
@@ -204,11 +235,11 @@ class Trainer(TrainingRun):
                 if self.step % self.config.checkpoint_every == 0:
                     self._checkpoint(watchers)
         except BaseException as error:
-            command = f"alignpro train {self.run_dir / 'config.json'} --resume"
+            after = said_of_resume("train", self.run_dir, self.step)
             if isinstance(error, KeyboardInterrupt):
-                error.args = (f"after step {self.step}; go on with: {command}",)
-            elif isinstance(error, (FailedRowsError, BudgetError, EndpointError)):
-                add_note(error, f"after step {self.step}; go on with: {command}")
+                error.args = (after,)
+            elif isinstance(error, (FailedRowsError, BudgetError, EndpointError, OSError)):
+                add_note(error, after)
             with self.directory.after(error, "writing the checkpoint"):
                 self._checkpoint(watchers, after=error)
             raise
@@ -266,11 +297,12 @@ class Trainer(TrainingRun):
         }
 
     def _checkpoint(self, watchers: Watchers, after: BaseException | None = None) -> None:
-        """Write a checkpoint unless this step's is there. after: the error that ends the run."""
-        if self._saved == self.step:
+        """Write a checkpoint unless this step's is there, or no step is done at an error.
+        after: the error that ends the run."""
+        if self._saved == self.step or (after is not None and self.step == 0):
             return
         critic = self.learner.critic
-        with _interrupts_deferred():
+        with interrupts_deferred(after=after):
             path = save_checkpoint(
                 self.run_dir,
                 Checkpoint(
@@ -300,24 +332,8 @@ class Trainer(TrainingRun):
             self.held_out.restore(read_metrics(self.log.path))
 
 
-@contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C back until the block is done, so that state on disk and in memory stays whole.
-
-    Yields a function that raises it at once: for the places in between where nothing is torn.
-    """
-    arrived: list[int] = []
-
-    def raise_if_arrived() -> None:
-        if arrived:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield raise_if_arrived  # signals reach the main thread only
-        return
-    before = signal.signal(signal.SIGINT, lambda number, _frame: arrived.append(number))
-    try:
-        yield raise_if_arrived
-    finally:
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)
-    raise_if_arrived()
+def said_of_resume(command: str, run_dir: Path, step: int) -> str:
+    """What a run that is interrupted after so many steps says of going on."""
+    if step == 0:
+        return "before the first step was done; the same command starts again"
+    return f"after step {step}; go on with: alignpro {command} {run_dir / CONFIG} --resume"

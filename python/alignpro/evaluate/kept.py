@@ -1,0 +1,148 @@
+"""The arms of a measurement, each kept as it is finished: what was stopped goes on with them.
+
+A file of JSON lines. The first says what all of them were made from; an arm that also depends on
+something of its own is taken where that is the same, and made anew where it is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignpro.config import HOW_IT_RUNS, StageConfig, differing, to_mapping
+from alignpro.files import append_line, recorded_lines
+from alignpro.fingerprints import Fingerprints, as_fingerprints, differences, of_adapter, to_plain
+from alignpro.models.adapter import LoraWeights
+from alignpro.types import Prompt, Rewrite, Rollout
+
+# What every response of every arm depends on, beside fingerprints.
+_FIELDS = (
+    *("prompter", "target", "reward", "seed", "rewrite", "response", "prompting", "date"),
+    *("num_rewrites", "num_responses"),
+)
+# An adapter goes by what is in it.
+_BY_OTHER_MEANS = HOW_IT_RUNS | {"adapter"}
+_log = logging.getLogger(__name__)
+
+
+def arms_path(output: Path | None) -> Path | None:
+    """Where the arms of a report are kept: beside it."""
+    return None if output is None else output.with_name(output.name + ".arms.jsonl")
+
+
+def kept_date(path: Path | None) -> str | None:
+    """The date that kept arms were told, for the others to be told the same."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
+        if path is not None:
+            with path.open(encoding="utf-8") as file:
+                return str(json.loads(next(file))["config"]["date"])
+    return None
+
+
+class KeptArms:
+    """Arms by name. Made as it is, it holds none and keeps none; see `at`."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._known: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def at(cls, path: Path | None, config: StageConfig, made_from: Fingerprints) -> KeptArms:
+        """Those of a file, which is made where it is not there; of None, none.
+
+        Raises:
+            ValueError: a file of something else, or of a measurement with other inputs: it names
+                them.
+        """
+        kept = cls()
+        if path is None:
+            return kept
+        kept._path = path
+        mapping = to_mapping(config)
+        head = {name: mapping[name] for name in _FIELDS}
+        if not (path.exists() and kept._read(path, head, made_from)):
+            path.unlink(missing_ok=True)
+            append_line(path, json.dumps({"config": head, "fingerprints": to_plain(made_from)}))
+        return kept
+
+    def get(self, name: str, of: Any) -> dict[str, Any] | None:
+        """What was kept under the name, if it was made from the same."""
+        row = self._known.get(name)
+        if row is None:
+            return None
+        if row["of"] != json.loads(json.dumps(of)):
+            _log.warning("%s: %s is made anew: it was another one", self._path, name)
+            return None
+        value: dict[str, Any] = row["value"]
+        return value
+
+    def put(self, name: str, of: Any, value: Mapping[str, Any]) -> None:
+        if self._path is not None:
+            append_line(self._path, json.dumps({"arm": name, "of": of, "value": value}))
+
+    def hash_of(self, adapter: LoraWeights | None) -> str | None:
+        """What an arm depends on that has an adapter of its own."""
+        return None if adapter is None or self._path is None else of_adapter(adapter).hash
+
+    def rollout(
+        self, name: str, of: Any, prompts: Sequence[Prompt], sample: Callable[[], Rollout]
+    ) -> Rollout:
+        """The rollout under the name, sampled where it is not there."""
+        kept = self.get(name, of)
+        if kept is not None:
+            return read_rollout(kept, prompts)
+        rollout = sample()
+        self.put(name, of, plain_rollout(rollout))
+        return rollout
+
+    def _read(self, path: Path, head: Mapping[str, Any], made_from: Fingerprints) -> bool:
+        """Whether there is a whole first line."""
+        drawn: Any = None
+        for number, line in recorded_lines(path):
+            try:
+                row = json.loads(line)
+                if number == 1:
+                    drawn, before = row["config"], as_fingerprints(row["fingerprints"])
+                else:
+                    self._known[row["arm"]] = {"of": row["of"], "value": row["value"]}
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{path}, line {number}: expected an arm that was kept; move the file away"
+                ) from None
+        if drawn is None:
+            return False
+        other = [
+            f"{key} was {was!r}, is {value!r}"
+            for key, (was, value) in differing(drawn, json.loads(json.dumps(head))).items()
+            if key.partition(".")[2] not in _BY_OTHER_MEANS
+        ]
+        other += differences(before, made_from, "its arms were made from")
+        if other:
+            raise ValueError(
+                f"{path}: of another measurement ({'; '.join(other)}); move it away, or --output "
+                "names another file"
+            )
+        return True
+
+
+def plain_rollout(rollout: Rollout) -> dict[str, Any]:
+    """As JSON can hold it, but for the prompts, which are at hand."""
+    return {
+        "rewrites": [[w.to_plain() for w in group] for group in rollout.rewrites],
+        "seconds": rollout.seconds,
+        "generated_tokens": rollout.generated_tokens,
+        "common_draws": rollout.common_draws,
+        "failed": rollout.failed,
+        "unscored": rollout.unscored,
+    }
+
+
+def read_rollout(plain: Mapping[str, Any], prompts: Sequence[Prompt]) -> Rollout:
+    """What `plain_rollout` made of it."""
+    rewrites = [[Rewrite.of_plain(w) for w in group] for group in plain["rewrites"]]
+    more = ("seconds", "generated_tokens", "common_draws", "failed", "unscored")
+    return Rollout(list(prompts), rewrites, **{name: plain[name] for name in more})

@@ -1,0 +1,144 @@
+"""What a run says of an evaluation, a headroom or a bound of it, and what is another one there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alignpro import fingerprints
+from alignpro.config import (
+    HOW_IT_RUNS,
+    EvalConfig,
+    ModelConfig,
+    SftConfig,
+    StageConfig,
+    TrainConfig,
+    differing,
+    from_mapping,
+    to_mapping,
+    unchecked,
+)
+from alignpro.data.load import PromptRow
+from alignpro.fingerprints import Fingerprints
+from alignpro.models.adapter import LoraWeights
+from alignpro.run_directory import CONFIG, MARKER, is_run_dir, read_record, run_around
+
+EVALUATE = "evaluate.json"  # in a run: what an evaluation of it asks for beside what the run says
+# Both models, how they are put together and drawn, what is paid for, and which day it is.
+_OF_RUN = (
+    *("prompter", "target", "prompting", "rewrite", "response", "reward", "date"),
+    *("data", "seed", "kl_coef"),
+)
+_FREE = ("data", "seed")  # another one is another measurement of the same thing
+_log = logging.getLogger(__name__)
+Stage = TypeVar("Stage", bound=StageConfig)
+
+
+def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
+    """The stage's configuration as the run has it, for `from_mapping` to start from.
+
+    The untuned prompter is where training started; ``trained`` or ``tuned``, where the stage has
+    them, is what came of it. A warm start is an untuned prompter itself.
+
+    Raises:
+        FileNotFoundError: no run, or one that is not done. ValueError: a damaged config.json.
+    """
+    run = Path(run)
+    stage = unchecked(cls, {})
+    if not is_run_dir(run):
+        problem = f"no {MARKER} in it" if run.is_dir() else "no such folder"
+        raise FileNotFoundError(f"--run {run}: expected the directory of a run ({problem})")
+    config, values = _config_of(run), _values_of(run)
+    if isinstance(config, SftConfig):
+        values["prompter"] = replace(config.prompter, adapter=_adapter(run, "sft"))
+    else:
+        came = "tuned" if config.policy == "target" else "trained"
+        if came in {f.name for f in fields(cls)}:
+            values[came] = _adapter(run, "train")
+        values["data"] = replace(config.data, split=stage.data.split)
+    return unchecked(cls, values)
+
+
+def _values_of(run: Path) -> dict[str, Any]:
+    """What a stage is to have in common with the run."""
+    config = _config_of(run)
+    given = {f.name for f in fields(config)}
+    values: dict[str, Any] = {name: getattr(config, name) for name in _OF_RUN if name in given}
+    if isinstance(config, SftConfig):
+        del values["data"]  # pairs
+        return values
+    if config.kl_coef == 0:  # no optimum is at that
+        del values["kl_coef"]
+    if (run / "reference").exists():
+        role = config.policy
+        start = getattr(config, role) or ModelConfig()
+        values[role] = replace(start, adapter=str(run / "reference"))
+    return values
+
+
+def _config_of(run: Path) -> TrainConfig | SftConfig:
+    record = read_record(run / CONFIG)
+    kind: Any = TrainConfig if "policy" in record else SftConfig
+    try:
+        config: TrainConfig | SftConfig = from_mapping(kind, record)
+    except ValueError as error:
+        raise ValueError(f"{run / CONFIG}: {error}") from None
+    return config
+
+
+def _adapter(run: Path, command: str) -> str:
+    folder = run / "adapter"
+    if not (folder / "adapter_config.json").is_file():  # the file that is written last
+        raise FileNotFoundError(
+            f"--run {run}: it is not done, so there is no {folder}; `alignpro {command} "
+            f"{run / CONFIG} --resume` goes on with it"
+        )
+    return str(folder)
+
+
+def beside_the_run(config: EvalConfig, run: Path) -> dict[str, Any]:
+    """What an evaluation asks for that `settings_of_run` does not say: evaluate.json."""
+    ours, theirs = to_mapping(config), to_mapping(settings_of_run(EvalConfig, run))
+    del ours["trained"], ours["prompter"]
+    return {name: value for name, value in ours.items() if value != theirs[name]}
+
+
+def say_what_differs(
+    config: StageConfig,
+    made_from: Fingerprints,
+    untuned: LoraWeights | None,
+    rows: Sequence[PromptRow],
+    *around: str | Path | None,
+) -> None:
+    """A warning for each thing that the run of, or around, the first of the paths was made from or
+    by, and that is another one here; and for prompts that it was trained on."""
+    run = run_around(*around)
+    if run is None:
+        return
+    ours, values = to_mapping(config), _values_of(run)
+    names = [name for name in values if name in ours and name not in _FREE]
+    theirs = to_mapping(unchecked(type(config), values))
+    other = differing({n: theirs[n] for n in names}, {n: ours[n] for n in names})
+    said = [
+        f"{path} is {here!r} here, {there!r} in the run"
+        for path, (there, here) in other.items()
+        # An adapter goes by what is in it, below.
+        if path.partition(".")[2] not in HOW_IT_RUNS | {"adapter"}
+    ]
+    then, now = fingerprints.read_fingerprints(run), dict(made_from)
+    if untuned is not None:
+        now["adapter that training began with"] = fingerprints.of_adapter(untuned)
+    trained_on = then.pop("data", None)
+    said += fingerprints.differences(then, now, "the run was made from")
+    for what in said:
+        _log.warning("%s: %s", run, what)
+    prompts = [row.prompt for row in rows]
+    shared = [] if trained_on is None else fingerprints.shared_prompts(trained_on, prompts)
+    if shared:
+        _log.warning(
+            "%s: %d of the %d prompts were trained on, %s among them",
+            *(run, len(shared), len(prompts), shared[0]),
+        )

@@ -1,0 +1,76 @@
+"""Signals that ask a process to end: raised where nothing is torn, in the process they are for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from alignpro.interrupts import exit_status, interruptible, interrupts_deferred
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_for_the_end_of_a_block(number):
+    done = []
+    with pytest.raises(KeyboardInterrupt) as caught, interruptible():
+        with interrupts_deferred() as raise_if_arrived:
+            raise_if_arrived()
+            os.kill(os.getpid(), number)
+            done.append("the block")
+        done.append("what comes after it")
+    assert done == ["the block"] and exit_status(caught.value) == 128 + number
+    with interruptible(), interrupts_deferred(after=OSError("disk full")):
+        os.kill(os.getpid(), number)  # the run ends anyway
+
+
+def test_what_is_ignored_or_handled_stays_so():
+    seen = []
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    with interruptible():
+        os.kill(os.getpid(), signal.SIGHUP)
+        with interrupts_deferred():
+            os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert seen == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_forked_worker_is_ended_by_its_signal():
+    with interruptible(), interrupts_deferred():
+        ready, say = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(say, b"x")
+            time.sleep(60)
+            os._exit(0)
+        assert os.read(ready, 1) == b"x"
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+
+
+def test_another_thread_changes_nothing():
+    def work():
+        with interruptible(), interrupts_deferred():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    seen = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.SIG_DFL]
