@@ -33,8 +33,9 @@ def place(tmp_path, tiny_model_dir):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "r.py").write_text(REWARD)
     answers, lora = {"max_new_tokens": 3}, {"lora": {"rank": 2}}
-    common = {"prompter": str(tiny_model_dir("llama")), "data": "p.jsonl", "threads": 1}
-    stage = {**common, "reward": "r:f", "split": None, "num_rewrites": 2}
+    common = {"prompter": str(tiny_model_dir("llama")), "threads": 1}
+    common["data"] = {"path": "p.jsonl", "split": None}
+    stage = {**common, "reward": "r:f", "num_rewrites": 2}
     stage |= {"rewrite": answers, "response": answers}
     files = {
         "sft": {**common, **lora},

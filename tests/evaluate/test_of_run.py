@@ -87,7 +87,7 @@ def test_what_a_measurement_takes_from_a_run(place):
 def test_evaluate_headroom_and_bound_of_a_run_are_in_its_report(place, caplog):
     run = place / "run"
     invoke("evaluate", "--run", run)
-    invoke("headroom", "--run", run, "num_prompts=2", "num_rewrites=2", "split=heldout")
+    invoke("headroom", "--run", run, "num_prompts=2", "num_rewrites=2", "data.split=heldout")
     invoke("bound", "--run", run, "num_prompts=2", "num_rewrites=2")
     assert caplog.messages == []
     evaluation = json.loads((run / "evaluation.json").read_text())
@@ -102,7 +102,7 @@ def test_evaluate_headroom_and_bound_of_a_run_are_in_its_report(place, caplog):
 
 def test_what_differs_from_the_run_is_said(place, caplog):
     run = place / "run"
-    override = ["reward=letter_reward:count_e+0*vader", "rewrite.temperature=0.5", "split=train"]
+    override = ["reward=letter_reward:count_e+0*vader", "rewrite.temperature=0.5", "data.split=train"]
     invoke("evaluate", "--run", run, *override, "--output", place / "out.json")
     said = "\n".join(caplog.messages)
     assert "reward is 'letter_reward:count_e+0*vader' here, 'letter_reward:count_e' in" in said

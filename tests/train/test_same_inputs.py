@@ -51,8 +51,7 @@ def config(place, **changes):
     )
     settings = {
         "prompter": model,
-        "data": "p.jsonl",
-        "split": None,
+        "data": DataConfig("p.jsonl", split=None),
         "reward": "own_reward:score",
         "run_dir": str(place / "run"),
         "steps": 2,
