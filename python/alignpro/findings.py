@@ -87,6 +87,17 @@ class Measures(Protocol):
     def common_rewrite(self) -> float | None: ...
 
 
+def equal_rewards(cut: float, responses: int) -> Finding:
+    """Of a step whose rewards are all equal. cut: responses that ended at max_new_tokens."""
+    text = f"All {responses} rewards of a step are equal, so it teaches nothing but the KL"
+    if cut > TRUNCATED * responses:
+        text += (
+            f": {cut:.0f} of {responses} responses were cut at response.max_new_tokens, and what "
+            "the reward looks for may not have come by then. Raise it"
+        )
+    return Finding("equal_rewards", text + ".")
+
+
 def measure(
     rollout: Rollout,
     components: Mapping[str, Sequence[float]],

@@ -10,6 +10,7 @@ where there are tokens.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -189,7 +190,7 @@ class Pipeline:
                 given, num_rewrites, num_responses, seed, common_draws, on_progress
             )
             written = time.perf_counter()
-            rewrites = self._scored(given, rewrites, columns)
+            rewrites, unscored = self._scored(given, rewrites, columns)
             scored = time.perf_counter()
         return Rollout(
             prompts=given,
@@ -197,6 +198,7 @@ class Pipeline:
             seconds={"generate": written - started, "reward": scored - written},
             generated_tokens=done.generated_tokens,
             failed=done.failed,
+            unscored=unscored,
             common_draws=common_draws,
         )
 
@@ -269,13 +271,14 @@ class Pipeline:
                 rewrites.append([hand_over(w, sample) for sample, w in enumerate(read)])
             in_flight.run_until_done()
         written = time.perf_counter()
-        rewrites = self._scored(given, rewrites, columns)
+        rewrites, unscored = self._scored(given, rewrites, columns)
         return Rollout(
             prompts=given,
             rewrites=rewrites,
             seconds={"generate": written - started, "reward": time.perf_counter() - written},
             generated_tokens=in_flight.generated_tokens,
             failed=in_flight.failed,
+            unscored=unscored,
             common_draws=common_draws,
         )
 
@@ -426,11 +429,12 @@ class Pipeline:
         prompts: Sequence[Prompt],
         rewrites: list[list[Rewrite]],
         columns: Mapping[str, Sequence[Any]] | None,
-    ) -> list[list[Rewrite]]:
-        """One call of the reward for every (prompt, rewrite, response), in that order."""
+    ) -> tuple[list[list[Rewrite]], int]:
+        """One call of the reward for every (prompt, rewrite, response), in that order; responses
+        without a score are left out, and counted."""
         if self.reward is None:
-            return rewrites
-        from alignpro.rewards.check import score_checked
+            return rewrites, 0
+        from alignpro.rewards.check import response_columns, score_checked
 
         lists = {id(w.responses): w for group in rewrites for w in group}  # shared: scored once
         rows = [(w, r) for w in lists.values() for r in w.responses]
@@ -443,16 +447,22 @@ class Pipeline:
                 {
                     name: [values[w.prompt_index] for w, _ in rows]
                     for name, values in (columns or {}).items()
-                },
+                }
+                | response_columns([r for _, r in rows]),
             )
         scores = iter(scored)
         with_rewards = {
-            key: [replace(r, reward=next(scores)) for r in w.responses] for key, w in lists.items()
+            key: [
+                replace(r, reward=score)
+                for r, score in zip(w.responses, scores, strict=False)  # the next of all scores
+                if not math.isnan(score)
+            ]
+            for key, w in lists.items()
         }
         return [
             [replace(w, responses=with_rewards[id(w.responses)]) for w in group]
             for group in rewrites
-        ]
+        ], sum(map(math.isnan, scored))
 
 
 _MASK = 2**64 - 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from alignpro.bench.machine import peak_rss_bytes, versions
 from alignpro.config import QuickstartConfig, to_mapping
-from alignpro.data.load import load_pairs, load_prompts
+from alignpro.data.load import load_pairs, load_prompts, stack_columns
 from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, load_inputs, spend
 from alignpro.files import write_json
@@ -23,6 +23,7 @@ from alignpro.report.build import build_report
 from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.run_directory import CALLS
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.held_out import load_held_out
@@ -58,6 +59,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     pairs = load_pairs(sft.data)
     train_rows = load_prompts(train.data)
     watched = load_held_out(train, train_rows)
+    check_columns(reward, stack_columns(train_rows))
     seconds: dict[str, float] = {}
 
     with Bars(f"finding {config.prompter.name}") as bars:

@@ -268,11 +268,13 @@ class Rollout:
     generated_tokens: int  # prompter and target together
     common_draws: bool = False  # a prompt's rewrites share draws, so their noise is not independent
     failed: list[str] = field(default_factory=list)  # of each response that is left out: the reason
+    unscored: int = 0  # responses left out since the reward gave them no score (None)
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores responses against the *original* prompts: aligned lists in, one float each out.
+    """Scores responses against the *original* prompts: aligned lists in, one float each out, or
+    None for no score.
 
     ``prompts`` are the last user turns. The whole conversations, as lists of messages, are given as
     ``conversations``: always to a reward that names this parameter, and to one that takes all
@@ -281,4 +283,4 @@ class Reward(Protocol):
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
-    ) -> Sequence[float]: ...
+    ) -> Sequence[float | None]: ...

@@ -114,7 +114,9 @@ def test_an_answer_after_the_last_user_turn_is_a_reference(write):
     read = load_prompts(write("a.jsonl", jsonl(rows)))
     whole = Conversation((("user", "Hi"), ("assistant", "Hello")), "Bake bread")
     assert [row.prompt for row in read] == ["Hi", whole, "Hi", "Hi", "Bake bread"]
-    assert stack_columns(read) == {"reference": ["Hello", "Knead.", "mine", None, None]}
+    columns = stack_columns(read)
+    assert columns.pop("conversations")[1] == whole.messages  # for rewards that read messages
+    assert columns == {"reference": ["Hello", "Knead.", "mine", None, None]}
 
 
 def test_sharegpt_and_parts_of_text(write):
@@ -232,6 +234,15 @@ def test_columns_are_stacked_beside_the_rows():
     rows = [PromptRow("a", {"x": 1}), PromptRow("b", {"x": 2, "y": 3})]
     assert stack_columns(rows) == {"x": [1, 2], "y": [None, 3]}
     assert stack_columns([]) == {}
+
+
+def test_data_of_messages_give_rewards_the_messages(write):
+    rows = load_prompts(write("a.jsonl", jsonl([{"prompt": [LAST]}, {"prompt": "Hi"}])))
+    assert stack_columns(rows) == {"conversations": [[LAST], [ASKED]]}
+    assert stack_columns(rows[1:]) == {}
+    clash = load_prompts(write("b.jsonl", jsonl([{"prompt": [LAST], "conversations": 1}])))
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1: column 'conversations' collides"):
+        stack_columns(clash)
 
 
 def test_the_packaged_prompts_are_there_and_split():

@@ -169,7 +169,7 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
         ({"labelled": {"instructions": {"wet": 1}}}, "labelled.instructions.wet: expected text"),
         (
             {"labelled": {"instructions": {"wet": "x"}}},
-            "prompts.jsonl ('tell me about owls'): kind 'dry' has no instruction; "
+            "prompts.jsonl, line 6 ('tell me about owls'): kind 'dry' has no instruction; "
             "labelled.instructions has ['wet']",
         ),
         (

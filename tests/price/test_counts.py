@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignpro.bench.step import forced_lengths
-from alignpro.config import LoraConfig, PpoConfig, Prompting, TrainConfig
+from alignpro.config import DataConfig, LoraConfig, PpoConfig, Prompting, TrainConfig
 from alignpro.models.native_model import load_model
 from alignpro.native import ModelFileError, core
 from alignpro.pipeline import Pipeline
@@ -249,7 +249,7 @@ def test_one_real_step(smollm2, tmp_path):
             lora=LoraConfig(),
         )
     )
-    prompts = local_prompts("everyday", "train")[:2]
+    prompts = local_prompts(DataConfig("everyday"))[:2]
 
     def reward(prompts, rewrites, responses):
         return [float(len(response)) for response in responses]

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import ModelConfig, Prompting, TrainConfig
+from alignpro.config import DataConfig, ModelConfig, Prompting, TrainConfig
 from alignpro.price.devices import CPU_RATES, Rates, gpu, read_rates
 from alignpro.price.estimate import price_train
 from alignpro.price.lengths import find_lengths, local_prompts
@@ -99,7 +99,7 @@ def test_memory_by_what_holds_it():
 
 
 def test_lengths_of_data_that_is_not_here_are_called_assumed():
-    assert local_prompts("owner/prompts", "train") is None
+    assert local_prompts(DataConfig("owner/prompts")) is None
     report = price_train(large(), gpu_name="H100")
     assert report["lengths"]["source"] == "256 tokens a prompt, assumed"
     given = price_train(large(), gpu_name="H100", prompt_tokens=1000)
@@ -108,7 +108,7 @@ def test_lengths_of_data_that_is_not_here_are_called_assumed():
 
 
 def test_lengths_are_what_the_models_read(smollm2):
-    prompts, prompting, tokenizer = local_prompts("everyday", "train"), Prompting(), None
+    prompts, prompting, tokenizer = local_prompts(DataConfig("everyday")), Prompting(), None
     tokenizer = smollm2.tokenizer
 
     def mean(texts):
@@ -129,7 +129,7 @@ def test_lengths_are_what_the_models_read(smollm2):
 
 
 def test_guessed_lengths_are_near(smollm2):
-    prompts, tokenizer = local_prompts("everyday", "train"), smollm2.tokenizer
+    prompts, tokenizer = local_prompts(DataConfig("everyday")), smollm2.tokenizer
     known = find_lengths(prompts, Prompting(), 12, tokenizer, tokenizer)
     guessed = find_lengths(prompts, Prompting(), 12, None, None)
     assert "4 bytes a token where the tokenizer is not here" in guessed.source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,21 @@ def test_parity():
         {"prompter": loose, "policy": "target", "target": None},
     ):
         assert "; deterministic: false lets them." in only(Report(config=config), off)
+
+
+def test_equal_rewards_of_responses_that_were_cut():
+    equal = {"zero_advantage_groups": 2, "scored_responses": 8}
+    text = only(metrics=rows(10, **equal, truncated_responses=8))
+    assert "80 of 80 responses were cut at response.max_new_tokens" in text
+    text = only(metrics=rows(10, **equal, truncated_responses=2))
+    assert "a finer reward" in text  # a quarter may be cut
+
+
+def test_rows_too_long_are_said():
+    note = "1 of 9 rows were too long for a model, and left out: a.csv, line 3"
+    assert only(metrics=rows(10, too_long=note)) == f"In training, {note}."
+    found = only(Report(replace(evaluation({}), too_long=note)))
+    assert found == f"In the evaluation, {note}."
 
 
 def test_zero_advantage_groups():

@@ -119,7 +119,9 @@ def test_importing_the_room_loads_nothing_heavy():
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("async def f(completions, **kw): return []", "is async"),
+        ("def f(completions, trainer_state): return []", "takes trainer_state"),
+        ("def f(responses)\n    return []", r"SyntaxError: .*wrong_\d+\.py, line 1"),
+        ("x = 1\nundefined", r"NameError: name 'undefined' .*wrong_\d+\.py, line 2\)"),
         ("def f(prompts): return []", r"takes \(prompts\)"),
         ("def f(responses, completions): return []", "both responses and completions"),
         ("def f(prompts, responses, /): return []", "positional-only"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
 
+from alignpro.rewards import from_callable
 from alignpro.rewards.check import RewardError, score_checked
 
 PROMPTS = ["first prompt", "second prompt", "third prompt"]
@@ -62,10 +64,9 @@ def test_any_sequence_of_numbers_is_accepted(scores):
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        (math.nan, "finite number, got nan"),
+        (math.nan, "finite number, got nan; None is no score"),
         (math.inf, "finite number, got inf"),
         (-math.inf, "finite number, got -inf"),
-        (None, "a number, got None"),
         ("0.5", "a number, got str"),
         ([0.5], "a number, got list"),
         (np.array([0.5]), "a number, got ndarray"),
@@ -149,12 +150,55 @@ def test_a_result_that_is_no_sequence(result):
         check(lambda *_, **__: result)
 
 
-def test_an_awaitable_result_is_refused():
+def test_an_awaitable_result_is_waited_for():
     async def later():
-        return [0.0]
+        return [0.5] * 3
 
-    with pytest.raises(RewardError, match="awaitable"):
-        check(lambda *_, **__: later())
+    assert check(lambda *_, **__: later()) == [0.5] * 3
+
+
+class Judged:
+    """Fails as a judge does: after it was paid for two of three rows."""
+
+    def __init__(self, seconds=0.0, **attributes):
+        self.calls, self.seconds = 0, seconds
+        vars(self).update(attributes)
+
+    def __call__(self, prompts, rewrites, responses, **columns):
+        self.calls += 1
+        time.sleep(self.seconds)
+        if "bb" in responses:
+            raise KeyError("no judgement")
+        return [0.0] * (len(responses) - 1)
+
+
+async def later_judge(responses):
+    ASKED.append(responses)
+    raise KeyError("no judgement")
+
+
+ASKED = []
+
+
+def test_rows_that_cost_money_are_not_scored_again(monkeypatch):
+    monkeypatch.setattr("alignpro.rewards.check._CHEAP_SECONDS", 0.05)
+    for reward in (Judged(costs_money=True), Judged(seconds=0.06)):
+        with pytest.raises(RewardError, match=r"KeyError on a batch of 3 rows: 'no judge") as e:
+            check(reward)
+        assert (e.value.row, reward.calls) == (None, 1)
+        with pytest.raises(RewardError, match="expected 1 scores, one a row, got 0"):
+            score_checked(reward, ["p"], ["r"], ["a"])
+        assert reward.calls == 2
+    with pytest.raises(RewardError, match="KeyError on a batch of 3 rows"):
+        check(from_callable(later_judge))
+    assert ASKED == [RESPONSES]
+
+    def function(responses):
+        raise KeyError("no judgement")
+
+    function.costs_money = True
+    assert from_callable(function).costs_money
+    assert not from_callable(lambda responses: 0).costs_money
 
 
 def test_no_rows_is_no_call():
@@ -172,6 +216,6 @@ def test_inputs_that_are_not_aligned():
 
 def test_a_long_prompt_is_shortened_to_one_line():
     with pytest.raises(RewardError) as caught:
-        check(lambda *_, **__: [None], prompts=["x\n" * 500], rewrites=[""], responses=[""])
+        check(lambda *_, **__: ["x"], prompts=["x\n" * 500], rewrites=[""], responses=[""])
     assert len(str(caught.value)) < 200
     assert "\n" not in str(caught.value)

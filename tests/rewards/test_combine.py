@@ -14,7 +14,8 @@ from alignpro.rewards import (
     score_checked,
     score_components,
 )
-from alignpro.types import Reward
+from alignpro.rewards.combine import score_rollout
+from alignpro.types import Response, Reward, Rewrite, Rollout
 
 ROWS = (["p1", "p2"], ["r1", "r2"], ["x", "yyy"])
 
@@ -77,10 +78,28 @@ def test_a_part_that_abstains_leaves_the_others():
     scores, components = score_components(WeightedSum(parts), *rows)
     assert scores == [1.0, 5.0]
     assert math.isnan(components["some"][0]) and components["some"][1] == 2.0
-    with pytest.raises(RewardError, match=r"row 0.*expected a number, got None, which"):
-        score_checked(some, *rows)
-    with pytest.raises(RewardError, match="row 0: expected a number of one part at least"):
-        score_components(WeightedSum({"some": (2.0, some)}), *rows)
+    for alone in (some, WeightedSum({"some": (1.0, some)})):
+        for given in (score_checked(alone, *rows), score_components(alone, *rows)[0]):
+            assert math.isnan(given[0]) and given[1] == 2.0
+
+
+def test_a_rollout_without_what_got_no_score():
+    def of_task(responses, task):
+        return [
+            None if t == "code" else float(len(r)) for r, t in zip(responses, task, strict=True)
+        ]
+
+    responses = [Response([1], text, [0.0], "stop") for text in ("a", "bb", "ccc")]
+    rewrites = [
+        [Rewrite(0, [], [1], [0.0], "x", "p", [1], "stop", responses[:2])],
+        [Rewrite(1, [], [1], [0.0], "x", "q", [1], "stop", responses[2:])],
+    ]
+    rollout = Rollout(["p", "q"], rewrites, {}, 0)
+    scores = score_rollout(from_callable(of_task), rollout, {"task": ["math", "code"]})
+    assert scores.rewards == [[1.0, 2.0], []]
+    assert scores.components == {"of_task": [1.0, 2.0]}
+    assert [len(group[0].responses) for group in scores.rollout.rewrites] == [2, 0]
+    assert scores.rollout.unscored == 1 and len(rewrites[1][0].responses) == 1
 
 
 def test_bad_terms_are_refused():

@@ -127,6 +127,29 @@ def test_what_the_step_itself_shows_needs_no_held_out_prompts(tmp_path):
     assert "100% of the rewrites of this step are one text" in last["warnings"]["one_rewrite"]
 
 
+def test_a_step_of_equal_rewards_and_one_without_scores(tmp_path):
+    def given(score):
+        return lambda prompts, rewrites, responses, **columns: [score for _ in prompts]
+
+    trainer = make(config(tmp_path / "equal", steps=1), reward=given(0.0))
+    trainer.train()
+    (row,) = log(trainer)
+    said = row["warnings"]["equal_rewards"]
+    assert said.startswith(f"All {row['scored_responses']} rewards of a step are equal")
+    assert row["unscored_responses"] == 0
+
+    trainer = make(config(tmp_path / "none", steps=2), reward=given(None))
+    before = trainer.policy.weights().matrices
+    trainer.train()
+    first, _ = log(trainer)
+    assert first["scored_responses"] == 0 and first["reward_mean"] is None
+    assert f"gave {first['unscored_responses']} responses" in first["warnings"]["unscored"]
+    after = trainer.policy.weights().matrices
+    assert all(
+        (a == b).all() for name in before for a, b in zip(before[name], after[name], strict=True)
+    )
+
+
 def test_a_tuned_target_is_watched_as_well(tmp_path):
     settings = watched(
         tmp_path,

@@ -47,6 +47,7 @@ class PromptRow:
     prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
     place: str = field(default="", compare=False)  # in the user's data: "prompts.csv, line 3"
+    is_chat: bool = field(default=False, compare=False)  # its prompt was given as messages
 
 
 def load_prompts(
@@ -82,7 +83,9 @@ def load_prompts(
             others["turns"] = row.values["turns"]
         if reply is not None:
             others.setdefault("reference", reply)
-        prompts.append(PromptRow(prompt, others, row.place))
+        is_chat = names != ("turns",) and isinstance(row.values[names[0]], Sequence)
+        is_chat &= not isinstance(row.values[names[0]], str)
+        prompts.append(PromptRow(prompt, others, row.place, is_chat))
     return prompts
 
 
@@ -136,9 +139,21 @@ def load_instructions(source: str | Path | InstructionsConfig) -> list[str]:
 
 
 def stack_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
-    """The rows' other columns as lists aligned with ``rows``; None where a row lacks a column."""
+    """The rows' other columns as lists aligned with ``rows``; None where a row lacks a column. Of
+    data whose prompts are messages, "conversations" holds these of every row, for rewards.
+
+    Raises DataError where such data have a column of that name.
+    """
     names = dict.fromkeys(name for row in rows for name in row.columns)
-    return {name: [row.columns.get(name) for row in rows] for name in names}
+    columns = {name: [row.columns.get(name) for row in rows] for name in names}
+    if any(row.is_chat for row in rows):
+        if "conversations" in columns:
+            where = next(row.place for row in rows if "conversations" in row.columns)
+            raise DataError(
+                f"{where}: column 'conversations' collides with a reward argument; rename it"
+            )
+        columns["conversations"] = [Conversation.of(row.prompt).messages for row in rows]
+    return columns
 
 
 def _as_columns(given: str | Sequence[str] | None) -> str | tuple[str, ...] | None:

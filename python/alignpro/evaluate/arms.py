@@ -81,7 +81,7 @@ def sample_arms(
     arms: dict[str, Arm] = {}
 
     def add(name: str, rollout: Rollout, *, adds: bool, **about: Any) -> None:
-        rewards, components, paid = score_rollout(reward, rollout, columns)
+        rollout, rewards, components, paid = score_rollout(reward, rollout, columns)
         arms[name] = Arm(rollout, rewards, components, adds, about, paid)
 
     num_answers = config.num_rewrites * config.num_responses
@@ -156,7 +156,9 @@ def _answered(arms: dict[str, Arm]) -> dict[str, Arm]:
     rows = zip(*(arm.rewards for arm in arms.values()), strict=True)
     kept = [index for index, rewards in enumerate(rows) if all(rewards)]
     if not kept:
-        raise FailedRowsError("no prompt was answered in every arm; see the endpoint's log")
+        unscored = sum(arm.rollout.unscored for arm in arms.values())
+        why = f"the reward gave {unscored} of them none" if unscored else "see the endpoint's log"
+        raise FailedRowsError(f"no prompt has responses with a score in every arm; {why}")
     return {name: _of_prompts(arm, kept) for name, arm in arms.items()}
 
 

@@ -26,6 +26,7 @@ from alignpro.models.chat_template import today
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.run_directory import recorded_date
 from alignpro.statistics import Floats, bootstrap_mean_ci
 from alignpro.theory.bound import (
@@ -50,6 +51,7 @@ def run_bound(config: BoundConfig, *, on_progress: OnProgress | None = None) -> 
     check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_rows(config)
     reward = build_reward(config.reward)
+    check_columns(reward, stack_columns(rows))
     date = config.date or recorded_date(config.trained, config.tuned) or today()
     config = replace(config, date=date)
     prompter, target = load_models(config.prompter, config.target, config.threads, date=date)
@@ -119,6 +121,11 @@ def measure_bound(
         )
 
     untuned = prompted("untuned prompter", pipeline)
+    if untuned.unscored:
+        raise ValueError(
+            "bound: it compares the same prompts throughout, so every response needs a score; the "
+            f"reward gave {untuned.unscored} of them none (None)"
+        )
     if config.reward_range is not None:  # one that is too narrow mostly shows here already
         _reward_range(config, {"untuned": rewards_of(untuned)})
     rollouts = {"untuned": untuned, "raw": raw("raw prompt", pipeline)}

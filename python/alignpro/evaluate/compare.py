@@ -68,6 +68,7 @@ def compare_arms(
         tokens_per_second=tokens / max(seconds, 1e-9),
         samples=_samples(arms, config.num_samples),
         failed_responses=sum(len(arm.rollout.failed) for arm in arms.values()) or None,
+        unscored_responses=sum(arm.rollout.unscored for arm in arms.values()) or None,
         target_usage=sum(used, Usage()) if used else None,
         gap_closed=way("untuned", "tuned"),
         static_to_labelled=way("static", "labelled"),

@@ -22,6 +22,7 @@ from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.statistics import Floats
 from alignpro.theory.headroom import headroom
 from alignpro.types import Conversation, Rollout, Usage
@@ -72,7 +73,7 @@ def rewards_of(rollout: Rollout) -> Floats:
 
 
 def complete_rewards(rollout: Rollout) -> Floats:
-    """Rewards [P, N, M] of the prompts without a failed response.
+    """Rewards [P, N, M] of the prompts whose responses all have a score.
 
     Raises:
         FailedRowsError: fewer than 2 of the prompts are.
@@ -81,17 +82,19 @@ def complete_rewards(rollout: Rollout) -> Floats:
 
 
 def complete(rollout: Rollout) -> Rollout:
-    """The prompts without a failed response, as `complete_rewards`."""
+    """The prompts whose responses all have a score, as `complete_rewards`."""
     most = max(len(w.responses) for group in rollout.rewrites for w in group)
     whole = [
         (prompt, group)
         for prompt, group in zip(rollout.prompts, rollout.rewrites, strict=True)
-        if all(len(w.responses) == most for w in group)
+        if most and all(len(w.responses) == most for w in group)
     ]
     if len(whole) < min(2, len(rollout.prompts)):
+        unscored = f"the reward gave {rollout.unscored} responses no score"
+        again = "run again: what was answered is not asked for again"
         raise FailedRowsError(
-            f"of {len(rollout.prompts)} prompts {len(whole)} have every response, expected 2 or "
-            "more; run again: what was answered is not asked for again"
+            f"of {len(rollout.prompts)} prompts {len(whole)} have every response with a score, "
+            f"expected 2 or more; {unscored if rollout.unscored else again}"
         )
     rewrites = [
         [replace(w, prompt_index=row) for w in group] for row, (_, group) in enumerate(whole)
@@ -161,6 +164,7 @@ def _draw(
     check_adapters(config)
     rows = load_rows(config)
     reward = build_reward(config.reward)
+    check_columns(reward, stack_columns(rows))
     calls = None if samples is None else samples.with_name(samples.name + ".calls.jsonl")
     prompter, target = load_models(
         config.prompter, config.target, config.threads, calls=calls, date=config.date

@@ -15,8 +15,10 @@ from alignpro.models.in_flight import FailedRowsError
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.statistics import law_of_total_variance
 from alignpro.theory.optimum import effective_samples, optimum_weights
-from alignpro.types import Prompt, Rollout
+from alignpro.types import Prompt, Response, Rollout
 
+# Candidates without a score are as good as each other.
+_NO_MATTER = Response(tokens=[], text="", logprobs=[], finish_reason="stop", reward=0.0)
 OPTIMUM_STREAM = 4  # of randomness, beside the pipeline's
 
 
@@ -67,6 +69,8 @@ def resample_optimum(
     chosen, effective = [], []
     for index, written in enumerate(candidates.rewrites):
         group = [w for w in written if w.responses]
+        if not group and candidates.unscored:  # the reward has no score for this prompt's answers
+            group = [replace(w, responses=[_NO_MATTER]) for w in written]
         if not group:
             raise FailedRowsError(f"optimum: no candidate for prompt {index} was answered")
         weights = optimum_weights([w.reward for w in group], config.kl_coef)

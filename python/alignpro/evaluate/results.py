@@ -164,6 +164,7 @@ class Evaluation(ByKey):
     tokens_per_second: float
     samples: list[Sample]
     failed_responses: int | None = None  # left out; None where there are none
+    unscored_responses: int | None = None  # left out: the reward gave them no score
     too_long: str | None = None  # what became of rows too long for a model, for a person
     target_usage: Usage | None = None  # of a target behind an endpoint
     gap_closed: GapClosed | None = None  # from untuned to tuned

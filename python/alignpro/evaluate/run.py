@@ -34,6 +34,7 @@ from alignpro.models.native_model import NativeModel, load_model, load_models, r
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.run_directory import recorded_date
 from alignpro.train.metrics import read_metrics
 from alignpro.types import Reward
@@ -80,6 +81,9 @@ def run_evaluate(
     date = config.date or recorded_date(config.trained, config.tuned) or today()
     config = replace(_with_budget(config), date=date)
     reward = build_reward(config.reward)
+    for read in (inputs.rows, inputs.search.rows if inputs.search else []):
+        if read:
+            check_columns(reward, stack_columns(read))
     calls = None if output is None else output.with_name(output.name + ".calls.jsonl")
     prompter, target = load_models(
         config.prompter, config.target, config.threads, calls=calls, date=date

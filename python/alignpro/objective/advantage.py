@@ -74,6 +74,8 @@ class MovingBaseline:
 
     def after(self, rewards: Tensor, decay: float) -> MovingBaseline:
         """With the rewards of one more step. decay: in [0, 1); 0 remembers one step."""
+        if not rewards.numel():
+            return self
         mean = float(rewards.double().mean())
         return MovingBaseline(decay * self.total + mean, decay * self.weight + 1.0)
 

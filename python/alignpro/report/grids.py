@@ -145,10 +145,16 @@ def costs(report: Report, metrics: Sequence[Mapping[str, Any]] = ()) -> list[tup
     failed = [m["failed_responses"] for m in metrics if is_number(m.get("failed_responses"))]
     if any(failed):
         rows.append(("failed in training", f"{sum(failed):,} responses, left out"))
+    unscored = [m["unscored_responses"] for m in metrics if is_number(m.get("unscored_responses"))]
+    if any(unscored):
+        rows.append(("without a score in training", f"{sum(unscored):,} responses, left out"))
     if evaluation is not None and evaluation.failed_responses:
         rows.append(
             ("failed in the evaluation", f"{evaluation.failed_responses:,} responses, left out")
         )
+    if evaluation is not None and evaluation.unscored_responses:
+        count = f"{evaluation.unscored_responses:,} responses, left out"
+        rows.append(("without a score in the evaluation", count))
     if evaluation is not None:
         rows.append(("generation", f"{evaluation.tokens_per_second:,.0f} tokens/s"))
     if report.peak_rss_bytes is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from alignpro.evaluate.results import ArmResult, BoundReport, Comparison, Headroom, Report
 from alignpro.findings import (
     ONE_REWRITE,
+    TRUNCATED,
     Finding,
     arm_findings,
     one_rewrite,
@@ -201,12 +202,21 @@ def _zero_advantage(steps: Rows) -> Iterator[Finding]:
     counts = [row[key] for row in steps if is_number(row.get(key))]
     some = sum(count > 0 for count in counts) / max(len(counts), 1)
     if some > ZERO_ADVANTAGE_STEPS:
+        cut, answers = (sum(row.get(k) or 0 for row in steps) for k in _CUT_OF)
+        remedy = "More responses a rewrite, or a finer reward, tells them apart."
+        if answers and cut > TRUNCATED * answers:
+            remedy = (
+                f"{cut:,} of {answers:,} responses were cut at response.max_new_tokens, and what "
+                "the reward looks for may not have come by then. Raise it."
+            )
         yield Finding(
             key,
             f"{share(some)} of the steps have groups whose rewards are all equal, above "
-            f"{share(ZERO_ADVANTAGE_STEPS)}: those prompts teach nothing. More responses a "
-            "rewrite, or a finer reward, tells them apart.",
+            f"{share(ZERO_ADVANTAGE_STEPS)}: those prompts teach nothing. {remedy}",
         )
+
+
+_CUT_OF = ("truncated_responses", "scored_responses")
 
 
 def _truncated(config: Mapping[str, Any], steps: Rows) -> Iterator[Finding]:

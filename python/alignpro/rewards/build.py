@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -119,6 +120,15 @@ def _classifier_builder(name: str) -> Callable[..., Reward]:
     return build
 
 
+def _raised(error: Exception) -> str:
+    """What a module of the user's raised, and at which of its lines, as one line."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    what = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):  # says where it is itself
+        return f"{type(error).__name__}: {what}"
+    return f"{type(error).__name__}: {what} ({os.path.basename(last.filename)}, line {last.lineno})"
+
+
 def _load_object(name: str, options: dict[str, Any]) -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute.isidentifier():
@@ -134,6 +144,10 @@ def _load_object(name: str, options: dict[str, Any]) -> Any:
         raise ValueError(
             f"reward {name!r}: no module {error.name!r} is installed or in {here!r}; {_KNOWN}"
         ) from error
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"reward {name!r}: {_raised(error)}") from error
     finally:
         sys.path.remove(here)
     found = getattr(module, attribute, None)

@@ -1,17 +1,28 @@
-"""The one door through which rewards are called: each score is checked, no failure becomes 0."""
+"""The one door through which rewards are called: each score is checked, no failure becomes 0.
+
+None is no score (TRL's word for a row that is not this reward's): NaN here, and nowhere a 0.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from alignpro.types import Conversation, Message, Prompt, Reward, Texts
+from alignpro.types import Conversation, Message, Prompt, Response, Reward, Texts
 
 CONVERSATIONS = "conversations"
+COMPLETION_IDS = "completion_ids"  # tokens of the responses, of a target in this process
 RESERVED_COLUMNS = frozenset({"prompts", "rewrites", "responses"})
 _SHOWN_CHARACTERS = 60
+# Of a failed batch. One that took longer has paid for something, as a judge or an endpoint does,
+# and its rows are not scored once more to find the one that failed.
+_CHEAP_SECONDS = 1.0
 
 
 class RewardError(ValueError):
@@ -47,7 +58,8 @@ class _Rows(NamedTuple):
 
     def scored_by(self, reward: Reward) -> list[object]:
         prompts, rewrites, responses, columns = self
-        return _as_list(reward(prompts, rewrites, responses, **columns), reward_name(reward))
+        result = resolved(reward(prompts, rewrites, responses, **columns))
+        return _as_list(result, reward_name(reward))
 
     def alone(self) -> Iterator[tuple[int, _Rows]]:
         """Every row by itself, with its index."""
@@ -64,15 +76,13 @@ def score_checked(
     rewrites: Texts,
     responses: Texts,
     columns: Mapping[str, Sequence[Any]] | None = None,
-    *,
-    may_abstain: bool = False,
 ) -> list[float]:
-    """Calls ``reward`` on aligned rows and returns one finite float per row.
+    """Calls ``reward``, plain or async, on aligned rows: one finite float a row, or NaN for None.
 
     Raises RewardError naming the row (index and prompt) where the reward raises (chained as the
-    cause), or gives None, NaN, an infinity, something that is no number, or the wrong count. To
-    name the row behind a failed batch, rows are scored one by one until one fails. With
-    ``may_abstain`` None is NaN instead, for a sum in which the other parts count.
+    cause), or gives NaN, an infinity, something that is no number, or the wrong count. To name the
+    row behind a failed batch, rows are scored one by one until one fails, unless that may cost
+    money: where the reward is async, says ``costs_money = True``, or took a second or more.
     Raises ValueError where the inputs themselves are not aligned.
     """
     texts, given = reward_inputs(prompts, columns)
@@ -80,33 +90,69 @@ def score_checked(
     _check_aligned(rows)
     if not prompts:
         return []
-    name = reward_name(reward)
+    name, started = reward_name(reward), time.monotonic()
+
+    def again() -> Iterator[tuple[int, _Rows]]:
+        costs = getattr(reward, "costs_money", False)
+        cheap = not costs and time.monotonic() - started < _CHEAP_SECONDS
+        return rows.alone() if cheap else iter(())
+
     try:
         scores = rows.scored_by(reward)
     except RewardError:
         raise  # a component has already named its row
     except Exception as error:
-        for row, alone in rows.alone():
+        looked = False
+        for row, alone in again():
+            looked = True
             try:
                 alone.scored_by(reward)
             except Exception as cause:
                 raised = f"raised {type(cause).__name__} at row {_describe(row, texts)}"
                 raise RewardError(f"reward {name!r} {raised}: {cause}", row) from cause
+        alone_too = ", though on no row alone" if looked else ""
         raise RewardError(
-            f"reward {name!r} raised {type(error).__name__} on a batch of {len(prompts)} rows, "
-            f"though on no row alone: {error}"
+            f"reward {name!r} raised {type(error).__name__} on a batch of {len(prompts)} rows"
+            f"{alone_too}: {error}"
         ) from error
     if len(scores) != len(prompts):
-        wrong = next((r for r, alone in rows.alone() if not _gives_one(reward, alone)), None)
+        wrong = next((r for r, alone in again() if not _gives_one(reward, alone)), None)
         where = "" if wrong is None else f"; row {_describe(wrong, texts)} alone does not give 1"
         raise RewardError(
             f"reward {name!r}: expected {len(prompts)} scores, one a row, got {len(scores)}{where}",
             wrong,
         )
     return [
-        math.nan if may_abstain and score is None else _as_score(score, name, row, texts)
+        math.nan if score is None else _as_score(score, name, row, texts)
         for row, score in enumerate(scores)
     ]
+
+
+def resolved(result: object) -> object:
+    """What a reward returned; of an awaitable, what it comes to.
+
+    All run on one event loop, in a thread of its own, so that a client that belongs to a loop
+    serves every batch, and a caller that has a loop under way (a notebook) may wait as well.
+    """
+    if not inspect.isawaitable(result):
+        return result
+
+    async def waited() -> object:
+        return await result
+
+    future = asyncio.run_coroutine_threadsafe(waited(), _event_loop())
+    try:
+        return future.result()
+    except BaseException:  # Ctrl-C as well
+        future.cancel()
+        raise
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
 
 
 def reward_inputs(
@@ -117,12 +163,27 @@ def reward_inputs(
     if isinstance(prompts, str):
         raise ValueError("reward input 'prompts': expected a list, got text")
     if any(isinstance(prompt, Conversation) for prompt in prompts):
-        if CONVERSATIONS in given:
+        messages = [messages_of(prompt) for prompt in prompts]
+        if list(given.setdefault(CONVERSATIONS, messages)) != messages:
             raise ValueError(
                 f"column {CONVERSATIONS!r} collides with a reward argument; rename the column"
             )
-        given[CONVERSATIONS] = [messages_of(prompt) for prompt in prompts]
     return [p.last_turn if isinstance(p, Conversation) else p for p in prompts], given
+
+
+def response_columns(responses: Sequence[Response]) -> dict[str, Sequence[Any]]:
+    """What rewards may be given of the responses beside their text: none of an endpoint's."""
+    if not all(response.tokens for response in responses):
+        return {}
+    return {COMPLETION_IDS: [response.tokens for response in responses]}
+
+
+def check_columns(reward: Reward, names: Collection[str]) -> None:
+    """Refuse, before anything is computed, a reward that cannot do without a column that the data
+    has not (`FunctionReward.check_columns`)."""
+    check = getattr(reward, "check_columns", None)
+    if check is not None:
+        check({*names, CONVERSATIONS, COMPLETION_IDS})
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
@@ -135,7 +196,9 @@ def messages_of(prompt: Prompt) -> list[Message]:
 def _accepted(
     reward: Reward, prompts: Sequence[str], columns: dict[str, Sequence[Any]]
 ) -> dict[str, Sequence[Any]]:
-    """The columns with the conversations for who names them, without for who takes no columns."""
+    """The columns with the conversations for who names them, without for who takes no columns; the
+    tokens of responses for who names these."""
+    takes_ids = getattr(reward, "takes_completion_ids", False)
     try:
         parameters = inspect.signature(reward).parameters
     except (TypeError, ValueError):
@@ -143,9 +206,12 @@ def _accepted(
     if CONVERSATIONS in parameters and CONVERSATIONS not in columns:
         return columns | {CONVERSATIONS: [messages_of(prompt) for prompt in prompts]}
     everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    dropped = set()
     if CONVERSATIONS not in parameters and not everything:
-        columns = {name: values for name, values in columns.items() if name != CONVERSATIONS}
-    return columns
+        dropped.add(CONVERSATIONS)
+    if COMPLETION_IDS not in parameters and not takes_ids:
+        dropped.add(COMPLETION_IDS)
+    return {name: values for name, values in columns.items() if name not in dropped}
 
 
 def _check_aligned(rows: _Rows) -> None:
@@ -164,13 +230,6 @@ def _check_aligned(rows: _Rows) -> None:
 
 
 def _as_list(result: object, name: str) -> list[object]:
-    if inspect.isawaitable(result):
-        if inspect.iscoroutine(result):
-            result.close()
-        raise RewardError(
-            f"reward {name!r} returned an awaitable; rewards are plain functions: "
-            "run the coroutine inside, with asyncio.run"
-        )
     if isinstance(result, (str, bytes, Mapping)) or not isinstance(result, Iterable):
         raise RewardError(
             f"reward {name!r}: expected a sequence of numbers, got {type(result).__name__}"
@@ -187,11 +246,10 @@ def _as_score(value: Any, name: str, row: int, prompts: Sequence[str]) -> float:
         score = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         given = f"{type(value).__name__} {shorten(repr(value), 40)}"
-        if value is None:
-            given = "None, which abstains in a sum alone, where other rewards score the row"
         raise RewardError(f"{where}: expected a number, got {given}", row) from error
     if not math.isfinite(score):
-        raise RewardError(f"{where}: expected a finite number, got {score}", row)
+        no_score = "; None is no score" if math.isnan(score) else ""
+        raise RewardError(f"{where}: expected a finite number, got {score}{no_score}", row)
     return score
 
 

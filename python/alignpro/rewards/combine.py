@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import compress
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from alignpro.rewards.check import RewardError, reward_inputs, reward_name, score_checked
+from alignpro.rewards.check import (
+    RewardError,
+    check_columns,
+    response_columns,
+    reward_inputs,
+    reward_name,
+    score_checked,
+)
 from alignpro.types import Prompt, Reward, Rollout, Texts
 
 
@@ -43,13 +52,11 @@ class WeightedSum:
     def components(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> dict[str, list[float]]:
-        """Scores of every part, unweighted: name -> [rows]; NaN where a part abstained (None)."""
+        """Scores of every part, unweighted: name -> [rows]; NaN where a part gave none (None)."""
         scores: dict[str, list[float]] = {}
         for name, (_, reward) in self.terms.items():
             try:
-                scores[name] = score_checked(
-                    reward, prompts, rewrites, responses, columns, may_abstain=True
-                )
+                scores[name] = score_checked(reward, prompts, rewrites, responses, columns)
             except RewardError as error:
                 if reward_name(reward) == name:
                     raise
@@ -58,21 +65,26 @@ class WeightedSum:
 
     def total(self, components: Mapping[str, Sequence[float]]) -> list[float]:
         """The weighted sum of what ``components`` returned: [rows]. Nothing is scored again. A part
-        that abstained adds nothing; RewardError where all of them did."""
+        without a score adds nothing; NaN where none has one."""
         parts = [[weight * s for s in components[name]] for name, (weight, _) in self.terms.items()]
         totals = []
-        for row, scores in enumerate(zip(*parts, strict=True)):
+        for scores in zip(*parts, strict=True):
             given = [score for score in scores if not math.isnan(score)]
-            if not given:
-                every = f"reward {self.name!r}, row {row}: expected a number of one part at least"
-                raise RewardError(f"{every}, got None of all", row)
-            totals.append(sum(given))
+            totals.append(sum(given) if given else math.nan)
         return totals
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
-    ) -> list[float]:
-        return self.total(self.components(prompts, rewrites, responses, **columns))
+    ) -> list[float | None]:
+        totals = self.total(self.components(prompts, rewrites, responses, **columns))
+        return [None if math.isnan(total) else total for total in totals]
+
+    takes_completion_ids = True  # each part says so itself
+
+    def check_columns(self, names: Collection[str]) -> None:
+        """As `FunctionReward.check_columns`, of every part."""
+        for _, reward in self.terms.values():
+            check_columns(reward, names)
 
 
 def score_components(
@@ -82,7 +94,8 @@ def score_components(
     responses: Texts,
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """Checked scores [rows] and, for reports, their unweighted parts by name; scores once.
+    """Checked scores [rows], NaN where there is none, and, for reports, their unweighted parts by
+    name; scores once.
 
     A reward without ``components`` and ``total`` is its own single part.
     """
@@ -97,6 +110,7 @@ def score_components(
 class Scores(NamedTuple):
     """A rollout's rewards, its rows in the order of prompt, rewrite and response."""
 
+    rollout: Rollout  # without the responses that got no score
     rewards: list[list[float]]  # [prompts][responses]
     components: dict[str, list[float]]  # [rows], unweighted
     paid: frozenset[str]  # the components whose weight is above 0
@@ -107,21 +121,39 @@ def score_rollout(
 ) -> Scores:
     """``columns``: more of the prompts' data, each aligned with ``rollout.prompts``."""
     rows = [
-        (index, rewrite.text, response.text)
+        (index, rewrite.text, response)
         for index, group in enumerate(rollout.rewrites)
         for rewrite in group
         for response in rewrite.responses
     ]
+    of_rows = {
+        name: [values[index] for index, _, _ in rows] for name, values in (columns or {}).items()
+    }
     scores, components = score_components(
         reward,
         [rollout.prompts[index] for index, _, _ in rows],
         [text for _, text, _ in rows],
-        [text for _, _, text in rows],
-        {name: [values[index] for index, _, _ in rows] for name, values in (columns or {}).items()},
+        [response.text for _, _, response in rows],
+        of_rows | response_columns([response for _, _, response in rows]),
     )
     rewards: list[list[float]] = [[] for _ in rollout.prompts]
     for (index, _, _), score in zip(rows, scores, strict=True):
-        rewards[index].append(score)
+        if not math.isnan(score):
+            rewards[index].append(score)
+    scored = [not math.isnan(score) for score in scores]
+    components = {name: list(compress(values, scored)) for name, values in components.items()}
     weights = {name: weight for name, (weight, _) in getattr(reward, "terms", {}).items()}
     paid = frozenset(name for name in components if weights.get(name, 1.0) > 0)
-    return Scores(rewards, components, paid)
+    return Scores(_with_scores(rollout, scored), rewards, components, paid)
+
+
+def _with_scores(rollout: Rollout, scored: Sequence[bool]) -> Rollout:
+    """Without the responses that got none, which are counted. scored: by row."""
+    if all(scored):
+        return rollout
+    has_score = iter(scored)
+    rewrites = [
+        [replace(w, responses=[r for r in w.responses if next(has_score)]) for w in group]
+        for group in rollout.rewrites
+    ]
+    return replace(rollout, rewrites=rewrites, unscored=rollout.unscored + scored.count(False))

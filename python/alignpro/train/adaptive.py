@@ -45,7 +45,7 @@ class RunningSplit:
         rewrites = [w for group in rollout.rewrites for w in group]
         responses = [r for w in rewrites for r in w.responses]
         written = sum(len(w.tokens) for w in rewrites) / len(rewrites)
-        answered = sum(r.num_tokens for r in responses) / len(responses)
+        answered = sum(r.num_tokens for r in responses) / max(1, len(responses))
         return RunningSplit(
             between,
             within,

@@ -261,6 +261,9 @@ class ClosedFormFit(TrainingRun):
                 columns=columns,
                 common_draws=config.common_draws,
             )
+            if rollout.unscored:
+                known = self.notes.get("unscored_responses", 0)
+                self.notes["unscored_responses"] = known + rollout.unscored
             rewrites = [[_as_fields(w) for w in group] for group in rollout.rewrites]
             log.append(
                 {

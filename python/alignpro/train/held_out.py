@@ -14,6 +14,7 @@ from alignpro.findings import (
     Finding,
     Measured,
     arm_findings,
+    equal_rewards,
     measure,
     one_rewrite,
     reasoning_alone,
@@ -82,7 +83,10 @@ class HeldOut:
             rollout = unscored.with_adapter(adapter).rollout(self._prompts, seed=seed)
         else:
             rollout = unscored.with_target_adapter(adapter).respond(self._prompts, seed=seed)
-        rewards, components, paid = score_rollout(pipeline.reward, rollout, self._columns)
+        rollout, rewards, components, paid = score_rollout(pipeline.reward, rollout, self._columns)
+        given = [reward for (reward,) in filter(None, rewards)]
+        if not given:
+            return {"warnings": {"unscored": "The reward gave no held-out response a score."}}
         measured = measure(
             rollout,
             components,
@@ -97,7 +101,7 @@ class HeldOut:
         found = arm_findings(measured, before, "prompter" if prompter else "tuned target")
         return {
             "heldout": {
-                "reward_mean": sum(reward for (reward,) in rewards) / len(rewards),
+                "reward_mean": sum(given) / len(given),
                 **vars(measured),
                 "seconds": time.perf_counter() - started,
             },
@@ -111,6 +115,16 @@ def step_warnings(row: Mapping[str, Any]) -> dict[str, str]:
     found = []
     if common is not None and common > ONE_REWRITE:
         found.append(one_rewrite(common, "the rewrites of this step"))
+    if row["reward_variance"] == 0.0:
+        found.append(equal_rewards(row["truncated_responses"], row["scored_responses"]))
+    if row["unscored_responses"]:
+        count = row["unscored_responses"]
+        found.append(
+            Finding(
+                "unscored",
+                f"The reward gave {count} responses of a step no score (None): they are left out.",
+            )
+        )
     if row.get("reasoning_alone"):
         found.append(reasoning_alone(row["reasoning_alone"]))
     return _by_rule(found)

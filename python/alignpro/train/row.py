@@ -33,10 +33,12 @@ def rollout_row(
         "num_responses": 1,
         "zero_advantage_groups": batch.zero_advantage_groups,
         "failed_responses": len(rollout.failed),
+        "unscored_responses": rollout.unscored,
+        "scored_responses": len(responses),
         "response_tokens": _mean(r.num_tokens for r in responses),
         "truncated_responses": sum(r.finish_reason == "length" for r in responses),
         "kept_mass": _mean(mass for r in responses for mass in r.kept_mass),
-        "sample": responses[0].text,
+        "sample": responses[0].text if responses else "",
         # What was written: rewrites may share a response that was drawn once.
         "target_tokens": rollout.generated_tokens
         - (sum(len(w.tokens) for w in rewrites) if policy == "prompter" else 0),

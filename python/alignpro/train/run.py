@@ -17,6 +17,7 @@ from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
 from alignpro.run_directory import CALLS, check_run_dir, open_run_dir, recorded_date
 from alignpro.train.callbacks import TrainCallback
 from alignpro.train.closed_form import ClosedFormFit, OnProgress
@@ -94,6 +95,8 @@ def make_trainer(
     rows = load_prompts(config.data)
     held_out = load_held_out(config, rows)
     reward = build_reward(config.reward)
+    for read in filter(None, (rows, held_out)):
+        check_columns(reward, stack_columns(read))
     date = config.date or (recorded_date(run_dir) if resume else today())
     config = replace(config, date=date)
     prompter: NativeModel

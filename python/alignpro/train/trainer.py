@@ -101,7 +101,7 @@ class TrainingRun:
         self.prompts = read_prompts(prompts)
         check_columns(columns, len(self.prompts))
         self.columns = {name: list(values) for name, values in (columns or {}).items()}
-        self.notes: dict[str, str] = {}  # of the data, for the first row of metrics
+        self.notes: dict[str, Any] = {}  # of the data, for the first row of metrics
         self._check_pieces()
         self._begin(value_head)
         self.trackers = make_trackers(config.track)

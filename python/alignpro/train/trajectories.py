@@ -101,6 +101,8 @@ def advantages_of(
     """[P][N] to [P][N]. With a value head the rewards as they are: `gae` has the baseline."""
     if config.algorithm == "reinforce":
         sizes = [len(r) for r in rewards]
+        if sum(sizes) < 2 and baseline.value is None:  # nothing to be compared with
+            return [torch.zeros_like(r) for r in rewards]
         return list(torch.split(reinforce(torch.cat(list(rewards))[None], baseline)[0], sizes))
     if config.ppo.value_head:
         return list(rewards)

@@ -1,0 +1,89 @@
+"""Runs on files as users have them: columns, rows too long for a model, rows without a score."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from alignpro.config import SftConfig, TrainConfig, from_mapping
+from alignpro.train.metrics import read_metrics
+from alignpro.train.run import make_trainer, run_sft
+
+LONG = "why " * 200
+
+
+@pytest.fixture
+def stage(tiny_model_dir, tmp_path, monkeypatch):
+    """A stage on a CSV of questions, of which the third line is too long for the model."""
+    monkeypatch.chdir(tmp_path)
+    with open("q.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=";")
+        writer.writerow(["question", "wanted", "task"])
+        for question, task in (("bees?", "a"), (LONG, "a"), ("owls?", "b"), ("moss?", "a")):
+            writer.writerow([question, "Be brief.", task])
+    shared = {
+        "prompter": {"model": str(tiny_model_dir("llama")), "context_length": 200},
+        "threads": 1,
+        "steps": 1,
+    }
+    train = {
+        "prompts_per_step": 4,
+        "num_rewrites": 2,
+        "reward": "letter_reward:count_e",
+        "rewrite": {"max_new_tokens": 4},
+        "response": {"max_new_tokens": 5},
+    }
+
+    def make(cls, **changes):
+        data = {"path": "q.csv", "prompt": "question"}
+        if cls is TrainConfig:
+            return from_mapping(cls, {**shared, **train, "data": data, **changes})
+        data["instruction"] = "wanted"
+        return from_mapping(cls, {**shared, "batch_size": 2, "data": data, **changes})
+
+    return make
+
+
+def test_a_row_too_long_is_named_before_anything_is_written(stage, tmp_path):
+    for begin in (
+        lambda: make_trainer(stage(TrainConfig)),
+        lambda: run_sft(stage(SftConfig)),
+    ):
+        with pytest.raises(ValueError, match=r"^q.csv, line 3: .*context of .*200"):
+            begin()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q.csv"]
+
+
+@pytest.mark.parametrize(("how", "said"), [("skip", "left out"), ("cut", "cut")])
+def test_a_row_too_long_is_counted_in_the_run(stage, tmp_path, how, said):
+    trainer = make_trainer(stage(TrainConfig, on_too_long=how))
+    assert len(trainer.prompts) == (3 if how == "skip" else 4)
+    trainer.train()
+    (row,) = read_metrics(tmp_path / "alignpro-run" / "metrics.jsonl")
+    note = f"1 of 4 rows were too long for a model, and {said}: q.csv, line 3"
+    assert row["too_long"] == note and row["scored_responses"] == 8
+    run_sft(stage(SftConfig, on_too_long=how))
+
+
+def test_rows_without_a_score_are_left_out_of_the_run(stage, tmp_path):
+    (tmp_path / "own_reward.py").write_text(
+        "async def of_a(completions, task, completion_ids, **columns):\n"
+        "    assert [len(ids) > 0 for ids in completion_ids]\n"
+        "    return [None if t == 'b' else float(len(c)) for c, t in zip(completions, task)]\n"
+    )
+    settings = stage(TrainConfig, on_too_long="skip", reward="own_reward:of_a")
+    make_trainer(settings).train()
+    (row,) = read_metrics(tmp_path / "alignpro-run" / "metrics.jsonl")
+    assert row["unscored_responses"] > 0
+    assert row["scored_responses"] + row["unscored_responses"] == 8
+    lines = (tmp_path / "alignpro-run" / "config.json").read_text()
+    assert json.loads(lines)["data"]["prompt"] == "question"
+
+
+def test_a_column_that_the_reward_needs_is_looked_for_first(stage, tmp_path, monkeypatch):
+    (tmp_path / "needing_reward.py").write_text("def f(responses, gold): return []\n")
+    monkeypatch.setattr("alignpro.train.run.load_models", None)
+    with pytest.raises(ValueError, match=r"needs the data column 'gold'; columns here: \['task', "):
+        make_trainer(stage(TrainConfig, reward="needing_reward:f"))
