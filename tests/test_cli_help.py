@@ -51,7 +51,9 @@ def run(*arguments, code=0, **options):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.csv").write_text(WORDS)
-    return tmp_path
+    yield tmp_path
+    for name in ("my_reward", "mine"):  # imported by processes of their own
+        sys.modules.pop(name, None)
 
 
 def every(group=None, name=""):

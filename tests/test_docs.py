@@ -29,6 +29,14 @@ SMALL = ["threads=1", "steps=1", "prompts_per_step=2", "num_rewrites=2"]
 SHORT = ["rewrite.max_new_tokens=4", "response.max_new_tokens=4"]
 
 
+@pytest.fixture(autouse=True)
+def own_modules():
+    """A reader's modules are imported by a process of their own."""
+    yield
+    for name in ("my_reward", "my_rewards"):
+        sys.modules.pop(name, None)
+
+
 def blocks(page, language=None):
     """(language, title, text) of the fenced blocks, in order."""
     for margin, kind, title, text in _BLOCK.findall(page.read_text("utf-8")):

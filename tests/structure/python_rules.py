@@ -51,7 +51,8 @@ ROOMS: dict[str, set[str]] = {
     "report": _RUNNING | {"train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report", "bench.machine"},
     "bench": _RUNNING | {"trace", "train"},
-    "price": _SERVING | {"data", "bench.machine", "train.micro_batches", "train.policy"},
+    "price": _SERVING
+    | {"data", "bench.machine", "train.micro_batches", "train.policy", "train.schedule"},
     "cli": _RUNNING
     | {"train", "evaluate", "report", "quickstart", "bench", "price"}
     | {"prompter"},

@@ -83,6 +83,11 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
+def rss_bytes() -> int | None:
+    """Memory that this process holds; None where the kernel cannot say."""
+    return proc_bytes(Path("/proc/self/status"), "VmRSS")
+
+
 def available_bytes() -> int | None:
     """Memory that can be had without swapping; None where the kernel cannot say."""
     return proc_bytes(Path("/proc/meminfo"), "MemAvailable")

@@ -7,17 +7,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from alignpro.bench.machine import available_bytes, rss_bytes
 from alignpro.config import ModelConfig, TrainConfig, check_local, target_of
 from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, read_rates, this_cpu
 from alignpro.price.lengths import find_lengths, local_prompts
 from alignpro.price.models import PricedModel, find_priced
 from alignpro.price.work import Phase, Work, count_step
+from alignpro.train.schedule import load_optimizer
 
 # Of a trained number: itself, its gradient and AdamW's two moments; what the engine works with,
 # and the copy by which a change is seen.
 _LORA_BYTES = {"weights": 4, "gradients": 4, "AdamW": 8, "engine": 8}
 _FROZEN_LORA_BYTES = 4
+_CHECKPOINT_BYTES = 12  # the number and its two moments
 _KV = "keys and values, all at once"
+_KEPT = "keys and values kept of earlier steps"
 
 
 def price_train(
@@ -60,6 +64,10 @@ def price_train(
         prompt_tokens,
     )
     work = count_step(config, lengths, prompter, target)
+    process = None
+    if device is None:  # what Python, torch and the tokenizers take; before limits are measured
+        load_optimizer()
+        process = rss_bytes()
     if device is None:
         rates = rates or CPU_RATES
         device = this_cpu(config.threads, rates)
@@ -68,9 +76,18 @@ def price_train(
             device, gflops=rates.gflops or device.gflops, gbps=rates.gbps or device.gbps
         )
     memory = _memory(config, prompter, target, work, device)
+    if process is not None:
+        limit = config.prompter.kv_cache_bytes or (available_bytes() or 0) // 4  # the engine's own
+        kept = min(memory[_KV] * (config.steps - 1), limit - memory[_KV])
+        memory |= {
+            _KEPT: max(0, kept),
+            "a checkpoint, as it is written": _CHECKPOINT_BYTES * work.lora_parameters,
+            "Python, torch and tokenizers": process,
+        }
     least, expected = _seconds(work, device, rates)
     total = sum(memory.values())
-    least_total = total - memory[_KV] + device.kv_bytes * work.alone_kv_elements
+    kv = memory[_KV] + memory.get(_KEPT, 0)
+    least_total = total - kv + device.kv_bytes * work.alone_kv_elements
     fits = None
     if device.memory_bytes is not None:
         needs = ((total, "yes"), (least_total, "with fewer sequences at once"), (0, "no"))
@@ -123,7 +140,8 @@ def _memory(
     config: TrainConfig, prompter: PricedModel, target: PricedModel, work: Work, device: Device
 ) -> dict[str, int]:
     """Bytes by what holds them. Of keys and values, as many as all sequences of a step need at
-    once; the engine takes a quarter of the free memory at most, and lets sequences wait."""
+    once; the engine takes a quarter of the free memory at most, and lets sequences wait. Those of
+    earlier steps stay while there is room, for prompts that come again."""
     shared = _shared(config, prompter, target)
     lora = {f"LoRA {name}": size * work.lora_parameters for name, size in _LORA_BYTES.items()}
     if config.trained.adapter is not None:
