@@ -10,7 +10,6 @@ where there are tokens.
 from __future__ import annotations
 
 import copy
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -430,39 +429,13 @@ class Pipeline:
         rewrites: list[list[Rewrite]],
         columns: Mapping[str, Sequence[Any]] | None,
     ) -> tuple[list[list[Rewrite]], int]:
-        """One call of the reward for every (prompt, rewrite, response), in that order; responses
-        without a score are left out, and counted."""
+        """See `score_rewrites`."""
         if self.reward is None:
             return rewrites, 0
-        from alignpro.rewards.check import response_columns, score_checked
+        from alignpro.rewards.check import score_rewrites
 
-        lists = {id(w.responses): w for group in rewrites for w in group}  # shared: scored once
-        rows = [(w, r) for w in lists.values() for r in w.responses]
         with trace.span("reward"):
-            scored = score_checked(
-                self.reward,
-                [prompts[w.prompt_index] for w, _ in rows],
-                [w.text for w, _ in rows],
-                [r.text for _, r in rows],
-                {
-                    name: [values[w.prompt_index] for w, _ in rows]
-                    for name, values in (columns or {}).items()
-                }
-                | response_columns([r for _, r in rows]),
-            )
-        scores = iter(scored)
-        with_rewards = {
-            key: [
-                replace(r, reward=score)
-                for r, score in zip(w.responses, scores, strict=False)  # the next of all scores
-                if not math.isnan(score)
-            ]
-            for key, w in lists.items()
-        }
-        return [
-            [replace(w, responses=with_rewards[id(w.responses)]) for w in group]
-            for group in rewrites
-        ], sum(map(math.isnan, scored))
+            return score_rewrites(self.reward, prompts, rewrites, columns or {})
 
 
 _MASK = 2**64 - 1

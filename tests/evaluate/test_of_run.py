@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, from_mapping
+from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, from_mapping, unchecked
 from alignpro.evaluate.of_run import settings_of_run
 from alignpro.evaluate.run import run_evaluate
 from alignpro.pipeline import Pipeline
@@ -69,7 +69,7 @@ def test_what_a_measurement_takes_from_a_run(place):
         )
         assert (config.rewrite.max_new_tokens, config.response.max_new_tokens) == (4, 5)
         assert config.prompting.template == "say {prompt}"
-        assert config.split == cls.split  # its own
+        assert config.data.split == unchecked(cls, {}).data.split  # its own
         if cls is not HeadroomConfig:
             assert (config.trained, config.tuned) == (str(run / "adapter"), None)
             assert config.kl_coef == 0.07
@@ -102,7 +102,11 @@ def test_evaluate_headroom_and_bound_of_a_run_are_in_its_report(place, caplog):
 
 def test_what_differs_from_the_run_is_said(place, caplog):
     run = place / "run"
-    override = ["reward=letter_reward:count_e+0*vader", "rewrite.temperature=0.5", "data.split=train"]
+    override = [
+        "reward=letter_reward:count_e+0*vader",
+        "rewrite.temperature=0.5",
+        "data.split=train",
+    ]
     invoke("evaluate", "--run", run, *override, "--output", place / "out.json")
     said = "\n".join(caplog.messages)
     assert "reward is 'letter_reward:count_e+0*vader' here, 'letter_reward:count_e' in" in said

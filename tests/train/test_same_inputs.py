@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from alignpro.config import LoraConfig, ModelConfig, Prompting, SftConfig, TrainConfig
+from alignpro.config import DataConfig, LoraConfig, ModelConfig, Prompting, SftConfig, TrainConfig
 from alignpro.fingerprints import differences, of_reward, of_rows, read_fingerprints
 from alignpro.models.adapter import load_peft, save_peft
 from alignpro.models.native_model import load_model

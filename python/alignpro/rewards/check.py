@@ -12,9 +12,10 @@ import math
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from alignpro.types import Conversation, Message, Prompt, Response, Reward, Texts
+from alignpro.types import Conversation, Message, Prompt, Response, Reward, Rewrite, Texts
 
 CONVERSATIONS = "conversations"
 COMPLETION_IDS = "completion_ids"  # tokens of the responses, of a target in this process
@@ -126,6 +127,39 @@ def score_checked(
         math.nan if score is None else _as_score(score, name, row, texts)
         for row, score in enumerate(scores)
     ]
+
+
+def score_rewrites(
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    rewrites: Sequence[Sequence[Rewrite]],
+    columns: Mapping[str, Sequence[Any]],
+) -> tuple[list[list[Rewrite]], int]:
+    """One call of the reward for every (prompt, rewrite, response), in that order. Responses
+    without a score are left out, and counted. Rewrites that share a list of responses share their
+    scores. columns: by prompt. Raises as `score_checked`."""
+    lists = {id(w.responses): w for group in rewrites for w in group}
+    rows = [(w, r) for w in lists.values() for r in w.responses]
+    scored = score_checked(
+        reward,
+        [prompts[w.prompt_index] for w, _ in rows],
+        [w.text for w, _ in rows],
+        [r.text for _, r in rows],
+        {name: [values[w.prompt_index] for w, _ in rows] for name, values in columns.items()}
+        | response_columns([r for _, r in rows]),
+    )
+    scores = iter(scored)
+    with_rewards = {
+        key: [
+            replace(r, reward=score)
+            for r, score in zip(w.responses, scores, strict=False)  # the next of all scores
+            if not math.isnan(score)
+        ]
+        for key, w in lists.items()
+    }
+    return [
+        [replace(w, responses=with_rewards[id(w.responses)]) for w in group] for group in rewrites
+    ], sum(map(math.isnan, scored))
 
 
 def resolved(result: object) -> object:
