@@ -77,7 +77,7 @@ def test_what_a_measurement_takes_from_a_run(place):
     assert (tuned.tuned, tuned.trained) == (str(place / "oracle" / "adapter"), None)
     warm = from_mapping(EvalConfig, {}, base=settings_of_run(EvalConfig, place / "sft"))
     assert (warm.prompter.adapter, warm.trained) == (str(place / "sft" / "adapter"), None)
-    assert warm.data == "everyday"  # and no pairs
+    assert warm.data.path == "everyday"  # and no pairs
     over = {"prompter": {"context_length": 99}, "rewrite": {"temperature": 0.5}}
     config = from_mapping(EvalConfig, over, base=settings_of_run(EvalConfig, run))
     assert (config.prompter.context_length, config.rewrite.max_new_tokens) == (99, 4)
