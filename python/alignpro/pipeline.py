@@ -19,7 +19,7 @@ from typing import Any
 
 from alignpro import trace
 from alignpro.config import RESPONSE, REWRITE, ModelConfig, Prompting, StageConfig, check_sampling
-from alignpro.models.arguments import check_models, check_params
+from alignpro.models.arguments import check_counts, check_models, check_params, check_texts
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
 from alignpro.models.reading import (
@@ -180,7 +180,7 @@ class Pipeline:
                 rewrite that does not fit the target, and those cut in their reasoning, are failed.
         """
         seed = _fresh_seed() if seed is None else seed
-        _check_counts(num_rewrites=num_rewrites, num_responses=num_responses)
+        check_counts(num_rewrites=num_rewrites, num_responses=num_responses)
         check_columns(columns, len(prompts))
         given = read_prompts(prompts)
         with trace.span("rollout"):
@@ -205,7 +205,7 @@ class Pipeline:
         self, prompts: Sequence[PromptLike], *, num_rewrites: int = 1, seed: int | None = None
     ) -> list[list[Rewrite]]:
         """Rewrites alone, ``[prompts][N]``, without responses; the same draws as in `rollout`."""
-        _check_counts(num_rewrites=num_rewrites)
+        check_counts(num_rewrites=num_rewrites)
         seed = _fresh_seed() if seed is None else seed
         return self._generate(read_prompts(prompts), num_rewrites, 0, seed)[0]
 
@@ -255,10 +255,10 @@ class Pipeline:
                 `rollout`.
         """
         seed = _fresh_seed() if seed is None else seed
-        _check_counts(num_responses=num_responses)
+        check_counts(num_responses=num_responses)
         check_columns(columns, len(prompts))
         given = read_prompts(prompts)
-        _check_texts(texts, len(given))
+        check_texts(texts, len(given))
         started = time.perf_counter()
         rewrites: list[list[Rewrite]] = []
         answered: Answered | None = {} if common_draws else None
@@ -463,20 +463,3 @@ def _as_response(completion: Completion) -> Response:
         reasoning=completion.reasoning,
         usage=completion.usage,
     )
-
-
-def _check_texts(texts: Sequence[Sequence[str]], count: int) -> None:
-    if isinstance(texts, str) or len(texts) != count:
-        got = "text" if isinstance(texts, str) else str(len(texts))
-        raise ValueError(f"texts: expected {count} lists, got {got}")
-    for index, group in enumerate(texts):
-        if isinstance(group, str):
-            raise ValueError(f"texts: expected a list of rewrites of prompt {index}, got text")
-        if not group:
-            raise ValueError(f"texts: expected a rewrite of prompt {index}, got none")
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")

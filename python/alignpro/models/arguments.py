@@ -128,3 +128,20 @@ def check_models(prompter: Any, target: Any, reward: Any) -> None:
             f"reward: expected a reward, got {type(reward).__name__}; alignpro.build_reward makes "
             'one from a line such as "vader+0.2*topic"'
         )
+
+
+def check_texts(texts: Sequence[Sequence[str]], count: int) -> None:
+    if isinstance(texts, str) or len(texts) != count:
+        got = "text" if isinstance(texts, str) else str(len(texts))
+        raise ValueError(f"texts: expected {count} lists, got {got}")
+    for index, group in enumerate(texts):
+        if isinstance(group, str):
+            raise ValueError(f"texts: expected a list of rewrites of prompt {index}, got text")
+        if not group:
+            raise ValueError(f"texts: expected a rewrite of prompt {index}, got none")
+
+
+def check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
