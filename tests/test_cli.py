@@ -239,7 +239,8 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(small_yaml, tmp_path, monkeypat
     monkeypatch.setattr(Trainer, "_rollout", interrupted)
     result = run("train", small_yaml, f"run_dir={folder}", code=130)
     command = f"alignpro train {folder / 'config.json'} --resume"
-    assert result.stderr == f"alignpro: interrupted after step 1; go on with: {command}\n"
+    line = result.stderr.splitlines()[-1]  # after a warning of the step
+    assert line == f"alignpro: interrupted after step 1; go on with: {command}"
     monkeypatch.undo()
     run(*command.split()[1:])
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
@@ -359,10 +360,10 @@ def test_a_defect_outside_of_a_run_keeps_its_traceback(error, small_yaml, tmp_pa
     assert result.exception is error and result.exit_code == 1
 
 
-@pytest.mark.parametrize("signature", ["later", "nothing", "both", "positional", "thing", "absent"])
+@pytest.mark.parametrize("signature", ["nothing", "both", "positional", "thing", "absent"])
 def test_a_wrong_reward_is_one_line(signature, small_yaml, tmp_path, monkeypatch):
     (tmp_path / "wrong_signatures.py").write_text(
-        "async def later(completions, **kw):\n    return []\ndef nothing(prompts):\n    return []\n"
+        "def nothing(prompts):\n    return []\n"
         "def both(responses, completions):\n    return []\n"
         "def positional(prompts, responses, /):\n    return []\nthing = 3\n"
     )
