@@ -117,6 +117,10 @@ METRICS = {
     "reasoning_alone": MetricText(
         "rewrites/reasoning_alone", "Rewrites that were cut in their reasoning."
     ),
+    "scored_responses": MetricText("rewrites/scored_responses", "Responses that have a score."),
+    "unscored_responses": MetricText(
+        "rewrites/unscored_responses", "Responses that the reward gave no score (None)."
+    ),
     "failed_responses": MetricText("rewrites/failed_responses", "Responses that were left out."),
 }
 
