@@ -373,7 +373,8 @@ def test_a_defect_outside_of_a_run_keeps_its_traceback(error, small_yaml, tmp_pa
 @pytest.mark.parametrize("signature", ["state", "nothing", "both", "positional", "thing", "absent"])
 def test_a_wrong_reward_is_one_line(signature, small_yaml, tmp_path, monkeypatch):
     (tmp_path / "wrong_signatures.py").write_text(
-        "def state(completions, trainer_state):\n    return []\ndef nothing(prompts):\n    return []\n"
+        "def state(completions, trainer_state):\n    return []\n"
+        "def nothing(prompts):\n    return []\n"
         "def both(responses, completions):\n    return []\n"
         "def positional(prompts, responses, /):\n    return []\nthing = 3\n"
     )
