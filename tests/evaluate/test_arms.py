@@ -227,7 +227,7 @@ def test_a_policy_and_the_instruction_of_each_label():
     }
     # In rewrite mode instructions are appended all the same.
     rewriting = Prompting(mode="rewrite", template="Advise: {prompt}", separator=" ")
-    pipeline.prompting, pipeline.target = rewriting, FakeModel("t")
+    pipeline = Pipeline(FakeModel("p"), FakeModel("t"), by_prompt, prompting=rewriting)
     arms = sample_arms(pipeline, PROMPTS, config, prompters={}, labelled=labelled)
     assert "one A." in turns(pipeline, 0, None)
 
