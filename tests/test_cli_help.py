@@ -266,7 +266,7 @@ def test_init_takes_another_column(here):
     Path("q.csv").write_text("id,question\n1,Why?\n2,How?\n")
     line = run("init", "--data", "q.csv", code=2).stderr
     assert "prompt" in line and "question" in line  # which columns there are
-    run("init", "--data", "q.csv", "--column", "question", "--reward", "topic")
+    run("init", "--data", "q.csv", "--prompt", "question", "--reward", "topic")
     assert load_yaml(TrainConfig, "alignpro.yaml").data.prompt == "question"
 
 

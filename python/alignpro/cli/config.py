@@ -94,7 +94,7 @@ def init(
         str | None,
         typer.Option(help="Prompts: a file (JSON Lines, JSON, CSV, Parquet), or a hub name."),
     ] = None,
-    column: Annotated[
+    prompt: Annotated[
         str | None,
         typer.Option(help="Column that holds the prompts; the default is prompt or messages."),
     ] = None,
@@ -134,7 +134,7 @@ def init(
     data = data or _ask("Prompts (a file, or a name on the hub)", None)
     if data is None:
         raise ValueError("--data: expected a file of prompts, or a hub name; there is no terminal")
-    source = DataConfig(data, split=split, prompt=column)
+    source = DataConfig(data, split=split, prompt=prompt)
     rows = load_prompts(source)
     model = model or _ask("Prompter (a path or a name)", "smollm2") or "smollm2"
     target = target or _ask("Target (a path or a name; nothing: the prompter's model)", "") or None
@@ -153,7 +153,7 @@ def init(
         "target": target,
         "data.path": data,
         "data.split": split,
-        "data.prompt": column,
+        "data.prompt": prompt,
         "reward": reward,
         "run_dir": run or _ask("Directory of the run", "alignpro-run") or "alignpro-run",
         "prompts_per_step": min(16, len(rows)),

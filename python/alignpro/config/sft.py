@@ -35,8 +35,8 @@ class SftConfig(FitConfig):
     """Pairs in a step."""
     learning_rate: Annotated[float, above(0)] = 1e-3
     warmup_steps: Annotated[int, at_least(0)] = 3
-    # Steps; one is always written at Ctrl-C.
     checkpoint_every: Annotated[int, at_least(1)] = 10
+    """Steps from one checkpoint to the next; one is always written at the end and at Ctrl-C."""
     prompting: Prompting = field(default_factory=Prompting)
     """How prompter and target are put together."""
     date: Date = None

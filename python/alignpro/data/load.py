@@ -315,7 +315,7 @@ def _take_split(rows: list[Row], split: str | None, name: str) -> list[Row]:
             return rows
         raise DataError(
             f"{name}: no column 'split', so all its rows are training data, and none are of split "
-            f"{split!r}; add the column, or set split to null to take every row"
+            f"{split!r}; add the column, or set data.split to null to take every row"
         )
     kept = [row for row in rows if row.values["split"] == split]
     if rows and not kept:
