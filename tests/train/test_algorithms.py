@@ -414,7 +414,7 @@ def test_the_target_is_trained_on_the_raw_prompts(tmp_path):
 
 def test_the_target_must_be_the_policys_model(tmp_path):
     trainer = a_run(tmp_path / "one", policy="target", steps=0, warm=False)
-    trainer.pipeline.target = ToyModel()
+    trainer.pipeline._target = ToyModel()
     with pytest.raises(ValueError, match="its target is not the model the policy trains"):
         type(trainer)(trainer.config, trainer.pipeline, trainer.policy, PROMPTS, overwrite=True)
 

@@ -232,7 +232,6 @@ def test_one_nan_reward_stops_with_its_row_and_a_checkpoint(tmp_path):
 
 
 def test_ctrl_c_in_the_optimizer_waits_for_the_step(tmp_path):
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = make(config(tmp_path))
     plain_step = trainer.learner.optimizer.step
 
@@ -246,7 +245,7 @@ def test_ctrl_c_in_the_optimizer_waits_for_the_step(tmp_path):
         trainer.train()
     assert trainer.step == 4 and len(log(trainer)) == 4
     assert load_checkpoint(trainer.run_dir, ToyModel.lora_modules).step == 4
-    assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
