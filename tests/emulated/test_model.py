@@ -120,6 +120,10 @@ def test_what_a_device_cannot_do_is_one_line(llama):
     device = load_model(llama, device="cuda", compute="float32")
     with pytest.raises(ValueError, match="keep_graph needs an adapter"):
         device.core_model.score([[1, 2]], [1], keep_graph=True)
+    with pytest.raises(
+        ValueError, match=r"prompt 0: .*penalties: device .cuda.* draws without them"
+    ):
+        device.generate([[1, 2]], SamplingParams(max_new_tokens=2, repetition_penalty=1.1))
     for options, text in (
         ({"compute": "int8"}, "compute: expected bfloat16 or float32 with device cuda"),
         ({"kv_dtype": "float16"}, "kv_dtype: expected bfloat16 with device cuda"),

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from alignpro import native
+from alignpro.models.arguments import core_params
+from alignpro.types import SamplingParams
 from gpu.cases import sizes
 
 Answer = tuple[list[int], list[float]]  # tokens, log-probabilities
@@ -144,20 +146,10 @@ def position_bytes(model: Any) -> int:
 
 def params(count: int, seed: int, temperature: float = 1.0) -> Any:
     """Of exactly ``count`` tokens, all drawn from the whole distribution."""
-    return native.core.SamplingParams(
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        max_new_tokens=count,
-        min_new_tokens=0,
-        seed=seed,
-        sample=0,
-        stop=[],
-        stop_token_ids=[],
-        ignore_eos=True,
-        deadline_seconds=0.0,
+    drawn = SamplingParams(
+        max_new_tokens=count, temperature=temperature, seed=seed, ignore_eos=True
     )
+    return core_params(drawn, sample=0)
 
 
 def generate(
