@@ -39,6 +39,10 @@ STAGES = {
     "bound": BoundConfig,
 }
 WORDS = "prompt,kind\nWhy is the sky blue?,why\nHow do bees fly?,how\nWhat is a tide?,what\n"
+TRAIN_SHORTLY = (
+    *("train", "alignpro.yaml", "threads=1", "steps=1", "num_rewrites=2"),
+    "rewrite.max_new_tokens=2",
+)
 
 
 def run(*arguments, code=0, **options):
@@ -126,14 +130,7 @@ def a_users_folder(tiny_model_dir, tmp_path_factory):
     with contextlib.chdir(folder):
         model = tiny_model_dir("llama")
         run("init", "--data", "prompts.csv", "--model", model, "--reward", "topic")
-        run(
-            "train",
-            "alignpro.yaml",
-            "threads=1",
-            "steps=1",
-            "num_rewrites=2",
-            "rewrite.max_new_tokens=2",
-        )
+        run(*TRAIN_SHORTLY)
     return folder
 
 
@@ -218,14 +215,7 @@ def test_init_then_train(here, tiny_model_dir):
     assert "go on with: alignpro train alignpro.yaml" in done.output
     settings = yaml.safe_load(Path("alignpro.yaml").read_text())
     assert settings["data"]["path"] == "prompts.csv" and settings["reward"] == "my_reward:score"
-    run(
-        "train",
-        "alignpro.yaml",
-        "threads=1",
-        "steps=1",
-        "num_rewrites=2",
-        "rewrite.max_new_tokens=2",
-    )
+    run(*TRAIN_SHORTLY)
     assert read_metrics("alignpro-run/metrics.jsonl")[0]["reward_mean"] < 0
     assert "is there already" in run("init", "--data", "prompts.csv", code=2).stderr
 

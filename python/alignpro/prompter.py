@@ -14,7 +14,7 @@ from alignpro.config import (
     Prompting,
     SftConfig,
     TrainConfig,
-    load_yaml,
+    config_of_run,
 )
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.native_model import NativeModel, load_model
@@ -86,9 +86,7 @@ class Prompter:
                 f"{adapter}: not there yet; a run that has ended writes it: "
                 f"alignpro train {file} --resume"
             )
-        warm_start = "rewrite" not in json.loads(file.read_text("utf-8"))
-        config: SftConfig | TrainConfig
-        config = load_yaml(SftConfig, file) if warm_start else load_yaml(TrainConfig, file)
+        config = config_of_run(json.loads(file.read_text("utf-8")))
         if isinstance(config, TrainConfig) and config.policy != "prompter":
             raise ValueError(f"{run}: expected the run of a prompter; this one tuned the target")
         model = load_model(config.prompter, threads, date=config.date, **options)

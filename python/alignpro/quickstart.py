@@ -26,7 +26,6 @@ from alignpro.report.progress import Bars, TrainBar, show_sft_row
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
 from alignpro.run_directory import CALLS, open_free_run_dir
-from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
@@ -96,9 +95,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
             log = MetricsLog(folder / "sft-metrics.jsonl")
             for row in sft_rows:
                 log.append(row)
-            if isinstance(trainer, ClosedFormFit):
-                trainer.rollouts(bars.show)
-            trainer.train([TrainBar(bars)])
+            trainer.train([TrainBar(bars)], bars.show)
         with _timed(seconds, "evaluate"), directory:
             trained = trainer.policy.weights()
             metrics = folder / "metrics.jsonl"

@@ -16,8 +16,8 @@ from alignpro.config import (
     SftConfig,
     StageConfig,
     TrainConfig,
+    config_of_run,
     differing,
-    from_mapping,
     to_mapping,
     unchecked,
 )
@@ -81,12 +81,10 @@ def _values_of(run: Path) -> dict[str, Any]:
 
 def _config_of(run: Path) -> TrainConfig | SftConfig:
     record = read_record(run / CONFIG)
-    kind: Any = TrainConfig if "policy" in record else SftConfig
     try:
-        config: TrainConfig | SftConfig = from_mapping(kind, record)
+        return config_of_run(record)
     except ValueError as error:
         raise ValueError(f"{run / CONFIG}: {error}") from None
-    return config
 
 
 def _adapter(run: Path, command: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from alignpro.evaluate.results import (
     from_json,
 )
 from alignpro.report.html import is_report, write_report
+from alignpro.run_directory import read_record
 from alignpro.train.metrics import read_metrics
 
 _SEARCHED = "report.json, evaluation.json, metrics.jsonl, headroom.json or bound.json"
@@ -89,16 +89,8 @@ def load_report(
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no file."""
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+    """As `read_record`; None where there is no file."""
+    return read_record(path) if path.exists() else None
 
 
 def _part(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignpro.run_directory import RunDirectory
+
+# What comes before the first step ("rollouts"), how much of it is done, how much there is.
+OnProgress = Callable[[str, int, int], None]
 
 
 class TrainCallback:

@@ -9,7 +9,7 @@ further rounds: the fitted prompter's rollouts join those before, and the fit go
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from alignpro.objective.closed_form import (
 )
 from alignpro.pipeline import derive_seed
 from alignpro.run_directory import CONFIG, read_record
-from alignpro.train.callbacks import TrainCallback, Watchers
+from alignpro.train.callbacks import OnProgress, TrainCallback, Watchers
 from alignpro.train.checkpoint import check_same_run
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
 from alignpro.train.policy import one_torch_thread
@@ -54,7 +54,6 @@ from alignpro.train.trajectories import (
 from alignpro.types import Conversation, Rewrite
 
 ROLLOUTS = "rollouts.jsonl"  # in the run directory: a line for each ``prompts_per_step`` prompts
-OnProgress = Callable[[str, int, int], None]  # "rollouts", prompts done, prompts in all
 
 LOSSES = {"variance": log_variance_loss, "likelihood": weighted_likelihood_loss}
 
@@ -67,8 +66,6 @@ class ClosedFormFit(TrainingRun):
     there, draws what is missing, and fits anew: kl_coef and everything else that only the fit reads
     may then be another, unless there are several rounds.
     """
-
-    _on_progress: OnProgress | None = None
 
     def _begin(self, value_head: torch.nn.Module | None) -> None:
         count, rows = self.config.closed_form.num_prompts, len(self.prompts)
@@ -87,21 +84,25 @@ class ClosedFormFit(TrainingRun):
             check_same_run(_of_the_rollouts(saved), _of_the_rollouts(mine))
         truncate_metrics(self.log.path, steps=0)
 
-    def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
+    def train(
+        self, callbacks: Sequence[TrainCallback] = (), on_progress: OnProgress | None = None
+    ) -> None:
         """Draw the rollouts that are missing, fit, and write adapter/. Raises as `Trainer.train`;
-        the rollouts before an error are on disk.
+        the rollouts before an error are on disk. on_progress: told of them as they come.
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
         with interruptible(), self.directory:
-            groups = self.rollouts(self._on_progress)
+            groups = self.rollouts(on_progress)
             with watchers.watching(to_mapping(self.config), 0):
                 if self.config.closed_form.loss == "pooled":
-                    self._fit_pooled(groups, watchers)
+                    self._fit_pooled(groups, watchers, on_progress)
                 else:
                     self._fit(groups, watchers)
             save_peft(self.run_dir / "adapter", self.policy.weights())
 
-    def _fit_pooled(self, groups: list[list[Rewrite]], watchers: Watchers) -> None:
+    def _fit_pooled(
+        self, groups: list[list[Rewrite]], watchers: Watchers, on_progress: OnProgress | None
+    ) -> None:
         config = self.config
         pool = Pool(self.policy, self.reference, config)
         rounds = config.closed_form.rounds
@@ -109,7 +110,7 @@ class ClosedFormFit(TrainingRun):
         for number in range(rounds):
             started = time.perf_counter()
             if number:
-                groups = self.rollouts(self._on_progress, number)
+                groups = self.rollouts(on_progress, number)
             drawn = time.perf_counter()
             for prompt, group in zip(self._order(number), groups, strict=True):
                 pool.add(prompt, [w for w in group if w.responses], by_reference=not number)
@@ -225,9 +226,8 @@ class ClosedFormFit(TrainingRun):
         """N rewrites of every prompt of a round with their rewards: those on disk, and the missing
         ones, which are the policy's as it is.
 
-        To be called before `train` by who wants to see them come, of every round.
+        `train` asks for those of every round; to be called before it by who wants them alone.
         """
-        self._on_progress = on_progress
         size, order = self.config.prompts_per_step, self._order(number)
         chunks = [order[i : i + size] for i in range(0, len(order), size)]
         before = number * len(chunks)  # lines of the rounds before

@@ -30,9 +30,9 @@ from alignpro.run_directory import (
     open_run_dir,
     recorded_date,
 )
-from alignpro.train.callbacks import TrainCallback
+from alignpro.train.callbacks import OnProgress, TrainCallback
 from alignpro.train.checkpoint import load_checkpoint, save_checkpoint
-from alignpro.train.closed_form import ClosedFormFit, OnProgress
+from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.critic import ValueHead
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, truncate_metrics
@@ -133,9 +133,7 @@ def run_train(
     Raises as `make_trainer` and `Trainer.train`.
     """
     trainer = make_trainer(config, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
-    if isinstance(trainer, ClosedFormFit):
-        trainer.rollouts(on_progress)
-    trainer.train(callbacks)
+    trainer.train(callbacks, on_progress)
     return trainer
 
 

@@ -25,7 +25,7 @@ from alignpro.models.reading import check_columns, check_roles, read_prompts
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import CONFIG, RunDirectory, add_note, open_run_dir
 from alignpro.train.adaptive import Adaptive
-from alignpro.train.callbacks import TrainCallback, Watchers
+from alignpro.train.callbacks import OnProgress, TrainCallback, Watchers
 from alignpro.train.checkpoint import (
     Checkpoint,
     check_same_run,
@@ -191,12 +191,15 @@ class Trainer(TrainingRun):
         self.cursor = 0  # prompts drawn
         self._saved = -1  # the step of the newest checkpoint
 
-    def train(self, callbacks: Sequence[TrainCallback] = ()) -> None:
+    def train(
+        self, callbacks: Sequence[TrainCallback] = (), on_progress: OnProgress | None = None
+    ) -> None:
         """Run the steps that are left; write a checkpoint at the end, and at an error, Ctrl-C,
         SIGTERM or SIGHUP.
 
         Args:
             callbacks: who else watches, beside the trackers of the configuration.
+            on_progress: told of what comes before the first step, of which there is nothing here.
 
         Raises:
             RuntimeError: a scored log-probability differs from the sampled one (``strict_parity``).
