@@ -459,3 +459,12 @@ def test_a_missing_package_is_named_with_the_remedy(write, monkeypatch, module, 
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=remedy):
         load_prompts(source)
+
+
+@pytest.mark.parametrize("column", ["nope", ("prompt", "nope")])
+def test_a_prompts_column_that_is_not_there_is_named_by_its_key(tmp_path, column):
+    (tmp_path / "p.csv").write_text("prompt,answer\nhi,yo\n")
+    with pytest.raises(DataError, match=r"line 2: no column 'nope'.*is meant as data\.prompt$"):
+        load_prompts(tmp_path / "p.csv", column)
+    with pytest.raises(DataError, match=r"no column 'instruction'.*as data\.instruction$"):
+        load_pairs(tmp_path / "p.csv")

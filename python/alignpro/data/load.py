@@ -160,8 +160,8 @@ def _as_columns(given: str | Sequence[str] | None) -> str | tuple[str, ...] | No
     return given if given is None or isinstance(given, str) else tuple(given)
 
 
-def _text_of(row: Row, column: str) -> str:
-    value, where = _value_of(row, column), f"{row.place}, column {column!r}"
+def _text_of(row: Row, column: str, key: str = "instruction") -> str:
+    value, where = _value_of(row, column, key), f"{row.place}, column {column!r}"
     if not isinstance(value, str):
         raise DataError(f"{where}: expected text, got {type_name(value)}")
     if value and not value.strip():
@@ -170,9 +170,9 @@ def _text_of(row: Row, column: str) -> str:
     return value
 
 
-def _value_of(row: Row, column: str) -> Any:
+def _value_of(row: Row, column: str, key: str) -> Any:
+    """key: of the configuration, that names the column."""
     if column not in row.values:
-        key = "prompt" if column in PROMPT_COLUMNS else "instruction"
         raise DataError(
             f"{row.place}: no column {column!r}; there are {sorted(row.values)}; name the one that "
             f"is meant as data.{key}"
@@ -185,13 +185,13 @@ def _prompt_of(
 ) -> tuple[tuple[str, ...], Prompt, str | None]:
     """The prompt's columns, the prompt, and the answer that stands after it, if one does."""
     if isinstance(column, tuple):
-        texts = [_text_of(row, name) for name in column]
+        texts = [_text_of(row, name, "prompt") for name in column]
         value: Any = "\n\n".join(text for text in texts if text)
         names, where = column, f"{row.place}, columns {', '.join(column)}"
     else:
         if column is None:
             column = next((n for n in PROMPT_COLUMNS if n in row.values), PROMPT_COLUMNS[0])
-        value, where = _value_of(row, column), f"{row.place}, column {column!r}"
+        value, where = _value_of(row, column, "prompt"), f"{row.place}, column {column!r}"
         names = (column,)
     beside = [name for name in _BESIDE_INSTRUCTION if row.values.get(name)]
     if names == ("instruction",) and beside:
