@@ -62,8 +62,7 @@ def pooled_rewards(
     mean = rewards.mean()
     scale = rewards.std(correction=0).clamp_min(1e-6)  # the start is meant for rewards of spread 1
     y = (rewards - mean) / scale
-    x = features.double() - features.double().mean(dim=0)
-    x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    x = directions(features)
     cosine = x @ x.T
 
     logs = torch.tensor(_START, dtype=torch.float64, requires_grad=True)
@@ -99,6 +98,12 @@ def pooled_rewards(
         noise=float(noise),
         sharpness=float(s),
     )
+
+
+def directions(features: Tensor) -> Tensor:
+    """[P, D] float64: where each row lies from their mean, at length 1; 0 where it is the mean."""
+    x = features.double() - features.double().mean(dim=0)
+    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 class _Observations:

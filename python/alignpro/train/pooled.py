@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from alignpro.config import TrainConfig
-from alignpro.objective.pooled_rewards import PooledRewards, pooled_rewards
+from alignpro.objective.pooled_rewards import PooledRewards, directions, pooled_rewards
 from alignpro.pipeline import derive_seed
+from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.policy import LoraPolicy, Reference
 from alignpro.train.sft import Example
 from alignpro.types import Response, Rewrite
@@ -117,20 +118,29 @@ class Pool:
         return [rewrites[0].prompter_tokens for rewrites in self._written.values()]
 
     def _features(self) -> torch.Tensor:
-        """[P, D]: the prompter's state where it begins to write."""
+        """[P, 2 D]: how the untrained prompter reads each prompt, as directions: its state where it
+        begins to write, and its mean state over what the prompts do not begin with alike.
+
+        A warm start on random rewrites blurs what tells prompts apart (docs/notes/house-rules.md).
+        """
         contexts = self._contexts()
         rows = [[*c, w[0].tokens[0]] for c, w in zip(contexts, self._written.values(), strict=True)]
-        starts = [len(c) for c in contexts]
+        alike = min(shared_prefix(contexts[0], c) for c in contexts)
+        starts = [min(alike + 1, len(c)) for c in contexts]
         plan = self.policy.micro_batches(
             rows, starts, self.config, with_reference=False, with_hidden=True
         )
-        states = []
-        with torch.no_grad():
-            for micro in plan:
-                part = self.policy.score(micro.of(rows), micro.of(starts), with_hidden=True)
-                assert part.hidden is not None
-                states.append(part.hidden.clone())
-        return torch.cat(states)
+        last, mean = [], []
+        for micro in plan:
+            part, begin = micro.of(rows), micro.of(starts)
+            score = self.policy.model.core_model.score(
+                [list(r) for r in part], list(begin), with_hidden=True
+            )
+            lengths = [len(row) - start for row, start in zip(part, begin, strict=True)]
+            for states in torch.from_numpy(score.hidden).split(lengths):
+                last.append(states[-1])
+                mean.append(states.mean(dim=0))
+        return torch.cat([directions(torch.stack(last)), directions(torch.stack(mean))], dim=1)
 
     def _look_up_priors(self, chosen: Sequence[Sequence[list[int]]]) -> None:
         """log rho_ref(rewrite | prompt) of the pairs that were not known before."""
