@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope")
+FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope", "smollm3")
 
 TINY_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -131,6 +131,8 @@ def _save_tiny_model(folder: Path, family: str, tied: bool) -> None:
         config = transformers.Qwen3Config(**sizes, head_dim=16)
     elif family == "phi3":
         config = transformers.Phi3Config(**sizes, sliding_window=None)
+    elif family == "smollm3":
+        config = transformers.SmolLM3Config(**sizes, no_rope_layer_interval=2)
     elif family == "phi3-longrope":
         rope = {
             "rope_type": "longrope",

@@ -27,6 +27,7 @@ VARIANTS = {
     "qwen3": Variant("qwen3"),
     "phi3": Variant("phi3"),
     "phi3-longrope": Variant("phi3-longrope"),
+    "smollm3": Variant("smollm3"),
     "phi3-longrope-long": Variant("phi3-longrope", context=256),
 }
 

@@ -232,9 +232,10 @@ class CudaOps final : public ops::Ops {
                         const void* k_weight, float eps, const Matrix& d_qkv) override {
     cuda::qk_norm_backward(shape, raw, q_weight, k_weight, eps, d_qkv, stream());
   }
-  void rope_kv_write(const ops::Plan& plan, const Matrix& qkv, const KvView& kv) override {
+  void rope_kv_write(const ops::Plan& plan, bool rotated, const Matrix& qkv,
+                     const KvView& kv) override {
     const CudaPlan& p = of(plan);
-    cuda::rope_kv_write(p.shape(), qkv, p.rope.rotary_dim, p.rope.cos, p.rope.sin,
+    cuda::rope_kv_write(p.shape(), qkv, rotated ? p.rope.rotary_dim : 0, p.rope.cos, p.rope.sin,
                         p.tables.positions, p.tables.write_blocks, paged(kv), stream());
     if (p.copies() == 0) return;
     kv_copy(p.shape(), kv.dtype, p.tables.copies, p.copies(), paged(kv), stream());

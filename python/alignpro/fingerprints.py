@@ -141,6 +141,30 @@ def differences(then: Fingerprints, now: Fingerprints, doing: str) -> list[str]:
     return found
 
 
+# Keys of a configuration that say where something lies, and what it is.
+_PLACES = (
+    ("prompter.model", "weights of the prompter"),
+    ("target.model", "weights of the target"),
+    ("prompter.chat_template", "chat template of the prompter"),
+    ("target.chat_template", "chat template of the target"),
+    ("prompter.adapter", "adapter that training began with"),
+    ("prompter.adapter", "adapter of the prompter"),
+    ("target.adapter", "adapter of the target"),
+    ("data.path", "data"),
+    ("heldout.data.path", "held-out data"),
+)
+
+
+def same_elsewhere(then: Fingerprints, now: Fingerprints) -> dict[str, str]:
+    """What is known to be the same as it was, by the key that says where it lies: another place is
+    no other run."""
+    return {
+        key: what
+        for key, what in _PLACES
+        if what in then and what in now and then[what].hash == now[what].hash
+    }
+
+
 def _other_rows(then: str, now: str) -> str:
     before, after = _rows(then), _rows(now)
     if len(before) != len(after):

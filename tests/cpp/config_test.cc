@@ -82,6 +82,24 @@ TEST_CASE("config families") {
   CHECK((qwen3.qk_norm && !qwen3.qkv_bias && qwen3.head_dim == 6));
   CHECK_EQ(config_with({{"model_type", "\"qwen3\""}}).head_dim, 128);
   CHECK(config_with({{"model_type", "\"phi3\""}}).fused_projections);
+  const auto smollm3 = [](JsonFields changes) {
+    changes.insert({{"model_type", "\"smollm3\""}, {"num_hidden_layers", "9"}});
+    return config_with(changes);
+  };
+  CHECK_EQ(smollm3({}).unrotated_layers, std::vector<int64_t>{3, 7});
+  CHECK((smollm3({}).rotates(2) && !smollm3({}).rotates(3)));
+  CHECK((smollm3({}).tied_head && smollm3({}).rope.theta == 2e6));  // the class's defaults
+  CHECK_EQ(smollm3({{"no_rope_layer_interval", "5"}}).unrotated_layers, std::vector<int64_t>{4});
+  CHECK_EQ(smollm3({{"no_rope_layers", "[1, 0, 1, 1, 1, 1, 0, 1, 1, 0]"}}).unrotated_layers,
+           std::vector<int64_t>{1, 6});
+  CHECK_THROWS_WITH_AS((void)(smollm3({{"no_rope_layers", "[1, 0]"}})),
+                       doctest::Contains("no_rope_layers has 2 entries for 9 layers"), FileError);
+  CHECK_THROWS_WITH_AS((void)(smollm3({{"no_rope_layer_interval", "0"}})),
+                       doctest::Contains("no_rope_layer_interval is 0, expected 1 or more"),
+                       FileError);
+  CHECK_THROWS_WITH_AS((void)(smollm3({{"use_sliding_window", "true"}, {"sliding_window", "8"}})),
+                       doctest::Contains("mixes layers with and without a sliding window"),
+                       FileError);
   CHECK_EQ(config_with({{"num_key_value_heads", "null"}}).num_kv_heads, 2);
   CHECK_THROWS_WITH_AS((void)(config_with({{"model_type", "\"gpt2\""}})),
                        doctest::Contains("model_type 'gpt2'"), FileError);

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import HeadroomConfig, LoraConfig, Prompting
+from alignpro.config import HeadroomConfig, LoraConfig, ModelConfig, Prompting
 from alignpro.data.load import load_prompts
 from alignpro.evaluate import headroom as runs
 from alignpro.evaluate.headroom import run_headroom
@@ -107,7 +109,10 @@ def test_samples_are_read_again_without_a_model(config, drawn, monkeypatch):
         ({"seed": 4}, "drawn with seed = 3, this run asks for 4"),
         ({"reward": "vader"}, 'drawn with reward = "letter_reward:count_e"'),
         ({"num_rewrites": 2}, "drawn with num_rewrites = 3"),
-        ({"response": SamplingParams(max_new_tokens=7)}, "drawn with response = "),
+        (
+            {"response": SamplingParams(max_new_tokens=7)},
+            r"drawn with response\.max_new_tokens = 6",
+        ),
     ],
 )
 def test_samples_of_something_else_are_refused(config, drawn, changes, line):
@@ -130,6 +135,31 @@ def test_damaged_samples_are_refused(config, drawn, tmp_path, damage, line):
     damaged.write_text(damage(drawn[1].read_text()))
     with pytest.raises(ValueError, match=line):
         run_headroom(config, samples=damaged)
+
+
+def test_samples_of_files_that_lie_elsewhere(config, drawn, tmp_path, monkeypatch):
+    report, samples, _ = drawn
+    there = shutil.copytree(config.prompter.name, tmp_path / "elsewhere")
+    monkeypatch.setattr(runs, "load_models", None)
+    again = run_headroom(replace(config, prompter=ModelConfig(str(there))), samples=samples)
+    assert to_json(again)["frontier"] == report["frontier"]
+
+
+def test_what_was_stopped_goes_on_with_its_samples(config, drawn, tmp_path, monkeypatch):
+    report, _, _ = drawn
+    output = tmp_path / "headroom.json"
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "headroom", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_headroom(config, output=output)
+    monkeypatch.setattr(Pipeline, "rollout", killed)
+    assert to_json(run_headroom(config, output=output))["frontier"] == report["frontier"]
+    with pytest.raises(ValueError, match=r"of another measurement \(seed was 3, is 4\)"):
+        run_headroom(replace(config, seed=4), output=output)
 
 
 def test_the_adapter_is_the_untuned_prompter(config, tmp_path):

@@ -275,7 +275,7 @@ def test_every_matrix_of_every_family(bench: Callable[[str], Bench], variant: st
     assert over_budget(here, cases) == {}
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "phi3", "smollm3"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("layout", ["shared", "apart"])
 def test_against_the_base(

@@ -17,15 +17,14 @@ from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.native import ModelFileError
 from alignpro.types import SamplingParams
+from conftest import FAMILIES
 from native_runs import CHAT, SHORT, assert_settles, drain, lora
 
 # --- loading ---
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    "family", ["llama", "llama3", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope"]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_writes_what_transformers_writes(
     tiny_model_dir: Callable[..., Path], family: str, tied: bool
 ) -> None:

@@ -147,6 +147,65 @@ def test_the_same_again_is_no_change(place):
     assert read_fingerprints(place / "run") == made_from
 
 
+def moved(place, name):
+    (place / "elsewhere").mkdir(exist_ok=True)
+    shutil.move(place / name, place / "elsewhere" / name)
+    return str(place / "elsewhere" / name)
+
+
+def test_what_lies_elsewhere_is_the_same(place, caplog):
+    """And what is another one is refused, wherever it lies."""
+    make_trainer(config(place)).train()
+    there = moved(place, "model")
+    model = replace(
+        config(place).prompter,
+        model=there,
+        chat_template=moved(place, "template.jinja"),
+        adapter=moved(place, "start"),
+    )
+    data = DataConfig(moved(place, "p.jsonl"), split=None)
+    more = config(place, prompter=model, data=data, steps=3)
+    make_trainer(more, resume=True).train()
+    assert len(read_metrics(place / "run" / "metrics.jsonl")) == 3
+    said = "\n".join(caplog.messages)
+    for key, what in {
+        "prompter.model": "weights of the prompter",
+        "prompter.chat_template": "chat template of the prompter",
+        "prompter.adapter": "adapter that training began with",
+        "data.path": "data",
+    }.items():
+        assert f"{key} was '" in said and f": the same {what}" in said
+    caplog.clear()
+    make_trainer(replace(more, steps=4), resume=True).train()  # the checkpoint knows the new place
+    assert caplog.messages == []
+    write_rows(place, [*ROWS, {"prompt": "how do z fly"}])
+    with pytest.raises(ValueError, match=r"under another configuration: data\.path was "):
+        make_trainer(replace(more, steps=5, data=DataConfig("p.jsonl", split=None)), resume=True)
+
+
+def test_a_warm_start_and_a_closed_form_whose_files_lie_elsewhere(place, caplog):
+    pairs = [{"prompt": row["prompt"], "instruction": "Be brief."} for row in ROWS]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    warm = SftConfig(
+        prompter=str(place / "model"),
+        data="pairs.jsonl",
+        run_dir=str(place / "warm"),
+        steps=2,
+        batch_size=2,
+        checkpoint_every=1,
+        threads=1,
+        lora=LoraConfig(rank=2),
+    )
+    run_sft(warm)
+    fit = config(place, algorithm="closed_form", steps=1, run_dir=str(place / "fit"))
+    make_trainer(fit).train()
+    there = moved(place, "model")
+    run_sft(replace(warm, prompter=ModelConfig(there), steps=3), resume=True)
+    fit = replace(fit, prompter=replace(fit.prompter, model=there))
+    make_trainer(fit, resume=True).train()
+    assert sum("prompter.model was " in message for message in caplog.messages) == 2
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_a_torn_reference_is_read_again_where_it_came_from(place, name, caplog):
     make_trainer(config(place)).train()

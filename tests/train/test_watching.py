@@ -18,7 +18,7 @@ from alignpro.train.callbacks import TrainCallback
 from alignpro.train.checkpoint import load_checkpoint
 from alignpro.train.metrics import METRICS, read_metrics
 from alignpro.train.run import make_trainer
-from alignpro.train.trackers import TensorBoard, flatten, make_trackers, tagged
+from alignpro.train.trackers import Service, TensorBoard, flatten, make_trackers, tagged
 from train.test_trainer import config, log, make
 from train.toy_model import ToyModel
 
@@ -195,6 +195,42 @@ def test_wandb_holds_every_step_once(tmp_path, monkeypatch):
     for name, tag in (("reward_mean", "reward/mean"), ("sample", "sample")):
         assert [row[tag] for row in history] == [row[name] for row in rows]
     assert all(row["time/step"] > 0 for row in history)
+
+
+def test_a_copy_of_a_run_is_a_run_of_its_own_at_a_tracker(tmp_path, caplog):
+    class Kept:
+        def __init__(self, run_dir, config, run_id):
+            self.id = run_id
+            begun.append(run_id)
+
+        def log(self, metrics, step):
+            logged.append((self.id, step))
+
+        def finish(self):
+            pass
+
+    begun, logged = [], []
+
+    def steps(run_dir, *numbers):
+        service = Service("wandb", Kept)
+        service.on_start(run_dir, {}, numbers[0])
+        for number in numbers:
+            service.on_step({"step": number, "reward_mean": 1.0})
+        service.on_end(run_dir)
+
+    (tmp_path / "run").mkdir()
+    steps(tmp_path / "run", 0, 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    steps(tmp_path / "copy", 1, 2)
+    steps(tmp_path / "run", 1, 2)
+    first, second, third = begun
+    assert third == first != second
+    assert logged == [(first, 0), (first, 1), (second, 1), (second, 2), (first, 2)]
+    (said,) = caplog.messages
+    assert f"a copy of {tmp_path / 'run'}, whose run at wandb is {first}; this" in said
+    shutil.move(tmp_path / "copy", tmp_path / "moved")
+    steps(tmp_path / "moved", 3)
+    assert begun[-1] == second and len(caplog.messages) == 1
 
 
 def finished_wandb(file: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 from dataclasses import replace
 from enum import Enum
@@ -125,6 +126,7 @@ def init(
     check_new(config)
     from alignpro.config import DataConfig, TrainConfig, load_yaml
     from alignpro.config.describe import commented_yaml
+    from alignpro.data.files import NoColumnError
     from alignpro.data.load import load_prompts
     from alignpro.files import write_file
     from alignpro.models.resolve import find_model
@@ -135,7 +137,14 @@ def init(
     if data is None:
         raise ValueError("--data: expected a file of prompts, or a hub name; there is no terminal")
     source = DataConfig(data, split=split, prompt=prompt)
-    rows = load_prompts(source)
+    try:
+        rows = load_prompts(source)
+    except NoColumnError as error:
+        prompt = None if prompt else _ask(f"{error.problem}. The column that holds prompts", None)
+        if prompt is None:
+            raise NoColumnError(error.problem, "--prompt") from None
+        source = replace(source, prompt=prompt)
+        rows = load_prompts(source)
     model = model or _ask("Prompter (a path or a name)", "smollm2") or "smollm2"
     target = target or _ask("Target (a path or a name; nothing: the prompter's model)", "") or None
     for name in filter(None, (model, target)):
@@ -159,18 +168,18 @@ def init(
         "prompts_per_step": min(16, len(rows)),
         "heldout": {} if _has_validation(source) else None,
     }
+    train = f"alignpro train {shlex.quote(str(config))}"
     write_file(
         config,
         "# Training of a prompter on your prompts:\n#\n"
-        f"#   alignpro train {config} --dry-run   # what it takes\n"
-        f"#   alignpro train {config}\n#\n"
+        f"#   {train} --dry-run   # what it takes\n#   {train}\n#\n"
         "# Keys that are left out keep their default; `alignpro config train` prints them all.\n\n"
         + commented_yaml(TrainConfig, only=_KEYS, values=values),
     )
     load_yaml(TrainConfig, config)
     first = Conversation.of(rows[0].prompt).last_turn
     typer.echo(f"{data}: {len(rows)} prompts, such as: {shorten(first, 60, placeholder=' ...')}")
-    typer.echo(f"{config}: written; go on with: alignpro train {config}")
+    typer.echo(f"{config}: written; go on with: {train}")
 
 
 def _ask(question: str, default: str | None) -> str | None:

@@ -163,13 +163,15 @@ def train(
     options = read_settings(TrainConfig, config, overrides)
     if dry_run:
         check_new(output)
-        from rich.console import Console
-
-        from alignpro.price.estimate import price_train
-        from alignpro.price.tables import price_tables
         from alignpro.report.progress import Bars
 
-        with Bars("measuring this machine" if gpu is None else "counting"):
+        with Bars("loading torch") as bars:
+            from rich.console import Console
+
+            from alignpro.price.estimate import price_train
+            from alignpro.price.tables import price_tables
+
+            bars.doing("measuring this machine" if gpu is None else "counting")
             report = price_train(options, gpu_name=gpu, rates=rates, prompt_tokens=prompt_tokens)
         write_json(output, report)
         Console().print(price_tables(report))
@@ -178,10 +180,10 @@ def train(
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
-    from alignpro.models.endpoint import EndpointModel
     from alignpro.report.progress import Bars, TrainBar
 
     with Bars("loading data and models") as bars:
+        from alignpro.models.endpoint import EndpointModel
         from alignpro.train.run import run_train
 
         trainer = run_train(

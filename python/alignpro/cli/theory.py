@@ -67,7 +67,9 @@ def headroom(
     drawn = None if samples is None or samples.exists() else samples
     with writing(run, output, plot, drawn):
         with Bars("loading data and models") as bars:
-            report = run_headroom(options, samples=samples, run=run, on_progress=bars.show)
+            report = run_headroom(
+                options, samples=samples, output=output, run=run, on_progress=bars.show
+            )
         write_json(output, report)
         if plot is not None:
             frontier_png(report.headroom, plot)

@@ -51,6 +51,8 @@ class DataConfig(Source):
 
     Of several columns, [instruction, input], the texts make one prompt, a blank line between them.
     """
+    system: Literal["keep", "drop"] = "keep"
+    """Whether system messages are a part of the prompt; drop is for models that take none."""
 
     def __post_init__(self) -> None:
         Source.__post_init__(self)

@@ -31,6 +31,17 @@ class DataError(ValueError):
     """Data that cannot be read as asked: the line says where, what was expected and what came."""
 
 
+class NoColumnError(DataError):
+    """Rows without a column that is wanted of them.
+
+    problem: says where, and which columns there are. key: by which another one is named.
+    """
+
+    def __init__(self, problem: str, key: str) -> None:
+        super().__init__(f"{problem}; name the one that is meant as {key}")
+        self.problem = problem
+
+
 @dataclass(frozen=True)
 class Row:
     place: str  # "prompts.jsonl, line 3"
@@ -152,12 +163,26 @@ def _as_rows(items: list[Any], name: str) -> Iterator[Row]:
 def _parse_json(text: str, name: str, line: int = 1) -> Any:
     """line: the number of the text's first."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_distinct)
+    except _RepeatedKeyError as error:
+        problem = f"key {error.args[0]!r} appears twice in an object"
     except json.JSONDecodeError as error:
         line, problem = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
     except RecursionError:
         problem = "nested too deeply"
     raise DataError(f"{name}, line {line}: malformed JSON: {problem}")
+
+
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return values
 
 
 def _as_object(values: Any, place: str) -> Mapping[str, Any]:
@@ -180,8 +205,8 @@ def _read_table(text: str, name: str, delimiter: str | None) -> Iterator[Row]:
     for line, fields in _records(text, name, delimiter, before):
         place = f"{name}, line {line}"
         if header is None:
-            header = fields
-            repeated = [column for column in header if header.count(column) > 1]
+            header = [column.strip() for column in fields]
+            repeated = [column for column in header if column and header.count(column) > 1]
             if repeated:
                 raise DataError(f"{place}: column {repeated[0]!r} appears twice")
         elif len(fields) != len(header):
@@ -191,13 +216,15 @@ def _read_table(text: str, name: str, delimiter: str | None) -> Iterator[Row]:
                 "holds one needs quotes around it"
             )
         else:
-            yield Row(place, dict(zip(header, fields, strict=True)))
+            # A column without a name is a spreadsheet's margin, or the index of a data frame.
+            yield Row(place, {c: v for c, v in zip(header, fields, strict=True) if c})
 
 
 def _records(
     text: str, name: str, delimiter: str, before: int = 0
 ) -> Iterator[tuple[int, list[str]]]:
-    """Every record that is not blank, with the number of its first line."""
+    """Every record that is not blank (a spreadsheet's has its separators), with the number of its
+    first line."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         line = before + reader.line_num + 1
@@ -208,7 +235,7 @@ def _records(
             raise DataError(f"{name}, line {line}: malformed CSV: {error}") from error
         if fields is None:
             return
-        if fields:
+        if any(field.strip() for field in fields):
             yield line, fields
 
 

@@ -12,13 +12,23 @@ Errors are DataError, one line that names the source, the line or row, and the c
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alignpro.config import DataConfig, InstructionsConfig, PairsConfig, Source
-from alignpro.data.files import SUFFIXES, DataError, Row, read_file, suffix_of
+from alignpro.data.files import (
+    SUFFIXES,
+    DataError,
+    NoColumnError,
+    Row,
+    read_file,
+    suffix_of,
+)
 from alignpro.optional import import_for
 from alignpro.types import Conversation, Message, Prompt, text_messages, type_name
 
@@ -29,6 +39,7 @@ PACKAGED = {
     "house_rules_warm_start": "house_rules_warm_start.jsonl",
 }
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "turns")
+_SYSTEM = ("system", "developer")
 # What Alpaca, Dolly and BPO put beside a user's instruction: it belongs to the prompt.
 _BESIDE_INSTRUCTION = ("input", "context")
 _SHAREGPT_ROLES = {
@@ -77,14 +88,14 @@ def load_prompts(
         source = DataConfig(str(source), split=split, prompt=_as_columns(column))
     prompts = []
     for row in _read(source):
-        names, prompt, reply = _prompt_of(row, source.prompt)
+        names, prompt, reply = _prompt_of(row, source)
         others = {key: value for key, value in row.values.items() if key not in names}
         if "turns" in names:
             others["turns"] = row.values["turns"]
         if reply is not None:
             others.setdefault("reference", reply)
-        is_chat = names != ("turns",) and isinstance(row.values[names[0]], Sequence)
-        is_chat &= not isinstance(row.values[names[0]], str)
+        value = _chat_in_text(row.values[names[0]])
+        is_chat = names != ("turns",) and isinstance(value, Sequence) and not isinstance(value, str)
         prompts.append(PromptRow(prompt, others, row.place, is_chat))
     return prompts
 
@@ -111,7 +122,7 @@ def load_pairs(
             str(source), split=split, prompt=columns, instruction=instruction_column
         )
     return [
-        PairRow(_prompt_of(row, source.prompt)[1], _text_of(row, source.instruction), row.place)
+        PairRow(_prompt_of(row, source)[1], _text_of(row, source.instruction), row.place)
         for row in _read(source)
     ]
 
@@ -173,17 +184,15 @@ def _text_of(row: Row, column: str, key: str = "instruction") -> str:
 def _value_of(row: Row, column: str, key: str) -> Any:
     """key: of the configuration, that names the column."""
     if column not in row.values:
-        raise DataError(
-            f"{row.place}: no column {column!r}; there are {sorted(row.values)}; name the one that "
-            f"is meant as data.{key}"
+        raise NoColumnError(
+            f"{row.place}: no column {column!r}; there are {sorted(row.values)}", f"data.{key}"
         )
     return row.values[column]
 
 
-def _prompt_of(
-    row: Row, column: str | tuple[str, ...] | None
-) -> tuple[tuple[str, ...], Prompt, str | None]:
+def _prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, str | None]:
     """The prompt's columns, the prompt, and the answer that stands after it, if one does."""
+    column = source.prompt
     if isinstance(column, tuple):
         texts = [_text_of(row, name, "prompt") for name in column]
         value: Any = "\n\n".join(text for text in texts if text)
@@ -199,6 +208,7 @@ def _prompt_of(
             f"{where}: {beside[0]!r} beside it is a part of the prompt; name both, as "
             f"data.prompt=[instruction, {beside[0]}], or take the column out of the data"
         )
+    value = _chat_in_text(value)
     try:
         if column in PROMPT_COLUMNS[1:] and isinstance(value, str):
             raise ValueError("expected a list, got text; a prompt as text is in 'prompt'")
@@ -210,6 +220,9 @@ def _prompt_of(
             prompt, reply = _up_to_last_user_turn(text_messages(_openai_form(value)))
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
+    if source.system == "drop":
+        others = [(role, text) for role, text in prompt.history if role not in _SYSTEM]
+        prompt = Conversation(tuple(others), prompt.last_turn)
     for message in prompt.messages:
         _check_unicode(message["content"], where)
     return names, prompt.short, reply
@@ -245,6 +258,20 @@ def _openai_form(chat: Any) -> Any:
             message = {"role": role, "content": message["value"]}
         messages.append(message)
     return messages
+
+
+def _chat_in_text(value: Any) -> Any:
+    """The messages that a text is the JSON of, or what Python prints of them: a table has no lists.
+    Anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            chat = read(value)
+            messages = isinstance(chat, list) and all(isinstance(m, dict) for m in chat)
+            if messages and chat and all(m.keys() & {"role", "from"} for m in chat):
+                return chat
+    return value
 
 
 def _first_turn(turns: Any) -> Any:
@@ -300,7 +327,7 @@ def _read(source: Source) -> list[Row]:
             f"({', '.join(PACKAGED)}), or a hub data set 'owner/name'"
         )
     if not rows:
-        raise DataError(f"{name}: no rows" + (f" in split {split!r}" if split else ""))
+        raise DataError(f"{name}: no rows")
     return rows
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alignpro.config import HeadroomConfig, check_config, target_of, to_mapping
+from alignpro.config import HeadroomConfig, check_config, differing, target_of, to_mapping
 from alignpro.data.files import DataError
 from alignpro.data.load import stack_columns
 from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows, made_from_of
+from alignpro.evaluate.kept import KeptArms, arms_path, kept_date
 from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
@@ -27,6 +29,7 @@ from alignpro.fingerprints import (
     of_reward,
     of_rows,
     of_template,
+    same_elsewhere,
     to_plain,
 )
 from alignpro.lengths import fit_rows, unread_by
@@ -53,6 +56,7 @@ def run_headroom(
     config: HeadroomConfig,
     *,
     samples: Path | None = None,
+    output: Path | None = None,
     run: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> HeadroomReport:
@@ -64,6 +68,8 @@ def run_headroom(
             configuration and the fingerprints of the samples; every other one prompt_index, prompt,
             rewrite, prompter_tokens, tokens, logprobs, responses (texts) and rewards of one
             rewrite.
+        output: where the report will be written. Beside it the samples are kept when they are
+            there, and a headroom that was stopped after that goes on with them.
         run: a run whose settings these are to be; a warning names what differs.
 
     Raises:
@@ -73,14 +79,15 @@ def run_headroom(
     check_config(config, HeadroomConfig)
     usage = too_long = None
     if samples is not None and samples.exists():
-        rewards, date, made_from = read_samples(samples, config)
+        rewards, date = read_samples(samples, config)
         config = replace(config, date=date)
-        other = differences(made_from, _at_hand(config), "they were drawn from")
-        if other:
-            raise ValueError(f"{samples}: {'; '.join(other)}; name another file to draw new ones")
     else:
-        config = replace(config, date=config.date or today())
-        drawn, usage, too_long, made_from = _draw(config, samples, run, on_progress)
+        arms = arms_path(output)
+        config = replace(config, date=config.date or kept_date(arms) or today())
+        calls = samples or output
+        if calls is not None:
+            calls = calls.with_name(calls.name + ".calls.jsonl")
+        drawn, usage, too_long, made_from = _draw(config, calls, arms, run, on_progress)
         rollout = complete(drawn)
         rewards = rewards_of(rollout)
         if samples is not None:
@@ -149,11 +156,12 @@ def write_samples(
     write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_samples(path: Path, config: HeadroomConfig) -> tuple[Floats, str | None, Fingerprints]:
-    """Rewards [P, N, M] of a file that `write_samples` left, their date and fingerprints.
+def read_samples(path: Path, config: HeadroomConfig) -> tuple[Floats, str | None]:
+    """Rewards [P, N, M] of a file that `write_samples` left, and their date.
 
     Raises:
-        ValueError: not such a file, a damaged one, or one drawn with another configuration.
+        ValueError: not such a file, a damaged one, or one drawn with another configuration or from
+            anything else, as far as it is at hand.
     """
     try:
         header, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -164,15 +172,20 @@ def read_samples(path: Path, config: HeadroomConfig) -> tuple[Floats, str | None
             f"{path}: expected the samples of a headroom run, got a file of something else "
             f"({type(error).__name__}: {error}); name another file to draw new ones"
         ) from None
+    date = config.date or drawn.get("date")  # any that they were drawn with
+    config = replace(config, date=date)
+    made_from, now = as_fingerprints(header.get("fingerprints")), _at_hand(config)
+    elsewhere = same_elsewhere(made_from, now)
     wanted = _of_samples(config)
-    if config.date is None:  # any that they were drawn with
-        wanted.pop("date")
-    for key in wanted:
-        if drawn.get(key) != wanted[key]:
+    for key, (was, value) in differing({k: drawn.get(k) for k in wanted}, wanted).items():
+        if key not in elsewhere:
             raise ValueError(
-                f"{path}: drawn with {key} = {json.dumps(drawn.get(key))}, this run asks for "
-                f"{json.dumps(wanted[key])}; name another file to draw new ones"
+                f"{path}: drawn with {key} = {json.dumps(was)}, this run asks for "
+                f"{json.dumps(value)}; name another file to draw new ones"
             )
+    other = differences(made_from, now, "they were drawn from")
+    if other:
+        raise ValueError(f"{path}: {'; '.join(other)}; name another file to draw new ones")
     n, m = config.num_rewrites, config.num_responses
     prompts = [index for index, _ in known]
     whole = len(known) > 0 and len(known) % n == 0
@@ -183,7 +196,7 @@ def read_samples(path: Path, config: HeadroomConfig) -> tuple[Floats, str | None
             f"{len(known)} lines that are not so"
         )
     rewards = np.array([rewards for _, rewards in known]).reshape(-1, n, m)
-    return rewards, drawn.get("date"), as_fingerprints(header.get("fingerprints"))
+    return rewards, date
 
 
 def _at_hand(config: HeadroomConfig) -> Fingerprints:
@@ -219,7 +232,8 @@ def _at_hand(config: HeadroomConfig) -> Fingerprints:
 
 def _draw(
     config: HeadroomConfig,
-    samples: Path | None,
+    calls: Path | None,
+    arms: Path | None,
     run: Path | None,
     on_progress: OnProgress | None,
 ) -> tuple[Rollout, Usage | None, str | None, Fingerprints]:
@@ -227,7 +241,6 @@ def _draw(
     rows = load_rows(config)
     reward = build_reward(config.reward)
     check_columns(reward, stack_columns(rows))
-    calls = None if samples is None else samples.with_name(samples.name + ".calls.jsonl")
     prompter, target = load_models(
         config.prompter, config.target, config.threads, calls=calls, date=config.date
     )
@@ -237,15 +250,19 @@ def _draw(
     pipeline = Pipeline.configured(config, prompter, target, reward).with_adapter(adapter)
     fitted = fit_rows(rows, unread_by(pipeline), config.on_too_long)
     rows = fitted.rows
+    prompts = [row.prompt for row in rows]
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)
-    rollout = pipeline.rollout(
-        [row.prompt for row in rows],
+    sample = partial(
+        pipeline.rollout,
+        prompts,
         num_rewrites=config.num_rewrites,
         num_responses=config.num_responses,
         seed=config.seed,
         columns=stack_columns(rows),
         on_progress=watch(on_progress, "untuned prompter", total),
     )
+    kept = KeptArms.at(arms, config, made_from)
+    rollout = kept.rollout("untuned", kept.hash_of(adapter), prompts, sample)
     if config.prompter.adapter is not None:
         made_from["adapter of the prompter"] = of_adapter_folder(config.prompter.adapter)
     usage = target.usage() if isinstance(target, EndpointModel) else None

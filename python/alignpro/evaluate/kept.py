@@ -15,7 +15,14 @@ from typing import Any
 
 from alignpro.config import HOW_IT_RUNS, StageConfig, differing, to_mapping
 from alignpro.files import append_line, recorded_lines
-from alignpro.fingerprints import Fingerprints, as_fingerprints, differences, of_adapter, to_plain
+from alignpro.fingerprints import (
+    Fingerprints,
+    as_fingerprints,
+    differences,
+    of_adapter,
+    same_elsewhere,
+    to_plain,
+)
 from alignpro.models.adapter import LoraWeights
 from alignpro.types import Prompt, Rewrite, Rollout
 
@@ -115,10 +122,11 @@ class KeptArms:
                 ) from None
         if drawn is None:
             return False
+        elsewhere = same_elsewhere(before, made_from)
         other = [
             f"{key} was {was!r}, is {value!r}"
             for key, (was, value) in differing(drawn, json.loads(json.dumps(head))).items()
-            if key.partition(".")[2] not in _BY_OTHER_MEANS
+            if key.partition(".")[2] not in _BY_OTHER_MEANS and key not in elsewhere
         ]
         other += differences(before, made_from, "its arms were made from")
         if other:

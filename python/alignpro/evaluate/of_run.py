@@ -119,14 +119,15 @@ def say_what_differs(
     ours, values = to_mapping(config), _values_of(run)
     names = [name for name in values if name in ours and name not in _FREE]
     theirs = to_mapping(unchecked(type(config), values))
+    then, now = fingerprints.read_fingerprints(run), dict(made_from)
+    elsewhere = fingerprints.same_elsewhere(then, now)
     other = differing({n: theirs[n] for n in names}, {n: ours[n] for n in names})
     said = [
         f"{path} is {here!r} here, {there!r} in the run"
         for path, (there, here) in other.items()
         # An adapter goes by what is in it, below.
-        if path.partition(".")[2] not in HOW_IT_RUNS | {"adapter"}
+        if path.partition(".")[2] not in HOW_IT_RUNS | {"adapter"} and path not in elsewhere
     ]
-    then, now = fingerprints.read_fingerprints(run), dict(made_from)
     if untuned is not None:
         now["adapter that training began with"] = fingerprints.of_adapter(untuned)
     trained_on = then.pop("data", None)

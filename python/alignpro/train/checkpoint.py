@@ -145,8 +145,12 @@ def _digests(folder: Path) -> dict[str, str]:
     }
 
 
-def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_run(
+    saved: Mapping[str, Any], now: Mapping[str, Any], same: Mapping[str, str] | None = None
+) -> None:
     """Refuse to resume under another configuration.
+
+    same: `fingerprints.same_elsewhere`; that something lies elsewhere now is said.
 
     Raises:
         ValueError: names the fields that differ. Those in `MAY_CHANGE` may; a linear schedule is
@@ -154,6 +158,9 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     free = MAY_CHANGE - {"steps"} if now.get("lr_schedule") == "linear" else MAY_CHANGE
     different = {k: v for k, v in differing(saved, now).items() if k not in free}
+    for key in [key for key in different if key in (same or {})]:
+        was, value = different.pop(key)
+        _log.warning("%s was %r, is %r: the same %s", key, was, value, (same or {})[key])
     if different:
         raise ValueError(
             "cannot resume under another configuration: "

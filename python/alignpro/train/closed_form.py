@@ -75,13 +75,13 @@ class ClosedFormFit(TrainingRun):
                 f"got {count}"
             )
 
-    def _restore(self) -> None:
+    def _restore(self, same: Mapping[str, str]) -> None:
         saved = read_record(self.run_dir / CONFIG)
         mine = to_mapping(self.config)
         if self.config.closed_form.rounds > 1:  # later rollouts are those of an earlier fit
-            check_same_run(saved, mine)
+            check_same_run(saved, mine, same)
         else:
-            check_same_run(_of_the_rollouts(saved), _of_the_rollouts(mine))
+            check_same_run(_of_the_rollouts(saved), _of_the_rollouts(mine), same)
         truncate_metrics(self.log.path, steps=0)
 
     def train(

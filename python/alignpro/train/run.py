@@ -75,7 +75,8 @@ def run_sft(
         changed = fingerprints.check_same_inputs(run_dir, made_from, allow_changes=allow_changes)
         checkpoint = load_checkpoint(run_dir, model.lora_modules)
         if checkpoint is not None:
-            warm.restore(checkpoint)
+            then = fingerprints.read_fingerprints(run_dir)
+            warm.restore(checkpoint, fingerprints.same_elsewhere(then, made_from))
         truncate_metrics(log.path, steps=warm.step)
     fingerprints.write_fingerprints(run_dir, made_from, changed=changed, step=warm.step)
     write_json(run_dir / CONFIG, to_mapping(config))

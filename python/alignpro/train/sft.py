@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,9 +108,9 @@ class WarmStart:
             adaptive={},
         )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint, same: Mapping[str, str] | None = None) -> None:
         """Go on as if it had not stopped. Raises ValueError as `check_same_run`."""
-        check_same_run(checkpoint.config, to_mapping(self.config))
+        check_same_run(checkpoint.config, to_mapping(self.config), same)
         self.policy.load_weights(checkpoint.weights)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.step = checkpoint.step

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,11 @@ from typing import Any
 
 from alignpro.files import write_json
 from alignpro.optional import is_installed
+from alignpro.run_directory import read_record
 from alignpro.train.callbacks import TrainCallback
 from alignpro.train.metrics import tag_of
 
+_log = logging.getLogger(__name__)
 PROJECT = "alignpro"  # of the runs that W&B and trackio keep
 
 
@@ -89,7 +92,8 @@ class Service(TrainCallback):
     """A tracker that cannot take back a step: what it has is noted in run_dir/NAME.json.
 
     A run that is resumed does the steps after its checkpoint again, to the same numbers; the
-    tracker gets each once, under the id the run began with.
+    tracker gets each once, under the id the run began with. A copy of a run whose original is still
+    there gets an id of its own.
 
     start: (run directory, configuration, id) -> what has ``log(metrics, step=)`` and ``finish()``.
     """
@@ -98,11 +102,19 @@ class Service(TrainCallback):
         self._name, self._start = name, start
 
     def on_start(self, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
-        self._note = run_dir / f"{self._name}.json"
+        self._note, self._home = run_dir / f"{self._name}.json", str(run_dir.resolve())
         self._id, self._steps = uuid.uuid4().hex[:12], 0
-        if self._note.is_file():
-            note = json.loads(self._note.read_text(encoding="utf-8"))
-            self._id, self._steps = str(note["id"]), int(note["steps"])
+        note = _read_note(self._note)
+        if note is not None:
+            home = note.get("run_dir", self._home)
+            original = None if home == self._home else _read_note(Path(home) / self._note.name)
+            if original is not None and original["id"] == note["id"]:
+                _log.warning(
+                    "%s: a copy of %s, whose run at %s is %s; this one is %s",
+                    *(run_dir, home, self._name, note["id"], self._id),
+                )
+            else:
+                self._id, self._steps = str(note["id"]), int(note["steps"])
         self._run = self._start(run_dir, dict(config), self._id)
         self._write_note()
 
@@ -116,7 +128,11 @@ class Service(TrainCallback):
         self._run.finish()
 
     def _write_note(self) -> None:
-        write_json(self._note, {"id": self._id, "steps": self._steps})
+        write_json(self._note, {"id": self._id, "steps": self._steps, "run_dir": self._home})
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    return read_record(path) if path.is_file() else None
 
 
 def _start_wandb(run_dir: Path, config: dict[str, Any], run_id: str) -> Any:

@@ -121,7 +121,8 @@ class TrainingRun:
             changed = fingerprints.check_same_inputs(
                 self.run_dir, made_from, allow_changes=allow_changes
             )
-            self._restore()
+            then = fingerprints.read_fingerprints(self.run_dir)
+            self._restore(fingerprints.same_elsewhere(then, made_from))
         fingerprints.write_fingerprints(self.run_dir, made_from, changed=changed, step=self.step)
         if isinstance(reference, LoraWeights):
             save_peft(self.run_dir / "reference", reference)
@@ -132,8 +133,8 @@ class TrainingRun:
         """Check and make what this way to train needs, before the directory is touched."""
         raise NotImplementedError
 
-    def _restore(self) -> None:
-        """Go on with what the directory holds."""
+    def _restore(self, same: Mapping[str, str]) -> None:
+        """Go on with what the directory holds. same: as of `check_same_run`."""
         raise NotImplementedError
 
     def _made_from(self, held_out: Sequence[PromptRow]) -> fingerprints.Fingerprints:
@@ -321,11 +322,11 @@ class Trainer(TrainingRun):
             self._saved = self.step
         watchers.on_checkpoint(path, self.step, after)
 
-    def _restore(self) -> None:
+    def _restore(self, same: Mapping[str, str]) -> None:
         """Go back to the last checkpoint; without one, to the start."""
         checkpoint = load_checkpoint(self.run_dir, self.policy.model.lora_modules)
         if checkpoint is not None:
-            check_same_run(checkpoint.config, to_mapping(self.config))
+            check_same_run(checkpoint.config, to_mapping(self.config), same)
             self.learner.load_state(checkpoint.weights, checkpoint.optimizer, checkpoint.critic)
             self.adaptive = from_mapping(Adaptive, checkpoint.adaptive)
             self.step, self.cursor = checkpoint.step, checkpoint.cursor

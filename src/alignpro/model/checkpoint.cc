@@ -186,8 +186,9 @@ class FileCheckpoint final : public Checkpoint {
       config_.tied_head = same_values(finder.get(head, table), embedding_.front().tensor);
     }
     head_ = config_.tied_head ? embedding_ : Pieces{Piece{finder.get(head, table)}};
-    // Only the converter of this one architecture permutes.
-    const bool interleaved = gguf && config_.family == Family::kLlama;
+    // Their converter permutes.
+    const bool interleaved =
+        gguf && (config_.family == Family::kLlama || config_.family == Family::kSmolLm3);
     for (int64_t l = 0; l < config_.num_layers; ++l) {
       layers_.push_back(find_layer(finder, config_, l, interleaved));
     }

@@ -71,7 +71,7 @@ void validate_rope(const ModelConfig& config, const std::string& source) {
 
 }  // namespace
 
-constexpr std::string_view kFamilies[] = {"llama", "mistral", "qwen2", "qwen3", "phi3"};
+constexpr std::string_view kFamilies[] = {"llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"};
 
 std::string_view family_name(Family family) { return kFamilies[static_cast<size_t>(family)]; }
 
@@ -86,6 +86,16 @@ void apply_family(Family family, ModelConfig* config) {
   config->qkv_bias = family == Family::kQwen2;
   config->qk_norm = family == Family::kQwen3;
   config->fused_projections = family == Family::kPhi3;
+}
+
+std::vector<int64_t> every_nth_layer(int64_t interval, const ModelConfig& config,
+                                     const std::string& what) {
+  require<FileError>(interval >= 1, what, " is ", interval, ", expected 1 or more");
+  std::vector<int64_t> layers;
+  for (int64_t layer = 0; layer < std::min(config.num_layers, kMaxLayers); ++layer) {
+    if ((layer + 1) % interval == 0) layers.push_back(layer);
+  }
+  return layers;
 }
 
 void set_bos(int64_t id, ModelConfig* config) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -7,7 +8,7 @@
 
 namespace alignpro::model {
 
-enum class Family { kLlama, kMistral, kQwen2, kQwen3, kPhi3 };
+enum class Family { kLlama, kMistral, kQwen2, kQwen3, kPhi3, kSmolLm3 };
 
 std::string_view family_name(Family family);
 
@@ -52,9 +53,13 @@ struct ModelConfig {
   bool qk_norm = false;            // RMSNorm over head_dim on q and k before rope (Qwen3)
   bool fused_projections = false;  // one file matrix for QKV and one for gate-up (Phi-3)
   RopeConfig rope;
-  int32_t bos_id = -1;           // -1: none
-  std::vector<int32_t> eos_ids;  // every id that ends a text (end_of_text.h)
+  std::vector<int64_t> unrotated_layers;  // whose q and k rope leaves as they are (SmolLM3)
+  int32_t bos_id = -1;                    // -1: none
+  std::vector<int32_t> eos_ids;           // every id that ends a text (end_of_text.h)
 
+  bool rotates(int64_t layer) const {
+    return std::ranges::find(unrotated_layers, layer) == unrotated_layers.end();
+  }
   int64_t q_size() const { return num_heads * head_dim; }
   int64_t kv_size() const { return num_kv_heads * head_dim; }
   int64_t qkv_size() const { return q_size() + 2 * kv_size(); }

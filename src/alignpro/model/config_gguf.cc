@@ -119,7 +119,8 @@ ModelConfig read_gguf_config(const io::GgufFile& file) {
   const std::optional<Family> family = family_from_name(arch);
   // Mistral files say "llama": the two have one graph.
   require<FileError>(family && *family != Family::kMistral, file.name(), ": architecture '",
-                     io::printable(arch), "' is not supported; llama, qwen2, qwen3 and phi3 are");
+                     io::printable(arch),
+                     "' is not supported; llama, qwen2, qwen3, phi3 and smollm3 are");
   const ArchKey key{arch};
   refuse_unsupported(file, key);
 
@@ -157,6 +158,10 @@ ModelConfig read_gguf_config(const io::GgufFile& file) {
   config.rms_eps = file.number(key("attention.layer_norm_rms_epsilon"));
   config.tied_head = !file.tensors().contains("output.weight");
   config.rope = read_rope(file, key, config);
+  // The file has no key for it: llama.cpp leaves every fourth layer of a SmolLM3 unrotated.
+  if (*family == Family::kSmolLm3) {
+    config.unrotated_layers = every_nth_layer(4, config, file.name());
+  }
   set_bos(file.find_integer("tokenizer.ggml.bos_token_id").value_or(-1), &config);
   validate(config, file.name());
   return config;

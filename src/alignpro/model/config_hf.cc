@@ -90,7 +90,7 @@ Family read_family(const Fields& fields) {
   if (!name) fields.fail("model_type", "a string");
   const std::optional<Family> family = family_from_name(*name);
   require<FileError>(family.has_value(), fields.where(), ": model_type '", io::printable(*name),
-                     "' is not supported; llama, mistral, qwen2, qwen3 and phi3 are");
+                     "' is not supported; llama, mistral, qwen2, qwen3, phi3 and smollm3 are");
   return *family;
 }
 
@@ -134,12 +134,14 @@ int64_t read_head_dim(const Fields& fields, const ModelConfig& config) {
 
 int64_t read_sliding_window(const Fields& fields, const ModelConfig& config) {
   const bool qwen = config.family == Family::kQwen2 || config.family == Family::kQwen3;
+  const bool smollm = config.family == Family::kSmolLm3;
   int64_t window = fields.integer("sliding_window").value_or(0);
   // Absent is not null: these classes have a window of 4096 unless the file says otherwise.
   if ((qwen || config.family == Family::kMistral) && !fields.has_key("sliding_window")) {
     window = 4096;
   }
-  if (config.family == Family::kLlama || (qwen && !fields.flag("use_sliding_window"))) window = 0;
+  if (config.family == Family::kLlama || ((qwen || smollm) && !fields.flag("use_sliding_window")))
+    window = 0;
   if (window < 0) fields.fail("sliding_window", "0 or more");
 
   if (const Json* types = fields.find("layer_types")) {
@@ -161,15 +163,37 @@ int64_t read_sliding_window(const Fields& fields, const ModelConfig& config) {
                        ": layer_types asks for sliding_attention, but no "
                        "sliding_window is in force");
     // Mistral and Phi-3 ignore the list and slide whenever there is a window.
-    if (sliding == 0 && !qwen && window != 0) refuse_mixed_windows(fields, "layer_types");
+    if (sliding == 0 && !qwen && !smollm && window != 0)
+      refuse_mixed_windows(fields, "layer_types");
     return sliding == 0 ? 0 : window;
   }
+  // Without the list, a SmolLM3 that slides does so in its unrotated layers.
+  if (smollm && window != 0) refuse_mixed_windows(fields, "use_sliding_window");
   if (!qwen || window == 0) return window;
   // Without the list, Qwen slides in the layers from max_window_layers on.
   const int64_t first = fields.integer("max_window_layers").value_or(28);
   if (first >= config.num_layers) return 0;
   if (first > 0) refuse_mixed_windows(fields, "max_window_layers");
   return window;
+}
+
+// SmolLM3: a list of 0 (not rotated) and 1, or every so many-th layer. Bounded by the layers that
+// validate() takes, which comes later.
+std::vector<int64_t> read_unrotated_layers(const Fields& fields, const ModelConfig& config) {
+  if (config.family != Family::kSmolLm3) return {};
+  if (fields.find("no_rope_layers") == nullptr) {
+    return every_nth_layer(fields.integer("no_rope_layer_interval").value_or(4), config,
+                           fields.where() + ": no_rope_layer_interval");
+  }
+  const std::vector<double> rotated = fields.required_numbers("no_rope_layers");
+  const auto count = static_cast<int64_t>(rotated.size());
+  require<FileError>(count >= config.num_layers, fields.where(), ": no_rope_layers has ", count,
+                     " entries for ", config.num_layers, " layers");
+  std::vector<int64_t> layers;
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    if (rotated[static_cast<size_t>(layer)] == 0.0) layers.push_back(layer);
+  }
+  return layers;
 }
 
 RopeScaling read_scaling_type(const Fields& fields, Family family) {
@@ -206,7 +230,9 @@ RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
       scaling.where(), " differs by layer type, which is not supported");
 
   RopeConfig rope;
-  rope.theta = scaling.number("rope_theta").value_or(fields.number("rope_theta").value_or(10000.0));
+  rope.theta = scaling.number("rope_theta")
+                   .value_or(fields.number("rope_theta")
+                                 .value_or(config.family == Family::kSmolLm3 ? 2e6 : 10000.0));
   const double part = scaling.number("partial_rotary_factor")
                           .value_or(fields.number("partial_rotary_factor").value_or(1.0));
   require<FileError>(part > 0 && part <= 1, fields.where(), ": partial_rotary_factor is ", part,
@@ -290,7 +316,8 @@ ModelConfig read_hf_config(const ModelFiles& files) {
   config.sliding_window = read_sliding_window(fields, config);
   config.rms_eps =
       fields.number("rms_norm_eps").value_or(config.family == Family::kPhi3 ? 1e-5 : 1e-6);
-  config.tied_head = fields.flag("tie_word_embeddings");
+  config.tied_head = fields.flag("tie_word_embeddings", config.family == Family::kSmolLm3);
+  config.unrotated_layers = read_unrotated_layers(fields, config);
   config.rope = read_rope(fields, config);
   if (config.rope.scaling == RopeScaling::kYarn) {
     // Qwen's pages add rope_scaling alone and leave max_position_embeddings at pre-training's.

@@ -3,6 +3,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "alignpro/model/config.h"
 #include "alignpro/model/model_files.h"
@@ -28,6 +29,10 @@ std::optional<Family> family_from_name(std::string_view name);
 
 // Fields that follow from the family alone: qkv_bias, qk_norm, fused_projections.
 void apply_family(Family family, ModelConfig* config);
+
+// The last of every `interval` layers. `what` begins the error for an interval below 1.
+std::vector<int64_t> every_nth_layer(int64_t interval, const ModelConfig& config,
+                                     const std::string& what);
 
 // bos_id, or none where it lies outside the vocabulary: configurations of shrunken models keep the
 // ids of their parents.

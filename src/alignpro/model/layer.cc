@@ -81,7 +81,7 @@ void layer_forward(const LayerPass& pass, int64_t layer, const Matrix& in, const
   if (c.qk_norm) {
     ops.qk_norm(pass.plan.shape(), saved.qkv, w.q_norm, w.k_norm, eps, saved.raw_qk);
   }
-  ops.rope_kv_write(pass.plan, saved.qkv, saved.kv);
+  ops.rope_kv_write(pass.plan, c.rotates(layer), saved.qkv, saved.kv);
   ops.attention(pass.plan, saved.qkv, saved.kv, workspace, saved.attention_output,
                 saved.attention_saved);
   apply_linear(pass, layer, LinearSite::kO, saved.attention_output, {.residual = in},
@@ -124,7 +124,7 @@ void layer_backward(const LayerPass& pass, const DeviceAdapter& adapter, int64_t
   site(LinearSite::kO, saved.attention_output, d_stream, b.d_attention_output);
   ops.attention_backward(pass.plan, saved.qkv, saved.kv, saved.attention_saved,
                          saved.attention_output, b.d_attention_output, b.attention, b.d_qkv);
-  ops.rope_backward(pass.plan, b.d_qkv);
+  if (c.rotates(layer)) ops.rope_backward(pass.plan, b.d_qkv);
   if (c.qk_norm) {
     ops.qk_norm_backward(pass.plan.shape(), saved.raw_qk, w.q_norm, w.k_norm, eps, b.d_qkv);
   }

@@ -283,14 +283,16 @@ class CpuOps final : public Ops {
       heads(shape.q_size(), shape.num_kv_heads, k_weight);
     }
   }
-  void rope_kv_write(const Plan& plan, const Matrix& qkv, const KvView& kv) override {
+  void rope_kv_write(const Plan& plan, bool rotated, const Matrix& qkv, const KvView& kv) override {
     const CpuPlan& p = of(plan);
     const AttentionShape& shape = plan.shape();
-    const int64_t heads = shape.num_heads + shape.num_kv_heads, rotary_dim = 2 * p.half();
-    trace::Span op(trace::Level::kOps, "rope",
-                   [&] { return rope_counts(qkv.rows, heads, rotary_dim); });
-    rope(qkv.rows, floats(qkv), qkv.ld, heads, shape.head_dim, rotary_dim, p.cos, p.sin, pool_);
-    op.begin(trace::Level::kOps, "kv_write", [&] {
+    if (rotated) {
+      const int64_t heads = shape.num_heads + shape.num_kv_heads, rotary_dim = 2 * p.half();
+      const trace::Span op(trace::Level::kOps, "rope",
+                           [&] { return rope_counts(qkv.rows, heads, rotary_dim); });
+      rope(qkv.rows, floats(qkv), qkv.ld, heads, shape.head_dim, rotary_dim, p.cos, p.sin, pool_);
+    }
+    const trace::Span op(trace::Level::kOps, "kv_write", [&] {
       return kv_write_counts(shape, static_cast<int64_t>(p.request.kv_writes.size()), kv.dtype);
     });
     kv_write(shape, floats(qkv), p.request.kv_writes, kv, pool_);

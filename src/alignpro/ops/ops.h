@@ -190,9 +190,10 @@ class Ops {
   virtual void qk_norm_backward(const AttentionShape& shape, const Matrix& raw,
                                 const void* q_weight, const void* k_weight, float eps,
                                 const Matrix& d_qkv) = 0;
-  // Turns q and k by the plan's angles and writes k and v where the plan says. A device may keep k
-  // in qkv as it was.
-  virtual void rope_kv_write(const Plan& plan, const Matrix& qkv, const KvView& kv) = 0;
+  // Turns q and k by the plan's angles, where they are `rotated`, and writes k and v where the plan
+  // says. A device may keep k in qkv as it was.
+  virtual void rope_kv_write(const Plan& plan, bool rotated, const Matrix& qkv,
+                             const KvView& kv) = 0;
   virtual void rope_backward(const Plan& plan, const Matrix& d_qkv) = 0;
   // See attention.h. `saved` is what attention_backward reads beside qkv and kv; null: not wanted.
   virtual void attention(const Plan& plan, const Matrix& qkv, const KvView& kv, void* workspace,
