@@ -14,6 +14,7 @@ from alignpro.config import HeadroomConfig, check_config, target_of, to_mapping
 from alignpro.data.files import DataError
 from alignpro.data.load import stack_columns
 from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows, made_from_of
+from alignpro.evaluate.kept import calls_path
 from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
@@ -227,9 +228,8 @@ def _draw(
     rows = load_rows(config)
     reward = build_reward(config.reward)
     check_columns(reward, stack_columns(rows))
-    calls = None if samples is None else samples.with_name(samples.name + ".calls.jsonl")
     prompter, target = load_models(
-        config.prompter, config.target, config.threads, calls=calls, date=config.date
+        config.prompter, config.target, config.threads, calls=calls_path(samples), date=config.date
     )
     adapter = load_adapter(config.prompter.adapter, prompter)
     made_from = made_from_of(config, prompter, target, reward, rows)
