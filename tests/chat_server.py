@@ -19,6 +19,7 @@ class Asked:
     body: dict[str, Any]
     headers: dict[str, str]
     at: float
+    path: str
 
     @property
     def turn(self) -> str:
@@ -121,16 +122,17 @@ class ChatServer:
             connection.close()
         self._connections.clear()
 
-    def read(self, body: dict[str, Any], headers: dict[str, str]) -> Asked:
-        return Asked(body, headers, time.monotonic())
+    def read(self, body: dict[str, Any], headers: dict[str, str], path: str) -> Asked:
+        return Asked(body, headers, time.monotonic(), path)
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
-        assert handler.path == "/v1/chat/completions", handler.path
+        assert handler.path in ("/v1/chat/completions", "/v1/completions"), handler.path
         length = int(handler.headers["Content-Length"])
         text = handler.rfile.read(length)
         if len(text) < length:
             raise ConnectionError("the client gave up")
-        asked = self.read(json.loads(text), {n.lower(): v for n, v in handler.headers.items()})
+        headers = {name.lower(): value for name, value in handler.headers.items()}
+        asked = self.read(json.loads(text), headers, handler.path)
         with self._lock:
             self.asked.append(asked)
             self.under_way += 1

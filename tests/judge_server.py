@@ -35,9 +35,10 @@ class JudgeServer(ChatServer):
         self.verdict = verdict
         super().__init__(lambda asked: self.verdict(asked))
 
-    def read(self, body: dict[str, Any], headers: dict[str, str]) -> Question:
+    def read(self, body: dict[str, Any], headers: dict[str, str], path: str) -> Question:
         parts = read_question(body["messages"][0]["content"])
-        asked = super().read(body, headers)
+        asked = super().read(body, headers, path)
         return Question(
-            asked.body, asked.headers, asked.at, parts["prompt"], parts["A"], parts["B"]
+            *(asked.body, asked.headers, asked.at, asked.path),
+            *(parts["prompt"], parts["A"], parts["B"]),
         )

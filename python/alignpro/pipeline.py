@@ -354,6 +354,8 @@ class Pipeline:
 
         def finished(number: int, completion: Completion | None) -> None:
             arrived[number] = None if completion is None else _as_response(completion)
+            if completion is not None and not rewrite.target_tokens:
+                rewrite.target_tokens.extend(completion.prompt_tokens)  # where an endpoint tells
             if len(arrived) == num_responses:
                 ordered = (arrived[m] for m in range(num_responses))
                 rewrite.responses.extend(r for r in ordered if r is not None)

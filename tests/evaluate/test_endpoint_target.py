@@ -116,7 +116,7 @@ def test_the_headroom_is_over_prompts_with_every_response():
 @pytest.mark.parametrize(
     ("kind", "settings", "line"),
     [
-        (BoundConfig, {}, "target.endpoint: expected null: its log-probabilities of given text"),
+        (BoundConfig, {"tuned": "a"}, "target.endpoint: expected null: an adapter of the target"),
         (TrainConfig, {"policy": "target"}, "target.endpoint: expected null: it is trained"),
         (EvalConfig, {"tuned": "a"}, "target.endpoint: expected null: an adapter of the target"),
     ],

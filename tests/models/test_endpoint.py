@@ -89,6 +89,8 @@ def test_a_conversation_goes_out_and_text_comes_back(server):
         "messages": chat,
         "temperature": 0.7,
         "max_tokens": 32,
+        # What changes nothing, for servers whose own defaults truncate.
+        **{"top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
     }
     assert "authorization" not in asked.headers
 
@@ -102,7 +104,7 @@ def test_parameters_that_are_not_the_defaults_go_out_and_the_users_own_win(serve
     assert "seed" not in body and body["reasoning_effort"] == "low" and body["top_k"] == 7
     assert (body["top_p"], body["min_p"], body["stop"]) == (0.9, 0.1, ["\n", "END"])
     assert body["min_tokens"] == 2 and "ignore_eos" not in body
-    assert body["presence_penalty"] == 0.5 and "repetition_penalty" not in body
+    assert body["presence_penalty"] == 0.5 and body["repetition_penalty"] == 1.0
 
 
 def test_variables_of_the_chat_template_go_out(server):
@@ -343,6 +345,27 @@ def test_a_refusal_is_read_in_many_words(server, message, name):
     params = replace(PARAMS, top_k=3, top_p=0.9, min_p=0.1)
     (done,) = ask(model(server), "a", params=params)
     assert done.text == "fine" and len(server.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "left"),
+    [
+        ("top_k should be at least 1, got -1", "top_k"),  # in words of their own
+        ("`temperature` and `top_p` cannot be specified together", "top_p"),
+    ],
+)
+def test_what_changes_nothing_is_left_out_before_anything_that_does(server, message, left):
+    def answer(asked):
+        return Fault.error(400, message) if left in asked.body else "fine"
+
+    server.answer = answer
+    (done,) = ask(model(server), "a")
+    assert done.text == "fine" and len(server.asked) == 2
+    assert server.asked[0].body.keys() - server.asked[1].body.keys() == {left}
+    answers = model(server)
+    server.answer = lambda asked: Fault.error(400, "top_k should be at most 50, got 99")
+    (done,) = ask(answers, "a", params=replace(PARAMS, top_k=99))
+    assert "at most 50" in str(done)  # what was asked for is not given up
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

@@ -99,6 +99,7 @@ def bound(
     from rich.console import Console
 
     from alignpro.evaluate.bound import run_bound
+    from alignpro.report.grids import usage_words
     from alignpro.report.progress import Bars
     from alignpro.report.tables import bound_tables
 
@@ -107,3 +108,5 @@ def bound(
             report = run_bound(options, output=output, run=run, on_progress=bars.show)
         write_json(output, report)
     Console().print(bound_tables(report))
+    if report.target_usage is not None:
+        typer.echo(f"target: {usage_words(report.target_usage)}")

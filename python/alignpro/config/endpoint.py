@@ -57,6 +57,12 @@ class ClientConfig:
     calls: str | None = None
     """The JSONL file of every call and its answer, from which a call is not asked again; null is
     calls.jsonl in the run directory, or a file beside the output."""
+    logprobs: bool = False
+    """Whether answers come with their tokens' log-probabilities, where the endpoint tells them.
+
+    They are those of temperature 1, whatever is sampled at (vLLM's and llama.cpp's as they are
+    started by default). The bound asks for them by itself.
+    """
     body: dict[str, Any] | None = None
     """More fields of every request, as the endpoint names them, such as {reasoning_effort: low}; a
     null leaves one of ours out."""

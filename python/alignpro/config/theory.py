@@ -64,8 +64,12 @@ class BoundConfig(StageConfig):
         check_untruncated("rewrite", self.rewrite, _UNTRUNCATED)
         check_untruncated("response", self.response, _UNTRUNCATED)
         target = target_of(self.prompter, self.target)
-        reason = "its log-probabilities of given text are compared, which endpoints do not tell"
-        check_local("target", target, reason)
+        if target.endpoint is not None:
+            if self.tuned is not None:
+                check_local("target", target, "an adapter of the target (tuned) is measured")
+            given = self.response.temperature
+            reason = "the log-probabilities that an endpoint tells are of temperature 1"
+            require("response.temperature", given, given == 1, f"1 before an endpoint: {reason}")
         adapter = target.adapter
         require("target.adapter", adapter, adapter is None, "null: base weights are compared")
         if self.tuned is not None:

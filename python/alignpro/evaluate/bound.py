@@ -1,7 +1,8 @@
 """From a configuration to the bound: sample target, untuned prompter and tuned target, and score.
 
 Every response is scored exactly as it was sampled: whole token sequences, its EOS among them, at
-the temperature of ``response``. So a response's log-probability under the prompt that it was drawn
+the temperature of ``response``. A target behind an endpoint tells tokens and log-probabilities
+itself, or the bound is refused. So a response's log-probability under the prompt that it was drawn
 for is the one recorded while sampling, to the bit, and the total variation of a target to itself 0.
 Of a target that is not deterministic the two differ; by how much is measured and reported.
 """
@@ -20,13 +21,14 @@ from alignpro.config import BoundConfig, to_mapping
 from alignpro.data.load import PromptRow, stack_columns
 from alignpro.evaluate.headroom import rewards_of
 from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows, made_from_of
-from alignpro.evaluate.kept import KeptArms, arms_path, kept_date
+from alignpro.evaluate.kept import KeptArms, arms_path, calls_path, kept_date
 from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import BoundReport, ClosedForm
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.chat_template import today
+from alignpro.models.endpoint import EndpointModel
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
@@ -48,6 +50,7 @@ from alignpro.theory.optimum import (
 from alignpro.types import Response, Reward, Rollout
 
 _SCORED_AT_ONCE = 32  # sequences; bounds the memory of a scoring pass
+_OTHER_DISTRIBUTION = 1.0  # nats of one token; bfloat16 and other batches move one by tenths
 
 
 def run_bound(
@@ -60,6 +63,9 @@ def run_bound(
     """Load what the configuration names; returns what `measure_bound` does, with the config.
 
     output, run: as for `run_evaluate`.
+
+    Raises:
+        ValueError: bad input, or an endpoint that does not tell log-probabilities of given tokens.
     """
     check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_rows(config)
@@ -69,8 +75,14 @@ def run_bound(
     recorded = recorded_date(config.trained, config.tuned) or kept_date(arms)
     date = config.date or recorded or today()
     config = replace(config, date=date)
-    prompter, target = load_models(config.prompter, config.target, config.threads, date=date)
-    assert isinstance(target, NativeModel)  # the configuration's rule
+    wanted = config.target
+    if wanted is not None and wanted.endpoint is not None:
+        wanted = replace(wanted, client=replace(wanted.client, logprobs=True))
+    prompter, target = load_models(
+        config.prompter, wanted, config.threads, calls=calls_path(output), date=date
+    )
+    if isinstance(target, EndpointModel):
+        target.check_logprobs()
     adapter = load_adapter(config.prompter.adapter, prompter)
     made_from = made_from_of(config, prompter, target, reward, rows)
     around = (run, config.trained, config.tuned, config.prompter.adapter)
@@ -84,7 +96,7 @@ def run_bound(
         kept=KeptArms.at(arms, config, made_from),
         adapter=adapter,
         trained=load_adapter(config.trained, prompter),
-        tuned=load_adapter(config.tuned, target),
+        tuned=load_adapter(config.tuned, target) if isinstance(target, NativeModel) else None,
         on_progress=on_progress,
     )
     return replace(report, config=to_mapping(config))
@@ -93,7 +105,7 @@ def run_bound(
 def measure_bound(
     config: BoundConfig,
     prompter: NativeModel,
-    target: NativeModel,
+    target: NativeModel | EndpointModel,
     reward: Reward,
     rows: Sequence[PromptRow],
     *,
@@ -169,9 +181,11 @@ def measure_bound(
         )
     report = _report(config, rollouts, tv_rewrites, tv_tuned if tuned is not None else None)
     report = replace(report, too_long=fitted.note)
-    if target.bit_exact:
+    if isinstance(target, NativeModel) and target.bit_exact:
         return report
-    return replace(report, parity_max_abs=_parity(target, rollouts["raw"], config))
+    parity = _parity(target, rollouts["raw"], config)
+    usage = target.usage() if isinstance(target, EndpointModel) else None
+    return replace(report, parity_max_abs=parity, target_usage=usage)
 
 
 def _report(
@@ -254,7 +268,7 @@ def _reward_range(
 
 
 def _total_variation(
-    target: NativeModel,
+    target: NativeModel | EndpointModel,
     rollout: Rollout,
     raw_tokens: Sequence[list[int]],
     config: BoundConfig,
@@ -271,6 +285,8 @@ def _total_variation(
         for w in group
         for response in w.responses
     ]
+    for _, response in drawn:
+        _check_told(response)
     other: list[float] = []
     for begin in range(0, len(drawn), _SCORED_AT_ONCE):
         chunk = drawn[begin : begin + _SCORED_AT_ONCE]
@@ -287,7 +303,18 @@ def _total_variation(
     return variation
 
 
-def _parity(target: NativeModel, raw: Rollout, config: BoundConfig) -> float:
+def _check_told(response: Response) -> None:
+    """Refuse a response of which an endpoint told no token, or not all: without the end of text,
+    say, it would stand for others that begin like it."""
+    told, wrote = len(response.tokens), response.num_tokens
+    if told != wrote or len(response.logprobs) != wrote:
+        raise ValueError(
+            f"target: of a response of {wrote} tokens the endpoint told {told}, and "
+            f"{len(response.logprobs)} log-probabilities; the bound needs all of them"
+        )
+
+
+def _parity(target: NativeModel | EndpointModel, raw: Rollout, config: BoundConfig) -> float:
     """The largest difference between sampled and scored log-probabilities, of some responses."""
     drawn = [(group[0].target_tokens, r) for group in raw.rewrites for r in group[0].responses]
     drawn = drawn[:_SCORED_AT_ONCE]
@@ -298,11 +325,17 @@ def _parity(target: NativeModel, raw: Rollout, config: BoundConfig) -> float:
         config.response.temperature,
     )
     pairs = zip(scored, drawn, strict=True)
-    return max(float(np.abs(own - response.logprobs).max()) for own, (_, response) in pairs)
+    found = max(float(np.abs(own - response.logprobs).max()) for own, (_, response) in pairs)
+    if found > _OTHER_DISTRIBUTION:
+        raise ValueError(
+            "target: the log-probabilities of a token when it is written and when it is given are "
+            f"{found:.3g} apart; they are not of one distribution"
+        )
+    return found
 
 
 def sequence_logprobs(
-    model: NativeModel,
+    model: NativeModel | EndpointModel,
     prompts: Sequence[list[int]],
     continuations: Sequence[list[int]],
     temperature: float,
@@ -312,12 +345,14 @@ def sequence_logprobs(
 
 
 def token_logprobs(
-    model: NativeModel,
+    model: NativeModel | EndpointModel,
     prompts: Sequence[list[int]],
     continuations: Sequence[list[int]],
     temperature: float,
 ) -> list[Floats]:
     """As `sequence_logprobs`, token by token."""
+    if isinstance(model, EndpointModel):  # the configuration's rule: temperature 1
+        return model.token_logprobs(prompts, continuations)
     score = model.core_model.score(
         [p + c for p, c in zip(prompts, continuations, strict=True)],
         [len(p) for p in prompts],

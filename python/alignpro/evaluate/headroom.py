@@ -15,7 +15,7 @@ from alignpro.config import HeadroomConfig, check_config, differing, target_of, 
 from alignpro.data.files import DataError
 from alignpro.data.load import stack_columns
 from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows, made_from_of
-from alignpro.evaluate.kept import KeptArms, arms_path, kept_date
+from alignpro.evaluate.kept import KeptArms, arms_path, calls_path, kept_date
 from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
@@ -242,7 +242,7 @@ def _draw(
     reward = build_reward(config.reward)
     check_columns(reward, stack_columns(rows))
     prompter, target = load_models(
-        config.prompter, config.target, config.threads, calls=calls, date=config.date
+        config.prompter, config.target, config.threads, calls=calls_path(samples), date=config.date
     )
     adapter = load_adapter(config.prompter.adapter, prompter)
     made_from = made_from_of(config, prompter, target, reward, rows)

@@ -41,6 +41,11 @@ def arms_path(output: Path | None) -> Path | None:
     return None if output is None else output.with_name(output.name + ".arms.jsonl")
 
 
+def calls_path(output: Path | None) -> Path | None:
+    """Where the calls to a target behind an endpoint are kept: beside what they were made for."""
+    return None if output is None else output.with_name(output.name + ".calls.jsonl")
+
+
 def kept_date(path: Path | None) -> str | None:
     """The date that kept arms were told, for the others to be told the same."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):

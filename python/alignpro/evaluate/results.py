@@ -207,6 +207,7 @@ class BoundReport(Bound, ByKey):
     # Of a target that is not deterministic: the largest difference between a token's sampled and
     # scored log-probability, over some responses; None: they are equal.
     parity_max_abs: float | None
+    target_usage: Usage | None = None  # of a target behind an endpoint
     config: dict[str, Any] | None = None
     too_long: str | None = None  # as in `Evaluation`
 

@@ -30,7 +30,7 @@ from alignpro.evaluate.inputs import (
 )
 from alignpro.evaluate.judge import Judge, JudgeError, VerdictFile, judge_arms
 from alignpro.evaluate.judges import EndpointJudge, LocalJudge, check_judge
-from alignpro.evaluate.kept import KeptArms, arms_path, kept_date
+from alignpro.evaluate.kept import KeptArms, arms_path, calls_path, kept_date
 from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Evaluation, SearchResult, from_json, to_json
@@ -102,9 +102,8 @@ def run_evaluate(
     for read in (inputs.rows, inputs.search.rows if inputs.search else []):
         if read:
             check_columns(reward, stack_columns(read))
-    calls = None if output is None else output.with_name(output.name + ".calls.jsonl")
     prompter, target = load_models(
-        config.prompter, config.target, config.threads, calls=calls, date=date
+        config.prompter, config.target, config.threads, calls=calls_path(output), date=date
     )
     prompters = {name: load_adapter(folder, prompter) for name, folder in folders.items()}
     made_from = made_from_of(config, prompter, target, reward, inputs.rows)

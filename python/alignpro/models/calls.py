@@ -16,6 +16,8 @@ from typing import Any
 from alignpro.files import append_line, recorded_lines
 from alignpro.models.reply import Answer
 
+CHAT, SCORE = "chat/completions", "completions"
+
 
 @dataclass(frozen=True)
 class Call:
@@ -24,10 +26,14 @@ class Call:
     body: dict[str, Any]
     seed: int
     sample: int
+    path: str = CHAT  # below the endpoint's address; SCORE: of given tokens
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        asked = asdict(self)
+        if self.path == CHAT:
+            del asked["path"]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 class CallFile:
@@ -65,7 +71,7 @@ class CallFile:
             "request": call.body,
             "seed": call.seed,
             "sample": call.sample,
-            "answer": asdict(answer),
+            "answer": {name: value for name, value in asdict(answer).items() if value != []},
             "attempts": attempts,
             "seconds": round(seconds, 3),
         }

@@ -8,7 +8,10 @@ from typing import Any
 
 # What may be done without, and what changes its name. A stop text is cut off here as well.
 _OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
-_FIXED = {"model", "messages"}
+_FIXED = {"model", "messages", "prompt"}
+# What changes nothing at these values, and may be refused in any words: it is sent since servers
+# have defaults of their own.
+NEUTRAL = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 # A refusal of the parameter itself; "max_tokens is too large" is none.
 _REFUSED = re.compile(
     r"unsupported|not supported|n't support|not support|unknown|unrecogni[sz]ed|unexpected"
@@ -34,13 +37,14 @@ class Dialect:
         """Change what a refusal names, and say so; None for a refusal of anything else."""
         error = reply.get("error", reply) if isinstance(reply, Mapping) else reply
         text = str(error)
-        if not _REFUSED.search(text):
-            return None
         named = error.get("param") if isinstance(error, Mapping) else None
         candidates = [named] if isinstance(named, str) and named in sent else []
         candidates += [p for p in sent if re.search(rf"(?<![A-Za-z_]){re.escape(p)}\b", text)]
-        for parameter in candidates:
-            if parameter in _FIXED:
+        neutral = {p for p in candidates if p in NEUTRAL and sent[p] == NEUTRAL[p]}
+        refused = _REFUSED.search(text) is not None
+        # What changes nothing goes first: of two that exclude each other, too.
+        for parameter in sorted(candidates, key=lambda p: p not in neutral):
+            if parameter in _FIXED or not (refused or parameter in neutral):
                 continue
             original = next((k for k, v in self.changes.items() if v == parameter), parameter)
             other = _OTHER_NAME.get(parameter)

@@ -9,9 +9,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from alignpro.config import ClientConfig, ModelConfig
 from alignpro.models.arguments import with_seed
-from alignpro.models.calls import Call, CallFile
+from alignpro.models.calls import SCORE, Call, CallFile
+from alignpro.models.dialect import NEUTRAL
 from alignpro.models.http_client import HttpClient
 from alignpro.models.language_model import RequestError
 from alignpro.models.reply import Answer
@@ -78,16 +82,60 @@ class EndpointModel:
             "max_tokens": params.max_new_tokens,
             # Draws differ also at an endpoint that takes seeds and knows no samples.
             "seed": _short_seed(params.seed, sample),
+            **NEUTRAL,  # llama.cpp truncates otherwise, and vLLM as the model's files say
         }
         plain = SamplingParams()
         for ours, theirs in _NAMES.items():
             value = getattr(params, ours)
             if value != getattr(plain, ours):
                 body[theirs] = list(value) if isinstance(value, tuple) else value
+        if self._config.client.logprobs:
+            body |= {"logprobs": True, "return_token_ids": True}  # the latter for vLLM
         if self._config.chat_template_kwargs:
             body["chat_template_kwargs"] = self._config.chat_template_kwargs
         body |= self._config.client.body or {}
         return Call({k: v for k, v in body.items() if v is not None}, params.seed, sample)
+
+    def token_logprobs(
+        self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]
+    ) -> list[NDArray[np.float64]]:
+        """log p(continuation | prompt), token by token in nats, at temperature 1.
+
+        Raises:
+            RequestError: the endpoint does not tell them; vLLM does.
+        """
+        given = [p + c for p, c in zip(prompts, continuations, strict=True)]
+        fixed = {"model": self.name, "max_tokens": 1, "temperature": 1.0}
+        fixed |= {"echo": True, "logprobs": 1}
+        calls = [Call({"prompt": tokens, **fixed}, 0, 0, SCORE) for tokens in given]
+        found = [self.answer(call) for call in calls]
+        return [
+            np.asarray(future.result().logprobs[len(prompt) - 1 :], np.float64)
+            for prompt, future in zip(prompts, found, strict=True)
+        ]
+
+    def check_logprobs(self) -> None:
+        """Ask for one token, to know that the endpoint tells log-probabilities: of what it writes,
+        with the tokens themselves and those that it read, and of given tokens.
+
+        Raises:
+            ValueError: it does not.
+        """
+        params = SamplingParams(max_new_tokens=1, seed=0)
+        answer = self.answer(self.call([{"role": "user", "content": "Hi"}], params, 0)).result()
+        missing = "" if answer.logprobs else "log-probabilities of what it writes (logprobs)"
+        if not missing and not (answer.tokens and answer.prompt_tokens):
+            missing = "the tokens that it reads and writes (return_token_ids)"
+        if not missing:
+            try:
+                self.token_logprobs([answer.prompt_tokens], [answer.tokens])
+            except RequestError as error:
+                missing = f"log-probabilities of given tokens (echo): {error}"
+        if missing:
+            raise ValueError(
+                f"target.endpoint: {self.name} at {self.endpoint} does not tell {missing}; vLLM "
+                "does, and a model in this process"
+            )
 
     def usage(self, answer: Answer | None = None) -> Usage:
         """What an answer took, at the configured prices; None: all that the file of calls holds."""
@@ -133,12 +181,12 @@ class EndpointHandle:
         if cut:  # by an endpoint that was not told, or leaves the stop text in
             text, finish_reason = text[: min(cut)], "stop"
         return Completion(
-            tokens=[],
+            tokens=answer.tokens,
             text=text,
-            logprobs=[],
+            logprobs=answer.logprobs,
             kept_mass=[],
             finish_reason=finish_reason,
-            prompt_tokens=[],
+            prompt_tokens=answer.prompt_tokens,
             reasoning=answer.reasoning,
             usage=self._model.usage(answer),
         )

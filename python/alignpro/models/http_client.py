@@ -28,10 +28,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from alignpro.config import Budget, ModelConfig
-from alignpro.models.calls import Call, CallFile
+from alignpro.models.calls import CHAT, SCORE, Call, CallFile
 from alignpro.models.dialect import Dialect
 from alignpro.models.language_model import RequestError
-from alignpro.models.reply import Answer, one_line, read_reply
+from alignpro.models.reply import Answer, one_line, read_reply, read_scores
 
 if TYPE_CHECKING:
     import httpx2
@@ -65,8 +65,7 @@ class HttpClient:
 
     def __init__(self, config: ModelConfig, calls: CallFile) -> None:
         assert config.endpoint is not None
-        self._url = config.endpoint.rstrip("/").removesuffix("/chat/completions")
-        self._url += "/chat/completions"
+        self._url = config.endpoint.rstrip("/").removesuffix(f"/{CHAT}")
         self._name, self._key_env, self._options = config.name, config.api_key_env, config.client
         self._calls = calls
         self._dialect = Dialect(calls.changes)
@@ -198,7 +197,9 @@ class HttpClient:
 
         sent = self._dialect.of(call.body)
         try:
-            response = await asyncio.wait_for(self._exchange(sent), self._options.timeout_seconds)
+            response = await asyncio.wait_for(
+                self._exchange(call, sent), self._options.timeout_seconds
+            )
         except asyncio.TimeoutError:
             raise _Again(f"no answer within {self._options.timeout_seconds:g} s") from None
         except httpx2.RequestError as error:  # connections, protocol, encodings
@@ -213,6 +214,8 @@ class HttpClient:
         status = response.status_code
         if 200 <= status < 300:
             try:
+                if call.path == SCORE:
+                    return read_scores(reply, len(call.body["prompt"]))
                 return read_reply(reply)
             except ValueError as error:
                 raise _Again(f"no chat completion: {error}") from None
@@ -226,8 +229,9 @@ class HttpClient:
         self._calls.put_changes(self._dialect.changes)
         return None
 
-    async def _exchange(self, body: dict[str, Any]) -> httpx2.Response:
-        request = self._http.build_request("POST", self._url, content=json.dumps(body))
+    async def _exchange(self, call: Call, body: dict[str, Any]) -> httpx2.Response:
+        url = f"{self._url}/{call.path}"
+        request = self._http.build_request("POST", url, content=json.dumps(body))
         limit = self._options.first_byte_seconds
         try:
             response = await asyncio.wait_for(self._http.send(request, stream=True), limit)
@@ -244,7 +248,7 @@ class HttpClient:
         message = f"HTTP {status}: {_message(reply)}"
         quota = "insufficient_quota" in str(reply)
         if status in (401, 402, 403, 404) or quota:
-            raise EndpointError(f"{self._name} at {self._url}: {message}")
+            raise EndpointError(f"{self._name} at {response.url}: {message}")
         if status in (408, 409, 425, 429) or status >= 500:
             pause = _retry_after(response.headers.get("retry-after"))
             if pause > _LONGEST_RETRY_AFTER:
@@ -271,7 +275,7 @@ class _Account:
             BudgetError: there is not, and no call under way may leave some.
         """
         body = call.body
-        read = _tokens_in(json.dumps(body["messages"]))
+        read = _tokens_read(call)
         written = float(body.get("max_tokens") or body.get("max_completion_tokens") or 0)
         while (over := self._over(read, written)) is not None:
             if not self._under_way:
@@ -315,10 +319,17 @@ def _with_tokens(answer: Answer, call: Call) -> Answer:
     """Of an endpoint that does not say them, estimates."""
     read, written = answer.input_tokens, answer.output_tokens
     if read is None:
-        read = _tokens_in(json.dumps(call.body["messages"]))
+        read = _tokens_read(call)
     if written is None:
         written = _tokens_in(answer.reasoning + answer.text)
     return replace(answer, input_tokens=read, output_tokens=written)
+
+
+def _tokens_read(call: Call) -> int:
+    """Of a chat a guess, of given tokens their number."""
+    if call.path == SCORE:
+        return len(call.body["prompt"])
+    return _tokens_in(json.dumps(call.body["messages"]))
 
 
 def _tokens_in(text: str) -> int:

@@ -1,9 +1,10 @@
-"""What an endpoint replies: the answer, the reasoning before it, and what both took."""
+"""What an endpoint replies: the answer, the reasoning before it, what both took, and what it tells
+of their tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignpro.models.language_model import RequestError
@@ -18,6 +19,11 @@ class Answer:
     finish_reason: FinishReason
     input_tokens: int | None  # None: the endpoint does not say
     output_tokens: int | None  # reasoning included
+    # Where they were asked for and told: log-probabilities of all that was written (of a call that
+    # scores, of the given tokens but the first), its tokens, and those that were read.
+    logprobs: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
 
 
 def read_reply(reply: object) -> Answer:
@@ -49,7 +55,30 @@ def read_reply(reply: object) -> Answer:
         raise RequestError(missing)
     usage = reply.get("usage") if isinstance(reply, Mapping) else None
     read, written = (_count(usage, f"{kind}_tokens") for kind in ("prompt", "completion"))
-    return Answer(answer or "", reasoning, finish_reason, read, written)
+    logprobs, tokens = _of_tokens(choice)
+    prompt_tokens = _whole_numbers(_at(reply, "prompt_token_ids"))
+    return Answer(
+        *(answer or "", reasoning, finish_reason, read, written), logprobs, tokens, prompt_tokens
+    )
+
+
+def read_scores(reply: object, count: int) -> Answer:
+    """The log-probabilities of ``count`` given tokens but the first, of a completion that echoes.
+
+    Raises:
+        ValueError: it is no completion. RequestError: it is one that does not tell them.
+    """
+    choice = _at(_at(reply, "choices"), 0)
+    if not isinstance(choice, Mapping):
+        raise ValueError(f"expected choices, got {one_line(reply)}")
+    told = _at(_at(choice, "logprobs"), "token_logprobs")
+    given = told[1:count] if isinstance(told, list) and len(told) >= count else []
+    if len(given) != count - 1 or not all(_is_logprob(value) for value in given):
+        raise RequestError("the endpoint tells no log-probabilities of given tokens (echo)")
+    read = _count(_at(reply, "usage"), "prompt_tokens")
+    if read not in (None, count):
+        raise RequestError(f"the endpoint read {read} tokens of the {count} that were given")
+    return Answer("", "", "stop", read, 1, [float(value) for value in given])
 
 
 def one_line(value: object) -> str:
@@ -63,6 +92,30 @@ def _at(value: Any, key: str | int) -> Any:
         return value[key]
     except (KeyError, IndexError, TypeError):
         return None
+
+
+def _of_tokens(choice: Mapping[str, Any]) -> tuple[list[float], list[int]]:
+    """(log-probabilities, tokens) of what was written; empty where they are not told for all of
+    it. vLLM tells ids beside the choice, llama.cpp in every entry."""
+    entries = _at(choice.get("logprobs"), "content")
+    if not isinstance(entries, list):
+        return [], []
+    logprobs = [_at(entry, "logprob") for entry in entries]
+    if not all(_is_logprob(value) for value in logprobs):
+        return [], []
+    tokens = _whole_numbers(choice.get("token_ids") or [_at(entry, "id") for entry in entries])
+    if len(tokens) != len(logprobs):
+        tokens = []
+    return [float(value) for value in logprobs], tokens
+
+
+def _whole_numbers(values: object) -> list[int]:
+    """The list; empty where there is none, or anything else in it."""
+    return values if isinstance(values, list) and all(type(v) is int for v in values) else []
+
+
+def _is_logprob(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0
 
 
 def _text(content: object) -> str | None:
