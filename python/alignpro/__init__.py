@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from alignpro.native import UnavailableError as UnavailableError
     from alignpro.pipeline import Pipeline as Pipeline
     from alignpro.prompter import Prompter as Prompter
+    from alignpro.prompter import Rewritten as Rewritten
     from alignpro.rewards.build import build_reward as build_reward
     from alignpro.rewards.check import RewardError as RewardError
     from alignpro.rewards.function import from_callable as from_callable
@@ -81,6 +82,7 @@ _HOMES = {
     "Reward": "types",
     "RewardError": "rewards.check",
     "Rewrite": "types",
+    "Rewritten": "prompter",
     "Rollout": "types",
     "SamplingParams": "types",
     "SftConfig": "config",
