@@ -115,26 +115,10 @@ class Prompter:
             FileNotFoundError: no run, or one without an adapter yet. ValueError: a run that tuned
                 the target. Otherwise as the class.
         """
-        run = Path(run)
-        file, adapter = run / "config.json", run / "adapter"
-        if not file.is_file():
-            hint = "; Prompter(model, adapter) takes a PEFT folder" * (
-                (run / "adapter_config.json").is_file()
-            )
-            raise FileNotFoundError(
-                f"{run}: expected the directory of a run, with config.json{hint}"
-            )
-        if not adapter.is_dir():
-            raise FileNotFoundError(
-                f"{adapter}: not there yet; a run that has ended writes it: "
-                f"alignpro train {file} --resume"
-            )
-        config = config_of_run(json.loads(file.read_text("utf-8")))
-        if isinstance(config, TrainConfig) and config.policy != "prompter":
-            raise ValueError(f"{run}: expected the run of a prompter; this one tuned the target")
+        config = config_of_prompter(run)
         model = load_model(config.prompter, threads, date=config.date, **options)
         params = REWRITE if isinstance(config, SftConfig) else config.rewrite
-        return cls(model, adapter, prompting=config.prompting, params=params)
+        return cls(model, Path(run) / "adapter", prompting=config.prompting, params=params)
 
     def __enter__(self) -> Prompter:
         return self
@@ -254,6 +238,26 @@ class Prompter:
                 "prompts: expected a list of prompts, got text; rewrite(prompt) takes it"
             )
         return self._pipeline.rewrite(prompts, num_rewrites=num_rewrites, seed=seed)
+
+
+def config_of_prompter(run: str | os.PathLike[str]) -> TrainConfig | SftConfig:
+    """What the run of a prompter was made with. Raises as `Prompter.from_run`."""
+    run = Path(run)
+    file, adapter = run / "config.json", run / "adapter"
+    if not file.is_file():
+        hint = "; Prompter(model, adapter) takes a PEFT folder" * (
+            (run / "adapter_config.json").is_file()
+        )
+        raise FileNotFoundError(f"{run}: expected the directory of a run, with config.json{hint}")
+    if not adapter.is_dir():
+        raise FileNotFoundError(
+            f"{adapter}: not there yet; a run that has ended writes it: "
+            f"alignpro train {file} --resume"
+        )
+    config = config_of_run(json.loads(file.read_text("utf-8")))
+    if isinstance(config, TrainConfig) and config.policy != "prompter":
+        raise ValueError(f"{run}: expected the run of a prompter; this one tuned the target")
+    return config
 
 
 class _Clock:

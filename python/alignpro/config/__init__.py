@@ -44,6 +44,7 @@ from alignpro.config.read import config_of_run as config_of_run
 from alignpro.config.read import differing as differing
 from alignpro.config.read import load_yaml as load_yaml
 from alignpro.config.read import to_mapping as to_mapping
+from alignpro.config.serve import ServeConfig as ServeConfig
 from alignpro.config.sft import SftConfig as SftConfig
 from alignpro.config.theory import BoundConfig as BoundConfig
 from alignpro.config.theory import HeadroomConfig as HeadroomConfig

@@ -26,6 +26,7 @@ class _Request:
     tokens: list[int]
     params: SamplingParams
     adapter: Any
+    sample: int
     on_step: Callable[[NativeHandle], None] | None
     future: Future[Completion] = field(default_factory=Future)
     handle: NativeHandle | None = None
@@ -66,6 +67,7 @@ class EngineThread:
         params: SamplingParams,
         *,
         adapter: Any = None,
+        sample: int = 0,
         on_step: Callable[[NativeHandle], None] | None = None,
     ) -> Future[Completion]:
         """Queue one sequence. Cancelling the future ends it at the next step.
@@ -80,7 +82,7 @@ class EngineThread:
         """
         if os.getpid() != self._process:
             raise RuntimeError("the engine's thread is the parent process's; load a model here")
-        request = _Request(tokens, params, adapter, on_step)
+        request = _Request(tokens, params, adapter, sample, on_step)
         request.future.add_done_callback(request.cancel)
         with self._lock:
             if self._closed:
@@ -131,7 +133,9 @@ def _admit(
     if request.future.cancelled():
         return
     try:
-        handle = client.submit(request.tokens, request.params, adapter=request.adapter)
+        handle = client.submit(
+            request.tokens, request.params, adapter=request.adapter, sample=request.sample
+        )
     except Exception as error:  # it fails alone
         request.fail(error)
         return

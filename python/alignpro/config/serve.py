@@ -1,0 +1,70 @@
+"""What `alignpro serve` listens on, asks, rewrites, and how much of each it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from alignpro.config.endpoint import check_url
+from alignpro.config.fields import Bytes, Range, Threads, above, at_least, checked, require
+
+Port = Annotated[int, Range(lambda v: 0 <= v < 2**16, "between 0 and 65535")]
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+@checked
+class ServeConfig:
+    """A proxy in front of an upstream, or of a model in this process, with a prompter in it."""
+
+    upstream: str | None = None
+    """The OpenAI-compatible endpoint that answers, as its clients' base_url, such as
+    "https://.../v1"; null is a model in this process."""
+    model: str | None = None
+    """The model in this process that answers: a path or a name; null is for an upstream."""
+    run: str | None = None
+    """The run whose prompter rewrites; null rewrites nothing."""
+    rewrite: bool | Literal["shadow"] = False
+    """Whether requests that do not say it (x-alignpro: on, off, shadow) are rewritten.
+
+    shadow: they are rewritten beside the answer to the original, and the rewrite is only counted.
+    """
+    deadline_seconds: Annotated[float, above(0)] = 0.15
+    """Seconds for a rewrite, after which the original goes out."""
+    max_queue: Annotated[int, at_least(1)] = 64
+    """The most rewrites under way; the original of one more goes out."""
+    circuit_failures: Annotated[int, at_least(1)] = 10
+    """Failures of rewrites in a row (errors, deadlines) after which none is tried for a while."""
+    circuit_seconds: Annotated[float, above(0)] = 10.0
+    """Seconds after which one is tried again."""
+    host: str = "127.0.0.1"
+    """The address to listen on; any but the loopback's is reachable from elsewhere."""
+    port: Port = 8000
+    """The port to listen on; 0 is a free one."""
+    max_body: Bytes = 2**25
+    """The most bytes of a chat request, which is held in memory; other requests are relayed as they
+    come."""
+    max_header: Bytes = 2**16
+    """The most bytes of a request's headers."""
+    max_connections: Annotated[int, at_least(1)] = 1024
+    """The most connections and requests at once; one more is answered with status 503."""
+    receive_seconds: Annotated[float, above(0)] = 30.0
+    """Seconds in which the headers, and then a chat request's body, have to arrive."""
+    connect_seconds: Annotated[float, above(0)] = 10.0
+    """Seconds until a connection to the upstream has to stand."""
+    idle_seconds: Annotated[float, above(0)] = 600.0
+    """Seconds for which the upstream may send nothing of an answer that is due."""
+    shutdown_seconds: Annotated[float, above(0)] = 30.0
+    """Seconds in which requests under way may end after SIGTERM or SIGINT."""
+    threads: Threads = None
+    """The number of threads of the models; null is the CPU quota."""
+
+    def __post_init__(self) -> None:
+        if self.upstream is not None:
+            check_url("upstream", self.upstream)
+        expected = "null with upstream: one of the two answers"
+        require("model", self.model, self.model is None or self.upstream is None, expected)
+        one = self.model is not None or self.upstream is not None
+        require("upstream", self.upstream, one, "an address, or a model in this process (model)")
+        rewrites = self.rewrite is False or self.run is not None
+        require("rewrite", self.rewrite, rewrites, "false without run")
