@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from alignpro.config import BoundConfig as BoundConfig
     from alignpro.config import DataConfig as DataConfig
     from alignpro.config import EvalConfig as EvalConfig
+    from alignpro.config import GuardConfig as GuardConfig
     from alignpro.config import HeadroomConfig as HeadroomConfig
     from alignpro.config import LoraConfig as LoraConfig
     from alignpro.config import ModelConfig as ModelConfig
@@ -65,6 +66,7 @@ _HOMES = {
     "DataConfig": "config",
     "EndpointModel": "models.endpoint",
     "EvalConfig": "config",
+    "GuardConfig": "config",
     "HeadroomConfig": "config",
     "LoraConfig": "config",
     "LoraPolicy": "train.policy",

@@ -16,12 +16,14 @@ from typing import Any
 
 from alignpro.config import (
     REWRITE,
+    GuardConfig,
     ModelConfig,
     Prompting,
     SftConfig,
     TrainConfig,
     config_of_run,
 )
+from alignpro.guards import Candidate, broken_guard
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.engine_thread import ClosedError, EngineThread
 from alignpro.models.native_model import NativeModel, load_model
@@ -45,8 +47,8 @@ class Rewritten:
     """What the target is to be asked, and why.
 
     ``reason`` is "rewritten" where the rewrite is applied. Otherwise ``prompt`` is the original
-    and the reason "deadline", "empty" (nothing was written), "unchanged", or "error", whose
-    traceback is logged.
+    and the reason "deadline", "empty" (nothing was written), "unchanged", "guard_" and the name of
+    the guard that was broken (see `broken_guard`), or "error", whose traceback is logged.
     """
 
     prompt: str | list[Message]  # text for text, messages for messages
@@ -74,6 +76,7 @@ class Prompter:
         adapter: a PEFT folder or matrices; None is the base model as prompter.
         prompting: how prompts are read and rewritten, as in training.
         params: how rewrites are sampled.
+        guards: what a rewrite must keep for `rewrite` to use it; None uses whatever was written.
 
     Raises as `load_model` and `load_peft`.
     """
@@ -85,12 +88,14 @@ class Prompter:
         *,
         prompting: Prompting | None = None,
         params: SamplingParams = REWRITE,
+        guards: GuardConfig | None = None,
         threads: int | None = None,
         date: str | None = None,
     ) -> None:
         if not isinstance(model, NativeModel):
             model = load_model(model, threads, date=date)
         self.model = model
+        self.guards = guards
         self._adapter = adapter
         self._engine = EngineThread(model)
         self._pipeline = Pipeline(
@@ -104,7 +109,12 @@ class Prompter:
 
     @classmethod
     def from_run(
-        cls, run: str | os.PathLike[str], *, threads: int | None = None, **options: Any
+        cls,
+        run: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        guards: GuardConfig | None = None,
+        **options: Any,
     ) -> Prompter:
         """The prompter of a run of `train`, `sft` or `quickstart`, with the model, the prompting
         and the sampling that it was trained with.
@@ -118,7 +128,9 @@ class Prompter:
         config = config_of_prompter(run)
         model = load_model(config.prompter, threads, date=config.date, **options)
         params = REWRITE if isinstance(config, SftConfig) else config.rewrite
-        return cls(model, Path(run) / "adapter", prompting=config.prompting, params=params)
+        return cls(
+            model, Path(run) / "adapter", prompting=config.prompting, params=params, guards=guards
+        )
 
     def __enter__(self) -> Prompter:
         return self
@@ -169,7 +181,7 @@ class Prompter:
         finally:
             for request in requests:
                 request.future.cancel()
-        return [request.rewritten(clock) for request in requests]
+        return [request.rewritten(clock, self.guards) for request in requests]
 
     async def arewrite(
         self, prompt: PromptLike, *, deadline: float | None = None, seed: int | None = None
@@ -199,7 +211,7 @@ class Prompter:
         finally:
             for request in requests:
                 request.future.cancel()
-        return [request.rewritten(clock) for request in requests]
+        return [request.rewritten(clock, self.guards) for request in requests]
 
     def _prepare(self, prompts: Sequence[PromptLike], seed: int | None) -> list[_Request]:
         """What the engine is asked for. Raises ValueError."""
@@ -293,7 +305,7 @@ class _Request:
     params: SamplingParams
     future: Future[Completion] = field(default_factory=Future)
 
-    def rewritten(self, clock: _Clock) -> Rewritten:
+    def rewritten(self, clock: _Clock, guards: GuardConfig | None) -> Rewritten:
         """What came of it. Raises ClosedError, and ValueError where the engine refuses it."""
         if self.future.cancelled():
             return self._original("deadline", clock)
@@ -310,6 +322,15 @@ class _Request:
         if rewrite.target_prompt == self.prompt:
             return self._original("unchanged", clock, rewrite.text, count)
         new = Conversation.of(rewrite.target_prompt)
+        if guards is not None:
+            turn, was_cut = (
+                Conversation.of(self.prompt).last_turn,
+                rewrite.finish_reason == "length",
+            )
+            candidate = Candidate(turn, new.last_turn, rewrite.text, was_cut)
+            broken = broken_guard(candidate, self.pipeline.prompting, guards)
+            if broken is not None:
+                return self._original(f"guard_{broken}", clock, rewrite.text, count)
         asked = new.plain if isinstance(self.given, str) else new.messages
         return Rewritten(asked, rewrite.text, True, "rewritten", clock.milliseconds, count)
 

@@ -95,7 +95,6 @@ def test_sigterm_lets_requests_end():
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({}, "upstream: expected an address, or a model in this process"),
         ({"upstream": "example.com"}, "upstream: expected an http://"),
         ({"upstream": "http://a", "model": "m"}, "model: expected null with upstream"),
         ({"upstream": "http://a", "rewrite": True}, "rewrite: expected false without run"),
@@ -113,6 +112,7 @@ def test_what_is_wrong_is_one_line(tmp_path):
         for arguments, part in (
             (["--upstream", "http://a", "--port", str(taken.port)], "in use"),
             (["--upstream", "http://a", "--run", str(tmp_path)], "the directory of a run"),
+            ([], "upstream: expected an address, or a model in this process"),
         ):
             done = subprocess.run(
                 [sys.executable, "-m", "alignpro", "serve", *arguments],

@@ -15,7 +15,7 @@ from alignpro.cli.shared import Config, Overrides, app, examples, one_line_error
     epilog=examples(
         "alignpro serve --run alignpro-run --upstream http://127.0.0.1:9000/v1 --rewrite on",
         "alignpro serve --model smollm2 --run alignpro-run --port 8080",
-        "alignpro serve serve.yaml deadline_seconds=0.1",
+        "alignpro serve deadline_seconds=0.1 --model smollm2 --run alignpro-run",
     )
 )
 @one_line_errors

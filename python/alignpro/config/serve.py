@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from alignpro.config.endpoint import check_url
 from alignpro.config.fields import Bytes, Range, Threads, above, at_least, checked, require
+from alignpro.config.guards import GuardConfig
 
 Port = Annotated[int, Range(lambda v: 0 <= v < 2**16, "between 0 and 65535")]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -37,6 +38,8 @@ class ServeConfig:
     """Failures of rewrites in a row (errors, deadlines) after which none is tried for a while."""
     circuit_seconds: Annotated[float, above(0)] = 10.0
     """Seconds after which one is tried again."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """What a rewrite must keep to be used."""
     host: str = "127.0.0.1"
     """The address to listen on; any but the loopback's is reachable from elsewhere."""
     port: Port = 8000
@@ -64,7 +67,5 @@ class ServeConfig:
             check_url("upstream", self.upstream)
         expected = "null with upstream: one of the two answers"
         require("model", self.model, self.model is None or self.upstream is None, expected)
-        one = self.model is not None or self.upstream is not None
-        require("upstream", self.upstream, one, "an address, or a model in this process (model)")
         rewrites = self.rewrite is False or self.run is not None
         require("rewrite", self.rewrite, rewrites, "false without run")

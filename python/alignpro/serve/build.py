@@ -25,7 +25,7 @@ def build_proxy(config: ServeConfig) -> Proxy:
     rewriter, loaded = None, []
     if config.run is not None:
         run = Path(config.run)
-        prompter = Prompter.from_run(run, threads=config.threads)
+        prompter = Prompter.from_run(run, threads=config.threads, guards=config.guards)
         rewriter = Rewriter(run.resolve().name, prompter, config)
         loaded.append((config_of_prompter(run).prompter, prompter.model))
     return Proxy(config, _upstream(config, loaded), rewriter)
@@ -38,5 +38,7 @@ def _upstream(config: ServeConfig, loaded: list[tuple[ModelConfig, NativeModel]]
             connect_seconds=config.connect_seconds,
             idle_seconds=config.idle_seconds,
         )
+    if config.model is None:
+        raise ValueError("upstream: expected an address, or a model in this process (model)")
     wanted = ModelConfig(config.model)
     return LocalUpstream(reusable(wanted, loaded) or load_model(wanted, config.threads))
