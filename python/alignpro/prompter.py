@@ -114,19 +114,23 @@ class Prompter:
         *,
         threads: int | None = None,
         guards: GuardConfig | None = None,
+        model: NativeModel | None = None,
         **options: Any,
     ) -> Prompter:
         """The prompter of a run of `train`, `sft` or `quickstart`, with the model, the prompting
         and the sampling that it was trained with.
 
-        options: fields of `ModelConfig` that are to be others here, such as ``device``.
+        Args:
+            model: one with the run's base weights that is loaded already; None loads it.
+            options: fields of `ModelConfig` that are to be others here, such as ``device``.
 
         Raises:
             FileNotFoundError: no run, or one without an adapter yet. ValueError: a run that tuned
                 the target. Otherwise as the class.
         """
         config = config_of_prompter(run)
-        model = load_model(config.prompter, threads, date=config.date, **options)
+        if model is None:
+            model = load_model(config.prompter, threads, date=config.date, **options)
         params = REWRITE if isinstance(config, SftConfig) else config.rewrite
         return cls(
             model, Path(run) / "adapter", prompting=config.prompting, params=params, guards=guards

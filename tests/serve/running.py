@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from alignpro.config.serve import ServeConfig
 from alignpro.serve.app import Proxy
+from alignpro.serve.audit import AuditLog
 from alignpro.serve.messages import Upstream
 from alignpro.serve.rewriter import Rewriter
+from alignpro.serve.routes import Route, Routes, mode_of
 from alignpro.serve.server import listen, make_server, new_event_loop
 from alignpro.serve.upstream import EndpointUpstream
 from serve.raw_upstream import until
@@ -41,7 +43,10 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    config: ServeConfig, rewriter: Rewriter | None = None, upstream: Upstream | None = None
+    config: ServeConfig,
+    rewriter: Rewriter | None = None,
+    upstream: Upstream | None = None,
+    routes: Routes | None = None,
 ) -> Iterator[Running]:
     if upstream is None:
         assert config.upstream is not None
@@ -50,7 +55,11 @@ def running(
             connect_seconds=config.connect_seconds,
             idle_seconds=config.idle_seconds,
         )
-    proxy = Proxy(config, upstream, rewriter)
+    if routes is None:
+        mode = mode_of(config.rewrite)
+        routes = Routes(Route(mode, [] if rewriter is None else [rewriter]))
+    audit = None if config.audit.path is None else AuditLog(config.audit)
+    proxy = Proxy(config, upstream, routes, audit)
     server = make_server(proxy, config)
     place = listen(config)
     port = place.getsockname()[1]

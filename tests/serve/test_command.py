@@ -66,6 +66,9 @@ def test_a_model_and_a_prompter_on_one_port(run, tiny_model_dir):
         assert raw.headers["x-alignpro-run"] == "my-run"
         assert raw.headers["x-alignpro-reason"] in ("rewritten", "deadline")
         assert raw.parse().choices[0].message.role == "assistant"
+        process.send_signal(signal.SIGHUP)
+        assert "my-run: reloaded" in process.stderr.readline()
+        assert client.models.list().data[0].id == model
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, process.stderr.read()
 

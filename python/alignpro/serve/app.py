@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from alignpro.config.serve import ServeConfig
+from alignpro.serve.audit import AuditLog
 from alignpro.serve.chat_body import ChatBody
 from alignpro.serve.messages import (
     PREFIX,
@@ -27,6 +29,7 @@ from alignpro.serve.messages import (
 )
 from alignpro.serve.metrics import ServeMetrics
 from alignpro.serve.rewriter import Rewriter
+from alignpro.serve.routes import Mode, Routes, asked_mode
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -34,7 +37,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
 _CHAT = b"/chat/completions"
-_MODES = {b"on": "on", b"off": "off", b"shadow": "shadow"}
 
 
 class _Refused(Exception):
@@ -53,7 +55,7 @@ class _ClientGone(Exception):
 class _Outcome:
     """What a chat's answer says of its rewrite."""
 
-    mode: str
+    mode: Mode
     run: str = ""
     applied: bool = False
     reason: str = "off"
@@ -73,9 +75,16 @@ class _Outcome:
 class Proxy:
     """The ASGI application of everything under /v1/."""
 
-    def __init__(self, config: ServeConfig, upstream: Upstream, rewriter: Rewriter | None) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        upstream: Upstream,
+        routes: Routes,
+        audit: AuditLog | None = None,
+    ) -> None:
         self.metrics = ServeMetrics()
-        self._config, self._upstream, self._rewriter = config, upstream, rewriter
+        self._config, self._upstream = config, upstream
+        self._routes, self._audit = routes, audit
         self._shadows: set[asyncio.Task[Any]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,27 +131,29 @@ class Proxy:
         raw = await body.whole(self._config.max_body, self._config.receive_seconds)
         headers = [(name, value) for name, value in headers if name != b"content-length"]
         raw, outcome = await self._rewritten(raw, scope)
-        said = (outcome.run, outcome.mode, str(outcome.applied).lower(), outcome.reason)
-        self.metrics.chats.labels(*said).inc()
         return Outgoing(method, path, headers, raw), outcome
 
     async def _rewritten(self, raw: bytes, scope: Scope) -> tuple[bytes, _Outcome]:
         """The body that is sent on: the one that came, unless it is rewritten in time."""
         asked = [value for name, value in scope["headers"] if name == PREFIX]
-        mode = _MODES.get(asked[-1].strip().lower(), "") if asked else self._default_mode
-        if not mode:
-            return raw, _Outcome("off", reason="bad_header")
-        if mode == "off":
-            return raw, _Outcome(mode)
-        rewriter = self._rewriter
-        if rewriter is None:
-            return raw, _Outcome(mode, reason="no_run")
+        mode = asked_mode(asked[-1]) if asked else None
+        if asked and mode is None:
+            return raw, self._noted(_Outcome("off", reason="bad_header"), ChatBody(raw))
+        if mode == "off" or (mode is None and self._routes.is_off):
+            return raw, self._noted(_Outcome("off"), ChatBody(raw))
         if any(name == b"content-encoding" for name, _ in scope["headers"]):
-            return raw, _Outcome(mode, rewriter.name, reason="encoded")
+            return raw, self._noted(_Outcome(mode or "on", reason="encoded"), ChatBody(raw))
         chat = ChatBody.read(raw)
+        route = self._routes.of(chat.model)
+        mode = mode or route.mode
+        if mode == "off":
+            return raw, self._noted(_Outcome(mode), chat)
+        if not route.rewriters:
+            return raw, self._noted(_Outcome(mode, reason="no_run"), chat)
         if chat.conversation is None:
-            return raw, _Outcome(mode, rewriter.name, reason=chat.reason)
-        rewriting = self._rewrite(rewriter, chat)
+            return raw, self._noted(_Outcome(mode, reason=chat.reason), chat)
+        rewriter = route.rewriter(chat.conversation)
+        rewriting = self._rewrite(mode, rewriter, chat)
         if mode == "shadow":
             shadow = asyncio.create_task(rewriting)
             self._shadows.add(shadow)
@@ -151,7 +162,9 @@ class Proxy:
         new, outcome = await rewriting
         return (raw if new is None else new), outcome
 
-    async def _rewrite(self, rewriter: Rewriter, chat: ChatBody) -> tuple[bytes | None, _Outcome]:
+    async def _rewrite(
+        self, mode: Mode, rewriter: Rewriter, chat: ChatBody
+    ) -> tuple[bytes | None, _Outcome]:
         """The rewritten body, if there is one, and what became of it."""
         assert chat.conversation is not None
         result = await rewriter.rewrite(chat.conversation)
@@ -160,12 +173,31 @@ class Proxy:
         if result.applied:
             new = chat.with_last_turn(result.messages[-1]["content"])
             reason = "several_texts" if new is None else reason
-        return new, _Outcome("on", rewriter.name, new is not None, reason, result.milliseconds)
+        applied = new is not None and mode == "on"
+        outcome = _Outcome(mode, rewriter.name, applied, reason, result.milliseconds)
+        return new, self._noted(outcome, chat, result.text)
 
-    @property
-    def _default_mode(self) -> str:
-        rewrite = self._config.rewrite
-        return "shadow" if rewrite == "shadow" else "on" if rewrite else "off"
+    def _noted(self, outcome: _Outcome, chat: ChatBody, written: str = "") -> _Outcome:
+        """Counted, and in the audit log."""
+        applied = str(outcome.applied).lower()
+        self.metrics.chats.labels(outcome.run, outcome.mode, applied, outcome.reason).inc()
+        if self._audit is not None:
+            turn = "" if chat.conversation is None else chat.conversation.last_turn
+            fields = asdict(outcome) | {"model": chat.model}
+            self._audit.write(fields, prompt=turn, rewrite=written)
+        return outcome
+
+    async def reload(self) -> dict[str, str]:
+        """Read every run's adapter again, while requests go on; an error leaves the one in use."""
+        said = {}
+        for rewriter in self._routes.rewriters:
+            try:
+                await rewriter.reload()
+                said[rewriter.name] = "reloaded"
+            except (OSError, ValueError) as error:
+                said[rewriter.name] = str(error)
+            _log.warning("%s: %s", rewriter.name, said[rewriter.name])
+        return said
 
     async def _relay(self, answer: Answer, outcome: _Outcome | None, send: Send) -> None:
         """One that the upstream breaks off is broken off here, too: it is not ended."""
@@ -186,6 +218,10 @@ class Proxy:
         for shadow in list(self._shadows):
             shadow.cancel()
         await self._upstream.close()
+        for rewriter in self._routes.rewriters:
+            rewriter.close()
+        if self._audit is not None:
+            self._audit.close()
 
 
 class _Body:
@@ -273,6 +309,12 @@ def make_app(proxy: Proxy) -> Starlette:
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
+    async def reload(request: Request) -> Response:
+        client = request.client
+        if client is None or not ipaddress.ip_address(client.host).is_loopback:
+            return JSONResponse({"error": "only from this machine"}, 403)
+        return JSONResponse(await proxy.reload())
+
     async def metrics(_: Request) -> Response:
         return Response(proxy.metrics.text(), media_type=proxy.metrics.content_type)
 
@@ -281,6 +323,7 @@ def make_app(proxy: Proxy) -> Starlette:
             Route("/health", health),
             Route("/ready", health),  # it listens when everything is loaded
             Route("/metrics", metrics),
+            Route("/admin/reload", reload, methods=["POST"]),
             Mount("/v1", proxy),
         ]
     )

@@ -111,13 +111,20 @@ def make_server(proxy: Proxy, config: ServeConfig) -> uvicorn.Server:
 def run_server(
     proxy: Proxy, config: ServeConfig, place: socket.socket, on_ready: Callable[[], None]
 ) -> None:
-    """Serve until SIGTERM or SIGINT; requests under way may end, a second SIGINT does not wait."""
+    """Serve until SIGTERM or SIGINT; requests under way may end, a second SIGINT does not wait.
+    SIGHUP reads the adapters again."""
     server = make_server(proxy, config)
+    reloads: set[asyncio.Task[None]] = set()  # the loop's own reference is a weak one
+
+    async def reload() -> None:
+        await proxy.reload()
+        reloads.clear()
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.handle_exit, number, None)
+        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.add(loop.create_task(reload())))
         on_ready()
         try:
             await server.serve([place])
