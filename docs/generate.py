@@ -25,6 +25,7 @@ STAGES = {
     "headroom": configs.HeadroomConfig,
     "bound": configs.BoundConfig,
     "quickstart": configs.QuickstartConfig,
+    "serve": configs.ServeConfig,
 }
 
 

@@ -22,6 +22,7 @@ from alignpro.config import (
     EvalConfig,
     HeadroomConfig,
     QuickstartConfig,
+    ServeConfig,
     SftConfig,
     TrainConfig,
     from_mapping,
@@ -37,6 +38,7 @@ STAGES = {
     "train": TrainConfig,
     "evaluate": EvalConfig,
     "bound": BoundConfig,
+    "serve": ServeConfig,
 }
 WORDS = "prompt,kind\nWhy is the sky blue?,why\nHow do bees fly?,how\nWhat is a tide?,what\n"
 TRAIN_SHORTLY = (

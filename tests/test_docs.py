@@ -133,6 +133,7 @@ STAGES = {
     Stage.train: "TrainConfig",
     Stage.evaluate: "EvalConfig",
     Stage.bound: "BoundConfig",
+    Stage.serve: "ServeConfig",
 }
 
 

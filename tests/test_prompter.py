@@ -60,18 +60,21 @@ def test_it_writes_what_the_pipeline_of_the_run_writes(run, prompter):
 
 def test_text_stays_text_and_messages_stay_messages(prompter):
     (written,) = prompter.rewrites(["the heron"], seed=3)[0]
-    assert written.text and prompter.rewrite("the heron", seed=3) == f"the heron | {written.text}"
-    text, chat = prompter.rewrite_batch(["the heron", CHAT], seed=3)
+    one = prompter.rewrite("the heron", seed=3)
+    assert one.prompt == f"the heron | {written.text}" and one.text == written.text
+    assert one.applied and one.reason == "rewritten" and one.milliseconds > 0
+    assert one.messages == [{"role": "user", "content": one.prompt}]
+    text, chat = (result.prompt for result in prompter.rewrite_batch(["the heron", CHAT], seed=3))
     assert text == f"the heron | {written.text}"
     assert chat[0] == CHAT[0] and chat[1]["content"].startswith("Why is the sky blue? | ")
-    assert prompter.rewrite(CHAT[1:], seed=3)[0]["role"] == "user"
+    assert prompter.rewrite(CHAT[1:], seed=3).prompt[0]["role"] == "user"
     assert CHAT[1]["content"] == "Why is the sky blue?"
 
 
 def test_an_adapter_and_a_model_are_enough(run, prompter):
     options = {"prompting": TRAIN.prompting, "params": TRAIN.rewrite}
     by_hand = alignpro.Prompter(prompter.model, run / "adapter", **options)
-    assert by_hand.rewrite("the heron", seed=3) == prompter.rewrite("the heron", seed=3)
+    assert by_hand.rewrite("the heron", seed=3).text == prompter.rewrite("the heron", seed=3).text
     untuned = alignpro.Prompter(prompter.model.path, threads=1, **options)
     assert untuned.rewrites(["the heron"], seed=3)[0][0].text
 
@@ -83,7 +86,7 @@ def test_a_warm_start_is_a_prompter_too(tiny_model_dir, tmp_path):
         prompter=model, run_dir=str(folder), steps=1, batch_size=2, threads=1, lora=TRAIN.lora
     )
     alignpro.run_sft(config)
-    assert alignpro.Prompter.from_run(folder, threads=1).rewrite("the heron", seed=3)
+    assert alignpro.Prompter.from_run(folder, threads=1).rewrite("the heron", seed=3).text
 
 
 def test_what_is_no_run_is_said(run, tmp_path):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from alignpro.config import BoundConfig as BoundConfig
     from alignpro.config import DataConfig as DataConfig
     from alignpro.config import EvalConfig as EvalConfig
+    from alignpro.config import GuardConfig as GuardConfig
     from alignpro.config import HeadroomConfig as HeadroomConfig
     from alignpro.config import LoraConfig as LoraConfig
     from alignpro.config import ModelConfig as ModelConfig
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from alignpro.native import UnavailableError as UnavailableError
     from alignpro.pipeline import Pipeline as Pipeline
     from alignpro.prompter import Prompter as Prompter
+    from alignpro.prompter import Rewritten as Rewritten
     from alignpro.rewards.build import build_reward as build_reward
     from alignpro.rewards.check import RewardError as RewardError
     from alignpro.rewards.function import from_callable as from_callable
@@ -64,6 +66,7 @@ _HOMES = {
     "DataConfig": "config",
     "EndpointModel": "models.endpoint",
     "EvalConfig": "config",
+    "GuardConfig": "config",
     "HeadroomConfig": "config",
     "LoraConfig": "config",
     "LoraPolicy": "train.policy",
@@ -81,6 +84,7 @@ _HOMES = {
     "Reward": "types",
     "RewardError": "rewards.check",
     "Rewrite": "types",
+    "Rewritten": "prompter",
     "Rollout": "types",
     "SamplingParams": "types",
     "SftConfig": "config",

@@ -179,7 +179,7 @@ class Pipeline:
             FailedRowsError: more of the responses failed than ``max_failed`` allows; those of a
                 rewrite that does not fit the target, and those cut in their reasoning, are failed.
         """
-        seed = _fresh_seed() if seed is None else seed
+        seed = fresh_seed() if seed is None else seed
         check_counts(num_rewrites=num_rewrites, num_responses=num_responses)
         check_columns(columns, len(prompts))
         given = read_prompts(prompts)
@@ -206,7 +206,7 @@ class Pipeline:
     ) -> list[list[Rewrite]]:
         """Rewrites alone, ``[prompts][N]``, without responses; the same draws as in `rollout`."""
         check_counts(num_rewrites=num_rewrites)
-        seed = _fresh_seed() if seed is None else seed
+        seed = fresh_seed() if seed is None else seed
         return self._generate(read_prompts(prompts), num_rewrites, 0, seed)[0]
 
     def respond(
@@ -254,7 +254,7 @@ class Pipeline:
             ValueError: as `rollout`, or texts that are not one list a prompt. FailedRowsError: as
                 `rollout`.
         """
-        seed = _fresh_seed() if seed is None else seed
+        seed = fresh_seed() if seed is None else seed
         check_counts(num_responses=num_responses)
         check_columns(columns, len(prompts))
         given = read_prompts(prompts)
@@ -292,13 +292,11 @@ class Pipeline:
     ) -> tuple[list[list[Rewrite]], InFlight]:
         """Rewrites [prompts][N] with responses [M] still unscored, and what is known of the
         requests."""
-        prompter = self.prompter
-        if prompter is None:
-            raise ValueError("prompter: expected a model that writes rewrites, got None")
+        prompter = self._prompter()
         rewrites: list[dict[int, Rewrite]] = [{} for _ in prompts]
         answered: Answered | None = {} if common_draws else None
         with trace.span("read prompts"):
-            read = [self._prompter_tokens(prompter, p, i) for i, p in enumerate(prompts)]
+            read = [self.prompter_tokens(p, i) for i, p in enumerate(prompts)]
             if isinstance(self._target, LanguageModel):
                 check_roles(self._target.tokenizer, prompts)
         rows = len(prompts) * num_rewrites * max(1, num_responses)
@@ -306,13 +304,13 @@ class Pipeline:
 
             def finished(index: int, sample: int, completion: Completion | None) -> None:
                 assert completion is not None  # the engine's requests are answered, or the end
-                rewrite = self._as_rewrite(prompts[index], index, completion)
+                rewrite = self.as_rewrite(prompts[index], index, completion)
                 rewrites[index][sample] = self._hand_over(
                     in_flight, num_responses, seed, answered, rewrite, sample
                 )
 
             for index, tokens in enumerate(read):
-                params = replace(self.rewrite_params, seed=derive_seed(seed, REWRITE_STREAM, index))
+                params = self.params_of_rewrite(seed, index)
                 for sample in range(num_rewrites):
                     handle = in_flight.client(prompter).submit(
                         tokens, params, adapter=self.prompter_adapter, sample=sample
@@ -380,8 +378,12 @@ class Pipeline:
         conversation = Conversation.of(rewrite.target_prompt).messages
         return in_flight.chat_client(self.target).submit(conversation, params, sample=number)
 
-    def _prompter_tokens(self, prompter: LanguageModel, prompt: Prompt, index: int) -> list[int]:
-        params = self.rewrite_params
+    # --- one rewrite, for callers that drive the prompter by themselves ---
+
+    def prompter_tokens(self, prompt: Prompt, index: int) -> list[int]:
+        """What the prompter reads of a prompt. Raises ValueError for one that does not fit, which
+        names the index."""
+        prompter, params = self._prompter(), self.rewrite_params
         most = prompter.context_length - params.max_new_tokens
         with naming(f"prompt {index}"):
             tokens = prompter_tokens(prompter.tokenizer, self.prompting, prompt, most)
@@ -390,7 +392,11 @@ class Pipeline:
             raise ValueError(f"prompt {index} in its template: {unfit}")
         return tokens
 
-    def _as_rewrite(self, prompt: Prompt, index: int, completion: Completion) -> Rewrite:
+    def params_of_rewrite(self, seed: int, index: int) -> SamplingParams:
+        """How rewrites of the prompt with this index are drawn."""
+        return replace(self.rewrite_params, seed=derive_seed(seed, REWRITE_STREAM, index))
+
+    def as_rewrite(self, prompt: Prompt, index: int, completion: Completion) -> Rewrite:
         """What the prompter wrote, and what the target reads of it."""
         return replace(
             self._read_by_target(prompt, index, completion.text.strip()),
@@ -400,6 +406,11 @@ class Pipeline:
             finish_reason=completion.finish_reason,
             reasoning=completion.reasoning,
         )
+
+    def _prompter(self) -> LanguageModel:
+        if self.prompter is None:
+            raise ValueError("prompter: expected a model that writes rewrites, got None")
+        return self.prompter
 
     def _read_by_target(self, prompt: Prompt, index: int, text: str) -> Rewrite:
         """What the target reads for a rewrite that no prompter wrote; "" is the raw prompt."""
@@ -451,7 +462,7 @@ def _splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _fresh_seed() -> int:
+def fresh_seed() -> int:
     return int.from_bytes(os.urandom(8), "little")
 
 

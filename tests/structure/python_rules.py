@@ -45,7 +45,9 @@ ROOMS: dict[str, set[str]] = {
     "pipeline": _SERVING | {"trace", "rewards.check"},
     "lengths": _BASE | {"models", "pipeline", "data"},
     "trl": _BASE | {"models", "pipeline"},
-    "prompter": _BASE | {"models", "pipeline"},
+    "guards": {"config"},
+    "prompter": _BASE | {"models", "pipeline", "guards"},
+    "serve": _BASE | {"models", "prompter", "optional"},
     "train": _RUNNING,
     "evaluate": _RUNNING | {"theory", "train.metrics"},
     "report": _RUNNING | {"train", "evaluate"},
@@ -55,7 +57,7 @@ ROOMS: dict[str, set[str]] = {
     | {"data", "bench.machine", "train.micro_batches", "train.policy", "train.schedule"},
     "cli": _RUNNING
     | {"train", "evaluate", "report", "quickstart", "bench", "price"}
-    | {"prompter"},
+    | {"prompter", "serve"},
     "__main__": {"cli"},
     "": _RUNNING
     | {"ops", "prompter", "train", "evaluate", "report"},  # __init__.py: the lazy public names
@@ -65,7 +67,8 @@ ROOMS: dict[str, set[str]] = {
 ONLY = {
     "transformers": {"rewards"},  # loads reward models
     "torch": {"objective", "ops", "train", "rewards"},
-    "httpx2": {"models"},  # calls to endpoints
+    "httpx2": {"models", "serve"},  # calls to endpoints
+    **{name: {"serve"} for name in ("starlette", "uvicorn", "http.server", "socketserver")},
     "alignpro._core": {"native"},
 }
 STANDARD_LIBRARY_ONLY = {

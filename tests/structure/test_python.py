@@ -74,6 +74,9 @@ def test_every_room_with_files_is_known_and_every_known_room_exists():
         ("evaluate/arms.py", "import alignpro.train", "may not import train"),
         ("report/html.py", "from alignpro import cli", "may not import cli"),
         ("train/sft.py", "from alignpro import Pipeline", "may not import Pipeline"),
+        ("models/endpoint.py", "import http.server", "may import http.server"),
+        ("prompter.py", "from starlette.routing import Route", "may import starlette"),
+        ("prompter.py", "from alignpro.serve import app", "may not import serve.app"),
         (
             "models/resolve.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import alignpro.train.sft",

@@ -49,6 +49,7 @@ class Stage(str, Enum):
     train = "train"
     evaluate = "evaluate"
     bound = "bound"
+    serve = "serve"
 
 
 @app.command(
@@ -77,6 +78,7 @@ def config(
         Stage.train: configs.TrainConfig,
         Stage.evaluate: configs.EvalConfig,
         Stage.bound: configs.BoundConfig,
+        Stage.serve: configs.ServeConfig,
     }
     typer.echo(commented_yaml(classes[stage], key=key), nl=False)
 

@@ -23,6 +23,7 @@ from alignpro.config.evaluate import StaticSearch as StaticSearch
 from alignpro.config.evaluate import read_requirement as read_requirement
 from alignpro.config.fields import from_mapping as from_mapping
 from alignpro.config.fields import unchecked as unchecked
+from alignpro.config.guards import GuardConfig as GuardConfig
 from alignpro.config.held_out import HeldOutConfig as HeldOutConfig
 from alignpro.config.model import DEFAULT_MODEL as DEFAULT_MODEL
 from alignpro.config.model import HOW_IT_RUNS as HOW_IT_RUNS
@@ -44,6 +45,7 @@ from alignpro.config.read import config_of_run as config_of_run
 from alignpro.config.read import differing as differing
 from alignpro.config.read import load_yaml as load_yaml
 from alignpro.config.read import to_mapping as to_mapping
+from alignpro.config.serve import ServeConfig as ServeConfig
 from alignpro.config.sft import SftConfig as SftConfig
 from alignpro.config.theory import BoundConfig as BoundConfig
 from alignpro.config.theory import HeadroomConfig as HeadroomConfig

@@ -1,0 +1,190 @@
+"""Checks of a rewrite against its prompt: pure functions of text, each conservative.
+
+A guard that cannot tell lets the rewrite pass: it is there for what is plainly wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from alignpro.config import GuardConfig, Prompting
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rewrite before it is used."""
+
+    prompt: str  # the last user turn
+    turn: str  # what would stand in its place
+    text: str  # what the prompter wrote
+    was_cut: bool = False  # by its token limit
+
+
+def broken_guard(candidate: Candidate, prompting: Prompting, guards: GuardConfig) -> str | None:
+    """The first guard that the candidate breaks: "spans", "language", "length", "cut", "answered"
+    or "echo"; None where it keeps all that are on."""
+    for name, is_on, breaks in _GUARDS:
+        if is_on(guards) and breaks(candidate, prompting, guards):
+            return name
+    return None
+
+
+# --- verbatim spans ---
+
+_PROTECTED = re.compile(r"\[protected\](.*?)\[/protected\]", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_ADDRESS = re.compile(r"(?:https?://|www\.)[^\s<>\"'`)\]}]+|[\w.+-]+@[\w-]+\.[\w.-]*\w")
+_QUOTED = re.compile(
+    r"\"([^\"\n]{2,})\"|\u201c([^\u201d\n]{2,})\u201d|\u00ab\s*([^\u00bb\n]{2,}?)\s*\u00bb|\u201e([^\u201c\u201d\n]{2,})[\u201c\u201d]"
+)
+_NUMBER = re.compile(r"(?<![\w.,])[-+\u2212]?\d+(?:[.,:/]\d+)*(?:[eE][-+]?\d+)?%?")
+
+
+def verbatim_spans(text: str) -> list[str]:
+    """What a rewrite of the text has to keep as it is, numbers aside."""
+    spans = [match for pattern in (_PROTECTED, _FENCE, _CODE) for match in pattern.findall(text)]
+    spans += [address.rstrip(".,;:!?") for address in _ADDRESS.findall(text)]
+    spans += [next(filter(None, groups)) for groups in _QUOTED.findall(text)]
+    return [span.strip() for span in spans if span.strip()]
+
+
+def numbers(text: str) -> set[str]:
+    return set(_NUMBER.findall(text))
+
+
+def _loses_spans(candidate: Candidate, _: Prompting, __: GuardConfig) -> bool:
+    prompt, turn = candidate.prompt, candidate.turn
+    if prompt in turn:  # append, and whatever keeps all of it
+        return False
+    kept = all(span in turn for span in verbatim_spans(prompt))
+    return not (kept and numbers(prompt) <= numbers(turn))
+
+
+# --- language ---
+
+# Frequent words that few others of them have.
+_WORDS = {
+    "en": "the and is are what how with this that which from does would should why when you your",
+    "de": "der die das und ist nicht ein eine wie mit auf für von wird sind warum ich sie auch dem",
+    "fr": "le les des est une pour dans que qui avec sur comment pourquoi vous je pas ce cette du",
+    "es": "el los las es una para con por qué cómo y del que se cuál como está son más",
+    "it": "il gli che di è una per con come perché sono della nel non cosa più questo anche",
+    "pt": "o os as é uma para com como não que em do da porque são mais você qual dos",
+    "nl": "de het een en is van niet hoe met voor waarom zijn dat op wat ik je aan ook",
+}
+_OF_WORD: dict[str, set[str]] = {}
+for _language, _list in _WORDS.items():
+    for _word in _list.split():
+        _OF_WORD.setdefault(_word, set()).add(_language)
+_FEWEST_LETTERS, _FEWEST_WORDS = 8, 2
+_SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "DEVANAGARI", "THAI", "HANGUL")
+_CJK = ("CJK", "HIRAGANA", "KATAKANA")
+
+
+def script(text: str) -> str | None:
+    """The script of most of the letters; None of few letters or an even mixture. Han and kana are
+    one, since Japanese is written in both."""
+    seen: Counter[str] = Counter()
+    for char in text:
+        if char.isalpha():
+            name = "LATIN" if char.isascii() else unicodedata.name(char, "").split(" ")[0]
+            seen["CJK" if name in _CJK else name if name in _SCRIPTS else "other"] += 1
+    # A syllable or an idea a sign: two of these are as much as a word.
+    enough = 2 if seen.most_common(1) and seen.most_common(1)[0][0] in ("CJK", "HANGUL") else 8
+    if sum(seen.values()) < min(enough, _FEWEST_LETTERS):
+        return None
+    (name, count), *_ = seen.most_common(1)
+    return name if count > 0.6 * sum(seen.values()) else None
+
+
+def language(text: str) -> str | None:
+    """One of seven in Latin letters, by its function words; None where they do not tell."""
+    seen: Counter[str] = Counter()
+    for word in re.findall(r"[^\W\d_]+", text.lower()):
+        owners = _OF_WORD.get(word, ())
+        for owner in owners:
+            seen[owner] += 1
+    if not seen:
+        return None
+    (first, count), *rest = seen.most_common(2)
+    second = rest[0][1] if rest else 0
+    return first if count >= _FEWEST_WORDS and count >= 2 * second else None
+
+
+def _is_other_language(candidate: Candidate, _: Prompting, __: GuardConfig) -> bool:
+    bare = [_FENCE.sub(" ", text) for text in (candidate.prompt, candidate.text)]
+    for told in (script, language):
+        before, after = told(bare[0]), told(bare[1])
+        if before is not None and after is not None and before != after:
+            return True
+    return False
+
+
+# --- length ---
+
+
+def _is_too_long(candidate: Candidate, _: Prompting, guards: GuardConfig) -> bool:
+    assert guards.max_growth is not None
+    most = max(guards.free_characters, guards.max_growth * len(candidate.prompt))
+    return len(candidate.text) > most
+
+
+def _is_cut(candidate: Candidate, prompting: Prompting, _: GuardConfig) -> bool:
+    """An instruction behind a whole prompt may end early; a prompt may not."""
+    return candidate.was_cut and prompting.mode == "rewrite"
+
+
+# --- an answer instead of a rewrite ---
+
+_ANSWER = re.compile(
+    r"(?:sure|certainly|of course|absolutely|yes|no|okay|great question)[,!.:]"
+    r"|here(?:'s| is| are)\b|as an ai\b|i(?:'m| am) (?:sorry|an ai|happy to)\b|i (?:can't|cannot)\b"
+    r"|the (?:correct |final )?answer (?:is|to)\b|answer:|to answer (?:this|your)\b"
+    r"|(?:in conclusion|there you go)\b",
+    re.IGNORECASE,
+)
+
+
+def _is_answer(candidate: Candidate, _: Prompting, __: GuardConfig) -> bool:
+    begun = _ANSWER.match(candidate.text.lstrip(" \n\t\"'*"))
+    return begun is not None and begun[0].lower() not in candidate.prompt.lower()
+
+
+# --- the template, or a chat's markers, in the rewrite ---
+
+_MARKERS = re.compile(
+    r"<\|[a-z_]+\|>|\[/?INST\]|<</?SYS>>|^#{2,} ?(?:instruction|response|input)\b"
+    r"|^(?:user|assistant|system|human): ",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SHORTEST_ECHO = 12  # characters of a template's line; shorter ones are ordinary words
+
+
+def _echoes(candidate: Candidate, prompting: Prompting, _: GuardConfig) -> bool:
+    text, prompt = candidate.text.casefold(), candidate.prompt.casefold()
+    marker = _MARKERS.search(candidate.text)
+    if marker is not None and marker[0].casefold() not in prompt:
+        return True
+    pieces = [piece for piece in re.split(r"\{prompt\}|\n", prompting.template) if piece]
+    echoed = [piece.strip().casefold() for piece in pieces]
+    return any(
+        len(piece) >= _SHORTEST_ECHO and piece in text and piece not in prompt for piece in echoed
+    )
+
+
+_Guard = tuple[
+    str, Callable[[GuardConfig], bool], Callable[[Candidate, Prompting, GuardConfig], bool]
+]
+_GUARDS: tuple[_Guard, ...] = (
+    ("echo", lambda on: on.echo, _echoes),
+    ("answered", lambda on: on.answered, _is_answer),
+    ("length", lambda on: on.max_growth is not None, _is_too_long),
+    ("cut", lambda on: on.cut, _is_cut),
+    ("language", lambda on: on.language, _is_other_language),
+    ("spans", lambda on: on.spans, _loses_spans),
+)

@@ -1,0 +1,176 @@
+"""A model's requests from many threads and event loops, stepped by one thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignpro.models.native_client import NativeClient, NativeHandle
+from alignpro.models.native_model import NativeModel
+from alignpro.types import Completion, SamplingParams
+
+
+class ClosedError(RuntimeError):
+    """It was closed, and takes no requests."""
+
+
+@dataclass(eq=False)
+class _Request:
+    tokens: list[int]
+    params: SamplingParams
+    adapter: Any
+    sample: int
+    on_step: Callable[[NativeHandle], None] | None
+    future: Future[Completion] = field(default_factory=Future)
+    handle: NativeHandle | None = None
+
+    def cancel(self, future: Future[Completion]) -> None:
+        """In whichever thread cancels; one that is not submitted yet never is."""
+        if future.cancelled() and self.handle is not None:
+            self.handle.cancel()
+
+    def fail(self, error: BaseException) -> None:
+        with contextlib.suppress(InvalidStateError):  # it was cancelled meanwhile
+            self.future.set_exception(error)
+
+
+class EngineThread:
+    """Requests of any thread join the batch that is under way, and fail alone.
+
+    A request is prepared (tokens, adapter) by who submits it, so that this thread only steps. It
+    ends with `close`, with the object, or with the interpreter.
+    """
+
+    def __init__(self, model: NativeModel) -> None:
+        self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # nothing is put behind the None that ends it
+        self._closed = False
+        self._process = os.getpid()
+        # The thread does not know this object, which may so be dropped.
+        thread = threading.Thread(
+            target=_drive, args=(model.client(), self._inbox), daemon=True, name="engine"
+        )
+        thread.start()
+        # At exit as well: a thread inside the engine must not outlive the interpreter.
+        self._end = weakref.finalize(self, _end, self._inbox, thread)
+
+    def submit(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        *,
+        adapter: Any = None,
+        sample: int = 0,
+        on_step: Callable[[NativeHandle], None] | None = None,
+    ) -> Future[Completion]:
+        """Queue one sequence. Cancelling the future ends it at the next step.
+
+        Args:
+            on_step: called in the engine's thread, with its handle, after every step that the
+                request took part in; it must be quick. An error in it ends the request.
+
+        Raises:
+            ClosedError: after `close`. RuntimeError: in a forked child. What `NativeClient.submit`
+                refuses is raised by the future.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError("the engine's thread is the parent process's; load a model here")
+        request = _Request(tokens, params, adapter, sample, on_step)
+        request.future.add_done_callback(request.cancel)
+        with self._lock:
+            if self._closed:
+                raise ClosedError("expected one that is open; it was closed")
+            self._inbox.put(request)
+        return request.future
+
+    def close(self) -> None:
+        """Cancel what is under way and end the thread. A second call does nothing."""
+        with self._lock:
+            self._closed = True
+        self._end()
+
+
+def _end(inbox: queue.SimpleQueue[_Request | None], thread: threading.Thread) -> None:
+    inbox.put(None)
+    if thread is not threading.current_thread():
+        thread.join()
+
+
+def _drive(client: NativeClient, inbox: queue.SimpleQueue[_Request | None]) -> None:
+    under_way: dict[NativeHandle, _Request] = {}
+    while True:
+        while not under_way or not inbox.empty():
+            request = inbox.get()
+            if request is None:
+                _abandon(client, under_way)
+                return
+            _admit(client, request, under_way)
+        try:
+            finished = client.step()
+        except Exception as error:  # it ended everything in the engine, which is empty now
+            for request in under_way.values():
+                request.fail(error)
+            _abandon(client, under_way)
+            continue
+        for handle, request in list(under_way.items()):
+            _tell(handle, request)
+        for handle in finished:
+            ended = under_way.pop(handle, None)
+            if ended is not None:
+                _settle(handle, ended)
+
+
+def _admit(
+    client: NativeClient, request: _Request, under_way: dict[NativeHandle, _Request]
+) -> None:
+    if request.future.cancelled():
+        return
+    try:
+        handle = client.submit(
+            request.tokens, request.params, adapter=request.adapter, sample=request.sample
+        )
+    except Exception as error:  # it fails alone
+        request.fail(error)
+        return
+    request.handle = handle
+    under_way[handle] = request
+    if request.future.cancelled():  # between the two looks
+        handle.cancel()
+
+
+def _tell(handle: NativeHandle, request: _Request) -> None:
+    if request.on_step is None or request.future.done():
+        return
+    try:
+        request.on_step(handle)
+    except Exception as error:
+        request.fail(error)
+        handle.cancel()
+
+
+def _settle(handle: NativeHandle, request: _Request) -> None:
+    try:
+        completion = handle.completion()
+    except Exception as error:  # its own, such as NumericError
+        request.fail(error)
+        return
+    with contextlib.suppress(InvalidStateError):  # it was cancelled meanwhile
+        request.future.set_result(completion)
+
+
+def _abandon(client: NativeClient, under_way: dict[NativeHandle, _Request]) -> None:
+    """End everything and let the engine retire it."""
+    client.cancel()
+    for request in under_way.values():
+        request.fail(ClosedError("it was closed before it answered"))
+    under_way.clear()
+    with contextlib.suppress(Exception):  # what it met was said already
+        while not client.idle():
+            client.step()

@@ -1,0 +1,62 @@
+"""The parts of a server from its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignpro.config import ModelConfig
+from alignpro.config.serve import RouteConfig, ServeConfig
+from alignpro.models.native_model import NativeModel, load_model, reusable
+from alignpro.prompter import Prompter, config_of_prompter
+from alignpro.serve.app import Proxy
+from alignpro.serve.audit import AuditLog
+from alignpro.serve.local import LocalUpstream
+from alignpro.serve.messages import Upstream
+from alignpro.serve.rewriter import Rewriter
+from alignpro.serve.routes import Route, Routes, mode_of
+from alignpro.serve.upstream import EndpointUpstream
+
+
+def build_proxy(config: ServeConfig) -> Proxy:
+    """Load the models and put the parts together.
+
+    A prompter whose base weights are those of the model that answers shares its engine.
+
+    Raises as `Prompter.from_run` and `load_model`.
+    """
+    loaded: list[tuple[ModelConfig, NativeModel]] = []
+    rewriters: dict[Path, Rewriter] = {}
+
+    def rewriter_of(name: str) -> Rewriter:
+        run = Path(name).resolve()
+        if run not in rewriters:
+            base = config_of_prompter(name).prompter
+            model = reusable(base, loaded)
+            prompter = Prompter.from_run(
+                name, threads=config.threads, guards=config.guards, model=model
+            )
+            loaded.append((base, prompter.model))
+            rewriters[run] = Rewriter(run.name, prompter, config)
+        return rewriters[run]
+
+    def route_of(settings: RouteConfig) -> Route:
+        runs = [run for run in (settings.run, settings.second_run) if run is not None]
+        return Route(mode_of(settings.rewrite), [rewriter_of(run) for run in runs], settings.share)
+
+    named = {model: route_of(route) for model, route in (config.routes or {}).items()}
+    routes = Routes(route_of(config.route), named)
+    audit = None if config.audit.path is None else AuditLog(config.audit)
+    return Proxy(config, _upstream(config, loaded), routes, audit)
+
+
+def _upstream(config: ServeConfig, loaded: list[tuple[ModelConfig, NativeModel]]) -> Upstream:
+    if config.upstream is not None:
+        return EndpointUpstream(
+            config.upstream,
+            connect_seconds=config.connect_seconds,
+            idle_seconds=config.idle_seconds,
+        )
+    if config.model is None:
+        raise ValueError("upstream: expected an address, or a model in this process (model)")
+    wanted = ModelConfig(config.model)
+    return LocalUpstream(reusable(wanted, loaded) or load_model(wanted, config.threads))

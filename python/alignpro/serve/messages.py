@@ -1,0 +1,73 @@
+"""What passes between a client, this server and what answers: requests, answers, errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+Headers = list[tuple[bytes, bytes]]  # names in lower case
+
+# Of a connection and not of a message (RFC 9110, 7.6.1); what "connection" names is as well.
+_HOP_BY_HOP = {
+    *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization"),
+    *(b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
+}
+PREFIX = b"x-alignpro"
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A request on its way to what answers. ``path`` is behind /v1, with its query, as it came."""
+
+    method: str
+    path: bytes
+    headers: Headers
+    body: bytes | AsyncIterator[bytes]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``close`` ends it, read to its end or not."""
+
+    status: int
+    headers: Headers
+    body: AsyncIterator[bytes]
+    close: Callable[[], Awaitable[None]]
+
+
+class UpstreamError(Exception):
+    """There is no answer; ``status`` is what the client is told."""
+
+    def __init__(self, message: str, status: int = 502) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Upstream(Protocol):
+    """What answers: an endpoint, or a model in this process."""
+
+    async def send(self, request: Outgoing) -> Answer:
+        """Raises UpstreamError. Cancelling it ends the request."""
+
+    async def close(self) -> None: ...
+
+
+def end_to_end(headers: Iterable[tuple[bytes, bytes]], *drop: bytes) -> Headers:
+    """The headers that a proxy passes on, in their order; ours are not."""
+    kept = [(name.lower(), value) for name, value in headers]
+    named = {
+        token.strip().lower()
+        for name, value in kept
+        if name == b"connection"
+        for token in value.split(b",")
+    }
+    out = _HOP_BY_HOP | named | set(drop)
+    return [(n, v) for n, v in kept if n not in out and not n.startswith(PREFIX)]
+
+
+def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
+    """An error as OpenAI writes it."""
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return json.dumps({"error": error}).encode()

@@ -1,0 +1,126 @@
+"""`alignpro serve` as it is typed: it says where it listens, ends gently, refuses what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from dataclasses import replace
+
+import openai
+import pytest
+
+import alignpro
+from alignpro.config import REWRITE, to_mapping
+from alignpro.config.serve import ServeConfig
+from alignpro.models.adapter import save_peft
+from alignpro.models.native_model import load_model
+from native_runs import lora
+from serve.raw_upstream import STREAM_HEAD, RawUpstream, chunk
+
+
+def started(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "alignpro", "serve", *arguments, "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stdout.readline()
+    found = re.search(r"listening on (http://\S+)", line)
+    if found is None:
+        process.kill()
+        raise AssertionError(line + process.stderr.read())
+    return process, found[1]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model_dir, tmp_path_factory):
+    """The directory of a run, as training leaves it behind."""
+    folder = tmp_path_factory.mktemp("serve") / "my-run"
+    folder.mkdir()
+    base = tiny_model_dir("llama")
+    config = alignpro.TrainConfig(
+        prompter=alignpro.ModelConfig(str(base)),
+        run_dir=str(folder),
+        rewrite=replace(REWRITE, max_new_tokens=6),
+        prompting=alignpro.Prompting(template="{prompt}", separator=" | "),
+    )
+    (folder / "config.json").write_text(json.dumps(to_mapping(config)))
+    save_peft(folder / "adapter", lora(load_model(base, threads=1)))
+    return folder
+
+
+def test_a_model_and_a_prompter_on_one_port(run, tiny_model_dir):
+    model = str(tiny_model_dir("llama"))
+    process, url = started("--model", model, "--run", str(run), "--rewrite", "on", "threads=1")
+    with process:
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        raw = client.chat.completions.with_raw_response.create(
+            model=model, messages=[{"role": "user", "content": "the heron"}], max_tokens=4
+        )
+        assert raw.headers["x-alignpro-run"] == "my-run"
+        assert raw.headers["x-alignpro-reason"] in ("rewritten", "deadline")
+        assert raw.parse().choices[0].message.role == "assistant"
+        process.send_signal(signal.SIGHUP)
+        assert "my-run: reloaded" in process.stderr.readline()
+        assert client.models.list().data[0].id == model
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, process.stderr.read()
+
+
+def test_sigterm_lets_requests_end():
+    go_on = threading.Event()
+
+    def reply(got, send):
+        send(STREAM_HEAD + chunk(b"data: one\n\n"))
+        assert go_on.wait(30)
+        send(chunk(b"data: two\n\n") + b"0\r\n\r\n")
+
+    with RawUpstream(reply) as upstream:
+        process, url = started("--upstream", upstream.url)
+        with process:
+            request = urllib.request.Request(f"{url}/chat/completions", b"{}", method="POST")
+            with urllib.request.urlopen(request, timeout=30) as response:
+                assert response.readline() == b"data: one\n"
+                process.send_signal(signal.SIGTERM)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+                go_on.set()
+                assert response.read() == b"\ndata: two\n\n"
+            assert process.wait(30) == 0, process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"upstream": "example.com"}, "upstream: expected an http://"),
+        ({"upstream": "http://a", "model": "m"}, "model: expected null with upstream"),
+        ({"upstream": "http://a", "rewrite": True}, "rewrite: expected false without run"),
+        ({"upstream": "http://a", "run": "r", "rewrite": "on"}, "rewrite: expected"),
+        ({"upstream": "http://a", "port": 70000}, "port: expected between 0 and 65535"),
+    ],
+)
+def test_a_configuration_is_checked(fields, part):
+    with pytest.raises(ValueError, match=re.escape(part)):
+        ServeConfig(**fields)
+
+
+def test_what_is_wrong_is_one_line(tmp_path):
+    with RawUpstream(lambda got, send: None) as taken:
+        for arguments, part in (
+            (["--upstream", "http://a", "--port", str(taken.port)], "in use"),
+            (["--upstream", "http://a", "--run", str(tmp_path)], "the directory of a run"),
+            ([], "upstream: expected an address, or a model in this process"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", "alignpro", "serve", *arguments],
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert done.returncode == 2 and part in done.stderr and done.stderr.count("\n") == 1

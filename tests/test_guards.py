@@ -1,0 +1,197 @@
+"""Each guard by hand-written cases, both ways: what it must stop, and what it must let pass."""
+
+from __future__ import annotations
+
+import pytest
+
+import alignpro
+from alignpro.config import GuardConfig, Prompting
+from alignpro.guards import Candidate, broken_guard, language, numbers, script
+
+REWRITE = Prompting(mode="rewrite", template="Rewrite the request below clearly.\n\n{prompt}")
+APPEND = Prompting()
+OFF = GuardConfig(
+    spans=False, language=False, max_growth=None, cut=False, answered=False, echo=False
+)
+
+
+def rewritten(prompt, text, guards=None, was_cut=False):
+    return broken_guard(Candidate(prompt, text, text, was_cut), REWRITE, guards or GuardConfig())
+
+
+def appended(prompt, text):
+    turn = f"{prompt}\n\n{text}"
+    return broken_guard(Candidate(prompt, turn, text), APPEND, GuardConfig())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("What is 12 times 7?", "Compute 12 times 17 step by step."),
+        ("Sum 1,234.50 and 2", "Add 1234.50 to 2 and show the sum."),
+        ("It costs 5%?", "Explain whether it costs 5."),
+        ("Meet at 10:30?", "Ask whether to meet at half past ten."),
+        ('Translate "good morning" please', "Translate a greeting, please."),
+        ("Was bedeutet \u201eGlück auf\u201c?", "Was bedeutet der Gruß der Bergleute?"),
+        ("Fix `x += 1` in my loop", "Fix the increment in my loop."),
+        ("Why?\n```python\nprint(1 / 0)\n```", "Why does dividing by zero fail?\n```python\n```"),
+        ("Read https://example.com/a?b=1 now", "Read https://example.com/a now."),
+        ("Write to ada@example.org", "Write to Ada."),
+        ("Ask [protected]only Dr. Oe[/protected] about it", "Ask the doctor about it."),
+        ("Choose: A) 3 B) 4", "Choose between three (A) and four (B)."),
+    ],
+)
+def test_spans_that_are_lost_are_seen(prompt, text):
+    assert rewritten(prompt, text) == "spans"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("What is 12 times 7?", "Compute 12 \u00d7 7 and show each step."),
+        ('Translate "good morning"', "Give the French for \u201cgood morning\u201d."),
+        ("Fix `x += 1`", "Explain what is wrong with x += 1 and fix it."),
+        ("See (https://example.com/a).", "Summarise https://example.com/a for a child."),
+        ("Ask [protected]only Dr. Oe[/protected]", "Please ask only Dr. Oe."),
+        ("How do bees fly?", "Explain in 3 steps how bees fly."),  # new numbers may come
+        ("It's Ann's and Bob's", "Say that it belongs to Ann and Bob."),  # no quotation
+    ],
+)
+def test_spans_that_are_kept_pass(prompt, text):
+    assert rewritten(prompt, text) is None
+
+
+def test_numbers_are_whole():
+    assert numbers("a1 12 3.5 -4 1,000 7% 2e-3 v2 10:30.") == {
+        *("12", "3.5", "-4", "1,000", "7%", "2e-3", "10:30")
+    }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("Wie macht man das Brot und warum ist es nicht sauer?", "Tell how the bread is made."),
+        ("Pourquoi est-ce que le ciel est bleu ?", "Explain why the sky is blue."),
+        (
+            "\u041f\u043e\u0447\u0435\u043c\u0443 \u043d\u0435\u0431\u043e",
+            "Explain why the sky looks blue.",
+        ),
+        ("天空为什么是蓝色的", "Explain why the sky is blue."),
+        (
+            "Why is the sky blue?",
+            "请解释天空为什么是蓝色的",
+        ),
+    ],
+)
+def test_another_language_is_seen_in_both_modes(prompt, text):
+    assert rewritten(prompt, text) == "language"
+    assert appended(prompt, text) == "language"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("Why is the sky blue?", "Explain briefly why the sky is blue."),
+        ("Wie macht man Brot?", "Beschreibe Schritt für Schritt, wie man ein Brot macht."),
+        ("Was ist das Phänomen?", "Erkläre, was es mit dem Phänomen auf sich hat."),
+        (
+            "東京はどこですか",
+            "東京の場所を説明",
+        ),  # kana, and Han alone
+        ("Pasta alla norma?", "Give a recipe."),  # too little to tell
+        ("What does 'le monde' mean?", "Explain the meaning of 'le monde'."),
+    ],
+)
+def test_the_same_language_passes(prompt, text):
+    assert rewritten(prompt, text) is None
+
+
+def test_what_cannot_be_told_is_not():
+    assert script("12 + 3?") is None and language("ok") is None and language("de die la") is None
+    assert (
+        language("What is the time?") == "en"
+        and script("\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd \u05d8\u05d5\u05d1")
+        == "HEBREW"
+    )
+
+
+def test_length():
+    assert rewritten("Why?", "Explain why. " * 40) == "length"
+    assert rewritten("Why?", "Explain why. " * 30) is None  # 390 characters are free
+    long = "Tell me a story about birds. " * 40
+    assert rewritten(long, long + long) is None
+    assert rewritten("Why?", "Explain why. " * 40, GuardConfig(max_growth=None)) is None
+
+
+def test_a_prompt_that_was_cut_is_no_prompt_and_an_instruction_may_be():
+    assert rewritten("Why is it so?", "Explain in detail why it is so and", was_cut=True) == "cut"
+    cut = Candidate("Why is it?", "Why is it?\n\nAnswer in a few", "Answer in a few", True)
+    assert broken_guard(cut, APPEND, GuardConfig()) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure! Bees fly by beating their wings.",
+        "Here's how bees fly:",
+        "The answer is that they beat their wings.",
+        "I'm sorry, but I can't help with that.",
+        "As an AI language model, I cannot fly.",
+        "Yes, they do.",
+        "**Answer:** They beat their wings.",
+    ],
+)
+def test_answers_are_seen(text):
+    assert rewritten("How do bees fly?", text) == "answered"
+    assert appended("How do bees fly?", text) == "answered"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("How do bees fly?", "How do bees fly? Answer in one sentence."),
+        ("How do bees fly?", "Heretics aside, how do bees fly?"),
+        ("How do bees fly?", "No more than three sentences: how do bees fly?"),
+        ("Here is my text: bees", "Here is my text: bees. Shorten it."),
+    ],
+)
+def test_rewrites_are_no_answers(prompt, text):
+    assert rewritten(prompt, text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Rewrite the request below clearly. How do bees fly?",
+        "How do bees fly?<|im_end|>",
+        "How do bees fly?\nAssistant: They beat their wings.",
+        "[INST] How do bees fly? [/INST]",
+        "### Instruction\nHow do bees fly?",
+    ],
+)
+def test_an_echo_is_seen(text):
+    assert rewritten("How do bees fly?", text) == "echo"
+
+
+def test_no_echo():
+    assert rewritten("What does [INST] do?", "Explain what [INST] does.") is None
+    prompt = "Rewrite the request below clearly."
+    assert rewritten(prompt, prompt + " Now.") is None  # the user's own words
+    assert appended("How do bees fly?", "Answer the request in verse.") is None
+
+
+def test_every_guard_can_be_turned_off():
+    assert rewritten("Why 12?", "Sure! <|im_end|> " * 40, OFF, was_cut=True) is None
+
+
+def test_a_prompter_uses_what_its_guards_let_pass(tiny_model_dir):
+    params = alignpro.SamplingParams(max_new_tokens=5, ignore_eos=True, temperature=0.0)
+    options = {"prompting": REWRITE, "params": params, "threads": 1}
+    with alignpro.Prompter(tiny_model_dir("llama"), guards=GuardConfig(), **options) as prompter:
+        result = prompter.rewrite("What is 12 times 7?")
+        assert (result.prompt, result.applied) == ("What is 12 times 7?", False)
+        assert result.reason == "guard_cut" and result.text and result.tokens == 5
+        prompter.guards = GuardConfig(cut=False)
+        assert prompter.rewrite("What is 12 times 7?").reason == "guard_spans"
+        prompter.guards = GuardConfig(cut=False, spans=False)
+        assert prompter.rewrite("What is 12 times 7?").prompt == result.text

@@ -1,0 +1,240 @@
+"""A prompter among threads, event loops and deadlines: nothing waits, leaks or fails others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+import alignpro
+from alignpro.config import REWRITE
+from alignpro.models.adapter import save_peft
+from alignpro.models.engine_thread import ClosedError, EngineThread
+from alignpro.models.native_model import load_model
+from native_runs import ENDLESS, SHORT, assert_settles, lora
+
+PROMPTING = alignpro.Prompting(template="{prompt}", separator=" | ")
+PARAMS = replace(REWRITE, max_new_tokens=6, ignore_eos=True)
+LONG = replace(PARAMS, max_new_tokens=240)  # nearly all of the context: tens of steps
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the heron"}]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return load_model(tiny_model_dir("llama"), threads=1)
+
+
+@pytest.fixture
+def prompter(model):
+    with alignpro.Prompter(model, prompting=PROMPTING, params=PARAMS) as made:
+        yield made
+
+
+def slow_steps(monkeypatch, seconds):
+    """Every step of a native client takes so long."""
+    from alignpro.models.native_client import NativeClient
+
+    step = NativeClient.step
+
+    def slower(self):
+        time.sleep(seconds)
+        return step(self)
+
+    monkeypatch.setattr(NativeClient, "step", slower)
+
+
+def test_past_the_deadline_the_prompt_goes_out_as_it_is(model, monkeypatch):
+    slow_steps(monkeypatch, 0.02)
+    with alignpro.Prompter(model, prompting=PROMPTING, params=LONG) as prompter:
+        begin = time.perf_counter()
+        result = prompter.rewrite(CHAT, deadline=0.1)
+        took = time.perf_counter() - begin
+        assert (result.applied, result.reason, result.text) == (False, "deadline", "")
+        assert result.prompt == CHAT and 90 < result.milliseconds < 1000 and took < 1.0
+        time.sleep(0.1)  # the step after is the one that retires it
+        assert_settles(model)
+        late = asyncio.run(prompter.arewrite("the heron", deadline=0.1))
+        assert (late.prompt, late.reason) == ("the heron", "deadline")
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf")])
+def test_a_deadline_is_checked(prompter, deadline):
+    with pytest.raises(ValueError, match="deadline: expected seconds above 0"):
+        prompter.rewrite("the heron", deadline=deadline)
+
+
+def test_threads_and_event_loops_get_what_one_caller_gets(prompter):
+    prompts = [f"bird {number}" for number in range(24)]
+    alone = [prompter.rewrite(prompt, seed=7).text for prompt in prompts]
+    with ThreadPoolExecutor(12) as pool:
+        threads = list(pool.map(lambda prompt: prompter.rewrite(prompt, seed=7).text, prompts))
+
+    async def together():
+        return await asyncio.gather(*(prompter.arewrite(prompt, seed=7) for prompt in prompts))
+
+    assert alone == threads == [result.text for result in asyncio.run(together())]
+    assert len(set(alone)) > 1
+
+
+def test_requests_of_threads_share_steps(model, prompter):
+    def steps(work):
+        before = model.stats()["steps"]
+        work()
+        return model.stats()["steps"] - before
+
+    prompts = [f"bird {number}" for number in range(16)]
+    one_by_one = steps(lambda: [prompter.rewrite(prompt) for prompt in prompts])
+    barrier = threading.Barrier(16)
+
+    def one(prompt):
+        barrier.wait()
+        return prompter.rewrite(prompt)
+
+    with ThreadPoolExecutor(16) as pool:
+        at_once = steps(lambda: list(pool.map(one, prompts)))
+    assert at_once < one_by_one / 2
+
+
+def test_cancelling_a_task_ends_its_request(model, monkeypatch):
+    slow_steps(monkeypatch, 0.01)
+    with alignpro.Prompter(model, prompting=PROMPTING, params=LONG) as prompter:
+
+        async def leave():
+            task = asyncio.create_task(prompter.arewrite("the heron"))
+            await asyncio.sleep(0.1)
+            assert model.stats()["kv_blocks_in_use"] > 0
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(leave())
+        time.sleep(0.1)
+        assert_settles(model)
+
+
+def test_bad_input_is_the_callers_and_costs_no_other(prompter):
+    with ThreadPoolExecutor(8) as pool:
+        good = [pool.submit(prompter.rewrite, f"bird {number}") for number in range(8)]
+        with pytest.raises(ValueError, match="exceed the context"):
+            prompter.rewrite("long " * 400)
+        with pytest.raises(ValueError, match="ends in a user turn"):
+            asyncio.run(prompter.arewrite([{"role": "assistant", "content": "no"}]))
+        assert all(future.result().text for future in good)
+    assert prompter.rewrite_batch([]) == []
+
+
+def test_an_engine_that_fails_lets_the_prompt_out_and_goes_on(prompter, monkeypatch, caplog):
+    from alignpro.models.native_client import NativeClient
+
+    step, failures = NativeClient.step, iter([MemoryError("no memory")])
+
+    def failing(self):
+        for error in failures:
+            raise error
+        return step(self)
+
+    monkeypatch.setattr(NativeClient, "step", failing)
+    result = prompter.rewrite("the heron")
+    assert (result.prompt, result.reason) == ("the heron", "error")
+    assert "no memory" in caplog.text
+    assert prompter.rewrite("the heron").applied
+
+
+def test_a_closed_prompter_says_so(model):
+    prompter = alignpro.Prompter(model, prompting=PROMPTING, params=LONG)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(prompter.rewrite, "the heron")
+        time.sleep(0.005)
+        prompter.close()
+        outcome = waiting.exception()
+        assert outcome is None or isinstance(outcome, ClosedError)  # it may have ended before
+    prompter.close()
+    with pytest.raises(ClosedError):
+        prompter.rewrite("the heron")
+    assert_settles(model)
+    del prompter
+    before = threading.active_count()
+    alignpro.Prompter(model, prompting=PROMPTING, params=LONG)  # dropped
+    assert threading.active_count() == before
+
+
+def test_a_new_adapter_is_used_from_then_on(model, tmp_path):
+    options = {"prompting": PROMPTING, "params": PARAMS}
+
+    def save(seed):
+        save_peft(tmp_path / "adapter", lora(model, seed))
+
+    save(1)
+    with alignpro.Prompter(model, tmp_path / "adapter", **options) as prompter:
+        first = prompter.rewrite("the heron", seed=3).text
+        save(2)
+        assert prompter.rewrite("the heron", seed=3).text == first
+        prompter.reload()
+        second = prompter.rewrite("the heron", seed=3).text
+        with alignpro.Prompter(model, lora(model, 2), **options) as fresh:
+            assert second == fresh.rewrite("the heron", seed=3).text != first
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"half a file")
+        with pytest.raises(ValueError):
+            prompter.reload()
+        assert prompter.rewrite("the heron", seed=3).text == second
+
+
+def test_steps_are_told_and_an_error_there_ends_the_request_alone(model):
+    engine = EngineThread(model)
+    told = []
+    tokens = model.tokenizer.encode("the heron")
+    heard = engine.submit(
+        tokens, SHORT, on_step=lambda handle: told.append(handle.sequence.read(0))
+    )
+    loud = engine.submit(tokens, ENDLESS, on_step=lambda handle: 1 / 0)
+    written = heard.result(30).tokens
+    assert told[-1][0] == written and len(told) > 1
+    with pytest.raises(ZeroDivisionError):
+        loud.result(30)
+    with pytest.raises(ValueError, match="prompt"):
+        engine.submit([], SHORT).result(30)
+    engine.close()
+    assert_settles(model)
+
+
+def test_the_interpreter_ends_in_the_middle_of_rewrites(tiny_model_dir):
+    program = f"""
+        import threading, alignpro
+        from dataclasses import replace
+        from alignpro.config import REWRITE
+        long = replace(REWRITE, max_new_tokens=150, ignore_eos=True)
+        prompter = alignpro.Prompter({str(tiny_model_dir("llama"))!r}, params=long, threads=1)
+        def work():
+            while True:
+                prompter.rewrite("the heron")
+        for _ in range(4):
+            threading.Thread(target=work, daemon=True).start()
+        prompter.rewrite("the heron")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_is_refused(prompter):
+    child = os.fork()
+    if child == 0:
+        try:
+            prompter.rewrite("the heron", deadline=5.0)
+        except RuntimeError as error:
+            os._exit(7 if "parent process" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
