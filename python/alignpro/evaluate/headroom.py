@@ -84,9 +84,7 @@ def run_headroom(
     else:
         arms = arms_path(output)
         config = replace(config, date=config.date or kept_date(arms) or today())
-        calls = samples or output
-        if calls is not None:
-            calls = calls.with_name(calls.name + ".calls.jsonl")
+        calls = calls_path(samples or output)
         drawn, usage, too_long, made_from = _draw(config, calls, arms, run, on_progress)
         rollout = complete(drawn)
         rewards = rewards_of(rollout)
@@ -242,7 +240,7 @@ def _draw(
     reward = build_reward(config.reward)
     check_columns(reward, stack_columns(rows))
     prompter, target = load_models(
-        config.prompter, config.target, config.threads, calls=calls_path(samples), date=config.date
+        config.prompter, config.target, config.threads, calls=calls, date=config.date
     )
     adapter = load_adapter(config.prompter.adapter, prompter)
     made_from = made_from_of(config, prompter, target, reward, rows)
