@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from alignpro.config import ClosedFormConfig, LoraConfig, Prompting, TrainConfig
+from alignpro.objective.pooled_rewards import pooled_rewards
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.check import RewardError
 from alignpro.train.callbacks import TrainCallback
@@ -177,6 +178,25 @@ def test_later_rounds_draw_from_the_prompter_fitted_before(tmp_path):
     assert [row["round"] for row in log(again)] == [0] * 20 + [1] * 20
     with pytest.raises(ValueError, match=r"another configuration: kl_coef was 0\.1, is 0\.2"):
         make(dataclasses.replace(settings, kl_coef=0.2), resume=True)
+
+
+def test_prompts_are_told_apart_by_the_base_model(tmp_path, monkeypatch):
+    given = []
+
+    def spy(features, *observed, **sizes):
+        given.append((features, *observed))
+        return pooled_rewards(features, *observed, **sizes)
+
+    monkeypatch.setattr("alignpro.train.pooled.pooled_rewards", spy)
+    make(pooled(tmp_path, 2, steps=20, num_rewrites=16)).train()
+    (features, prompt, *_), (later, *_) = given
+    assert torch.equal(features, later)  # the fit between them changed the adapter
+    assert len(features) == len(PROMPTS)
+    last, mean = features.unflatten(1, (2, -1)).norm(dim=2).unbind(dim=1)
+    assert not last.any()  # the toy's state is its last token's, and theirs is the same
+    assert torch.allclose(mean, torch.ones_like(mean))
+    assert len({tuple(row) for row in features.tolist()}) == len(set(PROMPTS))
+    assert int(prompt.max()) == len(PROMPTS) - 1
 
 
 def test_prompts_that_share_no_texts_are_told_so(tmp_path):

@@ -103,7 +103,7 @@ def pooled_rewards(
 def directions(features: Tensor) -> Tensor:
     """[P, D] float64: where each row lies from their mean, at length 1; 0 where it is the mean."""
     x = features.double() - features.double().mean(dim=0)
-    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return torch.as_tensor(x / x.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 class _Observations:

@@ -136,11 +136,13 @@ class Pool:
             score = self.policy.model.core_model.score(
                 [list(r) for r in part], list(begin), with_hidden=True
             )
+            assert score.hidden is not None
             lengths = [len(row) - start for row, start in zip(part, begin, strict=True)]
-            for states in torch.from_numpy(score.hidden).split(lengths):
+            for states in np.split(score.hidden, np.cumsum(lengths)[:-1]):
                 last.append(states[-1])
-                mean.append(states.mean(dim=0))
-        return torch.cat([directions(torch.stack(last)), directions(torch.stack(mean))], dim=1)
+                mean.append(states.mean(axis=0))
+        both = [directions(torch.from_numpy(np.stack(states))) for states in (last, mean)]
+        return torch.cat(both, dim=1)
 
     def _look_up_priors(self, chosen: Sequence[Sequence[list[int]]]) -> None:
         """log rho_ref(rewrite | prompt) of the pairs that were not known before."""
