@@ -67,7 +67,7 @@ ROOMS: dict[str, set[str]] = {
 ONLY = {
     "transformers": {"rewards"},  # loads reward models
     "torch": {"objective", "ops", "train", "rewards"},
-    "httpx2": {"models", "serve"},  # calls to endpoints
+    "httpx2": {"models"},  # calls to endpoints
     **{name: {"serve"} for name in ("starlette", "uvicorn", "http.server", "socketserver")},
     "alignpro._core": {"native"},
 }

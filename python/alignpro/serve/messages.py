@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,6 +54,13 @@ class Upstream(Protocol):
         """Raises UpstreamError. Cancelling it ends the request."""
 
     async def close(self) -> None: ...
+
+
+def send_at_once(transport: asyncio.BaseTransport) -> None:
+    """Small pieces do not wait for the other side to say that it has those before."""
+    socket_ = transport.get_extra_info("socket")
+    if socket_ is not None:
+        socket_.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], *drop: bytes) -> Headers:

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from alignpro.config.serve import ServeConfig
 from alignpro.optional import is_installed
 from alignpro.serve.app import Proxy, make_app
+from alignpro.serve.messages import send_at_once
 
 _IDLE_CLIENT = 75  # seconds for which a client's connection is kept open between requests
 
@@ -29,6 +30,7 @@ class _Limited(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        send_at_once(transport)
         self._in_headers, self._size, self._pending = True, 0, 0
         self._timer: asyncio.TimerHandle | None = None
         self._wait_for_headers()
