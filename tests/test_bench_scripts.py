@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignpro.types import SamplingParams
-from bench import barrier, growth, house_rules, score
+from bench import barrier, endpoint, growth, house_rules, score
 
 SCORE = ["--shape", "300x16", "--tokens", "12", "--repeats", "2"]
 
@@ -84,3 +84,18 @@ def test_house_rules_prints_a_row_for_every_text(smollm2_path: Path, monkeypatch
     policy = house_rules.ARMS.policy_text
     assert texts == ["none: the raw prompt", *rules, policy, "Sing.", house_rules.RIGHT_RULE]
     assert all(0 <= float(cell) <= 1 for row in rows for cell in row.strip("| ").split(" | ")[1:])
+
+
+@pytest.mark.parametrize("server", ["llama.cpp", "alignpro"])
+def test_a_target_behind_a_server_is_compared_with_the_one_in_process(server, capsys):
+    work = ["--seeds", "1", "--steps", "2", "--prompts", "1", "--responses", "1"]
+    sizes = ["--rewrite-tokens", "3", "--response-tokens", "4", "--threads", "1"]
+    endpoint.main(["--server", server, "--server-threads", "1", *work, *sizes])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "| step | in process | server |" and len(shown) == 9
+    difference, (ours, theirs), ratios = shown[4], shown[5:7], shown[7:]
+    assert difference.startswith("server - in process: ") and "] of reward" in difference
+    assert ours.startswith("in process: ") and theirs.startswith("server: ")
+    for line, what in zip(ratios, ("seconds", "cpu_seconds"), strict=True):
+        assert line.startswith(f"{what}, server over in process: ")
+        assert float(line.split(": ")[1].split(" ")[0]) > 0

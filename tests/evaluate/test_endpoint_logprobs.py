@@ -138,6 +138,12 @@ def test_an_endpoint_that_does_not_tell_them(config, tells, server, hidden, echo
     assert len(server.asked) <= 3
 
 
+def test_an_endpoint_that_does_not_answer_is_one_line(config, server):
+    server.always = Fault.error(400, "too busy")
+    with pytest.raises(ValueError, match=r"^target\.endpoint: big at http.*: HTTP 400: too busy$"):
+        run_bound(from_mapping(BoundConfig, config))
+
+
 def test_a_response_of_which_a_token_is_not_told_is_refused(config, tells, monkeypatch):
     whole = tells.chat
 

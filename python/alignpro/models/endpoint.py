@@ -119,10 +119,14 @@ class EndpointModel:
         with the tokens themselves and those that it read, and of given tokens.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it does not, or does not answer.
         """
         params = SamplingParams(max_new_tokens=1, seed=0)
-        answer = self.answer(self.call([{"role": "user", "content": "Hi"}], params, 0)).result()
+        where = f"target.endpoint: {self.name} at {self.endpoint}"
+        try:
+            answer = self.answer(self.call([{"role": "user", "content": "Hi"}], params, 0)).result()
+        except RequestError as error:
+            raise ValueError(f"{where}: {error}") from None
         missing = "" if answer.logprobs else "log-probabilities of what it writes (logprobs)"
         if not missing and not (answer.tokens and answer.prompt_tokens):
             missing = "the tokens that it reads and writes (return_token_ids)"
@@ -133,8 +137,7 @@ class EndpointModel:
                 missing = f"log-probabilities of given tokens (echo): {error}"
         if missing:
             raise ValueError(
-                f"target.endpoint: {self.name} at {self.endpoint} does not tell {missing}; vLLM "
-                "does, and a model in this process"
+                f"{where} does not tell {missing}; vLLM does, and a model in this process"
             )
 
     def usage(self, answer: Answer | None = None) -> Usage:
