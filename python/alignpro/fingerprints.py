@@ -7,6 +7,7 @@ names stood for at the time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -204,10 +205,10 @@ def _hash(*values: Any) -> str:
 
 def check_same_inputs(
     run_dir: Path, now: Fingerprints, *, allow_changes: bool = False
-) -> list[str]:
-    """What differs from what the run was made from. Data may grow and be corrected as a run goes
-    on; other models, another adapter, template or reward make another run of it, and are refused
-    unless ``allow_changes``.
+) -> tuple[list[str], dict[str, str]]:
+    """What differs from what the run was made from, and `same_elsewhere`. Data may grow and be
+    corrected as a run goes on; other models, another adapter, template or reward make another run
+    of it, and are refused unless ``allow_changes``.
 
     Raises:
         ValueError: names what differs.
@@ -221,7 +222,7 @@ def check_same_inputs(
             f"cannot resume: {'; '.join(found)}. --allow-changes goes on all the same, "
             "run_dir=... starts another run"
         )
-    return found + differences(then, data, "")
+    return found + differences(then, data, ""), same_elsewhere(then, now)
 
 
 def _is_data(what: str) -> bool:
@@ -229,10 +230,13 @@ def _is_data(what: str) -> bool:
 
 
 def read_fingerprints(run_dir: Path) -> Fingerprints:
-    """Of a run; none where it has none."""
+    """Of a run; none where it has none, or a damaged file of them, which a warning names."""
     try:
         record = read_record(run_dir / FINGERPRINTS)
     except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        _log.warning("%s; what the run was made from is not compared", error)
         return {}
     return as_fingerprints(record.get("fingerprints"))
 
@@ -252,7 +256,9 @@ def write_fingerprints(
 ) -> None:
     """changed: what is another one from ``step`` on, which is said, too."""
     path = run_dir / FINGERPRINTS
-    changes = list(read_record(path).get("changes", [])) if path.is_file() else []
+    changes: list[Any] = []
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is begun anew
+        changes = list(read_record(path).get("changes", []))
     for what in changed:
         _log.warning("from step %d on: %s", step, what)
     if changed:

@@ -147,6 +147,23 @@ def test_the_same_again_is_no_change(place):
     assert read_fingerprints(place / "run") == made_from
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("fingerprints.json", "not JSON: "),
+        ("metrics.jsonl", "the rows of 2 of the first 2 steps are gone"),
+        ("checkpoints/step-000002/state.json", "no whole checkpoint; beginning with the first"),
+    ],
+)
+def test_a_torn_file_of_a_run_is_said_and_blocks_nothing(place, caplog, name, line):
+    make_trainer(config(place)).train()
+    (place / "run" / name).write_text("")
+    trainer = make_trainer(config(place, steps=3), resume=True)
+    trainer.train()
+    assert sum(line in message for message in caplog.messages) == 1
+    assert "data" in read_fingerprints(place / "run")
+
+
 def moved(place, name):
     (place / "elsewhere").mkdir(exist_ok=True)
     shutil.move(place / name, place / "elsewhere" / name)

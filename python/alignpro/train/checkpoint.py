@@ -101,7 +101,8 @@ def load_checkpoint(
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                 raise
             reason = one_line(error)[:200]
-            _log.warning("%s: damaged (%s); going back to the one before", folder, reason)
+            _log.warning("%s: damaged (%s); it is passed over", folder, reason)
+    _log.warning("%s: no whole checkpoint; beginning with the first step", run_dir)
     return None
 
 

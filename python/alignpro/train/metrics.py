@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignpro.files import append_line, write_file
+
+_log = logging.getLogger(__name__)
 
 
 class MetricText(NamedTuple):
@@ -170,10 +173,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def truncate_metrics(path: str | Path, *, steps: int) -> None:
     """Drop the rows of steps at or after ``steps``: what a resumed run writes again."""
     path = Path(path)
-    if not path.exists():
-        return
-    rows = [row for row in read_metrics(path) if row["step"] < steps]
-    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+    rows = [row for row in read_metrics(path) if row["step"] < steps] if path.exists() else []
+    if len(rows) < steps:
+        gone = steps - len(rows)
+        _log.warning("%s: the rows of %d of the first %d steps are gone", path, gone, steps)
+    if path.exists():
+        write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _finite(value: Any) -> Any:

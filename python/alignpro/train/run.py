@@ -72,11 +72,12 @@ def run_sft(
     log = MetricsLog(run_dir / "metrics.jsonl")
     changed: list[str] = []
     if resume:
-        changed = fingerprints.check_same_inputs(run_dir, made_from, allow_changes=allow_changes)
+        changed, same = fingerprints.check_same_inputs(
+            run_dir, made_from, allow_changes=allow_changes
+        )
         checkpoint = load_checkpoint(run_dir, model.lora_modules)
         if checkpoint is not None:
-            then = fingerprints.read_fingerprints(run_dir)
-            warm.restore(checkpoint, fingerprints.same_elsewhere(then, made_from))
+            warm.restore(checkpoint, same)
         truncate_metrics(log.path, steps=warm.step)
     fingerprints.write_fingerprints(run_dir, made_from, changed=changed, step=warm.step)
     write_json(run_dir / CONFIG, to_mapping(config))

@@ -118,11 +118,10 @@ class TrainingRun:
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
         made_from, changed = self._made_from(held_out), list[str]()
         if resume:
-            changed = fingerprints.check_same_inputs(
+            changed, same = fingerprints.check_same_inputs(
                 self.run_dir, made_from, allow_changes=allow_changes
             )
-            then = fingerprints.read_fingerprints(self.run_dir)
-            self._restore(fingerprints.same_elsewhere(then, made_from))
+            self._restore(same)
         fingerprints.write_fingerprints(self.run_dir, made_from, changed=changed, step=self.step)
         if isinstance(reference, LoraWeights):
             save_peft(self.run_dir / "reference", reference)
