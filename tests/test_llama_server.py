@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alignpro.config import ModelConfig, TrainConfig
+from alignpro.config import ClientConfig, ModelConfig, TrainConfig
+from alignpro.evaluate.bound import token_logprobs
 from alignpro.models.endpoint import EndpointModel
 from alignpro.pipeline import Pipeline
 from alignpro.train.metrics import read_metrics
@@ -49,6 +50,24 @@ def test_the_target_reads_what_the_one_in_process_reads(url, smollm2):
             assert 1 <= response.num_tokens <= 6
     written = [r.num_tokens for (w,) in theirs.rewrites for r in w.responses]
     assert theirs.generated_tokens == sum(written)
+
+
+def test_log_probabilities_are_those_of_the_model_in_process(url, smollm2):
+    """Its end of text among them, and at temperature 1 whatever is sampled at."""
+    target = EndpointModel(ModelConfig("smollm2", endpoint=url, client=ClientConfig(logprobs=True)))
+    client, read = target.client(), smollm2.tokenizer.encode_chat(CHAT)
+    for seed, temperature in ((1, 1.0), (2, 0.7), (3, 0.0)):
+        params = SamplingParams(max_new_tokens=12, temperature=temperature, seed=seed)
+        handle = client.submit(CHAT, params)
+        client.step()
+        done = handle.completion()
+        assert len(done.tokens) == len(done.logprobs) == done.num_tokens
+        (ours,) = token_logprobs(smollm2, [read], [done.tokens], 1.0)
+        # Its products round activations to eight bits: 0.34 nats were seen on an unlikely token.
+        assert np.abs(ours - done.logprobs).max() < 1.0
+        assert np.abs(ours - done.logprobs).mean() < 0.2
+    with pytest.raises(ValueError, match="does not tell the tokens that it reads and writes"):
+        target.check_logprobs()
 
 
 def test_a_training_run_before_the_server_is_replayed_without_it(url, port, tmp_path, smollm2_path):
