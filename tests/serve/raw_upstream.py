@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -45,13 +46,17 @@ class RawUpstream:
     """``reply`` gets the request and ``send``; it sends bytes when it likes, and the connection is
     closed where it returns False. ``left``: the other side closed a connection in the middle."""
 
-    def __init__(self, reply: Callable[[Got, Callable[[bytes], None]], bool | None]) -> None:
-        self.reply = reply
+    def __init__(
+        self,
+        reply: Callable[[Got, Callable[[bytes], None]], bool | None],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.reply, self._tls = reply, tls
         self.got: list[Got] = []
         self.left = threading.Event()
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self._listening.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.url = f"http{'' if tls is None else 's'}://127.0.0.1:{self.port}/v1"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> RawUpstream:
@@ -72,6 +77,11 @@ class RawUpstream:
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
+        if self._tls is not None:
+            try:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+            except OSError:  # the other side does not trust it
+                return
         with connection, connection.makefile("rb") as file:
             while got := self._read(file):
                 self.got.append(got)

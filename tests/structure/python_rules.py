@@ -68,7 +68,10 @@ ONLY = {
     "transformers": {"rewards"},  # loads reward models
     "torch": {"objective", "ops", "train", "rewards"},
     "httpx2": {"models"},  # calls to endpoints
-    **{name: {"serve"} for name in ("starlette", "uvicorn", "http.server", "socketserver")},
+    **{
+        name: {"serve"}
+        for name in ("starlette", "uvicorn", "aiohttp", "http.server", "socketserver")
+    },
     "alignpro._core": {"native"},
 }
 STANDARD_LIBRARY_ONLY = {

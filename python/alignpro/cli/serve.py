@@ -47,7 +47,7 @@ def serve(
     from alignpro.config.serve import LOOPBACK, ServeConfig
     from alignpro.optional import import_for
 
-    for package in ("starlette", "uvicorn", "httptools", "prometheus_client"):
+    for package in ("starlette", "uvicorn", "httptools", "aiohttp", "prometheus_client"):
         import_for("serve", package, "alignpro[serve]")
     options = {"run": run, "upstream": upstream, "model": model, "host": host, "port": port}
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]

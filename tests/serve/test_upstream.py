@@ -1,0 +1,186 @@
+"""The proxy and its upstream: TLS, back-pressure, connections that are kept, odd bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+
+import pytest
+
+from alignpro.config.serve import ServeConfig
+from serve.raw_upstream import STREAM_HEAD, RawUpstream, answer, chunk, until
+from serve.running import running
+
+CHAT = b"POST /v1/chat/completions"
+OPENSSL = shutil.which("openssl")
+
+
+def request(line: bytes, *headers: bytes, body: bytes | None = None) -> bytes:
+    length = [] if body is None else [b"Content-Length: %d" % len(body)]
+    lines = [line + b" HTTP/1.1", b"Host: h", b"Connection: close", *headers, *length, b""]
+    return b"\r\n".join([*lines, body or b""])
+
+
+def said(raw: bytes) -> tuple[int, str]:
+    """Status and message of an error of ours."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["message"]
+
+
+@pytest.fixture
+def echo():
+    with RawUpstream(lambda got, send: send(answer(got.body))) as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def proxy(echo):
+    with running(ServeConfig(upstream=echo.url, port=0)) as made:
+        yield made
+
+
+@pytest.mark.skipif(OPENSSL is None, reason="openssl makes the certificate")
+def test_an_upstream_with_a_certificate_of_a_ca_that_is_named(tmp_path, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = [OPENSSL, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test"]
+    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(made, check=True, capture_output=True)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+
+    def reply(got, send):
+        send(STREAM_HEAD + chunk(got.body[:5]) + chunk(got.body[5:]) + b"0\r\n\r\n")
+
+    with RawUpstream(reply, tls) as upstream:
+        config = ServeConfig(upstream=upstream.url, port=0)
+        asked = request(CHAT, body=b'{"messages": 1}')
+        with running(config) as proxy:
+            status, message = said(proxy.raw(asked))
+            assert status == 502 and "certificate" in message.lower() and not upstream.got
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        with running(config) as proxy:
+            for _ in range(2):
+                raw = proxy.raw(asked)
+                assert raw.startswith(b"HTTP/1.1 200") and b'ages": 1}' in raw
+
+
+def test_an_upstream_waits_for_a_client_that_does_not_read():
+    sent, piece = [], chunk(b"x" * 2**16)
+
+    def reply(got, send):
+        send(STREAM_HEAD)
+        for _ in range(1600):  # 100 MiB
+            send(piece)
+            sent.append(len(piece))
+        send(b"0\r\n\r\n")
+
+    with (
+        RawUpstream(reply) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0)) as proxy,
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client,
+    ):
+        client.sendall(request(CHAT, body=b"{}"))
+        until(lambda: len(sent) > 0)
+        before = -1
+        while len(sent) != before:
+            before = len(sent)
+            time.sleep(0.5)
+        assert sum(sent) < 30 * 2**20  # what sockets hold, and little more
+        got = 0
+        while data := client.recv(2**20):
+            got += len(data)
+        assert got > 1600 * 2**16 and len(sent) == 1600
+
+
+def test_bodies_of_any_size_arrive_and_headers_as_they_are(echo, proxy):
+    body = b"x" * (3 * 2**20 + 1)
+    assert proxy.raw(request(CHAT, body=body)).endswith(body)
+    header = "X-Name: Zo\u00eb \U0001f40d, a\tb".encode()
+    proxy.raw(request(b"DELETE /v1/files/a//b/./c%7E?q=%FF&q=a+b&%71=", header))
+    got = echo.got[1]
+    assert got.line == b"DELETE /v1/files/a//b/./c%7E?q=%FF&q=a+b&%71= HTTP/1.1"
+    assert dict(got.headers) == {
+        b"host": b"127.0.0.1:%d" % echo.port,
+        b"x-name": header.partition(b": ")[2],
+        b"content-length": b"0",
+    }
+    status, message = said(proxy.raw(request(b"GET /v1/models", b"X-Name: Zo\xeb")))
+    assert (status, message) == (400, "expected UTF-8 in the header x-name")
+    assert len(echo.got) == 2
+
+
+def test_the_bytes_of_an_answers_headers_pass():
+    extra = b"x-name: Zo\xeb\r\nlocation: /elsewhere\r\nx-long: " + b"y" * 20_000 + b"\r\n"
+    extra += b"".join(b"x-%d: 1\r\n" % number for number in range(300))
+
+    def reply(got, send):
+        send(answer(b"" if got.line.startswith(b"HEAD") else b"moved", b"302 Found", extra))
+
+    with RawUpstream(reply) as upstream:
+        with running(ServeConfig(upstream=upstream.url, port=0)) as proxy:
+            raw = proxy.raw(request(b"GET /v1/models"))
+            assert raw.startswith(b"HTTP/1.1 302") and raw.endswith(b"\r\n\r\nmoved")
+            assert extra.strip() in raw
+            raw = proxy.raw(request(b"HEAD /v1/models"))
+            assert raw.startswith(b"HTTP/1.1 302") and raw.endswith(b"\r\n\r\n")
+        assert len(upstream.got) == 2
+
+
+def test_what_an_upstream_says_unasked_is_nobodys_answer():
+    def reply(got, send):
+        send(answer(got.body))
+        if got.body == b"one":
+            threading.Timer(0.2, send, [answer(b"for nobody")]).start()
+
+    with (
+        RawUpstream(reply) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0)) as proxy,
+    ):
+        assert proxy.raw(request(CHAT, body=b"one")).endswith(b"\r\n\r\none")
+        time.sleep(0.6)
+        assert proxy.raw(request(CHAT, body=b"two")).endswith(b"\r\n\r\ntwo")
+
+
+def test_an_answer_may_come_before_the_end_of_its_request_which_may_never_come():
+    begun = request(b"POST /v1/files", b"Content-Length: 1000") + b"half"
+
+    def serve():
+        with listening.accept()[0] as connection:
+            got = b""
+            while not got.endswith(b"half"):
+                got += connection.recv(65536)
+            connection.sendall(STREAM_HEAD + chunk(b"one"))
+            while connection.recv(65536):
+                pass
+        ended.set()
+
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with running(ServeConfig(upstream=url, port=0)) as proxy:
+            with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
+                client.sendall(begun)
+                got = b""
+                while b"one" not in got:
+                    got += client.recv(65536)
+            assert ended.wait(20)
+            until(lambda: proxy.metric("alignpro_requests_in_progress") == 0)
+
+
+def test_a_protocol_that_nobody_asked_for_is_502():
+    def reply(got, send):
+        send(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\nhi")
+
+    with (
+        RawUpstream(reply) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0)) as proxy,
+    ):
+        assert said(proxy.raw(request(CHAT, body=b"{}")))[0] == 502
+        upstream.reply = lambda got, send: send(b"SSH-2.0 hello\r\n\r\n")
+        assert said(proxy.raw(request(CHAT, body=b"{}")))[0] == 502
