@@ -166,7 +166,10 @@ def test_an_example_with_an_unknown_key_is_seen():
 def test_overrides_of_the_argument_help_are_keys_of_the_command(stage):
     (text,) = (p.help for p in COMMANDS[stage].params if p.name == "overrides")
     made = load_yaml(STAGES[stage], None, [w.strip(".") for w in text.split() if "=" in w])
-    assert (made.seed, made.prompter.model) == (1, "smollm2")
+    if stage == "serve":
+        assert (made.threads, made.guards.language) == (1, False)
+    else:
+        assert (made.seed, made.prompter.model) == (1, "smollm2")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -206,7 +209,7 @@ def test_a_field_without_a_docstring_is_seen():
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("value", ["a: b", "1e3", "null", "x # y", "", "'", "é\n", "=", "0x1"])
 def test_any_text_is_read_back(stage, value):
-    path = "reward" if stage != "sft" else "run_dir"
+    path = {"sft": "run_dir", "serve": "run"}.get(stage, "reward")
     text = commented_yaml(STAGES[stage], values={path: value})
     assert yaml.safe_load(text)[path] == value
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from alignpro.cli.shared import Config, Overrides, app, examples, one_line_errors, read_settings
+from alignpro.cli.shared import Config, app, examples, one_line_errors, read_settings
 
 
 @app.command(
@@ -21,7 +21,13 @@ from alignpro.cli.shared import Config, Overrides, app, examples, one_line_error
 @one_line_errors
 def serve(
     config: Config = None,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Fields of the configuration, such as threads=1 or guards.language=false.",
+        ),
+    ] = None,
     run: Annotated[
         str | None, typer.Option(help="Run whose prompter rewrites the last user turns.")
     ] = None,
