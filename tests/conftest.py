@@ -146,11 +146,11 @@ def _save_tiny_model(folder: Path, family: str, tied: bool) -> None:
     else:
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family}")
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _randomise(model, tied)
+    randomise(model, tied)
     model.save_pretrained(folder)
 
 
-def _randomise(model: Any, tied: bool) -> None:
+def randomise(model: Any, tied: bool) -> None:
     """Weights of a trained model's scale: a fresh one's softmax is flat and hides mistakes."""
     import torch
 

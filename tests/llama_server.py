@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-SECONDS = 120  # for the model to be loaded, on a machine that does other things as well
+from loopback import free_port, serving
 
 
 @contextlib.contextmanager
@@ -33,31 +29,8 @@ def llama_server(
         pytest.skip("llama.cpp's server is not installed (package xllamacpp)")
     port = port or free_port()
     command = [sys.executable, __file__, *map(str, (model, port, threads, slots))]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        try:
-            _wait_until_healthy(process, port)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
-
-
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int) -> None:
-    begin = time.monotonic()
-    while time.monotonic() - begin < SECONDS:
-        if process.poll() is not None:
-            assert process.stderr is not None
-            raise RuntimeError(f"llama.cpp's server ended: {process.stderr.read()[-800:].decode()}")
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return
-        time.sleep(0.2)
-    raise RuntimeError(f"llama.cpp's server was not ready within {SECONDS} s")
+    with serving(command, port, seconds=120):
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 def _serve(model: str, port: int, threads: int, slots: int) -> None:

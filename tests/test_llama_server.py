@@ -12,7 +12,8 @@ from alignpro.pipeline import Pipeline
 from alignpro.train.metrics import read_metrics
 from alignpro.train.run import make_trainer
 from alignpro.types import SamplingParams
-from llama_server import free_port, llama_server
+from llama_server import llama_server
+from loopback import free_port
 
 CHAT = [
     {"role": "system", "content": "Be kind.  "},

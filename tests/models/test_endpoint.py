@@ -327,6 +327,31 @@ def test_what_is_refused_is_learnt_once_said_and_remembered(server, tmp_path, ca
     assert len(server.asked) == 4 + 6 + 1
 
 
+def test_what_one_path_refuses_another_may_take(server, tmp_path, caplog):
+    def answer(asked):
+        chat = asked.path.endswith("chat/completions")
+        refused = "max_tokens" if chat else "temperature"
+        if refused in asked.body:
+            return Fault.error(400, f"Unsupported parameter: '{refused}'", param=refused)
+        if chat:
+            return "fine"
+        read = len(asked.body["prompt"])
+        told = [{"logprobs": {"token_logprobs": [None] + [-0.5] * read}}]
+        return Fault(body=json.dumps({"choices": told, "usage": {"prompt_tokens": read}}))
+
+    server.answer = answer
+    calls = tmp_path / "calls.jsonl"
+    for given in ([1, 2, 3], [1, 2, 4]):  # the second time, by what is in the file
+        answers = model(server, calls)
+        ask(answers, str(given))
+        (scored,) = answers.token_logprobs([given[:1]], [given[1:]])
+        assert scored.tolist() == [-0.5, -0.5]
+    assert len(server.asked) == 4 + 2
+    for asked in server.asked[-2:]:
+        chat = asked.path.endswith("chat/completions")
+        assert ("temperature" in asked.body) is chat and ("max_tokens" in asked.body) is not chat
+
+
 @pytest.mark.parametrize(
     ("message", "name"),
     [

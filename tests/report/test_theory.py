@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from alignpro.evaluate.results import BoundReport, Headroom, Interval, from_json
+from alignpro.evaluate.results import BoundReport, Headroom, Interval, Report, from_json
 from alignpro.report import frontier
 from alignpro.report.frontier import frontier_png, frontier_svg
+from alignpro.report.grids import costs
 from alignpro.report.tables import bound_tables, headroom_tables
 from alignpro.report.theory import bound_verdicts, frontier_grid, headroom_words
 from made_up_report import evaluation
@@ -216,6 +217,13 @@ def test_headroom_of_little(tmp_path):
     png = frontier_png(little, tmp_path / "f.png", EVALUATION).read_bytes()
     assert png.startswith(b"\x89PNG")
     assert text(headroom_tables(little)).strip()
+
+
+def test_what_a_bound_took_of_an_endpoint_is_among_the_costs():
+    usage = {"input_tokens": 5000, "output_tokens": 7, "cost": 0.5}
+    for given, row in ((None, None), (usage, "5,000 tokens read, 7 written, cost 0.5")):
+        bound = from_json(BoundReport, {**BOUND, "target_usage": given}, "bound")
+        assert dict(costs(Report(bound=bound))).get("target in the bound") == row
 
 
 @pytest.mark.parametrize("key", sorted(GIVEN.keys() - {"recommended_kl_coef", "variance"}))

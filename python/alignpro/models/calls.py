@@ -49,7 +49,7 @@ class CallFile:
         self.path = path
         self.replayed = 0
         self._known: dict[str, Answer | str] = {}  # a text: why there is none
-        self.changes: dict[str, str | None] = {}  # see `dialect.Dialect`
+        self.changes: dict[str, dict[str, str | None]] = {}  # by path; see `dialect.Dialect`
         # Of all that is written down: requests sent, and tokens read and written.
         self.attempts = self.input_tokens = self.output_tokens = 0
         self._lock = threading.Lock()
@@ -81,9 +81,9 @@ class CallFile:
         """That a run went on without an answer."""
         self._add({"key": call.key, "request": call.body, "failed": reason})
 
-    def put_changes(self, changes: dict[str, str | None]) -> None:
-        """What the endpoint refuses, and what is sent instead."""
-        self._add({"changes": changes})
+    def put_changes(self, path: str, changes: dict[str, str | None]) -> None:
+        """What the endpoint refuses at a path, and what is sent instead."""
+        self._add({"changes": changes} | ({} if path == CHAT else {"path": path}))
 
     def _add(self, row: dict[str, Any]) -> None:
         with self._lock:
@@ -93,7 +93,7 @@ class CallFile:
 
     def _take(self, row: dict[str, Any]) -> None:
         if "changes" in row:
-            self.changes = dict(row["changes"])
+            self.changes[row.get("path", CHAT)] = dict(row["changes"])
         elif "failed" in row:
             self._known[row["key"]] = str(row["failed"])
         else:

@@ -68,7 +68,8 @@ class HttpClient:
         self._url = config.endpoint.rstrip("/").removesuffix(f"/{CHAT}")
         self._name, self._key_env, self._options = config.name, config.api_key_env, config.client
         self._calls = calls
-        self._dialect = Dialect(calls.changes)
+        # Of each path: what one does not know, another may.
+        self._dialects = {path: Dialect(calls.changes.get(path, {})) for path in (CHAT, SCORE)}
         self._budget = _Account(config.client.budget, config, calls)
         self._key = ""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -139,23 +140,24 @@ class HttpClient:
         self._http = httpx2.AsyncClient(
             headers=headers,
             timeout=httpx2.Timeout(None, connect=options.connect_seconds),
-            # A connection is for one call: the second copy of a reply that a server or a proxy
-            # sends twice would be taken for the answer to the next call.
+            # A connection is for one call: on a kept one, the second copy of a reply that a server
+            # or a proxy sends twice is the next call's answer (measured: docs/notes/endpoints.md).
             limits=httpx2.Limits(max_connections=options.concurrency, max_keepalive_connections=0),
         )
         self._slots = asyncio.Semaphore(options.concurrency)
-        self._first, self._first_is_done = asyncio.Lock(), False
+        self._first = {path: asyncio.Lock() for path in self._dialects}
+        self._first_is_done: set[str] = set()  # of these paths
         self._next_turn = self._not_before = 0.0  # in the loop's time
 
     async def _answer(self, call: Call) -> Answer:
-        """What the endpoint refuses is learnt by the first call, which goes alone."""
-        if not self._first_is_done:
-            async with self._first:
-                if not self._first_is_done:
+        """What the endpoint refuses is learnt by the first call of a path, which goes alone."""
+        if call.path not in self._first_is_done:
+            async with self._first[call.path]:
+                if call.path not in self._first_is_done:
                     try:
                         return await self._attempts(call)
                     finally:
-                        self._first_is_done = True
+                        self._first_is_done.add(call.path)
         return await self._attempts(call)
 
     async def _attempts(self, call: Call) -> Answer:
@@ -195,7 +197,8 @@ class HttpClient:
         """None: the endpoint refused a parameter, and will be asked without it."""
         import httpx2
 
-        sent = self._dialect.of(call.body)
+        dialect = self._dialects[call.path]
+        sent = dialect.of(call.body)
         try:
             response = await asyncio.wait_for(
                 self._exchange(call, sent), self._options.timeout_seconds
@@ -220,13 +223,13 @@ class HttpClient:
             except ValueError as error:
                 raise _Again(f"no chat completion: {error}") from None
         self._check_status(status, reply, response)
-        if self._dialect.of(call.body) != sent:  # another call has learnt it
+        if dialect.of(call.body) != sent:  # another call has learnt it
             return None
-        learnt = self._dialect.learn(sent, reply) if status in (400, 422) else None
+        learnt = dialect.learn(sent, reply) if status in (400, 422) else None
         if learnt is None:
             raise RequestError(f"HTTP {status}: {_message(reply)}")
         _log.warning("%s at %s refuses %s", self._name, self._url, learnt)
-        self._calls.put_changes(self._dialect.changes)
+        self._calls.put_changes(call.path, dialect.changes)
         return None
 
     async def _exchange(self, call: Call, body: dict[str, Any]) -> httpx2.Response:

@@ -135,9 +135,11 @@ def costs(report: Report, metrics: Sequence[Mapping[str, Any]] = ()) -> list[tup
     if answered:
         rows.append(("of them the target's", f"{sum(answered):,.0f} tokens"))
     used = [Usage(**m["target_usage"]) for m in metrics if m.get("target_usage")]
+    bound = report.bound
     for name, of_stage in (
         ("target in training", sum(used, Usage()) if used else None),
         ("target in the evaluation", None if evaluation is None else evaluation.target_usage),
+        ("target in the bound", None if bound is None else bound.target_usage),
         ("judge", None if evaluation is None or not evaluation.judge else evaluation.judge.usage),
     ):
         if of_stage is not None:
