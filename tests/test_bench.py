@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -11,11 +13,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from alignpro.bench.load import closed_loop, paced
 from alignpro.bench.step import bench_step
 from alignpro.bench.tables import step_table
 from alignpro.bench.timeline import engine_flops
 from alignpro.bench.work import StepWork
 from alignpro.cli import app
+from native_runs import save_run
 
 
 def run(*arguments: str):
@@ -64,6 +68,64 @@ def test_a_step_writes_every_figure(tmp_path: Path, smollm2_path: Path):
     Console(file=io.StringIO()).print(step_table(report))
 
 
+def test_serve_writes_every_figure(tmp_path: Path, tiny_model_dir):
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    file, trained = tmp_path / "serve.json", tmp_path / "my-run"
+    save_run(trained, tiny_model_dir("llama"), 4)
+    work = ["--clients", "1,3", "--requests", "12", "--rewrites", "17", "--run", str(trained)]
+    result = run("bench", "serve", *work, "--repeats", "1", "--threads", "1", "--output", str(file))
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text("utf-8"))
+    assert report["benchmark"] == "serve" and "uvicorn" in report["machine"]["versions"]
+    rows = {(row["answer"], row["clients"]): row for row in report["results"]}
+    assert set(rows) == {(kind, n) for kind in ("whole", "stream") for n in (1, 3)}
+    for row in rows.values():
+        assert 0 < row["alone"]["p50"] <= row["alone"]["p99"]
+        added = row["serve"]["p99"] - row["alone"]["p99"]
+        assert row["added"]["p99"] == pytest.approx(added)
+        assert row["rate"] == pytest.approx(row["closed_loop_rate"] / 4)
+    rewritten = report["rewritten"]
+    one, many = rewritten["results"]
+    assert (one["clients"], many["clients"]) == (1, 16)
+    for row in (one, many):
+        assert 0 < row["rewrite"]["p50"] <= row["rewrite"]["p99"]
+        assert sum(row["reasons"].values()) == 17
+    speedup = many["requests_per_second"] / one["requests_per_second"]
+    assert rewritten["speedup"] == pytest.approx(speedup)
+
+
+async def served(answer: bytes, ask):
+    """What ``ask`` gets from a port where every request gets the same bytes."""
+
+    async def reply(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while await reader.readuntil(b"!"):
+                await asyncio.sleep(0.02)
+                writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
+        return await ask(server.sockets[0].getsockname()[1])
+
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nX-Name: a: b\r\n\r\nok"
+
+
+def test_paced_requests_count_from_when_they_were_due():
+    # One client asks every 10 ms and waits 20 ms for each answer: the n-th is late by n * 10 ms.
+    answers = asyncio.run(served(OK, lambda port: paced(port, [b"!"] * 10, 1, 100.0)))
+    assert answers[0].headers == {"content-length": "2", "x-name": "a: b"}
+    assert len(answers) == 10 and answers[-1].seconds > 0.02 + 9 * 0.008
+    fast = asyncio.run(served(OK, lambda port: closed_loop(port, [b"!"] * 10, 5)))
+    assert len(fast) == 10 and min(one.seconds for one in fast) > 0.015
+
+
+def test_an_answer_that_is_none_ends_the_measurement():
+    refused = OK.replace(b"200 OK", b"503 Service Unavailable")
+    with pytest.raises(RuntimeError, match=r"expected status 200, got 'HTTP/1\.1 503"):
+        asyncio.run(served(refused, lambda port: closed_loop(port, [b"!"], 1)))
+
+
 def test_operations_are_those_of_the_engines_steps():
     events = {
         "names": ["step", "linear o", "forward"],
@@ -85,6 +147,8 @@ def test_operations_are_those_of_the_engines_steps():
         (["bench", "step", "--model", "/no/such.gguf"], "such.gguf"),
         (["bench", "rollout", "--prompts", "1000"], "prompts: expected at most 96, got 1000"),
         (["bench", "decode", "--compute", "int3"], "compute: expected"),
+        (["bench", "serve", "--clients", "0"], "--clients: expected numbers"),
+        (["bench", "serve", "--run", "/no/run"], "/no/run: expected the directory of a run"),
         (["bench", "step", "--output", "/no/such/folder/x.json"], "no such folder"),
     ],
 )

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import alignpro
-from alignpro.config import REWRITE, to_mapping
-from alignpro.models.adapter import save_peft
-from alignpro.models.native_model import load_model
-from native_runs import lora
+from native_runs import save_run
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "serve"
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the heron"}]
@@ -21,19 +15,7 @@ CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "
 
 @pytest.fixture(scope="module")
 def run(tiny_model_dir, tmp_path_factory):
-    """The directory of a run, as training leaves it behind."""
-    folder = tmp_path_factory.mktemp("examples") / "run"
-    folder.mkdir()
-    base = tiny_model_dir("llama")
-    config = alignpro.TrainConfig(
-        prompter=alignpro.ModelConfig(str(base)),
-        run_dir=str(folder),
-        rewrite=replace(REWRITE, max_new_tokens=4),
-        prompting=alignpro.Prompting(template="{prompt}", separator=" | "),
-    )
-    (folder / "config.json").write_text(json.dumps(to_mapping(config)))
-    save_peft(folder / "adapter", lora(load_model(base, threads=1)))
-    return folder
+    return save_run(tmp_path_factory.mktemp("examples") / "run", tiny_model_dir("llama"), 4)
 
 
 def example(name, run, monkeypatch):

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
 import sys
 import threading
 import urllib.request
-from dataclasses import replace
 
 import openai
 import pytest
 
-import alignpro
-from alignpro.config import REWRITE, to_mapping
 from alignpro.config.serve import ServeConfig
-from alignpro.models.adapter import save_peft
-from alignpro.models.native_model import load_model
-from native_runs import lora
+from native_runs import save_run
 from serve.raw_upstream import STREAM_HEAD, RawUpstream, chunk
 
 
@@ -40,19 +34,7 @@ def started(*arguments: str) -> tuple[subprocess.Popen[str], str]:
 
 @pytest.fixture(scope="module")
 def run(tiny_model_dir, tmp_path_factory):
-    """The directory of a run, as training leaves it behind."""
-    folder = tmp_path_factory.mktemp("serve") / "my-run"
-    folder.mkdir()
-    base = tiny_model_dir("llama")
-    config = alignpro.TrainConfig(
-        prompter=alignpro.ModelConfig(str(base)),
-        run_dir=str(folder),
-        rewrite=replace(REWRITE, max_new_tokens=6),
-        prompting=alignpro.Prompting(template="{prompt}", separator=" | "),
-    )
-    (folder / "config.json").write_text(json.dumps(to_mapping(config)))
-    save_peft(folder / "adapter", lora(load_model(base, threads=1)))
-    return folder
+    return save_run(tmp_path_factory.mktemp("serve") / "my-run", tiny_model_dir("llama"), 6)
 
 
 def test_a_model_and_a_prompter_on_one_port(run, tiny_model_dir):

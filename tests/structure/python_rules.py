@@ -52,7 +52,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": _RUNNING | {"theory", "train.metrics"},
     "report": _RUNNING | {"train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report", "bench.machine"},
-    "bench": _RUNNING | {"trace", "train"},
+    "bench": _RUNNING | {"trace", "train", "prompter", "serve"},
     "price": _SERVING
     | {"data", "bench.machine", "train.micro_batches", "train.policy", "train.schedule"},
     "cli": _RUNNING

@@ -12,12 +12,16 @@ from rich.text import Text
 
 from alignpro.bench.timeline import beyond
 
+_SATURATED = 0.8  # of all processors' time
+
 
 def bench_tables(report: Mapping[str, Any]) -> RenderableType:
     if report["benchmark"] == "step":
         return step_table(report)
     if report["benchmark"] == "profile":
         return profile_tables(report)
+    if report["benchmark"] == "serve":
+        return serve_tables(report)
     table = _rollout_table if report["benchmark"] == "rollout" else _throughput_table
     return Group(Text(limits_text(report)), table(report), Text(memory_text(report)))
 
@@ -34,6 +38,44 @@ def step_table(report: Mapping[str, Any]) -> Table:
         ("sampled against scored", f"{report['parity_max_abs']:g}"),
     ]
     return new_table(limits_text(report), ("value",), rows)
+
+
+def serve_tables(report: Mapping[str, Any]) -> Group:
+    def cells(row: Mapping[str, Any]) -> Iterator[str]:
+        yield from (row["answer"], str(row["clients"]))
+        yield f"{row['rate']:,.0f}/s"
+        yield "?" if row["busy"] is None else f"{row['busy']:.0%}"
+        for way in ("alone", "serve", "added"):
+            yield " / ".join(f"{row[way][key] * 1e3:.2f}" for key in ("p50", "p99"))
+
+    machine = report["machine"]
+    said = (
+        f"{machine['cpu']}, {machine['cpus']} CPUs: upstream, proxy and clients are processes of "
+        f"it; {report['repeats']} rounds of {report['requests']} requests, not rewritten, paced. "
+        "Milliseconds, p50 / p99, to the end of a whole answer and to the first byte of a stream"
+    )
+    columns = ("clients", "rate", "busy", "upstream alone", "through serve", "added")
+    table = new_table("serve, not rewritten", columns, map(cells, report["results"]))
+    table.collapse_padding = True  # 80 columns hold it
+    if any((row["busy"] or 0) > _SATURATED for row in report["results"]):
+        table.caption = "the CPUs were busy: times are also those of waiting for one"
+    parts: list[RenderableType] = [Text(said), table]
+    if report["rewritten"] is not None:
+        parts += _rewritten_parts(report["rewritten"])
+    return Group(*parts)
+
+
+def _rewritten_parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+        rewrite = " / ".join(f"{row['rewrite'][key] * 1e3:.1f}" for key in ("p50", "p99"))
+        rate = f"{row['requests_per_second']:.1f}"
+        reasons = ", ".join(f"{reason} {count}" for reason, count in row["reasons"].items())
+        return f"{row['clients']} clients", rate, rewrite, reasons
+
+    title = f"{found['run']}: rewritten as fast as clients ask"
+    columns = ("requests/s", "rewrite ms, p50 / p99", "became of them")
+    yield new_table(title, columns, map(cells, found["results"]))
+    yield Text(f"{found['speedup']:.2f} times the requests of one client")
 
 
 def profile_tables(report: Mapping[str, Any]) -> Group:

@@ -15,6 +15,7 @@ from alignpro.cli.shared import (
     app,
     check_new,
     examples,
+    needs_serve,
     needs_torch,
     one_line_errors,
     write_json,
@@ -115,6 +116,44 @@ def bench_rollout(
     _run_bench(measure, model, output, threads, work)
 
 
+@bench.command(
+    "serve", epilog=examples("alignpro bench serve", "alignpro bench serve --run alignpro-run")
+)
+@one_line_errors
+def bench_serve(
+    run: Annotated[
+        Path | None, typer.Option(help="Run whose prompter rewrites; none measures no rewrites.")
+    ] = None,
+    clients: Annotated[
+        str, typer.Option(help="Numbers of clients at once, separated by commas.")
+    ] = "1,32",
+    requests: Annotated[
+        int, typer.Option(min=1, help="Requests of a round, which are not rewritten.")
+    ] = 500,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            help="Requests a second; the default is a quarter of what the proxy takes from as "
+            "many clients.",
+        ),
+    ] = None,
+    rewrites: Annotated[
+        int, typer.Option(min=1, help="Requests of a round, which the run rewrites.")
+    ] = 64,
+    output: Output = None,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+) -> None:
+    """What `alignpro serve` adds to a request's time, and how many requests a run rewrites."""
+    needs_serve("bench serve")
+    from alignpro.bench.serve import bench_serve as measure
+
+    work: dict[str, Any] = {"run": run, "rate": rate, "requests": requests, "rewrites": rewrites}
+    work |= {"clients": _counts("--clients", clients, ",", "numbers such as 1,32")}
+    _run_bench(measure, None, output, threads, work | {"repeats": repeats})
+
+
 @app.command(
     epilog=examples(
         "alignpro profile --prompts 4",
@@ -162,11 +201,12 @@ def profile(
 
 def _run_bench(
     measure: Callable[..., dict[str, Any]],
-    model: str,
+    model: str | None,
     output: Path | None,
     threads: int | None,
     work: dict[str, Any],
 ) -> None:
+    """model: None is a measurement that is not of one."""
     check_new(output)
     from rich.console import Console
 
@@ -175,11 +215,12 @@ def _run_bench(
     from alignpro.native import core
     from alignpro.report.progress import Bars
 
-    with Bars("finding the model") as bars:
+    with Bars("beginning" if model is None else "finding the model") as bars:
         if work.get("target") is not None:
             work["target"] = resolve_model(work["target"])
-        work |= {"model": resolve_model(model), "threads": threads or core.available_cpus()}
-        report = measure(say=bars.doing, **work)
+        if model is not None:
+            work["model"] = resolve_model(model)
+        report = measure(say=bars.doing, threads=threads or core.available_cpus(), **work)
     write_json(output, report)
     Console().print(bench_tables(report))
 

@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
+<<<<<<< HEAD
 from alignpro.cli.shared import Config, app, examples, one_line_errors, read_settings
+=======
+from alignpro.cli.shared import (
+    Config,
+    Overrides,
+    app,
+    examples,
+    needs_serve,
+    one_line_errors,
+    read_settings,
+)
+>>>>>>> slice-hour
 
 
 @app.command(
@@ -51,10 +63,13 @@ def serve(
     Requests are relayed byte for byte; where one is rewritten, its last user turn alone is another.
     """
     from alignpro.config.serve import LOOPBACK, ServeConfig
-    from alignpro.optional import import_for
 
+<<<<<<< HEAD
     for package in ("starlette", "uvicorn", "httptools", "aiohttp", "prometheus_client"):
         import_for("serve", package, "alignpro[serve]")
+=======
+    needs_serve("serve")
+>>>>>>> slice-hour
     options = {"run": run, "upstream": upstream, "model": model, "host": host, "port": port}
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     given += [] if rewrite is None else [f"rewrite={rewrite}"]

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from alignpro.files import being_written
 from alignpro.files import write_json as write_whole
 from alignpro.interrupts import exit_status, interruptible
-from alignpro.optional import is_installed
+from alignpro.optional import import_for, is_installed
 from alignpro.run_directory import error_notes, one_line, open_run_dir, run_of_config
 
 # Exit codes. Not met: a difference between arms that --require asks for is not shown. Interrupted:
@@ -226,3 +226,8 @@ def needs_torch(command: str) -> None:
         raise ImportError(
             f"{command} trains, which needs torch: pip install -c constraints.txt '.[train]'"
         )
+
+
+def needs_serve(command: str) -> None:
+    for package in ("starlette", "uvicorn", "httptools", "prometheus_client"):
+        import_for(command, package, "alignpro[serve]")

@@ -1,0 +1,236 @@
+"""`alignpro bench serve`: what a proxy adds to a request, and how many rewrites it makes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from alignpro.bench.generation import Say, rollout_prompts
+from alignpro.bench.load import Timed, closed_loop, paced
+from alignpro.bench.machine import machine
+from alignpro.prompter import config_of_prompter
+from alignpro.serve.server import new_event_loop
+from alignpro.types import Conversation
+
+REWRITE_CLIENTS = (1, 16)
+_PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "aiohttp")
+_SHARE = 0.25  # of what the proxy takes, where no rate is given
+_PROMPTS = 96  # all of the everyday set for training
+_DEADLINE = 60.0  # seconds: no rewrite is cut off, so that all are measured
+_WRITTEN = ("rewritten", "unchanged", "empty", "several_texts")  # and what a guard refused
+_QUESTION = "How do bees find their way home, and what do they do when clouds hide the sun?"
+Result = TypeVar("Result")
+
+
+def bench_serve(
+    *,
+    clients: Sequence[int] = (1, 32),
+    requests: int = 500,
+    rate: float | None = None,
+    run: Path | None = None,
+    rewrites: int = 64,
+    repeats: int = 5,
+    threads: int,
+    say: Say = lambda what: None,
+) -> dict[str, Any]:
+    """Seconds of chat requests to a stand-in for an upstream, alone and through `alignpro serve`.
+
+    The stand-in, the proxy and the clients (this one) are processes of their own on this machine.
+    Requests are not rewritten, and paced: ``rate`` a second, or a quarter of what the clients get
+    out of the proxy when they ask as fast as they can, which is measured before. ``busy`` is the
+    share of all processors' time that was used meanwhile, other processes' included: near 1 the
+    figures are those of a queue. Percentiles are of all rounds' requests, the ways taking turns;
+    ``added`` is the difference of those. Of a "stream" it is the time to the first byte of the
+    body, of a "whole" answer to its last.
+
+    With a ``run`` whose prompter rewrites, `REWRITE_CLIENTS` ask as fast as they can: requests a
+    second (median of the rounds) of which a rewrite was written, and the rewrite's own time as the
+    proxy says it. No two prompts are alike.
+
+    Raises:
+        RuntimeError: the proxy did not start, or answered with another status than 200; no rewrite
+            was written. Of ``run`` as `Prompter.from_run`.
+    """
+    if run is not None:
+        config_of_prompter(run)  # before anything is measured
+    report: dict[str, Any] = {
+        "benchmark": "serve",
+        "machine": machine(threads, _PACKAGES),
+        "repeats": repeats,
+        "requests": requests,
+        "results": [],
+        "rewritten": None,
+    }
+    with _stand_in() as upstream:
+        address = f"http://127.0.0.1:{upstream}/v1"
+        say("starting the proxy")
+        with _proxy("--upstream", address) as port:
+            ways = {"alone": upstream, "serve": port}
+            for kind in ("whole", "stream"):
+                for count in clients:
+                    say(f"{kind} answers, {count} clients")
+                    row = _added(ways, kind == "stream", count, requests, rate, repeats)
+                    report["results"].append({"answer": kind, "clients": count, **row})
+        if run is not None:
+            say("loading the run")
+            options = ("rewrite=on", f"deadline_seconds={_DEADLINE}", f"threads={threads}")
+            with _proxy(*options, "--upstream", address, "--run", str(run)) as port:
+                report["rewritten"] = {"run": str(run), **_rewritten(port, rewrites, repeats, say)}
+    return report
+
+
+def _added(
+    ways: dict[str, int], stream: bool, clients: int, count: int, rate: float | None, repeats: int
+) -> dict[str, Any]:
+    """One row: both ways at one rate."""
+    asked = _requests([_QUESTION] * count, stream)
+    fastest = 0.0
+    for port in ways.values():  # the last one counts; both are warm then
+        begun = time.perf_counter()
+        _run(closed_loop(port, asked, clients))
+        fastest = count / (time.perf_counter() - begun)
+    rate = rate or _SHARE * fastest
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    used, all_time = _processor_time()
+    for seed in range(repeats):
+        for name, port in ways.items():
+            answers = _run(paced(port, asked, clients, rate, seed))
+            seconds[name] += [one.first_byte for one in answers]
+    now_used, now_all = _processor_time()
+    found = {name: _percentiles(values) for name, values in seconds.items()}
+    added = {key: found["serve"][key] - found["alone"][key] for key in found["alone"]}
+    busy = (now_used - used) / (now_all - all_time) if now_all > all_time else None
+    return {"rate": rate, "closed_loop_rate": fastest, "busy": busy, **found, "added": added}
+
+
+def _rewritten(port: int, count: int, repeats: int, say: Say) -> dict[str, Any]:
+    """Rewritten requests by the number of clients; the first round warms up."""
+    questions = [Conversation.of(prompt).last_turn for prompt in rollout_prompts(_PROMPTS)]
+    number = 0
+    rounds: dict[int, list[tuple[float, list[Timed]]]] = {n: [] for n in REWRITE_CLIENTS}
+    for _ in range(repeats + 1):
+        for clients in REWRITE_CLIENTS:
+            say(f"rewritten, {clients} clients")
+            texts = [f"{n}. {questions[n % len(questions)]}" for n in range(number, number + count)]
+            number += count
+            begun = time.perf_counter()
+            answers = _run(closed_loop(port, _requests(texts, False), clients))
+            rounds[clients].append((time.perf_counter() - begun, answers))
+    results: list[dict[str, Any]] = []
+    for clients, (_, *measured) in rounds.items():
+        answers = [one for _, some in measured for one in some if _is_written(one)]
+        if not answers:
+            raise RuntimeError(f"no rewrite was written: {_reasons(measured[0][1])}")
+        rates = [sum(map(_is_written, some)) / took for took, some in measured]
+        said = [float(one.headers["x-alignpro-rewrite-ms"]) / 1e3 for one in answers]
+        results.append(
+            {
+                "clients": clients,
+                "requests_per_second": statistics.median(rates),
+                "all_requests_per_second": rates,
+                "rewrite": _percentiles(said),
+                "reasons": _reasons([one for _, some in measured for one in some]),
+            }
+        )
+    one, many = (row["requests_per_second"] for row in results)
+    return {"requests": count, "results": results, "speedup": many / one}
+
+
+def _is_written(answer: Timed) -> bool:
+    reason = answer.headers["x-alignpro-reason"]
+    return reason in _WRITTEN or reason.startswith("guard_")
+
+
+def _reasons(answers: Sequence[Timed]) -> dict[str, int]:
+    return dict(Counter(one.headers["x-alignpro-reason"] for one in answers).most_common())
+
+
+def _requests(questions: Sequence[str], stream: bool) -> list[bytes]:
+    """Chats with these last turns, as bytes on the wire."""
+    found = []
+    for question in questions:
+        messages = [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": question},
+        ]
+        chat = {"model": "stand-in", "messages": messages, "temperature": 0.7, "stream": stream}
+        body = json.dumps(chat).encode()
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+            b"authorization: Bearer none\r\ncontent-type: application/json\r\n"
+        )
+        found.append(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+    return found
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    p50, p99 = np.percentile(values, (50, 99))
+    return {"p50": float(p50), "p99": float(p99)}
+
+
+def _processor_time() -> tuple[int, int]:
+    """(used, all) of the machine since it began, in ticks; zeros where the kernel does not say."""
+    try:
+        with open("/proc/stat") as file:
+            ticks = [int(word) for word in file.readline().split()[1:9]]
+    except OSError:
+        return 0, 0
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # less idle and waiting for disks
+
+
+def _run(work: Coroutine[Any, Any, Result]) -> Result:
+    loop = new_event_loop()
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        loop.close()
+
+
+@contextlib.contextmanager
+def _stand_in() -> Iterator[int]:
+    """The port of `stand_in`."""
+    with _process("-m", "alignpro.bench.stand_in") as line:
+        yield int(line)
+
+
+@contextlib.contextmanager
+def _proxy(*arguments: str) -> Iterator[int]:
+    """The port of an `alignpro serve`."""
+    with _process("-m", "alignpro", "serve", *arguments, "--port", "0") as line:
+        yield int(line.rpartition(":")[2].removesuffix("/v1"))
+
+
+@contextlib.contextmanager
+def _process(*arguments: str) -> Iterator[str]:
+    """The first line that a Python process prints; it is ended with the block.
+
+    Raises RuntimeError: it ended without one, with what it said instead.
+    """
+    command = [sys.executable, *arguments]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline().strip()
+            if not line:
+                process.wait()
+                errors.seek(0)
+                raise RuntimeError(errors.read().strip() or f"{arguments[1]} ended at once")
+            yield line
+        finally:
+            process.terminate()
