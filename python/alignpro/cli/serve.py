@@ -8,19 +8,7 @@ from typing import Annotated
 
 import typer
 
-<<<<<<< HEAD
-from alignpro.cli.shared import Config, app, examples, one_line_errors, read_settings
-=======
-from alignpro.cli.shared import (
-    Config,
-    Overrides,
-    app,
-    examples,
-    needs_serve,
-    one_line_errors,
-    read_settings,
-)
->>>>>>> slice-hour
+from alignpro.cli.shared import Config, app, examples, needs_serve, one_line_errors, read_settings
 
 
 @app.command(
@@ -64,12 +52,7 @@ def serve(
     """
     from alignpro.config.serve import LOOPBACK, ServeConfig
 
-<<<<<<< HEAD
-    for package in ("starlette", "uvicorn", "httptools", "aiohttp", "prometheus_client"):
-        import_for("serve", package, "alignpro[serve]")
-=======
     needs_serve("serve")
->>>>>>> slice-hour
     options = {"run": run, "upstream": upstream, "model": model, "host": host, "port": port}
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     given += [] if rewrite is None else [f"rewrite={rewrite}"]

@@ -229,5 +229,5 @@ def needs_torch(command: str) -> None:
 
 
 def needs_serve(command: str) -> None:
-    for package in ("starlette", "uvicorn", "httptools", "prometheus_client"):
+    for package in ("starlette", "uvicorn", "httptools", "aiohttp", "prometheus_client"):
         import_for(command, package, "alignpro[serve]")
