@@ -205,9 +205,12 @@ def test_steps_are_told_and_an_error_there_ends_the_request_alone(model):
     assert_settles(model)
 
 
-def test_the_interpreter_ends_in_the_middle_of_rewrites(tiny_model_dir):
+@pytest.mark.parametrize("before", ["", "weakref.finalize(threading.Thread(), int)"])
+def test_the_interpreter_ends_in_the_middle_of_rewrites(tiny_model_dir, before):
     program = f"""
-        import threading, alignpro
+        import threading, weakref
+        {before}  # finalizers at exit then run behind the engine's own exit
+        import alignpro
         from dataclasses import replace
         from alignpro.config import REWRITE
         long = replace(REWRITE, max_new_tokens=150, ignore_eos=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import queue
@@ -58,8 +59,11 @@ class EngineThread:
             target=_drive, args=(model.client(), self._inbox), daemon=True, name="engine"
         )
         thread.start()
-        # At exit as well: a thread inside the engine must not outlive the interpreter.
         self._end = weakref.finalize(self, _end, self._inbox, thread)
+        # At exit as well: a thread inside the engine must not outlive the interpreter. Not by the
+        # finalizer, whose turn may come after the engine's own, when its threads return no more.
+        self._end.atexit = False
+        atexit.register(self._end)
 
     def submit(
         self,
