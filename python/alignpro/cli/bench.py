@@ -208,6 +208,10 @@ def _run_bench(
 ) -> None:
     """model: None is a measurement that is not of one."""
     check_new(output)
+    from alignpro.config import ModelConfig
+
+    if model is not None:  # refused before anything is looked for
+        ModelConfig(model, **{k: v for k, v in work.items() if k in ("compute", "kv_dtype")})
     from rich.console import Console
 
     from alignpro.bench.tables import bench_tables
