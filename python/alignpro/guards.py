@@ -94,12 +94,12 @@ def script(text: str) -> str | None:
         if char.isalpha():
             name = "LATIN" if char.isascii() else unicodedata.name(char, "").split(" ")[0]
             seen["CJK" if name in _CJK else name if name in _SCRIPTS else "other"] += 1
-    # A syllable or an idea a sign: two of these are as much as a word.
-    enough = 2 if seen.most_common(1) and seen.most_common(1)[0][0] in ("CJK", "HANGUL") else 8
-    if sum(seen.values()) < min(enough, _FEWEST_LETTERS):
+    if not seen:
         return None
     (name, count), *_ = seen.most_common(1)
-    return name if count > 0.6 * sum(seen.values()) else None
+    # A syllable or an idea a sign: two of these are as much as a word.
+    enough = 2 if name in ("CJK", "HANGUL") else _FEWEST_LETTERS
+    return name if seen.total() >= enough and count > 0.6 * seen.total() else None
 
 
 def language(text: str) -> str | None:

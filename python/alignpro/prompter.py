@@ -58,6 +58,22 @@ class Rewritten:
     milliseconds: float  # since the call
     tokens: int = 0  # that the prompter wrote
 
+    @classmethod
+    def original(
+        cls,
+        given: PromptLike,
+        reason: str,
+        milliseconds: float = 0.0,
+        text: str = "",
+        tokens: int = 0,
+    ) -> Rewritten:
+        """Of a prompt that goes out as it was given."""
+        if isinstance(given, str):
+            prompt: str | list[Message] = given
+        else:
+            prompt = given.messages if isinstance(given, Conversation) else list(given)
+        return cls(prompt, text, False, reason, milliseconds, tokens)
+
     @property
     def messages(self) -> list[Message]:
         """``prompt`` as a chat."""
@@ -206,7 +222,8 @@ class Prompter:
         try:
             requests = await asyncio.wait_for(reading, clock.left)
         except asyncio.TimeoutError:
-            return [_unread(prompt, clock) for prompt in prompts]
+            late = clock.milliseconds
+            return [Rewritten.original(prompt, "deadline", late) for prompt in prompts]
         try:
             self._submit(requests, clock)
             waiting = [asyncio.wrap_future(request.future) for request in requests]
@@ -327,10 +344,8 @@ class _Request:
             return self._original("unchanged", clock, rewrite.text, count)
         new = Conversation.of(rewrite.target_prompt)
         if guards is not None:
-            turn, was_cut = (
-                Conversation.of(self.prompt).last_turn,
-                rewrite.finish_reason == "length",
-            )
+            turn = Conversation.of(self.prompt).last_turn
+            was_cut = rewrite.finish_reason == "length"
             candidate = Candidate(turn, new.last_turn, rewrite.text, was_cut)
             broken = broken_guard(candidate, self.pipeline.prompting, guards)
             if broken is not None:
@@ -339,15 +354,4 @@ class _Request:
         return Rewritten(asked, rewrite.text, True, "rewritten", clock.milliseconds, count)
 
     def _original(self, reason: str, clock: _Clock, text: str = "", tokens: int = 0) -> Rewritten:
-        return Rewritten(_as_given(self.given), text, False, reason, clock.milliseconds, tokens)
-
-
-def _unread(prompt: PromptLike, clock: _Clock) -> Rewritten:
-    """Of a prompt that was not even read in time."""
-    return Rewritten(_as_given(prompt), "", False, "deadline", clock.milliseconds)
-
-
-def _as_given(prompt: PromptLike) -> str | list[Message]:
-    if isinstance(prompt, str):
-        return prompt
-    return prompt.messages if isinstance(prompt, Conversation) else list(prompt)
+        return Rewritten.original(self.given, reason, clock.milliseconds, text, tokens)

@@ -321,6 +321,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return value
 
 
+def find_record(path: Path) -> dict[str, Any] | None:
+    """As `read_record`; None where there is no file."""
+    return read_record(path) if path.exists() else None
+
+
 def is_run_dir(path: str | Path) -> bool:
     """Whether the directory has the marker of a run."""
     marker = Path(path) / MARKER

@@ -57,7 +57,7 @@ class RouteConfig:
 
 @dataclass(frozen=True)
 @checked
-class ServeConfig:
+class ServeConfig(RouteConfig):
     """A proxy in front of an upstream, or of a model in this process, with a prompter in it."""
 
     upstream: str | None = None
@@ -65,17 +65,11 @@ class ServeConfig:
     "https://.../v1"; null is a model in this process."""
     model: str | None = None
     """The model in this process that answers: a path or a name; null is for an upstream."""
-    run: str | None = None
-    """The run whose prompter rewrites; null rewrites nothing."""
     rewrite: bool | Literal["shadow"] = False
     """Whether requests that do not say it (x-alignpro: on, off, shadow) are rewritten.
 
     shadow: they are rewritten beside the answer to the original, and the rewrite is only counted.
     """
-    second_run: str | None = None
-    """A run that takes a share of the conversations, to be compared; null is none."""
-    share: Annotated[float, Range(lambda v: 0 <= v <= 1, "between 0 and 1")] = 0.0
-    """The share of conversations of the second run; a conversation stays with one of the two."""
     routes: dict[str, RouteConfig] | None = None
     """By the name of a request's model, what is to be otherwise there: {name: {run, rewrite,
     second_run, share}}."""
@@ -118,9 +112,4 @@ class ServeConfig:
             check_url("upstream", self.upstream)
         expected = "null with upstream: one of the two answers"
         require("model", self.model, self.model is None or self.upstream is None, expected)
-        _ = self.route  # which has rules of its own
-
-    @property
-    def route(self) -> RouteConfig:
-        """Of requests for any model that ``routes`` does not name."""
-        return RouteConfig(self.run, self.rewrite, self.second_run, self.share)
+        RouteConfig.__post_init__(self)

@@ -88,14 +88,12 @@ def load_prompts(
         source = DataConfig(str(source), split=split, prompt=_as_columns(column))
     prompts = []
     for row in _read(source):
-        names, prompt, reply = _prompt_of(row, source)
+        names, prompt, reply, is_chat = _prompt_of(row, source)
         others = {key: value for key, value in row.values.items() if key not in names}
         if "turns" in names:
             others["turns"] = row.values["turns"]
         if reply is not None:
             others.setdefault("reference", reply)
-        value = _chat_in_text(row.values[names[0]])
-        is_chat = names != ("turns",) and isinstance(value, Sequence) and not isinstance(value, str)
         prompts.append(PromptRow(prompt, others, row.place, is_chat))
     return prompts
 
@@ -190,8 +188,9 @@ def _value_of(row: Row, column: str, key: str) -> Any:
     return row.values[column]
 
 
-def _prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, str | None]:
-    """The prompt's columns, the prompt, and the answer that stands after it, if one does."""
+def _prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, str | None, bool]:
+    """The prompt's columns, the prompt, the answer that stands after it, if one does, and whether
+    it is given as messages."""
     column = source.prompt
     if isinstance(column, tuple):
         texts = [_text_of(row, name, "prompt") for name in column]
@@ -225,7 +224,7 @@ def _prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, s
         prompt = Conversation(tuple(others), prompt.last_turn)
     for message in prompt.messages:
         _check_unicode(message["content"], where)
-    return names, prompt.short, reply
+    return names, prompt.short, reply, column != "turns" and not isinstance(value, str)
 
 
 def _up_to_last_user_turn(messages: Sequence[Message]) -> tuple[Conversation, str | None]:

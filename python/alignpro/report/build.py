@@ -16,7 +16,7 @@ from alignpro.evaluate.results import (
     from_json,
 )
 from alignpro.report.html import is_report, write_report
-from alignpro.run_directory import read_record
+from alignpro.run_directory import find_record
 from alignpro.train.metrics import read_metrics
 
 _SEARCHED = "report.json, evaluation.json, metrics.jsonl, headroom.json or bound.json"
@@ -71,7 +71,7 @@ def load_report(
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir}: no such folder; expected a run's")
-    run, log = _read(run_dir / "report.json"), run_dir / "metrics.jsonl"
+    run, log = find_record(run_dir / "report.json"), run_dir / "metrics.jsonl"
     found = {
         "evaluation": _part(Evaluation, run_dir, "evaluation", evaluation, "arms"),
         "headroom": _part(Headroom, run_dir, "headroom", headroom, "frontier"),
@@ -81,16 +81,11 @@ def load_report(
     metrics = read_metrics(log) if log.exists() else []
     if not (metrics or run or parts):
         raise FileNotFoundError(f"{run_dir}: nothing to report; expected {_SEARCHED} in it")
-    config = _read(run_dir / "config.json") or {}
+    config = find_record(run_dir / "config.json") or {}
     known = {**config, "model": (config.get("prompter") or {}).get("model"), "config": config}
     named = {key: known.get(key) for key in ("model", "reward", "seed", "config")}
     report = from_json(Report, {**named, **(run or {})}, str(run_dir / "report.json"))
     return replace(report, **parts), metrics
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """As `read_record`; None where there is no file."""
-    return read_record(path) if path.exists() else None
 
 
 def _part(
@@ -100,7 +95,7 @@ def _part(
     if given is not None and not Path(given).is_file():
         raise FileNotFoundError(f"{given}: no such file")
     path = run_dir / f"{name}.json" if given is None else Path(given)
-    source = _read(path)
+    source = find_record(path)
     if source is None:
         return None
     inner = source.get(name)

@@ -26,6 +26,7 @@ from alignpro.serve.messages import (
     UpstreamError,
     end_to_end,
     error_body,
+    json_headers,
 )
 from alignpro.serve.metrics import ServeMetrics
 from alignpro.serve.rewriter import Rewriter
@@ -296,7 +297,7 @@ def _path_behind_v1(scope: Scope) -> bytes:
 
 async def _refuse(send: Send, status: int, message: str, kind: str, code: str | None) -> None:
     body = error_body(message, kind, code)
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    headers = json_headers(body)
     if kind == "invalid_request_error":  # the rest of the request may never come
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -44,7 +44,7 @@ def build_proxy(config: ServeConfig) -> Proxy:
         return Route(mode_of(settings.rewrite), [rewriter_of(run) for run in runs], settings.share)
 
     named = {model: route_of(route) for model, route in (config.routes or {}).items()}
-    routes = Routes(route_of(config.route), named)
+    routes = Routes(route_of(config), named)
     audit = None if config.audit.path is None else AuditLog(config.audit)
     return Proxy(config, _upstream(config, loaded), routes, audit)
 

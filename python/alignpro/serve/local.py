@@ -16,10 +16,9 @@ from alignpro.models.completion_text import TextStream
 from alignpro.models.engine_thread import EngineThread
 from alignpro.models.native_client import NativeHandle, prompt_end
 from alignpro.models.native_model import NativeModel
-from alignpro.serve.messages import Answer, Headers, Outgoing, error_body
+from alignpro.serve.messages import Answer, Headers, Outgoing, error_body, json_headers
 from alignpro.types import Completion, SamplingParams, text_messages
 
-_JSON: Headers = [(b"content-type", b"application/json")]
 _EVENTS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -296,5 +295,4 @@ def _whole(status: int, body: bytes) -> Answer:
     async def close() -> None:
         pass
 
-    length = (b"content-length", str(len(body)).encode())
-    return Answer(status, [*_JSON, length], chunks(), close)
+    return Answer(status, json_headers(body), chunks(), close)

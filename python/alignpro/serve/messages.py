@@ -76,6 +76,11 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], *drop: bytes) -> Headers:
     return [(n, v) for n, v in kept if n not in out and not n.startswith(PREFIX)]
 
 
+def json_headers(body: bytes) -> Headers:
+    """Of an answer that is this JSON."""
+    return [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+
+
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
     """An error as OpenAI writes it."""
     error = {"message": message, "type": kind, "param": param, "code": code}

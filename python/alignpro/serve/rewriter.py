@@ -60,18 +60,18 @@ class Rewriter:
     async def rewrite(self, conversation: Conversation) -> Rewritten:
         """Raises nothing but CancelledError."""
         if self.under_way >= self._most:
-            return _original(conversation, "queue_full")
+            return Rewritten.original(conversation, "queue_full")
         if not self._circuit.allows():
-            return _original(conversation, "circuit_open")
+            return Rewritten.original(conversation, "circuit_open")
         self.under_way += 1
         try:
             result = await self._prompter.arewrite(conversation, deadline=self._deadline)
         except ValueError as error:
             _log.info("%s: no rewrite: %s", self.name, error)
-            return _original(conversation, "unfit")
+            return Rewritten.original(conversation, "unfit")
         except Exception:
             _log.exception("%s: no rewrite", self.name)
-            result = _original(conversation, "error")
+            result = Rewritten.original(conversation, "error")
         finally:
             self.under_way -= 1
         self._circuit.tell(result.reason in _FAILURES)
@@ -83,7 +83,3 @@ class Rewriter:
 
     def close(self) -> None:
         self._prompter.close()
-
-
-def _original(conversation: Conversation, reason: str) -> Rewritten:
-    return Rewritten(conversation.messages, "", False, reason, 0.0)

@@ -16,7 +16,7 @@ from typing import Any
 
 from alignpro.files import write_json
 from alignpro.optional import is_installed
-from alignpro.run_directory import read_record
+from alignpro.run_directory import find_record
 from alignpro.train.callbacks import TrainCallback
 from alignpro.train.metrics import tag_of
 
@@ -104,10 +104,10 @@ class Service(TrainCallback):
     def on_start(self, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
         self._note, self._home = run_dir / f"{self._name}.json", str(run_dir.resolve())
         self._id, self._steps = uuid.uuid4().hex[:12], 0
-        note = _read_note(self._note)
+        note = find_record(self._note)
         if note is not None:
             home = note.get("run_dir", self._home)
-            original = None if home == self._home else _read_note(Path(home) / self._note.name)
+            original = None if home == self._home else find_record(Path(home) / self._note.name)
             if original is not None and original["id"] == note["id"]:
                 _log.warning(
                     "%s: a copy of %s, whose run at %s is %s; this one is %s",
@@ -129,10 +129,6 @@ class Service(TrainCallback):
 
     def _write_note(self) -> None:
         write_json(self._note, {"id": self._id, "steps": self._steps, "run_dir": self._home})
-
-
-def _read_note(path: Path) -> dict[str, Any] | None:
-    return read_record(path) if path.is_file() else None
 
 
 def _start_wandb(run_dir: Path, config: dict[str, Any], run_id: str) -> Any:
