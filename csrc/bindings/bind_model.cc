@@ -223,7 +223,13 @@ void bind_scoring(py::class_<model::Model, std::shared_ptr<model::Model>>& of) {
         [](std::shared_ptr<model::Model> self, std::vector<std::vector<int32_t>> sequences,
            std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter, float temperature,
            std::shared_ptr<model::Adapter> reference, bool with_reference, bool keep_graph,
-           const std::string& activations, bool with_hidden) {
+           const std::string& activations, bool with_hidden, const py::object& reference_hidden) {
+          std::vector<float> states;
+          if (!reference_hidden.is_none()) {
+            const py::array rows = float_array(reference_hidden, "reference_hidden", 2);
+            const auto* first = static_cast<const float*>(rows.data());
+            states.assign(first, first + rows.size());
+          }
           const GilRelease release;
           model::ScoreRequest request{.sequences = std::move(sequences),
                                       .starts = std::move(starts),
@@ -231,6 +237,7 @@ void bind_scoring(py::class_<model::Model, std::shared_ptr<model::Model>>& of) {
                                       .temperature = temperature,
                                       .with_reference = with_reference,
                                       .reference = std::move(reference),
+                                      .reference_hidden = std::move(states),
                                       .with_hidden = with_hidden,
                                       .keep_graph = keep_graph,
                                       .activations = activations_from(activations)};
@@ -239,7 +246,8 @@ void bind_scoring(py::class_<model::Model, std::shared_ptr<model::Model>>& of) {
         py::arg("sequences"), py::arg("starts"), py::arg("adapter") = nullptr,
         py::arg("temperature") = 1.0f, py::arg("reference") = nullptr,
         py::arg("with_reference") = false, py::arg("keep_graph") = false,
-        py::arg("activations") = "keep", py::arg("with_hidden") = false)
+        py::arg("activations") = "keep", py::arg("with_hidden") = false,
+        py::arg("reference_hidden") = py::none())
       .def(
           "score_bytes",
           [](const model::Model& self, std::vector<std::vector<int32_t>> sequences,

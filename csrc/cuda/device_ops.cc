@@ -390,7 +390,7 @@ class CudaDevice final : public ops::Device {
           thread_local std::vector<float> values;
           values.resize(static_cast<size_t>(cols));
           dequantize(from.dtype, from.data, cols, values.data());
-          round_row(dtype_, values.data(), cols, out);
+          round_values(dtype_, values.data(), cols, out);
         });
     weight->name = name;
     weight->rows = weight->matrix.rows;
@@ -486,7 +486,7 @@ std::vector<std::unique_ptr<const ops::LoraWeight>> CudaDevice::upload(
         if (row * width < static_cast<int64_t>(from.size())) {
           std::copy_n(from.data() + row * width, width, padded.begin());
         }
-        round_row(dtype_, padded.data(), cols, out);
+        round_values(dtype_, padded.data(), cols, out);
       });
     };
     auto lora = std::make_unique<CudaLora>();

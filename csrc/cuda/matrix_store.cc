@@ -1,9 +1,8 @@
 #include "matrix_store.h"
 
 #include <algorithm>
-#include <cstring>
 
-#include "alignpro/core/float_bits.h"
+#include "alignpro/core/dtype.h"
 
 namespace alignpro::cuda {
 namespace {
@@ -11,17 +10,6 @@ namespace {
 constexpr int64_t kStagingBytes = int64_t{32} << 20;
 
 }  // namespace
-
-void round_row(DType dtype, const float* values, int64_t count, std::byte* out) {
-  if (dtype == DType::kF32) {
-    std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const Bfloat16 rounded = round_bfloat16(values[i]);
-    std::memcpy(out + 2 * i, &rounded, sizeof rounded);
-  }
-}
 
 ops::Matrix MatrixStore::add(int64_t rows, int64_t cols, const WriteRow& write) {
   const int64_t row_bytes = cols * block_bytes(dtype_);
@@ -33,7 +21,7 @@ ops::Matrix MatrixStore::add(int64_t rows, int64_t cols, const WriteRow& write) 
 const void* MatrixStore::add(std::span<const float> values) {
   const auto count = static_cast<int64_t>(values.size());
   return add(1, count,
-             [&](int64_t, std::byte* out) { round_row(dtype_, values.data(), count, out); })
+             [&](int64_t, std::byte* out) { round_values(dtype_, values.data(), count, out); })
       .data;
 }
 

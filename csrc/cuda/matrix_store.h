@@ -40,7 +40,4 @@ class MatrixStore {
   std::deque<ops::Buffer> buffers_;
 };
 
-// `count` floats rounded to dtype.
-void round_row(DType dtype, const float* values, int64_t count, std::byte* out);
-
 }  // namespace alignpro::cuda

@@ -206,12 +206,14 @@ class Model:
         keep_graph: bool = False,
         activations: str = "keep",
         with_hidden: bool = False,
+        reference_hidden: Any = None,
     ) -> Score:
         """Scores tokens [start, len) of every sequence (1 <= start <= len). Common prefixes are
         computed once. with_reference: also the exact KL to the distribution under ``reference``
         (None: base weights). keep_graph: keep what backward() needs. activations: "keep" every
         layer's, or "recompute" them in backward(), to the same bits. with_hidden: also the states
-        that the tokens were predicted from."""
+        that the tokens were predicted from. reference_hidden: such states [sum(len - start), D] of
+        the same tokens behind other contexts, of which the reference's distributions are then."""
 
     def score_bytes(
         self,

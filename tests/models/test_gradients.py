@@ -36,6 +36,7 @@ class Case:
     starts: list[int]
     temperature: float
     upstream: np.ndarray  # [3, values]: of logprob, entropy, kl
+    anchors: tuple[list[int] | None, ...] = ()  # what the reference reads before the scored tokens
 
 
 class Oracle:
@@ -62,10 +63,14 @@ class Oracle:
         names = set(policy[0]) | set(reference[0])
         hooks = [self.model.get_submodule(n).register_forward_hook(self._lora(n)) for n in names]
         loss, at = torch.zeros((), dtype=self.dtype), 0
-        for sequence, start in zip(case.sequences, case.starts, strict=True):
+        anchors = case.anchors or (None,) * len(case.sequences)
+        for sequence, start, anchor in zip(case.sequences, case.starts, anchors, strict=True):
             logp = self._distributions(policy, sequence, start, case.temperature)
+            read = sequence[:start] if anchor is None else anchor
             with torch.no_grad():
-                logq = self._distributions(reference, sequence, start, case.temperature)
+                logq = self._distributions(
+                    reference, read + sequence[start:], len(read), case.temperature
+                )
             upstream = torch.tensor(case.upstream[:, at : at + len(logp)], dtype=self.dtype)
             at += len(logp)
             chosen = logp.gather(1, torch.tensor(sequence[start:])[:, None])[:, 0]
@@ -222,6 +227,7 @@ def engine_gradients(model: NativeModel, case: Case, activations: Any = "keep") 
         case.starts,
         temperature=case.temperature,
         reference="base" if case.reference is None else case.reference,
+        anchors=case.anchors,
         activations=activations,
     )
     assert scores.kl is not None
@@ -296,6 +302,22 @@ def test_each_output_alone(bench: Callable[[str], Bench], outputs: Any) -> None:
     held = lora(here.two, 2)
     cases = [case_for(here.two, i, outputs=outputs, reference=held) for i in range(DRAWS)]
     assert over_budget(here, cases) == {}
+
+
+def test_kl_to_a_reference_that_reads_another_prompt(bench: Callable[[str], Bench]) -> None:
+    here = bench("llama")
+    held = lora(here.two, 2)
+    plain = [case_for(here.two, i, outputs=(0, 0, 1), reference=held) for i in range(DRAWS)]
+    count = len(plain[0].sequences)
+    # Shorter, longer and shared ones, and rows that have none among them.
+    anchors = tuple(None if i % 3 == 1 else [1, *range(20, 21 + 3 * i)] for i in range(count))
+    cases = [replace(case, anchors=anchors) for case in plain]
+    assert over_budget(here, cases) == {}
+    own = tuple(s[:n] for s, n in zip(plain[0].sequences, plain[0].starts, strict=True))
+    read, given = (
+        engine_gradients(here.two, replace(plain[0], anchors=a)) for a in ((), own)
+    )  # states that are handed over lose no bit
+    assert all(np.array_equal(read[n][i], given[n][i]) for n in read for i in (0, 1))
 
 
 def test_kl_to_where_training_started(bench: Callable[[str], Bench]) -> None:

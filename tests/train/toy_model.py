@@ -108,6 +108,7 @@ class ToyCore:
         keep_graph=False,
         activations="keep",
         with_hidden=False,
+        reference_hidden=None,
     ):
         pairs = [
             (sequence[i - 1], sequence[i])
@@ -124,7 +125,11 @@ class ToyCore:
             entropy = -(rows.exp() * rows).sum(-1)
             kl = reference_logprob = None
             if with_reference:
-                other = self.table(reference, temperature)[last].detach()
+                read = last
+                if reference_hidden is not None:  # which token's state each row is
+                    states = [torch.tensor(row) for row in reference_hidden]
+                    read = [int((self.hidden == state).all(-1).nonzero()) for state in states]
+                other = self.table(reference, temperature)[read].detach()
                 kl = (rows.exp() * (rows - other)).sum(-1)
                 reference_logprob = other[range(len(token)), token]
         hidden = self.hidden[last].numpy() if with_hidden else None

@@ -7,6 +7,7 @@ a value of the wrong type and a value out of range are a `ValueError` of one lin
 
 from __future__ import annotations
 
+from alignpro.config.anchor import AnchorConfig as AnchorConfig
 from alignpro.config.data import DataConfig as DataConfig
 from alignpro.config.data import InstructionsConfig as InstructionsConfig
 from alignpro.config.data import OnTooLong as OnTooLong

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
+from alignpro.config.anchor import AnchorConfig
 from alignpro.config.fields import (
     Range,
     above,
@@ -131,6 +132,12 @@ class TrainConfig(FitConfig, StageConfig):
     """
     kl_gain: Annotated[float, above(0)] = 0.1
     """How fast kl_coef is steered with kl_target: a step moves it by exp(0.2 * this) at most."""
+    anchor: AnchorConfig | None = None
+    """Prompts on which the reference reads another prompt than the policy ({} takes the defaults);
+    null anchors none.
+
+    The KL of these is above 0 from the first step on, and kl_target does not count them.
+    """
 
     algorithm: Literal["rloo", "reinforce", "ppo", "closed_form"] = "rloo"
     """How the prompter learns: by a baseline of sibling rewrites (rloo) or of earlier steps
@@ -219,7 +226,7 @@ class TrainConfig(FitConfig, StageConfig):
             require("ppo.minibatches", batches, batches <= prompts, expected)
         if self.algorithm == "closed_form":
             require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with closed_form")
-            for name in ("kl_target", "response_budget", "heldout"):
+            for name in ("kl_target", "response_budget", "heldout", "anchor"):
                 only_default(self, name, "with an algorithm that samples while it trains")
             fixed = self.num_responses != "auto"
             require("num_responses", self.num_responses, fixed, "a number with closed_form")

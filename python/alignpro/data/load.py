@@ -98,6 +98,19 @@ def load_prompts(
     return prompts
 
 
+def read_flag(row: PromptRow, column: str) -> bool:
+    """A column's true or false, as JSON or a table spells them; a row without it is false. Raises
+    DataError, which names the row."""
+    value = row.columns.get(column)
+    text = str("" if value is None else value).strip().lower()
+    if text in ("true", "yes", "1"):
+        return True
+    if text in ("", "false", "no", "0"):
+        return False
+    expected = f"expected true or false in column {column!r}"
+    raise DataError(f"{row.place}: {expected}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class PairRow:
     """A prompt, and what the prompter is to write for it: "" leaves the prompt as it is."""

@@ -121,6 +121,7 @@ class Learner:
         if self.critic is not None:
             self.critic.optimizer.zero_grad(set_to_none=True)
         results: list[LossResult] = []
+        kl_parts: list[dict[str, Metric]] = []
         parity = value_loss = 0.0
         for micro in self._micro_batches(trajectories):
             stop_if_asked()
@@ -142,6 +143,7 @@ class Learner:
             )
             if update.fresh:
                 parity = max(parity, self._check_parity(tokens, update.step))
+            parted = _parted_kl(part, scores.kl.detach(), sequence)
             result = policy_loss(
                 tokens,
                 kl_coef,
@@ -150,13 +152,14 @@ class Learner:
             )
             result.loss.backward()  # type: ignore[no-untyped-call]
             results.append(result)
+            kl_parts.append(parted)
             if self.critic is not None and targets is not None:
                 assert scores.hidden is not None
                 returns = torch.cat([targets[row][1] for row in rows])
                 loss = self.critic.loss(scores.hidden, returns, total_tokens=total_tokens)
                 loss.backward()  # type: ignore[no-untyped-call]
                 value_loss += float(loss.detach())
-        merged = merge_metrics([result.metrics for result in results])
+        merged = merge_metrics([result.metrics for result in results]) | merge_metrics(kl_parts)
         merged["micro_batches"] = Metric(len(results), kind="work")
         if update.fresh:
             merged["parity_max_abs"] = Metric(parity, kind="largest")
@@ -169,7 +172,8 @@ class Learner:
             *scored(trajectories),
             self.config,
             with_reference=True,
-            with_hidden=self.critic is not None,
+            # An anchored reference is handed over as states, too.
+            with_hidden=self.critic is not None or any(t.anchor is not None for t in trajectories),
         )
 
     def _score(self, trajectories: Sequence[Trajectory], micro: MicroBatch) -> ScoreTensors:
@@ -177,6 +181,7 @@ class Learner:
             *scored(trajectories),
             temperature=self.config.sampled.temperature,
             reference=self.reference,
+            anchors=[t.anchor for t in trajectories],
             activations=micro.activations,
             with_hidden=self.critic is not None,
         )
@@ -219,3 +224,17 @@ class Learner:
         self.optimizer.load_state_dict(optimizer)
         if self.critic is not None and critic is not None:
             self.critic.load_state_dict(critic)
+
+
+def _parted_kl(
+    trajectories: Sequence[Trajectory], kl: torch.Tensor, sequence: torch.Tensor
+) -> dict[str, Metric]:
+    """Nats per trajectory [T] to those with an anchor and those without; nothing without anchors.
+    A KL to another prompt's reference is above 0 where nothing was learnt."""
+    anchored = torch.tensor([t.anchor is not None for t in trajectories])
+    parts = {"kl_anchored": anchored, "kl_plain": ~anchored} if bool(anchored.any()) else {}
+    return {
+        name: Metric(float(kl[rows[sequence]].sum()), float(rows.sum()))
+        for name, rows in parts.items()
+        if bool(rows.any())
+    }

@@ -58,6 +58,11 @@ METRICS = {
         "kl/per_rewrite", "The exact KL(prompter || reference), in nats per rewrite."
     ),
     "kl_per_token": MetricText("kl/per_token", "The same KL, in nats per token."),
+    "kl_anchored": MetricText(
+        "kl/anchored",
+        "The KL per rewrite where the reference reads an anchor, which is above 0 from the start.",
+    ),
+    "kl_plain": MetricText("kl/plain", "The KL per rewrite of the other prompts."),
     "k1_per_rewrite": MetricText(
         "kl/k1_per_rewrite", "The KL as estimated by the mean log-ratio, for comparison."
     ),

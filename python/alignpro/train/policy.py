@@ -108,6 +108,7 @@ class LoraPolicy(torch.nn.Module):
         *,
         temperature: float = 1.0,
         reference: Reference | None = None,
+        anchors: Sequence[Sequence[int] | None] = (),
         activations: Activations = "keep",
         with_hidden: bool = False,
     ) -> ScoreTensors:
@@ -119,6 +120,8 @@ class LoraPolicy(torch.nn.Module):
         Args:
             sequences: token ids. starts: the first scored position of each, 1 <= start <= len.
             reference: frozen matrices or "base"; None leaves ``kl`` and ``reference_logprob`` None.
+            anchors: for each sequence, what the reference reads in the place of the tokens before
+                ``starts``; None, or none at all: the same as the policy.
             activations: kept for the backward, or recomputed in it: less memory, the same bits.
             with_hidden: also the final normalised hidden state that each token was predicted from,
                 as a value head reads it; detached.
@@ -127,19 +130,33 @@ class LoraPolicy(torch.nn.Module):
             ValueError: a sequence or start that does not fit.
         """
         inputs = [*self.lora_a, *self.lora_b]
+        reference_adapter = (
+            self.model.make_adapter(reference) if isinstance(reference, LoraWeights) else None
+        )
+        reference_hidden = None
+        if reference is not None and any(anchor is not None for anchor in anchors):
+            read = [
+                list(sequence[:start] if anchor is None else anchor)
+                for sequence, start, anchor in zip(sequences, starts, anchors, strict=True)
+            ]
+            reference_hidden = self._core.score(
+                [r + list(s[n:]) for r, s, n in zip(read, sequences, starts, strict=True)],
+                [len(r) for r in read],
+                adapter=reference_adapter,
+                with_hidden=True,
+            ).hidden
         keep_graph = torch.is_grad_enabled() and any(p.requires_grad for p in inputs)
         score = self._core.score(
             [list(s) for s in sequences],
             list(starts),
             adapter=self.core_adapter(),
             temperature=temperature,
-            reference=(
-                self.model.make_adapter(reference) if isinstance(reference, LoraWeights) else None
-            ),
+            reference=reference_adapter,
             with_reference=reference is not None,
             keep_graph=keep_graph,
             activations=activations,
             with_hidden=with_hidden,
+            reference_hidden=reference_hidden,
         )
         # Large, and the caller's own array already: not copied once more.
         hidden = torch.from_numpy(score.hidden) if with_hidden else None

@@ -30,6 +30,7 @@ from alignpro.run_directory import (
     open_run_dir,
     recorded_date,
 )
+from alignpro.train.anchor import anchors_of
 from alignpro.train.callbacks import OnProgress, TrainCallback
 from alignpro.train.checkpoint import load_checkpoint, save_checkpoint
 from alignpro.train.closed_form import ClosedFormFit
@@ -231,6 +232,8 @@ def trainer_from(
         value_head = None
         if config.ppo.value_head:
             value_head = ValueHead(int(trained.config["hidden_size"]))
+        if config.anchor is not None:
+            options["anchors"] = anchors_of(config.anchor, rows)
         trainer = Trainer(*pieces, value_head=value_head, held_out=held_out, **options)
     if fitted.note is not None:
         trainer.notes["too_long"] = fitted.note

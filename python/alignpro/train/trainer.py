@@ -21,7 +21,14 @@ from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.native_model import NativeModel
-from alignpro.models.reading import check_columns, check_roles, read_prompts
+from alignpro.models.reading import (
+    check_columns,
+    check_roles,
+    naming,
+    read_prompts,
+    target_tokens,
+    too_long,
+)
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import CONFIG, RunDirectory, add_note, open_run_dir
 from alignpro.train.adaptive import Adaptive
@@ -54,6 +61,8 @@ class TrainingRun:
         prompts: one text each. columns: more of the prompts' data for the reward, aligned.
         value_head: a module from hidden states [T, D] to values [T], for ``ppo.value_head``.
         held_out: the prompts of the configuration's ``heldout``.
+        anchors: with the configuration's ``anchor``, what the reference reads in the place of each
+            prompt, None for the prompt itself (`train.anchor.anchors_of`).
         run_dir: where metrics.jsonl, checkpoints/ and adapter/ go, or such a directory that is held
             already; None: the configuration's.
         resume, overwrite: what to do when the directory holds a run; see `open_run_dir`.
@@ -77,6 +86,7 @@ class TrainingRun:
         columns: Mapping[str, Sequence[Any]] | None = None,
         value_head: torch.nn.Module | None = None,
         held_out: Sequence[PromptRow] = (),
+        anchors: Sequence[Prompt | None] = (),
         run_dir: str | Path | RunDirectory | None = None,
         resume: bool = False,
         overwrite: bool = False,
@@ -96,6 +106,8 @@ class TrainingRun:
             )
         if (config.heldout is not None) != bool(held_out):
             raise ValueError("held_out: expected prompts with heldout, and none without")
+        if (config.anchor is not None) != bool(anchors):
+            raise ValueError("anchors: expected one a prompt with anchor, and none without")
         self.held_out = HeldOut(config, held_out) if held_out else None
         self.config = config
         self.pipeline = pipeline
@@ -106,6 +118,7 @@ class TrainingRun:
         self.columns = {name: list(values) for name, values in (columns or {}).items()}
         self.notes: dict[str, Any] = {}  # of the data, for the first row of metrics
         self._check_pieces()
+        self._anchors = self._read_anchors(anchors)
         self._begin(value_head)
         self.trackers = make_trackers(config.track)
         self.step = 0  # steps done
@@ -150,6 +163,29 @@ class TrainingRun:
         if isinstance(answers, (str, Path)):
             found["adapter of the target"] = fingerprints.of_adapter_folder(answers)
         return found
+
+    def _read_anchors(self, anchors: Sequence[Prompt | None]) -> list[list[int] | None]:
+        """[prompts]: the tokens that the reference reads, None for those of the policy."""
+        if not anchors:
+            return [None] * len(self.prompts)
+        if len(anchors) != len(self.prompts):
+            raise ValueError(f"anchors: expected {len(self.prompts)}, got {len(anchors)}")
+        return [
+            None if anchor is None else self._read_by_policy(anchor, index)
+            for index, anchor in enumerate(anchors)
+        ]
+
+    def _read_by_policy(self, prompt: Prompt, index: int) -> list[int]:
+        """Raises ValueError for an anchor that does not fit."""
+        with naming("anchor"):
+            if self.config.policy == "prompter":
+                return self.pipeline.prompter_tokens(prompt, index)
+            model = self.policy.model
+            tokens = target_tokens(model.tokenizer, prompt)
+            unfit = too_long(model, len(tokens), self.config.response)
+            if unfit is not None:
+                raise ValueError(f"of prompt {index}: {unfit}")
+            return tokens
 
     def _pick(self, rows: Sequence[int]) -> tuple[list[Prompt], dict[str, list[Any]]]:
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
@@ -218,9 +254,15 @@ class Trainer(TrainingRun):
             while self.step < self.config.steps:
                 seen = self._look_at_held_out()
                 started = time.perf_counter()
-                rollout = self._rollout()
+                rows = self._rows()
+                rollout = self._rollout(rows)
                 with interrupts_deferred() as stop_if_asked:  # a step is done as a whole or not
-                    batch = step_batch(self.config, rollout, self.adaptive.baseline)
+                    batch = step_batch(
+                        self.config,
+                        rollout,
+                        self.adaptive.baseline,
+                        [self._anchors[i] for i in rows],
+                    )
                     metrics, stages = self.learner.improve(
                         batch, self.adaptive.kl_coef, self.step, stop_if_asked
                     )
@@ -229,7 +271,7 @@ class Trainer(TrainingRun):
                     warnings = step_warnings(row) | seen.pop("warnings", {})
                     row |= seen | ({"warnings": warnings} if warnings else {})
                     self.adaptive = self.adaptive.after(
-                        self.config, rollout, batch, metrics["kl_per_rewrite"]
+                        self.config, rollout, batch, _steered_kl(metrics)
                     )
                     self.step += 1
                     self.cursor += self.config.prompts_per_step
@@ -254,16 +296,19 @@ class Trainer(TrainingRun):
             return {}
         return self.held_out.look(self.pipeline, self.policy.core_adapter(), self.step)
 
-    def _rollout(self) -> Rollout:
-        """N rewrites and N x M responses for the next prompts, under the weights as they are; N
-        responses to the prompts themselves where the target is the policy."""
-        config = self.config
-        rows = batch_indices(
-            seed=config.seed,
+    def _rows(self) -> list[int]:
+        """Of the next prompts."""
+        return batch_indices(
+            seed=self.config.seed,
             cursor=self.cursor,
-            count=config.prompts_per_step,
+            count=self.config.prompts_per_step,
             rows=len(self.prompts),
         )
+
+    def _rollout(self, rows: Sequence[int]) -> Rollout:
+        """N rewrites and N x M responses for the prompts of these rows, under the weights as they
+        are; N responses to the prompts themselves where the target is the policy."""
+        config = self.config
         prompts, columns = self._pick(rows)
         seed, adapter = derive_seed(config.seed, self.step), self.policy.core_adapter()
         num_rewrites, num_responses = self.adaptive.counts(config, self.step)
@@ -333,6 +378,13 @@ class Trainer(TrainingRun):
         truncate_metrics(self.log.path, steps=self.step)
         if self.held_out is not None and self.log.path.exists():
             self.held_out.restore(read_metrics(self.log.path))
+
+
+def _steered_kl(metrics: Mapping[str, float]) -> float:
+    """The KL that kl_target is for: that of plain prompts, where others have an anchor."""
+    if "kl_anchored" in metrics:
+        return metrics.get("kl_plain", float("nan"))
+    return metrics["kl_per_rewrite"]
 
 
 def said_of_resume(command: str, run_dir: Path, step: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ class Trajectory:
     logprobs: list[float]  # of ``tokens``, as recorded when they were drawn
     reward: float
     finished: bool  # by itself, not at the limit
+    anchor: list[int] | None = None  # what the reference reads in the place of ``context``
 
     @property
     def sequence(self) -> list[int]:
@@ -68,9 +69,18 @@ def written_by_prompter(w: Rewrite) -> Trajectory:
     return Trajectory(w.prompter_tokens, w.tokens, w.logprobs, w.reward, w.finish_reason == "stop")
 
 
-def step_batch(config: TrainConfig, rollout: Rollout, baseline: MovingBaseline) -> StepBatch:
-    """The trajectories to learn from, with the advantages of the configured algorithm."""
-    written = trajectories_of(rollout, config.policy)
+def step_batch(
+    config: TrainConfig,
+    rollout: Rollout,
+    baseline: MovingBaseline,
+    anchors: Sequence[list[int] | None],
+) -> StepBatch:
+    """The trajectories to learn from, with the advantages of the configured algorithm. anchors: of
+    the rollout's prompts."""
+    written = [
+        [replace(t, anchor=anchor) for t in group]
+        for group, anchor in zip(trajectories_of(rollout, config.policy), anchors, strict=True)
+    ]
     rewards = [torch.tensor([t.reward for t in g], dtype=torch.float64) for g in written]
     equal = [len(r) > 1 and bool(zero_advantage_groups(r[None])) for r in rewards]
     advantages = advantages_of(config, rewards, baseline)

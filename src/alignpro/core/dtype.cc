@@ -272,6 +272,18 @@ void dequantize(DType dtype, const std::byte* source, int64_t values, float* out
   if (values > 0) f.expand(source, values, out);
 }
 
+void round_values(DType dtype, const float* values, int64_t count, std::byte* out) {
+  if (dtype == DType::kF32) {
+    std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t bits =
+        dtype == DType::kF16 ? round_half(values[i]) : round_bfloat16(values[i]).bits;
+    std::memcpy(out + 2 * i, &bits, sizeof bits);
+  }
+}
+
 std::optional<DType> dtype_from_name(std::string_view name) {
   const auto* at = std::ranges::find(kFormats, name, &Format::name);
   if (at == std::end(kFormats)) return std::nullopt;

@@ -67,4 +67,7 @@ void quantize_q8_0(const float* values, int64_t count, std::byte* out);
 // Expands `values` stored values (a multiple of block_values) to float32, exactly.
 void dequantize(DType dtype, const std::byte* source, int64_t values, float* out);
 
+// The nearest values of kF32, kF16 or kBF16, ties to even.
+void round_values(DType dtype, const float* values, int64_t count, std::byte* out);
+
 }  // namespace alignpro

@@ -28,6 +28,8 @@ void require_scorable(const ScoreRequest& request, const Model& model) {
           "score: keep_graph needs an adapter; the base weights are never trained");
   if (request.adapter != nullptr) request.adapter->require_fits(config);
   if (request.reference != nullptr) request.reference->require_fits(config);
+  require(request.reference_hidden.empty() || request.with_reference,
+          "score: reference_hidden needs with_reference");
   for (size_t s = 0; s < request.sequences.size(); ++s) {
     const auto& sequence = request.sequences[s];
     const auto size = static_cast<int64_t>(sequence.size());
@@ -112,11 +114,14 @@ AdapterGradients::AdapterGradients(const Adapter& adapter) {
 
 class Score::Pass {
  public:
+  // offsets: of each sequence's first value among all of the request's.
   Pass(std::shared_ptr<const Model> model, const ScoreRequest& request,
-       std::span<const int64_t> members)
+       std::span<const int64_t> members, std::span<const int64_t> offsets)
       : model_(std::move(model)),
         weights_(model_->weights()),
         request_(request),
+        members_(members.begin(), members.end()),
+        offsets_(offsets),
         tree_(request, members),
         policy_(uploaded(request.adapter, model_->device())),
         reference_(uploaded(request.reference, model_->device())),
@@ -150,6 +155,7 @@ class Score::Pass {
   void clear_shared_kv(const LayerActivations& scratch) const;
   LayerActivations joined(const LayerActivations& own, const LayerActivations& scratch) const;
   ops::LogprobRequest logprob_request(bool with_reference) const;
+  void upload_reference() const;
   void d_stream_of_values(const ScoreMemory::Backward& m, std::span<const float> d_logprob,
                           std::span<const float> d_entropy, std::span<const float> d_kl);
   void unpack(const ScoreMemory::Backward& m, const std::byte* host,
@@ -158,6 +164,8 @@ class Score::Pass {
   const std::shared_ptr<const Model> model_;
   const Weights& weights_;
   const ScoreRequest& request_;
+  const std::vector<int64_t> members_;
+  const std::span<const int64_t> offsets_;
   const ScoreTree tree_;
   const std::shared_ptr<const DeviceAdapter> policy_, reference_;
   const PooledBuffers pooled_;  // outlives the memory of its ops
@@ -197,8 +205,23 @@ ops::LogprobRequest Score::Pass::logprob_request(bool with_reference) const {
           request_.temperature};
 }
 
+void Score::Pass::upload_reference() const {
+  const Matrix& to = kept_.reference_hidden;
+  const int64_t row = row_bytes(to.dtype, to.cols), bytes = to.rows * row;
+  auto* staged = static_cast<std::byte*>(ops().stage(pooled_->reference_hidden, to.data, bytes));
+  std::byte* next = staged;
+  for (const int64_t s : members_) {
+    const int64_t count = values_of(request_, s);
+    round_values(to.dtype,
+                 request_.reference_hidden.data() + offsets_[static_cast<size_t>(s)] * to.cols,
+                 count * to.cols, next);
+    next += count * row;
+  }
+  ops().upload(to.data, staged, bytes);
+}
+
 void Score::Pass::forward() {
-  const bool with_reference = request_.with_reference;
+  const bool with_reference = memory_.runs_reference();
   pooled_->plan->place(kept_.plan);
   const ops::Buffer scratch(ops(), memory_.forward(nullptr).bytes);
   const ScoreMemory::Forward m = memory_.forward(scratch.data());
@@ -220,9 +243,13 @@ void Score::Pass::forward() {
   }
   const LayerPass pass{weights_, ops(), plan(), {}};
   final_hidden(pass, entering(num_layers()), kept_.hidden);
-  if (with_reference) final_hidden(pass, m.reference_stream, kept_.reference_hidden);
-  ops().linear_logprob(plan(), logprob_request(with_reference), kept_.outputs, kept_.jacobian,
-                       m.logprob);
+  if (with_reference) {
+    final_hidden(pass, m.reference_stream, kept_.reference_hidden);
+  } else if (request_.with_reference) {
+    upload_reference();
+  }
+  ops().linear_logprob(plan(), logprob_request(request_.with_reference), kept_.outputs,
+                       kept_.jacobian, m.logprob);
 
   results_ = static_cast<const float*>(ops().download(
       pooled_->results, kept_.results, 5 * values() * static_cast<int64_t>(sizeof(float))));
@@ -320,12 +347,16 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
     total += values_of(request_, static_cast<int64_t>(s));
   }
   const auto values = static_cast<size_t>(total);
+  const int64_t given = static_cast<int64_t>(request_.reference_hidden.size());
+  require(given == 0 || given == total * hidden_size(), "score: reference_hidden: expected ", total,
+          " rows of ", hidden_size(), " values, got ", given, " values");
   for (auto* out : {&logprob_, &entropy_}) out->resize(values);
   if (request_.with_reference) {
     for (auto* out : {&kl_, &ref_logprob_}) out->resize(values);
   }
   if (request_.with_hidden) hidden_.resize(values * static_cast<size_t>(hidden_size()));
   for (const std::vector<int64_t>& group : score_groups(request_)) score_group(group);
+  request_.reference_hidden = {};  // the passes hold what they need of it
 }
 
 Score::~Score() = default;
@@ -334,7 +365,7 @@ void Score::score_group(std::span<const int64_t> members) {
   int64_t values = 0;
   for (const int64_t s : members) values += values_of(request_, s);
   if (values == 0) return;
-  auto pass = std::make_unique<Pass>(model_, request_, members);
+  auto pass = std::make_unique<Pass>(model_, request_, members, offsets_);
   pass->forward();
   const int64_t width = hidden_size();
   const float* results = pass->results();

@@ -23,7 +23,11 @@ struct ScoreRequest {
   std::shared_ptr<const Adapter> adapter = nullptr;  // null: base weights
   float temperature = 1.0f;
   bool with_reference = false;  // also the exact KL to the distribution under
-  std::shared_ptr<const Adapter> reference = nullptr;  // this adapter (null: base weights)
+  std::shared_ptr<const Adapter> reference = nullptr;  // this adapter (null: base weights), or to
+  // the one whose normed states before the scored tokens these are: [values, hidden], sequence
+  // after sequence, as hidden() of a score of the same tokens behind any other contexts gave them.
+  // Empty: the reference reads what the policy reads.
+  std::vector<float> reference_hidden = {};
   bool with_hidden = false;  // also the policy's states that the tokens were predicted from
   bool keep_graph = false;   // backward() will be called; needs an adapter
   Activations activations = Activations::kKeep;

@@ -54,6 +54,7 @@ ScoreMemory::ScoreMemory(const Weights& weights, const ops::Device& device, cons
       tree_(tree),
       dtype_(device.dtype()),
       kv_dtype_(device.kv_dtype()),
+      runs_reference_(request.with_reference && request.reference_hidden.empty()),
       policy_(std::move(policy)),
       reference_(std::move(reference)) {}
 
@@ -146,11 +147,11 @@ ScoreMemory::Forward ScoreMemory::forward(void* base) const {
   const int64_t rows = tree_.rows(), width = weights_.config.hidden_size;
   ops::Workspace from(base);
   Forward m;
-  if (request_.with_reference) m.reference_stream = from.matrix(rows, width, dtype_);
+  if (runs_reference_) m.reference_stream = from.matrix(rows, width, dtype_);
   ops::Workspace layers = from.rest(), head = from.rest();  // one after the other
   cut_scratch(m.scratch, layers, weights_.config, rows, dtype_);
   if (!ops_.attention_backward_reads_kv()) cut_kv(m.scratch, layers);
-  if (request_.with_reference || !keeps_layers()) m.layer = cut_layer(layers, most_ranks(), false);
+  if (runs_reference_ || !keeps_layers()) m.layer = cut_layer(layers, most_ranks(), false);
   m.attention = layers.take<char>(ops_.attention_bytes(plan_));
   m.logprob = head.take<char>(ops_.linear_logprob_bytes(logprob_shape()));
   m.bytes = from.bytes() + std::max(layers.bytes(), head.bytes());

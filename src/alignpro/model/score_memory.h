@@ -26,11 +26,12 @@ struct ScoreBuffers {
         plan(ops->make_plan(attention_shape(weights.config), *weights.rope)),
         upstream(*ops),
         results(*ops),
-        hidden(*ops) {}
+        hidden(*ops),
+        reference_hidden(*ops) {}
 
   const std::unique_ptr<ops::Ops> ops;
   const std::unique_ptr<ops::Plan> plan;
-  ops::HostBuffer upstream, results, hidden;
+  ops::HostBuffer upstream, results, hidden, reference_hidden;
 };
 
 // Some sequences of a request with their common beginnings once, and which row each scored token is
@@ -99,6 +100,8 @@ class ScoreMemory {
   Backward backward(void* base) const;
 
   bool keeps_layers() const;
+  // Whether the reference's states are computed here, and not given.
+  bool runs_reference() const { return runs_reference_; }
   // Bytes of the blocks of one layer.
   int64_t kv_bytes() const;
   int64_t peak_bytes() const;
@@ -117,6 +120,7 @@ class ScoreMemory {
   const ScoreRequest& request_;
   const ScoreTree& tree_;
   const DType dtype_, kv_dtype_;
+  const bool runs_reference_;
   std::shared_ptr<const DeviceAdapter> policy_, reference_;
 };
 
