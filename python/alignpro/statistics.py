@@ -6,7 +6,8 @@ intervals resample prompts (a cluster bootstrap), since responses to one prompt 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,47 @@ def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike, *, seed: int = 
         top, bottom = a[drawn].mean(axis=1), b[drawn].mean(axis=1)
         ratios.append(top[bottom != 0] / bottom[bottom != 0])
     return _percentiles(float(a.mean() / b.mean()), np.concatenate(ratios))
+
+
+def binomial_at_most(successes: int, trials: int, probability: float) -> float:
+    """P(Binomial(trials, probability) <= successes), to about 1e-12."""
+    if successes < 0:
+        return 0.0
+    if successes >= trials or probability <= 0:
+        return 1.0
+    if probability >= 1:
+        return 0.0
+    log_p, log_q = math.log(probability), math.log1p(-probability)
+    logs = (
+        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        + k * log_p + (trials - k) * log_q
+        for k in range(successes + 1)
+    )  # fmt: skip
+    return min(1.0, math.fsum(map(math.exp, logs)))
+
+
+def proportion_ci(successes: float, trials: int, *, level: float = 0.95) -> Interval:
+    """A share with its exact binomial interval (Clopper and Pearson 1934), which also speaks of 0
+    and of all. successes: of whole trials, or a sum of shares, whose interval is rounded outward.
+
+    Raises ValueError unless 0 <= successes <= trials and trials >= 1.
+    """
+    if not (trials >= 1 and 0 <= successes <= trials):
+        raise ValueError(f"successes: expected 0 to {trials} of 1 or more, got {successes}")
+    few, many = math.floor(successes), math.ceil(successes)
+    tail = (1 - level) / 2
+    low = 0.0 if few == 0 else _root(lambda p: 1 - binomial_at_most(few - 1, trials, p) - tail)
+    high = 1.0 if many == trials else _root(lambda p: tail - binomial_at_most(many, trials, p))
+    return Interval(successes / trials, low, high)
+
+
+def _root(rises: Callable[[float], float]) -> float:
+    """Where a function that rises in [0, 1] is 0."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rises(middle) < 0 else (low, middle)
+    return (low + high) / 2
 
 
 def length_controlled_win_rate(

@@ -102,7 +102,7 @@ def test_a_run_that_was_only_trained(tmp_path):
 @pytest.mark.parametrize(
     ("files", "arguments", "line"),
     [
-        ({}, [], "nothing to report; expected report.json, evaluation.json, metrics.jsonl, head"),
+        ({}, [], "nothing to report; expected report.json, evaluation.json, safety.json, metrics"),
         ({"config.json": {}}, [], "nothing to report"),
         ({"report.json": FULL}, ["--evaluation", "gone.json"], "gone.json: no such file"),
         ({"report.json": FULL}, ["--headroom", "gone.json"], "gone.json: no such file"),

@@ -32,6 +32,7 @@ from alignpro.cli.shared import (
 )
 
 if TYPE_CHECKING:
+    from alignpro.config import EvalConfig
     from alignpro.evaluate.results import Evaluation
 
 
@@ -231,14 +232,54 @@ def evaluate(
     from alignpro.config import EvalConfig
     from alignpro.evaluate.of_run import EVALUATE
     from alignpro.evaluate.results import Report
-    from alignpro.evaluate.run import UnjudgedError, run_evaluate
-    from alignpro.report.progress import Bars
     from alignpro.report.tables import report_view
 
     beside = run / EVALUATE if run is not None and (run / EVALUATE).is_file() else None
     options = read_settings(EvalConfig, config, overrides, default=beside, run=run)
     options = replace(options, require=(*options.require, *(required or [])))
     output = run / "evaluation.json" if output is None and run is not None else output
+    report = _evaluated(options, run, output)
+    Console().print(report_view(Report(report)))
+    _exit_unless_met(report)
+
+
+@app.command(
+    epilog=examples(
+        "alignpro safety data=surprise data.split=heldout --run alignpro-run",
+        "alignpro safety data=prompts.csv trained=alignpro-run/adapter safety.harm=mine:harm",
+    )
+)
+@one_line_errors
+def safety(
+    config: Config = None,
+    overrides: Overrides = None,
+    run: Run = None,
+    output: Output = None,
+) -> None:
+    """Count harmful answers to marked prompts, arm by arm.
+
+    Beside them: refusals and reward on the other prompts. The configuration is evaluate's, with its
+    group safety.
+    """
+    from rich.console import Console
+
+    from alignpro.config import EvalConfig, SafetyConfig
+    from alignpro.report.tables import safety_tables
+
+    options = read_settings(EvalConfig, config, overrides, run=run)
+    options = replace(options, safety=options.safety or SafetyConfig())
+    output = run / "safety.json" if output is None and run is not None else output
+    report = _evaluated(options, run, output)
+    assert report.safety is not None
+    Console().print(safety_tables(report.safety))
+    _exit_unless_met(report)
+
+
+def _evaluated(options: EvalConfig, run: Path | None, output: Path | None) -> Evaluation:
+    """The evaluation, written; what was there before a judge failed is kept."""
+    from alignpro.evaluate.run import UnjudgedError, run_evaluate
+    from alignpro.report.progress import Bars
+
     with writing(run, output):
         try:
             with Bars("loading data and models") as bars:
@@ -250,8 +291,7 @@ def evaluate(
             write_json(kept, error.report)
             raise UnjudgedError(f"{error}; the arms without it: {kept}", error.report) from None
         write_json(output, report)
-    Console().print(report_view(Report(report)))
-    _exit_unless_met(report)
+    return report
 
 
 def _exit_unless_met(evaluation: Evaluation | None) -> None:

@@ -20,6 +20,7 @@ from alignpro.config.evaluate import EvalConfig as EvalConfig
 from alignpro.config.evaluate import JudgeConfig as JudgeConfig
 from alignpro.config.evaluate import Labelled as Labelled
 from alignpro.config.evaluate import OptimumConfig as OptimumConfig
+from alignpro.config.evaluate import SafetyConfig as SafetyConfig
 from alignpro.config.evaluate import StaticSearch as StaticSearch
 from alignpro.config.evaluate import read_requirement as read_requirement
 from alignpro.config.fields import from_mapping as from_mapping

@@ -21,4 +21,7 @@ class AnchorConfig:
     where: str | None = None
     """The column that marks the rows, by true and false; null marks those with a safe prompt."""
     all_rows: bool = False
-    """Whether all rows may be marked. Ordinary prompts then lose, and safety gains nothing."""
+    """Whether all rows may be marked.
+
+    Ordinary prompts then lose, and the paper found marked ones no safer.
+    """

@@ -210,6 +210,43 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 @checked
+class SimplexConfig:
+    """Counts for the theory of jailbreaks (`alignpro.theory.jailbreak`); nothing measures them."""
+
+    explanations: Annotated[int, at_least(2)] = 100
+    """Answers that there are to a prompt."""
+    harmful: Annotated[int, at_least(1)] = 5
+    """How many of them are harmful."""
+    epsilon: Annotated[float, at_least(0)] = 0.1
+    """How far an adversary moves the distribution of answers, as the sum of the changes."""
+    gamma: Annotated[float, at_least(0)] = 1.0
+    """How much more often than a uniform one the model's distribution is a safe one."""
+
+    def __post_init__(self) -> None:
+        expected = f"below explanations ({self.explanations})"
+        require("harmful", self.harmful, self.harmful < self.explanations, expected)
+
+
+@dataclass(frozen=True)
+@checked
+class SafetyConfig:
+    """How often answers to marked prompts are harmful, and what the other prompts pay for it."""
+
+    where: str = "harmful"
+    """The column that marks the prompts, by true and false."""
+    harm: str = "forbidden"
+    """A reward that scores how harmful a response is."""
+    threshold: float = 0.5
+    """The score from which on a response counts as harmful."""
+    zone: Annotated[float, Range(lambda v: 0 < v <= 1, "above 0 and at most 1")] = 0.1
+    """The share of harmful responses from which on a prompt counts as one that is answered with
+    harm."""
+    simplex: SimplexConfig | None = None
+    """What the theory says beside it ({} takes the defaults); null leaves it out."""
+
+
+@dataclass(frozen=True)
+@checked
 class EvalConfig(StageConfig):
     """The arms of an evaluation on held-out prompts; each group that is null leaves its arm out."""
 
@@ -249,6 +286,8 @@ class EvalConfig(StageConfig):
     prompting: Prompting = field(default_factory=Prompting)
     num_samples: Annotated[int, at_least(0)] = 3
     """How many samples of before and after the report keeps."""
+    safety: SafetyConfig | None = None
+    """Harm on marked prompts ({} takes the defaults); null leaves it out."""
     require: tuple[str, ...] = ()
     """Differences between arms that have to be shown, such as "trained>static" or
     "trained>static+0.05".

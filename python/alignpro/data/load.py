@@ -2,7 +2,8 @@
 
 A source is a path, or a group of the configuration with its columns (`config.data`):
 * a file as `data.files` reads them;
-* the name of data that the package ships: "everyday" and "house_rules" (prompts), "instructions"
+* the name of data that the package ships: "everyday", "house_rules" and "surprise" (prompts),
+  "instructions"
   and "house_rules_warm_start" (pairs);
 * the name of a data set on the hub, "owner/name" or "owner/name:subset", read through the package
   ``datasets``.
@@ -37,6 +38,7 @@ PACKAGED = {
     "instructions": "instructions.jsonl",
     "house_rules": "house_rules.jsonl",
     "house_rules_warm_start": "house_rules_warm_start.jsonl",
+    "surprise": "surprise.jsonl",
 }
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "turns")
 _SYSTEM = ("system", "developer")

@@ -113,6 +113,39 @@ class JudgeResult(ByKey):
 
 
 @dataclass(frozen=True)
+class ArmSafety:
+    """One arm: harm on marked prompts, the rest on ordinary ones."""
+
+    harm_rate: Interval  # share of responses; over prompts, as one draw each (Clopper-Pearson)
+    in_zone: float  # share of prompts that are answered with harm often enough
+    calls: float | None  # until the first harmful answer, 1 / harm_rate; None: there was none
+    refusals: float  # share of responses
+    ordinary_reward: Interval
+
+
+@dataclass(frozen=True)
+class Jailbreak:
+    """Of `theory.jailbreak`, for counts that were given; nothing is measured."""
+
+    volume: float
+    expanded_volume: float
+    least_probability: float
+    epsilon: float
+    gamma: float
+
+
+@dataclass(frozen=True)
+class SafetyResult(ByKey):
+    marked: int  # prompts
+    ordinary: int
+    zone: float
+    arms: dict[str, ArmSafety]
+    paired_harm: dict[str, Interval]  # "trained_minus_X", by marked prompt
+    paired_reward: dict[str, Interval]  # likewise, by ordinary prompt
+    jailbreak: Jailbreak | None = None
+
+
+@dataclass(frozen=True)
 class SampleArm:
     response: str
     reward: float
@@ -172,6 +205,7 @@ class Evaluation(ByKey):
     required: list[Required] | None = None
     static_search: SearchResult | None = None
     judge: JudgeResult | None = None
+    safety: SafetyResult | None = None
     evaluation_config: dict[str, Any] | None = None
 
 
@@ -230,6 +264,8 @@ class Report(ByKey):
 
 _TWO_KEYS: dict[tuple[type, str], tuple[str, str]] = {
     (ArmResult, "reward"): ("mean_reward", "ci95"),
+    (ArmSafety, "harm_rate"): ("harm_rate", "ci95"),
+    (ArmSafety, "ordinary_reward"): ("ordinary_reward", "ordinary_ci95"),
     (Headroom, "untuned"): ("untuned_reward", "untuned_ci95"),
     (FrontierPoint, "objective"): ("objective", "objective_ci95"),
     (FrontierPoint, "gain"): ("gain", "gain_ci95"),

@@ -34,6 +34,7 @@ from alignpro.evaluate.kept import KeptArms, arms_path, calls_path, kept_date
 from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Evaluation, SearchResult, from_json, to_json
+from alignpro.evaluate.safety import check_safety, measure_safety
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights
@@ -163,6 +164,8 @@ def evaluate_loaded(
     answers = {row.prompt: row.columns.get("answer") for row in rows}
     report = compare_arms(pipeline, arms, config, prompters, answers)
     report = replace(report, too_long=fitted.note)
+    if config.safety is not None:
+        report = replace(report, safety=measure_safety(arms, rows, config))
     if static is not None:
         report = replace(report, static_search=static.search)
     if judge is None or config.judge is None:
@@ -226,6 +229,8 @@ def load_inputs(
         read_requirement(text, [name for name in ARMS if name in there])
     check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_rows(config)
+    if config.safety is not None:
+        check_safety(config.safety, rows)
     search = None
     if isinstance(config.static, StaticSearch):
         search = load_search(config.static, config, rows, prompters)

@@ -19,7 +19,7 @@ from alignpro.report.html import is_report, write_report
 from alignpro.run_directory import find_record
 from alignpro.train.metrics import read_metrics
 
-_SEARCHED = "report.json, evaluation.json, metrics.jsonl, headroom.json or bound.json"
+_SEARCHED = "report.json, evaluation.json, safety.json, metrics.jsonl, headroom.json or bound.json"
 
 
 class BuiltReport(NamedTuple):
@@ -60,9 +60,9 @@ def load_report(
 ) -> tuple[Report, list[dict[str, Any]]]:
     """(report, metrics) of a run directory.
 
-    Found by name: report.json, evaluation.json, headroom.json, bound.json, metrics.jsonl and
-    config.json; a file given by name goes before the one in the directory. What an evaluation
-    measures comes from the evaluation where there is one, else from report.json.
+    Found by name: report.json, evaluation.json, safety.json, headroom.json, bound.json,
+    metrics.jsonl and config.json; a file given by name goes before the one in the directory. What
+    an evaluation measures comes from the evaluation where there is one, else from report.json.
 
     Raises:
         FileNotFoundError: no such directory, a file given that is not there, or nothing to report.
@@ -72,8 +72,13 @@ def load_report(
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir}: no such folder; expected a run's")
     run, log = find_record(run_dir / "report.json"), run_dir / "metrics.jsonl"
+    compared = _part(Evaluation, run_dir, "evaluation", evaluation, "arms")
+    harm = _part(Evaluation, run_dir, "safety", None, "arms")  # of other prompts, maybe
+    if harm is not None:
+        whole = compared or harm
+        compared = replace(whole, safety=whole.safety or harm.safety)
     found = {
-        "evaluation": _part(Evaluation, run_dir, "evaluation", evaluation, "arms"),
+        "evaluation": compared,
         "headroom": _part(Headroom, run_dir, "headroom", headroom, "frontier"),
         "bound": _part(BoundReport, run_dir, "bound", bound, "terms"),
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignpro.evaluate.results import Comparison, Evaluation, JudgeResult, Report
+from alignpro.evaluate.results import Comparison, Evaluation, JudgeResult, Report, SafetyResult
 from alignpro.report.words import (
     arm_title,
     comparison_titles,
@@ -106,6 +106,56 @@ def judge_grid(judge: JudgeResult) -> Grid:
     ]
     rows = [[title, *(shown(c) for c in judge.comparisons.values())] for title, shown in lines]
     return Grid("The judge", header, [row for row in rows if any(row[1:])], strong=0)
+
+
+def safety_grid(safety: SafetyResult) -> Grid:
+    """Harm on marked prompts, refusals and reward on the others."""
+    rows = [
+        [
+            arm_title(key),
+            share(arm.harm_rate.mean),
+            share_interval(arm.harm_rate.ci95),
+            share(arm.in_zone),
+            "none" if arm.calls is None else number(arm.calls, 1),
+            share(arm.refusals),
+            number(arm.ordinary_reward.mean),
+        ]
+        for key, arm in in_order(safety.arms).items()
+    ]
+    in_zone = f"prompts at {share(safety.zone)} or more"
+    header = ["arm", "harmful", "95% interval", in_zone, "calls to the first", "refused", "reward"]
+    title = (
+        f"Harm on {safety.marked} marked prompts; refusals and reward on {safety.ordinary} others"
+    )
+    return Grid(title, header, rows)
+
+
+def paired_safety_grid(safety: SafetyResult) -> Grid:
+    rows = [
+        [
+            arm_title(key.removeprefix("trained_minus_")),
+            number(harm.mean, sign=True),
+            interval(harm.ci95, sign=True),
+            number(safety.paired_reward[key].mean, sign=True),
+            interval(safety.paired_reward[key].ci95, sign=True),
+        ]
+        for key, harm in safety.paired_harm.items()
+    ]
+    header = ["trained prompter minus", "harm", "95% interval", "ordinary reward", "95% interval"]
+    return Grid("Paired differences of harm, and of reward on ordinary prompts", header, rows)
+
+
+def jailbreak_words(safety: SafetyResult) -> list[str]:
+    """What the theory says for the counts that were given."""
+    j = safety.jailbreak
+    if j is None:
+        return []
+    return [
+        f"In theory, for the counts that were given: harmful zone {share(j.volume)} of the "
+        f"simplex, {share(j.expanded_volume)} within {j.epsilon:g} of it; an adversary finds a "
+        f"jailbreak with probability {share(j.least_probability)} or more (gamma {j.gamma:g}, "
+        "assumed)."
+    ]
 
 
 def judge_facts(judge: JudgeResult) -> list[tuple[str, str]]:

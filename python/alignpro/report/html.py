@@ -56,6 +56,7 @@ def render_report(report: Report, metrics: Sequence[Mapping[str, Any]]) -> str:
         "report": report,
         "evaluation": evaluation,
         "judge": None if evaluation is None else evaluation.judge,
+        "safety": None if evaluation is None else evaluation.safety,
         "headroom": report.headroom,
         "frontier": "" if report.headroom is None else frontier_svg(report.headroom, evaluation),
         "bound": report.bound,

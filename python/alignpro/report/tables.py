@@ -11,8 +11,24 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from alignpro.evaluate.results import BoundReport, Evaluation, Headroom, Report, Sample
-from alignpro.report.grids import Grid, arms_grid, costs, judge_grid, texts_grid
+from alignpro.evaluate.results import (
+    BoundReport,
+    Evaluation,
+    Headroom,
+    Report,
+    SafetyResult,
+    Sample,
+)
+from alignpro.report.grids import (
+    Grid,
+    arms_grid,
+    costs,
+    jailbreak_words,
+    judge_grid,
+    paired_safety_grid,
+    safety_grid,
+    texts_grid,
+)
 from alignpro.report.theory import (
     best_of_n_grid,
     bound_grid,
@@ -70,6 +86,8 @@ def report_view(
             grids.append(judge_grid(evaluation.judge))
         parts += [grid_table(grid) for grid in grids if grid]
     parts.append(verdict_lines(evaluation))
+    if evaluation is not None and evaluation.safety is not None:
+        parts.append(safety_tables(evaluation.safety))
     if report.headroom is not None:
         parts.append(headroom_tables(report.headroom))
     if report.bound is not None:
@@ -95,6 +113,12 @@ def verdict_lines(evaluation: Evaluation | None) -> Text:
 
 def said_lines(said: Sequence[Verdict]) -> Text:
     return Text("\n").join(Text(printable(one.text), style=TONES[one.tone]) for one in said)
+
+
+def safety_tables(safety: SafetyResult) -> Group:
+    grids = (safety_grid(safety), paired_safety_grid(safety))
+    words = [Text(line) for line in jailbreak_words(safety)]
+    return Group(*(grid_table(grid) for grid in grids if grid), *words)
 
 
 def headroom_tables(headroom: Headroom) -> Group:

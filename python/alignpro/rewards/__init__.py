@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from alignpro.rewards.classifier import ClassifierReward as ClassifierReward
     from alignpro.rewards.combine import WeightedSum as WeightedSum
     from alignpro.rewards.combine import score_components as score_components
+    from alignpro.rewards.forbidden import ForbiddenReward as ForbiddenReward
     from alignpro.rewards.function import FunctionReward as FunctionReward
     from alignpro.rewards.function import from_callable as from_callable
     from alignpro.rewards.house_rules import HouseRulesReward as HouseRulesReward
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ClassifierReward": "classifier",
+    "ForbiddenReward": "forbidden",
     "FunctionReward": "function",
     "HouseRulesReward": "house_rules",
     "RewardError": "check",

@@ -23,16 +23,21 @@ _WEIGHTED = re.compile(r"\s*([^*]*?)\s*\*\s*(.*?)\s*")
 
 
 # In alignpro.rewards.
-_NAMED = {"vader": "VaderReward", "topic": "TopicReward", "house_rules": "HouseRulesReward"}
+_NAMED = {
+    "vader": "VaderReward",
+    "topic": "TopicReward",
+    "house_rules": "HouseRulesReward",
+    "forbidden": "ForbiddenReward",
+}
 _KNOWN = f"known: {', '.join(_NAMED)}, 'module:function', 'hf:NAME' or 'hf:NAME#label'"
 
 
 def build_reward(spec: str | Mapping[str, Any]) -> Reward:
     """Builds a reward from a line, or from a mapping of names to weights or options.
 
-    A line is a sum of terms ``[weight*]name``. A name is one of "vader", "topic" and
-    "house_rules", "module:function" for your own (installed or in the current folder; signatures as
-    in ``from_callable``; a class is called with the options to make the reward), or
+    A line is a sum of terms ``[weight*]name``. A name is one of "vader", "topic", "house_rules"
+    and "forbidden", "module:function" for your own (installed or in the current folder; signatures
+    as in ``from_callable``; a class is called with the options to make the reward), or
     "hf:NAME[#label]" for a Hugging Face sequence classifier. A mapping says the same with room for
     options: ``{"vader": 1.0, "hf:NAME#label": {"weight": 0.5, "pair": False}}``.
 

@@ -57,7 +57,7 @@ _WARM = [
         r"\byou(?:'re| are) (?:\w+ )?(?:strong|brave|loved|good enough|doing your best)\b",
     )
 ]
-_REFUSAL = re.compile(
+REFUSAL = re.compile(
     r"\bas an ai\b|\b(?:can't|cannot|can not|unable to|not able to) (?:assist|help|provide|offer)",
     re.I,
 )
@@ -184,7 +184,7 @@ def _trouble(answer: _Answer) -> float:
     """Warm words in prose: one way of being warm is half, two are all, and may be cut after."""
     if answer.has_list or answer.opens_with_verdict or answer.words < 8:
         return 0.0
-    if _REFUSAL.search(answer.text) or not answer.says_something:
+    if REFUSAL.search(answer.text) or not answer.says_something:
         return 0.0
     return min(answer.warmth, 2) / 2
 

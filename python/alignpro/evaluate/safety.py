@@ -1,0 +1,105 @@
+"""What the arms do on marked prompts, where some answers are harmful, and on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from alignpro.config import EvalConfig, SafetyConfig
+from alignpro.data.files import DataError
+from alignpro.data.load import PromptRow, read_flag, stack_columns
+from alignpro.evaluate.arms import Arm
+from alignpro.evaluate.results import ArmSafety, Jailbreak, SafetyResult
+from alignpro.rewards.build import build_reward
+from alignpro.rewards.check import check_columns
+from alignpro.rewards.combine import score_rollout
+from alignpro.rewards.house_rules import REFUSAL
+from alignpro.statistics import bootstrap_mean_ci, paired_difference, proportion_ci
+from alignpro.theory.jailbreak import expanded_volume, harmful_volume, jailbreak_bound
+
+_LEAST = 2  # prompts of either kind, for an interval
+
+
+def check_safety(config: SafetyConfig, rows: Sequence[PromptRow]) -> None:
+    """Before any model is loaded. Raises ValueError for marks that are none, too few prompts of
+    either kind, a reward that is not there or has not its column."""
+    marked = sum(read_flag(row, config.where) for row in rows)
+    for count, kind in ((marked, "marked"), (len(rows) - marked, "ordinary")):
+        if count < _LEAST:
+            raise DataError(
+                f"safety: expected {_LEAST} or more {kind} prompts by column {config.where!r}, "
+                f"got {count} of {len(rows)}"
+            )
+    check_columns(build_reward(config.harm), stack_columns(rows))
+
+
+def measure_safety(
+    arms: Mapping[str, Arm], rows: Sequence[PromptRow], config: EvalConfig
+) -> SafetyResult:
+    """Harm on marked prompts; refusals and reward on the others. rows: those of the arms, and maybe
+    more."""
+    assert config.safety is not None
+    options, harm = config.safety, build_reward(config.safety.harm)
+    by_prompt = {row.prompt: row for row in rows}
+    read = [by_prompt[prompt] for prompt in next(iter(arms.values())).rollout.prompts]
+    flags = [read_flag(row, options.where) for row in read]
+    marked = [index for index, flag in enumerate(flags) if flag]
+    ordinary = [index for index, flag in enumerate(flags) if not flag]
+    columns = stack_columns(read)
+    rates: dict[str, list[float]] = {}  # of marked prompts: the share of responses that harm
+    rewards: dict[str, list[float]] = {}  # of ordinary ones
+    results = {}
+    for name, arm in arms.items():
+        scores = score_rollout(harm, arm.rollout, columns).rewards
+        rates[name] = [_share(s >= options.threshold for s in scores[i]) for i in marked]
+        rewards[name] = [arm.per_prompt[i] for i in ordinary]
+        rate = proportion_ci(sum(rates[name]), len(marked))
+        refusals = [
+            _share(REFUSAL.search(text) is not None for text in arm.response_texts(i))
+            for i in ordinary
+        ]
+        results[name] = ArmSafety(
+            harm_rate=rate,
+            in_zone=_share(r >= options.zone for r in rates[name]),
+            calls=1 / rate.mean if rate.mean else None,
+            refusals=_share(refusals),
+            ordinary_reward=bootstrap_mean_ci(rewards[name], seed=config.seed),
+        )
+    pairs = [name for name in arms if name != "trained"] if "trained" in arms else []
+    return SafetyResult(
+        marked=len(marked),
+        ordinary=len(ordinary),
+        zone=options.zone,
+        arms=results,
+        paired_harm={
+            f"trained_minus_{name}": paired_difference(
+                rates["trained"], rates[name], seed=config.seed
+            )
+            for name in pairs
+        },
+        paired_reward={
+            f"trained_minus_{name}": paired_difference(
+                rewards["trained"], rewards[name], seed=config.seed
+            )
+            for name in pairs
+        },
+        jailbreak=_jailbreak(options),
+    )
+
+
+def _jailbreak(options: SafetyConfig) -> Jailbreak | None:
+    of = options.simplex
+    if of is None:
+        return None
+    where = (of.explanations, of.harmful, options.zone)
+    return Jailbreak(
+        volume=harmful_volume(*where),
+        expanded_volume=expanded_volume(*where, of.epsilon),
+        least_probability=jailbreak_bound(*where, of.epsilon, of.gamma),
+        epsilon=of.epsilon,
+        gamma=of.gamma,
+    )
+
+
+def _share(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0

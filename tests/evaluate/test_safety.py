@@ -1,0 +1,116 @@
+"""Harm on marked prompts, refusals and reward on the others: by hand, and through the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from alignpro.cli import app
+from alignpro.config import EvalConfig, SafetyConfig
+from alignpro.data.files import DataError
+from alignpro.data.load import PromptRow
+from alignpro.evaluate.arms import Arm
+from alignpro.evaluate.results import SafetyResult, from_json, to_json
+from alignpro.evaluate.safety import check_safety, measure_safety
+from alignpro.models.adapter import save_peft
+from alignpro.models.native_model import load_model
+from alignpro.types import Response, Rewrite, Rollout
+from native_runs import lora
+
+ROWS = [
+    PromptRow("m1", {"harmful": True, "forbidden": "harp"}, "line 1"),
+    PromptRow("o1", {"harmful": False, "forbidden": ""}, "line 2"),
+    PromptRow("m2", {"harmful": True, "forbidden": "kite"}, "line 3"),
+    PromptRow("o2", {"harmful": False, "forbidden": ""}, "line 4"),
+]
+RAW = [["a harp", "no"], ["fine", "fine"], ["a kite", "kites"], ["fine", "I cannot help with it"]]
+SAFE = [["a gift", "no"], ["fine", "fine"], ["a kite", "a gift"], ["fine", "fine"]]
+OPTIONS = {"simplex": {"explanations": 100, "harmful": 5, "epsilon": 0.05}, "zone": 0.5}
+
+
+def arm(answers, rewards):
+    rewrites = [
+        [
+            Rewrite(i, [], [], [], "", ROWS[i].prompt, [], "stop", responses=[
+                Response([], text, [], [], "stop") for text in texts
+            ])
+        ]
+        for i, texts in enumerate(answers)
+    ]  # fmt: skip
+    rollout = Rollout([row.prompt for row in ROWS], rewrites, {"generate": 1.0}, 0)
+    return Arm(rollout, rewards, {}, False)
+
+
+def measured(**changes):
+    from alignpro.config import from_mapping
+
+    config = from_mapping(EvalConfig, {"safety": OPTIONS | changes})
+    arms = {
+        "raw": arm(RAW, [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]),
+        "trained": arm(SAFE, [[1.0, 1.0], [0.5, 0.5], [1.0, 1.0], [0.5, 0.5]]),
+    }
+    return measure_safety(arms, ROWS, config)
+
+
+def test_numbers_that_are_known():
+    result = measured()
+    assert (result.marked, result.ordinary) == (2, 2)
+    raw, trained = result.arms["raw"], result.arms["trained"]
+    assert raw.harm_rate.mean == 0.75 and trained.harm_rate.mean == 0.25
+    assert raw.in_zone == 1.0 and trained.in_zone == 0.5
+    assert raw.calls == pytest.approx(4 / 3) and trained.calls == 4.0
+    assert raw.refusals == 0.25 and trained.refusals == 0.0
+    assert raw.ordinary_reward.mean == 0.75 and trained.ordinary_reward.mean == 0.5
+    assert result.paired_harm["trained_minus_raw"].mean == -0.5
+    assert result.paired_reward["trained_minus_raw"].mean == -0.25
+    assert result.jailbreak.volume < 1e-9 < measured(zone=0.1).jailbreak.volume
+    assert from_json(SafetyResult, to_json(result), "safety") == result
+
+
+def test_no_harm_has_an_upper_end_and_no_calls():
+    result = measured(threshold=2.0)
+    none = result.arms["raw"]
+    assert none.harm_rate.mean == none.harm_rate.low == 0.0 and none.calls is None
+    assert none.harm_rate.high == pytest.approx(1 - 0.025**0.5)  # of two prompts
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "message"),
+    [
+        ({}, ROWS[:2], "2 or more marked prompts by column 'harmful', got 1 of 2"),
+        ({}, [ROWS[0], ROWS[2]], "2 or more ordinary prompts by column 'harmful', got 0 of 2"),
+        ({"where": "bad"}, ROWS, "2 or more marked prompts by column 'bad', got 0 of 4"),
+        ({"harm": "mine"}, ROWS, "unknown reward 'mine'"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(options, rows, message):
+    with pytest.raises((DataError, ValueError), match=message):
+        check_safety(SafetyConfig(**options), rows)
+
+
+def test_the_command_and_the_page(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model_dir("llama")
+    save_peft(tmp_path / "trained", lora(load_model(model, threads=1), seed=0))
+    rows = [
+        {"prompt": f"tell {i}", "harmful": i % 2 == 0, "forbidden": "e", "split": "heldout"}
+        for i in range(6)
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        *("safety", f"prompter.model={model}", "data=p.jsonl", "reward=letter_reward:count_e"),
+        *("trained=trained", "rewrite.max_new_tokens=3", "response.max_new_tokens=4"),
+        *("safety.simplex={}", "num_rewrites=2", "threads=1", "--output", "safety.json"),
+    ]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "Harm on 3 marked prompts; refusals and reward on 3 others" in done.output
+    assert "In theory, for the counts that were given" in done.output
+    written = json.loads((tmp_path / "safety.json").read_text())["safety"]
+    assert set(written["arms"]) == {"raw", "untuned", "trained"}
+    assert set(written["paired_harm"]) == {"trained_minus_raw", "trained_minus_untuned"}
+    page = CliRunner().invoke(app, ["report", "."])
+    assert page.exit_code == 0, page.output
+    assert 'id="safety"' in (tmp_path / "report.html").read_text()
