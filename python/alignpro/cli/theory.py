@@ -1,4 +1,4 @@
-"""`alignpro headroom` and `alignpro bound`: what prompting can reach."""
+"""`alignpro headroom`, `bound` and `mix`: what prompting can reach, and what several goals can."""
 
 from __future__ import annotations
 
@@ -110,3 +110,38 @@ def bound(
     Console().print(bound_tables(report))
     if report.target_usage is not None:
         typer.echo(f"target: {usage_words(report.target_usage)}")
+
+
+@app.command(
+    epilog=examples(
+        "alignpro mix runs=[kind,brief] --output mixed",
+        "alignpro mix runs=[kind,brief] data=prompts.csv num_prompts=96 --output mixed",
+    )
+)
+@one_line_errors
+def mix(
+    config: Config = None,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write adapter/ and mixture.json to this folder.")
+    ] = None,
+) -> None:
+    """Make one prompter of several, trained each for its own goal.
+
+    It serves the worst-off goal best; no target is asked, and nothing is trained.
+    """
+    from alignpro.config import MixConfig
+
+    options = read_settings(MixConfig, config, overrides)
+    from rich.console import Console
+
+    from alignpro.evaluate.mix import run_mix
+    from alignpro.report.progress import Bars
+    from alignpro.report.tables import mix_tables
+
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    with Bars("loading data and models") as bars:
+        report = run_mix(options, output, on_progress=bars.show)
+    write_json(None if output is None else output / "mixture.json", report)
+    Console().print(mix_tables(report))

@@ -247,6 +247,33 @@ class BoundReport(Bound, ByKey):
 
 
 @dataclass(frozen=True)
+class MixedGoal:
+    """One run's goal in a mixture. Its implicit reward, kl_coef log(prompter / untuned prompter),
+    is what the prompter was trained for, less a constant of the prompt."""
+
+    reward: str
+    kl_coef: float
+    weight: float
+    exponent: float  # of prompter / untuned prompter in the mixture
+    of_expert: float  # the implicit reward of its own prompter's rewrites
+    of_mixture: float  # of the mixture's, by the samples' weights
+    of_adapter: float  # of what the stacked adapter writes
+
+
+@dataclass(frozen=True)
+class MixReport(ByKey):
+    goals: dict[str, MixedGoal]  # by run
+    kl_coef: float
+    value: float  # of `theory.mixture`
+    kkt_gap: float
+    kl: float  # nats per rewrite
+    effective_samples: float  # of a prompt's `samples`
+    samples: int
+    num_prompts: int
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Report(ByKey):
     """A run's report.json, of which any part may be absent."""
 

@@ -15,6 +15,7 @@ from alignpro.evaluate.results import (
     BoundReport,
     Evaluation,
     Headroom,
+    MixReport,
     Report,
     SafetyResult,
     Sample,
@@ -35,6 +36,8 @@ from alignpro.report.theory import (
     bound_verdicts,
     frontier_grid,
     headroom_words,
+    mix_grid,
+    mix_words,
     rewards_grid,
 )
 from alignpro.report.warnings import find_warnings
@@ -125,6 +128,10 @@ def headroom_tables(headroom: Headroom) -> Group:
     grids = (frontier_grid(headroom), best_of_n_grid(headroom))
     words = Text("\n".join(headroom_words(headroom)))
     return Group(*(grid_table(grid) for grid in grids if grid), words)
+
+
+def mix_tables(mix: MixReport) -> Group:
+    return Group(grid_table(mix_grid(mix)), Text("\n".join(mix_words(mix))))
 
 
 def bound_tables(bound: BoundReport) -> Group:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import log
 
-from alignpro.evaluate.results import BoundReport, FrontierPoint, Headroom
+from alignpro.evaluate.results import BoundReport, FrontierPoint, Headroom, MixReport
 from alignpro.report.grids import Grid
 from alignpro.report.words import Verdict, arm_title, interval, number, share
 
@@ -106,6 +106,34 @@ def _noise(point: FrontierPoint, untuned: float, n: int, m: int) -> str:
         "apart"
     )
     return f"{said}; {number(corrected.mean)} is the estimate corrected for noise."
+
+
+def mix_grid(mix: MixReport) -> Grid:
+    """A row for each goal: its weight, and its implicit reward under three prompters."""
+    rows = [
+        [
+            run,
+            goal.reward,
+            number(goal.weight),
+            number(goal.of_expert, sign=True),
+            number(goal.of_mixture, sign=True),
+            number(goal.of_adapter, sign=True),
+        ]
+        for run, goal in mix.goals.items()
+    ]
+    header = ["run", "reward", "weight", "its prompter", "mixture", "mixed adapter"]
+    return Grid("Goals, and the implicit reward of each", header, rows)
+
+
+def mix_words(mix: MixReport) -> list[str]:
+    idle = [run for run, goal in mix.goals.items() if goal.weight == 0.0]
+    said = [
+        f"KL {mix.kl:.3f} nats per rewrite at kl_coef {mix.kl_coef:g}; KKT gap {mix.kkt_gap:.1e}; "
+        f"{mix.effective_samples:.1f} of {mix.samples} samples a prompt carry the weight."
+    ]
+    if idle:
+        said.append(f"No weight: {', '.join(idle)}; the mixture serves this goal as it is.")
+    return said
 
 
 def bound_grid(bound: BoundReport) -> Grid:

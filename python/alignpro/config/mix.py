@@ -1,0 +1,33 @@
+"""Several trained prompters as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from alignpro.config.data import DataConfig
+from alignpro.config.fields import Seed, Threads, above, at_least, checked, require
+
+
+@dataclass(frozen=True)
+@checked
+class MixConfig:
+    """The mixture of prompters that serves the worst-off of their goals best (MPO)."""
+
+    runs: tuple[str, ...] = ()
+    """The runs of the prompters, two or more, trained from one untuned prompter, each for its
+    goal."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts that the mixture is measured on; ones that training used."""
+    num_prompts: Annotated[int, at_least(1)] | None = 48
+    """How many of the rows are used, the first ones; null is all."""
+    num_rewrites: Annotated[int, at_least(2)] = 8
+    """Rewrites a prompt that each prompter writes; no target is asked."""
+    kl_coef: Annotated[float, above(0)] | None = None
+    """The weight of the mixture's KL penalty; null is the mean of what the runs had."""
+    seed: Seed = 0
+    threads: Threads = None
+
+    def __post_init__(self) -> None:
+        enough = len(self.runs) >= 2 and len(set(self.runs)) == len(self.runs)
+        require("runs", self.runs, enough, "two or more, each once")

@@ -1,0 +1,219 @@
+"""From the runs of several prompters to the mixture of them, as one adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from alignpro.config import MixConfig, TrainConfig, check_config, config_of_run, to_mapping
+from alignpro.data.load import load_prompts
+from alignpro.evaluate.progress import OnProgress, watch
+from alignpro.evaluate.results import MixedGoal, MixReport
+from alignpro.fingerprints import of_adapter_folder
+from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.native_model import NativeModel, load_model
+from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.run_directory import CONFIG, is_run_dir, read_record
+from alignpro.statistics import Floats
+from alignpro.theory.mixture import maxmin_weights
+from alignpro.train.metrics import read_metrics
+from alignpro.types import Rewrite
+
+_SCORED_AT_ONCE = 32  # rewrites; bounds the memory of a scoring pass
+
+
+def run_mix(
+    config: MixConfig, output: Path | None = None, on_progress: OnProgress | None = None
+) -> MixReport:
+    """The weights of the runs' prompters that serve the worst-off goal best, measured on rewrites
+    that they write (MPO: `theory.mixture`), and the prompters as one adapter of stacked rank, whose
+    updates are theirs with these weights: the mixture itself to first order in the updates.
+
+    output: a folder for the adapter (``output/adapter``), which nothing is in yet.
+
+    Raises:
+        ValueError: runs that did not begin with one untuned prompter, or not for the same use;
+            goals without a KL penalty. FileNotFoundError: no run, or one that is not done.
+    """
+    check_config(config, MixConfig)
+    runs = [_read_run(Path(run)) for run in config.runs]
+    first = runs[0]
+    for name, other in zip(config.runs[1:], runs[1:], strict=True):
+        _check_same_use(config.runs[0], first, name, other)
+    reference_folder = _same_reference(config.runs)
+    if output is not None and (output / "adapter").exists():
+        raise FileExistsError(f"{output / 'adapter'}: is there already; name another folder")
+    betas = [_kl_coef(Path(run), of) for run, of in zip(config.runs, runs, strict=True)]
+    beta = config.kl_coef if config.kl_coef is not None else sum(betas) / len(betas)
+    rows = load_prompts(config.data)[: config.num_prompts]
+    model = load_model(first.prompter, config.threads, date=first.date)
+    experts = [model.load_adapter(Path(run) / "adapter") for run in config.runs]
+    reference = None if reference_folder is None else model.load_adapter(reference_folder)
+    pipeline = Pipeline(model, model, None, prompting=first.prompting, rewrite_params=first.rewrite)
+    prompts = [row.prompt for row in rows]
+    each = len(prompts) * config.num_rewrites
+
+    def written(name: str, adapter: LoraWeights, seed: int) -> list[list[Rewrite]]:
+        show = watch(on_progress, name, each)
+        return (
+            pipeline.with_adapter(adapter)
+            .rollout(
+                prompts,
+                num_rewrites=config.num_rewrites,
+                num_responses=0,
+                seed=derive_seed(config.seed, seed),
+                on_progress=show,
+            )
+            .rewrites
+        )
+
+    drawn = [
+        written(run, expert, k)
+        for k, (run, expert) in enumerate(zip(config.runs, experts, strict=True))
+    ]
+    samples = [[w for group in of for w in group] for of in zip(*drawn, strict=True)]
+    temperature = first.rewrite.temperature
+    by_expert = np.stack([_logprobs(model, samples, e, temperature) for e in experts], axis=2)
+    by_reference = _logprobs(model, samples, reference, temperature)
+    proposal = np.logaddexp.reduce(by_expert, axis=2) - math.log(len(experts))
+    ratios = by_expert - by_reference[..., None]
+    mixed = maxmin_weights(ratios, by_reference - proposal, betas=betas, beta=beta)
+    soup = soup_of(experts, list(mixed.exponents), reference)
+    of_soup = written("the mixture", soup, len(experts))
+    soup_reference = _logprobs(model, of_soup, reference, temperature)
+    goals = {}
+    for k, (run, expert) in enumerate(zip(config.runs, experts, strict=True)):
+        own = ratios[:, k * config.num_rewrites : (k + 1) * config.num_rewrites, k]
+        reached = _logprobs(model, of_soup, expert, temperature) - soup_reference
+        goals[run] = MixedGoal(
+            reward=str(runs[k].reward),
+            kl_coef=betas[k],
+            weight=float(mixed.weights[k]),
+            exponent=float(mixed.exponents[k]),
+            of_expert=float(betas[k] * own.mean()),
+            of_mixture=float(mixed.implicit[k]),
+            of_adapter=float(betas[k] * reached.mean()),
+        )
+    if output is not None:
+        save_peft(output / "adapter", soup)
+    return MixReport(
+        goals=goals,
+        kl_coef=beta,
+        value=mixed.value,
+        kkt_gap=mixed.kkt_gap,
+        kl=mixed.kl,
+        effective_samples=mixed.effective_samples,
+        samples=len(experts) * config.num_rewrites,
+        num_prompts=len(prompts),
+        config=to_mapping(config),
+    )
+
+
+def soup_of(
+    adapters: Sequence[LoraWeights], weights: Sequence[float], rest: LoraWeights | None
+) -> LoraWeights:
+    """One adapter whose update of every module is the weighted sum of theirs, exactly: A's rows and
+    B's columns beside each other. rest: what has the weight that is left of 1; None: the base,
+    which has no update."""
+    parts = list(zip(adapters, weights, strict=True))
+    left = 1.0 - math.fsum(weights)
+    if rest is not None and abs(left) > 1e-9:
+        parts.append((rest, left))
+    parts = [(adapter, weight) for adapter, weight in parts if weight != 0.0]
+    shapes = {
+        name: (a.shape[1], b.shape[0])
+        for adapter, _ in parts
+        for name, (a, b) in adapter.matrices.items()
+    }
+    rank = sum(adapter.rank for adapter, _ in parts)
+    matrices = {}
+    for name, (inputs, outputs) in shapes.items():
+        stacked_a = np.zeros((rank, inputs), np.float32)
+        stacked_b = np.zeros((outputs, rank), np.float32)
+        row = 0
+        for adapter, weight in parts:
+            if name in adapter.matrices:
+                a, b = adapter.matrices[name]
+                stacked_a[row : row + len(a)] = a
+                stacked_b[:, row : row + len(a)] = np.float32(weight * adapter.scale) * b
+            row += adapter.rank
+        matrices[name] = (stacked_a, stacked_b)
+    first = adapters[0]
+    return LoraWeights(
+        rank=rank,
+        alpha=float(rank),
+        rslora=False,
+        matrices=matrices,
+        base_model_name=first.base_model_name,
+        base_fingerprint=first.base_fingerprint,
+    )
+
+
+def _logprobs(
+    model: NativeModel,
+    samples: Sequence[Sequence[Rewrite]],
+    adapter: LoraWeights | None,
+    temperature: float,
+) -> Floats:
+    """[prompts, samples] nats of whole rewrites."""
+    flat = [w for group in samples for w in group]
+    core = None if adapter is None else model.make_adapter(adapter)
+    sums: list[float] = []
+    for begin in range(0, len(flat), _SCORED_AT_ONCE):
+        chunk = flat[begin : begin + _SCORED_AT_ONCE]
+        score = model.core_model.score(
+            [w.prompter_tokens + w.tokens for w in chunk],
+            [len(w.prompter_tokens) for w in chunk],
+            adapter=core,
+            temperature=temperature,
+        )
+        ends = np.cumsum([len(w.tokens) for w in chunk])[:-1]
+        sums += [float(part.sum()) for part in np.split(score.logprob.astype(np.float64), ends)]
+    return np.array(sums).reshape(len(samples), -1)
+
+
+def _read_run(run: Path) -> TrainConfig:
+    if not is_run_dir(run):
+        raise FileNotFoundError(f"runs: {run}: expected the directory of a run")
+    config = config_of_run(read_record(run / CONFIG))
+    if not isinstance(config, TrainConfig) or config.policy != "prompter":
+        raise ValueError(f"runs: {run}: expected the training of a prompter")
+    if config.normalize_advantage:
+        raise ValueError(
+            f"runs: {run}: trained with normalize_advantage, so that its KL penalty has another "
+            "weight at every prompt: no mixture is known for that"
+        )
+    if not (run / "adapter").is_dir():
+        raise FileNotFoundError(f"runs: {run}: no adapter yet; let its training end first")
+    return config
+
+
+def _check_same_use(name: str, first: TrainConfig, other_name: str, other: TrainConfig) -> None:
+    for what in ("prompter", "prompting", "rewrite"):
+        mine, theirs = getattr(first, what), getattr(other, what)
+        if mine != theirs:
+            raise ValueError(f"runs: {name} and {other_name} differ in {what}: {mine}, {theirs}")
+
+
+def _same_reference(runs: Sequence[str]) -> Path | None:
+    folders = [Path(run) / "reference" for run in runs]
+    hashes = {of_adapter_folder(f).hash if f.exists() else None for f in folders}
+    if len(hashes) > 1:
+        raise ValueError(
+            f"runs: {', '.join(runs)}: expected trainings of one untuned prompter; their folders "
+            "reference/ differ"
+        )
+    return folders[0] if folders[0].exists() else None
+
+
+def _kl_coef(run: Path, config: TrainConfig) -> float:
+    """What the run ended with: the weight that its prompter is near the optimum of."""
+    value = config.kl_coef
+    if config.kl_target is not None:
+        value = read_metrics(run / "metrics.jsonl")[-1]["kl_coef"]
+    if not value > 0:
+        raise ValueError(f"runs: {run}: expected a kl_coef above 0, got {value:g}")
+    return float(value)

@@ -1,0 +1,148 @@
+"""Several prompters as one: the weights that serve the worst-off goal best.
+
+Prompter k was trained for goal k from one reference: rho_k ~ rho_ref exp(r_k / beta_k). Its
+*implicit reward* beta_k log(rho_k / rho_ref) is r_k less a constant of the prompt, which makes
+goals comparable. The prompter that maximises the least of them, less beta KL(. || rho_ref), is
+
+    rho* ~ rho_ref exp(sum_k lambda_k r_k / beta) ~ rho_ref prod_k (rho_k / rho_ref)^e_k,
+    e_k = lambda_k beta_k / beta,    lambda* = argmin over the simplex of F(lambda),
+    F(lambda) = E_x log E_{x' ~ rho_ref} prod_k (rho_k / rho_ref)^e_k
+
+(MPO, arXiv 2502.18699; exponents for unequal beta_k are derived here). F is convex, and at lambda*
+its derivatives are equal where lambda is above 0 and no smaller elsewhere: the KKT gap. Drawn from
+the prompters themselves the weights of the mean are bounded, from the reference they are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from alignpro.statistics import Floats
+
+_STEPS = 200
+_TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class MixtureWeights:
+    """lambda*, and what shows that it is."""
+
+    weights: Floats  # [K] lambda, of the simplex
+    exponents: Floats  # [K] of rho_k / rho_ref
+    value: float  # F, at most 0 where all beta are equal
+    gradient: Floats  # [K] of F by lambda
+    kkt_gap: float  # how far the gradient is from what an optimum has; 0 at it
+    implicit: Floats  # [K] E_x E_rho* beta_k log(rho_k / rho_ref), nats times beta_k
+    kl: float  # E_x KL(rho* || rho_ref), nats
+    effective_samples: float  # of a prompt's, mean over prompts
+
+
+def maxmin_weights(
+    log_ratios: ArrayLike,
+    log_importance: ArrayLike,
+    *,
+    betas: ArrayLike | None = None,
+    beta: float | None = None,
+) -> MixtureWeights:
+    """lambda* from samples.
+
+    Args:
+        log_ratios: [P, S, K] log(rho_k / rho_ref) of sample s of prompt p.
+        log_importance: [P, S] log(rho_ref / q), q what the samples were drawn from: the mean of the
+            K prompters, where each drew S / K of them.
+        betas: [K] the kl_coef that each was trained with; None: equal ones. beta: of the mixture;
+            None: their mean.
+
+    Raises ValueError for other shapes, a beta not above 0, or numbers that are not finite.
+    """
+    ratios, importance = np.asarray(log_ratios, float), np.asarray(log_importance, float)
+    if ratios.ndim != 3 or ratios.shape[2] < 2 or importance.shape != ratios.shape[:2]:
+        raise ValueError(
+            "log_ratios: expected [prompts, samples, 2 or more prompters] and log_importance "
+            f"[prompts, samples], got {ratios.shape} and {importance.shape}"
+        )
+    count = ratios.shape[2]
+    given = np.ones(count) if betas is None else np.asarray(betas, float)
+    mixed = float(given.mean()) if beta is None else beta
+    if given.shape != (count,) or not (given > 0).all() or not mixed > 0:
+        raise ValueError(f"betas: expected {count} numbers above 0 and beta another, got {betas!r}")
+    if not (np.isfinite(ratios).all() and np.isfinite(importance).all()):
+        raise ValueError("log_ratios, log_importance: expected finite numbers")
+    scaled = ratios * (given / mixed)
+    weights = _minimise(scaled, importance)
+    value, gradient, _, probability = _look(scaled, importance, weights)
+    exponents = weights * given / mixed
+    implicit = np.einsum("ps,psk->k", probability, ratios) / len(ratios) * given
+    active = weights > 0
+    level = float(gradient[active] @ weights[active])
+    below = np.maximum(0.0, level - gradient[~active])
+    gap = max(float(np.abs(gradient[active] - level).max()), float(below.max(initial=0.0)))
+    return MixtureWeights(
+        weights=weights,
+        exponents=exponents,
+        value=value,
+        gradient=gradient,
+        kkt_gap=gap,
+        implicit=implicit,
+        # log(rho* / rho_ref) = sum_k e_k log(rho_k / rho_ref) - log Z, whose mean log Z is F.
+        kl=float(level - value),
+        effective_samples=float((1.0 / (probability**2).sum(axis=1)).mean()),
+    )
+
+
+def _look(
+    scaled: Floats, importance: Floats, weights: Floats
+) -> tuple[float, Floats, Floats, Floats]:
+    """F, its gradient [K] and Hessian [K, K], and the samples' probabilities [P, S]."""
+    logs = importance + scaled @ weights
+    top = logs.max(axis=1, keepdims=True)
+    mass = np.exp(logs - top)
+    total = mass.sum(axis=1, keepdims=True)
+    value = float((top[:, 0] + np.log(total[:, 0] / logs.shape[1])).mean())
+    probability = mass / total
+    means = np.einsum("ps,psk->pk", probability, scaled)
+    second = np.einsum("ps,psk,psl->kl", probability, scaled, scaled, optimize=True)
+    hessian = second / len(logs) - means.T @ means / len(logs)
+    return value, means.mean(axis=0), hessian, probability
+
+
+def _minimise(scaled: Floats, importance: Floats) -> Floats:
+    """Newton on the face of the simplex that the weights lie in: a step that leaves the face stops
+    at its edge; where the face has its minimum, what would pay to have weight joins."""
+    count = scaled.shape[2]
+    weights, active = np.full(count, 1.0 / count), np.ones(count, bool)
+    for _ in range(_STEPS):
+        value, gradient, hessian, _ = _look(scaled, importance, weights)
+        level = float(gradient @ weights)
+        if float(np.abs(gradient[active] - level).max()) < _TOLERANCE:
+            joining = int(np.argmin(np.where(active, np.inf, gradient)))
+            if active.all() or gradient[joining] >= level - _TOLERANCE:
+                break
+            active[joining] = True
+        face = np.flatnonzero(active)
+        size = len(face)
+        system = np.ones((size + 1, size + 1))
+        # A face on which F is flat has a minimum all the same.
+        system[:size, :size] = hessian[np.ix_(face, face)] + 1e-12 * np.eye(size)
+        system[size, size] = 0.0
+        move = np.zeros(count)
+        move[face] = np.linalg.solve(system, np.append(-gradient[face], 0.0))[:size]
+        if not (move < 0).any():
+            break
+        reach = np.where(move < 0, -weights / np.where(move < 0, move, -1.0), np.inf)
+        length = min(1.0, float(reach[face].min()))
+        slope = float(gradient @ move)
+        while (
+            length > 1e-14
+            and _look(scaled, importance, weights + length * move)[0]
+            > value + 1e-4 * length * slope
+        ):
+            length /= 2
+        weights = weights + length * move
+        leaving = active & (weights <= 1e-15)
+        weights[leaving], active = 0.0, active & ~leaving
+        weights = weights / weights.sum()
+    return weights
