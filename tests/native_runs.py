@@ -14,6 +14,7 @@ from alignpro.config import REWRITE, to_mapping
 from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.native_client import NativeClient
 from alignpro.models.native_model import NativeModel, load_model
+from alignpro.run_directory import open_run_dir
 from alignpro.types import SamplingParams
 
 CHAT = [{"role": "user", "content": "hello there"}]
@@ -40,15 +41,15 @@ def lora(model: NativeModel, seed: int = 0, modules: int | None = None) -> LoraW
 
 def save_run(folder: Path, base: Path, new_tokens: int) -> Path:
     """The directory of a run, as training leaves it behind."""
-    folder.mkdir()
     config = alignpro.TrainConfig(
         prompter=alignpro.ModelConfig(str(base)),
         run_dir=str(folder),
         rewrite=replace(REWRITE, max_new_tokens=new_tokens),
         prompting=alignpro.Prompting(template="{prompt}", separator=" | "),
     )
-    (folder / "config.json").write_text(json.dumps(to_mapping(config)))
-    save_peft(folder / "adapter", lora(load_model(base, threads=1)))
+    with open_run_dir(folder):
+        (folder / "config.json").write_text(json.dumps(to_mapping(config)))
+        save_peft(folder / "adapter", lora(load_model(base, threads=1)))
     return folder
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from alignpro.config.data import DataConfig
@@ -17,8 +17,8 @@ class MixConfig:
     runs: tuple[str, ...] = ()
     """The runs of the prompters, two or more, trained from one untuned prompter, each for its
     goal."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Prompts that the mixture is measured on; ones that training used."""
+    data: DataConfig | None = None
+    """Prompts that the weights are found on; null is what the first run was trained on."""
     num_prompts: Annotated[int, at_least(1)] | None = 48
     """How many of the rows are used, the first ones; null is all."""
     num_rewrites: Annotated[int, at_least(2)] = 8

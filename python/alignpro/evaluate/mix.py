@@ -22,6 +22,7 @@ from alignpro.theory.mixture import maxmin_weights
 from alignpro.train.metrics import read_metrics
 from alignpro.types import Rewrite
 
+_PROMPTS_AT_ONCE = 8  # between two words of progress
 _SCORED_AT_ONCE = 32  # rewrites; bounds the memory of a scoring pass
 
 
@@ -48,27 +49,25 @@ def run_mix(
         raise FileExistsError(f"{output / 'adapter'}: is there already; name another folder")
     betas = [_kl_coef(Path(run), of) for run, of in zip(config.runs, runs, strict=True)]
     beta = config.kl_coef if config.kl_coef is not None else sum(betas) / len(betas)
-    rows = load_prompts(config.data)[: config.num_prompts]
+    rows = load_prompts(config.data or first.data)[: config.num_prompts]
     model = load_model(first.prompter, config.threads, date=first.date)
     experts = [model.load_adapter(Path(run) / "adapter") for run in config.runs]
     reference = None if reference_folder is None else model.load_adapter(reference_folder)
     pipeline = Pipeline(model, model, None, prompting=first.prompting, rewrite_params=first.rewrite)
     prompts = [row.prompt for row in rows]
-    each = len(prompts) * config.num_rewrites
 
-    def written(name: str, adapter: LoraWeights, seed: int) -> list[list[Rewrite]]:
-        show = watch(on_progress, name, each)
-        return (
-            pipeline.with_adapter(adapter)
-            .rollout(
-                prompts,
+    def written(name: str, adapter: LoraWeights, number: int) -> list[list[Rewrite]]:
+        show = watch(on_progress, name, len(prompts))
+        before, groups = pipeline.with_adapter(adapter), list[list[Rewrite]]()
+        for begin in range(0, len(prompts), _PROMPTS_AT_ONCE):
+            groups += before.rewrite(
+                prompts[begin : begin + _PROMPTS_AT_ONCE],
                 num_rewrites=config.num_rewrites,
-                num_responses=0,
-                seed=derive_seed(config.seed, seed),
-                on_progress=show,
+                seed=derive_seed(config.seed, number, begin),
             )
-            .rewrites
-        )
+            if show is not None:
+                show(len(groups))
+        return groups
 
     drawn = [
         written(run, expert, k)
