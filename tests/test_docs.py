@@ -120,7 +120,8 @@ def test_commands_of_the_pages_are_commands(page, tmp_path, monkeypatch):
     for words in commands_of(page):
         name, values = parsed(words)
         if "overrides" in values:
-            stage = getattr(configs, {s.value: c for s, c in STAGES.items()}[name])
+            named = {s.value: c for s, c in STAGES.items()} | {"safety": "EvalConfig"}
+            stage = getattr(configs, named[name])
             file = values["config"]
             there = file is not None and (file.exists() or "=" in str(file))
             read_settings(stage, file if there else None, values["overrides"])
@@ -133,6 +134,7 @@ STAGES = {
     Stage.train: "TrainConfig",
     Stage.evaluate: "EvalConfig",
     Stage.bound: "BoundConfig",
+    Stage.mix: "MixConfig",
     Stage.serve: "ServeConfig",
 }
 

@@ -49,6 +49,7 @@ class Stage(str, Enum):
     train = "train"
     evaluate = "evaluate"
     bound = "bound"
+    mix = "mix"
     serve = "serve"
 
 
@@ -78,6 +79,7 @@ def config(
         Stage.train: configs.TrainConfig,
         Stage.evaluate: configs.EvalConfig,
         Stage.bound: configs.BoundConfig,
+        Stage.mix: configs.MixConfig,
         Stage.serve: configs.ServeConfig,
     }
     typer.echo(commented_yaml(classes[stage], key=key), nl=False)
