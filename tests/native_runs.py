@@ -38,7 +38,7 @@ def lora(model: NativeModel, seed: int = 0, modules: int | None = None) -> LoraW
     )
 
 
-def save_run(folder: Path, base: Path, new_tokens: int) -> Path:
+def save_run(folder: Path, base: Path, new_tokens: int, **fields: Any) -> Path:
     """The directory of a run, as training leaves it behind."""
     folder.mkdir()
     config = alignpro.TrainConfig(
@@ -46,6 +46,7 @@ def save_run(folder: Path, base: Path, new_tokens: int) -> Path:
         run_dir=str(folder),
         rewrite=replace(REWRITE, max_new_tokens=new_tokens),
         prompting=alignpro.Prompting(template="{prompt}", separator=" | "),
+        **fields,
     )
     (folder / "config.json").write_text(json.dumps(to_mapping(config)))
     save_peft(folder / "adapter", lora(load_model(base, threads=1)))

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -164,6 +165,15 @@ def test_a_closed_prompter_says_so(model):
     before = threading.active_count()
     alignpro.Prompter(model, prompting=PROMPTING, params=LONG)  # dropped
     assert threading.active_count() == before
+
+
+def test_nothing_of_a_prompter_is_left_for_the_interpreters_end(model):
+    closed, dropped = EngineThread(model), EngineThread(model)
+    entries = [weakref.ref(one._end.peek()[2][0]) for one in (closed, dropped)]
+    assert all(entry() is not None for entry in entries)
+    closed.close()
+    del dropped
+    assert all(entry() is None for entry in entries)
 
 
 def test_a_new_adapter_is_used_from_then_on(model, tmp_path):

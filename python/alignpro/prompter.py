@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import json
 import logging
 import os
 import time
@@ -21,7 +20,6 @@ from alignpro.config import (
     Prompting,
     SftConfig,
     TrainConfig,
-    config_of_run,
 )
 from alignpro.guards import Candidate, broken_guard
 from alignpro.models.adapter import LoraWeights
@@ -29,6 +27,7 @@ from alignpro.models.engine_thread import ClosedError, EngineThread
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.reading import read_prompts
 from alignpro.pipeline import Pipeline, fresh_seed
+from alignpro.run_directory import CONFIG, config_of_run
 from alignpro.types import (
     Completion,
     Conversation,
@@ -276,18 +275,18 @@ class Prompter:
 def config_of_prompter(run: str | os.PathLike[str]) -> TrainConfig | SftConfig:
     """What the run of a prompter was made with. Raises as `Prompter.from_run`."""
     run = Path(run)
-    file, adapter = run / "config.json", run / "adapter"
+    file, adapter = run / CONFIG, run / "adapter"
     if not file.is_file():
         hint = "; Prompter(model, adapter) takes a PEFT folder" * (
             (run / "adapter_config.json").is_file()
         )
-        raise FileNotFoundError(f"{run}: expected the directory of a run, with config.json{hint}")
+        raise FileNotFoundError(f"{run}: expected the directory of a run, with {CONFIG}{hint}")
     if not adapter.is_dir():
         raise FileNotFoundError(
             f"{adapter}: not there yet; a run that has ended writes it: "
             f"alignpro train {file} --resume"
         )
-    config = config_of_run(json.loads(file.read_text("utf-8")))
+    config = config_of_run(run)
     if isinstance(config, TrainConfig) and config.policy != "prompter":
         raise ValueError(f"{run}: expected the run of a prompter; this one tuned the target")
     return config

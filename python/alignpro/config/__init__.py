@@ -41,7 +41,6 @@ from alignpro.config.quickstart import QUICKSTART as QUICKSTART
 from alignpro.config.quickstart import QuickstartConfig as QuickstartConfig
 from alignpro.config.read import apply_overrides as apply_overrides
 from alignpro.config.read import check_config as check_config
-from alignpro.config.read import config_of_run as config_of_run
 from alignpro.config.read import differing as differing
 from alignpro.config.read import load_yaml as load_yaml
 from alignpro.config.read import to_mapping as to_mapping

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import queue
 import threading
@@ -59,11 +60,12 @@ class EngineThread:
             target=_drive, args=(model.client(), self._inbox), daemon=True, name="engine"
         )
         thread.start()
-        self._end = weakref.finalize(self, _end, self._inbox, thread)
+        at_exit = functools.partial(_end, self._inbox, thread)
+        self._end = weakref.finalize(self, _end_early, at_exit)
         # At exit as well: a thread inside the engine must not outlive the interpreter. Not by the
         # finalizer, whose turn may come after the engine's own, when its threads return no more.
         self._end.atexit = False
-        atexit.register(self._end)
+        atexit.register(at_exit)
 
     def submit(
         self,
@@ -99,6 +101,11 @@ class EngineThread:
         with self._lock:
             self._closed = True
         self._end()
+
+
+def _end_early(at_exit: Callable[[], None]) -> None:
+    at_exit()
+    atexit.unregister(at_exit)
 
 
 def _end(inbox: queue.SimpleQueue[_Request | None], thread: threading.Thread) -> None:
