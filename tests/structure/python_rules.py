@@ -46,8 +46,9 @@ ROOMS: dict[str, set[str]] = {
     "lengths": _BASE | {"models", "pipeline", "data"},
     "trl": _BASE | {"models", "pipeline"},
     "guards": {"config"},
-    "prompter": _BASE | {"models", "pipeline", "guards", "run_directory"},
-    "serve": _BASE | {"models", "prompter", "optional"},
+    "rewriting": _BASE | {"models", "pipeline", "guards"},
+    "prompter": _BASE | {"models", "pipeline", "rewriting", "run_directory"},
+    "serve": _BASE | {"models", "prompter", "rewriting", "optional"},
     "train": _RUNNING,
     "evaluate": _RUNNING | {"theory", "train.metrics"},
     "report": _RUNNING | {"train", "evaluate"},
@@ -59,8 +60,7 @@ ROOMS: dict[str, set[str]] = {
     | {"train", "evaluate", "report", "quickstart", "bench", "price"}
     | {"prompter", "serve"},
     "__main__": {"cli"},
-    "": _RUNNING
-    | {"ops", "prompter", "train", "evaluate", "report"},  # __init__.py: the lazy public names
+    "": _RUNNING | {"ops", "prompter", "rewriting", "train", "evaluate", "report"},  # public names
 }
 
 # module of others -> the rooms or modules that may import it

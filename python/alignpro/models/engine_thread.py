@@ -14,7 +14,8 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignpro.models.native_client import NativeClient, NativeHandle
+from alignpro.models.completion_text import TextStream
+from alignpro.models.native_client import NativeClient, NativeHandle, prompt_end
 from alignpro.models.native_model import NativeModel
 from alignpro.types import Completion, SamplingParams
 
@@ -54,6 +55,7 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # nothing is put behind the None that ends it
         self._closed = False
+        self._tokenizer = model.tokenizer
         self._process = os.getpid()
         # The thread does not know this object, which may so be dropped.
         thread = threading.Thread(
@@ -95,6 +97,44 @@ class EngineThread:
                 raise ClosedError("expected one that is open; it was closed")
             self._inbox.put(request)
         return request.future
+
+    def stream(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        put: Callable[[str | None], None],
+        *,
+        adapter: Any = None,
+        sample: int = 0,
+    ) -> Future[Completion]:
+        """`submit`, with the text in pieces of whole characters as it comes.
+
+        Args:
+            put: called with each piece, and with None behind the last one, however the request
+                ended: in the engine's thread, or in the one that cancels. It must be quick.
+        """
+        text = TextStream(self._tokenizer, params.stop, prompt_end(self._tokenizer, tokens))
+        written = 0
+
+        def on_step(handle: NativeHandle) -> None:
+            nonlocal written
+            if handle.finished:
+                return
+            new, _ = handle.sequence.read(written)
+            written += len(new)
+            if pieces := [piece for token in new if (piece := text.push(token))]:
+                put("".join(pieces))
+
+        def on_end(future: Future[Completion]) -> None:
+            failed = future.cancelled() or future.exception() is not None
+            whole = "" if failed else future.result().text
+            if whole.startswith(text.sent) and len(whole) > len(text.sent):
+                put(whole[len(text.sent) :])
+            put(None)
+
+        future = self.submit(tokens, params, adapter=adapter, sample=sample, on_step=on_step)
+        future.add_done_callback(on_end)
+        return future
 
     def close(self) -> None:
         """Cancel what is under way and end the thread. A second call does nothing."""
