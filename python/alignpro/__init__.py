@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from alignpro.config import DataConfig as DataConfig
     from alignpro.config import EvalConfig as EvalConfig
     from alignpro.config import GuardConfig as GuardConfig
+    from alignpro.config import GuardPenaltyConfig as GuardPenaltyConfig
     from alignpro.config import HeadroomConfig as HeadroomConfig
     from alignpro.config import LoraConfig as LoraConfig
     from alignpro.config import ModelConfig as ModelConfig
@@ -67,6 +68,7 @@ _HOMES = {
     "EndpointModel": "models.endpoint",
     "EvalConfig": "config",
     "GuardConfig": "config",
+    "GuardPenaltyConfig": "config",
     "HeadroomConfig": "config",
     "LoraConfig": "config",
     "LoraPolicy": "train.policy",

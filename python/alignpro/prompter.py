@@ -26,7 +26,15 @@ from alignpro.models.engine_thread import EngineThread
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.reading import read_prompts
 from alignpro.pipeline import Pipeline, fresh_seed
-from alignpro.rewriting import AsyncRewriteStream, Clock, Request, RewriteStream, Rewritten, Turn
+from alignpro.rewriting import (
+    AsyncRewriteStream,
+    Clock,
+    Request,
+    RewriteStream,
+    Rewritten,
+    Turn,
+    beside,
+)
 from alignpro.run_directory import CONFIG, config_of_run
 from alignpro.types import (
     Completion,
@@ -188,7 +196,11 @@ class Prompter:
         finally:
             for request in requests:
                 request.future.cancel()
-        return [request.rewritten(clock, self.guards) for request in requests]
+
+        def judged() -> list[Rewritten]:
+            return [request.rewritten(clock, self.guards) for request in requests]
+
+        return await beside(sum(request.characters for request in requests), judged)
 
     def stream(
         self, prompt: PromptLike, *, deadline: float | None = None, seed: int | None = None

@@ -7,17 +7,21 @@ import logging
 import queue
 import time
 import weakref
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from alignpro import trace
 from alignpro.config import GuardConfig
-from alignpro.guards import Candidate, broken_guard
+from alignpro.guards import broken_by
 from alignpro.models.engine_thread import ClosedError
 from alignpro.pipeline import Pipeline
 from alignpro.types import Completion, Conversation, Message, Prompt, PromptLike, SamplingParams
 
 _log = logging.getLogger(__name__)
+_AT_ONCE = 2**11  # characters that the guards read in less than a millisecond
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,11 @@ class Request:
     params: SamplingParams
     future: Future[Completion] = field(default_factory=Future)
 
+    @property
+    def characters(self) -> int:
+        """Of the last turn, which guards read."""
+        return len(Conversation.of(self.prompt).last_turn)
+
     def rewritten(self, clock: Clock, guards: GuardConfig | None) -> Rewritten:
         """What came of it. Raises ClosedError, and ValueError where the engine refuses it."""
         if self.future.cancelled():
@@ -109,10 +118,8 @@ class Request:
             return self._original("unchanged", clock, rewrite.text, count)
         new = Conversation.of(rewrite.target_prompt)
         if guards is not None:
-            turn = Conversation.of(self.prompt).last_turn
-            was_cut = rewrite.finish_reason == "length"
-            candidate = Candidate(turn, new.last_turn, rewrite.text, was_cut)
-            broken = broken_guard(candidate, self.pipeline.prompting, guards)
+            with trace.span("guards"):
+                broken = broken_by(rewrite, self.prompt, self.pipeline.prompting, guards)
             if broken is not None:
                 return self._original(f"guard_{broken}", clock, rewrite.text, count)
         asked = new.plain if isinstance(self.given, str) else new.messages
@@ -120,6 +127,12 @@ class Request:
 
     def _original(self, reason: str, clock: Clock, text: str = "", tokens: int = 0) -> Rewritten:
         return Rewritten.original(self.given, reason, clock.milliseconds, text, tokens)
+
+
+async def beside(characters: int, judge: Callable[[], Result]) -> Result:
+    """What the guards say of texts of such length: in a thread, where the event loop would wait too
+    long for them."""
+    return judge() if characters <= _AT_ONCE else await asyncio.to_thread(judge)
 
 
 class Turn:
@@ -132,6 +145,10 @@ class Turn:
         self._before = prompting.before_rewrite(turn)
         self._given = self._text = ""
         self._begin = turn if self._before else ""
+
+    @property
+    def characters(self) -> int:
+        return self._request.characters
 
     @property
     def left(self) -> float | None:
@@ -255,7 +272,7 @@ async def _async_pieces(
                 text = None if turn.left == 0 else await asyncio.wait_for(written.get(), turn.left)
             except asyncio.TimeoutError:
                 text = None
-        if piece := turn.end():
+        if piece := await beside(turn.characters, turn.end):
             yield piece
     finally:
         turn.cancel()

@@ -21,7 +21,7 @@ _WRITING = {"files", "run_directory", "optional", "interrupts"}
 _RUNNING = (
     _SERVING
     | _WRITING
-    | {"pipeline", "lengths", "rewards", "objective", "data", "statistics", "findings"}
+    | {"pipeline", "lengths", "rewards", "objective", "data", "statistics", "findings", "guards"}
     | {"fingerprints"}
 )
 ROOMS: dict[str, set[str]] = {
@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "objective": {"types"},
     "statistics": {"types"},
     "theory": {"types", "statistics"},
-    "findings": {"types", "statistics"},
+    "findings": _BASE | {"statistics", "guards"},
     "native": _BASE,
     "models": _BASE | {"native", "files", "trace"},
     "ops": _BASE | {"native"},
@@ -45,10 +45,10 @@ ROOMS: dict[str, set[str]] = {
     "pipeline": _SERVING | {"trace", "rewards.check"},
     "lengths": _BASE | {"models", "pipeline", "data"},
     "trl": _BASE | {"models", "pipeline"},
-    "guards": {"config"},
-    "rewriting": _BASE | {"models", "pipeline", "guards"},
+    "guards": _BASE,
+    "rewriting": _BASE | {"models", "pipeline", "guards", "trace"},
     "prompter": _BASE | {"models", "pipeline", "rewriting", "run_directory"},
-    "serve": _BASE | {"models", "prompter", "rewriting", "optional"},
+    "serve": _BASE | {"models", "prompter", "rewriting", "optional", "trace"},
     "train": _RUNNING,
     "evaluate": _RUNNING | {"theory", "train.metrics"},
     "report": _RUNNING | {"train", "evaluate"},

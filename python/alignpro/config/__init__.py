@@ -24,6 +24,7 @@ from alignpro.config.evaluate import read_requirement as read_requirement
 from alignpro.config.fields import from_mapping as from_mapping
 from alignpro.config.fields import unchecked as unchecked
 from alignpro.config.guards import GuardConfig as GuardConfig
+from alignpro.config.guards import GuardPenaltyConfig as GuardPenaltyConfig
 from alignpro.config.held_out import HeldOutConfig as HeldOutConfig
 from alignpro.config.model import DEFAULT_MODEL as DEFAULT_MODEL
 from alignpro.config.model import HOW_IT_RUNS as HOW_IT_RUNS

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from alignpro.evaluate.results import (
     BoundReport,
     Evaluation,
-    Headroom,
+    HeadroomReport,
     Report,
     Result,
     from_json,
@@ -74,7 +74,7 @@ def load_report(
     run, log = find_record(run_dir / "report.json"), run_dir / "metrics.jsonl"
     found = {
         "evaluation": _part(Evaluation, run_dir, "evaluation", evaluation, "arms"),
-        "headroom": _part(Headroom, run_dir, "headroom", headroom, "frontier"),
+        "headroom": _part(HeadroomReport, run_dir, "headroom", headroom, "frontier"),
         "bound": _part(BoundReport, run_dir, "bound", bound, "terms"),
     }
     parts: dict[str, Any] = {name: part for name, part in found.items() if part is not None}

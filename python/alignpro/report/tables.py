@@ -71,7 +71,7 @@ def report_view(
         parts += [grid_table(grid) for grid in grids if grid]
     parts.append(verdict_lines(evaluation))
     if report.headroom is not None:
-        parts.append(headroom_tables(report.headroom))
+        parts.append(headroom_tables(report.headroom.headroom))
     if report.bound is not None:
         parts.append(bound_tables(report.bound))
     parts.append(costs_table(report))
