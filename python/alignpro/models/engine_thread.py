@@ -8,12 +8,14 @@ import functools
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignpro import trace
 from alignpro.models.completion_text import TextStream
 from alignpro.models.native_client import NativeClient, NativeHandle, prompt_end
 from alignpro.models.native_model import NativeModel
@@ -33,6 +35,7 @@ class _Request:
     on_step: Callable[[NativeHandle], None] | None
     future: Future[Completion] = field(default_factory=Future)
     handle: NativeHandle | None = None
+    queued_ns: int = field(default_factory=time.perf_counter_ns)
 
     def cancel(self, future: Future[Completion]) -> None:
         """In whichever thread cancels; one that is not submitted yet never is."""
@@ -183,6 +186,7 @@ def _admit(
 ) -> None:
     if request.future.cancelled():
         return
+    trace.add("queue", request.queued_ns)
     try:
         handle = client.submit(
             request.tokens, request.params, adapter=request.adapter, sample=request.sample
