@@ -200,7 +200,8 @@ class Prompter:
         def judged() -> list[Rewritten]:
             return [request.rewritten(clock, self.guards) for request in requests]
 
-        return await beside(sum(request.characters for request in requests), judged)
+        is_large = len(requests) > 1 or any(request.is_large for request in requests)
+        return await beside(is_large, judged)
 
     def stream(
         self, prompt: PromptLike, *, deadline: float | None = None, seed: int | None = None

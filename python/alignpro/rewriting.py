@@ -10,7 +10,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from alignpro import trace
 from alignpro.config import GuardConfig
@@ -20,7 +20,7 @@ from alignpro.pipeline import Pipeline
 from alignpro.types import Completion, Conversation, Message, Prompt, PromptLike, SamplingParams
 
 _log = logging.getLogger(__name__)
-_AT_ONCE = 2**11  # characters that the guards read in less than a millisecond
+_AT_ONCE = 2**11  # characters
 Result = TypeVar("Result")
 
 
@@ -96,9 +96,9 @@ class Request:
     future: Future[Completion] = field(default_factory=Future)
 
     @property
-    def characters(self) -> int:
-        """Of the last turn, which guards read."""
-        return len(Conversation.of(self.prompt).last_turn)
+    def is_large(self) -> bool:
+        """Whether guards read the last turn for a millisecond or more."""
+        return len(Conversation.of(self.prompt).last_turn) > _AT_ONCE
 
     def rewritten(self, clock: Clock, guards: GuardConfig | None) -> Rewritten:
         """What came of it. Raises ClosedError, and ValueError where the engine refuses it."""
@@ -129,10 +129,9 @@ class Request:
         return Rewritten.original(self.given, reason, clock.milliseconds, text, tokens)
 
 
-async def beside(characters: int, judge: Callable[[], Result]) -> Result:
-    """What the guards say of texts of such length: in a thread, where the event loop would wait too
-    long for them."""
-    return judge() if characters <= _AT_ONCE else await asyncio.to_thread(judge)
+async def beside(is_large: bool, work: Callable[..., Result], *arguments: Any) -> Result:
+    """What the work gives: of what is large from a thread, so that the event loop goes on."""
+    return await asyncio.to_thread(work, *arguments) if is_large else work(*arguments)
 
 
 class Turn:
@@ -147,8 +146,8 @@ class Turn:
         self._begin = turn if self._before else ""
 
     @property
-    def characters(self) -> int:
-        return self._request.characters
+    def is_large(self) -> bool:
+        return self._request.is_large
 
     @property
     def left(self) -> float | None:
@@ -272,7 +271,7 @@ async def _async_pieces(
                 text = None if turn.left == 0 else await asyncio.wait_for(written.get(), turn.left)
             except asyncio.TimeoutError:
                 text = None
-        if piece := await beside(turn.characters, turn.end):
+        if piece := await beside(turn.is_large, turn.end):
             yield piece
     finally:
         turn.cancel()

@@ -31,8 +31,9 @@ def span(name: str) -> AbstractContextManager[None]:
 
 def add(name: str, begin_ns: int) -> None:
     """Records what began then, in whichever thread, and ends now in this one."""
-    if _spans is not None:
-        _spans.append(Span(name, begin_ns, time.perf_counter_ns(), threading.get_native_id()))
+    to = _spans
+    if to is not None:
+        to.append(Span(name, begin_ns, time.perf_counter_ns(), threading.get_native_id()))
 
 
 def start() -> None:

@@ -7,7 +7,7 @@ import ipaddress
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -16,6 +16,7 @@ from starlette.routing import Mount, Route
 
 from alignpro import trace
 from alignpro.config.serve import ServeConfig
+from alignpro.rewriting import beside
 from alignpro.serve.audit import AuditLog
 from alignpro.serve.chat_body import ChatBody
 from alignpro.serve.messages import (
@@ -40,7 +41,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _log = logging.getLogger(__name__)
 _CHAT = b"/chat/completions"
 _AT_ONCE = 2**15  # bytes of a body that is read, and written, in less than a millisecond
-Result = TypeVar("Result")
 
 
 class _Refused(Exception):
@@ -151,7 +151,7 @@ class Proxy:
         if any(name == b"content-encoding" for name, _ in scope["headers"]):
             return raw, self._noted(_Outcome(mode or "on", reason="encoded"), ChatBody(raw))
         with trace.span("read body"):
-            chat = await _beside(raw, ChatBody.read, raw)
+            chat = await beside(len(raw) > _AT_ONCE, ChatBody.read, raw)
         with trace.span("route"):
             route = self._routes.of(chat.model)
         mode = mode or route.mode
@@ -183,7 +183,8 @@ class Proxy:
         if result.applied:
             with trace.span("write body"):
                 turn = result.messages[-1]["content"]
-                new = await _beside(chat.raw, chat.with_last_turn, turn)
+                is_large = len(chat.raw) > _AT_ONCE
+                new = await beside(is_large, chat.with_last_turn, turn)
             reason = "several_texts" if new is None else reason
         applied = new is not None and mode == "on"
         outcome = _Outcome(mode, rewriter.name, applied, reason, result.milliseconds)
@@ -294,16 +295,6 @@ async def _while_connected(
         if not task.done():  # the server is at its end
             task.cancel()
             await asyncio.wait((task,))
-
-
-async def _beside(body: bytes, work: Callable[..., Result], *arguments: Any) -> Result:
-    """What the work on a body gives: in a thread, where the event loop would wait too long for it.
-
-    A value of JSON is decoded in one piece even there: 3 ms for a text of a megabyte.
-    """
-    if len(body) <= _AT_ONCE:
-        return work(*arguments)
-    return await asyncio.to_thread(work, *arguments)
 
 
 def _path_behind_v1(scope: Scope) -> bytes:
