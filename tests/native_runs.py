@@ -39,13 +39,14 @@ def lora(model: NativeModel, seed: int = 0, modules: int | None = None) -> LoraW
     )
 
 
-def save_run(folder: Path, base: Path, new_tokens: int) -> Path:
+def save_run(folder: Path, base: Path, new_tokens: int, **fields: Any) -> Path:
     """The directory of a run, as training leaves it behind."""
     config = alignpro.TrainConfig(
         prompter=alignpro.ModelConfig(str(base)),
         run_dir=str(folder),
         rewrite=replace(REWRITE, max_new_tokens=new_tokens),
         prompting=alignpro.Prompting(template="{prompt}", separator=" | "),
+        **fields,
     )
     with open_run_dir(folder):
         (folder / "config.json").write_text(json.dumps(to_mapping(config)))

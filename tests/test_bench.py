@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from alignpro.bench.load import closed_loop, paced
+from alignpro.bench.soak import _checks, _Seen, bench_soak
 from alignpro.bench.step import bench_step
 from alignpro.bench.tables import step_table
 from alignpro.bench.timeline import engine_flops
@@ -92,6 +94,35 @@ def test_serve_writes_every_figure(tmp_path: Path, tiny_model_dir):
         assert sum(row["reasons"].values()) == 17
     speedup = many["requests_per_second"] / one["requests_per_second"]
     assert rewritten["speedup"] == pytest.approx(speedup)
+
+
+def test_a_soak_of_seconds_holds(tmp_path: Path, tiny_model_dir):
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    file, trained = tmp_path / "soak.json", tmp_path / "my-run"
+    save_run(trained, tiny_model_dir("llama"), 4)
+    report = bench_soak(run=trained, clients=8, seconds=4.0, reload_seconds=0.5, threads=1)
+    assert report["reloads"] > 2 and min(report["requests"].values()) > 0
+    for name in ("answers", "reloads", "files", "requests"):
+        assert report["checks"][name]["holds"], report["checks"]
+    assert report["memory"] and report["files"]
+    result = run("bench", "soak", "--minutes", "0.02", "--clients", "2", "--output", str(file))
+    said = json.loads(file.read_text("utf-8"))
+    assert result.exit_code == (0 if said["holds"] else 3), result.output
+    assert set(said["checks"]) == {"answers", "memory", "files", "requests"}
+
+
+def test_a_soak_says_what_was_lost():
+    seen = _Seen(asked=Counter({"whole": 3, "slow": 1}), lost=["whole: EOFError: x"], reloads=1)
+    seen.failed_reloads.append("no adapter")
+    seen.memory += [(second, 2**20 * (100 + second)) for second in range(20)]
+    found = dict(_checks(seen, 10, 12, 1, 20.0))
+    assert {name: check["holds"] for name, check in found.items()} == dict.fromkeys(found, False)
+    assert found["answers"]["seen"] == (
+        "1 of 4 requests lost; {'whole': 1}, such as whole: EOFError: x"
+    )
+    seen.memory = [(second, 2**20 * min(100, 10 * second)) for second in range(20)]
+    assert not dict(_checks(seen, 10, 10, 0, 20.0))["memory"]["holds"]
+    assert dict(_checks(seen, 10, 10, 0, 40.0))["memory"]["holds"]  # it grew in the first quarter
 
 
 async def served(answer: bytes, ask):

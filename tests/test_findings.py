@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from alignpro.config import Prompting
 from alignpro.findings import (
     Measured,
     arm_findings,
@@ -108,7 +109,12 @@ def test_the_measures_of_a_rollout_by_hand():
     )
     components = {"good": [1.0, 0.0, 1.0, 1.0], "long": [4.0, 4.0, 4.0, 4.0]}
     measured = measure(
-        drawn, components, frozenset({"good"}), adds=True, count_tokens=lambda text: 0
+        drawn,
+        components,
+        frozenset({"good"}),
+        adds=True,
+        prompting=Prompting(mode="rewrite"),
+        count_tokens=lambda text: 0,
     )
     assert measured == Measured(
         components={"good": 0.75, "long": 4.0},
@@ -124,17 +130,35 @@ def test_the_measures_of_a_rollout_by_hand():
         leaked_answers=0.25,
         distinct_rewrites=3,
         common_rewrite=0.5,
+        broken_guards={},
     )
     # A part that abstained is no zero; of one prompt alone there is no error of its mean.
     nan = float("nan")
     abstained = {"good": [nan, nan, 1.0, 0.0], "long": [nan] * 4}
-    some = measure(drawn, abstained, frozenset(abstained), adds=False, count_tokens=len)
+    plain = {"adds": False, "prompting": Prompting(), "count_tokens": len}
+    some = measure(drawn, abstained, frozenset(abstained), **plain)
     assert (some.components, some.component_errors) == ({"good": 0.5}, {})
-    raw = measure(drawn, components, frozenset(), adds=False, count_tokens=len)
+    raw = measure(drawn, components, frozenset(), **plain)
     assert raw.rewrite_tokens is None and raw.leaked_answers is None and raw.empty_rewrites == 0
+    assert raw.broken_guards is None
     # Of one prompt alone nobody knows whether the text is that of every prompt.
     assert diversity(rollout([("x", ""), ("x", "")])) == (1, None)
     assert diversity(rollout([("x", "")], [("x", "")])) == (1, 1.0)
+
+
+def test_rewrites_that_break_a_guard_are_counted_by_guard_and_doubted():
+    drawn = rollout(
+        [("Sure, a redwood.", "x"), ("Name the tallest tree.", "x")],
+        [("## Instruction: name it", "x"), ("", "x")],
+    )
+    prompting = Prompting(mode="rewrite")
+    measured = measure(
+        drawn, {}, frozenset(), adds=True, prompting=prompting, count_tokens=lambda text: 0
+    )
+    assert measured.broken_guards == {"answered": 0.25, "echo": 0.25}
+    assert found(broken_guards={"cut": 0.05, "spans": 0.05}) == {}
+    text = found(broken_guards={"cut": 0.05, "spans": 0.2})["broken_guards"]
+    assert "25% of the trained prompter's rewrites break a guard (cut 5%, spans 20%)" in text
 
 
 @pytest.mark.parametrize(

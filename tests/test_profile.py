@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from alignpro.bench.generation import _generate
 from alignpro.bench.profile import record, rewrite_seeds
+from alignpro.bench.request import PHASES
 from alignpro.bench.tables import limit_share
 from alignpro.bench.timeline import STAGES, Timeline, beyond
 from alignpro.bench.work import random_prompts
@@ -23,7 +24,7 @@ from alignpro.native import core
 from alignpro.pipeline import Pipeline
 from alignpro.trace import Span
 from alignpro.types import Rollout, SamplingParams
-from native_runs import lora
+from native_runs import lora, save_run
 
 LIMITS = {"fma_gflops": 100.0, "read_gbps": 10.0}
 LETTERS = "bcdefghij"
@@ -145,6 +146,39 @@ def test_marks_of_a_step_that_was_dropped_count_for_no_other():
     ]
     timeline = Timeline(made_up(*early, *rows, *late), SPANS, [PROMPTER])
     assert timeline.stages() == Timeline(EVENTS, SPANS, [PROMPTER]).stages()
+
+
+def test_work_with_a_root_and_stages_of_its_own():
+    def span(name: str, begin: int, end: int) -> Span:
+        return Span(name, begin, end, 7)
+
+    spans = [
+        span("route", 90, 95),  # of nobody
+        span("route", 101, 104),
+        span("queue", 104, 110),
+        span("request", 100, 200),
+    ]
+    events = made_up(
+        ("step", 40, 60), ("prefill.rows", 45, 45, 9, PROMPTER), ("linear o", 46, 50, 0, 0, 7, 70),
+        ("step", 110, 150), ("prefill.rows", 111, 111, 3, PROMPTER),
+        ("linear o", 112, 140, 0, 0, 100, 500), ("head_sample", 141, 149, 0, 0, 20, 40),
+        ("step", 155, 165), ("decode.rows", 156, 156, 1, PROMPTER),
+        ("linear o", 157, 164, 0, 0, 30, 400),
+        ("step", 190, 210), ("decode.rows", 191, 191, 1, PROMPTER),  # not all of it is inside
+    )  # fmt: skip
+    stages = ("route", "queue", "prompter prefill", "prompter decode", "other")
+    timeline = Timeline(events, spans, [PROMPTER], root="request", stages=stages)
+    found = {row["stage"]: row["seconds"] * 1e9 for row in timeline.stages()}
+    assert found == {
+        "route": pytest.approx(3),
+        "queue": pytest.approx(6),
+        "prompter prefill": pytest.approx(40),
+        "prompter decode": pytest.approx(10),
+        "other": pytest.approx(41),
+    }
+    assert timeline.work()["prompter prefill"] == (120, 540)
+    assert timeline.work()["prompter decode"] == (30, 400)
+    assert timeline.seconds_of_steps("prompter decode") == pytest.approx([10e-9])
 
 
 def test_nothing_but_a_rollout():
@@ -358,6 +392,38 @@ def test_the_command_writes_a_trace_and_the_numbers(
     assert "is there already" in refused(*size, *files)
 
 
+@pytest.mark.parametrize("of_run", [False, True])
+def test_a_request_in_production_by_its_phases(tmp_path: Path, tiny_model_dir: Any, of_run: bool):
+    out, numbers = tmp_path / "trace.json", tmp_path / "numbers.json"
+    base = tiny_model_dir("llama")
+    what = ["--model", base, "--prompt", "the heron"]
+    if of_run:
+        run_dir = save_run(tmp_path / "my-run", base, 6)
+        what = ["--run", run_dir, "--prompts", 2, "--no-ops"]
+    files = ["--trace", out, "--output", numbers]
+    result = run("--request", *what, "--rewrites", 2, "--threads", 1, *files)
+    assert result.exit_code == 0, result.output
+    report = json.loads(numbers.read_text("utf-8"))
+    assert (report["prompts"], report["requests"]) == ((2, 4) if of_run else (1, 2))
+    assert sum(report["reasons"].values()) == report["requests"]
+    phases = {row["phase"]: row for row in report["phases"]}
+    assert list(phases) == list(PHASES)
+    assert sum(row["share"] for row in phases.values()) == pytest.approx(1)
+    measured = set(phases) - {"guards", "write body"}  # where nothing is written, nor are these
+    assert all(phases[name]["p50"] > 0 for name in measured)
+    assert all(0 <= row["p50"] <= row["p99"] for row in phases.values())
+    assert all(name in result.output for name in PHASES)
+    decode = phases["prompter decode"]
+    assert ("read_share" in decode) == (not of_run) and "read_share" not in phases["upstream"]
+    prefill, decoding = report["steps"]
+    assert prefill["steps"] == report["requests"] and decoding["steps"] > report["requests"]
+    trace = json.loads(out.read_text("utf-8"))
+    named = [e["name"] for e in trace["traceEvents"] if e["ph"] == "X" and e["pid"] == 1]
+    for name in ("request", "queue", "upstream", "read body"):
+        assert named.count(name) == report["requests"]
+    assert named.count("requests") == 1
+
+
 def refused(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
@@ -375,6 +441,10 @@ def refused(*arguments: object) -> str:
         (["--trace", "no/such/folder/x.json"], "no such folder"),
         (["--trace", "x.json", "--output", "x.json"], "--trace and --output: expected two files"),
         (["--trace", "taken.json"], "taken.json: is there already"),
+        (["--request", "--run", "."], "expected the directory of a run"),
+        (["--request", "--target", "x"], "--target: expected only without --request"),
+        (["--request", "--run", "r", "--adapter", "a"], "--adapter: expected only without --run"),
+        (["--prompt", "x"], "--prompt: expected only with --request, got x"),
     ],
 )
 def test_bad_arguments_are_one_line(

@@ -105,6 +105,10 @@ def test_what_is_no_run_is_said(run, tmp_path):
     (unfinished / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="this one tuned the target"):
         from_run(unfinished)
+    for damaged, part in (("{", "not JSON"), ("[]", "a JSON object"), ('{"step": 1}', "step")):
+        (unfinished / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=rf"unfinished/config\.json: .*{part}"):
+            from_run(unfinished)
 
 
 def test_prompts_are_checked(prompter):

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ from alignpro.config import REWRITE
 from alignpro.models.adapter import save_peft
 from alignpro.models.engine_thread import ClosedError, EngineThread
 from alignpro.models.native_model import load_model
+from alignpro.rewriting import Clock, Request, Turn
+from alignpro.types import Completion
 from native_runs import ENDLESS, SHORT, assert_settles, lora
 
 PROMPTING = alignpro.Prompting(template="{prompt}", separator=" | ")
@@ -166,6 +169,15 @@ def test_a_closed_prompter_says_so(model):
     assert threading.active_count() == before
 
 
+def test_nothing_of_a_prompter_is_left_for_the_interpreters_end(model):
+    closed, dropped = EngineThread(model), EngineThread(model)
+    entries = [weakref.ref(one._end.peek()[2][0]) for one in (closed, dropped)]
+    assert all(entry() is not None for entry in entries)
+    closed.close()
+    del dropped
+    assert all(entry() is None for entry in entries)
+
+
 def test_a_new_adapter_is_used_from_then_on(model, tmp_path):
     options = {"prompting": PROMPTING, "params": PARAMS}
 
@@ -185,6 +197,136 @@ def test_a_new_adapter_is_used_from_then_on(model, tmp_path):
         with pytest.raises(ValueError):
             prompter.reload()
         assert prompter.rewrite("the heron", seed=3).text == second
+
+
+@pytest.mark.parametrize("mode", ["append", "rewrite"])
+@pytest.mark.parametrize("prompt", ["the heron", CHAT])
+def test_a_stream_is_the_rewrite_in_pieces(model, mode, prompt):
+    prompting = replace(PROMPTING, mode=mode)
+    with alignpro.Prompter(model, prompting=prompting, params=LONG) as prompter:
+        for seed in range(3):
+            whole = prompter.rewrite(prompt, seed=seed)
+            stream = prompter.stream(prompt, seed=seed)
+            pieces = list(stream)
+            assert "".join(pieces) == whole.messages[-1]["content"] and len(pieces) > 3
+            assert all(pieces) and (mode == "rewrite" or pieces[0] == "the heron")
+            assert replace(stream.result, milliseconds=0) == replace(whole, milliseconds=0)
+
+            async def together(seed=seed):
+                stream = await prompter.astream(prompt, seed=seed)
+                return [piece async for piece in stream], stream.result
+
+            again, result = asyncio.run(together())
+            assert "".join(again) == "".join(pieces) and result.applied
+    assert_settles(model)
+
+
+def test_spaces_around_a_rewrite_are_none_of_its_pieces(prompter):
+    for mode, written, expected in (
+        ("append", [" ", "\n a", " b ", " \n"], ["bird", " | a", " b"]),
+        ("rewrite", [" ", "\n a", " b ", " \n"], ["a", " b"]),
+        ("append", [" ", "\n"], ["bird"]),
+        ("rewrite", [" ", "\n"], ["bird"]),
+    ):
+        pipeline = alignpro.Pipeline(
+            prompter.model, None, None, prompting=replace(PROMPTING, mode=mode)
+        )
+        request = Request("bird", "bird", 0, pipeline, [], PARAMS)
+        text = "".join(written)
+        request.future.set_result(Completion([1], text, [0.0], [1.0], "stop", [1]))
+        turn = Turn(request, Clock(None), None)
+        pieces = [turn.push(""), *map(turn.push, written), turn.end()]
+        assert [piece for piece in pieces if piece] == expected
+        assert turn.result.messages[-1]["content"] == "".join(expected)
+
+
+def test_a_stream_ends_at_its_deadline_with_the_original(model, monkeypatch):
+    slow_steps(monkeypatch, 0.02)
+    for mode in ("append", "rewrite"):
+        options = {"prompting": replace(PROMPTING, mode=mode), "params": LONG}
+        with alignpro.Prompter(model, **options) as prompter:
+            begin = time.perf_counter()
+            stream = prompter.stream(CHAT, deadline=0.2)
+            pieces = list(stream)
+            assert 0.19 < time.perf_counter() - begin < 1.0
+            assert (stream.result.applied, stream.result.reason) == (False, "deadline")
+            assert stream.result.prompt == CHAT and len(pieces) > 2  # some of it was given
+            assert next(stream, None) is None
+
+            async def late(prompter=prompter):
+                monkeypatch.setattr(prompter, "_prepare", lambda *_: time.sleep(0.3))
+                async with await prompter.astream("the heron", deadline=0.1) as stream:
+                    return [piece async for piece in stream], stream.result
+
+            pieces, result = asyncio.run(late())
+            assert (pieces, result.prompt, result.reason) == (
+                ["the heron"],
+                "the heron",
+                "deadline",
+            )
+    time.sleep(0.1)
+    assert_settles(model)
+
+
+def test_a_reader_that_is_late_for_a_rewrite_that_was_not_gets_all_of_it(prompter):
+    stream = prompter.stream("the heron", deadline=5.0, seed=1)
+    first = next(stream)
+    time.sleep(0.5)
+    stream._turn._clock._begin -= 10  # the deadline is past
+    assert first + "".join(stream) == prompter.rewrite("the heron", seed=1).prompt
+    assert stream.result.applied
+
+
+def test_a_guard_speaks_at_the_end_of_a_stream(model):
+    guards = alignpro.GuardConfig(max_growth=0.5, free_characters=0)
+    with alignpro.Prompter(model, prompting=PROMPTING, params=PARAMS, guards=guards) as prompter:
+        stream = prompter.stream("the heron", seed=1)
+        assert "".join(stream).startswith("the heron | ")
+        assert (stream.result.reason, stream.result.prompt) == ("guard_length", "the heron")
+
+
+def test_leaving_a_stream_ends_its_request(model, monkeypatch):
+    slow_steps(monkeypatch, 0.01)
+    with alignpro.Prompter(model, prompting=PROMPTING, params=LONG) as prompter:
+
+        def settled():
+            time.sleep(0.1)
+            assert_settles(model)
+
+        with prompter.stream("the heron") as stream:
+            assert [next(stream), bool(next(stream))] == ["the heron", True]
+            assert model.stats()["kv_blocks_in_use"] > 0
+        settled()
+        for _ in prompter.stream("the heron"):
+            break
+        settled()
+        prompter.stream("the heron")  # dropped before it is read
+        settled()
+
+        async def leave():
+            async def read():
+                async for _ in await prompter.astream("the heron"):
+                    pass
+
+            task = asyncio.create_task(read())
+            await asyncio.sleep(0.1)
+            assert model.stats()["kv_blocks_in_use"] > 0
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(leave())
+        settled()
+
+
+def test_what_a_stream_is_refused_is_raised(prompter):
+    with pytest.raises(ValueError, match="exceed the context"):
+        prompter.stream("long " * 400)
+    with pytest.raises(ValueError, match="ends in a user turn"):
+        asyncio.run(prompter.astream([{"role": "assistant", "content": "no"}]))
+    prompter.close()
+    with pytest.raises(ClosedError):
+        prompter.stream("the heron")
 
 
 def test_steps_are_told_and_an_error_there_ends_the_request_alone(model):

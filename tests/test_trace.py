@@ -54,6 +54,16 @@ def test_a_span_that_outlives_its_recording_is_in_no_other():
     assert trace.stop() == []
 
 
+def test_what_began_in_another_thread_ends_here():
+    begun = time.perf_counter_ns()
+    trace.add("off", begun)
+    trace.start()
+    trace.add("queue", begun)
+    (span,) = trace.stop()
+    assert (span.name, span.begin_ns) == ("queue", begun) and span.end_ns > begun
+    assert span.thread == threading.get_native_id()
+
+
 def test_threads_record_side_by_side():
     def work() -> None:
         with trace.span("work"):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from alignpro.config import DataConfig as DataConfig
     from alignpro.config import EvalConfig as EvalConfig
     from alignpro.config import GuardConfig as GuardConfig
+    from alignpro.config import GuardPenaltyConfig as GuardPenaltyConfig
     from alignpro.config import HeadroomConfig as HeadroomConfig
     from alignpro.config import LoraConfig as LoraConfig
     from alignpro.config import ModelConfig as ModelConfig
@@ -36,10 +37,10 @@ if TYPE_CHECKING:
     from alignpro.native import UnavailableError as UnavailableError
     from alignpro.pipeline import Pipeline as Pipeline
     from alignpro.prompter import Prompter as Prompter
-    from alignpro.prompter import Rewritten as Rewritten
     from alignpro.rewards.build import build_reward as build_reward
     from alignpro.rewards.check import RewardError as RewardError
     from alignpro.rewards.function import from_callable as from_callable
+    from alignpro.rewriting import Rewritten as Rewritten
     from alignpro.train.callbacks import TrainCallback as TrainCallback
     from alignpro.train.policy import LoraPolicy as LoraPolicy
     from alignpro.train.run import make_trainer as make_trainer
@@ -67,6 +68,7 @@ _HOMES = {
     "EndpointModel": "models.endpoint",
     "EvalConfig": "config",
     "GuardConfig": "config",
+    "GuardPenaltyConfig": "config",
     "HeadroomConfig": "config",
     "LoraConfig": "config",
     "LoraPolicy": "train.policy",
@@ -84,7 +86,7 @@ _HOMES = {
     "Reward": "types",
     "RewardError": "rewards.check",
     "Rewrite": "types",
-    "Rewritten": "prompter",
+    "Rewritten": "rewriting",
     "Rollout": "types",
     "SamplingParams": "types",
     "SftConfig": "config",

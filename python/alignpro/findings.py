@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from alignpro.config import GuardConfig, Prompting
+from alignpro.guards import broken_by
 from alignpro.statistics import variance
 from alignpro.types import Conversation, Rollout
 
@@ -36,8 +38,13 @@ LEAKED_ANSWERS = 0.1
 # fixed instruction, which costs no prompter, and nothing else is explored any more.
 ONE_REWRITE = 0.9
 
+# Share of the rewrites that break a guard: in production their prompts go out as they are, and with
+# them that share of what was gained.
+BROKEN_GUARDS = 0.1
+
 COPIED_RUN = 3  # words
 _WORD = re.compile(r"\w+")
+_GUARDS = GuardConfig()
 _Value = TypeVar("_Value")
 
 
@@ -62,6 +69,7 @@ class Measured:
     leaked_answers: float | None = None  # share of the rewrites: see `holds_answer`
     distinct_rewrites: int | None = None
     common_rewrite: float | None = None  # share of the rewrites that are the most frequent text
+    broken_guards: dict[str, float] | None = None  # share of the rewrites, by the guard they break
 
 
 class Measures(Protocol):
@@ -85,6 +93,8 @@ class Measures(Protocol):
     def leaked_answers(self) -> float | None: ...
     @property
     def common_rewrite(self) -> float | None: ...
+    @property
+    def broken_guards(self) -> dict[str, float] | None: ...
 
 
 def equal_rewards(cut: float, responses: int) -> Finding:
@@ -104,6 +114,7 @@ def measure(
     paid: frozenset[str],
     *,
     adds: bool,
+    prompting: Prompting,
     count_tokens: Callable[[str], int],
     answers: Sequence[Any] | None = None,
 ) -> Measured:
@@ -112,6 +123,7 @@ def measure(
     Args:
         components, paid: as `rewards.combine.score_rollout` gives them.
         adds: whether the target reads anything but the prompt.
+        prompting: how rewrites were asked for; they are judged by the guards' defaults.
         count_tokens: of a rewrite that was given, and so has no tokens of a prompter.
         answers: what the reward looks for, by prompt: text, a list of texts, or None; None where
             the data have none.
@@ -140,6 +152,8 @@ def measure(
     copied = [copied_share(prompts[w.prompt_index], w.text) for w in written]
     given = answers or [None] * len(rollout.prompts)
     distinct, common = diversity(rollout)
+    judged = [broken_by(w, rollout.prompts[w.prompt_index], prompting, _GUARDS) for w in rewrites]
+    broken = Counter(guard for guard in judged if guard is not None)
     return Measured(
         **{
             **vars(measured),
@@ -158,6 +172,7 @@ def measure(
             ),
             "distinct_rewrites": distinct,
             "common_rewrite": common,
+            "broken_guards": {name: n / len(rewrites) for name, n in sorted(broken.items())},
         }
     )
 
@@ -234,6 +249,15 @@ def arm_findings(
             f"{now.leaked_answers:.0%} of the {who}'s rewrites hold the answer, above "
             f"{LEAKED_ANSWERS:.0%}: the reward may be earned by the prompter's answer and not by "
             "the target's.",
+        )
+    broken = now.broken_guards or {}
+    if (total := sum(broken.values())) > BROKEN_GUARDS:
+        which = ", ".join(f"{name} {value:.0%}" for name, value in broken.items())
+        yield Finding(
+            "broken_guards",
+            f"{total:.0%} of the {who}'s rewrites break a guard ({which}), above "
+            f"{BROKEN_GUARDS:.0%}: `alignpro serve` would not use them. Training with guards={{}} "
+            "makes them cost reward.",
         )
     if now.common_rewrite is not None and now.common_rewrite > ONE_REWRITE:
         yield one_rewrite(now.common_rewrite, f"the {who}'s rewrites", since)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from alignpro.config import GuardConfig, Prompting
+from alignpro.types import Conversation, Prompt, Rewrite
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,18 @@ def broken_guard(candidate: Candidate, prompting: Prompting, guards: GuardConfig
         if is_on(guards) and breaks(candidate, prompting, guards):
             return name
     return None
+
+
+def broken_by(
+    rewrite: Rewrite, prompt: Prompt, prompting: Prompting, guards: GuardConfig
+) -> str | None:
+    """The first guard that a rewrite of the prompt breaks, as `broken_guard`; None of one without
+    text, which leaves the prompt as it is."""
+    if not rewrite.text:
+        return None
+    turn, new = (Conversation.of(one).last_turn for one in (prompt, rewrite.target_prompt))
+    was_cut = rewrite.finish_reason == "length"
+    return broken_guard(Candidate(turn, new, rewrite.text, was_cut), prompting, guards)
 
 
 # --- verbatim spans ---
@@ -61,7 +74,7 @@ def _loses_spans(candidate: Candidate, _: Prompting, __: GuardConfig) -> bool:
     prompt, turn = candidate.prompt, candidate.turn
     if prompt in turn:  # append, and whatever keeps all of it
         return False
-    kept = all(span in turn for span in verbatim_spans(prompt))
+    kept = all(span in turn for span in set(verbatim_spans(prompt)))
     return not (kept and numbers(prompt) <= numbers(turn))
 
 
@@ -90,10 +103,10 @@ def script(text: str) -> str | None:
     """The script of most of the letters; None of few letters or an even mixture. Han and kana are
     one, since Japanese is written in both."""
     seen: Counter[str] = Counter()
-    for char in text:
+    for char, count in Counter(text).items():
         if char.isalpha():
             name = "LATIN" if char.isascii() else unicodedata.name(char, "").split(" ")[0]
-            seen["CJK" if name in _CJK else name if name in _SCRIPTS else "other"] += 1
+            seen["CJK" if name in _CJK else name if name in _SCRIPTS else "other"] += count
     if not seen:
         return None
     (name, count), *_ = seen.most_common(1)
@@ -105,10 +118,9 @@ def script(text: str) -> str | None:
 def language(text: str) -> str | None:
     """One of seven in Latin letters, by its function words; None where they do not tell."""
     seen: Counter[str] = Counter()
-    for word in re.findall(r"[^\W\d_]+", text.lower()):
-        owners = _OF_WORD.get(word, ())
-        for owner in owners:
-            seen[owner] += 1
+    for word, times in Counter(re.findall(r"[^\W\d_]+", text.lower())).items():
+        for owner in _OF_WORD.get(word, ()):
+            seen[owner] += times
     if not seen:
         return None
     (first, count), *rest = seen.most_common(2)

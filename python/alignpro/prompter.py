@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import json
-import logging
+import contextlib
 import os
-import time
-from collections.abc import Sequence
+import queue
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,63 +20,28 @@ from alignpro.config import (
     Prompting,
     SftConfig,
     TrainConfig,
-    config_of_run,
 )
-from alignpro.guards import Candidate, broken_guard
 from alignpro.models.adapter import LoraWeights
-from alignpro.models.engine_thread import ClosedError, EngineThread
+from alignpro.models.engine_thread import EngineThread
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.reading import read_prompts
 from alignpro.pipeline import Pipeline, fresh_seed
+from alignpro.rewriting import (
+    AsyncRewriteStream,
+    Clock,
+    Request,
+    RewriteStream,
+    Rewritten,
+    Turn,
+    beside,
+)
+from alignpro.run_directory import CONFIG, config_of_run
 from alignpro.types import (
     Completion,
-    Conversation,
-    Message,
-    Prompt,
     PromptLike,
     Rewrite,
     SamplingParams,
 )
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """What the target is to be asked, and why.
-
-    ``reason`` is "rewritten" where the rewrite is applied. Otherwise ``prompt`` is the original
-    and the reason "deadline", "empty" (nothing was written), "unchanged", "guard_" and the name of
-    the guard that was broken (see `broken_guard`), or "error", whose traceback is logged.
-    """
-
-    prompt: str | list[Message]  # text for text, messages for messages
-    text: str  # what the prompter wrote; "" where it did not end
-    applied: bool
-    reason: str
-    milliseconds: float  # since the call
-    tokens: int = 0  # that the prompter wrote
-
-    @classmethod
-    def original(
-        cls,
-        given: PromptLike,
-        reason: str,
-        milliseconds: float = 0.0,
-        text: str = "",
-        tokens: int = 0,
-    ) -> Rewritten:
-        """Of a prompt that goes out as it was given."""
-        if isinstance(given, str):
-            prompt: str | list[Message] = given
-        else:
-            prompt = given.messages if isinstance(given, Conversation) else list(given)
-        return cls(prompt, text, False, reason, milliseconds, tokens)
-
-    @property
-    def messages(self) -> list[Message]:
-        """``prompt`` as a chat."""
-        return Conversation.of(self.prompt).messages
 
 
 class Prompter:
@@ -193,7 +157,7 @@ class Prompter:
         seed: int | None = None,
     ) -> list[Rewritten]:
         """`rewrite` of many prompts at once, each with a draw of its own."""
-        clock = _Clock(deadline)
+        clock = Clock(deadline)
         requests = self._prepare(prompts, seed)
         try:
             self._submit(requests, clock)
@@ -217,7 +181,7 @@ class Prompter:
         seed: int | None = None,
     ) -> list[Rewritten]:
         """`rewrite_batch` for an event loop."""
-        clock = _Clock(deadline)
+        clock = Clock(deadline)
         reading = asyncio.to_thread(self._prepare, prompts, seed)  # a long prompt takes its time
         try:
             requests = await asyncio.wait_for(reading, clock.left)
@@ -232,14 +196,60 @@ class Prompter:
         finally:
             for request in requests:
                 request.future.cancel()
-        return [request.rewritten(clock, self.guards) for request in requests]
 
-    def _prepare(self, prompts: Sequence[PromptLike], seed: int | None) -> list[_Request]:
+        def judged() -> list[Rewritten]:
+            return [request.rewritten(clock, self.guards) for request in requests]
+
+        is_large = len(requests) > 1 or any(request.is_large for request in requests)
+        return await beside(is_large, judged)
+
+    def stream(
+        self, prompt: PromptLike, *, deadline: float | None = None, seed: int | None = None
+    ) -> RewriteStream:
+        """`rewrite` as it is written: the last turn that the target is to be asked, in pieces.
+
+            with prompter.stream("How do bees find home?", deadline=0.5) as pieces:
+                for piece in pieces:
+                    print(piece, end="")
+            pieces.result.applied  # whether to use it
+
+        Arguments and errors are those of `rewrite`.
+        """
+        clock = Clock(deadline)
+        (request,) = self._prepare([prompt], seed)
+        written: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._submit([request], clock, written.put)
+        return RewriteStream(Turn(request, clock, self.guards), written)
+
+    async def astream(
+        self, prompt: PromptLike, *, deadline: float | None = None, seed: int | None = None
+    ) -> AsyncRewriteStream:
+        """`stream` for an event loop: ``async for piece in await prompter.astream(prompt)``."""
+        clock = Clock(deadline)
+        loop = asyncio.get_running_loop()
+        written: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def put(piece: str | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads on
+                loop.call_soon_threadsafe(written.put_nowait, piece)
+
+        try:
+            reading = asyncio.to_thread(self._prepare, [prompt], seed)
+            (request,) = await asyncio.wait_for(reading, clock.left)
+        except asyncio.TimeoutError:
+            (read,) = read_prompts([prompt])
+            request = Request(prompt, read, 0, self._pipeline, [], REWRITE)
+            request.future.cancel()
+        else:
+            self._submit([request], clock, put)
+        return AsyncRewriteStream(Turn(request, clock, self.guards), written)
+
+    def _prepare(self, prompts: Sequence[PromptLike], seed: int | None) -> list[Request]:
         """What the engine is asked for. Raises ValueError."""
         seed = fresh_seed() if seed is None else seed
         pipeline = self._pipeline
         return [
-            _Request(
+            Request(
                 given,
                 prompt,
                 index,
@@ -252,14 +262,21 @@ class Prompter:
             )
         ]
 
-    def _submit(self, requests: Sequence[_Request], clock: _Clock) -> None:
+    def _submit(
+        self,
+        requests: Sequence[Request],
+        clock: Clock,
+        put: Callable[[str | None], None] | None = None,
+    ) -> None:
+        submit: Callable[..., Future[Completion]] = self._engine.submit
+        if put is not None:
+            submit = partial(self._engine.stream, put=put)
         for request in requests:
             if clock.left == 0:
                 request.future.cancel()
                 continue
-            request.future = self._engine.submit(
-                request.tokens, request.params, adapter=request.pipeline.prompter_adapter
-            )
+            adapter = request.pipeline.prompter_adapter
+            request.future = submit(request.tokens, request.params, adapter=adapter)
 
     def rewrites(
         self, prompts: Sequence[PromptLike], *, num_rewrites: int = 1, seed: int | None = None
@@ -276,82 +293,18 @@ class Prompter:
 def config_of_prompter(run: str | os.PathLike[str]) -> TrainConfig | SftConfig:
     """What the run of a prompter was made with. Raises as `Prompter.from_run`."""
     run = Path(run)
-    file, adapter = run / "config.json", run / "adapter"
+    file, adapter = run / CONFIG, run / "adapter"
     if not file.is_file():
         hint = "; Prompter(model, adapter) takes a PEFT folder" * (
             (run / "adapter_config.json").is_file()
         )
-        raise FileNotFoundError(f"{run}: expected the directory of a run, with config.json{hint}")
+        raise FileNotFoundError(f"{run}: expected the directory of a run, with {CONFIG}{hint}")
     if not adapter.is_dir():
         raise FileNotFoundError(
             f"{adapter}: not there yet; a run that has ended writes it: "
             f"alignpro train {file} --resume"
         )
-    config = config_of_run(json.loads(file.read_text("utf-8")))
+    config = config_of_run(run)
     if isinstance(config, TrainConfig) and config.policy != "prompter":
         raise ValueError(f"{run}: expected the run of a prompter; this one tuned the target")
     return config
-
-
-class _Clock:
-    """Since a call. Raises ValueError for what is no deadline."""
-
-    def __init__(self, deadline: float | None) -> None:
-        self._begin = time.perf_counter()
-        if deadline is not None and not 0 < deadline < float("inf"):
-            raise ValueError(f"deadline: expected seconds above 0, or None, got {deadline!r}")
-        self._deadline = deadline
-
-    @property
-    def milliseconds(self) -> float:
-        return (time.perf_counter() - self._begin) * 1e3
-
-    @property
-    def left(self) -> float | None:
-        """Seconds; None where there is no deadline."""
-        if self._deadline is None:
-            return None
-        return max(0.0, self._deadline - self.milliseconds / 1e3)
-
-
-@dataclass
-class _Request:
-    """One prompt, as it was given and as it is read, on its way through the engine."""
-
-    given: PromptLike
-    prompt: Prompt
-    index: int
-    pipeline: Pipeline  # with the adapter that it began with
-    tokens: list[int]
-    params: SamplingParams
-    future: Future[Completion] = field(default_factory=Future)
-
-    def rewritten(self, clock: _Clock, guards: GuardConfig | None) -> Rewritten:
-        """What came of it. Raises ClosedError, and ValueError where the engine refuses it."""
-        if self.future.cancelled():
-            return self._original("deadline", clock)
-        error = self.future.exception()
-        if isinstance(error, (ValueError, ClosedError)):
-            raise error
-        if error is not None:
-            _log.error("no rewrite", exc_info=error)
-            return self._original("error", clock)
-        rewrite = self.pipeline.as_rewrite(self.prompt, self.index, self.future.result())
-        count = len(rewrite.tokens)
-        if not rewrite.text:
-            return self._original("empty", clock, tokens=count)
-        if rewrite.target_prompt == self.prompt:
-            return self._original("unchanged", clock, rewrite.text, count)
-        new = Conversation.of(rewrite.target_prompt)
-        if guards is not None:
-            turn = Conversation.of(self.prompt).last_turn
-            was_cut = rewrite.finish_reason == "length"
-            candidate = Candidate(turn, new.last_turn, rewrite.text, was_cut)
-            broken = broken_guard(candidate, self.pipeline.prompting, guards)
-            if broken is not None:
-                return self._original(f"guard_{broken}", clock, rewrite.text, count)
-        asked = new.plain if isinstance(self.given, str) else new.messages
-        return Rewritten(asked, rewrite.text, True, "rewritten", clock.milliseconds, count)
-
-    def _original(self, reason: str, clock: _Clock, text: str = "", tokens: int = 0) -> Rewritten:
-        return Rewritten.original(self.given, reason, clock.milliseconds, text, tokens)

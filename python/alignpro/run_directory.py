@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from alignpro.config import SftConfig, TrainConfig, from_mapping
 from alignpro.files import LOCKED, PARTIAL, lock_file, lock_holder, sync_folder, write_file
 
 MARKER, LOCK, ERROR_LOG = ".alignpro-run", ".alignpro-lock", "error.log"
@@ -319,6 +320,21 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def config_of_run(run: Path) -> TrainConfig | SftConfig:
+    """What a run was made with: a training, or a warm start.
+
+    Raises:
+        ValueError: its config.json is damaged; the message names it. FileNotFoundError: no such.
+    """
+    record = read_record(run / CONFIG)
+    try:
+        if "policy" in record:
+            return from_mapping(TrainConfig, record)
+        return from_mapping(SftConfig, record)
+    except ValueError as error:
+        raise ValueError(f"{run / CONFIG}: {error}") from None
 
 
 def find_record(path: Path) -> dict[str, Any] | None:

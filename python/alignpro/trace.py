@@ -29,6 +29,13 @@ def span(name: str) -> AbstractContextManager[None]:
     return _OFF if to is None else _record(name, to)
 
 
+def add(name: str, begin_ns: int) -> None:
+    """Records what began then, in whichever thread, and ends now in this one."""
+    to = _spans
+    if to is not None:
+        to.append(Span(name, begin_ns, time.perf_counter_ns(), threading.get_native_id()))
+
+
 def start() -> None:
     """Record from now on, for all threads. Raises RuntimeError where it is on already."""
     global _spans

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from alignpro.evaluate.results import BoundReport, Headroom, Interval, Report, from_json
+from alignpro.evaluate.results import (
+    BoundReport,
+    Headroom,
+    HeadroomReport,
+    Interval,
+    Report,
+    from_json,
+    to_json,
+)
 from alignpro.report import frontier
 from alignpro.report.frontier import frontier_png, frontier_svg
 from alignpro.report.grids import costs
@@ -219,11 +227,18 @@ def test_headroom_of_little(tmp_path):
     assert text(headroom_tables(little)).strip()
 
 
-def test_what_a_bound_took_of_an_endpoint_is_among_the_costs():
+@pytest.mark.parametrize(
+    ("kind", "name", "plain"),
+    [(BoundReport, "bound", BOUND), (HeadroomReport, "headroom", {**GIVEN, "config": {}})],
+)
+def test_what_a_stage_took_of_an_endpoint_is_among_the_costs(kind, name, plain):
     usage = {"input_tokens": 5000, "output_tokens": 7, "cost": 0.5}
     for given, row in ((None, None), (usage, "5,000 tokens read, 7 written, cost 0.5")):
-        bound = from_json(BoundReport, {**BOUND, "target_usage": given}, "bound")
-        assert dict(costs(Report(bound=bound))).get("target in the bound") == row
+        stage = from_json(kind, {**plain, "target_usage": given}, name)
+        assert dict(costs(Report(**{name: stage}))).get(f"target in the {name}") == row
+        assert from_json(Report, to_json(Report(**{name: stage})), "report") == Report(
+            **{name: stage}
+        )
 
 
 @pytest.mark.parametrize("key", sorted(GIVEN.keys() - {"recommended_kl_coef", "variance"}))
@@ -231,6 +246,8 @@ def test_a_number_of_a_headroom_that_is_absent_is_said(key):
     less = {k: v for k, v in GIVEN.items() if k != key}
     with pytest.raises(ValueError, match=f"headroom.{key}: expected .*, got nothing"):
         from_json(Headroom, less, "headroom")
+    with pytest.raises(ValueError, match=f"headroom.{key}: expected .*, got nothing"):
+        from_json(Report, {"headroom": less}, "report")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +17,14 @@ import alignpro
 from alignpro.config import REWRITE
 from alignpro.config.serve import AuditConfig, RouteConfig, ServeConfig
 from alignpro.models.adapter import save_peft
+from alignpro.models.chat_template import today
 from alignpro.models.native_model import load_model
 from alignpro.serve.audit import AuditLog
+from alignpro.serve.build import build_proxy
 from alignpro.serve.rewriter import Rewriter
 from alignpro.serve.routes import Route, Routes
 from alignpro.types import Conversation
-from native_runs import assert_settles, lora
+from native_runs import assert_settles, lora, save_run
 from serve.raw_upstream import RawUpstream, answer, until
 from serve.running import running
 
@@ -143,6 +147,19 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_on_one_engine_every_model_is_told_its_own_date(tiny_model_dir, tmp_path):
+    base = tiny_model_dir("llama")
+    dates = ("2026-03-01", "2026-04-02")
+    first, second = (save_run(tmp_path / day, base, 6, date=day) for day in dates)
+    config = ServeConfig(run=str(first), second_run=str(second), model=str(base), threads=1)
+    proxy = build_proxy(config)
+    models = [rewriter._prompter.model for rewriter in proxy._routes.rewriters]
+    models.append(proxy._upstream._model)
+    assert [one.tokenizer.date for one in models] == [*dates, today()]
+    assert len({id(one.core_model) for one in models}) == 1
+    asyncio.run(proxy.close())
+
+
 @pytest.mark.parametrize("texts", [False, True])
 def test_the_audit_log(upstream, tmp_path, texts):
     path = tmp_path / "audit.jsonl"
@@ -174,8 +191,9 @@ def test_the_audit_log_is_put_aside(tmp_path):
     assert kept == ["audit.jsonl", "audit.jsonl.1", "audit.jsonl.2"]
     assert all(file.stat().st_size <= 1000 for file in tmp_path.iterdir())
     assert rows(path)[-1]["number"] == 99
-    with pytest.raises(OSError):
-        AuditLog(AuditConfig(str(tmp_path / "missing" / "audit.jsonl")))
+    for nowhere in (tmp_path / "missing" / "audit.jsonl", tmp_path):
+        with pytest.raises(OSError, match=rf"^audit\.path: expected .*{re.escape(str(nowhere))}"):
+            AuditLog(AuditConfig(str(nowhere)))
 
 
 def test_an_adapter_changes_under_load_and_no_request_is_lost(upstream, model, tmp_path):

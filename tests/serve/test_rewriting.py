@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -12,9 +13,13 @@ import openai
 import pytest
 
 import alignpro
+from alignpro import rewriting
 from alignpro.config import REWRITE
 from alignpro.config.serve import ServeConfig
 from alignpro.models.native_model import load_model
+from alignpro.rewriting import Rewritten
+from alignpro.serve.app import _Body
+from alignpro.serve.chat_body import ChatBody
 from alignpro.serve.local import LocalUpstream
 from alignpro.serve.rewriter import Circuit, Rewriter
 from serve.raw_upstream import RawUpstream, answer, until
@@ -204,6 +209,78 @@ def test_a_client_that_leaves_ends_its_rewrite(upstream, model, monkeypatch):
         assert ended.wait(10)
         until(lambda: rewriter.under_way == 0)
         assert upstream.got == []
+
+
+class Echoing:
+    """Rewrites every turn to itself and one word more."""
+
+    def __init__(self):
+        self.guards = None
+
+    async def arewrite(self, conversation, *, deadline):
+        turn = conversation.last_turn + " more"
+        return Rewritten(conversation.with_last_turn(turn).messages, "more", True, "rewritten", 1.0)
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("size", [100, 10**6])
+def test_a_large_body_is_read_and_written_beside_the_event_loop(upstream, monkeypatch, size):
+    threads = []
+
+    def noting(method):
+        def noted(*arguments):
+            threads.append(threading.get_ident())
+            return method(*arguments)
+
+        return noted
+
+    config = config_of(upstream)
+    with running(config, Rewriter("r", Echoing(), config)) as proxy:
+        loop = []
+        monkeypatch.setattr(ChatBody, "read", noting(ChatBody.read))
+        monkeypatch.setattr(ChatBody, "with_last_turn", noting(ChatBody.with_last_turn))
+        whole = _Body.whole
+
+        async def noted(*arguments):
+            loop.append(threading.get_ident())
+            return await whole(*arguments)
+
+        monkeypatch.setattr(_Body, "whole", noted)
+        turn = "a" * size
+        assert ask(proxy, messages=[{"role": "user", "content": turn}])[1]["applied"] == "true"
+        assert sent(upstream)["messages"][-1]["content"] == turn + " more"
+    assert len(threads) == 2
+    assert all((thread in loop) == (size == 100) for thread in threads)
+
+
+@pytest.mark.parametrize("words", [10, 1000])
+def test_guards_read_long_texts_beside_the_event_loop(tiny_model_dir, monkeypatch, words):
+    threads = []
+
+    def judge(*arguments):
+        threads.append(threading.get_ident())
+
+    monkeypatch.setattr(rewriting, "broken_by", judge)
+    model = load_model(tiny_model_dir("llama"), threads=1)
+    short = alignpro.Prompting(template="{prompt}", separator=" | ", mode="append")
+    with alignpro.Prompter(
+        model, prompting=short, params=PARAMS, guards=alignpro.GuardConfig()
+    ) as prompter:
+        # What the tiny model reads is cut; what the guards read is not.
+        monkeypatch.setattr(type(prompter._pipeline), "prompter_tokens", lambda *_: [1, 2, 3])
+
+        async def both():
+            prompt = "word " * words
+            assert (await prompter.arewrite(prompt)).applied
+            pieces = [piece async for piece in await prompter.astream(prompt)]
+            assert "".join(pieces).startswith(prompt)
+            return threading.get_ident()
+
+        loop = asyncio.run(both())
+    assert len(threads) == 2
+    assert all((thread == loop) == (words == 10) for thread in threads)
 
 
 def test_the_circuit_by_its_clock():

@@ -21,7 +21,7 @@ _WRITING = {"files", "run_directory", "optional", "interrupts"}
 _RUNNING = (
     _SERVING
     | _WRITING
-    | {"pipeline", "lengths", "rewards", "objective", "data", "statistics", "findings"}
+    | {"pipeline", "lengths", "rewards", "objective", "data", "statistics", "findings", "guards"}
     | {"fingerprints"}
 )
 ROOMS: dict[str, set[str]] = {
@@ -30,14 +30,14 @@ ROOMS: dict[str, set[str]] = {
     "files": set(),
     "optional": set(),
     "interrupts": set(),
-    "run_directory": {"files"},
+    "run_directory": {"config", "files"},
     "config": {"types"},
     "data": _BASE | {"optional"},
     "rewards": {"types", "optional"},
     "objective": {"types"},
     "statistics": {"types"},
     "theory": {"types", "statistics"},
-    "findings": {"types", "statistics"},
+    "findings": _BASE | {"statistics", "guards"},
     "native": _BASE,
     "models": _BASE | {"native", "files", "trace"},
     "ops": _BASE | {"native"},
@@ -45,9 +45,10 @@ ROOMS: dict[str, set[str]] = {
     "pipeline": _SERVING | {"trace", "rewards.check"},
     "lengths": _BASE | {"models", "pipeline", "data"},
     "trl": _BASE | {"models", "pipeline"},
-    "guards": {"config"},
-    "prompter": _BASE | {"models", "pipeline", "guards"},
-    "serve": _BASE | {"models", "prompter", "optional"},
+    "guards": _BASE,
+    "rewriting": _BASE | {"models", "pipeline", "guards", "trace"},
+    "prompter": _BASE | {"models", "pipeline", "rewriting", "run_directory"},
+    "serve": _BASE | {"models", "prompter", "rewriting", "optional", "trace"},
     "train": _RUNNING,
     "evaluate": _RUNNING | {"theory", "train.metrics"},
     "report": _RUNNING | {"train", "evaluate"},
@@ -59,8 +60,7 @@ ROOMS: dict[str, set[str]] = {
     | {"train", "evaluate", "report", "quickstart", "bench", "price"}
     | {"prompter", "serve"},
     "__main__": {"cli"},
-    "": _RUNNING
-    | {"ops", "prompter", "train", "evaluate", "report"},  # __init__.py: the lazy public names
+    "": _RUNNING | {"ops", "prompter", "rewriting", "train", "evaluate", "report"},  # public names
 }
 
 # module of others -> the rooms or modules that may import it

@@ -12,11 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Timed:
-    """One answer of status 200."""
+    """One answer."""
 
     first_byte: float  # seconds until there was some of its body
     seconds: float  # until it had ended
     headers: dict[str, str]  # names in lower case
+    body: bytes
 
 
 class Connection:
@@ -29,29 +30,36 @@ class Connection:
     async def open(cls, port: int) -> Connection:
         return cls(*await asyncio.open_connection("127.0.0.1", port))
 
-    async def ask(self, request: bytes, due: float | None = None) -> Timed:
+    async def ask(self, request: bytes, due: float | None = None, status: int = 200) -> Timed:
         """The answer, timed from now, or from when it was ``due`` (time.perf_counter).
 
-        Raises RuntimeError: another status than 200.
+        Raises RuntimeError: another status.
         """
         begin = time.perf_counter() if due is None else due
-        self._writer.write(request)
+        self.send(request)
         head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         pairs = (line.partition(":") for line in head[1:] if line)
         headers = {name.lower(): value.strip() for name, _, value in pairs}
-        if " 200 " not in head[0] + " ":
-            raise RuntimeError(f"expected status 200, got {head[0]!r}")
+        if f" {status} " not in head[0] + " ":
+            raise RuntimeError(f"expected status {status}, got {head[0]!r}")
         if headers.get("transfer-encoding") != "chunked":
-            await self._reader.readexactly(int(headers["content-length"]))
+            body = await self._reader.readexactly(int(headers["content-length"]))
             end = time.perf_counter() - begin
-            return Timed(end, end, headers)
-        first = None
+            return Timed(end, end, headers, body)
+        first, chunks = None, []
         while size := int(await self._reader.readuntil(b"\r\n"), 16):
-            await self._reader.readexactly(size + 2)
+            chunks.append(await self._reader.readexactly(size + 2))
             first = first or time.perf_counter() - begin
         await self._reader.readexactly(2)
         end = time.perf_counter() - begin
-        return Timed(first or end, end, headers)
+        return Timed(first or end, end, headers, b"".join(chunk[:-2] for chunk in chunks))
+
+    def send(self, request: bytes) -> None:
+        self._writer.write(request)
+
+    def abort(self) -> None:
+        """Leave at once."""
+        self._writer.transport.abort()
 
     async def close(self) -> None:
         self._writer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import statistics
@@ -72,10 +73,10 @@ def bench_serve(
         "results": [],
         "rewritten": None,
     }
-    with _stand_in() as upstream:
+    with stand_in() as upstream:
         address = f"http://127.0.0.1:{upstream}/v1"
         say("starting the proxy")
-        with _proxy("--upstream", address) as port:
+        with proxy_process("--upstream", address) as (port, _):
             ways = {"alone": upstream, "serve": port}
             for kind in ("whole", "stream"):
                 for count in clients:
@@ -85,7 +86,7 @@ def bench_serve(
         if run is not None:
             say("loading the run")
             options = ("rewrite=on", f"deadline_seconds={_DEADLINE}", f"threads={threads}")
-            with _proxy(*options, "--upstream", address, "--run", str(run)) as port:
+            with proxy_process(*options, "--upstream", address, "--run", str(run)) as (port, _):
                 report["rewritten"] = {"run": str(run), **_rewritten(port, rewrites, repeats, say)}
     return report
 
@@ -94,7 +95,7 @@ def _added(
     ways: dict[str, int], stream: bool, clients: int, count: int, rate: float | None, repeats: int
 ) -> dict[str, Any]:
     """One row: both ways at one rate."""
-    asked = _requests([_QUESTION] * count, stream)
+    asked = chat_requests([_QUESTION] * count, stream)
     fastest = 0.0
     for port in ways.values():  # the last one counts; both are warm then
         begun = time.perf_counter()
@@ -108,7 +109,7 @@ def _added(
             answers = _run(paced(port, asked, clients, rate, seed))
             seconds[name] += [one.first_byte for one in answers]
     now_used, now_all = _processor_time()
-    found = {name: _percentiles(values) for name, values in seconds.items()}
+    found = {name: percentiles(values) for name, values in seconds.items()}
     added = {key: found["serve"][key] - found["alone"][key] for key in found["alone"]}
     busy = (now_used - used) / (now_all - all_time) if now_all > all_time else None
     return {"rate": rate, "closed_loop_rate": fastest, "busy": busy, **found, "added": added}
@@ -125,7 +126,7 @@ def _rewritten(port: int, count: int, repeats: int, say: Say) -> dict[str, Any]:
             texts = [f"{n}. {questions[n % len(questions)]}" for n in range(number, number + count)]
             number += count
             begun = time.perf_counter()
-            answers = _run(closed_loop(port, _requests(texts, False), clients))
+            answers = _run(closed_loop(port, chat_requests(texts, False), clients))
             rounds[clients].append((time.perf_counter() - begun, answers))
     results: list[dict[str, Any]] = []
     for clients, (_, *measured) in rounds.items():
@@ -139,7 +140,7 @@ def _rewritten(port: int, count: int, repeats: int, say: Say) -> dict[str, Any]:
                 "clients": clients,
                 "requests_per_second": statistics.median(rates),
                 "all_requests_per_second": rates,
-                "rewrite": _percentiles(said),
+                "rewrite": percentiles(said),
                 "reasons": _reasons([one for _, some in measured for one in some]),
             }
         )
@@ -156,25 +157,32 @@ def _reasons(answers: Sequence[Timed]) -> dict[str, int]:
     return dict(Counter(one.headers["x-alignpro-reason"] for one in answers).most_common())
 
 
-def _requests(questions: Sequence[str], stream: bool) -> list[bytes]:
+def chat_requests(
+    questions: Sequence[str], stream: bool, *headers: tuple[bytes, bytes]
+) -> list[bytes]:
     """Chats with these last turns, as bytes on the wire."""
     found = []
+    more = b"".join(b"%s: %s\r\n" % header for header in headers)
     for question in questions:
-        messages = [
-            {"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": question},
-        ]
-        chat = {"model": "stand-in", "messages": messages, "temperature": 0.7, "stream": stream}
-        body = json.dumps(chat).encode()
+        body = chat_body(question, stream)
         head = (
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n"
             b"authorization: Bearer none\r\ncontent-type: application/json\r\n"
         )
-        found.append(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        found.append(head + more + b"content-length: %d\r\n\r\n" % len(body) + body)
     return found
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
+def chat_body(question: str, stream: bool) -> bytes:
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": question},
+    ]
+    chat = {"model": "stand-in", "messages": messages, "temperature": 0.7, "stream": stream}
+    return json.dumps(chat).encode()
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
     p50, p99 = np.percentile(values, (50, 99))
     return {"p50": float(p50), "p99": float(p99)}
 
@@ -190,30 +198,37 @@ def _processor_time() -> tuple[int, int]:
 
 
 def _run(work: Coroutine[Any, Any, Result]) -> Result:
+    with event_loop() as loop:
+        return loop.run_until_complete(work)
+
+
+@contextlib.contextmanager
+def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop for the block."""
     loop = new_event_loop()
     try:
-        return loop.run_until_complete(work)
+        yield loop
     finally:
         loop.close()
 
 
 @contextlib.contextmanager
-def _stand_in() -> Iterator[int]:
+def stand_in() -> Iterator[int]:
     """The port of `stand_in`."""
-    with _process("-m", "alignpro.bench.stand_in") as line:
+    with _process("-m", "alignpro.bench.stand_in") as (line, _):
         yield int(line)
 
 
 @contextlib.contextmanager
-def _proxy(*arguments: str) -> Iterator[int]:
-    """The port of an `alignpro serve`."""
-    with _process("-m", "alignpro", "serve", *arguments, "--port", "0") as line:
-        yield int(line.rpartition(":")[2].removesuffix("/v1"))
+def proxy_process(*arguments: str) -> Iterator[tuple[int, int]]:
+    """The port of an `alignpro serve`, and its process."""
+    with _process("-m", "alignpro", "serve", *arguments, "--port", "0") as (line, pid):
+        yield int(line.rpartition(":")[2].removesuffix("/v1")), pid
 
 
 @contextlib.contextmanager
-def _process(*arguments: str) -> Iterator[str]:
-    """The first line that a Python process prints; it is ended with the block.
+def _process(*arguments: str) -> Iterator[tuple[str, int]]:
+    """The first line that a Python process prints, and its number; it is ended with the block.
 
     Raises RuntimeError: it ended without one, with what it said instead.
     """
@@ -231,6 +246,6 @@ def _process(*arguments: str) -> Iterator[str]:
                 process.wait()
                 errors.seek(0)
                 raise RuntimeError(errors.read().strip() or f"{arguments[1]} ended at once")
-            yield line
+            yield line, process.pid
         finally:
             process.terminate()

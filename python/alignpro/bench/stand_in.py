@@ -1,5 +1,8 @@
 """An OpenAI-compatible endpoint that answers at once and always the same, as a process of its own.
 
+A request's header x-stand-in asks for otherwise: "slow", "refused" (429), "dropped" (no answer), or
+"half" of a stream.
+
 ``python -m alignpro.bench.stand_in`` prints its port, and ends when its standard input does. It is
 no server for other use: what it does not expect ends the connection.
 """
@@ -15,6 +18,7 @@ from alignpro.serve.server import new_event_loop
 
 EVENTS = 8
 EVENT_SECONDS = 0.002  # between the events of a stream
+SLOW_SECONDS = 0.3
 
 
 def _chat(kind: str, **choice: Any) -> dict[str, Any]:
@@ -32,6 +36,7 @@ _BODY = json.dumps(_chat("chat.completion", message=_MESSAGE)).encode()
 _WHOLE = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(_BODY)
 ) + _BODY
+_REFUSED = b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: 2\r\n\r\n{}"
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 _DELTA = json.dumps(_chat("chat.completion.chunk", delta={"content": _TEXT[:34]})).encode()
 _EVENT = _chunk(b"data: " + _DELTA + b"\n\n")
@@ -44,11 +49,21 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             length = head.partition(b"content-length:")[2].partition(b"\r\n")[0]
             body = await reader.readexactly(int(length))
+            how = head.partition(b"\r\nx-stand-in:")[2].partition(b"\r\n")[0].strip()
+            if how == b"dropped":
+                return
+            if how == b"slow":
+                await asyncio.sleep(SLOW_SECONDS)
+            if how == b"refused":
+                writer.write(_REFUSED)
+                continue
             if b'"stream": true' not in body:
                 writer.write(_WHOLE)
                 continue
             writer.write(_HEAD)
-            for _ in range(EVENTS):
+            for event in range(EVENTS):
+                if how == b"half" and event == EVENTS // 2:
+                    return
                 writer.write(_EVENT)
                 await asyncio.sleep(EVENT_SECONDS)
             writer.write(_DONE)

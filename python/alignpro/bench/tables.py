@@ -20,6 +20,10 @@ def bench_tables(report: Mapping[str, Any]) -> RenderableType:
         return step_table(report)
     if report["benchmark"] == "profile":
         return profile_tables(report)
+    if report["benchmark"] == "soak":
+        return soak_table(report)
+    if report["benchmark"] == "request":
+        return request_tables(report)
     if report["benchmark"] == "serve":
         return serve_tables(report)
     table = _rollout_table if report["benchmark"] == "rollout" else _throughput_table
@@ -87,17 +91,60 @@ def profile_tables(report: Mapping[str, Any]) -> Group:
     parts: list[RenderableType] = [Text(limits_text(report)), _stage_table(report), Text(whole)]
     if report["ops"] is not None:
         parts.append(_op_table(report["ops"]))
-    if report["dropped"]:
-        parts.append(
-            Text(
-                f"{report['dropped']:,} events did not fit: what is later is missing above; "
-                "profile fewer prompts, or --no-ops"
-            )
-        )
     if report["no_reward"] is not None:
         parts.append(Text(f"no reward: {report['no_reward']}"))
-    parts.append(Text(f"trace: {report['trace']} (ui.perfetto.dev or chrome://tracing opens it)"))
-    return Group(*parts)
+    return Group(*parts, *_ending(report))
+
+
+def soak_table(report: Mapping[str, Any]) -> Table:
+    rows = [
+        (name, "holds" if check["holds"] else "does not hold", check["seen"])
+        for name, check in report["checks"].items()
+    ]
+    asked = ", ".join(f"{kind} {count:,}" for kind, count in sorted(report["requests"].items()))
+    title = (
+        f"{report['clients']} clients for {report['seconds']:.0f} s, "
+        f"{report['requests_per_second']:,.0f} requests/s: {asked}"
+    )
+    table = new_table(title, ("", "seen"), rows)
+    table.caption = ", ".join(f"{reason} {n:,}" for reason, n in report["reasons"].items())
+    return table
+
+
+def request_tables(report: Mapping[str, Any]) -> Group:
+    def cells(row: Mapping[str, Any]) -> Iterator[str]:
+        yield row["phase"]
+        yield from (f"{row[key] * 1e3:.2f}" for key in ("p50", "p99"))
+        yield f"{row['share']:.1%}"
+        for key in ("fma_share", "read_share"):
+            yield limit_share(row[key]) if key in row else ""
+
+    rows = [*report["phases"], {"phase": "request", **report["request"], "share": 1.0}]
+    whose = report["run"] or report["model"]
+    title = f"{whose}: {report['requests']} requests of {report['prompts']} prompts, one at a time"
+    columns = ("p50 ms", "p99 ms", "share", "of FMA peak", "of reads")
+    table = new_table(title, columns, map(cells, rows))
+    steps = [
+        f"{row['stage']} step: p50 {row['p50'] * 1e3:.2f} ms, p99 {row['p99'] * 1e3:.2f} ms"
+        for row in report["steps"]
+        if row["steps"]
+    ]
+    said = ", ".join(f"{reason} {count}" for reason, count in report["reasons"].items())
+    return Group(
+        Text(limits_text(report)),
+        table,
+        Text(f"{'; '.join(steps)}; {report['steps_per_request']:.1f} steps a request; {said}"),
+        *_ending(report),
+    )
+
+
+def _ending(report: Mapping[str, Any]) -> Iterator[RenderableType]:
+    if report["dropped"]:
+        yield Text(
+            f"{report['dropped']:,} events did not fit: what is later is missing above; "
+            "profile fewer prompts, or --no-ops"
+        )
+    yield Text(f"trace: {report['trace']} (ui.perfetto.dev or chrome://tracing opens it)")
 
 
 def _stage_table(report: Mapping[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""What a recorded rollout spent its time on: stages, ops, and a trace that Perfetto opens."""
+"""What recorded work spent its time on: stages, ops, and a trace that Perfetto opens."""
 
 from __future__ import annotations
 
@@ -19,32 +19,46 @@ from alignpro.trace import Span
 ROW_STAGES = ("prompter prefill", "prompter decode", "target prefill", "target decode")
 _ROWS = ("prefill.rows", "decode.rows")
 _DRAWN = ("prefill.drawn", "decode.drawn")
+_COLUMNS = ("name", "begin_ns", "end_ns", "thread", "rows", "key", "flops", "bytes")
 _STEP_PARTS = ("step", "forward", "sample")
-STAGES = (*ROW_STAGES[:2], "hand-off", *ROW_STAGES[2:], "reward", "other")
+STAGES = (*ROW_STAGES[:2], "hand-off", *ROW_STAGES[2:], "reward", "other")  # of a rollout
 
 
 class Timeline:
-    """One recorded rollout.
+    """One recorded rollout, or other work with a span around all of it.
 
     A step of an engine may hold rows of both models, in prefill and in decoding. Its time is
     divided among them: that of drawing tokens by the rows that drew one, all other time of the
     step by rows. A row is the prompter's if its request bears one of ``rewrite_seeds``, the
     rollout's own (`alignpro.pipeline.derive_seed`), and the target's otherwise. Hand-off and reward
     are what the pipeline recorded under these names; "other" is what is left of the rollout:
-    reading the prompts, and what is done with finished answers.
+    reading the prompts, and what is done with finished answers. What is outside the root's span
+    counts for nothing.
 
     Args:
         events: as `_core.trace_stop` returns it.
-        spans: as `alignpro.trace.stop` returns it, with one "rollout".
+        spans: as `alignpro.trace.stop` returns it, with one of the name ``root``.
+        stages: in the order of reading: some of `ROW_STAGES`, names of spans that overlap neither
+            each other nor steps, and "other" at the end.
     """
 
     def __init__(
-        self, events: Mapping[str, Any], spans: Sequence[Span], rewrite_seeds: Collection[int]
+        self,
+        events: Mapping[str, Any],
+        spans: Sequence[Span],
+        rewrite_seeds: Collection[int],
+        *,
+        root: str = "rollout",
+        stages: Sequence[str] = STAGES,
     ) -> None:
-        self._events = events
-        self._spans = spans
-        (self.rollout,) = (span for span in spans if span.name == "rollout")
-        self.seconds = (self.rollout.end_ns - self.rollout.begin_ns) / 1e9
+        (self.root,) = (span for span in spans if span.name == root)
+        self._stages = stages
+        self._spans = [span for span in spans if self._holds(span.begin_ns, span.end_ns)]
+        inside = self._holds(events["begin_ns"], events["end_ns"])
+        rows = {name: column[inside] for name, column in events.items() if name in _COLUMNS}
+        self._events = {**events, **rows}
+        events = self._events
+        self.seconds = (self.root.end_ns - self.root.begin_ns) / 1e9
         steps = self._named("step")
         steps = steps[np.argsort(events["begin_ns"][steps], kind="stable")]
         self._steps = steps
@@ -68,10 +82,11 @@ class Timeline:
         """Seconds by stage, in the order of `STAGES`; they add up to the rollout's. Rows of a
         stage that has some are the positions computed for it."""
         seconds = dict(zip(ROW_STAGES, self.step_stages.sum(0).tolist(), strict=True))
-        for stage in ("hand-off", "reward"):
-            seconds[stage] = sum(
-                (s.end_ns - s.begin_ns) / 1e9 for s in self._spans if s.name == stage
-            )
+        for stage in self._stages[:-1]:
+            if stage not in ROW_STAGES:
+                seconds[stage] = sum(
+                    (s.end_ns - s.begin_ns) / 1e9 for s in self._spans if s.name == stage
+                )
         seconds["other"] = self.seconds - sum(seconds.values())
         rows = dict(zip(ROW_STAGES, self.rows.sum(0).astype(int).tolist(), strict=True))
         return [
@@ -81,8 +96,24 @@ class Timeline:
                 "share": seconds[stage] / self.seconds,
                 "rows": rows.get(stage),
             }
-            for stage in STAGES
+            for stage in self._stages
         ]
+
+    def seconds_of_steps(self, stage: str) -> Floats:
+        """Of every step with rows of this one of `ROW_STAGES`, the seconds that they took."""
+        column = ROW_STAGES.index(stage)
+        seconds: Floats = self.step_stages[self.rows[:, column] > 0, column]
+        return seconds
+
+    def work(self) -> dict[str, tuple[float, float]]:
+        """(operations, bytes) of each of `ROW_STAGES`: those of a step divided as its rows are;
+        zeros where ops were not recorded."""
+        at, events = self._within_steps(np.arange(len(self._events["name"])))
+        counted = np.zeros((len(self._steps), 2))
+        for column, name in enumerate(("flops", "bytes")):
+            np.add.at(counted[:, column], at, self._events[name][events])
+        flops, moved = (_shares(self.rows).T @ counted).T.tolist()
+        return dict(zip(ROW_STAGES, zip(flops, moved, strict=True), strict=True))
 
     def ops(self, limits: Mapping[str, float]) -> list[dict[str, Any]]:
         """Calls, seconds, operations and bytes by op, most time first, and how that compares with
@@ -118,7 +149,7 @@ class Timeline:
         return sorted(found, key=lambda op: -op["seconds"])
 
     def write_chrome_trace(self, path: Path, about: Mapping[str, Any]) -> None:
-        """The trace event format, complete events in microseconds from the rollout's begin:
+        """The trace event format, complete events in microseconds from the root's begin:
         process 1 is what ran on each thread, process 2 which stages each step worked for."""
         if path.exists():
             raise FileExistsError(f"{path}: is there already; name another file")
@@ -139,7 +170,7 @@ class Timeline:
         for thread in sorted(threads, key=lambda t: (t != main, t)):
             name = "main" if thread == main else f"thread {thread}"
             yield _about("thread_name", 1, tid=thread, name=name)
-        tracks = {stage: number for number, stage in enumerate(STAGES[:-1], start=1)}
+        tracks = {stage: number for number, stage in enumerate(self._stages[:-1], start=1)}
         for stage, number in tracks.items():
             yield _about("thread_name", 2, tid=number, name=stage)
         for span in self._spans:
@@ -177,10 +208,14 @@ class Timeline:
             "pid": process,
             "tid": thread,
             "name": name,
-            "ts": (begin - self.rollout.begin_ns) / 1000,
+            "ts": (begin - self.root.begin_ns) / 1000,
             "dur": (end - begin) / 1000,
             "args": args,
         }
+
+    def _holds(self, begin: Any, end: Any) -> Any:
+        """Whether the root's span holds what has these times: numbers, or arrays of them."""
+        return (begin >= self.root.begin_ns) & (end <= self.root.end_ns)
 
     def _named(self, name: str) -> NDArray[np.int64]:
         names = self._events["names"]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from alignpro.cli.shared import (
+    NOT_MET,
     ModelName,
     Output,
     Threads,
@@ -154,15 +155,51 @@ def bench_serve(
     _run_bench(measure, None, output, threads, work | {"repeats": repeats})
 
 
+@bench.command("soak", epilog=examples("alignpro bench soak --minutes 10 --run alignpro-run"))
+@one_line_errors
+def bench_soak(
+    run: Annotated[
+        Path | None, typer.Option(help="Run whose prompter rewrites, and is read again meanwhile.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 64,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Minutes of load.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of what the clients ask.")] = 0,
+    output: Output = None,
+    threads: Threads = None,
+) -> None:
+    """Whether `alignpro serve` loses a request, or memory, under clients that leave and an upstream
+    that fails.
+
+    Exit status 3 says that it does.
+    """
+    needs_serve("bench soak")
+    from alignpro.bench.soak import bench_soak as measure
+
+    work = {"run": run, "clients": clients, "seconds": 60 * minutes, "seed": seed}
+    if not _run_bench(measure, None, output, threads, work)["holds"]:
+        raise typer.Exit(NOT_MET)
+
+
 @app.command(
     epilog=examples(
         "alignpro profile --prompts 4",
         "alignpro profile --trace profile.json --output profile-numbers.json",
+        "alignpro profile --request --run alignpro-run",
     )
 )
 @one_line_errors
 def profile(
     model: ModelName = "smollm2",
+    request: Annotated[
+        bool, typer.Option("--request", help="Profile requests to `alignpro serve`, not a rollout.")
+    ] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="With --request: the run whose prompter rewrites, not --model."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="With --request: the user turn of every request.")
+    ] = None,
     target: Target = None,
     adapter: Annotated[
         Path | None, typer.Option(help="PEFT folder of the prompter's adapter.")
@@ -180,23 +217,37 @@ def profile(
     output: Output = None,
     threads: Threads = None,
 ) -> None:
-    """Say where the time of a rollout goes.
+    """Say where the time of a rollout, or of a request, goes.
 
-    A trace, and tables of stages and ops.
+    A trace, and tables of stages and ops, or of a request's phases.
     """
     check_new(trace)
     if trace == output:
         raise ValueError(f"--trace and --output: expected two files, got {trace} twice")
-    from alignpro.bench.profile import profile_rollout as measure
+    work: dict[str, Any] = {"adapter": adapter, "prompts": prompts, "rewrites": rewrites}
+    work |= {"ops": ops, "out": trace}
+    of_rollout = {"target": target, "compute": compute, "seed": seed}
+    if request:
+        _only(of_rollout, {"target": None, "compute": "float32", "seed": 0}, "without --request")
+        if run is not None:
+            _only({"adapter": adapter}, {"adapter": None}, "without --run, which has its own")
+        needs_serve("profile --request")
+        from alignpro.bench.request import profile_request
 
-    work: dict[str, Any] = {
-        "target": target,
-        "adapter": adapter,
-        "prompts": prompts,
-        "rewrites": rewrites,
-    }
-    work |= {"compute": compute, "seed": seed, "ops": ops, "out": trace}
-    _run_bench(measure, model, output, threads, work)
+        work |= {"run": run, "prompt": prompt}
+        _run_bench(profile_request, model if run is None else None, output, threads, work)
+    else:
+        _only({"run": run, "prompt": prompt}, {"run": None, "prompt": None}, "with --request")
+        from alignpro.bench.profile import profile_rollout
+
+        _run_bench(profile_rollout, model, output, threads, work | of_rollout)
+
+
+def _only(given: dict[str, Any], default: dict[str, Any], when: str) -> None:
+    """Refuse options that mean nothing here."""
+    for name, value in given.items():
+        if value != default[name]:
+            raise ValueError(f"--{name}: expected only {when}, got {value}")
 
 
 def _run_bench(
@@ -205,7 +256,7 @@ def _run_bench(
     output: Path | None,
     threads: int | None,
     work: dict[str, Any],
-) -> None:
+) -> dict[str, Any]:
     """model: None is a measurement that is not of one."""
     check_new(output)
     from alignpro.config import ModelConfig
@@ -227,6 +278,7 @@ def _run_bench(
         report = measure(say=bars.doing, threads=threads or core.available_cpus(), **work)
     write_json(output, report)
     Console().print(bench_tables(report))
+    return report
 
 
 def _counts(

@@ -26,6 +26,7 @@ from alignpro.config.evaluate import read_requirement as read_requirement
 from alignpro.config.fields import from_mapping as from_mapping
 from alignpro.config.fields import unchecked as unchecked
 from alignpro.config.guards import GuardConfig as GuardConfig
+from alignpro.config.guards import GuardPenaltyConfig as GuardPenaltyConfig
 from alignpro.config.held_out import HeldOutConfig as HeldOutConfig
 from alignpro.config.mix import MixConfig as MixConfig
 from alignpro.config.model import DEFAULT_MODEL as DEFAULT_MODEL
@@ -44,7 +45,6 @@ from alignpro.config.quickstart import QUICKSTART as QUICKSTART
 from alignpro.config.quickstart import QuickstartConfig as QuickstartConfig
 from alignpro.config.read import apply_overrides as apply_overrides
 from alignpro.config.read import check_config as check_config
-from alignpro.config.read import config_of_run as config_of_run
 from alignpro.config.read import differing as differing
 from alignpro.config.read import load_yaml as load_yaml
 from alignpro.config.read import to_mapping as to_mapping

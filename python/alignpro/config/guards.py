@@ -28,3 +28,12 @@ class GuardConfig:
     """Whether a rewrite must not read as an answer to the prompt."""
     echo: bool = True
     """Whether a rewrite must not repeat the prompter's template, or a chat's markers."""
+
+
+@dataclass(frozen=True)
+@checked
+class GuardPenaltyConfig(GuardConfig):
+    """What a rewrite must keep in training; one that does not costs reward."""
+
+    penalty: Annotated[float, above(0)] = 1.0
+    """The reward that a rewrite loses which breaks a guard, once however many it breaks."""

@@ -81,9 +81,12 @@ class Prompting:
         if not rewrite:
             return prompt
         conversation = Conversation.of(prompt)
-        appended = conversation.last_turn + self.separator + rewrite
-        turn = rewrite if self.mode == "rewrite" else appended
+        turn = self.before_rewrite(conversation.last_turn) + rewrite
         return conversation.with_last_turn(turn).short
+
+    def before_rewrite(self, turn: str) -> str:
+        """What stands before the rewrite in the turn that the target reads."""
+        return turn + self.separator if self.mode == "append" else ""
 
 
 def _filled(template: str, place: str, text: str) -> str:

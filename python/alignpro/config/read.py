@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from alignpro.config.fields import TEXT, Kinds, accepted, from_mapping
-from alignpro.config.sft import SftConfig
-from alignpro.config.train import TrainConfig
 
 T = TypeVar("T")
 
@@ -114,13 +112,6 @@ def _typed(text: str, kinds: Kinds) -> Any:
     none = value is None and bool(text.strip())
     group = kinds.group and isinstance(value, (dict, list)) and text.lstrip()[0] in "{["
     return text if kinds.text and not (quoted or none or group) else value
-
-
-def config_of_run(record: Mapping[str, Any]) -> TrainConfig | SftConfig:
-    """What the config.json of a run says: of training, or of a warm start. Raises ValueError."""
-    if "policy" in record:
-        return from_mapping(TrainConfig, record)
-    return from_mapping(SftConfig, record)
 
 
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -15,6 +15,7 @@ from alignpro.config.fields import (
     only_default,
     require,
 )
+from alignpro.config.guards import GuardPenaltyConfig
 from alignpro.config.held_out import HeldOutConfig
 from alignpro.config.model import (
     ModelConfig,
@@ -156,6 +157,11 @@ class TrainConfig(FitConfig, StageConfig):
     """The settings of algorithm ppo."""
     closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
     """The settings of algorithm closed_form."""
+    guards: GuardPenaltyConfig | None = None
+    """What rewrites have to keep, or lose reward ({} takes the defaults); null checks nothing.
+
+    `reward_mean` is then the mean of what is left; held-out rewards and evaluations are without it.
+    """
     zero_advantage_group: Literal["keep", "skip"] = "keep"
     """What is done with prompts whose rewrites all earned the same: keep their KL in the loss, or
     skip them.
@@ -267,7 +273,7 @@ class TrainConfig(FitConfig, StageConfig):
             require("num_rewrites", rewrites, rewrites * self.prompts_per_step >= 2, expected)
 
     def _check_tuned_target(self) -> None:
-        for name in ("num_responses", "common_draws"):
+        for name in ("num_responses", "common_draws", "guards"):
             only_default(self, name, "with policy prompter")
         adapter, alone = self.prompter.adapter, ModelConfig(self.prompter.model)
         require("prompter.adapter", adapter, adapter is None, "null: target.adapter is tuned")

@@ -122,6 +122,7 @@ def _summary(
         arm.components,
         arm.paid,
         adds=arm.adds,
+        prompting=config.prompting,
         # A given text was written by no prompter, and is counted in its tokens all the same.
         count_tokens=lambda text: len(prompter.tokenizer.encode(text)),
         answers=None if answers is None else [answers.get(p) for p in arm.rollout.prompts],

@@ -15,8 +15,6 @@ from alignpro.config import (
     ModelConfig,
     SftConfig,
     StageConfig,
-    TrainConfig,
-    config_of_run,
     differing,
     to_mapping,
     unchecked,
@@ -24,7 +22,7 @@ from alignpro.config import (
 from alignpro.data.load import PromptRow
 from alignpro.fingerprints import Fingerprints
 from alignpro.models.adapter import LoraWeights
-from alignpro.run_directory import CONFIG, MARKER, is_run_dir, read_record, run_around
+from alignpro.run_directory import CONFIG, MARKER, config_of_run, is_run_dir, run_around
 
 EVALUATE = "evaluate.json"  # in a run: what an evaluation of it asks for beside what the run says
 # Both models, how they are put together and drawn, what is paid for, and which day it is.
@@ -51,7 +49,7 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
     if not is_run_dir(run):
         problem = f"no {MARKER} in it" if run.is_dir() else "no such folder"
         raise FileNotFoundError(f"--run {run}: expected the directory of a run ({problem})")
-    config, values = _config_of(run), _values_of(run)
+    config, values = config_of_run(run), _values_of(run)
     if isinstance(config, SftConfig):
         values["prompter"] = replace(config.prompter, adapter=_adapter(run, "sft"))
     else:
@@ -64,7 +62,7 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
 
 def _values_of(run: Path) -> dict[str, Any]:
     """What a stage is to have in common with the run."""
-    config = _config_of(run)
+    config = config_of_run(run)
     given = {f.name for f in fields(config)}
     values: dict[str, Any] = {name: getattr(config, name) for name in _OF_RUN if name in given}
     if isinstance(config, SftConfig):
@@ -77,14 +75,6 @@ def _values_of(run: Path) -> dict[str, Any]:
         start = getattr(config, role) or ModelConfig()
         values[role] = replace(start, adapter=str(run / "reference"))
     return values
-
-
-def _config_of(run: Path) -> TrainConfig | SftConfig:
-    record = read_record(run / CONFIG)
-    try:
-        return config_of_run(record)
-    except ValueError as error:
-        raise ValueError(f"{run / CONFIG}: {error}") from None
 
 
 def _adapter(run: Path, command: str) -> str:

@@ -53,6 +53,7 @@ class ArmResult:
     leaked_answers: float | None = None
     distinct_rewrites: int | None = None
     common_rewrite: float | None = None
+    broken_guards: dict[str, float] | None = None
     instruction: str | None = None
     kl_coef: float | None = None
     num_candidates: int | None = None
@@ -212,7 +213,7 @@ class Evaluation(ByKey):
 @dataclass(frozen=True)
 class HeadroomReport(ByKey):
     headroom: Headroom
-    config: dict[str, Any]
+    config: dict[str, Any] | None = None
     target_usage: Usage | None = None  # of a target behind an endpoint
     too_long: str | None = None  # as in `Evaluation`
 
@@ -278,7 +279,7 @@ class Report(ByKey):
     """A run's report.json, of which any part may be absent."""
 
     evaluation: Evaluation | None = None
-    headroom: Headroom | None = None
+    headroom: HeadroomReport | None = None
     bound: BoundReport | None = None
     model: str | None = None
     reward: Any = None
@@ -389,7 +390,7 @@ def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
             else:
                 made[part.name] = None
         elif at in _INLINE:
-            if _INLINE[at] in value:
+            if _INLINE[at] in value or part.default is dataclasses.MISSING:
                 made[part.name] = _read(hints[part.name], value, where)
         elif value.get(part.name) is not None or (
             part.default is dataclasses.MISSING and part.default_factory is dataclasses.MISSING

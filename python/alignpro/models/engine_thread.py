@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignpro.models.native_client import NativeClient, NativeHandle
+from alignpro import trace
+from alignpro.models.completion_text import TextStream
+from alignpro.models.native_client import NativeClient, NativeHandle, prompt_end
 from alignpro.models.native_model import NativeModel
 from alignpro.types import Completion, SamplingParams
 
@@ -31,6 +35,7 @@ class _Request:
     on_step: Callable[[NativeHandle], None] | None
     future: Future[Completion] = field(default_factory=Future)
     handle: NativeHandle | None = None
+    queued_ns: int = field(default_factory=time.perf_counter_ns)
 
     def cancel(self, future: Future[Completion]) -> None:
         """In whichever thread cancels; one that is not submitted yet never is."""
@@ -53,17 +58,19 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # nothing is put behind the None that ends it
         self._closed = False
+        self._tokenizer = model.tokenizer
         self._process = os.getpid()
         # The thread does not know this object, which may so be dropped.
         thread = threading.Thread(
             target=_drive, args=(model.client(), self._inbox), daemon=True, name="engine"
         )
         thread.start()
-        self._end = weakref.finalize(self, _end, self._inbox, thread)
+        at_exit = functools.partial(_end, self._inbox, thread)
+        self._end = weakref.finalize(self, _end_early, at_exit)
         # At exit as well: a thread inside the engine must not outlive the interpreter. Not by the
         # finalizer, whose turn may come after the engine's own, when its threads return no more.
         self._end.atexit = False
-        atexit.register(self._end)
+        atexit.register(at_exit)
 
     def submit(
         self,
@@ -94,11 +101,54 @@ class EngineThread:
             self._inbox.put(request)
         return request.future
 
+    def stream(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        put: Callable[[str | None], None],
+        *,
+        adapter: Any = None,
+        sample: int = 0,
+    ) -> Future[Completion]:
+        """`submit`, with the text in pieces of whole characters as it comes.
+
+        Args:
+            put: called with each piece, and with None behind the last one, however the request
+                ended: in the engine's thread, or in the one that cancels. It must be quick.
+        """
+        text = TextStream(self._tokenizer, params.stop, prompt_end(self._tokenizer, tokens))
+        written = 0
+
+        def on_step(handle: NativeHandle) -> None:
+            nonlocal written
+            if handle.finished:
+                return
+            new, _ = handle.sequence.read(written)
+            written += len(new)
+            if pieces := [piece for token in new if (piece := text.push(token))]:
+                put("".join(pieces))
+
+        def on_end(future: Future[Completion]) -> None:
+            failed = future.cancelled() or future.exception() is not None
+            whole = "" if failed else future.result().text
+            if whole.startswith(text.sent) and len(whole) > len(text.sent):
+                put(whole[len(text.sent) :])
+            put(None)
+
+        future = self.submit(tokens, params, adapter=adapter, sample=sample, on_step=on_step)
+        future.add_done_callback(on_end)
+        return future
+
     def close(self) -> None:
         """Cancel what is under way and end the thread. A second call does nothing."""
         with self._lock:
             self._closed = True
         self._end()
+
+
+def _end_early(at_exit: Callable[[], None]) -> None:
+    at_exit()
+    atexit.unregister(at_exit)
 
 
 def _end(inbox: queue.SimpleQueue[_Request | None], thread: threading.Thread) -> None:
@@ -136,6 +186,7 @@ def _admit(
 ) -> None:
     if request.future.cancelled():
         return
+    trace.add("queue", request.queued_ns)
     try:
         handle = client.submit(
             request.tokens, request.params, adapter=request.adapter, sample=request.sample

@@ -163,13 +163,19 @@ def _that_chats(role: str, model: NativeModel) -> NativeModel:
 
 
 def reusable(
-    wanted: ModelConfig, loaded: Sequence[tuple[ModelConfig, NativeModel]]
+    wanted: ModelConfig,
+    loaded: Sequence[tuple[ModelConfig, NativeModel]],
+    date: str | None = None,
 ) -> NativeModel | None:
-    """What is loaded already and would be loaded again, if anything, with its chat template."""
+    """What is loaded already and would be loaded again, if anything, with its chat template.
+
+    Args:
+        date: what its template is told; None: what it is told already.
+    """
     for config, model in loaded:
         same = wanted.name == config.name or resolve_model(wanted.name).samefile(model.path)
         if same and wanted.runs_like(config):
-            return model.with_template(wanted.chat_template, wanted.chat_template_kwargs)
+            return model.with_template(wanted.chat_template, wanted.chat_template_kwargs, date)
     return None
 
 
@@ -230,11 +236,14 @@ class NativeModel:
         return fingerprint(self.path)
 
     def with_template(
-        self, template: str | None = None, variables: Mapping[str, Any] | None = None
+        self,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        date: str | None = None,
     ) -> NativeModel:
         """The same weights in the same engine, whose chats are written otherwise; the model itself
-        where they are not. See `Tokenizer.with_template`."""
-        tokenizer = self.tokenizer.with_template(template, variables, self.tokenizer.date)
+        where they are not. See `Tokenizer.with_template`; without a ``date``, its own."""
+        tokenizer = self.tokenizer.with_template(template, variables, date or self.tokenizer.date)
         if tokenizer.template_settings == self.tokenizer.template_settings:
             return self
         other = copy.copy(self)

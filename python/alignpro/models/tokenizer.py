@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignpro import native
+from alignpro import native, trace
 from alignpro.models import chat_template
 from alignpro.models.chat_template import today
 from alignpro.models.vocabulary import AddedToken, Vocabulary, read_folder, read_gguf
@@ -122,14 +122,16 @@ class Tokenizer(Vocabulary):
         _check_chat(messages)
         template = self._require(self._template)
         shielded, restore = chat_template.shield(messages, self._special_pattern, template)
-        text = chat_template.render(
-            template,
-            shielded,
-            add_generation_prompt=add_generation_prompt,
-            variables={**self.special_tokens, **self.chat_template_kwargs},
-            date=self.date,
-        )
-        return self._ids(text, self._pattern, restore)
+        with trace.span("template"):
+            text = chat_template.render(
+                template,
+                shielded,
+                add_generation_prompt=add_generation_prompt,
+                variables={**self.special_tokens, **self.chat_template_kwargs},
+                date=self.date,
+            )
+        with trace.span("tokens"):
+            return self._ids(text, self._pattern, restore)
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD, unused ids nothing.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from alignpro.evaluate.results import (
     BoundReport,
     Evaluation,
-    Headroom,
+    HeadroomReport,
     Report,
     Result,
     from_json,
@@ -79,7 +79,7 @@ def load_report(
         compared = replace(whole, safety=whole.safety or harm.safety)
     found = {
         "evaluation": compared,
-        "headroom": _part(Headroom, run_dir, "headroom", headroom, "frontier"),
+        "headroom": _part(HeadroomReport, run_dir, "headroom", headroom, "frontier"),
         "bound": _part(BoundReport, run_dir, "bound", bound, "terms"),
     }
     parts: dict[str, Any] = {name: part for name, part in found.items() if part is not None}

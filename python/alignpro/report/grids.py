@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ def arms_grid(evaluation: Evaluation) -> Grid:
 
 def texts_grid(evaluation: Evaluation) -> Grid:
     """What the arms wrote: lengths, copying, cuts, the share of rewrites that are one text, answers
-    in rewrites, empty rewrites; no column of nothing."""
+    in rewrites, broken guards, empty rewrites; no column of nothing."""
     arms = in_order(evaluation.arms)
     columns = {
         "response tokens": {key: number(arm.response_tokens, 1) for key, arm in arms.items()},
@@ -69,6 +70,11 @@ def texts_grid(evaluation: Evaluation) -> Grid:
         "one text": {key: share(arm.common_rewrite) for key, arm in arms.items()},
         "hold the answer": {key: share(arm.leaked_answers) for key, arm in arms.items()},
     }
+    if any(arm.broken_guards for arm in arms.values()):
+        columns["break a guard"] = {
+            key: share(None if arm.broken_guards is None else sum(arm.broken_guards.values()))
+            for key, arm in arms.items()
+        }
     if any(arm.empty_rewrites for arm in arms.values()):
         columns["empty rewrites"] = {key: str(arm.empty_rewrites) for key, arm in arms.items()}
     shown = {title: column for title, column in columns.items() if any(column.values())}
@@ -185,10 +191,11 @@ def costs(report: Report, metrics: Sequence[Mapping[str, Any]] = ()) -> list[tup
     if answered:
         rows.append(("of them the target's", f"{sum(answered):,.0f} tokens"))
     used = [Usage(**m["target_usage"]) for m in metrics if m.get("target_usage")]
-    bound = report.bound
+    bound, headroom = report.bound, report.headroom
     for name, of_stage in (
         ("target in training", sum(used, Usage()) if used else None),
         ("target in the evaluation", None if evaluation is None else evaluation.target_usage),
+        ("target in the headroom", None if headroom is None else headroom.target_usage),
         ("target in the bound", None if bound is None else bound.target_usage),
         ("judge", None if evaluation is None or not evaluation.judge else evaluation.judge.usage),
     ):
@@ -200,6 +207,12 @@ def costs(report: Report, metrics: Sequence[Mapping[str, Any]] = ()) -> list[tup
     unscored = [m["unscored_responses"] for m in metrics if is_number(m.get("unscored_responses"))]
     if any(unscored):
         rows.append(("without a score in training", f"{sum(unscored):,} responses, left out"))
+    broken: Counter[str] = Counter()
+    for row in metrics:
+        broken.update(row.get("broken_guards") or {})
+    if broken:
+        which = ", ".join(f"{name} {count:,}" for name, count in broken.most_common())
+        rows.append(("broke a guard in training", f"{broken.total():,} rewrites ({which})"))
     if evaluation is not None and evaluation.failed_responses:
         rows.append(
             ("failed in the evaluation", f"{evaluation.failed_responses:,} responses, left out")

@@ -47,6 +47,7 @@ def render_report(report: Report, metrics: Sequence[Mapping[str, Any]]) -> str:
         loader=PackageLoader("alignpro.report"),
     )
     evaluation = report.evaluation
+    headroom = None if report.headroom is None else report.headroom.headroom
     environment.globals.update(grids=grids, theory=theory, words=words, plots=plots)
     environment.filters.update(number=words.number, svg=Markup)
     about = {"model": report.model, "reward": report.reward, "seed": report.seed}
@@ -57,8 +58,8 @@ def render_report(report: Report, metrics: Sequence[Mapping[str, Any]]) -> str:
         "evaluation": evaluation,
         "judge": None if evaluation is None else evaluation.judge,
         "safety": None if evaluation is None else evaluation.safety,
-        "headroom": report.headroom,
-        "frontier": "" if report.headroom is None else frontier_svg(report.headroom, evaluation),
+        "headroom": headroom,
+        "frontier": "" if headroom is None else frontier_svg(headroom, evaluation),
         "bound": report.bound,
         "warnings": find_warnings(report, metrics),
         "curves": plots.curve_svgs(metrics, evaluation),

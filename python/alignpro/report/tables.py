@@ -92,7 +92,7 @@ def report_view(
     if evaluation is not None and evaluation.safety is not None:
         parts.append(safety_tables(evaluation.safety))
     if report.headroom is not None:
-        parts.append(headroom_tables(report.headroom))
+        parts.append(headroom_tables(report.headroom.headroom))
     if report.bound is not None:
         parts.append(bound_tables(report.bound))
     parts.append(costs_table(report))

@@ -64,7 +64,7 @@ def find_warnings(report: Report, metrics: Rows) -> list[Finding]:
         *_written(arms, report.config, steps),
         *_overfitting(arms.get("trained"), steps),
         *_judge({} if judge is None else judge.comparisons),
-        *_headroom(report.headroom),
+        *_headroom(None if report.headroom is None else report.headroom.headroom),
         *_bound(report.bound),
         *_parity(report.config, steps),
         *_zero_advantage(steps),
@@ -76,6 +76,7 @@ def _too_long(report: Report, steps: Rows) -> Iterator[Finding]:
     for part, where in (
         (of_training, "training"),
         (report.evaluation and report.evaluation.too_long, "the evaluation"),
+        (report.headroom and report.headroom.too_long, "the headroom"),
         (report.bound and report.bound.too_long, "the bound"),
     ):
         if part:

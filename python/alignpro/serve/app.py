@@ -14,7 +14,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
+from alignpro import trace
 from alignpro.config.serve import ServeConfig
+from alignpro.rewriting import beside
 from alignpro.serve.audit import AuditLog
 from alignpro.serve.chat_body import ChatBody
 from alignpro.serve.messages import (
@@ -38,6 +40,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
 _CHAT = b"/chat/completions"
+_AT_ONCE = 2**15  # bytes of a body that is read, and written, in less than a millisecond
 
 
 class _Refused(Exception):
@@ -93,14 +96,15 @@ class Proxy:
             raise ValueError(f"expected HTTP, got {scope['type']}")
         arrived = asyncio.Event()  # all of the request
         work = self._respond(scope, _Body(receive, arrived), send)
-        with self.metrics.under_way.track_inprogress():
+        with self.metrics.under_way.track_inprogress(), trace.span("request"):
             if not await _while_connected(work, receive, arrived):
                 self.metrics.cut.labels("client").inc()
 
     async def _respond(self, scope: Scope, body: _Body, send: Send) -> None:
         try:
             request, outcome = await self._request(scope, body)
-            answer = await self._upstream.send(request)
+            with trace.span("upstream"):
+                answer = await self._upstream.send(request)
         except _ClientGone:
             self.metrics.cut.labels("client").inc()
             return
@@ -113,7 +117,8 @@ class Proxy:
             await _refuse(send, error.status, str(error), "upstream_error", "upstream_error")
             return
         self.metrics.answers.labels(str(answer.status)).inc()
-        await self._relay(answer, outcome, send)
+        with trace.span("relay"):
+            await self._relay(answer, outcome, send)
 
     async def _request(self, scope: Scope, body: _Body) -> tuple[Outgoing, _Outcome | None]:
         """What is sent on, and, of a chat, what became of its rewrite."""
@@ -129,7 +134,8 @@ class Proxy:
             if not streamed:
                 body.arrived.set()
             return Outgoing(method, path, headers, body.chunks() if streamed else b""), None
-        raw = await body.whole(self._config.max_body, self._config.receive_seconds)
+        with trace.span("receive"):
+            raw = await body.whole(self._config.max_body, self._config.receive_seconds)
         headers = [(name, value) for name, value in headers if name != b"content-length"]
         raw, outcome = await self._rewritten(raw, scope)
         return Outgoing(method, path, headers, raw), outcome
@@ -144,8 +150,10 @@ class Proxy:
             return raw, self._noted(_Outcome("off"), ChatBody(raw))
         if any(name == b"content-encoding" for name, _ in scope["headers"]):
             return raw, self._noted(_Outcome(mode or "on", reason="encoded"), ChatBody(raw))
-        chat = ChatBody.read(raw)
-        route = self._routes.of(chat.model)
+        with trace.span("read body"):
+            chat = await beside(len(raw) > _AT_ONCE, ChatBody.read, raw)
+        with trace.span("route"):
+            route = self._routes.of(chat.model)
         mode = mode or route.mode
         if mode == "off":
             return raw, self._noted(_Outcome(mode), chat)
@@ -153,7 +161,8 @@ class Proxy:
             return raw, self._noted(_Outcome(mode, reason="no_run"), chat)
         if chat.conversation is None:
             return raw, self._noted(_Outcome(mode, reason=chat.reason), chat)
-        rewriter = route.rewriter(chat.conversation)
+        with trace.span("route"):
+            rewriter = route.rewriter(chat.conversation)
         rewriting = self._rewrite(mode, rewriter, chat)
         if mode == "shadow":
             shadow = asyncio.create_task(rewriting)
@@ -172,7 +181,10 @@ class Proxy:
         self.metrics.rewrite_seconds.labels(rewriter.name).observe(result.milliseconds / 1e3)
         reason, new = result.reason, None
         if result.applied:
-            new = chat.with_last_turn(result.messages[-1]["content"])
+            with trace.span("write body"):
+                turn = result.messages[-1]["content"]
+                is_large = len(chat.raw) > _AT_ONCE
+                new = await beside(is_large, chat.with_last_turn, turn)
             reason = "several_texts" if new is None else reason
         applied = new is not None and mode == "on"
         outcome = _Outcome(mode, rewriter.name, applied, reason, result.milliseconds)

@@ -27,15 +27,21 @@ class AuditLog:
     and no request.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; the message names ``audit.path``.
     """
 
     def __init__(self, config: AuditConfig) -> None:
         assert config.path is not None
         self._texts = config.texts
-        self._file = _Private(
-            config.path, maxBytes=config.max_bytes, backupCount=config.files, encoding="utf-8"
-        )
+        try:
+            self._file = _Private(
+                config.path, maxBytes=config.max_bytes, backupCount=config.files, encoding="utf-8"
+            )
+        except OSError as error:
+            raise type(error)(
+                f"audit.path: expected a file in a folder that is there and may be written to, "
+                f"got {config.path}: {error.strerror}"
+            ) from None
 
     def write(self, fields: dict[str, Any], *, prompt: str, rewrite: str) -> None:
         """The texts, of the last turn and of what the prompter wrote, where they are asked for."""

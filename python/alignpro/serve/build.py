@@ -6,6 +6,7 @@ from pathlib import Path
 
 from alignpro.config import ModelConfig
 from alignpro.config.serve import RouteConfig, ServeConfig
+from alignpro.models.chat_template import today
 from alignpro.models.native_model import NativeModel, load_model, reusable
 from alignpro.prompter import Prompter, config_of_prompter
 from alignpro.serve.app import Proxy
@@ -20,18 +21,21 @@ from alignpro.serve.upstream import EndpointUpstream
 def build_proxy(config: ServeConfig) -> Proxy:
     """Load the models and put the parts together.
 
-    A prompter whose base weights are those of the model that answers shares its engine.
+    A prompter whose base weights are those of the model that answers shares its engine. Chat
+    templates tell a prompter its run's date, and the model that answers today's.
 
-    Raises as `Prompter.from_run` and `load_model`.
+    Raises as `AuditLog`, `Prompter.from_run` and `load_model`.
     """
+    audit = None if config.audit.path is None else AuditLog(config.audit)
     loaded: list[tuple[ModelConfig, NativeModel]] = []
     rewriters: dict[Path, Rewriter] = {}
 
     def rewriter_of(name: str) -> Rewriter:
         run = Path(name).resolve()
         if run not in rewriters:
-            base = config_of_prompter(name).prompter
-            model = reusable(base, loaded)
+            made = config_of_prompter(name)
+            base = made.prompter
+            model = reusable(base, loaded, made.date)
             prompter = Prompter.from_run(
                 name, threads=config.threads, guards=config.guards, model=model
             )
@@ -45,7 +49,6 @@ def build_proxy(config: ServeConfig) -> Proxy:
 
     named = {model: route_of(route) for model, route in (config.routes or {}).items()}
     routes = Routes(route_of(config), named)
-    audit = None if config.audit.path is None else AuditLog(config.audit)
     return Proxy(config, _upstream(config, loaded), routes, audit)
 
 
@@ -59,4 +62,4 @@ def _upstream(config: ServeConfig, loaded: list[tuple[ModelConfig, NativeModel]]
     if config.model is None:
         raise ValueError("upstream: expected an address, or a model in this process (model)")
     wanted = ModelConfig(config.model)
-    return LocalUpstream(reusable(wanted, loaded) or load_model(wanted, config.threads))
+    return LocalUpstream(reusable(wanted, loaded, today()) or load_model(wanted, config.threads))

@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from alignpro.models.completion_text import TextStream
 from alignpro.models.engine_thread import EngineThread
-from alignpro.models.native_client import NativeHandle, prompt_end
 from alignpro.models.native_model import NativeModel
 from alignpro.serve.messages import Answer, Headers, Outgoing, error_body, json_headers
 from alignpro.types import Completion, SamplingParams, text_messages
@@ -173,40 +171,15 @@ class LocalUpstream:
     def _submit(
         self, chat: _Chat, index: int, events: asyncio.Queue[tuple[int, str | None]]
     ) -> Future[Completion]:
-        """Its text goes to ``events`` as it comes, and None behind it."""
+        """Of a stream, its text goes to ``events`` as it comes, and None behind it."""
+        if not chat.stream:
+            return self._engine.submit(chat.tokens, chat.params, sample=index)
         loop = asyncio.get_running_loop()
-        text = TextStream(
-            self._model.tokenizer,
-            chat.params.stop,
-            prompt_end(self._model.tokenizer, chat.tokens),
-        )
-        written = 0
 
         def put(piece: str | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, (index, piece))
 
-        def on_step(handle: NativeHandle) -> None:
-            nonlocal written
-            if handle.finished:
-                return
-            tokens, _ = handle.sequence.read(written)
-            written += len(tokens)
-            pieces = [piece for token in tokens if (piece := text.push(token))]
-            if pieces:
-                put("".join(pieces))
-
-        def on_end(future: Future[Completion]) -> None:
-            if not future.cancelled():
-                whole = "" if future.exception() else future.result().text
-                if whole.startswith(text.sent) and len(whole) > len(text.sent):
-                    put(whole[len(text.sent) :])
-                put(None)
-
-        stream = on_step if chat.stream else None
-        future = self._engine.submit(chat.tokens, chat.params, sample=index, on_step=stream)
-        if chat.stream:
-            future.add_done_callback(on_end)
-        return future
+        return self._engine.stream(chat.tokens, chat.params, put, sample=index)
 
     async def _events(
         self,

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 
 from alignpro.config.serve import ServeConfig
-from alignpro.prompter import Prompter, Rewritten
+from alignpro.prompter import Prompter
+from alignpro.rewriting import Rewritten
 from alignpro.types import Conversation
 
 _log = logging.getLogger(__name__)

@@ -33,6 +33,7 @@ from alignpro.pipeline import derive_seed
 from alignpro.run_directory import CONFIG, read_record
 from alignpro.train.callbacks import OnProgress, TrainCallback, Watchers
 from alignpro.train.checkpoint import check_same_run
+from alignpro.train.guard_penalty import penalise
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
 from alignpro.train.policy import one_torch_thread
 from alignpro.train.pooled import Pool, distinct_responses, draw
@@ -111,6 +112,7 @@ class ClosedFormFit(TrainingRun):
             started = time.perf_counter()
             if number:
                 groups = self.rollouts(on_progress, number)
+            groups, broken = self._penalised(groups, number)
             drawn = time.perf_counter()
             for prompt, group in zip(self._order(number), groups, strict=True):
                 pool.add(prompt, [w for w in group if w.responses], by_reference=not number)
@@ -124,6 +126,7 @@ class ClosedFormFit(TrainingRun):
                 "expected_reward": float(np.mean([t.expected for t in targets])),
                 "noise_variance": pooled.noise,
                 "text_by_features_variance": pooled.text_by_features,
+                **broken,
             }
             seconds = {"rollouts": drawn - started, "pool": looked - drawn}
             optimizer = make_optimizer(self.policy.parameters(), config)
@@ -177,8 +180,15 @@ class ClosedFormFit(TrainingRun):
         self.step += 1
         watchers.on_step(whole)
 
+    def _penalised(
+        self, groups: Sequence[Sequence[Rewrite]], number: int = 0
+    ) -> tuple[list[list[Rewrite]], dict[str, Any]]:
+        """The rollouts of a round as `penalise` has them: those on disk are without it."""
+        return penalise(self.config, [self.prompts[i] for i in self._order(number)], groups)
+
     def _fit(self, rollouts: Sequence[Sequence[Rewrite]], watchers: Watchers) -> None:
         config = self.config
+        rollouts, broken = self._penalised(rollouts)
         # The losses compare all N rewrites of a prompt, so one without an answer leaves it out.
         answered = [g for g in rollouts if all(w.responses for w in g)]
         if not answered:
@@ -187,7 +197,7 @@ class ClosedFormFit(TrainingRun):
         rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
         optimizer = make_optimizer(self.policy.parameters(), config)
         answers = [r for group in answered for _, r in distinct_responses(group)]
-        first = {"target_tokens": sum(r.num_tokens for r in answers)}
+        first = {"target_tokens": sum(r.num_tokens for r in answers), **broken}
         for step in range(config.steps):
             started = time.perf_counter()
             cursor = step * config.prompts_per_step

@@ -65,7 +65,7 @@ class HeldOut:
         seen = [row["heldout"] for row in rows if "heldout" in row]
         if seen:
             fields = Measured.__dataclass_fields__
-            self._before = Measured(**{name: seen[0][name] for name in fields})
+            self._before = Measured(**{name: seen[0][name] for name in fields if name in seen[0]})
 
     def look(self, pipeline: Pipeline, adapter: LoraWeights | Any, step: int) -> dict[str, Any]:
         """What a step's row says of it: "heldout" and "warnings"; nothing where no look is due.
@@ -92,6 +92,7 @@ class HeldOut:
             components,
             paid,
             adds=prompter,
+            prompting=config.prompting,
             count_tokens=lambda text: 0,  # a prompter wrote them all
             answers=self._columns.get("answer"),
         )

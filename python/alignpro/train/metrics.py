@@ -125,6 +125,10 @@ METRICS = {
     "reasoning_alone": MetricText(
         "rewrites/reasoning_alone", "Rewrites that were cut in their reasoning."
     ),
+    "broken_guards": MetricText(
+        "rewrites/broken_guards",
+        "Rewrites that broke a guard, by the guard; each cost a penalty.",
+    ),
     "scored_responses": MetricText("rewrites/scored_responses", "Responses that have a score."),
     "unscored_responses": MetricText(
         "rewrites/unscored_responses", "Responses that the reward gave no score (None)."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from alignpro.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from alignpro.train.guard_penalty import penalise
 from alignpro.train.held_out import HeldOut, step_warnings
 from alignpro.train.learner import Learner
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
@@ -255,7 +256,7 @@ class Trainer(TrainingRun):
                 seen = self._look_at_held_out()
                 started = time.perf_counter()
                 rows = self._rows()
-                rollout = self._rollout(rows)
+                rollout, broken = self._rollout(rows)
                 with interrupts_deferred() as stop_if_asked:  # a step is done as a whole or not
                     batch = step_batch(
                         self.config,
@@ -267,7 +268,7 @@ class Trainer(TrainingRun):
                         batch, self.adaptive.kl_coef, self.step, stop_if_asked
                     )
                     stages["step"] = time.perf_counter() - started
-                    row = self._row(rollout, batch, metrics, stages)
+                    row = self._row(rollout, batch, metrics, stages) | broken
                     warnings = step_warnings(row) | seen.pop("warnings", {})
                     row |= seen | ({"warnings": warnings} if warnings else {})
                     self.adaptive = self.adaptive.after(
@@ -305,9 +306,10 @@ class Trainer(TrainingRun):
             rows=len(self.prompts),
         )
 
-    def _rollout(self, rows: Sequence[int]) -> Rollout:
+    def _rollout(self, rows: Sequence[int]) -> tuple[Rollout, dict[str, Any]]:
         """N rewrites and N x M responses for the prompts of these rows, under the weights as they
-        are; N responses to the prompts themselves where the target is the policy."""
+        are; N responses to the prompts themselves where the target is the policy. And what the row
+        says of the guards."""
         config = self.config
         prompts, columns = self._pick(rows)
         seed, adapter = derive_seed(config.seed, self.step), self.policy.core_adapter()
@@ -315,8 +317,8 @@ class Trainer(TrainingRun):
         if config.policy == "target":
             return self.pipeline.with_target_adapter(adapter).respond(
                 prompts, num_responses=num_rewrites, seed=seed, columns=columns
-            )
-        return self.pipeline.with_adapter(adapter).rollout(
+            ), {}
+        rollout = self.pipeline.with_adapter(adapter).rollout(
             prompts,
             num_rewrites=num_rewrites,
             num_responses=num_responses,
@@ -324,6 +326,8 @@ class Trainer(TrainingRun):
             columns=columns,
             common_draws=config.common_draws,
         )
+        rewrites, broken = penalise(config, rollout.prompts, rollout.rewrites)
+        return replace(rollout, rewrites=rewrites), broken
 
     def _row(
         self,
