@@ -21,6 +21,7 @@ from alignpro.train.metrics import METRICS
 STAGES = {
     "train": configs.TrainConfig,
     "sft": configs.SftConfig,
+    "prefer": configs.PreferConfig,
     "evaluate": configs.EvalConfig,
     "headroom": configs.HeadroomConfig,
     "bound": configs.BoundConfig,

@@ -21,6 +21,7 @@ from alignpro.config import (
     BoundConfig,
     EvalConfig,
     HeadroomConfig,
+    PreferConfig,
     QuickstartConfig,
     ServeConfig,
     SftConfig,
@@ -36,6 +37,7 @@ STAGES = {
     "headroom": HeadroomConfig,
     "sft": SftConfig,
     "train": TrainConfig,
+    "prefer": PreferConfig,
     "evaluate": EvalConfig,
     "bound": BoundConfig,
     "serve": ServeConfig,
@@ -90,8 +92,8 @@ def test_help_imports_nothing_heavy():
 def test_help_lists_commands_in_the_order_of_a_users_work():
     lines = run("-h").stdout.split("Commands:")[1].splitlines()
     listed = [line.split()[0] for line in lines if line]
-    assert listed[:8] == (
-        ["quickstart", "init", "config", "headroom", "sft", "train", "evaluate", "report"]
+    assert listed[:9] == (
+        ["quickstart", "init", "config", "headroom", "sft", "train", "prefer", "evaluate", "report"]
     )
     assert set(listed) == set(typer.main.get_command(app).commands)
     assert not any("..." in line for line in lines)  # whole sentences, in a terminal of 80 columns
@@ -209,7 +211,7 @@ def test_a_field_without_a_docstring_is_seen():
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("value", ["a: b", "1e3", "null", "x # y", "", "'", "é\n", "=", "0x1"])
 def test_any_text_is_read_back(stage, value):
-    path = {"sft": "run_dir", "serve": "run"}.get(stage, "reward")
+    path = {"sft": "run_dir", "prefer": "run_dir", "serve": "run"}.get(stage, "reward")
     text = commented_yaml(STAGES[stage], values={path: value})
     assert yaml.safe_load(text)[path] == value
 

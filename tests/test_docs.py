@@ -131,6 +131,7 @@ STAGES = {
     Stage.headroom: "HeadroomConfig",
     Stage.sft: "SftConfig",
     Stage.train: "TrainConfig",
+    Stage.prefer: "PreferConfig",
     Stage.evaluate: "EvalConfig",
     Stage.bound: "BoundConfig",
     Stage.serve: "ServeConfig",

@@ -47,6 +47,7 @@ class Stage(str, Enum):
     headroom = "headroom"
     sft = "sft"
     train = "train"
+    prefer = "prefer"
     evaluate = "evaluate"
     bound = "bound"
     serve = "serve"
@@ -76,6 +77,7 @@ def config(
         Stage.headroom: configs.HeadroomConfig,
         Stage.sft: configs.SftConfig,
         Stage.train: configs.TrainConfig,
+        Stage.prefer: configs.PreferConfig,
         Stage.evaluate: configs.EvalConfig,
         Stage.bound: configs.BoundConfig,
         Stage.serve: configs.ServeConfig,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from alignpro.config.fields import TEXT, Kinds, accepted, from_mapping
+from alignpro.config.prefer import PreferConfig
 from alignpro.config.sft import SftConfig
 from alignpro.config.train import TrainConfig
 
@@ -116,8 +117,11 @@ def _typed(text: str, kinds: Kinds) -> Any:
     return text if kinds.text and not (quoted or none or group) else value
 
 
-def config_of_run(record: Mapping[str, Any]) -> TrainConfig | SftConfig:
-    """What the config.json of a run says: of training, or of a warm start. Raises ValueError."""
+def config_of_run(record: Mapping[str, Any]) -> TrainConfig | PreferConfig | SftConfig:
+    """What the config.json of a run says: of training, by rewards or on preferences, or of a warm
+    start. Raises ValueError."""
+    if "beta" in record:
+        return from_mapping(PreferConfig, record)
     if "policy" in record:
         return from_mapping(TrainConfig, record)
     return from_mapping(SftConfig, record)

@@ -13,6 +13,7 @@ from alignpro.config import (
     HOW_IT_RUNS,
     EvalConfig,
     ModelConfig,
+    PreferConfig,
     SftConfig,
     StageConfig,
     TrainConfig,
@@ -57,7 +58,9 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
     else:
         came = "tuned" if config.policy == "target" else "trained"
         if came in {f.name for f in fields(cls)}:
-            values[came] = _adapter(run, "train")
+            command = "train" if isinstance(config, TrainConfig) else "prefer"
+            values[came] = _adapter(run, command)
+    if isinstance(config, TrainConfig):
         values["data"] = replace(config.data, split=stage.data.split)
     return unchecked(cls, values)
 
@@ -67,19 +70,18 @@ def _values_of(run: Path) -> dict[str, Any]:
     config = _config_of(run)
     given = {f.name for f in fields(config)}
     values: dict[str, Any] = {name: getattr(config, name) for name in _OF_RUN if name in given}
-    if isinstance(config, SftConfig):
+    if not isinstance(config, TrainConfig):
         del values["data"]  # pairs
-        return values
-    if config.kl_coef == 0:  # no optimum is at that
+    elif config.kl_coef == 0:  # no optimum is at that
         del values["kl_coef"]
-    if (run / "reference").exists():
+    if not isinstance(config, SftConfig) and (run / "reference").exists():
         role = config.policy
         start = getattr(config, role) or ModelConfig()
         values[role] = replace(start, adapter=str(run / "reference"))
     return values
 
 
-def _config_of(run: Path) -> TrainConfig | SftConfig:
+def _config_of(run: Path) -> TrainConfig | PreferConfig | SftConfig:
     record = read_record(run / CONFIG)
     try:
         return config_of_run(record)
