@@ -22,6 +22,7 @@ STAGES = {
     "train": configs.TrainConfig,
     "sft": configs.SftConfig,
     "prefer": configs.PreferConfig,
+    "reward": configs.RewardFitConfig,
     "evaluate": configs.EvalConfig,
     "headroom": configs.HeadroomConfig,
     "bound": configs.BoundConfig,

@@ -132,6 +132,7 @@ STAGES = {
     Stage.sft: "SftConfig",
     Stage.train: "TrainConfig",
     Stage.prefer: "PreferConfig",
+    Stage.reward: "RewardFitConfig",
     Stage.evaluate: "EvalConfig",
     Stage.bound: "BoundConfig",
     Stage.serve: "ServeConfig",

@@ -48,6 +48,7 @@ class Stage(str, Enum):
     sft = "sft"
     train = "train"
     prefer = "prefer"
+    reward = "reward"
     evaluate = "evaluate"
     bound = "bound"
     serve = "serve"
@@ -78,6 +79,7 @@ def config(
         Stage.sft: configs.SftConfig,
         Stage.train: configs.TrainConfig,
         Stage.prefer: configs.PreferConfig,
+        Stage.reward: configs.RewardFitConfig,
         Stage.evaluate: configs.EvalConfig,
         Stage.bound: configs.BoundConfig,
         Stage.serve: configs.ServeConfig,

@@ -32,6 +32,7 @@ from alignpro.config.model import ModelConfig as ModelConfig
 from alignpro.config.model import check_local as check_local
 from alignpro.config.model import target_of as target_of
 from alignpro.config.prefer import PreferConfig as PreferConfig
+from alignpro.config.prefer import RewardFitConfig as RewardFitConfig
 from alignpro.config.prompting import RESPONSE as RESPONSE
 from alignpro.config.prompting import REWRITE as REWRITE
 from alignpro.config.prompting import FitConfig as FitConfig

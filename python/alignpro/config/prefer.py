@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from alignpro.config.data import PreferencesConfig
-from alignpro.config.fields import Range, above, at_least, checked, require
+from alignpro.config.data import OnTooLong, PreferencesConfig
+from alignpro.config.fields import (
+    Date,
+    Range,
+    Seed,
+    Threads,
+    above,
+    at_least,
+    checked,
+    require,
+)
 from alignpro.config.held_out import HeldOutConfig
-from alignpro.config.model import PROMPTER, ModelConfig, check_trainable, target_of
+from alignpro.config.model import PROMPTER, ModelConfig, check_local, check_trainable, target_of
 from alignpro.config.prompting import PairsFitConfig, Prompting
 
 
@@ -23,6 +32,58 @@ class HeldOutPairsConfig(HeldOutConfig):
     """The pairs to measure; one whose prompt is trained on as well is refused."""
     num_prompts: Annotated[int, at_least(2)] | None = 64
     """How many of them are drawn; null is all."""
+
+
+@dataclass(frozen=True)
+@checked
+class HeldOutPreferencesConfig(PreferencesConfig):
+    """Pairs that nothing is fitted to."""
+
+    path: str | None = None
+    """A file, a packaged name, or a hub name; null is the data's own."""
+    split: str | None = "heldout"
+    """The rows to use, by their column "split"; null is all rows."""
+
+
+@dataclass(frozen=True)
+@checked
+class RewardFitConfig:
+    """A reward from preferences: a linear head on a frozen model's states (Bradley-Terry)."""
+
+    model: ModelConfig = PROMPTER
+    """The frozen model that reads prompt and answer."""
+    data: PreferencesConfig = field(default_factory=PreferencesConfig)
+    """The pairs of answers."""
+    heldout: HeldOutPreferencesConfig | None = None
+    """The pairs that the reward is measured on ({} takes the split heldout); null holds some out.
+
+    Pairs of the data whose conversation begins as one of them does are left out of the fit.
+    """
+    held_out_share: Annotated[float, Range(lambda v: 0 < v < 1, "between 0 and 1")] = 0.2
+    """The share of the conversations that is held out where heldout is null."""
+    folds: Annotated[int, at_least(2)] = 5
+    """The parts of the other conversations that choose the strength by cross-validation."""
+    strengths: tuple[Annotated[float, above(0)], ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    """The strengths of the penalty on the weights that are tried."""
+    on_too_long: OnTooLong = "error"
+    """What becomes of a pair that the model's context does not hold.
+
+    See `StageConfig.on_too_long`.
+    """
+    seed: Seed = 0
+    """The random seed, from which everything random follows."""
+    date: Date = None
+    """The date that chat templates are told, such as 2026-11-28; null is today's, which the reward
+    records."""
+    threads: Threads = None
+    """The number of threads; null is the CPU quota."""
+
+    def __post_init__(self) -> None:
+        require("data.path", self.data.path, self.data.path is not None, "a source")
+        check_local("model", self.model, "its states are read in this process")
+        adapter, strengths = self.model.adapter, self.strengths
+        require("model.adapter", adapter, adapter is None, "null: the states are the base model's")
+        require("strengths", strengths, bool(strengths), "at least one")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""From a line of a config file to a reward: "vader+0.5*topic", "2*mine:score", "hf:NAME"."""
+"""From a line of a config file to a reward: "vader+0.5*topic", "2*mine:score", "learned:FOLDER"."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -24,7 +25,9 @@ _WEIGHTED = re.compile(r"\s*([^*]*?)\s*\*\s*(.*?)\s*")
 
 # In alignpro.rewards.
 _NAMED = {"vader": "VaderReward", "topic": "TopicReward", "house_rules": "HouseRulesReward"}
-_KNOWN = f"known: {', '.join(_NAMED)}, 'module:function', 'hf:NAME' or 'hf:NAME#label'"
+_KNOWN = (
+    f"known: {', '.join(_NAMED)}, 'module:function', 'learned:FOLDER', 'hf:NAME' or 'hf:NAME#label'"
+)
 
 
 def build_reward(spec: str | Mapping[str, Any]) -> Reward:
@@ -32,8 +35,9 @@ def build_reward(spec: str | Mapping[str, Any]) -> Reward:
 
     A line is a sum of terms ``[weight*]name``. A name is one of "vader", "topic" and
     "house_rules", "module:function" for your own (installed or in the current folder; signatures as
-    in ``from_callable``; a class is called with the options to make the reward), or
-    "hf:NAME[#label]" for a Hugging Face sequence classifier. A mapping says the same with room for
+    in ``from_callable``; a class is called with the options to make the reward),
+    "learned:FOLDER" for what `alignpro reward fit` wrote, or "hf:NAME[#label]" for a Hugging Face
+    sequence classifier. A mapping says the same with room for
     options: ``{"vader": 1.0, "hf:NAME#label": {"weight": 0.5, "pair": False}}``.
 
     Raises ValueError with one line on what was expected; ImportError where a package is missing.
@@ -87,6 +91,8 @@ def _as_weight(value: object, where: str) -> float:
 def _build_one(name: str, options: dict[str, Any]) -> Reward:
     if name.startswith("hf:"):
         build = _classifier_builder(name)
+    elif name.startswith("learned:"):
+        build = functools.partial(rewards.LearnedReward, name.removeprefix("learned:"))
     elif name in _NAMED:
         build = getattr(rewards, _NAMED[name])
     elif ":" in name:
