@@ -360,6 +360,15 @@ def test_the_reference_may_read_another_prompt(place):
     assert row["loss"] == pytest.approx(by_hand, rel=1e-9)
 
 
+def test_a_reference_prompt_in_every_row_or_in_none_is_refused():
+    data = PreferencesConfig("x.jsonl", reference_prompt="safe")
+    everywhere = [replace(row, reference_prompt="h") for row in ROWS]
+    for rows, count in ((everywhere, 4), (ROWS, 0)):
+        with pytest.raises(ValueError, match=rf"column 'safe': .* got one in {count} of 4"):
+            preference_fit(toy_policy(), rows, config(data=data))
+    assert preference_fit(toy_policy(), [*everywhere, *ROWS], config(data=data))
+
+
 @pytest.mark.parametrize("how", ["error", "skip", "cut"])
 def test_a_pair_that_is_too_long(place, how, caplog):
     rows = [{"prompt": "why " * 300, "chosen": "b", "rejected": "c"}] * 1
@@ -421,6 +430,8 @@ def test_a_run_is_evaluated_as_what_it_is(place):
         invoke("evaluate", "--run", run, "num_prompts=2", "reward=topic", "threads=1", *short)
         arms = json.loads((run / "evaluation.json").read_text())["arms"]
         assert came in arms
+        assert "report" in invoke("report", run)
+        invoke("generate", "Why?", "--run", run, "--max-new-tokens", "2", "--threads", "1")
 
 
 def test_the_default_data_are_the_packaged():

@@ -24,7 +24,7 @@ from alignpro.data.files import DataError
 from alignpro.data.preferences import PreferenceRow
 from alignpro.models.native_model import load_model
 from alignpro.rewards import build_reward
-from alignpro.rewards.learned import LearnedReward, answer_features, answer_tokens
+from alignpro.rewards.learned import LearnedReward, answer_features, read_answer
 from alignpro.train.reward_fit import fit_reward, opening, run_reward_fit, split_rows
 from alignpro.types import Conversation, SamplingParams
 
@@ -213,34 +213,42 @@ def test_a_reward_by_its_name(made):
     assert min(scores) > max(reward(prompts, ["", ""], [cold, cold]))
     record = json.loads((made / "kind" / "reward.json").read_text())
     model = load_model(made / "model", threads=1)
-    chats = [answer_tokens(model, prompt, kind) for prompt in prompts]
+    chats = [read_answer(model, prompt, kind, "mean") for prompt in prompts]
     features = answer_features(model, chats).astype(np.float64)
     np.testing.assert_array_equal(scores, features @ np.array(record["weights"]) + record["bias"])
     assert record["heldout"]["accuracy"]["mean"] == 1.0 > record["heldout"]["accuracy"]["low"]
     assert record["training"]["pairs"] == 21 and record["config"]["heldout"]["split"] == "heldout"
 
 
-def test_the_state_is_that_of_the_last_token(made):
-    """By the engine's own head: the state that the next token would be predicted from."""
+@pytest.mark.parametrize("state", ["mean", "end"])
+def test_states_are_those_behind_the_answers_tokens(made, state):
+    """By one score of the whole chat: the states that each next token would be predicted from."""
     model = load_model(made / "model", threads=1)
-    chat = answer_tokens(model, "what is a heron", "be kind")
-    assert chat == model.tokenizer.encode_chat(
-        [
-            {"role": "user", "content": "what is a heron"},
-            {"role": "assistant", "content": "be kind"},
-        ],
-        add_generation_prompt=False,
-    )
-    score = model.core_model.score([[*chat, 7]], [1], with_hidden=True)
-    (state,) = answer_features(model, [chat])
-    assert np.array_equal(state, score.hidden[-1])
+    asked = [{"role": "user", "content": "what is a heron"}]
+    said = [*asked, {"role": "assistant", "content": "be kind"}]
+    chat = model.tokenizer.encode_chat(said, add_generation_prompt=False)
+    end = max(i for i, token in enumerate(chat) if token in model.tokenizer.eos_ids)
+    answer = read_answer(model, "what is a heron", "be kind", state)
+    assert answer.tokens == chat[: end + 1]
+    first = len(model.tokenizer.encode_chat(asked))
+    assert answer.start == {"mean": first, "end": end}[state]
+    score = model.core_model.score([[*chat[: end + 1], 7]], [1], with_hidden=True)
+    (feature,) = answer_features(model, [answer])
+    np.testing.assert_array_equal(feature, score.hidden[answer.start :].mean(axis=0))
+    assert len(score.hidden[answer.start :]) == {"mean": end + 1 - first, "end": 1}[state]
+
+
+def test_an_answer_that_is_empty_has_its_end(made):
+    model = load_model(made / "model", threads=1)
+    answer = read_answer(model, "what is a heron", "", "mean")
+    assert answer.start == len(answer.tokens) - 1
 
 
 def test_a_row_depends_on_no_other(made, monkeypatch):
     model = load_model(made / "model", threads=2)
-    chats = [answer_tokens(model, f"what is a {thing}", "be kind") for thing in THINGS]
+    chats = [read_answer(model, f"what is a {thing}", "be kind", "mean") for thing in THINGS]
     together = answer_features(model, chats)
-    monkeypatch.setattr("alignpro.rewards.learned._TOKENS", 2 * len(chats[0]))
+    monkeypatch.setattr("alignpro.rewards.learned._TOKENS", 2 * len(chats[0].tokens))
     seen = []
     parts = answer_features(model, chats, lambda done, total: seen.append((done, total)))
     assert len(seen) > 2 and seen[-1] == (10, 10)

@@ -14,6 +14,7 @@ from alignpro.config.fields import (
     above,
     at_least,
     checked,
+    only_default,
     require,
 )
 from alignpro.config.held_out import HeldOutConfig
@@ -59,6 +60,9 @@ class RewardFitConfig:
 
     Pairs of the data whose conversation begins as one of them does are left out of the fit.
     """
+    state: Literal["mean", "end"] = "mean"
+    """The state that is read: the mean over the answer's tokens, or that at the token that ends it.
+    """
     held_out_share: Annotated[float, Range(lambda v: 0 < v < 1, "between 0 and 1")] = 0.2
     """The share of the conversations that is held out where heldout is null."""
     folds: Annotated[int, at_least(2)] = 5
@@ -81,6 +85,7 @@ class RewardFitConfig:
     def __post_init__(self) -> None:
         require("data.path", self.data.path, self.data.path is not None, "a source")
         check_local("model", self.model, "its states are read in this process")
+        only_default(self.data, "reference_prompt", "with a policy", "data.")
         adapter, strengths = self.model.adapter, self.strengths
         require("model.adapter", adapter, adapter is None, "null: the states are the base model's")
         require("strengths", strengths, bool(strengths), "at least one")

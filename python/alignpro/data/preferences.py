@@ -52,8 +52,7 @@ def load_preferences(source: PreferencesConfig) -> list[PreferenceRow]:
 
     Raises:
         DataError: as `load_prompts`; conversations that part before their last turn, or do not end
-            in an answer; a reference prompt in no row, or in every one; pairs of equal answers
-            alone.
+            in an answer; pairs of equal answers alone.
     """
     read = [_preference(row, source) for row in read_rows(source)]
     rows = [row for row in read if row.chosen != row.rejected]
@@ -63,14 +62,6 @@ def load_preferences(source: PreferencesConfig) -> list[PreferenceRow]:
         if not rows:
             raise DataError(f"{said}; none is left to learn from")
         _log.warning("%s, and are left out", said)
-    if source.reference_prompt is not None:
-        of_its_own = sum(row.reference_prompt is not None for row in rows)
-        if of_its_own in (0, len(rows)):
-            raise DataError(
-                f"{source.path}: column {source.reference_prompt!r}: expected a reference prompt "
-                f"in some rows and none (null) in the others, got one in {of_its_own} of "
-                f"{len(rows)}: held to another prompt everywhere, a model forgets the ordinary one"
-            )
     return rows
 
 

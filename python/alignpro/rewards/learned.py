@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.rewards.check import CONVERSATIONS
-from alignpro.types import Conversation, PromptLike, Texts
+from alignpro.types import Conversation, Message, PromptLike, Texts
 
 RECORD = "reward.json"
+State = Literal["mean", "end"]
 _TOKENS = 4096  # read in one call: what the answers of a prompt have in common is read once
 
 
@@ -47,6 +49,7 @@ class LearnedReward:
             made = record["model"]
             self._weights = np.asarray(record["weights"], np.float64)
             self._bias = float(record["bias"])
+            self._state: State = record["state"]
             name, options = made["name"], dict(made["options"])
             date, known = made["date"], made["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
@@ -62,7 +65,7 @@ class LearnedReward:
         """Raises ValueError for an answer that the model's context does not hold."""
         asked = columns.get(CONVERSATIONS, prompts)
         chats = [
-            answer_tokens(self.model, prompt, response)
+            read_answer(self.model, prompt, response, self._state)
             for prompt, response in zip(asked, responses, strict=True)
         ]
         features = answer_features(self.model, chats).astype(np.float64)
@@ -70,42 +73,59 @@ class LearnedReward:
         return rewards
 
 
-def answer_tokens(model: NativeModel, prompt: PromptLike, answer: str) -> list[int]:
-    """The whole chat that ends in the answer.
+class AnswerTokens(NamedTuple):
+    """A chat up to the token that ends its last answer; the states at ``start`` and later count."""
 
-    Raises ValueError for one over the context, or that the chat template refuses.
+    tokens: list[int]
+    start: int
+
+
+def read_answer(model: NativeModel, prompt: PromptLike, answer: str, state: State) -> AnswerTokens:
+    """state: "mean" counts the answer's tokens, its end included; "end" counts that alone.
+
+    Raises ValueError for a chat over the context, or that the chat template refuses.
     """
-    messages = [*Conversation.of(prompt).messages, {"role": "assistant", "content": answer}]
-    tokens = model.tokenizer.encode_chat(messages, add_generation_prompt=False)  # type: ignore[arg-type]
+    tokenizer, asked = model.tokenizer, Conversation.of(prompt).messages
+    said: Message = {"role": "assistant", "content": answer}
+    tokens = tokenizer.encode_chat([*asked, said], add_generation_prompt=False)
+    begin = zip(tokens, tokenizer.encode_chat(asked), strict=False)
+    start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], begin))
+    ends = [at for at, token in enumerate(tokens) if at >= start and token in tokenizer.eos_ids]
+    tokens = tokens[: ends[-1] + 1 if ends else None]
     if len(tokens) >= model.context_length:
         raise ValueError(
             f"{len(tokens)} tokens of prompt and answer exceed the context of {model.name} "
             f"({model.context_length} tokens)"
         )
-    return tokens
+    last = len(tokens) - 1
+    return AnswerTokens(tokens, last if state == "end" else min(start, last))
 
 
 def answer_features(
     model: NativeModel,
-    chats: Sequence[Sequence[int]],
+    chats: Sequence[AnswerTokens],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> NDArray[np.float32]:
-    """[n, D]: the base model's final, normalised state at the last token of each chat. A row's bits
-    depend on no other row."""
+    """[n, D]: the mean of the base model's final, normalised states that count. A row's bits depend
+    on no other row."""
     features = np.empty((len(chats), int(model.config["hidden_size"])), np.float32)
     begin = 0
     while begin < len(chats):
         end, tokens = begin, 0
-        while end < len(chats) and (end == begin or tokens + len(chats[end]) <= _TOKENS):
-            tokens += len(chats[end])
+        while end < len(chats) and (end == begin or tokens + len(chats[end].tokens) <= _TOKENS):
+            tokens += len(chats[end].tokens)
             end += 1
         part = chats[begin:end]
         # States are those that a token was predicted from: of one more, whichever it is.
         score = model.core_model.score(
-            [[*chat, chat[-1]] for chat in part], [len(chat) for chat in part], with_hidden=True
+            [[*chat.tokens, chat.tokens[-1]] for chat in part],
+            [chat.start + 1 for chat in part],
+            with_hidden=True,
         )
         assert score.hidden is not None
-        features[begin:end] = score.hidden
+        counts = [len(chat.tokens) - chat.start for chat in part]
+        for row, states in enumerate(np.split(score.hidden, np.cumsum(counts)[:-1]), begin):
+            features[row] = states.mean(axis=0)
         begin = end
         on_progress(end, len(chats))
     return features

@@ -47,10 +47,19 @@ def preference_fit(
 
     Raises:
         ValueError: no pairs, one over the context, or a chat template that opens a block of
-            reasoning; the message names the row. Before the first step.
+            reasoning; the message names the row. A reference prompt in no row, or in every one.
+            Before the first step.
     """
     if not rows:
         raise ValueError("pairs: expected at least one, got none")
+    column = config.data.reference_prompt
+    of_its_own = sum(row.reference_prompt is not None for row in rows)
+    if column is not None and of_its_own in (0, len(rows)):
+        raise ValueError(
+            f"{config.data.path}, column {column!r}: expected a reference prompt in some rows and "
+            f"none (null) in the others, got one in {of_its_own} of {len(rows)}: held to another "
+            "prompt everywhere, a model forgets the ordinary one"
+        )
     pairs = Pairs(policy, rows, config, reference)
     watched = Pairs(policy, held_out, config, reference)
 

@@ -31,7 +31,7 @@ from alignpro.files import write_json
 from alignpro.lengths import fit_rows
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.objective.bradley_terry import fit_bradley_terry
-from alignpro.rewards.learned import RECORD, answer_features, answer_tokens
+from alignpro.rewards.learned import RECORD, answer_features, read_answer
 from alignpro.statistics import Calibration, Interval, calibration, share_ci
 from alignpro.train.callbacks import OnProgress
 from alignpro.train.policy import one_torch_thread
@@ -91,7 +91,7 @@ def run_reward_fit(
     def unread(row: PreferenceRow) -> str | None:
         try:
             for answer in (row.chosen, row.rejected):
-                answer_tokens(model, row.prompt, answer)
+                read_answer(model, row.prompt, answer, config.state)
         except ValueError as error:
             return str(error)
         return None
@@ -100,7 +100,7 @@ def run_reward_fit(
     if held_out is not None:
         held_out = fit_rows(held_out, unread, config.on_too_long).rows
     training, held_out = split_rows(rows, held_out, config)
-    features = _features(model, [*training, *held_out], on_progress)
+    features = _features(model, [*training, *held_out], config, on_progress)
     with one_torch_thread():
         fit = fit_reward(
             *(training, features[: len(training)]),
@@ -224,7 +224,10 @@ def _correct(margins: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _features(
-    model: NativeModel, rows: Sequence[PreferenceRow], on_progress: OnProgress | None
+    model: NativeModel,
+    rows: Sequence[PreferenceRow],
+    config: RewardFitConfig,
+    on_progress: OnProgress | None,
 ) -> NDArray[np.float32]:
     """[pairs, 2, D]."""
 
@@ -233,7 +236,7 @@ def _features(
             on_progress("reading", done // 2, total // 2)
 
     chats = [
-        answer_tokens(model, row.prompt, answer)
+        read_answer(model, row.prompt, answer, config.state)
         for row in rows
         for answer in (row.chosen, row.rejected)
     ]
@@ -247,7 +250,7 @@ def _record(
     training: Sequence[PreferenceRow],
     held_out: Sequence[PreferenceRow],
 ) -> dict[str, Any]:
-    """What `LearnedReward` reads (model, weights, bias), and what there is to know of it."""
+    """What `LearnedReward` reads (model, state, weights, bias), and what there is to know of it."""
     chosen, default = to_mapping(config.model), to_mapping(ModelConfig())
     options = {k: v for k, v in chosen.items() if v != default[k] and k != "model"}
     quality = asdict(fit.held_out)
@@ -264,6 +267,7 @@ def _record(
             "date": model.tokenizer.date,
             "fingerprint": model.fingerprint,
         },
+        "state": config.state,
         "config": to_mapping(config),
         "data": asdict(data),
         "strength": fit.strength,
