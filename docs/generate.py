@@ -21,6 +21,8 @@ from alignpro.train.metrics import METRICS
 STAGES = {
     "train": configs.TrainConfig,
     "sft": configs.SftConfig,
+    "prefer": configs.PreferConfig,
+    "reward": configs.RewardFitConfig,
     "evaluate": configs.EvalConfig,
     "headroom": configs.HeadroomConfig,
     "bound": configs.BoundConfig,

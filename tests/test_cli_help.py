@@ -21,7 +21,9 @@ from alignpro.config import (
     BoundConfig,
     EvalConfig,
     HeadroomConfig,
+    PreferConfig,
     QuickstartConfig,
+    RewardFitConfig,
     ServeConfig,
     SftConfig,
     TrainConfig,
@@ -36,6 +38,8 @@ STAGES = {
     "headroom": HeadroomConfig,
     "sft": SftConfig,
     "train": TrainConfig,
+    "prefer": PreferConfig,
+    "reward": RewardFitConfig,
     "evaluate": EvalConfig,
     "bound": BoundConfig,
     "serve": ServeConfig,
@@ -72,6 +76,7 @@ def every(group=None, name=""):
 
 
 COMMANDS = dict(every())
+COMMAND_OF = {"reward": "reward fit"}  # the others have the name of their configuration
 
 
 def test_help_imports_nothing_heavy():
@@ -90,8 +95,8 @@ def test_help_imports_nothing_heavy():
 def test_help_lists_commands_in_the_order_of_a_users_work():
     lines = run("-h").stdout.split("Commands:")[1].splitlines()
     listed = [line.split()[0] for line in lines if line]
-    assert listed[:8] == (
-        ["quickstart", "init", "config", "headroom", "sft", "train", "evaluate", "report"]
+    assert listed[:9] == (
+        ["quickstart", "init", "config", "headroom", "sft", "train", "prefer", "reward", "evaluate"]
     )
     assert set(listed) == set(typer.main.get_command(app).commands)
     assert not any("..." in line for line in lines)  # whole sentences, in a terminal of 80 columns
@@ -164,9 +169,12 @@ def test_an_example_with_an_unknown_key_is_seen():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_overrides_of_the_argument_help_are_keys_of_the_command(stage):
-    (text,) = (p.help for p in COMMANDS[stage].params if p.name == "overrides")
+    command = COMMANDS[COMMAND_OF.get(stage, stage)]
+    (text,) = (p.help for p in command.params if p.name == "overrides")
     made = load_yaml(STAGES[stage], None, [w.strip(".") for w in text.split() if "=" in w])
-    if stage == "serve":
+    if stage == "reward":
+        assert (made.seed, made.model.model) == (1, "smollm2")
+    elif stage == "serve":
         assert (made.threads, made.guards.language) == (1, False)
     else:
         assert (made.seed, made.prompter.model) == (1, "smollm2")
@@ -209,7 +217,9 @@ def test_a_field_without_a_docstring_is_seen():
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("value", ["a: b", "1e3", "null", "x # y", "", "'", "é\n", "=", "0x1"])
 def test_any_text_is_read_back(stage, value):
-    path = {"sft": "run_dir", "serve": "run"}.get(stage, "reward")
+    path = {"sft": "run_dir", "prefer": "run_dir", "reward": "date", "serve": "run"}.get(
+        stage, "reward"
+    )
     text = commented_yaml(STAGES[stage], values={path: value})
     assert yaml.safe_load(text)[path] == value
 

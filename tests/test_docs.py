@@ -132,6 +132,8 @@ STAGES = {
     Stage.headroom: "HeadroomConfig",
     Stage.sft: "SftConfig",
     Stage.train: "TrainConfig",
+    Stage.prefer: "PreferConfig",
+    Stage.reward: "RewardFitConfig",
     Stage.evaluate: "EvalConfig",
     Stage.bound: "BoundConfig",
     Stage.mix: "MixConfig",

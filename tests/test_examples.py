@@ -17,6 +17,7 @@ from alignpro.config import (
     EvalConfig,
     HeadroomConfig,
     ModelConfig,
+    PreferConfig,
     QuickstartConfig,
     SftConfig,
     TrainConfig,
@@ -31,7 +32,7 @@ from alignpro.rewards.build import build_reward
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILES = sorted(EXAMPLES.rglob("*.yaml"))
 PAPER = [file for file in FILES if file.parent.name == "paper"]
-TRAINING = [file for file in FILES if not file.name.startswith("evaluate-")]
+TRAINING = [f for f in FILES if not f.name.startswith(("evaluate-", "prefer"))]
 
 # What the data sets' cards say they hold.
 CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
@@ -58,6 +59,8 @@ def names(files):
 
 
 def kind(file):
+    if file.name == "prefer.yaml":
+        return PreferConfig
     return EvalConfig if file.name.startswith("evaluate-") else TrainConfig
 
 
@@ -170,6 +173,7 @@ CONFIGS = {
     "quickstart": QuickstartConfig,
     "sft": SftConfig,
     "train": TrainConfig,
+    "prefer": PreferConfig,
     "evaluate": EvalConfig,
     "headroom": HeadroomConfig,
     "bound": BoundConfig,

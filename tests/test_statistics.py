@@ -9,10 +9,12 @@ import pytest
 
 from alignpro.statistics import (
     bootstrap_mean_ci,
+    calibration,
     law_of_total_variance,
     length_controlled_win_rate,
     paired_difference,
     ratio_of_means,
+    share_ci,
     variance,
 )
 
@@ -223,3 +225,30 @@ def test_other_bad_input():
             law_of_total_variance(np.zeros(shape))
     with pytest.raises(ValueError, match="3 dimension"):
         law_of_total_variance(np.zeros((2, 2)))
+
+
+def test_share_interval_by_hand():
+    """Wilson's interval of 8 in 10, from the textbook: 0.490 to 0.943."""
+    found = share_ci(0.8, 10)
+    assert found.mean == 0.8
+    assert (found.low, found.high) == pytest.approx((0.4901625, 0.9433178), abs=1e-7)
+    whole, none = share_ci(1.0, 5), share_ci(0.0, 5)
+    assert whole.high == 1.0 and whole.low == pytest.approx(5 / (5 + 1.959964**2), rel=1e-6)
+    assert (none.low, none.high) == pytest.approx((0.0, 1 - whole.low))
+    for share, count in ((1.1, 5), (0.5, 0)):
+        with pytest.raises(ValueError, match=r"expected a share in \[0, 1\] of at least 1"):
+            share_ci(share, count)
+
+
+def test_calibration_by_hand():
+    found = calibration([0.55, 0.58, 0.92, 1.0], [1.0, 0.0, 1.0, 0.5], bins=10)
+    assert [(b.low, b.high, b.count) for b in found.bins] == [(0.5, 0.6, 2), (0.9, 1.0, 2)]
+    assert [b.confidence for b in found.bins] == pytest.approx([0.565, 0.96])
+    assert [b.accuracy for b in found.bins] == [0.5, 0.75]
+    assert found.error == pytest.approx((2 * 0.065 + 2 * 0.21) / 4)
+    assert found.brier == pytest.approx((0.45**2 + 0.58**2 + 0.08**2 + 0.5**2) / 4)
+    for probabilities, outcomes in (([1.5], [1.0]), ([0.5], [-1.0])):
+        with pytest.raises(ValueError, match="expected numbers between 0 and 1"):
+            calibration(probabilities, outcomes)
+    with pytest.raises(ValueError, match="expected aligned values, at least one, got 0 and 0"):
+        calibration([], [])

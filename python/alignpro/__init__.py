@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alignpro.config import HeadroomConfig as HeadroomConfig
     from alignpro.config import LoraConfig as LoraConfig
     from alignpro.config import ModelConfig as ModelConfig
+    from alignpro.config import PreferConfig as PreferConfig
     from alignpro.config import Prompting as Prompting
     from alignpro.config import QuickstartConfig as QuickstartConfig
     from alignpro.config import SftConfig as SftConfig
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from alignpro.train.callbacks import TrainCallback as TrainCallback
     from alignpro.train.policy import LoraPolicy as LoraPolicy
     from alignpro.train.run import make_trainer as make_trainer
+    from alignpro.train.run import run_prefer as run_prefer
     from alignpro.train.run import run_sft as run_sft
     from alignpro.train.run import run_train as run_train
     from alignpro.train.trainer import Trainer as Trainer
@@ -79,6 +81,7 @@ _HOMES = {
     "NativeModel": "models.native_model",
     "NumericError": "native",
     "Pipeline": "pipeline",
+    "PreferConfig": "config",
     "Prompter": "prompter",
     "Prompting": "config",
     "QuickstartConfig": "config",
@@ -104,6 +107,7 @@ _HOMES = {
     "resolve_model": "models.resolve",
     "run_evaluate": "evaluate.run",
     "run_headroom": "evaluate.headroom",
+    "run_prefer": "train.run",
     "run_sft": "train.run",
     "run_train": "train.run",
     "save_peft": "models.adapter",

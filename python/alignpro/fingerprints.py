@@ -86,7 +86,8 @@ def of_rows(
 
 
 def of_reward(reward: Any) -> Fingerprints:
-    """The files of a reward's own functions and classes, and of a local classifier. What such a
+    """The files of a reward's own functions and classes, of a local classifier, and of a learned
+    reward, which names its model. What such a
     file imports is not followed; alignpro's own rewards go by its version."""
     found: Fingerprints = {}
     for name, part in _parts(reward):
@@ -106,8 +107,9 @@ def _parts(reward: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _of_source(part: Any) -> Fingerprint | None:
-    folder = reward_name(part).removeprefix("hf:").partition("#")[0]
-    if reward_name(part).startswith("hf:"):
+    kind, _, named = reward_name(part).partition(":")
+    if kind in ("hf", "learned"):
+        folder = named.partition("#")[0]
         return Fingerprint(folder, fingerprint(Path(folder))) if Path(folder).is_dir() else None
     function = getattr(part, "function", part)
     while hasattr(function, "func"):  # functools.partial

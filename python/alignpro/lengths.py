@@ -11,13 +11,14 @@ from typing import Generic, TypeVar
 
 from alignpro.config import OnTooLong
 from alignpro.data.load import PairRow, PromptRow
+from alignpro.data.preferences import PreferenceRow
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.reading import naming, prompter_tokens, target_tokens, too_long
 from alignpro.pipeline import Pipeline
 from alignpro.types import Conversation, Prompt, SamplingParams
 
 _log = logging.getLogger(__name__)
-Row = TypeVar("Row", PromptRow, PairRow)
+Row = TypeVar("Row", PromptRow, PairRow, PreferenceRow)
 CUT_MARK = " [...] "  # where the middle of a turn was
 _SHOWN = 3  # places in a note
 # Tokens of a byte, at most: a token is a byte or more, but normalisation may add some, and a

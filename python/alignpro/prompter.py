@@ -17,6 +17,7 @@ from alignpro.config import (
     REWRITE,
     GuardConfig,
     ModelConfig,
+    PreferConfig,
     Prompting,
     SftConfig,
     TrainConfig,
@@ -97,8 +98,8 @@ class Prompter:
         model: NativeModel | None = None,
         **options: Any,
     ) -> Prompter:
-        """The prompter of a run of `train`, `sft` or `quickstart`, with the model, the prompting
-        and the sampling that it was trained with.
+        """The prompter of a run of `train`, `prefer`, `sft` or `quickstart`, with the model, the
+        prompting and the sampling that it was trained with.
 
         Args:
             model: one with the run's base weights that is loaded already; None loads it.
@@ -111,7 +112,7 @@ class Prompter:
         config = config_of_prompter(run)
         if model is None:
             model = load_model(config.prompter, threads, date=config.date, **options)
-        params = REWRITE if isinstance(config, SftConfig) else config.rewrite
+        params = config.rewrite if isinstance(config, TrainConfig) else REWRITE
         return cls(
             model, Path(run) / "adapter", prompting=config.prompting, params=params, guards=guards
         )
@@ -290,7 +291,9 @@ class Prompter:
         return self._pipeline.rewrite(prompts, num_rewrites=num_rewrites, seed=seed)
 
 
-def config_of_prompter(run: str | os.PathLike[str]) -> TrainConfig | SftConfig:
+def config_of_prompter(
+    run: str | os.PathLike[str],
+) -> TrainConfig | PreferConfig | SftConfig:
     """What the run of a prompter was made with. Raises as `Prompter.from_run`."""
     run = Path(run)
     file, adapter = run / CONFIG, run / "adapter"
@@ -305,6 +308,6 @@ def config_of_prompter(run: str | os.PathLike[str]) -> TrainConfig | SftConfig:
             f"alignpro train {file} --resume"
         )
     config = config_of_run(run)
-    if isinstance(config, TrainConfig) and config.policy != "prompter":
+    if not isinstance(config, SftConfig) and config.policy != "prompter":
         raise ValueError(f"{run}: expected the run of a prompter; this one tuned the target")
     return config

@@ -30,7 +30,7 @@ from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import trainer_from
-from alignpro.train.sft import WarmStart, fit_pairs
+from alignpro.train.sft import fit_pairs, warm_start
 from alignpro.train.trackers import check_trackers
 
 _PACKAGES = ("alignpro", "numpy", "torch", "tokenizers", "vaderSentiment")  # decide the numbers
@@ -58,7 +58,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     reward = build_reward(train.reward)
     pairs = load_pairs(sft.data)
     train_rows = load_prompts(train.data)
-    watched = load_held_out(train, train_rows)
+    watched = load_held_out(train, train_rows, load_prompts)
     check_columns(reward, stack_columns(train_rows))
     seconds: dict[str, float] = {}
 
@@ -82,7 +82,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
             bars.show("warm start", 0, sft.steps)
             policy = LoraPolicy.fresh(prompter, sft.lora, seed=sft.seed)
             sft_rows = []
-            for row in WarmStart(policy, fit_pairs(prompter, pairs, sft), sft).rows():
+            for row in warm_start(policy, fit_pairs(prompter, pairs, sft), sft).rows():
                 sft_rows.append(row)
                 show_sft_row(bars, row, sft.steps)
             warm = policy.weights()

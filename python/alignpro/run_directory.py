@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from alignpro.config import SftConfig, TrainConfig, from_mapping
+from alignpro.config import PreferConfig, SftConfig, TrainConfig, from_mapping
 from alignpro.files import LOCKED, PARTIAL, lock_file, lock_holder, sync_folder, write_file
 
 MARKER, LOCK, ERROR_LOG = ".alignpro-run", ".alignpro-lock", "error.log"
@@ -322,14 +322,16 @@ def read_record(path: Path) -> dict[str, Any]:
     return value
 
 
-def config_of_run(run: Path) -> TrainConfig | SftConfig:
-    """What a run was made with: a training, or a warm start.
+def config_of_run(run: Path) -> TrainConfig | PreferConfig | SftConfig:
+    """What a run was made with: a training, by rewards or on preferences, or a warm start.
 
     Raises:
         ValueError: its config.json is damaged; the message names it. FileNotFoundError: no such.
     """
     record = read_record(run / CONFIG)
     try:
+        if "beta" in record:
+            return from_mapping(PreferConfig, record)
         if "policy" in record:
             return from_mapping(TrainConfig, record)
         return from_mapping(SftConfig, record)

@@ -183,6 +183,68 @@ def _fit_logistic(x: Floats, y: Floats, weight: Floats, start: Floats) -> Floats
 _PRIOR_DEVIATIONS = (10.0, 2.5)  # of intercept and slope
 
 
+def share_ci(share: float, count: int) -> Interval:
+    """A mean of ``count`` independent values in [0, 1] with its 95% interval (Wilson 1927).
+
+    Of values that are not all 0 or 1 it is somewhat too wide. It stays inside [0, 1], and has a
+    width where all are alike, as a bootstrap's has not. Raises ValueError for a share outside
+    [0, 1], or no values.
+    """
+    if not 0 <= share <= 1 or count < 1:
+        raise ValueError(f"expected a share in [0, 1] of at least 1, got {share} of {count}")
+    z = 1.959963984540054
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return Interval(share, max(0.0, float(middle - half)), min(1.0, float(middle + half)))
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """What was given a probability in [low, high)."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float  # mean of the probabilities
+    accuracy: float  # mean of the outcomes
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How often what was given a probability came true."""
+
+    error: float  # expected calibration error: the bins' mean |accuracy - confidence|, by count
+    brier: float  # mean squared difference of probability and outcome
+    bins: list[CalibrationBin]  # those that are not empty
+
+
+def calibration(probabilities: ArrayLike, outcomes: ArrayLike, *, bins: int = 20) -> Calibration:
+    """Of ``probabilities`` [n] in [0, 1] against ``outcomes`` [n] in [0, 1], in bins of equal width
+    (Guo et al. 2017, arXiv 1706.04599). The error of few observations is biased upwards.
+
+    Raises ValueError for other values, none, or lengths that differ.
+    """
+    p = _finite("probabilities", probabilities, dimensions=1)
+    y = _finite("outcomes", outcomes, dimensions=1)
+    if p.size != y.size or not p.size:
+        raise ValueError(f"expected aligned values, at least one, got {p.size} and {y.size}")
+    if (np.minimum(p, y) < 0).any() or (np.maximum(p, y) > 1).any():
+        raise ValueError("probabilities and outcomes: expected numbers between 0 and 1")
+    place = np.minimum((p * bins).astype(int), bins - 1)
+    found = [
+        CalibrationBin(
+            b / bins,
+            (b + 1) / bins,
+            int((place == b).sum()),
+            float(p[place == b].mean()),
+            float(y[place == b].mean()),
+        )
+        for b in np.unique(place).tolist()
+    ]
+    error = sum(b.count * abs(b.accuracy - b.confidence) for b in found) / p.size
+    return Calibration(float(error), float(np.square(p - y).mean()), found)
+
+
 def variance(values: ArrayLike) -> float:
     """Unbiased sample variance of ``values`` [n], n >= 2."""
     x = _finite("values", values, dimensions=1)

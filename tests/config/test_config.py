@@ -15,6 +15,7 @@ from alignpro.config import (
     HeadroomConfig,
     LoraConfig,
     ModelConfig,
+    PreferConfig,
     Prompting,
     QuickstartConfig,
     SftConfig,
@@ -29,7 +30,16 @@ from alignpro.types import Conversation
 
 
 @pytest.mark.parametrize(
-    "cls", [SftConfig, TrainConfig, EvalConfig, QuickstartConfig, HeadroomConfig, BoundConfig]
+    "cls",
+    [
+        PreferConfig,
+        SftConfig,
+        TrainConfig,
+        EvalConfig,
+        QuickstartConfig,
+        HeadroomConfig,
+        BoundConfig,
+    ],
 )
 def test_every_config_survives_json(cls):
     config = cls()

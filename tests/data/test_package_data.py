@@ -136,3 +136,15 @@ def test_no_style_is_tied_to_a_topic(pairs):
     for row in pairs:
         shared = content_words(row["prompt"]) & content_words(row["instruction"])
         assert not shared, (row, sorted(shared))
+
+
+def test_warm_tones_prefer_one_set_of_the_instructions_to_another(pairs):
+    rows = read_rows("warm_tones.jsonl")
+    assert all(set(row) == {"prompt", "chosen", "rejected", "split"} for row in rows)
+    chosen, rejected = ({row[side] for row in rows} for side in ("chosen", "rejected"))
+    assert len(chosen) == len(rejected) == 10 and not chosen & rejected
+    assert chosen | rejected <= {row["instruction"] for row in pairs}
+    assert Counter(row["prompt"] for row in rows) == {row["prompt"]: 2 for row in pairs}
+    splits = {row["prompt"]: row["split"] for row in rows}
+    assert all(splits[row["prompt"]] == row["split"] for row in rows)  # a prompt is in one alone
+    assert Counter(splits.values()) == {"train": 72, "validation": 16, "heldout": 16}

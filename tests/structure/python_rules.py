@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "run_directory": {"config", "files"},
     "config": {"types"},
     "data": _BASE | {"optional"},
-    "rewards": {"types", "optional"},
+    "rewards": {"types", "optional", "models"},
     "objective": {"types"},
     "statistics": {"types"},
     "theory": {"types", "statistics"},

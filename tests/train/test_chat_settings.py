@@ -24,7 +24,7 @@ from alignpro.run_directory import recorded_date
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import make_trainer
-from alignpro.train.sft import WarmStart
+from alignpro.train.sft import warm_start
 from alignpro.types import SamplingParams
 from scripted_model import scripted_model
 
@@ -165,6 +165,6 @@ def test_no_instruction_is_taught_inside_a_block_of_reasoning(thinker):
     def policy(**options):
         return LoraPolicy.fresh(load_model(thinker, 1, **options), LoraConfig(rank=2), seed=0)
 
-    assert WarmStart(policy(), pairs, settings)
+    assert warm_start(policy(), pairs, settings)
     with pytest.raises(ValueError, match="pair 0: the chat template opens a block of reasoning"):
-        WarmStart(policy(chat_template_kwargs={"force_thinking": True}), pairs, settings)
+        warm_start(policy(chat_template_kwargs={"force_thinking": True}), pairs, settings)

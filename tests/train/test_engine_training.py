@@ -15,7 +15,7 @@ from alignpro.train.callbacks import TrainCallback
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy, initial_weights
 from alignpro.train.run import trainer_from
-from alignpro.train.sft import WarmStart
+from alignpro.train.sft import warm_start
 from alignpro.types import SamplingParams
 
 PROMPTS = ["the heron", "a tin roof", "on the other hand", "in the rain", "the red one"]
@@ -133,7 +133,7 @@ def test_sft_lowers_the_loss(model):
     policy = LoraPolicy.fresh(model, LORA, seed=0)
     pairs = [(prompt, "in the rain") for prompt in PROMPTS]
     settings = SftConfig(steps=12, batch_size=5, learning_rate=1e-2)
-    rows = list(WarmStart(policy, pairs, settings).rows())
+    rows = list(warm_start(policy, pairs, settings).rows())
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from alignpro.config import HeldOutConfig, ModelConfig
-from alignpro.data.load import PromptRow
+from alignpro.data.load import PromptRow, load_prompts
 from alignpro.findings import Measured
 from alignpro.report.progress import Bars, TrainBar
 from alignpro.train.callbacks import TrainCallback
@@ -172,7 +172,7 @@ def test_prompts_that_are_refused(tmp_path):
 
     def load(seed=0, **heldout):
         settings = config(tmp_path, data=str(path), heldout=heldout, seed=seed)
-        return load_held_out(settings, trained)
+        return load_held_out(settings, trained, load_prompts)
 
     whole = load(num_prompts=None)
     assert sorted(row.prompt for row in whole) == ["p0", "p2", "p4"]
@@ -185,7 +185,7 @@ def test_prompts_that_are_refused(tmp_path):
         load(data={"split": "train"}, num_prompts=2)
     with pytest.raises(ValueError, match=r"no rows in split 'x'; there are \['train', 'valid"):
         load(data={"split": "x"})
-    assert load_held_out(config(tmp_path), trained) == []
+    assert load_held_out(config(tmp_path), trained, load_prompts) == []
 
 
 def test_configurations_that_are_refused(tmp_path):

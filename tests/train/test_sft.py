@@ -10,7 +10,7 @@ import torch
 
 from alignpro.config import LoraConfig, Prompting, SftConfig
 from alignpro.train.policy import LoraPolicy
-from alignpro.train.sft import WarmStart, encode_pairs, end_of_turn
+from alignpro.train.sft import encode_pairs, end_of_turn, warm_start
 from train.toy_model import EOS, GEN, MODULE, ToyModel, ToyTokenizer
 
 PLAIN = Prompting(template="{prompt}")
@@ -33,7 +33,7 @@ def test_an_empty_instruction_is_the_end_alone():
     (example,) = encode_pairs(ToyTokenizer(), [("ab", " ")], PLAIN, 99)
     assert example.tokens[example.start :] == [EOS]
     policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=4), seed=0)
-    list(WarmStart(policy, [("ab", ""), ("d", "")], config(steps=100)).rows())
+    list(warm_start(policy, [("ab", ""), ("d", "")], config(steps=100)).rows())
     table = policy.model.core_model.table(policy.core_adapter(), 1.0).detach()
     assert math.exp(table[GEN, EOS]) > 0.95
 
@@ -90,7 +90,7 @@ def test_the_end_is_the_one_after_the_assistants_words(caplog):
 def test_the_loss_is_the_mean_over_tokens():
     model = ToyModel()
     policy = LoraPolicy.fresh(model, LoraConfig(rank=2), seed=0)
-    (row,) = list(WarmStart(policy, PAIRS, config(steps=1)).rows())
+    (row,) = list(warm_start(policy, PAIRS, config(steps=1)).rows())
     table = model.core_model.table(None, 1.0)
     c, e = 5, 7
     by_hand = -(3 * (table[GEN, c] + table[c, EOS]) + table[GEN, e] + table[e, EOS]) / 8
@@ -110,7 +110,7 @@ def test_the_loss_is_the_mean_over_tokens():
 def test_micro_batches_change_neither_loss_nor_gradient(changes, micro_batches, mode):
     def run(**changes):
         policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0)
-        (row,) = list(WarmStart(policy, PAIRS, config(steps=1, **changes)).rows())
+        (row,) = list(warm_start(policy, PAIRS, config(steps=1, **changes)).rows())
         return row, [p.grad for p in policy.parameters()], policy.model.core_model.scores
 
     whole, gradients, _ = run()
@@ -126,7 +126,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(changes, micro_batches, 
 
 def test_fitting_reaches_the_frequencies_of_the_data():
     policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=4), seed=0)
-    rows = list(WarmStart(policy, PAIRS, config(steps=150)).rows())
+    rows = list(warm_start(policy, PAIRS, config(steps=150)).rows())
     assert rows[-1]["loss"] < rows[0]["loss"]
     table = policy.model.core_model.table(policy.core_adapter(), 1.0).detach()
     # Three instructions in four are "c": the entropy of that choice is what no fit can remove.
@@ -140,7 +140,7 @@ def test_the_same_seed_gives_the_same_weights():
 
     def run(seed):
         policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0)
-        list(WarmStart(policy, pairs, config(steps=3, batch_size=2, seed=seed)).rows())
+        list(warm_start(policy, pairs, config(steps=3, batch_size=2, seed=seed)).rows())
         return policy.weights().matrices[MODULE][1]
 
     assert np.array_equal(run(1), run(1))
@@ -150,7 +150,7 @@ def test_the_same_seed_gives_the_same_weights():
 def test_global_randomness_is_left_alone():
     before = torch.random.get_rng_state()
     list(
-        WarmStart(LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0), PAIRS, config()).rows()
+        warm_start(LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0), PAIRS, config()).rows()
     )
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -166,5 +166,5 @@ def test_global_randomness_is_left_alone():
 def test_bad_pairs_are_named(pairs, line):
     policy = LoraPolicy.fresh(ToyModel(), LoraConfig(rank=2), seed=0)
     with pytest.raises(ValueError, match="pair") as caught:
-        WarmStart(policy, pairs, config())
+        warm_start(policy, pairs, config())
     assert line in str(caught.value)

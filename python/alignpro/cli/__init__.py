@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from alignpro.cli import bench, config, report, serve, stages, theory
+from alignpro.cli import bench, config, preference, report, serve, stages, theory
 from alignpro.cli.shared import app
 
-__all__ = ["app", "bench", "config", "main", "report", "serve", "stages", "theory"]
+__all__ = ["app", "bench", "config", "main", "preference", "report", "serve", "stages", "theory"]
 
 
 def main() -> None:

@@ -47,6 +47,8 @@ class Stage(str, Enum):
     headroom = "headroom"
     sft = "sft"
     train = "train"
+    prefer = "prefer"
+    reward = "reward"
     evaluate = "evaluate"
     bound = "bound"
     mix = "mix"
@@ -77,6 +79,8 @@ def config(
         Stage.headroom: configs.HeadroomConfig,
         Stage.sft: configs.SftConfig,
         Stage.train: configs.TrainConfig,
+        Stage.prefer: configs.PreferConfig,
+        Stage.reward: configs.RewardFitConfig,
         Stage.evaluate: configs.EvalConfig,
         Stage.bound: configs.BoundConfig,
         Stage.mix: configs.MixConfig,

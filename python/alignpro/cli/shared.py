@@ -27,8 +27,9 @@ DEFECT, BAD_INPUT, NOT_MET = 1, 2, 3
 
 # In the order of a user's work, which is that of --help.
 _ORDER = (
-    *("quickstart", "init", "config", "headroom", "sft", "train", "evaluate", "report"),
-    *("safety", "mix", "generate", "serve", "bound", "info", "profile", "bench"),
+    *("quickstart", "init", "config", "headroom", "sft", "train", "prefer"),
+    *("reward", "evaluate", "safety", "mix", "report"),
+    *("generate", "serve", "bound", "info", "profile", "bench"),
 )
 
 

@@ -346,10 +346,11 @@ def generate(
     ] = True,
 ) -> None:
     """Answer a prompt, as it is or through a trained prompter."""
-    from alignpro.config import ModelConfig, TrainConfig, from_mapping, load_yaml, target_of
+    from alignpro.config import ModelConfig, SftConfig, from_mapping, target_of
     from alignpro.models.endpoint import EndpointModel
     from alignpro.models.native_model import NativeModel, load_model, load_models
     from alignpro.report.progress import Bars
+    from alignpro.run_directory import config_of_run
     from alignpro.types import Conversation, SamplingParams
 
     def placed(config: ModelConfig) -> ModelConfig:
@@ -375,9 +376,10 @@ def generate(
             named = read_settings(ModelConfig, None, [f"model={json.dumps(model)}", *chats])
             target, adapter = load_model(placed(named), threads), None
         else:
-            settings = load_yaml(TrainConfig, run / "config.json")
-            answers = placed(target_of(settings.prompter, settings.target))
-            if settings.policy == "target":
+            settings = config_of_run(run)
+            named_target = None if isinstance(settings, SftConfig) else settings.target
+            answers = placed(target_of(settings.prompter, named_target))
+            if not isinstance(settings, SftConfig) and settings.policy == "target":
                 target = load_model(answers, threads, date=settings.date)
                 adapter = str(run / "adapter")
             else:
@@ -387,9 +389,7 @@ def generate(
                     placed(settings.prompter), answers, threads, date=settings.date
                 )
                 adapter = answers.adapter
-                rewriting = Prompter(
-                    prompter, run / "adapter", prompting=settings.prompting, params=settings.rewrite
-                )
+                rewriting = Prompter.from_run(run, model=prompter)
                 rewrite = rewriting.rewrites([text], seed=seed)[0][0]
                 typer.echo(f"rewrite: {rewrite.text}", err=True)
                 text = Conversation.of(rewrite.target_prompt).last_turn

@@ -12,6 +12,7 @@ from alignpro.config.data import DataConfig as DataConfig
 from alignpro.config.data import InstructionsConfig as InstructionsConfig
 from alignpro.config.data import OnTooLong as OnTooLong
 from alignpro.config.data import PairsConfig as PairsConfig
+from alignpro.config.data import PreferencesConfig as PreferencesConfig
 from alignpro.config.data import Source as Source
 from alignpro.config.endpoint import Budget as Budget
 from alignpro.config.endpoint import ClientConfig as ClientConfig
@@ -34,10 +35,13 @@ from alignpro.config.model import HOW_IT_RUNS as HOW_IT_RUNS
 from alignpro.config.model import ModelConfig as ModelConfig
 from alignpro.config.model import check_local as check_local
 from alignpro.config.model import target_of as target_of
+from alignpro.config.prefer import PreferConfig as PreferConfig
+from alignpro.config.prefer import RewardFitConfig as RewardFitConfig
 from alignpro.config.prompting import RESPONSE as RESPONSE
 from alignpro.config.prompting import REWRITE as REWRITE
 from alignpro.config.prompting import FitConfig as FitConfig
 from alignpro.config.prompting import LoraConfig as LoraConfig
+from alignpro.config.prompting import PairsFitConfig as PairsFitConfig
 from alignpro.config.prompting import Prompting as Prompting
 from alignpro.config.prompting import StageConfig as StageConfig
 from alignpro.config.prompting import check_sampling as check_sampling

@@ -86,6 +86,26 @@ class PairsConfig(DataConfig):
 
 @dataclass(frozen=True)
 @checked
+class PreferencesConfig(DataConfig):
+    """Prompts with two answers each, of which one was preferred."""
+
+    path: str | None = "warm_tones"
+    """A file, a packaged name, or a hub name."""
+    chosen: str = "chosen"
+    """The column of the preferred answer: text, the messages that follow the prompt, or the whole
+    conversation."""
+    rejected: str = "rejected"
+    """The column of the other answer."""
+    reference_prompt: str | None = None
+    """The column of what the reference reads instead of the prompt, in rows that have it (E-DPO).
+
+    Such as a harmless prompt in the place of a harmful one: the model is then held to what it would
+    have said to that.
+    """
+
+
+@dataclass(frozen=True)
+@checked
 class InstructionsConfig(Source):
     """Candidate instructions."""
 

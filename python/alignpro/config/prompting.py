@@ -152,6 +152,30 @@ class FitConfig:
 
 @dataclass(frozen=True)
 @checked
+class PairsFitConfig(FitConfig):
+    """What every stage says that fits a model to pairs of its own."""
+
+    on_too_long: OnTooLong = "error"
+    """What becomes of a pair that the model's context does not hold: an error before the first
+    step, its row left out, or the prompt cut.
+
+    What is to be written is never cut. See `StageConfig.on_too_long`.
+    """
+    seed: Seed = 0
+    """The random seed, from which everything random follows."""
+    batch_size: Annotated[int, at_least(1)] = 16
+    """Pairs in a step."""
+    checkpoint_every: Annotated[int, at_least(1)] = 10
+    """Steps from one checkpoint to the next; one is always written at the end and at Ctrl-C."""
+    date: Date = None
+    """The date that chat templates are told, such as 2026-11-28; null is today's, which the run
+    records."""
+    threads: Threads = None
+    """The number of threads; null is the CPU quota."""
+
+
+@dataclass(frozen=True)
+@checked
 class StageConfig:
     """What every stage of two models says: which they are, how they are put together and drawn."""
 

@@ -3,8 +3,7 @@
 A source is a path, or a group of the configuration with its columns (`config.data`):
 * a file as `data.files` reads them;
 * the name of data that the package ships: "everyday", "house_rules" and "surprise" (prompts),
-  "instructions"
-  and "house_rules_warm_start" (pairs);
+  "instructions" and "house_rules_warm_start" (pairs), "warm_tones" (preferences);
 * the name of a data set on the hub, "owner/name" or "owner/name:subset", read through the package
   ``datasets``.
 
@@ -39,6 +38,7 @@ PACKAGED = {
     "house_rules": "house_rules.jsonl",
     "house_rules_warm_start": "house_rules_warm_start.jsonl",
     "surprise": "surprise.jsonl",
+    "warm_tones": "warm_tones.jsonl",
 }
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "turns")
 _SYSTEM = ("system", "developer")
@@ -89,8 +89,8 @@ def load_prompts(
     if not isinstance(source, DataConfig):
         source = DataConfig(str(source), split=split, prompt=_as_columns(column))
     prompts = []
-    for row in _read(source):
-        names, prompt, reply, is_chat = _prompt_of(row, source)
+    for row in read_rows(source):
+        names, prompt, reply, is_chat = prompt_of(row, source)
         others = {key: value for key, value in row.values.items() if key not in names}
         if "turns" in names:
             others["turns"] = row.values["turns"]
@@ -135,8 +135,8 @@ def load_pairs(
             str(source), split=split, prompt=columns, instruction=instruction_column
         )
     return [
-        PairRow(_prompt_of(row, source)[1], _text_of(row, source.instruction), row.place)
-        for row in _read(source)
+        PairRow(prompt_of(row, source)[1], text_of(row, source.instruction), row.place)
+        for row in read_rows(source)
     ]
 
 
@@ -150,7 +150,7 @@ def load_instructions(source: str | Path | InstructionsConfig) -> list[str]:
     if not isinstance(source, InstructionsConfig):
         source = InstructionsConfig(str(source))
     texts = []
-    for row in _read(source):
+    for row in read_rows(source):
         others = sorted(row.values.keys() - {"instruction", "split"})
         if source.instruction is None and others and not row.values.keys() & set(PROMPT_COLUMNS):
             raise DataError(
@@ -158,7 +158,7 @@ def load_instructions(source: str | Path | InstructionsConfig) -> list[str]:
                 f"{others} without a prompt it may hold what users asked; name the column that is "
                 "meant: instructions: {path: ..., instruction: COLUMN}"
             )
-        texts.append(_text_of(row, source.instruction or "instruction").strip())
+        texts.append(text_of(row, source.instruction or "instruction").strip())
     return [text for text in dict.fromkeys(texts) if text]
 
 
@@ -184,17 +184,17 @@ def _as_columns(given: str | Sequence[str] | None) -> str | tuple[str, ...] | No
     return given if given is None or isinstance(given, str) else tuple(given)
 
 
-def _text_of(row: Row, column: str, key: str = "instruction") -> str:
-    value, where = _value_of(row, column, key), f"{row.place}, column {column!r}"
+def text_of(row: Row, column: str, key: str = "instruction") -> str:
+    value, where = value_of(row, column, key), f"{row.place}, column {column!r}"
     if not isinstance(value, str):
         raise DataError(f"{where}: expected text, got {type_name(value)}")
     if value and not value.strip():
         raise DataError(f"{where}: expected text, got white space alone")
-    _check_unicode(value, where)
+    check_unicode(value, where)
     return value
 
 
-def _value_of(row: Row, column: str, key: str) -> Any:
+def value_of(row: Row, column: str, key: str) -> Any:
     """key: of the configuration, that names the column."""
     if column not in row.values:
         raise NoColumnError(
@@ -203,18 +203,18 @@ def _value_of(row: Row, column: str, key: str) -> Any:
     return row.values[column]
 
 
-def _prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, str | None, bool]:
+def prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, str | None, bool]:
     """The prompt's columns, the prompt, the answer that stands after it, if one does, and whether
     it is given as messages."""
     column = source.prompt
     if isinstance(column, tuple):
-        texts = [_text_of(row, name, "prompt") for name in column]
+        texts = [text_of(row, name, "prompt") for name in column]
         value: Any = "\n\n".join(text for text in texts if text)
         names, where = column, f"{row.place}, columns {', '.join(column)}"
     else:
         if column is None:
             column = next((n for n in PROMPT_COLUMNS if n in row.values), PROMPT_COLUMNS[0])
-        value, where = _value_of(row, column, "prompt"), f"{row.place}, column {column!r}"
+        value, where = value_of(row, column, "prompt"), f"{row.place}, column {column!r}"
         names = (column,)
     beside = [name for name in _BESIDE_INSTRUCTION if row.values.get(name)]
     if names == ("instruction",) and beside:
@@ -222,7 +222,7 @@ def _prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, s
             f"{where}: {beside[0]!r} beside it is a part of the prompt; name both, as "
             f"data.prompt=[instruction, {beside[0]}], or take the column out of the data"
         )
-    value = _chat_in_text(value)
+    value = chat_in_text(value)
     try:
         if column in PROMPT_COLUMNS[1:] and isinstance(value, str):
             raise ValueError("expected a list, got text; a prompt as text is in 'prompt'")
@@ -231,15 +231,21 @@ def _prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, s
         elif isinstance(value, str):
             prompt, reply = Conversation.of(value), None
         else:
-            prompt, reply = _up_to_last_user_turn(text_messages(_openai_form(value)))
+            prompt, reply = _up_to_last_user_turn(text_messages(openai_form(value)))
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
+    is_chat = column != "turns" and not isinstance(value, str)
+    return names, as_read(prompt, source, where), reply, is_chat
+
+
+def as_read(prompt: Conversation, source: DataConfig, where: str) -> Prompt:
+    """The short form, its system messages by ``source.system``. DataError: a lone surrogate."""
     if source.system == "drop":
         others = [(role, text) for role, text in prompt.history if role not in _SYSTEM]
         prompt = Conversation(tuple(others), prompt.last_turn)
     for message in prompt.messages:
-        _check_unicode(message["content"], where)
-    return names, prompt.short, reply, column != "turns" and not isinstance(value, str)
+        check_unicode(message["content"], where)
+    return prompt.short
 
 
 def _up_to_last_user_turn(messages: Sequence[Message]) -> tuple[Conversation, str | None]:
@@ -255,7 +261,7 @@ def _up_to_last_user_turn(messages: Sequence[Message]) -> tuple[Conversation, st
     return Conversation.of(messages[:end]), after[0]["content"] if len(after) == 1 else None
 
 
-def _openai_form(chat: Any) -> Any:
+def openai_form(chat: Any) -> Any:
     """ShareGPT's messages as {"role", "content"}; others as they are."""
     if not isinstance(chat, Sequence) or isinstance(chat, (str, bytes)):
         return chat
@@ -274,7 +280,7 @@ def _openai_form(chat: Any) -> Any:
     return messages
 
 
-def _chat_in_text(value: Any) -> Any:
+def chat_in_text(value: Any) -> Any:
     """The messages that a text is the JSON of, or what Python prints of them: a table has no lists.
     Anything else as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
@@ -294,7 +300,7 @@ def _first_turn(turns: Any) -> Any:
     return turns[0]
 
 
-def _check_unicode(value: str, where: str) -> None:
+def check_unicode(value: str, where: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -319,7 +325,7 @@ def _on_hub(name: str) -> bool:
     return name.count("/") == 1 and not here and suffix_of(name) not in SUFFIXES
 
 
-def _read(source: Source) -> list[Row]:
+def read_rows(source: Source) -> list[Row]:
     """All rows of a source, after the split was taken; never empty."""
     name, split = source.path, source.split
     assert name is not None  # the configuration's rule, or `DataConfig.of`

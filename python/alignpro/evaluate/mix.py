@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignpro.config import MixConfig, TrainConfig, check_config, config_of_run, to_mapping
+from alignpro.config import MixConfig, TrainConfig, check_config, to_mapping
 from alignpro.data.load import load_prompts
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import MixedGoal, MixReport
@@ -16,7 +16,7 @@ from alignpro.fingerprints import of_adapter_folder
 from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.pipeline import Pipeline, derive_seed
-from alignpro.run_directory import CONFIG, is_run_dir, read_record
+from alignpro.run_directory import config_of_run, is_run_dir
 from alignpro.statistics import Floats
 from alignpro.theory.mixture import maxmin_weights
 from alignpro.train.metrics import read_metrics
@@ -177,7 +177,7 @@ def _logprobs(
 def _read_run(run: Path) -> TrainConfig:
     if not is_run_dir(run):
         raise FileNotFoundError(f"runs: {run}: expected the directory of a run")
-    config = config_of_run(read_record(run / CONFIG))
+    config = config_of_run(run)
     if not isinstance(config, TrainConfig) or config.policy != "prompter":
         raise ValueError(f"runs: {run}: expected the training of a prompter")
     if config.normalize_advantage:

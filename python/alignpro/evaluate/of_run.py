@@ -15,6 +15,7 @@ from alignpro.config import (
     ModelConfig,
     SftConfig,
     StageConfig,
+    TrainConfig,
     differing,
     to_mapping,
     unchecked,
@@ -55,7 +56,9 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
     else:
         came = "tuned" if config.policy == "target" else "trained"
         if came in {f.name for f in fields(cls)}:
-            values[came] = _adapter(run, "train")
+            command = "train" if isinstance(config, TrainConfig) else "prefer"
+            values[came] = _adapter(run, command)
+    if isinstance(config, TrainConfig):
         values["data"] = replace(config.data, split=stage.data.split)
     return unchecked(cls, values)
 
@@ -65,12 +68,11 @@ def _values_of(run: Path) -> dict[str, Any]:
     config = config_of_run(run)
     given = {f.name for f in fields(config)}
     values: dict[str, Any] = {name: getattr(config, name) for name in _OF_RUN if name in given}
-    if isinstance(config, SftConfig):
+    if not isinstance(config, TrainConfig):
         del values["data"]  # pairs
-        return values
-    if config.kl_coef == 0:  # no optimum is at that
+    elif config.kl_coef == 0:  # no optimum is at that
         del values["kl_coef"]
-    if (run / "reference").exists():
+    if not isinstance(config, SftConfig) and (run / "reference").exists():
         role = config.policy
         start = getattr(config, role) or ModelConfig()
         values[role] = replace(start, adapter=str(run / "reference"))

@@ -204,6 +204,13 @@ def show_sft_row(bars: Bars, row: Mapping[str, Any], steps: int) -> None:
     bars.show("warm start", row["step"] + 1, steps, f"loss {row['loss']:.3f}")
 
 
+def show_preference_row(bars: Bars, row: Mapping[str, Any], steps: int) -> None:
+    note = f"loss {row['loss']:.3f}, chosen above rejected {row['accuracy']:.0%}"
+    if "heldout" in row:
+        note += f", held out {row['heldout']['accuracy']:.0%}"
+    bars.show("preferences", row["step"] + 1, steps, note)
+
+
 class TrainBar(TrainCallback):
     def __init__(self, bars: Bars) -> None:
         self._bars = bars

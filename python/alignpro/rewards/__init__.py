@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alignpro.rewards.function import FunctionReward as FunctionReward
     from alignpro.rewards.function import from_callable as from_callable
     from alignpro.rewards.house_rules import HouseRulesReward as HouseRulesReward
+    from alignpro.rewards.learned import LearnedReward as LearnedReward
     from alignpro.rewards.topic import TopicReward as TopicReward
     from alignpro.rewards.vader import VaderReward as VaderReward
 
@@ -25,6 +26,7 @@ _HOMES = {
     "ForbiddenReward": "forbidden",
     "FunctionReward": "function",
     "HouseRulesReward": "house_rules",
+    "LearnedReward": "learned",
     "RewardError": "check",
     "TopicReward": "topic",
     "VaderReward": "vader",

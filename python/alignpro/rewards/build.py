@@ -1,7 +1,8 @@
-"""From a line of a config file to a reward: "vader+0.5*topic", "2*mine:score", "hf:NAME"."""
+"""From a line of a config file to a reward: "vader+0.5*topic", "2*mine:score", "learned:FOLDER"."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -29,7 +30,9 @@ _NAMED = {
     "house_rules": "HouseRulesReward",
     "forbidden": "ForbiddenReward",
 }
-_KNOWN = f"known: {', '.join(_NAMED)}, 'module:function', 'hf:NAME' or 'hf:NAME#label'"
+_KNOWN = (
+    f"known: {', '.join(_NAMED)}, 'module:function', 'learned:FOLDER', 'hf:NAME' or 'hf:NAME#label'"
+)
 
 
 def build_reward(spec: str | Mapping[str, Any]) -> Reward:
@@ -37,8 +40,9 @@ def build_reward(spec: str | Mapping[str, Any]) -> Reward:
 
     A line is a sum of terms ``[weight*]name``. A name is one of "vader", "topic", "house_rules"
     and "forbidden", "module:function" for your own (installed or in the current folder; signatures
-    as in ``from_callable``; a class is called with the options to make the reward), or
-    "hf:NAME[#label]" for a Hugging Face sequence classifier. A mapping says the same with room for
+    as in ``from_callable``; a class is called with the options to make the reward),
+    "learned:FOLDER" for what `alignpro reward fit` wrote, or "hf:NAME[#label]" for a Hugging Face
+    sequence classifier. A mapping says the same with room for
     options: ``{"vader": 1.0, "hf:NAME#label": {"weight": 0.5, "pair": False}}``.
 
     Raises ValueError with one line on what was expected; ImportError where a package is missing.
@@ -92,6 +96,8 @@ def _as_weight(value: object, where: str) -> float:
 def _build_one(name: str, options: dict[str, Any]) -> Reward:
     if name.startswith("hf:"):
         build = _classifier_builder(name)
+    elif name.startswith("learned:"):
+        build = functools.partial(rewards.LearnedReward, name.removeprefix("learned:"))
     elif name in _NAMED:
         build = getattr(rewards, _NAMED[name])
     elif ":" in name:

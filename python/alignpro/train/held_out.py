@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from alignpro.config import TrainConfig
-from alignpro.data.load import PromptRow, load_prompts, stack_columns
+from alignpro.config import PreferConfig, TrainConfig
+from alignpro.data.load import PromptRow, stack_columns
 from alignpro.findings import (
     ONE_REWRITE,
     Finding,
@@ -19,6 +19,7 @@ from alignpro.findings import (
     one_rewrite,
     reasoning_alone,
 )
+from alignpro.lengths import Row
 from alignpro.models.adapter import LoraWeights
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.rewards.combine import score_rollout
@@ -26,9 +27,15 @@ from alignpro.rewards.combine import score_rollout
 _HELD_OUT = 1 << 33  # a stream of randomness beside those of the steps
 
 
-def load_held_out(config: TrainConfig, trained_on: Sequence[PromptRow]) -> list[PromptRow]:
-    """The prompts that ``config.heldout`` names, drawn by the run's seed since files come sorted by
+def load_held_out(
+    config: TrainConfig | PreferConfig,
+    trained_on: Sequence[Row],
+    load: Callable[[Any], Sequence[Row]],
+) -> list[Row]:
+    """The rows that ``config.heldout`` names, drawn by the run's seed since files come sorted by
     kind; none without it.
+
+    load: reads the rows of a group such as the configuration's ``data``.
 
     Raises:
         ValueError: fewer than asked for, or a prompt that is trained on.
@@ -37,7 +44,7 @@ def load_held_out(config: TrainConfig, trained_on: Sequence[PromptRow]) -> list[
     if options is None:
         return []
     source = options.data.of(config.data)
-    rows = load_prompts(source)
+    rows = load(source)
     wanted = max(2, options.num_prompts or 0)
     if wanted > len(rows):
         there = f"{source.path} has {len(rows)} rows"
@@ -49,6 +56,11 @@ def load_held_out(config: TrainConfig, trained_on: Sequence[PromptRow]) -> list[
             f"{source.split}) are trained on; set heldout.data to others"
         )
     return random.Random(config.seed).sample(rows, options.num_prompts or len(rows))
+
+
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Whether a step is one before which is looked: the first, every so many, and the last."""
+    return step % every == 0 or step == steps - 1
 
 
 class HeldOut:
@@ -73,7 +85,7 @@ class HeldOut:
         Raises: as `Pipeline.rollout`.
         """
         config = self._config
-        if step % self._every and step != config.steps - 1:
+        if not is_due(self._every, step, config.steps):
             return {}
         started = time.perf_counter()
         assert pipeline.reward is not None

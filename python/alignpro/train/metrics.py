@@ -32,7 +32,8 @@ METRICS = {
         "reward/heldout", "The same by the terms of a sum of rewards."
     ),
     "heldout": MetricText(
-        "heldout", "What else was measured on held-out prompts: lengths, copies, cut answers."
+        "heldout",
+        "What else was measured on held-out rows: lengths, copies, cut answers; metrics of pairs.",
     ),
     "expected_reward": MetricText(
         "reward/expected", "The mean reward that the fit of a pooled closed form expects."
@@ -52,6 +53,32 @@ METRICS = {
     ),
     "zero_advantage_groups": MetricText(
         "reward/zero_advantage_groups", "Prompts whose rewrites all earned the same."
+    ),
+    "accuracy": MetricText(
+        "preference/accuracy",
+        "The share of pairs whose chosen answer has the higher reward; of equal ones, a half.",
+    ),
+    "margin": MetricText(
+        "preference/margin", "The mean reward of the chosen answers above that of the rejected."
+    ),
+    "chosen_reward": MetricText(
+        "preference/chosen_reward",
+        "beta times the chosen answers' mean log-ratio of policy to reference.",
+    ),
+    "rejected_reward": MetricText(
+        "preference/rejected_reward", "The same of the rejected answers."
+    ),
+    "chosen_logprob": MetricText(
+        "preference/chosen_logprob", "The mean log-probability of a chosen answer, in nats."
+    ),
+    "rejected_logprob": MetricText(
+        "preference/rejected_logprob", "The mean log-probability of a rejected answer, in nats."
+    ),
+    "chosen_tokens": MetricText(
+        "preference/chosen_tokens", "The mean length of a chosen answer in tokens."
+    ),
+    "rejected_tokens": MetricText(
+        "preference/rejected_tokens", "The mean length of a rejected answer in tokens."
     ),
     "kl_coef": MetricText("kl/coef", "The weight of the KL penalty in this step."),
     "kl_per_rewrite": MetricText(

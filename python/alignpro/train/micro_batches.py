@@ -39,6 +39,7 @@ def plan_micro_batches(
     bytes_of: BytesOf,
     activations: Literal["auto", "keep", "recompute"] = "auto",
     most: int | None = None,
+    together: int = 1,
 ) -> list[MicroBatch]:
     """Consecutive micro-batches that fit ``limit``, for the least arithmetic; then, the fewest.
 
@@ -54,6 +55,7 @@ def plan_micro_batches(
         bytes_of: (sequences, starts, activations) -> bytes; more sequences never take less.
         activations: "auto" chooses for each micro-batch.
         most: sequences in one micro-batch; None: any number.
+        together: neighbours, from the first on, that no cut may part: 2 for pairs.
     """
     count = len(sequences)
     modes: tuple[Activations, ...] = (
@@ -69,11 +71,13 @@ def plan_micro_batches(
         return [MicroBatch(0, count, modes[0])]
 
     reach = {mode: _reach(count, most or count, limit, mode, need) for mode in modes}
-    for index in range(count):
-        if all(reach[mode][index] == index for mode in modes):
+    begins = range(0, count, together)
+    for index in begins:
+        if all(reach[mode][index] < index + together for mode in modes):
+            tokens = sum(map(len, sequences[index : index + together]))
             raise ValueError(
-                f"sequence {index}: scoring its {len(sequences[index])} tokens alone takes "
-                f"{need(index, index + 1, modes[-1])} bytes, memory_limit is {limit}; "
+                f"sequence {index}: scoring its {tokens} tokens alone takes "
+                f"{need(index, index + together, modes[-1])} bytes, memory_limit is {limit}; "
                 + ("set activations=auto or " if activations == "keep" else "")
                 + "raise memory_limit"
             )
@@ -81,12 +85,12 @@ def plan_micro_batches(
     shared = [0, *(shared_prefix(a, b) for a, b in itertools.pairwise(sequences))]
     # From each position to the end: (cost, micro-batches), and the first of them.
     best, first = [(0, 0)] * (count + 1), [MicroBatch(0, 0, "keep")] * count
-    for begin in reversed(range(count)):
+    for begin in reversed(begins):
         options = []
         for mode in modes:
             size = shared[begin]
-            for end in range(begin + 1, reach[mode][begin] + 1):
-                size += rows[end - 1] - shared[end - 1]
+            for end in range(begin + together, reach[mode][begin] + 1, together):
+                size += sum(rows[i] - shared[i] for i in range(end - together, end))
                 cost, batches = best[end]
                 options.append((cost + _PASSES[mode] * size, batches + 1, -end, mode))
         cost, batches, end, mode = min(options)

@@ -173,8 +173,11 @@ class LoraPolicy(torch.nn.Module):
         *,
         with_reference: bool,
         with_hidden: bool = False,
+        together: int = 1,
     ) -> list[MicroBatch]:
-        """How to score the sequences within the configuration's ``memory_limit``."""
+        """How to score the sequences within the configuration's ``memory_limit``. together: as of
+        `plan_micro_batches`; ``micro_batch_size`` counts such groups."""
+        most = config.micro_batch_size
         return plan_micro_batches(
             sequences,
             starts,
@@ -183,7 +186,8 @@ class LoraPolicy(torch.nn.Module):
                 self.score_bytes, with_reference=with_reference, with_hidden=with_hidden
             ),
             activations=config.activations,
-            most=config.micro_batch_size,
+            most=None if most is None else most * together,
+            together=together,
         )
 
     def score_bytes(

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from alignpro import fingerprints
-from alignpro.config import SftConfig, TrainConfig, check_config, to_mapping
+from alignpro.config import PreferConfig, SftConfig, TrainConfig, check_config, to_mapping
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
+from alignpro.data.preferences import load_preferences
 from alignpro.files import write_json
 from alignpro.interrupts import interruptible, interrupts_deferred
 from alignpro.lengths import fit_rows, unread_by
@@ -35,15 +36,18 @@ from alignpro.train.callbacks import OnProgress, TrainCallback
 from alignpro.train.checkpoint import load_checkpoint, save_checkpoint
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.critic import ValueHead
+from alignpro.train.fit import Fit
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, truncate_metrics
 from alignpro.train.policy import LoraPolicy, Reference
-from alignpro.train.sft import WarmStart, fit_pairs
+from alignpro.train.preference import fit_preferences, preference_fit
+from alignpro.train.sft import fit_pairs, warm_start
 from alignpro.train.trackers import check_trackers
 from alignpro.train.trainer import Trainer, said_of_resume
 from alignpro.types import Reward
 
 _log = logging.getLogger(__name__)
+OnStep = Callable[[Mapping[str, Any]], None]
 
 
 def run_sft(
@@ -52,7 +56,7 @@ def run_sft(
     resume: bool = False,
     overwrite: bool = False,
     allow_changes: bool = False,
-    on_step: Callable[[Mapping[str, Any]], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> LoraWeights:
     """Warm-start a prompter; writes config.json, metrics.jsonl, checkpoints/ and adapter/ to its
     directory. resume, overwrite, allow_changes, and what interrupts: as for `Trainer`.
@@ -63,57 +67,118 @@ def run_sft(
     config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
     model = load_model(config.prompter, config.threads, date=config.date)
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
-    warm = WarmStart(policy, fit_pairs(model, pairs, config), config)
+    fit = warm_start(policy, fit_pairs(model, pairs, config), config)
     made_from = fingerprints.of_models(model, None)
     columns = {"instruction": [pair.instruction for pair in pairs]}
     made_from["data"] = fingerprints.of_rows(
         str(config.data.path), [pair.prompt for pair in pairs], columns
     )
     directory = open_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    return _run_fit(fit, "sft", directory, made_from, resume, allow_changes, on_step)
+
+
+def run_prefer(
+    config: PreferConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_changes: bool = False,
+    on_step: OnStep | None = None,
+) -> LoraWeights:
+    """Train on preferences; what is written, and the arguments, are those of `run_sft`. The
+    reference, where it is an adapter, is kept in run_dir/reference.
+    """
+    check_config(config, PreferConfig)
+    run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    rows = load_preferences(config.data)
+    held_out = load_held_out(config, rows, load_preferences)
+    config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
+    model = load_model(config.trained, config.threads, date=config.date)
+    weights = _start(config, model, run_dir if resume else None)
+    policy, reference = _policy(config, model, weights)
+    fit = preference_fit(
+        policy,
+        fit_preferences(model, rows, config),
+        config,
+        reference=reference,
+        held_out=fit_preferences(model, held_out, config) if held_out else (),
+    )
+    roles = (None, model) if config.policy == "target" else (model, None)
+    made_from = fingerprints.of_models(*roles)
+    for what, name, pairs in (
+        ("data", str(config.data.path), rows),
+        ("held-out data", "", held_out),
+    ):
+        if pairs:
+            columns = {c: [getattr(row, c) for row in pairs] for c in _PREFERENCE_COLUMNS}
+            prompts = [row.prompt for row in pairs]
+            made_from[what] = fingerprints.of_rows(name, prompts, columns)
+    if weights is not None:
+        made_from["adapter that training began with"] = fingerprints.of_adapter(weights)
+    directory = open_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    return _run_fit(
+        fit, "prefer", directory, made_from, resume, allow_changes, on_step, reference=weights
+    )
+
+
+_PREFERENCE_COLUMNS = ("chosen", "rejected", "reference_prompt")
+
+
+def _run_fit(
+    fit: Fit,
+    command: str,
+    directory: RunDirectory,
+    made_from: fingerprints.Fingerprints,
+    resume: bool,
+    allow_changes: bool,
+    on_step: OnStep | None,
+    reference: LoraWeights | None = None,
+) -> LoraWeights:
+    """Go on with what the directory holds, do the steps that are left, and write adapter/."""
+    run_dir = directory.path
     log = MetricsLog(run_dir / "metrics.jsonl")
     changed: list[str] = []
     if resume:
         changed, same = fingerprints.check_same_inputs(
             run_dir, made_from, allow_changes=allow_changes
         )
-        checkpoint = load_checkpoint(run_dir, model.lora_modules)
+        checkpoint = load_checkpoint(run_dir, fit.policy.model.lora_modules)
         if checkpoint is not None:
-            warm.restore(checkpoint, same)
-        truncate_metrics(log.path, steps=warm.step)
-    fingerprints.write_fingerprints(run_dir, made_from, changed=changed, step=warm.step)
-    write_json(run_dir / CONFIG, to_mapping(config))
+            fit.restore(checkpoint, same)
+        truncate_metrics(log.path, steps=fit.step)
+    fingerprints.write_fingerprints(run_dir, made_from, changed=changed, step=fit.step)
+    if reference is not None:
+        save_peft(run_dir / "reference", reference)
+    write_json(run_dir / CONFIG, to_mapping(fit.config))
     with interruptible(), directory:
-        _fit(warm, directory, log, on_step)
-        weights = warm.policy.weights()
+        _do_steps(fit, command, directory, log, on_step)
+        weights = fit.policy.weights()
         save_peft(run_dir / "adapter", weights)
     return weights
 
 
-def _fit(
-    warm: WarmStart,
-    directory: RunDirectory,
-    log: MetricsLog,
-    on_step: Callable[[Mapping[str, Any]], None] | None,
+def _do_steps(
+    fit: Fit, command: str, directory: RunDirectory, log: MetricsLog, on_step: OnStep | None
 ) -> None:
     try:
-        while warm.step < warm.config.steps:
+        while fit.step < fit.config.steps:
             with interrupts_deferred():
-                row = warm.advance()
+                row = fit.advance()
                 log.append(row)
             if on_step is not None:
                 on_step(row)
-            if warm.step % warm.config.checkpoint_every == 0 or warm.step == warm.config.steps:
+            if fit.step % fit.config.checkpoint_every == 0 or fit.step == fit.config.steps:
                 with interrupts_deferred():
-                    save_checkpoint(directory.path, warm.checkpoint())
+                    save_checkpoint(directory.path, fit.checkpoint())
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            error.args = (said_of_resume("sft", directory.path, warm.step),)
-        if warm.step:
+            error.args = (said_of_resume(command, directory.path, fit.step),)
+        if fit.step:
             with (
                 directory.after(error, "writing the checkpoint"),
                 interrupts_deferred(after=error),
             ):
-                save_checkpoint(directory.path, warm.checkpoint())
+                save_checkpoint(directory.path, fit.checkpoint())
         raise
 
 
@@ -156,7 +221,7 @@ def make_trainer(
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
     check_trackers(config.track)
     rows = load_prompts(config.data)
-    held_out = load_held_out(config, rows)
+    held_out = load_held_out(config, rows, load_prompts)
     reward = build_reward(config.reward)
     for read in filter(None, (rows, held_out)):
         check_columns(reward, stack_columns(read))
@@ -182,7 +247,9 @@ def make_trainer(
     )
 
 
-def _start(config: TrainConfig, model: NativeModel, run_dir: Path | None) -> LoraWeights | None:
+def _start(
+    config: TrainConfig | PreferConfig, model: NativeModel, run_dir: Path | None
+) -> LoraWeights | None:
     """Where training starts: what the run that is resumed kept of it, else the configuration's."""
     given = config.trained.adapter
     kept = None if run_dir is None else run_dir / "reference"
@@ -213,12 +280,8 @@ def trainer_from(
     """A trainer over loaded parts. ``weights``: where training starts, and the reference; None is a
     fresh adapter, whose reference is the base model. ``held_out``: see `load_held_out`.
     ``options``: run_dir, resume, overwrite and allow_changes of `TrainingRun`."""
-    reference: Reference = "base"
     trained = _trained(config, prompter, target)
-    if weights is None:
-        policy = LoraPolicy.fresh(trained, config.lora, seed=config.seed)
-    else:
-        policy, reference = LoraPolicy(trained, weights), weights
+    policy, reference = _policy(config, trained, weights)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     unread = unread_by(pipeline, rewrites=config.policy == "prompter")
     fitted = fit_rows(rows, unread, config.on_too_long)
@@ -238,6 +301,15 @@ def trainer_from(
     if fitted.note is not None:
         trainer.notes["too_long"] = fitted.note
     return trainer
+
+
+def _policy(
+    config: TrainConfig | PreferConfig, model: NativeModel, weights: LoraWeights | None
+) -> tuple[LoraPolicy, Reference]:
+    """What is trained, and what it is held to. weights: as of `trainer_from`."""
+    if weights is None:
+        return LoraPolicy.fresh(model, config.lora, seed=config.seed), "base"
+    return LoraPolicy(model, weights), weights
 
 
 def _trained(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from alignpro.config import FitConfig, Prompting, SftConfig, to_mapping
+from alignpro.config import FitConfig, Prompting, SftConfig
 from alignpro.data.load import PairRow
 from alignpro.lengths import fit_rows
 from alignpro.models.native_client import prompt_end
@@ -16,15 +15,9 @@ from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import naming, prompter_tokens
 from alignpro.models.reasoning import open_block
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.train.checkpoint import Checkpoint, check_same_run
+from alignpro.train.fit import Fit
 from alignpro.train.micro_batches import shared_prefix
-from alignpro.train.policy import LoraPolicy, one_torch_thread
-from alignpro.train.schedule import (
-    apply_gradients,
-    batch_indices,
-    make_optimizer,
-    rate_factor,
-)
+from alignpro.train.policy import LoraPolicy
 from alignpro.types import Conversation, Message, PromptLike
 
 _log = logging.getLogger(__name__)
@@ -38,82 +31,48 @@ class Example:
     start: int  # the first token to be written
 
 
-class WarmStart:
+def warm_start(
+    policy: LoraPolicy, pairs: Sequence[tuple[PromptLike, str]], config: SftConfig
+) -> Fit:
     """Maximises the mean log-probability of the instructions' tokens, step by step.
 
     Args:
         pairs: (prompt, instruction); where that is empty, the end of the turn is all there is to
-            write. Batches are shuffled by (config.seed, epoch).
+            write.
 
     Raises:
         ValueError: no pairs, an empty prompt, a pair over the context, or a chat template that
             opens a block of reasoning; the message names its index. Before the first step.
     """
+    model = policy.model
+    examples = encode_pairs(model.tokenizer, pairs, config.prompting, model.context_length)
+    for index, example in enumerate(examples):
+        with naming(f"pair {index}"):
+            check_example(model, example)
+    return Fit(
+        policy,
+        config,
+        len(examples),
+        lambda rows: likelihood_gradients(policy, [examples[i] for i in rows], config),
+    )
 
-    def __init__(
-        self, policy: LoraPolicy, pairs: Sequence[tuple[PromptLike, str]], config: SftConfig
-    ) -> None:
-        limit = policy.model.context_length
-        self._examples = encode_pairs(policy.model.tokenizer, pairs, config.prompting, limit)
-        for index, example in enumerate(self._examples):
-            if len(example.tokens) > limit:
-                raise ValueError(f"pair {index}: {_OVER.format(len(example.tokens), limit)}")
-            read = prompt_end(policy.model.tokenizer, example.tokens[: example.start])
-            if open_block(read) is not None:
-                raise ValueError(
-                    f"pair {index}: the chat template opens a block of reasoning, in which no "
-                    "instruction can be taught; prompter.chat_template_kwargs may close it, or "
-                    "prompter.chat_template takes another"
-                )
-        self.policy, self.config = policy, config
-        self.optimizer = make_optimizer(policy.parameters(), config)
-        self.step = 0  # steps done
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The steps that are left: one for each row of metrics that is taken."""
-        while self.step < self.config.steps:
-            yield self.advance()
-
-    def advance(self) -> dict[str, Any]:
-        """Do a step, as a whole; returns its row of metrics."""
-        config, started = self.config, time.perf_counter()
-        chosen = batch_indices(
-            seed=config.seed,
-            cursor=self.step * config.batch_size,
-            count=config.batch_size,
-            rows=len(self._examples),
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        rate = config.learning_rate * rate_factor(config, self.step)
-        batch = [self._examples[i] for i in chosen]
-        with one_torch_thread():
-            metrics = likelihood_gradients(self.policy, batch, config)
-            (norm,) = apply_gradients({self.optimizer: rate}, max_grad_norm=config.max_grad_norm)
-        self.step += 1
-        return {
-            "step": self.step - 1,
-            **metrics,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "seconds": time.perf_counter() - started,
-        }
-
-    def checkpoint(self) -> Checkpoint:
-        return Checkpoint(
-            step=self.step,
-            cursor=self.step * self.config.batch_size,
-            config=to_mapping(self.config),
-            weights=self.policy.weights(),
-            optimizer=self.optimizer.state_dict(),
-            adaptive={},
+def check_example(model: NativeModel, example: Example) -> None:
+    """Refuse what the model cannot read, or could not have written there. Raises ValueError."""
+    reason = over_context(model, example)
+    if reason is not None:
+        raise ValueError(reason)
+    if open_block(prompt_end(model.tokenizer, example.tokens[: example.start])) is not None:
+        raise ValueError(
+            "the chat template opens a block of reasoning, in which no text can be taught; the "
+            "model's chat_template_kwargs may close it, or its chat_template takes another"
         )
 
-    def restore(self, checkpoint: Checkpoint, same: Mapping[str, str] | None = None) -> None:
-        """Go on as if it had not stopped. Raises ValueError as `check_same_run`."""
-        check_same_run(checkpoint.config, to_mapping(self.config), same)
-        self.policy.load_weights(checkpoint.weights)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        self.step = checkpoint.step
+
+def over_context(model: NativeModel, example: Example) -> str | None:
+    """Why the model's context does not hold it; None where it does."""
+    length, limit = len(example.tokens), model.context_length
+    return f"{length} tokens exceed the context of {limit}" if length > limit else None
 
 
 def fit_pairs(
@@ -128,14 +87,10 @@ def fit_pairs(
     def unread(pair: PairRow) -> str | None:
         pieces = (pair.prompt, pair.instruction)
         example = _encode_pair(model.tokenizer, pieces, config.prompting, limit, end)
-        over = len(example.tokens) > limit
-        return _OVER.format(len(example.tokens), limit) if over else None
+        return over_context(model, example)
 
     rows = fit_rows(pairs, unread, config.on_too_long).rows
     return [(pair.prompt, pair.instruction) for pair in rows]
-
-
-_OVER = "{} tokens exceed the context of {}"
 
 
 def likelihood_gradients(

@@ -1,0 +1,106 @@
+"""`alignpro prefer` and `alignpro reward fit`: learning from pairs of which one was preferred."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignpro.cli.shared import (
+    AllowChanges,
+    Config,
+    Overrides,
+    Overwrite,
+    Resume,
+    app,
+    examples,
+    needs_torch,
+    one_line_errors,
+    read_settings,
+)
+
+
+@app.command(
+    epilog=examples(
+        "alignpro prefer prompter.adapter=alignpro-sft/adapter heldout={}",
+        "alignpro prefer data=pairs.jsonl policy=target beta=0.05 steps=64",
+    )
+)
+@one_line_errors
+def prefer(
+    config: Config = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    allow_changes: AllowChanges = False,
+) -> None:
+    """Train on pairs of which one was preferred."""
+    needs_torch("prefer")
+    from alignpro.config import PreferConfig
+
+    options = read_settings(PreferConfig, config, overrides)
+    from alignpro.report.progress import Bars, show_preference_row
+
+    with Bars("loading data and model") as bars:
+        from alignpro.train.run import run_prefer
+
+        run_prefer(
+            options,
+            resume=resume,
+            overwrite=overwrite,
+            allow_changes=allow_changes,
+            on_step=lambda row: show_preference_row(bars, row, options.steps),
+        )
+    typer.echo(f"adapter: {Path(options.run_dir) / 'adapter'}")
+
+
+reward = typer.Typer(help="Make a reward from preferences.", no_args_is_help=True)
+app.add_typer(reward, name="reward")
+
+
+@reward.command(
+    "fit",
+    epilog=examples(
+        "alignpro reward fit pairs.jsonl --output kindness",
+        "alignpro reward fit warm_tones model=smollm2 heldout={} --output warmth",
+    ),
+)
+@one_line_errors
+def reward_fit(
+    pairs: Annotated[
+        str, typer.Argument(help="Pairs: a file, a packaged name, or a data set on the hub.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Fields of the configuration, such as seed=1 or model=smollm2.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder of the reward, which is made.")
+    ] = Path("alignpro-reward"),
+) -> None:
+    """Fit a linear reward on a frozen model's states to pairs.
+
+    It is then a reward by the name learned:FOLDER.
+    """
+    needs_torch("reward fit")
+    from alignpro.config import RewardFitConfig
+
+    options = read_settings(
+        RewardFitConfig, None, [f"data.path={json.dumps(pairs)}", *(overrides or [])]
+    )
+    from rich.console import Console
+
+    from alignpro.report.learned import reward_view
+    from alignpro.report.progress import Bars
+
+    with Bars("loading data and model") as bars:
+        from alignpro.train.reward_fit import run_reward_fit
+
+        fit = run_reward_fit(options, output, bars.show)
+    Console().print(reward_view(fit))
+    typer.echo(f"reward: learned:{output}")
