@@ -444,6 +444,8 @@ def refused(*arguments: object) -> str:
         (["--request", "--run", "."], "expected the directory of a run"),
         (["--request", "--target", "x"], "--target: expected only without --request"),
         (["--request", "--run", "r", "--adapter", "a"], "--adapter: expected only without --run"),
+        (["--request", "--run", "r", "--model", "m"], "--model: expected only without --run"),
+        (["--request", "--prompt", "x", "--prompts", "3"], "--prompts: expected only without"),
         (["--prompt", "x"], "--prompt: expected only with --request, got x"),
     ],
 )
