@@ -404,7 +404,7 @@ def test_a_request_in_production_by_its_phases(tmp_path: Path, tiny_model_dir: A
     result = run("--request", *what, "--rewrites", 2, "--threads", 1, *files)
     assert result.exit_code == 0, result.output
     report = json.loads(numbers.read_text("utf-8"))
-    assert (report["prompts"], report["requests"]) == ((2, 4) if of_run else (1, 2))
+    assert (report["prompt"], report["requests"]) == ((None, 4) if of_run else ("the heron", 2))
     assert sum(report["reasons"].values()) == report["requests"]
     phases = {row["phase"]: row for row in report["phases"]}
     assert list(phases) == list(PHASES)
@@ -444,6 +444,8 @@ def refused(*arguments: object) -> str:
         (["--request", "--run", "."], "expected the directory of a run"),
         (["--request", "--target", "x"], "--target: expected only without --request"),
         (["--request", "--run", "r", "--adapter", "a"], "--adapter: expected only without --run"),
+        (["--request", "--run", "r", "--model", "m"], "--model: expected only without --run"),
+        (["--request", "--prompt", "x", "--prompts", "3"], "--prompts: expected only without"),
         (["--prompt", "x"], "--prompt: expected only with --request, got x"),
     ],
 )

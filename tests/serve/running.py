@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from alignpro.config.serve import ServeConfig
 from alignpro.serve.app import Proxy
 from alignpro.serve.audit import AuditLog
+from alignpro.serve.build import upstream_of
 from alignpro.serve.messages import Upstream
 from alignpro.serve.rewriter import Rewriter
 from alignpro.serve.routes import Route, Routes, mode_of
 from alignpro.serve.server import listen, make_server, new_event_loop
-from alignpro.serve.upstream import EndpointUpstream
 from serve.raw_upstream import until
 
 
@@ -48,13 +48,7 @@ def running(
     upstream: Upstream | None = None,
     routes: Routes | None = None,
 ) -> Iterator[Running]:
-    if upstream is None:
-        assert config.upstream is not None
-        upstream = EndpointUpstream(
-            config.upstream,
-            connect_seconds=config.connect_seconds,
-            idle_seconds=config.idle_seconds,
-        )
+    upstream = upstream or upstream_of(config)
     if routes is None:
         mode = mode_of(config.rewrite)
         routes = Routes(Route(mode, [] if rewriter is None else [rewriter]))

@@ -13,7 +13,7 @@ from alignpro.data.load import PromptRow, load_prompts
 from alignpro.findings import Measured
 from alignpro.report.progress import Bars, TrainBar
 from alignpro.train.callbacks import TrainCallback
-from alignpro.train.held_out import load_held_out
+from alignpro.train.held_out import HeldOut, load_held_out
 from train.test_trainer import config, log, make
 
 ROWS = [PromptRow(prompt) for prompt in ("ab", "cd", "ef", "gh")]
@@ -47,6 +47,14 @@ def test_a_look_every_so_often_and_at_the_last_step(tmp_path):
     keys = log(alone)[0].keys() - {"warnings"}
     for mine, theirs in zip(log(trainer), log(alone), strict=True):
         assert {key: mine[key] for key in keys} == {key: theirs[key] for key in keys}
+
+
+def test_a_first_look_without_what_is_measured_since_is_still_the_first(tmp_path):
+    held_out = HeldOut(watched(tmp_path), ROWS)
+    then = vars(Measured({"good": 0.5}, {}, 0, 4.0, 0.0)) | {"reward_mean": 0.5, "seconds": 1.0}
+    del then["broken_guards"]
+    held_out.restore([{"step": 0, "heldout": then}, {"step": 1}])
+    assert held_out._before == Measured({"good": 0.5}, {}, 0, 4.0, 0.0)
 
 
 def test_the_reward_of_a_look_by_hand(tmp_path):

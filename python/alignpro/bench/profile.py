@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alignpro import trace
 from alignpro.bench.generation import Say, rollout_pipeline, rollout_prompts
@@ -18,6 +18,7 @@ from alignpro.rewards.build import build_reward
 from alignpro.types import Prompt, Rollout
 
 _LIMIT_REPEATS = 5
+Result = TypeVar("Result")
 
 
 def profile_rollout(
@@ -108,15 +109,19 @@ def profile_rollout(
 def record(
     pipeline: Pipeline, prompts: list[Prompt], rewrites: int, seed: int, ops: bool
 ) -> tuple[Rollout, Mapping[str, Any], list[trace.Span]]:
+    return record_work(lambda: pipeline.rollout(prompts, num_rewrites=rewrites, seed=seed), ops=ops)
+
+
+def record_work(
+    work: Callable[[], Result], *, ops: bool
+) -> tuple[Result, Mapping[str, Any], list[trace.Span]]:
+    """What it returns, and what the engine and Python recorded meanwhile."""
     trace.start()
     try:
-        rollout, events = recorded(
-            lambda: pipeline.rollout(prompts, num_rewrites=rewrites, seed=seed),
-            "ops" if ops else "steps",
-        )
+        result, events = recorded(work, "ops" if ops else "steps")
     finally:
         spans = trace.stop()
-    return rollout, events, spans
+    return result, events, spans
 
 
 def rewrite_seeds(seed: int, prompts: int) -> list[int]:

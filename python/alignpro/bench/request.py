@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 
 from alignpro import trace
 from alignpro.bench.generation import Say, rollout_prompts
-from alignpro.bench.machine import limits, machine, recorded
+from alignpro.bench.machine import limits, machine
+from alignpro.bench.profile import record_work
 from alignpro.bench.serve import chat_body, event_loop, percentiles, stand_in
 from alignpro.bench.timeline import ROW_STAGES, Timeline
 from alignpro.bench.work import ROLLOUT
@@ -21,9 +21,9 @@ from alignpro.config import GuardConfig
 from alignpro.config.serve import ServeConfig
 from alignpro.prompter import Prompter
 from alignpro.serve.app import Proxy
+from alignpro.serve.build import upstream_of
 from alignpro.serve.rewriter import Rewriter
 from alignpro.serve.routes import Route, Routes
-from alignpro.serve.upstream import EndpointUpstream
 from alignpro.types import Conversation
 
 # In the order of a request. "queue" is from the request's hand-over to the engine's thread until
@@ -60,14 +60,18 @@ def profile_request(
 
     Args:
         run: whose prompter rewrites, in place of ``model`` with ``adapter``, a PEFT folder.
-        prompt: the user turn of all requests; None asks ``prompts`` of the everyday set.
+        prompt: the user turn of all requests, whose prefill is then what the prefix cache leaves of
+            it; None asks ``prompts`` of the everyday set, numbered so that no two are alike.
         rewrites: requests of each prompt.
         ops: record every op of the engine as well, which shares of limits are counted from.
 
     Raises as `Prompter.from_run` and `Prompter`.
     """
-    turns = [prompt] if prompt is not None else []
-    turns = turns or [Conversation.of(p).last_turn for p in rollout_prompts(prompts)]
+    if prompt is None:
+        asked = [Conversation.of(p).last_turn for p in rollout_prompts(prompts)] * rewrites
+        turns = [f"{number}. {turn}" for number, turn in enumerate(asked)]
+    else:
+        turns = [prompt] * rewrites
     say("loading")
     guards = GuardConfig()
     if run is not None:
@@ -78,7 +82,7 @@ def profile_request(
     say("measuring the machine's limits")
     measured = limits(threads, _LIMIT_REPEATS)
     say("requests")
-    bodies = [chat_body(turn, False) for _ in range(rewrites) for turn in turns]
+    bodies = [chat_body(turn, False) for turn in turns]
     with stand_in() as port, prompter:
         reasons, events, spans = _record(prompter, port, bodies, ops)
     whole = _timeline(events, spans, "requests")
@@ -93,7 +97,7 @@ def profile_request(
         "model": prompter.model.name,
         "run": None if run is None else str(run),
         "adapter": None if adapter is None else str(adapter),
-        "prompts": len(turns),
+        "prompt": prompt,
         "requests": len(each),
         "reasons": reasons,
         "request": percentiles(seconds),
@@ -118,12 +122,8 @@ def _record(
 ) -> tuple[dict[str, int], Mapping[str, Any], list[trace.Span]]:
     """What became of the rewrites, and what was recorded meanwhile."""
     config = ServeConfig(upstream=f"http://127.0.0.1:{port}/v1", deadline_seconds=_DEADLINE)
-    assert config.upstream is not None
-    upstream = EndpointUpstream(
-        config.upstream, connect_seconds=config.connect_seconds, idle_seconds=config.idle_seconds
-    )
     routes = Routes(Route("on", [Rewriter("profile", prompter, config)]))
-    proxy = Proxy(config, upstream, routes)
+    proxy = Proxy(config, upstream_of(config), routes)
 
     async def ask(asked: Sequence[bytes]) -> list[str]:
         return [await _answered(proxy, body) for body in asked]
@@ -134,21 +134,9 @@ def _record(
 
     with event_loop() as loop:
         loop.run_until_complete(ask(bodies[:_WARM_UP]))
-        with _recording() as spans:
-            reasons, events = recorded(spanned, "ops" if ops else "steps")
+        reasons, events, spans = record_work(spanned, ops=ops)
         loop.run_until_complete(proxy.close())
     return dict(Counter(reasons).most_common()), events, spans
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[list[trace.Span]]:
-    """The spans of the block, once it has ended."""
-    spans: list[trace.Span] = []
-    trace.start()
-    try:
-        yield spans
-    finally:
-        spans += trace.stop()
 
 
 async def _answered(proxy: Proxy, body: bytes) -> str:

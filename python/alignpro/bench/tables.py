@@ -121,7 +121,7 @@ def request_tables(report: Mapping[str, Any]) -> Group:
 
     rows = [*report["phases"], {"phase": "request", **report["request"], "share": 1.0}]
     whose = report["run"] or report["model"]
-    title = f"{whose}: {report['requests']} requests of {report['prompts']} prompts, one at a time"
+    title = f"{whose}: {report['requests']} requests, one after another"
     columns = ("p50 ms", "p99 ms", "share", "of FMA peak", "of reads")
     table = new_table(title, columns, map(cells, rows))
     steps = [

@@ -228,25 +228,30 @@ def profile(
     work |= {"ops": ops, "out": trace}
     of_rollout = {"target": target, "compute": compute, "seed": seed}
     if request:
-        _only(of_rollout, {"target": None, "compute": "float32", "seed": 0}, "without --request")
+        _only(
+            "without --request", target=(target, None), compute=(compute, "float32"), seed=(seed, 0)
+        )
         if run is not None:
-            _only({"adapter": adapter}, {"adapter": None}, "without --run, which has its own")
+            own = "without --run, which has its own"
+            _only(own, model=(model, "smollm2"), adapter=(adapter, None))
+        if prompt is not None:
+            _only("without --prompt", prompts=(prompts, 16))
         needs_serve("profile --request")
         from alignpro.bench.request import profile_request
 
         work |= {"run": run, "prompt": prompt}
         _run_bench(profile_request, model if run is None else None, output, threads, work)
     else:
-        _only({"run": run, "prompt": prompt}, {"run": None, "prompt": None}, "with --request")
+        _only("with --request", run=(run, None), prompt=(prompt, None))
         from alignpro.bench.profile import profile_rollout
 
         _run_bench(profile_rollout, model, output, threads, work | of_rollout)
 
 
-def _only(given: dict[str, Any], default: dict[str, Any], when: str) -> None:
-    """Refuse options that mean nothing here."""
-    for name, value in given.items():
-        if value != default[name]:
+def _only(when: str, **options: tuple[Any, Any]) -> None:
+    """Refuse an option that means nothing here: one whose value is not its default."""
+    for name, (value, default) in options.items():
+        if value != default:
             raise ValueError(f"--{name}: expected only {when}, got {value}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from alignpro.config import ModelConfig
@@ -49,10 +50,16 @@ def build_proxy(config: ServeConfig) -> Proxy:
 
     named = {model: route_of(route) for model, route in (config.routes or {}).items()}
     routes = Routes(route_of(config), named)
-    return Proxy(config, _upstream(config, loaded), routes, audit)
+    return Proxy(config, upstream_of(config, loaded), routes, audit)
 
 
-def _upstream(config: ServeConfig, loaded: list[tuple[ModelConfig, NativeModel]]) -> Upstream:
+def upstream_of(
+    config: ServeConfig, loaded: Sequence[tuple[ModelConfig, NativeModel]] = ()
+) -> Upstream:
+    """What answers: the endpoint, or the model, of those that are loaded already where it can be.
+
+    Raises ValueError where the configuration names neither; as `load_model`.
+    """
     if config.upstream is not None:
         return EndpointUpstream(
             config.upstream,
