@@ -13,8 +13,8 @@ from alignpro.statistics import (
     law_of_total_variance,
     length_controlled_win_rate,
     paired_difference,
+    proportion_ci,
     ratio_of_means,
-    share_ci,
     variance,
 )
 
@@ -227,17 +227,19 @@ def test_other_bad_input():
         law_of_total_variance(np.zeros((2, 2)))
 
 
-def test_share_interval_by_hand():
-    """Wilson's interval of 8 in 10, from the textbook: 0.490 to 0.943."""
-    found = share_ci(0.8, 10)
-    assert found.mean == 0.8
-    assert (found.low, found.high) == pytest.approx((0.4901625, 0.9433178), abs=1e-7)
-    whole, none = share_ci(1.0, 5), share_ci(0.0, 5)
-    assert whole.high == 1.0 and whole.low == pytest.approx(5 / (5 + 1.959964**2), rel=1e-6)
-    assert (none.low, none.high) == pytest.approx((0.0, 1 - whole.low))
-    for share, count in ((1.1, 5), (0.5, 0)):
-        with pytest.raises(ValueError, match=r"expected a share in \[0, 1\] of at least 1"):
-            share_ci(share, count)
+def test_exact_intervals_of_a_proportion():
+    """Clopper and Pearson's, by scipy."""
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    for successes, trials in ((0, 10), (1, 12), (8, 10), (40, 96), (5, 5)):
+        found = proportion_ci(successes, trials)
+        exact = binomtest(successes, trials).proportion_ci(method="exact")
+        assert found.mean == successes / trials
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-9)
+    between = proportion_ci(7.5, 10)  # shares of several draws: rounded outward
+    assert (between.low, between.high) == (proportion_ci(7, 10).low, proportion_ci(8, 10).high)
+    for successes, trials in ((-1, 5), (6, 5), (0, 0)):
+        with pytest.raises(ValueError, match="successes: expected 0 to"):
+            proportion_ci(successes, trials)
 
 
 def test_calibration_by_hand():

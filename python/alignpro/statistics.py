@@ -183,21 +183,6 @@ def _fit_logistic(x: Floats, y: Floats, weight: Floats, start: Floats) -> Floats
 _PRIOR_DEVIATIONS = (10.0, 2.5)  # of intercept and slope
 
 
-def share_ci(share: float, count: int) -> Interval:
-    """A mean of ``count`` independent values in [0, 1] with its 95% interval (Wilson 1927).
-
-    Of values that are not all 0 or 1 it is somewhat too wide. It stays inside [0, 1], and has a
-    width where all are alike, as a bootstrap's has not. Raises ValueError for a share outside
-    [0, 1], or no values.
-    """
-    if not 0 <= share <= 1 or count < 1:
-        raise ValueError(f"expected a share in [0, 1] of at least 1, got {share} of {count}")
-    z = 1.959963984540054
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return Interval(share, max(0.0, float(middle - half)), min(1.0, float(middle + half)))
-
-
 @dataclass(frozen=True)
 class CalibrationBin:
     """What was given a probability in [low, high)."""

@@ -32,7 +32,7 @@ from alignpro.lengths import fit_rows
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.objective.bradley_terry import fit_bradley_terry
 from alignpro.rewards.learned import RECORD, answer_features, read_answer
-from alignpro.statistics import Calibration, Interval, calibration, share_ci
+from alignpro.statistics import Calibration, Interval, calibration, proportion_ci
 from alignpro.train.callbacks import OnProgress
 from alignpro.train.policy import one_torch_thread
 from alignpro.types import Conversation
@@ -193,7 +193,7 @@ def measure_reward(rows: Sequence[PreferenceRow], margins: NDArray[np.float64]) 
     return RewardQuality(
         pairs=len(rows),
         conversations=len(by_conversation),
-        accuracy=share_ci(float(by_conversation.mean()), len(by_conversation)),
+        accuracy=proportion_ci(float(by_conversation.sum()), len(by_conversation)),
         log_loss=float(np.logaddexp(0, -margins).mean()),
         calibration=calibration(confidence, correct),
         longer=float(_correct(np.array(longer)).mean()),
