@@ -294,6 +294,14 @@ def test_a_run_is_trained_by_it_and_knows_it_again(made, tmp_path):
         alignpro.run_train(config, resume=True)
 
 
+def test_a_configuration_that_names_it(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    words = ["init", tmp_path / "mine.yaml", "--data", "pairs.jsonl", "--model", made / "model"]
+    invoke(*words, "--reward", "learned:kind")
+    assert "reward: learned:kind" in (tmp_path / "mine.yaml").read_text().replace('"', "")
+    assert not (made / "learned.py").exists()  # it is no module of the user's
+
+
 def test_what_is_refused(made, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing: expected the folder of a learned"):
         build_reward(f"learned:{tmp_path / 'nothing'}")
