@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from alignpro.config import PreferConfig as PreferConfig
     from alignpro.config import Prompting as Prompting
     from alignpro.config import QuickstartConfig as QuickstartConfig
+    from alignpro.config import RewardFitConfig as RewardFitConfig
     from alignpro.config import SftConfig as SftConfig
     from alignpro.config import TrainConfig as TrainConfig
     from alignpro.config import load_yaml as load_yaml
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from alignpro.rewriting import Rewritten as Rewritten
     from alignpro.train.callbacks import TrainCallback as TrainCallback
     from alignpro.train.policy import LoraPolicy as LoraPolicy
+    from alignpro.train.reward_fit import run_reward_fit as run_reward_fit
     from alignpro.train.run import make_trainer as make_trainer
     from alignpro.train.run import run_prefer as run_prefer
     from alignpro.train.run import run_sft as run_sft
@@ -88,6 +90,7 @@ _HOMES = {
     "Response": "types",
     "Reward": "types",
     "RewardError": "rewards.check",
+    "RewardFitConfig": "config",
     "Rewrite": "types",
     "Rewritten": "rewriting",
     "Rollout": "types",
@@ -108,6 +111,7 @@ _HOMES = {
     "run_evaluate": "evaluate.run",
     "run_headroom": "evaluate.headroom",
     "run_prefer": "train.run",
+    "run_reward_fit": "train.reward_fit",
     "run_sft": "train.run",
     "run_train": "train.run",
     "save_peft": "models.adapter",

@@ -294,6 +294,14 @@ def test_a_run_is_trained_by_it_and_knows_it_again(made, tmp_path):
         alignpro.run_train(config, resume=True)
 
 
+def test_a_configuration_that_names_it(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    words = ["init", tmp_path / "mine.yaml", "--data", "pairs.jsonl", "--model", made / "model"]
+    invoke(*words, "--reward", "learned:kind")
+    assert "reward: learned:kind" in (tmp_path / "mine.yaml").read_text().replace('"', "")
+    assert not (made / "learned.py").exists()  # it is no module of the user's
+
+
 def test_what_is_refused(made, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing: expected the folder of a learned"):
         build_reward(f"learned:{tmp_path / 'nothing'}")
@@ -321,6 +329,13 @@ def test_what_is_refused(made, tmp_path):
     line = invoke("reward", "fit", pairs, *short, code=2)
     assert "pairs.jsonl, line 1: " in line and "exceed the context" in line
     assert not (tmp_path / "o").exists()
+    rows = [{"prompt": "why " * 300, "chosen": "b", "rejected": "c"}]
+    rows += [{"prompt": f"why {i}", "chosen": "b", "rejected": "c"} for i in range(12)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = [f"model={made / 'model'}", "model.context_length=120", "folds=2", "on_too_long=skip"]
+    invoke("reward", "fit", tmp_path / "long.jsonl", *short, "--output", tmp_path / "some")
+    record = json.loads((tmp_path / "some" / "reward.json").read_text())
+    assert record["training"]["pairs"] + record["heldout"]["pairs"] == 12
     with pytest.raises(ValueError, match="strengths: expected at least one"):
         from_mapping(RewardFitConfig, {"strengths": []})
     with pytest.raises(ValueError, match="config: expected RewardFitConfig, got Pref"):

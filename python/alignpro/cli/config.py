@@ -119,8 +119,8 @@ def init(
     reward: Annotated[
         str | None,
         typer.Option(
-            help="Reward: vader, topic, hf:NAME, or your MODULE:FUNCTION, which is written to edit "
-            "where there is none; the default is my_reward:score."
+            help="Reward: vader, topic, hf:NAME, learned:FOLDER, or your MODULE:FUNCTION, which is "
+            "written to edit where there is none; the default is my_reward:score."
         ),
     ] = None,
     run: Annotated[
@@ -218,7 +218,8 @@ def _has_validation(source: DataConfig) -> bool:
 def _stub_of(reward: str) -> Path | None:
     """The file of a function that is not there yet."""
     module, colon, function = reward.partition(":")
-    if not colon or not module.isidentifier() or not function.isidentifier() or module == "hf":
+    named = module in ("hf", "learned") or not colon
+    if named or not module.isidentifier() or not function.isidentifier():
         return None
     file = Path(f"{module}.py")
     return None if file.exists() or importlib.util.find_spec(module) is not None else file

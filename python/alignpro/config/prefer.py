@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from alignpro.config.data import OnTooLong, PreferencesConfig
+from alignpro.config.data import PreferencesConfig
 from alignpro.config.fields import (
     Date,
     Range,
@@ -69,10 +69,10 @@ class RewardFitConfig:
     """The parts of the other conversations that choose the strength by cross-validation."""
     strengths: tuple[Annotated[float, above(0)], ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """The strengths of the penalty on the weights that are tried."""
-    on_too_long: OnTooLong = "error"
-    """What becomes of a pair that the model's context does not hold.
+    on_too_long: Literal["error", "skip"] = "error"
+    """What becomes of a pair that the model's context does not hold: an error, or its row left out.
 
-    See `StageConfig.on_too_long`.
+    None is cut: a conversation that begins otherwise would count as another one.
     """
     seed: Seed = 0
     """The random seed, from which everything random follows."""
@@ -117,7 +117,6 @@ class PreferConfig(PairsFitConfig):
     """Pairs to measure while training ({} takes the defaults); null measures none."""
     run_dir: str = "alignpro-prefer"
     """The directory of the run."""
-    learning_rate: Annotated[float, above(0)] = 1e-4
     beta: Annotated[float, above(0)] = 0.1
     """The weight of the KL penalty that the loss stands for: a smaller one lets the policy go
     further from the reference."""

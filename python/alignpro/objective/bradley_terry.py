@@ -38,7 +38,7 @@ def fit_bradley_terry(differences: Tensor, strength: float) -> Tensor:
     optimizer = torch.optim.LBFGS(
         [w],
         max_iter=_ITERATIONS,
-        tolerance_grad=1e-9,
+        tolerance_grad=1e-8,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
