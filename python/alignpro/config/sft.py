@@ -8,7 +8,8 @@ from typing import Annotated
 from alignpro.config.data import OnTooLong, PairsConfig
 from alignpro.config.fields import Date, Seed, Threads, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
-from alignpro.config.prompting import FitConfig, Prompting
+from alignpro.config.prompting import REWRITE, FitConfig, Prompting
+from alignpro.types import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class SftConfig(FitConfig):
     records."""
     threads: Threads = None
     """The number of threads; null is the CPU quota."""
+
+    @property
+    def rewrite(self) -> SamplingParams:
+        """How its prompter is sampled, as `StageConfig` has it."""
+        return REWRITE
 
     def __post_init__(self) -> None:
         check_trainable("prompter", self.prompter)

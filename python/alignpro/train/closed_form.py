@@ -19,7 +19,6 @@ from torch import Tensor
 
 from alignpro.config import to_mapping
 from alignpro.interrupts import interruptible
-from alignpro.models.adapter import save_peft
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.objective import sum_per_sequence, zero_advantage_groups
 from alignpro.objective.closed_form import (
@@ -98,7 +97,7 @@ class ClosedFormFit(TrainingRun):
                     self._fit_pooled(groups, watchers, on_progress)
                 else:
                     self._fit(groups, watchers)
-            save_peft(self.run_dir / "adapter", self.policy.weights())
+            self._save_adapter()
 
     def _fit_pooled(
         self, groups: list[list[Rewrite]], watchers: Watchers, on_progress: OnProgress | None

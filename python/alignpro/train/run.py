@@ -14,10 +14,11 @@ from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_column
 from alignpro.files import write_json
 from alignpro.interrupts import interruptible, interrupts_deferred
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.adapter import LoraWeights
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
+from alignpro.models.prompter_file import save_prompter
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
@@ -84,7 +85,9 @@ def run_sft(
     with interruptible(), directory:
         _fit(warm, directory, log, on_step)
         weights = warm.policy.weights()
-        save_peft(run_dir / "adapter", weights)
+        save_prompter(
+            run_dir / "adapter", weights, model.tokenizer, config.prompting, config.rewrite
+        )
     return weights
 
 

@@ -21,6 +21,7 @@ from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.native_model import NativeModel
+from alignpro.models.prompter_file import save_prompter
 from alignpro.models.reading import check_columns, check_roles, read_prompts
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import CONFIG, RunDirectory, add_note, open_run_dir
@@ -173,6 +174,14 @@ class TrainingRun:
         if pipeline.prompting != config.prompting:
             raise ValueError("pipeline: its prompting is not the configuration's")
 
+    def _save_adapter(self) -> None:
+        folder, weights, config = self.run_dir / "adapter", self.policy.weights(), self.config
+        if config.policy == "prompter":
+            tokenizer = self.policy.model.tokenizer
+            save_prompter(folder, weights, tokenizer, config.prompting, config.rewrite)
+        else:
+            save_peft(folder, weights)
+
 
 class Trainer(TrainingRun):
     """Maximises mean reward - kl_coef * KL(policy || reference) over the prompts (MATH: objective).
@@ -247,7 +256,7 @@ class Trainer(TrainingRun):
                 self._checkpoint(watchers, after=error)
             raise
         self._checkpoint(watchers)
-        save_peft(self.run_dir / "adapter", self.policy.weights())
+        self._save_adapter()
 
     def _look_at_held_out(self) -> dict[str, Any]:
         if self.held_out is None:
