@@ -18,11 +18,11 @@ from alignpro.native import ModelFileError, core
 from testing_extension import load_testing
 
 ROOT = Path(__file__).resolve().parents[2]
-RULES = ("gpt-2", "smollm", "llama-bpe", "dbrx")
+RULES = ("gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx")
 CONTROL, PLAIN = ["<|im_start|>", "<|im_end|>", "</s>"], ["<think>", "   ", "ab c"]
 TEMPLATE = "<|im_start|>{{ messages[0]['content'] }}<|im_end|>\n"
 # What the expressions tell apart, and what only looks like it.
-MIXED = "aZ \xe9'\u017f\n\r\t 1\u0663\xbd\u3000\xa0\x85\x1c.!<_\u0301\u200b\u4e2d\U0001f642"
+MIXED = "aZ e\u0327\u0301\u1100\u1161\u11a8\uac00\u212b\u0344\u0958 \xe9'\u017f\n\r\t 1\u0663\xbd\u3000\xa0\x85\x1c.!<_\u0301\u200b\u4e2d\U0001f642"
 PIECES = [*CONTROL, *PLAIN, "im_end|>", "'ll", "'Ve", " 12345 "]
 TELLING = st.sampled_from([*MIXED, *"sStTmMdDlLvVeErR", *PIECES])
 TEXT = st.lists(TELLING | st.characters(exclude_categories=["Cs"]), max_size=24).map("".join)
@@ -103,7 +103,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path):
 
 def test_the_tables_are_those_of_the_tokenizers_package():
     folder = ROOT / "src" / "alignpro" / "prompter"
-    spec = importlib.util.spec_from_file_location("g", folder / "generate_unicode_ranges.py")
+    spec = importlib.util.spec_from_file_location("g", folder / "generate_unicode_tables.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    assert generate.header() == (folder / "unicode_ranges.h").read_text("utf-8")
+    assert generate.header() == (folder / "unicode_tables.h").read_text("utf-8")

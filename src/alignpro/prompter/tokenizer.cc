@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "alignpro/core/error.h"
+#include "alignpro/core/utf8.h"
 #include "alignpro/io/gguf.h"
 #include "alignpro/model/end_of_text.h"
 #include "alignpro/prompter/unicode.h"
@@ -155,7 +156,7 @@ Tokenizer::Tokenizer(const model::ModelFiles& files) {
   rule_ = find_word_rule(name);
   require<FileError>(rule_ != nullptr, file->name(), ": tokenizer.ggml.pre: words cut as ",
                      printable(name),
-                     " are not known here; expected gpt-2, smollm, llama-bpe or dbrx");
+                     " are not known here; expected gpt-2, smollm, qwen2, llama-bpe or dbrx");
   add_tokens(files);
   add_merges(*file);
 }
@@ -248,6 +249,8 @@ std::vector<int32_t> Tokenizer::encode(std::string_view before, std::string_view
 }
 
 void Tokenizer::encode_words(std::string_view text, std::vector<int32_t>* ids) const {
+  std::string normal;
+  if (rule_->nfc) text = normal = to_nfc(text);
   for (const std::string_view word : split_words(text, *rule_)) encode_word(word, ids);
 }
 

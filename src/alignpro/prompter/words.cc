@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 
+#include "alignpro/core/utf8.h"
 #include "alignpro/prompter/unicode.h"
 
 namespace alignpro::prompter {
@@ -11,6 +12,7 @@ namespace {
 
 constexpr WordRule kGpt2{};
 constexpr WordRule kSmolLm{.single_digits = true};
+constexpr WordRule kQwen2{.most_digits = 1, .nfc = true};
 constexpr WordRule kLlama3{.most_digits = 3, .ignore_merges = true};
 constexpr WordRule kDbrx{.most_digits = 3};
 
@@ -117,12 +119,16 @@ struct Named {
 };
 // llama.cpp has many names for one rule.
 constexpr std::array kNamed = {
-    Named{"gpt-2", &kGpt2},      Named{"phi-2", &kGpt2},       Named{"gigachat", &kGpt2},
-    Named{"exaone4", &kGpt2},    Named{"a.x-4.0", &kGpt2},     Named{"mellum", &kGpt2},
-    Named{"smollm", &kSmolLm},   Named{"llama-bpe", &kLlama3}, Named{"llama3", &kLlama3},
-    Named{"llama-v3", &kLlama3}, Named{"falcon3", &kLlama3},   Named{"falcon-h1", &kLlama3},
-    Named{"pixtral", &kLlama3},  Named{"midm-2.0", &kLlama3},  Named{"dbrx", &kDbrx},
-    Named{"smaug-bpe", &kDbrx},
+    Named{"gpt-2", &kGpt2},     Named{"phi-2", &kGpt2},
+    Named{"gigachat", &kGpt2},  Named{"exaone4", &kGpt2},
+    Named{"a.x-4.0", &kGpt2},   Named{"mellum", &kGpt2},
+    Named{"qwen2", &kQwen2},    Named{"deepseek-r1-qwen", &kQwen2},
+    Named{"kormo", &kQwen2},    Named{"megrez", &kQwen2},
+    Named{"smollm", &kSmolLm},  Named{"llama-bpe", &kLlama3},
+    Named{"llama3", &kLlama3},  Named{"llama-v3", &kLlama3},
+    Named{"falcon3", &kLlama3}, Named{"falcon-h1", &kLlama3},
+    Named{"pixtral", &kLlama3}, Named{"midm-2.0", &kLlama3},
+    Named{"dbrx", &kDbrx},      Named{"smaug-bpe", &kDbrx},
 };
 
 }  // namespace

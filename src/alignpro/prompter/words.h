@@ -9,6 +9,7 @@ namespace alignpro::prompter {
 struct WordRule {
   int most_digits = 0;         // in a word; 0: GPT-2's expression, where any number may be
   bool single_digits = false;  // cut out before GPT-2's expression sees the text
+  bool nfc = false;            // of text in Unicode's form NFC
   bool ignore_merges = false;  // a word that is a token is taken, wherever merges lead
 };
 
