@@ -22,9 +22,10 @@ RULES = ("gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx")
 CONTROL, PLAIN = ["<|im_start|>", "<|im_end|>", "</s>"], ["<think>", "   ", "ab c"]
 TEMPLATE = "<|im_start|>{{ messages[0]['content'] }}<|im_end|>\n"
 # What the expressions tell apart, and what only looks like it.
-MIXED = "aZ e\u0327\u0301\u1100\u1161\u11a8\uac00\u212b\u0344\u0958 \xe9'\u017f\n\r\t 1\u0663\xbd\u3000\xa0\x85\x1c.!<_\u0301\u200b\u4e2d\U0001f642"
+COMPOSED = "e\u0327\u0301\u1100\u1161\u11a8\uac00\u212b\u0344\u0958"
+MIXED = "aZ \xe9'\u017f\n\r\t 1\u0663\xbd\u3000\xa0\x85\x1c.!<_\u0301\u200b\u4e2d\U0001f642"
 PIECES = [*CONTROL, *PLAIN, "im_end|>", "'ll", "'Ve", " 12345 "]
-TELLING = st.sampled_from([*MIXED, *"sStTmMdDlLvVeErR", *PIECES])
+TELLING = st.sampled_from([*MIXED, *COMPOSED, *"sStTmMdDlLvVeErR", *PIECES])
 TEXT = st.lists(TELLING | st.characters(exclude_categories=["Cs"]), max_size=24).map("".join)
 SHIPPED = ROOT / "python/alignpro/data/everyday_prompts.jsonl"
 EVERYDAY = [json.loads(line)["prompt"] for line in SHIPPED.read_text("utf-8").splitlines()]

@@ -1,5 +1,5 @@
-"""Writes unicode_tables.h from the tokenizers package: its classes are of a newer Unicode than those
-of Python's unicodedata, its normal forms of an older one, and both decide ids.
+"""Writes unicode_tables.h from the tokenizers package: its classes are of a newer Unicode than
+those of Python's unicodedata, its normal forms of an older one, and both decide ids.
 
 python src/alignpro/prompter/generate_unicode_tables.py > src/alignpro/prompter/unicode_tables.h
 """
@@ -74,7 +74,7 @@ def decompositions() -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
 
 def array(kind: str, name: str, rows: Sequence[tuple[int, ...]]) -> str:
     """A C++ array of rows of numbers."""
-    listed = ", ".join("{" + ",".join(f"0x{i:x}" if i > 9 else str(i) for i in r) + "}" for r in rows)
+    listed = ", ".join("{" + ",".join(f"0x{i:x}" for i in row) + "}" for row in rows)
     lines = textwrap.fill(listed, 96, initial_indent="    ", subsequent_indent="    ")
     return f"inline constexpr {kind} {name}[] = {{\n{lines}}};\n"
 
@@ -83,7 +83,8 @@ def header() -> str:
     """The file."""
     pairs, others = decompositions()
     return (
-        "#pragma once\n\n// Written by generate_unicode_tables.py, which says what the rows are.\n\n"
+        "#pragma once\n\n"
+        "// Written by generate_unicode_tables.py, which says what the rows are.\n\n"
         "namespace alignpro::prompter {\n\n"
         "struct CodeRange {\n  char32_t first, last;\n};\n"
         "struct ClassRange {\n  char32_t first, last;\n  int combining_class;\n};\n"
