@@ -112,9 +112,12 @@ class Prompter:
         config = config_of_prompter(run)
         if model is None:
             model = load_model(config.prompter, threads, date=config.date, **options)
-        params = config.rewrite if isinstance(config, TrainConfig) else REWRITE
         return cls(
-            model, Path(run) / "adapter", prompting=config.prompting, params=params, guards=guards
+            model,
+            Path(run) / "adapter",
+            prompting=config.prompting,
+            params=config.rewrite,
+            guards=guards,
         )
 
     def __enter__(self) -> Prompter:

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 # Lower layers first; a layer may include itself and what stands before it. csrc/cuda implements
 # ops: it knows core, io and ops, and no model. src knows nothing of csrc (FOREIGN_TO_SRC).
-LAYERS = ("core", "io", "ops", "cuda", "model", "engine", "bindings")
+LAYERS = ("core", "io", "ops", "cuda", "model", "engine", "prompter", "bindings")
 OUTER = ("cuda", "bindings")  # in csrc
 
 FOREIGN_TO_SRC = re.compile(

@@ -173,6 +173,11 @@ class PairsFitConfig(FitConfig):
     threads: Threads = None
     """The number of threads; null is the CPU quota."""
 
+    @property
+    def rewrite(self) -> SamplingParams:
+        """How its prompter is sampled, as `StageConfig` has it."""
+        return REWRITE
+
 
 @dataclass(frozen=True)
 @checked

@@ -120,18 +120,42 @@ class Tokenizer(Vocabulary):
                 without a template, or a template that refuses the chat.
         """
         _check_chat(messages)
-        template = self._require(self._template)
-        shielded, restore = chat_template.shield(messages, self._special_pattern, template)
+        shielded, restore = chat_template.shield(
+            messages, self._special_pattern, self._require(self._template)
+        )
         with trace.span("template"):
-            text = chat_template.render(
-                template,
-                shielded,
-                add_generation_prompt=add_generation_prompt,
-                variables={**self.special_tokens, **self.chat_template_kwargs},
-                date=self.date,
-            )
+            text = self._render(shielded, add_generation_prompt)
         with trace.span("tokens"):
             return self._ids(text, self._pattern, restore)
+
+    def around_turn(self) -> tuple[str, str, bool]:
+        """(before, after, strips): what the template writes around a chat of one user turn, and
+        whether it leaves out the white space at the turn's ends.
+
+        Raises:
+            ValueError: no template, or one that makes another text of the turn.
+        """
+        mark = "\ue000"
+        before, *after = self._render([{"role": "user", "content": mark}], True).split(mark)
+        if len(after) == 1:
+            for strips in (False, True):
+                probes = ("a", " \n b. \n\n", "\ta <b>\n\n c {{ d }} </e> ")
+                if all(
+                    self._render([{"role": "user", "content": probe}], True)
+                    == before + (probe.strip() if strips else probe) + after[0]
+                    for probe in probes
+                ):
+                    return before, after[0], strips
+        raise ValueError(f"{self.source}: its chat template makes another text of a user's turn")
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        return chat_template.render(
+            self._require(self._template),
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            variables={**self.special_tokens, **self.chat_template_kwargs},
+            date=self.date,
+        )
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD, unused ids nothing.

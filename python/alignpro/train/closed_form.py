@@ -19,7 +19,6 @@ from torch import Tensor
 
 from alignpro.config import to_mapping
 from alignpro.interrupts import interruptible
-from alignpro.models.adapter import save_peft
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.objective import sum_per_sequence, zero_advantage_groups
 from alignpro.objective.closed_form import (
@@ -35,7 +34,7 @@ from alignpro.train.callbacks import OnProgress, TrainCallback, Watchers
 from alignpro.train.checkpoint import check_same_run
 from alignpro.train.guard_penalty import penalise
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
-from alignpro.train.policy import one_torch_thread
+from alignpro.train.policy import one_torch_thread, save_trained
 from alignpro.train.pooled import Pool, distinct_responses, draw
 from alignpro.train.schedule import (
     apply_gradients,
@@ -99,7 +98,7 @@ class ClosedFormFit(TrainingRun):
                     self._fit_pooled(groups, watchers, on_progress)
                 else:
                     self._fit(groups, watchers)
-            save_peft(self.run_dir / "adapter", self.policy.weights())
+            save_trained(self.run_dir / "adapter", self.policy, self.config)
 
     def _fit_pooled(
         self, groups: list[list[Rewrite]], watchers: Watchers, on_progress: OnProgress | None

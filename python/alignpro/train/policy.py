@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
-from alignpro.config import FitConfig, LoraConfig
-from alignpro.models.adapter import LoraWeights
+from alignpro.config import FitConfig, LoraConfig, PreferConfig, SftConfig, TrainConfig
+from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.native_model import NativeModel
+from alignpro.models.prompter_file import save_prompter
 from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches
 
 Matrices = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -211,6 +213,18 @@ class LoraPolicy(torch.nn.Module):
             activations=activations,
             with_hidden=with_hidden,
         )
+
+
+def save_trained(
+    folder: Path, policy: LoraPolicy, config: TrainConfig | PreferConfig | SftConfig
+) -> None:
+    """Write the adapter that training made; of a prompter, how it reads and writes prompts, too."""
+    weights = policy.weights()
+    if isinstance(config, SftConfig) or config.policy == "prompter":
+        tokenizer = policy.model.tokenizer
+        save_prompter(folder, weights, tokenizer, config.prompting, config.rewrite)
+    else:
+        save_peft(folder, weights)
 
 
 @contextlib.contextmanager

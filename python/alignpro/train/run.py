@@ -39,7 +39,7 @@ from alignpro.train.critic import ValueHead
 from alignpro.train.fit import Fit
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, truncate_metrics
-from alignpro.train.policy import LoraPolicy, Reference
+from alignpro.train.policy import LoraPolicy, Reference, save_trained
 from alignpro.train.preference import fit_preferences, preference_fit
 from alignpro.train.sft import fit_pairs, warm_start
 from alignpro.train.trackers import check_trackers
@@ -152,8 +152,9 @@ def _run_fit(
     write_json(run_dir / CONFIG, to_mapping(fit.config))
     with interruptible(), directory:
         _do_steps(fit, command, directory, log, on_step)
+        assert isinstance(fit.config, (SftConfig, PreferConfig))
+        save_trained(run_dir / "adapter", fit.policy, fit.config)
         weights = fit.policy.weights()
-        save_peft(run_dir / "adapter", weights)
     return weights
 
 

@@ -43,7 +43,7 @@ from alignpro.train.guard_penalty import penalise
 from alignpro.train.held_out import HeldOut, step_warnings
 from alignpro.train.learner import Learner
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
-from alignpro.train.policy import LoraPolicy, Reference
+from alignpro.train.policy import LoraPolicy, Reference, save_trained
 from alignpro.train.row import rollout_row
 from alignpro.train.schedule import batch_indices
 from alignpro.train.trackers import make_trackers
@@ -290,7 +290,7 @@ class Trainer(TrainingRun):
                 self._checkpoint(watchers, after=error)
             raise
         self._checkpoint(watchers)
-        save_peft(self.run_dir / "adapter", self.policy.weights())
+        save_trained(self.run_dir / "adapter", self.policy, self.config)
 
     def _look_at_held_out(self) -> dict[str, Any]:
         if self.held_out is None:

@@ -5,40 +5,13 @@
 #include <utility>
 
 #include "alignpro/core/error.h"
+#include "alignpro/core/utf8.h"
 #include "alignpro/io/mapped_file.h"
 
 namespace alignpro::io {
 namespace {
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
-
-void append_utf8(uint32_t code, std::string* out) {
-  const auto push = [out](uint32_t byte) { out->push_back(static_cast<char>(byte)); };
-  if (code < 0x80) return push(code);
-  const int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;  // bytes of six bits
-  constexpr uint32_t kLead[] = {0xc0, 0xe0, 0xf0};
-  push(kLead[more - 1] | code >> 6 * more);
-  for (int i = more; i-- > 0;) push(0x80 | (code >> 6 * i & 0x3f));
-}
-
-// Length of the well-formed UTF-8 sequence at the front of `text`; 0 when there is none.
-size_t utf8_length(std::string_view text) {
-  const auto byte = [text](size_t i) { return static_cast<unsigned char>(text[i]); };
-  const unsigned lead = byte(0);
-  if (lead < 0x80) return 1;
-  const size_t length = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
-  if (lead < 0xc2 || lead > 0xf4 || text.size() < length) return 0;
-  for (size_t i = 1; i < length; ++i) {
-    if ((byte(i) & 0xc0) != 0x80) return 0;
-  }
-  // Overlong forms, surrogates, and code points past U+10FFFF show in the second byte.
-  const unsigned second = byte(1);
-  if (lead == 0xe0 && second < 0xa0) return 0;
-  if (lead == 0xed && second > 0x9f) return 0;
-  if (lead == 0xf0 && second < 0x90) return 0;
-  if (lead == 0xf4 && second > 0x8f) return 0;
-  return length;
-}
 
 class Parser {
  public:
@@ -190,10 +163,10 @@ class Parser {
         escape(&out);
         continue;
       }
-      const size_t length = utf8_length(text_.substr(at_));
-      if (length == 0) fail("the text is not UTF-8");
-      out.append(text_.substr(at_, length));
-      at_ += length;
+      const Decoded next = decode_utf8(text_.substr(at_));
+      if (!next.well_formed) fail("the text is not UTF-8");
+      out.append(text_.substr(at_, next.bytes));
+      at_ += next.bytes;
     }
     fail("unterminated string");
   }

@@ -172,8 +172,13 @@ std::vector<std::string> list_weight_files(const fs::path& folder) {
   return names;
 }
 
-SafetensorsFolder::SafetensorsFolder(const fs::path& folder) {
-  for (const std::string& name : list_weight_files(folder)) add_file(folder / name);
+SafetensorsFolder::SafetensorsFolder(const fs::path& folder,
+                                     const std::vector<std::string>& names) {
+  for (const std::string& name : names) add_file(folder / name);
+}
+
+SafetensorsFolder::SafetensorsFolder(const fs::path& folder)
+    : SafetensorsFolder(folder, list_weight_files(folder)) {
   const fs::path index = folder / kIndex;
   if (is_there(folder / "model.safetensors") || !is_there(index)) return;
   for (const auto& [tensor, shard] : read_index(index)) {

@@ -25,6 +25,8 @@ class SafetensorsFolder {
  public:
   // Throws FileError.
   explicit SafetensorsFolder(const std::filesystem::path& folder);
+  // Of these files in the folder alone. Throws FileError.
+  SafetensorsFolder(const std::filesystem::path& folder, const std::vector<std::string>& names);
 
   const std::map<std::string, FileTensor, std::less<>>& tensors() const { return tensors_; }
 

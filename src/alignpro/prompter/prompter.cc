@@ -1,0 +1,278 @@
+#include "alignpro/prompter/prompter.h"
+
+#include <condition_variable>
+#include <mutex>
+#include <random>
+#include <span>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "alignpro/engine/client.h"
+#include "alignpro/engine/engine.h"
+#include "alignpro/io/json.h"
+#include "alignpro/model/model.h"
+#include "alignpro/model/model_files.h"
+#include "alignpro/model/peft_adapter.h"
+#include "alignpro/ops/cpu_ops.h"
+#include "alignpro/prompter/tokenizer.h"
+#include "alignpro/prompter/unicode.h"
+
+namespace alignpro {
+namespace {
+
+using engine::FinishReason;
+using engine::SamplingParams;
+using io::Json;
+
+constexpr const char* kFile = "prompter.json";
+
+// The members of one JSON object, each of which must be there and of the kind that is asked for.
+class Members {
+ public:
+  Members(std::string file, const Json* object) : file_(std::move(file)), object_(object) {
+    require<FileError>(object != nullptr && object->object(), file_, ": expected an object");
+  }
+
+  Members inner(std::string_view key) const { return {cat(file_, ": ", key), &member(key)}; }
+  std::string text(std::string_view key) const { return *wanted(key, member(key).string()); }
+  bool boolean(std::string_view key) const { return *wanted(key, member(key).boolean()); }
+  int64_t integer(std::string_view key) const { return *wanted(key, member(key).integer()); }
+  double number(std::string_view key) const { return *wanted(key, member(key).number()); }
+  const Json::Array& list(std::string_view key) const { return *wanted(key, member(key).array()); }
+
+  // The two sides of a place in a text that holds it once.
+  std::pair<std::string, std::string> sides(std::string_view key, std::string_view place) const {
+    const std::string whole = text(key);
+    const size_t at = whole.find(place);
+    require<FileError>(at != whole.npos, file_, ": ", key, ": expected ", place, " in it");
+    return {whole.substr(0, at), whole.substr(at + place.size())};
+  }
+
+ private:
+  const Json& member(std::string_view key) const {
+    const Json* found = object_->find(key);
+    require<FileError>(found != nullptr, file_, ": no \"", key, "\"; expected what train writes");
+    return *found;
+  }
+  template <typename Value>
+  const Value* wanted(std::string_view key, const Value* value) const {
+    require<FileError>(value != nullptr, file_, ": ", key, ": got a ", member(key).kind());
+    return value;
+  }
+
+  std::string file_;
+  const Json* object_;
+};
+
+SamplingParams sampling_of(const Members& from) {
+  SamplingParams out;
+  out.temperature = static_cast<float>(from.number("temperature"));
+  out.top_k = static_cast<int32_t>(from.integer("top_k"));
+  out.top_p = static_cast<float>(from.number("top_p"));
+  out.min_p = static_cast<float>(from.number("min_p"));
+  out.max_new_tokens = from.integer("max_new_tokens");
+  out.min_new_tokens = from.integer("min_new_tokens");
+  out.ignore_eos = from.boolean("ignore_eos");
+  out.repetition_penalty = static_cast<float>(from.number("repetition_penalty"));
+  out.presence_penalty = static_cast<float>(from.number("presence_penalty"));
+  out.frequency_penalty = static_cast<float>(from.number("frequency_penalty"));
+  for (const Json& stop : from.list("stop")) {
+    if (stop.string()) out.stop.push_back(*stop.string());
+  }
+  for (const Json& id : from.list("stop_token_ids")) {
+    if (id.integer()) out.stop_token_ids.push_back(static_cast<int32_t>(*id.integer()));
+  }
+  return out;
+}
+
+// The output function of splitmix64 (Steele, Lea, Flood 2014).
+uint64_t splitmix64(uint64_t value) {
+  value += 0x9E3779B97F4A7C15u;
+  value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9u;
+  value = (value ^ (value >> 27)) * 0x94D049BB133111EBu;
+  return value ^ (value >> 31);
+}
+
+// The seed of a call's only rewrite, from the call's: derive_seed(seed, REWRITE_STREAM, 0) of
+// pipeline.py.
+uint64_t rewrite_seed(uint64_t seed) {
+  for (const uint64_t key : {uint64_t{1}, uint64_t{0}}) seed = splitmix64(seed ^ splitmix64(key));
+  return seed;
+}
+
+uint64_t fresh_seed() {
+  std::random_device source;
+  return uint64_t{source()} << 32 | source();
+}
+
+}  // namespace
+
+PromptFormat PromptFormat::of_run(const std::filesystem::path& adapter) {
+  const model::ModelFiles files(adapter);
+  const std::string name = (adapter / kFile).string();
+  const Json* root = files.json(kFile);
+  require<FileError>(root != nullptr, name,
+                     ": no such file; the adapter folder of a run has it, for others give Prompter "
+                     "a PromptFormat");
+  const Members all(name, root);
+  const Members chat = all.inner("chat"), prompting = all.inner("prompting");
+  PromptFormat out;
+  out.chat_before = chat.text("before");
+  out.chat_after = chat.text("after");
+  out.chat_strips = chat.boolean("strips");
+  std::tie(out.template_before, out.template_after) = prompting.sides("template", "{prompt}");
+  const std::string mode = prompting.text("mode");
+  require<FileError>(mode == "append" || mode == "rewrite", name,
+                     ": mode: expected append or rewrite, got ", io::printable(mode));
+  out.append = mode == "append";
+  out.separator = prompting.text("separator");
+  out.sampling = sampling_of(all.inner("sampling"));
+  return out;
+}
+
+struct Prompter::State {
+  State(const std::filesystem::path& path, const std::filesystem::path& adapter_folder,
+        PromptFormat prompt_format, const PrompterOptions& options)
+      : format(std::move(prompt_format)), files(path), tokenizer(files) {
+    const auto arithmetic = options.int8 ? ops::Arithmetic::kInt8 : ops::Arithmetic::kFloat32;
+    model = model::Model::load(files, ops::make_cpu_device(options.threads, arithmetic),
+                               options.context_length);
+    engine = std::make_shared<engine::Engine>(
+        model, engine::EngineOptions{.kv_cache_bytes = options.kv_cache_bytes});
+    std::vector<std::string> pieces = tokenizer.token_bytes();
+    pieces.resize(static_cast<size_t>(model->config().vocab_size));
+    engine->set_token_bytes(std::move(pieces));
+    if (!adapter_folder.empty()) {
+      adapter = model::load_peft_adapter(model->config(), adapter_folder);
+    }
+    client = std::make_shared<engine::Client>(engine);
+    driver = std::thread([this] { drive(); });
+  }
+
+  ~State() {
+    {
+      const std::lock_guard lock(mutex);
+      closing = true;
+    }
+    work.notify_one();
+    driver.join();
+  }
+
+  // Steps while there is something to do. What a step throws has ended its sequences, each of which
+  // has the error.
+  void drive() {
+    std::unique_lock lock(mutex);
+    while (true) {
+      work.wait(lock, [this] { return closing || client->has_open(); });
+      if (closing) return;
+      lock.unlock();
+      try {
+        client->step();
+      } catch (const std::exception&) {
+      }
+      lock.lock();
+      stepped.notify_all();
+    }
+  }
+
+  std::vector<int32_t> read(std::string_view prompt) const {
+    const std::string turn = cat(format.template_before, prompt, format.template_after);
+    const std::string_view kept = format.chat_strips ? prompter::strip(turn) : turn;
+    std::vector<int32_t> tokens = tokenizer.encode(format.chat_before, kept, format.chat_after);
+    const auto count = static_cast<int64_t>(tokens.size());
+    require(count + format.sampling.max_new_tokens <= model->context_length(), "prompt: ", count,
+            " tokens and ", format.sampling.max_new_tokens, " new ones exceed the context of ",
+            model->context_length(), " tokens; shorten it or lower max_new_tokens");
+    return tokens;
+  }
+
+  std::string text_of(const engine::Sequence& sequence) const {
+    std::vector<int32_t> tokens = sequence.read(0).tokens;
+    const auto stop = sequence.stop_match();
+    const bool ended_by_id = sequence.finish_reason() == FinishReason::kStop && !stop;
+    if (ended_by_id) tokens.pop_back();
+    std::string bytes = tokenizer.join_bytes(tokens);
+    if (stop) bytes.resize(static_cast<size_t>(stop->begin));
+    return std::string(prompter::strip(prompter::replace_invalid_utf8(bytes)));
+  }
+
+  const PromptFormat format;
+  const model::ModelFiles files;
+  const prompter::Tokenizer tokenizer;
+  std::shared_ptr<const model::Model> model;
+  std::shared_ptr<engine::Engine> engine;
+  std::shared_ptr<const model::Adapter> adapter;
+  std::shared_ptr<engine::Client> client;
+  std::mutex mutex;  // guards `closing`, and what the conditions wait for
+  std::condition_variable work, stepped;
+  bool closing = false;
+  std::thread driver;
+};
+
+Prompter::Prompter(const std::filesystem::path& model, const std::filesystem::path& adapter,
+                   PromptFormat format, const PrompterOptions& options)
+    : state_(std::make_unique<State>(model, adapter, std::move(format), options)) {}
+
+Prompter::Prompter(const std::filesystem::path& model, const std::filesystem::path& adapter,
+                   const PrompterOptions& options)
+    : Prompter(model, adapter, PromptFormat::of_run(adapter), options) {}
+
+Prompter::~Prompter() = default;
+
+Rewritten Prompter::rewrite(std::string_view prompt,
+                            std::optional<std::chrono::nanoseconds> deadline,
+                            std::optional<uint64_t> seed) {
+  const auto begin = engine::Clock::now();
+  require(!deadline || deadline->count() > 0, "deadline: expected a time above 0");
+  require(!prompter::strip(prompt).empty(), "prompt: expected text, got none");
+  State& state = *state_;
+  const auto result = [&](std::string_view reason, std::string text = "", size_t tokens = 0) {
+    const std::chrono::duration<double, std::milli> taken = engine::Clock::now() - begin;
+    return Rewritten{.prompt = std::string(prompt),
+                     .text = std::move(text),
+                     .applied = false,
+                     .reason = reason,
+                     .error = "",
+                     .milliseconds = taken.count(),
+                     .tokens = static_cast<int64_t>(tokens)};
+  };
+  SamplingParams params = state.format.sampling;
+  params.seed = rewrite_seed(seed ? *seed : fresh_seed());
+  params.sample = 0;
+  std::vector<int32_t> read = state.read(prompt);
+  const auto is_late = [&] { return deadline && engine::Clock::now() - begin >= *deadline; };
+  if (is_late()) return result("deadline");
+  const auto sequence = state.client->submit(std::move(read), std::move(params), state.adapter);
+  {
+    std::unique_lock lock(state.mutex);
+    state.work.notify_one();
+    const auto done = [&] { return sequence->finished(); };
+    if (!deadline) {
+      state.stepped.wait(lock, done);
+    } else if (!state.stepped.wait_until(lock, begin + *deadline, done)) {
+      sequence->cancel();
+      return result("deadline");
+    }
+  }
+  if (const std::exception_ptr failure = sequence->error()) {
+    Rewritten out = result("error");
+    try {
+      std::rethrow_exception(failure);
+    } catch (const std::exception& error) {
+      out.error = error.what();
+    }
+    return out;
+  }
+  const size_t count = sequence->read(0).tokens.size();
+  std::string text = state.text_of(*sequence);
+  if (text.empty()) return result("empty", "", count);
+  std::string asked = state.format.append ? cat(prompt, state.format.separator, text) : text;
+  if (asked == prompt) return result("unchanged", std::move(text), count);
+  Rewritten out = result("rewritten", std::move(text), count);
+  out.prompt = std::move(asked);
+  out.applied = true;
+  return out;
+}
+
+}  // namespace alignpro

@@ -1,0 +1,317 @@
+#include "alignpro/prompter/tokenizer.h"
+
+#include <algorithm>
+#include <functional>
+#include <optional>
+#include <queue>
+#include <tuple>
+#include <utility>
+
+#include "alignpro/core/error.h"
+#include "alignpro/core/utf8.h"
+#include "alignpro/io/gguf.h"
+#include "alignpro/model/end_of_text.h"
+#include "alignpro/prompter/unicode.h"
+
+namespace alignpro::prompter {
+namespace {
+
+using io::GgufFile;
+using io::GgufType;
+using io::GgufValue;
+using io::printable;
+
+// tokenizer.ggml.token_type
+constexpr int64_t kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4;
+
+// GPT-2's spelling of bytes: printable Latin-1 stands for itself, the other bytes, in order, for
+// the characters from U+0100 on.
+struct Alphabet {
+  std::array<std::string, 256> spelled;
+  std::unordered_map<char32_t, char> bytes;
+
+  Alphabet() {
+    char32_t next = 0x100;
+    for (int byte = 0; byte < 256; ++byte) {
+      const bool is_printable = (byte > 0x20 && byte < 0x7f) || (byte > 0xa0 && byte != 0xad);
+      const char32_t code = is_printable ? static_cast<char32_t>(byte) : next++;
+      std::string& text = spelled[static_cast<size_t>(byte)];
+      if (code < 0x80) {
+        text = static_cast<char>(code);
+      } else {
+        text = {static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 0x3f))};
+      }
+      bytes[code] = static_cast<char>(byte);
+    }
+  }
+};
+
+const Alphabet& alphabet() {
+  static const Alphabet made;
+  return made;
+}
+
+std::string spell(std::string_view bytes) {
+  std::string out;
+  for (const char byte : bytes) out += alphabet().spelled[static_cast<unsigned char>(byte)];
+  return out;
+}
+
+// Outside of the alphabet: a token that was added as plain text.
+std::string unspell(std::string_view text) {
+  std::string out;
+  for (size_t at = 0; at < text.size();) {
+    const Decoded next = decode_utf8(text.substr(at));
+    const auto byte = alphabet().bytes.find(next.code);
+    if (byte == alphabet().bytes.end()) return std::string(text);
+    out += byte->second;
+    at += next.bytes;
+  }
+  return out;
+}
+
+// Whether `text` is `open`, one or more characters that are neither white space nor in `without`,
+// and `close`.
+bool is_enclosed(std::string_view text, std::string_view open, std::string_view close,
+                 std::u32string_view without) {
+  if (text.size() <= open.size() + close.size() || !text.starts_with(open) ||
+      !text.ends_with(close)) {
+    return false;
+  }
+  text = text.substr(open.size(), text.size() - open.size() - close.size());
+  while (!text.empty()) {
+    const Decoded next = decode_utf8(text);
+    if (is_space(next.code) || without.find(next.code) != without.npos) return false;
+    text.remove_prefix(next.bytes);
+  }
+  return true;
+}
+
+// A marker of a chat template.
+bool is_marker(std::string_view text) {
+  constexpr std::u32string_view kOuter = U"<>|\uff5c";
+  const auto word = [&](std::string_view open, std::string_view close) {
+    if (!is_enclosed(text, open, close, U"")) return false;
+    text = text.substr(open.size(), text.size() - open.size() - close.size());
+    while (!text.empty()) {
+      const Decoded next = decode_utf8(text);
+      if (!is_letter(next.code) && !is_number(next.code) && next.code != '_') return false;
+      text.remove_prefix(next.bytes);
+    }
+    return true;
+  };
+  return is_enclosed(text, "<|", "|>", kOuter) ||
+         is_enclosed(text, "<\xef\xbd\x9c", "\xef\xbd\x9c>", kOuter) || word("<start_of_", ">") ||
+         word("<end_of_", ">") || word("[|", "|]");
+}
+
+// What may be an ordinary word ("</s>" is HTML), and is a marker where the file names it as its BOS
+// or an end.
+bool is_named_marker(std::string_view text) {
+  return is_enclosed(text, "<", ">", U"<>") || is_enclosed(text, "_<", ">", U"<>") ||
+         is_enclosed(text, "[", "]", U"[]");
+}
+
+const GgufValue& array_of(const GgufFile& file, std::string_view key) {
+  const GgufValue* value = file.find(key);
+  require<FileError>(value != nullptr && value->type() == GgufType::kArray, file.name(),
+                     ": expected a list ", key, "; the file holds no tokenizer that can be read");
+  return *value;
+}
+
+std::vector<std::string_view> texts(const GgufFile& file, std::string_view key) {
+  std::vector<std::string_view> out;
+  array_of(file, key).for_each([&](const GgufValue& item) {
+    const std::optional<std::string_view> text = item.string();
+    require<FileError>(text.has_value(), file.name(), ": ", key, ": expected a list of texts");
+    out.push_back(*text);
+  });
+  return out;
+}
+
+uint64_t pair_key(int32_t left, int32_t right) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
+}
+
+void require_utf8(std::string_view text) {
+  for (size_t at = 0; at < text.size();) {
+    const Decoded next = decode_utf8(text.substr(at));
+    require(next.well_formed, "prompt: expected UTF-8, got another byte at ", at);
+    at += next.bytes;
+  }
+}
+
+}  // namespace
+
+Tokenizer::Tokenizer(const model::ModelFiles& files) {
+  const GgufFile* file = files.gguf();
+  require<FileError>(file != nullptr, files.path().string(),
+                     ": expected a GGUF file, whose tokenizer can be read without Python; this is "
+                     "a folder");
+  const std::string kind = file->string("tokenizer.ggml.model");
+  require<FileError>(kind == "gpt2", file->name(),
+                     ": tokenizer.ggml.model: expected gpt2 (byte-level BPE), got ",
+                     printable(kind), "; Python reads it");
+  const std::string name = file->find_string("tokenizer.ggml.pre").value_or("default");
+  rule_ = find_word_rule(name);
+  require<FileError>(rule_ != nullptr, file->name(), ": tokenizer.ggml.pre: words cut as ",
+                     printable(name),
+                     " are not known here; expected gpt-2, smollm, qwen2, llama-bpe or dbrx");
+  add_tokens(files);
+  add_merges(*file);
+}
+
+void Tokenizer::add_tokens(const model::ModelFiles& files) {
+  const GgufFile& file = *files.gguf();
+  const std::vector<std::string_view> tokens = texts(file, "tokenizer.ggml.tokens");
+  std::vector<int64_t> types;
+  if (file.find("tokenizer.ggml.token_type") == nullptr) {
+    types.assign(tokens.size(), kNormal);
+  } else {
+    array_of(file, "tokenizer.ggml.token_type").for_each([&](const GgufValue& type) {
+      types.push_back(type.integer().value_or(kNormal));
+    });
+  }
+  require<FileError>(!tokens.empty() && tokens.size() == types.size(), file.name(), ": ",
+                     tokens.size(), " tokens and ", types.size(), " token types; expected as many");
+  const std::vector<int32_t> ends = model::end_of_text_ids(files);
+  const int64_t bos = file.find_integer("tokenizer.ggml.bos_token_id").value_or(-1);
+  pieces_.resize(tokens.size());
+  ids_.reserve(tokens.size());
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const auto id = static_cast<int32_t>(i);
+    const std::string text(tokens[i]);
+    const bool is_end = std::ranges::find(ends, id) != ends.end();
+    int64_t type = types[i];
+    // Some exporters type markers as ordinary tokens, and text would turn into them.
+    if (type == kNormal && (is_marker(text) || ((is_end || id == bos) && is_named_marker(text)))) {
+      type = kControl;
+    }
+    if (type != kControl && type != kUserDefined) {
+      ids_[text] = id;
+      pieces_[i] = unspell(text);
+    }
+    if (text.empty() || (type != kControl && type != kUserDefined && type != kUnknown)) continue;
+    const bool special = type != kUserDefined || is_end;
+    added_[static_cast<unsigned char>(text[0])].push_back({text, id, special || is_marker(text)});
+    pieces_[i] = special ? "" : text;
+  }
+  for (std::vector<Added>& group : added_) {
+    std::ranges::stable_sort(group, std::greater(), [](const Added& a) { return a.text.size(); });
+  }
+}
+
+void Tokenizer::add_merges(const GgufFile& file) {
+  const std::vector<std::string_view> merges = texts(file, "tokenizer.ggml.merges");
+  merges_.reserve(merges.size());
+  int32_t rank = 0;
+  for (const std::string_view merge : merges) {
+    const size_t space = merge.find(' ');
+    const std::string left(merge.substr(0, space));
+    const std::string right(space == merge.npos ? "" : merge.substr(space + 1));
+    const auto a = ids_.find(left), b = ids_.find(right), both = ids_.find(left + right);
+    require<FileError>(a != ids_.end() && b != ids_.end() && both != ids_.end(), file.name(),
+                       ": tokenizer.ggml.merges: expected two tokens that make a third, got ",
+                       printable(merge));
+    merges_[pair_key(a->second, b->second)] = {rank++, both->second};
+  }
+}
+
+// Of the added tokens at `at`, the longest; control tokens only where they do not lie within
+// [begin, end).
+const Tokenizer::Added* Tokenizer::added_at(std::string_view text, size_t at, size_t begin,
+                                            size_t end) const {
+  for (const Added& token : added_[static_cast<unsigned char>(text[at])]) {
+    const bool within = at >= begin && at + token.text.size() <= end;
+    if (text.substr(at).starts_with(token.text) && !(token.control && within)) return &token;
+  }
+  return nullptr;
+}
+
+std::vector<int32_t> Tokenizer::encode(std::string_view before, std::string_view text,
+                                       std::string_view after) const {
+  const std::string whole = cat(before, text, after);
+  require_utf8(whole);
+  std::vector<int32_t> ids;
+  size_t begin = 0;  // of what no added token has been found in
+  for (size_t at = 0; at < whole.size();) {
+    const Added* token = added_at(whole, at, before.size(), before.size() + text.size());
+    if (token == nullptr) {
+      ++at;
+      continue;
+    }
+    encode_words(std::string_view(whole).substr(begin, at - begin), &ids);
+    ids.push_back(token->id);
+    begin = at += token->text.size();
+  }
+  encode_words(std::string_view(whole).substr(begin), &ids);
+  return ids;
+}
+
+void Tokenizer::encode_words(std::string_view text, std::vector<int32_t>* ids) const {
+  std::string normal;
+  if (rule_->nfc) text = normal = to_nfc(text);
+  for (const std::string_view word : split_words(text, *rule_)) encode_word(word, ids);
+}
+
+void Tokenizer::encode_word(std::string_view word, std::vector<int32_t>* ids) const {
+  if (rule_->ignore_merges) {
+    const auto whole = ids_.find(spell(word));
+    if (whole != ids_.end()) {
+      ids->push_back(whole->second);
+      return;
+    }
+  }
+  // Symbols as a list, in which the pair of the lowest rank is merged, the leftmost of equals.
+  struct Symbol {
+    int32_t id;  // -1: merged into the one before it
+    int64_t previous, next;
+  };
+  std::vector<Symbol> symbols;
+  for (const char byte : word) {
+    const auto found = ids_.find(alphabet().spelled[static_cast<unsigned char>(byte)]);
+    if (found == ids_.end()) continue;  // a byte that the vocabulary lacks is left out
+    const auto at = static_cast<int64_t>(symbols.size());
+    symbols.push_back({found->second, at - 1, at + 1});
+  }
+  const auto count = static_cast<int64_t>(symbols.size());
+  const auto symbol = [&](int64_t at) -> Symbol& { return symbols[static_cast<size_t>(at)]; };
+  using Candidate = std::tuple<int32_t, int64_t, int32_t>;  // rank, left symbol, merged id
+  std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> queue;
+  const auto merge_at = [&](int64_t left) -> const Merge* {
+    if (left < 0 || symbol(left).id < 0 || symbol(left).next >= count) return nullptr;
+    const auto found = merges_.find(pair_key(symbol(left).id, symbol(symbol(left).next).id));
+    return found == merges_.end() ? nullptr : &found->second;
+  };
+  const auto offer = [&](int64_t left) {
+    if (const Merge* merge = merge_at(left)) queue.emplace(merge->rank, left, merge->id);
+  };
+  for (int64_t at = 0; at + 1 < count; ++at) offer(at);
+  while (!queue.empty()) {
+    const auto left = std::get<1>(queue.top());
+    const int32_t id = std::get<2>(queue.top());
+    queue.pop();
+    const Merge* merge = merge_at(left);
+    if (merge == nullptr || merge->id != id) continue;  // one of the two has been merged since
+    const int64_t right = symbol(left).next;
+    symbol(left) = {id, symbol(left).previous, symbol(right).next};
+    if (symbol(right).next < count) symbol(symbol(right).next).previous = left;
+    symbol(right).id = -1;
+    offer(symbol(left).previous);
+    offer(left);
+  }
+  for (const Symbol& each : symbols) {
+    if (each.id >= 0) ids->push_back(each.id);
+  }
+}
+
+std::string Tokenizer::join_bytes(std::span<const int32_t> tokens) const {
+  std::string out;
+  for (const int32_t token : tokens) {
+    const auto id = static_cast<size_t>(token);
+    if (token >= 0 && id < pieces_.size()) out += pieces_[id];
+  }
+  return out;
+}
+
+}  // namespace alignpro::prompter

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "alignpro/model/model_files.h"
+#include "alignpro/prompter/words.h"
+
+namespace alignpro::prompter {
+
+// Byte-level BPE from the metadata of a GGUF file (Sennrich et al. 2016; GPT-2's bytes): the ids
+// that alignpro.Tokenizer gives. Constant; any number of threads may use one.
+class Tokenizer {
+ public:
+  // Throws FileError: a folder, a tokenizer of another kind, a rule for words that is not known.
+  explicit Tokenizer(const model::ModelFiles& files);
+
+  // Ids of before + text + after. Control tokens are matched where `before` and `after`, which a
+  // chat template wrote, have a part in them; in `text` they are ordinary characters (contract 7).
+  // Throws InvalidArgument for what is not UTF-8.
+  std::vector<int32_t> encode(std::string_view before, std::string_view text,
+                              std::string_view after) const;
+  std::vector<int32_t> encode(std::string_view text) const { return encode("", text, ""); }
+
+  // What each id adds to a text; nothing for control tokens.
+  const std::vector<std::string>& token_bytes() const { return pieces_; }
+
+  // The bytes of the text of token ids; ids that there are not add nothing.
+  std::string join_bytes(std::span<const int32_t> tokens) const;
+
+ private:
+  struct Added {
+    std::string text;
+    int32_t id;
+    bool control;
+  };
+  struct Merge {
+    int32_t rank;
+    int32_t id;
+  };
+
+  void add_tokens(const model::ModelFiles& files);
+  void add_merges(const io::GgufFile& file);
+  const Added* added_at(std::string_view text, size_t at, size_t begin, size_t end) const;
+  void encode_words(std::string_view text, std::vector<int32_t>* ids) const;
+  void encode_word(std::string_view word, std::vector<int32_t>* ids) const;
+
+  const WordRule* rule_ = nullptr;
+  std::unordered_map<std::string, int32_t> ids_;  // spelled in GPT-2's alphabet
+  std::unordered_map<uint64_t, Merge> merges_;    // of two ids
+  std::array<std::vector<Added>, 256> added_;     // by their first byte, longer ones first
+  std::vector<std::string> pieces_;
+};
+
+}  // namespace alignpro::prompter

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace alignpro::prompter {
+
+bool is_letter(char32_t code);  // \p{L}
+bool is_number(char32_t code);  // \p{N}
+bool is_space(char32_t code);   // \s: White_Space
+
+// In Unicode's form NFC, as the tokenizers package has it: of Unicode 8 or so.
+std::string to_nfc(std::string_view text);
+
+// With U+FFFD for what is not UTF-8, as Python's errors="replace".
+std::string replace_invalid_utf8(std::string_view text);
+
+// Without the white space at its ends, as Python's str.strip.
+std::string_view strip(std::string_view text);
+
+}  // namespace alignpro::prompter
