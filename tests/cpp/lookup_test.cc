@@ -17,7 +17,7 @@ constexpr double kCheap = 0.01;  // a row's cost at which what matches is drafte
 Draft draft_of(Lookup& lookup, const Tokens& tokens, int64_t most, uint64_t version = 0,
                const Tokens& stop_ids = {}) {
   Lookup::Step step = lookup.step_of(1);
-  return lookup.draft(version, tokens, stop_ids, most, step);
+  return lookup.draft(version, tokens, stop_ids, most, {}, step);
 }
 
 TEST_CASE("a draft goes on as the longest match did, the latest of equals") {
@@ -104,7 +104,7 @@ TEST_CASE("drafts grow with what is accepted and stop where they cost more than 
 
   for (int i = 0; i < 100; ++i) {
     const Draft draft = draft_of(dear, copy, 15);
-    dear.learn(draft, std::ssize(draft.tokens), std::ssize(draft.tokens));
+    dear.learn(draft, {std::ssize(draft.tokens), std::ssize(draft.tokens)});
   }
   CHECK(draft_of(dear, copy, 15).tokens.size() > first);
 
@@ -113,15 +113,21 @@ TEST_CASE("drafts grow with what is accepted and stop where they cost more than 
   for (int i = 0; i < 1200; ++i) {
     const Draft draft = draft_of(dear, copy, 15);
     if (draft.tokens.empty()) continue;
-    dear.learn(draft, 1, 0);
+    dear.learn(draft, {1, 0});
     drafts += i < 200 ? 0 : 1;
   }
   CHECK((drafts > 5 && drafts < 50));
 
+  // A sequence's own record counts more than what others taught.
+  Lookup fresh(0.4);
+  Lookup::Step own = fresh.step_of(1), others = own;
+  CHECK(fresh.draft(0, copy, {}, 15, {8, 0}, own).tokens.empty());
+  CHECK(fresh.draft(0, copy, {}, 15, {8, 8}, others).tokens.size() > first);
+
   // Several sequences share what a step costs: a row must be likelier to be needed.
   Lookup shared(0.4);
   Lookup::Step step = shared.step_of(4);
-  CHECK(shared.draft(0, copy, {}, 15, step).tokens.size() < first);
+  CHECK(shared.draft(0, copy, {}, 15, {}, step).tokens.size() < first);
 }
 
 }  // namespace

@@ -14,11 +14,9 @@ from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from alignpro.bench.generation import Say, rollout_prompts
 from alignpro.bench.load import Timed, closed_loop, paced
-from alignpro.bench.machine import machine
+from alignpro.bench.machine import machine, percentiles
 from alignpro.prompter import config_of_prompter
 from alignpro.serve.server import new_event_loop
 from alignpro.types import Conversation
@@ -108,7 +106,7 @@ def _added(
             answers = _run(paced(port, asked, clients, rate, seed))
             seconds[name] += [one.first_byte for one in answers]
     now_used, now_all = _processor_time()
-    found = {name: _percentiles(values) for name, values in seconds.items()}
+    found = {name: percentiles(values) for name, values in seconds.items()}
     added = {key: found["serve"][key] - found["alone"][key] for key in found["alone"]}
     busy = (now_used - used) / (now_all - all_time) if now_all > all_time else None
     return {"rate": rate, "closed_loop_rate": fastest, "busy": busy, **found, "added": added}
@@ -139,7 +137,7 @@ def _rewritten(port: int, count: int, repeats: int, say: Say) -> dict[str, Any]:
                 "clients": clients,
                 "requests_per_second": statistics.median(rates),
                 "all_requests_per_second": rates,
-                "rewrite": _percentiles(said),
+                "rewrite": percentiles(said),
                 "reasons": _reasons([one for _, some in measured for one in some]),
             }
         )
@@ -172,11 +170,6 @@ def _requests(questions: Sequence[str], stream: bool) -> list[bytes]:
         )
         found.append(head + b"content-length: %d\r\n\r\n" % len(body) + body)
     return found
-
-
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    p50, p99 = np.percentile(values, (50, 99))
-    return {"p50": float(p50), "p99": float(p99)}
 
 
 def _processor_time() -> tuple[int, int]:

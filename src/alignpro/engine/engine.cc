@@ -333,7 +333,7 @@ void Engine::take(Task& task, std::span<const ops::SampledToken> drawn) {
   counts_.decode_tokens += taken;
   counts_.drafted_tokens += drafted;
   counts_.accepted_tokens += accepted;
-  if (drafted > 0) scheduler_.accept(task, draft, std::min(taken, drafted), accepted);
+  if (drafted > 0) scheduler_.accept(task, draft, {std::min(taken, drafted), accepted});
   if (reason != FinishReason::kNone) scheduler_.retire(&task)->finish(reason, error);
 }
 

@@ -13,10 +13,13 @@ constexpr size_t kGrams[] = {16, 3};
 // what they were at first, slowly: now and then a draft finds out whether that still holds.
 constexpr double kLearned = 1.0 / 16, kForgotten = 1.0 / 512;
 
-// Longer matches are likelier to go on. The rule of succession: after n of n, n + 1 of n + 2.
+// Longer matches are likelier to go on.
 double initial(int64_t match) {
-  return (static_cast<double>(match) + 1) / (static_cast<double>(match) + 2);
+  return static_cast<double>(match) / (static_cast<double>(match) + 2);
 }
+
+// What all sequences taught counts as so many tokens of one's own.
+constexpr double kOthers = 4.0;
 
 uint64_t hash_gram(uint64_t version, std::span<const int32_t> gram) {
   uint64_t hash = version * 0x9E3779B97F4A7C15u + gram.size();
@@ -51,7 +54,8 @@ double& Lookup::odds(Draft::Source source, int64_t match) {
 }
 
 Draft Lookup::draft(uint64_t version, std::span<const int32_t> tokens,
-                    std::span<const int32_t> stop_ids, int64_t most, Step& step) {
+                    std::span<const int32_t> stop_ids, int64_t most, const DraftRecord& record,
+                    Step& step) {
   Match match = in_own(tokens);
   Draft draft;
   if (const Match other = in_remembered(version, tokens);
@@ -73,7 +77,9 @@ Draft Lookup::draft(uint64_t version, std::span<const int32_t> tokens,
     const int32_t token = at < match.tokens.size() ? match.tokens[at] : draft.tokens[beyond];
     if (std::binary_search(stop_ids.begin(), stop_ids.end(), token)) break;
     const auto behind = static_cast<int64_t>(draft.tokens.size());
-    accepted *= odds(draft.source, match.length + behind);
+    accepted *= (kOthers * odds(draft.source, match.length + behind) +
+                 static_cast<double>(record.accepted)) /
+                (kOthers + static_cast<double>(record.verified));
     if (accepted * step.cost <= step.tokens * row_cost_) {
       double& declined = odds(draft.source, match.length);
       if (behind == 0) declined += (initial(match.length) - declined) * kForgotten;
@@ -86,10 +92,10 @@ Draft Lookup::draft(uint64_t version, std::span<const int32_t> tokens,
   return draft;
 }
 
-void Lookup::learn(const Draft& draft, int64_t verified, int64_t accepted) {
-  for (int64_t i = 0; i < verified; ++i) {
+void Lookup::learn(const Draft& draft, const DraftRecord& result) {
+  for (int64_t i = 0; i < result.verified; ++i) {
     double& at = odds(draft.source, draft.match + i);
-    at += ((i < accepted ? 1.0 : 0.0) - at) * kLearned;
+    at += ((i < result.accepted ? 1.0 : 0.0) - at) * kLearned;
   }
 }
 

@@ -19,6 +19,12 @@ struct Draft {
   int64_t match = 0;  // tokens before them that were the same there
 };
 
+// Of one sequence's drafts: tokens that were compared with what was drawn, and those that were it.
+struct DraftRecord {
+  int64_t verified = 0;
+  int64_t accepted = 0;
+};
+
 // Drafts a sequence's next tokens: what followed its last ones before, in its own prompt and text
 // or in a text that ended under the same weights (a version is never reused, so what an old adapter
 // wrote cannot be found). Drafts decide how fast tokens come, never which (contract 2). Knows
@@ -39,13 +45,13 @@ class Lookup {
   }
 
   // What may follow `tokens`: at most `most` tokens, none of `stop_ids` (ascending), and no more
-  // than make `step`, which they are added to, bring more tokens for its cost.
+  // than make `step`, which they are added to, bring more tokens for its cost. `record` is of the
+  // sequence's drafts until now.
   Draft draft(uint64_t version, std::span<const int32_t> tokens, std::span<const int32_t> stop_ids,
-              int64_t most, Step& step);
+              int64_t most, const DraftRecord& record, Step& step);
 
-  // Of a draft's tokens, the first `verified` were compared with what was drawn, and the first
-  // `accepted` are it.
-  void learn(const Draft& draft, int64_t verified, int64_t accepted);
+  // `result` is of this draft alone: its tokens are verified from the first on.
+  void learn(const Draft& draft, const DraftRecord& result);
 
   // A text for later drafts: what was written, behind a few tokens that led to it. The oldest are
   // forgotten beyond kMostRemembered tokens.

@@ -160,7 +160,8 @@ void Scheduler::add_drafts(std::vector<Chunk>& chunks, int64_t rows) {
     if (penalises(request.params)) continue;
     // The last token that it may write is drawn, and read by nobody.
     const int64_t most = std::min({kMostDraft, rows, request.max_positions - task.certain() - 1});
-    task.draft = lookup_->draft(request.adapter_version, task.tokens, request.stop_ids, most, step);
+    task.draft = lookup_->draft(request.adapter_version, task.tokens, request.stop_ids, most,
+                                task.record, step);
     task.tokens.insert(task.tokens.end(), task.draft.tokens.begin(), task.draft.tokens.end());
     chunk.count += task.drafted();
     rows -= task.drafted();
@@ -171,9 +172,11 @@ void Scheduler::complete(const Chunk& chunk) {
   advance(*chunk.task, chunk.count - chunk.task->drafted());
 }
 
-void Scheduler::accept(Task& task, const Draft& draft, int64_t verified, int64_t accepted) {
-  lookup_->learn(draft, verified, accepted);
-  if (accepted > 0) advance(task, accepted);
+void Scheduler::accept(Task& task, const Draft& draft, const DraftRecord& result) {
+  lookup_->learn(draft, result);
+  task.record.verified += result.verified;
+  task.record.accepted += result.accepted;
+  if (result.accepted > 0) advance(task, result.accepted);
 }
 
 void Scheduler::advance(Task& task, int64_t count) {

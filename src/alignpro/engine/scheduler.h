@@ -18,6 +18,7 @@ struct Task {
   std::shared_ptr<Sequence> sequence;
   std::vector<int32_t> tokens;  // the prompt, then what was generated, then the draft
   Draft draft;                  // of the step that is under way, to be verified by it
+  DraftRecord record;           // of the drafts before
   PrefixCache::BlockTable block_table;
   int64_t computed = 0;      // leading positions whose KV is written
   int64_t last_prefill = 0;  // the scheduler's last step with rows of its prompt
@@ -70,9 +71,9 @@ class Scheduler {
   // else can find it, and what is rejected is written over.
   void complete(const Chunk& chunk);
 
-  // Ends the task's draft, which the caller has taken: the first `verified` of its tokens were
-  // compared with what was drawn, and the first `accepted` of them are in task->tokens as drawn.
-  void accept(Task& task, const Draft& draft, int64_t verified, int64_t accepted);
+  // What came of the task's draft, which the caller has dropped: what was accepted stands in
+  // task.tokens as it was drawn.
+  void accept(Task& task, const Draft& draft, const DraftRecord& result);
 
   // Takes a task out and frees its blocks; the pointer is dead afterwards.
   std::shared_ptr<Sequence> retire(Task* task);
