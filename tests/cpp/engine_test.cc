@@ -1098,6 +1098,33 @@ TEST_CASE("tokens do not depend on drafts") {
   }
 }
 
+TEST_CASE("what was rejected is in no cache") {
+  Bench bench(256, 64, true, 256, true);
+  SamplingParams params = params_of(100);
+  params.ignore_eos = true;
+  const Tokens prompt = prompt_of(20, 1);
+  const Tokens written = expected_tokens(prompt, params, 0, true);
+  bench.run({bench.submit(prompt, params)});
+  const EngineStats first = bench.engine->stats();
+  CHECK(first.drafted_tokens > first.accepted_tokens + 5);
+  int asked = 0;
+  for (size_t k = 1; k < written.size(); ++k) {
+    if (written[k] == (written[k - 1] * 5 + 1) % kEos) continue;
+    Tokens as_drafted = prompt;
+    as_drafted.insert(as_drafted.end(), written.begin(),
+                      written.begin() + static_cast<std::ptrdiff_t>(k));
+    for (int i = 0; i < 20; ++i) as_drafted.push_back((as_drafted.back() * 5 + 1) % kEos);
+    const int64_t before = bench.engine->stats().cached_tokens;
+    const Handle handle = bench.submit(as_drafted, params_of(5));
+    bench.run({handle});
+    CHECK_EQ(handle->read(0).tokens, expected_tokens(as_drafted, params_of(5), 0, true));
+    const int64_t cached = bench.engine->stats().cached_tokens - before;
+    CHECK(cached <= std::ssize(prompt) + static_cast<int64_t>(k));
+    ++asked;
+  }
+  CHECK(asked > 3);
+}
+
 // A draft's keys may be what float16 cannot hold, where those of the tokens that are drawn are not.
 TEST_CASE("a draft that no forward takes fails nobody") {
   Bench bench(64, 64, true, 256, true);
@@ -1119,7 +1146,8 @@ TEST_CASE("a draft that no forward takes fails nobody") {
   const Handle handle = bench.submit(prompt, params);
   bench.run({handle});
   CHECK_EQ(handle->read(0).tokens, expected);
-  CHECK_EQ(bench.model->row_counts, std::vector<int64_t>{1, 2, 1, 1, 1});
+  // Two steps were drafted for, each computed again, alone and without.
+  CHECK_EQ(bench.model->row_counts, (std::vector<int64_t>{3, 1, 1, 2, 1, 1, 1}));
   CHECK_EQ(bench.engine->stats().drafted_tokens, 0);
 }
 

@@ -60,12 +60,12 @@ model::Batch make_batch(std::span<const Chunk> chunks) {
       batch.positions.push_back(static_cast<int32_t>(position));
     }
     const auto used = static_cast<size_t>((end + kKvBlock - 1) / kKvBlock);
-    if (task.drafted() == 0) {
-      batch.segments.push_back({row_begin, chunk.count, task.computed, blocks.first(used)});
-    } else {  // as sequences of one row each, for which a device has its fastest step
-      for (int64_t row = row_begin; row < batch.rows(); ++row) {
-        batch.segments.push_back({row, 1, task.computed + row - row_begin, blocks.first(used)});
-      }
+    const int64_t drafts_begin = batch.rows() - task.drafted();
+    batch.segments.push_back(
+        {row_begin, drafts_begin - row_begin, task.computed, blocks.first(used)});
+    // Drafts as sequences of one row each, for which a device has its fastest step.
+    for (int64_t row = drafts_begin; row < batch.rows(); ++row) {
+      batch.segments.push_back({row, 1, task.computed + row - row_begin, blocks.first(used)});
     }
     for (int64_t row = batch.rows() - chunk.drawn(); row < batch.rows(); ++row) {
       batch.output_rows.push_back(static_cast<int32_t>(row));
@@ -359,7 +359,7 @@ std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
   std::vector<Task*> drawing;
   for (const Chunk& chunk : chunks) {
     if (chunk.reaches_end()) drawing.push_back(chunk.task);
-    if (chunk.task->in_prefill()) counts_.prefill_tokens += chunk.count;
+    if (chunk.task->in_prefill()) counts_.prefill_tokens += chunk.count - chunk.task->drafted();
     scheduler_.complete(chunk);
   }
   return drawing;

@@ -122,7 +122,6 @@ std::vector<Chunk> Scheduler::pick() {
       --rows;
     }
   }
-  if (prefill.empty()) add_drafts(chunks, rows);
   // Equal shares, of a block at least, to those who have waited longest: a short prompt is not kept
   // behind long ones, and none starves. What the shares leave goes to the oldest.
   std::vector<Task*> turns = prefill;
@@ -143,6 +142,7 @@ std::vector<Chunk> Scheduler::pick() {
     task->last_prefill = steps_;
     chunks.push_back({task, task->rows});
   }
+  add_drafts(chunks, rows);
   std::stable_sort(chunks.begin(), chunks.end(), [](const Chunk& a, const Chunk& b) {
     return a.task->sequence->request().adapter_version <
            b.task->sequence->request().adapter_version;
@@ -150,14 +150,16 @@ std::vector<Chunk> Scheduler::pick() {
   return chunks;
 }
 
-// `rows`: how many there may be. Penalties make a draw depend on the drafted tokens before it.
+// Behind every token that this step draws, of a prompt's end too; `rows`: how many there may be. A
+// token that is accepted spares a row of a later step, which has no prompts. Penalties make a draw
+// depend on the drafted tokens before it.
 void Scheduler::add_drafts(std::vector<Chunk>& chunks, int64_t rows) {
-  if (!lookup_ || chunks.size() > kMostDrafting) return;
-  Lookup::Step step = lookup_->step_of(static_cast<int64_t>(chunks.size()));
+  if (!lookup_ || running_.size() > kMostDrafting) return;
+  Lookup::Step step = lookup_->step_of(static_cast<int64_t>(running_.size()));
   for (Chunk& chunk : chunks) {
     Task& task = *chunk.task;
     const Request& request = task.sequence->request();
-    if (penalises(request.params)) continue;
+    if (!chunk.reaches_end() || penalises(request.params)) continue;
     // The last token that it may write is drawn, and read by nobody.
     const int64_t most = std::min({kMostDraft, rows, request.max_positions - task.certain() - 1});
     task.draft = lookup_->draft(request.adapter_version, task.tokens, request.stop_ids, most,

@@ -63,8 +63,8 @@ class Scheduler {
   // in order.
   std::vector<Task*> admit();
 
-  // The next step: a row for everything that decodes, then prefills in equal shares; where there
-  // are none, and few decode, drafts. Chunks of one adapter are adjacent, base weights first.
+  // The next step: a row for everything that decodes, then prefills in equal shares, then drafts
+  // where few sequences run. Chunks of one adapter are adjacent, base weights first.
   std::vector<Chunk> pick();
 
   // The chunk's KV has been written. That of a draft does not count before it is accepted: nobody
