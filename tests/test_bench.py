@@ -70,6 +70,22 @@ def test_a_step_writes_every_figure(tmp_path: Path, smollm2_path: Path):
     Console(file=io.StringIO()).print(step_table(report))
 
 
+def test_lookup_writes_every_figure(tmp_path: Path, smollm2_path: Path):
+    file = tmp_path / "lookup.json"
+    work = ["--model", str(smollm2_path), "--requests", "2", "--compute", "int8"]
+    result = run("bench", "lookup", *work, "--output", str(file))
+    assert result.exit_code == 0, result.output
+    rows = {row["case"]: row for row in json.loads(file.read_text("utf-8"))["results"]}
+    assert list(rows) == ["copied", "asked again", "instruction", "random prompt"]
+    for row in rows.values():
+        assert row["bit_equal"] and 0 < row["plain"]["p50"] <= row["plain"]["p99"]
+        assert row["speedup"] == row["plain"]["p50"] / row["lookup"]["p50"]
+    assert rows["copied"]["accepted_share"] > 0.4 and rows["copied"]["steps"] < 30
+    assert rows["asked again"]["steps"] < 10 and rows["random prompt"]["drafted_share"] < 0.5
+    too_many = run("bench", "lookup", *work[:2], "--requests", "1000")
+    assert too_many.exit_code != 0 and "requests: expected at most 34" in too_many.output
+
+
 def test_serve_writes_every_figure(tmp_path: Path, tiny_model_dir):
     pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     file, trained = tmp_path / "serve.json", tmp_path / "my-run"

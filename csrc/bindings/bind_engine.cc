@@ -141,12 +141,13 @@ void bind_engine(py::module_& m) {
   bind_sequence(m);
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](std::shared_ptr<Model> model, int64_t kv_cache_bytes, int64_t max_batch_rows,
-                       bool prefix_cache) {
-             const EngineOptions options{kv_cache_bytes, max_batch_rows, prefix_cache};
+                       bool prefix_cache, bool lookup) {
+             const EngineOptions options{kv_cache_bytes, max_batch_rows, prefix_cache, lookup};
              return std::make_shared<Engine>(std::move(model), options);
            }),
            py::arg("model").none(false), py::kw_only(), py::arg("kv_cache_bytes") = 0,
-           py::arg("max_batch_rows") = 256, py::arg("prefix_cache") = true)
+           py::arg("max_batch_rows") = 256, py::arg("prefix_cache") = true,
+           py::arg("lookup") = true)
       .def("set_token_bytes", &Engine::set_token_bytes, py::arg("pieces"), NoGil())
       .def(
           "step", [](Engine& engine) { engine.step(); }, NoGil())
@@ -159,6 +160,8 @@ void bind_engine(py::module_& m) {
         out["prefill_tokens"] = stats.prefill_tokens;
         out["cached_tokens"] = stats.cached_tokens;
         out["decode_tokens"] = stats.decode_tokens;
+        out["drafted_tokens"] = stats.drafted_tokens;
+        out["accepted_tokens"] = stats.accepted_tokens;
         out["steps"] = stats.steps;
         out["kv_blocks_in_use"] = stats.kv_blocks_in_use;
         out["kv_blocks_cached"] = stats.kv_blocks_cached;

@@ -80,8 +80,8 @@ std::vector<Answer> generate(Engine& engine, const std::vector<Ask>& asked, int6
 }
 
 engine::EngineOptions options(const LanguageModel& model, int64_t max_rows,
-                              bool prefix_cache = true) {
-  return {64 * model.kv_block_bytes(), max_rows, prefix_cache};
+                              bool prefix_cache = true, bool lookup = true) {
+  return {64 * model.kv_block_bytes(), max_rows, prefix_cache, lookup};
 }
 
 double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
@@ -167,7 +167,7 @@ SLOW_TEST(a_sequences_bits_are_its_own) {
 }
 
 // Three sequences in a graph of four rows, then two of them in one of two; the first of each shape
-// runs without. Alone, other shapes: the same bits.
+// runs without. Alone, other shapes, and those of drafts: the same bits.
 SLOW_TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
   const ModelConfig config = wide(small(false, true, false));
   const auto device = device_model(config);
@@ -177,7 +177,7 @@ SLOW_TEST(a_decode_step_is_a_graph_from_its_second_time_on) {
     for (int32_t i = 0; i < 3; ++i) {
       asked.push_back({text(2 + 15 * i, 7 * i), static_cast<uint64_t>(i), 0.9f, with});
     }
-    Engine engine(device, options(*device, 64));
+    Engine engine(device, options(*device, 64, true, false));
     const int64_t before = cuda::emulated_graph_launches();
     const std::vector<Answer> together = generate(engine, asked, 6);
     CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{4});  // of five steps of decoding
@@ -202,7 +202,7 @@ SLOW_TEST(a_step_of_both_kinds_is_a_graph) {
     asked.push_back({text(2 + 15 * i, 7 * i), static_cast<uint64_t>(i), 0.9f,
                      i == 1 ? adapter : std::shared_ptr<Adapter>()});
   }
-  Engine engine(device, options(*device, 100));
+  Engine engine(device, options(*device, 100, true, false));
   const int64_t before = cuda::emulated_graph_launches();
   const std::vector<Answer> together = generate(engine, asked, 6);
   CHECK_EQ(cuda::emulated_graph_launches() - before, int64_t{4});  // of five steps of decoding

@@ -215,6 +215,7 @@ def open_report(
     repeats: int,
     limits_now: dict[str, float] | None = None,
     prefix_cache: bool = False,
+    lookup: bool = False,
     **options: Any,
 ) -> tuple[NativeModel, dict[str, Any]]:
     """The model, and what every report begins with.
@@ -224,7 +225,7 @@ def open_report(
     """
     limits_now = limits_now or limits(threads, repeats)
     started = time.perf_counter()
-    loaded = load_model(model, threads=threads, prefix_cache=prefix_cache, **options)
+    loaded = load_model(model, threads=threads, prefix_cache=prefix_cache, lookup=lookup, **options)
     seconds = time.perf_counter() - started
     return loaded, {
         "benchmark": benchmark,

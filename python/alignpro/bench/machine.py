@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from alignpro.native import core
 
 _PACKAGES = ("alignpro", "numpy", "tokenizers", "torch")
@@ -76,6 +78,11 @@ def recorded(
     finally:
         events = core.trace_stop()
     return result, events
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    p50, p99 = np.percentile(values, (50, 99))
+    return {"p50": float(p50), "p99": float(p99)}
 
 
 def peak_rss_bytes() -> int:

@@ -12,9 +12,9 @@ import numpy as np
 
 from alignpro import trace
 from alignpro.bench.generation import Say, rollout_prompts
-from alignpro.bench.machine import limits, machine
+from alignpro.bench.machine import limits, machine, percentiles
 from alignpro.bench.profile import record_work
-from alignpro.bench.serve import chat_body, event_loop, percentiles, stand_in
+from alignpro.bench.serve import chat_body, event_loop, stand_in
 from alignpro.bench.timeline import ROW_STAGES, Timeline
 from alignpro.bench.work import ROLLOUT
 from alignpro.config import GuardConfig

@@ -15,11 +15,9 @@ from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from alignpro.bench.generation import Say, rollout_prompts
 from alignpro.bench.load import Timed, closed_loop, paced
-from alignpro.bench.machine import machine
+from alignpro.bench.machine import machine, percentiles
 from alignpro.prompter import config_of_prompter
 from alignpro.serve.server import new_event_loop
 from alignpro.types import Conversation
@@ -180,11 +178,6 @@ def chat_body(question: str, stream: bool) -> bytes:
     ]
     chat = {"model": "stand-in", "messages": messages, "temperature": 0.7, "stream": stream}
     return json.dumps(chat).encode()
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    p50, p99 = np.percentile(values, (50, 99))
-    return {"p50": float(p50), "p99": float(p99)}
 
 
 def _processor_time() -> tuple[int, int]:

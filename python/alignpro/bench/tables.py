@@ -26,6 +26,8 @@ def bench_tables(report: Mapping[str, Any]) -> RenderableType:
         return request_tables(report)
     if report["benchmark"] == "serve":
         return serve_tables(report)
+    if report["benchmark"] == "lookup":
+        return Group(Text(limits_text(report)), _lookup_table(report), Text(memory_text(report)))
     table = _rollout_table if report["benchmark"] == "rollout" else _throughput_table
     return Group(Text(limits_text(report)), table(report), Text(memory_text(report)))
 
@@ -201,6 +203,24 @@ def memory_text(report: Mapping[str, Any]) -> str:
         + ("" if cold is None else f"first token of a new process after {cold:.2f} s, ")
         + f"peak memory {mib_text(report['peak_rss_bytes'])}"
     )
+
+
+def _lookup_table(report: Mapping[str, Any]) -> Table:
+    def cells(row: Mapping[str, Any]) -> Iterator[str]:
+        yield row["case"]
+        yield f"{row['prompt_tokens']:.0f} + {row['new_tokens']}"
+        for way in ("plain", "lookup"):
+            yield " / ".join(f"{row[way][key] * 1e3:.0f}" for key in ("p50", "p99"))
+        yield f"{row['speedup']:.2f}"
+        yield f"{row['steps']:.1f}"
+        yield f"{row['accepted_share']:.0%} of {row['drafted_share']:.0%}"
+        yield "same" if row["bit_equal"] else "OTHER"
+
+    title = f"lookup, {report['compute']}, one request at a time: ms, p50 / p99"
+    columns = ("tokens", "plain", "lookup", "speedup", "steps", "accepted", "bits")
+    table = new_table(title, columns, map(cells, report["results"]))
+    table.collapse_padding = True  # 80 columns hold it
+    return table
 
 
 def _throughput_table(report: Mapping[str, Any]) -> Table:

@@ -117,6 +117,23 @@ def bench_rollout(
     _run_bench(measure, model, output, threads, work)
 
 
+@bench.command("lookup", epilog=examples("alignpro bench lookup --compute int8"))
+@one_line_errors
+def bench_lookup(
+    model: ModelName = "smollm2",
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each kind.")] = 24,
+    compute: Compute = "float32",
+    kv_dtype: KvDtype = "float32",
+    output: Output = None,
+    threads: Threads = None,
+) -> None:
+    """Time of single rewrites with tokens looked up in the text before, and without."""
+    from alignpro.bench.lookup import bench_lookup as measure
+
+    work = {"requests": requests, "compute": compute, "kv_dtype": kv_dtype}
+    _run_bench(measure, model, output, threads, work)
+
+
 @bench.command(
     "serve", epilog=examples("alignpro bench serve", "alignpro bench serve --run alignpro-run")
 )

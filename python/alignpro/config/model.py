@@ -88,6 +88,14 @@ class ModelConfig:
     """Whether shared beginnings of prompts are computed once."""
     max_batch_rows: Annotated[int, at_least(1)] = 256
     """The most tokens in one forward pass."""
+    lookup: bool = True
+    """Whether tokens that followed the same text before, in the prompt or in what was written
+    lately, are verified several in one step, where one to four sequences are written and that is
+    faster.
+
+    Tokens and log-probabilities are the same to the bit either way. With ``deterministic: false``
+    nothing is looked up, as nothing is for a request with penalties.
+    """
 
     def __post_init__(self) -> None:
         if self.endpoint is not None:
@@ -145,7 +153,7 @@ PROMPTER = ModelConfig(DEFAULT_MODEL)
 # what it answers.
 HOW_IT_RUNS = frozenset(
     {
-        *("kv_cache_bytes", "prefix_cache", "max_batch_rows"),
+        *("kv_cache_bytes", "prefix_cache", "max_batch_rows", "lookup"),
         *("endpoint", "api_key_env", "max_failed"),
         *(f"client.{f.name}" for f in fields(ClientConfig) if f.name not in ("body", "budget")),
         *(f"client.budget.{f.name}" for f in fields(Budget)),

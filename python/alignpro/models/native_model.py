@@ -67,9 +67,9 @@ def load_model(
         date: what a chat template that asks for it is told, "2026-11-28"; None: today's, which the
             model then keeps.
         options: fields of `ModelConfig`: chat_template, chat_template_kwargs, device, compute,
-            kv_dtype, deterministic, context_length, kv_cache_bytes, prefix_cache, max_batch_rows.
-            An adapter goes to what is asked of the
-            model, not to the base weights that are loaded here.
+            kv_dtype, deterministic, context_length, kv_cache_bytes, prefix_cache, max_batch_rows,
+            lookup. An adapter goes to what is asked of the model, not to the base weights that are
+            loaded here.
 
     Raises:
         FileNotFoundError: no such model.
@@ -115,6 +115,7 @@ def load_model(
         kv_cache_bytes=config.kv_cache_bytes or 0,
         max_batch_rows=config.max_batch_rows,
         prefix_cache=config.prefix_cache,
+        lookup=config.lookup,
     )
     source = (files.metadata() or {}).get("general.source.repo_url") or ""
     return NativeModel(
@@ -401,7 +402,8 @@ class NativeModel:
             self._knows_token_bytes = True
 
     def stats(self) -> dict[str, int | float]:
-        """Counters: prefill_tokens, cached_tokens, decode_tokens, steps, kv_blocks_*."""
+        """Counters: prefill_tokens, cached_tokens, decode_tokens, steps, kv_blocks_*; and of
+        decode_tokens, accepted_tokens, which were among the drafted_tokens of `lookup`."""
         return self._engine.stats()
 
     # --- adapters ---

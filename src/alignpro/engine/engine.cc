@@ -60,8 +60,16 @@ model::Batch make_batch(std::span<const Chunk> chunks) {
       batch.positions.push_back(static_cast<int32_t>(position));
     }
     const auto used = static_cast<size_t>((end + kKvBlock - 1) / kKvBlock);
-    batch.segments.push_back({row_begin, chunk.count, task.computed, blocks.first(used)});
-    if (chunk.reaches_end()) batch.output_rows.push_back(static_cast<int32_t>(batch.rows() - 1));
+    const int64_t drafts_begin = batch.rows() - task.drafted();
+    batch.segments.push_back(
+        {row_begin, drafts_begin - row_begin, task.computed, blocks.first(used)});
+    // Drafts as sequences of one row each, for which a device has its fastest step.
+    for (int64_t row = drafts_begin; row < batch.rows(); ++row) {
+      batch.segments.push_back({row, 1, task.computed + row - row_begin, blocks.first(used)});
+    }
+    for (int64_t row = batch.rows() - chunk.drawn(); row < batch.rows(); ++row) {
+      batch.output_rows.push_back(static_cast<int32_t>(row));
+    }
     const model::Adapter* adapter = task.sequence->request().adapter.get();
     if (adapter == nullptr) continue;
     if (!batch.adapters.empty() && batch.adapters.back().adapter == adapter) {
@@ -94,7 +102,7 @@ void mark_rows(std::span<const Chunk> chunks) {
                 {.rows = chunk.count, .key = key});
     if (!chunk.reaches_end()) continue;
     trace::mark(trace::Level::kSteps, prefill ? "prefill.drawn" : "decode.drawn",
-                {.rows = 1, .key = key});
+                {.rows = chunk.drawn(), .key = key});
   }
 }
 
@@ -105,7 +113,8 @@ Engine::Engine(std::shared_ptr<const LanguageModel> model, EngineOptions options
       options_(resolve(options, *model_)),
       kv_blocks_(options_.kv_cache_bytes / model_->kv_block_bytes()),
       session_(model_->make_session(kv_blocks_)),
-      scheduler_(options_.max_batch_rows, kv_blocks_, options_.prefix_cache) {
+      scheduler_(options_.max_batch_rows, kv_blocks_, options_.prefix_cache,
+                 options_.lookup ? std::optional(Lookup(model_->row_cost())) : std::nullopt) {
   publish_state();
 }
 
@@ -287,21 +296,45 @@ void Engine::begin_step() {
 void Engine::end_step() {
   if (!drawing_) return;
   const std::vector<Task*> drawing = *std::exchange(drawing_, std::nullopt);
-  std::vector<ops::SampledToken> drawn(drawing.size());
+  size_t rows = 0;
+  for (const Task* task : drawing) rows += static_cast<size_t>(1 + task->drafted());
+  std::vector<ops::SampledToken> drawn(rows);
   if (!drawn.empty()) session_->collect(drawn);
-  for (size_t i = 0; i < drawing.size(); ++i) {
-    Task* task = drawing[i];
-    Sequence& sequence = *task->sequence;
-    if (drawn[i].token < 0) {
-      const auto error = std::make_exception_ptr(no_token(*task));
-      scheduler_.retire(task)->finish(FinishReason::kFailed, error);
-      continue;
-    }
-    ++counts_.decode_tokens;
-    task->tokens.push_back(drawn[i].token);
-    const FinishReason reason = sequence.append(drawn[i]);
-    if (reason != FinishReason::kNone) scheduler_.retire(task)->finish(reason);
+  std::span<const ops::SampledToken> left(drawn);
+  for (Task* task : drawing) {
+    const auto own = left.first(static_cast<size_t>(1 + task->drafted()));
+    left = left.subspan(own.size());
+    take(*task, own);
   }
+}
+
+// The token drawn behind the last one that is certain, and, for as long as a draft's token is what
+// was drawn in its place, the one behind that: each was drawn by its own key from what it would
+// have followed without a draft.
+void Engine::take(Task& task, std::span<const ops::SampledToken> drawn) {
+  const Draft draft = task.draft;
+  const int64_t drafted = task.drafted();
+  task.drop_draft();
+  FinishReason reason = FinishReason::kNone;
+  std::exception_ptr error;
+  int64_t taken = 0, accepted = 0;
+  while (reason == FinishReason::kNone && taken == accepted && taken <= drafted) {
+    const ops::SampledToken& token = drawn[static_cast<size_t>(taken)];
+    if (token.token < 0) {
+      error = std::make_exception_ptr(no_token(task));
+      reason = FinishReason::kFailed;
+      break;
+    }
+    task.tokens.push_back(token.token);
+    reason = task.sequence->append(token);
+    if (taken < drafted && draft.tokens[static_cast<size_t>(taken)] == token.token) ++accepted;
+    ++taken;
+  }
+  counts_.decode_tokens += taken;
+  counts_.drafted_tokens += drafted;
+  counts_.accepted_tokens += accepted;
+  if (drafted > 0) scheduler_.accept(task, draft, {std::min(taken, drafted), accepted});
+  if (reason != FinishReason::kNone) scheduler_.retire(&task)->finish(reason, error);
 }
 
 void Engine::admit() {
@@ -326,7 +359,7 @@ std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
   std::vector<Task*> drawing;
   for (const Chunk& chunk : chunks) {
     if (chunk.reaches_end()) drawing.push_back(chunk.task);
-    if (chunk.task->in_prefill()) counts_.prefill_tokens += chunk.count;
+    if (chunk.task->in_prefill()) counts_.prefill_tokens += chunk.count - chunk.task->drafted();
     scheduler_.complete(chunk);
   }
   return drawing;
@@ -335,7 +368,9 @@ std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
 // Of chunks whose forward failed, ends those that fail by themselves, with their own errors. The
 // others are computed again: their bits do not depend on who shares the batch (contract 2).
 void Engine::drop_failing(std::vector<Chunk>& chunks) {
-  std::erase_if(chunks, [this](const Chunk& chunk) {
+  std::erase_if(chunks, [this](Chunk& chunk) {
+    chunk.count -= chunk.task->drafted();  // which need not have come to be
+    chunk.task->drop_draft();
     try {
       session_->forward(make_batch({&chunk, 1}));
       return false;
@@ -349,7 +384,9 @@ void Engine::drop_failing(std::vector<Chunk>& chunks) {
 void Engine::draw(std::span<Task* const> tasks) {
   std::vector<ops::SampleRow> rows;
   for (const Task* task : tasks) {
-    rows.push_back(task->sequence->sample_row(static_cast<int64_t>(task->tokens.size())));
+    for (int64_t position = task->certain(); position <= std::ssize(task->tokens); ++position) {
+      rows.push_back(task->sequence->sample_row(position));
+    }
   }
   const trace::Span span(trace::Level::kSteps, "sample",
                          [&] { return trace::Counts{.rows = static_cast<int64_t>(rows.size())}; });

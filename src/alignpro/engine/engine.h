@@ -24,13 +24,16 @@ struct EngineOptions {
   int64_t kv_cache_bytes = 0;    // 0: a quarter of the memory that is available now
   int64_t max_batch_rows = 256;  // tokens in one forward, decoding and prefill together
   bool prefix_cache = true;      // share the KV of common prefixes
+  bool lookup = true;            // verify drafts of a few sequences, where that is faster
 };
 
 struct EngineStats {
-  int64_t prefill_tokens = 0;  // prompt positions computed
-  int64_t cached_tokens = 0;   // prompt positions found computed
-  int64_t decode_tokens = 0;   // tokens drawn
-  int64_t steps = 0;           // forward passes
+  int64_t prefill_tokens = 0;   // prompt positions computed
+  int64_t cached_tokens = 0;    // prompt positions found computed
+  int64_t decode_tokens = 0;    // tokens drawn, those of drafts included
+  int64_t drafted_tokens = 0;   // tokens that were looked up and verified
+  int64_t accepted_tokens = 0;  // of them, those that were drawn
+  int64_t steps = 0;            // forward passes
   int64_t kv_blocks_in_use = 0;
   int64_t kv_blocks_cached = 0;  // held by nobody, kept for the next prompt
   int64_t kv_blocks_capacity = 0;
@@ -85,6 +88,7 @@ class Engine {
   std::vector<Task*> forward(std::span<const Chunk> chunks);
   void drop_failing(std::vector<Chunk>& chunks);
   void draw(std::span<Task* const> tasks);
+  void take(Task& task, std::span<const ops::SampledToken> drawn);
   void publish_state();
 
   const std::shared_ptr<const LanguageModel> model_;

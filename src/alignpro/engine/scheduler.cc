@@ -8,6 +8,11 @@ namespace {
 
 using model::kKvBlock;
 
+// Sequences that decode together and are drafted for: the rows of more share the weights as it is.
+constexpr size_t kMostDrafting = 4;
+// Rows of a draft. Beyond them a step costs what its rows do.
+constexpr int64_t kMostDraft = 15;
+
 // What a cached prefix may cover: the last prompt token is always computed, for its hidden state.
 std::span<const int32_t> shareable(const Sequence& sequence) {
   return sequence.prompt().first(sequence.prompt().size() - 1);
@@ -15,8 +20,17 @@ std::span<const int32_t> shareable(const Sequence& sequence) {
 
 }  // namespace
 
-Scheduler::Scheduler(int64_t max_rows, int64_t kv_blocks, bool prefix_cache)
-    : max_rows_(max_rows), cache_(kv_blocks, prefix_cache), prefix_cache_(prefix_cache) {}
+void Task::drop_draft() {
+  tokens.resize(static_cast<size_t>(certain()));
+  draft = {};
+}
+
+Scheduler::Scheduler(int64_t max_rows, int64_t kv_blocks, bool prefix_cache,
+                     std::optional<Lookup> lookup)
+    : max_rows_(max_rows),
+      cache_(kv_blocks, prefix_cache),
+      prefix_cache_(prefix_cache),
+      lookup_(std::move(lookup)) {}
 
 int64_t Scheduler::blocks_needed(const Request& request) {
   return (request.max_positions + kKvBlock - 1) / kKvBlock;
@@ -128,6 +142,7 @@ std::vector<Chunk> Scheduler::pick() {
     task->last_prefill = steps_;
     chunks.push_back({task, task->rows});
   }
+  add_drafts(chunks, rows);
   std::stable_sort(chunks.begin(), chunks.end(), [](const Chunk& a, const Chunk& b) {
     return a.task->sequence->request().adapter_version <
            b.task->sequence->request().adapter_version;
@@ -135,9 +150,39 @@ std::vector<Chunk> Scheduler::pick() {
   return chunks;
 }
 
+// Behind every token that this step draws, of a prompt's end too; `rows`: how many there may be. A
+// token that is accepted spares a row of a later step, which has no prompts. Penalties make a draw
+// depend on the drafted tokens before it.
+void Scheduler::add_drafts(std::vector<Chunk>& chunks, int64_t rows) {
+  if (!lookup_ || running_.size() > kMostDrafting) return;
+  Lookup::Step step = lookup_->step_of(static_cast<int64_t>(running_.size()));
+  for (Chunk& chunk : chunks) {
+    Task& task = *chunk.task;
+    const Request& request = task.sequence->request();
+    if (!chunk.reaches_end() || penalises(request.params)) continue;
+    // The last token that it may write is drawn, and read by nobody.
+    const int64_t most = std::min({kMostDraft, rows, request.max_positions - task.certain() - 1});
+    task.draft = lookup_->draft(request.adapter_version, task.tokens, request.stop_ids, most,
+                                task.record, step);
+    task.tokens.insert(task.tokens.end(), task.draft.tokens.begin(), task.draft.tokens.end());
+    chunk.count += task.drafted();
+    rows -= task.drafted();
+  }
+}
+
 void Scheduler::complete(const Chunk& chunk) {
-  Task& task = *chunk.task;
-  task.computed += chunk.count;
+  advance(*chunk.task, chunk.count - chunk.task->drafted());
+}
+
+void Scheduler::accept(Task& task, const Draft& draft, const DraftRecord& result) {
+  lookup_->learn(draft, result);
+  task.record.verified += result.verified;
+  task.record.accepted += result.accepted;
+  if (result.accepted > 0) advance(task, result.accepted);
+}
+
+void Scheduler::advance(Task& task, int64_t count) {
+  task.computed += count;
   const auto computed = static_cast<size_t>(task.computed);
   cache_.publish(task.block_table, std::span(task.tokens).first(computed),
                  computed == task.sequence->prompt().size());
@@ -146,6 +191,11 @@ void Scheduler::complete(const Chunk& chunk) {
 std::shared_ptr<Sequence> Scheduler::retire(Task* task) {
   cache_.release(task->block_table);
   auto sequence = std::move(task->sequence);
+  if (lookup_) {
+    const auto size = sequence->prompt().size();
+    lookup_->remember(sequence->request().adapter_version, sequence->prompt(),
+                      std::span(task->tokens).subspan(size, task->certain() - size));
+  }
   std::erase_if(running_, [task](const auto& running) { return running.get() == task; });
   return sequence;
 }

@@ -3,9 +3,11 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "alignpro/engine/lookup.h"
 #include "alignpro/engine/prefix_cache.h"
 #include "alignpro/engine/sequence.h"
 
@@ -14,22 +16,29 @@ namespace alignpro::engine {
 // An admitted sequence: what it holds inside the engine.
 struct Task {
   std::shared_ptr<Sequence> sequence;
-  std::vector<int32_t> tokens;  // the prompt, then what was generated
+  std::vector<int32_t> tokens;  // the prompt, then what was generated, then the draft
+  Draft draft;                  // of the step that is under way, to be verified by it
+  DraftRecord record;           // of the drafts before
   PrefixCache::BlockTable block_table;
   int64_t computed = 0;      // leading positions whose KV is written
   int64_t last_prefill = 0;  // the scheduler's last step with rows of its prompt
   int64_t rows = 0;          // of its prompt in the step that is being picked
 
+  int64_t drafted() const { return static_cast<int64_t>(draft.tokens.size()); }
+  int64_t certain() const { return static_cast<int64_t>(tokens.size()) - drafted(); }
+  void drop_draft();
   int64_t remaining() const { return static_cast<int64_t>(tokens.size()) - computed; }
   bool in_prefill() const { return computed < static_cast<int64_t>(sequence->prompt().size()); }
 };
 
-// Part of a step: positions [task->computed, task->computed + count).
+// Part of a step: positions [task->computed, task->computed + count). Those of a draft come last,
+// and tokens are drawn behind each and behind the one before them.
 struct Chunk {
   Task* task;
   int64_t count;
 
   bool reaches_end() const { return count == task->remaining(); }  // its next token is drawn now
+  int64_t drawn() const { return reaches_end() ? 1 + task->drafted() : 0; }
 };
 
 // Which sequences run, and which of their tokens are computed in a step. First come, first served;
@@ -37,8 +46,9 @@ struct Chunk {
 // preempted. Knows sequences, never a tensor. One thread at a time.
 class Scheduler {
  public:
-  // `max_rows` >= 1: tokens in one step, decoding and prefill together.
-  Scheduler(int64_t max_rows, int64_t kv_blocks, bool prefix_cache);
+  // `max_rows` >= 1: tokens in one step, decoding and prefill together. `lookup`: none, and nothing
+  // is drafted.
+  Scheduler(int64_t max_rows, int64_t kv_blocks, bool prefix_cache, std::optional<Lookup> lookup);
 
   // Blocks reserved for a request.
   static int64_t blocks_needed(const Request& request);
@@ -53,12 +63,17 @@ class Scheduler {
   // in order.
   std::vector<Task*> admit();
 
-  // The next step: a row for everything that decodes, then prefills in equal shares. Chunks of one
-  // adapter are adjacent, base weights first.
+  // The next step: a row for everything that decodes, then prefills in equal shares, then drafts
+  // where few sequences run. Chunks of one adapter are adjacent, base weights first.
   std::vector<Chunk> pick();
 
-  // The chunk's KV has been written.
+  // The chunk's KV has been written. That of a draft does not count before it is accepted: nobody
+  // else can find it, and what is rejected is written over.
   void complete(const Chunk& chunk);
+
+  // What came of the task's draft, which the caller has dropped: what was accepted stands in
+  // task.tokens as it was drawn.
+  void accept(Task& task, const Draft& draft, const DraftRecord& result);
 
   // Takes a task out and frees its blocks; the pointer is dead afterwards.
   std::shared_ptr<Sequence> retire(Task* task);
@@ -71,10 +86,13 @@ class Scheduler {
 
  private:
   bool awaits_prefix(const Sequence& sequence) const;
+  void add_drafts(std::vector<Chunk>& chunks, int64_t rows);
+  void advance(Task& task, int64_t count);
 
   const int64_t max_rows_;
   PrefixCache cache_;
   const bool prefix_cache_;
+  std::optional<Lookup> lookup_;
   int64_t steps_ = 0;
   std::deque<std::shared_ptr<Sequence>> waiting_;
   std::vector<std::unique_ptr<Task>> running_;  // by admission, oldest first

@@ -251,6 +251,8 @@ class Device {
   virtual void require_gradients() const = 0;
   // What a KV cache may take now, where nobody says how much.
   virtual int64_t kv_share_bytes() const = 0;
+  // What one more row adds to a step of one, about, as a share of it (`alignpro bench lookup`).
+  virtual double row_cost() const = 0;
 
   // The uploads of one thread, done when finish_uploads() returns. A table is read by row, and is
   // not multiplied by.
