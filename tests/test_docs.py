@@ -121,7 +121,7 @@ def test_commands_of_the_pages_are_commands(page, tmp_path, monkeypatch):
         name, values = parsed(words)
         if "overrides" in values:
             stage = getattr(configs, {s.value: c for s, c in STAGES.items()}[name])
-            file = values["config"]
+            file = values.get("config")
             there = file is not None and (file.exists() or "=" in str(file))
             read_settings(stage, file if there else None, values["overrides"])
 
