@@ -122,7 +122,7 @@ def test_commands_of_the_pages_are_commands(page, tmp_path, monkeypatch):
         if "overrides" in values:
             named = {s.value: c for s, c in STAGES.items()} | {"safety": "EvalConfig"}
             stage = getattr(configs, named[name])
-            file = values["config"]
+            file = values.get("config")
             there = file is not None and (file.exists() or "=" in str(file))
             read_settings(stage, file if there else None, values["overrides"])
 

@@ -132,7 +132,7 @@ def test_adaptive_state_survives_json_to_the_bit():
 def test_the_minibatches_of_ppo(tmp_path):
     settings = config(tmp_path, prompts_per_step=5, num_rewrites=2, **PPO)
     rollout = a_rollout([[[float(p)], [p + 1.0]] for p in range(5)])
-    batch = step_batch(settings, rollout, MovingBaseline(), [None] * 5)
+    batch = step_batch(settings, rollout, MovingBaseline())
     updates = plan_updates(settings, batch, step=3)
     assert [len(u.rows) for u in updates] == [6, 4] * 3
     assert [u.epoch for u in updates] == [0, 0, 1, 1, 2, 2]

@@ -63,7 +63,7 @@ METRICS = {
     ),
     "chosen_reward": MetricText(
         "preference/chosen_reward",
-        "beta times the chosen answers' mean log-ratio of policy to reference.",
+        "Beta times the chosen answers' mean log-ratio of policy to reference.",
     ),
     "rejected_reward": MetricText(
         "preference/rejected_reward", "The same of the rejected answers."

@@ -73,13 +73,14 @@ def step_batch(
     config: TrainConfig,
     rollout: Rollout,
     baseline: MovingBaseline,
-    anchors: Sequence[list[int] | None],
+    anchors: Sequence[list[int] | None] = (),
 ) -> StepBatch:
     """The trajectories to learn from, with the advantages of the configured algorithm. anchors: of
-    the rollout's prompts."""
+    the rollout's prompts, where any has one."""
+    of_prompts = anchors or [None] * len(rollout.rewrites)
     written = [
         [replace(t, anchor=anchor) for t in group]
-        for group, anchor in zip(trajectories_of(rollout, config.policy), anchors, strict=True)
+        for group, anchor in zip(trajectories_of(rollout, config.policy), of_prompts, strict=True)
     ]
     rewards = [torch.tensor([t.reward for t in g], dtype=torch.float64) for g in written]
     equal = [len(r) > 1 and bool(zero_advantage_groups(r[None])) for r in rewards]
