@@ -84,7 +84,8 @@ def header() -> str:
     pairs, others = decompositions()
     return (
         "#pragma once\n\n"
-        "// Written by generate_unicode_tables.py, which says what the rows are.\n\n"
+        "// Written by generate_unicode_tables.py, which says what the rows are.\n"
+        "// Long because it is data.\n\n"
         "namespace alignpro::prompter {\n\n"
         "struct CodeRange {\n  char32_t first, last;\n};\n"
         "struct ClassRange {\n  char32_t first, last;\n  int combining_class;\n};\n"

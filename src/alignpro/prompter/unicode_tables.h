@@ -1,6 +1,7 @@
 #pragma once
 
 // Written by generate_unicode_tables.py, which says what the rows are.
+// Long because it is data.
 
 namespace alignpro::prompter {
 
