@@ -233,10 +233,10 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(small_yaml, tmp_path, monkeypat
     folder = tmp_path / "run"
     plain = Trainer._rollout
 
-    def interrupted(self):
+    def interrupted(self, rows):
         if self.step == 1:
             raise KeyboardInterrupt
-        return plain(self)
+        return plain(self, rows)
 
     monkeypatch.setattr(Trainer, "_rollout", interrupted)
     result = run("train", small_yaml, f"run_dir={folder}", code=130)
@@ -336,7 +336,7 @@ def test_debugging_shows_the_traceback(monkeypatch):
 
 
 def test_a_defect_in_a_run_goes_to_its_error_log(small_yaml, tmp_path, monkeypatch):
-    def broken(self):
+    def broken(self, rows):
         return {}["a defect"]
 
     monkeypatch.setattr(Trainer, "_rollout", broken)

@@ -26,18 +26,19 @@ CONFIG, FINGERPRINTS = "config.json", "fingerprints.json"
 CALLS = "calls.jsonl"  # of an endpoint
 _MARK = "This directory is a run of alignpro: `--overwrite` may empty it.\n"
 
-_PEFT = r"adapter_config\.json|adapter_model\.safetensors|base_model\.json"
+_PEFT = r"adapter_config\.json|adapter_model\.safetensors|base_model\.json|prompter\.json"
 # Answers and verdicts that were paid for stay where they are: they serve other runs as well.
 _PAID = re.compile(
-    rf"{re.escape(CALLS)}|(?:evaluation|headroom|bound)\.json\.(?:calls|judge)\.jsonl"
+    rf"{re.escape(CALLS)}|(?:evaluation|safety|headroom|bound)\.json\.(?:calls|judge)\.jsonl"
 )
 # Paths in the directory, "/" between their parts.
 RUN_FILES = re.compile(
     rf"""(?:
     {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(ERROR_LOG)}
     | {re.escape(CONFIG)} | {re.escape(FINGERPRINTS)}
-    | (?:report|evaluate|evaluation|headroom|bound|wandb|trackio)\.json
-    | (?:evaluation|headroom|bound)\.json(?:\.arms\.jsonl|\.unjudged\.json|{re.escape(LOCKED)})
+    | (?:report|evaluate|evaluation|safety|headroom|bound|wandb|trackio)\.json
+    | (?:evaluation|safety|headroom|bound)\.json
+      (?:\.arms\.jsonl|\.unjudged\.json|{re.escape(LOCKED)})
     | (?:metrics|sft-metrics|rollouts)\.jsonl | {_PAID.pattern} | report\.html | reward\.png
     | (?:adapter|reference)/(?:{_PEFT})
     | checkpoints/step-\d{{6,}}(?:{re.escape(PARTIAL)})?/

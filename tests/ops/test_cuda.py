@@ -73,7 +73,8 @@ def test_without_a_gpu_a_call_says_so(op):
 
 def test_every_op_is_called():
     ops = {name for name in vars(load_testing()) if not name.startswith("__")}
-    assert {name for name in ops if not name.endswith("_bytes")} - {"AttentionShape"} == set(CALLS)
+    others = {"AttentionShape", "Tokenizer"}  # which are no ops
+    assert {name for name in ops if not name.endswith("_bytes")} - others == set(CALLS)
 
 
 def test_without_a_gpu_the_device_says_so():

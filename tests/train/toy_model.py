@@ -44,6 +44,9 @@ class ToyTokenizer:
                 tokens += [*self.encode(message["content"]), EOS]
         return tokens
 
+    def around_turn(self) -> tuple[str, str, bool]:
+        return "", "", False
+
 
 class ToyAdapter:
     def __init__(self, weights: LoraWeights):
