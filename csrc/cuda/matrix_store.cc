@@ -1,6 +1,7 @@
 #include "matrix_store.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "alignpro/core/dtype.h"
 
