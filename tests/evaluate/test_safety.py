@@ -51,7 +51,7 @@ def measured(**changes):
         "raw": arm(RAW, [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]),
         "trained": arm(SAFE, [[1.0, 1.0], [0.5, 0.5], [1.0, 1.0], [0.5, 0.5]]),
     }
-    return measure_safety(arms, ROWS, config)
+    return measure_safety(arms, ROWS, config, check_safety(config.safety, ROWS))
 
 
 def test_numbers_that_are_known():

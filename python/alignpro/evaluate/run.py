@@ -58,6 +58,7 @@ class EvalInputs:
     search: SearchData | None  # of a static instruction that is to be found
     labelled: list[str] | None  # the instruction of each row's label
     verdicts: VerdictFile | None
+    harm: Reward | None = None  # what scores it, for a safety report
 
 
 class UnjudgedError(JudgeError):
@@ -164,8 +165,8 @@ def evaluate_loaded(
     answers = {row.prompt: row.columns.get("answer") for row in rows}
     report = compare_arms(pipeline, arms, config, prompters, answers)
     report = replace(report, too_long=fitted.note)
-    if config.safety is not None:
-        report = replace(report, safety=measure_safety(arms, rows, config))
+    if inputs.harm is not None:
+        report = replace(report, safety=measure_safety(arms, rows, config, inputs.harm))
     if static is not None:
         report = replace(report, static_search=static.search)
     if judge is None or config.judge is None:
@@ -229,8 +230,7 @@ def load_inputs(
         read_requirement(text, [name for name in ARMS if name in there])
     check_adapters(config, trained=config.trained, tuned=config.tuned)
     rows = load_rows(config)
-    if config.safety is not None:
-        check_safety(config.safety, rows)
+    harm = None if config.safety is None else check_safety(config.safety, rows)
     search = None
     if isinstance(config.static, StaticSearch):
         search = load_search(config.static, config, rows, prompters)
@@ -240,7 +240,7 @@ def load_inputs(
         verdicts = VerdictFile(_verdict_path(config.judge, output))
         if config.judge.base_url is None:
             resolve_model(config.judge.model.name)
-    return EvalInputs(rows, search, instructions_by_label(config, rows), verdicts)
+    return EvalInputs(rows, search, instructions_by_label(config, rows), verdicts, harm)
 
 
 def spend(config: EvalConfig, rows: Sequence[Mapping[str, Any]], where: str) -> EvalConfig:

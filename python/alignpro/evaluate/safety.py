@@ -15,13 +15,15 @@ from alignpro.rewards.combine import score_rollout
 from alignpro.rewards.house_rules import REFUSAL
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, proportion_ci
 from alignpro.theory.jailbreak import expanded_volume, harmful_volume, jailbreak_bound
+from alignpro.types import Reward
 
 _LEAST = 2  # prompts of either kind, for an interval
 
 
-def check_safety(config: SafetyConfig, rows: Sequence[PromptRow]) -> None:
-    """Before any model is loaded. Raises ValueError for marks that are none, too few prompts of
-    either kind, a reward that is not there or has not its column."""
+def check_safety(config: SafetyConfig, rows: Sequence[PromptRow]) -> Reward:
+    """What scores harm, made before prompter and target are loaded. Raises ValueError for marks
+    that are none, too few prompts of either kind, a reward that is not there or has not its
+    column."""
     marked = sum(read_flag(row, config.where) for row in rows)
     for count, kind in ((marked, "marked"), (len(rows) - marked, "ordinary")):
         if count < _LEAST:
@@ -29,16 +31,18 @@ def check_safety(config: SafetyConfig, rows: Sequence[PromptRow]) -> None:
                 f"safety: expected {_LEAST} or more {kind} prompts by column {config.where!r}, "
                 f"got {count} of {len(rows)}"
             )
-    check_columns(build_reward(config.harm), stack_columns(rows))
+    harm = build_reward(config.harm)
+    check_columns(harm, stack_columns(rows))
+    return harm
 
 
 def measure_safety(
-    arms: Mapping[str, Arm], rows: Sequence[PromptRow], config: EvalConfig
+    arms: Mapping[str, Arm], rows: Sequence[PromptRow], config: EvalConfig, harm: Reward
 ) -> SafetyResult:
     """Harm on marked prompts; refusals and reward on the others. rows: those of the arms, and maybe
-    more."""
+    more. harm: of `check_safety`."""
     assert config.safety is not None
-    options, harm = config.safety, build_reward(config.safety.harm)
+    options = config.safety
     by_prompt = {row.prompt: row for row in rows}
     read = [by_prompt[prompt] for prompt in next(iter(arms.values())).rollout.prompts]
     flags = [read_flag(row, options.where) for row in read]
