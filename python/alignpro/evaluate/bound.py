@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -339,9 +340,12 @@ def sequence_logprobs(
     prompts: Sequence[list[int]],
     continuations: Sequence[list[int]],
     temperature: float,
+    adapter: Any = None,
 ) -> list[float]:
-    """log p(continuation | prompt) of whole sequences of tokens under the base weights, in nats."""
-    return [math.fsum(part) for part in token_logprobs(model, prompts, continuations, temperature)]
+    """log p(continuation | prompt) of whole sequences of tokens, in nats. adapter: of a model that
+    is here, as its `make_adapter` gives it; None: the base weights."""
+    parts = token_logprobs(model, prompts, continuations, temperature, adapter)
+    return [math.fsum(part) for part in parts]
 
 
 def token_logprobs(
@@ -349,6 +353,7 @@ def token_logprobs(
     prompts: Sequence[list[int]],
     continuations: Sequence[list[int]],
     temperature: float,
+    adapter: Any = None,
 ) -> list[Floats]:
     """As `sequence_logprobs`, token by token."""
     if isinstance(model, EndpointModel):  # the configuration's rule: temperature 1
@@ -356,6 +361,7 @@ def token_logprobs(
     score = model.core_model.score(
         [p + c for p, c in zip(prompts, continuations, strict=True)],
         [len(p) for p in prompts],
+        adapter=adapter,
         temperature=temperature,
     )
     ends = np.cumsum([len(c) for c in continuations])

@@ -10,6 +10,7 @@ import numpy as np
 
 from alignpro.config import MixConfig, TrainConfig, check_config, to_mapping
 from alignpro.data.load import load_prompts
+from alignpro.evaluate.bound import sequence_logprobs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import MixedGoal, MixReport
 from alignpro.fingerprints import of_adapter_folder
@@ -163,14 +164,8 @@ def _logprobs(
     sums: list[float] = []
     for begin in range(0, len(flat), _SCORED_AT_ONCE):
         chunk = flat[begin : begin + _SCORED_AT_ONCE]
-        score = model.core_model.score(
-            [w.prompter_tokens + w.tokens for w in chunk],
-            [len(w.prompter_tokens) for w in chunk],
-            adapter=core,
-            temperature=temperature,
-        )
-        ends = np.cumsum([len(w.tokens) for w in chunk])[:-1]
-        sums += [float(part.sum()) for part in np.split(score.logprob.astype(np.float64), ends)]
+        read, written = [w.prompter_tokens for w in chunk], [w.tokens for w in chunk]
+        sums += sequence_logprobs(model, read, written, temperature, core)
     return np.array(sums).reshape(len(samples), -1)
 
 
