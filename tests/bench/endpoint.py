@@ -18,7 +18,7 @@ in another process, which leaves what HTTP and the split in two cost.
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -27,6 +27,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from alignpro.config import ClientConfig, ModelConfig, TrainConfig
 from alignpro.models.resolve import resolve_model
@@ -72,12 +74,12 @@ def train(config: TrainConfig) -> Run:
 
 def cpu_seconds() -> float:
     """Of this process and those that it started and that still run."""
-    ticks = 0
-    for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
-            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+    children = 0.0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            spent = child.cpu_times()
+            children += spent.user + spent.system
+    return time.process_time() + children
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[Run]]:
