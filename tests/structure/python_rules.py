@@ -51,14 +51,14 @@ ROOMS: dict[str, set[str]] = {
     "serve": _BASE | {"models", "prompter", "rewriting", "optional", "trace"},
     "train": _RUNNING,
     "evaluate": _RUNNING | {"theory", "train.metrics"},
-    "report": _RUNNING | {"train", "evaluate"},
+    "report": _RUNNING | {"theory", "train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report", "bench.machine"},
     "bench": _RUNNING | {"trace", "train", "prompter", "serve"},
     "price": _SERVING
     | {"data", "bench.machine", "train.micro_batches", "train.policy", "train.schedule"},
     "cli": _RUNNING
     | {"train", "evaluate", "report", "quickstart", "bench", "price"}
-    | {"prompter", "serve"},
+    | {"theory", "prompter", "serve"},
     "__main__": {"cli"},
     "": _RUNNING | {"ops", "prompter", "rewriting", "train", "evaluate", "report"},  # public names
 }

@@ -78,8 +78,11 @@ def bench_serve(
             ways = {"alone": upstream, "serve": port}
             for kind in ("whole", "stream"):
                 for count in clients:
-                    say(f"{kind} answers, {count} clients")
-                    row = _added(ways, kind == "stream", count, requests, rate, repeats)
+
+                    def of_row(what: str, row: str = f"{kind} answers, {count} clients") -> None:
+                        say(f"{row}, {what}")
+
+                    row = _added(ways, kind == "stream", count, requests, rate, repeats, of_row)
                     report["results"].append({"answer": kind, "clients": count, **row})
         if run is not None:
             say("loading the run")
@@ -90,11 +93,18 @@ def bench_serve(
 
 
 def _added(
-    ways: dict[str, int], stream: bool, clients: int, count: int, rate: float | None, repeats: int
+    ways: dict[str, int],
+    stream: bool,
+    clients: int,
+    count: int,
+    rate: float | None,
+    repeats: int,
+    say: Say,
 ) -> dict[str, Any]:
     """One row: both ways at one rate."""
     asked = chat_requests([_QUESTION] * count, stream)
     fastest = 0.0
+    say("warming up")
     for port in ways.values():  # the last one counts; both are warm then
         begun = time.perf_counter()
         _run(closed_loop(port, asked, clients))
@@ -103,6 +113,7 @@ def _added(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     used, all_time = _processor_time()
     for seed in range(repeats):
+        say(f"round {seed + 1} of {repeats}")
         for name, port in ways.items():
             answers = _run(paced(port, asked, clients, rate, seed))
             seconds[name] += [one.first_byte for one in answers]

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from alignpro.cli import bench, config, preference, report, serve, stages, theory
+from alignpro.cli import attention, bench, config, preference, report, serve, stages, theory
 from alignpro.cli.shared import app
 
-__all__ = ["app", "bench", "config", "main", "preference", "report", "serve", "stages", "theory"]
+__all__ = [
+    "app",
+    "attention",
+    "bench",
+    "config",
+    "main",
+    "preference",
+    "report",
+    "serve",
+    "stages",
+    "theory",
+]
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ DEFECT, BAD_INPUT, NOT_MET = 1, 2, 3
 _ORDER = (
     *("quickstart", "init", "config", "headroom", "sft", "train", "prefer"),
     *("reward", "evaluate", "safety", "mix", "report"),
-    *("generate", "serve", "bound", "info", "profile", "bench"),
+    *("generate", "serve", "bound", "theory", "info", "profile", "bench"),
 )
 
 
