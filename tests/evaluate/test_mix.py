@@ -78,17 +78,19 @@ def test_the_worst_off_goal_is_served_best(runs):
     for goal in (kind, brief):  # token by token is near it
         assert goal.of_drawn == pytest.approx(goal.of_mixture, abs=0.5 * abs(goal.of_expert))
     assert report.acceptance is not None
-    assert report.acceptance.low <= report.expected_acceptance <= report.acceptance.high
+    error = (report.acceptance.high - report.acceptance.low) / 3.92
+    assert report.expected_acceptance == pytest.approx(report.acceptance.mean, abs=3 * error)
     again = run_mix(config(runs))
     assert again == report
 
 
 def test_whole_rewrites_are_drawn_by_rejection(runs):
-    report = run_mix(config(runs, sampling="sequence", tries=100), runs / "whole")
-    assert report.given_up == 0.0
+    report = run_mix(config(runs, sampling="sequence", tries=60), runs / "whole")
     assert read_mixture(runs / "whole").sampling == "sequence"
     once = run_mix(config(runs, sampling="sequence", tries=1))
-    assert 0 < once.given_up == pytest.approx(1 - once.acceptance.mean, abs=0.15)
+    assert once.given_up == pytest.approx(1 - once.acceptance.mean, abs=0.05)
+    assert 0 <= report.given_up < 0.5 * once.given_up
+    assert report.acceptance == once.acceptance  # of token-wise draws, both
 
 
 def test_one_prompter_serves_another_kl_coef(runs, monkeypatch):
