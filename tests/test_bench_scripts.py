@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignpro.types import SamplingParams
-from bench import barrier, endpoint, growth, house_rules, score
+from bench import barrier, endpoint, growth, house_rules, lanes, score
 
 SCORE = ["--shape", "300x16", "--tokens", "12", "--repeats", "2"]
 
@@ -84,6 +84,18 @@ def test_house_rules_prints_a_row_for_every_text(smollm2_path: Path, monkeypatch
     policy = house_rules.ARMS.policy_text
     assert texts == ["none: the raw prompt", *rules, policy, "Sing.", house_rules.RIGHT_RULE]
     assert all(0 <= float(cell) <= 1 for row in rows for cell in row.strip("| ").split(" | ")[1:])
+
+
+def test_a_mixture_is_timed_beside_one_adapter(tiny_model_dir, tmp_path: Path, capsys):
+    file = tmp_path / "lanes.json"
+    work = ["--lanes", "2,3", "--sequences", "1,5", "--tokens", "4", "--repeats", "1"]
+    lanes.main(["--model", str(tiny_model_dir("llama")), *work, "--json", str(file)])
+    rows = json.loads(file.read_text("utf-8"))
+    assert [(row["sequences"], row["lanes"]) for row in rows] == [
+        (at_once, count) for at_once in (1, 5) for count in (1, 2, 3)
+    ]
+    assert all(row["tokens_per_second"] > 0 for row in rows) and rows[0]["share"] == 1.0
+    assert capsys.readouterr().out.count("\n") == 2 + len(rows)
 
 
 @pytest.mark.parametrize("server", ["llama.cpp", "alignpro"])

@@ -12,6 +12,7 @@
 #include "alignpro/engine/client.h"
 #include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
+#include "alignpro/model/mixture.h"
 #include "alignpro/model/model.h"
 #include "gil.h"
 
@@ -21,6 +22,7 @@ using alignpro::bindings::GilRelease;
 
 using namespace alignpro::engine;
 using alignpro::model::Adapter;
+using alignpro::model::Mixture;
 using alignpro::model::Model;
 
 namespace {
@@ -110,17 +112,40 @@ void bind_sequence(py::module_& m) {
           py::arg("begin"));
 }
 
+void bind_mixture(py::module_& m) {
+  using Member = std::pair<std::shared_ptr<Adapter>, double>;
+  py::class_<Mixture, std::shared_ptr<Mixture>>(m, "Mixture")
+      .def(py::init([](const std::vector<Member>& pairs) {
+             std::vector<Mixture::Member> members;
+             for (const auto& [adapter, weight] : pairs) members.push_back({adapter, weight});
+             return Mixture(members);
+           }),
+           py::arg("members"))
+      .def_property_readonly("lanes", [](const Mixture& mixture) {
+        py::list lanes;  // Python knows no const
+        for (const auto& lane : mixture.lanes()) {
+          lanes.append(py::make_tuple(std::const_pointer_cast<Adapter>(lane.adapter), lane.weight));
+        }
+        return lanes;
+      });
+}
+
 void bind_client(py::module_& m) {
+  const auto submit = [](Client& client, std::vector<int32_t> tokens, const SamplingParams& params,
+                         Mixture of) {
+    require_not_forked_in_call();
+    return client.submit(std::move(tokens), params, std::move(of));
+  };
   py::class_<Client, std::shared_ptr<Client>>(m, "Client")
       .def(py::init<std::shared_ptr<Engine>>(), py::arg("engine").none(false))
       .def(
           "submit",
-          [](Client& client, std::vector<int32_t> tokens, const SamplingParams& params,
-             std::shared_ptr<Adapter> adapter) {
-            require_not_forked_in_call();
-            return client.submit(std::move(tokens), params, std::move(adapter));
+          [submit](Client& client, std::vector<int32_t> tokens, const SamplingParams& params,
+                   std::shared_ptr<Adapter> adapter) {
+            return submit(client, std::move(tokens), params, std::move(adapter));
           },
           py::arg("tokens"), py::arg("params"), py::arg("adapter") = py::none())
+      .def("submit", submit, py::arg("tokens"), py::arg("params"), py::arg("adapter"))
       .def("step", &Client::step, NoGil())
       .def("launch", &Client::launch, NoGil())
       .def("run",
@@ -168,5 +193,6 @@ void bind_engine(py::module_& m) {
         out["kv_blocks_capacity"] = stats.kv_blocks_capacity;
         return out;
       });
+  bind_mixture(m);
   bind_client(m);
 }

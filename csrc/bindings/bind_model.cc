@@ -223,13 +223,16 @@ void bind_scoring(py::class_<model::Model, std::shared_ptr<model::Model>>& of) {
         [](std::shared_ptr<model::Model> self, std::vector<std::vector<int32_t>> sequences,
            std::vector<int64_t> starts, std::shared_ptr<model::Adapter> adapter, float temperature,
            std::shared_ptr<model::Adapter> reference, bool with_reference, bool keep_graph,
-           const std::string& activations, bool with_hidden, const py::object& reference_hidden) {
-          std::vector<float> states;
-          if (!reference_hidden.is_none()) {
-            const py::array rows = float_array(reference_hidden, "reference_hidden", 2);
+           const std::string& activations, bool with_hidden, const py::object& reference_hidden,
+           const py::object& given_hidden) {
+          const auto states_of = [](const py::object& given, const char* name) {
+            if (given.is_none()) return std::vector<float>();
+            const py::array rows = float_array(given, name, 2);
             const auto* first = static_cast<const float*>(rows.data());
-            states.assign(first, first + rows.size());
-          }
+            return std::vector<float>(first, first + rows.size());
+          };
+          std::vector<float> states = states_of(reference_hidden, "reference_hidden");
+          std::vector<float> own = states_of(given_hidden, "given_hidden");
           const GilRelease release;
           model::ScoreRequest request{.sequences = std::move(sequences),
                                       .starts = std::move(starts),
@@ -238,6 +241,7 @@ void bind_scoring(py::class_<model::Model, std::shared_ptr<model::Model>>& of) {
                                       .with_reference = with_reference,
                                       .reference = std::move(reference),
                                       .reference_hidden = std::move(states),
+                                      .given_hidden = std::move(own),
                                       .with_hidden = with_hidden,
                                       .keep_graph = keep_graph,
                                       .activations = activations_from(activations)};
@@ -247,7 +251,7 @@ void bind_scoring(py::class_<model::Model, std::shared_ptr<model::Model>>& of) {
         py::arg("temperature") = 1.0f, py::arg("reference") = nullptr,
         py::arg("with_reference") = false, py::arg("keep_graph") = false,
         py::arg("activations") = "keep", py::arg("with_hidden") = false,
-        py::arg("reference_hidden") = py::none())
+        py::arg("reference_hidden") = py::none(), py::arg("given_hidden") = py::none())
       .def(
           "score_bytes",
           [](const model::Model& self, std::vector<std::vector<int32_t>> sequences,

@@ -176,6 +176,11 @@ class CudaOps final : public ops::Ops {
                        stream());
   }
 
+  void mix_rows(const ops::Plan& plan, const Matrix& x, const Matrix& out) override {
+    const CudaPlan::Tables& tables = of(plan).tables;
+    cuda::mix_rows(x, tables.sum_begins, tables.sum_rows, tables.sum_weights, out, stream());
+  }
+
   void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y) override {
     cuda::rms_norm(x, weight, eps, y, stream());
   }

@@ -58,6 +58,9 @@ void CudaPlan::prepare(const ops::PlanRequest& request) {
   assign(kv_writes_, request.kv_writes);
   assign(adapter_rows_, request.adapter_rows);
   assign(targets_, request.targets);
+  assign(sum_begins_, request.sums.begins);
+  assign(sum_rows_, request.sums.rows);
+  assign(sum_weights_, request.sums.weights);
   decodes_ = !is_score && pad_decode_step(request);
   if (!decodes_) {
     assign(tokens_, request.tokens);
@@ -152,6 +155,9 @@ void CudaPlan::for_tables(Tables& t, const Fn& fn) const {
   fn(write_blocks_, t.write_blocks);
   fn(output_rows_, t.output_rows);
   fn(targets_, t.targets);
+  fn(sum_begins_, t.sum_begins);
+  fn(sum_rows_, t.sum_rows);
+  fn(sum_weights_, t.sum_weights);
   fn(copies_, t.copies);
   fn(segments_, t.segments);
   fn(child_begins_, t.child_begins);

@@ -31,9 +31,11 @@ class CudaPlan final : public ops::Plan {
   struct Tables {
     int32_t *tokens, *positions, *write_blocks;  // [rows]
     int32_t *output_rows, *targets;              // [outputs]; targets of a score alone
-    KvCopy* copies;                              // of blocks that others go on with
-    Segment* segments;                           // of several rows each; of a score, all
-    int32_t* block_table;                        // sequences of one row, then the segments'
+    int32_t *sum_begins, *sum_rows;              // of output rows, by sum_weights
+    float* sum_weights;
+    KvCopy* copies;        // of blocks that others go on with
+    Segment* segments;     // of several rows each; of a score, all
+    int32_t* block_table;  // sequences of one row, then the segments'
     // Of a score: who sees a segment's keys, and the outputs of each row.
     int32_t *child_begins, *children, *output_begins, *row_outputs;
     int64_t bytes;
@@ -88,6 +90,8 @@ class CudaPlan final : public ops::Plan {
   std::vector<Segment> segments_;
   std::vector<std::span<const int32_t>> sequences_;  // as in block_table
   std::vector<int32_t> child_begins_, children_, output_begins_, row_outputs_;
+  std::vector<int32_t> sum_begins_, sum_rows_;
+  std::vector<float> sum_weights_;
   std::map<StepShape, Step> steps_;
 };
 

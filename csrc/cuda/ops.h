@@ -54,6 +54,11 @@ void embedding(const Matrix& table, const int32_t* tokens, const Matrix& out, St
 void embedding_backward(const Matrix& d_out, const int32_t* begins, const int32_t* places,
                         const Matrix& d_table, Stream stream);
 
+// out's row i is the sum of weights[t] x's row rows[t], t in [begins[i], begins[i + 1]); products
+// and sums in double, in that order, rounded once.
+void mix_rows(const Matrix& x, const int32_t* begins, const int32_t* rows, const float* weights,
+              const Matrix& out, Stream stream);
+
 // weight [cols] in x's dtype. y may be x.
 void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, Stream stream);
 

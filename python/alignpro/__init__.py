@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from alignpro.models.adapter import load_peft as load_peft
     from alignpro.models.adapter import save_peft as save_peft
     from alignpro.models.endpoint import EndpointModel as EndpointModel
+    from alignpro.models.mixture import Mixture as Mixture
     from alignpro.models.native_model import NativeModel as NativeModel
     from alignpro.models.native_model import load_model as load_model
     from alignpro.models.resolve import resolve_model as resolve_model
@@ -78,6 +79,7 @@ _HOMES = {
     "LoraPolicy": "train.policy",
     "LoraWeights": "models.adapter",
     "Message": "types",
+    "Mixture": "models.mixture",
     "ModelConfig": "config",
     "ModelFileError": "native",
     "NativeModel": "models.native_model",

@@ -207,13 +207,15 @@ class Model:
         activations: str = "keep",
         with_hidden: bool = False,
         reference_hidden: Any = None,
+        given_hidden: Any = None,
     ) -> Score:
         """Scores tokens [start, len) of every sequence (1 <= start <= len). Common prefixes are
         computed once. with_reference: also the exact KL to the distribution under ``reference``
         (None: base weights). keep_graph: keep what backward() needs. activations: "keep" every
         layer's, or "recompute" them in backward(), to the same bits. with_hidden: also the states
         that the tokens were predicted from. reference_hidden: such states [sum(len - start), D] of
-        the same tokens behind other contexts, of which the reference's distributions are then."""
+        the same tokens behind other contexts, of which the reference's distributions are then.
+        given_hidden: such states in the place of the policy's own, constants."""
 
     def score_bytes(
         self,
@@ -302,10 +304,18 @@ class Engine:
         """prefill_tokens, cached_tokens, decode_tokens, drafted_tokens, accepted_tokens, steps,
         kv_blocks_in_use, kv_blocks_cached, kv_blocks_capacity"""
 
+class Mixture:
+    """prod_k rho_k^weight, token by token. Real weights that sum to 1; None is the base weights."""
+
+    def __init__(self, members: Sequence[tuple[Adapter | None, float]]) -> None: ...
+    lanes: list[tuple[Adapter | None, float]]
+    """Distinct members of a weight other than 0, in the order in which their states are summed, in
+    float64, each weight rounded to float32."""
+
 class Client:
     def __init__(self, engine: Engine) -> None: ...
     def submit(
-        self, tokens: list[int], params: SamplingParams, adapter: Adapter | None = None
+        self, tokens: list[int], params: SamplingParams, adapter: Adapter | Mixture | None = None
     ) -> Sequence_: ...
     def step(self) -> list[Sequence_]:
         """One step for everybody, unless a request of this client has finished already; returns

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.files import write_json
-from alignpro.models.adapter import LoraWeights, adapter_folder
+from alignpro.models.adapter import LoraWeights, adapter_folder, is_mixture
 from alignpro.models.fingerprint import fingerprint
+from alignpro.models.mixture import BASE, Mixture, read_mixture
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.rewards.check import reward_name, shorten
 from alignpro.run_directory import FINGERPRINTS, read_record
@@ -59,7 +60,9 @@ def of_template(tokenizer: Tokenizer) -> Fingerprint:
     return Fingerprint("", _hash(text, dict(variables)))
 
 
-def of_adapter(weights: LoraWeights) -> Fingerprint:
+def of_adapter(weights: LoraWeights | Mixture) -> Fingerprint:
+    if isinstance(weights, Mixture):
+        return Fingerprint("", _of_mixture(weights))
     digest = hashlib.sha256(f"{weights.rank} {weights.scale}".encode())
     for module, pair in weights.matrices.items():
         digest.update(module.encode())
@@ -69,8 +72,22 @@ def of_adapter(weights: LoraWeights) -> Fingerprint:
 
 
 def of_adapter_folder(folder: str | Path) -> Fingerprint:
-    """Of an adapter that the engine reads by itself."""
+    """Of an adapter that the engine reads by itself, or a mixture of them."""
+    if is_mixture(folder):
+        return Fingerprint(str(folder), _of_mixture(read_mixture(folder)))
     return Fingerprint(str(folder), fingerprint(adapter_folder(folder)))
+
+
+def _of_mixture(mixture: Mixture) -> str:
+    """By what its members hold, wherever they lie."""
+    members = []
+    for member, weight in mixture.members:
+        if isinstance(member, LoraWeights):
+            hashed = of_adapter(member).hash
+        else:
+            hashed = BASE if member == BASE else of_adapter_folder(member).hash
+        members.append([hashed, weight])
+    return _hash(members, mixture.sampling, mixture.tries)
 
 
 def of_rows(

@@ -24,6 +24,7 @@ from alignpro.config import (
 )
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.engine_thread import EngineThread
+from alignpro.models.mixture import Mixture
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.reading import read_prompts
 from alignpro.pipeline import Pipeline, fresh_seed
@@ -54,7 +55,8 @@ class Prompter:
 
     Args:
         model: the prompter's base model, or its path or name.
-        adapter: a PEFT folder or matrices; None is the base model as prompter.
+        adapter: a PEFT folder or matrices, or a mixture or its folder; None is the base model as
+            prompter.
         prompting: how prompts are read and rewritten, as in training.
         params: how rewrites are sampled.
         guards: what a rewrite must keep for `rewrite` to use it; None uses whatever was written.
@@ -65,7 +67,7 @@ class Prompter:
     def __init__(
         self,
         model: NativeModel | ModelConfig | str | os.PathLike[str],
-        adapter: LoraWeights | str | os.PathLike[str] | None = None,
+        adapter: LoraWeights | Mixture | str | os.PathLike[str] | None = None,
         *,
         prompting: Prompting | None = None,
         params: SamplingParams = REWRITE,
@@ -84,7 +86,7 @@ class Prompter:
             None,
             None,
             prompting=prompting,
-            prompter_adapter=model.make_adapter(adapter),
+            prompter_adapter=model.prepare(adapter),
             rewrite_params=params,
         )
 
@@ -136,7 +138,7 @@ class Prompter:
 
         Raises as `load_peft`; the adapter in use then stays.
         """
-        self._pipeline = self._pipeline.with_adapter(self.model.make_adapter(self._adapter))
+        self._pipeline = self._pipeline.with_adapter(self.model.prepare(self._adapter))
 
     def rewrite(
         self, prompt: PromptLike, *, deadline: float | None = None, seed: int | None = None

@@ -26,6 +26,18 @@ void embedding(const py::object& table, const py::object& tokens, const py::obje
   cuda::embedding(from, ids, to, stream_of(stream));
 }
 
+// begins [rows of out + 1] and rows: int32; weights: float32.
+void mix_rows(const py::object& x, const py::object& begins, const py::object& rows,
+              const py::object& weights, const py::object& out, uintptr_t stream) {
+  Call call("mix_rows");
+  const cuda::Matrix from = call.matrix(x, "x"), to = call.matrix(out, "out");
+  const int32_t* first = call.ints(begins, "begins", to.rows + 1);
+  const int32_t* of = call.ints(rows, "rows", 0);
+  const float* by = call.floats<float>(weights, "weights", 0);
+  const GilRelease release;
+  cuda::mix_rows(from, first, of, by, to, stream_of(stream));
+}
+
 void rms_norm(const py::object& x, const py::object& weight, float eps, const py::object& y,
               uintptr_t stream) {
   Call call("rms_norm");
@@ -275,6 +287,8 @@ void bind_cuda_ops(py::module_& m) {
            py::arg("head_dim"), py::arg("sliding_window"), py::arg("scale"));
   m.def("embedding", &embedding, py::arg("table"), py::arg("tokens"), py::arg("out"),
         py::arg("stream"));
+  m.def("mix_rows", &mix_rows, py::arg("x"), py::arg("begins"), py::arg("rows"), py::arg("weights"),
+        py::arg("out"), py::arg("stream"));
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("y"),
         py::arg("stream"));
   m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("h"), py::arg("stream"));

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <doctest/doctest.h>
+#include "alignpro/ops/mix_rows.h"
 #include "cuda/bodies/attention_decode.h"
 #include "cuda/bodies/rows.h"
 #include "cuda/checks.h"
@@ -54,6 +55,19 @@ void check_row_ops() {
     }
   }
   CHECK(relative_error(y.floats(), expected) < rounding<T>());
+
+  // Sums of none, one and three rows are the CPU's.
+  const std::vector<int32_t> begins = {0, 0, 1, 4}, places = {2, 0, 2, 1};
+  const Floats weights = {1.0f, 0.75f, 0.5f, -0.25f};
+  Tensor<T> mixed(count);
+  for_rows(rows, 64, [&](HostBlock& block, int64_t row) {
+    mix_rows_row<T>(block, row, n, {x.data(), n}, begins.data(), places.data(), weights.data(),
+                    {mixed.data(), n});
+  });
+  Floats sums(count);
+  ops::mix_rows({begins, places, weights}, n, xs.data(), n, sums.data(), n);
+  CHECK_EQ(mixed.floats(), Tensor<T>(sums).floats());
+  CHECK_EQ(Floats(sums.begin() + n, sums.begin() + 2 * n), Floats(xs.begin() + 2 * n, xs.end()));
 
   Tensor<T> gate_up(normal(2 * count, 3, 2.0f)), h(count);
   for_rows(rows, 64, [&](HostBlock& block, int64_t row) {

@@ -27,6 +27,7 @@
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/kv_pool.h"
 #include "alignpro/ops/cpu_ops.h"
+#include "alignpro/ops/mix_rows.h"
 
 namespace alignpro::engine {
 namespace {
@@ -216,6 +217,11 @@ class HashSession final : public Session {
   void forward(const model::Batch& batch) override {
     hidden_.assign(batch.output_rows.size() * 2, 0.0f);
     model_.forward(batch, kv_, hidden_.data());
+    const ops::RowSums sums = batch.sums.view();
+    if (sums.count() == 0) return;
+    std::vector<float> mixed(static_cast<size_t>(2 * sums.count()));
+    ops::mix_rows(sums, 2, hidden_.data(), 2, mixed.data(), 2);
+    hidden_ = mixed;
   }
   void draw(std::span<const ops::SampleRow> rows) override {
     drawn_.resize(rows.size());
@@ -243,15 +249,21 @@ std::unique_ptr<Session> HashModel::make_session(int64_t kv_blocks) const {
 constexpr int64_t kBlockBytes = 2 * 2 * 2 * kKvBlock * 4;  // layers, K and V, head_dim
 
 // What the model says when nothing is shared, batched or cached: the specification.
-Tokens expected_tokens(const Tokens& prompt, const SamplingParams& params, uint64_t version = 0,
-                       bool repeats = false) {
+// Of several weights, the next token is that of their mean hash.
+Tokens expected_tokens(const Tokens& prompt, const SamplingParams& params,
+                       const std::vector<model::Lane>& lanes, bool repeats = false) {
   Tokens tokens = prompt;
   Tokens out;
   while (static_cast<int64_t>(out.size()) < params.max_new_tokens) {
-    uint32_t hash = 0;
-    for (size_t i = 0; i < tokens.size(); ++i) {
-      hash = extend_hash(hash, tokens[i], static_cast<int64_t>(i), version);
+    double sum = 0.0;
+    for (const model::Lane& lane : lanes) {
+      uint32_t hash = 0;
+      for (size_t i = 0; i < tokens.size(); ++i) {
+        hash = extend_hash(hash, tokens[i], static_cast<int64_t>(i), lane.version);
+      }
+      sum += double{lane.weight} * hash;
     }
+    const auto hash = static_cast<uint32_t>(static_cast<float>(sum));
     const double uniform =
         keyed_uniform(params.seed, params.sample, static_cast<uint32_t>(tokens.size()));
     int32_t token = choose(hash, params.temperature, uniform, tokens.back(), repeats);
@@ -269,6 +281,11 @@ Tokens expected_tokens(const Tokens& prompt, const SamplingParams& params, uint6
   return out;
 }
 
+Tokens expected_tokens(const Tokens& prompt, const SamplingParams& params, uint64_t version = 0,
+                       bool repeats = false) {
+  return expected_tokens(prompt, params, {{nullptr, version, 1.0f}}, repeats);
+}
+
 struct Bench {
   std::shared_ptr<HashModel> model;
   std::shared_ptr<Engine> engine;
@@ -284,9 +301,8 @@ struct Bench {
     engine = std::make_shared<Engine>(std::shared_ptr<const LanguageModel>(model), options);
     client = std::make_shared<Client>(engine);
   }
-  Handle submit(const Tokens& prompt, const SamplingParams& params,
-                std::shared_ptr<const model::Adapter> adapter = nullptr) {
-    return client->submit(prompt, params, std::move(adapter));
+  Handle submit(const Tokens& prompt, const SamplingParams& params, model::Mixture of = nullptr) {
+    return client->submit(prompt, params, std::move(of));
   }
   void run(const std::vector<Handle>& handles) {
     client->run();
@@ -555,6 +571,105 @@ TEST_CASE("tokens depend on the request alone") {
       }
     }
   }
+}
+
+// Prompts, lengths, stops and limits that differ, of one adapter and of several, together.
+TEST_CASE("a mixture is drawn from all of its weights, whoever shares the batch") {
+  const auto first = new_adapter(), second = new_adapter();
+  const std::vector<model::Mixture> all = {
+      nullptr,
+      first,
+      model::Mixture({{nullptr, 0.5}, {first, 0.5}}),
+      model::Mixture({{second, 0.75}, {first, 0.25}}),
+      model::Mixture({{first, 0.25}, {nullptr, 0.5}, {second, 0.25}}),
+  };
+  std::mt19937 random(11);
+  for (const bool prefix_cache : {true, false}) {
+    for (const int64_t max_rows : {3, 7, 64}) {
+      for (const int64_t blocks : {21, 40, 400}) {
+        Bench bench(blocks, max_rows, prefix_cache);
+        std::vector<Handle> handles, cancelled;
+        for (int i = 0; i < 60; ++i) {
+          SamplingParams params = params_of(static_cast<int64_t>(random() % 40), random() % 2);
+          params.sample = random() % 3;
+          params.temperature = random() % 4 == 0 ? 0.0f : 1.0f;
+          params.ignore_eos = random() % 2 == 0;
+          if (random() % 3 == 0) params.stop_token_ids = {static_cast<int32_t>(random() % 96)};
+          const Tokens prompt = prompt_of(1 + static_cast<int64_t>(random() % 70),
+                                          static_cast<int32_t>(random() % 3));
+          handles.push_back(bench.submit(prompt, params, all[random() % all.size()]));
+          if (random() % 8 == 0) {
+            params.deadline_seconds = random() % 2 == 0 ? 1e-6 : 0.0;
+            cancelled.push_back(bench.submit(prompt, params, all[random() % all.size()]));
+          }
+        }
+        for (int steps = 0; steps < 3; ++steps) bench.engine->step();
+        for (const Handle& handle : cancelled) handle->cancel();
+        bench.run(handles);
+        for (const Handle& handle : handles) {
+          const Request& request = handle->request();
+          const Tokens expected = expected_tokens(request.prompt, request.params, request.lanes);
+          CHECK_EQ(handle->read(0).tokens, expected);
+          CHECK_EQ(handle->read(0).logprobs.size(), expected.size());
+        }
+        const EngineStats stats = bench.engine->stats();
+        CHECK(bench.engine->idle());
+        CHECK_EQ(stats.kv_blocks_in_use, 0);
+        CHECK((prefix_cache ? stats.cached_tokens > 0 : stats.cached_tokens == 0));
+        for (const int64_t count : bench.model->row_counts) CHECK(count <= max_rows);
+      }
+    }
+  }
+}
+
+TEST_CASE("samples of one prompt compute it once for each of a mixture's weights") {
+  Bench bench(400, 64);
+  const auto first = new_adapter(), second = new_adapter();
+  const model::Mixture of({{first, 0.5}, {second, 0.5}});
+  const Tokens prompt = prompt_of(50, 1);
+  SamplingParams params = params_of(5);
+  params.ignore_eos = true;
+  std::vector<Handle> handles;
+  for (params.sample = 0; params.sample < 8; ++params.sample) {
+    handles.push_back(bench.submit(prompt, params, of));
+  }
+  bench.run(handles);
+  CHECK_EQ(bench.engine->stats().prefill_tokens, 2 * (50 + 7));
+  CHECK_EQ(bench.engine->stats().cached_tokens, 2 * 7 * 49);
+  CHECK_EQ(bench.engine->stats().decode_tokens, 8 * 5);
+  CHECK_EQ(bench.engine->stats().drafted_tokens, 0);
+  // Its lanes' entries are those of each adapter alone; of one they never saw there are none.
+  bench.run({bench.submit(prompt, params, second)});
+  CHECK_EQ(bench.engine->stats().cached_tokens, 2 * 7 * 49 + 49);
+  const Handle partly =
+      bench.submit(prompt, params, model::Mixture({{first, 0.5}, {nullptr, 0.5}}));
+  bench.run({partly});
+  CHECK_EQ(bench.engine->stats().cached_tokens, 2 * 7 * 49 + 49);
+  CHECK_EQ(partly->read(0).tokens, expected_tokens(prompt, params, partly->request().lanes));
+}
+
+TEST_CASE("a mixture's members are one lane each") {
+  const auto first = new_adapter(), second = new_adapter();
+  const auto lanes = model::Mixture({{first, 0.75}, {nullptr, 0.0}, {second, 0.5}, {first, -0.25}});
+  REQUIRE_EQ(lanes.lanes().size(), 2);
+  CHECK_EQ(lanes.lanes()[0].version, first->version());
+  CHECK_EQ(lanes.lanes()[0].weight, 0.5f);
+  CHECK_EQ(lanes.lanes()[1].weight, 0.5f);
+  const auto refused = [](const std::vector<model::Mixture::Member>& members, const char* text) {
+    CHECK_THROWS_WITH_AS((void)(model::Mixture(members)), doctest::Contains(text), InvalidArgument);
+  };
+  refused({}, "at least one member, got none");
+  refused({{first, 0.5}, {second, 0.6}}, "sum to 1, got a sum of 1.1");
+  refused({{first, NAN}}, "finite weights, got nan");
+  refused({{first, INFINITY}, {second, -INFINITY}}, "finite weights, got inf");
+  const model::Mixture both({{first, 0.5}, {second, 0.5}});
+  Bench narrow(64, 1), small(4, 64);
+  CHECK_THROWS_WITH_AS((void)(narrow.submit({1}, params_of(1), both)),
+                       doctest::Contains("a mixture of 2 takes as many rows a step"),
+                       InvalidArgument);
+  CHECK_THROWS_WITH_AS((void)(small.submit(prompt_of(40, 0), params_of(1), both)),
+                       doctest::Contains("needs 6 KV blocks in 2 lanes, the cache holds 4"),
+                       InvalidArgument);
 }
 
 TEST_CASE("samples of one prompt compute it once") {
@@ -1075,7 +1190,7 @@ TEST_CASE("tokens do not depend on drafts") {
             for (const Handle& handle : std::exchange(handles, {})) {
               const Request& request = handle->request();
               const Tokens expected =
-                  expected_tokens(request.prompt, request.params, request.adapter_version, true);
+                  expected_tokens(request.prompt, request.params, request.lanes, true);
               CHECK_EQ(handle->read(0).tokens, expected);
               CHECK_EQ(handle->read(0).logprobs.size(), expected.size());
               longer.push_back(request.prompt);

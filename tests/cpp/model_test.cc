@@ -17,6 +17,7 @@
 
 #include <doctest/doctest.h>
 #include "alignpro/core/error.h"
+#include "alignpro/engine/engine.h"
 #include "alignpro/model/adapter.h"
 #include "alignpro/model/checkpoint.h"
 #include "alignpro/model/kv_pool.h"
@@ -24,6 +25,7 @@
 #include "alignpro/model/prefix_tree.h"
 #include "alignpro/model/score.h"
 #include "alignpro/ops/linear_logprob.h"
+#include "alignpro/ops/mix_rows.h"
 #include "random_checkpoint.h"
 #if defined(ALIGNPRO_EMULATED_DEVICE)
 #include "device_models.h"
@@ -192,6 +194,79 @@ TEST_CASE("generation path equals scoring path to the bit") {
       for (const auto& [position, logprob] : drawn)
         CHECK_EQ(logprob, scored.logprob()[position - 1]);
     }
+  }
+}
+
+// Two adapters and the base weights, one of them with a negative weight, beside one adapter alone:
+// recorded log-probabilities are those of the members' states, summed.
+TEST_CASE("a mixture's draws are scored to the bit") {
+  for (const auto& model : on_the_device(tiny(true, false, false))) {
+    const ModelConfig& config = model->config();
+    const auto first = LoraStore(config, 2, 6, false).adapter(config);
+    const auto second = LoraStore(config, 3, 7, false).adapter(config);
+    const std::vector<Mixture> mixtures = {
+        Mixture({{first, 0.75}, {nullptr, -0.5}, {second, 0.75}}),
+        Mixture({{second, 0.25}, {nullptr, 0.75}}), first,
+        Mixture({{first, 1.0}, {second, 1e-30}})};
+    engine::EngineOptions options{64 * model->kv_block_bytes(), 24, true, true};
+    engine::Engine engine(model, options);
+    std::vector<std::shared_ptr<engine::Sequence>> handles;
+    for (size_t i = 0; i < mixtures.size(); ++i) {
+      engine::SamplingParams params;
+      params.max_new_tokens = 6;
+      params.temperature = 0.8f;
+      params.seed = i < 2 ? i : 2;
+      params.ignore_eos = true;
+      handles.push_back(engine.submit(sequences()[i < 2 ? i : 2], params, mixtures[i]));
+    }
+    while (!engine.idle()) engine.step();
+    std::vector<engine::Output> outputs;
+    for (const auto& handle : handles) {
+      if (handle->error()) std::rethrow_exception(handle->error());
+      outputs.push_back(handle->read(0));
+      ScoreRequest request;
+      request.sequences = {handle->request().prompt};
+      request.starts = {std::ssize(handle->request().prompt)};
+      request.temperature = 0.8f;
+      auto& all = request.sequences.front();
+      all.insert(all.end(), outputs.back().tokens.begin(), outputs.back().tokens.end());
+      std::vector<float> states;
+      std::vector<int32_t> begins = {0}, rows;
+      std::vector<float> weights;
+      const auto values = static_cast<int32_t>(outputs.back().tokens.size());
+      const auto& lanes = handle->request().lanes;
+      for (const Lane& lane : lanes) {
+        ScoreRequest own = request;
+        own.adapter = lane.adapter;
+        own.with_hidden = true;
+        const Score scored(model, own);
+        states.insert(states.end(), scored.hidden().begin(), scored.hidden().end());
+      }
+      for (int32_t value = 0; value < values; ++value) {
+        for (size_t k = 0; k < lanes.size(); ++k) {
+          rows.push_back(static_cast<int32_t>(k) * values + value);
+          weights.push_back(lanes[k].weight);
+        }
+        begins.push_back(static_cast<int32_t>(rows.size()));
+      }
+      const int64_t width = config.hidden_size;
+      request.given_hidden.resize(static_cast<size_t>(values * width));
+      ops::mix_rows({begins, rows, weights}, width, states.data(), width,
+                    request.given_hidden.data(), width);
+      CHECK(equal_bits(Score(model, request).logprob(), outputs.back().logprobs));
+    }
+    // What weighs nothing is rounded away: the single adapter's own tokens and numbers.
+    CHECK_EQ(outputs[3].tokens, outputs[2].tokens);
+    CHECK(equal_bits(outputs[3].logprobs, outputs[2].logprobs));
+    ScoreRequest wrong;
+    wrong.sequences = {{1, 2}};
+    wrong.starts = {1};
+    wrong.given_hidden = {1.0f};
+    CHECK_THROWS_WITH_AS((void)(Score(model, wrong)), doctest::Contains("given_hidden: expected 1"),
+                         InvalidArgument);
+    wrong.adapter = first;
+    CHECK_THROWS_WITH_AS((void)(Score(model, wrong)), doctest::Contains("expected no adapter"),
+                         InvalidArgument);
   }
 }
 

@@ -13,6 +13,7 @@ import pytest
 from alignpro import native
 from alignpro.config import ModelConfig
 from alignpro.models.adapter import LoraWeights
+from alignpro.models.mixture import Mixture, score_tokens
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.types import SamplingParams
 from model_variants import VARIANTS, variant_folder
@@ -63,6 +64,28 @@ def test_every_family_says_what_it_says_on_the_cpu(name, tiny_model_dir, tmp_pat
         temperature=0.8,
     )
     assert again.logprob.tolist() == [x for c in got for x in c.logprobs]
+
+
+def test_mixtures_are_the_cpus(llama):
+    """Of two adapters, and of one and the base weights, whose steps are graphs."""
+    cpu = load_model(llama, threads=1)
+    device = load_model(llama, device="cuda", compute="float32", max_batch_rows=9)
+    params = SamplingParams(max_new_tokens=4, temperature=0.8, seed=3, ignore_eos=True)
+    one, other = lora(cpu, 3), replace(lora(cpu, 2), alpha=1.0)
+    for mixture in (Mixture(((one, 0.7), (other, 0.3))), Mixture(((one, 1.5), ("base", -0.5)))):
+        expected = cpu.generate(PROMPTS, params, adapter=mixture)
+        got = device.generate(PROMPTS, params, adapter=mixture)
+        assert [c.tokens for c in got] == [c.tokens for c in expected]
+        for ours, theirs in zip(got, expected, strict=True):
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=BUDGET)
+        again = score_tokens(
+            device,
+            [prompt + c.tokens for prompt, c in zip(PROMPTS, got, strict=True)],
+            [len(prompt) for prompt in PROMPTS],
+            adapter=mixture,
+            temperature=0.8,
+        )
+        assert again.logprob.tolist() == [x for c in got for x in c.logprobs]
 
 
 def test_bfloat16_is_the_default_and_near(tmp_path):

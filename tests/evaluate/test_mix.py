@@ -10,10 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import MixConfig
+from alignpro.config import EvalConfig, MixConfig
+from alignpro.evaluate.run import run_evaluate
 from alignpro.evaluate.mix import run_mix, soup_of
 from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.mixture import Mixture, read_mixture
 from alignpro.models.native_model import load_model
+from alignpro.types import SamplingParams
 from native_runs import lora, save_run
 
 
@@ -72,8 +75,80 @@ def test_the_worst_off_goal_is_served_best(runs):
     assert report.value < 0 and report.kl == pytest.approx(
         worst / report.kl_coef - report.value, abs=1e-9
     )
+    for goal in (kind, brief):  # token by token is near it
+        assert goal.of_drawn == pytest.approx(goal.of_mixture, abs=0.5 * abs(goal.of_expert))
+    assert report.acceptance is not None
+    error = (report.acceptance.high - report.acceptance.low) / 3.92
+    assert report.expected_acceptance == pytest.approx(report.acceptance.mean, abs=3 * error)
     again = run_mix(config(runs))
     assert again == report
+
+
+def test_whole_rewrites_are_drawn_by_rejection(runs):
+    report = run_mix(config(runs, sampling="sequence", tries=60), runs / "whole")
+    assert read_mixture(runs / "whole").sampling == "sequence"
+    once = run_mix(config(runs, sampling="sequence", tries=1))
+    assert once.given_up == pytest.approx(1 - once.acceptance.mean, abs=0.05)
+    assert 0 <= report.given_up < 0.5 * once.given_up
+    assert report.acceptance == once.acceptance  # of token-wise draws, both
+
+
+def test_one_prompter_serves_another_kl_coef(runs, monkeypatch):
+    """Weights {adapter: s, untuned: 1 - s}; twice the KL penalty is half the adapter's weight."""
+    monkeypatch.chdir(runs)
+    trained = json.loads((runs / "kind" / "config.json").read_text())["kl_coef"]
+    arguments = ["mix", "runs=[kind]", f"kl_coef={2 * trained}", "num_prompts=4", "--output", "half"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    written = json.loads((runs / "half" / "mixture.json").read_text())
+    assert written["members"] == {"members/1-kind": pytest.approx(0.5), "base": pytest.approx(0.5)}
+    base = json.loads((runs / "kind" / "config.json").read_text())["prompter"]["model"]
+    model = load_model(base, threads=1)
+    adapter = model.load_adapter(runs / "kind" / "adapter")
+    params = SamplingParams(max_new_tokens=5, seed=1)
+    expected = model.generate([[1, 2]], params, adapter=Mixture(((adapter, 0.5), ("base", 0.5))))
+    assert model.generate([[1, 2]], params, adapter=runs / "half") == expected
+    # Less of a penalty than it was trained with: a negative weight, and no exact sampler.
+    bold = config(runs, kl_coef=trained / 2)
+    bold = replace(bold, runs=(str(runs / "kind"),))
+    report = run_mix(bold, runs / "bold")
+    assert report.goals[str(runs / "kind")].exponent == pytest.approx(2.0)
+    assert report.acceptance is None
+    with pytest.raises(ValueError, match="sampling sequence: expected weights of 0 and above"):
+        run_mix(replace(bold, sampling="sequence"))
+    with pytest.raises(ValueError, match="two or more, each once, or one and a kl_coef"):
+        MixConfig(runs=("a",))
+
+
+def test_a_mixture_is_evaluated_as_an_adapter(runs, tmp_path):
+    run_mix(config(runs), runs / "mixed")
+    base = json.loads((runs / "kind" / "config.json").read_text())["prompter"]["model"]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("he", "in", "on")), "utf-8")
+    options = EvalConfig(
+        prompter={"model": base},
+        trained=str(runs / "mixed"),
+        data={"path": str(data), "split": None},
+        reward="letter_reward:count_e",
+        num_rewrites=2,
+        rewrite=SamplingParams(max_new_tokens=3),
+        response=SamplingParams(max_new_tokens=2),
+        threads=1,
+    )
+    output = tmp_path / "evaluation.json"
+    report = run_evaluate(options, output=output)
+    assert report.kl_per_rewrite is not None and report.kl_per_rewrite > 0
+    again = run_evaluate(options, output=output)  # every arm is known again
+    assert again.arms == report.arms
+    path = runs / "mixed" / "mixture.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "sampling": "sequence"}))
+    whole = run_evaluate(options, output=output)
+    assert whole.kl_per_rewrite is None  # of whole rewrites there is none by token
+    assert whole.arms["untuned"] == report.arms["untuned"]
+    path.write_text('{"members": {"gone": 1}}')
+    with pytest.raises(ValueError, match="trained: .*mixture.json: .*gone: no adapter_config.json"):
+        run_evaluate(options)
 
 
 def test_the_command_writes_an_adapter_that_loads(runs, monkeypatch):
@@ -93,6 +168,13 @@ def test_the_command_writes_an_adapter_that_loads(runs, monkeypatch):
         for run, goal in written["goals"].items()
     )
     np.testing.assert_allclose(update(weights, name), expected, atol=1e-5)
+    model = load_model(base, threads=1)
+    parts = [model.load_adapter(runs / run / "adapter") for run in ("kind", "brief")]
+    weights = [goal["exponent"] for goal in written["goals"].values()]
+    params = SamplingParams(max_new_tokens=5, seed=1)
+    mixture = Mixture(tuple(zip(parts, weights, strict=True)))
+    drawn = model.generate([[1, 2]], params, adapter=runs / "mixed")
+    assert drawn == model.generate([[1, 2]], params, adapter=mixture)
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and "is there already" in again.output
 

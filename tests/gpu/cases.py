@@ -68,6 +68,20 @@ def embedding() -> Measured:
 
 
 @case
+def mix_rows() -> Measured:
+    """Sums of none, one and three rows, the last with a negative weight."""
+    measured: Measured = []
+    weights = torch.tensor([1.0, 0.75, 0.5, -0.25], device=DEVICE)
+    for dtype in DTYPES:
+        x, out = normal(4, 72, dtype=dtype), calls.poisoned(3, 72, dtype=dtype)
+        calls.cuda.mix_rows(x, ints([0, 0, 1, 4]), ints([2, 0, 3, 1]), weights, out, calls.stream())
+        truth = torch.stack([x[2] * 0, x[2], 0.75 * x[0].double() + 0.5 * x[3] - 0.25 * x[1]])
+        rounded = truth.double().float().to(dtype)
+        measured.append((str(dtype), differing(out, rounded), 0.0))
+    return measured
+
+
+@case
 def rms_norm() -> Measured:
     measured: Measured = []
     for dtype in DTYPES:

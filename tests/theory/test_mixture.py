@@ -100,11 +100,21 @@ def test_draws_from_the_prompters_find_it_with_few():
 
 def test_refused():
     ratios, importance = enumerated(UNIFORM, UNIFORM, UNIFORM)
-    with pytest.raises(ValueError, match="2 or more prompters"):
-        maxmin_weights(ratios[..., :1], importance)
+    with pytest.raises(ValueError, match="1 or more prompters"):
+        maxmin_weights(ratios[..., :0], importance)
     with pytest.raises(ValueError, match="betas: expected 2 numbers above 0"):
         maxmin_weights(ratios, importance, betas=[0.1, 0.0])
     with pytest.raises(ValueError, match="finite"):
         maxmin_weights(ratios + np.inf, importance)
     same = maxmin_weights(ratios, importance)  # nothing to choose between
     assert same.weights == pytest.approx([0.5, 0.5]) and same.value == pytest.approx(0.0)
+
+
+def test_one_goal_at_another_kl_coef():
+    """rho_ref exp(r / beta), whatever beta the prompter of r was trained with."""
+    trained, wanted = 0.5, 0.8
+    one = tilted(REWARDS[0], trained)
+    found = maxmin_weights(*enumerated(REFERENCE, one), betas=[trained], beta=wanted)
+    assert found.exponents == pytest.approx([trained / wanted]) and found.kkt_gap == 0.0
+    softer = tilted(REWARDS[0], wanted)
+    assert found.kl == pytest.approx(float(softer @ np.log(softer / REFERENCE)), abs=1e-9)

@@ -1,6 +1,7 @@
 #pragma once
 
-// Ops of one row by one block: embedding, rms_norm, swiglu, rope_kv_write, kv_copy, and backwards.
+// Ops of one row by one block: embedding, mix_rows, rms_norm, swiglu, rope_kv_write, kv_copy, and
+// backwards.
 
 #include <cmath>
 #include <cstdint>
@@ -58,6 +59,25 @@ ALIGNPRO_BODY void embedding_backward_row(Block& block, int64_t row, int64_t col
     Pack<T> result;
     for (int k = 0; k < kSize; ++k) result.value[k] = stored<T>(sums[k]);
     d_table.packs(row)[i] = result;
+  }
+}
+
+// A product of two float32 is exact in double, so that a sum is the same with and without FMA.
+template <typename T, typename Block>
+ALIGNPRO_BODY void mix_rows_row(Block& block, int64_t row, int64_t cols, Rows<const T> x,
+                                const int32_t* begins, const int32_t* places, const float* weights,
+                                Rows<T> out) {
+  constexpr int kSize = Pack<T>::kSize;
+  for (int64_t i = block.thread(); i < cols / kSize; i += block.threads()) {
+    double sums[kSize] = {};
+    for (int32_t at = begins[row]; at < begins[row + 1]; ++at) {
+      const Pack<T> pack = x.packs(places[at])[i];
+      const double weight = weights[at];
+      for (int k = 0; k < kSize; ++k) sums[k] += weight * double{to_float(pack.value[k])};
+    }
+    Pack<T> result;
+    for (int k = 0; k < kSize; ++k) result.value[k] = stored<T>(static_cast<float>(sums[k]));
+    out.packs(row)[i] = result;
   }
 }
 

@@ -61,7 +61,7 @@ def profile_rollout(
         reward = build_reward("vader")
     except ImportError as error:
         no_reward = str(error)
-    pipeline = rollout_pipeline(prompter, answerer, reward, prompter.make_adapter(adapter))
+    pipeline = rollout_pipeline(prompter, answerer, reward, prompter.prepare(adapter))
     say("measuring the machine's limits")
     measured = limits(threads, _LIMIT_REPEATS)
     say("rollout")

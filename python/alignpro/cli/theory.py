@@ -115,7 +115,8 @@ def bound(
 @app.command(
     epilog=examples(
         "alignpro mix runs=[kind,brief] --output mixed",
-        "alignpro mix runs=[kind,brief] data=prompts.csv num_prompts=96 --output mixed",
+        "alignpro mix runs=[kind,brief] data=prompts.csv sampling=sequence --output mixed",
+        "alignpro mix runs=[kind] kl_coef=0.1 --output softer",
     )
 )
 @one_line_errors
@@ -123,7 +124,11 @@ def mix(
     config: Config = None,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write adapter/ and mixture.json to this folder.")
+        Path | None,
+        typer.Option(
+            help="Write mixture.json to this folder, which may then be named as an adapter, and "
+            "the prompters as one LoRA to its adapter/."
+        ),
     ] = None,
 ) -> None:
     """Make one prompter of several, trained each for its own goal.
@@ -143,5 +148,4 @@ def mix(
         output.mkdir(parents=True, exist_ok=True)
     with Bars("loading data and models") as bars:
         report = run_mix(options, output, on_progress=bars.show)
-    write_json(None if output is None else output / "mixture.json", report)
     Console().print(mix_tables(report))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from alignpro.config.data import DataConfig
 from alignpro.config.fields import Seed, Threads, above, at_least, checked, require
@@ -16,7 +16,7 @@ class MixConfig:
 
     runs: tuple[str, ...] = ()
     """The runs of the prompters, two or more, trained from one untuned prompter, each for its
-    goal."""
+    goal. One alone is mixed with the untuned prompter, as if trained with another kl_coef."""
     data: DataConfig | None = None
     """Prompts that the weights are found on; null is what the first run was trained on."""
     num_prompts: Annotated[int, at_least(1)] | None = 48
@@ -25,9 +25,14 @@ class MixConfig:
     """Rewrites a prompt that each prompter writes; no target is asked."""
     kl_coef: Annotated[float, above(0)] | None = None
     """The weight of the mixture's KL penalty; null is the mean of what the runs had."""
+    sampling: Literal["token", "sequence"] = "token"
+    """How the mixture draws: token by token, or whole rewrites exactly, by rejection."""
+    tries: Annotated[int, at_least(1)] = 32
+    """Most draws of a rewrite with sampling sequence; the likeliest is taken then."""
     seed: Seed = 0
     threads: Threads = None
 
     def __post_init__(self) -> None:
-        enough = len(self.runs) >= 2 and len(set(self.runs)) == len(self.runs)
-        require("runs", self.runs, enough, "two or more, each once")
+        enough = len(self.runs) >= 2 or (len(self.runs) == 1 and self.kl_coef is not None)
+        expected = "two or more, each once, or one and a kl_coef"
+        require("runs", self.runs, enough and len(set(self.runs)) == len(self.runs), expected)

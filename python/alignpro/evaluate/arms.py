@@ -21,6 +21,7 @@ from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.static import StaticInstruction, in_append_form
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.in_flight import FailedRowsError
+from alignpro.models.mixture import Mixture, score_tokens
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import score_rollout
@@ -55,10 +56,10 @@ def sample_arms(
     prompts: Sequence[Prompt],
     config: EvalConfig,
     *,
-    prompters: Mapping[str, LoraWeights | None],
+    prompters: Mapping[str, LoraWeights | Mixture | None],
     static: StaticInstruction | None = None,
     labelled: Sequence[str] | None = None,
-    tuned: LoraWeights | None = None,
+    tuned: LoraWeights | Mixture | None = None,
     columns: Mapping[str, Sequence[Any]] | None = None,
     kept: KeptArms | None = None,
     on_progress: OnProgress | None = None,
@@ -126,7 +127,7 @@ def sample_arms(
 
         add(name, list(texts), answer, adds=True, about=lambda: about)
 
-    def prompted(adapter: LoraWeights | None) -> Callable[[OnRollout], Rollout]:
+    def prompted(adapter: LoraWeights | Mixture | None) -> Callable[[OnRollout], Rollout]:
         return lambda show: unscored.with_adapter(adapter).rollout(
             prompts,
             num_rewrites=config.num_rewrites,
@@ -240,8 +241,8 @@ def kl_per_rewrite(
     model: NativeModel,
     rollout: Rollout,
     *,
-    policy: LoraWeights | None,
-    reference: LoraWeights | None,
+    policy: LoraWeights | Mixture | None,
+    reference: LoraWeights | Mixture | None,
     temperature: float,
 ) -> float:
     """Mean over the rollout's rewrites of ``sum_t KL(policy || reference)``, in nats.
@@ -252,12 +253,13 @@ def kl_per_rewrite(
     total = 0.0
     for begin in range(0, len(rewrites), _SCORED_AT_ONCE):
         chunk = rewrites[begin : begin + _SCORED_AT_ONCE]
-        score = model.core_model.score(
+        score = score_tokens(
+            model,
             [w.prompter_tokens + w.tokens for w in chunk],
             [len(w.prompter_tokens) for w in chunk],
-            adapter=None if policy is None else model.make_adapter(policy),
+            adapter=policy,
             temperature=temperature,
-            reference=None if reference is None else model.make_adapter(reference),
+            reference=reference,
             with_reference=True,
         )
         assert score.kl is not None

@@ -27,9 +27,10 @@ from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import BoundReport, ClosedForm
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import LoraWeights
+from alignpro.models.adapter import LoraWeights, is_mixture
 from alignpro.models.chat_template import today
 from alignpro.models.endpoint import EndpointModel
+from alignpro.models.mixture import Mixture, read_mixture, score_tokens
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
@@ -69,6 +70,12 @@ def run_bound(
         ValueError: bad input, or an endpoint that does not tell log-probabilities of given tokens.
     """
     check_adapters(config, trained=config.trained, tuned=config.tuned)
+    if config.tuned is not None and is_mixture(config.tuned):
+        if read_mixture(config.tuned).sampling == "sequence":
+            raise ValueError(
+                "tuned: expected a mixture with sampling token, got sequence, whose "
+                "log-probabilities are not those of what was drawn"
+            )
     rows = load_rows(config)
     reward = build_reward(config.reward)
     check_columns(reward, stack_columns(rows))
@@ -110,9 +117,9 @@ def measure_bound(
     reward: Reward,
     rows: Sequence[PromptRow],
     *,
-    adapter: LoraWeights | None = None,
-    trained: LoraWeights | None = None,
-    tuned: LoraWeights | None = None,
+    adapter: LoraWeights | Mixture | None = None,
+    trained: LoraWeights | Mixture | None = None,
+    tuned: LoraWeights | Mixture | None = None,
     kept: KeptArms | None = None,
     on_progress: OnProgress | None = None,
 ) -> BoundReport:
@@ -137,7 +144,7 @@ def measure_bound(
 
     arms = kept or KeptArms()
 
-    def raw(name: str, pipeline: Pipeline, adapter: LoraWeights | None = None) -> Rollout:
+    def raw(name: str, pipeline: Pipeline, adapter: LoraWeights | Mixture | None = None) -> Rollout:
         sample = partial(
             pipeline.respond,
             prompts,
@@ -148,7 +155,7 @@ def measure_bound(
         )
         return arms.rollout(name, arms.hash_of(adapter), prompts, sample)
 
-    def prompted(name: str, pipeline: Pipeline, adapter: LoraWeights | None) -> Rollout:
+    def prompted(name: str, pipeline: Pipeline, adapter: LoraWeights | Mixture | None) -> Rollout:
         sample = partial(
             pipeline.rollout,
             prompts,
@@ -343,7 +350,7 @@ def sequence_logprobs(
     adapter: Any = None,
 ) -> list[float]:
     """log p(continuation | prompt) of whole sequences of tokens, in nats. adapter: of a model that
-    is here, as its `make_adapter` gives it; None: the base weights."""
+    is here, as its `prepare` takes it; None: the base weights."""
     parts = token_logprobs(model, prompts, continuations, temperature, adapter)
     return [math.fsum(part) for part in parts]
 
@@ -358,7 +365,8 @@ def token_logprobs(
     """As `sequence_logprobs`, token by token."""
     if isinstance(model, EndpointModel):  # the configuration's rule: temperature 1
         return model.token_logprobs(prompts, continuations)
-    score = model.core_model.score(
+    score = score_tokens(
+        model,
         [p + c for p, c in zip(prompts, continuations, strict=True)],
         [len(p) for p in prompts],
         adapter=adapter,

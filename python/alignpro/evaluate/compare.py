@@ -18,6 +18,7 @@ from alignpro.evaluate.results import (
 )
 from alignpro.findings import measure
 from alignpro.models.adapter import LoraWeights
+from alignpro.models.mixture import Mixture
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, ratio_of_means, variance
@@ -28,7 +29,7 @@ def compare_arms(
     pipeline: Pipeline,
     arms: Mapping[str, Arm],
     config: EvalConfig,
-    prompters: Mapping[str, LoraWeights | None],
+    prompters: Mapping[str, LoraWeights | Mixture | None],
     answers: Mapping[Prompt, Any] | None = None,
 ) -> Evaluation:
     """The arms side by side, and what the configuration requires of them.
@@ -139,13 +140,16 @@ def _summary(
 
 
 def _kl(
-    pipeline: Pipeline, arms: Mapping[str, Arm], prompters: Mapping[str, LoraWeights | None]
+    pipeline: Pipeline,
+    arms: Mapping[str, Arm],
+    prompters: Mapping[str, LoraWeights | Mixture | None],
 ) -> tuple[float | None, float | None]:
     """Per rewrite and per token."""
     if (
         not {"trained", "untuned"} <= set(prompters)
         or pipeline.rewrite_params.temperature == 0  # a greedy rewrite is no draw from the policy
         or not isinstance(pipeline.prompter, NativeModel)  # remote: shows no distributions
+        or _of_sequences(prompters["trained"])  # which are no draws of its tokens' distributions
     ):
         return None, None
     rollout = arms["trained"].rollout
@@ -158,6 +162,10 @@ def _kl(
     )
     lengths = [len(w.tokens) for group in rollout.rewrites for w in group]
     return value, value * len(lengths) / sum(lengths)
+
+
+def _of_sequences(prompter: LoraWeights | Mixture | None) -> bool:
+    return isinstance(prompter, Mixture) and prompter.sampling == "sequence"
 
 
 def _samples(arms: Mapping[str, Arm], count: int) -> list[Sample]:

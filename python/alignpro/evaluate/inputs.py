@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from alignpro import fingerprints
 from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, StageConfig
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.models.adapter import LoraWeights, adapter_folder
+from alignpro.models.adapter import LoraWeights, adapter_folder, is_mixture
 from alignpro.models.language_model import ChatModel
+from alignpro.models.mixture import Mixture, load_writer, read_mixture
 from alignpro.models.native_model import NativeModel
 from alignpro.rewards.check import shorten
 from alignpro.types import Conversation, Reward
@@ -58,7 +59,7 @@ def check_adapters(config: StageConfig, **folders: str | None) -> None:
     and ``folders``, by their fields.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none. ValueError: a mixture that is none.
     """
     folders = {
         "prompter.adapter": config.prompter.adapter,
@@ -68,13 +69,16 @@ def check_adapters(config: StageConfig, **folders: str | None) -> None:
     for name, folder in folders.items():
         try:
             _ = folder is None or adapter_folder(folder)
+            _ = folder is None or not is_mixture(folder) or read_mixture(folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
-def load_adapter(folder: str | None, model: NativeModel) -> LoraWeights | None:
-    """None is the model without an adapter. As `NativeModel.load_adapter`."""
-    return None if folder is None else model.load_adapter(folder)
+def load_adapter(folder: str | None, model: NativeModel) -> LoraWeights | Mixture | None:
+    """None is the model without an adapter. As `models.mixture.load_writer`."""
+    return None if folder is None else load_writer(model, folder)
 
 
 def made_from_of(

@@ -24,6 +24,7 @@ from alignpro.fingerprints import (
     to_plain,
 )
 from alignpro.models.adapter import LoraWeights
+from alignpro.models.mixture import Mixture
 from alignpro.types import Prompt, Rewrite, Rollout
 
 # What every response of every arm depends on, beside fingerprints.
@@ -96,7 +97,7 @@ class KeptArms:
         if self._path is not None:
             append_line(self._path, json.dumps({"arm": name, "of": of, "value": value}))
 
-    def hash_of(self, adapter: LoraWeights | None) -> str | None:
+    def hash_of(self, adapter: LoraWeights | Mixture | None) -> str | None:
         """What an arm depends on that has an adapter of its own."""
         return None if adapter is None or self._path is None else of_adapter(adapter).hash
 

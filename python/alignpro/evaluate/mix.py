@@ -1,9 +1,10 @@
-"""From the runs of several prompters to the mixture of them, as one adapter."""
+"""From the runs of several prompters to the mixture of them: drawn from, and as one adapter."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,15 @@ from alignpro.config import MixConfig, TrainConfig, check_config, to_mapping
 from alignpro.data.load import load_prompts
 from alignpro.evaluate.bound import sequence_logprobs
 from alignpro.evaluate.progress import OnProgress, watch
-from alignpro.evaluate.results import MixedGoal, MixReport
+from alignpro.evaluate.results import Interval, MixedGoal, MixReport, to_json
 from alignpro.fingerprints import of_adapter_folder
 from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.mixture import BASE, Mixture, save_mixture
 from alignpro.models.native_model import NativeModel, load_model
+from alignpro.models.redraw import restriction
 from alignpro.pipeline import Pipeline, derive_seed
 from alignpro.run_directory import config_of_run, is_run_dir
-from alignpro.statistics import Floats
+from alignpro.statistics import Floats, bootstrap_mean_ci
 from alignpro.theory.mixture import maxmin_weights
 from alignpro.train.metrics import read_metrics
 from alignpro.types import Rewrite
@@ -31,10 +34,12 @@ def run_mix(
     config: MixConfig, output: Path | None = None, on_progress: OnProgress | None = None
 ) -> MixReport:
     """The weights of the runs' prompters that serve the worst-off goal best, measured on rewrites
-    that they write (MPO: `theory.mixture`), and the prompters as one adapter of stacked rank, whose
-    updates are theirs with these weights: the mixture itself to first order in the updates.
+    that they write (MPO: `theory.mixture`); their mixture as it is drawn from, and as one adapter
+    of stacked rank, whose updates are theirs with these weights: the mixture itself to first order
+    in the updates.
 
-    output: a folder for the adapter (``output/adapter``), which nothing is in yet.
+    output: a folder that nothing is in yet, which is then the mixture's (`save_mixture`, with the
+        report), and the adapter's (``output/adapter``).
 
     Raises:
         ValueError: runs that did not begin with one untuned prompter, or not for the same use;
@@ -46,8 +51,9 @@ def run_mix(
     for name, other in zip(config.runs[1:], runs[1:], strict=True):
         _check_same_use(config.runs[0], first, name, other)
     reference_folder = _same_reference(config.runs)
-    if output is not None and (output / "adapter").exists():
-        raise FileExistsError(f"{output / 'adapter'}: is there already; name another folder")
+    for name in () if output is None else ("adapter", "mixture.json"):
+        if output is not None and (output / name).exists():
+            raise FileExistsError(f"{output / name}: is there already; name another folder")
     betas = [_kl_coef(Path(run), of) for run, of in zip(config.runs, runs, strict=True)]
     beta = config.kl_coef if config.kl_coef is not None else sum(betas) / len(betas)
     rows = load_prompts(config.data or first.data)[: config.num_prompts]
@@ -57,7 +63,7 @@ def run_mix(
     pipeline = Pipeline(model, model, None, prompting=first.prompting, rewrite_params=first.rewrite)
     prompts = [row.prompt for row in rows]
 
-    def written(name: str, adapter: LoraWeights, number: int) -> list[list[Rewrite]]:
+    def written(name: str, adapter: LoraWeights | Mixture, number: int) -> list[list[Rewrite]]:
         show = watch(on_progress, name, len(prompts))
         before, groups = pipeline.with_adapter(adapter), list[list[Rewrite]]()
         for begin in range(0, len(prompts), _PROMPTS_AT_ONCE):
@@ -81,13 +87,26 @@ def run_mix(
     proposal = np.logaddexp.reduce(by_expert, axis=2) - math.log(len(experts))
     ratios = by_expert - by_reference[..., None]
     mixed = maxmin_weights(ratios, by_reference - proposal, betas=betas, beta=beta)
+    members = _members(config.runs, experts, mixed.exponents, reference)
+    mixture = Mixture(
+        tuple((BASE if part is None else part, weight) for part, weight in members.values()),
+        config.sampling,
+        config.tries,
+    )
+    token_wise = written("the mixture", replace(mixture, sampling="token"), len(experts) + 1)
+    of_mixture, given_up = token_wise, None
+    if config.sampling == "sequence":
+        of_mixture = written("whole rewrites", mixture, len(experts) + 2)
+        given_up = model.stats()["sequence_given_up"] / (len(prompts) * config.num_rewrites)
     soup = soup_of(experts, list(mixed.exponents), reference)
-    of_soup = written("the mixture", soup, len(experts))
+    of_soup = written("the mixed adapter", soup, len(experts))
     soup_reference = _logprobs(model, of_soup, reference, temperature)
+    drawn_reference = _logprobs(model, of_mixture, reference, temperature)
     goals = {}
     for k, (run, expert) in enumerate(zip(config.runs, experts, strict=True)):
         own = ratios[:, k * config.num_rewrites : (k + 1) * config.num_rewrites, k]
         reached = _logprobs(model, of_soup, expert, temperature) - soup_reference
+        by_draws = _logprobs(model, of_mixture, expert, temperature) - drawn_reference
         goals[run] = MixedGoal(
             reward=str(runs[k].reward),
             kl_coef=betas[k],
@@ -95,11 +114,21 @@ def run_mix(
             exponent=float(mixed.exponents[k]),
             of_expert=float(betas[k] * own.mean()),
             of_mixture=float(mixed.implicit[k]),
+            of_drawn=float(betas[k] * by_draws.mean()),
             of_adapter=float(betas[k] * reached.mean()),
         )
-    if output is not None:
-        save_peft(output / "adapter", soup)
-    return MixReport(
+    acceptance = expected = None
+    simplex = min(weight for _, weight in members.values()) >= 0
+    if simplex and len(prompts) > 1 and restriction(first.rewrite) is None:
+        densities = np.zeros((len(prompts), config.num_rewrites))
+        for part, weight in members.values():
+            densities += weight * _logprobs(model, token_wise, part, temperature)
+        drawn_by = [[math.fsum(w.logprobs) for w in group] for group in token_wise]
+        accepted = np.exp(np.minimum(0.0, densities - np.array(drawn_by))).mean(axis=1)
+        acceptance = bootstrap_mean_ci(accepted.tolist(), seed=config.seed)
+        logs = by_reference - proposal + ratios @ mixed.exponents
+        expected = float(np.exp(logs).mean(axis=1).mean())
+    report = MixReport(
         goals=goals,
         kl_coef=beta,
         value=mixed.value,
@@ -108,8 +137,35 @@ def run_mix(
         effective_samples=mixed.effective_samples,
         samples=len(experts) * config.num_rewrites,
         num_prompts=len(prompts),
+        acceptance=acceptance,
+        expected_acceptance=expected,
+        given_up=given_up,
         config=to_mapping(config),
     )
+    if output is not None:
+        save_peft(output / "adapter", soup)
+        how = {"sampling": config.sampling, "tries": config.tries, "about": to_json(report)}
+        save_mixture(output, members, **how)
+    return report
+
+
+def _members(
+    runs: Sequence[str],
+    experts: Sequence[LoraWeights],
+    exponents: Sequence[float] | Floats,
+    reference: LoraWeights | None,
+) -> dict[str, tuple[LoraWeights | None, float]]:
+    """By the names of their folders; the untuned prompter has what the exponents leave of 1."""
+    members: dict[str, tuple[LoraWeights | None, float]] = {
+        f"{number}-{Path(run).resolve().name}": (expert, float(weight))
+        for number, (run, expert, weight) in enumerate(
+            zip(runs, experts, exponents, strict=True), start=1
+        )
+    }
+    left = 1.0 - math.fsum(exponents)
+    if abs(left) > 1e-9:
+        members["untuned"] = (reference, left)
+    return members
 
 
 def soup_of(

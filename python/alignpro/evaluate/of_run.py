@@ -23,6 +23,7 @@ from alignpro.config import (
 from alignpro.data.load import PromptRow
 from alignpro.fingerprints import Fingerprints
 from alignpro.models.adapter import LoraWeights
+from alignpro.models.mixture import Mixture
 from alignpro.run_directory import CONFIG, MARKER, config_of_run, is_run_dir, run_around
 
 EVALUATE = "evaluate.json"  # in a run: what an evaluation of it asks for beside what the run says
@@ -99,7 +100,7 @@ def beside_the_run(config: EvalConfig, run: Path) -> dict[str, Any]:
 def say_what_differs(
     config: StageConfig,
     made_from: Fingerprints,
-    untuned: LoraWeights | None,
+    untuned: LoraWeights | Mixture | None,
     rows: Sequence[PromptRow],
     *around: str | Path | None,
 ) -> None:

@@ -258,6 +258,7 @@ class MixedGoal:
     exponent: float  # of prompter / untuned prompter in the mixture
     of_expert: float  # the implicit reward of its own prompter's rewrites
     of_mixture: float  # of the mixture's, by the samples' weights
+    of_drawn: float  # of what the mixture really draws
     of_adapter: float  # of what the stacked adapter writes
 
 
@@ -271,6 +272,11 @@ class MixReport(ByKey):
     effective_samples: float  # of a prompt's `samples`
     samples: int
     num_prompts: int
+    # Of token-wise draws as draws of whole rewrites; None where a weight is below 0, or rewrites
+    # are drawn from part of the distribution. Expected by the samples: E_x exp(F_x).
+    acceptance: Interval | None = None
+    expected_acceptance: float | None = None
+    given_up: float | None = None  # share of rewrites of sampling sequence without an accepted draw
     config: dict[str, Any] | None = None
 
 

@@ -40,6 +40,7 @@ from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
+from alignpro.models.mixture import Mixture
 from alignpro.models.native_model import NativeModel, load_model, load_models, reusable
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
@@ -124,7 +125,7 @@ def evaluate_loaded(
     target: NativeModel | ChatModel,
     reward: Reward,
     inputs: EvalInputs,
-    prompters: dict[str, LoraWeights | None],
+    prompters: dict[str, LoraWeights | Mixture | None],
     on_progress: OnProgress | None = None,
     *,
     kept: KeptArms | None = None,
@@ -189,7 +190,7 @@ def _searched(
     pipeline: Pipeline,
     config: EvalConfig,
     data: SearchData,
-    prompters: dict[str, LoraWeights | None],
+    prompters: dict[str, LoraWeights | Mixture | None],
     kept: KeptArms,
     on_progress: OnProgress | None,
 ) -> StaticInstruction:

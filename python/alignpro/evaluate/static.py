@@ -20,6 +20,7 @@ from alignpro.data.load import PromptRow, load_instructions, load_prompts, stack
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Candidate, SearchResult, SearchRound
 from alignpro.models.adapter import LoraWeights
+from alignpro.models.mixture import Mixture
 from alignpro.pipeline import Pipeline, derive_seed
 
 SEARCH_STREAM = 3  # of randomness, beside the pipeline's
@@ -112,7 +113,7 @@ def search_static(
     pipeline: Pipeline,
     search: StaticSearch,
     data: SearchData,
-    prompters: Mapping[str, LoraWeights | None],
+    prompters: Mapping[str, LoraWeights | Mixture | None],
     *,
     seed: int,
     on_progress: OnProgress | None = None,
@@ -245,7 +246,7 @@ def _candidates(
     pipeline: Pipeline,
     search: StaticSearch,
     data: SearchData,
-    prompters: Mapping[str, LoraWeights | None],
+    prompters: Mapping[str, LoraWeights | Mixture | None],
     seed: int,
 ) -> dict[str, str]:
     """Distinct instructions and their sources, in a fixed order: those that are given first."""

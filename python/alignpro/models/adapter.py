@@ -24,6 +24,7 @@ Matrix = NDArray[np.float32]
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _BASE = "base_model.json"  # ours, beside PEFT's: what it was trained for
+MIXTURE = "mixture.json"  # of several; see models.mixture
 _PREFIX = "base_model.model."
 
 
@@ -53,13 +54,13 @@ def _scale(alpha: float, rank: int, rslora: bool) -> float:
 
 def adapter_folder(folder: str | Path) -> Path:
     """The folder of an adapter's files: this one, or the one beneath it that has them, where PEFT
-    puts an adapter that has a name.
+    puts an adapter that has a name. A mixture's is its own.
 
     Raises:
         FileNotFoundError: none has, or several have.
     """
     folder = Path(folder)
-    if (folder / _CONFIG).is_file():
+    if (folder / _CONFIG).is_file() or is_mixture(folder):
         return folder
     found = sorted(path.parent for path in folder.glob(f"*/{_CONFIG}"))
     if len(found) == 1:
@@ -72,6 +73,11 @@ def adapter_folder(folder: str | Path) -> Path:
         raise FileNotFoundError(f"{folder}: {expected}; adapters as GGUF files are not read")
     model = "; this folder holds a model" * (folder / "config.json").is_file()
     raise FileNotFoundError(f"{folder}: no {_CONFIG} there; {expected}{model}")
+
+
+def is_mixture(folder: str | Path) -> bool:
+    """Whether a folder is of several adapters (`models.mixture`), not of one."""
+    return not (Path(folder) / _CONFIG).is_file() and (Path(folder) / MIXTURE).is_file()
 
 
 def load_peft(
@@ -93,9 +99,14 @@ def load_peft(
     Raises:
         FileNotFoundError: no such folder or file.
         ValueError: an option that is not supported, an unknown module, a wrong shape or rank, a
-            missing half, or scales of 0 alone; the message names file and module.
+            missing half, or scales of 0 alone; the message names file and module. A mixture.
     """
     folder = adapter_folder(folder)
+    if is_mixture(folder):
+        raise ValueError(
+            f"{folder}: a mixture of adapters ({MIXTURE}), which text is drawn with and nothing is "
+            "trained from; expected the folder of one PEFT LoRA adapter"
+        )
     config = _read_config(folder / _CONFIG)
     path = folder / _TENSORS
     found: dict[str, _Update] = {}
@@ -135,27 +146,29 @@ def load_peft(
         rslora=rslora,
         matrices={m: found[m].padded(rank, scale) for m in lora_modules if m in found},
         base_model_name=config.get("base_model_name_or_path") or "",
-        base_fingerprint=_read_base(folder / _BASE),
+        base_fingerprint=base_of_folder(folder)[0],
     )
 
 
-def _read_base(path: Path) -> str:
-    """A file that is not ours says nothing."""
+def base_of_folder(folder: Path) -> tuple[str, str]:
+    """(fingerprint, name) of the base model; a file that is not ours says nothing."""
     with contextlib.suppress(OSError, ValueError):
-        base = json.loads(path.read_text("utf-8"))
+        base = json.loads((folder / _BASE).read_text("utf-8"))
         if isinstance(base, dict) and isinstance(base.get("fingerprint"), str):
-            return str(base["fingerprint"])
-    return ""
+            return str(base["fingerprint"]), str(base.get("name", ""))
+    return "", ""
 
 
 def save_peft(folder: str | Path, weights: LoraWeights) -> None:
     """Write an adapter that PEFT loads. Existing files are replaced whole.
 
     Raises:
-        ValueError: matrices that do not have the stated rank.
+        ValueError: matrices that do not have the stated rank, or what is no adapter, as a mixture.
     """
     from safetensors.numpy import save
 
+    if not isinstance(weights, LoraWeights):
+        raise ValueError(f"adapter: expected LoraWeights, got {type(weights).__name__}")
     tensors: dict[str, Matrix] = {}
     for module, (a, b) in weights.matrices.items():
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != weights.rank or b.shape[1] != weights.rank:

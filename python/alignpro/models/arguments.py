@@ -12,9 +12,10 @@ import numpy as np
 
 from alignpro import native
 from alignpro.config import ModelConfig
-from alignpro.types import PromptLike, SamplingParams
+from alignpro.types import Conversation, PromptLike, SamplingParams, text_messages
 
 if TYPE_CHECKING:
+    from alignpro.models.tokenizer import Tokenizer
     from alignpro.native import core
 
 Prompt = Sequence[int] | PromptLike  # a text is one user turn of a chat
@@ -113,6 +114,18 @@ def token_list(tokens: Any, what: str) -> list[int]:
         if not is_int(token) or not -(2**31) <= token < 2**31:
             raise ValueError(f"{what}: expected token ids, got {token!r} at index {index}")
     return [int(token) for token in tokens]
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, Conversation):
+        return tokenizer.encode_chat(prompt.messages)
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError("expected text, got none")
+        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        return tokenizer.encode_chat(text_messages(prompt))
+    return token_list(prompt, "expected token ids, a chat or a text")
 
 
 def check_models(prompter: Any, target: Any, reward: Any) -> None:

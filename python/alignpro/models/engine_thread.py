@@ -17,6 +17,7 @@ from typing import Any
 
 from alignpro import trace
 from alignpro.models.completion_text import TextStream
+from alignpro.models.mixture import check_streams
 from alignpro.models.native_client import NativeClient, NativeHandle, prompt_end
 from alignpro.models.native_model import NativeModel
 from alignpro.types import Completion, SamplingParams
@@ -116,6 +117,7 @@ class EngineThread:
             put: called with each piece, and with None behind the last one, however the request
                 ended: in the engine's thread, or in the one that cancels. It must be quick.
         """
+        check_streams(adapter)
         text = TextStream(self._tokenizer, params.stop, prompt_end(self._tokenizer, tokens))
         written = 0
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from alignpro import native
 from alignpro.models.arguments import core_params, token_list, with_seed
 from alignpro.models.completion_text import TextStream, completion_text
+from alignpro.models.mixture import PreparedMixture
 from alignpro.models.reasoning import OPENING_TOKENS, split_reasoning
+from alignpro.models.redraw import Redraw, judge
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import Completion, FinishReason, SamplingParams
 
@@ -18,17 +20,23 @@ if TYPE_CHECKING:
 
 
 class NativeHandle:
-    """One sequence in the engine. Any thread may read and cancel it."""
+    """One request in the engine: a sequence, or the last of those that were drawn for it. Any thread
+    may read and cancel it."""
 
-    def __init__(self, sequence: core.Sequence_, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, sequence: core.Sequence_, tokenizer: Tokenizer, redraw: Redraw | None = None
+    ) -> None:
         self.sequence = sequence
+        self.redraw = redraw
+        self.cancelled = False
         self._tokenizer = tokenizer
 
     @property
     def finished(self) -> bool:
-        return self.sequence.finished
+        return self.sequence.finished and (self.redraw is None or self.redraw.done)
 
     def cancel(self) -> None:
+        self.cancelled = True
         self.sequence.cancel()
 
     def completion(self) -> Completion:
@@ -40,8 +48,10 @@ class NativeHandle:
         """
         sequence = self.sequence
         reason = sequence.finish_reason
-        if reason is None:
+        if reason is None or not self.finished:
             raise RuntimeError("the sequence is not finished; step() its client until it is")
+        if self.redraw is not None and self.redraw.error is not None:
+            raise self.redraw.error
         sequence.raise_error()
         tokens, read = sequence.tokens, sequence.prompt_tokens
         written = completion_text(self._tokenizer, tokens, reason, sequence.matched_stop)
@@ -66,6 +76,7 @@ class NativeClient:
         self._model = model
         self._client = native.core.Client(engine)
         self._handles: dict[core.Sequence_, NativeHandle] = {}
+        self._ended: list[NativeHandle] = []  # by run(), for step() to return
 
     def __enter__(self) -> NativeClient:
         return self
@@ -83,7 +94,8 @@ class NativeClient:
         sample: int = 0,
     ) -> NativeHandle:
         """Queue one sequence; see `language_model.Client.submit`."""
-        compiled = core_params(with_seed(params), sample)
+        params = with_seed(params)
+        compiled = core_params(params, sample)
         device = self._model.core_model.config["device"]
         if compiled.penalises and device != "cpu":
             raise ValueError(
@@ -92,20 +104,64 @@ class NativeClient:
             )
         if params.stop:
             self._model.send_token_bytes()
-        sequence = self._client.submit(
-            token_list(tokens, "prompt"), compiled, self._model.make_adapter(adapter)
-        )
-        handle = self._handles[sequence] = NativeHandle(sequence, self._model.tokenizer)
+        read, prepared, redraw = token_list(tokens, "prompt"), self._model.prepare(adapter), None
+        if isinstance(prepared, PreparedMixture):
+            if prepared.sampling == "sequence":
+                redraw = Redraw(prepared, read, params, sample)
+            sequence = self._client.submit(read, compiled, prepared.core)
+        else:
+            sequence = self._client.submit(read, compiled, prepared)
+        handle = NativeHandle(sequence, self._model.tokenizer, redraw)
+        self._handles[sequence] = handle
         return handle
 
     def step(self) -> list[NativeHandle]:
         """One forward pass for everything in the engine, unless something of this client has
         finished already; returns what has finished since the last call."""
-        return [self._handles.pop(sequence) for sequence in self._client.step()]
+        ended, self._ended = self._ended, []
+        return ended or self._settled(self._client.step())
+
+    def _settled(self, finished: Sequence[core.Sequence_]) -> list[NativeHandle]:
+        """The requests that are done with these sequences; others are drawn anew."""
+        handles = [(sequence, self._handles[sequence]) for sequence in finished]
+        judged = [
+            (handle.redraw, sequence)
+            for sequence, handle in handles
+            if handle.redraw is not None and sequence.finish_reason in ("stop", "length")
+        ]
+        if judged:
+            judge(self._model.core_model, judged)
+            self._model.draw_counts.add([redraw for redraw, _ in judged])
+        ended = []
+        for sequence, handle in handles:
+            redraw = handle.redraw
+            whole = redraw is not None and sequence.finish_reason in ("stop", "length")
+            if redraw is not None and whole and not redraw.done and not handle.cancelled:
+                again = self._client.submit(
+                    redraw.tokens,
+                    core_params(redraw.next_params(), redraw.sample),
+                    redraw.mixture.core,
+                )
+                self._handles[again] = handle
+                handle.sequence = again
+                if handle.cancelled:  # between the two looks
+                    again.cancel()
+            else:
+                if redraw is not None:
+                    late = sequence.finish_reason == "deadline"
+                    if redraw.best is not None and (whole or late):
+                        handle.sequence = redraw.best
+                    redraw.done = True
+                ended.append(handle)
+            del self._handles[sequence]
+        return ended
 
     def run(self) -> None:
         """Step until all of it is finished; Ctrl-C cancels it."""
         self._client.run()
+        while any(handle.redraw is not None for handle in list(self._handles.values())):
+            self._ended += self._settled(self._client.step())
+            self._client.run()
 
     def launch(self) -> None:
         """See `language_model.Requests.launch`: on a GPU a step goes on beside another model's."""
@@ -115,10 +171,12 @@ class NativeClient:
         return self._model.ready()
 
     def cancel(self) -> None:
+        for handle in list(self._handles.values()):
+            handle.cancelled = True
         self._client.cancel()
 
     def idle(self) -> bool:
-        return self._client.idle()
+        return not self._ended and self._client.idle()
 
 
 def report(

@@ -24,6 +24,7 @@ from alignpro.models.arguments import (
     check_prompts,
     is_int,
     params_for,
+    prompt_tokens,
     samples_of,
     token_list,
     with_seed,
@@ -31,6 +32,13 @@ from alignpro.models.arguments import (
 from alignpro.models.completion_text import TextStream
 from alignpro.models.endpoint import EndpointModel
 from alignpro.models.fingerprint import fingerprint
+from alignpro.models.mixture import (
+    PreparedMixture,
+    check_streams,
+    hint_of,
+    prepare,
+    score_tokens,
+)
 from alignpro.models.native_client import (
     NativeClient,
     NativeHandle,
@@ -40,16 +48,18 @@ from alignpro.models.native_client import (
     report,
     stream,
 )
+from alignpro.models.redraw import DrawCounts
 from alignpro.models.resolve import plain_name, published_name, resolve_model
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.types import Completion, Conversation, SamplingParams, text_messages
+from alignpro.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from alignpro.native import core
 
 _log = logging.getLogger(__name__)
 
-AdapterLike = Any  # _core.Adapter | LoraWeights | path of a PEFT folder | None
+# _core.Adapter | LoraWeights | Mixture | PreparedMixture | path of their folder | None
+AdapterLike = Any
 
 
 def load_model(
@@ -217,6 +227,7 @@ class NativeModel:
             weakref.WeakKeyDictionary()
         )
         self._adapter_files: dict[Path, tuple[tuple[int, int], core.Adapter]] = {}
+        self.draw_counts = DrawCounts()
 
     def __repr__(self) -> str:
         return f"NativeModel({self.name!r}, path={str(self.path)!r})"
@@ -292,7 +303,8 @@ class NativeModel:
         Args:
             prompts: token ids, chats, or texts (one user turn each, in the chat template).
             params: one for all, or one per prompt; None is ``SamplingParams()``.
-            adapter: LoRA to generate with: `LoraWeights`, a PEFT folder, or from `make_adapter`.
+            adapter: what to generate with: `LoraWeights`, a `Mixture`, a folder of either, or from
+                `prepare`.
             on_token: called with (index of the completion, token, log-probability) as they come; an
                 exception in it cancels everything and is raised.
             errors: "raise" the first of them, or "return" each in the place of the completions
@@ -310,13 +322,15 @@ class NativeModel:
             raise ValueError(f'errors: expected "raise" or "return", got {errors!r}')
         prompts = check_prompts(prompts)
         each = params_for(params, len(prompts))
-        prepared = self.make_adapter(adapter)
+        prepared = self.prepare(adapter)
+        if on_token is not None:
+            check_streams(prepared)
         handles: list[NativeHandle] = []  # of what was submitted
         places: list[tuple[int, NativeHandle | Exception]] = []  # prompt, and what came of it
         with self.client() as client:
             for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
                 try:
-                    tokens = self._prompt_tokens(prompt)
+                    tokens = prompt_tokens(self.tokenizer, prompt)
                     keyed = with_seed(one)
                     for sample in range(one.n):
                         handles.append(
@@ -350,9 +364,11 @@ class NativeModel:
         one = params if params is not None else SamplingParams()
         if one.n != 1:
             raise ValueError(f"n: stream() writes 1 completion, got n = {one.n}")
+        prepared = self.prepare(adapter)
+        check_streams(prepared)
         client = self.client()
-        tokens = self._prompt_tokens(prompt)
-        handle = client.submit(tokens, one, adapter=adapter)
+        tokens = prompt_tokens(self.tokenizer, prompt)
+        handle = client.submit(tokens, one, adapter=prepared)
         text = TextStream(self.tokenizer, one.stop, prompt_end(self.tokenizer, tokens))
         pieces = stream(client, handle, text)
         # Dropped before its first token, a generator runs none of its own clean-up.
@@ -367,6 +383,7 @@ class NativeModel:
         temperature: float = 1.0,
     ) -> list[NDArray[np.float32]]:
         """log p(token i | tokens before i) for i = 1 ... len - 1; one float32 [len - 1] a sequence.
+        Of a mixture, as it draws token by token.
 
         Raises:
             ValueError: an empty sequence, one over the context, an id outside of the vocabulary.
@@ -377,9 +394,7 @@ class NativeModel:
                 raise ValueError(f"sequence {index}: expected at least one token, got none")
         if not rows:
             return []
-        score = self.core_model.score(
-            rows, [1] * len(rows), adapter=self.make_adapter(adapter), temperature=temperature
-        )
+        score = score_tokens(self, rows, [1] * len(rows), adapter=adapter, temperature=temperature)
         flat = np.array(score.logprob, np.float32)
         ends = np.cumsum([len(row) - 1 for row in rows])
         return np.split(flat, ends[:-1])
@@ -403,8 +418,9 @@ class NativeModel:
 
     def stats(self) -> dict[str, int | float]:
         """Counters: prefill_tokens, cached_tokens, decode_tokens, steps, kv_blocks_*; and of
-        decode_tokens, accepted_tokens, which were among the drafted_tokens of `lookup`."""
-        return self._engine.stats()
+        decode_tokens, accepted_tokens, which were among the drafted_tokens of `lookup`; and those of
+        `redraw.DrawCounts`."""
+        return {**self._engine.stats(), **self.draw_counts.stats()}
 
     # --- adapters ---
 
@@ -413,22 +429,28 @@ class NativeModel:
         PEFT folder, gives the same copy, so that its KV cache is shared.
 
         Raises:
-            ValueError: modules or shapes this model does not have; FileNotFoundError: no folder.
+            ValueError: modules or shapes this model does not have, or a mixture, which `prepare`
+                takes; FileNotFoundError: no folder.
         """
         if adapter is None or isinstance(adapter, native.core.Adapter):
             return adapter
         if isinstance(adapter, (str, os.PathLike)):
             return self._adapter_from_folder(Path(adapter))
         if not isinstance(adapter, LoraWeights):
-            raise ValueError(
-                "adapter: expected LoraWeights, a PEFT folder or None, got "
-                f"{type(adapter).__name__}"
-            )
+            expected = "adapter: expected LoraWeights, a PEFT folder or None"
+            raise ValueError(f"{expected}, got {type(adapter).__name__}{hint_of(adapter)}")
         made = self._adapters.get(adapter)
         if made is None:  # of two threads that make one, both take the first's
             made = self.core_model.make_adapter(adapter.matrices, adapter.scale)
             made = self._adapters.setdefault(adapter, made)
         return made
+
+    def prepare(self, adapter: AdapterLike) -> core.Adapter | PreparedMixture | None:
+        """The engine's copy of what text is drawn with: an adapter or a mixture of them.
+
+        Raises as `make_adapter`, naming the member of a mixture.
+        """
+        return prepare(self, adapter)
 
     def load_adapter(self, folder: str | os.PathLike[str]) -> LoraWeights:
         """An adapter's files; a warning says where they were trained for another base.
@@ -474,14 +496,3 @@ class NativeModel:
         return not named or plain_name(named) in {
             plain_name(part) for part in (self.name, *self.path.parts)
         }
-
-    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, Conversation):
-            return self.tokenizer.encode_chat(prompt.messages)
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise ValueError("expected text, got none")
-            return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            return self.tokenizer.encode_chat(text_messages(prompt))
-        return token_list(prompt, "expected token ids, a chat or a text")

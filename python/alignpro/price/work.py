@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignpro.config import TrainConfig, target_of
+from alignpro.models.adapter import is_mixture
+from alignpro.models.mixture import read_mixture
 from alignpro.native import core
 from alignpro.price.lengths import Lengths
 from alignpro.price.models import PricedModel
@@ -68,6 +70,7 @@ class _Sampling:
     length: int  # of a context
     wrote: int
     int8: bool = False
+    lanes: int = 1  # of a mixture: adapters that read and write every position
 
     @property
     def samples(self) -> int:
@@ -89,13 +92,15 @@ class _Sampling:
         # Of the keys that decoding reads, what the samples of a context share once a step.
         own = self.size * steps * (steps + 1) // 2
         decoded = self.contexts * (steps * self.length + own)
-        batches, reads = -(-samples // ENGINE_ROWS), -(-read.count // ENGINE_ROWS)
+        lanes = self.lanes
+        batches, reads = -(-samples * lanes // ENGINE_ROWS), -(-read.count * lanes // ENGINE_ROWS)
 
         def phase(what: str, rows: _Rows, drawn: int, passes: int, least: int, kv: int) -> Phase:
             """drawn: tokens that are sampled. kv: positions whose keys and values are read."""
-            flops = rows.matrices + rows.lora + rows.attention + 2.0 * drawn * facts.head_parameters
-            streamed, moved = self.model.streamed_bytes, facts.kv_elements * kv
-            sizes = (rows.count, flops, passes * streamed, least * streamed, moved)
+            layers = lanes * (rows.matrices + rows.lora + rows.attention)
+            flops = layers + 2.0 * drawn * facts.head_parameters
+            streamed, moved = self.model.streamed_bytes, lanes * facts.kv_elements * kv
+            sizes = (lanes * rows.count, flops, passes * streamed, least * streamed, moved)
             return Phase(f"{self.who} {what}", "generate", *sizes, self.int8)
 
         return (
@@ -142,7 +147,7 @@ def count_step(
         lora_parameters=trained.lora,
         kv_elements=held,
         alone_kv_elements=sum(
-            (one.length + one.wrote) * one.model.facts.kv_elements for one in sampled
+            one.lanes * (one.length + one.wrote) * one.model.facts.kv_elements for one in sampled
         ),
         score_bytes=most,
         micro_batches=len(plan),
@@ -186,8 +191,15 @@ def _samplings(
         length=lengths.target,
         wrote=config.response.max_new_tokens,
         int8=target_of(config.prompter, config.target).compute == "int8",
+        lanes=_lanes(target_of(config.prompter, config.target).adapter),
     )
     return trained, answers
+
+
+def _lanes(folder: str | None) -> int:
+    if folder is None or not is_mixture(folder):
+        return 1
+    return sum(weight != 0 for _, weight in read_mixture(folder).members)
 
 
 def lora_parameters(model: PricedModel, config: TrainConfig) -> int:

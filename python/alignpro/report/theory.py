@@ -109,7 +109,7 @@ def _noise(point: FrontierPoint, untuned: float, n: int, m: int) -> str:
 
 
 def mix_grid(mix: MixReport) -> Grid:
-    """A row for each goal: its weight, and its implicit reward under three prompters."""
+    """A row for each goal: its weight, and its implicit reward under four prompters."""
     rows = [
         [
             run,
@@ -117,11 +117,12 @@ def mix_grid(mix: MixReport) -> Grid:
             number(goal.weight),
             number(goal.of_expert, sign=True),
             number(goal.of_mixture, sign=True),
+            number(goal.of_drawn, sign=True),
             number(goal.of_adapter, sign=True),
         ]
         for run, goal in mix.goals.items()
     ]
-    header = ["run", "reward", "weight", "its prompter", "mixture", "mixed adapter"]
+    header = ["run", "reward", "weight", "its prompter", "mixture", "as drawn", "mixed adapter"]
     return Grid("Goals, and the implicit reward of each", header, rows)
 
 
@@ -131,6 +132,14 @@ def mix_words(mix: MixReport) -> list[str]:
         f"KL {mix.kl:.3f} nats per rewrite at kl_coef {mix.kl_coef:g}; KKT gap {mix.kkt_gap:.1e}; "
         f"{mix.effective_samples:.1f} of {mix.samples} samples a prompt carry the weight."
     ]
+    if mix.acceptance is not None and mix.expected_acceptance is not None:
+        said.append(
+            f"Drawn token by token, a rewrite is one of the mixture of whole rewrites with "
+            f"probability {number(mix.acceptance.mean)} {interval(mix.acceptance.ci95)}; the "
+            f"prompters' own rewrites say {number(mix.expected_acceptance)}."
+        )
+    if mix.given_up:
+        said.append(f"{mix.given_up:.1%} of the rewrites were taken after the last of their tries.")
     if idle:
         said.append(f"No weight: {', '.join(idle)}; the mixture serves this goal as it is.")
     return said

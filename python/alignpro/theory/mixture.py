@@ -59,9 +59,9 @@ def maxmin_weights(
     Raises ValueError for other shapes, a beta not above 0, or numbers that are not finite.
     """
     ratios, importance = np.asarray(log_ratios, float), np.asarray(log_importance, float)
-    if ratios.ndim != 3 or ratios.shape[2] < 2 or importance.shape != ratios.shape[:2]:
+    if ratios.ndim != 3 or ratios.shape[2] < 1 or importance.shape != ratios.shape[:2]:
         raise ValueError(
-            "log_ratios: expected [prompts, samples, 2 or more prompters] and log_importance "
+            "log_ratios: expected [prompts, samples, 1 or more prompters] and log_importance "
             f"[prompts, samples], got {ratios.shape} and {importance.shape}"
         )
     count = ratios.shape[2]

@@ -49,6 +49,8 @@ class LoraPolicy(torch.nn.Module):
 
     def __init__(self, model: NativeModel, weights: LoraWeights) -> None:
         super().__init__()
+        if not isinstance(weights, LoraWeights):
+            raise ValueError(f"adapter: expected LoraWeights, got {type(weights).__name__}")
         self.model = model
         self._core = model.core_model
         self._layout = replace(weights, matrices={}, base_model_name=model.published_name)

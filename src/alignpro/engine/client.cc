@@ -12,9 +12,8 @@ Client::Client(std::shared_ptr<Engine> engine) : engine_(std::move(engine)) {
 }
 
 std::shared_ptr<Sequence> Client::submit(std::vector<int32_t> tokens, SamplingParams params,
-                                         std::shared_ptr<const model::Adapter> adapter) {
-  return engine_->submit(std::move(tokens), std::move(params), std::move(adapter),
-                         shared_from_this());
+                                         model::Mixture of) {
+  return engine_->submit(std::move(tokens), std::move(params), std::move(of), shared_from_this());
 }
 
 std::vector<std::shared_ptr<Sequence>> Client::step() {

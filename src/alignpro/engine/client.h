@@ -23,7 +23,7 @@ class Client : public std::enable_shared_from_this<Client> {
 
   // As Engine::submit.
   std::shared_ptr<Sequence> submit(std::vector<int32_t> tokens, SamplingParams params,
-                                   std::shared_ptr<const model::Adapter> adapter);
+                                   model::Mixture of);
 
   // One step of the engine for everybody, unless a request of this client has finished already or
   // none is open. Returns what has finished since the last call, oldest first.

@@ -45,13 +45,50 @@ EngineOptions resolve(EngineOptions options, const LanguageModel& model) {
   return options;
 }
 
+// What a chunk is under one of its sequence's weights.
+struct Part {
+  const Chunk* chunk;
+  size_t lane;
+  int32_t first_output = 0;
+
+  const model::Lane& weights() const { return chunk->task->sequence->request().lanes[lane]; }
+};
+
+// For each token that is drawn, chunk by chunk, the sum over its lanes, in their order.
+model::OutputSums sums_of(std::vector<Part> parts) {
+  std::ranges::sort(parts, {}, [](const Part& part) { return std::pair(part.chunk, part.lane); });
+  model::OutputSums sums{{0}, {}, {}};
+  for (auto begin = parts.begin(); begin != parts.end();) {
+    const auto end = begin + begin->chunk->task->lanes();
+    for (int64_t drawn = 0; drawn < begin->chunk->drawn(); ++drawn) {
+      for (auto part = begin; part != end; ++part) {
+        sums.rows.push_back(part->first_output + static_cast<int32_t>(drawn));
+        sums.weights.push_back(part->weights().weight);
+      }
+      sums.begins.push_back(static_cast<int32_t>(sums.rows.size()));
+    }
+    begin = end;
+  }
+  return sums;
+}
+
+// Rows of one adapter are adjacent, base weights first.
 model::Batch make_batch(std::span<const Chunk> chunks) {
-  model::Batch batch;
+  std::vector<Part> parts;
   for (const Chunk& chunk : chunks) {
+    for (size_t lane = 0; lane < chunk.task->block_tables.size(); ++lane) {
+      parts.push_back({&chunk, lane});
+    }
+  }
+  std::ranges::stable_sort(parts, {}, [](const Part& part) { return part.weights().version; });
+  model::Batch batch;
+  for (Part& part : parts) {
+    const Chunk& chunk = *part.chunk;
     const Task& task = *chunk.task;
+    part.first_output = static_cast<int32_t>(batch.output_rows.size());
     const int64_t row_begin = batch.rows();
     const int64_t end = task.computed + chunk.count;
-    const std::span<const int32_t> blocks(task.block_table.blocks);
+    const std::span<const int32_t> blocks(task.block_tables[part.lane].blocks);
     for (int64_t position = task.computed; position < end; ++position) {
       batch.kv_writes.push_back({static_cast<int32_t>(batch.rows()),
                                  blocks[static_cast<size_t>(position / kKvBlock)],
@@ -70,7 +107,7 @@ model::Batch make_batch(std::span<const Chunk> chunks) {
     for (int64_t row = batch.rows() - chunk.drawn(); row < batch.rows(); ++row) {
       batch.output_rows.push_back(static_cast<int32_t>(row));
     }
-    const model::Adapter* adapter = task.sequence->request().adapter.get();
+    const model::Adapter* adapter = part.weights().adapter.get();
     if (adapter == nullptr) continue;
     if (!batch.adapters.empty() && batch.adapters.back().adapter == adapter) {
       batch.adapters.back().row_end = batch.rows();
@@ -78,6 +115,7 @@ model::Batch make_batch(std::span<const Chunk> chunks) {
       batch.adapters.push_back({row_begin, batch.rows(), adapter});
     }
   }
+  if (parts.size() > chunks.size()) batch.sums = sums_of(std::move(parts));
   return batch;
 }
 
@@ -99,7 +137,7 @@ void mark_rows(std::span<const Chunk> chunks) {
     const uint64_t key = chunk.task->sequence->request().params.seed;
     const bool prefill = chunk.task->in_prefill();
     trace::mark(trace::Level::kSteps, prefill ? "prefill.rows" : "decode.rows",
-                {.rows = chunk.count, .key = key});
+                {.rows = chunk.count * chunk.task->lanes(), .key = key});
     if (!chunk.reaches_end()) continue;
     trace::mark(trace::Level::kSteps, prefill ? "prefill.drawn" : "decode.drawn",
                 {.rows = chunk.drawn(), .key = key});
@@ -134,8 +172,7 @@ void Engine::set_token_bytes(std::vector<std::string> pieces) {
 }
 
 std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingParams params,
-                                         std::shared_ptr<const model::Adapter> adapter,
-                                         const std::shared_ptr<Client>& client) {
+                                         model::Mixture of, const std::shared_ptr<Client>& client) {
   const model::ModelConfig& config = model_->config();
   validate(params);
   require(!tokens.empty(), "prompt: expected at least one token, got none");
@@ -147,18 +184,25 @@ std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingPa
   };
   check_ids("prompt", tokens);
   check_ids("stop_token_ids", params.stop_token_ids);
-  if (adapter != nullptr) adapter->require_fits(config);
+  for (const model::Lane& lane : of.lanes()) {
+    if (lane.adapter != nullptr) lane.adapter->require_fits(config);
+  }
+  const auto lanes = std::ssize(of.lanes());
+  require(lanes <= options_.max_batch_rows, "adapter: a mixture of ", lanes,
+          " takes as many rows a step, max_batch_rows is ", options_.max_batch_rows);
   const auto prompt_size = static_cast<int64_t>(tokens.size());
   const int64_t context = model_->context_length();
   require(prompt_size < context, "prompt: expected fewer tokens than the context of ", context,
           ", got ", prompt_size, "; shorten it or load the model with a larger context_length");
 
   Request request;
+  request.lanes = of.lanes();
   request.max_positions = prompt_size + std::min(params.max_new_tokens, context - prompt_size);
   const int64_t blocks = Scheduler::blocks_needed(request);
   require(blocks <= kv_blocks_, "prompt of ", prompt_size, " tokens with max_new_tokens ",
-          params.max_new_tokens, " needs ", blocks, " KV blocks, the cache holds ", kv_blocks_,
-          "; lower max_new_tokens or set kv_cache_bytes to at least ",
+          params.max_new_tokens, " needs ", blocks, " KV blocks",
+          lanes == 1 ? std::string() : cat(" in ", lanes, " lanes"), ", the cache holds ",
+          kv_blocks_, "; lower max_new_tokens or set kv_cache_bytes to at least ",
           blocks * model_->kv_block_bytes());
   std::vector<int32_t>& stops = request.stop_ids;
   stops = params.stop_token_ids;
@@ -169,8 +213,6 @@ std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingPa
           "min_new_tokens: expected 0 where every token of the vocabulary is a stop id, got ",
           params.min_new_tokens);
   request.prompt = std::move(tokens);
-  request.adapter_version = adapter == nullptr ? 0 : adapter->version();
-  request.adapter = std::move(adapter);
   request.params = std::move(params);
   request.client = client;
 
@@ -339,10 +381,11 @@ void Engine::take(Task& task, std::span<const ops::SampledToken> drawn) {
 
 void Engine::admit() {
   for (const Task* task : scheduler_.admit()) {
-    counts_.cached_tokens += task->computed;
-    const PrefixCache::BlockTable& block_table = task->block_table;
-    if (block_table.copy_slots == 0) continue;
-    session_->copy_slots(block_table.copy_from, block_table.copy_to, block_table.copy_slots);
+    counts_.cached_tokens += task->computed * task->lanes();
+    for (const PrefixCache::BlockTable& table : task->block_tables) {
+      if (table.copy_slots == 0) continue;
+      session_->copy_slots(table.copy_from, table.copy_to, table.copy_slots);
+    }
   }
 }
 
@@ -359,7 +402,9 @@ std::vector<Task*> Engine::forward(std::span<const Chunk> chunks) {
   std::vector<Task*> drawing;
   for (const Chunk& chunk : chunks) {
     if (chunk.reaches_end()) drawing.push_back(chunk.task);
-    if (chunk.task->in_prefill()) counts_.prefill_tokens += chunk.count - chunk.task->drafted();
+    if (chunk.task->in_prefill()) {
+      counts_.prefill_tokens += (chunk.count - chunk.task->drafted()) * chunk.task->lanes();
+    }
     scheduler_.complete(chunk);
   }
   return drawing;

@@ -28,8 +28,8 @@ struct EngineOptions {
 };
 
 struct EngineStats {
-  int64_t prefill_tokens = 0;   // prompt positions computed
-  int64_t cached_tokens = 0;    // prompt positions found computed
+  int64_t prefill_tokens = 0;   // prompt positions computed, of every lane
+  int64_t cached_tokens = 0;    // prompt positions found computed, of every lane
   int64_t decode_tokens = 0;    // tokens drawn, those of drafts included
   int64_t drafted_tokens = 0;   // tokens that were looked up and verified
   int64_t accepted_tokens = 0;  // of them, those that were drawn
@@ -39,9 +39,10 @@ struct EngineStats {
   int64_t kv_blocks_capacity = 0;
 };
 
-// Continuous batching over one model: sequences of any adapter are admitted and retired at every
-// step. All methods may be called from any thread; one thread at a time drives the steps, for
-// everybody. A sequence's tokens depend on its request alone (contracts 2 and 3).
+// Continuous batching over one model: sequences of any adapter, or of several (lanes, which go
+// through every step together), are admitted and retired at every step. All methods may be called
+// from any thread; one thread at a time drives the steps, for everybody. A sequence's tokens depend
+// on its request alone (contracts 2 and 3).
 class Engine {
  public:
   Engine(std::shared_ptr<const LanguageModel> model, EngineOptions options);
@@ -53,10 +54,10 @@ class Engine {
   void set_token_bytes(std::vector<std::string> pieces);
 
   // Queues a request; never waits for a step. Throws InvalidArgument for a request that can never
-  // run, naming the argument. max_new_tokens 0 is finished on return ("length"). `client`, if any,
-  // is told when it ends.
+  // run, naming the argument. max_new_tokens 0 is finished on return ("length"). `of`: an adapter,
+  // null for the base weights, or several. `client`, if any, is told when it ends.
   std::shared_ptr<Sequence> submit(std::vector<int32_t> tokens, SamplingParams params,
-                                   std::shared_ptr<const model::Adapter> adapter,
+                                   model::Mixture of,
                                    const std::shared_ptr<Client>& client = nullptr);
 
   // One forward for everything that can run. A request that cannot be drawn (NaN, say) fails alone;

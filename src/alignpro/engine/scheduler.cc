@@ -9,13 +9,24 @@ namespace {
 using model::kKvBlock;
 
 // Sequences that decode together and are drafted for: the rows of more share the weights as it is.
-constexpr size_t kMostDrafting = 4;
+constexpr int64_t kMostDrafting = 4;
 // Rows of a draft. Beyond them a step costs what its rows do.
 constexpr int64_t kMostDraft = 15;
 
 // What a cached prefix may cover: the last prompt token is always computed, for its hidden state.
 std::span<const int32_t> shareable(const Sequence& sequence) {
   return sequence.prompt().first(sequence.prompt().size() - 1);
+}
+
+int64_t blocks_of_lane(const Request& request) {
+  return (request.max_positions + kKvBlock - 1) / kKvBlock;
+}
+
+// Whether all weights that read the one's prompt read the other's, too.
+bool covers(const Request& other, const Request& request) {
+  return std::ranges::all_of(request.lanes, [&](const model::Lane& lane) {
+    return std::ranges::find(other.lanes, lane.version, &model::Lane::version) != other.lanes.end();
+  });
 }
 
 }  // namespace
@@ -33,7 +44,7 @@ Scheduler::Scheduler(int64_t max_rows, int64_t kv_blocks, bool prefix_cache,
       lookup_(std::move(lookup)) {}
 
 int64_t Scheduler::blocks_needed(const Request& request) {
-  return (request.max_positions + kKvBlock - 1) / kKvBlock;
+  return blocks_of_lane(request) * std::ssize(request.lanes);
 }
 
 void Scheduler::add(std::shared_ptr<Sequence> sequence) { waiting_.push_back(std::move(sequence)); }
@@ -52,10 +63,51 @@ void Scheduler::drop_interrupted(Clock::time_point now) {
   for (Task* task : ended) retire(task);
 }
 
+int64_t Scheduler::rows_of_running() const {
+  int64_t rows = 0;
+  for (const auto& task : running_) rows += task->lanes();
+  return rows;
+}
+
+// Positions that all lanes have computed.
+int64_t Scheduler::cached_tokens(const Request& request, std::span<const int32_t> tokens) const {
+  int64_t least = std::ssize(tokens);
+  for (const model::Lane& lane : request.lanes) {
+    least = std::min(least, cache_.cached_tokens(lane.version, tokens));
+  }
+  return least;
+}
+
+// A block table a lane, with what is cached of all of them alike, so that no lane writes what it
+// shares; nothing where they do not fit.
+std::vector<PrefixCache::BlockTable> Scheduler::acquire(const Sequence& sequence) {
+  const Request& request = sequence.request();
+  auto tokens = shareable(sequence);
+  const bool alone = request.lanes.size() == 1;
+  if (!alone) tokens = tokens.first(static_cast<size_t>(cached_tokens(request, tokens)));
+  for (;;) {
+    std::vector<PrefixCache::BlockTable> tables;
+    int64_t least = std::ssize(tokens);
+    for (const model::Lane& lane : request.lanes) {
+      auto table = cache_.acquire(lane.version, tokens, blocks_of_lane(request));
+      if (!table) break;
+      least = std::min(least, table->cached);
+      tables.push_back(std::move(*table));
+    }
+    const bool fit = tables.size() == request.lanes.size();
+    if (fit && (alone || least == std::ssize(tokens))) return tables;
+    for (PrefixCache::BlockTable& table : tables) cache_.release(table);
+    if (!fit) return {};
+    // A lane's blocks took the place of what was cached for the next.
+    tokens = tokens.first(static_cast<size_t>(least));
+  }
+}
+
 std::vector<Task*> Scheduler::admit() {
   std::vector<Task*> admitted;
-  // A row of each step for everything in flight: all of it always fits, and what decodes advances.
-  int64_t rows = max_rows_ - static_cast<int64_t>(running_.size());
+  // A row of each step and lane for everything in flight: all of it always fits, and what decodes
+  // advances.
+  int64_t rows = max_rows_ - rows_of_running();
   int64_t passed_over = 0;
   auto next = waiting_.begin();
   // The limit on those passed over keeps a step's cost flat when thousands of samples of one prompt
@@ -68,15 +120,15 @@ std::vector<Task*> Scheduler::admit() {
       continue;
     }
     const Request& request = sequence.request();
-    auto block_table =
-        cache_.acquire(request.adapter_version, shareable(sequence), blocks_needed(request));
-    if (!block_table) break;  // and nobody overtakes it: a large request must get its turn
+    if (std::ssize(request.lanes) > rows) break;
+    auto block_tables = acquire(sequence);
+    if (block_tables.empty()) break;  // and nobody overtakes it: a large request must get its turn
     auto task = std::make_unique<Task>();
     task->sequence = std::move(*next);
     task->tokens = request.prompt;
-    task->computed = block_table->cached;
-    task->block_table = std::move(*block_table);
-    --rows;
+    task->computed = block_tables.front().cached;
+    task->block_tables = std::move(block_tables);
+    rows -= task->lanes();
     admitted.push_back(task.get());
     running_.push_back(std::move(task));
     next = waiting_.erase(next);
@@ -94,13 +146,13 @@ bool Scheduler::awaits_prefix(const Sequence& sequence) const {
   for (const auto& task : running_) {
     if (!task->in_prefill()) continue;
     const Request& other = task->sequence->request();
-    if (other.adapter_version != sequence.request().adapter_version) continue;
+    if (!covers(other, sequence.request())) continue;
     const auto shared =
         std::mismatch(tokens.begin(), tokens.end(), other.prompt.begin(), other.prompt.end())
             .first -
         tokens.begin();
     if (shared == 0) continue;
-    if (cached < 0) cached = cache_.cached_tokens(other.adapter_version, tokens);
+    if (cached < 0) cached = cached_tokens(sequence.request(), tokens);
     const int64_t gain = shared - cached;
     // A few common tokens (a BOS, say) are not worth a step's delay.
     const auto cost = static_cast<int64_t>(sequence.prompt().size()) - cached;
@@ -119,7 +171,7 @@ std::vector<Chunk> Scheduler::pick() {
       prefill.push_back(task.get());
     } else {
       chunks.push_back({task.get(), 1});
-      --rows;
+      rows -= task->lanes();
     }
   }
   // Equal shares, of a block at least, to those who have waited longest: a short prompt is not kept
@@ -129,40 +181,44 @@ std::vector<Chunk> Scheduler::pick() {
                    [](const Task* a, const Task* b) { return a->last_prefill < b->last_prefill; });
   const int64_t share =
       std::max(kKvBlock, rows / std::max<int64_t>(1, static_cast<int64_t>(prefill.size())));
-  for (Task* task : prefill) task->rows = 0;
+  for (Task* task : prefill) task->picked = 0;
   for (const auto& [order, most] : {std::pair(&turns, share), std::pair(&prefill, max_rows_)}) {
     for (Task* task : *order) {
-      const int64_t more = std::min({task->remaining() - task->rows, most, rows});
-      task->rows += more;
-      rows -= more;
+      const int64_t lanes = task->lanes();
+      const int64_t more = std::min(
+          {task->remaining() - task->picked, std::max<int64_t>(1, most / lanes), rows / lanes});
+      task->picked += more;
+      rows -= more * lanes;
     }
   }
   for (Task* task : prefill) {
-    if (task->rows == 0) continue;
+    if (task->picked == 0) continue;
     task->last_prefill = steps_;
-    chunks.push_back({task, task->rows});
+    chunks.push_back({task, task->picked});
   }
   add_drafts(chunks, rows);
   std::stable_sort(chunks.begin(), chunks.end(), [](const Chunk& a, const Chunk& b) {
-    return a.task->sequence->request().adapter_version <
-           b.task->sequence->request().adapter_version;
+    return a.task->sequence->request().lanes.front().version <
+           b.task->sequence->request().lanes.front().version;
   });
   return chunks;
 }
 
 // Behind every token that this step draws, of a prompt's end too; `rows`: how many there may be. A
 // token that is accepted spares a row of a later step, which has no prompts. Penalties make a draw
-// depend on the drafted tokens before it.
+// depend on the drafted tokens before it. A draft's token costs a row a lane, for which several
+// lanes rarely pay.
 void Scheduler::add_drafts(std::vector<Chunk>& chunks, int64_t rows) {
-  if (!lookup_ || running_.size() > kMostDrafting) return;
-  Lookup::Step step = lookup_->step_of(static_cast<int64_t>(running_.size()));
+  const int64_t running = rows_of_running();
+  if (!lookup_ || running > kMostDrafting) return;
+  Lookup::Step step = lookup_->step_of(running);
   for (Chunk& chunk : chunks) {
     Task& task = *chunk.task;
     const Request& request = task.sequence->request();
-    if (!chunk.reaches_end() || penalises(request.params)) continue;
+    if (!chunk.reaches_end() || penalises(request.params) || task.lanes() > 1) continue;
     // The last token that it may write is drawn, and read by nobody.
     const int64_t most = std::min({kMostDraft, rows, request.max_positions - task.certain() - 1});
-    task.draft = lookup_->draft(request.adapter_version, task.tokens, request.stop_ids, most,
+    task.draft = lookup_->draft(request.lanes.front().version, task.tokens, request.stop_ids, most,
                                 task.record, step);
     task.tokens.insert(task.tokens.end(), task.draft.tokens.begin(), task.draft.tokens.end());
     chunk.count += task.drafted();
@@ -184,16 +240,18 @@ void Scheduler::accept(Task& task, const Draft& draft, const DraftRecord& result
 void Scheduler::advance(Task& task, int64_t count) {
   task.computed += count;
   const auto computed = static_cast<size_t>(task.computed);
-  cache_.publish(task.block_table, std::span(task.tokens).first(computed),
-                 computed == task.sequence->prompt().size());
+  for (PrefixCache::BlockTable& table : task.block_tables) {
+    cache_.publish(table, std::span(task.tokens).first(computed),
+                   computed == task.sequence->prompt().size());
+  }
 }
 
 std::shared_ptr<Sequence> Scheduler::retire(Task* task) {
-  cache_.release(task->block_table);
+  for (PrefixCache::BlockTable& table : task->block_tables) cache_.release(table);
   auto sequence = std::move(task->sequence);
-  if (lookup_) {
+  if (lookup_ && task->lanes() == 1) {
     const auto size = sequence->prompt().size();
-    lookup_->remember(sequence->request().adapter_version, sequence->prompt(),
+    lookup_->remember(sequence->request().lanes.front().version, sequence->prompt(),
                       std::span(task->tokens).subspan(size, task->certain() - size));
   }
   std::erase_if(running_, [task](const auto& running) { return running.get() == task; });

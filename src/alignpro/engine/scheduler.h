@@ -19,11 +19,12 @@ struct Task {
   std::vector<int32_t> tokens;  // the prompt, then what was generated, then the draft
   Draft draft;                  // of the step that is under way, to be verified by it
   DraftRecord record;           // of the drafts before
-  PrefixCache::BlockTable block_table;
-  int64_t computed = 0;      // leading positions whose KV is written
+  std::vector<PrefixCache::BlockTable> block_tables;  // one a lane
+  int64_t computed = 0;      // leading positions whose KV is written, of all lanes
   int64_t last_prefill = 0;  // the scheduler's last step with rows of its prompt
-  int64_t rows = 0;          // of its prompt in the step that is being picked
+  int64_t picked = 0;        // positions of its prompt in the step that is being picked
 
+  int64_t lanes() const { return static_cast<int64_t>(block_tables.size()); }
   int64_t drafted() const { return static_cast<int64_t>(draft.tokens.size()); }
   int64_t certain() const { return static_cast<int64_t>(tokens.size()) - drafted(); }
   void drop_draft();
@@ -31,8 +32,8 @@ struct Task {
   bool in_prefill() const { return computed < static_cast<int64_t>(sequence->prompt().size()); }
 };
 
-// Part of a step: positions [task->computed, task->computed + count). Those of a draft come last,
-// and tokens are drawn behind each and behind the one before them.
+// Part of a step: positions [task->computed, task->computed + count), a row each and lane. Those of
+// a draft come last, and tokens are drawn behind each and behind the one before them.
 struct Chunk {
   Task* task;
   int64_t count;
@@ -43,14 +44,16 @@ struct Chunk {
 
 // Which sequences run, and which of their tokens are computed in a step. First come, first served;
 // blocks for the longest a sequence can become are reserved when it is admitted, so nothing is ever
-// preempted. Knows sequences, never a tensor. One thread at a time.
+// preempted. A sequence's lanes are one task: they are admitted, advance and end together, each
+// with blocks under its own weights' version. Knows sequences, never a tensor. One thread at a
+// time.
 class Scheduler {
  public:
   // `max_rows` >= 1: tokens in one step, decoding and prefill together. `lookup`: none, and nothing
   // is drafted.
   Scheduler(int64_t max_rows, int64_t kv_blocks, bool prefix_cache, std::optional<Lookup> lookup);
 
-  // Blocks reserved for a request.
+  // Blocks reserved for a request, those of all its lanes.
   static int64_t blocks_needed(const Request& request);
 
   void add(std::shared_ptr<Sequence> sequence);
@@ -59,12 +62,13 @@ class Scheduler {
   void drop_interrupted(Clock::time_point now);
 
   // Moves sequences from the queue into flight while there is room for their rows and blocks;
-  // returns the new tasks, whose copies (block_table.copy_*) are due before anything is computed,
+  // returns the new tasks, whose copies (block_tables' copy_*) are due before anything is computed,
   // in order.
   std::vector<Task*> admit();
 
-  // The next step: a row for everything that decodes, then prefills in equal shares, then drafts
-  // where few sequences run. Chunks of one adapter are adjacent, base weights first.
+  // The next step: a row a lane for everything that decodes, then prefills in equal shares, then
+  // drafts where few sequences run; those with several lanes have none. Chunks of one adapter
+  // are adjacent, base weights first.
   std::vector<Chunk> pick();
 
   // The chunk's KV has been written. That of a draft does not count before it is accepted: nobody
@@ -85,6 +89,9 @@ class Scheduler {
   const PrefixCache& cache() const { return cache_; }
 
  private:
+  int64_t rows_of_running() const;
+  int64_t cached_tokens(const Request& request, std::span<const int32_t> tokens) const;
+  std::vector<PrefixCache::BlockTable> acquire(const Sequence& sequence);
   bool awaits_prefix(const Sequence& sequence) const;
   void add_drafts(std::vector<Chunk>& chunks, int64_t rows);
   void advance(Task& task, int64_t count);

@@ -14,11 +14,8 @@
 #include <vector>
 
 #include "alignpro/engine/sampling_params.h"
+#include "alignpro/model/mixture.h"
 #include "alignpro/ops/head_sample.h"
-
-namespace alignpro::model {
-class Adapter;
-}
 
 namespace alignpro::engine {
 
@@ -36,9 +33,8 @@ std::string_view finish_reason_name(FinishReason reason);
 struct Request {
   std::vector<int32_t> prompt;
   SamplingParams params;
-  std::shared_ptr<const model::Adapter> adapter;  // null: base weights
-  uint64_t adapter_version = 0;                   // 0: base weights; else unique to the adapter
-  std::vector<int32_t> stop_ids;  // EOS (unless ignored) and stop_token_ids, ascending
+  std::vector<model::Lane> lanes;  // one, or those whose states are summed at every token
+  std::vector<int32_t> stop_ids;   // EOS (unless ignored) and stop_token_ids, ascending
   std::shared_ptr<const std::vector<std::string>> token_bytes;  // [vocab]; set if params.stop is
   int64_t max_positions = 0;     // prompt and new tokens together, bounded by the context
   std::weak_ptr<Client> client;  // to be told of the end; empty: nobody

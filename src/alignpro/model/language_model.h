@@ -19,8 +19,8 @@ class Session {
   // Copies the first `slots` positions of block `from` to block `to`, all layers and heads.
   virtual void copy_slots(int64_t from, int64_t to, int64_t slots) = 0;
 
-  // Writes the batch's KV and keeps the final (normed) hidden states of batch.output_rows. A row's
-  // bits depend on its own sequence alone (contract 2).
+  // Writes the batch's KV and keeps the final (normed) hidden states of batch.output_rows, or their
+  // batch.sums. A row's bits depend on its own sequence alone (contract 2).
   virtual void forward(const Batch& batch) = 0;
 
   // Draws one token for each hidden row that the last forward kept; see ops::head_sample. A device

@@ -79,8 +79,17 @@ Scaled read_config(const ModelFiles& files) {
 
 }  // namespace
 
+void require_no_mixture(const std::filesystem::path& folder) {
+  require<FileError>(!std::filesystem::exists(folder / "mixture.json") ||
+                         std::filesystem::exists(folder / "adapter_config.json"),
+                     folder.string(),
+                     ": a mixture of adapters (mixture.json), which Python draws from; expected "
+                     "the folder of one PEFT adapter");
+}
+
 std::shared_ptr<const Adapter> load_peft_adapter(const ModelConfig& config,
                                                  const std::filesystem::path& folder) {
+  require_no_mixture(folder);
   const auto [rank, scale] = read_config(ModelFiles(folder));
   const io::SafetensorsFolder file(folder, {kTensors});
   const std::string name = (folder / kTensors).string();

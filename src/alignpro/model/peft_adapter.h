@@ -13,4 +13,7 @@ namespace alignpro::model {
 std::shared_ptr<const Adapter> load_peft_adapter(const ModelConfig& config,
                                                  const std::filesystem::path& folder);
 
+// Throws FileError for a mixture of adapters (python/alignpro/models/mixture.py).
+void require_no_mixture(const std::filesystem::path& folder);
+
 }  // namespace alignpro::model

@@ -30,6 +30,8 @@ void require_scorable(const ScoreRequest& request, const Model& model) {
   if (request.reference != nullptr) request.reference->require_fits(config);
   require(request.reference_hidden.empty() || request.with_reference,
           "score: reference_hidden needs with_reference");
+  require(request.given_hidden.empty() || (request.adapter == nullptr && !request.keep_graph),
+          "score: given_hidden are constants: expected no adapter and no keep_graph");
   for (size_t s = 0; s < request.sequences.size(); ++s) {
     const auto& sequence = request.sequences[s];
     const auto size = static_cast<int64_t>(sequence.size());
@@ -155,7 +157,7 @@ class Score::Pass {
   void clear_shared_kv(const LayerActivations& scratch) const;
   LayerActivations joined(const LayerActivations& own, const LayerActivations& scratch) const;
   ops::LogprobRequest logprob_request(bool with_reference) const;
-  void upload_reference() const;
+  void upload(const std::vector<float>& states, ops::HostBuffer& buffer, const Matrix& to) const;
   void d_stream_of_values(const ScoreMemory::Backward& m, std::span<const float> d_logprob,
                           std::span<const float> d_entropy, std::span<const float> d_kl);
   void unpack(const ScoreMemory::Backward& m, const std::byte* host,
@@ -205,15 +207,15 @@ ops::LogprobRequest Score::Pass::logprob_request(bool with_reference) const {
           request_.temperature};
 }
 
-void Score::Pass::upload_reference() const {
-  const Matrix& to = kept_.reference_hidden;
+// Of the request's states, this group's.
+void Score::Pass::upload(const std::vector<float>& states, ops::HostBuffer& buffer,
+                         const Matrix& to) const {
   const int64_t row = row_bytes(to.dtype, to.cols), bytes = to.rows * row;
-  auto* staged = static_cast<std::byte*>(ops().stage(pooled_->reference_hidden, to.data, bytes));
+  auto* staged = static_cast<std::byte*>(ops().stage(buffer, to.data, bytes));
   std::byte* next = staged;
   for (const int64_t s : members_) {
     const int64_t count = values_of(request_, s);
-    round_values(to.dtype,
-                 request_.reference_hidden.data() + offsets_[static_cast<size_t>(s)] * to.cols,
+    round_values(to.dtype, states.data() + offsets_[static_cast<size_t>(s)] * to.cols,
                  count * to.cols, next);
     next += count * row;
   }
@@ -221,7 +223,7 @@ void Score::Pass::upload_reference() const {
 }
 
 void Score::Pass::forward() {
-  const bool with_reference = memory_.runs_reference();
+  const bool with_reference = memory_.runs_reference(), given = !request_.given_hidden.empty();
   pooled_->plan->place(kept_.plan);
   const ops::Buffer scratch(ops(), memory_.forward(nullptr).bytes);
   const ScoreMemory::Forward m = memory_.forward(scratch.data());
@@ -229,24 +231,30 @@ void Score::Pass::forward() {
   const auto entering = [&](int64_t l) -> const Matrix& {
     return kept_.streams[static_cast<size_t>(request_.keep_graph ? l : 0)];
   };
-  ops().embedding(plan(), *weights_.embedding, entering(0));
+  if (!given) ops().embedding(plan(), *weights_.embedding, entering(0));
   if (with_reference) ops().embedding(plan(), *weights_.embedding, m.reference_stream);
   // Layer by layer, so that both passes use a layer's weights while they are in cache.
   for (int64_t l = 0; l < num_layers(); ++l) {
     const LayerActivations& layer =
         memory_.keeps_layers() ? kept_.layers[static_cast<size_t>(l)] : m.layer;
-    run_layer(policy_.get(), l, entering(l), entering(l + 1), layer, m.scratch, m.attention);
+    if (!given) {
+      run_layer(policy_.get(), l, entering(l), entering(l + 1), layer, m.scratch, m.attention);
+    }
     if (with_reference) {
       run_layer(reference_.get(), l, m.reference_stream, m.reference_stream, m.layer, m.scratch,
                 m.attention);
     }
   }
   const LayerPass pass{weights_, ops(), plan(), {}};
-  final_hidden(pass, entering(num_layers()), kept_.hidden);
+  if (given) {
+    upload(request_.given_hidden, pooled_->given_hidden, kept_.hidden);
+  } else {
+    final_hidden(pass, entering(num_layers()), kept_.hidden);
+  }
   if (with_reference) {
     final_hidden(pass, m.reference_stream, kept_.reference_hidden);
   } else if (request_.with_reference) {
-    upload_reference();
+    upload(request_.reference_hidden, pooled_->reference_hidden, kept_.reference_hidden);
   }
   ops().linear_logprob(plan(), logprob_request(request_.with_reference), kept_.outputs,
                        kept_.jacobian, m.logprob);
@@ -347,16 +355,20 @@ Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
     total += values_of(request_, static_cast<int64_t>(s));
   }
   const auto values = static_cast<size_t>(total);
-  const int64_t given = static_cast<int64_t>(request_.reference_hidden.size());
-  require(given == 0 || given == total * hidden_size(), "score: reference_hidden: expected ", total,
-          " rows of ", hidden_size(), " values, got ", given, " values");
+  const auto check_states = [&](const std::vector<float>& states, const char* name) {
+    require(states.empty() || std::ssize(states) == total * hidden_size(), "score: ", name,
+            ": expected ", total, " rows of ", hidden_size(), " values, got ", states.size(),
+            " values");
+  };
+  check_states(request_.reference_hidden, "reference_hidden");
+  check_states(request_.given_hidden, "given_hidden");
   for (auto* out : {&logprob_, &entropy_}) out->resize(values);
   if (request_.with_reference) {
     for (auto* out : {&kl_, &ref_logprob_}) out->resize(values);
   }
   if (request_.with_hidden) hidden_.resize(values * static_cast<size_t>(hidden_size()));
   for (const std::vector<int64_t>& group : score_groups(request_)) score_group(group);
-  request_.reference_hidden = {};  // the passes hold what they need of it
+  request_.reference_hidden = request_.given_hidden = {};  // the passes hold what they need
 }
 
 Score::~Score() = default;

@@ -28,6 +28,8 @@ struct ScoreRequest {
   // after sequence, as hidden() of a score of the same tokens behind any other contexts gave them.
   // Empty: the reference reads what the policy reads.
   std::vector<float> reference_hidden = {};
+  // The policy's own states, likewise, in the place of an adapter's: of a mixture, say. Constants.
+  std::vector<float> given_hidden = {};
   bool with_hidden = false;  // also the policy's states that the tokens were predicted from
   bool keep_graph = false;   // backward() will be called; needs an adapter
   Activations activations = Activations::kKeep;

@@ -27,11 +27,12 @@ struct ScoreBuffers {
         upstream(*ops),
         results(*ops),
         hidden(*ops),
-        reference_hidden(*ops) {}
+        reference_hidden(*ops),
+        given_hidden(*ops) {}
 
   const std::unique_ptr<ops::Ops> ops;
   const std::unique_ptr<ops::Plan> plan;
-  ops::HostBuffer upstream, results, hidden, reference_hidden;
+  ops::HostBuffer upstream, results, hidden, reference_hidden, given_hidden;
 };
 
 // Some sequences of a request with their common beginnings once, and which row each scored token is

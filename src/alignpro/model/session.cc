@@ -36,7 +36,7 @@ void ModelSession::copy_slots(int64_t from, int64_t to, int64_t slots) {
   kv_.copy_slots(from, to, slots);
 }
 
-ModelSession::Buffers ModelSession::cut(void* base, int64_t most_ranks) const {
+ModelSession::Buffers ModelSession::cut(void* base, int64_t most_ranks, int64_t sums) const {
   const ModelConfig& c = model_.config();
   const DType dtype = model_.device().dtype();
   ops::Workspace from(base);
@@ -48,6 +48,8 @@ ModelSession::Buffers ModelSession::cut(void* base, int64_t most_ranks) const {
   cut_scratch(b.layer, from, c, plan_->rows(), dtype);
   b.layer.lora_down.fill(from.matrix(plan_->rows(), most_ranks, dtype));
   b.attention = from.take<char>(ops_->attention_bytes(*plan_));
+  // Last: what a recorded step knows lies where it does without.
+  b.sums = from.matrix(sums, c.hidden_size, dtype);
   b.bytes = from.bytes();
   return b;
 }
@@ -68,19 +70,25 @@ void ModelSession::forward(const Batch& batch) {
                   .segments = batch.segments,
                   .kv_writes = batch.kv_writes,
                   .adapter_rows = rows,
-                  .output_rows = batch.output_rows});
+                  .output_rows = batch.output_rows,
+                  .sums = batch.sums.view()});
   plan_->place(plan_memory_.reserve(plan_->bytes()));
   std::vector<LoraRange> ranges;
   for (size_t i = 0; i < held_.size(); ++i) {
     const ops::RowRange at = plan_->adapter_rows()[i];
     ranges.push_back({at.begin, at.end, held_[i].get()});
   }
-  const Buffers buffers = cut(memory_.reserve(cut(nullptr, most_ranks).bytes), most_ranks);
+  const int64_t sums = batch.sums.view().count();
+  const Buffers buffers =
+      cut(memory_.reserve(cut(nullptr, most_ranks, sums).bytes), most_ranks, sums);
   void* const addresses[] = {plan_memory_.data(), memory_.data()};
   const auto adapter = held_.empty() ? nullptr : held_.back();
   plan_->run(addresses, adapter == nullptr ? 0 : adapter->version(), adapter,
              [&] { compute(buffers, ranges); });
   hidden_ = ops::rows_of(buffers.hidden, 0, static_cast<int64_t>(batch.output_rows.size()));
+  if (sums == 0) return;
+  ops_->mix_rows(*plan_, hidden_, buffers.sums);
+  hidden_ = buffers.sums;
 }
 
 void ModelSession::compute(const Buffers& b, std::span<const LoraRange> ranges) {

@@ -30,12 +30,13 @@ class ModelSession final : public Session {
   // [rows, ...] each, in one piece.
   struct Buffers {
     ops::Matrix stream, hidden;  // hidden [outputs, hidden_size]
+    ops::Matrix sums;            // [sums, hidden_size]
     LayerActivations layer;      // between attention and MLP it is the stream
     void* attention = nullptr;
     int64_t bytes = 0;
   };
 
-  Buffers cut(void* base, int64_t most_ranks) const;
+  Buffers cut(void* base, int64_t most_ranks, int64_t sums) const;
   void compute(const Buffers& buffers, std::span<const LoraRange> ranges);
   void wait();
 
@@ -45,7 +46,7 @@ class ModelSession final : public Session {
   const std::unique_ptr<ops::Plan> plan_;
   const std::unique_ptr<ops::Sampler> sampler_;
   ops::Buffer plan_memory_, memory_;
-  ops::Matrix hidden_;      // of the last forward
+  ops::Matrix hidden_;      // of the last forward, to be drawn from
   bool under_way_ = false;  // the device may still read what is staged and what is held
   std::vector<std::shared_ptr<const DeviceAdapter>> held_;
 };

@@ -17,6 +17,7 @@
 #include "alignpro/core/trace.h"
 #include "alignpro/ops/embedding.h"
 #include "alignpro/ops/linear.h"
+#include "alignpro/ops/mix_rows.h"
 #include "alignpro/ops/op_counts.h"
 #include "alignpro/ops/packed_rows.h"
 #include "alignpro/ops/rms_norm.h"
@@ -195,6 +196,14 @@ class CpuOps final : public Ops {
       const float* from = floats(d_out) + i * d_out.ld;
       for (int64_t c = 0; c < d_out.cols; ++c) to[c] += from[c];
     }
+  }
+
+  void mix_rows(const Plan& plan, const Matrix& x, const Matrix& out) override {
+    const RowSums& sums = of(plan).request.sums;
+    const auto terms = static_cast<int64_t>(sums.rows.size());
+    const trace::Span op(trace::Level::kOps, "mix_rows",
+                         [&] { return mix_rows_counts(out.rows, terms, out.cols); });
+    ops::mix_rows(sums, out.cols, floats(x), x.ld, floats(out), out.ld);
   }
 
   void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y) override {

@@ -32,6 +32,10 @@ trace::Counts rms_norm_counts(int64_t rows, int64_t cols) {
   return {.rows = rows, .flops = 4 * rows * cols, .bytes = (2 * rows + 1) * cols * kFloat};
 }
 
+trace::Counts mix_rows_counts(int64_t sums, int64_t terms, int64_t cols) {
+  return {.rows = sums, .flops = 2 * terms * cols, .bytes = (terms + sums) * cols * kFloat};
+}
+
 // A pair of lanes turns by four products and two sums.
 trace::Counts rope_counts(int64_t rows, int64_t heads, int64_t rotary_dim) {
   return {.rows = rows,

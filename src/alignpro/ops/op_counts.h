@@ -17,6 +17,7 @@ namespace alignpro::ops {
 trace::Counts linear_counts(int64_t rows, const PackedMatrix& w, const Epilogue& epilogue,
                             std::span<const LowRankRows> updates);
 trace::Counts rms_norm_counts(int64_t rows, int64_t cols);
+trace::Counts mix_rows_counts(int64_t sums, int64_t terms, int64_t cols);
 trace::Counts rope_counts(int64_t rows, int64_t heads, int64_t rotary_dim);
 trace::Counts kv_write_counts(const AttentionShape& shape, int64_t writes, DType kv_dtype);
 // Every block of K and V once, however many sequences share it.

@@ -24,6 +24,7 @@
 #include "alignpro/ops/linear_logprob.h"
 #include "alignpro/ops/lora_stack.h"
 #include "alignpro/ops/matrix.h"
+#include "alignpro/ops/mix_rows.h"
 #include "alignpro/ops/quantized_matrix.h"
 
 namespace alignpro::ops {
@@ -77,6 +78,7 @@ struct PlanRequest {
   std::span<const KvWrite> kv_writes;
   std::span<const RowRange> adapter_rows = {};  // ascending, apart
   std::span<const int32_t> output_rows = {};    // whose final hidden states are wanted
+  RowSums sums = {};                            // of output rows, in their order
   // Of a score: the tokens predicted there, and for attention_backward who sees whose keys.
   std::span<const int32_t> targets = {};
   std::span<const SegmentRows> segment_rows = {};
@@ -161,6 +163,8 @@ class Ops {
   // (float32) rows, in their order.
   virtual void output_rows(const Plan& plan, const Matrix& x, const Matrix& out) = 0;
   virtual void output_rows_backward(const Plan& plan, const Matrix& d_out, const Matrix& d_x) = 0;
+  // out [sums, cols] = the plan's sums of rows of x; see mix_rows.h.
+  virtual void mix_rows(const Plan& plan, const Matrix& x, const Matrix& out) = 0;
 
   // See rms_norm.h, swiglu.h.
   virtual void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y) = 0;

@@ -109,6 +109,7 @@ uint64_t fresh_seed() {
 }  // namespace
 
 PromptFormat PromptFormat::of_run(const std::filesystem::path& adapter) {
+  model::require_no_mixture(adapter);
   const model::ModelFiles files(adapter);
   const std::string name = (adapter / kFile).string();
   const Json* root = files.json(kFile);
