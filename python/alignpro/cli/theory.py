@@ -73,7 +73,7 @@ def headroom(
         write_json(output, report)
         if plot is not None:
             frontier_png(report.headroom, plot)
-    Console().print(headroom_tables(report.headroom))
+    Console().print(headroom_tables(report.headroom, report.goals))
     if report.target_usage is not None:
         typer.echo(f"target: {usage_words(report.target_usage)}")
 
