@@ -14,6 +14,7 @@ from alignpro.cli.shared import (
     Run,
     app,
     examples,
+    needs_torch,
     one_line_errors,
     read_settings,
     write_json,
@@ -116,6 +117,7 @@ def bound(
     epilog=examples(
         "alignpro mix runs=[kind,brief] --output mixed",
         "alignpro mix runs=[kind,brief] data=prompts.csv num_prompts=96 --output mixed",
+        "alignpro mix runs=[kind,brief] --output mixed --distill",
     )
 )
 @one_line_errors
@@ -125,14 +127,24 @@ def mix(
     output: Annotated[
         Path | None, typer.Option(help="Write adapter/ and mixture.json to this folder.")
     ] = None,
+    distill: Annotated[
+        bool,
+        typer.Option(
+            "--distill", help="Train one prompter from the mixture, into distilled/ of it."
+        ),
+    ] = False,
 ) -> None:
     """Make one prompter of several, trained each for its own goal.
 
-    It serves the worst-off goal best; no target is asked, and nothing is trained.
+    It serves the worst-off goal best; no target is asked, and without --distill nothing is trained.
     """
     from alignpro.config import MixConfig
 
     options = read_settings(MixConfig, config, overrides)
+    if distill:
+        needs_torch("mix --distill")
+        if output is None:
+            raise ValueError("--distill: trains what --output FOLDER will hold; name a folder")
     from rich.console import Console
 
     from alignpro.evaluate.mix import run_mix
@@ -145,3 +157,13 @@ def mix(
         report = run_mix(options, output, on_progress=bars.show)
     write_json(None if output is None else output / "mixture.json", report)
     Console().print(mix_tables(report))
+    if distill and output is not None:
+        from alignpro.report.progress import TrainBar
+        from alignpro.train.distill import distill_config
+        from alignpro.train.run import run_train
+
+        with Bars("loading data and models") as bars:
+            trained = run_train(
+                distill_config(output), callbacks=[TrainBar(bars)], on_progress=bars.show
+            )
+        typer.echo(f"adapter: {trained.run_dir / 'adapter'}")
