@@ -117,11 +117,10 @@ def test_pairs_of_one_answer_twice_are_left_out_and_counted(load, caplog):
         load({**PAIR, "rejected": "b"})
 
 
-def test_what_the_reference_reads_instead(load):
-    rows = load({**PAIR, "safe": "Why not?"}, PAIR, {**PAIR, "safe": None}, reference_prompt="safe")
-    assert [row.reference_prompt for row in rows] == ["Why not?", None, None]
-    (row, _) = load({**PAIR, "safe": [SYSTEM, OTHER]}, PAIR, reference_prompt="safe")
-    assert row.reference_prompt == Conversation((("system", "Be brief."),), "How?")
+def test_a_row_keeps_its_columns(load):
+    rows = load({**PAIR, "safe_prompt": "Why not?", "harmful": True}, PAIR)
+    assert [row.columns.get("safe_prompt") for row in rows] == ["Why not?", None]
+    assert rows[0].columns["harmful"] is True
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from alignpro.config import HeadroomConfig, LoraConfig, ModelConfig, Prompting
 from alignpro.data.load import load_prompts
 from alignpro.evaluate import headroom as runs
 from alignpro.evaluate.headroom import run_headroom
-from alignpro.evaluate.results import to_json
+from alignpro.evaluate.results import HeadroomReport, from_json, to_json
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
+from alignpro.theory.goals import forecast_goals
 from alignpro.theory.headroom import headroom
 from alignpro.train.policy import initial_weights
 from alignpro.types import SamplingParams
@@ -68,6 +69,7 @@ def test_it_is_the_theory_of_an_untuned_rollout(config, drawn):
     rewards = runs.rewards_of(rollout(config))
     assert rewards.shape == (4, 3, 2) and rewards.std() > 0
     expected = to_json(headroom(rewards, config.kl_coefs, seed=3))
+    assert "goals" not in report  # of one part
     assert {key: report[key] for key in expected} == expected
     assert report["untuned_reward"] == pytest.approx(rewards.mean())
     assert [point["kl_coef"] for point in report["frontier"]] == [0.2, 1.0]
@@ -101,6 +103,36 @@ def test_samples_are_read_again_without_a_model(config, drawn, monkeypatch):
     other = to_json(run_headroom(changed, samples=samples))
     assert [point["kl_coef"] for point in other["frontier"]] == [3.0]
     assert other["untuned_reward"] == report["untuned_reward"]
+
+
+def test_a_reward_of_two_parts_says_who_will_be_worst_off(config, tmp_path):
+    two = "letter_reward:count_e+0.5*letter_reward:short"
+    given = replace(config, reward=two, num_prompts=6)
+    samples = tmp_path / "samples.jsonl"
+    report = run_headroom(given, samples=samples)
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    names = ("letter_reward:count_e", "letter_reward:short")
+    assert lines[0]["weights"] == dict(zip(names, (1.0, 0.5), strict=True))
+    parts = {
+        name: np.array([line["parts"][name] for line in lines[1:]], float).reshape(-1, 3, 2)
+        for name in names
+    }
+    rewards = np.array([line["rewards"] for line in lines[1:]]).reshape(-1, 3, 2)
+    whole = np.isfinite(parts[names[1]]).all(axis=(1, 2))  # a part that gave none adds nothing
+    np.testing.assert_allclose(
+        rewards, parts[names[0]] + 0.5 * np.nan_to_num(parts[names[1]]), atol=1e-12
+    )
+    kl_coef = report.headroom.recommended_kl_coef or 1.0
+    expected = forecast_goals(
+        {name: part[whole] for name, part in parts.items()}, lines[0]["weights"], kl_coef
+    )
+    assert report.goals == expected and expected.worst in names
+    assert run_headroom(given, samples=samples).goals == expected
+    plain = to_json(report)
+    assert from_json(HeadroomReport, plain, "headroom") == report
+    del lines[0]["weights"]  # as files were before
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run_headroom(given, samples=samples).goals is None
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from alignpro.cli import app
 from alignpro.config import EvalConfig, MixConfig
-from alignpro.evaluate.run import run_evaluate
 from alignpro.evaluate.mix import run_mix, soup_of
+from alignpro.evaluate.run import run_evaluate
 from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.mixture import Mixture, read_mixture
 from alignpro.models.native_model import load_model

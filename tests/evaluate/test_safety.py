@@ -43,13 +43,13 @@ def arm(answers, rewards):
     return Arm(rollout, rewards, {}, False)
 
 
-def measured(**changes):
+def measured(came="trained", **changes):
     from alignpro.config import from_mapping
 
     config = from_mapping(EvalConfig, {"safety": OPTIONS | changes})
     arms = {
         "raw": arm(RAW, [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]),
-        "trained": arm(SAFE, [[1.0, 1.0], [0.5, 0.5], [1.0, 1.0], [0.5, 0.5]]),
+        came: arm(SAFE, [[1.0, 1.0], [0.5, 0.5], [1.0, 1.0], [0.5, 0.5]]),
     }
     return measure_safety(arms, ROWS, config, check_safety(config.safety, ROWS))
 
@@ -67,6 +67,12 @@ def test_numbers_that_are_known():
     assert result.paired_reward["trained_minus_raw"].mean == -0.25
     assert result.jailbreak.volume < 1e-9 < measured(zone=0.1).jailbreak.volume
     assert from_json(SafetyResult, to_json(result), "safety") == result
+
+
+def test_a_tuned_target_is_paired_with_the_one_before_it():
+    result = measured("tuned")
+    assert set(result.paired_harm) == set(result.paired_reward) == {"tuned_minus_raw"}
+    assert result.paired_harm["tuned_minus_raw"] == measured().paired_harm["trained_minus_raw"]
 
 
 def test_no_harm_has_an_upper_end_and_no_calls():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from alignpro.evaluate.results import (
     BoundReport,
+    GoalForecast,
+    GoalsForecast,
     Headroom,
     HeadroomReport,
     Interval,
@@ -22,7 +25,14 @@ from alignpro.report import frontier
 from alignpro.report.frontier import frontier_png, frontier_svg
 from alignpro.report.grids import costs
 from alignpro.report.tables import bound_tables, headroom_tables
-from alignpro.report.theory import bound_verdicts, frontier_grid, headroom_words
+from alignpro.report.theory import (
+    bound_verdicts,
+    frontier_grid,
+    goals_grid,
+    goals_words,
+    headroom_words,
+)
+from alignpro.theory.goals import MaxMin
 from made_up_report import evaluation
 
 
@@ -110,6 +120,37 @@ def test_headroom_in_words():
     assert "no KL above log 8 = 2.08" in words
 
 
+def goal(**changes):
+    fields = {"weight": 1.0, "untuned": 0.3, "alone": 0.6, "reward": 0.5, "normalized": 0.031}
+    maxmin = {"maxmin_weight": 0.6, "maxmin_reward": 0.45, "maxmin_normalized": -0.02}
+    raw = {"raw_maxmin_weight": 0.7, "raw_maxmin_reward": 0.46}
+    return GoalForecast(**{**fields, **maxmin, **raw, **changes})
+
+
+GOALS = GoalsForecast(
+    kl_coef=0.2,
+    goals={
+        "vader": goal(),
+        "topic": goal(weight=0.2, reward=0.31, normalized=-0.12, maxmin_weight=0.4),
+    },
+    worst="topic",
+    effective_samples=3.0,
+    maxmin=MaxMin(-0.03, 1e-11, 0.05, 6.2),
+    raw_maxmin=MaxMin(0.4, 2e-11, 0.07, 5.9),
+    num_prompts=48,
+)
+
+
+def test_goals_in_words():
+    words = " ".join(goals_words(GOALS))
+    assert "kl_coef 0.2, with the weights given, topic would be worst off: reward 0.310" in words
+    assert "value -0.030, KL 0.05 nats, KKT gap 1.0e-11" in words and "vader 0.700" in words
+    assert "6.2 samples a prompt carry the mixture" in words and "No weight" not in words
+    idle = replace(GOALS, goals={**GOALS.goals, "topic": goal(maxmin_weight=0.0)})
+    assert "No weight: topic;" in " ".join(goals_words(idle))
+    assert goals_words(None) == [] and not goals_grid(None)
+
+
 def test_rows_to_doubt_are_faint():
     grid = frontier_grid(HEADROOM)
     assert (grid.strong, grid.faint) == (1, {0})  # 0.2 is recommended; 0.05 is below it
@@ -146,8 +187,18 @@ def test_headroom_of_single_responses():
 
 
 def test_the_tables_fit_a_terminal_of_eighty_columns():
-    shown = text(headroom_tables(HEADROOM))
-    for number in ("0.687", "0.587 to 0.787", "0.503", "0.561", "1.7", "0.776", "1.20"):
+    shown = text(headroom_tables(HEADROOM, GOALS))
+    for number in (
+        "0.687",
+        "0.587 to 0.787",
+        "0.503",
+        "0.561",
+        "1.7",
+        "0.776",
+        "1.20",
+        "less Z",
+        "+0.031",
+    ):
         assert number in shown
     assert "…" not in shown
     shown = text(bound_tables(bound_of()))

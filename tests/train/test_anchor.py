@@ -57,6 +57,12 @@ def test_the_last_turn_alone_is_another():
         ({"where": "harmful"}, [row(harmful=True)], "line 2: marked by 'harmful', but column"),
         ({}, [row(safe_prompt=3)], "line 2: expected text in column 'safe_prompt', got int"),
         ({}, [PLAIN], "no row is marked by column 'safe_prompt'"),
+        (
+            {"where": "harmful", "prefix": "p"},
+            [row(harmful=True), PLAIN],
+            "no row has a column 'saf",
+        ),
+        ({"all_rows": True}, [PLAIN], "marked by 'all_rows', but column 'safe_prompt' is empty"),
         ({}, [row(safe_prompt="x")], "all 1 rows are marked; expected ordinary prompts"),
     ],
 )
@@ -67,6 +73,22 @@ def test_rows_that_cannot_be_anchored(changes, rows, message):
 
 def test_all_rows_where_that_is_asked_for():
     assert anchors_of(AnchorConfig(all_rows=True), [row(safe_prompt="x")]) == ["x"]
+    everywhere = AnchorConfig(column=None, prefix="Be safe: ", all_rows=True)
+    rows = [row(safe_prompt="unused"), PLAIN]
+    assert anchors_of(everywhere, rows) == ["Be safe: a plan", "Be safe: an ordinary one"]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"column": None, "prefix": "p"}, "where: expected a column that marks the rows"),
+        ({"column": None, "where": "harmful"}, "prefix: expected a text, as column is null"),
+        ({"all_rows": True, "where": "harmful"}, "where: expected its default None"),
+    ],
+)
+def test_groups_that_mark_nothing_or_twice(group, message):
+    with pytest.raises(ValueError, match=f"anchor.{message}"):
+        from_mapping(TrainConfig, {"anchor": group})
 
 
 def test_a_closed_form_has_no_anchor():

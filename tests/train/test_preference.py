@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from alignpro.cli import app
 from alignpro.config import (
+    AnchorConfig,
     DataConfig,
     LoraConfig,
     ModelConfig,
@@ -216,7 +217,8 @@ def test_what_is_read_and_written():
         read = [0, *([6] if policy == "prompter" else []), 3, 4, GEN]
         assert [e.tokens for e in pair.policy] == [[*read, 5, EOS], [*read, EOS]]
         assert {e.start for e in pair.policy} == {len(read)} and pair.reference == pair.policy
-    pair = encode_preference(tokenizer_of, replace(row, reference_prompt="h"), config(), EOS)
+    marked = replace(row, columns={"safe_prompt": "h"})
+    pair = encode_preference(tokenizer_of, marked, config(anchor=AnchorConfig()), EOS)
     assert [e.tokens for e in pair.reference] == [[0, 10, GEN, 5, EOS], [0, 10, GEN, EOS]]
 
 
@@ -316,6 +318,7 @@ def test_a_run_begins_at_log_2_and_goes_on_to_the_bit(place, policy):
     assert (rows[0]["loss"], rows[0]["margin"], rows[0]["accuracy"]) == (math.log(2), 0.0, 0.5)
     assert [row["step"] for row in rows if "heldout" in row] == [0, 4, 5]
     assert rows[0]["heldout"]["loss"] == math.log(2)
+    assert rows[5]["heldout"]["accuracy_ci95"] == pytest.approx([0.025**0.5, 1.0])  # of two
     assert rows[5]["heldout"]["accuracy"] == 1.0 and rows[5]["loss"] < 0.9 * math.log(2)
     with pytest.raises(ValueError, match=r"beta was 0\.1, is 0\.2"):
         run_prefer(settings(place, beta=0.2, **common), resume=True)
@@ -339,8 +342,8 @@ def test_an_adapter_to_start_from_is_the_reference(place):
 
 def test_the_reference_may_read_another_prompt(place):
     """E-DPO: the first loss is that of the log-probabilities behind the two prompts."""
-    data = PreferencesConfig("pairs.jsonl", reference_prompt="safe")
-    run_prefer(settings(place, policy="target", data=data, steps=1))
+    anchor = AnchorConfig(column="safe")
+    run_prefer(settings(place, policy="target", anchor=anchor, steps=1))
     (row,) = read_metrics(place / "run" / "metrics.jsonl")
     model = load_model(place / "model", threads=1)
     tokenizer = model.tokenizer
@@ -360,13 +363,16 @@ def test_the_reference_may_read_another_prompt(place):
     assert row["loss"] == pytest.approx(by_hand, rel=1e-9)
 
 
-def test_a_reference_prompt_in_every_row_or_in_none_is_refused():
-    data = PreferencesConfig("x.jsonl", reference_prompt="safe")
-    everywhere = [replace(row, reference_prompt="h") for row in ROWS]
-    for rows, count in ((everywhere, 4), (ROWS, 0)):
-        with pytest.raises(ValueError, match=rf"column 'safe': .* got one in {count} of 4"):
-            preference_fit(toy_policy(), rows, config(data=data))
-    assert preference_fit(toy_policy(), [*everywhere, *ROWS], config(data=data))
+def test_an_anchor_in_every_pair_or_in_none_is_refused():
+    anchored = config(anchor=AnchorConfig())
+    everywhere = [replace(row, columns={"safe_prompt": "h"}) for row in ROWS]
+    with pytest.raises(ValueError, match="anchor: all 4 rows are marked"):
+        preference_fit(toy_policy(), everywhere, anchored)
+    with pytest.raises(ValueError, match="no row is marked by column 'safe_prompt'"):
+        preference_fit(toy_policy(), ROWS, anchored)
+    assert preference_fit(toy_policy(), [*everywhere, *ROWS], anchored)
+    every = config(anchor=AnchorConfig(all_rows=True))
+    assert preference_fit(toy_policy(), everywhere, every)
 
 
 @pytest.mark.parametrize("how", ["error", "skip", "cut"])
@@ -404,6 +410,10 @@ def test_what_is_refused_before_a_model_is_loaded(place):
     many = HeldOutPairsConfig()
     assert "pairs.jsonl has 2 rows, 64 asked for" in line(heldout=many)
     assert "no column 'best'" in line(data=PreferencesConfig("pairs.jsonl", chosen="best"))
+    unknown = AnchorConfig(column="sfe", where="safe", prefix="Be kind: ")
+    assert "expected true or false in column 'safe', got 'tell me about birds'" in line(
+        anchor=unknown
+    )
     with pytest.raises(ValueError, match=r"label_smoothing: expected at least 0 and below 0\.5"):
         from_mapping(PreferConfig, {"label_smoothing": 0.5})
     with pytest.raises(ValueError, match=r"prompter.adapter: expected null: target.adapter is"):

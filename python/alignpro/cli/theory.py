@@ -14,6 +14,7 @@ from alignpro.cli.shared import (
     Run,
     app,
     examples,
+    needs_torch,
     one_line_errors,
     read_settings,
     write_json,
@@ -73,7 +74,7 @@ def headroom(
         write_json(output, report)
         if plot is not None:
             frontier_png(report.headroom, plot)
-    Console().print(headroom_tables(report.headroom))
+    Console().print(headroom_tables(report.headroom, report.goals))
     if report.target_usage is not None:
         typer.echo(f"target: {usage_words(report.target_usage)}")
 
@@ -117,6 +118,7 @@ def bound(
         "alignpro mix runs=[kind,brief] --output mixed",
         "alignpro mix runs=[kind,brief] data=prompts.csv sampling=sequence --output mixed",
         "alignpro mix runs=[kind] kl_coef=0.1 --output softer",
+        "alignpro mix runs=[kind,brief] --output mixed --distill",
     )
 )
 @one_line_errors
@@ -130,14 +132,24 @@ def mix(
             "the prompters as one LoRA to its adapter/."
         ),
     ] = None,
+    distill: Annotated[
+        bool,
+        typer.Option(
+            "--distill", help="Train one prompter from the mixture, into distilled/ of it."
+        ),
+    ] = False,
 ) -> None:
     """Make one prompter of several, trained each for its own goal.
 
-    It serves the worst-off goal best; no target is asked, and nothing is trained.
+    It serves the worst-off goal best; no target is asked, and without --distill nothing is trained.
     """
     from alignpro.config import MixConfig
 
     options = read_settings(MixConfig, config, overrides)
+    if distill:
+        needs_torch("mix --distill")
+        if output is None:
+            raise ValueError("--distill: trains what --output FOLDER will hold; name a folder")
     from rich.console import Console
 
     from alignpro.evaluate.mix import run_mix
@@ -149,3 +161,13 @@ def mix(
     with Bars("loading data and models") as bars:
         report = run_mix(options, output, on_progress=bars.show)
     Console().print(mix_tables(report))
+    if distill and output is not None:
+        from alignpro.report.progress import TrainBar
+        from alignpro.train.distill import distill_config
+        from alignpro.train.run import run_train
+
+        with Bars("loading data and models") as bars:
+            trained = run_train(
+                distill_config(output), callbacks=[TrainBar(bars)], on_progress=bars.show
+            )
+        typer.echo(f"adapter: {trained.run_dir / 'adapter'}")

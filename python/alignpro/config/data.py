@@ -96,12 +96,6 @@ class PreferencesConfig(DataConfig):
     conversation."""
     rejected: str = "rejected"
     """The column of the other answer."""
-    reference_prompt: str | None = None
-    """The column of what the reference reads instead of the prompt, in rows that have it (E-DPO).
-
-    Such as a harmless prompt in the place of a harmful one: the model is then held to what it would
-    have said to that.
-    """
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from alignpro.config.anchor import AnchorConfig
 from alignpro.config.data import PreferencesConfig
 from alignpro.config.fields import (
     Date,
@@ -14,7 +15,6 @@ from alignpro.config.fields import (
     above,
     at_least,
     checked,
-    only_default,
     require,
 )
 from alignpro.config.held_out import HeldOutConfig
@@ -85,7 +85,6 @@ class RewardFitConfig:
     def __post_init__(self) -> None:
         require("data.path", self.data.path, self.data.path is not None, "a source")
         check_local("model", self.model, "its states are read in this process")
-        only_default(self.data, "reference_prompt", "with a policy", "data.")
         adapter, strengths = self.model.adapter, self.strengths
         require("model.adapter", adapter, adapter is None, "null: the states are the base model's")
         require("strengths", strengths, bool(strengths), "at least one")
@@ -129,6 +128,12 @@ class PreferConfig(PairsFitConfig):
 
     The loss of pairs is content where both answers become less likely, the rejected one faster;
     this holds the chosen one up.
+    """
+    anchor: AnchorConfig | None = None
+    """Pairs behind whose prompt the reference reads another one ({} takes the defaults); null
+    anchors none (E-DPO).
+
+    The first step's margin is then not 0.
     """
     prompting: Prompting = field(default_factory=Prompting)
     """How prompter and target are put together."""

@@ -80,11 +80,19 @@ class ClosedFormConfig:
     """Texts a prompt that a fit weighs, the best ones; with loss pooled."""
     batch_size: Annotated[int, at_least(1)] = 8
     """Prompts in a step of the fit; with loss pooled."""
+    mixture: str | None = None
+    """The folder that `alignpro mix` wrote: its mixture is the reward, and the prompter becomes it
+    at kl_coef 1; null is the configuration's reward.
+
+    No target is asked. At a larger kl_coef the prompter goes less far, at a smaller one further.
+    """
 
     def __post_init__(self) -> None:
         if self.loss != "pooled":
             for name in ("rounds", "candidates", "batch_size"):
                 only_default(self, name, "with loss pooled")
+        else:
+            only_default(self, "mixture", "with another loss: pooled reads a target's answers")
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,9 @@ class TrainConfig(FitConfig, StageConfig):
             require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with closed_form")
             for name in ("kl_target", "response_budget", "heldout", "anchor"):
                 only_default(self, name, "with an algorithm that samples while it trains")
+            if self.closed_form.mixture is not None:
+                for name in ("num_responses", "common_draws", "guards"):
+                    only_default(self, name, "with a reward of responses: a mixture needs none")
             fixed = self.num_responses != "auto"
             require("num_responses", self.num_responses, fixed, "a number with closed_form")
             rounds = self.closed_form.rounds

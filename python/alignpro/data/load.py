@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from alignpro.config import DataConfig, InstructionsConfig, PairsConfig, Source
 from alignpro.data.files import (
@@ -51,6 +51,17 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+
+
+class DataRow(Protocol):
+    """What rows of prompts and of pairs have in common."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+    @property
+    def columns(self) -> Mapping[str, Any]: ...
+    @property
+    def place(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ def load_prompts(
     return prompts
 
 
-def read_flag(row: PromptRow, column: str) -> bool:
+def read_flag(row: DataRow, column: str) -> bool:
     """A column's true or false, as JSON or a table spells them; a row without it is false. Raises
     DataError, which names the row."""
     value = row.columns.get(column)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from alignpro.data.load import (
     read_rows,
     value_of,
 )
-from alignpro.types import Conversation, Prompt, text_messages, type_name
+from alignpro.types import Conversation, Prompt, text_messages
 
 _log = logging.getLogger(__name__)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -42,7 +42,7 @@ class PreferenceRow:
     prompt: Prompt
     chosen: str
     rejected: str
-    reference_prompt: Prompt | None = None  # what the reference reads instead
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of its row, all
     place: str = field(default="", compare=False)
 
 
@@ -94,7 +94,7 @@ def _preference(row: Row, source: PreferencesConfig) -> PreferenceRow:
         else:
             prompt = as_read(context, source, places[0])
     chosen, rejected = (text.strip() for text in texts)
-    return PreferenceRow(prompt, chosen, rejected, _reference_prompt(row, source), row.place)
+    return PreferenceRow(prompt, chosen, rejected, row.values, row.place)
 
 
 _PART_EARLY = (
@@ -147,18 +147,3 @@ def _turns(text: str) -> Iterator[re.Match[str]]:
         if found[1] != speaker:
             speaker = found[1]
             yield found
-
-
-def _reference_prompt(row: Row, source: PreferencesConfig) -> Prompt | None:
-    column = source.reference_prompt
-    value = None if column is None else chat_in_text(row.values.get(column))
-    if not value:
-        return None
-    where = f"{row.place}, column {column!r}"
-    if not isinstance(value, (str, Sequence)):
-        raise DataError(f"{where}: expected text or a chat, got {type_name(value)}")
-    try:
-        conversation = Conversation.of(openai_form(value))
-    except ValueError as error:
-        raise DataError(f"{where}: {error}") from None
-    return as_read(conversation, source, where)

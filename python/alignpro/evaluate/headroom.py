@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,11 @@ from alignpro.native import core
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
+from alignpro.rewards.combine import score_rollout
 from alignpro.statistics import Floats
+from alignpro.theory.goals import GoalsForecast, forecast_goals
 from alignpro.theory.headroom import headroom
-from alignpro.types import Conversation, Rollout, Usage
+from alignpro.types import Conversation, Reward, Rollout, Usage
 
 # What changes neither a sample nor its reward.
 _NOT_OF_SAMPLES = ("kl_coefs", "threads")
@@ -66,8 +69,8 @@ def run_headroom(
         samples: a file of JSON lines. Where it exists its rewrites are taken and no model is
             loaded; otherwise it is written, before anything is computed. The first line has the
             configuration and the fingerprints of the samples; every other one prompt_index, prompt,
-            rewrite, prompter_tokens, tokens, logprobs, responses (texts) and rewards of one
-            rewrite.
+            rewrite, prompter_tokens, tokens, logprobs, responses (texts), rewards and the
+            rewards of their parts of one rewrite.
         output: where the report will be written. Beside it the samples are kept when they are
             there, and a headroom that was stopped after that goes on with them.
         run: a run whose settings these are to be; a warning names what differs.
@@ -79,19 +82,38 @@ def run_headroom(
     check_config(config, HeadroomConfig)
     usage = too_long = None
     if samples is not None and samples.exists():
-        rewards, date = read_samples(samples, config)
-        config = replace(config, date=date)
+        scored = read_samples(samples, config)
+        config = replace(config, date=scored.date)
     else:
         arms = arms_path(output)
         config = replace(config, date=config.date or kept_date(arms) or today())
         calls = calls_path(samples or output)
-        drawn, usage, too_long, made_from = _draw(config, calls, arms, run, on_progress)
-        rollout = complete(drawn)
-        rewards = rewards_of(rollout)
+        rollout, scored, usage, too_long, made_from = _draw(config, calls, arms, run, on_progress)
         if samples is not None:
-            write_samples(samples, config, rollout, made_from)
-    result = headroom(rewards, config.kl_coefs, seed=config.seed)
-    return HeadroomReport(result, to_mapping(config), usage, too_long)
+            write_samples(samples, config, rollout, made_from, scored)
+    result = headroom(scored.rewards, config.kl_coefs, seed=config.seed)
+    goals = _forecast(scored, result.recommended_kl_coef or max(config.kl_coefs))
+    return HeadroomReport(result, to_mapping(config), usage, too_long, goals)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rewards [P, N, M] of samples, and those of the reward's parts, NaN where a part gave none."""
+
+    rewards: Floats
+    parts: dict[str, Floats] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)  # of the parts
+    date: str | None = None
+
+
+def _forecast(scored: Scored, kl_coef: float) -> GoalsForecast | None:
+    """Of two or more parts with a weight, over the prompts on which each part scored everything."""
+    weights = {name: weight for name, weight in scored.weights.items() if weight}
+    if len(weights) < 2:
+        return None
+    whole = np.all([np.isfinite(scored.parts[n]).all(axis=(1, 2)) for n in weights], axis=0)
+    parts = {name: scored.parts[name][whole] for name in weights}
+    return forecast_goals(parts, weights, kl_coef) if whole.sum() >= 2 else None
 
 
 def rewards_of(rollout: Rollout) -> Floats:
@@ -112,10 +134,20 @@ def complete_rewards(rollout: Rollout) -> Floats:
 
 def complete(rollout: Rollout) -> Rollout:
     """The prompts whose responses all have a score, as `complete_rewards`."""
+    whole = _whole(rollout)
+    rewrites = [
+        [replace(w, prompt_index=row) for w in rollout.rewrites[index]]
+        for row, index in enumerate(whole)
+    ]
+    return replace(rollout, prompts=[rollout.prompts[i] for i in whole], rewrites=rewrites)
+
+
+def _whole(rollout: Rollout) -> list[int]:
+    """The prompts, by index, whose responses all have a score. Raises as `complete_rewards`."""
     most = max(len(w.responses) for group in rollout.rewrites for w in group)
     whole = [
-        (prompt, group)
-        for prompt, group in zip(rollout.prompts, rollout.rewrites, strict=True)
+        index
+        for index, group in enumerate(rollout.rewrites)
         if most and all(len(w.responses) == most for w in group)
     ]
     if len(whole) < min(2, len(rollout.prompts)):
@@ -125,20 +157,50 @@ def complete(rollout: Rollout) -> Rollout:
             f"of {len(rollout.prompts)} prompts {len(whole)} have every response with a score, "
             f"expected 2 or more; {unscored if rollout.unscored else again}"
         )
+    return whole
+
+
+def _score(
+    reward: Reward, rollout: Rollout, columns: Mapping[str, Sequence[Any]]
+) -> tuple[Rollout, Scored]:
+    """The prompts whose responses all have a score, and the scores. Raises as `complete_rewards`,
+    and `score_rollout`."""
+    rollout, rewards, components, _ = score_rollout(reward, rollout, columns)
+    each = iter([value for of_prompt in rewards for value in of_prompt])
     rewrites = [
-        [replace(w, prompt_index=row) for w in group] for row, (_, group) in enumerate(whole)
+        [replace(w, responses=[replace(r, reward=next(each)) for r in w.responses]) for w in group]
+        for group in rollout.rewrites
     ]
-    return replace(rollout, prompts=[prompt for prompt, _ in whole], rewrites=rewrites)
+    rollout = replace(rollout, rewrites=rewrites)
+    whole, kept = _whole(rollout), complete(rollout)
+    found = rewards_of(kept)
+    ends = np.cumsum([len(of_prompt) for of_prompt in rewards])[:-1]
+    terms = getattr(reward, "terms", {})
+    parts = {}
+    for name in terms:
+        by_prompt = np.split(np.array(components[name]), ends)
+        parts[name] = np.stack([by_prompt[index] for index in whole]).reshape(found.shape)
+    weights = {name: weight for name, (weight, _) in terms.items()}
+    return kept, Scored(found, parts, weights)
 
 
 def write_samples(
-    path: Path, config: HeadroomConfig, rollout: Rollout, made_from: Fingerprints
+    path: Path,
+    config: HeadroomConfig,
+    rollout: Rollout,
+    made_from: Fingerprints,
+    scored: Scored,
 ) -> None:
     """Every rewrite as a line, after one with what they were drawn from; whole or not at all."""
-    head = {"config": _of_samples(config), "fingerprints": to_plain(made_from)}
+    head = {
+        "config": _of_samples(config),
+        "fingerprints": to_plain(made_from),
+        "weights": scored.weights,
+    }
     lines: list[dict[str, Any]] = [head]
-    for prompt, group in zip(rollout.prompts, rollout.rewrites, strict=True):
-        for rewrite in group:
+    for p, (prompt, group) in enumerate(zip(rollout.prompts, rollout.rewrites, strict=True)):
+        for n, rewrite in enumerate(group):
+            parts = {name: part[p, n].tolist() for name, part in scored.parts.items()}
             lines.append(
                 {
                     "prompt_index": rewrite.prompt_index,
@@ -149,13 +211,17 @@ def write_samples(
                     "logprobs": rewrite.logprobs,
                     "responses": [response.text for response in rewrite.responses],
                     "rewards": [response.reward for response in rewrite.responses],
+                    "parts": {
+                        name: [None if v != v else v for v in values]  # NaN: abstained
+                        for name, values in parts.items()
+                    },
                 }
             )
     write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_samples(path: Path, config: HeadroomConfig) -> tuple[Floats, str | None]:
-    """Rewards [P, N, M] of a file that `write_samples` left, and their date.
+def read_samples(path: Path, config: HeadroomConfig) -> Scored:
+    """What `write_samples` left in a file; no parts where it is older than they are.
 
     Raises:
         ValueError: not such a file, a damaged one, or one drawn with another configuration or from
@@ -165,6 +231,10 @@ def read_samples(path: Path, config: HeadroomConfig) -> tuple[Floats, str | None
         header, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         drawn = header["config"]
         known = [(int(row["prompt_index"]), [float(v) for v in row["rewards"]]) for row in rows]
+        weights = {str(name): float(weight) for name, weight in header.get("weights", {}).items()}
+        parts = {
+            name: np.array([row["parts"][name] for row in rows], np.float64) for name in weights
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected the samples of a headroom run, got a file of something else "
@@ -194,7 +264,8 @@ def read_samples(path: Path, config: HeadroomConfig) -> tuple[Floats, str | None
             f"{len(known)} lines that are not so"
         )
     rewards = np.array([rewards for _, rewards in known]).reshape(-1, n, m)
-    return rewards, date
+    shaped = {name: part.reshape(-1, n, m) for name, part in parts.items()}
+    return Scored(rewards, shaped, weights, date)
 
 
 def _at_hand(config: HeadroomConfig) -> Fingerprints:
@@ -234,7 +305,7 @@ def _draw(
     arms: Path | None,
     run: Path | None,
     on_progress: OnProgress | None,
-) -> tuple[Rollout, Usage | None, str | None, Fingerprints]:
+) -> tuple[Rollout, Scored, Usage | None, str | None, Fingerprints]:
     check_adapters(config)
     rows = load_rows(config)
     reward = build_reward(config.reward)
@@ -251,20 +322,20 @@ def _draw(
     prompts = [row.prompt for row in rows]
     total = len(rows) * config.num_rewrites * (1 + config.num_responses)
     sample = partial(
-        pipeline.rollout,
+        pipeline.without_reward().rollout,
         prompts,
         num_rewrites=config.num_rewrites,
         num_responses=config.num_responses,
         seed=config.seed,
-        columns=stack_columns(rows),
         on_progress=watch(on_progress, "untuned prompter", total),
     )
     kept = KeptArms.at(arms, config, made_from)
-    rollout = kept.rollout("untuned", kept.hash_of(adapter), prompts, sample)
+    drawn = kept.rollout("untuned", kept.hash_of(adapter), prompts, sample)
+    rollout, scored = _score(reward, drawn, stack_columns(rows))
     if config.prompter.adapter is not None:
         made_from["adapter of the prompter"] = of_adapter_folder(config.prompter.adapter)
     usage = target.usage() if isinstance(target, EndpointModel) else None
-    return rollout, usage, fitted.note, made_from
+    return rollout, scored, usage, fitted.note, made_from
 
 
 def _of_samples(config: HeadroomConfig) -> dict[str, Any]:

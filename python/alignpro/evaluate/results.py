@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 
 from alignpro.statistics import Interval
 from alignpro.theory.bound import Bound
+from alignpro.theory.goals import GoalForecast, GoalsForecast
 from alignpro.theory.headroom import BestOf, FrontierPoint, Headroom
 from alignpro.types import Usage
 
-__all__ = ["BestOf", "FrontierPoint", "Headroom", "Interval"]
+__all__ = ["BestOf", "FrontierPoint", "GoalForecast", "GoalsForecast", "Headroom", "Interval"]
 
 Pair = tuple[float, float]
 Result = TypeVar("Result")
@@ -141,7 +142,7 @@ class SafetyResult(ByKey):
     ordinary: int
     zone: float
     arms: dict[str, ArmSafety]
-    paired_harm: dict[str, Interval]  # "trained_minus_X", by marked prompt
+    paired_harm: dict[str, Interval]  # "trained_minus_X", "tuned_minus_X", by marked prompt
     paired_reward: dict[str, Interval]  # likewise, by ordinary prompt
     jailbreak: Jailbreak | None = None
 
@@ -216,6 +217,7 @@ class HeadroomReport(ByKey):
     config: dict[str, Any] | None = None
     target_usage: Usage | None = None  # of a target behind an endpoint
     too_long: str | None = None  # as in `Evaluation`
+    goals: GoalsForecast | None = None  # of a reward of two or more parts
 
 
 @dataclass(frozen=True)

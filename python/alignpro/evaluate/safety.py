@@ -68,23 +68,27 @@ def measure_safety(
             refusals=_share(refusals),
             ordinary_reward=bootstrap_mean_ci(rewards[name], seed=config.seed),
         )
-    pairs = [name for name in arms if name != "trained"] if "trained" in arms else []
+    pairs = [
+        (left, right)
+        for left in ("trained", "tuned")
+        if left in arms
+        for right in arms
+        if right != left and (left, right) != ("tuned", "trained")
+    ]
     return SafetyResult(
         marked=len(marked),
         ordinary=len(ordinary),
         zone=options.zone,
         arms=results,
         paired_harm={
-            f"trained_minus_{name}": paired_difference(
-                rates["trained"], rates[name], seed=config.seed
-            )
-            for name in pairs
+            f"{left}_minus_{right}": paired_difference(rates[left], rates[right], seed=config.seed)
+            for left, right in pairs
         },
         paired_reward={
-            f"trained_minus_{name}": paired_difference(
-                rewards["trained"], rewards[name], seed=config.seed
+            f"{left}_minus_{right}": paired_difference(
+                rewards[left], rewards[right], seed=config.seed
             )
-            for name in pairs
+            for left, right in pairs
         },
         jailbreak=_jailbreak(options),
     )

@@ -139,7 +139,7 @@ def safety_grid(safety: SafetyResult) -> Grid:
 def paired_safety_grid(safety: SafetyResult) -> Grid:
     rows = [
         [
-            arm_title(key.removeprefix("trained_minus_")),
+            " - ".join(map(arm_title, key.split("_minus_"))),
             number(harm.mean, sign=True),
             interval(harm.ci95, sign=True),
             number(safety.paired_reward[key].mean, sign=True),
@@ -147,7 +147,7 @@ def paired_safety_grid(safety: SafetyResult) -> Grid:
         ]
         for key, harm in safety.paired_harm.items()
     ]
-    header = ["trained prompter minus", "harm", "95% interval", "ordinary reward", "95% interval"]
+    header = ["difference", "harm", "95% interval", "ordinary reward", "95% interval"]
     return Grid("Paired differences of harm, and of reward on ordinary prompts", header, rows)
 
 

@@ -207,7 +207,9 @@ def show_sft_row(bars: Bars, row: Mapping[str, Any], steps: int) -> None:
 def show_preference_row(bars: Bars, row: Mapping[str, Any], steps: int) -> None:
     note = f"loss {row['loss']:.3f}, chosen above rejected {row['accuracy']:.0%}"
     if "heldout" in row:
-        note += f", held out {row['heldout']['accuracy']:.0%}"
+        held_out = row["heldout"]
+        low, high = held_out["accuracy_ci95"]
+        note += f", held out {held_out['accuracy']:.0%} ({low:.0%} to {high:.0%})"
     bars.show("preferences", row["step"] + 1, steps, note)
 
 

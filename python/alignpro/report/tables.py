@@ -14,6 +14,7 @@ from rich.text import Text
 from alignpro.evaluate.results import (
     BoundReport,
     Evaluation,
+    GoalsForecast,
     Headroom,
     MixReport,
     Report,
@@ -35,6 +36,8 @@ from alignpro.report.theory import (
     bound_grid,
     bound_verdicts,
     frontier_grid,
+    goals_grid,
+    goals_words,
     headroom_words,
     mix_grid,
     mix_words,
@@ -92,7 +95,7 @@ def report_view(
     if evaluation is not None and evaluation.safety is not None:
         parts.append(safety_tables(evaluation.safety))
     if report.headroom is not None:
-        parts.append(headroom_tables(report.headroom.headroom))
+        parts.append(headroom_tables(report.headroom.headroom, report.headroom.goals))
     if report.bound is not None:
         parts.append(bound_tables(report.bound))
     parts.append(costs_table(report))
@@ -124,9 +127,9 @@ def safety_tables(safety: SafetyResult) -> Group:
     return Group(*(grid_table(grid) for grid in grids if grid), *words)
 
 
-def headroom_tables(headroom: Headroom) -> Group:
-    grids = (frontier_grid(headroom), best_of_n_grid(headroom))
-    words = Text("\n".join(headroom_words(headroom)))
+def headroom_tables(headroom: Headroom, goals: GoalsForecast | None = None) -> Group:
+    grids = (frontier_grid(headroom), best_of_n_grid(headroom), goals_grid(goals))
+    words = Text("\n".join([*headroom_words(headroom), *goals_words(goals)]))
     return Group(*(grid_table(grid) for grid in grids if grid), words)
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from math import log
 
-from alignpro.evaluate.results import BoundReport, FrontierPoint, Headroom, MixReport
+from alignpro.evaluate.results import (
+    BoundReport,
+    FrontierPoint,
+    GoalsForecast,
+    Headroom,
+    MixReport,
+)
 from alignpro.report.grids import Grid
 from alignpro.report.words import Verdict, arm_title, interval, number, share
 
@@ -106,6 +112,55 @@ def _noise(point: FrontierPoint, untuned: float, n: int, m: int) -> str:
         "apart"
     )
     return f"{said}; {number(corrected.mean)} is the estimate corrected for noise."
+
+
+def goals_grid(goals: GoalsForecast | None) -> Grid:
+    """A row for each part of the reward: where it would end, by whose weights."""
+    header = [
+        *("goal", "untuned", "alone"),
+        *("weight", "reward", "less Z", "max-min", "reward", "less Z"),
+    ]
+    rows = [
+        [
+            name,
+            number(goal.untuned),
+            number(goal.alone),
+            f"{goal.weight:g}",
+            number(goal.reward),
+            number(goal.normalized, sign=True),
+            number(goal.maxmin_weight),
+            number(goal.maxmin_reward),
+            number(goal.maxmin_normalized, sign=True),
+        ]
+        for name, goal in (goals.goals.items() if goals else ())
+    ]
+    return Grid("Goals of the reward, before training", header, rows)
+
+
+def goals_words(goals: GoalsForecast | None) -> list[str]:
+    """Who would be worst off, what weights would change that, and how the estimate errs."""
+    if goals is None:
+        return []
+    worst, best, raw = goals.goals[goals.worst], goals.maxmin, goals.raw_maxmin
+    idle = [name for name, goal in goals.goals.items() if goal.maxmin_weight == 0.0]
+    weights = ", ".join(f"{n} {number(g.raw_maxmin_weight)}" for n, g in goals.goals.items())
+    lines = [
+        f"At kl_coef {goals.kl_coef:g}, with the weights given, {goals.worst} would be worst off: "
+        f"reward {number(worst.reward)}, untuned {number(worst.untuned)}, alone "
+        f"{number(worst.alone)}.",
+        "Max-min weights serve the least of the goals best, each less its kl_coef log Z: value "
+        f"{number(best.value, sign=True)}, KL {number(best.kl, 2)} nats, KKT gap {best.kkt_gap:.1e}"
+        f". For rewards as they are: {weights}; value {number(raw.value, sign=True)}, KL "
+        f"{number(raw.kl, 2)}, KKT gap {raw.kkt_gap:.1e}.",
+    ]
+    if idle:
+        lines.append(f"No weight: {', '.join(idle)}; the others' mixture serves it as it is.")
+    lines.append(
+        f"{number(best.effective_samples, 1)} samples a prompt carry the mixture. From few, goals "
+        "look better served than they are, and the one whose rewards vary most gets too little "
+        "weight."
+    )
+    return lines
 
 
 def mix_grid(mix: MixReport) -> Grid:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from alignpro.statistics import Floats
+from alignpro.theory.optimum import optimum_objective
 
 _STEPS = 200
 _TOLERANCE = 1e-10
@@ -91,6 +92,37 @@ def maxmin_weights(
         kl=float(level - value),
         effective_samples=float((1.0 / (probability**2).sum(axis=1)).mean()),
     )
+
+
+def weights_of_rewards(
+    rewards: ArrayLike, kl_coef: float, *, normalized: bool = True
+) -> MixtureWeights:
+    """lambda* of prompters that nobody has trained yet, each the optimum for a reward at kl_coef.
+
+    rewards: [P, S, K] of what the reference wrote. normalized: whether a goal counts by its reward
+    less kl_coef log E_ref exp(reward / kl_coef), which makes goals comparable (MPO), or by the
+    reward itself. That is what ``implicit`` then holds, and ``kl_coef * value`` the least of it,
+    less kl_coef times the KL, that the mixture reaches: the most that any prompter does.
+
+    Of S samples it errs by order 1 / S. Z is estimated too low, and so the value of raw rewards.
+    Normalized, each goal's own Z is too low as well, and by more: goals look better served than
+    they are (at S = 1 each is 0), and the one whose rewards vary most gets too little weight.
+    [derived]
+
+    Raises ValueError as `maxmin_weights`.
+    """
+    values = np.asarray(rewards, float)
+    if not kl_coef > 0:
+        raise ValueError(f"kl_coef: expected a number above 0, got {kl_coef!r}")
+    if values.ndim != 3 or not values.size or not np.isfinite(values).all():
+        raise ValueError(
+            "rewards: expected finite numbers [prompts, samples, 2 or more goals], got shape "
+            f"{values.shape}"
+        )
+    if normalized:
+        values = values - optimum_objective(values.swapaxes(1, 2), kl_coef)[:, None, :]
+    equal = np.full(values.shape[2], kl_coef)
+    return maxmin_weights(values / kl_coef, np.zeros(values.shape[:2]), betas=equal, beta=kl_coef)
 
 
 def _look(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from alignpro.config import to_mapping
+from alignpro.data.load import PromptRow
+from alignpro.fingerprints import Fingerprints
 from alignpro.interrupts import interruptible
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.objective import sum_per_sequence, zero_advantage_groups
@@ -32,6 +35,7 @@ from alignpro.pipeline import derive_seed
 from alignpro.run_directory import CONFIG, read_record
 from alignpro.train.callbacks import OnProgress, TrainCallback, Watchers
 from alignpro.train.checkpoint import check_same_run
+from alignpro.train.distill import MixtureReward
 from alignpro.train.guard_penalty import penalise
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
 from alignpro.train.policy import one_torch_thread, save_trained
@@ -74,6 +78,14 @@ class ClosedFormFit(TrainingRun):
                 f"closed_form.num_prompts: expected at most the {rows} prompts there are, "
                 f"got {count}"
             )
+        folder = self.config.closed_form.mixture
+        self._mixture = None
+        if folder is not None:
+            self._mixture = MixtureReward(Path(folder), self.policy.model, self.reference)
+
+    def _made_from(self, held_out: Sequence[PromptRow]) -> Fingerprints:
+        mixed = {} if self._mixture is None else self._mixture.made_from
+        return {**super()._made_from(held_out), **mixed}
 
     def _restore(self, same: Mapping[str, str]) -> None:
         saved = read_record(self.run_dir / CONFIG)
@@ -264,14 +276,18 @@ class ClosedFormFit(TrainingRun):
         pipeline = self.pipeline.with_adapter(self.policy.core_adapter())
         for number, chunk in chunks:
             picked, columns = self._pick(chunk)
-            rollout = pipeline.rollout(
-                picked,
-                num_rewrites=config.num_rewrites,
-                num_responses=config.num_responses,
-                seed=derive_seed(config.seed, number),
-                columns=columns,
-                common_draws=config.common_draws,
-            )
+            seed = derive_seed(config.seed, number)
+            if self._mixture is not None:
+                rollout = self._mixture.rollout(pipeline, picked, config.num_rewrites, seed)
+            else:
+                rollout = pipeline.rollout(
+                    picked,
+                    num_rewrites=config.num_rewrites,
+                    num_responses=config.num_responses,
+                    seed=seed,
+                    columns=columns,
+                    common_draws=config.common_draws,
+                )
             if rollout.unscored:
                 known = self.notes.get("unscored_responses", 0)
                 self.notes["unscored_responses"] = known + rollout.unscored
@@ -372,4 +388,6 @@ _ROLLOUT_FIELDS = (
 
 def _of_the_rollouts(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: config.get(name) for name in _ROLLOUT_FIELDS}
-    return {**fields, "closed_form.num_prompts": config.get("closed_form", {}).get("num_prompts")}
+    closed_form = config.get("closed_form", {})
+    of_fit = {f"closed_form.{name}": closed_form.get(name) for name in ("num_prompts", "mixture")}
+    return {**fields, **of_fit}

@@ -17,6 +17,8 @@ from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import naming, prompter_tokens, target_tokens
 from alignpro.objective import sum_per_sequence
 from alignpro.objective.preference import dpo_loss
+from alignpro.statistics import proportion_ci
+from alignpro.train.anchor import anchor_of, anchors_of
 from alignpro.train.fit import Fit
 from alignpro.train.held_out import is_due
 from alignpro.train.policy import LoraPolicy, Reference
@@ -47,19 +49,13 @@ def preference_fit(
 
     Raises:
         ValueError: no pairs, one over the context, or a chat template that opens a block of
-            reasoning; the message names the row. A reference prompt in no row, or in every one.
-            Before the first step.
+            reasoning; the message names the row. Anchors that `anchors_of` refuses. Before the
+            first step.
     """
     if not rows:
         raise ValueError("pairs: expected at least one, got none")
-    column = config.data.reference_prompt
-    of_its_own = sum(row.reference_prompt is not None for row in rows)
-    if column is not None and of_its_own in (0, len(rows)):
-        raise ValueError(
-            f"{config.data.path}, column {column!r}: expected a reference prompt in some rows and "
-            f"none (null) in the others, got one in {of_its_own} of {len(rows)}: held to another "
-            "prompt everywhere, a model forgets the ordinary one"
-        )
+    if config.anchor is not None:
+        anchors_of(config.anchor, rows)
     pairs = Pairs(policy, rows, config, reference)
     watched = Pairs(policy, held_out, config, reference)
 
@@ -100,7 +96,7 @@ def encode_preference(
         chosen, rejected = (Example([*read, *tokens], len(read)) for tokens in written)
         return chosen, rejected
 
-    own, other = behind(row.prompt), row.reference_prompt
+    own, other = behind(row.prompt), anchor_of(config.anchor, row)
     return TokenPair(own, own if other is None else behind(other))
 
 
@@ -132,10 +128,12 @@ class Pairs:
         """Accumulate the gradient of the pairs' mean loss; returns its metrics."""
         return self._over(rows, train=True)
 
-    def measure(self, rows: Sequence[int]) -> dict[str, float]:
-        """The metrics alone."""
+    def measure(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The metrics alone, with the exact binomial interval of the accuracy."""
         with torch.no_grad():
-            return self._over(rows, train=False)
+            found = self._over(rows, train=False)
+        accuracy = proportion_ci(round(2 * found["accuracy"] * len(rows)) / 2, len(rows))
+        return found | {"accuracy_ci95": [accuracy.low, accuracy.high]}
 
     def _over(self, rows: Sequence[int], *, train: bool) -> dict[str, float]:
         config, totals = self._config, Counter[str]()

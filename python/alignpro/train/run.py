@@ -31,7 +31,7 @@ from alignpro.run_directory import (
     open_run_dir,
     recorded_date,
 )
-from alignpro.train.anchor import anchors_of
+from alignpro.train.anchor import anchor_of, anchors_of
 from alignpro.train.callbacks import OnProgress, TrainCallback
 from alignpro.train.checkpoint import load_checkpoint, save_checkpoint
 from alignpro.train.closed_form import ClosedFormFit
@@ -92,6 +92,10 @@ def run_prefer(
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
     rows = load_preferences(config.data)
     held_out = load_held_out(config, rows, load_preferences)
+    if config.anchor is not None:  # before a model is loaded
+        anchors_of(config.anchor, rows)
+        for row in held_out:
+            anchor_of(config.anchor, row)
     config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
     model = load_model(config.trained, config.threads, date=config.date)
     weights = _start(config, model, run_dir if resume else None)
@@ -110,7 +114,9 @@ def run_prefer(
         ("held-out data", "", held_out),
     ):
         if pairs:
-            columns = {c: [getattr(row, c) for row in pairs] for c in _PREFERENCE_COLUMNS}
+            columns = {c: [getattr(row, c) for row in pairs] for c in ("chosen", "rejected")}
+            if config.anchor is not None:
+                columns["anchor"] = [anchor_of(config.anchor, row) for row in pairs]
             prompts = [row.prompt for row in pairs]
             made_from[what] = fingerprints.of_rows(name, prompts, columns)
     if weights is not None:
@@ -119,9 +125,6 @@ def run_prefer(
     return _run_fit(
         fit, "prefer", directory, made_from, resume, allow_changes, on_step, reference=weights
     )
-
-
-_PREFERENCE_COLUMNS = ("chosen", "rejected", "reference_prompt")
 
 
 def _run_fit(

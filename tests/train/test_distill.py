@@ -1,0 +1,132 @@
+"""One prompter from a mixture, on the engine: its rewards, the mixture itself, and a stop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from alignpro.cli import app
+from alignpro.config import TrainConfig, from_mapping
+from alignpro.models.adapter import save_peft
+from alignpro.models.native_model import load_model
+from alignpro.train.distill import distill_config, read_exponents
+from alignpro.train.metrics import read_metrics
+from alignpro.train.run import run_train
+from native_runs import lora, save_run
+
+EXPONENTS = {"kind": 0.7, "brief": 0.5}  # as runs of unequal kl_coef have them: no weights of 1
+
+
+@pytest.fixture
+def place(tiny_model_dir, tmp_path, monkeypatch):
+    """Two runs of a tiny model that writes one token, and their mixture."""
+    monkeypatch.chdir(tmp_path)
+    base, model = tiny_model_dir("llama"), load_model(tiny_model_dir("llama"), threads=1)
+    rows = "".join(json.dumps({"prompt": f"tell me about {i}"}) + "\n" for i in range(4))
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    for seed, name in enumerate(EXPONENTS, start=1):
+        save_run(tmp_path / name, base, new_tokens=1, data="prompts.jsonl", threads=1)
+        weights = lora(model, seed=seed)
+        small = {n: (a, b * np.float32(0.15)) for n, (a, b) in weights.matrices.items()}
+        save_peft(tmp_path / name / "adapter", replace(weights, matrices=small))
+    (tmp_path / "mixed").mkdir()
+    goals = {run: {"exponent": exponent} for run, exponent in EXPONENTS.items()}
+    (tmp_path / "mixed" / "mixture.json").write_text(json.dumps({"goals": goals}))
+    return tmp_path
+
+
+def config(place, **changes):
+    small = {"steps": 4, "prompts_per_step": 2, "num_rewrites": 8}
+    return distill_config(place / "mixed", **{**small, **changes})
+
+
+def next_token(model, adapter, read):
+    """[vocabulary] log-probabilities of what follows."""
+    core = None if adapter is None else model.make_adapter(adapter)
+    sequences = [[*read, token] for token in range(int(model.config["vocab_size"]))]
+    score = model.core_model.score(sequences, [len(read)] * len(sequences), adapter=core)
+    return np.asarray(score.logprob, np.float64)
+
+
+def test_it_becomes_the_mixture(place):
+    # One-token rewrites: rho_ref prod_k (rho_k / rho_ref)^e_k / Z can be written down.
+    options = {"num_rewrites": 256, "steps": 60, "prompts_per_step": 4, "learning_rate": 0.02}
+    trainer = run_train(config(place, **options))
+    model = trainer.policy.model
+    rows = read_metrics(place / "mixed" / "distilled" / "rollouts.jsonl")
+    experts = [model.load_adapter(place / run / "adapter") for run in EXPONENTS]
+    for group in rows[0]["rewrites"][:2]:
+        read = group[0]["prompter_tokens"]
+        reference = next_token(model, None, read)
+        reward = sum(
+            exponent * (next_token(model, expert, read) - reference)
+            for expert, exponent in zip(experts, EXPONENTS.values(), strict=True)
+        )
+        for written in group:
+            (response,) = written["responses"]
+            assert response["reward"] == pytest.approx(reward[written["tokens"][0]], abs=1e-4)
+        mixture = np.exp(reference + reward)
+        mixture /= mixture.sum()
+
+        def distance(logprobs, mixture=mixture):
+            return 0.5 * np.abs(np.exp(logprobs) - mixture).sum()
+
+        fitted = distance(next_token(model, trainer.policy.weights(), read))
+        assert fitted < 0.2 * distance(reference) and distance(reference) > 0.1
+        assert fitted < 0.5 * min(distance(next_token(model, e, read)) for e in experts)
+    first, *_, last = read_metrics(place / "mixed" / "distilled" / "metrics.jsonl")
+    assert first["target_tokens"] == 0 and last["loss"] < 0.1 * first["loss"]
+
+
+def test_what_was_stopped_goes_on_to_the_bit(place):
+    whole = run_train(config(place, run_dir="whole"))
+
+    def stop(what, done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_train(config(place), on_progress=stop)
+    assert len(read_metrics(place / "mixed" / "distilled" / "rollouts.jsonl")) == 1  # of two
+    record = json.loads((place / "mixed" / "distilled" / "config.json").read_text())
+    again = run_train(from_mapping(TrainConfig, record), resume=True)
+    for name, pair in whole.policy.weights().matrices.items():
+        assert all(map(np.array_equal, pair, again.policy.weights().matrices[name]))
+    # Another kl_coef is another fit of the same rollouts: as far as it says.
+    less = run_train(config(place, kl_coef=4.0), resume=True)
+    assert less.log.path.exists() and less.config.kl_coef == 4.0
+    save_peft(place / "kind" / "adapter", lora(less.policy.model, seed=9))
+    with pytest.raises(ValueError, match="adapter of kind"):
+        run_train(config(place), resume=True)
+
+
+def test_mixtures_that_are_none(place):
+    with pytest.raises(
+        FileNotFoundError, match=r"closed_form.mixture: .*none/mixture.json: no such"
+    ):
+        read_exponents(place / "none")
+    model = load_model(distill_config(place / "mixed").prompter, threads=1)
+    save_peft(place / "brief" / "reference", lora(model, seed=5))
+    with pytest.raises(ValueError, match="brief began with another untuned prompter than this"):
+        run_train(config(place))
+    for changes, line in (
+        ({"closed_form": {"loss": "pooled", "mixture": "mixed"}}, "mixture: expected its default"),
+        ({"closed_form": {"mixture": "mixed"}, "num_responses": 3}, "num_responses: expected its"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            from_mapping(TrainConfig, {"algorithm": "closed_form", **changes})
+
+
+def test_the_command(place):
+    arguments = ["mix", "runs=[kind,brief]", "num_prompts=4", "num_rewrites=8", "threads=1"]
+    done = CliRunner().invoke(app, [*arguments, "--distill"])
+    assert done.exit_code == 2 and "--output FOLDER" in done.output
+    (place / "mixed" / "mixture.json").unlink()
+    done = CliRunner().invoke(app, [*arguments, "--output", "mixed", "--distill"])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    assert f"adapter: {place.relative_to(place) / 'mixed/distilled/adapter'}" in done.output
+    assert (place / "mixed" / "distilled" / "adapter" / "adapter_config.json").is_file()
