@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from alignpro.cli import bench, config, preference, report, serve, stages, theory
+from alignpro.cli import bench, config, extract, preference, report, serve, stages, theory
 from alignpro.cli.shared import app
 
-__all__ = ["app", "bench", "config", "main", "preference", "report", "serve", "stages", "theory"]
+__all__ = ["app", "bench", "config", "extract", "main", "preference", "report", "serve", "stages"]
+__all__ += ["theory"]
 
 
 def main() -> None:
