@@ -1,4 +1,4 @@
-"""Writes the made-up reactions, recipes and meeting notes that the package ships, with their records.
+"""Writes the made-up reactions, recipes and meeting notes that ship, with their records.
 
     python tests/data/make_records.py python/alignpro/data
 
@@ -96,7 +96,8 @@ _HELD_OUT_REACTIONS = (
     ("4-chlorobenzaldehyde", "C7H5ClO", "4-chlorobenzyl alcohol", "C7H7ClO", None),
     ("phenylacetic acid", "C8H8O2", "ethyl phenylacetate", "C10H12O2", None),
     ("phenylhydrazine", "C6H8N2", "tetrahydrocarbazole", "C12H13N", ("cyclohexanone", "C6H10O")),
-    ("1,2-phenylenediamine", "C6H8N2", "2,3-diphenylquinoxaline", "C20H14N2", ("benzil", "C14H10O2")),
+    ("1,2-phenylenediamine", "C6H8N2", "2,3-diphenylquinoxaline", "C20H14N2",
+     ("benzil", "C14H10O2")),
     ("fluorene", "C13H10", "fluorenone", "C13H8O", ("potassium permanganate", "KMnO4")),
 )  # fmt: skip
 _SOLVENTS = ("ethanol", "toluene", "dichloromethane", "diethyl ether", "acetone", "tetrahydrofuran")
@@ -120,7 +121,8 @@ _GIVEN = (
 )
 _LOOKS = ("a white solid", "a colourless oil", "pale crystals", "a yellow powder", "needles")
 _WORKUPS = (
-    "The organic layer was washed with brine ({volume}) and dried over magnesium sulfate ({dry} g).",
+    "The organic layer was washed with brine ({volume}) and dried over "
+    "magnesium sulfate ({dry} g).",
     "The solvent was removed under reduced pressure at {bath} °C.",
     "The residue was stirred with {volume} of hexane for {short} min and filtered.",
     "The mixture was poured onto {ice} g of ice.",

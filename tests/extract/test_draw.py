@@ -109,7 +109,7 @@ def test_what_is_asked_wrongly_is_refused():
     pipeline = Pipeline(None, Told("target"), None)
     with pytest.raises(ValueError, match="attempts: expected at least 1"):
         pipeline.extract(TEXTS, SCHEMA, attempts=0)
-    with pytest.raises(SchemaError, match="fields.a: unknown type"):
+    with pytest.raises(SchemaError, match=r"fields\.a: unknown type"):
         pipeline.extract(TEXTS, {"fields": {"a": "x"}})
     with pytest.raises(ValueError, match="prompts: expected a list"):
         pipeline.extract("Ana", SCHEMA)

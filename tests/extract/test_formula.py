@@ -1,5 +1,7 @@
 """Molar masses."""
 
+# ruff: noqa: RUF001 (characters that look alike are what is tested)
+
 from __future__ import annotations
 
 import pytest

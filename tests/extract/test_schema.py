@@ -1,5 +1,7 @@
 """Schemas: what is read, and what is refused in one line that names the field."""
 
+# ruff: noqa: RUF001 (characters that look alike are what is tested)
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """Numbers and quantities as texts and models write them."""
 
+# ruff: noqa: RUF001 (characters that look alike are what is tested)
+
 from __future__ import annotations
 
 import time

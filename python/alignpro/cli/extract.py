@@ -104,9 +104,9 @@ def extract(
     check_new(report)
     read, record_form, rows = read_inputs(settings)
     if dry_run:
-        most = len(rows) * settings.attempts
+        most, tokens = len(rows) * settings.attempts, settings.response.max_new_tokens
         typer.echo(
-            f"{len(rows)} texts, {most} draws at most of {settings.response.max_new_tokens} tokens; "
+            f"{len(rows)} texts, {most} draws at most of {tokens} tokens; "
             f"schema {read.name}: {len(read.root.fields)} fields, {len(read.checks)} checks, "
             f"as {record_form}"
         )

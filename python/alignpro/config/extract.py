@@ -11,6 +11,8 @@ from alignpro.config.model import PROMPTER, PROMPTER_HERE, ModelConfig, check_lo
 from alignpro.config.prompting import REWRITE, Prompting, check_sampling
 from alignpro.types import SamplingParams
 
+RECORD = SamplingParams(max_new_tokens=256, temperature=0.7)
+
 
 @dataclass(frozen=True)
 @checked
@@ -50,7 +52,7 @@ class ExtractConfig:
     out, or the text cut. See `StageConfig.on_too_long`."""
     rewrite: SamplingParams = REWRITE
     """How the prompter is sampled."""
-    response: SamplingParams = SamplingParams(max_new_tokens=256, temperature=0.7)
+    response: SamplingParams = RECORD
     """How the target is sampled."""
     prompting: Prompting = field(default_factory=Prompting)
     """How prompter and target are put together; the schema's own template is the target's, unless

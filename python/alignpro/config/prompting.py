@@ -35,7 +35,7 @@ class Prompting:
     separator: str = "\n\n"
     """What stands between the prompt and the instruction, with mode append."""
     target_template: str = "{prompt}"
-    """The user turn that the target reads, in which {prompt} stands for the prompt with its rewrite.
+    """The user turn that the target reads; {prompt} stands for the prompt with its rewrite.
 
     Such as a schema's, of `alignpro extract --show-template`, around texts to extract from. The
     reward sees the prompt alone.

@@ -22,8 +22,8 @@ class SftConfig(PairsFitConfig):
     data: PairsConfig = field(default_factory=PairsConfig)
     """The pairs of prompt and instruction."""
     schema: SchemaConfig | None = None
-    """What is taught instead of instructions: to extract records by this schema, from the prompts of
-    data that have a column of true records; null teaches instructions.
+    """What is taught instead of instructions: to extract records by this schema, from prompts that
+    have a column of true records; null teaches instructions.
 
     The prompts are then read in the template of the schema.
     """

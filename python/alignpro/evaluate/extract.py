@@ -1,4 +1,4 @@
-"""From texts and a schema to records: each kept as it is finished, so that what was stopped goes on."""
+"""From texts and a schema to records, each of which is kept as it is finished."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def run_extract(
 
 
 def read_inputs(config: ExtractConfig) -> tuple[Schema, Any, list[PromptRow]]:
-    """The schema, the form of records, and the rows. Raises ValueError, before a model is loaded."""
+    """The schema, the form of records, and the rows. Raises ValueError."""
     require("schema", config.schema, config.schema is not None, "a schema")
     require("data.path", config.data.path, config.data.path is not None, "a source of texts")
     assert config.schema is not None
@@ -116,7 +116,7 @@ def read_inputs(config: ExtractConfig) -> tuple[Schema, Any, list[PromptRow]]:
 
 
 def true_records(rows: Sequence[PromptRow], config: ExtractConfig) -> list[dict[str, Any]] | None:
-    """Of rows that have their column; None where none has. Raises DataError, which names the row."""
+    """Of rows that have their column; None where none has. Raises DataError, naming the row."""
     assert config.schema is not None
     column, records = config.schema.record, []
     if all(row.columns.get(column) is None for row in rows):
@@ -135,7 +135,7 @@ def measure(
     schema: Schema,
     config: ExtractConfig,
 ) -> ExtractReport:
-    """What the records are worth. Intervals: exact binomial of shares, bootstrap over texts of F1."""
+    """What the records are worth. Intervals: exact of shares, bootstrap over texts of F1."""
     verified = [float(one.verified) for one in done]
     first = [float(one.verified and one.attempts == 1) for one in done]
     report = ExtractReport(
@@ -165,8 +165,8 @@ def measure(
         f1=ratio_of_means(twice, both, seed=config.seed) if len(done) > 1 and sum(both) else None,
         precision=whole.precision,
         recall=whole.recall,
-        exact=proportion_ci(sum(right), len(right)),
-        exact_of_verified=proportion_ci(sum(of_verified), len(of_verified))
+        exact=proportion_ci(right.count(True), len(right)),
+        exact_of_verified=proportion_ci(of_verified.count(True), len(of_verified))
         if of_verified
         else None,
     )

@@ -8,6 +8,7 @@ one violation, as long as the text does not hold it somewhere else.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -71,7 +72,7 @@ def judge(record: Any, schema: Schema, source: str | None = None) -> Verdict:
         verdict.violations.append(Violation("", "type", _shown(record), "an object"))
         verdict.wrong = 1
         return verdict
-    reader = _Reader(verdict, None if source is None else Source(source))
+    reader = _Reader(verdict, None if source is None else _source(source))
     values = reader.read_object(record, schema.root, "")
     if reader.values == 0 and not verdict.violations:
         verdict.violations.append(Violation("", "empty", "no value", "a value of the text"))
@@ -83,6 +84,12 @@ def judge(record: Any, schema: Schema, source: str | None = None) -> Verdict:
         if not check.is_of_one_field:
             _make(check, values, reader.source, verdict)
     return verdict
+
+
+@functools.lru_cache(maxsize=256)
+def _source(text: str) -> Source:
+    """Many draws are compared with one text."""
+    return Source(text)
 
 
 class Refused(Exception):

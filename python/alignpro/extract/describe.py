@@ -10,7 +10,8 @@ from alignpro.extract.kinds import FieldType, Leaf, ListOf, Object
 from alignpro.extract.schema import Format, Schema, kind_in_words
 
 _HOW = {
-    "json": "Extract a record from the text, as one JSON object with these fields and nothing else.",
+    "json": "Extract a record from the text, as one JSON object with these fields, and nothing "
+    "else.",
     "lines": 'Extract a record from the text, one line for each field, as "field: value", and '
     "nothing else.",
 }

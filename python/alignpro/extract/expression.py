@@ -228,7 +228,7 @@ class _Compiler:
             unknown: NotJudgedError | None = None
             for term in terms:
                 try:
-                    if term.run(scope) is decisive:
+                    if bool(term.run(scope)) is decisive:
                         return decisive
                 except NotJudgedError as error:
                     unknown = unknown or error
@@ -481,7 +481,7 @@ def _compare(sign: str, a: Any, b: Any) -> bool:
         same = a == b
         if isinstance(a, float) and isinstance(b, float):
             same = math.isclose(a, b, rel_tol=1e-9)
-        return same == (sign == "==")
+        return bool(same == (sign == "=="))
     return bool({"<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[sign])
 
 

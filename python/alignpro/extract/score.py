@@ -46,8 +46,8 @@ class FieldScore(NamedTuple):
 
 
 def score_record(predicted: Any, true: Mapping[str, Any], schema: Schema) -> FieldScore:
-    """The values of ``predicted`` that are those of ``true``. A quantity is one value in every unit,
-    a text in every case and spacing; what is no field of the schema costs precision. None, as of an
+    """The values of ``predicted`` that are those of ``true``. A quantity is one value in any unit,
+    a text in any case; what is no field of the schema costs precision. None, as of an
     answer that is no record, is a record without a value."""
     return FieldScore(_right(predicted, true, schema.root), _count(predicted), _count(true))
 

@@ -10,7 +10,29 @@ from alignpro.extract.kinds import Leaf
 from alignpro.extract.units import PERCENT, PLAIN, Quantity, normalise, quantities_in
 
 Span = tuple[int, int]
-_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
+_WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 _NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b")
 _DOT = r"\s?[.*\u00b7\u2219\u22c5\u2022]\s?"  # of a hydrate
 _SAME = 1e-9  # relative: what is one number in two units

@@ -102,7 +102,7 @@ def _build_one(name: str, options: dict[str, Any]) -> Reward:
         build = functools.partial(rewards.LearnedReward, name.removeprefix("learned:"))
     elif name.startswith("schema:"):
         path, _, form = name.removeprefix("schema:").partition("#")
-        given = {"format": form} if form else {}
+        given: dict[str, Any] = {"format": form} if form else {}
         build = functools.partial(rewards.SchemaReward, path, **given)
     elif name in _NAMED:
         build = getattr(rewards, _NAMED[name])
