@@ -8,14 +8,23 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import DataConfig, ExtractConfig, ModelConfig, SchemaConfig, SftConfig
+from alignpro.config import (
+    DataConfig,
+    ExtractConfig,
+    ModelConfig,
+    Prompting,
+    SchemaConfig,
+    SftConfig,
+    TrainConfig,
+)
 from alignpro.data.files import DataError
 from alignpro.evaluate import extract as module
 from alignpro.evaluate.extract import extract_of_run, measure, run_extract
 from alignpro.extract.check import Violation
 from alignpro.extract.draw import Extraction
 from alignpro.extract.schema import read_schema
-from alignpro.train.run import run_sft
+from alignpro.prompter import Prompter
+from alignpro.train.run import run_sft, run_train
 from alignpro.types import SamplingParams
 from native_runs import save_run
 
@@ -149,6 +158,37 @@ def test_a_trained_prompter_writes_before_each_draw(here, tiny_model_dir):
         *("--attempts", "1", "--threads", "1"),
     )
     assert "3 texts" in result.output
+
+
+def test_a_prompter_is_trained_by_the_verifier_alone(here, tiny_model_dir):
+    """Its target reads texts in the schema's template, the prompter and the reward without it."""
+    rows = [{"text": f"Dev has {n} eggs.", "record": {"who": "Dev", "n": n}} for n in (6, 7)]
+    (here / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    schema = read_schema("who.json")
+    config = TrainConfig(
+        prompter=ModelConfig(str(tiny_model_dir("llama"))),
+        data={"path": "texts.jsonl", "prompt": "text"},
+        reward="schema:who.json#lines",
+        prompting=Prompting(target_template=schema.template("lines")),
+        heldout={
+            "data": {"path": "held_out.jsonl", "split": None, "prompt": "text"},
+            "num_prompts": None,
+        },
+        run_dir="rl",
+        steps=1,
+        prompts_per_step=2,
+        num_rewrites=2,
+        rewrite=SamplingParams(max_new_tokens=3),
+        response=SamplingParams(max_new_tokens=5),
+        threads=1,
+    )
+    trainer = run_train(config)
+    row = json.loads((here / "rl" / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(row["heldout"]["components"]) == {"valid", "schema", "checks", "f1"}
+    assert trainer.pipeline.prompting.target_template == schema.template("lines")
+    assert extract_of_run(here / "rl").schema == SchemaConfig("who.json", "lines")
+    with pytest.raises(ValueError, match="prompting.target_template"):
+        Prompter.from_run(here / "rl")
 
 
 @pytest.mark.parametrize(
