@@ -27,6 +27,7 @@ STAGES = {
     "headroom": configs.HeadroomConfig,
     "bound": configs.BoundConfig,
     "quickstart": configs.QuickstartConfig,
+    "extract": configs.ExtractConfig,
     "serve": configs.ServeConfig,
 }
 

@@ -137,6 +137,7 @@ STAGES = {
     Stage.evaluate: "EvalConfig",
     Stage.bound: "BoundConfig",
     Stage.mix: "MixConfig",
+    Stage.extract: "ExtractConfig",
     Stage.serve: "ServeConfig",
 }
 

@@ -41,7 +41,8 @@ def broken_by(
     text, which leaves the prompt as it is."""
     if not rewrite.text:
         return None
-    turn, new = (Conversation.of(one).last_turn for one in (prompt, rewrite.target_prompt))
+    turn = Conversation.of(prompt).last_turn
+    new = prompting.rewritten(turn, rewrite.text)
     was_cut = rewrite.finish_reason == "length"
     return broken_guard(Candidate(turn, new, rewrite.text, was_cut), prompting, guards)
 

@@ -119,9 +119,11 @@ def unread_by(
         if answers is None:
             return None
         with_rewrite = "" if not added and not again else ", with the longest rewrite"
-        rewritten = conversation.with_last_turn(_PROBE)
-        for read, more in ((conversation, added), (rewritten, again)):
-            if (read is conversation or again) and not answers.surely_holds(read, more):
+        raw = Conversation.of(pipeline.prompting.target_prompt(row.prompt, ""))
+        probe = conversation.with_last_turn(_PROBE).short
+        rewritten = Conversation.of(pipeline.prompting.target_prompt(probe, ""))
+        for read, more in ((raw, added), (rewritten, again)):
+            if (read is raw or again) and not answers.surely_holds(read, more):
                 reason = too_long(
                     answers.model, answers.count(read) + more, pipeline.response_params
                 )

@@ -5,17 +5,18 @@ The prompter is a `LanguageModel`; the target is one too, which may be the same 
 barrier stands between the models, and where prompter and target are one engine their rows decode
 in one batch. Text crosses between them once per rewrite, and the tokens on both sides are kept,
 where there are tokens.
+
+Long because every way through the two models is a method of one class, which users know.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignpro import trace
 from alignpro.config import RESPONSE, REWRITE, ModelConfig, Prompting, StageConfig, check_sampling
@@ -31,6 +32,8 @@ from alignpro.models.reading import (
     target_tokens,
     too_long,
 )
+from alignpro.models.seeds import derive_seed as derive_seed
+from alignpro.models.seeds import fresh_seed as fresh_seed
 from alignpro.types import (
     Completion,
     Conversation,
@@ -43,20 +46,14 @@ from alignpro.types import (
     SamplingParams,
 )
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from alignpro.extract.draw import Extraction
+    from alignpro.extract.schema import Format, Schema
+
 REWRITE_STREAM, RESPONSE_STREAM = 1, 2  # streams of randomness
 Answered = dict[tuple[int, str], Rewrite]  # by prompt and text
-
-
-def derive_seed(seed: int, *keys: int) -> int:
-    """A 64-bit seed for a part of a run, from the run's seed and the part's keys.
-
-    Each key passes through the splitmix64 finaliser, so neighbouring keys give unrelated seeds.
-    A pure function: what is drawn for prompt 3 does not depend on what else is in the batch.
-    """
-    state = seed & _MASK
-    for key in keys:
-        state = _splitmix64(state ^ _splitmix64(key & _MASK))
-    return state
 
 
 class Pipeline:
@@ -281,6 +278,87 @@ class Pipeline:
             common_draws=common_draws,
         )
 
+    def extract(
+        self,
+        texts: Sequence[PromptLike],
+        schema: str | Path | Mapping[str, Any] | Schema,
+        *,
+        attempts: int = 4,
+        form: Format = "json",
+        seed: int | None = None,
+        numbers: Sequence[int] | None = None,
+        on_extracted: Callable[[int, Extraction], None] | None = None,
+    ) -> list[Extraction]:
+        """Records of texts. The target draws one for each, anew until it verifies by the schema
+        (`extract.check.verify`), ``attempts`` times at most; the first that does is taken, or else
+        the one with the fewest violations. Where there is a prompter, each draw has a rewrite of
+        its own. No true record is needed.
+
+        Args:
+            schema: a file, the name of a packaged one, or what such a file holds.
+            form: what the target is asked to write, "json" or "lines". It reads the schema's
+                template, unless the pipeline's prompting has a ``target_template`` of its own.
+            numbers: of the texts, by which their draws are keyed; None is their order.
+            on_extracted: called with the index and the record of a text as soon as it is done.
+
+        Raises:
+            ValueError: a schema that is none, no text, or one that does not fit the target's
+                context. FailedRowsError: as `rollout`.
+        """
+        from alignpro.extract.draw import extract_records
+        from alignpro.extract.schema import read_schema
+
+        check_counts(attempts=attempts)
+        read, given = read_schema(schema), read_prompts(texts)
+        asked = copy.copy(self)
+        if self.prompting.target_template == Prompting.target_template:
+            template = read.template(form)
+            asked.prompting = replace(self.prompting, target_template=template)
+        return extract_records(
+            asked,
+            given,
+            read,
+            attempts=attempts,
+            form=form,
+            seed=fresh_seed() if seed is None else seed,
+            numbers=range(len(given)) if numbers is None else numbers,
+            on_extracted=on_extracted,
+        )
+
+    def draw(
+        self,
+        in_flight: InFlight,
+        prompt: Prompt,
+        index: int,
+        sample: int,
+        seed: int,
+        on_response: Callable[[Response | None], None],
+    ) -> None:
+        """Queue one rewrite of the prompt, where there is a prompter, and one response to it: the
+        draws of rewrite ``sample`` in `rollout`. on_response: gets the response, or None of one
+        that failed."""
+
+        def hand_over(rewrite: Rewrite) -> None:
+            if rewrite.text and self._too_long(rewrite) is not None:
+                rewrite = self._read_by_target(prompt, index, "")  # what surely fits
+            self._hand_over(in_flight, 1, seed, None, rewrite, sample, on_response)
+
+        if self.prompter is None:
+            hand_over(self._read_by_target(prompt, index, ""))
+            return
+
+        def written(completion: Completion | None) -> None:
+            assert completion is not None  # as in `_generate`
+            hand_over(self.as_rewrite(prompt, index, completion))
+
+        handle = in_flight.client(self.prompter).submit(
+            self.prompter_tokens(prompt, index),
+            self.params_of_rewrite(seed, index),
+            adapter=self.prompter_adapter,
+            sample=sample,
+        )
+        in_flight.add(handle, Request(f"rewrite {sample} of prompt {index}", "hand-off", written))
+
     def _generate(
         self,
         prompts: Sequence[Prompt],
@@ -330,6 +408,7 @@ class Pipeline:
         answered: Answered | None,
         rewrite: Rewrite,
         sample: int,
+        on_response: Callable[[Response | None], None] | None = None,
     ) -> Rewrite:
         """Queue M responses; they are appended to ``rewrite.responses`` in order of their index.
         With ``answered`` draws are common: a second rewrite of a text has the first one's list."""
@@ -357,6 +436,8 @@ class Pipeline:
             if len(arrived) == num_responses:
                 ordered = (arrived[m] for m in range(num_responses))
                 rewrite.responses.extend(r for r in ordered if r is not None)
+            if on_response is not None:
+                on_response(arrived[number])
 
         for number in range(num_responses):
             handle = self._submit(in_flight, rewrite, params, number)
@@ -449,21 +530,6 @@ class Pipeline:
 
         with trace.span("reward"):
             return score_rewrites(self.reward, prompts, rewrites, columns or {})
-
-
-_MASK = 2**64 - 1
-
-
-def _splitmix64(value: int) -> int:
-    """The output function of splitmix64 (Steele, Lea, Flood 2014)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def fresh_seed() -> int:
-    return int.from_bytes(os.urandom(8), "little")
 
 
 def _as_response(completion: Completion) -> Response:

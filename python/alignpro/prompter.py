@@ -75,6 +75,11 @@ class Prompter:
         threads: int | None = None,
         date: str | None = None,
     ) -> None:
+        if prompting is not None and prompting.target_template != "{prompt}":
+            raise ValueError(
+                "prompting.target_template: this prompter was trained for a target that reads "
+                "prompts in a template, as `alignpro extract` asks it; expected {prompt} alone here"
+            )
         if not isinstance(model, NativeModel):
             model = load_model(model, threads, date=date)
         self.model = model

@@ -22,7 +22,7 @@ _RUNNING = (
     _SERVING
     | _WRITING
     | {"pipeline", "lengths", "rewards", "objective", "data", "statistics", "findings", "guards"}
-    | {"fingerprints"}
+    | {"fingerprints", "extract"}
 )
 ROOMS: dict[str, set[str]] = {
     "types": set(),
@@ -33,7 +33,8 @@ ROOMS: dict[str, set[str]] = {
     "run_directory": {"config", "files"},
     "config": {"types"},
     "data": _BASE | {"optional"},
-    "rewards": {"types", "optional", "models"},
+    "rewards": {"types", "optional", "models", "extract"},
+    "extract": {"types", "models"},
     "objective": {"types"},
     "statistics": {"types"},
     "theory": {"types", "statistics"},
@@ -42,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "models": _BASE | {"native", "files", "trace"},
     "ops": _BASE | {"native"},
     "fingerprints": _BASE | {"models", "rewards.check", "files", "run_directory"},
-    "pipeline": _SERVING | {"trace", "rewards.check"},
+    "pipeline": _SERVING | {"trace", "rewards.check", "extract"},
     "lengths": _BASE | {"models", "pipeline", "data"},
     "trl": _BASE | {"models", "pipeline"},
     "guards": _BASE,

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from alignpro.cli import attention, bench, config, preference, report, serve, stages, theory
+from alignpro.cli import (
+    attention,
+    bench,
+    config,
+    extract,
+    preference,
+    report,
+    serve,
+    stages,
+    theory,
+)
 from alignpro.cli.shared import app
 
 __all__ = [
@@ -10,6 +20,7 @@ __all__ = [
     "attention",
     "bench",
     "config",
+    "extract",
     "main",
     "preference",
     "report",

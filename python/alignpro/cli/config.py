@@ -52,6 +52,7 @@ class Stage(str, Enum):
     evaluate = "evaluate"
     bound = "bound"
     mix = "mix"
+    extract = "extract"
     serve = "serve"
 
 
@@ -84,6 +85,7 @@ def config(
         Stage.evaluate: configs.EvalConfig,
         Stage.bound: configs.BoundConfig,
         Stage.mix: configs.MixConfig,
+        Stage.extract: configs.ExtractConfig,
         Stage.serve: configs.ServeConfig,
     }
     typer.echo(commented_yaml(classes[stage], key=key), nl=False)

@@ -28,7 +28,7 @@ DEFECT, BAD_INPUT, NOT_MET = 1, 2, 3
 # In the order of a user's work, which is that of --help.
 _ORDER = (
     *("quickstart", "init", "config", "headroom", "sft", "train", "prefer"),
-    *("reward", "evaluate", "safety", "mix", "report"),
+    *("reward", "evaluate", "safety", "mix", "report", "extract"),
     *("generate", "serve", "bound", "theory", "info", "profile", "bench"),
 )
 
@@ -198,12 +198,13 @@ def read_settings(
     overrides: list[str] | None,
     default: Path | None = None,
     run: Path | None = None,
+    base: T | None = None,
 ) -> T:
     """The file is optional, so a first key=value arrives in its place. The config.json of a run is
     of the directory that it lies in, which may be a copy.
 
     default: the file where none is given; None: the defaults of ``cls``.
-    run: what is not given is as in that run.
+    run: what is not given is as in that run. base: or as in this.
     """
     from alignpro.config import load_yaml
 
@@ -213,7 +214,6 @@ def read_settings(
     home = run_of_config(config)
     if home is not None and "run_dir" in getattr(cls, "__dataclass_fields__", {}):
         settings = [f"run_dir={json.dumps(str(home))}", *settings]
-    base: Any = None
     if run is not None:
         from alignpro.evaluate.of_run import settings_of_run
 

@@ -24,6 +24,8 @@ from alignpro.config.evaluate import OptimumConfig as OptimumConfig
 from alignpro.config.evaluate import SafetyConfig as SafetyConfig
 from alignpro.config.evaluate import StaticSearch as StaticSearch
 from alignpro.config.evaluate import read_requirement as read_requirement
+from alignpro.config.extract import ExtractConfig as ExtractConfig
+from alignpro.config.extract import SchemaConfig as SchemaConfig
 from alignpro.config.fields import from_mapping as from_mapping
 from alignpro.config.fields import unchecked as unchecked
 from alignpro.config.guards import GuardConfig as GuardConfig

@@ -34,6 +34,12 @@ class Prompting:
     """The user turn that the prompter reads, in which {prompt} stands for the last user turn."""
     separator: str = "\n\n"
     """What stands between the prompt and the instruction, with mode append."""
+    target_template: str = "{prompt}"
+    """The user turn that the target reads; {prompt} stands for the prompt with its rewrite.
+
+    Such as a schema's, of `alignpro extract --show-template`, around texts to extract from. The
+    reward sees the prompt alone.
+    """
     history: Literal["none", "turns", "all"] = "all"
     """What the prompter is shown of a conversation before its last user turn: nothing, the turns of
     user and assistant, or the system message as well."""
@@ -48,7 +54,11 @@ class Prompting:
     """
 
     def __post_init__(self) -> None:
-        for name, place in (("template", "{prompt}"), ("history_template", "{history}")):
+        for name, place in (
+            ("template", "{prompt}"),
+            ("target_template", "{prompt}"),
+            ("history_template", "{history}"),
+        ):
             text: str = getattr(self, name)
             if text.count(place) != 1:
                 raise ValueError(
@@ -77,12 +87,16 @@ class Prompting:
 
     def target_prompt(self, prompt: Prompt, rewrite: str) -> Prompt:
         """What the target reads: only the last turn is another. An empty rewrite leaves the prompt
-        as it is."""
-        if not rewrite:
+        as it is, in its template."""
+        if not rewrite and self.target_template == "{prompt}":
             return prompt
         conversation = Conversation.of(prompt)
-        turn = self.before_rewrite(conversation.last_turn) + rewrite
-        return conversation.with_last_turn(turn).short
+        turn = self.rewritten(conversation.last_turn, rewrite)
+        return conversation.with_last_turn(_filled(self.target_template, "{prompt}", turn)).short
+
+    def rewritten(self, turn: str, rewrite: str) -> str:
+        """The last turn with its rewrite, before it is put into the target's template."""
+        return self.before_rewrite(turn) + rewrite if rewrite else turn
 
     def before_rewrite(self, turn: str) -> str:
         """What stands before the rewrite in the turn that the target reads."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from alignpro.config.data import PairsConfig
+from alignpro.config.extract import SchemaConfig
 from alignpro.config.fields import above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
 from alignpro.config.prompting import PairsFitConfig, Prompting
@@ -20,6 +21,12 @@ class SftConfig(PairsFitConfig):
     """The model that is trained, with a fresh adapter."""
     data: PairsConfig = field(default_factory=PairsConfig)
     """The pairs of prompt and instruction."""
+    schema: SchemaConfig | None = None
+    """What is taught instead of instructions: to extract records by this schema, from prompts that
+    have a column of true records; null teaches instructions.
+
+    The prompts are then read in the template of the schema.
+    """
     run_dir: str = "alignpro-sft"
     """The directory of the run."""
     steps: Annotated[int, at_least(0)] = 32

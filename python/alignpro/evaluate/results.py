@@ -283,6 +283,25 @@ class MixReport(ByKey):
 
 
 @dataclass(frozen=True)
+class ExtractReport(ByKey):
+    """Records of texts, by the verifier and, where the true ones are known, by these."""
+
+    texts: int
+    records: int  # texts whose answer is a record
+    attempts: float  # draws a text, on average
+    verified: Interval
+    verified_first: Interval  # by the first draw
+    violations: dict[str, int]  # by check
+    verified_gain: Interval | None = None  # what the further draws added, paired by text
+    f1: Interval | None = None  # micro, over texts
+    precision: float | None = None
+    recall: float | None = None
+    exact: Interval | None = None  # records that are right in every value
+    exact_of_verified: Interval | None = None
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Report(ByKey):
     """A run's report.json, of which any part may be absent."""
 

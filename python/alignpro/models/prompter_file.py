@@ -26,8 +26,11 @@ def save_prompter(
     params: SamplingParams,
 ) -> None:
     """Write a prompter's adapter, and how it reads and writes prompts. Where the chat template
-    changes the text of a turn there is no such file, and a warning. Raises as `save_peft`."""
+    changes the text of a turn, or the target has a template of its own, there is no such file, and
+    a warning. Raises as `save_peft`."""
     try:
+        if prompting.target_template != "{prompt}":
+            raise ValueError("its target reads prompts in a target_template")
         before, after, strips = tokenizer.around_turn()
     except ValueError as error:
         (folder / _FILE).unlink(missing_ok=True)

@@ -55,7 +55,7 @@ def find_lengths(
     """
     before, after = prompting.template.split("{prompt}")
     reads = _Turn(prompter, before, after)
-    answers = _Turn(target, "", "")
+    answers = _Turn(target, *prompting.target_template.split("{prompt}"))
     append = prompting.mode == "append"
     if prompt_tokens is not None or prompts is None:
         length = PROMPT_TOKENS if prompt_tokens is None else prompt_tokens
@@ -105,12 +105,14 @@ class _Turn:
             self.head = shared_prefix(one, other)
             self.tail = shared_prefix(one[::-1], other[::-1])
         self.around = self.head + self.tail
-        self._tokenizer = tokenizer
+        self._tokenizer, self._before, self._after = tokenizer, before, after
 
     def head_of(self, conversation: Conversation) -> int:
         """Tokens up to the end of its last turn."""
         if self._tokenizer is not None and conversation.history:
-            return len(target_tokens(self._tokenizer, conversation.short)) - self.tail
+            turn = self._before + conversation.last_turn + self._after
+            whole = conversation.with_last_turn(turn).short
+            return len(target_tokens(self._tokenizer, whole)) - self.tail
         history = sum(self.around + self.count(content) for _, content in conversation.history)
         return history + self.head + self.count(conversation.last_turn)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from alignpro.rewards.function import from_callable as from_callable
     from alignpro.rewards.house_rules import HouseRulesReward as HouseRulesReward
     from alignpro.rewards.learned import LearnedReward as LearnedReward
+    from alignpro.rewards.schema import SchemaReward as SchemaReward
     from alignpro.rewards.topic import TopicReward as TopicReward
     from alignpro.rewards.vader import VaderReward as VaderReward
 
@@ -28,6 +29,7 @@ _HOMES = {
     "HouseRulesReward": "house_rules",
     "LearnedReward": "learned",
     "RewardError": "check",
+    "SchemaReward": "schema",
     "TopicReward": "topic",
     "VaderReward": "vader",
     "WeightedSum": "combine",

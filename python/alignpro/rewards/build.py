@@ -31,7 +31,8 @@ _NAMED = {
     "forbidden": "ForbiddenReward",
 }
 _KNOWN = (
-    f"known: {', '.join(_NAMED)}, 'module:function', 'learned:FOLDER', 'hf:NAME' or 'hf:NAME#label'"
+    f"known: {', '.join(_NAMED)}, 'module:function', 'learned:FOLDER', 'schema:FILE', 'hf:NAME' or "
+    "'hf:NAME#label'"
 )
 
 
@@ -41,9 +42,10 @@ def build_reward(spec: str | Mapping[str, Any]) -> Reward:
     A line is a sum of terms ``[weight*]name``. A name is one of "vader", "topic", "house_rules"
     and "forbidden", "module:function" for your own (installed or in the current folder; signatures
     as in ``from_callable``; a class is called with the options to make the reward),
-    "learned:FOLDER" for what `alignpro reward fit` wrote, or "hf:NAME[#label]" for a Hugging Face
-    sequence classifier. A mapping says the same with room for
-    options: ``{"vader": 1.0, "hf:NAME#label": {"weight": 0.5, "pair": False}}``.
+    "learned:FOLDER" for what `alignpro reward fit` wrote, "schema:FILE" for records by a schema (as
+    JSON, or "schema:FILE#lines"), or "hf:NAME[#label]" for a Hugging Face sequence classifier. A
+    mapping says the same with room for options: ``{"vader": 1.0, "hf:NAME#label": {"weight": 0.5,
+    "pair": False}}``.
 
     Raises ValueError with one line on what was expected; ImportError where a package is missing.
     """
@@ -98,6 +100,10 @@ def _build_one(name: str, options: dict[str, Any]) -> Reward:
         build = _classifier_builder(name)
     elif name.startswith("learned:"):
         build = functools.partial(rewards.LearnedReward, name.removeprefix("learned:"))
+    elif name.startswith("schema:"):
+        path, _, form = name.removeprefix("schema:").partition("#")
+        given: dict[str, Any] = {"format": form} if form else {}
+        build = functools.partial(rewards.SchemaReward, path, **given)
     elif name in _NAMED:
         build = getattr(rewards, _NAMED[name])
     elif ":" in name:

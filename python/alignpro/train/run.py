@@ -41,7 +41,7 @@ from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, truncate_metrics
 from alignpro.train.policy import LoraPolicy, Reference, save_trained
 from alignpro.train.preference import fit_preferences, preference_fit
-from alignpro.train.sft import fit_pairs, warm_start
+from alignpro.train.sft import fit_pairs, record_pairs, warm_start
 from alignpro.train.trackers import check_trackers
 from alignpro.train.trainer import Trainer, said_of_resume
 from alignpro.types import Reward
@@ -63,7 +63,10 @@ def run_sft(
     """
     check_config(config, SftConfig)
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
-    pairs = load_pairs(config.data)
+    if config.schema is None:
+        pairs = load_pairs(config.data)
+    else:
+        pairs, config = record_pairs(config)
     config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
     model = load_model(config.prompter, config.threads, date=config.date)
     policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from alignpro.config import FitConfig, Prompting, SftConfig
-from alignpro.data.load import PairRow
+from alignpro.data.files import DataError
+from alignpro.data.load import PairRow, load_prompts
+from alignpro.extract.check import verify
+from alignpro.extract.parse import as_record
+from alignpro.extract.schema import read_schema
 from alignpro.lengths import fit_rows
 from alignpro.models.native_client import prompt_end
 from alignpro.models.native_model import NativeModel
@@ -91,6 +95,29 @@ def fit_pairs(
 
     rows = fit_rows(pairs, unread, config.on_too_long).rows
     return [(pair.prompt, pair.instruction) for pair in rows]
+
+
+def record_pairs(config: SftConfig) -> tuple[list[PairRow], SftConfig]:
+    """Texts and the records that are to be written for them, by ``config.schema``, and the
+    configuration with the schema's template.
+
+    Raises DataError: a row whose record is none, or not as the schema and its text say.
+    """
+    assert config.schema is not None
+    schema, form = read_schema(config.schema.path), config.schema.format
+    rows = []
+    for row in load_prompts(config.data):
+        where = f"{row.place}, column {config.schema.record!r}"
+        try:
+            record = as_record(row.columns.get(config.schema.record))
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from None
+        wrong = verify(record, schema, Conversation.of(row.prompt).last_turn)
+        if wrong:
+            raise DataError(f"{where}: {wrong[0]}")
+        rows.append(PairRow(row.prompt, schema.write(record, form), row.place))
+    prompting = replace(config.prompting, template=schema.template(form))
+    return rows, replace(config, prompting=prompting)
 
 
 def likelihood_gradients(

@@ -1,0 +1,353 @@
+"""The verifier: oracles by hand, hostile records, and every single corruption at its field."""
+
+# ruff: noqa: RUF001 (characters that look alike are what is tested)
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+
+from alignpro.config import DataConfig
+from alignpro.data.load import load_prompts
+from alignpro.extract.check import judge, verify
+from alignpro.extract.schema import read_schema
+from alignpro.extract.source import Source
+
+WEIGHED = read_schema(
+    {
+        "fields": {"formula": "formula", "mass": "quantity[g]", "amount": "quantity[mol]"},
+        "checks": ["close(amount, mass / molar_mass(formula), 0.02)"],
+    }
+)
+LOOSE = read_schema(
+    {
+        "fields": {"formula": "formula", "mass": "quantity[g]", "amount": "quantity[mol]"},
+        "checks": ["close(amount, mass / molar_mass(formula), 0.4)"],
+    }
+)
+
+
+def weighed(amount, mass="1.22 g"):
+    return {"formula": "C7H6O2", "mass": mass, "amount": amount}
+
+
+@pytest.mark.parametrize(
+    ("amount", "deviation", "passes_loose"),
+    [("12.0 mmol", 0.1675, True), ("15.0 mmol", 0.334, True), ("17.0 mmol", 0.412, False)],
+)
+def test_the_oracle_of_amounts_that_a_loose_tolerance_lets_pass(amount, deviation, passes_loose):
+    (violation,) = verify(weighed(amount), WEIGHED)
+    assert violation.field == "amount" and violation.check.startswith("close(")
+    assert violation.found == float(amount.split()[0]) / 1000
+    assert violation.expected == pytest.approx(0.00998993, abs=1e-8)
+    assert abs(violation.found - violation.expected) / violation.found == pytest.approx(
+        deviation, abs=5e-4
+    )
+    assert (verify(weighed(amount), LOOSE) == []) is passes_loose
+
+
+def test_a_right_amount_passes_in_every_unit():
+    for mass in ("1220 mg", "1,220 mg", "0.00122 kg", 1.22, "1.22"):
+        for amount in ("9.99 mmol", "0.00999 mol", "9.99 x 10^-3 mol", 0.00999):
+            assert verify(weighed(amount, mass), WEIGHED) == [], (mass, amount)
+
+
+@pytest.mark.parametrize(
+    ("mass", "check"),
+    [
+        ("1.22 mL", "unit"),
+        ("1.22 %", "unit"),
+        ("1.2-1.3 g", "type"),
+        ("about 1.22 g", "type"),
+        ("1,22 g", "type"),
+        ("", "type"),
+        ("heavy", "type"),
+        (True, "type"),
+        ([1.22], "type"),
+        ({"value": 1.22}, "type"),
+        (float("nan"), "type"),
+        (math.inf, "type"),
+        (10**400, "type"),
+        ("1e999 g", "type"),
+        (None, "required"),
+    ],
+)
+def test_a_wrong_value_is_one_violation_of_its_field(mass, check):
+    record = weighed("9.99 mmol", mass)
+    (violation,) = verify(record, WEIGHED)
+    assert (violation.field, violation.check) == ("mass", check)
+    json.dumps(violation.to_plain(), allow_nan=False)
+    assert "\n" not in str(violation) and len(str(violation)) < 300
+
+
+@pytest.mark.parametrize(
+    "record", [None, 5, "mass", [], [weighed("9.99 mmol")], float("nan"), object()]
+)
+def test_what_is_no_record_is_one_violation(record):
+    (violation,) = verify(record, WEIGHED)
+    assert violation.check == "type" and violation.expected == "an object"
+    assert not judge(record, WEIGHED).verified
+
+
+def test_an_empty_record_is_never_verified():
+    optional = read_schema({"fields": {"a": "text?", "b": {"list": "text"}}})
+    for record in ({}, {"a": None}, {"b": []}, {"a": None, "b": None}):
+        assert [v.check for v in verify(record, optional, "some text")] == ["empty"]
+    assert verify({"b": ["some"]}, optional, "some text") == []
+    assert {v.field for v in verify({}, WEIGHED)} == {"formula", "mass", "amount"}
+
+
+def test_unknown_fields_and_deep_ones_are_named_and_cost_nothing():
+    deep: dict = {}
+    for _ in range(100_000):
+        deep = {"x": deep}
+    record = {**weighed("9.99 mmol"), "note": deep, 5: "five"}
+    assert [(v.field, v.check) for v in verify(record, WEIGHED)] == [
+        ("note", "unknown"),
+        ("5", "unknown"),
+    ]
+
+
+def test_a_division_by_zero_is_a_violation_and_no_error():
+    read = read_schema(
+        {"fields": {"a": "number", "b": "number"}, "checks": ["a / b > 1", "a * a * a * a > 0"]}
+    )
+    (violation,) = verify({"a": 1, "b": 0}, read)
+    assert (violation.field, violation.found) == ("a", "division by zero")
+    huge = verify({"a": 1e200, "b": 1}, read)
+    assert [(v.found, v.expected) for v in huge] == [("a number that is too large", "a number")]
+
+
+def test_temperatures_have_an_offset_and_a_least():
+    read = read_schema(
+        {
+            "fields": {"t": "quantity[degC]", "u": "quantity[degC]?"},
+            "checks": ["t <= quantity(100, 'degC')", "u >= t"],
+        }
+    )
+    assert verify({"t": "373.15 K", "u": "212 °F"}, read) == []
+    assert [v.field for v in verify({"t": "374 K"}, read)] == ["t"]
+    assert verify({"t": "-273.15 °C"}, read) == []
+    (violation,) = verify({"t": "−300 °C"}, read)
+    assert (violation.field, violation.check) == ("t", "range")
+    (violation,) = verify({"t": "80 °C", "u": "170 degF"}, read)
+    assert violation.field == "u" and violation.found == pytest.approx(76.6667, abs=1e-4)
+    assert violation.expected == pytest.approx(80.0)
+
+
+def test_ranges_choices_flags_and_whole_numbers():
+    read = read_schema(
+        {
+            "fields": {
+                "n": {"type": "integer", "min": 1, "max": 5},
+                "kind": ["Wet", "dry"],
+                "ok": "boolean",
+                "m": {"type": "quantity[g]", "max": 2},
+            },
+            "checks": ["ok or kind == 'wet'"],
+        }
+    )
+    good = {"n": "5", "kind": "WET", "ok": "no", "m": "2000 mg"}
+    assert verify(good, read) == []
+    for change, field, check in (
+        ({"n": 0}, "n", "range"),
+        ({"n": 2.5}, "n", "type"),
+        ({"n": "2 g"}, "n", "unit"),
+        ({"kind": "moist"}, "kind", "choice"),
+        ({"kind": 1}, "kind", "type"),
+        ({"ok": "maybe"}, "ok", "type"),
+        ({"ok": 1}, "ok", "type"),
+        ({"m": "2.01 g"}, "m", "range"),
+        ({"kind": "dry"}, "ok", "ok or kind == 'wet'"),
+    ):
+        assert [(v.field, v.check) for v in verify({**good, **change}, read)] == [(field, check)]
+
+
+def test_text_has_to_occur_in_the_source_as_whole_words():
+    read = read_schema(
+        {"fields": {"a": "text", "f": "formula?", "free": {"type": "text?", "grounded": False}}}
+    )
+    source = "Stir  the Tincture with CO and CuSO4 · 5H2O."
+    for value in ("the tincture", "STIR THE", "tincture"):
+        assert verify({"a": value, "free": "anything"}, read, source) == []
+    for value in ("tin", "inctur", "the mixture", "tincture CO"):
+        assert [v.check for v in verify({"a": value}, read, source)] == ["in_text"]
+    assert verify({"a": "stir", "f": "CuSO4·5H2O"}, read, source) == []
+    assert [v.field for v in verify({"a": "stir", "f": "Co"}, read, source)] == ["f"]
+    assert verify({"a": "anything"}, read) == []  # without a source there is nothing to occur in
+
+
+def test_elements_of_lists_are_counted_from_one():
+    read = read_schema(
+        {
+            "fields": {
+                "people": {"list": "text", "min": 1, "max": 3},
+                "tasks": {"list": {"who": "text", "hours": "number", "days": "number?"}},
+            },
+            "checks": [
+                "one_of(tasks.who, people)",
+                "tasks.hours <= 10",
+                "tasks.days <= tasks.hours",
+                "sum(tasks.hours) <= 12",
+                "count(people) <= 2 or count(tasks) >= 1",
+            ],
+        }
+    )
+    good = {
+        "people": ["Ana", "Ben"],
+        "tasks": [{"who": "Ana", "hours": 3}, {"who": "ben", "hours": 9, "days": 1}],
+    }
+    assert verify(good, read) == []
+    changed = copy.deepcopy(good)
+    changed["tasks"][1]["who"] = "Cleo"
+    assert [v.field for v in verify(changed, read)] == ["tasks.2.who"]
+    changed = copy.deepcopy(good)
+    changed["tasks"][1]["hours"] = 11
+    # Its own check refuses it, so what compares it with others is not made.
+    assert [(v.field, v.check) for v in verify(changed, read)] == [
+        ("tasks.2.hours", "tasks.hours <= 10")
+    ]
+    changed["tasks"][1] = {"who": "Ben", "hours": 10, "days": 10.5}
+    assert [v.field for v in verify(changed, read)] == ["tasks.hours", "tasks.2.days"]
+    assert [v.check for v in verify({**good, "people": []}, read)] == ["required"]
+    assert next(v.check for v in verify({**good, "people": ["a"] * 4}, read)) == "length"
+    assert [v.field for v in verify({"people": ["a", "b", "c"]}, read)] == ["people"]
+    assert [v.field for v in verify({**good, "tasks": {"who": "Ana"}}, read)] == ["tasks"]
+
+
+# --- what ships ---
+
+SHIPPED = {
+    "reaction": ("reactions", "record"),
+    "reaction_flat": ("reactions", "flat"),
+    "recipe": ("recipes", "record"),
+    "meeting": ("meetings", "record"),
+}
+
+
+def rows(name):
+    data, column = SHIPPED[name]
+    source = DataConfig(data, split=None, prompt="text")
+    return [(row.prompt, row.columns[column]) for row in load_prompts(source)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_record_verifies(name):
+    schema = read_schema(name)
+    for text, record in rows(name):
+        assert verify(record, schema, text) == [], (text, record)
+
+
+def leaves(value, path=()):
+    """(path, value) of every leaf, the elements of lists counted from 1."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value, start=1):
+            yield from leaves(inner, (*path, number))
+    else:
+        yield path, value
+
+
+def changed(record, path, value):
+    """A copy of the record with another value there; `...` takes the key out."""
+    copied = copy.deepcopy(record)
+    at = copied
+    for step in path[:-1]:
+        at = at[step - 1] if isinstance(step, int) else at[step]
+    last = path[-1] - 1 if isinstance(path[-1], int) else path[-1]
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    return copied
+
+
+def other_digit(value):
+    """The same with its first digit another, so that it is far off."""
+    text = str(value)
+    at = next(i for i, c in enumerate(text) if c in "123456789" or text.startswith("0 "))
+    return text[:at] + str(int(text[at]) % 9 + 1) + text[at + 1 :]
+
+
+def occurs(text, value, leaf):
+    """Whether the text says it somewhere, so that no one can know that it is wrong."""
+    from alignpro.extract.check import read_leaf
+
+    return bool(Source(text).spans(read_leaf(value, leaf), leaf))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_single_corruption_is_reported_at_exactly_that_field(name):
+    from alignpro.extract.kinds import NUMERIC, find
+    from alignpro.extract.units import read_quantity
+
+    schema, made = read_schema(name), {}
+    for text, record in rows(name)[::4]:
+        for path, value in leaves(record):
+            leaf, _ = find(schema.root, tuple(p for p in path if isinstance(p, str)))
+            leaf = getattr(leaf, "item", leaf)
+            field = ".".join(map(str, path))
+            corruptions = {}
+            if not leaf.optional and isinstance(path[-1], str):
+                corruptions["missing"] = ...
+            if leaf.kind in ("text", "formula"):
+                corruptions["invented"] = "C55H66O77" if leaf.kind == "formula" else "unobtainium"
+            if leaf.kind in NUMERIC:
+                corruptions["digit"] = other_digit(value)
+                if occurs(text, corruptions["digit"], leaf):
+                    del corruptions["digit"]
+            if leaf.kind == "quantity":
+                spelled = str(value).split()[-1]
+                wrong = {"g": "mL", "mg": "mL", "kg": "mL"}.get(spelled, "g")
+                corruptions["unit"] = str(value).replace(spelled, wrong)
+                assert read_quantity(corruptions["unit"]) is not None
+            if leaf.kind == "choice":
+                corruptions["choice"] = "neither"
+            corruptions["type"] = [value]
+            for kind, corrupt in corruptions.items():
+                found = [v.field for v in verify(changed(record, path, corrupt), schema, text)]
+                parent = ".".join(map(str, path[:-1]))
+                assert found == [field], (kind, field, corrupt, found, parent, text)
+                made[kind] = made.get(kind, 0) + 1
+    assert min(made.values()) > 10, made
+
+
+def test_swapped_roles_of_a_reaction_are_seen():
+    schema = read_schema("reaction")
+    seen = 0
+    for text, record in rows("reaction"):
+        first, product = record["reactants"][0], record["product"]
+        swapped = copy.deepcopy(record)
+        swapped["reactants"][0], swapped["product"] = product, first
+        assert "product.amount" in [v.field for v in verify(swapped, schema, text)] or (
+            len(record["reactants"]) == 1 and record["yield"].startswith(("97", "98", "99"))
+        )
+        names = copy.deepcopy(record)
+        names["reactants"][0]["name"], names["product"]["name"] = product["name"], first["name"]
+        assert [v.field for v in verify(names, schema, text)] == [
+            "reactants.1.name",
+            "product.name",
+        ]
+        seen += 1
+    assert seen == 300
+
+
+def test_a_schema_never_runs_python():
+    """Every name that reaches the evaluator is a field or one of its functions."""
+    import builtins
+
+    for name in dir(builtins):
+        with pytest.raises(ValueError):
+            read_schema(
+                {
+                    "fields": {"a": "number"},
+                    "checks": [f"{name}(a) == 1"]
+                    if name not in ("abs", "max", "min", "sum")
+                    else [f"{name}.__self__ == a"],
+                }
+            )
