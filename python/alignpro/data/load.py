@@ -2,8 +2,8 @@
 
 A source is a path, or a group of the configuration with its columns (`config.data`):
 * a file as `data.files` reads them;
-* the name of data that the package ships: "everyday", "house_rules" and "surprise" (prompts),
-  "instructions" and "house_rules_warm_start" (pairs), "warm_tones" (preferences);
+* the name of data that the package ships: "everyday", "house_rules", "surprise" and "scenes"
+  (prompts), "instructions" and "house_rules_warm_start" (pairs), "warm_tones" (preferences);
 * the name of a data set on the hub, "owner/name" or "owner/name:subset", read through the package
   ``datasets``.
 
@@ -39,6 +39,7 @@ PACKAGED = {
     "house_rules_warm_start": "house_rules_warm_start.jsonl",
     "surprise": "surprise.jsonl",
     "warm_tones": "warm_tones.jsonl",
+    "scenes": "scenes.jsonl",
 }
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "turns")
 _SYSTEM = ("system", "developer")
