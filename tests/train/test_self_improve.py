@@ -36,7 +36,7 @@ from alignpro.train.sentence_search import (
 from alignpro.train.sentences import split_sentences
 from alignpro.types import SamplingParams
 
-LONG = SamplingParams(max_new_tokens=90, temperature=1.0)
+LONG = SamplingParams(max_new_tokens=150, temperature=1.0)
 
 
 def test_the_gradient_of_a_round_is_zero_at_the_tilted_policy():
@@ -80,7 +80,7 @@ def shorter(responses):
 
 
 def test_a_search_scores_siblings_and_goes_on_from_the_best_and_the_worst(tiny):
-    config = SelfImproveConfig(response=LONG, candidates=4, sentences=3, calibration=1.0)
+    config = SelfImproveConfig(response=LONG, candidates=8, sentences=3, calibration=1.0)
     prompts = ["tell me of tides", "the red one"]
     options = (from_callable(shorter), config)
     found, places = search_answers(tiny, None, prompts, {}, *options, seed=5)
@@ -93,7 +93,7 @@ def test_a_search_scores_siblings_and_goes_on_from_the_best_and_the_worst(tiny):
         assert scores == sorted(scores, reverse=True)
         for answer in answers:
             assert 1 <= len(answer.sentences) == len(answer.scores) <= 3
-            assert all(s.text for s in answer.sentences) and len(answer.tokens) <= 90
+            assert all(s.text for s in answer.sentences) and len(answer.tokens) <= 150
             assert scores[answers.index(answer)] == pytest.approx(np.mean(answer.scores))
             for sentence, score in zip(answer.sentences, answer.calibrator, strict=True):
                 assert score == -len(sentence.text)
@@ -105,7 +105,7 @@ def test_a_search_scores_siblings_and_goes_on_from_the_best_and_the_worst(tiny):
 
 
 def test_a_prompts_draws_do_not_depend_on_the_others(tiny):
-    config = SelfImproveConfig(response=LONG, candidates=3, sentences=2)
+    config = SelfImproveConfig(response=LONG, candidates=6, sentences=2)
     reward = from_callable(shorter)
     alone, _ = search_answers(tiny, None, ["tides"], {}, reward, config, seed=5)
     both, _ = search_answers(tiny, None, ["tides", "roofs"], {}, reward, config, seed=5)
@@ -196,7 +196,7 @@ def settings(place, **changes):
         "data": DataConfig("rows.jsonl"),
         "run_dir": str(place / "run"),
         "iterations": 2,
-        "candidates": 3,
+        "candidates": 6,
         "sentences": 2,
         "response": LONG,
         "steps": 3,

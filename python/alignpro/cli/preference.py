@@ -71,7 +71,7 @@ def self_improve(
     overwrite: Overwrite = False,
     allow_changes: AllowChanges = False,
 ) -> None:
-    """Train on pairs that the policy makes of its own answers, calibrated."""
+    """Train on pairs that a policy makes of its own answers."""
     needs_torch("self-improve")
     from alignpro.config import SelfImproveConfig
 

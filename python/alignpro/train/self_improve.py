@@ -54,7 +54,7 @@ from alignpro.theory.self_reward import effective_beta, sharpening
 from alignpro.train.callbacks import OnProgress
 from alignpro.train.checkpoint import MAY_CHANGE, check_same_run
 from alignpro.train.metrics import read_metrics
-from alignpro.train.policy import LoraPolicy, save_trained
+from alignpro.train.policy import LoraPolicy, Reference, save_trained
 from alignpro.train.run import OnStep, run_prefer, starting_weights
 from alignpro.train.self_measure import (
     MeasuredAnswer,
@@ -233,8 +233,9 @@ class SelfImprovement:
         log = directory.path / ROUNDS
         done = read_metrics(log) if log.exists() else []
         done = done[: self.config.iterations + 1]
-        for row in done if on_round is not None else ():
-            on_round(row)
+        if on_round is not None:
+            for row in done:
+                on_round(row)
         try:
             for number in range(len(done), self.config.iterations + 1):
                 row = self._round(number, allow_changes, on_step)
@@ -380,7 +381,7 @@ class SelfImprovement:
         """Train on the pairs of a round, or go on with it, by the preference training."""
         folder = self._round_dir(number)
         begun = folder.is_dir() and is_run_dir(folder) and not is_free(folder)
-        first = self._start if self._start is not None else "base"
+        first: Reference = self._start if self._start is not None else "base"
         run_prefer(
             self._fit_config(number),
             resume=begun and (folder / CONFIG).is_file(),

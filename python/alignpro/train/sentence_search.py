@@ -179,7 +179,7 @@ def _scored(
     """(prompt, answer with one more sentence); the places are added to ``places``."""
     rows = [(index, sentence) for index, _, group in groups for sentence in group]
     of_rows = {name: [values[index] for index, _ in rows] for name, values in columns.items()}
-    own = {
+    own: dict[str, Sequence[Any]] = {
         COMPLETION_IDS: [list(sentence.tokens) for _, sentence in rows],
         RESPONSE_LOGPROBS: [list(sentence.logprobs) for _, sentence in rows],
     }
