@@ -22,6 +22,7 @@ STAGES = {
     "train": configs.TrainConfig,
     "sft": configs.SftConfig,
     "prefer": configs.PreferConfig,
+    "self-improve": configs.SelfImproveConfig,
     "reward": configs.RewardFitConfig,
     "evaluate": configs.EvalConfig,
     "headroom": configs.HeadroomConfig,

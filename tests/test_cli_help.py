@@ -24,6 +24,7 @@ from alignpro.config import (
     PreferConfig,
     QuickstartConfig,
     RewardFitConfig,
+    SelfImproveConfig,
     ServeConfig,
     SftConfig,
     TrainConfig,
@@ -39,6 +40,7 @@ STAGES = {
     "sft": SftConfig,
     "train": TrainConfig,
     "prefer": PreferConfig,
+    "self-improve": SelfImproveConfig,
     "reward": RewardFitConfig,
     "evaluate": EvalConfig,
     "bound": BoundConfig,
@@ -95,9 +97,8 @@ def test_help_imports_nothing_heavy():
 def test_help_lists_commands_in_the_order_of_a_users_work():
     lines = run("-h").stdout.split("Commands:")[1].splitlines()
     listed = [line.split()[0] for line in lines if line]
-    assert listed[:9] == (
-        ["quickstart", "init", "config", "headroom", "sft", "train", "prefer", "reward", "evaluate"]
-    )
+    first = ["quickstart", "init", "config", "headroom", "sft", "train", "prefer"]
+    assert listed[:9] == [*first, "self-improve", "reward"]
     assert set(listed) == set(typer.main.get_command(app).commands)
     assert not any("..." in line for line in lines)  # whole sentences, in a terminal of 80 columns
 
@@ -217,9 +218,8 @@ def test_a_field_without_a_docstring_is_seen():
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("value", ["a: b", "1e3", "null", "x # y", "", "'", "é\n", "=", "0x1"])
 def test_any_text_is_read_back(stage, value):
-    path = {"sft": "run_dir", "prefer": "run_dir", "reward": "date", "serve": "run"}.get(
-        stage, "reward"
-    )
+    path = {stage: "run_dir" for stage in ("sft", "prefer", "self-improve")}
+    path = (path | {"reward": "date", "serve": "run"}).get(stage, "reward")
     text = commented_yaml(STAGES[stage], values={path: value})
     assert yaml.safe_load(text)[path] == value
 

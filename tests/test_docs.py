@@ -133,6 +133,7 @@ STAGES = {
     Stage.sft: "SftConfig",
     Stage.train: "TrainConfig",
     Stage.prefer: "PreferConfig",
+    Stage.self_improve: "SelfImproveConfig",
     Stage.reward: "RewardFitConfig",
     Stage.evaluate: "EvalConfig",
     Stage.bound: "BoundConfig",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from alignpro.config import Prompting as Prompting
     from alignpro.config import QuickstartConfig as QuickstartConfig
     from alignpro.config import RewardFitConfig as RewardFitConfig
+    from alignpro.config import SelfImproveConfig as SelfImproveConfig
     from alignpro.config import SftConfig as SftConfig
     from alignpro.config import TrainConfig as TrainConfig
     from alignpro.config import load_yaml as load_yaml
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from alignpro.train.run import run_prefer as run_prefer
     from alignpro.train.run import run_sft as run_sft
     from alignpro.train.run import run_train as run_train
+    from alignpro.train.self_improve import run_self_improve as run_self_improve
     from alignpro.train.trainer import Trainer as Trainer
     from alignpro.types import Chat as Chat
     from alignpro.types import Completion as Completion
@@ -97,6 +99,7 @@ _HOMES = {
     "Rewritten": "rewriting",
     "Rollout": "types",
     "SamplingParams": "types",
+    "SelfImproveConfig": "config",
     "SftConfig": "config",
     "Tokenizer": "models.tokenizer",
     "TrainCallback": "train.callbacks",
@@ -114,6 +117,7 @@ _HOMES = {
     "run_headroom": "evaluate.headroom",
     "run_prefer": "train.run",
     "run_reward_fit": "train.reward_fit",
+    "run_self_improve": "train.self_improve",
     "run_sft": "train.run",
     "run_train": "train.run",
     "save_peft": "models.adapter",

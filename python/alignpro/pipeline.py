@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignpro import trace
 from alignpro.config import RESPONSE, REWRITE, ModelConfig, Prompting, StageConfig, check_sampling
+from alignpro.models.answer_scores import TargetScorer
 from alignpro.models.arguments import check_counts, check_models, check_params, check_texts
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
@@ -85,6 +86,10 @@ class Pipeline:
         max_failed: float = ModelConfig.max_failed,
     ) -> None:
         check_models(prompter, target, reward)
+        if reward is not None and target is not None:
+            from alignpro.rewards.check import offer_scorer
+
+            offer_scorer(reward, TargetScorer(target))
         self.prompter = prompter
         self._target = target
         self.reward = reward

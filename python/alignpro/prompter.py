@@ -17,10 +17,8 @@ from alignpro.config import (
     REWRITE,
     GuardConfig,
     ModelConfig,
-    PreferConfig,
     Prompting,
     SftConfig,
-    TrainConfig,
 )
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.engine_thread import EngineThread
@@ -37,7 +35,7 @@ from alignpro.rewriting import (
     Turn,
     beside,
 )
-from alignpro.run_directory import CONFIG, config_of_run
+from alignpro.run_directory import CONFIG, RunConfig, config_of_run
 from alignpro.types import (
     Completion,
     PromptLike,
@@ -303,7 +301,7 @@ class Prompter:
 
 def config_of_prompter(
     run: str | os.PathLike[str],
-) -> TrainConfig | PreferConfig | SftConfig:
+) -> RunConfig:
     """What the run of a prompter was made with. Raises as `Prompter.from_run`."""
     run = Path(run)
     file, adapter = run / CONFIG, run / "adapter"

@@ -18,7 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from alignpro.config import PreferConfig, SftConfig, TrainConfig, from_mapping
+from alignpro.config import (
+    PreferConfig,
+    SelfImproveConfig,
+    SftConfig,
+    TrainConfig,
+    from_mapping,
+)
 from alignpro.files import LOCKED, PARTIAL, lock_file, lock_holder, sync_folder, write_file
 
 MARKER, LOCK, ERROR_LOG = ".alignpro-run", ".alignpro-lock", "error.log"
@@ -32,14 +38,17 @@ _PAID = re.compile(
     rf"{re.escape(CALLS)}|(?:evaluation|safety|headroom|bound)\.json\.(?:calls|judge)\.jsonl"
 )
 # Paths in the directory, "/" between their parts.
+# Rounds of self-improvement are runs of their own in one.
+_ROUND = r"round-\d{2,}"
 RUN_FILES = re.compile(
-    rf"""(?:
+    rf"""(?:{_ROUND}/)?(?:
     {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(ERROR_LOG)}
     | {re.escape(CONFIG)} | {re.escape(FINGERPRINTS)}
     | (?:report|evaluate|evaluation|safety|headroom|bound|wandb|trackio)\.json
     | (?:evaluation|safety|headroom|bound)\.json
       (?:\.arms\.jsonl|\.unjudged\.json|{re.escape(LOCKED)})
-    | (?:metrics|sft-metrics|rollouts)\.jsonl | {_PAID.pattern} | report\.html | reward\.png
+    | (?:pairs|measured)-\d{{2,}}\.jsonl | pairs-\d{{2,}}\.json
+    | (?:metrics|sft-metrics|rollouts|rounds)\.jsonl | {_PAID.pattern} | report\.html | reward\.png
     | (?:adapter|reference)/(?:{_PEFT})
     | checkpoints/step-\d{{6,}}(?:{re.escape(PARTIAL)})?/
       (?:state\.json | optimizer\.pt | critic\.pt | adapter/(?:{_PEFT}))
@@ -49,8 +58,8 @@ RUN_FILES = re.compile(
     re.VERBOSE,
 )
 _RUN_FOLDERS = re.compile(
-    rf"adapter|reference|tensorboard|wandb(?:/.+)?"
-    rf"|checkpoints(?:/step-\d{{6,}}(?:{re.escape(PARTIAL)})?(?:/adapter)?)?"
+    rf"{_ROUND}|(?:{_ROUND}/)?(?:adapter|reference|tensorboard|wandb(?:/.+)?"
+    rf"|checkpoints(?:/step-\d{{6,}}(?:{re.escape(PARTIAL)})?(?:/adapter)?)?)"
 )
 # What is there before the first step is done; a log without a line is such a one, too.
 _BEFORE_A_STEP = re.compile(
@@ -323,14 +332,20 @@ def read_record(path: Path) -> dict[str, Any]:
     return value
 
 
-def config_of_run(run: Path) -> TrainConfig | PreferConfig | SftConfig:
-    """What a run was made with: a training, by rewards or on preferences, or a warm start.
+RunConfig = TrainConfig | PreferConfig | SelfImproveConfig | SftConfig
+
+
+def config_of_run(run: Path) -> RunConfig:
+    """What a run was made with: a training, by rewards, on preferences or on its own answers, or a
+    warm start.
 
     Raises:
         ValueError: its config.json is damaged; the message names it. FileNotFoundError: no such.
     """
     record = read_record(run / CONFIG)
     try:
+        if "calibration" in record:
+            return from_mapping(SelfImproveConfig, record)
         if "beta" in record:
             return from_mapping(PreferConfig, record)
         if "policy" in record:

@@ -71,6 +71,37 @@ def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike, *, seed: int = 
     return _percentiles(float(a.mean() / b.mean()), np.concatenate(ratios))
 
 
+def relative_reduction(
+    treated: ArrayLike,
+    treated_of: ArrayLike,
+    control: ArrayLike,
+    control_of: ArrayLike,
+    *,
+    seed: int = 0,
+) -> Interval:
+    """How much lower the ratio sum(treated) / sum(treated_of) is than that of the control, as a
+    share of the latter, over the same prompts [n], with the percentile interval of a bootstrap that
+    resamples prompts, all four together.
+
+    Raises ValueError where lengths differ, n < 2, or the control has nothing to reduce.
+    """
+    a, a_of = _paired(treated=treated, treated_of=treated_of)
+    b, b_of = _paired(control=control, control_of=control_of)
+    _paired(treated=a, control=b)
+    if not (a_of.sum() > 0 and b_of.sum() > 0 and b.sum() > 0):
+        raise ValueError("control: expected a ratio above 0, and a treated one")
+
+    def reduction(x: Floats, x_of: Floats, y: Floats, y_of: Floats) -> Floats:
+        defined = (x_of > 0) & (y_of > 0) & (y > 0)
+        shares: Floats = 1 - (x * y_of)[defined] / (x_of * y)[defined]
+        return shares
+
+    four = (a, a_of, b, b_of)
+    draws = [reduction(*(v[drawn].sum(axis=1) for v in four)) for drawn in _resampled(a.size, seed)]
+    whole = reduction(*(np.array([v.sum()]) for v in four))
+    return _percentiles(float(whole[0]), np.concatenate(draws))
+
+
 def binomial_at_most(successes: int, trials: int, probability: float) -> float:
     """P(Binomial(trials, probability) <= successes), to about 1e-12."""
     if successes < 0:

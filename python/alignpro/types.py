@@ -312,3 +312,22 @@ class Reward(Protocol):
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> Sequence[float | None]: ...
+
+
+class AnswerScorer(Protocol):
+    """What rewards may ask of the frozen target beside its responses; pipelines pass it on."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tells_logprobs(self) -> bool:
+        """Whether responses come with the log-probabilities that they were drawn with."""
+
+    @property
+    def scores_answers(self) -> bool:
+        """Whether it can be called."""
+
+    def __call__(self, prompts: Sequence[Prompt | None], answers: Texts) -> list[float]:
+        """log p(answer | prompt) at temperature 1, in nats, the mean per token of each row; None
+        reads an empty turn, and an empty answer has 0."""

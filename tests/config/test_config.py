@@ -18,6 +18,7 @@ from alignpro.config import (
     PreferConfig,
     Prompting,
     QuickstartConfig,
+    SelfImproveConfig,
     SftConfig,
     StaticSearch,
     TrainConfig,
@@ -33,6 +34,7 @@ from alignpro.types import Conversation
     "cls",
     [
         PreferConfig,
+        SelfImproveConfig,
         SftConfig,
         TrainConfig,
         EvalConfig,

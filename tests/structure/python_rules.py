@@ -50,7 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "rewriting": _BASE | {"models", "pipeline", "guards", "trace"},
     "prompter": _BASE | {"models", "pipeline", "rewriting", "run_directory"},
     "serve": _BASE | {"models", "prompter", "rewriting", "optional", "trace"},
-    "train": _RUNNING,
+    "train": _RUNNING | {"theory"},
     "evaluate": _RUNNING | {"theory", "train.metrics"},
     "report": _RUNNING | {"theory", "train", "evaluate"},
     "quickstart": _RUNNING | {"train", "evaluate", "report", "bench.machine"},

@@ -48,6 +48,7 @@ class Stage(str, Enum):
     sft = "sft"
     train = "train"
     prefer = "prefer"
+    self_improve = "self-improve"
     reward = "reward"
     evaluate = "evaluate"
     bound = "bound"
@@ -81,6 +82,7 @@ def config(
         Stage.sft: configs.SftConfig,
         Stage.train: configs.TrainConfig,
         Stage.prefer: configs.PreferConfig,
+        Stage.self_improve: configs.SelfImproveConfig,
         Stage.reward: configs.RewardFitConfig,
         Stage.evaluate: configs.EvalConfig,
         Stage.bound: configs.BoundConfig,

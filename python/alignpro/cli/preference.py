@@ -1,4 +1,5 @@
-"""`alignpro prefer` and `alignpro reward fit`: learning from pairs of which one was preferred."""
+"""`alignpro prefer`, `self-improve` and `reward fit`: learning from pairs of which one is
+preferred."""
 
 from __future__ import annotations
 
@@ -53,6 +54,46 @@ def prefer(
             allow_changes=allow_changes,
             on_step=lambda row: show_preference_row(bars, row, options.steps),
         )
+    typer.echo(f"adapter: {Path(options.run_dir) / 'adapter'}")
+
+
+@app.command(
+    epilog=examples(
+        "alignpro self-improve run_dir=improved",
+        "alignpro self-improve data=passages.jsonl iterations=2 calibration=0.5",
+    )
+)
+@one_line_errors
+def self_improve(
+    config: Config = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    allow_changes: AllowChanges = False,
+) -> None:
+    """Train on pairs that a policy makes of its own answers."""
+    needs_torch("self-improve")
+    from alignpro.config import SelfImproveConfig
+
+    options = read_settings(SelfImproveConfig, config, overrides)
+    from rich.console import Console
+
+    from alignpro.report.progress import Bars, show_preference_row
+    from alignpro.report.self_improve import round_line, rounds_view
+
+    with Bars("loading data and model") as bars:
+        from alignpro.train.self_improve import run_self_improve
+
+        rows = run_self_improve(
+            options,
+            resume=resume,
+            overwrite=overwrite,
+            allow_changes=allow_changes,
+            on_step=lambda row: show_preference_row(bars, row, options.steps),
+            on_progress=bars.show,
+            on_round=lambda row: bars.say(round_line(row)),
+        )
+    Console().print(rounds_view(rows))
     typer.echo(f"adapter: {Path(options.run_dir) / 'adapter'}")
 
 

@@ -46,7 +46,7 @@ def serve(
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 is a free one.")] = None,
 ) -> None:
-    """Serve an OpenAI-compatible endpoint with a prompter in the path.
+    """Serve an OpenAI-compatible proxy with a prompter in it.
 
     Requests are relayed byte for byte; where one is rewritten, its last user turn alone is another.
     """

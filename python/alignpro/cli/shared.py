@@ -28,6 +28,7 @@ DEFECT, BAD_INPUT, NOT_MET = 1, 2, 3
 # In the order of a user's work, which is that of --help.
 _ORDER = (
     *("quickstart", "init", "config", "headroom", "sft", "train", "prefer"),
+    "self-improve",
     *("reward", "evaluate", "safety", "mix", "report", "extract"),
     *("generate", "serve", "bound", "theory", "info", "profile", "bench"),
 )

@@ -59,7 +59,7 @@ def quickstart(
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Warm-start, train and evaluate a prompter, and write a report."""
+    """Warm-start, train and evaluate a prompter, with a report."""
     needs_torch("quickstart")
     from alignpro.config import QUICKSTART, QuickstartConfig
 

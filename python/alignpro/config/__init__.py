@@ -54,6 +54,7 @@ from alignpro.config.read import check_config as check_config
 from alignpro.config.read import differing as differing
 from alignpro.config.read import load_yaml as load_yaml
 from alignpro.config.read import to_mapping as to_mapping
+from alignpro.config.self_improve import SelfImproveConfig as SelfImproveConfig
 from alignpro.config.serve import ServeConfig as ServeConfig
 from alignpro.config.sft import SftConfig as SftConfig
 from alignpro.config.theory import BoundConfig as BoundConfig

@@ -2,9 +2,9 @@
 
 A source is a path, or a group of the configuration with its columns (`config.data`):
 * a file as `data.files` reads them;
-* the name of data that the package ships: "everyday", "house_rules" and "surprise" (prompts),
-  "instructions" and "house_rules_warm_start" (pairs), "warm_tones" (preferences), "reactions",
-  "recipes" and "meetings" (texts with records);
+* the name of data that the package ships: "everyday", "house_rules", "surprise" and "scenes"
+  (prompts), "instructions" and "house_rules_warm_start" (pairs), "warm_tones" (preferences),
+  "reactions", "recipes" and "meetings" (texts with records);
 * the name of a data set on the hub, "owner/name" or "owner/name:subset", read through the package
   ``datasets``.
 
@@ -43,6 +43,7 @@ PACKAGED = {
     "reactions": "reactions.jsonl",
     "recipes": "recipes.jsonl",
     "meetings": "meetings.jsonl",
+    "scenes": "scenes.jsonl",
 }
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "turns")
 _SYSTEM = ("system", "developer")

@@ -13,6 +13,8 @@ from alignpro.config import (
     HOW_IT_RUNS,
     EvalConfig,
     ModelConfig,
+    PreferConfig,
+    SelfImproveConfig,
     SftConfig,
     StageConfig,
     TrainConfig,
@@ -32,6 +34,7 @@ _OF_RUN = (
     *("prompter", "target", "prompting", "rewrite", "response", "reward", "date"),
     *("data", "seed", "kl_coef"),
 )
+_COMMANDS = {TrainConfig: "train", PreferConfig: "prefer", SelfImproveConfig: "self-improve"}
 _FREE = ("data", "seed")  # another one is another measurement of the same thing
 _log = logging.getLogger(__name__)
 Stage = TypeVar("Stage", bound=StageConfig)
@@ -57,9 +60,8 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
     else:
         came = "tuned" if config.policy == "target" else "trained"
         if came in {f.name for f in fields(cls)}:
-            command = "train" if isinstance(config, TrainConfig) else "prefer"
-            values[came] = _adapter(run, command)
-    if isinstance(config, TrainConfig):
+            values[came] = _adapter(run, _COMMANDS[type(config)])
+    if isinstance(config, (TrainConfig, SelfImproveConfig)):
         values["data"] = replace(config.data, split=stage.data.split)
     return unchecked(cls, values)
 
@@ -69,9 +71,9 @@ def _values_of(run: Path) -> dict[str, Any]:
     config = config_of_run(run)
     given = {f.name for f in fields(config)}
     values: dict[str, Any] = {name: getattr(config, name) for name in _OF_RUN if name in given}
-    if not isinstance(config, TrainConfig):
+    if isinstance(config, (PreferConfig, SftConfig)):
         del values["data"]  # pairs
-    elif config.kl_coef == 0:  # no optimum is at that
+    elif values.get("kl_coef") == 0:  # no optimum is at that
         del values["kl_coef"]
     if not isinstance(config, SftConfig) and (run / "reference").exists():
         role = config.policy

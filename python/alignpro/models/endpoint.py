@@ -72,6 +72,11 @@ class EndpointModel:
             future.set_result(known)
         return future
 
+    @property
+    def tells_logprobs(self) -> bool:
+        """Whether answers are asked for with their log-probabilities."""
+        return self._config.client.logprobs
+
     def call(self, conversation: Chat, params: SamplingParams, sample: int) -> Call:
         """What is asked for, in the words of OpenAI, and of vLLM where they have none."""
         assert params.seed is not None

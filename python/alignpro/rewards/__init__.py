@@ -13,19 +13,25 @@ if TYPE_CHECKING:
     from alignpro.rewards.classifier import ClassifierReward as ClassifierReward
     from alignpro.rewards.combine import WeightedSum as WeightedSum
     from alignpro.rewards.combine import score_components as score_components
+    from alignpro.rewards.confidence import ConfidenceReward as ConfidenceReward
     from alignpro.rewards.forbidden import ForbiddenReward as ForbiddenReward
     from alignpro.rewards.function import FunctionReward as FunctionReward
     from alignpro.rewards.function import from_callable as from_callable
+    from alignpro.rewards.grounding import GroundingReward as GroundingReward
     from alignpro.rewards.house_rules import HouseRulesReward as HouseRulesReward
     from alignpro.rewards.learned import LearnedReward as LearnedReward
+    from alignpro.rewards.scenes import ChairReward as ChairReward
     from alignpro.rewards.schema import SchemaReward as SchemaReward
     from alignpro.rewards.topic import TopicReward as TopicReward
     from alignpro.rewards.vader import VaderReward as VaderReward
 
 _HOMES = {
+    "ChairReward": "scenes",
     "ClassifierReward": "classifier",
+    "ConfidenceReward": "confidence",
     "ForbiddenReward": "forbidden",
     "FunctionReward": "function",
+    "GroundingReward": "grounding",
     "HouseRulesReward": "house_rules",
     "LearnedReward": "learned",
     "RewardError": "check",

@@ -29,6 +29,9 @@ _NAMED = {
     "topic": "TopicReward",
     "house_rules": "HouseRulesReward",
     "forbidden": "ForbiddenReward",
+    "confidence": "ConfidenceReward",
+    "grounding": "GroundingReward",
+    "chair": "ChairReward",
 }
 _KNOWN = (
     f"known: {', '.join(_NAMED)}, 'module:function', 'learned:FOLDER', 'schema:FILE', 'hf:NAME' or "
@@ -39,13 +42,13 @@ _KNOWN = (
 def build_reward(spec: str | Mapping[str, Any]) -> Reward:
     """Builds a reward from a line, or from a mapping of names to weights or options.
 
-    A line is a sum of terms ``[weight*]name``. A name is one of "vader", "topic", "house_rules"
-    and "forbidden", "module:function" for your own (installed or in the current folder; signatures
-    as in ``from_callable``; a class is called with the options to make the reward),
-    "learned:FOLDER" for what `alignpro reward fit` wrote, "schema:FILE" for records by a schema (as
-    JSON, or "schema:FILE#lines"), or "hf:NAME[#label]" for a Hugging Face sequence classifier. A
-    mapping says the same with room for options: ``{"vader": 1.0, "hf:NAME#label": {"weight": 0.5,
-    "pair": False}}``.
+    A line is a sum of terms ``[weight*]name``. A name is one of "vader", "topic", "house_rules",
+    "forbidden", "confidence", "grounding" and "chair"; "module:function" for your own (installed or
+    in the current folder; signatures as in ``from_callable``; a class is called with the options to
+    make the reward); "learned:FOLDER" for what `alignpro reward fit` wrote; "schema:FILE" for
+    records by a schema (as JSON, or "schema:FILE#lines"); or "hf:NAME[#label]" for a Hugging Face
+    sequence classifier. A mapping says the same with room for options: ``{"vader": 1.0,
+    "hf:NAME#label": {"weight": 0.5, "pair": False}}``.
 
     Raises ValueError with one line on what was expected; ImportError where a package is missing.
     """

@@ -15,10 +15,21 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from alignpro.types import Conversation, Message, Prompt, Response, Reward, Rewrite, Texts
+from alignpro.types import (
+    AnswerScorer,
+    Conversation,
+    Message,
+    Prompt,
+    Response,
+    Reward,
+    Rewrite,
+    Texts,
+)
 
 CONVERSATIONS = "conversations"
 COMPLETION_IDS = "completion_ids"  # tokens of the responses, of a target in this process
+RESPONSE_LOGPROBS = "response_logprobs"  # nats by token, of a target that tells them
+_OF_RESPONSES = (COMPLETION_IDS, RESPONSE_LOGPROBS)
 RESERVED_COLUMNS = frozenset({"prompts", "rewrites", "responses"})
 _SHOWN_CHARACTERS = 60
 # Of a failed batch. One that took longer has paid for something, as a judge or an endpoint does,
@@ -206,10 +217,22 @@ def reward_inputs(
 
 
 def response_columns(responses: Sequence[Response]) -> dict[str, Sequence[Any]]:
-    """What rewards may be given of the responses beside their text: none of an endpoint's."""
-    if not all(response.tokens for response in responses):
-        return {}
-    return {COMPLETION_IDS: [response.tokens for response in responses]}
+    """What rewards may be given of the responses beside their text, where the target tells it of
+    all: their tokens, and the log-probabilities that they were drawn with."""
+    columns: dict[str, Sequence[Any]] = {}
+    if all(response.tokens for response in responses):
+        columns[COMPLETION_IDS] = [response.tokens for response in responses]
+    if all(response.logprobs for response in responses):
+        columns[RESPONSE_LOGPROBS] = [response.logprobs for response in responses]
+    return columns
+
+
+def offer_scorer(reward: Reward, scorer: AnswerScorer) -> None:
+    """Give the target to a reward that asks it for more than responses. Raises ValueError for one
+    that the target does not serve, before anything is computed."""
+    use = getattr(reward, "use_scorer", None)
+    if use is not None:
+        use(scorer)
 
 
 def check_columns(reward: Reward, names: Collection[str]) -> None:
@@ -217,7 +240,7 @@ def check_columns(reward: Reward, names: Collection[str]) -> None:
     has not (`FunctionReward.check_columns`)."""
     check = getattr(reward, "check_columns", None)
     if check is not None:
-        check({*names, CONVERSATIONS, COMPLETION_IDS})
+        check({*names, CONVERSATIONS, *_OF_RESPONSES})
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
@@ -231,8 +254,7 @@ def _accepted(
     reward: Reward, prompts: Sequence[str], columns: dict[str, Sequence[Any]]
 ) -> dict[str, Sequence[Any]]:
     """The columns with the conversations for who names them, without for who takes no columns; the
-    tokens of responses for who names these."""
-    takes_ids = getattr(reward, "takes_completion_ids", False)
+    tokens of responses, or their log-probabilities, for who names these."""
     try:
         parameters = inspect.signature(reward).parameters
     except (TypeError, ValueError):
@@ -243,8 +265,9 @@ def _accepted(
     dropped = set()
     if CONVERSATIONS not in parameters and not everything:
         dropped.add(CONVERSATIONS)
-    if COMPLETION_IDS not in parameters and not takes_ids:
-        dropped.add(COMPLETION_IDS)
+    for name in _OF_RESPONSES:
+        if name not in parameters and not getattr(reward, f"takes_{name}", False):
+            dropped.add(name)
     return {name: values for name, values in columns.items() if name not in dropped}
 
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from alignpro.rewards.check import (
     RewardError,
     check_columns,
+    offer_scorer,
     response_columns,
     reward_inputs,
     reward_name,
     score_checked,
 )
-from alignpro.types import Prompt, Reward, Rollout, Texts
+from alignpro.types import AnswerScorer, Prompt, Reward, Rollout, Texts
 
 
 @runtime_checkable
@@ -79,7 +80,12 @@ class WeightedSum:
         totals = self.total(self.components(prompts, rewrites, responses, **columns))
         return [None if math.isnan(total) else total for total in totals]
 
-    takes_completion_ids = True  # each part says so itself
+    takes_completion_ids = takes_response_logprobs = True  # each part says so itself
+
+    def use_scorer(self, scorer: AnswerScorer) -> None:
+        """Every part that asks for one is given it."""
+        for _, reward in self.terms.values():
+            offer_scorer(reward, scorer)
 
     def check_columns(self, names: Collection[str]) -> None:
         """As `FunctionReward.check_columns`, of every part."""

@@ -7,7 +7,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignpro.rewards.check import COMPLETION_IDS, CONVERSATIONS, messages_of, resolved, reward_name
+from alignpro.rewards.check import (
+    COMPLETION_IDS,
+    CONVERSATIONS,
+    RESPONSE_LOGPROBS,
+    messages_of,
+    resolved,
+    reward_name,
+)
 from alignpro.types import Texts
 
 _OURS = ("prompts", "rewrites", "responses")
@@ -33,6 +40,10 @@ class FunctionReward:
     @property
     def takes_completion_ids(self) -> bool:
         return COMPLETION_IDS in self.columns or (self._is_trl and self.takes_all_columns)
+
+    @property
+    def takes_response_logprobs(self) -> bool:
+        return RESPONSE_LOGPROBS in self.columns
 
     @property
     def _is_trl(self) -> bool:
@@ -83,8 +94,14 @@ class FunctionReward:
                 f"reward function {self.name!r} takes {COMPLETION_IDS}, which are not there: the "
                 "target is behind an endpoint, without tokens; read the text in completions"
             )
+        if RESPONSE_LOGPROBS in missing:
+            raise ValueError(
+                f"reward function {self.name!r} takes {RESPONSE_LOGPROBS}, which are not there: "
+                "the target is behind an endpoint that tells none; target.client.logprobs=true "
+                "asks for them"
+            )
         if missing:
-            there = sorted(set(names) - {COMPLETION_IDS, CONVERSATIONS})
+            there = sorted(set(names) - {COMPLETION_IDS, RESPONSE_LOGPROBS, CONVERSATIONS})
             raise ValueError(
                 f"reward function {self.name!r} needs the data column {missing[0]!r}; "
                 f"columns here: {there or 'none'}"

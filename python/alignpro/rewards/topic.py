@@ -60,11 +60,16 @@ class TopicReward:
 
 
 def _share_mentioned(prompt: str, response: str, stem: Callable[[str], str]) -> float:
-    topic = {stem(word) for word in _words(prompt) if word not in _STOP_WORDS}
+    topic = content_stems(prompt, stem)
     if not topic:
         return 1.0
     mentioned = {stem(word) for word in _words(response)}
     return len(topic & mentioned) / len(topic)
+
+
+def content_stems(text: str, stem: Callable[[str], str]) -> set[str]:
+    """The distinct stems of the text's words without stop words."""
+    return {stem(word) for word in _words(text) if word not in _STOP_WORDS}
 
 
 def _words(text: str) -> list[str]:

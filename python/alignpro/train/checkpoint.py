@@ -147,17 +147,24 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def check_same_run(
-    saved: Mapping[str, Any], now: Mapping[str, Any], same: Mapping[str, str] | None = None
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    same: Mapping[str, str] | None = None,
+    *,
+    free: frozenset[str] | None = None,
 ) -> None:
     """Refuse to resume under another configuration.
 
-    same: `fingerprints.same_elsewhere`; that something lies elsewhere now is said.
+    same: `fingerprints.same_elsewhere`; that something lies elsewhere now is said. free: the fields
+    that may differ; None is `MAY_CHANGE`.
 
     Raises:
-        ValueError: names the fields that differ. Those in `MAY_CHANGE` may; a linear schedule is
-            laid out over ``steps``, so then that may not.
+        ValueError: names the fields that differ. A linear schedule is laid out over ``steps``, so
+            then that may not.
     """
-    free = MAY_CHANGE - {"steps"} if now.get("lr_schedule") == "linear" else MAY_CHANGE
+    free = MAY_CHANGE if free is None else free
+    if now.get("lr_schedule") == "linear":
+        free = free - {"steps"}
     different = {k: v for k, v in differing(saved, now).items() if k not in free}
     for key in [key for key in different if key in (same or {})]:
         was, value = different.pop(key)

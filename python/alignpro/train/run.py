@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from alignpro import fingerprints
-from alignpro.config import PreferConfig, SftConfig, TrainConfig, check_config, to_mapping
+from alignpro.config import (
+    PreferConfig,
+    SelfImproveConfig,
+    SftConfig,
+    TrainConfig,
+    check_config,
+    to_mapping,
+)
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.data.preferences import load_preferences
 from alignpro.files import write_json
@@ -87,9 +94,15 @@ def run_prefer(
     overwrite: bool = False,
     allow_changes: bool = False,
     on_step: OnStep | None = None,
+    model: NativeModel | None = None,
+    reference: Reference | None = None,
 ) -> LoraWeights:
     """Train on preferences; what is written, and the arguments, are those of `run_sft`. The
-    reference, where it is an adapter, is kept in run_dir/reference.
+    adapter that training starts with, if any, is kept in run_dir/reference.
+
+    Args:
+        model: the model that is trained, loaded already; None loads what the configuration names.
+        reference: what the policy is held to; None is what training starts with.
     """
     check_config(config, PreferConfig)
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
@@ -100,14 +113,14 @@ def run_prefer(
         for row in held_out:
             anchor_of(config.anchor, row)
     config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
-    model = load_model(config.trained, config.threads, date=config.date)
-    weights = _start(config, model, run_dir if resume else None)
-    policy, reference = _policy(config, model, weights)
+    model = model or load_model(config.trained, config.threads, date=config.date)
+    weights = starting_weights(config, model, run_dir if resume else None)
+    policy, start = _policy(config, model, weights)
     fit = preference_fit(
         policy,
         fit_preferences(model, rows, config),
         config,
-        reference=reference,
+        reference=start if reference is None else reference,
         held_out=fit_preferences(model, held_out, config) if held_out else (),
     )
     roles = (None, model) if config.policy == "target" else (model, None)
@@ -244,7 +257,7 @@ def make_trainer(
             config.prompter, config.target, config.threads, calls=calls, date=date
         )
     trained = _trained(config, prompter, target)
-    weights = _start(config, trained, run_dir if resume else None)
+    weights = starting_weights(config, trained, run_dir if resume else None)
     return trainer_from(
         *(config, prompter, target, reward, rows, weights),
         held_out=held_out,
@@ -254,8 +267,8 @@ def make_trainer(
     )
 
 
-def _start(
-    config: TrainConfig | PreferConfig, model: NativeModel, run_dir: Path | None
+def starting_weights(
+    config: TrainConfig | PreferConfig | SelfImproveConfig, model: NativeModel, run_dir: Path | None
 ) -> LoraWeights | None:
     """Where training starts: what the run that is resumed kept of it, else the configuration's."""
     given = config.trained.adapter
