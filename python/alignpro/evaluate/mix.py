@@ -13,7 +13,7 @@ from alignpro.config import MixConfig, TrainConfig, check_config, to_mapping
 from alignpro.data.load import load_prompts
 from alignpro.evaluate.bound import sequence_logprobs
 from alignpro.evaluate.progress import OnProgress, watch
-from alignpro.evaluate.results import Interval, MixedGoal, MixReport, to_json
+from alignpro.evaluate.results import MixedGoal, MixReport, to_json
 from alignpro.fingerprints import of_adapter_folder
 from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.mixture import BASE, Mixture, save_mixture
