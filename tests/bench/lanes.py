@@ -40,7 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
         repeats=options.repeats,
         threads=options.threads,
     )
-    print("| sequences | lanes | tokens/s | of one adapter's | 1 / lanes |\n|---:|---:|---:|---:|---:|")
+    print(
+        "| sequences | lanes | tokens/s | of one adapter's | 1 / lanes |\n"
+        "|---:|---:|---:|---:|---:|"
+    )
     for row in rows:
         print(
             f"| {row['sequences']} | {row['lanes']} | {row['tokens_per_second']:.1f} | "

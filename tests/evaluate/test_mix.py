@@ -97,7 +97,14 @@ def test_one_prompter_serves_another_kl_coef(runs, monkeypatch):
     """Weights {adapter: s, untuned: 1 - s}; twice the KL penalty is half the adapter's weight."""
     monkeypatch.chdir(runs)
     trained = json.loads((runs / "kind" / "config.json").read_text())["kl_coef"]
-    arguments = ["mix", "runs=[kind]", f"kl_coef={2 * trained}", "num_prompts=4", "--output", "half"]
+    arguments = [
+        "mix",
+        "runs=[kind]",
+        f"kl_coef={2 * trained}",
+        "num_prompts=4",
+        "--output",
+        "half",
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     written = json.loads((runs / "half" / "mixture.json").read_text())
@@ -147,7 +154,7 @@ def test_a_mixture_is_evaluated_as_an_adapter(runs, tmp_path):
     assert whole.kl_per_rewrite is None  # of whole rewrites there is none by token
     assert whole.arms["untuned"] == report.arms["untuned"]
     path.write_text('{"members": {"gone": 1}}')
-    with pytest.raises(ValueError, match="trained: .*mixture.json: .*gone: no adapter_config.json"):
+    with pytest.raises(ValueError, match=r"trained: .*mixture.json: .*gone: no adapter_config"):
         run_evaluate(options)
 
 

@@ -180,9 +180,10 @@ def test_cancelled_late_and_full(tiny_model_dir, members):
     cut, whole = first.completion(), waiting.completion()
     assert (cut.finish_reason, whole.finish_reason) == ("cancelled", "length")
     assert 0 < len(cut.tokens) < 60
-    assert whole == block.generate(
-        [[5, 6, 8]], replace(ENDLESS, max_new_tokens=60), adapter=mixture
-    )[0]
+    assert (
+        whole
+        == block.generate([[5, 6, 8]], replace(ENDLESS, max_new_tokens=60), adapter=mixture)[0]
+    )
     late = replace(ENDLESS, max_new_tokens=60, deadline_seconds=1e-6)
     assert model.generate([[1, 2]], late, adapter=mixture)[0].finish_reason == "deadline"
     with pytest.raises(ValueError, match="needs 10 KV blocks in 2 lanes, the cache holds 8"):
@@ -277,16 +278,17 @@ def test_rejection_gives_the_mixture_of_whole_sequences():
 
 
 def test_the_engine_draws_whole_sequences_exactly(tiny_model_dir, members):
-    one, other = members
+    one, other = (  # nearer to each other
+        replace(w, matrices={n: (a, b * np.float32(0.1)) for n, (a, b) in w.matrices.items()})
+        for w in members
+    )
     model = load_model(tiny_model_dir("llama"), threads=1)
     mixture = Mixture(((one, 0.5), (other, 0.5)), "sequence", tries=200)
-    prompt, count = [5, 6, 7], 2000
+    prompt, count = [70], 2000
     pairs = [[*prompt, a, b] for a in range(111) for b in range(111)]
     logs = np.zeros(len(pairs))
     for member, weight in mixture.members:
-        scored = model.core_model.score(
-            pairs, [3] * len(pairs), adapter=model.make_adapter(member)
-        )
+        scored = model.core_model.score(pairs, [1] * len(pairs), adapter=model.make_adapter(member))
         logs += weight * scored.logprob.reshape(-1, 2).sum(axis=1)
     total = float(np.exp(logs).sum())
     exact = (np.exp(logs) / total).reshape(111, 111).sum(axis=1)
@@ -296,7 +298,7 @@ def test_the_engine_draws_whole_sequences_exactly(tiny_model_dir, members):
     assert chi_square(first, exact * count) < 1.0
     plain = model.generate([prompt], params, adapter=replace(mixture, sampling="token"))
     of_tokens = np.bincount([c.tokens[0] for c in plain], minlength=111)
-    assert chi_square(of_tokens, exact * count) > 1.5
+    assert chi_square(of_tokens, exact * count) > 3.0
     stats = model.stats()
     assert stats["sequence_accepted"] == count and stats["sequence_given_up"] == 0
     deviation = math.sqrt(total * (1 - total))
@@ -354,7 +356,9 @@ def test_tries_give_out_and_ends_are_kept(tiny_model_dir, members):
 @pytest.fixture
 def folder(tmp_path, members):
     one, other = members
-    save_mixture(tmp_path / "mixed", {"kind": (one, 0.75), "brief": (other, 0.5), "x": (None, -0.25)})
+    save_mixture(
+        tmp_path / "mixed", {"kind": (one, 0.75), "brief": (other, 0.5), "x": (None, -0.25)}
+    )
     return tmp_path / "mixed"
 
 
@@ -409,7 +413,7 @@ def test_fingerprints_go_by_what_is_inside(tiny, members, folder, tmp_path):
         ((("base", 1.0), ("a",)), {}, "weight\\) a member, got \\('a',\\)"),
         (((3, 1.0),), {}, "a member, got int 3"),
         ((("", 1.0),), {}, "a member, got str ''"),
-        ((("base", 1.0),), {"sampling": "tree"}, "expected \"token\" or \"sequence\", got 'tree'"),
+        ((("base", 1.0),), {"sampling": "tree"}, 'expected "token" or "sequence", got \'tree\''),
         ((("base", 1.0),), {"tries": 0}, "tries: expected an integer above 0, got 0"),
         ((("a", 1.5), ("base", -0.5)), {"sampling": "sequence"}, "weights of 0 and above, got -0"),
     ],
@@ -434,7 +438,7 @@ def test_members_of_another_base_or_shape(tiny, members, tiny_model_dir, tmp_pat
     with pytest.raises(ValueError, match=r"mixture.json: .*got those of abcd, efgh"):
         tiny.generate([[1]], SHORT, adapter=tmp_path)
     wide = lora(load_model(tiny_model_dir("qwen3"), threads=1), 1)
-    with pytest.raises(ValueError, match="mixture: adapter: .*expects A"):
+    with pytest.raises(ValueError, match=r"mixture: adapter: .*expects A"):
         tiny.generate([[1]], SHORT, adapter=Mixture(((one, 0.5), (wide, 0.5))))
 
 
@@ -469,9 +473,11 @@ def test_what_takes_no_mixture_says_so(tiny, members, folder, tmp_path):
     with pytest.raises(ValueError, match="got Mixture; text is drawn with a mixture and scored"):
         tiny.make_adapter(mixture)
     for read in (lambda: load_peft(folder, tiny.lora_modules), lambda: tiny.load_adapter(folder)):
-        with pytest.raises(ValueError, match="a mixture of adapters .*nothing is trained from"):
+        with pytest.raises(ValueError, match=r"a mixture of adapters .*nothing is trained from"):
             read()
     with pytest.raises(ValueError, match="adapter: expected LoraWeights, got Mixture"):
         LoraPolicy(tiny, mixture)
     with pytest.raises(ValueError, match="adapter: expected LoraWeights, got Mixture"):
-        save_prompter(tmp_path / "no", mixture, tiny.tokenizer, Pipeline(tiny, None, None).prompting, SHORT)
+        save_prompter(
+            tmp_path / "no", mixture, tiny.tokenizer, Pipeline(tiny, None, None).prompting, SHORT
+        )

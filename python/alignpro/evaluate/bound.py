@@ -70,12 +70,12 @@ def run_bound(
         ValueError: bad input, or an endpoint that does not tell log-probabilities of given tokens.
     """
     check_adapters(config, trained=config.trained, tuned=config.tuned)
-    if config.tuned is not None and is_mixture(config.tuned):
-        if read_mixture(config.tuned).sampling == "sequence":
-            raise ValueError(
-                "tuned: expected a mixture with sampling token, got sequence, whose "
-                "log-probabilities are not those of what was drawn"
-            )
+    mixed = config.tuned is not None and is_mixture(config.tuned)
+    if mixed and read_mixture(config.tuned or "").sampling == "sequence":
+        raise ValueError(
+            "tuned: expected a mixture with sampling token, got sequence, whose log-probabilities "
+            "are not those of what was drawn"
+        )
     rows = load_rows(config)
     reward = build_reward(config.reward)
     check_columns(reward, stack_columns(rows))

@@ -206,13 +206,13 @@ def check_streams(adapter: Any) -> None:
 class PreparedMixture:
     """A mixture with the engine's copies of its members' adapters."""
 
-    core: core.Mixture
+    made: core.Mixture
     sampling: Sampling = "token"
     tries: int = 1
 
     @functools.cached_property
     def lanes(self) -> list[tuple[core.Adapter | None, float]]:
-        return self.core.lanes
+        return self.made.lanes
 
     def hidden(
         self,
@@ -258,8 +258,8 @@ def prepare(model: NativeModel, adapter: Any) -> core.Adapter | PreparedMixture 
     """See `NativeModel.prepare`."""
     if isinstance(adapter, PreparedMixture):
         return adapter
-    if isinstance(adapter, (str, os.PathLike)) and is_mixture(adapter):
-        adapter = read_mixture(adapter)
+    if isinstance(adapter, (str, os.PathLike)) and is_mixture(Path(adapter)):
+        adapter = read_mixture(Path(adapter))
     if not isinstance(adapter, Mixture):
         return model.make_adapter(adapter)
     members = []

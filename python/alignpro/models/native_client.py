@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class NativeHandle:
-    """One request in the engine: a sequence, or the last of those that were drawn for it. Any thread
-    may read and cancel it."""
+    """One request in the engine: a sequence, or the last of those that were drawn for it. Any
+    thread may read and cancel it."""
 
     def __init__(
         self, sequence: core.Sequence_, tokenizer: Tokenizer, redraw: Redraw | None = None
@@ -108,7 +108,7 @@ class NativeClient:
         if isinstance(prepared, PreparedMixture):
             if prepared.sampling == "sequence":
                 redraw = Redraw(prepared, read, params, sample)
-            sequence = self._client.submit(read, compiled, prepared.core)
+            sequence = self._client.submit(read, compiled, prepared.made)
         else:
             sequence = self._client.submit(read, compiled, prepared)
         handle = NativeHandle(sequence, self._model.tokenizer, redraw)
@@ -140,7 +140,7 @@ class NativeClient:
                 again = self._client.submit(
                     redraw.tokens,
                     core_params(redraw.next_params(), redraw.sample),
-                    redraw.mixture.core,
+                    redraw.mixture.made,
                 )
                 self._handles[again] = handle
                 handle.sequence = again

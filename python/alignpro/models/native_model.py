@@ -418,8 +418,8 @@ class NativeModel:
 
     def stats(self) -> dict[str, int | float]:
         """Counters: prefill_tokens, cached_tokens, decode_tokens, steps, kv_blocks_*; and of
-        decode_tokens, accepted_tokens, which were among the drafted_tokens of `lookup`; and those of
-        `redraw.DrawCounts`."""
+        decode_tokens, accepted_tokens, which were among the drafted_tokens of `lookup`; and those
+        of `redraw.DrawCounts`."""
         return {**self._engine.stats(), **self.draw_counts.stats()}
 
     # --- adapters ---
