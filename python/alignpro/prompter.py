@@ -318,4 +318,6 @@ def config_of_prompter(
     config = config_of_run(run)
     if not isinstance(config, SftConfig) and config.policy != "prompter":
         raise ValueError(f"{run}: expected the run of a prompter; this one tuned the target")
+    if isinstance(config, SftConfig) and config.schema is not None:
+        raise ValueError(f"{run}: expected the run of a prompter; this one taught extraction")
     return config

@@ -19,7 +19,7 @@ from alignpro.config import (
 )
 from alignpro.data.files import DataError
 from alignpro.evaluate import extract as module
-from alignpro.evaluate.extract import extract_of_run, measure, run_extract
+from alignpro.evaluate.extract import extract_of_run, line_of, measure, run_extract
 from alignpro.extract.check import Violation
 from alignpro.extract.draw import Extraction
 from alignpro.extract.schema import read_schema
@@ -125,6 +125,8 @@ def test_a_target_that_was_taught_is_taken_from_its_run(here, tiny_model_dir):
     found = extract_of_run(here / "taught")
     assert found.target.adapter == "taught/adapter" or found.target.adapter.endswith("adapter")
     assert found.schema == SchemaConfig("who.json", "lines") and found.prompter is None
+    with pytest.raises(ValueError, match="this one taught extraction"):
+        Prompter.from_run("taught")
     output = run(
         *("texts.jsonl", "--run", "taught", "response.max_new_tokens=5", "--output", "out.jsonl")
     ).output
@@ -187,7 +189,7 @@ def test_a_prompter_is_trained_by_the_verifier_alone(here, tiny_model_dir):
     assert set(row["heldout"]["components"]) == {"valid", "schema", "checks", "f1"}
     assert trainer.pipeline.prompting.target_template == schema.template("lines")
     assert extract_of_run(here / "rl").schema == SchemaConfig("who.json", "lines")
-    with pytest.raises(ValueError, match="prompting.target_template"):
+    with pytest.raises(ValueError, match=r"prompting\.target_template"):
         Prompter.from_run(here / "rl")
 
 
@@ -215,6 +217,11 @@ def test_bad_input_is_one_line(here, arguments, said):
 def test_a_dry_run_loads_nothing_and_says_what_it_would_take(here):
     said = run("texts.jsonl", "--schema", "who.json", "--attempts", "3", "--dry-run").output
     assert said.startswith("3 texts, 9 draws at most of 256 tokens; schema record: 2 fields")
+
+
+def test_half_a_character_is_written_as_its_escape():
+    assert line_of({"a": "70 °C"}) == '{"a": "70 °C"}'
+    assert line_of({"a": "\ud800 °"}) == '{"a": "\\ud800 \\u00b0"}'
 
 
 def test_the_numbers_by_hand():

@@ -218,6 +218,33 @@ def test_elements_of_lists_are_counted_from_one():
     assert [v.field for v in verify({**good, "tasks": {"who": "Ana"}}, read)] == ["tasks"]
 
 
+def test_what_is_near_is_beside_it_and_not_itself():
+    read = read_schema(
+        {"fields": {"name": "text", "code": "text", "n": "number"},
+         "checks": ["near(name, code, 3)", "near(n, name, 10)"]}
+    )  # fmt: skip
+    text = "salt (S1) and pepper (P2): 5 g of each, salt first."
+    record = {"name": "salt", "code": "S1", "n": 5}
+    assert verify(record, read, text) == []
+    assert [v.field for v in verify({**record, "code": "P2"}, read, text)] == ["name"]
+    assert [v.field for v in verify({**record, "code": "salt"}, read, text)] == ["name"]
+    assert [v.field for v in verify({**record, "name": "pepper"}, read, text)] == ["name"]
+    assert verify(record, read) == []  # without a source nothing is far
+
+
+def test_an_element_twice_is_a_violation_and_buys_nothing():
+    read = read_schema({"fields": {"parts": {"list": {"name": "text", "n": "integer"}, "max": 50}}})
+    good, bad = {"name": "salt", "n": 1}, {"name": "pepper", "n": 2}
+    once = judge({"parts": [good, bad]}, read, "salt 1")
+    many = judge({"parts": [good, bad, *[{"name": "Salt", "n": "1"}] * 40]}, read, "salt 1")
+    assert [(v.field, v.check) for v in many.violations[:2]] == [
+        ("parts.2.name", "in_text"),
+        ("parts.3", "repeated"),
+    ]
+    assert (once.right, once.wrong) == (3, 1) and (many.right, many.wrong) == (3, 41)
+    assert [v.check for v in verify({"parts": [bad] * 100_000}, read)] == ["length"]
+
+
 # --- what ships ---
 
 SHIPPED = {

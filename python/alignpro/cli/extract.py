@@ -78,7 +78,7 @@ def extract(
     A frozen model writes a record for each text, anew until it passes the schema's checks.
     """
     from alignpro.config import ExtractConfig
-    from alignpro.evaluate.extract import extract_of_run, read_inputs, run_extract
+    from alignpro.evaluate.extract import extract_of_run, line_of, read_inputs, run_extract
 
     options = {
         "data.path": texts if texts is None or "=" not in texts or Path(texts).exists() else None,
@@ -122,7 +122,7 @@ def extract(
         write_json(report, numbers)
     if output is None:
         for row in written:
-            typer.echo(json.dumps(row, ensure_ascii=False))
+            typer.echo(line_of(row))
     Console(stderr=output is None, file=None if output is None else sys.stdout).print(
         extract_view(numbers)
     )

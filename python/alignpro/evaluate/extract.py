@@ -97,11 +97,21 @@ def run_extract(
         for row, one in zip(rows, done, strict=True)
     ]
     if output is not None:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-        write_file(output, "".join(lines))
+        write_file(output, "".join(f"{line_of(row)}\n" for row in written))
         kept.remove()
     truths = true_records(rows, config)
     return written, measure(done, truths, schema, config)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row as a line of JSON, in plain text where that is valid Unicode: a model may write the
+    escape of half a character."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return line
 
 
 def read_inputs(config: ExtractConfig) -> tuple[Schema, Any, list[PromptRow]]:
@@ -162,7 +172,7 @@ def measure(
     twice = [2.0 * score.right for score in scores]
     return replace(
         report,
-        f1=ratio_of_means(twice, both, seed=config.seed) if len(done) > 1 and sum(both) else None,
+        f1=ratio_of_means(twice, both, seed=config.seed) if len(done) > 1 and any(both) else None,
         precision=whole.precision,
         recall=whole.recall,
         exact=proportion_ci(right.count(True), len(right)),

@@ -31,7 +31,8 @@ class Violation:
     """One thing that is wrong. ``field``: a path, the elements of lists counted from 1."""
 
     field: str
-    check: str  # required, type, unit, range, choice, length, unknown, in_text, empty, or a check
+    check: str  # required, type, unit, range, choice, length, repeated, unknown, in_text, empty,
+    # parse, or one of the schema's checks
     found: Any = None
     expected: Any = None
 
@@ -148,8 +149,22 @@ class _Reader:
             return self._refuse(path, "required", None, "a list")
         most = math.inf if of.most is None else of.most
         if not of.least <= len(value) <= most:
-            self._refuse(path, "length", len(value), f"{of.least} to {most:g} elements")
-        return [self.read(v, of.item, f"{path}.{n}") for n, v in enumerate(value, start=1)]
+            self.values += 1
+            expected = f"{of.least} to {most:g} elements"
+            return self._refuse(path, "length", len(value), expected)
+        elements: list[Any] = []
+        seen: set[str] = set()
+        for number, item in enumerate(value, start=1):
+            before = self.verdict.right
+            read = self.read(item, of.item, f"{path}.{number}")
+            key = normalise(repr(read)).casefold()
+            if read is not BAD and key in seen:
+                # Or a share of right values could be bought by saying one of them many times.
+                self.verdict.right = before
+                read = self._refuse(f"{path}.{number}", "repeated", _shown(item), "it once")
+            seen.add(key)
+            elements.append(read)
+        return elements
 
     def _refuse(self, path: str, check: str, found: Any, expected: Any) -> object:
         self.verdict.violations.append(Violation(path, check, found, expected))

@@ -78,9 +78,11 @@ def same_number(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=_SAME, abs_tol=0.0)
 
 
-def gap(one: Span, other: Span) -> int:
-    """Characters between two spans; 0 where they touch."""
-    return max(one[0] - other[1], other[0] - one[1], 0)
+def gap(one: Span, other: Span) -> float:
+    """Characters between two spans; infinitely many where they overlap: the same words are not
+    beside themselves."""
+    between = max(one[0] - other[1], other[0] - one[1])
+    return between if between >= 0 else float("inf")
 
 
 def _occurrences(pattern: str, text: str) -> list[Span]:
