@@ -141,6 +141,7 @@ def test_a_sentence_is_what_an_answer_that_was_not_stopped_begins_with(smollm2):
 
 def measured(prompt, confidence, scene=None, tokens=10):
     numbers = {"grounding": 0.1 * prompt, "kl_first": 1.0, "kl_previous": 0.5, "entropy": 2.0}
+    numbers["copied"] = 0.1
     return MeasuredAnswer(prompt, "y", "", tokens, confidence, **numbers, scene=scene)
 
 
@@ -164,6 +165,9 @@ def test_self_confidence_alone_is_warned_of():
     assert set(round_warnings(summarise(risen, first, 0))) == {"self_confidence"}
     grounded = [replace(a, grounding=a.grounding + 0.2) for a in risen]
     assert round_warnings(summarise(grounded, first, 0)) == {}
+    copies = [replace(a, copied=0.8) for a in first]
+    said = round_warnings(summarise(copies, first, 0))
+    assert said["copies"].startswith("80% of the answers' words repeat their source, 10% of")
     cut = [replace(a, tokens=7) for a in first]
     assert set(round_warnings(summarise(cut, first, 0))) == {"shorter"}
 

@@ -15,7 +15,7 @@ def rounds_view(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What the policy of each round does, and how far it is from the first."""
     scenes = all("chair" in row["measured"] for row in rows)
     named = ("CHAIR_I", "CHAIR_S", "true objects") if scenes else ()
-    header = ("grounding", "confidence", "tokens", "KL to first", "KL to previous", "entropy")
+    header = ("grounding", "copied", "confidence", "tokens", "KL to first", "KL to previous")
     title = "Measured on the same prompts after every round (round 0: the first policy)"
     return grid_table(
         Grid(title, ("round", *named, *header), [_cells(row, scenes) for row in rows])
@@ -39,7 +39,7 @@ def _cells(row: Mapping[str, Any], scenes: bool) -> tuple[str, ...]:
     measured = row["measured"]
     names = ("per_mention", "per_description", "true_objects") if scenes else ()
     of_scenes = [measured["chair"][name] for name in names]
-    others = ("grounding", "confidence", "tokens", "kl_first", "kl_previous", "entropy")
+    others = ("grounding", "copied", "confidence", "tokens", "kl_first", "kl_previous")
     return (
         str(row["round"]),
         *("" if value is None else f"{value:.3f}" for value in of_scenes),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from alignpro.config import SelfImproveConfig
+from alignpro.findings import COPY_RATE, copied_share
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.answer_scores import chunks
 from alignpro.models.native_model import NativeModel
@@ -18,7 +19,7 @@ from alignpro.rewards.check import score_checked
 from alignpro.rewards.grounding import GroundingReward
 from alignpro.rewards.scenes import Chair, SceneCounts, chair, listed_objects, scene_counts
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, relative_reduction
-from alignpro.types import Prompt
+from alignpro.types import Conversation, Prompt
 
 _TOKENS = 4096  # scored in one call
 _SHORTER = 0.2  # the share of the length from which on a shorter answer is said
@@ -34,6 +35,7 @@ class MeasuredAnswer:
     tokens: int  # of the response
     confidence: float  # nats a token
     grounding: float  # nats a token, as of the reward
+    copied: float  # the share of the response's words that its source says in a row
     kl_first: float  # exact, nats an answer (a rewrite, with policy prompter)
     kl_previous: float
     entropy: float  # of the policy, nats a token
@@ -92,6 +94,7 @@ def measure_policy(
     kl_first, entropy = _divergence(model, read, adapter, first, temperature)
     kl_previous, _ = _divergence(model, read, adapter, previous, temperature)
     objects = of_rows.get("objects")
+    sources = of_rows.get("source") or [None] * len(found)
     return [
         MeasuredAnswer(
             prompt=index,
@@ -100,6 +103,9 @@ def measure_policy(
             tokens=response.num_tokens,
             confidence=math.fsum(response.logprobs) / max(1, len(response.logprobs)),
             grounding=grounded[row],
+            copied=copied_share(
+                sources[row] or Conversation.of(prompts[index]).text, response.text
+            ),
             kl_first=kl_first[row],
             kl_previous=kl_previous[row],
             entropy=entropy[row],
@@ -157,7 +163,7 @@ def summarise(
         values = [[float(getattr(of[p], name)) for p in both] for of in (now, then)]
         return list(paired_difference(*values, seed=seed))
 
-    names = ("faithfulness", "grounding", "confidence", "tokens", "entropy")
+    names = ("faithfulness", "grounding", "copied", "confidence", "tokens", "entropy")
     row: dict[str, Any] = {name: mean(name) for name in (*names, "kl_first", "kl_previous")}
     row["answers"] = len(answers)
     row["confidence_ci"] = list(bootstrap_mean_ci([a.confidence for a in answers], seed=seed))
@@ -205,6 +211,14 @@ def round_warnings(summary: Mapping[str, Any]) -> dict[str, str]:
             f"faithfulness changed by {faithful[0]:+.3f} [{faithful[1]:+.3f}, {faithful[2]:+.3f}]: "
             "the policy agrees more with itself, not with its source. A larger calibration counts "
             "the source more; reference: first holds it closer."
+        )
+    copied = change["copied"]
+    if summary["copied"] > COPY_RATE and copied[1] > 0:
+        found["copies"] = (
+            f"{summary['copied']:.0%} of the answers' words repeat their source, "
+            f"{summary['copied'] - copied[0]:.0%} of the first policy's: nothing is likelier "
+            "behind a source than the source itself. Fewer steps, a larger beta or reference: first hold "
+            "the policy closer; a calibrator with a term against copies pays for other words."
         )
     length, before = change["tokens"], summary["tokens"] - change["tokens"][0]
     if before > 0 and length[2] < 0 and -length[0] > _SHORTER * before:
