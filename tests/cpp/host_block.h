@@ -5,9 +5,8 @@
 // lands at once or when it is waited for, by chance: a missing barrier or wait then gives wrong
 // numbers under some seed. A barrier that not all threads reach is an error.
 
-#include <setjmp.h>
-#include <ucontext.h>
-
+#include <array>
+#include <boost/context/detail/fcontext.hpp>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -96,7 +95,7 @@ class HostBlock {
       uint32_t a[4], b[2];
     };
     const Operands mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
-    const std::vector<Operands> all = exchange(mine);
+    const auto all = exchange(mine);
     // Register r of lane l holds row l / 4 + 8 (r % 2), columns 2 (l % 4) + 8 (r / 2) and the next.
     const auto left = [&](int m, int k) {
       const Operands& from = all[static_cast<size_t>(m % 8 * 4 + k % 8 / 2)];
@@ -118,12 +117,12 @@ class HostBlock {
     char bytes[16];
     void land() const { std::memcpy(to, bytes, sizeof bytes); }
   };
+  using Context = boost::context::detail::fcontext_t;
   struct Fiber {
-    ucontext_t context;
+    Context context;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
-    jmp_buf jump;
-    bool started = false, done = false;
+    bool done = false;
     int exchanges = 0;
     void* fake_stack = nullptr;
   };
@@ -147,18 +146,12 @@ class HostBlock {
     for (size_t i = 0; i < fibers_.size(); ++i) {
       stacks().resize(std::max(stacks().size(), i + 1));
       if (stacks()[i] == nullptr) stacks()[i].reset(new char[kStack]);
-      prepare(fibers_[i].context, stacks()[i].get());
+      fibers_[i].context = boost::context::detail::make_fcontext(stacks()[i].get() + kStack, kStack,
+                                                                 &HostBlock::enter);
       make_runnable(static_cast<int>(i));
     }
   }
 
-  static void prepare(ucontext_t& context, char* stack) {
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack;
-    context.uc_stack.ss_size = kStack;
-    context.uc_link = nullptr;
-    makecontext(&context, &HostBlock::enter, 0);
-  }
   static std::vector<std::unique_ptr<char[]>>& stacks() {
     static std::vector<std::unique_ptr<char[]>> all;
     return all;
@@ -167,8 +160,9 @@ class HostBlock {
     static HostBlock* block = nullptr;
     return block;
   }
-  static void enter() {
+  static void enter(boost::context::detail::transfer_t from) {
     HostBlock& block = *running();
+    block.main_ = from.fctx;
     block.arrived(nullptr);
     block.body_(block);
     block.own().done = true;
@@ -181,9 +175,9 @@ class HostBlock {
     while (next()) {
 #if defined(__SANITIZE_ADDRESS__)
       void* fake = nullptr;
-      __sanitizer_start_switch_fiber(&fake, own().context.uc_stack.ss_sp, kStack);
+      __sanitizer_start_switch_fiber(&fake, stacks()[static_cast<size_t>(current_)].get(), kStack);
 #endif
-      enter_fiber(own());
+      own().context = boost::context::detail::jump_fcontext(own().context, nullptr).fctx;
 #if defined(__SANITIZE_ADDRESS__)
       __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
@@ -232,29 +226,10 @@ class HostBlock {
     __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fiber.fake_stack, main_stack_,
                                    main_size_);
 #endif
-    leave_fiber(fiber);
+    main_ = boost::context::detail::jump_fcontext(main_, nullptr).fctx;
     arrived(fiber.fake_stack);
   }
 
-  // Between stacks. swapcontext asks the kernel for the signal mask each time, which is most of
-  // what a test would do; jumps do not, but the address sanitizer does not know them.
-  void enter_fiber(Fiber& fiber) {
-#if defined(__SANITIZE_ADDRESS__)
-    swapcontext(&main_, &fiber.context);
-#else
-    if (_setjmp(main_jump_) != 0) return;
-    if (fiber.started) _longjmp(fiber.jump, 1);
-    fiber.started = true;
-    setcontext(&fiber.context);
-#endif
-  }
-  void leave_fiber(Fiber& fiber) {
-#if defined(__SANITIZE_ADDRESS__)
-    swapcontext(&fiber.context, &main_);
-#else
-    if (_setjmp(fiber.jump) == 0) _longjmp(main_jump_, 1);
-#endif
-  }
   void arrived([[maybe_unused]] void* fake_stack) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake_stack, &main_stack_, &main_size_);
@@ -275,20 +250,20 @@ class HostBlock {
 
   // The values of all lanes of the warp.
   template <typename T>
-  std::vector<T> exchange(const T& value) {
+  std::array<T, alignpro::cuda::kWarp> exchange(const T& value) {
     const auto warp = static_cast<size_t>(current_ / alignpro::cuda::kWarp);
     std::vector<char>& bytes = shown_[warp].bytes[own().exchanges++ % 2];
     bytes.resize(std::max(bytes.size(), sizeof(T) * alignpro::cuda::kWarp));
     std::memcpy(bytes.data() + static_cast<size_t>(lane()) * sizeof(T), &value, sizeof(T));
     arrive(warp_barriers_[warp], alignpro::cuda::kWarp);
-    std::vector<T> all(alignpro::cuda::kWarp);
+    std::array<T, alignpro::cuda::kWarp> all;
     std::memcpy(all.data(), bytes.data(), sizeof(T) * alignpro::cuda::kWarp);
     return all;
   }
 
   void load(uint32_t (&to)[4], const void* row, bool transposed) {
     aligned(row);
-    const std::vector<const void*> rows = exchange(row);
+    const auto rows = exchange(row);
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint32_t packed = 0;
       for (int e = 0; e < 2; ++e) {
@@ -327,8 +302,7 @@ class HostBlock {
   std::vector<std::vector<int>> runnable_;  // by warp
   size_t favourite_ = 0;
   int current_ = 0;
-  ucontext_t main_;
-  jmp_buf main_jump_;
+  Context main_ = nullptr;
   const void* main_stack_ = nullptr;
   size_t main_size_ = 0;
 };
