@@ -89,3 +89,7 @@ def test_what_it_cannot_read_is_refused_by_name(program, adapter, smollm2, tmp_p
     assert "use_dora is set" in error(smollm2.path, tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
     assert "expected shape [3, " in error(smollm2.path, tmp_path)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "mixture.json").write_text('{"members": {"base": 1}}')
+    assert "a mixture of adapters" in error(smollm2.path, mixed)

@@ -2,7 +2,8 @@
 // gradients by finite differences, and nothing that depends on threads, sharing or what is kept.
 //
 // One body for every device: model_test runs it on the CPU, device_model_test on an emulated GPU
-// (ALIGNPRO_EMULATED_DEVICE), in every dtype that it computes in.
+// (ALIGNPRO_EMULATED_DEVICE), in every dtype that it computes in. Long because every case needs the
+// same models and sequences.
 
 #include <algorithm>
 #include <atomic>

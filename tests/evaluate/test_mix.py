@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import EvalConfig, MixConfig
+from alignpro.config import BoundConfig, EvalConfig, MixConfig
+from alignpro.evaluate.bound import run_bound
 from alignpro.evaluate.mix import run_mix, soup_of
 from alignpro.evaluate.run import run_evaluate
 from alignpro.models.adapter import LoraWeights, save_peft
@@ -213,3 +214,9 @@ def test_runs_of_another_reference_or_none(runs, tiny_model_dir):
         run_mix(replace(config(runs), runs=(str(runs / "kind"), "nowhere")))
     with pytest.raises(ValueError, match="runs: expected two or more, each once"):
         MixConfig(runs=("a", "a"))
+
+
+def test_a_bound_takes_no_whole_sequences(tmp_path):
+    (tmp_path / "mixture.json").write_text('{"members": {"base": 1}, "sampling": "sequence"}')
+    with pytest.raises(ValueError, match="tuned: expected a mixture with sampling token"):
+        run_bound(BoundConfig(tuned=str(tmp_path)))

@@ -3,6 +3,7 @@
 
 Budgets: twice the distance of plain torch at the same precision (or a few roundings, where torch
 is exact), as a relative norm. Equalities to the bit are errors of 0.0 against a budget of 0.0.
+Long because every op of a forward has its case here.
 """
 
 from __future__ import annotations

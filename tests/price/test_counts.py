@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from alignpro.bench.step import forced_lengths
-from alignpro.config import DataConfig, LoraConfig, PpoConfig, Prompting, TrainConfig
+from alignpro.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PpoConfig,
+    Prompting,
+    TrainConfig,
+)
 from alignpro.models.native_model import load_model
 from alignpro.native import ModelFileError, core
 from alignpro.pipeline import Pipeline
@@ -292,3 +299,27 @@ def test_one_real_step(smollm2, tmp_path):
     linears = ("linear qkv", "linear o", "linear gate_up", "linear down")
     theirs = counted("flops", *linears, "attention", "head_sample")
     assert ours == pytest.approx(theirs, rel=0.1)
+
+
+def test_a_mixture_as_target_has_a_lane_for_each_adapter(small, tmp_path):
+    folder = tmp_path / "mixed"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "adapter_config.json").write_text("{}")
+    members = {"a": 0.5, "base": 0.5, "b": 0.0}
+    (folder / "mixture.json").write_text(json.dumps({"members": members}))
+    model, lengths = small(), Lengths(10, 7, 12, 6, 2, 8, source="")
+    works = [
+        count_step(config(target=ModelConfig(adapter=adapter)), lengths, model, model)
+        for adapter in (None, str(folder))
+    ]
+    one, two = ({phase.name: phase for phase in work.phases} for work in works)
+    assert one["prompter writes"] == two["prompter writes"]
+    for name, drawn in (("target reads", 12), ("target writes", 12 * 3)):  # heads' rows
+        head = 2 * drawn * model.facts.head_parameters
+        assert two[name].rows == 2 * one[name].rows
+        assert two[name].flops - head == 2 * (one[name].flops - head)
+        assert two[name].kv_elements == 2 * one[name].kv_elements
+        assert two[name].least_weight_bytes == one[name].least_weight_bytes
+    assert works[1].tokens["generated"] == works[0].tokens["generated"]
+    assert works[1].kv_elements > works[0].kv_elements
