@@ -320,6 +320,8 @@ def test_what_is_refused(place):
     endpoint = ModelConfig("big", endpoint="http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match="big tells no log-probabilities of what it writes"):
         run_self_improve(settings(place, policy="prompter", target=endpoint, calibrator="topic"))
+    with pytest.raises(ValueError, match="measured: expected 2 or more prompts"):
+        run_self_improve(settings(place, num_prompts=1))
     assert not (place / "run").exists()
 
 

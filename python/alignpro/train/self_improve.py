@@ -19,6 +19,7 @@ from typing import Any
 
 from alignpro import fingerprints
 from alignpro.config import (
+    ModelConfig,
     PairsFitConfig,
     PreferConfig,
     SelfImproveConfig,
@@ -194,6 +195,7 @@ class SelfImprovement:
             target_adapter=None if answers is None else answers.adapter,
             rewrite_params=config.rewrite,
             response_params=config.response,
+            max_failed=ModelConfig.max_failed if answers is None else answers.max_failed,
         )
         # Of a target that scores no texts, the words that it shares with its source.
         self._grounding = GroundingReward("likelihood" if scorer.scores_answers else "words")
@@ -202,6 +204,10 @@ class SelfImprovement:
         rows = fit_rows(rows, unread, config.on_too_long).rows
         measured = fit_rows(measured, unread, config.on_too_long).rows
         self._prompts, self._columns = [row.prompt for row in rows], stack_columns(rows)
+        if len(measured) < 2:
+            raise ValueError(
+                f"measured: expected 2 or more prompts, for an interval, got {len(measured)}"
+            )
         self._measured = [row.prompt for row in measured]
         self._measured_columns = stack_columns(measured)
 
@@ -320,7 +326,6 @@ class SelfImprovement:
     def _of_answers(
         self, adapter: LoraWeights | None, seed: int
     ) -> tuple[list[SelfMadePair], list[Candidates]]:
-        assert isinstance(self._model, NativeModel)
         found, places = search_answers(
             *(self._model, adapter, self._prompts, self._columns, self._calibrator, self.config),
             seed=seed,

@@ -217,8 +217,8 @@ def round_warnings(summary: Mapping[str, Any]) -> dict[str, str]:
         found["copies"] = (
             f"{summary['copied']:.0%} of the answers' words repeat their source, "
             f"{summary['copied'] - copied[0]:.0%} of the first policy's: nothing is likelier "
-            "behind a source than the source itself. Fewer steps, a larger beta or reference: first hold "
-            "the policy closer; a calibrator with a term against copies pays for other words."
+            "behind a source than the source itself. Fewer steps, a larger beta or reference: "
+            "first hold the policy closer; a term against copies pays for other words."
         )
     length, before = change["tokens"], summary["tokens"] - change["tokens"][0]
     if before > 0 and length[2] < 0 and -length[0] > _SHORTER * before:
