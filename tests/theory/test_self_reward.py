@@ -9,6 +9,7 @@ import pytest
 
 from alignpro.theory.self_reward import (
     calibrated_scores,
+    calibrator_decides,
     effective_beta,
     ranks,
     sharpening,
@@ -63,6 +64,19 @@ def test_equal_values_share_their_ranks_and_a_deviation_of_0_says_nothing():
     assert z == pytest.approx([-math.sqrt(1.5) / 2, 0, math.sqrt(1.5) / 2])
     batch = calibrated_scores([[1.0, 2.0], [2.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]], 0.5, "rank")
     assert batch == pytest.approx(np.array([[-1, -0.5], [-0.75, -0.75]]))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_from_which_share_on_the_calibrator_alone_decides(count):
+    """Against the confidence that contradicts it most, of neighbours in its own order."""
+    other = np.arange(count, dtype=float)[::-1]
+    own = np.arange(count, dtype=float)
+    own[0], own[1] = -1.0, count  # the second is the most confident, the first the least
+    border = (count - 1) / count
+    for share, decides in ((border + 1e-6, True), (border - 1e-6, False)):
+        scores = calibrated_scores(own, other, share, "rank")
+        assert (scores[0] > scores[1]) == decides == calibrator_decides(share, count)
+    assert calibrator_decides(0.9, 5) and not calibrator_decides(0.8, 5)
 
 
 def test_a_moving_reference_loosens_the_penalty():

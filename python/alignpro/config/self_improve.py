@@ -85,7 +85,11 @@ class SelfImproveConfig(PairsFitConfig):
     """
     calibration: Annotated[float, _SHARE] = 0.9
     """The calibrator's share of a candidate's score; 0 is self-rewarding alone, 1 the calibrator
-    alone."""
+    alone.
+
+    By ranks, the confidence decides between equals alone where this is above (candidates - 1) /
+    candidates, as 0.9 is of five.
+    """
     scale: Literal["rank", "z", "raw"] = "rank"
     """How the two are made comparable: by their ranks among the candidates, by their deviations,
     or not at all.

@@ -62,6 +62,16 @@ def calibrated_scores(
     return scores
 
 
+def calibrator_decides(calibration: float, candidates: int) -> bool:
+    """Whether ranks of so many candidates, or fewer, are in the calibrator's order whatever the
+    confidence says, but where the calibrator calls two equal.
+
+    [derived] One rank of the calibrator is worth lambda / K, all of the confidence's together
+    (1 - lambda) (K - 1) / K: it decides from lambda > (K - 1) / K on, which is 0.8 of five.
+    """
+    return calibration > (candidates - 1) / candidates
+
+
 def tilted(policy: ArrayLike, rewards: ArrayLike, beta: float) -> Floats:
     """``policy * exp(rewards / beta)``, normalised over the last axis: the optimum of the expected
     reward less beta times the KL to ``policy`` [..., N], and what DPO with that reference fits.

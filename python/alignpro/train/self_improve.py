@@ -51,7 +51,7 @@ from alignpro.run_directory import (
     read_record,
     recorded_date,
 )
-from alignpro.theory.self_reward import effective_beta, sharpening
+from alignpro.theory.self_reward import calibrator_decides, effective_beta, sharpening
 from alignpro.train.callbacks import OnProgress
 from alignpro.train.checkpoint import MAY_CHANGE, check_same_run
 from alignpro.train.metrics import read_metrics
@@ -469,6 +469,8 @@ def _search_row(
             "calibrator": _mean([p.expected_gain(p.calibrator, beta) for p in places]),
         },
         "spread_ratio": config.calibration * other / part if part > 0 else None,
+        "calibrator_decides": config.scale == "rank"
+        and calibrator_decides(config.calibration, config.candidates),
     }
 
 
