@@ -19,6 +19,7 @@
 #include "cuda/bodies/block.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -146,6 +147,10 @@ class HostBlock {
     for (size_t i = 0; i < fibers_.size(); ++i) {
       stacks().resize(std::max(stacks().size(), i + 1));
       if (stacks()[i] == nullptr) stacks()[i].reset(new char[kStack]);
+#if defined(__SANITIZE_ADDRESS__)
+      // Of frames that were left by a jump, in another block.
+      __asan_unpoison_memory_region(stacks()[i].get(), kStack);
+#endif
       fibers_[i].context = boost::context::detail::make_fcontext(stacks()[i].get() + kStack, kStack,
                                                                  &HostBlock::enter);
       make_runnable(static_cast<int>(i));
