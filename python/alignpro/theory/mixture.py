@@ -109,12 +109,13 @@ def weights_of_rewards(
     they are (at S = 1 each is 0), and the one whose rewards vary most gets too little weight.
     [derived]
 
-    Raises ValueError as `maxmin_weights`.
+    Raises ValueError for fewer than two goals, and as `maxmin_weights`.
     """
     values = np.asarray(rewards, float)
     if not kl_coef > 0:
         raise ValueError(f"kl_coef: expected a number above 0, got {kl_coef!r}")
-    if values.ndim != 3 or not values.size or not np.isfinite(values).all():
+    whole = values.ndim == 3 and values.size and values.shape[2] >= 2
+    if not whole or not np.isfinite(values).all():
         raise ValueError(
             "rewards: expected finite numbers [prompts, samples, 2 or more goals], got shape "
             f"{values.shape}"
