@@ -171,7 +171,7 @@ def test_a_closed_prompter_says_so(model):
 
 def test_nothing_of_a_prompter_is_left_for_the_interpreters_end(model):
     closed, dropped = EngineThread(model), EngineThread(model)
-    entries = [weakref.ref(one._end.peek()[2][0]) for one in (closed, dropped)]
+    entries = [weakref.ref(one._end.peek()[2][-1]) for one in (closed, dropped)]
     assert all(entry() is not None for entry in entries)
     closed.close()
     del dropped
@@ -370,7 +370,8 @@ def test_the_interpreter_ends_in_the_middle_of_rewrites(tiny_model_dir, before):
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
+    # Nothing is said: a daemon thread that prints as the interpreter goes takes it down.
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

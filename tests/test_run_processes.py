@@ -140,6 +140,26 @@ def test_of_three_processes_one_has_the_directory(place, command):
     assert [row["step"] for row in log(place / "run")] == [0, 1, 2, 3]
 
 
+OPEN = """
+import sys, time
+from alignpro.run_directory import open_run_dir
+time.sleep(max(0, float(sys.argv[1]) - time.time()))
+try:
+    directory = open_run_dir("run")
+except FileExistsError:
+    sys.exit(2)
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_of_processes_that_make_a_directory_at_once_one_has_it(tmp_path, attempt):
+    at = str(time.time() + 1.5)
+    command = [sys.executable, "-c", OPEN, at]
+    processes = [subprocess.Popen(command, cwd=tmp_path) for _ in range(4)]
+    assert sorted(process.wait(60) for process in processes) == [0, 2, 2, 2]
+
+
 def test_of_three_evaluations_one_writes_the_file(place):
     arguments = (place, "evaluate", "evaluate.yaml", "num_prompts=2", "--output", "out.json")
     processes = [start(*arguments, PAUSE="1") for _ in range(3)]

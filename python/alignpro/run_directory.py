@@ -193,12 +193,15 @@ def check_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = F
         FileExistsError: something is there and neither was asked for, or a process uses it.
         FileNotFoundError: nothing to resume.
     """
-    path = _check(Path(path), resume, overwrite)
-    if is_run_dir(path):
-        directory = RunDirectory(path)
-        directory._hold()
+    path = Path(path)
+    if not is_run_dir(path):
+        return _check(path, resume, overwrite)
+    directory = RunDirectory(path)
+    directory._hold()  # while another process writes, files come and go
+    try:
+        return _check(path, resume, overwrite)
+    finally:
         directory._release()
-    return path
 
 
 def _check(path: Path, resume: bool, overwrite: bool) -> Path:
@@ -242,15 +245,17 @@ def open_run_dir(
     Call it when everything else about the run is known to be good. Raises as `check_run_dir`, and
     FileExistsError where another process uses the directory.
     """
-    path = _check(Path(path), resume, overwrite)
-    path.mkdir(parents=True, exist_ok=True)
-    sync_folder(path.parent)
+    path = Path(path)
     if not is_run_dir(path):
-        write_file(path / MARKER, _MARK)
+        _check(path, resume, overwrite)
+        path.mkdir(parents=True, exist_ok=True)
+        sync_folder(path.parent)
     directory = RunDirectory(path)
     directory._hold()
     try:
         _check(path, resume, overwrite)  # now that nobody else can change it
+        if not is_run_dir(path):
+            write_file(path / MARKER, _MARK)
     except BaseException:
         directory._release()
         raise

@@ -184,3 +184,17 @@ def check_trainable(name: str, model: ModelConfig) -> None:
     expected = "float32 or bfloat16 where it is trained: {} has no gradients"
     require(f"{name}.compute", compute, compute != "int8", expected.format("int8"))
     require(f"{name}.kv_dtype", cache, cache != "float16", expected.format("float16"))
+
+
+def trained_of(policy: str, prompter: ModelConfig, target: ModelConfig | None) -> ModelConfig:
+    """The model that a policy, "prompter" or "target", trains; its adapter is where that starts."""
+    return target_of(prompter, target) if policy == "target" else prompter
+
+
+def check_policy(policy: str, prompter: ModelConfig, target: ModelConfig | None) -> None:
+    """Refuse an adapter of a model that is not trained, and what has no gradients."""
+    if policy == "target":
+        expected = "null: target.adapter is tuned"
+        require("prompter.adapter", prompter.adapter, prompter.adapter is None, expected)
+    name = "target" if target is not None and policy == "target" else "prompter"
+    check_trainable(name, trained_of(policy, prompter, target))

@@ -18,7 +18,7 @@ from alignpro.config.fields import (
     require,
 )
 from alignpro.config.held_out import HeldOutConfig
-from alignpro.config.model import PROMPTER, ModelConfig, check_local, check_trainable, target_of
+from alignpro.config.model import PROMPTER, ModelConfig, check_local, check_policy, trained_of
 from alignpro.config.prompting import PairsFitConfig, Prompting
 
 
@@ -140,15 +140,9 @@ class PreferConfig(PairsFitConfig):
 
     def __post_init__(self) -> None:
         require("data.path", self.data.path, self.data.path is not None, "a source")
-        if self.policy == "target":
-            adapter = self.prompter.adapter
-            require("prompter.adapter", adapter, adapter is None, "null: target.adapter is tuned")
-        check_trainable(
-            "target" if self.target and self.policy == "target" else "prompter", self.trained
-        )
+        check_policy(self.policy, self.prompter, self.target)
 
     @property
     def trained(self) -> ModelConfig:
         """The model that is trained; its adapter is where training starts, and the reference."""
-        tunes_target = self.policy == "target"
-        return target_of(self.prompter, self.target) if tunes_target else self.prompter
+        return trained_of(self.policy, self.prompter, self.target)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from alignpro.config.data import DataConfig
 from alignpro.config.fields import Range, Seed, above, at_least, checked, require
-from alignpro.config.model import PROMPTER, ModelConfig, check_trainable, target_of
+from alignpro.config.model import PROMPTER, ModelConfig, check_policy, trained_of
 from alignpro.config.prompting import PairsFitConfig, Prompting, check_sampling, check_untruncated
 from alignpro.types import SamplingParams
 
@@ -119,15 +119,9 @@ class SelfImproveConfig(PairsFitConfig):
         check_untruncated("response", self.response, reason)
         stops = (*self.response.stop, *self.response.stop_token_ids)
         require("response.stop", stops, not stops, "none: sentences are told apart by themselves")
-        if self.policy == "target":
-            adapter = self.prompter.adapter
-            require("prompter.adapter", adapter, adapter is None, "null: target.adapter is tuned")
-        check_trainable(
-            "target" if self.target and self.policy == "target" else "prompter", self.trained
-        )
+        check_policy(self.policy, self.prompter, self.target)
 
     @property
     def trained(self) -> ModelConfig:
         """The model that is trained; its adapter is the first policy."""
-        tunes_target = self.policy == "target"
-        return target_of(self.prompter, self.target) if tunes_target else self.prompter
+        return trained_of(self.policy, self.prompter, self.target)

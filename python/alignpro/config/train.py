@@ -17,11 +17,7 @@ from alignpro.config.fields import (
 )
 from alignpro.config.guards import GuardPenaltyConfig
 from alignpro.config.held_out import HeldOutConfig
-from alignpro.config.model import (
-    ModelConfig,
-    check_trainable,
-    target_of,
-)
+from alignpro.config.model import ModelConfig, check_policy, trained_of
 from alignpro.config.prompting import FitConfig, StageConfig, check_untruncated
 from alignpro.types import SamplingParams
 
@@ -199,19 +195,17 @@ class TrainConfig(FitConfig, StageConfig):
             require("kl_coef", self.kl_coef, self.kl_coef > 0, expected)
         once = len(set(self.track)) == len(self.track)
         require("track", self.track, once, "every tracker once")
+        check_policy(self.policy, self.prompter, self.target)
         sampled, reason = "rewrite", "training draws from the untruncated policy"
         if self._tunes_target:
             self._check_tuned_target()
             sampled = "response"
         check_untruncated(sampled, self.sampled, reason)
-        check_trainable(
-            "target" if self.target and self._tunes_target else "prompter", self.trained
-        )
 
     @property
     def trained(self) -> ModelConfig:
         """The model that is trained; its adapter is where training starts."""
-        return target_of(self.prompter, self.target) if self._tunes_target else self.prompter
+        return trained_of(self.policy, self.prompter, self.target)
 
     @property
     def sampled(self) -> SamplingParams:
@@ -286,8 +280,7 @@ class TrainConfig(FitConfig, StageConfig):
     def _check_tuned_target(self) -> None:
         for name in ("num_responses", "common_draws", "guards"):
             only_default(self, name, "with policy prompter")
-        adapter, alone = self.prompter.adapter, ModelConfig(self.prompter.model)
-        require("prompter.adapter", adapter, adapter is None, "null: target.adapter is tuned")
+        alone = ModelConfig(self.prompter.model)
         if self.target is not None:
             expected = "a model alone with policy target: it is not loaded"
             require("prompter", self.prompter, self.prompter == alone, expected)

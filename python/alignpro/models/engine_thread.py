@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import enum
 import functools
 import os
 import queue
@@ -48,6 +49,14 @@ class _Request:
             self.future.set_exception(error)
 
 
+class _End(enum.Enum):
+    CLOSED = enum.auto()
+    AT_EXIT = enum.auto()
+
+
+_Inbox = queue.SimpleQueue[_Request | _End]
+
+
 class EngineThread:
     """Requests of any thread join the batch that is under way, and fail alone.
 
@@ -56,8 +65,8 @@ class EngineThread:
     """
 
     def __init__(self, model: NativeModel) -> None:
-        self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # nothing is put behind the None that ends it
+        self._inbox: _Inbox = queue.SimpleQueue()
+        self._lock = threading.Lock()  # nothing is put behind what ends it
         self._closed = False
         self._tokenizer = model.tokenizer
         self._process = os.getpid()
@@ -66,8 +75,8 @@ class EngineThread:
             target=_drive, args=(model.client(), self._inbox), daemon=True, name="engine"
         )
         thread.start()
-        at_exit = functools.partial(_end, self._inbox, thread)
-        self._end = weakref.finalize(self, _end_early, at_exit)
+        at_exit = functools.partial(_end, self._inbox, thread, _End.AT_EXIT)
+        self._end = weakref.finalize(self, _end_early, self._inbox, thread, at_exit)
         # At exit as well: a thread inside the engine must not outlive the interpreter. Not by the
         # finalizer, whose turn may come after the engine's own, when its threads return no more.
         self._end.atexit = False
@@ -148,23 +157,27 @@ class EngineThread:
         self._end()
 
 
-def _end_early(at_exit: Callable[[], None]) -> None:
-    at_exit()
+def _end_early(inbox: _Inbox, thread: threading.Thread, at_exit: Callable[[], None]) -> None:
+    _end(inbox, thread, _End.CLOSED)
     atexit.unregister(at_exit)
 
 
-def _end(inbox: queue.SimpleQueue[_Request | None], thread: threading.Thread) -> None:
-    inbox.put(None)
+def _end(inbox: _Inbox, thread: threading.Thread, how: _End) -> None:
+    inbox.put(how)
     if thread is not threading.current_thread():
         thread.join()
 
 
-def _drive(client: NativeClient, inbox: queue.SimpleQueue[_Request | None]) -> None:
+def _drive(client: NativeClient, inbox: _Inbox) -> None:
     under_way: dict[NativeHandle, _Request] = {}
     while True:
         while not under_way or not inbox.empty():
             request = inbox.get()
-            if request is None:
+            if isinstance(request, _End):
+                # At exit all that wait are daemon threads. An error would be printed by them while
+                # the interpreter takes stderr down, which it does not survive; they wait on.
+                if request is _End.AT_EXIT:
+                    under_way.clear()
                 _abandon(client, under_way)
                 return
             _admit(client, request, under_way)
