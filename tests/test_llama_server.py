@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignpro.config import ClientConfig, ModelConfig, TrainConfig
-from alignpro.evaluate.bound import token_logprobs
+from alignpro.models.answer_scores import token_logprobs
 from alignpro.models.endpoint import EndpointModel
 from alignpro.pipeline import Pipeline
 from alignpro.train.metrics import read_metrics

@@ -8,8 +8,8 @@ import pytest
 
 from alignpro.config import Prompting
 from alignpro.models.in_flight import FailedRowsError
-from alignpro.models.seeds import _splitmix64
-from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.models.seeds import _splitmix64, derive_seed
+from alignpro.pipeline import Pipeline
 from alignpro.rewards.check import RewardError
 from alignpro.types import SamplingParams
 from fake_model import EOS, FakeModel

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from alignpro.config import BoundConfig, ClientConfig, ModelConfig, from_mapping
-from alignpro.evaluate.bound import run_bound, token_logprobs
+from alignpro.evaluate.bound import run_bound
+from alignpro.models.answer_scores import token_logprobs
 from alignpro.models.endpoint import EndpointModel
 from alignpro.models.native_model import load_model
 from alignpro.train.metrics import read_metrics

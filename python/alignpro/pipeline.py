@@ -33,8 +33,7 @@ from alignpro.models.reading import (
     target_tokens,
     too_long,
 )
-from alignpro.models.seeds import derive_seed as derive_seed
-from alignpro.models.seeds import fresh_seed as fresh_seed
+from alignpro.models.seeds import derive_seed, fresh_seed
 from alignpro.types import (
     Completion,
     Conversation,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
 
 REWRITE_STREAM, RESPONSE_STREAM = 1, 2  # streams of randomness
 Answered = dict[tuple[int, str], Rewrite]  # by prompt and text
+OnResponse = Callable[[Response | None], None]  # None: of one that failed
 
 
 class Pipeline:
@@ -315,29 +315,38 @@ class Pipeline:
 
         check_counts(attempts=attempts)
         read, given = read_schema(schema), read_prompts(texts)
-        asked = copy.copy(self)
-        if self.prompting.target_template == Prompting.target_template:
-            template = read.template(form)
-            asked.prompting = replace(self.prompting, target_template=template)
+        asked, key = self.for_schema(read, form), fresh_seed() if seed is None else seed
+        keyed = range(len(given)) if numbers is None else numbers
+
+        def draw(in_flight: InFlight, index: int, sample: int, on_response: OnResponse) -> None:
+            asked._draw(in_flight, given[index], keyed[index], sample, key, on_response)
+
         return extract_records(
-            asked,
+            draw,
             given,
             read,
             attempts=attempts,
             form=form,
-            seed=fresh_seed() if seed is None else seed,
-            numbers=range(len(given)) if numbers is None else numbers,
+            max_failed=self.max_failed,
             on_extracted=on_extracted,
         )
 
-    def draw(
+    def for_schema(self, schema: Schema, form: Format) -> Pipeline:
+        """A copy whose target reads the schema's template, unless it has one of its own."""
+        asked = copy.copy(self)
+        if self.prompting.target_template == Prompting.target_template:
+            template = schema.template(form)
+            asked.prompting = replace(self.prompting, target_template=template)
+        return asked
+
+    def _draw(
         self,
         in_flight: InFlight,
         prompt: Prompt,
         index: int,
         sample: int,
         seed: int,
-        on_response: Callable[[Response | None], None],
+        on_response: OnResponse,
     ) -> None:
         """Queue one rewrite of the prompt, where there is a prompter, and one response to it: the
         draws of rewrite ``sample`` in `rollout`. on_response: gets the response, or None of one
@@ -413,7 +422,7 @@ class Pipeline:
         answered: Answered | None,
         rewrite: Rewrite,
         sample: int,
-        on_response: Callable[[Response | None], None] | None = None,
+        on_response: OnResponse | None = None,
     ) -> Rewrite:
         """Queue M responses; they are appended to ``rewrite.responses`` in order of their index.
         With ``answered`` draws are common: a second rewrite of a text has the first one's list."""

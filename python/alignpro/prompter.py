@@ -25,7 +25,8 @@ from alignpro.models.engine_thread import EngineThread
 from alignpro.models.mixture import Mixture
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.reading import read_prompts
-from alignpro.pipeline import Pipeline, fresh_seed
+from alignpro.models.seeds import fresh_seed
+from alignpro.pipeline import Pipeline
 from alignpro.rewriting import (
     AsyncRewriteStream,
     Clock,

@@ -15,7 +15,8 @@ from alignpro.config import Prompting
 from alignpro.models.language_model import ChatModel, LanguageModel
 from alignpro.models.reading import read_prompts
 from alignpro.models.reasoning import split_reasoning
-from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.models.seeds import derive_seed
+from alignpro.pipeline import Pipeline
 from alignpro.types import Conversation, Message, PromptLike, Reward, SamplingParams
 
 COLUMN = "original_prompt"

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from alignpro.cli import app
 from alignpro.config import BoundConfig, LoraConfig, Prompting
 from alignpro.data.load import PromptRow
-from alignpro.evaluate.bound import measure_bound, sequence_logprobs
+from alignpro.evaluate.bound import measure_bound
 from alignpro.evaluate.results import to_json
 from alignpro.models.adapter import save_peft
+from alignpro.models.answer_scores import sequence_logprobs
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
 from alignpro.train.policy import initial_weights

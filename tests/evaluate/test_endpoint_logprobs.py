@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from alignpro.config import BoundConfig, ModelConfig, from_mapping
-from alignpro.evaluate.bound import run_bound, token_logprobs
+from alignpro.evaluate.bound import run_bound
 from alignpro.evaluate.results import to_json
+from alignpro.models.answer_scores import token_logprobs
 from alignpro.models.endpoint import EndpointModel
 from alignpro.models.native_model import load_model
 from alignpro.models.reply import read_reply, read_scores

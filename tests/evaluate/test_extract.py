@@ -109,6 +109,39 @@ def test_what_was_interrupted_goes_on_with_what_is_done(here, tiny_model_dir, mo
         run_extract(config(model), output=here / "out.jsonl")
 
 
+def test_what_was_interrupted_goes_on_on_another_day(here, tiny_model_dir, monkeypatch):
+    model = tiny_model_dir("llama")
+    real = module._KeptRows.put
+
+    def once(self, number, extraction):
+        real(self, number, extraction)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "today", lambda: "2026-03-01")
+    monkeypatch.setattr(module._KeptRows, "put", once)
+    with pytest.raises(KeyboardInterrupt):
+        run_extract(config(model), output=here / "out.jsonl")
+    monkeypatch.setattr(module._KeptRows, "put", real)
+    monkeypatch.setattr(module, "today", lambda: "2026-03-02")
+    _, report = run_extract(config(model), output=here / "out.jsonl")
+    assert report.config["date"] == "2026-03-01"
+
+
+def test_a_first_line_that_a_crash_cut_short_is_begun_anew(here, tiny_model_dir, monkeypatch):
+    model = tiny_model_dir("llama")
+    kept = here / "out.jsonl.rows.jsonl"
+    kept.write_text('{"config": {"seed"')
+    seen = []
+    real = module._KeptRows.put
+    monkeypatch.setattr(
+        module._KeptRows,
+        "put",
+        lambda self, *of: (real(self, *of), seen.append(kept.read_text().splitlines()[0])),
+    )
+    run_extract(config(model), output=here / "out.jsonl")
+    assert len(seen) == 3 and all(json.loads(line)["config"]["seed"] == 0 for line in seen)
+
+
 def test_a_target_that_was_taught_is_taken_from_its_run(here, tiny_model_dir):
     taught = SftConfig(
         prompter=ModelConfig(str(tiny_model_dir("llama"))),

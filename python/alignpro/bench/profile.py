@@ -13,7 +13,8 @@ from alignpro.bench.timeline import Timeline, beyond
 from alignpro.bench.work import ROLLOUT
 from alignpro.config import ModelConfig, from_mapping
 from alignpro.models.native_model import NativeModel, load_models
-from alignpro.pipeline import REWRITE_STREAM, Pipeline, derive_seed
+from alignpro.models.seeds import derive_seed
+from alignpro.pipeline import REWRITE_STREAM, Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.types import Prompt, Rollout
 

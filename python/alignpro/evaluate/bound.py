@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,9 +27,10 @@ from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import BoundReport, ClosedForm
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights, is_mixture
+from alignpro.models.answer_scores import sequence_logprobs, token_logprobs
 from alignpro.models.chat_template import today
 from alignpro.models.endpoint import EndpointModel
-from alignpro.models.mixture import Mixture, read_mixture, score_tokens
+from alignpro.models.mixture import Mixture, read_mixture
 from alignpro.models.native_model import NativeModel, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
@@ -51,7 +51,7 @@ from alignpro.theory.optimum import (
 )
 from alignpro.types import Response, Reward, Rollout
 
-_SCORED_AT_ONCE = 32  # sequences; bounds the memory of a scoring pass
+_SCORED_AT_ONCE = 32  # sequences, between two words of progress
 _OTHER_DISTRIBUTION = 1.0  # nats of one token; bfloat16 and other batches move one by tenths
 
 
@@ -340,40 +340,6 @@ def _parity(target: NativeModel | EndpointModel, raw: Rollout, config: BoundConf
             f"{found:.3g} apart; they are not of one distribution"
         )
     return found
-
-
-def sequence_logprobs(
-    model: NativeModel | EndpointModel,
-    prompts: Sequence[list[int]],
-    continuations: Sequence[list[int]],
-    temperature: float,
-    adapter: Any = None,
-) -> list[float]:
-    """log p(continuation | prompt) of whole sequences of tokens, in nats. adapter: of a model that
-    is here, as its `prepare` takes it; None: the base weights."""
-    parts = token_logprobs(model, prompts, continuations, temperature, adapter)
-    return [math.fsum(part) for part in parts]
-
-
-def token_logprobs(
-    model: NativeModel | EndpointModel,
-    prompts: Sequence[list[int]],
-    continuations: Sequence[list[int]],
-    temperature: float,
-    adapter: Any = None,
-) -> list[Floats]:
-    """As `sequence_logprobs`, token by token."""
-    if isinstance(model, EndpointModel):  # the configuration's rule: temperature 1
-        return model.token_logprobs(prompts, continuations)
-    score = score_tokens(
-        model,
-        [p + c for p, c in zip(prompts, continuations, strict=True)],
-        [len(p) for p in prompts],
-        adapter=adapter,
-        temperature=temperature,
-    )
-    ends = np.cumsum([len(c) for c in continuations])
-    return np.split(np.asarray(score.logprob, np.float64), ends[:-1])
 
 
 def _truncated(rollouts: dict[str, Rollout]) -> float:

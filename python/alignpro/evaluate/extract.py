@@ -23,7 +23,7 @@ from alignpro.config.fields import require
 from alignpro.data.files import DataError
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.evaluate.inputs import load_adapter
-from alignpro.evaluate.kept import calls_path
+from alignpro.evaluate.kept import calls_path, kept_date
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import ExtractReport
 from alignpro.extract.draw import Extraction
@@ -60,11 +60,12 @@ def run_extract(
     """
     check_config(config, ExtractConfig)
     schema, form, rows = read_inputs(config)
-    config = replace(config, date=config.date or today())
+    kept_at = None if output is None else output.with_name(output.name + ".rows.jsonl")
+    config = replace(config, date=config.date or kept_date(kept_at) or today())
     pipeline = _pipeline(config, schema, calls_path(output))
     numbers = {row.place: number for number, row in enumerate(rows)}
     rows = fit_rows(rows, unread_by(pipeline), config.on_too_long).rows
-    kept = _KeptRows(output, _made_from(config, schema, pipeline, rows))
+    kept = _KeptRows(kept_at, _made_from(config, schema, pipeline, rows))
     left = [row for row in rows if numbers[row.place] not in kept.done]
 
     def show() -> None:
@@ -226,24 +227,21 @@ def _pipeline(config: ExtractConfig, schema: Schema, calls: Path | None) -> Pipe
         target = EndpointModel(config.target, calls)
     else:
         target = load_model(config.target, config.threads, date=config.date)
-    prompting = config.prompting
-    if prompting.target_template == "{prompt}":
-        template = schema.template(config.schema.format)
-        prompting = replace(prompting, target_template=template)
     adapter = None
     if config.prompter is not None and prompter is not None:
         adapter = load_adapter(config.prompter.adapter, prompter)
-    return Pipeline(
+    pipeline = Pipeline(
         prompter,
         target,
         None,
-        prompting=prompting,
+        prompting=config.prompting,
         prompter_adapter=adapter,
         target_adapter=config.target.adapter,
         rewrite_params=config.rewrite,
         response_params=config.response,
         max_failed=config.target.max_failed,
     )
+    return pipeline.for_schema(schema, config.schema.format)
 
 
 def _made_from(
@@ -267,23 +265,21 @@ def _made_from(
 
 
 class _KeptRows:
-    """Rows by number, each written down as it is finished; of no output, kept in memory alone.
+    """Rows by number, each written down as it is finished; without a path, in memory alone.
 
     Raises:
         ValueError: a file of rows with other settings, or of something else.
     """
 
-    def __init__(self, output: Path | None, made_from: dict[str, Any]) -> None:
-        self.path = None if output is None else output.with_name(output.name + ".rows.jsonl")
+    def __init__(self, path: Path | None, made_from: dict[str, Any]) -> None:
+        self.path = path
         self.done: dict[int, Extraction] = {}
-        if self.path is None:
-            return
-        if self.path.exists():
-            self._read(self.path, made_from)
-        else:
-            append_line(self.path, json.dumps(made_from))
+        if path is not None and not (path.exists() and self._read(path, made_from)):
+            append_line(path, json.dumps(made_from))
 
-    def _read(self, path: Path, made_from: dict[str, Any]) -> None:
+    def _read(self, path: Path, made_from: dict[str, Any]) -> bool:
+        """Whether there is a whole first line."""
+        number = 0
         for number, line in recorded_lines(path):
             try:
                 row = json.loads(line)
@@ -298,6 +294,7 @@ class _KeptRows:
                     f"{path}: rows of an extraction with other settings, models or texts; move it "
                     "away to begin anew, or name another --output"
                 )
+        return number > 0
 
     def put(self, number: int, extraction: Extraction) -> None:
         self.done[number] = extraction

@@ -11,15 +11,16 @@ import numpy as np
 
 from alignpro.config import MixConfig, TrainConfig, check_config, to_mapping
 from alignpro.data.load import load_prompts
-from alignpro.evaluate.bound import sequence_logprobs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import MixedGoal, MixReport, to_json
 from alignpro.fingerprints import of_adapter_folder
 from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.answer_scores import sequence_logprobs
 from alignpro.models.mixture import BASE, Mixture, save_mixture
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.redraw import restriction
-from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.models.seeds import derive_seed
+from alignpro.pipeline import Pipeline
 from alignpro.run_directory import config_of_run, is_run_dir
 from alignpro.statistics import Floats, bootstrap_mean_ci
 from alignpro.theory.mixture import maxmin_weights
@@ -27,7 +28,6 @@ from alignpro.train.metrics import read_metrics
 from alignpro.types import Rewrite
 
 _PROMPTS_AT_ONCE = 8  # between two words of progress
-_SCORED_AT_ONCE = 32  # rewrites; bounds the memory of a scoring pass
 
 
 def run_mix(
@@ -216,12 +216,8 @@ def _logprobs(
 ) -> Floats:
     """[prompts, samples] nats of whole rewrites."""
     flat = [w for group in samples for w in group]
-    core = None if adapter is None else model.make_adapter(adapter)
-    sums: list[float] = []
-    for begin in range(0, len(flat), _SCORED_AT_ONCE):
-        chunk = flat[begin : begin + _SCORED_AT_ONCE]
-        read, written = [w.prompter_tokens for w in chunk], [w.tokens for w in chunk]
-        sums += sequence_logprobs(model, read, written, temperature, core)
+    read, written = [w.prompter_tokens for w in flat], [w.tokens for w in flat]
+    sums = sequence_logprobs(model, read, written, temperature, adapter)
     return np.array(sums).reshape(len(samples), -1)
 
 

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from alignpro.config import EvalConfig, OptimumConfig
 from alignpro.evaluate.headroom import complete_rewards
 from alignpro.models.in_flight import FailedRowsError
-from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.models.seeds import derive_seed
+from alignpro.pipeline import Pipeline
 from alignpro.statistics import law_of_total_variance
 from alignpro.theory.optimum import effective_samples, optimum_weights
 from alignpro.types import Prompt, Response, Rollout

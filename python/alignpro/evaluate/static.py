@@ -21,7 +21,8 @@ from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Candidate, SearchResult, SearchRound
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.mixture import Mixture
-from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.models.seeds import derive_seed
+from alignpro.pipeline import Pipeline
 
 SEARCH_STREAM = 3  # of randomness, beside the pipeline's
 _SHOWN = 5  # candidates of a round in the report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from alignpro.extract.check import Verdict, Violation, judge
 from alignpro.extract.parse import Parsed, parse_json, parse_lines
@@ -13,21 +13,8 @@ from alignpro.extract.schema import Format, Schema
 from alignpro.models.in_flight import InFlight
 from alignpro.types import Conversation, Prompt, Response
 
-
-class Draws(Protocol):
-    """What `Pipeline` is to an extraction."""
-
-    max_failed: float
-
-    def draw(
-        self,
-        in_flight: InFlight,
-        prompt: Prompt,
-        index: int,
-        sample: int,
-        seed: int,
-        on_response: Callable[[Response | None], None],
-    ) -> None: ...
+# Queues a draw: (in flight, text, attempt, what gets the response, or None of one that failed).
+Draw = Callable[[InFlight, int, int, Callable[[Response | None], None]], None]
 
 
 @dataclass(frozen=True)
@@ -78,24 +65,19 @@ def judge_answer(
 
 
 def extract_records(
-    draws: Draws,
+    draw: Draw,
     prompts: Sequence[Prompt],
     schema: Schema,
     *,
     attempts: int,
     form: Format,
-    seed: int,
-    numbers: Sequence[int],
+    max_failed: float,
     on_extracted: Callable[[int, Extraction], None] | None = None,
 ) -> list[Extraction]:
     """See `Pipeline.extract`."""
     best: dict[int, Extraction] = {}
 
-    with InFlight(len(prompts) * attempts, draws.max_failed) as in_flight:
-
-        def draw(place: int, attempt: int) -> None:
-            on_response = partial(drawn, place, attempt)
-            draws.draw(in_flight, prompts[place], numbers[place], attempt, seed, on_response)
+    with InFlight(len(prompts) * attempts, max_failed) as in_flight:
 
         def drawn(place: int, attempt: int, response: Response | None) -> None:
             answer = "" if response is None else response.text
@@ -106,12 +88,12 @@ def extract_records(
             kept = this if before is None or _rank(this) < _rank(before) else before
             best[place] = replace(kept, attempts=attempt + 1)
             if not kept.verified and attempt + 1 < attempts:
-                draw(place, attempt + 1)
+                draw(in_flight, place, attempt + 1, partial(drawn, place, attempt + 1))
             elif on_extracted is not None:
                 on_extracted(place, best[place])
 
         for place in range(len(prompts)):
-            draw(place, 0)
+            draw(in_flight, place, 0, partial(drawn, place, 0))
         in_flight.run_until_done()
     return [best[place] for place in range(len(prompts))]
 

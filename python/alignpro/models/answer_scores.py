@@ -1,12 +1,17 @@
-"""What a target says of given answers: their log-probabilities, behind a prompt or none."""
+"""What a model says of given answers: their log-probabilities, behind a prompt or none."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from alignpro.models.endpoint import EndpointModel
 from alignpro.models.language_model import ChatModel, LanguageModel
+from alignpro.models.mixture import score_tokens
 from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import naming, target_tokens
 from alignpro.types import Prompt, Texts
@@ -34,14 +39,46 @@ class TargetScorer:
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             with naming(f"answer {index}"):
                 rows.append(_read(model, prompt, answer))
-        means: list[float] = []
-        for part in chunks([len(tokens) for tokens, _ in rows], _TOKENS):
-            sequences, starts = zip(*rows[part], strict=True)
-            score = model.core_model.score(list(sequences), list(starts))
-            counts = [len(tokens) - start for tokens, start in rows[part]]
-            parts = np.split(np.asarray(score.logprob, np.float64), np.cumsum(counts)[:-1])
-            means += [float(values.mean()) if len(values) else 0.0 for values in parts]
-        return means
+        found = token_logprobs(model, [read for read, _ in rows], [own for _, own in rows], 1.0)
+        return [float(values.mean()) if len(values) else 0.0 for values in found]
+
+
+def sequence_logprobs(
+    model: NativeModel | EndpointModel,
+    prompts: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    temperature: float,
+    adapter: Any = None,
+) -> list[float]:
+    """log p(continuation | prompt) of whole sequences of tokens, in nats. adapter: of a model that
+    is here, as its `prepare` takes it; None: the base weights."""
+    parts = token_logprobs(model, prompts, continuations, temperature, adapter)
+    return [math.fsum(part) for part in parts]
+
+
+def token_logprobs(
+    model: NativeModel | EndpointModel,
+    prompts: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    temperature: float,
+    adapter: Any = None,
+) -> list[NDArray[np.float64]]:
+    """As `sequence_logprobs`, token by token. The memory of a pass is bounded."""
+    if isinstance(model, EndpointModel):  # the configuration's rule: temperature 1
+        return model.token_logprobs(prompts, continuations)
+    sequences = [p + c for p, c in zip(prompts, continuations, strict=True)]
+    prepared, found = model.prepare(adapter), list[NDArray[np.float64]]()
+    for part in chunks([len(tokens) for tokens in sequences], _TOKENS):
+        score = score_tokens(
+            model,
+            sequences[part],
+            [len(p) for p in prompts[part]],
+            adapter=prepared,
+            temperature=temperature,
+        )
+        ends = np.cumsum([len(c) for c in continuations[part]])
+        found += np.split(np.asarray(score.logprob, np.float64), ends[:-1])
+    return found
 
 
 def chunks(lengths: Sequence[int], most: int) -> Iterator[slice]:
@@ -56,14 +93,15 @@ def chunks(lengths: Sequence[int], most: int) -> Iterator[slice]:
         yield slice(begin, len(lengths))
 
 
-def _read(model: NativeModel, prompt: Prompt | None, answer: str) -> tuple[list[int], int]:
-    """Prompt and answer as tokens, and where the answer begins."""
+def _read(model: NativeModel, prompt: Prompt | None, answer: str) -> tuple[list[int], list[int]]:
+    """Prompt and answer as tokens."""
     tokenizer = model.tokenizer
     if prompt is None:
         read = tokenizer.encode_chat([{"role": "user", "content": ""}])
     else:
         read = target_tokens(tokenizer, prompt)
-    tokens = [*read, *tokenizer.encode(answer.strip())]
-    if len(tokens) > model.context_length:
-        raise ValueError(f"{len(tokens)} tokens exceed the context of {model.context_length}")
-    return tokens, len(read)
+    written = tokenizer.encode(answer.strip())
+    size = len(read) + len(written)
+    if size > model.context_length:
+        raise ValueError(f"{size} tokens exceed the context of {model.context_length}")
+    return read, written

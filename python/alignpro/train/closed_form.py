@@ -23,6 +23,7 @@ from alignpro.data.load import PromptRow
 from alignpro.fingerprints import Fingerprints
 from alignpro.interrupts import interruptible
 from alignpro.models.in_flight import FailedRowsError
+from alignpro.models.seeds import derive_seed
 from alignpro.objective import sum_per_sequence, zero_advantage_groups
 from alignpro.objective.closed_form import (
     closed_form_weights,
@@ -31,7 +32,6 @@ from alignpro.objective.closed_form import (
     off_policy_kl,
     weighted_likelihood_loss,
 )
-from alignpro.pipeline import derive_seed
 from alignpro.run_directory import CONFIG, read_record
 from alignpro.train.callbacks import OnProgress, TrainCallback, Watchers
 from alignpro.train.checkpoint import check_same_run

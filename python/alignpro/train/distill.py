@@ -8,6 +8,7 @@ fit to the reference's rollouts is that of any other reward (`train.closed_form`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,12 @@ import numpy as np
 from alignpro import fingerprints
 from alignpro.config import ClosedFormConfig, TrainConfig
 from alignpro.models.adapter import MIXTURE
+from alignpro.models.answer_scores import sequence_logprobs
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.run_directory import config_of_run, read_record
 from alignpro.train.policy import Reference
 from alignpro.types import Prompt, Response, Rewrite, Rollout
-
-_SCORED_AT_ONCE = 32  # rewrites; bounds the memory of a scoring pass
 
 
 class MixtureReward:
@@ -74,22 +74,13 @@ class MixtureReward:
 
     def of(self, rewrites: Sequence[Rewrite], temperature: float) -> list[float]:
         """sum_k e_k log(rho_k / rho_ref) of whole rewrites, in nats."""
-        rewards: list[float] = []
-        for begin in range(0, len(rewrites), _SCORED_AT_ONCE):
-            part = rewrites[begin : begin + _SCORED_AT_ONCE]
-            lengths = [len(w.tokens) for w in part]
-            recorded = np.concatenate([np.asarray(w.logprobs, np.float64) for w in part])
-            total = np.zeros(sum(lengths))
-            for adapter, exponent in self._parts:
-                score = self._model.core_model.score(
-                    [[*w.prompter_tokens, *w.tokens] for w in part],
-                    [len(w.prompter_tokens) for w in part],
-                    adapter=adapter,
-                    temperature=temperature,
-                )
-                total += exponent * (np.asarray(score.logprob, np.float64) - recorded)
-            rewards += [float(p.sum()) for p in np.split(total, np.cumsum(lengths)[:-1])]
-        return rewards
+        read, written = [w.prompter_tokens for w in rewrites], [w.tokens for w in rewrites]
+        recorded = np.array([math.fsum(w.logprobs) for w in rewrites])
+        rewards = np.zeros(len(rewrites))
+        for adapter, exponent in self._parts:
+            own = sequence_logprobs(self._model, read, written, temperature, adapter)
+            rewards += exponent * (np.array(own) - recorded)
+        return [float(reward) for reward in rewards]
 
 
 def read_exponents(folder: Path) -> dict[str, float]:

@@ -21,7 +21,8 @@ from alignpro.findings import (
 )
 from alignpro.lengths import Row
 from alignpro.models.adapter import LoraWeights
-from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.models.seeds import derive_seed
+from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import score_rollout
 
 _HELD_OUT = 1 << 33  # a stream of randomness beside those of the steps

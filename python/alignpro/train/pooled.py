@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from alignpro.config import TrainConfig
+from alignpro.models.seeds import derive_seed
 from alignpro.objective.pooled_rewards import PooledRewards, directions, pooled_rewards
-from alignpro.pipeline import derive_seed
 from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.policy import LoraPolicy, Reference
 from alignpro.train.sft import Example

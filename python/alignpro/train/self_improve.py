@@ -36,7 +36,8 @@ from alignpro.models.answer_scores import TargetScorer
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
-from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.models.seeds import derive_seed
+from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
 from alignpro.rewards.grounding import GroundingReward

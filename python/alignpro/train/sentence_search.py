@@ -18,7 +18,7 @@ import numpy as np
 from alignpro.config import SelfImproveConfig
 from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import target_tokens
-from alignpro.pipeline import derive_seed
+from alignpro.models.seeds import derive_seed
 from alignpro.rewards.check import COMPLETION_IDS, RESPONSE_LOGPROBS, score_checked
 from alignpro.theory.self_reward import calibrated_scores, tilted
 from alignpro.train.sentences import STOPS, sentence_end

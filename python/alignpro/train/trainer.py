@@ -29,7 +29,8 @@ from alignpro.models.reading import (
     target_tokens,
     too_long,
 )
-from alignpro.pipeline import Pipeline, derive_seed
+from alignpro.models.seeds import derive_seed
+from alignpro.pipeline import Pipeline
 from alignpro.run_directory import CONFIG, RunDirectory, add_note, open_run_dir
 from alignpro.train.adaptive import Adaptive
 from alignpro.train.callbacks import OnProgress, TrainCallback, Watchers

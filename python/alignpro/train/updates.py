@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignpro.config import TrainConfig
+from alignpro.models.seeds import derive_seed
 from alignpro.objective import OF_EVERY_PASS, Metrics, merge_metrics
-from alignpro.pipeline import derive_seed
 from alignpro.train.trajectories import StepBatch
 
 MINIBATCH_STREAM = 3  # of randomness; the pipeline has the ones before
