@@ -129,6 +129,8 @@ def test_a_learned_head_errs_more_with_fewer_samples() -> None:
         ({"dimension": 1}, "dimension"),
         ({"noise": 0.0}, "noise"),
         ({"signal": math.nan}, "signal"),
+        ({"relevance": 60.0}, "at most 50 times noise"),
+        ({"noise": 1e-3}, "at most 50 times noise"),
     ],
 )
 def test_what_cannot_be_is_refused(wrong: dict[str, float], word: str) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from alignpro.statistics import Floats
 
 _AT_ONCE = 1 << 20  # drawn tokens; bounds memory
+_MOST_RELEVANT = 50  # standard deviations; a float holds no gain beyond them
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class AttentionData:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if not self.relevance <= _MOST_RELEVANT * self.noise:  # the best gain is exp(Q^2 / 4)
+            raise ValueError(
+                f"relevance: expected at most {_MOST_RELEVANT} times noise, {self.noise}, got "
+                f"{self.relevance}"
+            )
 
     @property
     def share(self) -> float:
