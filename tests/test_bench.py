@@ -30,7 +30,10 @@ def run(*arguments: str):
 
 def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
     for benchmark, work in (
-        ("decode", ["--batch", "1,3", "--new-tokens", "4", "--prompt-tokens", "5"]),
+        (
+            "decode",
+            ["--batch", "1,3", "--new-tokens", "4", "--prompt-tokens", "5", "--top-p", ".9"],
+        ),
         ("prefill", ["--shape", "1x9,2x5"]),
         ("rollout", ["--prompts", "2"]),
     ):
@@ -48,6 +51,7 @@ def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
             assert [row["batch"] for row in rows] == [1, 3]
             assert all(0 < row["fma_share"] < 1 and row["bytes_per_step"] > 0 for row in rows)
             assert 0 < report["load_seconds"] < report["cold_start_seconds"]
+            assert [row["truncated_share"] > 0 for row in rows] == [True, True]
             other = tmp_path / "halves.json"
             common[-1] = str(other)
             halves = run("bench", "decode", *common, *work, "--batch", "1", "--kv-dtype", "float16")

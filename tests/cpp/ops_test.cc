@@ -318,9 +318,10 @@ TEST_CASE("avx2 and avx512 agree to the bit") {
     CHECK(same_bits(a.data(), b.data(), size));
     return a;
   };
-  for (const DType dtype : kAllTypes) {
-    const auto bytes = quantized_rows(dtype, panels * 16, cols, 4);
-    const auto source = rows_in(dtype, bytes, cols);
+  for (const DType stored : kAllTypes) {
+    const auto bytes = quantized_rows(stored, panels * 16, cols, 4);
+    const auto source = rows_in(stored, bytes, cols);
+    const DType dtype = cpu::panel_type(stored);
     const int64_t stride = cpu::panel_bytes(dtype, cols);
     std::vector<std::byte> packed(static_cast<size_t>(panels * stride));
     for (size_t p = 0; p < panels; ++p) {
@@ -857,6 +858,67 @@ TEST_CASE("truncation keeps what it says") {
   ban.banned = banned;
   const auto second = seen(ban);
   CHECK_EQ(second.begin()->first, order[1].second);
+}
+
+// Over many tiles, of which those without a likely token are passed over: top-k, then top-p of it,
+// then min-p, and the inversion in token order, all in double.
+TEST_CASE("truncation over many tiles matches double") {
+  ThreadPool pool(2);
+  const int64_t vocab = 5000;
+  Vocabulary v(70, vocab, 24, 1.0f);
+  const std::vector<int32_t> banned = {3, 700, 4999};
+  std::vector<SampleRow> rows;
+  for (const int32_t top_k : {0, 1, 5, 19, 60, 4000}) {
+    for (const float top_p : {1.0f, 0.999f, 0.95f, 0.3f}) {
+      for (const float min_p : {0.0f, 0.01f, 0.4f}) {
+        SampleRow row;
+        row.temperature = rows.size() % 2 == 0 ? 1.0f : 0.6f;
+        row.top_k = top_k;
+        row.top_p = top_p;
+        row.min_p = min_p;
+        if (rows.size() % 5 == 4) row.banned = banned;
+        row.uniform = keyed_uniform(9, 0, static_cast<uint32_t>(rows.size()));
+        if (rows.size() < 70) rows.push_back(row);
+      }
+    }
+  }
+  std::vector<SampledToken> drawn(rows.size());
+  head_sample(v.packed, v.hidden.data(), rows, drawn, pool);
+  const Doubles logits = product(v.hidden, v.weight, v.rows, vocab, v.cols);
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const SampleRow& row = rows[r];
+    std::vector<std::pair<double, int32_t>> kept;
+    double total = 0.0;
+    for (int64_t t = 0; t < vocab; ++t) {
+      const double p = std::exp(logits[r * vocab + static_cast<size_t>(t)] / row.temperature);
+      total += p;
+      if (std::find(row.banned.begin(), row.banned.end(), t) == row.banned.end()) {
+        kept.push_back({-p, static_cast<int32_t>(t)});
+      }
+    }
+    std::sort(kept.begin(), kept.end());
+    if (row.top_k > 0) kept.resize(std::min<size_t>(kept.size(), row.top_k));
+    const auto mass = [&] {
+      double sum = 0.0;
+      for (const auto& [p, token] : kept) sum -= p;
+      return sum;
+    };
+    const double wanted = row.top_p * mass();
+    double sum = 0.0;
+    size_t count = 0;
+    while (count < kept.size() && (row.top_p == 1.0f || sum < wanted)) sum -= kept[count++].first;
+    kept.resize(count);
+    const double floor = row.min_p * -kept.front().first;
+    std::erase_if(kept, [&](const auto& c) { return -c.first < floor; });
+    std::sort(kept.begin(), kept.end(), [](auto a, auto b) { return a.second < b.second; });
+    const double of_all = mass() / total, at = row.uniform * mass();
+    double below = 0.0;
+    size_t token = 0;
+    while ((below -= kept[token].first) <= at) ++token;
+    CHECK_EQ(drawn[r].token, kept[token].second);
+    CHECK(std::abs(drawn[r].kept_mass - of_all) < 1e-5);
+    CHECK(std::abs(drawn[r].logprob - std::log(-kept[token].first / total)) < 1e-4);
+  }
 }
 
 TEST_CASE("penalties change what is drawn, and not the log-probability") {

@@ -38,6 +38,7 @@ def bench_decode(
     threads: int,
     compute: str = "float32",
     kv_dtype: str = "float32",
+    top_p: float = 1.0,
     say: Say = lambda what: None,
 ) -> dict[str, Any]:
     """Tokens a second by batch, each sequence with a prompt of its own, temperature 1.
@@ -47,7 +48,8 @@ def bench_decode(
     stop there. ``cold_start_seconds`` is a new process up to its first token, interpreter and
     imports included, with the file in the system's cache. Shares are of the limits measured in the
     same run: operations of the whole call, by the engine's own counts (None where they did not
-    fit), and weights and KV read from memory while decoding.
+    fit), and weights and KV read from memory while decoding. With ``top_p`` below 1 the same calls
+    are made with it as well, and ``truncated_share`` is their rate as a share of the rate without.
     """
     loaded, report = open_report(
         "decode", model, threads, repeats, compute=compute, kv_dtype=kv_dtype
@@ -56,6 +58,7 @@ def bench_decode(
     report |= {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
+        "top_p": top_p,
         "cold_start_seconds": statistics.median(
             _cold_start(model, threads, compute, kv_dtype) for _ in range(repeats)
         ),
@@ -67,13 +70,13 @@ def bench_decode(
         say(f"{batch} sequences")
         prompts = random_prompts(config["vocab_size"], batch, prompt_tokens)
         _, events = recorded(partial(_generate, loaded, prompts, new_tokens))
-        seconds = interleaved(
-            {
-                "first": partial(_generate, loaded, prompts, 1),
-                "all": partial(_generate, loaded, prompts, new_tokens),
-            },
-            repeats,
-        )
+        calls = {
+            "first": partial(_generate, loaded, prompts, 1),
+            "all": partial(_generate, loaded, prompts, new_tokens),
+        }
+        if top_p < 1:
+            calls["truncated"] = partial(_generate, loaded, prompts, new_tokens, top_p)
+        seconds = interleaved(calls, repeats)
         first, whole = (statistics.median(seconds[name]) for name in ("first", "all"))
         flops = engine_flops(events)
         decoding = max(whole - first, 1e-9)
@@ -93,6 +96,9 @@ def bench_decode(
                 **_rate(flops, whole, report),
                 "read_share": moved / decoding / 1e9 / report["limits"]["read_gbps"]
                 if steps
+                else None,
+                "truncated_share": whole / statistics.median(seconds["truncated"])
+                if top_p < 1
                 else None,
             }
         )
@@ -263,9 +269,11 @@ def _cold_start(model: Path, threads: int, compute: str, kv_dtype: str) -> float
     return time.perf_counter() - started
 
 
-def _generate(model: NativeModel, prompts: list[list[int]], new_tokens: int) -> None:
+def _generate(
+    model: NativeModel, prompts: list[list[int]], new_tokens: int, top_p: float = 1.0
+) -> None:
     params = [
-        SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=index)
+        SamplingParams(max_new_tokens=new_tokens, top_p=top_p, ignore_eos=True, seed=index)
         for index in range(len(prompts))
     ]
     model.generate(prompts, params)

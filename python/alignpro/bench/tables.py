@@ -237,10 +237,14 @@ def _throughput_table(report: Mapping[str, Any]) -> Table:
             "?" if row["gflops"] is None else f"{row['gflops']:.0f}",
             "?" if row["fma_share"] is None else f"{row['fma_share']:.0%}",
             "" if reads is None else f"{reads:.0%}",
+            *([f"{row['truncated_share']:.0%}"] if truncated else []),
         )
 
+    truncated = report.get("top_p", 1) < 1
     title = f"{report['benchmark']}, {report['compute']}, keys and values {report['kv_dtype']}"
-    columns = ("tokens/s", "decode tokens/s", "first token", "GFLOP/s", "of FMA peak", "of reads")
+    columns = ["tokens/s", "decode tokens/s", "first token", "GFLOP/s", "of FMA peak", "of reads"]
+    if truncated:
+        columns.append(f"top-p {report['top_p']:g}, of plain")
     return new_table(title, columns, map(cells, report["results"]))
 
 

@@ -63,6 +63,9 @@ def bench_decode(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence's prompt.")] = 37,
     compute: Compute = "float32",
     kv_dtype: KvDtype = "float32",
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Below 1: also the rate of such draws.")
+    ] = 1.0,
     output: Output = None,
     repeats: Repeats = 5,
     threads: Threads = None,
@@ -72,7 +75,7 @@ def bench_decode(
 
     work: dict[str, Any] = {"compute": compute, "kv_dtype": kv_dtype, "repeats": repeats}
     work["batches"] = _counts("--batch", batch, ",", "numbers such as 1,16,64")
-    work |= {"new_tokens": new_tokens, "prompt_tokens": prompt_tokens}
+    work |= {"new_tokens": new_tokens, "prompt_tokens": prompt_tokens, "top_p": top_p}
     _run_bench(measure, model, output, threads, work)
 
 

@@ -1,9 +1,11 @@
 #include "alignpro/ops/head_sample.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <cstring>
+#include <functional>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "alignpro/ops/vocabulary.h"
@@ -11,8 +13,8 @@
 namespace alignpro::ops {
 namespace {
 
-// Rows whose logits are held at once for truncated sampling: the workspace is 16 x V floats.
-constexpr int64_t kTruncatedRows = 16;
+// Rows that are drawn together where some are truncated, whose logits are kept until they are.
+constexpr int64_t kTruncatedRows = 64;
 
 bool is_truncated(const SampleRow& row) {
   return !row.penalties.empty() || truncates(row, static_cast<int64_t>(row.banned.size()));
@@ -37,8 +39,7 @@ void row_tile(const PackedMatrix& head, const float* hidden, int64_t tile, float
 // The tile's logits are computed again, and have the bits that were measured unless the weights
 // have changed in between (a mapped file can): then the row has no token.
 SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const SampleRow& row,
-                        std::span<const TileStats> tiles) {
-  const RowStats stats = merge_tiles(tiles.data(), static_cast<int64_t>(tiles.size()));
+                        const RowStats& stats, std::span<const TileStats> tiles) {
   const float inv_temperature = inverse_temperature(row);
   float logits[kVocabTile];
   int64_t tile = 0, column = 0;
@@ -74,96 +75,174 @@ SampledToken draw_plain(const PackedMatrix& head, const float* hidden, const Sam
           static_cast<float>(logits[column] - stats.lse), 1.0f};
 }
 
-struct Candidate {
-  float z;
-  int32_t token;
+// What may be drawn, in token order.
+struct Candidates {
+  std::vector<float> z, mass;  // mass: exp(z - best)
+  std::vector<int32_t> tokens;
+  float best = -INFINITY;
+
+  void add(float logit, int32_t token) {
+    z.push_back(logit);
+    tokens.push_back(token);
+    best = std::max(best, logit);
+  }
+
+  void weigh() {
+    const size_t panels = (z.size() + cpu::kPanel - 1) / cpu::kPanel, count = z.size();
+    z.resize(panels * cpu::kPanel, -INFINITY);
+    mass.resize(z.size());
+    cpu::kernels().tile_exp_row(z.data(), 1, 0, static_cast<int64_t>(panels), best, mass.data());
+    z.resize(count);
+    mass.resize(count);
+  }
+
+  double total() const { return std::accumulate(mass.begin(), mass.end(), 0.0); }
+
+  // Leaves those above `least`, and of those at it the first `ties`.
+  void keep(float least, size_t ties) {
+    size_t kept = 0;
+    mass.resize(z.size());
+    for (size_t i = 0; i < z.size(); ++i) {
+      const bool tie = z[i] == least;
+      if (z[i] < least || (tie && ties == 0)) continue;
+      if (tie) --ties;
+      z[kept] = z[i];
+      mass[kept] = mass[i];
+      tokens[kept++] = tokens[i];
+    }
+    z.resize(kept);
+    mass.resize(kept);
+    tokens.resize(kept);
+  }
+
+  // The `count` best, lower ids first where logits tie.
+  void keep_best(size_t count) {
+    if (count >= z.size()) return;
+    std::vector<float> order = z;
+    const auto last = order.begin() + static_cast<std::ptrdiff_t>(count) - 1;
+    std::nth_element(order.begin(), last, order.end(), std::greater<>());
+    keep(*last, static_cast<size_t>(std::count(order.begin(), last + 1, *last)));
+  }
+
+  // The best that hold `wanted` mass. Only those are sorted that are about as likely as the last.
+  void keep_nucleus(double wanted) {
+    constexpr float kBuckets = 1024, kPerNat = 16;
+    const auto bucket = [&](float logit) {
+      return static_cast<size_t>(std::min((best - logit) * kPerNat, kBuckets - 1));
+    };
+    std::array<double, static_cast<size_t>(kBuckets)> masses = {};
+    for (size_t i = 0; i < z.size(); ++i) masses[bucket(z[i])] += mass[i];
+    size_t reached = 0;
+    double held = 0.0;
+    while (reached + 1 < masses.size() && held + masses[reached] < wanted) {
+      held += masses[reached++];
+    }
+    std::vector<std::pair<float, float>> order;
+    for (size_t i = 0; i < z.size(); ++i) {
+      if (bucket(z[i]) == reached) order.emplace_back(z[i], mass[i]);
+    }
+    if (order.empty()) return;
+    std::sort(order.begin(), order.end(), std::greater<>());
+    size_t last = 0;
+    while ((held += order[last].second) < wanted && last + 1 < order.size()) ++last;
+    const float least = order[last].first;
+    size_t ties = 1;
+    while (ties <= last && order[last - ties].first == least) ++ties;
+    keep(least, ties);
+  }
 };
 
-// Order of preference: larger logit first, lower id on a tie.
-bool better(const Candidate& a, const Candidate& b) {
-  return a.z != b.z ? a.z > b.z : a.token < b.token;
-}
-
-// Sorts just enough of the best candidates that they hold `wanted` of `total` mass; returns how
-// many are needed.
-size_t nucleus(std::vector<Candidate>& all, double wanted, double lse) {
-  size_t sorted = 0;
-  double mass = 0.0;
-  for (size_t count = 0; count < all.size(); ++count) {
-    if (count == sorted) {
-      sorted = std::min(all.size(), std::max<size_t>(256, 8 * sorted));
-      const auto begin = all.begin() + static_cast<std::ptrdiff_t>(count);
-      std::partial_sort(begin, all.begin() + static_cast<std::ptrdiff_t>(sorted), all.end(),
-                        better);
-    }
-    mass += std::exp(all[count].z - lse);
-    if (mass >= wanted) return count + 1;
-  }
-  return all.size();
-}
-
-// Lowers the penalised logits of row m; returns the logarithm of the sum of all exponentials after.
-double penalise(const SampleRow& row, int64_t vocab, float* logits, int64_t rows, int64_t m) {
+// Lowers the penalised logits; returns the logarithm of the sum of all exponentials after.
+double penalise(const SampleRow& row, std::span<float> logits) {
   const float inv_temperature = inverse_temperature(row);
   for (const Penalty& p : row.penalties) {
-    float& z = tile_value(logits, rows, m, p.token);
+    float& z = logits[static_cast<size_t>(p.token)];
     z = (z > 0.0f ? z / p.repetition : z * p.repetition) - p.minus * inv_temperature;
   }
-  float best = -INFINITY;
-  for (int64_t v = 0; v < vocab; ++v) best = std::max(best, tile_value(logits, rows, m, v));
+  const float best = *std::max_element(logits.begin(), logits.end());
   double sum = 0.0;
-  for (int64_t v = 0; v < vocab; ++v) sum += std::exp(tile_value(logits, rows, m, v) - best);
+  for (const float z : logits) sum += std::exp(z - best);
   return best + std::log(sum);
+}
+
+// A logit that no token left by truncation is below, from the tiles' statistics: of V tokens, those
+// less likely than (1 - top_p) / V have no more than 1 - top_p among them, and the k best of all
+// are no worse than the k-th of the tiles' best.
+float least_kept(const SampleRow& row, const RowStats& stats, std::span<const TileStats> tiles,
+                 int64_t vocab) {
+  if (!row.penalties.empty() || !row.banned.empty()) return -INFINITY;
+  double least = -INFINITY;
+  if (row.top_k > 0 && static_cast<size_t>(row.top_k) <= tiles.size()) {
+    std::vector<float> best(tiles.size());
+    std::transform(tiles.begin(), tiles.end(), best.begin(),
+                   [](const TileStats& s) { return s.max; });
+    const auto kth = best.begin() + row.top_k - 1;
+    std::nth_element(best.begin(), kth, best.end(), std::greater<>());
+    least = *kth;
+  }
+  if (row.top_k == 0 && row.top_p < 1.0f) {
+    least = stats.lse + std::log((1.0 - row.top_p) / static_cast<double>(vocab));
+  }
+  // Of what top-p takes a share of, min-p may not take away before.
+  if (row.min_p > 0.0f && (row.top_k == 0 || row.top_p == 1.0f)) {
+    least = std::max(least, min_p_floor(static_cast<float>(stats.max), row.min_p));
+  }
+  constexpr double kSlack = 1e-3;  // the statistics' sums are float
+  return static_cast<float>(least - kSlack);
+}
+
+// The allowed tokens from `least` on.
+void find_candidates(const SampleRow& row, std::span<const TileStats> tiles,
+                     std::span<const float> logits, float least, Candidates& found) {
+  auto ban = row.banned.begin();
+  for (size_t tile = 0; tile < tiles.size(); ++tile) {
+    if (row.penalties.empty() && tiles[tile].max < least) continue;
+    const size_t begin = tile * kVocabTile, end = std::min(logits.size(), begin + kVocabTile);
+    for (size_t v = begin; v < end; ++v) {
+      const float z = logits[v];
+      if (!(z >= least) || z == -INFINITY) continue;
+      const auto token = static_cast<int32_t>(v);
+      while (ban != row.banned.end() && *ban < token) ++ban;
+      if (ban == row.banned.end() || *ban != token) found.add(z, token);
+    }
+  }
 }
 
 // Penalties, then bans, then top-k, then top-p of what top-k left, then min-p against the best that
 // is left.
-SampledToken draw_truncated(const SampleRow& row, const RowStats& stats, int64_t vocab,
-                            float* logits, int64_t rows, int64_t m) {
+SampledToken draw_truncated(const SampleRow& row, const RowStats& stats,
+                            std::span<const TileStats> tiles, std::span<float> logits) {
   std::vector<float> before;  // the penalties
-  for (const Penalty& p : row.penalties) before.push_back(tile_value(logits, rows, m, p.token));
-  const double lse = before.empty() ? stats.lse : penalise(row, vocab, logits, rows, m);
-  std::vector<Candidate> kept;
-  kept.reserve(static_cast<size_t>(vocab));
-  auto ban = row.banned.begin();
-  for (int64_t v = 0; v < vocab; ++v) {
-    const float z = tile_value(logits, rows, m, v);
-    while (ban != row.banned.end() && *ban < v) ++ban;
-    if (z > -INFINITY && (ban == row.banned.end() || *ban != v)) {
-      kept.push_back({z, static_cast<int32_t>(v)});
-    }
+  for (const Penalty& p : row.penalties) before.push_back(logits[static_cast<size_t>(p.token)]);
+  const double lse = before.empty() ? stats.lse : penalise(row, logits);
+  Candidates kept;
+  find_candidates(row, tiles, logits, least_kept(row, stats, tiles, std::ssize(logits)), kept);
+  if (kept.z.empty()) return kNoToken;
+  if (row.top_k > 0) kept.keep_best(static_cast<size_t>(row.top_k));
+  kept.weigh();
+  if (row.top_p < 1.0f) {
+    // Of equally likely tokens as many as there should be, where rounding leaves a trace less.
+    constexpr double kRounding = 1e-12;
+    const bool all = row.top_k == 0 && row.banned.empty();
+    const double mass = all ? std::exp(lse - kept.best) : kept.total();
+    kept.keep_nucleus(row.top_p * mass * (1.0 - kRounding));
   }
-  if (kept.empty()) return kNoToken;
-  if (row.top_k > 0 && static_cast<size_t>(row.top_k) < kept.size()) {
-    std::nth_element(kept.begin(), kept.begin() + row.top_k - 1, kept.end(), better);
-    kept.resize(static_cast<size_t>(row.top_k));
-  }
-  const auto mass_of = [&] {
-    std::sort(kept.begin(), kept.end(),
-              [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
-    double mass = 0.0;
-    for (const Candidate& c : kept) mass += std::exp(c.z - lse);
-    return mass;
-  };
-  if (row.top_p < 1.0f) kept.resize(nucleus(kept, row.top_p * mass_of(), lse));
   if (row.min_p > 0.0f) {
-    const float best = std::min_element(kept.begin(), kept.end(), better)->z;
-    const double floor = min_p_floor(best, row.min_p);
-    std::erase_if(kept, [&](const Candidate& c) { return c.z < floor; });
+    const double floor = min_p_floor(kept.best, row.min_p);
+    const auto least = static_cast<float>(floor);
+    kept.keep(least < floor ? std::nextafter(least, INFINITY) : least, kept.z.size());
   }
-  const double mass = mass_of();
-  const int64_t drawn =
-      invert(static_cast<int64_t>(kept.size()), row.uniform * mass,
-             [&](int64_t i) { return std::exp(kept[static_cast<size_t>(i)].z - lse); });
-  // Every candidate underflowed: the best of them is the limit.
-  const Candidate& token = drawn >= 0 ? kept[static_cast<size_t>(drawn)]
-                                      : *std::min_element(kept.begin(), kept.end(), better);
+  const double mass = kept.total();
+  const auto drawn = static_cast<size_t>(invert(std::ssize(kept.mass), row.uniform * mass,
+                                                [&](int64_t i) -> double { return kept.mass[i]; }));
+  const int32_t token = kept.tokens[drawn];
   const auto penalty = std::find_if(row.penalties.begin(), row.penalties.end(),
-                                    [&](const Penalty& p) { return p.token == token.token; });
+                                    [token](const Penalty& p) { return p.token == token; });
   const float z = penalty == row.penalties.end()
-                      ? token.z
+                      ? kept.z[drawn]
                       : before[static_cast<size_t>(penalty - row.penalties.begin())];
-  return {token.token, static_cast<float>(z - stats.lse), static_cast<float>(std::min(1.0, mass))};
+  const double of_all = mass * std::exp(kept.best - lse);
+  return {token, static_cast<float>(z - stats.lse), static_cast<float>(std::min(1.0, of_all))};
 }
 
 // Greedy with bans or penalties is a truncation to the best allowed token.
@@ -180,69 +259,62 @@ SampleRow as_drawn(const SampleRow& row) {
 void head_sample(const PackedMatrix& head, const float* hidden, std::span<const SampleRow> requests,
                  std::span<SampledToken> out, ThreadPool& pool) {
   const int64_t count = static_cast<int64_t>(requests.size());
-  const int64_t tiles = vocab_tiles(head.rows()), cols = head.cols();
+  const int64_t vocab = head.rows(), tiles = vocab_tiles(vocab), cols = head.cols();
   std::vector<SampleRow> rows(requests.begin(), requests.end());
   std::transform(rows.begin(), rows.end(), rows.begin(), as_drawn);
+  const bool any_truncated = std::any_of(rows.begin(), rows.end(), is_truncated);
+  const int64_t at_once = any_truncated ? kTruncatedRows : kRowChunk;
 
   LogitRows packed;
-  std::vector<TileStats> stats(static_cast<size_t>(count * tiles));
-  for (int64_t first = 0; first < count; first += kRowChunk) {
-    const int64_t live = std::min(kRowChunk, count - first);
+  AlignedBuffer kept_logits;
+  std::vector<float*> kept(static_cast<size_t>(at_once));  // [V] of a row to be truncated, or null
+  std::vector<TileStats> stats(static_cast<size_t>(std::min(count, at_once) * tiles));
+  for (int64_t first = 0; first < count; first += at_once) {
+    const int64_t live = std::min(at_once, count - first);
+    const auto row_of = [&](int64_t i) -> const SampleRow& {
+      return rows[static_cast<size_t>(first + i)];
+    };
+    const auto stats_of = [&](int64_t i) {
+      return std::span<TileStats>(stats.data() + i * tiles, static_cast<size_t>(tiles));
+    };
+    if (any_truncated) {
+      float* next = kept_logits.reserve(live * tiles * kVocabTile);
+      for (int64_t i = 0; i < live; ++i) {
+        const bool keeps = is_truncated(row_of(i));
+        kept[static_cast<size_t>(i)] = keeps ? next : nullptr;
+        if (keeps) next += tiles * kVocabTile;
+      }
+    }
     packed.pack(live, cols, {hidden + first * cols, cols, 1}, kRowBlock, &pool, head.arithmetic());
     pool.run(packed.blocks() * tiles, [&](int64_t item, int) {
       thread_local AlignedBuffer buffer;
       float* logits = buffer.reserve(kRowBlock * kVocabTile);
       const int64_t tile = item / packed.blocks(), block = item % packed.blocks();
-      const int64_t block_rows = packed.block_rows(block);
+      const int64_t block_rows = packed.block_rows(block), panels = tile_panels(vocab, tile);
       tile_logits(packed, block, head, tile, hidden + (first + block * kRowBlock) * cols, logits);
       for (int64_t m = 0; m < block_rows; ++m) {
-        const int64_t row = first + block * kRowBlock + m;
-        finish_tile_row(head.rows(), tile, logits, block_rows, m,
-                        inverse_temperature(rows[static_cast<size_t>(row)]));
-        cpu::kernels().tile_stats_row(logits, nullptr, block_rows, m,
-                                      tile_panels(head.rows(), tile),
-                                      &stats[static_cast<size_t>(row * tiles + tile)]);
+        const int64_t i = block * kRowBlock + m;
+        finish_tile_row(vocab, tile, logits, block_rows, m, inverse_temperature(row_of(i)));
+        cpu::kernels().tile_stats_row(logits, nullptr, block_rows, m, panels, &stats_of(i)[tile]);
+        float* to = kept[static_cast<size_t>(i)];
+        for (int64_t p = 0; to != nullptr && p < panels; ++p) {
+          std::copy_n(logits + (p * block_rows + m) * cpu::kPanel, cpu::kPanel,
+                      to + tile * kVocabTile + p * cpu::kPanel);
+        }
       }
     });
-  }
-  const auto row_stats = [&](int64_t row) {
-    return std::span<const TileStats>(stats.data() + row * tiles, static_cast<size_t>(tiles));
-  };
-  const auto merged = [&](int64_t row) { return merge_tiles(stats.data() + row * tiles, tiles); };
-  std::vector<int64_t> truncated;
-  for (int64_t row = 0; row < count; ++row) {
-    if (!merged(row).valid()) {
-      out[static_cast<size_t>(row)] = kNoToken;
-    } else if (is_truncated(rows[static_cast<size_t>(row)])) {
-      truncated.push_back(row);
-    } else {
-      out[static_cast<size_t>(row)] =
-          draw_plain(head, hidden + row * cols, rows[static_cast<size_t>(row)], row_stats(row));
-    }
-  }
-  AlignedBuffer gathered, logits;
-  for (size_t first = 0; first < truncated.size(); first += kTruncatedRows) {
-    const int64_t live =
-        std::min<int64_t>(kTruncatedRows, static_cast<int64_t>(truncated.size() - first));
-    float* some = gathered.reserve(kTruncatedRows * cols);
-    for (int64_t m = 0; m < live; ++m) {
-      std::memcpy(some + m * cols, hidden + truncated[first + static_cast<size_t>(m)] * cols,
-                  static_cast<size_t>(cols) * sizeof(float));
-    }
-    packed.pack(live, cols, {some, cols, 1}, kRowBlock, &pool, head.arithmetic());
-    float* all = logits.reserve(live * head.panels() * cpu::kPanel);
-    pool.run(tiles, [&](int64_t tile, int) {
-      float* to = all + tile * kTilePanels * live * cpu::kPanel;
-      tile_logits(packed, 0, head, tile, some, to);
-      for (int64_t m = 0; m < live; ++m) {
-        const auto row = static_cast<size_t>(truncated[first + static_cast<size_t>(m)]);
-        finish_tile_row(head.rows(), tile, to, live, m, inverse_temperature(rows[row]));
+    pool.run(live, [&](int64_t i, int) {
+      const std::span<const TileStats> of_row = stats_of(i);
+      const RowStats whole = merge_tiles(of_row.data(), tiles);
+      float* logits = kept[static_cast<size_t>(i)];
+      SampledToken& token = out[static_cast<size_t>(first + i)];
+      if (!whole.valid()) {
+        token = kNoToken;
+      } else if (logits != nullptr) {
+        token = draw_truncated(row_of(i), whole, of_row, {logits, static_cast<size_t>(vocab)});
+      } else {
+        token = draw_plain(head, hidden + (first + i) * cols, row_of(i), whole, of_row);
       }
-    });
-    pool.run(live, [&](int64_t m, int) {
-      const int64_t row = truncated[first + static_cast<size_t>(m)];
-      out[static_cast<size_t>(row)] =
-          draw_truncated(rows[static_cast<size_t>(row)], merged(row), head.rows(), all, live, m);
     });
   }
 }

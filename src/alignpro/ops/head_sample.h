@@ -36,7 +36,7 @@ struct SampledToken {
 
 // Projects hidden [rows, K] on the head [V, K] and draws a token a row, by inversion of the
 // cumulative distribution in token order. No logits tensor: plain rows keep two numbers per
-// vocabulary tile; truncated rows go through a workspace of at most 16 x V floats.
+// vocabulary tile; of truncated rows, at most 64 at once, the logits are kept until they are drawn.
 // A row fails alone: one with a NaN logit or no finite one, or whose bans leave nothing, has token
 // -1, and the others have the bits that they have without it.
 void head_sample(const PackedMatrix& head, const float* hidden, std::span<const SampleRow> rows,
