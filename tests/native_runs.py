@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 import alignpro
+from alignpro import native
 from alignpro.config import REWRITE, to_mapping
 from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.arguments import core_params
 from alignpro.models.native_client import NativeClient
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.run_directory import open_run_dir
@@ -59,6 +61,19 @@ def drain(client: NativeClient) -> list[Any]:
     while not client.idle():
         done += client.step()
     return done
+
+
+def draw_ids(
+    model: NativeModel, prompts: list[list[int]], params: SamplingParams, adapter: Any = None
+) -> list[Any]:
+    """The engine's own sequences, run to their end; ids below 0 are rows of the adapter."""
+    client = native.core.Client(model._engine)
+    given = core_params(params, sample=0)
+    drawn = [client.submit(prompt, given, adapter) for prompt in prompts]
+    client.run()
+    for sequence in drawn:
+        sequence.raise_error()
+    return drawn
 
 
 def assert_settles(model: NativeModel, steps: int = 2) -> None:

@@ -98,7 +98,8 @@ py::dict lora_shapes(const model::ModelConfig& config) {
 }
 
 std::shared_ptr<model::Adapter> make_adapter(const model::ModelConfig& config,
-                                             const py::dict& matrices, float scale) {
+                                             const py::dict& matrices, float scale,
+                                             const py::object& rows) {
   std::map<std::string, model::LoraMatrices> views;
   std::vector<py::array> alive;
   std::map<std::string, const model::LoraModule*> known;
@@ -123,8 +124,16 @@ std::shared_ptr<model::Adapter> make_adapter(const model::ModelConfig& config,
     alive.push_back(a);
     alive.push_back(b);
   }
+  std::span<const float> soft_rows;
+  if (!rows.is_none()) {
+    const py::array given = alive.emplace_back(float_array(rows, "adapter: rows", 2));
+    require(given.shape(0) >= 1 && given.shape(1) == config.hidden_size,
+            "adapter: rows: expected shape [1 or more, ", config.hidden_size, "], got [",
+            given.shape(0), ", ", given.shape(1), "]");
+    soft_rows = {static_cast<const float*>(given.data()), static_cast<size_t>(given.size())};
+  }
   const GilRelease release;
-  return std::make_shared<model::Adapter>(config, views, scale);
+  return std::make_shared<model::Adapter>(config, views, scale, soft_rows);
 }
 
 model::Activations activations_from(const std::string& name) {
@@ -142,6 +151,9 @@ py::dict gradients_to_dict(const model::Adapter& adapter,
     result[py::str(m.where.path)] =
         py::make_tuple(to_array(gradients.modules[i].a, m.rank, m.where.inputs),
                        to_array(gradients.modules[i].b, m.where.outputs, m.rank));
+  }
+  if (const int64_t rows = adapter.num_rows(); rows > 0) {
+    result["rows"] = to_array(gradients.soft_rows, rows, std::ssize(gradients.soft_rows) / rows);
   }
   return result;
 }
@@ -163,11 +175,12 @@ py::dict matrix_bytes(const model::ModelFacts& facts, const std::string& device,
   return d;
 }
 
-// Of a score with gradients, by an adapter of one rank on these modules.
+// Of a score with gradients, by an adapter of one rank on these modules and of soft rows.
 int64_t facts_score_bytes(const model::ModelFacts& facts,
                           std::vector<std::vector<int32_t>> sequences, std::vector<int64_t> starts,
                           const std::vector<std::string>& modules, int64_t rank,
-                          bool with_reference, const std::string& activations, int threads) {
+                          bool with_reference, const std::string& activations, int threads,
+                          int64_t num_rows) {
   const GilRelease release;
   require(starts.size() == sequences.size(), "score_bytes: expected a start for each of ",
           sequences.size(), " sequences, got ", starts.size());
@@ -176,7 +189,7 @@ int64_t facts_score_bytes(const model::ModelFacts& facts,
                             .with_reference = with_reference,
                             .keep_graph = true,
                             .activations = activations_from(activations)},
-                           modules, rank, threads);
+                           modules, rank, num_rows, threads);
 }
 
 void bind_score(py::module_& m) {
@@ -277,6 +290,7 @@ void bind_scoring(py::class_<model::Model, std::shared_ptr<model::Model>>& of) {
 void bind_model(py::module_& m) {
   py::class_<model::Adapter, std::shared_ptr<model::Adapter>>(m, "Adapter")
       .def_property_readonly("rank", &model::Adapter::max_rank)
+      .def_property_readonly("num_rows", &model::Adapter::num_rows)
       .def_property_readonly("modules", [](const model::Adapter& adapter) {
         std::vector<std::string> paths;
         for (const auto& module : adapter.modules()) paths.push_back(module.where.path);
@@ -297,7 +311,7 @@ void bind_model(py::module_& m) {
       .def("matrix_bytes", &matrix_bytes, py::arg("device") = "cpu", py::arg("compute") = "float32")
       .def("score_bytes", &facts_score_bytes, py::arg("sequences"), py::arg("starts"),
            py::arg("modules"), py::arg("rank"), py::arg("with_reference") = false,
-           py::arg("activations") = "keep", py::arg("threads") = 1);
+           py::arg("activations") = "keep", py::arg("threads") = 1, py::arg("num_rows") = 0);
   m.def(
       "describe",
       [](const py::object& files) {
@@ -334,9 +348,8 @@ void bind_model(py::module_& m) {
       .def("lora_modules", [](const model::Model& self) { return lora_shapes(self.config()); })
       .def(
           "make_adapter",
-          [](const model::Model& self, const py::dict& matrices, float scale) {
-            return make_adapter(self.config(), matrices, scale);
-          },
-          py::arg("matrices"), py::arg("scale"));
+          [](const model::Model& self, const py::dict& matrices, float scale,
+             const py::object& rows) { return make_adapter(self.config(), matrices, scale, rows); },
+          py::arg("matrices"), py::arg("scale"), py::arg("rows") = py::none());
   bind_scoring(of);
 }

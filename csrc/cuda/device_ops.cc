@@ -36,6 +36,19 @@ struct CudaLora final : ops::LoraWeight {
   std::shared_ptr<const MatrixStore> store;  // of all sites of an adapter
 };
 
+struct CudaSoftRows final : ops::SoftRows {
+  CudaSoftRows(DType dtype, std::unique_ptr<ops::Ops> ops, std::span<const float> rows,
+               int64_t cols)
+      : store(dtype, nullptr, std::move(ops)) {
+    matrix = store.add(std::ssize(rows) / cols, cols, [&](int64_t row, std::byte* out) {
+      round_values(dtype, rows.data() + row * cols, cols, out);
+    });
+    store.finish();
+  }
+
+  MatrixStore store;
+};
+
 const Matrix& matrix(const ops::Weight& weight) {
   return static_cast<const CudaWeight&>(weight).matrix;
 }
@@ -165,6 +178,18 @@ class CudaOps final : public ops::Ops {
 
   void embedding(const ops::Plan& plan, const ops::Weight& table, const Matrix& out) override {
     cuda::embedding(matrix(table), of(plan).tables.tokens, out, stream());
+  }
+  void soft_rows(const ops::Plan& plan, const ops::SoftRows& soft, ops::RowRange at,
+                 const Matrix& out) override {
+    cuda::soft_rows(soft.matrix, of(plan).tables.tokens + at.begin, rows_of(out, at.begin, at.end),
+                    stream());
+  }
+  void soft_rows_backward(const ops::Plan& plan, const Matrix& d_out,
+                          const Matrix& d_soft) override {
+    const CudaPlan& p = of(plan);
+    clear(d_soft.data, d_soft.rows * d_soft.ld * block_bytes(d_soft.dtype));
+    embedding_backward(d_out, p.tables.soft_begins, p.tables.soft_places,
+                       rows_of(d_soft, 0, p.soft_rows()), stream());
   }
   // The stream is a table too, its rows chosen as an embedding's are.
   void output_rows(const ops::Plan& plan, const Matrix& x, const Matrix& out) override {
@@ -424,6 +449,10 @@ class CudaDevice final : public ops::Device {
   }
   std::vector<std::unique_ptr<const ops::LoraWeight>> upload(
       std::span<const ops::LoraStack* const> sites) const override;
+  std::unique_ptr<const ops::SoftRows> upload(std::span<const float> rows,
+                                              int64_t cols) const override {
+    return std::make_unique<CudaSoftRows>(dtype_, make_ops(), rows, cols);
+  }
 
   std::unique_ptr<ops::Ops> make_ops() const override { return std::make_unique<CudaOps>(fast_); }
 

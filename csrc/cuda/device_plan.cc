@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <numeric>
 
 namespace alignpro::cuda {
 namespace {
@@ -13,6 +14,23 @@ constexpr size_t kMostSteps = 48;
 
 int64_t power_of_two(int64_t at_least) {
   return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(at_least)));
+}
+
+// The places of each key in [0, keys), ascending, key after key; of other keys, none.
+void group(std::span<const int32_t> key_of, int64_t keys, std::vector<int32_t>& begins,
+           std::vector<int32_t>& places) {
+  begins.assign(static_cast<size_t>(keys) + 1, 0);
+  for (const int32_t key : key_of) {
+    if (key >= 0) ++begins[static_cast<size_t>(key) + 1];
+  }
+  std::partial_sum(begins.begin(), begins.end(), begins.begin());
+  std::vector<int32_t> next(begins.begin(), begins.end() - 1);
+  places.resize(static_cast<size_t>(begins.back()));
+  for (size_t place = 0; place < key_of.size(); ++place) {
+    if (key_of[place] < 0) continue;
+    places[static_cast<size_t>(next[static_cast<size_t>(key_of[place])]++)] =
+        static_cast<int32_t>(place);
+  }
 }
 
 template <typename T>
@@ -82,7 +100,8 @@ void CudaPlan::prepare(const ops::PlanRequest& request) {
     }
   }
   prepare_attention(is_score);
-  for (auto* values : {&child_begins_, &children_, &output_begins_, &row_outputs_}) {
+  for (auto* values :
+       {&child_begins_, &children_, &output_begins_, &row_outputs_, &soft_begins_, &soft_places_}) {
     values->clear();
   }
   if (is_score) prepare_score(request.segment_rows);
@@ -134,17 +153,10 @@ void CudaPlan::prepare_score(std::span<const ops::SegmentRows> paths) {
     }
   }
   child_begins_.push_back(static_cast<int32_t>(children_.size()));
-  output_begins_.assign(tokens_.size() + 1, 0);
-  for (const int32_t row : output_rows_) ++output_begins_[static_cast<size_t>(row) + 1];
-  for (size_t row = 1; row < output_begins_.size(); ++row) {
-    output_begins_[row] += output_begins_[row - 1];
-  }
-  std::vector<int32_t> next(output_begins_.begin(), output_begins_.end() - 1);
-  row_outputs_.resize(output_rows_.size());
-  for (size_t v = 0; v < output_rows_.size(); ++v) {
-    row_outputs_[static_cast<size_t>(next[static_cast<size_t>(output_rows_[v])]++)] =
-        static_cast<int32_t>(v);
-  }
+  group(output_rows_, static_cast<int64_t>(tokens_.size()), output_begins_, row_outputs_);
+  std::vector<int32_t> named;  // by row; -1: a token
+  for (const int32_t token : tokens_) named.push_back(token < 0 ? -1 - token : -1);
+  group(named, 1 + *std::ranges::max_element(named), soft_begins_, soft_places_);
 }
 
 // fn(values, where they lie in the tables), of all but the block table.
@@ -164,6 +176,8 @@ void CudaPlan::for_tables(Tables& t, const Fn& fn) const {
   fn(children_, t.children);
   fn(output_begins_, t.output_begins);
   fn(row_outputs_, t.row_outputs);
+  fn(soft_begins_, t.soft_begins);
+  fn(soft_places_, t.soft_places);
 }
 
 CudaPlan::Tables CudaPlan::cut(void* base) const {

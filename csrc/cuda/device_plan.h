@@ -36,8 +36,8 @@ class CudaPlan final : public ops::Plan {
     KvCopy* copies;        // of blocks that others go on with
     Segment* segments;     // of several rows each; of a score, all
     int32_t* block_table;  // sequences of one row, then the segments'
-    // Of a score: who sees a segment's keys, and the outputs of each row.
-    int32_t *child_begins, *children, *output_begins, *row_outputs;
+    // Of a score: who sees a segment's keys, the outputs of each row, the rows of each soft row.
+    int32_t *child_begins, *children, *output_begins, *row_outputs, *soft_begins, *soft_places;
     int64_t bytes;
   };
 
@@ -52,6 +52,8 @@ class CudaPlan final : public ops::Plan {
 
   int64_t copies() const { return static_cast<int64_t>(copies_.size()); }
   int64_t segments() const { return static_cast<int64_t>(segments_.size()); }
+  // Of a score: soft rows up to the last that a token names.
+  int64_t soft_rows() const { return static_cast<int64_t>(soft_begins_.size()) - 1; }
 
   const CudaRope& rope;
   Tables tables = {};
@@ -90,6 +92,7 @@ class CudaPlan final : public ops::Plan {
   std::vector<Segment> segments_;
   std::vector<std::span<const int32_t>> sequences_;  // as in block_table
   std::vector<int32_t> child_begins_, children_, output_begins_, row_outputs_;
+  std::vector<int32_t> soft_begins_, soft_places_;
   std::vector<int32_t> sum_begins_, sum_rows_;
   std::vector<float> sum_weights_;
   std::map<StepShape, Step> steps_;

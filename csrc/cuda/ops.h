@@ -49,8 +49,10 @@ using ops::Workspace;
 
 // out [tokens, table.cols] = rows of the table. A token outside the table gives a row of NaN.
 void embedding(const Matrix& table, const int32_t* tokens, const Matrix& out, Stream stream);
-// The gradient by the table, overwritten: its row r is the sum of d_out's (float32) rows
-// places[begins[r] .. begins[r + 1]), those that read it, in their order.
+// Rows of out [tokens, soft.cols] whose token is -1 - r, a row of soft, become it; others are left.
+void soft_rows(const Matrix& soft, const int32_t* tokens, const Matrix& out, Stream stream);
+// The gradient by the table, overwritten: its row r is the sum in float32 of d_out's rows
+// places[begins[r] .. begins[r + 1]), those that read it, in their order. The dtypes may differ.
 void embedding_backward(const Matrix& d_out, const int32_t* begins, const int32_t* places,
                         const Matrix& d_table, Stream stream);
 

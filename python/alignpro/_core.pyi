@@ -120,9 +120,11 @@ def ops_threads() -> int: ...
 def set_ops_threads(threads: int) -> None: ...
 
 class Adapter:
-    """LoRA matrices of one weight version. Replaced, never edited: KV entries stay valid."""
+    """LoRA matrices and rows of a soft prompt, of one weight version. Replaced, never edited: KV
+    entries stay valid."""
 
-    rank: int
+    rank: int  # 0: rows alone
+    num_rows: int
     modules: list[str]
 
 class ModelFacts:
@@ -154,9 +156,10 @@ class ModelFacts:
         with_reference: bool = False,
         activations: str = "keep",
         threads: int = 1,
+        num_rows: int = 0,
     ) -> int:
         """As Model.score_bytes on the CPU, with keep_graph and an adapter of ``rank`` on
-        ``modules``."""
+        ``modules`` and of ``num_rows``."""
 
 def describe(files: ModelFiles | str) -> ModelFacts:
     """Raises ModelFileError."""
@@ -190,10 +193,15 @@ class Model:
         with (out_features, in_features). Phi-3 has "...qkv_proj" and "...gate_up_proj"."""
 
     def make_adapter(
-        self, matrices: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]], scale: float
+        self,
+        matrices: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+        scale: float,
+        rows: NDArray[np.float32] | None = None,
     ) -> Adapter:
         """{module path: (A [r, in], B [out, r])}; the matrices are copied. Any subset of modules.
-        y = W x + scale * B (A x)."""
+        y = W x + scale * B (A x). rows [m, hidden_size]: a soft prompt (Lester et al. 2021), beside
+        the modules or alone. In a prompt, or before what is scored of a sequence, the id -1 - r
+        stands for row r, as a token stands for its embedding."""
 
     def score(
         self,
@@ -245,8 +253,9 @@ class Score:
         d_logprob: NDArray[np.float32],
         d_entropy: NDArray[np.float32] | None,
         d_kl: NDArray[np.float32] | None,
-    ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Gradients {module: (dA, dB)} for given derivatives of the loss by each output. Once."""
+    ) -> dict[str, Any]:
+        """Gradients {module: (dA, dB), "rows": [m, hidden_size]}, the last of an adapter that has
+        them, for given derivatives of the loss by each output. Once."""
 
 class SamplingParams:
     def __init__(

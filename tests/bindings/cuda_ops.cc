@@ -26,6 +26,15 @@ void embedding(const py::object& table, const py::object& tokens, const py::obje
   cuda::embedding(from, ids, to, stream_of(stream));
 }
 
+void soft_rows(const py::object& soft, const py::object& tokens, const py::object& out,
+               uintptr_t stream) {
+  Call call("soft_rows");
+  const cuda::Matrix to = call.matrix(out, "out"), from = call.matrix(soft, "soft");
+  const int32_t* ids = call.ints(tokens, "tokens", to.rows);
+  const GilRelease release;
+  cuda::soft_rows(from, ids, to, stream_of(stream));
+}
+
 // begins [rows of out + 1] and rows: int32; weights: float32.
 void mix_rows(const py::object& x, const py::object& begins, const py::object& rows,
               const py::object& weights, const py::object& out, uintptr_t stream) {
@@ -286,6 +295,8 @@ void bind_cuda_ops(py::module_& m) {
       .def(py::init(&attention_shape), py::arg("num_heads"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("sliding_window"), py::arg("scale"));
   m.def("embedding", &embedding, py::arg("table"), py::arg("tokens"), py::arg("out"),
+        py::arg("stream"));
+  m.def("soft_rows", &soft_rows, py::arg("soft"), py::arg("tokens"), py::arg("out"),
         py::arg("stream"));
   m.def("mix_rows", &mix_rows, py::arg("x"), py::arg("begins"), py::arg("rows"), py::arg("weights"),
         py::arg("out"), py::arg("stream"));

@@ -11,6 +11,7 @@ namespace py = pybind11;
 void bind_cuda_ops(py::module_& m) {
   m.def("AttentionShape", [](const py::args&) { return py::none(); });
   for (const char* op : {"embedding",
+                         "soft_rows",
                          "mix_rows",
                          "rms_norm",
                          "swiglu",

@@ -92,6 +92,15 @@ void check_row_ops() {
   CHECK(same_bits(rows_out.data() + 2 * n, xs.data(), static_cast<size_t>(n)));
   CHECK(std::all_of(rows_out.begin() + n, rows_out.begin() + 2 * n,
                     [](float v) { return std::isnan(v); }));
+
+  const int32_t named[] = {-2, 0, -4};  // -4 is past the rows
+  Tensor<T> with_soft(xs);
+  for_rows(rows, 32, [&](HostBlock& block, int64_t row) {
+    soft_rows_row<T>(block, row, {x.data(), n}, 3, n, named, {with_soft.data(), n});
+  });
+  const Floats soft_out = with_soft.floats();
+  CHECK(same_bits(soft_out.data(), xs.data() + n, static_cast<size_t>(n)));
+  CHECK(same_bits(soft_out.data() + n, xs.data() + n, static_cast<size_t>(2 * n)));
 }
 
 struct Heads {

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -29,16 +31,24 @@ Tokens joined(Tokens first, const Tokens& then) {
 
 // A beginning of 18 tokens, which ends inside a block, under three continuations, two of which part
 // later, inside the same block; a stranger; one that is the beginning of another, and one of a
-// single token.
+// single token. Soft rows stand in the beginning, in one branch, and never: of the policy and of
+// the reference.
+std::vector<float> soft_rows(const ModelConfig& config, uint32_t seed) {
+  return normal(static_cast<size_t>(3 * config.hidden_size), seed);
+}
+
 ScoreRequest request_of(const ModelConfig& config) {
-  const Tokens start = text(18, 5), branch = joined(start, text(3, 40));
+  Tokens start = text(18, 5);
+  start[0] = -3;
+  start[9] = -1;
+  const Tokens branch = joined(start, {-3, 40, 71});
   ScoreRequest request;
   request.sequences = {joined(branch, text(5, 60)), joined(branch, text(2, 70)),
                        joined(start, text(9, 80)),  text(7, 90),
                        joined(start, {3}),          {7}};
-  request.starts = {18, 20, 18, 1, 18, 1};
-  request.adapter = LoraStore(config, 3, 6, false).adapter(config);
-  request.reference = LoraStore(config, 5, 8, false).adapter(config);
+  request.starts = {19, 20, 18, 1, 18, 1};
+  request.adapter = LoraStore(config, 3, 6, false).adapter(config, soft_rows(config, 1));
+  request.reference = LoraStore(config, 5, 8, false).adapter(config, soft_rows(config, 2));
   request.with_reference = true;
   request.temperature = 0.8f;
   request.keep_graph = true;
@@ -64,11 +74,14 @@ std::vector<float> flat(const AdapterGradients& gradients) {
     all.insert(all.end(), a.begin(), a.end());
     all.insert(all.end(), b.begin(), b.end());
   }
+  all.insert(all.end(), gradients.soft_rows.begin(), gradients.soft_rows.end());
   return all;
 }
 
 double difference(const AdapterGradients& got, const AdapterGradients& expected) {
-  double most = 0;  // of any module: a wrong one does not hide among the others
+  // Of any module: a wrong one does not hide among the others.
+  const std::vector<float>& rows = expected.soft_rows;
+  double most = relative_error(got.soft_rows, Doubles(rows.begin(), rows.end()));
   for (size_t i = 0; i < expected.modules.size(); ++i) {
     const auto& [a, b] = expected.modules[i];
     most = std::max({most, relative_error(got.modules[i].a, Doubles(a.begin(), a.end())),
@@ -120,9 +133,17 @@ SLOW_TEST(gradients_of_some_modules) {
            module.first != "model.layers.1.mlp.up_proj";
   });
   ScoreRequest request = request_of(config);
-  request.adapter = all.adapter(config);
+  request.adapter = all.adapter(config, soft_rows(config, 1));
   request.reference = nullptr;
   request.with_reference = false;
+  check_gradients(config, request);
+}
+
+SLOW_TEST(gradients_of_rows_alone) {
+  const ModelConfig config = small(false, false, true, 9);
+  ScoreRequest request = request_of(config);
+  request.adapter = std::make_shared<Adapter>(config, std::map<std::string, LoraMatrices>(), 1.0f,
+                                              soft_rows(config, 1));
   check_gradients(config, request);
 }
 

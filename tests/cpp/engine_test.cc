@@ -778,7 +778,9 @@ TEST_CASE("bad requests are refused by name") {
                        InvalidArgument);
   CHECK_THROWS_WITH_AS((void)(submit({1, kVocab}, params_of(1))),
                        doctest::Contains("got 97 at index 1"), InvalidArgument);
-  CHECK_THROWS_WITH_AS((void)(submit({-1}, params_of(1))), doctest::Contains("got -1"),
+  CHECK_THROWS_WITH_AS((void)(submit({1, -1}, params_of(1))),
+                       doctest::Contains("prompt: index 1: id -1 names row 0 of a soft prompt, and "
+                                         "there is no adapter"),
                        InvalidArgument);
   CHECK_THROWS_WITH_AS((void)(submit(prompt_of(64, 0), params_of(1))),
                        doctest::Contains("context of 64"), InvalidArgument);
@@ -801,6 +803,7 @@ TEST_CASE("bad requests are refused by name") {
   bad([](SamplingParams& p) { p.max_new_tokens = -1; }, "max_new_tokens");
   bad([](SamplingParams& p) { p.min_new_tokens = 5; }, "min_new_tokens");
   bad([](SamplingParams& p) { p.stop_token_ids = {200}; }, "stop_token_ids");
+  bad([](SamplingParams& p) { p.stop_token_ids = {-1}; }, "stop_token_ids");
   bad([](SamplingParams& p) { p.stop = {""}; }, "stop");
   bad([](SamplingParams& p) { p.stop = {"x"}; }, "set_token_bytes");
   bad([](SamplingParams& p) { p.deadline_seconds = -1; }, "deadline_seconds");

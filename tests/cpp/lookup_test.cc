@@ -46,6 +46,17 @@ TEST_CASE("a stop id is not drafted") {
   CHECK(draft_of(lookup, {2, 3, 4, 5, 6, 2, 3}, 9, 0, {4}).tokens.empty());
 }
 
+TEST_CASE("soft rows are not drafted, and no match goes through them") {
+  Lookup lookup(kCheap);
+  CHECK_EQ(draft_of(lookup, {2, 3, 4, -1, 6, 2, 3}, 9).tokens, Tokens{4});
+  CHECK(draft_of(lookup, {-2, -1, 5, -2, -1}, 9).tokens.empty());
+  CHECK_EQ(draft_of(lookup, {-1, 2, 5, 7, -1, 2}, 1).match, 1);
+  lookup.remember(1, Tokens{-3, -2, -1}, Tokens{13, 14, 15, 16});
+  CHECK(draft_of(lookup, {-3, -2, -1}, 3, 1).tokens.empty());
+  CHECK(draft_of(lookup, {-2, -1, 13}, 3, 1).tokens.empty());  // one token: shorter than an n-gram
+  CHECK_EQ(draft_of(lookup, {-1, 13, 14, 15}, 3, 1).tokens, Tokens{16});
+}
+
 TEST_CASE("texts are remembered by version and forgotten from the oldest") {
   Lookup lookup(kCheap);
   lookup.remember(1, Tokens{10, 11, 12}, Tokens{13, 14, 15, 16});

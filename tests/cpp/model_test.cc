@@ -1,8 +1,7 @@
 // The transformer on a tiny random model: parity of the engine's path and the scorer's to the bit,
 // gradients by finite differences, and nothing that depends on threads, sharing or what is kept.
 //
-// One body for every device: model_test runs it on the CPU, device_model_test on an emulated GPU
-// (ALIGNPRO_EMULATED_DEVICE), in every dtype that it computes in. Long because every case needs the
+// One body for every device (model_bodies.h). Long because every case needs the
 // same models and sequences.
 
 #include <algorithm>
@@ -27,46 +26,13 @@
 #include "alignpro/model/score.h"
 #include "alignpro/ops/linear_logprob.h"
 #include "alignpro/ops/mix_rows.h"
+#include "model_bodies.h"
 #include "random_checkpoint.h"
-#if defined(ALIGNPRO_EMULATED_DEVICE)
-#include "device_models.h"
-#endif
 
 using namespace alignpro;
 using namespace alignpro::model;
 
 namespace {
-
-#if defined(ALIGNPRO_EMULATED_DEVICE)
-// Two layers say what three do. Under the address sanitizer, where fibers take twenty times as
-// long, float32 alone, and a race is looked for twice.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr int kRounds = 2;
-#else
-constexpr int kRounds = 8;
-#endif
-std::vector<std::shared_ptr<const Model>> on_the_device(const ModelConfig& config) {
-  const ModelConfig shape = wide(small(config.qkv_bias, config.qk_norm, config.fused_projections));
-  std::vector<std::shared_ptr<const Model>> models = {device_model(shape)};
-#if !defined(__SANITIZE_ADDRESS__)
-  models.push_back(device_model(shape, DType::kBF16));
-#endif
-  return models;
-}
-#else
-constexpr int kRounds = 8;
-std::vector<std::shared_ptr<const Model>> on_the_device(const ModelConfig& config) {
-  return {cpu_model(config), cpu_model(config, 2, ops::Arithmetic::kFloat32, DType::kF16)};
-}
-#endif
-
-// Of these, what has gradients.
-std::vector<std::shared_ptr<const Model>> trainable(const ModelConfig& config) {
-  auto models = on_the_device(config);
-  std::erase_if(models,
-                [](const auto& model) { return model->device().kv_dtype() == DType::kF16; });
-  return models;
-}
 
 std::vector<std::vector<int32_t>> sequences() {
   // A common start, a group of continuations that diverge inside a block, one duplicate, one alone.
@@ -98,10 +64,6 @@ Score score(const std::shared_ptr<const Model>& model, std::shared_ptr<const Ada
   request.keep_graph = keep_graph;
   request.activations = activations;
   return Score(model, std::move(request));
-}
-
-bool equal_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 }  // namespace
@@ -409,8 +371,8 @@ std::shared_ptr<Model> tiny_model(const ModelConfig& config, int threads = 2,
 
 bool equal_bits(const AdapterGradients& a, const AdapterGradients& b) {
   for (size_t i = 0; i < a.modules.size(); ++i) {
-    if (!equal_bits(a.modules[i].a, b.modules[i].a) ||
-        !equal_bits(a.modules[i].b, b.modules[i].b)) {
+    if (!model::equal_bits(a.modules[i].a, b.modules[i].a) ||
+        !model::equal_bits(a.modules[i].b, b.modules[i].b)) {
       return false;
     }
   }

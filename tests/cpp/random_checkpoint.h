@@ -122,12 +122,13 @@ struct LoraStore {
       values[m.path] = {a, b};
     }
   }
-  std::shared_ptr<Adapter> adapter(const ModelConfig& config) const {
+  std::shared_ptr<Adapter> adapter(const ModelConfig& config,
+                                   const std::vector<float>& soft_rows = {}) const {
     std::map<std::string, LoraMatrices> views;
     for (const auto& [path, pair] : values) {
       views[path] = {rank, pair.first.data(), pair.second.data()};
     }
-    return std::make_shared<Adapter>(config, views, 0.7f);
+    return std::make_shared<Adapter>(config, views, 0.7f, soft_rows);
   }
 };
 

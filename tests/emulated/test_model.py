@@ -17,6 +17,7 @@ from alignpro.models.mixture import Mixture, score_tokens
 from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.types import SamplingParams
 from model_variants import VARIANTS, variant_folder
+from native_runs import draw_ids
 
 PROMPTS = [[1, 40, 9, 77], [1, 40, 9, 77, 8], [30, 31]]
 # float32 sums in another order, through three layers: a few 1e-6.
@@ -86,6 +87,37 @@ def test_mixtures_are_the_cpus(llama):
             temperature=0.8,
         )
         assert again.logprob.tolist() == [x for c in got for x in c.logprobs]
+
+
+def test_soft_rows_are_the_cpus(llama):
+    """Drawn, scored to the bit, with gradients; alone and beside LoRA."""
+    cpu = load_model(llama, threads=1)
+    device = load_model(llama, device="cuda", compute="float32", max_batch_rows=9)
+    params = SamplingParams(max_new_tokens=4, temperature=0.8, seed=3, ignore_eos=True)
+    rows = np.random.default_rng(1).normal(size=(3, cpu.config["hidden_size"])) * 0.05
+    prompts = [[-1, -2, 1, 40, 9, -3], [-1, -2, 1, 40, 9, -3, 8], [-3]]
+    upstream = np.random.default_rng(2).normal(size=12).astype(np.float32)
+    gradients = []
+    for weights in (None, lora(cpu, 3)):
+        matrices, scale = ({}, 1.0) if weights is None else (weights.matrices, weights.scale)
+        drawn = []
+        for model in (cpu, device):
+            made = model.core_model.make_adapter(matrices, scale, rows.astype(np.float32))
+            for _ in range(2):  # the second time from the cache: a row is a decoding step's token
+                got = draw_ids(model, prompts, params, made)
+                drawn.append(([c.tokens for c in got], [x for c in got for x in c.logprobs]))
+            scored = model.core_model.score(
+                [prompt + c.tokens for prompt, c in zip(prompts, got, strict=True)],
+                [len(prompt) for prompt in prompts],
+                adapter=made,
+                temperature=0.8,
+                keep_graph=True,
+            )
+            assert scored.logprob.tolist() == drawn[-1][1]
+            gradients.append(scored.backward(upstream, None, None)["rows"])
+        assert drawn[0] == drawn[1] and drawn[2] == drawn[3] and drawn[0][0] == drawn[2][0]
+        np.testing.assert_allclose(drawn[0][1], drawn[2][1], rtol=0, atol=BUDGET)
+        assert np.linalg.norm(gradients[-1] - gradients[-2]) < 5e-5 * np.linalg.norm(gradients[-2])
 
 
 def test_bfloat16_is_the_default_and_near(tmp_path):

@@ -69,6 +69,19 @@ def embedding() -> Measured:
 
 
 @case
+def soft_rows() -> Measured:
+    """Rows named twice, once and never; a token and a row that is not there are left."""
+    measured: Measured = []
+    for dtype in DTYPES:
+        soft, before = normal(3, 72, dtype=dtype), normal(5, 72, dtype=dtype)
+        out = before.clone()
+        calls.cuda.soft_rows(soft, ints([-1, 7, -3, -1, -4]), out, calls.stream())
+        expected = torch.stack([soft[0], before[1], soft[2], soft[0], before[4]])
+        measured.append((str(dtype), differing(out, expected), 0.0))
+    return measured
+
+
+@case
 def mix_rows() -> Measured:
     """Sums of none, one and three rows, the last with a negative weight."""
     measured: Measured = []

@@ -39,20 +39,22 @@ def judged(
 
 @case
 def embedding_backward() -> Measured:
-    """Rows of a table that are read never, once and thrice."""
+    """Rows of a table that are read never, once and thrice; of a soft prompt, from rounded rows."""
     measured: Measured = []
     read = [4, 0, 4, 2, 4]  # by row of d_out
     order = sorted(range(len(read)), key=lambda place: read[place])
     begins = [sum(row < r for row in read) for r in range(7)]
-    for dtype in DTYPES:
-        d_out = normal(len(read), 72)
+    for given, dtype in (*((torch.float32, of) for of in DTYPES), (torch.bfloat16, torch.float32)):
+        d_out = normal(len(read), 72, dtype=given)
         got = calls.poisoned(6, 72, dtype=dtype)
         calls.cuda.embedding_backward(d_out, ints(begins), ints(order), got, calls.stream())
         truth = torch.zeros(6, 72, dtype=torch.float64, device=DEVICE)
         truth.index_add_(0, torch.tensor(read, device=DEVICE), d_out.double())
         budget = 4e-7 if dtype == torch.float32 else 4e-3
-        measured.append((str(dtype), error(got, truth), budget))
-        measured.append((f"{dtype} unread", differing(got[1], torch.zeros_like(got[1])), 0.0))
+        measured.append((f"{given} {dtype}", error(got, truth), budget))
+        measured.append(
+            (f"{given} {dtype} unread", differing(got[1], torch.zeros_like(got[1])), 0.0)
+        )
     return measured
 
 

@@ -67,7 +67,7 @@ sanitizer="$(command -v compute-sanitizer || command -v "$(dirname "$CUDACXX")/c
 if [[ -n "$sanitizer" ]]; then
   for tool in memcheck racecheck; do
     timeout 150 "$sanitizer" --tool "$tool" --error-exitcode 1 --print-limit 5 \
-      python3 -m gpu.check "$out/sanitizer.json" embedding mix_rows rms_norm rope_kv_write \
+      python3 -m gpu.check "$out/sanitizer.json" embedding soft_rows mix_rows rms_norm rope_kv_write \
       kv_copy \
       embedding_backward qk_norm_backward linear_logprob_at_the_edges || failed=1
   done

@@ -8,6 +8,7 @@ from alignpro import native
 
 CASES = (
     "embedding",
+    "soft_rows",
     "mix_rows",
     "rms_norm",
     "swiglu",

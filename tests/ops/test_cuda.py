@@ -18,6 +18,7 @@ import check_spills  # noqa: E402
 LOGPROB = "hidden weight tokens temperature reference_hidden reference_weight forward "
 CALLS = {
     "embedding": "table tokens out stream",
+    "soft_rows": "soft tokens out stream",
     "mix_rows": "x begins rows weights out stream",
     "rms_norm": "x weight eps y stream",
     "swiglu": "gate_up h stream",

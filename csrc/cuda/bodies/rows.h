@@ -1,7 +1,7 @@
 #pragma once
 
-// Ops of one row by one block: embedding, mix_rows, rms_norm, swiglu, rope_kv_write, kv_copy, and
-// backwards.
+// Ops of one row by one block: embedding, soft_rows, mix_rows, rms_norm, swiglu, rope_kv_write,
+// kv_copy, and backwards.
 
 #include <cmath>
 #include <cstdint>
@@ -44,17 +44,27 @@ ALIGNPRO_BODY void embedding_row(Block& block, int64_t row, Rows<T> table, int64
   }
 }
 
-// places [begins[row], begins[row + 1]): the rows of d_out that read this row of the table.
 template <typename T, typename Block>
+ALIGNPRO_BODY void soft_rows_row(Block& block, int64_t row, Rows<const T> soft, int64_t soft_count,
+                                 int64_t cols, const int32_t* tokens, Rows<T> out) {
+  const int64_t from = -1 - int64_t{tokens[row]};
+  if (from < 0 || from >= soft_count) return;
+  for (int64_t i = block.thread(); i < cols / Pack<T>::kSize; i += block.threads()) {
+    out.packs(row)[i] = soft.packs(from)[i];
+  }
+}
+
+// places [begins[row], begins[row + 1]): the rows of d_out that read this row of the table.
+template <typename From, typename T, typename Block>
 ALIGNPRO_BODY void embedding_backward_row(Block& block, int64_t row, int64_t cols,
-                                          Rows<const float> d_out, const int32_t* begins,
+                                          Rows<const From> d_out, const int32_t* begins,
                                           const int32_t* places, Rows<T> d_table) {
   constexpr int kSize = Pack<T>::kSize;
   for (int64_t i = block.thread(); i < cols / kSize; i += block.threads()) {
     float sums[kSize] = {};
     for (int32_t at = begins[row]; at < begins[row + 1]; ++at) {
-      const float* from = d_out.data + places[at] * d_out.ld + i * kSize;
-      for (int k = 0; k < kSize; ++k) sums[k] += from[k];
+      const From* from = d_out.data + places[at] * d_out.ld + i * kSize;
+      for (int k = 0; k < kSize; ++k) sums[k] += to_float(from[k]);
     }
     Pack<T> result;
     for (int k = 0; k < kSize; ++k) result.value[k] = stored<T>(sums[k]);

@@ -176,16 +176,24 @@ std::shared_ptr<Sequence> Engine::submit(std::vector<int32_t> tokens, SamplingPa
   const model::ModelConfig& config = model_->config();
   validate(params);
   require(!tokens.empty(), "prompt: expected at least one token, got none");
-  const auto check_ids = [&](const char* what, const std::vector<int32_t>& ids) {
-    for (size_t i = 0; i < ids.size(); ++i) {
-      require(ids[i] >= 0 && ids[i] < config.vocab_size, what, ": expected ids in [0, ",
-              config.vocab_size, "), got ", ids[i], " at index ", i);
-    }
+  const auto check_id = [&](const char* what, int32_t id, size_t index) {
+    require(id >= 0 && id < config.vocab_size, what, ": expected ids in [0, ", config.vocab_size,
+            "), got ", id, " at index ", index);
   };
-  check_ids("prompt", tokens);
-  check_ids("stop_token_ids", params.stop_token_ids);
+  for (size_t i = 0; i < params.stop_token_ids.size(); ++i) {
+    check_id("stop_token_ids", params.stop_token_ids[i], i);
+  }
   for (const model::Lane& lane : of.lanes()) {
     if (lane.adapter != nullptr) lane.adapter->require_fits(config);
+  }
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] >= 0) {
+      check_id("prompt", tokens[i], i);
+      continue;
+    }
+    for (const model::Lane& lane : of.lanes()) {
+      model::Adapter::require_row(lane.adapter.get(), tokens[i], cat("prompt: index ", i));
+    }
   }
   const auto lanes = std::ssize(of.lanes());
   require(lanes <= options_.max_batch_rows, "adapter: a mixture of ", lanes,

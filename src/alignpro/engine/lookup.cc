@@ -30,12 +30,16 @@ uint64_t hash_gram(uint64_t version, std::span<const int32_t> gram) {
   return hash;
 }
 
-// How many tokens before a[a_end] and b[b_end] are the same, as far as that matters.
+// How many tokens before a[a_end] and b[b_end] are the same, as far as that matters: none beyond a
+// soft row, which is no token.
 int64_t common_suffix(std::span<const int32_t> a, size_t a_end, std::span<const int32_t> b,
                       size_t b_end) {
   const auto most = std::min({a_end, b_end, static_cast<size_t>(Lookup::kLongestMatch)});
   size_t length = 0;
-  while (length < most && a[a_end - 1 - length] == b[b_end - 1 - length]) ++length;
+  while (length < most && a[a_end - 1 - length] >= 0 &&
+         a[a_end - 1 - length] == b[b_end - 1 - length]) {
+    ++length;
+  }
   return static_cast<int64_t>(length);
 }
 
@@ -75,7 +79,7 @@ Draft Lookup::draft(uint64_t version, std::span<const int32_t> tokens,
       break;
     }
     const int32_t token = at < match.tokens.size() ? match.tokens[at] : draft.tokens[beyond];
-    if (std::binary_search(stop_ids.begin(), stop_ids.end(), token)) break;
+    if (token < 0 || std::binary_search(stop_ids.begin(), stop_ids.end(), token)) break;
     const auto behind = static_cast<int64_t>(draft.tokens.size());
     accepted *= (kOthers * odds(draft.source, match.length + behind) +
                  static_cast<double>(record.accepted)) /

@@ -44,9 +44,9 @@ class Lookup {
     return {static_cast<double>(rows), 1.0 + row_cost_ * static_cast<double>(rows - 1)};
   }
 
-  // What may follow `tokens`: at most `most` tokens, none of `stop_ids` (ascending), and no more
-  // than make `step`, which they are added to, bring more tokens for its cost. `record` is of the
-  // sequence's drafts until now.
+  // What may follow `tokens`: at most `most` tokens, none of `stop_ids` (ascending) and no soft row
+  // (below 0), and no more than make `step`, which they are added to, bring more tokens for its
+  // cost. `record` is of the sequence's drafts until now.
   Draft draft(uint64_t version, std::span<const int32_t> tokens, std::span<const int32_t> stop_ids,
               int64_t most, const DraftRecord& record, Step& step);
 

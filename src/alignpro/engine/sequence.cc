@@ -34,6 +34,7 @@ Sequence::Sequence(Request request)
   const float repetition = request_.params.repetition_penalty;
   if (repetition != 1.0f) {
     std::vector<int32_t> read = request_.prompt;
+    std::erase_if(read, [](int32_t token) { return token < 0; });  // soft rows are no tokens
     std::sort(read.begin(), read.end());
     read.erase(std::unique(read.begin(), read.end()), read.end());
     for (const int32_t token : read) penalties_.push_back({token, repetition, 0.0f});

@@ -31,7 +31,7 @@ std::string_view finish_reason_name(FinishReason reason);
 
 // Everything that decides what a sequence is, resolved against its model by Engine::submit().
 struct Request {
-  std::vector<int32_t> prompt;
+  std::vector<int32_t> prompt;  // below 0: soft rows, which every lane's adapter has
   SamplingParams params;
   std::vector<model::Lane> lanes;  // one, or those whose states are summed at every token
   std::vector<int32_t> stop_ids;   // EOS (unless ignored) and stop_token_ids, ascending

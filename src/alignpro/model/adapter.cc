@@ -52,8 +52,9 @@ void widen(ops::LoraStack& site, int64_t ranks) {
 
 }  // namespace
 
-DeviceAdapter::DeviceAdapter(uint64_t version, Sites sites)
-    : version_(version), sites_(std::move(sites)) {
+DeviceAdapter::DeviceAdapter(uint64_t version, Sites sites,
+                             std::unique_ptr<const ops::SoftRows> soft)
+    : version_(version), sites_(std::move(sites)), soft_(std::move(soft)) {
   for (const auto& layer : sites_) {
     for (const auto& lora : layer) {
       if (lora != nullptr) most_ranks_ = std::max(most_ranks_, lora->ranks);
@@ -62,12 +63,21 @@ DeviceAdapter::DeviceAdapter(uint64_t version, Sites sites)
 }
 
 Adapter::Adapter(const ModelConfig& config, const std::map<std::string, LoraMatrices>& matrices,
-                 float scale)
-    : sites_(static_cast<size_t>(config.num_layers)) {
+                 float scale, std::span<const float> soft_rows)
+    : sites_(static_cast<size_t>(config.num_layers)),
+      soft_rows_(soft_rows.begin(), soft_rows.end()),
+      num_rows_(std::ssize(soft_rows_) / config.hidden_size) {
   static std::atomic<uint64_t> next_version{1};
   version_ = next_version.fetch_add(1);
   require(std::isfinite(scale), "adapter: scale must be finite, got ", scale);
-  require(!matrices.empty(), "adapter: no module given; expected at least one (A, B) pair");
+  require(!matrices.empty() || num_rows_ > 0,
+          "adapter: nothing given; expected at least one (A, B) pair, or rows");
+  require(std::ssize(soft_rows_) == num_rows_ * config.hidden_size,
+          "adapter: rows: expected rows of ", config.hidden_size, " values, got ",
+          soft_rows_.size(), " values");
+  const auto wrong = std::ranges::find_if(soft_rows_, [](float x) { return !std::isfinite(x); });
+  require(wrong == soft_rows_.end(), "adapter: rows: row ",
+          (wrong - soft_rows_.begin()) / config.hidden_size, " holds NaN or infinity");
   const std::vector<LoraModule> known = lora_modules(config);
   for (const auto& [path, m] : matrices) {
     const auto found = std::find_if(known.begin(), known.end(),
@@ -115,7 +125,9 @@ std::shared_ptr<const DeviceAdapter> Adapter::on(const ops::Device& device) cons
       if (!sites_[l][s].modules.empty()) sites[l][s] = std::move(*next++);
     }
   }
-  auto made = std::make_shared<const DeviceAdapter>(version_, std::move(sites));
+  auto made = std::make_shared<const DeviceAdapter>(
+      version_, std::move(sites),
+      num_rows_ == 0 ? nullptr : device.upload(soft_rows_, std::ssize(soft_rows_) / num_rows_));
   by_device_.emplace_back(device.id(), made);
   return made;
 }
@@ -131,6 +143,16 @@ void Adapter::require_fits(const ModelConfig& config) const {
             "adapter: module ", at.path, " [", at.outputs, ", ", at.inputs,
             "] does not fit this model; use one made by this model's make_adapter()");
   }
+  require(std::ssize(soft_rows_) == num_rows_ * config.hidden_size, "adapter: ", num_rows_,
+          " rows of ", soft_rows_.size(), " values do not fit this model, whose hidden size is ",
+          config.hidden_size, "; use one made by this model's make_adapter()");
+}
+
+void Adapter::require_row(const Adapter* adapter, int32_t id, const std::string& where) {
+  const int64_t row = -1 - int64_t{id}, rows = adapter == nullptr ? 0 : adapter->num_rows();
+  require(row < rows, where, ": id ", id, " names row ", row, " of a soft prompt, ",
+          adapter == nullptr ? "and there is no adapter"
+                             : cat("the adapter has ", rows, rows == 1 ? " row" : " rows"));
 }
 
 }  // namespace alignpro::model

@@ -55,8 +55,9 @@ ops::PackedMatrix ModelFacts::plan_head(ops::Arithmetic arithmetic) const {
 }
 
 int64_t ModelFacts::score_bytes(const ScoreRequest& request,
-                                const std::vector<std::string>& modules, int64_t rank,
+                                const std::vector<std::string>& modules, int64_t rank, int64_t rows,
                                 int threads) const {
+  require(rows >= 0, "score_bytes: num_rows: expected 0 or more, got ", rows);
   const auto device = ops::make_cpu_device(threads);
   Weights weights;
   weights.config = config_;
@@ -77,9 +78,12 @@ int64_t ModelFacts::score_bytes(const ScoreRequest& request,
       sites[l][s] = std::move(lora);
     }
   }
+  auto soft = rows == 0 ? nullptr : std::make_unique<ops::SoftRows>();
+  if (soft != nullptr) soft->matrix = {nullptr, rows, config_.hidden_size, config_.hidden_size};
   ScoreBuffers buffers(*device, weights);
   return Score::bytes(weights, *device, buffers, request,
-                      std::make_shared<const DeviceAdapter>(0, std::move(sites)), nullptr);
+                      std::make_shared<const DeviceAdapter>(0, std::move(sites), std::move(soft)),
+                      nullptr);
 }
 
 ModelFacts::Bytes ModelFacts::bytes(ops::Arithmetic arithmetic) const {

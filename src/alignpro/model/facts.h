@@ -38,9 +38,9 @@ class ModelFacts {
   Bytes bytes(ops::Arithmetic arithmetic) const;  // on the CPU, as stored where that is possible
   Bytes bytes(DType dtype) const;                 // every number of this type, as on a CUDA device
 
-  // Score::bytes on the CPU, under an adapter of one rank on these modules.
+  // Score::bytes on the CPU, under an adapter of one rank on these modules and of `rows` soft rows.
   int64_t score_bytes(const ScoreRequest& request, const std::vector<std::string>& modules,
-                      int64_t rank, int threads) const;
+                      int64_t rank, int64_t rows, int threads) const;
 
  private:
   // The head's form on the CPU, without values.

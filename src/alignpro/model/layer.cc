@@ -69,6 +69,14 @@ void cut_scratch(LayerActivations& layer, ops::Workspace& from, const ModelConfi
   layer.activated = from.matrix(rows, c.intermediate_size, dtype);
 }
 
+void embed(const LayerPass& pass, const Matrix& out) {
+  pass.ops.embedding(pass.plan, *pass.weights.embedding, out);
+  for (const LoraRange& range : pass.ranges) {
+    const ops::SoftRows* soft = range.adapter->soft_rows();
+    if (soft != nullptr) pass.ops.soft_rows(pass.plan, *soft, {range.begin, range.end}, out);
+  }
+}
+
 void layer_forward(const LayerPass& pass, int64_t layer, const Matrix& in, const Matrix& out,
                    const LayerActivations& saved, void* workspace) {
   const ModelConfig& c = pass.weights.config;
@@ -108,6 +116,7 @@ void layer_backward(const LayerPass& pass, const DeviceAdapter& adapter, int64_t
   const LayerWeights& w = pass.weights.layers[static_cast<size_t>(layer)];
   const auto eps = static_cast<float>(c.rms_eps);
   ops::Ops& ops = pass.ops;
+  const bool goes_on = layer > 0 || adapter.soft_rows() != nullptr;  // something is trained below
   const auto site = [&](LinearSite which, const Matrix& x, const Matrix& dy, const Matrix& dx) {
     linear_backward(pass, adapter, layer, which, x, saved, dy, dx, b, gradients);
   };
@@ -129,8 +138,8 @@ void layer_backward(const LayerPass& pass, const DeviceAdapter& adapter, int64_t
     ops.qk_norm_backward(pass.plan.shape(), saved.raw_qk, w.q_norm, w.k_norm, eps, b.d_qkv);
   }
   ops.rms_norm(in, w.attention_norm, eps, saved.normed);
-  site(LinearSite::kQkv, saved.normed, b.d_qkv, layer > 0 ? b.d_normed : Matrix{});
-  if (layer > 0) ops.rms_norm_backward(in, w.attention_norm, eps, b.d_normed, d_stream);
+  site(LinearSite::kQkv, saved.normed, b.d_qkv, goes_on ? b.d_normed : Matrix{});
+  if (goes_on) ops.rms_norm_backward(in, w.attention_norm, eps, b.d_normed, d_stream);
 }
 
 }  // namespace alignpro::model

@@ -48,6 +48,9 @@ LayerActivations cut_activations(ops::Workspace& from, const ModelConfig& config
 void cut_scratch(LayerActivations& layer, ops::Workspace& from, const ModelConfig& config,
                  int64_t rows, DType dtype);
 
+// out [rows, hidden]: the plan's tokens, embedded, with their adapters' soft rows where they are.
+void embed(const LayerPass& pass, const ops::Matrix& out);
+
 // out [rows, hidden] = layer(in); out may be in, and mlp_input too. workspace: attention_bytes.
 void layer_forward(const LayerPass& pass, int64_t layer, const ops::Matrix& in,
                    const ops::Matrix& out, const LayerActivations& saved, void* workspace);
@@ -68,8 +71,8 @@ struct LayerBackwardBuffers {
 };
 
 // Turns d_stream [rows, hidden] from the gradient by the layer's output into the gradient by its
-// input (of the first layer, by its mlp_input), and writes the adapter's gradients. All rows run
-// with `adapter`.
+// input (of the first layer, without soft rows, by its mlp_input), and writes the adapter's
+// gradients. All rows run with `adapter`.
 void layer_backward(const LayerPass& pass, const DeviceAdapter& adapter, int64_t layer,
                     const ops::Matrix& in, const LayerActivations& saved,
                     const LayerBackwardBuffers& buffers, const LayerGradients& gradients,

@@ -17,6 +17,19 @@ using ops::Matrix;
 // Inputs scored in one pass when nothing is kept: bounds the buffers, changes no bit.
 constexpr int64_t kGroupTokens = 2048;
 
+// Whoever reads the sequence must have the row that it names at `index`.
+void require_soft_row(const ScoreRequest& request, size_t s, size_t index) {
+  const int32_t id = request.sequences[s][index];
+  const std::string where = cat("score: sequence ", s, ", index ", index);
+  require(static_cast<int64_t>(index) < request.starts[s], where, ": id ", id,
+          " is below 0: soft rows are read and not scored, and scored is all from ",
+          request.starts[s], " on");
+  if (request.given_hidden.empty()) Adapter::require_row(request.adapter.get(), id, where);
+  if (request.runs_reference()) {
+    Adapter::require_row(request.reference.get(), id, where + " under the reference");
+  }
+}
+
 void require_scorable(const ScoreRequest& request, const Model& model) {
   const ModelConfig& config = model.config();
   const int64_t context_length = model.context_length();
@@ -40,9 +53,10 @@ void require_scorable(const ScoreRequest& request, const Model& model) {
             " tokens, the context holds ", context_length);
     require(request.starts[s] >= 1 && request.starts[s] <= size, "score: start of sequence ", s,
             " must lie in [1, ", size, "], got ", request.starts[s]);
-    for (const int32_t token : sequence) {
-      require(token >= 0 && token < config.vocab_size, "score: sequence ", s, " holds token ",
-              token, ", the vocabulary has ", config.vocab_size);
+    for (size_t i = 0; i < sequence.size(); ++i) {
+      require(sequence[i] < config.vocab_size, "score: sequence ", s, " holds token ", sequence[i],
+              ", the vocabulary has ", config.vocab_size);
+      if (sequence[i] < 0) require_soft_row(request, s, i);
     }
   }
 }
@@ -107,7 +121,7 @@ class PooledBuffers {
 
 }  // namespace
 
-AdapterGradients::AdapterGradients(const Adapter& adapter) {
+AdapterGradients::AdapterGradients(const Adapter& adapter) : soft_rows(adapter.soft_rows().size()) {
   for (const Adapter::Module& m : adapter.modules()) {
     modules.push_back({std::vector<float>(static_cast<size_t>(m.rank * m.where.inputs)),
                        std::vector<float>(static_cast<size_t>(m.where.outputs * m.rank))});
@@ -151,6 +165,7 @@ class Score::Pass {
   }
   int64_t num_layers() const { return weights_.config.num_layers; }
   float eps() const { return static_cast<float>(weights_.config.rms_eps); }
+  void embed_tokens(const DeviceAdapter* adapter, const Matrix& out) const;
   void run_layer(const DeviceAdapter* adapter, int64_t layer, const Matrix& in, const Matrix& out,
                  const LayerActivations& own, const LayerActivations& scratch,
                  void* workspace) const;
@@ -186,6 +201,11 @@ LayerActivations Score::Pass::joined(const LayerActivations& own,
   all.activated = scratch.activated;
   if (!ops().attention_backward_reads_kv()) all.kv = scratch.kv;
   return all;
+}
+
+void Score::Pass::embed_tokens(const DeviceAdapter* adapter, const Matrix& out) const {
+  const LoraRange range{0, tree_.rows(), adapter};
+  embed({weights_, ops(), plan(), {&range, adapter == nullptr ? 0u : 1u}}, out);
 }
 
 void Score::Pass::run_layer(const DeviceAdapter* adapter, int64_t layer, const Matrix& in,
@@ -231,8 +251,8 @@ void Score::Pass::forward() {
   const auto entering = [&](int64_t l) -> const Matrix& {
     return kept_.streams[static_cast<size_t>(request_.keep_graph ? l : 0)];
   };
-  if (!given) ops().embedding(plan(), *weights_.embedding, entering(0));
-  if (with_reference) ops().embedding(plan(), *weights_.embedding, m.reference_stream);
+  if (!given) embed_tokens(policy_.get(), entering(0));
+  if (with_reference) embed_tokens(reference_.get(), m.reference_stream);
   // Layer by layer, so that both passes use a layer's weights while they are in cache.
   for (int64_t l = 0; l < num_layers(); ++l) {
     const LayerActivations& layer =
@@ -318,12 +338,13 @@ void Score::Pass::backward(std::span<const float> d_logprob, std::span<const flo
     layer_backward(pass, *policy_, l, in, joined(layer, m.scratch), m.buffers, m.gradients[index],
                    m.d_stream);
   }
+  if (m.d_soft.rows > 0) ops().soft_rows_backward(plan(), m.d_stream, m.d_soft);
   const void* host = ops().download(pooled_->results, m.first_gradient, m.gradient_bytes);
   ops().wait();
   unpack(m, static_cast<const std::byte*>(host), gradients);
 }
 
-// Each module's rows of A and columns of B, out of its site's.
+// Each module's rows of A and columns of B, out of its site's; and the soft rows.
 void Score::Pass::unpack(const ScoreMemory::Backward& m, const std::byte* host,
                          AdapterGradients& gradients) const {
   const auto on_host = [&](const Matrix& matrix) {
@@ -342,6 +363,8 @@ void Score::Pass::unpack(const ScoreMemory::Backward& m, const std::byte* host,
       std::copy_n(from + n * ranks, module.rank, b.begin() + n * module.rank);
     }
   }
+  if (gradients.soft_rows.empty()) return;
+  std::copy_n(on_host(m.d_soft), gradients.soft_rows.size(), gradients.soft_rows.begin());
 }
 
 Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)

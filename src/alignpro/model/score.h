@@ -18,6 +18,7 @@ enum class Activations {
 };
 
 struct ScoreRequest {
+  // Below 0, and before the start: soft rows of the adapter (and of the reference), see Adapter.
   std::vector<std::vector<int32_t>> sequences;
   std::vector<int64_t> starts;  // per sequence: tokens [start, size) are scored; 1 <= start <= size
   std::shared_ptr<const Adapter> adapter = nullptr;  // null: base weights
@@ -33,15 +34,19 @@ struct ScoreRequest {
   bool with_hidden = false;  // also the policy's states that the tokens were predicted from
   bool keep_graph = false;   // backward() will be called; needs an adapter
   Activations activations = Activations::kKeep;
+
+  // Whether the reference's states are computed, and not given.
+  bool runs_reference() const { return with_reference && reference_hidden.empty(); }
 };
 
-// Gradients of one adapter, module by module as Adapter::modules().
+// Gradients of one adapter, module by module as Adapter::modules(), and of its soft rows.
 struct AdapterGradients {
   struct Module {
     std::vector<float> a;  // [rank, inputs]
     std::vector<float> b;  // [outputs, rank]
   };
   std::vector<Module> modules;
+  std::vector<float> soft_rows;  // [num_rows, hidden_size]
 
   explicit AdapterGradients(const Adapter& adapter);
 };
@@ -53,8 +58,8 @@ struct AdapterGradients {
 class Score {
  public:
   // Throws InvalidArgument for an empty sequence, a start out of range, a token outside the
-  // vocabulary, a sequence longer than the context, naming its index, and for what else does not
-  // fit; NumericError where a row has no finite softmax.
+  // vocabulary and no soft row, a sequence longer than the context, naming its index, and for what
+  // else does not fit; NumericError where a row has no finite softmax.
   Score(std::shared_ptr<const Model> model, ScoreRequest request);
   ~Score();
 
@@ -91,9 +96,9 @@ class Score {
                        const ScoreRequest& request, std::shared_ptr<const DeviceAdapter> policy,
                        std::shared_ptr<const DeviceAdapter> reference);
 
-  // Gradients of a loss by the adapter's matrices, from its derivatives by the outputs (flat, as
-  // above; d_entropy and d_kl may be empty). May be called once, by any thread: it gives the graph
-  // back.
+  // Gradients of a loss by the adapter's matrices and soft rows, from its derivatives by the
+  // outputs (flat, as above; d_entropy and d_kl may be empty). May be called once, by any thread:
+  // it gives the graph back.
   AdapterGradients backward(std::span<const float> d_logprob, std::span<const float> d_entropy,
                             std::span<const float> d_kl);
 

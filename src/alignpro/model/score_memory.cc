@@ -54,7 +54,7 @@ ScoreMemory::ScoreMemory(const Weights& weights, const ops::Device& device, cons
       tree_(tree),
       dtype_(device.dtype()),
       kv_dtype_(device.kv_dtype()),
-      runs_reference_(request.with_reference && request.reference_hidden.empty()),
+      runs_reference_(request.runs_reference()),
       policy_(std::move(policy)),
       reference_(std::move(reference)) {}
 
@@ -204,6 +204,9 @@ ScoreMemory::Backward ScoreMemory::backward(void* base) const {
       gradients[static_cast<size_t>(site)] = {layers.matrix(count, shape.inputs, DType::kF32),
                                               layers.matrix(shape.outputs, count, DType::kF32)};
     }
+  }
+  if (policy_ != nullptr && policy_->soft_rows() != nullptr) {
+    m.d_soft = layers.matrix(policy_->soft_rows()->matrix.rows, width, DType::kF32);
   }
   m.gradient_bytes = layers.bytes() - before;
   m.bytes = from.bytes() + std::max(head.bytes(), layers.bytes());

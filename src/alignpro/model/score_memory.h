@@ -91,7 +91,8 @@ class ScoreMemory {
     LayerActivations layer;  // where layers are computed again
     void* attention;         // a workspace of the forward, there
     LayerBackwardBuffers buffers;
-    std::vector<LayerGradients> gradients;  // by layer, in one piece:
+    std::vector<LayerGradients> gradients;  // by layer, and d_soft [m, hidden_size], in one piece:
+    ops::Matrix d_soft;
     char* first_gradient;
     int64_t gradient_bytes;
     int64_t bytes;

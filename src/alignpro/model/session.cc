@@ -93,8 +93,8 @@ void ModelSession::forward(const Batch& batch) {
 
 void ModelSession::compute(const Buffers& b, std::span<const LoraRange> ranges) {
   const Weights& weights = model_.weights();
-  ops_->embedding(*plan_, *weights.embedding, b.stream);
   const LayerPass pass{weights, *ops_, *plan_, ranges};
+  embed(pass, b.stream);
   LayerActivations layer = b.layer;
   for (int64_t l = 0; l < weights.config.num_layers; ++l) {
     layer.kv = kv_.layer(l);

@@ -43,6 +43,13 @@ struct CpuWeight final : Weight {
 struct CpuLora final : LoraWeight {
   LowRank update;
 };
+struct CpuSoftRows final : SoftRows {
+  CpuSoftRows(std::span<const float> rows, int64_t cols) : values(rows.begin(), rows.end()) {
+    matrix = {values.data(), std::ssize(values) / cols, cols, cols, DType::kF32};
+  }
+
+  std::vector<float> values;
+};
 struct CpuRope final : Rope {
   std::function<void(std::span<const int32_t>, float*, float*)> angles;
 };
@@ -181,6 +188,15 @@ class CpuOps final : public Ops {
     const trace::Span op(trace::Level::kOps, "embedding",
                          [&] { return embedding_counts(plan.rows(), packed(table)); });
     ops::embedding(packed(table), of(plan).request.tokens, floats(out), pool_);
+  }
+  void soft_rows(const Plan& plan, const SoftRows& soft, RowRange at, const Matrix& out) override {
+    const auto tokens = of(plan).request.tokens.subspan(static_cast<size_t>(at.begin),
+                                                        static_cast<size_t>(at.end - at.begin));
+    ops::soft_rows(floats(soft.matrix), out.cols, tokens, floats(out) + at.begin * out.ld);
+  }
+  void soft_rows_backward(const Plan& plan, const Matrix& d_out, const Matrix& d_soft) override {
+    ops::soft_rows_backward(of(plan).request.tokens, d_out.cols, floats(d_out), d_soft.rows,
+                            floats(d_soft));
   }
   void output_rows(const Plan& plan, const Matrix& x, const Matrix& out) override {
     for (int64_t i = 0; i < out.rows; ++i) {
@@ -460,6 +476,9 @@ class CpuDevice final : public Device {
       made.push_back(std::move(lora));
     }
     return made;
+  }
+  std::unique_ptr<const SoftRows> upload(std::span<const float> rows, int64_t cols) const override {
+    return std::make_unique<CpuSoftRows>(rows, cols);
   }
 
   std::unique_ptr<Ops> make_ops() const override { return std::make_unique<CpuOps>(pool_); }

@@ -45,6 +45,13 @@ struct LoraWeight {
   int64_t ranks = 0;  // what a row of x A^T takes there, padding included
 };
 
+// Rows of a soft prompt (embedding.h) as a device keeps them, in its dtype.
+struct SoftRows {
+  virtual ~SoftRows() = default;
+
+  Matrix matrix;  // [m, hidden_size]
+};
+
 // The angles of rotary embedding as a device keeps them.
 struct Rope {
   virtual ~Rope() = default;
@@ -157,8 +164,14 @@ class Ops {
   virtual std::unique_ptr<Plan> make_plan(const AttentionShape& shape, const Rope& rope) = 0;
   virtual std::unique_ptr<Sampler> make_sampler() = 0;
 
-  // out [rows, cols] = rows of the table, by the plan's tokens.
+  // out [rows, cols] = rows of the table, by the plan's tokens; where they are below 0, nothing
+  // that may be read before soft_rows has been there.
   virtual void embedding(const Plan& plan, const Weight& table, const Matrix& out) = 0;
+  // Fills out's rows of `at` whose token is -1 - r with row r. d_soft [m, cols], float32, is
+  // overwritten by the sums of d_out's rows that name each row, in their order.
+  virtual void soft_rows(const Plan& plan, const SoftRows& soft, RowRange at,
+                         const Matrix& out) = 0;
+  virtual void soft_rows_backward(const Plan& plan, const Matrix& d_out, const Matrix& d_soft) = 0;
   // out [outputs, cols] = the plan's output rows of x; d_x is overwritten by the sums of d_out's
   // (float32) rows, in their order.
   virtual void output_rows(const Plan& plan, const Matrix& x, const Matrix& out) = 0;
@@ -271,6 +284,8 @@ class Device {
   virtual void finish_uploads() {}
   virtual std::vector<std::unique_ptr<const LoraWeight>> upload(
       std::span<const LoraStack* const> sites) const = 0;
+  virtual std::unique_ptr<const SoftRows> upload(std::span<const float> rows,
+                                                 int64_t cols) const = 0;
 
   virtual std::unique_ptr<Ops> make_ops() const = 0;
 
