@@ -136,7 +136,7 @@ class Tokenizer(Vocabulary):
         if not users:
             raise ValueError("chat: expected a turn of the user, at whose end a soft prompt stands")
         mark = next(chat_template.unused_characters(messages, self._require(self._template)))
-        marked = [dict(message) for message in messages]
+        marked: list[dict[str, Any]] = [dict(message) for message in messages]
         marked[users[-1]]["content"] += separator + mark
         text, restore = self._written(marked, True)
         before, *behind = text.split(mark)

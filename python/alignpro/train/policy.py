@@ -189,8 +189,10 @@ class Policy(torch.nn.Module):
         """Bytes that `score` and its backward hold at most, beside weights and gradients."""
         # The shapes alone count, so an adapter of older numbers does as well.
         adapter = self._in_engine[1] if self._in_engine is not None else self.core_adapter()
+        # Of tokens only what is alike counts: a row may go by a token's id, since here the engine does
+        # not know the reference that has it, too.
         return self._core.score_bytes(
-            [list(s) for s in sequences],
+            [[token if token >= 0 else -1 - token for token in s] for s in sequences],
             list(starts),
             adapter=adapter,
             with_reference=with_reference,

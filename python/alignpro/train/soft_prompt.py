@@ -85,11 +85,14 @@ def initial_rows(model: NativeModel, config: SoftPromptConfig, *, seed: int) -> 
         drawn = generator.standard_normal((count, table.shape[1])) * table.std(dtype=np.float64)
         return drawn.astype(np.float32)
     if config.text is None:
-        return table[generator.choice(len(table), size=count)]
-    tokens = model.tokenizer.encode(config.text)
-    if not tokens:
-        raise ValueError(f"soft_prompt.init: expected a text with tokens, got {config.init!r}")
-    return table[list(itertools.islice(itertools.cycle(tokens), count))]
+        chosen = generator.choice(len(table), size=count).tolist()
+    else:
+        tokens = model.tokenizer.encode(config.text)
+        if not tokens:
+            raise ValueError(f"soft_prompt.init: expected a text with tokens, got {config.init!r}")
+        chosen = list(itertools.islice(itertools.cycle(tokens), count))
+    rows: Array = table[chosen]
+    return rows
 
 
 def fresh_policy(
