@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from alignpro.config import (
+    BoundConfig,
     EvalConfig,
     LoraConfig,
     ModelConfig,
@@ -168,6 +169,7 @@ def test_reinforcement_learning(base, model, policy, place):
     if policy == "target":
         assert found.soft == str(trainer.run_dir / "adapter")
         assert (found.tuned, found.trained, found.target) == (None, None, None)
+        assert settings_of_run(BoundConfig, trainer.run_dir).tuned == found.soft
     else:
         assert found.trained == str(trainer.run_dir / "adapter")
         assert found.prompter.adapter == str(trainer.run_dir / "reference")

@@ -58,10 +58,11 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
     if isinstance(config, SftConfig):
         values["prompter"] = replace(config.prompter, adapter=_adapter(run, "sft"))
     else:
-        came = "trained"
-        if config.policy == "target":
-            came = "soft" if config.tuner == "soft_prompt" else "tuned"
-        if came in {f.name for f in fields(cls)}:
+        arms = {f.name for f in fields(cls)}
+        came = "tuned" if config.policy == "target" else "trained"
+        if came == "tuned" and config.tuner == "soft_prompt" and "soft" in arms:
+            came = "soft"
+        if came in arms:
             values[came] = _adapter(run, _COMMANDS[type(config)])
     if isinstance(config, (TrainConfig, SelfImproveConfig)):
         values["data"] = replace(config.data, split=stage.data.split)

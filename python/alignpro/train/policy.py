@@ -118,8 +118,9 @@ class Policy(torch.nn.Module):
             ValueError: a sequence or start that does not fit.
         """
         inputs = list(self.parameters())
-        frozen = None if reference == "base" else reference
-        reference_adapter = self.model.make_adapter(frozen)
+        reference_adapter = (
+            None if reference in (None, "base") else self.model.make_adapter(reference)
+        )
         reference_hidden = None
         if reference is not None and any(anchor is not None for anchor in anchors):
             read = [
@@ -189,8 +190,8 @@ class Policy(torch.nn.Module):
         """Bytes that `score` and its backward hold at most, beside weights and gradients."""
         # The shapes alone count, so an adapter of older numbers does as well.
         adapter = self._in_engine[1] if self._in_engine is not None else self.core_adapter()
-        # Of tokens only what is alike counts: a row may go by a token's id, since here the engine does
-        # not know the reference that has it, too.
+        # Of tokens it counts only which are alike, and so rows may go by tokens' ids: the engine is
+        # not given the reference here, which has them, too.
         return self._core.score_bytes(
             [[token if token >= 0 else -1 - token for token in s] for s in sequences],
             list(starts),

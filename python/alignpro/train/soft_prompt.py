@@ -83,7 +83,8 @@ def initial_rows(model: NativeModel, config: SoftPromptConfig, *, seed: int) -> 
     generator = np.random.default_rng(seed)
     if config.init == "random":
         drawn = generator.standard_normal((count, table.shape[1])) * table.std(dtype=np.float64)
-        return drawn.astype(np.float32)
+        rows: Array = drawn.astype(np.float32)
+        return rows
     if config.text is None:
         chosen = generator.choice(len(table), size=count).tolist()
     else:
@@ -91,7 +92,7 @@ def initial_rows(model: NativeModel, config: SoftPromptConfig, *, seed: int) -> 
         if not tokens:
             raise ValueError(f"soft_prompt.init: expected a text with tokens, got {config.init!r}")
         chosen = list(itertools.islice(itertools.cycle(tokens), count))
-    rows: Array = table[chosen]
+    rows = table[chosen]
     return rows
 
 
