@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from alignpro.config import RewardFitConfig as RewardFitConfig
     from alignpro.config import SelfImproveConfig as SelfImproveConfig
     from alignpro.config import SftConfig as SftConfig
+    from alignpro.config import SoftPromptConfig as SoftPromptConfig
     from alignpro.config import TrainConfig as TrainConfig
     from alignpro.config import load_yaml as load_yaml
     from alignpro.evaluate.headroom import run_headroom as run_headroom
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from alignpro.models.native_model import NativeModel as NativeModel
     from alignpro.models.native_model import load_model as load_model
     from alignpro.models.resolve import resolve_model as resolve_model
+    from alignpro.models.soft_prompt import SoftPrompt as SoftPrompt
     from alignpro.models.tokenizer import Tokenizer as Tokenizer
     from alignpro.native import ModelFileError as ModelFileError
     from alignpro.native import NumericError as NumericError
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from alignpro.train.run import run_sft as run_sft
     from alignpro.train.run import run_train as run_train
     from alignpro.train.self_improve import run_self_improve as run_self_improve
+    from alignpro.train.soft_prompt import SoftPromptPolicy as SoftPromptPolicy
     from alignpro.train.trainer import Trainer as Trainer
     from alignpro.types import Chat as Chat
     from alignpro.types import Completion as Completion
@@ -101,6 +104,9 @@ _HOMES = {
     "SamplingParams": "types",
     "SelfImproveConfig": "config",
     "SftConfig": "config",
+    "SoftPrompt": "models.soft_prompt",
+    "SoftPromptConfig": "config",
+    "SoftPromptPolicy": "train.soft_prompt",
     "Tokenizer": "models.tokenizer",
     "TrainCallback": "train.callbacks",
     "TrainConfig": "config",

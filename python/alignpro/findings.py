@@ -42,6 +42,10 @@ ONE_REWRITE = 0.9
 # them that share of what was gained.
 BROKEN_GUARDS = 0.1
 
+# The learning rate below which the rows of a soft prompt hardly move: AdamW moves a number by about
+# its rate a step, and embeddings are of the size of some hundredths to tenths.
+SLOW_ROWS = 1e-3
+
 COPIED_RUN = 3  # words
 _WORD = re.compile(r"\w+")
 _GUARDS = GuardConfig()
@@ -284,6 +288,16 @@ def one_rewrite(common: float, whose: str, since: int | None = None) -> Finding:
         "prompt: a fixed instruction does the same without a prompter. If the best instruction "
         "depends on the prompt, a lower learning_rate or a larger kl_coef keeps the others alive.",
     )
+
+
+def slow_rows(tuner: Any, learning_rate: Any) -> Iterator[Finding]:
+    """Of a configuration: a learning rate for matrices, where rows are trained."""
+    if tuner == "soft_prompt" and learning_rate < SLOW_ROWS:
+        yield Finding(
+            "slow_rows",
+            f"learning_rate {learning_rate:g} is below {SLOW_ROWS:g}: the rows of a soft prompt "
+            "hardly move by it; 1e-2 to 3e-2 suits them.",
+        )
 
 
 def reasoning_alone(count: int) -> Finding:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.files import write_json
-from alignpro.models.adapter import LoraWeights, adapter_folder, is_mixture
+from alignpro.models.adapter import AdapterWeights, LoraWeights
+from alignpro.models.adapter_files import adapter_folder, is_mixture
 from alignpro.models.fingerprint import fingerprint
 from alignpro.models.mixture import BASE, Mixture, read_mixture
 from alignpro.models.tokenizer import Tokenizer
@@ -60,9 +61,13 @@ def of_template(tokenizer: Tokenizer) -> Fingerprint:
     return Fingerprint("", _hash(text, dict(variables)))
 
 
-def of_adapter(weights: LoraWeights | Mixture) -> Fingerprint:
+def of_adapter(weights: AdapterWeights | Mixture) -> Fingerprint:
     if isinstance(weights, Mixture):
         return Fingerprint("", _of_mixture(weights))
+    if not isinstance(weights, LoraWeights):
+        digest = hashlib.sha256(str(weights.placed).encode())
+        digest.update(weights.rows.tobytes())
+        return Fingerprint("", digest.hexdigest())
     digest = hashlib.sha256(f"{weights.rank} {weights.scale}".encode())
     for module, pair in weights.matrices.items():
         digest.update(module.encode())
@@ -82,7 +87,7 @@ def _of_mixture(mixture: Mixture) -> str:
     """By what its members hold, wherever they lie."""
     members = []
     for member, weight in mixture.members:
-        if isinstance(member, LoraWeights):
+        if isinstance(member, AdapterWeights):
             hashed = of_adapter(member).hash
         else:
             hashed = BASE if member == BASE else of_adapter_folder(member).hash

@@ -13,7 +13,9 @@ from alignpro.config import OnTooLong
 from alignpro.data.load import PairRow, PromptRow
 from alignpro.data.preferences import PreferenceRow
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.mixture import soft_rows
 from alignpro.models.reading import naming, prompter_tokens, target_tokens, too_long
+from alignpro.models.soft_prompt import SoftRows
 from alignpro.pipeline import Pipeline
 from alignpro.types import Conversation, Prompt, SamplingParams
 
@@ -89,14 +91,17 @@ def unread_by(
     """Why prompter or target cannot read a row's prompt, with all that they may write behind it.
 
     rewrites: whether the prompter takes part. texts: what is put behind every prompt besides.
-    A target behind an endpoint says so itself, when it is asked.
+    Rows of soft prompts, of the pipeline's adapters, count. A target behind an endpoint says so
+    itself, when it is asked.
     """
     prompter = pipeline.prompter if rewrites else None
-    reads = None if prompter is None else _Template(prompter, pipeline.rewrite_params)
+    rows = soft_rows(pipeline.prompter_adapter)
+    reads = None if prompter is None else _Template(prompter, pipeline.rewrite_params, rows)
     answers = None
     added = again = 0  # tokens behind the prompt, or in the place of its last turn
     if isinstance(pipeline.target, LanguageModel):
-        answers = _Template(pipeline.target, pipeline.response_params)
+        of_target = soft_rows(pipeline.target_adapter)
+        answers = _Template(pipeline.target, pipeline.response_params, of_target)
         encode, separator = pipeline.target.tokenizer.encode, pipeline.prompting.separator
         added = max((len(encode(separator + text)) for text in texts if text), default=0)
         if rewrites and pipeline.prompting.mode == "append":
@@ -111,7 +116,7 @@ def unread_by(
             turns = pipeline.prompting.prompter_turns(row.prompt)
             if not reads.surely_holds(Conversation((), turns[0])):
                 tokens = prompter_tokens(
-                    prompter.tokenizer, pipeline.prompting, row.prompt, reads.most
+                    prompter.tokenizer, pipeline.prompting, row.prompt, reads.most, rows
                 )
                 reason = too_long(prompter, len(tokens), pipeline.rewrite_params)
                 if reason is not None:
@@ -140,13 +145,13 @@ _PROBE = "a"
 class _Template:
     """How long chats are in a model's template, most of them without being read."""
 
-    def __init__(self, model: LanguageModel, params: SamplingParams) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, params: SamplingParams, rows: SoftRows | None) -> None:
+        self.model, self._rows = model, rows
         self.most = model.context_length - params.max_new_tokens
         self._around: dict[tuple[str, ...], int] = {}  # tokens of a chat of such roles
 
     def count(self, conversation: Conversation) -> int:
-        return len(target_tokens(self.model.tokenizer, conversation))
+        return len(target_tokens(self.model.tokenizer, conversation, self._rows))
 
     def surely_holds(self, conversation: Conversation, more: int = 0) -> bool:
         """By its bytes: reading a chat takes a millisecond, of which data has many."""

@@ -24,6 +24,7 @@ from alignpro.models.answer_scores import TargetScorer
 from alignpro.models.arguments import check_counts, check_models, check_params, check_texts
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
+from alignpro.models.mixture import soft_rows
 from alignpro.models.reading import (
     check_columns,
     check_roles,
@@ -481,7 +482,8 @@ class Pipeline:
         prompter, params = self._prompter(), self.rewrite_params
         most = prompter.context_length - params.max_new_tokens
         with naming(f"prompt {index}"):
-            tokens = prompter_tokens(prompter.tokenizer, self.prompting, prompt, most)
+            rows = soft_rows(self.prompter_adapter)
+            tokens = prompter_tokens(prompter.tokenizer, self.prompting, prompt, most, rows)
         unfit = too_long(prompter, len(tokens), params)
         if unfit is not None:
             raise ValueError(f"prompt {index} in its template: {unfit}")
@@ -513,7 +515,8 @@ class Pipeline:
         tokens = []
         if isinstance(self._target, LanguageModel):
             with naming(f"the rewrite of prompt {index}" if text else f"prompt {index}"):
-                tokens = target_tokens(self._target.tokenizer, read)
+                rows = soft_rows(self.target_adapter)
+                tokens = target_tokens(self._target.tokenizer, read, rows)
         return Rewrite(
             prompt_index=index,
             prompter_tokens=[],

@@ -20,7 +20,7 @@ from alignpro.config import (
     Prompting,
     SftConfig,
 )
-from alignpro.models.adapter import LoraWeights
+from alignpro.models.adapter import AdapterWeights
 from alignpro.models.engine_thread import EngineThread
 from alignpro.models.mixture import Mixture
 from alignpro.models.native_model import NativeModel, load_model
@@ -66,7 +66,7 @@ class Prompter:
     def __init__(
         self,
         model: NativeModel | ModelConfig | str | os.PathLike[str],
-        adapter: LoraWeights | Mixture | str | os.PathLike[str] | None = None,
+        adapter: AdapterWeights | Mixture | str | os.PathLike[str] | None = None,
         *,
         prompting: Prompting | None = None,
         params: SamplingParams = REWRITE,

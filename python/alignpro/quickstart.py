@@ -28,9 +28,9 @@ from alignpro.rewards.check import check_columns
 from alignpro.run_directory import CALLS, open_free_run_dir
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
-from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import trainer_from
 from alignpro.train.sft import fit_pairs, warm_start
+from alignpro.train.soft_prompt import fresh_policy
 from alignpro.train.trackers import check_trackers
 
 _PACKAGES = ("alignpro", "numpy", "torch", "tokenizers", "vaderSentiment")  # decide the numbers
@@ -80,9 +80,9 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
             )
         with _timed(seconds, "sft"):
             bars.show("warm start", 0, sft.steps)
-            policy = LoraPolicy.fresh(prompter, sft.lora, seed=sft.seed)
+            policy, _ = fresh_policy(prompter, sft)
             sft_rows = []
-            for row in warm_start(policy, fit_pairs(prompter, pairs, sft), sft).rows():
+            for row in warm_start(policy, fit_pairs(policy, pairs, sft), sft).rows():
                 sft_rows.append(row)
                 show_sft_row(bars, row, sft.steps)
             warm = policy.weights()

@@ -17,7 +17,10 @@ from alignpro.evaluate.bound import measure_bound
 from alignpro.evaluate.results import to_json
 from alignpro.models.adapter import save_peft
 from alignpro.models.answer_scores import sequence_logprobs
+from alignpro.models.mixture import soft_rows
 from alignpro.models.native_model import load_model
+from alignpro.models.reading import target_tokens
+from alignpro.models.soft_prompt import SoftPrompt
 from alignpro.pipeline import Pipeline
 from alignpro.train.policy import initial_weights
 from alignpro.types import SamplingParams
@@ -84,9 +87,13 @@ def every_response(model, tokens, **adapter):
     return responses, np.array(logs)
 
 
-def test_total_variation_of_the_process_that_is_run(model):
+@pytest.mark.parametrize("kind", ["lora", "soft prompt"])
+def test_total_variation_of_the_process_that_is_run(model, kind):
     """Responses of at most two tokens: sums over all 12,211 of them."""
     tuned = lora(model, 0.05, seed=1)
+    if kind == "soft prompt":
+        words = model.base_table("embed_tokens")[model.tokenizer.encode("thin air")]
+        tuned = SoftPrompt(words, "instruction", " ")
     config = make(
         num_rewrites=40,
         num_responses=25,
@@ -96,9 +103,9 @@ def test_total_variation_of_the_process_that_is_run(model):
     report = to_json(measure_bound(config, model, model, letters, rows, tuned=tuned))
     exact = []
     for row in rows:
-        tokens = model.tokenizer.encode_chat([{"role": "user", "content": row.prompt}])
-        _, base = every_response(model, tokens)
-        _, other = every_response(model, tokens, adapter=model.make_adapter(tuned))
+        _, base = every_response(model, target_tokens(model.tokenizer, row.prompt))
+        read = target_tokens(model.tokenizer, row.prompt, soft_rows(tuned))
+        _, other = every_response(model, read, adapter=model.make_adapter(tuned))
         assert np.exp(base).sum() == pytest.approx(1, abs=1e-4)  # the truncated process, whole
         exact.append(0.5 * np.abs(np.exp(base) - np.exp(other)).sum())
     assert 0.1 < np.mean(exact) < 0.9

@@ -17,6 +17,7 @@ from alignpro.evaluate.results import to_json
 from alignpro.evaluate.run import load_inputs, run_evaluate
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
+from alignpro.models.soft_prompt import SoftPrompt
 from alignpro.statistics import length_controlled_win_rate
 from chat_server import Fault
 from judge_server import JudgeServer
@@ -31,6 +32,8 @@ def files(tiny_model_dir, tmp_path_factory):
     model = load_model(tiny_model_dir("llama"), threads=2)
     for seed, name in enumerate(("trained", "tuned")):
         save_peft(folder / name, lora(model, seed=seed))
+    words = model.base_table("embed_tokens")[model.tokenizer.encode("be brief")]
+    save_peft(folder / "soft", SoftPrompt(words, "instruction", "\n\n"))
     rows = [
         {
             "prompt": f"tell me about {what}",
@@ -62,6 +65,7 @@ def everything(files, **changes):
     folder, model = files
     return mapping(
         files,
+        soft=str(folder / "soft"),
         tuned=str(folder / "tuned"),
         static={"instructions": None, "candidates": ["be brief", "be kind"], "num_written": 2,
                 "budget": 60},
@@ -100,7 +104,8 @@ def test_every_arm_and_a_local_judge(files, quick_judge, tmp_path):
     assert set(report["paired"]) == {f"trained_minus_{n}" for n in ARMS if n != "trained"}
     for name, arm in report["arms"].items():
         assert (arm["n"], arm["num_responses"]) == (4, 8)
-        assert ("copy_rate" in arm) == (name not in ("raw", "tuned"))
+        assert ("copy_rate" in arm) == (name not in ("raw", "soft", "tuned"))
+    assert set(report["soft_differences"]) == {f"soft_minus_{n}" for n in ARMS if n != "soft"}
     assert 0 <= report["arms"]["optimum"]["selection_reliability"] <= 1
     search = report["static_search"]
     assert search["instruction"] == report["arms"]["static"]["instruction"]
@@ -141,9 +146,30 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
     assert raw != tuned
 
 
+def test_rows_that_are_an_instruction_are_the_static_arm(files):
+    folder, _ = files
+    changes = {
+        "soft": str(folder / "soft"),
+        "static": "be brief",
+        "trained": None,
+        "num_rewrites": 1,
+    }
+    report = to_json(run_evaluate(from_mapping(EvalConfig, mapping(files, **changes))))
+    assert list(report["arms"]) == ["raw", "static", "untuned", "soft"]
+    soft, static, raw = (
+        [sample[f"response_{arm}"] for sample in report["samples"]]
+        for arm in ("soft", "static", "raw")
+    )
+    assert soft == static != raw
+    matrices = from_mapping(EvalConfig, mapping(files, soft=str(folder / "tuned")))
+    with pytest.raises(ValueError, match=r"soft: .*expected a soft prompt, got LoRA matrices"):
+        run_evaluate(matrices)
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
+        ({"soft": "nothing/here"}, "soft: nothing/here: no adapter_config.json there"),
         ({"trained": "nothing/here"}, "trained: nothing/here: no adapter_config.json there"),
         ({"tuned": "nothing/here"}, "tuned: nothing/here: no adapter_config.json there"),
         ({"trained": None, "judge": {"model": "m"}}, "judge: it compares the trained prompter"),

@@ -234,7 +234,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type: expected LORA, got IA3"),
+        ({"peft_type": "IA3"}, "peft_type: expected LORA or PROMPT_TUNING, got IA3"),
         ({"task_type": "SEQ_CLS"}, "task_type: expected CAUSAL_LM, got SEQ_CLS"),
         ({"bias": "all"}, "bias: expected none, got all"),
         ({"use_dora": True}, "use_dora = True is not supported"),
@@ -376,7 +376,7 @@ def test_what_is_no_adapter_says_so(tmp_path: Path) -> None:
 
 
 def test_missing_files(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="expected the folder of a PEFT LoRA adapter"):
+    with pytest.raises(FileNotFoundError, match="expected the folder of a PEFT adapter"):
         load_peft(tmp_path / "nowhere", MODULES)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="is a pickle and is not read"):

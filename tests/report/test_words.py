@@ -145,6 +145,14 @@ def test_the_gaps_closed_in_words():
         "instruction and the labelled rule.",
     ]
     assert gap_sentences(evaluation({})) == []
+    soft = {f"soft_minus_{arm}": gap for arm in ("raw", "untuned", "static")}
+    (said,) = gap_sentences(evaluation({}, soft_differences=soft))
+    assert said == (
+        "The soft prompt, a fixed prompt that need not be words, has +0.300 (+0.200 to +0.400) "
+        "against the raw prompt and +0.300 (+0.200 to +0.400) against the static instruction."
+    )
+    (said,) = gap_sentences(evaluation({}, soft_differences={"soft_minus_tuned": gap}))
+    assert said.endswith("beyond it came from other weights, not from a prompt.")
 
 
 def test_what_was_required_in_words():

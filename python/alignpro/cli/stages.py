@@ -225,7 +225,7 @@ def evaluate(
     """Compare the arms on held-out prompts.
 
     They are the raw prompt, the untuned and the trained prompter, and what the configuration adds
-    (static, policy_text, labelled, optimum, tuned, judge).
+    (static, policy_text, labelled, optimum, soft, tuned, judge).
     """
     from rich.console import Console
 

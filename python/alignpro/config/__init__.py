@@ -45,6 +45,7 @@ from alignpro.config.prompting import FitConfig as FitConfig
 from alignpro.config.prompting import LoraConfig as LoraConfig
 from alignpro.config.prompting import PairsFitConfig as PairsFitConfig
 from alignpro.config.prompting import Prompting as Prompting
+from alignpro.config.prompting import SoftPromptConfig as SoftPromptConfig
 from alignpro.config.prompting import StageConfig as StageConfig
 from alignpro.config.prompting import check_sampling as check_sampling
 from alignpro.config.quickstart import QUICKSTART as QUICKSTART

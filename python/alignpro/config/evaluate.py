@@ -33,6 +33,7 @@ ARMS = {
     "trained": "trained prompter",
     "labelled": "labelled rule",
     "optimum": "resampled optimum",
+    "soft": "soft prompt",
     "tuned": "tuned target",
 }
 _REQUIREMENT = re.compile(r"\s*(\w+)\s*>\s*(\w+)\s*(?:([+-])\s*(\d+(?:\.\d*)?|\.\d+))?\s*")
@@ -255,6 +256,13 @@ class EvalConfig(StageConfig):
     target: ModelConfig | None = None  # frozen; None: the prompter's base weights
     trained: str | None = None
     """The PEFT folder of the trained prompter; null leaves the trained arm out."""
+    soft: str | None = None
+    """The PEFT folder of a soft prompt that the frozen target reads every prompt with; null leaves
+    this arm out.
+
+    `alignpro train policy=target tuner=soft_prompt` trains one. Every fixed instruction of its
+    length is among what it may become.
+    """
     tuned: str | None = None
     """The PEFT folder of a target that was tuned by the same reward; null leaves this arm out."""
     static: str | StaticSearch | None = None
@@ -299,8 +307,9 @@ class EvalConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target is not None and self.tuned is not None:
-            check_local("target", self.target, "an adapter of the target (tuned) is measured")
+        for name in ("soft", "tuned"):
+            if self.target is not None and getattr(self, name) is not None:
+                check_local("target", self.target, f"an adapter of the target ({name}) is measured")
         if isinstance(self.static, str):
             require("static", self.static, bool(self.static.strip()), "an instruction or a search")
         if self.policy_text is not None:

@@ -19,7 +19,7 @@ from alignpro.config.fields import (
 )
 from alignpro.config.held_out import HeldOutConfig
 from alignpro.config.model import PROMPTER, ModelConfig, check_local, check_policy, trained_of
-from alignpro.config.prompting import PairsFitConfig, Prompting
+from alignpro.config.prompting import PairsFitConfig, Prompting, check_tuner
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ class PreferConfig(PairsFitConfig):
     """How prompter and target are put together."""
 
     def __post_init__(self) -> None:
+        check_tuner(self)
         require("data.path", self.data.path, self.data.path is not None, "a source")
         check_policy(self.policy, self.prompter, self.target)
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from alignpro.config.data import TRAINING, DataConfig, OnTooLong
-from alignpro.config.fields import Bytes, Date, Seed, Threads, above, at_least, checked, require
+from alignpro.config.fields import (
+    Bytes,
+    Date,
+    Range,
+    Seed,
+    Threads,
+    above,
+    at_least,
+    checked,
+    only_default,
+    require,
+)
 from alignpro.config.model import PROMPTER, PROMPTER_HERE, ModelConfig, check_local
 from alignpro.types import Conversation, Prompt, SamplingParams, transcript
 
@@ -129,6 +140,39 @@ class LoraConfig:
         )
 
 
+_TEXT = "text:"
+
+
+def _is_init(value: str) -> bool:
+    text = value.startswith(_TEXT) and bool(value.removeprefix(_TEXT).strip())
+    return text or value in ("vocabulary", "random")
+
+
+@dataclass(frozen=True)
+@checked
+class SoftPromptConfig:
+    """Rows among the embedded tokens, which are trained while the model stays as it is (prompt
+    tuning, arXiv 2104.08691)."""
+
+    num_tokens: Annotated[int, at_least(1)] = 16
+    """The number of rows; each takes the place of a token in the context."""
+    init: Annotated[str, Range(_is_init, '"vocabulary", "random" or "text: ..."')] = "vocabulary"
+    """What the rows start as: the embeddings of tokens drawn at random, random numbers of the
+    embeddings' size, or the embeddings of a text ("text: Answer in a warm tone."), repeated or cut.
+    """
+    place: Literal["start", "instruction"] = "start"
+    """Where the rows stand: before everything that the model reads, or at the end of the last user
+    turn, behind prompting.separator, where an appended instruction stands.
+
+    start is what PEFT knows.
+    """
+
+    @property
+    def text(self) -> str | None:
+        """The text that the rows start as; None for none."""
+        return self.init.removeprefix(_TEXT).strip() if self.init.startswith(_TEXT) else None
+
+
 @dataclass(frozen=True)
 @checked
 class FitConfig:
@@ -160,8 +204,29 @@ class FitConfig:
     """The weight decay of AdamW."""
     max_grad_norm: Annotated[float, above(0)] = 1.0
     """The norm to which gradients are clipped."""
+    tuner: Literal["lora", "soft_prompt"] = "lora"
+    """What is trained: LoRA matrices in the layers, or the rows of a soft prompt among the tokens.
+
+    Rows take a larger learning_rate, of 1e-2 to 3e-2, and no weight decay.
+    """
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The adapter that is trained, where there is none to start from."""
+    soft_prompt: SoftPromptConfig = field(default_factory=SoftPromptConfig)
+    """The soft prompt that is trained with tuner soft_prompt, where there is none to start from."""
+
+
+def check_tuner(config: FitConfig) -> None:
+    """Refuse what the tuner does not read."""
+    other, where = (
+        ("soft_prompt", "with tuner soft_prompt")
+        if config.tuner == "lora"
+        else ("lora", "with tuner lora")
+    )
+    group = getattr(config, other)
+    for f in fields(group):
+        only_default(group, f.name, where, f"{other}.")
+    if config.tuner == "soft_prompt":
+        only_default(config, "weight_decay", "with tuner lora: it would draw rows to 0")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 from alignpro.config.data import DataConfig
 from alignpro.config.fields import Range, Seed, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_policy, trained_of
-from alignpro.config.prompting import PairsFitConfig, Prompting, check_sampling, check_untruncated
+from alignpro.config.prompting import (
+    PairsFitConfig,
+    Prompting,
+    check_sampling,
+    check_tuner,
+    check_untruncated,
+)
 from alignpro.types import SamplingParams
 
 _SCENES = DataConfig("scenes")
@@ -112,6 +118,8 @@ class SelfImproveConfig(PairsFitConfig):
     learning_rate: Annotated[float, above(0)] = 1e-4
 
     def __post_init__(self) -> None:
+        require("tuner", self.tuner, self.tuner == "lora", "lora: rounds train LoRA matrices")
+        check_tuner(self)
         require("data.path", self.data.path, self.data.path is not None, "a source")
         require("keep", list(self.keep), len(self.keep) == 2, "two numbers: of best and of worst")
         check_sampling("response", self.response)

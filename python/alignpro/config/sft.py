@@ -9,7 +9,7 @@ from alignpro.config.data import PairsConfig
 from alignpro.config.extract import SchemaConfig
 from alignpro.config.fields import above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
-from alignpro.config.prompting import PairsFitConfig, Prompting
+from alignpro.config.prompting import PairsFitConfig, Prompting, check_tuner
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class SftConfig(PairsFitConfig):
     """How prompter and target are put together."""
 
     def __post_init__(self) -> None:
+        check_tuner(self)
         check_trainable("prompter", self.prompter)
         adapter = self.prompter.adapter
         require("prompter.adapter", adapter, adapter is None, "null: a fresh one is trained")

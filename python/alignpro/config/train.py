@@ -18,7 +18,7 @@ from alignpro.config.fields import (
 from alignpro.config.guards import GuardPenaltyConfig
 from alignpro.config.held_out import HeldOutConfig
 from alignpro.config.model import ModelConfig, check_policy, trained_of
-from alignpro.config.prompting import FitConfig, StageConfig, check_untruncated
+from alignpro.config.prompting import FitConfig, StageConfig, check_tuner, check_untruncated
 from alignpro.types import SamplingParams
 
 
@@ -100,9 +100,9 @@ class TrainConfig(FitConfig, StageConfig):
     policy: Literal["prompter", "target"] = "prompter"
     """What is trained: the prompter, or the target itself on the raw prompts, for comparison.
 
-    target: no prompter takes part; the target is tuned with a LoRA and the same objective (the
-    paper's oracle). num_rewrites then counts its responses, and target.adapter is where training
-    starts.
+    target: no prompter takes part; the target is tuned by the same objective, with a LoRA (the
+    paper's oracle) or a soft prompt (the ceiling of fixed prompts). num_rewrites then counts its
+    responses, and target.adapter is where training starts.
     """
     run_dir: str = "alignpro-run"
     """The directory of the run."""
@@ -186,6 +186,7 @@ class TrainConfig(FitConfig, StageConfig):
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
+        check_tuner(self)
         self._check_algorithm()
         self._check_counts()
         if self.kl_target is None:
@@ -236,6 +237,13 @@ class TrainConfig(FitConfig, StageConfig):
             require("kl_coef", self.kl_coef, self.kl_coef > 0, "above 0 with closed_form")
             for name in ("kl_target", "response_budget", "heldout", "anchor"):
                 only_default(self, name, "with an algorithm that samples while it trains")
+            if self.tuner != "lora":
+                only_default(self.closed_form, "mixture", "with tuner lora", "closed_form.")
+                loss = self.closed_form.loss
+                expected = (
+                    "another one with tuner soft_prompt: it reads prompts with the base model"
+                )
+                require("closed_form.loss", loss, loss != "pooled", expected)
             if self.closed_form.mixture is not None:
                 for name in ("num_responses", "common_draws", "guards"):
                     only_default(self, name, "with a reward of responses: a mixture needs none")

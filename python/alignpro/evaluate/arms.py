@@ -2,8 +2,9 @@
 
 raw: the prompt as it is. static: one instruction behind every prompt. policy_text: a whole policy
 behind every prompt. untuned, trained: a prompter. labelled: the instruction of the row's label.
-optimum: resampled from what the untuned prompter writes. tuned: the prompt as it is, before a
-target that was tuned. Every arm answers the same prompts, so that differences are paired by prompt.
+optimum: resampled from what the untuned prompter writes. soft: the prompt with trained rows beside
+it. tuned: the prompt as it is, before a target that was tuned. Every arm answers the same prompts,
+so that differences are paired by prompt.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from alignpro.evaluate.kept import KeptArms, plain_rollout, read_rollout
 from alignpro.evaluate.optimum import num_sequences, resample_optimum
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.static import StaticInstruction, in_append_form
-from alignpro.models.adapter import LoraWeights
+from alignpro.models.adapter import AdapterWeights
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.mixture import Mixture, score_tokens
 from alignpro.models.native_model import NativeModel
+from alignpro.models.soft_prompt import SoftPrompt
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import score_rollout
 from alignpro.types import Prompt, Rollout
@@ -56,10 +58,11 @@ def sample_arms(
     prompts: Sequence[Prompt],
     config: EvalConfig,
     *,
-    prompters: Mapping[str, LoraWeights | Mixture | None],
+    prompters: Mapping[str, AdapterWeights | Mixture | None],
     static: StaticInstruction | None = None,
     labelled: Sequence[str] | None = None,
-    tuned: LoraWeights | Mixture | None = None,
+    soft: SoftPrompt | None = None,
+    tuned: AdapterWeights | Mixture | None = None,
     columns: Mapping[str, Sequence[Any]] | None = None,
     kept: KeptArms | None = None,
     on_progress: OnProgress | None = None,
@@ -71,7 +74,7 @@ def sample_arms(
         prompters: "untuned" and "trained" -> adapter (None: the base model as prompter).
             ``config.optimum`` needs "untuned".
         labelled: an instruction for each prompt, "" for none.
-        tuned: an adapter of the target.
+        soft, tuned: adapters of the target.
         kept: the arms that an evaluation before this one has finished, and where others go.
 
     Raises:
@@ -127,7 +130,7 @@ def sample_arms(
 
         add(name, list(texts), answer, adds=True, about=lambda: about)
 
-    def prompted(adapter: LoraWeights | Mixture | None) -> Callable[[OnRollout], Rollout]:
+    def prompted(adapter: AdapterWeights | Mixture | None) -> Callable[[OnRollout], Rollout]:
         return lambda show: unscored.with_adapter(adapter).rollout(
             prompts,
             num_rewrites=config.num_rewrites,
@@ -179,8 +182,10 @@ def sample_arms(
             total=num_sequences(len(prompts), config, options),
             about=lambda: about,
         )
-    if tuned is not None:
-        add("tuned", kept.hash_of(tuned), respond(unscored.with_target_adapter(tuned)), adds=False)
+    for name, of_target in (("soft", soft), ("tuned", tuned)):
+        if of_target is not None:
+            before = unscored.with_target_adapter(of_target)
+            add(name, kept.hash_of(of_target), respond(before), adds=False)
     return _answered(arms)
 
 
@@ -241,8 +246,8 @@ def kl_per_rewrite(
     model: NativeModel,
     rollout: Rollout,
     *,
-    policy: LoraWeights | Mixture | None,
-    reference: LoraWeights | Mixture | None,
+    policy: AdapterWeights | Mixture | None,
+    reference: AdapterWeights | Mixture | None,
     temperature: float,
 ) -> float:
     """Mean over the rollout's rewrites of ``sum_t KL(policy || reference)``, in nats.

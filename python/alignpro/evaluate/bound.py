@@ -26,7 +26,8 @@ from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import BoundReport, ClosedForm
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import LoraWeights, is_mixture
+from alignpro.models.adapter import AdapterWeights
+from alignpro.models.adapter_files import is_mixture
 from alignpro.models.answer_scores import sequence_logprobs, token_logprobs
 from alignpro.models.chat_template import today
 from alignpro.models.endpoint import EndpointModel
@@ -117,9 +118,9 @@ def measure_bound(
     reward: Reward,
     rows: Sequence[PromptRow],
     *,
-    adapter: LoraWeights | Mixture | None = None,
-    trained: LoraWeights | Mixture | None = None,
-    tuned: LoraWeights | Mixture | None = None,
+    adapter: AdapterWeights | Mixture | None = None,
+    trained: AdapterWeights | Mixture | None = None,
+    tuned: AdapterWeights | Mixture | None = None,
     kept: KeptArms | None = None,
     on_progress: OnProgress | None = None,
 ) -> BoundReport:
@@ -144,7 +145,9 @@ def measure_bound(
 
     arms = kept or KeptArms()
 
-    def raw(name: str, pipeline: Pipeline, adapter: LoraWeights | Mixture | None = None) -> Rollout:
+    def raw(
+        name: str, pipeline: Pipeline, adapter: AdapterWeights | Mixture | None = None
+    ) -> Rollout:
         sample = partial(
             pipeline.respond,
             prompts,
@@ -155,7 +158,9 @@ def measure_bound(
         )
         return arms.rollout(name, arms.hash_of(adapter), prompts, sample)
 
-    def prompted(name: str, pipeline: Pipeline, adapter: LoraWeights | Mixture | None) -> Rollout:
+    def prompted(
+        name: str, pipeline: Pipeline, adapter: AdapterWeights | Mixture | None
+    ) -> Rollout:
         sample = partial(
             pipeline.rollout,
             prompts,

@@ -12,13 +12,14 @@ from alignpro.evaluate.results import (
     ArmResult,
     Evaluation,
     GapClosed,
+    Interval,
     Required,
     Sample,
     SampleArm,
 )
 from alignpro.findings import measure
-from alignpro.models.adapter import LoraWeights
-from alignpro.models.mixture import Mixture
+from alignpro.models.adapter import AdapterWeights
+from alignpro.models.mixture import Mixture, soft_rows
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, ratio_of_means, variance
@@ -29,7 +30,7 @@ def compare_arms(
     pipeline: Pipeline,
     arms: Mapping[str, Arm],
     config: EvalConfig,
-    prompters: Mapping[str, LoraWeights | Mixture | None],
+    prompters: Mapping[str, AdapterWeights | Mixture | None],
     answers: Mapping[Prompt, Any] | None = None,
 ) -> Evaluation:
     """The arms side by side, and what the configuration requires of them.
@@ -55,15 +56,18 @@ def compare_arms(
         pieces = (rewards[start], rewards["trained"], rewards[end])
         return gap_closed(*pieces, seed=config.seed, ends=(start, end))
 
+    def against(name: str) -> dict[str, Interval]:
+        return {
+            f"{name}_minus_{other}": paired_difference(
+                rewards[name], rewards[other], seed=config.seed
+            )
+            for other in arms
+            if name in arms and other != name
+        }
+
     return Evaluation(
         arms={name: _summary(arm, pipeline, config, answers) for name, arm in arms.items()},
-        paired={
-            f"trained_minus_{name}": paired_difference(
-                rewards["trained"], rewards[name], seed=config.seed
-            )
-            for name in arms
-            if "trained" in arms and name != "trained"
-        },
+        paired=against("trained"),
         kl_per_rewrite=per_rewrite,
         kl_per_token=per_token,
         tokens_per_second=tokens / max(seconds, 1e-9),
@@ -73,6 +77,7 @@ def compare_arms(
         target_usage=sum(used, Usage()) if used else None,
         gap_closed=way("untuned", "tuned"),
         static_to_labelled=way("static", "labelled"),
+        soft_differences=against("soft") or None,
         required=_required(rewards, config),
     )
 
@@ -142,7 +147,7 @@ def _summary(
 def _kl(
     pipeline: Pipeline,
     arms: Mapping[str, Arm],
-    prompters: Mapping[str, LoraWeights | Mixture | None],
+    prompters: Mapping[str, AdapterWeights | Mixture | None],
 ) -> tuple[float | None, float | None]:
     """Per rewrite and per token."""
     if (
@@ -150,6 +155,7 @@ def _kl(
         or pipeline.rewrite_params.temperature == 0  # a greedy rewrite is no draw from the policy
         or not isinstance(pipeline.prompter, NativeModel)  # remote: shows no distributions
         or _of_sequences(prompters["trained"])  # which are no draws of its tokens' distributions
+        or soft_rows(prompters["trained"]) != soft_rows(prompters["untuned"])  # read other tokens
     ):
         return None, None
     rollout = arms["trained"].rollout
@@ -164,7 +170,7 @@ def _kl(
     return value, value * len(lengths) / sum(lengths)
 
 
-def _of_sequences(prompter: LoraWeights | Mixture | None) -> bool:
+def _of_sequences(prompter: AdapterWeights | Mixture | None) -> bool:
     return isinstance(prompter, Mixture) and prompter.sampling == "sequence"
 
 

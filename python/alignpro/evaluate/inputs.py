@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from alignpro import fingerprints
 from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, StageConfig
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.models.adapter import LoraWeights, adapter_folder, is_mixture
+from alignpro.models.adapter import AdapterWeights
+from alignpro.models.adapter_files import adapter_folder, is_mixture
 from alignpro.models.language_model import ChatModel
 from alignpro.models.mixture import Mixture, load_writer, read_mixture
 from alignpro.models.native_model import NativeModel
+from alignpro.models.soft_prompt import SoftPrompt
 from alignpro.rewards.check import shorten
 from alignpro.types import Conversation, Reward
 
@@ -76,9 +78,18 @@ def check_adapters(config: StageConfig, **folders: str | None) -> None:
             raise ValueError(f"{name}: {error}") from None
 
 
-def load_adapter(folder: str | None, model: NativeModel) -> LoraWeights | Mixture | None:
+def load_adapter(folder: str | None, model: NativeModel) -> AdapterWeights | Mixture | None:
     """None is the model without an adapter. As `models.mixture.load_writer`."""
     return None if folder is None else load_writer(model, folder)
+
+
+def load_soft_prompt(folder: str | None, model: NativeModel) -> SoftPrompt | None:
+    """Raises ValueError for another adapter, and as `load_adapter`."""
+    weights = load_adapter(folder, model)
+    if weights is not None and not isinstance(weights, SoftPrompt):
+        kind = "a mixture" if isinstance(weights, Mixture) else "LoRA matrices, which tuned takes"
+        raise ValueError(f"soft: {folder}: expected a soft prompt, got {kind}")
+    return weights
 
 
 def made_from_of(

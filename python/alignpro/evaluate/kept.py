@@ -23,7 +23,7 @@ from alignpro.fingerprints import (
     same_elsewhere,
     to_plain,
 )
-from alignpro.models.adapter import LoraWeights
+from alignpro.models.adapter import AdapterWeights
 from alignpro.models.mixture import Mixture
 from alignpro.types import Prompt, Rewrite, Rollout
 
@@ -97,7 +97,7 @@ class KeptArms:
         if self._path is not None:
             append_line(self._path, json.dumps({"arm": name, "of": of, "value": value}))
 
-    def hash_of(self, adapter: LoraWeights | Mixture | None) -> str | None:
+    def hash_of(self, adapter: AdapterWeights | Mixture | None) -> str | None:
         """What an arm depends on that has an adapter of its own."""
         return None if adapter is None or self._path is None else of_adapter(adapter).hash
 

@@ -14,7 +14,7 @@ from alignpro.data.load import load_prompts
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import MixedGoal, MixReport, to_json
 from alignpro.fingerprints import of_adapter_folder
-from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.adapter import LoraWeights, require_lora, save_peft
 from alignpro.models.answer_scores import sequence_logprobs
 from alignpro.models.mixture import BASE, Mixture, save_mixture
 from alignpro.models.native_model import NativeModel, load_model
@@ -58,8 +58,12 @@ def run_mix(
     beta = config.kl_coef if config.kl_coef is not None else sum(betas) / len(betas)
     rows = load_prompts(config.data or first.data)[: config.num_prompts]
     model = load_model(first.prompter, config.threads, date=first.date)
-    experts = [model.load_adapter(Path(run) / "adapter") for run in config.runs]
-    reference = None if reference_folder is None else model.load_adapter(reference_folder)
+
+    def matrices(folder: Path) -> LoraWeights:
+        return require_lora(model.load_adapter(folder), f"runs: {folder}")
+
+    experts = [matrices(Path(run) / "adapter") for run in config.runs]
+    reference = None if reference_folder is None else matrices(reference_folder)
     pipeline = Pipeline(model, model, None, prompting=first.prompting, rewrite_params=first.rewrite)
     prompts = [row.prompt for row in rows]
 

@@ -24,7 +24,7 @@ from alignpro.config import (
 )
 from alignpro.data.load import PromptRow
 from alignpro.fingerprints import Fingerprints
-from alignpro.models.adapter import LoraWeights
+from alignpro.models.adapter import AdapterWeights
 from alignpro.models.mixture import Mixture
 from alignpro.run_directory import CONFIG, MARKER, config_of_run, is_run_dir, run_around
 
@@ -43,8 +43,8 @@ Stage = TypeVar("Stage", bound=StageConfig)
 def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
     """The stage's configuration as the run has it, for `from_mapping` to start from.
 
-    The untuned prompter is where training started; ``trained`` or ``tuned``, where the stage has
-    them, is what came of it. A warm start is an untuned prompter itself.
+    The untuned prompter is where training started; ``trained``, ``tuned`` or ``soft``, where the
+    stage has them, is what came of it. A warm start is an untuned prompter itself.
 
     Raises:
         FileNotFoundError: no run, or one that is not done. ValueError: a damaged config.json.
@@ -58,8 +58,11 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
     if isinstance(config, SftConfig):
         values["prompter"] = replace(config.prompter, adapter=_adapter(run, "sft"))
     else:
+        arms = {f.name for f in fields(cls)}
         came = "tuned" if config.policy == "target" else "trained"
-        if came in {f.name for f in fields(cls)}:
+        if came == "tuned" and config.tuner == "soft_prompt" and "soft" in arms:
+            came = "soft"
+        if came in arms:
             values[came] = _adapter(run, _COMMANDS[type(config)])
     if isinstance(config, (TrainConfig, SelfImproveConfig)):
         values["data"] = replace(config.data, split=stage.data.split)
@@ -78,7 +81,9 @@ def _values_of(run: Path) -> dict[str, Any]:
     if not isinstance(config, SftConfig) and (run / "reference").exists():
         role = config.policy
         start = getattr(config, role) or ModelConfig()
-        values[role] = replace(start, adapter=str(run / "reference"))
+        # A soft prompt that began anew in the target began as no part of it.
+        if role == "prompter" or start.adapter is not None:
+            values[role] = replace(start, adapter=str(run / "reference"))
     return values
 
 
@@ -102,7 +107,7 @@ def beside_the_run(config: EvalConfig, run: Path) -> dict[str, Any]:
 def say_what_differs(
     config: StageConfig,
     made_from: Fingerprints,
-    untuned: LoraWeights | Mixture | None,
+    untuned: AdapterWeights | Mixture | None,
     rows: Sequence[PromptRow],
     *around: str | Path | None,
 ) -> None:

@@ -204,6 +204,7 @@ class Evaluation(ByKey):
     target_usage: Usage | None = None  # of a target behind an endpoint
     gap_closed: GapClosed | None = None  # from untuned to tuned
     static_to_labelled: GapClosed | None = None
+    soft_differences: dict[str, Interval] | None = None  # "soft_minus_X", by prompt
     required: list[Required] | None = None
     static_search: SearchResult | None = None
     judge: JudgeResult | None = None

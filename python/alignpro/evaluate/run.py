@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from alignpro.evaluate.inputs import (
     instructions_by_label,
     load_adapter,
     load_rows,
+    load_soft_prompt,
     made_from_of,
 )
 from alignpro.evaluate.judge import Judge, JudgeError, VerdictFile, judge_arms
@@ -37,10 +38,10 @@ from alignpro.evaluate.results import Evaluation, SearchResult, from_json, to_js
 from alignpro.evaluate.safety import check_safety, measure_safety
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import LoraWeights
+from alignpro.models.adapter import AdapterWeights
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
-from alignpro.models.mixture import Mixture
+from alignpro.models.mixture import Mixture, soft_rows
 from alignpro.models.native_model import NativeModel, load_model, load_models, reusable
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
@@ -98,7 +99,7 @@ def run_evaluate(
         folders["trained"] = config.trained
     inputs = load_inputs(config, prompters=tuple(folders), output=output)
     arms = arms_path(output)
-    recorded = recorded_date(config.trained, config.tuned) or kept_date(arms)
+    recorded = recorded_date(config.trained, config.tuned, config.soft) or kept_date(arms)
     date = config.date or recorded or today()
     config = replace(_with_budget(config), date=date)
     reward = build_reward(config.reward)
@@ -110,7 +111,7 @@ def run_evaluate(
     )
     prompters = {name: load_adapter(folder, prompter) for name, folder in folders.items()}
     made_from = made_from_of(config, prompter, target, reward, inputs.rows)
-    around = (run, config.trained, config.tuned, config.prompter.adapter)
+    around = (run, config.trained, config.tuned, config.soft, config.prompter.adapter)
     say_what_differs(config, made_from, prompters["untuned"], inputs.rows, *around)
     report = evaluate_loaded(
         *(config, prompter, target, reward, inputs, prompters, on_progress),
@@ -125,20 +126,24 @@ def evaluate_loaded(
     target: NativeModel | ChatModel,
     reward: Reward,
     inputs: EvalInputs,
-    prompters: dict[str, LoraWeights | Mixture | None],
+    prompters: dict[str, AdapterWeights | Mixture | None],
     on_progress: OnProgress | None = None,
     *,
     kept: KeptArms | None = None,
 ) -> Evaluation:
     kept = kept or KeptArms()
-    tuned = None
-    if config.tuned is not None:
+    soft = tuned = None
+    if config.soft is not None or config.tuned is not None:
         assert isinstance(target, NativeModel)  # the configuration's rule
         tuned = load_adapter(config.tuned, target)
+        soft = load_soft_prompt(config.soft, target)
     judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     given = [text for text in (config.static, config.policy_text) if isinstance(text, str)]
-    unread = unread_by(pipeline, texts=[*given, *(inputs.labelled or ())])
+    unread = unread_by(
+        _with_most_rows(pipeline, prompters.values(), (soft, tuned)),
+        texts=[*given, *(inputs.labelled or ())],
+    )
     fitted = fit_rows(inputs.rows, unread, config.on_too_long)
     rows = fitted.rows
     static = None
@@ -158,6 +163,7 @@ def evaluate_loaded(
         prompters=prompters,
         static=static,
         labelled=instructions_by_label(config, rows),
+        soft=soft,
         tuned=tuned,
         columns=columns,
         kept=kept,
@@ -186,11 +192,23 @@ def evaluate_loaded(
     return replace(report, judge=verdicts)
 
 
+def _with_most_rows(
+    pipeline: Pipeline, prompters: Iterable[Any], of_target: Iterable[Any]
+) -> Pipeline:
+    """Before whichever of the adapters reads the most tokens."""
+
+    def most(adapters: Iterable[Any]) -> Any:
+        return max(adapters, key=lambda a: 0 if (rows := soft_rows(a)) is None else rows.count)
+
+    longest = most([pipeline.target_adapter, *of_target])
+    return pipeline.with_adapter(most([None, *prompters])).with_target_adapter(longest)
+
+
 def _searched(
     pipeline: Pipeline,
     config: EvalConfig,
     data: SearchData,
-    prompters: dict[str, LoraWeights | Mixture | None],
+    prompters: dict[str, AdapterWeights | Mixture | None],
     kept: KeptArms,
     on_progress: OnProgress | None,
 ) -> StaticInstruction:
@@ -229,7 +247,7 @@ def load_inputs(
     there |= {name for name in ARMS if name not in prompters and getattr(config, name, None)}
     for text in config.require:
         read_requirement(text, [name for name in ARMS if name in there])
-    check_adapters(config, trained=config.trained, tuned=config.tuned)
+    check_adapters(config, trained=config.trained, soft=config.soft, tuned=config.tuned)
     rows = load_rows(config)
     harm = None if config.safety is None else check_safety(config.safety, rows)
     search = None

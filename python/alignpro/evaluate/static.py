@@ -19,7 +19,7 @@ from alignpro.config import EvalConfig, StaticSearch
 from alignpro.data.load import PromptRow, load_instructions, load_prompts, stack_columns
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Candidate, SearchResult, SearchRound
-from alignpro.models.adapter import LoraWeights
+from alignpro.models.adapter import AdapterWeights
 from alignpro.models.mixture import Mixture
 from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
@@ -114,7 +114,7 @@ def search_static(
     pipeline: Pipeline,
     search: StaticSearch,
     data: SearchData,
-    prompters: Mapping[str, LoraWeights | Mixture | None],
+    prompters: Mapping[str, AdapterWeights | Mixture | None],
     *,
     seed: int,
     on_progress: OnProgress | None = None,
@@ -247,7 +247,7 @@ def _candidates(
     pipeline: Pipeline,
     search: StaticSearch,
     data: SearchData,
-    prompters: Mapping[str, LoraWeights | Mixture | None],
+    prompters: Mapping[str, AdapterWeights | Mixture | None],
     seed: int,
 ) -> dict[str, str]:
     """Distinct instructions and their sources, in a fixed order: those that are given first."""

@@ -1,30 +1,36 @@
-"""LoRA adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
+"""Adapters on disk, in PEFT's formats: LoRA here, and soft prompts.
 
 Everything an adapter asks for is done, or refused by name; nothing is skipped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from alignpro.files import sync_folder, write_file, write_json
+from alignpro.models.adapter_files import (
+    CONFIG,
+    MIXTURE,
+    TENSORS,
+    Matrix,
+    adapter_folder,
+    base_of_folder,
+    check_unset,
+    is_mixture,
+    read_config,
+    read_tensors,
+    write_adapter,
+)
+from alignpro.models.soft_prompt import PEFT_TYPE as SOFT_PROMPT
+from alignpro.models.soft_prompt import SoftPrompt, read_soft_prompt, soft_prompt_files
 
-Matrix = NDArray[np.float32]
-
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_BASE = "base_model.json"  # ours, beside PEFT's: what it was trained for
-MIXTURE = "mixture.json"  # of several; see models.mixture
 _PREFIX = "base_model.model."
 
 
@@ -48,44 +54,19 @@ class LoraWeights:
         return _scale(self.alpha, self.rank, self.rslora)
 
 
+AdapterWeights: TypeAlias = LoraWeights | SoftPrompt
+
+
 def _scale(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
-
-
-def adapter_folder(folder: str | Path) -> Path:
-    """The folder of an adapter's files: this one, or the one beneath it that has them, where PEFT
-    puts an adapter that has a name. A mixture's is its own.
-
-    Raises:
-        FileNotFoundError: none has, or several have.
-    """
-    folder = Path(folder)
-    if (folder / _CONFIG).is_file() or is_mixture(folder):
-        return folder
-    found = sorted(path.parent for path in folder.glob(f"*/{_CONFIG}"))
-    if len(found) == 1:
-        return found[0]
-    expected = "expected the folder of a PEFT LoRA adapter"
-    if found:
-        names = ", ".join(path.name for path in found)
-        raise FileNotFoundError(f"{folder}: {expected}, got one with several: {names}; pass one")
-    if folder.suffix == ".gguf":
-        raise FileNotFoundError(f"{folder}: {expected}; adapters as GGUF files are not read")
-    model = "; this folder holds a model" * (folder / "config.json").is_file()
-    raise FileNotFoundError(f"{folder}: no {_CONFIG} there; {expected}{model}")
-
-
-def is_mixture(folder: str | Path) -> bool:
-    """Whether a folder is of several adapters (`models.mixture`), not of one."""
-    return not (Path(folder) / _CONFIG).is_file() and (Path(folder) / MIXTURE).is_file()
 
 
 def load_peft(
     folder: str | Path,
     lora_modules: Mapping[str, tuple[int, int]],
     base_table: Callable[[str], Matrix] | None = None,
-) -> LoraWeights:
-    """Read an adapter that PEFT or `save_peft` wrote.
+) -> AdapterWeights:
+    """Read an adapter that PEFT or `save_peft` wrote: LoRA, or a soft prompt (PROMPT_TUNING).
 
     Modules of several ranks and scales (rank_pattern, alpha_pattern, halves of a fused matrix) are
     given the largest rank, by zeros, and one scale, by factors on B: the same update.
@@ -105,10 +86,28 @@ def load_peft(
     if is_mixture(folder):
         raise ValueError(
             f"{folder}: a mixture of adapters ({MIXTURE}), which text is drawn with and nothing is "
-            "trained from; expected the folder of one PEFT LoRA adapter"
+            "trained from; expected the folder of one PEFT adapter"
         )
-    config = _read_config(folder / _CONFIG)
-    path = folder / _TENSORS
+    config = read_config(folder / CONFIG)
+    kind = config.get("peft_type")
+    if kind == SOFT_PROMPT:
+        return read_soft_prompt(folder, config)
+    if kind != "LORA":
+        reason = _OTHER_PROMPTS.get(str(kind), "")
+        raise ValueError(
+            f"{folder / CONFIG}: peft_type: expected LORA or {SOFT_PROMPT}, got {kind}{reason}"
+        )
+    return _read_lora(folder, config, lora_modules, base_table)
+
+
+def _read_lora(
+    folder: Path,
+    config: Mapping[str, Any],
+    lora_modules: Mapping[str, tuple[int, int]],
+    base_table: Callable[[str], Matrix] | None,
+) -> LoraWeights:
+    _check_config(folder / CONFIG, config)
+    path = folder / TENSORS
     found: dict[str, _Update] = {}
     parts: dict[str, dict[str, _Update]] = {}
     for module, (a, b) in _read_pairs(path, base_table).items():
@@ -136,7 +135,7 @@ def load_peft(
     rank, alpha, rslora = _common(config, found)
     if alpha == 0:
         raise ValueError(
-            f"{folder / _CONFIG}: lora_alpha is 0: the adapter adds nothing and cannot be "
+            f"{folder / CONFIG}: lora_alpha is 0: the adapter adds nothing and cannot be "
             "trained; expected another number"
         )
     scale = _scale(alpha, rank, rslora)
@@ -150,25 +149,31 @@ def load_peft(
     )
 
 
-def base_of_folder(folder: Path) -> tuple[str, str]:
-    """(fingerprint, name) of the base model; a file that is not ours says nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        base = json.loads((folder / _BASE).read_text("utf-8"))
-        if isinstance(base, dict) and isinstance(base.get("fingerprint"), str):
-            return str(base["fingerprint"]), str(base.get("name", ""))
-    return "", ""
+def require_lora(weights: AdapterWeights, what: str) -> LoraWeights:
+    """For what is made of matrices. Raises ValueError for a soft prompt."""
+    if not isinstance(weights, LoraWeights):
+        raise ValueError(f"{what}: expected LoRA matrices, got a soft prompt")
+    return weights
 
 
-def save_peft(folder: str | Path, weights: LoraWeights) -> None:
+def save_peft(folder: str | Path, weights: AdapterWeights) -> None:
     """Write an adapter that PEFT loads. Existing files are replaced whole.
 
     Raises:
-        ValueError: matrices that do not have the stated rank, or what is no adapter, as a mixture.
+        ValueError: matrices that do not have the stated rank, rows that are none, or what is no
+            adapter, as a mixture.
     """
-    from safetensors.numpy import save
+    if isinstance(weights, SoftPrompt):
+        config, tensors = soft_prompt_files(weights)
+    elif isinstance(weights, LoraWeights):
+        config, tensors = _lora_files(weights)
+    else:
+        expected = "adapter: expected LoraWeights or a SoftPrompt"
+        raise ValueError(f"{expected}, got {type(weights).__name__}")
+    write_adapter(folder, config, tensors, (weights.base_fingerprint, weights.base_model_name))
 
-    if not isinstance(weights, LoraWeights):
-        raise ValueError(f"adapter: expected LoraWeights, got {type(weights).__name__}")
+
+def _lora_files(weights: LoraWeights) -> tuple[dict[str, Any], dict[str, Matrix]]:
     tensors: dict[str, Matrix] = {}
     for module, (a, b) in weights.matrices.items():
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != weights.rank or b.shape[1] != weights.rank:
@@ -176,10 +181,8 @@ def save_peft(folder: str | Path, weights: LoraWeights) -> None:
                 f"{module}: expected A [{weights.rank}, in] and B [out, {weights.rank}], got "
                 f"{a.shape} and {b.shape}"
             )
-        for half, matrix in (("A", a), ("B", b)):
-            tensors[f"{_PREFIX}{module}.lora_{half}.weight"] = np.ascontiguousarray(
-                matrix, np.float32
-            )
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
     targets, layers = _targets(weights.matrices)
     config = {
         "peft_type": "LORA",
@@ -197,16 +200,7 @@ def save_peft(folder: str | Path, weights: LoraWeights) -> None:
         "inference_mode": True,
         "modules_to_save": None,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / _TENSORS, save(tensors, metadata={"format": "pt"}))
-    if weights.base_fingerprint:
-        base = {"name": weights.base_model_name, "fingerprint": weights.base_fingerprint}
-        write_json(folder / _BASE, base)
-    else:
-        (folder / _BASE).unlink(missing_ok=True)
-    write_json(folder / _CONFIG, config)
-    sync_folder(folder.parent)
+    return config, tensors
 
 
 # --- modules of several ranks and scales ---
@@ -313,7 +307,7 @@ def _check_targets(
         of_model = [m for m in lora_modules if f".{m}".endswith(f".{name}")]
         if of_model and not any(module in found for module in of_model):
             raise ValueError(
-                f"{path}: {name} is in target_modules of {_CONFIG}, but the file has no matrices "
+                f"{path}: {name} is in target_modules of {CONFIG}, but the file has no matrices "
                 "for it"
             )
 
@@ -321,55 +315,54 @@ def _check_targets(
 # --- the configuration ---
 
 # Options that change neither what is in the file nor what is computed from it.
-_HARMLESS = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_rslora",
-}
+_HARMLESS = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
 # These initialisations also change the base weights, which the adapter then needs.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type: expected LORA, got {config.get('peft_type')}")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ValueError(f"{path}: task_type: expected CAUSAL_LM, got {config['task_type']}")
+# PEFT's other prompts, and what stands in the way of each.
+_OTHER_PROMPTS = {
+    "P_TUNING": ": its rows come out of an encoder; train with PROMPT_TUNING",
+    "PREFIX_TUNING": ": it holds keys and values of every layer; train with PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING": ": its rows depend on a task; train with PROMPT_TUNING",
+    "CPT": ": its rows stand among examples of its own; train with PROMPT_TUNING",
+}
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("bias") not in (None, "none"):
         raise ValueError(f"{path}: bias: expected none, got {config['bias']}; it is not supported")
-    for key, value in config.items():
-        if key not in _HARMLESS and value not in (None, False, [], {}, ""):
-            raise ValueError(f"{path}: {key} = {value!r} is not supported; expected it unset")
+    check_unset(path, config, _HARMLESS)
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(_CHANGES_BASE):
         raise ValueError(
@@ -389,7 +382,6 @@ def _read_config(path: Path) -> dict[str, Any]:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{path}: {key}: {pattern}: no pattern: {error}") from None
-    return config
 
 
 def _check_rank(what: str, rank: Any) -> None:
@@ -430,7 +422,7 @@ def _read_pairs(
 ) -> dict[str, tuple[Matrix, Matrix]]:
     """Module path -> (A, B)."""
     halves: dict[str, dict[str, Matrix]] = {}
-    for key, tensor in _read_tensors(path).items():
+    for key, tensor in read_tensors(path).items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
         if match is not None:
             halves.setdefault(match[1], {})[match[2]] = tensor
@@ -451,30 +443,3 @@ def _read_pairs(
         if len(found) != 2:
             raise ValueError(f"{path}: {module}: lora_{'B' if 'A' in found else 'A'} is missing")
     return {module: (found["A"], found["B"]) for module, found in halves.items()}
-
-
-def _read_tensors(path: Path) -> dict[str, Matrix]:
-    from safetensors import SafetensorError, deserialize
-
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin").is_file()
-        hint = "; adapter_model.bin is a pickle and is not read, save it as safetensors" * pickled
-        raise FileNotFoundError(f"{path}: no such file{hint}")
-    try:
-        listed = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from None
-    # By name, because the library gives another order each time, and errors should not.
-    ordered = sorted(listed, key=lambda item: item[0])
-    return {name: _as_float32(path, name, entry) for name, entry in ordered}
-
-
-def _as_float32(path: Path, name: str, entry: Mapping[str, Any]) -> Matrix:
-    data, dtype = entry["data"], entry["dtype"]
-    if dtype in ("F32", "F16"):
-        values = np.frombuffer(data, "<f4" if dtype == "F32" else "<f2").astype(np.float32)
-    elif dtype == "BF16":  # the upper half of a float32
-        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        raise ValueError(f"{path}: {name}: expected F32, F16 or BF16, got {dtype}")
-    return values.reshape(entry["shape"])

@@ -12,6 +12,7 @@ import numpy as np
 
 from alignpro import native
 from alignpro.config import ModelConfig
+from alignpro.models.soft_prompt import SoftRows, chat_tokens
 from alignpro.types import Conversation, PromptLike, SamplingParams, text_messages
 
 if TYPE_CHECKING:
@@ -116,16 +117,23 @@ def token_list(tokens: Any, what: str) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, rows: SoftRows | None = None) -> list[int]:
+    """rows: of the adapter that reads the prompt (`soft_rows`). Token ids hold theirs already."""
     if isinstance(prompt, Conversation):
-        return tokenizer.encode_chat(prompt.messages)
+        return chat_tokens(tokenizer, prompt.messages, rows)
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError("expected text, got none")
-        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return chat_tokens(tokenizer, [{"role": "user", "content": prompt}], rows)
     if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        return tokenizer.encode_chat(text_messages(prompt))
-    return token_list(prompt, "expected token ids, a chat or a text")
+        return chat_tokens(tokenizer, text_messages(prompt), rows)
+    tokens = token_list(prompt, "expected token ids, a chat or a text")
+    if rows is not None and tokens and min(tokens) >= 0:
+        raise ValueError(
+            f"token ids read with a soft prompt: expected -1 to {-rows.count} among them, where "
+            "its rows stand, got none; a text or a chat is given them"
+        )
+    return tokens
 
 
 def check_models(prompter: Any, target: Any, reward: Any) -> None:

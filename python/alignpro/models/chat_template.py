@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,20 +99,11 @@ def shield(
     """
     if pattern is None:
         return [dict(m) for m in messages], lambda text: text
-    used = set(avoid)
-
-    def note(text: str) -> str:
-        used.update(text)
-        return text
-
-    _each_string(messages, note)
-    private = (chr(c) for c in range(0xE000, 0xF900) if chr(c) not in used)
+    private = unused_characters(messages, avoid)
 
     def mark_for(original: str) -> str:
         """A fresh private character that stands for ``original``."""
-        mark = next(private, None)
-        if mark is None:
-            raise ValueError("messages: every private-use character occurs; at least one must not")
+        mark = next(private)
         undo[ord(mark)] = original
         return mark
 
@@ -136,6 +127,20 @@ def shield(
         return "".join([*parts, text[begin:]])
 
     return _each_string(messages, broken), lambda text: text.translate(undo)
+
+
+def unused_characters(messages: Sequence[Mapping[str, Any]], avoid: str) -> Iterator[str]:
+    """Private-use characters that are neither in the messages nor in ``avoid``. Raises ValueError
+    where there is none left."""
+    used = set(avoid)
+
+    def note(text: str) -> str:
+        used.update(text)
+        return text
+
+    _each_string(messages, note)
+    yield from (chr(c) for c in range(0xE000, 0xF900) if chr(c) not in used)
+    raise ValueError("messages: every private-use character occurs; at least one must not")
 
 
 def render(

@@ -14,6 +14,7 @@ follows prod_k rho_k^w_k exactly, and the mean of a is what that sums to.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -28,14 +29,9 @@ from numpy.typing import NDArray
 
 from alignpro import native
 from alignpro.files import write_json
-from alignpro.models.adapter import (
-    MIXTURE,
-    LoraWeights,
-    adapter_folder,
-    base_of_folder,
-    is_mixture,
-    save_peft,
-)
+from alignpro.models.adapter import AdapterWeights, LoraWeights, save_peft
+from alignpro.models.adapter_files import MIXTURE, adapter_folder, base_of_folder, is_mixture
+from alignpro.models.soft_prompt import SoftPrompt, SoftRows, placed_in, placed_of
 
 if TYPE_CHECKING:
     from alignpro.models.native_model import NativeModel
@@ -43,7 +39,7 @@ if TYPE_CHECKING:
 
 BASE = "base"  # the member without an adapter
 Sampling = Literal["token", "sequence"]
-Member = LoraWeights | str | Path
+Member = LoraWeights | SoftPrompt | str | Path
 _SUM = 1e-6
 
 
@@ -57,7 +53,8 @@ class Mixture:
 
     Args:
         members: (PEFT folder, `LoraWeights` or "base", weight) each; real weights that sum to 1,
-            negative ones too. A folder that is called "base" is "./base".
+            negative ones too. A folder that is called "base" is "./base". Soft prompts are mixed
+            with soft prompts of as many rows at the same place, which all read the same tokens.
         sampling: "token", or "sequence", the exact mixture of whole sequences by rejection: draws
             that are refused are made anew. It needs weights of 0 and above.
         tries: most draws of a sequence; of these the likeliest to be accepted is taken, then.
@@ -91,7 +88,7 @@ class Mixture:
             )
         bases: dict[str, str] = {}  # by fingerprint
         for member, _ in self.members:
-            if isinstance(member, LoraWeights):
+            if isinstance(member, AdapterWeights):
                 bases.setdefault(member.base_fingerprint, member.base_model_name)
         _check_bases(bases)
 
@@ -101,7 +98,7 @@ def _checked(pair: Any) -> tuple[Member, float]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ValueError(f"{expected} {pair!r}")
     member, weight = pair
-    if not isinstance(member, (LoraWeights, str, Path)) or member == "":
+    if not isinstance(member, (LoraWeights, SoftPrompt, str, Path)) or member == "":
         raise ValueError(f"{expected} {type(member).__name__} {member!r}")
     number = isinstance(weight, (int, float, np.floating)) and not isinstance(weight, bool)
     if not number or not math.isfinite(weight):
@@ -159,7 +156,7 @@ def read_mixture(folder: str | Path) -> Mixture:
 
 def save_mixture(
     folder: Path,
-    members: Mapping[str, tuple[LoraWeights | None, float]],
+    members: Mapping[str, tuple[AdapterWeights | None, float]],
     *,
     sampling: Sampling = "token",
     tries: int = Mixture.tries,
@@ -209,6 +206,7 @@ class PreparedMixture:
     made: core.Mixture
     sampling: Sampling = "token"
     tries: int = 1
+    rows: SoftRows | None = None  # of every member
 
     @functools.cached_property
     def lanes(self) -> list[tuple[core.Adapter | None, float]]:
@@ -262,16 +260,48 @@ def prepare(model: NativeModel, adapter: Any) -> core.Adapter | PreparedMixture 
         adapter = read_mixture(Path(adapter))
     if not isinstance(adapter, Mixture):
         return model.make_adapter(adapter)
-    members = []
+    rows, members = soft_rows(adapter), []
     for member, weight in adapter.members:
         try:
             members.append((None if member == BASE else model.make_adapter(member), weight))
         except ValueError as error:
             raise ValueError(f"mixture: {error}") from None
-    return PreparedMixture(native.core.Mixture(members), adapter.sampling, adapter.tries)
+    made = native.core.Mixture(members)
+    return PreparedMixture(made, adapter.sampling, adapter.tries, rows)
 
 
-def load_writer(model: NativeModel, folder: str | Path) -> LoraWeights | Mixture:
+def soft_rows(adapter: Any) -> SoftRows | None:
+    """Where rows of a soft prompt stand in what is read with an adapter, which may be all that
+    `NativeModel.prepare` takes or gives; None where none do.
+
+    Raises:
+        ValueError: a mixture whose members read different tokens.
+    """
+    if isinstance(adapter, native.core.Adapter):
+        return placed_of(adapter)
+    if isinstance(adapter, SoftPrompt):
+        return adapter.placed
+    if isinstance(adapter, PreparedMixture):
+        return adapter.rows
+    if isinstance(adapter, (str, os.PathLike)):
+        folder = Path(adapter)
+        if not is_mixture(folder):
+            with contextlib.suppress(FileNotFoundError):  # the engine says what is missing
+                return placed_in(adapter_folder(folder))
+            return None
+        adapter = read_mixture(folder)
+    if not isinstance(adapter, Mixture):
+        return None
+    first, *others = (soft_rows(None if m == BASE else m) for m, _ in adapter.members)
+    if any(other != first for other in others):
+        raise ValueError(
+            "mixture: expected members that read the same tokens, got soft prompts beside others, "
+            "or such of different numbers of rows or places"
+        )
+    return first
+
+
+def load_writer(model: NativeModel, folder: str | Path) -> AdapterWeights | Mixture:
     """What a folder draws text with: `NativeModel.load_adapter`, or its mixture, with the adapters
     of the members read."""
     if not is_mixture(folder):

@@ -225,8 +225,10 @@ def stream(
 
 
 def prompt_end(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """What a prompt ends with, as far as it can open a block of reasoning."""
-    return tokenizer.decode(tokens[-OPENING_TOKENS:], skip_special=False)
+    """What a prompt ends with, as far as it can open a block of reasoning. Rows of a soft prompt
+    have no text."""
+    words = [token for token in tokens[-OPENING_TOKENS:] if token >= 0]
+    return tokenizer.decode(words, skip_special=False)
 
 
 def of_prompt(index: int, error: Exception) -> Exception:

@@ -1,4 +1,7 @@
-"""The native engine behind the seam: load a model file, generate, stream, score."""
+"""The native engine behind the seam: load a model file, generate, stream, score.
+
+Long because every way into the model is a method of one class, which users know.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from numpy.typing import NDArray
 
 from alignpro import native
 from alignpro.config import DEFAULT_MODEL, ModelConfig, check_local, target_of
-from alignpro.models.adapter import LoraWeights, adapter_folder, load_peft
+from alignpro.models.adapter import AdapterWeights, LoraWeights, load_peft
+from alignpro.models.adapter_files import CONFIG, TENSORS, adapter_folder
 from alignpro.models.arguments import (
     Prompt,
     check_prompts,
@@ -38,6 +42,7 @@ from alignpro.models.mixture import (
     hint_of,
     prepare,
     score_tokens,
+    soft_rows,
 )
 from alignpro.models.native_client import (
     NativeClient,
@@ -50,6 +55,7 @@ from alignpro.models.native_client import (
 )
 from alignpro.models.redraw import DrawCounts
 from alignpro.models.resolve import plain_name, published_name, resolve_model
+from alignpro.models.soft_prompt import SoftPrompt, remember_place
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import Completion, SamplingParams
 
@@ -58,7 +64,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# _core.Adapter | LoraWeights | Mixture | PreparedMixture | path of their folder | None
+# _core.Adapter | LoraWeights | SoftPrompt | Mixture | PreparedMixture | path of their folder | None
 AdapterLike = Any
 
 
@@ -223,7 +229,7 @@ class NativeModel:
         self.lora_modules: dict[str, tuple[int, int]] = model.lora_modules()
         self._engine = engine
         self._knows_token_bytes = False
-        self._adapters: weakref.WeakKeyDictionary[LoraWeights, core.Adapter] = (
+        self._adapters: weakref.WeakKeyDictionary[AdapterWeights, core.Adapter] = (
             weakref.WeakKeyDictionary()
         )
         self._adapter_files: dict[Path, tuple[tuple[int, int], core.Adapter]] = {}
@@ -301,10 +307,11 @@ class NativeModel:
         else is generated. Without a seed every prompt gets a fresh one.
 
         Args:
-            prompts: token ids, chats, or texts (one user turn each, in the chat template).
+            prompts: token ids, chats, or texts (one user turn each, in the chat template). With a
+                soft prompt, token ids hold its rows as -1, -2, ...; the others are given them.
             params: one for all, or one per prompt; None is ``SamplingParams()``.
-            adapter: what to generate with: `LoraWeights`, a `Mixture`, a folder of either, or from
-                `prepare`.
+            adapter: what to generate with: `LoraWeights`, a `SoftPrompt`, a `Mixture`, a folder of
+                one, or from `prepare`.
             on_token: called with (index of the completion, token, log-probability) as they come; an
                 exception in it cancels everything and is raised.
             errors: "raise" the first of them, or "return" each in the place of the completions
@@ -323,6 +330,7 @@ class NativeModel:
         prompts = check_prompts(prompts)
         each = params_for(params, len(prompts))
         prepared = self.prepare(adapter)
+        rows = soft_rows(prepared)
         if on_token is not None:
             check_streams(prepared)
         handles: list[NativeHandle] = []  # of what was submitted
@@ -330,7 +338,7 @@ class NativeModel:
         with self.client() as client:
             for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
                 try:
-                    tokens = prompt_tokens(self.tokenizer, prompt)
+                    tokens = prompt_tokens(self.tokenizer, prompt, rows)
                     keyed = with_seed(one)
                     for sample in range(one.n):
                         handles.append(
@@ -367,7 +375,7 @@ class NativeModel:
         prepared = self.prepare(adapter)
         check_streams(prepared)
         client = self.client()
-        tokens = prompt_tokens(self.tokenizer, prompt)
+        tokens = prompt_tokens(self.tokenizer, prompt, soft_rows(prepared))
         handle = client.submit(tokens, one, adapter=prepared)
         text = TextStream(self.tokenizer, one.stop, prompt_end(self.tokenizer, tokens))
         pieces = stream(client, handle, text)
@@ -383,7 +391,8 @@ class NativeModel:
         temperature: float = 1.0,
     ) -> list[NDArray[np.float32]]:
         """log p(token i | tokens before i) for i = 1 ... len - 1; one float32 [len - 1] a sequence.
-        Of a mixture, as it draws token by token.
+        Of a mixture, as it draws token by token. Rows of a soft prompt (-1, -2, ...) and what is
+        before them are not scored: i then begins behind the last.
 
         Raises:
             ValueError: an empty sequence, one over the context, an id outside of the vocabulary.
@@ -394,9 +403,12 @@ class NativeModel:
                 raise ValueError(f"sequence {index}: expected at least one token, got none")
         if not rows:
             return []
-        score = score_tokens(self, rows, [1] * len(rows), adapter=adapter, temperature=temperature)
+        starts = [
+            max((i + 1 for i, token in enumerate(row) if token < 0), default=1) for row in rows
+        ]
+        score = score_tokens(self, rows, starts, adapter=adapter, temperature=temperature)
         flat = np.array(score.logprob, np.float32)
-        ends = np.cumsum([len(row) - 1 for row in rows])
+        ends = np.cumsum([len(row) - start for row, start in zip(rows, starts, strict=True)])
         return np.split(flat, ends[:-1])
 
     # --- the seam ---
@@ -425,8 +437,8 @@ class NativeModel:
     # --- adapters ---
 
     def make_adapter(self, adapter: AdapterLike) -> core.Adapter | None:
-        """The engine's copy of an adapter. The same `LoraWeights` object, or the same unchanged
-        PEFT folder, gives the same copy, so that its KV cache is shared.
+        """The engine's copy of an adapter. The same object, or the same unchanged PEFT folder,
+        gives the same copy, so that its KV cache is shared.
 
         Raises:
             ValueError: modules or shapes this model does not have, or a mixture, which `prepare`
@@ -436,13 +448,19 @@ class NativeModel:
             return adapter
         if isinstance(adapter, (str, os.PathLike)):
             return self._adapter_from_folder(Path(adapter))
-        if not isinstance(adapter, LoraWeights):
-            expected = "adapter: expected LoraWeights, a PEFT folder or None"
+        if not isinstance(adapter, AdapterWeights):
+            expected = "adapter: expected LoraWeights, a SoftPrompt, a PEFT folder or None"
             raise ValueError(f"{expected}, got {type(adapter).__name__}{hint_of(adapter)}")
         made = self._adapters.get(adapter)
         if made is None:  # of two threads that make one, both take the first's
-            made = self.core_model.make_adapter(adapter.matrices, adapter.scale)
-            made = self._adapters.setdefault(adapter, made)
+            made = self._adapters.setdefault(adapter, self._made(adapter))
+        return made
+
+    def _made(self, adapter: AdapterWeights) -> core.Adapter:
+        if isinstance(adapter, LoraWeights):
+            return self.core_model.make_adapter(adapter.matrices, adapter.scale)
+        made = self.core_model.make_adapter({}, 1.0, adapter.rows)
+        remember_place(made, adapter.placed)
         return made
 
     def prepare(self, adapter: AdapterLike) -> core.Adapter | PreparedMixture | None:
@@ -452,12 +470,18 @@ class NativeModel:
         """
         return prepare(self, adapter)
 
-    def load_adapter(self, folder: str | os.PathLike[str]) -> LoraWeights:
+    def load_adapter(self, folder: str | os.PathLike[str]) -> AdapterWeights:
         """An adapter's files; a warning says where they were trained for another base.
 
         Raises as `load_peft`.
         """
         weights = load_peft(Path(folder), self.lora_modules, self.base_table)
+        if isinstance(weights, SoftPrompt):
+            width, hidden = weights.rows.shape[1], self.config["hidden_size"]
+            if width != hidden:
+                raise ValueError(
+                    f"{folder}: a soft prompt of rows of {width} numbers; {self.name} has {hidden}"
+                )
         if not self._is_base_of(weights):
             _log.warning(
                 "%s: trained for %s, loaded on %s, whose weights are others",
@@ -473,7 +497,7 @@ class NativeModel:
 
     def _adapter_from_folder(self, folder: Path) -> core.Adapter:
         folder = adapter_folder(folder).resolve()
-        files = (folder / "adapter_config.json", folder / "adapter_model.safetensors")
+        files = (folder / CONFIG, folder / TENSORS)
         try:
             changed = (files[0].stat().st_mtime_ns, files[1].stat().st_mtime_ns)
         except OSError:
@@ -481,14 +505,13 @@ class NativeModel:
         known = self._adapter_files.get(folder)
         if known is not None and known[0] == changed:
             return known[1]
-        weights = self.load_adapter(folder)
-        made = self.core_model.make_adapter(weights.matrices, weights.scale)
+        made = self._made(self.load_adapter(folder))
         self._adapter_files[folder] = (changed, made)
         return made
 
     # --- within ---
 
-    def _is_base_of(self, weights: LoraWeights) -> bool:
+    def _is_base_of(self, weights: AdapterWeights) -> bool:
         """By the hash of the base's files, or, of an adapter that came without, by its name."""
         if weights.base_fingerprint:
             return weights.base_fingerprint == self.fingerprint

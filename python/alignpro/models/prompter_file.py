@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alignpro.config import Prompting
 from alignpro.files import write_json
-from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.adapter import AdapterWeights, LoraWeights, save_peft
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import SamplingParams
 
@@ -20,15 +20,17 @@ _SET_FOR_EACH = ("n", "seed", "deadline_seconds")
 
 def save_prompter(
     folder: Path,
-    weights: LoraWeights,
+    weights: AdapterWeights,
     tokenizer: Tokenizer,
     prompting: Prompting,
     params: SamplingParams,
 ) -> None:
     """Write a prompter's adapter, and how it reads and writes prompts. Where the chat template
-    changes the text of a turn, or the target has a template of its own, there is no such file, and
-    a warning. Raises as `save_peft`."""
+    changes the text of a turn, or the target has a template of its own, and for a soft prompt,
+    there is no such file, and a warning. Raises as `save_peft`."""
     try:
+        if not isinstance(weights, LoraWeights):
+            raise ValueError("it reads LoRA adapters, and this one is a soft prompt")
         if prompting.target_template != "{prompt}":
             raise ValueError("its target reads prompts in a target_template")
         before, after, strips = tokenizer.around_turn()

@@ -9,6 +9,7 @@ from typing import Any
 
 from alignpro.config import Prompting
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.soft_prompt import SoftRows, chat_tokens
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import Conversation, Prompt, PromptLike, SamplingParams
 
@@ -60,22 +61,26 @@ def check_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> None:
                 target_tokens(tokenizer, prompt)
 
 
-def target_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Raises ValueError; see `Tokenizer.encode_chat`."""
-    return tokenizer.encode_chat(Conversation.of(prompt).messages)
+def target_tokens(tokenizer: Tokenizer, prompt: Prompt, rows: SoftRows | None = None) -> list[int]:
+    """rows: of the adapter that reads it (`soft_rows`). Raises ValueError; see `chat_tokens`."""
+    return chat_tokens(tokenizer, Conversation.of(prompt).messages, rows)
 
 
 def prompter_tokens(
-    tokenizer: Tokenizer, prompting: Prompting, prompt: Prompt, most: int
+    tokenizer: Tokenizer,
+    prompting: Prompting,
+    prompt: Prompt,
+    most: int,
+    rows: SoftRows | None = None,
 ) -> list[int]:
     """The turn that the prompter reads, with as much of the history as ``most`` tokens hold. Where
-    none of it is left, or is to be cut, it may still be longer.
+    none of it is left, or is to be cut, it may still be longer. rows: as of `target_tokens`.
 
-    Raises ValueError; see `Tokenizer.encode_chat`.
+    Raises ValueError; see `chat_tokens`.
     """
 
     def encode(turn: str) -> list[int]:
-        return tokenizer.encode_chat([{"role": "user", "content": turn}])
+        return chat_tokens(tokenizer, [{"role": "user", "content": turn}], rows)
 
     whole, *cut = prompting.prompter_turns(prompt)
     tokens = encode(whole)

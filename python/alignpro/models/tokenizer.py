@@ -120,13 +120,45 @@ class Tokenizer(Vocabulary):
                 without a template, or a template that refuses the chat.
         """
         _check_chat(messages)
+        text, restore = self._written(messages, add_generation_prompt)
+        with trace.span("tokens"):
+            return self._ids(text, self._pattern, restore)
+
+    def encode_around(self, messages: Chat, separator: str) -> tuple[list[int], list[int]]:
+        """(before, behind): `encode_chat` of what comes before and behind a place at the end of the
+        last user turn, ``separator`` being the end of what is before.
+
+        Raises:
+            ValueError: as `encode_chat`; no turn of the user, or a template that cuts it.
+        """
+        _check_chat(messages)
+        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        if not users:
+            raise ValueError("chat: expected a turn of the user, at whose end a soft prompt stands")
+        mark = next(chat_template.unused_characters(messages, self._require(self._template)))
+        marked: list[dict[str, Any]] = [dict(message) for message in messages]
+        marked[users[-1]]["content"] += separator + mark
+        text, restore = self._written(marked, True)
+        before, *behind = text.split(mark)
+        if len(behind) != 1:
+            raise ValueError(
+                f"{self.source}: its chat template makes another text of a user's turn"
+            )
+        with trace.span("tokens"):
+            return (
+                self._ids(before, self._pattern, restore),
+                self._ids(behind[0], self._pattern, restore, continued=True),
+            )
+
+    def _written(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> tuple[str, Callable[[str], str]]:
+        """The chat in its template, shielded, and what restores a part of it."""
         shielded, restore = chat_template.shield(
             messages, self._special_pattern, self._require(self._template)
         )
         with trace.span("template"):
-            text = self._render(shielded, add_generation_prompt)
-        with trace.span("tokens"):
-            return self._ids(text, self._pattern, restore)
+            return self._render(shielded, add_generation_prompt), restore
 
     def around_turn(self) -> tuple[str, str, bool]:
         """(before, after, strips): what the template writes around a chat of one user turn, and
@@ -199,13 +231,16 @@ class Tokenizer(Vocabulary):
     def _plain_pattern(self) -> Any:
         return chat_template.control_pattern(t.text for t in self.added if not t.control)
 
-    def _ids(self, text: str, pattern: Any, restore: Callable[[str], str]) -> list[int]:
+    def _ids(
+        self, text: str, pattern: Any, restore: Callable[[str], str], *, continued: bool = False
+    ) -> list[int]:
         """Ids of a text with the added tokens that ``pattern`` matches.
 
         restore: undoes in what lies between them what kept other tokens from being matched.
+        continued: the text goes on with another.
         """
         ids: list[int] = []
-        backend = self.backend
+        backend = self.continuation if continued else self.backend
         for part in self._split(text, pattern):
             if isinstance(part, AddedToken):
                 ids.append(part.id)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignpro.config import TrainConfig, target_of
-from alignpro.models.adapter import is_mixture
+from alignpro.models.adapter_files import is_mixture
 from alignpro.models.mixture import read_mixture
 from alignpro.native import core
 from alignpro.price.lengths import Lengths
@@ -115,6 +115,8 @@ def count_step(
     """The work of one step; with ``num_responses: auto``, of the dearest that it may choose."""
     if config.algorithm == "closed_form":
         raise ValueError("algorithm: closed_form is not priced: it samples once and then fits")
+    if config.tuner != "lora":
+        raise ValueError(f"tuner: {config.tuner} is not priced; lora is")
     sampled = _samplings(config, lengths, prompter, target)
     for one in sampled:
         tokens, limit = one.length + one.wrote, one.model.facts.config["context_length"]

@@ -28,6 +28,7 @@ COLOURS = {
     "policy_text": "#a8407c",
     "labelled": "#12808a",
     "optimum": "#7a4fc0",
+    "soft": "#6b7f1a",
     "tuned": "#2a8a54",
     "frame": "#b9bfc9",
 }

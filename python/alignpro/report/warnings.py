@@ -17,6 +17,7 @@ from alignpro.findings import (
     Finding,
     arm_findings,
     one_rewrite,
+    slow_rows,
     truncated_rewrites,
 )
 from alignpro.report.words import (
@@ -68,6 +69,7 @@ def find_warnings(report: Report, metrics: Rows) -> list[Finding]:
         *_bound(report.bound),
         *_parity(report.config, steps),
         *_zero_advantage(steps),
+        *_slow_rows(report.config),
     ]
 
 
@@ -196,6 +198,11 @@ def _parity(config: Mapping[str, Any], steps: Rows) -> Iterator[Finding]:
         f"Sampled and scored log-probabilities differ in {len(off)} steps, by up to {largest}; "
         f"{expected}. The gradient is of another policy than the one that wrote.",
     )
+
+
+def _slow_rows(config: Mapping[str, Any]) -> Iterator[Finding]:
+    train = config.get("train") or config  # a quickstart keeps its stages apart
+    yield from slow_rows(train.get("tuner"), train.get("learning_rate"))
 
 
 def _zero_advantage(steps: Rows) -> Iterator[Finding]:

@@ -201,12 +201,29 @@ def comparison_titles(name: str) -> tuple[str, str]:
 
 
 def gap_sentences(evaluation: Evaluation) -> list[str]:
-    """How far the trained prompter comes between two other arms, or why that has no number."""
+    """How far the trained prompter comes between two other arms, or why that has no number; and
+    how far a soft prompt does."""
     ways = (
         (evaluation.gap_closed, "untuned", "tuned"),
         (evaluation.static_to_labelled, "static", "labelled"),
     )
-    return [_gap_sentence(gap, *ends) for gap, *ends in ways if gap is not None]
+    said = [_gap_sentence(gap, *ends) for gap, *ends in ways if gap is not None]
+    soft = evaluation.soft_differences
+    return said if soft is None else [*said, _soft_sentence(soft)]
+
+
+def _soft_sentence(differences: Mapping[str, Interval]) -> str:
+    """What trained rows behind, or before, every prompt are worth, in the target as it is."""
+    parts = [
+        f"{number(difference.mean, sign=True)} ({interval(difference.ci95, sign=True)}) against "
+        f"the {arm_title(key)}"
+        for key in ("raw", "static", "tuned")
+        if (difference := differences.get(f"soft_minus_{key}")) is not None
+    ]
+    says = f"The soft prompt, a fixed prompt that need not be words, has {_listed(parts)}."
+    if "soft_minus_tuned" in differences:
+        says += " What the tuned target has beyond it came from other weights, not from a prompt."
+    return says
 
 
 def search_sentence(search: SearchResult) -> str:

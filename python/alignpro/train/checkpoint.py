@@ -21,7 +21,7 @@ import torch
 
 from alignpro.config import HOW_IT_RUNS, differing
 from alignpro.files import PARTIAL, sync_folder, whole_file, write_json
-from alignpro.models.adapter import LoraWeights, load_peft, save_peft
+from alignpro.models.adapter import AdapterWeights, load_peft, save_peft
 from alignpro.run_directory import one_line, remove_run_files
 
 KEPT = 2  # checkpoints kept: the newest, and one in case it is spoiled
@@ -36,7 +36,7 @@ class Checkpoint:
     step: int  # steps done
     cursor: int  # prompts drawn
     config: dict[str, Any]  # of the run
-    weights: LoraWeights
+    weights: AdapterWeights
     optimizer: dict[str, Any]  # torch's state_dict
     adaptive: dict[str, Any]  # what a run learns beside its weights: `Adaptive`
     critic: dict[str, Any] | None = None  # the value head and its optimizer: `Critic.state_dict`

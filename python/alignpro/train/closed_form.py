@@ -273,7 +273,7 @@ class ClosedFormFit(TrainingRun):
         """Rollouts by number and prompts, written down as they come."""
         config, log = self.config, MetricsLog(self.run_dir / ROLLOUTS)
         assert config.num_responses != "auto"  # the configuration's rule
-        pipeline = self.pipeline.with_adapter(self.policy.core_adapter())
+        pipeline = self._with_policy()
         for number, chunk in chunks:
             picked, columns = self._pick(chunk)
             seed = derive_seed(config.seed, number)

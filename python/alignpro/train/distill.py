@@ -18,7 +18,7 @@ import numpy as np
 
 from alignpro import fingerprints
 from alignpro.config import ClosedFormConfig, TrainConfig
-from alignpro.models.adapter import MIXTURE
+from alignpro.models.adapter_files import MIXTURE
 from alignpro.models.answer_scores import sequence_logprobs
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline

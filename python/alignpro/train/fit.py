@@ -8,7 +8,7 @@ from typing import Any
 
 from alignpro.config import PairsFitConfig, to_mapping
 from alignpro.train.checkpoint import Checkpoint, check_same_run
-from alignpro.train.policy import LoraPolicy, one_torch_thread
+from alignpro.train.policy import Policy, one_torch_thread
 from alignpro.train.schedule import (
     apply_gradients,
     batch_indices,
@@ -28,7 +28,7 @@ class Fit:
 
     def __init__(
         self,
-        policy: LoraPolicy,
+        policy: Policy,
         config: PairsFitConfig,
         rows: int,
         gradients: Callable[[Sequence[int]], dict[str, Any]],

@@ -20,7 +20,7 @@ from alignpro.findings import (
     reasoning_alone,
 )
 from alignpro.lengths import Row
-from alignpro.models.adapter import LoraWeights
+from alignpro.models.adapter import AdapterWeights
 from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import score_rollout
@@ -80,7 +80,7 @@ class HeldOut:
             fields = Measured.__dataclass_fields__
             self._before = Measured(**{name: seen[0][name] for name in fields if name in seen[0]})
 
-    def look(self, pipeline: Pipeline, adapter: LoraWeights | Any, step: int) -> dict[str, Any]:
+    def look(self, pipeline: Pipeline, adapter: AdapterWeights | Any, step: int) -> dict[str, Any]:
         """What a step's row says of it: "heldout" and "warnings"; nothing where no look is due.
 
         Raises: as `Pipeline.rollout`.

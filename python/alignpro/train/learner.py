@@ -20,7 +20,7 @@ from alignpro.objective import (
 )
 from alignpro.train.critic import Critic
 from alignpro.train.micro_batches import MicroBatch
-from alignpro.train.policy import LoraPolicy, Reference, ScoreTensors, one_torch_thread
+from alignpro.train.policy import Policy, Reference, ScoreTensors, one_torch_thread
 from alignpro.train.schedule import apply_gradients, make_optimizer, rate_factor
 from alignpro.train.trajectories import (
     StepBatch,
@@ -38,7 +38,7 @@ class Learner:
     def __init__(
         self,
         config: TrainConfig,
-        policy: LoraPolicy,
+        policy: Policy,
         reference: Reference,
         value_head: torch.nn.Module | None,
     ) -> None:

@@ -50,7 +50,7 @@ def plan_micro_batches(
     prompts that a cut would repeat.
 
     Args:
-        sequences, starts: as for `LoraPolicy.score`.
+        sequences, starts: as for `Policy.score`.
         limit: bytes that the score of one micro-batch may hold.
         bytes_of: (sequences, starts, activations) -> bytes; more sequences never take less.
         activations: "auto" chooses for each micro-batch.

@@ -1,7 +1,8 @@
-"""The trained prompter as torch sees it: LoRA matrices as parameters, the engine's scores as nodes.
+"""The trained model as torch sees it: an adapter's numbers as parameters, the engine's scores as
+nodes.
 
-The transformer and its backward are the engine's (MATH: linear_logprob); torch holds the matrices,
-the loss and the optimizer. `LoraPolicy.score` is the one place where they meet.
+The transformer and its backward are the engine's (MATH: linear_logprob); torch holds the numbers,
+the loss and the optimizer. `Policy.score` is the one place where they meet.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,16 @@ from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
 from alignpro.config import FitConfig, LoraConfig, PreferConfig, SftConfig, TrainConfig
-from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.adapter import AdapterWeights, LoraWeights, save_peft
 from alignpro.models.native_model import NativeModel
 from alignpro.models.prompter_file import save_prompter
+from alignpro.models.soft_prompt import SoftRows
+from alignpro.pipeline import Pipeline
 from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches
 
-Matrices = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
-Reference = LoraWeights | Literal["base"]
+Array = NDArray[np.float32]
+Matrices = dict[str, tuple[Array, Array]]
+Reference = AdapterWeights | Literal["base"]
 
 
 @dataclass(frozen=True)
@@ -40,69 +44,47 @@ class ScoreTensors:
     hidden: torch.Tensor | None = None  # [T, D] the policy's state before the token; a constant
 
 
-class LoraPolicy(torch.nn.Module):
-    """A model's base weights, frozen in the engine, with trainable LoRA matrices.
+class Policy(torch.nn.Module):
+    """A model's base weights, frozen in the engine, with a trainable adapter: `LoraPolicy`, or
+    `SoftPromptPolicy` of train.soft_prompt. Its parameters are the adapter's numbers."""
 
-    For module ``names[i]``: ``lora_a[i]`` is A [rank, in], ``lora_b[i]`` is B [out, rank], and the
-    layer computes W x + scale * B (A x) (arXiv 2106.09685).
-    """
-
-    def __init__(self, model: NativeModel, weights: LoraWeights) -> None:
+    def __init__(self, model: NativeModel) -> None:
         super().__init__()
-        if not isinstance(weights, LoraWeights):
-            raise ValueError(f"adapter: expected LoraWeights, got {type(weights).__name__}")
         self.model = model
         self._core = model.core_model
-        self._layout = replace(weights, matrices={}, base_model_name=model.published_name)
-        self.names = list(weights.matrices)
-        pairs = [weights.matrices[name] for name in self.names]
-        self.lora_a = torch.nn.ParameterList([_parameter(a) for a, _ in pairs])
-        self.lora_b = torch.nn.ParameterList([_parameter(b) for _, b in pairs])
-        self._in_engine: tuple[LoraWeights, Any] | None = None
+        self._in_engine: tuple[list[Array], Any] | None = None
 
-    @classmethod
-    def fresh(cls, model: NativeModel, config: LoraConfig, *, seed: int) -> LoraPolicy:
-        """New matrices: A Kaiming-uniform (a = sqrt 5), B zero: the policy starts as the base."""
-        return cls(model, initial_weights(model, config, seed=seed))
+    def weights(self) -> AdapterWeights:
+        """A copy of the adapter as it is now."""
+        raise NotImplementedError
 
-    def _matrices(self) -> Matrices:
-        triples = zip(self.names, self.lora_a, self.lora_b, strict=True)
-        return {name: (_numpy(a), _numpy(b)) for name, a, b in triples}
+    def load_weights(self, weights: Any) -> None:
+        """Overwrite the numbers in place, keeping the parameters an optimizer may hold. Raises
+        ValueError for an adapter of another layout."""
+        raise NotImplementedError
 
-    def weights(self) -> LoraWeights:
-        copies = {name: (a.copy(), b.copy()) for name, (a, b) in self._matrices().items()}
-        return replace(self._layout, matrices=copies, base_fingerprint=self.model.fingerprint)
+    def _in_order(self, by_name: Mapping[str, Any]) -> list[Array]:
+        """The engine's gradients in the order of the parameters."""
+        raise NotImplementedError
 
-    def load_weights(self, weights: LoraWeights) -> None:
-        """Overwrite the matrices in place, keeping the parameters an optimizer may hold."""
-
-        def layout(of: LoraWeights, names: Collection[str]) -> str:
-            return f"rank {of.rank}, alpha {of.alpha}, rslora {of.rslora} and {len(names)} modules"
-
-        mine, theirs = layout(self._layout, self.names), layout(weights, weights.matrices)
-        if mine != theirs or set(self.names) != set(weights.matrices):
-            other = " of other names" if mine == theirs else ""
-            raise ValueError(f"adapter: expected {mine}, got {theirs}{other}")
-        with torch.no_grad():
-            for name, *pair in zip(self.names, self.lora_a, self.lora_b, strict=True):
-                for parameter, given in zip(pair, weights.matrices[name], strict=True):
-                    parameter.copy_(torch.from_numpy(given))
+    @property
+    def rows(self) -> SoftRows | None:
+        """Where rows of a soft prompt stand in what the policy reads; None where it has none."""
+        return None
 
     def core_adapter(self) -> Any:
-        """The engine's adapter for the matrices as they are now; made anew when they changed.
+        """The engine's adapter for the numbers as they are now; made anew when they changed.
 
         Compared by content (5 million floats: some milliseconds), because torch's version counters
         miss a fused optimizer's update and an assignment to ``.data``, and a stale adapter would
         pass unnoticed.
         """
-        known = {} if self._in_engine is None else self._in_engine[0].matrices
-        if self._in_engine is None or not all(
-            np.array_equal(mine, before)
-            for name, pair in self._matrices().items()
-            for mine, before in zip(pair, known[name], strict=True)
-        ):
-            weights = self.weights()
-            self._in_engine = (weights, self.model.make_adapter(weights))
+        known = self._in_engine
+        now = [_numpy(parameter) for parameter in self.parameters()]
+        if known is None or not all(map(np.array_equal, now, known[0])):
+            copies = [array.copy() for array in now]
+            self._in_engine = (copies, self.model.make_adapter(self.weights()))
+        assert self._in_engine is not None
         return self._in_engine[1]
 
     def score(
@@ -116,14 +98,16 @@ class LoraPolicy(torch.nn.Module):
         activations: Activations = "keep",
         with_hidden: bool = False,
     ) -> ScoreTensors:
-        """Score tokens [start, len) of every sequence, differentiable by the matrices.
+        """Score tokens [start, len) of every sequence, differentiable by the parameters.
 
         Equal, in PyTorch, to ``log_softmax(logits / temperature)`` gathered at the tokens, its
         entropy, and ``kl_div`` against the reference over the whole vocabulary.
 
         Args:
-            sequences: token ids. starts: the first scored position of each, 1 <= start <= len.
-            reference: frozen matrices or "base"; None leaves ``kl`` and ``reference_logprob`` None.
+            sequences: token ids, and those of a soft prompt's rows (models.soft_prompt). starts:
+                the first scored position of each, 1 <= start <= len; no row is scored.
+            reference: a frozen adapter or "base"; None leaves ``kl`` and ``reference_logprob``
+                None.
             anchors: for each sequence, what the reference reads in the place of the tokens before
                 ``starts``; None, or none at all: the same as the policy.
             activations: kept for the backward, or recomputed in it: less memory, the same bits.
@@ -133,9 +117,9 @@ class LoraPolicy(torch.nn.Module):
         Raises:
             ValueError: a sequence or start that does not fit.
         """
-        inputs = [*self.lora_a, *self.lora_b]
+        inputs = list(self.parameters())
         reference_adapter = (
-            self.model.make_adapter(reference) if isinstance(reference, LoraWeights) else None
+            None if reference in (None, "base") else self.model.make_adapter(reference)
         )
         reference_hidden = None
         if reference is not None and any(anchor is not None for anchor in anchors):
@@ -164,8 +148,8 @@ class LoraPolicy(torch.nn.Module):
         )
         # Large, and the caller's own array already: not copied once more.
         hidden = torch.from_numpy(score.hidden) if with_hidden else None
-        names = self.names if keep_graph else None
-        flat = _EngineScore.apply(score, names, *inputs)  # type: ignore[no-untyped-call]
+        in_order = self._in_order if keep_graph else None
+        flat = _EngineScore.apply(score, in_order, *inputs)  # type: ignore[no-untyped-call]
         logprob, entropy, kl, reference_logprob = flat
         return ScoreTensors(logprob, entropy, kl, reference_logprob, hidden)
 
@@ -204,10 +188,12 @@ class LoraPolicy(torch.nn.Module):
         with_hidden: bool = False,
     ) -> int:
         """Bytes that `score` and its backward hold at most, beside weights and gradients."""
-        # The ranks alone count, so an adapter of older matrices does as well.
+        # The shapes alone count, so an adapter of older numbers does as well.
         adapter = self._in_engine[1] if self._in_engine is not None else self.core_adapter()
+        # Of tokens it counts only which are alike, and so rows may go by tokens' ids: the engine is
+        # not given the reference here, which has them, too.
         return self._core.score_bytes(
-            [list(s) for s in sequences],
+            [[token if token >= 0 else -1 - token for token in s] for s in sequences],
             list(starts),
             adapter=adapter,
             with_reference=with_reference,
@@ -217,8 +203,61 @@ class LoraPolicy(torch.nn.Module):
         )
 
 
+class LoraPolicy(Policy):
+    """LoRA matrices. For module ``names[i]``: ``lora_a[i]`` is A [rank, in], ``lora_b[i]`` is
+    B [out, rank], and the layer computes W x + scale * B (A x) (arXiv 2106.09685)."""
+
+    def __init__(self, model: NativeModel, weights: LoraWeights) -> None:
+        super().__init__(model)
+        if not isinstance(weights, LoraWeights):
+            raise ValueError(f"adapter: expected LoraWeights, got {type(weights).__name__}")
+        self._layout = replace(weights, matrices={}, base_model_name=model.published_name)
+        self.names = list(weights.matrices)
+        a, b = self._halves(weights.matrices)
+        self.lora_a = torch.nn.ParameterList(map(as_parameter, a))
+        self.lora_b = torch.nn.ParameterList(map(as_parameter, b))
+
+    @classmethod
+    def fresh(cls, model: NativeModel, config: LoraConfig, *, seed: int) -> LoraPolicy:
+        """New matrices: A Kaiming-uniform (a = sqrt 5), B zero: the policy starts as the base."""
+        return cls(model, initial_weights(model, config, seed=seed))
+
+    def weights(self) -> LoraWeights:
+        triples = zip(self.names, self.lora_a, self.lora_b, strict=True)
+        copies = {name: (_numpy(a).copy(), _numpy(b).copy()) for name, a, b in triples}
+        return replace(self._layout, matrices=copies, base_fingerprint=self.model.fingerprint)
+
+    def load_weights(self, weights: LoraWeights) -> None:
+        def layout(of: LoraWeights, names: Collection[str]) -> str:
+            return f"rank {of.rank}, alpha {of.alpha}, rslora {of.rslora} and {len(names)} modules"
+
+        mine, theirs = layout(self._layout, self.names), layout(weights, weights.matrices)
+        if mine != theirs or set(self.names) != set(weights.matrices):
+            other = " of other names" if mine == theirs else ""
+            raise ValueError(f"adapter: expected {mine}, got {theirs}{other}")
+        given = self._in_order(weights.matrices)
+        with torch.no_grad():
+            for parameter, matrix in zip(self.parameters(), given, strict=True):
+                parameter.copy_(torch.from_numpy(matrix))
+
+    def _halves(self, matrices: Mapping[str, tuple[Array, Array]]) -> tuple[list[Array], ...]:
+        return tuple([matrices[name][half] for name in self.names] for half in (0, 1))
+
+    def _in_order(self, by_name: Mapping[str, Any]) -> list[Array]:
+        a, b = self._halves(by_name)
+        return [*a, *b]
+
+
+def with_policy(pipeline: Pipeline, policy: Policy, config: TrainConfig) -> Pipeline:
+    """The pipeline with the policy, as it is now, in the place of the model that it trains."""
+    adapter = policy.core_adapter()
+    if config.policy == "target":
+        return pipeline.with_target_adapter(adapter)
+    return pipeline.with_adapter(adapter)
+
+
 def save_trained(
-    folder: Path, policy: LoraPolicy, config: TrainConfig | PreferConfig | SftConfig
+    folder: Path, policy: Policy, config: TrainConfig | PreferConfig | SftConfig
 ) -> None:
     """Write the adapter that training made; of a prompter, how it reads and writes prompts, too."""
     weights = policy.weights()
@@ -284,11 +323,14 @@ class _EngineScore(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, score: Any, names: list[str] | None, *parameters: torch.Tensor
+        ctx: Any,
+        score: Any,
+        in_order: Callable[[Mapping[str, Any]], list[Array]] | None,
+        *parameters: torch.Tensor,
     ) -> tuple[Any, ...]:
-        """names: of the modules, in the order of the parameters; None keeps no graph."""
+        """in_order: the engine's gradients as the parameters stand; None keeps no graph."""
         ctx.set_materialize_grads(False)
-        ctx.score, ctx.names = None if names is None else score, names
+        ctx.score, ctx.in_order = None if in_order is None else score, in_order
         outputs = tuple(
             None if values is None else torch.from_numpy(np.array(values, np.float32))
             for values in (score.logprob, score.entropy, score.kl, score.reference_logprob)
@@ -307,27 +349,22 @@ class _EngineScore(torch.autograd.Function):
         if d_logprob is None:
             d_logprob = np.zeros(len(score.logprob), np.float32)
         gradients = score.backward(d_logprob, d_entropy, d_kl)
-        ordered = [gradients[name] for name in ctx.names]
-        return (
-            None,
-            None,
-            *(torch.from_numpy(a) for a, _ in ordered),
-            *(torch.from_numpy(b) for _, b in ordered),
-        )
+        return (None, None, *map(torch.from_numpy, ctx.in_order(gradients)))
 
 
-def _upstream(gradient: torch.Tensor | None) -> NDArray[np.float32] | None:
+def _upstream(gradient: torch.Tensor | None) -> Array | None:
     """A contiguous float32 copy: torch hands over expanded and strided gradients as well."""
     if gradient is None:
         return None
-    array: NDArray[np.float32] = gradient.detach().to(torch.float32).contiguous().numpy()
+    array: Array = gradient.detach().to(torch.float32).contiguous().numpy()
     return array
 
 
-def _parameter(matrix: NDArray[np.float32]) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.from_numpy(np.array(matrix, np.float32)))
+def as_parameter(array: Array) -> torch.nn.Parameter:
+    """Of a copy."""
+    return torch.nn.Parameter(torch.from_numpy(np.array(array, np.float32)))
 
 
-def _numpy(parameter: torch.Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = parameter.detach().contiguous().numpy()
+def _numpy(parameter: torch.Tensor) -> Array:
+    array: Array = parameter.detach().contiguous().numpy()
     return array

@@ -20,7 +20,7 @@ from alignpro.config import TrainConfig
 from alignpro.models.seeds import derive_seed
 from alignpro.objective.pooled_rewards import PooledRewards, directions, pooled_rewards
 from alignpro.train.micro_batches import shared_prefix
-from alignpro.train.policy import LoraPolicy, Reference
+from alignpro.train.policy import Policy, Reference
 from alignpro.train.sft import Example
 from alignpro.types import Response, Rewrite
 
@@ -49,7 +49,7 @@ def distinct_responses(rewrites: Iterable[Rewrite]) -> list[tuple[Rewrite, Respo
 class Pool:
     """All rollouts so far, by prompt, and what is to be learnt from them."""
 
-    def __init__(self, policy: LoraPolicy, reference: Reference, config: TrainConfig) -> None:
+    def __init__(self, policy: Policy, reference: Reference, config: TrainConfig) -> None:
         self.policy = policy
         self.config = config
         self._reference = None if reference == "base" else policy.model.make_adapter(reference)

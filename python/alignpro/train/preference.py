@@ -15,13 +15,14 @@ from alignpro.data.preferences import PreferenceRow
 from alignpro.lengths import fit_rows
 from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import naming, prompter_tokens, target_tokens
+from alignpro.models.soft_prompt import SoftRows
 from alignpro.objective import sum_per_sequence
 from alignpro.objective.preference import dpo_loss
 from alignpro.statistics import proportion_ci
 from alignpro.train.anchor import anchor_of, anchors_of
 from alignpro.train.fit import Fit
 from alignpro.train.held_out import is_due
-from alignpro.train.policy import LoraPolicy, Reference
+from alignpro.train.policy import Policy, Reference
 from alignpro.train.sft import Example, check_example, end_of_turn, over_context
 from alignpro.types import Conversation, Prompt
 
@@ -36,7 +37,7 @@ class TokenPair:
 
 
 def preference_fit(
-    policy: LoraPolicy,
+    policy: Policy,
     rows: Sequence[PreferenceRow],
     config: PreferConfig,
     *,
@@ -45,7 +46,7 @@ def preference_fit(
 ) -> Fit:
     """Minimises `dpo_loss` over the pairs, step by step; the reference stays as it is.
 
-    reference: "base", or frozen matrices. held_out: the pairs of ``config.heldout``.
+    reference: "base", or a frozen adapter. held_out: the pairs of ``config.heldout``.
 
     Raises:
         ValueError: no pairs, one over the context, or a chat template that opens a block of
@@ -67,13 +68,13 @@ def preference_fit(
 
 
 def fit_preferences(
-    model: NativeModel, rows: Sequence[PreferenceRow], config: PreferConfig
+    policy: Policy, rows: Sequence[PreferenceRow], config: PreferConfig
 ) -> list[PreferenceRow]:
     """The pairs that the model's context holds, by ``config.on_too_long``. Raises as `fit_rows`."""
-    end = end_of_turn(model.tokenizer)
+    model, end = policy.model, end_of_turn(policy.model.tokenizer)
 
     def unread(row: PreferenceRow) -> str | None:
-        pair = encode_preference(model, row, config, end)
+        pair = encode_preference(model, row, config, end, policy.rows)
         reasons = (over_context(model, e) for e in (*pair.policy, *pair.reference))
         return next(filter(None, reasons), None)
 
@@ -81,18 +82,23 @@ def fit_preferences(
 
 
 def encode_preference(
-    model: NativeModel, row: PreferenceRow, config: PreferConfig, end: int
+    model: NativeModel,
+    row: PreferenceRow,
+    config: PreferConfig,
+    end: int,
+    rows: SoftRows | None = None,
 ) -> TokenPair:
-    """end: what ends an answer (`end_of_turn`)."""
+    """end: what ends an answer (`end_of_turn`). rows: of the policy."""
     tokenizer = model.tokenizer
     written = [[*tokenizer.encode(text.strip()), end] for text in (row.chosen, row.rejected)]
     most = model.context_length - max(map(len, written))  # both answers behind the same history
 
     def behind(prompt: Prompt) -> tuple[Example, Example]:
         if config.policy == "target":
-            read = target_tokens(tokenizer, prompt)
+            read = target_tokens(tokenizer, prompt, rows)
         else:
-            read = prompter_tokens(tokenizer, config.prompting, Conversation.of(prompt), most)
+            asked = Conversation.of(prompt)
+            read = prompter_tokens(tokenizer, config.prompting, asked, most, rows)
         chosen, rejected = (Example([*read, *tokens], len(read)) for tokens in written)
         return chosen, rejected
 
@@ -107,7 +113,7 @@ class Pairs:
 
     def __init__(
         self,
-        policy: LoraPolicy,
+        policy: Policy,
         rows: Sequence[PreferenceRow],
         config: PreferConfig,
         reference: Reference,
@@ -120,7 +126,7 @@ class Pairs:
         end = end_of_turn(model.tokenizer) if rows else 0
         for index, row in enumerate(rows):
             with naming(row.place or f"pair {index}"):
-                self._pairs.append(encode_preference(model, row, config, end))
+                self._pairs.append(encode_preference(model, row, config, end, policy.rows))
                 for example in self._pairs[-1].policy:
                     check_example(model, example)
 

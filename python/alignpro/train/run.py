@@ -22,7 +22,7 @@ from alignpro.data.preferences import load_preferences
 from alignpro.files import write_json
 from alignpro.interrupts import interruptible, interrupts_deferred
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.adapter import AdapterWeights, save_peft
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
@@ -46,9 +46,10 @@ from alignpro.train.critic import ValueHead
 from alignpro.train.fit import Fit
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, truncate_metrics
-from alignpro.train.policy import LoraPolicy, Reference, save_trained
+from alignpro.train.policy import Policy, Reference, save_trained, with_policy
 from alignpro.train.preference import fit_preferences, preference_fit
 from alignpro.train.sft import fit_pairs, record_pairs, warm_start
+from alignpro.train.soft_prompt import fresh_policy, policy_from
 from alignpro.train.trackers import check_trackers
 from alignpro.train.trainer import Trainer, said_of_resume
 from alignpro.types import Reward
@@ -64,7 +65,7 @@ def run_sft(
     overwrite: bool = False,
     allow_changes: bool = False,
     on_step: OnStep | None = None,
-) -> LoraWeights:
+) -> AdapterWeights:
     """Warm-start a prompter; writes config.json, metrics.jsonl, checkpoints/ and adapter/ to its
     directory. resume, overwrite, allow_changes, and what interrupts: as for `Trainer`.
     """
@@ -76,8 +77,8 @@ def run_sft(
         pairs, config = record_pairs(config)
     config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
     model = load_model(config.prompter, config.threads, date=config.date)
-    policy = LoraPolicy.fresh(model, config.lora, seed=config.seed)
-    fit = warm_start(policy, fit_pairs(model, pairs, config), config)
+    policy, _ = fresh_policy(model, config)
+    fit = warm_start(policy, fit_pairs(policy, pairs, config), config)
     made_from = fingerprints.of_models(model, None)
     columns = {"instruction": [pair.instruction for pair in pairs]}
     made_from["data"] = fingerprints.of_rows(
@@ -96,7 +97,7 @@ def run_prefer(
     on_step: OnStep | None = None,
     model: NativeModel | None = None,
     reference: Reference | None = None,
-) -> LoraWeights:
+) -> AdapterWeights:
     """Train on preferences; what is written, and the arguments, are those of `run_sft`. The
     adapter that training starts with, if any, is kept in run_dir/reference.
 
@@ -118,10 +119,10 @@ def run_prefer(
     policy, start = _policy(config, model, weights)
     fit = preference_fit(
         policy,
-        fit_preferences(model, rows, config),
+        fit_preferences(policy, rows, config),
         config,
         reference=start if reference is None else reference,
-        held_out=fit_preferences(model, held_out, config) if held_out else (),
+        held_out=fit_preferences(policy, held_out, config) if held_out else (),
     )
     roles = (None, model) if config.policy == "target" else (model, None)
     made_from = fingerprints.of_models(*roles)
@@ -135,12 +136,10 @@ def run_prefer(
                 columns["anchor"] = [anchor_of(config.anchor, row) for row in pairs]
             prompts = [row.prompt for row in pairs]
             made_from[what] = fingerprints.of_rows(name, prompts, columns)
-    if weights is not None:
-        made_from["adapter that training began with"] = fingerprints.of_adapter(weights)
+    if start != "base":
+        made_from["adapter that training began with"] = fingerprints.of_adapter(start)
     directory = open_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
-    return _run_fit(
-        fit, "prefer", directory, made_from, resume, allow_changes, on_step, reference=weights
-    )
+    return _run_fit(fit, "prefer", directory, made_from, resume, allow_changes, on_step, start)
 
 
 def _run_fit(
@@ -151,8 +150,8 @@ def _run_fit(
     resume: bool,
     allow_changes: bool,
     on_step: OnStep | None,
-    reference: LoraWeights | None = None,
-) -> LoraWeights:
+    reference: Reference = "base",
+) -> AdapterWeights:
     """Go on with what the directory holds, do the steps that are left, and write adapter/."""
     run_dir = directory.path
     log = MetricsLog(run_dir / "metrics.jsonl")
@@ -166,7 +165,7 @@ def _run_fit(
             fit.restore(checkpoint, same)
         truncate_metrics(log.path, steps=fit.step)
     fingerprints.write_fingerprints(run_dir, made_from, changed=changed, step=fit.step)
-    if reference is not None:
+    if reference != "base":
         save_peft(run_dir / "reference", reference)
     write_json(run_dir / CONFIG, to_mapping(fit.config))
     with interruptible(), directory:
@@ -269,7 +268,7 @@ def make_trainer(
 
 def starting_weights(
     config: TrainConfig | PreferConfig | SelfImproveConfig, model: NativeModel, run_dir: Path | None
-) -> LoraWeights | None:
+) -> AdapterWeights | None:
     """Where training starts: what the run that is resumed kept of it, else the configuration's."""
     given = config.trained.adapter
     kept = None if run_dir is None else run_dir / "reference"
@@ -292,18 +291,19 @@ def trainer_from(
     target: NativeModel | ChatModel,
     reward: Reward,
     rows: Sequence[PromptRow],
-    weights: LoraWeights | None,
+    weights: AdapterWeights | None,
     *,
     held_out: Sequence[PromptRow] = (),
     **options: Any,
 ) -> Trainer | ClosedFormFit:
     """A trainer over loaded parts. ``weights``: where training starts, and the reference; None is a
-    fresh adapter, whose reference is the base model. ``held_out``: see `load_held_out`.
+    fresh adapter (`fresh_policy`). ``held_out``: see `load_held_out`.
     ``options``: run_dir, resume, overwrite and allow_changes of `TrainingRun`."""
     trained = _trained(config, prompter, target)
     policy, reference = _policy(config, trained, weights)
     pipeline = Pipeline.configured(config, prompter, target, reward)
-    unread = unread_by(pipeline, rewrites=config.policy == "prompter")
+    of_policy = with_policy(pipeline, policy, config)
+    unread = unread_by(of_policy, rewrites=config.policy == "prompter")
     fitted = fit_rows(rows, unread, config.on_too_long)
     rows, held_out = fitted.rows, fit_rows(held_out, unread, config.on_too_long).rows
     pieces = (config, pipeline, policy, [row.prompt for row in rows])
@@ -324,12 +324,12 @@ def trainer_from(
 
 
 def _policy(
-    config: TrainConfig | PreferConfig, model: NativeModel, weights: LoraWeights | None
-) -> tuple[LoraPolicy, Reference]:
+    config: TrainConfig | PreferConfig, model: NativeModel, weights: AdapterWeights | None
+) -> tuple[Policy, Reference]:
     """What is trained, and what it is held to. weights: as of `trainer_from`."""
     if weights is None:
-        return LoraPolicy.fresh(model, config.lora, seed=config.seed), "base"
-    return LoraPolicy(model, weights), weights
+        return fresh_policy(model, config)
+    return policy_from(model, config, weights)
 
 
 def _trained(

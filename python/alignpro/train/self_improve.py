@@ -31,7 +31,7 @@ from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.files import write_file, write_json
 from alignpro.interrupts import interruptible
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.adapter import LoraWeights, require_lora, save_peft
 from alignpro.models.answer_scores import TargetScorer
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
@@ -139,7 +139,8 @@ def run_self_improve(
         prompter, target = load_models(
             config.prompter, config.target, config.threads, calls=calls, date=config.date
         )
-    start = starting_weights(config, prompter, run_dir if resume else None)
+    first = starting_weights(config, prompter, run_dir if resume else None)
+    start = None if first is None else require_lora(first, f"{config.policy}.adapter")
     improvement = SelfImprovement(config, prompter, target, calibrator, rows, measured, start)
     made_from = improvement.made_from()
     directory = open_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
@@ -301,7 +302,8 @@ class SelfImprovement:
         return self._start if number == 0 else self._trained(number)
 
     def _trained(self, number: int) -> LoraWeights:
-        return self._model.load_adapter(self._round_dir(number) / "adapter")
+        folder = self._round_dir(number) / "adapter"
+        return require_lora(self._model.load_adapter(folder), str(folder))
 
     def _round_dir(self, number: int) -> Path:
         return self._dir / f"round-{number:02d}"

@@ -18,10 +18,11 @@ from alignpro.models.native_client import prompt_end
 from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import naming, prompter_tokens
 from alignpro.models.reasoning import open_block
+from alignpro.models.soft_prompt import SoftRows
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.train.fit import Fit
 from alignpro.train.micro_batches import shared_prefix
-from alignpro.train.policy import LoraPolicy
+from alignpro.train.policy import Policy
 from alignpro.types import Conversation, Message, PromptLike
 
 _log = logging.getLogger(__name__)
@@ -35,9 +36,7 @@ class Example:
     start: int  # the first token to be written
 
 
-def warm_start(
-    policy: LoraPolicy, pairs: Sequence[tuple[PromptLike, str]], config: SftConfig
-) -> Fit:
+def warm_start(policy: Policy, pairs: Sequence[tuple[PromptLike, str]], config: SftConfig) -> Fit:
     """Maximises the mean log-probability of the instructions' tokens, step by step.
 
     Args:
@@ -49,7 +48,8 @@ def warm_start(
             opens a block of reasoning; the message names its index. Before the first step.
     """
     model = policy.model
-    examples = encode_pairs(model.tokenizer, pairs, config.prompting, model.context_length)
+    limit = model.context_length
+    examples = encode_pairs(model.tokenizer, pairs, config.prompting, limit, policy.rows)
     for index, example in enumerate(examples):
         with naming(f"pair {index}"):
             check_example(model, example)
@@ -80,17 +80,18 @@ def over_context(model: NativeModel, example: Example) -> str | None:
 
 
 def fit_pairs(
-    model: NativeModel, pairs: Sequence[PairRow], config: SftConfig
+    policy: Policy, pairs: Sequence[PairRow], config: SftConfig
 ) -> list[tuple[PromptLike, str]]:
     """The pairs that the prompter's context holds, by ``config.on_too_long``.
 
     Raises as `fit_rows`.
     """
+    model = policy.model
     limit, end = model.context_length, end_of_turn(model.tokenizer)
 
     def unread(pair: PairRow) -> str | None:
         pieces = (pair.prompt, pair.instruction)
-        example = _encode_pair(model.tokenizer, pieces, config.prompting, limit, end)
+        example = _encode_pair(model.tokenizer, pieces, config.prompting, limit, end, policy.rows)
         return over_context(model, example)
 
     rows = fit_rows(pairs, unread, config.on_too_long).rows
@@ -121,7 +122,7 @@ def record_pairs(config: SftConfig) -> tuple[list[PairRow], SftConfig]:
 
 
 def likelihood_gradients(
-    policy: LoraPolicy,
+    policy: Policy,
     batch: Sequence[Example],
     config: FitConfig,
     *,
@@ -157,26 +158,35 @@ def likelihood_gradients(
 
 
 def encode_pairs(
-    tokenizer: Tokenizer, pairs: Sequence[tuple[PromptLike, str]], prompting: Prompting, limit: int
+    tokenizer: Tokenizer,
+    pairs: Sequence[tuple[PromptLike, str]],
+    prompting: Prompting,
+    limit: int,
+    rows: SoftRows | None = None,
 ) -> list[Example]:
     """The pairs as the prompter would read and write them, ended by its end-of-turn token.
-    limit: tokens of a pair, for which a conversation's history is cut."""
+    limit: tokens of a pair, for which a conversation's history is cut. rows: the prompter's."""
     if not pairs:
         raise ValueError("pairs: expected at least one, got none")
     end = end_of_turn(tokenizer)
     examples = []
     for index, pair in enumerate(pairs):
         with naming(f"pair {index}"):
-            examples.append(_encode_pair(tokenizer, pair, prompting, limit, end))
+            examples.append(_encode_pair(tokenizer, pair, prompting, limit, end, rows))
     return examples
 
 
 def _encode_pair(
-    tokenizer: Tokenizer, pair: tuple[PromptLike, str], prompting: Prompting, limit: int, end: int
+    tokenizer: Tokenizer,
+    pair: tuple[PromptLike, str],
+    prompting: Prompting,
+    limit: int,
+    end: int,
+    rows: SoftRows | None,
 ) -> Example:
     conversation = Conversation.of(pair[0])
     written = [*tokenizer.encode(pair[1].strip()), end]
-    read = prompter_tokens(tokenizer, prompting, conversation, limit - len(written))
+    read = prompter_tokens(tokenizer, prompting, conversation, limit - len(written), rows)
     return Example(tokens=[*read, *written], start=len(read))
 
 

@@ -16,7 +16,7 @@ from alignpro.data.load import PromptRow, stack_columns
 from alignpro.files import write_json
 from alignpro.interrupts import interruptible, interrupts_deferred
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import LoraWeights, save_peft
+from alignpro.models.adapter import AdapterWeights, save_peft
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.language_model import LanguageModel
@@ -44,7 +44,7 @@ from alignpro.train.guard_penalty import penalise
 from alignpro.train.held_out import HeldOut, step_warnings
 from alignpro.train.learner import Learner
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
-from alignpro.train.policy import LoraPolicy, Reference, save_trained
+from alignpro.train.policy import Policy, Reference, save_trained, with_policy
 from alignpro.train.row import rollout_row
 from alignpro.train.schedule import batch_indices
 from alignpro.train.trackers import make_trackers
@@ -59,7 +59,7 @@ class TrainingRun:
         pipeline: prompter, target and reward. The one of the two models that the configuration's
             ``policy`` names is the policy's model; its sampling parameters are the
             configuration's ``rewrite`` and ``response``.
-        policy: what is trained. reference: what it is held to: "base", or frozen matrices.
+        policy: what is trained. reference: what it is held to: "base", or a frozen adapter.
         prompts: one text each. columns: more of the prompts' data for the reward, aligned.
         value_head: a module from hidden states [T, D] to values [T], for ``ppo.value_head``.
         held_out: the prompts of the configuration's ``heldout``.
@@ -81,7 +81,7 @@ class TrainingRun:
         self,
         config: TrainConfig,
         pipeline: Pipeline,
-        policy: LoraPolicy,
+        policy: Policy,
         prompts: Sequence[PromptLike],
         *,
         reference: Reference = "base",
@@ -100,9 +100,9 @@ class TrainingRun:
                 f"pipeline: expected a Pipeline, got {type(pipeline).__name__}; "
                 "alignpro.make_trainer(config) makes one, and all that a trainer needs"
             )
-        if isinstance(policy, (NativeModel, LoraWeights)):
+        if isinstance(policy, NativeModel | AdapterWeights):
             raise ValueError(
-                f"policy: expected a LoraPolicy, got {type(policy).__name__}; "
+                f"policy: expected a Policy, got {type(policy).__name__}; "
                 "LoraPolicy.fresh(model, config.lora, seed=0) makes one for a model, and "
                 "LoraPolicy(model, weights) of an adapter"
             )
@@ -138,7 +138,7 @@ class TrainingRun:
             )
             self._restore(same)
         fingerprints.write_fingerprints(self.run_dir, made_from, changed=changed, step=self.step)
-        if isinstance(reference, LoraWeights):
+        if isinstance(reference, AdapterWeights):
             save_peft(self.run_dir / "reference", reference)
         # Last: where it is, everything that a resume needs is there as well.
         write_json(self.run_dir / CONFIG, to_mapping(config))
@@ -159,7 +159,7 @@ class TrainingRun:
             columns = stack_columns(held_out)
             prompts = [row.prompt for row in held_out]
             found["held-out data"] = fingerprints.of_rows("", prompts, columns)
-        if isinstance(self.reference, LoraWeights):
+        if isinstance(self.reference, AdapterWeights):
             found["adapter that training began with"] = fingerprints.of_adapter(self.reference)
         answers = self.pipeline.target_adapter
         if isinstance(answers, (str, Path)):
@@ -181,13 +181,17 @@ class TrainingRun:
         """Raises ValueError for an anchor that does not fit."""
         with naming("anchor"):
             if self.config.policy == "prompter":
-                return self.pipeline.prompter_tokens(prompt, index)
+                return self._with_policy().prompter_tokens(prompt, index)
             model = self.policy.model
-            tokens = target_tokens(model.tokenizer, prompt)
+            tokens = target_tokens(model.tokenizer, prompt, self.policy.rows)
             unfit = too_long(model, len(tokens), self.config.response)
             if unfit is not None:
                 raise ValueError(f"of prompt {index}: {unfit}")
             return tokens
+
+    def _with_policy(self) -> Pipeline:
+        """The pipeline under the weights as they are."""
+        return with_policy(self.pipeline, self.policy, self.config)
 
     def _pick(self, rows: Sequence[int]) -> tuple[list[Prompt], dict[str, list[Any]]]:
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
@@ -198,7 +202,8 @@ class TrainingRun:
         if not prompts:
             raise ValueError("prompts: expected at least one, got none")
         rows = [PromptRow(prompt) for prompt in prompts]
-        fit_rows(rows, unread_by(pipeline, rewrites=config.policy == "prompter"), "error")
+        of_policy = unread_by(self._with_policy(), rewrites=config.policy == "prompter")
+        fit_rows(rows, of_policy, "error")
         if isinstance(pipeline.target, LanguageModel):
             check_roles(pipeline.target.tokenizer, prompts)
         if getattr(pipeline, config.policy) is not self.policy.model:
@@ -313,13 +318,13 @@ class Trainer(TrainingRun):
         says of the guards."""
         config = self.config
         prompts, columns = self._pick(rows)
-        seed, adapter = derive_seed(config.seed, self.step), self.policy.core_adapter()
+        seed, pipeline = derive_seed(config.seed, self.step), self._with_policy()
         num_rewrites, num_responses = self.adaptive.counts(config, self.step)
         if config.policy == "target":
-            return self.pipeline.with_target_adapter(adapter).respond(
+            return pipeline.respond(
                 prompts, num_responses=num_rewrites, seed=seed, columns=columns
             ), {}
-        rollout = self.pipeline.with_adapter(adapter).rollout(
+        rollout = pipeline.rollout(
             prompts,
             num_rewrites=num_rewrites,
             num_responses=num_responses,
