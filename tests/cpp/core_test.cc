@@ -193,7 +193,7 @@ TEST_CASE("isa is chosen or refused") {
   CHECK_THROWS_WITH_AS((void)(choose_cpu_isa("sse9")), doctest::Contains("sse9"), InvalidArgument);
   const auto compiled = compiled_isas();
   CpuIsa best = CpuIsa::kGeneric;
-  for (const CpuIsa isa : {CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+  for (const CpuIsa isa : {CpuIsa::kNeon, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
     const bool has = std::find(compiled.begin(), compiled.end(), isa) != compiled.end();
     if (has && machine_supports(isa)) {
       best = isa;

@@ -35,6 +35,7 @@
 #include "alignpro/ops/vocabulary.h"
 #include "alignpro/ops/weight_tiles.h"
 #include "numbers.h"
+#include "quantized_rows.h"
 
 using namespace alignpro;
 using namespace alignpro::ops;
@@ -134,60 +135,6 @@ TEST_CASE("linear rows do not depend on neighbours or threads") {
     CHECK(same_bits(back_single.data(), back.data() + row * k, k));
   }
 }
-
-// Bytes of `rows` rows in a format: anything, with the float16 factors made finite and small.
-std::vector<std::byte> quantized_rows(DType dtype, int64_t rows, int64_t cols, uint32_t seed) {
-  const int64_t size = block_bytes(dtype);
-  std::vector<std::byte> bytes(static_cast<size_t>(rows * row_bytes(dtype, cols)));
-  std::mt19937 generator(seed);
-  for (std::byte& b : bytes) b = static_cast<std::byte>(generator() & 255);
-  const auto tame = [&](int64_t at, bool brain) {  // 2^-9 to 2^-5 in size, either sign
-    const uint32_t draw = generator();
-    const auto bits =
-        static_cast<uint16_t>(brain ? (draw & 0x807f) | 0x3c80 : (draw & 0x83ff) | 0x2000);
-    std::memcpy(bytes.data() + at, &bits, 2);
-  };
-  for (int64_t at = 0; at < static_cast<int64_t>(bytes.size()); at += size) {
-    switch (dtype) {
-      case DType::kF32: {
-        const float value = std::normal_distribution<float>()(generator);
-        std::memcpy(bytes.data() + at, &value, 4);
-        break;
-      }
-      case DType::kQ6_K:
-        tame(at + 208, false);
-        break;
-      case DType::kQ3_K:
-        tame(at + 108, false);
-        break;
-      case DType::kQ2_K:
-        tame(at + 80, false);
-        tame(at + 82, false);
-        break;
-      case DType::kQ4_1:
-      case DType::kQ5_1:
-      case DType::kQ4_K:
-      case DType::kQ5_K:
-        tame(at + 2, false);
-        [[fallthrough]];
-      default:
-        tame(at, dtype == DType::kBF16);
-    }
-  }
-  return bytes;
-}
-
-std::vector<QuantizedRow> rows_in(DType dtype, const std::vector<std::byte>& bytes, int64_t cols) {
-  const auto size = static_cast<size_t>(row_bytes(dtype, cols));
-  std::vector<QuantizedRow> rows;
-  for (size_t at = 0; at < bytes.size(); at += size) rows.push_back({bytes.data() + at, dtype});
-  return rows;
-}
-
-constexpr DType kAllTypes[] = {DType::kF32,  DType::kF16,    DType::kBF16,  DType::kQ8_0,
-                               DType::kQ4_0, DType::kQ4_1,   DType::kQ5_0,  DType::kQ5_1,
-                               DType::kQ4_K, DType::kQ5_K,   DType::kQ6_K,  DType::kQ2_K,
-                               DType::kQ3_K, DType::kIQ4_NL, DType::kIQ4_XS};
 
 // Whatever the storage, products have the bits of the same values in float32, one row or many.
 void check_storage(std::span<const QuantizedRow> rows, int64_t cols) {
@@ -300,64 +247,6 @@ TEST_CASE("integer products match double") {
         CHECK(same_bits(one.data(), y.data() + i * n, one.size()));
       }
     }
-  }
-}
-
-// Both have fused multiply-adds and the same trees; only the width of a product's vector differs.
-TEST_CASE("avx2 and avx512 agree to the bit") {
-  if (!machine_supports(CpuIsa::kAvx512)) return;
-  const cpu::Kernels& narrow = cpu::kernels_of(CpuIsa::kAvx2);
-  const cpu::Kernels& wide = cpu::kernels_of(CpuIsa::kAvx512);
-  CHECK(std::string_view(narrow.name) != wide.name);
-  const int64_t cols = 512, panels = 5, rows = 13;
-  const Floats x = normal(static_cast<size_t>(rows * cols), 3);
-  const auto both = [](size_t size, const auto& run) {
-    Floats a(size, NAN), b(size, -1.0f);
-    run(cpu::kernels_of(CpuIsa::kAvx2), a.data());
-    run(cpu::kernels_of(CpuIsa::kAvx512), b.data());
-    CHECK(same_bits(a.data(), b.data(), size));
-    return a;
-  };
-  for (const DType stored : kAllTypes) {
-    const auto bytes = quantized_rows(stored, panels * 16, cols, 4);
-    const auto source = rows_in(stored, bytes, cols);
-    const DType dtype = cpu::panel_type(stored);
-    const int64_t stride = cpu::panel_bytes(dtype, cols);
-    std::vector<std::byte> packed(static_cast<size_t>(panels * stride));
-    for (size_t p = 0; p < panels; ++p) {
-      std::byte* to = packed.data() + static_cast<int64_t>(p) * stride;
-      if (dtype == DType::kF32) {
-        narrow.pack_panel(
-            reinterpret_cast<const float*>(bytes.data()) + static_cast<int64_t>(p) * 16 * cols,
-            cols, 16, cols, reinterpret_cast<float*>(to));
-      } else {
-        pack_quantized_panel(dtype, std::span(source).subspan(p * 16, 16), cols, to);
-      }
-    }
-    const Floats panel = both(static_cast<size_t>(cols * 16), [&](const auto& k, float* out) {
-      k.expand_panel(dtype, packed.data(), cols, 0, cols, out);
-    });
-    for (int64_t few = 1; few <= cpu::kQuantizedGemvRows; ++few) {
-      both(static_cast<size_t>(panels * few * 16), [&](const auto& k, float* out) {
-        k.stream_panels(dtype, packed.data(), stride, panels, cols, few, x.data(), cols, out);
-      });
-    }
-    Floats tiles(static_cast<size_t>(18 * cols));
-    narrow.pack_rows(rows, cols, x.data(), cols, 1, tiles.data());
-    both(static_cast<size_t>(rows * 16), [&](const auto& k, float* out) {
-      k.gemm_panel(rows, cols, tiles.data(), 6 * cols, panel.data(), 16, out, false, false);
-    });
-    if (!cpu::has_integer_product(dtype)) continue;
-    const int64_t tile = cols / cpu::kGroup * cpu::kInt8GroupBytes;
-    const Floats codes = both(static_cast<size_t>(tile / 2), [&](const auto& k, float* out) {
-      auto* to = reinterpret_cast<uint8_t*>(out);
-      k.quantize_rows(8, cols, x.data(), cols, to);
-      k.quantize_rows(rows - 8, cols, x.data() + 8 * cols, cols, to + tile);
-    });
-    both(static_cast<size_t>(rows * 16), [&](const auto& k, float* out) {
-      k.int8_gemm(dtype, rows, cols, reinterpret_cast<const uint8_t*>(codes.data()), tile,
-                  packed.data(), out);
-    });
   }
 }
 

@@ -16,6 +16,7 @@ struct Isa {
 
 constexpr Isa kIsas[] = {
     {CpuIsa::kGeneric, "generic", ""},
+    {CpuIsa::kNeon, "neon", "Advanced SIMD and FMA"},
     {CpuIsa::kAvx2, "avx2", "AVX2, FMA and F16C"},
     {CpuIsa::kAvx512, "avx512", "AVX2, FMA, F16C and AVX-512 F, BW, DQ, VL and VNNI"},
 };
@@ -27,6 +28,8 @@ std::string_view cpu_isa_name(CpuIsa isa) { return kIsas[static_cast<size_t>(isa
 std::vector<CpuIsa> compiled_isas() {
 #ifdef ALIGNPRO_X86_KERNELS
   return {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512};
+#elif defined(ALIGNPRO_NEON_KERNELS)
+  return {CpuIsa::kGeneric, CpuIsa::kNeon};
 #else
   return {CpuIsa::kGeneric};
 #endif
@@ -39,9 +42,11 @@ bool machine_supports(CpuIsa isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   if (isa == CpuIsa::kAvx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
+  return isa == CpuIsa::kAvx512 && avx2 && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__)
+  return isa == CpuIsa::kNeon;  // no aarch64 of Linux is without
 #else
   return false;
 #endif
@@ -67,7 +72,7 @@ CpuIsa choose_cpu_isa(std::string_view forced) {
     return isa;
   }
   throw InvalidArgument(
-      cat("ALIGNPRO_CPU_ISA: expected generic, avx2 or avx512, got \"", forced, "\""));
+      cat("ALIGNPRO_CPU_ISA: expected generic, neon, avx2 or avx512, got \"", forced, "\""));
 }
 
 CpuIsa cpu_isa() {

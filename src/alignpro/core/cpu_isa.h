@@ -7,7 +7,7 @@ namespace alignpro {
 
 // Instruction sets with kernels of their own, weakest first.
 // kAvx512 is F, BW, DQ, VL and VNNI.
-enum class CpuIsa { kGeneric, kAvx2, kAvx512 };
+enum class CpuIsa { kGeneric, kNeon, kAvx2, kAvx512 };
 
 std::string_view cpu_isa_name(CpuIsa isa);
 
@@ -18,8 +18,8 @@ std::vector<CpuIsa> compiled_isas();
 bool machine_supports(CpuIsa isa);
 
 // The best compiled one that this machine supports; or the one named by `forced` ("generic",
-// "avx2", "avx512"). Throws InvalidArgument for an unknown word, Unavailable for what the build or
-// the machine lacks.
+// "neon", "avx2", "avx512"). Throws InvalidArgument for an unknown word, Unavailable for what the
+// build or the machine lacks.
 CpuIsa choose_cpu_isa(std::string_view forced);
 
 // The choice for this process, made once: choose_cpu_isa($ALIGNPRO_CPU_ISA).

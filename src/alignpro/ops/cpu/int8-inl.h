@@ -35,7 +35,7 @@ void quantize_rows(int64_t rows, int64_t cols, const float* x, int64_t row_strid
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kGroup; i += 8) {
         const F8 v = load(from + i);
-        top = max8(v < splat(0.0f) ? -v : v, top);
+        top = max8(where(v < splat(0.0f), -v, v), top);
         poison = poison + v * splat(0.0f);  // NaN and infinity must not vanish in an integer
       }
       const float most = max_lanes(top);
@@ -48,8 +48,8 @@ void quantize_rows(int64_t rows, int64_t cols, const float* x, int64_t row_strid
         const F8 biased = load(from + i) * inverse + magic;
         I8 codes;
         std::memcpy(&codes, &biased, sizeof(codes));
-        codes -= 0x4B400000;
-        sum += codes;
+        codes = codes - 0x4B400000;
+        sum = sum + codes;
         uint8_t* to = out + (i / 4 * kInt8TileRows + r) * 4;
         store_int8(codes, to, to + kInt8TileRows * 4);
       }
@@ -164,9 +164,9 @@ void expand_int8(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_t k_
 constexpr int64_t kInt8Rows = 4;  // with eight the sums would not fit into 16 registers
 static_assert(kInt8TileRows % kInt8Rows == 0);
 
-// sums[r][half] of one group and plane: lanes are the panel's rows.
+// sums[r][part] of one group and plane: lanes are the panel's rows.
 template <int Rows>
-ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows][2]) {
+ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, WideInts sums[Rows][kParts]) {
 #if defined(__AVX2__)
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i acc[Rows][2];
@@ -201,6 +201,37 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
       std::memcpy(&sums[r][half], &sum, sizeof(sum));
     }
   }
+#elif defined(ALIGNPRO_NEON)
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {  // with all of a panel the sums would fill the registers
+    int16x8_t acc[Rows][4] = {};
+#pragma GCC unroll 8
+    for (int word = 0; word < 8; ++word) {
+      const uint8_t* from = w + word * 64 + 32 * half;
+      const int8x16_t code[2] = {vreinterpretq_s8_u8(vld1q_u8(from)),
+                                 vreinterpretq_s8_u8(vld1q_u8(from + 16))};
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        int32_t four;
+        std::memcpy(&four, x + (word * kInt8TileRows + r) * 4, 4);
+        const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {  // 8 words of 15 * 127 stay below 2^15
+          acc[r][2 * i] = vmlal_s8(acc[r][2 * i], vget_low_s8(code[i]), vget_low_s8(xs));
+          acc[r][2 * i + 1] = vmlal_high_s8(acc[r][2 * i + 1], code[i], xs);
+        }
+      }
+      asm volatile("" : : : "memory");  // rows kept for the other half would live on the stack
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        sums[r][2 * half + i] =
+            vpaddq_s32(vpaddlq_s16(acc[r][2 * i]), vpaddlq_s16(acc[r][2 * i + 1]));
+      }
+    }
+  }
 #else
   for (int r = 0; r < Rows; ++r) {
     for (int n = 0; n < kPanel; ++n) {
@@ -211,7 +242,7 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
               w[word * 64 + 4 * n + j] * static_cast<int8_t>(x[(word * kInt8TileRows + r) * 4 + j]);
         }
       }
-      sums[r][n / 8][n % 8] = sum;
+      sums[r][n / kLanes][n % kLanes] = sum;
     }
   }
 #endif
@@ -221,46 +252,46 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, I8 sums[Rows
 template <int Planes, int Rows>
 void int8_tile(int64_t groups, const uint8_t* x, int64_t first, const uint8_t* w, float* c,
                bool accumulate) {
-  F8 total[Rows][2];
+  Wide total[Rows][kParts];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      total[r][h] = accumulate ? load(c + r * kPanel + 8 * h) : splat(0.0f);
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      total[r][p] = accumulate ? load_wide(c + r * kPanel + kLanes * p) : splat_wide(0.0f);
     }
   }
   for (int64_t g = 0; g < groups; ++g, x += kInt8GroupBytes, w += weight_group_bytes(Planes)) {
-    I8 sums[Rows][2];
+    WideInts sums[Rows][kParts];
     group_sums<Rows>(x + 4 * first, w, sums);
     const auto* affine = reinterpret_cast<const float*>(w + Planes * kPlaneBytes);
     const auto* totals = reinterpret_cast<const int32_t*>(x + kGroup * kInt8TileRows) + first;
     const auto* scales = reinterpret_cast<const float*>(totals) + kInt8TileRows;
     if constexpr (Planes == 2) {
-      I8 high[Rows][2];
+      WideInts high[Rows][kParts];
       group_sums<Rows>(x + 4 * first, w + kPlaneBytes, high);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) sums[r][h] += high[r][h] * 16 - 128 * totals[r];
+#pragma GCC unroll 4
+        for (int p = 0; p < kParts; ++p) sums[r][p] += high[r][p] * 16 - 128 * totals[r];
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        const F8 product = __builtin_convertvector(sums[r][h], F8) * splat(scales[r]);
-        total[r][h] = fma(product, load(affine + 8 * h), total[r][h]);
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; ++p) {
+        const Wide product = __builtin_convertvector(sums[r][p], Wide) * splat_wide(scales[r]);
+        total[r][p] = fma(product, load_wide(affine + kLanes * p), total[r][p]);
         if (Planes == 1) {
-          total[r][h] =
-              fma(splat(scales[kInt8TileRows + r]), load(affine + kPanel + 8 * h), total[r][h]);
+          total[r][p] = fma(splat_wide(scales[kInt8TileRows + r]),
+                            load_wide(affine + kPanel + kLanes * p), total[r][p]);
         }
       }
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) store(c + r * kPanel + 8 * h, total[r][h]);
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) store_wide(c + r * kPanel + kLanes * p, total[r][p]);
   }
 }
 

@@ -5,7 +5,8 @@
 // * Everything here is in an anonymous namespace, and no inline function of the standard library is
 //   called: the linker can never merge a body built for AVX2 into a baseline caller.
 // * A vector is 8 floats on every path; lanes and reduction trees are the same, so each path is
-//   deterministic on its own. Only FMA (one rounding instead of two) tells the paths apart.
+//   deterministic on its own. Only FMA (one rounding instead of two) tells the paths apart: those
+//   that have it, which on aarch64 are all, give equal bits.
 // * An output element never depends on how many rows or sequences sit beside it (contract 2).
 
 #include <cstdint>
@@ -13,6 +14,8 @@
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
+#elif defined(ALIGNPRO_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "alignpro/ops/cpu/kernels.h"
@@ -23,28 +26,14 @@ namespace {
 
 #define ALIGNPRO_INLINE inline __attribute__((always_inline))
 
-typedef float F8 __attribute__((vector_size(32), aligned(32)));
-typedef float F8u __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t I8 __attribute__((vector_size(32)));
-
-ALIGNPRO_INLINE F8 load(const float* p) { return *reinterpret_cast<const F8u*>(p); }
-ALIGNPRO_INLINE void store(float* p, F8 v) { *reinterpret_cast<F8u*>(p) = v; }
-ALIGNPRO_INLINE F8 splat(float x) { return F8{x, x, x, x, x, x, x, x}; }
-
-ALIGNPRO_INLINE F8 fma(F8 a, F8 b, F8 c) {
-#if defined(__AVX2__) && defined(__FMA__)
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-// The products' vector: a panel's 16 floats where registers hold them, else half of them. Lanes are
-// a panel's rows, so its width changes no bit.
+// The products' vector, as wide as registers are. Lanes are a panel's rows, so its width changes no
+// bit.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-#else
+#elif defined(__AVX2__)
 constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
 #endif
 constexpr int kParts = kPanel / kLanes;
 
@@ -60,17 +49,85 @@ ALIGNPRO_INLINE void store_wide(float* p, Wide v) { *reinterpret_cast<WideU*>(p)
 ALIGNPRO_INLINE Wide splat_wide(float x) {
 #if defined(__AVX512F__)
   return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
 #else
-  return splat(x);
+  return Wide{x, x, x, x};
 #endif
 }
 
+ALIGNPRO_INLINE Wide fma(Wide a, Wide b, Wide c) {
 #if defined(__AVX512F__)
-ALIGNPRO_INLINE Wide fma(Wide a, Wide b, Wide c) { return _mm512_fmadd_ps(a, b, c); }
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(ALIGNPRO_NEON)
+  return vfmaq_f32(c, a, b);
+#elif defined(__ARM_FEATURE_FMA)
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+// Eight floats, and eight integers.
+#if defined(__AVX2__)
+typedef float F8 __attribute__((vector_size(32)));
+typedef float F8u __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t I8 __attribute__((vector_size(32)));
+
+ALIGNPRO_INLINE F8 load(const float* p) { return *reinterpret_cast<const F8u*>(p); }
+ALIGNPRO_INLINE void store(float* p, F8 v) { *reinterpret_cast<F8u*>(p) = v; }
+ALIGNPRO_INLINE F8 splat(float x) { return _mm256_set1_ps(x); }
+ALIGNPRO_INLINE F8 where(I8 mask, F8 a, F8 b) { return mask ? a : b; }
+#if defined(__AVX512F__)
+ALIGNPRO_INLINE F8 fma(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
+#endif
+
+#else
+// In two registers: a vector wider than any would live in memory.
+template <typename Half>
+struct Pair {
+  Half low, high;
+  ALIGNPRO_INLINE auto operator[](int i) const { return i < kLanes ? low[i] : high[i - kLanes]; }
+};
+typedef Pair<Wide> F8;
+typedef Pair<WideInts> I8;
+
+#define ALIGNPRO_PAIRWISE(op)                                                \
+  template <typename Half>                                                   \
+  ALIGNPRO_INLINE auto operator op(Pair<Half> a, Pair<Half> b) {             \
+    return Pair<decltype(a.low op b.low)>{a.low op b.low, a.high op b.high}; \
+  }                                                                          \
+  ALIGNPRO_INLINE I8 operator op(I8 a, int32_t b) { return {a.low op b, a.high op b}; }
+ALIGNPRO_PAIRWISE(+)
+ALIGNPRO_PAIRWISE(-)
+ALIGNPRO_PAIRWISE(*)
+ALIGNPRO_PAIRWISE(/)
+ALIGNPRO_PAIRWISE(<)
+ALIGNPRO_PAIRWISE(>)
+ALIGNPRO_PAIRWISE(==)
+ALIGNPRO_PAIRWISE(<<)
+#undef ALIGNPRO_PAIRWISE
+ALIGNPRO_INLINE F8 operator-(F8 a) { return {-a.low, -a.high}; }
+
+ALIGNPRO_INLINE F8 load(const float* p) { return {load_wide(p), load_wide(p + kLanes)}; }
+ALIGNPRO_INLINE void store(float* p, F8 v) {
+  store_wide(p, v.low);
+  store_wide(p + kLanes, v.high);
+}
+ALIGNPRO_INLINE F8 splat(float x) { return {splat_wide(x), splat_wide(x)}; }
+ALIGNPRO_INLINE F8 where(I8 mask, F8 a, F8 b) {
+  return {mask.low ? a.low : b.low, mask.high ? a.high : b.high};
+}
+ALIGNPRO_INLINE F8 fma(F8 a, F8 b, F8 c) {
+  return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)};
+}
 #endif
 
 ALIGNPRO_INLINE float fma1(float a, float b, float c) {
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
@@ -78,7 +135,7 @@ ALIGNPRO_INLINE float fma1(float a, float b, float c) {
 }
 
 // NaN in `a` is dropped: callers that must notice NaN find it in the sum that follows.
-ALIGNPRO_INLINE F8 max8(F8 a, F8 b) { return a > b ? a : b; }
+ALIGNPRO_INLINE F8 max8(F8 a, F8 b) { return where(a > b, a, b); }
 
 // One fixed tree: ((0+4)+(2+6)) + ((1+5)+(3+7)).
 ALIGNPRO_INLINE float sum_lanes(F8 v) {
@@ -101,8 +158,8 @@ constexpr float kExpMax = 88.3f;
 ALIGNPRO_INLINE F8 exp8(F8 x) {
   const F8 low = splat(kExpMin);
   const F8 high = splat(kExpMax);
-  F8 t = x < low ? low : x;
-  t = t > high ? high : t;
+  F8 t = where(x < low, low, x);
+  t = where(t > high, high, t);
   const F8 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const F8 biased = fma(t, splat(1.44269504088896341f), magic);
   const F8 n = biased - magic;
@@ -120,7 +177,7 @@ ALIGNPRO_INLINE F8 exp8(F8 x) {
   F8 power;
   std::memcpy(&power, &exponent, sizeof(power));
   const F8 y = p * power;
-  return x < low ? splat(0.0f) : y;
+  return where(x < low, splat(0.0f), y);
 }
 
 ALIGNPRO_INLINE float exp1(float x) { return exp8(splat(x))[0]; }
@@ -150,12 +207,12 @@ ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b,
   Wide acc[Rows][kParts] = {};
   const auto step = [&]() __attribute__((always_inline)) {
     Wide bk[kParts];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) bk[part] = load_wide(b + part * kLanes);
 #pragma GCC unroll 6
     for (int m = 0; m < Rows; ++m) {
       const Wide am = splat_wide(a[m]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int part = 0; part < kParts; ++part) acc[m][part] = fma(am, bk[part], acc[m][part]);
     }
     a += kRowTile;
@@ -168,7 +225,7 @@ ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b,
   for (int64_t k = lines * every; k < k_count; ++k) step();
 #pragma GCC unroll 6
   for (int m = 0; m < Rows; ++m) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
       float* to = c + m * kPanel + part * kLanes;
       if (accumulate) acc[m][part] = load_wide(to) + acc[m][part];
@@ -208,7 +265,7 @@ void gemv_tile(int64_t k_count, const float* a, const float* const* b, int64_t l
     Wide am[Rows];
 #pragma GCC unroll 4
     for (int m = 0; m < Rows; ++m) am[m] = splat_wide(a[m]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < Panels * kParts; ++i) {
       const Wide bk = load_wide(from[i / kParts] + k * ldb + i % kParts * kLanes);
 #pragma GCC unroll 4
@@ -217,7 +274,7 @@ void gemv_tile(int64_t k_count, const float* a, const float* const* b, int64_t l
   }
 #pragma GCC unroll 4
   for (int m = 0; m < Rows; ++m) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < Panels * kParts; ++i) {
       float* to = c + m * c_row + i / kParts * c_panel + i % kParts * kLanes;
       store_wide(to, accumulate ? load_wide(to) + acc[m][i] : acc[m][i]);
@@ -270,13 +327,11 @@ ALIGNPRO_INLINE void transpose_block(F8 r[8]) {
   r[6] = _mm256_permute2f128_ps(b2, b6, 0x31);
   r[7] = _mm256_permute2f128_ps(b3, b7, 0x31);
 #else
+  float columns[8][8];
   for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const float kept = r[i][j];
-      r[i][j] = r[j][i];
-      r[j][i] = kept;
-    }
+    for (int j = 0; j < 8; ++j) columns[j][i] = r[i][j];
   }
+  for (int i = 0; i < 8; ++i) r[i] = load(columns[i]);
 #endif
 }
 
@@ -447,12 +502,14 @@ ALIGNPRO_INLINE F8 sigmoid8(F8 x) { return splat(1.0f) / (splat(1.0f) + exp8(-x)
 
 // Loads n < 8 floats, the rest zero: tails go through the same vector code as everything else.
 ALIGNPRO_INLINE F8 load_tail(const float* p, int64_t n) {
-  F8 v = splat(0.0f);
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
+  float lanes[8] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
 }
 ALIGNPRO_INLINE void store_tail(float* p, F8 v, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+  float lanes[8];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
 void swiglu_row(const float* gate, const float* up, int64_t n, float* h) {
@@ -527,7 +584,7 @@ bool to_halves(const float* x, int64_t n, uint16_t* out) {
   I8 lost = {};
   for (; i + 8 <= n; i += 8) {
     const F8 v = load(x + i);
-    const F8 magnitude = v < splat(0.0f) ? -v : v;
+    const F8 magnitude = where(v < splat(0.0f), -v, v);
     lost |= (magnitude >= splat(65520.0f)) & (magnitude < splat(kInf));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -567,7 +624,7 @@ void scale_tile_row(float* tile, int64_t rows, int64_t row, int64_t panels, int6
 
 // What multiplies a weight of exactly 0 counts as 0: keeps 0 * inf out of the sums. NaN passes.
 ALIGNPRO_INLINE F8 where_weighted(F8 weight, F8 value) {
-  return weight == splat(0.0f) ? splat(0.0f) : value;
+  return where(weight == splat(0.0f), splat(0.0f), value);
 }
 
 void tile_stats_row(const float* tile, const float* ref_tile, int64_t rows, int64_t row,
@@ -637,8 +694,8 @@ void tile_variation_row(const float* tile, const float* ref_tile, int64_t rows, 
       const int64_t at = (p * rows + row) * kPanel + half;
       const F8 prob = exp8(load(tile + at) - splat(s->lse) - splat(s->lse_low));
       const F8 more = prob - exp8(load(ref_tile + at) - splat(s->ref_lse) - splat(s->ref_lse_low));
-      sum = sum + (more > splat(0.0f) ? more : splat(0.0f));
-      mass = mass + (more > splat(0.0f) ? prob : splat(0.0f));
+      sum = sum + where(more > splat(0.0f), more, splat(0.0f));
+      mass = mass + where(more > splat(0.0f), prob, splat(0.0f));
     }
   }
   *variation = sum_lanes(sum);
@@ -662,7 +719,7 @@ ALIGNPRO_INLINE void tile_gradient(float* tile, const float* ref_tile, int64_t r
         factor = fma(splat(g.d_kl), logp - logq - splat(g.kl), factor);
         if constexpr (WithQ) {
           const F8 more = prob - exp8(logq);
-          const F8 above = (more > zero ? splat(1.0f) : zero) - splat(g.mass_above);
+          const F8 above = where(more > zero, splat(1.0f), zero) - splat(g.mass_above);
           factor = fma(splat(g.d_total_variation), above, factor);
           extra = splat(g.d_reverse_kl) * more;
         }
@@ -699,26 +756,32 @@ void tile_exp_row(const float* tile, int64_t rows, int64_t row, int64_t panels, 
 
 // ---- the machine's limits ---------------------------------------------------------------------
 
+// A value that the compiler does not know: equal ones are not merged, none is left out.
+ALIGNPRO_INLINE void keep(F8& v) {
 #if defined(__AVX2__)
-#define ALIGNPRO_IN_REGISTER "x"
-#else  // no register holds eight floats
-#define ALIGNPRO_IN_REGISTER "m"
+  __asm__ volatile("" : "+x"(v));
+#elif defined(ALIGNPRO_NEON)
+  __asm__ volatile("" : "+w"(v.low), "+w"(v.high));
+#else
+  __asm__ volatile("" : "+m"(v));
 #endif
+}
 
 // Enough independent chains to fill two pipes of latency 4 or 5.
 void fma_chains(int64_t steps) {
   F8 sums[12];
   for (F8& sum : sums) {
     sum = splat(0.0f);
-    __asm__ volatile("" : "+" ALIGNPRO_IN_REGISTER(sum));  // equal chains would be merged
+    keep(sum);
   }
   F8 a = splat(0.999f), b = splat(0.001f);
   for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 12
     for (F8& sum : sums) sum = fma(sum, a, b);
-    __asm__ volatile("" : "+" ALIGNPRO_IN_REGISTER(a), "+" ALIGNPRO_IN_REGISTER(b));
+    keep(a);
+    keep(b);
   }
-  for (F8& sum : sums) __asm__ volatile("" : : ALIGNPRO_IN_REGISTER(sum));
+  for (F8& sum : sums) keep(sum);
 }
 
 void read_memory(const float* p, int64_t n) {
@@ -726,7 +789,7 @@ void read_memory(const float* p, int64_t n) {
   for (int64_t i = 0; i + 32 <= n; i += 32) {
     for (int k = 0; k < 4; ++k) sums[k] = sums[k] + load(p + i + 8 * k);
   }
-  for (F8& sum : sums) __asm__ volatile("" : : ALIGNPRO_IN_REGISTER(sum));
+  for (F8& sum : sums) keep(sum);
 }
 
 }  // namespace

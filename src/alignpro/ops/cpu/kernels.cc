@@ -9,6 +9,9 @@ const Kernels& kernels_of(CpuIsa isa) {
       return avx512::kKernels;
     case CpuIsa::kAvx2:
       return avx2::kKernels;
+#elif defined(ALIGNPRO_NEON_KERNELS)
+    case CpuIsa::kNeon:
+      return neon::kKernels;
 #endif
     default:
       return generic::kKernels;

@@ -139,6 +139,9 @@ struct Kernels {
 namespace generic {
 extern const Kernels kKernels;
 }
+namespace neon {
+extern const Kernels kKernels;
+}
 namespace avx2 {
 extern const Kernels kKernels;
 }

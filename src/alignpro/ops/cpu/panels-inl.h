@@ -16,6 +16,8 @@ ALIGNPRO_INLINE Wide load_halves(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(ALIGNPRO_NEON)
+  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
 #else
   Halves bits;
   std::memcpy(&bits, p, sizeof(bits));
@@ -274,10 +276,10 @@ ALIGNPRO_INLINE void stream_blocks(int64_t cols, float* out, const Add& add) {
     const int64_t k_end = k_begin + kContract < cols ? k_begin + kContract : cols;
     Wide sum[kSums] = {};
     for (int64_t k = k_begin; k < k_end; k += Span) add(k, sum);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kSums; ++i) total[i] = k_begin > 0 ? total[i] + sum[i] : sum[i];
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kSums; ++i) store_wide(out + kLanes * i, total[i]);
 }
 
@@ -359,7 +361,7 @@ template <int Rows>
 void stream_rows(DType dtype, const uint8_t* p, int64_t stride, int64_t panels, int64_t cols,
                  const float* x, int64_t x_stride, float* out) {
   // Rows x panels x parts are the chains of multiply-adds that hide their latency: at least four.
-  constexpr int kAtOnce = (Rows == 1 ? 4 : 2) / kParts;
+  constexpr int kAtOnce = kParts > 2 ? 1 : (Rows == 1 ? 4 : 2) / kParts;
   for (; panels >= kAtOnce; panels -= kAtOnce) {
     stream_by_type<Rows, kAtOnce>(dtype, p, stride, cols, x, x_stride, out);
     p += kAtOnce * stride;
