@@ -30,7 +30,9 @@ def test_score_writes_every_figure(tmp_path: Path, capsys):
     assert "FMA peak" in shown and "forward and backward" in shown
 
 
-def test_a_peer_is_measured_or_says_why_not(tmp_path: Path):
+def test_a_peer_is_measured_or_says_why_not(tmp_path: Path, monkeypatch):
+    # None passes here, so the processes that would say it, of which two compile, can fail nothing.
+    monkeypatch.setattr(score, "extra_bytes_of", lambda request: None)
     file = tmp_path / "score.json"
     score.main([*SCORE, "--json", str(file)])
     rows = json.loads(file.read_text("utf-8"))["heads"][0]["implementations"]
