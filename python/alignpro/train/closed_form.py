@@ -95,6 +95,7 @@ class ClosedFormFit(TrainingRun):
         else:
             check_same_run(_of_the_rollouts(saved), _of_the_rollouts(mine), same)
         truncate_metrics(self.log.path, steps=0)
+        return self.step
 
     def train(
         self, callbacks: Sequence[TrainCallback] = (), on_progress: OnProgress | None = None
