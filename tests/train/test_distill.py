@@ -13,7 +13,7 @@ from alignpro.cli import app
 from alignpro.config import TrainConfig, from_mapping
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
-from alignpro.train.distill import distill_config, read_exponents
+from alignpro.train.distill import distill_config
 from alignpro.train.metrics import read_metrics
 from alignpro.train.run import run_train
 from native_runs import lora, save_run
@@ -34,14 +34,15 @@ def place(tiny_model_dir, tmp_path, monkeypatch):
         small = {n: (a, b * np.float32(0.15)) for n, (a, b) in weights.matrices.items()}
         save_peft(tmp_path / name / "adapter", replace(weights, matrices=small))
     (tmp_path / "mixed").mkdir()
-    goals = {run: {"exponent": exponent} for run, exponent in EXPONENTS.items()}
-    (tmp_path / "mixed" / "mixture.json").write_text(json.dumps({"goals": goals}))
+    members = {f"../{run}/adapter": exponent for run, exponent in EXPONENTS.items()}
+    members["base"] = 1 - sum(EXPONENTS.values())
+    (tmp_path / "mixed" / "mixture.json").write_text(json.dumps({"members": members}))
     return tmp_path
 
 
 def config(place, **changes):
     small = {"steps": 4, "prompts_per_step": 2, "num_rewrites": 8}
-    return distill_config(place / "mixed", **{**small, **changes})
+    return distill_config(place / "mixed", place / "kind", **{**small, **changes})
 
 
 def next_token(model, adapter, read):
@@ -100,18 +101,13 @@ def test_what_was_stopped_goes_on_to_the_bit(place):
     less = run_train(config(place, kl_coef=4.0), resume=True)
     assert less.log.path.exists() and less.config.kl_coef == 4.0
     save_peft(place / "kind" / "adapter", lora(less.policy.model, seed=9))
-    with pytest.raises(ValueError, match="adapter of kind"):
+    with pytest.raises(ValueError, match="mixture"):
         run_train(config(place), resume=True)
 
 
 def test_mixtures_that_are_none(place):
-    with pytest.raises(
-        FileNotFoundError, match=r"closed_form.mixture: .*none/mixture.json: no such"
-    ):
-        read_exponents(place / "none")
-    model = load_model(distill_config(place / "mixed").prompter, threads=1)
-    save_peft(place / "brief" / "reference", lora(model, seed=5))
-    with pytest.raises(ValueError, match="brief began with another untuned prompter than this"):
+    (place / "mixed" / "mixture.json").unlink()
+    with pytest.raises(ValueError, match=r"closed_form.mixture: .*mixed/mixture.json: no such"):
         run_train(config(place))
     for changes, line in (
         ({"closed_form": {"loss": "pooled", "mixture": "mixed"}}, "mixture: expected its default"),

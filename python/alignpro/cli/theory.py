@@ -167,7 +167,6 @@ def mix(
         from alignpro.train.run import run_train
 
         with Bars("loading data and models") as bars:
-            trained = run_train(
-                distill_config(output), callbacks=[TrainBar(bars)], on_progress=bars.show
-            )
+            wanted = distill_config(output, Path(options.runs[0]))
+            trained = run_train(wanted, callbacks=[TrainBar(bars)], on_progress=bars.show)
         typer.echo(f"adapter: {trained.run_dir / 'adapter'}")

@@ -77,8 +77,8 @@ class ClosedFormConfig:
     batch_size: Annotated[int, at_least(1)] = 8
     """Prompts in a step of the fit; with loss pooled."""
     mixture: str | None = None
-    """The folder that `alignpro mix` wrote: its mixture is the reward, and the prompter becomes it
-    at kl_coef 1; null is the configuration's reward.
+    """The folder of a mixture, such as `alignpro mix` writes: the mixture is the reward, and the
+    prompter becomes it at kl_coef 1; null is the configuration's reward.
 
     No target is asked. At a larger kl_coef the prompter goes less far, at a smaller one further.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,10 @@ from alignpro.models.redraw import restriction
 from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
 from alignpro.run_directory import config_of_run, is_run_dir
-from alignpro.statistics import Floats, bootstrap_mean_ci
-from alignpro.theory.mixture import maxmin_weights
+from alignpro.statistics import Floats, Interval, bootstrap_mean_ci
+from alignpro.theory.mixture import MixtureWeights, maxmin_weights
 from alignpro.train.metrics import read_metrics
-from alignpro.types import Rewrite
+from alignpro.types import Prompt, Rewrite
 
 _PROMPTS_AT_ONCE = 8  # between two words of progress
 
@@ -46,103 +46,48 @@ def run_mix(
             goals without a KL penalty. FileNotFoundError: no run, or one that is not done.
     """
     check_config(config, MixConfig)
-    runs = [_read_run(Path(run)) for run in config.runs]
-    first = runs[0]
-    for name, other in zip(config.runs[1:], runs[1:], strict=True):
-        _check_same_use(config.runs[0], first, name, other)
-    reference_folder = _same_reference(config.runs)
-    for name in () if output is None else ("adapter", "mixture.json"):
+    for name in ("adapter", "mixture.json"):
         if output is not None and (output / name).exists():
             raise FileExistsError(f"{output / name}: is there already; name another folder")
-    betas = [_kl_coef(Path(run), of) for run, of in zip(config.runs, runs, strict=True)]
-    beta = config.kl_coef if config.kl_coef is not None else sum(betas) / len(betas)
-    rows = load_prompts(config.data or first.data)[: config.num_prompts]
-    model = load_model(first.prompter, config.threads, date=first.date)
-
-    def matrices(folder: Path) -> LoraWeights:
-        return require_lora(model.load_adapter(folder), f"runs: {folder}")
-
-    experts = [matrices(Path(run) / "adapter") for run in config.runs]
-    reference = None if reference_folder is None else matrices(reference_folder)
-    pipeline = Pipeline(model, model, None, prompting=first.prompting, rewrite_params=first.rewrite)
-    prompts = [row.prompt for row in rows]
-
-    def written(name: str, adapter: LoraWeights | Mixture, number: int) -> list[list[Rewrite]]:
-        show = watch(on_progress, name, len(prompts))
-        before, groups = pipeline.with_adapter(adapter), list[list[Rewrite]]()
-        for begin in range(0, len(prompts), _PROMPTS_AT_ONCE):
-            groups += before.rewrite(
-                prompts[begin : begin + _PROMPTS_AT_ONCE],
-                num_rewrites=config.num_rewrites,
-                seed=derive_seed(config.seed, number, begin),
-            )
-            if show is not None:
-                show(len(groups))
-        return groups
-
+    given = _Given.load(config, on_progress)
+    experts, reference = given.experts, given.reference
     drawn = [
-        written(run, expert, k)
+        given.written(run, expert, k)
         for k, (run, expert) in enumerate(zip(config.runs, experts, strict=True))
     ]
     samples = [[w for group in of for w in group] for of in zip(*drawn, strict=True)]
-    temperature = first.rewrite.temperature
-    by_expert = np.stack([_logprobs(model, samples, e, temperature) for e in experts], axis=2)
-    by_reference = _logprobs(model, samples, reference, temperature)
-    proposal = np.logaddexp.reduce(by_expert, axis=2) - math.log(len(experts))
+    by_expert = np.stack([given.logprobs(samples, e) for e in experts], axis=2)
+    by_reference = given.logprobs(samples, reference)
+    importance = by_reference - (np.logaddexp.reduce(by_expert, axis=2) - math.log(len(experts)))
     ratios = by_expert - by_reference[..., None]
-    mixed = maxmin_weights(ratios, by_reference - proposal, betas=betas, beta=beta)
+    mixed = maxmin_weights(ratios, importance, betas=given.betas, beta=given.beta)
     members = _members(config.runs, experts, mixed.exponents, reference)
     mixture = Mixture(
         tuple((BASE if part is None else part, weight) for part, weight in members.values()),
         config.sampling,
         config.tries,
     )
-    token_wise = written("the mixture", replace(mixture, sampling="token"), len(experts) + 1)
+    token_wise = given.written("the mixture", replace(mixture, sampling="token"), len(experts) + 1)
     of_mixture, given_up = token_wise, None
     if config.sampling == "sequence":
-        of_mixture = written("whole rewrites", mixture, len(experts) + 2)
-        given_up = model.stats()["sequence_given_up"] / (len(prompts) * config.num_rewrites)
+        of_mixture = given.written("whole rewrites", mixture, len(experts) + 2)
+        refused = given.model.stats()["sequence_given_up"]
+        given_up = refused / (len(given.prompts) * config.num_rewrites)
     soup = soup_of(experts, list(mixed.exponents), reference)
-    of_soup = written("the mixed adapter", soup, len(experts))
-    soup_reference = _logprobs(model, of_soup, reference, temperature)
-    drawn_reference = _logprobs(model, of_mixture, reference, temperature)
-    goals = {}
-    for k, (run, expert) in enumerate(zip(config.runs, experts, strict=True)):
-        own = ratios[:, k * config.num_rewrites : (k + 1) * config.num_rewrites, k]
-        reached = _logprobs(model, of_soup, expert, temperature) - soup_reference
-        by_draws = _logprobs(model, of_mixture, expert, temperature) - drawn_reference
-        goals[run] = MixedGoal(
-            reward=str(runs[k].reward),
-            kl_coef=betas[k],
-            weight=float(mixed.weights[k]),
-            exponent=float(mixed.exponents[k]),
-            of_expert=float(betas[k] * own.mean()),
-            of_mixture=float(mixed.implicit[k]),
-            of_drawn=float(betas[k] * by_draws.mean()),
-            of_adapter=float(betas[k] * reached.mean()),
-        )
-    acceptance = expected = None
-    simplex = min(weight for _, weight in members.values()) >= 0
-    if simplex and len(prompts) > 1 and restriction(first.rewrite) is None:
-        densities = np.zeros((len(prompts), config.num_rewrites))
-        for part, weight in members.values():
-            densities += weight * _logprobs(model, token_wise, part, temperature)
-        drawn_by = [[math.fsum(w.logprobs) for w in group] for group in token_wise]
-        accepted = np.exp(np.minimum(0.0, densities - np.array(drawn_by))).mean(axis=1)
-        acceptance = bootstrap_mean_ci(accepted.tolist(), seed=config.seed)
-        logs = by_reference - proposal + ratios @ mixed.exponents
-        expected = float(np.exp(logs).mean(axis=1).mean())
+    of_soup = given.written("the mixed adapter", soup, len(experts))
+    acceptance = given.acceptance(members, token_wise)
+    logs = importance + ratios @ mixed.exponents
     report = MixReport(
-        goals=goals,
-        kl_coef=beta,
+        goals=given.goals(mixed, ratios, of_mixture, of_soup),
+        kl_coef=given.beta,
         value=mixed.value,
         kkt_gap=mixed.kkt_gap,
         kl=mixed.kl,
         effective_samples=mixed.effective_samples,
         samples=len(experts) * config.num_rewrites,
-        num_prompts=len(prompts),
+        num_prompts=len(given.prompts),
         acceptance=acceptance,
-        expected_acceptance=expected,
+        expected_acceptance=None if acceptance is None else float(np.exp(logs).mean()),
         given_up=given_up,
         config=to_mapping(config),
     )
@@ -151,6 +96,122 @@ def run_mix(
         how = {"sampling": config.sampling, "tries": config.tries, "about": to_json(report)}
         save_mixture(output, members, **how)
     return report
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The prompters of the runs, and the prompts that they are compared on."""
+
+    config: MixConfig
+    runs: list[TrainConfig]
+    betas: list[float]  # the kl_coef that each run ended with
+    beta: float  # the mixture's
+    model: NativeModel
+    pipeline: Pipeline
+    prompts: list[Prompt]
+    experts: list[LoraWeights]
+    reference: LoraWeights | None  # what all began with; None: the base
+    on_progress: OnProgress | None
+
+    @classmethod
+    def load(cls, config: MixConfig, on_progress: OnProgress | None) -> _Given:
+        """Raises as `run_mix`."""
+        runs = [_read_run(Path(run)) for run in config.runs]
+        first = runs[0]
+        for name, other in zip(config.runs[1:], runs[1:], strict=True):
+            _check_same_use(config.runs[0], first, name, other)
+        began = _same_reference(config.runs)
+        betas = [_kl_coef(Path(run), of) for run, of in zip(config.runs, runs, strict=True)]
+        rows = load_prompts(config.data or first.data)[: config.num_prompts]
+        model = load_model(first.prompter, config.threads, date=first.date)
+
+        def matrices(folder: Path) -> LoraWeights:
+            return require_lora(model.load_adapter(folder), f"runs: {folder}")
+
+        return cls(
+            config,
+            runs,
+            betas,
+            beta=sum(betas) / len(betas) if config.kl_coef is None else config.kl_coef,
+            model=model,
+            pipeline=Pipeline(
+                model, model, None, prompting=first.prompting, rewrite_params=first.rewrite
+            ),
+            prompts=[row.prompt for row in rows],
+            experts=[matrices(Path(run) / "adapter") for run in config.runs],
+            reference=None if began is None else matrices(began),
+            on_progress=on_progress,
+        )
+
+    def written(
+        self, name: str, adapter: LoraWeights | Mixture, number: int
+    ) -> list[list[Rewrite]]:
+        """Rewrites of every prompt. number: of their stream of randomness."""
+        show = watch(self.on_progress, name, len(self.prompts))
+        writing, groups = self.pipeline.with_adapter(adapter), list[list[Rewrite]]()
+        for begin in range(0, len(self.prompts), _PROMPTS_AT_ONCE):
+            groups += writing.rewrite(
+                self.prompts[begin : begin + _PROMPTS_AT_ONCE],
+                num_rewrites=self.config.num_rewrites,
+                seed=derive_seed(self.config.seed, number, begin),
+            )
+            if show is not None:
+                show(len(groups))
+        return groups
+
+    def logprobs(self, samples: Sequence[Sequence[Rewrite]], adapter: LoraWeights | None) -> Floats:
+        """[prompts, samples] nats of whole rewrites."""
+        flat = [w for group in samples for w in group]
+        read, written = [w.prompter_tokens for w in flat], [w.tokens for w in flat]
+        temperature = self.pipeline.rewrite_params.temperature
+        sums = sequence_logprobs(self.model, read, written, temperature, adapter)
+        return np.array(sums).reshape(len(samples), -1)
+
+    def goals(
+        self,
+        mixed: MixtureWeights,
+        ratios: Floats,
+        of_mixture: list[list[Rewrite]],
+        of_soup: list[list[Rewrite]],
+    ) -> dict[str, MixedGoal]:
+        """By run. ratios: [prompts, samples, prompters], each prompter's own samples together."""
+        before = [self.logprobs(written, self.reference) for written in (of_mixture, of_soup)]
+        goals = {}
+        for k, (run, expert) in enumerate(zip(self.config.runs, self.experts, strict=True)):
+            count = self.config.num_rewrites
+            by_draws, by_soup = (
+                (self.logprobs(written, expert) - reference).mean()
+                for written, reference in zip((of_mixture, of_soup), before, strict=True)
+            )
+            goals[run] = MixedGoal(
+                reward=str(self.runs[k].reward),
+                kl_coef=self.betas[k],
+                weight=float(mixed.weights[k]),
+                exponent=float(mixed.exponents[k]),
+                of_expert=float(self.betas[k] * ratios[:, k * count : (k + 1) * count, k].mean()),
+                of_mixture=float(mixed.implicit[k]),
+                of_drawn=float(self.betas[k] * by_draws),
+                of_adapter=float(self.betas[k] * by_soup),
+            )
+        return goals
+
+    def acceptance(
+        self,
+        members: Mapping[str, tuple[LoraWeights | None, float]],
+        token_wise: list[list[Rewrite]],
+    ) -> Interval | None:
+        """How often a first draw is accepted (`models.mixture`); None where no rejection is exact,
+        and of one prompt, which has no interval."""
+        exact = min(weight for _, weight in members.values()) >= 0
+        whole = restriction(self.pipeline.rewrite_params) is None
+        if not (exact and whole and len(self.prompts) > 1):
+            return None
+        densities = np.zeros((len(self.prompts), self.config.num_rewrites))
+        for part, weight in members.values():
+            densities += weight * self.logprobs(token_wise, part)
+        drawn_by = [[math.fsum(w.logprobs) for w in group] for group in token_wise]
+        accepted = np.exp(np.minimum(0.0, densities - np.array(drawn_by))).mean(axis=1)
+        return bootstrap_mean_ci(accepted.tolist(), seed=self.config.seed)
 
 
 def _members(
@@ -210,19 +271,6 @@ def soup_of(
         base_model_name=first.base_model_name,
         base_fingerprint=first.base_fingerprint,
     )
-
-
-def _logprobs(
-    model: NativeModel,
-    samples: Sequence[Sequence[Rewrite]],
-    adapter: LoraWeights | None,
-    temperature: float,
-) -> Floats:
-    """[prompts, samples] nats of whole rewrites."""
-    flat = [w for group in samples for w in group]
-    read, written = [w.prompter_tokens for w in flat], [w.tokens for w in flat]
-    sums = sequence_logprobs(model, read, written, temperature, adapter)
-    return np.array(sums).reshape(len(samples), -1)
 
 
 def _read_run(run: Path) -> TrainConfig:

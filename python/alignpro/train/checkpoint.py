@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ import torch
 
 from alignpro.config import HOW_IT_RUNS, differing
 from alignpro.files import PARTIAL, sync_folder, whole_file, write_json
+from alignpro.fingerprints import Fingerprints, check_same_inputs, write_fingerprints
 from alignpro.models.adapter import AdapterWeights, load_peft, save_peft
-from alignpro.run_directory import one_line, remove_run_files
+from alignpro.run_directory import CONFIG, one_line, remove_run_files
 
 KEPT = 2  # checkpoints kept: the newest, and one in case it is spoiled
 _STATE = "state.json"
@@ -40,6 +41,33 @@ class Checkpoint:
     optimizer: dict[str, Any]  # torch's state_dict
     adaptive: dict[str, Any]  # what a run learns beside its weights: `Adaptive`
     critic: dict[str, Any] | None = None  # the value head and its optimizer: `Critic.state_dict`
+
+
+def begin_run(
+    run_dir: Path,
+    config: Mapping[str, Any],
+    made_from: Fingerprints,
+    start: AdapterWeights | None,
+    restore: Callable[[Mapping[str, str]], int] | None,
+    *,
+    allow_changes: bool,
+) -> None:
+    """Write down what a resume needs, of a new run or of one that goes on.
+
+    start: the adapter that training begins with. restore: takes up what the directory holds, and
+    returns the steps that are done; it is told `fingerprints.same_elsewhere`. None: a new run.
+
+    Raises ValueError as `fingerprints.check_same_inputs` and ``restore``.
+    """
+    changed, step = list[str](), 0
+    if restore is not None:
+        changed, same = check_same_inputs(run_dir, made_from, allow_changes=allow_changes)
+        step = restore(same)
+    write_fingerprints(run_dir, made_from, changed=changed, step=step)
+    if start is not None:
+        save_peft(run_dir / "reference", start)
+    # Last: where it is, everything that a resume needs is there as well.
+    write_json(run_dir / CONFIG, config)
 
 
 def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:

@@ -81,13 +81,13 @@ class ClosedFormFit(TrainingRun):
         folder = self.config.closed_form.mixture
         self._mixture = None
         if folder is not None:
-            self._mixture = MixtureReward(Path(folder), self.policy.model, self.reference)
+            self._mixture = MixtureReward(Path(folder), self.policy.model)
 
     def _made_from(self, held_out: Sequence[PromptRow]) -> Fingerprints:
         mixed = {} if self._mixture is None else self._mixture.made_from
         return {**super()._made_from(held_out), **mixed}
 
-    def _restore(self, same: Mapping[str, str]) -> None:
+    def _restore(self, same: Mapping[str, str]) -> int:
         saved = read_record(self.run_dir / CONFIG)
         mine = to_mapping(self.config)
         if self.config.closed_form.rounds > 1:  # later rollouts are those of an earlier fit
@@ -95,6 +95,7 @@ class ClosedFormFit(TrainingRun):
         else:
             check_same_run(_of_the_rollouts(saved), _of_the_rollouts(mine), same)
         truncate_metrics(self.log.path, steps=0)
+        return self.step
 
     def train(
         self, callbacks: Sequence[TrainCallback] = (), on_progress: OnProgress | None = None

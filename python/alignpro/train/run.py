@@ -19,10 +19,9 @@ from alignpro.config import (
 )
 from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
 from alignpro.data.preferences import load_preferences
-from alignpro.files import write_json
 from alignpro.interrupts import interruptible, interrupts_deferred
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import AdapterWeights, save_peft
+from alignpro.models.adapter import AdapterWeights
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
 from alignpro.models.native_model import NativeModel, load_model, load_models
@@ -31,7 +30,6 @@ from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
 from alignpro.run_directory import (
     CALLS,
-    CONFIG,
     RunDirectory,
     check_run_dir,
     one_line,
@@ -40,7 +38,7 @@ from alignpro.run_directory import (
 )
 from alignpro.train.anchor import anchor_of, anchors_of
 from alignpro.train.callbacks import OnProgress, TrainCallback
-from alignpro.train.checkpoint import load_checkpoint, save_checkpoint
+from alignpro.train.checkpoint import begin_run, load_checkpoint, save_checkpoint
 from alignpro.train.closed_form import ClosedFormFit
 from alignpro.train.critic import ValueHead
 from alignpro.train.fit import Fit
@@ -139,7 +137,8 @@ def run_prefer(
     if start != "base":
         made_from["adapter that training began with"] = fingerprints.of_adapter(start)
     directory = open_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
-    return _run_fit(fit, "prefer", directory, made_from, resume, allow_changes, on_step, start)
+    began = None if start == "base" else start
+    return _run_fit(fit, "prefer", directory, made_from, resume, allow_changes, on_step, began)
 
 
 def _run_fit(
@@ -150,24 +149,24 @@ def _run_fit(
     resume: bool,
     allow_changes: bool,
     on_step: OnStep | None,
-    reference: Reference = "base",
+    reference: AdapterWeights | None = None,
 ) -> AdapterWeights:
     """Go on with what the directory holds, do the steps that are left, and write adapter/."""
     run_dir = directory.path
     log = MetricsLog(run_dir / "metrics.jsonl")
-    changed: list[str] = []
-    if resume:
-        changed, same = fingerprints.check_same_inputs(
-            run_dir, made_from, allow_changes=allow_changes
-        )
+
+    def restore(same: Mapping[str, str]) -> int:
         checkpoint = load_checkpoint(run_dir, fit.policy.model.lora_modules)
         if checkpoint is not None:
             fit.restore(checkpoint, same)
         truncate_metrics(log.path, steps=fit.step)
-    fingerprints.write_fingerprints(run_dir, made_from, changed=changed, step=fit.step)
-    if reference != "base":
-        save_peft(run_dir / "reference", reference)
-    write_json(run_dir / CONFIG, to_mapping(fit.config))
+        return fit.step
+
+    begin_run(
+        *(run_dir, to_mapping(fit.config), made_from, reference),
+        restore if resume else None,
+        allow_changes=allow_changes,
+    )
     with interruptible(), directory:
         _do_steps(fit, command, directory, log, on_step)
         assert isinstance(fit.config, (SftConfig, PreferConfig))

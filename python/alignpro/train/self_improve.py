@@ -31,7 +31,7 @@ from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.files import write_file, write_json
 from alignpro.interrupts import interruptible
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import LoraWeights, require_lora, save_peft
+from alignpro.models.adapter import LoraWeights, require_lora
 from alignpro.models.answer_scores import TargetScorer
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
@@ -54,7 +54,7 @@ from alignpro.run_directory import (
 )
 from alignpro.theory.self_reward import calibrator_decides, effective_beta, sharpening
 from alignpro.train.callbacks import OnProgress
-from alignpro.train.checkpoint import MAY_CHANGE, check_same_run
+from alignpro.train.checkpoint import MAY_CHANGE, begin_run, check_same_run
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy, Reference, save_trained
 from alignpro.train.run import OnStep, run_prefer, starting_weights
@@ -142,20 +142,19 @@ def run_self_improve(
     first = starting_weights(config, prompter, run_dir if resume else None)
     start = None if first is None else require_lora(first, f"{config.policy}.adapter")
     improvement = SelfImprovement(config, prompter, target, calibrator, rows, measured, start)
-    made_from = improvement.made_from()
     directory = open_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
-    changed: list[str] = []
-    if resume:
-        changed, same = fingerprints.check_same_inputs(
-            run_dir, made_from, allow_changes=allow_changes
-        )
+
+    def restore(same: Mapping[str, str]) -> int:
         free = (MAY_CHANGE - {"steps", "checkpoint_every"}) | {"iterations"}
         check_same_run(read_record(run_dir / CONFIG), to_mapping(config), same, free=free)
+        return 0
+
+    begin_run(
+        *(run_dir, to_mapping(config), improvement.made_from(), start),
+        restore if resume else None,
+        allow_changes=allow_changes,
+    )
     with interruptible(), directory:
-        fingerprints.write_fingerprints(run_dir, made_from, changed=changed)
-        if start is not None:
-            save_peft(run_dir / "reference", start)
-        write_json(run_dir / CONFIG, to_mapping(config))
         return improvement.run(
             directory,
             allow_changes=allow_changes,

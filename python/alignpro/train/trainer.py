@@ -13,10 +13,9 @@ import torch
 from alignpro import fingerprints
 from alignpro.config import TrainConfig, check_config, from_mapping, to_mapping
 from alignpro.data.load import PromptRow, stack_columns
-from alignpro.files import write_json
 from alignpro.interrupts import interruptible, interrupts_deferred
 from alignpro.lengths import fit_rows, unread_by
-from alignpro.models.adapter import AdapterWeights, save_peft
+from alignpro.models.adapter import AdapterWeights
 from alignpro.models.http_client import BudgetError, EndpointError
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.language_model import LanguageModel
@@ -36,6 +35,7 @@ from alignpro.train.adaptive import Adaptive
 from alignpro.train.callbacks import OnProgress, TrainCallback, Watchers
 from alignpro.train.checkpoint import (
     Checkpoint,
+    begin_run,
     check_same_run,
     load_checkpoint,
     save_checkpoint,
@@ -131,24 +131,19 @@ class TrainingRun:
             self.directory = open_run_dir(wanted, resume=resume, overwrite=overwrite)
         self.run_dir = self.directory.path
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
-        made_from, changed = self._made_from(held_out), list[str]()
-        if resume:
-            changed, same = fingerprints.check_same_inputs(
-                self.run_dir, made_from, allow_changes=allow_changes
-            )
-            self._restore(same)
-        fingerprints.write_fingerprints(self.run_dir, made_from, changed=changed, step=self.step)
-        if isinstance(reference, AdapterWeights):
-            save_peft(self.run_dir / "reference", reference)
-        # Last: where it is, everything that a resume needs is there as well.
-        write_json(self.run_dir / CONFIG, to_mapping(config))
+        begin_run(
+            *(self.run_dir, to_mapping(config), self._made_from(held_out)),
+            reference if isinstance(reference, AdapterWeights) else None,
+            self._restore if resume else None,
+            allow_changes=allow_changes,
+        )
 
     def _begin(self, value_head: torch.nn.Module | None) -> None:
         """Check and make what this way to train needs, before the directory is touched."""
         raise NotImplementedError
 
-    def _restore(self, same: Mapping[str, str]) -> None:
-        """Go on with what the directory holds. same: as of `check_same_run`."""
+    def _restore(self, same: Mapping[str, str]) -> int:
+        """Go on with what the directory holds, as `begin_run` asks for it."""
         raise NotImplementedError
 
     def _made_from(self, held_out: Sequence[PromptRow]) -> fingerprints.Fingerprints:
@@ -376,7 +371,7 @@ class Trainer(TrainingRun):
             self._saved = self.step
         watchers.on_checkpoint(path, self.step, after)
 
-    def _restore(self, same: Mapping[str, str]) -> None:
+    def _restore(self, same: Mapping[str, str]) -> int:
         """Go back to the last checkpoint; without one, to the start."""
         checkpoint = load_checkpoint(self.run_dir, self.policy.model.lora_modules)
         if checkpoint is not None:
@@ -388,6 +383,7 @@ class Trainer(TrainingRun):
         truncate_metrics(self.log.path, steps=self.step)
         if self.held_out is not None and self.log.path.exists():
             self.held_out.restore(read_metrics(self.log.path))
+        return self.step
 
 
 def _steered_kl(metrics: Mapping[str, float]) -> float:
