@@ -41,7 +41,7 @@ std::vector<float> random_rows(const ModelConfig& config, int64_t m, uint32_t se
 // The embeddings of these tokens, one behind the other.
 std::vector<float> embeddings(const ModelConfig& config, const Ids& tokens) {
   const RandomCheckpoint checkpoint(config);
-  const auto table = config.tied_head ? checkpoint.head_rows() : checkpoint.embedding_rows();
+  const auto table = checkpoint.embedding_rows();
   std::vector<float> rows;
   for (const int32_t token : tokens) {
     const auto* from = reinterpret_cast<const float*>(table[static_cast<size_t>(token)].data);
