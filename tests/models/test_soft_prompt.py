@@ -181,6 +181,8 @@ def test_where_rows_stand(tiny: NativeModel) -> None:
     assert target_tokens(tokenizer, "a", rows) == target_tokens(
         tokenizer, Conversation.of([{"role": "user", "content": "a"}]), rows
     )
+    with pytest.raises(ValueError, match="place: expected start or instruction, got 'end'"):
+        soft(tiny, place="end")
     with pytest.raises(ValueError, match="expected a turn of the user"):
         chat_tokens(tokenizer, [{"role": "assistant", "content": "hi"}], rows)
 
