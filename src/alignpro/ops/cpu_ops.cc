@@ -1,6 +1,6 @@
 // The ops on a thread pool, in float32: each call is done when it returns, and leaves a span in the
-// trace. Weights are packed, attention is planned once a batch. Long because all of Ops is here, most
-// of it a call of the op.
+// trace. Weights are packed, attention is planned once a batch. Long because all of Ops is here,
+// most of it a call of the op.
 
 #include "alignpro/ops/cpu_ops.h"
 
