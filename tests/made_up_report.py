@@ -66,7 +66,7 @@ def evaluation(arms: dict[str, ArmResult], **fields: Any) -> Evaluation:
 
 def full_report() -> dict[str, Any]:
     """Every part of the contract; the static instruction wins."""
-    values = (0.521, 0.702, 0.655, 0.492, 0.665, 0.721, 0.688, 0.741)
+    values = (0.521, 0.702, 0.655, 0.492, 0.665, 0.721, 0.688, 0.73, 0.741)
     means = dict(zip(ARMS, values, strict=True))
     arms: dict[str, Any] = {}
     for index, (key, mean) in enumerate(means.items()):
@@ -83,7 +83,7 @@ def full_report() -> dict[str, Any]:
             "copy_rate": 0.04 * index,
             "truncated_responses": 0.02 * index,
         }
-        if key not in ("raw", "tuned"):
+        if key not in ("raw", "soft", "tuned"):
             arms[key] |= {"common_rewrite": 0.11 * index, "leaked_answers": 0.01 * index}
     arms["static"]["instruction"] = "Answer warmly, in two sentences. " + HOSTILE
     paired = {
@@ -104,6 +104,11 @@ def full_report() -> dict[str, Any]:
         "paired": paired,
         "kl_per_rewrite": 1.97,
         "kl_per_token": 0.17,
+        "soft_differences": {
+            f"soft_minus_{key}": {"mean": means["soft"] - mean, "ci95": [-0.03, 0.24]}
+            for key, mean in means.items()
+            if key != "soft"
+        },
         "gap_closed": {
             "share": 0.695,
             "ci95": [0.52, 0.88],
@@ -255,7 +260,7 @@ def samples() -> list[dict[str, Any]]:
     for text in (HOSTILE, *NASTY):
         row: dict[str, Any] = {"prompt": f"How do bees find home? {text}"}
         for index, key in enumerate(ARMS):
-            if key not in ("raw", "tuned"):
+            if key not in ("raw", "soft", "tuned"):
                 row[f"rewrite_{key}"] = f"Be kind. {text}"
             row[f"response_{key}"] = "By landmarks, the sun and scent. " * (2 + index) + text
             row[f"reward_{key}"] = 0.1 * index

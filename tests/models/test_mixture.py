@@ -477,7 +477,7 @@ def test_what_takes_no_mixture_says_so(tiny, members, folder, tmp_path):
             read()
     with pytest.raises(ValueError, match="adapter: expected LoraWeights, got Mixture"):
         LoraPolicy(tiny, mixture)
-    with pytest.raises(ValueError, match="adapter: expected LoraWeights, got Mixture"):
+    with pytest.raises(ValueError, match="adapter: expected LoraWeights or a SoftPrompt, got Mix"):
         save_prompter(
             tmp_path / "no", mixture, tiny.tokenizer, Pipeline(tiny, None, None).prompting, SHORT
         )

@@ -181,6 +181,8 @@ def test_where_rows_stand(tiny: NativeModel) -> None:
     assert target_tokens(tokenizer, "a", rows) == target_tokens(
         tokenizer, Conversation.of([{"role": "user", "content": "a"}]), rows
     )
+    with pytest.raises(ValueError, match="place: expected start or instruction, got 'end'"):
+        soft(tiny, place="end")
     with pytest.raises(ValueError, match="expected a turn of the user"):
         chat_tokens(tokenizer, [{"role": "assistant", "content": "hi"}], rows)
 
@@ -276,3 +278,14 @@ def test_soft_prompts_that_read_alike_are_mixed(tiny: NativeModel, tmp_path: Pat
     for unlike in (lora(tiny), "base", soft(tiny, count=2), soft(tiny, place="instruction")):
         with pytest.raises(ValueError, match="mixture: expected members that read the same tokens"):
             tiny.prepare(Mixture(((one, 0.5), (unlike, 0.5))))
+
+
+def test_peft_leaves_out_a_place_that_it_does_not_know(tiny: NativeModel, tmp_path: Path) -> None:
+    from peft import PeftConfig
+
+    save_peft(tmp_path, soft(tiny, place="instruction", separator="\n"))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['place', 'separator'\]"):
+        config = PeftConfig.from_pretrained(tmp_path)
+    assert (config.peft_type, config.num_virtual_tokens) == ("PROMPT_TUNING", 3)
+    save_peft(tmp_path, soft(tiny))
+    PeftConfig.from_pretrained(tmp_path)

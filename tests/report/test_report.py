@@ -168,7 +168,7 @@ def test_arms_table_in_the_order_of_reading():
         assert cell in rows[2]
 
 
-def test_eight_arms_by_their_names():
+def test_nine_arms_by_their_names():
     grid = arms_grid(FULL.evaluation)
     assert [row[0] for row in grid.rows] == [
         "raw prompt",
@@ -178,6 +178,7 @@ def test_eight_arms_by_their_names():
         "trained prompter",
         "labelled rule",
         "resampled optimum",
+        "soft prompt",
         "tuned target",
     ]
     assert grid.strong == 4
@@ -376,9 +377,9 @@ def test_the_page_is_self_contained(full_page):
 def test_untrusted_text_is_escaped_everywhere(full_page):
     html, parsed = full_page
     assert "<script" not in html and "\x1b" not in html
-    # In a sample: the prompt, six rewrites, eight responses. Beside it: two requirements, the
+    # In a sample: the prompt, six rewrites, nine responses. Beside it: two requirements, the
     # instruction, the judge, the configuration.
-    assert html.count("&lt;script&gt;") == 15 + 5 == parsed.text.count("alert('x')")
+    assert html.count("&lt;script&gt;") == 16 + 5 == parsed.text.count("alert('x')")
     assert [tag for tag, _ in parsed.tags].count("style") == 1 + len(re.findall("<svg", html))
     assert "{{ 7*7 }}" in parsed.text
     assert "&lt;b&gt;" in parsed.text  # text that was escaped already stays as it was
@@ -425,7 +426,7 @@ def test_the_full_page_says_what_was_measured(full_page):
         "-1.000 to 1.200, observed",
         "questions 384 of them replayed 0 without a verdict 2",
         "generated in training 160,000 tokens",
-        "tuned target reward 0.700 response",
+        "tuned target reward 0.800 response",
     ):
         assert value in parsed.line
 

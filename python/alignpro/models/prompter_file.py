@@ -8,7 +8,8 @@ from pathlib import Path
 
 from alignpro.config import Prompting
 from alignpro.files import write_json
-from alignpro.models.adapter import AdapterWeights, LoraWeights, save_peft
+from alignpro.models.adapter import AdapterWeights, save_peft
+from alignpro.models.soft_prompt import SoftPrompt
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.types import SamplingParams
 
@@ -29,7 +30,7 @@ def save_prompter(
     changes the text of a turn, or the target has a template of its own, and for a soft prompt,
     there is no such file, and a warning. Raises as `save_peft`."""
     try:
-        if not isinstance(weights, LoraWeights):
+        if isinstance(weights, SoftPrompt):
             raise ValueError("it reads LoRA adapters, and this one is a soft prompt")
         if prompting.target_template != "{prompt}":
             raise ValueError("its target reads prompts in a target_template")

@@ -41,11 +41,19 @@ class SoftRows:
     ``start``: before everything, the beginning-of-sequence token included, as PEFT has it.
     ``instruction``: at the end of the last user turn, behind ``separator``, where an instruction
     stands that is appended to a prompt.
+
+    Raises:
+        ValueError: another place.
     """
 
     count: int
     place: Place = "start"
     separator: str = ""
+
+    def __post_init__(self) -> None:
+        if self.place not in get_args(Place):
+            expected = " or ".join(get_args(Place))
+            raise ValueError(f"place: expected {expected}, got {self.place!r}")
 
     @property
     def ids(self) -> list[int]:
@@ -57,6 +65,9 @@ class SoftPrompt:
     """m rows among the embedded tokens.
 
     Compared by identity, and not to be edited once a model has seen it: the engine keeps its copy.
+
+    Raises:
+        ValueError: a place that there is not.
     """
 
     rows: Matrix  # [m, hidden]
@@ -65,9 +76,13 @@ class SoftPrompt:
     base_model_name: str = ""
     base_fingerprint: str = ""  # as of `LoraWeights`
 
+    def __post_init__(self) -> None:
+        _ = self.placed
+
     @property
     def placed(self) -> SoftRows:
-        return SoftRows(len(self.rows), self.place, self.separator)
+        separator = "" if self.place == "start" else self.separator
+        return SoftRows(len(self.rows), self.place, separator)
 
 
 def chat_tokens(tokenizer: Tokenizer, messages: Chat, rows: SoftRows | None = None) -> list[int]:
@@ -148,12 +163,12 @@ def _placed(path: Path, config: Mapping[str, Any]) -> SoftRows:
     if config.get("num_transformer_submodules") not in (None, 1):
         got = config["num_transformer_submodules"]
         raise ValueError(f"{path}: num_transformer_submodules: expected 1, got {got!r}")
-    if place not in get_args(Place):
-        expected = " or ".join(get_args(Place))
-        raise ValueError(f"{path}: place: expected {expected}, got {place!r}")
     if not isinstance(separator, str):
         raise ValueError(f"{path}: separator: expected text, got {separator!r}")
-    return SoftRows(count, place, separator)
+    try:
+        return SoftRows(count, place, separator)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def soft_prompt_files(weights: SoftPrompt) -> tuple[dict[str, Any], dict[str, Matrix]]:

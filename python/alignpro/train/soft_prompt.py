@@ -64,7 +64,7 @@ def initial_soft_prompt(
     return SoftPrompt(
         rows=initial_rows(model, config, seed=seed),
         place=config.place,
-        separator=separator if config.place == "instruction" else "",
+        separator=separator,
         base_model_name=model.published_name,
         base_fingerprint=model.fingerprint,
     )
