@@ -12,7 +12,6 @@
 
 #include <doctest/doctest.h>
 #include "alignpro/core/cgroup.h"
-#include "alignpro/core/cpu_isa.h"
 #include "alignpro/core/error.h"
 #include "alignpro/core/parallel.h"
 #include "alignpro/core/rng.h"
@@ -186,24 +185,6 @@ TEST_CASE("cgroup texts are parsed") {
   CHECK(!cgroup::value_of("a 1\n", "b").has_value());
   CHECK(cgroup::available_memory() > 0);
   CHECK(available_cpus() >= 1);
-}
-
-TEST_CASE("isa is chosen or refused") {
-  CHECK_EQ(choose_cpu_isa("generic"), CpuIsa::kGeneric);
-  CHECK_THROWS_WITH_AS((void)(choose_cpu_isa("sse9")), doctest::Contains("sse9"), InvalidArgument);
-  const auto compiled = compiled_isas();
-  CpuIsa best = CpuIsa::kGeneric;
-  for (const CpuIsa isa : {CpuIsa::kNeon, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
-    const bool has = std::find(compiled.begin(), compiled.end(), isa) != compiled.end();
-    if (has && machine_supports(isa)) {
-      best = isa;
-      CHECK_EQ(choose_cpu_isa(cpu_isa_name(isa)), isa);
-    } else {
-      CHECK_THROWS_WITH_AS((void)(choose_cpu_isa(cpu_isa_name(isa))),
-                           doctest::Contains(std::string(cpu_isa_name(isa)).c_str()), Unavailable);
-    }
-  }
-  CHECK_EQ(choose_cpu_isa(""), best);
 }
 
 }  // namespace

@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <cmath>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
 #include <doctest/doctest.h>
 #include "alignpro/core/cpu_isa.h"
+#include "alignpro/core/error.h"
 #include "alignpro/ops/cpu/kernels.h"
 #include "alignpro/ops/cpu/panel_layout.h"
 #include "alignpro/ops/quantized_panel.h"
@@ -48,6 +50,24 @@ void both_rows(const Floats& row, size_t more, const Run& run) {
 }
 
 }  // namespace
+
+TEST_CASE("isa is chosen or refused") {
+  CHECK_EQ(choose_cpu_isa("generic"), CpuIsa::kGeneric);
+  CHECK_THROWS_WITH_AS((void)(choose_cpu_isa("sse9")), doctest::Contains("sse9"), InvalidArgument);
+  const auto compiled = compiled_isas();
+  CpuIsa best = CpuIsa::kGeneric;
+  for (const CpuIsa isa : {CpuIsa::kNeon, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+    const bool has = std::find(compiled.begin(), compiled.end(), isa) != compiled.end();
+    if (has && machine_supports(isa)) {
+      best = isa;
+      CHECK_EQ(choose_cpu_isa(cpu_isa_name(isa)), isa);
+    } else {
+      CHECK_THROWS_WITH_AS((void)(choose_cpu_isa(cpu_isa_name(isa))),
+                           doctest::Contains(std::string(cpu_isa_name(isa)).c_str()), Unavailable);
+    }
+  }
+  CHECK_EQ(choose_cpu_isa(""), best);
+}
 
 TEST_CASE("products agree to the bit") {
   if (!has_both()) return;

@@ -64,8 +64,8 @@ ALIGNPRO_INLINE Wide fma(Wide a, Wide b, Wide c) {
 #elif defined(ALIGNPRO_NEON)
   return vfmaq_f32(c, a, b);
 #elif defined(__ARM_FEATURE_FMA)
-  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
+  return Wide{__builtin_fmaf(a[0], b[0], c[0]), __builtin_fmaf(a[1], b[1], c[1]),
+              __builtin_fmaf(a[2], b[2], c[2]), __builtin_fmaf(a[3], b[3], c[3])};
 #else
   return a * b + c;
 #endif
