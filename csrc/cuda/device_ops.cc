@@ -186,10 +186,8 @@ class CudaOps final : public ops::Ops {
   }
   void soft_rows_backward(const ops::Plan& plan, const Matrix& d_out,
                           const Matrix& d_soft) override {
-    const CudaPlan& p = of(plan);
-    clear(d_soft.data, d_soft.rows * d_soft.ld * block_bytes(d_soft.dtype));
-    embedding_backward(d_out, p.tables.soft_begins, p.tables.soft_places,
-                       rows_of(d_soft, 0, p.soft_rows()), stream());
+    embedding_backward(d_out, of(plan).tables.soft_begins, of(plan).tables.soft_places, d_soft,
+                       stream());
   }
   // The stream is a table too, its rows chosen as an embedding's are.
   void output_rows(const ops::Plan& plan, const Matrix& x, const Matrix& out) override {

@@ -16,18 +16,19 @@ int64_t power_of_two(int64_t at_least) {
   return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(at_least)));
 }
 
-// The places of each key in [0, keys), ascending, key after key; of other keys, none.
+// The places of each key in [0, keys), ascending, key after key; not those of others.
 void group(std::span<const int32_t> key_of, int64_t keys, std::vector<int32_t>& begins,
            std::vector<int32_t>& places) {
   begins.assign(static_cast<size_t>(keys) + 1, 0);
+  const auto counts = [&](int32_t key) { return key >= 0 && key < keys; };
   for (const int32_t key : key_of) {
-    if (key >= 0) ++begins[static_cast<size_t>(key) + 1];
+    if (counts(key)) ++begins[static_cast<size_t>(key) + 1];
   }
   std::partial_sum(begins.begin(), begins.end(), begins.begin());
   std::vector<int32_t> next(begins.begin(), begins.end() - 1);
   places.resize(static_cast<size_t>(begins.back()));
   for (size_t place = 0; place < key_of.size(); ++place) {
-    if (key_of[place] < 0) continue;
+    if (!counts(key_of[place])) continue;
     places[static_cast<size_t>(next[static_cast<size_t>(key_of[place])]++)] =
         static_cast<int32_t>(place);
   }
@@ -104,7 +105,7 @@ void CudaPlan::prepare(const ops::PlanRequest& request) {
        {&child_begins_, &children_, &output_begins_, &row_outputs_, &soft_begins_, &soft_places_}) {
     values->clear();
   }
-  if (is_score) prepare_score(request.segment_rows);
+  if (is_score) prepare_score(request);
 }
 
 // Sequences of one row attend by attention_decode, which leaves nothing for a backward; a score's
@@ -139,7 +140,8 @@ void CudaPlan::prepare_attention(bool is_score) {
   table_ld = is_score ? most_blocks : kTableStep * (decodes_ ? power_of_two(steps) : steps);
 }
 
-void CudaPlan::prepare_score(std::span<const ops::SegmentRows> paths) {
+void CudaPlan::prepare_score(const ops::PlanRequest& request) {
+  const std::span<const ops::SegmentRows> paths = request.segment_rows;
   // Segments come with what continues them behind each, so a segment's children follow it.
   for (size_t s = 0; s < paths.size(); ++s) {
     const ops::Segment& segment = all_segments_[s];
@@ -154,9 +156,10 @@ void CudaPlan::prepare_score(std::span<const ops::SegmentRows> paths) {
   }
   child_begins_.push_back(static_cast<int32_t>(children_.size()));
   group(output_rows_, static_cast<int64_t>(tokens_.size()), output_begins_, row_outputs_);
-  std::vector<int32_t> named;  // by row; -1: a token
-  for (const int32_t token : tokens_) named.push_back(token < 0 ? -1 - token : -1);
-  group(named, 1 + *std::ranges::max_element(named), soft_begins_, soft_places_);
+  if (request.soft_rows == 0) return;
+  std::vector<int32_t> named;  // by row; below 0: a token
+  for (const int32_t token : tokens_) named.push_back(-1 - token);
+  group(named, request.soft_rows, soft_begins_, soft_places_);
 }
 
 // fn(values, where they lie in the tables), of all but the block table.

@@ -52,8 +52,6 @@ class CudaPlan final : public ops::Plan {
 
   int64_t copies() const { return static_cast<int64_t>(copies_.size()); }
   int64_t segments() const { return static_cast<int64_t>(segments_.size()); }
-  // Of a score: soft rows up to the last that a token names.
-  int64_t soft_rows() const { return static_cast<int64_t>(soft_begins_.size()) - 1; }
 
   const CudaRope& rope;
   Tables tables = {};
@@ -76,7 +74,7 @@ class CudaPlan final : public ops::Plan {
 
   bool pad_decode_step(const ops::PlanRequest& request);
   void prepare_attention(bool is_score);
-  void prepare_score(std::span<const ops::SegmentRows> paths);
+  void prepare_score(const ops::PlanRequest& request);
   template <typename Fn>
   void for_tables(Tables& tables, const Fn& fn) const;
   Tables cut(void* base) const;

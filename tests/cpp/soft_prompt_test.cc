@@ -217,8 +217,6 @@ TEST_CASE("rows that are not there are refused in one line") {
     const auto lora = LoraStore(config, 1, 6, false).adapter(config);
     const auto refuse = [&](ScoreRequest request, const char* text) {
       CHECK_THROWS_WITH_AS((void)(Score(model, request)), doctest::Contains(text), InvalidArgument);
-      CHECK_THROWS_WITH_AS((void)(Score::bytes(*model, request)), doctest::Contains(text),
-                           InvalidArgument);
     };
     ScoreRequest request;
     request.sequences = {{1, -1, 2}, {-3, 1, 2}};
@@ -234,6 +232,8 @@ TEST_CASE("rows that are not there are refused in one line") {
     CHECK_EQ(Score(model, request).logprob().size(), 2);
     request.starts[0] = 1;
     refuse(request, "sequence 0, index 1: id -1 is below 0: soft rows are read and not scored");
+    CHECK_THROWS_WITH_AS((void)(Score::bytes(*model, request)), doctest::Contains("is below 0"),
+                         InvalidArgument);
     request.sequences[0] = {1, 2, INT32_MIN};
     request.starts[0] = 3;
     request.sequences[0].push_back(5);
@@ -244,6 +244,7 @@ TEST_CASE("rows that are not there are refused in one line") {
     refuse(request,
            "sequence 0, index 1 under the reference: id -1 names row 0 of a soft prompt, "
            "and there is no adapter");
+    CHECK(Score::bytes(*model, request) > 0);
     // Of given states nobody reads the rows.
     request.reference_hidden.resize(2 * static_cast<size_t>(config.hidden_size), 0.5f);
     CHECK_EQ(Score(model, request).kl().size(), 2);

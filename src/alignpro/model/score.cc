@@ -17,19 +17,6 @@ using ops::Matrix;
 // Inputs scored in one pass when nothing is kept: bounds the buffers, changes no bit.
 constexpr int64_t kGroupTokens = 2048;
 
-// Whoever reads the sequence must have the row that it names at `index`.
-void require_soft_row(const ScoreRequest& request, size_t s, size_t index) {
-  const int32_t id = request.sequences[s][index];
-  const std::string where = cat("score: sequence ", s, ", index ", index);
-  require(static_cast<int64_t>(index) < request.starts[s], where, ": id ", id,
-          " is below 0: soft rows are read and not scored, and scored is all from ",
-          request.starts[s], " on");
-  if (request.given_hidden.empty()) Adapter::require_row(request.adapter.get(), id, where);
-  if (request.runs_reference()) {
-    Adapter::require_row(request.reference.get(), id, where + " under the reference");
-  }
-}
-
 void require_scorable(const ScoreRequest& request, const Model& model) {
   const ModelConfig& config = model.config();
   const int64_t context_length = model.context_length();
@@ -56,7 +43,27 @@ void require_scorable(const ScoreRequest& request, const Model& model) {
     for (size_t i = 0; i < sequence.size(); ++i) {
       require(sequence[i] < config.vocab_size, "score: sequence ", s, " holds token ", sequence[i],
               ", the vocabulary has ", config.vocab_size);
-      if (sequence[i] < 0) require_soft_row(request, s, i);
+      if (sequence[i] >= 0) continue;
+      const std::string where = cat("score: sequence ", s, ", index ", i);
+      require(static_cast<int64_t>(i) < request.starts[s], where, ": id ", sequence[i],
+              " is below 0: soft rows are read and not scored, and scored is all from ",
+              request.starts[s], " on");
+      if (request.given_hidden.empty()) {
+        Adapter::require_row(request.adapter.get(), sequence[i], where);
+      }
+    }
+  }
+}
+
+// What a reference that reads the sequences must have; what it has changes no size.
+void require_rows_of_reference(const ScoreRequest& request) {
+  if (!request.runs_reference()) return;
+  for (size_t s = 0; s < request.sequences.size(); ++s) {
+    const auto& sequence = request.sequences[s];
+    for (size_t i = 0; i < sequence.size(); ++i) {
+      if (sequence[i] >= 0) continue;
+      Adapter::require_row(request.reference.get(), sequence[i],
+                           cat("score: sequence ", s, ", index ", i, " under the reference"));
     }
   }
 }
@@ -370,6 +377,7 @@ void Score::Pass::unpack(const ScoreMemory::Backward& m, const std::byte* host,
 Score::Score(std::shared_ptr<const Model> model, ScoreRequest request)
     : model_(std::move(model)), request_(std::move(request)), has_graph_(request_.keep_graph) {
   require_scorable(request_, *model_);
+  require_rows_of_reference(request_);
   if (request_.keep_graph) model_->device().require_gradients();
   const ops::Device::Scope scope(model_->device());
   int64_t total = 0;

@@ -87,7 +87,7 @@ class Score {
   // 2 w R H, and the larger of 4 V H and w R (H + 4 I + q + qkv, + F when recomputed) with 4 bytes
   // for each number of the adapter. On the CPU P V H more are kept for the backward, and the hidden
   // states, where asked for, count twice: here, and in a copy for the caller. Throws as the
-  // constructor does.
+  // constructor does, but for rows that the reference lacks: no size depends on them.
   static int64_t bytes(const Model& model, const ScoreRequest& request);
 
   // The same of weights that may be planned alone, under an adapter that may be, too. `buffers` are

@@ -21,7 +21,9 @@ std::vector<std::span<const int32_t>> sequences_of(const ScoreRequest& request,
 }  // namespace
 
 ScoreTree::ScoreTree(const ScoreRequest& request, std::span<const int64_t> members)
-    : tree_(sequences_of(request, members)) {
+    : tree_(sequences_of(request, members)),
+      soft_rows_(request.keep_graph && request.adapter != nullptr ? request.adapter->num_rows()
+                                                                  : 0) {
   for (size_t m = 0; m < members.size(); ++m) {
     const auto& sequence = request.sequences[static_cast<size_t>(members[m])];
     const auto size = static_cast<int64_t>(sequence.size());
@@ -40,7 +42,8 @@ ops::PlanRequest ScoreTree::plan_request() const {
           .kv_writes = batch.kv_writes,
           .output_rows = value_rows_,
           .targets = targets_,
-          .segment_rows = tree_.segment_rows()};
+          .segment_rows = tree_.segment_rows(),
+          .soft_rows = soft_rows_};
 }
 
 ScoreMemory::ScoreMemory(const Weights& weights, const ops::Device& device, const ops::Ops& ops,

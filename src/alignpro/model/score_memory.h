@@ -50,6 +50,7 @@ class ScoreTree {
 
  private:
   const PrefixTree tree_;
+  const int64_t soft_rows_;  // that have gradients
   std::vector<int32_t> value_rows_, targets_;
 };
 

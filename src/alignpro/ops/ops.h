@@ -89,6 +89,7 @@ struct PlanRequest {
   // Of a score: the tokens predicted there, and for attention_backward who sees whose keys.
   std::span<const int32_t> targets = {};
   std::span<const SegmentRows> segment_rows = {};
+  int64_t soft_rows = 0;  // for soft_rows_backward: how many there are
 };
 
 // A batch as a device's ops read it: angles, who attends to what, where keys and values go.
@@ -167,8 +168,8 @@ class Ops {
   // out [rows, cols] = rows of the table, by the plan's tokens; where they are below 0, nothing
   // that may be read before soft_rows has been there.
   virtual void embedding(const Plan& plan, const Weight& table, const Matrix& out) = 0;
-  // Fills out's rows of `at` whose token is -1 - r with row r. d_soft [m, cols], float32, is
-  // overwritten by the sums of d_out's rows that name each row, in their order.
+  // Fills out's rows of `at` whose token is -1 - r with row r. d_soft [the plan's soft_rows, cols],
+  // float32, is overwritten by the sums of d_out's rows that name each row, in their order.
   virtual void soft_rows(const Plan& plan, const SoftRows& soft, RowRange at,
                          const Matrix& out) = 0;
   virtual void soft_rows_backward(const Plan& plan, const Matrix& d_out, const Matrix& d_soft) = 0;
