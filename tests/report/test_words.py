@@ -151,8 +151,10 @@ def test_the_gaps_closed_in_words():
         "The soft prompt, a fixed prompt that need not be words, has +0.300 (+0.200 to +0.400) "
         "against the raw prompt and +0.300 (+0.200 to +0.400) against the static instruction."
     )
-    (said,) = gap_sentences(evaluation({}, soft_differences={"soft_minus_tuned": gap}))
-    assert said.endswith("beyond it came from other weights, not from a prompt.")
+    for low, high, told in ((-0.4, -0.2, True), (-0.4, 0.1, False), (0.2, 0.4, False)):
+        tuned = {"soft_minus_tuned": Interval((low + high) / 2, low, high)}
+        (said,) = gap_sentences(evaluation({}, soft_differences=tuned))
+        assert said.endswith("came from other weights, not from a prompt.") == told
 
 
 def test_what_was_required_in_words():

@@ -221,7 +221,8 @@ def _soft_sentence(differences: Mapping[str, Interval]) -> str:
         if (difference := differences.get(f"soft_minus_{key}")) is not None
     ]
     says = f"The soft prompt, a fixed prompt that need not be words, has {_listed(parts)}."
-    if "soft_minus_tuned" in differences:
+    behind = differences.get("soft_minus_tuned")
+    if behind is not None and tone(behind.ci95) == "worse":
         says += " What the tuned target has beyond it came from other weights, not from a prompt."
     return says
 
