@@ -190,10 +190,8 @@ class Policy(torch.nn.Module):
         """Bytes that `score` and its backward hold at most, beside weights and gradients."""
         # The shapes alone count, so an adapter of older numbers does as well.
         adapter = self._in_engine[1] if self._in_engine is not None else self.core_adapter()
-        # Of tokens it counts only which are alike, and so rows may go by tokens' ids: the engine is
-        # not given the reference here, which has them, too.
         return self._core.score_bytes(
-            [[token if token >= 0 else -1 - token for token in s] for s in sequences],
+            [list(s) for s in sequences],
             list(starts),
             adapter=adapter,
             with_reference=with_reference,
