@@ -218,7 +218,7 @@ def test_no_new_tokens(tiny: NativeModel) -> None:
         (["hi", []], "prompt 1: .*at least one token"),
         (["hi", ""], "prompt 1: expected text, got none"),
         (["hi", [1, 111]], r"prompt 1: .*111 at index 1"),
-        (["hi", [1, -1]], "prompt 1: .*-1 at index 1"),
+        (["hi", [1, -1]], "prompt 1: .*index 1: id -1 names row 0 .* no adapter"),
         (["hi", [1, "a"]], "prompt 1: .*'a' at index 1"),
         (["hi", [1, 2**40]], "prompt 1: "),
         (["hi", [1.0]], "prompt 1: "),
