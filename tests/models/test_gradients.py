@@ -255,11 +255,14 @@ def errors(gradients: Gradients, truth: Gradients) -> dict[str, float]:
 def over_budget(
     bench: Bench, cases: list[Case], computed: list[Case] | None = None
 ) -> dict[str, tuple[float, float]]:
-    """Matrices further from the truth than twice torch's float32: (error, torch's), over cases.
+    """Matrices further from the truth than twice torch's float32: medians of (error, torch's).
+
+    Not a mean: where half a rounding of the matrices moves the true gradient by 1e-5, as in one
+    draw of smollm3, the errors are luck, and that draw's would be those of all.
 
     ``computed``: what the engine is given instead, to see that it would be noticed.
     """
-    squares: dict[str, np.ndarray] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for case, given in zip(cases, computed or cases, strict=True):
         gradients = engine_gradients(bench.two, given)
         assert list(gradients) == list(case.weights.matrices)
@@ -267,9 +270,14 @@ def over_budget(
         ours, plain = errors(gradients, truth), errors(bench.plain.gradients(case), truth)
         assert plain["all"] < 1e-3, "the oracles do not agree with each other"
         for name in ours:
-            squares[name] = squares.get(name, 0.0) + np.array([ours[name], plain[name]]) ** 2
-    roots = {name: np.sqrt(both / len(cases)) for name, both in squares.items()}
-    return {n: (float(o), float(p)) for n, (o, p) in roots.items() if o > 2 * p + FLOOR}
+            found.setdefault(name, []).append((ours[name], plain[name]))
+    medians = {name: np.median(both, axis=0) for name, both in found.items()}
+    over = {n: (float(o), float(p)) for n, (o, p) in medians.items() if o > 2 * p + FLOOR}
+    # A fault of one draw alone is more than luck.
+    alone = {
+        n: pair for n, both in found.items() for pair in both if pair[0] > 20 * pair[1] + FLOOR
+    }
+    return over | alone
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -288,8 +296,6 @@ def test_against_the_base(
     bench: Callable[[str], Bench], variant: str, temperature: float, layout: str
 ) -> None:
     here = bench(variant)
-    # Phi-3's first draw is far from the truth (1.3e-5, torch's 3.7e-6 on AVX2) and the other seven
-    # are of torch's size: the error of four draws would be that one's.
     cases = [
         case_for(here.two, i, layout=layout, temperature=temperature) for i in range(2 * DRAWS)
     ]

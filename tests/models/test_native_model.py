@@ -358,7 +358,9 @@ def test_bad_adapters(tiny: NativeModel, tmp_path: Path) -> None:
         tiny.make_adapter(replace(weights, matrices={"model.layers.9.mlp.up_proj": (a, b)}))
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         tiny.make_adapter(replace(weights, matrices={name: (a[:, 1:], b)}))
-    with pytest.raises(ValueError, match="adapter: expected LoraWeights, a SoftPrompt, a PEFT folder or None"):
+    with pytest.raises(
+        ValueError, match="adapter: expected LoraWeights, a SoftPrompt, a PEFT folder or None"
+    ):
         tiny.make_adapter(3)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         tiny.generate(["hello"], SHORT, adapter=tmp_path)

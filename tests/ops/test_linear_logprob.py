@@ -63,11 +63,10 @@ def error(ours, truth):
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 @pytest.mark.parametrize(("vocab", "cols"), [(111, 7), (257, 64), (3000, 576)])
 def test_values_and_gradients_within_the_error_budget(temperature, vocab, cols):
-    hidden, weight, tokens, reference = draw(vocab=vocab, cols=cols)
-    g = torch.Generator().manual_seed(5)
-    upstream = {name: torch.randn(len(tokens), generator=g) for name in DIFFERENTIABLE}
-
-    def run(dtype, function):
+    def run(seed, dtype, function):
+        hidden, weight, tokens, reference = draw(vocab=vocab, cols=cols, seed=seed)
+        g = torch.Generator().manual_seed(5 + seed)
+        upstream = {name: torch.randn(len(tokens), generator=g) for name in DIFFERENTIABLE}
         h = hidden.to(dtype).requires_grad_()
         w = weight.to(dtype).requires_grad_()
         out = function(h, w, tokens, temperature, reference.to(dtype))
@@ -80,13 +79,19 @@ def test_values_and_gradients_within_the_error_budget(temperature, vocab, cols):
             )
         return results
 
-    truth = run(torch.float64, plain)
-    theirs = run(torch.float32, plain)
-    ours = run(torch.float32, linear_logprob)
-    for name, value in truth.items():
-        # Below 5e-7 both are at the rounding of their inputs.
-        budget = max(2 * error(theirs[name], value), 5e-7)
-        assert error(ours[name], value) <= budget, name
+    found = {}
+    for seed in range(5):
+        truth = run(seed, torch.float64, plain)
+        theirs = run(seed, torch.float32, plain)
+        ours = run(seed, torch.float32, linear_logprob)
+        for name, value in truth.items():
+            both = error(ours[name], value), error(theirs[name], value)
+            found.setdefault(name, []).append(both)
+    for name, errors in found.items():
+        # Medians: torch's own error differs by machine. Below 5e-7 both are at the rounding of
+        # their inputs.
+        our_error, their_error = np.median(errors, axis=0)
+        assert our_error <= max(2 * their_error, 5e-7), name
 
 
 def test_gradients_agree_with_finite_differences_of_the_float64_formula():
