@@ -278,12 +278,12 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["quickstart", "train.seed=3"], "quickstart sets it for every stage"),
         (["quickstart", "--steps", "-1"], "steps: expected at least 0, got -1"),
         (
-            ["quickstart", "--steps", "95", "train.closed_form.rounds=2"],
-            "steps: expected a multiple of closed_form.rounds (2)",
+            ["quickstart", "train.common_draws=true"],
+            "common_draws: expected its default false (it goes without closed_form.answers",
         ),
         (
             ["quickstart", "train.closed_form.loss=variance"],
-            "train.closed_form.batch_size: expected its default 8 (it goes with loss pooled)",
+            "train.closed_form.answers: expected its default null (it goes with loss pooled)",
         ),
         (["generate", "", "--model", "{tiny}"], "expected text"),
         (["generate", "x" * 999, "--model", "{tiny}"], "context"),

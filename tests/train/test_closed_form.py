@@ -133,8 +133,8 @@ def test_a_heavy_kl_penalty_returns_the_reference(tmp_path, loss):
     assert 0.5 * float((distribution(fit) - reference).abs().sum()) < 0.02
 
 
-def pooled(tmp_path, rounds=1, **changes):
-    how = ClosedFormConfig(loss="pooled", rounds=rounds, candidates=13, batch_size=8)
+def pooled(tmp_path, answers=None, **changes):
+    how = ClosedFormConfig(loss="pooled", answers=answers, candidates=13, batch_size=8)
     return one_token(tmp_path, "pooled", closed_form=how, **changes)
 
 
@@ -155,29 +155,53 @@ def test_the_pooled_fit_is_the_optimum_too(tmp_path):
     assert first["target_tokens"] > 0 and "target_tokens" not in log(fit)[1]
 
 
-def test_later_rounds_draw_from_the_prompter_fitted_before(tmp_path):
-    calls = []
+class Asked:
+    """The letters' values, and what was asked for them: (prompt, rewrite), in order."""
 
-    def reward(prompts, rewrites, responses):
-        calls.append(np.mean(letter_value(prompts, rewrites, responses)))
-        if len(calls) == 12:
+    def __init__(self, stop_at=None):
+        self.pairs, self.stop_at = [], stop_at
+
+    def __call__(self, prompts, rewrites, responses):
+        self.pairs += zip(prompts, rewrites, strict=True)
+        if self.stop_at is not None and len(self.pairs) >= self.stop_at:
             raise KeyboardInterrupt
         return letter_value(prompts, rewrites, responses)
 
-    settings = pooled(tmp_path, 2, steps=40, kl_coef=0.1, num_rewrites=16)
-    fit = make(settings, reward=reward, model=ToyModel())
+
+def test_answers_go_to_the_least_tried_text_and_then_to_the_most_promising(tmp_path):
+    settings = pooled(tmp_path, 4, steps=200, learning_rate=0.0015)
+    asked = Asked()
+    fit = make(settings, reward=asked, model=Evenly())
+    fit.train()
+    rounds = [asked.pairs[i : i + len(PROMPTS)] for i in range(0, 4 * len(PROMPTS), len(PROMPTS))]
+    assert len(asked.pairs) == 4 * len(PROMPTS)
+    assert len({text for _, text in rounds[0]}) == len(PROMPTS)  # there are more texts than prompts
+    assert len(set(asked.pairs)) == len(asked.pairs)  # no text twice behind a prompt
+    # Texts are worth the same behind every prompt, so later answers go to the best that are known.
+    earned = [np.mean(letter_value(*zip(*r, strict=True), [""] * len(r))) for r in rounds]
+    assert earned[1] > earned[0] + 0.2
+    first = log(fit)[0]
+    assert first["reward_mean"] == pytest.approx(np.mean(earned))
+    values = torch.tensor([VALUES.get(t, 0.0) for t in ["", "", "", *LETTERS]])
+    assert float(distribution(fit) @ values) > earned[0] + 0.1
+
+
+def test_rounds_of_answers_resume_where_they_were_broken_off(tmp_path):
+    settings = pooled(tmp_path, 3, steps=40, num_rewrites=16)
+    whole_asked, first, second = Asked(), Asked(stop_at=12), Asked()
+    whole = dataclasses.replace(settings, run_dir=str(tmp_path / "whole"))
+    expected = make(whole, reward=whole_asked, model=ToyModel())
+    expected.train()
     with pytest.raises(KeyboardInterrupt):
-        fit.train()  # in the second round's fourth chunk
-    again = make(settings, reward=reward, model=ToyModel(), resume=True)
+        make(settings, reward=first, model=ToyModel()).train()  # in the second round
+    again = make(settings, reward=second, model=ToyModel(), resume=True)
     again.train()
-    assert len(calls) == 12 + 5  # eight prompts a round, one a chunk
-    assert np.mean(calls[8:]) > np.mean(calls[:8]) + 0.1
-    whole = make(dataclasses.replace(settings, run_dir=str(tmp_path / "whole")), model=ToyModel())
-    whole.train()
-    assert np.array_equal(matrices(again), matrices(whole))
-    assert [row["round"] for row in log(again)] == [0] * 20 + [1] * 20
-    with pytest.raises(ValueError, match=r"another configuration: kl_coef was 0\.1, is 0\.2"):
-        make(dataclasses.replace(settings, kl_coef=0.2), resume=True)
+    # One prompt a line of the rollouts: the one that was broken off is asked again.
+    assert first.pairs[:-1] + second.pairs == whole_asked.pairs
+    assert np.array_equal(matrices(again), matrices(expected))
+    with pytest.raises(ValueError, match="another configuration: closed_form.answers was 3, is 2"):
+        changed = dataclasses.replace(settings.closed_form, answers=2)
+        make(dataclasses.replace(settings, closed_form=changed), resume=True)
 
 
 def test_prompts_are_told_apart_by_the_base_model(tmp_path, monkeypatch):
@@ -189,8 +213,8 @@ def test_prompts_are_told_apart_by_the_base_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr("alignpro.train.pooled.pooled_rewards", spy)
     make(pooled(tmp_path, 2, steps=20, num_rewrites=16)).train()
-    (features, prompt, *_), (later, *_) = given
-    assert torch.equal(features, later)  # the fit between them changed the adapter
+    (_, before, *_), (features, prompt, *_) = given
+    assert len(prompt) == 2 * len(before) == 2 * len(PROMPTS)
     assert len(features) == len(PROMPTS)
     last, mean = features.unflatten(1, (2, -1)).norm(dim=2).unbind(dim=1)
     assert not last.any()  # the toy's state is its last token's, and theirs is the same

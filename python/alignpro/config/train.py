@@ -56,11 +56,11 @@ class ClosedFormConfig:
     ``num_rewrites`` and ``num_responses`` of `TrainConfig` shape the rollouts; each of ``steps``
     steps reads ``prompts_per_step`` of the prompts with all their rewrites, pass after pass. Two
     passes are about right: more of them fit the noise (docs/notes/closed-form.md). With "pooled", a
-    step reads one rewrite of ``batch_size`` prompts, and the rounds share the steps.
+    step reads one rewrite of ``batch_size`` prompts.
     """
 
     num_prompts: Annotated[int, at_least(1)] | None = None
-    """How many prompts are rolled out, once each a round; null is all."""
+    """How many prompts are rolled out, once each; null is all."""
     loss: Literal["variance", "likelihood", "pooled"] = "variance"
     """The loss of the fit, which all are least at the optimum.
 
@@ -70,8 +70,14 @@ class ClosedFormConfig:
     with rewards estimated from all prompts that a text was answered behind
     (docs/notes/house-rules.md): for prompters that choose among few texts.
     """
-    rounds: Annotated[int, at_least(1)] = 1
-    """Rounds of rollouts, each by the prompter that was fitted before; with loss pooled."""
+    answers: Annotated[int, at_least(1)] | None = None
+    """Texts of each prompt that the target answers, one a round; null is all that were written, at
+    once.
+
+    In the first round a prompt gets the one that was tried least of those it was rewritten to; in
+    those after it, of all that prompts share, the one that promises most by the answers so far.
+    With loss pooled.
+    """
     candidates: Annotated[int, at_least(2)] = 3
     """Texts a prompt that a fit weighs, the best ones; with loss pooled."""
     batch_size: Annotated[int, at_least(1)] = 8
@@ -85,7 +91,7 @@ class ClosedFormConfig:
 
     def __post_init__(self) -> None:
         if self.loss != "pooled":
-            for name in ("rounds", "candidates", "batch_size"):
+            for name in ("answers", "candidates", "batch_size"):
                 only_default(self, name, "with loss pooled")
         else:
             only_default(self, "mixture", "with another loss: pooled reads a target's answers")
@@ -249,9 +255,8 @@ class TrainConfig(FitConfig, StageConfig):
                     only_default(self, name, "with a reward of responses: a mixture needs none")
             fixed = self.num_responses != "auto"
             require("num_responses", self.num_responses, fixed, "a number with closed_form")
-            rounds = self.closed_form.rounds
-            expected = f"a multiple of closed_form.rounds ({rounds}), which share them"
-            require("steps", self.steps, self.steps % rounds == 0, expected)
+            if self.closed_form.answers is not None:
+                only_default(self, "common_draws", "without closed_form.answers, one text a round")
         else:
             for f in fields(self.closed_form):
                 only_default(self.closed_form, f.name, "with algorithm closed_form", "closed_form.")

@@ -2,15 +2,14 @@
 
 ``rho* = rho_ref exp(R / kl_coef) / Z`` (MATH: "The optimum, in closed form") asks for no rollouts
 but the reference's. They are drawn first and written down as they come; the fit that follows is
-off-policy and costs the target nothing, for any kl_coef. With the loss "pooled" there may be
-further rounds: the fitted prompter's rollouts join those before, and the fit goes on.
+off-policy and costs the target nothing, for any kl_coef. With the loss "pooled" the target may be
+asked for so many answers a prompt instead, round by round, each for the text that is worth a try.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from alignpro.objective.closed_form import (
     off_policy_kl,
     weighted_likelihood_loss,
 )
+from alignpro.pipeline import Pipeline
 from alignpro.run_directory import CONFIG, read_record
 from alignpro.train.callbacks import OnProgress, TrainCallback, Watchers
 from alignpro.train.checkpoint import check_same_run
@@ -68,7 +68,7 @@ class ClosedFormFit(TrainingRun):
     Arguments and errors are those of `TrainingRun`. The rollouts are the starting policy's, so
     ``reference`` must be what the policy starts as. ``resume`` takes up the rollouts that are
     there, draws what is missing, and fits anew: kl_coef and everything else that only the fit reads
-    may then be another, unless there are several rounds.
+    may then be another.
     """
 
     def _begin(self, value_head: torch.nn.Module | None) -> None:
@@ -90,10 +90,7 @@ class ClosedFormFit(TrainingRun):
     def _restore(self, same: Mapping[str, str]) -> int:
         saved = read_record(self.run_dir / CONFIG)
         mine = to_mapping(self.config)
-        if self.config.closed_form.rounds > 1:  # later rollouts are those of an earlier fit
-            check_same_run(saved, mine, same)
-        else:
-            check_same_run(_of_the_rollouts(saved), _of_the_rollouts(mine), same)
+        check_same_run(_of_the_rollouts(saved), _of_the_rollouts(mine), same)
         truncate_metrics(self.log.path, steps=0)
         return self.step
 
@@ -117,62 +114,77 @@ class ClosedFormFit(TrainingRun):
         self, groups: list[list[Rewrite]], watchers: Watchers, on_progress: OnProgress | None
     ) -> None:
         config = self.config
+        started = time.perf_counter()
         pool = Pool(self.policy, self.reference, config)
-        rounds = config.closed_form.rounds
-        stage = replace(config, steps=config.steps // rounds)  # a round's: its schedule, its steps
-        for number in range(rounds):
-            started = time.perf_counter()
-            if number:
-                groups = self.rollouts(on_progress, number)
-            groups, broken = self._penalised(groups, number)
-            drawn = time.perf_counter()
-            for prompt, group in zip(self._order(number), groups, strict=True):
-                pool.add(prompt, [w for w in group if w.responses], by_reference=not number)
+        groups, broken = self._pooled(pool, groups, on_progress)
+        drawn = time.perf_counter()
+        with one_torch_thread():
+            targets, pooled = pool.targets()
+        answers = [r for group in groups for _, r in distinct_responses(group)]
+        reward = float(np.mean([w.reward for group in groups for w in group if w.responses]))
+        first = {
+            "target_tokens": sum(r.num_tokens for r in answers),
+            "expected_reward": float(np.mean([t.expected for t in targets])),
+            "noise_variance": pooled.noise,
+            "text_by_features_variance": pooled.text_by_features,
+            **broken,
+        }
+        seconds = {"rollouts": drawn - started, "pool": time.perf_counter() - drawn}
+        optimizer = make_optimizer(self.policy.parameters(), config)
+        size, rows = config.closed_form.batch_size, len(targets)
+        for step in range(config.steps):
+            begun = time.perf_counter()
+            cursor, seed = step * size, derive_seed(config.seed, _FIT)
+            chosen = batch_indices(seed=seed, cursor=cursor, count=min(size, rows), rows=rows)
+            batch = draw([targets[i] for i in chosen], derive_seed(seed, step))
+            rate = config.learning_rate * rate_factor(config, step)
             with one_torch_thread():
-                targets, pooled = pool.targets()
-            looked = time.perf_counter()
-            answers = [r for group in groups for _, r in distinct_responses(group)]
-            rewards = [w.reward for group in groups for w in group if w.responses]
-            first = {
-                "target_tokens": sum(r.num_tokens for r in answers),
-                "expected_reward": float(np.mean([t.expected for t in targets])),
-                "noise_variance": pooled.noise,
-                "text_by_features_variance": pooled.text_by_features,
-                **broken,
-            }
-            seconds = {"rollouts": drawn - started, "pool": looked - drawn}
-            optimizer = make_optimizer(self.policy.parameters(), config)
-            for step in range(stage.steps):
-                begun = time.perf_counter()
-                size, rows = config.closed_form.batch_size, len(targets)
-                cursor, seed = step * size, derive_seed(config.seed, _FIT, number)
-                chosen = batch_indices(seed=seed, cursor=cursor, count=min(size, rows), rows=rows)
-                batch = draw([targets[i] for i in chosen], derive_seed(seed, step))
-                rate = config.learning_rate * rate_factor(stage, step)
-                with one_torch_thread():
-                    metrics = likelihood_gradients(
-                        self.policy,
-                        batch,
-                        config,
-                        temperature=config.rewrite.temperature,
-                        per="text",  # else the step is biased towards short ones
-                    )
-                    (norm,) = apply_gradients({optimizer: rate}, max_grad_norm=config.max_grad_norm)
-                seconds["step"] = time.perf_counter() - begun
-                self._report(
-                    {
-                        "round": number,
-                        "epoch": cursor // rows,
-                        "reward_mean": float(np.mean(rewards)),
-                        **metrics,
-                        **first,
-                        "grad_norm": norm,
-                        "learning_rate": rate,
-                    },
-                    seconds,
-                    watchers,
+                metrics = likelihood_gradients(
+                    self.policy,
+                    batch,
+                    config,
+                    temperature=config.rewrite.temperature,
+                    per="text",  # else the step is biased towards short ones
                 )
-                first, seconds = {}, {}
+                (norm,) = apply_gradients({optimizer: rate}, max_grad_norm=config.max_grad_norm)
+            seconds["step"] = time.perf_counter() - begun
+            self._report(
+                {
+                    "epoch": cursor // rows,
+                    "reward_mean": reward,
+                    **metrics,
+                    **first,
+                    "grad_norm": norm,
+                    "learning_rate": rate,
+                },
+                seconds,
+                watchers,
+            )
+            first, seconds = {}, {}
+
+    def _pooled(
+        self, pool: Pool, groups: list[list[Rewrite]], on_progress: OnProgress | None
+    ) -> tuple[list[list[Rewrite]], dict[str, Any]]:
+        """Fills the pool with the rollouts and, where they have none, with answers round by round.
+        Returns what was answered, and metrics of it."""
+        order, rounds = self._order(), self.config.closed_form.answers
+        if rounds is None:
+            groups, broken = self._penalised(groups)
+            for prompt, group in zip(order, groups, strict=True):
+                pool.add(prompt, [w for w in group if w.responses])
+            return groups, broken
+        for prompt, group in zip(order, groups, strict=True):
+            pool.add(prompt, group)
+        answered: list[list[Rewrite]] = [[] for _ in order]
+        for number in range(1, rounds + 1):
+            with one_torch_thread():
+                texts = pool.most_wanted()
+            for place, group in enumerate(self.rollouts(on_progress, number, texts)):
+                answered[place] += group
+            answers, broken = self._penalised(answered)
+            for prompt, group in zip(order, answers, strict=True):
+                pool.observe(prompt, group[-1])
+        return answers, broken
 
     def _report(
         self, row: Mapping[str, Any], seconds: Mapping[str, float], watchers: Watchers
@@ -193,10 +205,10 @@ class ClosedFormFit(TrainingRun):
         watchers.on_step(whole)
 
     def _penalised(
-        self, groups: Sequence[Sequence[Rewrite]], number: int = 0
+        self, groups: Sequence[Sequence[Rewrite]]
     ) -> tuple[list[list[Rewrite]], dict[str, Any]]:
-        """The rollouts of a round as `penalise` has them: those on disk are without it."""
-        return penalise(self.config, [self.prompts[i] for i in self._order(number)], groups)
+        """The rollouts as `penalise` has them: those on disk are without it."""
+        return penalise(self.config, [self.prompts[i] for i in self._order()], groups)
 
     def _fit(self, rollouts: Sequence[Sequence[Rewrite]], watchers: Watchers) -> None:
         config = self.config
@@ -236,71 +248,86 @@ class ClosedFormFit(TrainingRun):
             )
             first = {}
 
-    def _order(self, number: int) -> list[int]:
-        """The prompts of a round: one shuffled pass over all, or so many of it, after another."""
+    def _order(self) -> list[int]:
+        """The prompts that are rolled out: a shuffled pass over all, or so many of it."""
         rows = len(self.prompts)
         count = self.config.closed_form.num_prompts or rows
-        return batch_indices(seed=self.config.seed, cursor=number * count, count=count, rows=rows)
+        return batch_indices(seed=self.config.seed, cursor=0, count=count, rows=rows)
 
     def rollouts(
-        self, on_progress: OnProgress | None = None, number: int = 0
+        self, on_progress: OnProgress | None = None, number: int = 0, texts: Sequence[str] = ()
     ) -> list[list[Rewrite]]:
-        """N rewrites of every prompt of a round with their rewards: those on disk, and the missing
-        ones, which are the policy's as it is.
+        """N rewrites of every prompt with their rewards: those on disk, and the missing ones, which
+        are the policy's as it is.
 
-        `train` asks for those of every round; to be called before it by who wants them alone.
+        `train` asks for them; to be called before it by who wants them alone. With
+        ``closed_form.answers`` they have no responses, and round ``number`` of these, from 1 on,
+        is the answers to ``texts``, one a prompt.
         """
-        size, order = self.config.prompts_per_step, self._order(number)
-        chunks = [order[i : i + size] for i in range(0, len(order), size)]
-        before = number * len(chunks)  # lines of the rounds before
+        size, order = self.config.prompts_per_step, self._order()
+        starts = range(0, len(order), size)
+        before = number * len(starts)  # lines of the rounds before
         path = self.run_dir / ROLLOUTS
-        there = (read_metrics(path) if path.exists() else [])[before : before + len(chunks)]
+        there = (read_metrics(path) if path.exists() else [])[before : before + len(starts)]
         groups = [
             [Rewrite.of_plain(w) for w in group] for row in there for group in row["rewrites"]
         ]
-        missing = list(enumerate(chunks, before))[len(there) :]
-        if missing:
-            truncate_metrics(path, steps=before + len(there))  # a line that a crash cut short
-            if on_progress is not None:
-                on_progress("rollouts", len(groups), len(order))
-            with self.directory:
-                for rewrites in self._draw(missing):
-                    groups += rewrites
-                    if on_progress is not None:
-                        on_progress("rollouts", len(groups), len(order))
+        if len(there) == len(starts):
+            return groups
+        truncate_metrics(path, steps=before + len(there))  # a line that a crash cut short
+        stage = f"answers, round {number}" if number else "rollouts"
+        if on_progress is not None:
+            on_progress(stage, len(groups), len(order))
+        log, pipeline = MetricsLog(path), self._with_policy()
+        with self.directory:
+            for line, start in list(enumerate(starts, before))[len(there) :]:
+                chunk = order[start : start + size]
+                rewrites = self._draw(pipeline, line, chunk, texts[start : start + size])
+                log.append(
+                    {
+                        "step": line,
+                        "prompts": [Conversation.of(self.prompts[i]).plain for i in chunk],
+                        "rewrites": [[w.to_plain() for w in group] for group in rewrites],
+                    }
+                )
+                groups += rewrites
+                if on_progress is not None:
+                    on_progress(stage, len(groups), len(order))
         return groups
 
-    def _draw(self, chunks: Sequence[tuple[int, list[int]]]) -> Iterator[list[list[Rewrite]]]:
-        """Rollouts by number and prompts, written down as they come."""
-        config, log = self.config, MetricsLog(self.run_dir / ROLLOUTS)
+    def _draw(
+        self, pipeline: Pipeline, line: int, chunk: list[int], texts: Sequence[str]
+    ) -> list[list[Rewrite]]:
+        """What a line of the rollouts holds: `rollouts` says what."""
+        config = self.config
         assert config.num_responses != "auto"  # the configuration's rule
-        pipeline = self._with_policy()
-        for number, chunk in chunks:
-            picked, columns = self._pick(chunk)
-            seed = derive_seed(config.seed, number)
-            if self._mixture is not None:
-                rollout = self._mixture.rollout(pipeline, picked, config.num_rewrites, seed)
-            else:
-                rollout = pipeline.rollout(
-                    picked,
-                    num_rewrites=config.num_rewrites,
-                    num_responses=config.num_responses,
-                    seed=seed,
-                    columns=columns,
-                    common_draws=config.common_draws,
-                )
-            if rollout.unscored:
-                known = self.notes.get("unscored_responses", 0)
-                self.notes["unscored_responses"] = known + rollout.unscored
-            rewrites = [[w.to_plain() for w in group] for group in rollout.rewrites]
-            log.append(
-                {
-                    "step": number,
-                    "prompts": [Conversation.of(p).plain for p in rollout.prompts],
-                    "rewrites": rewrites,
-                }
+        picked, columns = self._pick(chunk)
+        seed = derive_seed(config.seed, line)
+        if self._mixture is not None:
+            rollout = self._mixture.rollout(pipeline, picked, config.num_rewrites, seed)
+        elif texts:
+            rollout = pipeline.answer(
+                picked,
+                [[text] for text in texts],
+                num_responses=config.num_responses,
+                seed=seed,
+                columns=columns,
             )
-            yield rollout.rewrites
+        elif config.closed_form.answers is not None:
+            return pipeline.rewrite(picked, num_rewrites=config.num_rewrites, seed=seed)
+        else:
+            rollout = pipeline.rollout(
+                picked,
+                num_rewrites=config.num_rewrites,
+                num_responses=config.num_responses,
+                seed=seed,
+                columns=columns,
+                common_draws=config.common_draws,
+            )
+        if rollout.unscored:
+            known = self.notes.get("unscored_responses", 0)
+            self.notes["unscored_responses"] = known + rollout.unscored
+        return rollout.rewrites
 
     def _accumulate_gradients(
         self, groups: Sequence[Sequence[Trajectory]], rewards: Tensor
@@ -390,5 +417,5 @@ _ROLLOUT_FIELDS = (
 def _of_the_rollouts(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: config.get(name) for name in _ROLLOUT_FIELDS}
     closed_form = config.get("closed_form", {})
-    of_fit = {f"closed_form.{name}": closed_form.get(name) for name in ("num_prompts", "mixture")}
-    return {**fields, **of_fit}
+    names = ("num_prompts", "mixture", "answers")
+    return {**fields, **{f"closed_form.{name}": closed_form.get(name) for name in names}}

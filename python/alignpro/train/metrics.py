@@ -139,7 +139,6 @@ METRICS = {
     "ratio_max": MetricText("loss/ratio_max", "The largest of these ratios."),
     "clip_fraction": MetricText("loss/clip_fraction", "The share of ratios that were clipped."),
     "epoch": MetricText("rewrites/epoch", "Passes over the prompts that were begun, less one."),
-    "round": MetricText("rewrites/round", "The round of rollouts of a pooled closed form."),
     "num_rewrites": MetricText("rewrites/per_prompt", "Rewrites of each prompt."),
     "num_responses": MetricText("rewrites/responses", "Responses to each rewrite."),
     "distinct_rewrites": MetricText("rewrites/distinct", "Different texts among the rewrites."),

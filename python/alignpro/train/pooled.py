@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,49 +56,57 @@ class Pool:
         self._reference = None if reference == "base" else policy.model.make_adapter(reference)
         self._written: dict[int, list[Rewrite]] = {}  # by the prompt's number
         self._prior: dict[tuple[int, tuple[int, ...]], float] = {}  # log rho_ref, by tokens
+        self._observed: list[tuple[int, str, float]] = []  # prompt, text and reward of a response
+        self._directions: torch.Tensor | None = None  # the prompts' features, which stay
 
-    def add(self, prompt: int, rewrites: Sequence[Rewrite], *, by_reference: bool = False) -> None:
-        """by_reference: rho_ref drew them, whose log-probabilities are then known."""
+    def add(self, prompt: int, rewrites: Sequence[Rewrite]) -> None:
+        """What rho_ref wrote, with the responses that it has."""
         if rewrites:
-            self._written.setdefault(prompt, []).extend(rewrites)
-        if by_reference:
-            for w in rewrites:
-                self._prior[prompt, tuple(w.tokens)] = math.fsum(w.logprobs)
+            self._written[prompt] = list(rewrites)
+        for w in rewrites:
+            self._prior[prompt, tuple(w.tokens)] = math.fsum(w.logprobs)
+        for rewrite, response in distinct_responses(rewrites):
+            self._observed.append((prompt, rewrite.text, response.reward))
 
-    def targets(self) -> tuple[list[Target], PooledRewards]:
-        """A target for every prompt that has rollouts, under the weights as they are.
+    def observe(self, prompt: int, answered: Rewrite) -> None:
+        """Responses to a text behind a prompt that was added, whoever wrote it."""
+        self._observed += [(prompt, answered.text, r.reward) for r in answered.responses]
+
+    def most_wanted(self) -> list[str]:
+        """For every prompt that was added, the text that the target is to answer next. First, of
+        those that the prompt was rewritten to, the one that the fewest prompts before it got; then
+        the one that promises most and was not answered behind this prompt, or the most promising.
 
         Raises ValueError where prompts share no texts.
         """
-        behind = Counter(
-            text for rewrites in self._written.values() for text in {w.text for w in rewrites}
-        )
-        shared = [text for text, prompts in behind.items() if prompts >= SHARED_BY]
-        if len(shared) < 2:
-            raise ValueError(
-                "closed_form.loss: pooled needs a prompter that chooses among few texts, and fewer "
-                f"than two were written behind {SHARED_BY} prompts; use variance, or more prompts"
-            )
-        number = {text: place for place, text in enumerate(shared)}
-        texts: dict[str, list[int]] = {}  # to tokens
-        observed: list[tuple[int, int, float]] = []
-        for row, rewrites in enumerate(self._written.values()):
-            for rewrite, response in distinct_responses(rewrites):
-                if rewrite.text in number:
-                    if rewrite.finish_reason == "stop" or rewrite.text not in texts:
-                        texts[rewrite.text] = rewrite.tokens  # not those of one that was cut
-                    observed.append((row, number[rewrite.text], response.reward))
-        rows, numbers, rewards_seen = zip(*observed, strict=True)
-        pooled = pooled_rewards(
-            self._features(),
-            torch.tensor(rows),
-            torch.tensor(numbers),
-            torch.tensor(rewards_seen, dtype=torch.float64),
-            num_texts=len(shared),
-        )
+        shared = self._shared()
+        if not self._observed:
+            tried: Counter[str] = Counter()
+            wanted = []
+            for rewrites in self._written.values():
+                own = [w.text for w in rewrites if w.text in shared]
+                wanted.append(min(own or shared, key=lambda text: tried[text]))
+                tried[wanted[-1]] += 1
+            return wanted
+        behind = {(prompt, text) for prompt, text, _ in self._observed}
+        texts = list(shared)
+        wanted = []
+        for prompt, row in zip(self._written, self._estimates(shared).mean, strict=True):
+            best = [texts[i] for i in row.argsort(descending=True, stable=True).tolist()]
+            wanted.append(next((t for t in best if (prompt, t) not in behind), best[0]))
+        return wanted
+
+    def targets(self) -> tuple[list[Target], PooledRewards]:
+        """A target for every prompt that was added, under the weights as they are.
+
+        Raises ValueError where prompts share no texts.
+        """
+        shared = self._shared()
+        pooled = self._estimates(shared)
+        tokens = list(shared.values())
         count = min(self.config.closed_form.candidates, len(shared))
         best = pooled.mean.topk(count, dim=1).indices
-        chosen = [[texts[shared[i]] for i in indices] for indices in best.tolist()]
+        chosen = [[tokens[i] for i in indices] for indices in best.tolist()]
         self._look_up_priors(chosen)
         targets = []
         for place, (prompt, rewrites) in enumerate(self._written.items()):
@@ -113,6 +122,45 @@ class Pool:
                 )
             )
         return targets, pooled
+
+    def _shared(self) -> dict[str, list[int]]:
+        """The candidates, texts that enough prompts were rewritten to, with their tokens: those of
+        one that was not cut."""
+        behind = Counter(
+            text for rewrites in self._written.values() for text in {w.text for w in rewrites}
+        )
+        shared: dict[str, list[int]] = {}
+        for rewrites in self._written.values():
+            for w in rewrites:
+                enough = behind[w.text] >= SHARED_BY
+                if enough and (w.finish_reason == "stop" or w.text not in shared):
+                    shared[w.text] = w.tokens
+        if len(shared) < 2:
+            raise ValueError(
+                "closed_form.loss: pooled needs a prompter that chooses among few texts, and fewer "
+                f"than two were written behind {SHARED_BY} prompts; use variance, or more prompts"
+            )
+        return shared
+
+    def _estimates(self, shared: Mapping[str, Any]) -> PooledRewards:
+        """What each shared text is worth behind each prompt."""
+        row = {prompt: place for place, prompt in enumerate(self._written)}
+        number = {text: place for place, text in enumerate(shared)}
+        observed = [
+            (row[prompt], number[text], reward)
+            for prompt, text, reward in self._observed
+            if text in number
+        ]
+        prompts, texts, rewards = zip(*observed, strict=True)
+        if self._directions is None:
+            self._directions = self._features()
+        return pooled_rewards(
+            self._directions,
+            torch.tensor(prompts),
+            torch.tensor(texts),
+            torch.tensor(rewards, dtype=torch.float64),
+            num_texts=len(shared),
+        )
 
     def _contexts(self) -> list[list[int]]:
         return [rewrites[0].prompter_tokens for rewrites in self._written.values()]
