@@ -199,7 +199,7 @@ def test_rounds_of_answers_resume_where_they_were_broken_off(tmp_path):
     # One prompt a line of the rollouts: the one that was broken off is asked again.
     assert first.pairs[:-1] + second.pairs == whole_asked.pairs
     assert np.array_equal(matrices(again), matrices(expected))
-    with pytest.raises(ValueError, match="another configuration: closed_form.answers was 3, is 2"):
+    with pytest.raises(ValueError, match=r"another configuration: closed_form\.answers was 3"):
         changed = dataclasses.replace(settings.closed_form, answers=2)
         make(dataclasses.replace(settings, closed_form=changed), resume=True)
 
