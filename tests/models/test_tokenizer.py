@@ -199,6 +199,7 @@ FLAVOURS = {
     "metaspace-always": lambda b: _metaspace(b, "always"),
     "metaspace-never": lambda b: _metaspace(b, "never"),
     "llama-2": lambda b: _llama2(b),
+    "gemma": lambda b: _gemma(b),
 }
 
 
@@ -228,6 +229,15 @@ def _llama2(backend: Backend) -> None:
     )
 
 
+def _gemma(backend: Backend) -> None:
+    """No space before a text, words that nothing cuts, runs of spaces as added tokens."""
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+
+
 def save_tokenizer(folder: Path, flavour: str) -> None:
     from tokenizers.trainers import BpeTrainer
 
@@ -241,6 +251,9 @@ def save_tokenizer(folder: Path, flavour: str) -> None:
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in specials])
     backend.add_special_tokens([AddedToken("<|end|>", rstrip=True, normalized=False)])
     backend.add_tokens([AddedToken("<tool_call>", normalized=False, special=False)])
+    if flavour == "gemma":
+        plain = [AddedToken(t, normalized=False, special=False) for t in ("▁▁", "▁▁▁", "\n\n")]
+        backend.add_tokens(plain)
     backend.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -264,7 +277,7 @@ def test_a_folder_encodes_as_transformers_does(tmp_path: Path, flavour: str) -> 
         Tokenizer.from_folder(tmp_path),
         PreTrainedTokenizerFast.from_pretrained(tmp_path),
     )
-    texts = ["hello there 123", " the  hat", "", "\nthat\n", "Hello\n\nWorld ", "e\u0301 é"]
+    texts = ["hello there 123", " the  hat", "", "\nthat\n", "Hello\n\nWorld ", "e\u0301 é", "a▁▁b"]
     for text in texts:
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text) == ids, repr(text)

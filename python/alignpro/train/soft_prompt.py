@@ -73,8 +73,8 @@ def initial_soft_prompt(
 def initial_rows(model: NativeModel, config: SoftPromptConfig, *, seed: int) -> Array:
     """[num_tokens, hidden], by ``config.init``, drawn from a generator of its own.
 
-    Random rows are normal with the standard deviation of what is embedded: PEFT's own, of deviation 1,
-    is far outside of what a model with small embeddings was trained on.
+    Random rows are normal with the standard deviation of what is embedded: PEFT's own, of deviation
+    1, is far outside of what a model with small embeddings was trained on.
 
     Raises:
         ValueError: a text without tokens.

@@ -1,0 +1,185 @@
+"""SmolLM3 and Gemma 3 as GGUF: what files leave out, and what llama.cpp's converter changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from alignpro.models.native_model import load_model
+from conftest import randomise, save_tiny_tokenizer
+
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_GEMMA_NAMES = {
+    **_NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+}
+SIZES = {
+    "vocab_size": 111,
+    "hidden_size": 48,
+    "intermediate_size": 100,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """A head's halves side by side -> lane by lane, as llama.cpp's converter stores q and k."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def converted(name: str, value: np.ndarray, arch: str, config: dict[str, Any]) -> np.ndarray:
+    if arch == "gemma3":  # its norms hold what is added to 1
+        return value + 1 if "norm" in name else value
+    if name.endswith("q_proj.weight"):
+        return permuted(value, config["num_attention_heads"])
+    if name.endswith("k_proj.weight"):
+        return permuted(value, config["num_key_value_heads"])
+    return value
+
+
+def write_gguf(file: Path, folder: Path, arch: str) -> Path:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    rope = config["rope_parameters"]
+    writer = gguf.GGUFWriter(str(file), arch)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if arch == "gemma3":
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["full_attention"]["factor"])
+        rope = rope["full_attention"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    tokens = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    vocabulary = sorted(tokens["model"]["vocab"], key=tokens["model"]["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if i < 5 else 1 for i in range(len(vocabulary))])
+    writer.add_token_merges([" ".join(pair) for pair in tokens["model"]["merges"]])
+    writer.add_eos_token_id(2)
+    names = _GEMMA_NAMES if arch == "gemma3" else _NAMES
+    for name, value in load_file(folder / "model.safetensors").items():
+        to = _OUTSIDE.get(name)
+        if to is None:
+            _, _, layer, *rest = name.removesuffix(".weight").split(".")
+            to = f"blk.{layer}.{names['.'.join(rest)]}.weight"
+        writer.add_tensor(to, converted(name, value, arch, config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def scored_by_transformers(oracle: Any, ids: list[int]) -> np.ndarray:
+    """Log-probabilities of ids[1:], in float64."""
+    import torch
+
+    with torch.no_grad():
+        logits = oracle.double()(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    found: np.ndarray = logits.gather(-1, torch.tensor(ids)[1:, None])[:, 0].numpy()
+    return found
+
+
+def gemma_config(**changes: Any) -> Any:
+    """Seven layers, of which the sixth is global; a window far shorter than the texts."""
+    import transformers
+
+    rope = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    given = {"num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 16}
+    return transformers.Gemma3TextConfig(
+        **{**SIZES, **given, "sliding_window": 8, "rope_parameters": rope, **changes}
+    )
+
+
+@pytest.mark.parametrize("arch", ["smollm3", "gemma3"])
+def test_a_gguf_file_gives_what_its_folder_gives(tmp_path: Path, arch: str) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(5)
+    if arch == "gemma3":
+        oracle: Any = transformers.Gemma3ForCausalLM(gemma_config())
+        randomise(oracle, tied=True)
+    else:
+        config = transformers.SmolLM3Config(**SIZES, num_hidden_layers=5)
+        oracle = transformers.SmolLM3ForCausalLM(config)
+    oracle.float().save_pretrained(tmp_path / "folder")
+    save_tiny_tokenizer(tmp_path / "folder")
+    folder = load_model(tmp_path / "folder")
+    file = load_model(write_gguf(tmp_path / "model.gguf", tmp_path / "folder", arch))
+    ids = np.random.default_rng(3).integers(5, 111, 40).tolist()
+    scores = folder.score([ids])[0]
+    np.testing.assert_array_equal(file.score([ids])[0], scores)
+    np.testing.assert_allclose(scores, scored_by_transformers(oracle, ids), atol=2e-5)
+    assert folder.tokenizer.encode("the rain") == file.tokenizer.encode("the rain")
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_gemmas_embedding_is_scaled_in_the_type_that_it_is_stored_in(
+    tmp_path: Path, stored: str
+) -> None:
+    """As transformers scales it in a model of that type: by 6.9375 for sqrt(48) in bfloat16."""
+    import torch
+    import transformers
+
+    dtype = getattr(torch, stored)
+    torch.manual_seed(5)
+    saved: Any = transformers.Gemma3ForCausalLM(gemma_config())
+    randomise(saved, tied=True)
+    saved.to(dtype).save_pretrained(tmp_path)
+    save_tiny_tokenizer(tmp_path)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    embedding, scale = oracle.model.embed_tokens, torch.tensor(48.0).sqrt()
+    seven = torch.tensor([7])
+    with torch.no_grad():  # of a power of two: nothing else is rounded
+        saved.model.embed_tokens.weight[7] = 0.5
+        assert (saved.model.embed_tokens(seven) == 0.5 * scale.to(dtype)).all()
+    embedding.embed_scale = scale.to(dtype).double()
+    model = load_model(tmp_path)
+    assert model.config["embedding_scale"] == embedding.embed_scale.item()
+    ids = np.random.default_rng(3).integers(5, 111, 40).tolist()
+    expected = scored_by_transformers(oracle, ids)
+    np.testing.assert_allclose(model.score([ids])[0], expected, atol=5e-5)
+    if stored == "bfloat16":  # which shows
+        embedding.embed_scale = scale.double()
+        assert np.abs(scored_by_transformers(oracle, ids) - expected).max() > 1e-3
