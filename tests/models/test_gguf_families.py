@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from alignpro.models.native_model import load_model
+from alignpro.native import ModelFileError
 from conftest import randomise, save_tiny_tokenizer
 
 _NAMES = {
@@ -66,7 +67,8 @@ def converted(name: str, value: np.ndarray, arch: str, config: dict[str, Any]) -
     return value
 
 
-def write_gguf(file: Path, folder: Path, arch: str) -> Path:
+def write_gguf(file: Path, folder: Path, arch: str, keys: dict[str, float] | None = None) -> Path:
+    """keys: others of the architecture; whole numbers as integers."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     rope = config["rope_parameters"]
     writer = gguf.GGUFWriter(str(file), arch)
@@ -85,6 +87,9 @@ def write_gguf(file: Path, folder: Path, arch: str) -> Path:
         writer.add_rope_scaling_factor(rope["full_attention"]["factor"])
         rope = rope["full_attention"]
     writer.add_rope_freq_base(rope["rope_theta"])
+    for key, number in (keys or {}).items():
+        add = writer.add_uint32 if isinstance(number, int) else writer.add_float32
+        add(f"{arch}.{key}", number)
     tokens = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     vocabulary = sorted(tokens["model"]["vocab"], key=tokens["model"]["vocab"].__getitem__)
     writer.add_tokenizer_model("gpt2")
@@ -131,26 +136,49 @@ def gemma_config(**changes: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("arch", ["smollm3", "gemma3"])
-def test_a_gguf_file_gives_what_its_folder_gives(tmp_path: Path, arch: str) -> None:
+def tiny_oracle(arch: str, folder: Path, **changes: Any) -> Any:
+    """transformers' model, saved."""
     import torch
     import transformers
 
     torch.manual_seed(5)
     if arch == "gemma3":
-        oracle: Any = transformers.Gemma3ForCausalLM(gemma_config())
+        oracle: Any = transformers.Gemma3ForCausalLM(gemma_config(**changes))
         randomise(oracle, tied=True)
     else:
         config = transformers.SmolLM3Config(**SIZES, num_hidden_layers=5)
         oracle = transformers.SmolLM3ForCausalLM(config)
-    oracle.float().save_pretrained(tmp_path / "folder")
-    save_tiny_tokenizer(tmp_path / "folder")
+    oracle.float().save_pretrained(folder)
+    save_tiny_tokenizer(folder)
+    return oracle
+
+
+# Of the Gemma of 62 layers the scale of the scores goes by width and heads, not by head_dim.
+@pytest.mark.parametrize(
+    ("arch", "changes", "keys"),
+    [
+        ("smollm3", {}, {}),
+        ("gemma3", {}, {}),
+        (
+            "gemma3",
+            {"layer_types": [f"{'full' if i % 3 == 2 else 'sliding'}_attention" for i in range(7)]},
+            {"attention.sliding_window_pattern": 3, "rope.freq_base_swa": 1e4},
+        ),
+        ("gemma3", {"num_hidden_layers": 62, "query_pre_attn_scalar": 12}, {}),
+    ],
+    ids=["smollm3", "gemma3", "gemma3-pattern", "gemma3-27b"],
+)
+def test_a_gguf_file_gives_what_its_folder_gives(
+    tmp_path: Path, arch: str, changes: dict[str, Any], keys: dict[str, float]
+) -> None:
+    oracle = tiny_oracle(arch, tmp_path / "folder", **changes)
     folder = load_model(tmp_path / "folder")
-    file = load_model(write_gguf(tmp_path / "model.gguf", tmp_path / "folder", arch))
+    file = load_model(write_gguf(tmp_path / "model.gguf", tmp_path / "folder", arch, keys))
     ids = np.random.default_rng(3).integers(5, 111, 40).tolist()
     scores = folder.score([ids])[0]
     np.testing.assert_array_equal(file.score([ids])[0], scores)
-    np.testing.assert_allclose(scores, scored_by_transformers(oracle, ids), atol=2e-5)
+    atol = 2e-4 if "num_hidden_layers" in changes else 2e-5  # roundings of so many layers
+    np.testing.assert_allclose(scores, scored_by_transformers(oracle, ids), atol=atol)
     assert folder.tokenizer.encode("the rain") == file.tokenizer.encode("the rain")
 
 
@@ -183,3 +211,11 @@ def test_gemmas_embedding_is_scaled_in_the_type_that_it_is_stored_in(
     if stored == "bfloat16":  # which shows
         embedding.embed_scale = scale.double()
         assert np.abs(scored_by_transformers(oracle, ids) - expected).max() > 1e-3
+
+
+def test_what_gemma_files_may_not_ask_for(tmp_path: Path) -> None:
+    tiny_oracle("gemma3", tmp_path / "folder")
+    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
+        file = write_gguf(tmp_path / f"{key}.gguf", tmp_path / "folder", "gemma3", {key: 30.0})
+        with pytest.raises(ModelFileError, match=rf"metadata key 'gemma3\.{key}' is not supported"):
+            load_model(file)
