@@ -148,7 +148,17 @@ TEST_CASE("config of Gemma 3") {
   refuses("attention_bias", "true", "attention_bias is not supported for gemma3");
   refuses("sliding_window", "0", "layers of sliding_attention need a sliding_window of 1 or more");
   refuses("rope_local_base_freq", "0", "rope theta is 0, expected a number above 0");
-  refuses("model_type", "\"gemma3\"", "model_type 'gemma3' is not supported; ");
+  refuses("model_type", "\"gemma3\"", "text_config: \"model_type\" must be a string");
+  const ModelConfig published =
+      config_with({{"model_type", "\"gemma3\""},
+                   {"text_config",
+                    R"({"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34,
+                           "intermediate_size": 10240, "sliding_window": 1024,
+                           "rope_scaling": {"factor": 8.0, "rope_type": "linear"}})"}});
+  CHECK((published.with_images && published.vocab_size == 262208 && published.bos_id == 2));
+  CHECK((published.num_heads == 8 && published.num_kv_heads == 4 && published.head_dim == 256));
+  CHECK((published.context_length == 131072 && published.local_layers.size() == 29));
+  CHECK((published.hidden_size == 2560 && published.rope.factor == 8.0 && published.tied_head));
   refuses("model_type", "\"gemma2\"", "model_type 'gemma2' is not supported; ");
 }
 

@@ -182,37 +182,6 @@ def test_a_gguf_file_gives_what_its_folder_gives(
     assert folder.tokenizer.encode("the rain") == file.tokenizer.encode("the rain")
 
 
-@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
-def test_gemmas_embedding_is_scaled_in_the_type_that_it_is_stored_in(
-    tmp_path: Path, stored: str
-) -> None:
-    """As transformers scales it in a model of that type: by 6.9375 for sqrt(48) in bfloat16."""
-    import torch
-    import transformers
-
-    dtype = getattr(torch, stored)
-    torch.manual_seed(5)
-    saved: Any = transformers.Gemma3ForCausalLM(gemma_config())
-    randomise(saved, tied=True)
-    saved.to(dtype).save_pretrained(tmp_path)
-    save_tiny_tokenizer(tmp_path)
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    embedding, scale = oracle.model.embed_tokens, torch.tensor(48.0).sqrt()
-    seven = torch.tensor([7])
-    with torch.no_grad():  # of a power of two: nothing else is rounded
-        saved.model.embed_tokens.weight[7] = 0.5
-        assert (saved.model.embed_tokens(seven) == 0.5 * scale.to(dtype)).all()
-    embedding.embed_scale = scale.to(dtype).double()
-    model = load_model(tmp_path)
-    assert model.config["embedding_scale"] == embedding.embed_scale.item()
-    ids = np.random.default_rng(3).integers(5, 111, 40).tolist()
-    expected = scored_by_transformers(oracle, ids)
-    np.testing.assert_allclose(model.score([ids])[0], expected, atol=5e-5)
-    if stored == "bfloat16":  # which shows
-        embedding.embed_scale = scale.double()
-        assert np.abs(scored_by_transformers(oracle, ids) - expected).max() > 1e-3
-
-
 def test_what_gemma_files_may_not_ask_for(tmp_path: Path) -> None:
     tiny_oracle("gemma3", tmp_path / "folder")
     for key in ("final_logit_softcapping", "attn_logit_softcapping"):

@@ -154,6 +154,22 @@ Layer find_layer(Finder& finder, const ModelConfig& config, int64_t index, bool 
   return layer;
 }
 
+// Of a folder with an encoder of images the text model's tensors, by the names that they have in a
+// folder without.
+TensorMap text_tensors(const TensorMap& all) {
+  constexpr std::string_view kPart = "language_model.";
+  TensorMap text;
+  for (const auto& [name, tensor] : all) {
+    if (const size_t at = name.find(kPart); at != name.npos) {
+      text.emplace(name.substr(0, at) + name.substr(at + kPart.size()), tensor);
+    } else if (name.find("vision_tower.") == name.npos &&
+               name.find("multi_modal_projector.") == name.npos) {
+      text.emplace(name, tensor);
+    }
+  }
+  return text;
+}
+
 // Bit for bit; the same values in another type count as others, which changes no result.
 bool same_values(const FileTensor& one, const FileTensor& other) {
   return one.dtype == other.dtype && std::ranges::equal(one.data, other.data);
@@ -183,7 +199,13 @@ class FileCheckpoint final : public Checkpoint {
   explicit FileCheckpoint(const ModelFiles& files) : files_(files), config_(read_config(files)) {
     const bool gguf = files.gguf() != nullptr;
     if (!gguf) folder_.emplace(files.path());
-    Finder finder(gguf, gguf ? files.gguf()->tensors() : folder_->tensors(), files.path().string());
+    TensorMap text;
+    if (config_.with_images) text = text_tensors(folder_->tensors());
+    Finder finder(gguf,
+                  gguf                  ? files.gguf()->tensors()
+                  : config_.with_images ? text
+                                        : folder_->tensors(),
+                  files.path().string());
     const std::string head = cat(finder.name(kHead), ".weight");
     const std::vector<int64_t> table = {config_.vocab_size, config_.hidden_size};
     embedding_ = {Piece{finder.get(cat(finder.name(kEmbedding), ".weight"), table)}};

@@ -55,6 +55,7 @@ struct ModelConfig {
   bool output_norms = false;       // RMSNorm on what attention and MLP add to the stream (Gemma 3)
   bool gelu = false;               // of the gate, where others have SiLU (Gemma 3)
   bool scaled_embedding = false;   // the embedding times sqrt(hidden_size) (Gemma 3)
+  bool with_images = false;        // an encoder of images lies beside, and is left out (Gemma 3)
   double query_scalar = 0.0;       // scores are over its square root; 0: head_dim
   RopeConfig rope;
   std::vector<int64_t> unrotated_layers;  // whose q and k rope leaves as they are (SmolLM3)

@@ -90,7 +90,6 @@ Family read_family(const Fields& fields) {
   if (!name) fields.fail("model_type", "a string");
   if (*name == "gemma3_text") return Family::kGemma3;
   const std::optional<Family> family = family_from_name(*name);
-  // "gemma3" is one with an encoder of images.
   require<FileError>(
       family.has_value() && *family != Family::kGemma3, fields.where(), ": model_type '",
       io::printable(*name),
@@ -107,7 +106,7 @@ void refuse_unsupported_gemma(const Fields& fields) {
                      ": use_bidirectional_attention is not supported");
 }
 
-void refuse_unsupported(const Fields& fields, Family family) {
+void refuse_quantization(const Fields& fields) {
   // Left behind by a 16-bit merge, it says nothing: tensors of these methods have types and names
   // by which they are refused. Of other methods the tensors may look like plain weights.
   constexpr std::array<std::string_view, 4> kVisible = {"bitsandbytes", "gptq", "awq", "fp8"};
@@ -120,6 +119,9 @@ void refuse_unsupported(const Fields& fields, Family family) {
                        name != nullptr ? io::printable(*name) : "quantization_config",
                        " are not supported; use the original folder or a GGUF file");
   }
+}
+
+void refuse_unsupported(const Fields& fields, Family family) {
   const bool gemma = family == Family::kGemma3;
   const char* const key = gemma ? "hidden_activation" : "hidden_act";
   const char* const computed = gemma ? "gelu_pytorch_tanh" : "silu";
@@ -363,20 +365,29 @@ ModelConfig read_hf_config(const ModelFiles& files) {
   require<FileError>(root != nullptr, path,
                      ": no such file; a model folder holds config.json, *.safetensors and "
                      "tokenizer.json");
-  const Fields fields(*root, path);
+  const Fields file(*root, path);
+  refuse_quantization(file);
 
   ModelConfig config;
+  config.with_images = file.string("model_type") == "gemma3";
+  const Fields fields = config.with_images ? inner_fields(file, "text_config") : file;
   apply_family(read_family(fields), &config);
   refuse_unsupported(fields, config.family);
-  config.vocab_size = fields.required_integer("vocab_size");
+  // Published files with an encoder of images leave out what Gemma's class has by itself.
+  const bool gemma = config.family == Family::kGemma3;
+  const auto size = [&](const char* key, int64_t of_gemma) {
+    return gemma ? fields.integer(key).value_or(of_gemma) : fields.required_integer(key);
+  };
+  config.vocab_size = size("vocab_size", 262208);
   config.hidden_size = fields.required_integer("hidden_size");
   config.intermediate_size = fields.required_integer("intermediate_size");
   config.num_layers = fields.required_integer("num_hidden_layers");
-  config.num_heads = fields.required_integer("num_attention_heads");
-  config.num_kv_heads = fields.integer("num_key_value_heads").value_or(config.num_heads);
+  config.num_heads = size("num_attention_heads", 8);
+  config.num_kv_heads =
+      fields.integer("num_key_value_heads").value_or(gemma ? 4 : config.num_heads);
   config.head_dim = read_head_dim(fields, config);
-  config.context_length = fields.required_integer("max_position_embeddings");
-  if (config.family == Family::kGemma3) {
+  config.context_length = size("max_position_embeddings", 131072);
+  if (gemma) {
     refuse_unsupported_gemma(fields);
     read_local_layers(fields, &config);
     config.query_scalar = fields.number("query_pre_attn_scalar").value_or(256.0);
@@ -397,7 +408,7 @@ ModelConfig read_hf_config(const ModelFiles& files) {
           std::max(config.context_length, static_cast<int64_t>(std::lround(stretched)));
     }
   }
-  set_bos(fields.integer("bos_token_id").value_or(-1), &config);
+  set_bos(fields.integer("bos_token_id").value_or(gemma ? 2 : -1), &config);
   validate(config, path);
   return config;
 }
