@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope", "smollm3")
+FAMILIES = (
+    *("llama", "llama3", "mistral", "qwen2", "qwen3"),
+    *("phi3", "phi3-longrope", "smollm3", "gemma3"),
+)
 
 TINY_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -133,6 +136,19 @@ def _save_tiny_model(folder: Path, family: str, tied: bool) -> None:
         config = transformers.Phi3Config(**sizes, sliding_window=None)
     elif family == "smollm3":
         config = transformers.SmolLM3Config(**sizes, no_rope_layer_interval=2)
+    elif family == "gemma3":  # a global layer between local ones, and a scale of its own
+        rope = {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+        config = transformers.Gemma3TextConfig(
+            **sizes,
+            head_dim=16,
+            query_pre_attn_scalar=20,
+            sliding_window=9,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters=rope,
+        )
     elif family == "phi3-longrope":
         rope = {
             "rope_type": "longrope",
@@ -155,6 +171,7 @@ def randomise(model: Any, tied: bool) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(20250101)
+    norm = 0.0 if type(model).__name__.startswith("Gemma3") else 1.0  # what it adds to 1
 
     def normal(parameter: Any, mean: float, deviation: float) -> None:
         parameter.copy_(mean + deviation * torch.randn(parameter.shape, generator=generator))
@@ -162,7 +179,7 @@ def randomise(model: Any, tied: bool) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                normal(parameter, 1.0, 0.1)
+                normal(parameter, norm, 0.1)
             elif parameter.ndim == 1:  # bias
                 normal(parameter, 0.0, 0.2)
             elif "lm_head" in name or (tied and "embed" in name):

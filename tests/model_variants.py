@@ -28,6 +28,8 @@ VARIANTS = {
     "phi3": Variant("phi3"),
     "phi3-longrope": Variant("phi3-longrope"),
     "smollm3": Variant("smollm3"),
+    "gemma3": Variant("gemma3"),
+    "gemma3-tied": Variant("gemma3", tied=True),
     "phi3-longrope-long": Variant("phi3-longrope", context=256),
 }
 

@@ -86,6 +86,7 @@ py::dict describe_model(const model::Model& model) {
   d["deterministic"] = device.deterministic();
   d["weight_bytes"] = model.weights().bytes();
   d["streamed_bytes"] = model.weights().streamed_bytes();
+  d["embedding_scale"] = model.weights().embedding_scale;
   return d;
 }
 

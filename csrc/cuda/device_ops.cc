@@ -168,16 +168,16 @@ class CudaOps final : public ops::Ops {
   void wait() override { synchronize(stream()); }
   bool is_done() const override { return cuda::is_done(stream()); }
 
-  std::unique_ptr<ops::Plan> make_plan(const AttentionShape& shape,
-                                       const ops::Rope& rope) override {
-    return std::make_unique<CudaPlan>(shape, static_cast<const CudaRope&>(rope), *this, stream());
+  std::unique_ptr<ops::Plan> make_plan(std::vector<ops::AttentionKind> kinds) override {
+    return std::make_unique<CudaPlan>(std::move(kinds), *this, stream());
   }
   std::unique_ptr<ops::Sampler> make_sampler() override {
     return std::make_unique<CudaSampler>(*this, stream());
   }
 
-  void embedding(const ops::Plan& plan, const ops::Weight& table, const Matrix& out) override {
-    cuda::embedding(matrix(table), of(plan).tables.tokens, out, stream());
+  void embedding(const ops::Plan& plan, const ops::Weight& table, float scale,
+                 const Matrix& out) override {
+    cuda::embedding(matrix(table), of(plan).tables.tokens, scale, out, stream());
   }
   void soft_rows(const ops::Plan& plan, const ops::SoftRows& soft, ops::RowRange at,
                  const Matrix& out) override {
@@ -191,7 +191,7 @@ class CudaOps final : public ops::Ops {
   }
   // The stream is a table too, its rows chosen as an embedding's are.
   void output_rows(const ops::Plan& plan, const Matrix& x, const Matrix& out) override {
-    cuda::embedding(x, of(plan).tables.output_rows, out, stream());
+    cuda::embedding(x, of(plan).tables.output_rows, 1.0f, out, stream());
   }
   void output_rows_backward(const ops::Plan& plan, const Matrix& d_out,
                             const Matrix& d_x) override {
@@ -207,6 +207,10 @@ class CudaOps final : public ops::Ops {
   void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y) override {
     cuda::rms_norm(x, weight, eps, y, stream());
   }
+  void rms_norm_add(const Matrix& x, const void* weight, float eps, const Matrix& residual,
+                    const Matrix& y) override {
+    cuda::rms_norm_add(x, weight, eps, residual, y, stream());
+  }
   void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Matrix& dy,
                          const Matrix& dx) override {
     cuda::rms_norm_backward(x, weight, eps, dy, dx, stream());
@@ -216,6 +220,10 @@ class CudaOps final : public ops::Ops {
   }
   void swiglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up) override {
     cuda::swiglu_backward(gate_up, dh, d_gate_up, stream());
+  }
+  void geglu(const Matrix& gate_up, const Matrix& h) override { cuda::geglu(gate_up, h, stream()); }
+  void geglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up) override {
+    cuda::geglu_backward(gate_up, dh, d_gate_up, stream());
   }
 
   void linear(const Matrix& x, const ops::Weight& weight, const ops::LinearExtras& extras,
@@ -260,35 +268,40 @@ class CudaOps final : public ops::Ops {
                         const void* k_weight, float eps, const Matrix& d_qkv) override {
     cuda::qk_norm_backward(shape, raw, q_weight, k_weight, eps, d_qkv, stream());
   }
-  void rope_kv_write(const ops::Plan& plan, bool rotated, const Matrix& qkv,
+  void rope_kv_write(const ops::Plan& plan, size_t kind, const Matrix& qkv,
                      const KvView& kv) override {
     const CudaPlan& p = of(plan);
-    cuda::rope_kv_write(p.shape(), qkv, rotated ? p.rope.rotary_dim : 0, p.rope.cos, p.rope.sin,
-                        p.tables.positions, p.tables.write_blocks, paged(kv), stream());
+    static const CudaRope kNone;
+    const auto* own = static_cast<const CudaRope*>(p.kinds()[kind].rope);
+    const CudaRope& rope = own == nullptr ? kNone : *own;
+    cuda::rope_kv_write(p.shape(kind), qkv, rope.rotary_dim, rope.cos, rope.sin, p.tables.positions,
+                        p.tables.write_blocks, paged(kv), stream());
     if (p.copies() == 0) return;
-    kv_copy(p.shape(), kv.dtype, p.tables.copies, p.copies(), paged(kv), stream());
+    kv_copy(p.shape(kind), kv.dtype, p.tables.copies, p.copies(), paged(kv), stream());
   }
-  void rope_backward(const ops::Plan& plan, const Matrix& d_qkv) override {
+  void rope_backward(const ops::Plan& plan, size_t kind, const Matrix& d_qkv) override {
     const CudaPlan& p = of(plan);
-    cuda::rope_backward(p.shape(), d_qkv, p.rope.rotary_dim, p.rope.cos, p.rope.sin,
+    const auto* rope = static_cast<const CudaRope*>(p.kinds()[kind].rope);
+    if (rope == nullptr) return;
+    cuda::rope_backward(p.shape(kind), d_qkv, rope->rotary_dim, rope->cos, rope->sin,
                         p.tables.positions, stream());
   }
-  void attention(const ops::Plan& plan, const Matrix& qkv, const KvView& kv, void* workspace,
-                 const Matrix& out, float* saved) override {
+  void attention(const ops::Plan& plan, size_t kind, const Matrix& qkv, const KvView& kv,
+                 void* workspace, const Matrix& out, float* saved) override {
     const CudaPlan& p = of(plan);
     for (const CudaPlan::DecodeRun& run : p.decode) {
       const int64_t end = run.begin + run.rows;
-      attention_decode(p.shape(), rows_of(qkv, run.begin, end), p.tables.positions + run.begin,
+      attention_decode(p.shape(kind), rows_of(qkv, run.begin, end), p.tables.positions + run.begin,
                        p.tables.block_table + run.table_row * p.table_ld, p.table_ld,
                        p.table_ld * kKvBlock, paged(kv), workspace, rows_of(out, run.begin, end),
                        stream());
     }
     if (p.segments() == 0) return;
-    attention_prefill(p.shape(), qkv, p.tables.segments, p.segments(), p.most_segment_rows,
+    attention_prefill(p.shape(kind), qkv, p.tables.segments, p.segments(), p.most_segment_rows,
                       p.tables.block_table + p.first_segment_row * p.table_ld, p.table_ld,
                       paged(kv), out, saved, stream());
   }
-  void attention_backward(const ops::Plan& plan, const Matrix& qkv, const KvView& kv,
+  void attention_backward(const ops::Plan& plan, size_t kind, const Matrix& qkv, const KvView& kv,
                           const float* saved, const Matrix& out, const Matrix& d_out,
                           void* workspace, const Matrix& d_qkv) override {
     const CudaPlan& p = of(plan);
@@ -304,15 +317,15 @@ class CudaOps final : public ops::Ops {
                                     .block_table = p.tables.block_table,
                                     .table_ld = p.table_ld,
                                     .kv = paged(kv)};
-    cuda::attention_backward(p.shape(), in, d_qkv, workspace, stream());
+    cuda::attention_backward(p.shape(kind), in, d_qkv, workspace, stream());
   }
   int64_t attention_bytes(const ops::Plan& plan) const override {
     const CudaPlan& p = of(plan);
     if (p.decode.empty()) return 0;
-    return attention_decode_bytes(p.shape(), p.most_decode_rows, p.table_ld * kKvBlock);
+    return attention_decode_bytes(p.shape(0), p.most_decode_rows, p.table_ld * kKvBlock);
   }
   int64_t attention_backward_bytes(const ops::Plan& plan) const override {
-    return cuda::attention_backward_bytes(plan.shape(), plan.rows());
+    return cuda::attention_backward_bytes(plan.shape(0), plan.rows());
   }
   bool attention_backward_reads_kv() const override { return true; }
   void kv_copy_slots(const KvView& kv, int64_t heads, int64_t head_dim, int64_t from, int64_t to,

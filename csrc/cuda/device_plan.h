@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "alignpro/ops/ops.h"
@@ -41,8 +42,8 @@ class CudaPlan final : public ops::Plan {
     int64_t bytes;
   };
 
-  CudaPlan(const ops::AttentionShape& shape, const CudaRope& angles, ops::Ops& ops, Stream stream)
-      : Plan(shape), rope(angles), ops_(ops), stream_(stream), staged_(ops) {}
+  CudaPlan(std::vector<ops::AttentionKind> kinds, ops::Ops& ops, Stream stream)
+      : Plan(std::move(kinds)), ops_(ops), stream_(stream), staged_(ops) {}
 
   void prepare(const ops::PlanRequest& request) override;
   int64_t bytes() const override { return cut(nullptr).bytes; }
@@ -53,7 +54,6 @@ class CudaPlan final : public ops::Plan {
   int64_t copies() const { return static_cast<int64_t>(copies_.size()); }
   int64_t segments() const { return static_cast<int64_t>(segments_.size()); }
 
-  const CudaRope& rope;
   Tables tables = {};
   int64_t table_ld = 1;  // blocks of a sequence
   std::vector<DecodeRun> decode;

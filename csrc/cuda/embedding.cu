@@ -12,15 +12,16 @@ constexpr int kThreads = 128;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    embedding_kernel(Rows<T> table, int64_t vocab, int64_t cols, const int32_t* tokens,
+    embedding_kernel(Rows<T> table, int64_t vocab, int64_t cols, const int32_t* tokens, float scale,
                      Rows<T> out) {
   DeviceBlock block;
-  embedding_row(block, int64_t{blockIdx.x}, table, vocab, cols, tokens, out);
+  embedding_row(block, int64_t{blockIdx.x}, table, vocab, cols, tokens, scale, out);
 }
 
 }  // namespace
 
-void embedding(const Matrix& table, const int32_t* tokens, const Matrix& out, Stream stream) {
+void embedding(const Matrix& table, const int32_t* tokens, float scale, const Matrix& out,
+               Stream stream) {
   constexpr const char* kOp = "embedding";
   check_matrix(kOp, "table", table, table.rows, table.cols, table.dtype);
   check_matrix(kOp, "out", out, out.rows, table.cols, table.dtype);
@@ -28,7 +29,7 @@ void embedding(const Matrix& table, const int32_t* tokens, const Matrix& out, St
   dispatch(kOp, table.dtype, [&](auto type) {
     using T = decltype(type);
     launch(kOp, embedding_kernel<T>, count(out.rows), kThreads, 0, stream, rows_as<T>(table),
-           table.rows, table.cols, tokens, rows_as<T>(out));
+           table.rows, table.cols, tokens, scale, rows_as<T>(out));
   });
 }
 

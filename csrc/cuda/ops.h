@@ -47,8 +47,10 @@ using ops::LogprobUpstream;
 using ops::Matrix;  // kF32 or kBF16
 using ops::Workspace;
 
-// out [tokens, table.cols] = rows of the table. A token outside the table gives a row of NaN.
-void embedding(const Matrix& table, const int32_t* tokens, const Matrix& out, Stream stream);
+// out [tokens, table.cols] = scale times rows of the table. A token outside the table gives a row
+// of NaN.
+void embedding(const Matrix& table, const int32_t* tokens, float scale, const Matrix& out,
+               Stream stream);
 // Rows of out [tokens, soft.cols] whose token is -1 - r, a row of soft, become it; others are left.
 void soft_rows(const Matrix& soft, const int32_t* tokens, const Matrix& out, Stream stream);
 // The gradient by the table, overwritten: its row r is the sum in float32 of d_out's rows
@@ -63,14 +65,20 @@ void mix_rows(const Matrix& x, const int32_t* begins, const int32_t* rows, const
 
 // weight [cols] in x's dtype. y may be x.
 void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, Stream stream);
+// y = residual + rms_norm(x), rounded once; y may be the residual or x.
+void rms_norm_add(const Matrix& x, const void* weight, float eps, const Matrix& residual,
+                  const Matrix& y, Stream stream);
 
 void swiglu(const Matrix& gate_up, const Matrix& h, Stream stream);
+void geglu(const Matrix& gate_up, const Matrix& h, Stream stream);
 
 // dx is added to, and may not be dy; d_gate_up is overwritten.
 void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Matrix& dy,
                        const Matrix& dx, Stream stream);
 void swiglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up,
                      Stream stream);
+void geglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up,
+                    Stream stream);
 
 // What joins a linear layer's product while it is in registers; null or no matrix: nothing.
 struct LinearExtras {

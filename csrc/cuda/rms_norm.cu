@@ -13,10 +13,23 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    rms_norm_kernel(int64_t cols, Rows<T> x, const T* weight, float eps, Rows<T> y) {
+    rms_norm_kernel(int64_t cols, Rows<T> x, const T* weight, float eps, Rows<const T> residual,
+                    Rows<T> y) {
   __shared__ float scratch[kMaxWarps];
   DeviceBlock block;
-  rms_norm_row(block, int64_t{blockIdx.x}, cols, x, weight, eps, y, scratch);
+  rms_norm_row(block, int64_t{blockIdx.x}, cols, x, weight, eps, residual, y, scratch);
+}
+
+void launch_rms_norm(const char* op, const Matrix& x, const void* weight, float eps,
+                     const Matrix& residual, const Matrix& y, Stream stream) {
+  check_matrix(op, "x", x, x.rows, x.cols, x.dtype);
+  check_matrix(op, "y", y, x.rows, x.cols, x.dtype);
+  check_aligned(op, "weight", weight);
+  dispatch(op, x.dtype, [&](auto type) {
+    using T = decltype(type);
+    launch(op, rms_norm_kernel<T>, count(x.rows), kThreads, 0, stream, x.cols, rows_as<T>(x),
+           static_cast<const T*>(weight), eps, rows_as<const T>(residual), rows_as<T>(y));
+  });
 }
 
 constexpr int kHeadThreads = 32;
@@ -30,21 +43,18 @@ __global__ void __launch_bounds__(kHeadThreads)
   const int64_t head = blockIdx.y;
   const Rows<T> x{qkv.data + head * head_dim, qkv.ld};
   rms_norm_row(block, int64_t{blockIdx.x}, head_dim, x, head < num_heads ? q_weight : k_weight, eps,
-               x, scratch);
+               Rows<const T>{}, x, scratch);
 }
 
 }  // namespace
 
 void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y, Stream stream) {
-  constexpr const char* kOp = "rms_norm";
-  check_matrix(kOp, "x", x, x.rows, x.cols, x.dtype);
-  check_matrix(kOp, "y", y, x.rows, x.cols, x.dtype);
-  check_aligned(kOp, "weight", weight);
-  dispatch(kOp, x.dtype, [&](auto type) {
-    using T = decltype(type);
-    launch(kOp, rms_norm_kernel<T>, count(x.rows), kThreads, 0, stream, x.cols, rows_as<T>(x),
-           static_cast<const T*>(weight), eps, rows_as<T>(y));
-  });
+  launch_rms_norm("rms_norm", x, weight, eps, {}, y, stream);
+}
+void rms_norm_add(const Matrix& x, const void* weight, float eps, const Matrix& residual,
+                  const Matrix& y, Stream stream) {
+  check_matrix("rms_norm_add", "residual", residual, x.rows, x.cols, x.dtype);
+  launch_rms_norm("rms_norm_add", x, weight, eps, residual, y, stream);
 }
 
 void qk_norm(const AttentionShape& shape, const Matrix& qkv, const void* q_weight,

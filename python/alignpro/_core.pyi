@@ -186,7 +186,8 @@ class Model:
     @property
     def config(self) -> dict[str, Any]:
         """As ModelFacts.config, and device, threads, weight_bytes, compute, kv_dtype,
-        deterministic, streamed_bytes (read by every step)"""
+        deterministic, streamed_bytes (read by every step), embedding_scale (times a
+        table's row is what enters the first layer)"""
 
     def lora_modules(self) -> dict[str, tuple[int, int]]:
         """Every linear a LoRA can attach to, by its PEFT path ("model.layers.0.self_attn.q_proj"),

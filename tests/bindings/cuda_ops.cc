@@ -17,13 +17,13 @@ using namespace alignpro::bindings;
 
 namespace {
 
-void embedding(const py::object& table, const py::object& tokens, const py::object& out,
-               uintptr_t stream) {
+void embedding(const py::object& table, const py::object& tokens, float scale,
+               const py::object& out, uintptr_t stream) {
   Call call("embedding");
   const cuda::Matrix to = call.matrix(out, "out"), from = call.matrix(table, "table");
   const int32_t* ids = call.ints(tokens, "tokens", to.rows);
   const GilRelease release;
-  cuda::embedding(from, ids, to, stream_of(stream));
+  cuda::embedding(from, ids, scale, to, stream_of(stream));
 }
 
 void soft_rows(const py::object& soft, const py::object& tokens, const py::object& out,
@@ -56,11 +56,28 @@ void rms_norm(const py::object& x, const py::object& weight, float eps, const py
   cuda::rms_norm(from, w, eps, to, stream_of(stream));
 }
 
-void swiglu(const py::object& gate_up, const py::object& h, uintptr_t stream) {
-  Call call("swiglu");
-  const cuda::Matrix from = call.matrix(gate_up, "gate_up"), to = call.matrix(h, "h");
+void rms_norm_add(const py::object& x, const py::object& weight, float eps,
+                  const py::object& residual, const py::object& y, uintptr_t stream) {
+  Call call("rms_norm_add");
+  const cuda::Matrix from = call.matrix(x, "x"), to = call.matrix(y, "y");
+  const cuda::Matrix before = call.matrix(residual, "residual");
+  const void* w = call.vector(weight, "weight", from.cols, from.dtype);
   const GilRelease release;
-  cuda::swiglu(from, to, stream_of(stream));
+  cuda::rms_norm_add(from, w, eps, before, to, stream_of(stream));
+}
+
+// swiglu or geglu.
+using Glu = decltype(&cuda::swiglu);
+void bind_glu(py::module_& m, const char* name, Glu op) {
+  m.def(
+      name,
+      [name, op](const py::object& gate_up, const py::object& h, uintptr_t stream) {
+        Call call(name);
+        const cuda::Matrix from = call.matrix(gate_up, "gate_up"), to = call.matrix(h, "h");
+        const GilRelease release;
+        op(from, to, stream_of(stream));
+      },
+      py::arg("gate_up"), py::arg("h"), py::arg("stream"));
 }
 
 void linear(const py::object& x, const py::object& weight, const py::object& bias,
@@ -294,15 +311,18 @@ void bind_cuda_ops(py::module_& m) {
   py::class_<cuda::AttentionShape>(m, "AttentionShape")
       .def(py::init(&attention_shape), py::arg("num_heads"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("sliding_window"), py::arg("scale"));
-  m.def("embedding", &embedding, py::arg("table"), py::arg("tokens"), py::arg("out"),
-        py::arg("stream"));
+  m.def("embedding", &embedding, py::arg("table"), py::arg("tokens"), py::arg("scale"),
+        py::arg("out"), py::arg("stream"));
   m.def("soft_rows", &soft_rows, py::arg("soft"), py::arg("tokens"), py::arg("out"),
         py::arg("stream"));
   m.def("mix_rows", &mix_rows, py::arg("x"), py::arg("begins"), py::arg("rows"), py::arg("weights"),
         py::arg("out"), py::arg("stream"));
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("y"),
         py::arg("stream"));
-  m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("h"), py::arg("stream"));
+  m.def("rms_norm_add", &rms_norm_add, py::arg("x"), py::arg("weight"), py::arg("eps"),
+        py::arg("residual"), py::arg("y"), py::arg("stream"));
+  bind_glu(m, "swiglu", &cuda::swiglu);
+  bind_glu(m, "geglu", &cuda::geglu);
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
         py::arg("lora_x"), py::arg("lora_up"), py::arg("lora_scale"), py::arg("out"),
         py::arg("stream"));

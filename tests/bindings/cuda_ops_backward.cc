@@ -43,13 +43,20 @@ void qk_norm_backward(const py::object& qkv, const cuda::AttentionShape& shape,
   cuda::qk_norm_backward(shape, from, q, k, eps, to, stream_of(stream));
 }
 
-void swiglu_backward(const py::object& gate_up, const py::object& dh, const py::object& d_gate_up,
-                     uintptr_t stream) {
-  Call call("swiglu_backward");
-  const cuda::Matrix from = call.matrix(gate_up, "gate_up"), up = call.matrix(dh, "dh");
-  const cuda::Matrix to = call.matrix(d_gate_up, "d_gate_up");
-  const GilRelease release;
-  cuda::swiglu_backward(from, up, to, stream_of(stream));
+// swiglu_backward or geglu_backward.
+using GluBackward = decltype(&cuda::swiglu_backward);
+void bind_glu_backward(py::module_& m, const char* name, GluBackward op) {
+  m.def(
+      name,
+      [name, op](const py::object& gate_up, const py::object& dh, const py::object& d_gate_up,
+                 uintptr_t stream) {
+        Call call(name);
+        const cuda::Matrix from = call.matrix(gate_up, "gate_up"), up = call.matrix(dh, "dh");
+        const cuda::Matrix to = call.matrix(d_gate_up, "d_gate_up");
+        const GilRelease release;
+        op(from, up, to, stream_of(stream));
+      },
+      py::arg("gate_up"), py::arg("dh"), py::arg("d_gate_up"), py::arg("stream"));
 }
 
 void rope_backward(const py::object& d_qkv, const cuda::AttentionShape& shape,
@@ -133,8 +140,8 @@ void bind_cuda_ops_backward(py::module_& m) {
   m.def("qk_norm_backward", &qk_norm_backward, py::arg("qkv"), py::arg("shape"),
         py::arg("q_weight"), py::arg("k_weight"), py::arg("eps"), py::arg("d_qkv"),
         py::arg("stream"));
-  m.def("swiglu_backward", &swiglu_backward, py::arg("gate_up"), py::arg("dh"),
-        py::arg("d_gate_up"), py::arg("stream"));
+  bind_glu_backward(m, "swiglu_backward", &cuda::swiglu_backward);
+  bind_glu_backward(m, "geglu_backward", &cuda::geglu_backward);
   m.def("rope_backward", &rope_backward, py::arg("d_qkv"), py::arg("shape"), py::arg("cos"),
         py::arg("sin"), py::arg("positions"), py::arg("stream"));
   m.def("attention_backward", &attention_backward, py::arg("qkv"), py::arg("shape"), py::arg("out"),

@@ -87,7 +87,7 @@ TEST_CASE("config families") {
     return config_with(changes);
   };
   CHECK_EQ(smollm3({}).unrotated_layers, std::vector<int64_t>{3, 7});
-  CHECK((smollm3({}).rotates(2) && !smollm3({}).rotates(3)));
+  CHECK((smollm3({}).attention_kind(2) == 0 && smollm3({}).attention_kind(3) == 1));
   CHECK((smollm3({}).tied_head && smollm3({}).rope.theta == 2e6));  // the class's defaults
   CHECK_EQ(smollm3({{"no_rope_layer_interval", "5"}}).unrotated_layers, std::vector<int64_t>{4});
   CHECK_EQ(smollm3({{"no_rope_layers", "[1, 0, 1, 1, 1, 1, 0, 1, 1, 0]"}}).unrotated_layers,
@@ -105,6 +105,61 @@ TEST_CASE("config families") {
                        doctest::Contains("model_type 'gpt2'"), FileError);
   CHECK_THROWS_WITH_AS((void)(config_with({{"model_type", ""}})),
                        doctest::Contains("\"model_type\" must be a string"), FileError);
+}
+
+TEST_CASE("config of Gemma 3") {
+  const auto gemma = [](JsonFields changes) {
+    changes.insert({{"model_type", "\"gemma3_text\""}, {"num_hidden_layers", "7"}});
+    return config_with(changes);
+  };
+  const ModelConfig plain = gemma({});  // the class's defaults, as transformers 4 wrote files
+  CHECK((plain.qk_norm && plain.output_norms && plain.gelu && plain.scaled_embedding));
+  CHECK((plain.tied_head && plain.head_dim == 256 && plain.query_scalar == 256.0));
+  CHECK((plain.sliding_window == 4096 &&
+         plain.local_layers == std::vector<int64_t>{0, 1, 2, 3, 4, 6}));
+  CHECK((plain.attention_kind(0) == 1 && plain.attention_kind(5) == 0));
+  CHECK((plain.rope.theta == 1e6 && plain.local_rope.theta == 1e4));
+  const ModelConfig old = gemma({{"rope_theta", "2e6"},
+                                 {"rope_local_base_freq", "3e4"},
+                                 {"rope_scaling", R"({"rope_type": "linear", "factor": 8.0})"},
+                                 {"sliding_window_pattern", "3"}});
+  CHECK((old.rope.theta == 2e6 && old.rope.scaling == model::RopeScaling::kLinear &&
+         old.rope.factor == 8));
+  CHECK((old.local_rope.theta == 3e4 && old.local_rope.scaling == model::RopeScaling::kNone));
+  CHECK_EQ(old.local_layers, std::vector<int64_t>{0, 1, 3, 4, 6});
+  const ModelConfig by_type =
+      gemma({{"num_hidden_layers", "2"},
+             {"layer_types", R"(["full_attention", "sliding_attention"])"},
+             {"query_pre_attn_scalar", "168"},
+             {"rope_parameters", R"({"full_attention": {"rope_type": "linear", "rope_theta": 5e6,
+                                                        "factor": 2.0},
+                                     "sliding_attention": {"rope_theta": 7e3}})"}});
+  CHECK((by_type.rope.theta == 5e6 && by_type.rope.factor == 2.0 && by_type.query_scalar == 168));
+  CHECK((by_type.local_rope.theta == 7e3 && by_type.local_layers == std::vector<int64_t>{1}));
+  // All layers global: none has the window.
+  CHECK((gemma({{"sliding_window_pattern", "1"}}).sliding_window == 0));
+  const auto refuses = [&](const char* key, const char* value, const char* message) {
+    CHECK_THROWS_WITH_AS((void)(gemma({{key, value}})), doctest::Contains(message), FileError);
+  };
+  refuses("final_logit_softcapping", "30.0", "final_logit_softcapping is not supported");
+  refuses("attn_logit_softcapping", "50.0", "attn_logit_softcapping is not supported");
+  refuses("use_bidirectional_attention", "true", "use_bidirectional_attention is not supported");
+  refuses("hidden_activation", "\"gelu\"", "hidden_activation 'gelu' is not supported; gelu_py");
+  refuses("attention_bias", "true", "attention_bias is not supported for gemma3");
+  refuses("sliding_window", "0", "layers of sliding_attention need a sliding_window of 1 or more");
+  refuses("rope_local_base_freq", "0", "rope theta is 0, expected a number above 0");
+  refuses("model_type", "\"gemma3\"", "text_config: \"model_type\" must be a string");
+  const ModelConfig published =
+      config_with({{"model_type", "\"gemma3\""},
+                   {"text_config",
+                    R"({"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34,
+                           "intermediate_size": 10240, "sliding_window": 1024,
+                           "rope_scaling": {"factor": 8.0, "rope_type": "linear"}})"}});
+  CHECK((published.with_images && published.vocab_size == 262208 && published.bos_id == 2));
+  CHECK((published.num_heads == 8 && published.num_kv_heads == 4 && published.head_dim == 256));
+  CHECK((published.context_length == 131072 && published.local_layers.size() == 29));
+  CHECK((published.hidden_size == 2560 && published.rope.factor == 8.0 && published.tied_head));
+  refuses("model_type", "\"gemma2\"", "model_type 'gemma2' is not supported; ");
 }
 
 TEST_CASE("config sliding windows") {

@@ -44,6 +44,10 @@ void check_rows() {
   Floats expected(static_cast<size_t>(rows * 2 * n));
   ops::swiglu_backward(rows, n, gate_up.floats().data(), dh.floats().data(), expected.data(), pool);
   CHECK(agree(d_gate_up, expected));
+  cuda::geglu_backward(matrix(gate_up, rows, 2 * n), matrix(dh, rows, n),
+                       matrix(d_gate_up, rows, 2 * n), nullptr);
+  ops::geglu_backward(rows, n, gate_up.floats().data(), dh.floats().data(), expected.data(), pool);
+  CHECK(agree(d_gate_up, expected));
 
   Tensor<T> x(some(rows * n, 3, 3.0f)), weight(some(n, 4)), dy(some(rows * n, 5));
   Tensor<T> dx(some(rows * n, 6, 0.3f));

@@ -217,9 +217,18 @@ TEST_CASE("row ops are the cpus") {
   ops::swiglu(rows, n, x.data(), activated.data(), pool);
   cuda::swiglu(matrix(x, rows, 2 * n), matrix(h, rows, n), nullptr);
   CHECK(difference(h.floats(), activated) < kBudget);
+  ops::geglu(rows, n, x.data(), activated.data(), pool);
+  cuda::geglu(matrix(x, rows, 2 * n), matrix(h, rows, n), nullptr);
+  CHECK(difference(h.floats(), activated) < kBudget);
+  ops::rms_norm_add(rows, n, h.data(), n, weight.data(), 1e-5f, x.data(), 2 * n, expected.data(), n,
+                    pool);
+  Tensor<float> sum(rows * n);
+  cuda::rms_norm_add(matrix(h, rows, n), weight.data(), 1e-5f,
+                     {x.data(), rows, n, 2 * n, DType::kF32}, matrix(sum, rows, n), nullptr);
+  CHECK(difference(sum.floats(), Floats(expected.begin(), expected.begin() + rows * n)) < kBudget);
   const int32_t tokens[] = {4, 0};
   Tensor<float> out(2 * n);
-  cuda::embedding(matrix(h, rows, n), tokens, matrix(out, 2, n), nullptr);
+  cuda::embedding(matrix(h, rows, n), tokens, 1.0f, matrix(out, 2, n), nullptr);
   CHECK((same_bits(out.data(), h.data() + 4 * n, n) && same_bits(out.data() + n, h.data(), n)));
 }
 

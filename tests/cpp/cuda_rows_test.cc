@@ -41,7 +41,7 @@ void check_row_ops() {
   Tensor<T> x(normal(count, 1)), weight(normal(static_cast<size_t>(n), 2)), y(count);
   for_rows(rows, 64, [&](HostBlock& block, int64_t row) {
     static float scratch[kMaxWarps];
-    rms_norm_row<T>(block, row, n, {x.data(), n}, weight.data(), 1e-5f, {y.data(), n}, scratch);
+    rms_norm_row<T>(block, row, n, {x.data(), n}, weight.data(), 1e-5f, {}, {y.data(), n}, scratch);
   });
   const Floats xs = x.floats(), ws = weight.floats();
   Doubles expected(count);
@@ -71,7 +71,7 @@ void check_row_ops() {
 
   Tensor<T> gate_up(normal(2 * count, 3, 2.0f)), h(count);
   for_rows(rows, 64, [&](HostBlock& block, int64_t row) {
-    swiglu_row<T>(block, row, n, {gate_up.data(), 2 * n}, {h.data(), n});
+    glu_row<Silu, T>(block, row, n, {gate_up.data(), 2 * n}, {h.data(), n});
   });
   const Floats gs = gate_up.floats();
   for (size_t m = 0; m < 3; ++m) {
@@ -85,7 +85,7 @@ void check_row_ops() {
   const int32_t tokens[] = {2, 3, 0};  // 3 is past the table
   Tensor<T> out(count);
   for_rows(rows, 32, [&](HostBlock& block, int64_t row) {
-    embedding_row<T>(block, row, {x.data(), n}, 3, n, tokens, {out.data(), n});
+    embedding_row<T>(block, row, {x.data(), n}, 3, n, tokens, 1.0f, {out.data(), n});
   });
   const Floats rows_out = out.floats();
   CHECK(same_bits(rows_out.data(), xs.data() + 2 * n, static_cast<size_t>(n)));

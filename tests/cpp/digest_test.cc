@@ -156,6 +156,8 @@ TEST_CASE("the bits are those recorded") {
        0x9d566c79364cdf09u, 0xe58892202384aa38u},
       {"fused, window", window, ops::Arithmetic::kFloat32, DType::kF32, 0xc792987d8f02ba11u,
        0x4de60172a2d4befu},
+      {"gemma", tiny_gemma(), ops::Arithmetic::kFloat32, DType::kF32, 0x949b0042224de1b1u,
+       0xdbfebe4ca85b77c5u},
       {"float16 keys and values", tiny(true, false, false), ops::Arithmetic::kFloat32, DType::kF16,
        0x230e99daa1147f5du, 0xdb52e5b21d79f118u},
       {"int8", in_groups(), ops::Arithmetic::kInt8, DType::kF32, 0xe1cc941ab32194c9u,

@@ -158,6 +158,11 @@ TEST_CASE("rows agree to the bit") {
     });
     both_rows(row, size,
               [&](const auto& k, float* x, float* y) { k.swiglu_row(x, w.data(), n, y); });
+    both_rows(row, size,
+              [&](const auto& k, float* x, float* y) { k.geglu_row(x, w.data(), n, y); });
+    both_rows(row, 2 * size, [&](const auto& k, float* x, float* y) {
+      k.geglu_backward_row(x, w.data(), d.data(), n, y, y + n);
+    });
     both_rows(row, 2 * size, [&](const auto& k, float* x, float* y) {
       k.swiglu_backward_row(x, w.data(), d.data(), n, y, y + n);
     });

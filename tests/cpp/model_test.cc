@@ -112,8 +112,8 @@ TEST_CASE("shared prefixes change no bit") {
 }
 
 TEST_CASE("generation path equals scoring path to the bit") {
-  for (const ModelConfig& config :
-       {tiny(true, false, false), tiny(false, true, false), tiny(false, false, true)}) {
+  for (const ModelConfig& config : {tiny(true, false, false), tiny(false, true, false),
+                                    tiny(false, false, true), tiny_gemma()}) {
     for (const auto& model : on_the_device(config)) {
       const auto adapter = LoraStore(model->config(), 2, 6, false).adapter(model->config());
       // Prefill in odd chunks beside a stranger on the base weights, as the engine would. What is
@@ -467,8 +467,8 @@ TEST_CASE("keys and values as halves have no gradients") {
 }
 
 TEST_CASE("gradients by finite differences") {
-  for (const ModelConfig& config :
-       {tiny(true, false, false), tiny(false, true, false), tiny(false, false, true)}) {
+  for (const ModelConfig& config : {tiny(true, false, false), tiny(false, true, false),
+                                    tiny(false, false, true), tiny_gemma()}) {
     const auto model = tiny_model(config);
     LoraStore store(config, 2, 8, false);
     const auto reference = LoraStore(config, 1, 9, false).adapter(config);

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <numbers>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -318,10 +319,12 @@ TEST_CASE("packing rows equals packing a matrix") {
   }
   const std::vector<int32_t> tokens = {36, 0, 17};
   Floats out(3 * k);
-  embedding(a, tokens, out.data(), pool);
+  embedding(a, tokens, 1.0f, out.data(), pool);
   for (size_t i = 0; i < tokens.size(); ++i) {
     CHECK(same_bits(out.data() + i * k, w.data() + tokens[i] * k, k));
   }
+  embedding(a, tokens, 6.9f, out.data(), pool);
+  CHECK((out[0] == 6.9f * w[36 * k] && out[3 * k - 1] == 6.9f * w[18 * k - 1]));
 }
 
 TEST_CASE("rms norm and its gradient") {
@@ -349,6 +352,36 @@ TEST_CASE("rms norm and its gradient") {
   }
   CHECK(relative_error(y, truth) < kBudget);
   CHECK(relative_error(dx, gradient) < kBudget);
+  Floats stream = dy;  // in its place
+  rms_norm_add(rows, n, x.data(), n, w.data(), eps, stream.data(), n, stream.data(), n, pool);
+  for (size_t i = 0; i < y.size(); ++i) CHECK_EQ(stream[i], dy[i] + y[i]);
+}
+
+TEST_CASE("geglu and its gradient") {
+  ThreadPool pool(2);
+  const int64_t rows = 2, n = 13;
+  Floats gate_up = normal(rows * 2 * n, 15, 3.0f);
+  gate_up[0] = -120.0f;  // gelu underflows, nothing overflows
+  gate_up[1] = 120.0f;
+  const Floats dh = normal(rows * n, 16);
+  Floats h(rows * n, NAN), d(rows * 2 * n, NAN);
+  geglu(rows, n, gate_up.data(), h.data(), pool);
+  geglu_backward(rows, n, gate_up.data(), dh.data(), d.data(), pool);
+  Doubles truth(rows * n), gradient(rows * 2 * n);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < n; ++i) {
+      const double g = gate_up[static_cast<size_t>(r * 2 * n + i)];
+      const double u = gate_up[static_cast<size_t>(r * 2 * n + n + i)];
+      const double c = std::sqrt(2 / std::numbers::pi), dv = dh[static_cast<size_t>(r * n + i)];
+      const double t = std::tanh(c * (g + 0.044715 * g * g * g));
+      const double slope = (1 - t * t) * c * (1 + 3 * 0.044715 * g * g);
+      truth[static_cast<size_t>(r * n + i)] = g * (1 + t) / 2 * u;
+      gradient[static_cast<size_t>(r * 2 * n + i)] = dv * u * (1 + t + g * slope) / 2;
+      gradient[static_cast<size_t>(r * 2 * n + n + i)] = dv * g * (1 + t) / 2;
+    }
+  }
+  CHECK(relative_error(h, truth) < kBudget);
+  CHECK(relative_error(d, gradient) < kBudget);
 }
 
 TEST_CASE("swiglu and its gradient") {

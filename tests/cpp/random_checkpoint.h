@@ -99,6 +99,18 @@ inline ModelConfig tiny(bool bias, bool qk_norm, bool fused) {
   return c;
 }
 
+// Gemma 3's switches: a global layer between two local ones.
+inline ModelConfig tiny_gemma() {
+  ModelConfig c = tiny(false, true, false);
+  c.output_norms = c.gelu = c.scaled_embedding = true;
+  c.query_scalar = 10.0;
+  c.sliding_window = 9;
+  c.local_layers = {0, 2};
+  c.local_rope = c.rope;
+  c.rope.theta = 1e6;
+  return c;
+}
+
 inline std::shared_ptr<Model> cpu_model(const ModelConfig& config, int threads = 2,
                                         ops::Arithmetic arithmetic = ops::Arithmetic::kFloat32,
                                         DType kv_dtype = DType::kF32) {

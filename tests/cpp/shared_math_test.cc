@@ -257,12 +257,19 @@ TEST_CASE("vector kernels compute the shared activations") {
     k->rope_row(turned.data(), cos.data(), sin.data(), 18);
     for (size_t i = 0; i < 37; ++i) CHECK(near(h[i], silu(gate[i]) * up[i], kBudget));
     Floats d_gate(37), d_up(37);
+    const auto gradients_are = [&](const auto& gradient) {
+      for (size_t i = 0; i < 37; ++i) {
+        float to_gate = NAN, to_up = NAN;
+        gradient(gate[i], up[i], h[i], &to_gate, &to_up);
+        CHECK((near(d_gate[i], to_gate, 4 * kBudget) && near(d_up[i], to_up, kBudget)));
+      }
+    };
     k->swiglu_backward_row(gate.data(), up.data(), h.data(), 37, d_gate.data(), d_up.data());
-    for (size_t i = 0; i < 37; ++i) {
-      float to_gate = NAN, to_up = NAN;
-      silu_gradient(gate[i], up[i], h[i], &to_gate, &to_up);
-      CHECK((near(d_gate[i], to_gate, 4 * kBudget) && near(d_up[i], to_up, kBudget)));
-    }
+    gradients_are(silu_gradient);
+    k->geglu_row(gate.data(), up.data(), 37, h.data());
+    for (size_t i = 0; i < 37; ++i) CHECK(near(h[i], gelu(gate[i]) * up[i], kBudget));
+    k->geglu_backward_row(gate.data(), up.data(), h.data(), 37, d_gate.data(), d_up.data());
+    gradients_are(gelu_gradient);
     for (size_t i = 0; i < 18; ++i) {
       float a = gate[i], b = gate[i + 18];
       rotate(cos[i], sin[i], &a, &b);

@@ -204,6 +204,8 @@ TEST_CASE("counts of the other ops") {
   CHECK((rope.rows == 3 && rope.flops == 3 * 48 && rope.bytes == 4 * (2 * 48 + 3 * 8)));
   const auto swiglu = ops::swiglu_counts(3, 10);
   CHECK((swiglu.rows == 3 && swiglu.flops == 150 && swiglu.bytes == 4 * 90));
+  const auto geglu = ops::geglu_counts(3, 10);
+  CHECK((geglu.rows == 3 && geglu.flops == 270 && geglu.bytes == 4 * 90));
   const std::vector<float> source(64 * 16);
   const auto head = ops::PackedMatrix::pack(64, 16, source.data());
   const auto sample = ops::head_sample_counts(3, head);

@@ -31,9 +31,9 @@ def workspace(size: int) -> torch.Tensor:
     return torch.full((max(size, 16),), 255, dtype=torch.uint8, device=DEVICE)
 
 
-def embedding(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def embedding(table: torch.Tensor, tokens: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     out = poisoned(len(tokens), table.shape[1], dtype=table.dtype)
-    cuda.embedding(table, tokens, out, stream())
+    cuda.embedding(table, tokens, scale, out, stream())
     return out
 
 
@@ -43,9 +43,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return y
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def rms_norm_add(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
+) -> torch.Tensor:
+    y = residual.clone()
+    cuda.rms_norm_add(x, weight, eps, y, y, stream())
+    return y
+
+
+def glu(gate_up: torch.Tensor, name: str = "swiglu") -> torch.Tensor:
+    """name: swiglu or geglu."""
     h = poisoned(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype)
-    cuda.swiglu(gate_up, h, stream())
+    getattr(cuda, name)(gate_up, h, stream())
     return h
 
 

@@ -8,6 +8,7 @@ Long because every op of a forward has its case here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,9 @@ def embedding() -> Measured:
         out = calls.embedding(table, tokens)
         measured.append((f"{dtype} rows", differing(out[:3], table[tokens[:3].long()]), 0.0))
         measured.append((f"{dtype} outside", float((~out[3:].isnan()).sum()), 0.0))
+        scaled = calls.embedding(table, tokens[:3], 6.875)
+        expected = table[tokens[:3].long()] * torch.tensor(6.875, dtype=dtype)
+        measured.append((f"{dtype} scaled", differing(scaled, expected), 0.0))
     return measured
 
 
@@ -111,7 +115,26 @@ def rms_norm() -> Measured:
 
 
 @case
-def swiglu() -> Measured:
+def rms_norm_add() -> Measured:
+    measured: Measured = []
+    for dtype in DTYPES:
+        x, residual = normal(5, 576, dtype=dtype, scale=3.0), normal(5, 576, dtype=dtype)
+        weight = normal(576, dtype=dtype)
+        truth = torch.nn.functional.rms_norm(x.double(), (576,), weight.double(), 1e-5)
+        plain = torch.nn.functional.rms_norm(x, (576,), weight, 1e-5)
+        y = calls.rms_norm_add(x, weight, 1e-5, residual)
+        measured += judged(str(dtype), y, plain + residual, truth + residual.double())
+    return measured
+
+
+def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of the gate: swiglu's or geglu's."""
+    if name == "swiglu":
+        return torch.nn.functional.silu
+    return functools.partial(torch.nn.functional.gelu, approximate="tanh")
+
+
+def glu(name: str) -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
         gate_up = normal(*sizes((37, 2 * 1536), (3, 2 * 136)), dtype=dtype, scale=3.0)
@@ -119,11 +142,21 @@ def swiglu() -> Measured:
         plain_gate, plain_up = gate_up.chunk(2, dim=1)
         measured += judged(
             str(dtype),
-            calls.swiglu(gate_up),
-            torch.nn.functional.silu(plain_gate) * plain_up,
-            torch.nn.functional.silu(gate) * up,
+            calls.glu(gate_up, name),
+            activation(name)(plain_gate) * plain_up,
+            activation(name)(gate) * up,
         )
     return measured
+
+
+@case
+def swiglu() -> Measured:
+    return glu("swiglu")
+
+
+@case
+def geglu() -> Measured:
+    return glu("geglu")
 
 
 @case

@@ -8,7 +8,18 @@ import torch
 
 from gpu import calls
 from gpu.calls import DEVICE
-from gpu.cases import DTYPES, Measured, case, differing, error, ints, normal, sizes, turned
+from gpu.cases import (
+    DTYPES,
+    Measured,
+    activation,
+    case,
+    differing,
+    error,
+    ints,
+    normal,
+    sizes,
+    turned,
+)
 
 
 def gradients(
@@ -111,20 +122,30 @@ def qk_norm_backward() -> Measured:
     return measured
 
 
-@case
-def swiglu_backward() -> Measured:
+def glu_backward(name: str) -> Measured:
     measured: Measured = []
     for dtype in DTYPES:
         gate_up, dh = normal(37, 2 * 1536, dtype=dtype, scale=3.0), normal(37, 1536, dtype=dtype)
 
-        def swiglu(x: torch.Tensor) -> torch.Tensor:
+        def glu(x: torch.Tensor) -> torch.Tensor:
             gate, up = x.chunk(2, dim=1)
-            return torch.nn.functional.silu(gate) * up
+            return activation(name)(gate) * up
 
         d_gate_up = calls.poisoned(37, 2 * 1536, dtype=dtype)
-        calls.cuda.swiglu_backward(gate_up, dh, d_gate_up, calls.stream())
-        measured += judged(str(dtype), d_gate_up, swiglu, [gate_up], dh, 0)
+        backward = getattr(calls.cuda, f"{name}_backward")
+        backward(gate_up, dh, d_gate_up, calls.stream())
+        measured += judged(str(dtype), d_gate_up, glu, [gate_up], dh, 0)
     return measured
+
+
+@case
+def swiglu_backward() -> Measured:
+    return glu_backward("swiglu")
+
+
+@case
+def geglu_backward() -> Measured:
+    return glu_backward("geglu")
 
 
 @case

@@ -56,6 +56,39 @@ def test_names_of_one_rule(rule: str, names: list[str]) -> None:
         assert ids(metadata(name)) == ids(metadata(rule)), name
 
 
+@pytest.mark.parametrize(
+    ("pre", "text", "words"),
+    [
+        ("gpt-2", "ab 123  c", ["ab", " 123", " ", " c"]),
+        ("smollm", "ab 12  3", ["ab", " ", "1", "2", "  ", "3"]),
+        ("llama-bpe", "ab 12345\n\nIT'S", ["ab", " ", "123", "45", "\n\n", "IT", "'S"]),
+        ("qwen2", "ab 123\n c'll", ["ab", " ", "1", "2", "3", "\n", " c", "'ll"]),
+        ("tekken", "aBcD 12 IT's/", ["a", "Bc", "D", " ", "1", "2", " IT", "'s", "/"]),
+        ("gpt-4o", "aBcD 1234 IT's/", ["a", "Bc", "D", " ", "123", "4", " IT's", "/"]),
+    ],
+)
+def test_words_by_pre_tokenizer(pre: str, text: str, words: list[str]) -> None:
+    """Every pair merges here, so tokens are exactly the words that merging may not cross."""
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelled = ["".join(p for p, _ in alphabet.pre_tokenize_str(word)) for word in [*words, text]]
+    tokens = sorted({char for word in spelled for char in word})
+    merges = []
+    whole = spelled[-1]
+    for begin in range(len(whole)):
+        for end in range(begin + 2, len(whole) + 1):
+            if whole[begin:end] not in tokens:
+                tokens.append(whole[begin:end])
+            merges.append(f"{whole[begin : end - 1]} {whole[end - 1]}")
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": list(dict.fromkeys(merges)),
+    }
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(text)] == words
+
+
 def test_a_rule_that_is_not_known_is_refused() -> None:
     with pytest.raises(
         ModelFileError, match=r"words cut as 'olmo' are not supported.*tokenizer\.j"

@@ -109,17 +109,23 @@ def _lift_float32_islands(model: Any) -> None:
         if type(module).__name__.endswith("RMSNorm"):
 
             def norm(x: torch.Tensor, m: Any = module) -> torch.Tensor:
-                return m.weight * x * (x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon).rsqrt()
+                gemma = type(m).__name__.startswith("Gemma")
+                weight, eps = (1 + m.weight, m.eps) if gemma else (m.weight, m.variance_epsilon)
+                return weight * x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
 
             module.forward = norm
     rotary = model.model.rotary_emb
     choose_factors = rotary.forward  # of longrope, by length
 
-    def angles(x: torch.Tensor, position_ids: torch.Tensor, **options: Any) -> Any:
-        choose_factors(x, position_ids, **options)
-        half = position_ids[..., None].double() * rotary.inv_freq.double()
+    def angles(
+        x: torch.Tensor, position_ids: torch.Tensor, *layer_type: str, **options: Any
+    ) -> Any:
+        choose_factors(x, position_ids, *layer_type, **options)
+        of = "".join(f"{kind}_" for kind in layer_type)  # Gemma 3 turns by layer type
+        half = position_ids[..., None].double() * getattr(rotary, f"{of}inv_freq").double()
         both = torch.cat([half, half], -1)
-        return both.cos() * rotary.attention_scaling, both.sin() * rotary.attention_scaling
+        scaling = getattr(rotary, f"{of}attention_scaling")
+        return both.cos() * scaling, both.sin() * scaling
 
     rotary.forward = angles
 

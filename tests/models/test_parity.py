@@ -148,7 +148,7 @@ def test_every_batch_size(engine: Engines, kind: str) -> None:
             assert scored(model, whole[part], params[part], lora) == scores[part]
 
 
-@pytest.mark.parametrize("variant", ["qwen2", "mistral-window", "phi3-longrope-long"])
+@pytest.mark.parametrize("variant", ["qwen2", "mistral-window", "phi3-longrope-long", "gemma3"])
 def test_every_chunking_of_the_prefill(engine: Engines, variant: str) -> None:
     prompts, params = requests(5)
     prompts[2] = prompts[2] * 3 + prompts[1] * 9  # 117 tokens
@@ -161,7 +161,7 @@ def test_every_chunking_of_the_prefill(engine: Engines, variant: str) -> None:
             assert_same(model.generate(prompts, params), expected)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "mistral-window"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "mistral-window", "gemma3"])
 def test_keys_and_values_as_float16(engine: Engines, variant: str) -> None:
     """Rounded alike in sampling and scoring, whatever the batch, the chunks or the prefix cache."""
     shared = engine(variant, threads=2, kv_dtype="float16")

@@ -24,7 +24,7 @@ ROWS = 4
 
 def random_rows(model: NativeModel, seed: int, count: int = ROWS) -> np.ndarray:
     """As large as the tiny models' embeddings."""
-    table = model.base_table("embed_tokens")
+    table = model.base_table("embed_tokens") * np.float32(model.config["embedding_scale"])
     drawn = np.random.default_rng(seed).normal(size=(count, table.shape[1]))
     return (drawn * table.std()).astype(np.float32)
 
@@ -200,7 +200,8 @@ def test_rows_that_are_embeddings_are_those_tokens(
     """Drawn and scored, from a file's own table, after a cached beginning and without."""
     _, model, _ = variant
     tokens, prompt = [40, 9, 77, 8], [1, 40, 9, 77, 8, 40, 30, 31, *range(50, 70), 9, 8]
-    rows = np.ascontiguousarray(model.base_table("embed_tokens")[tokens])
+    scale = np.float32(model.config["embedding_scale"])
+    rows = np.ascontiguousarray(model.base_table("embed_tokens")[tokens] * scale)
     soft = [-1 - tokens.index(t) if t in tokens else t for t in prompt]
     assert sum(t < 0 for t in soft) == 7
     adapter = model.core_model.make_adapter({}, 1.0, rows)

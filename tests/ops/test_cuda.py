@@ -17,11 +17,13 @@ import check_spills  # noqa: E402
 
 LOGPROB = "hidden weight tokens temperature reference_hidden reference_weight forward "
 CALLS = {
-    "embedding": "table tokens out stream",
+    "embedding": "table tokens scale out stream",
     "soft_rows": "soft tokens out stream",
     "mix_rows": "x begins rows weights out stream",
     "rms_norm": "x weight eps y stream",
+    "rms_norm_add": "x weight eps residual y stream",
     "swiglu": "gate_up h stream",
+    "geglu": "gate_up h stream",
     "linear": "x weight bias residual lora_x lora_up lora_scale out stream",
     "qk_norm": "qkv shape q_weight k_weight eps stream",
     "rope_kv_write": "qkv shape cos sin positions blocks kv stream",
@@ -32,6 +34,7 @@ CALLS = {
     "qk_norm_backward": "qkv shape q_weight k_weight eps d_qkv stream",
     "rms_norm_backward": "x weight eps dy dx stream",
     "swiglu_backward": "gate_up dh d_gate_up stream",
+    "geglu_backward": "gate_up dh d_gate_up stream",
     "rope_backward": "d_qkv shape cos sin positions stream",
     "linear_backward": "dy weight residual lora_down lora_up lora_scale d_low dx stream",
     "lora_backward": "x lora_x dy d_low lora_scale d_a d_b workspace stream",

@@ -1,7 +1,7 @@
 #pragma once
 
-// Ops of one row by one block: embedding, soft_rows, mix_rows, rms_norm, swiglu, rope_kv_write,
-// kv_copy, and backwards.
+// Ops of one row by one block: embedding, soft_rows, mix_rows, rms_norm, swiglu, geglu,
+// rope_kv_write, kv_copy, and backwards.
 
 #include <cmath>
 #include <cstdint>
@@ -33,14 +33,18 @@ Rows<T> rows_as(const Matrix& m) {
 
 template <typename T, typename Block>
 ALIGNPRO_BODY void embedding_row(Block& block, int64_t row, Rows<T> table, int64_t vocab,
-                                 int64_t cols, const int32_t* tokens, Rows<T> out) {
+                                 int64_t cols, const int32_t* tokens, float scale, Rows<T> out) {
   const int32_t token = tokens[row];
   const bool known = token >= 0 && token < vocab;
   Pack<T> nothing;
   for (T& value : nothing.value) value = stored<T>(NAN);
   const Pack<T>* from = table.packs(known ? token : 0);
   for (int64_t i = block.thread(); i < cols / Pack<T>::kSize; i += block.threads()) {
-    out.packs(row)[i] = known ? from[i] : nothing;
+    Pack<T> result = known ? from[i] : nothing;
+    if (scale != 1.0f) {
+      for (T& value : result.value) value = stored<T>(scale * to_float(value));
+    }
+    out.packs(row)[i] = result;
   }
 }
 
@@ -91,9 +95,10 @@ ALIGNPRO_BODY void mix_rows_row(Block& block, int64_t row, int64_t cols, Rows<co
   }
 }
 
+// residual: without data none; y may be it, or x.
 template <typename T, typename Block>
 ALIGNPRO_BODY void rms_norm_row(Block& block, int64_t row, int64_t cols, Rows<T> x, const T* weight,
-                                float eps, Rows<T> y, float* scratch) {
+                                float eps, Rows<const T> residual, Rows<T> y, float* scratch) {
   const int64_t packs = cols / Pack<T>::kSize;
   float sum = 0.0f;
   for (int64_t i = block.thread(); i < packs; i += block.threads()) {
@@ -106,28 +111,46 @@ ALIGNPRO_BODY void rms_norm_row(Block& block, int64_t row, int64_t cols, Rows<T>
     const Pack<T> pack = x.packs(row)[i], w = reinterpret_cast<const Pack<T>*>(weight)[i];
     Pack<T> result;
     for (int k = 0; k < Pack<T>::kSize; ++k) {
-      result.value[k] = stored<T>(to_float(w.value[k]) * (to_float(pack.value[k]) * factor));
+      float value = to_float(w.value[k]) * (to_float(pack.value[k]) * factor);
+      if (residual.data != nullptr) value += to_float(residual.packs(row)[i].value[k]);
+      result.value[k] = stored<T>(value);
     }
     y.packs(row)[i] = result;
   }
 }
 
-template <typename T, typename Block>
-ALIGNPRO_BODY void swiglu_row(Block& block, int64_t row, int64_t n, Rows<T> gate_up, Rows<T> h) {
+// Of swiglu and geglu, by their gates.
+struct Silu {
+  static ALIGNPRO_HOST_DEVICE float gate(float x) { return ops::silu(x); }
+  static ALIGNPRO_HOST_DEVICE void gradient(float gate, float up, float d, float* d_gate,
+                                            float* d_up) {
+    ops::silu_gradient(gate, up, d, d_gate, d_up);
+  }
+};
+struct Gelu {
+  static ALIGNPRO_HOST_DEVICE float gate(float x) { return ops::gelu(x); }
+  static ALIGNPRO_HOST_DEVICE void gradient(float gate, float up, float d, float* d_gate,
+                                            float* d_up) {
+    ops::gelu_gradient(gate, up, d, d_gate, d_up);
+  }
+};
+
+template <typename Gate, typename T, typename Block>
+ALIGNPRO_BODY void glu_row(Block& block, int64_t row, int64_t n, Rows<T> gate_up, Rows<T> h) {
   const int64_t packs = n / Pack<T>::kSize;
   for (int64_t i = block.thread(); i < packs; i += block.threads()) {
     const Pack<T> gate = gate_up.packs(row)[i], up = gate_up.packs(row)[packs + i];
     Pack<T> result;
     for (int k = 0; k < Pack<T>::kSize; ++k) {
-      result.value[k] = stored<T>(ops::silu(to_float(gate.value[k])) * to_float(up.value[k]));
+      result.value[k] = stored<T>(Gate::gate(to_float(gate.value[k])) * to_float(up.value[k]));
     }
     h.packs(row)[i] = result;
   }
 }
 
-template <typename T, typename Block>
-ALIGNPRO_BODY void swiglu_backward_row(Block& block, int64_t row, int64_t n, Rows<const T> gate_up,
-                                       Rows<const T> dh, Rows<T> d_gate_up) {
+template <typename Gate, typename T, typename Block>
+ALIGNPRO_BODY void glu_backward_row(Block& block, int64_t row, int64_t n, Rows<const T> gate_up,
+                                    Rows<const T> dh, Rows<T> d_gate_up) {
   const int64_t packs = n / Pack<T>::kSize;
   for (int64_t i = block.thread(); i < packs; i += block.threads()) {
     const Pack<T> gate = gate_up.packs(row)[i], up = gate_up.packs(row)[packs + i];
@@ -135,8 +158,8 @@ ALIGNPRO_BODY void swiglu_backward_row(Block& block, int64_t row, int64_t n, Row
     Pack<T> d_gate, d_up;
     for (int k = 0; k < Pack<T>::kSize; ++k) {
       float to_gate, to_up;
-      ops::silu_gradient(to_float(gate.value[k]), to_float(up.value[k]), to_float(d.value[k]),
-                         &to_gate, &to_up);
+      Gate::gradient(to_float(gate.value[k]), to_float(up.value[k]), to_float(d.value[k]), &to_gate,
+                     &to_up);
       d_gate.value[k] = stored<T>(to_gate);
       d_up.value[k] = stored<T>(to_up);
     }

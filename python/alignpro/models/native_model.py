@@ -118,9 +118,10 @@ def load_model(
         context_length=config.context_length or 0,
         library_folders=wheel_folders() if config.device == "cuda" else (),
     )
-    if (files.json("config.json") or {}).get("tie_word_embeddings") and not made.config[
-        "tied_head"
-    ]:
+    described = files.json("config.json") or {}
+    if "vision_config" in described:
+        _log.warning("%s: its encoder of images is left out: text is read and written", path)
+    if described.get("tie_word_embeddings") and not made.config["tied_head"]:
         _log.warning(
             "%s: tie_word_embeddings is set, and lm_head.weight is another matrix than the "
             "embedding: the head of the file is used",

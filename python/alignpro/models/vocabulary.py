@@ -79,7 +79,9 @@ class Vocabulary:
         for text, token in self.backend.get_vocab().items():
             pieces[token] = spelled(text)
         for added in self.added:
-            pieces[added.id] = b"" if added.hidden else added.text.encode("utf-8")
+            # Gemma adds runs of "▁", which are spaces there, too.
+            text = added.text if self.byte_level else added.text.replace("▁", " ")
+            pieces[added.id] = b"" if added.hidden else text.encode("utf-8")
         return pieces
 
 

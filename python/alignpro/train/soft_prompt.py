@@ -73,17 +73,18 @@ def initial_soft_prompt(
 def initial_rows(model: NativeModel, config: SoftPromptConfig, *, seed: int) -> Array:
     """[num_tokens, hidden], by ``config.init``, drawn from a generator of its own.
 
-    Random rows are normal with the standard deviation of the embedding: PEFT's own, of deviation 1,
-    is far outside of what a model with small embeddings was trained on.
+    Random rows are normal with the standard deviation of what is embedded: PEFT's own, of deviation
+    1, is far outside of what a model with small embeddings was trained on.
 
     Raises:
         ValueError: a text without tokens.
     """
     table, count = model.base_table("embed_tokens"), config.num_tokens
+    scale = np.float32(model.config["embedding_scale"])  # rows enter the first layer as they are
     generator = np.random.default_rng(seed)
     if config.init == "random":
         drawn = generator.standard_normal((count, table.shape[1])) * table.std(dtype=np.float64)
-        rows: Array = drawn.astype(np.float32)
+        rows: Array = drawn.astype(np.float32) * scale
         return rows
     if config.text is None:
         chosen = generator.choice(len(table), size=count).tolist()
@@ -92,7 +93,7 @@ def initial_rows(model: NativeModel, config: SoftPromptConfig, *, seed: int) -> 
         if not tokens:
             raise ValueError(f"soft_prompt.init: expected a text with tokens, got {config.init!r}")
         chosen = list(itertools.islice(itertools.cycle(tokens), count))
-    rows = table[chosen]
+    rows = table[chosen] * scale
     return rows
 
 

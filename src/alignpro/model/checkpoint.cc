@@ -27,6 +27,10 @@ constexpr Name kFinalNorm{"model.norm", "output_norm"};
 constexpr Name kHead{"lm_head", "output"};
 constexpr Name kAttentionNorm{"input_layernorm", "attn_norm"};
 constexpr Name kMlpNorm{"post_attention_layernorm", "ffn_norm"};
+// Of a family with norms behind attention and MLP.
+constexpr Name kAttentionOutputNorm{"post_attention_layernorm", "post_attention_norm"};
+constexpr Name kInnerMlpNorm{"pre_feedforward_layernorm", "ffn_norm"};
+constexpr Name kMlpOutputNorm{"post_feedforward_layernorm", "post_ffw_norm"};
 constexpr Name kQ{"self_attn.q_proj", "attn_q"};
 constexpr Name kK{"self_attn.k_proj", "attn_k"};
 constexpr Name kV{"self_attn.v_proj", "attn_v"};
@@ -59,7 +63,7 @@ using Pieces = std::vector<Piece>;
 
 struct Layer {
   Pieces linears[4];    // by LinearSite
-  FileTensor norms[4];  // by NormSite; q and k only where the family has them
+  FileTensor norms[6];  // by NormSite; those that the family has
   Pieces qkv_bias;
 };
 
@@ -133,7 +137,11 @@ Layer find_layer(Finder& finder, const ModelConfig& config, int64_t index, bool 
   linear(LinearSite::kO) = {matrix(kO, hidden, config.q_size(), 0)};
   linear(LinearSite::kDown) = {matrix(kDown, hidden, inner, 0)};
   norm(NormSite::kAttention) = vector(kAttentionNorm, ".weight", hidden);
-  norm(NormSite::kMlp) = vector(kMlpNorm, ".weight", hidden);
+  norm(NormSite::kMlp) = vector(config.output_norms ? kInnerMlpNorm : kMlpNorm, ".weight", hidden);
+  if (config.output_norms) {
+    norm(NormSite::kAttentionOutput) = vector(kAttentionOutputNorm, ".weight", hidden);
+    norm(NormSite::kMlpOutput) = vector(kMlpOutputNorm, ".weight", hidden);
+  }
   if (config.qk_norm) {
     norm(NormSite::kQ) = vector(kQNorm, ".weight", config.head_dim);
     norm(NormSite::kK) = vector(kKNorm, ".weight", config.head_dim);
@@ -144,6 +152,22 @@ Layer find_layer(Finder& finder, const ModelConfig& config, int64_t index, bool 
                       Piece{vector(kV, ".bias", config.kv_size())}};
   }
   return layer;
+}
+
+// Of a folder with an encoder of images the text model's tensors, by the names that they have in a
+// folder without.
+TensorMap text_tensors(const TensorMap& all) {
+  constexpr std::string_view kPart = "language_model.";
+  TensorMap text;
+  for (const auto& [name, tensor] : all) {
+    if (const size_t at = name.find(kPart); at != name.npos) {
+      text.emplace(name.substr(0, at) + name.substr(at + kPart.size()), tensor);
+    } else if (name.find("vision_tower.") == name.npos &&
+               name.find("multi_modal_projector.") == name.npos) {
+      text.emplace(name, tensor);
+    }
+  }
+  return text;
 }
 
 // Bit for bit; the same values in another type count as others, which changes no result.
@@ -175,7 +199,13 @@ class FileCheckpoint final : public Checkpoint {
   explicit FileCheckpoint(const ModelFiles& files) : files_(files), config_(read_config(files)) {
     const bool gguf = files.gguf() != nullptr;
     if (!gguf) folder_.emplace(files.path());
-    Finder finder(gguf, gguf ? files.gguf()->tensors() : folder_->tensors(), files.path().string());
+    TensorMap text;
+    if (config_.with_images) text = text_tensors(folder_->tensors());
+    Finder finder(gguf,
+                  gguf                  ? files.gguf()->tensors()
+                  : config_.with_images ? text
+                                        : folder_->tensors(),
+                  files.path().string());
     const std::string head = cat(finder.name(kHead), ".weight");
     const std::vector<int64_t> table = {config_.vocab_size, config_.hidden_size};
     embedding_ = {Piece{finder.get(cat(finder.name(kEmbedding), ".weight"), table)}};
@@ -212,12 +242,11 @@ class FileCheckpoint final : public Checkpoint {
 
   std::vector<float> read_norm(int64_t layer, NormSite site) const override {
     const FileTensor& tensor = at(layer).norms[static_cast<size_t>(site)];
-    require(!tensor.shape.empty(), "read_norm: ", family_name(config_.family),
-            " has no norm on q and k");
-    return read_vector(tensor);
+    require(!tensor.shape.empty(), "read_norm: ", family_name(config_.family), " has no such norm");
+    return read_norm_vector(tensor);
   }
 
-  std::vector<float> read_final_norm() const override { return read_vector(final_norm_); }
+  std::vector<float> read_final_norm() const override { return read_norm_vector(final_norm_); }
 
   std::vector<float> read_qkv_bias(int64_t layer) const override {
     std::vector<float> bias;
@@ -229,6 +258,15 @@ class FileCheckpoint final : public Checkpoint {
   }
 
  private:
+  // Gemma's folders hold what is to be added to 1; its GGUF files hold the sum.
+  std::vector<float> read_norm_vector(const FileTensor& tensor) const {
+    std::vector<float> weight = read_vector(tensor);
+    if (config_.family == Family::kGemma3 && folder_) {
+      for (float& w : weight) w += 1.0f;
+    }
+    return weight;
+  }
+
   const Layer& at(int64_t layer) const {
     require(layer >= 0 && layer < config_.num_layers, "layer ", layer, " is not within [0, ",
             config_.num_layers, ")");

@@ -13,7 +13,7 @@ namespace alignpro::model {
 // rows, whether the file stores them fused or apart.
 enum class LinearSite { kQkv, kO, kGateUp, kDown };
 
-enum class NormSite { kAttention, kMlp, kQ, kK };
+enum class NormSite { kAttention, kMlp, kQ, kK, kAttentionOutput, kMlpOutput };
 
 // A model file as the model reads it: canonical names, rows as they are stored, one rope convention
 // (half-split; the row permutation that llama.cpp's converter applies to q and k is undone here).

@@ -28,8 +28,7 @@ void check_factors(const std::vector<double>& factors, int64_t expected, const c
   }
 }
 
-void validate_rope(const ModelConfig& config, const std::string& source) {
-  const RopeConfig& rope = config.rope;
+void validate_rope(const RopeConfig& rope, const ModelConfig& config, const std::string& source) {
   const auto positive = [&source](double value, const char* what) {
     require<FileError>(std::isfinite(value) && value > 0, source, ": ", what, " is ", value,
                        ", expected a number above 0");
@@ -71,7 +70,8 @@ void validate_rope(const ModelConfig& config, const std::string& source) {
 
 }  // namespace
 
-constexpr std::string_view kFamilies[] = {"llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"};
+constexpr std::string_view kFamilies[] = {"llama", "mistral", "qwen2", "qwen3",
+                                          "phi3",  "smollm3", "gemma3"};
 
 std::string_view family_name(Family family) { return kFamilies[static_cast<size_t>(family)]; }
 
@@ -84,8 +84,9 @@ std::optional<Family> family_from_name(std::string_view name) {
 void apply_family(Family family, ModelConfig* config) {
   config->family = family;
   config->qkv_bias = family == Family::kQwen2;
-  config->qk_norm = family == Family::kQwen3;
+  config->qk_norm = family == Family::kQwen3 || family == Family::kGemma3;
   config->fused_projections = family == Family::kPhi3;
+  config->output_norms = config->gelu = config->scaled_embedding = family == Family::kGemma3;
 }
 
 std::vector<int64_t> every_nth_layer(int64_t interval, const ModelConfig& config,
@@ -96,6 +97,14 @@ std::vector<int64_t> every_nth_layer(int64_t interval, const ModelConfig& config
     if ((layer + 1) % interval == 0) layers.push_back(layer);
   }
   return layers;
+}
+
+void set_global_layers(const std::vector<int64_t>& layers, ModelConfig* config) {
+  config->local_layers.clear();
+  for (int64_t layer = 0; layer < std::min(config->num_layers, kMaxLayers); ++layer) {
+    if (std::ranges::find(layers, layer) == layers.end()) config->local_layers.push_back(layer);
+  }
+  if (config->local_layers.empty()) config->sliding_window = 0;
 }
 
 void set_bos(int64_t id, ModelConfig* config) {
@@ -144,7 +153,14 @@ void validate(const ModelConfig& config, const std::string& source) {
   const auto in_vocabulary = [&config](int64_t id) { return id >= 0 && id < config.vocab_size; };
   require<FileError>(config.bos_id == -1 || in_vocabulary(config.bos_id), source, ": the BOS id ",
                      config.bos_id, " is outside the vocabulary of ", config.vocab_size);
-  validate_rope(config, source);
+  require<FileError>(std::isfinite(config.query_scalar) && config.query_scalar >= 0, source,
+                     ": query_pre_attn_scalar is ", config.query_scalar,
+                     ", expected a number above 0");
+  validate_rope(config.rope, config, source);
+  if (config.local_layers.empty()) return;
+  validate_rope(config.local_rope, config, source);
+  require<FileError>(config.sliding_window >= 1, source,
+                     ": layers of sliding_attention need a sliding_window of 1 or more");
 }
 
 int64_t choose_context(const ModelConfig& config, int64_t wanted) {

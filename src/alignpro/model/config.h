@@ -8,7 +8,7 @@
 
 namespace alignpro::model {
 
-enum class Family { kLlama, kMistral, kQwen2, kQwen3, kPhi3, kSmolLm3 };
+enum class Family { kLlama, kMistral, kQwen2, kQwen3, kPhi3, kSmolLm3, kGemma3 };
 
 std::string_view family_name(Family family);
 
@@ -52,13 +52,26 @@ struct ModelConfig {
   bool qkv_bias = false;
   bool qk_norm = false;            // RMSNorm over head_dim on q and k before rope (Qwen3)
   bool fused_projections = false;  // one file matrix for QKV and one for gate-up (Phi-3)
+  bool output_norms = false;       // RMSNorm on what attention and MLP add to the stream (Gemma 3)
+  bool gelu = false;               // of the gate, where others have SiLU (Gemma 3)
+  bool scaled_embedding = false;   // the embedding times sqrt(hidden_size) (Gemma 3)
+  bool with_images = false;        // an encoder of images lies beside, and is left out (Gemma 3)
+  double query_scalar = 0.0;       // scores are over its square root; 0: head_dim
   RopeConfig rope;
   std::vector<int64_t> unrotated_layers;  // whose q and k rope leaves as they are (SmolLM3)
-  int32_t bos_id = -1;                    // -1: none
-  std::vector<int32_t> eos_ids;           // every id that ends a text (end_of_text.h)
+  // Gemma 3: these see sliding_window positions and turn by local_rope, the others see all. Empty:
+  // all layers have the window, or none.
+  std::vector<int64_t> local_layers;
+  RopeConfig local_rope;
+  int32_t bos_id = -1;           // -1: none
+  std::vector<int32_t> eos_ids;  // every id that ends a text (end_of_text.h)
 
-  bool rotates(int64_t layer) const {
-    return std::ranges::find(unrotated_layers, layer) == unrotated_layers.end();
+  // Of attention_kinds(): 1 for an unrotated or a local layer.
+  size_t attention_kind(int64_t layer) const {
+    const auto names = [layer](const std::vector<int64_t>& layers) {
+      return std::ranges::find(layers, layer) != layers.end();
+    };
+    return names(unrotated_layers) || names(local_layers) ? 1 : 0;
   }
   int64_t q_size() const { return num_heads * head_dim; }
   int64_t kv_size() const { return num_kv_heads * head_dim; }

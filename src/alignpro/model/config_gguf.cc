@@ -18,19 +18,17 @@ struct ArchKey {
 
 // What a llama-like file may ask for and no family here expresses (mixtures of experts, mixed
 // windows, soft caps, scaled residuals).
-void refuse_unsupported(const io::GgufFile& file, const ArchKey& key) {
-  constexpr std::array<std::string_view, 8> kRefused = {"attention.sliding_window_pattern",
-                                                        "attention.scale",
-                                                        "attn_logit_softcapping",
-                                                        "final_logit_softcapping",
-                                                        "logit_scale",
-                                                        "residual_scale",
-                                                        "embedding_scale",
-                                                        "rope.dimension_sections"};
+void refuse_unsupported(const io::GgufFile& file, const ArchKey& key, Family family) {
+  constexpr std::array<std::string_view, 7> kRefused = {
+      "attention.scale", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
+      "residual_scale",  "embedding_scale",        "rope.dimension_sections"};
   for (const std::string_view name : kRefused) {
     require<FileError>(file.find(key(name)) == nullptr, file.name(), ": metadata key '", key(name),
                        "' is not supported");
   }
+  const std::string pattern = key("attention.sliding_window_pattern");
+  require<FileError>(family == Family::kGemma3 || file.find(pattern) == nullptr, file.name(),
+                     ": metadata key '", pattern, "' is not supported");
   require<FileError>(file.find_boolean(key("attention.causal")).value_or(true), file.name(),
                      ": attention that is not causal ('", key("attention.causal"),
                      "') is not supported");
@@ -53,6 +51,21 @@ std::vector<double> read_factors(const io::GgufFile& file, std::string_view name
   std::vector<float> values(static_cast<size_t>(tensor.shape[0]));
   dequantize(tensor.dtype, tensor.data.data(), tensor.shape[0], values.data());
   return {values.begin(), values.end()};
+}
+
+// Gemma 3's local layers; as llama.cpp reads keys that older writers leave out.
+void read_local_layers(const io::GgufFile& file, const ArchKey& key, ModelConfig* config) {
+  const std::string pattern = key("attention.sliding_window_pattern");
+  set_global_layers(every_nth_layer(file.find_integer(pattern).value_or(6), *config,
+                                    cat(file.name(), ": ", pattern)),
+                    config);
+  config->local_rope.theta = file.find_number(key("rope.freq_base_swa")).value_or(10000.0);
+  config->local_rope.rotary_dim = config->rope.rotary_dim;
+  // The file has no key for it: the one of 62 layers (27B) goes by its width and heads, not by its
+  // head dimension.
+  if (config->num_layers == 62 && config->num_heads > 0) {
+    config->query_scalar = static_cast<double>(config->hidden_size / config->num_heads);
+  }
 }
 
 RopeConfig read_rope(const io::GgufFile& file, const ArchKey& key, const ModelConfig& config) {
@@ -120,9 +133,9 @@ ModelConfig read_gguf_config(const io::GgufFile& file) {
   // Mistral files say "llama": the two have one graph.
   require<FileError>(family && *family != Family::kMistral, file.name(), ": architecture '",
                      io::printable(arch),
-                     "' is not supported; llama, qwen2, qwen3, phi3 and smollm3 are");
+                     "' is not supported; llama, qwen2, qwen3, phi3, smollm3 and gemma3 are");
   const ArchKey key{arch};
-  refuse_unsupported(file, key);
+  refuse_unsupported(file, key, *family);
 
   ModelConfig config;
   apply_family(*family, &config);
@@ -162,6 +175,7 @@ ModelConfig read_gguf_config(const io::GgufFile& file) {
   if (*family == Family::kSmolLm3) {
     config.unrotated_layers = every_nth_layer(4, config, file.name());
   }
+  if (*family == Family::kGemma3) read_local_layers(file, key, &config);
   set_bos(file.find_integer("tokenizer.ggml.bos_token_id").value_or(-1), &config);
   validate(config, file.name());
   return config;

@@ -88,13 +88,25 @@ class Fields {
 Family read_family(const Fields& fields) {
   const std::optional<std::string> name = fields.string("model_type");
   if (!name) fields.fail("model_type", "a string");
+  if (*name == "gemma3_text") return Family::kGemma3;
   const std::optional<Family> family = family_from_name(*name);
-  require<FileError>(family.has_value(), fields.where(), ": model_type '", io::printable(*name),
-                     "' is not supported; llama, mistral, qwen2, qwen3, phi3 and smollm3 are");
+  require<FileError>(
+      family.has_value() && *family != Family::kGemma3, fields.where(), ": model_type '",
+      io::printable(*name),
+      "' is not supported; llama, mistral, qwen2, qwen3, phi3, smollm3 and gemma3_text are");
   return *family;
 }
 
-void refuse_unsupported(const Fields& fields, Family family) {
+// What gemma3_text may ask for and no file of it does: Gemma 2's caps, and attention to both sides.
+void refuse_unsupported_gemma(const Fields& fields) {
+  for (const char* cap : {"attn_logit_softcapping", "final_logit_softcapping"}) {
+    require<FileError>(!fields.number(cap), fields.where(), ": ", cap, " is not supported");
+  }
+  require<FileError>(!fields.flag("use_bidirectional_attention"), fields.where(),
+                     ": use_bidirectional_attention is not supported");
+}
+
+void refuse_quantization(const Fields& fields) {
   // Left behind by a 16-bit merge, it says nothing: tensors of these methods have types and names
   // by which they are refused. Of other methods the tensors may look like plain weights.
   constexpr std::array<std::string_view, 4> kVisible = {"bitsandbytes", "gptq", "awq", "fp8"};
@@ -107,9 +119,15 @@ void refuse_unsupported(const Fields& fields, Family family) {
                        name != nullptr ? io::printable(*name) : "quantization_config",
                        " are not supported; use the original folder or a GGUF file");
   }
-  const std::string activation = fields.string("hidden_act").value_or("silu");
-  require<FileError>(activation == "silu", fields.where(), ": hidden_act '",
-                     io::printable(activation), "' is not supported; silu is");
+}
+
+void refuse_unsupported(const Fields& fields, Family family) {
+  const bool gemma = family == Family::kGemma3;
+  const char* const key = gemma ? "hidden_activation" : "hidden_act";
+  const char* const computed = gemma ? "gelu_pytorch_tanh" : "silu";
+  const std::string activation = fields.string(key).value_or(computed);
+  require<FileError>(activation == computed, fields.where(), ": ", key, " '",
+                     io::printable(activation), "' is not supported; ", computed, " is");
   // Qwen2's QKV bias belongs to the family; transformers reads no key for it.
   require<FileError>(family == Family::kQwen2 || !fields.flag("attention_bias"), fields.where(),
                      ": attention_bias is not supported for ", family_name(family));
@@ -119,6 +137,7 @@ void refuse_unsupported(const Fields& fields, Family family) {
 int64_t read_head_dim(const Fields& fields, const ModelConfig& config) {
   if (const std::optional<int64_t> explicit_dim = fields.integer("head_dim")) return *explicit_dim;
   if (config.family == Family::kQwen3) return 128;  // the family's default; not derived
+  if (config.family == Family::kGemma3) return 256;
   require<FileError>(config.num_heads >= 1 && config.hidden_size % config.num_heads == 0,
                      fields.where(), ": hidden_size ", config.hidden_size,
                      " is no multiple of num_attention_heads ", config.num_heads,
@@ -130,6 +149,41 @@ int64_t read_head_dim(const Fields& fields, const ModelConfig& config) {
 [[noreturn]] void refuse_mixed_windows(const Fields& fields, std::string_view key) {
   throw FileError(cat(fields.where(), ": ", key,
                       " mixes layers with and without a sliding window, which is not supported"));
+}
+
+// Whether each layer slides, by layer_types; empty without the list.
+std::vector<bool> read_layer_types(const Fields& fields, const ModelConfig& config) {
+  const Json* types = fields.find("layer_types");
+  if (types == nullptr) return {};
+  if (types->array() == nullptr) fields.fail("layer_types", "a list of strings");
+  std::vector<bool> slides;
+  for (const Json& type : *types->array()) {
+    const std::string* name = type.string();
+    if (name == nullptr) fields.fail("layer_types", "a list of strings");
+    require<FileError>(*name == "full_attention" || *name == "sliding_attention", fields.where(),
+                       ": layer type '", io::printable(*name),
+                       "' is not supported; full_attention and sliding_attention are");
+    slides.push_back(*name == "sliding_attention");
+  }
+  require<FileError>(std::ssize(slides) == config.num_layers, fields.where(), ": layer_types has ",
+                     slides.size(), " entries for ", config.num_layers, " layers");
+  return slides;
+}
+
+// Gemma 3: all but every sixth layer slides, or as its list says.
+void read_local_layers(const Fields& fields, ModelConfig* config) {
+  config->sliding_window = fields.integer("sliding_window").value_or(4096);
+  const std::vector<bool> slides = read_layer_types(fields, *config);
+  if (slides.empty()) {
+    return set_global_layers(every_nth_layer(fields.integer("sliding_window_pattern").value_or(6),
+                                             *config, fields.where() + ": sliding_window_pattern"),
+                             config);
+  }
+  std::vector<int64_t> global;
+  for (size_t layer = 0; layer < slides.size(); ++layer) {
+    if (!slides[layer]) global.push_back(static_cast<int64_t>(layer));
+  }
+  set_global_layers(global, config);
 }
 
 int64_t read_sliding_window(const Fields& fields, const ModelConfig& config) {
@@ -144,20 +198,8 @@ int64_t read_sliding_window(const Fields& fields, const ModelConfig& config) {
     window = 0;
   if (window < 0) fields.fail("sliding_window", "0 or more");
 
-  if (const Json* types = fields.find("layer_types")) {
-    if (types->array() == nullptr) fields.fail("layer_types", "a list of strings");
-    int64_t sliding = 0;
-    for (const Json& type : *types->array()) {
-      const std::string* name = type.string();
-      if (name == nullptr) fields.fail("layer_types", "a list of strings");
-      require<FileError>(*name == "full_attention" || *name == "sliding_attention", fields.where(),
-                         ": layer type '", io::printable(*name),
-                         "' is not supported; full_attention and sliding_attention are");
-      sliding += *name == "sliding_attention" ? 1 : 0;
-    }
-    const auto count = static_cast<int64_t>(types->array()->size());
-    require<FileError>(count == config.num_layers, fields.where(), ": layer_types has ", count,
-                       " entries for ", config.num_layers, " layers");
+  if (const std::vector<bool> slides = read_layer_types(fields, config); !slides.empty()) {
+    const int64_t sliding = std::ranges::count(slides, true), count = std::ssize(slides);
     if (sliding != 0 && sliding != count) refuse_mixed_windows(fields, "layer_types");
     require<FileError>(sliding != count || window != 0, fields.where(),
                        ": layer_types asks for sliding_attention, but no "
@@ -213,26 +255,30 @@ RopeScaling read_scaling_type(const Fields& fields, Family family) {
           "' is not supported; default, linear, dynamic, llama3, longrope and yarn are"));
 }
 
-RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
-  // One dictionary in transformers 5; before that, scaling apart from theta. Either may be absent.
-  const Json* parameters = fields.find("rope_scaling");
-  std::string_view key = "rope_scaling";
-  if (parameters == nullptr || (parameters->object() && parameters->object()->empty())) {
-    parameters = fields.find("rope_parameters");
-    key = "rope_parameters";
-  }
+// The object at a key of another; an empty one where there is none.
+Fields inner_fields(const Fields& fields, std::string_view key) {
   static const Json kEmpty{Json::Value(Json::Object())};
-  if (parameters != nullptr && parameters->object() == nullptr) fields.fail(key, "an object");
-  const Fields scaling(parameters == nullptr ? kEmpty : *parameters,
-                       cat(fields.where(), ": ", key));
+  const Json* inner = fields.find(key);
+  if (inner != nullptr && inner->object() == nullptr) fields.fail(key, "an object");
+  return {inner == nullptr ? kEmpty : *inner, cat(fields.where(), ": ", key)};
+}
+
+// One dictionary in transformers 5; before that, scaling apart from theta. Either may be absent.
+Fields rope_fields(const Fields& fields) {
+  const Json* scaling = fields.find("rope_scaling");
+  const bool none = scaling == nullptr || (scaling->object() && scaling->object()->empty());
+  return inner_fields(fields, none ? "rope_parameters" : "rope_scaling");
+}
+
+// scaling: what the file says of these layers' rope; theta: where it does not say it there.
+RopeConfig read_rope(const Fields& fields, const Fields& scaling, double theta,
+                     const ModelConfig& config) {
   require<FileError>(
       scaling.find("full_attention") == nullptr && scaling.find("sliding_attention") == nullptr,
       scaling.where(), " differs by layer type, which is not supported");
 
   RopeConfig rope;
-  rope.theta = scaling.number("rope_theta")
-                   .value_or(fields.number("rope_theta")
-                                 .value_or(config.family == Family::kSmolLm3 ? 2e6 : 10000.0));
+  rope.theta = scaling.number("rope_theta").value_or(theta);
   const double part = scaling.number("partial_rotary_factor")
                           .value_or(fields.number("partial_rotary_factor").value_or(1.0));
   require<FileError>(part > 0 && part <= 1, fields.where(), ": partial_rotary_factor is ", part,
@@ -292,6 +338,25 @@ RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
   return rope;
 }
 
+void read_ropes(const Fields& fields, ModelConfig* config) {
+  const Fields scaling = rope_fields(fields);
+  const double theta = fields.number("rope_theta")
+                           .value_or(config->family == Family::kSmolLm3  ? 2e6
+                                     : config->family == Family::kGemma3 ? 1e6
+                                                                         : 10000.0);
+  if (config->family != Family::kGemma3) {
+    config->rope = read_rope(fields, scaling, theta, *config);
+    return;
+  }
+  // By layer type in transformers 5; before that, local layers had a theta alone.
+  const bool by_type = scaling.has_key("full_attention") || scaling.has_key("sliding_attention");
+  config->rope = read_rope(fields, by_type ? inner_fields(scaling, "full_attention") : scaling,
+                           theta, *config);
+  const double local = fields.number("rope_local_base_freq").value_or(10000.0);
+  config->local_rope =
+      read_rope(fields, inner_fields(scaling, "sliding_attention"), local, *config);
+}
+
 }  // namespace
 
 ModelConfig read_hf_config(const ModelFiles& files) {
@@ -300,25 +365,41 @@ ModelConfig read_hf_config(const ModelFiles& files) {
   require<FileError>(root != nullptr, path,
                      ": no such file; a model folder holds config.json, *.safetensors and "
                      "tokenizer.json");
-  const Fields fields(*root, path);
+  const Fields file(*root, path);
+  refuse_quantization(file);
 
   ModelConfig config;
+  config.with_images = file.string("model_type") == "gemma3";
+  const Fields fields = config.with_images ? inner_fields(file, "text_config") : file;
   apply_family(read_family(fields), &config);
   refuse_unsupported(fields, config.family);
-  config.vocab_size = fields.required_integer("vocab_size");
+  // Published files with an encoder of images leave out what Gemma's class has by itself.
+  const bool gemma = config.family == Family::kGemma3;
+  const auto size = [&](const char* key, int64_t of_gemma) {
+    return gemma ? fields.integer(key).value_or(of_gemma) : fields.required_integer(key);
+  };
+  config.vocab_size = size("vocab_size", 262208);
   config.hidden_size = fields.required_integer("hidden_size");
   config.intermediate_size = fields.required_integer("intermediate_size");
   config.num_layers = fields.required_integer("num_hidden_layers");
-  config.num_heads = fields.required_integer("num_attention_heads");
-  config.num_kv_heads = fields.integer("num_key_value_heads").value_or(config.num_heads);
+  config.num_heads = size("num_attention_heads", 8);
+  config.num_kv_heads =
+      fields.integer("num_key_value_heads").value_or(gemma ? 4 : config.num_heads);
   config.head_dim = read_head_dim(fields, config);
-  config.context_length = fields.required_integer("max_position_embeddings");
-  config.sliding_window = read_sliding_window(fields, config);
+  config.context_length = size("max_position_embeddings", 131072);
+  if (gemma) {
+    refuse_unsupported_gemma(fields);
+    read_local_layers(fields, &config);
+    config.query_scalar = fields.number("query_pre_attn_scalar").value_or(256.0);
+  } else {
+    config.sliding_window = read_sliding_window(fields, config);
+  }
   config.rms_eps =
       fields.number("rms_norm_eps").value_or(config.family == Family::kPhi3 ? 1e-5 : 1e-6);
-  config.tied_head = fields.flag("tie_word_embeddings", config.family == Family::kSmolLm3);
+  config.tied_head = fields.flag(
+      "tie_word_embeddings", config.family == Family::kSmolLm3 || config.family == Family::kGemma3);
   config.unrotated_layers = read_unrotated_layers(fields, config);
-  config.rope = read_rope(fields, config);
+  read_ropes(fields, &config);
   if (config.rope.scaling == RopeScaling::kYarn) {
     // Qwen's pages add rope_scaling alone and leave max_position_embeddings at pre-training's.
     const double stretched = config.rope.factor * static_cast<double>(config.rope.original_context);
@@ -327,7 +408,7 @@ ModelConfig read_hf_config(const ModelFiles& files) {
           std::max(config.context_length, static_cast<int64_t>(std::lround(stretched)));
     }
   }
-  set_bos(fields.integer("bos_token_id").value_or(-1), &config);
+  set_bos(fields.integer("bos_token_id").value_or(gemma ? 2 : -1), &config);
   validate(config, path);
   return config;
 }

@@ -27,12 +27,14 @@ ModelConfig read_gguf_config(const io::GgufFile& file);
 // "llama" -> kLlama; empty for a family that is not supported.
 std::optional<Family> family_from_name(std::string_view name);
 
-// Fields that follow from the family alone: qkv_bias, qk_norm, fused_projections.
+// Switches that follow from the family alone, such as qkv_bias.
 void apply_family(Family family, ModelConfig* config);
 
 // The last of every `interval` layers. `what` begins the error for an interval below 1.
 std::vector<int64_t> every_nth_layer(int64_t interval, const ModelConfig& config,
                                      const std::string& what);
+// Gemma 3: all other layers than these see the sliding window alone.
+void set_global_layers(const std::vector<int64_t>& layers, ModelConfig* config);
 
 // bos_id, or none where it lies outside the vocabulary: configurations of shrunken models keep the
 // ids of their parents.

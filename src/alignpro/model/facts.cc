@@ -64,6 +64,7 @@ int64_t ModelFacts::score_bytes(const ScoreRequest& request,
   auto head = ops::planned_weight(plan_head(ops::Arithmetic::kFloat32));
   (config_.tied_head ? weights.embedding : weights.own_head) = std::move(head);
   weights.rope = device->make_rope(0, config_.rope.rotary_dim / 2, nullptr);
+  weights.local_rope = device->make_rope(0, config_.local_rope.rotary_dim / 2, nullptr);
   DeviceAdapter::Sites sites(static_cast<size_t>(config_.num_layers));
   std::vector<std::array<int64_t, 4>> ranks(sites.size());
   for (const LoraModule& module : lora_modules(config_)) {

@@ -52,6 +52,30 @@ void linear_backward(const LayerPass& pass, const DeviceAdapter& adapter, int64_
   pass.ops.lora_backward(*update, x, lora_down, dy, d_lora_down, to.a, to.b, buffers.lora);
 }
 
+// out = residual + the product at `site`, or its norm where the family has one there. raw keeps
+// what is normed; without data the scratch `normed` does, which x is not.
+void apply_block_output(const LayerPass& pass, int64_t layer, LinearSite site, const Matrix& x,
+                        const void* norm, const Matrix& raw, const Matrix& residual,
+                        const Matrix& out, const LayerActivations& saved) {
+  if (norm == nullptr) {
+    apply_linear(pass, layer, site, x, {.residual = residual}, out, saved);
+    return;
+  }
+  const Matrix& to = raw.data == nullptr ? saved.normed : raw;
+  apply_linear(pass, layer, site, x, {}, to, saved);
+  pass.ops.rms_norm_add(to, norm, static_cast<float>(pass.weights.config.rms_eps), residual, out);
+}
+
+// The gradient by the product: d_stream itself, or that by what was normed, in `to`.
+Matrix block_output_backward(const LayerPass& pass, const void* norm, const Matrix& raw,
+                             const Matrix& d_stream, const Matrix& to) {
+  if (norm == nullptr) return d_stream;
+  pass.ops.clear(to.data, to.rows * to.ld * block_bytes(to.dtype));
+  pass.ops.rms_norm_backward(raw, norm, static_cast<float>(pass.weights.config.rms_eps), d_stream,
+                             to);
+  return to;
+}
+
 }  // namespace
 
 LayerActivations cut_activations(ops::Workspace& from, const ModelConfig& c, int64_t rows,
@@ -70,7 +94,7 @@ void cut_scratch(LayerActivations& layer, ops::Workspace& from, const ModelConfi
 }
 
 void embed(const LayerPass& pass, const Matrix& out) {
-  pass.ops.embedding(pass.plan, *pass.weights.embedding, out);
+  pass.ops.embedding(pass.plan, *pass.weights.embedding, pass.weights.embedding_scale, out);
   for (const LoraRange& range : pass.ranges) {
     const ops::SoftRows* soft = range.adapter->soft_rows();
     if (soft != nullptr) pass.ops.soft_rows(pass.plan, *soft, {range.begin, range.end}, out);
@@ -82,24 +106,25 @@ void layer_forward(const LayerPass& pass, int64_t layer, const Matrix& in, const
   const ModelConfig& c = pass.weights.config;
   const LayerWeights& w = pass.weights.layers[static_cast<size_t>(layer)];
   const auto eps = static_cast<float>(c.rms_eps);
+  const size_t kind = c.attention_kind(layer);
   ops::Ops& ops = pass.ops;
 
   ops.rms_norm(in, w.attention_norm, eps, saved.normed);
   apply_linear(pass, layer, LinearSite::kQkv, saved.normed, {.bias = w.qkv_bias}, saved.qkv, saved);
   if (c.qk_norm) {
-    ops.qk_norm(pass.plan.shape(), saved.qkv, w.q_norm, w.k_norm, eps, saved.raw_qk);
+    ops.qk_norm(pass.plan.shape(kind), saved.qkv, w.q_norm, w.k_norm, eps, saved.raw_qk);
   }
-  ops.rope_kv_write(pass.plan, c.rotates(layer), saved.qkv, saved.kv);
-  ops.attention(pass.plan, saved.qkv, saved.kv, workspace, saved.attention_output,
+  ops.rope_kv_write(pass.plan, kind, saved.qkv, saved.kv);
+  ops.attention(pass.plan, kind, saved.qkv, saved.kv, workspace, saved.attention_output,
                 saved.attention_saved);
-  apply_linear(pass, layer, LinearSite::kO, saved.attention_output, {.residual = in},
-               saved.mlp_input, saved);
+  apply_block_output(pass, layer, LinearSite::kO, saved.attention_output, w.attention_output_norm,
+                     saved.raw_attention, in, saved.mlp_input, saved);
 
   ops.rms_norm(saved.mlp_input, w.mlp_norm, eps, saved.normed);
   apply_linear(pass, layer, LinearSite::kGateUp, saved.normed, {}, saved.gate_up, saved);
-  ops.swiglu(saved.gate_up, saved.activated);
-  apply_linear(pass, layer, LinearSite::kDown, saved.activated, {.residual = saved.mlp_input}, out,
-               saved);
+  c.gelu ? ops.geglu(saved.gate_up, saved.activated) : ops.swiglu(saved.gate_up, saved.activated);
+  apply_block_output(pass, layer, LinearSite::kDown, saved.activated, w.mlp_output_norm,
+                     saved.raw_mlp, saved.mlp_input, out, saved);
 }
 
 void final_hidden(const LayerPass& pass, const Matrix& stream, const Matrix& out) {
@@ -115,27 +140,35 @@ void layer_backward(const LayerPass& pass, const DeviceAdapter& adapter, int64_t
   const ModelConfig& c = pass.weights.config;
   const LayerWeights& w = pass.weights.layers[static_cast<size_t>(layer)];
   const auto eps = static_cast<float>(c.rms_eps);
+  const size_t kind = c.attention_kind(layer);
   ops::Ops& ops = pass.ops;
   const bool goes_on = layer > 0 || adapter.soft_rows() != nullptr;  // something is trained below
   const auto site = [&](LinearSite which, const Matrix& x, const Matrix& dy, const Matrix& dx) {
     linear_backward(pass, adapter, layer, which, x, saved, dy, dx, b, gradients);
   };
 
-  // MLP: stream = mlp_input + down(silu(gate) up)
-  ops.swiglu(saved.gate_up, saved.activated);
-  site(LinearSite::kDown, saved.activated, d_stream, b.d_activated);
-  ops.swiglu_backward(saved.gate_up, b.d_activated, b.d_gate_up);
+  // MLP: stream = mlp_input + down(silu(gate) up), or its norm, and GELU's gate. d_normed has the
+  // gradient by what is normed there until the next product gives it its own.
+  c.gelu ? ops.geglu(saved.gate_up, saved.activated) : ops.swiglu(saved.gate_up, saved.activated);
+  site(LinearSite::kDown, saved.activated,
+       block_output_backward(pass, w.mlp_output_norm, saved.raw_mlp, d_stream, b.d_normed),
+       b.d_activated);
+  c.gelu ? ops.geglu_backward(saved.gate_up, b.d_activated, b.d_gate_up)
+         : ops.swiglu_backward(saved.gate_up, b.d_activated, b.d_gate_up);
   ops.rms_norm(saved.mlp_input, w.mlp_norm, eps, saved.normed);
   site(LinearSite::kGateUp, saved.normed, b.d_gate_up, b.d_normed);
   ops.rms_norm_backward(saved.mlp_input, w.mlp_norm, eps, b.d_normed, d_stream);
 
   // Attention: mlp_input = in + o(attention(rope(qkv(norm(in)))))
-  site(LinearSite::kO, saved.attention_output, d_stream, b.d_attention_output);
-  ops.attention_backward(pass.plan, saved.qkv, saved.kv, saved.attention_saved,
+  site(LinearSite::kO, saved.attention_output,
+       block_output_backward(pass, w.attention_output_norm, saved.raw_attention, d_stream,
+                             b.d_normed),
+       b.d_attention_output);
+  ops.attention_backward(pass.plan, kind, saved.qkv, saved.kv, saved.attention_saved,
                          saved.attention_output, b.d_attention_output, b.attention, b.d_qkv);
-  if (c.rotates(layer)) ops.rope_backward(pass.plan, b.d_qkv);
+  ops.rope_backward(pass.plan, kind, b.d_qkv);
   if (c.qk_norm) {
-    ops.qk_norm_backward(pass.plan.shape(), saved.raw_qk, w.q_norm, w.k_norm, eps, b.d_qkv);
+    ops.qk_norm_backward(pass.plan.shape(kind), saved.raw_qk, w.q_norm, w.k_norm, eps, b.d_qkv);
   }
   ops.rms_norm(in, w.attention_norm, eps, saved.normed);
   site(LinearSite::kQkv, saved.normed, b.d_qkv, goes_on ? b.d_normed : Matrix{});

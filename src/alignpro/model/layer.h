@@ -36,6 +36,9 @@ struct LayerActivations {
   ops::Matrix attention_output;   // [rows, q_size]
   ops::Matrix mlp_input;          // [rows, hidden] the stream between attention and MLP
   ops::Matrix gate_up;            // [rows, 2 * intermediate]
+  // What attention and MLP add, before the norms of a family that has them there, [rows, hidden];
+  // no data: not wanted.
+  ops::Matrix raw_attention, raw_mlp;
   // By LinearSite: x A^T of each adapter range, one behind the other.
   std::array<ops::Matrix, 4> lora_down;
   ops::KvView kv = {};

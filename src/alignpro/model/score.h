@@ -81,13 +81,14 @@ class Score {
   // beside the weights, the adapters and, on the CPU, the gradients: exactly on a GPU, at most on
   // the CPU, whose ops allocate for themselves. With R rows (shared prefixes once), V scored
   // values, L layers, H hidden, F = qkv + q + H + 2 I activations of a layer (+ q + k with head
-  // norms, + the adapter's ranks; + 2 kv on a GPU), P passes (2 with a reference) and w bytes a
-  // value, about w (R ((L + 1) H + L F) + P V H) + 48 V are kept, L F only where activations are.
-  // With them are held the larger of the forward's scratch, w R (2 H + I + F), and the backward's:
-  // 2 w R H, and the larger of 4 V H and w R (H + 4 I + q + qkv, + F when recomputed) with 4 bytes
-  // for each number of the adapter. On the CPU P V H more are kept for the backward, and the hidden
-  // states, where asked for, count twice: here, and in a copy for the caller. Throws as the
-  // constructor does, but for rows that the reference lacks: no size depends on them.
+  // norms, + 2 H with norms behind the blocks, + the adapter's ranks; + 2 kv on a GPU), P passes (2
+  // with a reference) and w bytes a value, about w (R ((L + 1) H + L F) + P V H) + 48 V are kept, L
+  // F only where activations are. With them are held the larger of the forward's scratch, w R (2 H
+  // + I + F), and the backward's: 2 w R H, and the larger of 4 V H and w R (H + 4 I + q + qkv, + F
+  // when recomputed) with 4 bytes for each number of the adapter. On the CPU P V H more are kept
+  // for the backward, and the hidden states, where asked for, count twice: here, and in a copy for
+  // the caller. Throws as the constructor does, but for rows that the reference lacks: no size
+  // depends on them.
   static int64_t bytes(const Model& model, const ScoreRequest& request);
 
   // The same of weights that may be planned alone, under an adapter that may be, too. `buffers` are

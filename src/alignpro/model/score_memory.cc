@@ -103,6 +103,11 @@ LayerActivations ScoreMemory::cut_layer(ops::Workspace& from, const Ranks& ranks
   LayerActivations a = cut_activations(from, c, rows, dtype_);
   a.mlp_input = from.matrix(rows, c.hidden_size, dtype_);
   if (with_raw && c.qk_norm) a.raw_qk = from.matrix(rows, c.q_size() + c.kv_size(), dtype_);
+  if (with_raw && c.output_norms) {
+    for (ops::Matrix* raw : {&a.raw_attention, &a.raw_mlp}) {
+      *raw = from.matrix(rows, c.hidden_size, dtype_);
+    }
+  }
   for (size_t s = 0; s < ranks.size(); ++s) a.lora_down[s] = from.matrix(rows, ranks[s], dtype_);
   if (ops_.attention_backward_reads_kv()) {
     cut_kv(a, from);

@@ -23,7 +23,7 @@ struct ScoreRequest;
 struct ScoreBuffers {
   ScoreBuffers(const ops::Device& device, const Weights& weights)
       : ops(device.make_ops()),
-        plan(ops->make_plan(attention_shape(weights.config), *weights.rope)),
+        plan(ops->make_plan(attention_kinds(weights))),
         upstream(*ops),
         results(*ops),
         hidden(*ops),

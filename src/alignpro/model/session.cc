@@ -11,7 +11,7 @@ ModelSession::ModelSession(const Model& model, int64_t kv_blocks)
       ops_(model.device().make_ops()),
       kv_(*ops_, model.config().num_layers, model.config().num_kv_heads, model.config().head_dim,
           kv_blocks, model.device().kv_dtype()),
-      plan_(ops_->make_plan(attention_shape(model.config()), *model.weights().rope)),
+      plan_(ops_->make_plan(attention_kinds(model.weights()))),
       sampler_(ops_->make_sampler()),
       plan_memory_(*ops_),
       memory_(*ops_) {}

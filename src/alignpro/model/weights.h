@@ -20,11 +20,12 @@ inline constexpr std::array<const char*, 4> kLinearNames = {"linear qkv", "linea
 
 // Vectors are in the device's dtype; null where the family has none.
 struct LayerWeights {
-  std::array<std::unique_ptr<const ops::Weight>, 4> linears;  // by LinearSite
-  const void* attention_norm = nullptr;                       // [hidden]
-  const void* mlp_norm = nullptr;                             // [hidden]
-  const void* qkv_bias = nullptr;                             // [qkv_size]
-  const void *q_norm = nullptr, *k_norm = nullptr;            // [head_dim]
+  std::array<std::unique_ptr<const ops::Weight>, 4> linears;                // by LinearSite
+  const void* attention_norm = nullptr;                                     // [hidden]
+  const void* mlp_norm = nullptr;                                           // [hidden]
+  const void *attention_output_norm = nullptr, *mlp_output_norm = nullptr;  // [hidden]
+  const void* qkv_bias = nullptr;                                           // [qkv_size]
+  const void *q_norm = nullptr, *k_norm = nullptr;                          // [head_dim]
 
   const ops::Weight& linear(LinearSite site) const { return *linears[static_cast<size_t>(site)]; }
 };
@@ -35,8 +36,9 @@ struct Weights {
   std::unique_ptr<const ops::Weight> embedding;  // [vocab, hidden]
   std::unique_ptr<const ops::Weight> own_head;   // [vocab, hidden]; null when tied
   std::vector<LayerWeights> layers;
-  const void* final_norm = nullptr;  // [hidden]
-  std::unique_ptr<const ops::Rope> rope;
+  const void* final_norm = nullptr;                   // [hidden]
+  std::unique_ptr<const ops::Rope> rope, local_rope;  // local_rope: where there are local layers
+  float embedding_scale = 1.0f;
 
   const ops::Weight& head() const { return config.tied_head ? *embedding : *own_head; }
   int64_t bytes() const;
@@ -47,6 +49,7 @@ struct Weights {
   static Weights load(const Checkpoint& checkpoint, ops::Device& device, int64_t context_length);
 };
 
-ops::AttentionShape attention_shape(const ModelConfig& config);
+// By ModelConfig::attention_kind().
+std::vector<ops::AttentionKind> attention_kinds(const Weights& weights);
 
 }  // namespace alignpro::model

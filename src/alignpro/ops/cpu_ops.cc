@@ -10,7 +10,6 @@
 #include <cstring>
 #include <deque>
 #include <map>
-#include <optional>
 
 #include "alignpro/core/aligned.h"
 #include "alignpro/core/cgroup.h"
@@ -65,8 +64,8 @@ const float* floats(const void* vector) { return static_cast<const float*>(vecto
 
 class CpuPlan final : public Plan {
  public:
-  CpuPlan(const AttentionShape& shape, const CpuRope& rope, int threads)
-      : Plan(shape), rope_(rope), threads_(threads) {}
+  CpuPlan(std::vector<AttentionKind> of, int threads)
+      : Plan(std::move(of)), layers(kinds().size()), threads_(threads) {}
 
   void prepare(const PlanRequest& asked) override {
     request = asked;
@@ -75,29 +74,49 @@ class CpuPlan final : public Plan {
     adapter_rows_.assign(asked.adapter_rows.begin(), asked.adapter_rows.end());
   }
   int64_t bytes() const override {
-    return 3 * rows_ * half() * static_cast<int64_t>(sizeof(float));
+    int64_t floats = 0;
+    for (const AttentionKind& kind : kinds()) floats += 3 * rows_ * half(kind);
+    return floats * static_cast<int64_t>(sizeof(float));
   }
   void place(void* memory) override {
-    cos = static_cast<float*>(memory);
-    sin = cos + rows_ * half();
-    minus_sin = sin + rows_ * half();
-    rope_.angles(request.positions, cos, sin);
-    std::transform(sin, minus_sin, minus_sin, [](float s) { return -s; });
-    attention.emplace(shape(), request.segments, threads_);
+    auto* next = static_cast<float*>(memory);
+    plans_.clear();
+    for (size_t i = 0; i < kinds().size(); ++i) {
+      Layers& of = layers[i];
+      const int64_t angles = rows_ * half(kinds()[i]);
+      of.cos = next;
+      of.sin = of.cos + angles;
+      of.minus_sin = of.sin + angles;
+      next = of.minus_sin + angles;
+      if (kinds()[i].rope != nullptr) {
+        static_cast<const CpuRope*>(kinds()[i].rope)->angles(request.positions, of.cos, of.sin);
+        std::transform(of.sin, of.minus_sin, of.minus_sin, [](float s) { return -s; });
+      }
+      size_t like = 0;  // the first of its window
+      while (shape(like).sliding_window != shape(i).sliding_window) ++like;
+      of.attention = like < i ? layers[like].attention
+                              : &plans_.emplace_back(shape(i), request.segments, threads_);
+    }
   }
   void run(std::span<void* const>, uint64_t, std::shared_ptr<const void>,
            const std::function<void()>& launch) override {
     launch();
   }
-  int64_t half() const { return rope_.rotary_dim / 2; }
+  static int64_t half(const AttentionKind& kind) {
+    return kind.rope == nullptr ? 0 : kind.rope->rotary_dim / 2;
+  }
+
+  struct Layers {
+    float *cos = nullptr, *sin = nullptr, *minus_sin = nullptr;  // [rows, half]
+    const AttentionPlan* attention = nullptr;
+  };
 
   PlanRequest request;
-  float *cos = nullptr, *sin = nullptr, *minus_sin = nullptr;  // [rows, half]
-  std::optional<AttentionPlan> attention;
+  std::vector<Layers> layers;  // by kind
 
  private:
-  const CpuRope& rope_;
   const int threads_;
+  std::deque<AttentionPlan> plans_;
 };
 
 const CpuPlan& of(const Plan& plan) { return static_cast<const CpuPlan&>(plan); }
@@ -180,15 +199,15 @@ class CpuOps final : public Ops {
   void wait() override {}
   bool is_done() const override { return true; }
 
-  std::unique_ptr<Plan> make_plan(const AttentionShape& shape, const Rope& rope) override {
-    return std::make_unique<CpuPlan>(shape, static_cast<const CpuRope&>(rope), pool_.size());
+  std::unique_ptr<Plan> make_plan(std::vector<AttentionKind> kinds) override {
+    return std::make_unique<CpuPlan>(std::move(kinds), pool_.size());
   }
   std::unique_ptr<Sampler> make_sampler() override { return std::make_unique<CpuSampler>(pool_); }
 
-  void embedding(const Plan& plan, const Weight& table, const Matrix& out) override {
+  void embedding(const Plan& plan, const Weight& table, float scale, const Matrix& out) override {
     const trace::Span op(trace::Level::kOps, "embedding",
                          [&] { return embedding_counts(plan.rows(), packed(table)); });
-    ops::embedding(packed(table), of(plan).request.tokens, floats(out), pool_);
+    ops::embedding(packed(table), of(plan).request.tokens, scale, floats(out), pool_);
   }
   void soft_rows(const Plan& plan, const SoftRows& soft, RowRange at, const Matrix& out) override {
     const auto tokens = of(plan).request.tokens.subspan(static_cast<size_t>(at.begin),
@@ -228,6 +247,13 @@ class CpuOps final : public Ops {
                          [&] { return rms_norm_counts(x.rows, x.cols); });
     ops::rms_norm(x.rows, x.cols, floats(x), x.ld, floats(weight), eps, floats(y), y.ld, pool_);
   }
+  void rms_norm_add(const Matrix& x, const void* weight, float eps, const Matrix& residual,
+                    const Matrix& y) override {
+    const trace::Span op(trace::Level::kOps, "rms_norm_add",
+                         [&] { return rms_norm_counts(x.rows, x.cols); });
+    ops::rms_norm_add(x.rows, x.cols, floats(x), x.ld, floats(weight), eps, floats(residual),
+                      residual.ld, floats(y), y.ld, pool_);
+  }
   void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Matrix& dy,
                          const Matrix& dx) override {
     ops::rms_norm_backward(x.rows, x.cols, floats(x), x.ld, floats(weight), eps, floats(dy), dy.ld,
@@ -240,6 +266,13 @@ class CpuOps final : public Ops {
   }
   void swiglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up) override {
     ops::swiglu_backward(dh.rows, dh.cols, floats(gate_up), floats(dh), floats(d_gate_up), pool_);
+  }
+  void geglu(const Matrix& gate_up, const Matrix& h) override {
+    const trace::Span op(trace::Level::kOps, "geglu", [&] { return geglu_counts(h.rows, h.cols); });
+    ops::geglu(h.rows, h.cols, floats(gate_up), floats(h), pool_);
+  }
+  void geglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up) override {
+    ops::geglu_backward(dh.rows, dh.cols, floats(gate_up), floats(dh), floats(d_gate_up), pool_);
   }
 
   void linear(const Matrix& x, const Weight& weight, const LinearExtras& extras,
@@ -309,44 +342,48 @@ class CpuOps final : public Ops {
       heads(shape.q_size(), shape.num_kv_heads, k_weight);
     }
   }
-  void rope_kv_write(const Plan& plan, bool rotated, const Matrix& qkv, const KvView& kv) override {
+  void rope_kv_write(const Plan& plan, size_t kind, const Matrix& qkv, const KvView& kv) override {
     const CpuPlan& p = of(plan);
-    const AttentionShape& shape = plan.shape();
-    if (rotated) {
-      const int64_t heads = shape.num_heads + shape.num_kv_heads, rotary_dim = 2 * p.half();
+    const AttentionShape& shape = plan.shape(kind);
+    if (p.kinds()[kind].rope != nullptr) {
+      const int64_t heads = shape.num_heads + shape.num_kv_heads;
+      const int64_t rotary_dim = p.kinds()[kind].rope->rotary_dim;
       const trace::Span op(trace::Level::kOps, "rope",
                            [&] { return rope_counts(qkv.rows, heads, rotary_dim); });
-      rope(qkv.rows, floats(qkv), qkv.ld, heads, shape.head_dim, rotary_dim, p.cos, p.sin, pool_);
+      rope(qkv.rows, floats(qkv), qkv.ld, heads, shape.head_dim, rotary_dim, p.layers[kind].cos,
+           p.layers[kind].sin, pool_);
     }
     const trace::Span op(trace::Level::kOps, "kv_write", [&] {
       return kv_write_counts(shape, static_cast<int64_t>(p.request.kv_writes.size()), kv.dtype);
     });
     kv_write(shape, floats(qkv), p.request.kv_writes, kv, pool_);
   }
-  void rope_backward(const Plan& plan, const Matrix& d_qkv) override {
+  void rope_backward(const Plan& plan, size_t kind, const Matrix& d_qkv) override {
     const CpuPlan& p = of(plan);
-    const AttentionShape& shape = plan.shape();
+    if (p.kinds()[kind].rope == nullptr) return;
+    const AttentionShape& shape = plan.shape(kind);
     rope(d_qkv.rows, floats(d_qkv), d_qkv.ld, shape.num_heads + shape.num_kv_heads, shape.head_dim,
-         2 * p.half(), p.cos, p.minus_sin, pool_);
+         p.kinds()[kind].rope->rotary_dim, p.layers[kind].cos, p.layers[kind].minus_sin, pool_);
   }
-  void attention(const Plan& plan, const Matrix& qkv, const KvView& kv, void*, const Matrix& out,
-                 float*) override {
-    const AttentionPlan& p = *of(plan).attention;
+  void attention(const Plan& plan, size_t kind, const Matrix& qkv, const KvView& kv, void*,
+                 const Matrix& out, float*) override {
+    const AttentionShape& shape = plan.shape(kind);
+    const AttentionPlan& p = *of(plan).layers[kind].attention;
     const trace::Span op(trace::Level::kOps, "attention",
-                         [&] { return attention_counts(plan.shape(), p, kv.dtype); });
-    ops::attention(plan.shape(), floats(qkv), p, kv, floats(out), pool_);
+                         [&] { return attention_counts(shape, p, kv.dtype); });
+    ops::attention(shape, floats(qkv), p, kv, floats(out), pool_);
   }
-  void attention_backward(const Plan& plan, const Matrix& qkv, const KvView&, const float*,
-                          const Matrix& out, const Matrix& d_out, void* workspace,
+  void attention_backward(const Plan& plan, size_t kind, const Matrix& qkv, const KvView&,
+                          const float*, const Matrix& out, const Matrix& d_out, void* workspace,
                           const Matrix& d_qkv) override {
     std::fill_n(floats(d_qkv), d_qkv.rows * d_qkv.ld, 0.0f);
-    ops::attention_backward(plan.shape(), floats(qkv), floats(out), floats(d_out),
+    ops::attention_backward(plan.shape(kind), floats(qkv), floats(out), floats(d_out),
                             of(plan).request.segment_rows, floats(d_qkv),
                             static_cast<float*>(workspace), pool_);
   }
   int64_t attention_bytes(const Plan&) const override { return 0; }
   int64_t attention_backward_bytes(const Plan& plan) const override {
-    return attention_backward_floats(plan.shape(), of(plan).request.segment_rows) *
+    return attention_backward_floats(plan.shape(0), of(plan).request.segment_rows) *
            static_cast<int64_t>(sizeof(float));
   }
   bool attention_backward_reads_kv() const override { return false; }

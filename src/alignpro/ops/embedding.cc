@@ -6,11 +6,15 @@
 
 namespace alignpro::ops {
 
-void embedding(const PackedMatrix& table, std::span<const int32_t> tokens, float* out,
+void embedding(const PackedMatrix& table, std::span<const int32_t> tokens, float scale, float* out,
                ThreadPool& pool) {
   row_parallel(static_cast<int64_t>(tokens.size()), table.cols(), pool, [&](int64_t row) {
     const int32_t token = tokens[static_cast<size_t>(row)];
-    if (token >= 0) table.read_row(token, out + row * table.cols());
+    if (token < 0) return;
+    float* to = out + row * table.cols();
+    table.read_row(token, to);
+    if (scale == 1.0f) return;
+    for (int64_t c = 0; c < table.cols(); ++c) to[c] *= scale;
   });
 }
 

@@ -8,9 +8,9 @@
 
 namespace alignpro::ops {
 
-// out [tokens, table.cols] = rows of the table [vocab, cols]. Tokens must lie below vocab; rows of
-// those below 0 are left as they are.
-void embedding(const PackedMatrix& table, std::span<const int32_t> tokens, float* out,
+// out [tokens, table.cols] = scale times rows of the table [vocab, cols]. Tokens must lie below
+// vocab; rows of those below 0 are left as they are.
+void embedding(const PackedMatrix& table, std::span<const int32_t> tokens, float scale, float* out,
                ThreadPool& pool);
 
 // A soft prompt (Lester et al. 2021): rows [m, cols] that stand among embedded tokens, where the

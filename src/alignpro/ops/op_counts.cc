@@ -73,6 +73,11 @@ trace::Counts swiglu_counts(int64_t rows, int64_t cols) {
   return {.rows = rows, .flops = 5 * rows * cols, .bytes = 3 * rows * cols * kFloat};
 }
 
+// x / (1 + exp(-x (a + b x x))) * y
+trace::Counts geglu_counts(int64_t rows, int64_t cols) {
+  return {.rows = rows, .flops = 9 * rows * cols, .bytes = 3 * rows * cols * kFloat};
+}
+
 trace::Counts embedding_counts(int64_t rows, const PackedMatrix& table) {
   return {.rows = rows,
           .flops = 0,

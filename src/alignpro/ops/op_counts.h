@@ -24,6 +24,7 @@ trace::Counts kv_write_counts(const AttentionShape& shape, int64_t writes, DType
 trace::Counts attention_counts(const AttentionShape& shape, const AttentionPlan& plan,
                                DType kv_dtype);
 trace::Counts swiglu_counts(int64_t rows, int64_t cols);
+trace::Counts geglu_counts(int64_t rows, int64_t cols);
 trace::Counts embedding_counts(int64_t rows, const PackedMatrix& table);
 trace::Counts head_sample_counts(int64_t rows, const PackedMatrix& head);
 

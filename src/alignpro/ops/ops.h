@@ -59,6 +59,12 @@ struct Rope {
   int64_t rotary_dim = 0;
 };
 
+// How layers of one kind attend: kinds of a model differ in their window and their angles.
+struct AttentionKind {
+  AttentionShape shape;
+  const Rope* rope;  // null: q and k stay as they are
+};
+
 struct RowRange {
   int64_t begin, end;
 };
@@ -107,15 +113,16 @@ class Plan {
   virtual void run(std::span<void* const> memory, uint64_t adapter_version,
                    std::shared_ptr<const void> adapter, const std::function<void()>& launch) = 0;
 
-  const AttentionShape& shape() const { return shape_; }
+  const std::vector<AttentionKind>& kinds() const { return kinds_; }
+  const AttentionShape& shape(size_t kind) const { return kinds_[kind].shape; }
   int64_t rows() const { return rows_; }        // of all matrices; padding included
   int64_t outputs() const { return outputs_; }  // the same of output_rows; theirs come first
   std::span<const RowRange> adapter_rows() const { return adapter_rows_; }  // where they now are
 
  protected:
-  explicit Plan(const AttentionShape& shape) : shape_(shape) {}
+  explicit Plan(std::vector<AttentionKind> kinds) : kinds_(std::move(kinds)) {}
 
-  const AttentionShape shape_;
+  const std::vector<AttentionKind> kinds_;
   int64_t rows_ = 0, outputs_ = 0;
   std::vector<RowRange> adapter_rows_;
 };
@@ -162,12 +169,13 @@ class Ops {
   virtual void wait() = 0;
   virtual bool is_done() const = 0;  // wait() would not wait
 
-  virtual std::unique_ptr<Plan> make_plan(const AttentionShape& shape, const Rope& rope) = 0;
+  // For a model whose layers are of these kinds; ops name one by its index.
+  virtual std::unique_ptr<Plan> make_plan(std::vector<AttentionKind> kinds) = 0;
   virtual std::unique_ptr<Sampler> make_sampler() = 0;
 
-  // out [rows, cols] = rows of the table, by the plan's tokens; where they are below 0, nothing
-  // that may be read before soft_rows has been there.
-  virtual void embedding(const Plan& plan, const Weight& table, const Matrix& out) = 0;
+  // out [rows, cols] = scale times rows of the table, by the plan's tokens; where they are below 0,
+  // nothing that may be read before soft_rows has been there.
+  virtual void embedding(const Plan& plan, const Weight& table, float scale, const Matrix& out) = 0;
   // Fills out's rows of `at` whose token is -1 - r with row r. d_soft [the plan's soft_rows, cols],
   // float32, is overwritten by the sums of d_out's rows that name each row, in their order.
   virtual void soft_rows(const Plan& plan, const SoftRows& soft, RowRange at,
@@ -182,11 +190,15 @@ class Ops {
 
   // See rms_norm.h, swiglu.h.
   virtual void rms_norm(const Matrix& x, const void* weight, float eps, const Matrix& y) = 0;
+  virtual void rms_norm_add(const Matrix& x, const void* weight, float eps, const Matrix& residual,
+                            const Matrix& y) = 0;
   virtual void rms_norm_backward(const Matrix& x, const void* weight, float eps, const Matrix& dy,
                                  const Matrix& dx) = 0;
   virtual void swiglu(const Matrix& gate_up, const Matrix& h) = 0;
   virtual void swiglu_backward(const Matrix& gate_up, const Matrix& dh,
                                const Matrix& d_gate_up) = 0;
+  virtual void geglu(const Matrix& gate_up, const Matrix& h) = 0;
+  virtual void geglu_backward(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up) = 0;
 
   // out [rows, outputs] = x W^T + LoRA + bias + residual.
   virtual void linear(const Matrix& x, const Weight& weight, const LinearExtras& extras,
@@ -208,17 +220,17 @@ class Ops {
   virtual void qk_norm_backward(const AttentionShape& shape, const Matrix& raw,
                                 const void* q_weight, const void* k_weight, float eps,
                                 const Matrix& d_qkv) = 0;
-  // Turns q and k by the plan's angles, where they are `rotated`, and writes k and v where the plan
-  // says. A device may keep k in qkv as it was.
-  virtual void rope_kv_write(const Plan& plan, bool rotated, const Matrix& qkv,
+  // Turns q and k by the angles of the layer's kind, where it has some, and writes k and v where
+  // the plan says. A device may keep k in qkv as it was.
+  virtual void rope_kv_write(const Plan& plan, size_t kind, const Matrix& qkv,
                              const KvView& kv) = 0;
-  virtual void rope_backward(const Plan& plan, const Matrix& d_qkv) = 0;
+  virtual void rope_backward(const Plan& plan, size_t kind, const Matrix& d_qkv) = 0;
   // See attention.h. `saved` is what attention_backward reads beside qkv and kv; null: not wanted.
-  virtual void attention(const Plan& plan, const Matrix& qkv, const KvView& kv, void* workspace,
-                         const Matrix& out, float* saved) = 0;
-  virtual void attention_backward(const Plan& plan, const Matrix& qkv, const KvView& kv,
-                                  const float* saved, const Matrix& out, const Matrix& d_out,
-                                  void* workspace, const Matrix& d_qkv) = 0;
+  virtual void attention(const Plan& plan, size_t kind, const Matrix& qkv, const KvView& kv,
+                         void* workspace, const Matrix& out, float* saved) = 0;
+  virtual void attention_backward(const Plan& plan, size_t kind, const Matrix& qkv,
+                                  const KvView& kv, const float* saved, const Matrix& out,
+                                  const Matrix& d_out, void* workspace, const Matrix& d_qkv) = 0;
   virtual int64_t attention_bytes(const Plan& plan) const = 0;
   virtual int64_t attention_backward_bytes(const Plan& plan) const = 0;
   // Whether attention_backward reads the layer's keys and values, and `saved` [rows, heads].

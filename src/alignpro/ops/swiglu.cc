@@ -5,22 +5,43 @@
 
 namespace alignpro::ops {
 
-void swiglu(int64_t rows, int64_t n, const float* gate_up, float* h, ThreadPool& pool) {
-  const cpu::Kernels& k = cpu::kernels();
+namespace {
+
+using Kernels = cpu::Kernels;
+
+void glu(decltype(Kernels::swiglu_row) kernel, int64_t rows, int64_t n, const float* gate_up,
+         float* h, ThreadPool& pool) {
   row_parallel(rows, n, pool, [&](int64_t row) {
     const float* gate = gate_up + row * 2 * n;
-    k.swiglu_row(gate, gate + n, n, h + row * n);
+    kernel(gate, gate + n, n, h + row * n);
   });
+}
+
+void glu_backward(decltype(Kernels::swiglu_backward_row) kernel, int64_t rows, int64_t n,
+                  const float* gate_up, const float* dh, float* dgate_up, ThreadPool& pool) {
+  row_parallel(rows, n, pool, [&](int64_t row) {
+    const float* gate = gate_up + row * 2 * n;
+    float* dgate = dgate_up + row * 2 * n;
+    kernel(gate, gate + n, dh + row * n, n, dgate, dgate + n);
+  });
+}
+
+}  // namespace
+
+void swiglu(int64_t rows, int64_t n, const float* gate_up, float* h, ThreadPool& pool) {
+  glu(cpu::kernels().swiglu_row, rows, n, gate_up, h, pool);
+}
+void geglu(int64_t rows, int64_t n, const float* gate_up, float* h, ThreadPool& pool) {
+  glu(cpu::kernels().geglu_row, rows, n, gate_up, h, pool);
 }
 
 void swiglu_backward(int64_t rows, int64_t n, const float* gate_up, const float* dh,
                      float* dgate_up, ThreadPool& pool) {
-  const cpu::Kernels& k = cpu::kernels();
-  row_parallel(rows, n, pool, [&](int64_t row) {
-    const float* gate = gate_up + row * 2 * n;
-    float* dgate = dgate_up + row * 2 * n;
-    k.swiglu_backward_row(gate, gate + n, dh + row * n, n, dgate, dgate + n);
-  });
+  glu_backward(cpu::kernels().swiglu_backward_row, rows, n, gate_up, dh, dgate_up, pool);
+}
+void geglu_backward(int64_t rows, int64_t n, const float* gate_up, const float* dh, float* dgate_up,
+                    ThreadPool& pool) {
+  glu_backward(cpu::kernels().geglu_backward_row, rows, n, gate_up, dh, dgate_up, pool);
 }
 
 }  // namespace alignpro::ops

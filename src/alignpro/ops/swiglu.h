@@ -13,4 +13,9 @@ void swiglu(int64_t rows, int64_t n, const float* gate_up, float* h, ThreadPool&
 void swiglu_backward(int64_t rows, int64_t n, const float* gate_up, const float* dh,
                      float* dgate_up, ThreadPool& pool);
 
+// The same of h = gelu(gate) * up, with gelu()'s approximation.
+void geglu(int64_t rows, int64_t n, const float* gate_up, float* h, ThreadPool& pool);
+void geglu_backward(int64_t rows, int64_t n, const float* gate_up, const float* dh, float* dgate_up,
+                    ThreadPool& pool);
+
 }  // namespace alignpro::ops

@@ -20,6 +20,7 @@
 
 #include "alignpro/ops/cpu/kernels.h"
 #include "alignpro/ops/cpu/panel_layout.h"
+#include "alignpro/ops/shared/activation.h"  // constants alone
 
 namespace alignpro::ops::cpu::ALIGNPRO_ISA {
 namespace {
@@ -512,27 +513,43 @@ ALIGNPRO_INLINE void store_tail(float* p, F8 v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-void swiglu_row(const float* gate, const float* up, int64_t n, float* h) {
+// A gate is x sigmoid(u(x)): of SiLU u is x, of GELU's approximation (see gelu()) a cubic.
+struct Silu {
+  static ALIGNPRO_INLINE F8 inner(F8 x) { return x; }
+  static ALIGNPRO_INLINE F8 slope(F8 x) { return x; }  // x u'(x)
+};
+struct Gelu {
+  static ALIGNPRO_INLINE F8 inner(F8 x) {
+    return x * fma(x * x, splat(kGeluCubic), splat(kGeluLinear));
+  }
+  static ALIGNPRO_INLINE F8 slope(F8 x) {
+    return x * fma(x * x, splat(3.0f * kGeluCubic), splat(kGeluLinear));
+  }
+};
+
+template <typename Gate>
+void glu_row(const float* gate, const float* up, int64_t n, float* h) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     const F8 g = load(gate + i);
-    store(h + i, g * sigmoid8(g) * load(up + i));
+    store(h + i, g * sigmoid8(Gate::inner(g)) * load(up + i));
   }
   if (i < n) {
     const F8 g = load_tail(gate + i, n - i);
-    store_tail(h + i, g * sigmoid8(g) * load_tail(up + i, n - i), n - i);
+    store_tail(h + i, g * sigmoid8(Gate::inner(g)) * load_tail(up + i, n - i), n - i);
   }
 }
 
-void swiglu_backward_row(const float* gate, const float* up, const float* dh, int64_t n,
-                         float* dgate, float* dup) {
+template <typename Gate>
+void glu_backward_row(const float* gate, const float* up, const float* dh, int64_t n, float* dgate,
+                      float* dup) {
   for (int64_t i = 0; i < n; i += 8) {
     const bool whole = i + 8 <= n;
     const F8 g = whole ? load(gate + i) : load_tail(gate + i, n - i);
     const F8 u = whole ? load(up + i) : load_tail(up + i, n - i);
     const F8 d = whole ? load(dh + i) : load_tail(dh + i, n - i);
-    const F8 s = sigmoid8(g);
-    const F8 dg = d * u * s * (splat(1.0f) + g * (splat(1.0f) - s));
+    const F8 s = sigmoid8(Gate::inner(g));
+    const F8 dg = d * u * s * (splat(1.0f) + Gate::slope(g) * (splat(1.0f) - s));
     const F8 du = d * g * s;
     if (whole) {
       store(dgate + i, dg);
@@ -809,8 +826,10 @@ const Kernels kKernels = {
     .store_tile = store_tile,
     .rms_norm_row = rms_norm_row,
     .rms_norm_backward_row = rms_norm_backward_row,
-    .swiglu_row = swiglu_row,
-    .swiglu_backward_row = swiglu_backward_row,
+    .swiglu_row = glu_row<Silu>,
+    .swiglu_backward_row = glu_backward_row<Silu>,
+    .geglu_row = glu_row<Gelu>,
+    .geglu_backward_row = glu_backward_row<Gelu>,
     .rope_row = rope_row,
     .softmax_row = softmax_row,
     .to_halves = to_halves,

@@ -88,6 +88,10 @@ struct Kernels {
   // dgate, dup from dh; may not alias the inputs.
   void (*swiglu_backward_row)(const float* gate, const float* up, const float* dh, int64_t n,
                               float* dgate, float* dup);
+  // The same of gelu(gate) * up, by the tanh that approximates it.
+  void (*geglu_row)(const float* gate, const float* up, int64_t n, float* h);
+  void (*geglu_backward_row)(const float* gate, const float* up, const float* dh, int64_t n,
+                             float* dgate, float* dup);
 
   // Rotates lanes (i, i + half) of x by the angles (cos, sin)[i], i < half.
   void (*rope_row)(float* x, const float* cos, const float* sin, int64_t half);
