@@ -309,7 +309,7 @@ void stream_quantized(const uint8_t* panel, int64_t stride, int64_t cols, const 
   const auto add = [&](int64_t k, Wide* sum) __attribute__((always_inline)) {
     // The panels after these, at the same columns: short as they are, no hardware prefetcher gets
     // there in time. With 16 lanes four panels are under way, and it gains nothing.
-    for (int i = 0; kParts > 1 && i < Panels; ++i) {
+    for (int i = 0; i < Panels; ++i) {
       constexpr int64_t kBytes = panel_layout(D).group_bytes();
       const uint8_t* next = panel + (Panels + i) * stride + k / kGroup * kBytes;
       for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(next + at);
@@ -361,7 +361,7 @@ template <int Rows>
 void stream_rows(DType dtype, const uint8_t* p, int64_t stride, int64_t panels, int64_t cols,
                  const float* x, int64_t x_stride, float* out) {
   // Rows x panels x parts are the chains of multiply-adds that hide their latency: at least four.
-  constexpr int kAtOnce = kParts > 2 ? 1 : (Rows == 1 ? 4 : 2) / kParts;
+  constexpr int kAtOnce = kParts > 2 ? 1 : (Rows == 1 || (Rows == 2 && kParts == 1) ? 4 : 2) / kParts;
   for (; panels >= kAtOnce; panels -= kAtOnce) {
     stream_by_type<Rows, kAtOnce>(dtype, p, stride, cols, x, x_stride, out);
     p += kAtOnce * stride;
