@@ -18,8 +18,8 @@ inline constexpr int64_t kContract = 192;
 // Rows and panels at a time of gemv.
 inline constexpr int64_t kGemvRows = 4;
 inline constexpr int64_t kGemvPanels = 4;
-// Rows that read stored panels without expanding them; with eight, nothing was gained.
-inline constexpr int64_t kQuantizedGemvRows = 4;
+// Rows that read stored panels without expanding them.
+inline constexpr int64_t kQuantizedGemvRows = 16;
 
 // Multiply-adds in one step of fma_chains: twelve independent vectors of eight.
 inline constexpr int64_t kFmaPerStep = 96;
