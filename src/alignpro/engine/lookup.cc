@@ -71,6 +71,11 @@ Draft Lookup::draft(uint64_t version, std::span<const int32_t> tokens,
   draft.match = match.length;
   if (match.length == 0) return draft;
   double accepted = 1.0;  // the probability that a row's token is needed
+  // A longer draft may pay where a shorter one does not: all are compared.
+  const auto worth = [this](const Step& s) { return s.tokens / costs_.of(s.rows); };
+  Step longer = step;
+  double best = worth(step);
+  size_t kept = 0;
   for (size_t at = match.next; static_cast<int64_t>(draft.tokens.size()) < most; ++at) {
     // What repeats goes on in its own draft.
     const size_t beyond = at - std::min(at, match.tokens.size());
@@ -84,15 +89,19 @@ Draft Lookup::draft(uint64_t version, std::span<const int32_t> tokens,
     accepted *= (kOthers * odds(draft.source, match.length + behind) +
                  static_cast<double>(record.accepted)) /
                 (kOthers + static_cast<double>(record.verified));
-    if (accepted * step.cost <= step.tokens * row_cost_) {
-      double& declined = odds(draft.source, match.length);
-      if (behind == 0) declined += (initial(match.length) - declined) * kForgotten;
-      break;
-    }
-    step.tokens += accepted;
-    step.cost += row_cost_;
     draft.tokens.push_back(token);
+    longer.tokens += accepted;
+    ++longer.rows;
+    if (worth(longer) <= best) continue;
+    step = longer;
+    best = worth(step);
+    kept = draft.tokens.size();
   }
+  if (kept == 0 && !draft.tokens.empty()) {
+    double& declined = odds(draft.source, match.length);
+    declined += (initial(match.length) - declined) * kForgotten;
+  }
+  draft.tokens.resize(kept);
   return draft;
 }
 

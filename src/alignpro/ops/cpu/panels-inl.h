@@ -395,3 +395,10 @@ void stream_panels(DType dtype, const void* panel, int64_t stride, int64_t panel
     });
   }
 }
+
+// In passes of four, two are dearer than to expand the panel for a packed tile, but less dear than
+// for one and a short one.
+bool prefers_stream(int64_t rows) {
+  return kParts == 1 ? rows <= kQuantizedGemvRows
+                     : rows <= 4 || (rows > kRowTile && rows <= 8);
+}
