@@ -13,9 +13,10 @@ constexpr size_t kGrams[] = {16, 3};
 // what they were at first, slowly: now and then a draft finds out whether that still holds.
 constexpr double kLearned = 1.0 / 16, kForgotten = 1.0 / 512;
 
-// Longer matches are likelier to go on.
+// Of one token alone that a text repeats, one in nine goes on as it did; of a phrase, nearly all.
 double initial(int64_t match) {
-  return static_cast<double>(match) / (static_cast<double>(match) + 2);
+  const auto square = static_cast<double>(match * match);
+  return square / (square + 8);
 }
 
 // What all sequences taught counts as so many tokens of one's own.
