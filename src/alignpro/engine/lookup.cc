@@ -19,6 +19,9 @@ double initial(int64_t match) {
   return square / (square + 8);
 }
 
+// Odds and costs are estimates: drafts that would gain less than this are as likely to lose.
+constexpr double kLeastGain = 1.05;
+
 // What all sequences taught counts as so many tokens of one's own.
 constexpr double kOthers = 4.0;
 
@@ -74,6 +77,7 @@ Draft Lookup::draft(uint64_t version, std::span<const int32_t> tokens,
   double accepted = 1.0;  // the probability that a row's token is needed
   // A longer draft may pay where a shorter one does not: all are compared.
   const auto worth = [this](const Step& s) { return s.tokens / costs_.of(s.rows); };
+  const Step without = step;
   Step longer = step;
   double best = worth(step);
   size_t kept = 0;
@@ -97,6 +101,10 @@ Draft Lookup::draft(uint64_t version, std::span<const int32_t> tokens,
     step = longer;
     best = worth(step);
     kept = draft.tokens.size();
+  }
+  if (best < kLeastGain * worth(without)) {
+    step = without;
+    kept = 0;
   }
   if (kept == 0 && !draft.tokens.empty()) {
     double& declined = odds(draft.source, match.length);
