@@ -416,7 +416,8 @@ class CudaDevice final : public ops::Device {
   void require_runs(const ops::ModelShape& shape) const override;
   void require_gradients() const override {}
   int64_t kv_share_bytes() const override { return free_memory() / 2; }
-  double row_cost() const override { return 0.05; }  // a step of few rows reads the weights
+  // A step of few rows reads the weights; the host does not see how long that takes.
+  ops::RowCost row_cost() const override { return {0.05, false}; }
 
   std::unique_ptr<const ops::Weight> upload(const char* name,
                                             std::span<const ops::QuantizedRow> rows, int64_t cols,

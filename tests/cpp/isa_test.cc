@@ -74,7 +74,8 @@ TEST_CASE("products agree to the bit") {
   const cpu::Kernels& one = cpu::kernels_of(kOne);
   CHECK(std::string_view(one.name) != cpu::kernels_of(kOther).name);
   const int64_t cols = 512, panels = 5, rows = 13;
-  const Floats x = normal(static_cast<size_t>(rows * cols), 3);
+  static_assert(rows <= cpu::kQuantizedGemvRows);
+  const Floats x = normal(static_cast<size_t>(cpu::kQuantizedGemvRows * cols), 3);
   Floats tiles(static_cast<size_t>(18 * cols));
   one.pack_rows(rows, cols, x.data(), cols, 1, tiles.data());
   for (const DType stored : kAllTypes) {

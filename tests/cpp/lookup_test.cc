@@ -12,11 +12,12 @@ namespace {
 
 using Tokens = std::vector<int32_t>;
 
-constexpr double kCheap = 0.01;  // a row's cost at which what matches is drafted
+// A row's cost at which what matches is drafted.
+constexpr ops::RowCost kCheap{0.01, false};
 
 Draft draft_of(Lookup& lookup, const Tokens& tokens, int64_t most, uint64_t version = 0,
                const Tokens& stop_ids = {}) {
-  Lookup::Step step = lookup.step_of(1);
+  Lookup::Step step = Lookup::step_of(1);
   return lookup.draft(version, tokens, stop_ids, most, {}, step);
 }
 
@@ -107,8 +108,8 @@ TEST_CASE("what is forgotten leaves what was written since") {
 
 TEST_CASE("drafts grow with what is accepted and stop where they cost more than they bring") {
   const Tokens copy = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 1, 2, 3};
-  Lookup dear(0.4), cheap(0.1), never(1.0);
-  CHECK(never.step_of(3).cost == 3.0);
+  constexpr ops::RowCost kDear{0.4, false};
+  Lookup dear(kDear), cheap({0.1, false}), never({1.0, false});
   CHECK(draft_of(never, copy, 15).tokens.empty());
   const auto first = draft_of(dear, copy, 15).tokens.size();
   CHECK((first >= 1 && first < draft_of(cheap, copy, 15).tokens.size()));
@@ -130,15 +131,67 @@ TEST_CASE("drafts grow with what is accepted and stop where they cost more than 
   CHECK((drafts > 5 && drafts < 50));
 
   // A sequence's own record counts more than what others taught.
-  Lookup fresh(0.4);
-  Lookup::Step own = fresh.step_of(1), others = own;
+  Lookup fresh(kDear);
+  Lookup::Step own = Lookup::step_of(1), others = own;
   CHECK(fresh.draft(0, copy, {}, 15, {8, 0}, own).tokens.empty());
   CHECK(fresh.draft(0, copy, {}, 15, {8, 8}, others).tokens.size() > first);
 
   // Several sequences share what a step costs: a row must be likelier to be needed.
-  Lookup shared(0.4);
-  Lookup::Step step = shared.step_of(4);
+  Lookup shared(kDear);
+  Lookup::Step step = Lookup::step_of(4);
   CHECK(shared.draft(0, copy, {}, 15, {}, step).tokens.size() < first);
+}
+
+// Nine rows open a second tile: the ninth is dear, and those behind it are not.
+double tile_cost(int64_t rows) { return rows <= 8 ? 1.0 + 0.02 * static_cast<double>(rows) : 2.5; }
+
+TEST_CASE("costs are learnt from what steps take, whatever the machine's speed") {
+  StepCosts costs({0.4, true}), told({0.4, false});
+  std::mt19937 random(5);
+  double speed = 3e-3;
+  for (int i = 0; i < 4000; ++i) {
+    if (i % 200 == 0) speed = i % 400 == 0 ? 3e-3 : 9e-3;  // a neighbour comes and goes
+    const auto rows = static_cast<int64_t>(1 + random() % 10);
+    const double noise = random() % 50 == 0 ? 5.0 : 1.0 + 0.05 * static_cast<double>(random() % 3);
+    costs.learn(rows, speed * noise * tile_cost(rows));
+    told.learn(rows, speed * tile_cost(rows));
+  }
+  for (int64_t rows = 1; rows <= 10; ++rows) {
+    CHECK(costs.of(rows) == doctest::Approx(tile_cost(rows) / tile_cost(1)).epsilon(0.1));
+    CHECK(told.of(rows) == doctest::Approx(1.0 + 0.4 * static_cast<double>(rows - 1)));
+  }
+  CHECK(costs.of(14) == doctest::Approx(costs.of(10) + 4 * 0.4));
+}
+
+TEST_CASE("between numbers of rows that were seen lies a line, and an interruption is forgotten") {
+  StepCosts costs({0.2, true});
+  for (int i = 0; i < 20; ++i) costs.learn(1, 1e-3);
+  for (int i = 0; i < 20; ++i) costs.learn(5, 2e-3);
+  CHECK(costs.of(3) == doctest::Approx(1.5).epsilon(0.02));
+  CHECK(costs.of(6) == doctest::Approx(2.2).epsilon(0.02));
+  costs.learn(6, 90e-3);
+  CHECK(costs.of(6) > 4.0);
+  costs.learn(0, 1.0), costs.learn(StepCosts::kMostRows + 1, 1.0);
+  for (int i = 0; i < 600; ++i) costs.learn(i % 2 == 0 ? 1 : 5, i % 2 == 0 ? 1e-3 : 2e-3);
+  CHECK(costs.of(6) == doctest::Approx(2.2).epsilon(0.02));
+}
+
+TEST_CASE("a draft passes over a dear row where those behind it pay") {
+  const Tokens copy = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 1, 2, 3};
+  Lookup lookup({0.01, true});
+  for (int i = 0; i < 40; ++i) {
+    lookup.took(1, 1e-3);
+    for (const int64_t rows : {2, 3, 12, 13, 16}) {
+      lookup.took(rows, rows <= 2 ? 1.9e-3 : 2e-3);  // one more row nearly doubles a step
+    }
+  }
+  for (int i = 0; i < 100; ++i) {
+    const Draft draft = draft_of(lookup, copy, 15);
+    CHECK(draft.tokens.size() > 2);
+    lookup.learn(draft, {std::ssize(draft.tokens), std::ssize(draft.tokens)});
+  }
+  CHECK_EQ(draft_of(lookup, copy, 15).tokens.size(), 15);
+  CHECK(draft_of(lookup, copy, 1).tokens.size() <= 1);
 }
 
 }  // namespace

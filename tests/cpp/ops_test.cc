@@ -154,7 +154,7 @@ void check_storage(std::span<const QuantizedRow> rows, int64_t cols) {
     packed.read_row(i, row.data());
     CHECK(std::equal(row.begin(), row.end(), values.begin() + i * cols));
   }
-  const int64_t m = 9;
+  const int64_t m = 17;
   const Floats x = normal(static_cast<size_t>(m * cols), 5),
                dy = normal(static_cast<size_t>(m * n), 6);
   Floats y(static_cast<size_t>(m * n)), y_wide = y, some;
@@ -162,7 +162,7 @@ void check_storage(std::span<const QuantizedRow> rows, int64_t cols) {
   linear(m, {x.data(), cols}, packed, y.data(), n, {}, pool);
   linear(m, {x.data(), cols}, wide, y_wide.data(), n, {}, pool);
   CHECK(same_bits(y.data(), y_wide.data(), y.size()));
-  for (const int64_t few : {1, 2, 3, 4, 5, 8}) {  // which are not packed
+  for (const int64_t few : {1, 2, 3, 4, 5, 6, 7, 8, 12, 16}) {  // packed or not
     for (int64_t i = 0; i + few <= m; ++i) {
       some.resize(static_cast<size_t>(few * n));
       linear(few, {x.data() + i * cols, cols}, packed, some.data(), n, {}, pool);

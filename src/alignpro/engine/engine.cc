@@ -129,6 +129,16 @@ NumericError no_token(const Task& task) {
           "; check the weights, the adapter and the temperature"));
 }
 
+// The rows of a step that draws a token behind each of them; 0 where some of a prompt is computed.
+int64_t decoding_rows(std::span<const Chunk> chunks) {
+  int64_t rows = 0;
+  for (const Chunk& chunk : chunks) {
+    if (chunk.count != chunk.drawn()) return 0;
+    rows += chunk.count * chunk.task->lanes();
+  }
+  return rows;
+}
+
 // What a step consists of, for whoever records it: a request's rows bear its seed, which is its key
 // (contract 3).
 void mark_rows(std::span<const Chunk> chunks) {
@@ -333,6 +343,8 @@ void Engine::begin_step() {
   admit();
   std::vector<Chunk> chunks = scheduler_.pick();
   if (chunks.empty()) return;
+  const int64_t rows = decoding_rows(chunks);
+  const Clock::time_point started = Clock::now();
   try {
     drawing_ = forward(chunks);
   } catch (const NumericError&) {  // a key that float16 cannot hold, say
@@ -341,6 +353,9 @@ void Engine::begin_step() {
     drawing_ = forward(chunks);
   }
   draw(*drawing_);
+  if (rows > 0) {
+    scheduler_.took(rows, std::chrono::duration<double>(Clock::now() - started).count());
+  }
 }
 
 void Engine::end_step() {

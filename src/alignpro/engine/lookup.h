@@ -8,6 +8,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "alignpro/engine/step_costs.h"
+
 namespace alignpro::engine {
 
 // Tokens that may be a sequence's next, to be verified in one step.
@@ -31,27 +33,28 @@ struct DraftRecord {
 // tokens, never a tensor. One thread at a time.
 class Lookup {
  public:
-  // The tokens that a step is expected to bring, and what it costs in steps of one row.
+  // The rows of a step, and the tokens that it is expected to bring.
   struct Step {
-    double tokens, cost;
+    int64_t rows;
+    double tokens;
   };
 
-  // `row_cost`: of one more row in a step.
-  explicit Lookup(double row_cost) : row_cost_(row_cost) {}
+  explicit Lookup(ops::RowCost row_cost) : costs_(row_cost) {}
 
   // A step of `rows` sequences without a draft.
-  Step step_of(int64_t rows) const {
-    return {static_cast<double>(rows), 1.0 + row_cost_ * static_cast<double>(rows - 1)};
-  }
+  static Step step_of(int64_t rows) { return {rows, static_cast<double>(rows)}; }
 
   // What may follow `tokens`: at most `most` tokens, none of `stop_ids` (ascending) and no soft row
-  // (below 0), and no more than make `step`, which they are added to, bring more tokens for its
-  // cost. `record` is of the sequence's drafts until now.
+  // (below 0), as many as make `step`, which they are added to, bring most tokens for its cost.
+  // `record` is of the sequence's drafts until now.
   Draft draft(uint64_t version, std::span<const int32_t> tokens, std::span<const int32_t> stop_ids,
               int64_t most, const DraftRecord& record, Step& step);
 
   // `result` is of this draft alone: its tokens are verified from the first on.
   void learn(const Draft& draft, const DraftRecord& result);
+
+  // Of a step that drew a token behind each of its rows.
+  void took(int64_t rows, double seconds) { costs_.learn(rows, seconds); }
 
   // A text for later drafts: what was written, behind a few tokens that led to it. The oldest are
   // forgotten beyond kMostRemembered tokens.
@@ -83,7 +86,7 @@ class Lookup {
   void forget_oldest();
   double& odds(Draft::Source source, int64_t match);
 
-  const double row_cost_;
+  StepCosts costs_;
   std::array<Odds, 2> odds_ = {initial_odds(), initial_odds()};
   std::deque<Text> texts_;
   uint64_t forgotten_ = 0;  // texts

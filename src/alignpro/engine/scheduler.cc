@@ -211,7 +211,7 @@ std::vector<Chunk> Scheduler::pick() {
 void Scheduler::add_drafts(std::vector<Chunk>& chunks, int64_t rows) {
   const int64_t running = rows_of_running();
   if (!lookup_ || running > kMostDrafting) return;
-  Lookup::Step step = lookup_->step_of(running);
+  Lookup::Step step = Lookup::step_of(running);
   for (Chunk& chunk : chunks) {
     Task& task = *chunk.task;
     const Request& request = task.sequence->request();

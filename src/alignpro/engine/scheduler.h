@@ -79,6 +79,11 @@ class Scheduler {
   // task.tokens as it was drawn.
   void accept(Task& task, const Draft& draft, const DraftRecord& result);
 
+  // What a step that drew a token behind each of its rows took.
+  void took(int64_t rows, double seconds) {
+    if (lookup_) lookup_->took(rows, seconds);
+  }
+
   // Takes a task out and frees its blocks; the pointer is dead afterwards.
   std::shared_ptr<Sequence> retire(Task* task);
 

@@ -7,6 +7,7 @@
 #include "alignpro/model/batch.h"
 #include "alignpro/model/config.h"
 #include "alignpro/ops/head_sample.h"
+#include "alignpro/ops/ops.h"
 
 namespace alignpro::model {
 
@@ -41,9 +42,9 @@ class LanguageModel {
   virtual int64_t kv_block_bytes() const = 0;  // of kKvBlock positions, all layers
   // What a cache may take now of the memory it would lie in, where nobody says how much.
   virtual int64_t kv_share_bytes() const = 0;
-  // What one more row adds to a step of one, about, as a share of it; 1 where a row's bits are not
-  // its own, and more rows must not be verified together than were asked for.
-  virtual double row_cost() const = 0;
+  // What one more row adds to a step of one; all of it where a row's bits are not its own, and more
+  // rows must not be verified together than were asked for.
+  virtual ops::RowCost row_cost() const = 0;
   virtual std::unique_ptr<Session> make_session(int64_t kv_blocks) const = 0;
 };
 

@@ -26,7 +26,9 @@ class Model final : public LanguageModel {
   int64_t context_length() const override { return context_length_; }
   int64_t kv_block_bytes() const override;
   int64_t kv_share_bytes() const override;
-  double row_cost() const override { return device_->deterministic() ? device_->row_cost() : 1.0; }
+  ops::RowCost row_cost() const override {
+    return device_->deterministic() ? device_->row_cost() : ops::RowCost{1.0, false};
+  }
   std::unique_ptr<Session> make_session(int64_t kv_blocks) const override;
 
   const Weights& weights() const { return weights_; }

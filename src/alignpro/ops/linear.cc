@@ -73,8 +73,7 @@ struct NoTerm {
 };
 
 // A provider's block(column panel, k_begin, k_count, scratch) is [k_count][16]; one that has
-// rows() computes up to gemv_rows() without packing, kQuantizedGemvRows at a time. Without c only
-// the term's preparation is done.
+// rows() computes as many as it streams() without packing. Without c only the term's preparation is done.
 template <typename Provider, typename Term>
 void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, float* c, int64_t ldc,
               const Epilogue& epilogue, ThreadPool& pool, const Provider& provider, Term& term) {
@@ -89,10 +88,9 @@ void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, flo
   Int8Rows* codes = nullptr;
   if constexpr (kHasInt8) codes = provider.codes();
   bool few = false;
-  if constexpr (kStreams) few = rows <= provider.gemv_rows() && a.col_stride == 1;
-  const int64_t at_once = few && codes == nullptr ? cpu::kQuantizedGemvRows : kRowChunk;
-  for (int64_t first = 0; first < rows; first += at_once) {
-    const int64_t live = std::min(at_once, rows - first);
+  if constexpr (kStreams) few = a.col_stride == 1 && provider.streams(rows);
+  for (int64_t first = 0; first < rows; first += kRowChunk) {
+    const int64_t live = std::min(kRowChunk, rows - first);
     const MatrixView chunk{a.data + first * a.row_stride, a.row_stride, a.col_stride};
     if (codes != nullptr) codes->pack(live, contract, chunk, &pool);
     if ((!few && codes == nullptr) || kHasTerm) {
@@ -255,9 +253,7 @@ struct ForwardWeight {
   const float* block(int64_t p, int64_t k_begin, int64_t k_count, float* scratch) const {
     return w.block(p, k_begin, k_count, scratch);
   }
-  // Of quantised weights twice as many rows go in two passes: the second finds them in the cache,
-  // which costs less than to expand them. At 5 rows of float32 it cost a third more.
-  int64_t gemv_rows() const { return (w.is_quantized() ? 2 : 1) * cpu::kQuantizedGemvRows; }
+  bool streams(int64_t rows) const { return w.streams(rows); }
   void rows(int64_t p_begin, int64_t count, int64_t live, MatrixView x, float* out) const {
     w.multiply_rows(p_begin, count, live, x.data, x.row_stride, out);
   }

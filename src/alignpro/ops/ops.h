@@ -263,6 +263,12 @@ struct ModelShape {
   int64_t weights;  // values of all matrices
 };
 
+// What one more row adds to a step of one row, as a share of it.
+struct RowCost {
+  double share;
+  bool is_estimate;  // the times of steps say it better
+};
+
 // Where one model computes: its weights' memory, and what makes Ops. Any thread.
 class Device {
  public:
@@ -281,8 +287,7 @@ class Device {
   virtual void require_gradients() const = 0;
   // What a KV cache may take now, where nobody says how much.
   virtual int64_t kv_share_bytes() const = 0;
-  // What one more row adds to a step of one, about, as a share of it (`alignpro bench lookup`).
-  virtual double row_cost() const = 0;
+  virtual RowCost row_cost() const = 0;
 
   // The uploads of one thread, done when finish_uploads() returns. A table is read by row, and is
   // not multiplied by.

@@ -57,6 +57,12 @@ class PackedMatrix {
   void transposed_block(int64_t n_begin, int64_t n_count, int64_t k_begin, float* scratch,
                         float* out) const;
 
+  // Whether multiply_rows() is the faster one for so many rows. Plain floats are bound by memory up
+  // to four rows in either way.
+  bool streams(int64_t rows) const {
+    return is_quantized_ ? cpu::kernels().prefers_stream(rows) : rows <= cpu::kGemvRows;
+  }
+
   // x W^T for up to cpu::kQuantizedGemvRows rows of x [cols], x_stride apart, by `count` panels
   // from p_begin on: out [count][rows][16]. The bits are those of the products by block.
   void multiply_rows(int64_t p_begin, int64_t count, int64_t rows, const float* x, int64_t x_stride,

@@ -67,7 +67,7 @@ inline void tile_logits(const LogitRows& rows, int64_t block, const PackedMatrix
     }
     return;
   }
-  if (rows.block_rows(block) <= cpu::kQuantizedGemvRows) {
+  if (weight.streams(rows.block_rows(block))) {
     weight.multiply_rows(first, panels, rows.block_rows(block), values, weight.cols(), out);
     return;
   }

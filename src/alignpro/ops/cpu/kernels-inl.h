@@ -199,20 +199,24 @@ ALIGNPRO_INLINE void with_count(int64_t count, const Fn& fn) {
 
 // ---- matrix products -------------------------------------------------------------------------
 
-// One tile of rows against a sub-panel of B. Meanwhile it fetches `lines` lines from `ahead` on,
-// one every `every` steps: its share of a sub-panel that comes later.
+// Rows that are multiplied together: a packed tile, or two where registers hold the sums of both.
+// Six chains would wait for themselves where two multiply-adds of a whole panel begin a cycle.
+constexpr int kTileRows = static_cast<int>(kParts == 1 ? 2 * kRowTile : kRowTile);
+
+// So many rows, of packed tiles a_stride apart, against a sub-panel of B. Meanwhile it fetches
+// `lines` lines from `ahead` on, one every `every` steps: its share of a sub-panel that comes later.
 template <int Rows>
-ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b, int64_t ldb,
-                                float* c, bool accumulate, const float* ahead, int64_t lines,
-                                int64_t every) {
+ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, int64_t a_stride, const float* b,
+                                int64_t ldb, float* c, bool accumulate, const float* ahead,
+                                int64_t lines, int64_t every) {
   Wide acc[Rows][kParts] = {};
   const auto step = [&]() __attribute__((always_inline)) {
     Wide bk[kParts];
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) bk[part] = load_wide(b + part * kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int m = 0; m < Rows; ++m) {
-      const Wide am = splat_wide(a[m]);
+      const Wide am = splat_wide(m < kRowTile ? a[m] : a[a_stride + m - kRowTile]);
 #pragma GCC unroll 4
       for (int part = 0; part < kParts; ++part) acc[m][part] = fma(am, bk[part], acc[m][part]);
     }
@@ -224,7 +228,7 @@ ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, const float* b,
     for (int64_t k = 0; k < every; ++k) step();
   }
   for (int64_t k = lines * every; k < k_count; ++k) step();
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
@@ -240,18 +244,19 @@ void gemm_panel(int64_t rows, int64_t k_count, const float* a, int64_t a_stride,
   // In a packed matrix the sub-panel after the next lies two further on. Its lines are fetched
   // evenly over the tiles: all at once they would fill the miss queue and stall the first tile.
   // Past the end a prefetch is ignored. One short tile only streams, which the hardware foresees.
-  const int64_t tiles = (rows + kRowTile - 1) / kRowTile;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t lines = stream && rows >= kRowTile ? k_count / tiles : 0;
   const float* ahead = b + 2 * k_count * kPanel;
   int64_t m = 0;
-  for (; m + kRowTile <= rows; m += kRowTile) {
-    micro_tile<6>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
-    a += a_stride;
-    c += kRowTile * kPanel;
+  for (; m + kTileRows <= rows; m += kTileRows) {
+    micro_tile<kTileRows>(k_count, a, a_stride, b, ldb, c, accumulate, ahead, lines, tiles);
+    a += kTileRows / kRowTile * a_stride;
+    c += kTileRows * kPanel;
     ahead += lines * kPanel;
   }
-  with_count<kRowTile - 1>(rows - m, [&](auto live) __attribute__((always_inline)) {
-    micro_tile<decltype(live)::kValue>(k_count, a, b, ldb, c, accumulate, ahead, lines, tiles);
+  with_count<kTileRows - 1>(rows - m, [&](auto live) __attribute__((always_inline)) {
+    micro_tile<decltype(live)::kValue>(k_count, a, a_stride, b, ldb, c, accumulate, ahead, lines,
+                                       tiles);
   });
 }
 
@@ -774,39 +779,42 @@ void tile_exp_row(const float* tile, int64_t rows, int64_t row, int64_t panels, 
 // ---- the machine's limits ---------------------------------------------------------------------
 
 // A value that the compiler does not know: equal ones are not merged, none is left out.
-ALIGNPRO_INLINE void keep(F8& v) {
+ALIGNPRO_INLINE void keep(Wide& v) {
 #if defined(__AVX2__)
-  __asm__ volatile("" : "+x"(v));
+  __asm__ volatile("" : "+v"(v));
 #elif defined(ALIGNPRO_NEON)
-  __asm__ volatile("" : "+w"(v.low), "+w"(v.high));
+  __asm__ volatile("" : "+w"(v));
 #else
   __asm__ volatile("" : "+m"(v));
 #endif
 }
 
-// Enough independent chains to fill two pipes of latency 4 or 5.
+// Enough independent chains to fill two pipes of latency 4 or 5, and four of narrow vectors.
 void fma_chains(int64_t steps) {
-  F8 sums[12];
-  for (F8& sum : sums) {
-    sum = splat(0.0f);
+  constexpr int kChains = kLanes > 4 ? 12 : 24;
+  Wide sums[kChains];
+  for (Wide& sum : sums) {
+    sum = splat_wide(0.0f);
     keep(sum);
   }
-  F8 a = splat(0.999f), b = splat(0.001f);
-  for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 12
-    for (F8& sum : sums) sum = fma(sum, a, b);
+  Wide a = splat_wide(0.999f), b = splat_wide(0.001f);
+  for (int64_t i = 0; i < steps * (kFmaPerStep / (kChains * kLanes)); ++i) {
+#pragma GCC unroll 24
+    for (Wide& sum : sums) sum = fma(sum, a, b);
     keep(a);
     keep(b);
   }
-  for (F8& sum : sums) keep(sum);
+  for (Wide& sum : sums) keep(sum);
 }
 
 void read_memory(const float* p, int64_t n) {
-  F8 sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  constexpr int kSums = 32 / kLanes;
+  Wide sums[kSums] = {};
   for (int64_t i = 0; i + 32 <= n; i += 32) {
-    for (int k = 0; k < 4; ++k) sums[k] = sums[k] + load(p + i + 8 * k);
+#pragma GCC unroll 8
+    for (int k = 0; k < kSums; ++k) sums[k] = sums[k] + load_wide(p + i + kLanes * k);
   }
-  for (F8& sum : sums) keep(sum);
+  for (Wide& sum : sums) keep(sum);
 }
 
 }  // namespace
@@ -818,6 +826,7 @@ const Kernels kKernels = {
     .gemv = gemv,
     .expand_panel = expand_panel,
     .stream_panels = stream_panels,
+    .prefers_stream = prefers_stream,
     .quantize_rows = quantize_rows,
     .int8_gemm = int8_gemm,
     .pack_rows = pack_rows,

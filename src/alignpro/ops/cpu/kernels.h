@@ -18,11 +18,11 @@ inline constexpr int64_t kContract = 192;
 // Rows and panels at a time of gemv.
 inline constexpr int64_t kGemvRows = 4;
 inline constexpr int64_t kGemvPanels = 4;
-// Rows that read stored panels without expanding them; with eight, nothing was gained.
-inline constexpr int64_t kQuantizedGemvRows = 4;
+// At most so many rows read stored panels without expanding them.
+inline constexpr int64_t kQuantizedGemvRows = 16;
 
-// Multiply-adds in one step of fma_chains: twelve independent vectors of eight.
-inline constexpr int64_t kFmaPerStep = 96;
+// Multiply-adds in one step of fma_chains, whole rounds of its independent vectors.
+inline constexpr int64_t kFmaPerStep = 192;
 
 // The leaves: pointers and sizes, one table an instruction set. Every function computes each output
 // in one fixed order, whatever the number of rows beside it.
@@ -49,6 +49,8 @@ struct Kernels {
                        int64_t k_count, float* out);
   void (*stream_panels)(DType dtype, const void* panel, int64_t stride, int64_t panels,
                         int64_t cols, int64_t rows, const float* x, int64_t x_stride, float* out);
+  // Whether stream_panels is the faster one for so many rows of quantised panels.
+  bool (*prefers_stream)(int64_t rows);
 
   // Integer products (panel_layout.h). quantize_rows writes one tile of up to kInt8TileRows rows;
   // int8_gemm multiplies rows by a panel, adding up groups in ascending order: c [rows][16],
@@ -134,7 +136,7 @@ struct Kernels {
   void (*tile_exp_row)(const float* tile, int64_t rows, int64_t row, int64_t panels, float max,
                        float* e);
 
-  // For the machine's limits: `steps` times twelve multiply-adds of vectors in registers, and
+  // For the machine's limits: `steps` times kFmaPerStep multiply-adds in registers, and
   // reading n floats (a multiple of 32).
   void (*fma_chains)(int64_t steps);
   void (*read_memory)(const float* p, int64_t n);

@@ -265,11 +265,11 @@ void expand_panel(DType dtype, const void* panel, int64_t cols, int64_t k_begin,
   });
 }
 
-// A few rows times Panels panels, `stride` bytes apart: out [Panels][Rows][16], block by block as
-// gemm_panel sums. add(column, sums) adds columns [column, column + Span) to the chains
-// [Panels][Rows][kParts].
+// A few rows times Panels panels, `stride` bytes apart: out [Panels][Rows][16], of which panels lie
+// out_panel floats apart, block by block as gemm_panel sums. add(column, sums) adds columns
+// [column, column + Span) to the chains [Panels][Rows][kParts].
 template <int64_t Span, int Rows, int Panels, typename Add>
-ALIGNPRO_INLINE void stream_blocks(int64_t cols, float* out, const Add& add) {
+ALIGNPRO_INLINE void stream_blocks(int64_t cols, float* out, int64_t out_panel, const Add& add) {
   constexpr int kSums = Panels * Rows * kParts;
   Wide total[kSums] = {};
   for (int64_t k_begin = 0; k_begin < cols; k_begin += kContract) {
@@ -280,7 +280,10 @@ ALIGNPRO_INLINE void stream_blocks(int64_t cols, float* out, const Add& add) {
     for (int i = 0; i < kSums; ++i) total[i] = k_begin > 0 ? total[i] + sum[i] : sum[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kSums; ++i) store_wide(out + kLanes * i, total[i]);
+  for (int i = 0; i < kSums; ++i) {
+    constexpr int kOfPanel = Rows * kParts;
+    store_wide(out + i / kOfPanel * out_panel + i % kOfPanel * kLanes, total[i]);
+  }
 }
 
 // Adds one column, whose weights are weight(panel, part). Chains lie inside: one after another they
@@ -289,12 +292,12 @@ template <int Rows, int Panels, typename Weight>
 ALIGNPRO_INLINE void stream_column(const float* x, int64_t x_stride, Wide* sum,
                                    const Weight& weight) {
   Wide xk[Rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m) xk[m] = splat_wide(x[m * x_stride]);
 #pragma GCC unroll 4
   for (int i = 0; i < Panels * kParts; ++i) {
     const Wide w = weight(i / kParts, i % kParts);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) {
       Wide& to = sum[(i / kParts * Rows + m) * kParts + i % kParts];
       to = fma(xk[m], w, to);
@@ -304,12 +307,12 @@ ALIGNPRO_INLINE void stream_column(const float* x, int64_t x_stride, Wide* sum,
 
 template <DType D, int Rows, int Panels>
 void stream_quantized(const uint8_t* panel, int64_t stride, int64_t cols, const float* x,
-                      int64_t x_stride, float* out) {
+                      int64_t x_stride, float* out, int64_t out_panel) {
   constexpr int64_t kSpan = scale_columns(D);
   const auto add = [&](int64_t k, Wide* sum) __attribute__((always_inline)) {
     // The panels after these, at the same columns: short as they are, no hardware prefetcher gets
     // there in time. With 16 lanes four panels are under way, and it gains nothing.
-    for (int i = 0; kParts > 1 && i < Panels; ++i) {
+    for (int i = 0; i < Panels; ++i) {
       constexpr int64_t kBytes = panel_layout(D).group_bytes();
       const uint8_t* next = panel + (Panels + i) * stride + k / kGroup * kBytes;
       for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(next + at);
@@ -329,53 +332,73 @@ void stream_quantized(const uint8_t* panel, int64_t stride, int64_t cols, const 
       }
     }
   };
-  stream_blocks<kSpan, Rows, Panels>(cols, out, add);
+  stream_blocks<kSpan, Rows, Panels>(cols, out, out_panel, add);
 }
 
 template <DType D, int Rows, int Panels>
 void stream_plain(const uint8_t* panel, int64_t stride, int64_t cols, const float* x,
-                  int64_t x_stride, float* out) {
+                  int64_t x_stride, float* out, int64_t out_panel) {
   const auto add = [&](int64_t k, Wide* sum) __attribute__((always_inline)) {
     stream_column<Rows, Panels>(
         x + k, x_stride, sum, [&](int p, int part) __attribute__((always_inline)) {
           return load_plain<D>(panel + p * stride, k * kPanel + part * kLanes);
         });
   };
-  stream_blocks<1, Rows, Panels>(cols, out, add);
+  stream_blocks<1, Rows, Panels>(cols, out, out_panel, add);
 }
 
 template <int Rows, int Panels>
 void stream_by_type(DType dtype, const uint8_t* p, int64_t stride, int64_t cols, const float* x,
-                    int64_t x_stride, float* out) {
+                    int64_t x_stride, float* out, int64_t out_panel) {
   with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
     constexpr DType kType = decltype(type)::kValue;
     if constexpr (is_quantized(kType)) {
-      stream_quantized<kType, Rows, Panels>(p, stride, cols, x, x_stride, out);
+      stream_quantized<kType, Rows, Panels>(p, stride, cols, x, x_stride, out, out_panel);
     } else {
-      stream_plain<kType, Rows, Panels>(p, stride, cols, x, x_stride, out);
+      stream_plain<kType, Rows, Panels>(p, stride, cols, x, x_stride, out, out_panel);
     }
   });
 }
 
+// Rows x panels x parts are the chains of multiply-adds: eight hide their latency where two are
+// begun a cycle, and what registers hold bounds them. Few rows wait for memory before.
+constexpr int stream_at_once(int rows) {
+  if (kParts > 2) return 1;
+  if (kParts == 2) return rows == 1 ? 2 : 1;
+  return rows <= 2 ? 4 : rows <= 6 ? 2 : 1;
+}
+
 template <int Rows>
 void stream_rows(DType dtype, const uint8_t* p, int64_t stride, int64_t panels, int64_t cols,
-                 const float* x, int64_t x_stride, float* out) {
-  // Rows x panels x parts are the chains of multiply-adds that hide their latency: at least four.
-  constexpr int kAtOnce = kParts > 2 ? 1 : (Rows == 1 ? 4 : 2) / kParts;
-  for (; panels >= kAtOnce; panels -= kAtOnce) {
-    stream_by_type<Rows, kAtOnce>(dtype, p, stride, cols, x, x_stride, out);
-    p += kAtOnce * stride;
-    out += kAtOnce * Rows * kPanel;
+                 const float* x, int64_t x_stride, float* out, int64_t out_panel) {
+  constexpr int kAtOnce = stream_at_once(Rows);
+  for (; panels >= kAtOnce; panels -= kAtOnce, p += kAtOnce * stride, out += kAtOnce * out_panel) {
+    stream_by_type<Rows, kAtOnce>(dtype, p, stride, cols, x, x_stride, out, out_panel);
   }
-  for (; kAtOnce > 1 && panels > 0; --panels, p += stride, out += Rows * kPanel) {
-    stream_by_type<Rows, 1>(dtype, p, stride, cols, x, x_stride, out);
+  for (; kAtOnce > 1 && panels > 0; --panels, p += stride, out += out_panel) {
+    stream_by_type<Rows, 1>(dtype, p, stride, cols, x, x_stride, out, out_panel);
   }
 }
 
+// More rows than registers hold go in passes of about equally many, of which the later ones find
+// the panels in the cache.
 void stream_panels(DType dtype, const void* panel, int64_t stride, int64_t panels, int64_t cols,
                    int64_t rows, const float* x, int64_t x_stride, float* out) {
+  constexpr int64_t kMost = kParts == 1 ? 8 : 4;
   const auto* p = static_cast<const uint8_t*>(panel);
-  with_count<kQuantizedGemvRows>(rows, [&](auto live) __attribute__((always_inline)) {
-    stream_rows<decltype(live)::kValue>(dtype, p, stride, panels, cols, x, x_stride, out);
-  });
+  const int64_t passes = (rows + kMost - 1) / kMost;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = rows * pass / passes, live = rows * (pass + 1) / passes - first;
+    with_count<kMost>(live, [&](auto count) __attribute__((always_inline)) {
+      stream_rows<decltype(count)::kValue>(dtype, p, stride, panels, cols, x + first * x_stride,
+                                           x_stride, out + first * kPanel, rows * kPanel);
+    });
+  }
+}
+
+// In passes of four, two are dearer than to expand the panel for a packed tile, but less dear than
+// for one and a short one.
+bool prefers_stream(int64_t rows) {
+  return kParts == 1 ? rows <= kQuantizedGemvRows
+                     : rows <= 4 || (rows > kRowTile && rows <= 8);
 }
