@@ -288,7 +288,9 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["generate", "", "--model", "{tiny}"], "expected text"),
         (["generate", "x" * 999, "--model", "{tiny}"], "context"),
         (["generate", "x", "--model", "{tiny}", "--top-p", "2"], "top_p"),
-        (["generate", "x", "--run", "nothing"], "nothing"),
+        (["generate", "", "--model", "nothing.gguf"], "prompt: expected text"),
+        (["generate", "x", "--model", "nothing.gguf", "--temperature", "-1"], "temperature: exp"),
+        (["generate", "x", "--run", "nothing"], "nothing: expected the directory of a run"),
         (
             ["generate", "x", "--run", "nothing", "--chat-template", "rag"],
             "expected no chat template with --run",

@@ -347,6 +347,8 @@ def config_of_run(run: Path) -> RunConfig:
     Raises:
         ValueError: its config.json is damaged; the message names it. FileNotFoundError: no such.
     """
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(f"{run}: expected the directory of a run, with {CONFIG}")
     record = read_record(run / CONFIG)
     try:
         if "calibration" in record:

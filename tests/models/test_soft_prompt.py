@@ -262,7 +262,7 @@ def test_a_pipeline_reads_an_adapters_folder_once(tiny, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     assert pipeline.rollout(["the heron"], num_rewrites=2, seed=5).rewrites == before.rewrites
     for adapters in ({"prompter_adapter": tmp_path}, {"target_adapter": tmp_path}):
-        with pytest.raises(FileNotFoundError, match="no adapter_config.json there"):
+        with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json there"):
             Pipeline(tiny, tiny, None, **adapters, **given)
 
 
