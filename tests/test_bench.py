@@ -49,7 +49,10 @@ def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
             assert row["tokens_per_second"] > 0
         if benchmark == "decode":
             assert [row["batch"] for row in rows] == [1, 3]
-            assert all(0 < row["fma_share"] < 1 and row["bytes_per_step"] > 0 for row in rows)
+            assert all(row["fma_share"] > 0 and row["bytes_per_step"] > 0 for row in rows)
+            assert rows[0]["fma_share"] == pytest.approx(
+                rows[0]["gflops"] / report["limits"]["fma_gflops"]
+            )
             assert 0 < report["load_seconds"] < report["cold_start_seconds"]
             assert [row["truncated_share"] > 0 for row in rows] == [True, True]
             other = tmp_path / "halves.json"
@@ -62,7 +65,7 @@ def test_generation_writes_every_figure(tmp_path: Path, smollm2_path: Path):
             assert report["kv_dtype"] == "float16" and saved == 7 * 2 * 30 * 3 * 64 * 2
         if benchmark == "rollout":
             assert report["generated_tokens"][0] >= 2 * 4 * 2 and len(report["all_seconds"]) == 1
-            assert 0 < report["fma_share"] < 1 and report["gflops"] > 0
+            assert report["fma_share"] > 0 and report["gflops"] > 0
 
 
 @pytest.mark.parametrize(
@@ -101,8 +104,7 @@ def test_a_step_writes_every_figure(tmp_path: Path, smollm2_path: Path):
     work = StepWork(prompts=1, rewrites=2, rewrite_tokens=4, response_tokens=4)
     report = bench_step(model=smollm2_path, steps=1, threads=2, work=work)
     assert report["generated_tokens"] == 2 * 8 and report["parity_max_abs"] == 0.0
-    share = report["generate_gflops"] / report["limits"]["fma_gflops"]
-    assert report["generate_fma_share"] == pytest.approx(share) and share > 0
+    assert report["generate_fma_share"] > 0  # of a limit that was measured at another moment
     assert report["seconds_per_step"] > report["seconds_by_stage"]["generate"] > 0
     Console(file=io.StringIO()).print(step_table(report))
 
