@@ -274,6 +274,7 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["train", "{yaml}", "reward=vadr"], "vadr"),
         (["train", "{yaml}", "data=nothing.jsonl"], "nothing.jsonl"),
         (["train", "{yaml}", "prompter.adapter=nothing"], "nothing"),
+        (["train", "{yaml}", "run_dir=/proc/x"], "alignpro: /proc/x: "),
         (["train", "{yaml}", "prompting.template=x"], 'expected "{{prompt}}" exactly once'),
         (["quickstart", "train.seed=3"], "quickstart sets it for every stage"),
         (["quickstart", "--steps", "-1"], "steps: expected at least 0, got -1"),
@@ -288,7 +289,9 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["generate", "", "--model", "{tiny}"], "expected text"),
         (["generate", "x" * 999, "--model", "{tiny}"], "context"),
         (["generate", "x", "--model", "{tiny}", "--top-p", "2"], "top_p"),
-        (["generate", "x", "--run", "nothing"], "nothing"),
+        (["generate", "", "--model", "nothing.gguf"], "prompt: expected text"),
+        (["generate", "x", "--model", "nothing.gguf", "--temperature", "-1"], "temperature: exp"),
+        (["generate", "x", "--run", "nothing"], "nothing: expected the directory of a run"),
         (
             ["generate", "x", "--run", "nothing", "--chat-template", "rag"],
             "expected no chat template with --run",

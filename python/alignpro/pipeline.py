@@ -25,6 +25,7 @@ from alignpro.models.arguments import check_counts, check_models, check_params, 
 from alignpro.models.in_flight import InFlight, Request
 from alignpro.models.language_model import ChatModel, Handle, LanguageModel
 from alignpro.models.mixture import soft_rows
+from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import (
     check_columns,
     check_roles,
@@ -66,11 +67,16 @@ class Pipeline:
         target: the model that answers them; pass the same object where they share base weights.
             None where rewrites alone are written (`rewrite`).
         reward: scores responses against the original prompts; None leaves rewards NaN.
-        prompter_adapter: what ``prompter.submit`` takes as adapter; None is the base model.
+        prompter_adapter: what ``prompter.submit`` takes as adapter; None is the base model. A
+            folder is read here, once.
         target_adapter: likewise for ``target.submit``; the target itself stays frozen, and this is
             for a comparison with one that was tuned.
         max_failed: share of a call's responses that may fail and be left out; one always may, but
             with 0. See `ModelConfig`.
+
+    Raises:
+        ValueError, FileNotFoundError: an adapter that its model does not take
+            (`NativeModel.prepare`), or another argument that is none.
     """
 
     def __init__(
@@ -97,6 +103,8 @@ class Pipeline:
         self.prompting = prompting or Prompting()
         self.prompter_adapter = prompter_adapter
         self.target_adapter = target_adapter
+        self._writes = _prepared(prompter, prompter_adapter)
+        self._answers = _prepared(target, target_adapter)
         self.rewrite_params = rewrite_params or REWRITE
         self.response_params = response_params or RESPONSE
         self.max_failed = max_failed
@@ -138,13 +146,13 @@ class Pipeline:
     def with_adapter(self, adapter: Any) -> Pipeline:
         """The same pipeline with another prompter adapter."""
         other = copy.copy(self)
-        other.prompter_adapter = adapter
+        other.prompter_adapter, other._writes = adapter, _prepared(self.prompter, adapter)
         return other
 
     def with_target_adapter(self, adapter: Any) -> Pipeline:
         """The same pipeline before another target of the same base weights."""
         other = copy.copy(self)
-        other.target_adapter = adapter
+        other.target_adapter, other._answers = adapter, _prepared(self._target, adapter)
         return other
 
     def without_reward(self) -> Pipeline:
@@ -369,7 +377,7 @@ class Pipeline:
         handle = in_flight.client(self.prompter).submit(
             self.prompter_tokens(prompt, index),
             self.params_of_rewrite(seed, index),
-            adapter=self.prompter_adapter,
+            adapter=self._writes,
             sample=sample,
         )
         in_flight.add(handle, Request(f"rewrite {sample} of prompt {index}", "hand-off", written))
@@ -406,7 +414,7 @@ class Pipeline:
                 params = self.params_of_rewrite(seed, index)
                 for sample in range(num_rewrites):
                     handle = in_flight.client(prompter).submit(
-                        tokens, params, adapter=self.prompter_adapter, sample=sample
+                        tokens, params, adapter=self._writes, sample=sample
                     )
                     what = f"rewrite {sample} of prompt {index}"
                     on_finished = partial(finished, index, sample)
@@ -467,7 +475,7 @@ class Pipeline:
         """One response to what the target reads: tokens where it is here, else a conversation."""
         if isinstance(self.target, LanguageModel):
             return in_flight.client(self.target).submit(
-                rewrite.target_tokens, params, adapter=self.target_adapter, sample=number
+                rewrite.target_tokens, params, adapter=self._answers, sample=number
             )
         if self.target_adapter is not None:
             raise ValueError(f"target_adapter: expected None, {self.target.name} is not here")
@@ -482,7 +490,7 @@ class Pipeline:
         prompter, params = self._prompter(), self.rewrite_params
         most = prompter.context_length - params.max_new_tokens
         with naming(f"prompt {index}"):
-            rows = soft_rows(self.prompter_adapter)
+            rows = soft_rows(self._writes)
             tokens = prompter_tokens(prompter.tokenizer, self.prompting, prompt, most, rows)
         unfit = too_long(prompter, len(tokens), params)
         if unfit is not None:
@@ -515,7 +523,7 @@ class Pipeline:
         tokens = []
         if isinstance(self._target, LanguageModel):
             with naming(f"the rewrite of prompt {index}" if text else f"prompt {index}"):
-                rows = soft_rows(self.target_adapter)
+                rows = soft_rows(self._answers)
                 tokens = target_tokens(self._target.tokenizer, read, rows)
         return Rewrite(
             prompt_index=index,
@@ -547,6 +555,11 @@ class Pipeline:
 
         with trace.span("reward"):
             return score_rewrites(self.reward, prompts, rewrites, columns or {})
+
+
+def _prepared(model: LanguageModel | ChatModel | None, adapter: Any) -> Any:
+    """The engine's copy, whose files are not looked at again for every prompt and rewrite."""
+    return model.prepare(adapter) if isinstance(model, NativeModel) else adapter
 
 
 def _as_response(completion: Completion) -> Response:

@@ -347,6 +347,8 @@ def config_of_run(run: Path) -> RunConfig:
     Raises:
         ValueError: its config.json is damaged; the message names it. FileNotFoundError: no such.
     """
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(f"{run}: expected the directory of a run, with {CONFIG}")
     record = read_record(run / CONFIG)
     try:
         if "calibration" in record:
@@ -416,6 +418,8 @@ def error_notes(error: BaseException) -> list[str]:
 def one_line(error: BaseException) -> str:
     """An error's message as one line, behind its type where that is not one of bad input."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"  # without the number
     if isinstance(error, (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text}".removesuffix(": ")

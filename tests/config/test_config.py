@@ -371,7 +371,13 @@ def test_bad_overrides(override, line):
     ("text", "line"),
     [
         ("- 1\n- 2\n", "expected a mapping of fields, got a list"),
-        ("a: [1", "not YAML"),
+        ("a: [1", "not YAML: expected ',' or ']', but got '<stream end>' (line 1, column 6)"),
+        ("steps:\t3\nrewrite:\n\ttop_p: 1\n", "cannot start any token (line 1, column 7)"),
+        ("seed: 1\nsteps: 3\nseed: 2\n", "key 'seed' appears twice (lines 1 and 3)"),
+        ("[" * 5000, "not YAML: nested too deeply"),
+        ("lora: &x [*x, *x]", "expected settings, got a list or mapping in itself"),
+        ("lora:\n  rank: 4\n  rank: 8\n", "key 'rank' appears twice (lines 2 and 3)"),
+        ("schedule: [{a: 1}, {a: 1, a: 2}]", "key 'a' appears twice (lines 1 and 1)"),
         ("kl_coef: x", "kl_coef: expected a finite number, got 'x'"),
     ],
 )

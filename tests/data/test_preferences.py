@@ -131,7 +131,11 @@ def test_a_row_keeps_its_columns(load):
         ({**PAIR, "chosen": 3}, "column 'chosen': expected text or a chat, got int"),
         ({**PAIR, "prompt": " "}, "column 'prompt': expected text or a chat, got an empty"),
         ({**PAIR, "chosen": "\ud800"}, r"column 'chosen': lone surrogate U\+D800"),
-        ({**PAIR, "chosen": [answer("b")]}, "column 'rejected': expected text or a chat, got str"),
+        ({**PAIR, "chosen": [answer("b")]}, "both as text or both as chats, got one of each"),
+        (
+            {**PAIR, "prompt": [USER, answer("x")]},
+            "column 'prompt': expected a chat that ends in what is answered, got an answer",
+        ),
         ({**PAIR, "chosen": [USER], "rejected": [USER]}, r"ends in an answer, got the roles \['us"),
         ({**PAIR, "chosen": [], "rejected": []}, r"ends in an answer, got the roles \[\]"),
         (

@@ -103,6 +103,12 @@ def _of_text(text):
         ("{", "malformed JSON"),
         ('{"fields": {"a": "text"}, "check": []}', "unknown key 'check'"),
         ('{"name": "x"}', "expected 'fields'"),
+        ('{"type": "object", "properties": {"a": {"type": "string"}}}', "JSON Schema is another"),
+        ('{"$ref": "#"}', r'JSON Schema is another language; expected .*{"fields": {"title"'),
+        (
+            json.dumps({"fields": {"a": "number"}, "checks": ["(" * 5000]}),
+            r"\(\.\.\.\): expected at",
+        ),
         ('{"fields": {"a": "text"}, "checks": "a"}', "checks: expected a list"),
         ('{"fields": {"a": "text"}, "checks": [1]}', r"checks\[0\]: expected text"),
         ('{"fields": {"a": "text"}, "examples": [{"text": "x"}]}', r"examples\[0\]: expected"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,24 @@ def test_a_pipeline_reads_with_both_models_rows(tiny: NativeModel) -> None:
         assert w.prompter_tokens[:2] == [-1, -2] and -1 in w.target_tokens
         (scored,) = tiny.score([w.prompter_tokens + w.tokens], adapter=own)
         assert scored[-len(w.tokens) :].tolist() == w.logprobs
+
+
+def test_a_pipeline_reads_an_adapters_folder_once(tiny, tmp_path: Path) -> None:
+    """Its rows and its numbers are of one reading, whatever comes to stand there later."""
+    save_peft(tmp_path, instruction(tiny))
+    params = SamplingParams(max_new_tokens=4)
+    adapters = {"prompter_adapter": tmp_path, "target_adapter": str(tmp_path)}
+    given = {"rewrite_params": params, "response_params": params}
+    pipeline = Pipeline(tiny, tiny, None, **adapters, **given)
+    before = pipeline.rollout(["the heron"], num_rewrites=2, seed=5)
+    assert before.rewrites[0][0].prompter_tokens.count(-1) == 1
+    save_peft(tmp_path, soft(tiny, count=2))
+    assert pipeline.rollout(["the heron"], num_rewrites=2, seed=5).rewrites == before.rewrites
+    shutil.rmtree(tmp_path)
+    assert pipeline.rollout(["the heron"], num_rewrites=2, seed=5).rewrites == before.rewrites
+    for adapters in ({"prompter_adapter": tmp_path}, {"target_adapter": tmp_path}):
+        with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json there"):
+            Pipeline(tiny, tiny, None, **adapters, **given)
 
 
 def test_rows_count_in_the_context(tiny_model_dir: Callable[..., Path]) -> None:

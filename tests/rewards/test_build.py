@@ -84,6 +84,12 @@ def test_a_class_with_and_without_options(beside_me):
         ("vader+2*vader", "'vader' appears twice"),
         ("no_such_module_x:fn", "no module 'no_such_module_x'"),
         ("rewards_beside_me:nothing", "has no 'nothing'"),
+        ("rewards_beside_me:shuot", "has no 'shuot'; did you mean 'shout'"),
+        (
+            "rewards_beside_me.py:shout",
+            "expected the module's name, 'rewards_beside_me:shout', and",
+        ),
+        ("./rewards_beside_me:shout", "expected the module's name, 'rewards_beside_me:shout', and"),
         ("rewards_beside_me:number", "expected a callable, got int"),
         ("rewards_beside_me:", "expected 'module:function'"),
         ("hf:", "name or path after 'hf:'"),

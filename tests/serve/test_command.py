@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import openai
 import pytest
 
 from alignpro.config.serve import ServeConfig
+from alignpro.serve.server import listen
 from native_runs import save_run
 from serve.raw_upstream import STREAM_HEAD, RawUpstream, chunk
 
@@ -106,3 +108,15 @@ def test_what_is_wrong_is_one_line(tmp_path):
                 timeout=60,
             )
             assert done.returncode == 2 and part in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [("127.0.0.1", "Address already in use; port names another"), ("256.1.1.1", "host and port")],
+)
+def test_an_address_that_cannot_be_had_is_named(host, says):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"^{host}, port {port}: .*{says}") as caught:
+            listen(ServeConfig(upstream="http://127.0.0.1:1/v1", host=host, port=port))
+    assert "attempting" not in str(caught.value)

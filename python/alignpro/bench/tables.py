@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +14,7 @@ from rich.text import Text
 from alignpro.bench.timeline import beyond
 
 _SATURATED = 0.8  # of all processors' time
+_WIDTH, _PROSE = 80, 24  # columns of a table, and of a cell, of which more is wrapped
 
 
 def bench_tables(report: Mapping[str, Any]) -> RenderableType:
@@ -62,7 +64,6 @@ def serve_tables(report: Mapping[str, Any]) -> Group:
     )
     columns = ("clients", "rate", "busy", "upstream alone", "through serve", "added")
     table = new_table("serve, not rewritten", columns, map(cells, report["results"]))
-    table.collapse_padding = True  # 80 columns hold it
     if any((row["busy"] or 0) > _SATURATED for row in report["results"]):
         table.caption = "the CPUs were busy: times are also those of waiting for one"
     parts: list[RenderableType] = [Text(said), table]
@@ -173,9 +174,6 @@ def _op_table(ops: Sequence[Mapping[str, Any]]) -> Table:
 
     columns = ("time", "share", "calls", "GFLOP/s", "of peak", "GB/s", "of reads")
     table = new_table("ops", columns, map(cells, ops))
-    table.collapse_padding = True  # 80 columns hold it
-    for column in table.columns:
-        column.no_wrap = True
     if any(beyond(op) for op in ops):
         table.caption = "* above the measured limit: from the caches, or it was measured too low"
     return table
@@ -218,14 +216,12 @@ def _lookup_table(report: Mapping[str, Any]) -> Table:
 
     title = f"lookup, {report['compute']}, one request at a time: ms, p50 / p99"
     columns = ("tokens", "plain", "lookup", "speedup", "steps", "accepted", "bits")
-    table = new_table(title, columns, map(cells, report["results"]))
-    table.collapse_padding = True  # 80 columns hold it
-    return table
+    return new_table(title, columns, map(cells, report["results"]))
 
 
 def _throughput_table(report: Mapping[str, Any]) -> Table:
     def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-        name = f"{row['batch']} sequences"
+        name = "1 sequence" if row["batch"] == 1 else f"{row['batch']} sequences"
         if "prompt_tokens" in row:
             name = f"{row['batch']} x {row['prompt_tokens']} tokens"
         decode, reads = row.get("decode_tokens_per_second"), row.get("read_share")
@@ -262,12 +258,27 @@ def _rollout_table(report: Mapping[str, Any]) -> Table:
 
 
 def new_table(title: str, columns: Iterable[str] = (), rows: Iterable[Iterable[str]] = ()) -> Table:
-    """A first column without a title names the rows; numbers stand to the right."""
+    """A first column without a title names the rows; numbers stand to the right.
+
+    Within 80 columns, in a terminal and in a log: where it has to be, titles wrap between words and
+    columns move together. Cells wrap where they are prose.
+    """
+    names, cells = ["", *columns], [tuple(row) for row in rows]
+    longest = [
+        max((cell_len(r[i]) for r in cells if i < len(r)), default=0) for i in range(len(names))
+    ]
+    for wrap, padding in ((False, 1), (True, 1), (True, 0)):
+        titles = [max(map(cell_len, name.split() if wrap else [name]), default=0) for name in names]
+        widths = list(map(max, titles, longest))
+        if sum(widths) + (1 + padding) * len(widths) <= _WIDTH or max(longest) > _PROSE:
+            break
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
+    table.collapse_padding, table.padding = True, (0, padding)
+    for name, width in zip(names, widths, strict=True):
+        fixed = width if width <= _PROSE else None
+        justify: Literal["left", "right"] = "right" if name else "left"
+        table.add_column(name, justify=justify, width=fixed, overflow="fold")
+    for row in cells:
         table.add_row(*map(Text, row))
     return table
 

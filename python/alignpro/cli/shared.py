@@ -161,7 +161,7 @@ def _raised_on_purpose(error: Exception) -> bool:
 
 def check_new(file: Path | None) -> None:
     if file is not None and file.exists():
-        raise FileExistsError(f"{file}: is there already; name another file")
+        raise FileExistsError(f"{file}: is there already; name another file, or delete it")
     if file is not None and not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent}: no such folder; make it first")
 

@@ -347,8 +347,10 @@ def generate(
 ) -> None:
     """Answer a prompt, as it is or through a trained prompter."""
     from alignpro.config import ModelConfig, SftConfig, from_mapping, target_of
+    from alignpro.models.arguments import core_params, with_seed
     from alignpro.models.endpoint import EndpointModel
     from alignpro.models.native_model import NativeModel, load_model, load_models
+    from alignpro.models.reading import naming
     from alignpro.report.progress import Bars
     from alignpro.run_directory import config_of_run
     from alignpro.types import Conversation, SamplingParams
@@ -370,6 +372,9 @@ def generate(
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
+    with naming("prompt"):
+        Conversation.of(text)
+    core_params(with_seed(params), sample=0)  # refused before a model is loaded
     target: NativeModel | EndpointModel
     with Bars("loading"):
         if run is None:

@@ -49,11 +49,20 @@ def load_yaml(
             found = "a folder" if Path(path).is_dir() else "no such file"
             raise FileNotFoundError(f"{path}: expected a YAML file of settings, found {found}")
         try:
-            mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            mapping = yaml.safe_load(text)
+            repeated = _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))
+        except RecursionError:
+            raise ValueError(f"{path}: not YAML: nested too deeply") from None
         except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+            said, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+            at = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+            said = " ".join(str(said or error).split())
+            raise ValueError(f"{path}: not YAML: {said}{at}") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+        if repeated is not None:
+            raise ValueError(f"{path}: {repeated}")
         mapping = {} if mapping is None else mapping
         if not isinstance(mapping, dict):
             raise ValueError(
@@ -61,8 +70,31 @@ def load_yaml(
             )
     try:
         return from_mapping(cls, apply_overrides(cls, mapping, overrides), base=base)
+    except RecursionError:  # an alias within what it names
+        raise ValueError(f"{path}: expected settings, got a list or mapping in itself") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
+
+
+def _repeated_key(root: Any) -> str | None:
+    """Which key of a mapping there is twice: YAML takes the last one without a word."""
+    waiting, known = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in known or not isinstance(getattr(node, "value", None), list):
+            continue
+        known.add(id(node))  # an alias may stand within what it names
+        lines: dict[str, int] = {}
+        for part in node.value:
+            key, value = part if isinstance(part, tuple) else (None, part)
+            waiting.append(value)
+            if key is None or not isinstance(key.value, str):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                return f"key {key.value!r} appears twice (lines {lines[key.value]} and {line})"
+            lines[key.value] = line
+    return None
 
 
 def apply_overrides(

@@ -74,12 +74,17 @@ def _preference(row: Row, source: PreferencesConfig) -> PreferenceRow:
             value_of(row, column, key)  # says which columns there are
             raise DataError(f"{row.place}, column {column!r}: expected an answer, got null")
     texts = [value for value in values if isinstance(value, str)]
+    if len(texts) == 1 and any(isinstance(value, list) for value in values):
+        raise DataError(
+            f"{row.place}: expected {columns[0]!r} and {columns[1]!r} both as text or both as "
+            "chats, got one of each"
+        )
     has_prompt = source.prompt is not None or any(name in row.values for name in PROMPT_COLUMNS)
     if len(texts) == 2:
         for text, where in zip(texts, places, strict=True):
             check_unicode(text, where)
         if has_prompt:
-            prompt = prompt_of(row, source)[1]
+            prompt = _asked(row, source, texts)
         else:
             shared, texts = _of_dialogues(row, texts)
             prompt = as_read(shared, source, places[0])
@@ -90,11 +95,22 @@ def _preference(row: Row, source: PreferencesConfig) -> PreferenceRow:
             raise DataError(f"{row.place}: {_PART_EARLY}")
         texts = [text for _, text in ends]
         if context is None:
-            prompt = prompt_of(row, source)[1]
+            prompt = _asked(row, source, texts)
         else:
             prompt = as_read(context, source, places[0])
     chosen, rejected = (text.strip() for text in texts)
     return PreferenceRow(prompt, chosen, rejected, row.values, row.place)
+
+
+def _asked(row: Row, source: PreferencesConfig, answers: Sequence[str]) -> Prompt:
+    """The prompt of a column of its own, behind which its messages may hold one of the answers."""
+    names, prompt, reply, _ = prompt_of(row, source)
+    if reply is not None and reply.strip() not in [text.strip() for text in answers]:
+        raise DataError(
+            f"{row.place}, column {names[0]!r}: expected a chat that ends in what is answered, got "
+            "an answer at its end that is neither of the two"
+        )
+    return prompt
 
 
 _PART_EARLY = (

@@ -117,7 +117,8 @@ def line_of(row: dict[str, Any]) -> str:
 
 def read_inputs(config: ExtractConfig) -> tuple[Schema, Any, list[PromptRow]]:
     """The schema, the form of records, and the rows. Raises ValueError."""
-    require("schema", config.schema, config.schema is not None, "a schema")
+    named = "a schema, as --schema or schema.path names it"
+    require("schema", config.schema, config.schema is not None, named)
     require("data.path", config.data.path, config.data.path is not None, "a source of texts")
     assert config.schema is not None
     schema = read_schema(config.schema.path)

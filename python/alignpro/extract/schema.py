@@ -20,6 +20,7 @@ FORMATS = ("json", "lines")
 PACKAGED = ("reaction", "reaction_flat", "recipe", "meeting")
 _DEEPEST = 8  # objects and lists in each other
 _MOST_BYTES = 2**20
+_SHOWN = 120  # characters of a check in an error
 _SHORT = re.compile(r"([a-z]+)(?:\[([^\[\]]*)\])?(\?)?")
 _KINDS: tuple[Kind, ...] = ("text", "formula", "number", "integer", "boolean", "quantity")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*", re.ASCII)
@@ -108,6 +109,12 @@ def read_schema(source: str | FilePath | Mapping[str, Any] | Schema) -> Schema:
 
 
 def _read(value: Mapping[str, Any], where: str) -> Schema:
+    if "fields" not in value and {"$ref", "$schema", "properties", "type"} & set(value):
+        raise SchemaError(
+            f"{where}: JSON Schema is another language; expected types by name, as in "
+            '{"fields": {"title": "text", "year": "integer?", "kind": ["book", "film"]}} '
+            "(docs/extraction.md)"
+        )
     known = ("name", "description", "fields", "checks", "examples")
     _check_keys(value, known, where)
     if "fields" not in value:
@@ -117,14 +124,16 @@ def _read(value: Mapping[str, Any], where: str) -> Schema:
     checks = []
     for index, text in enumerate(_listed(value.get("checks", []), f"{where}: checks")):
         place = f"{where}: checks[{index}]"
+        shown = _text(text, place)
+        shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
         try:
-            term = compile_check(_text(text, place), root)
+            term = compile_check(text, root)
             checks.append(Check(text, term, _unit_of(root, term.fields[0])))
         except SchemaError:
             raise
         except (ValueError, RecursionError) as error:
             said = error if isinstance(error, ValueError) else "it is nested too deeply"
-            raise SchemaError(f"{place} ({text}): {said}") from None
+            raise SchemaError(f"{place} ({shown}): {said}") from None
     description = _text(value.get("description", ""), f"{where}: description", empty=True)
     schema = Schema(name, root, tuple(checks), (), description)
     examples = []

@@ -190,7 +190,7 @@ def mix_words(mix: MixReport) -> list[str]:
     if mix.acceptance is not None and mix.expected_acceptance is not None:
         said.append(
             f"Drawn token by token, a rewrite is one of the mixture of whole rewrites with "
-            f"probability {number(mix.acceptance.mean)} {interval(mix.acceptance.ci95)}; the "
+            f"probability {number(mix.acceptance.mean)} ({interval(mix.acceptance.ci95)}); the "
             f"prompters' own rewrites say {number(mix.expected_acceptance)}."
         )
     if mix.given_up:

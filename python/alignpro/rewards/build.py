@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -153,6 +154,12 @@ def _load_object(name: str, options: dict[str, Any]) -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute.isidentifier():
         raise ValueError(f"reward {shorten(name)}: expected 'module:function'")
+    folder, file = os.path.split(module_name)
+    if folder or file.endswith(".py"):
+        raise ValueError(
+            f"reward {name!r}: expected the module's name, '{file.removesuffix('.py')}:{attribute}'"
+            ", and not its file; it is looked for in the current folder and where PYTHONPATH says"
+        )
     # A console script does not look in the current folder, where a user's own module usually is.
     here = os.getcwd()
     sys.path.insert(0, here)
@@ -172,7 +179,10 @@ def _load_object(name: str, options: dict[str, Any]) -> Any:
         sys.path.remove(here)
     found = getattr(module, attribute, None)
     if found is None:
-        raise ValueError(f"reward {name!r}: module {module_name!r} has no {attribute!r}")
+        there = [k for k, v in vars(module).items() if inspect.isfunction(v) and k[0] != "_"]
+        near = difflib.get_close_matches(attribute, there, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"reward {name!r}: module {module_name!r} has no {attribute!r}{hint}")
     if isinstance(found, type):
         try:
             inspect.signature(found).bind(**options)

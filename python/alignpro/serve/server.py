@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import signal
 import socket
@@ -86,7 +87,13 @@ class _Server(uvicorn.Server):
 def listen(config: ServeConfig) -> socket.socket:
     """Raises OSError: the address is taken, or is none of this machine's."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        remedy = "port names another, and 0 a free one" if taken else "host and port name another"
+        reason = str(error.strerror).partition(" (while")[0]
+        raise OSError(f"{config.host}, port {config.port}: {reason}; {remedy}") from error
 
 
 def make_server(proxy: Proxy, config: ServeConfig) -> uvicorn.Server:

@@ -67,6 +67,10 @@ class Policy(torch.nn.Module):
         """The engine's gradients in the order of the parameters."""
         raise NotImplementedError
 
+    def _arrays(self, weights: Any) -> list[Array]:
+        """The numbers of `weights` in the order of the parameters."""
+        raise NotImplementedError
+
     @property
     def rows(self) -> SoftRows | None:
         """Where rows of a soft prompt stand in what the policy reads; None where it has none."""
@@ -82,8 +86,8 @@ class Policy(torch.nn.Module):
         known = self._in_engine
         now = [_numpy(parameter) for parameter in self.parameters()]
         if known is None or not all(map(np.array_equal, now, known[0])):
-            copies = [array.copy() for array in now]
-            self._in_engine = (copies, self.model.make_adapter(self.weights()))
+            weights = self.weights()
+            self._in_engine = (self._arrays(weights), self.model.make_adapter(weights))
         assert self._in_engine is not None
         return self._in_engine[1]
 
@@ -233,7 +237,7 @@ class LoraPolicy(Policy):
         if mine != theirs or set(self.names) != set(weights.matrices):
             other = " of other names" if mine == theirs else ""
             raise ValueError(f"adapter: expected {mine}, got {theirs}{other}")
-        given = self._in_order(weights.matrices)
+        given = self._arrays(weights)
         with torch.no_grad():
             for parameter, matrix in zip(self.parameters(), given, strict=True):
                 parameter.copy_(torch.from_numpy(matrix))
@@ -244,6 +248,9 @@ class LoraPolicy(Policy):
     def _in_order(self, by_name: Mapping[str, Any]) -> list[Array]:
         a, b = self._halves(by_name)
         return [*a, *b]
+
+    def _arrays(self, weights: LoraWeights) -> list[Array]:
+        return self._in_order(weights.matrices)
 
 
 def with_policy(pipeline: Pipeline, policy: Policy, config: TrainConfig) -> Pipeline:

@@ -56,6 +56,9 @@ class SoftPromptPolicy(Policy):
     def _in_order(self, by_name: Mapping[str, Any]) -> list[Array]:
         return [by_name["rows"]]
 
+    def _arrays(self, weights: SoftPrompt) -> list[Array]:
+        return [weights.rows]
+
 
 def initial_soft_prompt(
     model: NativeModel, config: SoftPromptConfig, separator: str, *, seed: int
