@@ -147,6 +147,7 @@ TEST_CASE("config of Gemma 3") {
   refuses("hidden_activation", "\"gelu\"", "hidden_activation 'gelu' is not supported; gelu_py");
   refuses("attention_bias", "true", "attention_bias is not supported for gemma3");
   refuses("sliding_window", "0", "layers of sliding_attention need a sliding_window of 1 or more");
+  refuses("query_pre_attn_scalar", "0", "\"query_pre_attn_scalar\" must be a number above 0");
   refuses("rope_local_base_freq", "0", "rope theta is 0, expected a number above 0");
   refuses("model_type", "\"gemma3\"", "text_config: \"model_type\" must be a string");
   const ModelConfig published =

@@ -153,9 +153,6 @@ void validate(const ModelConfig& config, const std::string& source) {
   const auto in_vocabulary = [&config](int64_t id) { return id >= 0 && id < config.vocab_size; };
   require<FileError>(config.bos_id == -1 || in_vocabulary(config.bos_id), source, ": the BOS id ",
                      config.bos_id, " is outside the vocabulary of ", config.vocab_size);
-  require<FileError>(std::isfinite(config.query_scalar) && config.query_scalar >= 0, source,
-                     ": query_pre_attn_scalar is ", config.query_scalar,
-                     ", expected a number above 0");
   validate_rope(config.rope, config, source);
   if (config.local_layers.empty()) return;
   validate_rope(config.local_rope, config, source);

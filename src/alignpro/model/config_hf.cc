@@ -391,6 +391,7 @@ ModelConfig read_hf_config(const ModelFiles& files) {
     refuse_unsupported_gemma(fields);
     read_local_layers(fields, &config);
     config.query_scalar = fields.number("query_pre_attn_scalar").value_or(256.0);
+    if (!(config.query_scalar > 0.0)) fields.fail("query_pre_attn_scalar", "a number above 0");
   } else {
     config.sliding_window = read_sliding_window(fields, config);
   }

@@ -12,7 +12,7 @@ struct AttentionShape {
   int64_t num_kv_heads;
   int64_t head_dim;
   int64_t sliding_window;  // positions a token sees, itself included; 0: all
-  float scale;             // 1 / sqrt(head_dim)
+  float scale;             // of scores: 1 / sqrt(head_dim), or a family's own
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
