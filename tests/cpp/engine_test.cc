@@ -93,7 +93,7 @@ class HashModel final : public LanguageModel {
     return model::KvPool::block_bytes(config_.num_layers, 1, config_.head_dim, DType::kF32);
   }
   int64_t kv_share_bytes() const override { return int64_t{1} << 20; }
-  ops::RowCost row_cost() const override { return {0.02, false}; }
+  ops::RowCost row_cost() const override { return {0.0, false}; }
   std::unique_ptr<Session> make_session(int64_t kv_blocks) const override;
 
   void forward(const model::Batch& batch, model::KvPool& kv, float* hidden) const {

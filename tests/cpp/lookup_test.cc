@@ -12,8 +12,8 @@ namespace {
 
 using Tokens = std::vector<int32_t>;
 
-// A row's cost at which what matches is drafted.
-constexpr ops::RowCost kCheap{0.01, false};
+// Rows that cost nothing: what matches is drafted.
+constexpr ops::RowCost kCheap{0.0, false};
 
 Draft draft_of(Lookup& lookup, const Tokens& tokens, int64_t most, uint64_t version = 0,
                const Tokens& stop_ids = {}) {
@@ -107,7 +107,8 @@ TEST_CASE("what is forgotten leaves what was written since") {
 }
 
 TEST_CASE("drafts grow with what is accepted and stop where they cost more than they bring") {
-  const Tokens copy = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 1, 2, 3};
+  const Tokens copy = {1,  2,  3,  4,  5,  6, 7, 8, 9, 10, 11, 12, 13,
+                       14, 15, 16, 17, 18, 1, 2, 3, 4, 5,  6,  7,  8};
   constexpr ops::RowCost kDear{0.4, false};
   Lookup dear(kDear), cheap({0.1, false}), never({1.0, false});
   CHECK(draft_of(never, copy, 15).tokens.empty());
@@ -177,7 +178,8 @@ TEST_CASE("between numbers of rows that were seen lies a line, and an interrupti
 }
 
 TEST_CASE("a draft passes over a dear row where those behind it pay") {
-  const Tokens copy = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 1, 2, 3};
+  const Tokens copy = {1,  2,  3,  4,  5,  6, 7, 8, 9, 10, 11, 12, 13,
+                       14, 15, 16, 17, 18, 1, 2, 3, 4, 5,  6,  7,  8};
   Lookup lookup({0.01, true});
   for (int i = 0; i < 40; ++i) {
     lookup.took(1, 1e-3);

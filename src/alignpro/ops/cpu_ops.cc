@@ -486,9 +486,7 @@ class CpuDevice final : public Device {
             "gradients: expected a model loaded with kv_dtype float32, got float16");
   }
   int64_t kv_share_bytes() const override { return cgroup::available_memory() / 4; }
-  RowCost row_cost() const override {
-    return {arithmetic_ == Arithmetic::kInt8 ? 0.1 : 0.2, true};
-  }
+  RowCost row_cost() const override { return {arithmetic_ == Arithmetic::kInt8 ? 0.1 : 0.2, true}; }
 
   std::unique_ptr<const Weight> upload(const char* name, std::span<const QuantizedRow> rows,
                                        int64_t cols, Use use) override {

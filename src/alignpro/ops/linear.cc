@@ -73,7 +73,8 @@ struct NoTerm {
 };
 
 // A provider's block(column panel, k_begin, k_count, scratch) is [k_count][16]; one that has
-// rows() computes as many as it streams() without packing. Without c only the term's preparation is done.
+// rows() computes as many as it streams() without packing. Without c only the term's preparation is
+// done.
 template <typename Provider, typename Term>
 void multiply(int64_t rows, int64_t columns, int64_t contract, MatrixView a, float* c, int64_t ldc,
               const Epilogue& epilogue, ThreadPool& pool, const Provider& provider, Term& term) {

@@ -77,6 +77,7 @@ void int8_tile(int64_t cols, const uint8_t* x, const uint8_t* panel, float* c) {
     const uint8_t* low = panel + k / kGroup * kLayout.group_bytes() + kLayout.scale_bytes;
     const auto* sums = reinterpret_cast<const int32_t*>(x + kGroup * kInt8TileRows);
     const auto* scales = reinterpret_cast<const float*>(sums + kInt8TileRows);
+    // The next panel's group: no hardware prefetcher crosses from one short panel to the next.
     for (int64_t at = 0; at < kLayout.group_bytes(); at += 64) {
       __builtin_prefetch(low + panel_bytes(D, cols) + at);
     }

@@ -204,7 +204,8 @@ ALIGNPRO_INLINE void with_count(int64_t count, const Fn& fn) {
 constexpr int kTileRows = static_cast<int>(kParts == 1 ? 2 * kRowTile : kRowTile);
 
 // So many rows, of packed tiles a_stride apart, against a sub-panel of B. Meanwhile it fetches
-// `lines` lines from `ahead` on, one every `every` steps: its share of a sub-panel that comes later.
+// `lines` lines from `ahead` on, one every `every` steps: its share of a sub-panel that comes
+// later.
 template <int Rows>
 ALIGNPRO_INLINE void micro_tile(int64_t k_count, const float* a, int64_t a_stride, const float* b,
                                 int64_t ldb, float* c, bool accumulate, const float* ahead,

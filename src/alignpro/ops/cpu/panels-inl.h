@@ -311,7 +311,7 @@ void stream_quantized(const uint8_t* panel, int64_t stride, int64_t cols, const 
   constexpr int64_t kSpan = scale_columns(D);
   const auto add = [&](int64_t k, Wide* sum) __attribute__((always_inline)) {
     // The panels after these, at the same columns: short as they are, no hardware prefetcher gets
-    // there in time. With 16 lanes four panels are under way, and it gains nothing.
+    // there in time.
     for (int i = 0; i < Panels; ++i) {
       constexpr int64_t kBytes = panel_layout(D).group_bytes();
       const uint8_t* next = panel + (Panels + i) * stride + k / kGroup * kBytes;
@@ -399,6 +399,5 @@ void stream_panels(DType dtype, const void* panel, int64_t stride, int64_t panel
 // In passes of four, two are dearer than to expand the panel for a packed tile, but less dear than
 // for one and a short one.
 bool prefers_stream(int64_t rows) {
-  return kParts == 1 ? rows <= kQuantizedGemvRows
-                     : rows <= 4 || (rows > kRowTile && rows <= 8);
+  return kParts == 1 ? rows <= kQuantizedGemvRows : rows <= 4 || (rows > kRowTile && rows <= 8);
 }
