@@ -12,7 +12,9 @@ import urllib.request
 
 import openai
 import pytest
+from typer.testing import CliRunner
 
+from alignpro.cli import app
 from alignpro.config.serve import ServeConfig
 from alignpro.serve.server import listen
 from native_runs import save_run
@@ -101,13 +103,8 @@ def test_what_is_wrong_is_one_line(tmp_path):
             (["--upstream", "http://a", "--run", str(tmp_path)], "the directory of a run"),
             ([], "upstream: expected an address, or a model in this process"),
         ):
-            done = subprocess.run(
-                [sys.executable, "-m", "alignpro", "serve", *arguments],
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-            assert done.returncode == 2 and part in done.stderr and done.stderr.count("\n") == 1
+            done = CliRunner().invoke(app, ["serve", *arguments])
+            assert done.exit_code == 2 and part in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
