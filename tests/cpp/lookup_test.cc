@@ -173,6 +173,7 @@ TEST_CASE("between numbers of rows that were seen lies a line, and an interrupti
   costs.learn(6, 90e-3);
   CHECK(costs.of(6) > 4.0);
   costs.learn(0, 1.0), costs.learn(StepCosts::kMostRows + 1, 1.0);
+  costs.learn(7, 1e-5);  // no model's step
   for (int i = 0; i < 600; ++i) costs.learn(i % 2 == 0 ? 1 : 5, i % 2 == 0 ? 1e-3 : 2e-3);
   CHECK(costs.of(6) == doctest::Approx(2.2).epsilon(0.02));
 }

@@ -15,6 +15,8 @@ constexpr double kLongest = 16.0;
 // kind would make all drafts of its length look dear, and they would not be made again.
 constexpr double kForgotten = 1.0 / 512;
 constexpr double kLeastWeight = 0.5;
+// What is over sooner (a model of a test's size) is bookkeeping, and says nothing of weights.
+constexpr double kShortest = 0.5e-3;
 
 }  // namespace
 
@@ -35,7 +37,9 @@ double StepCosts::of(int64_t rows) const {
 }
 
 void StepCosts::learn(int64_t rows, double seconds) {
-  if (!guess_.is_estimate || rows < 1 || rows > kMostRows || !(seconds > 0.0)) return;
+  if (!guess_.is_estimate || rows < 1 || rows > kMostRows || !(seconds > kShortest)) {
+    return;
+  }
   if (one_row_ == 0.0) one_row_ = seconds / of(rows);
   double surprise = seconds / (one_row_ * of(rows));
   Seen& own = seen(rows);
