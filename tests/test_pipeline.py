@@ -211,6 +211,8 @@ def test_with_adapter_changes_the_prompter_alone():
     pipeline.with_adapter("new").rewrite(PROMPTS, seed=1)
     assert {h.adapter for h in pipeline.prompter.handles} == {"new"}
     assert pipeline.prompter_adapter == "old"
+    with pytest.raises(AttributeError):  # it would not be prepared
+        pipeline.prompter_adapter = "new"
 
 
 def test_respond_is_the_raw_arm_under_the_same_keys():

@@ -101,8 +101,7 @@ class Pipeline:
         self._target = target
         self.reward = reward
         self.prompting = prompting or Prompting()
-        self.prompter_adapter = prompter_adapter
-        self.target_adapter = target_adapter
+        self._adapters = prompter_adapter, target_adapter  # as they were given
         self._writes = _prepared(prompter, prompter_adapter)
         self._answers = _prepared(target, target_adapter)
         self.rewrite_params = rewrite_params or REWRITE
@@ -143,16 +142,28 @@ class Pipeline:
             )
         return self._target
 
+    @property
+    def prompter_adapter(self) -> Any:
+        """The prompter's, as it was given; `with_adapter` takes another."""
+        return self._adapters[0]
+
+    @property
+    def target_adapter(self) -> Any:
+        """The target's, as it was given; `with_target_adapter` takes another."""
+        return self._adapters[1]
+
     def with_adapter(self, adapter: Any) -> Pipeline:
         """The same pipeline with another prompter adapter."""
         other = copy.copy(self)
-        other.prompter_adapter, other._writes = adapter, _prepared(self.prompter, adapter)
+        other._adapters = adapter, self.target_adapter
+        other._writes = _prepared(self.prompter, adapter)
         return other
 
     def with_target_adapter(self, adapter: Any) -> Pipeline:
         """The same pipeline before another target of the same base weights."""
         other = copy.copy(self)
-        other.target_adapter, other._answers = adapter, _prepared(self._target, adapter)
+        other._adapters = self.prompter_adapter, adapter
+        other._answers = _prepared(self._target, adapter)
         return other
 
     def without_reward(self) -> Pipeline:

@@ -1,6 +1,6 @@
 """How long TRL's GRPOTrainer takes to the held-out reward of a quickstart's run.
 
-    python tests/bench/trl_reward.py --run RUN --json FILE [--steps 200] [--every 10] [--prompts 4]
+    python tests/bench/trl_reward.py --run RUN --json FILE [--times 5] [--every 4] [--prompts 4]
                                      [--rewrites 8] [--learning-rate 1e-3] [--kl-coef 0.02]
 
 RUN is the folder of `alignpro quickstart` (house rules). TRL starts from its warm start, by peft,
@@ -8,8 +8,8 @@ and trains on its prompts, reward and sampling; the rewrites are answered by thi
 run's own target, so that the seconds that TRL is charged for answers are the ones that we are.
 Every so many steps the clock stands still, the adapter is saved, and its held-out reward measured
 by the engine as the run's own evaluation did: prompts, rewrites, temperatures and draws. Prints a
-line for each, beside the run's reward and its seconds of training (the warm start, which both
-have, is in neither).
+line for each, beside the run's reward, until it took --times the seconds of the run's training (the
+warm start, which both have, is in neither).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from alignpro.bench.machine import versions
-from alignpro.config import EvalConfig, TrainConfig, from_mapping
+from alignpro.config import EvalConfig, TrainConfig, load_yaml
 from alignpro.data.load import load_prompts, stack_columns
 from alignpro.evaluate.inputs import load_rows
 from alignpro.evaluate.of_run import settings_of_run
@@ -48,6 +48,8 @@ from alignpro.trl import prompter_rows, rewrite_reward
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
 from run_trl import load
+
+_STEPS = 100_000  # the clock ends it
 
 
 class HeldOut:
@@ -68,8 +70,7 @@ class HeldOut:
         )
 
     def measure(self, adapter: Path) -> float:
-        self.pipeline.prompter_adapter = str(adapter)
-        rollout = self.pipeline.rollout(
+        rollout = self.pipeline.with_adapter(str(adapter)).rollout(
             self.prompts,
             num_rewrites=self.config.num_rewrites,
             num_responses=self.config.num_responses,
@@ -83,8 +84,9 @@ class HeldOut:
 class Watch(TrainerCallback):
     """Measures every so many steps, off the clock."""
 
-    def __init__(self, held_out: HeldOut, every: int, folder: Path, report: dict[str, Any]) -> None:
-        self.held_out, self.every, self.folder, self.report = held_out, every, folder, report
+    def __init__(self, held_out: HeldOut, folder: Path, report: dict[str, Any], options) -> None:
+        self.held_out, self.folder, self.report = held_out, folder, report
+        self.every, self.most_times, self.file = options.every, options.times, options.json
         self.seconds = 0.0
         self.since = 0.0
 
@@ -99,7 +101,10 @@ class Watch(TrainerCallback):
         reward = self.held_out.measure(self.folder)
         row = {"step": state.global_step, "seconds": self.seconds, "reward": reward}
         self.report["measured"].append(row)
-        print(f"step {row['step']}: {row['seconds']:.0f} s, {reward:.3f} held out", flush=True)
+        self.file.write_text(json.dumps(self.report, indent=1))
+        times = self.seconds / self.report["ours"]["seconds"]
+        print(f"step {row['step']}: {row['seconds']:.0f} s ({times:.1f} times ours), {reward:.3f}")
+        control.should_training_stop = times > self.most_times
         self.since = time.perf_counter()
 
 
@@ -112,12 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompter, target = load_models(train.prompter, train.target, options.threads, date=train.date)
     torch.set_num_threads(options.threads or core.available_cpus())
     reward = build_reward(train.reward)
-    held_out = HeldOut(
-        from_mapping(EvalConfig, {}, base=settings_of_run(EvalConfig, run)),
-        prompter,
-        target,
-        reward,
-    )
+    asked = load_yaml(EvalConfig, run / "evaluate.json", base=settings_of_run(EvalConfig, run))
+    held_out = HeldOut(asked, prompter, target, reward)
     ours = arms["arms"]["trained"]["mean_reward"]
     report: dict[str, Any] = {
         "options": {k: str(v) for k, v in vars(options).items()},
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = data.add_column(name, list(values))
     batch = options.prompts * options.rewrites
     with tempfile.TemporaryDirectory() as folder:
-        watch = Watch(held_out, options.every, Path(folder) / "adapter", report)
+        watch = Watch(held_out, Path(folder) / "adapter", report, options)
         trainer = GRPOTrainer(
             model=PeftModel.from_pretrained(model, run / "reference", is_trainable=True),
             reward_funcs=rewrite_reward(
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 use_cpu=True,
                 bf16=False,
                 seed=options.seed,
-                max_steps=options.steps,
+                max_steps=_STEPS,
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=1,
                 num_generations=options.rewrites,
@@ -191,8 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--times", type=float, default=5.0)
+    parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--rewrites", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
