@@ -280,11 +280,11 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["quickstart", "--steps", "-1"], "steps: expected at least 0, got -1"),
         (
             ["quickstart", "train.common_draws=true"],
-            "common_draws: expected its default false (it goes without closed_form.answers",
+            "common_draws: expected its default False (it goes without closed_form.answers",
         ),
         (
             ["quickstart", "train.closed_form.loss=variance"],
-            "train.closed_form.answers: expected its default null (it goes with loss pooled)",
+            "train.closed_form.answers: expected its default None (it goes with loss pooled)",
         ),
         (["generate", "", "--model", "{tiny}"], "expected text"),
         (["generate", "x" * 999, "--model", "{tiny}"], "context"),
