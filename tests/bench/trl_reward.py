@@ -30,7 +30,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.utils import logging
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from alignpro.bench.machine import versions
 from alignpro.config import EvalConfig, TrainConfig, load_yaml
@@ -47,7 +47,7 @@ from alignpro.trl import prompter_rows, rewrite_reward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
-from run_trl import load
+from run_trl import load, settings
 
 _STEPS = 100_000  # the clock ends it
 
@@ -60,14 +60,7 @@ class HeldOut:
         self.prompts = [row.prompt for row in rows]
         self.columns = stack_columns(rows)
         self.config = config
-        self.pipeline = Pipeline(
-            prompter,
-            target,
-            reward,
-            prompting=config.prompting,
-            rewrite_params=config.rewrite,
-            response_params=config.response,
-        )
+        self.pipeline = Pipeline.configured(config, prompter, target, reward)
 
     def measure(self, adapter: Path) -> float:
         rollout = self.pipeline.with_adapter(str(adapter)).rollout(
@@ -103,7 +96,8 @@ class Watch(TrainerCallback):
         self.report["measured"].append(row)
         self.file.write_text(json.dumps(self.report, indent=1))
         times = self.seconds / self.report["ours"]["seconds"]
-        print(f"step {row['step']}: {row['seconds']:.0f} s ({times:.1f} times ours), {reward:.3f}")
+        said = f"step {row['step']}: {row['seconds']:.0f} s ({times:.1f} times ours), {reward:.3f}"
+        print(said, flush=True)
         control.should_training_stop = times > self.most_times
         self.since = time.perf_counter()
 
@@ -152,27 +146,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 params=train.response,
                 seed=options.seed,
             ),
-            args=GRPOConfig(
-                output_dir=folder,
-                use_cpu=True,
-                bf16=False,
+            args=settings(
+                folder,
                 seed=options.seed,
                 max_steps=_STEPS,
                 per_device_train_batch_size=batch,
-                gradient_accumulation_steps=1,
                 num_generations=options.rewrites,
                 max_completion_length=train.rewrite.max_new_tokens,
                 temperature=train.rewrite.temperature,
                 beta=options.kl_coef,
                 learning_rate=options.learning_rate,
                 lr_scheduler_type=options.schedule,
-                optim="adamw_torch_fused",
-                gradient_checkpointing=False,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
             ),
             train_dataset=data,
             processing_class=tokenizer,

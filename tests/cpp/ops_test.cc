@@ -11,6 +11,7 @@
 #include <numbers>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include <doctest/doctest.h>
@@ -357,56 +358,47 @@ TEST_CASE("rms norm and its gradient") {
   for (size_t i = 0; i < y.size(); ++i) CHECK_EQ(stream[i], dy[i] + y[i]);
 }
 
-TEST_CASE("geglu and its gradient") {
+// gate(x): a gate's value and derivative.
+template <typename Forward, typename Backward, typename Gate>
+void check_glu(const Forward& forward, const Backward& backward, const Gate& gate) {
   ThreadPool pool(2);
   const int64_t rows = 2, n = 13;
   Floats gate_up = normal(rows * 2 * n, 15, 3.0f);
-  gate_up[0] = -120.0f;  // gelu underflows, nothing overflows
+  gate_up[0] = -120.0f;  // the gate underflows, nothing overflows
   gate_up[1] = 120.0f;
   const Floats dh = normal(rows * n, 16);
   Floats h(rows * n, NAN), d(rows * 2 * n, NAN);
-  geglu(rows, n, gate_up.data(), h.data(), pool);
-  geglu_backward(rows, n, gate_up.data(), dh.data(), d.data(), pool);
+  forward(rows, n, gate_up.data(), h.data(), pool);
+  backward(rows, n, gate_up.data(), dh.data(), d.data(), pool);
   Doubles truth(rows * n), gradient(rows * 2 * n);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < n; ++i) {
-      const double g = gate_up[static_cast<size_t>(r * 2 * n + i)];
       const double u = gate_up[static_cast<size_t>(r * 2 * n + n + i)];
-      const double c = std::sqrt(2 / std::numbers::pi), dv = dh[static_cast<size_t>(r * n + i)];
-      const double t = std::tanh(c * (g + 0.044715 * g * g * g));
-      const double slope = (1 - t * t) * c * (1 + 3 * 0.044715 * g * g);
-      truth[static_cast<size_t>(r * n + i)] = g * (1 + t) / 2 * u;
-      gradient[static_cast<size_t>(r * 2 * n + i)] = dv * u * (1 + t + g * slope) / 2;
-      gradient[static_cast<size_t>(r * 2 * n + n + i)] = dv * g * (1 + t) / 2;
+      const auto [value, slope] = gate(double{gate_up[static_cast<size_t>(r * 2 * n + i)]});
+      const double dv = dh[static_cast<size_t>(r * n + i)];
+      truth[static_cast<size_t>(r * n + i)] = value * u;
+      gradient[static_cast<size_t>(r * 2 * n + i)] = dv * u * slope;
+      gradient[static_cast<size_t>(r * 2 * n + n + i)] = dv * value;
     }
   }
   CHECK(relative_error(h, truth) < kBudget);
   CHECK(relative_error(d, gradient) < kBudget);
 }
 
+TEST_CASE("geglu and its gradient") {
+  check_glu(geglu, geglu_backward, [](double g) {
+    const double c = std::sqrt(2 / std::numbers::pi);
+    const double t = std::tanh(c * (g + 0.044715 * g * g * g));
+    const double slope = (1 - t * t) * c * (1 + 3 * 0.044715 * g * g);
+    return std::pair(g * (1 + t) / 2, (1 + t + g * slope) / 2);
+  });
+}
+
 TEST_CASE("swiglu and its gradient") {
-  ThreadPool pool(2);
-  const int64_t rows = 2, n = 13;
-  Floats gate_up = normal(rows * 2 * n, 15, 3.0f);
-  gate_up[0] = -120.0f;  // silu underflows, nothing overflows
-  gate_up[1] = 120.0f;
-  const Floats dh = normal(rows * n, 16);
-  Floats h(rows * n, NAN), d(rows * 2 * n, NAN);
-  swiglu(rows, n, gate_up.data(), h.data(), pool);
-  swiglu_backward(rows, n, gate_up.data(), dh.data(), d.data(), pool);
-  Doubles truth(rows * n), gradient(rows * 2 * n);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < n; ++i) {
-      const double g = gate_up[static_cast<size_t>(r * 2 * n + i)];
-      const double u = gate_up[static_cast<size_t>(r * 2 * n + n + i)];
-      const double s = 1 / (1 + std::exp(-g)), dv = dh[static_cast<size_t>(r * n + i)];
-      truth[static_cast<size_t>(r * n + i)] = g * s * u;
-      gradient[static_cast<size_t>(r * 2 * n + i)] = dv * u * s * (1 + g * (1 - s));
-      gradient[static_cast<size_t>(r * 2 * n + n + i)] = dv * g * s;
-    }
-  }
-  CHECK(relative_error(h, truth) < kBudget);
-  CHECK(relative_error(d, gradient) < kBudget);
+  check_glu(swiglu, swiglu_backward, [](double g) {
+    const double s = 1 / (1 + std::exp(-g));
+    return std::pair(g * s, s * (1 + g * (1 - s)));
+  });
 }
 
 TEST_CASE("rope turns and turns back") {

@@ -49,9 +49,10 @@ def load_yaml(
             found = "a folder" if Path(path).is_dir() else "no such file"
             raise FileNotFoundError(f"{path}: expected a YAML file of settings, found {found}")
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            mapping = yaml.safe_load(text)
-            repeated = _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))
+            loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+            root = loader.get_single_node()
+            repeated = _repeated_key(root)
+            mapping = None if root is None else loader.construct_document(root)
         except RecursionError:
             raise ValueError(f"{path}: not YAML: nested too deeply") from None
         except yaml.YAMLError as error:

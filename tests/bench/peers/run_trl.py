@@ -105,6 +105,25 @@ def load(path: Path):
     return model, AutoTokenizer.from_pretrained(folder, **options)
 
 
+def settings(folder, **work) -> GRPOConfig:
+    """What costs TRL time or memory without being part of the work is off, on the CPU in float32;
+    ``work`` is the rest."""
+    return GRPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        gradient_accumulation_steps=1,
+        optim="adamw_torch_fused",
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **work,
+    )
+
+
 def main() -> None:
     request, report = harness.start("trl")
     torch.set_num_threads(request.threads)
@@ -130,13 +149,10 @@ def main() -> None:
         trainer = GRPOTrainer(
             model=model,
             reward_funcs=responder.reward,
-            args=GRPOConfig(
-                output_dir=folder,
-                use_cpu=True,
-                bf16=False,
+            args=settings(
+                folder,
                 max_steps=WARM_UP + steps,
                 per_device_train_batch_size=batch,
-                gradient_accumulation_steps=1,
                 steps_per_generation=1,
                 num_generations=WORK.rewrites,
                 num_iterations=1,
@@ -146,14 +162,7 @@ def main() -> None:
                 beta=WORK.kl_coef,
                 learning_rate=WORK.learning_rate,
                 lr_scheduler_type="constant",
-                optim="adamw_torch_fused",
-                gradient_checkpointing=False,
-                logging_strategy="no",
-                save_strategy="no",
                 eval_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
             ),
             train_dataset=data,
             processing_class=tokenizer,
