@@ -53,6 +53,11 @@ TEST_CASE("words") {
   CHECK(split_words("a 12 ", *smollm) == Words{"a", " ", "1", "2", " "});
   CHECK(split_words("IT'S 1234", *llama) == Words{"IT", "'S", " ", "123", "4"});
   CHECK(split_words("12!\n\n  x", *qwen) == Words{"1", "2", "!\n\n", " ", " x"});
+  const WordRule *tekken = find_word_rule("tekken"), *gpt4o = find_word_rule("gpt-4o");
+  CHECK(split_words("aBcD 12 IT's/", *tekken) ==
+        Words{"a", "Bc", "D", " ", "1", "2", " IT", "'s", "/"});
+  CHECK(split_words("aBcD 1234 IT's/\n", *gpt4o) ==
+        Words{"a", "Bc", "D", " ", "123", "4", " IT's", "/\n"});
   CHECK(split_words("", *gpt2).empty());
   CHECK(split_words("'", *qwen) == Words{"'"});
 }

@@ -18,6 +18,7 @@ from alignpro.models.native_model import load_model
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.native import core
 from alignpro.train.sft import end_of_turn
+from real_vocabularies import real_vocabulary
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -147,10 +148,7 @@ def test_a_named_end_of_a_wrong_type_is_no_word() -> None:
     ],
 )
 def test_real_vocabularies(name: str, texts: set[str], taught: str | None) -> None:
-    root = os.environ.get("ALIGNPRO_VOCABULARIES")
-    if root is None or not (Path(root) / name).exists():
-        pytest.skip(f"ALIGNPRO_VOCABULARIES names no folder with {name}")
-    tokenizer = Tokenizer.of(core.ModelFiles(str(Path(root) / name)))
+    tokenizer = Tokenizer.of(core.ModelFiles(str(real_vocabulary(name))))
     spelled = {tokenizer.decode([i], skip_special=False) for i in tokenizer.eos_ids}
     assert spelled == texts
     if taught is not None and tokenizer.chat_templates:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ from tokenizers import pre_tokenizers
 
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.native import ModelFileError, core
+from real_vocabularies import real_vocabulary, texts_and_ids
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = ["1 2", "12 3", "Ġ 12", "' S", "T 'S", ". Ċ", "h e", "Ġ t", "Ġt he"]
@@ -209,13 +208,6 @@ def test_markers_of_others_keep_it() -> None:
 # --- real vocabularies: llama.cpp's own texts ---
 
 
-def real_vocabulary(name: str) -> Path:
-    root = os.environ.get("ALIGNPRO_VOCABULARIES")
-    if root is None or not (Path(root) / name).exists():
-        pytest.skip(f"ALIGNPRO_VOCABULARIES names no folder with {name}")
-    return Path(root) / name
-
-
 @pytest.mark.parametrize("name", ["gpt-2", "phi-3", "qwen2", "llama-bpe", "llama-spm"])
 @pytest.mark.parametrize("with_pre", [True, False])
 def test_ids_of_llama_cpps_texts(
@@ -228,12 +220,8 @@ def test_ids_of_llama_cpps_texts(
     if not with_pre:
         del given["tokenizer.ggml.pre"]
     tokenizer = Tokenizer.from_gguf(given)
-    with open(f"{file}.inp", newline="", encoding="utf-8") as texts:
-        inputs = texts.read().split("\n__ggml_vocab_test__\n")
-    outputs = Path(f"{file}.out").read_text("utf-8").splitlines()
-    assert len(outputs) > 40
-    for text, line in zip(inputs, outputs, strict=False):
-        assert tokenizer.encode(text) == [int(i) for i in line.split()], repr(text)
+    for text, expected in texts_and_ids(name):
+        assert tokenizer.encode(text) == expected, repr(text)
 
 
 @pytest.mark.parametrize("text", ["<think>\nhm\n</think>\n", '<tool_call>\n{"a": 1}\n</tool_call>'])

@@ -15,38 +15,72 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.native import ModelFileError, core
+from real_vocabularies import real_vocabulary, texts_and_ids
 from testing_extension import load_testing
 
 ROOT = Path(__file__).resolve().parents[2]
-RULES = ("gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx")
-CONTROL, PLAIN = ["<|im_start|>", "<|im_end|>", "</s>"], ["<think>", "   ", "ab c"]
-TEMPLATE = "<|im_start|>{{ messages[0]['content'] }}<|im_end|>\n"
+RULES = ("gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "tekken", "gpt-4o")
+KINDS = [{"rule": rule} for rule in RULES] + [
+    {"sentencepiece": True},
+    {"sentencepiece": True, "add_space_prefix": False},
+    {"sentencepiece": True, "architecture": "phi3"},
+]
+CONTROL, PLAIN = ["<|im_start|>", "<|im_end|>", "</s>"], ["<think>", "   ", "ab c", "▁▁"]
+TEMPLATE = "<|im_start|>\n{{ messages[0]['content'] }}<|im_end|>\n"
 # What the expressions tell apart, and what only looks like it.
 COMPOSED = "e\u0327\u0301\u1100\u1161\u11a8\uac00\u212b\u0344\u0958"
 MIXED = "aZ \xe9'\u017f\n\r\t 1\u0663\xbd\u3000\xa0\x85\x1c.!<_\u0301\u200b\u4e2d\U0001f642"
-PIECES = [*CONTROL, *PLAIN, "im_end|>", "'ll", "'Ve", " 12345 "]
+PIECES = [*CONTROL, *PLAIN, "im_end|>", "'ll", "'Ve", " 12345 ", "<unk>", "<0x0A>", "\u01c5B/\n"]
 TELLING = st.sampled_from([*MIXED, *COMPOSED, *"sStTmMdDlLvVeErR", *PIECES])
 TEXT = st.lists(TELLING | st.characters(exclude_categories=["Cs"]), max_size=24).map("".join)
 SHIPPED = ROOT / "python/alignpro/data/everyday_prompts.jsonl"
 EVERYDAY = [json.loads(line)["prompt"] for line in SHIPPED.read_text("utf-8").splitlines()]
 
 
-def write_vocabulary(path: Path, rule: str, kind: str = "gpt2") -> Path:
-    """A GGUF file with a tokenizer alone, trained on the shipped prompts."""
+def trained_on_the_prompts(words: pre_tokenizers.PreTokenizer, alphabet: list[str]) -> dict:
     trained = Trained(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.pre_tokenizer = words
     trainer = trainers.BpeTrainer(vocab_size=800, initial_alphabet=alphabet, show_progress=False)
     trained.train_from_iterator(EVERYDAY + ["12 345 678"] * 9, trainer)
-    model = json.loads(trained.to_str())["model"]
-    tokens = [*model["vocab"], "Ġhom", *CONTROL, *PLAIN]
-    types = [3 if t in CONTROL[:2] else 4 if t in PLAIN else 1 for t in tokens]
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(rule)
+    return json.loads(trained.to_str())["model"]
+
+
+def write_vocabulary(
+    path: Path,
+    rule: str = "gpt-2",
+    *,
+    sentencepiece: bool = False,
+    kind: str | None = None,
+    architecture: str = "llama",
+    add_space_prefix: bool = True,
+    left_out: str = "",
+    scores: list[float] | None = None,
+) -> Path:
+    """A GGUF file with a tokenizer alone."""
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_tokenizer_model(kind or ("llama" if sentencepiece else "gpt2"))
+    if sentencepiece:
+        pieces = [*trained_on_the_prompts(pre_tokenizers.Metaspace(), [])["vocab"], "▁▁▁▁"]
+        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+        tokens = ["<unk>", *(token for token in bytes_ if token != left_out), *pieces]
+        types = [2] + [6] * (len(tokens) - 1 - len(pieces)) + [1] * len(pieces)
+        # Scores are not in the order of the ids, and some are equal.
+        ranked = [-float((i * 7 if i % 5 else i) // 3) for i in range(len(pieces))]
+        around = [0.0] * (len(tokens) - len(pieces)), [0.0] * len([*CONTROL, *PLAIN])
+        writer.add_token_scores(scores or [*around[0], *ranked, *around[1]])
+        writer.add_unk_token_id(0)
+        writer.add_add_space_prefix(add_space_prefix)
+    else:
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model = trained_on_the_prompts(words, pre_tokenizers.ByteLevel.alphabet())
+        tokens = [*model["vocab"], "Ġhom"]
+        types = [1] * len(tokens)
+        merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+        writer.add_tokenizer_pre(rule)
+        writer.add_token_merges(merges)
+    tokens += [*CONTROL, *PLAIN]
     writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in model["merges"]])
+    writer.add_token_types([*types, 3, 3, 1, *(4 for _ in PLAIN)])
     writer.add_eos_token_id(tokens.index("</s>"))  # typed as an ordinary token
     writer.add_chat_template(TEMPLATE)
     writer.write_header_to_file()
@@ -56,9 +90,9 @@ def write_vocabulary(path: Path, rule: str, kind: str = "gpt2") -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=RULES)
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: " ".join(map(str, kind.values())))
 def both(request, tmp_path_factory):
-    path = write_vocabulary(tmp_path_factory.mktemp("vocabulary") / "v.gguf", request.param)
+    path = write_vocabulary(tmp_path_factory.mktemp("vocabulary") / "v.gguf", **request.param)
     return load_testing().Tokenizer(str(path)), Tokenizer.of(core.ModelFiles(str(path)))
 
 
@@ -92,14 +126,33 @@ def test_the_default_model(smollm2_path):
         check(both, text)
 
 
+@pytest.mark.parametrize("name", ["gpt-2", "qwen2", "llama-bpe", "llama-spm", "phi-3"])
+def test_ids_of_llama_cpps_texts(name):
+    tokenizer = load_testing().Tokenizer(str(real_vocabulary(f"vocab/ggml-vocab-{name}.gguf")))
+    for text, ids in texts_and_ids(name):
+        assert tokenizer.encode("", text, "") == ids, repr(text)
+
+
+def test_a_real_sentencepiece_vocabulary(caplog):
+    file = str(real_vocabulary("vocab/ggml-vocab-phi-3.gguf"))
+    both = load_testing().Tokenizer(file), Tokenizer.of(core.ModelFiles(file))
+    lines = [line for path in ROOT.rglob("src/**/*.cc") for line in path.open(encoding="utf-8")]
+    for text in [*EVERYDAY, *lines[::9], "x<|end|> \n\ty", "a" * 5000, " " * 999 + "x"]:
+        check(both, text)
+
+
 def test_what_is_not_known_is_refused_by_name(tmp_path):
-    made = load_testing().Tokenizer
-    with pytest.raises(ModelFileError, match="words cut as tekken are not known here; expected gp"):
-        made(str(write_vocabulary(tmp_path / "a.gguf", "tekken")))
-    with pytest.raises(ModelFileError, match=r"expected gpt2 \(byte-level BPE\), got llama"):
-        made(str(write_vocabulary(tmp_path / "b.gguf", "gpt-2", "llama")))
+    def refused(message, **changes):
+        with pytest.raises(ModelFileError, match=message):
+            load_testing().Tokenizer(str(write_vocabulary(tmp_path / "a.gguf", **changes)))
+
+    refused("words cut as olmo are not known here; expected gpt-2, .* or gpt-4o", rule="olmo")
+    refused(r"expected gpt2 \(byte-level BPE\) or llama .*, got t5", kind="t5")
+    refused("no <0x41>; expected a token for every byte", sentencepiece=True, left_out="<0x41>")
+    refused("tokens and 1 scores; expected as many", sentencepiece=True, scores=[0.5])
+    refused("scores: expected a list of numbers", sentencepiece=True, scores=[float("nan")])
     with pytest.raises(ModelFileError, match="expected a GGUF file"):
-        made(str(tmp_path))
+        load_testing().Tokenizer(str(tmp_path))
 
 
 def test_the_tables_are_those_of_the_tokenizers_package():

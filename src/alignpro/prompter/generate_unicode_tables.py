@@ -92,6 +92,9 @@ def header() -> str:
         "struct CodePair {\n  char32_t composed, first, second;\n};\n"
         "struct Decomposition {\n  char32_t code, parts[4];\n};\n\n// clang-format off\n"
         + array("CodeRange", "kLetters", ranges(r"\p{L}"))
+        + array("CodeRange", "kUppercase", ranges(r"[\p{Lu}\p{Lt}]"))
+        + array("CodeRange", "kLowercase", ranges(r"\p{Ll}"))
+        + array("CodeRange", "kMarks", ranges(r"\p{M}"))
         + array("CodeRange", "kNumbers", ranges(r"\p{N}"))
         + array("ClassRange", "kClasses", combining_classes())
         + array("CodePair", "kPairs", pairs)

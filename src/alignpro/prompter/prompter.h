@@ -51,8 +51,8 @@ struct Rewritten {
 // many threads decode in one batch. Its destructor waits for a step under way; no call may be.
 class Prompter {
  public:
-  // A GGUF file with a byte-level tokenizer, and a PEFT folder, empty for the base model. Throws
-  // FileError, and Unavailable for what this machine cannot do.
+  // A GGUF file, and a PEFT folder, empty for the base model. Throws FileError, and Unavailable for
+  // what this machine cannot do.
   Prompter(const std::filesystem::path& model, const std::filesystem::path& adapter,
            PromptFormat format, const PrompterOptions& options = {});
   // As a run wrote it: Prompter(model, adapter, PromptFormat::of_run(adapter)).

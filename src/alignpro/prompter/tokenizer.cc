@@ -1,6 +1,7 @@
 #include "alignpro/prompter/tokenizer.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <optional>
 #include <queue>
@@ -20,6 +21,9 @@ using io::GgufFile;
 using io::GgufType;
 using io::GgufValue;
 using io::printable;
+
+// What SentencePiece writes for a space.
+constexpr std::string_view kSpace = "\xe2\x96\x81";
 
 // tokenizer.ggml.token_type
 constexpr int64_t kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4;
@@ -68,6 +72,37 @@ std::string unspell(std::string_view text) {
     at += next.bytes;
   }
   return out;
+}
+
+std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
+  std::string out;
+  for (size_t at; (at = text.find(from)) != text.npos; text.remove_prefix(at + from.size())) {
+    out.append(text.substr(0, at)).append(to);
+  }
+  return out.append(text);
+}
+
+// SentencePiece's token of a byte.
+std::string byte_token(int byte) {
+  constexpr std::string_view kDigits = "0123456789ABCDEF";
+  std::string out = "<0x00>";
+  out[3] = kDigits[static_cast<size_t>(byte / 16)];
+  out[4] = kDigits[static_cast<size_t>(byte % 16)];
+  return out;
+}
+
+// The format has no key for it: Phi-3's control tokens swallow the white space behind them, and its
+// template writes line ends there. Phi-4 has the architecture, and a byte-level tokenizer.
+bool has_phi3_markers(const GgufFile& file) {
+  std::string name = file.find_string("general.name").value_or("");
+  for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
+  return file.find_string("general.architecture") == "phi3" || name.find("phi-3") != name.npos ||
+         name.find("phi3") != name.npos;
+}
+
+bool is_phi3_marker(std::string_view text, int64_t type) {
+  const bool is_kept = text == "<unk>" || text == "<s>" || text == "<|endoftext|>";
+  return text == "</s>" || (type == kControl && !is_kept);
 }
 
 // Whether `text` is `open`, one or more characters that are neither white space nor in `without`,
@@ -149,22 +184,39 @@ Tokenizer::Tokenizer(const model::ModelFiles& files) {
                      ": expected a GGUF file, whose tokenizer can be read without Python; this is "
                      "a folder");
   const std::string kind = file->string("tokenizer.ggml.model");
-  require<FileError>(kind == "gpt2", file->name(),
-                     ": tokenizer.ggml.model: expected gpt2 (byte-level BPE), got ",
-                     printable(kind), "; Python reads it");
-  const std::string name = file->find_string("tokenizer.ggml.pre").value_or("default");
-  rule_ = find_word_rule(name);
-  require<FileError>(rule_ != nullptr, file->name(), ": tokenizer.ggml.pre: words cut as ",
-                     printable(name),
-                     " are not known here; expected gpt-2, smollm, qwen2, llama-bpe or dbrx");
-  add_tokens(files);
-  add_merges(*file);
+  require<FileError>(kind == "gpt2" || kind == "llama", file->name(),
+                     ": tokenizer.ggml.model: expected gpt2 (byte-level BPE) or llama "
+                     "(SentencePiece's), got ",
+                     printable(kind));
+  if (kind == "gpt2") {
+    const std::string name = file->find_string("tokenizer.ggml.pre").value_or("default");
+    rule_ = find_word_rule(name);
+    require<FileError>(rule_ != nullptr, file->name(), ": tokenizer.ggml.pre: words cut as ",
+                       printable(name), " are not known here; expected ", kWordRules);
+  } else {
+    space_before_ = file->find_boolean("tokenizer.ggml.add_space_prefix").value_or(true);
+  }
+  const Listed listed = add_tokens(files);
+  for (int byte = 0; byte < 256; ++byte) {
+    const auto at = static_cast<size_t>(byte);
+    const auto found = ids_.find(rule_ ? alphabet().spelled[at] : byte_token(byte));
+    byte_ids_[at] = found == ids_.end() ? -1 : found->second;
+    require<FileError>(rule_ != nullptr || byte_ids_[at] >= 0, file->name(),
+                       ": tokenizer.ggml.tokens: no ", byte_token(byte),
+                       "; expected a token for every byte");
+    if (rule_ == nullptr) pieces_[static_cast<size_t>(byte_ids_[at])] = static_cast<char>(byte);
+  }
+  if (rule_ == nullptr) {
+    add_scored_merges(*file, listed);
+  } else {
+    add_merges(*file);
+  }
 }
 
-void Tokenizer::add_tokens(const model::ModelFiles& files) {
+Tokenizer::Listed Tokenizer::add_tokens(const model::ModelFiles& files) {
   const GgufFile& file = *files.gguf();
-  const std::vector<std::string_view> tokens = texts(file, "tokenizer.ggml.tokens");
-  std::vector<int64_t> types;
+  Listed listed{texts(file, "tokenizer.ggml.tokens"), {}};
+  auto& [tokens, types] = listed;
   if (file.find("tokenizer.ggml.token_type") == nullptr) {
     types.assign(tokens.size(), kNormal);
   } else {
@@ -176,29 +228,35 @@ void Tokenizer::add_tokens(const model::ModelFiles& files) {
                      tokens.size(), " tokens and ", types.size(), " token types; expected as many");
   const std::vector<int32_t> ends = model::end_of_text_ids(files);
   const int64_t bos = file.find_integer("tokenizer.ggml.bos_token_id").value_or(-1);
+  const bool is_phi3 = rule_ == nullptr && has_phi3_markers(file);
+  const auto bytes_of = [this](const std::string& text) {
+    return rule_ ? unspell(text) : replace_all(text, kSpace, " ");
+  };
   pieces_.resize(tokens.size());
   ids_.reserve(tokens.size());
   for (size_t i = 0; i < tokens.size(); ++i) {
     const auto id = static_cast<int32_t>(i);
     const std::string text(tokens[i]);
     const bool is_end = std::ranges::find(ends, id) != ends.end();
-    int64_t type = types[i];
+    int64_t& type = types[i];
     // Some exporters type markers as ordinary tokens, and text would turn into them.
     if (type == kNormal && (is_marker(text) || ((is_end || id == bos) && is_named_marker(text)))) {
       type = kControl;
     }
     if (type != kControl && type != kUserDefined) {
       ids_[text] = id;
-      pieces_[i] = unspell(text);
+      pieces_[i] = bytes_of(text);
     }
     if (text.empty() || (type != kControl && type != kUserDefined && type != kUnknown)) continue;
     const bool special = type != kUserDefined || is_end;
-    added_[static_cast<unsigned char>(text[0])].push_back({text, id, special || is_marker(text)});
-    pieces_[i] = special ? "" : text;
+    added_[static_cast<unsigned char>(text[0])].push_back(
+        {text, id, special || is_marker(text), is_phi3 && is_phi3_marker(text, type)});
+    pieces_[i] = special ? "" : rule_ ? text : bytes_of(text);
   }
   for (std::vector<Added>& group : added_) {
     std::ranges::stable_sort(group, std::greater(), [](const Added& a) { return a.text.size(); });
   }
+  return listed;
 }
 
 void Tokenizer::add_merges(const GgufFile& file) {
@@ -214,6 +272,43 @@ void Tokenizer::add_merges(const GgufFile& file) {
                        ": tokenizer.ggml.merges: expected two tokens that make a third, got ",
                        printable(merge));
     merges_[pair_key(a->second, b->second)] = {rank++, both->second};
+  }
+}
+
+// Those behind a SentencePiece vocabulary: every way to make a token of two others, the better
+// score first, then the earlier pieces.
+void Tokenizer::add_scored_merges(const GgufFile& file, const Listed& listed) {
+  const auto& [tokens, types] = listed;
+  std::vector<double> scores;
+  array_of(file, "tokenizer.ggml.scores").for_each([&](const GgufValue& score) {
+    const double value = score.number().value_or(std::nan(""));
+    require<FileError>(!std::isnan(value), file.name(),
+                       ": tokenizer.ggml.scores: expected a list of numbers");
+    scores.push_back(value);
+  });
+  require<FileError>(scores.size() == tokens.size(), file.name(), ": ", tokens.size(),
+                     " tokens and ", scores.size(), " scores; expected as many");
+  std::unordered_map<std::string_view, int32_t> normal;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (types[i] == kNormal) normal[tokens[i]] = static_cast<int32_t>(i);
+  }
+  std::vector<std::tuple<double, int32_t, int32_t, int32_t>> merges;  // (-score, left, right, both)
+  for (const auto& [text, id] : normal) {
+    for (size_t cut = 0; cut < text.size();) {
+      cut += decode_utf8(text.substr(cut)).bytes;
+      const auto left = normal.find(text.substr(0, cut)), right = normal.find(text.substr(cut));
+      if (left == normal.end() || right == normal.end()) continue;
+      merges.emplace_back(-scores[static_cast<size_t>(id)], left->second, right->second, id);
+    }
+  }
+  std::ranges::sort(merges);
+  merges_.reserve(merges.size());
+  const auto symbol = [&](int32_t id) {
+    return ids_.at(std::string(tokens[static_cast<size_t>(id)]));
+  };
+  int32_t rank = 0;
+  for (const auto& [score, left, right, both] : merges) {
+    merges_[pair_key(symbol(left), symbol(right))] = {rank++, symbol(both)};
   }
 }
 
@@ -242,13 +337,18 @@ std::vector<int32_t> Tokenizer::encode(std::string_view before, std::string_view
     }
     encode_words(std::string_view(whole).substr(begin, at - begin), &ids);
     ids.push_back(token->id);
-    begin = at += token->text.size();
+    at += token->text.size();
+    if (token->strips_right) {
+      at = whole.size() - strip_left(std::string_view(whole).substr(at)).size();
+    }
+    begin = at;
   }
   encode_words(std::string_view(whole).substr(begin), &ids);
   return ids;
 }
 
 void Tokenizer::encode_words(std::string_view text, std::vector<int32_t>* ids) const {
+  if (rule_ == nullptr) return encode_sentence(text, ids);
   std::string normal;
   if (rule_->nfc) text = normal = to_nfc(text);
   for (const std::string_view word : split_words(text, *rule_)) encode_word(word, ids);
@@ -262,17 +362,42 @@ void Tokenizer::encode_word(std::string_view word, std::vector<int32_t>* ids) co
       return;
     }
   }
+  std::vector<int32_t> symbols;
+  for (const char byte : word) {
+    const int32_t id = byte_ids_[static_cast<unsigned char>(byte)];
+    if (id >= 0) symbols.push_back(id);  // a byte that the vocabulary lacks is left out
+  }
+  merge(symbols, ids);
+}
+
+void Tokenizer::encode_sentence(std::string_view text, std::vector<int32_t>* ids) const {
+  if (text.empty()) return;
+  const std::string written = cat(space_before_ ? kSpace : "", replace_all(text, " ", kSpace));
+  std::vector<int32_t> symbols;
+  for (std::string_view left = written; !left.empty();) {
+    const std::string character(left.substr(0, decode_utf8(left).bytes));
+    left.remove_prefix(character.size());
+    if (const auto found = ids_.find(character); found != ids_.end()) {
+      symbols.push_back(found->second);
+      continue;
+    }
+    for (const char byte : character) {
+      symbols.push_back(byte_ids_[static_cast<unsigned char>(byte)]);
+    }
+  }
+  merge(symbols, ids);
+}
+
+void Tokenizer::merge(std::span<const int32_t> symbol_ids, std::vector<int32_t>* ids) const {
   // Symbols as a list, in which the pair of the lowest rank is merged, the leftmost of equals.
   struct Symbol {
     int32_t id;  // -1: merged into the one before it
     int64_t previous, next;
   };
   std::vector<Symbol> symbols;
-  for (const char byte : word) {
-    const auto found = ids_.find(alphabet().spelled[static_cast<unsigned char>(byte)]);
-    if (found == ids_.end()) continue;  // a byte that the vocabulary lacks is left out
+  for (const int32_t id : symbol_ids) {
     const auto at = static_cast<int64_t>(symbols.size());
-    symbols.push_back({found->second, at - 1, at + 1});
+    symbols.push_back({id, at - 1, at + 1});
   }
   const auto count = static_cast<int64_t>(symbols.size());
   const auto symbol = [&](int64_t at) -> Symbol& { return symbols[static_cast<size_t>(at)]; };

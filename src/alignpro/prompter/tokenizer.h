@@ -13,8 +13,9 @@
 
 namespace alignpro::prompter {
 
-// Byte-level BPE from the metadata of a GGUF file (Sennrich et al. 2016; GPT-2's bytes): the ids
-// that alignpro.Tokenizer gives. Constant; any number of threads may use one.
+// BPE from the metadata of a GGUF file (Sennrich et al. 2016), byte-level (GPT-2's) or
+// SentencePiece's: the ids that alignpro.Tokenizer gives. Constant; any number of threads may use
+// one.
 class Tokenizer {
  public:
   // Throws FileError: a folder, a tokenizer of another kind, a rule for words that is not known.
@@ -38,20 +39,31 @@ class Tokenizer {
     std::string text;
     int32_t id;
     bool control;
+    bool strips_right;  // swallows the white space behind it
   };
   struct Merge {
     int32_t rank;
     int32_t id;
   };
 
-  void add_tokens(const model::ModelFiles& files);
+  struct Listed {  // in the file, one of each an id
+    std::vector<std::string_view> tokens;
+    std::vector<int64_t> types;
+  };
+
+  Listed add_tokens(const model::ModelFiles& files);
   void add_merges(const io::GgufFile& file);
+  void add_scored_merges(const io::GgufFile& file, const Listed& listed);
   const Added* added_at(std::string_view text, size_t at, size_t begin, size_t end) const;
   void encode_words(std::string_view text, std::vector<int32_t>* ids) const;
   void encode_word(std::string_view word, std::vector<int32_t>* ids) const;
+  void encode_sentence(std::string_view text, std::vector<int32_t>* ids) const;
+  void merge(std::span<const int32_t> symbols, std::vector<int32_t>* ids) const;
 
-  const WordRule* rule_ = nullptr;
-  std::unordered_map<std::string, int32_t> ids_;  // spelled in GPT-2's alphabet
+  const WordRule* rule_ = nullptr;  // null: SentencePiece's, which cuts no words
+  bool space_before_ = false;       // SentencePiece: a text begins with a space of its own
+  std::unordered_map<std::string, int32_t> ids_;  // as the file spells them
+  std::array<int32_t, 256> byte_ids_{};           // of the symbols of bytes; -1: none
   std::unordered_map<uint64_t, Merge> merges_;    // of two ids
   std::array<std::vector<Added>, 256> added_;     // by their first byte, longer ones first
   std::vector<std::string> pieces_;

@@ -75,6 +75,12 @@ char32_t compose(char32_t first, char32_t second) {
 
 bool is_letter(char32_t code) { return find_range(kLetters, code) != nullptr; }
 
+bool is_uppercase(char32_t code) { return find_range(kUppercase, code) != nullptr; }
+
+bool is_lowercase(char32_t code) { return find_range(kLowercase, code) != nullptr; }
+
+bool is_mark(char32_t code) { return find_range(kMarks, code) != nullptr; }
+
 bool is_number(char32_t code) { return find_range(kNumbers, code) != nullptr; }
 
 bool is_space(char32_t code) {
@@ -129,16 +135,23 @@ std::string to_nfc(std::string_view text) {
 }
 
 std::string_view strip(std::string_view text) {
-  size_t begin = text.size(), end = 0;
+  size_t end = 0;
+  text = strip_left(text);
   for (size_t at = 0; at < text.size();) {
     const Decoded next = decode_utf8(text.substr(at));
-    if (!is_stripped(next.code)) {
-      begin = std::min(begin, at);
-      end = at + next.bytes;
-    }
     at += next.bytes;
+    if (!is_stripped(next.code)) end = at;
   }
-  return begin < end ? text.substr(begin, end - begin) : std::string_view();
+  return text.substr(0, end);
+}
+
+std::string_view strip_left(std::string_view text) {
+  while (!text.empty()) {
+    const Decoded next = decode_utf8(text);
+    if (!is_stripped(next.code)) break;
+    text.remove_prefix(next.bytes);
+  }
+  return text;
 }
 
 }  // namespace alignpro::prompter

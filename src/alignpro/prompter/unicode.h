@@ -5,9 +5,12 @@
 
 namespace alignpro::prompter {
 
-bool is_letter(char32_t code);  // \p{L}
-bool is_number(char32_t code);  // \p{N}
-bool is_space(char32_t code);   // \s: White_Space
+bool is_letter(char32_t code);     // \p{L}
+bool is_uppercase(char32_t code);  // [\p{Lu}\p{Lt}]
+bool is_lowercase(char32_t code);  // \p{Ll}
+bool is_mark(char32_t code);       // \p{M}
+bool is_number(char32_t code);     // \p{N}
+bool is_space(char32_t code);      // \s: White_Space
 
 // In Unicode's form NFC, as the tokenizers package has it: of Unicode 8 or so.
 std::string to_nfc(std::string_view text);
@@ -17,5 +20,6 @@ std::string replace_invalid_utf8(std::string_view text);
 
 // Without the white space at its ends, as Python's str.strip.
 std::string_view strip(std::string_view text);
+std::string_view strip_left(std::string_view text);  // at its beginning alone
 
 }  // namespace alignpro::prompter

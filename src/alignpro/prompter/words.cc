@@ -15,6 +15,8 @@ constexpr WordRule kSmolLm{.single_digits = true};
 constexpr WordRule kQwen2{.most_digits = 1, .nfc = true};
 constexpr WordRule kLlama3{.most_digits = 3, .ignore_merges = true};
 constexpr WordRule kDbrx{.most_digits = 3};
+constexpr WordRule kTekken{.most_digits = 1, .ignore_merges = true, .cased = true};
+constexpr WordRule kGpt4o{.most_digits = 3, .cased = true, .contracted = true};
 
 enum class Kind { kLetter, kNumber, kSpace, kOther };
 
@@ -55,27 +57,51 @@ class Cutter {
   }
 
   // (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*
-  // |\s*[\r\n]+|\s+(?!\S)|\s+, with as many digits as the rule has.
+  // |\s*[\r\n]+|\s+(?!\S)|\s+, with as many digits as the rule has. With case, `cased_end` is in
+  // the place of the first two, and the last but three ends in [\r\n/]*.
   size_t llama3_end(size_t at) const {
-    if (const size_t end = contraction_end(at, true); end > at) return end;
+    if (const size_t end = rule_.cased ? cased_end(at) : letters_end(at); end > at) return end;
     const Kind kind = chars_[at].kind;
-    if (kind == Kind::kLetter) return run_end(at, kind);
-    if (kind != Kind::kNumber && !is_line_end(chars_[at]) && is_kind(at + 1, Kind::kLetter)) {
-      return run_end(at + 1, Kind::kLetter);
-    }
     if (kind == Kind::kNumber) {
       return std::min(run_end(at, kind), at + static_cast<size_t>(rule_.most_digits));
     }
     const size_t first = is(at, ' ') ? at + 1 : at;
     if (is_kind(first, Kind::kOther)) {
       size_t end = run_end(first, Kind::kOther);
-      while (end < end_ && is_line_end(chars_[end])) ++end;
+      while (end < end_ && (is_line_end(chars_[end]) || (rule_.cased && is(end, '/')))) ++end;
       return end;
     }
     for (size_t end = run_end(at, Kind::kSpace); end > at; --end) {
       if (is_line_end(chars_[end - 1])) return end;
     }
     return spaces_end(at);
+  }
+
+  size_t letters_end(size_t at) const {
+    if (const size_t end = contraction_end(at, true); end > at) return end;
+    const size_t first = may_precede(at) ? at + 1 : at;
+    const size_t end = run_end(first, Kind::kLetter);
+    return end > first ? end : at;
+  }
+
+  // [^\r\n\p{L}\p{N}]?U*L+C|[^\r\n\p{L}\p{N}]?U+L*C: U is [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}], L
+  // [\p{Ll}\p{Lm}\p{Lo}\p{M}], and C a contraction or nothing.
+  size_t cased_end(size_t at) const {
+    for (const bool needs_lower : {true, false}) {
+      for (size_t first = may_precede(at) ? at + 1 : at;; first = at) {
+        size_t upper = first;
+        while (is_upper(upper)) ++upper;
+        size_t lower = upper;
+        while (needs_lower && lower > first && !is_lower(lower)) --lower;  // U* gives back
+        size_t end = lower;
+        while (is_lower(end)) ++end;
+        if (needs_lower ? end > lower : upper > first) {
+          return rule_.contracted ? contraction_end(end, true) : end;
+        }
+        if (first == at) break;
+      }
+    }
+    return at;
   }
 
   // Without the last one where a word follows, which takes it along.
@@ -105,8 +131,21 @@ class Cutter {
     return at;
   }
 
-  bool is(size_t at, char32_t code) const { return chars_[at].code == code; }
+  bool is(size_t at, char32_t code) const { return at < end_ && chars_[at].code == code; }
   bool is_kind(size_t at, Kind kind) const { return at < end_ && chars_[at].kind == kind; }
+
+  // [^\r\n\p{L}\p{N}]
+  bool may_precede(size_t at) const {
+    return !is_kind(at, Kind::kLetter) && !is_kind(at, Kind::kNumber) && !is_line_end(chars_[at]);
+  }
+  bool is_upper(size_t at) const {
+    return at < end_ &&
+           (is_kind(at, Kind::kLetter) ? !is_lowercase(chars_[at].code) : is_mark(chars_[at].code));
+  }
+  bool is_lower(size_t at) const {
+    return at < end_ &&
+           (is_kind(at, Kind::kLetter) ? !is_uppercase(chars_[at].code) : is_mark(chars_[at].code));
+  }
 
   const Chars& chars_;
   const size_t end_;
@@ -129,6 +168,8 @@ constexpr std::array kNamed = {
     Named{"falcon3", &kLlama3}, Named{"falcon-h1", &kLlama3},
     Named{"pixtral", &kLlama3}, Named{"midm-2.0", &kLlama3},
     Named{"dbrx", &kDbrx},      Named{"smaug-bpe", &kDbrx},
+    Named{"tekken", &kTekken},  Named{"gpt-4o", &kGpt4o},
+    Named{"llama4", &kGpt4o},
 };
 
 }  // namespace

@@ -11,7 +11,13 @@ struct WordRule {
   bool single_digits = false;  // cut out before GPT-2's expression sees the text
   bool nfc = false;            // of text in Unicode's form NFC
   bool ignore_merges = false;  // a word that is a token is taken, wherever merges lead
+  bool cased = false;          // words end where capitals begin
+  bool contracted = false;     // and have a contraction at their end; else it is a word
 };
+
+// The rules by their own names, for messages.
+inline constexpr std::string_view kWordRules =
+    "gpt-2, smollm, qwen2, llama-bpe, dbrx, tekken or gpt-4o";
 
 // Null for a name that is not known.
 const WordRule* find_word_rule(std::string_view name);
