@@ -6,8 +6,12 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
 #include <vector>
 
+#include "alignpro/prompter/prompter.h"
 #include "alignpro/prompter/tokenizer.h"
 #include "bindings/bind.h"
 #include "cuda_ops.h"
@@ -15,7 +19,11 @@
 namespace {
 
 namespace py = pybind11;
+using alignpro::Conversation;
+using alignpro::Prompter;
+using alignpro::PromptFormat;
 using alignpro::prompter::Tokenizer;
+using Messages = std::vector<std::pair<std::string, std::string>>;  // (role, content)
 
 void bind_tokenizer(py::module_& m) {
   py::class_<Tokenizer>(m, "Tokenizer")
@@ -30,15 +38,49 @@ void bind_tokenizer(py::module_& m) {
       });
 }
 
+Conversation conversation_of(const Messages& history, const std::string& last_turn) {
+  Conversation out{{}, last_turn};
+  for (const auto& [role, content] : history) out.history.push_back({role, content});
+  return out;
+}
+
+void bind_prompter(py::module_& m) {
+  m.def("prompter_turns",
+        [](const std::string& adapter, const Messages& history, const std::string& last_turn) {
+          const PromptFormat format = PromptFormat::of_run(adapter);
+          const Conversation conversation = conversation_of(history, last_turn);
+          std::vector<std::string> turns;
+          for (size_t cut = 0; cut <= format.most_cut(conversation); ++cut) {
+            turns.push_back(format.prompter_turn(conversation, cut));
+          }
+          return turns;
+        });
+  py::class_<Prompter>(m, "Prompter")
+      .def(py::init([](const std::string& model, const std::string& adapter, int64_t context) {
+             const alignpro::PrompterOptions options{
+                 .threads = 1, .context_length = context, .kv_cache_bytes = int64_t{1} << 27};
+             return std::make_unique<Prompter>(model, adapter, options);
+           }),
+           py::arg("model"), py::arg("adapter"), py::arg("context_length") = 0)
+      .def("rewrite", [](Prompter& self, const Messages& history, const std::string& last_turn,
+                         uint64_t seed) {
+        const py::gil_scoped_release released;
+        const auto result = self.rewrite(conversation_of(history, last_turn), std::nullopt, seed);
+        return std::tuple(result.prompt, result.text, result.applied, std::string(result.reason),
+                          result.tokens);
+      });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_testing, m) {
   m.doc() =
       "What tests alone call: ops on device memory, whose tensors cross by DLPack, and the C++ "
-      "tokenizer.";
+      "prompter.";
   // Its exceptions are the ones that these ops raise.
   pybind11::module_::import("alignpro._core");
   translate_invalid_argument();
   bind_cuda_ops(m);
   bind_tokenizer(m);
+  bind_prompter(m);
 }

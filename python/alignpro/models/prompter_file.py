@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 _FILE = "prompter.json"
 _SET_FOR_EACH = ("n", "seed", "deadline_seconds")
+_PROMPTING = ("mode", "template", "separator", "history", "history_template", "history_cut")
 
 
 def save_prompter(
@@ -45,9 +46,7 @@ def save_prompter(
             folder / _FILE,
             {
                 "chat": {"before": before, "after": after, "strips": strips},
-                "prompting": {
-                    name: getattr(prompting, name) for name in ("mode", "template", "separator")
-                },
+                "prompting": {name: getattr(prompting, name) for name in _PROMPTING},
                 "sampling": sampling,
             },
         )

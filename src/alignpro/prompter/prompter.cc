@@ -1,8 +1,10 @@
 #include "alignpro/prompter/prompter.h"
 
+#include <algorithm>
 #include <condition_variable>
 #include <mutex>
 #include <random>
+#include <ranges>
 #include <span>
 #include <thread>
 #include <utility>
@@ -10,7 +12,6 @@
 
 #include "alignpro/engine/client.h"
 #include "alignpro/engine/engine.h"
-#include "alignpro/io/json.h"
 #include "alignpro/model/model.h"
 #include "alignpro/model/model_files.h"
 #include "alignpro/model/peft_adapter.h"
@@ -23,68 +24,6 @@ namespace {
 
 using engine::FinishReason;
 using engine::SamplingParams;
-using io::Json;
-
-constexpr const char* kFile = "prompter.json";
-
-// The members of one JSON object, each of which must be there and of the kind that is asked for.
-class Members {
- public:
-  Members(std::string file, const Json* object) : file_(std::move(file)), object_(object) {
-    require<FileError>(object != nullptr && object->object(), file_, ": expected an object");
-  }
-
-  Members inner(std::string_view key) const { return {cat(file_, ": ", key), &member(key)}; }
-  std::string text(std::string_view key) const { return *wanted(key, member(key).string()); }
-  bool boolean(std::string_view key) const { return *wanted(key, member(key).boolean()); }
-  int64_t integer(std::string_view key) const { return *wanted(key, member(key).integer()); }
-  double number(std::string_view key) const { return *wanted(key, member(key).number()); }
-  const Json::Array& list(std::string_view key) const { return *wanted(key, member(key).array()); }
-
-  // The two sides of a place in a text that holds it once.
-  std::pair<std::string, std::string> sides(std::string_view key, std::string_view place) const {
-    const std::string whole = text(key);
-    const size_t at = whole.find(place);
-    require<FileError>(at != whole.npos, file_, ": ", key, ": expected ", place, " in it");
-    return {whole.substr(0, at), whole.substr(at + place.size())};
-  }
-
- private:
-  const Json& member(std::string_view key) const {
-    const Json* found = object_->find(key);
-    require<FileError>(found != nullptr, file_, ": no \"", key, "\"; expected what train writes");
-    return *found;
-  }
-  template <typename Value>
-  const Value* wanted(std::string_view key, const Value* value) const {
-    require<FileError>(value != nullptr, file_, ": ", key, ": got a ", member(key).kind());
-    return value;
-  }
-
-  std::string file_;
-  const Json* object_;
-};
-
-SamplingParams sampling_of(const Members& from) {
-  SamplingParams out;
-  out.temperature = static_cast<float>(from.number("temperature"));
-  out.top_k = static_cast<int32_t>(from.integer("top_k"));
-  out.top_p = static_cast<float>(from.number("top_p"));
-  out.min_p = static_cast<float>(from.number("min_p"));
-  out.max_new_tokens = from.integer("max_new_tokens");
-  out.min_new_tokens = from.integer("min_new_tokens");
-  out.ignore_eos = from.boolean("ignore_eos");
-  out.repetition_penalty = static_cast<float>(from.number("repetition_penalty"));
-  out.presence_penalty = static_cast<float>(from.number("presence_penalty"));
-  out.frequency_penalty = static_cast<float>(from.number("frequency_penalty"));
-  for (const Json& stop : from.list("stop")) {
-    if (stop.string()) out.stop.push_back(*stop.string());
-  }
-  for (const Json& id : from.list("stop_token_ids")) {
-    if (id.integer()) out.stop_token_ids.push_back(static_cast<int32_t>(*id.integer()));
-  }
-  return out;
-}
 
 // The output function of splitmix64 (Steele, Lea, Flood 2014).
 uint64_t splitmix64(uint64_t value) {
@@ -107,30 +46,6 @@ uint64_t fresh_seed() {
 }
 
 }  // namespace
-
-PromptFormat PromptFormat::of_run(const std::filesystem::path& adapter) {
-  model::require_no_mixture(adapter);
-  const model::ModelFiles files(adapter);
-  const std::string name = (adapter / kFile).string();
-  const Json* root = files.json(kFile);
-  require<FileError>(root != nullptr, name,
-                     ": no such file; the adapter folder of a run has it, for others give Prompter "
-                     "a PromptFormat");
-  const Members all(name, root);
-  const Members chat = all.inner("chat"), prompting = all.inner("prompting");
-  PromptFormat out;
-  out.chat_before = chat.text("before");
-  out.chat_after = chat.text("after");
-  out.chat_strips = chat.boolean("strips");
-  std::tie(out.template_before, out.template_after) = prompting.sides("template", "{prompt}");
-  const std::string mode = prompting.text("mode");
-  require<FileError>(mode == "append" || mode == "rewrite", name,
-                     ": mode: expected append or rewrite, got ", io::printable(mode));
-  out.append = mode == "append";
-  out.separator = prompting.text("separator");
-  out.sampling = sampling_of(all.inner("sampling"));
-  return out;
-}
 
 struct Prompter::State {
   State(const std::filesystem::path& path, const std::filesystem::path& adapter_folder,
@@ -177,10 +92,22 @@ struct Prompter::State {
     }
   }
 
-  std::vector<int32_t> read(std::string_view prompt) const {
-    const std::string turn = cat(format.template_before, prompt, format.template_after);
-    const std::string_view kept = format.chat_strips ? prompter::strip(turn) : turn;
-    std::vector<int32_t> tokens = tokenizer.encode(format.chat_before, kept, format.chat_after);
+  // With as much of the history as fits.
+  std::vector<int32_t> read(const Conversation& conversation) const {
+    const int64_t most = model->context_length() - format.sampling.max_new_tokens;
+    const auto encode = [&](size_t cut) {
+      const std::string turn = format.prompter_turn(conversation, cut);
+      const std::string_view kept = format.chat_strips ? prompter::strip(turn) : turn;
+      return tokenizer.encode(format.chat_before, kept, format.chat_after);
+    };
+    const auto exceeds = [&](const auto& read) { return static_cast<int64_t>(read.size()) > most; };
+    std::vector<int32_t> tokens = encode(0);
+    if (const size_t last = format.most_cut(conversation); last > 0 && exceeds(tokens)) {
+      const auto cuts = std::views::iota(size_t{1}, last + 1);
+      const auto fits =
+          std::ranges::partition_point(cuts, [&](size_t cut) { return exceeds(encode(cut)); });
+      tokens = encode(fits == cuts.end() ? last : *fits);
+    }
     const auto count = static_cast<int64_t>(tokens.size());
     require(count + format.sampling.max_new_tokens <= model->context_length(), "prompt: ", count,
             " tokens and ", format.sampling.max_new_tokens, " new ones exceed the context of ",
@@ -224,13 +151,20 @@ Prompter::~Prompter() = default;
 Rewritten Prompter::rewrite(std::string_view prompt,
                             std::optional<std::chrono::nanoseconds> deadline,
                             std::optional<uint64_t> seed) {
+  return rewrite(Conversation{{}, std::string(prompt)}, deadline, seed);
+}
+
+Rewritten Prompter::rewrite(const Conversation& conversation,
+                            std::optional<std::chrono::nanoseconds> deadline,
+                            std::optional<uint64_t> seed) {
+  const std::string& prompt = conversation.last_turn;
   const auto begin = engine::Clock::now();
   require(!deadline || deadline->count() > 0, "deadline: expected a time above 0");
   require(!prompter::strip(prompt).empty(), "prompt: expected text, got none");
   State& state = *state_;
   const auto result = [&](std::string_view reason, std::string text = "", size_t tokens = 0) {
     const std::chrono::duration<double, std::milli> taken = engine::Clock::now() - begin;
-    return Rewritten{.prompt = std::string(prompt),
+    return Rewritten{.prompt = prompt,
                      .text = std::move(text),
                      .applied = false,
                      .reason = reason,
@@ -241,7 +175,7 @@ Rewritten Prompter::rewrite(std::string_view prompt,
   SamplingParams params = state.format.sampling;
   params.seed = rewrite_seed(seed ? *seed : fresh_seed());
   params.sample = 0;
-  std::vector<int32_t> read = state.read(prompt);
+  std::vector<int32_t> read = state.read(conversation);
   const auto is_late = [&] { return deadline && engine::Clock::now() - begin >= *deadline; };
   if (is_late()) return result("deadline");
   const auto sequence = state.client->submit(std::move(read), std::move(params), state.adapter);

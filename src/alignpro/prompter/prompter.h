@@ -9,23 +9,9 @@
 #include <string_view>
 
 #include "alignpro/core/error.h"
-#include "alignpro/engine/sampling_params.h"
+#include "alignpro/prompter/prompt_format.h"
 
 namespace alignpro {
-
-// How a prompter reads and writes prompts: what stands around the prompt, what is made of the
-// rewrite, and how that is drawn.
-struct PromptFormat {
-  std::string chat_before, chat_after;          // of a user turn, by the model's chat template
-  bool chat_strips = false;                     // the white space at the turn's ends
-  std::string template_before, template_after;  // of the prompt, within the turn
-  bool append = true;                           // prompt + separator + rewrite; else rewrite alone
-  std::string separator = "\n\n";
-  engine::SamplingParams sampling;  // `seed` and `sample` are set for each rewrite
-
-  // From the adapter folder of a run, whose prompter.json says all of it. Throws FileError.
-  static PromptFormat of_run(const std::filesystem::path& adapter);
-};
 
 struct PrompterOptions {
   int threads = 0;             // 0: the CPU quota
@@ -36,7 +22,7 @@ struct PrompterOptions {
 
 // What the target is to be asked, and why.
 struct Rewritten {
-  std::string prompt;  // the original where the rewrite is not applied
+  std::string prompt;  // the last user turn; the original where the rewrite is not applied
   std::string text;    // what the prompter wrote; empty where it did not end
   bool applied = false;
   std::string_view reason;    // "rewritten"; else "deadline", "empty" (nothing was written),
@@ -66,6 +52,12 @@ class Prompter {
   // without one the call waits. Without a seed the draw is a fresh one. Throws InvalidArgument for
   // a prompt that is empty, is not UTF-8 or does not fit the model's context.
   Rewritten rewrite(std::string_view prompt,
+                    std::optional<std::chrono::nanoseconds> deadline = std::nullopt,
+                    std::optional<uint64_t> seed = std::nullopt);
+
+  // The same of a conversation, of which the last turn alone is rewritten. The prompter reads as
+  // much of the history as the format says and its context holds.
+  Rewritten rewrite(const Conversation& conversation,
                     std::optional<std::chrono::nanoseconds> deadline = std::nullopt,
                     std::optional<uint64_t> seed = std::nullopt);
 
