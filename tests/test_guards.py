@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import alignpro
 from alignpro.config import GuardConfig, Prompting
 from alignpro.guards import Candidate, broken_guard, language, numbers, script
+from testing_extension import load_testing
 
 REWRITE = Prompting(mode="rewrite", template="Rewrite the request below clearly.\n\n{prompt}")
 APPEND = Prompting()
@@ -15,13 +18,37 @@ OFF = GuardConfig(
 )
 
 
-def rewritten(prompt, text, guards=None, was_cut=False):
-    return broken_guard(Candidate(prompt, text, text, was_cut), REWRITE, guards or GuardConfig())
+def in_cpp(candidate, prompting, guards):
+    """`broken_guard` of the C++ prompter, which has no guard "language"."""
+    testing = load_testing()
+    settings = {name: value for name, value in vars(guards).items() if name != "language"}
+    before, after = prompting.template.split("{prompt}")
+    broken = testing.broken_guard(
+        *(candidate.prompt, candidate.turn, candidate.text, candidate.was_cut),
+        *(prompting.mode == "append", before, after, testing.Guards(**settings)),
+    )
+    return broken.removeprefix("guard_") or None
 
 
-def appended(prompt, text):
-    turn = f"{prompt}\n\n{text}"
-    return broken_guard(Candidate(prompt, turn, text), APPEND, GuardConfig())
+@pytest.fixture(params=[broken_guard, in_cpp], ids=["python", "c++"])
+def judge(request):
+    return request.param
+
+
+@pytest.fixture
+def rewritten(judge):
+    def broken(prompt, text, guards=None, was_cut=False):
+        return judge(Candidate(prompt, text, text, was_cut), REWRITE, guards or GuardConfig())
+
+    return broken
+
+
+@pytest.fixture
+def appended(judge):
+    def broken(prompt, text):
+        return judge(Candidate(prompt, f"{prompt}\n\n{text}", text), APPEND, GuardConfig())
+
+    return broken
 
 
 @pytest.mark.parametrize(
@@ -41,7 +68,7 @@ def appended(prompt, text):
         ("Choose: A) 3 B) 4", "Choose between three (A) and four (B)."),
     ],
 )
-def test_spans_that_are_lost_are_seen(prompt, text):
+def test_spans_that_are_lost_are_seen(rewritten, prompt, text):
     assert rewritten(prompt, text) == "spans"
 
 
@@ -57,7 +84,7 @@ def test_spans_that_are_lost_are_seen(prompt, text):
         ("It's Ann's and Bob's", "Say that it belongs to Ann and Bob."),  # no quotation
     ],
 )
-def test_spans_that_are_kept_pass(prompt, text):
+def test_spans_that_are_kept_pass(rewritten, prompt, text):
     assert rewritten(prompt, text) is None
 
 
@@ -83,7 +110,8 @@ def test_numbers_are_whole():
         ),
     ],
 )
-def test_another_language_is_seen_in_both_modes(prompt, text):
+@pytest.mark.parametrize("judge", [broken_guard])
+def test_another_language_is_seen_in_both_modes(rewritten, appended, prompt, text):
     assert rewritten(prompt, text) == "language"
     assert appended(prompt, text) == "language"
 
@@ -102,7 +130,7 @@ def test_another_language_is_seen_in_both_modes(prompt, text):
         ("What does 'le monde' mean?", "Explain the meaning of 'le monde'."),
     ],
 )
-def test_the_same_language_passes(prompt, text):
+def test_the_same_language_passes(rewritten, prompt, text):
     assert rewritten(prompt, text) is None
 
 
@@ -115,7 +143,7 @@ def test_what_cannot_be_told_is_not():
     )
 
 
-def test_length():
+def test_length(rewritten):
     assert rewritten("Why?", "Explain why. " * 40) == "length"
     assert rewritten("Why?", "Explain why. " * 30) is None  # 390 characters are free
     long = "Tell me a story about birds. " * 40
@@ -123,10 +151,10 @@ def test_length():
     assert rewritten("Why?", "Explain why. " * 40, GuardConfig(max_growth=None)) is None
 
 
-def test_a_prompt_that_was_cut_is_no_prompt_and_an_instruction_may_be():
+def test_a_prompt_that_was_cut_is_no_prompt_and_an_instruction_may_be(judge, rewritten):
     assert rewritten("Why is it so?", "Explain in detail why it is so and", was_cut=True) == "cut"
     cut = Candidate("Why is it?", "Why is it?\n\nAnswer in a few", "Answer in a few", True)
-    assert broken_guard(cut, APPEND, GuardConfig()) is None
+    assert judge(cut, APPEND, GuardConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +169,7 @@ def test_a_prompt_that_was_cut_is_no_prompt_and_an_instruction_may_be():
         "**Answer:** They beat their wings.",
     ],
 )
-def test_answers_are_seen(text):
+def test_answers_are_seen(rewritten, appended, text):
     assert rewritten("How do bees fly?", text) == "answered"
     assert appended("How do bees fly?", text) == "answered"
 
@@ -155,7 +183,7 @@ def test_answers_are_seen(text):
         ("Here is my text: bees", "Here is my text: bees. Shorten it."),
     ],
 )
-def test_rewrites_are_no_answers(prompt, text):
+def test_rewrites_are_no_answers(rewritten, prompt, text):
     assert rewritten(prompt, text) is None
 
 
@@ -169,19 +197,79 @@ def test_rewrites_are_no_answers(prompt, text):
         "### Instruction\nHow do bees fly?",
     ],
 )
-def test_an_echo_is_seen(text):
+def test_an_echo_is_seen(rewritten, text):
     assert rewritten("How do bees fly?", text) == "echo"
 
 
-def test_no_echo():
+def test_no_echo(rewritten, appended):
     assert rewritten("What does [INST] do?", "Explain what [INST] does.") is None
     prompt = "Rewrite the request below clearly."
     assert rewritten(prompt, prompt + " Now.") is None  # the user's own words
     assert appended("How do bees fly?", "Answer the request in verse.") is None
 
 
-def test_every_guard_can_be_turned_off():
+def test_every_guard_can_be_turned_off(rewritten):
     assert rewritten("Why 12?", "Sure! <|im_end|> " * 40, OFF, was_cut=True) is None
+
+
+# What the expressions tell apart, and what only looks like it.
+PARTS = st.sampled_from(
+    [
+        *"aSik \n\t\"`'.,:/+-%@(#<>|[]eE_\u017f\u0130\u0131\u212a\xdf\u0663\xbd\u2212\u3000",
+        *"\x1c\xe9\xc9\u201c\u201d\u201e\xab\xbb\u03a3\u03c2",
+        *(
+            "12",
+            "1,000",
+            "3.5",
+            "2e-3",
+            "10:30",
+            "7%",
+            " 4 ",
+            "`x`",
+            "```",
+            "```py\n",
+            '"ab"',
+            "\xab ",
+        ),
+        *("[protected]", "[/PROTECTED]", "https://a.b/c", "www.", "http://", "a.b@c-d.ef", "@x.y"),
+        *("Sure!", "no,", "Here is", "i'm sorry", "The final answer is", "Answer:", "I can't"),
+        *("<|im_end|>", "<|", "[INST]", "<</SYS>>", "\n## ", "Response", "\nUser: ", "Input", "##"),
+        *(
+            "Rewrite the request below clearly.",
+            "REWRITE the request",
+            "Stra\xdfen und Wege",
+            "STRASSEN UND WEGE",
+        ),
+    ]
+)
+MIXED = st.lists(PARTS, max_size=12).map("".join)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    prompt=MIXED,
+    parts=st.tuples(MIXED, MIXED),
+    template=st.lists(PARTS | st.just("\n"), max_size=4).map("".join),
+    keeps=st.sampled_from(["none", "prompt", "some"]),
+    append=st.booleans(),
+    was_cut=st.booleans(),
+    guards=st.builds(
+        GuardConfig,
+        spans=st.booleans(),
+        language=st.just(False),
+        max_growth=st.sampled_from([None, 0.5, 1.0]),
+        free_characters=st.sampled_from([0, 9]),
+        cut=st.booleans(),
+        answered=st.booleans(),
+        echo=st.booleans(),
+    ),
+)
+def test_cpp_says_what_python_says(prompt, parts, template, keeps, append, was_cut, guards):
+    kept = {"none": "", "prompt": prompt, "some": prompt[1:-1]}[keeps]
+    text = f"{parts[0]}{kept}{parts[1]}"
+    prompting = Prompting(mode="append" if append else "rewrite", template=template + "{prompt}")
+    candidate = Candidate(prompt, text, text, was_cut)
+    assert in_cpp(candidate, prompting, guards) == broken_guard(candidate, prompting, guards)
 
 
 def test_a_prompter_uses_what_its_guards_let_pass(tiny_model_dir):

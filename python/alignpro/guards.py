@@ -165,7 +165,7 @@ _ANSWER = re.compile(
 
 def _is_answer(candidate: Candidate, _: Prompting, __: GuardConfig) -> bool:
     begun = _ANSWER.match(candidate.text.lstrip(" \n\t\"'*"))
-    return begun is not None and begun[0].lower() not in candidate.prompt.lower()
+    return begun is not None and begun[0].casefold() not in candidate.prompt.casefold()
 
 
 # --- the template, or a chat's markers, in the rewrite ---

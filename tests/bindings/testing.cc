@@ -5,12 +5,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "alignpro/prompter/guards.h"
 #include "alignpro/prompter/prompter.h"
 #include "alignpro/prompter/tokenizer.h"
 #include "bindings/bind.h"
@@ -20,6 +22,7 @@ namespace {
 
 namespace py = pybind11;
 using alignpro::Conversation;
+using alignpro::Guards;
 using alignpro::Prompter;
 using alignpro::PromptFormat;
 using alignpro::prompter::Tokenizer;
@@ -45,6 +48,24 @@ Conversation conversation_of(const Messages& history, const std::string& last_tu
 }
 
 void bind_prompter(py::module_& m) {
+  py::class_<Guards>(m, "Guards")
+      .def(py::init([](bool spans, std::optional<double> max_growth, int64_t free_characters,
+                       bool cut, bool answered, bool echo) {
+             return Guards{spans, max_growth, free_characters, cut, answered, echo};
+           }),
+           py::kw_only(), py::arg("spans"), py::arg("max_growth"), py::arg("free_characters"),
+           py::arg("cut"), py::arg("answered"), py::arg("echo"));
+  m.def(
+      "broken_guard",
+      [](const std::string& prompt, const std::string& turn, const std::string& text, bool was_cut,
+         bool append, const std::string& before, const std::string& after, const Guards& guards) {
+        PromptFormat format;
+        format.append = append;
+        format.template_before = before;
+        format.template_after = after;
+        return std::string(
+            alignpro::prompter::broken_guard({prompt, turn, text, was_cut}, format, guards));
+      });
   m.def("prompter_turns",
         [](const std::string& adapter, const Messages& history, const std::string& last_turn) {
           const PromptFormat format = PromptFormat::of_run(adapter);
@@ -56,12 +77,16 @@ void bind_prompter(py::module_& m) {
           return turns;
         });
   py::class_<Prompter>(m, "Prompter")
-      .def(py::init([](const std::string& model, const std::string& adapter, int64_t context) {
-             const alignpro::PrompterOptions options{
-                 .threads = 1, .context_length = context, .kv_cache_bytes = int64_t{1} << 27};
+      .def(py::init([](const std::string& model, const std::string& adapter, int64_t context,
+                       std::optional<Guards> guards) {
+             const alignpro::PrompterOptions options{.threads = 1,
+                                                     .context_length = context,
+                                                     .kv_cache_bytes = int64_t{1} << 27,
+                                                     .guards = guards};
              return std::make_unique<Prompter>(model, adapter, options);
            }),
-           py::arg("model"), py::arg("adapter"), py::arg("context_length") = 0)
+           py::arg("model"), py::arg("adapter"), py::arg("context_length") = 0,
+           py::arg("guards") = std::nullopt)
       .def("rewrite", [](Prompter& self, const Messages& history, const std::string& last_turn,
                          uint64_t seed) {
         const py::gil_scoped_release released;

@@ -1,5 +1,5 @@
-// What the tokenizer is made of, on text from outside; ids are compared with Python's in
-// tests/prompter.
+// What tokenizer and guards are made of, on text from outside. Ids are compared with Python's in
+// tests/prompter, and guards in tests/test_guards.py.
 
 #include <string>
 #include <string_view>
@@ -7,6 +7,7 @@
 
 #include <doctest/doctest.h>
 #include "alignpro/core/utf8.h"
+#include "alignpro/prompter/guards.h"
 #include "alignpro/prompter/unicode.h"
 #include "alignpro/prompter/words.h"
 
@@ -60,4 +61,29 @@ TEST_CASE("words") {
         Words{"a", "Bc", "D", " ", "123", "4", " IT's", "/\n"});
   CHECK(split_words("", *gpt2).empty());
   CHECK(split_words("'", *qwen) == Words{"'"});
+}
+
+TEST_CASE("case is folded as Python folds it") {
+  CHECK(casefold(U"Stra\u00dfe \u0130\u03a3\u03c2 \u0100\u0101\u212a") ==
+        U"strasse i\u0307\u03c3\u03c3 \u0101\u0101k");
+  CHECK(casefold(U"\u0390") == U"\u03b9\u0308\u0301");
+}
+
+TEST_CASE("the first guard that is broken") {
+  PromptFormat format;
+  format.template_before = "Rewrite the request below.\n";
+  format.append = false;
+  const auto broken = [&](std::string_view prompt, std::string_view text, Guards guards = {}) {
+    return broken_guard({prompt, text, text, false}, format, guards);
+  };
+  CHECK(broken("Why?", "Explain why.").empty());
+  CHECK(broken("Why?", "rewrite THE request below. Why?") == "guard_echo");
+  CHECK(broken("Why?", "\"Sure! It is so.") == "guard_answered");
+  CHECK(broken("Why?", std::string(401, 'a')) == "guard_length");
+  CHECK(broken_guard({"Why?", "Tell", "Tell", true}, format, {}) == "guard_cut");
+  CHECK(broken("Write to ada@b.org", "Write to Ada.") == "guard_spans");
+  CHECK(broken("Add 2 and 3", "Sum 2 and 30") == "guard_spans");
+  Guards off;
+  off.spans = false;
+  CHECK(broken("Add 2 and 3", "Sum 2 and 30", off).empty());
 }

@@ -1,4 +1,4 @@
-"""The C++ prompter reads and writes what Python's does: conversations, and what is cut of them."""
+"""The C++ prompter reads, writes and uses what Python's does: conversations, and guards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import alignpro
-from alignpro.config import REWRITE, ModelConfig, Prompting
+from alignpro.config import REWRITE, GuardConfig, ModelConfig, Prompting
 from alignpro.models.native_model import load_model
 from alignpro.models.prompter_file import save_prompter
 from alignpro.native import ModelFileError
@@ -104,6 +104,25 @@ def test_a_history_is_cut_to_the_context(smollm2_path, save):
         last = "And then? " * 30 if prompter is ours else "And then?"
         with pytest.raises(ValueError, match=rf"prompt: .* exceed the context of {context} tokens"):
             prompter.rewrite(history, last, 0)
+
+
+def test_guards_decide_what_is_used(smollm2, save):
+    prompting = Prompting(mode="rewrite", template="Say it otherwise: {prompt}")
+    params = replace(REWRITE, max_new_tokens=6)
+    folder, testing, reasons = save(prompting, params), load_testing(), []
+    for changes in ({}, {"cut": False}, {"cut": False, "spans": False, "max_growth": 0.1}):
+        guards = GuardConfig(language=False, free_characters=9, **changes)
+        settings = {name: value for name, value in vars(guards).items() if name != "language"}
+        ours = testing.Prompter(str(smollm2.path), str(folder), guards=testing.Guards(**settings))
+        options = {"prompting": prompting, "params": params, "guards": guards}
+        with alignpro.Prompter(smollm2, folder, **options) as prompter:
+            for prompt in ("What is 12 times 7?", "Why?"):
+                expected = prompter.rewrite(prompt, seed=5)
+                got = ours.rewrite([], prompt, 5)
+                assert got[:2] == (expected.prompt, expected.text)
+                assert got[2:4] == (expected.applied, expected.reason)
+                reasons.append(expected.reason)
+    assert {"guard_cut", "guard_spans", "guard_length"} <= set(reasons)
 
 
 def test_what_is_no_conversation_is_refused(smollm2, save, tmp_path):

@@ -1,5 +1,6 @@
 """Writes unicode_tables.h from the tokenizers package: its classes are of a newer Unicode than
-those of Python's unicodedata, its normal forms of an older one, and both decide ids.
+those of Python's unicodedata, its normal forms of an older one, and both decide ids. How case is
+folded, which guards ask, is Python's.
 
 python src/alignpro/prompter/generate_unicode_tables.py > src/alignpro/prompter/unicode_tables.h
 """
@@ -72,9 +73,29 @@ def decompositions() -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     return pairs, others
 
 
+def folds() -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """(first, last, step, shift) of characters for which str.casefold has one other, and
+    (character, 3 of what it has, 0 where there are fewer). Of Unicode 3.2, on which every version
+    of Python agrees."""
+    known = (c for c in _EVERY if unicodedata.ucd_3_2_0.category(c) != "Cn")
+    ranges, long = [], []
+    for char in known:
+        code, folded = ord(char), [ord(c) for c in char.casefold()]
+        shift = folded[0] - code
+        if len(folded) > 1:
+            long.append((code, *folded, *[0] * (3 - len(folded))))
+        elif shift != 0:
+            first, last, step, same = ranges[-1] if ranges else (0, -9, 0, 0)
+            if shift == same and code - last in ((1, 2) if first == last else (step,)):
+                ranges[-1] = (first, code, code - last, shift)
+            else:
+                ranges.append((code, code, 1, shift))
+    return ranges, long
+
+
 def array(kind: str, name: str, rows: Sequence[tuple[int, ...]]) -> str:
     """A C++ array of rows of numbers."""
-    listed = ", ".join("{" + ",".join(f"0x{i:x}" for i in row) + "}" for row in rows)
+    listed = ", ".join("{" + ",".join(f"{i:#x}" for i in row) + "}" for row in rows)
     lines = textwrap.fill(listed, 96, initial_indent="    ", subsequent_indent="    ")
     return f"inline constexpr {kind} {name}[] = {{\n{lines}}};\n"
 
@@ -82,6 +103,7 @@ def array(kind: str, name: str, rows: Sequence[tuple[int, ...]]) -> str:
 def header() -> str:
     """The file."""
     pairs, others = decompositions()
+    ranges_of_folds, long_folds = folds()
     return (
         "#pragma once\n\n"
         "// Written by generate_unicode_tables.py, which says what the rows are.\n"
@@ -90,15 +112,20 @@ def header() -> str:
         "struct CodeRange {\n  char32_t first, last;\n};\n"
         "struct ClassRange {\n  char32_t first, last;\n  int combining_class;\n};\n"
         "struct CodePair {\n  char32_t composed, first, second;\n};\n"
-        "struct Decomposition {\n  char32_t code, parts[4];\n};\n\n// clang-format off\n"
+        "struct Decomposition {\n  char32_t code, parts[4];\n};\n"
+        "struct FoldRange {\n  char32_t first, last, step;\n  int shift;\n};\n"
+        "struct LongFold {\n  char32_t code, parts[3];\n};\n\n// clang-format off\n"
         + array("CodeRange", "kLetters", ranges(r"\p{L}"))
         + array("CodeRange", "kUppercase", ranges(r"[\p{Lu}\p{Lt}]"))
         + array("CodeRange", "kLowercase", ranges(r"\p{Ll}"))
         + array("CodeRange", "kMarks", ranges(r"\p{M}"))
         + array("CodeRange", "kNumbers", ranges(r"\p{N}"))
+        + array("CodeRange", "kDigits", ranges(r"\p{Nd}"))
         + array("ClassRange", "kClasses", combining_classes())
         + array("CodePair", "kPairs", pairs)
         + array("Decomposition", "kDecompositions", others)
+        + array("FoldRange", "kFolds", ranges_of_folds)
+        + array("LongFold", "kLongFolds", long_folds)
         + "// clang-format on\n\n}  // namespace alignpro::prompter\n"
     )
 

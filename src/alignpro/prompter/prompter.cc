@@ -50,7 +50,7 @@ uint64_t fresh_seed() {
 struct Prompter::State {
   State(const std::filesystem::path& path, const std::filesystem::path& adapter_folder,
         PromptFormat prompt_format, const PrompterOptions& options)
-      : format(std::move(prompt_format)), files(path), tokenizer(files) {
+      : format(std::move(prompt_format)), guards(options.guards), files(path), tokenizer(files) {
     const auto arithmetic = options.int8 ? ops::Arithmetic::kInt8 : ops::Arithmetic::kFloat32;
     model = model::Model::load(files, ops::make_cpu_device(options.threads, arithmetic),
                                options.context_length);
@@ -126,6 +126,7 @@ struct Prompter::State {
   }
 
   const PromptFormat format;
+  const std::optional<Guards> guards;
   const model::ModelFiles files;
   const prompter::Tokenizer tokenizer;
   std::shared_ptr<const model::Model> model;
@@ -204,6 +205,12 @@ Rewritten Prompter::rewrite(const Conversation& conversation,
   if (text.empty()) return result("empty", "", count);
   std::string asked = state.format.append ? cat(prompt, state.format.separator, text) : text;
   if (asked == prompt) return result("unchanged", std::move(text), count);
+  const bool was_cut = sequence->finish_reason() == FinishReason::kLength;
+  const std::string_view broken =
+      state.guards
+          ? prompter::broken_guard({prompt, asked, text, was_cut}, state.format, *state.guards)
+          : "";
+  if (!broken.empty()) return result(broken, std::move(text), count);
   Rewritten out = result("rewritten", std::move(text), count);
   out.prompt = std::move(asked);
   out.applied = true;

@@ -9,15 +9,17 @@
 #include <string_view>
 
 #include "alignpro/core/error.h"
+#include "alignpro/prompter/guards.h"
 #include "alignpro/prompter/prompt_format.h"
 
 namespace alignpro {
 
 struct PrompterOptions {
-  int threads = 0;             // 0: the CPU quota
-  int64_t context_length = 0;  // 0: the model's own
-  int64_t kv_cache_bytes = 0;  // 0: a quarter of the memory that is available
-  bool int8 = false;           // products of 8-bit integers, faster and less exact
+  int threads = 0;               // 0: the CPU quota
+  int64_t context_length = 0;    // 0: the model's own
+  int64_t kv_cache_bytes = 0;    // 0: a quarter of the memory that is available
+  bool int8 = false;             // products of 8-bit integers, faster and less exact
+  std::optional<Guards> guards;  // none: whatever was written is used
 };
 
 // What the target is to be asked, and why.
@@ -26,7 +28,7 @@ struct Rewritten {
   std::string text;    // what the prompter wrote; empty where it did not end
   bool applied = false;
   std::string_view reason;    // "rewritten"; else "deadline", "empty" (nothing was written),
-                              // "unchanged", or "error"
+                              // "unchanged", "guard_echo" and others (guards.h), or "error"
   std::string error;          // of the engine, where that is the reason
   double milliseconds = 0.0;  // since the call
   int64_t tokens = 0;         // that the prompter wrote

@@ -1,6 +1,7 @@
 #include "alignpro/prompter/unicode.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <iterator>
 #include <map>
 #include <utility>
@@ -17,9 +18,6 @@ const Row* find_range(const Row (&rows)[Size], char32_t code) {
   const Row* after = std::ranges::upper_bound(rows, code, {}, &Row::first);
   return after != rows && code <= std::prev(after)->last ? std::prev(after) : nullptr;
 }
-
-// Python counts the separators of files, groups, records and units as white space; \s does not.
-bool is_stripped(char32_t code) { return is_space(code) || (code >= 0x1c && code <= 0x1f); }
 
 // Hangul syllables are composed by arithmetic (The Unicode Standard, 3.12).
 constexpr char32_t kSyllables = 0xac00, kLeads = 0x1100, kVowels = 0x1161, kTails = 0x11a7;
@@ -89,6 +87,38 @@ bool is_space(char32_t code) {
          code == 0x202f || code == 0x205f || code == 0x3000;
 }
 
+// Python counts the separators of files, groups, records and units as well.
+bool is_stripped(char32_t code) { return is_space(code) || (code >= 0x1c && code <= 0x1f); }
+
+bool is_digit(char32_t code) { return find_range(kDigits, code) != nullptr; }
+
+std::u32string code_points(std::string_view text) {
+  std::u32string out;
+  while (!text.empty()) {
+    const Decoded next = decode_utf8(text);
+    out += next.code;
+    text.remove_prefix(next.bytes);
+  }
+  return out;
+}
+
+std::u32string casefold(std::u32string_view text) {
+  std::u32string out;
+  for (const char32_t code : text) {
+    if (const auto row = std::ranges::lower_bound(kLongFolds, code, {}, &LongFold::code);
+        row != std::end(kLongFolds) && row->code == code) {
+      for (const char32_t part : row->parts) {
+        if (part != 0) out += part;
+      }
+      continue;
+    }
+    const FoldRange* range = find_range(kFolds, code);
+    const bool folds = range != nullptr && (code - range->first) % range->step == 0;
+    out += folds ? static_cast<char32_t>(static_cast<int64_t>(code) + range->shift) : code;
+  }
+  return out;
+}
+
 std::string replace_invalid_utf8(std::string_view text) {
   std::string out;
   while (!text.empty()) {
@@ -104,11 +134,7 @@ std::string to_nfc(std::string_view text) {
   const auto is_below = [](char byte) { return static_cast<unsigned char>(byte) < 0xcc; };
   if (std::ranges::all_of(text, is_below)) return std::string(text);
   std::u32string apart;
-  for (size_t at = 0; at < text.size();) {
-    const Decoded next = decode_utf8(text.substr(at));
-    decompose(next.code, &apart);
-    at += next.bytes;
-  }
+  for (const char32_t code : code_points(text)) decompose(code, &apart);
   for (auto begin = apart.begin(); begin != apart.end();) {
     const auto end = std::find_if(begin, apart.end(), [](char32_t c) { return class_of(c) == 0; });
     std::ranges::stable_sort(begin, end, {}, class_of);

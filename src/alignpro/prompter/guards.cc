@@ -1,0 +1,318 @@
+// Python's expressions (guards.py), written out: each function says which one it matches.
+
+#include "alignpro/prompter/guards.h"
+
+#include <algorithm>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "alignpro/prompter/unicode.h"
+
+namespace alignpro::prompter {
+namespace {
+
+using Text = std::u32string_view;
+
+bool is_word(char32_t code) { return is_letter(code) || is_number(code) || code == '_'; }
+
+bool is_one_of(Text codes, char32_t code) { return codes.find(code) != codes.npos; }
+
+Text stripped(Text text) {
+  while (!text.empty() && is_stripped(text.front())) text.remove_prefix(1);
+  while (!text.empty() && is_stripped(text.back())) text.remove_suffix(1);
+  return text;
+}
+
+// The letter of ASCII that a character matches under re.IGNORECASE; other characters as they are.
+char32_t ignoring_case(char32_t code) {
+  if (code >= 'A' && code <= 'Z') return code + 32;
+  if (code == 0x130 || code == 0x131) return 'i';
+  if (code == 0x17f) return 's';
+  return code == 0x212a ? 'k' : code;
+}
+
+// The end of a literal at `at`, in any case; 0 where it does not stand there.
+size_t literal_end(Text text, size_t at, std::string_view literal) {
+  if (text.size() - at < literal.size()) return 0;
+  for (size_t i = 0; i < literal.size(); ++i) {
+    if (ignoring_case(text[at + i]) != static_cast<unsigned char>(literal[i])) return 0;
+  }
+  return at + literal.size();
+}
+
+// Of a literal that ends a word: literal\b.
+size_t word_end(Text text, size_t at, std::string_view literal) {
+  const size_t end = literal_end(text, at, literal);
+  return end < text.size() && is_word(text[end]) ? 0 : end;
+}
+
+// --- verbatim spans ---
+
+struct Match {
+  size_t end = 0;  // 0: none
+  Text span;
+};
+
+// \[protected\](.*?)\[/protected\]
+Match protected_at(Text text, size_t at) {
+  const size_t begin = literal_end(text, at, "[protected]");
+  for (size_t end = begin; begin > 0 && end < text.size(); ++end) {
+    if (const size_t after = literal_end(text, end, "[/protected]"); after > 0) {
+      return {after, text.substr(begin, end - begin)};
+    }
+  }
+  return {};
+}
+
+// ```[^\n`]*\n(.*?)```
+Match fence_at(Text text, size_t at) {
+  if (!text.substr(at).starts_with(U"```")) return {};
+  const size_t line_end = text.find_first_of(U"`\n", at + 3);
+  if (line_end == text.npos || text[line_end] != '\n') return {};
+  const size_t end = text.find(U"```", line_end + 1);
+  if (end == text.npos) return {};
+  return {end + 3, text.substr(line_end + 1, end - line_end - 1)};
+}
+
+// (?<!`)`([^`\n]+)`(?!`)
+Match code_at(Text text, size_t at) {
+  if (text[at] != '`' || (at > 0 && text[at - 1] == '`')) return {};
+  const size_t end = text.find_first_of(U"`\n", at + 1);
+  if (end == text.npos || end == at + 1 || text[end] == '\n') return {};
+  if (end + 1 < text.size() && text[end + 1] == '`') return {};
+  return {end + 1, text.substr(at + 1, end - at - 1)};
+}
+
+// (?:https?://|www\.)[^\s<>"'`)\]}]+
+Match link_at(Text text, size_t at) {
+  for (const Text begin : {Text(U"https://"), Text(U"http://"), Text(U"www.")}) {
+    if (!text.substr(at).starts_with(begin)) continue;
+    size_t end = at + begin.size();
+    while (end < text.size() && !is_stripped(text[end]) && !is_one_of(U"<>\"'`)]}", text[end])) {
+      ++end;
+    }
+    if (end == at + begin.size()) continue;
+    const Text link = text.substr(at, end - at);
+    return {end, link.substr(0, link.find_last_not_of(U".,;:!?") + 1)};
+  }
+  return {};
+}
+
+// [\w.+-]+@[\w-]+\.[\w.-]*\w, where none was found since `from`.
+Match mail_at(Text text, size_t at, size_t from) {
+  const auto run_end = [&](size_t i, Text beside) {
+    while (i < text.size() && (is_word(text[i]) || is_one_of(beside, text[i]))) ++i;
+    return i;
+  };
+  const size_t end = text.size();
+  // Where the beginning of a run is that of no address, the rest is neither: one scan for each run.
+  if (at > from && (is_word(text[at - 1]) || is_one_of(U".+-", text[at - 1]))) return {};
+  const size_t sign = run_end(at, U".+-");
+  if (sign == at || sign == end || text[sign] != '@') return {};
+  const size_t point = run_end(sign + 1, U"-");
+  if (point == sign + 1 || point == end || text[point] != '.') return {};
+  size_t last = run_end(point + 1, U".-");
+  while (last > point + 1 && !is_word(text[last - 1])) --last;
+  if (last == point + 1) return {};
+  return {last, text.substr(at, last - at)};
+}
+
+// "([^"\n]{2,})" and other marks; of guillemets «\s*([^»\n]{2,}?)\s*».
+Match quoted_at(Text text, size_t at) {
+  const auto up_to = [&](Text ends) -> Match {
+    const size_t end = text.find_first_of(ends, at + 1);
+    if (end == text.npos || text[end] == '\n' || end < at + 3) return {};
+    return {end + 1, text.substr(at + 1, end - at - 1)};
+  };
+  if (text[at] == '"') return up_to(U"\"\n");
+  if (text[at] == 0x201c) return up_to(U"\u201d\n");
+  if (text[at] == 0x201e) return up_to(U"\u201c\u201d\n");
+  const size_t end = text[at] == 0xab ? text.find(char32_t{0xbb}, at + 1) : text.npos;
+  if (end == text.npos) return {};
+  const Text span = stripped(text.substr(at + 1, end - at - 1));
+  if (span.empty() || is_one_of(span, '\n')) return {};
+  // One character needs white space of its own line at one side, which makes two.
+  const size_t begin = static_cast<size_t>(span.data() - text.data()), after = begin + span.size();
+  const bool is_wide = span.size() > 1 || (after < end && text[after] != '\n') ||
+                       (begin > at + 1 && text[begin - 1] != '\n');
+  return is_wide ? Match{end + 1, span} : Match{};
+}
+
+// What matches, from the left and without overlaps, stripped.
+template <typename MatchAt>
+void find_all(Text text, MatchAt match_at, std::vector<Text>* out) {
+  size_t from = 0;  // the end of the last match
+  for (size_t at = 0; at < text.size();) {
+    const Match match = match_at(text, at, from);
+    if (match.end == 0) {
+      ++at;
+      continue;
+    }
+    if (const Text span = stripped(match.span); !span.empty()) out->push_back(span);
+    at = from = match.end;
+  }
+}
+
+std::vector<Text> verbatim_spans(Text text) {
+  std::vector<Text> out;
+  for (const auto match_at : {protected_at, fence_at, code_at, quoted_at}) {
+    find_all(text, [&](Text t, size_t at, size_t) { return match_at(t, at); }, &out);
+  }
+  const auto address_at = [](Text t, size_t at, size_t from) {
+    const Match link = link_at(t, at);
+    return link.end > 0 ? link : mail_at(t, at, from);
+  };
+  find_all(text, address_at, &out);
+  return out;
+}
+
+// (?<![\w.,])[-+\u2212]?\d+(?:[.,:/]\d+)*(?:[eE][-+]?\d+)?%?
+std::set<Text> numbers(Text text) {
+  const auto is = [&](size_t i, Text codes) {
+    return i < text.size() && is_one_of(codes, text[i]);
+  };
+  const auto digits_end = [&](size_t i) {
+    while (i < text.size() && is_digit(text[i])) ++i;
+    return i;
+  };
+  std::set<Text> out;
+  for (size_t at = 0; at < text.size();) {
+    const bool is_within = at > 0 && (is_word(text[at - 1]) || is(at - 1, U".,"));
+    const size_t first = is(at, U"-+\u2212") ? at + 1 : at;
+    size_t end = is_within ? first : digits_end(first);
+    if (end == first) {
+      ++at;
+      continue;
+    }
+    while (is(end, U".,:/") && digits_end(end + 1) > end + 1) end = digits_end(end + 1);
+    if (is(end, U"eE")) {
+      const size_t power = is(end + 1, U"-+") ? end + 2 : end + 1;
+      if (digits_end(power) > power) end = digits_end(power);
+    }
+    if (is(end, U"%")) ++end;
+    out.insert(text.substr(at, end - at));
+    at = end;
+  }
+  return out;
+}
+
+bool loses_spans(Text prompt, Text turn) {
+  if (turn.find(prompt) != turn.npos) return false;  // append, and whatever keeps all of it
+  const auto is_lost = [&](Text span) { return turn.find(span) == turn.npos; };
+  return std::ranges::any_of(verbatim_spans(prompt), is_lost) ||
+         !std::ranges::includes(numbers(turn), numbers(prompt));
+}
+
+// --- an answer instead of a rewrite ---
+
+bool is_answer(Text text, Text prompt) {
+  const size_t begin = text.find_first_not_of(U" \n\t\"'*");
+  if (begin == text.npos) return false;
+  size_t end = literal_end(text, begin, "answer:");
+  for (const char* word :
+       {"sure", "certainly", "of course", "absolutely", "yes", "no", "okay", "great question"}) {
+    const size_t after = literal_end(text, begin, word);
+    if (after > 0 && after < text.size() && is_one_of(U",!.:", text[after])) end = after + 1;
+  }
+  for (const char* words : {"here's",
+                            "here is",
+                            "here are",
+                            "as an ai",
+                            "i'm sorry",
+                            "i'm an ai",
+                            "i'm happy to",
+                            "i am sorry",
+                            "i am an ai",
+                            "i am happy to",
+                            "i can't",
+                            "i cannot",
+                            "the answer is",
+                            "the answer to",
+                            "the correct answer is",
+                            "the correct answer to",
+                            "the final answer is",
+                            "the final answer to",
+                            "to answer this",
+                            "to answer your",
+                            "in conclusion",
+                            "there you go"}) {
+    end = std::max(end, word_end(text, begin, words));
+  }
+  return end > 0 && casefold(prompt).find(casefold(text.substr(begin, end - begin))) == Text::npos;
+}
+
+// --- the template, or a chat's markers, in the rewrite ---
+
+// <\|[a-z_]+\|>|\[/?INST\]|<</?SYS>>|^#{2,} ?(?:instruction|response|input)\b
+// |^(?:user|assistant|system|human): , by lines
+size_t marker_end(Text text, size_t at) {
+  if (const size_t begin = literal_end(text, at, "<|"); begin > 0) {
+    size_t end = begin;
+    const auto is_name = [](char32_t c) { return (c >= 'a' && c <= 'z') || c == '_'; };
+    while (end < text.size() && is_name(ignoring_case(text[end]))) ++end;
+    const size_t after = end > begin ? literal_end(text, end, "|>") : 0;
+    if (after > 0) return after;
+  }
+  for (const char* tag : {"[inst]", "[/inst]", "<<sys>>", "<</sys>>"}) {
+    if (const size_t end = literal_end(text, at, tag); end > 0) return end;
+  }
+  if (at > 0 && text[at - 1] != '\n') return 0;
+  size_t word = std::min(text.find_first_not_of('#', at), text.size());
+  if (word >= at + 2) {
+    if (word < text.size() && text[word] == ' ') ++word;
+    for (const char* title : {"instruction", "response", "input"}) {
+      if (const size_t end = word_end(text, word, title); end > 0) return end;
+    }
+  }
+  for (const char* role : {"user: ", "assistant: ", "system: ", "human: "}) {
+    if (const size_t end = literal_end(text, at, role); end > 0) return end;
+  }
+  return 0;
+}
+
+bool echoes(Text text, Text prompt, const PromptFormat& format) {
+  constexpr size_t kShortest = 12;  // characters of a template's line; shorter ones are words
+  const std::u32string folded_text = casefold(text), folded_prompt = casefold(prompt);
+  const auto is_new = [&](Text part) { return folded_prompt.find(part) == Text::npos; };
+  for (size_t at = 0; at < text.size(); ++at) {
+    const size_t end = marker_end(text, at);
+    if (end == 0) continue;
+    if (is_new(casefold(text.substr(at, end - at)))) return true;
+    break;  // the first one alone is looked at
+  }
+  for (const std::string& side : {format.template_before, format.template_after}) {
+    const std::u32string lines = code_points(side);
+    for (Text left = lines; !left.empty();) {
+      const size_t end = std::min(left.find('\n'), left.size());
+      const std::u32string line = casefold(stripped(left.substr(0, end)));
+      left.remove_prefix(std::min(end + 1, left.size()));
+      if (line.size() >= kShortest && folded_text.find(line) != Text::npos && is_new(line)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+std::string_view broken_guard(const Candidate& candidate, const PromptFormat& format,
+                              const Guards& guards) {
+  const std::u32string prompt = code_points(candidate.prompt), turn = code_points(candidate.turn),
+                       text = code_points(candidate.text);
+  const auto is_too_long = [&] {
+    const auto most = std::max(static_cast<double>(guards.free_characters),
+                               *guards.max_growth * static_cast<double>(prompt.size()));
+    return static_cast<double>(text.size()) > most;
+  };
+  if (guards.echo && echoes(text, prompt, format)) return "guard_echo";
+  if (guards.answered && is_answer(text, prompt)) return "guard_answered";
+  if (guards.max_growth && is_too_long()) return "guard_length";
+  // An instruction behind a whole prompt may end early; a prompt may not.
+  if (guards.cut && candidate.was_cut && !format.append) return "guard_cut";
+  if (guards.spans && loses_spans(prompt, turn)) return "guard_spans";
+  return {};
+}
+
+}  // namespace alignpro::prompter
