@@ -14,6 +14,7 @@
 
 #include "alignpro/prompter/guards.h"
 #include "alignpro/prompter/prompter.h"
+#include "alignpro/prompter/reasoning.h"
 #include "alignpro/prompter/tokenizer.h"
 #include "bindings/bind.h"
 #include "cuda_ops.h"
@@ -48,6 +49,9 @@ Conversation conversation_of(const Messages& history, const std::string& last_tu
 }
 
 void bind_prompter(py::module_& m) {
+  m.def("answer_of", [](const std::string& text, const std::string& prompt) {
+    return std::string(alignpro::prompter::answer_of(text, prompt));
+  });
   py::class_<Guards>(m, "Guards")
       .def(py::init([](bool spans, std::optional<double> max_growth, int64_t free_characters,
                        bool cut, bool answered, bool echo) {

@@ -12,6 +12,7 @@ from alignpro.models.reasoning import AnswerStream, no_answer, open_block, split
 from alignpro.pipeline import Pipeline
 from alignpro.types import SamplingParams
 from scripted_model import scripted_model
+from testing_extension import load_testing
 
 OPENED = "<|assistant|>\n<think>\n"
 
@@ -65,6 +66,15 @@ def test_in_pieces_it_is_the_same_answer(pieces, prompt):
         return
     # What is held back at the end may still become a tag.
     assert sent == (answer or "") or (not sent and "<think>".startswith(text.strip()))
+
+
+@given(
+    pieces=st.lists(st.sampled_from([*PIECES, "[/THINK]", "\x1c", "<seed:think>"]), max_size=9),
+    prompt=st.sampled_from(["user", OPENED, "a[THINK] \n", "", "<think>\n\n</think>\n\n"]),
+)
+def test_cpp_finds_the_same_answer(pieces, prompt):
+    text = "".join(pieces)
+    assert load_testing().answer_of(text, prompt) == (split_reasoning(text, prompt)[0] or "")
 
 
 # --- a model that thinks ---

@@ -106,6 +106,17 @@ def test_a_history_is_cut_to_the_context(smollm2_path, save):
             prompter.rewrite(history, last, 0)
 
 
+def test_what_is_reasoning_alone_is_no_rewrite(smollm2, smollm2_path, tmp_path):
+    template = smollm2.tokenizer.chat_templates["default"] + "<think>\n"
+    thinker = load_model(ModelConfig(str(smollm2_path), chat_template=template))
+    save_prompter(tmp_path, lora(thinker), thinker.tokenizer, Prompting(), REWRITE)
+    with alignpro.Prompter(thinker, tmp_path) as prompter:
+        expected = prompter.rewrite("Why?", seed=0)
+    assert (expected.reason, expected.tokens > 0) == ("empty", True)
+    got = load_testing().Prompter(str(smollm2_path), str(tmp_path)).rewrite([], "Why?", 0)
+    assert got == ("Why?", "", False, "empty", expected.tokens)
+
+
 def test_guards_decide_what_is_used(smollm2, save):
     prompting = Prompting(mode="rewrite", template="Say it otherwise: {prompt}")
     params = replace(REWRITE, max_new_tokens=6)

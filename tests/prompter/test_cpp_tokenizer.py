@@ -25,7 +25,8 @@ KINDS = [{"rule": rule} for rule in RULES] + [
     {"sentencepiece": True, "add_space_prefix": False},
     {"sentencepiece": True, "architecture": "phi3"},
 ]
-CONTROL, PLAIN = ["<|im_start|>", "<|im_end|>", "</s>"], ["<think>", "   ", "ab c", "▁▁"]
+CONTROL = ["<|im_start|>", "<|im_end|>", "[THINK]", "</s>"]
+PLAIN = ["<think>", "   ", "ab c", "▁▁"]
 TEMPLATE = "<|im_start|>\n{{ messages[0]['content'] }}<|im_end|>\n"
 # What the expressions tell apart, and what only looks like it.
 COMPOSED = "e\u0327\u0301\u1100\u1161\u11a8\uac00\u212b\u0344\u0958"
@@ -80,7 +81,7 @@ def write_vocabulary(
         writer.add_token_merges(merges)
     tokens += [*CONTROL, *PLAIN]
     writer.add_token_list(tokens)
-    writer.add_token_types([*types, 3, 3, 1, *(4 for _ in PLAIN)])
+    writer.add_token_types([*types, 3, 3, 3, 1, *(4 for _ in PLAIN)])
     writer.add_eos_token_id(tokens.index("</s>"))  # typed as an ordinary token
     writer.add_chat_template(TEMPLATE)
     writer.write_header_to_file()
@@ -110,6 +111,13 @@ def check(both, text: str) -> None:
 @given(text=TEXT)
 def test_any_text(both, text):
     check(both, text)
+
+
+def test_bytes_of_every_token(both):
+    ours, python = both
+    expected = python.token_bytes()
+    assert [ours.join_bytes([i]) for i in range(len(expected))] == expected
+    assert b"[THINK]" in expected and b"<|im_end|>" not in expected
 
 
 def test_shipped_prompts_and_long_words(both):

@@ -16,6 +16,7 @@
 #include "alignpro/model/model_files.h"
 #include "alignpro/model/peft_adapter.h"
 #include "alignpro/ops/cpu_ops.h"
+#include "alignpro/prompter/reasoning.h"
 #include "alignpro/prompter/tokenizer.h"
 #include "alignpro/prompter/unicode.h"
 
@@ -115,14 +116,17 @@ struct Prompter::State {
     return tokens;
   }
 
-  std::string text_of(const engine::Sequence& sequence) const {
+  // What it wrote behind a prompt, without a block of reasoning.
+  std::string text_of(const engine::Sequence& sequence, std::string_view prompt) const {
     std::vector<int32_t> tokens = sequence.read(0).tokens;
     const auto stop = sequence.stop_match();
     const bool ended_by_id = sequence.finish_reason() == FinishReason::kStop && !stop;
     if (ended_by_id) tokens.pop_back();
     std::string bytes = tokenizer.join_bytes(tokens);
     if (stop) bytes.resize(static_cast<size_t>(stop->begin));
-    return std::string(prompter::strip(prompter::replace_invalid_utf8(bytes)));
+    const std::string text = prompter::replace_invalid_utf8(bytes);
+    const std::string read = cat(prompt, format.template_after, format.chat_after);
+    return std::string(prompter::strip(prompter::answer_of(text, read)));
   }
 
   const PromptFormat format;
@@ -201,7 +205,7 @@ Rewritten Prompter::rewrite(const Conversation& conversation,
     return out;
   }
   const size_t count = sequence->read(0).tokens.size();
-  std::string text = state.text_of(*sequence);
+  std::string text = state.text_of(*sequence, prompt);
   if (text.empty()) return result("empty", "", count);
   std::string asked = state.format.append ? cat(prompt, state.format.separator, text) : text;
   if (asked == prompt) return result("unchanged", std::move(text), count);

@@ -12,6 +12,7 @@
 #include "alignpro/core/utf8.h"
 #include "alignpro/io/gguf.h"
 #include "alignpro/model/end_of_text.h"
+#include "alignpro/prompter/reasoning.h"
 #include "alignpro/prompter/unicode.h"
 
 namespace alignpro::prompter {
@@ -251,7 +252,8 @@ Tokenizer::Listed Tokenizer::add_tokens(const model::ModelFiles& files) {
     const bool special = type != kUserDefined || is_end;
     added_[static_cast<unsigned char>(text[0])].push_back(
         {text, id, special || is_marker(text), is_phi3 && is_phi3_marker(text, type)});
-    pieces_[i] = special ? "" : rule_ ? text : bytes_of(text);
+    const bool is_hidden = special && !is_reasoning_tag(text);
+    pieces_[i] = is_hidden ? "" : rule_ ? text : bytes_of(text);
   }
   for (std::vector<Added>& group : added_) {
     std::ranges::stable_sort(group, std::greater(), [](const Added& a) { return a.text.size(); });
