@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import alignpro
 from alignpro.config import GuardConfig, Prompting
-from alignpro.guards import Candidate, broken_guard, language, numbers, script
+from alignpro.guards import Candidate, broken_guard, language, numbers, script, verbatim_spans
 from testing_extension import load_testing
 
 REWRITE = Prompting(mode="rewrite", template="Rewrite the request below clearly.\n\n{prompt}")
@@ -245,28 +247,24 @@ PARTS = st.sampled_from(
 MIXED = st.lists(PARTS, max_size=12).map("".join)
 
 
-@settings(max_examples=1000, deadline=None)
+ALONE = [replace(OFF, **{name: True}) for name in ("spans", "cut", "answered", "echo")]
+TOGETHER = [replace(OFF, max_growth=0.5, free_characters=9), GuardConfig(language=False)]
+
+
+@settings(max_examples=3000, deadline=None)
 @given(
     prompt=MIXED,
     parts=st.tuples(MIXED, MIXED),
     template=st.lists(PARTS | st.just("\n"), max_size=4).map("".join),
-    keeps=st.sampled_from(["none", "prompt", "some"]),
+    keeps=st.sampled_from(["nothing", "the end", "every span", "all but one"]),
     append=st.booleans(),
     was_cut=st.booleans(),
-    guards=st.builds(
-        GuardConfig,
-        spans=st.booleans(),
-        language=st.just(False),
-        max_growth=st.sampled_from([None, 0.5, 1.0]),
-        free_characters=st.sampled_from([0, 9]),
-        cut=st.booleans(),
-        answered=st.booleans(),
-        echo=st.booleans(),
-    ),
+    guards=st.sampled_from([ALONE[0], *ALONE, *TOGETHER]),
 )
 def test_cpp_says_what_python_says(prompt, parts, template, keeps, append, was_cut, guards):
-    kept = {"none": "", "prompt": prompt, "some": prompt[1:-1]}[keeps]
-    text = f"{parts[0]}{kept}{parts[1]}"
+    spans = [*verbatim_spans(prompt), *sorted(numbers(prompt))]
+    kept = {"nothing": [], "the end": [prompt[1:]], "every span": spans, "all but one": spans[1:]}
+    text = " ".join([parts[0], *kept[keeps], parts[1]])
     prompting = Prompting(mode="append" if append else "rewrite", template=template + "{prompt}")
     candidate = Candidate(prompt, text, text, was_cut)
     assert in_cpp(candidate, prompting, guards) == broken_guard(candidate, prompting, guards)

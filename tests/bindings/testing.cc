@@ -16,6 +16,7 @@
 #include "alignpro/prompter/prompter.h"
 #include "alignpro/prompter/reasoning.h"
 #include "alignpro/prompter/tokenizer.h"
+#include "alignpro/prompter/words.h"
 #include "bindings/bind.h"
 #include "cuda_ops.h"
 
@@ -40,6 +41,10 @@ void bind_tokenizer(py::module_& m) {
       .def("join_bytes", [](const Tokenizer& self, const std::vector<int32_t>& tokens) {
         return py::bytes(self.join_bytes(tokens));
       });
+  m.def("split_words", [](const std::string& text, const std::string& rule) {
+    const auto words = split_words(text, *alignpro::prompter::find_word_rule(rule));
+    return std::vector<std::string>(words.begin(), words.end());
+  });
 }
 
 Conversation conversation_of(const Messages& history, const std::string& last_turn) {

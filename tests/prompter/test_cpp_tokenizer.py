@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Trained
 from tokenizers import models, pre_tokenizers, trainers
 
+from alignpro.models.pre_tokenizer import named_rule
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.native import ModelFileError, core
 from real_vocabularies import real_vocabulary, texts_and_ids
@@ -33,6 +34,7 @@ COMPOSED = "e\u0327\u0301\u1100\u1161\u11a8\uac00\u212b\u0344\u0958"
 MIXED = "aZ \xe9'\u017f\n\r\t 1\u0663\xbd\u3000\xa0\x85\x1c.!<_\u0301\u200b\u4e2d\U0001f642"
 PIECES = [*CONTROL, *PLAIN, "im_end|>", "'ll", "'Ve", " 12345 ", "<unk>", "<0x0A>", "\u01c5B/\n"]
 TELLING = st.sampled_from([*MIXED, *COMPOSED, *"sStTmMdDlLvVeErR", *PIECES])
+LETTERS = st.sampled_from([*"abAB中\u01c5\u02b0\u0301'/", "'s"])  # of every case, and of none
 TEXT = st.lists(TELLING | st.characters(exclude_categories=["Cs"]), max_size=24).map("".join)
 SHIPPED = ROOT / "python/alignpro/data/everyday_prompts.jsonl"
 EVERYDAY = [json.loads(line)["prompt"] for line in SHIPPED.read_text("utf-8").splitlines()]
@@ -65,8 +67,8 @@ def write_vocabulary(
         bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
         tokens = ["<unk>", *(token for token in bytes_ if token != left_out), *pieces]
         types = [2] + [6] * (len(tokens) - 1 - len(pieces)) + [1] * len(pieces)
-        # Scores are not in the order of the ids, and some are equal.
-        ranked = [-float((i * 7 if i % 5 else i) // 3) for i in range(len(pieces))]
+        # Scores are not in the order of the ids, and many are equal.
+        ranked = [-float((i * 7 if i % 5 else i) // 400) for i in range(len(pieces))]
         around = [0.0] * (len(tokens) - len(pieces)), [0.0] * len([*CONTROL, *PLAIN])
         writer.add_token_scores(scores or [*around[0], *ranked, *around[1]])
         writer.add_unk_token_id(0)
@@ -111,6 +113,20 @@ def check(both, text: str) -> None:
 @given(text=TEXT)
 def test_any_text(both, text):
     check(both, text)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_words(rule):
+    """Merges hardly ever tell where a word of strange letters ends."""
+    split_words, python = load_testing().split_words, named_rule(rule).pre_tokenizer()
+
+    @settings(max_examples=400, deadline=None)
+    @given(text=st.lists(TELLING | LETTERS, max_size=16).map("".join))
+    def check(text):
+        words = [text[begin:end] for _, (begin, end) in python.pre_tokenize_str(text)]
+        assert split_words(text, rule) == words
+
+    check()
 
 
 def test_bytes_of_every_token(both):
