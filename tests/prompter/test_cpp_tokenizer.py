@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Trained
 from tokenizers import models, pre_tokenizers, trainers
 
+import alignpro
+from alignpro.config import REWRITE, Prompting
+from alignpro.models.native_model import load_model
 from alignpro.models.pre_tokenizer import named_rule
+from alignpro.models.prompter_file import save_prompter
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.native import ModelFileError, core
+from native_runs import lora
 from real_vocabularies import real_vocabulary, texts_and_ids
 from testing_extension import load_testing
 
@@ -48,6 +55,24 @@ def trained_on_the_prompts(words: pre_tokenizers.PreTokenizer, alphabet: list[st
     return json.loads(trained.to_str())["model"]
 
 
+def add_layer(writer: gguf.GGUFWriter, vocab_size: int, hidden: int) -> None:
+    writer.add_context_length(512)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    draw = np.random.default_rng(0)
+    for name in ("token_embd", "output"):
+        weight = draw.normal(size=(vocab_size, hidden)) / hidden**0.5
+        writer.add_tensor(f"{name}.weight", weight.astype("f4"))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        weight = draw.normal(size=(hidden, hidden)) / hidden**0.5
+        writer.add_tensor(f"blk.0.{name}.weight", weight.astype("f4"))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(hidden, "f4"))
+
+
 def write_vocabulary(
     path: Path,
     rule: str = "gpt-2",
@@ -58,8 +83,9 @@ def write_vocabulary(
     add_space_prefix: bool = True,
     left_out: str = "",
     scores: list[float] | None = None,
+    hidden: int = 0,
 ) -> Path:
-    """A GGUF file with a tokenizer alone."""
+    """A GGUF file with a tokenizer, and a model of one random layer where it is ``hidden`` wide."""
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_tokenizer_model(kind or ("llama" if sentencepiece else "gpt2"))
     if sentencepiece:
@@ -86,6 +112,8 @@ def write_vocabulary(
     writer.add_token_types([*types, 3, 3, 3, 1, *(4 for _ in PLAIN)])
     writer.add_eos_token_id(tokens.index("</s>"))  # typed as an ordinary token
     writer.add_chat_template(TEMPLATE)
+    if hidden:
+        add_layer(writer, len(tokens), hidden)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -163,6 +191,24 @@ def test_a_real_sentencepiece_vocabulary(caplog):
     lines = [line for path in ROOT.rglob("src/**/*.cc") for line in path.open(encoding="utf-8")]
     for text in [*EVERYDAY, *lines[::9], "x<|end|> \n\ty", "a" * 5000, " " * 999 + "x"]:
         check(both, text)
+
+
+@pytest.mark.parametrize("add_space_prefix", [True, False])
+def test_a_prompter_writes_with_it_what_python_writes(tmp_path, add_space_prefix):
+    file = tmp_path / "model.gguf"
+    write_vocabulary(file, sentencepiece=True, add_space_prefix=add_space_prefix, hidden=32)
+    model, params = load_model(file, threads=1), replace(REWRITE, stop=("er", " a"))
+    save_prompter(tmp_path, lora(model), model.tokenizer, Prompting(), params)
+    ours = load_testing().Prompter(str(file), str(tmp_path))
+    texts = set()
+    with alignpro.Prompter(model, tmp_path, params=params) as prompter:
+        for seed in range(20):
+            expected = prompter.rewrite("How do bees fly?", seed=seed)
+            got = ours.rewrite([], "How do bees fly?", seed)
+            assert got[:2] == (expected.prompt, expected.text)
+            assert got[2:] == (expected.applied, expected.reason, expected.tokens)
+            texts.add(expected.text)
+    assert len(texts) > 15
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path):
