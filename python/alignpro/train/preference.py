@@ -89,16 +89,17 @@ def encode_preference(
     rows: SoftRows | None = None,
 ) -> TokenPair:
     """end: what ends an answer (`end_of_turn`). rows: of the policy."""
-    tokenizer = model.tokenizer
-    written = [[*tokenizer.encode(text.strip()), end] for text in (row.chosen, row.rejected)]
-    most = model.context_length - max(map(len, written))  # both answers behind the same history
+    tokenizer, most = model.tokenizer, model.context_length
+    texts = (row.chosen.strip(), row.rejected.strip())
+    written = [[*tokenizer.encode(text, most=most), end] for text in texts]
+    longest = max(map(len, written))  # both answers behind the same history
 
     def behind(prompt: Prompt) -> tuple[Example, Example]:
         if config.policy == "target":
-            read = target_tokens(tokenizer, prompt, rows)
+            read = target_tokens(tokenizer, prompt, rows, most)
         else:
             asked = Conversation.of(prompt)
-            read = prompter_tokens(tokenizer, config.prompting, asked, most, rows)
+            read = prompter_tokens(tokenizer, config.prompting, asked, most, longest, rows)
         chosen, rejected = (Example([*read, *tokens], len(read)) for tokens in written)
         return chosen, rejected
 

@@ -19,7 +19,7 @@ from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import naming, prompter_tokens
 from alignpro.models.reasoning import open_block
 from alignpro.models.soft_prompt import SoftRows
-from alignpro.models.tokenizer import Tokenizer
+from alignpro.models.tokenizer import Tokenizer, count_words
 from alignpro.train.fit import Fit
 from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.policy import Policy
@@ -76,7 +76,7 @@ def check_example(model: NativeModel, example: Example) -> None:
 def over_context(model: NativeModel, example: Example) -> str | None:
     """Why the model's context does not hold it; None where it does."""
     length, limit = len(example.tokens), model.context_length
-    return f"{length} tokens exceed the context of {limit}" if length > limit else None
+    return f"{count_words(length, limit)} exceed the context of {limit}" if length > limit else None
 
 
 def fit_pairs(
@@ -185,8 +185,8 @@ def _encode_pair(
     rows: SoftRows | None,
 ) -> Example:
     conversation = Conversation.of(pair[0])
-    written = [*tokenizer.encode(pair[1].strip()), end]
-    read = prompter_tokens(tokenizer, prompting, conversation, limit - len(written), rows)
+    written = [*tokenizer.encode(pair[1].strip(), most=limit), end]
+    read = prompter_tokens(tokenizer, prompting, conversation, limit, len(written), rows)
     return Example(tokens=[*read, *written], start=len(read))
 
 
