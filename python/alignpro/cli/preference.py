@@ -12,6 +12,7 @@ import typer
 from alignpro.cli.shared import (
     AllowChanges,
     Config,
+    DryRun,
     Overrides,
     Overwrite,
     Resume,
@@ -21,6 +22,7 @@ from alignpro.cli.shared import (
     needs_torch,
     one_line_errors,
     read_settings,
+    say_memory,
     training_settings,
 )
 
@@ -38,10 +40,13 @@ def prefer(
     resume: Resume = False,
     overwrite: Overwrite = False,
     allow_changes: AllowChanges = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train on pairs of which one was preferred."""
     from alignpro.config import PreferConfig
 
+    if dry_run:
+        return say_memory("prefer", PreferConfig, config, overrides)
     options = training_settings(
         *("prefer", PreferConfig, config, overrides), resume=resume, overwrite=overwrite
     )

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -27,6 +27,9 @@ from alignpro.run_directory import (
     open_run_dir,
     run_of_config,
 )
+
+if TYPE_CHECKING:
+    from alignpro.config import PreferConfig, SftConfig
 
 # Exit codes. Not met: a difference between arms that --require asks for is not shown. Interrupted:
 # `exit_status`.
@@ -114,6 +117,9 @@ AllowChanges = Annotated[
         help="Resume although models, adapter, template or reward are others than the run began "
         "with.",
     ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print what the run would hold in memory, and stop.")
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run that is in the run directory.")
@@ -276,6 +282,24 @@ def training_settings(
     check_run_dir(options.run_dir, resume=resume, overwrite=overwrite)  # type: ignore[attr-defined]
     check_inputs(options, resume=resume)
     return options
+
+
+def say_memory(
+    command: str,
+    cls: type[SftConfig | PreferConfig],
+    config: Path | None,
+    overrides: list[str] | None,
+) -> None:
+    """The dry run of a fit to pairs."""
+    needs_torch(command)
+    options = read_settings(cls, config, overrides)
+    check_inputs(options, resume=True)
+    from rich.console import Console
+
+    from alignpro.price.fit import price_fit
+    from alignpro.price.tables import fit_tables
+
+    Console().print(fit_tables(price_fit(options)))
 
 
 def needs_torch(command: str) -> None:

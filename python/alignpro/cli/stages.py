@@ -14,6 +14,7 @@ from alignpro.cli.shared import (
     NOT_MET,
     AllowChanges,
     Config,
+    DryRun,
     ModelName,
     Output,
     Overrides,
@@ -28,6 +29,7 @@ from alignpro.cli.shared import (
     needs_torch,
     one_line_errors,
     read_settings,
+    say_memory,
     training_settings,
     write_json,
     writing,
@@ -103,10 +105,13 @@ def sft(
     resume: Resume = False,
     overwrite: Overwrite = False,
     allow_changes: AllowChanges = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Warm-start a prompter on (prompt, instruction) pairs."""
     from alignpro.config import SftConfig
 
+    if dry_run:
+        return say_memory("sft", SftConfig, config, overrides)
     options = training_settings(
         *("sft", SftConfig, config, overrides), resume=resume, overwrite=overwrite
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from alignpro.config import PreferConfig
 from alignpro.data.preferences import PreferenceRow
 from alignpro.lengths import fit_rows
-from alignpro.models.native_model import NativeModel
+from alignpro.models.language_model import Reads
 from alignpro.models.reading import naming, prompter_tokens, target_tokens
 from alignpro.models.soft_prompt import SoftRows
 from alignpro.objective import sum_per_sequence
@@ -68,21 +68,24 @@ def preference_fit(
 
 
 def fit_preferences(
-    policy: Policy, rows: Sequence[PreferenceRow], config: PreferConfig
+    model: Reads, pairs: Sequence[PreferenceRow], config: PreferConfig, rows: SoftRows | None = None
 ) -> list[PreferenceRow]:
-    """The pairs that the model's context holds, by ``config.on_too_long``. Raises as `fit_rows`."""
-    model, end = policy.model, end_of_turn(policy.model.tokenizer)
+    """The pairs that the model's context holds, by ``config.on_too_long``. rows: the policy's.
+
+    Raises as `fit_rows`.
+    """
+    end = end_of_turn(model.tokenizer)
 
     def unread(row: PreferenceRow) -> str | None:
-        pair = encode_preference(model, row, config, end, policy.rows)
+        pair = encode_preference(model, row, config, end, rows)
         reasons = (over_context(model, e) for e in (*pair.policy, *pair.reference))
         return next(filter(None, reasons), None)
 
-    return fit_rows(rows, unread, config.on_too_long).rows
+    return fit_rows(pairs, unread, config.on_too_long).rows
 
 
 def encode_preference(
-    model: NativeModel,
+    model: Reads,
     row: PreferenceRow,
     config: PreferConfig,
     end: int,

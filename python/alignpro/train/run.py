@@ -76,7 +76,7 @@ def run_sft(
     config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
     model = load_model(config.prompter, config.threads, date=config.date)
     policy, _ = fresh_policy(model, config)
-    fit = warm_start(policy, fit_pairs(policy, pairs, config), config)
+    fit = warm_start(policy, fit_pairs(model, pairs, config, policy.rows), config)
     made_from = fingerprints.of_models(model, None)
     columns = {"instruction": [pair.instruction for pair in pairs]}
     made_from["data"] = fingerprints.of_rows(
@@ -117,10 +117,10 @@ def run_prefer(
     policy, start = _policy(config, model, weights)
     fit = preference_fit(
         policy,
-        fit_preferences(policy, rows, config),
+        fit_preferences(model, rows, config, policy.rows),
         config,
         reference=start if reference is None else reference,
-        held_out=fit_preferences(policy, held_out, config) if held_out else (),
+        held_out=fit_preferences(model, held_out, config, policy.rows) if held_out else (),
     )
     roles = (None, model) if config.policy == "target" else (model, None)
     made_from = fingerprints.of_models(*roles)
