@@ -21,13 +21,15 @@ class FakeTokenizer:
     bos_id = None
     eos_ids = (EOS,)
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = False, most: int | None = None) -> list[int]:
         return [byte + 3 for byte in text.encode()]
 
     def decode(self, tokens: list[int], *, skip_special: bool = True) -> str:
         return bytes(token - 3 for token in tokens if token >= 3).decode(errors="replace")
 
-    def encode_chat(self, messages: Any, *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Any, *, add_generation_prompt: bool = True, most: int | None = None
+    ) -> list[int]:
         tokens = []
         for message in messages:
             if message is messages[-1] and message["role"] == "user":

@@ -401,6 +401,57 @@ def test_everything_that_stages_write_may_be_overwritten(quick, tiny, tmp_path):
     assert sorted(p.name for p in tiny.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train none.yaml", "none.yaml: expected a YAML file of settings"),
+        ("train bad.yaml", "bad.yaml: not YAML"),
+        ("train empty.yaml data=none.csv", "none.csv: there is no such file"),
+        ("train empty.yaml reward=none", "unknown reward 'none'"),
+        ("train empty.yaml prompter.model=none.gguf", "none.gguf: no such file or folder"),
+        ("train empty.yaml heldout.data=none.csv", "none.csv: there is no such file"),
+        ("train empty.yaml --resume", "no run to resume there"),
+        ("sft data=none.csv", "none.csv: there is no such file"),
+        ("sft stepz=2", 'unknown configuration key "stepz"'),
+        ("prefer data=none.csv", "none.csv: there is no such file"),
+        ("prefer run_dir=bad.yaml", "a file of that name is there"),
+        ("self-improve data=none.csv", "none.csv: there is no such file"),
+        ("self-improve calibrator=none", "unknown reward 'none'"),
+        ("quickstart train.data=none.csv", "none.csv: there is no such file"),
+        ("quickstart reward=none", "unknown reward 'none'"),
+        ("reward fit none.csv", "none.csv: there is no such file"),
+        ("evaluate data=none.csv", "none.csv: there is no such file"),
+        ("evaluate reward=2*none", "unknown reward 'none'"),
+        ("safety safety.harm=none", "unknown reward 'none'"),
+        ("headroom data=none.csv", "none.csv: there is no such file"),
+        ("bound target.model=none.gguf", "none.gguf: no such file or folder"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_heavy_is_imported(words, said, tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    code = (
+        f"import sys\nsys.argv = {['alignpro', *words.split()]!r}\n"
+        "from alignpro.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 2, end.code\n"
+        "heavy = {'numpy', 'tokenizers', 'rich', 'jinja2', 'torch', 'alignpro._core'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 0 and said in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == "[]\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.yaml", "empty.yaml"]
+
+
+@pytest.mark.parametrize("command", ["train", "prefer", "self-improve"])
+def test_a_model_that_takes_no_part_need_not_be_there(command, tiny, tmp_path):
+    file = tmp_path / "given.yaml"
+    file.write_text("prompter: {model: none.gguf}\npolicy: target\ndata: none.csv\n")
+    assert "none.csv: there is no such file" in refused(command, file)
+
+
 def test_the_base_install_generates_and_informs(tiny):
     code = "import sys\nsys.argv = {arguments!r}\nfrom alignpro.cli import main\nmain()\n"
     info = python(code.format(arguments=["alignpro", "info"]))

@@ -116,7 +116,8 @@ def unread_by(
             turns = pipeline.prompting.prompter_turns(row.prompt)
             if not reads.surely_holds(Conversation((), turns[0])):
                 tokens = prompter_tokens(
-                    prompter.tokenizer, pipeline.prompting, row.prompt, reads.most, rows
+                    *(prompter.tokenizer, pipeline.prompting, row.prompt),
+                    *(prompter.context_length, pipeline.rewrite_params.max_new_tokens, rows),
                 )
                 reason = too_long(prompter, len(tokens), pipeline.rewrite_params)
                 if reason is not None:
@@ -151,7 +152,8 @@ class _Template:
         self._around: dict[tuple[str, ...], int] = {}  # tokens of a chat of such roles
 
     def count(self, conversation: Conversation) -> int:
-        return len(target_tokens(self.model.tokenizer, conversation, self._rows))
+        model = self.model
+        return len(target_tokens(model.tokenizer, conversation, self._rows, model.context_length))
 
     def surely_holds(self, conversation: Conversation, more: int = 0) -> bool:
         """By its bytes: reading a chat takes a millisecond, of which data has many."""

@@ -499,10 +499,11 @@ class Pipeline:
         """What the prompter reads of a prompt. Raises ValueError for one that does not fit, which
         names the index."""
         prompter, params = self._prompter(), self.rewrite_params
-        most = prompter.context_length - params.max_new_tokens
         with naming(f"prompt {index}"):
-            rows = soft_rows(self._writes)
-            tokens = prompter_tokens(prompter.tokenizer, self.prompting, prompt, most, rows)
+            tokens = prompter_tokens(
+                *(prompter.tokenizer, self.prompting, prompt),
+                *(prompter.context_length, params.max_new_tokens, soft_rows(self._writes)),
+            )
         unfit = too_long(prompter, len(tokens), params)
         if unfit is not None:
             raise ValueError(f"prompt {index} in its template: {unfit}")
@@ -534,8 +535,8 @@ class Pipeline:
         tokens = []
         if isinstance(self._target, LanguageModel):
             with naming(f"the rewrite of prompt {index}" if text else f"prompt {index}"):
-                rows = soft_rows(self._answers)
-                tokens = target_tokens(self._target.tokenizer, read, rows)
+                rows, most = soft_rows(self._answers), self._target.context_length
+                tokens = target_tokens(self._target.tokenizer, read, rows, most)
         return Rewrite(
             prompt_index=index,
             prompter_tokens=[],

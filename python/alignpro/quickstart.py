@@ -82,7 +82,8 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
             bars.show("warm start", 0, sft.steps)
             policy, _ = fresh_policy(prompter, sft)
             sft_rows = []
-            for row in warm_start(policy, fit_pairs(policy, pairs, sft), sft).rows():
+            fitted = fit_pairs(prompter, pairs, sft, policy.rows)
+            for row in warm_start(policy, fitted, sft).rows():
                 sft_rows.append(row)
                 show_sft_row(bars, row, sft.steps)
             warm = policy.weights()

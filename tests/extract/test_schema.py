@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
+from alignpro.extract.check import verify
 from alignpro.extract.schema import PACKAGED, SchemaError, read_schema
 
 FLAT = {
@@ -183,6 +185,11 @@ def test_a_file_that_is_not_there_names_the_packaged_ones():
         ("yield < " + "1 + " * 200 + "1", "expected at most 500 characters"),
         ("formula == 'a\\x41'", "no backslash"),
         ("yield < 1\0", "is no check"),
+        ("mass / 0 > mass", "division by zero, whatever the record: mass / 0"),
+        ("yield > 0 or 1 / (2 - 2) > 0", r"division by zero, whatever the record: 1 / \(2 - 2\)"),
+        ("yield / (3 * 0) > 1", r"division by zero, whatever the record: yield / \(3 \* 0\)"),
+        ("mass > quantity(1 / 0, 'g')", "division by zero, whatever the record"),
+        ("yield < 1e200 * 1e200", "too large, whatever the record"),
     ],
 )
 def test_a_wrong_check_is_refused_when_the_schema_is_read(check, said):
@@ -202,8 +209,6 @@ def test_fields_may_be_called_like_functions_and_words_of_python():
             "'yield' == 'x' or yield > 0",
         ],
     )
-    from alignpro.extract.check import verify
-
     record = {"min": 3, "close": 1, "yield": 2, "class": 1, "lambda": 2, "print": 0}
     assert verify(record, read) == []
     assert [v.field for v in verify({**record, "class": 5}, read)] == ["class"]
@@ -241,3 +246,68 @@ def test_a_record_is_written_in_the_order_of_the_schema():
         "attendees": ["Ana", "Ben"],
         "actions": [{"who": "Ana", "what": "eat"}],
     }
+
+
+@pytest.mark.parametrize(
+    ("field", "checks", "said"),
+    [
+        ("number", ["x > 5", "x < 3"], "no value of x passes x > 5 and x < 3"),
+        ("number?", ["x > 5 and 5 >= x"], "no value of x passes x > 5 and 5 >= x"),
+        ("number", ["5 < x < 3"], "no value of x passes 5 < x < 3"),
+        ("integer", ["3 < x", "x < 4"], "no value of x passes 3 < x and x < 4"),
+        ("number", ["x == 2", "x == 2.1"], "no value of x passes x == 2.1 and x == 2"),
+        ({"type": "number", "max": 4}, ["x >= 2 + 3"], r"x passes x >= 2 \+ 3 and its max 4"),
+        ("quantity[g]", ["x > quantity(1, 'kg')", "x < quantity(999, 'g')"], "no value of x"),
+        ("quantity[degC]", ["x < quantity(-300, 'degC')"], "passes 0 K and x < quantity"),
+        ({"list": "number"}, ["x > 1", "x < -1"], "no value of x passes x > 1 and x < -1"),
+        ({"list": {"y": "number"}}, ["x.y > 1", "x.y < 0"], "no value of x.y passes"),
+    ],
+)
+def test_checks_that_no_value_passes_are_refused(field, checks, said):
+    with pytest.raises(SchemaError, match=f"^schema: checks: .*{said}"):
+        schema({"x": field}, checks)
+
+
+@pytest.mark.parametrize(
+    "checks",
+    [
+        ["x > 5 or y > 1", "x < 3"],
+        ["not x > 5", "x < 3"],
+        ["x != 3", "3 <= x <= 3"],
+        ["x < y < 3", "x > 5"],  # which is not made where there is no y
+        ["abs(x) > 5", "x < 3"],
+        ["x + 5 > 5", "x < 0.1"],
+        ["present(x)", "x > 0"],
+    ],
+)
+def test_checks_that_may_pass_are_not(checks):
+    assert len(schema({"x": "number", "y": "number?"}, checks).checks) == len(checks)
+
+
+def test_what_is_refused_is_what_no_value_passes():
+    """Against the verifier, on every value that could pass: between whole numbers lie halves, and
+    beside them what its tolerances let through."""
+    source = random.Random(3)
+    near = (0.0, 5e-13, -5e-13, 5e-10, -5e-10)
+    grid = [x / 2 * (1 + d) for x in range(-9, 10) for d in near]
+    refused = 0
+    for _ in range(400):
+        ends = sorted(source.choices(range(-3, 4), k=2)) if source.random() < 0.5 else None
+        field = {"type": source.choice(["number", "integer"])}
+        field |= dict(zip(("min", "max"), ends, strict=True)) if ends else {}
+        signs = source.choices(("<", "<=", ">", ">=", "=="), k=source.randint(1, 3))
+        checks = [
+            source.choice([f"x {sign} {c}", f"{c} {sign} x"])
+            for sign, c in zip(signs, source.choices(range(-3, 4), k=3), strict=False)
+        ]
+        alone = [schema({"x": field})]  # a check by itself may be against min and max
+        alone += [schema({"x": {"type": field["type"]}}, [check]) for check in checks]
+        passes = any(all(not verify({"x": x}, one) for one in alone) for x in grid)
+        try:
+            schema({"x": field}, checks)
+        except SchemaError:
+            refused += 1
+            assert not passes, (field, checks)
+        else:
+            assert passes, (field, checks)
+    assert 100 < refused < 300

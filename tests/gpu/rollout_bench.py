@@ -34,13 +34,15 @@ class Characters:
     bos_id = None
     eos_ids = (2,)
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = False, most: int | None = None) -> list[int]:
         return [3 + (ord(character) - 33) % 94 for character in text]
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         return "".join(chr(33 + token % 94) for token in tokens)
 
-    def encode_chat(self, messages: Any, *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Any, *, add_generation_prompt: bool = True, most: int | None = None
+    ) -> list[int]:
         return [1, *self.encode(messages[0]["content"])]
 
 

@@ -177,7 +177,7 @@ def test_where_rows_stand(tiny: NativeModel) -> None:
         assert read[:at] + read[at + 2 :] == tokenizer.encode_chat(longer)
         assert read[at + 2 :] == plain[-2:]  # the turn's end, and the assistant's beginning
     prompting = Prompting(template="say {prompt}")
-    words = prompter_tokens(tokenizer, prompting, "a", 99, rows)
+    words = prompter_tokens(tokenizer, prompting, "a", 99, 0, rows)
     assert words == chat_tokens(tokenizer, [{"role": "user", "content": "say a"}], rows)
     assert target_tokens(tokenizer, "a", rows) == target_tokens(
         tokenizer, Conversation.of([{"role": "user", "content": "a"}]), rows

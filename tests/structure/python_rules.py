@@ -56,7 +56,15 @@ ROOMS: dict[str, set[str]] = {
     "quickstart": _RUNNING | {"train", "evaluate", "report", "bench.machine"},
     "bench": _RUNNING | {"trace", "train", "prompter", "serve"},
     "price": _SERVING
-    | {"data", "bench.machine", "train.micro_batches", "train.policy", "train.schedule"},
+    | {
+        "data",
+        "bench.machine",
+        "train.micro_batches",
+        "train.policy",
+        "train.preference",
+        "train.schedule",
+        "train.sft",
+    },
     "cli": _RUNNING
     | {"train", "evaluate", "report", "quickstart", "bench", "price"}
     | {"theory", "prompter", "serve"},

@@ -24,7 +24,7 @@ class Bare(ToyTokenizer):
     """Without a token behind the turn: the toy looks at the last token alone, so that the prompt's
     last letter decides."""
 
-    def encode_chat(self, messages, *, add_generation_prompt=True):
+    def encode_chat(self, messages, *, add_generation_prompt=True, most=None):
         return [BOS, *self.encode(messages[-1]["content"])]
 
 

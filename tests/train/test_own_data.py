@@ -7,9 +7,24 @@ import json
 
 import pytest
 
-from alignpro.config import SftConfig, TrainConfig, from_mapping
+from alignpro.config import (
+    EvalConfig,
+    ExtractConfig,
+    PreferConfig,
+    RewardFitConfig,
+    SelfImproveConfig,
+    SftConfig,
+    TrainConfig,
+    from_mapping,
+)
+from alignpro.evaluate.extract import run_extract
+from alignpro.evaluate.run import run_evaluate
+from alignpro.models import tokenizer
 from alignpro.train.metrics import read_metrics
-from alignpro.train.run import make_trainer, run_sft
+from alignpro.train.reward_fit import run_reward_fit
+from alignpro.train.run import make_trainer, run_prefer, run_sft
+from alignpro.train.self_improve import run_self_improve
+from counting_backend import CountingBackend
 
 LONG = "why " * 200
 
@@ -54,6 +69,52 @@ def test_a_row_too_long_is_named_before_anything_is_written(stage, tmp_path):
         with pytest.raises(ValueError, match=r"^q.csv, line 3: .*context of .*200"):
             begin()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q.csv"]
+
+
+RECORDS = {"schema": {"path": "s.json"}, "response": {"max_new_tokens": 8}}
+OWN = {"reward": "letter_reward:count_e"}
+HUGE = {
+    "train": (make_trainer, TrainConfig, "prompter", OWN, "prompt"),
+    "evaluate": (run_evaluate, EvalConfig, "prompter", OWN, "prompt"),
+    "sft": (run_sft, SftConfig, "prompter", {}, "prompt"),
+    "sft, instruction": (run_sft, SftConfig, "prompter", {}, "instruction"),
+    "prefer": (run_prefer, PreferConfig, "prompter", {}, "prompt"),
+    "prefer, answer": (run_prefer, PreferConfig, "prompter", {}, "chosen"),
+    "prefer, target": (run_prefer, PreferConfig, "target", {"policy": "target"}, "prompt"),
+    "reward fit": (lambda c: run_reward_fit(c, "o"), RewardFitConfig, "model", {}, "prompt"),
+    "reward fit, answer": (
+        lambda c: run_reward_fit(c, "o"),
+        RewardFitConfig,
+        "model",
+        {},
+        "chosen",
+    ),
+    "self-improve": (run_self_improve, SelfImproveConfig, "target", {"policy": "target"}, "prompt"),
+    "extract": (run_extract, ExtractConfig, "target", RECORDS, "text"),
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_huge_row_is_refused_by_its_beginning(kind, tiny_model_dir, tmp_path, monkeypatch):
+    run, cls, role, given, huge = HUGE[kind]
+    prompt = "text" if cls is ExtractConfig else "prompt"
+    row = {prompt: "why?", "instruction": "Be brief.", "chosen": "a", "rejected": "b"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.json").write_text('{"fields": {"name": "text"}}')
+    rows = [row, row | {huge: "why " * 250_000}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, encoded = {"model": str(tiny_model_dir("llama")), "context_length": 250}, []
+    whole = tokenizer._encode
+
+    def counting(backend, *rest):
+        encoded.append(CountingBackend(backend))
+        return whole(encoded[-1], *rest)
+
+    monkeypatch.setattr(tokenizer, "_encode", counting)
+    shared = {"data": {"path": "q.jsonl", "split": None}, role: model, "threads": 1, **given}
+    with pytest.raises(ValueError, match=r"^q.jsonl, line 2: .*more than 500 tokens.*context of"):
+        run(from_mapping(cls, shared))
+    assert 0 < sum(one.characters for one in encoded) < 100_000
 
 
 @pytest.mark.parametrize(("how", "said"), [("skip", "left out"), ("cut", "cut")])

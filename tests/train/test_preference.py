@@ -230,7 +230,9 @@ def test_both_answers_stand_behind_the_same_history():
     row = PreferenceRow(prompt, "c" * 20, "d")
     settings = config(prompting=Prompting(template="{prompt}", history_template="{history}"))
     toy = ToyModel()
-    toy.tokenizer.encode = lambda text: [3] * len(text)  # a transcript has other characters
+    toy.tokenizer.encode = lambda text, most=None: (
+        [3] * len(text)
+    )  # a transcript has other characters
     pair = encode_preference(toy, row, settings, EOS)
     chosen, rejected = pair.policy
     assert chosen.tokens[: chosen.start] == rejected.tokens[: rejected.start]

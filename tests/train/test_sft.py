@@ -43,7 +43,7 @@ class SeveralEnds(ToyTokenizer):
 
     eos_ids = (9, 8, 7)
 
-    def encode_chat(self, messages, *, add_generation_prompt=True):
+    def encode_chat(self, messages, *, add_generation_prompt=True, most=None):
         tokens = []
         for message in messages:
             tokens += [{"user": 0, "assistant": 1}[message["role"]], 5, 8]
@@ -55,7 +55,7 @@ class EndBeforeTheNextTurn(ToyTokenizer):
 
     eos_ids = (9, 8, 7)
 
-    def encode_chat(self, messages, *, add_generation_prompt=True):
+    def encode_chat(self, messages, *, add_generation_prompt=True, most=None):
         tokens = []
         for message in messages:
             if message["role"] == "user":
@@ -70,7 +70,7 @@ class NoEnd(ToyTokenizer):
         assert not skip_special
         return "".join({EOS: "</s>"}[token] for token in tokens)
 
-    def encode_chat(self, messages, *, add_generation_prompt=True):
+    def encode_chat(self, messages, *, add_generation_prompt=True, most=None):
         return [0, 1, 5, 5][: 2 * len(messages)]
 
 

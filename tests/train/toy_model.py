@@ -29,13 +29,15 @@ class ToyTokenizer:
     bos_id = BOS
     eos_ids = (EOS,)
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = False, most: int | None = None) -> list[int]:
         return [3 + LETTERS.index(letter) for letter in text]
 
     def decode(self, tokens: list[int], *, skip_special: bool = True) -> str:
         return "".join(LETTERS[token - 3] for token in tokens if token >= 3)
 
-    def encode_chat(self, messages: Any, *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Any, *, add_generation_prompt: bool = True, most: int | None = None
+    ) -> list[int]:
         tokens = [BOS]
         for message in messages:
             if message["role"] == "user":

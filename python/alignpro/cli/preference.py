@@ -12,14 +12,18 @@ import typer
 from alignpro.cli.shared import (
     AllowChanges,
     Config,
+    DryRun,
     Overrides,
     Overwrite,
     Resume,
     app,
+    check_inputs,
     examples,
     needs_torch,
     one_line_errors,
     read_settings,
+    say_memory,
+    training_settings,
 )
 
 
@@ -36,12 +40,16 @@ def prefer(
     resume: Resume = False,
     overwrite: Overwrite = False,
     allow_changes: AllowChanges = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train on pairs of which one was preferred."""
-    needs_torch("prefer")
     from alignpro.config import PreferConfig
 
-    options = read_settings(PreferConfig, config, overrides)
+    if dry_run:
+        return say_memory("prefer", PreferConfig, config, overrides)
+    options = training_settings(
+        *("prefer", PreferConfig, config, overrides), resume=resume, overwrite=overwrite
+    )
     from alignpro.report.progress import Bars, show_preference_row
 
     with Bars("loading data and model") as bars:
@@ -72,10 +80,11 @@ def self_improve(
     allow_changes: AllowChanges = False,
 ) -> None:
     """Train on pairs that a policy makes of its own answers."""
-    needs_torch("self-improve")
     from alignpro.config import SelfImproveConfig
 
-    options = read_settings(SelfImproveConfig, config, overrides)
+    options = training_settings(
+        *("self-improve", SelfImproveConfig, config, overrides), resume=resume, overwrite=overwrite
+    )
     from rich.console import Console
 
     from alignpro.report.progress import Bars, show_preference_row
@@ -134,6 +143,7 @@ def reward_fit(
     options = read_settings(
         RewardFitConfig, None, [f"data.path={json.dumps(pairs)}", *(overrides or [])]
     )
+    check_inputs(options)
     from rich.console import Console
 
     from alignpro.report.learned import reward_view

@@ -9,8 +9,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -19,7 +20,16 @@ from alignpro.files import being_written
 from alignpro.files import write_json as write_whole
 from alignpro.interrupts import exit_status, interruptible
 from alignpro.optional import import_for, is_installed
-from alignpro.run_directory import error_notes, one_line, open_run_dir, run_of_config
+from alignpro.run_directory import (
+    check_run_dir,
+    error_notes,
+    one_line,
+    open_run_dir,
+    run_of_config,
+)
+
+if TYPE_CHECKING:
+    from alignpro.config import PreferConfig, SftConfig
 
 # Exit codes. Not met: a difference between arms that --require asks for is not shown. Interrupted:
 # `exit_status`.
@@ -107,6 +117,9 @@ AllowChanges = Annotated[
         help="Resume although models, adapter, template or reward are others than the run began "
         "with.",
     ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print what the run would hold in memory, and stop.")
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run that is in the run directory.")
@@ -221,6 +234,72 @@ def read_settings(
         base = settings_of_run(cls, run)  # type: ignore[type-var]
     options: T = load_yaml(cls, config or default, settings, base=base)
     return options
+
+
+def check_inputs(options: Any, *, resume: bool = False) -> None:
+    """Refuse files, models, adapters and rewards that are surely not there, before torch is
+    imported, which takes seconds. resume: a run keeps the adapter that it began with.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    from alignpro.config import ModelConfig
+    from alignpro.config.data import Source
+    from alignpro.data.load import find_file
+    from alignpro.models.resolve import path_or_name
+    from alignpro.rewards.build import check_reward
+
+    for key, value in vars(options).items():
+        if key == "prompter" and getattr(options, "policy", None) == "target":
+            continue  # takes no part
+        if isinstance(value, ModelConfig):
+            if value.endpoint is None:
+                path_or_name(value.name)
+            if value.adapter is not None and not resume:
+                from alignpro.models.adapter_files import adapter_folder
+
+                adapter_folder(value.adapter)
+        elif isinstance(value, Source):
+            if value.path is not None:
+                find_file(value)
+        elif key in ("reward", "calibrator", "harm"):
+            check_reward(value)
+        elif is_dataclass(value):
+            check_inputs(value, resume=resume)
+
+
+def training_settings(
+    command: str,
+    cls: type[T],
+    config: Path | None,
+    overrides: list[str] | None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> T:
+    """`read_settings` of a command that trains to a run directory, checked by `check_inputs`."""
+    needs_torch(command)
+    options = read_settings(cls, config, overrides)
+    check_run_dir(options.run_dir, resume=resume, overwrite=overwrite)  # type: ignore[attr-defined]
+    check_inputs(options, resume=resume)
+    return options
+
+
+def say_memory(
+    command: str,
+    cls: type[SftConfig | PreferConfig],
+    config: Path | None,
+    overrides: list[str] | None,
+) -> None:
+    """The dry run of a fit to pairs."""
+    needs_torch(command)
+    options = read_settings(cls, config, overrides)
+    check_inputs(options, resume=True)
+    from rich.console import Console
+
+    from alignpro.price.fit import price_fit
+    from alignpro.price.tables import fit_tables
+
+    Console().print(fit_tables(price_fit(options)))
 
 
 def needs_torch(command: str) -> None:

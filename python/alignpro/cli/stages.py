@@ -14,6 +14,7 @@ from alignpro.cli.shared import (
     NOT_MET,
     AllowChanges,
     Config,
+    DryRun,
     ModelName,
     Output,
     Overrides,
@@ -22,11 +23,14 @@ from alignpro.cli.shared import (
     Run,
     Threads,
     app,
+    check_inputs,
     check_new,
     examples,
     needs_torch,
     one_line_errors,
     read_settings,
+    say_memory,
+    training_settings,
     write_json,
     writing,
 )
@@ -75,6 +79,7 @@ def quickstart(
     settings = read_settings(
         QuickstartConfig, config, [*(overrides or []), *given], default=QUICKSTART
     )
+    check_inputs(settings)
     from rich.console import Console
 
     from alignpro.report.progress import Bars
@@ -100,12 +105,16 @@ def sft(
     resume: Resume = False,
     overwrite: Overwrite = False,
     allow_changes: AllowChanges = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Warm-start a prompter on (prompt, instruction) pairs."""
-    needs_torch("sft")
     from alignpro.config import SftConfig
 
-    options = read_settings(SftConfig, config, overrides)
+    if dry_run:
+        return say_memory("sft", SftConfig, config, overrides)
+    options = training_settings(
+        *("sft", SftConfig, config, overrides), resume=resume, overwrite=overwrite
+    )
     from alignpro.report.progress import Bars, show_sft_row
 
     with Bars("loading data and model") as bars:
@@ -153,7 +162,6 @@ def train(
     output: Output = None,
 ) -> None:
     """Train a prompter by reinforcement learning."""
-    needs_torch("train")
     from alignpro.config import TrainConfig
 
     if "=" in str(config) and not config.exists():
@@ -161,8 +169,9 @@ def train(
             f"{config}: expected a YAML file, or the config.json of a run, before key=value; "
             "`alignpro quickstart` needs none"
         )
-    options = read_settings(TrainConfig, config, overrides)
     if dry_run:
+        needs_torch("train")
+        options = read_settings(TrainConfig, config, overrides)
         check_new(output)
         from alignpro.report.progress import Bars
 
@@ -181,6 +190,9 @@ def train(
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
+    options = training_settings(
+        *("train", TrainConfig, config, overrides), resume=resume, overwrite=overwrite
+    )
     from alignpro.report.progress import Bars, TrainBar
 
     with Bars("loading data and models") as bars:
@@ -227,18 +239,22 @@ def evaluate(
     They are the raw prompt, the untuned and the trained prompter, and what the configuration adds
     (static, policy_text, labelled, optimum, soft, tuned, judge).
     """
-    from rich.console import Console
-
     from alignpro.config import EvalConfig
-    from alignpro.evaluate.of_run import EVALUATE
-    from alignpro.evaluate.results import Report
-    from alignpro.report.tables import report_view
 
-    beside = run / EVALUATE if run is not None and (run / EVALUATE).is_file() else None
+    beside = None
+    if run is not None:
+        from alignpro.evaluate.of_run import EVALUATE
+
+        beside = run / EVALUATE if (run / EVALUATE).is_file() else None
     options = read_settings(EvalConfig, config, overrides, default=beside, run=run)
     options = replace(options, require=(*options.require, *(required or [])))
     output = run / "evaluation.json" if output is None and run is not None else output
     report = _evaluated(options, run, output)
+    from rich.console import Console
+
+    from alignpro.evaluate.results import Report
+    from alignpro.report.tables import report_view
+
     Console().print(report_view(Report(report)))
     _exit_unless_met(report)
 
@@ -261,22 +277,24 @@ def safety(
     Beside them: refusals and reward on the other prompts. The configuration is evaluate's, with its
     group safety.
     """
-    from rich.console import Console
-
     from alignpro.config import EvalConfig, SafetyConfig
-    from alignpro.report.tables import safety_tables
 
     options = read_settings(EvalConfig, config, overrides, run=run)
     options = replace(options, safety=options.safety or SafetyConfig())
     output = run / "safety.json" if output is None and run is not None else output
     report = _evaluated(options, run, output)
     assert report.safety is not None
+    from rich.console import Console
+
+    from alignpro.report.tables import safety_tables
+
     Console().print(safety_tables(report.safety))
     _exit_unless_met(report)
 
 
 def _evaluated(options: EvalConfig, run: Path | None, output: Path | None) -> Evaluation:
     """The evaluation, written; what was there before a judge failed is kept."""
+    check_inputs(options)
     from alignpro.evaluate.run import UnjudgedError, run_evaluate
     from alignpro.report.progress import Bars
 

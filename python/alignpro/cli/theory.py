@@ -13,6 +13,7 @@ from alignpro.cli.shared import (
     Overrides,
     Run,
     app,
+    check_inputs,
     examples,
     needs_torch,
     one_line_errors,
@@ -57,6 +58,8 @@ def headroom(
         raise ValueError("--output, --plot and --samples: expected a file for each, got one twice")
     if plot is not None and not is_installed("matplotlib"):
         raise ImportError("--plot needs matplotlib: pip install matplotlib, or leave it out")
+    if samples is None or not samples.exists():
+        check_inputs(options)
     from rich.console import Console
 
     from alignpro.evaluate.headroom import run_headroom
@@ -96,6 +99,7 @@ def bound(
     from alignpro.config import BoundConfig
 
     options = read_settings(BoundConfig, config, overrides, run=run)
+    check_inputs(options)
     output = run / "bound.json" if output is None and run is not None else output
     from rich.console import Console
 

@@ -343,28 +343,37 @@ def _on_hub(name: str) -> bool:
 
 def read_rows(source: Source) -> list[Row]:
     """All rows of a source, after the split was taken; never empty."""
-    name, split = source.path, source.split
+    path, name = find_file(source), source.path
+    assert name is not None
+    if path is None:
+        rows = list(_read_hub(source))
+    else:
+        rows = _take_split(read_file(path, name), source.split, name)
+    if not rows:
+        raise DataError(f"{name}: no rows")
+    return rows
+
+
+def find_file(source: Source) -> Path | None:
+    """The file of a source; None of a data set on the hub. Raises DataError where there is none."""
+    name = source.path
     assert name is not None  # the configuration's rule, or `DataConfig.of`
     path = Path(name)
     if name in PACKAGED and not path.exists():
         path = Path(__file__).with_name(PACKAGED[name])
     if not path.is_file() and _on_hub(name):
-        rows = list(_read_hub(source))
-    elif (source.subset, source.revision) != (None, None):
+        return None
+    if (source.subset, source.revision) != (None, None):
         raise DataError(f"{name}: subset and revision are of a hub data set; this is none")
-    elif path.is_file():
-        rows = _take_split(read_file(path, name), split, name)
-    elif path.exists() or "/" in name or suffix_of(name) in SUFFIXES:
+    if path.is_file():
+        return path
+    if path.exists() or "/" in name or suffix_of(name) in SUFFIXES:
         problem = "is a folder" if path.exists() else "there is no such file"
         raise DataError(f"{name}: {problem}; expected a file ({', '.join(SUFFIXES)})")
-    else:
-        raise DataError(
-            f"{name}: expected a file ({', '.join(SUFFIXES)}), one of the package's own "
-            f"({', '.join(PACKAGED)}), or a hub data set 'owner/name'"
-        )
-    if not rows:
-        raise DataError(f"{name}: no rows")
-    return rows
+    raise DataError(
+        f"{name}: expected a file ({', '.join(SUFFIXES)}), one of the package's own "
+        f"({', '.join(PACKAGED)}), or a hub data set 'owner/name'"
+    )
 
 
 def _take_split(rows: list[Row], split: str | None, name: str) -> list[Row]:

@@ -17,6 +17,7 @@ from alignpro.models.native_client import prompt_end
 from alignpro.models.native_model import NativeModel
 from alignpro.models.reasoning import open_block, split_reasoning
 from alignpro.models.reply import one_line
+from alignpro.models.tokenizer import count_words
 from alignpro.types import Message, SamplingParams, Usage
 
 _EXTRA = "pip install 'alignpro[judge]'"
@@ -101,13 +102,14 @@ class LocalJudge:
     def replies(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]:
         """In order. A question over the model's context gets no verdict."""
         fitting: list[tuple[int, list[int]]] = []
+        encode, limit = self._model.tokenizer.encode_chat, self._model.context_length
         for index, question in enumerate(questions):
-            tokens = self._model.tokenizer.encode_chat([{"role": "user", "content": question}])
-            if len(tokens) < self._model.context_length:
+            tokens = encode([{"role": "user", "content": question}], most=limit)
+            if len(tokens) < limit:
                 fitting.append((index, tokens))
             else:
-                limit = self._model.context_length
-                yield index, Reply(None, f"{len(tokens)} tokens exceed the context of {limit}")
+                size = count_words(len(tokens), limit)
+                yield index, Reply(None, f"{size} exceed the context of {limit}")
         for begin in range(0, len(fitting), _SCORED_AT_ONCE):
             chunk = fitting[begin : begin + _SCORED_AT_ONCE]
             score = self._model.core_model.score(

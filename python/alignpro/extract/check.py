@@ -19,7 +19,14 @@ from alignpro.extract.kinds import NUMERIC, FieldType, Leaf, ListOf, Object, Pat
 from alignpro.extract.schema import Check, Schema, kind_in_words
 from alignpro.extract.scope import BAD, NotJudgedError, Scope, UncomputableError, elements, look_up
 from alignpro.extract.source import Source
-from alignpro.extract.units import PERCENT, Dimension, Quantity, normalise, read_quantity
+from alignpro.extract.units import (
+    PERCENT,
+    TEMPERATURE,
+    Dimension,
+    Quantity,
+    normalise,
+    read_quantity,
+)
 from alignpro.types import type_name
 
 _SHOWN = 60
@@ -215,7 +222,7 @@ def _read_number(value: Any, leaf: Leaf, expected: str) -> float:
         raise Refused("type", value, expected)
     if leaf.kind == "integer" and not read.is_integer():
         raise Refused("type", value, expected)
-    if leaf.dimension == (0, 0, 0, 0, 1) and read < 0:
+    if leaf.dimension == TEMPERATURE and read < 0:
         raise Refused("range", value, "a temperature of 0 K or more")
     given = read if leaf.unit is None else leaf.unit.of_base(read)
     least = -math.inf if leaf.least is None else leaf.least

@@ -16,17 +16,18 @@ from __future__ import annotations
 import ast
 import difflib
 import keyword
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from alignpro.extract.arithmetic import comparable, compare, finite, reduced
 from alignpro.extract.formula import molar_mass
 from alignpro.extract.kinds import NUMERIC, FieldType, Leaf, ListOf, Object, Path, find
+from alignpro.extract.ranges import Bound
 from alignpro.extract.scope import BAD, NotJudgedError, Scope, UncomputableError, elements, look_up
 from alignpro.extract.source import gap
-from alignpro.extract.units import PLAIN, Dimension, dimension_name, find_unit, normalise
+from alignpro.extract.units import PLAIN, Dimension, dimension_name, find_unit
 
 LONGEST = 500  # characters of a check
 _DEEPEST = 100
@@ -52,6 +53,7 @@ class Term:
     lists: tuple[Path, ...] = ()  # whose elements it is of, the outer first
     leaf: Leaf | None = None  # of a term that is a field
     sides: tuple[Term, Term] | None = None  # of a comparison: what is found and what is expected
+    bounds: tuple[Bound, ...] = ()  # that hold wherever it is true
 
 
 def compile_check(text: str, root: Object) -> Term:
@@ -77,6 +79,14 @@ def compile_check(text: str, root: Object) -> Term:
 
 def _refuse(problem: str) -> NoReturn:
     raise ValueError(problem)
+
+
+def _shown(node: ast.expr) -> str:
+    """The beginning of a part as it was written."""
+    text = _NAME_OR_TEXT.sub(
+        lambda m: m[0][1:] if m[0][1:] in _RESERVED else m[0], ast.unparse(node)
+    )
+    return text[:40]
 
 
 def _kind_name(term: Term) -> str:
@@ -108,6 +118,11 @@ class _Compiler:
             _refuse("it is nested too deeply")
         term = self._term(node)
         self._depth -= 1
+        if term.kind == "number" and not term.fields:
+            try:
+                term.run(_NOWHERE)
+            except UncomputableError as error:
+                _refuse(f"{error}, whatever the record: {_shown(node)}")
         return term
 
     def _term(self, node: ast.expr) -> Term:
@@ -196,13 +211,15 @@ class _Compiler:
         else:
             power = 1 if sign == "*" else -1
             dimension = _dimension(left, right, power)
+        if sign == "/" and not right.fields and right.run(_NOWHERE) == 0:
+            _refuse(f"division by zero, whatever the record: {_shown(node)}")
 
         def run(scope: Scope) -> float:
             a, b = left.run(scope), right.run(scope)
             if sign == "/" and b == 0:
                 raise UncomputableError("division by zero")
             value = a + b if sign == "+" else a - b if sign == "-" else a * b
-            return _finite(a / b if sign == "/" else value)
+            return finite(a / b if sign == "/" else value)
 
         return Term("number", run, dimension, **_joined(left, right))
 
@@ -236,7 +253,8 @@ class _Compiler:
                 raise unknown
             return not decisive
 
-        return Term("truth", run, **_joined(*terms))
+        bounds = () if decisive else tuple(bound for term in terms for bound in term.bounds)
+        return Term("truth", run, **_joined(*terms), bounds=bounds)
 
     def _comparison(self, node: ast.Compare) -> Term:
         terms = [self.term(value) for value in (node.left, *node.comparators)]
@@ -255,12 +273,13 @@ class _Compiler:
             _check_same(left, right, sign)
 
         def run(scope: Scope) -> bool:
-            values = [_comparable(term.run(scope)) for term in terms]
+            values = [comparable(term.run(scope)) for term in terms]
             pairs = zip(signs, values[:-1], values[1:], strict=True)
-            return all(_compare(str(sign), a, b) for sign, a, b in pairs)
+            return all(compare(str(sign), a, b) for sign, a, b in pairs)
 
         sides = (terms[0], terms[1]) if len(terms) == 2 else None
-        return Term("truth", run, **_joined(*terms), sides=sides)
+        bounds = _bounds(terms, [str(sign) for sign in signs], _shown(node))
+        return Term("truth", run, **_joined(*terms), sides=sides, bounds=bounds)
 
     def _number(self, node: ast.expr, where: str) -> Term:
         term = self.term(node)
@@ -272,7 +291,7 @@ class _Compiler:
 
     def _call(self, node: ast.Call) -> Term:
         if not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
-            called = ast.unparse(node.func)[:40]
+            called = _shown(node.func)
             _refuse(f"no function {called!r}; there are {', '.join(FUNCTIONS)}")
         if node.keywords or any(isinstance(a, ast.Starred) for a in node.args):
             _refuse(f"{node.func.id}: expected values alone, no keywords and no *")
@@ -295,7 +314,7 @@ class _Compiler:
         if len(terms) > 1:
 
             def several(scope: Scope) -> float:
-                return _reduced(name, [term.run(scope) for term in terms])
+                return reduced(name, [term.run(scope) for term in terms])
 
             return Term("number", several, dimension, **_joined(*terms))
         (term,) = terms
@@ -306,7 +325,7 @@ class _Compiler:
             values = [term.run(at) for at in elements(scope.values, scope.source, term.lists)]
             if not values:
                 raise NotJudgedError(blocked=False)
-            return _reduced(name, values)
+            return reduced(name, values)
 
         return Term("number", whole, dimension, term.fields)
 
@@ -347,15 +366,15 @@ class _Compiler:
         name = unit.value if isinstance(unit, ast.Constant) else None
         found = find_unit(name) if isinstance(name, str) else None
         if found is None:
-            _refuse(f'quantity: expected a unit such as "degC", got {ast.unparse(unit)[:40]}')
+            _refuse(f'quantity: expected a unit such as "degC", got {_shown(unit)}')
         base = found.to_base(value)
         return Term("number", lambda scope: base, found.dimension)
 
     def _literal(self, node: ast.expr, where: str, *, signed: bool = False) -> float:
         term = self.term(node)
         if term.kind != "number" or term.fields or term.dimension != PLAIN:
-            _refuse(f"{where}: expected a number as it is, got {ast.unparse(node)[:40]}")
-        value = float(term.run(Scope(None, None)))
+            _refuse(f"{where}: expected a number as it is, got {_shown(node)}")
+        value = float(term.run(_NOWHERE))
         if value < 0 and not signed:
             _refuse(f"{where}: expected 0 or more, got {value:g}")
         return value
@@ -399,9 +418,9 @@ class _Compiler:
         lists = [other.lists for other in others]
 
         def run(scope: Scope) -> bool:
-            value = _comparable(term.run(scope))
+            value = comparable(term.run(scope))
             allowed = [
-                _comparable(other.run(at))
+                comparable(other.run(at))
                 for other, of in zip(others, lists, strict=True)
                 for at in (elements(scope.values, scope.source, of) if of else [scope])
             ]
@@ -425,6 +444,20 @@ class _Compiler:
             return True
 
         return Term("truth", run, **_joined(term))
+
+
+def _bounds(terms: list[Term], signs: list[str], text: str) -> tuple[Bound, ...]:
+    """What a comparison of one field with numbers requires of it. One of several fields is not made
+    where another value is missing."""
+    if len({path for term in terms for path in term.fields}) != 1:
+        return ()
+    found = []
+    for left, sign, right in zip(terms[:-1], signs, terms[1:], strict=True):
+        for one, other, turned in ((left, right, sign), (right, left, _TURNED.get(sign, sign))):
+            if one.leaf is not None and one.kind == "number" and not other.fields:
+                value = float(other.run(_NOWHERE))
+                found.append(Bound(one.fields[0], turned, value, text))
+    return tuple(found)
 
 
 def _kind_of(found: FieldType) -> tuple[str, Leaf | None]:
@@ -454,43 +487,13 @@ def _dimension(left: Term, right: Term, power: int) -> Dimension:
 
 def _as_number(value: int | float) -> float:
     try:
-        return _finite(float(value))
+        return finite(float(value))
     except (OverflowError, UncomputableError):
         _refuse("expected a number that a float holds")
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise UncomputableError("a number that is too large")
-    return value
-
-
-def _reduced(name: str, values: list[float]) -> float:
-    try:
-        return _finite(_REDUCTIONS[name](values))
-    except OverflowError:  # of fsum
-        raise UncomputableError("a number that is too large") from None
-
-
-def _comparable(value: Any) -> Any:
-    return normalise(value).casefold() if isinstance(value, str) else value
-
-
-def _compare(sign: str, a: Any, b: Any) -> bool:
-    if sign in ("==", "!="):
-        same = a == b
-        if isinstance(a, float) and isinstance(b, float):
-            same = math.isclose(a, b, rel_tol=1e-9)
-        return bool(same == (sign == "=="))
-    return bool({"<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[sign])
 
 
 _COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=",
 }  # fmt: skip
-_REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
-    "min": min,
-    "max": max,
-    "sum": math.fsum,
-    "mean": lambda values: math.fsum(values) / len(values),
-}
+_TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_NOWHERE = Scope(None, None)  # where what names no field is computed

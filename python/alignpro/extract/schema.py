@@ -12,6 +12,7 @@ from typing import Any, Literal
 from alignpro.extract.expression import OPERATORS, Term, compile_check
 from alignpro.extract.kinds import NUMERIC, FieldType, Kind, Leaf, ListOf, Object, Path, find
 from alignpro.extract.parse import RepeatedKeyError, read_json
+from alignpro.extract.ranges import check_possible
 from alignpro.extract.units import PERCENT, PLAIN, UNIT_NAMES, Unit, dimension_name, find_unit
 from alignpro.types import type_name
 
@@ -134,6 +135,10 @@ def _read(value: Mapping[str, Any], where: str) -> Schema:
         except (ValueError, RecursionError) as error:
             said = error if isinstance(error, ValueError) else "it is nested too deeply"
             raise SchemaError(f"{place} ({shown}): {said}") from None
+    try:
+        check_possible(root, [bound for check in checks for bound in check.term.bounds])
+    except ValueError as error:
+        raise SchemaError(f"{where}: checks: {error}") from None
     description = _text(value.get("description", ""), f"{where}: description", empty=True)
     schema = Schema(name, root, tuple(checks), (), description)
     examples = []

@@ -18,7 +18,7 @@ from typing import NamedTuple
 Dimension = tuple[int, int, int, int, int]
 PLAIN: Dimension = (0, 0, 0, 0, 0)
 _MASS, _AMOUNT, _VOLUME = (1, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 3, 0, 0)
-_LENGTH, _TIME, _TEMPERATURE = (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1)
+_LENGTH, _TIME, TEMPERATURE = (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1)
 _KELVIN_OF_CELSIUS = 273.15
 
 
@@ -73,9 +73,9 @@ _TABLE: tuple[tuple[str, Dimension, float, float], ...] = (
     ("h hr hrs hour hours", _TIME, 3600.0, 0.0),
     ("d day days", _TIME, 86400.0, 0.0),
     ("week weeks", _TIME, 604800.0, 0.0),
-    ("K kelvin kelvins", _TEMPERATURE, 1.0, 0.0),
-    ("degC °C ºC C celsius Celsius", _TEMPERATURE, 1.0, _KELVIN_OF_CELSIUS),
-    ("degF °F ºF F fahrenheit Fahrenheit", _TEMPERATURE, 5 / 9, _KELVIN_OF_CELSIUS - 160 / 9),
+    ("K kelvin kelvins", TEMPERATURE, 1.0, 0.0),
+    ("degC °C ºC C celsius Celsius", TEMPERATURE, 1.0, _KELVIN_OF_CELSIUS),
+    ("degF °F ºF F fahrenheit Fahrenheit", TEMPERATURE, 5 / 9, _KELVIN_OF_CELSIUS - 160 / 9),
     ("% percent pct", PLAIN, 1.0, 0.0),  # in points: 80% is 80
 )
 # NFKC is what texts are read by, so the spellings are, too (the micro sign becomes a Greek mu).
@@ -98,7 +98,7 @@ _DIMENSION_NAMES = {
     _VOLUME: "a volume",
     _LENGTH: "a length",
     _TIME: "a time",
-    _TEMPERATURE: "a temperature",
+    TEMPERATURE: "a temperature",
 }
 
 _LONGEST = 400  # characters of what is read as one value; no float is longer

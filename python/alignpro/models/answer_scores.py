@@ -14,6 +14,7 @@ from alignpro.models.language_model import ChatModel, LanguageModel
 from alignpro.models.mixture import score_tokens
 from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import naming, target_tokens
+from alignpro.models.tokenizer import count_words
 from alignpro.types import Prompt, Texts
 
 _TOKENS = 4096  # scored in one call: beginnings that its answers have in common are read once
@@ -95,13 +96,13 @@ def chunks(lengths: Sequence[int], most: int) -> Iterator[slice]:
 
 def _read(model: NativeModel, prompt: Prompt | None, answer: str) -> tuple[list[int], list[int]]:
     """Prompt and answer as tokens."""
-    tokenizer = model.tokenizer
+    tokenizer, most = model.tokenizer, model.context_length
     if prompt is None:
         read = tokenizer.encode_chat([{"role": "user", "content": ""}])
     else:
-        read = target_tokens(tokenizer, prompt)
-    written = tokenizer.encode(answer.strip())
+        read = target_tokens(tokenizer, prompt, most=most)
+    written = tokenizer.encode(answer.strip(), most=most)
     size = len(read) + len(written)
-    if size > model.context_length:
-        raise ValueError(f"{size} tokens exceed the context of {model.context_length}")
+    if size > most:
+        raise ValueError(f"{count_words(size, most)} exceed the context of {most}")
     return read, written

@@ -68,9 +68,8 @@ class ChatClient(Requests, Protocol):
         """Queue one answer; ``params.n`` is not looked at."""
 
 
-@runtime_checkable
-class LanguageModel(Protocol):
-    """Text in tokens, many requests at a time."""
+class Reads(Protocol):
+    """What says how a model reads, and how much: without its weights, too."""
 
     @property
     def name(self) -> str: ...
@@ -81,6 +80,11 @@ class LanguageModel(Protocol):
     @property
     def context_length(self) -> int:
         """Positions that prompt and completion share."""
+
+
+@runtime_checkable
+class LanguageModel(Reads, Protocol):
+    """Text in tokens, many requests at a time."""
 
     def client(self) -> Client:
         """For one caller: another's requests never come back from it."""

@@ -10,7 +10,7 @@ from typing import Any
 from alignpro.config import Prompting
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.soft_prompt import SoftRows, chat_tokens
-from alignpro.models.tokenizer import Tokenizer
+from alignpro.models.tokenizer import Tokenizer, count_words
 from alignpro.types import Conversation, Prompt, PromptLike, SamplingParams
 
 
@@ -58,32 +58,39 @@ def check_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> None:
         if roles and roles not in seen:
             seen.add(roles)
             with naming(f"prompt {index}"):
-                target_tokens(tokenizer, prompt)
+                target_tokens(tokenizer, prompt, most=1)
 
 
-def target_tokens(tokenizer: Tokenizer, prompt: Prompt, rows: SoftRows | None = None) -> list[int]:
-    """rows: of the adapter that reads it (`soft_rows`). Raises ValueError; see `chat_tokens`."""
-    return chat_tokens(tokenizer, Conversation.of(prompt).messages, rows)
+def target_tokens(
+    tokenizer: Tokenizer, prompt: Prompt, rows: SoftRows | None = None, most: int | None = None
+) -> list[int]:
+    """rows: of the adapter that reads it (`soft_rows`). most: as of `Tokenizer.encode`.
+
+    Raises ValueError; see `chat_tokens`.
+    """
+    return chat_tokens(tokenizer, Conversation.of(prompt).messages, rows, most)
 
 
 def prompter_tokens(
     tokenizer: Tokenizer,
     prompting: Prompting,
     prompt: Prompt,
-    most: int,
+    context: int,
+    written: int,
     rows: SoftRows | None = None,
 ) -> list[int]:
-    """The turn that the prompter reads, with as much of the history as ``most`` tokens hold. Where
-    none of it is left, or is to be cut, it may still be longer. rows: as of `target_tokens`.
+    """The turn that the prompter reads, with as much of the history as a context of so many tokens
+    holds beside those to be written. Where none of it is left, or is to be cut, it may still be
+    longer (as of `Tokenizer.encode` with ``most``, the context). rows: as of `target_tokens`.
 
     Raises ValueError; see `chat_tokens`.
     """
 
     def encode(turn: str) -> list[int]:
-        return chat_tokens(tokenizer, [{"role": "user", "content": turn}], rows)
+        return chat_tokens(tokenizer, [{"role": "user", "content": turn}], rows, context)
 
     whole, *cut = prompting.prompter_turns(prompt)
-    tokens = encode(whole)
+    tokens, most = encode(whole), context - written
     if len(tokens) <= most or not cut:
         return tokens
     fits = bisect_left(cut, True, key=lambda turn: len(encode(turn)) <= most)
@@ -91,11 +98,12 @@ def prompter_tokens(
 
 
 def too_long(model: LanguageModel, tokens: int, params: SamplingParams) -> str | None:
-    """Why a model cannot read so many tokens and write what ``params`` ask for; None if it can."""
+    """Why a model cannot read so many tokens and write what ``params`` ask for; None if it can.
+    tokens: encoded with ``most``, the model's context."""
     limit = model.context_length
     if tokens + params.max_new_tokens <= limit:
         return None
     return (
-        f"{tokens} tokens and {params.max_new_tokens} new ones exceed the context of {model.name} "
-        f"({limit} tokens); shorten it or lower max_new_tokens"
+        f"{count_words(tokens, limit)} and {params.max_new_tokens} new ones exceed the context of "
+        f"{model.name} ({limit} tokens); shorten it or lower max_new_tokens"
     )

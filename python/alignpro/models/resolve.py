@@ -57,16 +57,10 @@ def resolve_model(
         FileNotFoundError: nothing was found; the message lists what was tried and what to do.
     """
     name, say = os.fspath(name_or_path), on_progress or _log.info
-    path = Path(name).expanduser()
-    if name and path.exists():
-        return _model_path(path)
-    packaged = _is_packaged(name)
-    on_hub = _HubName(_DEFAULT_REPO) if packaged else _hub_name(name)
+    path, on_hub = path_or_name(name)
     if on_hub is None:
-        raise FileNotFoundError(
-            f"{name}: no such file or folder; expected a .gguf file, a folder with config.json and "
-            f"safetensors, or a model name such as {DEFAULT_MODEL}"
-        )
+        return path
+    packaged = _is_packaged(name)
     hub = [_from_hub_cache, _from_hub] if name != DEFAULT_MODEL else []
     tried = [f"path {name} (does not exist)"]
     for find in [*hub, *([_from_package] if packaged else [])]:
@@ -84,15 +78,31 @@ def resolve_model(
 
 def find_model(name: str) -> Path | None:
     """As `resolve_model`, of what is on this machine; None where nothing is. Nothing is fetched."""
-    packaged = _is_packaged(name)
-    on_hub = _HubName(_DEFAULT_REPO) if packaged else _hub_name(name)
-    if (name and Path(name).expanduser().exists()) or on_hub is None:
-        return resolve_model(name)
+    path, on_hub = path_or_name(name)
+    if on_hub is None:
+        return path
     if name != DEFAULT_MODEL:
         with contextlib.suppress(_NotThere):
             return _from_hub_cache(on_hub, _log.info)
     file = cache_dir() / _FILE
-    return file if packaged and _is_verified(file) else None
+    return file if _is_packaged(name) and _is_verified(file) else None
+
+
+def path_or_name(name: str) -> tuple[Path, _HubName | None]:
+    """The model's path, where a path is named; else its name, by which it is looked for.
+
+    Raises FileNotFoundError: no model is at the path, or what can only be a path is not there.
+    """
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return _model_path(path), None
+    on_hub = _HubName(_DEFAULT_REPO) if _is_packaged(name) else _hub_name(name)
+    if on_hub is None:
+        raise FileNotFoundError(
+            f"{name}: no such file or folder; expected a .gguf file, a folder with config.json and "
+            f"safetensors, or a model name such as {DEFAULT_MODEL}"
+        )
+    return path, on_hub
 
 
 def published_name(name: str, path: Path, source: str = "") -> str:

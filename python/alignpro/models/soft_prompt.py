@@ -85,14 +85,16 @@ class SoftPrompt:
         return SoftRows(len(self.rows), self.place, separator)
 
 
-def chat_tokens(tokenizer: Tokenizer, messages: Chat, rows: SoftRows | None = None) -> list[int]:
+def chat_tokens(
+    tokenizer: Tokenizer, messages: Chat, rows: SoftRows | None = None, most: int | None = None
+) -> list[int]:
     """`Tokenizer.encode_chat`, with the rows at their place. Raises as that, and ValueError where
     the chat has no turn of the user for them."""
     if rows is None:
-        return tokenizer.encode_chat(messages)
+        return tokenizer.encode_chat(messages, most=most)
     if rows.place == "start":
-        return [*rows.ids, *tokenizer.encode_chat(messages)]
-    before, behind = tokenizer.encode_around(messages, rows.separator)
+        return [*rows.ids, *tokenizer.encode_chat(messages, most=most)]
+    before, behind = tokenizer.encode_around(messages, rows.separator, most)
     return [*before, *rows.ids, *behind]
 
 

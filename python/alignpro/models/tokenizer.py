@@ -17,6 +17,8 @@ from alignpro.types import Chat
 if TYPE_CHECKING:
     from alignpro.native import core
 
+_CHARACTERS = 16  # that are encoded first, for every token that is of interest
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer(Vocabulary):
@@ -94,26 +96,32 @@ class Tokenizer(Vocabulary):
         """From the metadata of a GGUF file called ``source``. Raises ModelFileError."""
         return cls(**vars(read_gguf(metadata, source)))
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = False, most: int | None = None) -> list[int]:
         """Token ids of plain text; "<|im_end|>" in it is ten characters, never a control id. Added
         tokens that are not special (runs of spaces, <think>) are words of the vocabulary: they are
         matched wherever they stand, as the model was trained.
+
+        most: tokens that are of interest. A text that has more than twice as many may be encoded
+            only so far that it shows (`count_words` says as much): 10 MB take seconds.
 
         Raises:
             ValueError: not a string, a lone surrogate, or ``add_bos`` where the model has no BOS.
         """
         _check_text(text, "text")
-        ids = self._ids(text, self._plain_pattern, lambda part: part)
+        ids = self._ids(text, self._plain_pattern, lambda part: part, most)
         if not add_bos:
             return ids
         if self.bos_id is None:
             raise ValueError(f"add_bos: {self.source} has no BOS token")
         return [self.bos_id, *ids]
 
-    def encode_chat(self, messages: Chat, *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Chat, *, add_generation_prompt: bool = True, most: int | None = None
+    ) -> list[int]:
         """Token ids of a chat in the template. Control tokens come from it alone, and from its
         variables: such text in a message, its role included, is encoded as ordinary characters.
-        Added tokens that are no control tokens are matched in messages as in `encode`.
+        Added tokens that are no control tokens are matched in messages as in `encode`, whose
+        ``most`` it is.
 
         Raises:
             ValueError: not a list of {"role": str, "content": str}, a lone surrogate, a model
@@ -122,11 +130,13 @@ class Tokenizer(Vocabulary):
         _check_chat(messages)
         text, restore = self._written(messages, add_generation_prompt)
         with trace.span("tokens"):
-            return self._ids(text, self._pattern, restore)
+            return self._ids(text, self._pattern, restore, most)
 
-    def encode_around(self, messages: Chat, separator: str) -> tuple[list[int], list[int]]:
+    def encode_around(
+        self, messages: Chat, separator: str, most: int | None = None
+    ) -> tuple[list[int], list[int]]:
         """(before, behind): `encode_chat` of what comes before and behind a place at the end of the
-        last user turn, ``separator`` being the end of what is before.
+        last user turn, ``separator`` being the end of what is before. most: of either.
 
         Raises:
             ValueError: as `encode_chat`; no turn of the user, or a template that cuts it.
@@ -146,8 +156,8 @@ class Tokenizer(Vocabulary):
             )
         with trace.span("tokens"):
             return (
-                self._ids(before, self._pattern, restore),
-                self._ids(behind[0], self._pattern, restore, continued=True),
+                self._ids(before, self._pattern, restore, most),
+                self._ids(behind[0], self._pattern, restore, most, continued=True),
             )
 
     def _written(
@@ -232,7 +242,13 @@ class Tokenizer(Vocabulary):
         return chat_template.control_pattern(t.text for t in self.added if not t.control)
 
     def _ids(
-        self, text: str, pattern: Any, restore: Callable[[str], str], *, continued: bool = False
+        self,
+        text: str,
+        pattern: Any,
+        restore: Callable[[str], str],
+        most: int | None = None,
+        *,
+        continued: bool = False,
     ) -> list[int]:
         """Ids of a text with the added tokens that ``pattern`` matches.
 
@@ -245,7 +261,9 @@ class Tokenizer(Vocabulary):
             if isinstance(part, AddedToken):
                 ids.append(part.id)
             elif part:
-                ids += backend.encode(restore(part), add_special_tokens=False).ids
+                ids += _encode(backend, restore(part), most)
+            if most is not None and len(ids) > 2 * most:
+                break
             backend = self.continuation
         return ids
 
@@ -269,6 +287,22 @@ class Tokenizer(Vocabulary):
                 begin += 1
             at = begin
         yield text[begin:]
+
+
+def _encode(backend: Any, text: str, most: int | None) -> list[int]:
+    """All ids, or those of a beginning that has more than twice ``most``. What follows a beginning
+    changes at most how its last words are cut, and twice leaves room for that."""
+    size = len(text) if most is None else _CHARACTERS * max(1, most)
+    while True:
+        ids: list[int] = backend.encode(text[:size], add_special_tokens=False).ids
+        if size >= len(text) or (most is not None and len(ids) > 2 * most):
+            return ids
+        size *= 4
+
+
+def count_words(tokens: int, most: int) -> str:
+    """A count of tokens for a person, of what was encoded with ``most``."""
+    return f"more than {2 * most} tokens" if tokens > 2 * most else f"{tokens} tokens"
 
 
 def _check_text(text: Any, what: str) -> None:

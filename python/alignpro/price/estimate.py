@@ -65,10 +65,8 @@ def price_train(
     )
     work = count_step(config, lengths, prompter, target)
     process = None
-    if device is None:  # what Python, torch and the tokenizers take; before limits are measured
-        load_optimizer()
-        process = rss_bytes()
     if device is None:
+        process = process_bytes(work.lora_parameters)  # before limits are measured
         rates = rates or CPU_RATES
         device = this_cpu(config.threads, rates)
     if rates is not None:
@@ -79,11 +77,7 @@ def price_train(
     if process is not None:
         limit = config.prompter.kv_cache_bytes or (available_bytes() or 0) // 4  # the engine's own
         kept = min(memory[_KV] * (config.steps - 1), limit - memory[_KV])
-        memory |= {
-            _KEPT: max(0, kept),
-            "a checkpoint, as it is written": _CHECKPOINT_BYTES * work.lora_parameters,
-            "Python, torch and tokenizers": process,
-        }
+        memory |= {_KEPT: max(0, kept), **process}
     least, expected = _seconds(work, device, rates)
     total = sum(memory.values())
     kv = memory[_KV] + memory.get(_KEPT, 0)
@@ -143,17 +137,30 @@ def _memory(
     once; the engine takes a quarter of the free memory at most, and lets sequences wait. Those of
     earlier steps stay while there is room, for prompts that come again."""
     shared = _shared(config, prompter, target)
-    lora = {f"LoRA {name}": size * work.lora_parameters for name, size in _LORA_BYTES.items()}
-    if config.trained.adapter is not None:
-        lora["LoRA of the reference"] = _FROZEN_LORA_BYTES * work.lora_parameters
     alone = config.policy == "target" and not shared  # no prompter is loaded
     return {
         "prompter weights": 0 if alone else prompter.weight_bytes,
         "target weights": 0 if shared else target.weight_bytes,
-        **lora,
+        **lora_bytes(work.lora_parameters, config.trained),
         _KV: device.kv_bytes * work.kv_elements,
         "scoring (memory_limit bounds it)": work.score_bytes,
     }
+
+
+def lora_bytes(parameters: int, trained: ModelConfig) -> dict[str, int]:
+    """Of LoRA matrices that are trained, from ``trained.adapter`` or afresh."""
+    sizes = {f"LoRA {name}": size * parameters for name, size in _LORA_BYTES.items()}
+    if trained.adapter is not None:
+        sizes["LoRA of the reference"] = _FROZEN_LORA_BYTES * parameters
+    return sizes
+
+
+def process_bytes(parameters: int) -> dict[str, int]:
+    """What is held beside models and tensors, so many numbers being trained."""
+    load_optimizer()
+    found = {"a checkpoint, as it is written": _CHECKPOINT_BYTES * parameters}
+    process = rss_bytes()  # None where the kernel does not say
+    return found if process is None else found | {"Python, torch and tokenizers": process}
 
 
 def _bytes(phase: Phase, device: Device, *, least: bool = False) -> float:

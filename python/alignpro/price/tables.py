@@ -16,6 +16,16 @@ def price_tables(report: dict[str, Any]) -> RenderableType:
     )
 
 
+def fit_tables(report: dict[str, Any]) -> RenderableType:
+    """Of `price_fit`."""
+    has = report["available_bytes"]
+    line = f"About {_size(report['memory_bytes'])}"
+    line += "" if has is None else f", of {_size(has)} that are free on this machine"
+    line += f". {report['pairs']} pairs, of {report['longest_tokens']} tokens at most; "
+    line += f"{report['micro_batches']} micro-batches a step at most. Time is not priced."
+    return Group(_models(report), _memory(report), Text(line))
+
+
 def hours_line(report: dict[str, Any]) -> str:
     device, rates = report["device"], report["rates"]
     limits = f"{device['gflops'] / 1e3:.4g} TFLOP/s and {device['gbps']:.4g} GB/s"

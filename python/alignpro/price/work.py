@@ -11,15 +11,15 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from alignpro.config import TrainConfig, target_of
+from alignpro.config import FitConfig, TrainConfig, target_of
 from alignpro.models.adapter_files import is_mixture
 from alignpro.models.mixture import read_mixture
 from alignpro.native import core
 from alignpro.price.lengths import Lengths
 from alignpro.price.models import PricedModel
-from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches, shared_prefix
+from alignpro.train.micro_batches import Activations, MicroBatch, fit_micro_batches, shared_prefix
 from alignpro.train.policy import select_modules
 
 ENGINE_ROWS = 256  # tokens in one forward of the engine
@@ -204,9 +204,20 @@ def _lanes(folder: str | None) -> int:
     return sum(weight != 0 for _, weight in read_mixture(folder).members)
 
 
-def lora_parameters(model: PricedModel, config: TrainConfig) -> int:
+def lora_parameters(model: PricedModel, config: FitConfig) -> int:
     modules = select_modules(model.facts.lora_modules, config.lora.target_modules)
     return config.lora.rank * sum(rows + cols for rows, cols in modules.values())
+
+
+def score_bytes(model: PricedModel, config: FitConfig, threads: int | None, **options: Any) -> int:
+    """What a score of LoRA matrices holds. options: of `core.ModelFacts.score_bytes`."""
+    modules = select_modules(model.facts.lora_modules, config.lora.target_modules)
+    return model.facts.score_bytes(
+        **options,
+        modules=list(modules),
+        rank=config.lora.rank,
+        threads=threads or core.available_cpus(),
+    )
 
 
 class _Rows:
@@ -239,33 +250,18 @@ def _plan(config: TrainConfig, trained: _Sampling) -> tuple[list[MicroBatch], li
     starts = [trained.length] * len(sequences)
     begins = [0, *(shared_prefix(one, other) for one, other in itertools.pairwise(sequences))]
     number = {id(sequence): index for index, sequence in enumerate(sequences)}
-    modules = list(select_modules(trained.model.facts.lora_modules, config.lora.target_modules))
-    threads = config.threads or core.available_cpus()
 
     @functools.cache
     def bytes_at(first: int, count: int, mode: Activations) -> int:
-        return trained.model.facts.score_bytes(
-            sequences[first : first + count],
-            starts[:count],
-            modules=modules,
-            rank=config.lora.rank,
-            with_reference=True,
-            activations=mode,
-            threads=threads,
-        )
+        part = {"sequences": sequences[first : first + count], "starts": starts[:count]}
+        options = {"with_reference": True, "activations": mode}
+        return score_bytes(trained.model, config, config.threads, **part, **options)
 
     def bytes_of(some: Sequence[Sequence[int]], _: Sequence[int], mode: Activations) -> int:
         # One prompt is like the other: only the place in its group matters.
         return bytes_at(number[id(some[0])] % trained.size, len(some), mode)
 
-    plan = plan_micro_batches(
-        sequences,
-        starts,
-        limit=config.memory_limit,
-        bytes_of=bytes_of,
-        activations=config.activations,
-        most=config.micro_batch_size,
-    )
+    plan = fit_micro_batches(sequences, starts, config, bytes_of)
     most = max(bytes_of(batch.of(sequences), (), batch.activations) for batch in plan)
     return plan, begins, most
 

@@ -53,7 +53,7 @@ def build_reward(spec: str | Mapping[str, Any]) -> Reward:
 
     Raises ValueError with one line on what was expected; ImportError where a package is missing.
     """
-    terms = _parse_line(spec) if isinstance(spec, str) else _parse_mapping(spec)
+    terms = _parse(spec)
     if len(terms) == 1:
         (name, (weight, options)) = next(iter(terms.items()))
         if weight == 1:
@@ -61,6 +61,21 @@ def build_reward(spec: str | Mapping[str, Any]) -> Reward:
     return WeightedSum(
         {n: (weight, _build_one(n, options)) for n, (weight, options) in terms.items()}
     )
+
+
+def check_reward(spec: str | Mapping[str, Any]) -> None:
+    """Refuse what is surely none, without building or importing anything. Raises ValueError."""
+    for name in _parse(spec):
+        _check_name(name)
+
+
+def _check_name(name: str) -> None:
+    if name not in _NAMED and ":" not in name:
+        raise ValueError(f"unknown reward {shorten(name)}; {_KNOWN}")
+
+
+def _parse(spec: str | Mapping[str, Any]) -> dict[str, tuple[float, dict[str, Any]]]:
+    return _parse_line(spec) if isinstance(spec, str) else _parse_mapping(spec)
 
 
 def _parse_line(line: str) -> dict[str, tuple[float, dict[str, Any]]]:
@@ -100,6 +115,7 @@ def _as_weight(value: object, where: str) -> float:
 
 
 def _build_one(name: str, options: dict[str, Any]) -> Reward:
+    _check_name(name)
     if name.startswith("hf:"):
         build = _classifier_builder(name)
     elif name.startswith("learned:"):
@@ -110,14 +126,12 @@ def _build_one(name: str, options: dict[str, Any]) -> Reward:
         build = functools.partial(rewards.SchemaReward, path, **given)
     elif name in _NAMED:
         build = getattr(rewards, _NAMED[name])
-    elif ":" in name:
+    else:
         found = _load_object(name, options)
         try:
             return from_callable(found, name)
         except TypeError as error:  # a signature that no reward has
             raise ValueError(str(error)) from None
-    else:
-        raise ValueError(f"unknown reward {shorten(name)}; {_KNOWN}")
     try:
         return build(**options)
     except TypeError as error:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignpro.models.native_model import NativeModel, load_model
+from alignpro.models.tokenizer import count_words
 from alignpro.rewards.check import CONVERSATIONS
 from alignpro.types import Conversation, Message, PromptLike, Texts
 
@@ -86,16 +87,17 @@ def read_answer(model: NativeModel, prompt: PromptLike, answer: str, state: Stat
     Raises ValueError for a chat over the context, or that the chat template refuses.
     """
     tokenizer, asked = model.tokenizer, Conversation.of(prompt).messages
+    most = model.context_length
     said: Message = {"role": "assistant", "content": answer}
-    tokens = tokenizer.encode_chat([*asked, said], add_generation_prompt=False)
-    begin = zip(tokens, tokenizer.encode_chat(asked), strict=False)
+    tokens = tokenizer.encode_chat([*asked, said], add_generation_prompt=False, most=most)
+    begin = zip(tokens, tokenizer.encode_chat(asked, most=most), strict=False)
     start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], begin))
     ends = [at for at, token in enumerate(tokens) if at >= start and token in tokenizer.eos_ids]
     tokens = tokens[: ends[-1] + 1 if ends else None]
-    if len(tokens) >= model.context_length:
+    if len(tokens) >= most:
         raise ValueError(
-            f"{len(tokens)} tokens of prompt and answer exceed the context of {model.name} "
-            f"({model.context_length} tokens)"
+            f"{count_words(len(tokens), most)} of prompt and answer exceed the context of "
+            f"{model.name} ({most} tokens)"
         )
     last = len(tokens) - 1
     return AnswerTokens(tokens, last if state == "end" else min(start, last))

@@ -14,6 +14,7 @@ from typing import Any
 
 from alignpro.models.engine_thread import EngineThread
 from alignpro.models.native_model import NativeModel
+from alignpro.models.tokenizer import count_words
 from alignpro.serve.messages import Answer, Headers, Outgoing, error_body, json_headers
 from alignpro.types import Completion, SamplingParams, text_messages
 
@@ -104,7 +105,9 @@ class LocalUpstream:
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise _BadRequest("messages: expected a list of at least one", "messages")
         try:
-            tokens = self._model.tokenizer.encode_chat(text_messages(body["messages"]))
+            tokens = self._model.tokenizer.encode_chat(
+                text_messages(body["messages"]), most=self._model.context_length
+            )
         except ValueError as error:
             raise _BadRequest(f"messages: {error}", "messages") from None
         options = body.get("stream_options") or {}
@@ -128,12 +131,13 @@ class LocalUpstream:
         stops = [stop] if isinstance(stop, str) else stop or []
         if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
             raise _BadRequest("stop: expected text, or a list of texts", "stop")
-        left = self._model.context_length - read
+        limit = self._model.context_length
+        left = limit - read
         most = _count(body, "max_completion_tokens") or _count(body, "max_tokens") or max(left, 1)
         if most > left:
             raise _BadRequest(
-                f"the messages are {read} tokens, and {most} new ones exceed the context of "
-                f"{self._model.context_length}",
+                f"the messages are {count_words(read, limit)}, and {most} new ones exceed the "
+                f"context of {limit}",
                 "messages",
                 "context_length_exceeded",
             )

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from alignpro.config import FitConfig
+
 # What a score keeps for its backward: every layer's activations, or only the stream between the
 # layers, which are then run again, to the same bits.
 Activations = Literal["keep", "recompute"]
@@ -29,6 +31,27 @@ class MicroBatch:
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
         """Its part of something that has one item a sequence."""
         return items[self.begin : self.end]
+
+
+def fit_micro_batches(
+    sequences: Sequence[Tokens],
+    starts: Sequence[int],
+    config: FitConfig,
+    bytes_of: BytesOf,
+    *,
+    together: int = 1,
+) -> list[MicroBatch]:
+    """`plan_micro_batches` as a configuration says; its ``micro_batch_size`` counts groups."""
+    most = config.micro_batch_size
+    return plan_micro_batches(
+        sequences,
+        starts,
+        limit=config.memory_limit,
+        bytes_of=bytes_of,
+        activations=config.activations,
+        most=None if most is None else most * together,
+        together=together,
+    )
 
 
 def plan_micro_batches(

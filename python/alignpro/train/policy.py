@@ -26,7 +26,7 @@ from alignpro.models.native_model import NativeModel
 from alignpro.models.prompter_file import save_prompter
 from alignpro.models.soft_prompt import SoftRows
 from alignpro.pipeline import Pipeline
-from alignpro.train.micro_batches import Activations, MicroBatch, plan_micro_batches
+from alignpro.train.micro_batches import Activations, MicroBatch, fit_micro_batches
 
 Array = NDArray[np.float32]
 Matrices = dict[str, tuple[Array, Array]]
@@ -168,19 +168,11 @@ class Policy(torch.nn.Module):
         together: int = 1,
     ) -> list[MicroBatch]:
         """How to score the sequences within the configuration's ``memory_limit``. together: as of
-        `plan_micro_batches`; ``micro_batch_size`` counts such groups."""
-        most = config.micro_batch_size
-        return plan_micro_batches(
-            sequences,
-            starts,
-            limit=config.memory_limit,
-            bytes_of=functools.partial(
-                self.score_bytes, with_reference=with_reference, with_hidden=with_hidden
-            ),
-            activations=config.activations,
-            most=None if most is None else most * together,
-            together=together,
+        `fit_micro_batches`; ``micro_batch_size`` counts such groups."""
+        bytes_of = functools.partial(
+            self.score_bytes, with_reference=with_reference, with_hidden=with_hidden
         )
+        return fit_micro_batches(sequences, starts, config, bytes_of, together=together)
 
     def score_bytes(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor
 from alignpro.config import PreferConfig
 from alignpro.data.preferences import PreferenceRow
 from alignpro.lengths import fit_rows
-from alignpro.models.native_model import NativeModel
+from alignpro.models.language_model import Reads
 from alignpro.models.reading import naming, prompter_tokens, target_tokens
 from alignpro.models.soft_prompt import SoftRows
 from alignpro.objective import sum_per_sequence
@@ -68,37 +68,41 @@ def preference_fit(
 
 
 def fit_preferences(
-    policy: Policy, rows: Sequence[PreferenceRow], config: PreferConfig
+    model: Reads, pairs: Sequence[PreferenceRow], config: PreferConfig, rows: SoftRows | None = None
 ) -> list[PreferenceRow]:
-    """The pairs that the model's context holds, by ``config.on_too_long``. Raises as `fit_rows`."""
-    model, end = policy.model, end_of_turn(policy.model.tokenizer)
+    """The pairs that the model's context holds, by ``config.on_too_long``. rows: the policy's.
+
+    Raises as `fit_rows`.
+    """
+    end = end_of_turn(model.tokenizer)
 
     def unread(row: PreferenceRow) -> str | None:
-        pair = encode_preference(model, row, config, end, policy.rows)
+        pair = encode_preference(model, row, config, end, rows)
         reasons = (over_context(model, e) for e in (*pair.policy, *pair.reference))
         return next(filter(None, reasons), None)
 
-    return fit_rows(rows, unread, config.on_too_long).rows
+    return fit_rows(pairs, unread, config.on_too_long).rows
 
 
 def encode_preference(
-    model: NativeModel,
+    model: Reads,
     row: PreferenceRow,
     config: PreferConfig,
     end: int,
     rows: SoftRows | None = None,
 ) -> TokenPair:
     """end: what ends an answer (`end_of_turn`). rows: of the policy."""
-    tokenizer = model.tokenizer
-    written = [[*tokenizer.encode(text.strip()), end] for text in (row.chosen, row.rejected)]
-    most = model.context_length - max(map(len, written))  # both answers behind the same history
+    tokenizer, most = model.tokenizer, model.context_length
+    texts = (row.chosen.strip(), row.rejected.strip())
+    written = [[*tokenizer.encode(text, most=most), end] for text in texts]
+    longest = max(map(len, written))  # both answers behind the same history
 
     def behind(prompt: Prompt) -> tuple[Example, Example]:
         if config.policy == "target":
-            read = target_tokens(tokenizer, prompt, rows)
+            read = target_tokens(tokenizer, prompt, rows, most)
         else:
             asked = Conversation.of(prompt)
-            read = prompter_tokens(tokenizer, config.prompting, asked, most, rows)
+            read = prompter_tokens(tokenizer, config.prompting, asked, most, longest, rows)
         chosen, rejected = (Example([*read, *tokens], len(read)) for tokens in written)
         return chosen, rejected
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alignpro import fingerprints
 from alignpro.config import (
@@ -54,6 +54,7 @@ from alignpro.types import Reward
 
 _log = logging.getLogger(__name__)
 OnStep = Callable[[Mapping[str, Any]], None]
+Run = TypeVar("Run", SftConfig, PreferConfig, TrainConfig, SelfImproveConfig)
 
 
 def run_sft(
@@ -67,16 +68,14 @@ def run_sft(
     """Warm-start a prompter; writes config.json, metrics.jsonl, checkpoints/ and adapter/ to its
     directory. resume, overwrite, allow_changes, and what interrupts: as for `Trainer`.
     """
-    check_config(config, SftConfig)
-    run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    config, _ = checked_run(config, SftConfig, resume=resume, overwrite=overwrite)
     if config.schema is None:
         pairs = load_pairs(config.data)
     else:
         pairs, config = record_pairs(config)
-    config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
     model = load_model(config.prompter, config.threads, date=config.date)
     policy, _ = fresh_policy(model, config)
-    fit = warm_start(policy, fit_pairs(policy, pairs, config), config)
+    fit = warm_start(policy, fit_pairs(model, pairs, config, policy.rows), config)
     made_from = fingerprints.of_models(model, None)
     columns = {"instruction": [pair.instruction for pair in pairs]}
     made_from["data"] = fingerprints.of_rows(
@@ -103,24 +102,22 @@ def run_prefer(
         model: the model that is trained, loaded already; None loads what the configuration names.
         reference: what the policy is held to; None is what training starts with.
     """
-    check_config(config, PreferConfig)
-    run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    config, run_dir = checked_run(config, PreferConfig, resume=resume, overwrite=overwrite)
     rows = load_preferences(config.data)
     held_out = load_held_out(config, rows, load_preferences)
     if config.anchor is not None:  # before a model is loaded
         anchors_of(config.anchor, rows)
         for row in held_out:
             anchor_of(config.anchor, row)
-    config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
     model = model or load_model(config.trained, config.threads, date=config.date)
     weights = starting_weights(config, model, run_dir if resume else None)
     policy, start = _policy(config, model, weights)
     fit = preference_fit(
         policy,
-        fit_preferences(policy, rows, config),
+        fit_preferences(model, rows, config, policy.rows),
         config,
         reference=start if reference is None else reference,
-        held_out=fit_preferences(policy, held_out, config) if held_out else (),
+        held_out=fit_preferences(model, held_out, config, policy.rows) if held_out else (),
     )
     roles = (None, model) if config.policy == "target" else (model, None)
     made_from = fingerprints.of_models(*roles)
@@ -235,25 +232,14 @@ def make_trainer(
     The reference is kept in run_dir/reference, so that a resume holds on to the same one.
     resume, overwrite, allow_changes: see `TrainingRun`.
     """
-    check_config(config, TrainConfig)
-    run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    config, run_dir = checked_run(config, TrainConfig, resume=resume, overwrite=overwrite)
     check_trackers(config.track)
     rows = load_prompts(config.data)
     held_out = load_held_out(config, rows, load_prompts)
     reward = build_reward(config.reward)
     for read in filter(None, (rows, held_out)):
         check_columns(reward, stack_columns(read))
-    date = config.date or (recorded_date(run_dir) if resume else today())
-    config = replace(config, date=date)
-    prompter: NativeModel
-    target: NativeModel | ChatModel
-    if config.policy == "target":  # no prompter takes part
-        prompter = target = load_model(config.trained, config.threads, date=date)
-    else:
-        calls = Path(config.run_dir) / CALLS
-        prompter, target = load_models(
-            config.prompter, config.target, config.threads, calls=calls, date=date
-        )
+    prompter, target = load_roles(config)
     trained = _trained(config, prompter, target)
     weights = starting_weights(config, trained, run_dir if resume else None)
     return trainer_from(
@@ -262,6 +248,29 @@ def make_trainer(
         resume=resume,
         overwrite=overwrite,
         allow_changes=allow_changes,
+    )
+
+
+def checked_run(config: Run, cls: type[Run], *, resume: bool, overwrite: bool) -> tuple[Run, Path]:
+    """What every run begins with, before anything is read: its configuration, with the date that
+    templates are told, and its directory, which it may use. Raises as `check_config` and
+    `check_run_dir`."""
+    check_config(config, cls)
+    run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    date = config.date or (recorded_date(run_dir) if resume else today())
+    return replace(config, date=date), run_dir
+
+
+def load_roles(
+    config: TrainConfig | SelfImproveConfig,
+) -> tuple[NativeModel, NativeModel | ChatModel]:
+    """Prompter and target; where the target is trained they are one, and no prompter takes part."""
+    if config.policy == "target":
+        model = load_model(config.trained, config.threads, date=config.date)
+        return model, model
+    calls = Path(config.run_dir) / CALLS
+    return load_models(
+        config.prompter, config.target, config.threads, calls=calls, date=config.date
     )
 
 

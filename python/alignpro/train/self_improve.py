@@ -23,7 +23,6 @@ from alignpro.config import (
     PairsFitConfig,
     PreferConfig,
     SelfImproveConfig,
-    check_config,
     to_mapping,
 )
 from alignpro.config.data import PreferencesConfig
@@ -33,31 +32,27 @@ from alignpro.interrupts import interruptible
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights, require_lora
 from alignpro.models.answer_scores import TargetScorer
-from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
-from alignpro.models.native_model import NativeModel, load_model, load_models
+from alignpro.models.native_model import NativeModel
 from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
 from alignpro.rewards.grounding import GroundingReward
 from alignpro.run_directory import (
-    CALLS,
     CONFIG,
     RunDirectory,
-    check_run_dir,
     is_free,
     is_run_dir,
     open_run_dir,
     read_record,
-    recorded_date,
 )
 from alignpro.theory.self_reward import calibrator_decides, effective_beta, sharpening
 from alignpro.train.callbacks import OnProgress
 from alignpro.train.checkpoint import MAY_CHANGE, begin_run, check_same_run
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy, Reference, save_trained
-from alignpro.train.run import OnStep, run_prefer, starting_weights
+from alignpro.train.run import OnStep, checked_run, load_roles, run_prefer, starting_weights
 from alignpro.train.self_measure import (
     MeasuredAnswer,
     measure_policy,
@@ -120,8 +115,7 @@ def run_self_improve(
         ValueError, OSError, ImportError: bad input, before a model is loaded or while it is; a
             calibrator, or a confidence, that the target cannot be asked for; a round without pairs.
     """
-    check_config(config, SelfImproveConfig)
-    run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    config, run_dir = checked_run(config, SelfImproveConfig, resume=resume, overwrite=overwrite)
     rows = load_prompts(config.data)[: config.num_prompts]
     measured = rows
     if config.measured.data is not None:
@@ -129,16 +123,7 @@ def run_self_improve(
     measured = measured[: config.measured.num_prompts]
     calibrator = build_reward(config.calibrator)
     check_columns(calibrator, stack_columns(rows))
-    config = replace(config, date=config.date or (recorded_date(run_dir) if resume else today()))
-    prompter: NativeModel
-    target: NativeModel | ChatModel
-    if config.policy == "target":
-        prompter = target = load_model(config.trained, config.threads, date=config.date)
-    else:
-        calls = Path(config.run_dir) / CALLS
-        prompter, target = load_models(
-            config.prompter, config.target, config.threads, calls=calls, date=config.date
-        )
+    prompter, target = load_roles(config)
     first = starting_weights(config, prompter, run_dir if resume else None)
     start = None if first is None else require_lora(first, f"{config.policy}.adapter")
     improvement = SelfImprovement(config, prompter, target, calibrator, rows, measured, start)

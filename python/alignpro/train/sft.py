@@ -14,12 +14,13 @@ from alignpro.extract.check import verify
 from alignpro.extract.parse import as_record
 from alignpro.extract.schema import read_schema
 from alignpro.lengths import fit_rows
+from alignpro.models.language_model import Reads
 from alignpro.models.native_client import prompt_end
 from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import naming, prompter_tokens
 from alignpro.models.reasoning import open_block
 from alignpro.models.soft_prompt import SoftRows
-from alignpro.models.tokenizer import Tokenizer
+from alignpro.models.tokenizer import Tokenizer, count_words
 from alignpro.train.fit import Fit
 from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.policy import Policy
@@ -73,29 +74,28 @@ def check_example(model: NativeModel, example: Example) -> None:
         )
 
 
-def over_context(model: NativeModel, example: Example) -> str | None:
+def over_context(model: Reads, example: Example) -> str | None:
     """Why the model's context does not hold it; None where it does."""
     length, limit = len(example.tokens), model.context_length
-    return f"{length} tokens exceed the context of {limit}" if length > limit else None
+    return f"{count_words(length, limit)} exceed the context of {limit}" if length > limit else None
 
 
 def fit_pairs(
-    policy: Policy, pairs: Sequence[PairRow], config: SftConfig
+    model: Reads, pairs: Sequence[PairRow], config: SftConfig, rows: SoftRows | None = None
 ) -> list[tuple[PromptLike, str]]:
-    """The pairs that the prompter's context holds, by ``config.on_too_long``.
+    """The pairs that the prompter's context holds, by ``config.on_too_long``. rows: the prompter's.
 
     Raises as `fit_rows`.
     """
-    model = policy.model
     limit, end = model.context_length, end_of_turn(model.tokenizer)
 
     def unread(pair: PairRow) -> str | None:
         pieces = (pair.prompt, pair.instruction)
-        example = _encode_pair(model.tokenizer, pieces, config.prompting, limit, end, policy.rows)
+        example = _encode_pair(model.tokenizer, pieces, config.prompting, limit, end, rows)
         return over_context(model, example)
 
-    rows = fit_rows(pairs, unread, config.on_too_long).rows
-    return [(pair.prompt, pair.instruction) for pair in rows]
+    fitted = fit_rows(pairs, unread, config.on_too_long).rows
+    return [(pair.prompt, pair.instruction) for pair in fitted]
 
 
 def record_pairs(config: SftConfig) -> tuple[list[PairRow], SftConfig]:
@@ -185,8 +185,8 @@ def _encode_pair(
     rows: SoftRows | None,
 ) -> Example:
     conversation = Conversation.of(pair[0])
-    written = [*tokenizer.encode(pair[1].strip()), end]
-    read = prompter_tokens(tokenizer, prompting, conversation, limit - len(written), rows)
+    written = [*tokenizer.encode(pair[1].strip(), most=limit), end]
+    read = prompter_tokens(tokenizer, prompting, conversation, limit, len(written), rows)
     return Example(tokens=[*read, *written], start=len(read))
 
 

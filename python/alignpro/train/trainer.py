@@ -178,7 +178,8 @@ class TrainingRun:
             if self.config.policy == "prompter":
                 return self._with_policy().prompter_tokens(prompt, index)
             model = self.policy.model
-            tokens = target_tokens(model.tokenizer, prompt, self.policy.rows)
+            most, rows = model.context_length, self.policy.rows
+            tokens = target_tokens(model.tokenizer, prompt, rows, most)
             unfit = too_long(model, len(tokens), self.config.response)
             if unfit is not None:
                 raise ValueError(f"of prompt {index}: {unfit}")

@@ -9,6 +9,17 @@ const ops::Weight& weight_of(const LayerPass& pass, int64_t layer, LinearSite si
   return pass.weights.layers[static_cast<size_t>(layer)].linear(site);
 }
 
+// The MLP's op and its gradient, by the activation of its gate.
+struct GatedUnit {
+  void (ops::Ops::*forward)(const Matrix& gate_up, const Matrix& h);
+  void (ops::Ops::*backward)(const Matrix& gate_up, const Matrix& dh, const Matrix& d_gate_up);
+};
+
+GatedUnit gate_of(const ModelConfig& config) {
+  if (config.gelu) return {&ops::Ops::geglu, &ops::Ops::geglu_backward};
+  return {&ops::Ops::swiglu, &ops::Ops::swiglu_backward};
+}
+
 // `rows` of a matrix as wide as the ranks, where there are any.
 Matrix cut_ranks(const Matrix& all, int64_t begin, int64_t rows, int64_t ranks) {
   return {ops::at(all.data, begin * block_bytes(all.dtype)), rows, ranks, ranks, all.dtype};
@@ -122,7 +133,7 @@ void layer_forward(const LayerPass& pass, int64_t layer, const Matrix& in, const
 
   ops.rms_norm(saved.mlp_input, w.mlp_norm, eps, saved.normed);
   apply_linear(pass, layer, LinearSite::kGateUp, saved.normed, {}, saved.gate_up, saved);
-  c.gelu ? ops.geglu(saved.gate_up, saved.activated) : ops.swiglu(saved.gate_up, saved.activated);
+  (ops.*gate_of(c).forward)(saved.gate_up, saved.activated);
   apply_block_output(pass, layer, LinearSite::kDown, saved.activated, w.mlp_output_norm,
                      saved.raw_mlp, saved.mlp_input, out, saved);
 }
@@ -149,12 +160,11 @@ void layer_backward(const LayerPass& pass, const DeviceAdapter& adapter, int64_t
 
   // MLP: stream = mlp_input + down(silu(gate) up), or its norm, and GELU's gate. d_normed has the
   // gradient by what is normed there until the next product gives it its own.
-  c.gelu ? ops.geglu(saved.gate_up, saved.activated) : ops.swiglu(saved.gate_up, saved.activated);
+  (ops.*gate_of(c).forward)(saved.gate_up, saved.activated);
   site(LinearSite::kDown, saved.activated,
        block_output_backward(pass, w.mlp_output_norm, saved.raw_mlp, d_stream, b.d_normed),
        b.d_activated);
-  c.gelu ? ops.geglu_backward(saved.gate_up, b.d_activated, b.d_gate_up)
-         : ops.swiglu_backward(saved.gate_up, b.d_activated, b.d_gate_up);
+  (ops.*gate_of(c).backward)(saved.gate_up, b.d_activated, b.d_gate_up);
   ops.rms_norm(saved.mlp_input, w.mlp_norm, eps, saved.normed);
   site(LinearSite::kGateUp, saved.normed, b.d_gate_up, b.d_normed);
   ops.rms_norm_backward(saved.mlp_input, w.mlp_norm, eps, b.d_normed, d_stream);
