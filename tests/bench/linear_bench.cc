@@ -1,6 +1,6 @@
 // The matrix products of one pass over SmolLM2-135M's layers, by storage format and arithmetic, as
 // a share of this machine's FMA peak and read bandwidth, both measured in the same run. Medians of
-// kRepeats. ALIGNPRO_CPU_ISA compares instruction sets.
+// kRepeats. Q6_K has whole blocks of 256 columns. ALIGNPRO_CPU_ISA compares instruction sets.
 //
 //   cmake -S . -B build -DALIGNPRO_PYTHON=OFF -DALIGNPRO_TESTS=ON && cmake --build build
 //   build/tests/bench/linear_bench [ROWS ...]
@@ -36,7 +36,7 @@ std::vector<std::byte> rows_of(DType dtype, int64_t rows, int64_t cols) {
       const float value = 0.01f;
       std::memcpy(bytes.data() + at, &value, sizeof value);
     } else {
-      std::memcpy(bytes.data() + at, &scale, sizeof scale);
+      std::memcpy(bytes.data() + at + (dtype == DType::kQ6_K ? 208 : 0), &scale, sizeof scale);
       if (dtype == DType::kQ4_1) std::memcpy(bytes.data() + at + 2, &scale, sizeof scale);
     }
   }
@@ -48,7 +48,9 @@ void measure(DType dtype, Arithmetic arithmetic, std::span<const int64_t> row_co
   struct Shape {
     int64_t outputs, inputs;
   };
-  const std::vector<Shape> shapes = {{960, 576}, {576, 576}, {3072, 576}, {576, 1536}};
+  std::vector<Shape> shapes = {{960, 576}, {576, 576}, {3072, 576}, {576, 1536}};
+  const int64_t block = block_values(dtype);
+  for (Shape& s : shapes) s.inputs = (s.inputs + block - 1) / block * block;
   std::vector<PackedMatrix> weights;  // distinct for each of 30 layers: they come from memory
   double multiply_adds = 0, bytes = 0;
   for (const Shape& s : shapes) {
@@ -97,7 +99,7 @@ int main(int count, char** arguments) {
   const double bandwidth = ops::read_bandwidth_gbps(pool);
   std::printf("%s, %d threads; FMA peak %.0f GFLOP/s; read bandwidth %.1f GB/s\n",
               std::string(cpu_isa_name(cpu_isa())).c_str(), pool.size(), peak, bandwidth);
-  for (const DType dtype : {DType::kF32, DType::kQ8_0, DType::kQ4_1}) {
+  for (const DType dtype : {DType::kF32, DType::kQ8_0, DType::kQ4_1, DType::kQ5_0, DType::kQ6_K}) {
     for (const Arithmetic arithmetic : {Arithmetic::kFloat32, Arithmetic::kInt8}) {
       if (dtype != DType::kF32 || arithmetic == Arithmetic::kFloat32) {
         measure(dtype, arithmetic, row_counts, peak, bandwidth, pool);

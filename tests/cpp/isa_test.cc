@@ -113,7 +113,7 @@ TEST_CASE("products agree to the bit") {
         k.gemv(few, cols - 2, tiles.data(), three, 3, 16, out, 48, 16, true);
       });
     }
-    if (!cpu::has_integer_product(dtype)) continue;
+    if (!cpu::is_quantized(dtype)) continue;
     const int64_t tile = cols / cpu::kGroup * cpu::kInt8GroupBytes;
     const Floats codes = both(static_cast<size_t>(tile / 2), [&](const auto& k, float* out) {
       auto* to = reinterpret_cast<uint8_t*>(out);

@@ -232,7 +232,7 @@ TEST_CASE("integer products match double") {
             worst = std::max(worst, std::abs(stored[i] - w[i]));
           }
           // Kept as they stand, or within half a step of Q8_0 (and its scale's half precision).
-          CHECK(worst <= (cpu::has_integer_product(dtype) ? 0.0f : most * 0.0045f));
+          CHECK(worst <= (cpu::is_quantized(dtype) ? 0.0f : most * 0.0045f));
         }
         for (int64_t i = 0; i < m; ++i) {
           const auto codes = quantised({x.data() + i * cols, static_cast<size_t>(cols)});
@@ -247,6 +247,34 @@ TEST_CASE("integer products match double") {
       for (int64_t i = 0; i < m; ++i) {
         linear(1, {x.data() + i * cols, cols}, packed, one.data(), n, {}, pool);
         CHECK(same_bits(one.data(), y.data() + i * n, one.size()));
+      }
+    }
+  }
+}
+
+// Sums of the largest codes of either sign, which narrow integers must hold.
+TEST_CASE("integer products hold the largest codes") {
+  const int64_t cols = 256, n = 16;
+  ThreadPool pool(1);
+  for (const DType dtype : kAllTypes) {
+    for (const std::byte fill : {std::byte{0xff}, std::byte{0x7f}, std::byte{0x00}}) {
+      if (dtype == DType::kF32 || dtype == DType::kF16 || dtype == DType::kBF16) continue;
+      const auto bytes = quantized_rows(dtype, n, cols, 1, fill);
+      const PackedMatrix packed =
+          PackedMatrix::pack(rows_in(dtype, bytes, cols), cols, pool, Arithmetic::kInt8);
+      for (const float sign : {1.0f, -1.0f}) {
+        const Floats x(static_cast<size_t>(cols), 127.0f * sign);
+        Floats y(static_cast<size_t>(n)), w(static_cast<size_t>(cols));
+        linear(1, {x.data(), cols}, packed, y.data(), n, {}, pool);
+        for (int64_t row = 0; row < n; ++row) {
+          packed.read_row(row, w.data());
+          double expected = 0.0, size = 0.0;
+          for (const float value : w) {
+            expected += 127.0 * sign * value;
+            size += std::abs(127.0 * value);
+          }
+          CHECK(std::abs(y[static_cast<size_t>(row)] - expected) <= 1e-5 * size + 1e-5);
+        }
       }
     }
   }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -13,13 +14,14 @@
 
 namespace alignpro::ops {
 
-// Bytes of `rows` rows in a format: anything, with the float16 factors made finite and small.
-inline std::vector<std::byte> quantized_rows(DType dtype, int64_t rows, int64_t cols,
-                                             uint32_t seed) {
+// Bytes of `rows` rows in a format: anything, or `fill` throughout, with the float16 factors made
+// finite and small.
+inline std::vector<std::byte> quantized_rows(DType dtype, int64_t rows, int64_t cols, uint32_t seed,
+                                             std::optional<std::byte> fill = std::nullopt) {
   const int64_t size = block_bytes(dtype);
   std::vector<std::byte> bytes(static_cast<size_t>(rows * row_bytes(dtype, cols)));
   std::mt19937 generator(seed);
-  for (std::byte& b : bytes) b = static_cast<std::byte>(generator() & 255);
+  for (std::byte& b : bytes) b = fill.value_or(static_cast<std::byte>(generator() & 255));
   const auto tame = [&](int64_t at, bool brain) {  // 2^-9 to 2^-5 in size, either sign
     const uint32_t draw = generator();
     const auto bits =

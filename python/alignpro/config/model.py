@@ -60,9 +60,8 @@ class ModelConfig:
 
     float32, on either: weights, activations, keys and values in it. bfloat16, on CUDA: the same,
     sums in float32. int8, on the CPU, for a frozen model whose speed matters more than the last
-    digits: weights as stored codes (formats without an integer product become Q8_0), activations
-    quantised in groups of 32; it has no gradients. A model scores with the arithmetic that it
-    samples with.
+    digits: weights as stored codes (floats become Q8_0), activations quantised in groups of 32;
+    it has no gradients. A model scores with the arithmetic that it samples with.
     """
     kv_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """The type of cached keys and values; null is float32 on the CPU and that of compute on CUDA.

@@ -59,7 +59,7 @@ PackedMatrix PackedMatrix::plan(std::span<const QuantizedRow> rows, int64_t cols
         of_panel.begin(), of_panel.end(),
         [first](const QuantizedRow& row) { return cpu::panel_type(row.dtype) == first; });
     if (integers) {
-      types.push_back(alike && cpu::has_integer_product(first) ? first : DType::kQ8_0);
+      types.push_back(alike && cpu::is_quantized(first) ? first : DType::kQ8_0);
     } else {
       types.push_back(alike ? first : DType::kF32);
     }

@@ -23,7 +23,7 @@ class PackedMatrix {
  public:
   PackedMatrix() = default;
 
-  // kInt8 stores rows whose format has no integer product as Q8_0, and needs cols in multiples of
+  // kInt8 stores floats, and rows of a panel that differ, as Q8_0, and needs cols in multiples of
   // 32 (InvalidArgument).
   static PackedMatrix pack(std::span<const QuantizedRow> rows, int64_t cols, ThreadPool& pool,
                            Arithmetic arithmetic = Arithmetic::kFloat32);

@@ -154,19 +154,13 @@ void pack_quantized(DType dtype, std::span<const QuantizedRow> rows, int64_t col
         for (int j = 0; j < 8; ++j) bits |= (codes[8 * word + j] & 15u) << (4 * j);
         put_word(low, word, n, bits);
       }
-      if (layout.high_bytes == 64) {
-        uint32_t bits = 0;
-        for (int j = 0; j < 32; ++j) bits |= static_cast<uint32_t>(codes[j] >> 4) << j;
-        put_word(high, 0, n, bits);
-      } else if (layout.high_bytes == 128) {
-        for (int64_t word = 0; word < 2; ++word) {
-          uint32_t bits = 0;
-          for (int j = 0; j < 16; ++j) {
-            bits |= static_cast<uint32_t>(codes[16 * word + j] >> 4) << (2 * j);
-          }
-          put_word(high, word, n, bits);
-        }
+      const int extra = static_cast<int>(layout.high_bytes / 64);  // bits beyond four, and words
+      uint32_t bits[2] = {};
+      for (int k = 0; k < kGroup && extra > 0; ++k) {
+        const int first = extra * (k / 8 * 2 + k % 2);  // of its word
+        bits[first / 8] |= static_cast<uint32_t>(codes[k] >> 4) << (k % 8 / 2 * 8 + first % 8);
       }
+      for (int word = 0; word < extra; ++word) put_word(high, word, n, bits[word]);
     }
   }
 }

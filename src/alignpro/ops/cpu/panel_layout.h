@@ -14,10 +14,11 @@ namespace alignpro::ops::cpu {
 //   scales | high bits | low bits,
 // then, for the K formats, the factors of each 8 groups. Codes are unsigned and lie in 32-bit
 // words, a row a word: low bits of 8 columns as nibbles, [4][16] words a group (byte codes: as
-// bytes, [8][16], of each 8 columns the even ones in one word, the odd ones in the next); the fifth
-// bits of 32 columns, [16]; the upper two bits of 16 columns, [2][16]. A weight is fma(code, scale,
-// minimum), which rounds exactly as the file's formula does: products of scale and code fit into 24
-// bits.
+// bytes, [8][16]). Integer products take four columns from a word of bytes, of each 8 columns the
+// even ones from one word, the odd ones from the next; so the bits beyond four of a group's word w
+// lie in each byte from bit w on (one bit, [16]) or 2 (w % 4) (two, [2][16], words 0 to 3 in the
+// first). A weight is fma(code, scale, minimum), which rounds exactly as the file's formula does:
+// products of scale and code fit into 24 bits.
 inline constexpr int64_t kGroup = 32;
 inline constexpr int64_t kGroupsPerFactor = 8;
 
@@ -33,17 +34,10 @@ struct PanelLayout {
 };
 
 // Integer products. Activations: tiles of kInt8TileRows rows, a group of 32 columns after the
-// other: signed codes [8 words][kInt8TileRows][4 bytes], then per row the sum of its codes (int32),
-// the scale, and scale * sum. Of each eight columns a word holds the even ones, the next word the
-// odd ones.
+// other: signed codes [8 words][kInt8TileRows][4 bytes], then per row the scale, scale * the sum
+// of its codes, and minus the sums (int32) of all codes, the first 16 and the last 16.
 inline constexpr int64_t kInt8TileRows = 8;
-inline constexpr int64_t kInt8GroupBytes = kGroup * kInt8TileRows + 3 * kInt8TileRows * 4;
-
-// Formats whose codes are multiplied as they stand; others become Q8_0 when they are loaded.
-constexpr bool has_integer_product(DType dtype) {
-  return dtype == DType::kQ8_0 || dtype == DType::kQ4_0 || dtype == DType::kQ4_1 ||
-         dtype == DType::kQ4_K;
-}
+inline constexpr int64_t kInt8GroupBytes = kGroup * kInt8TileRows + 5 * kInt8TileRows * 4;
 
 constexpr bool is_quantized(DType dtype) {
   return dtype != DType::kF32 && dtype != DType::kF16 && dtype != DType::kBF16;

@@ -48,10 +48,21 @@ ALIGNPRO_INLINE Wide load_brain_halves(const uint8_t* p) {
 
 template <typename Byte>
 ALIGNPRO_INLINE Wide load_bytes(const uint8_t* p) {
+#if defined(__AVX2__)  // by name: the compiler's own widening goes byte by byte
+  constexpr bool kSigned = static_cast<Byte>(-1) < 0;
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#else
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#endif
+#else
   typedef Byte Bytes __attribute__((vector_size(kLanes)));
   Bytes bytes;
   std::memcpy(&bytes, p, sizeof(bytes));
   return __builtin_convertvector(__builtin_convertvector(bytes, WideInts), Wide);
+#endif
 }
 
 constexpr int kBits(DType dtype) {
@@ -78,6 +89,9 @@ constexpr bool is_k_format(DType dtype) {
 // Columns that share a scale.
 constexpr int64_t scale_columns(DType dtype) {
   return dtype == DType::kQ6_K || dtype == DType::kQ2_K ? 16 : kGroup;
+}
+constexpr int scales_of_group(DType dtype) {
+  return static_cast<int>(kGroup / scale_columns(dtype));
 }
 
 struct Affine {
@@ -159,9 +173,10 @@ ALIGNPRO_INLINE Wide weights_at(const uint8_t* panel, int64_t column, int part, 
   } else {
     constexpr int kExtra = kBits(D) - 4;
     const Words v = load_words(low + within / 8 * 64);
-    const Words extra = load_words(high + (kExtra == 2 ? within / 16 * 64 : 0) + 4 * kLanes * part);
-    const int64_t first = kExtra * (within % (32 / kExtra));
-    const Words top = extra >> static_cast<uint32_t>(first + kExtra * j) & ((1u << kExtra) - 1);
+    const int64_t at = kExtra * within / 4;  // of the words of these columns, in bits
+    const Words extra = load_words(high + at / 8 * 64 + 4 * kLanes * part);
+    const Words top = extra >> static_cast<uint32_t>(at % 8 + j / 2 * 8 + kExtra * (j % 2)) &
+                      ((1u << kExtra) - 1);
     return fma(to_floats((v >> (4 * j) & 15u) | top << 4), a.scale[0], a.minimum);
   }
 }
