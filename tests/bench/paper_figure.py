@@ -2,7 +2,8 @@
 
     python tests/bench/paper_figure.py --models MODEL,MODEL --runs DIR [--seed 0]
                                        [--tasks house_rules,sentiment] [--prompters MODEL,...]
-                                       [--targets MODEL,...] [--plot FILE.svg] [--threads N]
+                                       [--targets MODEL,...] [--rate 3e-4] [--plot FILE.svg]
+                                       [--threads N]
 
 Every model as prompter before every model as target: the reward on held-out prompts with the
 untuned prompter, with the trained one, and of the target tuned itself on the raw prompts (the
@@ -50,14 +51,12 @@ class Task(NamedTuple):
 
 TASKS = {
     # Most groups of raw answers earn the same, mostly nothing: larger groups, and those skipped.
-    # The rate was tried on the validation prompts with SmolLM2-135M (docs/paper-figure.md).
     "house_rules": Task(
         QUICKSTART,
         {
             "steps": 40,
             "prompts_per_step": 4,
             "num_rewrites": 8,
-            "learning_rate": 1e-3,
             "zero_advantage_group": "skip",
         },
     ),
@@ -77,8 +76,9 @@ class Cell:
         return f"{self.task}, {_short(self.prompter)} before {_short(self.target)}"
 
 
-def configure(cell: Cell, runs: Path, seed: int, threads: int | None) -> Configured:
+def configure(cell: Cell, options: argparse.Namespace) -> Configured:
     """What a cell runs, and where: what cells share has one folder for all of them."""
+    seed, threads = options.seed, options.threads
     task = TASKS[cell.task]
     settings = [f"prompter.model={json.dumps(cell.prompter)}", f"seed={seed}"]
     settings += [f"threads={json.dumps(threads)}"]
@@ -86,13 +86,14 @@ def configure(cell: Cell, runs: Path, seed: int, threads: int | None) -> Configu
     answering = replace(quickstart.target or ModelConfig(), model=cell.target)
     quickstart = replace(quickstart, target=answering)
     sft, train, evaluation = quickstart.stages()
-    folder = runs / cell.task / f"seed-{seed}"
+    folder = options.runs / cell.task / f"seed-{seed}"
     warm = folder / f"warm-{_short(cell.prompter)}"
     tuned = folder / f"tuned-{_short(cell.target)}"
     trained = folder / f"{_short(cell.prompter)}-{_short(cell.target)}"
     started = replace(quickstart.prompter, adapter=str(warm / "adapter"))
     fields = {"data": train.data, "reward": train.reward, "response": train.response}
     fields |= {"kl_coef": train.kl_coef, "seed": seed, "threads": threads, "policy": "target"}
+    fields |= {"learning_rate": options.rate}
     own = TrainConfig(
         prompter=ModelConfig(model=cell.target), run_dir=str(tuned), **fields | task.tuning
     )
@@ -105,6 +106,7 @@ def configure(cell: Cell, runs: Path, seed: int, threads: int | None) -> Configu
             prompter=started,
             trained=str(trained / "adapter"),
             tuned=str(tuned / "adapter"),
+            kl_coef=train.kl_coef,
             static=None,  # the page says what the best single instruction earns
             optimum=None,
             judge=None,
@@ -121,9 +123,9 @@ class Configured(NamedTuple):
     output: Path
 
 
-def run_cell(cell: Cell, runs: Path, seed: int, threads: int | None) -> Evaluation:
+def run_cell(cell: Cell, options: argparse.Namespace) -> Evaluation:
     """The cell's evaluation; what of it is there is not made again."""
-    todo = configure(cell, runs, seed, threads)
+    todo = configure(cell, options)
     if not todo.output.exists():
         for config, run in ((todo.sft, run_sft), (todo.train, run_train), (todo.tuned, run_train)):
             folder = Path(config.run_dir)
@@ -200,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     models = (options.prompters or options.models, options.targets or options.models)
     cells = [Cell(*names) for names in itertools.product(options.tasks, *models)]
-    done = {cell: run_cell(cell, options.runs, options.seed, options.threads) for cell in cells}
+    done = {cell: run_cell(cell, options) for cell in cells}
     print(table(done))
     if options.plot is not None:
         draw(done, options.plot)
@@ -219,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompters", type=names)
     parser.add_argument("--targets", type=names)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=3e-4, help="of the target's own tuning")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--threads", type=int)
     return parser
