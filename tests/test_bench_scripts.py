@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignpro.types import SamplingParams
-from bench import barrier, endpoint, growth, house_rules, lanes, score
+from bench import barrier, endpoint, growth, house_rules, lanes, paper_figure, score
 
 SCORE = ["--shape", "300x16", "--tokens", "12", "--repeats", "2"]
 
@@ -98,6 +98,50 @@ def test_a_mixture_is_timed_beside_one_adapter(tiny_model_dir, tmp_path: Path, c
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows) and rows[0]["share"] == 1.0
     assert capsys.readouterr().out.count("\n") == 2 + len(rows)
+
+
+def test_the_papers_figure_goes_on_where_it_was_stopped(
+    tiny_model_dir, tmp_path: Path, monkeypatch, capsys
+):
+    file = tmp_path / "task.yaml"
+    few = "rewrite: {max_new_tokens: 3}, response: {max_new_tokens: 4}"
+    file.write_text(
+        "sft: {steps: 1, batch_size: 2}\n"
+        f"train: {{steps: 1, prompts_per_step: 2, num_rewrites: 2, {few}}}\n"
+        f"evaluate: {{num_prompts: 4, num_rewrites: 2, static: null, {few}}}\n"
+    )
+    tuning = {"steps": 1, "prompts_per_step": 2, "num_rewrites": 2}
+    monkeypatch.setattr(paper_figure, "TASKS", {"toy": paper_figure.Task(file, tuning)})
+    one, other = str(tiny_model_dir("llama")), str(tiny_model_dir("qwen2"))
+    plot = tmp_path / "figure.svg"
+    asked = ["--models", f"{one},{other}", "--runs", str(tmp_path / "runs"), "--tasks", "toy"]
+    asked += ["--plot", str(plot), "--threads", "1"]
+
+    evaluate = paper_figure.run_evaluate
+    evaluated = []
+
+    def stopped(config, **options):
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        evaluated.append(config)
+        return evaluate(config, **options)
+
+    monkeypatch.setattr(paper_figure, "run_evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        paper_figure.main(asked)
+    assert {(c.prompter.model, c.target.model) for c in evaluated} == {(one, one), (one, other)}
+    capsys.readouterr()
+    monkeypatch.setattr(paper_figure, "run_evaluate", evaluate)
+    paper_figure.main(asked)
+    said = capsys.readouterr().out
+    doings = [line for line in said.splitlines() if line.startswith("toy, ")]
+    assert sum("warm-" in line or "tuned-" in line for line in doings) <= 1  # each is made once
+    assert sum("evaluation" in line for line in doings) == 2
+    rows = [line for line in said.splitlines() if line.startswith("| toy |")]
+    assert len(rows) == 4 and all(row.count("|") == 9 for row in rows)
+    assert "<svg" in plot.read_text("utf-8")
+    paper_figure.main(asked)  # nothing is left to do
+    assert capsys.readouterr().out.splitlines() == said.splitlines()[-6:]
 
 
 @pytest.mark.parametrize("server", ["llama.cpp", "alignpro"])

@@ -16,6 +16,7 @@ from alignpro.statistics import (
     proportion_ci,
     ratio_of_means,
     variance,
+    variance_change,
 )
 
 
@@ -254,3 +255,30 @@ def test_calibration_by_hand():
             calibration(probabilities, outcomes)
     with pytest.raises(ValueError, match="expected aligned values, at least one, got 0 and 0"):
         calibration([], [])
+
+
+def test_a_change_of_variance_by_hand():
+    control = [[0.0, 4.0], [2.0], [1.0, 3.0]]
+    treated = [[1.0], [3.0], [2.0, 2.0]]
+    found = variance_change(treated, control)
+    one, other = (np.var(np.concatenate(rows), ddof=1) for rows in (treated, control))
+    assert found.mean == pytest.approx(one / other - 1)
+    assert found.low <= found.mean <= found.high
+    shifted = [[1e6 + value for value in row] for row in treated]
+    assert variance_change(shifted, control) == pytest.approx(found)
+    assert variance_change(control, control) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="at least 2 prompts, the same for both, got 2 and 3"):
+        variance_change(treated[:2], control)
+    with pytest.raises(ValueError, match="control: expected values that vary"):
+        variance_change(treated, [[1.0], [1.0], [1.0]])
+
+
+def test_the_interval_of_a_change_of_variance_covers_it():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(100):
+        control = rng.normal(0, 1, (60, 1)) + rng.normal(0, 1, (60, 4))
+        treated = rng.normal(0, 1, (60, 1)) + rng.normal(0, 0.5, (60, 4))
+        found = variance_change(treated.tolist(), control.tolist())
+        covered += found.low <= 1.25 / 2 - 1 <= found.high
+    assert 86 <= covered <= 100  # 95 by the level

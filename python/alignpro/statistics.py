@@ -102,6 +102,41 @@ def relative_reduction(
     return _percentiles(float(whole[0]), np.concatenate(draws))
 
 
+def variance_change(
+    treated: Sequence[Sequence[float]], control: Sequence[Sequence[float]], *, seed: int = 0
+) -> Interval:
+    """The variance of all ``treated`` values over that of the control's, less 1 (-0.2: a fifth
+    lower), with the percentile interval of a bootstrap that resamples prompts, both together.
+    Values [n][m] are those of each prompt; m may differ.
+
+    Raises ValueError where n < 2, the prompts differ in number, or the control does not vary.
+    """
+    moments = []
+    for name, rows in (("treated", treated), ("control", control)):
+        values = [_finite(name, row, dimensions=1) for row in rows]
+        if len(values) != len(control) or len(values) < 2:
+            raise ValueError(
+                f"expected at least 2 prompts, the same for both, got {len(treated)} and "
+                f"{len(control)}"
+            )
+        centre = float(np.concatenate(values).mean())  # so that sums of squares cancel nothing
+        centred = [v - centre for v in values]
+        moments.append(np.array([[v.size, v.sum(), np.square(v).sum()] for v in centred]))
+
+    def unbiased(sums: Floats) -> Floats:  # [draws, 3] -> [draws]
+        count, total, squares = sums.T
+        return np.asarray((squares - total**2 / count) / (count - 1))
+
+    of_treated, of_control = (unbiased(m.sum(axis=0, keepdims=True)) for m in moments)
+    if not of_control[0] > 0:
+        raise ValueError("control: expected values that vary")
+    draws = []
+    for drawn in _resampled(len(control), seed):
+        a, b = (unbiased(m[drawn].sum(axis=1)) for m in moments)
+        draws.append(a[b > 0] / b[b > 0] - 1)
+    return _percentiles(float(of_treated[0] / of_control[0]) - 1, np.concatenate(draws))
+
+
 def binomial_at_most(successes: int, trials: int, probability: float) -> float:
     """P(Binomial(trials, probability) <= successes), to about 1e-12."""
     if successes < 0:

@@ -145,6 +145,10 @@ def test_the_gaps_closed_in_words():
         "instruction and the labelled rule.",
     ]
     assert gap_sentences(evaluation({})) == []
+    change = Interval(-0.2, -0.304, 0.05)
+    assert gap_sentences(evaluation({}, variance_change=change)) == [
+        "The variance of its reward against the untuned prompter's: -20% (-30% to +5%)."
+    ]
     soft = {f"soft_minus_{arm}": gap for arm in ("raw", "untuned", "static")}
     (said,) = gap_sentences(evaluation({}, soft_differences=soft))
     assert said == (

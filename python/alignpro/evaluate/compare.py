@@ -22,7 +22,13 @@ from alignpro.models.adapter import AdapterWeights
 from alignpro.models.mixture import Mixture, soft_rows
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
-from alignpro.statistics import bootstrap_mean_ci, paired_difference, ratio_of_means, variance
+from alignpro.statistics import (
+    bootstrap_mean_ci,
+    paired_difference,
+    ratio_of_means,
+    variance,
+    variance_change,
+)
 from alignpro.types import Conversation, Prompt, Usage
 
 
@@ -76,6 +82,7 @@ def compare_arms(
         unscored_responses=sum(arm.rollout.unscored for arm in arms.values()) or None,
         target_usage=sum(used, Usage()) if used else None,
         gap_closed=way("untuned", "tuned"),
+        variance_change=_variance_change(arms, config.seed),
         static_to_labelled=way("static", "labelled"),
         soft_differences=against("soft") or None,
         required=_required(rewards, config),
@@ -107,6 +114,17 @@ def gap_closed(
     possible = [a - b for a, b in zip(end, start, strict=True)]
     share = ratio_of_means(gained, possible, seed=seed)
     return GapClosed(share.mean, share.ci95, gap)
+
+
+def _variance_change(arms: Mapping[str, Arm], seed: int) -> Interval | None:
+    """Of single responses, as the paper's figure has it; None without both prompters, or where
+    every response of the untuned one earns the same."""
+    if not {"untuned", "trained"} <= set(arms):
+        return None
+    untuned = arms["untuned"].rewards
+    if len({reward for row in untuned for reward in row}) < 2:
+        return None
+    return variance_change(arms["trained"].rewards, untuned, seed=seed)
 
 
 def _required(rewards: Mapping[str, Sequence[float]], config: EvalConfig) -> list[Required] | None:

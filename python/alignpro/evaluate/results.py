@@ -203,6 +203,7 @@ class Evaluation(ByKey):
     too_long: str | None = None  # what became of rows too long for a model, for a person
     target_usage: Usage | None = None  # of a target behind an endpoint
     gap_closed: GapClosed | None = None  # from untuned to tuned
+    variance_change: Interval | None = None  # trained over untuned, less 1
     static_to_labelled: GapClosed | None = None
     soft_differences: dict[str, Interval] | None = None  # "soft_minus_X", by prompt
     required: list[Required] | None = None

@@ -201,13 +201,18 @@ def comparison_titles(name: str) -> tuple[str, str]:
 
 
 def gap_sentences(evaluation: Evaluation) -> list[str]:
-    """How far the trained prompter comes between two other arms, or why that has no number; and
-    how far a soft prompt does."""
+    """How far the trained prompter comes between two other arms, or why that has no number; how
+    its variance changes; and how far a soft prompt comes."""
     ways = (
         (evaluation.gap_closed, "untuned", "tuned"),
         (evaluation.static_to_labelled, "static", "labelled"),
     )
     said = [_gap_sentence(gap, *ends) for gap, *ends in ways if gap is not None]
+    if (change := evaluation.variance_change) is not None:
+        said.append(
+            f"The variance of its reward against the untuned prompter's: {change.mean:+.0%} "
+            f"({' to '.join(f'{bound:+.0%}' for bound in change.ci95)})."
+        )
     soft = evaluation.soft_differences
     return said if soft is None else [*said, _soft_sentence(soft)]
 
