@@ -37,7 +37,7 @@ from alignpro.config import (
 from alignpro.evaluate.results import Evaluation, from_json, to_json
 from alignpro.evaluate.run import run_evaluate
 from alignpro.files import write_json
-from alignpro.report.words import interval, number, share
+from alignpro.report.words import interval, number, relative_change, share, share_interval
 from alignpro.train.run import run_sft, run_train
 
 _SENTIMENT = Path(__file__).parents[2] / "examples" / "sentiment.yaml"
@@ -53,12 +53,7 @@ TASKS = {
     # Most groups of raw answers earn the same, mostly nothing: larger groups, and those skipped.
     "house_rules": Task(
         QUICKSTART,
-        {
-            "steps": 40,
-            "prompts_per_step": 4,
-            "num_rewrites": 8,
-            "zero_advantage_group": "skip",
-        },
+        {"steps": 40, "prompts_per_step": 4, "num_rewrites": 8, "zero_advantage_group": "skip"},
     ),
     # As the prompter's own.
     "sentiment": Task(_SENTIMENT, {}),
@@ -151,10 +146,8 @@ def table(cells: dict[Cell, Evaluation]) -> str:
         gap, change = report.gap_closed, report.variance_change
         closed = "no clear gap"
         if gap is not None and gap.share is not None and gap.ci95 is not None:
-            closed = f"{share(gap.share)} ({' to '.join(map(share, gap.ci95))})"
-        changed = ""
-        if change is not None:
-            changed = f"{change.mean:+.0%} ({' to '.join(f'{end:+.0%}' for end in change.ci95)})"
+            closed = f"{share(gap.share)} ({share_interval(gap.ci95)})"
+        changed = "" if change is None else relative_change(change)
         models = (_short(cell.prompter), _short(cell.target))
         lines.append(_row([cell.task, *models, *arms, closed, changed]))
     return "\n".join(lines)

@@ -71,6 +71,11 @@ def share_interval(ci95: Pair | None) -> str:
     return " to ".join(share(bound) for bound in ci95 or ())
 
 
+def relative_change(change: Interval) -> str:
+    """ "-20% (-30% to +5%)"."""
+    return f"{change.mean:+.0%} ({' to '.join(f'{bound:+.0%}' for bound in change.ci95)})"
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -210,8 +215,7 @@ def gap_sentences(evaluation: Evaluation) -> list[str]:
     said = [_gap_sentence(gap, *ends) for gap, *ends in ways if gap is not None]
     if (change := evaluation.variance_change) is not None:
         said.append(
-            f"The variance of its reward against the untuned prompter's: {change.mean:+.0%} "
-            f"({' to '.join(f'{bound:+.0%}' for bound in change.ci95)})."
+            f"The variance of its reward against the untuned prompter's: {relative_change(change)}."
         )
     soft = evaluation.soft_differences
     return said if soft is None else [*said, _soft_sentence(soft)]
