@@ -142,6 +142,9 @@ def test_the_papers_figure_goes_on_where_it_was_stopped(
     assert "<svg" in plot.read_text("utf-8")
     paper_figure.main(asked)  # nothing is left to do
     assert capsys.readouterr().out.splitlines() == said.splitlines()[-6:]
+    with pytest.raises(SystemExit):
+        paper_figure.main([*asked, "--tasks", "toy,poems"])
+    assert "expected some of toy, got 'poems'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("server", ["llama.cpp", "alignpro"])

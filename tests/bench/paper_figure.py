@@ -205,12 +205,19 @@ def _parser() -> argparse.ArgumentParser:
     def names(text: str) -> list[str]:
         return text.split(",")
 
+    def tasks(text: str) -> list[str]:
+        for name in names(text):
+            if name not in TASKS:
+                expected = f"expected some of {', '.join(TASKS)}, got {name!r}"
+                raise argparse.ArgumentTypeError(expected)
+        return names(text)
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", type=names, required=True)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--tasks", type=names, default=list(TASKS))
+    parser.add_argument("--tasks", type=tasks, default=list(TASKS))
     parser.add_argument("--prompters", type=names)
     parser.add_argument("--targets", type=names)
     parser.add_argument("--seed", type=int, default=0)
