@@ -1,5 +1,5 @@
-// Instruction sets that fuse multiply and add give equal bits: AVX2 and AVX-512; on aarch64 NEON
-// and the portable kernels. Every kernel of both, on awkward sizes.
+// Instruction sets that fuse multiply and add give equal bits: AVX2, AVX-512 and AMX; on aarch64
+// NEON and the portable kernels. Every kernel of all, on awkward sizes.
 
 #include <algorithm>
 #include <cmath>
@@ -23,27 +23,32 @@ using namespace alignpro::ops;
 namespace {
 
 #if defined(__aarch64__)
-constexpr CpuIsa kOne = CpuIsa::kGeneric, kOther = CpuIsa::kNeon;
+constexpr CpuIsa kOne = CpuIsa::kGeneric, kOthers[] = {CpuIsa::kNeon};
 #else
-constexpr CpuIsa kOne = CpuIsa::kAvx2, kOther = CpuIsa::kAvx512;
+constexpr CpuIsa kOne = CpuIsa::kAvx2, kOthers[] = {CpuIsa::kAvx512, CpuIsa::kAmx};
 #endif
 
-bool has_both() { return machine_supports(kOne) && machine_supports(kOther); }
+bool has_several() { return machine_supports(kOne) && machine_supports(kOthers[0]); }
 
 // What run(kernels, out) writes, which must be the same bits.
 template <typename Run>
-Floats both(size_t size, const Run& run) {
-  Floats a(size, NAN), b(size, -1.0f);
+Floats agreed(size_t size, const Run& run) {
+  Floats a(size, NAN);
   run(cpu::kernels_of(kOne), a.data());
-  run(cpu::kernels_of(kOther), b.data());
-  CHECK(same_bits(a.data(), b.data(), size));
+  for (const CpuIsa other : kOthers) {
+    if (!machine_supports(other)) continue;
+    CAPTURE(cpu_isa_name(other));
+    Floats b(size, -1.0f);
+    run(cpu::kernels_of(other), b.data());
+    CHECK(same_bits(a.data(), b.data(), size));
+  }
   return a;
 }
 
 // The same of what run(kernels, row, more) does to a row in place, and writes beside it.
 template <typename Run>
-void both_rows(const Floats& row, size_t more, const Run& run) {
-  both(row.size() + more, [&](const cpu::Kernels& k, float* out) {
+void agreed_rows(const Floats& row, size_t more, const Run& run) {
+  agreed(row.size() + more, [&](const cpu::Kernels& k, float* out) {
     std::copy(row.begin(), row.end(), out);
     run(k, out, out + row.size());
   });
@@ -56,7 +61,7 @@ TEST_CASE("isa is chosen or refused") {
   CHECK_THROWS_WITH_AS((void)(choose_cpu_isa("sse9")), doctest::Contains("sse9"), InvalidArgument);
   const auto compiled = compiled_isas();
   CpuIsa best = CpuIsa::kGeneric;
-  for (const CpuIsa isa : {CpuIsa::kNeon, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+  for (const CpuIsa isa : {CpuIsa::kNeon, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAmx}) {
     const bool has = std::find(compiled.begin(), compiled.end(), isa) != compiled.end();
     if (has && machine_supports(isa)) {
       best = isa;
@@ -70,9 +75,9 @@ TEST_CASE("isa is chosen or refused") {
 }
 
 TEST_CASE("products agree to the bit") {
-  if (!has_both()) return;
+  if (!has_several()) return;
   const cpu::Kernels& one = cpu::kernels_of(kOne);
-  CHECK(std::string_view(one.name) != cpu::kernels_of(kOther).name);
+  CHECK(std::string_view(one.name) != cpu::kernels_of(kOthers[0]).name);
   const int64_t cols = 512, panels = 5, rows = 13;
   static_assert(rows <= cpu::kQuantizedGemvRows);
   const Floats x = normal(static_cast<size_t>(cpu::kQuantizedGemvRows * cols), 3);
@@ -94,96 +99,102 @@ TEST_CASE("products agree to the bit") {
         pack_quantized_panel(dtype, std::span(source).subspan(p * 16, 16), cols, to);
       }
     }
-    const Floats panel = both(static_cast<size_t>(cols * 16), [&](const auto& k, float* out) {
+    const Floats panel = agreed(static_cast<size_t>(cols * 16), [&](const auto& k, float* out) {
       k.expand_panel(dtype, packed.data(), cols, 0, cols, out);
     });
     for (int64_t few = 1; few <= cpu::kQuantizedGemvRows; ++few) {
-      both(static_cast<size_t>(panels * few * 16), [&](const auto& k, float* out) {
+      agreed(static_cast<size_t>(panels * few * 16), [&](const auto& k, float* out) {
         k.stream_panels(dtype, packed.data(), stride, panels, cols, few, x.data(), cols, out);
       });
     }
-    both(static_cast<size_t>(rows * 16), [&](const auto& k, float* out) {
+    agreed(static_cast<size_t>(rows * 16), [&](const auto& k, float* out) {
       k.gemm_panel(rows, cols, tiles.data(), 6 * cols, panel.data(), 16, out, false, false);
       k.gemm_panel(rows, cols, tiles.data(), 6 * cols, panel.data(), 16, out, true, true);
     });
     const float* const three[] = {panel.data(), panel.data() + 16, panel.data() + 32};
     for (int64_t few = 1; few <= cpu::kGemvRows; ++few) {
-      both(static_cast<size_t>(few * 48), [&](const auto& k, float* out) {
+      agreed(static_cast<size_t>(few * 48), [&](const auto& k, float* out) {
         k.gemv(few, cols - 2, tiles.data(), three, 3, 16, out, 48, 16, false);
         k.gemv(few, cols - 2, tiles.data(), three, 3, 16, out, 48, 16, true);
       });
     }
     if (!cpu::is_quantized(dtype)) continue;
     const int64_t tile = cols / cpu::kGroup * cpu::kInt8GroupBytes;
-    const Floats codes = both(static_cast<size_t>(tile / 2), [&](const auto& k, float* out) {
+    const int64_t most = cpu::kQuantizedGemvRows + 11;
+    const Floats many = normal(static_cast<size_t>(most * cols), 5);
+    const Floats codes = agreed(static_cast<size_t>(tile / 2), [&](const auto& k, float* out) {
       auto* to = reinterpret_cast<uint8_t*>(out);
-      k.quantize_rows(8, cols, x.data(), cols, to);
-      k.quantize_rows(rows - 8, cols, x.data() + 8 * cols, cols, to + tile);
+      k.quantize_rows(cpu::kInt8TileRows, cols, many.data(), cols, to);
+      k.quantize_rows(most - cpu::kInt8TileRows, cols, many.data() + cpu::kInt8TileRows * cols,
+                      cols, to + tile);
     });
-    both(static_cast<size_t>(rows * 16), [&](const auto& k, float* out) {
-      k.int8_gemm(dtype, rows, cols, reinterpret_cast<const uint8_t*>(codes.data()), tile,
-                  packed.data(), out);
-    });
+    for (const int64_t live : {1, 7, 13, 16, 27}) {  // few, and whole tiles and parts of them
+      agreed(static_cast<size_t>(live * 16 + 1), [&](const auto& k, float* out) {
+        out[live * 16] = 1.0f;  // and not beyond them
+        k.int8_gemm(dtype, live, cols, reinterpret_cast<const uint8_t*>(codes.data()), tile,
+                    packed.data(), out);
+      });
+    }
   }
 }
 
 TEST_CASE("what is packed and stored agrees to the bit") {
-  if (!has_both()) return;
+  if (!has_several()) return;
   const Floats x = normal(40 * 23, 1), bias = normal(16, 2);
-  both(18 * 23, [&](const auto& k, float* out) { k.pack_rows(13, 23, x.data(), 23, 1, out); });
-  both(18 * 23, [&](const auto& k, float* out) { k.pack_rows(13, 23, x.data(), 1, 40, out); });
+  agreed(18 * 23, [&](const auto& k, float* out) { k.pack_rows(13, 23, x.data(), 23, 1, out); });
+  agreed(18 * 23, [&](const auto& k, float* out) { k.pack_rows(13, 23, x.data(), 1, 40, out); });
   for (const int64_t rows : {11, 16}) {
-    both(23 * 16, [&](const auto& k, float* out) { k.pack_panel(x.data(), 23, rows, 23, out); });
+    agreed(23 * 16, [&](const auto& k, float* out) { k.pack_panel(x.data(), 23, rows, 23, out); });
   }
   for (const int64_t begin : {0, 16}) {  // of panels [2][23][16]
-    both(24 * 16,
-         [&](const auto& k, float* out) { k.transpose_panels(x.data(), 23, 24, begin, out); });
+    agreed(24 * 16,
+           [&](const auto& k, float* out) { k.transpose_panels(x.data(), 23, 24, begin, out); });
   }
   for (const int64_t columns : {11, 16}) {
-    both_rows(normal(5 * 16, 3), 0, [&](const auto& k, float* out, float*) {
+    agreed_rows(normal(5 * 16, 3), 0, [&](const auto& k, float* out, float*) {
       k.store_tile(x.data(), 5, columns, 0.3f, bias.data(), x.data() + 100, out, 16);
     });
   }
 }
 
 TEST_CASE("rows agree to the bit") {
-  if (!has_both()) return;
+  if (!has_several()) return;
   for (const int64_t n : {1, 15, 16, 100}) {
     const auto size = static_cast<size_t>(n);
     const Floats row = normal(size, 1, 3.0f), w = normal(size, 2), d = normal(size, 3);
-    both_rows(row, size + 1, [&](const auto& k, float* x, float* y) {
+    agreed_rows(row, size + 1, [&](const auto& k, float* x, float* y) {
       y[n] = k.rms_norm_row(x, w.data(), n, 1e-6f, y);
     });
-    both_rows(row, 0, [&](const auto& k, float* x, float*) {
+    agreed_rows(row, 0, [&](const auto& k, float* x, float*) {
       k.rms_norm_backward_row(d.data(), w.data(), row.data(), 0.7f, n, x);
     });
-    both_rows(row, size,
-              [&](const auto& k, float* x, float* y) { k.swiglu_row(x, w.data(), n, y); });
-    both_rows(row, size,
-              [&](const auto& k, float* x, float* y) { k.geglu_row(x, w.data(), n, y); });
-    both_rows(row, 2 * size, [&](const auto& k, float* x, float* y) {
+    agreed_rows(row, size,
+                [&](const auto& k, float* x, float* y) { k.swiglu_row(x, w.data(), n, y); });
+    agreed_rows(row, size,
+                [&](const auto& k, float* x, float* y) { k.geglu_row(x, w.data(), n, y); });
+    agreed_rows(row, 2 * size, [&](const auto& k, float* x, float* y) {
       k.geglu_backward_row(x, w.data(), d.data(), n, y, y + n);
     });
-    both_rows(row, 2 * size, [&](const auto& k, float* x, float* y) {
+    agreed_rows(row, 2 * size, [&](const auto& k, float* x, float* y) {
       k.swiglu_backward_row(x, w.data(), d.data(), n, y, y + n);
     });
-    both_rows(row, 0,
-              [&](const auto& k, float* x, float*) { k.rope_row(x, w.data(), d.data(), n / 2); });
-    both_rows(row, 1, [&](const auto& k, float* x, float* y) { *y = k.dot(x, w.data(), n); });
-    both_rows(row, 0, [&](const auto& k, float* x, float*) { k.axpy(0.3f, w.data(), n, x); });
-    both_rows(normal((size + 15) / 16 * 16, 4), 2, [&](const auto& k, float* x, float* y) {
+    agreed_rows(row, 0,
+                [&](const auto& k, float* x, float*) { k.rope_row(x, w.data(), d.data(), n / 2); });
+    agreed_rows(row, 1, [&](const auto& k, float* x, float* y) { *y = k.dot(x, w.data(), n); });
+    agreed_rows(row, 0, [&](const auto& k, float* x, float*) { k.axpy(0.3f, w.data(), n, x); });
+    agreed_rows(normal((size + 15) / 16 * 16, 4), 2, [&](const auto& k, float* x, float* y) {
       k.softmax_row(x, n / 3, n, 0.7f, y, y + 1);
     });
   }
 }
 
 TEST_CASE("half floats agree to the bit") {
-  if (!has_both()) return;
+  if (!has_several()) return;
   Floats x = normal(100, 1);
   const float edges[] = {0.0f,   -0.0f,    0x1p-24f, 0x1p-25f, 0x1.8p-24f, 0x1.ff8p-15f,
                          -2e-6f, 65519.0f, 65520.0f, INFINITY, -INFINITY};
   std::copy(std::begin(edges), std::end(edges), x.begin());
-  both_rows(x, 1 + 50, [&](const auto& k, float* row, float* out) {
+  agreed_rows(x, 1 + 50, [&](const auto& k, float* row, float* out) {
     auto* halves = reinterpret_cast<uint16_t*>(out + 1);
     *out = k.to_halves(row, 100, halves) ? 1.0f : 0.0f;
     k.from_halves(halves, 100, row);
@@ -191,16 +202,16 @@ TEST_CASE("half floats agree to the bit") {
 }
 
 TEST_CASE("vocabulary tiles agree to the bit") {
-  if (!has_both()) return;
+  if (!has_several()) return;
   const int64_t rows = 3, row = 1, panels = 4;
   const Floats tile = normal(static_cast<size_t>(rows * panels * 16), 1, 3.0f);
   Floats scaled = tile, reference = normal(tile.size(), 2, 3.0f);
   cpu::kernels_of(kOne).scale_tile_row(scaled.data(), rows, row, panels, 55, 1.3f);
   cpu::kernels_of(kOne).scale_tile_row(reference.data(), rows, row, panels, 55, 1.3f);
-  both_rows(tile, 0, [&](const auto& k, float* z, float*) {
+  agreed_rows(tile, 0, [&](const auto& k, float* z, float*) {
     k.scale_tile_row(z, rows, row, panels, 55, 1.3f);
   });
-  both_rows(scaled, static_cast<size_t>(panels * 16), [&](const auto& k, float* z, float* e) {
+  agreed_rows(scaled, static_cast<size_t>(panels * 16), [&](const auto& k, float* z, float* e) {
     k.tile_exp_row(z, rows, row, panels, 5.0f, e);
   });
   const RowGradient gradient = {4.0f, 1e-7f, 3.9f, -1e-7f, 2.0f,  0.5f, 0.4f,
@@ -209,20 +220,20 @@ TEST_CASE("vocabulary tiles agree to the bit") {
   plain.d_reverse_kl = plain.d_total_variation = 0.0f;
   for (const bool with_reference : {false, true}) {
     const float* q = with_reference ? reference.data() : nullptr;
-    both_rows(scaled, sizeof(TileStats) / 4, [&](const auto& k, float* z, float* stats) {
+    agreed_rows(scaled, sizeof(TileStats) / 4, [&](const auto& k, float* z, float* stats) {
       k.tile_stats_row(z, q, rows, row, panels, reinterpret_cast<TileStats*>(stats));
     });
     for (const RowGradient& g : {plain, gradient}) {
-      both_rows(scaled, 0, [&](const auto& k, float* z, float*) {
+      agreed_rows(scaled, 0, [&](const auto& k, float* z, float*) {
         k.tile_gradient_row(z, q, rows, row, panels, 16, &g, 1.3f);
       });
     }
-    both_rows(scaled, reference.size(), [&](const auto& k, float* z, float* r) {
+    agreed_rows(scaled, reference.size(), [&](const auto& k, float* z, float* r) {
       std::copy(reference.begin(), reference.end(), r);
       k.tile_weights_row(z, with_reference ? r : nullptr, rows, row, panels, 5.0f, 0.3f, 0.2f);
     });
   }
-  both_rows(scaled, 2, [&](const auto& k, float* z, float* sums) {
+  agreed_rows(scaled, 2, [&](const auto& k, float* z, float* sums) {
     k.tile_variation_row(z, reference.data(), rows, row, panels, &gradient, sums, sums + 1);
   });
 }

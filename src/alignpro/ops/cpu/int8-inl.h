@@ -3,7 +3,7 @@
 // ascending order, whatever rows stand beside a row.
 
 // Eight codes of a row as bytes: the even columns' word, then the odd ones', as nibbles come apart.
-ALIGNPRO_INLINE void store_int8(I8 codes, uint8_t* even, uint8_t* odd) {
+ALIGNPRO_INLINE void store_int8(I8 codes, uint8_t* out) {
 #if defined(__AVX2__)
   // A byte of each lane to its place in its half's eight bytes; the halves then fill each other.
   const __m256i places =
@@ -13,12 +13,11 @@ ALIGNPRO_INLINE void store_int8(I8 codes, uint8_t* even, uint8_t* odd) {
   std::memcpy(&wide, &codes, sizeof(wide));
   const __m256i placed = _mm256_shuffle_epi8(wide, places);
   const int64_t bytes = _mm256_extract_epi64(placed, 0) | _mm256_extract_epi64(placed, 2);
-  std::memcpy(even, &bytes, 4);
-  std::memcpy(odd, reinterpret_cast<const uint8_t*>(&bytes) + 4, 4);
+  std::memcpy(out, &bytes, 8);
 #else
   for (int j = 0; j < 4; ++j) {
-    even[j] = static_cast<uint8_t>(codes[2 * j]);
-    odd[j] = static_cast<uint8_t>(codes[2 * j + 1]);
+    out[j] = static_cast<uint8_t>(codes[2 * j]);
+    out[4 + j] = static_cast<uint8_t>(codes[2 * j + 1]);
   }
 #endif
 }
@@ -35,7 +34,7 @@ void quantize_rows(int64_t rows, int64_t cols, const float* x, int64_t row_strid
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kGroup; i += 8) {
         const F8 v = load(from + i);
-        top = max8(where(v < splat(0.0f), -v, v), top);
+        top = max8(abs8(v), top);
         poison = poison + v * splat(0.0f);  // NaN and infinity must not vanish in an integer
       }
       const float most = max_lanes(top);
@@ -50,12 +49,10 @@ void quantize_rows(int64_t rows, int64_t cols, const float* x, int64_t row_strid
         std::memcpy(&codes, &biased, sizeof(codes));
         codes = codes - 0x4B400000;
         sum = sum + (i < kGroup / 2 ? codes << 16 : codes);  // both halves' in one: 16 * 127 fits
-        uint8_t* to = out + (i / 4 * kInt8TileRows + r) * 4;
-        store_int8(codes, to, to + kInt8TileRows * 4);
+        store_int8(codes, out + r * kGroup + i);
       }
-      int32_t total = 0;
       // Codes of NaN or infinity are any integers: the scale carries what they were.
-      for (int j = 0; j < 8 && scale - scale == 0.0f; ++j) total += sum[j];
+      int32_t total = scale - scale == 0.0f ? sum_lanes(sum) : 0;
       const int32_t last = static_cast<int16_t>(total), first = (total - last) >> 16;
       total = first + last;
       sums[r] = -total;
@@ -120,82 +117,16 @@ ALIGNPRO_INLINE void add_scaled(Wide sum, const Affine& a, int i, const float* s
   }
 }
 
-#if defined(__AVX512VNNI__)
-
-// One tile of rows against a panel as it is stored. A chain is a row.
-template <DType D, int Rows>
-void int8_tile(int64_t cols, const uint8_t* x, const uint8_t* panel, float* c) {
-  constexpr PanelLayout kLayout = panel_layout(D);
-  constexpr int kScales = scales_of_group(D);
-  constexpr int kOffset = offset_bits(D);
-  const __m512i zero = _mm512_setzero_si512();
-  Wide total[Rows] = {};
-  for (int64_t k = 0; k < cols; k += kGroup, x += kInt8GroupBytes) {
-    const uint8_t* high = panel + k / kGroup * kLayout.group_bytes() + kLayout.scale_bytes;
-    const auto* scales = reinterpret_cast<const float*>(x + kGroup * kInt8TileRows);
-    // The next panel's group: no hardware prefetcher crosses from one short panel to the next.
-    for (int64_t at = 0; at < kLayout.group_bytes(); at += 64) {
-      __builtin_prefetch(high + panel_bytes(D, cols) + at);
-    }
-    Wide both[Rows];
-#pragma GCC unroll 2
-    for (int i = 0; i < kScales; ++i) {
-      const int32_t* sums = negated_sums(x, kScales, i);
-      __m512i acc[Rows];
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        acc[r] = kOffset > 0 ? _mm512_slli_epi32(_mm512_set1_epi32(sums[r]), kOffset) : zero;
-      }
-#pragma GCC unroll 4
-      for (int pair = 4 / kScales * i; pair < 4 / kScales * (i + 1); ++pair) {
-        Words codes[2];
-        load_codes<D>(high, pair, 0, codes);
-#pragma GCC unroll 2
-        for (int odd = 0; odd < 2; ++odd) {
-          __m512i code;
-          std::memcpy(&code, &codes[odd], sizeof(code));
-#pragma GCC unroll 8
-          for (int r = 0; r < Rows; ++r) {
-            int32_t four;
-            std::memcpy(&four, x + ((2 * pair + odd) * kInt8TileRows + r) * 4, 4);
-            acc[r] = _mm512_dpbusd_epi32(acc[r], code, _mm512_set1_epi32(four));
-          }
-        }
-      }
-      const Affine a = affine_at<D>(panel, cols, k + scale_columns(D) * i, 0);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        add_scaled<kScales, kOffset == 0>(_mm512_cvtepi32_ps(acc[r]), a, i, scales + r, sums[r],
-                                          both[r], total[r]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) store_wide(c + r * kPanel, total[r]);
-}
-
-template <DType D>
-void int8_gemm_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
-                  const uint8_t* panel, float* c) {
-  for (; rows >= kInt8TileRows; rows -= kInt8TileRows, x += x_stride, c += kInt8TileRows * kPanel) {
-    int8_tile<D, kInt8TileRows>(cols, x, panel, c);
-  }
-  with_count<kInt8TileRows - 1>(rows, [&](auto live) __attribute__((always_inline)) {
-    int8_tile<D, decltype(live)::kValue>(cols, x, panel, c);
-  });
-}
-
-#else
-
 // A panel's codes in the making, a group: codes [8 words][16][4 bytes], then of each scale in it
-// the scales [16] and minima [16]. Codes of 8 bits are two planes, the low nibbles and the high
-// ones: products of nibbles add up in 16 bits, where bytes would need a sign and a widening each.
+// the scales [16] and minima [16]. Where sums have 16 bits, codes of 8 are two planes, the low
+// nibbles and the high ones: products of nibbles add up in 16 bits, where bytes would need a sign
+// and a widening each.
 constexpr int64_t kPlaneBytes = kGroup * kPanel;
 
 // What the products of expanded codes depend on.
 struct Int8Form {
   int planes;
-  int words;   // whose products, added in pairs, 16 bits hold
+  int words;   // whose products, added in pairs, a sum holds
   int scales;  // of a group
   int offset_bits;
 
@@ -203,10 +134,14 @@ struct Int8Form {
 };
 
 constexpr Int8Form int8_form(DType dtype) {
-  const bool bytes = has_byte_codes(dtype);
   const int scales = scales_of_group(dtype);
+#if defined(__AVX512VNNI__)
+  return {1, 8 / scales, scales, offset_bits(dtype)};
+#else
+  const bool bytes = has_byte_codes(dtype);
   const int words = bytes ? 8 : 8 >> (kBits(dtype) - 4);  // 8 of 15 * 127 * 2 stay below 2^15
   return {bytes ? 2 : 1, words * scales < 8 ? words : 8 / scales, scales, offset_bits(dtype)};
+#endif
 }
 
 template <DType D>
@@ -244,8 +179,122 @@ void expand_int8(const uint8_t* panel, int64_t cols, int64_t k_begin, int64_t k_
   }
 }
 
+// Adds groups of a product with expanded codes `w` to rows [first, first + Rows) of a tile.
+// sums_of(g, i, sums) gives the sums over the columns of group g's scale i, as codes stand.
+template <Int8Form Form, int Rows, typename SumsOf>
+ALIGNPRO_INLINE void add_groups(int64_t groups, const uint8_t* x, int64_t first, const uint8_t* w,
+                                float* c, bool accumulate, const SumsOf& sums_of) {
+  Wide total[Rows][kParts];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      total[r][p] = accumulate ? load_wide(c + r * kPanel + kLanes * p) : splat_wide(0.0f);
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g, x += kInt8GroupBytes, w += Form.group_bytes()) {
+    const auto* scales = reinterpret_cast<const float*>(x + kGroup * kInt8TileRows) + first;
+    Wide both[Rows][kParts];
+#pragma GCC unroll 2
+    for (int i = 0; i < Form.scales; ++i) {
+      const int32_t* negated = negated_sums(x, Form.scales, i) + first;
+      WideInts sums[Rows][kParts];
+      sums_of(g, i, sums);
+      const auto* affine = reinterpret_cast<const float*>(w + Form.planes * kPlaneBytes);
+      affine += 2 * kPanel * i;
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const int32_t offset = Form.offset_bits > 0 ? negated[r] << Form.offset_bits : 0;
+#pragma GCC unroll 4
+        for (int p = 0; p < kParts; ++p) {
+          const float* at = affine + kLanes * p;
+          add_scaled<Form.scales, Form.offset_bits == 0>(
+              __builtin_convertvector(sums[r][p] + offset, Wide),
+              {load_wide(at), load_wide(at + kPanel)}, i, scales + r, negated[r], both[r][p],
+              total[r][p]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) store_wide(c + r * kPanel + kLanes * p, total[r][p]);
+  }
+}
+
+#if defined(__AVX512VNNI__)
+
+// Rows [first, first + Rows) of a tile against a panel as it is stored. A chain is a row.
+template <DType D, int Rows>
+void int8_tile(int64_t cols, const uint8_t* x, int64_t first, const uint8_t* panel, float* c) {
+  constexpr PanelLayout kLayout = panel_layout(D);
+  constexpr int kScales = scales_of_group(D);
+  constexpr int kOffset = offset_bits(D);
+  const __m512i zero = _mm512_setzero_si512();
+  Wide total[Rows] = {};
+  for (int64_t k = 0; k < cols; k += kGroup, x += kInt8GroupBytes) {
+    const uint8_t* high = panel + k / kGroup * kLayout.group_bytes() + kLayout.scale_bytes;
+    const uint8_t* rows = x + first * kGroup;
+    const auto* scales = reinterpret_cast<const float*>(x + kGroup * kInt8TileRows) + first;
+    // The next panel's group: no hardware prefetcher crosses from one short panel to the next.
+    for (int64_t at = 0; at < kLayout.group_bytes(); at += 64) {
+      __builtin_prefetch(high + panel_bytes(D, cols) + at);
+    }
+    Wide both[Rows];
+#pragma GCC unroll 2
+    for (int i = 0; i < kScales; ++i) {
+      const int32_t* sums = negated_sums(x, kScales, i) + first;
+      __m512i acc[Rows];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        acc[r] = kOffset > 0 ? _mm512_slli_epi32(_mm512_set1_epi32(sums[r]), kOffset) : zero;
+      }
+#pragma GCC unroll 4
+      for (int pair = 4 / kScales * i; pair < 4 / kScales * (i + 1); ++pair) {
+        Words codes[2];
+        load_codes<D>(high, pair, 0, codes);
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd) {
+          __m512i code;
+          std::memcpy(&code, &codes[odd], sizeof(code));
+#pragma GCC unroll 8
+          for (int r = 0; r < Rows; ++r) {
+            int32_t four;
+            std::memcpy(&four, rows + r * kGroup + (2 * pair + odd) * 4, 4);
+            acc[r] = _mm512_dpbusd_epi32(acc[r], code, _mm512_set1_epi32(four));
+          }
+        }
+      }
+      const Affine a = affine_at<D>(panel, cols, k + scale_columns(D) * i, 0);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        add_scaled<kScales, kOffset == 0>(_mm512_cvtepi32_ps(acc[r]), a, i, scales + r, sums[r],
+                                          both[r], total[r]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) store_wide(c + r * kPanel, total[r]);
+}
+
+constexpr int64_t kInt8Rows = 8;  // sums and totals of more rows would not fit into 32 registers
+
+template <DType D>
+void int8_gemm_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
+                  const uint8_t* panel, float* c) {
+  for (int64_t row = 0; row < rows; row += kInt8Rows) {
+    const uint8_t* tile = x + row / kInt8TileRows * x_stride;
+    with_count<kInt8Rows>(rows - row, [&](auto live) __attribute__((always_inline)) {
+      int8_tile<D, decltype(live)::kValue>(cols, tile, row % kInt8TileRows, panel,
+                                           c + row * kPanel);
+    });
+  }
+}
+
+#else
+
 constexpr int64_t kInt8Rows = 4;  // with eight the sums would not fit into 16 registers
-static_assert(kInt8TileRows % kInt8Rows == 0);
 
 // sums[r][part] of `Words` words of a plane, of which 16 bits hold `Narrow` (Int8Form::words):
 // lanes are the panel's rows.
@@ -269,7 +318,7 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, WideInts sum
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         int32_t four;
-        std::memcpy(&four, x + (word * kInt8TileRows + r) * 4, 4);
+        std::memcpy(&four, x + r * kGroup + word * 4, 4);
         const __m256i xs = _mm256_set1_epi32(four);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
@@ -304,7 +353,7 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, WideInts sum
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         int32_t four;
-        std::memcpy(&four, x + (word * kInt8TileRows + r) * 4, 4);
+        std::memcpy(&four, x + r * kGroup + word * 4, 4);
         const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(four));
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
@@ -329,8 +378,7 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, WideInts sum
       int32_t sum = 0;
       for (int word = 0; word < Words; ++word) {
         for (int j = 0; j < 4; ++j) {
-          sum +=
-              w[word * 64 + 4 * n + j] * static_cast<int8_t>(x[(word * kInt8TileRows + r) * 4 + j]);
+          sum += w[word * 64 + 4 * n + j] * static_cast<int8_t>(x[r * kGroup + word * 4 + j]);
         }
       }
       sums[r][n / kLanes][n % kLanes] = sum;
@@ -343,55 +391,23 @@ ALIGNPRO_INLINE void group_sums(const uint8_t* x, const uint8_t* w, WideInts sum
 template <Int8Form Form, int Rows>
 void int8_tile(int64_t groups, const uint8_t* x, int64_t first, const uint8_t* w, float* c,
                bool accumulate) {
-  Wide total[Rows][kParts];
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p) {
-      total[r][p] = accumulate ? load_wide(c + r * kPanel + kLanes * p) : splat_wide(0.0f);
-    }
-  }
   constexpr int kWords = 8 / Form.scales;
-  for (int64_t g = 0; g < groups; ++g, x += kInt8GroupBytes, w += Form.group_bytes()) {
-    const auto* scales = reinterpret_cast<const float*>(x + kGroup * kInt8TileRows) + first;
-    Wide both[Rows][kParts];
-#pragma GCC unroll 2
-    for (int i = 0; i < Form.scales; ++i) {
-      const int32_t* negated = negated_sums(x, Form.scales, i) + first;
-      const uint8_t* rows = x + 4 * (kWords * kInt8TileRows * i + first);
-      const uint8_t* codes = w + kWords * 64 * i;
-      WideInts sums[Rows][kParts];
-      group_sums<Rows, kWords, Form.words>(rows, codes, sums);
-      if constexpr (Form.planes == 2) {
-        WideInts high[Rows][kParts];
-        group_sums<Rows, kWords, Form.words>(rows, codes + kPlaneBytes, high);
+  add_groups<Form, Rows>(
+      groups, x, first, w, c, accumulate,
+      [&](int64_t g, int i, WideInts(&sums)[Rows][kParts]) __attribute__((always_inline)) {
+        const uint8_t* rows = x + g * kInt8GroupBytes + first * kGroup + 4 * kWords * i;
+        const uint8_t* codes = w + g * Form.group_bytes() + kWords * 64 * i;
+        group_sums<Rows, kWords, Form.words>(rows, codes, sums);
+        if constexpr (Form.planes == 2) {
+          WideInts high[Rows][kParts];
+          group_sums<Rows, kWords, Form.words>(rows, codes + kPlaneBytes, high);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) {
+          for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-          for (int p = 0; p < kParts; ++p) sums[r][p] += high[r][p] * 16;
+            for (int p = 0; p < kParts; ++p) sums[r][p] += high[r][p] * 16;
+          }
         }
-      }
-      const auto* affine = reinterpret_cast<const float*>(w + Form.planes * kPlaneBytes);
-      affine += 2 * kPanel * i;
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        const int32_t offset = Form.offset_bits > 0 ? negated[r] << Form.offset_bits : 0;
-#pragma GCC unroll 4
-        for (int p = 0; p < kParts; ++p) {
-          const float* at = affine + kLanes * p;
-          add_scaled<Form.scales, Form.offset_bits == 0>(
-              __builtin_convertvector(sums[r][p] + offset, Wide),
-              {load_wide(at), load_wide(at + kPanel)}, i, scales + r, negated[r], both[r][p],
-              total[r][p]);
-        }
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p) store_wide(c + r * kPanel + kLanes * p, total[r][p]);
-  }
+      });
 }
 
 template <DType D>

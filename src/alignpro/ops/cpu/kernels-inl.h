@@ -136,17 +136,51 @@ ALIGNPRO_INLINE float fma1(float a, float b, float c) {
 }
 
 // NaN in `a` is dropped: callers that must notice NaN find it in the sum that follows.
-ALIGNPRO_INLINE F8 max8(F8 a, F8 b) { return where(a > b, a, b); }
+ALIGNPRO_INLINE F8 max8(F8 a, F8 b) {
+#if defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return where(a > b, a, b);
+#endif
+}
+ALIGNPRO_INLINE F8 abs8(F8 v) {
+#if defined(__AVX2__)
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+#else
+  return where(v < splat(0.0f), -v, v);
+#endif
+}
 
 // One fixed tree: ((0+4)+(2+6)) + ((1+5)+(3+7)).
 ALIGNPRO_INLINE float sum_lanes(F8 v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+ALIGNPRO_INLINE int32_t sum_lanes(I8 v) {
+#if defined(__AVX2__)
+  __m256i sums;
+  std::memcpy(&sums, &v, sizeof(sums));
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < 8; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+// Without NaN.
 ALIGNPRO_INLINE float max_lanes(F8 v) {
+#if defined(__AVX2__)
+  v = max8(v, _mm256_permute2f128_ps(v, v, 1));
+  v = max8(v, _mm256_permute_ps(v, 0x4e));
+  return max8(v, _mm256_permute_ps(v, 0xb1))[0];
+#else
   float m = v[0];
   for (int i = 1; i < 8; ++i) m = v[i] > m ? v[i] : m;
   return m;
+#endif
 }
 
 constexpr float kInf = __builtin_inff();
@@ -313,6 +347,9 @@ void gemv(int64_t rows, int64_t k_count, const float* a, const float* const* b, 
 // After what it uses.
 
 #include "alignpro/ops/cpu/int8-inl.h"
+#if defined(__AVX512VNNI__)
+#include "alignpro/ops/cpu/amx-inl.h"
+#endif
 
 // Transposes eight rows of eight in registers.
 ALIGNPRO_INLINE void transpose_block(F8 r[8]) {
@@ -607,7 +644,7 @@ bool to_halves(const float* x, int64_t n, uint16_t* out) {
   I8 lost = {};
   for (; i + 8 <= n; i += 8) {
     const F8 v = load(x + i);
-    const F8 magnitude = where(v < splat(0.0f), -v, v);
+    const F8 magnitude = abs8(v);
     lost |= (magnitude >= splat(65520.0f)) & (magnitude < splat(kInf));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -818,42 +855,49 @@ void read_memory(const float* p, int64_t n) {
   for (Wide& sum : sums) keep(sum);
 }
 
+constexpr Kernels table(const char* name, decltype(Kernels::int8_gemm) product) {
+  return {
+      .name = name,
+      .gemm_panel = gemm_panel,
+      .gemv = gemv,
+      .expand_panel = expand_panel,
+      .stream_panels = stream_panels,
+      .prefers_stream = prefers_stream,
+      .quantize_rows = quantize_rows,
+      .int8_gemm = product,
+      .pack_rows = pack_rows,
+      .transpose_panels = transpose_panels,
+      .pack_panel = pack_panel,
+      .store_tile = store_tile,
+      .rms_norm_row = rms_norm_row,
+      .rms_norm_backward_row = rms_norm_backward_row,
+      .swiglu_row = glu_row<Silu>,
+      .swiglu_backward_row = glu_backward_row<Silu>,
+      .geglu_row = glu_row<Gelu>,
+      .geglu_backward_row = glu_backward_row<Gelu>,
+      .rope_row = rope_row,
+      .softmax_row = softmax_row,
+      .to_halves = to_halves,
+      .from_halves = from_halves,
+      .dot = dot,
+      .axpy = axpy,
+      .scale_tile_row = scale_tile_row,
+      .tile_stats_row = tile_stats_row,
+      .tile_weights_row = tile_weights_row,
+      .tile_variation_row = tile_variation_row,
+      .tile_gradient_row = tile_gradient_row,
+      .tile_exp_row = tile_exp_row,
+      .fma_chains = fma_chains,
+      .read_memory = read_memory,
+  };
+}
+
 }  // namespace
 
-// `extern` in the header gives the table external linkage; its entries stay internal.
-const Kernels kKernels = {
-    .name = ALIGNPRO_ISA_NAME,
-    .gemm_panel = gemm_panel,
-    .gemv = gemv,
-    .expand_panel = expand_panel,
-    .stream_panels = stream_panels,
-    .prefers_stream = prefers_stream,
-    .quantize_rows = quantize_rows,
-    .int8_gemm = int8_gemm,
-    .pack_rows = pack_rows,
-    .transpose_panels = transpose_panels,
-    .pack_panel = pack_panel,
-    .store_tile = store_tile,
-    .rms_norm_row = rms_norm_row,
-    .rms_norm_backward_row = rms_norm_backward_row,
-    .swiglu_row = glu_row<Silu>,
-    .swiglu_backward_row = glu_backward_row<Silu>,
-    .geglu_row = glu_row<Gelu>,
-    .geglu_backward_row = glu_backward_row<Gelu>,
-    .rope_row = rope_row,
-    .softmax_row = softmax_row,
-    .to_halves = to_halves,
-    .from_halves = from_halves,
-    .dot = dot,
-    .axpy = axpy,
-    .scale_tile_row = scale_tile_row,
-    .tile_stats_row = tile_stats_row,
-    .tile_weights_row = tile_weights_row,
-    .tile_variation_row = tile_variation_row,
-    .tile_gradient_row = tile_gradient_row,
-    .tile_exp_row = tile_exp_row,
-    .fma_chains = fma_chains,
-    .read_memory = read_memory,
-};
+// `extern` in the header gives the tables external linkage; their entries stay internal.
+const Kernels kKernels = table(ALIGNPRO_ISA_NAME, int8_gemm);
+#if defined(__AVX512VNNI__)
+const Kernels kAmxKernels = table("amx", amx_gemm);
+#endif
 
 }  // namespace alignpro::ops::cpu::ALIGNPRO_ISA

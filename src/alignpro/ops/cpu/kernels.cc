@@ -5,6 +5,8 @@ namespace alignpro::ops::cpu {
 const Kernels& kernels_of(CpuIsa isa) {
   switch (isa) {
 #if defined(ALIGNPRO_X86_KERNELS)
+    case CpuIsa::kAmx:
+      return avx512::kAmxKernels;
     case CpuIsa::kAvx512:
       return avx512::kKernels;
     case CpuIsa::kAvx2:

@@ -153,7 +153,8 @@ extern const Kernels kKernels;
 }
 namespace avx512 {
 extern const Kernels kKernels;
-}
+extern const Kernels kAmxKernels;  // with the integer products of many rows in AMX's tiles
+}  // namespace avx512
 
 // One of compiled_isas().
 const Kernels& kernels_of(CpuIsa isa);

@@ -34,9 +34,9 @@ struct PanelLayout {
 };
 
 // Integer products. Activations: tiles of kInt8TileRows rows, a group of 32 columns after the
-// other: signed codes [8 words][kInt8TileRows][4 bytes], then per row the scale, scale * the sum
+// other: signed codes [kInt8TileRows][8 words][4 bytes], then per row the scale, scale * the sum
 // of its codes, and minus the sums (int32) of all codes, the first 16 and the last 16.
-inline constexpr int64_t kInt8TileRows = 8;
+inline constexpr int64_t kInt8TileRows = 16;
 inline constexpr int64_t kInt8GroupBytes = kGroup * kInt8TileRows + 5 * kInt8TileRows * 4;
 
 constexpr bool is_quantized(DType dtype) {
