@@ -425,6 +425,16 @@ def test_everything_that_stages_write_may_be_overwritten(quick, tiny, tmp_path):
         ("safety safety.harm=none", "unknown reward 'none'"),
         ("headroom data=none.csv", "none.csv: there is no such file"),
         ("bound target.model=none.gguf", "none.gguf: no such file or folder"),
+        ("train empty.yaml data=none.csv --dry-run", "none.csv: there is no such file"),
+        ("sft prompter=none.gguf --dry-run", "none.gguf: no such file or folder"),
+        ("self-improve calibrator=none --dry-run", "unknown reward 'none'"),
+        ("extract none.csv --schema reaction", "none.csv: there is no such file"),
+        ("extract none.csv --run none", "none: expected the directory of a run"),
+        ("extract reactions --schema none.json", "schema 'none.json': no such file"),
+        ("extract reactions --schema recipe --model none.gguf", "none.gguf: no such file"),
+        ("mix runs=[none,other] --output mixed", "none: expected the directory of a run"),
+        ("train empty.yaml run_dir=", "run_dir: expected a path or a name, got ''"),
+        ("train empty.yaml prompter=", "prompter.model: expected a path or a name or null, got ''"),
     ],
 )
 def test_what_is_not_there_is_said_before_anything_heavy_is_imported(words, said, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from alignpro.config.fields import checked, only_default, require
+from alignpro.config.fields import Place, checked, only_default, require
 
 # What becomes of a prompt that the models cannot read (`models.lengths`).
 OnTooLong = Literal["error", "skip", "cut"]
@@ -18,7 +18,7 @@ class Source:
 
     text_field: ClassVar[str] = "path"
 
-    path: str | None = None
+    path: Place | None = None
     """A file, a packaged name, or a hub name such as "owner/name" or "owner/name:subset".
 
     null: the data of the stage around this group.
@@ -74,7 +74,7 @@ HELD_OUT = DataConfig("everyday", split="heldout")
 class PairsConfig(DataConfig):
     """Prompts, and what the prompter is to write for each."""
 
-    path: str | None = "instructions"
+    path: Place | None = "instructions"
     """A file, a packaged name, or a hub name."""
     instruction: str = "instruction"
     """The column of what is to be written."""
@@ -89,7 +89,7 @@ class PairsConfig(DataConfig):
 class PreferencesConfig(DataConfig):
     """Prompts with two answers each, of which one was preferred."""
 
-    path: str | None = "warm_tones"
+    path: Place | None = "warm_tones"
     """A file, a packaged name, or a hub name."""
     chosen: str = "chosen"
     """The column of the preferred answer: text, the messages that follow the prompt, or the whole
@@ -103,7 +103,7 @@ class PreferencesConfig(DataConfig):
 class InstructionsConfig(Source):
     """Candidate instructions."""
 
-    path: str | None = "instructions"
+    path: Place | None = "instructions"
     """A file, a packaged name, or a hub name."""
     split: str | None = None
     """The rows to use, by their column "split"; null is all rows."""

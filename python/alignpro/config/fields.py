@@ -55,6 +55,11 @@ def _is_iso_date(value: str) -> bool:
     return True
 
 
+# A path, or a name that may stand for one: "~" is the home directory, as in a shell.
+Place = Annotated[str, "place"]
+# A reward, as `alignpro.build_reward` reads it.
+RewardName = Annotated[str, "reward"]
+
 # What a chat template that asks for the date is told, by every model of a run. None: today's, which
 # the run then records; to evaluate a run: the one that it recorded.
 Date = Annotated[str, Range(_is_iso_date, 'a date such as "2026-11-28"')] | None
@@ -170,6 +175,9 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     if origin is Annotated:
         kind, *notes = arguments
         read = _read_bytes(value, name) if "bytes" in notes else read_value(value, kind, name)
+        if "place" in notes:
+            require(name, read, read != "", "a path or a name")
+            read = os.path.expanduser(read)
         for note in notes:
             if isinstance(note, Range):
                 require(name, read, note.holds(read), note.words)
@@ -297,6 +305,13 @@ def _read_union(value: Any, arguments: tuple[Any, ...], name: str, default: Any)
     )
     nothing = " or null" if type(None) in arguments else ""
     raise ValueError(f"{name}: expected {alternatives}{nothing}, got {value!r}")
+
+
+def is_noted(hint: Any, note: str) -> bool:
+    """Whether a field's annotation has a note, such as that of `RewardName`."""
+    if typing.get_origin(hint) is Annotated:
+        return note in typing.get_args(hint)[1:]
+    return any(is_noted(argument, note) for argument in typing.get_args(hint))
 
 
 type_hints: Callable[[Any], dict[str, Any]] = functools.cache(

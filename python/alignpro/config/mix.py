@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from alignpro.config.data import DataConfig
-from alignpro.config.fields import Seed, Threads, above, at_least, checked, require
+from alignpro.config.fields import Place, Seed, Threads, above, at_least, checked, require
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ from alignpro.config.fields import Seed, Threads, above, at_least, checked, requ
 class MixConfig:
     """The mixture of prompters that serves the worst-off of their goals best (MPO)."""
 
-    runs: tuple[str, ...] = ()
+    runs: tuple[Place, ...] = ()
     """The runs of the prompters, two or more, trained from one untuned prompter, each for its
     goal. One alone is mixed with the untuned prompter, as if trained with another kl_coef."""
     data: DataConfig | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from alignpro.config.data import HELD_OUT, DataConfig
-from alignpro.config.fields import above, at_least, checked, only_default, require
+from alignpro.config.fields import Place, above, at_least, checked, only_default, require
 from alignpro.config.model import check_local, target_of
 from alignpro.config.prompting import StageConfig, check_untruncated
 
@@ -40,9 +40,9 @@ class HeadroomConfig(StageConfig):
 class BoundConfig(StageConfig):
     """The bound at one kl_coef, and the gap that is measured beside it."""
 
-    trained: str | None = None
+    trained: Place | None = None
     """The PEFT folder of a trained prompter; null leaves it out."""
-    tuned: str | None = None
+    tuned: Place | None = None
     """The PEFT folder of the tuned target; null is the optimum in closed form, from the target's
     samples."""
     data: DataConfig = HELD_OUT
