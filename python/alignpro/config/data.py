@@ -57,6 +57,9 @@ class DataConfig(Source):
     def __post_init__(self) -> None:
         Source.__post_init__(self)
         require("prompt", self.prompt, bool(self.prompt) or self.prompt is None, "a column")
+        if isinstance(self.prompt, tuple):
+            distinct = len(set(self.prompt)) == len(self.prompt)
+            require("prompt", list(self.prompt), distinct, "each column once")
 
     def of(self, own: DataConfig) -> DataConfig:
         """These rows; of ``own``'s source, and prompt column, where none is named here."""

@@ -20,7 +20,7 @@ class MixConfig:
     data: DataConfig | None = None
     """Prompts that the weights are found on; null is what the first run was trained on."""
     num_prompts: Annotated[int, at_least(1)] | None = 48
-    """How many of the rows are used, the first ones; null is all."""
+    """How many of the rows are used, the first ones, where there are so many; null is all."""
     num_rewrites: Annotated[int, at_least(2)] = 8
     """Rewrites a prompt that each prompter writes; no target is asked."""
     kl_coef: Annotated[float, above(0)] | None = None

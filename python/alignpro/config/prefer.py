@@ -33,7 +33,7 @@ class HeldOutPairsConfig(HeldOutConfig):
     )
     """The pairs to measure; one whose prompt is trained on as well is refused."""
     num_prompts: Annotated[int, at_least(2)] | None = 64
-    """How many of them are drawn; null is all."""
+    """How many of them are drawn, where there are so many; null is all."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class HeadroomConfig(StageConfig):
     """Rewrites of the untuned prompter, their responses and rewards, and a grid of kl_coef."""
 
     num_prompts: Annotated[int, at_least(2)] | None = 48
-    """How many of the rows are used, the first ones; null is all."""
+    """How many of the rows are used, the first ones, where there are so many; null is all."""
     num_rewrites: Annotated[int, at_least(2)] = 8
     """Rewrites a prompt; the KL that the samples can show is at most its logarithm."""
     num_responses: Annotated[int, at_least(1)] = 4
@@ -49,7 +49,7 @@ class BoundConfig(StageConfig):
     reward_range: tuple[float, ...] | None = None
     """The least and the greatest reward, [low, high]; null is what was observed."""
     num_prompts: Annotated[int, at_least(2)] | None = 32
-    """How many of the rows are used, the first ones; null is all."""
+    """How many of the rows are used, the first ones, where there are so many; null is all."""
     num_rewrites: Annotated[int, at_least(2)] = 8
     """Rewrites a prompt."""
     num_responses: Annotated[int, at_least(1)] = 4
