@@ -47,7 +47,9 @@ def prefer(
 
     options = training_settings(
         *("prefer", PreferConfig, config, overrides),
-        **{"resume": resume, "overwrite": overwrite, "dry_run": dry_run},
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
     )
     if dry_run:
         return say_memory(options)
@@ -87,7 +89,9 @@ def self_improve(
 
     options = training_settings(
         *("self-improve", SelfImproveConfig, config, overrides),
-        **{"resume": resume, "overwrite": overwrite, "dry_run": dry_run},
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
     )
     if dry_run:
         return say_memory(options)

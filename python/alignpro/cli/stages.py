@@ -111,8 +111,7 @@ def sft(
     from alignpro.config import SftConfig
 
     options = training_settings(
-        *("sft", SftConfig, config, overrides),
-        **{"resume": resume, "overwrite": overwrite, "dry_run": dry_run},
+        *("sft", SftConfig, config, overrides), resume=resume, overwrite=overwrite, dry_run=dry_run
     )
     if dry_run:
         return say_memory(options)

@@ -193,7 +193,7 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
         read = _read_bytes(value, name) if "bytes" in notes else read_value(value, kind, name)
         if "place" in notes:
             require(name, read, read != "", "a path or a name")
-            read = os.path.expanduser(read)
+            read = os.path.expanduser(str(read))
         for note in notes:
             if isinstance(note, Range):
                 require(name, read, note.holds(read), note.words)

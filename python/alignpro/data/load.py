@@ -368,7 +368,8 @@ def find_file(source: Source) -> Path | None:
     if path.is_file():
         return path
     if path.exists() or "/" in name or suffix_of(name) in SUFFIXES:
-        problem = "is a folder" if path.exists() else "there is no such file"
+        here = "" if path.is_absolute() else f" in {Path.cwd()}"
+        problem = "is a folder" if path.exists() else f"there is no such file{here}"
         raise DataError(f"{name}: {problem}; expected a file ({', '.join(SUFFIXES)})")
     raise DataError(
         f"{name}: expected a file ({', '.join(SUFFIXES)}), one of the package's own "
