@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
+from alignpro.run_directory import open_run_dir
 from alignpro.train.metrics import read_metrics
 from alignpro.train.trainer import Trainer
 
@@ -425,6 +426,16 @@ def test_everything_that_stages_write_may_be_overwritten(quick, tiny, tmp_path):
         ("safety safety.harm=none", "unknown reward 'none'"),
         ("headroom data=none.csv", "none.csv: there is no such file"),
         ("bound target.model=none.gguf", "none.gguf: no such file or folder"),
+        ("train empty.yaml data=none.csv --dry-run", "none.csv: there is no such file"),
+        ("sft prompter=none.gguf --dry-run", "none.gguf: no such file or folder"),
+        ("self-improve calibrator=none --dry-run", "unknown reward 'none'"),
+        ("extract none.csv --schema reaction", "none.csv: there is no such file"),
+        ("extract none.csv --run none", "none: expected the directory of a run"),
+        ("extract reactions --schema none.json", "schema 'none.json': no such file"),
+        ("extract reactions --schema recipe --model none.gguf", "none.gguf: no such file"),
+        ("mix runs=[none,other] --output mixed", "none: expected the directory of a run"),
+        ("train empty.yaml run_dir=", "run_dir: expected a path or a name, got ''"),
+        ("train empty.yaml prompter=", "prompter.model: expected a path or a name or null, got ''"),
     ],
 )
 def test_what_is_not_there_is_said_before_anything_heavy_is_imported(words, said, tmp_path):
@@ -443,6 +454,19 @@ def test_what_is_not_there_is_said_before_anything_heavy_is_imported(words, said
     assert done.returncode == 0 and said in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == "[]\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.yaml", "empty.yaml"]
+
+
+def test_the_configuration_of_another_commands_run_is_named(tmp_path):
+    from alignpro.config import SftConfig, to_mapping
+
+    with open_run_dir(tmp_path / "warm"):
+        (tmp_path / "warm" / "config.json").write_text(json.dumps(to_mapping(SftConfig())))
+    of_sft = "config.json: of a run of alignpro sft, expected one of alignpro train"
+    assert of_sft in refused("train", tmp_path / "warm" / "config.json", "--resume")
+    said = refused("train", tmp_path / "warm", "--resume")
+    assert f"found a folder; that of a run is {tmp_path / 'warm' / 'config.json'}" in said
+    said = refused("report", tmp_path / "warm" / "config.json")
+    assert "no such folder; expected a run's" in said
 
 
 @pytest.mark.parametrize("command", ["train", "prefer", "self-improve"])

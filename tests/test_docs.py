@@ -182,6 +182,8 @@ def test_rewards_of_the_page_score(tmp_path, monkeypatch):
         reward = build_reward(yaml.safe_load(text)["reward"])
         rows = {"prompts": ["a"], "rewrites": [""], "responses": ["one two"], "answer": ["two"]}
         assert list(reward(**rows)) == [0.5]
+        for nothing in (None, ""):  # of a table's empty cell: no score, and no 1
+            assert list(reward(**{**rows, "answer": [nothing]})) == [0.0]
 
 
 LINES = re.findall(

@@ -44,6 +44,22 @@ def write_json(path: str | Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=2) + "\n")
 
 
+_GIT_LFS = b"version https://git-lfs.github.com/spec/"
+_LONGEST_POINTER = 1024  # by that specification a pointer is shorter
+
+
+def check_fetched(path: str | Path) -> None:
+    """Refuse what Git LFS left in the place of a file that was not fetched. Raises ValueError."""
+    if os.path.getsize(path) >= _LONGEST_POINTER:
+        return
+    with open(path, "rb") as file:
+        if file.read(len(_GIT_LFS)) == _GIT_LFS:
+            raise ValueError(
+                f"{path}: not the file itself but a Git LFS pointer to it; `git lfs pull` fetches "
+                "it"
+            )
+
+
 def append_line(path: str | Path, line: str) -> None:
     """Add a line to a file that grows line by line, and put it on disk.
 

@@ -76,6 +76,13 @@ def test_a_partial_group_keeps_the_outer_defaults():
     ("mapping", "line"),
     [
         ({"lerning_rate": 1}, 'unknown configuration key "lerning_rate"; did you mean "learning_'),
+        ({"rank": 1}, 'unknown configuration key "rank"; did you mean lora.rank?'),
+        ({"temperature": 1}, "did you mean rewrite.temperature or response.temperature?"),
+        ({"chat_template": "x"}, "did you mean prompter.chat_template or target.chat_template?"),
+        ({"lora.rank": 1}, "in a file its groups are nested, lora: {rank: ...}"),
+        ({"lr": 1}, 'unknown configuration key "lr"; known: prompter, target, data'),
+        ({"run_dir": ""}, "run_dir: expected a path or a name, got ''"),
+        ({"data": {"prompt": ["a", "a"]}}, "data.prompt: expected each column once"),
         ({"lora": {"rnk": 1}}, 'unknown configuration key "lora.rnk"; did you mean "rank"?'),
         ({"zzz": 1}, 'unknown configuration key "zzz"; known: prompter, target, data'),
         ({"steps": 2.5}, "steps: expected an integer, got 2.5"),
@@ -299,6 +306,13 @@ def test_overrides_leave_the_mapping_alone():
     mapping = {"lora": {"rank": 2}}
     assert apply_overrides(TrainConfig, mapping, ["lora.rank=3"]) == {"lora": {"rank": 3}}
     assert mapping == {"lora": {"rank": 2}}
+
+
+def test_home_is_written_as_in_a_shell(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_yaml(TrainConfig, None, ["run_dir=~/run", "prompter=~/m.gguf", "data=~/p.csv"])
+    places = (config.run_dir, config.prompter.model, config.data.path)
+    assert places == ("/home/me/run", "/home/me/m.gguf", "/home/me/p.csv")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,27 @@ def read(tmp_path, monkeypatch):
     return read
 
 
+def test_what_pandas_writes_where_nothing_else_is_said(read):
+    frame = {"prompt": {"0": "hi", "1": "ho"}, "answer": {"0": "a", "1": None}}
+    assert read("a.json", json.dumps(frame)) == [
+        PromptRow("hi", {"answer": "a"}),
+        PromptRow("ho", {"answer": None}),
+    ]
+    with pytest.raises(DataError, match="column 'messages': expected text or a chat, got dict"):
+        read("b.json", '{"messages": {"role": "user", "content": "hi"}}')
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_what_git_lfs_left_in_the_place_of_a_file_is_said(read, name):
+    with pytest.raises(DataError, match=f"{name}: not the file itself but a Git LFS pointer"):
+        read(name, "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+
+
+def test_a_spreadsheet_that_is_called_a_table_is_said(read):
+    with pytest.raises(DataError, match=r"a.csv: a ZIP archive, as a spreadsheet \(.xlsx\) is one"):
+        read("a.csv", b"PK\x03\x04\x14\x00\x06\x00")
+
+
 @pytest.mark.parametrize("delimiter", [";", "\t", "|"])
 def test_what_separates_columns_is_read_off_the_header(read, delimiter):
     assert read("a.csv", TABLE.replace(",", delimiter)) == EXPECTED

@@ -390,6 +390,22 @@ def test_splits_that_are_not_there(write):
         load_prompts(mixed, split="train")
 
 
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ("", "line 3: nothing in column 'split', which says what a row is for"),
+        (" ", "line 3: nothing in column 'split'"),
+        ("Train", "line 3: split 'Train' beside 'train'; write them alike"),
+        ("train ", "line 3: split 'train ' beside 'train'"),
+    ],
+)
+def test_no_row_is_lost_by_what_its_split_is_called(write, cell, says):
+    name = write("a.csv", f"prompt,split\nBake bread,train\nPlant a tree,{cell}\n")
+    with pytest.raises(DataError, match=says):
+        load_prompts(name, split="train")
+    assert len(load_prompts(name, split=None)) == 2
+
+
 def test_without_a_split_column_all_is_training_data(write):
     name = write("a.csv", "prompt\nBake bread\n")
     for split in ("train", None):

@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import HeadroomConfig, LoraConfig, ModelConfig, Prompting
+from alignpro.config import DataConfig, HeadroomConfig, LoraConfig, ModelConfig, Prompting
 from alignpro.data.load import load_prompts
 from alignpro.evaluate import headroom as runs
 from alignpro.evaluate.headroom import run_headroom
+from alignpro.evaluate.inputs import load_rows
 from alignpro.evaluate.results import HeadroomReport, from_json, to_json
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
@@ -209,8 +210,12 @@ def test_the_adapter_is_the_untuned_prompter(config, tmp_path):
     assert abs(adapted.mean() - base.mean()) > 1e-3
 
 
-def test_more_prompts_than_there_are(config):
+def test_more_prompts_than_there_are(config, tmp_path):
     changed = dataclasses.replace(config, num_prompts=1000, prompter="no such model")
+    rows = [{"prompt": f"What is {number}?"} for number in range(5)]
+    (tmp_path / "five.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    five = DataConfig(str(tmp_path / "five.jsonl"))
+    assert len(load_rows(HeadroomConfig(data=five))) == 5  # nobody asked for the 48 of the default
     with pytest.raises(ValueError, match="num_prompts: everyday has 96 rows, 1000 asked for"):
         run_headroom(changed)
 

@@ -270,8 +270,18 @@ def test_targets_of_other_models_are_passed_over_and_missing_ones_are_not(folder
     config = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps(config | {"target_modules": ["q_proj", "c_attn"]}), "utf-8")
     assert load_peft(folder, MODULES).matrices
-    changed(folder, lambda t: [t.pop(key) for key in list(t) if "q_proj" in key])
-    with pytest.raises(ValueError, match="q_proj is in target_modules"):
+    path.write_text(json.dumps(config | {"exclude_modules": "nothing"}), "utf-8")
+    changed(folder, lambda t: [t.pop(key) for key in list(t) if "0.self_attn.q_proj" in key])
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is in target_modules"):
+        load_peft(folder, MODULES)
+    for excluded in (["layers.0.self_attn.q_proj"], ["q_proj"], r".*0\.self_attn\.q_proj"):
+        path.write_text(json.dumps(config | {"exclude_modules": excluded}), "utf-8")
+        assert "model.layers.0.self_attn.q_proj" not in load_peft(folder, MODULES).matrices
+
+
+def test_what_git_lfs_left_in_the_place_of_the_matrices_is_said(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="not the file itself but a Git LFS pointer"):
         load_peft(folder, MODULES)
 
 

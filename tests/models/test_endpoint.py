@@ -138,6 +138,7 @@ def test_a_stop_text_is_cut_off_where_the_endpoint_does_not(server):
         (Fault.reply([{"type": "text", "text": "Ye"}, {"type": "text", "text": "s."}]), "Yes.", ""),
         (Fault.reply("Use <b>, then </thought>"), "Use <b>, then </thought>", ""),
         (Fault.reply(""), "", ""),
+        (Fault.reply(None, refusal="I cannot."), "I cannot.", ""),  # OpenAI's
         (Fault.reply("half \ud800 a pair"), "half \ufffd a pair", ""),
     ],
 )
@@ -165,7 +166,6 @@ def test_an_open_block_of_reasoning_is_no_answer():
         (Fault.reply(None, "tool_calls", tool_calls=[{"id": "1"}]), "a tool call"),
         (Fault.error(400, "maximum context length is 100 tokens"), "HTTP 400: maximum context"),
         (Fault.error(422, "max_tokens is too large: 9"), "HTTP 422: max_tokens is too large"),
-        (Fault(status=302, headers={"Location": "http://127.0.0.1:1/"}), "HTTP 302"),
     ],
 )
 def test_a_reply_without_an_answer_fails_alone_and_at_once(server, reply, reason):
@@ -399,6 +399,20 @@ def test_a_refused_key_or_model_ends_everything_at_once(server, status):
     errors = ask(model(server), "a")
     assert isinstance(errors[0], EndpointError) and len(server.asked) == 1
     assert str(errors[0]) == f"big at {server.url}/chat/completions: HTTP {status}: no such thing"
+
+
+def test_a_redirect_ends_everything_with_the_address(server):
+    server.always = Fault(status=307, headers={"Location": "https://elsewhere.test/v1"})
+    (error,) = ask(model(server), "a")
+    assert isinstance(error, EndpointError) and len(server.asked) == 1
+    assert "sends to https://elsewhere.test/v1; name that address" in str(error)
+
+
+def test_tokens_that_cannot_be_are_counted_as_those_that_nobody_told(server):
+    answers = model(server)
+    server.answer = lambda asked: Fault.reply("yes", usage=(-3, 1))
+    ask(answers, "How do bees fly?")
+    assert answers.usage().input_tokens > 0
 
 
 def test_a_spent_account_is_no_rate_limit(server):

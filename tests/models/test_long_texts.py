@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from alignpro.models.native_model import NativeModel
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.native import core
 from counting_backend import CountingBackend
@@ -30,6 +32,18 @@ def test_of_a_long_text_a_beginning_is_encoded(tokenizer: Tokenizer, text: str) 
     assert 0 < counting.characters < 150_000  # of 3 times 200,000 and more
     with pytest.raises(ValueError, match="lone surrogate"):  # wherever it stands
         counted.encode(long + "\ud800", most=100)
+
+
+def test_a_prompt_far_over_the_context_is_refused_by_its_beginning(smollm2: NativeModel) -> None:
+    counting = CountingBackend(smollm2.tokenizer.backend)
+    counted = replace(smollm2.tokenizer, backend=counting, continuation=counting)
+    model = copy.copy(smollm2)
+    model.tokenizer = counted
+    limit = model.context_length
+    for ask in (lambda text: model.generate([text]), model.stream):
+        with pytest.raises(ValueError, match=f"context of {limit}, got more than {2 * limit} tok"):
+            ask("why " * 2_000_000)
+    assert 0 < counting.characters < 2_000_000  # of 16 million
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

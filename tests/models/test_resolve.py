@@ -115,6 +115,14 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
     assert resolve_model(model_folder(tmp_path / "hf")) == tmp_path / "hf"
 
 
+@pytest.mark.parametrize("file", ["model.gguf", "model.safetensors", "tokenizer.json"])
+def test_what_git_lfs_left_in_the_place_of_a_file_is_said(tmp_path: Path, file: str) -> None:
+    folder = model_folder(tmp_path / "m")
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    with pytest.raises(ValueError, match=f"{file}: not the file itself but a Git LFS pointer"):
+        resolve_model(folder / file if file.endswith("gguf") else folder)
+
+
 def test_a_folder_with_one_gguf(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"x")
     assert resolve_model(tmp_path) == tmp_path / "a.gguf"

@@ -331,6 +331,20 @@ def test_a_template_file_goes_before_the_config(tmp_path: Path) -> None:
     assert tokenizer.encode_chat([{"role": "user", "content": "hat"}]) == tokenizer.encode("hat")
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["m['text']", "m.contents", "m.content[0].text", "''"],  # jinja writes nothing for most
+)
+def test_a_template_that_leaves_out_what_the_user_says_is_refused(
+    tmp_path: Path, content: str
+) -> None:
+    save_tokenizer(tmp_path, "byte-level")
+    template = f"{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ {content} }}}}{{% endfor %}}"
+    tokenizer = Tokenizer.from_folder(tmp_path).with_template(template)
+    with pytest.raises(ValueError, match="its chat template leaves out what the user says"):
+        tokenizer.encode_chat([{"role": "user", "content": "How do bees fly?"}])
+
+
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, "byte-level")
     (tmp_path / "tokenizer_config.json").write_text("{}", "utf-8")

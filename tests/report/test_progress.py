@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from alignpro.report import progress
-from alignpro.report.progress import Bars
+from alignpro.report.progress import Bars, TrainBar
 
 
 class Clock:
@@ -44,13 +45,14 @@ def test_a_line_says_what_is_done_and_what_is_left(clock):
     assert bars.lines == []  # nothing yet: the next line comes with news, or after 5 seconds
     clock.now += 30
     bars.show("training", 2, 10, "reward 0.5")
-    assert bars.lines == ["training 2/10, 0:00:30, 0:02:00 left, reward 0.5"]
+    # What came before the first advance is no pace: it may have been done once for all of them.
+    assert bars.lines == ["training 2/10, 0:00:30, reward 0.5"]
     clock.now += 3
     bars.show("training", 3, 10)
     assert len(bars.lines) == 1
     clock.now += 3
     bars.quiet()
-    assert bars.lines[-1] == "training 3/10, 0:00:36, 0:01:14 left"
+    assert bars.lines[-1] == "training 3/10, 0:00:36, 0:00:18 left"
     bars.show("training", 10, 10)
     bars.show("training", 10, 10)
     assert bars.lines[2:] == ["training 10/10, 0:00:36"]
@@ -74,7 +76,17 @@ def test_a_run_that_goes_on_is_estimated_from_where_it_began(clock):
     bars.show("training", 90, 100)
     clock.now += 10
     bars.show("training", 95, 100)
-    assert bars.lines == ["training 95/100, 0:00:10, 0:00:10 left"]
+    clock.now += 10
+    bars.show("training", 97, 100)
+    assert bars.lines == ["training 95/100, 0:00:10", "training 97/100, 0:00:20, 0:00:15 left"]
+
+
+def test_a_fit_to_answers_that_are_drawn_says_its_loss(clock):
+    bars = Log()
+    bar = TrainBar(bars)
+    bar.on_start(Path("run"), {"steps": 1}, 0)
+    bar.on_step({"step": 0, "reward_mean": 0.265, "loss": 1.25})
+    assert bars.lines == ["training 1/1, 0:00:00, loss 1.250"]
 
 
 def test_the_thread_speaks_by_itself(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from alignpro.rewards import from_callable
-from alignpro.rewards.check import RewardError, score_checked
+from alignpro.rewards.check import RewardError, check_columns, score_checked
+from alignpro.rewards.combine import WeightedSum
 
 PROMPTS = ["first prompt", "second prompt", "third prompt"]
 REWRITES = ["r1", "r2", "r3"]
@@ -45,6 +47,44 @@ def test_the_reward_sees_the_original_prompts_rewrites_and_columns():
         "responses": RESPONSES,
         "answer": [7, 8, 9],
     }
+
+
+def test_a_reward_may_work_on_the_lists_that_it_is_given():
+    def lowers(prompts, rewrites, responses, answer):
+        responses[:] = [r.upper() for r in responses]
+        prompts.clear(), rewrites.clear(), answer.clear()
+        return [0.0] * len(responses)
+
+    seen = []
+
+    def spy(prompts, rewrites, responses, answer):
+        seen.append((prompts, rewrites, responses, answer))
+        return [1.0] * len(responses)
+
+    both = WeightedSum({"lowers": (1.0, from_callable(lowers)), "spy": (1.0, from_callable(spy))})
+    columns = {"answer": [7, 8, 9]}
+    assert check(both, columns) == [1.0] * 3
+    assert seen == [(PROMPTS, REWRITES, RESPONSES, [7, 8, 9])] and columns == {"answer": [7, 8, 9]}
+
+
+async def exits_later(responses, **columns):
+    sys.exit(3)
+
+
+@pytest.mark.parametrize("reward", [lambda responses, **columns: sys.exit(3), exits_later])
+def test_an_exit_in_a_reward_is_its_error(reward):
+    with pytest.raises(RewardError, match=r"raised RuntimeError .*: it exited, with status 3"):
+        check(from_callable(reward, "leaves"))
+
+
+@pytest.mark.parametrize("column", ["responses", "completion_ids", "completions"])
+def test_a_column_called_as_an_argument_is_refused_before_anything_is_computed(column):
+    def trl(completions, **columns):
+        return [0.0] * len(completions)
+
+    for reward in (from_callable(trl), WeightedSum({"trl": (1.0, from_callable(trl))})):
+        with pytest.raises(ValueError, match=f"column '{column}' collides with a reward argument"):
+            check_columns(reward, {column: []})
 
 
 @pytest.mark.parametrize(

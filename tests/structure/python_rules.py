@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "interrupts": set(),
     "run_directory": {"config", "files"},
     "config": {"types"},
-    "data": _BASE | {"optional"},
+    "data": _BASE | {"optional", "files"},
     "rewards": {"types", "optional", "models", "extract"},
     "extract": {"types", "models"},
     "objective": {"types"},

@@ -204,6 +204,23 @@ def test_rounds_of_answers_resume_where_they_were_broken_off(tmp_path):
         make(dataclasses.replace(settings, closed_form=changed), resume=True)
 
 
+def test_the_fit_begins_when_every_answer_is_drawn(tmp_path):
+    told = []
+
+    class Watch(TrainCallback):
+        def on_start(self, run_dir, config, step):
+            told.append("start")
+
+    trainer = make(pooled(tmp_path, 2, steps=4, num_rewrites=4))
+    trainer.train([Watch()], lambda stage, done, total: told.append(stage))
+    assert list(dict.fromkeys(told)) == [
+        "rollouts",
+        "answers, round 1",
+        "answers, round 2",
+        "start",
+    ]
+
+
 def test_prompts_are_told_apart_by_the_base_model(tmp_path, monkeypatch):
     given = []
 

@@ -13,8 +13,10 @@ from alignpro.cli import app
 from alignpro.config import TrainConfig, from_mapping
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
+from alignpro.price.fit import price_fit
 from alignpro.train.distill import distill_config
 from alignpro.train.metrics import read_metrics
+from alignpro.train.policy import LoraPolicy
 from alignpro.train.run import run_train
 from native_runs import lora, save_run
 
@@ -117,11 +119,29 @@ def test_mixtures_that_are_none(place):
             from_mapping(TrainConfig, {"algorithm": "closed_form", **changes})
 
 
+def test_no_step_holds_more_than_a_dry_run_says(place, monkeypatch):
+    held, score = [], LoraPolicy.score
+
+    def scored(self, sequences, starts, *, activations="keep", **options):
+        held.append(self.score_bytes(sequences, starts, activations, with_reference=False))
+        return score(self, sequences, starts, activations=activations, **options)
+
+    most = price_fit(config(place))["memory"]["scoring (memory_limit bounds it)"]
+    monkeypatch.setattr(LoraPolicy, "score", scored)
+    run_train(config(place))
+    assert most / 2 < max(held) <= most
+
+
 def test_the_command(place):
     arguments = ["mix", "runs=[kind,brief]", "num_prompts=4", "num_rewrites=8", "threads=1"]
     done = CliRunner().invoke(app, [*arguments, "--distill"])
     assert done.exit_code == 2 and "--output FOLDER" in done.output
     (place / "mixed" / "mixture.json").unlink()
+    done = CliRunner().invoke(app, [*arguments, "--output", "mixed", "--dry-run"])
+    assert done.exit_code == 2 and "add --distill" in done.output
+    done = CliRunner().invoke(app, [*arguments, "--output", "dry", "--distill", "--dry-run"])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    assert "4 prompts, of" in done.output and not (place / "dry").exists()
     done = CliRunner().invoke(app, [*arguments, "--output", "mixed", "--distill"])
     assert done.exit_code == 0, done.output + repr(done.exception)
     assert f"adapter: {place.relative_to(place) / 'mixed/distilled/adapter'}" in done.output

@@ -409,8 +409,8 @@ def test_what_is_refused_before_a_model_is_loaded(place):
 
     on_it = HeldOutPairsConfig(data=PreferencesConfig(path=None, split="train"), num_prompts=2)
     assert "4 of the 4 prompts (pairs.jsonl, split train) are trained on" in line(heldout=on_it)
-    many = HeldOutPairsConfig()
-    assert "pairs.jsonl has 2 rows, 64 asked for" in line(heldout=many)
+    many = HeldOutPairsConfig(num_prompts=65)
+    assert "pairs.jsonl has 2 rows, 65 asked for" in line(heldout=many)
     assert "no column 'best'" in line(data=PreferencesConfig("pairs.jsonl", chosen="best"))
     unknown = AnchorConfig(column="sfe", where="safe", prefix="Be kind: ")
     assert "expected true or false in column 'safe', got 'tell me about birds'" in line(

@@ -18,12 +18,14 @@ from alignpro.config import LoraConfig, ModelConfig, SelfImproveConfig, from_map
 from alignpro.config.data import DataConfig
 from alignpro.models.native_model import load_model
 from alignpro.objective.preference import dpo_loss
+from alignpro.price.fit import price_fit
 from alignpro.rewards import build_reward, from_callable
 from alignpro.rewards.scenes import SceneCounts
 from alignpro.run_directory import open_run_dir
 from alignpro.statistics import relative_reduction
 from alignpro.theory.self_reward import tilted
 from alignpro.train.metrics import read_metrics
+from alignpro.train.policy import LoraPolicy
 from alignpro.train.self_improve import run_self_improve
 from alignpro.train.self_measure import MeasuredAnswer, round_warnings, summarise
 from alignpro.train.sentence_search import (
@@ -261,6 +263,24 @@ def test_rounds_go_on_to_the_bit(place, changes):
     assert beta == pytest.approx(0.05 if held_to_before else 0.1)
     with pytest.raises(ValueError, match=r"calibration was 0\.9, is 0\.5"):
         run_self_improve(settings(place, calibration=0.5, **changes), resume=True)
+
+
+@pytest.mark.parametrize("policy", ["target", "prompter"])
+def test_no_step_holds_more_than_a_dry_run_says(place, policy, monkeypatch):
+    held, score = [], LoraPolicy.score
+
+    def scored(self, sequences, starts, *, activations="keep", **options):
+        held.append(self.score_bytes(sequences, starts, activations, with_reference=False))
+        return score(self, sequences, starts, activations=activations, **options)
+
+    config = settings(place, policy=policy, iterations=1)
+    said = price_fit(config)
+    assert not (place / "run").exists()
+    monkeypatch.setattr(LoraPolicy, "score", scored)
+    run_self_improve(config)
+    most = said["memory"]["scoring (memory_limit bounds it)"]
+    assert most / 4 < max(held) <= most
+    assert said["memory_bytes"] == sum(said["memory"].values())
 
 
 def test_more_rounds_later_and_a_run_that_is_overwritten(place):

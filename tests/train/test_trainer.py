@@ -337,6 +337,12 @@ def test_a_run_that_is_complete_resumes_to_nothing(tmp_path):
     assert log(again) == log(done) and np.array_equal(matrices(again), matrices(done))
 
 
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    make(config(tmp_path, steps=2)).train()
+    with pytest.raises(ValueError, match="steps: the run has done 2, more than the 1 that are"):
+        make(config(tmp_path, steps=1), resume=True)
+
+
 def test_resuming_under_another_configuration_is_refused(tmp_path):
     settings = config(tmp_path, steps=1)
     make(settings).train()

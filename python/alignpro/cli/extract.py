@@ -13,6 +13,7 @@ from alignpro.cli.shared import (
     Overrides,
     Threads,
     app,
+    check_inputs,
     check_new,
     examples,
     one_line_errors,
@@ -20,6 +21,7 @@ from alignpro.cli.shared import (
     write_json,
     writing,
 )
+from alignpro.run_directory import config_of_run
 
 
 @app.command(
@@ -78,7 +80,6 @@ def extract(
     A frozen model writes a record for each text, anew until it passes the schema's checks.
     """
     from alignpro.config import ExtractConfig
-    from alignpro.evaluate.extract import extract_of_run, line_of, read_inputs, run_extract
 
     options = {
         "data.path": texts if texts is None or "=" not in texts or Path(texts).exists() else None,
@@ -92,7 +93,12 @@ def extract(
     }
     first = [texts] if texts is not None and options["data.path"] is None else []
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    base = None if run is None else extract_of_run(run)
+    base = None
+    if run is not None:
+        config_of_run(run)  # refused before what reads models is imported
+        from alignpro.evaluate.extract import extract_of_run
+
+        base = extract_of_run(run)
     settings = read_settings(ExtractConfig, config, [*first, *(overrides or []), *given], base=base)
     if show_template:
         from alignpro.extract.schema import read_schema
@@ -102,6 +108,9 @@ def extract(
         typer.echo(read_schema(settings.schema.path).template(settings.schema.format))
         return
     check_new(report)
+    check_inputs(settings)
+    from alignpro.evaluate.extract import line_of, read_inputs, run_extract
+
     read, record_form, rows = read_inputs(settings)
     if dry_run:
         most, tokens = len(rows) * settings.attempts, settings.response.max_new_tokens

@@ -45,11 +45,14 @@ def prefer(
     """Train on pairs of which one was preferred."""
     from alignpro.config import PreferConfig
 
-    if dry_run:
-        return say_memory("prefer", PreferConfig, config, overrides)
     options = training_settings(
-        *("prefer", PreferConfig, config, overrides), resume=resume, overwrite=overwrite
+        *("prefer", PreferConfig, config, overrides),
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
     )
+    if dry_run:
+        return say_memory(options)
     from alignpro.report.progress import Bars, show_preference_row
 
     with Bars("loading data and model") as bars:
@@ -69,6 +72,7 @@ def prefer(
     epilog=examples(
         "alignpro self-improve run_dir=improved",
         "alignpro self-improve data=passages.jsonl iterations=2 calibration=0.5",
+        "alignpro self-improve --dry-run",
     )
 )
 @one_line_errors
@@ -78,13 +82,19 @@ def self_improve(
     resume: Resume = False,
     overwrite: Overwrite = False,
     allow_changes: AllowChanges = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train on pairs that a policy makes of its own answers."""
     from alignpro.config import SelfImproveConfig
 
     options = training_settings(
-        *("self-improve", SelfImproveConfig, config, overrides), resume=resume, overwrite=overwrite
+        *("self-improve", SelfImproveConfig, config, overrides),
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
     )
+    if dry_run:
+        return say_memory(options)
     from rich.console import Console
 
     from alignpro.report.progress import Bars, show_preference_row

@@ -22,6 +22,7 @@ from alignpro.interrupts import exit_status, interruptible
 from alignpro.optional import import_for, is_installed
 from alignpro.run_directory import (
     check_run_dir,
+    config_of_run,
     error_notes,
     one_line,
     open_run_dir,
@@ -29,7 +30,7 @@ from alignpro.run_directory import (
 )
 
 if TYPE_CHECKING:
-    from alignpro.config import PreferConfig, SftConfig
+    from alignpro.config import PreferConfig, SelfImproveConfig, SftConfig, TrainConfig
 
 # Exit codes. Not met: a difference between arms that --require asks for is not shown. Interrupted:
 # `exit_status`.
@@ -42,6 +43,15 @@ _ORDER = (
     *("reward", "evaluate", "safety", "mix", "report", "extract"),
     *("generate", "serve", "bound", "theory", "info", "profile", "bench"),
 )
+
+
+# By what their runs are configured by.
+_COMMANDS = {
+    "TrainConfig": "train",
+    "SftConfig": "sft",
+    "PreferConfig": "prefer",
+    "SelfImproveConfig": "self-improve",
+}
 
 
 class _InOrder(TyperGroup):
@@ -226,6 +236,13 @@ def read_settings(
     if config is not None and "=" in str(config) and not config.exists():
         config, settings = None, [str(config), *settings]
     home = run_of_config(config)
+    if home is not None and cls.__name__ in _COMMANDS:
+        made = type(config_of_run(home)).__name__
+        if made != cls.__name__:
+            raise ValueError(
+                f"{config}: of a run of alignpro {_COMMANDS[made]}, expected one of alignpro "
+                f"{_COMMANDS[cls.__name__]}"
+            )
     if home is not None and "run_dir" in getattr(cls, "__dataclass_fields__", {}):
         settings = [f"run_dir={json.dumps(str(home))}", *settings]
     if run is not None:
@@ -237,17 +254,20 @@ def read_settings(
 
 
 def check_inputs(options: Any, *, resume: bool = False) -> None:
-    """Refuse files, models, adapters and rewards that are surely not there, before torch is
-    imported, which takes seconds. resume: a run keeps the adapter that it began with.
+    """Refuse files, models, adapters, schemas and rewards that are surely not there, before torch
+    is imported, which takes seconds. resume: a run keeps the adapter that it began with.
 
     Raises ValueError or FileNotFoundError.
     """
     from alignpro.config import ModelConfig
     from alignpro.config.data import Source
+    from alignpro.config.extract import SchemaConfig
+    from alignpro.config.fields import is_noted, type_hints
     from alignpro.data.load import find_file
     from alignpro.models.resolve import path_or_name
     from alignpro.rewards.build import check_reward
 
+    hints = type_hints(type(options))
     for key, value in vars(options).items():
         if key == "prompter" and getattr(options, "policy", None) == "target":
             continue  # takes no part
@@ -264,7 +284,11 @@ def check_inputs(options: Any, *, resume: bool = False) -> None:
         elif isinstance(value, Source):
             if value.path is not None:
                 find_file(value)
-        elif key in ("reward", "calibrator", "harm"):
+        elif isinstance(value, SchemaConfig):
+            from alignpro.extract.schema import read_schema
+
+            read_schema(value.path)
+        elif is_noted(hints[key], "reward") and value is not None:
             check_reward(value)
         elif is_dataclass(value):
             check_inputs(value, resume=resume)
@@ -278,31 +302,30 @@ def training_settings(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> T:
-    """`read_settings` of a command that trains to a run directory, checked by `check_inputs`."""
+    """`read_settings` of a command that trains to a run directory, checked by `check_inputs`.
+    dry_run: nothing is trained, whatever is in that directory."""
     needs_torch(command)
     options = read_settings(cls, config, overrides)
-    check_run_dir(options.run_dir, resume=resume, overwrite=overwrite)  # type: ignore[attr-defined]
-    check_inputs(options, resume=resume)
+    if not dry_run:
+        check_run_dir(options.run_dir, resume=resume, overwrite=overwrite)  # type: ignore[attr-defined]
+    check_inputs(options, resume=resume or dry_run)
     return options
 
 
-def say_memory(
-    command: str,
-    cls: type[SftConfig | PreferConfig],
-    config: Path | None,
-    overrides: list[str] | None,
-) -> None:
-    """The dry run of a fit to pairs."""
-    needs_torch(command)
-    options = read_settings(cls, config, overrides)
-    check_inputs(options, resume=True)
+def say_memory(options: SftConfig | PreferConfig | SelfImproveConfig | TrainConfig) -> None:
+    """The dry run of a fit: what `price_fit` says."""
     from rich.console import Console
 
-    from alignpro.price.fit import price_fit
-    from alignpro.price.tables import fit_tables
+    from alignpro.report.progress import Bars
 
-    Console().print(fit_tables(price_fit(options)))
+    with Bars("loading torch"):
+        from alignpro.price.fit import price_fit
+        from alignpro.price.tables import fit_tables
+
+        report = price_fit(options)
+    Console().print(fit_tables(report))
 
 
 def needs_torch(command: str) -> None:

@@ -110,11 +110,11 @@ def sft(
     """Warm-start a prompter on (prompt, instruction) pairs."""
     from alignpro.config import SftConfig
 
-    if dry_run:
-        return say_memory("sft", SftConfig, config, overrides)
     options = training_settings(
-        *("sft", SftConfig, config, overrides), resume=resume, overwrite=overwrite
+        *("sft", SftConfig, config, overrides), resume=resume, overwrite=overwrite, dry_run=dry_run
     )
+    if dry_run:
+        return say_memory(options)
     from alignpro.report.progress import Bars, show_sft_row
 
     with Bars("loading data and model") as bars:
@@ -173,6 +173,7 @@ def train(
         needs_torch("train")
         options = read_settings(TrainConfig, config, overrides)
         check_new(output)
+        check_inputs(options, resume=True)
         from alignpro.report.progress import Bars
 
         with Bars("loading torch") as bars:

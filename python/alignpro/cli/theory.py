@@ -18,10 +18,12 @@ from alignpro.cli.shared import (
     needs_torch,
     one_line_errors,
     read_settings,
+    say_memory,
     write_json,
     writing,
 )
 from alignpro.optional import is_installed
+from alignpro.run_directory import config_of_run
 
 
 @app.command(
@@ -142,6 +144,12 @@ def mix(
             "--distill", help="Train one prompter from the mixture, into distilled/ of it."
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what --distill would hold in memory, and stop; mix nothing."
+        ),
+    ] = False,
 ) -> None:
     """Make one prompter of several, trained each for its own goal.
 
@@ -154,6 +162,14 @@ def mix(
         needs_torch("mix --distill")
         if output is None:
             raise ValueError("--distill: trains what --output FOLDER will hold; name a folder")
+    if dry_run:
+        if not distill or output is None:
+            raise ValueError("--dry-run: says what --distill would hold; add --distill")
+        from alignpro.train.distill import distill_config
+
+        return say_memory(distill_config(output, Path(options.runs[0])))
+    for run in options.runs:
+        config_of_run(Path(run))  # refused before anything is written, or imported
     from rich.console import Console
 
     from alignpro.evaluate.mix import run_mix

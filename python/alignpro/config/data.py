@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from alignpro.config.fields import checked, only_default, require
+from alignpro.config.fields import Place, checked, only_default, require
 
 # What becomes of a prompt that the models cannot read (`models.lengths`).
 OnTooLong = Literal["error", "skip", "cut"]
@@ -18,7 +18,7 @@ class Source:
 
     text_field: ClassVar[str] = "path"
 
-    path: str | None = None
+    path: Place | None = None
     """A file, a packaged name, or a hub name such as "owner/name" or "owner/name:subset".
 
     null: the data of the stage around this group.
@@ -57,6 +57,9 @@ class DataConfig(Source):
     def __post_init__(self) -> None:
         Source.__post_init__(self)
         require("prompt", self.prompt, bool(self.prompt) or self.prompt is None, "a column")
+        if isinstance(self.prompt, tuple):
+            distinct = len(set(self.prompt)) == len(self.prompt)
+            require("prompt", list(self.prompt), distinct, "each column once")
 
     def of(self, own: DataConfig) -> DataConfig:
         """These rows; of ``own``'s source, and prompt column, where none is named here."""
@@ -74,7 +77,7 @@ HELD_OUT = DataConfig("everyday", split="heldout")
 class PairsConfig(DataConfig):
     """Prompts, and what the prompter is to write for each."""
 
-    path: str | None = "instructions"
+    path: Place | None = "instructions"
     """A file, a packaged name, or a hub name."""
     instruction: str = "instruction"
     """The column of what is to be written."""
@@ -89,7 +92,7 @@ class PairsConfig(DataConfig):
 class PreferencesConfig(DataConfig):
     """Prompts with two answers each, of which one was preferred."""
 
-    path: str | None = "warm_tones"
+    path: Place | None = "warm_tones"
     """A file, a packaged name, or a hub name."""
     chosen: str = "chosen"
     """The column of the preferred answer: text, the messages that follow the prompt, or the whole
@@ -103,7 +106,7 @@ class PreferencesConfig(DataConfig):
 class InstructionsConfig(Source):
     """Candidate instructions."""
 
-    path: str | None = "instructions"
+    path: Place | None = "instructions"
     """A file, a packaged name, or a hub name."""
     split: str | None = None
     """The rows to use, by their column "split"; null is all rows."""

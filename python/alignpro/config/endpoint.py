@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from alignpro.config.fields import above, at_least, checked, require
+from alignpro.config.fields import Place, above, at_least, checked, require
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ClientConfig:
     """The price of a million tokens written; null leaves costs out."""
     budget: Budget = field(default_factory=Budget)
     """What the endpoint may be asked for before the run stops."""
-    calls: str | None = None
+    calls: Place | None = None
     """The JSONL file of every call and its answer, from which a call is not asked again; null is
     calls.jsonl in the run directory, or a file beside the output."""
     logprobs: bool = False

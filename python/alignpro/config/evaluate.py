@@ -11,7 +11,9 @@ from typing import Annotated, Literal, NamedTuple
 from alignpro.config.data import HELD_OUT, DataConfig, InstructionsConfig
 from alignpro.config.endpoint import Budget, ClientConfig, check_url
 from alignpro.config.fields import (
+    Place,
     Range,
+    RewardName,
     Seed,
     Threads,
     above,
@@ -158,7 +160,7 @@ class JudgeConfig:
     """How many of the prompts are judged, the first ones; null is all."""
     num_pairs: Annotated[int, at_least(1)] = 1
     """Pairs of responses that are compared for each prompt."""
-    cache: str | None = None
+    cache: Place | None = None
     """The JSONL file of verdicts; null is a file beside the output."""
     max_failed: Annotated[float, Range(lambda v: 0 <= v < 1, "at least 0 and below 1")] = 0.02
     """The share of questions that may stay without a verdict."""
@@ -235,7 +237,7 @@ class SafetyConfig:
 
     where: str = "harmful"
     """The column that marks the prompts, by true and false."""
-    harm: str = "forbidden"
+    harm: RewardName = "forbidden"
     """A reward that scores how harmful a response is."""
     threshold: float = 0.5
     """The score from which on a response counts as harmful."""
@@ -254,16 +256,16 @@ class EvalConfig(StageConfig):
     prompter: ModelConfig = PROMPTER
     """The model that rewrites; its adapter is the untuned arm's, none being the base model."""
     target: ModelConfig | None = None  # frozen; None: the prompter's base weights
-    trained: str | None = None
+    trained: Place | None = None
     """The PEFT folder of the trained prompter; null leaves the trained arm out."""
-    soft: str | None = None
+    soft: Place | None = None
     """The PEFT folder of a soft prompt that the frozen target reads every prompt with; null leaves
     this arm out.
 
     `alignpro train policy=target tuner=soft_prompt` trains one. Every fixed instruction of its
     length is among what it may become.
     """
-    tuned: str | None = None
+    tuned: Place | None = None
     """The PEFT folder of a target that was tuned by the same reward; null leaves this arm out."""
     static: str | StaticSearch | None = None
     """One instruction for every prompt: its text, or how to search for it ({} takes the defaults);
@@ -281,7 +283,7 @@ class EvalConfig(StageConfig):
     """A judge that compares the trained prompter's answers with the others'; null asks none."""
     data: DataConfig = HELD_OUT
     """The prompts."""
-    reward: str = "vader+0.2*topic"
+    reward: RewardName = "vader+0.2*topic"
     seed: Seed = 0
     num_prompts: Annotated[int, at_least(2)] | None = None
     """How many of the rows are used, the first ones; null is all."""

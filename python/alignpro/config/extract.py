@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from alignpro.config.data import DataConfig, OnTooLong
-from alignpro.config.fields import Date, Seed, Threads, at_least, checked
+from alignpro.config.fields import Date, Place, Seed, Threads, at_least, checked
 from alignpro.config.model import PROMPTER, PROMPTER_HERE, ModelConfig, check_local
 from alignpro.config.prompting import REWRITE, Prompting, check_sampling
 from alignpro.types import SamplingParams
@@ -21,7 +21,7 @@ class SchemaConfig:
 
     text_field: ClassVar[str] = "path"
 
-    path: str = "reaction"
+    path: Place = "reaction"
     """The schema: a JSON file, or a packaged name (reaction, reaction_flat, recipe, meeting)."""
     format: Literal["json", "lines"] = "json"
     """How a model writes a record: as a JSON object, or a line for each field, which small models

@@ -55,6 +55,11 @@ def _is_iso_date(value: str) -> bool:
     return True
 
 
+# A path, or a name that may stand for one: "~" is the home directory, as in a shell.
+Place = Annotated[str, "place"]
+# A reward, as `alignpro.build_reward` reads it.
+RewardName = Annotated[str, "reward"]
+
 # What a chat template that asks for the date is told, by every model of a run. None: today's, which
 # the run then records; to evaluate a run: the one that it recorded.
 Date = Annotated[str, Range(_is_iso_date, 'a date such as "2026-11-28"')] | None
@@ -126,7 +131,7 @@ def from_mapping(
     for key, value in mapping.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in fields:
-            raise ValueError(_unknown(str(key), name, fields))
+            raise ValueError(_unknown(str(key), name, cls, fields))
         # A group that names some of its fields keeps this class's defaults for the others, which
         # need not be those of the group's own class.
         default = default_of(fields[key]) if base is None else getattr(base, key)
@@ -147,13 +152,29 @@ def unchecked(cls: type[T], values: Mapping[str, Any]) -> T:
     return made
 
 
-def _unknown(key: str, name: str, fields: Mapping[str, Any]) -> str:
+def _unknown(key: str, name: str, cls: type[Any], fields: Mapping[str, Any]) -> str:
     now = _RENAMED.get(key, "")
     if now and now.split(".")[0] in fields:
         return f"{name}: is now {name.removesuffix(key)}{now}"
-    close = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+    unknown = f'unknown configuration key "{name}"'
+    group, dot, rest = key.partition(".")
+    if dot and group in fields:
+        return f"{unknown}; in a file its groups are nested, {group}: {{{rest}: ...}}"
+    prefix = name.removesuffix(key)
+    inside = [
+        f"{prefix}{group}.{key}"
+        for group in fields
+        if any(
+            key in type_hints(hint)
+            for hint in _alternatives(type_hints(cls)[group])
+            if dataclasses.is_dataclass(hint)
+        )
+    ]
+    if inside:
+        return f"{unknown}; did you mean {' or '.join(inside)}?"
+    close = difflib.get_close_matches(key, fields, n=1, cutoff=0.7)
     hint = f'; did you mean "{close[0]}"?' if close else f"; known: {', '.join(fields)}"
-    return f'unknown configuration key "{name}"{hint}'
+    return unknown + hint
 
 
 def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
@@ -170,6 +191,9 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     if origin is Annotated:
         kind, *notes = arguments
         read = _read_bytes(value, name) if "bytes" in notes else read_value(value, kind, name)
+        if "place" in notes:
+            require(name, read, read != "", "a path or a name")
+            read = os.path.expanduser(str(read))
         for note in notes:
             if isinstance(note, Range):
                 require(name, read, note.holds(read), note.words)
@@ -299,6 +323,13 @@ def _read_union(value: Any, arguments: tuple[Any, ...], name: str, default: Any)
     raise ValueError(f"{name}: expected {alternatives}{nothing}, got {value!r}")
 
 
+def is_noted(hint: Any, note: str) -> bool:
+    """Whether a field's annotation has a note, such as that of `RewardName`."""
+    if typing.get_origin(hint) is Annotated:
+        return note in typing.get_args(hint)[1:]
+    return any(is_noted(argument, note) for argument in typing.get_args(hint))
+
+
 type_hints: Callable[[Any], dict[str, Any]] = functools.cache(
     functools.partial(typing.get_type_hints, include_extras=True)
 )
@@ -315,6 +346,22 @@ def only_default(config: Any, name: str, where: str, path: str = "") -> None:
     value = getattr(config, name)
     default = default_of(type(config).__dataclass_fields__[name])
     require(path + name, value, value == default, f"its default {default!r} (it goes {where})")
+
+
+def count_of(group: Any, there: int, source: str | None, path: str = "") -> int:
+    """How many of the rows that are there a group's ``num_prompts`` takes; its default, which
+    nobody asked for, takes what there is. path: of the group, for messages.
+
+    Raises ValueError for fewer rows than were asked for, or fewer than 2.
+    """
+    asked = group.num_prompts
+    if asked == default_of(type(group).__dataclass_fields__["num_prompts"]) or asked is None:
+        asked = min(there, asked or there)
+    wanted = max(2, asked)
+    if wanted > there:
+        rows = f"{source} has {there} rows"
+        raise ValueError(f"{path}num_prompts: {rows}, {wanted} asked for")
+    return int(wanted)
 
 
 def default_of(f: dataclasses.Field[Any]) -> object:

@@ -21,6 +21,6 @@ class HeldOutConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
     """The prompts to look at; one that is trained on as well is refused."""
     num_prompts: Annotated[int, at_least(2)] | None = 16
-    """How many of them are drawn; null is all."""
+    """How many of them are drawn, where there are so many; null is all."""
     every: Annotated[int, at_least(1)] = 10
     """Steps from one look to the next; the first and the last step are looked at, too."""

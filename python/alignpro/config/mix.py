@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from alignpro.config.data import DataConfig
-from alignpro.config.fields import Seed, Threads, above, at_least, checked, require
+from alignpro.config.fields import Place, Seed, Threads, above, at_least, checked, require
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,13 @@ from alignpro.config.fields import Seed, Threads, above, at_least, checked, requ
 class MixConfig:
     """The mixture of prompters that serves the worst-off of their goals best (MPO)."""
 
-    runs: tuple[str, ...] = ()
+    runs: tuple[Place, ...] = ()
     """The runs of the prompters, two or more, trained from one untuned prompter, each for its
     goal. One alone is mixed with the untuned prompter, as if trained with another kl_coef."""
     data: DataConfig | None = None
     """Prompts that the weights are found on; null is what the first run was trained on."""
     num_prompts: Annotated[int, at_least(1)] | None = 48
-    """How many of the rows are used, the first ones; null is all."""
+    """How many of the rows are used, the first ones, where there are so many; null is all."""
     num_rewrites: Annotated[int, at_least(2)] = 8
     """Rewrites a prompt that each prompter writes; no target is asked."""
     kl_coef: Annotated[float, above(0)] | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from alignpro.config.endpoint import Budget, ClientConfig, check_url
-from alignpro.config.fields import Bytes, Range, at_least, checked, only_default, require
+from alignpro.config.fields import Bytes, Place, Range, at_least, checked, only_default, require
 
 DEFAULT_MODEL = "smollm2"
 _OF_ENDPOINTS = {
@@ -23,7 +23,7 @@ class ModelConfig:
 
     text_field: ClassVar[str] = "model"
 
-    model: str | None = None
+    model: Place | None = None
     """A .gguf file, a folder with config.json and safetensors, or a name; null is smollm2, and of a
     target the prompter's model.
 
@@ -51,7 +51,7 @@ class ModelConfig:
 
     An endpoint is sent them under this name, as vLLM and SGLang take it.
     """
-    adapter: str | None = None
+    adapter: Place | None = None
     """The PEFT folder of an adapter that takes part; null is the base weights alone."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model runs; cuda is the current CUDA device, in a build with CUDA."""

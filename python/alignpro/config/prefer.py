@@ -9,6 +9,7 @@ from alignpro.config.anchor import AnchorConfig
 from alignpro.config.data import PreferencesConfig
 from alignpro.config.fields import (
     Date,
+    Place,
     Range,
     Seed,
     Threads,
@@ -32,7 +33,7 @@ class HeldOutPairsConfig(HeldOutConfig):
     )
     """The pairs to measure; one whose prompt is trained on as well is refused."""
     num_prompts: Annotated[int, at_least(2)] | None = 64
-    """How many of them are drawn; null is all."""
+    """How many of them are drawn, where there are so many; null is all."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class HeldOutPairsConfig(HeldOutConfig):
 class HeldOutPreferencesConfig(PreferencesConfig):
     """Pairs that nothing is fitted to."""
 
-    path: str | None = None
+    path: Place | None = None
     """A file, a packaged name, or a hub name; null is the data's own."""
     split: str | None = "heldout"
     """The rows to use, by their column "split"; null is all rows."""
@@ -114,7 +115,7 @@ class PreferConfig(PairsFitConfig):
     """The pairs of answers."""
     heldout: HeldOutPairsConfig | None = None
     """Pairs to measure while training ({} takes the defaults); null measures none."""
-    run_dir: str = "alignpro-prefer"
+    run_dir: Place = "alignpro-prefer"
     """The directory of the run."""
     beta: Annotated[float, above(0)] = 0.1
     """The weight of the KL penalty that the loss stands for: a smaller one lets the policy go

@@ -10,6 +10,7 @@ from alignpro.config.fields import (
     Bytes,
     Date,
     Range,
+    RewardName,
     Seed,
     Threads,
     above,
@@ -276,7 +277,7 @@ class StageConfig:
     cut: the oldest turns of its conversation are left out, then the middle of its last turn, which
     prompter, target and reward then read alike.
     """
-    reward: str = "vader+0.2*topic"
+    reward: RewardName = "vader+0.2*topic"
     """The reward: a sum of terms such as "vader+0.2*topic" or "module:function".
 
     Names are those of `alignpro.build_reward`.

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.config.evaluate import EvalConfig
-from alignpro.config.fields import Date, Seed, Threads, checked, default_of, require
+from alignpro.config.fields import (
+    Date,
+    Place,
+    RewardName,
+    Seed,
+    Threads,
+    checked,
+    default_of,
+    require,
+)
 from alignpro.config.model import PROMPTER, ModelConfig
 from alignpro.config.prompting import LoraConfig, Prompting
 from alignpro.config.sft import SftConfig
@@ -30,11 +39,11 @@ class QuickstartConfig:
     """The model that is trained, with fresh adapters."""
     target: ModelConfig | None = None
     """The frozen model that answers; null is the base weights of the prompter."""
-    reward: str = "vader+0.2*topic"
+    reward: RewardName = "vader+0.2*topic"
     """The reward: a sum of terms such as "vader+0.2*topic" or "module:function"."""
     seed: Seed = 0
     """The random seed, from which everything random follows."""
-    run_dir: str = "alignpro-quickstart"
+    run_dir: Place = "alignpro-quickstart"
     """The directory of the run; a number is added while it exists."""
     threads: Threads = None
     """The number of threads; null is the CPU quota."""

@@ -47,6 +47,8 @@ def load_yaml(
     if path is not None:
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "no such file"
+            if (Path(path) / "config.json").is_file():
+                found += f"; that of a run is {Path(path) / 'config.json'}"
             raise FileNotFoundError(f"{path}: expected a YAML file of settings, found {found}")
         try:
             loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from alignpro.config.data import DataConfig
-from alignpro.config.fields import Range, Seed, above, at_least, checked, require
+from alignpro.config.fields import Place, Range, RewardName, Seed, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_policy, trained_of
 from alignpro.config.prompting import (
     PairsFitConfig,
@@ -71,7 +71,7 @@ class SelfImproveConfig(PairsFitConfig):
     """How many of the rows make pairs in a round, the first ones; null is all."""
     measured: MeasureConfig = field(default_factory=MeasureConfig)
     """The prompts that every round is measured on; nothing is chosen by them."""
-    run_dir: str = "alignpro-self-improve"
+    run_dir: Place = "alignpro-self-improve"
     """The directory of the run; each round has one of its own in it."""
 
     # The candidates.
@@ -84,7 +84,7 @@ class SelfImproveConfig(PairsFitConfig):
     """How many answers go on behind a sentence: the best ones, and the worst ones."""
     sentences: Annotated[int, at_least(1)] = 3
     """The most sentences of an answer that is searched."""
-    calibrator: str = "grounding"
+    calibrator: RewardName = "grounding"
     """The reward that calibrates the self-reward: any, as of `reward` in training.
 
     With policy target it is given each sentence as a response.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from alignpro.config.endpoint import check_url
-from alignpro.config.fields import Bytes, Range, Threads, above, at_least, checked, require
+from alignpro.config.fields import Bytes, Place, Range, Threads, above, at_least, checked, require
 from alignpro.config.guards import GuardConfig
 
 Port = Annotated[int, Range(lambda v: 0 <= v < 2**16, "between 0 and 65535")]
@@ -20,7 +20,7 @@ class AuditConfig:
 
     text_field: ClassVar[str] = "path"
 
-    path: str | None = None
+    path: Place | None = None
     """The file of JSON lines, one a chat request, never with its headers; null writes nothing."""
     texts: bool = False
     """Whether last turns and rewrites are in it as well."""
@@ -37,11 +37,11 @@ class RouteConfig:
 
     text_field: ClassVar[str] = "run"
 
-    run: str | None = None
+    run: Place | None = None
     """The run whose prompter rewrites; null rewrites nothing."""
     rewrite: bool | Literal["shadow"] = True
     """As of all requests, for this model's."""
-    second_run: str | None = None
+    second_run: Place | None = None
     """A run that takes a share of the conversations, to be compared; null is none."""
     share: Annotated[float, Range(lambda v: 0 <= v <= 1, "between 0 and 1")] = 0.0
     """The share of conversations of the second run; a conversation stays with one of the two."""
@@ -63,7 +63,7 @@ class ServeConfig(RouteConfig):
     upstream: str | None = None
     """The OpenAI-compatible endpoint that answers, as its clients' base_url, such as
     "https://.../v1"; null is a model in this process."""
-    model: str | None = None
+    model: Place | None = None
     """The model in this process that answers: a path or a name; null is for an upstream."""
     rewrite: bool | Literal["shadow"] = False
     """Whether requests that do not say it (x-alignpro: on, off, shadow) are rewritten.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from alignpro.config.data import PairsConfig
 from alignpro.config.extract import SchemaConfig
-from alignpro.config.fields import above, at_least, checked, require
+from alignpro.config.fields import Place, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
 from alignpro.config.prompting import PairsFitConfig, Prompting, check_tuner
 
@@ -27,7 +27,7 @@ class SftConfig(PairsFitConfig):
 
     The prompts are then read in the template of the schema.
     """
-    run_dir: str = "alignpro-sft"
+    run_dir: Place = "alignpro-sft"
     """The directory of the run."""
     steps: Annotated[int, at_least(0)] = 32
     learning_rate: Annotated[float, above(0)] = 1e-3

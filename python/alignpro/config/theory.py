@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from alignpro.config.data import HELD_OUT, DataConfig
-from alignpro.config.fields import above, at_least, checked, only_default, require
+from alignpro.config.fields import Place, above, at_least, checked, only_default, require
 from alignpro.config.model import check_local, target_of
 from alignpro.config.prompting import StageConfig, check_untruncated
 
@@ -21,7 +21,7 @@ class HeadroomConfig(StageConfig):
     """Rewrites of the untuned prompter, their responses and rewards, and a grid of kl_coef."""
 
     num_prompts: Annotated[int, at_least(2)] | None = 48
-    """How many of the rows are used, the first ones; null is all."""
+    """How many of the rows are used, the first ones, where there are so many; null is all."""
     num_rewrites: Annotated[int, at_least(2)] = 8
     """Rewrites a prompt; the KL that the samples can show is at most its logarithm."""
     num_responses: Annotated[int, at_least(1)] = 4
@@ -40,16 +40,16 @@ class HeadroomConfig(StageConfig):
 class BoundConfig(StageConfig):
     """The bound at one kl_coef, and the gap that is measured beside it."""
 
-    trained: str | None = None
+    trained: Place | None = None
     """The PEFT folder of a trained prompter; null leaves it out."""
-    tuned: str | None = None
+    tuned: Place | None = None
     """The PEFT folder of the tuned target; null is the optimum in closed form, from the target's
     samples."""
     data: DataConfig = HELD_OUT
     reward_range: tuple[float, ...] | None = None
     """The least and the greatest reward, [low, high]; null is what was observed."""
     num_prompts: Annotated[int, at_least(2)] | None = 32
-    """How many of the rows are used, the first ones; null is all."""
+    """How many of the rows are used, the first ones, where there are so many; null is all."""
     num_rewrites: Annotated[int, at_least(2)] = 8
     """Rewrites a prompt."""
     num_responses: Annotated[int, at_least(1)] = 4

@@ -7,14 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from alignpro.config.anchor import AnchorConfig
-from alignpro.config.fields import (
-    Range,
-    above,
-    at_least,
-    checked,
-    only_default,
-    require,
-)
+from alignpro.config.fields import Place, Range, above, at_least, checked, only_default, require
 from alignpro.config.guards import GuardPenaltyConfig
 from alignpro.config.held_out import HeldOutConfig
 from alignpro.config.model import ModelConfig, check_policy, trained_of
@@ -82,7 +75,7 @@ class ClosedFormConfig:
     """Texts a prompt that a fit weighs, the best ones; with loss pooled."""
     batch_size: Annotated[int, at_least(1)] = 8
     """Prompts in a step of the fit; with loss pooled."""
-    mixture: str | None = None
+    mixture: Place | None = None
     """The folder of a mixture, such as `alignpro mix` writes: the mixture is the reward, and the
     prompter becomes it at kl_coef 1; null is the configuration's reward.
 
@@ -110,7 +103,7 @@ class TrainConfig(FitConfig, StageConfig):
     paper's oracle) or a soft prompt (the ceiling of fixed prompts). num_rewrites then counts its
     responses, and target.adapter is where training starts.
     """
-    run_dir: str = "alignpro-run"
+    run_dir: Place = "alignpro-run"
     """The directory of the run."""
 
     # One step.

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignpro.files import check_fetched
 from alignpro.optional import import_for
 from alignpro.types import type_name
 
@@ -24,6 +25,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _LINES = (".jsonl", ".ndjson")
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 _GZIP = b"\x1f\x8b"
+_ZIP = b"PK\x03\x04"
 _LONGEST_FIELD = 2**31 - 1  # csv's own limit is 131072 characters, less than a long document
 
 
@@ -67,6 +69,10 @@ def read_file(path: Path, name: str) -> list[Row]:
             f"{name}: expected a file ending in {', '.join(SUFFIXES)}, or one of them and .gz, got "
             f"{suffix!r}"
         )
+    try:
+        check_fetched(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     data = path.read_bytes()
     if data.startswith(_GZIP):
         try:
@@ -82,6 +88,11 @@ def read_file(path: Path, name: str) -> list[Row]:
 
 
 def _decode(data: bytes, name: str) -> str:
+    if data.startswith(_ZIP):
+        raise DataError(
+            f"{name}: a ZIP archive, as a spreadsheet (.xlsx) is one; save its table as CSV in "
+            "UTF-8, or unpack it"
+        )
     encoding = json.detect_encoding(data)  # by the byte order mark, or the NULs of ASCII
     try:
         text = data.decode(encoding)
@@ -148,8 +159,17 @@ def _rows_of_object(values: Any, name: str, place: str | None = None) -> Iterato
             f"{name}: expected one list of rows, got an object with the lists {sorted(lists)}; "
             "write the one that is meant to a file"
         )
+    columns = list(values.values())
     if lists:
         yield from _as_rows(lists.get("data", next(iter(lists.values()))), name)
+    elif columns and all(
+        isinstance(c, dict) and list(c) == list(columns[0]) and not c.keys() & {"role", "from"}
+        for c in columns
+    ):
+        # What pandas writes where nothing else is said: of each column its values by row.
+        for label in columns[0]:
+            row = {key: column[label] for key, column in values.items()}
+            yield Row(f"{name}, row {label}", row)
     else:
         yield Row(place or f"{name}, row 0", values)
 

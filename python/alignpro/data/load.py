@@ -368,7 +368,8 @@ def find_file(source: Source) -> Path | None:
     if path.is_file():
         return path
     if path.exists() or "/" in name or suffix_of(name) in SUFFIXES:
-        problem = "is a folder" if path.exists() else "there is no such file"
+        here = "" if path.is_absolute() else f" in {Path.cwd()}"
+        problem = "is a folder" if path.exists() else f"there is no such file{here}"
         raise DataError(f"{name}: {problem}; expected a file ({', '.join(SUFFIXES)})")
     raise DataError(
         f"{name}: expected a file ({', '.join(SUFFIXES)}), one of the package's own "
@@ -387,8 +388,17 @@ def _take_split(rows: list[Row], split: str | None, name: str) -> list[Row]:
             return rows
         raise DataError(
             f"{name}: no column 'split', so all its rows are training data, and none are of split "
-            f"{split!r}; add the column, or set data.split to null to take every row"
+            f"{split!r}; add the column, or set the split of the data to null to take every row"
         )
+    for row in rows:
+        given = row.values["split"]
+        if given is None or not str(given).strip():
+            raise DataError(
+                f"{row.place}: nothing in column 'split', which says what a row is for; fill it "
+                "in, or set the split of the data to null to take every row"
+            )
+        if given != split and str(given).strip().lower() == split.lower():
+            raise DataError(f"{row.place}: split {given!r} beside {split!r}; write them alike")
     kept = [row for row in rows if row.values["split"] == split]
     if rows and not kept:
         there = sorted({str(row.values["split"]) for row in rows})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from alignpro import fingerprints
 from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, StageConfig
+from alignpro.config.fields import count_of
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.models.adapter import AdapterWeights
 from alignpro.models.adapter_files import adapter_folder, is_mixture
@@ -20,11 +21,7 @@ from alignpro.types import Conversation, Reward
 def load_rows(config: BoundConfig | EvalConfig | HeadroomConfig) -> list[PromptRow]:
     """The first ``num_prompts`` rows. Raises ValueError for fewer of them, or fewer than 2."""
     rows = load_prompts(config.data)
-    wanted = max(2, config.num_prompts or 0)
-    if wanted > len(rows):
-        there = f"{config.data.path} has {len(rows)} rows"
-        raise ValueError(f"num_prompts: {there}, {wanted} asked for")
-    return rows[: config.num_prompts]
+    return rows[: count_of(config, len(rows), config.data.path)]
 
 
 def instructions_by_label(config: EvalConfig, rows: Sequence[PromptRow]) -> list[str] | None:

@@ -131,7 +131,7 @@ def _read_lora(
         found[whole] = _stacked(path, whole, halves, lora_modules[whole][0])
     if not found:
         raise ValueError(f"{path}: holds no LoRA matrices")
-    _check_targets(path, config.get("target_modules"), found, lora_modules)
+    _check_targets(path, config, found, lora_modules)
     rank, alpha, rslora = _common(config, found)
     if alpha == 0:
         raise ValueError(
@@ -298,18 +298,38 @@ def _of_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) 
 
 
 def _check_targets(
-    path: Path, targets: Any, found: Mapping[str, Any], lora_modules: Mapping[str, Any]
+    path: Path,
+    config: Mapping[str, Any],
+    found: Mapping[str, Any],
+    lora_modules: Mapping[str, Any],
 ) -> None:
     """Names that the model lacks are passed over, as PEFT does: lists are written for many models.
     A module that the model has and the file does not is a damaged file."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
     names = targets if isinstance(targets, list) else []
-    for name in names:
-        of_model = [m for m in lora_modules if f".{m}".endswith(f".{name}")]
-        if of_model and not any(module in found for module in of_model):
+    for module in lora_modules:
+        wanted = any(_ends_in(module, name) for name in names)
+        layer = re.search(r"\.layers\.(\d+)\.", module)
+        if layers is not None and (layer is None or int(layer[1]) not in layers):
+            continue
+        if wanted and module not in found and not _is_excluded(module, config):
             raise ValueError(
-                f"{path}: {name} is in target_modules of {CONFIG}, but the file has no matrices "
+                f"{path}: {module} is in target_modules of {CONFIG}, but the file has no matrices "
                 "for it"
             )
+
+
+def _is_excluded(module: str, config: Mapping[str, Any]) -> bool:
+    """By exclude_modules, as PEFT reads them: an expression for the whole name, or names."""
+    excluded = config.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, module) is not None
+    return any(_ends_in(module, name) for name in excluded)
+
+
+def _ends_in(module: str, name: str) -> bool:
+    return f".{module}".endswith(f".{name}")
 
 
 # --- the configuration ---

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignpro.files import sync_folder, write_file, write_json
+from alignpro.files import check_fetched, sync_folder, write_file, write_json
 
 Matrix = NDArray[np.float32]
 
@@ -108,6 +108,7 @@ def read_tensors(path: Path) -> dict[str, Matrix]:
         pickled = path.with_name("adapter_model.bin").is_file()
         hint = "; adapter_model.bin is a pickle and is not read, save it as safetensors" * pickled
         raise FileNotFoundError(f"{path}: no such file{hint}")
+    check_fetched(path)
     try:
         listed = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except (SafetensorError, ValueError) as error:

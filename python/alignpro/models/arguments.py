@@ -13,7 +13,8 @@ import numpy as np
 from alignpro import native
 from alignpro.config import ModelConfig
 from alignpro.models.soft_prompt import SoftRows, chat_tokens
-from alignpro.types import Conversation, PromptLike, SamplingParams, text_messages
+from alignpro.models.tokenizer import count_words
+from alignpro.types import Chat, Conversation, PromptLike, SamplingParams, text_messages
 
 if TYPE_CHECKING:
     from alignpro.models.tokenizer import Tokenizer
@@ -117,21 +118,32 @@ def token_list(tokens: Any, what: str) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, rows: SoftRows | None = None) -> list[int]:
-    """rows: of the adapter that reads the prompt (`soft_rows`). Token ids hold theirs already."""
+def prompt_tokens(
+    tokenizer: Tokenizer, prompt: Prompt, context: int, rows: SoftRows | None = None
+) -> list[int]:
+    """context: of the model, in tokens; a prompt that is far longer is refused by its beginning.
+    rows: of the adapter that reads the prompt (`soft_rows`). Token ids hold theirs already."""
+    if isinstance(prompt, str) and not prompt.strip():
+        raise ValueError("expected text, got none")
     if isinstance(prompt, Conversation):
-        return chat_tokens(tokenizer, prompt.messages, rows)
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise ValueError("expected text, got none")
-        return chat_tokens(tokenizer, [{"role": "user", "content": prompt}], rows)
-    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        return chat_tokens(tokenizer, text_messages(prompt), rows)
-    tokens = token_list(prompt, "expected token ids, a chat or a text")
-    if rows is not None and tokens and min(tokens) >= 0:
+        chat: Chat = prompt.messages
+    elif isinstance(prompt, str):
+        chat = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        chat = text_messages(prompt)
+    else:
+        tokens = token_list(prompt, "expected token ids, a chat or a text")
+        if rows is not None and tokens and min(tokens) >= 0:
+            raise ValueError(
+                f"token ids read with a soft prompt: expected -1 to {-rows.count} among them, "
+                "where its rows stand, got none; a text or a chat is given them"
+            )
+        return tokens
+    tokens = chat_tokens(tokenizer, chat, rows, context)
+    if len(tokens) > 2 * context:  # there may be more, which the engine would not count
         raise ValueError(
-            f"token ids read with a soft prompt: expected -1 to {-rows.count} among them, where "
-            "its rows stand, got none; a text or a chat is given them"
+            f"prompt: expected fewer tokens than the context of {context}, got "
+            f"{count_words(len(tokens), context)}; shorten it"
         )
     return tokens
 

@@ -250,7 +250,12 @@ class HttpClient:
         """Raise what a status says, but of one that refuses the request itself."""
         message = f"HTTP {status}: {_message(reply)}"
         quota = "insufficient_quota" in str(reply)
-        if status in (401, 402, 403, 404) or quota:
+        if 300 <= status < 400:  # not followed: it may lead to another server, and the key with it
+            place = response.headers.get("location", "elsewhere")
+            message = f"HTTP {status}: it sends to {place}; name that address as the endpoint"
+        elif status == 404 and "/v1/" not in str(response.url):
+            message += "; the address of an OpenAI-compatible endpoint mostly ends in /v1"
+        if status in (401, 402, 403, 404) or 300 <= status < 400 or quota:
             raise EndpointError(f"{self._name} at {response.url}: {message}")
         if status in (408, 409, 425, 429) or status >= 500:
             pause = _retry_after(response.headers.get("retry-after"))

@@ -339,7 +339,7 @@ class NativeModel:
         with self.client() as client:
             for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
                 try:
-                    tokens = prompt_tokens(self.tokenizer, prompt, rows)
+                    tokens = prompt_tokens(self.tokenizer, prompt, self.context_length, rows)
                     keyed = with_seed(one)
                     for sample in range(one.n):
                         handles.append(
@@ -376,7 +376,7 @@ class NativeModel:
         prepared = self.prepare(adapter)
         check_streams(prepared)
         client = self.client()
-        tokens = prompt_tokens(self.tokenizer, prompt, soft_rows(prepared))
+        tokens = prompt_tokens(self.tokenizer, prompt, self.context_length, soft_rows(prepared))
         handle = client.submit(tokens, one, adapter=prepared)
         text = TextStream(self.tokenizer, one.stop, prompt_end(self.tokenizer, tokens))
         pieces = stream(client, handle, text)

@@ -38,6 +38,8 @@ def read_reply(reply: object) -> Answer:
         raise ValueError(f"expected choices with a message, got {one_line(reply)}")
     ended = choice.get("finish_reason")
     content = _text(message.get("content"))
+    if content is None:  # OpenAI's place for the words of a refusal, which are what a person reads
+        content = _text(message.get("refusal"))
     reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning")) or ""
     answer, block = (None, "") if content is None else split_reasoning(content)
     reasoning = reasoning or block
@@ -131,4 +133,4 @@ def _text(content: object) -> str | None:
 
 def _count(usage: object, name: str) -> int | None:
     value = usage.get(name) if isinstance(usage, Mapping) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if type(value) is int and value >= 0 else None

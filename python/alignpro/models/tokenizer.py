@@ -167,8 +167,23 @@ class Tokenizer(Vocabulary):
         shielded, restore = chat_template.shield(
             messages, self._special_pattern, self._require(self._template)
         )
+        if not self._says_the_turn:
+            raise ValueError(
+                f"{self.source}: its chat template leaves out what the user says: it reads no "
+                "message.content as text; chat_template takes another (a file, or its text)"
+            )
         with trace.span("template"):
             return self._render(shielded, add_generation_prompt), restore
+
+    @cached_property
+    def _says_the_turn(self) -> bool:
+        """Whether a chat's last turn stands in its text: jinja writes nothing for a key of another
+        name, without a word."""
+        mark = "\ue000"
+        try:
+            return mark in self._render([{"role": "user", "content": mark}], True)
+        except ValueError:  # refused for another reason, which the chat itself will show
+            return True
 
     def around_turn(self) -> tuple[str, str, bool]:
         """(before, after, strips): what the template writes around a chat of one user turn, and

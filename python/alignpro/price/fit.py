@@ -1,15 +1,23 @@
-"""The memory of a fit to pairs: `alignpro sft --dry-run`, and of `prefer`."""
+"""The memory of a fit, for `--dry-run` of `sft`, `prefer`, `self-improve` and `mix --distill`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from alignpro.bench.machine import available_bytes
-from alignpro.config import ModelConfig, PreferConfig, SftConfig
-from alignpro.data.load import is_local, load_pairs
+from alignpro.config import (
+    ModelConfig,
+    PreferConfig,
+    SelfImproveConfig,
+    SftConfig,
+    TrainConfig,
+    target_of,
+)
+from alignpro.data.load import is_local, load_pairs, load_prompts
 from alignpro.data.preferences import load_preferences
+from alignpro.models.reading import prompter_tokens, target_tokens
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.price.estimate import lora_bytes, process_bytes
 from alignpro.price.models import PricedModel, find_priced
@@ -29,14 +37,19 @@ class _Reads:
     context_length: int
 
 
-def price_fit(config: SftConfig | PreferConfig) -> dict[str, Any]:
-    """What the fit holds in memory at most, as plain values, by the pairs of every step; no weights
-    are loaded and nothing is fetched.
+# What is fitted to texts that are drawn in the run itself, of which the most is known.
+DrawnConfig = SelfImproveConfig | TrainConfig  # the latter with closed_form.mixture
+
+
+def price_fit(config: SftConfig | PreferConfig | DrawnConfig) -> dict[str, Any]:
+    """What the fit holds in memory at most, as plain values; no weights are loaded and nothing is
+    fetched. Of pairs that are there by those of every step, of what a run draws for itself by texts
+    of its greatest length.
 
     Raises ValueError: data or a model that is not on this machine, a device or tuner that is not
     priced, and what the fit itself refuses of its pairs.
     """
-    trained = config.trained if isinstance(config, PreferConfig) else config.prompter
+    trained = config.prompter if isinstance(config, SftConfig) else config.trained
     if trained.device != "cpu" or config.tuner != "lora":
         raise ValueError(
             f"--dry-run: expected device cpu and tuner lora, got {trained.device} and "
@@ -45,7 +58,8 @@ def price_fit(config: SftConfig | PreferConfig) -> dict[str, Any]:
     if not is_local(config.data):
         raise ValueError(f"--dry-run: {config.data.path} is not on this machine; fetch it first")
     model = find_priced(trained.name).held("cpu", trained.resolved_compute)
-    pairs = _pairs(config, trained, model)
+    texts = _texts(config, trained, model)
+    together = 2 if isinstance(config, PreferConfig | SelfImproveConfig) else 1
 
     def bytes_of(some: Sequence[Sequence[int]], begins: Sequence[int], mode: Activations) -> int:
         options = {"sequences": some, "starts": begins, "activations": mode}
@@ -53,33 +67,33 @@ def price_fit(config: SftConfig | PreferConfig) -> dict[str, Any]:
 
     held: list[tuple[int, int]] = [(0, 0)]  # by the policy, and under the reference meanwhile
     micro_batches = 0
-    for step in range(config.steps):
-        size = config.batch_size
-        chosen = batch_indices(seed=config.seed, cursor=step * size, count=size, rows=len(pairs))
-        examples = [example for index in chosen for example in pairs[index]]
+    for examples in _batches(config, texts):
         sequences, starts = [e.tokens for e in examples], [e.start for e in examples]
-        plan = fit_micro_batches(sequences, starts, config, bytes_of, together=len(pairs[0]))
+        plan = fit_micro_batches(sequences, starts, config, bytes_of, together=together)
         micro_batches = max(micro_batches, len(plan))
         for micro in plan:
             part, begins = micro.of(sequences), micro.of(starts)
-            other = bytes_of(part, begins, "recompute") if isinstance(config, PreferConfig) else 0
+            other = 0 if isinstance(config, SftConfig) else bytes_of(part, begins, "recompute")
             held.append((bytes_of(part, begins, micro.activations), other))
     score, reference = max(held, key=sum)
     scoring = {"scoring (memory_limit bounds it)": score}
     if reference:
         scoring["scoring under the reference"] = reference
     parameters = lora_parameters(model, config)
-    memory = {
-        "weights": model.weight_bytes,
-        **lora_bytes(parameters, trained),
-        **scoring,
-        **process_bytes(parameters),
-    }
+    models, memory = {"trained": model}, {"weights": model.weight_bytes}
+    if isinstance(config, DrawnConfig):
+        answers = _answers(config)
+        if answers is not None:
+            models["target"] = find_priced(answers.name).held("cpu", answers.resolved_compute)
+            memory["target weights"] = models["target"].weight_bytes
+        memory["keys and values, all at once"] = _kv_bytes(config, trained, model, texts)
+    memory |= {**lora_bytes(parameters, trained), **scoring, **process_bytes(parameters)}
     total, there = sum(memory.values()), available_bytes()
     return {
-        "models": {"trained": model.summary()},
-        "pairs": len(pairs),
-        "longest_tokens": max(len(example.tokens) for pair in pairs for example in pair),
+        "models": {role: one.summary() for role, one in models.items()},
+        "rows": len(texts),
+        "rows_are": "prompts" if isinstance(config, TrainConfig) else "pairs",
+        "longest_tokens": max(len(example.tokens) for group in texts for example in group),
         "micro_batches": micro_batches,
         "lora_parameters": parameters,
         "memory": memory,
@@ -88,15 +102,52 @@ def price_fit(config: SftConfig | PreferConfig) -> dict[str, Any]:
     }
 
 
-def _pairs(
-    config: SftConfig | PreferConfig, trained: ModelConfig, model: PricedModel
+def _batches(
+    config: SftConfig | PreferConfig | DrawnConfig, texts: list[tuple[Example, ...]]
+) -> Iterator[list[Example]]:
+    """What is scored at once: in every step, or, where that is drawn yet, in the longest."""
+    size = config.prompts_per_step if isinstance(config, TrainConfig) else config.batch_size
+    if isinstance(config, DrawnConfig):
+        longest = sorted(texts, key=lambda group: -len(group[0].tokens))
+        yield [example for group in longest[:size] for example in group]
+        return
+    for step in range(config.steps):
+        cursor = step * size
+        chosen = batch_indices(seed=config.seed, cursor=cursor, count=size, rows=len(texts))
+        yield [example for index in chosen for example in texts[index]]
+
+
+def _answers(config: DrawnConfig) -> ModelConfig | None:
+    """The target, where it takes memory of its own here."""
+    answers = target_of(config.prompter, config.target)
+    mine = config.policy == "target" or answers.endpoint is not None
+    return None if mine or config.prompter.runs_like(answers) else answers
+
+
+def _kv_bytes(
+    config: DrawnConfig, trained: ModelConfig, model: PricedModel, texts: list[tuple[Example, ...]]
+) -> int:
+    """Of the texts that are drawn, while the engine has room for them: a quarter of the memory."""
+    if isinstance(config, TrainConfig):
+        drawn, texts = config.num_rewrites, texts[: config.prompts_per_step]
+    else:
+        drawn = config.candidates * (sum(config.keep) if config.policy == "target" else 1)
+    positions = sum(e.start + drawn * (len(e.tokens) - e.start) for e, *_ in texts)
+    limit = trained.kv_cache_bytes or (available_bytes() or 0) // 4
+    return min(limit, 4 * int(model.facts.kv_elements) * positions)
+
+
+def _texts(
+    config: SftConfig | PreferConfig | DrawnConfig, trained: ModelConfig, model: PricedModel
 ) -> list[tuple[Example, ...]]:
-    """What is scored of each pair that the context holds, as tokens."""
+    """What is scored of each pair, or prompt, that the context holds, as tokens."""
     tokenizer = model.tokenizer(trained)
     if tokenizer is None:
         raise ValueError(f"--dry-run: {model.name} is not on this machine; fetch it first")
     limit = trained.context_length or int(model.facts.config["context_length"])
     reads = _Reads(model.name, tokenizer, limit)
+    if isinstance(config, DrawnConfig):
+        return _longest_texts(config, tokenizer, limit)
     if isinstance(config, PreferConfig):
         rows, end = (
             fit_preferences(reads, load_preferences(config.data), config),
@@ -109,3 +160,29 @@ def _pairs(
         pairs, config = record_pairs(config)
     examples = encode_pairs(tokenizer, fit_pairs(reads, pairs, config), config.prompting, limit)
     return [(example,) for example in examples]
+
+
+def _longest_texts(
+    config: DrawnConfig, tokenizer: Tokenizer, limit: int
+) -> list[tuple[Example, ...]]:
+    """Of each prompt the pair, or the rewrites, as long as they may become."""
+    rows = load_prompts(config.data)
+    if isinstance(config, TrainConfig):
+        rows, count = rows[: config.closed_form.num_prompts], config.num_rewrites
+    else:
+        rows, count = rows[: config.num_prompts], 2
+    of_target = config.policy == "target"
+    written = (config.response if of_target else config.rewrite).max_new_tokens
+    written += not isinstance(config, TrainConfig)  # the end, taught behind a text that was cut
+    texts = []
+    for row in rows:
+        if of_target:
+            read = target_tokens(tokenizer, row.prompt, most=limit)
+        else:
+            read = prompter_tokens(tokenizer, config.prompting, row.prompt, limit, written)
+        read = read[: max(1, limit - written)]  # a longer one is refused, left out or cut
+        # Texts that share no beginning of their own.
+        texts.append(
+            tuple(Example([*read, *[number] * written], len(read)) for number in range(count))
+        )
+    return texts

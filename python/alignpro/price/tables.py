@@ -21,8 +21,8 @@ def fit_tables(report: dict[str, Any]) -> RenderableType:
     has = report["available_bytes"]
     line = f"About {_size(report['memory_bytes'])}"
     line += "" if has is None else f", of {_size(has)} that are free on this machine"
-    line += f". {report['pairs']} pairs, of {report['longest_tokens']} tokens at most; "
-    line += f"{report['micro_batches']} micro-batches a step at most. Time is not priced."
+    line += f". {report['rows']} {report['rows_are']}, of {report['longest_tokens']} tokens at "
+    line += f"most; {report['micro_batches']} micro-batches a step at most. Time is not priced."
     return Group(_models(report), _memory(report), Text(line))
 
 

@@ -43,6 +43,8 @@ def build_report(
         FileExistsError: the file to write is there and is no report of ours.
     """
     path = Path(out) if out is not None else Path(run_dir) / "report.html"
+    if not Path(run_dir).is_dir():
+        raise FileNotFoundError(f"{run_dir}: no such folder; expected a run's")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
     if path.exists() and not is_report(path):

@@ -36,17 +36,23 @@ _TICK_SECONDS = 0.2
 class _Stage:
     total: int
     begun: float
-    before: int  # what was done when it was first shown: a run that goes on
-    done: int = 0
+    done: int  # what was done when it was first shown is above 0 in a run that goes on
     seen: float = 0.0  # when ``done`` was told
     note: str = ""
+    first: tuple[int, float] | None = None  # what was done by the first advance, and when
+
+    def advance(self, done: int, now: float) -> None:
+        if self.first is None and done > self.done:
+            self.first = (done, now)
+        self.done, self.seen = done, now
 
     def left(self, now: float) -> float | None:
-        """Seconds, at the pace up to what was told last."""
-        made = self.done - self.before
-        if made <= 0:
+        """Seconds, at the pace from the first advance to the last: the first one waits for what is
+        done once (rich's bars count alike). None before a second one."""
+        if self.first is None or self.done <= self.first[0]:
             return None
-        pace = (self.seen - self.begun) / made
+        done, since = self.first
+        pace = (self.seen - since) / (self.done - done)
         return max(0.0, pace * (self.total - self.done) - (now - self.seen))
 
 
@@ -99,7 +105,8 @@ class Bars:
             now = time.monotonic()
             stage = self._stages.setdefault(name, _Stage(total, now, done))
             was_done = stage.done >= stage.total and stage.total == total
-            stage.done, stage.total, stage.note, stage.seen = done, total, note, now
+            stage.advance(done, now)
+            stage.total, stage.note = total, note
             if self._bars is not None:
                 self._bars.show(name, done, total, note)
             elif (done >= total and not was_done) or now - self._said >= QUIET_SECONDS:
@@ -224,9 +231,10 @@ class TrainBar(TrainCallback):
         self._bars.show("training", step, self._steps)
 
     def on_step(self, row: Mapping[str, Any]) -> None:
-        note = f"reward {row['reward_mean']:.3f}"
         if "kl_per_rewrite" in row:
-            note += f", KL {row['kl_per_rewrite']:.2f} nats"
+            note = f"reward {row['reward_mean']:.3f}, KL {row['kl_per_rewrite']:.2f} nats"
+        else:  # a fit to answers that are all drawn: their reward stays what it is
+            note = f"loss {row['loss']:.3f}"
         if "heldout" in row:
             self._held_out = f", held out {row['heldout']['reward_mean']:.3f}"
         self._bars.show("training", row["step"] + 1, self._steps, note + self._held_out)

@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ CONVERSATIONS = "conversations"
 COMPLETION_IDS = "completion_ids"  # tokens of the responses, of a target in this process
 RESPONSE_LOGPROBS = "response_logprobs"  # nats by token, of a target that tells them
 _OF_RESPONSES = (COMPLETION_IDS, RESPONSE_LOGPROBS)
-RESERVED_COLUMNS = frozenset({"prompts", "rewrites", "responses"})
+RESERVED = frozenset({"prompts", "rewrites", "responses", *_OF_RESPONSES})
 _SHOWN_CHARACTERS = 60
 # Of a failed batch. One that took longer has paid for something, as a judge or an endpoint does,
 # and its rows are not scored once more to find the one that failed.
@@ -69,9 +70,13 @@ class _Rows(NamedTuple):
     columns: Mapping[str, Sequence[Any]]
 
     def scored_by(self, reward: Reward) -> list[object]:
-        prompts, rewrites, responses, columns = self
-        result = resolved(reward(prompts, rewrites, responses, **columns))
-        return _as_list(result, reward_name(reward))
+        """Of copies of the lists: a reward may work on what it is given."""
+        *texts, columns = self
+        prompts, rewrites, responses = map(list, texts)
+        own = {name: list(values) for name, values in columns.items()}
+        with _exits_said():
+            result = resolved(reward(prompts, rewrites, responses, **own))
+            return _as_list(result, reward_name(reward))
 
     def alone(self) -> Iterator[tuple[int, _Rows]]:
         """Every row by itself, with its index."""
@@ -173,6 +178,15 @@ def score_rewrites(
     ], sum(map(math.isnan, scored))
 
 
+@contextmanager
+def _exits_said() -> Iterator[None]:
+    """sys.exit() in a reward is an error of it, and no end of the run without a word."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"it exited, with status {error.code}") from error
+
+
 def resolved(result: object) -> object:
     """What a reward returned; of an awaitable, what it comes to.
 
@@ -183,7 +197,8 @@ def resolved(result: object) -> object:
         return result
 
     async def waited() -> object:
-        return await result
+        with _exits_said():  # one would end the thread of the loop, and leave who waits
+            return await result
 
     future = asyncio.run_coroutine_threadsafe(waited(), _event_loop())
     try:
@@ -236,11 +251,25 @@ def offer_scorer(reward: Reward, scorer: AnswerScorer) -> None:
 
 
 def check_columns(reward: Reward, names: Collection[str]) -> None:
-    """Refuse, before anything is computed, a reward that cannot do without a column that the data
-    has not (`FunctionReward.check_columns`)."""
+    """Refuse, before anything is computed, columns of the data that are called as something else
+    that a reward is given, and a reward that cannot do without one that they have not
+    (`FunctionReward.check_columns`). Raises ValueError."""
+    check_names(names)
+    check_required(reward, {*names, CONVERSATIONS, *_OF_RESPONSES})
+
+
+def check_required(reward: Reward, names: Collection[str]) -> None:
+    """names: of the data's columns, and of what is given beside them."""
     check = getattr(reward, "check_columns", None)
     if check is not None:
-        check({*names, CONVERSATIONS, *_OF_RESPONSES})
+        check(names)
+
+
+def check_names(columns: Iterable[str], taken: Collection[str] = RESERVED) -> None:
+    """Refuse a column of the data that has the name of something else that a reward is given."""
+    for name in columns:
+        if name in taken:
+            raise ValueError(f"column {name!r} collides with a reward argument; rename the column")
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
@@ -272,9 +301,7 @@ def _accepted(
 
 
 def _check_aligned(rows: _Rows) -> None:
-    clash = sorted(RESERVED_COLUMNS & rows.columns.keys())
-    if clash:
-        raise ValueError(f"column {clash[0]!r} collides with a reward argument; rename the column")
+    check_names(rows.columns, RESERVED - {*_OF_RESPONSES})
     inputs = {"rewrites": rows.rewrites, "responses": rows.responses, **rows.columns}
     for what, values in inputs.items():
         if isinstance(values, str):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from alignpro.rewards.check import (
     RewardError,
-    check_columns,
+    check_required,
     offer_scorer,
     response_columns,
     reward_inputs,
@@ -90,7 +90,7 @@ class WeightedSum:
     def check_columns(self, names: Collection[str]) -> None:
         """As `FunctionReward.check_columns`, of every part."""
         for _, reward in self.terms.values():
-            check_columns(reward, names)
+            check_required(reward, names)
 
 
 def score_components(

@@ -11,6 +11,7 @@ from alignpro.rewards.check import (
     COMPLETION_IDS,
     CONVERSATIONS,
     RESPONSE_LOGPROBS,
+    check_names,
     messages_of,
     resolved,
     reward_name,
@@ -57,11 +58,6 @@ class FunctionReward:
             columns.setdefault(CONVERSATIONS, [messages_of(prompt) for prompt in prompts])
         self.check_columns(columns)
         rows = {"prompts": prompts, "rewrites": rewrites, "responses": responses}
-        clash = sorted(set(self.arguments) & columns.keys())
-        if clash:
-            raise ValueError(
-                f"column {clash[0]!r} collides with a reward argument; rename the column"
-            )
         wanted = {c: v for c, v in columns.items() if self.takes_all_columns or c in self.columns}
 
         def called(chats: Sequence[Any] | None) -> Any:
@@ -86,8 +82,9 @@ class FunctionReward:
                 raise error from None  # of what it was given
 
     def check_columns(self, names: Collection[str]) -> None:
-        """Raises ValueError where a column that the function cannot do without is not in ``names``:
-        the data's, with what is given beside them."""
+        """Raises ValueError where a column that the function cannot do without is not in ``names``
+        (the data's, with what is given beside them), or one is called as an argument of it."""
+        check_names(names, self.arguments)
         missing = sorted(self.required - set(names))
         if COMPLETION_IDS in missing:
             raise ValueError(

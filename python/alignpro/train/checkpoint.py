@@ -180,8 +180,9 @@ def check_same_run(
     same: Mapping[str, str] | None = None,
     *,
     free: frozenset[str] | None = None,
+    done: int = 0,
 ) -> None:
-    """Refuse to resume under another configuration.
+    """Refuse to resume under another configuration, or to fewer steps than are done.
 
     same: `fingerprints.same_elsewhere`; that something lies elsewhere now is said. free: the fields
     that may differ; None is `MAY_CHANGE`.
@@ -190,6 +191,11 @@ def check_same_run(
         ValueError: names the fields that differ. A linear schedule is laid out over ``steps``, so
             then that may not.
     """
+    if done > now.get("steps", done):
+        raise ValueError(
+            f"steps: the run has done {done}, more than the {now['steps']} that are asked for; "
+            "another run_dir begins anew"
+        )
     free = MAY_CHANGE if free is None else free
     if now.get("lr_schedule") == "linear":
         free = free - {"steps"}

@@ -39,7 +39,7 @@ from alignpro.train.distill import MixtureReward
 from alignpro.train.guard_penalty import penalise
 from alignpro.train.metrics import MetricsLog, read_metrics, truncate_metrics
 from alignpro.train.policy import one_torch_thread, save_trained
-from alignpro.train.pooled import Pool, distinct_responses, draw
+from alignpro.train.pooled import Pool, Target, distinct_responses, draw
 from alignpro.train.schedule import (
     apply_gradients,
     batch_indices,
@@ -103,33 +103,46 @@ class ClosedFormFit(TrainingRun):
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
         with interruptible(), self.directory:
             groups = self.rollouts(on_progress)
+            drawn = None
+            if self.config.closed_form.loss == "pooled":
+                drawn = self._draw_targets(groups, on_progress)
             with watchers.watching(to_mapping(self.config), 0):
-                if self.config.closed_form.loss == "pooled":
-                    self._fit_pooled(groups, watchers, on_progress)
-                else:
+                if drawn is None:
                     self._fit(groups, watchers)
+                else:
+                    self._fit_pooled(*drawn, watchers)
             save_trained(self.run_dir / "adapter", self.policy, self.config)
 
-    def _fit_pooled(
-        self, groups: list[list[Rewrite]], watchers: Watchers, on_progress: OnProgress | None
-    ) -> None:
-        config = self.config
+    def _draw_targets(
+        self, groups: list[list[Rewrite]], on_progress: OnProgress | None
+    ) -> tuple[list[Target], dict[str, Any], dict[str, float]]:
+        """What is to be fitted, once every answer is there; and of the first row what is known of
+        it, and seconds."""
         started = time.perf_counter()
-        pool = Pool(self.policy, self.reference, config)
+        pool = Pool(self.policy, self.reference, self.config)
         groups, broken = self._pooled(pool, groups, on_progress)
         drawn = time.perf_counter()
         with one_torch_thread():
             targets, pooled = pool.targets()
         answers = [r for group in groups for _, r in distinct_responses(group)]
-        reward = float(np.mean([w.reward for group in groups for w in group if w.responses]))
         first = {
+            "reward_mean": float(np.mean([w.reward for g in groups for w in g if w.responses])),
             "target_tokens": sum(r.num_tokens for r in answers),
             "expected_reward": float(np.mean([t.expected for t in targets])),
             "noise_variance": pooled.noise,
             "text_by_features_variance": pooled.text_by_features,
             **broken,
         }
-        seconds = {"rollouts": drawn - started, "pool": time.perf_counter() - drawn}
+        return targets, first, {"rollouts": drawn - started, "pool": time.perf_counter() - drawn}
+
+    def _fit_pooled(
+        self,
+        targets: list[Target],
+        first: dict[str, Any],
+        seconds: dict[str, float],
+        watchers: Watchers,
+    ) -> None:
+        config, reward = self.config, first["reward_mean"]
         optimizer = make_optimizer(self.policy.parameters(), config)
         size, rows = config.closed_form.batch_size, len(targets)
         for step in range(config.steps):

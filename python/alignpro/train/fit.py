@@ -82,7 +82,7 @@ class Fit:
 
     def restore(self, checkpoint: Checkpoint, same: Mapping[str, str] | None = None) -> None:
         """Go on as if it had not stopped. Raises ValueError as `check_same_run`."""
-        check_same_run(checkpoint.config, to_mapping(self.config), same)
+        check_same_run(checkpoint.config, to_mapping(self.config), same, done=checkpoint.step)
         self.policy.load_weights(checkpoint.weights)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.step = checkpoint.step

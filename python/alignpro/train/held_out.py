@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from alignpro.config import PreferConfig, TrainConfig
+from alignpro.config.fields import count_of
 from alignpro.data.load import PromptRow, stack_columns
 from alignpro.findings import (
     ONE_REWRITE,
@@ -46,17 +47,14 @@ def load_held_out(
         return []
     source = options.data.of(config.data)
     rows = load(source)
-    wanted = max(2, options.num_prompts or 0)
-    if wanted > len(rows):
-        there = f"{source.path} has {len(rows)} rows"
-        raise ValueError(f"heldout.num_prompts: {there}, {wanted} asked for")
+    count = count_of(options, len(rows), source.path, "heldout.")
     shared = {row.prompt for row in rows} & {row.prompt for row in trained_on}
     if shared:
         raise ValueError(
             f"heldout: {len(shared)} of the {len(rows)} prompts ({source.path}, split "
             f"{source.split}) are trained on; set heldout.data to others"
         )
-    return random.Random(config.seed).sample(rows, options.num_prompts or len(rows))
+    return random.Random(config.seed).sample(rows, count)
 
 
 def is_due(every: int, step: int, steps: int) -> bool:

@@ -376,7 +376,7 @@ class Trainer(TrainingRun):
         """Go back to the last checkpoint; without one, to the start."""
         checkpoint = load_checkpoint(self.run_dir, self.policy.model.lora_modules)
         if checkpoint is not None:
-            check_same_run(checkpoint.config, to_mapping(self.config), same)
+            check_same_run(checkpoint.config, to_mapping(self.config), same, done=checkpoint.step)
             self.learner.load_state(checkpoint.weights, checkpoint.optimizer, checkpoint.critic)
             self.adaptive = from_mapping(Adaptive, checkpoint.adaptive)
             self.step, self.cursor = checkpoint.step, checkpoint.cursor
