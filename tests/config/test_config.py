@@ -429,7 +429,7 @@ def test_quickstart_refuses_a_shared_field_in_one_stage(mapping):
 
 def test_prompting():
     append = Prompting(template="Q: {prompt} {other}", separator=" | ")
-    assert append.prompter_turns("{prompt} {x}") == ["Q: {prompt} {x} {other}"]
+    assert list(append.prompter_turns("{prompt} {x}")) == ["Q: {prompt} {x} {other}"]
     assert append.target_prompt("p", "r") == "p | r"
     assert append.target_prompt("p", "") == "p"
     rewrite = Prompting(mode="rewrite")
@@ -463,8 +463,9 @@ CHAT = Conversation((("system", "Be {kind}."), ("user", "a"), ("assistant", "b")
 )
 def test_what_the_prompter_is_shown_of_a_conversation(settings, turns):
     prompting = Prompting(template="Q: {prompt}", history_template="<{history}>", **settings)
-    assert prompting.prompter_turns(CHAT) == turns
-    assert prompting.prompter_turns("last") == ["Q: last"]
+    assert list(prompting.prompter_turns(CHAT)) == turns
+    assert prompting.prompter_turns(CHAT)[-1:] == turns[-1:]
+    assert list(prompting.prompter_turns("last")) == ["Q: last"]
 
 
 def test_the_target_reads_the_history_as_it_is():

@@ -58,7 +58,7 @@ def test_what_it_reads_of_a_conversation(save, prompting):
     @settings(max_examples=200, deadline=None)
     @given(history=MESSAGES, last=TEXT.filter(str.strip))
     def check(history, last):
-        expected = prompting.prompter_turns(Conversation(tuple(history), last))
+        expected = list(prompting.prompter_turns(Conversation(tuple(history), last)))
         assert turns_of(str(folder), history, last) == expected
 
     check()
