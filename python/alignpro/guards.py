@@ -56,9 +56,7 @@ _PROTECTED = re.compile(
 )
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-_ADDRESS = re.compile(
-    r"(?:https?://|www\.)[^\s<>\"'`)\]}]+|(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]*\w"
-)
+_ADDRESS = re.compile(r"(?:https?://|www\.)[^\s<>\"'`)\]}]+|(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]*\w")
 _QUOTED = re.compile(
     r"\"([^\"\n]{2,})\"|\u201c([^\u201c\u201d\n]{2,})\u201d|\u00ab([^\u00ab\u00bb\n]{2,})\u00bb"
     r"|\u201e([^\u201e\u201c\u201d\n]{2,})[\u201c\u201d]"

@@ -468,6 +468,13 @@ def test_what_the_prompter_is_shown_of_a_conversation(settings, turns):
     assert list(prompting.prompter_turns("last")) == ["Q: last"]
 
 
+def test_a_long_history_is_cut_without_a_text_for_every_turn():
+    history = (("user", "a" * 50),) * 100_000  # 400 GB, all of them
+    turns = Prompting(template="{prompt}").prompter_turns(Conversation(history, "last"))
+    assert len(turns) == 100_001 and turns[-1] == "last"
+    assert turns[99_999].count("User: a") == 1
+
+
 def test_the_target_reads_the_history_as_it_is():
     read = Prompting(separator=" / ").target_prompt(CHAT, "r")
     assert read == Conversation(CHAT.history, "last / r")
