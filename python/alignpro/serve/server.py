@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import math
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -211,6 +212,7 @@ def run_server(
 ) -> None:
     """Serve until SIGTERM or SIGINT; requests under way may end, a second SIGINT does not wait.
     SIGHUP reads the adapters again."""
+    _allow_open_files()
     server = make_server(proxy, config)
     reloads: set[asyncio.Task[None]] = set()  # the loop's own reference is a weak one
 
@@ -235,6 +237,13 @@ def run_server(
     finally:
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets this process have: the customary 1024 are half as many requests,
+    each with a connection to either side."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

@@ -2,7 +2,7 @@
 followed, nor added.
 
 What it cannot keep: a request's header that is not UTF-8 is refused, for aiohttp would leave out
-its bytes; and a DELETE without a body says ``content-length: 0``.
+its bytes; and a request without a body says ``content-length: 0`` where its method may have one.
 """
 
 from __future__ import annotations
