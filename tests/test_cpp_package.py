@@ -93,3 +93,32 @@ def test_what_it_cannot_read_is_refused_by_name(program, adapter, smollm2, tmp_p
     mixed.mkdir()
     (mixed / "mixture.json").write_text('{"members": {"base": 1}}')
     assert "a mixture of adapters" in error(smollm2.path, mixed)
+
+
+def test_as_a_part_of_another_project_it_is_the_library_alone(tmp_path):
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\n"
+        "project(program LANGUAGES CXX)\n"
+        f"add_subdirectory({EXAMPLE.parents[1]} alignpro)\n"
+        f"add_executable(program {EXAMPLE / 'rewrite.cc'})\n"
+        "target_link_libraries(program PRIVATE alignpro::alignpro)\n"
+    )
+    build = tmp_path / "build"
+    configure = ["cmake", "-S", tmp_path, "-B", build, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    subprocess.run(
+        [*configure, "-DALIGNPRO_WERROR=ON", "-DCMAKE_CXX_FLAGS=-Wconversion"],
+        check=True,
+        capture_output=True,
+    )
+    commands = {
+        Path(one["file"]).name: one["command"]
+        for one in json.loads((build / "compile_commands.json").read_text())
+    }
+    assert "module.cc" not in commands and "no_cuda.cc" in commands
+    of_program = commands["rewrite.cc"].split()
+    ours = [flag for flag in of_program if flag.startswith(("-W", "-f", "-m"))]
+    assert ours == ["-Wconversion"] and "-Wshadow" in commands["engine.cc"]
+    # Headers are read with the program's own warnings.
+    strict = [flag for flag in of_program if flag.startswith(("-I", "-std"))]
+    strict += ["-Wall", "-Wextra", "-Wconversion", "-Wsign-conversion", "-Wshadow", "-Werror"]
+    subprocess.run(["c++", "-fsyntax-only", *strict, EXAMPLE / "rewrite.cc"], check=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -88,6 +91,25 @@ def test_spans_that_are_lost_are_seen(rewritten, prompt, text):
 )
 def test_spans_that_are_kept_pass(rewritten, prompt, text):
     assert rewritten(prompt, text) is None
+
+
+def test_a_mark_that_begins_twice_begins_at_the_second():
+    assert verbatim_spans("\u201cone \u201ctwo\u201d") == ["two"]
+    assert verbatim_spans("\xab one \xab two \xbb") == ["two"]
+    assert verbatim_spans("[protected]one [protected]two[/protected]") == ["two"]
+
+
+# Each took seconds to hours, in which `re` keeps every other thread waiting.
+ENDLESS = [
+    *("a" * 99_999, "a." * 50_000, "\u201ca" * 50_000, "\u201ea" * 50_000),
+    *("\xab " * 50_000, "\xab" + " " * 99_999, "[protected]" * 9_000),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ENDLESS)))
+def test_a_text_of_beginnings_is_read_in_time(number):
+    code = f"from test_guards import *; assert verbatim_spans(ENDLESS[{number}]) == []"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, timeout=60)
 
 
 def test_numbers_are_whole():

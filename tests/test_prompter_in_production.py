@@ -68,7 +68,7 @@ def test_past_the_deadline_the_prompt_goes_out_as_it_is(model, monkeypatch):
         assert (late.prompt, late.reason) == ("the heron", "deadline")
 
 
-@pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf"), "1", True])
 def test_a_deadline_is_checked(prompter, deadline):
     with pytest.raises(ValueError, match="deadline: expected seconds above 0"):
         prompter.rewrite("the heron", deadline=deadline)

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -96,13 +97,19 @@ void bind_prompter(py::module_& m) {
            }),
            py::arg("model"), py::arg("adapter"), py::arg("context_length") = 0,
            py::arg("guards") = std::nullopt)
-      .def("rewrite", [](Prompter& self, const Messages& history, const std::string& last_turn,
-                         uint64_t seed) {
-        const py::gil_scoped_release released;
-        const auto result = self.rewrite(conversation_of(history, last_turn), std::nullopt, seed);
-        return std::tuple(result.prompt, result.text, result.applied, std::string(result.reason),
-                          result.tokens);
-      });
+      .def(
+          "rewrite",
+          [](Prompter& self, const Messages& history, const std::string& last_turn, uint64_t seed,
+             std::optional<int64_t> milliseconds) {
+            const py::gil_scoped_release released;
+            std::optional<std::chrono::nanoseconds> deadline;
+            if (milliseconds) deadline = std::chrono::milliseconds(*milliseconds);
+            const auto result = self.rewrite(conversation_of(history, last_turn), deadline, seed);
+            return std::tuple(result.prompt, result.text, result.applied,
+                              std::string(result.reason), result.tokens);
+          },
+          py::arg("history"), py::arg("last_turn"), py::arg("seed"),
+          py::arg("milliseconds") = std::nullopt);
 }
 
 }  // namespace

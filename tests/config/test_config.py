@@ -443,7 +443,7 @@ def test_quickstart_refuses_a_shared_field_in_one_stage(mapping):
 
 def test_prompting():
     append = Prompting(template="Q: {prompt} {other}", separator=" | ")
-    assert append.prompter_turns("{prompt} {x}") == ["Q: {prompt} {x} {other}"]
+    assert list(append.prompter_turns("{prompt} {x}")) == ["Q: {prompt} {x} {other}"]
     assert append.target_prompt("p", "r") == "p | r"
     assert append.target_prompt("p", "") == "p"
     rewrite = Prompting(mode="rewrite")
@@ -477,8 +477,16 @@ CHAT = Conversation((("system", "Be {kind}."), ("user", "a"), ("assistant", "b")
 )
 def test_what_the_prompter_is_shown_of_a_conversation(settings, turns):
     prompting = Prompting(template="Q: {prompt}", history_template="<{history}>", **settings)
-    assert prompting.prompter_turns(CHAT) == turns
-    assert prompting.prompter_turns("last") == ["Q: last"]
+    assert list(prompting.prompter_turns(CHAT)) == turns
+    assert prompting.prompter_turns(CHAT)[-1:] == turns[-1:]
+    assert list(prompting.prompter_turns("last")) == ["Q: last"]
+
+
+def test_a_long_history_is_cut_without_a_text_for_every_turn():
+    history = (("user", "a" * 50),) * 100_000  # 400 GB, all of them
+    turns = Prompting(template="{prompt}").prompter_turns(Conversation(history, "last"))
+    assert len(turns) == 100_001 and turns[-1] == "last"
+    assert turns[99_999].count("User: a") == 1
 
 
 def test_the_target_reads_the_history_as_it_is():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -58,7 +59,7 @@ def test_what_it_reads_of_a_conversation(save, prompting):
     @settings(max_examples=200, deadline=None)
     @given(history=MESSAGES, last=TEXT.filter(str.strip))
     def check(history, last):
-        expected = prompting.prompter_turns(Conversation(tuple(history), last))
+        expected = list(prompting.prompter_turns(Conversation(tuple(history), last)))
         assert turns_of(str(folder), history, last) == expected
 
     check()
@@ -104,6 +105,20 @@ def test_a_history_is_cut_to_the_context(smollm2_path, save):
         last = "And then? " * 30 if prompter is ours else "And then?"
         with pytest.raises(ValueError, match=rf"prompt: .* exceed the context of {context} tokens"):
             prompter.rewrite(history, last, 0)
+
+
+def test_a_long_history_is_read_no_further_than_it_shows(smollm2_path, save):
+    folder, history = save(Prompting()), [("user", "a bird"), ("assistant", "b")] * 50_000
+    ours = load_testing().Prompter(str(smollm2_path), str(folder), 400)
+    began = time.monotonic()
+    assert ours.rewrite(history, "Why?", 0, 50)[3] == "deadline"
+    assert time.monotonic() - began < 0.6  # 0.07 s; to encode it once in whole takes 0.52
+    with pytest.raises(ValueError, match="prompt: more than 800 tokens and 12 new ones exceed"):
+        ours.rewrite([], "why " * 200_000, 0)
+    short = load_model(ModelConfig(str(smollm2_path), context_length=400))
+    with alignpro.Prompter(short, folder) as prompter:
+        expected = prompter.rewrite(Conversation(tuple(history), "Why?"), seed=3)
+    assert ours.rewrite(history, "Why?", 3)[1] == expected.text
 
 
 def test_what_is_reasoning_alone_is_no_rewrite(smollm2, smollm2_path, tmp_path):
@@ -155,5 +170,26 @@ def test_what_is_no_conversation_is_refused(smollm2, save, tmp_path):
 
     refused("prompting: history: expected one of none, turns, all, got most", history="most")
     refused("prompting: history_template: expected {history} in it", history_template="x")
+    refused("prompting: template: expected {prompt} in it, exactly once", template="{prompt}" * 2)
     del written["prompting"]["history_cut"]
     refused('no "history_cut"; expected what train writes, which `alignpro train .* --resume`')
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stop": [1]}, "sampling: stop: expected texts"),
+        ({"stop_token_ids": ["</s>"]}, "sampling: stop_token_ids: expected ids of tokens"),
+        ({"stop_token_ids": [2**31]}, "sampling: stop_token_ids: expected ids of tokens"),
+        ({"stop_token_ids": [49_152]}, "stop_token_ids: expected ids below 49152, got 49152"),
+        ({"temperature": -1.0}, r"temperature: expected 0 \(greedy\) or a finite number"),
+        ({"max_new_tokens": 10**12}, "max_new_tokens: expected fewer than the context of 8192"),
+    ],
+)
+def test_sampling_that_no_prompt_could_have_is_refused_at_once(smollm2, save, changes, message):
+    folder = save(Prompting())
+    written = json.loads((folder / "prompter.json").read_text("utf-8"))
+    file = written | {"sampling": written["sampling"] | changes}
+    (folder / "prompter.json").write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=message):
+        load_testing().Prompter(str(smollm2.path), str(folder))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import urllib.request
+from pathlib import Path
 
 import openai
 import pytest
@@ -57,6 +59,19 @@ def test_a_model_and_a_prompter_on_one_port(run, tiny_model_dir):
         assert client.models.list().data[0].id == model
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, process.stderr.read()
+
+
+def test_it_may_open_as_many_files_as_the_system_lets_it():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), hard))
+    try:
+        process, _ = started("--upstream", "http://127.0.0.1:9/v1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with process:
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        process.terminate()
+    assert re.search(rf"Max open files +{hard} +{hard} ", limits)
 
 
 def test_sigterm_lets_requests_end():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -231,6 +233,148 @@ def test_limits():
             assert b"503" in split(proxy.raw(request()))[0]
             for connection in held:
                 connection.close()
+
+
+def received(client: socket.socket) -> Callable[[], bytes]:
+    """Reads one answer with a length after the other."""
+    file = client.makefile("rb")
+
+    def read() -> bytes:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            line = file.readline()
+            assert line, "the connection ended"
+            head += line
+        lengths = [h for h in head.lower().split(b"\r\n") if h.startswith(b"content-length: ")]
+        has_body = b" 304 " not in head
+        return head + (file.read(int(lengths[0][16:])) if lengths and has_body else b"")
+
+    return read
+
+
+def connected(proxy) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", proxy.port), timeout=20)
+
+
+def head_of(length: int, *headers: bytes, line: bytes = b"POST /v1/chat/completions") -> bytes:
+    length_of = [b"Content-Length: %d" % length]
+    return b"\r\n".join([line + b" HTTP/1.1", b"Host: h", *headers, *length_of, b"", b""])
+
+
+# Java's client and `curl --http2` offer it with every first request.
+OFFER = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMA")
+
+
+@pytest.mark.parametrize("line", [b"POST /v1/chat/completions", b"POST /v1/files"])
+def test_an_offer_of_http2_is_declined_and_costs_no_body(line):
+    with (
+        RawUpstream(lambda got, send: send(answer(got.body))) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0)) as proxy,
+        connected(proxy) as client,
+    ):
+        read = received(client)
+        asked = [head_of(9, *OFFER, line=line) + b"number %02d" % i for i in range(4)]
+        client.sendall(asked[0])
+        assert read().endswith(b"number 00")
+        client.sendall(asked[1] + asked[2] + asked[3][:20])
+        assert read().endswith(b"number 01") and read().endswith(b"number 02")
+        client.sendall(asked[3][20:])
+        assert read().endswith(b"number 03")
+        assert all(b"upgrade" not in dict(got.headers) for got in upstream.got)
+        client.sendall(b"CONNECT h:80 HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert read().startswith(b"HTTP/1.1 400")
+
+
+def test_a_client_of_http_1_0_gets_no_chunks():
+    def reply(got, send):
+        send(STREAM_HEAD + chunk(b"data: one\n\n") + chunk(b"data: two\n\n") + b"0\r\n\r\n")
+
+    with (
+        RawUpstream(reply) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0)) as proxy,
+    ):
+        _, headers, body = split(proxy.raw(request().replace(b"HTTP/1.1", b"HTTP/1.0")))
+        assert body == b"data: one\n\ndata: two\n\n"
+        assert b"transfer-encoding" not in headers and headers[b"connection"] == b"close"
+
+
+def test_odd_statuses_pass_and_the_connection_goes_on(echo, proxy):
+    with connected(proxy) as client:
+        read = received(client)
+        echo.says = b"HTTP/1.1 304 Not Modified\r\netag: x\r\ncontent-length: 1234\r\n\r\n"
+        client.sendall(head_of(0, line=b"GET /v1/models"))
+        assert (got := read()).startswith(b"HTTP/1.1 304 ") and b"content-length: 1234" in got
+        for status in (b"529 Overloaded", b"720 Odd", b"999 Denied"):
+            echo.says = answer(b"no", status)
+            client.sendall(head_of(2) + b"{}")
+            assert (got := read()).startswith(b"HTTP/1.1 " + status[:4]) and got.endswith(b"no")
+
+
+def test_requests_of_one_connection_do_not_wait_for_each_other():
+    slow = threading.Event()
+
+    def reply(got, send):
+        if got.body == b"slow":
+            assert slow.wait(20)
+        send(answer(got.body))
+
+    limits = {"max_header": 2000, "receive_seconds": 0.4}
+    with (
+        RawUpstream(reply) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0, **limits)) as proxy,
+    ):
+        with connected(proxy) as client:  # headers behind the end of a long body
+            read = received(client)
+            client.sendall(head_of(9000) + b"x" * 9000 + head_of(2)[:30])
+            assert read().endswith(b"x" * 9000)
+            client.sendall(head_of(2)[30:] + b"{}")
+            assert read().endswith(b"{}")
+        with connected(proxy) as client:  # headers that wait behind a slow answer are not late
+            client.sendall(head_of(4) + b"slow" + head_of(2)[:30])
+            time.sleep(1.0)
+            slow.set()
+            assert received(client)().endswith(b"slow")
+            assert client.recv(1) == b""  # now they are
+
+
+def test_a_client_that_leaves_behind_two_requests_ends_the_first():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        running(
+            ServeConfig(upstream=f"http://127.0.0.1:{listening.getsockname()[1]}/v1", port=0)
+        ) as proxy,
+    ):
+        listening.settimeout(20)
+        with connected(proxy) as client:
+            client.sendall((head_of(2) + b"{}") * 2)
+            upstream, _ = listening.accept()
+            upstream.settimeout(20)
+            assert upstream.recv(65536)
+        with upstream:
+            while upstream.recv(65536):
+                pass  # it ends, though it says nothing itself
+
+
+def test_one_connection_too_many_ends_no_other(echo):
+    config = ServeConfig(upstream=echo.url, port=0, max_connections=2)
+    with running(config) as proxy, contextlib.ExitStack() as open_:
+        clients = [open_.enter_context(connected(proxy)) for _ in range(3)]
+        time.sleep(0.2)
+        for client in reversed(clients):
+            client.sendall(head_of(2) + b"{}")
+        *answered, refused = (received(client)() for client in clients)
+        assert all(got.startswith(b"HTTP/1.1 200") for got in answered)
+        assert refused.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in refused
+        assert json.loads(split(refused)[2])["error"]["code"] == "too_many_connections"
+        health = b"GET /health HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+        assert b"200" in split(proxy.raw(health))[0]
+
+
+def test_what_is_not_under_v1_says_so(proxy):
+    for line in (b"POST /chat/completions", b"GET /v1"):
+        status, _, body = split(proxy.raw(request(b"{}", line=line)))
+        assert b"404" in status
+        assert "base_url ends in /v1" in json.loads(body)["error"]["message"]
 
 
 def test_its_own_pages(echo, proxy):

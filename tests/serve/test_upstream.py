@@ -183,4 +183,9 @@ def test_a_protocol_that_nobody_asked_for_is_502():
     ):
         assert said(proxy.raw(request(CHAT, body=b"{}")))[0] == 502
         upstream.reply = lambda got, send: send(b"SSH-2.0 hello\r\n\r\n")
-        assert said(proxy.raw(request(CHAT, body=b"{}")))[0] == 502
+        expected = 502, "the upstream's answer is no HTTP: Bad status line"
+        status, message = said(proxy.raw(request(CHAT, body=b"{}")))
+        assert (status, message[: len(expected[1])]) == expected and upstream.url not in message
+        upstream.reply = lambda got, send: send(b"HTTP/1.1 200 OK\r\ncontent-le") or False
+        expected = 502, "the upstream closed the connection before it answered"
+        assert said(proxy.raw(request(CHAT, body=b"{}"))) == expected

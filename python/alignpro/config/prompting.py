@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal
+from typing import Annotated, Literal, overload
 
 from alignpro.config.data import TRAINING, DataConfig, OnTooLong
 from alignpro.config.fields import (
@@ -78,9 +79,9 @@ class Prompting:
                     f"{text.count(place)} times in {text!r}"
                 )
 
-    def prompter_turns(self, prompt: Prompt) -> list[str]:
-        """The user turn the prompter reads, whole, and then with ever more of the history cut.
-        Braces inside the prompt stay what they are."""
+    def prompter_turns(self, prompt: Prompt) -> Sequence[str]:
+        """The user turn the prompter reads, whole, and then with ever more of the history cut; each
+        is made when it is asked for. Braces inside the prompt stay what they are."""
         conversation = Conversation.of(prompt)
         turn = _filled(self.template, "{prompt}", conversation.last_turn)
         shown = [
@@ -88,14 +89,17 @@ class Prompting:
             for role, content in conversation.history
             if self.history == "all" or (self.history == "turns" and role in ("user", "assistant"))
         ]
-        turns = []
-        while shown:
-            turns.append(_filled(self.history_template, "{history}", transcript(shown)) + turn)
-            if self.history_cut == "nothing":
-                return turns
-            of_users = (i for i, (role, _) in enumerate(shown) if role in ("user", "assistant"))
-            del shown[next(of_users, 0)]
-        return [*turns, turn]
+        order = sorted(
+            range(len(shown)), key=lambda index: shown[index][0] not in ("user", "assistant")
+        )
+
+        def cut(count: int) -> str:
+            left = [shown[index] for index in sorted(order[count:])]
+            if not left:
+                return turn
+            return _filled(self.history_template, "{history}", transcript(left)) + turn
+
+        return _Turns(cut, 1 if self.history_cut == "nothing" else 1 + len(shown))
 
     def target_prompt(self, prompt: Prompt, rewrite: str) -> Prompt:
         """What the target reads: only the last turn is another. An empty rewrite leaves the prompt
@@ -113,6 +117,25 @@ class Prompting:
     def before_rewrite(self, turn: str) -> str:
         """What stands before the rewrite in the turn that the target reads."""
         return turn + self.separator if self.mode == "append" else ""
+
+
+class _Turns(Sequence[str]):
+    """``make(index)`` of each index below ``count``: all texts of a history of N turns would be of
+    N^2 turns."""
+
+    def __init__(self, make: Callable[[int], str], count: int) -> None:
+        self._make, self._count = make, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        places = range(self._count)[index]
+        return self._make(places) if isinstance(places, int) else [self._make(i) for i in places]
 
 
 def _filled(template: str, place: str, text: str) -> str:

@@ -95,7 +95,7 @@ class ServeConfig(RouteConfig):
     max_header: Bytes = 2**16
     """The most bytes of a request's headers."""
     max_connections: Annotated[int, at_least(1)] = 1024
-    """The most connections and requests at once; one more is answered with status 503."""
+    """The most connections at once; requests on one more are answered with status 503."""
     receive_seconds: Annotated[float, above(0)] = 30.0
     """Seconds in which the headers, and then a chat request's body, have to arrive."""
     connect_seconds: Annotated[float, above(0)] = 10.0

@@ -89,12 +89,12 @@ def prompter_tokens(
     def encode(turn: str) -> list[int]:
         return chat_tokens(tokenizer, [{"role": "user", "content": turn}], rows, context)
 
-    whole, *cut = prompting.prompter_turns(prompt)
-    tokens, most = encode(whole), context - written
-    if len(tokens) <= most or not cut:
+    turns, most = prompting.prompter_turns(prompt), context - written
+    tokens = encode(turns[0])
+    if len(tokens) <= most or len(turns) == 1:
         return tokens
-    fits = bisect_left(cut, True, key=lambda turn: len(encode(turn)) <= most)
-    return encode(cut[min(fits, len(cut) - 1)])
+    fits = bisect_left(turns, True, lo=1, key=lambda turn: len(encode(turn)) <= most)
+    return encode(turns[min(fits, len(turns) - 1)])
 
 
 def too_long(model: LanguageModel, tokens: int, params: SamplingParams) -> str | None:

@@ -39,6 +39,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
+ONE_MORE = "alignpro.one_more"  # in a scope's extensions: of a connection beyond the most
 _CHAT = b"/chat/completions"
 _AT_ONCE = 2**15  # bytes of a body that is read, and written, in less than a millisecond
 
@@ -109,7 +110,8 @@ class Proxy:
             self.metrics.cut.labels("client").inc()
             return
         except _Refused as refusal:
-            await _refuse(send, refusal.status, str(refusal), "invalid_request_error", refusal.code)
+            kind = "server_error" if refusal.status >= 500 else "invalid_request_error"
+            await _refuse(send, refusal.status, str(refusal), kind, refusal.code)
             return
         except UpstreamError as error:
             _log.warning("%s %s: %s", scope["method"], scope["path"], error)
@@ -122,6 +124,10 @@ class Proxy:
 
     async def _request(self, scope: Scope, body: _Body) -> tuple[Outgoing, _Outcome | None]:
         """What is sent on, and, of a chat, what became of its rewrite."""
+        if ONE_MORE in scope.get("extensions", {}):
+            most = self._config.max_connections
+            message = f"{most} connections are open; serve's max_connections allows more"
+            raise _Refused(503, message, "too_many_connections")
         path = _path_behind_v1(scope)
         headers = end_to_end(scope["headers"], b"host", b"expect")
         method = scope["method"]
@@ -310,8 +316,10 @@ def _path_behind_v1(scope: Scope) -> bytes:
 async def _refuse(send: Send, status: int, message: str, kind: str, code: str | None) -> None:
     body = error_body(message, kind, code)
     headers = json_headers(body)
-    if kind == "invalid_request_error":  # the rest of the request may never come
+    if kind != "upstream_error":  # the rest of the request may never come
         headers.append((b"connection", b"close"))
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -331,12 +339,20 @@ def make_app(proxy: Proxy) -> Starlette:
     async def metrics(_: Request) -> Response:
         return Response(proxy.metrics.text(), media_type=proxy.metrics.content_type)
 
-    return Starlette(
+    async def not_here(request: Request, _: Exception) -> Response:
+        what = f"{request.method} {request.url.path}: expected a path under /v1/"
+        body = error_body(f"{what}; clients' base_url ends in /v1", "invalid_request_error")
+        return Response(body, 404, media_type="application/json")
+
+    application = Starlette(
+        exception_handlers={404: not_here},
         routes=[
             Route("/health", health),
             Route("/ready", health),  # it listens when everything is loaded
             Route("/metrics", metrics),
             Route("/admin/reload", reload, methods=["POST"]),
             Mount("/v1", proxy),
-        ]
+        ],
     )
+    application.router.redirect_slashes = False
+    return application

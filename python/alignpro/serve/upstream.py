@@ -2,7 +2,7 @@
 followed, nor added.
 
 What it cannot keep: a request's header that is not UTF-8 is refused, for aiohttp would leave out
-its bytes; and a DELETE without a body says ``content-length: 0``.
+its bytes; and a request without a body says ``content-length: 0`` where its method may have one.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class EndpointUpstream:
                 is_closed = isinstance(error, aiohttp.ClientConnectionError)
                 if isinstance(request.body, bytes) and attempt.is_kept and is_closed:
                     continue
-                raise UpstreamError(f"the upstream broke the connection: {error}") from error
+                raise UpstreamError(_broken(error)) from error
             attempt.response = response
             return self._answer(attempt, response)
 
@@ -178,6 +178,16 @@ class EndpointUpstream:
     async def close(self) -> None:
         if self._opened is not None:
             await self._opened.close()
+
+
+def _broken(error: aiohttp.ClientError) -> str:
+    """In a line, without aiohttp's view of what it got."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        reason = error.message.partition("\n")[0].rstrip(":")
+        return f"the upstream's answer is no HTTP: {reason}"
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the upstream closed the connection before it answered"
+    return f"the upstream broke the connection: {error}"
 
 
 def _text(value: bytes, what: str) -> str:

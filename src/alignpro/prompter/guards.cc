@@ -54,13 +54,14 @@ struct Match {
   Text span;
 };
 
-// \[protected\](.*?)\[/protected\]
+// \[protected\]((?:(?!\[protected\]).)*?)\[/protected\]
 Match protected_at(Text text, size_t at) {
   const size_t begin = literal_end(text, at, "[protected]");
   for (size_t end = begin; begin > 0 && end < text.size(); ++end) {
     if (const size_t after = literal_end(text, end, "[/protected]"); after > 0) {
       return {after, text.substr(begin, end - begin)};
     }
+    if (literal_end(text, end, "[protected]") > 0) break;
   }
   return {};
 }
@@ -99,15 +100,14 @@ Match link_at(Text text, size_t at) {
   return {};
 }
 
-// [\w.+-]+@[\w-]+\.[\w.-]*\w, where none was found since `from`.
-Match mail_at(Text text, size_t at, size_t from) {
+// (?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]*\w
+Match mail_at(Text text, size_t at) {
   const auto run_end = [&](size_t i, Text beside) {
     while (i < text.size() && (is_word(text[i]) || is_one_of(beside, text[i]))) ++i;
     return i;
   };
   const size_t end = text.size();
-  // Where the beginning of a run is that of no address, the rest is neither: one scan for each run.
-  if (at > from && (is_word(text[at - 1]) || is_one_of(U".+-", text[at - 1]))) return {};
+  if (at > 0 && (is_word(text[at - 1]) || is_one_of(U".+-", text[at - 1]))) return {};
   const size_t sign = run_end(at, U".+-");
   if (sign == at || sign == end || text[sign] != '@') return {};
   const size_t point = run_end(sign + 1, U"-");
@@ -118,50 +118,37 @@ Match mail_at(Text text, size_t at, size_t from) {
   return {last, text.substr(at, last - at)};
 }
 
-// "([^"\n]{2,})" and other marks; of guillemets «\s*([^»\n]{2,}?)\s*».
+// "([^"\n]{2,})" and other marks
 Match quoted_at(Text text, size_t at) {
-  const auto up_to = [&](Text ends) -> Match {
-    const size_t end = text.find_first_of(ends, at + 1);
-    if (end == text.npos || text[end] == '\n' || end < at + 3) return {};
+  const auto up_to = [&](Text closing, Text beside) -> Match {
+    const size_t end = text.find_first_of(std::u32string(closing) + std::u32string(beside), at + 1);
+    if (end == text.npos || !is_one_of(closing, text[end]) || end < at + 3) return {};
     return {end + 1, text.substr(at + 1, end - at - 1)};
   };
-  if (text[at] == '"') return up_to(U"\"\n");
-  if (text[at] == 0x201c) return up_to(U"\u201d\n");
-  if (text[at] == 0x201e) return up_to(U"\u201c\u201d\n");
-  const size_t end = text[at] == 0xab ? text.find(char32_t{0xbb}, at + 1) : text.npos;
-  if (end == text.npos) return {};
-  const Text span = stripped(text.substr(at + 1, end - at - 1));
-  if (span.empty() || is_one_of(span, '\n')) return {};
-  // One character needs white space of its own line at one side, which makes two.
-  const size_t begin = static_cast<size_t>(span.data() - text.data()), after = begin + span.size();
-  const bool is_wide = span.size() > 1 || (after < end && text[after] != '\n') ||
-                       (begin > at + 1 && text[begin - 1] != '\n');
-  return is_wide ? Match{end + 1, span} : Match{};
+  if (text[at] == '"') return up_to(U"\"", U"\n");
+  if (text[at] == 0x201c) return up_to(U"\u201d", U"\u201c\n");
+  if (text[at] == 0xab) return up_to(U"\u00bb", U"\u00ab\n");
+  return text[at] == 0x201e ? up_to(U"\u201c\u201d", U"\u201e\n") : Match{};
 }
 
 // What matches, from the left and without overlaps, stripped.
 template <typename MatchAt>
 void find_all(Text text, MatchAt match_at, std::vector<Text>* out) {
-  size_t from = 0;  // the end of the last match
   for (size_t at = 0; at < text.size();) {
-    const Match match = match_at(text, at, from);
-    if (match.end == 0) {
-      ++at;
-      continue;
-    }
+    const Match match = match_at(text, at);
     if (const Text span = stripped(match.span); !span.empty()) out->push_back(span);
-    at = from = match.end;
+    at = std::max(match.end, at + 1);
   }
 }
 
 std::vector<Text> verbatim_spans(Text text) {
   std::vector<Text> out;
   for (const auto match_at : {protected_at, fence_at, code_at, quoted_at}) {
-    find_all(text, [&](Text t, size_t at, size_t) { return match_at(t, at); }, &out);
+    find_all(text, match_at, &out);
   }
-  const auto address_at = [](Text t, size_t at, size_t from) {
+  const auto address_at = [](Text t, size_t at) {
     const Match link = link_at(t, at);
-    return link.end > 0 ? link : mail_at(t, at, from);
+    return link.end > 0 ? link : mail_at(t, at);
   };
   find_all(text, address_at, &out);
   return out;

@@ -51,8 +51,13 @@ class Members {
   std::pair<std::string, std::string> sides(std::string_view key, std::string_view place) const {
     const std::string whole = text(key);
     const size_t at = whole.find(place);
-    require<FileError>(at != whole.npos, file_, ": ", key, ": expected ", place, " in it");
+    require<FileError>(at != whole.npos && whole.find(place, at + 1) == whole.npos, file_, ": ",
+                       key, ": expected ", place, " in it, exactly once");
     return {whole.substr(0, at), whole.substr(at + place.size())};
+  }
+
+  void check(bool holds, std::string_view key, std::string_view expected) const {
+    require<FileError>(holds, file_, ": ", key, ": expected ", expected);
   }
 
  private:
@@ -87,10 +92,13 @@ SamplingParams sampling_of(const Members& from) {
   out.presence_penalty = static_cast<float>(from.number("presence_penalty"));
   out.frequency_penalty = static_cast<float>(from.number("frequency_penalty"));
   for (const Json& stop : from.list("stop")) {
-    if (stop.string()) out.stop.push_back(*stop.string());
+    from.check(stop.string() != nullptr, "stop", "texts");
+    out.stop.push_back(*stop.string());
   }
   for (const Json& id : from.list("stop_token_ids")) {
-    if (id.integer()) out.stop_token_ids.push_back(static_cast<int32_t>(*id.integer()));
+    from.check(id.integer() && *id.integer() >= 0 && *id.integer() <= INT32_MAX, "stop_token_ids",
+               "ids of tokens");
+    out.stop_token_ids.push_back(static_cast<int32_t>(*id.integer()));
   }
   return out;
 }

@@ -63,6 +63,7 @@ struct Prompter::State {
     if (!adapter_folder.empty()) {
       adapter = model::load_peft_adapter(model->config(), adapter_folder);
     }
+    check(format.sampling);
     client = std::make_shared<engine::Client>(engine);
     driver = std::thread([this] { drive(); });
   }
@@ -74,6 +75,18 @@ struct Prompter::State {
     }
     work.notify_one();
     driver.join();
+  }
+
+  // What no prompt could be rewritten with.
+  void check(const SamplingParams& params) const {
+    engine::validate(params);
+    const int64_t context = model->context_length(), vocabulary = model->config().vocab_size;
+    require(params.max_new_tokens < context, "max_new_tokens: expected fewer than the context of ",
+            context, ", got ", params.max_new_tokens);
+    for (const int32_t id : params.stop_token_ids) {
+      require(id >= 0 && id < vocabulary, "stop_token_ids: expected ids below ", vocabulary,
+              ", got ", id);
+    }
   }
 
   // Steps while there is something to do. What a step throws has ended its sequences, each of which
@@ -93,13 +106,17 @@ struct Prompter::State {
     }
   }
 
-  // With as much of the history as fits.
-  std::vector<int32_t> read(const Conversation& conversation) const {
-    const int64_t most = model->context_length() - format.sampling.max_new_tokens;
+  // With as much of the history as fits; nothing where it is late in between.
+  template <typename IsLate>
+  std::vector<int32_t> read(const Conversation& conversation, const IsLate& is_late) const {
+    const int64_t context = model->context_length();
+    const int64_t most = context - format.sampling.max_new_tokens;
     const auto encode = [&](size_t cut) {
+      if (is_late()) return std::vector<int32_t>();
       const std::string turn = format.prompter_turn(conversation, cut);
       const std::string_view kept = format.chat_strips ? prompter::strip(turn) : turn;
-      return tokenizer.encode(format.chat_before, kept, format.chat_after);
+      return tokenizer.encode(format.chat_before, kept, format.chat_after,
+                              static_cast<size_t>(context));
     };
     const auto exceeds = [&](const auto& read) { return static_cast<int64_t>(read.size()) > most; };
     std::vector<int32_t> tokens = encode(0);
@@ -110,9 +127,10 @@ struct Prompter::State {
       tokens = encode(fits == cuts.end() ? last : *fits);
     }
     const auto count = static_cast<int64_t>(tokens.size());
-    require(count + format.sampling.max_new_tokens <= model->context_length(), "prompt: ", count,
-            " tokens and ", format.sampling.max_new_tokens, " new ones exceed the context of ",
-            model->context_length(), " tokens; shorten it or lower max_new_tokens");
+    require(count <= most, "prompt: ", count > 2 * context ? "more than " : "",
+            std::min(count, 2 * context), " tokens and ", format.sampling.max_new_tokens,
+            " new ones exceed the context of ", context,
+            " tokens; shorten it or lower max_new_tokens");
     return tokens;
   }
 
@@ -180,8 +198,8 @@ Rewritten Prompter::rewrite(const Conversation& conversation,
   SamplingParams params = state.format.sampling;
   params.seed = rewrite_seed(seed ? *seed : fresh_seed());
   params.sample = 0;
-  std::vector<int32_t> read = state.read(conversation);
   const auto is_late = [&] { return deadline && engine::Clock::now() - begin >= *deadline; };
+  std::vector<int32_t> read = state.read(conversation, is_late);
   if (is_late()) return result("deadline");
   const auto sequence = state.client->submit(std::move(read), std::move(params), state.adapter);
   {

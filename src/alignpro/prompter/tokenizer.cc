@@ -326,9 +326,26 @@ const Tokenizer::Added* Tokenizer::added_at(std::string_view text, size_t at, si
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view before, std::string_view text,
-                                       std::string_view after) const {
+                                       std::string_view after, std::optional<size_t> most) const {
+  require_utf8(before);
+  require_utf8(text);
+  require_utf8(after);
+  constexpr size_t kBytes = 8;  // of a token, more than most
+  // What follows a beginning changes at most how its last words are cut, and twice as many ids
+  // leave room for that.
+  for (size_t size = most ? kBytes * std::max<size_t>(*most, 1) : text.size(); size < text.size();
+       size *= 4) {
+    size_t end = size;
+    while ((text[end] & 0xC0) == 0x80) --end;  // the bytes of a character stay together
+    std::vector<int32_t> ids = encode_all(before, text.substr(0, end), "");
+    if (ids.size() > 2 * *most) return ids;
+  }
+  return encode_all(before, text, after);
+}
+
+std::vector<int32_t> Tokenizer::encode_all(std::string_view before, std::string_view text,
+                                           std::string_view after) const {
   const std::string whole = cat(before, text, after);
-  require_utf8(whole);
   std::vector<int32_t> ids;
   size_t begin = 0;  // of what no added token has been found in
   for (size_t at = 0; at < whole.size();) {
