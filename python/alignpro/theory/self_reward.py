@@ -13,7 +13,6 @@ power 1 + (1 - lambda) / beta, which collapses it onto what it found likely at f
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import numpy as np
