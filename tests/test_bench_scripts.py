@@ -154,7 +154,7 @@ def test_the_papers_figure_goes_on_where_it_was_stopped(
     shutil.copytree(other, namesake)
     with pytest.raises(ValueError, match="two models of one name would share their runs"):
         paper_figure.main([*asked, "--targets", f"{one},{namesake}"])
-    with pytest.raises(ValueError, match="target.model was '.*', is '.*elsewhere"):
+    with pytest.raises(ValueError, match=r"target\.model was '.*', is '.*elsewhere"):
         paper_figure.main([*asked, "--models", str(namesake), "--prompters", other])
     file.write_text(file.read_text().replace("num_prompts: 4", "num_prompts: 5"))
     with pytest.raises(ValueError, match=r"\.json: made otherwise .num_prompts was 4, is 5"):

@@ -21,6 +21,7 @@ from alignpro.files import write_json as write_whole
 from alignpro.interrupts import exit_status, interruptible
 from alignpro.optional import import_for, is_installed
 from alignpro.run_directory import (
+    check_kind,
     check_run_dir,
     error_notes,
     one_line,
@@ -227,6 +228,7 @@ def read_settings(
         config, settings = None, [str(config), *settings]
     home = run_of_config(config)
     if home is not None and "run_dir" in getattr(cls, "__dataclass_fields__", {}):
+        check_kind(home, cls)
         settings = [f"run_dir={json.dumps(str(home))}", *settings]
     if run is not None:
         from alignpro.evaluate.of_run import settings_of_run

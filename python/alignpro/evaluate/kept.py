@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import HOW_IT_RUNS, StageConfig, differing, to_mapping
+from alignpro.config import StageConfig, to_mapping
 from alignpro.files import append_line, recorded_lines
 from alignpro.fingerprints import (
     Fingerprints,
     as_fingerprints,
     differences,
     of_adapter,
-    same_elsewhere,
+    other_settings,
     to_plain,
 )
 from alignpro.models.adapter import AdapterWeights
@@ -32,8 +32,6 @@ _FIELDS = (
     *("prompter", "target", "reward", "seed", "rewrite", "response", "prompting", "date"),
     *("num_rewrites", "num_responses"),
 )
-# An adapter goes by what is in it.
-_BY_OTHER_MEANS = HOW_IT_RUNS | {"adapter"}
 _log = logging.getLogger(__name__)
 
 
@@ -128,11 +126,11 @@ class KeptArms:
                 ) from None
         if drawn is None:
             return False
-        elsewhere = same_elsewhere(before, made_from)
+        settings = other_settings(drawn, json.loads(json.dumps(head)), before, made_from)
         other = [
             f"{key} was {was!r}, is {value!r}"
-            for key, (was, value) in differing(drawn, json.loads(json.dumps(head))).items()
-            if key.partition(".")[2] not in _BY_OTHER_MEANS and key not in elsewhere
+            for key, (was, value) in settings.items()
+            if not key.endswith(".adapter")  # goes by what is in it
         ]
         other += differences(before, made_from, "its arms were made from")
         if other:
