@@ -56,7 +56,7 @@ def test_confidence_as_a_term_and_as_a_column_of_a_function(model):
         assert own == math.fsum(response.logprobs) / len(response.logprobs)
         assert scores.rewards[index] == [2 * own + scores.components["chair"][index]]
     function = from_callable(total)
-    check_columns(function, [])
+    check_columns(function, {})
     scored = Pipeline(None, model, function, response_params=SHORT).respond(PROMPTS, seed=3)
     for (rewrite,) in scored.rewrites:
         assert rewrite.responses[0].reward == sum(rewrite.responses[0].logprobs)
@@ -109,7 +109,7 @@ def test_the_share_of_words_that_the_source_holds():
     prompts, responses = ["?", "a tall tree", "?"], ["The dog has a red ball.", "Trees", "It is"]
     found = score_checked(reward, prompts, [""] * 3, responses, {"source": sources})
     assert found == [pytest.approx(2 / 3), 1.0, 0.0]
-    with pytest.raises(ValueError, match="column 'source': expected text, got int"):
+    with pytest.raises(ValueError, match="column 'source', row 0: expected text, got int"):
         reward(["?"], [""], ["a"], source=[3])
 
 

@@ -118,10 +118,10 @@ def say_what_differs(
     names = [name for name in values if name in ours and name not in _FREE]
     theirs = to_mapping(unchecked(type(config), values))
     then, now = fingerprints.read_fingerprints(run), dict(made_from)
-    pair = ({n: of[n] for n in names} for of in (theirs, ours))
+    there, here = ({n: of[n] for n in names} for of in (theirs, ours))
     said = [
-        f"{path} is {here!r} here, {there!r} in the run"
-        for path, (there, here) in fingerprints.other_settings(*pair, then, now).items()
+        f"{path} is {value!r} here, {was!r} in the run"
+        for path, (was, value) in fingerprints.other_settings(there, here, then, now).items()
         if not path.endswith(".adapter")  # goes by what is in it, below
     ]
     if untuned is not None:

@@ -11,9 +11,9 @@ import inspect
 import math
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from alignpro.types import (
     AnswerScorer,
@@ -29,6 +29,7 @@ from alignpro.types import (
 CONVERSATIONS = "conversations"
 COMPLETION_IDS = "completion_ids"  # tokens of the responses, of a target in this process
 RESPONSE_LOGPROBS = "response_logprobs"  # nats by token, of a target that tells them
+T = TypeVar("T")
 _OF_RESPONSES = (COMPLETION_IDS, RESPONSE_LOGPROBS)
 RESERVED_COLUMNS = frozenset({"prompts", "rewrites", "responses"})
 _SHOWN_CHARACTERS = 60
@@ -235,12 +236,24 @@ def offer_scorer(reward: Reward, scorer: AnswerScorer) -> None:
         use(scorer)
 
 
-def check_columns(reward: Reward, names: Collection[str]) -> None:
+def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]]) -> None:
     """Refuse, before anything is computed, a reward that cannot do without a column that the data
-    has not (`FunctionReward.check_columns`)."""
+    has not (`FunctionReward.check_columns`), or reads no such value as a row has."""
     check = getattr(reward, "check_columns", None)
     if check is not None:
-        check({*names, CONVERSATIONS, *_OF_RESPONSES})
+        own: dict[str, Sequence[Any]] = dict.fromkeys((CONVERSATIONS, *_OF_RESPONSES), ())
+        check({**columns, **own})
+
+
+def read_rows(what: str, values: Iterable[T]) -> list[T]:
+    """The values, which are read as they come. Raises ValueError, which names the row."""
+    found: list[T] = []
+    try:
+        for value in values:
+            found.append(value)  # noqa: PERF402: how many there are says which row is refused
+    except ValueError as error:
+        raise ValueError(f"{what}, row {len(found)}: {error}") from None
+    return found
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
