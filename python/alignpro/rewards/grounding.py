@@ -46,7 +46,7 @@ class GroundingReward:
         if self._method == "likelihood" and not scorer.scores_answers:
             raise ValueError(
                 f"reward 'grounding': {scorer.name} scores no given texts, as a model in this "
-                "process does; reward={grounding: {method: words}} asks no model"
+                "process does; reward=grounding#words asks no model"
             )
         self._scorer = scorer
 
