@@ -123,7 +123,7 @@ def test_a_target_that_cannot_tell_is_refused_in_a_line(tiny_model_dir):
             ),
             (
                 "chair+grounding",
-                "reward 'grounding': big scores no given texts.*=grounding#words asks",
+                "reward 'grounding': big scores no given .*=grounding#words",
             ),
         ):
             with pytest.raises(ValueError, match=said):

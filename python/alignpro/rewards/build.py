@@ -49,7 +49,8 @@ def build_reward(spec: str | Mapping[str, Any]) -> Reward:
     in the current folder; signatures as in ``from_callable``; a class is called with the options to
     make the reward); "grounding#words" and "confidence#response" for their other ways;
     "learned:FOLDER" for what `alignpro reward fit` wrote; "schema:FILE" for records by a schema (as
-    JSON, or "schema:FILE#lines"); or "hf:NAME[#label]" for a Hugging Face sequence classifier. A mapping says the same with room for options: ``{"vader": 1.0,
+    JSON, or "schema:FILE#lines"); or "hf:NAME[#label]" for a Hugging Face sequence classifier. A
+    mapping says the same with room for options: ``{"vader": 1.0,
     "hf:NAME#label": {"weight": 0.5, "pair": False}}``.
 
     Raises ValueError with one line on what was expected; ImportError where a package is missing.
