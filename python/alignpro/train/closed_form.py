@@ -9,6 +9,7 @@ asked for so many answers a prompt instead, round by round, each for the text th
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,15 +177,17 @@ class ClosedFormFit(TrainingRun):
         for prompt, group in zip(order, groups, strict=True):
             pool.add(prompt, group)
         answered: list[list[Rewrite]] = [[] for _ in order]
+        broken = {}
         for number in range(1, rounds + 1):
             with one_torch_thread():
                 texts = pool.most_wanted()
-            for place, group in enumerate(self.rollouts(on_progress, number, texts)):
-                answered[place] += group
-            answers, broken = self._penalised(answered)
-            for prompt, group in zip(order, answers, strict=True):
-                pool.observe(prompt, group[-1])
-        return answers, broken
+            answers, said = self._penalised(self.rollouts(on_progress, number, texts))
+            for prompt, group, (answer,) in zip(order, answered, answers, strict=True):
+                group.append(answer)
+                pool.observe(prompt, answer)
+            for name, counts in said.items():
+                broken[name] = dict(Counter(broken.get(name)) + Counter(counts))
+        return answered, broken
 
     def _report(
         self, row: Mapping[str, Any], seconds: Mapping[str, float], watchers: Watchers
