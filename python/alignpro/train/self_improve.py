@@ -202,11 +202,9 @@ class SelfImprovement:
         mine = self.config.policy == "target"
         found = fingerprints.of_models(None if mine else self._model, self._target)
         found |= fingerprints.of_reward(self._calibrator)
-        for what, prompts, columns in (
-            ("data", self._prompts, self._columns),
-            ("measured data", self._measured, self._measured_columns),
-        ):
-            found[what] = fingerprints.of_rows(str(self.config.data.path), prompts, columns)
+        name = str(self.config.data.path)
+        found["data"] = fingerprints.of_rows(name, self._prompts, self._columns)
+        found["measured data"] = fingerprints.of_rows("", self._measured, self._measured_columns)
         if self._start is not None:
             found["adapter that training began with"] = fingerprints.of_adapter(self._start)
         return found
