@@ -192,7 +192,8 @@ def test_rounds_of_answers_resume_where_they_were_broken_off(tmp_path):
     whole = dataclasses.replace(settings, run_dir=str(tmp_path / "whole"))
     expected = make(whole, reward=whole_asked, model=ToyModel())
     expected.train()
-    with pytest.raises(KeyboardInterrupt):
+    goes_on = r"what was drawn is kept; go on with: alignpro train .*config\.json --resume"
+    with pytest.raises(KeyboardInterrupt, match=goes_on):
         make(settings, reward=first, model=ToyModel()).train()  # in the second round
     again = make(settings, reward=second, model=ToyModel(), resume=True)
     again.train()

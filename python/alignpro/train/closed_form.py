@@ -48,7 +48,7 @@ from alignpro.train.schedule import (
     rate_factor,
 )
 from alignpro.train.sft import likelihood_gradients
-from alignpro.train.trainer import TrainingRun
+from alignpro.train.trainer import TrainingRun, said_of_resume, tell_of_resume
 from alignpro.train.trajectories import (
     Trajectory,
     sampled_logprobs,
@@ -103,12 +103,20 @@ class ClosedFormFit(TrainingRun):
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
         with interruptible(), self.directory:
-            groups = self.rollouts(on_progress)
-            with watchers.watching(to_mapping(self.config), 0):
-                if self.config.closed_form.loss == "pooled":
-                    self._fit_pooled(groups, watchers, on_progress)
-                else:
-                    self._fit(groups, watchers)
+            try:
+                groups = self.rollouts(on_progress)
+                with watchers.watching(to_mapping(self.config), 0):
+                    if self.config.closed_form.loss == "pooled":
+                        self._fit_pooled(groups, watchers, on_progress)
+                    else:
+                        self._fit(groups, watchers)
+            except BaseException as error:
+                after = said_of_resume("train", self.run_dir, 0)
+                if (self.run_dir / ROLLOUTS).exists():
+                    goes_on = f"alignpro train {self.run_dir / CONFIG} --resume"
+                    after = f"what was drawn is kept; go on with: {goes_on}"
+                tell_of_resume(error, after)
+                raise
             save_trained(self.run_dir / "adapter", self.policy, self.config)
 
     def _fit_pooled(
