@@ -51,8 +51,8 @@ def test_the_reward_is_not_won_by_silence():
     with pytest.raises(ValueError, match="expected a column 'objects', got x"):
         reward.check_columns({"x": []})
     check_columns(reward, {"objects": [["dog"]]})
-    with pytest.raises(ValueError, match="expected objects of scenes, got 'unicorn'"):
-        scene_counts("", ["unicorn"])
+    with pytest.raises(ValueError, match=r"row 1: expected objects of scenes, got 'unicorn'"):
+        check_columns(reward, {"objects": [["dog"], ["unicorn"]]})
     with pytest.raises(ValueError, match="expected a list of texts, got 'dog'"):
         reward([""], [""], [""], objects=["dog"])
 

@@ -321,6 +321,10 @@ def test_what_is_refused(place):
     endpoint = ModelConfig("big", endpoint="http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match="big tells no log-probabilities of what it writes"):
         run_self_improve(settings(place, policy="prompter", target=endpoint, calibrator="topic"))
+    rows = [{"prompt": f"say {word}", "objects": word} for word in ("dog", "ball")]
+    (place / "o.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="'objects', row 0: expected a list of texts, got 'dog'"):
+        run_self_improve(settings(place, data=DataConfig("o.jsonl", split=None)))
     with pytest.raises(ValueError, match="measured: expected 2 or more prompts"):
         run_self_improve(settings(place, num_prompts=1))
     assert not (place / "run").exists()

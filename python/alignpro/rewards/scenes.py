@@ -127,12 +127,7 @@ def mentioned_objects(text: str) -> list[str]:
 
 
 def scene_counts(description: str, objects: Collection[str]) -> SceneCounts:
-    """objects: those of the scene, by their first names.
-
-    Raises ValueError for one that is not among `scene_objects`."""
-    unknown = sorted(set(objects) - set(scene_objects()))
-    if unknown:
-        raise ValueError(f"column 'objects': expected objects of scenes, got {unknown[0]!r}")
+    """objects: those of the scene, as `listed_objects` has them."""
     named = mentioned_objects(description)
     true = [name for name in named if name in objects]
     return SceneCounts(len(named), len(named) - len(true), len(set(true)))
@@ -180,10 +175,14 @@ class ChairReward:
 
 
 def listed_objects(value: Any) -> list[str]:
-    """A row's column "objects". Raises ValueError for what is no list of texts."""
-    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
-        return list(value)
-    raise ValueError(f"expected a list of texts, got {value!r}")
+    """A row's column "objects". Raises ValueError for what is no list of texts, or has one that is
+    not among `scene_objects`."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"expected a list of texts, got {value!r}")
+    unknown = sorted(set(value) - set(scene_objects()))
+    if unknown:
+        raise ValueError(f"expected objects of scenes, got {unknown[0]!r}")
+    return list(value)
 
 
 def scene_objects() -> list[str]:

@@ -39,6 +39,7 @@ from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
 from alignpro.rewards.grounding import GroundingReward
+from alignpro.rewards.scenes import ChairReward
 from alignpro.run_directory import (
     CONFIG,
     RunDirectory,
@@ -196,6 +197,9 @@ class SelfImprovement:
             )
         self._measured = [row.prompt for row in measured]
         self._measured_columns = stack_columns(measured)
+        check_columns(self._grounding, self._measured_columns)
+        if "objects" in self._measured_columns:  # which are counted
+            check_columns(ChairReward(), self._measured_columns)
 
     def made_from(self) -> fingerprints.Fingerprints:
         """What the run is made from."""
