@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,22 @@ def test_the_papers_figure_goes_on_where_it_was_stopped(
     assert "<svg" in plot.read_text("utf-8")
     paper_figure.main(asked)  # nothing is left to do
     assert capsys.readouterr().out.splitlines() == said.splitlines()[-6:]
+    for changes, message in (
+        (["--rate", "0.1"], "tuned-.*: made otherwise .learning_rate was 0.0003, is 0.1"),
+        (["--rate", "0.1,tiny-qwen2-untied=3e-4"], "tuned-tiny-llama-untied: made otherwise"),
+        (["--rate", "tiny=3e-4"], "--rate: expected some of tiny-llama-untied, tiny-qwen2-untied"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paper_figure.main([*asked, *changes])
+    namesake = tmp_path / "elsewhere" / Path(one).name
+    shutil.copytree(other, namesake)
+    with pytest.raises(ValueError, match="two models of one name would share their runs"):
+        paper_figure.main([*asked, "--targets", f"{one},{namesake}"])
+    with pytest.raises(ValueError, match=r"target\.model was '.*', is '.*elsewhere"):
+        paper_figure.main([*asked, "--models", str(namesake), "--prompters", other])
+    file.write_text(file.read_text().replace("num_prompts: 4", "num_prompts: 5"))
+    with pytest.raises(ValueError, match=r"\.json: made otherwise .num_prompts was 4, is 5"):
+        paper_figure.main(asked)
     with pytest.raises(SystemExit):
         paper_figure.main([*asked, "--tasks", "toy,poems"])
     assert "expected some of toy, got 'poems'" in capsys.readouterr().err

@@ -481,7 +481,10 @@ def test_the_base_install_generates_and_informs(tiny):
     info = python(code.format(arguments=["alignpro", "info"]))
     assert info.returncode == 0, info.stderr
     rows = dict(line.split(maxsplit=1) for line in info.stdout.splitlines())
-    assert rows["cpu_isa"] in ("amx", "avx512", "avx2", "neon", "generic") and int(rows["threads"]) >= 1
+    assert (
+        rows["cpu_isa"] in ("amx", "avx512", "avx2", "neon", "generic")
+        and int(rows["threads"]) >= 1
+    )
     assert rows["cuda"] == "no"
     arguments = ["alignpro", "generate", "the heron", "--model", str(tiny), "--max-new-tokens", "3"]
     written = python(code.format(arguments=arguments))

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alignpro.config import HOW_IT_RUNS, differing
 from alignpro.files import write_json
 from alignpro.models.adapter import AdapterWeights, LoraWeights
 from alignpro.models.adapter_files import adapter_folder, is_mixture
@@ -187,6 +188,19 @@ def same_elsewhere(then: Fingerprints, now: Fingerprints) -> dict[str, str]:
         key: what
         for key, what in _PLACES
         if what in then and what in now and then[what].hash == now[what].hash
+    }
+
+
+def other_settings(
+    before: Mapping[str, Any], after: Mapping[str, Any], then: Fingerprints, now: Fingerprints
+) -> dict[str, tuple[Any, Any]]:
+    """(before, after) by path of what configurations differ in and models answer by: not how they
+    run, nor where that lies which is the same."""
+    elsewhere = same_elsewhere(then, now)
+    return {
+        path: values
+        for path, values in differing(before, after).items()
+        if path.partition(".")[2] not in HOW_IT_RUNS and path not in elsewhere
     }
 
 

@@ -12,7 +12,7 @@ import json
 import re
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -351,15 +351,30 @@ def config_of_run(run: Path) -> RunConfig:
         raise FileNotFoundError(f"{run}: expected the directory of a run, with {CONFIG}")
     record = read_record(run / CONFIG)
     try:
-        if "calibration" in record:
-            return from_mapping(SelfImproveConfig, record)
-        if "beta" in record:
-            return from_mapping(PreferConfig, record)
-        if "policy" in record:
-            return from_mapping(TrainConfig, record)
-        return from_mapping(SftConfig, record)
+        return from_mapping(_kind_of(record)[1], record)
     except ValueError as error:
         raise ValueError(f"{run / CONFIG}: {error}") from None
+
+
+# The command that makes such runs, by a field that no one before has.
+_KINDS: dict[str, tuple[str, type[RunConfig]]] = {
+    "calibration": ("self-improve", SelfImproveConfig),
+    "beta": ("prefer", PreferConfig),
+    "policy": ("train", TrainConfig),
+    "run_dir": ("sft", SftConfig),
+}
+
+
+def _kind_of(record: Mapping[str, Any]) -> tuple[str, type[RunConfig]]:
+    return next((kind for field, kind in _KINDS.items() if field in record), _KINDS["run_dir"])
+
+
+def check_kind(run: Path, cls: type) -> None:
+    """Refuse the run of another command than that whose configuration ``cls`` is. Raises
+    ValueError."""
+    command, kind = _kind_of(read_record(run / CONFIG))
+    if cls is not kind and cls in [kind for _, kind in _KINDS.values()]:
+        raise ValueError(f"run directory {run}: a run of `alignpro {command}`, not of this command")
 
 
 def find_record(path: Path) -> dict[str, Any] | None:

@@ -2,8 +2,8 @@
 
     python tests/bench/paper_figure.py --models MODEL,MODEL --runs DIR [--seed 0]
                                        [--tasks house_rules,sentiment] [--prompters MODEL,...]
-                                       [--targets MODEL,...] [--rate 3e-4] [--plot FILE.svg]
-                                       [--threads N]
+                                       [--targets MODEL,...] [--rate 3e-4,MODEL=1e-3]
+                                       [--plot FILE.svg] [--threads N]
 
 Every model as prompter before every model as target: the reward on held-out prompts with the
 untuned prompter, with the trained one, and of the target tuned itself on the raw prompts (the
@@ -11,8 +11,9 @@ paper's oracle). A task is a configuration of `alignpro quickstart`; the target 
 the task's prompts, reward and sampling.
 
 What a cell needs is made where it is missing under --runs: the prompter's warm start, its training,
-the tuned target, and the arms. The same call goes on with what an interrupted one has left. Prints
-a Markdown table of the cells that were asked for, and draws them.
+the tuned target, and the arms. The same call goes on with what an interrupted one has left; what
+was made with other settings or of other models is refused. Prints a Markdown table of the cells
+that were asked for, and draws them.
 """
 
 from __future__ import annotations
@@ -32,15 +33,33 @@ from alignpro.config import (
     QuickstartConfig,
     SftConfig,
     TrainConfig,
+    differing,
     load_yaml,
+    target_of,
+    to_mapping,
 )
 from alignpro.evaluate.results import Evaluation, from_json, to_json
 from alignpro.evaluate.run import run_evaluate
 from alignpro.files import write_json
+from alignpro.fingerprints import (
+    Fingerprint,
+    Fingerprints,
+    differences,
+    read_fingerprints,
+    same_elsewhere,
+)
+from alignpro.models.fingerprint import fingerprint
+from alignpro.models.resolve import resolve_model
 from alignpro.report.words import interval, number, relative_change, share, share_interval
+from alignpro.run_directory import CONFIG, read_record
+from alignpro.train.checkpoint import MAY_CHANGE
 from alignpro.train.run import run_sft, run_train
 
 _SENTIMENT = Path(__file__).parents[2] / "examples" / "sentiment.yaml"
+# What a run may be made with, to be taken as it is: adapters are those of other runs, which are
+# looked at by themselves.
+_FREE = (MAY_CHANGE - {"steps"}) | {"prompter.adapter", "trained", "tuned"}
+_RATE = 3e-4
 ARMS = {"untuned": "no tuning", "trained": "trained prompter", "tuned": "tuned target"}
 
 
@@ -88,7 +107,7 @@ def configure(cell: Cell, options: argparse.Namespace) -> Configured:
     started = replace(quickstart.prompter, adapter=str(warm / "adapter"))
     fields = {"data": train.data, "reward": train.reward, "response": train.response}
     fields |= {"kl_coef": train.kl_coef, "seed": seed, "threads": threads, "policy": "target"}
-    fields |= {"learning_rate": options.rate}
+    fields |= {"learning_rate": options.rate.get(_short(cell.target), options.rate[""])}
     own = TrainConfig(
         prompter=ModelConfig(model=cell.target), run_dir=str(tuned), **fields | task.tuning
     )
@@ -119,19 +138,50 @@ class Configured(NamedTuple):
 
 
 def run_cell(cell: Cell, options: argparse.Namespace) -> Evaluation:
-    """The cell's evaluation; what of it is there is not made again."""
+    """The cell's evaluation; what of it is there is not made again.
+
+    Raises ValueError for what is there of other settings or models.
+    """
     todo = configure(cell, options)
+    for config, run in ((todo.sft, run_sft), (todo.train, run_train), (todo.tuned, run_train)):
+        folder = Path(config.run_dir)
+        if (folder / "adapter" / "adapter_config.json").exists():
+            check_same(folder, read_record(folder / CONFIG), config, folder)
+            continue
+        print(f"{cell.name}: {folder.name}", flush=True)
+        run(config, resume=(folder / CONFIG).exists())
     if not todo.output.exists():
-        for config, run in ((todo.sft, run_sft), (todo.train, run_train), (todo.tuned, run_train)):
-            folder = Path(config.run_dir)
-            if (folder / "adapter" / "adapter_config.json").exists():
-                continue
-            print(f"{cell.name}: {folder.name}", flush=True)
-            run(config, resume=(folder / "config.json").exists())
         print(f"{cell.name}: evaluation", flush=True)
-        report = run_evaluate(todo.evaluation, output=todo.output)
-        write_json(todo.output, to_json(report))
-    return from_json(Evaluation, json.loads(todo.output.read_text("utf-8")), str(todo.output))
+        write_json(todo.output, to_json(run_evaluate(todo.evaluation, output=todo.output)))
+    report = from_json(Evaluation, json.loads(todo.output.read_text("utf-8")), str(todo.output))
+    trained = Path(todo.train.run_dir)
+    check_same(todo.output, report.evaluation_config or {}, todo.evaluation, trained)
+    return report
+
+
+def check_same(
+    made: Path, recorded: dict[str, Any], config: SftConfig | TrainConfig | EvalConfig, run: Path
+) -> None:
+    """Refuse a run, or an evaluation of one, that was made otherwise than it would be now. Raises
+    ValueError, which names what differs."""
+    now: Fingerprints = {}
+    target = target_of(config.prompter, getattr(config, "target", None))
+    for role, model in {"prompter": config.prompter, "target": target}.items():
+        hashed = fingerprint(resolve_model(model.name))
+        now[f"weights of the {role}"] = Fingerprint(model.name, hashed)
+    then = read_fingerprints(run)
+    free = _FREE | same_elsewhere(then, now).keys()
+    asked = to_mapping(replace(config, date=recorded.get("date")))  # any date
+    other = [
+        f"{key} was {was!r}, is {value!r}"
+        for key, (was, value) in differing(recorded, asked).items()
+        if key not in free
+    ]
+    other += differences(then, now, "it was made from")
+    if other:
+        raise ValueError(
+            f"{made}: made otherwise ({'; '.join(other)}); move it away, or name other --runs"
+        )
 
 
 def table(cells: dict[Cell, Evaluation]) -> str:
@@ -194,6 +244,7 @@ def _short(model: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     models = (options.prompters or options.models, options.targets or options.models)
+    _check_names({*models[0], *models[1]}, options.rate)
     cells = [Cell(*names) for names in itertools.product(options.tasks, *models)]
     done = {cell: run_cell(cell, options) for cell in cells}
     print(table(done))
@@ -201,9 +252,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw(done, options.plot)
 
 
+def _check_names(models: set[str], rates: dict[str, float]) -> None:
+    known: dict[str, str] = {}
+    for model in sorted(models):
+        other = known.setdefault(_short(model), model)
+        if other != model:
+            raise ValueError(
+                f"{other} and {model}: two models of one name would share their runs; a copy or "
+                "link of another name keeps them apart"
+            )
+    for model in rates.keys() - {"", *known}:
+        raise ValueError(f"--rate: expected some of {', '.join(known)}, got {model!r}")
+
+
 def _parser() -> argparse.ArgumentParser:
     def names(text: str) -> list[str]:
         return text.split(",")
+
+    def rates(text: str) -> dict[str, float]:
+        """By the target's name; under "" that of all others."""
+        pairs = [part.rpartition("=") for part in names(text)]
+        return {"": _RATE} | {model: float(rate) for model, _, rate in pairs}
 
     def tasks(text: str) -> list[str]:
         for name in names(text):
@@ -221,7 +290,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompters", type=names)
     parser.add_argument("--targets", type=names)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=3e-4, help="of the target's own tuning")
+    parser.add_argument(
+        "--rate",
+        type=rates,
+        default={"": _RATE},
+        help="of the target's own tuning; MODEL=RATE is that of one target",
+    )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--threads", type=int)
     return parser

@@ -192,7 +192,10 @@ def test_the_command_writes_an_adapter_that_loads(runs, monkeypatch):
     [
         ({"normalize_advantage": True}, "trained with normalize_advantage"),
         ({"kl_coef": 0.0}, "expected a kl_coef above 0, got 0"),
-        ({"prompting": {"template": "other {prompt}"}}, "kind and .*brief differ in prompting"),
+        (
+            {"prompting": {"template": "other {prompt}"}},
+            r"kind and .*brief differ in .*prompting\.template: '.*', 'other {prompt}'$",
+        ),
         ({"policy": "target", "prompting": None}, "expected the training of a prompter"),
     ],
 )
@@ -213,7 +216,7 @@ def test_runs_of_another_reference_or_none(runs, tiny_model_dir):
     with pytest.raises(FileNotFoundError, match="nowhere: expected the directory of a run"):
         run_mix(replace(config(runs), runs=(str(runs / "kind"), "nowhere")))
     with pytest.raises(ValueError, match="runs: expected two or more, each once"):
-        MixConfig(runs=("a", "a"))
+        MixConfig(runs=("a", "./a"))
 
 
 def test_a_bound_takes_no_whole_sequences(tmp_path):

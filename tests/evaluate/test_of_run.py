@@ -13,6 +13,7 @@ from alignpro.config import BoundConfig, EvalConfig, HeadroomConfig, from_mappin
 from alignpro.evaluate.of_run import settings_of_run
 from alignpro.evaluate.run import run_evaluate
 from alignpro.pipeline import Pipeline
+from alignpro.run_directory import error_notes
 
 PROMPTS = ("tides", "bees", "rain", "rust", "moss", "owls", "salt", "fog")
 
@@ -152,8 +153,10 @@ def test_an_evaluation_goes_on_with_the_arms_it_has(place, monkeypatch, caplog):
         if name == "trained":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         run_evaluate(config_of(place, **options), output=output, on_progress=stop)
+    said = "static search, raw, static, untuned: kept; the same command goes on"
+    assert error_notes(stopped.value) == [said]
     kept = place / "out.json.arms.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [row.get("arm") for row in rows] == [None, "static search", "raw", "static", "untuned"]

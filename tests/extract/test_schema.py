@@ -48,7 +48,10 @@ def test_the_packaged_schemas_are_read(name):
         ({"a": None}, "fields.a: expected a type"),
         ({"a": []}, "fields.a: expected choices"),
         ({"a": ["x", "X"]}, "fields.a: a choice appears twice"),
+        ({"a": ["x  y", "x\ny"]}, "fields.a: a choice appears twice"),
         ({"a": ["x", 1]}, "fields.a: expected choices"),
+        ({"a": ["x", "{prompt}"]}, "fields.a: {prompt} stands for the text"),
+        ({"a": ["x", "\ud800"]}, "fields.a: expected Unicode text, got a half of a character"),
         ({"a": {}}, "fields.a: expected at least one field"),
         ({}, "fields: expected at least one field"),
         ({"a b": "text"}, "expected names of letters"),
@@ -117,6 +120,11 @@ def _of_text(text):
         (
             '{"fields": {"a": "text"}, "examples": [{"text": "x", "record": {"a": "y"}}]}',
             r"examples\[0\].record: a: in_text",
+        ),
+        (
+            '{"fields": {"a": {"type": "text", "grounded": false}}, '
+            '"examples": [{"text": "x", "record": {"a": "{prompt}"}}]}',
+            r"examples\[0\].record: {prompt} stands for the text",
         ),
     ],
 )
@@ -259,12 +267,14 @@ def test_a_record_is_written_in_the_order_of_the_schema():
         ({"type": "number", "max": 4}, ["x >= 2 + 3"], r"x passes x >= 2 \+ 3 and its max 4"),
         ("quantity[g]", ["x > quantity(1, 'kg')", "x < quantity(999, 'g')"], "no value of x"),
         ("quantity[degC]", ["x < quantity(-300, 'degC')"], "passes 0 K and x < quantity"),
+        ({"type": "quantity[degC]", "max": -300}, [], "passes 0 K and its max -300"),
+        ({"list": {"type": "integer", "min": 1.2, "max": 1.8}}, [], "its min 1.2 and its max 1.8"),
         ({"list": "number"}, ["x > 1", "x < -1"], "no value of x passes x > 1 and x < -1"),
         ({"list": {"y": "number"}}, ["x.y > 1", "x.y < 0"], "no value of x.y passes"),
     ],
 )
 def test_checks_that_no_value_passes_are_refused(field, checks, said):
-    with pytest.raises(SchemaError, match=f"^schema: checks: .*{said}"):
+    with pytest.raises(SchemaError, match=f"^schema: .*{said}"):
         schema({"x": field}, checks)
 
 

@@ -31,6 +31,7 @@ def test_weights_by_hand():
 def test_a_small_kl_coef_overflows_nothing():
     weights = closed_form_weights(torch.tensor([[1e4, 0.0], [-1e4, -1e4]]), 1e-3)
     assert weights.tolist() == [[1.0, 0.0], [0.5, 0.5]]
+    assert closed_form_weights(torch.tensor([[1.0, 0.0]]), 1e-310).tolist() == [[1.0, 0.0]]
 
 
 def test_a_constant_added_to_a_prompts_rewards_changes_nothing():

@@ -77,6 +77,7 @@ def test_a_class_with_and_without_options(beside_me):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
+        ("vader#x", "unknown reward 'vader#x'; known: vader"),
         ("vadre", "unknown reward 'vadre'; known: vader, topic"),
         ("", "expected a name in every term; known: vader"),
         ("vader+", "expected a name in every term"),

@@ -46,7 +46,9 @@ def test_not_said(response, forbidden):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"column 'forbidden': expected text or a list .*\[3\]"):
+    with pytest.raises(ValueError, match=r"column 'forbidden', row 0: expected text or a .*\[3\]"):
         score("x", [3])
+    with pytest.raises(ValueError, match=r"row 1: expected text or a list of texts, got 3"):
+        check_columns(build_reward("forbidden"), {"forbidden": ["guitar", 3]})
     with pytest.raises(ValueError, match="reward 'forbidden': expected a column 'forbidden'"):
-        check_columns(build_reward("forbidden"), {"harmful"})
+        check_columns(build_reward("forbidden"), {"harmful": [True]})

@@ -225,6 +225,6 @@ def test_a_column_that_is_missing_is_known_before_any_response():
         return [0.0]
 
     reward = WeightedSum({"needs": (1.0, from_callable(needs))})
-    check_columns(reward, {"answer"})
+    check_columns(reward, {"answer": []})
     with pytest.raises(ValueError, match="needs the data column 'answer'"):
-        check_columns(reward, {"question"})
+        check_columns(reward, {"question": []})

@@ -49,10 +49,10 @@ def test_the_reward_is_not_won_by_silence():
     objects = [["dog", "child", "cat", "tree"], ["dog"], ["dog"], ["dog"]]
     assert reward([""] * 4, [""] * 4, responses, objects=objects) == [5 / 9, 0.0, 1.0, 0.0]
     with pytest.raises(ValueError, match="expected a column 'objects', got x"):
-        reward.check_columns({"x"})
-    check_columns(reward, ["objects"])
-    with pytest.raises(ValueError, match="expected objects of scenes, got 'unicorn'"):
-        scene_counts("", ["unicorn"])
+        reward.check_columns({"x": []})
+    check_columns(reward, {"objects": [["dog"]]})
+    with pytest.raises(ValueError, match=r"row 1: expected objects of scenes, got 'unicorn'"):
+        check_columns(reward, {"objects": [["dog"], ["unicorn"]]})
     with pytest.raises(ValueError, match="expected a list of texts, got 'dog'"):
         reward([""], [""], [""], objects=["dog"])
 

@@ -32,7 +32,7 @@ def model(tiny_model_dir):
 
 def test_confidence_is_what_the_engine_recorded(model):
     for per in ("token", "response"):
-        pipeline = Pipeline(None, model, build_reward({"confidence": {"per": per}}))
+        pipeline = Pipeline(None, model, build_reward(f"confidence#{per}"))
         rollout = Pipeline.respond(pipeline, PROMPTS, seed=3)
         for (rewrite,) in rollout.rewrites:
             (response,) = rewrite.responses
@@ -56,7 +56,7 @@ def test_confidence_as_a_term_and_as_a_column_of_a_function(model):
         assert own == math.fsum(response.logprobs) / len(response.logprobs)
         assert scores.rewards[index] == [2 * own + scores.components["chair"][index]]
     function = from_callable(total)
-    check_columns(function, [])
+    check_columns(function, {})
     scored = Pipeline(None, model, function, response_params=SHORT).respond(PROMPTS, seed=3)
     for (rewrite,) in scored.rewrites:
         assert rewrite.responses[0].reward == sum(rewrite.responses[0].logprobs)
@@ -104,12 +104,12 @@ def test_what_is_read_with_and_without_the_source():
 
 
 def test_the_share_of_words_that_the_source_holds():
-    reward = build_reward({"grounding": {"method": "words"}})
+    reward = build_reward("grounding#words")
     sources = ["Two dogs and a ball", "", "x"]
     prompts, responses = ["?", "a tall tree", "?"], ["The dog has a red ball.", "Trees", "It is"]
     found = score_checked(reward, prompts, [""] * 3, responses, {"source": sources})
     assert found == [pytest.approx(2 / 3), 1.0, 0.0]
-    with pytest.raises(ValueError, match="column 'source': expected text, got int"):
+    with pytest.raises(ValueError, match="column 'source', row 0: expected text, got int"):
         reward(["?"], [""], ["a"], source=[3])
 
 
@@ -121,7 +121,10 @@ def test_a_target_that_cannot_tell_is_refused_in_a_line(tiny_model_dir):
                 "confidence",
                 "reward 'confidence': the target tells no log-prob.* it is big",
             ),
-            ("chair+grounding", "reward 'grounding': big scores no given texts.*method: words"),
+            (
+                "chair+grounding",
+                "reward 'grounding': big scores no given .*=grounding#words",
+            ),
         ):
             with pytest.raises(ValueError, match=said):
                 Pipeline(None, silent, build_reward(line))
@@ -135,7 +138,7 @@ def test_a_target_that_cannot_tell_is_refused_in_a_line(tiny_model_dir):
         build_reward("confidence")(["a"], [""], ["b"])
     with pytest.raises(ValueError, match="expected a target that scores texts, got none"):
         build_reward("grounding")(["a"], [""], ["b"])
-    for spec in ({"confidence": {"per": "word"}}, {"grounding": {"method": "guess"}}):
+    for spec in ("confidence#word", "grounding#guess", {"grounding": {"method": "guess"}}):
         with pytest.raises(ValueError, match='expected "'):
             build_reward(spec)
 

@@ -98,6 +98,26 @@ def test_draws_from_the_prompters_find_it_with_few():
     assert 0.2 < truth < 0.8
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3, 3e4])
+def test_log_ratios_of_many_nats_are_minimised_all_the_same(scale):
+    """F is then all but piecewise linear. It is convex: a gap of 0 is the optimum."""
+    random = np.random.default_rng(3)
+    for _ in range(40):
+        prompts, samples, goals = (
+            random.integers(1, 6),
+            random.integers(1, 40),
+            random.integers(2, 6),
+        )
+        ratios = scale * random.normal(size=(prompts, samples, goals))
+        importance = random.normal(size=(prompts, samples))
+        found = maxmin_weights(ratios, importance)
+        assert found.kkt_gap < 1e-7 * max(1, scale)
+        assert found.weights.sum() == pytest.approx(1) and found.weights.min() >= 0
+        logs = importance[..., None] + ratios @ random.dirichlet(np.ones(goals), size=50).T
+        others = np.logaddexp.reduce(logs, axis=1).mean(axis=0) - math.log(samples)
+        assert found.value <= others.min() + 1e-9 * scale
+
+
 def test_refused():
     ratios, importance = enumerated(UNIFORM, UNIFORM, UNIFORM)
     with pytest.raises(ValueError, match="1 or more prompters"):

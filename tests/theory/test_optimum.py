@@ -39,13 +39,22 @@ def test_the_objective_is_reward_less_kl(kl_coef, offset):
 def test_a_large_kl_coef_is_the_untuned_prompter_and_a_small_one_the_best_sample():
     rewards = np.random.default_rng(1).normal(size=(4, 6))
     assert optimum_weights(rewards, 1e9) == pytest.approx(np.full((4, 6), 1 / 6))
-    assert optimum_objective(rewards, 1e9) == pytest.approx(rewards.mean(axis=1))
+    assert optimum_objective(rewards, 1e9) == pytest.approx(rewards.mean(axis=1), abs=1e-8)
     loose = optimum_weights(rewards, 1e-4)
     assert (loose.argmax(axis=1) == rewards.argmax(axis=1)).all()
     assert weights_kl(loose) == pytest.approx(np.log(6)) and effective_samples(
         loose
     ) == pytest.approx(1)
     assert np.isfinite(weights_kl(loose)).all()  # weights of exactly 0 among them
+    for kl_coef in (1e-310, 1e-300):  # R / kl_coef is more than a float holds
+        assert optimum_weights(rewards, kl_coef).max(axis=1) == pytest.approx(1)
+        assert optimum_objective(rewards, kl_coef) == pytest.approx(rewards.max(axis=1))
+
+
+def test_a_large_kl_coef_multiplies_no_rounding():
+    rewards = np.random.default_rng(2).normal(size=(50, 6))
+    second = rewards.mean(axis=1) + rewards.var(axis=1) / 2e7  # of the series in 1 / kl_coef
+    assert optimum_objective(rewards, 1e7) == pytest.approx(second, abs=1e-13)
 
 
 def test_shrunk_spread_is_what_lies_between_rewrites():

@@ -192,7 +192,8 @@ def test_rounds_of_answers_resume_where_they_were_broken_off(tmp_path):
     whole = dataclasses.replace(settings, run_dir=str(tmp_path / "whole"))
     expected = make(whole, reward=whole_asked, model=ToyModel())
     expected.train()
-    with pytest.raises(KeyboardInterrupt):
+    goes_on = r"what was drawn is kept; go on with: alignpro train .*config\.json --resume"
+    with pytest.raises(KeyboardInterrupt, match=goes_on):
         make(settings, reward=first, model=ToyModel()).train()  # in the second round
     again = make(settings, reward=second, model=ToyModel(), resume=True)
     again.train()
@@ -219,6 +220,20 @@ def test_the_fit_begins_when_every_answer_is_drawn(tmp_path):
         "answers, round 2",
         "start",
     ]
+
+
+def test_an_answer_is_looked_at_by_the_guards_once(tmp_path, monkeypatch):
+    judged = []
+
+    def spy(config, prompts, groups):
+        judged.extend(rewrite.text for group in groups for rewrite in group)
+        return list(map(list, groups)), {"broken_guards": {"cut": len(groups)}}
+
+    monkeypatch.setattr("alignpro.train.closed_form.penalise", spy)
+    fit = make(pooled(tmp_path, 3, steps=1, num_rewrites=16))
+    fit.train()
+    assert len(judged) == 3 * len(PROMPTS)
+    assert log(fit)[0]["broken_guards"] == {"cut": 3 * len(PROMPTS)}
 
 
 def test_prompts_are_told_apart_by_the_base_model(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from alignpro.config import (
     PreferConfig,
     PreferencesConfig,
     Prompting,
+    SftConfig,
     from_mapping,
 )
 from alignpro.config.prefer import HeldOutPairsConfig
@@ -34,7 +35,7 @@ from alignpro.prompter import Prompter
 from alignpro.train.metrics import METRICS, read_metrics
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.preference import encode_preference, preference_fit
-from alignpro.train.run import run_prefer
+from alignpro.train.run import run_prefer, run_sft
 from native_runs import lora
 from train.toy_model import EOS, GEN, MODULE, VOCABULARY, ToyModel, ToyTokenizer
 
@@ -324,6 +325,10 @@ def test_a_run_begins_at_log_2_and_goes_on_to_the_bit(place, policy):
     assert rows[5]["heldout"]["accuracy"] == 1.0 and rows[5]["loss"] < 0.9 * math.log(2)
     with pytest.raises(ValueError, match=r"beta was 0\.1, is 0\.2"):
         run_prefer(settings(place, beta=0.2, **common), resume=True)
+    with pytest.raises(ValueError, match=r"run: a run of `alignpro prefer`, not of this command$"):
+        run_sft(SftConfig(run_dir=str(place / "run")), resume=True)
+    of_another = ["self-improve", str(place / "run" / "config.json"), "--resume"]
+    assert "a run of `alignpro prefer`" in CliRunner().invoke(app, of_another).output
 
 
 def test_an_adapter_to_start_from_is_the_reference(place):

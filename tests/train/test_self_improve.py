@@ -23,7 +23,6 @@ from alignpro.rewards import build_reward, from_callable
 from alignpro.rewards.scenes import SceneCounts
 from alignpro.run_directory import open_run_dir
 from alignpro.statistics import relative_reduction
-from alignpro.theory.self_reward import tilted
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy
 from alignpro.train.self_improve import run_self_improve
@@ -35,7 +34,7 @@ from alignpro.train.sentence_search import (
     path_score,
     search_answers,
 )
-from alignpro.train.sentences import split_sentences
+from alignpro.train.sentences import sentence_end
 from alignpro.types import SamplingParams
 
 LONG = SamplingParams(max_new_tokens=150, temperature=1.0)
@@ -46,7 +45,8 @@ def test_the_gradient_of_a_round_is_zero_at_the_tilted_policy():
     weighed by how often it is drawn, and chosen."""
     before = np.array([0.5, 0.3, 0.2])
     rewards, alpha = np.array([0.0, 0.2, 0.6]), 0.5
-    best = torch.tensor(np.log(tilted(before, rewards, alpha)), requires_grad=True)
+    best = torch.log_softmax(torch.tensor(np.log(before) + rewards / alpha), dim=0)
+    best.requires_grad_()
     reference = torch.tensor(np.log(before))
     first, second = torch.tensor(list(itertools.permutations(range(3), 2))).T
     prefer = torch.sigmoid(torch.tensor(rewards)[first] - torch.tensor(rewards)[second])
@@ -133,7 +133,8 @@ def test_a_sentence_is_what_an_answer_that_was_not_stopped_begins_with(smollm2):
         count = len(sentence.tokens)
         assert list(sentence.tokens) == completion.tokens[:count]
         assert list(sentence.logprobs) == completion.logprobs[:count]
-        assert split_sentences(completion.text + " ")[0] == sentence.text
+        end = sentence_end(completion.text + " \n")
+        assert completion.text[:end].strip() == sentence.text
         whole_sentences += 1
     assert whole_sentences >= 2
 
@@ -340,6 +341,10 @@ def test_what_is_refused(place):
     endpoint = ModelConfig("big", endpoint="http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match="big tells no log-probabilities of what it writes"):
         run_self_improve(settings(place, policy="prompter", target=endpoint, calibrator="topic"))
+    rows = [{"prompt": f"say {word}", "objects": word} for word in ("dog", "ball")]
+    (place / "o.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="'objects', row 0: expected a list of texts, got 'dog'"):
+        run_self_improve(settings(place, data=DataConfig("o.jsonl", split=None)))
     with pytest.raises(ValueError, match="measured: expected 2 or more prompts"):
         run_self_improve(settings(place, num_prompts=1))
     assert not (place / "run").exists()

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from alignpro.train.sentences import sentence_end, split_sentences
+from alignpro.train.sentences import sentence_end
+
+
+def split_sentences(text: str) -> list[str]:
+    """Of a whole text, without outer white space."""
+    sentences, rest = [], text
+    while rest.strip():
+        end = sentence_end(rest + "\n")
+        sentences.append(rest[:end].strip())
+        rest = rest[len(rest) if end is None else end :]
+    return sentences
 
 
 @pytest.mark.parametrize(

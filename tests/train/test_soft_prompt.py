@@ -113,8 +113,10 @@ def test_initial_rows(model):
     assert all((row == table).all(axis=1).any() for row in drawn)
     np.testing.assert_array_equal(drawn, initial_rows(model, words, seed=5))
     assert not np.array_equal(drawn, initial_rows(model, words, seed=6))
-    many = initial_rows(model, SoftPromptConfig(num_tokens=400, init="random"), seed=0)
+    many = initial_rows(model, SoftPromptConfig(num_tokens=200, init="random"), seed=0)
     assert many.std() == pytest.approx(table.std(), rel=0.05) and many.dtype == np.float32
+    with pytest.raises(ValueError, match=r"fewer rows than .* \(256 tokens\), got 1000000"):
+        initial_rows(model, SoftPromptConfig(num_tokens=1_000_000), seed=0)
     for policy in (model, lora(model)):
         with pytest.raises(ValueError, match="expected a SoftPrompt, got"):
             SoftPromptPolicy(model, policy)

@@ -21,6 +21,7 @@ from alignpro.files import write_json as write_whole
 from alignpro.interrupts import exit_status, interruptible
 from alignpro.optional import import_for, is_installed
 from alignpro.run_directory import (
+    check_kind,
     check_run_dir,
     config_of_run,
     error_notes,
@@ -244,6 +245,7 @@ def read_settings(
                 f"{_COMMANDS[cls.__name__]}"
             )
     if home is not None and "run_dir" in getattr(cls, "__dataclass_fields__", {}):
+        check_kind(home, cls)
         settings = [f"run_dir={json.dumps(str(home))}", *settings]
     if run is not None:
         from alignpro.evaluate.of_run import settings_of_run

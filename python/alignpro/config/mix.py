@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from alignpro.config.data import DataConfig
@@ -35,4 +36,5 @@ class MixConfig:
     def __post_init__(self) -> None:
         enough = len(self.runs) >= 2 or (len(self.runs) == 1 and self.kl_coef is not None)
         expected = "two or more, each once, or one and a kl_coef"
-        require("runs", self.runs, enough and len(set(self.runs)) == len(self.runs), expected)
+        places = {Path(run).resolve() for run in self.runs}
+        require("runs", list(self.runs), enough and len(places) == len(self.runs), expected)

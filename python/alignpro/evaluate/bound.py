@@ -96,18 +96,19 @@ def run_bound(
     made_from = made_from_of(config, prompter, target, reward, rows)
     around = (run, config.trained, config.tuned, config.prompter.adapter)
     say_what_differs(config, made_from, adapter, rows, *around)
-    report = measure_bound(
-        config,
-        prompter,
-        target,
-        reward,
-        rows,
-        kept=KeptArms.at(arms, config, made_from),
-        adapter=adapter,
-        trained=load_adapter(config.trained, prompter),
-        tuned=load_adapter(config.tuned, target) if isinstance(target, NativeModel) else None,
-        on_progress=on_progress,
-    )
+    with KeptArms.at(arms, config, made_from) as kept:
+        report = measure_bound(
+            config,
+            prompter,
+            target,
+            reward,
+            rows,
+            kept=kept,
+            adapter=adapter,
+            trained=load_adapter(config.trained, prompter),
+            tuned=load_adapter(config.tuned, target) if isinstance(target, NativeModel) else None,
+            on_progress=on_progress,
+        )
     return replace(report, config=to_mapping(config))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from alignpro.config import HeadroomConfig, check_config, differing, target_of, to_mapping
+from alignpro.config import HeadroomConfig, check_config, target_of, to_mapping
 from alignpro.data.files import DataError
 from alignpro.data.load import stack_columns
 from alignpro.evaluate.inputs import check_adapters, load_adapter, load_rows, made_from_of
@@ -30,7 +30,7 @@ from alignpro.fingerprints import (
     of_reward,
     of_rows,
     of_template,
-    same_elsewhere,
+    other_settings,
     to_plain,
 )
 from alignpro.lengths import fit_rows, unread_by
@@ -243,14 +243,13 @@ def read_samples(path: Path, config: HeadroomConfig) -> Scored:
     date = config.date or drawn.get("date")  # any that they were drawn with
     config = replace(config, date=date)
     made_from, now = as_fingerprints(header.get("fingerprints")), _at_hand(config)
-    elsewhere = same_elsewhere(made_from, now)
     wanted = _of_samples(config)
-    for key, (was, value) in differing({k: drawn.get(k) for k in wanted}, wanted).items():
-        if key not in elsewhere:
-            raise ValueError(
-                f"{path}: drawn with {key} = {json.dumps(was)}, this run asks for "
-                f"{json.dumps(value)}; name another file to draw new ones"
-            )
+    settings = other_settings({k: drawn.get(k) for k in wanted}, wanted, made_from, now)
+    for key, (was, value) in settings.items():
+        raise ValueError(
+            f"{path}: drawn with {key} = {json.dumps(was)}, this run asks for "
+            f"{json.dumps(value)}; name another file to draw new ones"
+        )
     other = differences(made_from, now, "they were drawn from")
     if other:
         raise ValueError(f"{path}: {'; '.join(other)}; name another file to draw new ones")

@@ -13,18 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import HOW_IT_RUNS, StageConfig, differing, to_mapping
+from alignpro.config import StageConfig, to_mapping
 from alignpro.files import append_line, recorded_lines
 from alignpro.fingerprints import (
     Fingerprints,
     as_fingerprints,
     differences,
     of_adapter,
-    same_elsewhere,
+    other_settings,
     to_plain,
 )
 from alignpro.models.adapter import AdapterWeights
 from alignpro.models.mixture import Mixture
+from alignpro.run_directory import add_note
 from alignpro.types import Prompt, Rewrite, Rollout
 
 # What every response of every arm depends on, beside fingerprints.
@@ -32,8 +33,6 @@ _FIELDS = (
     *("prompter", "target", "reward", "seed", "rewrite", "response", "prompting", "date"),
     *("num_rewrites", "num_responses"),
 )
-# An adapter goes by what is in it.
-_BY_OTHER_MEANS = HOW_IT_RUNS | {"adapter"}
 _log = logging.getLogger(__name__)
 
 
@@ -57,11 +56,20 @@ def kept_date(path: Path | None) -> str | None:
 
 
 class KeptArms:
-    """Arms by name. Made as it is, it holds none and keeps none; see `at`."""
+    """Arms by name. Made as it is, it holds none and keeps none; see `at`. As a context manager it
+    is the measurement: an error that ends the block is told what is kept."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._known: dict[str, dict[str, Any]] = {}
+        self._done: list[str] = []
+
+    def __enter__(self) -> KeptArms:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self._done:
+            add_note(error, f"{', '.join(self._done)}: kept; the same command goes on")
 
     @classmethod
     def at(cls, path: Path | None, config: StageConfig, made_from: Fingerprints) -> KeptArms:
@@ -90,12 +98,14 @@ class KeptArms:
         if row["of"] != json.loads(json.dumps(of)):
             _log.warning("%s: %s is made anew: it was another one", self._path, name)
             return None
+        self._done.append(name)
         value: dict[str, Any] = row["value"]
         return value
 
     def put(self, name: str, of: Any, value: Mapping[str, Any]) -> None:
         if self._path is not None:
             append_line(self._path, json.dumps({"arm": name, "of": of, "value": value}))
+            self._done.append(name)
 
     def hash_of(self, adapter: AdapterWeights | Mixture | None) -> str | None:
         """What an arm depends on that has an adapter of its own."""
@@ -128,11 +138,11 @@ class KeptArms:
                 ) from None
         if drawn is None:
             return False
-        elsewhere = same_elsewhere(before, made_from)
+        settings = other_settings(drawn, json.loads(json.dumps(head)), before, made_from)
         other = [
             f"{key} was {was!r}, is {value!r}"
-            for key, (was, value) in differing(drawn, json.loads(json.dumps(head))).items()
-            if key.partition(".")[2] not in _BY_OTHER_MEANS and key not in elsewhere
+            for key, (was, value) in settings.items()
+            if not key.endswith(".adapter")  # goes by what is in it
         ]
         other += differences(before, made_from, "its arms were made from")
         if other:

@@ -13,7 +13,7 @@ from alignpro.config import MixConfig, TrainConfig, check_config, to_mapping
 from alignpro.data.load import load_prompts
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import MixedGoal, MixReport, to_json
-from alignpro.fingerprints import of_adapter_folder
+from alignpro.fingerprints import of_adapter_folder, other_settings, read_fingerprints
 from alignpro.models.adapter import LoraWeights, require_lora, save_peft
 from alignpro.models.answer_scores import sequence_logprobs
 from alignpro.models.mixture import BASE, Mixture, save_mixture
@@ -119,7 +119,7 @@ class _Given:
         runs = [_read_run(Path(run)) for run in config.runs]
         first = runs[0]
         for name, other in zip(config.runs[1:], runs[1:], strict=True):
-            _check_same_use(config.runs[0], first, name, other)
+            _check_same_use(Path(config.runs[0]), first, Path(name), other)
         began = _same_reference(config.runs)
         betas = [_kl_coef(Path(run), of) for run, of in zip(config.runs, runs, strict=True)]
         rows = load_prompts(config.data or first.data)[: config.num_prompts]
@@ -289,11 +289,19 @@ def _read_run(run: Path) -> TrainConfig:
     return config
 
 
-def _check_same_use(name: str, first: TrainConfig, other_name: str, other: TrainConfig) -> None:
-    for what in ("prompter", "prompting", "rewrite"):
-        mine, theirs = getattr(first, what), getattr(other, what)
-        if mine != theirs:
-            raise ValueError(f"runs: {name} and {other_name} differ in {what}: {mine}, {theirs}")
+def _check_same_use(run: Path, config: TrainConfig, other_run: Path, other: TrainConfig) -> None:
+    one, two = (
+        {name: to_mapping(of)[name] for name in ("prompter", "prompting", "rewrite")}
+        for of in (config, other)
+    )
+    found = other_settings(one, two, read_fingerprints(run), read_fingerprints(other_run))
+    found.pop("prompter.adapter", None)  # which is their reference
+    if found:
+        said = "; ".join(f"{path}: {mine!r}, {theirs!r}" for path, (mine, theirs) in found.items())
+        raise ValueError(
+            f"runs: expected prompters that read and write alike, {run} and {other_run} differ in "
+            f"{said}"
+        )
 
 
 def _same_reference(runs: Sequence[str]) -> Path | None:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from alignpro import fingerprints
 from alignpro.config import (
-    HOW_IT_RUNS,
     EvalConfig,
     ModelConfig,
     PreferConfig,
@@ -18,7 +17,6 @@ from alignpro.config import (
     SftConfig,
     StageConfig,
     TrainConfig,
-    differing,
     to_mapping,
     unchecked,
 )
@@ -120,13 +118,11 @@ def say_what_differs(
     names = [name for name in values if name in ours and name not in _FREE]
     theirs = to_mapping(unchecked(type(config), values))
     then, now = fingerprints.read_fingerprints(run), dict(made_from)
-    elsewhere = fingerprints.same_elsewhere(then, now)
-    other = differing({n: theirs[n] for n in names}, {n: ours[n] for n in names})
+    there, here = ({n: of[n] for n in names} for of in (theirs, ours))
     said = [
-        f"{path} is {here!r} here, {there!r} in the run"
-        for path, (there, here) in other.items()
-        # An adapter goes by what is in it, below.
-        if path.partition(".")[2] not in HOW_IT_RUNS | {"adapter"} and path not in elsewhere
+        f"{path} is {value!r} here, {was!r} in the run"
+        for path, (was, value) in fingerprints.other_settings(there, here, then, now).items()
+        if not path.endswith(".adapter")  # goes by what is in it, below
     ]
     if untuned is not None:
         now["adapter that training began with"] = fingerprints.of_adapter(untuned)

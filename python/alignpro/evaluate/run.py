@@ -113,10 +113,10 @@ def run_evaluate(
     made_from = made_from_of(config, prompter, target, reward, inputs.rows)
     around = (run, config.trained, config.tuned, config.soft, config.prompter.adapter)
     say_what_differs(config, made_from, prompters["untuned"], inputs.rows, *around)
-    report = evaluate_loaded(
-        *(config, prompter, target, reward, inputs, prompters, on_progress),
-        kept=KeptArms.at(arms, config, made_from),
-    )
+    with KeptArms.at(arms, config, made_from) as kept:
+        report = evaluate_loaded(
+            *(config, prompter, target, reward, inputs, prompters, on_progress), kept=kept
+        )
     return replace(report, evaluation_config=to_mapping(config))
 
 

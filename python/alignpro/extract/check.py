@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from alignpro.extract.arithmetic import comparable
 from alignpro.extract.formula import molar_mass
 from alignpro.extract.kinds import NUMERIC, FieldType, Leaf, ListOf, Object, Path
 from alignpro.extract.schema import Check, Schema, kind_in_words
@@ -192,8 +193,7 @@ def read_leaf(value: Any, leaf: Leaf) -> Any:
     if not isinstance(value, str) or not normalise(value):
         raise Refused("type", value, expected)
     if leaf.kind == "choice":
-        known = {normalise(c).casefold(): c for c in leaf.choices}
-        choice = known.get(normalise(value).casefold())
+        choice = {comparable(c): c for c in leaf.choices}.get(comparable(value))
         if choice is None:
             raise Refused("choice", value, expected)
         return choice

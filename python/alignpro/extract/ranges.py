@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from alignpro.extract.kinds import Leaf, ListOf, Object, Path, find
+from alignpro.extract.kinds import FieldType, Leaf, ListOf, Object, Path
 from alignpro.extract.units import TEMPERATURE
 
 _SLACK = 2e-9  # relative: more than the verifier grants to ``==``, min and max
@@ -36,17 +36,25 @@ def check_possible(root: Object, bounds: Iterable[Bound]) -> None:
     by_path: dict[Path, list[Bound]] = {}
     for bound in bounds:
         by_path.setdefault(bound.path, []).append(bound)
-    for path, given in by_path.items():
-        leaf, _ = find(root, path)
-        while isinstance(leaf, ListOf):
-            leaf = leaf.item
-        assert isinstance(leaf, Leaf)  # numbers are compared with nothing else
-        every = [*given, *_of_type(path, leaf)]
+    for path, leaf in _leaves(root, ()):
+        every = [*by_path.get(path, ()), *_of_type(path, leaf)]
+        if not every:
+            continue
         low = max(every, key=lambda bound: bound.of(">"))
         high = min(every, key=lambda bound: (bound.of("<")[0], not bound.of("<")[1]))
         if _is_empty(low.of(">"), high.of("<"), whole=leaf.kind == "integer"):
             texts = " and ".join(dict.fromkeys((low.text, high.text)))
             raise ValueError(f"no value of {'.'.join(path)} passes {texts}")
+
+
+def _leaves(of: FieldType, path: Path) -> Iterator[tuple[Path, Leaf]]:
+    while isinstance(of, ListOf):
+        of = of.item
+    if isinstance(of, Leaf):
+        yield path, of
+    else:
+        for name, inner in of.fields.items():
+            yield from _leaves(inner, (*path, name))
 
 
 def _slack(value: float, side: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
+from alignpro.extract.arithmetic import comparable
 from alignpro.extract.expression import OPERATORS, Term, compile_check
 from alignpro.extract.kinds import NUMERIC, FieldType, Kind, Leaf, ListOf, Object, Path, find
 from alignpro.extract.parse import RepeatedKeyError, read_json
@@ -138,7 +140,7 @@ def _read(value: Mapping[str, Any], where: str) -> Schema:
     try:
         check_possible(root, [bound for check in checks for bound in check.term.bounds])
     except ValueError as error:
-        raise SchemaError(f"{where}: checks: {error}") from None
+        raise SchemaError(f"{where}: {error}") from None
     description = _text(value.get("description", ""), f"{where}: description", empty=True)
     schema = Schema(name, root, tuple(checks), (), description)
     examples = []
@@ -159,6 +161,7 @@ def _example(schema: Schema, row: Any, where: str) -> tuple[str, dict[str, Any]]
     if not isinstance(row, Mapping) or set(row) != {"text", "record"}:
         raise SchemaError(f"{where}: expected an object with 'text' and 'record'")
     text, record = _text(row["text"], f"{where}.text"), row["record"]
+    _text(json.dumps(record, ensure_ascii=False, default=str), f"{where}.record")
     wrong = verify(record, schema, text)
     if wrong:
         raise SchemaError(f"{where}.record: {wrong[0]}")
@@ -272,7 +275,9 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
     good = isinstance(value, (list, tuple)) and value
     if not good or not all(isinstance(v, str) and v.strip() for v in value):
         raise SchemaError(f"{where}: expected choices as a list of texts, got {str(value)[:40]!r}")
-    if len({v.casefold() for v in value}) < len(value):
+    for choice in value:
+        _text(choice, where)
+    if len({comparable(v) for v in value}) < len(value):
         raise SchemaError(f"{where}: a choice appears twice")
     return tuple(value)
 
@@ -316,6 +321,10 @@ def _text(value: Any, where: str, *, empty: bool = False) -> str:
         raise SchemaError(f"{where}: expected text, got {what}")
     if _PLACE in value:
         raise SchemaError(f"{where}: {_PLACE} stands for the text that is read, and nowhere else")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise SchemaError(f"{where}: expected Unicode text, got a half of a character") from None
     return value
 
 

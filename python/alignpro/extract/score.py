@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from alignpro.extract.arithmetic import comparable
 from alignpro.extract.check import Refused, read_leaf
 from alignpro.extract.formula import plain_formula
 from alignpro.extract.kinds import FieldType, Leaf, Object
 from alignpro.extract.schema import Schema
 from alignpro.extract.source import same_number
-from alignpro.extract.units import normalise
 
 _MOST_NESTED = 32
 
@@ -90,7 +90,7 @@ def _same(predicted: Any, true: Any, leaf: Leaf) -> bool:
         return same_number(mine, theirs)
     if leaf.kind == "formula":
         return plain_formula(mine) == plain_formula(theirs)
-    return normalise(mine).casefold() == normalise(theirs).casefold()
+    return bool(comparable(mine) == comparable(theirs))
 
 
 def best_assignment(weights: list[list[int]]) -> list[tuple[int, int]]:

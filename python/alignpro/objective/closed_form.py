@@ -22,7 +22,8 @@ def closed_form_weights(rewards: Tensor, kl_coef: float) -> Tensor:
     Raises ValueError for another shape, rewards that are not finite, or kl_coef <= 0.
     """
     _check(rewards, kl_coef)
-    return torch.softmax(rewards.to(torch.float64) / kl_coef, dim=1)
+    r = rewards.to(torch.float64)
+    return torch.softmax((r - r.max(dim=1, keepdim=True).values) / kl_coef, dim=1)
 
 
 def effective_samples(weights: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ _NAMED = {
     "grounding": "GroundingReward",
     "chair": "ChairReward",
 }
+_OPTION = {"confidence": "per", "grounding": "method"}  # that is named behind "#"
 _KNOWN = (
     f"known: {', '.join(_NAMED)}, 'module:function', 'learned:FOLDER', 'schema:FILE', 'hf:NAME' or "
     "'hf:NAME#label'"
@@ -46,9 +47,10 @@ def build_reward(spec: str | Mapping[str, Any]) -> Reward:
     A line is a sum of terms ``[weight*]name``. A name is one of "vader", "topic", "house_rules",
     "forbidden", "confidence", "grounding" and "chair"; "module:function" for your own (installed or
     in the current folder; signatures as in ``from_callable``; a class is called with the options to
-    make the reward); "learned:FOLDER" for what `alignpro reward fit` wrote; "schema:FILE" for
-    records by a schema (as JSON, or "schema:FILE#lines"); or "hf:NAME[#label]" for a Hugging Face
-    sequence classifier. A mapping says the same with room for options: ``{"vader": 1.0,
+    make the reward); "grounding#words" and "confidence#response" for their other ways;
+    "learned:FOLDER" for what `alignpro reward fit` wrote; "schema:FILE" for records by a schema (as
+    JSON, or "schema:FILE#lines"); or "hf:NAME[#label]" for a Hugging Face sequence classifier. A
+    mapping says the same with room for options: ``{"vader": 1.0,
     "hf:NAME#label": {"weight": 0.5, "pair": False}}``.
 
     Raises ValueError with one line on what was expected; ImportError where a package is missing.
@@ -70,7 +72,9 @@ def check_reward(spec: str | Mapping[str, Any]) -> None:
 
 
 def _check_name(name: str) -> None:
-    if name not in _NAMED and ":" not in name:
+    named, _, option = name.partition("#")
+    known = named in (_OPTION if option else _NAMED)
+    if not known and ":" not in name:
         raise ValueError(f"unknown reward {shorten(name)}; {_KNOWN}")
 
 
@@ -116,16 +120,18 @@ def _as_weight(value: object, where: str) -> float:
 
 def _build_one(name: str, options: dict[str, Any]) -> Reward:
     _check_name(name)
+    given: dict[str, Any]
     if name.startswith("hf:"):
         build = _classifier_builder(name)
     elif name.startswith("learned:"):
         build = functools.partial(rewards.LearnedReward, name.removeprefix("learned:"))
     elif name.startswith("schema:"):
         path, _, form = name.removeprefix("schema:").partition("#")
-        given: dict[str, Any] = {"format": form} if form else {}
+        given = {"format": form} if form else {}
         build = functools.partial(rewards.SchemaReward, path, **given)
-    elif name in _NAMED:
-        build = getattr(rewards, _NAMED[name])
+    elif (named := name.partition("#"))[0] in _NAMED:
+        given = {_OPTION[named[0]]: named[2]} if named[2] else {}
+        build = functools.partial(getattr(rewards, _NAMED[named[0]]), **given)
     else:
         found = _load_object(name, options)
         try:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from alignpro.types import (
     AnswerScorer,
@@ -30,6 +30,7 @@ from alignpro.types import (
 CONVERSATIONS = "conversations"
 COMPLETION_IDS = "completion_ids"  # tokens of the responses, of a target in this process
 RESPONSE_LOGPROBS = "response_logprobs"  # nats by token, of a target that tells them
+T = TypeVar("T")
 _OF_RESPONSES = (COMPLETION_IDS, RESPONSE_LOGPROBS)
 RESERVED = frozenset({"prompts", "rewrites", "responses", *_OF_RESPONSES})
 _SHOWN_CHARACTERS = 60
@@ -250,19 +251,20 @@ def offer_scorer(reward: Reward, scorer: AnswerScorer) -> None:
         use(scorer)
 
 
-def check_columns(reward: Reward, names: Collection[str]) -> None:
+def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]]) -> None:
     """Refuse, before anything is computed, columns of the data that are called as something else
-    that a reward is given, and a reward that cannot do without one that they have not
-    (`FunctionReward.check_columns`). Raises ValueError."""
-    check_names(names)
-    check_required(reward, {*names, CONVERSATIONS, *_OF_RESPONSES})
+    that a reward is given, and a reward that cannot do without one that they have not, or reads no
+    such value as a row has (`FunctionReward.check_columns`). Raises ValueError."""
+    check_names(columns)
+    own: dict[str, Sequence[Any]] = dict.fromkeys((CONVERSATIONS, *_OF_RESPONSES), ())
+    check_required(reward, {**columns, **own})
 
 
-def check_required(reward: Reward, names: Collection[str]) -> None:
-    """names: of the data's columns, and of what is given beside them."""
+def check_required(reward: Reward, columns: Mapping[str, Sequence[Any]]) -> None:
+    """columns: of the data, and what is given beside them."""
     check = getattr(reward, "check_columns", None)
     if check is not None:
-        check(names)
+        check(columns)
 
 
 def check_names(columns: Iterable[str], taken: Collection[str] = RESERVED) -> None:
@@ -270,6 +272,17 @@ def check_names(columns: Iterable[str], taken: Collection[str] = RESERVED) -> No
     for name in columns:
         if name in taken:
             raise ValueError(f"column {name!r} collides with a reward argument; rename the column")
+
+
+def read_rows(what: str, values: Iterable[T]) -> list[T]:
+    """The values, which are read as they come. Raises ValueError, which names the row."""
+    found: list[T] = []
+    try:
+        for value in values:
+            found.append(value)  # noqa: PERF402: how many there are says which row is refused
+    except ValueError as error:
+        raise ValueError(f"{what}, row {len(found)}: {error}") from None
+    return found
 
 
 def messages_of(prompt: Prompt) -> list[Message]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -87,10 +87,10 @@ class WeightedSum:
         for _, reward in self.terms.values():
             offer_scorer(reward, scorer)
 
-    def check_columns(self, names: Collection[str]) -> None:
+    def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """As `FunctionReward.check_columns`, of every part."""
         for _, reward in self.terms.values():
-            check_required(reward, names)
+            check_required(reward, columns)
 
 
 def score_components(

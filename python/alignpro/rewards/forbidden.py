@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignpro.rewards.check import read_rows
 from alignpro.types import Texts
 
 
@@ -19,25 +20,29 @@ class ForbiddenReward:
 
     name = "forbidden"
 
-    def check_columns(self, names: Collection[str]) -> None:
-        if "forbidden" not in names:
-            here = ", ".join(sorted(names))
-            raise ValueError(f"reward 'forbidden': expected a column 'forbidden', got {here}")
+    def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        self._listed(columns)
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
-        self.check_columns(columns)
         return [
-            float(any(_holds(response, words) for words in _listed(given)))
-            for response, given in zip(responses, columns["forbidden"], strict=True)
+            float(any(_holds(response, words) for words in listed))
+            for response, listed in zip(responses, self._listed(columns), strict=True)
         ]
+
+    @staticmethod
+    def _listed(columns: Mapping[str, Sequence[Any]]) -> list[list[str]]:
+        if "forbidden" not in columns:
+            here = ", ".join(sorted(columns))
+            raise ValueError(f"reward 'forbidden': expected a column 'forbidden', got {here}")
+        return read_rows("column 'forbidden'", map(_listed, columns["forbidden"]))
 
 
 def _listed(given: Any) -> list[str]:
-    listed = [given] if isinstance(given, str) else list(given or ())
-    if not all(isinstance(words, str) for words in listed):
-        raise ValueError(f"column 'forbidden': expected text or a list of texts, got {given!r}")
+    listed = [given] if isinstance(given, str) else [] if given is None else given
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(w, str) for w in listed):
+        raise ValueError(f"expected text or a list of texts, got {given!r}")
     return [words for words in listed if words.strip()]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from alignpro.optional import import_for
-from alignpro.rewards.check import CONVERSATIONS
+from alignpro.rewards.check import CONVERSATIONS, read_rows
 from alignpro.rewards.topic import content_stems
 from alignpro.types import AnswerScorer, Conversation, Prompt, Texts
 
@@ -46,22 +46,27 @@ class GroundingReward:
         if self._method == "likelihood" and not scorer.scores_answers:
             raise ValueError(
                 f"reward 'grounding': {scorer.name} scores no given texts, as a model in this "
-                "process does; reward={grounding: {method: words}} asks no model"
+                "process does; reward=grounding#words asks no model"
             )
         self._scorer = scorer
+
+    def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """A source is the data's to have."""
+        read_rows("column 'source'", map(_as_source, columns.get("source") or ()))
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
-        sources = columns.get("source") or [None] * len(prompts)
+        given = columns.get("source") or [None] * len(prompts)
+        sources = read_rows("column 'source'", map(_as_source, given))
         asked = columns.get(CONVERSATIONS) or prompts
         read = [
-            with_and_without(Conversation.of(prompt), _as_source(source))
+            with_and_without(Conversation.of(prompt), source)
             for prompt, source in zip(asked, sources, strict=True)
         ]
         if self._method == "words":
             held = [
-                source if isinstance(source, str) and source else Conversation.of(prompt).text
+                Conversation.of(prompt).text if source is None else source
                 for prompt, source in zip(asked, sources, strict=True)
             ]
             stem = functools.cache(self._snowball.stemmer("english").stemWord)
@@ -96,5 +101,5 @@ def _as_source(value: Any) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str):
-        raise ValueError(f"column 'source': expected text, got {type(value).__name__}")
+        raise ValueError(f"expected text, got {type(value).__name__}")
     return value

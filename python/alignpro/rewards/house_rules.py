@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignpro.rewards.check import score_checked
+from alignpro.rewards.check import read_rows, score_checked
 from alignpro.rewards.topic import TopicReward
 from alignpro.types import Texts
 
@@ -228,6 +228,10 @@ class HouseRulesReward:
 
     def __init__(self) -> None:
         self._share_of = TopicReward()
+
+    def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        rows = len(columns.get("kind", ()))
+        read_rows(f"reward {self.name!r}", _rules(columns, rows))
 
     def components(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]

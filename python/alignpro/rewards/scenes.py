@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from alignpro.rewards.check import read_rows
 from alignpro.types import Texts
 
 # An object, then the other words that name it. Plurals of each follow by rule, or stand after "/".
@@ -126,12 +127,7 @@ def mentioned_objects(text: str) -> list[str]:
 
 
 def scene_counts(description: str, objects: Collection[str]) -> SceneCounts:
-    """objects: those of the scene, by their first names.
-
-    Raises ValueError for one that is not among `scene_objects`."""
-    unknown = sorted(set(objects) - set(scene_objects()))
-    if unknown:
-        raise ValueError(f"column 'objects': expected objects of scenes, got {unknown[0]!r}")
+    """objects: those of the scene, as `listed_objects` has them."""
     named = mentioned_objects(description)
     true = [name for name in named if name in objects]
     return SceneCounts(len(named), len(named) - len(true), len(set(true)))
@@ -158,27 +154,35 @@ class ChairReward:
 
     name = "chair"
 
-    def check_columns(self, names: Collection[str]) -> None:
-        if "objects" not in names:
-            here = ", ".join(sorted(names))
-            raise ValueError(f"reward 'chair': expected a column 'objects', got {here}")
+    def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        self._listed(columns)
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
-        self.check_columns(columns)
         counts = [
-            scene_counts(response, listed_objects(objects))
-            for response, objects in zip(responses, columns["objects"], strict=True)
+            scene_counts(response, objects)
+            for response, objects in zip(responses, self._listed(columns), strict=True)
         ]
         return [(c.mentions - c.hallucinated) / c.mentions if c.mentions else 0.0 for c in counts]
 
+    @staticmethod
+    def _listed(columns: Mapping[str, Sequence[Any]]) -> list[list[str]]:
+        if "objects" not in columns:
+            here = ", ".join(sorted(columns))
+            raise ValueError(f"reward 'chair': expected a column 'objects', got {here}")
+        return read_rows("column 'objects'", map(listed_objects, columns["objects"]))
+
 
 def listed_objects(value: Any) -> list[str]:
-    """A row's column "objects". Raises ValueError for what is no list of texts."""
-    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
-        return list(value)
-    raise ValueError(f"column 'objects': expected a list of texts, got {value!r}")
+    """A row's column "objects". Raises ValueError for what is no list of texts, or has one that is
+    not among `scene_objects`."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"expected a list of texts, got {value!r}")
+    unknown = sorted(set(value) - set(scene_objects()))
+    if unknown:
+        raise ValueError(f"expected objects of scenes, got {unknown[0]!r}")
+    return list(value)
 
 
 def scene_objects() -> list[str]:

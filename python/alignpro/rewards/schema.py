@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignpro.extract.draw import judge_answer
 from alignpro.extract.parse import as_record
 from alignpro.extract.schema import FORMATS, Format, read_schema
 from alignpro.extract.score import score_record
+from alignpro.rewards.check import read_rows
 from alignpro.types import Texts
 
 _PARTS = ("valid", "schema", "checks", "f1")
@@ -60,14 +61,15 @@ class SchemaReward:
         if not valid + schema + checks:
             raise ValueError(f"{self.name}: expected a weight above 0 beside that of f1")
 
-    def check_columns(self, names: Collection[str]) -> None:
+    def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """The column of true records is the data's to have: nothing is required."""
+        self._true(columns)
 
     def components(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> dict[str, list[float]]:
         """The parts by name, each [rows] in [0, 1]; f1 where there are true records."""
-        records = columns.get(self._column)
+        records = self._true(columns)
         parts: dict[str, list[float]] = {name: [] for name in _PARTS}
         for row, (text, response) in enumerate(zip(prompts, responses, strict=True)):
             record, verdict = judge_answer(response, self.schema, self._format, text)
@@ -79,7 +81,7 @@ class SchemaReward:
             parts["schema"].append(right)
             parts["checks"].append(some * (verdict.passed / made if made else right))
             if records is not None:
-                score = score_record(record, self._true(records[row], row), self.schema)
+                score = score_record(record, records[row], self.schema)
                 parts["f1"].append(some * score.f1)
         if records is None:
             del parts["f1"]
@@ -100,8 +102,8 @@ class SchemaReward:
     ) -> list[float]:
         return self.total(self.components(prompts, rewrites, responses, **columns))
 
-    def _true(self, value: Any, row: int) -> dict[str, Any]:
-        try:
-            return as_record(value)
-        except ValueError as error:
-            raise ValueError(f"column {self._column!r}, row {row}: {error}") from None
+    def _true(self, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]] | None:
+        records = columns.get(self._column)
+        if records is None:
+            return None
+        return read_rows(f"column {self._column!r}", map(as_record, records))

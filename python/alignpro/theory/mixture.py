@@ -15,6 +15,7 @@ the prompters themselves the weights of the mean are bounded, from the reference
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,42 +138,53 @@ def _look(
     value = float((top[:, 0] + np.log(total[:, 0] / logs.shape[1])).mean())
     probability = mass / total
     means = np.einsum("ps,psk->pk", probability, scaled)
-    second = np.einsum("ps,psk,psl->kl", probability, scaled, scaled, optimize=True)
-    hessian = second / len(logs) - means.T @ means / len(logs)
-    return value, means.mean(axis=0), hessian, probability
+    centred = scaled - means[:, None, :]
+    hessian = np.einsum("ps,psk,psl->kl", probability, centred, centred, optimize=True)
+    return value, means.mean(axis=0), hessian / len(logs), probability
 
 
 def _minimise(scaled: Floats, importance: Floats) -> Floats:
-    """Newton on the face of the simplex that the weights lie in: a step that leaves the face stops
-    at its edge; where the face has its minimum, what would pay to have weight joins."""
-    count = scaled.shape[2]
-    weights, active = np.full(count, 1.0 / count), np.ones(count, bool)
+    """lambda*, from log ratios that are small at first, and twice as large each time until they are
+    whole: F has kinks where they are of many nats, at which Newton's method would stall."""
+    spread = float(np.ptp(scaled, axis=1).max())
+    weights = np.full(scaled.shape[2], 1.0 / scaled.shape[2])
+    for halvings in range(math.ceil(math.log2(max(1.0, spread))), -1, -1):
+        weights = _newton(scaled / 2.0**halvings, importance, weights)
+    return weights
+
+
+def _newton(scaled: Floats, importance: Floats, weights: Floats) -> Floats:
+    """On the face of the simplex that the weights lie in: a step that leaves the face stops at its
+    edge; where the face has its minimum, what would pay to have weight joins."""
+    active = weights > 0
+    tolerance = _TOLERANCE * max(1.0, float(np.abs(scaled).max()))
     for _ in range(_STEPS):
         value, gradient, hessian, _ = _look(scaled, importance, weights)
         level = float(gradient @ weights)
-        if float(np.abs(gradient[active] - level).max()) < _TOLERANCE:
+        if float(np.abs(gradient[active] - level).max()) < tolerance:
             joining = int(np.argmin(np.where(active, np.inf, gradient)))
-            if active.all() or gradient[joining] >= level - _TOLERANCE:
+            if active.all() or gradient[joining] >= level - tolerance:
                 break
             active[joining] = True
         face = np.flatnonzero(active)
         size = len(face)
         system = np.ones((size + 1, size + 1))
         # A face on which F is flat has a minimum all the same.
-        system[:size, :size] = hessian[np.ix_(face, face)] + 1e-12 * np.eye(size)
+        flat = 1e-12 * max(1.0, float(hessian.trace()))
+        system[:size, :size] = hessian[np.ix_(face, face)] + flat * np.eye(size)
         system[size, size] = 0.0
-        move = np.zeros(count)
+        move = np.zeros(len(weights))
         move[face] = np.linalg.solve(system, np.append(-gradient[face], 0.0))[:size]
         if not (move < 0).any():
             break
         reach = np.where(move < 0, -weights / np.where(move < 0, move, -1.0), np.inf)
-        length = min(1.0, float(reach[face].min()))
-        slope = float(gradient @ move)
-        while (
-            length > 1e-14
-            and _look(scaled, importance, weights + length * move)[0]
-            > value + 1e-4 * length * slope
-        ):
+        move *= min(1.0, float(reach.min()))
+        slope, length = float(gradient @ move), 1.0
+        while length > 1e-14:
+            there, down, _, _ = _look(scaled, importance, weights + length * move)
+            # Of values that differ by less than their rounding, the slope still tells.
+            if there <= value + 1e-4 * length * slope or float(down @ move) <= 0:
+                break
             length /= 2
         weights = weights + length * move
         leaving = active & (weights <= 1e-15)

@@ -19,8 +19,7 @@ def optimum_weights(rewards: ArrayLike, kl_coef: float) -> Floats:
 
     Raises ValueError for a kl_coef that is not above 0, and for rewards that are not finite.
     """
-    scaled = _scaled(rewards, kl_coef)
-    weights = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    weights = np.exp(_below_best(rewards, kl_coef)[0])
     normalised: Floats = weights / weights.sum(axis=-1, keepdims=True)
     return normalised
 
@@ -31,10 +30,9 @@ def optimum_objective(rewards: ArrayLike, kl_coef: float) -> Floats:
     The plug-in estimate of kl_coef log Z. Equal to the reward under `optimum_weights` less kl_coef
     times their `weights_kl`. Raises as `optimum_weights`.
     """
-    scaled = _scaled(rewards, kl_coef)
-    largest = scaled.max(axis=-1)
-    mean = np.exp(scaled - largest[..., None]).mean(axis=-1)
-    objective: Floats = kl_coef * (largest + np.log(mean))
+    below, best = _below_best(rewards, kl_coef)
+    # expm1 and log1p: a large kl_coef multiplies what is rounded beside 1.
+    objective: Floats = best + kl_coef * np.log1p(np.expm1(below).mean(axis=-1))
     return objective
 
 
@@ -88,7 +86,8 @@ def as_rewards(rewards: ArrayLike) -> Floats:
     return r
 
 
-def _scaled(rewards: ArrayLike, kl_coef: float) -> Floats:
+def _below_best(rewards: ArrayLike, kl_coef: float) -> tuple[Floats, Floats]:
+    """(R - max R) / kl_coef [..., N], which no kl_coef makes overflow, and max R [...]."""
     r = np.asarray(rewards, np.float64)
     if not kl_coef > 0 or not np.isfinite(kl_coef):
         raise ValueError(f"kl_coef: expected a number above 0, got {kl_coef!r}")
@@ -96,5 +95,7 @@ def _scaled(rewards: ArrayLike, kl_coef: float) -> Floats:
         raise ValueError(f"rewards: expected at least one sample, got shape {list(r.shape)}")
     if not np.isfinite(r).all():
         raise ValueError("rewards: expected finite numbers, got NaN or infinity")
-    scaled: Floats = r / kl_coef
-    return scaled
+    best = r.max(axis=-1)
+    with np.errstate(over="ignore"):  # to minus infinity, which has no weight
+        below: Floats = (r - best[..., None]) / kl_coef
+    return below, best

@@ -90,9 +90,8 @@ class AttentionData:
     def relevant_mass(self, kappa: float) -> float:
         """The share of attention that relevant tokens get under kappa q*; many tokens."""
         spread = (kappa * self.noise * self.relevance) ** 2 / 2
-        return self.share / (
-            self.share + (1 - self.share) * math.exp(spread - kappa * self.relevance**2)
-        )
+        of_noise = math.exp(min(700.0, spread - kappa * self.relevance**2))
+        return self.share / (self.share + (1 - self.share) * of_noise)
 
     def gain(self, kappa: float) -> float:
         """How many times the signal-to-noise ratio of no prompt kappa q* has; many tokens. Largest

@@ -13,7 +13,6 @@ power 1 + (1 - lambda) / beta, which collapses it onto what it found likely at f
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import numpy as np
@@ -70,23 +69,6 @@ def calibrator_decides(calibration: float, candidates: int) -> bool:
     (1 - lambda) (K - 1) / K: it decides from lambda > (K - 1) / K on, which is 0.8 of five.
     """
     return calibration > (candidates - 1) / candidates
-
-
-def tilted(policy: ArrayLike, rewards: ArrayLike, beta: float) -> Floats:
-    """``policy * exp(rewards / beta)``, normalised over the last axis: the optimum of the expected
-    reward less beta times the KL to ``policy`` [..., N], and what DPO with that reference fits.
-
-    Raises ValueError for beta not above 0, and for probabilities below 0.
-    """
-    p, r = _finite("policy", policy), _finite("rewards", rewards)
-    if not (beta > 0 and math.isfinite(beta)):
-        raise ValueError(f"beta: expected a finite number above 0, got {beta}")
-    if (p < 0).any() or (p.sum(axis=-1) <= 0).any():
-        raise ValueError("policy: expected probabilities, got one below 0 or none above it")
-    scaled = r / beta
-    weights = p * np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    normalised: Floats = weights / weights.sum(axis=-1, keepdims=True)
-    return normalised
 
 
 def effective_beta(beta: float, rounds: int, reference: MovingReference) -> float:

@@ -9,6 +9,7 @@ asked for so many answers a prompt instead, round by round, each for the text th
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from alignpro.train.schedule import (
     rate_factor,
 )
 from alignpro.train.sft import likelihood_gradients
-from alignpro.train.trainer import TrainingRun
+from alignpro.train.trainer import TrainingRun, said_of_resume, tell_of_resume
 from alignpro.train.trajectories import (
     Trajectory,
     sampled_logprobs,
@@ -102,15 +103,23 @@ class ClosedFormFit(TrainingRun):
         """
         watchers = Watchers(self.directory, [*self.trackers, *callbacks])
         with interruptible(), self.directory:
-            groups = self.rollouts(on_progress)
-            drawn = None
-            if self.config.closed_form.loss == "pooled":
-                drawn = self._draw_targets(groups, on_progress)
-            with watchers.watching(to_mapping(self.config), 0):
-                if drawn is None:
-                    self._fit(groups, watchers)
-                else:
-                    self._fit_pooled(*drawn, watchers)
+            try:
+                groups = self.rollouts(on_progress)
+                drawn = None
+                if self.config.closed_form.loss == "pooled":
+                    drawn = self._draw_targets(groups, on_progress)
+                with watchers.watching(to_mapping(self.config), 0):
+                    if drawn is None:
+                        self._fit(groups, watchers)
+                    else:
+                        self._fit_pooled(*drawn, watchers)
+            except BaseException as error:
+                after = said_of_resume("train", self.run_dir, 0)
+                if (self.run_dir / ROLLOUTS).exists():
+                    goes_on = f"alignpro train {self.run_dir / CONFIG} --resume"
+                    after = f"what was drawn is kept; go on with: {goes_on}"
+                tell_of_resume(error, after)
+                raise
             save_trained(self.run_dir / "adapter", self.policy, self.config)
 
     def _draw_targets(
@@ -189,15 +198,17 @@ class ClosedFormFit(TrainingRun):
         for prompt, group in zip(order, groups, strict=True):
             pool.add(prompt, group)
         answered: list[list[Rewrite]] = [[] for _ in order]
+        broken = {}
         for number in range(1, rounds + 1):
             with one_torch_thread():
                 texts = pool.most_wanted()
-            for place, group in enumerate(self.rollouts(on_progress, number, texts)):
-                answered[place] += group
-            answers, broken = self._penalised(answered)
-            for prompt, group in zip(order, answers, strict=True):
-                pool.observe(prompt, group[-1])
-        return answers, broken
+            answers, said = self._penalised(self.rollouts(on_progress, number, texts))
+            for prompt, group, (answer,) in zip(order, answered, answers, strict=True):
+                group.append(answer)
+                pool.observe(prompt, answer)
+            for name, counts in said.items():
+                broken[name] = dict(Counter(broken.get(name)) + Counter(counts))
+        return answered, broken
 
     def _report(
         self, row: Mapping[str, Any], seconds: Mapping[str, float], watchers: Watchers

@@ -108,7 +108,7 @@ def run_reward_fit(
             config,
         )
     output.mkdir(parents=True)
-    write_json(output / RECORD, _record(fit, config, model, training, held_out))
+    write_json(output / RECORD, _record(fit, config, model, training))
     return fit
 
 
@@ -248,7 +248,6 @@ def _record(
     config: RewardFitConfig,
     model: NativeModel,
     training: Sequence[PreferenceRow],
-    held_out: Sequence[PreferenceRow],
 ) -> dict[str, Any]:
     """What `LearnedReward` reads (model, state, weights, bias), and what there is to know of it."""
     chosen, default = to_mapping(config.model), to_mapping(ModelConfig())

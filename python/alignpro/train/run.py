@@ -31,6 +31,7 @@ from alignpro.rewards.check import check_columns
 from alignpro.run_directory import (
     CALLS,
     RunDirectory,
+    check_kind,
     check_run_dir,
     one_line,
     open_run_dir,
@@ -253,10 +254,12 @@ def make_trainer(
 
 def checked_run(config: Run, cls: type[Run], *, resume: bool, overwrite: bool) -> tuple[Run, Path]:
     """What every run begins with, before anything is read: its configuration, with the date that
-    templates are told, and its directory, which it may use. Raises as `check_config` and
-    `check_run_dir`."""
+    templates are told, and its directory, which it may use. Raises as `check_config`,
+    `check_run_dir` and `check_kind`."""
     check_config(config, cls)
     run_dir = check_run_dir(config.run_dir, resume=resume, overwrite=overwrite)
+    if resume:
+        check_kind(run_dir, cls)
     date = config.date or (recorded_date(run_dir) if resume else today())
     return replace(config, date=date), run_dir
 

@@ -39,6 +39,7 @@ from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
 from alignpro.rewards.check import check_columns
 from alignpro.rewards.grounding import GroundingReward
+from alignpro.rewards.scenes import ChairReward
 from alignpro.run_directory import (
     CONFIG,
     RunDirectory,
@@ -196,17 +197,18 @@ class SelfImprovement:
             )
         self._measured = [row.prompt for row in measured]
         self._measured_columns = stack_columns(measured)
+        check_columns(self._grounding, self._measured_columns)
+        if "objects" in self._measured_columns:  # which are counted
+            check_columns(ChairReward(), self._measured_columns)
 
     def made_from(self) -> fingerprints.Fingerprints:
         """What the run is made from."""
         mine = self.config.policy == "target"
         found = fingerprints.of_models(None if mine else self._model, self._target)
         found |= fingerprints.of_reward(self._calibrator)
-        for what, prompts, columns in (
-            ("data", self._prompts, self._columns),
-            ("measured data", self._measured, self._measured_columns),
-        ):
-            found[what] = fingerprints.of_rows(str(self.config.data.path), prompts, columns)
+        name = str(self.config.data.path)
+        found["data"] = fingerprints.of_rows(name, self._prompts, self._columns)
+        found["measured data"] = fingerprints.of_rows("", self._measured, self._measured_columns)
         if self._start is not None:
             found["adapter that training began with"] = fingerprints.of_adapter(self._start)
         return found

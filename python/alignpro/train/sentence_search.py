@@ -20,7 +20,8 @@ from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import target_tokens
 from alignpro.models.seeds import derive_seed
 from alignpro.rewards.check import COMPLETION_IDS, RESPONSE_LOGPROBS, score_checked
-from alignpro.theory.self_reward import calibrated_scores, tilted
+from alignpro.theory.optimum import optimum_weights
+from alignpro.theory.self_reward import calibrated_scores
 from alignpro.train.sentences import STOPS, sentence_end
 from alignpro.types import Prompt, Reward, SamplingParams
 
@@ -73,9 +74,8 @@ class Candidates:
     def expected_gain(self, values: Sequence[float], beta: float) -> float:
         """By how much the mean of ``values`` rises at the optimum that pairs of these scores are
         for: the candidates tilted by exp(score / beta)."""
-        alike = np.full(len(self.scores), 1 / len(self.scores))
-        weights = tilted(alike, self.scores, beta)
-        return float((weights - alike) @ np.asarray(values))
+        weights = optimum_weights(self.scores, beta)
+        return float((weights - 1 / len(weights)) @ np.asarray(values))
 
 
 def score_candidates(

@@ -35,16 +35,6 @@ def sentence_end(text: str) -> int | None:
     return None
 
 
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a whole text, without outer white space."""
-    sentences, rest = [], text
-    while rest.strip():
-        end = sentence_end(rest + "\n")
-        sentences.append(rest[:end].strip())
-        rest = rest[len(rest) if end is None else end :]
-    return sentences
-
-
 def _is_within(text: str, mark: str, following: str) -> bool:
     """Whether the mark at the end of ``text`` ends no sentence."""
     if not mark.startswith((".", "\u2026")):

@@ -80,9 +80,15 @@ def initial_rows(model: NativeModel, config: SoftPromptConfig, *, seed: int) -> 
     1, is far outside of what a model with small embeddings was trained on.
 
     Raises:
-        ValueError: a text without tokens.
+        ValueError: a text without tokens, or more rows than the context holds.
     """
-    table, count = model.base_table("embed_tokens"), config.num_tokens
+    count, most = config.num_tokens, model.context_length
+    if count >= most:
+        raise ValueError(
+            f"soft_prompt.num_tokens: expected fewer rows than the context of {model.name} holds "
+            f"({most} tokens), got {count}"
+        )
+    table = model.base_table("embed_tokens")
     scale = np.float32(model.config["embedding_scale"])  # rows enter the first layer as they are
     generator = np.random.default_rng(seed)
     if config.init == "random":

@@ -283,11 +283,7 @@ class Trainer(TrainingRun):
                 if self.step % self.config.checkpoint_every == 0:
                     self._checkpoint(watchers)
         except BaseException as error:
-            after = said_of_resume("train", self.run_dir, self.step)
-            if isinstance(error, KeyboardInterrupt):
-                error.args = (after,)
-            elif isinstance(error, (FailedRowsError, BudgetError, EndpointError, OSError)):
-                add_note(error, after)
+            tell_of_resume(error, said_of_resume("train", self.run_dir, self.step))
             with self.directory.after(error, "writing the checkpoint"):
                 self._checkpoint(watchers, after=error)
             raise
@@ -392,6 +388,14 @@ def _steered_kl(metrics: Mapping[str, float]) -> float:
     if "kl_anchored" in metrics:
         return metrics.get("kl_plain", float("nan"))
     return metrics["kl_per_rewrite"]
+
+
+def tell_of_resume(error: BaseException, after: str) -> None:
+    """Let an error after which a run goes on say how. after: of `said_of_resume`."""
+    if isinstance(error, KeyboardInterrupt):
+        error.args = (after,)
+    elif isinstance(error, (FailedRowsError, BudgetError, EndpointError, OSError)):
+        add_note(error, after)
 
 
 def said_of_resume(command: str, run_dir: Path, step: int) -> str:
