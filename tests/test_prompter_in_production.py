@@ -68,10 +68,21 @@ def test_past_the_deadline_the_prompt_goes_out_as_it_is(model, monkeypatch):
         assert (late.prompt, late.reason) == ("the heron", "deadline")
 
 
-@pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf"), "1", True])
+@pytest.mark.parametrize("deadline", [float("nan"), float("inf"), "1", True])
 def test_a_deadline_is_checked(prompter, deadline):
-    with pytest.raises(ValueError, match="deadline: expected seconds above 0"):
+    with pytest.raises(ValueError, match="deadline: expected seconds, or None"):
         prompter.rewrite("the heron", deadline=deadline)
+
+
+@pytest.mark.parametrize("deadline", [0, -1.5])
+def test_a_budget_that_is_spent_leaves_the_prompt_as_it_is(prompter, deadline):
+    late = prompter.rewrite("the heron", deadline=deadline)
+    assert (late.prompt, late.applied, late.reason) == ("the heron", False, "deadline")
+    late = asyncio.run(prompter.arewrite("the heron", deadline=deadline))
+    assert (late.prompt, late.reason) == ("the heron", "deadline")
+    with prompter.stream("the heron", deadline=deadline) as pieces:
+        assert "".join(pieces) == "the heron"
+    assert (pieces.result.prompt, pieces.result.reason) == ("the heron", "deadline")
 
 
 def test_threads_and_event_loops_get_what_one_caller_gets(prompter):

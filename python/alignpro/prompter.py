@@ -150,7 +150,8 @@ class Prompter:
         """What the target is to be asked instead. Calls from many threads decode in one batch.
 
         Args:
-            deadline: seconds from this call after which the prompt goes out as it is; None waits.
+            deadline: seconds from this call after which the prompt goes out as it is, at once where
+                none are left; None waits.
             seed: the draw; None is a fresh one.
 
         Raises:

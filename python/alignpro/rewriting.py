@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import numbers
 import queue
 import time
@@ -69,8 +70,8 @@ class Clock:
     def __init__(self, deadline: float | None) -> None:
         self._begin = time.perf_counter()
         is_number = isinstance(deadline, numbers.Real) and not isinstance(deadline, bool)
-        if deadline is not None and not (is_number and 0 < deadline < float("inf")):
-            raise ValueError(f"deadline: expected seconds above 0, or None, got {deadline!r}")
+        if deadline is not None and not (is_number and math.isfinite(deadline)):
+            raise ValueError(f"deadline: expected seconds, or None, got {deadline!r}")
         self._deadline = deadline
 
     @property

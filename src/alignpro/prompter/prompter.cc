@@ -182,7 +182,6 @@ Rewritten Prompter::rewrite(const Conversation& conversation,
                             std::optional<uint64_t> seed) {
   const std::string& prompt = conversation.last_turn;
   const auto begin = engine::Clock::now();
-  require(!deadline || deadline->count() > 0, "deadline: expected a time above 0");
   require(!prompter::strip(prompt).empty(), "prompt: expected text, got none");
   State& state = *state_;
   const auto result = [&](std::string_view reason, std::string text = "", size_t tokens = 0) {
