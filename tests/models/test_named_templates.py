@@ -43,10 +43,10 @@ def test_templates_have_names(tmp_path: Path) -> None:
     plain = tokenizer.encode_chat(chat)
     assert tokenizer.with_template("default").encode_chat(chat) == plain
     assert tokenizer.with_template("rag").encode_chat(chat) == tokenizer.encode("rag hat")
-    assert tokenizer.with_template("tool_use").encode_chat(chat) == tokenizer.encode("no")
-    own = "{{ day }}: {{ strftime_now('%d') }}"
+    assert tokenizer.with_template("tool_use").encode_chat(chat) == tokenizer.encode("no hat")
+    own = "{{ day }}: {{ strftime_now('%d') }} {{ messages[0].content }}"
     dated = tokenizer.with_template(own, {"day": "on"}, "2026-11-28")
-    assert dated.encode_chat(chat) == tokenizer.encode("on: 28")
+    assert dated.encode_chat(chat) == tokenizer.encode("on: 28 hat")
     with pytest.raises(ValueError, match=r"expected a name .*default, rag, tool_use"):
         tokenizer.with_template("rug")
     with pytest.raises(ValueError, match="reads no enable_thinking"):
@@ -72,5 +72,5 @@ def test_templates_of_a_gguf_have_names() -> None:
     with pytest.raises(ValueError, match='has chat templates rag, none called "default"'):
         Tokenizer.from_gguf(metadata).encode_chat(chat)
     assert Tokenizer.from_gguf(metadata).with_template("rag").encode_chat(chat) == [1, 2, 0]
-    metadata["tokenizer.chat_template"] = "b"
-    assert Tokenizer.from_gguf(metadata).encode_chat(chat) == [2]
+    metadata["tokenizer.chat_template"] = "b{{ messages[0].content }}"
+    assert Tokenizer.from_gguf(metadata).encode_chat(chat) == [2, 1, 2]

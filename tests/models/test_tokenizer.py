@@ -261,7 +261,7 @@ def save_tokenizer(folder: Path, flavour: str) -> None:
         "eos_token": "<|end|>",
         "unk_token": "<unk>",
         "chat_template": [
-            {"name": "tool_use", "template": "no"},
+            {"name": "tool_use", "template": "no {{ messages[0]['content'] }}"},
             {"name": "default", "template": TEMPLATE},
         ],
     }
