@@ -50,8 +50,8 @@ class Prompter {
   Prompter(const Prompter&) = delete;
   Prompter& operator=(const Prompter&) = delete;
 
-  // What the target is to be asked instead. After the deadline the prompt goes out as it is, at once
-  // where no time is left; without one the call waits. Without a seed the draw is a fresh one.
+  // What the target is to be asked instead. After the deadline the prompt goes out as it is, at
+  // once where no time is left; without one the call waits. Without a seed the draw is a fresh one.
   // Throws InvalidArgument for a prompt that is empty, is not UTF-8 or does not fit the model's
   // context.
   Rewritten rewrite(std::string_view prompt,
