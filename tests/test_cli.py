@@ -461,7 +461,7 @@ def test_the_configuration_of_another_commands_run_is_named(tmp_path):
 
     with open_run_dir(tmp_path / "warm"):
         (tmp_path / "warm" / "config.json").write_text(json.dumps(to_mapping(SftConfig())))
-    of_sft = "config.json: of a run of alignpro sft, expected one of alignpro train"
+    of_sft = "warm: a run of `alignpro sft`, expected one of `alignpro train`"
     assert of_sft in refused("train", tmp_path / "warm" / "config.json", "--resume")
     said = refused("train", tmp_path / "warm", "--resume")
     assert f"found a folder; that of a run is {tmp_path / 'warm' / 'config.json'}" in said

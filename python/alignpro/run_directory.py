@@ -369,12 +369,21 @@ def _kind_of(record: Mapping[str, Any]) -> tuple[str, type[RunConfig]]:
     return next((kind for field, kind in _KINDS.items() if field in record), _KINDS["run_dir"])
 
 
+def command_of(kind: type) -> str:
+    """The command whose runs have such a configuration; "" of none."""
+    return next((command for command, made in _KINDS.values() if made is kind), "")
+
+
 def check_kind(run: Path, cls: type) -> None:
     """Refuse the run of another command than that whose configuration ``cls`` is. Raises
     ValueError."""
     command, kind = _kind_of(read_record(run / CONFIG))
-    if cls is not kind and cls in [kind for _, kind in _KINDS.values()]:
-        raise ValueError(f"run directory {run}: a run of `alignpro {command}`, not of this command")
+    expected = command_of(cls)
+    if cls is not kind and expected:
+        raise ValueError(
+            f"run directory {run}: a run of `alignpro {command}`, expected one of `alignpro "
+            f"{expected}`"
+        )
 
 
 def find_record(path: Path) -> dict[str, Any] | None:

@@ -325,7 +325,9 @@ def test_a_run_begins_at_log_2_and_goes_on_to_the_bit(place, policy):
     assert rows[5]["heldout"]["accuracy"] == 1.0 and rows[5]["loss"] < 0.9 * math.log(2)
     with pytest.raises(ValueError, match=r"beta was 0\.1, is 0\.2"):
         run_prefer(settings(place, beta=0.2, **common), resume=True)
-    with pytest.raises(ValueError, match=r"run: a run of `alignpro prefer`, not of this command$"):
+    with pytest.raises(
+        ValueError, match=r"run: a run of `alignpro prefer`, expected one of `alignpro sft`$"
+    ):
         run_sft(SftConfig(run_dir=str(place / "run")), resume=True)
     of_another = ["self-improve", str(place / "run" / "config.json"), "--resume"]
     assert "a run of `alignpro prefer`" in CliRunner().invoke(app, of_another).output

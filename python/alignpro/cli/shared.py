@@ -23,7 +23,6 @@ from alignpro.optional import import_for, is_installed
 from alignpro.run_directory import (
     check_kind,
     check_run_dir,
-    config_of_run,
     error_notes,
     one_line,
     open_run_dir,
@@ -44,15 +43,6 @@ _ORDER = (
     *("reward", "evaluate", "safety", "mix", "report", "extract"),
     *("generate", "serve", "bound", "theory", "info", "profile", "bench"),
 )
-
-
-# By what their runs are configured by.
-_COMMANDS = {
-    "TrainConfig": "train",
-    "SftConfig": "sft",
-    "PreferConfig": "prefer",
-    "SelfImproveConfig": "self-improve",
-}
 
 
 class _InOrder(TyperGroup):
@@ -237,13 +227,6 @@ def read_settings(
     if config is not None and "=" in str(config) and not config.exists():
         config, settings = None, [str(config), *settings]
     home = run_of_config(config)
-    if home is not None and cls.__name__ in _COMMANDS:
-        made = type(config_of_run(home)).__name__
-        if made != cls.__name__:
-            raise ValueError(
-                f"{config}: of a run of alignpro {_COMMANDS[made]}, expected one of alignpro "
-                f"{_COMMANDS[cls.__name__]}"
-            )
     if home is not None and "run_dir" in getattr(cls, "__dataclass_fields__", {}):
         check_kind(home, cls)
         settings = [f"run_dir={json.dumps(str(home))}", *settings]

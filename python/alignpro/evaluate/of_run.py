@@ -24,7 +24,14 @@ from alignpro.data.load import PromptRow
 from alignpro.fingerprints import Fingerprints
 from alignpro.models.adapter import AdapterWeights
 from alignpro.models.mixture import Mixture
-from alignpro.run_directory import CONFIG, MARKER, config_of_run, is_run_dir, run_around
+from alignpro.run_directory import (
+    CONFIG,
+    MARKER,
+    command_of,
+    config_of_run,
+    is_run_dir,
+    run_around,
+)
 
 EVALUATE = "evaluate.json"  # in a run: what an evaluation of it asks for beside what the run says
 # Both models, how they are put together and drawn, what is paid for, and which day it is.
@@ -32,7 +39,6 @@ _OF_RUN = (
     *("prompter", "target", "prompting", "rewrite", "response", "reward", "date"),
     *("data", "seed", "kl_coef"),
 )
-_COMMANDS = {TrainConfig: "train", PreferConfig: "prefer", SelfImproveConfig: "self-improve"}
 _FREE = ("data", "seed")  # another one is another measurement of the same thing
 _log = logging.getLogger(__name__)
 Stage = TypeVar("Stage", bound=StageConfig)
@@ -54,14 +60,14 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
         raise FileNotFoundError(f"--run {run}: expected the directory of a run ({problem})")
     config, values = config_of_run(run), _values_of(run)
     if isinstance(config, SftConfig):
-        values["prompter"] = replace(config.prompter, adapter=_adapter(run, "sft"))
+        values["prompter"] = replace(config.prompter, adapter=_adapter(run, command_of(SftConfig)))
     else:
         arms = {f.name for f in fields(cls)}
         came = "tuned" if config.policy == "target" else "trained"
         if came == "tuned" and config.tuner == "soft_prompt" and "soft" in arms:
             came = "soft"
         if came in arms:
-            values[came] = _adapter(run, _COMMANDS[type(config)])
+            values[came] = _adapter(run, command_of(type(config)))
     if isinstance(config, (TrainConfig, SelfImproveConfig)):
         values["data"] = replace(config.data, split=stage.data.split)
     return unchecked(cls, values)
