@@ -50,5 +50,5 @@ def test_what_is_refused():
         score("x", [3])
     with pytest.raises(ValueError, match=r"row 1: expected text or a list of texts, got 3"):
         check_columns(build_reward("forbidden"), {"forbidden": ["guitar", 3]})
-    with pytest.raises(ValueError, match="reward 'forbidden': expected a column 'forbidden'"):
+    with pytest.raises(ValueError, match="reward 'forbidden' needs the data column 'forbidden'"):
         check_columns(build_reward("forbidden"), {"harmful": [True]})

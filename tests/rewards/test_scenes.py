@@ -48,7 +48,7 @@ def test_the_reward_is_not_won_by_silence():
     responses = [TEXT, "A quiet place.", "A dog.", "A cat."]
     objects = [["dog", "child", "cat", "tree"], ["dog"], ["dog"], ["dog"]]
     assert reward([""] * 4, [""] * 4, responses, objects=objects) == [5 / 9, 0.0, 1.0, 0.0]
-    with pytest.raises(ValueError, match="expected a column 'objects', got x"):
+    with pytest.raises(ValueError, match=r"needs the data column 'objects'; columns here: x$"):
         reward.check_columns({"x": []})
     check_columns(reward, {"objects": [["dog"]]})
     with pytest.raises(ValueError, match=r"row 1: expected objects of scenes, got 'unicorn'"):

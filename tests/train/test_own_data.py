@@ -146,5 +146,5 @@ def test_rows_without_a_score_are_left_out_of_the_run(stage, tmp_path):
 def test_a_column_that_the_reward_needs_is_looked_for_first(stage, tmp_path, monkeypatch):
     (tmp_path / "needing_reward.py").write_text("def f(responses, gold): return []\n")
     monkeypatch.setattr("alignpro.train.run.load_models", None)
-    with pytest.raises(ValueError, match=r"needs the data column 'gold'; columns here: \['task', "):
+    with pytest.raises(ValueError, match=r"needs the data column 'gold'; columns here: .*task"):
         make_trainer(stage(TrainConfig, reward="needing_reward:f"))

@@ -336,7 +336,7 @@ def test_what_is_refused(place):
     ):
         with pytest.raises(ValueError, match=said):
             from_mapping(SelfImproveConfig, mapping)
-    with pytest.raises(ValueError, match="expected a column 'objects'"):
+    with pytest.raises(ValueError, match="needs the data column 'objects'"):
         run_self_improve(settings(place, calibrator="chair"))
     endpoint = ModelConfig("big", endpoint="http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match="big tells no log-probabilities of what it writes"):

@@ -274,6 +274,12 @@ def check_names(columns: Iterable[str], taken: Collection[str] = RESERVED) -> No
             raise ValueError(f"column {name!r} collides with a reward argument; rename the column")
 
 
+def no_column(name: str, columns: Iterable[str]) -> str:
+    """Of a column that a reward cannot do without: that the data has others."""
+    own = sorted(set(columns) - {CONVERSATIONS, *_OF_RESPONSES})
+    return f"needs the data column {name!r}; columns here: {', '.join(own) or 'none'}"
+
+
 def read_rows(what: str, values: Iterable[T]) -> list[T]:
     """The values, which are read as they come. Raises ValueError, which names the row."""
     found: list[T] = []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignpro.rewards.check import read_rows
+from alignpro.rewards.check import no_column, read_rows
 from alignpro.types import Texts
 
 
@@ -34,8 +34,7 @@ class ForbiddenReward:
     @staticmethod
     def _listed(columns: Mapping[str, Sequence[Any]]) -> list[list[str]]:
         if "forbidden" not in columns:
-            here = ", ".join(sorted(columns))
-            raise ValueError(f"reward 'forbidden': expected a column 'forbidden', got {here}")
+            raise ValueError(f"reward 'forbidden' {no_column('forbidden', columns)}")
         return read_rows("column 'forbidden'", map(_listed, columns["forbidden"]))
 
 

@@ -13,6 +13,7 @@ from alignpro.rewards.check import (
     RESPONSE_LOGPROBS,
     check_names,
     messages_of,
+    no_column,
     resolved,
     reward_name,
 )
@@ -98,11 +99,7 @@ class FunctionReward:
                 "asks for them"
             )
         if missing:
-            there = sorted(set(names) - {COMPLETION_IDS, RESPONSE_LOGPROBS, CONVERSATIONS})
-            raise ValueError(
-                f"reward function {self.name!r} needs the data column {missing[0]!r}; "
-                f"columns here: {there or 'none'}"
-            )
+            raise ValueError(f"reward function {self.name!r} {no_column(missing[0], names)}")
 
 
 # What Python says to c[0]["content"] and c[0].get("content") where c is text.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignpro.rewards.check import read_rows, score_checked
+from alignpro.rewards.check import no_column, read_rows, score_checked
 from alignpro.rewards.topic import TopicReward
 from alignpro.types import Texts
 
@@ -283,7 +283,7 @@ class HouseRulesReward:
 def _rules(columns: Mapping[str, Sequence[Any]], rows: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """The kind of every row, and what a prompt that says how to answer asks for."""
     if "kind" not in columns:
-        raise ValueError(f"needs the data column 'kind'; columns here: {sorted(columns) or 'none'}")
+        raise ValueError(no_column("kind", columns))
     for kind, given in zip(columns["kind"], columns.get("requirement", [None] * rows), strict=True):
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from alignpro.rewards.check import read_rows
+from alignpro.rewards.check import no_column, read_rows
 from alignpro.types import Texts
 
 # An object, then the other words that name it. Plurals of each follow by rule, or stand after "/".
@@ -169,8 +169,7 @@ class ChairReward:
     @staticmethod
     def _listed(columns: Mapping[str, Sequence[Any]]) -> list[list[str]]:
         if "objects" not in columns:
-            here = ", ".join(sorted(columns))
-            raise ValueError(f"reward 'chair': expected a column 'objects', got {here}")
+            raise ValueError(f"reward 'chair' {no_column('objects', columns)}")
         return read_rows("column 'objects'", map(listed_objects, columns["objects"]))
 
 
