@@ -5,7 +5,7 @@
 
 #include "alignpro/core/error.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -28,18 +28,16 @@ constexpr Isa kIsas[] = {
     {CpuIsa::kAmx, "amx", "what avx512 needs, AMX-TILE, AMX-INT8 and Linux 5.16"},
 };
 
+#if defined(__x86_64__)
 // Whether the processor has tiles of bytes and Linux lets this process use them.
 bool may_use_amx() {
-#if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxTile) || !(d & kAmxInt8)) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
+#endif
 
 }  // namespace
 
