@@ -120,7 +120,7 @@ TEST_CASE("products agree to the bit") {
     }
     if (!cpu::is_quantized(dtype)) continue;
     const int64_t tile = cols / cpu::kGroup * cpu::kInt8GroupBytes;
-    const int64_t most = cpu::kQuantizedGemvRows + 11;
+    const int64_t most = 27;
     const Floats many = normal(static_cast<size_t>(most * cols), 5);
     const Floats codes = agreed(static_cast<size_t>(tile / 2), [&](const auto& k, float* out) {
       auto* to = reinterpret_cast<uint8_t*>(out);
@@ -128,7 +128,8 @@ TEST_CASE("products agree to the bit") {
       k.quantize_rows(most - cpu::kInt8TileRows, cols, many.data() + cpu::kInt8TileRows * cols,
                       cols, to + tile);
     });
-    for (const int64_t live : {1, 7, 13, 16, 27}) {  // few, and whole tiles and parts of them
+    // Few rows, and whole tiles and parts of them.
+    for (const int64_t live : {int64_t{1}, int64_t{7}, rows, cpu::kInt8TileRows, most}) {
       agreed(static_cast<size_t>(live * 16 + 1), [&](const auto& k, float* out) {
         out[live * 16] = 1.0f;  // and not beyond them
         k.int8_gemm(dtype, live, cols, reinterpret_cast<const uint8_t*>(codes.data()), tile,

@@ -432,6 +432,8 @@ void int8_gemm_of(int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride
 
 #endif
 
+static_assert(kInt8TileRows % kInt8Rows == 0, "rows that are multiplied at once lie in one tile");
+
 void int8_gemm(DType dtype, int64_t rows, int64_t cols, const uint8_t* x, int64_t x_stride,
                const void* panel, float* c) {
   with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
