@@ -139,6 +139,9 @@ def test_the_command(place):
     (place / "mixed" / "mixture.json").unlink()
     done = CliRunner().invoke(app, [*arguments, "--output", "mixed", "--dry-run"])
     assert done.exit_code == 2 and "add --distill" in done.output
+    of_two = ["mix", "runs=[kind,nowhere]", "--output", "dry", "--distill", "--dry-run"]
+    done = CliRunner().invoke(app, of_two)
+    assert done.exit_code == 2 and "nowhere: expected the directory of a run" in done.output
     done = CliRunner().invoke(app, [*arguments, "--output", "dry", "--distill", "--dry-run"])
     assert done.exit_code == 0, done.output + repr(done.exception)
     assert "4 prompts, of" in done.output and not (place / "dry").exists()

@@ -162,14 +162,14 @@ def mix(
         needs_torch("mix --distill")
         if output is None:
             raise ValueError("--distill: trains what --output FOLDER will hold; name a folder")
+    for run in options.runs:
+        config_of_run(Path(run))  # refused before anything is written, or imported
     if dry_run:
         if not distill or output is None:
             raise ValueError("--dry-run: says what --distill would hold; add --distill")
         from alignpro.train.distill import distill_config
 
         return say_memory(distill_config(output, Path(options.runs[0])))
-    for run in options.runs:
-        config_of_run(Path(run))  # refused before anything is written, or imported
     from rich.console import Console
 
     from alignpro.evaluate.mix import run_mix
