@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 import alignpro
 from alignpro.config import GuardConfig, Prompting
-from alignpro.guards import Candidate, broken_guard, language, numbers, script, verbatim_spans
+from alignpro.guards import (
+    _OF_WORD,
+    _SCRIPTS,
+    Candidate,
+    broken_guard,
+    language,
+    numbers,
+    script,
+    verbatim_spans,
+)
 from testing_extension import load_testing
 
 REWRITE = Prompting(mode="rewrite", template="Rewrite the request below clearly.\n\n{prompt}")
@@ -22,15 +31,16 @@ OFF = GuardConfig(
     spans=False, language=False, max_growth=None, cut=False, answered=False, echo=False
 )
 
+RUSSIAN_CODE = "\n```\n" + "\u0438" * 20 + "\n```"
+
 
 def in_cpp(candidate, prompting, guards):
-    """`broken_guard` of the C++ prompter, which has no guard "language"."""
+    """`broken_guard` of the C++ prompter."""
     testing = load_testing()
-    settings = {name: value for name, value in vars(guards).items() if name != "language"}
     before, after = prompting.template.split("{prompt}")
     broken = testing.broken_guard(
         *(candidate.prompt, candidate.turn, candidate.text, candidate.was_cut),
-        *(prompting.mode == "append", before, after, testing.Guards(**settings)),
+        *(prompting.mode == "append", before, after, testing.Guards(**vars(guards))),
     )
     return broken.removeprefix("guard_") or None
 
@@ -134,7 +144,6 @@ def test_numbers_are_whole():
         ),
     ],
 )
-@pytest.mark.parametrize("judge", [broken_guard])
 def test_another_language_is_seen_in_both_modes(rewritten, appended, prompt, text):
     assert rewritten(prompt, text) == "language"
     assert appended(prompt, text) == "language"
@@ -144,6 +153,11 @@ def test_another_language_is_seen_in_both_modes(rewritten, appended, prompt, tex
     ("prompt", "text"),
     [
         ("Why is the sky blue?", "Explain briefly why the sky is blue."),
+        ("東京は?", "トーキョー"),  # with the sign for long vowels
+        (
+            f"Fix it.{RUSSIAN_CODE}",
+            f"Fix this small program, and say what was wrong.{RUSSIAN_CODE}",
+        ),
         ("Wie macht man Brot?", "Beschreibe Schritt für Schritt, wie man ein Brot macht."),
         ("Was ist das Phänomen?", "Erkläre, was es mit dem Phänomen auf sich hat."),
         (
@@ -156,6 +170,20 @@ def test_another_language_is_seen_in_both_modes(rewritten, appended, prompt, tex
 )
 def test_the_same_language_passes(rewritten, prompt, text):
     assert rewritten(prompt, text) is None
+
+
+def test_cpp_has_the_same_scripts_and_words():
+    only = replace(OFF, language=True)
+    edges = {code for first, last, _ in _SCRIPTS for code in (first - 1, first, last, last + 1)}
+    samples = [chr(code) * 9 for code in sorted(edges)] + [text + " " + text for text in _OF_WORD]
+    for sample in samples:
+        for text in (
+            "Erkl\xe4re das und nichts sonst, wie es ist",
+            "\u4e16\u754c",
+            "sheep the and",
+        ):
+            candidate = Candidate(sample, text, text)
+            assert in_cpp(candidate, REWRITE, only) == broken_guard(candidate, REWRITE, only)
 
 
 def test_what_cannot_be_told_is_not():
@@ -264,13 +292,15 @@ PARTS = st.sampled_from(
             "Stra\xdfen und Wege",
             "STRASSEN UND WEGE",
         ),
+        *(" the ", " what ", " F\xdcR ", " i\u017ft ", " les ", "le_s", " que ", "2das"),
+        *("\u041f\u043e\u0447\u0435\u043c\u0443", "\u5929\u7a7a", "\u30fc", "\uac00\ub098"),
     ]
 )
 MIXED = st.lists(PARTS, max_size=12).map("".join)
 
 
-ALONE = [replace(OFF, **{name: True}) for name in ("spans", "cut", "answered", "echo")]
-TOGETHER = [replace(OFF, max_growth=0.5, free_characters=9), GuardConfig(language=False)]
+ALONE = [replace(OFF, **{name: True}) for name in ("spans", "language", "cut", "answered", "echo")]
+TOGETHER = [replace(OFF, max_growth=0.5, free_characters=9), GuardConfig()]
 
 
 @settings(max_examples=3000, deadline=None)
@@ -281,7 +311,7 @@ TOGETHER = [replace(OFF, max_growth=0.5, free_characters=9), GuardConfig(languag
     keeps=st.sampled_from(["nothing", "the end", "every span", "all but one"]),
     append=st.booleans(),
     was_cut=st.booleans(),
-    guards=st.sampled_from([ALONE[0], *ALONE, *TOGETHER]),
+    guards=st.sampled_from([ALONE[0], *ALONE[:2], *ALONE, *TOGETHER]),
 )
 def test_cpp_says_what_python_says(prompt, parts, template, keeps, append, was_cut, guards):
     spans = [*verbatim_spans(prompt), *sorted(numbers(prompt))]

@@ -6,7 +6,6 @@ A guard that cannot tell lets the rewrite pass: it is there for what is plainly 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ def _loses_spans(candidate: Candidate, _: Prompting, __: GuardConfig) -> bool:
 
 # --- language ---
 
-# Frequent words that few others of them have.
+# Frequent words that few others of them have, in small letters.
 _WORDS = {
     "en": "the and is are what how with this that which from does would should why when you your",
     "de": "der die das und ist nicht ein eine wie mit auf für von wird sind warum ich sie auch dem",
@@ -101,8 +100,17 @@ for _language, _list in _WORDS.items():
     for _word in _list.split():
         _OF_WORD.setdefault(_word, set()).add(_language)
 _FEWEST_LETTERS, _FEWEST_WORDS = 8, 2
-_SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "DEVANAGARI", "THAI", "HANGUL")
-_CJK = ("CJK", "HIRAGANA", "KATAKANA")
+# By Unicode's blocks, and not by unicodedata, which every version of Python has another one of.
+_SCRIPTS = (
+    *((0x41, 0x24F, "LATIN"), (0x370, 0x3FF, "GREEK"), (0x400, 0x52F, "CYRILLIC")),
+    *((0x590, 0x5FF, "HEBREW"), (0x600, 0x6FF, "ARABIC"), (0x750, 0x77F, "ARABIC")),
+    *((0x8A0, 0x8FF, "ARABIC"), (0x900, 0x97F, "DEVANAGARI"), (0xE00, 0xE7F, "THAI")),
+    *((0x1100, 0x11FF, "HANGUL"), (0x1E00, 0x1EFF, "LATIN"), (0x1F00, 0x1FFF, "GREEK")),
+    *((0x3005, 0x30FF, "CJK"), (0x3130, 0x318F, "HANGUL"), (0x31F0, 0x31FF, "CJK")),
+    *((0x3400, 0x9FFF, "CJK"), (0xAC00, 0xD7FB, "HANGUL"), (0xF900, 0xFAFF, "CJK")),
+    *((0xFB1D, 0xFB4F, "HEBREW"), (0xFB50, 0xFDFF, "ARABIC"), (0xFE70, 0xFEFF, "ARABIC")),
+    *((0xFF21, 0xFF5A, "LATIN"), (0xFF66, 0xFF9F, "CJK"), (0x20000, 0x3FFFF, "CJK")),
+)
 
 
 def script(text: str) -> str | None:
@@ -111,8 +119,9 @@ def script(text: str) -> str | None:
     seen: Counter[str] = Counter()
     for char, count in Counter(text).items():
         if char.isalpha():
-            name = "LATIN" if char.isascii() else unicodedata.name(char, "").split(" ")[0]
-            seen["CJK" if name in _CJK else name if name in _SCRIPTS else "other"] += count
+            code = ord(char)
+            names = (name for first, last, name in _SCRIPTS if first <= code <= last)
+            seen[next(names, "other")] += count
     if not seen:
         return None
     (name, count), *_ = seen.most_common(1)
@@ -124,7 +133,7 @@ def script(text: str) -> str | None:
 def language(text: str) -> str | None:
     """One of seven in Latin letters, by its function words; None where they do not tell."""
     seen: Counter[str] = Counter()
-    for word, times in Counter(re.findall(r"[^\W\d_]+", text.lower())).items():
+    for word, times in Counter(re.findall(r"[^\W\d_]+", text.casefold())).items():
         for owner in _OF_WORD.get(word, ()):
             seen[owner] += times
     if not seen:

@@ -59,12 +59,12 @@ void bind_prompter(py::module_& m) {
     return std::string(alignpro::prompter::answer_of(text, prompt));
   });
   py::class_<Guards>(m, "Guards")
-      .def(py::init([](bool spans, std::optional<double> max_growth, int64_t free_characters,
-                       bool cut, bool answered, bool echo) {
-             return Guards{spans, max_growth, free_characters, cut, answered, echo};
+      .def(py::init([](bool spans, bool language, std::optional<double> max_growth,
+                       int64_t free_characters, bool cut, bool answered, bool echo) {
+             return Guards{spans, language, max_growth, free_characters, cut, answered, echo};
            }),
-           py::kw_only(), py::arg("spans"), py::arg("max_growth"), py::arg("free_characters"),
-           py::arg("cut"), py::arg("answered"), py::arg("echo"));
+           py::kw_only(), py::arg("spans"), py::arg("language"), py::arg("max_growth"),
+           py::arg("free_characters"), py::arg("cut"), py::arg("answered"), py::arg("echo"));
   m.def(
       "broken_guard",
       [](const std::string& prompt, const std::string& turn, const std::string& text, bool was_cut,

@@ -81,6 +81,7 @@ TEST_CASE("the first guard that is broken") {
   CHECK(broken("Why?", "\"Sure! It is so.") == "guard_answered");
   CHECK(broken("Why?", std::string(401, 'a')) == "guard_length");
   CHECK(broken_guard({"Why?", "Tell", "Tell", true}, format, {}) == "guard_cut");
+  CHECK(broken("Pourquoi est-ce que le ciel est bleu ?", "Why is the sky?") == "guard_language");
   CHECK(broken("Write to ada@b.org", "Write to Ada.") == "guard_spans");
   CHECK(broken("Add 2 and 3", "Sum 2 and 30") == "guard_spans");
   Guards off;

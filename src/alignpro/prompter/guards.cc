@@ -3,8 +3,12 @@
 #include "alignpro/prompter/guards.h"
 
 #include <algorithm>
+#include <array>
+#include <iterator>
+#include <map>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "alignpro/prompter/unicode.h"
@@ -191,6 +195,110 @@ bool loses_spans(Text prompt, Text turn) {
          !std::ranges::includes(numbers(turn), numbers(prompt));
 }
 
+// --- another language ---
+
+enum Script {
+  kUnknown,
+  kOther,
+  kLatin,
+  kGreek,
+  kCyrillic,
+  kHebrew,
+  kArabic,
+  kDevanagari,
+  kThai,
+  kHangul,
+  kCjk
+};
+struct ScriptRange {
+  char32_t first, last;
+  Script script;
+};
+constexpr ScriptRange kScripts[] = {
+    // as in guards.py
+    {0x41, 0x24f, kLatin},     {0x370, 0x3ff, kGreek},      {0x400, 0x52f, kCyrillic},
+    {0x590, 0x5ff, kHebrew},   {0x600, 0x6ff, kArabic},     {0x750, 0x77f, kArabic},
+    {0x8a0, 0x8ff, kArabic},   {0x900, 0x97f, kDevanagari}, {0xe00, 0xe7f, kThai},
+    {0x1100, 0x11ff, kHangul}, {0x1e00, 0x1eff, kLatin},    {0x1f00, 0x1fff, kGreek},
+    {0x3005, 0x30ff, kCjk},    {0x3130, 0x318f, kHangul},   {0x31f0, 0x31ff, kCjk},
+    {0x3400, 0x9fff, kCjk},    {0xac00, 0xd7fb, kHangul},   {0xf900, 0xfaff, kCjk},
+    {0xfb1d, 0xfb4f, kHebrew}, {0xfb50, 0xfdff, kArabic},   {0xfe70, 0xfeff, kArabic},
+    {0xff21, 0xff5a, kLatin},  {0xff66, 0xff9f, kCjk},      {0x20000, 0x3ffff, kCjk},
+};
+
+// Frequent words of seven languages, as in guards.py.
+constexpr Text kWords[] = {
+    U" the and is are what how with this that which from does would should why when you your ",
+    U" der die das und ist nicht ein eine wie mit auf für von wird sind warum ich sie auch dem ",
+    U" le les des est une pour dans que qui avec sur comment pourquoi vous je pas ce cette du ",
+    U" el los las es una para con por qué cómo y del que se cuál como está son más ",
+    U" il gli che di è una per con come perché sono della nel non cosa più questo anche ",
+    U" o os as é uma para com como não que em do da porque são mais você qual dos ",
+    U" de het een en is van niet hoe met voor waarom zijn dat op wat ik je aan ook ",
+};
+
+// The script of most of the letters, where it can be told.
+Script script_of(Text text) {
+  std::map<Script, size_t> seen;
+  size_t total = 0;
+  for (const char32_t code : text) {
+    if (!is_letter(code)) continue;
+    const auto holds = [code](const ScriptRange& row) {
+      return row.first <= code && code <= row.last;
+    };
+    const auto row = std::ranges::find_if(kScripts, holds);
+    ++seen[row == std::end(kScripts) ? kOther : row->script];
+    ++total;
+  }
+  for (const auto& [script, count] : seen) {
+    const size_t enough = script == kCjk || script == kHangul ? 2 : 8;
+    if (total >= enough && static_cast<double>(count) > 0.6 * static_cast<double>(total)) {
+      return script;
+    }
+  }
+  return kUnknown;
+}
+
+// The place in kWords of the language of the function words, where they tell; else their number.
+size_t language_of(Text text) {
+  std::array<size_t, std::size(kWords)> seen = {};
+  const std::u32string folded = casefold(text);
+  const auto is_within = [](char32_t code) {
+    return is_letter(code) || (is_number(code) && !is_digit(code));
+  };
+  for (auto begin = folded.begin(); begin != folded.end();) {
+    begin = std::find_if(begin, folded.end(), is_within);
+    const auto end = std::find_if_not(begin, folded.end(), is_within);
+    const std::u32string word = U' ' + std::u32string(begin, end) + U' ';
+    for (size_t i = 0; i < seen.size(); ++i) seen[i] += kWords[i].find(word) != Text::npos;
+    begin = end;
+  }
+  const auto most = std::ranges::max_element(seen);
+  const size_t count = std::exchange(*most, 0);
+  const bool tells = count >= 2 && count >= 2 * std::ranges::max(seen);
+  return tells ? static_cast<size_t>(most - seen.begin()) : seen.size();
+}
+
+// With a space for each block of code.
+std::u32string without_code(Text text) {
+  std::u32string out;
+  for (size_t at = 0; at < text.size();) {
+    const size_t end = fence_at(text, at).end;
+    out += end > 0 ? U' ' : text[at];
+    at = std::max(end, at + 1);
+  }
+  return out;
+}
+
+bool is_other_language(Text prompt, Text text) {
+  const std::u32string before = without_code(prompt), after = without_code(text);
+  const auto differ = [](auto one, auto other, auto unknown) {
+    return one != unknown && other != unknown && one != other;
+  };
+  return differ(script_of(before), script_of(after), kUnknown) ||
+         differ(language_of(before), language_of(after), std::size(kWords));
+}
+
 // --- an answer instead of a rewrite ---
 
 bool is_answer(Text text, Text prompt) {
@@ -298,6 +406,7 @@ std::string_view broken_guard(const Candidate& candidate, const PromptFormat& fo
   if (guards.max_growth && is_too_long()) return "guard_length";
   // An instruction behind a whole prompt may end early; a prompt may not.
   if (guards.cut && candidate.was_cut && !format.append) return "guard_cut";
+  if (guards.language && is_other_language(prompt, text)) return "guard_language";
   if (guards.spans && loses_spans(prompt, turn)) return "guard_spans";
   return {};
 }

@@ -8,9 +8,10 @@
 
 namespace alignpro {
 
-// What a rewrite must keep to be used: GuardConfig of Python, but for its guard "language".
+// What a rewrite must keep to be used: GuardConfig of Python.
 struct Guards {
-  bool spans = true;  // numbers, quotations, code, addresses, [protected] text, as they were
+  bool spans = true;     // numbers, quotations, code, addresses, [protected] text, as they were
+  bool language = true;  // that it is in the prompt's script and language, where both are known
   std::optional<double> max_growth = 4.0;  // most characters, as a multiple of the prompt's
   int64_t free_characters = 400;           // may be written whatever the prompt's length
   bool cut = true;       // with mode rewrite, that it does not end at its token limit

@@ -182,6 +182,7 @@ Rewritten Prompter::rewrite(const Conversation& conversation,
                             std::optional<uint64_t> seed) {
   const std::string& prompt = conversation.last_turn;
   const auto begin = engine::Clock::now();
+  if (deadline && *deadline > engine::Clock::time_point::max() - begin) deadline.reset();
   require(!prompter::strip(prompt).empty(), "prompt: expected text, got none");
   State& state = *state_;
   const auto result = [&](std::string_view reason, std::string text = "", size_t tokens = 0) {
