@@ -74,6 +74,19 @@ def test_a_deadline_is_checked(prompter, deadline):
         prompter.rewrite("the heron", deadline=deadline)
 
 
+def test_a_deadline_in_a_thousand_years_is_one(prompter):
+    assert prompter.rewrite("the heron", deadline=1e12).applied
+    assert asyncio.run(prompter.arewrite("the heron", deadline=1e12)).applied
+    with prompter.stream("the heron", deadline=1e12) as pieces:
+        assert list(pieces) and pieces.result.applied
+
+
+@pytest.mark.parametrize("seed", [1.5, "1"])
+def test_a_seed_is_checked(prompter, seed):
+    with pytest.raises(ValueError, match="seed: expected an integer, or None, got"):
+        prompter.rewrite("the heron", seed=seed)
+
+
 @pytest.mark.parametrize("deadline", [0, -1.5])
 def test_a_budget_that_is_spent_leaves_the_prompt_as_it_is(prompter, deadline):
     late = prompter.rewrite("the heron", deadline=deadline)
@@ -171,8 +184,14 @@ def test_a_closed_prompter_says_so(model):
         outcome = waiting.exception()
         assert outcome is None or isinstance(outcome, ClosedError)  # it may have ended before
     prompter.close()
-    with pytest.raises(ClosedError):
-        prompter.rewrite("the heron")
+    for late, *arguments in (
+        (prompter.rewrite, "the heron"),
+        (prompter.rewrite_batch, []),
+        (prompter.rewrites, ["the heron"]),
+        (prompter.reload,),
+    ):
+        with pytest.raises(ClosedError, match="was closed"):
+            late(*arguments)
     assert_settles(model)
     del prompter
     before = threading.active_count()

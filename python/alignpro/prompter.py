@@ -140,8 +140,9 @@ class Prompter:
         """Read the adapter's folder again. Rewrites under way end with the adapter that they began
         with; later ones see neither it nor what the model has cached under it.
 
-        Raises as `load_peft`; the adapter in use then stays.
+        Raises as `load_peft`; the adapter in use then stays. ClosedError: `close` was called.
         """
+        self._engine.check_open()
         self._pipeline = self._pipeline.with_adapter(self.model.prepare(self._adapter))
 
     def rewrite(
@@ -256,7 +257,8 @@ class Prompter:
         return AsyncRewriteStream(Turn(request, clock, self.guards), written)
 
     def _prepare(self, prompts: Sequence[PromptLike], seed: int | None) -> list[Request]:
-        """What the engine is asked for. Raises ValueError."""
+        """What the engine is asked for. Raises ValueError and ClosedError."""
+        self._engine.check_open()
         seed = fresh_seed() if seed is None else seed
         pipeline = self._pipeline
         return [
@@ -293,7 +295,11 @@ class Prompter:
         self, prompts: Sequence[PromptLike], *, num_rewrites: int = 1, seed: int | None = None
     ) -> list[list[Rewrite]]:
         """``[prompts][num_rewrites]`` with all that is known of each: text, tokens,
-        log-probabilities, and ``target_prompt``, what the target is to be asked."""
+        log-probabilities, and ``target_prompt``, what the target is to be asked.
+
+        Raises as `rewrite`.
+        """
+        self._engine.check_open()
         if isinstance(prompts, str):
             raise ValueError(
                 "prompts: expected a list of prompts, got text; rewrite(prompt) takes it"

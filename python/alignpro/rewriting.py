@@ -7,6 +7,7 @@ import logging
 import math
 import numbers
 import queue
+import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -72,7 +73,8 @@ class Clock:
         is_number = isinstance(deadline, numbers.Real) and not isinstance(deadline, bool)
         if deadline is not None and not (is_number and math.isfinite(deadline)):
             raise ValueError(f"deadline: expected seconds, or None, got {deadline!r}")
-        self._deadline = deadline
+        # What the system's waits take, about 292 years.
+        self._deadline = None if deadline is None else min(deadline, threading.TIMEOUT_MAX)
 
     @property
     def milliseconds(self) -> float:

@@ -106,8 +106,7 @@ class EngineThread:
         request = _Request(tokens, params, adapter, sample, on_step)
         request.future.add_done_callback(request.cancel)
         with self._lock:
-            if self._closed:
-                raise ClosedError("expected one that is open; it was closed")
+            self.check_open()
             self._inbox.put(request)
         return request.future
 
@@ -149,6 +148,11 @@ class EngineThread:
         future = self.submit(tokens, params, adapter=adapter, sample=sample, on_step=on_step)
         future.add_done_callback(on_end)
         return future
+
+    def check_open(self) -> None:
+        """Raises ClosedError after `close`."""
+        if self._closed:
+            raise ClosedError("expected one that is open; it was closed")
 
     def close(self) -> None:
         """Cancel what is under way and end the thread. A second call does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 
 _MASK = 2**64 - 1
@@ -12,8 +13,13 @@ def derive_seed(seed: int, *keys: int) -> int:
 
     Each key passes through the splitmix64 finaliser, so neighbouring keys give unrelated seeds.
     A pure function: what is drawn for prompt 3 does not depend on what else is in the batch.
+
+    Raises ValueError: the seed is no integer.
     """
-    state = seed & _MASK
+    try:
+        state = operator.index(seed) & _MASK
+    except TypeError:
+        raise ValueError(f"seed: expected an integer, or None, got {seed!r}") from None
     for key in keys:
         state = _splitmix64(state ^ _splitmix64(key & _MASK))
     return state
