@@ -83,14 +83,13 @@ class RawUpstream:
             except OSError:  # the other side does not trust it
                 return
         with connection, connection.makefile("rb") as file:
-            while got := self._read(file):
-                self.got.append(got)
-                try:
+            try:
+                while got := self._read(file):
+                    self.got.append(got)
                     if self.reply(got, connection.sendall) is False:
                         return
-                except OSError:
-                    self.left.set()
-                    return
+            except OSError:
+                self.left.set()
 
     @staticmethod
     def _read(file) -> Got | None:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import uvicorn
+
 from alignpro.config.serve import ServeConfig
 from alignpro.serve.app import Proxy
 from alignpro.serve.audit import AuditLog
@@ -23,10 +25,15 @@ from serve.raw_upstream import until
 class Running:
     port: int
     proxy: Proxy
+    server: uvicorn.Server
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def connections(self) -> int:
+        return len(self.server.server_state.connections)
 
     def raw(self, sent: bytes, *, to_end: bool = True) -> bytes:
         """What comes back for these bytes on a connection of their own."""
@@ -68,7 +75,7 @@ def running(
     thread.start()
     until(lambda: server.started)
     try:
-        yield Running(port, proxy)
+        yield Running(port, proxy, server)
     finally:
         server.should_exit = server.force_exit = True
         thread.join(20)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -94,6 +95,30 @@ def test_sigterm_lets_requests_end():
                 go_on.set()
                 assert response.read() == b"\ndata: two\n\n"
             assert process.wait(30) == 0, process.stderr.read()
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_a_stream_that_does_not_end_is_ended_with_the_server(signals):
+    def reply(got, send):
+        send(STREAM_HEAD)
+        while True:
+            send(chunk(b"data: x\n\n"))
+            time.sleep(0.02)
+
+    seconds = 0.5 if len(signals) == 1 else 60  # a second SIGINT does not wait
+    with RawUpstream(reply) as upstream:
+        process, url = started(f"shutdown_seconds={seconds}", "--upstream", upstream.url)
+        with process:
+            request = urllib.request.Request(f"{url}/chat/completions", b"{}", method="POST")
+            with urllib.request.urlopen(request, timeout=30) as response:
+                assert response.readline() == b"data: x\n"
+                for number in signals:
+                    process.send_signal(number)
+                    time.sleep(0.2)
+                assert process.wait(30) == 0
+            assert upstream.left.wait(20)
+            said = process.stderr.read()
+    assert "the server ended first" in said and "Traceback" not in said and "rror:" not in said
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import openai
 import pytest
@@ -194,6 +195,15 @@ def test_the_audit_log_is_put_aside(tmp_path):
     for nowhere in (tmp_path / "missing" / "audit.jsonl", tmp_path):
         with pytest.raises(OSError, match=rf"^audit\.path: expected .*{re.escape(str(nowhere))}"):
             AuditLog(AuditConfig(str(nowhere)))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is /dev/full")
+def test_a_full_disk_costs_lines_of_the_audit_log_alone(upstream, caplog, capfd):
+    with running(config_of(upstream, audit=AuditConfig("/dev/full"))) as proxy:
+        for _ in range(2):
+            assert ask(proxy)[0] == "the heron"
+    line = "audit.path: /dev/full: a line is lost: No space left on device"
+    assert caplog.messages == [line] * 2 and "Traceback" not in capfd.readouterr().err
 
 
 def test_an_adapter_changes_under_load_and_no_request_is_lost(upstream, model, tmp_path):

@@ -235,6 +235,84 @@ def test_limits():
                 connection.close()
 
 
+def test_a_body_that_is_too_long_is_not_asked_for(echo):
+    with running(ServeConfig(upstream=echo.url, port=0, max_body=1000)) as proxy:
+        expects = b"Expect: 100-continue"
+        assert proxy.raw(head_of(1001, expects)[:-2] + b"\r\n").startswith(b"HTTP/1.1 413 ")
+        with connected(proxy) as client:
+            client.sendall(head_of(2, expects))
+            assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.sendall(b"{}")
+            assert received(client)().startswith(b"HTTP/1.1 200 ")
+        assert len(echo.got) == 1
+
+
+def test_a_refusal_in_the_middle_of_a_body_arrives_and_ends_the_connection(echo):
+    limits = {"max_body": 1000, "receive_seconds": 0.5}
+    with running(ServeConfig(upstream=echo.url, port=0, **limits)) as proxy:
+        for rest in (10**7, 0):  # all of it, and a client that does not go on
+            with connected(proxy) as client:
+                client.sendall(head_of(10**7 + 1) + b"x")
+                time.sleep(0.1)
+                for _ in range(rest // 10**6):
+                    client.sendall(b"x" * 10**6)  # a reset would be an error here
+                got = b""
+                while data := client.recv(65536):
+                    got += data
+                assert got.startswith(b"HTTP/1.1 413 ") and b"request_too_large" in got
+                until(lambda: not proxy.connections)
+
+
+def test_a_client_that_takes_nothing_is_left_and_a_slow_one_is_not():
+    large = b"x" * (8 * 2**20)
+    sent = []
+
+    def reply(got, send):
+        if got.body == b"stream":
+            send(STREAM_HEAD)
+            while True:
+                send(chunk(b"x" * 2**16))
+        send(answer(large))
+        sent.append(got.body)
+
+    with (
+        RawUpstream(reply) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0, send_seconds=0.5)) as proxy,
+        contextlib.ExitStack() as open_,
+    ):
+
+        def asked(body: bytes, *headers: bytes) -> socket.socket:
+            client = open_.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(20)
+            client.connect(("127.0.0.1", proxy.port))
+            client.sendall(head_of(len(body), *headers) + body)
+            return client
+
+        asked(b"stream")
+        asked(b"whole")
+        asked(b"whole", b"Connection: close")
+        until(lambda: proxy.connections == 3)
+        until(lambda: not proxy.connections)
+        assert upstream.left.wait(20)
+        slow, got = asked(b"slow", b"Connection: close"), b""
+        begun = time.monotonic()
+        while data := slow.recv(2**15):
+            got += data
+            if time.monotonic() < begun + 3.0:
+                time.sleep(0.1)
+        assert got.endswith(b"\r\n\r\n" + large)
+
+
+def test_a_connection_on_which_nothing_is_asked_is_ended(echo):
+    config = ServeConfig(upstream=echo.url, port=0, receive_seconds=0.5)
+    with running(config) as proxy, connected(proxy) as client:
+        client.sendall(head_of(2) + b"{}")
+        received(client)()
+        client.sendall(b"\r\n")  # which may stand before a request
+        assert client.recv(1) == b""
+
+
 def received(client: socket.socket) -> Callable[[], bytes]:
     """Reads one answer with a length after the other."""
     file = client.makefile("rb")

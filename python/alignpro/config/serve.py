@@ -98,6 +98,8 @@ class ServeConfig(RouteConfig):
     """The most connections at once; requests on one more are answered with status 503."""
     receive_seconds: Annotated[float, above(0)] = 30.0
     """Seconds in which the headers, and then a chat request's body, have to arrive."""
+    send_seconds: Annotated[float, above(0)] = 60.0
+    """Seconds for which a client may take nothing of its answer before its connection is ended."""
     connect_seconds: Annotated[float, above(0)] = 10.0
     """Seconds until a connection to the upstream has to stand."""
     idle_seconds: Annotated[float, above(0)] = 600.0

@@ -98,8 +98,11 @@ class Proxy:
         arrived = asyncio.Event()  # all of the request
         work = self._respond(scope, _Body(receive, arrived), send)
         with self.metrics.under_way.track_inprogress(), trace.span("request"):
-            if not await _while_connected(work, receive, arrived):
-                self.metrics.cut.labels("client").inc()
+            try:
+                if not await _while_connected(work, receive, arrived):
+                    self.metrics.cut.labels("client").inc()
+            except asyncio.CancelledError:
+                _log.warning("%s %s: the server ended first", scope["method"], scope["path"])
 
     async def _respond(self, scope: Scope, body: _Body, send: Send) -> None:
         try:
@@ -141,6 +144,8 @@ class Proxy:
                 body.arrived.set()
             return Outgoing(method, path, headers, body.chunks() if streamed else b""), None
         with trace.span("receive"):
+            said = [int(value) for name, value in scope["headers"] if name == b"content-length"]
+            _check_size(max(said, default=0), self._config.max_body)  # before it is asked for
             raw = await body.whole(self._config.max_body, self._config.receive_seconds)
         headers = [(name, value) for name, value in headers if name != b"content-length"]
         raw, outcome = await self._rewritten(raw, scope)
@@ -266,15 +271,19 @@ class _Body:
             async for chunk in self.chunks():
                 parts.append(chunk)
                 size += len(chunk)
-                if size > most:
-                    message = f"the body has more than {most} bytes; serve's max_body allows more"
-                    raise _Refused(413, message, "request_too_large")
+                _check_size(size, most)
             return b"".join(parts)
 
         try:
             return await asyncio.wait_for(read(), seconds)
         except asyncio.TimeoutError:
             raise _Refused(408, f"the body did not arrive within {seconds:g} s") from None
+
+
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        message = f"the body has more than {most} bytes; serve's max_body allows more"
+        raise _Refused(413, message, "request_too_large")
 
 
 async def _while_connected(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import os
+import sys
 from logging.handlers import RotatingFileHandler
 from typing import Any
 
 from alignpro.config.serve import AuditConfig
+
+_log = logging.getLogger(__name__)
 
 
 class _Private(RotatingFileHandler):
@@ -20,6 +24,12 @@ class _Private(RotatingFileHandler):
             return os.open(path, flags, 0o600)
 
         return open(self.baseFilename, self.mode, encoding=self.encoding, opener=opener)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            raise
+        _log.error("audit.path: %s: a line is lost: %s", self.baseFilename, error.strerror)
 
 
 class AuditLog:
@@ -53,4 +63,5 @@ class AuditLog:
         self._file.emit(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # the lines that were lost
+            self._file.close()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import math
 import resource
 import signal
 import socket
+import termios
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,11 +41,15 @@ class _Protocol(HttpToolsProtocol):
     * An offer of another protocol is declined (RFC 9110, 7.8): the parser would leave out such a
       request's body.
     * Of requests in a pipeline the one under way learns that the client has left, not the last.
+    * A client that takes nothing of its answer is left. The rest of a request that is answered
+      before its end is read and dropped: on a connection that is closed with it unread the client
+      would lose the answer (RFC 9112, 9.6).
     """
 
     max_header: int
     max_connections: int
     receive_seconds: float
+    send_seconds: float
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -51,10 +58,12 @@ class _Protocol(HttpToolsProtocol):
         self._in_headers, self._has_ended, self._size, self._pending = True, False, 0, 0
         self._open: list[RequestResponseCycle] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._stuck: asyncio.TimerHandle | None = None
         self._wait_for_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_are_there()
+        self._is_taken()
         super().connection_lost(exc)
         for cycle in self._open:
             if not cycle.response_complete:
@@ -74,6 +83,42 @@ class _Protocol(HttpToolsProtocol):
         self._pending = self._pending + len(data) if is_counted else 0
         if self._pending > self.max_header and not self.transport.is_closing():
             self.send_400_response("the headers are too long")
+        if not self.transport.is_closing() and self._is_idle:  # the rest of a request, or nothing
+            self._wait_for_headers()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_progress()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._is_taken()
+
+    def _is_taken(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
+    def _close(self) -> None:
+        self.transport.close()
+        self._expect_progress()
+
+    def _expect_progress(self) -> None:
+        """From a client for whom data wait, while nothing new is written."""
+        self._is_taken()
+        before = _unsent(self.transport)
+
+        def look() -> None:
+            if _unsent(self.transport) < before:
+                self._expect_progress()
+            else:
+                self.transport.abort()
+
+        self._stuck = self.loop.call_later(self.send_seconds, look)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
 
     def _parse(self, data: bytes) -> None:
         while data:
@@ -115,13 +160,34 @@ class _Protocol(HttpToolsProtocol):
         self.scope["extensions"] = {ONE_MORE: {}} if self._is_one_more else {}
         super().on_headers_complete()
         _frame_as_it_is(self.cycle)
+        self._end_gently(self.cycle)
         self._open = [cycle for cycle in self._open if not cycle.response_complete]
         self._open.append(self.cycle)
 
     def on_message_complete(self) -> None:
         self._has_ended = True
         if not self.parser.should_upgrade():
+            if self.cycle.response_complete and not self.cycle.keep_alive:
+                self._close()
             super().on_message_complete()
+
+    def _end_gently(self, cycle: RequestResponseCycle) -> None:
+        """Close behind the last answer once its request was read and the answer is taken."""
+        send = cycle.send
+
+        async def sent(message: Any) -> None:
+            is_end = message["type"] == "http.response.body" and not message.get("more_body")
+            lingers = is_end and cycle.more_body and not cycle.keep_alive
+            cycle.keep_alive = cycle.keep_alive or lingers  # uvicorn closes at once without it
+            await send(message)
+            if lingers and not self.transport.is_closing():
+                cycle.keep_alive = False
+                self.transport.write_eof()
+                self._wait_for_headers()
+            elif is_end and self.transport.is_closing():
+                self._expect_progress()
+
+        cycle.send = sent  # type: ignore[method-assign]
 
     def _wait_for_headers(self) -> None:
         if self._timer is None:
@@ -129,15 +195,27 @@ class _Protocol(HttpToolsProtocol):
 
     def _are_late(self) -> None:
         self._timer = None
-        if all(cycle.response_complete for cycle in self._open):
-            self.transport.close()
+        if self._is_idle:
+            self._close()
         else:  # nothing is read while an answer is under way
             self._wait_for_headers()
+
+    @property
+    def _is_idle(self) -> bool:
+        return all(cycle.response_complete for cycle in self._open)
 
     def _headers_are_there(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _unsent(transport: asyncio.WriteTransport) -> int:
+    """Bytes that the client's system has not taken, here and, where it can be asked, in ours."""
+    held = array("i", [0])
+    with contextlib.suppress(OSError, ValueError):
+        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, held)
+    return transport.get_write_buffer_size() + held[0]
 
 
 def _frame_as_it_is(cycle: RequestResponseCycle) -> None:
@@ -187,9 +265,8 @@ def listen(config: ServeConfig) -> socket.socket:
 
 def make_server(proxy: Proxy, config: ServeConfig) -> uvicorn.Server:
     """A server that is not started; its ``serve(sockets)`` does it."""
-    limits = {
-        name: getattr(config, name) for name in ("max_header", "max_connections", "receive_seconds")
-    }
+    limited = ("max_header", "max_connections", "receive_seconds", "send_seconds")
+    limits = {name: getattr(config, name) for name in limited}
     settings: dict[str, Any] = {
         "http": type("Protocol", (_Protocol,), limits),
         "ws": "none",
@@ -214,21 +291,27 @@ def run_server(
     SIGHUP reads the adapters again."""
     _allow_open_files()
     server = make_server(proxy, config)
-    reloads: set[asyncio.Task[None]] = set()  # the loop's own reference is a weak one
-
-    async def reload() -> None:
-        await proxy.reload()
-        reloads.clear()
+    reloads: set[asyncio.Task[Any]] = set()  # the loop's own reference is a weak one
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
+
+        def reload() -> None:
+            task = loop.create_task(proxy.reload())
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.handle_exit, number, None)
-        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.add(loop.create_task(reload())))
+        loop.add_signal_handler(signal.SIGHUP, reload)
         on_ready()
         try:
             await server.serve([place])
         finally:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
             await proxy.close()
 
     loop = new_event_loop()
