@@ -96,7 +96,7 @@ class _Connector(aiohttp.TCPConnector):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._factory = partial(_Protocol, loop=self._loop)
+        self._factory = partial(_Protocol, loop=self._loop)  # type: ignore[assignment]
         self._used: WeakSet[object] = WeakSet()
 
     async def connect(
