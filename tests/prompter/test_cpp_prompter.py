@@ -113,6 +113,7 @@ def test_a_long_history_is_read_no_further_than_it_shows(smollm2_path, save):
     began = time.monotonic()
     assert ours.rewrite(history, "Why?", 0, 50)[3] == "deadline"
     assert time.monotonic() - began < 0.6  # 0.07 s; to encode it once in whole takes 0.52
+    assert ours.rewrite([], "Why?", 0, 2**63 // 10**6)[3] != "deadline"  # in 292 years
     with pytest.raises(ValueError, match="prompt: more than 800 tokens and 12 new ones exceed"):
         ours.rewrite([], "why " * 200_000, 0)
     short = load_model(ModelConfig(str(smollm2_path), context_length=400))

@@ -316,6 +316,9 @@ TURN = [{"role": "user", "content": "the heron"}]
 
 def test_it_answers_as_the_model_does(model, client):
     assert [card.id for card in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="model 'a/b': expected 'tiny'"):
+        client.models.retrieve("a/b")
     reply = client.chat.completions.create(
         model="tiny", messages=TURN, max_tokens=8, seed=3, n=2, temperature=0.7
     )

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 from alignpro.models.engine_thread import EngineThread
 from alignpro.models.native_model import NativeModel
@@ -63,9 +64,8 @@ class LocalUpstream:
     async def send(self, request: Outgoing) -> Answer:
         """See `Upstream.send`."""
         path = request.path.partition(b"?")[0]
-        if (request.method, path) == ("GET", b"/models"):
-            card = {"id": self._model.name, "object": "model", "created": 0, "owned_by": "alignpro"}
-            return _whole(200, json.dumps({"object": "list", "data": [card]}).encode())
+        if request.method == "GET" and (path + b"/").startswith(b"/models/"):
+            return self._models(unquote(path.removeprefix(b"/models").removeprefix(b"/").decode()))
         if (request.method, path) != ("POST", b"/chat/completions"):
             what = f"{request.method} /v1{path.decode(errors='replace')}"
             return _whole(404, error_body(f"{what}: no such endpoint", "invalid_request_error"))
@@ -84,6 +84,16 @@ class LocalUpstream:
 
     async def close(self) -> None:
         self._engine.close()
+
+    def _models(self, name: str) -> Answer:
+        """The card of the model, or the list of it."""
+        card = {"id": self._model.name, "object": "model", "created": 0, "owned_by": "alignpro"}
+        if name not in ("", self._model.name):
+            message = f"model {name!r}: expected {self._model.name!r}"
+            body = error_body(message, "invalid_request_error", "model_not_found", "model")
+            return _whole(404, body)
+        listed = card if name else {"object": "list", "data": [card]}
+        return _whole(200, json.dumps(listed).encode())
 
     def _read(self, raw: bytes) -> _Chat:
         try:
