@@ -197,6 +197,19 @@ def test_the_audit_log_is_put_aside(tmp_path):
             AuditLog(AuditConfig(str(nowhere)))
 
 
+def test_a_guard_that_is_broken_lets_the_original_out_and_is_counted(upstream, model):
+    config = config_of(upstream, rewrite=True, run="x")
+    options = {"prompting": alignpro.Prompting(mode="rewrite", template="{prompt}")}
+    guards = alignpro.GuardConfig(cut=False)
+    prompter = alignpro.Prompter(model, params=PARAMS, guards=guards, **options)
+    with running(config, Rewriter("r", prompter, config)) as proxy:
+        turn = "Ask [protected]Dr. Oe[/protected] for 12 birds"
+        content, headers = ask(proxy, turn=turn)
+        assert content == turn and headers["x-alignpro-reason"] == "guard_spans"
+        labels = {"run": "r", "mode": "on", "applied": "false", "reason": "guard_spans"}
+        assert proxy.metric("alignpro_chat_requests_total", **labels) == 1
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is /dev/full")
 def test_a_full_disk_costs_lines_of_the_audit_log_alone(upstream, caplog, capfd):
     with running(config_of(upstream, audit=AuditConfig("/dev/full"))) as proxy:
