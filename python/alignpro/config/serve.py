@@ -97,7 +97,8 @@ class ServeConfig(RouteConfig):
     max_connections: Annotated[int, at_least(1)] = 1024
     """The most connections at once; requests on one more are answered with status 503."""
     receive_seconds: Annotated[float, above(0)] = 30.0
-    """Seconds in which the headers, and then a chat request's body, have to arrive."""
+    """Seconds in which the headers, and then a chat request's body, have to arrive; of other bodies
+    the next bytes."""
     send_seconds: Annotated[float, above(0)] = 60.0
     """Seconds for which a client may take nothing of its answer before its connection is ended."""
     connect_seconds: Annotated[float, above(0)] = 10.0

@@ -142,7 +142,8 @@ class Proxy:
                 headers.append((b"transfer-encoding", b"chunked"))
             if not streamed:
                 body.arrived.set()
-            return Outgoing(method, path, headers, body.chunks() if streamed else b""), None
+            chunks = body.chunks(self._config.receive_seconds) if streamed else b""
+            return Outgoing(method, path, headers, chunks), None
         with trace.span("receive"):
             said = [int(value) for name, value in scope["headers"] if name == b"content-length"]
             _check_size(max(said, default=0), self._config.max_body)  # before it is asked for
@@ -254,10 +255,14 @@ class _Body:
     def __init__(self, receive: Receive, arrived: asyncio.Event) -> None:
         self._receive, self.arrived = receive, arrived
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self, seconds: float | None = None) -> AsyncIterator[bytes]:
+        """At most ``seconds`` apart."""
         more = True
         while more:
-            message = await self._receive()
+            try:
+                message = await asyncio.wait_for(self._receive(), seconds)
+            except asyncio.TimeoutError:
+                raise _Refused(408, f"nothing of the body arrived for {seconds:g} s") from None
             if message["type"] == "http.disconnect":
                 raise _ClientGone
             more = bool(message.get("more_body"))
