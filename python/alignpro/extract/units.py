@@ -144,8 +144,8 @@ class Quantity:
 
 
 def normalise(text: str) -> str:
-    """Text by which texts are compared and numbers are read: NFKC with its powers and fractions kept
-    apart (10⁻³ becomes 10^-3, and 1½ two words), every dash a hyphen, every digit an ASCII one,
+    """Text by which texts are compared and numbers are read: NFKC with powers and fractions
+    kept apart (10⁻³ becomes 10^-3, and 1½ two words); every dash a hyphen, every digit an ASCII one,
     white space single."""
     text = _RAISED.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
     text = _FRACTION_BEGINS.sub(" ", text)
