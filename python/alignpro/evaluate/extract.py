@@ -231,17 +231,7 @@ def _pipeline(config: ExtractConfig, schema: Schema, calls: Path | None) -> Pipe
     adapter = None
     if config.prompter is not None and prompter is not None:
         adapter = load_adapter(config.prompter.adapter, prompter)
-    pipeline = Pipeline(
-        prompter,
-        target,
-        None,
-        prompting=config.prompting,
-        prompter_adapter=adapter,
-        target_adapter=config.target.adapter,
-        rewrite_params=config.rewrite,
-        response_params=config.response,
-        max_failed=config.target.max_failed,
-    )
+    pipeline = Pipeline.configured(config, prompter, target, None).with_adapter(adapter)
     return pipeline.for_schema(schema, config.schema.format)
 
 

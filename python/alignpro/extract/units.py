@@ -144,9 +144,9 @@ class Quantity:
 
 
 def normalise(text: str) -> str:
-    """Text by which texts are compared and numbers are read: NFKC, every dash a hyphen, every digit an
-    ASCII one, white space single; powers and fractions are kept apart (10⁻³ becomes 10^-3, and 1½
-    two words)."""
+    """Text by which texts are compared and numbers are read: NFKC, every dash a hyphen, every digit
+    an ASCII one, white space single; powers and fractions are kept apart (10⁻³ becomes 10^-3, and
+    1½ two words)."""
     text = _RAISED.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
     text = _FRACTION_BEGINS.sub(" ", text)
     text = unicodedata.normalize("NFKC", text.translate(_DASHES)).translate(_DASHES)

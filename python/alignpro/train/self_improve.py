@@ -19,7 +19,6 @@ from typing import Any
 
 from alignpro import fingerprints
 from alignpro.config import (
-    ModelConfig,
     PairsFitConfig,
     PreferConfig,
     SelfImproveConfig,
@@ -172,18 +171,9 @@ class SelfImprovement:
             )
         self.config, self._start, self._calibrator = config, start, calibrator
         self._model, self._target = prompter, target
-        answers = config.target
-        self._pipeline = Pipeline(
-            prompter,
-            target,
-            calibrator,
-            prompting=config.prompting,
-            prompter_adapter=start if config.policy == "prompter" else None,
-            target_adapter=None if answers is None else answers.adapter,
-            rewrite_params=config.rewrite,
-            response_params=config.response,
-            max_failed=ModelConfig.max_failed if answers is None else answers.max_failed,
-        )
+        self._pipeline = Pipeline.configured(config, prompter, target, calibrator)
+        if config.policy == "prompter":
+            self._pipeline = self._pipeline.with_adapter(start)
         # Of a target that scores no texts, the words that it shares with its source.
         self._grounding = GroundingReward("likelihood" if scorer.scores_answers else "words")
         self._grounding.use_scorer(scorer)
