@@ -54,7 +54,10 @@ def test_the_packaged_schemas_are_read(name):
         ({"a": ["x  y", "x\ny"]}, "fields.a: a choice appears twice"),
         ({"a": ["x", 1]}, "fields.a: expected choices"),
         ({"a": ["x", "{prompt}"]}, "fields.a: {prompt} stands for the text"),
-        ({"a": ["x", "\ud800"]}, "fields.a: expected Unicode text, got a half of a character"),
+        (
+            {"a": ["x", "\ud800"]},
+            "fields.a: lone surrogate",
+        ),
         ({"a": {}}, "fields.a: expected at least one field"),
         ({}, "fields: expected at least one field"),
         ({"a b": "text"}, "expected names of letters"),
