@@ -336,9 +336,9 @@ def test_orders_are_refused_where_no_values_have_them():
 def test_many_orders_are_read_in_time():
     names = [f"f{i}" for i in range(400)]
     checks = [f"{b} > {a}" for a, b in itertools.pairwise(names)]
-    started = time.monotonic()
+    started = time.process_time()
     schema(dict.fromkeys(names, "number"), checks[::-1])
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(

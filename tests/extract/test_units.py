@@ -104,7 +104,7 @@ def test_units_are_a_closed_list():
 
 
 def test_a_hostile_text_is_read_in_linear_time():
-    started = time.monotonic()
+    started = time.process_time()
     for piece in (
         "1,",
         "1-",
@@ -120,4 +120,4 @@ def test_a_hostile_text_is_read_in_linear_time():
         "10^",
     ):
         quantities_in(piece * 20_000)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 10
