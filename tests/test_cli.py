@@ -421,6 +421,7 @@ def test_everything_that_stages_write_may_be_overwritten(quick, tiny, tmp_path):
         ("quickstart train.data=none.csv", "none.csv: there is no such file"),
         ("quickstart reward=none", "unknown reward 'none'"),
         ("reward fit none.csv", "none.csv: there is no such file"),
+        ("reward fit data=warm_tones model=none.gguf", "none.gguf: no such file or folder"),
         ("evaluate data=none.csv", "none.csv: there is no such file"),
         ("evaluate reward=2*none", "unknown reward 'none'"),
         ("safety safety.harm=none", "unknown reward 'none'"),

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -42,6 +42,11 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON document, indented for a reader."""
     write_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write a line of JSON for each row."""
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"

@@ -19,7 +19,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from alignpro import trace
-from alignpro.config import RESPONSE, REWRITE, ModelConfig, Prompting, StageConfig, check_sampling
+from alignpro.config import (
+    RESPONSE,
+    REWRITE,
+    ExtractConfig,
+    ModelConfig,
+    Prompting,
+    SelfImproveConfig,
+    StageConfig,
+    check_sampling,
+)
 from alignpro.models.answer_scores import TargetScorer
 from alignpro.models.arguments import check_counts, check_models, check_params, check_texts
 from alignpro.models.in_flight import InFlight, Request
@@ -114,8 +123,8 @@ class Pipeline:
     @classmethod
     def configured(
         cls,
-        config: StageConfig,
-        prompter: LanguageModel,
+        config: StageConfig | SelfImproveConfig | ExtractConfig,
+        prompter: LanguageModel | None,
         target: LanguageModel | ChatModel,
         reward: Reward | None,
     ) -> Pipeline:
@@ -210,18 +219,7 @@ class Pipeline:
             rewrites, done = self._generate(
                 given, num_rewrites, num_responses, seed, common_draws, on_progress
             )
-            written = time.perf_counter()
-            rewrites, unscored = self._scored(given, rewrites, columns)
-            scored = time.perf_counter()
-        return Rollout(
-            prompts=given,
-            rewrites=rewrites,
-            seconds={"generate": written - started, "reward": scored - written},
-            generated_tokens=done.generated_tokens,
-            failed=done.failed,
-            unscored=unscored,
-            common_draws=common_draws,
-        )
+            return self._scored(given, rewrites, done, columns, common_draws, started)
 
     def rewrite(
         self, prompts: Sequence[PromptLike], *, num_rewrites: int = 1, seed: int | None = None
@@ -291,17 +289,7 @@ class Pipeline:
                 hand_over = partial(self._hand_over, in_flight, num_responses, seed, answered)
                 rewrites.append([hand_over(w, sample) for sample, w in enumerate(read)])
             in_flight.run_until_done()
-        written = time.perf_counter()
-        rewrites, unscored = self._scored(given, rewrites, columns)
-        return Rollout(
-            prompts=given,
-            rewrites=rewrites,
-            seconds={"generate": written - started, "reward": time.perf_counter() - written},
-            generated_tokens=in_flight.generated_tokens,
-            failed=in_flight.failed,
-            unscored=unscored,
-            common_draws=common_draws,
-        )
+        return self._scored(given, rewrites, in_flight, columns, common_draws, started)
 
     def extract(
         self,
@@ -556,17 +544,29 @@ class Pipeline:
 
     def _scored(
         self,
-        prompts: Sequence[Prompt],
+        prompts: list[Prompt],
         rewrites: list[list[Rewrite]],
+        done: InFlight,
         columns: Mapping[str, Sequence[Any]] | None,
-    ) -> tuple[list[list[Rewrite]], int]:
-        """See `score_rewrites`."""
-        if self.reward is None:
-            return rewrites, 0
-        from alignpro.rewards.check import score_rewrites
+        common_draws: bool,
+        started: float,
+    ) -> Rollout:
+        """What was generated since ``started``, by the requests ``done``, with its rewards."""
+        written, unscored = time.perf_counter(), 0
+        if self.reward is not None:
+            from alignpro.rewards.check import score_rewrites
 
-        with trace.span("reward"):
-            return score_rewrites(self.reward, prompts, rewrites, columns or {})
+            with trace.span("reward"):
+                rewrites, unscored = score_rewrites(self.reward, prompts, rewrites, columns or {})
+        return Rollout(
+            prompts=prompts,
+            rewrites=rewrites,
+            seconds={"generate": written - started, "reward": time.perf_counter() - written},
+            generated_tokens=done.generated_tokens,
+            failed=done.failed,
+            unscored=unscored,
+            common_draws=common_draws,
+        )
 
 
 def _prepared(model: LanguageModel | ChatModel | None, adapter: Any) -> Any:

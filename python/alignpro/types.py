@@ -144,6 +144,16 @@ def type_name(value: Any) -> str:
     return "nothing (null)" if value is None else type(value).__name__
 
 
+def not_unicode(text: str) -> str | None:
+    """Why UTF-8 cannot express a text; None where it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        return f"lone surrogate {surrogate}; expected valid Unicode"
+    return None
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn. Defaults: the model's own distribution, 64 new tokens.

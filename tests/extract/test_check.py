@@ -245,6 +245,13 @@ def test_an_element_twice_is_a_violation_and_buys_nothing():
     assert [v.check for v in verify({"parts": [bad] * 100_000}, read)] == ["length"]
 
 
+def test_an_element_is_there_twice_in_another_unit_or_order():
+    read = read_schema({"fields": {"a": {"list": {"x": "quantity[m]", "y": {"list": "number"}}}}})
+    said = [("4.35 m", [1, 2]), ("435 cm", [2, "1e0"]), ("435.01 cm", [1, 2]), ("4.35 m", [1, 3])]
+    record = {"a": [{"x": x, "y": y} for x, y in said]}
+    assert [(v.field, v.check) for v in verify(record, read)] == [("a.2", "repeated")]
+
+
 # --- what ships ---
 
 SHIPPED = {

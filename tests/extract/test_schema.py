@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from alignpro.extract.check import verify
@@ -51,7 +54,10 @@ def test_the_packaged_schemas_are_read(name):
         ({"a": ["x  y", "x\ny"]}, "fields.a: a choice appears twice"),
         ({"a": ["x", 1]}, "fields.a: expected choices"),
         ({"a": ["x", "{prompt}"]}, "fields.a: {prompt} stands for the text"),
-        ({"a": ["x", "\ud800"]}, "fields.a: expected Unicode text, got a half of a character"),
+        (
+            {"a": ["x", "\ud800"]},
+            "fields.a: lone surrogate",
+        ),
         ({"a": {}}, "fields.a: expected at least one field"),
         ({}, "fields: expected at least one field"),
         ({"a b": "text"}, "expected names of letters"),
@@ -279,12 +285,71 @@ def test_checks_that_no_value_passes_are_refused(field, checks, said):
 
 
 @pytest.mark.parametrize(
+    ("checks", "said"),
+    [
+        (["x > y", "y > x"], "no values of y and x pass y > x and x > y"),
+        (["x > y", "y > z", "z > x"], "no values of y and z and x pass y > z and z > x and x > y"),
+        (["x > y > z > x"], "no values of y and z and x pass x > y > z > x"),
+        (["x == y", "y >= z", "x < z"], "no values of .* pass .*x < z"),
+        (["x < x"], "no value of x passes x < x"),
+        (
+            ["x > y", "y > z", "z >= 1", "1 >= x"],
+            " pass x > y and y > z and z >= 1 and 1 >= x",
+        ),
+        (["x < y < 3", "x > 5"], "no values of y and x pass x < y < 3 and x > 5"),
+        (["mass > 10 * quantity(1, 'g')", "mass < z.mass", "z.mass < quantity(9, 'g')"], "no val"),
+        (["list.x > list.y", "y > list.x", "list.y > y"], "no values of"),
+    ],
+)
+def test_checks_that_no_values_pass_together_are_refused(checks, said):
+    fields = {"x": "number", "y": "number?", "z": "number", "mass": "quantity[kg]"}
+    fields["list"] = {"list": {"x": "number", "y": "number"}}
+    if "mass" in checks[0]:
+        fields["z"] = {"mass": "quantity[g]"}
+    with pytest.raises(SchemaError, match=f"^schema: .*{said}"):
+        schema(fields, checks)
+
+
+def test_orders_are_refused_where_no_values_have_them():
+    """Against every triple of eighths, which is fine enough for any order of three."""
+    axis = np.arange(-16, 17) / 8
+    values = dict(zip("xyz", np.meshgrid(axis, axis, axis), strict=True))
+    source = random.Random(5)
+    refused = 0
+    for _ in range(300):
+        checks = []
+        for _ in range(source.randint(2, 6)):
+            one, other = source.sample("xyz", 2)
+            right = other if source.random() < 0.7 else source.randint(-1, 1)
+            checks.append(f"{one} {source.choice(['<', '<=', '>', '>='])} {right}")
+        passes = np.logical_and.reduce([eval(check, {}, values) for check in checks]).any()
+        try:
+            schema(dict.fromkeys("xyz", "number"), checks)
+        except SchemaError:
+            refused += 1
+            assert not passes, checks
+        else:
+            assert passes, checks
+    assert 80 < refused < 220
+
+
+def test_many_orders_are_read_in_time():
+    names = [f"f{i}" for i in range(400)]
+    checks = [f"{b} > {a}" for a, b in itertools.pairwise(names)]
+    started = time.process_time()
+    schema(dict.fromkeys(names, "number"), checks[::-1])
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
     "checks",
     [
         ["x > 5 or y > 1", "x < 3"],
         ["not x > 5", "x < 3"],
         ["x != 3", "3 <= x <= 3"],
-        ["x < y < 3", "x > 5"],  # which is not made where there is no y
+        ["x < y < 3 or x > 6", "x > 5"],
+        ["x <= y", "y <= x"],
+        ["x < y + 1", "y < x"],
         ["abs(x) > 5", "x < 3"],
         ["x + 5 > 5", "x < 0.1"],
         ["present(x)", "x > 0"],

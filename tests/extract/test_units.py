@@ -35,6 +35,13 @@ def base(text):
         ("２５ ℃", 298.15),  # full-width digits, and the sign of one character
         ("77 °F", 298.15),
         ("298.15 K", 298.15),
+        ("½ cup", 0.5 * 236.5882365e-6),
+        ("1½ h", 5400.0),
+        ("1 1/2 h", 5400.0),
+        ("3/4 h", 2700.0),
+        ("-2 ½", -2.5),
+        ("10⁻³ kg", 1.0),
+        ("10^3 mg", 1.0),
         ("80%", 80.0),
         ("80 per cent", 80.0),
         ("80", 80.0),
@@ -55,6 +62,7 @@ def test_a_quantity_is_one_value_however_it_is_written(text, value):
     [
         *("", " ", "g", "about 5 g", "5 g of salt", "1,22 g", "1,2345", "1.2.3", "5 5", "five"),
         *("NaN", "nan", "inf", "-inf", "1e999", "0x10", "1_000", "C7", "--5", "5 gg", "½ ⁄ ½ g"),
+        *("1/2", "3/4/2024 h", "100/50 mg", "5 g/mol", "5 cm^2", "10 °C/min", "1,5 x 10^3"),
         "9" * 500,
     ],
 )
@@ -74,6 +82,17 @@ def test_numbers_of_a_text_have_their_units_and_words_have_none():
     found = [(q.value, q.unit and q.unit.name) for _, q in quantities_in(text)]
     assert found == [(1.22, "g"), (9.99, "mmol"), (20.0, "mL"), (25.0, "mL"), (-5.0, "degC")]
     assert [q.value for _, q in quantities_in("- 5 eggs\n- 6 apples")] == [5.0, 6.0]  # a list
+    text = "1½-2 cups and 1/2 to 1 h, 1.22 g/9.99 mmol, 5 g/mol, 3/4/2024, 7 of 2/3"
+    found = [(q.value, q.unit and q.unit.name) for _, q in quantities_in(text)]
+    assert found[:6] == [
+        (1.5, "cup"),
+        (2, "cup"),
+        (0.5, "h"),
+        (1, "h"),
+        (1.22, "g"),
+        (9.99, "mmol"),
+    ]
+    assert found[6:] == [(x, None) for x in (5, 3, 4, 2024, 7, 2, 3)]
     (span, _), *_ = quantities_in("it is  5   g")
     assert normalise("it is  5   g")[slice(*span)] == "5 g"
 
@@ -85,7 +104,20 @@ def test_units_are_a_closed_list():
 
 
 def test_a_hostile_text_is_read_in_linear_time():
-    started = time.monotonic()
-    for piece in ("1,", "1-", "1 x 10^", "9", "1.", "- ", "1 to ", "⁻", "5 degrees "):
+    started = time.process_time()
+    for piece in (
+        "1,",
+        "1-",
+        "1 x 10^",
+        "9",
+        "1.",
+        "- ",
+        "1 to ",
+        "⁻",
+        "5 degrees ",
+        "1/2 ",
+        "½",
+        "10^",
+    ):
         quantities_in(piece * 20_000)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 10

@@ -154,7 +154,7 @@ def test_a_million_characters(tokenizer: Tokenizer, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("ab\ud800c", r"lone surrogate U\+D800 at position 2"), (7, "expected text, got int")],
+    [("ab\ud800c", r"lone surrogate U\+D800 at character 2"), (7, "expected text, got int")],
 )
 def test_bad_text(tokenizer: Tokenizer, text: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -105,7 +105,7 @@ def test_what_is_read_with_and_without_the_source():
 
 def test_the_share_of_words_that_the_source_holds():
     reward = build_reward("grounding#words")
-    sources = ["Two dogs and a ball", "", "x"]
+    sources = ["Two dogs and a ball", " \n", "x"]
     prompts, responses = ["?", "a tall tree", "?"], ["The dog has a red ball.", "Trees", "It is"]
     found = score_checked(reward, prompts, [""] * 3, responses, {"source": sources})
     assert found == [pytest.approx(2 / 3), 1.0, 0.0]

@@ -15,6 +15,7 @@ from alignpro.cli.shared import (
     app,
     check_inputs,
     check_new,
+    data_given,
     examples,
     one_line_errors,
     read_settings,
@@ -82,7 +83,6 @@ def extract(
     from alignpro.config import ExtractConfig
 
     options = {
-        "data.path": texts if texts is None or "=" not in texts or Path(texts).exists() else None,
         "schema.path": schema,
         "schema.format": form,
         "attempts": attempts,
@@ -91,7 +91,7 @@ def extract(
         "seed": seed,
         "threads": threads,
     }
-    first = [texts] if texts is not None and options["data.path"] is None else []
+    first = [] if texts is None else [data_given(texts)]
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     base = None
     if run is not None:

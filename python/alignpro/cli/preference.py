@@ -3,7 +3,6 @@ preferred."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +17,7 @@ from alignpro.cli.shared import (
     Resume,
     app,
     check_inputs,
+    data_given,
     examples,
     needs_torch,
     one_line_errors,
@@ -150,9 +150,7 @@ def reward_fit(
     needs_torch("reward fit")
     from alignpro.config import RewardFitConfig
 
-    options = read_settings(
-        RewardFitConfig, None, [f"data.path={json.dumps(pairs)}", *(overrides or [])]
-    )
+    options = read_settings(RewardFitConfig, None, [data_given(pairs), *(overrides or [])])
     check_inputs(options)
     from rich.console import Console
 

@@ -238,6 +238,12 @@ def read_settings(
     return options
 
 
+def data_given(source: str) -> str:
+    """The data that a command's first argument names, as key=value; or what is that already."""
+    given = "=" in source and not Path(source).exists()
+    return source if given else f"data.path={json.dumps(source)}"
+
+
 def check_inputs(options: Any, *, resume: bool = False) -> None:
     """Refuse files, models, adapters, schemas and rewards that are surely not there, before torch
     is imported, which takes seconds. resume: a run keeps the adapter that it began with.

@@ -31,7 +31,7 @@ from alignpro.data.files import (
     suffix_of,
 )
 from alignpro.optional import import_for
-from alignpro.types import Conversation, Message, Prompt, text_messages, type_name
+from alignpro.types import Conversation, Message, Prompt, not_unicode, text_messages, type_name
 
 PACKAGED = {
     "everyday": "everyday_prompts.jsonl",
@@ -317,13 +317,9 @@ def _first_turn(turns: Any) -> Any:
 
 
 def check_unicode(value: str, where: str) -> None:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: lone surrogate U+{ord(value[error.start]):04X} at character {error.start}; "
-            "expected valid Unicode"
-        ) from error
+    wrong = not_unicode(value)
+    if wrong is not None:
+        raise DataError(f"{where}: {wrong}")
 
 
 # Sources

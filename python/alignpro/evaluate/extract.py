@@ -39,7 +39,7 @@ from alignpro.models.native_model import NativeModel, load_model, load_models
 from alignpro.pipeline import Pipeline
 from alignpro.run_directory import add_note, config_of_run, is_run_dir
 from alignpro.statistics import paired_difference, proportion_ci, ratio_of_means
-from alignpro.types import Conversation
+from alignpro.types import Conversation, not_unicode
 
 # What changes no record.
 _FREE = ("threads", "num_texts")
@@ -108,11 +108,7 @@ def line_of(row: dict[str, Any]) -> str:
     """A row as a line of JSON, in plain text where that is valid Unicode: a model may write the
     escape of half a character."""
     line = json.dumps(row, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return json.dumps(row)
-    return line
+    return line if not_unicode(line) is None else json.dumps(row)
 
 
 def read_inputs(config: ExtractConfig) -> tuple[Schema, Any, list[PromptRow]]:
@@ -231,17 +227,7 @@ def _pipeline(config: ExtractConfig, schema: Schema, calls: Path | None) -> Pipe
     adapter = None
     if config.prompter is not None and prompter is not None:
         adapter = load_adapter(config.prompter.adapter, prompter)
-    pipeline = Pipeline(
-        prompter,
-        target,
-        None,
-        prompting=config.prompting,
-        prompter_adapter=adapter,
-        target_adapter=config.target.adapter,
-        rewrite_params=config.rewrite,
-        response_params=config.response,
-        max_failed=config.target.max_failed,
-    )
+    pipeline = Pipeline.configured(config, prompter, target, None).with_adapter(adapter)
     return pipeline.for_schema(schema, config.schema.format)
 
 

@@ -20,7 +20,7 @@ from alignpro.evaluate.kept import KeptArms, arms_path, calls_path, kept_date
 from alignpro.evaluate.of_run import say_what_differs
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import HeadroomReport
-from alignpro.files import write_file
+from alignpro.files import write_json_lines
 from alignpro.fingerprints import (
     Fingerprint,
     Fingerprints,
@@ -217,7 +217,7 @@ def write_samples(
                     },
                 }
             )
-    write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_json_lines(path, lines)
 
 
 def read_samples(path: Path, config: HeadroomConfig) -> Scored:

@@ -135,7 +135,7 @@ class _Given:
             beta=sum(betas) / len(betas) if config.kl_coef is None else config.kl_coef,
             model=model,
             pipeline=Pipeline(
-                model, model, None, prompting=first.prompting, rewrite_params=first.rewrite
+                model, None, None, prompting=first.prompting, rewrite_params=first.rewrite
             ),
             prompts=[row.prompt for row in rows],
             experts=[matrices(Path(run) / "adapter") for run in config.runs],

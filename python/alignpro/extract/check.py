@@ -165,7 +165,7 @@ class _Reader:
         for number, item in enumerate(value, start=1):
             before = self.verdict.right
             read = self.read(item, of.item, f"{path}.{number}")
-            key = normalise(repr(read)).casefold()
+            key = _said(read)
             if read is not BAD and key in seen:
                 # Or a share of right values could be bought by saying one of them many times.
                 self.verdict.right = before
@@ -178,6 +178,15 @@ class _Reader:
         self.verdict.violations.append(Violation(path, check, found, expected))
         self.verdict.wrong += 1
         return BAD
+
+
+def _said(read: Any) -> str:
+    """One text for what is one value: in any unit, case and order of its lists."""
+    if isinstance(read, dict):
+        return repr({name: _said(value) for name, value in read.items()})
+    if isinstance(read, list):
+        return repr(sorted(map(_said, read)))
+    return f"{read:.9g}" if isinstance(read, float) else repr(comparable(read))
 
 
 def read_leaf(value: Any, leaf: Leaf) -> Any:

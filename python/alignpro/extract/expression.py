@@ -447,16 +447,16 @@ class _Compiler:
 
 
 def _bounds(terms: list[Term], signs: list[str], text: str) -> tuple[Bound, ...]:
-    """What a comparison of one field with numbers requires of it. One of several fields is not made
-    where another value is missing."""
-    if len({path for term in terms for path in term.fields}) != 1:
-        return ()
+    """What a comparison requires of its plain fields, where they are all there."""
     found = []
     for left, sign, right in zip(terms[:-1], signs, terms[1:], strict=True):
         for one, other, turned in ((left, right, sign), (right, left, _TURNED.get(sign, sign))):
-            if one.leaf is not None and one.kind == "number" and not other.fields:
-                value = float(other.run(_NOWHERE))
-                found.append(Bound(one.fields[0], turned, value, text))
+            if one.leaf is None or one.kind != "number":
+                continue
+            if other.leaf is not None:
+                found.append(Bound(one.fields[0], turned, other.fields[0], text))
+            elif not other.fields:
+                found.append(Bound(one.fields[0], turned, float(other.run(_NOWHERE)), text))
     return tuple(found)
 
 

@@ -1,50 +1,89 @@
-"""Whether any value of a field can pass its range and the checks that compare it with a number."""
+"""Whether values of the fields can pass their ranges and the checks that compare them with numbers
+and with each other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from alignpro.extract.kinds import FieldType, Leaf, ListOf, Object, Path
 from alignpro.extract.units import TEMPERATURE
 
 _SLACK = 2e-9  # relative: more than the verifier grants to ``==``, min and max
+_MOST_ORDERS = 200  # that are followed from field to field, in time of their number squared
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What has to hold of a field: its value, compared with a number, both in base units."""
+    """What has to hold of a field: its value, compared with a number in base units or another's."""
 
     path: Path
     sign: str
-    value: float
+    value: float | Path
     text: str  # that requires it
 
     def of(self, side: str) -> tuple[float, bool]:
         """The end of a range on side ">" (the lower one) or "<", and whether it is outside."""
-        if self.sign == "==":
-            return self.value + _slack(self.value, side), False
-        if self.sign[0] == side:
-            return self.value, self.sign == side
+        if isinstance(self.value, float):
+            if self.sign == "==":
+                return self.value + _slack(self.value, side), False
+            if self.sign[0] == side:
+                return self.value, self.sign == side
         return (-math.inf if side == ">" else math.inf), False
 
 
+# The lower end of a field, its steps above a number, and the bounds it follows from, its own first.
+_Low = tuple[float, int, tuple[Bound, ...]]
+
+
 def check_possible(root: Object, bounds: Iterable[Bound]) -> None:
-    """Raises ValueError for a field of which no value passes all of its bounds, min and max; ``!=``
-    takes a value out, and no range."""
+    """Raises ValueError for fields that have no values which, all there, pass their bounds, min and
+    max; ``!=`` takes a value out, and no range."""
     by_path: dict[Path, list[Bound]] = {}
     for bound in bounds:
         by_path.setdefault(bound.path, []).append(bound)
-    for path, leaf in _leaves(root, ()):
-        every = [*by_path.get(path, ()), *_of_type(path, leaf)]
-        if not every:
-            continue
-        low = max(every, key=lambda bound: bound.of(">"))
-        high = min(every, key=lambda bound: (bound.of("<")[0], not bound.of("<")[1]))
-        if _is_empty(low.of(">"), high.of("<"), whole=leaf.kind == "integer"):
-            texts = " and ".join(dict.fromkeys((low.text, high.text)))
-            raise ValueError(f"no value of {'.'.join(path)} passes {texts}")
+    leaves = dict(_leaves(root, ()))
+    for path, leaf in leaves.items():
+        by_path.setdefault(path, []).extend(_of_type(path, leaf))
+    for path, (least, steps, because) in _lows(by_path).items():
+        every = by_path[path]
+        high = min(every, key=lambda b: (b.of("<")[0], not b.of("<")[1]), default=None)
+        whole = leaves[path].kind == "integer"
+        if high is not None and _is_empty((least, steps > 0), high.of("<"), whole=whole):
+            _refuse(*because, high)
+
+
+def _lows(by_path: dict[Path, list[Bound]]) -> dict[Path, _Low]:
+    """The lower ends of the fields: those of their own bounds, raised by what they are above."""
+    lows: dict[Path, _Low] = {}
+    for path, every in by_path.items():
+        ends = [(*bound.of(">"), (bound,)) for bound in every]
+        lows[path] = max(ends, key=lambda end: end[:2], default=(-math.inf, 0, ()))
+    orders = [(b, b.value) for of in by_path.values() for b in of if not isinstance(b.value, float)]
+    orders = [(order, below) for order, below in orders if order.sign in (">", ">=", "==")]
+    raised = True
+    while raised:
+        raised = False
+        for order, below in orders[:_MOST_ORDERS]:
+            least, steps, because = lows[below]
+            steps += order.sign == ">"
+            if (least, steps) > lows[order.path][:2]:
+                through = [bound.path for bound in because]
+                if below == order.path or order.path in through:  # it is above itself
+                    _refuse(order, *because[: through.index(order.path)] if through else ())
+                lows[order.path] = least, steps, (order, *because)
+                raised = True
+    return lows
+
+
+def _refuse(*bounds: Bound) -> NoReturn:
+    names = list(dict.fromkeys(".".join(bound.path) for bound in bounds))
+    texts = " and ".join(dict.fromkeys(bound.text for bound in bounds))
+    if len(names) == 1:
+        raise ValueError(f"no value of {names[0]} passes {texts}")
+    raise ValueError(f"no values of {' and '.join(names)} pass {texts}")
 
 
 def _leaves(of: FieldType, path: Path) -> Iterator[tuple[Path, Leaf]]:

@@ -16,7 +16,7 @@ from alignpro.extract.kinds import NUMERIC, FieldType, Kind, Leaf, ListOf, Objec
 from alignpro.extract.parse import RepeatedKeyError, read_json
 from alignpro.extract.ranges import check_possible
 from alignpro.extract.units import PERCENT, PLAIN, UNIT_NAMES, Unit, dimension_name, find_unit
-from alignpro.types import type_name
+from alignpro.types import not_unicode, type_name
 
 Format = Literal["json", "lines"]
 FORMATS = ("json", "lines")
@@ -321,10 +321,9 @@ def _text(value: Any, where: str, *, empty: bool = False) -> str:
         raise SchemaError(f"{where}: expected text, got {what}")
     if _PLACE in value:
         raise SchemaError(f"{where}: {_PLACE} stands for the text that is read, and nowhere else")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise SchemaError(f"{where}: expected Unicode text, got a half of a character") from None
+    wrong = not_unicode(value)
+    if wrong is not None:
+        raise SchemaError(f"{where}: {wrong}")
     return value
 
 

@@ -102,19 +102,29 @@ _DIMENSION_NAMES = {
 }
 
 _LONGEST = 400  # characters of what is read as one value; no float is longer
-# "1,220", "1.5", ".5", "1e-3", "1.2 x 10^-3"; commas part groups of three digits and nothing else.
+# "1,220", "1.5", ".5", "1e-3", "1.2 x 10^-3", "10^3"; commas part groups of three digits alone.
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = rf"(?:{_DIGITS})(?:[eE][+-]?\d+|\s?[x*·]\s?10\s?\^\s?\(?(?P<power>[+-]?\d+)\)?)?"
-_SIGNED = re.compile(rf"(?P<sign>[+-]?)(?P<number>{_NUMBER})")
-_RANGE_SIGN = re.compile(r"\s?(?:-|to|\.\.)\s?(?=[\d.])")
+_POWER = r"10\s?\^\s?\(?(?P<power>[+-]?\d+)\)?"
+_TIMES_POWER = rf"(?:(?P<mantissa>{_DIGITS})\s?[x*·]\s?|(?<![x*·])(?<![x*·]\s)){_POWER}"
+_NUMBER = rf"{_TIMES_POWER}|(?:{_DIGITS})(?:[eE][+-]?\d+)?"
+_UNIT = (
+    rf"\s?(?P<unit>{'|'.join(re.escape(u) for u in sorted(_UNITS, key=len, reverse=True))})"
+    r"(?![^\W_]|\^|[/·][^\W\d_])"  # "g/mol" is another
+)
+_UNIT_AT = re.compile(_UNIT)
+_RANGE = r"\s?(?:-|to|\.\.)\s?(?=[\d.])"
+_RANGE_SIGN = re.compile(_RANGE)
+# "½", "1 1/2" and "1/2 cup"; not 1/2, which may be one of two, nor a date.
+_FRACTION = (
+    r"(?<![\d.,/])(?:(?P<whole>\d{1,3})\s)?(?P<top>\d)(?:\u2044|(?P<slash>/))"
+    rf"(?P<bottom>[2-9]|1[06])(?![.,]?\d|[/\u2044])(?(whole)|(?(slash)(?={_UNIT}|{_RANGE})))"
+).replace("?P<unit>", "?:")
+_SIGNED = re.compile(rf"(?P<sign>[+-]?)(?:{_FRACTION}|(?P<number>{_NUMBER}))")
 _GOES_ON = re.compile(r"[.,]?\d|[^\W\d_]")  # behind a number: it is none, or has a unit
 _WORD = re.compile(r"[\w.,]*")
-_UNIT_AT = re.compile(
-    rf"\s?(?P<unit>{'|'.join(re.escape(u) for u in sorted(_UNITS, key=len, reverse=True))})"
-    r"(?![^\W_])"
-)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _RAISED = re.compile(r"(?<=\d)[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_FRACTION_BEGINS = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])")
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d", "-"))
 _TIMES = str.maketrans({"\u00d7": "x", "\u22c5": "·", "\u2219": "·", "X": "x"})
 
@@ -134,9 +144,11 @@ class Quantity:
 
 
 def normalise(text: str) -> str:
-    """Text by which texts are compared and numbers are read: NFKC with its powers kept apart (10⁻³
-    becomes 10^-3), every dash a hyphen, every digit an ASCII one, white space single."""
+    """Text by which texts are compared and numbers are read: NFKC, every dash a hyphen, every digit
+    an ASCII one, white space single; powers and fractions are kept apart (10⁻³ becomes 10^-3, and
+    1½ two words)."""
     text = _RAISED.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
+    text = _FRACTION_BEGINS.sub(" ", text)
     text = unicodedata.normalize("NFKC", text.translate(_DASHES)).translate(_DASHES)
     text = "".join(
         str(unicodedata.decimal(c)) if not c.isascii() and c.isdecimal() else c for c in text
@@ -221,10 +233,10 @@ def _end_of_word(line: str, at: int) -> int:
 
 
 def _value(match: re.Match[str]) -> float:
-    digits = match["number"].replace(",", "")
-    if match["power"] is not None:
-        mantissa = re.match(_DIGITS, digits)
-        assert mantissa is not None
-        digits = f"{mantissa[0]}e{match['power']}"
-    value = float(digits)  # an exponent that no float holds gives inf
+    if match["top"] is not None:
+        value = int(match["whole"] or 0) + int(match["top"]) / int(match["bottom"])
+    elif match["power"] is not None:
+        value = float(f"{(match['mantissa'] or '1').replace(',', '')}e{match['power']}")
+    else:  # an exponent that no float holds gives inf
+        value = float(match["number"].replace(",", ""))
     return -value if match["sign"] == "-" else value

@@ -12,7 +12,7 @@ from alignpro import native, trace
 from alignpro.models import chat_template
 from alignpro.models.chat_template import today
 from alignpro.models.vocabulary import AddedToken, Vocabulary, read_folder, read_gguf
-from alignpro.types import Chat
+from alignpro.types import Chat, not_unicode
 
 if TYPE_CHECKING:
     from alignpro.native import core
@@ -323,13 +323,9 @@ def count_words(tokens: int, most: int) -> str:
 def _check_text(text: Any, what: str) -> None:
     if not isinstance(text, str):
         raise ValueError(f"{what}: expected text, got {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what}: lone surrogate U+{ord(text[error.start]):04X} at position {error.start}; "
-            "expected text that UTF-8 can express"
-        ) from None
+    wrong = not_unicode(text)
+    if wrong is not None:
+        raise ValueError(f"{what}: {wrong}")
 
 
 def _check_chat(messages: Any) -> None:

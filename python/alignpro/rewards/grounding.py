@@ -98,8 +98,6 @@ def _share_held(response: str, source: str, stem: Callable[[str], str]) -> float
 
 def _as_source(value: Any) -> str | None:
     """A row's source; None where it has none. Raises ValueError for what is no text."""
-    if value is None or value == "":
-        return None
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise ValueError(f"expected text, got {type(value).__name__}")
-    return value
+    return value if value and value.strip() else None

@@ -60,7 +60,7 @@ from alignpro.types import Conversation, Rewrite
 
 ROLLOUTS = "rollouts.jsonl"  # in the run directory: a line for each ``prompts_per_step`` prompts
 
-LOSSES = {"variance": log_variance_loss, "likelihood": weighted_likelihood_loss}
+_LOSSES = {"variance": log_variance_loss, "likelihood": weighted_likelihood_loss}
 
 
 class ClosedFormFit(TrainingRun):
@@ -366,7 +366,7 @@ class ClosedFormFit(TrainingRun):
         rewrites = [t for group in groups for t in group]
         leaf, measured = self._look(rewrites)
         leaf.requires_grad_()
-        loss = LOSSES[config.closed_form.loss](leaf, rewards, config.kl_coef)
+        loss = _LOSSES[config.closed_form.loss](leaf, rewards, config.kl_coef)
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         derivative = leaf.grad.flatten()

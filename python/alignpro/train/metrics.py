@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignpro.files import append_line, write_file
+from alignpro.files import append_line, write_json_lines
 
 _log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def truncate_metrics(path: str | Path, *, steps: int) -> None:
         gone = steps - len(rows)
         _log.warning("%s: the rows of %d of the first %d steps are gone", path, gone, steps)
     if path.exists():
-        write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_json_lines(path, rows)
 
 
 def _finite(value: Any) -> Any:

@@ -8,7 +8,6 @@ by (seed, round, ...), and each file is written whole: a run that was stopped go
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -19,7 +18,6 @@ from typing import Any
 
 from alignpro import fingerprints
 from alignpro.config import (
-    ModelConfig,
     PairsFitConfig,
     PreferConfig,
     SelfImproveConfig,
@@ -27,7 +25,7 @@ from alignpro.config import (
 )
 from alignpro.config.data import PreferencesConfig
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
-from alignpro.files import write_file, write_json
+from alignpro.files import write_json, write_json_lines
 from alignpro.interrupts import interruptible
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights, require_lora
@@ -172,18 +170,9 @@ class SelfImprovement:
             )
         self.config, self._start, self._calibrator = config, start, calibrator
         self._model, self._target = prompter, target
-        answers = config.target
-        self._pipeline = Pipeline(
-            prompter,
-            target,
-            calibrator,
-            prompting=config.prompting,
-            prompter_adapter=start if config.policy == "prompter" else None,
-            target_adapter=None if answers is None else answers.adapter,
-            rewrite_params=config.rewrite,
-            response_params=config.response,
-            max_failed=ModelConfig.max_failed if answers is None else answers.max_failed,
-        )
+        self._pipeline = Pipeline.configured(config, prompter, target, calibrator)
+        if config.policy == "prompter":
+            self._pipeline = self._pipeline.with_adapter(start)
         # Of a target that scores no texts, the words that it shares with its source.
         self._grounding = GroundingReward("likelihood" if scorer.scores_answers else "words")
         self._grounding.use_scorer(scorer)
@@ -234,7 +223,7 @@ class SelfImprovement:
             for number in range(len(done), self.config.iterations + 1):
                 row = self._round(number, allow_changes, on_step)
                 done.append(row)
-                write_file(log, "".join(json.dumps(row) + "\n" for row in done))
+                write_json_lines(log, done)
                 if on_round is not None:
                     on_round(row)
             policy = LoraPolicy(self._model, self._trained(self.config.iterations))
@@ -308,7 +297,7 @@ class SelfImprovement:
                     f"round {number}: no two candidates of a prompt differ, so there are no pairs; "
                     "more candidates, or a higher temperature, make some"
                 )
-            write_file(path, "".join(json.dumps(pair.to_plain()) + "\n" for pair in pairs))
+            write_json_lines(path, (pair.to_plain() for pair in pairs))
             write_json(beside, _search_row(pairs, places, config))
         return read_record(beside)
 
@@ -417,7 +406,7 @@ class SelfImprovement:
                 grounding=self._grounding,
                 seed=derive_seed(self.config.seed, _MEASURED),
             )
-            write_file(path, "".join(json.dumps(a.to_plain()) + "\n" for a in answers))
+            write_json_lines(path, (answer.to_plain() for answer in answers))
         return self._measured_answers(number)
 
     def _measured_answers(self, number: int) -> list[MeasuredAnswer]:
