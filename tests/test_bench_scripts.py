@@ -6,10 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from alignpro.types import SamplingParams
-from bench import barrier, endpoint, growth, house_rules, lanes, paper_figure, score
+from bench import barrier, endpoint, growth, house_rules, lanes, mixture, paper_figure, score
 
 SCORE = ["--shape", "300x16", "--tokens", "12", "--repeats", "2"]
 
@@ -162,6 +163,40 @@ def test_the_papers_figure_goes_on_where_it_was_stopped(
     with pytest.raises(SystemExit):
         paper_figure.main([*asked, "--tasks", "toy,poems"])
     assert "expected some of toy, got 'poems'" in capsys.readouterr().err
+
+
+def test_a_mixture_is_compared_with_its_parts(tiny_model_dir, tmp_path: Path, monkeypatch, capsys):
+    file = tmp_path / "task.yaml"
+    few = "rewrite: {max_new_tokens: 3}, response: {max_new_tokens: 4}"
+    file.write_text(
+        "sft: {steps: 1, batch_size: 2}\n"
+        f"train: {{steps: 1, prompts_per_step: 2, num_rewrites: 2, {few}}}\n"
+        f"evaluate: {{static: null, {few}}}\n"
+    )
+    monkeypatch.setattr(mixture, "SIZES", {"num_prompts": 4, "num_rewrites": 2, "num_responses": 2})
+    asked = ["--runs", str(tmp_path / "runs"), "--task", str(file), "threads=1"]
+    asked += [f"prompter.model={tiny_model_dir('llama')}"]
+    mixture.main(asked)
+    said = capsys.readouterr().out.splitlines()
+    arms = {line.split(" | ")[0]: line.split(" | ") for line in said if line.startswith("| ")}
+    assert len(arms) == 2 + 9
+    assert arms["| untuned"][3:5] == ["0.500", "0.500"]  # against itself
+    assert float(arms["| untuned"][7].split()[0]) == 0.0
+    assert "0 for the mixture" in said[-2] and "accepted at the first draw" in said[-1]
+    mixture.main(asked)  # nothing is left to do
+    again = capsys.readouterr().out.splitlines()
+    assert again == [line for line in said if line in again] and again[-1] == said[-1]
+    with pytest.raises(ValueError, match=r"warm: made otherwise .seed was 0"):
+        shutil.copytree(tmp_path / "runs" / "seed-0", tmp_path / "runs" / "seed-1")
+        mixture.main([*asked, "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    "wins", [([[1.0, 3.0]], [[2.0, 2.0]], 0.5), ([[2.0, 3.0]], [[2.0, 1.0]], 0.875)]
+)
+def test_equal_responses_are_half_a_win(wins):
+    scores, before, rate = wins
+    assert mixture._wins(np.array(scores), np.array(before)) == [rate]
 
 
 @pytest.mark.parametrize("server", ["llama.cpp", "alignpro"])

@@ -143,13 +143,8 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> Evaluation:
     Raises ValueError for what is there of other settings or models.
     """
     todo = configure(cell, options)
-    for config, run in ((todo.sft, run_sft), (todo.train, run_train), (todo.tuned, run_train)):
-        folder = Path(config.run_dir)
-        if (folder / "adapter" / "adapter_config.json").exists():
-            check_same(folder, read_record(folder / CONFIG), config, folder)
-            continue
-        print(f"{cell.name}: {folder.name}", flush=True)
-        run(config, resume=(folder / CONFIG).exists())
+    for config in (todo.sft, todo.train, todo.tuned):
+        make_run(config, cell.name)
     if not todo.output.exists():
         print(f"{cell.name}: evaluation", flush=True)
         write_json(todo.output, to_json(run_evaluate(todo.evaluation, output=todo.output)))
@@ -157,6 +152,21 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> Evaluation:
     trained = Path(todo.train.run_dir)
     check_same(todo.output, report.evaluation_config or {}, todo.evaluation, trained)
     return report
+
+
+def make_run(config: SftConfig | TrainConfig, name: str) -> None:
+    """Run what is configured, or go on with it; what is there is not made again. Raises as
+    `check_same`."""
+    folder = Path(config.run_dir)
+    if (folder / "adapter" / "adapter_config.json").exists():
+        check_same(folder, read_record(folder / CONFIG), config, folder)
+        return
+    print(f"{name}: {folder.name}", flush=True)
+    resume = (folder / CONFIG).exists()
+    if isinstance(config, SftConfig):
+        run_sft(config, resume=resume)
+    else:
+        run_train(config, resume=resume)
 
 
 def check_same(
