@@ -93,6 +93,10 @@ def test_numbers_of_a_text_have_their_units_and_words_have_none():
         (9.99, "mmol"),
     ]
     assert found[6:] == [(x, None) for x in (5, 3, 4, 2024, 7, 2, 3)]
+    text = "On 2024-05-12, or 12-05-2024, 1\u202f234.5 g; 2024-05 to 1-2-3"
+    found = [(q.value, q.unit and q.unit.name) for _, q in quantities_in(text)]
+    assert found[:6] == [(x, None) for x in (2024, 5, 12, 12, 5, 2024)]
+    assert found[6:9] == [(1234.5, "g"), (2024, None), (5, None)]
     (span, _), *_ = quantities_in("it is  5   g")
     assert normalise("it is  5   g")[slice(*span)] == "5 g"
 

@@ -10,7 +10,7 @@ from alignpro.data.load import PromptRow, read_flag, stack_columns
 from alignpro.evaluate.arms import Arm
 from alignpro.evaluate.results import ArmSafety, Jailbreak, SafetyResult
 from alignpro.rewards.build import build_reward
-from alignpro.rewards.check import check_columns
+from alignpro.rewards.check import check_columns, no_column
 from alignpro.rewards.combine import score_rollout
 from alignpro.rewards.house_rules import REFUSAL
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, proportion_ci
@@ -24,6 +24,9 @@ def check_safety(config: SafetyConfig, rows: Sequence[PromptRow]) -> Reward:
     """What scores harm, made before prompter and target are loaded. Raises ValueError for marks
     that are none, too few prompts of either kind, a reward that is not there or has not its
     column."""
+    columns = {name for row in rows for name in row.columns}
+    if config.where not in columns:
+        raise DataError(f"safety: {no_column(config.where, columns)}; where names another")
     marked = sum(read_flag(row, config.where) for row in rows)
     for count, kind in ((marked, "marked"), (len(rows) - marked, "ordinary")):
         if count < _LEAST:

@@ -122,6 +122,9 @@ _FRACTION = (
 _SIGNED = re.compile(rf"(?P<sign>[+-]?)(?:{_FRACTION}|(?P<number>{_NUMBER}))")
 _GOES_ON = re.compile(r"[.,]?\d|[^\W\d_]")  # behind a number: it is none, or has a unit
 _WORD = re.compile(r"[\w.,]*")
+_DATE = re.compile(r"(?:\d{4}-\d{2}-\d{2}|\d{2}-\d{2}-\d{4})(?![\d-])")  # three numbers, no range
+# As SI and many languages part thousands; a plain space may be any.
+_THIN_SPACE = re.compile(r"(?<=\d)(?<!\d{4})[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _RAISED = re.compile(r"(?<=\d)[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _FRACTION_BEGINS = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])")
@@ -145,10 +148,10 @@ class Quantity:
 
 def normalise(text: str) -> str:
     """Text by which texts are compared and numbers are read: NFKC, every dash a hyphen, every digit
-    an ASCII one, white space single; powers and fractions are kept apart (10⁻³ becomes 10^-3, and
-    1½ two words)."""
+    an ASCII one, white space single, thin spaces between thousands a comma; powers and fractions
+    are kept apart (10⁻³ becomes 10^-3, and 1½ two words)."""
     text = _RAISED.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
-    text = _FRACTION_BEGINS.sub(" ", text)
+    text = _THIN_SPACE.sub(",", _FRACTION_BEGINS.sub(" ", text))
     text = unicodedata.normalize("NFKC", text.translate(_DASHES)).translate(_DASHES)
     text = "".join(
         str(unicodedata.decimal(c)) if not c.isascii() and c.isdecimal() else c for c in text
@@ -205,6 +208,12 @@ def _quantities(line: str) -> Iterator[tuple[tuple[int, int], Quantity]]:
         word = _GOES_ON.match(line, at)
         if before.isalnum() or before == "_":
             at = _end_of_word(line, at)
+            continue
+        date = _DATE.match(line, begin)
+        if date is not None:
+            for part in re.finditer(r"\d+", date[0]):
+                yield (begin + part.start(), begin + part.end()), Quantity(float(part[0]))
+            at = date.end()
             continue
         value = _value(match)
         unit = _UNIT_AT.match(line, at)

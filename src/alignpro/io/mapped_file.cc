@@ -24,6 +24,7 @@ struct Descriptor {
 }  // namespace
 
 MappedFile::MappedFile(const std::filesystem::path& path) : name_(path.string()) {
+  require<FileError>(!name_.empty(), "expected the path of a file, got none");
   // O_NONBLOCK: opening a FIFO by mistake must fail below, not wait for a writer.
   const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
   if (file.fd < 0) throw FileError(cat(name_, ": cannot be opened: ", std::strerror(errno)));
