@@ -105,7 +105,12 @@ def test_tokens_and_log_probabilities_are_those_of_plain_decoding(
         assert stats["kv_blocks_in_use"] == 0
 
 
-def test_a_rewrite_that_was_asked_for_before_takes_few_steps(tiny: NativeModel) -> None:
+def test_a_rewrite_that_was_asked_for_before_takes_few_steps(
+    tiny_model_dir: Callable[..., Path],
+) -> None:
+    tiny = load_model(
+        tiny_model_dir("llama"), threads=1
+    )  # no busy minute taught it what steps cost
     params = replace(SHORT, max_new_tokens=30, temperature=1.0)
     adapter = lora(tiny, 7)
 
