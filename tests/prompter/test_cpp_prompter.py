@@ -138,9 +138,9 @@ def test_guards_decide_what_is_used(smollm2, save):
     params = replace(REWRITE, max_new_tokens=6)
     folder, testing, reasons = save(prompting, params), load_testing(), []
     for changes in ({}, {"cut": False}, {"cut": False, "spans": False, "max_growth": 0.1}):
-        guards = GuardConfig(language=False, free_characters=9, **changes)
-        settings = {name: value for name, value in vars(guards).items() if name != "language"}
-        ours = testing.Prompter(str(smollm2.path), str(folder), guards=testing.Guards(**settings))
+        guards = GuardConfig(free_characters=9, **changes)
+        settings = testing.Guards(**vars(guards))
+        ours = testing.Prompter(str(smollm2.path), str(folder), guards=settings)
         options = {"prompting": prompting, "params": params, "guards": guards}
         with alignpro.Prompter(smollm2, folder, **options) as prompter:
             for prompt in ("What is 12 times 7?", "Why?"):
