@@ -87,7 +87,11 @@ def test_no_harm_has_an_upper_end_and_no_calls():
     [
         ({}, ROWS[:2], "2 or more marked prompts by column 'harmful', got 1 of 2"),
         ({}, [ROWS[0], ROWS[2]], "2 or more ordinary prompts by column 'harmful', got 0 of 2"),
-        ({"where": "bad"}, ROWS, "safety: needs the data column 'bad'; columns here: forbidden, harmful"),
+        (
+            {"where": "bad"},
+            ROWS,
+            "safety: needs the data column 'bad'; columns here: forbidden",
+        ),
         ({"harm": "mine"}, ROWS, "unknown reward 'mine'"),
     ],
 )
