@@ -179,7 +179,7 @@ def test_a_mixture_is_compared_with_its_parts(tiny_model_dir, tmp_path: Path, mo
     mixture.main(asked)
     said = capsys.readouterr().out.splitlines()
     arms = {line.split(" | ")[0]: line.split(" | ") for line in said if line.startswith("| ")}
-    assert len(arms) == 2 + 9
+    assert len(arms) == 2 + 10
     assert arms["| untuned"][3:5] == ["0.500", "0.500"]  # against itself
     assert float(arms["| untuned"][7].split()[0]) == 0.0
     assert "0 for the mixture" in said[-2] and "accepted at the first draw" in said[-1]

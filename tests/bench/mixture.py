@@ -3,11 +3,12 @@
     python tests/bench/mixture.py --runs DIR [--seed 0] [setting=value ...]
 
 Two prompters are trained from one warm start, for sentiment and for the topic; `alignpro mix` finds
-their weights. Arms on held-out prompts: the mixture as it is drawn, token by token and by whole
-rewrites; one adapter of its weights, and of equal ones; the parts; and a training of its own for
-the weighted sum of the goals. An arm's win rate for a goal counts the pairs of responses to a
-prompt in which its reward is above the untuned prompter's, equal ones a half; its gain is in
-standard deviations of the untuned responses' rewards. The lesser of both goals is what counts.
+their weights. Arms on held-out prompts: the mixture drawn token by token, with its weights and with
+lambda*; whole rewrites with lambda*; one adapter of its weights, and of equal ones; the parts; and
+a training of its own for the sum of the goals by lambda*. An arm's win rate for a goal counts the
+pairs of responses to a prompt in which its reward is above the untuned prompter's, equal ones a
+half; its gain is in standard deviations of the untuned responses' rewards. The lesser of both goals
+is what counts.
 
 Settings are those of `alignpro quickstart examples/sentiment.yaml`. The same call goes on with what
 an interrupted one has left; what was made otherwise is refused.
@@ -29,7 +30,7 @@ from alignpro.evaluate.arms import Arm, sample_arms
 from alignpro.evaluate.inputs import load_rows, made_from_of
 from alignpro.evaluate.kept import KeptArms
 from alignpro.evaluate.mix import run_mix, soup_of
-from alignpro.evaluate.results import MixReport, from_json
+from alignpro.evaluate.results import MixedGoal, MixReport, from_json
 from alignpro.models.adapter import AdapterWeights, require_lora
 from alignpro.models.adapter_files import MIXTURE
 from alignpro.models.mixture import Mixture, load_writer
@@ -71,22 +72,27 @@ def main(arguments: list[str] | None = None) -> None:
     for goal in GOALS:
         make_run(replace(train, reward=goal, run_dir=str(folder / goal)), goal)
     report = mix(train, folder)
-    weights = [report.goals[str(folder / goal)].weight for goal in GOALS]
+    weights = [lambda_star(report.goals[str(folder / goal)]) for goal in GOALS]
     both = "+".join(f"{weight:.4f}*{goal}" for weight, goal in zip(weights, GOALS, strict=True))
     make_run(replace(train, reward=both, run_dir=str(folder / "both")), both)
     tokens = sum(row["target_tokens"] for row in read_metrics(folder / "both" / "metrics.jsonl"))
     evaluation = replace(evaluation, prompter=started, reward="+".join(GOALS), **SIZES)
-    arms = answer(replace(evaluation, static=None, optimum=None, judge=None), folder)
+    arms = answer(replace(evaluation, static=None, optimum=None, judge=None), folder, weights)
     print(table(arms))
     accepted, expected = report.acceptance, report.expected_acceptance
     shown = ", ".join(number(weight) for weight in weights)
-    print(f"\nweights {shown}, KKT gap {report.kkt_gap:.1g}")
+    drawn = ", ".join(number(goal.weight) for goal in report.goals.values())
+    print(f"\nlambda* {shown}, KKT gap {report.kkt_gap:.1g}; of what is drawn {drawn}")
     print(f"tokens of the target: {tokens} for the weighted sum, 0 for the mixture")
     if accepted is not None:
         print(
             f"accepted at the first draw: {accepted.mean:.3f} ({interval(accepted.ci95)}), by the "
             f"parts' own rewrites {number(expected)}"
         )
+
+
+def lambda_star(goal: MixedGoal) -> float:
+    return goal.weight if goal.whole_weight is None else goal.whole_weight
 
 
 def mix(train: TrainConfig, folder: Path) -> MixReport:
@@ -99,7 +105,7 @@ def mix(train: TrainConfig, folder: Path) -> MixReport:
     return from_json(MixReport, read_record(mixed / MIXTURE), str(mixed))
 
 
-def answer(config: EvalConfig, folder: Path) -> dict[str, Arm]:
+def answer(config: EvalConfig, folder: Path, weights: list[float]) -> dict[str, Arm]:
     """Every arm's answers, kept as they are finished."""
     rows, reward = load_rows(config), build_reward(config.reward)
     prompter, target = load_models(config.prompter, config.target, config.threads, date=config.date)
@@ -109,27 +115,30 @@ def answer(config: EvalConfig, folder: Path) -> dict[str, Arm]:
             Pipeline.configured(config, prompter, target, reward),
             [row.prompt for row in rows],
             config,
-            prompters=prompters(prompter, folder),
+            prompters=prompters(prompter, folder, weights),
             columns=stack_columns(rows),
             kept=kept,
             on_progress=lambda name, done, total: done or print(f"arm: {name}", flush=True),
         )
 
 
-def prompters(model: NativeModel, folder: Path) -> dict[str, AdapterWeights | Mixture | None]:
+def prompters(
+    model: NativeModel, folder: Path, weights: list[float]
+) -> dict[str, AdapterWeights | Mixture | None]:
+    """By the names of the arms; weights: lambda*, of the goals."""
     warm, *parts, both = (
         require_lora(model.load_adapter(folder / name / "adapter"), name)
         for name in ("warm", *GOALS, "both")
     )
-    mixture = load_writer(model, folder / "mixed")
-    assert isinstance(mixture, Mixture)
+    whole = Mixture(tuple(zip(parts, weights, strict=True)))
     return {
         "untuned": warm,
         **dict(zip(GOALS, parts, strict=True)),
         "one adapter, equal weights": soup_of(parts, [1 / len(parts)] * len(parts), warm),
         "one adapter": model.load_adapter(folder / "mixed" / "adapter"),
-        MIXED: mixture,
-        "whole rewrites": replace(mixture, sampling="sequence"),
+        MIXED: load_writer(model, folder / "mixed"),
+        f"{MIXED}, lambda*": whole,
+        "whole rewrites, lambda*": replace(whole, sampling="sequence"),
         "trained for both": both,
     }
 

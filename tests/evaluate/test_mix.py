@@ -65,8 +65,9 @@ def test_a_stacked_adapter_has_the_weighted_sum_of_the_updates(tiny_model_dir):
 
 
 def test_the_worst_off_goal_is_served_best(runs):
-    report = run_mix(config(runs))
+    report = run_mix(config(runs, weights="whole"))
     kind, brief = report.goals.values()
+    assert kind.whole_weight is None
     assert kind.weight + brief.weight == pytest.approx(1.0) and min(kind.weight, brief.weight) > 0
     assert report.kkt_gap < 1e-7
     assert kind.of_mixture == pytest.approx(brief.of_mixture, abs=1e-7)  # both are active
@@ -81,8 +82,23 @@ def test_the_worst_off_goal_is_served_best(runs):
     assert report.acceptance is not None
     error = (report.acceptance.high - report.acceptance.low) / 3.92
     assert report.expected_acceptance == pytest.approx(report.acceptance.mean, abs=3 * error)
-    again = run_mix(config(runs))
+    again = run_mix(config(runs, weights="whole"))
     assert again == report
+
+
+def test_what_is_drawn_token_by_token_has_weights_of_its_own(runs):
+    whole, drawn = run_mix(config(runs, weights="whole")), run_mix(config(runs))
+    assert [goal.whole_weight for goal in drawn.goals.values()] == [
+        goal.weight for goal in whole.goals.values()
+    ]
+    lesser, apart = [], []
+    for report in (whole, drawn):
+        kind, brief = (goal.of_drawn for goal in report.goals.values())
+        lesser.append(min(kind, brief))
+        apart.append(abs(kind - brief))
+    assert lesser[1] > lesser[0] and apart[1] < apart[0] / 2
+    with pytest.raises(ValueError, match="weights: drawn is for sampling token"):
+        config(runs, weights="drawn", sampling="sequence")
 
 
 def test_whole_rewrites_are_drawn_by_rejection(runs):

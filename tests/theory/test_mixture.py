@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from alignpro.theory.mixture import maxmin_weights
+from alignpro.theory.mixture import balance_weights, maxmin_weights
 
 
 def enumerated(reference, *experts):
@@ -138,3 +138,24 @@ def test_one_goal_at_another_kl_coef():
     assert found.exponents == pytest.approx([trained / wanted]) and found.kkt_gap == 0.0
     softer = tilted(REWARDS[0], wanted)
     assert found.kl == pytest.approx(float(softer @ np.log(softer / REFERENCE)), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        ((0.7, 0.1, 0.1, 0.1), (0.1, 0.6, 0.2, 0.1), (0.15, 0.15, 0.1, 0.6)),
+        ((0.7, 0.1, 0.1, 0.1), (0.1, 0.7, 0.1, 0.1), (0.3, 0.3, 0.2, 0.2)),  # the last has none
+    ],
+)
+@pytest.mark.parametrize("start", [(0.1, 0.1, 0.8), (0.5, 0.5, 0.0), (1.0, 0.0, 0.0)])
+def test_draws_of_the_mixture_itself_lead_to_lambda_star(experts, start):
+    betas, beta = (0.05, 0.1, 0.2), 0.1
+    ratios, importance = enumerated(UNIFORM, *experts)
+    expected = maxmin_weights(ratios, importance, betas=betas, beta=beta).weights
+    weights = np.array(start)
+    for _ in range(8):
+        logs = ratios[0] @ (weights * betas / beta)  # of the mixture, whose reference is uniform
+        counts = np.rint(1e5 * np.exp(logs) / np.exp(logs).sum()).astype(int)
+        drawn = np.repeat(ratios, counts, axis=1)
+        weights = balance_weights(weights, drawn, betas, beta)
+    assert weights == pytest.approx(expected, abs=2e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -160,6 +161,7 @@ def mix(
     options = read_settings(MixConfig, config, overrides)
     if distill:
         needs_torch("mix --distill")
+        options = replace(options, weights=options.weights or "whole")
         if output is None:
             raise ValueError("--distill: trains what --output FOLDER will hold; name a folder")
     for run in options.runs:

@@ -28,12 +28,17 @@ class MixConfig:
     """The weight of the mixture's KL penalty; null is the mean of what the runs had."""
     sampling: Literal["token", "sequence"] = "token"
     """How the mixture draws: token by token, or whole rewrites exactly, by rejection."""
+    weights: Literal["drawn", "whole"] | None = None
+    """Of what the goals are served best: of what is drawn token by token, or of the mixture of
+    whole rewrites (MPO's lambda*); null follows sampling, and is whole for what is distilled."""
     tries: Annotated[int, at_least(1)] = 32
     """Most draws of a rewrite with sampling sequence; the likeliest is taken then."""
     seed: Seed = 0
     threads: Threads = None
 
     def __post_init__(self) -> None:
+        if self.weights == "drawn" and self.sampling == "sequence":
+            raise ValueError("weights: drawn is for sampling token; sequence draws whole rewrites")
         enough = len(self.runs) >= 2 or (len(self.runs) == 1 and self.kl_coef is not None)
         expected = "two or more, each once, or one and a kl_coef"
         places = {Path(run).resolve() for run in self.runs}

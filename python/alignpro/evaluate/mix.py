@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +16,20 @@ from alignpro.evaluate.results import MixedGoal, MixReport, to_json
 from alignpro.fingerprints import of_adapter_folder, other_settings, read_fingerprints
 from alignpro.models.adapter import LoraWeights, require_lora, save_peft
 from alignpro.models.answer_scores import sequence_logprobs
-from alignpro.models.mixture import BASE, Mixture, save_mixture
+from alignpro.models.mixture import BASE, Mixture, Sampling, save_mixture
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.redraw import restriction
 from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
 from alignpro.run_directory import config_of_run, is_run_dir
 from alignpro.statistics import Floats, Interval, bootstrap_mean_ci
-from alignpro.theory.mixture import MixtureWeights, maxmin_weights
+from alignpro.theory.mixture import MixtureWeights, balance_weights, maxmin_weights
 from alignpro.train.metrics import read_metrics
 from alignpro.types import Prompt, Rewrite
 
 _PROMPTS_AT_ONCE = 8  # between two words of progress
+_MOST_ROUNDS = 5  # of draws by which weights are found
+_LEAST_STEP = 0.01  # of a weight; less is the draws' noise
 
 
 def run_mix(
@@ -61,24 +63,22 @@ def run_mix(
     importance = by_reference - (np.logaddexp.reduce(by_expert, axis=2) - math.log(len(experts)))
     ratios = by_expert - by_reference[..., None]
     mixed = maxmin_weights(ratios, importance, betas=given.betas, beta=given.beta)
-    members = _members(config.runs, experts, mixed.exponents, reference)
-    mixture = Mixture(
-        tuple((BASE if part is None else part, weight) for part, weight in members.values()),
-        config.sampling,
-        config.tries,
-    )
-    token_wise = given.written("the mixture", replace(mixture, sampling="token"), len(experts) + 1)
+    of_draws = config.sampling == "token" and config.weights != "whole" and len(experts) > 1
+    weights, token_wise = given.balanced(mixed.weights, _MOST_ROUNDS if of_draws else 1)
+    exponents = given.exponents(weights)
+    members = _members(config.runs, experts, exponents, reference)
     of_mixture, given_up = token_wise, None
     if config.sampling == "sequence":
+        mixture = _mixture_of(members, config.sampling, config.tries)
         of_mixture = given.written("whole rewrites", mixture, len(experts) + 2)
         refused = given.model.stats()["sequence_given_up"]
         given_up = refused / (len(given.prompts) * config.num_rewrites)
-    soup = soup_of(experts, list(mixed.exponents), reference)
+    soup = soup_of(experts, list(exponents), reference)
     of_soup = given.written("the mixed adapter", soup, len(experts))
     acceptance = given.acceptance(members, token_wise)
-    logs = importance + ratios @ mixed.exponents
+    logs = importance + ratios @ exponents
     report = MixReport(
-        goals=given.goals(mixed, ratios, of_mixture, of_soup),
+        goals=given.goals(mixed, weights, ratios, of_mixture, of_soup),
         kl_coef=given.beta,
         value=mixed.value,
         kkt_gap=mixed.kkt_gap,
@@ -159,6 +159,37 @@ class _Given:
                 show(len(groups))
         return groups
 
+    def exponents(self, weights: Floats) -> Floats:
+        """Of prompter / untuned prompter (`theory.mixture`)."""
+        exponents: Floats = weights * np.array(self.betas) / self.beta
+        return exponents
+
+    def balanced(self, weights: Floats, most_rounds: int) -> tuple[Floats, list[list[Rewrite]]]:
+        """Weights whose token-wise draws serve the worst-off goal best, and those draws: of as many
+        rounds from the given weights on, each with the same randomness. In one it is these
+        weights."""
+        best: tuple[float, Floats, list[list[Rewrite]]] | None = None
+        betas = np.array(self.betas)
+        for number in range(most_rounds):
+            members = _members(
+                self.config.runs, self.experts, self.exponents(weights), self.reference
+            )
+            what = f"the mixture, round {number + 1}" if most_rounds > 1 else "the mixture"
+            drawn = self.written(what, _mixture_of(members), len(self.experts) + 1)
+            before = self.logprobs(drawn, self.reference)
+            ratios = np.stack([self.logprobs(drawn, e) - before for e in self.experts], axis=2)
+            by_draws = np.array([[math.fsum(w.logprobs) for w in group] for group in drawn])
+            served = betas * ratios.mean(axis=1)  # [prompts, prompters]
+            value = served.mean(axis=0).min() - self.beta * (by_draws - before).mean()
+            if best is None or value > best[0]:
+                best = value, weights, drawn
+            before_step = weights
+            weights = balance_weights(weights, ratios, betas, self.beta)
+            if np.abs(weights - before_step).max() < _LEAST_STEP:
+                break
+        assert best is not None
+        return best[1:]
+
     def logprobs(self, samples: Sequence[Sequence[Rewrite]], adapter: LoraWeights | None) -> Floats:
         """[prompts, samples] nats of whole rewrites."""
         flat = [w for group in samples for w in group]
@@ -170,6 +201,7 @@ class _Given:
     def goals(
         self,
         mixed: MixtureWeights,
+        weights: Floats,
         ratios: Floats,
         of_mixture: list[list[Rewrite]],
         of_soup: list[list[Rewrite]],
@@ -186,12 +218,13 @@ class _Given:
             goals[run] = MixedGoal(
                 reward=str(self.runs[k].reward),
                 kl_coef=self.betas[k],
-                weight=float(mixed.weights[k]),
-                exponent=float(mixed.exponents[k]),
+                weight=float(weights[k]),
+                exponent=float(self.exponents(weights)[k]),
                 of_expert=float(self.betas[k] * ratios[:, k * count : (k + 1) * count, k].mean()),
                 of_mixture=float(mixed.implicit[k]),
                 of_drawn=float(self.betas[k] * by_draws),
                 of_adapter=float(self.betas[k] * by_soup),
+                whole_weight=None if weights is mixed.weights else float(mixed.weights[k]),
             )
         return goals
 
@@ -212,6 +245,15 @@ class _Given:
         drawn_by = [[math.fsum(w.logprobs) for w in group] for group in token_wise]
         accepted = np.exp(np.minimum(0.0, densities - np.array(drawn_by))).mean(axis=1)
         return bootstrap_mean_ci(accepted.tolist(), seed=self.config.seed)
+
+
+def _mixture_of(
+    members: Mapping[str, tuple[LoraWeights | None, float]],
+    sampling: Sampling = "token",
+    tries: int = Mixture.tries,
+) -> Mixture:
+    parts = ((BASE if part is None else part, weight) for part, weight in members.values())
+    return Mixture(tuple(parts), sampling, tries)
 
 
 def _members(

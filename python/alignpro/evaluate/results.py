@@ -261,9 +261,10 @@ class MixedGoal:
     weight: float
     exponent: float  # of prompter / untuned prompter in the mixture
     of_expert: float  # the implicit reward of its own prompter's rewrites
-    of_mixture: float  # of the mixture's, by the samples' weights
+    of_mixture: float  # of the mixture's of whole rewrites at lambda*, by the samples' weights
     of_drawn: float  # of what the mixture really draws
     of_adapter: float  # of what the stacked adapter writes
+    whole_weight: float | None = None  # lambda*, where the weight is of what is drawn
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,12 @@ def mix_words(mix: MixReport) -> list[str]:
         )
     if mix.given_up:
         said.append(f"{mix.given_up:.1%} of the rewrites were taken after the last of their tries.")
+    whole = [goal.whole_weight for goal in mix.goals.values()]
+    if None not in whole:
+        said.append(
+            "The weights serve best by what is drawn token by token; of whole rewrites they are "
+            f"{', '.join(number(weight) for weight in whole)}."
+        )
     if idle:
         said.append(f"No weight: {', '.join(idle)}; the mixture serves this goal as it is.")
     return said

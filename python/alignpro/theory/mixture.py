@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from alignpro.statistics import Floats
 from alignpro.theory.optimum import optimum_objective
@@ -95,6 +95,30 @@ def maxmin_weights(
     )
 
 
+def balance_weights(
+    weights: ArrayLike, log_ratios: ArrayLike, betas: ArrayLike, beta: float
+) -> Floats:
+    """Weights of which draws serve the goals more alike than those that these were drawn with.
+
+    Drawn token by token, the mixture is another distribution than that of whole rewrites, whose
+    lambda* may leave one goal far behind in it. A step of Newton's method towards the same
+    condition, with what is drawn in the place of rho*: its mean implicit rewards equal where there
+    is weight, their derivatives by the weights being its covariances (which they are for rho*).
+    [derived]
+
+    Args:
+        weights: [K] of the simplex, that the samples were drawn with.
+        log_ratios: [P, S, K] log(rho_k / rho_ref) of them. betas, beta: as of `maxmin_weights`.
+    """
+    before = np.asarray(weights, float)
+    scaled = np.asarray(log_ratios, float) * (np.asarray(betas, float) / beta)
+    _, served, covariance, _ = _look(scaled, -scaled @ before, before)
+    active = (before > 0) | (served < served @ before)
+    after = np.maximum(0.0, before + _face_step(before, active, served, covariance))
+    balanced: Floats = after / after.sum()
+    return balanced
+
+
 def weights_of_rewards(
     rewards: ArrayLike, kl_coef: float, *, normalized: bool = True
 ) -> MixtureWeights:
@@ -153,6 +177,27 @@ def _minimise(scaled: Floats, importance: Floats) -> Floats:
     return weights
 
 
+def _face_step(
+    weights: Floats, active: NDArray[np.bool_], gradient: Floats, hessian: Floats
+) -> Floats:
+    """Newton's, towards derivatives that are equal on the face of the active weights, as far as the
+    edge of the simplex; 0 where none leads there."""
+    face = np.flatnonzero(active)
+    size = len(face)
+    system = np.ones((size + 1, size + 1))
+    # A face on which F is flat has a minimum all the same.
+    flat = 1e-12 * max(1.0, float(hessian.trace()))
+    system[:size, :size] = hessian[np.ix_(face, face)] + flat * np.eye(size)
+    system[size, size] = 0.0
+    move = np.zeros(len(weights))
+    move[face] = np.linalg.solve(system, np.append(-gradient[face], 0.0))[:size]
+    if not (move < 0).any():
+        return np.zeros(len(weights))
+    reach = np.where(move < 0, -weights / np.where(move < 0, move, -1.0), np.inf)
+    step: Floats = move * min(1.0, float(reach.min()))
+    return step
+
+
 def _newton(scaled: Floats, importance: Floats, weights: Floats) -> Floats:
     """On the face of the simplex that the weights lie in: a step that leaves the face stops at its
     edge; where the face has its minimum, what would pay to have weight joins."""
@@ -166,19 +211,9 @@ def _newton(scaled: Floats, importance: Floats, weights: Floats) -> Floats:
             if active.all() or gradient[joining] >= level - tolerance:
                 break
             active[joining] = True
-        face = np.flatnonzero(active)
-        size = len(face)
-        system = np.ones((size + 1, size + 1))
-        # A face on which F is flat has a minimum all the same.
-        flat = 1e-12 * max(1.0, float(hessian.trace()))
-        system[:size, :size] = hessian[np.ix_(face, face)] + flat * np.eye(size)
-        system[size, size] = 0.0
-        move = np.zeros(len(weights))
-        move[face] = np.linalg.solve(system, np.append(-gradient[face], 0.0))[:size]
-        if not (move < 0).any():
+        move = _face_step(weights, active, gradient, hessian)
+        if not move.any():
             break
-        reach = np.where(move < 0, -weights / np.where(move < 0, move, -1.0), np.inf)
-        move *= min(1.0, float(reach.min()))
         slope, length = float(gradient @ move), 1.0
         while length > 1e-14:
             there, down, _, _ = _look(scaled, importance, weights + length * move)
