@@ -229,7 +229,8 @@ def test_limits():
             assert len(upstream.got) == 1
             line, _, body = split(proxy.raw(missing.replace(b"chat/completions", b"files")))
             assert b"408" in line and b"nothing of the body arrived for 0.5 s" in body
-            assert len(upstream.got) == 2 and upstream.got[1].body == b"ab"  # and no more came
+            until(lambda: len(upstream.got) == 2)
+            assert upstream.got[1].body == b"ab"  # and no more came
         with running(ServeConfig(upstream=upstream.url, port=0, max_connections=2)) as proxy:
             held = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(4)]
             time.sleep(0.2)
