@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -174,8 +175,9 @@ def test_an_answer_may_come_before_the_end_of_its_request_which_may_never_come()
             until(lambda: proxy.metric("alignpro_requests_in_progress") == 0)
 
 
-def test_an_upload_that_is_refused_in_its_middle_gets_the_refusal():
-    refused = answer(b"no " * 1000, b"413 Too Large", b"connection: close\r\n")
+@contextlib.contextmanager
+def accepting(handle):
+    """The address of an upstream that gives each connection to ``handle`` and closes it."""
 
     def serve():
         while True:
@@ -184,43 +186,42 @@ def test_an_upload_that_is_refused_in_its_middle_gets_the_refusal():
             except OSError:
                 return
             with connection:
-                while b"\r\n\r\n" not in connection.recv(65536):
-                    pass
-                connection.sendall(refused)  # and it is closed with the rest unread
+                handle(connection)
 
-    body = b"x" * (4 * 2**20)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=serve, daemon=True).start()
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        with running(ServeConfig(upstream=url, port=0)) as proxy:
-            for number in range(40):  # of 60 uploads 21 got 502 when the rest was not read
-                line = CHAT if number % 4 == 0 else b"POST /v1/files"
-                raw = proxy.raw(request(line, body=body))
-                assert raw.startswith(b"HTTP/1.1 413 ") and raw.endswith(b"no " * 1000)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         listening.shutdown(socket.SHUT_RDWR)
+
+
+def test_an_upload_that_is_refused_in_its_middle_gets_the_refusal():
+    refused = answer(b"no " * 1000, b"413 Too Large", b"connection: close\r\n")
+
+    def refuse(connection):
+        while b"\r\n\r\n" not in connection.recv(65536):
+            pass
+        connection.sendall(refused)  # and it is closed with the rest unread
+
+    body = b"x" * (4 * 2**20)
+    with accepting(refuse) as url, running(ServeConfig(upstream=url, port=0)) as proxy:
+        for number in range(40):  # of 60 uploads 21 got 502 when the rest was not read
+            line = CHAT if number % 4 == 0 else b"POST /v1/files"
+            raw = proxy.raw(request(line, body=body))
+            assert raw.startswith(b"HTTP/1.1 413 ") and raw.endswith(b"no " * 1000)
 
 
 def test_what_is_said_of_a_broken_upload_has_no_address_which_may_hold_a_key(caplog):
-    def serve():
-        while True:
-            try:
-                connection, _ = listening.accept()
-            except OSError:
-                return
-            connection.recv(100)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.close()  # with a reset
+    def break_off(connection):
+        connection.recv(100)
+        # Closed with a reset.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        threading.Thread(target=serve, daemon=True).start()
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        with running(ServeConfig(upstream=url, port=0)) as proxy:
-            for _ in range(20):  # one in five of them named the address
-                raw = proxy.raw(request(b"POST /v1/files?key=sk-secret", body=b"x" * 4 * 10**6))
-                status, message = said(raw)
-                assert status == 502 and message.startswith("the upstream broke the connection")
-                assert "sk-secret" not in message and "None" not in message
-        listening.shutdown(socket.SHUT_RDWR)
+    with accepting(break_off) as url, running(ServeConfig(upstream=url, port=0)) as proxy:
+        for _ in range(20):  # one in five of them named the address
+            raw = proxy.raw(request(b"POST /v1/files?key=sk-secret", body=b"x" * 4 * 10**6))
+            status, message = said(raw)
+            assert status == 502 and message.startswith("the upstream broke the connection")
+            assert "sk-secret" not in message and "None" not in message
     assert "broke the connection" in caplog.text and "sk-secret" not in caplog.text
 
 

@@ -23,7 +23,12 @@ from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
 from alignpro.run_directory import config_of_run, is_run_dir
 from alignpro.statistics import Floats, Interval, bootstrap_mean_ci
-from alignpro.theory.mixture import MixtureWeights, balance_weights, maxmin_weights
+from alignpro.theory.mixture import (
+    MixtureWeights,
+    balance_weights,
+    exponents_of,
+    maxmin_weights,
+)
 from alignpro.train.metrics import read_metrics
 from alignpro.types import Prompt, Rewrite
 
@@ -58,14 +63,15 @@ def run_mix(
         for k, (run, expert) in enumerate(zip(config.runs, experts, strict=True))
     ]
     samples = [[w for group in of for w in group] for of in zip(*drawn, strict=True)]
-    by_expert = np.stack([given.logprobs(samples, e) for e in experts], axis=2)
-    by_reference = given.logprobs(samples, reference)
-    importance = by_reference - (np.logaddexp.reduce(by_expert, axis=2) - math.log(len(experts)))
-    ratios = by_expert - by_reference[..., None]
+    ratios, _ = given.log_ratios(samples)
+    importance = math.log(len(experts)) - np.logaddexp.reduce(ratios, axis=2)
     mixed = maxmin_weights(ratios, importance, betas=given.betas, beta=given.beta)
     of_draws = config.sampling == "token" and config.weights != "whole" and len(experts) > 1
-    weights, token_wise = given.balanced(mixed.weights, _MOST_ROUNDS if of_draws else 1)
-    exponents = given.exponents(weights)
+    if of_draws:
+        weights, token_wise = given.balanced(mixed.weights)
+    else:
+        weights, token_wise = mixed.weights, given.drawn(mixed.weights, "the mixture")
+    exponents = exponents_of(weights, given.betas, given.beta)
     members = _members(config.runs, experts, exponents, reference)
     of_mixture, given_up = token_wise, None
     if config.sampling == "sequence":
@@ -159,36 +165,36 @@ class _Given:
                 show(len(groups))
         return groups
 
-    def exponents(self, weights: Floats) -> Floats:
-        """Of prompter / untuned prompter (`theory.mixture`)."""
-        exponents: Floats = weights * np.array(self.betas) / self.beta
-        return exponents
+    def drawn(self, weights: Floats, what: str) -> list[list[Rewrite]]:
+        """Token by token, with the same randomness for any weights."""
+        exponents = exponents_of(weights, self.betas, self.beta)
+        members = _members(self.config.runs, self.experts, exponents, self.reference)
+        return self.written(what, _mixture_of(members), len(self.experts) + 1)
 
-    def balanced(self, weights: Floats, most_rounds: int) -> tuple[Floats, list[list[Rewrite]]]:
-        """Weights whose token-wise draws serve the worst-off goal best, and those draws: of as many
-        rounds from the given weights on, each with the same randomness. In one it is these
-        weights."""
+    def balanced(self, weights: Floats) -> tuple[Floats, list[list[Rewrite]]]:
+        """Weights whose token-wise draws serve the worst-off goal best, and those draws: of a few
+        rounds from the given weights on."""
         best: tuple[float, Floats, list[list[Rewrite]]] | None = None
-        betas = np.array(self.betas)
-        for number in range(most_rounds):
-            members = _members(
-                self.config.runs, self.experts, self.exponents(weights), self.reference
-            )
-            what = f"the mixture, round {number + 1}" if most_rounds > 1 else "the mixture"
-            drawn = self.written(what, _mixture_of(members), len(self.experts) + 1)
-            before = self.logprobs(drawn, self.reference)
-            ratios = np.stack([self.logprobs(drawn, e) - before for e in self.experts], axis=2)
+        for number in range(1, _MOST_ROUNDS + 1):
+            drawn = self.drawn(weights, f"the mixture, round {number}")
+            ratios, before = self.log_ratios(drawn)
             by_draws = np.array([[math.fsum(w.logprobs) for w in group] for group in drawn])
-            served = betas * ratios.mean(axis=1)  # [prompts, prompters]
-            value = served.mean(axis=0).min() - self.beta * (by_draws - before).mean()
+            served = self.betas * ratios.mean(axis=(0, 1))
+            value = float(served.min() - self.beta * (by_draws - before).mean())
             if best is None or value > best[0]:
                 best = value, weights, drawn
             before_step = weights
-            weights = balance_weights(weights, ratios, betas, self.beta)
+            weights = balance_weights(weights, ratios, self.betas, self.beta)
             if np.abs(weights - before_step).max() < _LEAST_STEP:
                 break
         assert best is not None
         return best[1:]
+
+    def log_ratios(self, samples: Sequence[Sequence[Rewrite]]) -> tuple[Floats, Floats]:
+        """log(prompter / untuned prompter) [prompts, samples, prompters], and the log-probabilities
+        of the untuned one."""
+        before = self.logprobs(samples, self.reference)
+        return np.stack([self.logprobs(samples, e) - before for e in self.experts], axis=2), before
 
     def logprobs(self, samples: Sequence[Sequence[Rewrite]], adapter: LoraWeights | None) -> Floats:
         """[prompts, samples] nats of whole rewrites."""
@@ -208,6 +214,7 @@ class _Given:
     ) -> dict[str, MixedGoal]:
         """By run. ratios: [prompts, samples, prompters], each prompter's own samples together."""
         before = [self.logprobs(written, self.reference) for written in (of_mixture, of_soup)]
+        exponents = exponents_of(weights, self.betas, self.beta)
         goals = {}
         for k, (run, expert) in enumerate(zip(self.config.runs, self.experts, strict=True)):
             count = self.config.num_rewrites
@@ -219,7 +226,7 @@ class _Given:
                 reward=str(self.runs[k].reward),
                 kl_coef=self.betas[k],
                 weight=float(weights[k]),
-                exponent=float(self.exponents(weights)[k]),
+                exponent=float(exponents[k]),
                 of_expert=float(self.betas[k] * ratios[:, k * count : (k + 1) * count, k].mean()),
                 of_mixture=float(mixed.implicit[k]),
                 of_drawn=float(self.betas[k] * by_draws),

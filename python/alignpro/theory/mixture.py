@@ -76,7 +76,6 @@ def maxmin_weights(
     scaled = ratios * (given / mixed)
     weights = _minimise(scaled, importance)
     value, gradient, _, probability = _look(scaled, importance, weights)
-    exponents = weights * given / mixed
     implicit = np.einsum("ps,psk->k", probability, ratios) / len(ratios) * given
     active = weights > 0
     level = float(gradient[active] @ weights[active])
@@ -84,7 +83,7 @@ def maxmin_weights(
     gap = max(float(np.abs(gradient[active] - level).max()), float(below.max(initial=0.0)))
     return MixtureWeights(
         weights=weights,
-        exponents=exponents,
+        exponents=exponents_of(weights, given, mixed),
         value=value,
         gradient=gradient,
         kkt_gap=gap,
@@ -93,6 +92,12 @@ def maxmin_weights(
         kl=float(level - value),
         effective_samples=float((1.0 / (probability**2).sum(axis=1)).mean()),
     )
+
+
+def exponents_of(weights: ArrayLike, betas: ArrayLike, beta: float) -> Floats:
+    """[K] of rho_k / rho_ref in the mixture of these weights. betas, beta: as `maxmin_weights`."""
+    exponents: Floats = np.asarray(weights, float) * np.asarray(betas, float) / beta
+    return exponents
 
 
 def balance_weights(
