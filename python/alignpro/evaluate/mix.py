@@ -58,30 +58,31 @@ def run_mix(
             raise FileExistsError(f"{output / name}: is there already; name another folder")
     given = _Given.load(config, on_progress)
     experts, reference = given.experts, given.reference
-    drawn = [
+    by_experts = [
         given.written(run, expert, k)
         for k, (run, expert) in enumerate(zip(config.runs, experts, strict=True))
     ]
-    samples = [[w for group in of for w in group] for of in zip(*drawn, strict=True)]
-    ratios, _ = given.log_ratios(samples)
+    samples = [[w for group in of for w in group] for of in zip(*by_experts, strict=True)]
+    ratios = given.scored(samples).ratios
     importance = math.log(len(experts)) - np.logaddexp.reduce(ratios, axis=2)
     mixed = maxmin_weights(ratios, importance, betas=given.betas, beta=given.beta)
     of_draws = config.sampling == "token" and config.weights != "whole" and len(experts) > 1
     if of_draws:
         weights, token_wise = given.balanced(mixed.weights)
     else:
-        weights, token_wise = mixed.weights, given.drawn(mixed.weights, "the mixture")
+        weights = mixed.weights
+        token_wise = given.scored(given.drawn(weights, "the mixture"))
     exponents = exponents_of(weights, given.betas, given.beta)
     members = _members(config.runs, experts, exponents, reference)
     of_mixture, given_up = token_wise, None
     if config.sampling == "sequence":
         mixture = _mixture_of(members, config.sampling, config.tries)
-        of_mixture = given.written("whole rewrites", mixture, len(experts) + 2)
+        of_mixture = given.scored(given.written("whole rewrites", mixture, len(experts) + 2))
         refused = given.model.stats()["sequence_given_up"]
         given_up = refused / (len(given.prompts) * config.num_rewrites)
     soup = soup_of(experts, list(exponents), reference)
-    of_soup = given.written("the mixed adapter", soup, len(experts))
-    acceptance = given.acceptance(members, token_wise)
+    of_soup = given.scored(given.written("the mixed adapter", soup, len(experts)))
+    acceptance = given.acceptance(members, exponents, token_wise)
     logs = importance + ratios @ exponents
     report = MixReport(
         goals=given.goals(mixed, weights, ratios, of_mixture, of_soup),
@@ -102,6 +103,15 @@ def run_mix(
         how = {"sampling": config.sampling, "tries": config.tries, "about": to_json(report)}
         save_mixture(output, members, **how)
     return report
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Rewrites of every prompt, in nats of whole rewrites."""
+
+    ratios: Floats  # [prompts, samples, prompters]: log(prompter / untuned prompter)
+    before: Floats  # [prompts, samples]: of the untuned prompter
+    drawn: Floats  # [prompts, samples]: of what wrote them
 
 
 @dataclass(frozen=True)
@@ -171,30 +181,30 @@ class _Given:
         members = _members(self.config.runs, self.experts, exponents, self.reference)
         return self.written(what, _mixture_of(members), len(self.experts) + 1)
 
-    def balanced(self, weights: Floats) -> tuple[Floats, list[list[Rewrite]]]:
+    def balanced(self, weights: Floats) -> tuple[Floats, _Scored]:
         """Weights whose token-wise draws serve the worst-off goal best, and those draws: of a few
         rounds from the given weights on."""
-        best: tuple[float, Floats, list[list[Rewrite]]] | None = None
+        best: tuple[float, Floats, _Scored] | None = None
         for number in range(1, _MOST_ROUNDS + 1):
-            drawn = self.drawn(weights, f"the mixture, round {number}")
-            ratios, before = self.log_ratios(drawn)
-            by_draws = np.array([[math.fsum(w.logprobs) for w in group] for group in drawn])
-            served = self.betas * ratios.mean(axis=(0, 1))
-            value = float(served.min() - self.beta * (by_draws - before).mean())
+            drawn = self.scored(self.drawn(weights, f"the mixture, round {number}"))
+            served = self.betas * drawn.ratios.mean(axis=(0, 1))
+            value = float(served.min() - self.beta * (drawn.drawn - drawn.before).mean())
             if best is None or value > best[0]:
                 best = value, weights, drawn
             before_step = weights
-            weights = balance_weights(weights, ratios, self.betas, self.beta)
+            weights = balance_weights(weights, drawn.ratios, self.betas, self.beta)
             if np.abs(weights - before_step).max() < _LEAST_STEP:
                 break
         assert best is not None
         return best[1:]
 
-    def log_ratios(self, samples: Sequence[Sequence[Rewrite]]) -> tuple[Floats, Floats]:
-        """log(prompter / untuned prompter) [prompts, samples, prompters], and the log-probabilities
-        of the untuned one."""
+    def scored(self, samples: Sequence[Sequence[Rewrite]]) -> _Scored:
         before = self.logprobs(samples, self.reference)
-        return np.stack([self.logprobs(samples, e) - before for e in self.experts], axis=2), before
+        return _Scored(
+            np.stack([self.logprobs(samples, e) - before for e in self.experts], axis=2),
+            before,
+            np.array([[math.fsum(w.logprobs) for w in group] for group in samples]),
+        )
 
     def logprobs(self, samples: Sequence[Sequence[Rewrite]], adapter: LoraWeights | None) -> Floats:
         """[prompts, samples] nats of whole rewrites."""
@@ -209,19 +219,14 @@ class _Given:
         mixed: MixtureWeights,
         weights: Floats,
         ratios: Floats,
-        of_mixture: list[list[Rewrite]],
-        of_soup: list[list[Rewrite]],
+        of_mixture: _Scored,
+        of_soup: _Scored,
     ) -> dict[str, MixedGoal]:
         """By run. ratios: [prompts, samples, prompters], each prompter's own samples together."""
-        before = [self.logprobs(written, self.reference) for written in (of_mixture, of_soup)]
         exponents = exponents_of(weights, self.betas, self.beta)
         goals = {}
-        for k, (run, expert) in enumerate(zip(self.config.runs, self.experts, strict=True)):
+        for k, run in enumerate(self.config.runs):
             count = self.config.num_rewrites
-            by_draws, by_soup = (
-                (self.logprobs(written, expert) - reference).mean()
-                for written, reference in zip((of_mixture, of_soup), before, strict=True)
-            )
             goals[run] = MixedGoal(
                 reward=str(self.runs[k].reward),
                 kl_coef=self.betas[k],
@@ -229,8 +234,8 @@ class _Given:
                 exponent=float(exponents[k]),
                 of_expert=float(self.betas[k] * ratios[:, k * count : (k + 1) * count, k].mean()),
                 of_mixture=float(mixed.implicit[k]),
-                of_drawn=float(self.betas[k] * by_draws),
-                of_adapter=float(self.betas[k] * by_soup),
+                of_drawn=float(self.betas[k] * of_mixture.ratios[:, :, k].mean()),
+                of_adapter=float(self.betas[k] * of_soup.ratios[:, :, k].mean()),
                 whole_weight=None if weights is mixed.weights else float(mixed.weights[k]),
             )
         return goals
@@ -238,7 +243,8 @@ class _Given:
     def acceptance(
         self,
         members: Mapping[str, tuple[LoraWeights | None, float]],
-        token_wise: list[list[Rewrite]],
+        exponents: Floats,
+        token_wise: _Scored,
     ) -> Interval | None:
         """How often a first draw is accepted (`models.mixture`); None where no rejection is exact,
         and of one prompt, which has no interval."""
@@ -246,11 +252,8 @@ class _Given:
         whole = restriction(self.pipeline.rewrite_params) is None
         if not (exact and whole and len(self.prompts) > 1):
             return None
-        densities = np.zeros((len(self.prompts), self.config.num_rewrites))
-        for part, weight in members.values():
-            densities += weight * self.logprobs(token_wise, part)
-        drawn_by = [[math.fsum(w.logprobs) for w in group] for group in token_wise]
-        accepted = np.exp(np.minimum(0.0, densities - np.array(drawn_by))).mean(axis=1)
+        densities = token_wise.before + token_wise.ratios @ exponents
+        accepted = np.exp(np.minimum(0.0, densities - token_wise.drawn)).mean(axis=1)
         return bootstrap_mean_ci(accepted.tolist(), seed=self.config.seed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alignpro.objective.kl import split_sequences
+from alignpro.objective.kl import next_token, pad_sequences
 
 
 def gae(
@@ -45,24 +45,17 @@ def gae(
             f"got {rewards.numel()}"
         )
     kl, values = kl.detach(), values.detach()
-    advantages = []
-    rows = zip(
-        split_sequences(kl, sequence),
-        split_sequences(values, sequence),
-        rewards.detach()[torch.unique_consecutive(sequence)],
-        strict=True,
-    )
-    for kls, value, reward in rows:
-        earned = torch.cat((-kl_coef * kls[1:], reward.reshape(1).to(kls)))
-        delta = earned + torch.cat((value[1:], value.new_zeros(1))) - value
-        advantage = torch.empty_like(delta)
-        running = delta.new_zeros(())
-        for t in reversed(range(len(delta))):
-            running = delta[t] + gae_lambda * running
-            advantage[t] = running
-        advantages.append(advantage)
-    flat = torch.cat(advantages) if advantages else kl
-    return flat, flat + values
+    value, held = pad_sequences(values, sequence)
+    earned = -kl_coef * next_token(pad_sequences(kl, sequence)[0])
+    # The last token of a row earns its reward in place of a later KL, which is 0 there.
+    earned[held & ~next_token(held)] = rewards.detach()[torch.unique_consecutive(sequence)].to(kl)
+    delta = earned + next_token(value) - value
+    advantage = torch.zeros_like(delta)
+    running = delta.new_zeros(len(delta))
+    for t in reversed(range(delta.shape[1])):
+        running = delta[:, t] + gae_lambda * running
+        advantage[:, t] = running
+    return advantage[held], advantage[held] + values
 
 
 def value_loss(values: Tensor, targets: Tensor, *, total_tokens: int) -> Tensor:

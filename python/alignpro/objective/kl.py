@@ -18,17 +18,30 @@ def future_kl(kl: Tensor, sequence: Tensor) -> Tensor:
     is answerable for the states that follow it, and not for its own KL_t, which is an expectation
     over the choice at t. Each sequence is summed alone: its bits do not depend on the others.
     """
-    kl = kl.detach()
-    parts = []
-    for row in split_sequences(kl, sequence):
-        backward_sum = row.flip(0).cumsum(0).flip(0)
-        parts.append(torch.cat((backward_sum[1:], row.new_zeros(1))))
-    return torch.cat(parts) if parts else kl
+    rows, held = pad_sequences(kl.detach(), sequence)
+    return next_token(rows).flip(1).cumsum(1).flip(1)[held]
 
 
 def split_sequences(values: Tensor, sequence: Tensor) -> tuple[Tensor, ...]:
     """``values`` [T] cut into the sequences that have tokens, in order."""
     return torch.split(values, _lengths(values, sequence))
+
+
+def pad_sequences(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows [R, L], held [R, L] of bool): row r begins with the ``values`` [T] of the r-th sequence
+    that has tokens, of which the longest has L, and ends in zeros. ``rows[held]`` are ``values``.
+    """
+    lengths = _lengths(values, sequence)
+    position = torch.arange(max(lengths, default=0), device=values.device)
+    held = position < torch.tensor(lengths, dtype=torch.long, device=values.device)[:, None]
+    rows = values.new_zeros(held.shape)
+    rows[held] = values
+    return rows, held
+
+
+def next_token(rows: Tensor) -> Tensor:
+    """What the next token has, of rows [R, L] as `pad_sequences` makes them; 0 at their end."""
+    return torch.nn.functional.pad(rows, (0, 1))[:, 1:]
 
 
 def sum_per_sequence(values: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
