@@ -25,7 +25,7 @@ from alignpro.run_directory import open_run_dir
 from alignpro.statistics import relative_reduction
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy
-from alignpro.train.self_improve import run_self_improve
+from alignpro.train.self_improve import SelfImprovement, run_self_improve
 from alignpro.train.self_measure import MeasuredAnswer, round_warnings, summarise
 from alignpro.train.sentence_search import (
     Answer,
@@ -292,6 +292,35 @@ def test_more_rounds_later_and_a_run_that_is_overwritten(place):
         run_self_improve(settings(place))
     open_run_dir(place / "run", overwrite=True)
     assert not list((place / "run").glob("round-*")) and not list((place / "run").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(("epochs", "batch"), [(1, 2), (2, 4), (1, 99)])
+def test_the_steps_of_a_round_are_of_its_pairs(place, epochs, batch):
+    rows = run_self_improve(
+        settings(place, iterations=1, steps=99, epochs=epochs, batch_size=batch, learning_rate=1e-4)
+    )
+    pairs = rows[1]["search"]["pairs"]
+    steps = read_metrics(place / "run" / "round-01" / "metrics.jsonl")
+    assert 1 < pairs < 99
+    assert len(steps) == math.ceil(epochs * pairs / min(batch, pairs))
+
+
+def test_candidates_that_agree_end_the_rounds(place, monkeypatch, caplog):
+    found = SelfImprovement._of_answers
+
+    def agreeing(self, adapter, seed):
+        pairs, places = found(self, adapter, seed)
+        return ([] if adapter is not None else pairs), places
+
+    monkeypatch.setattr(SelfImprovement, "_of_answers", agreeing)
+    rows = run_self_improve(settings(place, iterations=3, steps=1))
+    assert [row["round"] for row in rows] == [0, 1]
+    assert "since no two candidates of a prompt differ: the run ends with round 1" in caplog.text
+    assert (place / "run" / "adapter" / "adapter_config.json").exists()
+    assert run_self_improve(settings(place, iterations=3, steps=1), resume=True) == rows
+    monkeypatch.setattr(SelfImprovement, "_of_answers", lambda self, adapter, seed: ([], []))
+    with pytest.raises(ValueError, match=r"round 1: no pairs, .* differ; more candidates"):
+        run_self_improve(settings(place, run_dir=str(place / "none")))
 
 
 def test_the_command_and_an_evaluation_of_its_run(place):

@@ -113,7 +113,12 @@ class SelfImproveConfig(PairsFitConfig):
     prompting: Prompting = field(default_factory=Prompting)
     """How prompter and target are put together."""
     steps: Annotated[int, at_least(1)] = 12
-    """Steps of training in a round."""
+    """The most steps of training in a round."""
+    epochs: Annotated[int, at_least(1)] = 3
+    """The most passes over a round's pairs.
+
+    Candidates come to agree, and the same steps on the few pairs that are left overshoot.
+    """
     seed: Seed = 0
     learning_rate: Annotated[float, above(0)] = 1e-4
 

@@ -222,13 +222,15 @@ class SelfImprovement:
         try:
             for number in range(len(done), self.config.iterations + 1):
                 row = self._round(number, allow_changes, on_step)
+                if row is None:
+                    break
                 done.append(row)
                 write_json_lines(log, done)
                 if on_round is not None:
                     on_round(row)
-            policy = LoraPolicy(self._model, self._trained(self.config.iterations))
-            last = self._fit_config(self.config.iterations)
-            save_trained(directory.path / "adapter", policy, last)
+            last = len(done) - 1
+            policy = LoraPolicy(self._model, self._trained(last))
+            save_trained(directory.path / "adapter", policy, self._fit_config(last))
         except KeyboardInterrupt as interrupt:
             goes_on = f"alignpro self-improve {directory.path / CONFIG} --resume"
             interrupt.args = (f"in round {len(done)}; go on with: {goes_on}",)
@@ -237,13 +239,18 @@ class SelfImprovement:
 
     # --- one round ---
 
-    def _round(self, number: int, allow_changes: bool, on_step: OnStep | None) -> dict[str, Any]:
-        """Candidates, pairs and training of a round, and its measures; of round 0 these alone."""
+    def _round(
+        self, number: int, allow_changes: bool, on_step: OnStep | None
+    ) -> dict[str, Any] | None:
+        """Candidates, pairs and training of a round, and its measures; of round 0 these alone.
+        None: a later round without pairs."""
         config, seconds = self.config, dict[str, float]()
         row: dict[str, Any] = {"round": number}
         if number:
             started = time.perf_counter()
             row["search"] = self._pairs(number)
+            if row["search"] is None:
+                return None
             seconds["candidates"] = time.perf_counter() - started
             started = time.perf_counter()
             self._fit(number, allow_changes, on_step)
@@ -283,9 +290,13 @@ class SelfImprovement:
     def _round_dir(self, number: int) -> Path:
         return self._dir / f"round-{number:02d}"
 
-    def _pairs(self, number: int) -> dict[str, Any]:
-        """Write the pairs of a round, unless they are there; what is known of its candidates."""
-        config, path = self.config, self._dir / f"pairs-{number:02d}.jsonl"
+    def _pairs_file(self, number: int) -> Path:
+        return self._dir / f"pairs-{number:02d}.jsonl"
+
+    def _pairs(self, number: int) -> dict[str, Any] | None:
+        """Write the pairs of a round, unless they are there; what is known of its candidates.
+        None: a later round has no pairs, which ends the run."""
+        config, path = self.config, self._pairs_file(number)
         beside = path.with_suffix(".json")
         if not (path.exists() and beside.exists()):
             adapter = self._weights(number - 1)
@@ -293,10 +304,12 @@ class SelfImprovement:
             make = self._of_answers if config.policy == "target" else self._of_rewrites
             pairs, places = make(adapter, seed)
             if not pairs:
-                raise ValueError(
-                    f"round {number}: no two candidates of a prompt differ, so there are no pairs; "
-                    "more candidates, or a higher temperature, make some"
-                )
+                none = f"round {number}: no pairs, since no two candidates of a prompt differ"
+                more = "more candidates, or a higher temperature, make some"
+                if number == 1:
+                    raise ValueError(f"{none}; {more}")
+                _log.warning("%s: the run ends with round %d; %s", none, number - 1, more)
+                return None
             write_json_lines(path, (pair.to_plain() for pair in pairs))
             write_json(beside, _search_row(pairs, places, config))
         return read_record(beside)
@@ -384,10 +397,14 @@ class SelfImprovement:
         common |= {"prompter": config.prompter, "target": config.target}
         common[role] = replace(config.trained, adapter=start)
         common["seed"] = derive_seed(config.seed, _FIT, number)
+        pairs = read_record(self._pairs_file(number).with_suffix(".json"))["pairs"]
+        common["batch_size"] = min(config.batch_size, pairs)
+        passes = -(-config.epochs * pairs // common["batch_size"])
+        common["steps"] = min(config.steps, passes)
         return PreferConfig(
             **common,
             policy=role,
-            data=PreferencesConfig(str(self._dir / f"pairs-{number:02d}.jsonl"), split=None),
+            data=PreferencesConfig(str(self._pairs_file(number)), split=None),
             run_dir=str(self._round_dir(number)),
             prompting=config.prompting,
             **vars(config.preference),
