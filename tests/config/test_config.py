@@ -300,6 +300,30 @@ def test_overrides_are_yaml_scalars(tmp_path):
     assert (config.prompter.adapter, config.reward, config.steps) == (None, "vader", 5)
 
 
+@pytest.mark.parametrize(
+    ("text", "steps"), [("010", 10), ("08", 8), ("+7", 7), ("1_000", 1000), ("0x10", 16)]
+)
+def test_integers_are_what_they_look_like(text, steps, tmp_path):
+    # In YAML 1.1 a leading 0 makes an octal number, and colons one to the base of 60.
+    (tmp_path / "run.yaml").write_text(f"steps: {text}\n")
+    assert load_yaml(TrainConfig, tmp_path / "run.yaml").steps == steps
+    assert load_yaml(TrainConfig, None, [f"steps={text}"]).steps == steps
+
+
+@pytest.mark.parametrize("override", ["steps=1:30", "learning_rate=1:30.5", "steps=0b11"])
+def test_what_only_yaml_1_1_takes_for_a_number(override):
+    field, text = override.split("=")
+    with pytest.raises(ValueError, match=f"{field}: expected .* got '{text}'"):
+        load_yaml(TrainConfig, None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("1e-3", 1e-3), ("1.5e-3", 1.5e-3), (".5", 0.5), ("2.", 2.0), ("1", 1.0)]
+)
+def test_numbers_are_what_they_look_like(text, rate):
+    assert load_yaml(TrainConfig, None, [f"learning_rate={text}"]).learning_rate == rate
+
+
 def test_overrides_leave_the_mapping_alone():
     mapping = {"lora": {"rank": 2}}
     assert apply_overrides(TrainConfig, mapping, ["lora.rank=3"]) == {"lora": {"rank": 3}}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,7 +53,7 @@ def load_yaml(
                 found += f"; that of a run is {Path(path) / 'config.json'}"
             raise FileNotFoundError(f"{path}: expected a YAML file of settings, found {found}")
         try:
-            loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+            loader = _loader()(Path(path).read_text(encoding="utf-8"))
             root = loader.get_single_node()
             repeated = _repeated_key(root)
             mapping = None if root is None else loader.construct_document(root)
@@ -77,6 +79,36 @@ def load_yaml(
         raise ValueError(f"{path}: expected settings, got a list or mapping in itself") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
+
+
+@functools.cache
+def _loader() -> Any:
+    """YAML's safe loader, for which 010 is ten, and 1:30 no number (YAML 1.1: 8, and 90)."""
+    import yaml
+
+    integer, number = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own table, without its numbers
+            first: [(tag, pattern) for tag, pattern in known if tag not in (integer, number)]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    def whole(loader: Any, node: Any) -> int:
+        return int(node.value, 16 if "x" in node.value else 10)
+
+    digits, exponent = r"[0-9]+(?:_[0-9]+)*", r"(?:[eE][-+]?[0-9]+)?"
+    decimal = rf"[-+]?(?:{digits}\.[0-9]*|\.[0-9]+){exponent}"
+    Loader.add_implicit_resolver(
+        integer, re.compile(rf"(?:[-+]?{digits}|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+    )
+    Loader.add_implicit_resolver(
+        number,
+        re.compile(rf"(?:{decimal}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+        list("-+.0123456789"),
+    )
+    Loader.add_constructor(integer, whole)
+    return Loader
 
 
 def _repeated_key(root: Any) -> str | None:
@@ -135,8 +167,8 @@ def _typed(text: str, kinds: Kinds) -> Any:
     if not text:
         return ""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_loader())
+        value = yaml.load(text, Loader=_loader())
     except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2026-13-01
         return text  # a plain string such as "hf:owner/name: x" need not be YAML
     quoted = (
