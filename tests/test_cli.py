@@ -265,7 +265,7 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
     [
         (["train", "missing.yaml"], "missing.yaml: expected a YAML file of settings, found no su"),
         (["train", "."], ".: expected a YAML file of settings, found a folder"),
-        (["train", "steps=3"], "steps=3: expected a YAML file, or the config.json of a run, befo"),
+        (["train", "steps=few"], "steps: expected an integer, got 'few'"),
         (["evaluate", "untuned=a/folder"], "untuned: is now prompter.adapter"),
         (["train", "{yaml}", "target_device=cuda"], "target_device: is now target.device"),
         (["train", "{yaml}", "lerning_rate=1"], 'did you mean "learning_rate"?'),

@@ -107,7 +107,11 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="Number of threads; the default is the CPU quota.")
 ]
 Config = Annotated[
-    Path | None, typer.Argument(help="YAML file of the configuration; every field has a default.")
+    Path | None,
+    typer.Argument(
+        help="YAML file of the configuration, or the config.json of a run; every field has a "
+        "default."
+    ),
 ]
 ModelName = Annotated[str, typer.Option(help="Path or name of the model.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")]

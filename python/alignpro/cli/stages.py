@@ -140,9 +140,7 @@ def sft(
 )
 @one_line_errors
 def train(
-    config: Annotated[
-        Path, typer.Argument(help="YAML file of the configuration, or the config.json of a run.")
-    ],
+    config: Config = None,
     overrides: Overrides = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -164,11 +162,6 @@ def train(
     """Train a prompter by reinforcement learning."""
     from alignpro.config import TrainConfig
 
-    if "=" in str(config) and not config.exists():
-        raise ValueError(
-            f"{config}: expected a YAML file, or the config.json of a run, before key=value; "
-            "`alignpro quickstart` needs none"
-        )
     if dry_run:
         needs_torch("train")
         options = read_settings(TrainConfig, config, overrides)

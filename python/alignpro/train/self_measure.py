@@ -210,15 +210,15 @@ def round_warnings(summary: Mapping[str, Any]) -> dict[str, str]:
             f"Since the first policy the confidence rose by {confidence[0]:.3f} nats a token, and "
             f"faithfulness changed by {faithful[0]:+.3f} [{faithful[1]:+.3f}, {faithful[2]:+.3f}]: "
             "the policy agrees more with itself, not with its source. A larger calibration counts "
-            "the source more; reference: first holds it closer."
+            "the source more; a smaller learning_rate holds the policy closer."
         )
     copied = change["copied"]
     if summary["copied"] > COPY_RATE and copied[1] > 0:
         found["copies"] = (
             f"{summary['copied']:.0%} of the answers' words repeat their source, "
             f"{summary['copied'] - copied[0]:.0%} of the first policy's: nothing is likelier "
-            "behind a source than the source itself. Fewer steps, a larger beta or reference: "
-            "first hold the policy closer; a term against copies pays for other words."
+            "behind a source than the source itself. A smaller learning_rate or fewer steps hold "
+            "the policy closer; a term against copies pays for other words."
         )
     length, before = change["tokens"], summary["tokens"] - change["tokens"][0]
     if before > 0 and length[2] < 0 and -length[0] > _SHORTER * before:
