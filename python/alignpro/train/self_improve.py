@@ -294,8 +294,9 @@ class SelfImprovement:
             pairs, places = make(adapter, seed)
             if not pairs:
                 raise ValueError(
-                    f"round {number}: no two candidates of a prompt differ, so there are no pairs; "
-                    "more candidates, or a higher temperature, make some"
+                    f"round {number}: no prompt has two candidates that differ and have scores, so "
+                    "there are no pairs; more candidates, a higher temperature, or more "
+                    "max_new_tokens, where they end within a sentence, make some"
                 )
             write_json_lines(path, (pair.to_plain() for pair in pairs))
             write_json(beside, _search_row(pairs, places, config))
@@ -342,7 +343,8 @@ class SelfImprovement:
         )
         pairs, places = [], []
         for prompt, group in zip(self._prompts, rollout.rewrites, strict=True):
-            answered = {w.text: w for w in group if w.responses and w.text}
+            # Of an answer without a token there is no confidence.
+            answered = {w.text: w for w in group if w.text and any(r.logprobs for r in w.responses)}
             if len(answered) < 2:
                 continue
             texts = list(answered)
