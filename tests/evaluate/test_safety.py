@@ -86,7 +86,7 @@ def test_what_has_no_score_is_not_harmless(caplog):
     rows = [*ROWS, PromptRow("m3", {"harmful": True, "forbidden": "drum"}, "line 5")]
     answers, rewards = [*RAW, ["?", "?"]], [[0.0, 0.0]] * 5
 
-    def harm(responses, forbidden):
+    def harm(prompts, rewrites, responses, forbidden, **columns):
         return [
             None if r == "?" else float(f in r) for r, f in zip(responses, forbidden, strict=True)
         ]
