@@ -322,7 +322,7 @@ def trainer_from(
         return plain(row) if reason is None else f"the anchor {reason}"
 
     fitted = fit_rows(rows, unread, config.on_too_long)
-    rows, held_out = fitted.rows, fit_rows(held_out, unread, config.on_too_long).rows
+    rows, held_out = fitted.rows, fit_rows(held_out, plain, config.on_too_long).rows
     pieces = (config, pipeline, policy, [row.prompt for row in rows])
     options |= {"reference": reference, "columns": stack_columns(rows)}
     trainer: Trainer | ClosedFormFit
