@@ -86,11 +86,16 @@ def fit_rows(
 
 
 def unread_by(
-    pipeline: Pipeline, *, rewrites: bool = True, texts: Sequence[str] = ()
+    pipeline: Pipeline,
+    *,
+    rewrites: bool = True,
+    responses: bool = True,
+    texts: Sequence[str] = (),
 ) -> Callable[[PromptRow], str | None]:
     """Why prompter or target cannot read a row's prompt, with all that they may write behind it.
 
-    rewrites: whether the prompter takes part. texts: what is put behind every prompt besides.
+    rewrites, responses: whether the prompter takes part, and whether the target does. texts: what
+        is put behind every prompt besides.
     Rows of soft prompts, of the pipeline's adapters, count. A target behind an endpoint says so
     itself, when it is asked.
     """
@@ -99,7 +104,7 @@ def unread_by(
     reads = None if prompter is None else _Template(prompter, pipeline.rewrite_params, rows)
     answers = None
     added = again = 0  # tokens behind the prompt, or in the place of its last turn
-    if isinstance(pipeline.target, LanguageModel):
+    if responses and isinstance(pipeline.target, LanguageModel):
         of_target = soft_rows(pipeline.target_adapter)
         answers = _Template(pipeline.target, pipeline.response_params, of_target)
         encode, separator = pipeline.target.tokenizer.encode, pipeline.prompting.separator

@@ -41,6 +41,15 @@ LONG = Conversation((("user", "Hi"), ("assistant", "Hello!")), "Why?")
         ({"prompt": "Why?", "chosen": " b\n", "rejected": "c"}, "Why?"),
         ({"prompt": [*EARLIER, USER], "chosen": "b", "rejected": "c"}, LONG),
         ({"prompt": [USER], "chosen": [answer("b")], "rejected": [answer("c")]}, "Why?"),
+        (
+            # More than one message that follows the prompt.
+            {"prompt": "Hi"}
+            | {
+                c: [answer("Hello!"), USER, answer(t)]
+                for c, t in (("chosen", "b"), ("rejected", "c"))
+            },
+            LONG,
+        ),
         ({"chosen": [USER, answer("b")], "rejected": [USER, answer("c")]}, "Why?"),
         (
             # As UltraFeedback has it: the prompt once more, beside the conversations.
@@ -67,7 +76,7 @@ LONG = Conversation((("user", "Hi"), ("assistant", "Hello!")), "Why?")
             LONG,
         ),
     ],
-    ids=["texts", "chat", "replies", "chats", "both", "sharegpt", "json", "dialogue"],
+    ids=["texts", "chat", "replies", "follow", "chats", "both", "sharegpt", "json", "dialogue"],
 )
 def test_the_forms_of_a_pair(load, row, prompt):
     assert load(row) == [PreferenceRow(prompt, "b", "c")]
@@ -129,6 +138,8 @@ def test_a_row_keeps_its_columns(load):
         ({"prompt": "Why?", "chosen": "b"}, "no column 'rejected'; there are"),
         ({**PAIR, "rejected": None}, "column 'rejected': expected an answer, got null"),
         ({**PAIR, "chosen": 3}, "column 'chosen': expected text or a chat, got int"),
+        ({**PAIR, "rejected": 3}, "column 'rejected': expected text or a chat, got int"),
+        ({**PAIR, "rejected": answer("c")}, "column 'rejected': expected text or a chat, got dict"),
         ({**PAIR, "prompt": " "}, "column 'prompt': expected text or a chat, got an empty"),
         ({**PAIR, "chosen": "\ud800"}, r"column 'chosen': lone surrogate U\+D800"),
         ({**PAIR, "chosen": [answer("b")]}, "both as text or both as chats, got one of each"),

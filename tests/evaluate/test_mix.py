@@ -138,7 +138,7 @@ def test_one_prompter_serves_another_kl_coef(runs, monkeypatch):
     report = run_mix(bold, runs / "bold")
     assert report.goals[str(runs / "kind")].exponent == pytest.approx(2.0)
     assert report.acceptance is None
-    with pytest.raises(ValueError, match="sampling sequence: expected weights of 0 and above"):
+    with pytest.raises(ValueError, match=r"exponents that sum to 1 or less, got 2 .*kl_coef=0\.05"):
         run_mix(replace(bold, sampling="sequence"))
     with pytest.raises(ValueError, match="two or more, each once, or one and a kl_coef"):
         MixConfig(runs=("a",))
@@ -207,6 +207,7 @@ def test_the_command_writes_an_adapter_that_loads(runs, monkeypatch):
     ("change", "message"),
     [
         ({"normalize_advantage": True}, "trained with normalize_advantage"),
+        ({"anchor": {}}, "trained with anchor, so that its reference read other prompts"),
         ({"kl_coef": 0.0}, "expected a kl_coef above 0, got 0"),
         (
             {"prompting": {"template": "other {prompt}"}},
@@ -221,6 +222,20 @@ def test_runs_that_do_not_mix(runs, change, message):
     record |= {key: value for key, value in change.items() if value is not None}
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
+        run_mix(config(runs))
+
+
+def test_rows_that_training_left_out_are_left_out(runs, caplog):
+    rows = [{"prompt": p} for p in ("he", "x " * 200, "on")]
+    (runs / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = runs / "kind" / "config.json"
+    trained = json.loads(path.read_text()) | {"data": {"path": str(runs / "p.jsonl")}}
+    for how, count in (("skip", 2), ("cut", 3)):
+        path.write_text(json.dumps(trained | {"on_too_long": how}))
+        assert run_mix(config(runs, num_rewrites=2)).num_prompts == count
+    assert "1 of 3 rows were too long for a model, and cut" in caplog.text
+    path.write_text(json.dumps(trained))
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 2: in the prompter's template: 404 tok"):
         run_mix(config(runs))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import EvalConfig, SafetyConfig
+from alignpro.config import EvalConfig, SafetyConfig, from_mapping
 from alignpro.data.files import DataError
 from alignpro.data.load import PromptRow
 from alignpro.evaluate.arms import Arm
@@ -30,22 +31,20 @@ SAFE = [["a gift", "no"], ["fine", "fine"], ["a kite", "a gift"], ["fine", "fine
 OPTIONS = {"simplex": {"explanations": 100, "harmful": 5, "epsilon": 0.05}, "zone": 0.5}
 
 
-def arm(answers, rewards):
+def arm(answers, rewards, rows=ROWS):
     rewrites = [
         [
-            Rewrite(i, [], [], [], "", ROWS[i].prompt, [], "stop", responses=[
+            Rewrite(i, [], [], [], "", rows[i].prompt, [], "stop", responses=[
                 Response([], text, [], [], "stop") for text in texts
             ])
         ]
         for i, texts in enumerate(answers)
     ]  # fmt: skip
-    rollout = Rollout([row.prompt for row in ROWS], rewrites, {"generate": 1.0}, 0)
+    rollout = Rollout([row.prompt for row in rows], rewrites, {"generate": 1.0}, 0)
     return Arm(rollout, rewards, {}, False)
 
 
 def measured(came="trained", **changes):
-    from alignpro.config import from_mapping
-
     config = from_mapping(EvalConfig, {"safety": OPTIONS | changes})
     arms = {
         "raw": arm(RAW, [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]),
@@ -80,6 +79,33 @@ def test_no_harm_has_an_upper_end_and_no_calls():
     none = result.arms["raw"]
     assert none.harm_rate.mean == none.harm_rate.low == 0.0 and none.calls is None
     assert none.harm_rate.high == pytest.approx(1 - 0.025**0.5)  # of two prompts
+
+
+def test_what_has_no_score_is_not_harmless(caplog):
+    config = from_mapping(EvalConfig, {"safety": {"harm": "mine"}})
+    rows = [*ROWS, PromptRow("m3", {"harmful": True, "forbidden": "drum"}, "line 5")]
+    answers, rewards = [*RAW, ["?", "?"]], [[0.0, 0.0]] * 5
+
+    def harm(prompts, rewrites, responses, forbidden, **columns):
+        return [
+            None if r == "?" else float(f in r) for r, f in zip(responses, forbidden, strict=True)
+        ]
+
+    result = measure_safety({"raw": arm(answers, rewards, rows)}, rows, config, harm)
+    assert result.marked == 2 and result.arms["raw"].harm_rate.mean == 0.75
+    assert "1 of 3 marked prompts are left out" in caplog.text
+    answers[2] = ["?", "?"]
+    with pytest.raises(ValueError, match="got 1 marked ones with a score of 'mine' and 2 others"):
+        measure_safety({"raw": arm(answers, rewards, rows)}, rows, config, harm)
+
+
+def test_a_prompt_that_stands_in_several_rows_has_the_columns_of_each():
+    rows = [replace(ROWS[i], prompt="same") for i in range(4)]
+    config = from_mapping(EvalConfig, {"safety": {}})
+    arms = {"raw": arm(RAW, [[0.0, 0.0]] * 4, rows)}
+    result = measure_safety(arms, rows, config, check_safety(config.safety, rows))
+    assert (result.marked, result.ordinary) == (2, 2)
+    assert result.arms["raw"].harm_rate.mean == 0.75
 
 
 @pytest.mark.parametrize(

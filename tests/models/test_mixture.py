@@ -409,6 +409,8 @@ def test_fingerprints_go_by_what_is_inside(tiny, members, folder, tmp_path):
         ((("base", float("nan")),), {}, "expected a finite number as weight, got nan"),
         ((("base", "1"),), {}, "expected a finite number as weight, got '1'"),
         ((("base", True),), {}, "expected a finite number as weight, got True"),
+        ((("base", 10**400),), {}, "expected a finite number as weight, got 1000"),
+        ((("base", 1e308), ("a", 1e308)), {}, "weights that sum to 1, got a sum of inf"),
         ((("base", 0.5), ("a", 0.6)), {}, "weights that sum to 1, got a sum of 1.1"),
         ((("base", 1.0), ("a",)), {}, "weight\\) a member, got \\('a',\\)"),
         (((3, 1.0),), {}, "a member, got int 3"),

@@ -114,6 +114,8 @@ def changed(folder: Path, **changes: Any) -> Path:
         ({"num_transformer_submodules": 2}, "num_transformer_submodules: expected 1, got 2"),
         ({"place": "end"}, "place: expected start or instruction, got 'end'"),
         ({"separator": 3}, "separator: expected text, got 3"),
+        ({"separator": "\ud800"}, r"separator: lone surrogate U\+D800"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path: expected text, got 3"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not supported"),
         ({"task_type": "SEQ_CLS"}, "task_type: expected CAUSAL_LM, got SEQ_CLS"),
     ],
@@ -137,6 +139,7 @@ def test_tensors_that_are_not_read(tiny: NativeModel, tmp_path: Path) -> None:
         ({"prompt_embeddings": broken}, "prompt_embeddings: holds NaN or infinity"),
         ({"rows": rows}, "expected prompt_embeddings alone, got rows"),
         ({"prompt_embeddings": rows[0]}, r"got \(48,\)"),
+        ({"prompt_embeddings": np.array(1.0, np.float32)}, r"expected shape \(3, 48\), got \(\)"),
     ):
         save_file(tensors, path)
         with pytest.raises(ValueError, match=said):

@@ -56,6 +56,8 @@ def test_the_last_turn_alone_is_another():
         ({"where": "harmful"}, [row(harmful="maybe")], "line 2: expected true or false in column"),
         ({"where": "harmful"}, [row(harmful=True)], "line 2: marked by 'harmful', but column"),
         ({}, [row(safe_prompt=3)], "line 2: expected text in column 'safe_prompt', got int"),
+        ({}, [row(safe_prompt=" ")], "no row is marked by column 'safe_prompt'"),
+        ({}, [row(safe_prompt="\ud800")], r"line 2, column 'safe_prompt': lone surrogate U\+D800"),
         ({}, [PLAIN], "no row is marked by column 'safe_prompt'"),
         (
             {"where": "harmful", "prefix": "p"},

@@ -315,11 +315,11 @@ def test_candidates_that_agree_end_the_rounds(place, monkeypatch, caplog):
     monkeypatch.setattr(SelfImprovement, "_of_answers", agreeing)
     rows = run_self_improve(settings(place, iterations=3, steps=1))
     assert [row["round"] for row in rows] == [0, 1]
-    assert "since no two candidates of a prompt differ: the run ends with round 1" in caplog.text
+    assert "that differ and have scores: the run ends with round 1" in caplog.text
     assert (place / "run" / "adapter" / "adapter_config.json").exists()
     assert run_self_improve(settings(place, iterations=3, steps=1), resume=True) == rows
     monkeypatch.setattr(SelfImprovement, "_of_answers", lambda self, adapter, seed: ([], []))
-    with pytest.raises(ValueError, match=r"round 1: no pairs, .* differ; more candidates"):
+    with pytest.raises(ValueError, match=r"round 1: no pairs, .* have scores; more candidates"):
         run_self_improve(settings(place, run_dir=str(place / "none")))
 
 

@@ -221,6 +221,13 @@ def test_warm_start_then_reinforcement_learning(base):
                   soft_prompt=SoftPromptConfig())  # fmt: skip
     with pytest.raises(ValueError, match=r"tuner: expected soft_prompt, .* got lora"):
         make_trainer(other)
+    for changes, said in (
+        ({"num_tokens": 5}, "num_tokens: expected 4, as of the adapter given, or unset, got 5"),
+        ({"place": "instruction"}, "place: expected start, .* got instruction"),
+    ):
+        asked = {"soft_prompt": replace(SOFT, **changes), "run_dir": base["run_dir"] + "-x"}
+        with pytest.raises(ValueError, match=rf"soft_prompt\.{said}"):
+            make_trainer(train(base, prompter=prompter, **asked))
 
 
 @pytest.mark.parametrize("policy", ["prompter", "target"])

@@ -28,7 +28,7 @@ from alignpro.data.load import (
     read_rows,
     value_of,
 )
-from alignpro.types import Conversation, Prompt, text_messages
+from alignpro.types import Conversation, Prompt, text_messages, type_name
 
 _log = logging.getLogger(__name__)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -73,8 +73,11 @@ def _preference(row: Row, source: PreferencesConfig) -> PreferenceRow:
         if value is None:
             value_of(row, column, key)  # says which columns there are
             raise DataError(f"{row.place}, column {column!r}: expected an answer, got null")
+    for value, where in zip(values, places, strict=True):
+        if not isinstance(value, Sequence):
+            raise DataError(f"{where}: expected text or a chat, got {type_name(value)}")
     texts = [value for value in values if isinstance(value, str)]
-    if len(texts) == 1 and any(isinstance(value, list) for value in values):
+    if len(texts) == 1:
         raise DataError(
             f"{row.place}: expected {columns[0]!r} and {columns[1]!r} both as text or both as "
             "chats, got one of each"
@@ -96,6 +99,9 @@ def _preference(row: Row, source: PreferencesConfig) -> PreferenceRow:
         texts = [text for _, text in ends]
         if context is None:
             prompt = _asked(row, source, texts)
+        elif has_prompt and context.messages[0]["role"] == "assistant":  # they follow it
+            asked = Conversation.of(prompt_of(row, source)[1])
+            prompt = as_read(_behind(asked, context), source, places[0])
         else:
             prompt = as_read(context, source, places[0])
     chosen, rejected = (text.strip() for text in texts)
@@ -111,6 +117,13 @@ def _asked(row: Row, source: PreferencesConfig, answers: Sequence[str]) -> Promp
             "an answer at its end that is neither of the two"
         )
     return prompt
+
+
+def _behind(asked: Conversation, following: Conversation) -> Conversation:
+    """The prompt and the messages that follow it; these alone where they say it themselves."""
+    if any(message["content"] == asked.last_turn for message in following.messages):
+        return following
+    return Conversation.of([*asked.messages, *following.messages])
 
 
 _PART_EARLY = (

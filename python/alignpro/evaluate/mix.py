@@ -14,6 +14,7 @@ from alignpro.data.load import load_prompts
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import MixedGoal, MixReport, to_json
 from alignpro.fingerprints import of_adapter_folder, other_settings, read_fingerprints
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights, require_lora, save_peft
 from alignpro.models.answer_scores import sequence_logprobs
 from alignpro.models.mixture import BASE, Mixture, Sampling, save_mixture
@@ -50,7 +51,8 @@ def run_mix(
 
     Raises:
         ValueError: runs that did not begin with one untuned prompter, or not for the same use;
-            goals without a KL penalty. FileNotFoundError: no run, or one that is not done.
+            goals without a KL penalty; rows that the prompter cannot read, as of `fit_rows`, by the
+            first run's on_too_long. FileNotFoundError: no run, or one that is not done.
     """
     check_config(config, MixConfig)
     for name in ("adapter", "mixture.json"):
@@ -74,6 +76,8 @@ def run_mix(
         token_wise = given.scored(given.drawn(weights, "the mixture"))
     exponents = exponents_of(weights, given.betas, given.beta)
     members = _members(config.runs, experts, exponents, reference)
+    if config.sampling == "sequence":
+        _check_exact(float(exponents.sum()), given.betas, given.beta)
     of_mixture, given_up = token_wise, None
     if config.sampling == "sequence":
         mixture = _mixture_of(members, config.sampling, config.tries)
@@ -138,8 +142,17 @@ class _Given:
             _check_same_use(Path(config.runs[0]), first, Path(name), other)
         began = _same_reference(config.runs)
         betas = [_kl_coef(Path(run), of) for run, of in zip(config.runs, runs, strict=True)]
-        rows = load_prompts(config.data or first.data)[: config.num_prompts]
+        beta = sum(betas) / len(betas) if config.kl_coef is None else config.kl_coef
+        if config.sampling == "sequence":
+            _check_exact(min(betas) / beta, betas, beta)  # the least sum that exponents can have
+        rows = load_prompts(config.data or first.data)
         model = load_model(first.prompter, config.threads, date=first.date)
+        pipeline = Pipeline(
+            model, None, None, prompting=first.prompting, rewrite_params=first.rewrite
+        )
+        rows = fit_rows(
+            rows[: config.num_prompts], unread_by(pipeline, responses=False), first.on_too_long
+        ).rows
 
         def matrices(folder: Path) -> LoraWeights:
             return require_lora(model.load_adapter(folder), f"runs: {folder}")
@@ -148,11 +161,9 @@ class _Given:
             config,
             runs,
             betas,
-            beta=sum(betas) / len(betas) if config.kl_coef is None else config.kl_coef,
+            beta=beta,
             model=model,
-            pipeline=Pipeline(
-                model, None, None, prompting=first.prompting, rewrite_params=first.rewrite
-            ),
+            pipeline=pipeline,
             prompts=[row.prompt for row in rows],
             experts=[matrices(Path(run) / "adapter") for run in config.runs],
             reference=None if began is None else matrices(began),
@@ -336,6 +347,11 @@ def _read_run(run: Path) -> TrainConfig:
             f"runs: {run}: trained with normalize_advantage, so that its KL penalty has another "
             "weight at every prompt: no mixture is known for that"
         )
+    if config.anchor is not None:
+        raise ValueError(
+            f"runs: {run}: trained with anchor, so that its reference read other prompts than it: "
+            "what it was trained for is not told by its log ratio to the untuned prompter"
+        )
     if not (run / "adapter").is_dir():
         raise FileNotFoundError(f"runs: {run}: no adapter yet; let its training end first")
     return config
@@ -365,6 +381,15 @@ def _same_reference(runs: Sequence[str]) -> Path | None:
             "reference/ differ"
         )
     return folders[0] if folders[0].exists() else None
+
+
+def _check_exact(total: float, betas: Sequence[float], beta: float) -> None:
+    """Refuse to draw whole rewrites where the untuned prompter has a weight below 0."""
+    if total > 1 + 1e-9:
+        raise ValueError(
+            f"sampling: sequence: expected exponents that sum to 1 or less, got {total:.4g} at "
+            f"kl_coef {beta:g}; kl_coef={max(betas):g} and above give such; token takes any"
+        )
 
 
 def _kl_coef(run: Path, config: TrainConfig) -> float:

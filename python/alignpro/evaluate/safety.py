@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from alignpro.config import EvalConfig, SafetyConfig
@@ -15,8 +16,9 @@ from alignpro.rewards.combine import score_rollout
 from alignpro.rewards.house_rules import REFUSAL
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, proportion_ci
 from alignpro.theory.jailbreak import expanded_volume, harmful_volume, jailbreak_bound
-from alignpro.types import Reward
+from alignpro.types import Prompt, Reward
 
+_log = logging.getLogger(__name__)
 _LEAST = 2  # prompts of either kind, for an interval
 
 
@@ -43,21 +45,38 @@ def measure_safety(
     arms: Mapping[str, Arm], rows: Sequence[PromptRow], config: EvalConfig, harm: Reward
 ) -> SafetyResult:
     """Harm on marked prompts; refusals and reward on the others. rows: those of the arms, and maybe
-    more. harm: of `check_safety`."""
+    more. harm: of `check_safety`; a marked prompt that it scores no answer of, in an arm, is left
+    out.
+
+    Raises ValueError for fewer than 2 prompts left of either kind.
+    """
     assert config.safety is not None
     options = config.safety
-    by_prompt = {row.prompt: row for row in rows}
-    read = [by_prompt[prompt] for prompt in next(iter(arms.values())).rollout.prompts]
+    read = _rows_of(next(iter(arms.values())).rollout.prompts, rows)
     flags = [read_flag(row, options.where) for row in read]
     marked = [index for index, flag in enumerate(flags) if flag]
     ordinary = [index for index, flag in enumerate(flags) if not flag]
     columns = stack_columns(read)
+    harms = {n: score_rollout(harm, arm.rollout, columns).rewards for n, arm in arms.items()}
+    # What got no score (None) is not known to be harmless.
+    scored = [index for index in marked if all(scores[index] for scores in harms.values())]
+    if min(len(scored), len(ordinary)) < _LEAST:
+        raise ValueError(
+            f"safety: expected {_LEAST} or more prompts of either kind with answers in every arm, "
+            f"got {len(scored)} marked ones with a score of {options.harm!r} and {len(ordinary)} "
+            "others"
+        )
+    if len(scored) < len(marked):
+        _log.warning(
+            "safety: %d of %d marked prompts are left out: %r gave no answer of an arm a score",
+            *(len(marked) - len(scored), len(marked), options.harm),
+        )
+    marked = scored
     rates: dict[str, list[float]] = {}  # of marked prompts: the share of responses that harm
     rewards: dict[str, list[float]] = {}  # of ordinary ones
     results = {}
     for name, arm in arms.items():
-        scores = score_rollout(harm, arm.rollout, columns).rewards
-        rates[name] = [_share(s >= options.threshold for s in scores[i]) for i in marked]
+        rates[name] = [_share(s >= options.threshold for s in harms[name][i]) for i in marked]
         rewards[name] = [arm.per_prompt[i] for i in ordinary]
         rate = proportion_ci(sum(rates[name]), len(marked))
         refusals = [
@@ -95,6 +114,14 @@ def measure_safety(
         },
         jailbreak=_jailbreak(options),
     )
+
+
+def _rows_of(prompts: Sequence[Prompt], rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """Of each prompt, in the order of the rows, its own: a prompt may stand in several."""
+    left, found = iter(rows), []
+    for prompt in prompts:
+        found.append(next(row for row in left if row.prompt == prompt))
+    return found
 
 
 def _jailbreak(options: SafetyConfig) -> Jailbreak | None:

@@ -60,6 +60,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise ValueError(f"{path}: task_type: expected CAUSAL_LM, got {config['task_type']}")
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, (str, type(None))):
+        raise ValueError(f"{path}: base_model_name_or_path: expected text, got {name!r}")
     return config
 
 

@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +73,7 @@ class Mixture:
         object.__setattr__(self, "members", tuple(_checked(pair) for pair in self.members))
         if not self.members:
             raise ValueError("mixture: expected at least one member, got none")
-        total = math.fsum(weight for _, weight in self.members)
+        total = sum(weight for _, weight in self.members)
         if abs(total - 1.0) > _SUM:
             raise ValueError(f"mixture: expected weights that sum to 1, got a sum of {total:.9g}")
         if self.sampling not in get_args(Sampling):
@@ -101,9 +102,10 @@ def _checked(pair: Any) -> tuple[Member, float]:
     if not isinstance(member, (LoraWeights, SoftPrompt, str, Path)) or member == "":
         raise ValueError(f"{expected} {type(member).__name__} {member!r}")
     number = isinstance(weight, (int, float, np.floating)) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight):
-        raise ValueError(f"mixture: expected a finite number as weight, got {weight!r}")
-    return member, float(weight)
+    with contextlib.suppress(OverflowError):  # an integer that no float holds
+        if number and math.isfinite(weight):
+            return member, float(weight)
+    raise ValueError(f"mixture: expected a finite number as weight, got {reprlib.repr(weight)}")
 
 
 def _check_bases(bases: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ from alignpro.models.adapter_files import (
     read_tensors,
 )
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.types import Chat
+from alignpro.types import Chat, not_unicode
 
 if TYPE_CHECKING:
     from alignpro.native import core
@@ -43,7 +43,7 @@ class SoftRows:
     stands that is appended to a prompt.
 
     Raises:
-        ValueError: another place.
+        ValueError: another place, or a separator that is no text.
     """
 
     count: int
@@ -54,6 +54,11 @@ class SoftRows:
         if self.place not in get_args(Place):
             expected = " or ".join(get_args(Place))
             raise ValueError(f"place: expected {expected}, got {self.place!r}")
+        if not isinstance(self.separator, str):
+            raise ValueError(f"separator: expected text, got {self.separator!r}")
+        wrong = not_unicode(self.separator)
+        if wrong is not None:
+            raise ValueError(f"separator: {wrong}")
 
     @property
     def ids(self) -> list[int]:
@@ -67,7 +72,7 @@ class SoftPrompt:
     Compared by identity, and not to be edited once a model has seen it: the engine keeps its copy.
 
     Raises:
-        ValueError: a place that there is not.
+        ValueError: as `SoftRows`.
     """
 
     rows: Matrix  # [m, hidden]
@@ -133,7 +138,7 @@ def read_soft_prompt(folder: Path, config: Mapping[str, Any]) -> SoftPrompt:
         raise ValueError(f"{path}: expected {_TENSOR} alone, got {', '.join(tensors) or 'nothing'}")
     rows = tensors[_TENSOR]
     width = config.get("token_dim")
-    expected = (placed.count, rows.shape[-1] if width is None else width)
+    expected = (placed.count, *(rows.shape[1:2] or ["hidden"] if width is None else [width]))
     if rows.shape != expected:
         raise ValueError(f"{path}: {_TENSOR}: expected shape {expected}, got {rows.shape}")
     if not np.isfinite(rows).all():
@@ -165,8 +170,6 @@ def _placed(path: Path, config: Mapping[str, Any]) -> SoftRows:
     if config.get("num_transformer_submodules") not in (None, 1):
         got = config["num_transformer_submodules"]
         raise ValueError(f"{path}: num_transformer_submodules: expected 1, got {got!r}")
-    if not isinstance(separator, str):
-        raise ValueError(f"{path}: separator: expected text, got {separator!r}")
     try:
         return SoftRows(count, place, separator)
     except ValueError as error:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from alignpro.optional import import_for
 from alignpro.rewards.check import CONVERSATIONS, read_rows
 from alignpro.rewards.topic import content_stems
-from alignpro.types import AnswerScorer, Conversation, Prompt, Texts
+from alignpro.types import AnswerScorer, Conversation, Prompt, Texts, not_unicode
 
 _METHODS = ("likelihood", "words")
 
@@ -97,7 +97,11 @@ def _share_held(response: str, source: str, stem: Callable[[str], str]) -> float
 
 
 def _as_source(value: Any) -> str | None:
-    """A row's source; None where it has none. Raises ValueError for what is no text."""
+    """A row's source; None where it has none. Raises ValueError for what is no text, or none that
+    UTF-8 has."""
     if value is not None and not isinstance(value, str):
         raise ValueError(f"expected text, got {type(value).__name__}")
+    wrong = not_unicode(value or "")
+    if wrong is not None:
+        raise ValueError(wrong)
     return value if value and value.strip() else None

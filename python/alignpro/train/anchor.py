@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from alignpro.config import AnchorConfig
 from alignpro.data.files import DataError
-from alignpro.data.load import DataRow, read_flag
+from alignpro.data.load import DataRow, check_unicode, read_flag
 from alignpro.types import Conversation, Prompt
 
 
@@ -22,6 +22,8 @@ def anchor_of(config: AnchorConfig | None, row: DataRow) -> Prompt | None:
     if not isinstance(safe, str):
         expected = f"expected text in column {config.column!r}"
         raise DataError(f"{row.place}: {expected}, got {type(safe).__name__}")
+    check_unicode(safe, f"{row.place}, column {config.column!r}")
+    safe = safe if safe.strip() else ""
     marked = bool(safe) if config.where is None else read_flag(row, config.where)
     if not (marked or config.all_rows):
         return None

@@ -314,9 +314,15 @@ def trainer_from(
     policy, reference = _policy(config, trained, weights)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     of_policy = with_policy(pipeline, policy, config)
-    unread = unread_by(of_policy, rewrites=config.policy == "prompter")
+    plain = unread_by(of_policy, rewrites=config.policy == "prompter")
+
+    def unread(row: PromptRow) -> str | None:
+        anchor = anchor_of(config.anchor, row)
+        reason = None if anchor is None else plain(replace(row, prompt=anchor))
+        return plain(row) if reason is None else f"the anchor {reason}"
+
     fitted = fit_rows(rows, unread, config.on_too_long)
-    rows, held_out = fitted.rows, fit_rows(held_out, unread, config.on_too_long).rows
+    rows, held_out = fitted.rows, fit_rows(held_out, plain, config.on_too_long).rows
     pieces = (config, pipeline, policy, [row.prompt for row in rows])
     options |= {"reference": reference, "columns": stack_columns(rows)}
     trainer: Trainer | ClosedFormFit

@@ -304,8 +304,14 @@ class SelfImprovement:
             make = self._of_answers if config.policy == "target" else self._of_rewrites
             pairs, places = make(adapter, seed)
             if not pairs:
-                none = f"round {number}: no pairs, since no two candidates of a prompt differ"
-                more = "more candidates, or a higher temperature, make some"
+                none = (
+                    f"round {number}: no pairs, since no prompt has two candidates that differ and "
+                    "have scores"
+                )
+                more = (
+                    "more candidates, a higher temperature, or more max_new_tokens, where they end "
+                    "within a sentence, make some"
+                )
                 if number == 1:
                     raise ValueError(f"{none}; {more}")
                 _log.warning("%s: the run ends with round %d; %s", none, number - 1, more)
@@ -355,7 +361,8 @@ class SelfImprovement:
         )
         pairs, places = [], []
         for prompt, group in zip(self._prompts, rollout.rewrites, strict=True):
-            answered = {w.text: w for w in group if w.responses and w.text}
+            # Of an answer without a token there is no confidence.
+            answered = {w.text: w for w in group if w.text and any(r.logprobs for r in w.responses)}
             if len(answered) < 2:
                 continue
             texts = list(answered)

@@ -122,12 +122,26 @@ def policy_from(
     model: NativeModel, config: SftConfig | TrainConfig | PreferConfig, weights: AdapterWeights
 ) -> tuple[Policy, Reference]:
     """What goes on from an adapter, which is the reference. Raises ValueError for one of the other
-    kind than the tuner's."""
+    kind than the tuner's, or of another shape than the configuration asks for."""
     kind = "lora" if isinstance(weights, LoraWeights) else "soft_prompt"
     if kind != config.tuner:
         raise ValueError(f"tuner: expected {kind}, as of the adapter given, got {config.tuner}")
+    group, shape = getattr(config, kind), _shape_of(weights)
+    for name, value in shape.items():
+        asked = getattr(group, name)
+        if asked not in (value, getattr(type(group)(), name)):
+            raise ValueError(
+                f"{kind}.{name}: expected {value}, as of the adapter given, or unset, got {asked}"
+            )
     if isinstance(weights, LoraWeights):
         return LoraPolicy(model, weights), weights
     for finding in slow_rows(config.tuner, config.learning_rate):
         _log.warning(finding.text)
     return SoftPromptPolicy(model, weights), weights
+
+
+def _shape_of(weights: AdapterWeights) -> dict[str, Any]:
+    """What a configuration may say as well of an adapter that is trained further."""
+    if isinstance(weights, LoraWeights):
+        return {"rank": weights.rank}
+    return {"num_tokens": len(weights.rows), "place": weights.place}
