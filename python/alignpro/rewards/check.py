@@ -285,7 +285,7 @@ def read_rows(what: str, values: Iterable[T]) -> list[T]:
     found: list[T] = []
     try:
         for value in values:
-            found.append(value)  # noqa: PERF402: how many there are says which row is refused
+            found.append(value)  # how many there are says which row is refused
     except ValueError as error:
         raise ValueError(f"{what}, row {len(found)}: {error}") from None
     return found

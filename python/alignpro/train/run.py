@@ -48,7 +48,7 @@ from alignpro.train.metrics import MetricsLog, truncate_metrics
 from alignpro.train.policy import Policy, Reference, save_trained, with_policy
 from alignpro.train.preference import fit_preferences, preference_fit
 from alignpro.train.sft import fit_pairs, record_pairs, warm_start
-from alignpro.train.soft_prompt import fresh_policy, policy_from
+from alignpro.train.soft_prompt import check_shape, fresh_policy, policy_from
 from alignpro.train.trackers import check_trackers
 from alignpro.train.trainer import Trainer, said_of_resume
 from alignpro.types import Reward
@@ -280,7 +280,9 @@ def load_roles(
 def starting_weights(
     config: TrainConfig | PreferConfig | SelfImproveConfig, model: NativeModel, run_dir: Path | None
 ) -> AdapterWeights | None:
-    """Where training starts: what the run that is resumed kept of it, else the configuration's."""
+    """Where training starts: what the run that is resumed kept of it, else the configuration's.
+
+    Raises ValueError for an adapter of another shape than the configuration asks for."""
     given = config.trained.adapter
     kept = None if run_dir is None else run_dir / "reference"
     if kept is not None and kept.exists():
@@ -293,7 +295,11 @@ def starting_weights(
                     "its training began with"
                 ) from None
             _log.warning("%s: damaged (%s); reading %s again", kept, one_line(error), given)
-    return None if given is None else model.load_adapter(given)
+    if given is None:
+        return None
+    weights = model.load_adapter(given)
+    check_shape(config, weights)
+    return weights
 
 
 def trainer_from(

@@ -221,13 +221,13 @@ class SelfImprovement:
                 on_round(row)
         try:
             for number in range(len(done), self.config.iterations + 1):
-                row = self._round(number, allow_changes, on_step)
-                if row is None:
+                made = self._round(number, allow_changes, on_step)
+                if made is None:
                     break
-                done.append(row)
+                done.append(made)
                 write_json_lines(log, done)
                 if on_round is not None:
-                    on_round(row)
+                    on_round(made)
             last = len(done) - 1
             policy = LoraPolicy(self._model, self._trained(last))
             save_trained(directory.path / "adapter", policy, self._fit_config(last))

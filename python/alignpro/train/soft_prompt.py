@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignpro.config import PreferConfig, SftConfig, SoftPromptConfig, TrainConfig
+from alignpro.config import (
+    PreferConfig,
+    SelfImproveConfig,
+    SftConfig,
+    SoftPromptConfig,
+    TrainConfig,
+)
 from alignpro.findings import slow_rows
 from alignpro.models.adapter import AdapterWeights, LoraWeights
 from alignpro.models.native_model import NativeModel
@@ -122,17 +128,10 @@ def policy_from(
     model: NativeModel, config: SftConfig | TrainConfig | PreferConfig, weights: AdapterWeights
 ) -> tuple[Policy, Reference]:
     """What goes on from an adapter, which is the reference. Raises ValueError for one of the other
-    kind than the tuner's, or of another shape than the configuration asks for."""
+    kind than the tuner's."""
     kind = "lora" if isinstance(weights, LoraWeights) else "soft_prompt"
     if kind != config.tuner:
         raise ValueError(f"tuner: expected {kind}, as of the adapter given, got {config.tuner}")
-    group, shape = getattr(config, kind), _shape_of(weights)
-    for name, value in shape.items():
-        asked = getattr(group, name)
-        if asked not in (value, getattr(type(group)(), name)):
-            raise ValueError(
-                f"{kind}.{name}: expected {value}, as of the adapter given, or unset, got {asked}"
-            )
     if isinstance(weights, LoraWeights):
         return LoraPolicy(model, weights), weights
     for finding in slow_rows(config.tuner, config.learning_rate):
@@ -140,8 +139,21 @@ def policy_from(
     return SoftPromptPolicy(model, weights), weights
 
 
-def _shape_of(weights: AdapterWeights) -> dict[str, Any]:
-    """What a configuration may say as well of an adapter that is trained further."""
+def check_shape(
+    config: TrainConfig | PreferConfig | SelfImproveConfig, weights: AdapterWeights
+) -> None:
+    """Refuse settings of an adapter that the one to go on from does not have."""
+    shape: dict[str, Any]
     if isinstance(weights, LoraWeights):
-        return {"rank": weights.rank}
-    return {"num_tokens": len(weights.rows), "place": weights.place}
+        kind, shape = "lora", {"rank": weights.rank}
+    else:
+        kind, shape = "soft_prompt", {"num_tokens": len(weights.rows), "place": weights.place}
+    if kind != config.tuner:
+        return  # `policy_from` says so
+    group = getattr(config, kind)
+    for name, value in shape.items():
+        asked = getattr(group, name)
+        if asked not in (value, getattr(type(group)(), name)):
+            raise ValueError(
+                f"{kind}.{name}: expected {value}, as of the adapter given, or unset, got {asked}"
+            )
