@@ -10,13 +10,23 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import BoundConfig, EvalConfig, MixConfig
+from alignpro.config import (
+    AnchorConfig,
+    BoundConfig,
+    DataConfig,
+    EvalConfig,
+    MixConfig,
+    PreferConfig,
+    PreferencesConfig,
+    to_mapping,
+)
 from alignpro.evaluate.bound import run_bound
 from alignpro.evaluate.mix import run_mix, soup_of
 from alignpro.evaluate.run import run_evaluate
 from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.mixture import Mixture, read_mixture
 from alignpro.models.native_model import load_model
+from alignpro.run_directory import config_of_run
 from alignpro.types import SamplingParams
 from native_runs import lora, save_run
 
@@ -222,6 +232,47 @@ def test_runs_that_do_not_mix(runs, change, message):
     record |= {key: value for key, value in change.items() if value is not None}
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
+        run_mix(config(runs))
+
+
+def test_trainings_on_preferences_mix_as_those_by_rewards(runs):
+    prompts = ["he", "on", "so"]
+    by_reward = config(runs, num_rewrites=6, data=DataConfig(str(runs / "p.jsonl")))
+    (runs / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    expected = run_mix(by_reward)
+    pairs = [{"prompt": p, "chosen": c, "rejected": "no"} for p in prompts for c in ("a", "b")]
+    (runs / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    trained = config_of_run(runs / "kind")
+    preferring = PreferConfig(
+        prompter=trained.prompter,
+        prompting=trained.prompting,
+        data=PreferencesConfig(str(runs / "pairs.jsonl")),
+        beta=trained.kl_coef,
+    )
+
+    def on_preferences(name, **changes):
+        record = to_mapping(replace(preferring, **changes))
+        (runs / name / "config.json").write_text(json.dumps(record))
+
+    on_preferences("brief")
+    mixed = run_mix(by_reward)
+    names = [str(runs / name) for name in ("kind", "brief")]
+    assert mixed.goals[names[1]].reward == f"preferences {runs / 'pairs.jsonl'}"
+    for name in names:
+        assert replace(mixed.goals[name], reward="") == replace(expected.goals[name], reward="")
+    on_preferences("kind")
+    alone = run_mix(config(runs, num_rewrites=6))  # with the prompts of the pairs, each once
+    assert alone.num_prompts == 3 and alone.kl_coef == expected.kl_coef
+    for goal in alone.goals.values():
+        assert goal.of_expert > 0 and goal.exponent > 0
+    distilled = CliRunner().invoke(
+        app, ["mix", f"runs={json.dumps(names)}", "--distill", "--output", str(runs / "mixed")]
+    )
+    assert distilled.exit_code == 2 and "expected a training by a reward" in distilled.output
+    assert not (runs / "mixed").exists()
+    on_preferences("kind", anchor=AnchorConfig())
+    with pytest.raises(ValueError, match="trained with anchor"):
         run_mix(config(runs))
 
 

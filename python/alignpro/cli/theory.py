@@ -166,12 +166,15 @@ def mix(
             raise ValueError("--distill: trains what --output FOLDER will hold; name a folder")
     for run in options.runs:
         config_of_run(Path(run))  # refused before anything is written, or imported
-    if dry_run:
-        if not distill or output is None:
-            raise ValueError("--dry-run: says what --distill would hold; add --distill")
+    wanted = None
+    if distill and output is not None:
         from alignpro.train.distill import distill_config
 
-        return say_memory(distill_config(output, Path(options.runs[0])))
+        wanted = distill_config(output, Path(options.runs[0]))
+    if dry_run:
+        if wanted is None:
+            raise ValueError("--dry-run: says what --distill would hold; add --distill")
+        return say_memory(wanted)
     from rich.console import Console
 
     from alignpro.evaluate.mix import run_mix
@@ -183,12 +186,10 @@ def mix(
     with Bars("loading data and models") as bars:
         report = run_mix(options, output, on_progress=bars.show)
     Console().print(mix_tables(report))
-    if distill and output is not None:
+    if wanted is not None:
         from alignpro.report.progress import TrainBar
-        from alignpro.train.distill import distill_config
         from alignpro.train.run import run_train
 
         with Bars("loading data and models") as bars:
-            wanted = distill_config(output, Path(options.runs[0]))
             trained = run_train(wanted, callbacks=[TrainBar(bars)], on_progress=bars.show)
         typer.echo(f"adapter: {trained.run_dir / 'adapter'}")

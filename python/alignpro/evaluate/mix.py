@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from alignpro.config import MixConfig, TrainConfig, check_config, to_mapping
-from alignpro.data.load import load_prompts
+from alignpro.config import MixConfig, PreferConfig, TrainConfig, check_config, to_mapping
+from alignpro.data.load import PromptRow, load_prompts
+from alignpro.data.preferences import load_preferences
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import MixedGoal, MixReport, to_json
 from alignpro.fingerprints import of_adapter_folder, other_settings, read_fingerprints
@@ -31,11 +32,13 @@ from alignpro.theory.mixture import (
     maxmin_weights,
 )
 from alignpro.train.metrics import read_metrics
-from alignpro.types import Prompt, Rewrite
+from alignpro.types import Prompt, Rewrite, SamplingParams
 
 _PROMPTS_AT_ONCE = 8  # between two words of progress
 _MOST_ROUNDS = 5  # of draws by which weights are found
 _LEAST_STEP = 0.01  # of a weight; less is the draws' noise
+
+_Run = TrainConfig | PreferConfig
 
 
 def run_mix(
@@ -123,8 +126,8 @@ class _Given:
     """The prompters of the runs, and the prompts that they are compared on."""
 
     config: MixConfig
-    runs: list[TrainConfig]
-    betas: list[float]  # the kl_coef that each run ended with
+    runs: list[_Run]
+    betas: list[float]  # the kl_coef that each run ended with, of preferences their beta
     beta: float  # the mixture's
     model: NativeModel
     pipeline: Pipeline
@@ -145,10 +148,10 @@ class _Given:
         beta = sum(betas) / len(betas) if config.kl_coef is None else config.kl_coef
         if config.sampling == "sequence":
             _check_exact(min(betas) / beta, betas, beta)  # the least sum that exponents can have
-        rows = load_prompts(config.data or first.data)
+        rows = load_prompts(config.data) if config.data is not None else _prompts_of(first)
         model = load_model(first.prompter, config.threads, date=first.date)
         pipeline = Pipeline(
-            model, None, None, prompting=first.prompting, rewrite_params=first.rewrite
+            model, None, None, prompting=first.prompting, rewrite_params=_rewrite_of(runs)
         )
         rows = fit_rows(
             rows[: config.num_prompts], unread_by(pipeline, responses=False), first.on_too_long
@@ -239,7 +242,7 @@ class _Given:
         for k, run in enumerate(self.config.runs):
             count = self.config.num_rewrites
             goals[run] = MixedGoal(
-                reward=str(self.runs[k].reward),
+                reward=_goal_of(self.runs[k]),
                 kl_coef=self.betas[k],
                 weight=float(weights[k]),
                 exponent=float(exponents[k]),
@@ -336,13 +339,15 @@ def soup_of(
     )
 
 
-def _read_run(run: Path) -> TrainConfig:
+def _read_run(run: Path) -> _Run:
     if not is_run_dir(run):
         raise FileNotFoundError(f"runs: {run}: expected the directory of a run")
     config = config_of_run(run)
-    if not isinstance(config, TrainConfig) or config.policy != "prompter":
-        raise ValueError(f"runs: {run}: expected the training of a prompter")
-    if config.normalize_advantage:
+    if not isinstance(config, TrainConfig | PreferConfig) or config.policy != "prompter":
+        raise ValueError(
+            f"runs: {run}: expected the training of a prompter, by a reward or on preferences"
+        )
+    if isinstance(config, TrainConfig) and config.normalize_advantage:
         raise ValueError(
             f"runs: {run}: trained with normalize_advantage, so that its KL penalty has another "
             "weight at every prompt: no mixture is known for that"
@@ -357,11 +362,30 @@ def _read_run(run: Path) -> TrainConfig:
     return config
 
 
-def _check_same_use(run: Path, config: TrainConfig, other_run: Path, other: TrainConfig) -> None:
-    one, two = (
-        {name: to_mapping(of)[name] for name in ("prompter", "prompting", "rewrite")}
-        for of in (config, other)
-    )
+def _prompts_of(config: _Run) -> list[PromptRow]:
+    """What a run was trained on, each prompt of its pairs once."""
+    if isinstance(config, TrainConfig):
+        return load_prompts(config.data)
+    pairs = {pair.prompt: pair for pair in reversed(load_preferences(config.data))}
+    return [PromptRow(p.prompt, dict(p.columns), p.place) for p in reversed(pairs.values())]
+
+
+def _rewrite_of(runs: Sequence[_Run]) -> SamplingParams:
+    """How rewrites are drawn: as in training by a reward; one on preferences drew none."""
+    return next((run for run in runs if isinstance(run, TrainConfig)), runs[0]).rewrite
+
+
+def _goal_of(config: _Run) -> str:
+    if isinstance(config, TrainConfig):
+        return str(config.reward)
+    return f"preferences {config.data.path}"
+
+
+def _check_same_use(run: Path, config: _Run, other_run: Path, other: _Run) -> None:
+    names = ["prompter", "prompting"]
+    if isinstance(config, TrainConfig) and isinstance(other, TrainConfig):
+        names.append("rewrite")
+    one, two = ({name: to_mapping(of)[name] for name in names} for of in (config, other))
     found = other_settings(one, two, read_fingerprints(run), read_fingerprints(other_run))
     found.pop("prompter.adapter", None)  # which is their reference
     if found:
@@ -392,10 +416,10 @@ def _check_exact(total: float, betas: Sequence[float], beta: float) -> None:
         )
 
 
-def _kl_coef(run: Path, config: TrainConfig) -> float:
+def _kl_coef(run: Path, config: _Run) -> float:
     """What the run ended with: the weight that its prompter is near the optimum of."""
-    value = config.kl_coef
-    if config.kl_target is not None:
+    value = config.kl_coef if isinstance(config, TrainConfig) else config.beta
+    if isinstance(config, TrainConfig) and config.kl_target is not None:
         value = read_metrics(run / "metrics.jsonl")[-1]["kl_coef"]
     if not value > 0:
         raise ValueError(f"runs: {run}: expected a kl_coef above 0, got {value:g}")

@@ -79,7 +79,10 @@ def distill_config(folder: Path, run: Path, **changes: Any) -> TrainConfig:
     """
     config = config_of_run(run)
     if not isinstance(config, TrainConfig):
-        raise ValueError(f"{run}: expected the training of a prompter")
+        raise ValueError(
+            f"{run}: expected a training by a reward, with whose prompts, sampling and target the "
+            "mixture is distilled; name such a run first"
+        )
     reference = run / "reference"
     adapter = str(reference) if reference.exists() else None
     shared = (
