@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from alignpro.types import SamplingParams
 from bench import barrier, endpoint, growth, house_rules, lanes, mixture, paper_figure, score
@@ -35,6 +37,8 @@ def test_score_writes_every_figure(tmp_path: Path, capsys):
 def test_a_peer_is_measured_or_says_why_not(tmp_path: Path, monkeypatch):
     # None passes here, so the processes that would say it, of which two compile, can fail nothing.
     monkeypatch.setattr(score, "extra_bytes_of", lambda request: None)
+    # Nor what Inductor makes of a compiled peer, which takes its C++ compiler half a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     file = tmp_path / "score.json"
     score.main([*SCORE, "--json", str(file)])
     rows = json.loads(file.read_text("utf-8"))["heads"][0]["implementations"]
