@@ -71,6 +71,8 @@ def run_mix(
     ratios = given.scored(samples).ratios
     importance = math.log(len(experts)) - np.logaddexp.reduce(ratios, axis=2)
     mixed = maxmin_weights(ratios, importance, betas=given.betas, beta=given.beta)
+    if config.sampling == "sequence":
+        _check_exact(float(mixed.exponents.sum()), given.betas, given.beta)
     of_draws = config.sampling == "token" and config.weights != "whole" and len(experts) > 1
     if of_draws:
         weights, token_wise = given.balanced(mixed.weights)
@@ -79,8 +81,6 @@ def run_mix(
         token_wise = given.scored(given.drawn(weights, "the mixture"))
     exponents = exponents_of(weights, given.betas, given.beta)
     members = _members(config.runs, experts, exponents, reference)
-    if config.sampling == "sequence":
-        _check_exact(float(exponents.sum()), given.betas, given.beta)
     of_mixture, given_up = token_wise, None
     if config.sampling == "sequence":
         mixture = _mixture_of(members, config.sampling, config.tries)

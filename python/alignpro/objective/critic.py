@@ -55,7 +55,8 @@ def gae(
     for t in reversed(range(delta.shape[1])):
         running = delta[:, t] + gae_lambda * running
         advantage[:, t] = running
-    return advantage[held], advantage[held] + values
+    flat = advantage[held]
+    return flat, flat + values
 
 
 def value_loss(values: Tensor, targets: Tensor, *, total_tokens: int) -> Tensor:

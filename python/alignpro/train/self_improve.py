@@ -406,8 +406,8 @@ class SelfImprovement:
         common["seed"] = derive_seed(config.seed, _FIT, number)
         pairs = read_record(self._pairs_file(number).with_suffix(".json"))["pairs"]
         common["batch_size"] = min(config.batch_size, pairs)
-        passes = -(-config.epochs * pairs // common["batch_size"])
-        common["steps"] = min(config.steps, passes)
+        steps_of_epochs = -(-config.epochs * pairs // common["batch_size"])
+        common["steps"] = min(config.steps, steps_of_epochs)
         return PreferConfig(
             **common,
             policy=role,
