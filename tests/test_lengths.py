@@ -8,6 +8,7 @@ from alignpro.config import Prompting
 from alignpro.data import PromptRow
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.pipeline import Pipeline
+from alignpro.rewards.combine import WeightedSum
 from alignpro.types import Conversation, SamplingParams
 from fake_model import FakeModel
 
@@ -120,10 +121,65 @@ def test_cut_then_takes_the_middle_of_the_last_turn():
 
 def test_where_nothing_is_left_to_cut():
     conversation = Conversation((("system", "s" * 90),), "Why?")
-    with pytest.raises(ValueError, match=r"a.csv, line 2: .* nothing of it is left to cut"):
+    with pytest.raises(ValueError, match=r"a.csv, line 2: .* nothing of the prompt is left to cut"):
         fit(rows(conversation), "cut", rewrites=False, target=60)
 
 
 def test_rows_without_a_place_have_a_number():
     with pytest.raises(ValueError, match=r"^prompt 1: in the prompter's"):
         fit([PromptRow("a"), PromptRow("x" * 99)], prompter=50)
+
+
+# --- what rewards read ---
+
+
+class Reads:
+    """A reward that reads the source, a token a character, in a context of 60."""
+
+    def unread_by(self, params):
+        def unread(prompt, columns):
+            size = len(columns.get("source", "")) + params.max_new_tokens
+            return None if size <= 60 else f"for reward 'reads': {size} tokens"
+
+        return unread
+
+    def __call__(self, prompts, rewrites, responses, **columns):
+        return [0.0] * len(prompts)
+
+
+def test_a_row_that_a_reward_cannot_read():
+    made = pipeline()
+    given = [PromptRow("short", {"source": "s" * n}, f"line {n}") for n in (50, 51)]
+    other = WeightedSum({"reads": (1.0, Reads())})
+    for reads, also in ((made, [Reads()]), (made, [other]), (scored(made, other), [])):
+        unread = unread_by(reads, scored_by=also)
+        assert fit_rows(given, unread, "skip").rows == given[:1]
+        with pytest.raises(ValueError, match=r"^line 51: for reward 'reads': 61 tokens \(1 of 2"):
+            fit_rows(given, unread, "error")
+        with pytest.raises(ValueError, match=r"line 51: .*nothing of the prompt is left to cut"):
+            fit_rows(given, unread, "cut")
+        assert unread_by(reads, scored_by=also, responses=False)(given[1]) is None
+
+
+def scored(made, reward):
+    return Pipeline(made.prompter, made.target, reward, prompting=PROMPTING, **WRITES)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "left"),
+    [
+        (3, 205, "defghijklmnopqrstuvwxyz [...] bcdefghijklmnopqrstuvw"),  # around the cut
+        (20, 100, "uvwxyz [...]"),
+        (100, 190, "[...] bcdefgh"),
+        (100, 160, "[...]"),
+        (3, 6, "def"),  # as it was
+    ],
+)
+def test_a_source_is_cut_with_the_turn_that_it_stands_in(begin, end, left):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    turns = [letters + "-" * 156 + letters, "something else"]
+    given = [PromptRow(turn, {"source": turns[0][begin:end], "n": 1}) for turn in turns]
+    cut, other = fit(given, "cut", rewrites=False, target=70).rows
+    assert cut.prompt == letters + " [...] " + letters[1:]
+    assert cut.columns == {"source": left, "n": 1} and left in cut.prompt
+    assert other.columns == given[1].columns

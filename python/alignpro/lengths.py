@@ -7,25 +7,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from alignpro.config import OnTooLong
 from alignpro.data.load import PairRow, PromptRow
 from alignpro.data.preferences import PreferenceRow
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.mixture import soft_rows
-from alignpro.models.reading import naming, prompter_tokens, target_tokens, too_long
-from alignpro.models.soft_prompt import SoftRows
+from alignpro.models.reading import PROBE, ChatLengths, naming, prompter_tokens, too_long
 from alignpro.pipeline import Pipeline
-from alignpro.types import Conversation, Prompt, SamplingParams
+from alignpro.rewards.check import SOURCE, reward_unread_by
+from alignpro.types import Conversation, Prompt, Reward
 
 _log = logging.getLogger(__name__)
 Row = TypeVar("Row", PromptRow, PairRow, PreferenceRow)
 CUT_MARK = " [...] "  # where the middle of a turn was
 _SHOWN = 3  # places in a note
-# Tokens of a byte, at most: a token is a byte or more, but normalisation may add some, and a
-# template could write a turn twice.
-_TOKENS_A_BYTE = 2
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ def fit_rows(
     unread: why they cannot read one, None where they can (`unread_by`).
 
     Raises:
-        ValueError: a row that cannot be read, with "error", or where nothing of it is left to cut;
-            a conversation that a chat template refuses; no rows left. It names the row.
+        ValueError: a row that cannot be read, with "error", or where nothing of the prompt is left
+            to cut; a conversation that a chat template refuses; no rows left. It names the row.
     """
     kept: list[Row] = []
     bad: list[tuple[str, str]] = []
@@ -69,7 +66,7 @@ def fit_rows(
             if reason is not None and on_too_long == "cut":
                 shorter = _cut(row, unread)
                 if shorter is None:
-                    raise ValueError(f"{reason}; nothing of it is left to cut")
+                    raise ValueError(f"{reason}; nothing of the prompt is left to cut")
                 cut.append(place)
         if shorter is None:
             bad.append((place, reason or ""))
@@ -91,22 +88,24 @@ def unread_by(
     rewrites: bool = True,
     responses: bool = True,
     texts: Sequence[str] = (),
+    scored_by: Sequence[Reward] = (),
 ) -> Callable[[PromptRow], str | None]:
-    """Why prompter or target cannot read a row's prompt, with all that they may write behind it.
+    """Why prompter, target or reward cannot read a row, with all that may be written behind it.
 
     rewrites, responses: whether the prompter takes part, and whether the target does. texts: what
-        is put behind every prompt besides.
+        is put behind every prompt besides. scored_by: what scores the responses besides the
+        pipeline's reward.
     Rows of soft prompts, of the pipeline's adapters, count. A target behind an endpoint says so
     itself, when it is asked.
     """
     prompter = pipeline.prompter if rewrites else None
     rows = soft_rows(pipeline.prompter_adapter)
-    reads = None if prompter is None else _Template(prompter, pipeline.rewrite_params, rows)
+    reads = None if prompter is None else ChatLengths(prompter, pipeline.rewrite_params, rows)
     answers = None
     added = again = 0  # tokens behind the prompt, or in the place of its last turn
     if responses and isinstance(pipeline.target, LanguageModel):
         of_target = soft_rows(pipeline.target_adapter)
-        answers = _Template(pipeline.target, pipeline.response_params, of_target)
+        answers = ChatLengths(pipeline.target, pipeline.response_params, of_target)
         encode, separator = pipeline.target.tokenizer.encode, pipeline.prompting.separator
         added = max((len(encode(separator + text)) for text in texts if text), default=0)
         if rewrites and pipeline.prompting.mode == "append":
@@ -114,6 +113,8 @@ def unread_by(
             added = max(added, most + pipeline.rewrite_params.max_new_tokens)
         elif rewrites:
             again = pipeline.rewrite_params.max_new_tokens
+    rewards = [reward for reward in (pipeline.reward, *scored_by) if reward is not None]
+    judges = [reward_unread_by(r, pipeline.response_params) for r in rewards if responses]
 
     def unread(row: PromptRow) -> str | None:
         conversation = Conversation.of(row.prompt)
@@ -127,48 +128,18 @@ def unread_by(
                 reason = too_long(prompter, len(tokens), pipeline.rewrite_params)
                 if reason is not None:
                     return f"in the prompter's template: {reason}"
-        if answers is None:
-            return None
-        with_rewrite = "" if not added and not again else ", with the longest rewrite"
-        raw = Conversation.of(pipeline.prompting.target_prompt(row.prompt, ""))
-        probe = conversation.with_last_turn(_PROBE).short
-        rewritten = Conversation.of(pipeline.prompting.target_prompt(probe, ""))
-        for read, more in ((raw, added), (rewritten, again)):
-            if (read is raw or again) and not answers.surely_holds(read, more):
-                reason = too_long(
-                    answers.model, answers.count(read) + more, pipeline.response_params
-                )
-                if reason is not None:
-                    return f"in the target's template{with_rewrite}: {reason}"
-        return None
+        if answers is not None:
+            with_rewrite = "" if not added and not again else ", with the longest rewrite"
+            reason = answers.unread(pipeline.prompting.target_prompt(row.prompt, ""), added)
+            if reason is None and again:
+                probe = conversation.with_last_turn(PROBE).short
+                reason = answers.unread(pipeline.prompting.target_prompt(probe, ""), again)
+            if reason is not None:
+                return f"in the target's template{with_rewrite}: {reason}"
+        reasons = (judge(row.prompt, row.columns) for judge in judges)
+        return next((reason for reason in reasons if reason is not None), None)
 
     return unread
-
-
-_PROBE = "a"
-
-
-class _Template:
-    """How long chats are in a model's template, most of them without being read."""
-
-    def __init__(self, model: LanguageModel, params: SamplingParams, rows: SoftRows | None) -> None:
-        self.model, self._rows = model, rows
-        self.most = model.context_length - params.max_new_tokens
-        self._around: dict[tuple[str, ...], int] = {}  # tokens of a chat of such roles
-
-    def count(self, conversation: Conversation) -> int:
-        model = self.model
-        return len(target_tokens(model.tokenizer, conversation, self._rows, model.context_length))
-
-    def surely_holds(self, conversation: Conversation, more: int = 0) -> bool:
-        """By its bytes: reading a chat takes a millisecond, of which data has many."""
-        roles = tuple(role for role, _ in conversation.history)
-        if roles not in self._around:
-            probe = Conversation(tuple((role, _PROBE) for role in roles), _PROBE)
-            self._around[roles] = self.count(probe)
-        texts = [text for _, text in conversation.history] + [conversation.last_turn]
-        size = sum(len(text.encode()) for text in texts)
-        return self._around[roles] + _TOKENS_A_BYTE * size + more <= self.most
 
 
 def _cut(row: Row, unread: Callable[[Row], str | None]) -> Row | None:
@@ -176,7 +147,8 @@ def _cut(row: Row, unread: Callable[[Row], str | None]) -> Row | None:
 
     First the oldest turns of the conversation, each up to the next one of the user, for templates
     that want the two sides in turn; system messages stay. Then the middle of the last turn, whose
-    beginning and end both may hold what is asked (as LongBench cuts, arXiv 2308.14508).
+    beginning and end both may hold what is asked (as LongBench cuts, arXiv 2308.14508), and what is
+    cut of it out of a source that stands in it.
     """
     conversation = Conversation.of(row.prompt)
 
@@ -197,9 +169,13 @@ def _cut(row: Row, unread: Callable[[Row], str | None]) -> Row | None:
 
     def ends(length: int) -> Row:
         """With so many characters of the turn: one half of its beginning, one of its end."""
-        head, tail = turn[: length - length // 2], turn[len(turn) - length // 2 :]
-        text = head.rstrip() + CUT_MARK + tail.lstrip()
-        return with_prompt(Conversation(tuple(history), text).short)
+        head = turn[: length - length // 2].rstrip()
+        tail = turn[len(turn) - length // 2 :].lstrip()
+        text = head + CUT_MARK + tail
+        changes: dict[str, Any] = {"prompt": Conversation(tuple(history), text).short}
+        if isinstance(row, PromptRow):
+            changes["columns"] = _with_cut_source(row.columns, turn, head, tail)
+        return replace(row, **changes)
 
     low, high = 0, len(turn) - 1  # the most characters that fit: low does, or nothing
     while low < high:
@@ -207,3 +183,14 @@ def _cut(row: Row, unread: Callable[[Row], str | None]) -> Row | None:
         low, high = (middle, high) if unread(ends(middle)) is None else (low, middle - 1)
     # Tokens are not quite monotonic in characters, so what was found is looked at once more.
     return next((ends(n) for n in range(low, max(0, low - 8), -1) if unread(ends(n)) is None), None)
+
+
+def _with_cut_source(columns: dict[str, Any], turn: str, head: str, tail: str) -> dict[str, Any]:
+    """Of a turn of which head and tail are left: a source in it is what its reader has of it."""
+    source = columns.get(SOURCE)
+    if not isinstance(source, str) or source in head or source in tail or source not in turn:
+        return columns
+    begin = turn.index(source)
+    behind = len(turn) - begin - len(source)
+    left = head[begin:] + CUT_MARK + tail[: max(0, len(tail) - behind)]
+    return {**columns, SOURCE: left.strip()}

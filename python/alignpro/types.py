@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
@@ -337,6 +337,10 @@ class AnswerScorer(Protocol):
     @property
     def scores_answers(self) -> bool:
         """Whether it can be called."""
+
+    def unread_by(self, params: SamplingParams) -> Callable[[Prompt | None], str | None]:
+        """Why a prompt cannot be read with an answer that is drawn by ``params``; None where it
+        can."""
 
     def __call__(self, prompts: Sequence[Prompt | None], answers: Texts) -> list[float]:
         """log p(answer | prompt) at temperature 1, in nats, the mean per token of each row; None

@@ -147,6 +147,11 @@ def test_the_command_and_the_page(tiny_model_dir, tmp_path, monkeypatch):
     written = json.loads((tmp_path / "safety.json").read_text())["safety"]
     assert set(written["arms"]) == {"raw", "untuned", "trained"}
     assert set(written["paired_harm"]) == {"trained_minus_raw", "trained_minus_untuned"}
+    asked = [*arguments[:-1], "own.json", "safety.harm=grounding", "safety.threshold=-99"]
+    done = CliRunner().invoke(app, asked)  # which asks the target, as the reward may
+    assert done.exit_code == 0, done.output
+    arms = json.loads((tmp_path / "own.json").read_text())["safety"]["arms"]
+    assert arms["raw"]["harm_rate"] == 1.0
     page = CliRunner().invoke(app, ["report", "."])
     assert page.exit_code == 0, page.output
     assert 'id="safety"' in (tmp_path / "report.html").read_text()

@@ -13,7 +13,12 @@ from alignpro.models.endpoint import EndpointModel
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards import build_reward, from_callable
-from alignpro.rewards.check import check_columns, score_checked
+from alignpro.rewards.check import (
+    check_columns,
+    offer_scorer,
+    reward_unread_by,
+    score_checked,
+)
 from alignpro.rewards.combine import score_rollout
 from alignpro.rewards.grounding import with_and_without
 from alignpro.types import Conversation, SamplingParams
@@ -154,3 +159,29 @@ def test_scores_are_of_the_row_alone(model):
     assert list(chunks([], 6)) == []
     with pytest.raises(ValueError, match=r"answer 1: .* tokens exceed the context of 256"):
         scorer(["a", "b"], ["c", "d" * 400])
+
+
+def test_the_longest_row_that_is_said_to_fit_is_scored(model):
+    answer = "a heron in the rain"
+    params = SamplingParams(max_new_tokens=len(model.tokenizer.encode(answer)))
+    reward, prompt = build_reward("chair+2*grounding"), Conversation((("system", "x"),), "tides")
+    unread = reward_unread_by(reward, params)
+    assert unread(prompt, {"source": "tin " * 999}) is None  # no model is given to it yet
+    offer_scorer(reward, TargetScorer(model))
+    unread = reward_unread_by(reward, params)
+    grounding = reward.terms["grounding"][1]
+    refused = []
+    for count in range(20, 120):
+        source = "tin " * count + "."
+        reason = unread(prompt, {"source": source})
+        refused.append(reason is not None)
+        if reason is None:
+            score_checked(grounding, [prompt], [""], [answer], {"source": [source]})
+            continue
+        with pytest.raises(ValueError, match=r"exceed the context of 256"):
+            score_checked(grounding, [prompt], [""], [answer], {"source": [source]})
+    assert reason.startswith("for reward 'grounding' with column 'source': ")
+    assert "exceed the context of" in reason and {True, False} == set(refused)
+    words = build_reward("grounding#words")
+    offer_scorer(words, TargetScorer(model))
+    assert reward_unread_by(words, params)("a", {"source": "tin " * 999}) is None

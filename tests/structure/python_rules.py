@@ -44,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "ops": _BASE | {"native"},
     "fingerprints": _BASE | {"models", "rewards.check", "files", "run_directory"},
     "pipeline": _SERVING | {"trace", "rewards.check", "extract"},
-    "lengths": _BASE | {"models", "pipeline", "data"},
+    "lengths": _BASE | {"models", "pipeline", "data", "rewards.check"},
     "trl": _BASE | {"models", "pipeline"},
     "guards": _BASE,
     "rewriting": _BASE | {"models", "pipeline", "guards", "trace"},

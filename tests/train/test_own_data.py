@@ -8,8 +8,10 @@ import json
 import pytest
 
 from alignpro.config import (
+    BoundConfig,
     EvalConfig,
     ExtractConfig,
+    HeadroomConfig,
     PreferConfig,
     RewardFitConfig,
     SelfImproveConfig,
@@ -17,7 +19,9 @@ from alignpro.config import (
     TrainConfig,
     from_mapping,
 )
+from alignpro.evaluate.bound import run_bound
 from alignpro.evaluate.extract import run_extract
+from alignpro.evaluate.headroom import run_headroom
 from alignpro.evaluate.run import run_evaluate
 from alignpro.models import tokenizer
 from alignpro.train.metrics import read_metrics
@@ -73,6 +77,8 @@ def test_a_row_too_long_is_named_before_anything_is_written(stage, tmp_path):
 
 RECORDS = {"schema": {"path": "s.json"}, "response": {"max_new_tokens": 8}}
 OWN = {"reward": "letter_reward:count_e"}
+GROUNDING = {"reward": "0.5*topic+grounding"}
+HARM = {**OWN, "safety": {"harm": "grounding"}}
 HUGE = {
     "train": (make_trainer, TrainConfig, "prompter", OWN, "prompt"),
     "evaluate": (run_evaluate, EvalConfig, "prompter", OWN, "prompt"),
@@ -91,6 +97,20 @@ HUGE = {
     ),
     "self-improve": (run_self_improve, SelfImproveConfig, "target", {"policy": "target"}, "prompt"),
     "extract": (run_extract, ExtractConfig, "target", RECORDS, "text"),
+    # What only a reward reads.
+    "train, source": (make_trainer, TrainConfig, "prompter", GROUNDING, "source"),
+    "evaluate, source": (run_evaluate, EvalConfig, "prompter", GROUNDING, "source"),
+    "safety, source": (run_evaluate, EvalConfig, "prompter", HARM, "source"),
+    "headroom, source": (run_headroom, HeadroomConfig, "prompter", GROUNDING, "source"),
+    "bound, source": (run_bound, BoundConfig, "prompter", GROUNDING, "source"),
+    "self-improve, source": (
+        *(run_self_improve, SelfImproveConfig, "target"),
+        *({"policy": "target"}, "source"),
+    ),
+    "self-improve, measured": (
+        *(run_self_improve, SelfImproveConfig, "prompter"),
+        *({"policy": "prompter", "calibrator": "topic"}, "source"),
+    ),
 }
 
 
@@ -99,9 +119,11 @@ def test_a_huge_row_is_refused_by_its_beginning(kind, tiny_model_dir, tmp_path, 
     run, cls, role, given, huge = HUGE[kind]
     prompt = "text" if cls is ExtractConfig else "prompt"
     row = {prompt: "why?", "instruction": "Be brief.", "chosen": "a", "rejected": "b"}
+    row["source"] = "a red roof"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.json").write_text('{"fields": {"name": "text"}}')
-    rows = [row, row | {huge: "why " * 250_000}]
+    marked = row | {"harmful": True}
+    rows = [row, row | {huge: "why " * 250_000}, marked, marked]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, encoded = {"model": str(tiny_model_dir("llama")), "context_length": 250}, []
     whole = tokenizer._encode

@@ -39,6 +39,7 @@ from alignpro.evaluate.safety import check_safety, measure_safety
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import AdapterWeights
+from alignpro.models.answer_scores import TargetScorer
 from alignpro.models.chat_template import today
 from alignpro.models.language_model import ChatModel
 from alignpro.models.mixture import Mixture, soft_rows
@@ -46,7 +47,7 @@ from alignpro.models.native_model import NativeModel, load_model, load_models, r
 from alignpro.models.resolve import resolve_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.build import build_reward
-from alignpro.rewards.check import check_columns
+from alignpro.rewards.check import check_columns, offer_scorer
 from alignpro.run_directory import recorded_date
 from alignpro.train.metrics import read_metrics
 from alignpro.types import Reward
@@ -139,10 +140,14 @@ def evaluate_loaded(
         soft = load_soft_prompt(config.soft, target)
     judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
     pipeline = Pipeline.configured(config, prompter, target, reward)
+    harm = [] if inputs.harm is None else [inputs.harm]
+    for scores in harm:
+        offer_scorer(scores, TargetScorer(target))
     given = [text for text in (config.static, config.policy_text) if isinstance(text, str)]
     unread = unread_by(
         _with_most_rows(pipeline, prompters.values(), (soft, tuned)),
         texts=[*given, *(inputs.labelled or ())],
+        scored_by=harm,
     )
     fitted = fit_rows(inputs.rows, unread, config.on_too_long)
     rows = fitted.rows

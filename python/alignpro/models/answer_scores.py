@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ from alignpro.models.endpoint import EndpointModel
 from alignpro.models.language_model import ChatModel, LanguageModel
 from alignpro.models.mixture import score_tokens
 from alignpro.models.native_model import NativeModel
-from alignpro.models.reading import naming, target_tokens
+from alignpro.models.reading import ChatLengths, naming, target_tokens
 from alignpro.models.tokenizer import count_words
-from alignpro.types import Prompt, Texts
+from alignpro.types import Prompt, SamplingParams, Texts
 
 _TOKENS = 4096  # scored in one call: beginnings that its answers have in common are read once
 
@@ -29,6 +29,13 @@ class TargetScorer:
         self.scores_answers = isinstance(target, NativeModel)
         here = isinstance(target, LanguageModel)
         self.tells_logprobs = here or bool(getattr(target, "tells_logprobs", False))
+
+    def unread_by(self, params: SamplingParams) -> Callable[[Prompt | None], str | None]:
+        """See `types.AnswerScorer`."""
+        if not isinstance(self._target, LanguageModel):
+            return lambda prompt: None  # which is never asked
+        lengths = ChatLengths(self._target, params)
+        return lambda prompt: None if prompt is None else lengths.unread(prompt)
 
     def __call__(self, prompts: Sequence[Prompt | None], answers: Texts) -> list[float]:
         """Raises ValueError for a row that the context does not hold, or a target that is none of

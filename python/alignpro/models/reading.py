@@ -13,6 +13,11 @@ from alignpro.models.soft_prompt import SoftRows, chat_tokens
 from alignpro.models.tokenizer import Tokenizer, count_words
 from alignpro.types import Conversation, Prompt, PromptLike, SamplingParams
 
+PROBE = "a"  # the shortest text
+# Tokens of a byte, at most: a token is a byte or more, but normalisation may add some, and a
+# template could write a turn twice.
+_TOKENS_A_BYTE = 2
+
 
 def read_prompts(prompts: Sequence[PromptLike]) -> list[Prompt]:
     """Prompts of any form in their short form.
@@ -107,3 +112,38 @@ def too_long(model: LanguageModel, tokens: int, params: SamplingParams) -> str |
         f"{count_words(tokens, limit)} and {params.max_new_tokens} new ones exceed the context of "
         f"{model.name} ({limit} tokens); shorten it or lower max_new_tokens"
     )
+
+
+class ChatLengths:
+    """Whether chats fit a model's context in its template, most of them without being read.
+
+    params: how what is written behind them is drawn. rows: as of `target_tokens`.
+    """
+
+    def __init__(
+        self, model: LanguageModel, params: SamplingParams, rows: SoftRows | None = None
+    ) -> None:
+        self._model, self._params, self._rows = model, params, rows
+        self._around: dict[tuple[str, ...], int] = {}  # tokens of a chat of such roles
+
+    def unread(self, prompt: Prompt, more: int = 0) -> str | None:
+        """Why the model cannot read a chat and ``more`` tokens; None where it can."""
+        conversation = Conversation.of(prompt)
+        if self.surely_holds(conversation, more):
+            return None
+        return too_long(self._model, self._count(conversation) + more, self._params)
+
+    def surely_holds(self, conversation: Conversation, more: int = 0) -> bool:
+        """By its bytes: reading a chat takes a millisecond, of which data has many."""
+        roles = tuple(role for role, _ in conversation.history)
+        if roles not in self._around:
+            probe = Conversation(tuple((role, PROBE) for role in roles), PROBE)
+            self._around[roles] = self._count(probe)
+        texts = [text for _, text in conversation.history] + [conversation.last_turn]
+        size = sum(len(text.encode()) for text in texts)
+        most = self._model.context_length - self._params.max_new_tokens
+        return self._around[roles] + _TOKENS_A_BYTE * size + more <= most
+
+    def _count(self, conversation: Conversation) -> int:
+        model = self._model
+        return len(target_tokens(model.tokenizer, conversation, self._rows, model.context_length))

@@ -11,7 +11,7 @@ import inspect
 import math
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -24,13 +24,16 @@ from alignpro.types import (
     Response,
     Reward,
     Rewrite,
+    SamplingParams,
     Texts,
 )
 
 CONVERSATIONS = "conversations"
 COMPLETION_IDS = "completion_ids"  # tokens of the responses, of a target in this process
 RESPONSE_LOGPROBS = "response_logprobs"  # nats by token, of a target that tells them
+SOURCE = "source"  # a column of the data: what responses are to be faithful to
 T = TypeVar("T")
+Unread = Callable[[Prompt, Mapping[str, Any]], str | None]
 _OF_RESPONSES = (COMPLETION_IDS, RESPONSE_LOGPROBS)
 RESERVED = frozenset({"prompts", "rewrites", "responses", *_OF_RESPONSES})
 _SHOWN_CHARACTERS = 60
@@ -249,6 +252,13 @@ def offer_scorer(reward: Reward, scorer: AnswerScorer) -> None:
     use = getattr(reward, "use_scorer", None)
     if use is not None:
         use(scorer)
+
+
+def reward_unread_by(reward: Reward, params: SamplingParams) -> Unread:
+    """Why a reward that reads with a model cannot read a row, by its prompt and its columns, with a
+    response that is drawn by ``params``; None where it can, or reads with none."""
+    of = getattr(reward, "unread_by", None)
+    return (lambda prompt, columns: None) if of is None else of(params)
 
 
 def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]]) -> None:

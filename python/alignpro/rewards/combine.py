@@ -10,14 +10,16 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from alignpro.rewards.check import (
     RewardError,
+    Unread,
     check_required,
     offer_scorer,
     response_columns,
     reward_inputs,
     reward_name,
+    reward_unread_by,
     score_checked,
 )
-from alignpro.types import AnswerScorer, Prompt, Reward, Rollout, Texts
+from alignpro.types import AnswerScorer, Prompt, Reward, Rollout, SamplingParams, Texts
 
 
 @runtime_checkable
@@ -86,6 +88,16 @@ class WeightedSum:
         """Every part that asks for one is given it."""
         for _, reward in self.terms.values():
             offer_scorer(reward, scorer)
+
+    def unread_by(self, params: SamplingParams) -> Unread:
+        """As `reward_unread_by`, of the first part that cannot read a row."""
+        parts = [reward_unread_by(reward, params) for _, reward in self.terms.values()]
+
+        def unread(prompt: Prompt, columns: Mapping[str, Any]) -> str | None:
+            reasons = (part(prompt, columns) for part in parts)
+            return next((reason for reason in reasons if reason is not None), None)
+
+        return unread
 
     def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """As `FunctionReward.check_columns`, of every part."""

@@ -7,9 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from alignpro.optional import import_for
-from alignpro.rewards.check import CONVERSATIONS, read_rows
+from alignpro.rewards.check import CONVERSATIONS, SOURCE, Unread, read_rows
 from alignpro.rewards.topic import content_stems
-from alignpro.types import AnswerScorer, Conversation, Prompt, Texts, not_unicode
+from alignpro.types import (
+    AnswerScorer,
+    Conversation,
+    Prompt,
+    SamplingParams,
+    Texts,
+    not_unicode,
+)
 
 _METHODS = ("likelihood", "words")
 
@@ -50,14 +57,30 @@ class GroundingReward:
             )
         self._scorer = scorer
 
+    def unread_by(self, params: SamplingParams) -> Unread:
+        """The model reads the source as well, which need not stand in the prompt."""
+        scorer = self._scorer
+        if self._method == "words" or scorer is None:
+            return lambda prompt, columns: None
+        too_long = scorer.unread_by(params)
+
+        def unread(prompt: Prompt, columns: Mapping[str, Any]) -> str | None:
+            source = _as_source(columns.get(SOURCE))
+            reads = with_and_without(Conversation.of(prompt), source)
+            reason = next((r for r in map(too_long, reads) if r is not None), None)
+            beside = "" if source is None else f" with column {SOURCE!r}"
+            return None if reason is None else f"for reward 'grounding'{beside}: {reason}"
+
+        return unread
+
     def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """A source is the data's to have."""
-        read_rows("column 'source'", map(_as_source, columns.get("source") or ()))
+        read_rows("column 'source'", map(_as_source, columns.get(SOURCE) or ()))
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]
     ) -> list[float]:
-        given = columns.get("source") or [None] * len(prompts)
+        given = columns.get(SOURCE) or [None] * len(prompts)
         sources = read_rows("column 'source'", map(_as_source, given))
         asked = columns.get(CONVERSATIONS) or prompts
         read = [

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignpro.models.native_model import NativeModel, load_model
+from alignpro.models.reading import ChatLengths
 from alignpro.models.tokenizer import count_words
-from alignpro.rewards.check import CONVERSATIONS
-from alignpro.types import Conversation, Message, PromptLike, Texts
+from alignpro.rewards.check import CONVERSATIONS, Unread
+from alignpro.types import Conversation, Message, Prompt, PromptLike, SamplingParams, Texts
 
 RECORD = "reward.json"
 State = Literal["mean", "end"]
@@ -59,6 +60,16 @@ class LearnedReward:
         self.model = model or load_model(name, date=date, **options)
         if self.model.fingerprint != known:
             raise ValueError(f"{file}: fitted to {name} with other weights than {self.model.name}")
+
+    def unread_by(self, params: SamplingParams) -> Unread:
+        """Tokens of a response are counted as if they were this model's."""
+        lengths = ChatLengths(self.model, params)
+
+        def unread(prompt: Prompt, columns: Mapping[str, Any]) -> str | None:
+            reason = lengths.unread(prompt, more=2)  # the end, and `answer_features` adds one
+            return None if reason is None else f"for reward {self.name!r}: {reason}"
+
+        return unread
 
     def __call__(
         self, prompts: Texts, rewrites: Texts, responses: Texts, **columns: Sequence[Any]

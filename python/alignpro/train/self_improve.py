@@ -176,8 +176,12 @@ class SelfImprovement:
         # Of a target that scores no texts, the words that it shares with its source.
         self._grounding = GroundingReward("likelihood" if scorer.scores_answers else "words")
         self._grounding.use_scorer(scorer)
-        unread = unread_by(self._pipeline, rewrites=config.policy == "prompter")
+        rewrites = config.policy == "prompter"
+        unread = unread_by(self._pipeline, rewrites=rewrites)
         rows = fit_rows(rows, unread, config.on_too_long).rows
+        unread = unread_by(
+            self._pipeline.without_reward(), rewrites=rewrites, scored_by=[self._grounding]
+        )
         measured = fit_rows(measured, unread, config.on_too_long).rows
         self._prompts, self._columns = [row.prompt for row in rows], stack_columns(rows)
         if len(measured) < 2:

@@ -197,7 +197,10 @@ class TrainingRun:
         config, pipeline, prompts = self.config, self.pipeline, self.prompts
         if not prompts:
             raise ValueError("prompts: expected at least one, got none")
-        rows = [PromptRow(prompt) for prompt in prompts]
+        rows = [
+            PromptRow(prompt, {name: values[i] for name, values in self.columns.items()})
+            for i, prompt in enumerate(prompts)
+        ]
         of_policy = unread_by(self._with_policy(), rewrites=config.policy == "prompter")
         fit_rows(rows, of_policy, "error")
         if isinstance(pipeline.target, LanguageModel):
