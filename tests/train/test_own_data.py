@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,7 @@ from alignpro.config import (
     SftConfig,
     TrainConfig,
     from_mapping,
+    to_mapping,
 )
 from alignpro.evaluate.bound import run_bound
 from alignpro.evaluate.extract import run_extract
@@ -170,3 +172,65 @@ def test_a_column_that_the_reward_needs_is_looked_for_first(stage, tmp_path, mon
     monkeypatch.setattr("alignpro.train.run.load_models", None)
     with pytest.raises(ValueError, match=r"needs the data column 'gold'; columns here: .*task"):
         make_trainer(stage(TrainConfig, reward="needing_reward:f"))
+
+
+@pytest.fixture
+def anchored(stage, tmp_path):
+    """Of five rows, the fourth has an anchor that is too long, and the fifth a long one."""
+    rows = [
+        {"question": "bees?"},
+        {"question": "owls?", "safe": "birds?"},
+        {"question": "moss?"},
+        {"question": "ants?", "safe": LONG},
+        {"question": "bats?", "safe": LONG[:120]},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(anchor, **changes):
+        data = {"path": "a.jsonl", "prompt": "question"}
+        return stage(TrainConfig, **{"anchor": anchor, **changes, "data": data})
+
+    return make
+
+
+@pytest.mark.parametrize("policy", ["prompter", "target"])
+def test_an_anchor_too_long_is_named_or_left_out(anchored, policy, tmp_path):
+    given = {"policy": policy}
+    if policy == "target":
+        given |= {"prompter": {}, "target": to_mapping(anchored({}).prompter)}
+    where = f"in the {policy}'s template: more than 400 tokens"
+    with pytest.raises(ValueError, match=f"^a.jsonl, line 4: the anchor {where}.*context of"):
+        make_trainer(anchored({"column": "safe"}, **given))
+    with pytest.raises(ValueError, match=r"line 4: the anchor .* nothing of the prompt is left"):
+        make_trainer(anchored({"column": "safe"}, **given, on_too_long="cut"))
+    trainer = make_trainer(anchored({"column": "safe"}, **given, on_too_long="skip"))
+    assert trainer.prompts == ["bees?", "owls?", "moss?", "bats?"]
+    own = [trainer._read_by_policy(p, 0) for p in trainer.prompts]
+    read = [trainer._read_by_policy(p, 0) for p in ("birds?", LONG[:120])]
+    assert trainer._anchors == [None, read[0], None, read[1]] and own[1] != read[0]
+    trainer.train()
+    (row,) = read_metrics(tmp_path / "alignpro-run" / "metrics.jsonl")
+    assert row["too_long"] == "1 of 5 rows were too long for a model, and left out: a.jsonl, line 4"
+
+
+def test_a_prompt_behind_a_prefix_is_cut_until_both_fit(anchored, stage, tmp_path):
+    rows = [{"question": "bees?"}, {"question": LONG[:100], "harmful": True}]
+    given = anchored({"column": None, "prefix": LONG[:100], "where": "harmful"}, on_too_long="cut")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = make_trainer(given)
+    assert " [...] " in trainer.prompts[1] and trainer.notes["too_long"].endswith("line 2")
+    most = given.prompter.context_length - given.rewrite.max_new_tokens
+    assert most - 4 < len(trainer._anchors[1]) <= most
+
+
+def test_no_target_reads_an_anchor(anchored, tmp_path):
+    """It has no room for the long one."""
+    given = anchored({"column": "safe"}, on_too_long="skip")
+    short = replace(given.prompter, context_length=90)
+    assert len(make_trainer(replace(given, target=short)).prompts) == 4
+
+
+def test_anchors_are_looked_for_before_a_model_is_loaded(anchored, monkeypatch):
+    monkeypatch.setattr("alignpro.train.run.load_models", None)
+    with pytest.raises(ValueError, match="anchor: no row is marked by column 'harmful'"):
+        make_trainer(anchored({"column": "safe", "where": "harmful"}))

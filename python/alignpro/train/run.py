@@ -240,6 +240,8 @@ def make_trainer(
     reward = build_reward(config.reward)
     for read in filter(None, (rows, held_out)):
         check_columns(reward, stack_columns(read))
+    if config.anchor is not None:  # before a model is loaded
+        anchors_of(config.anchor, rows)
     prompter, target = load_roles(config)
     trained = _trained(config, prompter, target)
     weights = starting_weights(config, trained, run_dir if resume else None)
@@ -320,11 +322,14 @@ def trainer_from(
     policy, reference = _policy(config, trained, weights)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     of_policy = with_policy(pipeline, policy, config)
-    plain = unread_by(of_policy, rewrites=config.policy == "prompter")
+    rewrites = config.policy == "prompter"
+    plain = unread_by(of_policy, rewrites=rewrites)
+    # The reference alone reads an anchor: no target answers it, and no reward scores it.
+    anchored = unread_by(of_policy.without_reward(), rewrites=rewrites, responses=not rewrites)
 
     def unread(row: PromptRow) -> str | None:
         anchor = anchor_of(config.anchor, row)
-        reason = None if anchor is None else plain(replace(row, prompt=anchor))
+        reason = None if anchor is None else anchored(replace(row, prompt=anchor))
         return plain(row) if reason is None else f"the anchor {reason}"
 
     fitted = fit_rows(rows, unread, config.on_too_long)
