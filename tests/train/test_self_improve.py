@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 from alignpro.cli import app
 from alignpro.config import LoraConfig, ModelConfig, SelfImproveConfig, from_mapping
 from alignpro.config.data import DataConfig
+from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import load_model
 from alignpro.objective.preference import dpo_loss
 from alignpro.price.fit import price_fit
+from alignpro.report.self_improve import round_line, rounds_view
 from alignpro.rewards import build_reward, from_callable
 from alignpro.rewards.scenes import SceneCounts
 from alignpro.run_directory import open_run_dir
@@ -36,6 +38,7 @@ from alignpro.train.sentence_search import (
 )
 from alignpro.train.sentences import sentence_end
 from alignpro.types import SamplingParams
+from chat_server import ChatServer, Fault
 
 LONG = SamplingParams(max_new_tokens=150, temperature=1.0)
 
@@ -151,7 +154,7 @@ def measured(prompt, confidence, scene=None, tokens=10):
 def test_a_round_is_summed_up_against_the_first():
     first = [measured(i, -1.0 - 0.1 * i, SceneCounts(4, 2, 2)) for i in range(4)]
     now = [measured(i, -0.5 - 0.1 * i, SceneCounts(4, i % 2, 2)) for i in range(4)]
-    row = summarise(now, first, 0)
+    row = summarise(now, first, 4, 0)
     assert row["confidence"] == pytest.approx(-0.65) and row["kl_first"] == 1.0
     assert row["chair"] == {"per_mention": 2 / 16, "per_description": 0.5, "true_objects": 2.0}
     assert row["change"]["confidence"] == pytest.approx([0.5, 0.5, 0.5])
@@ -162,17 +165,35 @@ def test_a_round_is_summed_up_against_the_first():
     json.dumps(row)
 
 
+@pytest.mark.parametrize("common", [0, 1, 2])
+def test_prompts_without_an_answer_are_left_out_and_counted(common):
+    first = [measured(i, -1.0, SceneCounts(4, 2, 2)) for i in range(3)]
+    now = [measured(i + 3 - common, -0.5, SceneCounts(4, 1, 2)) for i in range(3)]
+    row = summarise(now, first, 6, 0)
+    assert (row["answers"], row["failed"], row["compared"]) == (3, 3, common)
+    assert row["confidence"] == -0.5 and row["confidence_ci"] == [-0.5] * 3
+    alone = summarise(now[:1], first, 6, 0)
+    assert alone["confidence_ci"] is None and alone["change"]["tokens"] is None
+    changed = [0.5] * 3 if common == 2 else None
+    assert row["change"]["confidence"] == changed and row["chair"]["per_mention"] == 0.25
+    assert ("chair_i_reduction" in row["change"]) == (common == 2)
+    said = round_warnings(row)["unanswered"]
+    assert said.startswith("3 of 6 measured prompts have no answer")
+    assert ("too few for an interval" in said) == (common < 2)
+    json.dumps(row, allow_nan=False)
+
+
 def test_self_confidence_alone_is_warned_of():
     first = [measured(i, -1.0 - 0.1 * i) for i in range(4)]
     risen = [replace(a, confidence=a.confidence + 0.3) for a in first]
-    assert set(round_warnings(summarise(risen, first, 0))) == {"self_confidence"}
+    assert set(round_warnings(summarise(risen, first, 4, 0))) == {"self_confidence"}
     grounded = [replace(a, grounding=a.grounding + 0.2) for a in risen]
-    assert round_warnings(summarise(grounded, first, 0)) == {}
+    assert round_warnings(summarise(grounded, first, 4, 0)) == {}
     copies = [replace(a, copied=0.8) for a in first]
-    said = round_warnings(summarise(copies, first, 0))
+    said = round_warnings(summarise(copies, first, 4, 0))
     assert said["copies"].startswith("80% of the answers' words repeat their source, 10% of")
     cut = [replace(a, tokens=7) for a in first]
-    assert set(round_warnings(summarise(cut, first, 0))) == {"shorter"}
+    assert set(round_warnings(summarise(cut, first, 4, 0))) == {"shorter"}
 
 
 def test_a_relative_reduction_by_hand():
@@ -341,6 +362,91 @@ def test_the_command_and_an_evaluation_of_its_run(place):
     invoke("generate", "Why?", "--run", place / "run", "--max-new-tokens", "2", "--threads", "1")
     again = invoke("self-improve", place / "run" / "config.json", "--resume")
     assert "round 1: grounding" in again
+
+
+def telling(words, logprobs=(-0.5, -1.0)):
+    """A reply with the log-probabilities of its tokens."""
+    reply = json.loads(Fault.reply(words, usage=(5, 2)).body)
+    of_tokens = [{"token": "x", "logprob": logprob} for logprob in logprobs]
+    reply["choices"][0]["logprobs"] = {"content": of_tokens}
+    return Fault(body=json.dumps(reply))
+
+
+def endpoint_settings(place, server, **changes):
+    client = {"logprobs": True, "max_retries": 0}
+    target = {"model": "big", "endpoint": server.url, "client": client, "max_failed": 0.5}
+    given = {"policy": "prompter", "calibrator": "vader", "steps": 1, "iterations": 1}
+    given["measured"] = from_mapping(SelfImproveConfig, {"measured": {"num_prompts": 2}}).measured
+    return settings(place, **given, target=from_mapping(ModelConfig, target), **changes)
+
+
+def test_an_endpoint_that_fails_while_it_is_measured(place, monkeypatch):
+    """One of two prompts has no answer, and another one in the next round."""
+    monkeypatch.setattr("alignpro.models.http_client._FIRST_PAUSE", 0.01)
+    failing, measuring = [WORDS[0]], []
+    measure = SelfImprovement._measure
+
+    def noted(self, number):
+        measuring.append(number)
+        failing[:] = [WORDS[number % 2]]
+        try:
+            return measure(self, number)
+        finally:
+            failing.clear()
+
+    monkeypatch.setattr(SelfImprovement, "_measure", noted)
+
+    def answer(asked):
+        if any(asked.turn.startswith(words) for words in failing):
+            return Fault.error(500, "no")
+        return telling("a good " + asked.turn[-3:])
+
+    with ChatServer(answer) as server:
+        rows = run_self_improve(endpoint_settings(place, server))
+        assert [row["measured"]["answers"] for row in rows] == [1, 1] and measuring == [0, 1]
+        assert [row["measured"]["failed"] for row in rows] == [1, 1]
+        assert rows[1]["measured"]["compared"] == 0
+        assert rows[1]["measured"]["change"]["confidence"] is None
+        assert "too few for an interval" in rows[1]["warnings"]["unanswered"]
+        rounds_view(rows)
+        assert round_line(rows[1]).startswith("round 1: grounding")
+        assert (place / "run" / "adapter" / "adapter_config.json").exists()
+        assert run_self_improve(endpoint_settings(place, server), resume=True) == rows
+
+
+def test_an_endpoint_that_is_down_ends_in_a_line_and_is_gone_on_with(place, monkeypatch):
+    monkeypatch.setattr("alignpro.models.http_client._FIRST_PAUSE", 0.01)
+    down = [False]
+    measure = SelfImprovement._measure
+
+    def noted(self, number):
+        down[0] = number == 1
+        return measure(self, number)
+
+    monkeypatch.setattr(SelfImprovement, "_measure", noted)
+    error = Fault.error(500, "no")
+    with ChatServer(lambda asked: error if down[0] else telling("good")) as server:
+        config = endpoint_settings(place, server)
+        with pytest.raises(FailedRowsError, match="2 of 2 responses failed"):
+            run_self_improve(config)
+        assert [row["round"] for row in read_metrics(place / "run" / "rounds.jsonl")] == [0]
+        monkeypatch.setattr(SelfImprovement, "_measure", measure)
+        down[0], steps = False, []
+        rows = run_self_improve(config, resume=True, on_step=steps.append)
+        assert len(rows) == 2 and steps == []
+        assert rows[1]["measured"]["failed"] == 0
+
+
+def test_answers_without_log_probabilities_have_no_confidence(place):
+    told = telling("good")
+    with ChatServer(lambda asked: told if "tin" in asked.turn else telling("good", ())) as server:
+        config = endpoint_settings(place, server)
+        row, _ = run_self_improve(config)
+        assert (row["measured"]["answers"], row["measured"]["failed"]) == (1, 1)
+        assert row["measured"]["confidence"] == -0.75
+        told = telling("good", ())
+        with pytest.raises(FailedRowsError, match="target: none of 2 answers came with log-prob"):
+            run_self_improve(replace(config, run_dir=str(place / "silent")))
 
 
 def test_raw_is_warned_of(place):

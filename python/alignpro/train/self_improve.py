@@ -269,9 +269,9 @@ class SelfImprovement:
         started = time.perf_counter()
         answers = self._measure(number)
         first = answers if number == 0 else self._measured_answers(0)
-        row["measured"] = summarise(answers, first, config.seed)
+        row["measured"] = summarise(answers, first, len(self._measured), config.seed)
         seconds["measure"] = time.perf_counter() - started
-        warnings = round_warnings(row["measured"]) if number else {}
+        warnings = round_warnings(row["measured"])
         ratio = row.get("search", {}).get("spread_ratio")
         if config.scale == "raw" and ratio is not None and not 1 / _RAW_RATIO < ratio < _RAW_RATIO:
             warnings["raw"] = (

@@ -13,6 +13,7 @@ from alignpro.config import SelfImproveConfig
 from alignpro.findings import COPY_RATE, copied_share
 from alignpro.models.adapter import LoraWeights
 from alignpro.models.answer_scores import chunks
+from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.check import score_checked
@@ -22,6 +23,7 @@ from alignpro.statistics import bootstrap_mean_ci, paired_difference, relative_r
 from alignpro.types import Conversation, Prompt
 
 _TOKENS = 4096  # scored in one call
+_LEAST = 2  # prompts, for an interval
 _SHORTER = 0.2  # the share of the length from which on a shorter answer is said
 
 
@@ -74,13 +76,21 @@ def measure_policy(
     seed: int,
 ) -> list[MeasuredAnswer]:
     """One answer a prompt, under the same draws for every policy. A response that failed is left
-    out."""
+    out, and so is one without log-probabilities, of which there is no confidence.
+
+    Raises FailedRowsError where none is left.
+    """
     unscored = pipeline.without_reward()
     if config.policy == "target":
         rollout = unscored.with_target_adapter(adapter).respond(prompts, seed=seed)
     else:
         rollout = unscored.with_adapter(adapter).rollout(prompts, seed=seed)
-    found = [(w.prompt_index, w, r) for (w,) in rollout.rewrites for r in w.responses]
+    found = [(w.prompt_index, w, r) for (w,) in rollout.rewrites for r in w.responses if r.logprobs]
+    if not found:
+        raise FailedRowsError(
+            f"target: none of {len(prompts)} answers came with log-probabilities of its tokens, "
+            f"which are the confidence; {pipeline.target.name} does not serve them"
+        )
     asked = [prompts[index] for index, _, _ in found]
     of_rows = {name: [values[i] for i, _, _ in found] for name, values in columns.items()}
     texts = [response.text for _, _, response in found]
@@ -101,7 +111,7 @@ def measure_policy(
             text=response.text,
             rewrite=rewrite.text,
             tokens=response.num_tokens,
-            confidence=math.fsum(response.logprobs) / max(1, len(response.logprobs)),
+            confidence=math.fsum(response.logprobs) / len(response.logprobs),
             grounding=grounded[row],
             copied=copied_share(
                 sources[row] or Conversation.of(prompts[index]).text, response.text
@@ -149,24 +159,28 @@ def _divergence(
 
 
 def summarise(
-    answers: Sequence[MeasuredAnswer], first: Sequence[MeasuredAnswer], seed: int
+    answers: Sequence[MeasuredAnswer], first: Sequence[MeasuredAnswer], asked: int, seed: int
 ) -> dict[str, Any]:
-    """Means over the answers, and what changed since the first policy, paired by prompt, with its
-    95% interval: [mean, low, high]."""
+    """Means over the answers, at least one, and what changed since the first policy, paired by
+    prompt, with its 95% interval: [mean, low, high]; None where fewer than 2 prompts have both.
+
+    asked: prompts, some of which may have no answer.
+    """
     both = sorted({a.prompt for a in answers} & {a.prompt for a in first})
     now, then = {a.prompt: a for a in answers}, {a.prompt: a for a in first}
 
     def mean(name: str) -> float:
         return math.fsum(getattr(a, name) for a in answers) / len(answers)
 
-    def change(name: str) -> list[float]:
+    def change(name: str) -> list[float] | None:
         values = [[float(getattr(of[p], name)) for p in both] for of in (now, then)]
-        return list(paired_difference(*values, seed=seed))
+        return list(paired_difference(*values, seed=seed)) if len(both) >= _LEAST else None
 
     names = ("faithfulness", "grounding", "copied", "confidence", "tokens", "entropy")
     row: dict[str, Any] = {name: mean(name) for name in (*names, "kl_first", "kl_previous")}
-    row["answers"] = len(answers)
-    row["confidence_ci"] = list(bootstrap_mean_ci([a.confidence for a in answers], seed=seed))
+    row |= {"answers": len(answers), "failed": asked - len(answers), "compared": len(both)}
+    own = [a.confidence for a in answers]
+    row["confidence_ci"] = list(bootstrap_mean_ci(own, seed=seed)) if len(own) >= _LEAST else None
     row["change"] = {name: change(name) for name in names}
     scenes = [a.scene for a in answers if a.scene is not None]
     if scenes:
@@ -184,7 +198,10 @@ def _chair_change(
     pairs: Sequence[tuple[SceneCounts, SceneCounts]], seed: int
 ) -> dict[str, list[float]]:
     """How much lower CHAIR_I and CHAIR_S are, as shares of the first policy's; where that makes
-    nothing up there is nothing to say. pairs: of the policy now, and of the first."""
+    nothing up there is nothing to say, nor of fewer than 2 pairs. pairs: of the policy now, and of
+    the first."""
+    if len(pairs) < _LEAST:
+        return {}
     found = {}
     made_up = [[c.hallucinated for c in of] for of in zip(*pairs, strict=True)]
     mentions = [[c.mentions for c in of] for of in zip(*pairs, strict=True)]
@@ -204,6 +221,16 @@ def round_warnings(summary: Mapping[str, Any]) -> dict[str, str]:
     """What to doubt in a round's policy, by the name of the rule."""
     change = summary["change"]
     found = {}
+    few = change["tokens"] is None
+    if summary["failed"]:
+        asked = summary["failed"] + summary["answers"]
+        found["unanswered"] = (
+            f"{summary['failed']} of {asked} measured prompts have no answer, and changes are of "
+            f"the {summary['compared']} that the first policy's answers are known of as well"
+            f"{', too few for an interval' if few else ''}."
+        )
+    if few:
+        return found
     confidence, faithful = change["confidence"], change["faithfulness"]
     if confidence[1] > 0 and not faithful[1] > 0:
         found["self_confidence"] = (
