@@ -146,6 +146,53 @@ def test_the_tuned_target_is_the_adapter_on_the_target(files):
     assert raw != tuned
 
 
+@pytest.mark.parametrize(
+    ("changes", "arms"),
+    [
+        ({}, ["raw", "untuned"]),
+        ({"tuned": "a"}, ["raw", "tuned"]),
+        ({"soft": "a", "static": "be brief"}, ["raw", "static", "soft"]),
+        ({"target": {"adapter": "a"}}, ["raw"]),
+        ({"target": {"adapter": "a"}, "static": {"num_written": 0}}, ["raw", "static"]),
+        # What asks for a prompter.
+        ({"tuned": "a", "trained": "a"}, ["raw", "untuned", "trained", "tuned"]),
+        ({"tuned": "a", "prompter": {"adapter": "a"}}, ["raw", "untuned", "tuned"]),
+        ({"tuned": "a", "prompter": "small", "target": "big"}, ["raw", "untuned", "tuned"]),
+        ({"tuned": "a", "target": "big"}, ["raw", "tuned"]),
+        ({"tuned": "a", "prompter": "big"}, ["raw", "tuned"]),
+        ({"tuned": "a", "optimum": {}}, ["raw", "untuned", "optimum", "tuned"]),
+        ({"tuned": "a", "static": {}}, ["raw", "static", "untuned", "tuned"]),
+        ({"tuned": "a", "require": ["tuned>untuned"]}, ["raw", "untuned", "tuned"]),
+    ],
+)
+def test_base_weights_are_a_prompter_where_one_is_asked_for(changes, arms):
+    config = from_mapping(EvalConfig, changes)
+    of_target = [name for name in ("static", "optimum", "soft", "tuned") if getattr(config, name)]
+    assert {"raw", *config.prompters, *of_target} == set(arms)
+
+
+def test_targets_alone_are_compared_without_a_prompter(files):
+    """Whose template is then in no row's way."""
+    folder, _ = files
+    rows = (folder / "prompts.jsonl").read_text().splitlines()
+    marked = [{**json.loads(row), "bad": i < 4, "forbidden": "e"} for i, row in enumerate(rows)]
+    (folder / "marked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
+    settings = mapping(
+        files,
+        trained=None,
+        tuned=str(folder / "tuned"),
+        target={"adapter": str(folder / "trained")},
+        data=str(folder / "marked.jsonl"),
+        safety={"where": "bad"},
+        prompting={"template": "{prompt}" + " dry" * 300},
+    )
+    report = run_evaluate(from_mapping(EvalConfig, settings))
+    assert list(report.arms) == list(report.safety.arms) == ["raw", "tuned"]
+    assert list(report.safety.paired_harm) == ["tuned_minus_raw"]
+    with pytest.raises(ValueError, match="in the prompter's template"):
+        run_evaluate(from_mapping(EvalConfig, {**settings, "require": ["tuned>untuned"]}))
+
+
 def test_rows_that_are_an_instruction_are_the_static_arm(files):
     folder, _ = files
     changes = {
@@ -155,7 +202,7 @@ def test_rows_that_are_an_instruction_are_the_static_arm(files):
         "num_rewrites": 1,
     }
     report = to_json(run_evaluate(from_mapping(EvalConfig, mapping(files, **changes))))
-    assert list(report["arms"]) == ["raw", "static", "untuned", "soft"]
+    assert list(report["arms"]) == ["raw", "static", "soft"]
     soft, static, raw = (
         [sample[f"response_{arm}"] for sample in report["samples"]]
         for arm in ("soft", "static", "raw")

@@ -231,7 +231,8 @@ def evaluate(
     """Compare the arms on held-out prompts.
 
     They are the raw prompt, the untuned and the trained prompter, and what the configuration adds
-    (static, policy_text, labelled, optimum, soft, tuned, judge).
+    (static, policy_text, labelled, optimum, soft, tuned, judge). Adapters of the target alone are
+    compared without a prompter.
     """
     from alignpro.config import EvalConfig
 

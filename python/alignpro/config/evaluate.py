@@ -22,7 +22,7 @@ from alignpro.config.fields import (
     only_default,
     require,
 )
-from alignpro.config.model import PROMPTER, ModelConfig, check_local
+from alignpro.config.model import PROMPTER, ModelConfig, check_local, target_of
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, StageConfig
 from alignpro.types import SamplingParams
 
@@ -254,7 +254,10 @@ class EvalConfig(StageConfig):
     """The arms of an evaluation on held-out prompts; each group that is null leaves its arm out."""
 
     prompter: ModelConfig = PROMPTER
-    """The model that rewrites; its adapter is the untuned arm's, none being the base model."""
+    """The model that rewrites; its adapter is the untuned arm's, none being the base model.
+
+    Where adapters of the target are compared and nothing names a prompter, none takes part.
+    """
     target: ModelConfig | None = None  # frozen; None: the prompter's base weights
     trained: Place | None = None
     """The PEFT folder of the trained prompter; null leaves the trained arm out."""
@@ -306,6 +309,27 @@ class EvalConfig(StageConfig):
     the command's exit status, too.
     """
     threads: Threads = None
+
+    @property
+    def prompters(self) -> dict[str, str | None]:
+        """The arms that are prompters, and their adapters.
+
+        What adapters of the target bring is told by the raw prompt: base weights as a prompter
+        would be half of the work, and say nothing of it, unless something asks for them.
+        """
+        target = target_of(self.prompter, self.target)
+        search = self.static if isinstance(self.static, StaticSearch) else None
+        asked_for = (
+            self.trained is not None,
+            self.prompter.adapter is not None,
+            self.prompter.model not in (PROMPTER.model, target.model),
+            self.optimum is not None,
+            search is not None and search.num_written > 0 and "untuned" in search.writers,
+            any("untuned" in read_requirement(text)[:2] for text in self.require),
+        )
+        of_target = any(adapter is not None for adapter in (target.adapter, self.tuned, self.soft))
+        arms = {"untuned": self.prompter.adapter} if any(asked_for) or not of_target else {}
+        return arms if self.trained is None else {**arms, "trained": self.trained}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -95,10 +95,7 @@ def run_evaluate(
     check_config(config, EvalConfig)
     if config.judge is not None and config.trained is None:
         raise ValueError("judge: it compares the trained prompter; set trained to its PEFT folder")
-    folders = {"untuned": config.prompter.adapter}
-    if config.trained is not None:
-        folders["trained"] = config.trained
-    inputs = load_inputs(config, prompters=tuple(folders), output=output)
+    inputs = load_inputs(config, prompters=tuple(config.prompters), output=output)
     arms = arms_path(output)
     recorded = recorded_date(config.trained, config.tuned, config.soft) or kept_date(arms)
     date = config.date or recorded or today()
@@ -110,10 +107,10 @@ def run_evaluate(
     prompter, target = load_models(
         config.prompter, config.target, config.threads, calls=calls_path(output), date=date
     )
-    prompters = {name: load_adapter(folder, prompter) for name, folder in folders.items()}
+    prompters = {name: load_adapter(folder, prompter) for name, folder in config.prompters.items()}
     made_from = made_from_of(config, prompter, target, reward, inputs.rows)
     around = (run, config.trained, config.tuned, config.soft, config.prompter.adapter)
-    say_what_differs(config, made_from, prompters["untuned"], inputs.rows, *around)
+    say_what_differs(config, made_from, prompters.get("untuned"), inputs.rows, *around)
     with KeptArms.at(arms, config, made_from) as kept:
         report = evaluate_loaded(
             *(config, prompter, target, reward, inputs, prompters, on_progress), kept=kept
@@ -146,6 +143,7 @@ def evaluate_loaded(
     given = [text for text in (config.static, config.policy_text) if isinstance(text, str)]
     unread = unread_by(
         _with_most_rows(pipeline, prompters.values(), (soft, tuned)),
+        rewrites=bool(prompters),
         texts=[*given, *(inputs.labelled or ())],
         scored_by=harm,
     )
@@ -156,7 +154,7 @@ def evaluate_loaded(
         static = StaticInstruction(config.static.strip())
     elif config.static is not None:
         assert inputs.search is not None
-        unread = unread_by(pipeline, texts=inputs.search.instructions)
+        unread = unread_by(pipeline, rewrites=bool(prompters), texts=inputs.search.instructions)
         read = fit_rows(inputs.search.rows, unread, config.on_too_long)
         search = replace(inputs.search, rows=read.rows)
         static = _searched(pipeline, config, search, prompters, kept, on_progress)
