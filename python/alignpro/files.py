@@ -95,6 +95,16 @@ def recorded_lines(path: Path) -> Iterator[tuple[int, str]]:
         write_file(path, whole)
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made, or written to, before there is anything to write; makes
+    nothing. Raises FileExistsError or PermissionError."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FileExistsError(f"{path}: expected a folder, and {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: cannot be written, {there} is another's")
+
+
 def sync_folder(folder: Path) -> None:
     """Put the names in a folder on disk, where the system can."""
     with contextlib.suppress(OSError):  # some file systems refuse to sync a folder

@@ -14,12 +14,14 @@ from alignpro.config import QuickstartConfig, to_mapping
 from alignpro.data.load import load_pairs, load_prompts, stack_columns
 from alignpro.evaluate.of_run import beside_the_run
 from alignpro.evaluate.results import Report, to_json
-from alignpro.evaluate.run import evaluate_loaded, load_inputs, spend
+from alignpro.evaluate.run import evaluate_loaded, fit_inputs, load_inputs, spend
 from alignpro.files import write_json
+from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.chat_template import today
 from alignpro.models.native_model import load_models
 from alignpro.models.resolve import resolve_model
 from alignpro.native import core
+from alignpro.pipeline import Pipeline
 from alignpro.report.build import build_report
 from alignpro.report.plots import reward_curve
 from alignpro.report.progress import Bars, TrainBar, show_sft_row
@@ -67,6 +69,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
             resolve_model(config.prompter.name)
         directory = open_free_run_dir(config.run_dir)
         held.enter_context(directory.held())
+        held.enter_context(directory.unless_refused())
         folder = directory.path
         train = replace(train, run_dir=str(folder))
         bars.doing(f"loading {config.prompter.name}")
@@ -77,6 +80,14 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
                 train.threads,
                 calls=folder / CALLS,
                 date=config.date,
+            )
+        pipeline = Pipeline.configured(train, prompter, target, reward)
+        for given in (train_rows, watched):  # before the warm start, which takes minutes
+            if given and train.on_too_long == "error":
+                fit_rows(given, unread_by(pipeline), "error")
+        if evaluation.on_too_long == "error":
+            fit_inputs(
+                evaluation, Pipeline.configured(evaluation, prompter, target, reward), held_out
             )
         with _timed(seconds, "sft"):
             bars.show("warm start", 0, sft.steps)

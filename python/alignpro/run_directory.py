@@ -25,7 +25,15 @@ from alignpro.config import (
     TrainConfig,
     from_mapping,
 )
-from alignpro.files import LOCKED, PARTIAL, lock_file, lock_holder, sync_folder, write_file
+from alignpro.files import (
+    LOCKED,
+    PARTIAL,
+    check_folder,
+    lock_file,
+    lock_holder,
+    sync_folder,
+    write_file,
+)
 
 MARKER, LOCK, ERROR_LOG = ".alignpro-run", ".alignpro-lock", "error.log"
 CONFIG, FINGERPRINTS = "config.json", "fingerprints.json"
@@ -82,6 +90,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.made: list[Path] = []  # folders that were made for it, the deepest first
         self._lock: TextIO | None = None
         self._depth = 0  # of blocks that hold it
         self._runs = 0  # of them, those that are the run
@@ -117,6 +126,20 @@ class RunDirectory:
             self._depth -= 1
             if not self._depth:
                 self._release()
+
+    @contextlib.contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """An error in the block before anything is written takes the directory away again."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if {entry.name for entry in self.path.iterdir()} <= {MARKER, LOCK}:
+                    for name in (MARKER, LOCK):
+                        (self.path / name).unlink(missing_ok=True)
+                    for folder in self.made:
+                        folder.rmdir()
+            raise
 
     @contextlib.contextmanager
     def after(self, first: BaseException, doing: str) -> Iterator[None]:
@@ -211,6 +234,7 @@ def _check(path: Path, resume: bool, overwrite: bool) -> Path:
     if not path.is_dir() and (path.exists() or path.is_symlink()):
         kind = "a link to nothing" if path.is_symlink() else "a file"
         raise FileExistsError(f"{where}: {kind} of that name is there")
+    check_folder(path)
     is_run = path.is_dir() and is_run_dir(path)
     if resume:
         if not (is_run and (path / CONFIG).is_file()):
@@ -245,12 +269,14 @@ def open_run_dir(
     Call it when everything else about the run is known to be good. Raises as `check_run_dir`, and
     FileExistsError where another process uses the directory.
     """
-    path = Path(path)
+    path, made = Path(path), list[Path]()
     if not is_run_dir(path):
         _check(path, resume, overwrite)
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         sync_folder(path.parent)
     directory = RunDirectory(path)
+    directory.made = made
     directory._hold()
     try:
         _check(path, resume, overwrite)  # now that nobody else can change it

@@ -199,6 +199,21 @@ def test_arms_of_another_measurement_are_refused(place, changes, line):
     run_evaluate(faster, output=output)  # how it runs changes no arm
 
 
+def test_arms_of_other_rows_are_made_anew(place, caplog):
+    """Which rows fit is no setting of theirs, and no row's own."""
+    rows = (place / "p.jsonl").read_text().splitlines()
+    long = json.dumps({"prompt": "why " * 200, "split": "heldout"})
+    (place / "long.jsonl").write_text("\n".join([*rows, long]))
+    output, asked = place / "out.json", {"data": str(place / "long.jsonl"), "optimum": None}
+    with pytest.raises(ValueError, match=r"long\.jsonl, line \d+: in the prompter's template"):
+        run_evaluate(config_of(place, **asked), output=output)
+    assert not (place / "out.json.arms.jsonl").exists()  # or other settings would be refused
+    left_out = run_evaluate(config_of(place, **asked, on_too_long="skip"), output=output)
+    cut = run_evaluate(config_of(place, **asked, on_too_long="cut"), output=output)
+    assert cut.arms["raw"].n == left_out.arms["raw"].n + 1
+    assert "raw is made anew: it was another one" in caplog.text
+
+
 def test_arms_of_yesterday_go_on_with_their_date(place, monkeypatch):
     config = config_of(place, date=None, trained=None, prompter={"adapter": None}, static=None)
     monkeypatch.setattr("alignpro.evaluate.run.today", lambda: "2026-11-28")

@@ -181,8 +181,6 @@ def mix(
     from alignpro.report.progress import Bars
     from alignpro.report.tables import mix_tables
 
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
     with Bars("loading data and models") as bars:
         report = run_mix(options, output, on_progress=bars.show)
     Console().print(mix_tables(report))

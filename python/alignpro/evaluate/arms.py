@@ -102,6 +102,7 @@ def sample_arms(
         about: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         """An arm, which depends on ``of`` beside what all do; see `KeptArms`."""
+        of = kept.of_prompts(of, prompts)
         show, known = watch(on_progress, name, total), kept.get(name, of)
         if known is not None:
             arms[name] = _read_arm(known, prompts)

@@ -20,6 +20,7 @@ from alignpro.fingerprints import (
     as_fingerprints,
     differences,
     of_adapter,
+    of_rows,
     other_settings,
     to_plain,
 )
@@ -61,6 +62,7 @@ class KeptArms:
 
     def __init__(self) -> None:
         self._path: Path | None = None
+        self._head: str | None = None  # the first line, while no arm is there
         self._known: dict[str, dict[str, Any]] = {}
         self._done: list[str] = []
 
@@ -73,7 +75,7 @@ class KeptArms:
 
     @classmethod
     def at(cls, path: Path | None, config: StageConfig, made_from: Fingerprints) -> KeptArms:
-        """Those of a file, which is made where it is not there; of None, none.
+        """Those of a file, which the first arm makes where it is not there; of None, none.
 
         Raises:
             ValueError: a file of something else, or of a measurement with other inputs: it names
@@ -86,8 +88,7 @@ class KeptArms:
         mapping = to_mapping(config)
         head = {name: mapping[name] for name in _FIELDS}
         if not (path.exists() and kept._read(path, head, made_from)):
-            path.unlink(missing_ok=True)
-            append_line(path, json.dumps({"config": head, "fingerprints": to_plain(made_from)}))
+            kept._head = json.dumps({"config": head, "fingerprints": to_plain(made_from)})
         return kept
 
     def get(self, name: str, of: Any) -> dict[str, Any] | None:
@@ -104,6 +105,10 @@ class KeptArms:
 
     def put(self, name: str, of: Any, value: Mapping[str, Any]) -> None:
         if self._path is not None:
+            if self._head is not None:
+                self._path.unlink(missing_ok=True)
+                append_line(self._path, self._head)
+                self._head = None
             append_line(self._path, json.dumps({"arm": name, "of": of, "value": value}))
             self._done.append(name)
 
@@ -111,10 +116,15 @@ class KeptArms:
         """What an arm depends on that has an adapter of its own."""
         return None if adapter is None or self._path is None else of_adapter(adapter).hash
 
+    def of_prompts(self, of: Any, prompts: Sequence[Prompt]) -> Any:
+        """What an arm depends on beside what all do, and the prompts that were short enough."""
+        return None if self._path is None else [of, of_rows("", prompts).hash]
+
     def rollout(
         self, name: str, of: Any, prompts: Sequence[Prompt], sample: Callable[[], Rollout]
     ) -> Rollout:
         """The rollout under the name, sampled where it is not there."""
+        of = self.of_prompts(of, prompts)
         kept = self.get(name, of)
         if kept is not None:
             return read_rollout(kept, prompts)
@@ -123,7 +133,7 @@ class KeptArms:
         return rollout
 
     def _read(self, path: Path, head: Mapping[str, Any], made_from: Fingerprints) -> bool:
-        """Whether there is a whole first line."""
+        """Whether there is an arm."""
         drawn: Any = None
         for number, line in recorded_lines(path):
             try:
@@ -136,7 +146,7 @@ class KeptArms:
                 raise ValueError(
                     f"{path}, line {number}: expected an arm that was kept; move the file away"
                 ) from None
-        if drawn is None:
+        if not self._known:
             return False
         settings = other_settings(drawn, json.loads(json.dumps(head)), before, made_from)
         other = [

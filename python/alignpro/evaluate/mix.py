@@ -14,6 +14,7 @@ from alignpro.data.load import PromptRow, load_prompts
 from alignpro.data.preferences import load_preferences
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import MixedGoal, MixReport, to_json
+from alignpro.files import check_folder
 from alignpro.fingerprints import of_adapter_folder, other_settings, read_fingerprints
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights, require_lora, save_peft
@@ -58,9 +59,11 @@ def run_mix(
             first run's on_too_long. FileNotFoundError: no run, or one that is not done.
     """
     check_config(config, MixConfig)
-    for name in ("adapter", "mixture.json"):
-        if output is not None and (output / name).exists():
-            raise FileExistsError(f"{output / name}: is there already; name another folder")
+    if output is not None:
+        check_folder(output)
+        for name in ("adapter", "mixture.json"):
+            if (output / name).exists():
+                raise FileExistsError(f"{output / name}: is there already; name another folder")
     given = _Given.load(config, on_progress)
     experts, reference = given.experts, given.reference
     by_experts = [

@@ -37,7 +37,7 @@ from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Evaluation, SearchResult, from_json, to_json
 from alignpro.evaluate.safety import check_safety, measure_safety
 from alignpro.evaluate.static import SearchData, StaticInstruction, load_search, search_static
-from alignpro.lengths import fit_rows, unread_by
+from alignpro.lengths import FittedRows, fit_rows, unread_by
 from alignpro.models.adapter import AdapterWeights
 from alignpro.models.answer_scores import TargetScorer
 from alignpro.models.chat_template import today
@@ -137,26 +137,19 @@ def evaluate_loaded(
         soft = load_soft_prompt(config.soft, target)
     judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
     pipeline = Pipeline.configured(config, prompter, target, reward)
-    harm = [] if inputs.harm is None else [inputs.harm]
-    for scores in harm:
-        offer_scorer(scores, TargetScorer(target))
-    given = [text for text in (config.static, config.policy_text) if isinstance(text, str)]
-    unread = unread_by(
+    fitted, searched = fit_inputs(
+        config,
         _with_most_rows(pipeline, prompters.values(), (soft, tuned)),
+        inputs,
         rewrites=bool(prompters),
-        texts=[*given, *(inputs.labelled or ())],
-        scored_by=harm,
     )
-    fitted = fit_rows(inputs.rows, unread, config.on_too_long)
     rows = fitted.rows
     static = None
     if isinstance(config.static, str):
         static = StaticInstruction(config.static.strip())
     elif config.static is not None:
         assert inputs.search is not None
-        unread = unread_by(pipeline, rewrites=bool(prompters), texts=inputs.search.instructions)
-        read = fit_rows(inputs.search.rows, unread, config.on_too_long)
-        search = replace(inputs.search, rows=read.rows)
+        search = replace(inputs.search, rows=searched)
         static = _searched(pipeline, config, search, prompters, kept, on_progress)
     columns = stack_columns(rows)
     arms = sample_arms(
@@ -193,6 +186,27 @@ def evaluate_loaded(
     except JudgeError as error:
         raise UnjudgedError(str(error), report) from error
     return replace(report, judge=verdicts)
+
+
+def fit_inputs(
+    config: EvalConfig, pipeline: Pipeline, inputs: EvalInputs, *, rewrites: bool = True
+) -> tuple[FittedRows[PromptRow], list[PromptRow]]:
+    """The held-out rows that the models and rewards can read, and those of a search. rewrites:
+    whether a prompter takes part.
+
+    Raises ValueError, as `fit_rows`, and for a target that the measure of harm cannot ask.
+    """
+    harm = [] if inputs.harm is None else [inputs.harm]
+    for reward in harm:
+        offer_scorer(reward, TargetScorer(pipeline.target))
+    given = [text for text in (config.static, config.policy_text) if isinstance(text, str)]
+    texts = [*given, *(inputs.labelled or ())]
+    unread = unread_by(pipeline, rewrites=rewrites, texts=texts, scored_by=harm)
+    fitted, searched = fit_rows(inputs.rows, unread, config.on_too_long), list[PromptRow]()
+    if inputs.search is not None:
+        unread = unread_by(pipeline, rewrites=rewrites, texts=inputs.search.instructions)
+        searched = fit_rows(inputs.search.rows, unread, config.on_too_long).rows
+    return fitted, searched
 
 
 def _with_most_rows(

@@ -27,7 +27,7 @@ from alignpro.config import (
 )
 from alignpro.data.files import DataError
 from alignpro.data.preferences import PreferenceRow, load_preferences
-from alignpro.files import write_json
+from alignpro.files import check_folder, write_json
 from alignpro.lengths import fit_rows
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.objective.bradley_terry import fit_bradley_terry
@@ -80,6 +80,7 @@ def run_reward_fit(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"{output}: is there already; --output names another folder")
+    check_folder(output)
     rows = load_preferences(config.data)
     held_out = None
     if config.heldout is not None:
