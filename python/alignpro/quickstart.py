@@ -16,7 +16,7 @@ from alignpro.evaluate.of_run import beside_the_run
 from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, fit_inputs, load_inputs, spend
 from alignpro.files import write_json
-from alignpro.lengths import fit_rows, unread_by
+from alignpro.lengths import fit_rows
 from alignpro.models.chat_template import today
 from alignpro.models.native_model import load_models
 from alignpro.models.resolve import resolve_model
@@ -34,6 +34,7 @@ from alignpro.train.run import trainer_from
 from alignpro.train.sft import fit_pairs, warm_start
 from alignpro.train.soft_prompt import fresh_policy
 from alignpro.train.trackers import check_trackers
+from alignpro.train.trainer import unread_in_training
 
 _PACKAGES = ("alignpro", "numpy", "torch", "tokenizers", "vaderSentiment")  # decide the numbers
 
@@ -84,7 +85,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
         pipeline = Pipeline.configured(train, prompter, target, reward)
         for given in (train_rows, watched):  # before the warm start, which takes minutes
             if given and train.on_too_long == "error":
-                fit_rows(given, unread_by(pipeline), "error")
+                fit_rows(given, unread_in_training(train, pipeline), "error")
         if evaluation.on_too_long == "error":
             fit_inputs(
                 evaluation, Pipeline.configured(evaluation, prompter, target, reward), held_out

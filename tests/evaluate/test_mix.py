@@ -266,11 +266,6 @@ def test_trainings_on_preferences_mix_as_those_by_rewards(runs):
     assert alone.num_prompts == 3 and alone.kl_coef == expected.kl_coef
     for goal in alone.goals.values():
         assert goal.of_expert > 0 and goal.exponent > 0
-    distilled = CliRunner().invoke(
-        app, ["mix", f"runs={json.dumps(names)}", "--distill", "--output", str(runs / "mixed")]
-    )
-    assert distilled.exit_code == 2 and "expected a training by a reward" in distilled.output
-    assert not (runs / "mixed").exists()
     on_preferences("kind", anchor=AnchorConfig())
     with pytest.raises(ValueError, match="trained with anchor"):
         run_mix(config(runs))

@@ -10,10 +10,19 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import TrainConfig, from_mapping
+from alignpro.config import (
+    REWRITE,
+    LoraConfig,
+    PreferConfig,
+    PreferencesConfig,
+    TrainConfig,
+    from_mapping,
+    to_mapping,
+)
 from alignpro.models.adapter import save_peft
 from alignpro.models.native_model import load_model
 from alignpro.price.fit import price_fit
+from alignpro.run_directory import config_of_run
 from alignpro.train.distill import distill_config
 from alignpro.train.metrics import read_metrics
 from alignpro.train.policy import LoraPolicy
@@ -44,7 +53,7 @@ def place(tiny_model_dir, tmp_path, monkeypatch):
 
 def config(place, **changes):
     small = {"steps": 4, "prompts_per_step": 2, "num_rewrites": 8}
-    return distill_config(place / "mixed", place / "kind", **{**small, **changes})
+    return distill_config(place / "mixed", [place / "kind"], **{**small, **changes})
 
 
 def next_token(model, adapter, read):
@@ -149,3 +158,59 @@ def test_the_command(place):
     assert done.exit_code == 0, done.output + repr(done.exception)
     assert f"adapter: {place.relative_to(place) / 'mixed/distilled/adapter'}" in done.output
     assert (place / "mixed" / "distilled" / "adapter" / "adapter_config.json").is_file()
+
+
+def on_preferences(place, name, rows):
+    """Make a run one on pairs, which it has in a file."""
+    (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = config_of_run(place / name)
+    preferring = PreferConfig(
+        prompter=trained.prompter,
+        prompting=trained.prompting,
+        data=PreferencesConfig(f"{name}.jsonl"),
+        lora=LoraConfig(rank=3),
+        threads=1,
+    )
+    (place / name / "config.json").write_text(json.dumps(to_mapping(preferring)))
+
+
+def test_trainings_on_preferences_are_distilled(place):
+    pairs = [{"prompt": p, "chosen": c, "rejected": "no"} for p in ("he", "on") for c in ("a", "b")]
+    for name in EXPONENTS:
+        on_preferences(place, name, pairs)
+    (place / "mixed" / "mixture.json").unlink()
+    words = ["mix", "runs=[kind,brief]", "num_rewrites=4", "threads=1", "--output", "mixed"]
+    done = CliRunner().invoke(app, [*words, "--distill", "--dry-run"])
+    assert done.exit_code == 0 and "4 prompts, of" in done.output, done.output
+    done = CliRunner().invoke(app, [*words, "--distill"])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    made = config_of_run(place / "mixed" / "distilled")
+    assert (made.data.path, made.lora.rank, made.rewrite) == ("kind.jsonl", 3, REWRITE)
+    rows = read_metrics(place / "mixed" / "distilled" / "rollouts.jsonl")
+    assert {prompt for row in rows for prompt in row["prompts"]} == {"he", "on"}
+    assert (place / "mixed" / "distilled" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_one_on_preferences_is_sampled_as_one_by_a_reward(place):
+    on_preferences(place, "kind", [{"prompt": "he", "chosen": "a", "rejected": "b"}])
+    made = distill_config(place / "mixed", [place / "kind", place / "brief"])
+    assert made.rewrite.max_new_tokens == 1 and made.data.path == "kind.jsonl"
+    assert made.reward == TrainConfig().reward
+    other = distill_config(place / "mixed", [place / "brief", place / "kind"])
+    assert other.reward == config_of_run(place / "brief").reward
+
+
+def test_pairs_that_have_no_prompts_of_their_own(place):
+    said = [[{"role": "user", "content": "he"}, {"role": "assistant", "content": c}] for c in "ab"]
+    on_preferences(place, "kind", [{"chosen": said[0], "rejected": said[1]}])
+    words = ["mix", "runs=[kind,brief]", "threads=1", "--output", "other"]
+    done = CliRunner().invoke(app, [*words, "--distill"])
+    assert done.exit_code == 2 and "kind: its pairs have no prompts of their own" in done.output
+    assert "kind.jsonl" in done.output and "name a run by a reward first" in done.output
+    assert not (place / "other").exists()
+
+
+def test_no_target_reads_the_prompts(place):
+    short = replace(config(place).prompter, context_length=16)
+    trainer = run_train(config(place, target=short, steps=1))
+    assert trainer.pipeline.target.context_length == 16

@@ -170,7 +170,7 @@ def mix(
     if distill and output is not None:
         from alignpro.train.distill import distill_config
 
-        wanted = distill_config(output, Path(options.runs[0]))
+        wanted = distill_config(output, [Path(run) for run in options.runs])
     if dry_run:
         if wanted is None:
             raise ValueError("--dry-run: says what --distill would hold; add --distill")

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alignpro import fingerprints
-from alignpro.config import ClosedFormConfig, TrainConfig
+from alignpro.config import (
+    ClosedFormConfig,
+    DataConfig,
+    PreferConfig,
+    PreferencesConfig,
+    TrainConfig,
+)
+from alignpro.data.files import DataError
+from alignpro.data.load import load_prompts
 from alignpro.models.adapter_files import MIXTURE, is_mixture
 from alignpro.models.answer_scores import sequence_logprobs
 from alignpro.models.mixture import BASE, Mixture, load_writer
@@ -54,7 +62,13 @@ class MixtureReward:
     ) -> Rollout:
         """Rewrites by the pipeline's prompter, which is the reference. Where a target's response
         would be, each has an empty one with the reward: no target is asked."""
-        groups = pipeline.rewrite(prompts, num_rewrites=num_rewrites, seed=seed)
+        alone = Pipeline(
+            *(pipeline.prompter, None, None),
+            prompting=pipeline.prompting,
+            prompter_adapter=pipeline.prompter_adapter,
+            rewrite_params=pipeline.rewrite_params,
+        )
+        groups = alone.rewrite(prompts, num_rewrites=num_rewrites, seed=seed)
         flat = [w for group in groups for w in group]
         rewards = iter(self.of(flat, pipeline.rewrite_params.temperature))
         scored = [
@@ -73,29 +87,48 @@ class MixtureReward:
         return [float(reward) for reward in rewards]
 
 
-def distill_config(folder: Path, run: Path, **changes: Any) -> TrainConfig:
+def distill_config(folder: Path, runs: Sequence[Path], **changes: Any) -> TrainConfig:
     """The training of one prompter from the mixture in a folder, into its ``distilled``: models,
-    prompts and prompting of a run that it was made of. changes: other fields of the configuration.
+    prompts and prompting of the first of the runs that it was made of, and the sampling of the
+    first that drew rewrites. changes: other fields of the configuration.
+
+    Raises ValueError, which names the run, for one that trained no prompter, and for pairs without
+    a column of prompts.
     """
-    config = config_of_run(run)
-    if not isinstance(config, TrainConfig):
+    configs = [config_of_run(run) for run in runs]
+    first = configs[0]
+    if not isinstance(first, TrainConfig | PreferConfig):
         raise ValueError(
-            f"{run}: expected a training by a reward, with whose prompts, sampling and target the "
-            "mixture is distilled; name such a run first"
+            f"{runs[0]}: expected the training of a prompter, by a reward or on preferences"
         )
-    reference = run / "reference"
+    reference = runs[0] / "reference"
     adapter = str(reference) if reference.exists() else None
-    shared = (
-        *("target", "data", "on_too_long", "reward", "rewrite", "response", "prompting"),
-        *("lora", "date", "threads"),
-    )
-    of_run = {name: getattr(config, name) for name in shared}
+    shared = ("target", "data", "on_too_long", "prompting", "lora", "date", "threads")
+    of_run = {name: getattr(first, name) for name in shared}
+    if isinstance(first, TrainConfig):
+        of_run |= {"reward": first.reward, "response": first.response}
+    else:
+        of_run["data"] = _prompts_of_pairs(runs[0], first.data)
+    by_reward = (config for config in configs if isinstance(config, TrainConfig))
     of_mixture = {
-        "prompter": replace(config.prompter, adapter=adapter),
+        "prompter": replace(first.prompter, adapter=adapter),
         "run_dir": str(folder / "distilled"),
         "algorithm": "closed_form",
         "closed_form": ClosedFormConfig(mixture=str(folder)),
+        "rewrite": next(by_reward, first).rewrite,
         "kl_coef": 1.0,
         "lr_schedule": "linear",
     }
     return TrainConfig(**{**of_run, **of_mixture, **changes})
+
+
+def _prompts_of_pairs(run: Path, pairs: PreferencesConfig) -> DataConfig:
+    prompts = DataConfig(**{f.name: getattr(pairs, f.name) for f in fields(DataConfig)})
+    try:
+        load_prompts(prompts)
+    except DataError as error:
+        raise ValueError(
+            f"{run}: its pairs have no prompts of their own to distil a mixture on ({error}); name "
+            "a run by a reward first, or give the pairs a column of prompts"
+        ) from None
+    return prompts

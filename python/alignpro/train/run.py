@@ -50,7 +50,7 @@ from alignpro.train.preference import fit_preferences, preference_fit
 from alignpro.train.sft import fit_pairs, record_pairs, warm_start
 from alignpro.train.soft_prompt import check_shape, fresh_policy, policy_from
 from alignpro.train.trackers import check_trackers
-from alignpro.train.trainer import Trainer, said_of_resume
+from alignpro.train.trainer import Trainer, said_of_resume, unread_in_training
 from alignpro.types import Reward
 
 _log = logging.getLogger(__name__)
@@ -323,7 +323,7 @@ def trainer_from(
     pipeline = Pipeline.configured(config, prompter, target, reward)
     of_policy = with_policy(pipeline, policy, config)
     rewrites = config.policy == "prompter"
-    plain = unread_by(of_policy, rewrites=rewrites)
+    plain = unread_in_training(config, of_policy)
     # The reference alone reads an anchor: no target answers it, and no reward scores it.
     anchored = unread_by(of_policy.without_reward(), rewrites=rewrites, responses=not rewrites)
 

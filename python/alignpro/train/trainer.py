@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -201,8 +201,7 @@ class TrainingRun:
             PromptRow(prompt, {name: values[i] for name, values in self.columns.items()})
             for i, prompt in enumerate(prompts)
         ]
-        of_policy = unread_by(self._with_policy(), rewrites=config.policy == "prompter")
-        fit_rows(rows, of_policy, "error")
+        fit_rows(rows, unread_in_training(config, self._with_policy()), "error")
         if isinstance(pipeline.target, LanguageModel):
             check_roles(pipeline.target.tokenizer, prompts)
         if getattr(pipeline, config.policy) is not self.policy.model:
@@ -214,6 +213,14 @@ class TrainingRun:
                 raise ValueError(f"pipeline: its {name}_params are not the configuration's {name}")
         if pipeline.prompting != config.prompting:
             raise ValueError("pipeline: its prompting is not the configuration's")
+
+
+def unread_in_training(
+    config: TrainConfig, pipeline: Pipeline
+) -> Callable[[PromptRow], str | None]:
+    """`unread_by` of a training; from a mixture, none of a target and its reward is asked."""
+    asked = config.closed_form.mixture is None
+    return unread_by(pipeline, rewrites=config.policy == "prompter", responses=asked)
 
 
 class Trainer(TrainingRun):
