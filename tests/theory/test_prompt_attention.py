@@ -115,10 +115,39 @@ def test_no_linear_model_can_do_what_attention_does() -> None:
     assert (labels * (returned @ w) > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("data", "kappa", "samples"),
+    [
+        (AttentionData(300, 30, 3, relevance=0.5, signal=1.5), 0.4, 20),
+        (AttentionData(400, 40, 2, relevance=1.2, signal=1.0), 0.5, 20),
+        (AttentionData(400, 40, 2, relevance=1.2, signal=1.0), 0.5, 400),
+        (AttentionData(200, 40, 30, relevance=0.3, signal=0.6, noise=1.2), 0.3, 30),
+    ],
+)
+def test_what_a_learned_head_errs(data: AttentionData, kappa: float, samples: int) -> None:
+    random = np.random.default_rng(6)
+    heads = 12_000 // samples
+
+    def returned(inputs: int) -> tuple[np.ndarray, np.ndarray]:
+        parts = [data.draw(200, random) for _ in range(inputs // 200)]
+        found = [attend(x, kappa * data.direction)[0] for x, _ in parts]
+        return np.concatenate(found), np.concatenate([y for _, y in parts])
+
+    x, y = returned(12_000)
+    learned = (x * y[:, None]).reshape(heads, samples, -1).mean(axis=1)
+    x, y = returned(2000)
+    error = float((np.sign(x @ learned.T) != y[:, None]).mean())
+    # Heads are few: errors of one head vary as much as they are.
+    assert learned_head_error(data, kappa, samples) == pytest.approx(error, abs=0.04, rel=0.15)
+
+
 def test_a_learned_head_errs_more_with_fewer_samples() -> None:
-    known = learned_head_error(MANY, 0.5, 10**9, 0.2)
-    few = [learned_head_error(MANY, 0.5, samples, 0.2) for samples in (1, 10, 100)]
+    known = learned_head_error(MANY, 0.5, 10**15)
+    few = [learned_head_error(MANY, 0.5, samples) for samples in (1, 10, 100)]
     assert few == sorted(few, reverse=True) and few[-1] > known
+    assert known == pytest.approx(MANY.error(0.5), abs=1e-6)
+    with pytest.raises(ValueError, match="samples: expected 1 or more, got 0"):
+        learned_head_error(MANY, 0.5, 0)
 
 
 @pytest.mark.parametrize(

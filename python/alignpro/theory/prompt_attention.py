@@ -117,16 +117,25 @@ def _along(axis: int, length: float, dimension: int) -> Floats:
     return vector
 
 
-def learned_head_error(data: AttentionData, kappa: float, samples: int, spread: float) -> float:
+def learned_head_error(data: AttentionData, kappa: float, samples: int) -> float:
     """The error of a head that one step learns from ``samples`` inputs, the mean of y times what
-    attention returns, whose noise has standard deviation ``spread`` a coordinate; many tokens.
-    Raises ValueError for samples below 1 or a spread that is not above 0."""
-    if samples < 1 or not spread > 0:
-        raise ValueError(f"expected samples and a spread above 0, got {samples} and {spread}")
-    along = (data.relevant_mass(kappa) * data.signal) ** 2
-    return NormalDist().cdf(
-        -along / (spread * math.sqrt(along + spread**2 * data.dimension / samples))
-    )
+    attention returns under kappa q*; many tokens, and samples enough for a normal distribution.
+
+    What attention returns is (A W) y along w*, B along q* whatever the label, and noise of
+    standard deviation s a coordinate, with A the relevant mass. B costs more samples than the
+    noise does: unless the labels in them are in balance, the head has learned B times their mean.
+    Raises ValueError for samples below 1.
+    """
+    if samples < 1:
+        raise ValueError(f"samples: expected 1 or more, got {samples}")
+    mass, sharpness = data.relevant_mass(kappa), (kappa * data.noise * data.relevance) ** 2
+    signal = (mass * data.signal) ** 2
+    constant = (mass + (1 - mass) * kappa * data.noise**2) ** 2 * data.relevance**2
+    of_noise = data.tokens - data.relevant
+    noise = (data.noise * (1 - mass)) ** 2 * math.exp(min(700.0, sharpness)) / of_noise
+    spread = noise * signal * (1 + 1 / samples) + (constant + noise) ** 2 / samples
+    spread += (data.dimension - 1) * noise**2 / samples
+    return NormalDist().cdf(-signal / math.sqrt(spread))
 
 
 def attend(tokens: ArrayLike, prompt: ArrayLike) -> tuple[Floats, Floats]:
