@@ -155,7 +155,7 @@ class Proxy:
     async def _rewritten(self, raw: bytes, scope: Scope) -> tuple[bytes, _Outcome]:
         """The body that is sent on: the one that came, unless it is rewritten in time."""
         asked = [value for name, value in scope["headers"] if name == PREFIX]
-        mode = asked_mode(asked[-1]) if asked else None
+        mode = asked_mode(asked) if asked else None
         if asked and mode is None:
             return raw, self._noted(_Outcome("off", reason="bad_header"), ChatBody(raw))
         if mode == "off" or (mode is None and self._routes.is_off):
