@@ -403,6 +403,21 @@ def test_bad_overrides(override, line):
     assert line in str(caught.value)
 
 
+def test_a_date_is_text(tmp_path):
+    """As it was typed, whatever it is for: JSON has no dates."""
+    path = tmp_path / "dates.yaml"
+    path.write_text(
+        "run_dir: 2026-1-2\nprompter: {chat_template_kwargs: {date_string: 2026-11-28}}\n"
+    )
+    of_file = load_yaml(TrainConfig, path)
+    given = "prompter.chat_template_kwargs={date_string: 2026-11-28}"
+    for config in (of_file, load_yaml(TrainConfig, None, ["run_dir=2026-1-2", given])):
+        assert config.run_dir == "2026-1-2"
+        assert json.loads(json.dumps(to_mapping(config)))["prompter"]["chat_template_kwargs"] == {
+            "date_string": "2026-11-28"
+        }
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -415,6 +430,16 @@ def test_bad_overrides(override, line):
         ("lora:\n  rank: 4\n  rank: 8\n", "key 'rank' appears twice (lines 2 and 3)"),
         ("schedule: [{a: 1}, {a: 1, a: 2}]", "key 'a' appears twice (lines 1 and 1)"),
         ("kl_coef: x", "kl_coef: expected a finite number, got 'x'"),
+        ("date: 2026-13-01", 'date: expected a date such as "2026-11-28" or null, got'),
+        ("steps: " + "9" * 5000, "Exceeds the limit"),
+        (
+            "target: {endpoint: http://h/v1, model: m, client: {body: {a: !!set {x}}}}",
+            "target.client.body.a: expected what JSON has, got {'x'}",
+        ),
+        (
+            "prompter: {chat_template_kwargs: {a: [.nan]}}",
+            "prompter.chat_template_kwargs.a: expected what JSON has, got [nan]",
+        ),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, line):

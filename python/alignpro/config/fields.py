@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import json
 import numbers
 import os
 import re
@@ -183,7 +184,11 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     default: where ``hint`` is a dataclass, what a mapping of some of its fields starts from. A
         dataclass with a ``text_field`` may be given as text, which is then that field.
     """
-    if hint is Any:
+    if hint is Any:  # goes to an endpoint or a template, and to config.json
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"{name}: expected what JSON has, got {value!r}") from None
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -243,7 +248,7 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if hint is str and isinstance(value, datetime.date):
-        return value.isoformat()  # YAML reads 2026-11-28 as one
+        return value.isoformat()  # other readers of YAML take 2026-11-28 for one
     if hint is not int and isinstance(value, hint):
         return value
     kind = {int: "an integer", str: "text", bool: "true or false", float: "a number"}
