@@ -76,6 +76,7 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ({"lerning_rate": 1}, 'unknown configuration key "lerning_rate"; did you mean "learning_'),
         ({"rank": 1}, 'unknown configuration key "rank"; did you mean lora.rank?'),
         ({"temperature": 1}, "did you mean rewrite.temperature or response.temperature?"),
+        ({"max_new_token": 1}, "mean rewrite.max_new_tokens or response.max_new_tokens?"),
         ({"chat_template": "x"}, "did you mean prompter.chat_template or target.chat_template?"),
         ({"lora.rank": 1}, "in a file its groups are nested, lora: {rank: ...}"),
         ({"lr": 1}, 'unknown configuration key "lr"; known: prompter, target, data'),
@@ -401,6 +402,19 @@ def test_bad_overrides(override, line):
     with pytest.raises(ValueError, match="override") as caught:
         apply_overrides(TrainConfig, {"steps": 1}, [override])
     assert line in str(caught.value)
+
+
+def test_the_file_is_named_where_the_fault_is_its_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("lora: {rank: x}")
+    for overrides, begin in (
+        ([], f"{path}: lora.rank"),
+        (["seed=2"], f"{path}: lora.rank"),
+        (["lora.rank=y"], "lora.rank"),
+        (["lora.rank=2", "steps=z"], "steps"),
+    ):
+        with pytest.raises(ValueError, match=f"^{begin}: expected an integer"):
+            load_yaml(TrainConfig, path, overrides)
 
 
 def test_a_date_is_text(tmp_path):

@@ -131,7 +131,13 @@ def bound(
 @one_line_errors
 def mix(
     config: Config = None,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Fields of the configuration, such as seed=1 or kl_coef=0.1.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(

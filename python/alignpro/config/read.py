@@ -75,12 +75,22 @@ def load_yaml(
             raise ValueError(
                 f"{path}: expected a mapping of fields, got a {type(mapping).__name__}"
             )
+
+    def read(settings: Sequence[str]) -> T:
+        return from_mapping(cls, apply_overrides(cls, mapping, settings), base=base)
+
     try:
-        return from_mapping(cls, apply_overrides(cls, mapping, overrides), base=base)
+        return read(overrides)
     except RecursionError:  # an alias within what it names
         raise ValueError(f"{path}: expected settings, got a list or mapping in itself") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
+        said, of_file = str(error), ""
+        try:
+            read(())
+        except ValueError as alone:
+            of_file = str(alone)
+        is_its = path is not None and said == of_file  # else of what was typed
+        raise ValueError(f"{path}: {said}" if is_its else said) from None
 
 
 @functools.cache

