@@ -87,6 +87,13 @@ def test_an_answer_passes_byte_for_byte_encoded_as_it_is(echo, proxy):
     assert len(echo.got) == 1  # no retry of ours
 
 
+@pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/v1/files"])
+def test_a_transfer_coding_that_would_be_lost_is_refused(echo, proxy, path):
+    head = b"POST " + path + b" HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
+    line, _, body = split(proxy.raw(head + chunk(gzip.compress(BODY)) + b"0\r\n\r\n"))
+    assert b"501" in line and b"expected chunked alone" in body and not echo.got
+
+
 def test_anything_else_under_v1_is_relayed(echo, proxy):
     assert split(proxy.raw(request(b"", line=b"GET /v1/models/a%2Fb?limit=2&x=%20")))[0].endswith(
         b"OK"

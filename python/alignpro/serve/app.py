@@ -132,6 +132,9 @@ class Proxy:
             message = f"{most} connections are open; serve's max_connections allows more"
             raise _Refused(503, message, "too_many_connections")
         path = _path_behind_v1(scope)
+        codings = [v.lower() for name, v in scope["headers"] if name == b"transfer-encoding"]
+        if any(coding != b"chunked" for coding in codings):
+            raise _Refused(501, "transfer-encoding: expected chunked alone", "not_supported")
         headers = end_to_end(scope["headers"], b"host", b"expect")
         method = scope["method"]
         if (method, path.partition(b"?")[0]) != ("POST", _CHAT):
