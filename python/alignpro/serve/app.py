@@ -361,8 +361,12 @@ def make_app(proxy: Proxy) -> Starlette:
         body = error_body(f"{what}; clients' base_url ends in /v1", "invalid_request_error")
         return Response(body, 404, media_type="application/json")
 
+    async def failed(_: Request, __: Exception) -> Response:
+        body = error_body("an error of this server, whose log has the traceback", "server_error")
+        return Response(body, 500, media_type="application/json")
+
     application = Starlette(
-        exception_handlers={404: not_here},
+        exception_handlers={404: not_here, 500: failed},
         routes=[
             Route("/health", health),
             Route("/ready", health),  # it listens when everything is loaded
