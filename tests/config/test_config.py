@@ -420,16 +420,11 @@ def test_the_file_is_named_where_the_fault_is_its_own(tmp_path):
 def test_a_date_is_text(tmp_path):
     """As it was typed, whatever it is for: JSON has no dates."""
     path = tmp_path / "dates.yaml"
-    path.write_text(
-        "run_dir: 2026-1-2\nprompter: {chat_template_kwargs: {date_string: 2026-11-28}}\n"
-    )
-    of_file = load_yaml(TrainConfig, path)
-    given = "prompter.chat_template_kwargs={date_string: 2026-11-28}"
-    for config in (of_file, load_yaml(TrainConfig, None, ["run_dir=2026-1-2", given])):
+    path.write_text("run_dir: 2026-1-2\nprompter: {chat_template_kwargs: {day: 2026-11-28}}\n")
+    given = ["run_dir=2026-1-2", "prompter.chat_template_kwargs={day: 2026-11-28}"]
+    for config in (load_yaml(TrainConfig, path), load_yaml(TrainConfig, None, given)):
         assert config.run_dir == "2026-1-2"
-        assert json.loads(json.dumps(to_mapping(config)))["prompter"]["chat_template_kwargs"] == {
-            "date_string": "2026-11-28"
-        }
+        assert config.prompter.chat_template_kwargs == {"day": "2026-11-28"}
 
 
 @pytest.mark.parametrize(

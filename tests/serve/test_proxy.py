@@ -87,20 +87,6 @@ def test_an_answer_passes_byte_for_byte_encoded_as_it_is(echo, proxy):
     assert len(echo.got) == 1  # no retry of ours
 
 
-def test_an_error_of_ours_is_said_as_openai_writes_errors():
-    class Broken:
-        async def send(self, request):
-            raise TypeError("a defect")
-
-        async def close(self):
-            pass
-
-    with running(ServeConfig(model="m", port=0), upstream=Broken()) as proxy:
-        line, headers, body = split(proxy.raw(request()))
-    assert b"500" in line and headers[b"content-type"] == b"application/json"
-    assert json.loads(body)["error"]["type"] == "server_error" and b"defect" not in body
-
-
 @pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/v1/files"])
 def test_a_transfer_coding_that_would_be_lost_is_refused(echo, proxy, path):
     head = b"POST " + path + b" HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
