@@ -269,6 +269,10 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["evaluate", "untuned=a/folder"], "untuned: is now prompter.adapter"),
         (["train", "{yaml}", "target_device=cuda"], "target_device: is now target.device"),
         (["train", "{yaml}", "lerning_rate=1"], 'did you mean "learning_rate"?'),
+        (
+            ["quickstart", "stepz=1"],
+            'alignpro: unknown configuration key "stepz"; did you mean sft.',
+        ),
         (["train", "{yaml}", "steps"], "expected key=value"),
         (["train", "{yaml}", "rewrite.temperature=-1"], "rewrite.temperature: expected above 0"),
         (["train", "{yaml}", "prompter=nowhere/at/all.gguf"], "nowhere/at/all.gguf"),

@@ -20,7 +20,9 @@ from alignpro.cli.shared import read_settings
 from alignpro.config import (
     BoundConfig,
     EvalConfig,
+    ExtractConfig,
     HeadroomConfig,
+    MixConfig,
     PreferConfig,
     QuickstartConfig,
     RewardFitConfig,
@@ -181,9 +183,9 @@ def test_overrides_of_the_argument_help_are_keys_of_the_command(stage):
         assert (made.seed, made.prompter.model) == (1, "smollm2")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_key_has_a_sentence_and_its_default(stage):
-    for key in describe(STAGES[stage]):
+@pytest.mark.parametrize("cls", [*STAGES.values(), MixConfig, ExtractConfig])
+def test_every_key_has_a_sentence_and_its_default(cls):
+    for key in describe(cls):
         assert key.sentence[:1].isupper() and key.sentence.endswith("."), key
         assert ". " not in key.sentence.replace("...", ""), f"{key.path}: more than one sentence"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -24,6 +25,35 @@ def test_a_signal_waits_for_the_end_of_a_block(number):
     assert done == ["the block"] and exit_status(caught.value) == 128 + number
     with interruptible(), interrupts_deferred(after=OSError("disk full")):
         os.kill(os.getpid(), number)  # the run ends anyway
+
+
+class Dropped:
+    """A signal arrives while this is taken down, where Python lets no exception out."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_arrives_in_a_destructor_is_raised_behind_it(number):
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt) as caught, interruptible():
+        Dropped(number)
+        for _ in range(100):
+            time.sleep(0.05)
+    assert exit_status(caught.value) == 128 + number
+    assert sys.unraisablehook is hook
+
+
+def test_another_error_in_a_destructor_is_said_as_before(monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: said.append(args.exc_type))
+    with interruptible():
+        Dropped("no number")
+    assert said == [TypeError]
 
 
 def test_what_is_ignored_or_handled_stays_so():

@@ -91,6 +91,10 @@ def test_a_warm_start_is_a_prompter_too(tiny_model_dir, tmp_path):
 
 def test_what_is_no_run_is_said(run, tmp_path):
     from_run = alignpro.Prompter.from_run
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "mixture.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="alignpro mix --distill makes it one"):
+        from_run(tmp_path / "mixed")
     with pytest.raises(FileNotFoundError, match="expected the directory of a run"):
         from_run(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"Prompter\(model, adapter\) takes a PEFT folder"):

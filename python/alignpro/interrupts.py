@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 # SIGTERM: kill, batch systems, containers. SIGHUP: the terminal is gone.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_BEHIND = 0.01  # seconds, in which what raises nothing is over
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,14 +34,38 @@ def interruptible() -> Iterator[None]:
     """Within the block SIGTERM and SIGHUP interrupt as Ctrl-C does.
 
     One that is ignored (nohup) or that somebody handles stays so. Signals reach the main thread
-    only; in others the block changes nothing.
+    only; in others the block changes nothing. One that arrives in a destructor, out of which Python
+    lets no exception, is raised behind it.
     """
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    with _handled(interrupt, lambda handler: handler == signal.SIG_DFL):
+    with _raised_again(), _handled(interrupt, lambda handler: handler == signal.SIG_DFL):
         yield
+
+
+@contextlib.contextmanager
+def _raised_again() -> Iterator[None]:
+    before = sys.unraisablehook
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            before(lost)
+            return
+        number = exit_status(lost.exc_value) - 128
+        again = threading.Timer(_BEHIND, _thread.interrupt_main, (number,))
+        again.daemon = True
+        again.start()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager

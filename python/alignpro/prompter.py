@@ -21,6 +21,8 @@ from alignpro.config import (
     SftConfig,
 )
 from alignpro.models.adapter import AdapterWeights
+from alignpro.models.adapter_files import CONFIG as ADAPTER_CONFIG
+from alignpro.models.adapter_files import is_mixture
 from alignpro.models.engine_thread import EngineThread
 from alignpro.models.mixture import Mixture
 from alignpro.models.native_model import NativeModel, load_model
@@ -314,9 +316,11 @@ def config_of_prompter(
     run = Path(run)
     file, adapter = run / CONFIG, run / "adapter"
     if not file.is_file():
-        hint = "; Prompter(model, adapter) takes a PEFT folder" * (
-            (run / "adapter_config.json").is_file()
-        )
+        hint = ""
+        if is_mixture(run):
+            hint = "; Prompter(model, adapter) takes a mixture, alignpro mix --distill makes it one"
+        elif (run / ADAPTER_CONFIG).is_file():
+            hint = "; Prompter(model, adapter) takes a PEFT folder"
         raise FileNotFoundError(f"{run}: expected the directory of a run, with {CONFIG}{hint}")
     if not adapter.is_dir():
         raise FileNotFoundError(

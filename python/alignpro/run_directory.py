@@ -355,7 +355,7 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: not one. FileNotFoundError: no such file.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path}: not JSON: {one_line(error)[:200]}") from None
     if not isinstance(value, dict):

@@ -133,8 +133,10 @@ def _as_text(content: Any, index: int) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else type_name(part)
         text = part.get("text") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(text, str):
+        if kind != "text":
             raise ValueError(f"{expected}, got a part of type {kind!r}")
+        if not isinstance(text, str):
+            raise ValueError(f"message {index}: expected text in a part, got {type_name(text)}")
         texts.append(text)
     return "\n".join(texts)
 

@@ -76,6 +76,7 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ({"lerning_rate": 1}, 'unknown configuration key "lerning_rate"; did you mean "learning_'),
         ({"rank": 1}, 'unknown configuration key "rank"; did you mean lora.rank?'),
         ({"temperature": 1}, "did you mean rewrite.temperature or response.temperature?"),
+        ({"max_new_token": 1}, "mean rewrite.max_new_tokens or response.max_new_tokens?"),
         ({"chat_template": "x"}, "did you mean prompter.chat_template or target.chat_template?"),
         ({"lora.rank": 1}, "in a file its groups are nested, lora: {rank: ...}"),
         ({"lr": 1}, 'unknown configuration key "lr"; known: prompter, target, data'),
@@ -403,6 +404,29 @@ def test_bad_overrides(override, line):
     assert line in str(caught.value)
 
 
+def test_the_file_is_named_where_the_fault_is_its_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("lora: {rank: x}")
+    for overrides, begin in (
+        ([], f"{path}: lora.rank"),
+        (["seed=2"], f"{path}: lora.rank"),
+        (["lora.rank=y"], "lora.rank"),
+        (["lora.rank=2", "steps=z"], "steps"),
+    ):
+        with pytest.raises(ValueError, match=f"^{begin}: expected an integer"):
+            load_yaml(TrainConfig, path, overrides)
+
+
+def test_a_date_is_text(tmp_path):
+    """As it was typed, whatever it is for: JSON has no dates."""
+    path = tmp_path / "dates.yaml"
+    path.write_text("run_dir: 2026-1-2\nprompter: {chat_template_kwargs: {day: 2026-11-28}}\n")
+    given = ["run_dir=2026-1-2", "prompter.chat_template_kwargs={day: 2026-11-28}"]
+    for config in (load_yaml(TrainConfig, path), load_yaml(TrainConfig, None, given)):
+        assert config.run_dir == "2026-1-2"
+        assert config.prompter.chat_template_kwargs == {"day": "2026-11-28"}
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -415,6 +439,16 @@ def test_bad_overrides(override, line):
         ("lora:\n  rank: 4\n  rank: 8\n", "key 'rank' appears twice (lines 2 and 3)"),
         ("schedule: [{a: 1}, {a: 1, a: 2}]", "key 'a' appears twice (lines 1 and 1)"),
         ("kl_coef: x", "kl_coef: expected a finite number, got 'x'"),
+        ("date: 2026-13-01", 'date: expected a date such as "2026-11-28" or null, got'),
+        ("steps: " + "9" * 5000, "Exceeds the limit"),
+        (
+            "target: {endpoint: http://h/v1, model: m, client: {body: {a: !!set {x}}}}",
+            "target.client.body.a: expected what JSON has, got {'x'}",
+        ),
+        (
+            "prompter: {chat_template_kwargs: {a: [.nan]}}",
+            "prompter.chat_template_kwargs.a: expected what JSON has, got [nan]",
+        ),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, line):

@@ -324,6 +324,11 @@ def chat(*roles):
         ),
         (
             "a.jsonl",
+            jsonl([{"prompt": [{"role": "user", "content": [{"type": "text"}]}]}]),
+            r"message 0: expected text in a part, got nothing \(null\)",
+        ),
+        (
+            "a.jsonl",
             jsonl([{"prompt": [{"role": "user", "content": "x", "tool_calls": [{}]}]}]),
             "message 0: expected text alone, got 'tool_calls' beside it",
         ),

@@ -381,8 +381,17 @@ def test_what_is_no_adapter_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", "utf-8")
     with pytest.raises(FileNotFoundError, match="this folder holds a model"):
         load_peft(tmp_path, MODULES)
+    (tmp_path / "adapter_config.json").write_text("{}", "utf-8")
+    with pytest.raises(FileNotFoundError, match=f"got a file; that is {tmp_path}$"):
+        load_peft(tmp_path / "adapter_config.json", MODULES)
     with pytest.raises(FileNotFoundError, match="adapters as GGUF files are not read"):
         load_peft(tmp_path / "lora.gguf", MODULES)
+
+
+def test_a_byte_order_mark_is_passed_over(folder: Path) -> None:
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text("utf-8"), "utf-8-sig")
+    load_peft(folder, MODULES)
 
 
 def test_missing_files(folder: Path, tmp_path: Path) -> None:

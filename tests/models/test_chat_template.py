@@ -120,6 +120,8 @@ def test_a_template_is_chosen_by_name_file_or_text(tmp_path: Path) -> None:
     assert choose(named, str(tmp_path / "t.jinja")) == "{{ 4 }}"
     with pytest.raises(ValueError, match=r"a name \(this model has default, rag\), a file, or"):
         choose(named, "tool_use")
+    (tmp_path / "t.jinja").write_text("{{ 4 }}", "utf-8-sig")  # as some editors save it
+    assert choose(named, str(tmp_path / "t.jinja")) == "{{ 4 }}"
     (tmp_path / "t.jinja").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="expected UTF-8"):
         choose(named, str(tmp_path / "t.jinja"))

@@ -242,6 +242,8 @@ def test_bad_prompts(tiny: NativeModel, prompts: Any, message: str) -> None:
         ({"temperature": -1.0}, "temperature: "),
         ({"temperature": float("nan")}, "temperature: "),
         ({"temperature": "hot"}, "temperature: expected a number, got 'hot'"),
+        ({"top_p": 10**400}, "top_p: expected a number that a float holds"),
+        ({"stop": ("\n", "a\ud800")}, r"stop: lone surrogate U\+D800 at character 1"),
         ({"top_k": -1}, "top_k: "),
         ({"top_k": 1.5}, "top_k: expected an integer"),
         ({"top_k": 2**40}, "top_k: expected an integer"),

@@ -145,6 +145,17 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
         resolve_model(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["adapter/adapter_config.json", "adapter/mixture.json"])
+def test_a_run_is_no_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / "adapter").mkdir()
+    for file in ("config.json", name):
+        (tmp_path / file).write_text("{}", "utf-8")
+    with pytest.raises(FileNotFoundError, match=f"got an adapter; .* and {tmp_path}/adapter as"):
+        resolve_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert resolve_model(tmp_path) == tmp_path
+
+
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected a folder with config\.json or one"):
         resolve_model(tmp_path)

@@ -324,9 +324,10 @@ def test_every_eos_of_the_generation_config_counts(tmp_path: Path) -> None:
     assert Tokenizer.from_folder(tmp_path).eos_ids == (*end, 7, 8, 9)
 
 
-def test_a_template_file_goes_before_the_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_template_file_goes_before_the_config(tmp_path: Path, encoding: str) -> None:
     save_tokenizer(tmp_path, "byte-level")
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", "utf-8")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding)
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.encode_chat([{"role": "user", "content": "hat"}]) == tokenizer.encode("hat")
 

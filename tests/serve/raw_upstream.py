@@ -115,3 +115,19 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come true in time"
         time.sleep(0.005)
+
+
+BODY = b'{"model": "m",  "messages":[{"role":"user","content":"h\\u00e9llo"}], "x": 1.50}'
+
+
+def request(
+    body: bytes = BODY, *headers: bytes, line: bytes = b"POST /v1/chat/completions"
+) -> bytes:
+    lines = [line + b" HTTP/1.1", b"Host: here", b"Connection: close, X-Hop", *headers]
+    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
+
+
+def split(raw: bytes) -> tuple[bytes, dict[bytes, bytes], bytes]:
+    head, _, body = raw.partition(b"\r\n\r\n")
+    line, *lines = head.split(b"\r\n")
+    return line, dict(part.lower().split(b": ", 1) for part in lines), body

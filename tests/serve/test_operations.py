@@ -26,7 +26,7 @@ from alignpro.serve.rewriter import Rewriter
 from alignpro.serve.routes import Route, Routes
 from alignpro.types import Conversation
 from native_runs import assert_settles, lora, save_run
-from serve.raw_upstream import RawUpstream, answer, until
+from serve.raw_upstream import RawUpstream, answer, request, split, until
 from serve.running import running
 
 PROMPTING = alignpro.Prompting(template="{prompt}", separator=" | ")
@@ -161,6 +161,14 @@ def test_on_one_engine_every_model_is_told_its_own_date(tiny_model_dir, tmp_path
     asyncio.run(proxy.close())
 
 
+def test_a_runs_name_is_shown_as_headers_may_have_it(upstream, tiny_model_dir, tmp_path):
+    run = save_run(tmp_path / "ein h\u00fcbscher\nName", tiny_model_dir("llama"), 6)
+    config = config_of(upstream, run=str(run), rewrite=True, threads=1)
+    with running(config, routes=build_proxy(config)._routes) as proxy:
+        shown = ask(proxy)[1]["x-alignpro-run"]
+    assert shown == "ein h\u00fcbscher?Name"
+
+
 @pytest.mark.parametrize("texts", [False, True])
 def test_the_audit_log(upstream, tmp_path, texts):
     path = tmp_path / "audit.jsonl"
@@ -263,3 +271,17 @@ def test_a_reload_that_fails_is_said_and_changes_nothing(upstream):
         with urllib.request.urlopen(urllib.request.Request(address, method="POST")) as response:
             assert json.load(response) == {"r": "no adapter"}
         assert ask(proxy)[0] == "the heron word"
+
+
+def test_an_error_of_ours_is_said_as_openai_writes_errors():
+    class Broken:
+        async def send(self, request):
+            raise TypeError("a defect")
+
+        async def close(self):
+            pass
+
+    with running(ServeConfig(model="m", port=0), upstream=Broken()) as proxy:
+        line, headers, body = split(proxy.raw(request()))
+    assert b"500" in line and headers[b"content-type"] == b"application/json"
+    assert json.loads(body)["error"]["type"] == "server_error" and b"defect" not in body

@@ -14,23 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from alignpro.config.serve import ServeConfig
-from serve.raw_upstream import STREAM_HEAD, RawUpstream, answer, chunk, until
+from serve.raw_upstream import (
+    BODY,
+    STREAM_HEAD,
+    RawUpstream,
+    answer,
+    chunk,
+    request,
+    split,
+    until,
+)
 from serve.running import running
-
-BODY = b'{"model": "m",  "messages":[{"role":"user","content":"h\\u00e9llo"}], "x": 1.50}'
-
-
-def request(
-    body: bytes = BODY, *headers: bytes, line: bytes = b"POST /v1/chat/completions"
-) -> bytes:
-    lines = [line + b" HTTP/1.1", b"Host: here", b"Connection: close, X-Hop", *headers]
-    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
-
-
-def split(raw: bytes) -> tuple[bytes, dict[bytes, bytes], bytes]:
-    head, _, body = raw.partition(b"\r\n\r\n")
-    line, *lines = head.split(b"\r\n")
-    return line, dict(part.lower().split(b": ", 1) for part in lines), body
 
 
 @pytest.fixture
@@ -91,6 +85,13 @@ def test_an_answer_passes_byte_for_byte_encoded_as_it_is(echo, proxy):
     assert headers[b"retry-after"] == b"3" and headers[b"x-request-id"] == b"7"
     assert raw.count(b"set-cookie") == 2
     assert len(echo.got) == 1  # no retry of ours
+
+
+@pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/v1/files"])
+def test_a_transfer_coding_that_would_be_lost_is_refused(echo, proxy, path):
+    head = b"POST " + path + b" HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
+    line, _, body = split(proxy.raw(head + chunk(gzip.compress(BODY)) + b"0\r\n\r\n"))
+    assert b"501" in line and b"expected chunked alone" in body and not echo.got
 
 
 def test_anything_else_under_v1_is_relayed(echo, proxy):

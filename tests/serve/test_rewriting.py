@@ -22,7 +22,7 @@ from alignpro.serve.app import _Body
 from alignpro.serve.chat_body import ChatBody
 from alignpro.serve.local import LocalUpstream
 from alignpro.serve.rewriter import Circuit, Rewriter
-from serve.raw_upstream import RawUpstream, answer, until
+from serve.raw_upstream import RawUpstream, answer, request, split, until
 from serve.running import running
 
 PROMPTING = alignpro.Prompting(template="{prompt}", separator=" | ")
@@ -108,7 +108,10 @@ def test_only_the_last_user_turn_is_another(upstream, prompter):
 def test_the_header_says_whether(upstream, prompter):
     config = config_of(upstream, rewrite=False)
     with running(config, Rewriter("my-run", prompter, config)) as proxy:
-        for mode, reason in ((None, "off"), ("off", "off"), ("nonsense", "bad_header")):
+        for mode, reason in (
+            *((None, "off"), ("off", "off"), ("OFF ,off", "off")),
+            *(("nonsense", "bad_header"), ("on, off", "bad_header"), ("on,", "bad_header")),
+        ):
             assert ask(proxy, mode)[1]["reason"] == reason
             assert sent(upstream)["messages"] == MESSAGES
         assert ask(proxy, "on")[1]["applied"] == "true"
@@ -118,6 +121,10 @@ def test_the_header_says_whether(upstream, prompter):
         }
         assert sent(upstream)["messages"] == MESSAGES
         until(lambda: proxy.metric("alignpro_rewrite_seconds_count", run="my-run") == 2)
+        body = json.dumps({"model": "m", "messages": MESSAGES}).encode()
+        twice = (b"x-alignpro: off", b"x-alignpro: on")  # whatever their order
+        for headers in (twice, twice[::-1]):
+            assert b"x-alignpro-reason: bad_header" in proxy.raw(request(body, *headers))
     with running(replace(config, run=None)) as proxy:
         assert ask(proxy, "on")[1]["reason"] == "no_run"
 
@@ -362,6 +369,13 @@ def test_a_stream_is_the_same_text_in_pieces(client):
         ({"stop": [3]}, 400, "stop"),
         ({"n": 1000}, 400, "n"),
         ({"seed": 1.5}, 400, "seed"),
+        ({"temperature": 10**400}, 400, None),
+        ({"extra_body": {"stream": "false"}}, 400, "stream"),
+        ({"stream": True, "extra_body": {"stream_options": "x"}}, 400, "stream_options"),
+        ({"stream_options": {"include_usage": "no"}}, 400, "include_usage"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"modalities": ["text", "audio"]}, 400, "modalities"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     ],
 )
 def test_what_it_cannot_do_is_refused_by_name(client, fields, status, param):
@@ -369,6 +383,15 @@ def test_what_it_cannot_do_is_refused_by_name(client, fields, status, param):
     with pytest.raises(openai.APIStatusError) as refused:
         client.chat.completions.create(**body)
     assert refused.value.status_code == status and refused.value.body["param"] == param
+
+
+def test_what_asks_for_nothing_else_is_answered(local, client):
+    client.chat.completions.create(
+        **{"model": "tiny", "messages": TURN, "max_tokens": 1, "tool_choice": "none", "tools": []},
+        **{"response_format": {"type": "text"}, "modalities": ["text"], "logit_bias": {}},
+    )
+    head = split(local.raw(request(b"", line=b"HEAD /v1/models/tiny")))
+    assert head[0] == b"HTTP/1.1 200 OK" and head[2] == b""
 
 
 def test_a_stream_that_nobody_reads_on_ends_in_the_engine(model, client):

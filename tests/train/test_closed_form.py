@@ -192,7 +192,7 @@ def test_rounds_of_answers_resume_where_they_were_broken_off(tmp_path):
     whole = dataclasses.replace(settings, run_dir=str(tmp_path / "whole"))
     expected = make(whole, reward=whole_asked, model=ToyModel())
     expected.train()
-    goes_on = r"what was drawn is kept; go on with: alignpro train .*config\.json --resume"
+    goes_on = r"with what was drawn kept; go on with: alignpro train .*config\.json --resume"
     with pytest.raises(KeyboardInterrupt, match=goes_on):
         make(settings, reward=first, model=ToyModel()).train()  # in the second round
     again = make(settings, reward=second, model=ToyModel(), resume=True)

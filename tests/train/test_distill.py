@@ -158,6 +158,9 @@ def test_the_command(place):
     assert done.exit_code == 0, done.output + repr(done.exception)
     assert f"adapter: {place.relative_to(place) / 'mixed/distilled/adapter'}" in done.output
     assert (place / "mixed" / "distilled" / "adapter" / "adapter_config.json").is_file()
+    done = CliRunner().invoke(app, [*arguments, "--output", "mixed", "--distill"])
+    assert done.exit_code == 2
+    assert "it goes on with: alignpro train mixed/distilled/config.json --resume" in done.output
 
 
 def on_preferences(place, name, rows):

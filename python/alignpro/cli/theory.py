@@ -24,7 +24,7 @@ from alignpro.cli.shared import (
     writing,
 )
 from alignpro.optional import is_installed
-from alignpro.run_directory import config_of_run
+from alignpro.run_directory import CONFIG, config_of_run
 
 
 @app.command(
@@ -131,7 +131,13 @@ def bound(
 @one_line_errors
 def mix(
     config: Config = None,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Fields of the configuration, such as seed=1 or kl_coef=0.1.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -175,6 +181,11 @@ def mix(
         if wanted is None:
             raise ValueError("--dry-run: says what --distill would hold; add --distill")
         return say_memory(wanted)
+    if wanted is not None and (begun := Path(wanted.run_dir) / CONFIG).is_file():
+        raise FileExistsError(
+            f"{wanted.run_dir}: is there already; it goes on with: alignpro train {begun} "
+            "--resume; or name another folder"
+        )
     from rich.console import Console
 
     from alignpro.evaluate.mix import run_mix

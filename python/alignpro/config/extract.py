@@ -49,7 +49,9 @@ class ExtractConfig:
     """How many of the rows are used, the first ones; null is all."""
     on_too_long: OnTooLong = "error"
     """What becomes of a text that a model cannot read: an error before the first draw, its row left
-    out, or the text cut. See `StageConfig.on_too_long`."""
+    out, or the text cut.
+
+    See `StageConfig.on_too_long`."""
     rewrite: SamplingParams = REWRITE
     """How the prompter is sampled."""
     response: SamplingParams = RECORD

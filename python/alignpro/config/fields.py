@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import json
 import numbers
 import os
 import re
@@ -160,21 +161,27 @@ def _unknown(key: str, name: str, cls: type[Any], fields: Mapping[str, Any]) -> 
     group, dot, rest = key.partition(".")
     if dot and group in fields:
         return f"{unknown}; in a file its groups are nested, {group}: {{{rest}: ...}}"
-    prefix = name.removesuffix(key)
     inside = [
-        f"{prefix}{group}.{key}"
+        (group, field)
         for group in fields
-        if any(
-            key in type_hints(hint)
-            for hint in _alternatives(type_hints(cls)[group])
-            if dataclasses.is_dataclass(hint)
-        )
+        for hint in _alternatives(type_hints(cls)[group])
+        if dataclasses.is_dataclass(hint)
+        for field in type_hints(hint)
     ]
-    if inside:
-        return f"{unknown}; did you mean {' or '.join(inside)}?"
-    close = difflib.get_close_matches(key, fields, n=1, cutoff=0.7)
-    hint = f'; did you mean "{close[0]}"?' if close else f"; known: {', '.join(fields)}"
-    return unknown + hint
+
+    def in_groups(wanted: str) -> str:
+        prefix = name.removesuffix(key)
+        paths = [f"{prefix}{group}.{field}" for group, field in inside if field == wanted]
+        return f"{unknown}; did you mean {' or '.join(dict.fromkeys(paths))}?"
+
+    deeper = [field for _, field in inside]
+    if key in deeper:
+        return in_groups(key)
+    if close := difflib.get_close_matches(key, fields, n=1, cutoff=0.7):
+        return f'{unknown}; did you mean "{close[0]}"?'
+    if close := difflib.get_close_matches(key, deeper, n=1, cutoff=0.8):
+        return in_groups(close[0])
+    return f"{unknown}; known: {', '.join(fields)}"
 
 
 def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
@@ -183,7 +190,11 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     default: where ``hint`` is a dataclass, what a mapping of some of its fields starts from. A
         dataclass with a ``text_field`` may be given as text, which is then that field.
     """
-    if hint is Any:
+    if hint is Any:  # goes to an endpoint or a template, and to config.json
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"{name}: expected what JSON has, got {value!r}") from None
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -243,7 +254,7 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if hint is str and isinstance(value, datetime.date):
-        return value.isoformat()  # YAML reads 2026-11-28 as one
+        return value.isoformat()  # other readers of YAML take 2026-11-28 for one
     if hint is not int and isinstance(value, hint):
         return value
     kind = {int: "an integer", str: "text", bool: "true or false", float: "a number"}

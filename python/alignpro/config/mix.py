@@ -16,8 +16,8 @@ class MixConfig:
     """The mixture of prompters that serves the worst-off of their goals best (MPO)."""
 
     runs: tuple[Place, ...] = ()
-    """The runs of the prompters, two or more, trained from one untuned prompter, each for its
-    goal. One alone is mixed with the untuned prompter, as if trained with another kl_coef."""
+    """The runs of the prompters, trained from one untuned prompter, each for its goal; one alone
+    is mixed with the untuned prompter, as if trained with another kl_coef."""
     data: DataConfig | None = None
     """Prompts that the weights are found on; null is what the first run was trained on."""
     num_prompts: Annotated[int, at_least(1)] | None = 48
@@ -34,7 +34,9 @@ class MixConfig:
     tries: Annotated[int, at_least(1)] = 32
     """Most draws of a rewrite with sampling sequence; the likeliest is taken then."""
     seed: Seed = 0
+    """The random seed, from which everything random follows."""
     threads: Threads = None
+    """The number of threads; null is the CPU quota."""
 
     def __post_init__(self) -> None:
         if self.weights == "drawn" and self.sampling == "sequence":

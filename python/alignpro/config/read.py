@@ -66,6 +66,8 @@ def load_yaml(
             raise ValueError(f"{path}: not YAML: {said}{at}") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+        except ValueError as error:  # an integer of thousands of digits
+            raise ValueError(f"{path}: {error}") from None
         if repeated is not None:
             raise ValueError(f"{path}: {repeated}")
         mapping = {} if mapping is None else mapping
@@ -73,24 +75,36 @@ def load_yaml(
             raise ValueError(
                 f"{path}: expected a mapping of fields, got a {type(mapping).__name__}"
             )
+
+    def read(settings: Sequence[str]) -> T:
+        return from_mapping(cls, apply_overrides(cls, mapping, settings), base=base)
+
     try:
-        return from_mapping(cls, apply_overrides(cls, mapping, overrides), base=base)
+        return read(overrides)
     except RecursionError:  # an alias within what it names
         raise ValueError(f"{path}: expected settings, got a list or mapping in itself") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
+        said, of_file = str(error), ""
+        try:
+            read(())
+        except ValueError as alone:
+            of_file = str(alone)
+        is_its = path is not None and said == of_file  # else of what was typed
+        raise ValueError(f"{path}: {said}" if is_its else said) from None
 
 
 @functools.cache
 def _loader() -> Any:
-    """YAML's safe loader, for which 010 is ten, and 1:30 no number (YAML 1.1: 8, and 90)."""
+    """YAML's safe loader, for which 010 is ten, and 1:30 no number (YAML 1.1: 8, and 90). A date is
+    text, as JSON has it."""
     import yaml
 
     integer, number = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+    ours = (integer, number, "tag:yaml.org,2002:timestamp")
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own table, without its numbers
-            first: [(tag, pattern) for tag, pattern in known if tag not in (integer, number)]
+            first: [(tag, pattern) for tag, pattern in known if tag not in ours]
             for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
@@ -169,7 +183,7 @@ def _typed(text: str, kinds: Kinds) -> Any:
     try:
         node = yaml.compose(text, Loader=_loader())
         value = yaml.load(text, Loader=_loader())
-    except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2026-13-01
+    except (yaml.YAMLError, ValueError):  # ValueError: an integer of thousands of digits
         return text  # a plain string such as "hf:owner/name: x" need not be YAML
     quoted = (
         isinstance(node, yaml.ScalarNode)

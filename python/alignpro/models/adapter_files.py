@@ -39,6 +39,9 @@ def adapter_folder(folder: str | Path) -> Path:
     if found:
         names = ", ".join(path.name for path in found)
         raise FileNotFoundError(f"{folder}: {expected}, got one with several: {names}; pass one")
+    if folder.is_file() and folder.suffix != ".gguf":
+        whose = f"; that is {folder.parent}" * (folder.parent / CONFIG).is_file()
+        raise FileNotFoundError(f"{folder}: {expected}, got a file{whose}")
     if folder.suffix == ".gguf":
         raise FileNotFoundError(f"{folder}: {expected}; adapters as GGUF files are not read")
     model = "; this folder holds a model" * (folder / "config.json").is_file()
@@ -53,7 +56,7 @@ def is_mixture(folder: str | Path) -> bool:
 def read_config(path: Path) -> dict[str, Any]:
     """What adapter_config.json says. Raises ValueError for what no causal model is adapted by."""
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON object: {error}") from None
     if not isinstance(config, dict):

@@ -14,7 +14,14 @@ from alignpro import native
 from alignpro.config import ModelConfig
 from alignpro.models.soft_prompt import SoftRows, chat_tokens
 from alignpro.models.tokenizer import count_words
-from alignpro.types import Chat, Conversation, PromptLike, SamplingParams, text_messages
+from alignpro.types import (
+    Chat,
+    Conversation,
+    PromptLike,
+    SamplingParams,
+    not_unicode,
+    text_messages,
+)
 
 if TYPE_CHECKING:
     from alignpro.models.tokenizer import Tokenizer
@@ -80,8 +87,15 @@ def core_params(params: SamplingParams, sample: int) -> core.SamplingParams:
         value = getattr(params, name)
         if not (is_int(value) or isinstance(value, (float, np.floating))):
             raise ValueError(f"{name}: expected a number, got {value!r}")
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"{name}: expected a number that a float holds") from None
     if isinstance(params.stop, str) or not all(isinstance(s, str) for s in params.stop):
         raise ValueError(f"stop: expected a tuple of strings, got {params.stop!r}")
+    for stop in params.stop:
+        if reason := not_unicode(stop):
+            raise ValueError(f"stop: {reason}")
     if not isinstance(params.ignore_eos, bool):
         raise ValueError(f"ignore_eos: expected True or False, got {params.ignore_eos!r}")
     deadline = params.deadline_seconds

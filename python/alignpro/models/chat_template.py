@@ -50,7 +50,7 @@ def choose(named: Mapping[str, str], wanted: str | None) -> str | None:
             f"template, got {wanted!r}"
         )
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"chat_template: {path}: expected UTF-8 text: {error}") from None
 

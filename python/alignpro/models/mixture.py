@@ -128,7 +128,7 @@ def read_mixture(folder: str | Path) -> Mixture:
     folder = Path(folder)
     file = folder / MIXTURE
     try:
-        read = json.loads(file.read_text("utf-8"))
+        read = json.loads(file.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected a JSON object: {error}") from None
     members = read.get("members") if isinstance(read, dict) else None

@@ -145,15 +145,21 @@ def _model_path(path: Path) -> Path:
         for file in path.glob(pattern):
             check_fetched(file)
     files = sorted(path.glob("*.gguf"))
-    has_config = (path / "config.json").is_file()
-    if has_config and (not files or any(path.glob("*.safetensors"))):
+    has_config, has_weights = (path / "config.json").is_file(), any(path.glob("*.safetensors"))
+    if has_config and has_weights:
+        return path
+    from alignpro.models.adapter_files import CONFIG, is_mixture  # imports numpy
+
+    places = (path, path / "adapter")  # the second is a run's
+    adapter = next((p for p in places if (p / CONFIG).is_file() or is_mixture(p)), None)
+    if has_config and not files and adapter is None:
         return path
     if len(files) == 1:
         return files[0]
-    if (path / "adapter_config.json").is_file():
+    if adapter is not None:
         raise FileNotFoundError(
-            f"{path}: expected a model, got an adapter; pass its base as the model, and this "
-            "folder as adapter"
+            f"{path}: expected a model, got an adapter; pass its base as the model, and {adapter} "
+            "as its adapter"
         )
     got = f"{len(files)} .gguf files; name one" if files else "neither"
     raise FileNotFoundError(

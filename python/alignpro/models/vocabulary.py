@@ -218,7 +218,7 @@ def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]
         files["default"] = folder / "chat_template.jinja"
     for name, file in files.items():
         try:
-            found[name] = file.read_text("utf-8")
+            found[name] = file.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise native.ModelFileError(f"{file}: expected UTF-8 text: {error}") from None
     return found

@@ -85,7 +85,7 @@ def this_cpu(threads: int | None, rates: Rates) -> Device:
 def read_rates(file: Path) -> Rates:
     """Rates from a JSON object of `Rates`' fields; ``source`` becomes the file's name."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
     if not isinstance(found, Mapping) or not {"generate", "score", "bytes"} <= found.keys():

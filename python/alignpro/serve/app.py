@@ -132,6 +132,9 @@ class Proxy:
             message = f"{most} connections are open; serve's max_connections allows more"
             raise _Refused(503, message, "too_many_connections")
         path = _path_behind_v1(scope)
+        codings = [v.lower() for name, v in scope["headers"] if name == b"transfer-encoding"]
+        if any(coding != b"chunked" for coding in codings):
+            raise _Refused(501, "transfer-encoding: expected chunked alone", "not_supported")
         headers = end_to_end(scope["headers"], b"host", b"expect")
         method = scope["method"]
         if (method, path.partition(b"?")[0]) != ("POST", _CHAT):
@@ -155,7 +158,7 @@ class Proxy:
     async def _rewritten(self, raw: bytes, scope: Scope) -> tuple[bytes, _Outcome]:
         """The body that is sent on: the one that came, unless it is rewritten in time."""
         asked = [value for name, value in scope["headers"] if name == PREFIX]
-        mode = asked_mode(asked[-1]) if asked else None
+        mode = asked_mode(asked) if asked else None
         if asked and mode is None:
             return raw, self._noted(_Outcome("off", reason="bad_header"), ChatBody(raw))
         if mode == "off" or (mode is None and self._routes.is_off):
@@ -358,8 +361,12 @@ def make_app(proxy: Proxy) -> Starlette:
         body = error_body(f"{what}; clients' base_url ends in /v1", "invalid_request_error")
         return Response(body, 404, media_type="application/json")
 
+    async def failed(_: Request, __: Exception) -> Response:
+        body = error_body("an error of this server, whose log has the traceback", "server_error")
+        return Response(body, 500, media_type="application/json")
+
     application = Starlette(
-        exception_handlers={404: not_here},
+        exception_handlers={404: not_here, 500: failed},
         routes=[
             Route("/health", health),
             Route("/ready", health),  # it listens when everything is loaded

@@ -41,7 +41,8 @@ def build_proxy(config: ServeConfig) -> Proxy:
                 name, threads=config.threads, guards=config.guards, model=model
             )
             loaded.append((base, prompter.model))
-            rewriters[run] = Rewriter(run.name, prompter, config)
+            shown = "".join(c if c.isprintable() else "?" for c in run.name)  # in a header
+            rewriters[run] = Rewriter(shown, prompter, config)
         return rewriters[run]
 
     def route_of(settings: RouteConfig) -> Route:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import reprlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -29,8 +30,14 @@ _NUMBERS = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), float),
     "top_k": int,
 }
-# What an answer would differ by, and this engine does not do.
-_NOT_HERE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio", "prediction")
+# What an answer would differ by, and this engine does not do; and what asks for nothing else.
+_NOT_HERE: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tools", "functions", "logprobs", "top_logprobs", "logit_bias"), ()),
+    **dict.fromkeys(("audio", "prediction", "web_search_options"), ()),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
 _MOST_ANSWERS = 128
 
 
@@ -64,7 +71,7 @@ class LocalUpstream:
     async def send(self, request: Outgoing) -> Answer:
         """See `Upstream.send`."""
         path = request.path.partition(b"?")[0]
-        if request.method == "GET" and (path + b"/").startswith(b"/models/"):
+        if request.method in ("GET", "HEAD") and (path + b"/").startswith(b"/models/"):
             return self._models(unquote(path.removeprefix(b"/models").removeprefix(b"/").decode()))
         if (request.method, path) != ("POST", b"/chat/completions"):
             what = f"{request.method} /v1{path.decode(errors='replace')}"
@@ -105,13 +112,11 @@ class LocalUpstream:
         if body.get("model") != self._model.name:
             message = f"model {body.get('model')!r}: expected {self._model.name!r}"
             raise _BadRequest(message, "model", "model_not_found", 404)
-        for name in _NOT_HERE:
-            if body.get(name):
-                raise _BadRequest(f"{name}: not supported", name, "unsupported_parameter")
-        form = body.get("response_format")
-        if form is not None and not (isinstance(form, Mapping) and form.get("type") == "text"):
-            message = "response_format: only type text is supported"
-            raise _BadRequest(message, "response_format", "unsupported_parameter")
+        for name, ordinary in _NOT_HERE.items():
+            if body.get(name) and body[name] not in ordinary:
+                only = "".join(f"; {json.dumps(value)} is" for value in ordinary)
+                message = f"{name}: {reprlib.repr(body[name])} is not supported{only}"
+                raise _BadRequest(message, name, "unsupported_parameter")
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise _BadRequest("messages: expected a list of at least one", "messages")
         try:
@@ -121,11 +126,15 @@ class LocalUpstream:
         except ValueError as error:
             raise _BadRequest(f"messages: {error}", "messages") from None
         options = body.get("stream_options") or {}
+        if not isinstance(options, Mapping):
+            raise _BadRequest(
+                f"stream_options: expected an object, got {reprlib.repr(options)}", "stream_options"
+            )
         return _Chat(
             tokens,
             self._params(body, len(tokens)),
-            bool(body.get("stream")),
-            isinstance(options, Mapping) and bool(options.get("include_usage")),
+            _flag(body, "stream"),
+            _flag(options, "include_usage"),
         )
 
     def _params(self, body: Mapping[str, Any], read: int) -> SamplingParams:
@@ -135,7 +144,7 @@ class LocalUpstream:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, kind)):
-                raise _BadRequest(f"{name}: expected a number, got {value!r}", name)
+                raise _BadRequest(f"{name}: expected a number, got {reprlib.repr(value)}", name)
             given[name] = value
         stop = body.get("stop")
         stops = [stop] if isinstance(stop, str) else stop or []
@@ -248,6 +257,13 @@ async def _first(
     if error is not None:
         raise error
     return index, piece
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if not isinstance(value, (bool, type(None))):
+        raise _BadRequest(f"{name}: expected true or false, got {reprlib.repr(value)}", name)
+    return bool(value)
 
 
 def _count(body: Mapping[str, Any], name: str) -> int | None:

@@ -18,9 +18,11 @@ def mode_of(rewrite: bool | Literal["shadow"]) -> Mode:
     return "shadow" if rewrite == "shadow" else "on" if rewrite else "off"
 
 
-def asked_mode(header: bytes) -> Mode | None:
-    """What a request's x-alignpro says; None where that is no mode."""
-    return _MODES.get(header.strip().lower())
+def asked_mode(headers: Sequence[bytes]) -> Mode | None:
+    """What a request's x-alignpro says, in one header or several, which a proxy may join by commas;
+    None where that is no mode, or not one."""
+    asked = {_MODES.get(one.strip().lower()) for one in b",".join(headers).split(b",")}
+    return asked.pop() if len(asked) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class ClosedFormFit(TrainingRun):
                 after = said_of_resume("train", self.run_dir, 0)
                 if (self.run_dir / ROLLOUTS).exists():
                     goes_on = f"alignpro train {self.run_dir / CONFIG} --resume"
-                    after = f"what was drawn is kept; go on with: {goes_on}"
+                    after = f"with what was drawn kept; go on with: {goes_on}"
                 tell_of_resume(error, after)
                 raise
             save_trained(self.run_dir / "adapter", self.policy, self.config)
