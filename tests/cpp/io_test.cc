@@ -112,6 +112,7 @@ TEST_CASE("json values") {
   CHECK((root.find("absent") == nullptr && root.find("a")->find("x") == nullptr));
   CHECK_EQ(*parse("9223372036854775807").integer(), std::numeric_limits<int64_t>::max());
   CHECK(parse("9223372036854775808").integer() == nullptr);
+  CHECK_EQ(parse("\xef\xbb\xbf[7]").array()->size(), 1);  // behind a byte order mark
 }
 
 TEST_CASE("json refuses what is no json") {
@@ -144,7 +145,9 @@ TEST_CASE("json refuses what is no json") {
                            "\"\xe2\x82\"",
                            "1e999",
                            "[1 2]",
-                           "{\"a\" 1}"}) {
+                           "{\"a\" 1}",
+                           "\xef\xbb\xbf",
+                           "\xef\xbb\xbf\xef\xbb\xbf[7]"}) {
     CHECK_THROWS_WITH_AS((void)(parse(text)), doctest::Contains("t.json: JSON line 1"), FileError);
   }
   CHECK_THROWS_WITH_AS((void)(parse("{\"a\": 1,\n \"a\": 2}")),

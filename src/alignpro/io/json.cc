@@ -21,6 +21,7 @@ class Parser {
   Json document() {
     require<FileError>(text_.size() <= limits_.max_bytes, source_, ": JSON of ", text_.size(),
                        " bytes is over the limit of ", limits_.max_bytes);
+    take_word("\xef\xbb\xbf");  // a byte order mark, which editors write and no value begins with
     Json root = value(0);
     skip_space();
     if (at_ != text_.size()) fail("unexpected text after the JSON value");
