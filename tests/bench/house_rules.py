@@ -1,11 +1,11 @@
 """What the house rules are worth: the mean reward of each kind's prompts behind each fixed text.
 
     python tests/bench/house_rules.py [--model smollm2] [--per-kind 40] [--responses 2]
-                                      [--split train] [--threads N]
+                                      [--split train] [--kind how_to] [--text TEXT] [--threads N]
 
-Prints a Markdown table, a row for every text and a column for every kind. The last row takes each
-prompt's own rule by its label. Wordings are chosen here, on training prompts: further texts to try
-are given with --text.
+Prints a Markdown table, a row for every text and a column for every kind, and the mean tokens of
+an answer. The last row takes each prompt's own rule by its label. Wordings are chosen here, on
+training prompts: further texts to try are given with --text, and --kind leaves out other kinds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import defaultdict
+from collections.abc import Collection
 
 from alignpro.config import QUICKSTART, QuickstartConfig, load_yaml
 from alignpro.data.load import PromptRow, load_prompts, stack_columns
@@ -24,20 +25,22 @@ ARMS = load_yaml(QuickstartConfig, QUICKSTART).evaluate
 RESPONSE = ARMS.response
 RULES = ARMS.labelled.instructions  # kind -> text, "" for none
 RIGHT_RULE = "the right rule by the label"
+TOKENS = "tokens"
 
 
-def rows_of(split: str, per_kind: int) -> list[PromptRow]:
+def rows_of(split: str, per_kind: int, kinds: Collection[str]) -> list[PromptRow]:
     """The first so many prompts of every kind."""
     by_kind = defaultdict(list)
     for row in load_prompts("house_rules", split=split):
         by_kind[row.columns["kind"]].append(row)
-    return list(itertools.chain.from_iterable(rows[:per_kind] for rows in by_kind.values()))
+    return list(itertools.chain.from_iterable(by_kind[kind][:per_kind] for kind in kinds))
 
 
 def measure(
     pipeline: Pipeline, rows: list[PromptRow], texts: list[str], responses: int, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Text -> kind -> mean reward; all texts of a prompt answer under the same draws."""
+    """Text -> kind -> mean reward, and mean TOKENS of an answer; all texts of a prompt answer under
+    the same draws."""
     rollout = pipeline.answer(
         [row.prompt for row in rows],
         [texts] * len(rows),
@@ -50,21 +53,23 @@ def measure(
     for row, rewrites in zip(rows, rollout.rewrites, strict=True):
         kind = row.columns["kind"]
         for rewrite in rewrites:
-            found[rewrite.text][kind].append(rewrite.reward)
-            if rewrite.text == RULES[kind]:
-                found[RIGHT_RULE][kind].append(rewrite.reward)
+            tokens = sum(r.num_tokens for r in rewrite.responses) / responses
+            for text in (rewrite.text, *[RIGHT_RULE] * (rewrite.text == RULES[kind])):
+                found[text][kind].append(rewrite.reward)
+                found[text][TOKENS].append(tokens)
     return {
         text: {kind: sum(values) / len(values) for kind, values in by_kind.items()}
         for text, by_kind in found.items()
     }
 
 
-def table(means: dict[str, dict[str, float]]) -> str:
-    lines = [f"| text | {' | '.join(RULES)} | all |", "|---" * (len(RULES) + 2) + "|"]
+def table(means: dict[str, dict[str, float]], kinds: Collection[str]) -> str:
+    lines = [f"| text | {' | '.join(kinds)} | all | tokens |", "|---" * (len(kinds) + 3) + "|"]
     for text, by_kind in means.items():
-        cells = [f"{by_kind[kind]:.2f}" for kind in RULES]
-        mean = sum(by_kind.values()) / len(by_kind)
-        lines.append(f"| {text or 'none: the raw prompt'} | {' | '.join(cells)} | {mean:.2f} |")
+        rewards = [by_kind[kind] for kind in kinds]
+        cells = [f"{reward:.2f}" for reward in [*rewards, sum(rewards) / len(rewards)]]
+        cells.append(f"{by_kind[TOKENS]:.0f}")
+        lines.append(f"| {text or 'none: the raw prompt'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -77,16 +82,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--per-kind", type=int, default=40, help="Prompts of every kind.")
     parser.add_argument("--responses", type=int, default=2, help="Responses to every prompt.")
     parser.add_argument("--seed", type=int, default=0, help="Random seed of the responses.")
+    parser.add_argument("--kind", action="append", choices=RULES, help="This alone; repeatable.")
     parser.add_argument("--text", action="append", default=[], help="A further text; repeatable.")
     parser.add_argument("--threads", type=int, default=None, help="Threads of the engine.")
     given = parser.parse_args(arguments)
-    model = load_model(given.model, given.threads)
+    model = load_model(given.model, given.threads, compute="int8")  # the quickstart's target
     pipeline = Pipeline(model, model, build_reward("house_rules"), response_params=RESPONSE)
     texts = list(dict.fromkeys(["", *RULES.values(), ARMS.policy_text, *given.text]))
-    rows = rows_of(given.split, given.per_kind)
+    kinds = given.kind or list(RULES)
+    rows = rows_of(given.split, given.per_kind, kinds)
     means = measure(pipeline, rows, texts, given.responses, given.seed)
     means[RIGHT_RULE] = means.pop(RIGHT_RULE)  # the last row
-    print(table(means))
+    print(table(means, kinds))
 
 
 if __name__ == "__main__":
