@@ -84,14 +84,17 @@ def test_a_barrier_draws_the_same_and_is_timed(smollm2_path: Path):
 def test_house_rules_prints_a_row_for_every_text(smollm2_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(house_rules, "RESPONSE", SamplingParams(max_new_tokens=4))
     work = ["--per-kind", "1", "--responses", "1", "--split", "validation"]
+    work += ["--kind", "fact", "--kind", "ideas"]
     house_rules.main(["--model", str(smollm2_path), *work, "--text", "Sing."])
     head, _, *rows = capsys.readouterr().out.splitlines()
-    assert head == f"| text | {' | '.join(house_rules.RULES)} | all |"
+    assert head == "| text | fact | ideas | all | tokens |"
     texts = [row.split(" | ")[0].removeprefix("| ") for row in rows]
     rules = [rule for rule in house_rules.RULES.values() if rule]
     policy = house_rules.ARMS.policy_text
     assert texts == ["none: the raw prompt", *rules, policy, "Sing.", house_rules.RIGHT_RULE]
-    assert all(0 <= float(cell) <= 1 for row in rows for cell in row.strip("| ").split(" | ")[1:])
+    for row in rows:
+        *rewards, tokens = map(float, row.strip("| ").split(" | ")[1:])
+        assert all(0 <= reward <= 1 for reward in rewards) and 1 <= tokens <= 4
 
 
 def test_a_mixture_is_timed_beside_one_adapter(tiny_model_dir, tmp_path: Path, capsys):

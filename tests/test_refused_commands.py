@@ -16,7 +16,7 @@ from native_runs import lora, save_run
 SHORT = "response.max_new_tokens=8"
 REWARD = "reward=letter_reward:count_e"
 QUICKSTART = ["quickstart", REWARD, "evaluate.static=null", "evaluate.labelled=null"]
-QUICKSTART += ["--run", "a/run"]
+QUICKSTART += ["evaluate.policy_text=null", "--run", "a/run"]
 COMMANDS = {
     "train": ["train", "data=q.jsonl", REWARD, "run_dir=a/run"],
     "sft": ["sft", "data=q.jsonl", "run_dir=a/run"],
