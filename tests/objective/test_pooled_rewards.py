@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignpro.objective.pooled_rewards import _FLOOR, pooled_rewards
+from alignpro.objective.pooled_rewards import _FLOOR, pooled_rewards, principal
 
 
 def few(seed=0, prompts=7, texts=4, count=40, size=5):
@@ -80,6 +80,24 @@ def test_one_response_a_prompt_finds_what_is_best_for_its_kind():
     own = np.full((60, 3), -1.0)
     own[prompt, text] = rewards
     assert (own.argmax(axis=1) == kind).mean() < 0.6
+
+
+def test_principal_axes_keep_what_varies_most():
+    generator = torch.Generator().manual_seed(0)
+    signal, noise, plane = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((30, 2), (30, 50), (2, 50))
+    )
+
+    def apart(x):
+        return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+
+    rows = 7 + 10 * signal @ plane + 0.01 * noise
+    assert torch.allclose(apart(principal(rows, 50)), apart(rows))
+    kept = principal(rows, 2)
+    assert kept.shape == (30, 2) and kept.mean(dim=0).abs().max() < 1e-9
+    assert torch.allclose(apart(kept), apart(rows), rtol=0.01, atol=0.1)
+    assert not torch.allclose(apart(principal(rows, 1)), apart(rows), rtol=0.2, atol=1)
 
 
 def test_rewards_that_are_all_the_same_teach_nothing():

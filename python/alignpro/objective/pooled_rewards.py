@@ -106,6 +106,13 @@ def directions(features: Tensor) -> Tensor:
     return torch.as_tensor(x / x.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
+def principal(features: Tensor, axes: int) -> Tensor:
+    """[P, min(axes, P, D)] float64: coordinates on the axes along which rows vary most."""
+    x = features.double() - features.double().mean(dim=0)
+    left, lengths, _ = torch.linalg.svd(x, full_matrices=False)
+    return torch.as_tensor(left[:, :axes] * lengths[:axes])
+
+
 class _Observations:
     """Which of them share a prompt or a text, and how alike their prompts are."""
 

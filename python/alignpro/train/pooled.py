@@ -19,7 +19,7 @@ import torch
 
 from alignpro.config import TrainConfig
 from alignpro.models.seeds import derive_seed
-from alignpro.objective.pooled_rewards import PooledRewards, directions, pooled_rewards
+from alignpro.objective.pooled_rewards import PooledRewards, directions, pooled_rewards, principal
 from alignpro.train.micro_batches import shared_prefix
 from alignpro.train.policy import Policy, Reference
 from alignpro.train.sft import Example
@@ -28,6 +28,8 @@ from alignpro.types import Response, Rewrite
 # Prompts that a text was answered behind, to be a candidate. The best of many estimates is the
 # luckiest: with every text a candidate, the fit wrote what had once earned 1 (KL 16 nats).
 SHARED_BY = 5
+# Of the prompts' states, each: what all of their coordinates tell beyond these is mostly noise.
+AXES = 16
 LABEL_STREAM = 4  # of randomness, beside those of the pipeline, the minibatches and the search
 
 
@@ -166,8 +168,9 @@ class Pool:
         return [rewrites[0].prompter_tokens for rewrites in self._written.values()]
 
     def _features(self) -> torch.Tensor:
-        """[P, 2 D]: how the untrained prompter reads each prompt, as directions: its state where it
-        begins to write, and its mean state over what the prompts do not begin with alike.
+        """[P, at most 2 AXES]: how the untrained prompter reads each prompt: the directions of its
+        state where it begins to write, and of its mean state over what prompts do not begin with
+        alike, on their principal axes.
 
         A warm start on random rewrites blurs what tells prompts apart (docs/notes/house-rules.md).
         """
@@ -190,7 +193,7 @@ class Pool:
                 last.append(states[-1])
                 mean.append(states.mean(axis=0))
         both = [directions(torch.from_numpy(np.stack(states))) for states in (last, mean)]
-        return torch.cat(both, dim=1)
+        return torch.cat([principal(states, AXES) for states in both], dim=1)
 
     def _look_up_priors(self, chosen: Sequence[Sequence[list[int]]]) -> None:
         """log rho_ref(rewrite | prompt) of the pairs that were not known before."""
