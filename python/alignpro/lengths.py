@@ -16,7 +16,7 @@ from alignpro.models.language_model import LanguageModel
 from alignpro.models.mixture import soft_rows
 from alignpro.models.reading import PROBE, ChatLengths, naming, prompter_tokens, too_long
 from alignpro.pipeline import Pipeline
-from alignpro.rewards.check import SOURCE, reward_unread_by
+from alignpro.rewards.check import SOURCE, rewards_unread_by
 from alignpro.types import Conversation, Prompt, Reward
 
 _log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def unread_by(
         elif rewrites:
             again = pipeline.rewrite_params.max_new_tokens
     rewards = [reward for reward in (pipeline.reward, *scored_by) if reward is not None]
-    judges = [reward_unread_by(r, pipeline.response_params) for r in rewards if responses]
+    judged = rewards_unread_by(rewards if responses else (), pipeline.response_params)
 
     def unread(row: PromptRow) -> str | None:
         conversation = Conversation.of(row.prompt)
@@ -136,8 +136,7 @@ def unread_by(
                 reason = answers.unread(pipeline.prompting.target_prompt(probe, ""), again)
             if reason is not None:
                 return f"in the target's template{with_rewrite}: {reason}"
-        reasons = (judge(row.prompt, row.columns) for judge in judges)
-        return next((reason for reason in reasons if reason is not None), None)
+        return judged(row.prompt, row.columns)
 
     return unread
 

@@ -54,7 +54,8 @@ def measure(
         kind = row.columns["kind"]
         for rewrite in rewrites:
             tokens = sum(r.num_tokens for r in rewrite.responses) / responses
-            for text in (rewrite.text, *[RIGHT_RULE] * (rewrite.text == RULES[kind])):
+            is_right = rewrite.text == RULES[kind]
+            for text in (rewrite.text, RIGHT_RULE) if is_right else (rewrite.text,):
                 found[text][kind].append(rewrite.reward)
                 found[text][TOKENS].append(tokens)
     return {

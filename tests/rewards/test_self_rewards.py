@@ -16,7 +16,7 @@ from alignpro.rewards import build_reward, from_callable
 from alignpro.rewards.check import (
     check_columns,
     offer_scorer,
-    reward_unread_by,
+    rewards_unread_by,
     score_checked,
 )
 from alignpro.rewards.combine import score_rollout
@@ -165,10 +165,10 @@ def test_the_longest_row_that_is_said_to_fit_is_scored(model):
     answer = "a heron in the rain"
     params = SamplingParams(max_new_tokens=len(model.tokenizer.encode(answer)))
     reward, prompt = build_reward("chair+2*grounding"), Conversation((("system", "x"),), "tides")
-    unread = reward_unread_by(reward, params)
+    unread = rewards_unread_by([reward], params)
     assert unread(prompt, {"source": "tin " * 999}) is None  # no model is given to it yet
     offer_scorer(reward, TargetScorer(model))
-    unread = reward_unread_by(reward, params)
+    unread = rewards_unread_by([reward], params)
     grounding = reward.terms["grounding"][1]
     refused = []
     for count in range(20, 120):
@@ -184,4 +184,4 @@ def test_the_longest_row_that_is_said_to_fit_is_scored(model):
     assert "exceed the context of" in reason and {True, False} == set(refused)
     words = build_reward("grounding#words")
     offer_scorer(words, TargetScorer(model))
-    assert reward_unread_by(words, params)("a", {"source": "tin " * 999}) is None
+    assert rewards_unread_by([words], params)("a", {"source": "tin " * 999}) is None

@@ -24,7 +24,7 @@ from alignpro.data.files import DataError
 from alignpro.data.preferences import PreferenceRow
 from alignpro.models.native_model import load_model
 from alignpro.rewards import build_reward
-from alignpro.rewards.check import reward_unread_by
+from alignpro.rewards.check import rewards_unread_by
 from alignpro.rewards.learned import LearnedReward, answer_features, read_answer
 from alignpro.train.reward_fit import fit_reward, opening, run_reward_fit, split_rows
 from alignpro.types import Conversation, SamplingParams
@@ -298,7 +298,7 @@ def test_a_run_is_trained_by_it_and_knows_it_again(made, tmp_path):
 def test_the_longest_row_that_is_said_to_fit_is_scored(made):
     reward, answer = build_reward(f"learned:{made / 'kind'}"), "be kind and warm"
     written = len(reward.model.tokenizer.encode(answer))
-    unread = reward_unread_by(reward, SamplingParams(max_new_tokens=written))
+    unread = rewards_unread_by([reward], SamplingParams(max_new_tokens=written))
     refused = []
     for count in range(20, reward.model.context_length):
         prompt = "why " * count

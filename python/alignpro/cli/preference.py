@@ -19,6 +19,7 @@ from alignpro.cli.shared import (
     check_inputs,
     data_given,
     examples,
+    key_values,
     needs_torch,
     one_line_errors,
     read_settings,
@@ -132,13 +133,7 @@ def reward_fit(
     pairs: Annotated[
         str, typer.Argument(help="Pairs: a file, a packaged name, or a data set on the hub.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Fields of the configuration, such as seed=1 or model=smollm2.",
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, key_values("seed=1 or model=smollm2")] = None,
     output: Annotated[
         Path, typer.Option("--output", help="Folder of the reward, which is made.")
     ] = Path("alignpro-reward"),

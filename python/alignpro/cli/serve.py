@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from alignpro.cli.shared import Config, app, examples, needs_serve, one_line_errors, read_settings
+from alignpro.cli.shared import (
+    Config,
+    app,
+    examples,
+    key_values,
+    needs_serve,
+    one_line_errors,
+    read_settings,
+)
 
 
 @app.command(
@@ -21,13 +29,7 @@ from alignpro.cli.shared import Config, app, examples, needs_serve, one_line_err
 @one_line_errors
 def serve(
     config: Config = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Fields of the configuration, such as threads=1 or guards.language=false.",
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, key_values("threads=1 or guards.language=false")] = None,
     run: Annotated[
         str | None, typer.Option(help="Run whose prompter rewrites the last user turns.")
     ] = None,

@@ -84,13 +84,14 @@ def examples(*lines: str) -> str:
     return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
 
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Fields of the configuration, such as seed=1 or prompter.model=smollm2.",
-    ),
-]
+def key_values(such_as: str) -> Any:
+    """The argument of a command that takes fields of its configuration; such_as: two of them."""
+    return typer.Argument(
+        metavar="[KEY=VALUE]...", help=f"Fields of the configuration, such as {such_as}."
+    )
+
+
+Overrides = Annotated[list[str] | None, key_values("seed=1 or prompter.model=smollm2")]
 Output = Annotated[
     Path | None,
     typer.Option("--output", help="Write the numbers to this JSON file; see also --run."),

@@ -16,6 +16,7 @@ from alignpro.cli.shared import (
     app,
     check_inputs,
     examples,
+    key_values,
     needs_torch,
     one_line_errors,
     read_settings,
@@ -131,13 +132,7 @@ def bound(
 @one_line_errors
 def mix(
     config: Config = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Fields of the configuration, such as seed=1 or kl_coef=0.1.",
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, key_values("seed=1 or kl_coef=0.1")] = None,
     output: Annotated[
         Path | None,
         typer.Option(

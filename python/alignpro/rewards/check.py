@@ -254,11 +254,17 @@ def offer_scorer(reward: Reward, scorer: AnswerScorer) -> None:
         use(scorer)
 
 
-def reward_unread_by(reward: Reward, params: SamplingParams) -> Unread:
-    """Why a reward that reads with a model cannot read a row, by its prompt and its columns, with a
-    response that is drawn by ``params``; None where it can, or reads with none."""
-    of = getattr(reward, "unread_by", None)
-    return (lambda prompt, columns: None) if of is None else of(params)
+def rewards_unread_by(rewards: Iterable[Reward], params: SamplingParams) -> Unread:
+    """Why one of the rewards, which reads with a model, cannot read a row, by its prompt and its
+    columns, with a response that is drawn by ``params``; None where all can, or read with none."""
+    of = [getattr(reward, "unread_by", None) for reward in rewards]
+    parts: list[Unread] = [unread_by(params) for unread_by in of if unread_by is not None]
+
+    def unread(prompt: Prompt, columns: Mapping[str, Any]) -> str | None:
+        reasons = (part(prompt, columns) for part in parts)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    return unread
 
 
 def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -16,7 +16,7 @@ from alignpro.rewards.check import (
     response_columns,
     reward_inputs,
     reward_name,
-    reward_unread_by,
+    rewards_unread_by,
     score_checked,
 )
 from alignpro.types import AnswerScorer, Prompt, Reward, Rollout, SamplingParams, Texts
@@ -90,14 +90,8 @@ class WeightedSum:
             offer_scorer(reward, scorer)
 
     def unread_by(self, params: SamplingParams) -> Unread:
-        """As `reward_unread_by`, of the first part that cannot read a row."""
-        parts = [reward_unread_by(reward, params) for _, reward in self.terms.values()]
-
-        def unread(prompt: Prompt, columns: Mapping[str, Any]) -> str | None:
-            reasons = (part(prompt, columns) for part in parts)
-            return next((reason for reason in reasons if reason is not None), None)
-
-        return unread
+        """As `rewards_unread_by`, of the parts."""
+        return rewards_unread_by((reward for _, reward in self.terms.values()), params)
 
     def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """As `FunctionReward.check_columns`, of every part."""

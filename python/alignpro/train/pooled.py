@@ -28,7 +28,7 @@ from alignpro.types import Response, Rewrite
 # Prompts that a text was answered behind, to be a candidate. The best of many estimates is the
 # luckiest: with every text a candidate, the fit wrote what had once earned 1 (KL 16 nats).
 SHARED_BY = 5
-# Of the prompts' states, each: what all of their coordinates tell beyond these is mostly noise.
+# Principal axes that are kept of either state: with all, texts are chosen worse (house-rules.md).
 AXES = 16
 LABEL_STREAM = 4  # of randomness, beside those of the pipeline, the minibatches and the search
 
