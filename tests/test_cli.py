@@ -266,8 +266,8 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["train", "missing.yaml"], "missing.yaml: expected a YAML file of settings, found no su"),
         (["train", "."], ".: expected a YAML file of settings, found a folder"),
         (["train", "steps=few"], "steps: expected an integer, got 'few'"),
-        (["evaluate", "untuned=a/folder"], "untuned: is now prompter.adapter"),
-        (["train", "{yaml}", "target_device=cuda"], "target_device: is now target.device"),
+        (["evaluate", "prompter_mode=fast"], "prompter_mode: is now prompter.deterministic"),
+        (["train", "{yaml}", "target_mode=fast"], "target_mode: is now target.deterministic"),
         (["train", "{yaml}", "lerning_rate=1"], 'did you mean "learning_rate"?'),
         (
             ["quickstart", "stepz=1"],

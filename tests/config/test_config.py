@@ -79,7 +79,6 @@ def test_a_partial_group_keeps_the_outer_defaults():
         ({"max_new_token": 1}, "mean rewrite.max_new_tokens or response.max_new_tokens?"),
         ({"chat_template": "x"}, "did you mean prompter.chat_template or target.chat_template?"),
         ({"lora.rank": 1}, "in a file its groups are nested, lora: {rank: ...}"),
-        ({"lr": 1}, 'unknown configuration key "lr"; known: prompter, target, data'),
         ({"run_dir": ""}, "run_dir: expected a path or a name, got ''"),
         ({"data": {"prompt": ["a", "a"]}}, "data.prompt: expected each column once"),
         ({"lora": {"rnk": 1}}, 'unknown configuration key "lora.rnk"; did you mean "rank"?'),

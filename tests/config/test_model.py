@@ -1,4 +1,4 @@
-"""The group that describes a model, and the keys that it took the place of."""
+"""The group that describes a model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from pathlib import Path
 import pytest
 
 from alignpro.config import (
-    BoundConfig,
-    EvalConfig,
-    HeadroomConfig,
     JudgeConfig,
     ModelConfig,
-    QuickstartConfig,
     SftConfig,
     TrainConfig,
     from_mapping,
@@ -27,37 +23,6 @@ def refusal(make, *arguments, **keywords):
         make(*arguments, **keywords)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.mark.parametrize("cls", [TrainConfig, EvalConfig, HeadroomConfig, BoundConfig])
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("model", "prompter.model"),
-        ("adapter", "prompter.adapter"),
-        ("untuned", "prompter.adapter"),
-        ("prompter_device", "prompter.device"),
-        ("prompter_compute", "prompter.compute"),
-        ("prompter_mode", "prompter.deterministic (true for strict, false for fast)"),
-        ("target_device", "target.device"),
-        ("target_compute", "target.compute"),
-        ("target_mode", "target.deterministic (true for strict, false for fast)"),
-    ],
-)
-def test_old_keys_name_the_new_one(cls, old, new, tmp_path):
-    assert refusal(from_mapping, cls, {old: "x"}) == f"{old}: is now {new}"
-    assert refusal(load_yaml, cls, None, [f"{old}=x"]) == f"{old}: is now {new}"
-    (tmp_path / "old.yaml").write_text(f"{old}: x\n")
-    assert refusal(load_yaml, cls, tmp_path / "old.yaml").endswith(f"{old}: is now {new}")
-    with pytest.raises(TypeError, match=old):
-        cls(**{old: "x"})
-
-
-def test_old_keys_inside_a_stage_and_old_words():
-    line = refusal(from_mapping, QuickstartConfig, {"train": {"target_device": "cuda"}})
-    assert line == "train.target_device: is now train.target.device"
-    line = refusal(from_mapping, TrainConfig, {"zero_signal": "skip"})
-    assert line == "zero_signal: is now zero_advantage_group"
 
 
 def test_a_model_may_be_its_name_alone():
@@ -111,7 +76,7 @@ def test_the_trained_model(config, trained):
 def test_a_warm_start_trains_a_fresh_adapter():
     line = refusal(SftConfig, prompter=ModelConfig("p", adapter="a"))
     assert line == "prompter.adapter: expected null: a fresh one is trained, got 'a'"
-    assert refusal(from_mapping, SftConfig, {"model": "p"}) == "model: is now prompter.model"
+    assert from_mapping(SftConfig, {"model": "p"}) == SftConfig(prompter=ModelConfig("p"))
 
 
 def test_a_judge_is_a_model_or_an_endpoints_name():

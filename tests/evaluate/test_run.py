@@ -230,7 +230,6 @@ def test_rows_that_are_an_instruction_are_the_static_arm(files):
         ({"static": 3}, "static: expected text or a mapping of fields or null, got 3"),
         ({"static": {"budget": 3}}, "static.budget: expected at least"),
         ({"static": {"data": {"split": "heldout"}}}, "4 of the 4 prompts to search on"),
-        ({"static": {}, "split": None}, "split: is now data.split"),
         (
             {"static": {"budget_tokens": "auto"}, "trained": None},
             "static.budget_tokens: auto: expected a trained adapter with its run's metrics.jsonl",

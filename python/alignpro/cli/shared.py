@@ -258,7 +258,8 @@ def check_inputs(options: Any, *, resume: bool = False) -> None:
     from alignpro.config import ModelConfig
     from alignpro.config.data import Source
     from alignpro.config.extract import SchemaConfig
-    from alignpro.config.fields import is_noted, type_hints
+    from alignpro.config.fields import is_noted
+    from alignpro.config.keys import type_hints
     from alignpro.data.load import find_file
     from alignpro.models.resolve import path_or_name
     from alignpro.rewards.build import check_reward

@@ -18,7 +18,8 @@ import typing
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from alignpro.config.fields import Range, default_of, type_hints
+from alignpro.config.fields import Range, default_of
+from alignpro.config.keys import type_hints
 
 _WIDTH = 96
 

@@ -22,6 +22,7 @@ from alignpro.config.fields import (
     only_default,
     require,
 )
+from alignpro.config.keys import ReadsOldKeys
 from alignpro.config.model import PROMPTER, ModelConfig, check_local, target_of
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, StageConfig
 from alignpro.types import SamplingParams
@@ -69,7 +70,7 @@ def read_requirement(text: str, arms: Collection[str] = ARMS) -> Requirement:
 
 @dataclass(frozen=True)
 @checked
-class StaticSearch:
+class StaticSearch(metaclass=ReadsOldKeys):
     """Search for the best fixed instruction on training prompts, by successive halving."""
 
     data: DataConfig = field(default_factory=DataConfig)

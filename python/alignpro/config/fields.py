@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
-import functools
 import json
 import numbers
 import os
@@ -23,6 +22,8 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from alignpro.config.keys import alternatives, current_keys, type_hints, unknown_key
 
 T = TypeVar("T")
 
@@ -68,22 +69,6 @@ Date = Annotated[str, Range(_is_iso_date, 'a date such as "2026-11-28"')] | None
 # The key of a group that was given as text before some of its fields were: see `apply_overrides`.
 TEXT = ""
 
-# What keys were called before there was one group for a model, and one word for a thing.
-_RENAMED = {
-    "model": "prompter.model",
-    "adapter": "prompter.adapter",
-    "untuned": "prompter.adapter",
-    "prompter_device": "prompter.device",
-    "prompter_compute": "prompter.compute",
-    "prompter_mode": "prompter.deterministic (true for strict, false for fast)",
-    "target_device": "target.device",
-    "target_compute": "target.compute",
-    "target_mode": "target.deterministic (true for strict, false for fast)",
-    "zero_signal": "zero_advantage_group",
-    "split": "data.split",
-}
-
-
 # Choices that are gone: (field, value) to what does it.
 _INSTEAD = {
     ("algorithm", "grpo"): "its advantage in the clipped loss is ppo with normalize_advantage true",
@@ -127,12 +112,13 @@ def from_mapping(
         raise ValueError(f"{path or cls.__name__}: expected a mapping of fields, got {mapping!r}")
     if TEXT in mapping and (text_field := getattr(cls, "text_field", "")):
         mapping = {text_field: mapping[TEXT], **{k: v for k, v in mapping.items() if k != TEXT}}
+    mapping = current_keys(cls, mapping, path)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in mapping.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in fields:
-            raise ValueError(_unknown(str(key), name, cls, fields))
+            raise ValueError(unknown_key(str(key), name, cls, fields))
         # A group that names some of its fields keeps this class's defaults for the others, which
         # need not be those of the group's own class.
         default = default_of(fields[key]) if base is None else getattr(base, key)
@@ -151,37 +137,6 @@ def unchecked(cls: type[T], values: Mapping[str, Any]) -> T:
         value = values[f.name] if f.name in values else default_of(f)
         object.__setattr__(made, f.name, value)
     return made
-
-
-def _unknown(key: str, name: str, cls: type[Any], fields: Mapping[str, Any]) -> str:
-    now = _RENAMED.get(key, "")
-    if now and now.split(".")[0] in fields:
-        return f"{name}: is now {name.removesuffix(key)}{now}"
-    unknown = f'unknown configuration key "{name}"'
-    group, dot, rest = key.partition(".")
-    if dot and group in fields:
-        return f"{unknown}; in a file its groups are nested, {group}: {{{rest}: ...}}"
-    inside = [
-        (group, field)
-        for group in fields
-        for hint in _alternatives(type_hints(cls)[group])
-        if dataclasses.is_dataclass(hint)
-        for field in type_hints(hint)
-    ]
-
-    def in_groups(wanted: str) -> str:
-        prefix = name.removesuffix(key)
-        paths = [f"{prefix}{group}.{field}" for group, field in inside if field == wanted]
-        return f"{unknown}; did you mean {' or '.join(dict.fromkeys(paths))}?"
-
-    deeper = [field for _, field in inside]
-    if key in deeper:
-        return in_groups(key)
-    if close := difflib.get_close_matches(key, fields, n=1, cutoff=0.7):
-        return f'{unknown}; did you mean "{close[0]}"?'
-    if close := difflib.get_close_matches(key, deeper, n=1, cutoff=0.8):
-        return in_groups(close[0])
-    return f"{unknown}; known: {', '.join(fields)}"
 
 
 def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
@@ -282,21 +237,11 @@ def accepted(cls: type[Any], keys: Sequence[str]) -> Kinds:
                 found.append(type_hints(hint).get(key))
             elif _is_dict(hint):
                 found.append(typing.get_args(hint)[1])
-        hints = [one for hint in found for one in _alternatives(hint)]
+        hints = [one for hint in found for one in alternatives(hint)]
     groups = [h for h in hints if dataclasses.is_dataclass(h) or _is_dict(h)]
     lists = [h for h in hints if typing.get_origin(h) is tuple]
     short = any(getattr(group, "text_field", None) for group in groups)
     return Kinds(text=short or str in hints, group=bool(groups or lists))
-
-
-def _alternatives(hint: Any) -> list[Any]:
-    """The types that a hint allows, without their notes."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return [one for argument in arguments for one in _alternatives(argument)]
-    if origin is Annotated:
-        return [] if "bytes" in arguments else _alternatives(arguments[0])
-    return [hint]
 
 
 def _read_bytes(value: Any, name: str) -> int:
@@ -339,11 +284,6 @@ def is_noted(hint: Any, note: str) -> bool:
     if typing.get_origin(hint) is Annotated:
         return note in typing.get_args(hint)[1:]
     return any(is_noted(argument, note) for argument in typing.get_args(hint))
-
-
-type_hints: Callable[[Any], dict[str, Any]] = functools.cache(
-    functools.partial(typing.get_type_hints, include_extras=True)
-)
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:

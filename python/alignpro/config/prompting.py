@@ -20,6 +20,7 @@ from alignpro.config.fields import (
     only_default,
     require,
 )
+from alignpro.config.keys import ReadsOldKeys
 from alignpro.config.model import PROMPTER, PROMPTER_HERE, ModelConfig, check_local
 from alignpro.types import Conversation, Prompt, SamplingParams, transcript
 
@@ -284,7 +285,7 @@ class PairsFitConfig(FitConfig):
 
 @dataclass(frozen=True)
 @checked
-class StageConfig:
+class StageConfig(metaclass=ReadsOldKeys):
     """What every stage of two models says: which they are, how they are put together and drawn."""
 
     prompter: ModelConfig = PROMPTER

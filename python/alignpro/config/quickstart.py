@@ -18,6 +18,7 @@ from alignpro.config.fields import (
     default_of,
     require,
 )
+from alignpro.config.keys import ReadsOldKeys
 from alignpro.config.model import PROMPTER, ModelConfig
 from alignpro.config.prompting import LoraConfig, Prompting
 from alignpro.config.sft import SftConfig
@@ -29,7 +30,7 @@ QUICKSTART = Path(__file__).parents[1] / "data" / "quickstart.yaml"
 
 @dataclass(frozen=True)
 @checked
-class QuickstartConfig:
+class QuickstartConfig(metaclass=ReadsOldKeys):
     """Warm start, training and evaluation in one go.
 
     The fields here hold for every stage; ``sft``, ``train`` and ``evaluate`` hold the rest.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from alignpro.config.fields import TEXT, Kinds, accepted, from_mapping
+from alignpro.config.keys import current_key, current_keys
 
 T = TypeVar("T")
 
@@ -154,12 +155,13 @@ def apply_overrides(
     A text is taken as it was typed, its line breaks, "#" and outer spaces with it, unless YAML's
     quotes stand around all of it; null is none. Values of other fields are read as YAML.
     """
-    result: dict[str, Any] = _plain(mapping)
+    result: dict[str, Any] = current_keys(cls, _plain(mapping))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise ValueError(f'override "{override}": expected key=value')
-        *parents, last = key.strip().split(".")
+        first, *inner = key.strip().split(".")
+        *parents, last = [*current_key(cls, first).split("."), *inner]
         value = _typed(text, accepted(cls, [*parents, last]))
         group = result
         for parent in parents:

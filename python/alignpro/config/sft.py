@@ -8,13 +8,14 @@ from typing import Annotated
 from alignpro.config.data import PairsConfig
 from alignpro.config.extract import SchemaConfig
 from alignpro.config.fields import Place, above, at_least, checked, require
+from alignpro.config.keys import ReadsOldKeys
 from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
 from alignpro.config.prompting import PairsFitConfig, Prompting, check_tuner
 
 
 @dataclass(frozen=True)
 @checked
-class SftConfig(PairsFitConfig):
+class SftConfig(PairsFitConfig, metaclass=ReadsOldKeys):
     """The supervised warm start: fits (prompt, instruction) pairs."""
 
     prompter: ModelConfig = PROMPTER
