@@ -43,7 +43,7 @@ def topic(prompt: str) -> frozenset[str]:
 
 def test_equal_shares_of_the_kinds_in_every_split(prompts):
     shares = Counter((row.columns["split"], row.columns["kind"]) for row in prompts)
-    sizes = {"train": 40, "validation": 8, "heldout": 16}
+    sizes = {"train": 40, "validation": 8, "heldout": 16, "unseen": 10}
     assert shares == {(split, kind): n for split, n in sizes.items() for kind in KINDS}
 
 
