@@ -468,7 +468,8 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 def test_quickstart_hands_its_fields_to_every_stage():
     config = from_mapping(
         QuickstartConfig,
-        {"seed": 7, "reward": "vader", "lora": {"rank": 3}, "train": {"steps": 2}, "target": "t"}
+        {"seed": 7, "reward": "vader", "lora": {"rank": 3}, "target": "t"}
+        | {"train": {"steps": 2, "kl_coef": 0.3}}
         | {"prompter": {"model": "m", "device": "cuda", "compute": "bfloat16"}},
     )
     sft, train, evaluate = config.stages()
@@ -476,7 +477,7 @@ def test_quickstart_hands_its_fields_to_every_stage():
     assert train.target == evaluate.target == ModelConfig("t")
     assert (train.reward, evaluate.reward) == ("vader", "vader")
     assert sft.lora == train.lora == LoraConfig(rank=3)
-    assert train.steps == 2
+    assert train.steps == 2 and evaluate.kl_coef == 0.3  # that of the optimum
     for stage in (sft, train, evaluate):
         assert stage.prompter == ModelConfig("m", device="cuda", compute="bfloat16")
 
@@ -494,3 +495,5 @@ def test_quickstart_refuses_a_shared_field_in_one_stage(mapping):
     # It would be overwritten without a word.
     with pytest.raises(ValueError, match="quickstart sets it for every stage"):
         from_mapping(QuickstartConfig, mapping)
+    with pytest.raises(ValueError, match=r"evaluate\.kl_coef: .* \(it goes in train\.kl_coef\)"):
+        from_mapping(QuickstartConfig, {"evaluate": {"kl_coef": 0.1}})

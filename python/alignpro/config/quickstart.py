@@ -16,6 +16,7 @@ from alignpro.config.fields import (
     Threads,
     checked,
     default_of,
+    only_default,
     require,
 )
 from alignpro.config.keys import ReadsOldKeys
@@ -69,6 +70,7 @@ class QuickstartConfig(metaclass=ReadsOldKeys):
         unset = "null: quickstart trains its own adapters"
         require("prompter.adapter", adapter, adapter is None, unset)
         require("evaluate.trained", trained, trained is None, unset)
+        only_default(self.evaluate, "kl_coef", "in train.kl_coef", path="evaluate.")
         shared = {f.name for f in dataclasses.fields(self)}
         for stage in ("sft", "train", "evaluate"):
             options = getattr(self, stage)
@@ -87,4 +89,7 @@ class QuickstartConfig(metaclass=ReadsOldKeys):
             shared = {f.name for f in dataclasses.fields(stage)} & names
             return dataclasses.replace(stage, **{name: getattr(self, name) for name in shared})
 
-        return filled(self.sft), filled(self.train), filled(self.evaluate)
+        evaluate = filled(self.evaluate)
+        if self.train.kl_coef:  # no optimum is at 0
+            evaluate = dataclasses.replace(evaluate, kl_coef=self.train.kl_coef)
+        return filled(self.sft), filled(self.train), evaluate
