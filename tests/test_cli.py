@@ -176,6 +176,7 @@ def test_generate_through_the_trained_prompter(quick):
     first, second = run(*arguments), run(*arguments)
     assert first.stdout == second.stdout and first.stdout.endswith("\n")
     assert first.stderr.startswith("rewrite: ")
+    assert len({run(*arguments[:-1], n, "--rewrite-temperature", 0).stderr for n in (2, 3)}) == 1
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +298,7 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["generate", "", "--model", "nothing.gguf"], "prompt: expected text"),
         (["generate", "x", "--model", "nothing.gguf", "--temperature", "-1"], "temperature: exp"),
         (["generate", "x", "--run", "nothing"], "nothing: expected the directory of a run"),
+        (["generate", "x", "--rewrite-temperature", "0"], "--rewrite-temperature: expected --run"),
         (
             ["generate", "x", "--run", "nothing", "--chat-template", "rag"],
             "expected no chat template with --run",
@@ -486,11 +488,8 @@ def test_the_base_install_generates_and_informs(tiny):
     info = python(code.format(arguments=["alignpro", "info"]))
     assert info.returncode == 0, info.stderr
     rows = dict(line.split(maxsplit=1) for line in info.stdout.splitlines())
-    assert (
-        rows["cpu_isa"] in ("amx", "avx512", "avx2", "neon", "generic")
-        and int(rows["threads"]) >= 1
-    )
-    assert rows["cuda"] == "no"
+    assert rows["cpu_isa"] in ("amx", "avx512", "avx2", "neon", "generic")
+    assert int(rows["threads"]) >= 1 and rows["cuda"] == "no"
     arguments = ["alignpro", "generate", "the heron", "--model", str(tiny), "--max-new-tokens", "3"]
     written = python(code.format(arguments=arguments))
     assert written.returncode == 0, written.stderr

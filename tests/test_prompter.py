@@ -79,6 +79,21 @@ def test_an_adapter_and_a_model_are_enough(run, prompter):
     assert untuned.rewrites(["the heron"], seed=3)[0][0].text
 
 
+def test_rewrites_are_drawn_otherwise_than_in_training(run, prompter):
+    greedy = alignpro.Prompter.from_run(run, sampling={"temperature": 0}, model=prompter.model)
+    texts = {greedy.rewrite("the heron", seed=seed).text for seed in range(4)}
+    assert texts == {greedy.rewrite("the heron", seed=9).text}
+    assert len({prompter.rewrite("the heron", seed=seed).text for seed in range(4)}) > 1
+    refused = {
+        "temprature": "sampling.temprature.*did you mean",
+        "n": "rewrite.n",
+        "top_p": "top_p",
+    }
+    for key, said in refused.items():
+        with pytest.raises(ValueError, match=said):
+            alignpro.Prompter.from_run(run, sampling={key: 3}, model=prompter.model)
+
+
 def test_a_warm_start_is_a_prompter_too(tiny_model_dir, tmp_path):
     folder = tmp_path / "sft"
     model = alignpro.ModelConfig(str(tiny_model_dir("llama")))

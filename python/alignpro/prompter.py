@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import os
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from alignpro.config import (
     ModelConfig,
     Prompting,
     SftConfig,
+    from_mapping,
 )
 from alignpro.models.adapter import AdapterWeights
 from alignpro.models.adapter_files import CONFIG as ADAPTER_CONFIG
@@ -103,6 +104,7 @@ class Prompter:
         *,
         threads: int | None = None,
         guards: GuardConfig | None = None,
+        sampling: Mapping[str, Any] | None = None,
         model: NativeModel | None = None,
         **options: Any,
     ) -> Prompter:
@@ -110,21 +112,24 @@ class Prompter:
         prompting and the sampling that it was trained with.
 
         Args:
+            sampling: fields of `SamplingParams` in which rewrites are drawn otherwise than in
+                training, such as ``{"temperature": 0.0}``.
             model: one with the run's base weights that is loaded already; None loads it.
             options: fields of `ModelConfig` that are to be others here, such as ``device``.
 
         Raises:
             FileNotFoundError: no run, or one without an adapter yet. ValueError: a run that tuned
-                the target. Otherwise as the class.
+                the target, or no such field. Otherwise as the class.
         """
         config = config_of_prompter(run)
+        params = from_mapping(SamplingParams, sampling or {}, path="sampling", base=config.rewrite)
         if model is None:
             model = load_model(config.prompter, threads, date=config.date, **options)
         return cls(
             model,
             Path(run) / "adapter",
             prompting=config.prompting,
-            params=config.rewrite,
+            params=params,
             guards=guards,
         )
 

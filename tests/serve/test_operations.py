@@ -128,6 +128,7 @@ def test_a_second_run_has_its_share_and_keeps_its_conversations(upstream):
         ({"share": 0.5, "run": "a"}, "share: expected 0 without second_run"),
         ({"share": 1.5}, "share: expected between 0 and 1"),
         ({"second_run": "a", "rewrite": False}, "second_run: expected null without run"),
+        ({"sampling": {"n": 1}, "rewrite": False}, "sampling: expected null without run"),
         ({}, "rewrite: expected false without run"),
     ],
 )
@@ -158,6 +159,17 @@ def test_on_one_engine_every_model_is_told_its_own_date(tiny_model_dir, tmp_path
     models.append(proxy._upstream._model)
     assert [one.tokenizer.date for one in models] == [*dates, today()]
     assert len({id(one.core_model) for one in models}) == 1
+    asyncio.run(proxy.close())
+
+
+def test_rewrites_are_drawn_as_a_route_says(tiny_model_dir, tmp_path):
+    run = str(save_run(tmp_path / "run", tiny_model_dir("llama"), 6))
+    greedy = {"run": run, "sampling": {"temperature": 0}}
+    routes = {"a": greedy, "b": greedy, "c": run}
+    made = alignpro.config.from_mapping(ServeConfig, {"upstream": "http://a", "routes": routes})
+    proxy = build_proxy(made)
+    drawn = [r._prompter._pipeline.rewrite_params.temperature for r in proxy._routes.rewriters]
+    assert drawn == [0.0, 1.0]
     asyncio.run(proxy.close())
 
 

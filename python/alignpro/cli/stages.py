@@ -335,6 +335,10 @@ def generate(
     top_p: Annotated[
         float, typer.Option(help="Sample from the likeliest tokens of this mass; 1 is all of them.")
     ] = 1.0,
+    rewrite_temperature: Annotated[
+        float | None,
+        typer.Option(help="Sampling temperature of the rewrite; the default is the run's."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Random seed; the default is a fresh one.")
     ] = None,
@@ -382,6 +386,9 @@ def generate(
         chats.append(f"chat_template_kwargs={chat_template_kwargs}")
     if run is not None and chats:
         raise ValueError(f"{chats[0]}: expected no chat template with --run, which has its own")
+    sampling = None if rewrite_temperature is None else {"temperature": rewrite_temperature}
+    if run is None and sampling is not None:
+        raise ValueError("--rewrite-temperature: expected --run, whose prompter rewrites")
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
@@ -398,6 +405,8 @@ def generate(
             named_target = None if isinstance(settings, SftConfig) else settings.target
             answers = placed(target_of(settings.prompter, named_target))
             if not isinstance(settings, SftConfig) and settings.policy == "target":
+                if sampling is not None:
+                    raise ValueError(f"--rewrite-temperature: {run} has no prompter")
                 target = load_model(answers, threads, date=settings.date)
                 adapter = str(run / "adapter")
             else:
@@ -407,7 +416,7 @@ def generate(
                     placed(settings.prompter), answers, threads, date=settings.date
                 )
                 adapter = answers.adapter
-                rewriting = Prompter.from_run(run, model=prompter)
+                rewriting = Prompter.from_run(run, model=prompter, sampling=sampling)
                 rewrite = rewriting.rewrites([text], seed=seed)[0][0]
                 typer.echo(f"rewrite: {rewrite.text}", err=True)
                 text = Conversation.of(rewrite.target_prompt).last_turn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from alignpro.config.endpoint import check_url
 from alignpro.config.fields import Bytes, Place, Range, Threads, above, at_least, checked, require
@@ -39,6 +39,9 @@ class RouteConfig:
 
     run: Place | None = None
     """The run whose prompter rewrites; null rewrites nothing."""
+    sampling: dict[str, Any] | None = None
+    """Fields of the run's ``rewrite`` in which rewrites are drawn otherwise than in training, such
+    as {temperature: 0}; null is none."""
     rewrite: bool | Literal["shadow"] = True
     """As of all requests, for this model's."""
     second_run: Place | None = None
@@ -47,6 +50,8 @@ class RouteConfig:
     """The share of conversations of the second run; a conversation stays with one of the two."""
 
     def __post_init__(self) -> None:
+        sampled = self.sampling is None or self.run is not None
+        require("sampling", self.sampling, sampled, "null without run")
         rewrites = self.rewrite is False or self.run is not None
         require("rewrite", self.rewrite, rewrites, "false without run")
         shared = self.share == 0 or self.second_run is not None
@@ -71,8 +76,8 @@ class ServeConfig(RouteConfig):
     shadow: they are rewritten beside the answer to the original, and the rewrite is only counted.
     """
     routes: dict[str, RouteConfig] | None = None
-    """By the name of a request's model, what is to be otherwise there: {name: {run, rewrite,
-    second_run, share}}."""
+    """By the name of a request's model, what is to be otherwise there: {name: {run, sampling,
+    rewrite, second_run, share}}."""
     audit: AuditConfig = field(default_factory=AuditConfig)
     """Where it is written down what became of chat requests."""
     deadline_seconds: Annotated[float, above(0)] = 0.15

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from alignpro.config import ModelConfig
 from alignpro.config.serve import RouteConfig, ServeConfig
@@ -29,25 +31,31 @@ def build_proxy(config: ServeConfig) -> Proxy:
     """
     audit = None if config.audit.path is None else AuditLog(config.audit)
     loaded: list[tuple[ModelConfig, NativeModel]] = []
-    rewriters: dict[Path, Rewriter] = {}
+    rewriters: dict[tuple[Path, str], Rewriter] = {}
 
-    def rewriter_of(name: str) -> Rewriter:
+    def rewriter_of(name: str, sampling: dict[str, Any] | None) -> Rewriter:
         run = Path(name).resolve()
-        if run not in rewriters:
+        key = run, json.dumps(sampling)
+        if key not in rewriters:
             made = config_of_prompter(name)
             base = made.prompter
             model = reusable(base, loaded, made.date)
             prompter = Prompter.from_run(
-                name, threads=config.threads, guards=config.guards, model=model
+                name,
+                threads=config.threads,
+                guards=config.guards,
+                sampling=sampling,
+                model=model,
             )
             loaded.append((base, prompter.model))
             shown = "".join(c if c.isprintable() else "?" for c in run.name)  # in a header
-            rewriters[run] = Rewriter(shown, prompter, config)
-        return rewriters[run]
+            rewriters[key] = Rewriter(shown, prompter, config)
+        return rewriters[key]
 
     def route_of(settings: RouteConfig) -> Route:
         runs = [run for run in (settings.run, settings.second_run) if run is not None]
-        return Route(mode_of(settings.rewrite), [rewriter_of(run) for run in runs], settings.share)
+        rewriting = [rewriter_of(run, settings.sampling) for run in runs]
+        return Route(mode_of(settings.rewrite), rewriting, settings.share)
 
     named = {model: route_of(route) for model, route in (config.routes or {}).items()}
     routes = Routes(route_of(config), named)
