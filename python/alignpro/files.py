@@ -34,6 +34,18 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to, which stands at ``path`` once the block is done and never before; what
+    a killed process left of it is written over. Nothing may be at ``path`` but an empty folder."""
+    path = path.absolute()
+    partial = path.with_name(path.name + PARTIAL)
+    partial.mkdir(parents=True, exist_ok=True)
+    yield partial
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
 def write_file(path: str | Path, content: str | bytes) -> None:
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -103,6 +115,13 @@ def check_folder(path: Path) -> None:
         raise FileExistsError(f"{path}: expected a folder, and {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{path}: cannot be written, {there} is another's")
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse a folder that something is in, as well. Raises as `check_folder`."""
+    check_folder(path)
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path}: is not empty; name another folder")
 
 
 def sync_folder(folder: Path) -> None:

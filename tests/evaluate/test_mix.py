@@ -210,7 +210,43 @@ def test_the_command_writes_an_adapter_that_loads(runs, monkeypatch):
     drawn = model.generate([[1, 2]], params, adapter=runs / "mixed")
     assert drawn == model.generate([[1, 2]], params, adapter=mixture)
     again = CliRunner().invoke(app, arguments)
-    assert again.exit_code == 2 and "is there already" in again.output
+    assert again.exit_code == 2 and "mixed: is not empty; name another folder" in again.output
+
+
+@pytest.mark.parametrize("written", ["alignpro.evaluate.mix.save_mixture", "os.replace"])
+def test_a_mixture_is_written_whole_or_not_at_all(runs, monkeypatch, written):
+    """Killed at any of its files, the same command does it in the same folder."""
+
+    def killed(*given, **named):
+        raise KeyboardInterrupt
+
+    small = config(runs, num_rewrites=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(written, killed)
+        run_mix(small, runs / "mixed")
+    assert not (runs / "mixed").exists()
+    (runs / "mixed").mkdir()
+    run_mix(small, runs / "mixed")
+    assert {entry.name for entry in (runs / "mixed").iterdir()} == {
+        *("adapter", "members", "mixture.json"),
+    }
+    assert not (runs / "mixed.partial").exists()
+    with pytest.raises(FileExistsError, match="kind: is not empty; name another folder"):
+        run_mix(small, runs / "kind")
+
+
+def test_each_run_is_read_once(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    read = []
+    monkeypatch.setattr(
+        "alignpro.evaluate.mix.config_of_run", lambda run: read.append(run) or config_of_run(run)
+    )
+    arguments = ["mix", "runs=[kind,brief]", "num_prompts=2", "num_rewrites=2", "--output", "mixed"]
+    for more in (["--distill", "--dry-run"], []):
+        done = CliRunner().invoke(app, [*arguments, *more])
+        assert done.exit_code == 0, done.output
+        assert [run.name for run in read] == ["kind", "brief"]
+        read.clear()
 
 
 @pytest.mark.parametrize(

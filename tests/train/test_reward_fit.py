@@ -321,6 +321,23 @@ def test_a_configuration_that_names_it(made, tmp_path, monkeypatch):
     assert not (made / "learned.py").exists()  # it is no module of the user's
 
 
+def test_a_reward_is_written_whole_or_not_at_all(made, tmp_path, monkeypatch):
+    """Killed as it is written, the same command does it in the same folder."""
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    config = from_mapping(
+        RewardFitConfig,
+        {"model": str(made / "model"), "data": str(made / "pairs.jsonl"), "folds": 2},
+    )
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("alignpro.train.reward_fit.write_json", killed)
+        run_reward_fit(config, tmp_path / "kind")
+    run_reward_fit(config, tmp_path / "kind")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["kind", "reward.json"]
+
+
 def test_what_is_refused(made, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing: expected the folder of a learned"):
         build_reward(f"learned:{tmp_path / 'nothing'}")
@@ -341,7 +358,7 @@ def test_what_is_refused(made, tmp_path):
         reward(["why"], [""], ["no " * limit])
     pairs = made / "pairs.jsonl"
     line = invoke("reward", "fit", pairs, "--output", made / "kind", code=2)
-    assert "is there already; --output names another folder" in line
+    assert "kind: is not empty; name another folder" in line
     line = invoke("reward", "fit", pairs, "model.adapter=x", code=2)
     assert "model.adapter: expected null: the states are the base model's" in line
     short = [f"model={made / 'model'}", "model.context_length=12", "--output", tmp_path / "o"]
