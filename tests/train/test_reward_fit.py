@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -22,6 +23,7 @@ from alignpro.config import (
 from alignpro.config.prefer import HeldOutPreferencesConfig
 from alignpro.data.files import DataError
 from alignpro.data.preferences import PreferenceRow
+from alignpro.models.answer_scores import chunks
 from alignpro.models.native_model import load_model
 from alignpro.rewards import build_reward
 from alignpro.rewards.check import rewards_unread_by
@@ -249,7 +251,8 @@ def test_a_row_depends_on_no_other(made, monkeypatch):
     model = load_model(made / "model", threads=2)
     chats = [read_answer(model, f"what is a {thing}", "be kind", "mean") for thing in THINGS]
     together = answer_features(model, chats)
-    monkeypatch.setattr("alignpro.rewards.learned._TOKENS", 2 * len(chats[0].tokens))
+    few = functools.partial(chunks, most=2 * len(chats[0].tokens))
+    monkeypatch.setattr("alignpro.rewards.learned.chunks", few)
     seen = []
     parts = answer_features(model, chats, lambda done, total: seen.append((done, total)))
     assert len(seen) > 2 and seen[-1] == (10, 10)
