@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -94,15 +94,24 @@ def append_line(path: str | Path, line: str) -> None:
             raise
 
 
-def recorded_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file that grows line by line, with their numbers from 1.
+def read_kept(path: Path, take: Callable[[int, Any], None], expected: str) -> None:
+    """Give the rows of a file that grows line by line to ``take``, with their numbers from 1.
 
-    A last line that a crash cut short is left out, and cut off the file once the others are taken:
-    who stops at one of them, because the file is no such one, leaves it as it was.
+    A last line that a crash cut short is left out, and cut off the file once the others are taken.
+
+    Raises:
+        ValueError: a line that is no JSON, or that ``take`` refuses by ValueError, KeyError or
+            TypeError; the file stays as it was.
     """
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
-    yield from enumerate(whole.splitlines(), start=1)
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            take(number, json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}, line {number}: expected {expected}; move the file away"
+            ) from None
     if whole != text:
         write_file(path, whole)
 

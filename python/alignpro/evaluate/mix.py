@@ -76,7 +76,8 @@ def run_mix(
     check_config(config, MixConfig)
     if output is not None:
         check_new_folder(output)
-    given = _Given.load(config, inputs or load_inputs(config), on_progress)
+    inputs = inputs or load_inputs(config)
+    given, betas, beta = _Given.load(config, inputs, on_progress), inputs.betas, inputs.beta
     experts, reference = given.experts, given.reference
     by_experts = [
         given.written(run, expert, k)
@@ -85,16 +86,16 @@ def run_mix(
     samples = [[w for group in of for w in group] for of in zip(*by_experts, strict=True)]
     ratios = given.scored(samples).ratios
     importance = math.log(len(experts)) - np.logaddexp.reduce(ratios, axis=2)
-    mixed = maxmin_weights(ratios, importance, betas=given.betas, beta=given.beta)
+    mixed = maxmin_weights(ratios, importance, betas=betas, beta=beta)
     if config.sampling == "sequence":
-        _check_exact(float(mixed.exponents.sum()), given.betas, given.beta)
+        _check_exact(float(mixed.exponents.sum()), betas, beta)
     of_draws = config.sampling == "token" and config.weights != "whole" and len(experts) > 1
     if of_draws:
         weights, token_wise = given.balanced(mixed.weights)
     else:
         weights = mixed.weights
         token_wise = given.scored(given.drawn(weights, "the mixture"))
-    exponents = exponents_of(weights, given.betas, given.beta)
+    exponents = exponents_of(weights, betas, beta)
     members = _members(config.runs, experts, exponents, reference)
     of_mixture, given_up = token_wise, None
     if config.sampling == "sequence":
@@ -108,7 +109,7 @@ def run_mix(
     logs = importance + ratios @ exponents
     report = MixReport(
         goals=given.goals(mixed, weights, ratios, of_mixture, of_soup),
-        kl_coef=given.beta,
+        kl_coef=beta,
         value=mixed.value,
         kkt_gap=mixed.kkt_gap,
         kl=mixed.kl,
@@ -171,9 +172,7 @@ class _Given:
     """The prompters of the runs, and the prompts that they are compared on."""
 
     config: MixConfig
-    runs: list[MixedRun]
-    betas: list[float]
-    beta: float
+    inputs: MixInputs
     model: NativeModel
     pipeline: Pipeline
     prompts: list[Prompt]
@@ -197,12 +196,7 @@ class _Given:
             return require_lora(model.load_adapter(folder), f"runs: {folder}")
 
         return cls(
-            config,
-            runs,
-            inputs.betas,
-            inputs.beta,
-            model=model,
-            pipeline=pipeline,
+            *(config, inputs, model, pipeline),
             prompts=[row.prompt for row in rows],
             experts=[matrices(run / "adapter") for run in inputs.runs],
             reference=None if began is None else matrices(began),
@@ -227,7 +221,7 @@ class _Given:
 
     def drawn(self, weights: Floats, what: str) -> list[list[Rewrite]]:
         """Token by token, with the same randomness for any weights."""
-        exponents = exponents_of(weights, self.betas, self.beta)
+        exponents = exponents_of(weights, self.inputs.betas, self.inputs.beta)
         members = _members(self.config.runs, self.experts, exponents, self.reference)
         return self.written(what, _mixture_of(members), len(self.experts) + 1)
 
@@ -237,12 +231,12 @@ class _Given:
         best: tuple[float, Floats, _Scored] | None = None
         for number in range(1, _MOST_ROUNDS + 1):
             drawn = self.scored(self.drawn(weights, f"the mixture, round {number}"))
-            served = self.betas * drawn.ratios.mean(axis=(0, 1))
-            value = float(served.min() - self.beta * (drawn.drawn - drawn.before).mean())
+            served = self.inputs.betas * drawn.ratios.mean(axis=(0, 1))
+            value = float(served.min() - self.inputs.beta * (drawn.drawn - drawn.before).mean())
             if best is None or value > best[0]:
                 best = value, weights, drawn
             before_step = weights
-            weights = balance_weights(weights, drawn.ratios, self.betas, self.beta)
+            weights = balance_weights(weights, drawn.ratios, self.inputs.betas, self.inputs.beta)
             if np.abs(weights - before_step).max() < _LEAST_STEP:
                 break
         assert best is not None
@@ -273,19 +267,20 @@ class _Given:
         of_soup: _Scored,
     ) -> dict[str, MixedGoal]:
         """By run. ratios: [prompts, samples, prompters], each prompter's own samples together."""
-        exponents = exponents_of(weights, self.betas, self.beta)
+        betas = self.inputs.betas
+        exponents = exponents_of(weights, betas, self.inputs.beta)
         goals = {}
-        for k, run in enumerate(self.config.runs):
+        for k, run in enumerate(self.inputs.runs.values()):
             count = self.config.num_rewrites
-            goals[run] = MixedGoal(
-                reward=_goal_of(self.runs[k]),
-                kl_coef=self.betas[k],
+            goals[self.config.runs[k]] = MixedGoal(
+                reward=_goal_of(run),
+                kl_coef=betas[k],
                 weight=float(weights[k]),
                 exponent=float(exponents[k]),
-                of_expert=float(self.betas[k] * ratios[:, k * count : (k + 1) * count, k].mean()),
+                of_expert=float(betas[k] * ratios[:, k * count : (k + 1) * count, k].mean()),
                 of_mixture=float(mixed.implicit[k]),
-                of_drawn=float(self.betas[k] * of_mixture.ratios[:, :, k].mean()),
-                of_adapter=float(self.betas[k] * of_soup.ratios[:, :, k].mean()),
+                of_drawn=float(betas[k] * of_mixture.ratios[:, :, k].mean()),
+                of_adapter=float(betas[k] * of_soup.ratios[:, :, k].mean()),
                 whole_weight=None if weights is mixed.weights else float(mixed.weights[k]),
             )
         return goals
