@@ -127,10 +127,14 @@ def check_folder(path: Path) -> None:
 
 
 def check_new_folder(path: Path) -> None:
-    """Refuse a folder that something is in, as well. Raises as `check_folder`."""
-    check_folder(path)
+    """As `check_folder`, of one that `whole_folder` is to put there: refuses one with something in
+    it, and a mount, which nothing can take the place of."""
+    for folder in (path, path.absolute().parent):
+        check_folder(folder)
     if path.exists() and any(path.iterdir()):
         raise FileExistsError(f"{path}: is not empty; name another folder")
+    if os.path.ismount(path):
+        raise FileExistsError(f"{path}: is a mount; name a folder in it")
 
 
 def sync_folder(folder: Path) -> None:

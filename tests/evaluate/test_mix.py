@@ -233,6 +233,9 @@ def test_a_mixture_is_written_whole_or_not_at_all(runs, monkeypatch, written):
     assert not (runs / "mixed.partial").exists()
     with pytest.raises(FileExistsError, match="kind: is not empty; name another folder"):
         run_mix(small, runs / "kind")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == runs / "volume")
+    with pytest.raises(FileExistsError, match="volume: is a mount; name a folder in it"):
+        run_mix(small, runs / "volume")
 
 
 def test_each_run_is_read_once(runs, monkeypatch):
