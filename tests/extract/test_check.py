@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import time
 
 import pytest
@@ -15,7 +16,7 @@ from alignpro.config import DataConfig
 from alignpro.data.load import load_prompts
 from alignpro.extract.check import judge, verify
 from alignpro.extract.schema import read_schema
-from alignpro.extract.source import Source
+from alignpro.extract.source import Source, are_near
 
 WEIGHED = read_schema(
     {
@@ -284,6 +285,26 @@ def test_what_is_near_is_beside_it_and_not_itself():
     assert [v.field for v in verify({**record, "code": "salt"}, read, text)] == ["name"]
     assert [v.field for v in verify({**record, "name": "pepper"}, read, text)] == ["name"]
     assert verify(record, read) == []  # without a source nothing is far
+
+
+def test_spans_are_near_as_every_pair_of_them_says():
+    source = random.Random(2)
+    seen = set()
+    for _ in range(500):
+        ours, theirs = (
+            [(b, b + source.randint(1, 4)) for b in source.sample(range(40), source.randint(0, 3))]
+            for _ in range(2)
+        )
+        most = source.randint(0, 9)
+        between = [max(x[0] - y[1], y[0] - x[1]) for x in ours for y in theirs]
+        expected = any(0 <= count <= most for count in between)
+        assert are_near(ours, theirs, most) == expected
+        seen.add(expected)
+    assert seen == {True, False}
+    many = [(place, place + 1) for place in range(0, 400_000, 4)]
+    started = time.process_time()
+    assert not are_near(many, [(end + 1, end + 2) for _, end in many], 0)
+    assert time.process_time() - started < 2
 
 
 def test_an_element_twice_is_a_violation_and_buys_nothing():

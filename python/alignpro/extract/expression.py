@@ -25,7 +25,7 @@ from alignpro.extract.formula import molar_mass
 from alignpro.extract.kinds import NUMERIC, FieldType, Leaf, ListOf, Object, Path, find
 from alignpro.extract.ranges import Bound
 from alignpro.extract.scope import BAD, NotJudgedError, Scope, UncomputableError, elements, look_up
-from alignpro.extract.source import gap
+from alignpro.extract.source import are_near
 from alignpro.extract.terms import (
     Term,
     check_same,
@@ -386,7 +386,7 @@ class _Compiler:
             if scope.source is None:
                 return True
             ours, theirs = scope.source.spans(a, left.leaf), scope.source.spans(b, right.leaf)
-            return any(gap(x, y) <= most for x in ours for y in theirs)
+            return are_near(ours, theirs, most)
 
         return Term("truth", run, **joined(left, right))
 
