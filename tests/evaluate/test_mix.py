@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from alignpro.evaluate.run import run_evaluate
 from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.mixture import Mixture, read_mixture
 from alignpro.models.native_model import load_model
-from alignpro.run_directory import config_of_run
+from alignpro.run_directory import config_of_run, read_record
 from alignpro.types import SamplingParams
 from native_runs import lora, save_run
 
@@ -242,13 +243,13 @@ def test_each_run_is_read_once(runs, monkeypatch):
     monkeypatch.chdir(runs)
     read = []
     monkeypatch.setattr(
-        "alignpro.evaluate.mix.config_of_run", lambda run: read.append(run) or config_of_run(run)
+        "alignpro.run_directory.read_record", lambda path: read.append(path) or read_record(path)
     )
     arguments = ["mix", "runs=[kind,brief]", "num_prompts=2", "num_rewrites=2", "--output", "mixed"]
     for more in (["--distill", "--dry-run"], []):
         done = CliRunner().invoke(app, [*arguments, *more])
         assert done.exit_code == 0, done.output
-        assert [run.name for run in read] == ["kind", "brief"]
+        assert read == [Path("kind/config.json"), Path("brief/config.json")]
         read.clear()
 
 

@@ -25,7 +25,7 @@ from alignpro.cli.shared import (
     writing,
 )
 from alignpro.optional import is_installed
-from alignpro.run_directory import CONFIG
+from alignpro.run_directory import CONFIG, config_of_run
 
 
 @app.command(
@@ -165,9 +165,10 @@ def mix(
         options = replace(options, weights=options.weights or "whole")
         if output is None:
             raise ValueError("--distill: trains what --output FOLDER will hold; name a folder")
+    runs = {Path(run): config_of_run(Path(run)) for run in options.runs}  # before any import
     from alignpro.evaluate.mix import is_mixed, load_inputs, run_mix
 
-    inputs = load_inputs(options)  # refused before anything is written
+    inputs = load_inputs(options, runs)
     wanted = None
     if distill and output is not None:
         from alignpro.train.distill import distill_config

@@ -25,7 +25,7 @@ from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.redraw import restriction
 from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
-from alignpro.run_directory import config_of_run, find_record, is_run_dir
+from alignpro.run_directory import RunConfig, config_of_run, find_record, is_run_dir
 from alignpro.statistics import Floats, Interval, bootstrap_mean_ci
 from alignpro.theory.mixture import (
     MixtureWeights,
@@ -129,11 +129,15 @@ def run_mix(
     return report
 
 
-def load_inputs(config: MixConfig) -> MixInputs:
-    """Raises ValueError for runs that did not begin with one untuned prompter, or not for the same
+def load_inputs(config: MixConfig, read: Mapping[Path, RunConfig] | None = None) -> MixInputs:
+    """read: the runs' configurations, where they are read already.
+
+    Raises ValueError for runs that did not begin with one untuned prompter, or not for the same
     use, and for goals without a KL penalty; FileNotFoundError for no run, or one that is not done.
     """
-    runs = {Path(run): _read_run(Path(run)) for run in config.runs}
+    if read is None:
+        read = {Path(run): config_of_run(Path(run)) for run in config.runs}
+    runs = {run: _mixed(run, of) for run, of in read.items()}
     (first_run, first), *others = runs.items()
     for run, other in others:
         _check_same_use(first_run, first, run, other)
@@ -370,10 +374,10 @@ def soup_of(
     )
 
 
-def _read_run(run: Path) -> MixedRun:
+def _mixed(run: Path, config: RunConfig) -> MixedRun:
+    """Refuses a run that does not mix."""
     if not is_run_dir(run):
         raise FileNotFoundError(f"runs: {run}: expected the directory of a run")
-    config = config_of_run(run)
     if not isinstance(config, TrainConfig | PreferConfig) or config.policy != "prompter":
         raise ValueError(
             f"runs: {run}: expected the training of a prompter, by a reward or on preferences"
