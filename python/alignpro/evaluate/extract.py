@@ -214,19 +214,17 @@ def extract_of_run(run: Path) -> ExtractConfig:
 
 def _pipeline(config: ExtractConfig, schema: Schema, calls: Path | None) -> Pipeline:
     assert config.schema is not None
-    prompter: NativeModel | None = None
+    prompter, adapter = None, None
     target: NativeModel | EndpointModel
     if config.prompter is not None:
         prompter, target = load_models(
             config.prompter, config.target, config.threads, calls=calls, date=config.date
         )
+        adapter = load_adapter(config.prompter.adapter, prompter)
     elif config.target.endpoint is not None:
         target = EndpointModel(config.target, calls)
     else:
         target = load_model(config.target, config.threads, date=config.date)
-    adapter = None
-    if config.prompter is not None and prompter is not None:
-        adapter = load_adapter(config.prompter.adapter, prompter)
     pipeline = Pipeline.configured(config, prompter, target, None).with_adapter(adapter)
     return pipeline.for_schema(schema, config.schema.format)
 
