@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -31,6 +31,18 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to, which stands at ``path`` once the block is done and never before; what
+    a killed process left of it is written over. Nothing may be at ``path`` but an empty folder."""
+    path = path.absolute()
+    partial = path.with_name(path.name + PARTIAL)
+    partial.mkdir(parents=True, exist_ok=True)
+    yield partial
+    os.replace(partial, path)
     sync_folder(path.parent)
 
 
@@ -82,15 +94,24 @@ def append_line(path: str | Path, line: str) -> None:
             raise
 
 
-def recorded_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file that grows line by line, with their numbers from 1.
+def read_kept(path: Path, take: Callable[[int, Any], None], expected: str) -> None:
+    """Give the rows of a file that grows line by line to ``take``, with their numbers from 1.
 
-    A last line that a crash cut short is left out, and cut off the file once the others are taken:
-    who stops at one of them, because the file is no such one, leaves it as it was.
+    A last line that a crash cut short is left out, and cut off the file once the others are taken.
+
+    Raises:
+        ValueError: a line that is no JSON, or that ``take`` refuses by ValueError, KeyError or
+            TypeError; the file stays as it was.
     """
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
-    yield from enumerate(whole.splitlines(), start=1)
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            take(number, json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}, line {number}: expected {expected}; move the file away"
+            ) from None
     if whole != text:
         write_file(path, whole)
 
@@ -103,6 +124,17 @@ def check_folder(path: Path) -> None:
         raise FileExistsError(f"{path}: expected a folder, and {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{path}: cannot be written, {there} is another's")
+
+
+def check_new_folder(path: Path) -> None:
+    """As `check_folder`, of one that `whole_folder` is to put there: refuses one with something in
+    it, and a mount, which nothing can take the place of."""
+    for folder in (path, path.absolute().parent):
+        check_folder(folder)
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path}: is not empty; name another folder")
+    if os.path.ismount(path):
+        raise FileExistsError(f"{path}: is a mount; name a folder in it")
 
 
 def sync_folder(folder: Path) -> None:

@@ -183,6 +183,13 @@ class Pipeline:
         other.reward = None
         return other
 
+    def without_target(self) -> Pipeline:
+        """The same prompter alone, whose rewrites no target has to be able to read."""
+        other = copy.copy(self)
+        other._target = other._target_here = None
+        other._adapters, other._answers = (self.prompter_adapter, None), None
+        return other
+
     def rollout(
         self,
         prompts: Sequence[PromptLike],

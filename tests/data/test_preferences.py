@@ -160,6 +160,13 @@ def test_a_row_keeps_its_columns(load):
             },
             "alike up to their last turn",
         ),
+        (
+            {
+                "chosen": "\n\nHuman: Why?\n\nAssistant: b\n\nHuman: So?\n\nAssistant: d",
+                "rejected": "\n\nHuman: Why?\n\nAssistant: c",
+            },
+            "alike up to their last turn",
+        ),
         ({"chosen": "b", "rejected": "c"}, "or dialogues that begin with 'Human:'"),
         ({"chosen": "x\n\nHuman: a\n\nAssistant: b", "rejected": "x"}, "or dialogues that begin"),
         (

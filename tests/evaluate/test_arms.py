@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from alignpro.config import EvalConfig, LoraConfig, OptimumConfig, Prompting
-from alignpro.evaluate.arms import kl_per_rewrite, sample_arms
+from alignpro.evaluate.arms import sample_arms
 from alignpro.evaluate.compare import compare_arms, gap_closed
 from alignpro.evaluate.optimum import resample_optimum, selection_reliability
 from alignpro.evaluate.results import to_json
 from alignpro.evaluate.static import StaticInstruction
+from alignpro.models.answer_scores import divergences
 from alignpro.models.native_model import load_model
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import WeightedSum
@@ -143,19 +144,22 @@ def test_kl_of_the_engines_rewrites(tiny_model_dir):
         response_params=SamplingParams(max_new_tokens=2),
     )
     rollout = pipeline.with_adapter(trained).rollout(PROMPTS * 5, num_rewrites=2, seed=1)
-    arguments = {"policy": trained, "temperature": 1.2}
-    value = kl_per_rewrite(model, rollout, reference=untuned, **arguments)
-    scores = LoraPolicy(model, trained).score(
-        [w.prompter_tokens + w.tokens for group in rollout.rewrites for w in group],
-        [len(w.prompter_tokens) for group in rollout.rewrites for w in group],
-        temperature=1.2,
-        reference=untuned,
-    )
-    assert value == pytest.approx(float(scores.kl.detach().sum()) / 40, rel=1e-5)
-    assert value > 0
-    assert kl_per_rewrite(model, rollout, reference=trained, **arguments) == 0.0
-    against_base = kl_per_rewrite(model, rollout, reference=None, **arguments)
-    assert against_base > 0 and not math.isclose(against_base, value)
+    rewrites = [w for group in rollout.rewrites for w in group]
+    read, written = [w.prompter_tokens for w in rewrites], [w.tokens for w in rewrites]
+
+    def against(reference):
+        return divergences(model, read, written, 1.2, policy=trained, reference=reference)
+
+    policy = LoraPolicy(model, trained)
+    rows = [p + w for p, w in zip(read, written, strict=True)]
+    scores = policy.score(rows, list(map(len, read)), temperature=1.2, reference=untuned)
+    kl = math.fsum(one.kl for one in against(untuned))
+    assert kl == pytest.approx(float(scores.kl.detach().sum()), rel=1e-5) and kl > 0
+    entropy = [one.entropy * len(w) for one, w in zip(against(untuned), written, strict=True)]
+    assert math.fsum(entropy) == pytest.approx(float(scores.entropy.detach().sum()), rel=1e-5)
+    assert {one.kl for one in against(trained)} == {0.0}
+    against_base = math.fsum(one.kl for one in against(None))
+    assert against_base > 0 and not math.isclose(against_base, kl)
     report = evaluate(
         pipeline,
         PROMPTS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from alignpro.evaluate.run import run_evaluate
 from alignpro.models.adapter import LoraWeights, save_peft
 from alignpro.models.mixture import Mixture, read_mixture
 from alignpro.models.native_model import load_model
-from alignpro.run_directory import config_of_run
+from alignpro.run_directory import config_of_run, read_record
 from alignpro.types import SamplingParams
 from native_runs import lora, save_run
 
@@ -210,7 +211,46 @@ def test_the_command_writes_an_adapter_that_loads(runs, monkeypatch):
     drawn = model.generate([[1, 2]], params, adapter=runs / "mixed")
     assert drawn == model.generate([[1, 2]], params, adapter=mixture)
     again = CliRunner().invoke(app, arguments)
-    assert again.exit_code == 2 and "is there already" in again.output
+    assert again.exit_code == 2 and "mixed: is not empty; name another folder" in again.output
+
+
+@pytest.mark.parametrize("written", ["alignpro.evaluate.mix.save_mixture", "os.replace"])
+def test_a_mixture_is_written_whole_or_not_at_all(runs, monkeypatch, written):
+    """Killed at any of its files, the same command does it in the same folder."""
+
+    def killed(*given, **named):
+        raise KeyboardInterrupt
+
+    small = config(runs, num_rewrites=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(written, killed)
+        run_mix(small, runs / "mixed")
+    assert not (runs / "mixed").exists()
+    (runs / "mixed").mkdir()
+    run_mix(small, runs / "mixed")
+    assert {entry.name for entry in (runs / "mixed").iterdir()} == {
+        *("adapter", "members", "mixture.json"),
+    }
+    assert not (runs / "mixed.partial").exists()
+    with pytest.raises(FileExistsError, match="kind: is not empty; name another folder"):
+        run_mix(small, runs / "kind")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == runs / "volume")
+    with pytest.raises(FileExistsError, match="volume: is a mount; name a folder in it"):
+        run_mix(small, runs / "volume")
+
+
+def test_each_run_is_read_once(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    read = []
+    monkeypatch.setattr(
+        "alignpro.run_directory.read_record", lambda path: read.append(path) or read_record(path)
+    )
+    arguments = ["mix", "runs=[kind,brief]", "num_prompts=2", "num_rewrites=2", "--output", "mixed"]
+    for more in (["--distill", "--dry-run"], []):
+        done = CliRunner().invoke(app, [*arguments, *more])
+        assert done.exit_code == 0, done.output
+        assert read == [Path("kind/config.json"), Path("brief/config.json")]
+        read.clear()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import ARMS, EvalConfig, from_mapping
+from alignpro.config import ARMS, EvalConfig, ModelConfig, from_mapping, to_mapping
 from alignpro.evaluate.results import to_json
 from alignpro.evaluate.run import load_inputs, run_evaluate
 from alignpro.models.adapter import save_peft
@@ -171,9 +171,17 @@ def test_base_weights_are_a_prompter_where_one_is_asked_for(changes, arms):
     assert {"raw", *config.prompters, *of_target} == set(arms)
 
 
-def test_targets_alone_are_compared_without_a_prompter(files):
-    """Whose template is then in no row's way."""
-    folder, _ = files
+def test_targets_alone_are_compared_without_a_prompter(files, monkeypatch, tmp_path):
+    """Which is then not loaded, and whose template is in no row's way."""
+    folder, model = files
+    loaded = []
+
+    def load(config, *options, **named):
+        loaded.append(config.name)
+        return load_model(config if config.name == str(model) else target, *options, **named)
+
+    monkeypatch.setattr("alignpro.models.native_model.load_model", load)
+    target = ModelConfig(str(model), adapter=str(folder / "trained"))
     rows = (folder / "prompts.jsonl").read_text().splitlines()
     marked = [{**json.loads(row), "bad": i < 4, "forbidden": "e"} for i, row in enumerate(rows)]
     (folder / "marked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
@@ -181,14 +189,17 @@ def test_targets_alone_are_compared_without_a_prompter(files):
         files,
         trained=None,
         tuned=str(folder / "tuned"),
-        target={"adapter": str(folder / "trained")},
+        prompter={},
+        target=to_mapping(target),
         data=str(folder / "marked.jsonl"),
         safety={"where": "bad"},
         prompting={"template": "{prompt}" + " dry" * 300},
     )
-    report = run_evaluate(from_mapping(EvalConfig, settings))
+    output = tmp_path / "report.json"
+    report = run_evaluate(from_mapping(EvalConfig, settings), output=output)
     assert list(report.arms) == list(report.safety.arms) == ["raw", "tuned"]
     assert list(report.safety.paired_harm) == ["tuned_minus_raw"]
+    assert loaded == [str(model)]
     with pytest.raises(ValueError, match="in the prompter's template"):
         run_evaluate(from_mapping(EvalConfig, {**settings, "require": ["tuned>untuned"]}))
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
+import time
 
 import pytest
 
@@ -14,7 +16,7 @@ from alignpro.config import DataConfig
 from alignpro.data.load import load_prompts
 from alignpro.extract.check import judge, verify
 from alignpro.extract.schema import read_schema
-from alignpro.extract.source import Source
+from alignpro.extract.source import Source, are_near
 
 WEIGHED = read_schema(
     {
@@ -138,6 +140,59 @@ def test_temperatures_have_an_offset_and_a_least():
     assert violation.expected == pytest.approx(80.0)
 
 
+def test_differences_of_temperatures_have_no_offset():
+    fields = {"a": "quantity[degC]", "b": "quantity[degF]?", "all": {"list": "quantity[degC]"}}
+    hot = {"a": "40 °C", "b": "68 °F", "all": ["10 °C", "30 °C"]}
+    for check, found in (
+        ("a - b <= quantity(10, 'K')", (20.0, 10.0)),
+        ("b - a >= quantity(-10, 'K')", (-36.0, -18.0)),
+        ("close(quantity(10, 'K'), abs(b - a), 0.1)", (18.0, 36.0)),
+        ("(a + b) / 2 < mean(all)", (30.0, 20.0)),
+        ("max(a - b, b - a) < min(quantity(5, 'K'), a - b)", (20.0, 5.0)),
+        ("b + (a - b) < b", (104.0, 68.0)),
+        ("a < quantity(300, 'K')", (40.0, 26.85)),
+    ):
+        (violation,) = verify(hot, read_schema({"fields": fields, "checks": [check]}))
+        assert (violation.found, violation.expected) == pytest.approx(found)
+    for check in (
+        "a - b <= quantity(10, 'degC')",
+        "a + b < quantity(100, 'degC')",
+        "close(a, a - b, 0.1)",
+        "max(a, a - b) < a",
+        "sum(all) < a",
+        "a - b == b",
+    ):
+        with pytest.raises(ValueError, match=r"a difference is quantity\(5, .K.\)"):
+            read_schema({"fields": fields, "checks": [check]})
+
+
+@pytest.mark.parametrize(("litres", "millilitres"), [(0.1, 100), (0.3, 300), (1.1, 1100)])
+def test_orders_and_tolerances_spare_the_rounding_of_units(litres, millilitres):
+    """As 0.1 L * 1e-3 is above 100 mL * 1e-6 in floats."""
+    fields = {"a": "quantity[L]", "b": "quantity[mL]"}
+    record = {"a": f"{litres} L", "b": f"{millilitres} mL"}
+    for checks in (["a <= b", "b <= a", "a >= b", "b >= a"], ["close(a, b, 0)", "close(b, a, 0)"]):
+        assert verify(record, read_schema({"fields": fields, "checks": checks})) == []
+    for check in ("a < b", "b < a", "a > b", "b > a"):
+        assert len(verify(record, read_schema({"fields": fields, "checks": [check]}))) == 1
+    same = [f"a >= quantity({litres}, 'L')", f"a <= quantity({millilitres}, 'mL')"]
+    assert verify(record, read_schema({"fields": fields, "checks": same})) == []
+    more = {"a": f"{litres} L", "b": f"{millilitres * 1.1} mL"}
+    assert verify(more, read_schema({"fields": fields, "checks": ["close(a, b, 0.1)"]})) == []
+
+
+def test_thousands_of_choices_and_fields_are_read_in_time_and_named_in_short():
+    many = [f"choice {i}" for i in range(20_000)]
+    read = read_schema({"fields": {"x": {"list": {"enum": many}}, **dict.fromkeys("abc", "text?")}})
+    started = time.process_time()
+    assert verify({"x": many[::40]}, read) == []
+    assert time.process_time() - started < 2
+    wrong = verify({"x": ["none"], **{f"k{i}": 1 for i in range(9)}}, read)
+    assert {len(violation.expected) < 700 for violation in wrong} == {True}
+    assert wrong[-1].expected.endswith("choice 39, ... (20000 in all)")
+    assert wrong[0].expected == "one of x, a, b, c"
+
+
 def test_ranges_choices_flags_and_whole_numbers():
     read = read_schema(
         {
@@ -230,6 +285,26 @@ def test_what_is_near_is_beside_it_and_not_itself():
     assert [v.field for v in verify({**record, "code": "salt"}, read, text)] == ["name"]
     assert [v.field for v in verify({**record, "name": "pepper"}, read, text)] == ["name"]
     assert verify(record, read) == []  # without a source nothing is far
+
+
+def test_spans_are_near_as_every_pair_of_them_says():
+    source = random.Random(2)
+    seen = set()
+    for _ in range(500):
+        ours, theirs = (
+            [(b, b + source.randint(1, 4)) for b in source.sample(range(40), source.randint(0, 3))]
+            for _ in range(2)
+        )
+        most = source.randint(0, 9)
+        between = [max(x[0] - y[1], y[0] - x[1]) for x in ours for y in theirs]
+        expected = any(0 <= count <= most for count in between)
+        assert are_near(ours, theirs, most) == expected
+        seen.add(expected)
+    assert seen == {True, False}
+    many = [(place, place + 1) for place in range(0, 400_000, 4)]
+    started = time.process_time()
+    assert not are_near(many, [(end + 1, end + 2) for _, end in many], 0)
+    assert time.process_time() - started < 2
 
 
 def test_an_element_twice_is_a_violation_and_buys_nothing():

@@ -53,7 +53,12 @@ def place(tiny_model_dir, tmp_path, monkeypatch):
 
 def config(place, **changes):
     small = {"steps": 4, "prompts_per_step": 2, "num_rewrites": 8}
-    return distill_config(place / "mixed", [place / "kind"], **{**small, **changes})
+    return distill(place, "kind", **{**small, **changes})
+
+
+def distill(place, *names, **changes):
+    runs = {place / name: config_of_run(place / name) for name in names}
+    return distill_config(place / "mixed", runs, **changes)
 
 
 def next_token(model, adapter, read):
@@ -163,6 +168,36 @@ def test_the_command(place):
     assert "it goes on with: alignpro train mixed/distilled/config.json --resume" in done.output
 
 
+def test_what_was_mixed_is_distilled_by_the_same_command(place, monkeypatch):
+    """Killed between the mixture and its training."""
+    words = ["mix", "runs=[kind,brief]", "num_rewrites=4", "threads=1", "--output", "new"]
+
+    def killed(*given, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alignpro.train.run.run_train", killed)
+        done = CliRunner().invoke(app, [*words, "--distill"])
+    assert done.exit_code == 130 and (place / "new" / "mixture.json").is_file()
+    written = (place / "new" / "mixture.json").read_bytes()
+    done = CliRunner().invoke(app, [*words, "seed=1", "--distill"])
+    assert done.exit_code == 2 and "new: is not empty" in done.output
+    kept = (place / "kind" / "adapter" / "adapter_model.safetensors").read_bytes()
+    save_peft(place / "kind" / "adapter", lora(load_model(place_model(place), threads=1), seed=9))
+    done = CliRunner().invoke(app, [*words, "--distill"])
+    assert done.exit_code == 2 and "new: is not empty" in done.output  # of another adapter
+    (place / "kind" / "adapter" / "adapter_model.safetensors").write_bytes(kept)
+    monkeypatch.setattr("alignpro.evaluate.mix.load_model", None)
+    done = CliRunner().invoke(app, [*words, "--distill"])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    assert (place / "new" / "mixture.json").read_bytes() == written
+    assert (place / "new" / "distilled" / "adapter" / "adapter_config.json").is_file()
+
+
+def place_model(place):
+    return config_of_run(place / "kind").prompter.model
+
+
 def on_preferences(place, name, rows):
     """Make a run one on pairs, which it has in a file."""
     (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -196,10 +231,10 @@ def test_trainings_on_preferences_are_distilled(place):
 
 def test_one_on_preferences_is_sampled_as_one_by_a_reward(place):
     on_preferences(place, "kind", [{"prompt": "he", "chosen": "a", "rejected": "b"}])
-    made = distill_config(place / "mixed", [place / "kind", place / "brief"])
+    made = distill(place, "kind", "brief")
     assert made.rewrite.max_new_tokens == 1 and made.data.path == "kind.jsonl"
     assert made.reward == TrainConfig().reward
-    other = distill_config(place / "mixed", [place / "brief", place / "kind"])
+    other = distill(place, "brief", "kind")
     assert other.reward == config_of_run(place / "brief").reward
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -22,6 +23,7 @@ from alignpro.config import (
 from alignpro.config.prefer import HeldOutPreferencesConfig
 from alignpro.data.files import DataError
 from alignpro.data.preferences import PreferenceRow
+from alignpro.models.answer_scores import chunks
 from alignpro.models.native_model import load_model
 from alignpro.rewards import build_reward
 from alignpro.rewards.check import rewards_unread_by
@@ -249,7 +251,8 @@ def test_a_row_depends_on_no_other(made, monkeypatch):
     model = load_model(made / "model", threads=2)
     chats = [read_answer(model, f"what is a {thing}", "be kind", "mean") for thing in THINGS]
     together = answer_features(model, chats)
-    monkeypatch.setattr("alignpro.rewards.learned._TOKENS", 2 * len(chats[0].tokens))
+    few = functools.partial(chunks, most=2 * len(chats[0].tokens))
+    monkeypatch.setattr("alignpro.rewards.learned.chunks", few)
     seen = []
     parts = answer_features(model, chats, lambda done, total: seen.append((done, total)))
     assert len(seen) > 2 and seen[-1] == (10, 10)
@@ -321,6 +324,23 @@ def test_a_configuration_that_names_it(made, tmp_path, monkeypatch):
     assert not (made / "learned.py").exists()  # it is no module of the user's
 
 
+def test_a_reward_is_written_whole_or_not_at_all(made, tmp_path, monkeypatch):
+    """Killed as it is written, the same command does it in the same folder."""
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    config = from_mapping(
+        RewardFitConfig,
+        {"model": str(made / "model"), "data": str(made / "pairs.jsonl"), "folds": 2},
+    )
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("alignpro.train.reward_fit.write_json", killed)
+        run_reward_fit(config, tmp_path / "kind")
+    run_reward_fit(config, tmp_path / "kind")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["kind", "reward.json"]
+
+
 def test_what_is_refused(made, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing: expected the folder of a learned"):
         build_reward(f"learned:{tmp_path / 'nothing'}")
@@ -341,7 +361,7 @@ def test_what_is_refused(made, tmp_path):
         reward(["why"], [""], ["no " * limit])
     pairs = made / "pairs.jsonl"
     line = invoke("reward", "fit", pairs, "--output", made / "kind", code=2)
-    assert "is there already; --output names another folder" in line
+    assert "kind: is not empty; name another folder" in line
     line = invoke("reward", "fit", pairs, "model.adapter=x", code=2)
     assert "model.adapter: expected null: the states are the base model's" in line
     short = [f"model={made / 'model'}", "model.context_length=12", "--output", tmp_path / "o"]

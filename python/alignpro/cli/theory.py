@@ -165,13 +165,15 @@ def mix(
         options = replace(options, weights=options.weights or "whole")
         if output is None:
             raise ValueError("--distill: trains what --output FOLDER will hold; name a folder")
-    for run in options.runs:
-        config_of_run(Path(run))  # refused before anything is written, or imported
+    runs = {Path(run): config_of_run(Path(run)) for run in options.runs}  # before any import
+    from alignpro.evaluate.mix import is_mixed, load_inputs, run_mix
+
+    inputs = load_inputs(options, runs)
     wanted = None
     if distill and output is not None:
         from alignpro.train.distill import distill_config
 
-        wanted = distill_config(output, [Path(run) for run in options.runs])
+        wanted = distill_config(output, inputs.runs)
     if dry_run:
         if wanted is None:
             raise ValueError("--dry-run: says what --distill would hold; add --distill")
@@ -183,13 +185,15 @@ def mix(
         )
     from rich.console import Console
 
-    from alignpro.evaluate.mix import run_mix
     from alignpro.report.progress import Bars
     from alignpro.report.tables import mix_tables
 
-    with Bars("loading data and models") as bars:
-        report = run_mix(options, output, on_progress=bars.show)
-    Console().print(mix_tables(report))
+    if wanted is not None and output is not None and is_mixed(options, inputs, output):
+        typer.echo(f"{output}: mixed before, and distilled now")
+    else:
+        with Bars("loading data and models") as bars:
+            report = run_mix(options, output, bars.show, inputs=inputs)
+        Console().print(mix_tables(report))
     if wanted is not None:
         from alignpro.report.progress import TrainBar
         from alignpro.train.run import run_train

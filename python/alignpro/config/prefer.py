@@ -93,7 +93,27 @@ class RewardFitConfig:
 
 @dataclass(frozen=True)
 @checked
-class PreferConfig(PairsFitConfig):
+class PairLossConfig:
+    """The loss of pairs of which one is preferred (DPO)."""
+
+    beta: Annotated[float, above(0)] = 0.1
+    """The weight of the KL penalty that the loss stands for: a smaller one lets the policy go
+    further from the reference."""
+    label_smoothing: Annotated[float, Range(lambda v: 0 <= v < 0.5, "at least 0 and below 0.5")] = (
+        0.0
+    )
+    """The share of pairs that are taken to be the wrong way round."""
+    chosen_nll: Annotated[float, at_least(0)] = 0.0
+    """The weight of the chosen answers' negative log-likelihood per token, added to the loss.
+
+    The loss of pairs is content where both answers become less likely, the rejected one faster;
+    this holds the chosen one up.
+    """
+
+
+@dataclass(frozen=True)
+@checked
+class PreferConfig(PairsFitConfig, PairLossConfig):
     """Preference training: raises the chosen answers above the rejected ones (DPO)."""
 
     policy: Literal["prompter", "target"] = "prompter"
@@ -117,19 +137,6 @@ class PreferConfig(PairsFitConfig):
     """Pairs to measure while training ({} takes the defaults); null measures none."""
     run_dir: Place = "alignpro-prefer"
     """The directory of the run."""
-    beta: Annotated[float, above(0)] = 0.1
-    """The weight of the KL penalty that the loss stands for: a smaller one lets the policy go
-    further from the reference."""
-    label_smoothing: Annotated[float, Range(lambda v: 0 <= v < 0.5, "at least 0 and below 0.5")] = (
-        0.0
-    )
-    """The share of pairs that are taken to be the wrong way round."""
-    chosen_nll: Annotated[float, at_least(0)] = 0.0
-    """The weight of the chosen answers' negative log-likelihood per token, added to the loss.
-
-    The loss of pairs is content where both answers become less likely, the rejected one faster;
-    this holds the chosen one up.
-    """
     anchor: AnchorConfig | None = None
     """Pairs behind whose prompt the reference reads another one ({} takes the defaults); null
     anchors none (E-DPO).

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from alignpro.config.data import DataConfig
 from alignpro.config.fields import Place, Range, RewardName, Seed, above, at_least, checked, require
 from alignpro.config.model import PROMPTER, ModelConfig, check_policy, trained_of
+from alignpro.config.prefer import PairLossConfig
 from alignpro.config.prompting import (
     PairsFitConfig,
     Prompting,
@@ -20,22 +21,6 @@ from alignpro.types import SamplingParams
 _SCENES = DataConfig("scenes")
 _RESPONSE = SamplingParams(max_new_tokens=80, temperature=0.7)
 _SHARE = Range(lambda v: 0 <= v <= 1, "from 0 to 1")
-
-
-@dataclass(frozen=True)
-@checked
-class PairLossConfig:
-    """The loss of a round's pairs, as of `alignpro prefer`."""
-
-    beta: Annotated[float, above(0)] = 0.1
-    """The weight of the KL penalty of one round; T rounds of it with reference previous amount to
-    beta / T."""
-    label_smoothing: Annotated[float, Range(lambda v: 0 <= v < 0.5, "at least 0 and below 0.5")] = (
-        0.0
-    )
-    """The share of pairs that are taken to be the wrong way round."""
-    chosen_nll: Annotated[float, at_least(0)] = 0.0
-    """The weight of the chosen answers' negative log-likelihood per token, added to the loss."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +90,7 @@ class SelfImproveConfig(PairsFitConfig):
 
     # The training.
     preference: PairLossConfig = field(default_factory=PairLossConfig)
-    """The loss of the pairs."""
+    """The loss of the pairs; T rounds of it with reference previous amount to beta / T."""
     reference: Literal["previous", "first"] = "previous"
     """The policy that a round is held to: that of the round before, or the first one."""
     response: SamplingParams = _RESPONSE

@@ -160,7 +160,8 @@ def _of_dialogues(row: Row, texts: Sequence[str]) -> tuple[Conversation, list[st
         (_ROLES[turn[1]], texts[0][turn.end() : end].strip())
         for turn, end in zip(turns, ends, strict=False)
     ]
-    if turns[-1][1] != "Assistant" or len(turns) < 2:
+    ended = all([*_turns(text)][-1].end() == turns[-1].end() for text in texts)
+    if turns[-1][1] != "Assistant" or len(turns) < 2 or not ended:
         raise DataError(f"{row.place}: {_PART_EARLY}")
     try:
         context = Conversation.of([{"role": role, "content": text} for role, text in said])

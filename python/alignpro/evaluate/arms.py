@@ -22,8 +22,7 @@ from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.static import StaticInstruction, in_append_form
 from alignpro.models.adapter import AdapterWeights
 from alignpro.models.in_flight import FailedRowsError
-from alignpro.models.mixture import Mixture, score_tokens
-from alignpro.models.native_model import NativeModel
+from alignpro.models.mixture import Mixture
 from alignpro.models.soft_prompt import SoftPrompt
 from alignpro.pipeline import Pipeline
 from alignpro.rewards.combine import score_rollout
@@ -241,36 +240,3 @@ def _of_prompts(arm: Arm, kept: Sequence[int]) -> Arm:
         rewards=[arm.rewards[index] for index in kept],
         components={n: list(compress(values, of_kept)) for n, values in arm.components.items()},
     )
-
-
-def kl_per_rewrite(
-    model: NativeModel,
-    rollout: Rollout,
-    *,
-    policy: AdapterWeights | Mixture | None,
-    reference: AdapterWeights | Mixture | None,
-    temperature: float,
-) -> float:
-    """Mean over the rollout's rewrites of ``sum_t KL(policy || reference)``, in nats.
-
-    Exact at every token (MATH: KL). The rewrites must be the policy's own; None is the base model.
-    """
-    rewrites = [w for group in rollout.rewrites for w in group]
-    total = 0.0
-    for begin in range(0, len(rewrites), _SCORED_AT_ONCE):
-        chunk = rewrites[begin : begin + _SCORED_AT_ONCE]
-        score = score_tokens(
-            model,
-            [w.prompter_tokens + w.tokens for w in chunk],
-            [len(w.prompter_tokens) for w in chunk],
-            adapter=policy,
-            temperature=temperature,
-            reference=reference,
-            with_reference=True,
-        )
-        assert score.kl is not None
-        total += math.fsum(float(value) for value in score.kl)
-    return total / len(rewrites)
-
-
-_SCORED_AT_ONCE = 32  # rewrites; bounds the memory of a scoring pass

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignpro.config import ARMS, EvalConfig, read_requirement
-from alignpro.evaluate.arms import Arm, kl_per_rewrite
+from alignpro.evaluate.arms import Arm
 from alignpro.evaluate.results import (
     ArmResult,
     Evaluation,
@@ -19,6 +19,7 @@ from alignpro.evaluate.results import (
 )
 from alignpro.findings import measure
 from alignpro.models.adapter import AdapterWeights
+from alignpro.models.answer_scores import divergences
 from alignpro.models.mixture import Mixture, soft_rows
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
@@ -176,16 +177,17 @@ def _kl(
         or soft_rows(prompters["trained"]) != soft_rows(prompters["untuned"])  # read other tokens
     ):
         return None, None
-    rollout = arms["trained"].rollout
-    value = kl_per_rewrite(
+    rewrites = [w for group in arms["trained"].rollout.rewrites for w in group]
+    found = divergences(
         pipeline.prompter,
-        rollout,
+        [w.prompter_tokens for w in rewrites],
+        [w.tokens for w in rewrites],
+        pipeline.rewrite_params.temperature,
         policy=prompters["trained"],
         reference=prompters["untuned"],
-        temperature=pipeline.rewrite_params.temperature,
     )
-    lengths = [len(w.tokens) for group in rollout.rewrites for w in group]
-    return value, value * len(lengths) / sum(lengths)
+    total = math.fsum(one.kl for one in found)
+    return total / len(rewrites), total / sum(len(w.tokens) for w in rewrites)
 
 
 def _of_sequences(prompter: AdapterWeights | Mixture | None) -> bool:

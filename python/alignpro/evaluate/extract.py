@@ -30,7 +30,7 @@ from alignpro.extract.draw import Extraction
 from alignpro.extract.parse import as_record
 from alignpro.extract.schema import Schema, read_schema
 from alignpro.extract.score import FieldScore, score_record
-from alignpro.files import append_line, recorded_lines, write_file
+from alignpro.files import append_line, read_kept, write_file
 from alignpro.fingerprints import of_adapter_folder, of_models, of_rows, to_plain
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.chat_template import today
@@ -214,19 +214,17 @@ def extract_of_run(run: Path) -> ExtractConfig:
 
 def _pipeline(config: ExtractConfig, schema: Schema, calls: Path | None) -> Pipeline:
     assert config.schema is not None
-    prompter: NativeModel | None = None
+    prompter, adapter = None, None
     target: NativeModel | EndpointModel
     if config.prompter is not None:
         prompter, target = load_models(
             config.prompter, config.target, config.threads, calls=calls, date=config.date
         )
+        adapter = load_adapter(config.prompter.adapter, prompter)
     elif config.target.endpoint is not None:
         target = EndpointModel(config.target, calls)
     else:
         target = load_model(config.target, config.threads, date=config.date)
-    adapter = None
-    if config.prompter is not None and prompter is not None:
-        adapter = load_adapter(config.prompter.adapter, prompter)
     pipeline = Pipeline.configured(config, prompter, target, None).with_adapter(adapter)
     return pipeline.for_schema(schema, config.schema.format)
 
@@ -266,22 +264,21 @@ class _KeptRows:
 
     def _read(self, path: Path, made_from: dict[str, Any]) -> bool:
         """Whether there is a whole first line."""
-        number = 0
-        for number, line in recorded_lines(path):
-            try:
-                row = json.loads(line)
-                if number > 1:
-                    self.done[int(row["number"])] = Extraction.of_plain(row["of"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}, line {number}: expected a row of an extraction; move the file away"
-                ) from None
-            if number == 1 and row != made_from:
-                raise ValueError(
-                    f"{path}: rows of an extraction with other settings, models or texts; move it "
-                    "away to begin anew, or name another --output"
-                )
-        return number > 0
+        first = []
+
+        def take(number: int, row: Any) -> None:
+            if number == 1:
+                first.append(row)
+            else:
+                self.done[int(row["number"])] = Extraction.of_plain(row["of"])
+
+        read_kept(path, take, "a row of an extraction")
+        if first not in ([], [made_from]):
+            raise ValueError(
+                f"{path}: rows of an extraction with other settings, models or texts; move it away "
+                "to begin anew, or name another --output"
+            )
+        return bool(first)
 
     def put(self, number: int, extraction: Extraction) -> None:
         self.done[number] = extraction

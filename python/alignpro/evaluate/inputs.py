@@ -91,12 +91,12 @@ def load_soft_prompt(folder: str | None, model: NativeModel) -> SoftPrompt | Non
 
 def made_from_of(
     config: StageConfig,
-    prompter: NativeModel,
+    prompter: NativeModel | None,
     target: NativeModel | ChatModel,
     reward: Reward,
     rows: Sequence[PromptRow],
 ) -> fingerprints.Fingerprints:
-    """What every arm is made from."""
+    """What every arm is made from. prompter: None where none takes part."""
     found = fingerprints.of_models(prompter, target) | fingerprints.of_reward(reward)
     prompts = [row.prompt for row in rows]
     found["data"] = fingerprints.of_rows(str(config.data.path), prompts, stack_columns(rows))

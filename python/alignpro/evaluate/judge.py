@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from alignpro.config import JudgeConfig
 from alignpro.evaluate.arms import Arm
 from alignpro.evaluate.progress import OnProgress
 from alignpro.evaluate.results import Comparison, JudgeResult
-from alignpro.files import append_line, recorded_lines
+from alignpro.files import append_line, read_kept
 from alignpro.statistics import length_controlled_win_rate, ratio_of_means
 from alignpro.types import Conversation, Usage
 
@@ -84,7 +84,7 @@ class VerdictFile:
         self._path = path
         self._known: dict[str, Verdict] = {}
         if path is not None and path.exists():
-            self._read(path)
+            read_kept(path, self._take, "a judge's verdict")
 
     def get(self, judge: Judge, question: str) -> Verdict | None:
         return self._known.get(_key(judge, question))
@@ -97,16 +97,11 @@ class VerdictFile:
             row = {"key": key, "judge": judge.name, "verdict": reply.verdict, "reply": reply.text}
             append_line(self._path, json.dumps(row))
 
-    def _read(self, path: Path) -> None:
-        for number, line in recorded_lines(path):
-            try:
-                row = json.loads(line)
-                key, verdict = row["key"], row["verdict"]
-            except (ValueError, KeyError, TypeError):
-                key = verdict = None
-            if not isinstance(key, str) or verdict not in ("A", "B", "tie"):
-                raise ValueError(f"{path}, line {number}: expected a judge's verdict; move it away")
-            self._known[key] = verdict
+    def _take(self, number: int, row: Any) -> None:
+        key, verdict = row["key"], row["verdict"]
+        if not isinstance(key, str) or verdict not in ("A", "B", "tie"):
+            raise ValueError
+        self._known[key] = verdict
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.config import StageConfig, to_mapping
-from alignpro.files import append_line, recorded_lines
+from alignpro.files import append_line, read_kept
 from alignpro.fingerprints import (
     Fingerprints,
     as_fingerprints,
@@ -134,20 +134,18 @@ class KeptArms:
 
     def _read(self, path: Path, head: Mapping[str, Any], made_from: Fingerprints) -> bool:
         """Whether there is an arm."""
-        drawn: Any = None
-        for number, line in recorded_lines(path):
-            try:
-                row = json.loads(line)
-                if number == 1:
-                    drawn, before = row["config"], as_fingerprints(row["fingerprints"])
-                else:
-                    self._known[row["arm"]] = {"of": row["of"], "value": row["value"]}
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}, line {number}: expected an arm that was kept; move the file away"
-                ) from None
+        first: list[Any] = []
+
+        def take(number: int, row: Any) -> None:
+            if number == 1:
+                first.extend((row["config"], as_fingerprints(row["fingerprints"])))
+            else:
+                self._known[row["arm"]] = {"of": row["of"], "value": row["value"]}
+
+        read_kept(path, take, "an arm that was kept")
         if not self._known:
             return False
+        drawn, before = first
         settings = other_settings(drawn, json.loads(json.dumps(head)), before, made_from)
         other = [
             f"{key} was {was!r}, is {value!r}"

@@ -14,17 +14,18 @@ from alignpro.data.load import PromptRow, load_prompts
 from alignpro.data.preferences import load_preferences
 from alignpro.evaluate.progress import OnProgress, watch
 from alignpro.evaluate.results import MixedGoal, MixReport, to_json
-from alignpro.files import check_folder
+from alignpro.files import check_new_folder, whole_folder
 from alignpro.fingerprints import of_adapter_folder, other_settings, read_fingerprints
 from alignpro.lengths import fit_rows, unread_by
 from alignpro.models.adapter import LoraWeights, require_lora, save_peft
+from alignpro.models.adapter_files import MIXTURE
 from alignpro.models.answer_scores import sequence_logprobs
-from alignpro.models.mixture import BASE, Mixture, Sampling, save_mixture
+from alignpro.models.mixture import BASE, Mixture, Sampling, read_mixture, save_mixture
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.redraw import restriction
 from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
-from alignpro.run_directory import config_of_run, is_run_dir
+from alignpro.run_directory import RunConfig, config_of_run, find_record, is_run_dir
 from alignpro.statistics import Floats, Interval, bootstrap_mean_ci
 from alignpro.theory.mixture import (
     MixtureWeights,
@@ -39,11 +40,26 @@ _PROMPTS_AT_ONCE = 8  # between two words of progress
 _MOST_ROUNDS = 5  # of draws by which weights are found
 _LEAST_STEP = 0.01  # of a weight; less is the draws' noise
 
-_Run = TrainConfig | PreferConfig
+MixedRun = TrainConfig | PreferConfig
+
+
+@dataclass(frozen=True)
+class MixInputs:
+    """The runs and their prompts, read and checked before any model is loaded."""
+
+    runs: dict[Path, MixedRun]
+    betas: list[float]  # the kl_coef that each run ended with, of preferences their beta
+    beta: float  # the mixture's
+    reference: Path | None  # what all began with; None: the base
+    rows: list[PromptRow]
 
 
 def run_mix(
-    config: MixConfig, output: Path | None = None, on_progress: OnProgress | None = None
+    config: MixConfig,
+    output: Path | None = None,
+    on_progress: OnProgress | None = None,
+    *,
+    inputs: MixInputs | None = None,
 ) -> MixReport:
     """The weights of the runs' prompters that serve the worst-off goal best, measured on rewrites
     that they write (MPO: `theory.mixture`); their mixture as it is drawn from, and as one adapter
@@ -51,20 +67,17 @@ def run_mix(
     in the updates.
 
     output: a folder that nothing is in yet, which is then the mixture's (`save_mixture`, with the
-        report), and the adapter's (``output/adapter``).
+        report), and the adapter's (``output/adapter``): all of it, or nothing.
+    inputs: what `load_inputs` gives, where that is there already.
 
-    Raises:
-        ValueError: runs that did not begin with one untuned prompter, or not for the same use;
-            goals without a KL penalty; rows that the prompter cannot read, as of `fit_rows`, by the
-            first run's on_too_long. FileNotFoundError: no run, or one that is not done.
+    Raises as `load_inputs`, and ValueError for rows that the prompter cannot read, as `fit_rows`,
+    by the first run's on_too_long. FileExistsError: something is in ``output``.
     """
     check_config(config, MixConfig)
     if output is not None:
-        check_folder(output)
-        for name in ("adapter", "mixture.json"):
-            if (output / name).exists():
-                raise FileExistsError(f"{output / name}: is there already; name another folder")
-    given = _Given.load(config, on_progress)
+        check_new_folder(output)
+    inputs = inputs or load_inputs(config)
+    given, betas, beta = _Given.load(config, inputs, on_progress), inputs.betas, inputs.beta
     experts, reference = given.experts, given.reference
     by_experts = [
         given.written(run, expert, k)
@@ -73,16 +86,16 @@ def run_mix(
     samples = [[w for group in of for w in group] for of in zip(*by_experts, strict=True)]
     ratios = given.scored(samples).ratios
     importance = math.log(len(experts)) - np.logaddexp.reduce(ratios, axis=2)
-    mixed = maxmin_weights(ratios, importance, betas=given.betas, beta=given.beta)
+    mixed = maxmin_weights(ratios, importance, betas=betas, beta=beta)
     if config.sampling == "sequence":
-        _check_exact(float(mixed.exponents.sum()), given.betas, given.beta)
+        _check_exact(float(mixed.exponents.sum()), betas, beta)
     of_draws = config.sampling == "token" and config.weights != "whole" and len(experts) > 1
     if of_draws:
         weights, token_wise = given.balanced(mixed.weights)
     else:
         weights = mixed.weights
         token_wise = given.scored(given.drawn(weights, "the mixture"))
-    exponents = exponents_of(weights, given.betas, given.beta)
+    exponents = exponents_of(weights, betas, beta)
     members = _members(config.runs, experts, exponents, reference)
     of_mixture, given_up = token_wise, None
     if config.sampling == "sequence":
@@ -96,7 +109,7 @@ def run_mix(
     logs = importance + ratios @ exponents
     report = MixReport(
         goals=given.goals(mixed, weights, ratios, of_mixture, of_soup),
-        kl_coef=given.beta,
+        kl_coef=beta,
         value=mixed.value,
         kkt_gap=mixed.kkt_gap,
         kl=mixed.kl,
@@ -109,10 +122,44 @@ def run_mix(
         config=to_mapping(config),
     )
     if output is not None:
-        save_peft(output / "adapter", soup)
         how = {"sampling": config.sampling, "tries": config.tries, "about": to_json(report)}
-        save_mixture(output, members, **how)
+        with whole_folder(output) as partial:
+            save_peft(partial / "adapter", soup)
+            save_mixture(partial, members, **how)
     return report
+
+
+def load_inputs(config: MixConfig, read: Mapping[Path, RunConfig] | None = None) -> MixInputs:
+    """read: the runs' configurations, where they are read already.
+
+    Raises ValueError for runs that did not begin with one untuned prompter, or not for the same
+    use, and for goals without a KL penalty; FileNotFoundError for no run, or one that is not done.
+    """
+    if read is None:
+        read = {Path(run): config_of_run(Path(run)) for run in config.runs}
+    runs = {run: _mixed(run, of) for run, of in read.items()}
+    (first_run, first), *others = runs.items()
+    for run, other in others:
+        _check_same_use(first_run, first, run, other)
+    reference = _same_reference(config.runs)
+    betas = [_kl_coef(run, of) for run, of in runs.items()]
+    beta = sum(betas) / len(betas) if config.kl_coef is None else config.kl_coef
+    if config.sampling == "sequence":
+        _check_exact(min(betas) / beta, betas, beta)  # the least sum that exponents can have
+    rows = load_prompts(config.data) if config.data is not None else _prompts_of(first)
+    return MixInputs(runs, betas, beta, reference, rows[: config.num_prompts])
+
+
+def is_mixed(config: MixConfig, inputs: MixInputs, output: Path) -> bool:
+    """Whether the folder holds what `run_mix` would write there, of the same adapters."""
+    record = find_record(output / MIXTURE)
+    if record is None or record.get("config") != to_json(to_mapping(config)):
+        return False
+    members = zip(inputs.runs, read_mixture(output).members, strict=False)  # one may be untuned
+    return all(
+        of_adapter_folder(run / "adapter").hash == of_adapter_folder(str(member)).hash
+        for run, (member, _) in members
+    )
 
 
 @dataclass(frozen=True)
@@ -129,9 +176,7 @@ class _Given:
     """The prompters of the runs, and the prompts that they are compared on."""
 
     config: MixConfig
-    runs: list[_Run]
-    betas: list[float]  # the kl_coef that each run ended with, of preferences their beta
-    beta: float  # the mixture's
+    inputs: MixInputs
     model: NativeModel
     pipeline: Pipeline
     prompts: list[Prompt]
@@ -140,38 +185,24 @@ class _Given:
     on_progress: OnProgress | None
 
     @classmethod
-    def load(cls, config: MixConfig, on_progress: OnProgress | None) -> _Given:
+    def load(cls, config: MixConfig, inputs: MixInputs, on_progress: OnProgress | None) -> _Given:
         """Raises as `run_mix`."""
-        runs = [_read_run(Path(run)) for run in config.runs]
-        first = runs[0]
-        for name, other in zip(config.runs[1:], runs[1:], strict=True):
-            _check_same_use(Path(config.runs[0]), first, Path(name), other)
-        began = _same_reference(config.runs)
-        betas = [_kl_coef(Path(run), of) for run, of in zip(config.runs, runs, strict=True)]
-        beta = sum(betas) / len(betas) if config.kl_coef is None else config.kl_coef
-        if config.sampling == "sequence":
-            _check_exact(min(betas) / beta, betas, beta)  # the least sum that exponents can have
-        rows = load_prompts(config.data) if config.data is not None else _prompts_of(first)
+        runs = list(inputs.runs.values())
+        first, began = runs[0], inputs.reference
         model = load_model(first.prompter, config.threads, date=first.date)
         pipeline = Pipeline(
             model, None, None, prompting=first.prompting, rewrite_params=_rewrite_of(runs)
         )
-        rows = fit_rows(
-            rows[: config.num_prompts], unread_by(pipeline, responses=False), first.on_too_long
-        ).rows
+        unread = unread_by(pipeline, responses=False)
+        rows = fit_rows(inputs.rows, unread, first.on_too_long).rows
 
         def matrices(folder: Path) -> LoraWeights:
             return require_lora(model.load_adapter(folder), f"runs: {folder}")
 
         return cls(
-            config,
-            runs,
-            betas,
-            beta=beta,
-            model=model,
-            pipeline=pipeline,
+            *(config, inputs, model, pipeline),
             prompts=[row.prompt for row in rows],
-            experts=[matrices(Path(run) / "adapter") for run in config.runs],
+            experts=[matrices(run / "adapter") for run in inputs.runs],
             reference=None if began is None else matrices(began),
             on_progress=on_progress,
         )
@@ -194,7 +225,7 @@ class _Given:
 
     def drawn(self, weights: Floats, what: str) -> list[list[Rewrite]]:
         """Token by token, with the same randomness for any weights."""
-        exponents = exponents_of(weights, self.betas, self.beta)
+        exponents = exponents_of(weights, self.inputs.betas, self.inputs.beta)
         members = _members(self.config.runs, self.experts, exponents, self.reference)
         return self.written(what, _mixture_of(members), len(self.experts) + 1)
 
@@ -204,12 +235,12 @@ class _Given:
         best: tuple[float, Floats, _Scored] | None = None
         for number in range(1, _MOST_ROUNDS + 1):
             drawn = self.scored(self.drawn(weights, f"the mixture, round {number}"))
-            served = self.betas * drawn.ratios.mean(axis=(0, 1))
-            value = float(served.min() - self.beta * (drawn.drawn - drawn.before).mean())
+            served = self.inputs.betas * drawn.ratios.mean(axis=(0, 1))
+            value = float(served.min() - self.inputs.beta * (drawn.drawn - drawn.before).mean())
             if best is None or value > best[0]:
                 best = value, weights, drawn
             before_step = weights
-            weights = balance_weights(weights, drawn.ratios, self.betas, self.beta)
+            weights = balance_weights(weights, drawn.ratios, self.inputs.betas, self.inputs.beta)
             if np.abs(weights - before_step).max() < _LEAST_STEP:
                 break
         assert best is not None
@@ -240,19 +271,20 @@ class _Given:
         of_soup: _Scored,
     ) -> dict[str, MixedGoal]:
         """By run. ratios: [prompts, samples, prompters], each prompter's own samples together."""
-        exponents = exponents_of(weights, self.betas, self.beta)
+        betas = self.inputs.betas
+        exponents = exponents_of(weights, betas, self.inputs.beta)
         goals = {}
-        for k, run in enumerate(self.config.runs):
+        for k, run in enumerate(self.inputs.runs.values()):
             count = self.config.num_rewrites
-            goals[run] = MixedGoal(
-                reward=_goal_of(self.runs[k]),
-                kl_coef=self.betas[k],
+            goals[self.config.runs[k]] = MixedGoal(
+                reward=_goal_of(run),
+                kl_coef=betas[k],
                 weight=float(weights[k]),
                 exponent=float(exponents[k]),
-                of_expert=float(self.betas[k] * ratios[:, k * count : (k + 1) * count, k].mean()),
+                of_expert=float(betas[k] * ratios[:, k * count : (k + 1) * count, k].mean()),
                 of_mixture=float(mixed.implicit[k]),
-                of_drawn=float(self.betas[k] * of_mixture.ratios[:, :, k].mean()),
-                of_adapter=float(self.betas[k] * of_soup.ratios[:, :, k].mean()),
+                of_drawn=float(betas[k] * of_mixture.ratios[:, :, k].mean()),
+                of_adapter=float(betas[k] * of_soup.ratios[:, :, k].mean()),
                 whole_weight=None if weights is mixed.weights else float(mixed.weights[k]),
             )
         return goals
@@ -342,10 +374,10 @@ def soup_of(
     )
 
 
-def _read_run(run: Path) -> _Run:
+def _mixed(run: Path, config: RunConfig) -> MixedRun:
+    """Refuses a run that does not mix."""
     if not is_run_dir(run):
         raise FileNotFoundError(f"runs: {run}: expected the directory of a run")
-    config = config_of_run(run)
     if not isinstance(config, TrainConfig | PreferConfig) or config.policy != "prompter":
         raise ValueError(
             f"runs: {run}: expected the training of a prompter, by a reward or on preferences"
@@ -365,7 +397,7 @@ def _read_run(run: Path) -> _Run:
     return config
 
 
-def _prompts_of(config: _Run) -> list[PromptRow]:
+def _prompts_of(config: MixedRun) -> list[PromptRow]:
     """What a run was trained on, each prompt of its pairs once."""
     if isinstance(config, TrainConfig):
         return load_prompts(config.data)
@@ -373,18 +405,18 @@ def _prompts_of(config: _Run) -> list[PromptRow]:
     return [PromptRow(p.prompt, dict(p.columns), p.place) for p in reversed(pairs.values())]
 
 
-def _rewrite_of(runs: Sequence[_Run]) -> SamplingParams:
+def _rewrite_of(runs: Sequence[MixedRun]) -> SamplingParams:
     """How rewrites are drawn: as in training by a reward; one on preferences drew none."""
     return next((run for run in runs if isinstance(run, TrainConfig)), runs[0]).rewrite
 
 
-def _goal_of(config: _Run) -> str:
+def _goal_of(config: MixedRun) -> str:
     if isinstance(config, TrainConfig):
         return str(config.reward)
     return f"preferences {config.data.path}"
 
 
-def _check_same_use(run: Path, config: _Run, other_run: Path, other: _Run) -> None:
+def _check_same_use(run: Path, config: MixedRun, other_run: Path, other: MixedRun) -> None:
     names = ["prompter", "prompting"]
     if isinstance(config, TrainConfig) and isinstance(other, TrainConfig):
         names.append("rewrite")
@@ -419,7 +451,7 @@ def _check_exact(total: float, betas: Sequence[float], beta: float) -> None:
         )
 
 
-def _kl_coef(run: Path, config: _Run) -> float:
+def _kl_coef(run: Path, config: MixedRun) -> float:
     """What the run ended with: the weight that its prompter is near the optimum of."""
     value = config.kl_coef if isinstance(config, TrainConfig) else config.beta
     if isinstance(config, TrainConfig) and config.kl_target is not None:

@@ -104,11 +104,14 @@ def run_evaluate(
     for read in (inputs.rows, inputs.search.rows if inputs.search else []):
         if read:
             check_columns(reward, stack_columns(read))
+    # Without prompters the target is in both places, and is all that is loaded.
+    asked = config.prompter if config.prompters else target_of(config.prompter, config.target)
     prompter, target = load_models(
-        config.prompter, config.target, config.threads, calls=calls_path(output), date=date
+        asked, config.target, config.threads, calls=calls_path(output), date=date
     )
     prompters = {name: load_adapter(folder, prompter) for name, folder in config.prompters.items()}
-    made_from = made_from_of(config, prompter, target, reward, inputs.rows)
+    wrote = prompter if prompters else None
+    made_from = made_from_of(config, wrote, target, reward, inputs.rows)
     around = (run, config.trained, config.tuned, config.soft, config.prompter.adapter)
     say_what_differs(config, made_from, prompters.get("untuned"), inputs.rows, *around)
     with KeptArms.at(arms, config, made_from) as kept:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from alignpro.extract.scope import UncomputableError
-from alignpro.extract.units import normalise
 
 _REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
     "min": min,
@@ -32,16 +31,18 @@ def reduced(name: str, values: list[float]) -> float:
         raise UncomputableError("a number that is too large") from None
 
 
-def comparable(value: Any) -> Any:
-    """Texts without case and spelling of their characters; numbers as they are."""
-    return normalise(value).casefold() if isinstance(value, str) else value
-
-
 def compare(sign: str, a: Any, b: Any) -> bool:
-    """Numbers are equal but for rounding."""
+    """Numbers are equal, and in order, but for rounding."""
     if sign in ("==", "!="):
         same = a == b
         if isinstance(a, float) and isinstance(b, float):
             same = math.isclose(a, b, rel_tol=1e-9)
         return bool(same == (sign == "=="))
-    return bool({"<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[sign])
+    if sign[0] == ">":
+        a, b = b, a
+    return at_most(a, b) if sign[1:] else not at_most(b, a)
+
+
+def at_most(one: float, other: float) -> bool:
+    """But for the rounding of a change of units."""
+    return one <= other or math.isclose(one, other, rel_tol=1e-12)

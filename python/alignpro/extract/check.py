@@ -9,12 +9,13 @@ one violation, as long as the text does not hold it somewhere else.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from alignpro.extract.arithmetic import comparable
+from alignpro.extract.arithmetic import at_most
 from alignpro.extract.formula import molar_mass
 from alignpro.extract.kinds import NUMERIC, FieldType, Leaf, ListOf, Object, Path
 from alignpro.extract.schema import Check, Schema, kind_in_words
@@ -23,14 +24,15 @@ from alignpro.extract.source import Source
 from alignpro.extract.units import (
     PERCENT,
     TEMPERATURE,
-    Dimension,
     Quantity,
+    comparable,
     normalise,
     read_quantity,
 )
 from alignpro.types import type_name
 
 _SHOWN = 60
+_MOST_NAMES = 40
 _FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -143,7 +145,7 @@ class _Reader:
         for name in value:
             if name not in of.fields and value[name] is not None:
                 self.values += 1
-                there = "one of " + ", ".join(of.fields)
+                there = "one of " + shown_names(of.fields)
                 self._refuse(before + str(name)[:_SHOWN], "unknown", _shown(value[name]), there)
         return {n: self.read(value.get(n), t, before + n) for n, t in of.fields.items()}
 
@@ -191,7 +193,7 @@ def _said(read: Any) -> str:
 
 def read_leaf(value: Any, leaf: Leaf) -> Any:
     """The value of a field, in base units. Raises Refused."""
-    expected = kind_in_words(leaf)
+    expected = _expected(leaf)
     if leaf.kind == "boolean":
         flag = _FLAGS.get(value.strip().lower()) if isinstance(value, str) else value
         if not isinstance(flag, bool):
@@ -202,7 +204,7 @@ def read_leaf(value: Any, leaf: Leaf) -> Any:
     if not isinstance(value, str) or not normalise(value):
         raise Refused("type", value, expected)
     if leaf.kind == "choice":
-        choice = {comparable(c): c for c in leaf.choices}.get(comparable(value))
+        choice = leaf.choice_of.get(comparable(value))
         if choice is None:
             raise Refused("choice", value, expected)
         return choice
@@ -236,14 +238,9 @@ def _read_number(value: Any, leaf: Leaf, expected: str) -> float:
     given = read if leaf.unit is None else leaf.unit.of_base(read)
     least = -math.inf if leaf.least is None else leaf.least
     most = math.inf if leaf.most is None else leaf.most
-    if not _at_most(least, given) or not _at_most(given, most):
+    if not at_most(least, given) or not at_most(given, most):
         raise Refused("range", value, f"{least:g} to {most:g}")
     return read
-
-
-def _at_most(one: float, other: float) -> bool:
-    """But for the rounding of a change of units."""
-    return one <= other or math.isclose(one, other, rel_tol=1e-12)
 
 
 def _as_quantity(value: Any) -> Quantity | None:
@@ -259,7 +256,16 @@ def _as_quantity(value: Any) -> Quantity | None:
 
 
 def _expected(of: FieldType) -> str:
+    """As a violation says it, which there may be thousands of."""
+    if isinstance(of, Leaf) and of.kind == "choice":
+        return f"one of {shown_names(of.choices)}"
     return kind_in_words(of) if isinstance(of, Leaf) else "an object"
+
+
+def shown_names(names: Collection[str]) -> str:
+    """All, or the first of many."""
+    more = f", ... ({len(names)} in all)" * (len(names) > _MOST_NAMES)
+    return ", ".join(itertools.islice(names, _MOST_NAMES)) + more
 
 
 def _shown(value: Any) -> Any:
@@ -346,17 +352,22 @@ def _name(path: Path, scope: Scope) -> str:
 
 def _sides(check: Check, scope: Scope) -> tuple[Any, Any]:
     """What a check found and what it expected, in the unit of its first field where that fits."""
-    unit, sides = check.unit, check.term.sides
+    unit, sides = check.unit, check.term.sides or ()
+    if unit is not None and any(term.point is False for term in sides):
+        unit = unit._replace(zero=0.0)
 
-    def shown(value: Any, dimension: Dimension | None = None) -> Any:
+    def shown(value: Any, *, in_unit: bool = True) -> Any:
         if isinstance(value, float):
-            if unit is not None and dimension in (None, unit.dimension):
+            if unit is not None and in_unit:
                 value = unit.of_base(value)
             return float(f"{value:.6g}")  # which is what a reader looks at
         return _shown(value)
 
-    if sides is None:
+    if not sides:
         value = look_up(scope, check.term.fields[0])
         return (None if isinstance(value, (list, dict)) else shown(value)), check.text
-    found, expected = (shown(term.run(scope), term.dimension) for term in sides)
+    found, expected = (
+        shown(term.run(scope), in_unit=unit is not None and term.dimension == unit.dimension)
+        for term in sides
+    )
     return found, expected

@@ -18,16 +18,24 @@ import difflib
 import keyword
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from alignpro.extract.arithmetic import comparable, compare, finite, reduced
+from alignpro.extract.arithmetic import compare, finite, reduced
 from alignpro.extract.formula import molar_mass
 from alignpro.extract.kinds import NUMERIC, FieldType, Leaf, ListOf, Object, Path, find
 from alignpro.extract.ranges import Bound
 from alignpro.extract.scope import BAD, NotJudgedError, Scope, UncomputableError, elements, look_up
-from alignpro.extract.source import gap
-from alignpro.extract.units import PLAIN, Dimension, dimension_name, find_unit
+from alignpro.extract.source import are_near
+from alignpro.extract.terms import (
+    Term,
+    check_same,
+    dimension_of,
+    joined,
+    kind_name,
+    point_of,
+    refuse,
+)
+from alignpro.extract.units import PLAIN, Dimension, comparable, find_unit
 
 LONGEST = 500  # characters of a check
 _DEEPEST = 100
@@ -40,20 +48,6 @@ _GRAM_PER_MOL: Dimension = (1, -1, 0, 0, 0)
 # Words of Python that a field may be called ("yield"): fields never begin with "_".
 _RESERVED = frozenset(keyword.kwlist) - set(OPERATORS)
 _NAME_OR_TEXT = re.compile(r"'[^']*'|\"[^\"]*\"|[^\W\d]\w*")
-
-
-@dataclass(frozen=True)
-class Term:
-    """A part of a check, typed."""
-
-    kind: str  # truth, text, formula, number, list, object
-    run: Callable[[Scope], Any]
-    dimension: Dimension = PLAIN
-    fields: tuple[Path, ...] = ()  # in order of reading
-    lists: tuple[Path, ...] = ()  # whose elements it is of, the outer first
-    leaf: Leaf | None = None  # of a term that is a field
-    sides: tuple[Term, Term] | None = None  # of a comparison: what is found and what is expected
-    bounds: tuple[Bound, ...] = ()  # that hold wherever it is true
 
 
 def compile_check(text: str, root: Object) -> Term:
@@ -71,14 +65,10 @@ def compile_check(text: str, root: Object) -> Term:
         raise ValueError(f"{text!r} is no check: it cannot be read") from None
     term = _Compiler(root).term(tree.body)
     if term.kind != "truth":
-        _refuse(f"expected a comparison, got {_kind_name(term)}")
+        refuse(f"expected a comparison, got {kind_name(term)}")
     if not term.fields:
-        _refuse("it names no field")
+        refuse("it names no field")
     return term
-
-
-def _refuse(problem: str) -> NoReturn:
-    raise ValueError(problem)
 
 
 def _shown(node: ast.expr) -> str:
@@ -89,24 +79,6 @@ def _shown(node: ast.expr) -> str:
     return text[:40]
 
 
-def _kind_name(term: Term) -> str:
-    return dimension_name(term.dimension) if term.kind == "number" else f"a {term.kind}"
-
-
-def _joined(*terms: Term) -> dict[str, Any]:
-    """The fields of the terms, and the lists that they are all of."""
-    fields = tuple(dict.fromkeys(path for term in terms for path in term.fields))
-    deepest: tuple[Path, ...] = max((term.lists for term in terms), key=len, default=())
-    for term in terms:
-        if term.lists != deepest[: len(term.lists)]:
-            one, other = ".".join(deepest[-1]), ".".join(term.lists[-1])
-            _refuse(
-                f"the elements of {one} and {other} are of two lists; sum, mean, min, max or count "
-                "makes one value of a list"
-            )
-    return {"fields": fields, "lists": deepest}
-
-
 class _Compiler:
     def __init__(self, root: Object) -> None:
         self._root = root
@@ -115,14 +87,14 @@ class _Compiler:
     def term(self, node: ast.expr) -> Term:
         self._depth += 1
         if self._depth > _DEEPEST:
-            _refuse("it is nested too deeply")
+            refuse("it is nested too deeply")
         term = self._term(node)
         self._depth -= 1
         if term.kind == "number" and not term.fields:
             try:
                 term.run(_NOWHERE)
             except UncomputableError as error:
-                _refuse(f"{error}, whatever the record: {_shown(node)}")
+                refuse(f"{error}, whatever the record: {_shown(node)}")
         return term
 
     def _term(self, node: ast.expr) -> Term:
@@ -140,7 +112,7 @@ class _Compiler:
             return self._logic(node)
         if isinstance(node, ast.Compare):
             return self._comparison(node)
-        _refuse(
+        refuse(
             f"{type(node).__name__} is no part of a check; there are fields, numbers, + - * /, "
             f"comparisons, and, or, not, and the functions {', '.join(FUNCTIONS)}"
         )
@@ -149,7 +121,7 @@ class _Compiler:
         if isinstance(value, str):
             return Term("text", lambda scope: value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            _refuse(f"expected a number or a text, got {value!r}")
+            refuse(f"expected a number or a text, got {value!r}")
         number = _as_number(value)
         return Term("number", lambda scope: number)
 
@@ -160,7 +132,7 @@ class _Compiler:
             names.append(node.attr)
             node = node.value
         if not isinstance(node, ast.Name):
-            _refuse("expected the name of a field before a full stop")
+            refuse("expected the name of a field before a full stop")
         names.append(node.id)
         return tuple(n[1:] if n[:1] == "_" and n[1:] in _RESERVED else n for n in reversed(names))
 
@@ -182,11 +154,12 @@ class _Compiler:
                 raise NotJudgedError(blocked=not found.optional)
             return value
 
-        return Term(kind, run, dimension, (path,), tuple(lists), leaf)
+        point = True if leaf is not None and leaf.unit is not None and leaf.unit.zero else None
+        return Term(kind, run, dimension, point, (path,), tuple(lists), leaf)
 
     def _refuse_name(self, name: str, path: Path) -> NoReturn:
         if len(path) == 1 and path[0] in FUNCTIONS:
-            _refuse(f"{name} is a function, and no field: expected {name}(...)")
+            refuse(f"{name} is a function, and no field: expected {name}(...)")
         parent: FieldType = self._root
         before, _, last = name.rpartition(".")
         if before:
@@ -197,22 +170,23 @@ class _Compiler:
         close = difflib.get_close_matches(last, there, n=1)
         hint = f'; did you mean "{close[0]}"?' if close else ""
         what = f"{before} has no fields" if not there else f"there are {', '.join(there)}"
-        _refuse(f"no field {name!r}; {what}{hint}")
+        refuse(f"no field {name!r}; {what}{hint}")
 
     def _arithmetic(self, node: ast.BinOp) -> Term:
         signs = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
         sign = signs.get(type(node.op))
         if sign is None:
-            _refuse(f"{type(node.op).__name__} is no operation of a check; there are + - * /")
+            refuse(f"{type(node.op).__name__} is no operation of a check; there are + - * /")
         left, right = self._number(node.left, sign), self._number(node.right, sign)
-        dimension = left.dimension
+        dimension, point = left.dimension, None
         if sign in "+-":
-            _check_same(left, right, sign)
+            check_same(left, right, sign)
+            point = point_of(left, right, where=sign)
         else:
             power = 1 if sign == "*" else -1
-            dimension = _dimension(left, right, power)
+            dimension = dimension_of(left, right, power)
         if sign == "/" and not right.fields and right.run(_NOWHERE) == 0:
-            _refuse(f"division by zero, whatever the record: {_shown(node)}")
+            refuse(f"division by zero, whatever the record: {_shown(node)}")
 
         def run(scope: Scope) -> float:
             a, b = left.run(scope), right.run(scope)
@@ -221,24 +195,27 @@ class _Compiler:
             value = a + b if sign == "+" else a - b if sign == "-" else a * b
             return finite(a / b if sign == "/" else value)
 
-        return Term("number", run, dimension, **_joined(left, right))
+        return Term("number", run, dimension, point, **joined(left, right))
 
     def _unary(self, node: ast.UnaryOp) -> Term:
         if isinstance(node.op, ast.Not):
             inner = self.term(node.operand)
             if inner.kind != "truth":
-                _refuse(f"not: expected a comparison, got {_kind_name(inner)}")
-            return Term("truth", lambda scope: not inner.run(scope), **_joined(inner))
+                refuse(f"not: expected a comparison, got {kind_name(inner)}")
+            return Term("truth", lambda scope: not inner.run(scope), **joined(inner))
         if not isinstance(node.op, (ast.USub, ast.UAdd)):
-            _refuse(f"{type(node.op).__name__} is no operation of a check; there are + - * /")
+            refuse(f"{type(node.op).__name__} is no operation of a check; there are + - * /")
         inner, factor = self._number(node.operand, "-"), -1 if isinstance(node.op, ast.USub) else 1
-        return Term("number", lambda s: factor * inner.run(s), inner.dimension, **_joined(inner))
+        point = inner.point and None  # a temperature has no opposite
+        return Term(
+            "number", lambda s: factor * inner.run(s), inner.dimension, point, **joined(inner)
+        )
 
     def _logic(self, node: ast.BoolOp) -> Term:
         terms = [self.term(value) for value in node.values]
         for term in terms:
             if term.kind != "truth":
-                _refuse(f"and, or: expected comparisons, got {_kind_name(term)}")
+                refuse(f"and, or: expected comparisons, got {kind_name(term)}")
         decisive = isinstance(node.op, ast.Or)
 
         def run(scope: Scope) -> bool:
@@ -254,23 +231,24 @@ class _Compiler:
             return not decisive
 
         bounds = () if decisive else tuple(bound for term in terms for bound in term.bounds)
-        return Term("truth", run, **_joined(*terms), bounds=bounds)
+        return Term("truth", run, **joined(*terms), bounds=bounds)
 
     def _comparison(self, node: ast.Compare) -> Term:
         terms = [self.term(value) for value in (node.left, *node.comparators)]
         signs = [_COMPARISONS.get(type(op)) for op in node.ops]
         for sign, op, left, right in zip(signs, node.ops, terms[:-1], terms[1:], strict=True):
             if sign is None:
-                _refuse(f"{type(op).__name__} is no comparison of a check; one_of(x, list) is")
+                refuse(f"{type(op).__name__} is no comparison of a check; one_of(x, list) is")
             texts = {left.kind, right.kind} <= {"text", "formula"}
             truths = left.kind == right.kind == "truth" and left.leaf is not None
             if (texts or truths) and sign in ("==", "!="):
                 continue
             if texts:
-                _refuse(f"{sign}: texts are equal or not, and have no order")
+                refuse(f"{sign}: texts are equal or not, and have no order")
             if left.kind != "number" or right.kind != "number":
-                _refuse(f"{sign}: {_kind_name(left)} and {_kind_name(right)} do not compare")
-            _check_same(left, right, sign)
+                refuse(f"{sign}: {kind_name(left)} and {kind_name(right)} do not compare")
+            check_same(left, right, sign)
+            point_of(left, right, where=str(sign))
 
         def run(scope: Scope) -> bool:
             values = [comparable(term.run(scope)) for term in terms]
@@ -279,12 +257,12 @@ class _Compiler:
 
         sides = (terms[0], terms[1]) if len(terms) == 2 else None
         bounds = _bounds(terms, [str(sign) for sign in signs], _shown(node))
-        return Term("truth", run, **_joined(*terms), sides=sides, bounds=bounds)
+        return Term("truth", run, **joined(*terms), sides=sides, bounds=bounds)
 
     def _number(self, node: ast.expr, where: str) -> Term:
         term = self.term(node)
         if term.kind != "number":
-            _refuse(f"{where}: expected a number, got {_kind_name(term)}")
+            refuse(f"{where}: expected a number, got {kind_name(term)}")
         return term
 
     # Functions
@@ -292,34 +270,34 @@ class _Compiler:
     def _call(self, node: ast.Call) -> Term:
         if not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
             called = _shown(node.func)
-            _refuse(f"no function {called!r}; there are {', '.join(FUNCTIONS)}")
+            refuse(f"no function {called!r}; there are {', '.join(FUNCTIONS)}")
         if node.keywords or any(isinstance(a, ast.Starred) for a in node.args):
-            _refuse(f"{node.func.id}: expected values alone, no keywords and no *")
+            refuse(f"{node.func.id}: expected values alone, no keywords and no *")
         name, given = node.func.id, node.args
         if name in ("min", "max", "sum", "mean"):
             return self._reduction(name, given)
         counts = {"close": 3, "near": 3, "quantity": 2, "one_of": 2}
         if name != "one_of" and len(given) != counts.get(name, 1):
-            _refuse(f"{name}: expected {counts.get(name, 1)} values, got {len(given)}")
+            refuse(f"{name}: expected {counts.get(name, 1)} values, got {len(given)}")
         build: Callable[..., Term] = getattr(self, f"_{name}")
         return build(*given) if name != "one_of" else self._one_of(given)
 
     def _reduction(self, name: str, given: list[ast.expr]) -> Term:
         terms = [self._number(node, name) for node in given]
         if not terms:
-            _refuse(f"{name}: expected a list's field, or several values, got none")
+            refuse(f"{name}: expected a list's field, or several values, got none")
         for other in terms[1:]:
-            _check_same(terms[0], other, name)
-        dimension = terms[0].dimension
+            check_same(terms[0], other, name)
+        dimension, point = terms[0].dimension, point_of(*terms, where=name)
         if len(terms) > 1:
 
             def several(scope: Scope) -> float:
                 return reduced(name, [term.run(scope) for term in terms])
 
-            return Term("number", several, dimension, **_joined(*terms))
+            return Term("number", several, dimension, point, **joined(*terms))
         (term,) = terms
         if not term.lists:
-            _refuse(f"{name} of one value: expected a field of a list, or several values")
+            refuse(f"{name} of one value: expected a field of a list, or several values")
 
         def whole(scope: Scope) -> float:
             values = [term.run(at) for at in elements(scope.values, scope.source, term.lists)]
@@ -327,62 +305,65 @@ class _Compiler:
                 raise NotJudgedError(blocked=False)
             return reduced(name, values)
 
-        return Term("number", whole, dimension, term.fields)
+        return Term("number", whole, dimension, point, term.fields)
 
     def _count(self, node: ast.expr) -> Term:
         term = self.term(node)
         lists = (*term.lists, term.fields[0]) if term.kind == "list" else term.lists
         if not lists:
-            _refuse("count: expected a list, or a field of one")
+            refuse("count: expected a list, or a field of one")
 
         def run(scope: Scope) -> float:
             return float(sum(1 for _ in elements(scope.values, scope.source, lists)))
 
-        return Term("number", run, PLAIN, term.fields)
+        return Term("number", run, fields=term.fields)
 
     def _abs(self, node: ast.expr) -> Term:
         term = self._number(node, "abs")
-        return Term("number", lambda s: abs(term.run(s)), term.dimension, **_joined(term))
+        return Term(
+            "number", lambda s: abs(term.run(s)), term.dimension, term.point, **joined(term)
+        )
 
     def _close(self, found: ast.expr, expected: ast.expr, tolerance: ast.expr) -> Term:
         left, right = self._number(found, "close"), self._number(expected, "close")
-        _check_same(left, right, "close")
+        check_same(left, right, "close")
+        point_of(left, right, where="close")
         most = self._literal(tolerance, "close")
 
         def run(scope: Scope) -> bool:
             a, b = left.run(scope), right.run(scope)
-            return bool(abs(a - b) <= most * abs(a))
+            return compare("==", a, b) or compare("<=", abs(a - b), most * abs(a))
 
-        return Term("truth", run, **_joined(left, right), sides=(left, right))
+        return Term("truth", run, **joined(left, right), sides=(left, right))
 
     def _molar_mass(self, node: ast.expr) -> Term:
         term = self.term(node)
         if term.kind != "formula":
-            _refuse(f"molar_mass: expected a field of type formula, got {_kind_name(term)}")
-        return Term("number", lambda s: molar_mass(term.run(s)), _GRAM_PER_MOL, **_joined(term))
+            refuse(f"molar_mass: expected a field of type formula, got {kind_name(term)}")
+        return Term("number", lambda s: molar_mass(term.run(s)), _GRAM_PER_MOL, **joined(term))
 
     def _quantity(self, number: ast.expr, unit: ast.expr) -> Term:
         value = self._literal(number, "quantity", signed=True)
         name = unit.value if isinstance(unit, ast.Constant) else None
         found = find_unit(name) if isinstance(name, str) else None
         if found is None:
-            _refuse(f'quantity: expected a unit such as "degC", got {_shown(unit)}')
+            refuse(f'quantity: expected a unit such as "degC", got {_shown(unit)}')
         base = found.to_base(value)
-        return Term("number", lambda scope: base, found.dimension)
+        return Term("number", lambda scope: base, found.dimension, True if found.zero else None)
 
     def _literal(self, node: ast.expr, where: str, *, signed: bool = False) -> float:
         term = self.term(node)
         if term.kind != "number" or term.fields or term.dimension != PLAIN:
-            _refuse(f"{where}: expected a number as it is, got {_shown(node)}")
+            refuse(f"{where}: expected a number as it is, got {_shown(node)}")
         value = float(term.run(_NOWHERE))
         if value < 0 and not signed:
-            _refuse(f"{where}: expected 0 or more, got {value:g}")
+            refuse(f"{where}: expected 0 or more, got {value:g}")
         return value
 
     def _leaf(self, node: ast.expr, where: str) -> Term:
         term = self.term(node)
         if term.leaf is None or term.leaf.kind == "boolean":
-            _refuse(f"{where}: expected a field that holds text or a number")
+            refuse(f"{where}: expected a field that holds text or a number")
         return term
 
     def _in_text(self, node: ast.expr) -> Term:
@@ -393,7 +374,7 @@ class _Compiler:
             assert term.leaf is not None
             return scope.source is None or bool(scope.source.spans(value, term.leaf))
 
-        return Term("truth", run, **_joined(term))
+        return Term("truth", run, **joined(term))
 
     def _near(self, one: ast.expr, other: ast.expr, characters: ast.expr) -> Term:
         left, right = self._leaf(one, "near"), self._leaf(other, "near")
@@ -405,16 +386,16 @@ class _Compiler:
             if scope.source is None:
                 return True
             ours, theirs = scope.source.spans(a, left.leaf), scope.source.spans(b, right.leaf)
-            return any(gap(x, y) <= most for x in ours for y in theirs)
+            return are_near(ours, theirs, most)
 
-        return Term("truth", run, **_joined(left, right))
+        return Term("truth", run, **joined(left, right))
 
     def _one_of(self, given: list[ast.expr]) -> Term:
         if len(given) < 2:
-            _refuse("one_of: expected a field, and a list's field or several texts")
+            refuse("one_of: expected a field, and a list's field or several texts")
         term, *others = (self.term(node) for node in given)
         if {term.kind, *(other.kind for other in others)} - {"text", "formula"}:
-            _refuse("one_of: expected texts")
+            refuse("one_of: expected texts")
         lists = [other.lists for other in others]
 
         def run(scope: Scope) -> bool:
@@ -432,7 +413,7 @@ class _Compiler:
     def _present(self, node: ast.expr) -> Term:
         term = self.term(node)
         if not term.fields:
-            _refuse("present: expected a field")
+            refuse("present: expected a field")
 
         def run(scope: Scope) -> bool:
             try:
@@ -443,7 +424,7 @@ class _Compiler:
                 return False
             return True
 
-        return Term("truth", run, **_joined(term))
+        return Term("truth", run, **joined(term))
 
 
 def _bounds(terms: list[Term], signs: list[str], text: str) -> tuple[Bound, ...]:
@@ -471,25 +452,11 @@ def _kind_of(found: FieldType) -> tuple[str, Leaf | None]:
     return kinds.get(found.kind, found.kind), found
 
 
-def _check_same(left: Term, right: Term, where: str) -> None:
-    if left.dimension == right.dimension:
-        return
-    hint = ""
-    if PLAIN in (left.dimension, right.dimension):
-        hint = '; a number with its unit is quantity(5, "g")'
-    _refuse(f"{where}: {_kind_name(left)} and {_kind_name(right)} do not compare{hint}")
-
-
-def _dimension(left: Term, right: Term, power: int) -> Dimension:
-    a, b, c, d, e = (x + power * y for x, y in zip(left.dimension, right.dimension, strict=True))
-    return a, b, c, d, e
-
-
 def _as_number(value: int | float) -> float:
     try:
         return finite(float(value))
     except (OverflowError, UncomputableError):
-        _refuse("expected a number that a float holds")
+        refuse("expected a number that a float holds")
 
 
 _COMPARISONS: dict[type[ast.cmpop], str] = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-from alignpro.extract.units import PLAIN, Dimension, Unit
+from alignpro.extract.units import PLAIN, Dimension, Unit, comparable
 
 Kind = Literal["text", "formula", "number", "integer", "boolean", "quantity", "choice"]
 NUMERIC = ("number", "integer", "quantity")
@@ -29,6 +30,11 @@ class Leaf:
     @property
     def dimension(self) -> Dimension:
         return PLAIN if self.unit is None else self.unit.dimension
+
+    @cached_property
+    def choice_of(self) -> dict[str, str]:
+        """The choices as they are compared: there may be thousands, and as many values."""
+        return {comparable(choice): choice for choice in self.choices}
 
 
 @dataclass(frozen=True)

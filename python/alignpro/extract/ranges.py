@@ -11,7 +11,8 @@ from typing import NoReturn
 from alignpro.extract.kinds import FieldType, Leaf, ListOf, Object, Path
 from alignpro.extract.units import TEMPERATURE
 
-_SLACK = 2e-9  # relative: more than the verifier grants to ``==``, min and max
+_ROUNDED = 2e-12  # relative: what the verifier takes for one number in an order
+_SLACK = 2e-9  # relative: more than the verifier grants to ``==``
 _MOST_ORDERS = 200  # that are followed from field to field, in time of their number squared
 
 
@@ -105,7 +106,6 @@ def _of_type(path: Path, leaf: Leaf) -> list[Bound]:
     for name, sign, value in (("min", ">=", leaf.least), ("max", "<=", leaf.most)):
         if value is not None:
             base = value if leaf.unit is None else leaf.unit.to_base(value)
-            base += _slack(base, sign[0])
             found.append(Bound(path, sign, base, f"its {name} {value:g}"))
     return found
 
@@ -116,4 +116,6 @@ def _is_empty(low: tuple[float, bool], high: tuple[float, bool], *, whole: bool)
         first = math.floor(least) + 1 if above else math.ceil(least)
         last = math.ceil(most) - 1 if below else math.floor(most)
         return first > last
-    return least > most or (least == most and (above or below))
+    if math.isclose(least, most, rel_tol=_ROUNDED):
+        return above or below
+    return least > most

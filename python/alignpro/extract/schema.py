@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from alignpro.extract.arithmetic import comparable
-from alignpro.extract.expression import OPERATORS, Term, compile_check
+from alignpro.extract.expression import OPERATORS, compile_check
 from alignpro.extract.kinds import NUMERIC, FieldType, Kind, Leaf, ListOf, Object, Path, find
 from alignpro.extract.parse import RepeatedKeyError, read_json
 from alignpro.extract.ranges import check_possible
-from alignpro.extract.units import PERCENT, PLAIN, UNIT_NAMES, Unit, dimension_name, find_unit
+from alignpro.extract.terms import Term
+from alignpro.extract.units import (
+    PERCENT,
+    PLAIN,
+    UNIT_NAMES,
+    Unit,
+    comparable,
+    dimension_name,
+    find_unit,
+)
 from alignpro.types import not_unicode, type_name
 
 Format = Literal["json", "lines"]
@@ -293,7 +301,7 @@ def _bound(value: Mapping[str, Any], key: str, where: str, *, whole: bool = Fals
         number = math.inf
     if not math.isfinite(number) or (whole and number < 0):
         expected = "a whole number, 0 or more" if whole else "a number"
-        raise SchemaError(f"{where}.{key}: expected {expected}, got {str(given)[:40]}")
+        raise SchemaError(f"{where}.{key}: expected {expected}, got {repr(given)[:40]}")
     return number
 
 

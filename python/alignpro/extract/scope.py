@@ -25,7 +25,7 @@ class UncomputableError(Exception):
 
 @dataclass
 class Scope:
-    """Values as `check.read_values` gives them, at one element of each list."""
+    """Values as `check.judge` reads them, at one element of each list."""
 
     values: Any
     source: Source | None

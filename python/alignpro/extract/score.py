@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from alignpro.extract.arithmetic import comparable
 from alignpro.extract.check import Refused, read_leaf
 from alignpro.extract.formula import plain_formula
 from alignpro.extract.kinds import FieldType, Leaf, Object
 from alignpro.extract.schema import Schema
 from alignpro.extract.source import same_number
+from alignpro.extract.units import comparable
 
 _MOST_NESTED = 32
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left, bisect_right
 
 from alignpro.extract.formula import plain_formula
 from alignpro.extract.kinds import Leaf
@@ -78,11 +79,19 @@ def same_number(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=_SAME, abs_tol=0.0)
 
 
-def gap(one: Span, other: Span) -> float:
-    """Characters between two spans; infinitely many where they overlap: the same words are not
-    beside themselves."""
-    between = max(one[0] - other[1], other[0] - one[1])
-    return between if between >= 0 else float("inf")
+def are_near(ours: list[Span], theirs: list[Span], most: float) -> bool:
+    """Whether one of each lie beside each other with ``most`` characters between them. What
+    overlaps does not: the same words are not beside themselves."""
+    begins = sorted(begin for begin, _ in theirs)
+    ends = sorted(end for _, end in theirs)
+    for begin, end in ours:
+        behind = bisect_left(begins, end)
+        if behind < len(begins) and begins[behind] - end <= most:
+            return True
+        before = bisect_right(ends, begin)
+        if before and begin - ends[before - 1] <= most:
+            return True
+    return False
 
 
 def _occurrences(pattern: str, text: str) -> list[Span]:

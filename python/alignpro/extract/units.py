@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Powers of mass (g), amount (mol), length (m), time (s), temperature (K).
 Dimension = tuple[int, int, int, int, int]
@@ -157,6 +157,11 @@ def normalise(text: str) -> str:
         str(unicodedata.decimal(c)) if not c.isascii() and c.isdecimal() else c for c in text
     )
     return " ".join(text.split())
+
+
+def comparable(value: Any) -> Any:
+    """Texts without case and spelling of their characters; numbers as they are."""
+    return normalise(value).casefold() if isinstance(value, str) else value
 
 
 def find_unit(spelling: str) -> Unit | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from alignpro.models.native_model import NativeModel
 from alignpro.models.reading import ChatLengths, naming, target_tokens
 from alignpro.models.tokenizer import count_words
 from alignpro.types import Prompt, SamplingParams, Texts
+
+if TYPE_CHECKING:
+    from alignpro.native import core
 
 _TOKENS = 4096  # scored in one call: beginnings that its answers have in common are read once
 
@@ -74,22 +77,68 @@ def token_logprobs(
     """As `sequence_logprobs`, token by token. The memory of a pass is bounded."""
     if isinstance(model, EndpointModel):  # the configuration's rule: temperature 1
         return model.token_logprobs(prompts, continuations)
-    sequences = [p + c for p, c in zip(prompts, continuations, strict=True)]
-    prepared, found = model.prepare(adapter), list[NDArray[np.float64]]()
-    for part in chunks([len(tokens) for tokens in sequences], _TOKENS):
-        score = score_tokens(
-            model,
-            sequences[part],
-            [len(p) for p in prompts[part]],
-            adapter=prepared,
-            temperature=temperature,
-        )
-        ends = np.cumsum([len(c) for c in continuations[part]])
-        found += np.split(np.asarray(score.logprob, np.float64), ends[:-1])
+    found = list[NDArray[np.float64]]()
+    for score, ends in _passes(model, prompts, continuations, temperature, adapter=adapter):
+        found += _split(score.logprob, ends)
     return found
 
 
-def chunks(lengths: Sequence[int], most: int) -> Iterator[slice]:
+class Divergence(NamedTuple):
+    """Of a text under a policy, and a reference that it is compared with."""
+
+    kl: float  # sum_t KL(policy || reference) in nats, exact at every token
+    entropy: float  # of the policy, nats a token
+
+
+def divergences(
+    model: NativeModel,
+    prompts: Sequence[list[int]],
+    written: Sequence[list[int]],
+    temperature: float,
+    *,
+    policy: Any,
+    reference: Any,
+) -> list[Divergence]:
+    """policy, reference: adapters, as of `sequence_logprobs`. For the KL of the policy's texts
+    (MATH: KL) they must be its own."""
+    found = []
+    for score, ends in _passes(
+        *(model, prompts, written, temperature),
+        adapter=policy,
+        reference=model.prepare(reference),
+        with_reference=True,
+    ):
+        for kl, entropy in zip(_split(score.kl, ends), _split(score.entropy, ends), strict=True):
+            mean = float(entropy.mean()) if len(entropy) else 0.0
+            found.append(Divergence(float(kl.sum()), mean))
+    return found
+
+
+def _passes(
+    model: NativeModel,
+    prompts: Sequence[list[int]],
+    written: Sequence[list[int]],
+    temperature: float,
+    *,
+    adapter: Any,
+    **more: Any,
+) -> Iterator[tuple[core.Score, NDArray[np.int_]]]:
+    """`score_tokens` pass by pass, each with where its sequences part."""
+    sequences = [p + w for p, w in zip(prompts, written, strict=True)]
+    prepared = model.prepare(adapter)
+    for part in chunks([len(tokens) for tokens in sequences]):
+        starts = [len(p) for p in prompts[part]]
+        score = score_tokens(
+            model, sequences[part], starts, adapter=prepared, temperature=temperature, **more
+        )
+        yield score, np.cumsum([len(w) for w in written[part]])[:-1]
+
+
+def _split(values: Any, ends: NDArray[np.int_]) -> list[NDArray[np.float64]]:
+    return np.split(np.asarray(values, np.float64), ends)
+
+
+def chunks(lengths: Sequence[int], most: int = _TOKENS) -> Iterator[slice]:
     """Neighbours of ``most`` tokens together, or of one row that has more."""
     begin = total = 0
     for index, length in enumerate(lengths):

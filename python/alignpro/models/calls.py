@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignpro.files import append_line, recorded_lines
+from alignpro.files import append_line, read_kept
 from alignpro.models.reply import Answer
 
 CHAT, SCORE = "chat/completions", "completions"
@@ -54,7 +54,7 @@ class CallFile:
         self.attempts = self.input_tokens = self.output_tokens = 0
         self._lock = threading.Lock()
         if path is not None and path.exists():
-            self._read(path)
+            read_kept(path, lambda number, row: self._take(row), "a recorded call")
 
     def __len__(self) -> int:
         return len(self._known)
@@ -101,12 +101,3 @@ class CallFile:
             self.attempts += int(row["attempts"])
             self.input_tokens += answer.input_tokens or 0
             self.output_tokens += answer.output_tokens or 0
-
-    def _read(self, path: Path) -> None:
-        for number, line in recorded_lines(path):
-            try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}, line {number}: expected a recorded call; move the file away"
-                ) from None

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from alignpro.models.answer_scores import chunks
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.reading import ChatLengths
 from alignpro.models.tokenizer import count_words
@@ -22,7 +23,6 @@ from alignpro.types import Conversation, Message, Prompt, PromptLike, SamplingPa
 
 RECORD = "reward.json"
 State = Literal["mean", "end"]
-_TOKENS = 4096  # read in one call: what the answers of a prompt have in common is read once
 
 
 class LearnedReward:
@@ -122,13 +122,8 @@ def answer_features(
     """[n, D]: the mean of the base model's final, normalised states that count. A row's bits depend
     on no other row."""
     features = np.empty((len(chats), int(model.config["hidden_size"])), np.float32)
-    begin = 0
-    while begin < len(chats):
-        end, tokens = begin, 0
-        while end < len(chats) and (end == begin or tokens + len(chats[end].tokens) <= _TOKENS):
-            tokens += len(chats[end].tokens)
-            end += 1
-        part = chats[begin:end]
+    for rows in chunks([len(chat.tokens) for chat in chats]):
+        part = chats[rows]
         # States are those that a token was predicted from: of one more, whichever it is.
         score = model.core_model.score(
             [[*chat.tokens, chat.tokens[-1]] for chat in part],
@@ -137,8 +132,7 @@ def answer_features(
         )
         assert score.hidden is not None
         counts = [len(chat.tokens) - chat.start for chat in part]
-        for row, states in enumerate(np.split(score.hidden, np.cumsum(counts)[:-1]), begin):
-            features[row] = states.mean(axis=0)
-        begin = end
-        on_progress(end, len(chats))
+        states = np.split(score.hidden, np.cumsum(counts)[:-1])
+        features[rows] = [of_answer.mean(axis=0) for of_answer in states]
+        on_progress(rows.stop, len(chats))
     return features

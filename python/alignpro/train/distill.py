@@ -10,7 +10,7 @@ target and without noise, so the fit to the reference's rollouts is that of any 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from alignpro.models.answer_scores import sequence_logprobs
 from alignpro.models.mixture import BASE, Mixture, load_writer
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
-from alignpro.run_directory import config_of_run
 from alignpro.types import Prompt, Response, Rewrite, Rollout
 
 
@@ -62,12 +61,7 @@ class MixtureReward:
     ) -> Rollout:
         """Rewrites by the pipeline's prompter, which is the reference. Where a target's response
         would be, each has an empty one with the reward: no target is asked."""
-        alone = Pipeline(
-            *(pipeline.prompter, None, None),
-            prompting=pipeline.prompting,
-            prompter_adapter=pipeline.prompter_adapter,
-            rewrite_params=pipeline.rewrite_params,
-        )
+        alone = pipeline.without_target()
         groups = alone.rewrite(prompts, num_rewrites=num_rewrites, seed=seed)
         flat = [w for group in groups for w in group]
         rewards = iter(self.of(flat, pipeline.rewrite_params.temperature))
@@ -87,29 +81,25 @@ class MixtureReward:
         return [float(reward) for reward in rewards]
 
 
-def distill_config(folder: Path, runs: Sequence[Path], **changes: Any) -> TrainConfig:
+def distill_config(
+    folder: Path, runs: Mapping[Path, TrainConfig | PreferConfig], **changes: Any
+) -> TrainConfig:
     """The training of one prompter from the mixture in a folder, into its ``distilled``: models,
     prompts and prompting of the first of the runs that it was made of, and the sampling of the
     first that drew rewrites. changes: other fields of the configuration.
 
-    Raises ValueError, which names the run, for one that trained no prompter, and for pairs without
-    a column of prompts.
+    Raises ValueError, which names the run, for pairs without a column of prompts.
     """
-    configs = [config_of_run(run) for run in runs]
-    first = configs[0]
-    if not isinstance(first, TrainConfig | PreferConfig):
-        raise ValueError(
-            f"{runs[0]}: expected the training of a prompter, by a reward or on preferences"
-        )
-    reference = runs[0] / "reference"
+    run, first = next(iter(runs.items()))
+    reference = run / "reference"
     adapter = str(reference) if reference.exists() else None
     shared = ("target", "data", "on_too_long", "prompting", "lora", "date", "threads")
     of_run = {name: getattr(first, name) for name in shared}
     if isinstance(first, TrainConfig):
         of_run |= {"reward": first.reward, "response": first.response}
     else:
-        of_run["data"] = _prompts_of_pairs(runs[0], first.data)
-    by_reward = (config for config in configs if isinstance(config, TrainConfig))
+        of_run["data"] = _prompts_of_pairs(run, first.data)
+    by_reward = (config for config in runs.values() if isinstance(config, TrainConfig))
     of_mixture = {
         "prompter": replace(first.prompter, adapter=adapter),
         "run_dir": str(folder / "distilled"),

@@ -27,7 +27,7 @@ from alignpro.config import (
 )
 from alignpro.data.files import DataError
 from alignpro.data.preferences import PreferenceRow, load_preferences
-from alignpro.files import check_folder, write_json
+from alignpro.files import check_new_folder, whole_folder, write_json
 from alignpro.lengths import fit_rows
 from alignpro.models.native_model import NativeModel, load_model
 from alignpro.objective.bradley_terry import fit_bradley_terry
@@ -73,14 +73,12 @@ def run_reward_fit(
     ``learned:FOLDER`` then names wherever a reward is named.
 
     Raises:
-        FileExistsError: something is at ``output``. ValueError: pairs that cannot be read, or too
+        FileExistsError: something is in ``output``. ValueError: pairs that cannot be read, or too
             few conversations to hold some out and choose by the others.
     """
     check_config(config, RewardFitConfig)
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output}: is there already; --output names another folder")
-    check_folder(output)
+    check_new_folder(output)
     rows = load_preferences(config.data)
     held_out = None
     if config.heldout is not None:
@@ -108,8 +106,8 @@ def run_reward_fit(
             *(held_out, features[len(training) :]),
             config,
         )
-    output.mkdir(parents=True)
-    write_json(output / RECORD, _record(fit, config, model, training))
+    with whole_folder(output) as partial:
+        write_json(partial / RECORD, _record(fit, config, model, training))
     return fit
 
 

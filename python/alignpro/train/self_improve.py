@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alignpro import fingerprints
 from alignpro.config import (
     PairsFitConfig,
@@ -460,8 +462,8 @@ def _search_row(
     def gap(name: str) -> float:
         return _mean([getattr(p, name)[0] - getattr(p, name)[1] for p in pairs])
 
-    own = _mean([_deviation(place.confidence) for place in places])
-    other = _mean([_deviation(place.calibrator) for place in places])
+    own = _mean([float(np.std(place.confidence)) for place in places])
+    other = _mean([float(np.std(place.calibrator)) for place in places])
     part = (1 - config.calibration) * own
     return {
         "pairs": len(pairs),
@@ -482,8 +484,3 @@ def _search_row(
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / max(1, len(values))
-
-
-def _deviation(values: Sequence[float]) -> float:
-    centre = _mean(values)
-    return math.sqrt(_mean([(value - centre) ** 2 for value in values]))

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from alignpro.config import SelfImproveConfig
 from alignpro.findings import COPY_RATE, copied_share
 from alignpro.models.adapter import LoraWeights
-from alignpro.models.answer_scores import chunks
+from alignpro.models.answer_scores import divergences
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.native_model import NativeModel
 from alignpro.pipeline import Pipeline
@@ -22,7 +20,6 @@ from alignpro.rewards.scenes import Chair, SceneCounts, chair, listed_objects, s
 from alignpro.statistics import bootstrap_mean_ci, paired_difference, relative_reduction
 from alignpro.types import Conversation, Prompt
 
-_TOKENS = 4096  # scored in one call
 _LEAST = 2  # prompts, for an interval
 _SHORTER = 0.2  # the share of the length from which on a shorter answer is said
 
@@ -96,13 +93,15 @@ def measure_policy(
     texts = [response.text for _, _, response in found]
     grounded = score_checked(grounding, asked, [""] * len(found), texts, of_rows)
     if config.policy == "target":
-        read = [(w.target_tokens, r.tokens) for _, w, r in found]
+        read = [w.target_tokens for _, w, _ in found], [r.tokens for _, _, r in found]
         temperature = config.response.temperature
     else:
-        read = [(w.prompter_tokens, w.tokens) for _, w, _ in found]
+        read = [w.prompter_tokens for _, w, _ in found], [w.tokens for _, w, _ in found]
         temperature = config.rewrite.temperature
-    kl_first, entropy = _divergence(model, read, adapter, first, temperature)
-    kl_previous, _ = _divergence(model, read, adapter, previous, temperature)
+    to_first, to_previous = (
+        divergences(model, *read, temperature, policy=adapter, reference=reference)
+        for reference in (first, previous)
+    )
     objects = of_rows.get("objects")
     sources = of_rows.get("source") or [None] * len(found)
     return [
@@ -116,46 +115,15 @@ def measure_policy(
             copied=copied_share(
                 sources[row] or Conversation.of(prompts[index]).text, response.text
             ),
-            kl_first=kl_first[row],
-            kl_previous=kl_previous[row],
-            entropy=entropy[row],
+            kl_first=to_first[row].kl,
+            kl_previous=to_previous[row].kl,
+            entropy=to_first[row].entropy,
             scene=None
             if objects is None
             else scene_counts(response.text, listed_objects(objects[row])),
         )
         for row, (index, rewrite, response) in enumerate(found)
     ]
-
-
-def _divergence(
-    model: NativeModel,
-    read: Sequence[tuple[list[int], list[int]]],
-    adapter: LoraWeights | None,
-    reference: LoraWeights | None,
-    temperature: float,
-) -> tuple[list[float], list[float]]:
-    """The exact KL of each text's distributions to those of the reference, summed over its tokens,
-    and the policy's mean entropy."""
-    policy, other = model.make_adapter(adapter), model.make_adapter(reference)
-    kls, entropies = [], []
-    for part in chunks([len(r) + len(w) for r, w in read], _TOKENS):
-        score = model.core_model.score(
-            [[*r, *w] for r, w in read[part]],
-            [len(r) for r, _ in read[part]],
-            adapter=policy,
-            temperature=temperature,
-            reference=other,
-            with_reference=True,
-        )
-        ends = np.cumsum([len(w) for _, w in read[part]])[:-1]
-        for kl, entropy in zip(
-            np.split(np.asarray(score.kl, np.float64), ends),
-            np.split(np.asarray(score.entropy, np.float64), ends),
-            strict=True,
-        ):
-            kls.append(float(kl.sum()))
-            entropies.append(float(entropy.mean()) if len(entropy) else 0.0)
-    return kls, entropies
 
 
 def summarise(
@@ -245,7 +213,7 @@ def round_warnings(summary: Mapping[str, Any]) -> dict[str, str]:
             f"{summary['copied']:.0%} of the answers' words repeat their source, "
             f"{summary['copied'] - copied[0]:.0%} of the first policy's: nothing is likelier "
             "behind a source than the source itself. A smaller learning_rate or fewer steps hold "
-            "the policy closer; a term against copies pays for other words."
+            "the policy closer; a term against copies pays for other words, if it has any."
         )
     length, before = change["tokens"], summary["tokens"] - change["tokens"][0]
     if before > 0 and length[2] < 0 and -length[0] > _SHORTER * before:
