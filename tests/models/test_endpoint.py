@@ -28,6 +28,10 @@ from alignpro.types import SamplingParams, Usage
 from chat_server import ChatServer, Fault, completion
 
 PARAMS = SamplingParams(max_new_tokens=32, temperature=0.7, seed=5)
+MAGISTRAL = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "first"}]},
+    {"type": "text", "text": "Yes."},
+]
 
 
 @pytest.fixture
@@ -136,6 +140,11 @@ def test_a_stop_text_is_cut_off_where_the_endpoint_does_not(server):
         (Fault.reply("Yes.", reasoning_content="first"), "Yes.", "first"),
         (Fault.reply("Yes.", reasoning="first"), "Yes.", "first"),
         (Fault.reply([{"type": "text", "text": "Ye"}, {"type": "text", "text": "s."}]), "Yes.", ""),
+        (Fault.reply([{"type": "reasoning", "text": "first"}, {"text": "Yes."}]), "Yes.", "first"),
+        (Fault.reply(MAGISTRAL), "Yes.", "first"),
+        (Fault.reply(["Ye", "s."]), "Yes.", ""),
+        (Fault.reply([{"type": "refusal", "refusal": "I cannot."}]), "I cannot.", ""),
+        (Fault.reply("", refusal="I cannot."), "I cannot.", ""),
         (Fault.reply("Use <b>, then </thought>"), "Use <b>, then </thought>", ""),
         (Fault.reply(""), "", ""),
         (Fault.reply(None, refusal="I cannot."), "I cannot.", ""),  # OpenAI's
@@ -162,7 +171,14 @@ def test_an_open_block_of_reasoning_is_no_answer():
         (Fault.reply("", "length"), "before one began"),
         (Fault.reply(None, reasoning_content="and so"), "reasoning alone"),
         (Fault.reply("<think>and so</think>"), "reasoning alone"),
+        (Fault.reply("", "MAX_TOKENS"), "before one began"),
+        (Fault.reply("", "model_length"), "before one began"),
+        (Fault.reply("", None), "the reply is empty (finish_reason None)"),
+        (Fault.reply("", "whatever"), "the reply is empty (finish_reason whatever)"),
+        (Fault.reply("", "tool_calls", tool_calls=[{"id": "1"}]), "a tool call"),
+        (Fault.reply([{"type": "thinking", "thinking": "and so"}]), "reasoning alone"),
         (Fault.reply("Bad w", "content_filter"), "content filter"),
+        (Fault.reply("Bad w", "SAFETY"), "content filter"),
         (Fault.reply(None, "tool_calls", tool_calls=[{"id": "1"}]), "a tool call"),
         (Fault.error(400, "maximum context length is 100 tokens"), "HTTP 400: maximum context"),
         (Fault.error(422, "max_tokens is too large: 9"), "HTTP 422: max_tokens is too large"),
@@ -195,6 +211,7 @@ def test_a_reply_without_an_answer_fails_alone_and_at_once(server, reply, reason
         Fault.reply(None),
         Fault.reply(7),
         Fault.reply("half an ans", "error"),
+        Fault.reply([]),
         Fault(body="no gzip", headers={"Content-Encoding": "gzip"}),
         Fault(body="[" * 100_000),
         Fault(body='{"error": {"message": "upstream is busy", "code": 502}}'),
@@ -599,6 +616,41 @@ def test_a_budget_is_not_passed(server, tmp_path, budget, answered, words):
     # Another process: what the first one spent is spent.
     assert isinstance(ask(model(server, calls, **options), "new")[0], BudgetError)
     assert len(server.asked) == made
+
+
+CUT = Fault.reply("", "length", usage=(20, 30))
+
+
+@pytest.mark.parametrize(
+    ("fault", "budget", "made"),
+    [
+        (CUT, {"tokens": 200}, 4),  # it read and wrote, and has no answer
+        (CUT, {"cost": 0.0013}, 4),
+        (Fault.reply("", "length"), {"tokens": 200}, 4),  # nobody says how much: the most it may be
+        (Fault.reply("half an ans", "error", usage=(20, 30)), {"tokens": 200}, 4),
+        (Fault.error(503, "busy", {"Retry-After": "0"}), {"calls": 3}, 3),
+        (Fault.error(400, "no"), {"calls": 3}, 3),
+    ],
+)
+def test_requests_without_an_answer_are_part_of_the_budget(server, tmp_path, fault, budget, made):
+    server.always = fault
+    calls = tmp_path / "calls.jsonl"
+    options = {"concurrency": 1, "input_price": 0.0, "output_price": 10.0, "budget": budget}
+    for turns in ("abcdefgh", "ijklmnop"):  # the second time in another process
+        done = ask(model(server, calls, **options), *turns)
+        assert isinstance(done[-1], BudgetError) and len(server.asked) == made
+    spent = model(server, calls, **options).spent()
+    assert f"big: {made} calls" in spent
+    assert (", 120 written, cost 0.0012" in spent) == ("usage" in fault.body)
+
+
+def test_a_refused_parameter_is_a_request(server, tmp_path):
+    def strict(asked):
+        return Fault.error(400, "unknown parameter: seed") if "seed" in asked.body else "x"
+
+    server.answer = strict
+    ask(model(server, tmp_path / "calls.jsonl"), "a", "b")
+    assert "big: 3 calls" in model(server, tmp_path / "calls.jsonl").spent()
 
 
 def test_a_budget_of_money_needs_prices(server):

@@ -31,7 +31,7 @@ from alignpro.config import Budget, ModelConfig
 from alignpro.models.calls import CHAT, SCORE, Call, CallFile
 from alignpro.models.dialect import Dialect
 from alignpro.models.language_model import RequestError
-from alignpro.models.reply import Answer, one_line, read_reply, read_scores
+from alignpro.models.reply import Answer, one_line, read_reply, read_scores, read_usage
 
 if TYPE_CHECKING:
     import httpx2
@@ -161,19 +161,15 @@ class HttpClient:
         return await self._attempts(call)
 
     async def _attempts(self, call: Call) -> Answer:
-        failures = sent = 0
+        failures = 0
         started = time.monotonic()
         while True:
             try:
                 async with self._slots:
                     await self._turn()
                     with await self._budget.reserve(call):
-                        sent += 1
-                        answer = await self._attempt(call)
+                        answer = await self._recorded(call, started)
                     if answer is not None:
-                        answer = _with_tokens(answer, call)
-                        took = time.monotonic() - started
-                        self._calls.put(call, answer, attempts=sent, seconds=took)
                         return answer
             except _Again as error:
                 failures += 1
@@ -182,6 +178,25 @@ class HttpClient:
                     raise RequestError(f"{error} ({times})") from None
                 longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (failures - 1))
                 await asyncio.sleep(max(error.pause, longest * random.uniform(0.5, 1.0)))
+
+    async def _recorded(self, call: Call, started: float) -> Answer | None:
+        """One attempt, written down with what it took before its budget is given back."""
+        replies: list[object] = []
+        try:
+            answer = await self._attempt(call, replies)
+        except BaseException as error:
+            # A completion without an answer, of an endpoint that does not say: the most it may be.
+            most = (_tokens_read(call), _most_written(call)) if replies else (0, 0)
+            told = read_usage(replies[0]) if replies else (0, 0)
+            took = (m if t is None else t for t, m in zip(told, most, strict=True))
+            self._calls.put_unanswered(call, str(error) or type(error).__name__, *took)
+            raise
+        if answer is None:
+            self._calls.put_unanswered(call, "a parameter was refused", 0, 0)
+            return None
+        answer = _with_tokens(answer, call)
+        self._calls.put(call, answer, seconds=time.monotonic() - started)
+        return answer
 
     async def _turn(self) -> None:
         """Wait for the pause that the endpoint asked for, and for the next call of this minute."""
@@ -193,8 +208,9 @@ class HttpClient:
         while (pause := self._not_before - loop.time()) > 0:
             await asyncio.sleep(pause)
 
-    async def _attempt(self, call: Call) -> Answer | None:
-        """None: the endpoint refused a parameter, and will be asked without it."""
+    async def _attempt(self, call: Call, replies: list[object]) -> Answer | None:
+        """None: the endpoint refused a parameter, and will be asked without it. replies: gets what
+        was generated for the call, an answer or not."""
         import httpx2
 
         dialect = self._dialects[call.path]
@@ -216,6 +232,8 @@ class HttpClient:
             reply = one_line(content.decode("utf-8", "replace"))
         status = response.status_code
         if 200 <= status < 300:
+            if isinstance(reply, dict) and reply.get("choices"):
+                replies.append(reply)
             try:
                 if call.path == SCORE:
                     return read_scores(reply, len(call.body["prompt"]))
@@ -273,7 +291,7 @@ class _Account:
     def __init__(self, budget: Budget, config: ModelConfig, calls: CallFile) -> None:
         self._budget, self._config, self._calls = budget, config, calls
         self._sent = calls.attempts  # requests
-        self._tokens = [0.0, 0.0]  # reserved: to be read, to be written
+        self._tokens = [0, 0]  # reserved: to be read, to be written
         self._under_way = 0
 
     async def reserve(self, call: Call) -> AbstractContextManager[None]:
@@ -282,9 +300,8 @@ class _Account:
         Raises:
             BudgetError: there is not, and no call under way may leave some.
         """
-        body = call.body
         read = _tokens_read(call)
-        written = float(body.get("max_tokens") or body.get("max_completion_tokens") or 0)
+        written = _most_written(call)
         while (over := self._over(read, written)) is not None:
             if not self._under_way:
                 raise BudgetError(
@@ -297,18 +314,18 @@ class _Account:
         return self._held(read, written)
 
     @contextmanager
-    def _held(self, read: float, written: float) -> Iterator[None]:
+    def _held(self, read: int, written: int) -> Iterator[None]:
         try:
             yield
         finally:
             self._add(-1, -read, -written)
 
-    def _add(self, calls: int, read: float, written: float) -> None:
+    def _add(self, calls: int, read: int, written: int) -> None:
         self._under_way += calls
         self._tokens[0] += read
         self._tokens[1] += written
 
-    def _over(self, read: float, written: float) -> str | None:
+    def _over(self, read: int, written: int) -> str | None:
         """The budget that one more call may pass."""
         budget, client = self._budget, self._config.client
         read += self._calls.input_tokens + self._tokens[0]
@@ -338,6 +355,11 @@ def _tokens_read(call: Call) -> int:
     if call.path == SCORE:
         return len(call.body["prompt"])
     return _tokens_in(json.dumps(call.body["messages"]))
+
+
+def _most_written(call: Call) -> int:
+    """0 of a call that sets no limit."""
+    return int(call.body.get("max_tokens") or call.body.get("max_completion_tokens") or 0)
 
 
 def _tokens_in(text: str) -> int:
