@@ -257,6 +257,20 @@ def test_retry_after_holds_every_call_back(server, form):
     assert len(others) == 3 and min(others) - refused > 0.9
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("-5", "nan", "soon", "", "1,5", "2026-01-01T00:00:00Z", "Mon, 99 Foo 2024"),
+        "Thu, 01 Jan 99999999999 00:00:00 GMT",
+        "Mon, 01 Jan 2024 00:00:00 +9999999999999999",
+    ],
+)
+def test_a_retry_after_that_says_nothing_is_passed_over(server, value):
+    server.faults = [Fault.error(429, "slow", {"Retry-After": value})]
+    (done,) = ask(model(server), "a")
+    assert done.text == "heard a"
+
+
 def test_a_retry_after_of_hours_is_not_waited_for(server):
     server.always = Fault.error(429, "tomorrow", {"Retry-After": "86400"})
     (error,) = ask(model(server), "a")
@@ -377,11 +391,14 @@ def test_what_one_path_refuses_another_may_take(server, tmp_path, caplog):
         ("`temperature` and `top_p` cannot be specified together", "temperature"),
         ("seed: Extra inputs are not permitted", "seed"),
         ('Unknown name "min_p": Cannot find field.', "min_p"),
+        ("`temperature` may only be set to 1 when thinking is enabled.", "temperature"),
+        ("seed is not a valid parameter", "seed"),
     ],
 )
-def test_a_refusal_is_read_in_many_words(server, message, name):
+@pytest.mark.parametrize("status", [400, 422, 501])  # the last is llama.cpp's
+def test_a_refusal_is_read_in_many_words(server, message, name, status):
     def answer(asked):
-        return Fault.error(400, message) if name in asked.body else "fine"
+        return Fault.error(status, message) if name in asked.body else "fine"
 
     server.answer = answer
     params = replace(PARAMS, top_k=3, top_p=0.9, min_p=0.1)
@@ -416,6 +433,24 @@ def test_a_refused_key_or_model_ends_everything_at_once(server, status):
     errors = ask(model(server), "a")
     assert isinstance(errors[0], EndpointError) and len(server.asked) == 1
     assert str(errors[0]) == f"big at {server.url}/chat/completions: HTTP {status}: no such thing"
+
+
+def test_a_prompt_that_moderation_flags_fails_alone(server):
+    flagged = Fault.error(403, "Your input was flagged", metadata={"reasons": ["violence"]})
+    server.answer = lambda asked: flagged if asked.turn == "bad" else "fine"
+    good, bad = ask(model(server), "good", "bad")
+    assert good.text == "fine" and isinstance(bad, RequestError)
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "nonsense://x"])
+def test_what_is_on_this_machine_is_asked_without_a_proxy(server, monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    assert ask(model(server), "a")[0].text == "heard a"
+    elsewhere = EndpointModel(ModelConfig("big", endpoint="http://big.invalid/v1"))
+    if not proxy.startswith("http:"):
+        with pytest.raises(EndpointError, match=r"big\.invalid/v1: .*ALL_PROXY"):
+            elsewhere.client().submit([{"role": "user", "content": "a"}], PARAMS)
 
 
 def test_a_redirect_ends_everything_with_the_address(server):

@@ -18,8 +18,10 @@ import logging
 import math
 import os
 import random
+import re
 import threading
 import time
+import urllib.parse
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts; each twice the last
 _LONGEST_RETRY_AFTER = 600.0  # seconds; an endpoint that asks for more has no answer for us
+_REFUSALS = (400, 422, 501)  # of what a request asks for; the last is llama.cpp's
 _SECRET = 12  # characters; shorter keys are placeholders ("EMPTY"), and may be words of an answer
 _BUDGET_POLL = 0.05  # seconds between looks at whether a call under way left some of a budget
 _BYTES_PER_TOKEN = 3.0  # of text; a low guess, to reserve enough of a budget
@@ -97,14 +100,44 @@ class HttpClient:
         with self._starting:
             if self._loop is None:
                 self._key = self.read_key()
+                http = self._client()
                 loop = asyncio.new_event_loop()
                 threading.Thread(target=loop.run_forever, daemon=True, name="endpoint").start()
-                asyncio.run_coroutine_threadsafe(self._open(), loop).result()
+                asyncio.run_coroutine_threadsafe(self._open(http), loop).result()
                 self._loop = loop
                 weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
         future: Future[Answer] = Future()
         self._loop.call_soon_threadsafe(self._begin, call, future)
         return future
+
+    def _client(self) -> httpx2.AsyncClient:
+        """Raises EndpointError where the environment names a proxy or certificates that are none."""
+        import httpx2
+
+        options = self._options
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        # A connection is for one call: on a kept one, the second copy of a reply that a server
+        # or a proxy sends twice is the next call's answer (measured: docs/notes/endpoints.md).
+        limits = httpx2.Limits(max_connections=options.concurrency, max_keepalive_connections=0)
+        host = urllib.parse.urlsplit(self._url).hostname or ""
+        here = host in ("localhost", "::1") or host.startswith("127.")
+        try:
+            return httpx2.AsyncClient(
+                headers=headers,
+                timeout=httpx2.Timeout(None, connect=options.connect_seconds),
+                limits=limits,
+                # With one of its own it asks no proxy, and none reaches what is on this machine.
+                transport=httpx2.AsyncHTTPTransport(limits=limits) if here else None,
+            )
+        except (ImportError, ValueError, OSError) as error:
+            socks = isinstance(error, ImportError)
+            reason = "a SOCKS proxy needs `pip install socksio`" if socks else str(error)
+            raise EndpointError(
+                f"{self._name} at {self._url}: {reason} (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or "
+                "SSL_CERT_FILE of the environment; NO_PROXY=HOST asks without a proxy)"
+            ) from None
 
     # --- on the loop ---
 
@@ -130,21 +163,9 @@ class HttpClient:
             with suppress(InvalidStateError):
                 future.set_result(answer)
 
-    async def _open(self) -> None:
-        import httpx2
-
-        options = self._options
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        self._http = httpx2.AsyncClient(
-            headers=headers,
-            timeout=httpx2.Timeout(None, connect=options.connect_seconds),
-            # A connection is for one call: on a kept one, the second copy of a reply that a server
-            # or a proxy sends twice is the next call's answer (measured: docs/notes/endpoints.md).
-            limits=httpx2.Limits(max_connections=options.concurrency, max_keepalive_connections=0),
-        )
-        self._slots = asyncio.Semaphore(options.concurrency)
+    async def _open(self, http: httpx2.AsyncClient) -> None:
+        self._http = http
+        self._slots = asyncio.Semaphore(self._options.concurrency)
         self._first = {path: asyncio.Lock() for path in self._dialects}
         self._first_is_done: set[str] = set()  # of these paths
         self._next_turn = self._not_before = 0.0  # in the loop's time
@@ -243,7 +264,7 @@ class HttpClient:
         self._check_status(status, reply, response)
         if dialect.of(call.body) != sent:  # another call has learnt it
             return None
-        learnt = dialect.learn(sent, reply) if status in (400, 422) else None
+        learnt = dialect.learn(sent, reply) if status in _REFUSALS else None
         if learnt is None:
             raise RequestError(f"HTTP {status}: {_message(reply)}")
         _log.warning("%s at %s refuses %s", self._name, self._url, learnt)
@@ -273,9 +294,12 @@ class HttpClient:
             message = f"HTTP {status}: it sends to {place}; name that address as the endpoint"
         elif status == 404 and "/v1/" not in str(response.url):
             message += "; the address of an OpenAI-compatible endpoint mostly ends in /v1"
-        if status in (401, 402, 403, 404) or 300 <= status < 400 or quota:
+        flagged = status == 403 and re.search("moderation|flagged", str(reply), re.IGNORECASE)
+        if flagged:  # OpenRouter's word for one prompt, not for the key
+            raise RequestError(message)
+        if status in (401, 402, 403, 404, 407) or 300 <= status < 400 or quota:
             raise EndpointError(f"{self._name} at {response.url}: {message}")
-        if status in (408, 409, 425, 429) or status >= 500:
+        if status in (408, 409, 425, 429) or (status >= 500 and status not in _REFUSALS):
             pause = _retry_after(response.headers.get("retry-after"))
             if pause > _LONGEST_RETRY_AFTER:
                 raise RequestError(f"{message}; it asks to wait {pause:.0f} s")
@@ -386,5 +410,5 @@ def _retry_after(value: str | None) -> float:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter of a year or an offset that is no date's
         return 0.0
