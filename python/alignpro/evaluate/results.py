@@ -111,7 +111,7 @@ class JudgeResult(ByKey):
     replayed: int  # of them, from the file of verdicts
     failed: int
     comparisons: dict[str, Comparison]  # "trained_vs_X"
-    usage: Usage | None = None  # of a judge behind an endpoint, for what was not replayed
+    usage: Usage | None = None  # of a judge behind an endpoint, replayed calls included
 
 
 @dataclass(frozen=True)

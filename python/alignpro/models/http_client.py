@@ -111,7 +111,7 @@ class HttpClient:
         return future
 
     def _client(self) -> httpx2.AsyncClient:
-        """Raises EndpointError where the environment names a proxy or certificates that are none."""
+        """Raises EndpointError where the environment names no proxy or certificates that are."""
         import httpx2
 
         options = self._options
