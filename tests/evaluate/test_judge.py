@@ -397,7 +397,7 @@ def test_what_a_judge_took_counts_in_the_next_process(server, tmp_path):
         with pytest.raises(JudgeError, match="the budget of 5 calls is spent"):
             ask(server, ARMS, calls=calls, verdicts=VerdictFile(verdicts), budget={"calls": 5})
         assert len(server.asked) == 5
-    with pytest.raises(ValueError, match="budget.cost: expected null without both prices"):
+    with pytest.raises(ValueError, match=r"budget\.cost: expected null without both prices"):
         config(server, budget={"cost": 1})
 
 
