@@ -86,13 +86,30 @@ def recorded_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file that grows line by line, with their numbers from 1.
 
     A last line that a crash cut short is left out, and cut off the file once the others are taken:
-    who stops at one of them, because the file is no such one, leaves it as it was.
+    who stops at one of them, because the file is no such one, leaves it as it was. One of which
+    the line feed alone is missing, as editors leave it, is a line.
+
+    Raises ValueError: no UTF-8 text.
     """
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    yield from enumerate(whole.splitlines(), start=1)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected lines of JSON in UTF-8: {error}") from None
+    # Not `splitlines`, which parts lines at characters that JSON may hold as they are.
+    *lines, last = text.split("\n")
+    if last and _is_json(last):
+        lines.append(last)
+    yield from enumerate(lines, start=1)
+    whole = "".join(f"{line}\n" for line in lines)
     if whole != text:
         write_file(path, whole)
+
+
+def _is_json(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        json.loads(text)
+        return True
+    return False
 
 
 def check_folder(path: Path) -> None:

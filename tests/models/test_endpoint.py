@@ -618,6 +618,34 @@ def test_a_line_that_was_cut_short_is_dropped_and_another_refused(server, tmp_pa
         model(server, calls)
 
 
+def test_a_file_that_went_through_other_tools_is_replayed(server, tmp_path):
+    calls = tmp_path / "calls.jsonl"
+    turns = ["a", "b\u2028c\u0085d"]
+    ask(model(server, calls), *turns)
+    rows = [json.loads(line) for line in calls.read_text().splitlines()]
+    # As jq writes it, behind a byte order mark, in another order, without the last line feed.
+    lines = [json.dumps(row, ensure_ascii=False) for row in reversed(rows)]
+    calls.write_text("\ufeff" + "\r\n".join(lines), "utf-8", newline="")
+    for _ in range(2):
+        done = ask(model(server, calls), *turns)
+        assert [d.text for d in done] == [f"heard {turn}" for turn in turns]
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("changes", [{"text": None}, {"text": 5}, {"finish_reason": "weird"}])
+def test_an_answer_that_no_reply_was_read_as_is_refused(server, tmp_path, changes):
+    calls = tmp_path / "calls.jsonl"
+    ask(model(server, calls), "a")
+    row = json.loads(calls.read_text())
+    row["answer"].update(changes)
+    calls.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"calls.jsonl, line 1: expected a recorded call"):
+        model(server, calls)
+    calls.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"calls.jsonl: expected lines of JSON in UTF-8"):
+        model(server, calls)
+
+
 def test_a_file_of_ones_own_is_named_in_the_configuration(server, tmp_path):
     ask(model(server, tmp_path / "run/calls.jsonl", calls=str(tmp_path / "own.jsonl")), "a")
     assert (tmp_path / "own.jsonl").read_text().count("\n") == 1

@@ -106,7 +106,7 @@ class CallFile:
             took = row
             if "unanswered" not in row:
                 took = row["answer"]
-                self._known[row["key"]] = Answer(**took)
+                self._known[row["key"]] = _checked(Answer(**took))
             self.attempts += int(row["attempts"])  # in older files those before it as well
             self.input_tokens += took["input_tokens"] or 0
             self.output_tokens += took["output_tokens"] or 0
@@ -119,3 +119,11 @@ class CallFile:
                 raise ValueError(
                     f"{path}, line {number}: expected a recorded call; move the file away"
                 ) from None
+
+
+def _checked(answer: Answer) -> Answer:
+    """Raises ValueError for what no reply was read as: somebody else wrote it."""
+    texts = isinstance(answer.text, str) and isinstance(answer.reasoning, str)
+    if not texts or answer.finish_reason not in ("stop", "length"):
+        raise ValueError(answer)
+    return answer
