@@ -64,7 +64,7 @@ def rewrite_reward(
         max_failed: share of the answers that may fail; the reward of a rewrite without any is None,
             which TRL leaves out. More of them raise FailedRowsError.
         seed: of the target's draws, which are others in every call. They are keyed by the step of
-            TRL's trainer and the call in it, so that a trainer that resumes draws what it would have.
+            TRL's trainer and the call in it: one that resumes draws what it would have.
 
     The function raises ValueError where the data set has no column ``original_prompt``.
     """
