@@ -603,6 +603,9 @@ def test_a_failure_is_replayed_once_it_was_accepted(server, tmp_path):
     server.always = None
     (again,) = ask(model(server, calls), "b")
     assert isinstance(again, RequestError) and str(again) == "HTTP 400: no"
+    whole = calls.read_text()
+    again.accept()  # by the run that replays it
+    assert calls.read_text() == whole
     assert len(server.asked) == 3
 
 

@@ -84,7 +84,9 @@ class CallFile:
         self._add({"key": call.key, "unanswered": reason, "attempts": 1, **tokens})
 
     def put_failure(self, call: Call, reason: str) -> None:
-        """That a run went on without an answer."""
+        """That a run went on without an answer; once, however often that is replayed."""
+        if self._known.get(call.key) == reason:
+            return
         self._add({"key": call.key, "request": call.body, "failed": reason})
 
     def put_changes(self, path: str, changes: dict[str, str | None]) -> None:
