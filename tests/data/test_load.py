@@ -119,23 +119,6 @@ def test_an_answer_after_the_last_user_turn_is_a_reference(write):
     assert columns == {"reference": ["Hello", "Knead.", "mine", None, None]}
 
 
-def test_a_system_message_beside_the_chat(write):
-    share = {"conversations": [{"from": "human", "value": "Bake bread"}]}
-    rows = [
-        {"system": "Be kind.", "messages": [LAST]},
-        {"system": "Be kind.", **share},
-        {"system": "", **share},
-        {"system": "mine", "messages": [SYSTEM, LAST]},
-        {"system": "mine", "prompt": "Bake bread"},
-    ]
-    read = [load_prompts(write(f"{i}.jsonl", jsonl([row])))[0] for i, row in enumerate(rows)]
-    whole = Conversation((("system", "Be kind."),), "Bake bread")
-    assert [row.prompt for row in read] == [whole, whole, "Bake bread", whole, "Bake bread"]
-    assert [row.columns.get("system") for row in read] == [None, None, "", "mine", "mine"]
-    dropped = DataConfig("1.jsonl", split=None, system="drop")
-    assert load_prompts(dropped)[0].prompt == "Bake bread"
-
-
 def test_sharegpt_and_parts_of_text(write):
     turns = [("system", "Be kind."), ("human", "Hi"), ("gpt", "Hello"), ("human", "Bake bread")]
     rows = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from tokenizers import Tokenizer as Backend
 
 from alignpro.models.tokenizer import Tokenizer
 from alignpro.native import ModelFileError, core
-from alignpro.types import Message
 
 PLAIN = [
     "",
@@ -346,33 +344,6 @@ def test_a_template_that_leaves_out_what_the_user_says_is_refused(
     tokenizer = Tokenizer.from_folder(tmp_path).with_template(template)
     with pytest.raises(ValueError, match="its chat template leaves out what the user says"):
         tokenizer.encode_chat([{"role": "user", "content": "How do bees fly?"}])
-
-
-@pytest.mark.parametrize(
-    ("roles", "left_out"),
-    [
-        (("developer", "user"), "message 0 (role 'developer')"),
-        (("user", "tool", "user"), "message 1 (role 'tool')"),
-        (("system", "user", "assistant", "system", "user"), "message 3 (role 'system')"),
-    ],
-)
-def test_a_template_that_passes_over_a_message_is_refused(
-    tmp_path: Path, roles: tuple[str, ...], left_out: str
-) -> None:
-    """As Qwen2.5's does with a developer's, and SmolLM3's with a second system message."""
-    save_tokenizer(tmp_path, "byte-level")
-    template = (
-        "{% for m in messages %}{% if m.role in ('user', 'assistant') or m.role == 'system' and "
-        "loop.first %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
-    )
-    tokenizer = Tokenizer.from_folder(tmp_path).with_template(template)
-    chat: list[Message] = [{"role": role, "content": f"turn {i}"} for i, role in enumerate(roles)]
-    with pytest.raises(ValueError, match=re.escape(f"its chat template leaves out {left_out};")):
-        tokenizer.encode_chat(chat)
-    known = [message for message in chat if message["content"] != f"turn {left_out[8]}"]
-    assert tokenizer.encode_chat(known) == tokenizer.encode(
-        "".join(f"<{m['role']}>{m['content']}" for m in known)
-    )
 
 
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
