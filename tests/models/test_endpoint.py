@@ -591,6 +591,22 @@ def test_the_same_call_under_way_is_made_once(server, tmp_path):
     assert len(server.asked) == 1 and len({d.text for d in done}) == 1
 
 
+def test_who_cancels_leaves_the_same_call_to_others(server, tmp_path):
+    server.answer = lambda asked: Fault(body=completion("x"), sleep=0.5)
+    answers = model(server, tmp_path / "calls.jsonl")
+    chat = [{"role": "user", "content": "a"}]
+    one, other = answers.client(), answers.client()
+    handles = [client.submit(chat, PARAMS) for client in (one, other)]
+    one.cancel()
+    assert one.step() == handles[:1] and other.step() == handles[1:]
+    assert handles[1].completion().text == "x" and len(server.asked) == 1
+    again = [client.submit([*chat, *chat], PARAMS) for client in (one, other)]
+    one.cancel()
+    other.cancel()  # the last of them ends the call
+    assert all(handle.future.cancelled() for handle in again)
+    assert answers.calls.get(answers.call([*chat, *chat], PARAMS, 0)) is None
+
+
 def test_a_failure_is_replayed_once_it_was_accepted(server, tmp_path):
     calls = tmp_path / "calls.jsonl"
     server.always = Fault.error(400, "no")
