@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from alignpro.config import (
+    DataConfig,
     EvalConfig,
     HeadroomConfig,
     ModelConfig,
@@ -19,6 +20,7 @@ from alignpro.config import (
     TrainConfig,
     from_mapping,
 )
+from alignpro.data.load import load_prompts
 from alignpro.evaluate.headroom import run_headroom
 from alignpro.evaluate.run import run_evaluate
 from alignpro.models.endpoint import EndpointModel
@@ -111,6 +113,26 @@ def test_a_text_where_a_list_is_wanted_is_refused():
             score_checked(Catching(), *texts)
     with pytest.raises(ValueError, match="column kind: expected a list of 2 values, got text"):
         pipeline.rollout(["Why?", "How?"], columns={"kind": "ab"})
+
+
+def test_a_system_message_beside_the_chat_belongs_to_it(tmp_path):
+    lone = [{"role": "user", "content": "Why?"}]
+    share = {"conversations": [{"from": "human", "value": "Why?"}]}
+    rows = [
+        {"system": "Be kind.", "messages": lone},
+        {"system": "Be kind.", **share},
+        {"system": "", **share},
+        {"system": "mine", "messages": [{"role": "system", "content": "Be kind."}, *lone]},
+        {"system": "mine", "prompt": "Why?"},
+    ]
+    for i, row in enumerate(rows):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps(row) + "\n")
+    read = [load_prompts(tmp_path / f"{i}.jsonl")[0] for i in range(len(rows))]
+    whole = Conversation((("system", "Be kind."),), "Why?")
+    assert [row.prompt for row in read] == [whole, whole, "Why?", whole, "Why?"]
+    assert [row.columns.get("system") for row in read] == [None, None, "", "mine", "mine"]
+    dropped = DataConfig(str(tmp_path / "1.jsonl"), split=None, system="drop")
+    assert load_prompts(dropped)[0].prompt == "Why?"
 
 
 @pytest.mark.parametrize("mode", ["append", "rewrite"])

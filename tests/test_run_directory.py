@@ -300,7 +300,8 @@ def test_a_run_without_a_step_is_in_nobodys_way(tmp_path):
 
 
 def test_what_was_paid_for_stays(tmp_path):
-    paid = ["bound.json.calls.jsonl", "calls.jsonl", "evaluation.json.judge.jsonl"]
+    paid = ["bound.json.calls.jsonl", "calls.jsonl", "evaluation.json.judge.calls.jsonl"]
+    paid.append("evaluation.json.judge.jsonl")
     run = make_run(tmp_path / "run", [*OURS, *paid])
     open_run_dir(run, overwrite=True)
     assert listing(run) == [LOCK, MARKER, *paid]

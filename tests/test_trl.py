@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from alignpro.config import ModelConfig, Prompting
@@ -75,6 +77,17 @@ def test_a_block_of_reasoning_is_no_part_of_a_rewrite(server):
     assert [rewrite for _, rewrite, _ in reward.rows] == ["briefly", "in verse", ""]
 
 
+def test_a_rewrite_is_the_text_of_what_was_written_last(server):
+    reward = Reward()
+    parts = [{"type": "text", "text": "briefly"}]
+    tool = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    completions = [chat(parts), [tool], [], [{"role": "tool", "content": "3"}, *chat("in verse")]]
+    rewrite_reward(target_of(server), reward)(
+        prompts=[""] * 4, completions=completions, original_prompt=["Why?"] * 4
+    )
+    assert [rewrite for _, rewrite, _ in reward.rows] == ["briefly", "", "", "in verse"]
+
+
 def test_a_rewrite_without_an_answer_has_no_reward(server):
     def answer(asked):
         return Fault.error(400, "no") if "bad" in asked.turn else "x"
@@ -96,6 +109,19 @@ def test_a_model_in_this_process_answers_as_well():
     score(**options)
     seeds = {handle.params.seed for handle in model.handles}
     assert len(seeds) == 2  # another step draws anew
+
+
+def test_a_trainer_that_resumes_draws_what_it_would_have():
+    def seeds(*steps):
+        model = FakeModel()
+        score = rewrite_reward(model, Reward(), params=SamplingParams(max_new_tokens=20))
+        options = {"prompts": [""], "completions": ["briefly"], "original_prompt": ["Why?"]}
+        for step in steps:
+            score(**options, trainer_state=SimpleNamespace(global_step=step))
+        return [handle.params.seed for handle in model.handles]
+
+    whole = seeds(0, 0, 1, 1, 2, 2)
+    assert len(set(whole)) == 6 and seeds(1, 1, 2, 2) == whole[2:]
 
 
 def test_data_without_the_prompts_is_refused(server):

@@ -97,23 +97,38 @@ def append_line(path: str | Path, line: str) -> None:
 def read_kept(path: Path, take: Callable[[int, Any], None], expected: str) -> None:
     """Give the rows of a file that grows line by line to ``take``, with their numbers from 1.
 
-    A last line that a crash cut short is left out, and cut off the file once the others are taken.
+    A last line that a crash cut short is left out, and cut off the file once the others are taken;
+    one of which the line feed alone is missing, as editors leave it, is a line.
 
     Raises:
-        ValueError: a line that is no JSON, or that ``take`` refuses by ValueError, KeyError or
-            TypeError; the file stays as it was.
+        ValueError: no UTF-8 text, or a line that is no JSON, or that ``take`` refuses by
+            ValueError, KeyError or TypeError; the file stays as it was.
     """
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    for number, line in enumerate(whole.splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected lines of JSON in UTF-8: {error}") from None
+    # Not `splitlines`, which parts lines at characters that JSON may hold as they are.
+    *lines, last = text.split("\n")
+    if last and _is_json(last):
+        lines.append(last)
+    for number, line in enumerate(lines, start=1):
         try:
             take(number, json.loads(line))
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{path}, line {number}: expected {expected}; move the file away"
             ) from None
+    whole = "".join(f"{line}\n" for line in lines)
     if whole != text:
         write_file(path, whole)
+
+
+def _is_json(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        json.loads(text)
+        return True
+    return False
 
 
 def check_folder(path: Path) -> None:

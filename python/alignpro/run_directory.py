@@ -43,7 +43,7 @@ _MARK = "This directory is a run of alignpro: `--overwrite` may empty it.\n"
 _PEFT = r"adapter_config\.json|adapter_model\.safetensors|base_model\.json|prompter\.json"
 # Answers and verdicts that were paid for stay where they are: they serve other runs as well.
 _PAID = re.compile(
-    rf"{re.escape(CALLS)}|(?:evaluation|safety|headroom|bound)\.json\.(?:calls|judge)\.jsonl"
+    rf"{re.escape(CALLS)}|(?:evaluation|safety|headroom|bound)\.json\.(?:calls|judge|judge\.calls)\.jsonl"
 )
 # Paths in the directory, "/" between their parts.
 # Rounds of self-improvement are runs of their own in one.

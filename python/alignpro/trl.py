@@ -17,7 +17,14 @@ from alignpro.models.reading import read_prompts
 from alignpro.models.reasoning import split_reasoning
 from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
-from alignpro.types import Conversation, Message, PromptLike, Reward, SamplingParams
+from alignpro.types import (
+    Conversation,
+    Message,
+    PromptLike,
+    Reward,
+    SamplingParams,
+    text_messages,
+)
 
 COLUMN = "original_prompt"
 
@@ -56,7 +63,8 @@ def rewrite_reward(
         num_responses: answers to a rewrite, whose mean is its reward.
         max_failed: share of the answers that may fail; the reward of a rewrite without any is None,
             which TRL leaves out. More of them raise FailedRowsError.
-        seed: of the target's draws, which are others in every call.
+        seed: of the target's draws, which are others in every call. They are keyed by the step of
+            TRL's trainer and the call in it: one that resumes draws what it would have.
 
     The function raises ValueError where the data set has no column ``original_prompt``.
     """
@@ -68,11 +76,15 @@ def rewrite_reward(
         response_params=params,
         max_failed=max_failed,
     )
-    calls = itertools.count()
+    step, calls = 0, itertools.count()  # of the trainer; in the step
 
     def alignpro_reward(
         prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | None]:
+        nonlocal step, calls
+        now = getattr(columns.get("trainer_state"), "global_step", 0)
+        if now != step:
+            step, calls = now, itertools.count()
         originals = columns.get(COLUMN)
         if originals is None:
             raise ValueError(
@@ -91,7 +103,7 @@ def rewrite_reward(
             list(originals),
             [[_rewrite(completion)] for completion in completions],
             num_responses=num_responses,
-            seed=derive_seed(seed, next(calls)),
+            seed=derive_seed(seed, step, next(calls)),
             columns=own,
         )
         return [group[0].reward if group[0].responses else None for group in rollout.rewrites]
@@ -113,5 +125,7 @@ def _text(completion: Any) -> str:
     """Of a completion as TRL has it: a text, or the turns that were written."""
     if isinstance(completion, str):
         return completion
-    last = completion[-1]
-    return str(last["content"] if isinstance(last, Mapping) else last)
+    own = [m for m in completion if isinstance(m, Mapping) and m.get("role") == "assistant"]
+    written = [{**m, "tool_calls": None} for m in own if m.get("content")]
+    # Nothing, or calls of tools alone, is no rewrite.
+    return text_messages(written[-1:])[0]["content"] if written else ""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from alignpro.cli import app
 from alignpro.config import (
+    ClientConfig,
     DataConfig,
     ExtractConfig,
     ModelConfig,
@@ -24,8 +27,10 @@ from alignpro.extract.check import Violation
 from alignpro.extract.draw import Extraction
 from alignpro.extract.schema import read_schema
 from alignpro.prompter import Prompter
+from alignpro.report.extraction import extract_view
 from alignpro.train.run import run_sft, run_train
-from alignpro.types import SamplingParams
+from alignpro.types import SamplingParams, Usage
+from chat_server import ChatServer, Fault
 from native_runs import save_run
 
 SCHEMA = {"fields": {"who": "text", "n": "integer"}, "checks": ["in_text(n)"]}
@@ -45,8 +50,13 @@ def config(model, **options):
     return ExtractConfig(
         schema=SchemaConfig("who.json", "lines"),
         data=DataConfig("texts.jsonl", split=None, prompt="text"),
-        target=ModelConfig(str(model)),
-        **{"response": SamplingParams(max_new_tokens=6), "threads": 1, "attempts": 2} | options,
+        **{
+            "target": ModelConfig(str(model)),
+            "response": SamplingParams(max_new_tokens=6),
+            "threads": 1,
+            "attempts": 2,
+            **options,
+        },
     )
 
 
@@ -255,6 +265,27 @@ def test_a_dry_run_loads_nothing_and_says_what_it_would_take(here):
 def test_half_a_character_is_written_as_its_escape():
     assert line_of({"a": "70 °C"}) == '{"a": "70 °C"}'
     assert line_of({"a": "\ud800 °"}) == '{"a": "\\ud800 \\u00b0"}'
+
+
+def test_texts_without_an_answer_count_in_no_share(here, monkeypatch):
+    def answer(asked):
+        if "Ben" in asked.turn:
+            return Fault.error(400, "not this one")
+        return Fault.reply("who: Ana\nn: 3" if "Ana" in asked.turn else "x", usage=(10, 5))
+
+    with ChatServer(answer) as server:
+        client = ClientConfig(input_price=1.0, output_price=2.0)
+        target = ModelConfig("big", endpoint=server.url, max_failed=0.5, client=client)
+        settings = config("big", target=target, attempts=1)
+        rows, report = run_extract(settings, output=here / "out.jsonl")
+    assert [row.get("answered", True) for row in rows] == [True, False, True]
+    assert (report.texts, report.failed_texts, report.verified.mean) == (2, 1, 0.5)
+    assert report.target_usage == Usage(20, 10, pytest.approx(40e-6))
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(extract_view(report))
+    said = console.export_text()
+    assert "1 more texts without an answer, left out" in said
+    assert "target: 20 tokens read, 10 written, cost 4e-05" in said
 
 
 def test_the_numbers_by_hand():

@@ -72,9 +72,9 @@ def config(server, **changes):
     return JudgeConfig(**settings)
 
 
-def ask(server, arms, *, verdicts=None, **changes):
+def ask(server, arms, *, verdicts=None, calls=None, **changes):
     settings = config(server, **changes)
-    return to_json(judge_arms(EndpointJudge(settings), arms, settings, verdicts=verdicts))
+    return to_json(judge_arms(EndpointJudge(settings, calls), arms, settings, verdicts=verdicts))
 
 
 ARMS = {
@@ -372,6 +372,33 @@ def test_what_a_judge_took_is_reported(server):
     with pytest.raises(JudgeError, match="the budget of 5 calls is spent"):
         ask(server, ARMS, budget={"calls": 5})
     assert len(server.asked) == 5
+
+
+def test_a_judges_calls_are_recorded_and_replayed(server, tmp_path, monkeypatch):
+    def answer(asked):
+        if asked.prompt == PROMPTS[1]:
+            return Fault.error(400, "not this one")
+        return Fault.reply(better(asked), usage=(100, 2))
+
+    server.answer = answer
+    prices = {"input_price": 1.0, "output_price": 5.0, "max_failed": 0.5}
+    calls = tmp_path / "judge.calls.jsonl"
+    report = ask(server, ARMS, calls=calls, **prices)
+    assert report["failed"] == 2 and report["usage"]["cost"] == pytest.approx(6 * 110e-6)
+    server.kill()
+    monkeypatch.delenv("JUDGE_KEY")
+    assert ask(server, ARMS, calls=calls, **prices) == report  # its verdicts are not at hand
+    server.start()
+
+
+def test_what_a_judge_took_counts_in_the_next_process(server, tmp_path):
+    verdicts, calls = tmp_path / "judge.jsonl", tmp_path / "judge.calls.jsonl"
+    for _ in range(2):
+        with pytest.raises(JudgeError, match="the budget of 5 calls is spent"):
+            ask(server, ARMS, calls=calls, verdicts=VerdictFile(verdicts), budget={"calls": 5})
+        assert len(server.asked) == 5
+    with pytest.raises(ValueError, match=r"budget\.cost: expected null without both prices"):
+        config(server, budget={"cost": 1})
 
 
 def test_a_local_judge_inside_a_block_of_reasoning_is_refused(tiny_model_dir, tmp_path):

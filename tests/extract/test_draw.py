@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from alignpro.config import Prompting
+from alignpro.extract.draw import Extraction
 from alignpro.extract.schema import SchemaError
 from alignpro.models.in_flight import FailedRowsError
 from alignpro.models.language_model import RequestError
@@ -37,6 +38,16 @@ class Told(FakeModel):
         name = next(n for n in ANSWERS if n in text)
         turn = self.made[name] = self.made.get(name, 0) + 1
         handle.text = ANSWERS[name][min(turn, len(ANSWERS[name])) - 1]
+        return handle
+
+
+class Silent(Told):
+    """Never answers of Ana."""
+
+    def submit(self, tokens, params, *, adapter=None, sample=0):
+        handle = super().submit(tokens, params, adapter=adapter, sample=sample)
+        if handle.text in ANSWERS["Ana"]:
+            self.fails[handle.number] = RequestError("busy")
         return handle
 
 
@@ -101,6 +112,9 @@ def test_an_answer_that_failed_is_a_draw_without_a_record():
     target = Told("target", fails={0: RequestError("busy")})
     _, found = extract(target, attempts=2)
     assert [one.attempts for one in found] == [2, 2, 2] and found[0].verified
+    _, found = extract(Silent("target"), attempts=2, pipeline={"max_failed": 0.5})
+    assert [one.answered for one in found] == [False, True, True]
+    assert Extraction.of_plain(found[0].to_plain()) == found[0]
     with pytest.raises(FailedRowsError):
         extract(Told("t", fails={n: RequestError("busy") for n in range(9)}), attempts=4)
 

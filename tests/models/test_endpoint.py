@@ -28,6 +28,10 @@ from alignpro.types import SamplingParams, Usage
 from chat_server import ChatServer, Fault, completion
 
 PARAMS = SamplingParams(max_new_tokens=32, temperature=0.7, seed=5)
+MAGISTRAL = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "first"}]},
+    {"type": "text", "text": "Yes."},
+]
 
 
 @pytest.fixture
@@ -136,6 +140,11 @@ def test_a_stop_text_is_cut_off_where_the_endpoint_does_not(server):
         (Fault.reply("Yes.", reasoning_content="first"), "Yes.", "first"),
         (Fault.reply("Yes.", reasoning="first"), "Yes.", "first"),
         (Fault.reply([{"type": "text", "text": "Ye"}, {"type": "text", "text": "s."}]), "Yes.", ""),
+        (Fault.reply([{"type": "reasoning", "text": "first"}, {"text": "Yes."}]), "Yes.", "first"),
+        (Fault.reply(MAGISTRAL), "Yes.", "first"),
+        (Fault.reply(["Ye", "s."]), "Yes.", ""),
+        (Fault.reply([{"type": "refusal", "refusal": "I cannot."}]), "I cannot.", ""),
+        (Fault.reply("", refusal="I cannot."), "I cannot.", ""),
         (Fault.reply("Use <b>, then </thought>"), "Use <b>, then </thought>", ""),
         (Fault.reply(""), "", ""),
         (Fault.reply(None, refusal="I cannot."), "I cannot.", ""),  # OpenAI's
@@ -162,7 +171,14 @@ def test_an_open_block_of_reasoning_is_no_answer():
         (Fault.reply("", "length"), "before one began"),
         (Fault.reply(None, reasoning_content="and so"), "reasoning alone"),
         (Fault.reply("<think>and so</think>"), "reasoning alone"),
+        (Fault.reply("", "MAX_TOKENS"), "before one began"),
+        (Fault.reply("", "model_length"), "before one began"),
+        (Fault.reply("", None), "the reply is empty (finish_reason None)"),
+        (Fault.reply("", "whatever"), "the reply is empty (finish_reason whatever)"),
+        (Fault.reply("", "tool_calls", tool_calls=[{"id": "1"}]), "a tool call"),
+        (Fault.reply([{"type": "thinking", "thinking": "and so"}]), "reasoning alone"),
         (Fault.reply("Bad w", "content_filter"), "content filter"),
+        (Fault.reply("Bad w", "SAFETY"), "content filter"),
         (Fault.reply(None, "tool_calls", tool_calls=[{"id": "1"}]), "a tool call"),
         (Fault.error(400, "maximum context length is 100 tokens"), "HTTP 400: maximum context"),
         (Fault.error(422, "max_tokens is too large: 9"), "HTTP 422: max_tokens is too large"),
@@ -195,6 +211,7 @@ def test_a_reply_without_an_answer_fails_alone_and_at_once(server, reply, reason
         Fault.reply(None),
         Fault.reply(7),
         Fault.reply("half an ans", "error"),
+        Fault.reply([]),
         Fault(body="no gzip", headers={"Content-Encoding": "gzip"}),
         Fault(body="[" * 100_000),
         Fault(body='{"error": {"message": "upstream is busy", "code": 502}}'),
@@ -238,6 +255,20 @@ def test_retry_after_holds_every_call_back(server, form):
     assert [d.text for d in done] == ["heard a", "heard b", "heard c"]
     refused, *others = [asked.at for asked in server.asked]
     assert len(others) == 3 and min(others) - refused > 0.9
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("-5", "nan", "soon", "", "1,5", "2026-01-01T00:00:00Z", "Mon, 99 Foo 2024"),
+        "Thu, 01 Jan 99999999999 00:00:00 GMT",
+        "Mon, 01 Jan 2024 00:00:00 +9999999999999999",
+    ],
+)
+def test_a_retry_after_that_says_nothing_is_passed_over(server, value):
+    server.faults = [Fault.error(429, "slow", {"Retry-After": value})]
+    (done,) = ask(model(server), "a")
+    assert done.text == "heard a"
 
 
 def test_a_retry_after_of_hours_is_not_waited_for(server):
@@ -360,11 +391,14 @@ def test_what_one_path_refuses_another_may_take(server, tmp_path, caplog):
         ("`temperature` and `top_p` cannot be specified together", "temperature"),
         ("seed: Extra inputs are not permitted", "seed"),
         ('Unknown name "min_p": Cannot find field.', "min_p"),
+        ("`temperature` may only be set to 1 when thinking is enabled.", "temperature"),
+        ("seed is not a valid parameter", "seed"),
     ],
 )
-def test_a_refusal_is_read_in_many_words(server, message, name):
+@pytest.mark.parametrize("status", [400, 422, 501])  # the last is llama.cpp's
+def test_a_refusal_is_read_in_many_words(server, message, name, status):
     def answer(asked):
-        return Fault.error(400, message) if name in asked.body else "fine"
+        return Fault.error(status, message) if name in asked.body else "fine"
 
     server.answer = answer
     params = replace(PARAMS, top_k=3, top_p=0.9, min_p=0.1)
@@ -399,6 +433,24 @@ def test_a_refused_key_or_model_ends_everything_at_once(server, status):
     errors = ask(model(server), "a")
     assert isinstance(errors[0], EndpointError) and len(server.asked) == 1
     assert str(errors[0]) == f"big at {server.url}/chat/completions: HTTP {status}: no such thing"
+
+
+def test_a_prompt_that_moderation_flags_fails_alone(server):
+    flagged = Fault.error(403, "Your input was flagged", metadata={"reasons": ["violence"]})
+    server.answer = lambda asked: flagged if asked.turn == "bad" else "fine"
+    good, bad = ask(model(server), "good", "bad")
+    assert good.text == "fine" and isinstance(bad, RequestError)
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "nonsense://x"])
+def test_what_is_on_this_machine_is_asked_without_a_proxy(server, monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    assert ask(model(server), "a")[0].text == "heard a"
+    elsewhere = EndpointModel(ModelConfig("big", endpoint="http://big.invalid/v1"))
+    if not proxy.startswith("http:"):
+        with pytest.raises(EndpointError, match=r"big\.invalid/v1: .*ALL_PROXY"):
+            elsewhere.client().submit([{"role": "user", "content": "a"}], PARAMS)
 
 
 def test_a_redirect_ends_everything_with_the_address(server):
@@ -539,6 +591,22 @@ def test_the_same_call_under_way_is_made_once(server, tmp_path):
     assert len(server.asked) == 1 and len({d.text for d in done}) == 1
 
 
+def test_who_cancels_leaves_the_same_call_to_others(server, tmp_path):
+    server.answer = lambda asked: Fault(body=completion("x"), sleep=0.5)
+    answers = model(server, tmp_path / "calls.jsonl")
+    chat = [{"role": "user", "content": "a"}]
+    one, other = answers.client(), answers.client()
+    handles = [client.submit(chat, PARAMS) for client in (one, other)]
+    one.cancel()
+    assert one.step() == handles[:1] and other.step() == handles[1:]
+    assert handles[1].completion().text == "x" and len(server.asked) == 1
+    again = [client.submit([*chat, *chat], PARAMS) for client in (one, other)]
+    one.cancel()
+    other.cancel()  # the last of them ends the call
+    assert all(handle.future.cancelled() for handle in again)
+    assert answers.calls.get(answers.call([*chat, *chat], PARAMS, 0)) is None
+
+
 def test_a_failure_is_replayed_once_it_was_accepted(server, tmp_path):
     calls = tmp_path / "calls.jsonl"
     server.always = Fault.error(400, "no")
@@ -551,6 +619,9 @@ def test_a_failure_is_replayed_once_it_was_accepted(server, tmp_path):
     server.always = None
     (again,) = ask(model(server, calls), "b")
     assert isinstance(again, RequestError) and str(again) == "HTTP 400: no"
+    whole = calls.read_text()
+    again.accept()  # by the run that replays it
+    assert calls.read_text() == whole
     assert len(server.asked) == 3
 
 
@@ -563,6 +634,34 @@ def test_a_line_that_was_cut_short_is_dropped_and_another_refused(server, tmp_pa
     assert len(server.asked) == 3 and calls.read_text().count("\n") == 2
     calls.write_text("not a call\n" + whole)
     with pytest.raises(ValueError, match=r"calls.jsonl, line 1: expected a recorded call"):
+        model(server, calls)
+
+
+def test_a_file_that_went_through_other_tools_is_replayed(server, tmp_path):
+    calls = tmp_path / "calls.jsonl"
+    turns = ["a", "b\u2028c\u0085d"]
+    ask(model(server, calls), *turns)
+    rows = [json.loads(line) for line in calls.read_text().splitlines()]
+    # As jq writes it, behind a byte order mark, in another order, without the last line feed.
+    lines = [json.dumps(row, ensure_ascii=False) for row in reversed(rows)]
+    calls.write_text("\ufeff" + "\r\n".join(lines), "utf-8", newline="")
+    for _ in range(2):
+        done = ask(model(server, calls), *turns)
+        assert [d.text for d in done] == [f"heard {turn}" for turn in turns]
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("changes", [{"text": None}, {"text": 5}, {"finish_reason": "weird"}])
+def test_an_answer_that_no_reply_was_read_as_is_refused(server, tmp_path, changes):
+    calls = tmp_path / "calls.jsonl"
+    ask(model(server, calls), "a")
+    row = json.loads(calls.read_text())
+    row["answer"].update(changes)
+    calls.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"calls.jsonl, line 1: expected a recorded call"):
+        model(server, calls)
+    calls.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"calls.jsonl: expected lines of JSON in UTF-8"):
         model(server, calls)
 
 
@@ -599,6 +698,41 @@ def test_a_budget_is_not_passed(server, tmp_path, budget, answered, words):
     # Another process: what the first one spent is spent.
     assert isinstance(ask(model(server, calls, **options), "new")[0], BudgetError)
     assert len(server.asked) == made
+
+
+CUT = Fault.reply("", "length", usage=(20, 30))
+
+
+@pytest.mark.parametrize(
+    ("fault", "budget", "made"),
+    [
+        (CUT, {"tokens": 200}, 4),  # it read and wrote, and has no answer
+        (CUT, {"cost": 0.0013}, 4),
+        (Fault.reply("", "length"), {"tokens": 200}, 4),  # nobody says how much: the most it may be
+        (Fault.reply("half an ans", "error", usage=(20, 30)), {"tokens": 200}, 4),
+        (Fault.error(503, "busy", {"Retry-After": "0"}), {"calls": 3}, 3),
+        (Fault.error(400, "no"), {"calls": 3}, 3),
+    ],
+)
+def test_requests_without_an_answer_are_part_of_the_budget(server, tmp_path, fault, budget, made):
+    server.always = fault
+    calls = tmp_path / "calls.jsonl"
+    options = {"concurrency": 1, "input_price": 0.0, "output_price": 10.0, "budget": budget}
+    for turns in ("abcdefgh", "ijklmnop"):  # the second time in another process
+        done = ask(model(server, calls, **options), *turns)
+        assert isinstance(done[-1], BudgetError) and len(server.asked) == made
+    spent = model(server, calls, **options).spent()
+    assert f"big: {made} calls" in spent
+    assert (", 120 written, cost 0.0012" in spent) == ("usage" in fault.body)
+
+
+def test_a_refused_parameter_is_a_request(server, tmp_path):
+    def strict(asked):
+        return Fault.error(400, "unknown parameter: seed") if "seed" in asked.body else "x"
+
+    server.answer = strict
+    ask(model(server, tmp_path / "calls.jsonl"), "a", "b")
+    assert "big: 3 calls" in model(server, tmp_path / "calls.jsonl").spent()
 
 
 def test_a_budget_of_money_needs_prices(server):

@@ -1,13 +1,15 @@
-"""The templates of a model's files, by name, and chats in them beside transformers'."""
+"""The templates of a model's files, by name; chats in them beside transformers', and left out."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from alignpro.models.tokenizer import Tokenizer
+from alignpro.types import Message
 from models.test_tokenizer import save_tokenizer
 
 
@@ -74,3 +76,30 @@ def test_templates_of_a_gguf_have_names() -> None:
     assert Tokenizer.from_gguf(metadata).with_template("rag").encode_chat(chat) == [1, 2, 0]
     metadata["tokenizer.chat_template"] = "b{{ messages[0].content }}"
     assert Tokenizer.from_gguf(metadata).encode_chat(chat) == [2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("roles", "left_out"),
+    [
+        (("developer", "user"), "message 0 (role 'developer')"),
+        (("user", "tool", "user"), "message 1 (role 'tool')"),
+        (("system", "user", "assistant", "system", "user"), "message 3 (role 'system')"),
+    ],
+)
+def test_a_template_that_passes_over_a_message_is_refused(
+    tmp_path: Path, roles: tuple[str, ...], left_out: str
+) -> None:
+    """As Qwen2.5's does with a developer's, and SmolLM3's with a second system message."""
+    save_tokenizer(tmp_path, "byte-level")
+    template = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') or m.role == 'system' and "
+        "loop.first %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer.from_folder(tmp_path).with_template(template)
+    chat: list[Message] = [{"role": role, "content": f"turn {i}"} for i, role in enumerate(roles)]
+    with pytest.raises(ValueError, match=re.escape(f"its chat template leaves out {left_out};")):
+        tokenizer.encode_chat(chat)
+    known = [message for message in chat if message["content"] != f"turn {left_out[8]}"]
+    assert tokenizer.encode_chat(known) == tokenizer.encode(
+        "".join(f"<{m['role']}>{m['content']}" for m in known)
+    )

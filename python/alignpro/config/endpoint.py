@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from alignpro.config.fields import Place, above, at_least, checked, require
 
@@ -68,11 +68,25 @@ class ClientConfig:
     null leaves one of ours out."""
 
     def __post_init__(self) -> None:
-        priced = self.input_price is not None and self.output_price is not None
-        unpriced = self.budget.cost is not None and not priced
-        require("budget.cost", self.budget.cost, not unpriced, "null without both prices")
+        check_priced(self)
         ours = {"model", "messages", "n", "stream"} & set(self.body or {})
         require("body", self.body, not ours, f"no {', '.join(sorted(ours))}: alignpro sets it")
+
+
+class _Priced(Protocol):
+    @property
+    def input_price(self) -> float | None: ...
+    @property
+    def output_price(self) -> float | None: ...
+    @property
+    def budget(self) -> Budget: ...
+
+
+def check_priced(group: _Priced) -> None:
+    """Refuse a budget of money where a price is missing."""
+    priced = group.input_price is not None and group.output_price is not None
+    unpriced = group.budget.cost is not None and not priced
+    require("budget.cost", group.budget.cost, not unpriced, "null without both prices")
 
 
 def check_url(name: str, url: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
 from alignpro.config.data import HELD_OUT, DataConfig, InstructionsConfig
-from alignpro.config.endpoint import Budget, ClientConfig, check_url
+from alignpro.config.endpoint import Budget, ClientConfig, check_priced, check_url
 from alignpro.config.fields import (
     Place,
     Range,
@@ -176,6 +176,10 @@ class JudgeConfig:
     """
     budget: Budget = field(default_factory=Budget)
     """What the judge's endpoint may be asked for before the judge fails."""
+    input_price: Annotated[float, at_least(0)] | None = None
+    """The price of a million tokens that the judge reads; null leaves costs out."""
+    output_price: Annotated[float, at_least(0)] | None = None
+    """The price of a million tokens that the judge writes; null leaves costs out."""
     temperature: Annotated[float, at_least(0)] | None = 0.0
     """The sampling temperature of the judge; null leaves it to the endpoint."""
     max_tokens: Annotated[int, at_least(1)] | None = 16
@@ -191,6 +195,7 @@ class JudgeConfig:
             alone = self.model == ModelConfig(self.model.model, chat_template_kwargs=variables)
             require("model", self.model, alone, "a name and chat_template_kwargs, with base_url")
         check_local("model", self.model, "base_url is the judge's endpoint")
+        check_priced(self)
 
     @property
     def asked(self) -> ModelConfig:
@@ -207,6 +212,8 @@ class JudgeConfig:
                 timeout_seconds=self.timeout_seconds,
                 max_retries=self.max_retries,
                 budget=self.budget,
+                input_price=self.input_price,
+                output_price=self.output_price,
                 body={"temperature": self.temperature, "max_tokens": self.max_tokens, "seed": None},
             ),
         )

@@ -46,7 +46,7 @@ PACKAGED = {
     "scenes": "scenes.jsonl",
 }
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "turns")
-_SYSTEM = ("system", "developer")
+_SYSTEM = {"system", "developer"}
 # What Alpaca, Dolly and BPO put beside a user's instruction: it belongs to the prompt.
 _BESIDE_INSTRUCTION = ("input", "context")
 _SHAREGPT_ROLES = {
@@ -88,7 +88,8 @@ def load_prompts(
 
     A prompt is text, or a conversation that ends in a user turn: a list of
     ``{"role": "system" | "user" | "assistant", "content": text}``, or ShareGPT's
-    ``{"from": "human" | "gpt" | "system", "value": text}``. Content may be parts of type "text". An
+    ``{"from": "human" | "gpt" | "system", "value": text}``, whose system message may be a column
+    "system" beside it. Content may be parts of type "text". An
     answer after the last user turn is no part of the prompt; where it is one message, it is the
     column "reference" of rows that have none. A column "turns" holds the user's turns alone
     (MT-Bench): the later ones refer to answers that nobody has given, so the first is the prompt,
@@ -247,7 +248,12 @@ def prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, st
         elif isinstance(value, str):
             prompt, reply = Conversation.of(value), None
         else:
-            prompt, reply = _up_to_last_user_turn(text_messages(openai_form(value)))
+            messages = text_messages(openai_form(value))
+            system = row.values.get("system")
+            if isinstance(system, str) and system and not _SYSTEM & {m["role"] for m in messages}:
+                messages = [{"role": "system", "content": system}, *messages]
+                names = (*names, "system")
+            prompt, reply = _up_to_last_user_turn(messages)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
     is_chat = column != "turns" and not isinstance(value, str)

@@ -101,7 +101,10 @@ def run_extract(
         write_file(output, "".join(f"{line_of(row)}\n" for row in written))
         kept.remove()
     truths = true_records(rows, config)
-    return written, measure(done, truths, schema, config)
+    report = measure(done, truths, schema, config)
+    if isinstance(pipeline.target, EndpointModel):
+        report = replace(report, target_usage=pipeline.target.usage())
+    return written, report
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -143,7 +146,12 @@ def measure(
     schema: Schema,
     config: ExtractConfig,
 ) -> ExtractReport:
-    """What the records are worth. Intervals: exact of shares, bootstrap over texts of F1."""
+    """What the records are worth, of texts that were answered. Intervals: exact of shares,
+    bootstrap over texts of F1."""
+    answered = [index for index, one in enumerate(done) if one.answered]
+    failed = len(done) - len(answered)
+    done = [done[index] for index in answered]
+    truths = None if truths is None else [truths[index] for index in answered]
     verified = [float(one.verified) for one in done]
     first = [float(one.verified and one.attempts == 1) for one in done]
     report = ExtractReport(
@@ -153,6 +161,7 @@ def measure(
         verified=proportion_ci(sum(verified), len(done)),
         verified_first=proportion_ci(sum(first), len(done)),
         violations=dict(Counter(v.check for one in done for v in one.violations).most_common()),
+        failed_texts=failed or None,
         config=to_mapping(config),
     )
     if len(done) > 1:
@@ -282,7 +291,7 @@ class _KeptRows:
 
     def put(self, number: int, extraction: Extraction) -> None:
         self.done[number] = extraction
-        if self.path is not None:
+        if self.path is not None and extraction.answered:  # another is asked for again
             plain = {"number": number, "of": extraction.to_plain()}
             append_line(self.path, json.dumps(plain))
 

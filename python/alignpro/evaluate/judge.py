@@ -58,7 +58,7 @@ class Judge(Protocol):
 
     @property
     def usage(self) -> Usage | None:
-        """What an endpoint says that its replies took so far; None of a judge in this process."""
+        """What its recorded calls to an endpoint took; None of a judge in this process."""
 
     def replies(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]: ...
 
@@ -81,7 +81,7 @@ class VerdictFile:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        self.path = path
         self._known: dict[str, Verdict] = {}
         if path is not None and path.exists():
             read_kept(path, self._take, "a judge's verdict")
@@ -93,9 +93,9 @@ class VerdictFile:
         assert reply.verdict is not None
         key = _key(judge, question)
         self._known[key] = reply.verdict
-        if self._path is not None:
+        if self.path is not None:
             row = {"key": key, "judge": judge.name, "verdict": reply.verdict, "reply": reply.text}
-            append_line(self._path, json.dumps(row))
+            append_line(self.path, json.dumps(row))
 
     def _take(self, number: int, row: Any) -> None:
         key, verdict = row["key"], row["verdict"]

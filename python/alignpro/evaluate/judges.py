@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from alignpro.config import JudgeConfig
 from alignpro.evaluate.judge import JudgeError, Reply, Verdict
@@ -60,8 +61,9 @@ def _in_json(answer: str) -> str:
     return str(found[0]) if len(found) == 1 else answer
 
 
-def check_judge(config: JudgeConfig) -> None:
-    """That what the judge needs is there, before anything expensive is done for it.
+def check_judge(config: JudgeConfig, calls: Path | None = None) -> None:
+    """That what the judge needs is there, before anything expensive is done for it. calls: as of
+    `EndpointJudge`.
 
     Raises:
         ImportError: a package. ValueError: the environment variable with the key.
@@ -71,7 +73,7 @@ def check_judge(config: JudgeConfig) -> None:
     if config.base_url is None:
         return
     try:
-        EndpointModel(config.asked)
+        EndpointModel(config.asked, calls)
     except ValueError as error:
         raise ValueError(f"judge.{error}") from None
 
@@ -123,15 +125,19 @@ class LocalJudge:
 
 
 class EndpointJudge:
-    """A model behind /chat/completions, asked by the client that a target behind one has."""
+    """A model behind /chat/completions, asked by the client that a target behind one has.
 
-    def __init__(self, config: JudgeConfig) -> None:
+    Args:
+        calls: the file of its calls, as of an `EndpointModel`.
+    """
+
+    def __init__(self, config: JudgeConfig, calls: Path | None = None) -> None:
         self.name = config.model.name
         sampling = f"{config.temperature} {config.max_tokens}"
         self.identity = f"endpoint {config.base_url} {self.name} {sampling}"
         if config.model.chat_template_kwargs:
             self.identity += f" {json.dumps(config.model.chat_template_kwargs, sort_keys=True)}"
-        self._model = EndpointModel(config.asked)
+        self._model = EndpointModel(config.asked, calls)
         self._max_tokens, self._concurrency = config.max_tokens, config.concurrency
 
     @property
@@ -147,6 +153,7 @@ class EndpointJudge:
         """
         client = self._model.client()
         asked: dict[EndpointHandle, tuple[int, list[Message], bool]] = {}
+        failed: list[RequestError] = []
 
         def ask(index: int, conversation: list[Message], again: bool) -> None:
             handle = client.submit(conversation, SamplingParams(seed=0))
@@ -158,10 +165,12 @@ class EndpointJudge:
                 for index, question in itertools.islice(left, self._concurrency - len(asked)):
                     ask(index, [{"role": "user", "content": question}], False)
                 if client.idle():
+                    for error in failed:  # the evaluation goes on without them
+                        error.accept()
                     return
                 for handle in client.step():
                     index, conversation, again = asked.pop(handle)
-                    text, problem = self._answer(handle)
+                    text, problem = self._answer(handle, failed)
                     verdict = read_verdict(text)
                     if verdict is not None or problem or again:
                         said = text if verdict is not None else f"no verdict: {one_line(text)}"
@@ -175,11 +184,12 @@ class EndpointJudge:
         finally:
             client.cancel()
 
-    def _answer(self, handle: EndpointHandle) -> tuple[str, str]:
-        """The answer, or why there is none."""
+    def _answer(self, handle: EndpointHandle, failed: list[RequestError]) -> tuple[str, str]:
+        """The answer, or why there is none, which is put to those that failed."""
         try:
             return handle.completion().text, ""
         except RequestError as error:
+            failed.append(error)
             problem = str(error)
             if "length" in problem and self._max_tokens is not None:
                 problem += f"; judge.max_tokens is {self._max_tokens}, null is no limit"

@@ -111,7 +111,7 @@ class JudgeResult(ByKey):
     replayed: int  # of them, from the file of verdicts
     failed: int
     comparisons: dict[str, Comparison]  # "trained_vs_X"
-    usage: Usage | None = None  # of a judge behind an endpoint, for what was not replayed
+    usage: Usage | None = None  # of a judge behind an endpoint, replayed calls included
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ class MixReport(ByKey):
 class ExtractReport(ByKey):
     """Records of texts, by the verifier and, where the true ones are known, by these."""
 
-    texts: int
+    texts: int  # those that were answered
     records: int  # texts whose answer is a record
     attempts: float  # draws a text, on average
     verified: Interval
@@ -301,6 +301,8 @@ class ExtractReport(ByKey):
     recall: float | None = None
     exact: Interval | None = None  # records that are right in every value
     exact_of_verified: Interval | None = None
+    failed_texts: int | None = None  # no draw was answered; None where there are none
+    target_usage: Usage | None = None  # of a target behind an endpoint
     config: dict[str, Any] | None = None
 
 

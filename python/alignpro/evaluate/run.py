@@ -138,7 +138,8 @@ def evaluate_loaded(
         assert isinstance(target, NativeModel)  # the configuration's rule
         tuned = load_adapter(config.tuned, target)
         soft = load_soft_prompt(config.soft, target)
-    judge = None if config.judge is None else _judge(config.judge, config, prompter, target)
+    calls = _judge_calls(inputs.verdicts)
+    judge = None if config.judge is None else _judge(config.judge, config, prompter, target, calls)
     pipeline = Pipeline.configured(config, prompter, target, reward)
     fitted, searched = fit_inputs(
         config,
@@ -275,8 +276,8 @@ def load_inputs(
         search = load_search(config.static, config, rows, prompters)
     verdicts = None
     if config.judge is not None:
-        check_judge(config.judge)
         verdicts = VerdictFile(_verdict_path(config.judge, output))
+        check_judge(config.judge, _judge_calls(verdicts))
         if config.judge.base_url is None:
             resolve_model(config.judge.model.name)
     return EvalInputs(rows, search, instructions_by_label(config, rows), verdicts, harm)
@@ -316,14 +317,22 @@ def _verdict_path(judge: JudgeConfig, output: Path | None) -> Path | None:
     return path
 
 
+def _judge_calls(verdicts: VerdictFile | None) -> Path | None:
+    """The file of the judge's calls, beside that of its verdicts."""
+    if verdicts is None or verdicts.path is None:
+        return None
+    return verdicts.path.with_suffix(".calls.jsonl")
+
+
 def _judge(
     judge: JudgeConfig,
     config: EvalConfig,
     prompter: NativeModel,
     target: NativeModel | ChatModel,
+    calls: Path | None,
 ) -> Judge:
     if judge.base_url is not None:
-        return EndpointJudge(judge)
+        return EndpointJudge(judge, calls)
     loaded = [(config.prompter, prompter)]
     if isinstance(target, NativeModel):
         loaded.append((target_of(config.prompter, config.target), target))

@@ -25,26 +25,31 @@ class Extraction:
     violations: tuple[Violation, ...]
     attempts: int  # draws that were made
     answer: str  # what the target wrote; "" where it did not answer
+    answered: bool = True  # False: no draw was answered, which says nothing of the text
 
     @property
     def verified(self) -> bool:
         return not self.violations
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON can hold it: record, verified, violations, attempts, answer."""
-        return {
+        """As JSON can hold it: record, verified, violations, attempts, answer; and answered, where
+        no draw was."""
+        plain: dict[str, Any] = {
             "record": self.record,
             "verified": self.verified,
             "violations": [violation.to_plain() for violation in self.violations],
             "attempts": self.attempts,
             "answer": self.answer,
         }
+        return plain if self.answered else plain | {"answered": False}
 
     @classmethod
     def of_plain(cls, plain: dict[str, Any]) -> Extraction:
         """What `to_plain` made of it. Raises KeyError or TypeError for anything else."""
         violations = tuple(Violation(**violation) for violation in plain["violations"])
-        return cls(plain["record"], violations, int(plain["attempts"]), str(plain["answer"]))
+        answered = bool(plain.get("answered", True))
+        attempts, answer = int(plain["attempts"]), str(plain["answer"])
+        return cls(plain["record"], violations, attempts, answer, answered)
 
 
 def parse_answer(answer: str, form: Format) -> Parsed:
@@ -83,7 +88,8 @@ def extract_records(
             answer = "" if response is None else response.text
             source = Conversation.of(prompts[place]).last_turn
             record, verdict = judge_answer(answer, schema, form, source)
-            this = Extraction(record, tuple(verdict.violations), attempt + 1, answer)
+            violations, answered = tuple(verdict.violations), response is not None
+            this = Extraction(record, violations, attempt + 1, answer, answered)
             before = best.get(place)
             kept = this if before is None or _rank(this) < _rank(before) else before
             best[place] = replace(kept, attempts=attempt + 1)
@@ -98,5 +104,5 @@ def extract_records(
     return [best[place] for place in range(len(prompts))]
 
 
-def _rank(extraction: Extraction) -> tuple[bool, int]:
-    return extraction.record is None, len(extraction.violations)
+def _rank(extraction: Extraction) -> tuple[bool, bool, int]:
+    return not extraction.answered, extraction.record is None, len(extraction.violations)

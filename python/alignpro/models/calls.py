@@ -1,7 +1,8 @@
 """Calls to an endpoint and their answers, in a file of JSON lines from which they are replayed.
 
-A call is known by everything that it asks for and by its draw. What the endpoint made of the
-parameters is written down as well, and where a run went on without an answer, the reason.
+A call is known by everything that it asks for and by its draw. Requests that brought no answer are
+written down as well, with what they took; what the endpoint made of the parameters; and where a run
+went on without an answer, the reason.
 """
 
 from __future__ import annotations
@@ -65,20 +66,27 @@ class CallFile:
         self.replayed += known is not None
         return known
 
-    def put(self, call: Call, answer: Answer, *, attempts: int, seconds: float) -> None:
+    def put(self, call: Call, answer: Answer, *, seconds: float) -> None:
         row = {
             "key": call.key,
             "request": call.body,
             "seed": call.seed,
             "sample": call.sample,
             "answer": {name: value for name, value in asdict(answer).items() if value != []},
-            "attempts": attempts,
+            "attempts": 1,
             "seconds": round(seconds, 3),
         }
         self._add(row)
 
+    def put_unanswered(self, call: Call, reason: str, read: int, written: int) -> None:
+        """A request that brought no answer, and what it took; the call is asked again."""
+        tokens = {"input_tokens": read, "output_tokens": written}
+        self._add({"key": call.key, "unanswered": reason, "attempts": 1, **tokens})
+
     def put_failure(self, call: Call, reason: str) -> None:
-        """That a run went on without an answer."""
+        """That a run went on without an answer; once, however often that is replayed."""
+        if self._known.get(call.key) == reason:
+            return
         self._add({"key": call.key, "request": call.body, "failed": reason})
 
     def put_changes(self, path: str, changes: dict[str, str | None]) -> None:
@@ -97,7 +105,18 @@ class CallFile:
         elif "failed" in row:
             self._known[row["key"]] = str(row["failed"])
         else:
-            answer = self._known[row["key"]] = Answer(**row["answer"])
-            self.attempts += int(row["attempts"])
-            self.input_tokens += answer.input_tokens or 0
-            self.output_tokens += answer.output_tokens or 0
+            took = row
+            if "unanswered" not in row:
+                took = row["answer"]
+                self._known[row["key"]] = _checked(Answer(**took))
+            self.attempts += int(row["attempts"])  # in older files those before it as well
+            self.input_tokens += took["input_tokens"] or 0
+            self.output_tokens += took["output_tokens"] or 0
+
+
+def _checked(answer: Answer) -> Answer:
+    """Raises ValueError for what no reply was read as: somebody else wrote it."""
+    texts = isinstance(answer.text, str) and isinstance(answer.reasoning, str)
+    if not texts or answer.finish_reason not in ("stop", "length"):
+        raise ValueError(answer)
+    return answer

@@ -16,7 +16,8 @@ NEUTRAL = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 _REFUSED = re.compile(
     r"unsupported|not supported|n't support|not support|unknown|unrecogni[sz]ed|unexpected"
     r"|not (?:be )?(?:permitted|allowed|available|accepted)|extra (?:inputs|fields)|additional"
-    r"|deprecated|instead|only .*(?:default|allowed|supported)|compatible|not accept"
+    r"|deprecated|instead|only .*(?:default|allowed|supported)|only be set to|compatible"
+    r"|not accept|not an? (?:valid|known) (?:parameter|argument|field)"
     r"|cannot be (?:used|set|specified)|no such",
     re.IGNORECASE,
 )

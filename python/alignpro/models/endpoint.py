@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import queue
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ class EndpointModel:
         self.calls = CallFile(calls if named is None else Path(named))
         self._config = config
         self._http = HttpClient(config, self.calls)
-        self._under_way: dict[str, Future[Answer]] = {}  # by key
+        self._under_way: dict[str, _Shared] = {}  # by key
+        self._joining = threading.RLock()
         if not len(self.calls):
             self._http.read_key()
 
@@ -55,17 +58,20 @@ class EndpointModel:
         return EndpointClient(self)
 
     def answer(self, call: Call) -> Future[Answer]:
-        """The recorded answer, that of the same call under way, or a new one."""
-        under_way = self._under_way.get(call.key)
-        if under_way is not None:
-            return under_way
-        known = self.calls.get(call)
-        if known is None:
-            self._under_way[call.key] = future = self._http.start(call)
-            # By then the file has the answer.
-            future.add_done_callback(lambda _: self._under_way.pop(call.key, None))
-            return future
-        future = Future()
+        """The recorded answer, that of the same call under way, or a new one; a future of the
+        caller's own, which may be cancelled while others wait for the same."""
+        with self._joining:
+            under_way = self._under_way.get(call.key)
+            known = None if under_way is not None else self.calls.get(call)
+            if under_way is None and known is None:
+                started = self._http.start(call)
+                under_way = self._under_way[call.key] = _Shared(started, self._joining)
+                # By then the file has the answer.
+                started.add_done_callback(lambda _: self._under_way.pop(call.key, None))
+            if under_way is not None:
+                return under_way.join()
+        assert known is not None
+        future: Future[Answer] = Future()
         if isinstance(known, str):
             future.set_exception(RequestError(known))
         else:
@@ -158,6 +164,37 @@ class EndpointModel:
             f"{self.name}: {calls.attempts:,} calls, {total.input_tokens:,} tokens read, "
             f"{total.output_tokens:,} written{cost}; {calls.replayed:,} answers replayed"
         )
+
+
+class _Shared:
+    """A call under way that several may wait for; it is cancelled when the last of them is."""
+
+    def __init__(self, call: Future[Answer], joining: threading.RLock) -> None:
+        self._call, self._joining = call, joining
+        self._waiting: set[Future[Answer]] = set()
+
+    def join(self) -> Future[Answer]:
+        own: Future[Answer] = Future()
+        self._waiting.add(own)
+        own.add_done_callback(self._leave)
+        self._call.add_done_callback(lambda call: _copy(call, own))
+        return own
+
+    def _leave(self, own: Future[Answer]) -> None:
+        with self._joining:
+            self._waiting.discard(own)
+            if own.cancelled() and not self._waiting:
+                self._call.cancel()
+
+
+def _copy(call: Future[Answer], own: Future[Answer]) -> None:
+    with suppress(InvalidStateError):  # it was cancelled meanwhile
+        if call.cancelled():
+            own.cancel()
+        elif (error := call.exception()) is not None:
+            own.set_exception(error)
+        else:
+            own.set_result(call.result())
 
 
 class EndpointHandle:

@@ -18,8 +18,10 @@ import logging
 import math
 import os
 import random
+import re
 import threading
 import time
+import urllib.parse
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -31,7 +33,7 @@ from alignpro.config import Budget, ModelConfig
 from alignpro.models.calls import CHAT, SCORE, Call, CallFile
 from alignpro.models.dialect import Dialect
 from alignpro.models.language_model import RequestError
-from alignpro.models.reply import Answer, one_line, read_reply, read_scores
+from alignpro.models.reply import Answer, one_line, read_reply, read_scores, read_usage
 
 if TYPE_CHECKING:
     import httpx2
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts; each twice the last
 _LONGEST_RETRY_AFTER = 600.0  # seconds; an endpoint that asks for more has no answer for us
+_REFUSALS = (400, 422, 501)  # of what a request asks for; the last is llama.cpp's
 _SECRET = 12  # characters; shorter keys are placeholders ("EMPTY"), and may be words of an answer
 _BUDGET_POLL = 0.05  # seconds between looks at whether a call under way left some of a budget
 _BYTES_PER_TOKEN = 3.0  # of text; a low guess, to reserve enough of a budget
@@ -97,14 +100,44 @@ class HttpClient:
         with self._starting:
             if self._loop is None:
                 self._key = self.read_key()
+                http = self._client()
                 loop = asyncio.new_event_loop()
                 threading.Thread(target=loop.run_forever, daemon=True, name="endpoint").start()
-                asyncio.run_coroutine_threadsafe(self._open(), loop).result()
+                asyncio.run_coroutine_threadsafe(self._open(http), loop).result()
                 self._loop = loop
                 weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
         future: Future[Answer] = Future()
         self._loop.call_soon_threadsafe(self._begin, call, future)
         return future
+
+    def _client(self) -> httpx2.AsyncClient:
+        """Raises EndpointError where the environment names no proxy or certificates that are."""
+        import httpx2
+
+        options = self._options
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        # A connection is for one call: on a kept one, the second copy of a reply that a server
+        # or a proxy sends twice is the next call's answer (measured: docs/notes/endpoints.md).
+        limits = httpx2.Limits(max_connections=options.concurrency, max_keepalive_connections=0)
+        host = urllib.parse.urlsplit(self._url).hostname or ""
+        here = host in ("localhost", "::1") or host.startswith("127.")
+        try:
+            return httpx2.AsyncClient(
+                headers=headers,
+                timeout=httpx2.Timeout(None, connect=options.connect_seconds),
+                limits=limits,
+                # With one of its own it asks no proxy, and none reaches what is on this machine.
+                transport=httpx2.AsyncHTTPTransport(limits=limits) if here else None,
+            )
+        except (ImportError, ValueError, OSError) as error:
+            socks = isinstance(error, ImportError)
+            reason = "a SOCKS proxy needs `pip install socksio`" if socks else str(error)
+            raise EndpointError(
+                f"{self._name} at {self._url}: {reason} (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or "
+                "SSL_CERT_FILE of the environment; NO_PROXY=HOST asks without a proxy)"
+            ) from None
 
     # --- on the loop ---
 
@@ -130,21 +163,9 @@ class HttpClient:
             with suppress(InvalidStateError):
                 future.set_result(answer)
 
-    async def _open(self) -> None:
-        import httpx2
-
-        options = self._options
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        self._http = httpx2.AsyncClient(
-            headers=headers,
-            timeout=httpx2.Timeout(None, connect=options.connect_seconds),
-            # A connection is for one call: on a kept one, the second copy of a reply that a server
-            # or a proxy sends twice is the next call's answer (measured: docs/notes/endpoints.md).
-            limits=httpx2.Limits(max_connections=options.concurrency, max_keepalive_connections=0),
-        )
-        self._slots = asyncio.Semaphore(options.concurrency)
+    async def _open(self, http: httpx2.AsyncClient) -> None:
+        self._http = http
+        self._slots = asyncio.Semaphore(self._options.concurrency)
         self._first = {path: asyncio.Lock() for path in self._dialects}
         self._first_is_done: set[str] = set()  # of these paths
         self._next_turn = self._not_before = 0.0  # in the loop's time
@@ -161,19 +182,15 @@ class HttpClient:
         return await self._attempts(call)
 
     async def _attempts(self, call: Call) -> Answer:
-        failures = sent = 0
+        failures = 0
         started = time.monotonic()
         while True:
             try:
                 async with self._slots:
                     await self._turn()
                     with await self._budget.reserve(call):
-                        sent += 1
-                        answer = await self._attempt(call)
+                        answer = await self._recorded(call, started)
                     if answer is not None:
-                        answer = _with_tokens(answer, call)
-                        took = time.monotonic() - started
-                        self._calls.put(call, answer, attempts=sent, seconds=took)
                         return answer
             except _Again as error:
                 failures += 1
@@ -182,6 +199,25 @@ class HttpClient:
                     raise RequestError(f"{error} ({times})") from None
                 longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (failures - 1))
                 await asyncio.sleep(max(error.pause, longest * random.uniform(0.5, 1.0)))
+
+    async def _recorded(self, call: Call, started: float) -> Answer | None:
+        """One attempt, written down with what it took before its budget is given back."""
+        replies: list[object] = []
+        try:
+            answer = await self._attempt(call, replies)
+        except BaseException as error:
+            # A completion without an answer, of an endpoint that does not say: the most it may be.
+            most = (_tokens_read(call), _most_written(call)) if replies else (0, 0)
+            told = read_usage(replies[0]) if replies else (0, 0)
+            took = (m if t is None else t for t, m in zip(told, most, strict=True))
+            self._calls.put_unanswered(call, str(error) or type(error).__name__, *took)
+            raise
+        if answer is None:
+            self._calls.put_unanswered(call, "a parameter was refused", 0, 0)
+            return None
+        answer = _with_tokens(answer, call)
+        self._calls.put(call, answer, seconds=time.monotonic() - started)
+        return answer
 
     async def _turn(self) -> None:
         """Wait for the pause that the endpoint asked for, and for the next call of this minute."""
@@ -193,8 +229,9 @@ class HttpClient:
         while (pause := self._not_before - loop.time()) > 0:
             await asyncio.sleep(pause)
 
-    async def _attempt(self, call: Call) -> Answer | None:
-        """None: the endpoint refused a parameter, and will be asked without it."""
+    async def _attempt(self, call: Call, replies: list[object]) -> Answer | None:
+        """None: the endpoint refused a parameter, and will be asked without it. replies: gets what
+        was generated for the call, an answer or not."""
         import httpx2
 
         dialect = self._dialects[call.path]
@@ -216,6 +253,8 @@ class HttpClient:
             reply = one_line(content.decode("utf-8", "replace"))
         status = response.status_code
         if 200 <= status < 300:
+            if isinstance(reply, dict) and reply.get("choices"):
+                replies.append(reply)
             try:
                 if call.path == SCORE:
                     return read_scores(reply, len(call.body["prompt"]))
@@ -225,7 +264,7 @@ class HttpClient:
         self._check_status(status, reply, response)
         if dialect.of(call.body) != sent:  # another call has learnt it
             return None
-        learnt = dialect.learn(sent, reply) if status in (400, 422) else None
+        learnt = dialect.learn(sent, reply) if status in _REFUSALS else None
         if learnt is None:
             raise RequestError(f"HTTP {status}: {_message(reply)}")
         _log.warning("%s at %s refuses %s", self._name, self._url, learnt)
@@ -255,9 +294,12 @@ class HttpClient:
             message = f"HTTP {status}: it sends to {place}; name that address as the endpoint"
         elif status == 404 and "/v1/" not in str(response.url):
             message += "; the address of an OpenAI-compatible endpoint mostly ends in /v1"
-        if status in (401, 402, 403, 404) or 300 <= status < 400 or quota:
+        flagged = status == 403 and re.search("moderation|flagged", str(reply), re.IGNORECASE)
+        if flagged:  # OpenRouter's word for one prompt, not for the key
+            raise RequestError(message)
+        if status in (401, 402, 403, 404, 407) or 300 <= status < 400 or quota:
             raise EndpointError(f"{self._name} at {response.url}: {message}")
-        if status in (408, 409, 425, 429) or status >= 500:
+        if status in (408, 409, 425, 429) or (status >= 500 and status not in _REFUSALS):
             pause = _retry_after(response.headers.get("retry-after"))
             if pause > _LONGEST_RETRY_AFTER:
                 raise RequestError(f"{message}; it asks to wait {pause:.0f} s")
@@ -273,7 +315,7 @@ class _Account:
     def __init__(self, budget: Budget, config: ModelConfig, calls: CallFile) -> None:
         self._budget, self._config, self._calls = budget, config, calls
         self._sent = calls.attempts  # requests
-        self._tokens = [0.0, 0.0]  # reserved: to be read, to be written
+        self._tokens = [0, 0]  # reserved: to be read, to be written
         self._under_way = 0
 
     async def reserve(self, call: Call) -> AbstractContextManager[None]:
@@ -282,9 +324,8 @@ class _Account:
         Raises:
             BudgetError: there is not, and no call under way may leave some.
         """
-        body = call.body
         read = _tokens_read(call)
-        written = float(body.get("max_tokens") or body.get("max_completion_tokens") or 0)
+        written = _most_written(call)
         while (over := self._over(read, written)) is not None:
             if not self._under_way:
                 raise BudgetError(
@@ -297,18 +338,18 @@ class _Account:
         return self._held(read, written)
 
     @contextmanager
-    def _held(self, read: float, written: float) -> Iterator[None]:
+    def _held(self, read: int, written: int) -> Iterator[None]:
         try:
             yield
         finally:
             self._add(-1, -read, -written)
 
-    def _add(self, calls: int, read: float, written: float) -> None:
+    def _add(self, calls: int, read: int, written: int) -> None:
         self._under_way += calls
         self._tokens[0] += read
         self._tokens[1] += written
 
-    def _over(self, read: float, written: float) -> str | None:
+    def _over(self, read: int, written: int) -> str | None:
         """The budget that one more call may pass."""
         budget, client = self._budget, self._config.client
         read += self._calls.input_tokens + self._tokens[0]
@@ -340,6 +381,11 @@ def _tokens_read(call: Call) -> int:
     return _tokens_in(json.dumps(call.body["messages"]))
 
 
+def _most_written(call: Call) -> int:
+    """0 of a call that sets no limit."""
+    return int(call.body.get("max_tokens") or call.body.get("max_completion_tokens") or 0)
+
+
 def _tokens_in(text: str) -> int:
     return math.ceil(len(text.encode()) / _BYTES_PER_TOKEN)
 
@@ -364,5 +410,5 @@ def _retry_after(value: str | None) -> float:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter of a year or an offset that is no date's
         return 0.0

@@ -11,6 +11,12 @@ from alignpro.models.language_model import RequestError
 from alignpro.models.reasoning import no_answer, split_reasoning
 from alignpro.types import FinishReason
 
+# What endpoints call the end of an answer, beside OpenAI's own "length", "stop" and
+# "content_filter": Mistral, Google's and Anthropic's models behind such endpoints, and TGI.
+_CUT = ("length", "max_tokens", "model_length")
+_ENDED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # an empty answer may be meant
+_FILTERED = ("content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii")
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -37,26 +43,29 @@ def read_reply(reply: object) -> Answer:
     if not isinstance(message, Mapping):
         raise ValueError(f"expected choices with a message, got {one_line(reply)}")
     ended = choice.get("finish_reason")
-    content = _text(message.get("content"))
-    if content is None:  # OpenAI's place for the words of a refusal, which are what a person reads
-        content = _text(message.get("refusal"))
-    reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning")) or ""
+    said = ended.lower() if isinstance(ended, str) else ended
+    content, thought = _texts(message.get("content"))
+    # OpenAI's place for the words of a refusal, which are what a person reads.
+    content = content or _texts(message.get("refusal"))[0] or content
+    told = [_texts(message.get(name))[0] for name in ("reasoning_content", "reasoning")]
+    reasoning = next(filter(None, told), thought)
     answer, block = (None, "") if content is None else split_reasoning(content)
     reasoning = reasoning or block
-    if ended in ("error", "abort"):  # OpenRouter's and vLLM's words for an answer that broke off
+    if said in ("error", "abort"):  # OpenRouter's and vLLM's words for an answer that broke off
         raise ValueError(f"an answer that broke off (finish_reason {ended})")
-    if ended == "content_filter":
-        raise RequestError("no answer: the endpoint's content filter cut it")
-    finish_reason: FinishReason = "length" if ended == "length" else "stop"
-    if answer is None and content is None and not reasoning and finish_reason == "stop":
-        if message.get("tool_calls"):
-            raise RequestError(f"no answer: the reply is a tool call (finish_reason {ended})")
+    if said in _FILTERED:
+        raise RequestError(f"no answer: the endpoint's content filter cut it ({ended})")
+    finish_reason: FinishReason = "length" if said in _CUT else "stop"
+    if not answer and message.get("tool_calls"):
+        raise RequestError(f"no answer: the reply is a tool call (finish_reason {ended})")
+    if content is None and not reasoning and finish_reason == "stop":
         raise ValueError(f"expected text in the message, got {one_line(message)}")
     missing = no_answer(answer, reasoning, finish_reason)
+    if missing is None and not answer and said not in _ENDED:
+        missing = f"no answer: the reply is empty (finish_reason {ended})"
     if missing is not None:
         raise RequestError(missing)
-    usage = reply.get("usage") if isinstance(reply, Mapping) else None
-    read, written = (_count(usage, f"{kind}_tokens") for kind in ("prompt", "completion"))
+    read, written = read_usage(reply)
     logprobs, tokens = _of_tokens(choice)
     prompt_tokens = _whole_numbers(_at(reply, "prompt_token_ids"))
     return Answer(
@@ -77,10 +86,16 @@ def read_scores(reply: object, count: int) -> Answer:
     given = told[1:count] if isinstance(told, list) and len(told) >= count else []
     if len(given) != count - 1 or not all(_is_logprob(value) for value in given):
         raise RequestError("the endpoint tells no log-probabilities of given tokens (echo)")
-    read = _count(_at(reply, "usage"), "prompt_tokens")
+    read, _ = read_usage(reply)
     if read not in (None, count):
         raise RequestError(f"the endpoint read {read} tokens of the {count} that were given")
     return Answer("", "", "stop", read, 1, [float(value) for value in given])
+
+
+def read_usage(reply: object) -> tuple[int | None, int | None]:
+    """(tokens read, tokens written), where a reply says them."""
+    usage = _at(reply, "usage")
+    return _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
 
 
 def one_line(value: object) -> str:
@@ -120,15 +135,26 @@ def _is_logprob(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0
 
 
-def _text(content: object) -> str | None:
-    """Of a text, or of a list of parts."""
-    if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        content = "".join(part for part in parts if isinstance(part, str))
-    if not isinstance(content, str):
-        return None
-    # JSON can say half of a surrogate pair, which is no text.
-    return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _texts(content: object) -> tuple[str | None, str]:
+    """(text, reasoning) of a text, or of a list of parts; None where there is no text."""
+    if not isinstance(content, list):
+        return (_unicode(content), "") if isinstance(content, str) else (None, "")
+    texts, thoughts = [], []
+    for part in content:
+        kind = _at(part, "type")
+        if kind in ("thinking", "reasoning"):  # Mistral's parts hold parts
+            thoughts.append(_texts(_at(part, kind) or _at(part, "text"))[0])
+        elif isinstance(part, str):
+            texts.append(part)
+        else:
+            texts.append(_at(part, "text") or _at(part, "refusal"))
+    found = [_unicode(text) for text in texts if isinstance(text, str)]
+    return "".join(found) if found else None, "".join(filter(None, thoughts))
+
+
+def _unicode(text: str) -> str:
+    """JSON can say half of a surrogate pair, which is no text."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _count(usage: object, name: str) -> int | None:

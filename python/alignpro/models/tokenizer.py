@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,7 @@ class Tokenizer(Vocabulary):
 
         Raises:
             ValueError: not a list of {"role": str, "content": str}, a lone surrogate, a model
-                without a template, or a template that refuses the chat.
+                without a template, or a template that refuses the chat or leaves a message out.
         """
         _check_chat(messages)
         text, restore = self._written(messages, add_generation_prompt)
@@ -167,23 +167,37 @@ class Tokenizer(Vocabulary):
         shielded, restore = chat_template.shield(
             messages, self._special_pattern, self._require(self._template)
         )
-        if not self._says_the_turn:
+        left_out = self._left_out(tuple(message["role"] for message in messages))
+        if left_out is not None:
             raise ValueError(
-                f"{self.source}: its chat template leaves out what the user says: it reads no "
-                "message.content as text; chat_template takes another (a file, or its text)"
+                f"{self.source}: its chat template leaves out {left_out}; chat_template takes "
+                "another template (a file, or its text)"
             )
         with trace.span("template"):
             return self._render(shielded, add_generation_prompt), restore
 
     @cached_property
-    def _says_the_turn(self) -> bool:
-        """Whether a chat's last turn stands in its text: jinja writes nothing for a key of another
-        name, without a word."""
-        mark = "\ue000"
-        try:
-            return mark in self._render([{"role": "user", "content": mark}], True)
-        except ValueError:  # refused for another reason, which the chat itself will show
-            return True
+    def _left_out(self) -> Callable[[tuple[str, ...]], str | None]:
+        """What of a chat of such roles does not stand in its text, in words: jinja writes nothing
+        for a key of another name, and templates pass over roles that they do not know, without a
+        word. None: all of it does, or it is refused."""
+
+        @lru_cache(maxsize=1024)  # a server is sent any
+        def left_out(roles: tuple[str, ...]) -> str | None:
+            marks = [f"\ue000{index}\ue000" for index in range(len(roles))]
+            chat = [{"role": r, "content": c} for r, c in zip(roles, marks, strict=True)]
+            try:
+                text = self._render(chat, True)
+            except ValueError:  # refused for another reason, which the chat itself will show
+                return None
+            missing = next((index for index, mark in enumerate(marks) if mark not in text), None)
+            if missing is None:
+                return None
+            if len(roles) == 1:
+                return "what the user says: it reads no message.content as text"
+            return f"message {missing} (role {roles[missing]!r})"
+
+        return left_out
 
     def around_turn(self) -> tuple[str, str, bool]:
         """(before, after, strips): what the template writes around a chat of one user turn, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group
 
 from alignpro.evaluate.results import ExtractReport, Interval
-from alignpro.report.grids import Grid
+from alignpro.report.grids import Grid, usage_words
 from alignpro.report.tables import grid_table
 from alignpro.report.words import interval, number, share_interval
 
@@ -37,7 +37,13 @@ def extract_view(report: ExtractReport) -> Group:
         Grid(title, ("", "mean", "95% interval"), rows, strong=0),
         Grid("Violations", ("check", "times"), [(name, str(n)) for name, n in worst]),
     ]
-    return Group(*(grid_table(grid) for grid in grids if grid))
+    tables = [grid_table(grid) for grid in grids if grid]
+    more = []
+    if report.failed_texts:
+        more.append(f"{report.failed_texts} more texts without an answer, left out")
+    if report.target_usage is not None:
+        more.append(f"target: {usage_words(report.target_usage)}")
+    return Group(*tables, *more)
 
 
 def _row(name: str, value: Interval) -> tuple[str, str, str]:
