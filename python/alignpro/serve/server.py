@@ -314,12 +314,8 @@ def run_server(
             await asyncio.gather(*left, return_exceptions=True)
             await proxy.close()
 
-    loop = new_event_loop()
-    try:
+    with event_loop() as loop:
         loop.run_until_complete(main())
-    finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
 
 
 def _allow_open_files() -> None:
@@ -329,8 +325,24 @@ def _allow_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where it is installed."""
+@contextlib.contextmanager
+def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop for the block, uvloop's where it is installed. What is under way at its end, as
+    after Ctrl-C, is cancelled, and ends."""
+    loop = _new_loop()
+    try:
+        yield loop
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
     if not is_installed("uvloop"):
         return asyncio.new_event_loop()
     import uvloop
