@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from alignpro.bench.work import StepWork
 from alignpro.cli import app
 from alignpro.interrupts import exit_status, interruptible
 from native_runs import save_run
+from serve.raw_upstream import RawUpstream
 
 
 def run(*arguments: str):
@@ -208,12 +210,15 @@ def test_memory_is_judged_from_where_it_stood_still(seconds, mib, holds):
 def test_an_interrupt_ends_what_the_clients_do(number, capfd):
     pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
-    async def ask(port):
-        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
-        await closed_loop(port, itertools.repeat(b"!", 8000), 16)
+    def reply(got, send):
+        time.sleep(0.02)
+        send(OK)
 
-    with pytest.raises(KeyboardInterrupt) as interrupt, interruptible():
-        _run(served(OK, ask))
+    with RawUpstream(reply) as server, pytest.raises(KeyboardInterrupt) as interrupt:
+        asked = itertools.repeat(b"GET / HTTP/1.1\r\n\r\n", 8000)
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+        with interruptible():
+            _run(closed_loop(server.port, asked, 16))
     gc.collect()
     assert exit_status(interrupt.value) == 128 + number
     assert capfd.readouterr().err == ""

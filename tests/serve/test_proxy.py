@@ -397,6 +397,8 @@ def test_an_offer_of_http2_is_declined_and_costs_no_body(line):
         assert read().endswith(b"number 01") and read().endswith(b"number 02")
         client.sendall(asked[3][20:])
         assert read().endswith(b"number 03")
+        last = request(b"number 04", b"Connection: Upgrade, HTTP2-Settings", *OFFER[1:], line=line)
+        assert proxy.raw(last).endswith(b"number 04")
         assert all(b"upgrade" not in dict(got.headers) for got in upstream.got)
         client.sendall(b"CONNECT h:80 HTTP/1.1\r\nHost: h\r\n\r\n")
         assert read().startswith(b"HTTP/1.1 400")

@@ -127,6 +127,9 @@ class _Protocol(HttpToolsProtocol):
                 return
             except httptools.HttpParserUpgrade as offer:
                 data = self._declined() + data[offer.args[0] :]
+                # With "connection: close" the old one takes that for what comes behind the end.
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
 
     def _declined(self) -> bytes:
         """The head of the request once more, without its offer."""
