@@ -404,6 +404,12 @@ def test_an_offer_of_http2_is_declined_and_costs_no_body(line):
         assert read().startswith(b"HTTP/1.1 400")
 
 
+def test_headers_that_are_too_long_are_said_to_be(proxy):
+    for headers in ([b"X-Long: " + b"a" * 70_000], [b"X-Some: " + b"a" * 100] * 700):
+        raw = proxy.raw(head_of(0, *headers, line=b"GET /v1/models"))
+        assert raw.startswith(b"HTTP/1.1 400") and b"max_header allows more" in raw
+
+
 def test_a_client_of_http_1_0_gets_no_chunks():
     def reply(got, send):
         send(STREAM_HEAD + chunk(b"data: one\n\n") + chunk(b"data: two\n\n") + b"0\r\n\r\n")

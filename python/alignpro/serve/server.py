@@ -29,6 +29,11 @@ from alignpro.serve.app import ONE_MORE, Proxy, make_app
 from alignpro.serve.messages import send_at_once
 
 _IDLE_CLIENT = 75  # seconds for which a client's connection is kept open between requests
+_TOO_LONG = "the headers are too long; serve's max_header allows more"
+
+
+class _BadRequest(ValueError):
+    """Raised out of the parser, and answered with status 400."""
 
 
 class _Protocol(HttpToolsProtocol):
@@ -75,14 +80,16 @@ class _Protocol(HttpToolsProtocol):
         self._has_ended = False
         try:
             self._parse(data)
-        except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserError as error:
+            ours = isinstance(error.__context__, _BadRequest)
+            said = str(error.__context__) if ours else "Invalid HTTP request received."
+            self.send_400_response(said)
             return
         # What stands before the end of a message is none of the next one's headers.
         is_counted = self._in_headers and not self._has_ended
         self._pending = self._pending + len(data) if is_counted else 0
         if self._pending > self.max_header and not self.transport.is_closing():
-            self.send_400_response("the headers are too long")
+            self.send_400_response(_TOO_LONG)
         if not self.transport.is_closing() and self._is_idle:  # the rest of a request, or nothing
             self._wait_for_headers()
 
@@ -155,10 +162,10 @@ class _Protocol(HttpToolsProtocol):
         self._in_headers = False
         self._headers_are_there()
         if self._size > self.max_header:
-            raise ValueError("the headers are too long")  # which is answered with status 400
+            raise _BadRequest(_TOO_LONG)
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise ValueError("no tunnels")
+                raise _BadRequest("no tunnels: CONNECT is not supported")
             return
         self.scope["extensions"] = {ONE_MORE: {}} if self._is_one_more else {}
         super().on_headers_complete()
