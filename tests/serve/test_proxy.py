@@ -112,40 +112,6 @@ def test_anything_else_under_v1_is_relayed(echo, proxy):
     assert b"404" in split(proxy.raw(request(b"", line=b"GET /other")))[0]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        b"/v1/chat/completions/",
-        b"/v1//chat//completions",
-        b"/v1/./chat/completions",
-        b"/v1/chat%2Fcompletions",
-        b"/%76%31/%63hat/completions",
-        b"/v1/chat/completions?api-version=1",
-    ],
-)
-def test_a_chat_is_known_by_what_its_path_names_and_goes_on_as_it_came(echo, proxy, path):
-    _, headers, _ = split(proxy.raw(request(line=b"POST " + path)))
-    assert headers[b"x-alignpro-reason"] == b"off"
-    assert echo.got[0].line == b"POST %s HTTP/1.1" % path.replace(b"%76%31", b"v1")
-
-
-@pytest.mark.parametrize("base", ["/v1", "/api/openai"])
-def test_a_redirect_does_not_lead_past_the_proxy(echo, base):
-    """Such as FastAPI's from a path with a slash at its end."""
-    with running(ServeConfig(upstream=f"http://127.0.0.1:{echo.port}{base}", port=0)) as proxy:
-        origin, there = f"http://127.0.0.1:{echo.port}", f"{base}/chat/completions?a"
-        for said, told in (
-            (origin + there, "/v1/chat/completions?a"),
-            (there, "/v1/chat/completions?a"),
-            ("https://elsewhere" + there, "https://elsewhere" + there),
-            (base + "x/chat", base + "x/chat"),
-        ):
-            location = f"location: {said}\r\n".encode()
-            echo.says = answer(b"", b"307 Temporary Redirect", location)
-            headers = split(proxy.raw(request(line=b"POST /v1/chat/completions/")))[1]
-            assert headers[b"location"] == told.encode()
-
-
 def test_a_stream_is_relayed_as_it_comes():
     go_on = threading.Event()
 
