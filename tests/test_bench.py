@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import io
+import itertools
 import json
+import os
+import signal
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,13 +21,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from alignpro.bench.load import closed_loop, paced
+from alignpro.bench.serve import _run
 from alignpro.bench.soak import _checks, _Seen, bench_soak
 from alignpro.bench.step import bench_step
 from alignpro.bench.tables import new_table, step_table
 from alignpro.bench.timeline import engine_flops
 from alignpro.bench.work import StepWork
 from alignpro.cli import app
+from alignpro.interrupts import exit_status, interruptible
 from native_runs import save_run
+from serve.raw_upstream import RawUpstream
 
 
 def run(*arguments: str):
@@ -129,7 +138,7 @@ def test_serve_writes_every_figure(tmp_path: Path, tiny_model_dir):
     pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     file, trained = tmp_path / "serve.json", tmp_path / "my-run"
     save_run(trained, tiny_model_dir("llama"), 4)
-    work = ["--clients", "1,3", "--requests", "12", "--rewrites", "17", "--run", str(trained)]
+    work = ["--clients", "1,3", "--seconds", "0.3", "--rewrites", "17", "--run", str(trained)]
     result = run("bench", "serve", *work, "--repeats", "1", "--threads", "1", "--output", str(file))
     assert result.exit_code == 0, result.output
     report = json.loads(file.read_text("utf-8"))
@@ -169,15 +178,50 @@ def test_a_soak_of_seconds_holds(tmp_path: Path, tiny_model_dir):
 def test_a_soak_says_what_was_lost():
     seen = _Seen(asked=Counter({"whole": 3, "slow": 1}), lost=["whole: EOFError: x"], reloads=1)
     seen.failed_reloads.append("no adapter")
-    seen.memory += [(second, 2**20 * (100 + second)) for second in range(20)]
-    found = dict(_checks(seen, 10, 12, 1, 20.0))
+    seen.memory += [(half / 2, 2**20 * (100 + half)) for half in range(400)]
+    found = dict(_checks(seen, 10, 12, 1))
     assert {name: check["holds"] for name, check in found.items()} == dict.fromkeys(found, False)
     assert found["answers"]["seen"] == (
         "1 of 4 requests lost; {'whole': 1}, such as whole: EOFError: x"
     )
-    seen.memory = [(second, 2**20 * min(100, 10 * second)) for second in range(20)]
-    assert not dict(_checks(seen, 10, 10, 0, 20.0))["memory"]["holds"]
-    assert dict(_checks(seen, 10, 10, 0, 40.0))["memory"]["holds"]  # it grew in the first quarter
+
+
+@pytest.mark.parametrize(
+    ("seconds", "mib", "holds"),
+    [
+        (60, lambda s: min(282 + 7 * s, 410) + 0.1 * s, True),  # the cache fills within 18 seconds
+        (60, lambda s: min(282 + 3 * s, 410), None),  # and within 43
+        (4, lambda s: 282, None),
+        (60, lambda s: 282, True),
+        (60, lambda s: 282 + 0.1 * s + 20 * (s > 40), False),
+        (600, lambda s: min(282 + s, 410), True),  # ... 128
+        (600, lambda s: 282 + s, False),
+        (600, lambda s: 400 + 0.2 * s, False),  # so slow that it seems to stand still
+    ],
+)
+def test_memory_is_judged_from_where_it_stood_still(seconds, mib, holds):
+    memory = [(half / 2, round(2**20 * mib(half / 2))) for half in range(2 * seconds)]
+    found = dict(_checks(_Seen(memory=memory), 10, 10, 0))["memory"]
+    assert found["holds"] is holds and ("--minutes" in found["seen"]) == (holds is None)
+
+
+@pytest.mark.filterwarnings("error")  # a coroutine that could not end
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_what_the_clients_do(number, capfd):
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+
+    def reply(got, send):
+        time.sleep(0.02)
+        send(OK)
+
+    with RawUpstream(reply) as server, pytest.raises(KeyboardInterrupt) as interrupt:
+        asked = itertools.repeat(b"GET / HTTP/1.1\r\n\r\n", 8000)
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+        with interruptible():
+            _run(closed_loop(server.port, asked, 16))
+    gc.collect()
+    assert exit_status(interrupt.value) == 128 + number
+    assert capfd.readouterr().err == ""
 
 
 async def served(answer: bytes, ask):

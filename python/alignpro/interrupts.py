@@ -69,22 +69,27 @@ def _raised_again() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interrupts_deferred(*, after: BaseException | None = None) -> Iterator[Callable[[], None]]:
+def interrupts_deferred(
+    *, after: BaseException | None = None, tell: Callable[[], object] | None = None
+) -> Iterator[Callable[[], None]]:
     """Hold interrupts back until the block is done: what it changes is changed as a whole.
 
     Yields a function that raises one at once: for the places in between where nothing is torn.
     after: the error that ends the run, if one does; what arrives then adds nothing to it.
+    tell: is called when one arrives, such as to end the block.
     """
     arrived: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        arrived.append(number)
+        if tell is not None:
+            tell()
 
     def raise_if_arrived() -> None:
         if arrived:
             raise Interrupted(arrived[0])
 
-    with _handled(
-        lambda number, _frame: arrived.append(number),
-        lambda handler: handler not in (signal.SIG_DFL, signal.SIG_IGN, None),
-    ):
+    with _handled(note, lambda handler: handler not in (signal.SIG_DFL, signal.SIG_IGN, None)):
         yield raise_if_arrived
     if after is None:
         raise_if_arrived()

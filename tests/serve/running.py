@@ -17,7 +17,7 @@ from alignpro.serve.build import upstream_of
 from alignpro.serve.messages import Upstream
 from alignpro.serve.rewriter import Rewriter
 from alignpro.serve.routes import Route, Routes, mode_of
-from alignpro.serve.server import listen, make_server, new_event_loop
+from alignpro.serve.server import event_loop, listen, make_server
 from serve.raw_upstream import until
 
 
@@ -66,10 +66,9 @@ def running(
     port = place.getsockname()[1]
 
     def work() -> None:
-        loop = new_event_loop()
-        loop.run_until_complete(server.serve([place]))
-        loop.run_until_complete(proxy.close())
-        loop.close()
+        with event_loop() as loop:
+            loop.run_until_complete(server.serve([place]))
+            loop.run_until_complete(proxy.close())
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -363,9 +363,17 @@ def test_an_offer_of_http2_is_declined_and_costs_no_body(line):
         assert read().endswith(b"number 01") and read().endswith(b"number 02")
         client.sendall(asked[3][20:])
         assert read().endswith(b"number 03")
+        last = request(b"number 04", b"Connection: Upgrade, HTTP2-Settings", *OFFER[1:], line=line)
+        assert proxy.raw(last).endswith(b"number 04")
         assert all(b"upgrade" not in dict(got.headers) for got in upstream.got)
         client.sendall(b"CONNECT h:80 HTTP/1.1\r\nHost: h\r\n\r\n")
         assert read().startswith(b"HTTP/1.1 400")
+
+
+def test_headers_that_are_too_long_are_said_to_be(proxy):
+    for headers in ([b"X-Long: " + b"a" * 70_000], [b"X-Some: " + b"a" * 100] * 700):
+        raw = proxy.raw(head_of(0, *headers, line=b"GET /v1/models"))
+        assert raw.startswith(b"HTTP/1.1 400") and b"max_header allows more" in raw
 
 
 def test_a_client_of_http_1_0_gets_no_chunks():

@@ -390,6 +390,9 @@ def test_what_asks_for_nothing_else_is_answered(local, client):
         **{"model": "tiny", "messages": TURN, "max_tokens": 1, "tool_choice": "none", "tools": []},
         **{"response_format": {"type": "text"}, "modalities": ["text"], "logit_bias": {}},
     )
+    chat = json.dumps({"model": "tiny", "messages": TURN, "max_tokens": 1}).encode()
+    for path in (b"/v1/chat/completions/", b"/v1/chat%2Fcompletions"):
+        assert split(local.raw(request(chat, line=b"POST " + path)))[0] == b"HTTP/1.1 200 OK"
     head = split(local.raw(request(b"", line=b"HEAD /v1/models/tiny")))
     assert head[0] == b"HTTP/1.1 200 OK" and head[2] == b""
 

@@ -116,6 +116,43 @@ def test_bodies_of_any_size_arrive_and_headers_as_they_are(echo, proxy):
     assert len(echo.got) == 2
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/v1/chat/completions/",
+        b"/v1//chat//completions",
+        b"/v1/./chat/completions",
+        b"/v1/chat%2Fcompletions",
+        b"/%76%31/%63hat/completions",
+        b"/v1/chat/completions?api-version=1",
+    ],
+)
+def test_a_chat_is_known_by_what_its_path_names_and_goes_on_as_it_came(echo, proxy, path):
+    raw = proxy.raw(request(b"POST " + path, body=b"{}"))
+    assert b"\r\nx-alignpro-reason: off\r\n" in raw
+    assert echo.got[0].line == b"POST %s HTTP/1.1" % path.replace(b"%76%31", b"v1")
+
+
+@pytest.mark.parametrize("base", ["/v1", "/api/openai"])
+def test_a_redirect_does_not_lead_past_the_proxy(base):
+    """Such as FastAPI's from a path with a slash at its end."""
+
+    def reply(got, send):
+        send(answer(b"", b"307 Temporary Redirect", b"location: " + got.body + b"\r\n"))
+
+    with RawUpstream(reply) as upstream:
+        origin, there = f"http://127.0.0.1:{upstream.port}", f"{base}/chat/completions?a"
+        with running(ServeConfig(upstream=origin + base, port=0)) as proxy:
+            for said, told in (
+                (origin + there, "/v1/chat/completions?a"),
+                (there, "/v1/chat/completions?a"),
+                ("https://elsewhere" + there, "https://elsewhere" + there),
+                (base + "x/chat", base + "x/chat"),
+            ):
+                raw = proxy.raw(request(CHAT + b"/", body=said.encode()))
+                assert b"\r\nlocation: %s\r\n" % told.encode() in raw
+
+
 def test_the_bytes_of_an_answers_headers_pass():
     extra = b"x-name: Zo\xeb\r\nlocation: /elsewhere\r\nx-long: " + b"y" * 20_000 + b"\r\n"
     extra += b"".join(b"x-%d: 1\r\n" % number for number in range(300))

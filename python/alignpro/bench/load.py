@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class Connection:
         await self._writer.wait_closed()
 
 
-async def closed_loop(port: int, requests: Sequence[bytes], clients: int) -> list[Timed]:
+async def closed_loop(port: int, requests: Iterable[bytes], clients: int) -> list[Timed]:
     """Every client asks the next one as soon as it has its answer."""
     waiting = iter(requests)
     answers = []

@@ -14,7 +14,7 @@ from alignpro import trace
 from alignpro.bench.generation import Say, rollout_prompts
 from alignpro.bench.machine import limits, machine, percentiles
 from alignpro.bench.profile import record_work
-from alignpro.bench.serve import chat_body, event_loop, stand_in
+from alignpro.bench.serve import chat_body, finish, stand_in
 from alignpro.bench.timeline import ROW_STAGES, Timeline
 from alignpro.bench.work import ROLLOUT
 from alignpro.config import GuardConfig
@@ -24,6 +24,7 @@ from alignpro.serve.app import Proxy
 from alignpro.serve.build import upstream_of
 from alignpro.serve.rewriter import Rewriter
 from alignpro.serve.routes import Route, Routes
+from alignpro.serve.server import event_loop
 from alignpro.types import Conversation
 
 # In the order of a request. "queue" is from the request's hand-over to the engine's thread until
@@ -130,12 +131,12 @@ def _record(
 
     def spanned() -> list[str]:
         with trace.span("requests"):
-            return loop.run_until_complete(ask(bodies))
+            return finish(loop, ask(bodies))
 
     with event_loop() as loop:
-        loop.run_until_complete(ask(bodies[:_WARM_UP]))
+        finish(loop, ask(bodies[:_WARM_UP]))
         reasons, events, spans = record_work(spanned, ops=ops)
-        loop.run_until_complete(proxy.close())
+        finish(loop, proxy.close())
     return dict(Counter(reasons).most_common()), events, spans
 
 

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 from alignpro.bench.generation import Say, rollout_prompts
 from alignpro.bench.load import Timed, closed_loop, paced
 from alignpro.bench.machine import machine, percentiles
+from alignpro.interrupts import interrupts_deferred
 from alignpro.prompter import config_of_prompter
-from alignpro.serve.server import new_event_loop
+from alignpro.serve.server import event_loop
 from alignpro.types import Conversation
 
 REWRITE_CLIENTS = (1, 16)
@@ -35,7 +36,7 @@ Result = TypeVar("Result")
 def bench_serve(
     *,
     clients: Sequence[int] = (1, 32),
-    requests: int = 500,
+    seconds: float = 2.0,
     rate: float | None = None,
     run: Path | None = None,
     rewrites: int = 64,
@@ -43,15 +44,15 @@ def bench_serve(
     threads: int,
     say: Say = lambda what: None,
 ) -> dict[str, Any]:
-    """Seconds of chat requests to a stand-in for an upstream, alone and through `alignpro serve`.
+    """Times of chat requests to a stand-in for an upstream, alone and through `alignpro serve`.
 
     The stand-in, the proxy and the clients (this one) are processes of their own on this machine.
     Requests are not rewritten, and paced: ``rate`` a second, or a quarter of what the clients get
-    out of the proxy when they ask as fast as they can, which is measured before. ``busy`` is the
-    share of all processors' time that was used meanwhile, other processes' included: near 1 the
-    figures are those of a queue. Percentiles are of all rounds' requests, the ways taking turns;
-    ``added`` is the difference of those. Of a "stream" it is the time to the first byte of the
-    body, of a "whole" answer to its last.
+    out of the proxy when they ask as fast as they can, which is measured before. A round lasts
+    ``seconds``. ``busy`` is the share of all processors' time that was used meanwhile, other
+    processes' included: near 1 the figures are those of a queue. Percentiles are of all rounds'
+    ``requests``, the ways taking turns; ``added`` is the difference of those. Of a "stream" it is
+    the time to the first byte of the body, of a "whole" answer to its last.
 
     With a ``run`` whose prompter rewrites, `REWRITE_CLIENTS` ask as fast as they can: requests a
     second (median of the rounds) of which a rewrite was written, and the rewrite's own time as the
@@ -67,7 +68,7 @@ def bench_serve(
         "benchmark": "serve",
         "machine": machine(threads, _PACKAGES),
         "repeats": repeats,
-        "requests": requests,
+        "seconds": seconds,
         "results": [],
         "rewritten": None,
     }
@@ -82,7 +83,7 @@ def bench_serve(
                     def of_row(what: str, row: str = f"{kind} answers, {count} clients") -> None:
                         say(f"{row}, {what}")
 
-                    row = _added(ways, kind == "stream", count, requests, rate, repeats, of_row)
+                    row = _added(ways, kind == "stream", count, seconds, rate, repeats, of_row)
                     report["results"].append({"answer": kind, "clients": count, **row})
         if run is not None:
             say("loading the run")
@@ -96,32 +97,39 @@ def _added(
     ways: dict[str, int],
     stream: bool,
     clients: int,
-    count: int,
+    seconds: float,
     rate: float | None,
     repeats: int,
     say: Say,
 ) -> dict[str, Any]:
     """One row: both ways at one rate."""
-    asked = chat_requests([_QUESTION] * count, stream)
+    (asked,) = chat_requests([_QUESTION], stream)
     fastest = 0.0
     say("warming up")
     for port in ways.values():  # the last one counts; both are warm then
         begun = time.perf_counter()
-        _run(closed_loop(port, asked, clients))
-        fastest = count / (time.perf_counter() - begun)
+        answered = len(_run(closed_loop(port, _until(begun + seconds, asked), clients)))
+        fastest = answered / (time.perf_counter() - begun)
     rate = rate or _SHARE * fastest
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    round_ = [asked] * max(round(rate * seconds), 1)
+    times: dict[str, list[float]] = {name: [] for name in ways}
     used, all_time = _processor_time()
     for seed in range(repeats):
         say(f"round {seed + 1} of {repeats}")
         for name, port in ways.items():
-            answers = _run(paced(port, asked, clients, rate, seed))
-            seconds[name] += [one.first_byte for one in answers]
+            answers = _run(paced(port, round_, clients, rate, seed))
+            times[name] += [one.first_byte for one in answers]
     now_used, now_all = _processor_time()
-    found = {name: percentiles(values) for name, values in seconds.items()}
+    found = {name: percentiles(values) for name, values in times.items()}
     added = {key: found["serve"][key] - found["alone"][key] for key in found["alone"]}
     busy = (now_used - used) / (now_all - all_time) if now_all > all_time else None
-    return {"rate": rate, "closed_loop_rate": fastest, "busy": busy, **found, "added": added}
+    row = {"rate": rate, "closed_loop_rate": fastest, "requests": repeats * len(round_)}
+    return {**row, "busy": busy, **found, "added": added}
+
+
+def _until(end: float, request: bytes) -> Iterator[bytes]:
+    while time.perf_counter() < end:
+        yield request
 
 
 def _rewritten(port: int, count: int, repeats: int, say: Say) -> dict[str, Any]:
@@ -203,17 +211,23 @@ def _processor_time() -> tuple[int, int]:
 
 def _run(work: Coroutine[Any, Any, Result]) -> Result:
     with event_loop() as loop:
-        return loop.run_until_complete(work)
+        return finish(loop, work)
 
 
-@contextlib.contextmanager
-def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop for the block."""
-    loop = new_event_loop()
-    try:
-        yield loop
-    finally:
-        loop.close()
+def finish(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Result]) -> Result:
+    """What comes of it. An interrupt cancels it, and is raised behind it: out of the middle of an
+    event loop uvloop lets it with a traceback, or not at all."""
+    task = loop.create_task(work)
+
+    def cancel() -> None:
+        loop.call_soon_threadsafe(task.cancel)
+
+    with interrupts_deferred(tell=cancel) as raise_if_arrived:
+        try:
+            return loop.run_until_complete(task)
+        except BaseException:
+            raise_if_arrived()
+            raise
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import json
 import sys
 from typing import Any
 
-from alignpro.serve.server import new_event_loop
+from alignpro.serve.server import event_loop
 
 EVENTS = 8
 EVENT_SECONDS = 0.002  # between the events of a stream
@@ -80,4 +80,5 @@ async def _main() -> None:
 
 
 if __name__ == "__main__":
-    new_event_loop().run_until_complete(_main())
+    with event_loop() as loop:
+        loop.run_until_complete(_main())

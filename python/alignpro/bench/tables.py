@@ -52,6 +52,7 @@ def serve_tables(report: Mapping[str, Any]) -> Group:
     def cells(row: Mapping[str, Any]) -> Iterator[str]:
         yield from (row["answer"], str(row["clients"]))
         yield f"{row['rate']:,.0f}/s"
+        yield f"{row['requests']:,}"
         yield "?" if row["busy"] is None else f"{row['busy']:.0%}"
         for way in ("alone", "serve", "added"):
             yield " / ".join(f"{row[way][key] * 1e3:.2f}" for key in ("p50", "p99"))
@@ -59,10 +60,10 @@ def serve_tables(report: Mapping[str, Any]) -> Group:
     machine = report["machine"]
     said = (
         f"{machine['cpu']}, {machine['cpus']} CPUs: upstream, proxy and clients are processes of "
-        f"it; {report['repeats']} rounds of {report['requests']} requests, not rewritten, paced. "
+        f"it; {report['repeats']} rounds of {report['seconds']:g} s, not rewritten, paced. "
         "Milliseconds, p50 / p99, to the end of a whole answer and to the first byte of a stream"
     )
-    columns = ("clients", "rate", "busy", "upstream alone", "through serve", "added")
+    columns = ("clients", "rate", "requests", "busy", "upstream alone", "through serve", "added")
     table = new_table("serve, not rewritten", columns, map(cells, report["results"]))
     if any((row["busy"] or 0) > _SATURATED for row in report["results"]):
         table.caption = "the CPUs were busy: times are also those of waiting for one"
@@ -100,9 +101,9 @@ def profile_tables(report: Mapping[str, Any]) -> Group:
 
 
 def soak_table(report: Mapping[str, Any]) -> Table:
+    words = {True: "holds", False: "does not hold", None: "not known"}
     rows = [
-        (name, "holds" if check["holds"] else "does not hold", check["seen"])
-        for name, check in report["checks"].items()
+        (name, words[check["holds"]], check["seen"]) for name, check in report["checks"].items()
     ]
     asked = ", ".join(f"{kind} {count:,}" for kind, count in sorted(report["requests"].items()))
     title = (

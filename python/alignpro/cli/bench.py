@@ -148,9 +148,9 @@ def bench_serve(
     clients: Annotated[
         str, typer.Option(help="Numbers of clients at once, separated by commas.")
     ] = "1,32",
-    requests: Annotated[
-        int, typer.Option(min=1, help="Requests of a round, which are not rewritten.")
-    ] = 500,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds of a round of what is not rewritten.")
+    ] = 2.0,
     rate: Annotated[
         float | None,
         typer.Option(
@@ -170,7 +170,7 @@ def bench_serve(
     needs_serve("bench serve")
     from alignpro.bench.serve import bench_serve as measure
 
-    work: dict[str, Any] = {"run": run, "rate": rate, "requests": requests, "rewrites": rewrites}
+    work: dict[str, Any] = {"run": run, "rate": rate, "seconds": seconds, "rewrites": rewrites}
     work |= {"clients": _counts("--clients", clients, ",", "numbers such as 1,32")}
     _run_bench(measure, None, output, threads, work | {"repeats": repeats})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from alignpro.rewriting import beside
 from alignpro.serve.audit import AuditLog
 from alignpro.serve.chat_body import ChatBody
 from alignpro.serve.messages import (
+    CHAT,
     PREFIX,
     Answer,
     Headers,
@@ -29,6 +31,7 @@ from alignpro.serve.messages import (
     end_to_end,
     error_body,
     json_headers,
+    segments,
 )
 from alignpro.serve.metrics import ServeMetrics
 from alignpro.serve.rewriter import Rewriter
@@ -40,7 +43,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
 ONE_MORE = "alignpro.one_more"  # in a scope's extensions: of a connection beyond the most
-_CHAT = b"/chat/completions"
+_V1 = re.compile(rb"/(?:v|%76)(?:1|%31)")
 _AT_ONCE = 2**15  # bytes of a body that is read, and written, in less than a millisecond
 
 
@@ -137,7 +140,7 @@ class Proxy:
             raise _Refused(501, "transfer-encoding: expected chunked alone", "not_supported")
         headers = end_to_end(scope["headers"], b"host", b"expect")
         method = scope["method"]
-        if (method, path.partition(b"?")[0]) != ("POST", _CHAT):
+        if (method, segments(path)) != ("POST", CHAT):
             streamed = any(
                 name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"]
             )
@@ -323,8 +326,8 @@ async def _while_connected(
 def _path_behind_v1(scope: Scope) -> bytes:
     """As it came, with its query. Raises _Refused for one that would leave /v1."""
     raw: bytes = scope.get("raw_path") or scope["path"].encode()
-    path = raw.partition(b"?")[0].removeprefix(b"/v1")
-    if ".." in scope["path"].split("/"):
+    path = _V1.sub(b"", raw.partition(b"?")[0], count=1)
+    if ".." in segments(path):
         raise _Refused(404, "expected a path without '..'", "not_found")
     query: bytes = scope.get("query_string", b"")
     return path + (b"?" + query if query else b"")

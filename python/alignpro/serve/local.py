@@ -17,7 +17,15 @@ from urllib.parse import unquote
 from alignpro.models.engine_thread import EngineThread
 from alignpro.models.native_model import NativeModel
 from alignpro.models.tokenizer import count_words
-from alignpro.serve.messages import Answer, Headers, Outgoing, error_body, json_headers
+from alignpro.serve.messages import (
+    CHAT,
+    Answer,
+    Headers,
+    Outgoing,
+    error_body,
+    json_headers,
+    segments,
+)
 from alignpro.types import Completion, SamplingParams, text_messages
 
 _EVENTS: Headers = [
@@ -73,7 +81,7 @@ class LocalUpstream:
         path = request.path.partition(b"?")[0]
         if request.method in ("GET", "HEAD") and (path + b"/").startswith(b"/models/"):
             return self._models(unquote(path.removeprefix(b"/models").removeprefix(b"/").decode()))
-        if (request.method, path) != ("POST", b"/chat/completions"):
+        if (request.method, segments(path)) != ("POST", CHAT):
             what = f"{request.method} /v1{path.decode(errors='replace')}"
             return _whole(404, error_body(f"{what}: no such endpoint", "invalid_request_error"))
         assert isinstance(request.body, bytes)

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import unquote_to_bytes
 
 Headers = list[tuple[bytes, bytes]]  # names in lower case
 
@@ -17,6 +18,7 @@ _HOP_BY_HOP = {
     *(b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
 }
 PREFIX = b"x-alignpro"
+CHAT = ["chat", "completions"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ class Upstream(Protocol):
         """Raises UpstreamError. Cancelling it ends the request."""
 
     async def close(self) -> None: ...
+
+
+def segments(path: bytes) -> list[str]:
+    """What a path names, as servers read it: decoded, without its query, its empty segments (the
+    slash at its end, two in a row) and '.'."""
+    decoded = unquote_to_bytes(path.partition(b"?")[0]).decode(errors="replace")
+    return [name for name in decoded.split("/") if name not in ("", ".")]
 
 
 def send_at_once(transport: asyncio.BaseTransport) -> None:

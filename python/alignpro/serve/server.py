@@ -29,6 +29,11 @@ from alignpro.serve.app import ONE_MORE, Proxy, make_app
 from alignpro.serve.messages import send_at_once
 
 _IDLE_CLIENT = 75  # seconds for which a client's connection is kept open between requests
+_TOO_LONG = "the headers are too long; serve's max_header allows more"
+
+
+class _BadRequest(ValueError):
+    """Raised out of the parser, and answered with status 400."""
 
 
 class _Protocol(HttpToolsProtocol):
@@ -75,14 +80,16 @@ class _Protocol(HttpToolsProtocol):
         self._has_ended = False
         try:
             self._parse(data)
-        except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserError as error:
+            ours = isinstance(error.__context__, _BadRequest)
+            said = str(error.__context__) if ours else "Invalid HTTP request received."
+            self.send_400_response(said)
             return
         # What stands before the end of a message is none of the next one's headers.
         is_counted = self._in_headers and not self._has_ended
         self._pending = self._pending + len(data) if is_counted else 0
         if self._pending > self.max_header and not self.transport.is_closing():
-            self.send_400_response("the headers are too long")
+            self.send_400_response(_TOO_LONG)
         if not self.transport.is_closing() and self._is_idle:  # the rest of a request, or nothing
             self._wait_for_headers()
 
@@ -127,6 +134,9 @@ class _Protocol(HttpToolsProtocol):
                 return
             except httptools.HttpParserUpgrade as offer:
                 data = self._declined() + data[offer.args[0] :]
+                # With "connection: close" the old one takes that for what comes behind the end.
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
 
     def _declined(self) -> bytes:
         """The head of the request once more, without its offer."""
@@ -152,10 +162,10 @@ class _Protocol(HttpToolsProtocol):
         self._in_headers = False
         self._headers_are_there()
         if self._size > self.max_header:
-            raise ValueError("the headers are too long")  # which is answered with status 400
+            raise _BadRequest(_TOO_LONG)
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise ValueError("no tunnels")
+                raise _BadRequest("no tunnels: CONNECT is not supported")
             return
         self.scope["extensions"] = {ONE_MORE: {}} if self._is_one_more else {}
         super().on_headers_complete()
@@ -314,12 +324,8 @@ def run_server(
             await asyncio.gather(*left, return_exceptions=True)
             await proxy.close()
 
-    loop = new_event_loop()
-    try:
+    with event_loop() as loop:
         loop.run_until_complete(main())
-    finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
 
 
 def _allow_open_files() -> None:
@@ -329,8 +335,24 @@ def _allow_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where it is installed."""
+@contextlib.contextmanager
+def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop for the block, uvloop's where it is installed. What is under way at its end, as
+    after Ctrl-C, is cancelled, and ends."""
+    loop = _new_loop()
+    try:
+        yield loop
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
     if not is_installed("uvloop"):
         return asyncio.new_event_loop()
     import uvloop

@@ -208,7 +208,18 @@ class EndpointUpstream:
         if any(_CONTROL.search(value) for _, value in response.raw_headers):
             response.close()
             raise UpstreamError("the upstream's answer is no HTTP: a control character in a header")
-        return Answer(response.status, end_to_end(response.raw_headers), chunks(), close)
+        headers = [
+            (name, self._here(value) if name == b"location" else value)
+            for name, value in end_to_end(response.raw_headers)
+        ]
+        return Answer(response.status, headers, chunks(), close)
+
+    def _here(self, location: bytes) -> bytes:
+        """A place of the upstream's as one of this server's, which clients would go past."""
+        for base in (self._url, URL(self._url).raw_path):
+            if location.startswith(base.encode() + b"/"):
+                return b"/v1" + location[len(base) :]
+        return location
 
     async def close(self) -> None:
         if self._opened is not None:
