@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,83 @@ def test_truncation_in_the_file_does_not_cut_prompts(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(CORPUS)) == CORPUS
 
 
+def test_dropout_in_the_file_does_not_change_the_spelling(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "byte-level")
+    expected = Tokenizer.from_folder(tmp_path).encode(CORPUS)
+    change_json(tmp_path / "tokenizer.json", lambda spec: spec["model"].update(dropout=0.9))
+    assert Tokenizer.from_folder(tmp_path).encode(CORPUS) == expected
+
+
+def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    value = json.loads(path.read_text("utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), "utf-8")
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("strips", [False, True])
+def test_tokens_matched_in_normalized_text(tmp_path: Path, flavour: str, strips: bool) -> None:
+    """Which is what `add_tokens("<tool>")` of transformers makes. SentencePiece's normalizer puts a
+    "▁" before such a token, too, and finds it behind a space alone."""
+    from transformers import PreTrainedTokenizerFast
+
+    save_tokenizer(tmp_path, flavour)
+    plain = [AddedToken(t, normalized=True, lstrip=strips, rstrip=strips) for t in ("<tool>", "é")]
+    plain.append(AddedToken("TOOL", normalized=True, single_word=True))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs.add_tokens(plain)
+    theirs.save_pretrained(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path)
+    for text in [
+        "the <tool> hat",
+        "the<tool>hat",
+        "<tool>",
+        " <tool><tool>",
+        "TOOLS TOOL",
+        "e\u0301 é",
+    ]:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids, repr(text)
+        chat = [{"role": "user", "content": text}]
+        expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert ours.encode_chat(chat) == expected, repr(text)
+        if "é" not in text:  # of which the byte-level decoder of the library makes half a character
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), repr(text)
+
+
+def test_the_configurations_flags_of_an_added_token_go_before_the_files(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    save_tokenizer(tmp_path, "byte-level")
+    token = Tokenizer.from_folder(tmp_path).vocab_size - 1
+    flags = {"content": "<tool_call>", "lstrip": True, "rstrip": True, "normalized": False}
+    flags |= {"single_word": False, "special": False}
+    # The second id is the library's business: it knows the text by its own.
+    named = {str(token): flags, str(token + 7): flags}
+    change_json(
+        tmp_path / "tokenizer_config.json", lambda config: config.update(added_tokens_decoder=named)
+    )
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path)
+    for text in ("a <tool_call> b", "<tool_call>", "in<tool_call>\n"):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), repr(text)
+    assert ours.vocab_size == token + 1
+
+
+def test_a_template_reads_the_models_own_special_tokens(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "byte-level")
+    own = {"boi_token": "<|user|>", "extra_special_tokens": {"image": {"content": "<|system|>"}}}
+    template = "{{ boi_token }}{{ image }}{{ messages[0].content }}"
+    change_json(
+        tmp_path / "tokenizer_config.json",
+        lambda config: config.update(own, chat_template=template, add_bos_token=True),
+    )
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = {t.text: t.id for t in tokenizer.added}
+    chat = tokenizer.encode_chat([{"role": "user", "content": "hat"}])
+    assert chat == [ids["<|user|>"], ids["<|system|>"], *tokenizer.encode("hat")]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -378,6 +456,11 @@ def test_truncation_in_the_file_does_not_cut_prompts(tmp_path: Path) -> None:
         (
             '{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}, "added_tokens": [3]}',
             "damaged list of added",
+        ),
+        (  # the library panics
+            '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"], '
+            '"continuing_subword_prefix": "##"}, "decoder": {"type": "ByteLevel"}}',
+            "not a tokenizer",
         ),
     ],
 )
@@ -485,7 +568,11 @@ def test_sentencepiece_chat_has_one_bos() -> None:
         ),
         (
             {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["x yz"]},
-            "vocabulary and merges do not fit",
+            "vocabulary and merges do not fit: 'x', 'yz' or what they make is no token of text",
+        ),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b", "ab c"]},
+            "vocabulary and merges do not fit: 'a', 'b' or what they make",
         ),
     ],
 )

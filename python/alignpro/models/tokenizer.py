@@ -246,7 +246,7 @@ class Tokenizer(Vocabulary):
 
     @cached_property
     def _pattern(self) -> Any:
-        return chat_template.control_pattern(self._by_text)
+        return chat_template.control_pattern(t.text for t in self.added if not t.normalized)
 
     @cached_property
     def _special_pattern(self) -> Any:
@@ -254,7 +254,9 @@ class Tokenizer(Vocabulary):
 
     @cached_property
     def _plain_pattern(self) -> Any:
-        return chat_template.control_pattern(t.text for t in self.added if not t.control)
+        return chat_template.control_pattern(
+            t.text for t in self.added if not (t.control or t.normalized)
+        )
 
     def _ids(
         self,

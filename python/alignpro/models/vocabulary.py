@@ -6,10 +6,11 @@ beside it, so that text can never turn into one by accident (contract 7).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,7 @@ class AddedToken:
     lstrip: bool = False  # swallows the white space to its left
     rstrip: bool = False
     single_word: bool = False  # only where no letter, digit or underscore touches it
+    normalized: bool = False  # matched by the backend, in the text as its normalizer leaves it
 
     @property
     def control(self) -> bool:
@@ -55,7 +57,7 @@ class AddedToken:
 class Vocabulary:
     """What `tokenizer.Tokenizer` works from, and is."""
 
-    backend: tokenizers.Tokenizer  # text at the start of the input, no added tokens
+    backend: tokenizers.Tokenizer  # text at the start of the input; of added, the normalized alone
     continuation: tokenizers.Tokenizer  # text after an added token
     byte_level: bool  # tokens spell bytes in the GPT-2 alphabet; else SentencePiece's "▁"
     strips_space: bool  # decoding drops one leading space, which encoding put there
@@ -79,8 +81,11 @@ class Vocabulary:
         for text, token in self.backend.get_vocab().items():
             pieces[token] = spelled(text)
         for added in self.added:
+            text = added.text
+            if added.normalized and self.backend.normalizer is not None:
+                text = self.backend.normalizer.normalize_str(text)
             # Gemma adds runs of "▁", which are spaces there, too.
-            text = added.text if self.byte_level else added.text.replace("▁", " ")
+            text = text if self.byte_level else text.replace("▁", " ")
             pieces[added.id] = b"" if added.hidden else text.encode("utf-8")
         return pieces
 
@@ -111,13 +116,12 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
         expected = "a byte-level or SentencePiece decoder"
         raise native.ModelFileError(f"{path}: expected {expected}, got {got}")
     eos_ids = tuple(files.eos_ids())
-    added = _added_tokens(path, spec, config)
-    backend = _plain_backend(path, spec)
-    variables = {
-        key: text
-        for key in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-        if (text := _token_text(config.get(key, specials.get(key)))) is not None
-    }
+    added = _hide_ends(_added_tokens(path, spec, config), eos_ids)
+    if kind == "Unigram":  # whose vocabulary is a list: no token can be put at an id
+        added = tuple(replace(token, normalized=False) for token in added)
+    spec = _plain_spec(spec, added)
+    backend = _backend(path, spec)
+    variables = _template_variables(specials) | _template_variables(config)
     bos_token = variables.get("bos_token", "")
     bos = next((token.id for token in added if token.text == bos_token), None)
     if bos is None:
@@ -130,7 +134,7 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
         continuation=_continuation(path, spec, backend),
         byte_level="ByteLevel" in decoder,
         strips_space=_strips_space(decoder),
-        added=_hide_ends(added, eos_ids),
+        added=added,
         bos_id=bos,
         eos_ids=eos_ids,
         chat_templates=_folder_templates(folder, config),
@@ -141,7 +145,35 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
 
 def _hide_ends(added: Iterable[AddedToken], eos_ids: Sequence[int]) -> tuple[AddedToken, ...]:
     """An end is no part of the text, whatever the file says of its token."""
-    return tuple(replace(t, special=True) if t.id in eos_ids else t for t in added)
+    return tuple(
+        replace(t, special=True, normalized=False) if t.id in eos_ids else t for t in added
+    )
+
+
+def _template_variables(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a template may call by name, as "eos_token": keys of that kind, and a model's own."""
+    own = config.get("extra_special_tokens")
+    named = {key: token for key, token in config.items() if key.endswith("_token")}
+    named |= own if isinstance(own, dict) else {}
+    return {key: text for key, token in named.items() if (text := _token_text(token)) is not None}
+
+
+def _plain_spec(spec: Mapping[str, Any], added: Iterable[AddedToken]) -> dict[str, Any]:
+    """tokenizer.json as a backend is made of it."""
+    # Truncation would cut a prompt without a word; the post-processor's BOS is the caller's to add;
+    # dropout, for training, would spell a text in another way each time.
+    plain: dict[str, Any] = dict.fromkeys(("post_processor", "truncation", "padding"))
+    model = dict(spec["model"])
+    if "dropout" in model:
+        model["dropout"] = None
+    listed = [
+        {"content": token.text, **{k: v for k, v in vars(token).items() if k != "text"}}
+        for token in added
+        if token.normalized
+    ]
+    if listed:  # part of the vocabulary too: without the others, the library would renumber them
+        model["vocab"] = model["vocab"] | {entry["content"]: entry["id"] for entry in listed}
+    return {**spec, **plain, "model": model, "added_tokens": listed}
 
 
 def _decoder_parts(decoder: Any) -> dict[str, dict[str, Any]]:
@@ -159,13 +191,21 @@ def _strips_space(parts: Mapping[str, dict[str, Any]]) -> bool:
     return strip is not None and strip.get("content") == " " and strip.get("start", 0) > 0
 
 
-def _plain_backend(path: Path, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    # Truncation would cut a prompt without a word; the post-processor's BOS is the caller's to add.
-    bare: dict[str, Any] = dict.fromkeys(("post_processor", "truncation", "padding"))
+def _backend(path: Path, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    with _said_by_library(lambda error: f"{path}: not a tokenizer: {error}"):
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+@contextlib.contextmanager
+def _said_by_library(message: Callable[[BaseException], str]) -> Iterator[None]:
+    """A ModelFileError for what the library raises: bare Exceptions, and where its Rust panics what
+    is none."""
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps({**spec, **bare, "added_tokens": []}))
-    except Exception as error:  # what the library raises is a bare Exception
-        raise native.ModelFileError(f"{path}: not a tokenizer: {error}") from None
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise native.ModelFileError(message(error)) from None
 
 
 def _continuation(
@@ -176,23 +216,33 @@ def _continuation(
     if '"prepend_scheme": "first"' not in text:
         return backend
     never = json.loads(text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
-    return _plain_backend(path, {**spec, "pre_tokenizer": never})
+    return _backend(path, {**spec, "pre_tokenizer": never})
 
 
 def _added_tokens(
     path: Path, spec: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[AddedToken, ...]:
-    """tokenizer.json's added tokens, and those that tokenizer_config.json alone names."""
+    """tokenizer.json's added tokens with the flags that tokenizer_config.json gives them, and those
+    that it alone names."""
     found: dict[int, AddedToken] = {}
+    ids: dict[str, int] = {}
     try:
         listed = [(int(entry["id"]), entry) for entry in spec.get("added_tokens", [])]
+        own = len(listed)
         listed += [(int(i), e) for i, e in config.get("added_tokens_decoder", {}).items()]
-        for token, entry in listed:
+        for place, (token, entry) in enumerate(listed):
             text = entry["content"]
-            flags = ("special", "lstrip", "rstrip", "single_word")
-            if token not in found and isinstance(text, str) and text and token >= 0:
-                flag = {name: bool(entry.get(name, False)) for name in flags}
-                found[token] = AddedToken(id=token, text=text, **flag)
+            if not isinstance(text, str) or not text or token < 0:
+                continue
+            if place >= own:
+                token = ids.get(text, token)
+            if token in found and found[token].text != text:
+                continue
+            flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
+            flag = {name: bool(entry.get(name, False)) for name in flags}
+            made = AddedToken(id=token, text=text, **flag)
+            found[token] = replace(made, normalized=made.normalized and not made.control)
+            ids.setdefault(text, token)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise native.ModelFileError(f"{path}: damaged list of added tokens: {error!r}") from None
     return tuple(found.values())
@@ -457,10 +507,14 @@ def _bpe(
     # Control tokens stay outside, so that no text can be merged into one.
     wanted = (_CONTROL, _USER_DEFINED)
     ids = {text: i for i, text in enumerate(tokens) if types[i] not in wanted}
-    try:
+    unfit = f"{gguf.source}: tokenizer: vocabulary and merges do not fit"
+    known = ids.keys()
+    for left, right in merges:  # the library says it of some by a panic
+        if not {left, right, left + right} <= known:
+            pair = f"{left!r}, {right!r} or what they make"
+            raise native.ModelFileError(f"{unfit}: {pair} is no token of text")
+    with _said_by_library(lambda error: f"{unfit}: {error}"):
         return tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, **options))
-    except Exception as error:  # what the library raises is a bare Exception
-        raise gguf.error(f"tokenizer: vocabulary and merges do not fit: {error}") from None
 
 
 # --- bytes of tokens ---
