@@ -146,7 +146,52 @@ def test_whole_scores() -> None:
         Tokenizer.from_gguf(given)
 
 
+def scored(scores: list[float], types: list[int], pieces: list[str]) -> Tokenizer:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    return Tokenizer.from_gguf(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + types,
+            "tokenizer.ggml.scores": [0.0] * 259 + scores,
+            "tokenizer.ggml.eos_token_id": 2,
+            "tokenizer.ggml.unknown_token_id": 0,
+            "tokenizer.ggml.add_space_prefix": False,
+        }
+    )
+
+
+def test_unused_pieces_are_merged_into_as_llama_cpp_does() -> None:
+    pieces = ["a", "b", "c", "ab", "abc"]
+    scores = [-float(i) for i in range(5)]
+    assert scored(scores, [1, 1, 1, 5, 1], pieces).encode("abcab") == [263, 262]
+
+
+def test_scores_that_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """As an early converter wrote them for folders with tokenizer.json, whose ids are in the order
+    of merges."""
+    pieces = ["a", "b", "c", "bc", "ab"]
+    assert scored([-1000.0] * 5, [1] * 5, pieces).encode("abc") == [259, 262]
+    assert "scores are all the same" in caplog.text
+    caplog.clear()
+    assert scored([-float(i) for i in range(5)], [1] * 5, pieces).encode("abc") == [259, 262]
+    assert not caplog.records
+
+
 # --- added tokens that are not special ---
+
+
+def test_an_added_word_that_merges_make() -> None:
+    given = metadata()
+    he = given["tokenizer.ggml.tokens"].index("he")
+    the = given["tokenizer.ggml.tokens"].index("Ġthe")
+    given["tokenizer.ggml.token_type"][he] = 4
+    tokenizer = Tokenizer.from_gguf(given)
+    assert tokenizer.encode("he") == [he]
+    t = ALPHABET.index("t")
+    assert tokenizer.encode("the") == [t, he]
+    given["tokenizer.ggml.token_type"][he], given["tokenizer.ggml.token_type"][the] = 1, 4
+    assert Tokenizer.from_gguf(given).encode("he the") == [he, the]
 
 
 def test_plain_added_tokens_are_matched_in_text_and_special_ones_are_not() -> None:

@@ -277,7 +277,7 @@ def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]
 # --- GGUF ---
 
 # tokenizer.ggml.token_type
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 
 # A marker of a chat template; and what may be an ordinary word ("</s>" is HTML), and is a marker
 # where the file names it as its BOS or its end.
@@ -464,6 +464,12 @@ def _sentencepiece_bpe(gguf: _Gguf, tokens: Sequence[str], types: Sequence[int])
     scores = gguf.listed("tokenizer.ggml.scores", float)
     if len(scores) != len(tokens):
         raise gguf.error(f"{len(tokens)} tokens and {len(scores)} scores; expected as many")
+    if len({s for s, kind in zip(scores, types, strict=True) if kind == _NORMAL}) == 1:
+        _log.warning(
+            "%s: tokenizer.ggml.scores are all the same and say nothing of how text is merged; the "
+            "order of the tokens is taken",
+            gguf.source,
+        )
     prefix = gguf.get("tokenizer.ggml.add_space_prefix", bool, default=True)
     unknown = gguf.token_id("tokenizer.ggml.unknown_token_id", len(tokens))
     backend = _bpe(
@@ -486,15 +492,15 @@ def _merges_from_scores(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
     """The merges behind a SentencePiece BPE vocabulary: every way to make a token of two others,
-    the better score first, then the earlier pieces."""
-    ids = {text: i for i, text in enumerate(tokens) if types[i] == _NORMAL}
+    the better score first, then the earlier piece."""
+    ids = {text: i for i, text in enumerate(tokens) if types[i] in (_NORMAL, _UNUSED)}
     merges = []
     for text, token in ids.items():
         for cut in range(1, len(text)):
             left, right = ids.get(text[:cut]), ids.get(text[cut:])
             if left is not None and right is not None:
-                merges.append((-scores[token], left, right))
-    return [(tokens[left], tokens[right]) for _, left, right in sorted(merges)]
+                merges.append((-scores[token], token, left, right))
+    return [(tokens[left], tokens[right]) for _, _, left, right in sorted(merges)]
 
 
 def _bpe(
@@ -504,9 +510,12 @@ def _bpe(
     merges: list[tuple[str, str]],
     **options: Any,
 ) -> tokenizers.Tokenizer:
-    # Control tokens stay outside, so that no text can be merged into one.
+    # Control tokens stay outside, so that no text can be merged into one. Of added words those are
+    # in, that text is merged into.
+    made = {left + right for left, right in merges}
+    ids = {t: i for i, t in enumerate(tokens) if types[i] == _USER_DEFINED and t in made}
     wanted = (_CONTROL, _USER_DEFINED)
-    ids = {text: i for i, text in enumerate(tokens) if types[i] not in wanted}
+    ids |= {text: i for i, text in enumerate(tokens) if types[i] not in wanted}
     unfit = f"{gguf.source}: tokenizer: vocabulary and merges do not fit"
     known = ids.keys()
     for left, right in merges:  # the library says it of some by a panic
