@@ -245,6 +245,7 @@ def folder(tmp_path: Path) -> Path:
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern: q_proj: expected a number, got '8'"),
         ({"alpha_pattern": {"(q": 8}}, r"alpha_pattern: \(q: no pattern"),
         ({"lora_alpha": 0}, "lora_alpha is 0: the adapter adds nothing"),
+        ({"alpha_pattern": {".*": 0}}, "alpha_pattern is 0: the adapter adds nothing"),
         ({"lora_bias": True}, "lora_bias = True is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication = .*not supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out = True is not supported"),

@@ -134,8 +134,9 @@ def _read_lora(
     _check_targets(path, config, found, lora_modules)
     rank, alpha, rslora = _common(config, found)
     if alpha == 0:
+        key = "alpha_pattern" if config["lora_alpha"] else "lora_alpha"
         raise ValueError(
-            f"{folder / CONFIG}: lora_alpha is 0: the adapter adds nothing and cannot be "
+            f"{folder / CONFIG}: {key} is 0: the adapter adds nothing and cannot be "
             "trained; expected another number"
         )
     scale = _scale(alpha, rank, rslora)

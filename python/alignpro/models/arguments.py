@@ -147,11 +147,7 @@ def prompt_tokens(
         chat = text_messages(prompt)
     else:
         tokens = token_list(prompt, "expected token ids, a chat or a text")
-        if rows is not None and tokens and min(tokens) >= 0:
-            raise ValueError(
-                f"token ids read with a soft prompt: expected -1 to {-rows.count} among them, "
-                "where its rows stand, got none; a text or a chat is given them"
-            )
+        check_rows(tokens, rows, "; a text or a chat is given them")
         return tokens
     tokens = chat_tokens(tokenizer, chat, rows, context)
     if len(tokens) > 2 * context:  # there may be more, which the engine would not count
@@ -160,6 +156,15 @@ def prompt_tokens(
             f"{count_words(len(tokens), context)}; shorten it"
         )
     return tokens
+
+
+def check_rows(tokens: Sequence[int], rows: SoftRows | None, advice: str = "") -> None:
+    """Refuse token ids that are read with a soft prompt and do not hold it."""
+    if rows is not None and tokens and min(tokens) >= 0:
+        raise ValueError(
+            f"token ids read with a soft prompt: expected -1 to {-rows.count} among them, where "
+            f"its rows stand, got none{advice}"
+        )
 
 
 def check_models(prompter: Any, target: Any, reward: Any) -> None:

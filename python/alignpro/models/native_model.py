@@ -26,6 +26,7 @@ from alignpro.models.adapter_files import CONFIG, TENSORS, adapter_folder
 from alignpro.models.arguments import (
     Prompt,
     check_prompts,
+    check_rows,
     is_int,
     params_for,
     prompt_tokens,
@@ -396,12 +397,18 @@ class NativeModel:
         before them are not scored: i then begins behind the last.
 
         Raises:
-            ValueError: an empty sequence, one over the context, an id outside of the vocabulary.
+            ValueError: an empty sequence, one over the context, an id outside of the vocabulary;
+                one without the rows of the soft prompt that it is read with.
         """
         rows = [token_list(s, f"sequence {i}") for i, s in enumerate(sequences)]
+        soft = soft_rows(adapter)
         for index, row in enumerate(rows):
             if not row:
                 raise ValueError(f"sequence {index}: expected at least one token, got none")
+            try:
+                check_rows(row, soft)
+            except ValueError as error:
+                raise ValueError(f"sequence {index}: {error}") from None
         if not rows:
             return []
         starts = [
