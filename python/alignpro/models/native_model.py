@@ -26,12 +26,11 @@ from alignpro.models.adapter_files import CONFIG, TENSORS, adapter_folder
 from alignpro.models.arguments import (
     Prompt,
     check_prompts,
-    check_rows,
     is_int,
     params_for,
     prompt_tokens,
     samples_of,
-    token_list,
+    token_lists,
     with_seed,
 )
 from alignpro.models.completion_text import TextStream
@@ -400,15 +399,7 @@ class NativeModel:
             ValueError: an empty sequence, one over the context, an id outside of the vocabulary;
                 one without the rows of the soft prompt that it is read with.
         """
-        rows = [token_list(s, f"sequence {i}") for i, s in enumerate(sequences)]
-        soft = soft_rows(adapter)
-        for index, row in enumerate(rows):
-            if not row:
-                raise ValueError(f"sequence {index}: expected at least one token, got none")
-            try:
-                check_rows(row, soft)
-            except ValueError as error:
-                raise ValueError(f"sequence {index}: {error}") from None
+        rows = token_lists(sequences, soft_rows(adapter))
         if not rows:
             return []
         starts = [

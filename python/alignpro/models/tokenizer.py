@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from alignpro import native, trace
 from alignpro.models import chat_template
 from alignpro.models.chat_template import today
-from alignpro.models.vocabulary import AddedToken, Vocabulary, read_folder, read_gguf
+from alignpro.models.gguf_vocabulary import read_gguf
+from alignpro.models.vocabulary import AddedToken, Vocabulary, read_folder
 from alignpro.types import Chat, not_unicode
 
 if TYPE_CHECKING:
