@@ -245,11 +245,20 @@ def folder(tmp_path: Path) -> Path:
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern: q_proj: expected a number, got '8'"),
         ({"alpha_pattern": {"(q": 8}}, r"alpha_pattern: \(q: no pattern"),
         ({"lora_alpha": 0}, "lora_alpha is 0: the adapter adds nothing"),
+        ({"alpha_pattern": {".*": 0}}, "alpha_pattern is 0: the adapter adds nothing"),
         ({"lora_bias": True}, "lora_bias = True is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication = .*not supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out = True is not supported"),
         ({"some_future_option": 3}, "some_future_option = 3 is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"init_lora_weights": "some_future_svd"}, "changes the base weights"),
+        ({"use_rslora": "true"}, "use_rslora: expected true or false, got 'true'"),
+        ({"use_rslora": 1}, "use_rslora: expected true or false, got 1"),
+        ({"target_modules": ".*(q_proj"}, r"target_modules: \.\*\(q_proj: no pattern"),
+        ({"target_modules": 3}, "target_modules: expected names of modules, got 3"),
+        ({"exclude_modules": "*"}, r"exclude_modules: \*: no pattern"),
+        ({"exclude_modules": [1]}, r"exclude_modules: expected names of modules, got \[1\]"),
+        ({"layers_to_transform": "all"}, "layers_to_transform: expected layer numbers, got 'all'"),
         ({"r": 0}, "r: expected a rank of 1 or more, got 0"),
         ({"r": "4"}, "r: expected a rank"),
         ({"r": 8}, r"mlp.down_proj: .*rank 8\), got \(4, 100\)"),
@@ -274,9 +283,21 @@ def test_targets_of_other_models_are_passed_over_and_missing_ones_are_not(folder
     changed(folder, lambda t: [t.pop(key) for key in list(t) if "0.self_attn.q_proj" in key])
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is in target_modules"):
         load_peft(folder, MODULES)
+    for targets in (r".*\.(q|k)_proj", "all-linear"):
+        path.write_text(json.dumps(config | {"target_modules": targets}), "utf-8")
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is in target_modules"):
+            load_peft(folder, MODULES)
     for excluded in (["layers.0.self_attn.q_proj"], ["q_proj"], r".*0\.self_attn\.q_proj"):
         path.write_text(json.dumps(config | {"exclude_modules": excluded}), "utf-8")
         assert "model.layers.0.self_attn.q_proj" not in load_peft(folder, MODULES).matrices
+
+
+@pytest.mark.parametrize("initial", [True, False, "gaussian", "eva", "orthogonal"])
+def test_initialisations_that_keep_the_base(folder: Path, initial: object) -> None:
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text("utf-8")) | {"init_lora_weights": initial}
+    path.write_text(json.dumps(config), "utf-8")
+    assert load_peft(folder, MODULES).matrices
 
 
 def test_what_git_lfs_left_in_the_place_of_the_matrices_is_said(folder: Path) -> None:
@@ -327,7 +348,7 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
                     "base_model.model.lm_head.lora_B.weight": np.zeros((111, 4), np.float32),
                 }
             ),
-            "the model has no module lm_head; it has model.layers.0.self_attn.q_proj ...",
+            "lm_head.lora_A.weight: LoRA of lm_head is not supported; expected modules of the",
         ),
         (
             lambda t: t.update(
@@ -337,7 +358,7 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
                     )
                 }
             ),
-            "unexpected tensor .*lora_embedding_A",
+            "embed_tokens.lora_embedding_A: LoRA of embed_tokens is not supported",
         ),
         (lambda t: t.clear(), "holds no LoRA matrices"),
     ],

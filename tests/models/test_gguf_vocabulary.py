@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import random
 from typing import Any
 
 import pytest
@@ -146,7 +148,52 @@ def test_whole_scores() -> None:
         Tokenizer.from_gguf(given)
 
 
+def scored(scores: list[float], types: list[int], pieces: list[str]) -> Tokenizer:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    return Tokenizer.from_gguf(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + types,
+            "tokenizer.ggml.scores": [0.0] * 259 + scores,
+            "tokenizer.ggml.eos_token_id": 2,
+            "tokenizer.ggml.unknown_token_id": 0,
+            "tokenizer.ggml.add_space_prefix": False,
+        }
+    )
+
+
+def test_unused_pieces_are_merged_into_as_llama_cpp_does() -> None:
+    pieces = ["a", "b", "c", "ab", "abc"]
+    scores = [-float(i) for i in range(5)]
+    assert scored(scores, [1, 1, 1, 5, 1], pieces).encode("abcab") == [263, 262]
+
+
+def test_scores_that_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """As an early converter wrote them for folders with tokenizer.json, whose ids are in the order
+    of merges."""
+    pieces = ["a", "b", "c", "bc", "ab"]
+    assert scored([-1000.0] * 5, [1] * 5, pieces).encode("abc") == [259, 262]
+    assert "scores are all the same" in caplog.text
+    caplog.clear()
+    assert scored([-float(i) for i in range(5)], [1] * 5, pieces).encode("abc") == [259, 262]
+    assert not caplog.records
+
+
 # --- added tokens that are not special ---
+
+
+def test_an_added_word_that_merges_make() -> None:
+    given = metadata()
+    he = given["tokenizer.ggml.tokens"].index("he")
+    the = given["tokenizer.ggml.tokens"].index("Ġthe")
+    given["tokenizer.ggml.token_type"][he] = 4
+    tokenizer = Tokenizer.from_gguf(given)
+    assert tokenizer.encode("he") == [he]
+    t = ALPHABET.index("t")
+    assert tokenizer.encode("the") == [t, he]
+    given["tokenizer.ggml.token_type"][he], given["tokenizer.ggml.token_type"][the] = 1, 4
+    assert Tokenizer.from_gguf(given).encode("he the") == [he, the]
 
 
 def test_plain_added_tokens_are_matched_in_text_and_special_ones_are_not() -> None:
@@ -231,3 +278,113 @@ def test_qwen3s_folder_encodes_its_words_as_transformers_does(text: str) -> None
 
     theirs = AutoTokenizer.from_pretrained(str(folder))
     assert Tokenizer.from_folder(folder).encode(text) == theirs.encode(text)
+
+
+# --- GGUF with SentencePiece's BPE ---
+
+
+def sentencepiece_metadata(add_space_prefix: bool = True) -> dict[str, Any]:
+    """A vocabulary as llama.cpp's converter writes it: control tokens, bytes, scored pieces."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    types = [2, 3, 3] + [6] * 256
+    scores = [0.0] * len(tokens)
+    pieces = [
+        "▁t", "he", "▁the", "in", "▁▁", "er", "▁a", "re", "▁there", "ing", "▁▁▁▁", "th", "</", "s>",
+    ]  # fmt: skip
+    alphabet = sorted({char for piece in pieces for char in piece} | set("abcdefghijklmno é"))
+    for rank, piece in enumerate([*pieces, *(c for c in alphabet if c != " ")]):
+        tokens.append(piece)
+        types.append(1)
+        scores.append(-float(rank))
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": add_space_prefix,
+        "tokenizer.chat_template": "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }}"
+        " [/INST]{% endfor %}",
+    }
+
+
+def plain_sentencepiece(metadata: dict[str, Any], text: str) -> list[int]:
+    """SentencePiece's BPE as defined: join the neighbours that make the best piece, the leftmost
+    first, until none do; what is left and unknown is spelled in bytes."""
+    rows = zip(
+        metadata["tokenizer.ggml.tokens"],
+        metadata["tokenizer.ggml.token_type"],
+        metadata["tokenizer.ggml.scores"],
+        strict=True,
+    )
+    known = {token: (score, i) for i, (token, kind, score) in enumerate(rows) if kind == 1}
+    prefix = "▁" if metadata["tokenizer.ggml.add_space_prefix"] and text else ""
+    parts = list(prefix + text.replace(" ", "▁"))
+    while True:
+        pairs = [left + right for left, right in itertools.pairwise(parts)]
+        joined = [(known[pair][0], -i) for i, pair in enumerate(pairs) if pair in known]
+        if not joined:
+            break
+        at = -max(joined)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    ids: list[int] = []
+    for part in parts:
+        ids += [known[part][1]] if part in known else [3 + byte for byte in part.encode("utf-8")]
+    return ids
+
+
+@pytest.mark.parametrize("add_space_prefix", [True, False])
+def test_sentencepiece_from_scores(add_space_prefix: bool) -> None:
+    metadata = sentencepiece_metadata(add_space_prefix)
+    tokenizer = Tokenizer.from_gguf(metadata)
+    source = random.Random(5)
+    pieces = ["the", "there", " ", "    ", "ing", "in", "Z", "é", "日", "th", "e", "</s>", "\n"]
+    texts = ["".join(source.choices(pieces, k=source.randint(0, 9))) for _ in range(200)]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert ids == plain_sentencepiece(metadata, text), repr(text)
+        assert tokenizer.decode(ids) == text
+    assert 2 not in tokenizer.encode("</s>")
+
+
+def test_sentencepiece_chat_has_one_bos() -> None:
+    metadata = sentencepiece_metadata()
+    tokenizer = Tokenizer.from_gguf(metadata)
+    ids = tokenizer.encode_chat([{"role": "user", "content": "the<s></s>"}])
+    assert ids == [1, *plain_sentencepiece(metadata, "[INST] the<s></s> [/INST]")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.model": "t5"}, "expected gpt2 or llama, got 't5'"),
+        ({"tokenizer.ggml.model": None}, "tokenizer.ggml.model: expected str"),
+        ({"tokenizer.ggml.tokens": ["a"]}, "1 tokens and"),
+        ({"tokenizer.ggml.scores": [0.5]}, "1 scores"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens: expected a list of str"),
+        ({"tokenizer.ggml.eos_token_id": True}, "expected int, got bool"),
+        ({"tokenizer.ggml.model": "gpt2"}, "no tokenizer.ggml.merges"),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "quux"},
+            "tokenizer.ggml.pre: words cut as 'quux' are not supported; expected one of",
+        ),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["ab"]},
+            "expected two tokens, got 'ab'",
+        ),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["x yz"]},
+            "vocabulary and merges do not fit: 'x', 'yz' or what they make is no token of text",
+        ),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b", "ab c"]},
+            "vocabulary and merges do not fit: 'a', 'b' or what they make",
+        ),
+    ],
+)
+def test_damaged_gguf_metadata(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelFileError, match=message) as caught:
+        Tokenizer.from_gguf(sentencepiece_metadata() | change, "model.gguf")
+    assert str(caught.value).startswith("model.gguf: ") and "\n" not in str(caught.value)

@@ -124,6 +124,34 @@ def test_a_note_of_quantisation_on_plain_weights(
     np.testing.assert_array_equal(scores(folder(quantization_config=quantization)), want)
 
 
+def test_attention_to_both_sides_is_refused(folder: Callable[..., Path]) -> None:
+    assert scores(folder(is_causal=True)).size
+    with pytest.raises(ModelFileError, match=r"config\.json: .*\(is_causal\) is not supported"):
+        load_model(folder(is_causal=False), threads=1)
+
+
+def test_pickled_weights_are_named(folder: Callable[..., Path]) -> None:
+    path = folder()
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(ModelFileError, match=r"found none; pytorch_model\.bin is a pickle"):
+        load_model(path, threads=1)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "mmproj"])
+def test_a_gguf_file_of_another_kind_is_named(tmp_path: Path, kind: str) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_type(kind)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelFileError, match=f"expected a model, .*general.type is '{kind}'"):
+        load_model(tmp_path / "x.gguf", threads=1)
+
+
 def test_quantised_weights_are_refused(folder: Callable[..., Path]) -> None:
     path = folder(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     name = "model.layers.0.mlp.down_proj.weight"

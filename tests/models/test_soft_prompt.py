@@ -223,6 +223,8 @@ def test_embeddings_of_an_instruction_are_the_instruction(
     assert scored[-len(plain.tokens) :].tolist() == plain.logprobs
     with pytest.raises(ValueError, match=r"expected -1 to -3 among them.* got none"):
         tiny.generate([[1, 40, 41]], SHORT, adapter=SoftPrompt(weights.rows[:3]))
+    with pytest.raises(ValueError, match=r"^sequence 1: .*expected -1 to -3 among them.* got none"):
+        tiny.score([[-1, -2, -3, 5], [5, 6]], adapter=SoftPrompt(weights.rows[:3]))
 
 
 def test_a_pipeline_reads_with_both_models_rows(tiny: NativeModel) -> None:

@@ -194,3 +194,19 @@ def test_sampling_that_no_prompt_could_have_is_refused_at_once(smollm2, save, ch
     (folder / "prompter.json").write_text(json.dumps(file))
     with pytest.raises(ValueError, match=message):
         load_testing().Prompter(str(smollm2.path), str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_rslora": "true"}, "use_rslora: expected true or false"),
+        ({"use_dora": True}, "use_dora is set, which is not supported here"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa may change the base weights"),
+    ],
+)
+def test_options_of_an_adapter_that_change_it_are_refused(smollm2, save, changes, message):
+    folder = save(Prompting())
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8")) | changes
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFileError, match=message):
+        load_testing().Prompter(str(smollm2.path), str(folder))

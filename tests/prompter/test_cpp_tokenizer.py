@@ -93,6 +93,7 @@ def write_vocabulary(
         bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
         tokens = ["<unk>", *(token for token in bytes_ if token != left_out), *pieces]
         types = [2] + [6] * (len(tokens) - 1 - len(pieces)) + [1] * len(pieces)
+        types[-200::20] = [5] * 10  # unused, by their writer's word
         # Scores are not in the order of the ids, and many are equal.
         ranked = [-float((i * 7 if i % 5 else i) // 400) for i in range(len(pieces))]
         around = [0.0] * (len(tokens) - len(pieces)), [0.0] * len([*CONTROL, *PLAIN])
@@ -104,6 +105,7 @@ def write_vocabulary(
         model = trained_on_the_prompts(words, pre_tokenizers.ByteLevel.alphabet())
         tokens = [*model["vocab"], "Ġhom"]
         types = [1] * len(tokens)
+        types[-100::20] = [4] * 5  # added words that merges make
         merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
         writer.add_tokenizer_pre(rule)
         writer.add_token_merges(merges)

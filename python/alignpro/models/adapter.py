@@ -134,8 +134,9 @@ def _read_lora(
     _check_targets(path, config, found, lora_modules)
     rank, alpha, rslora = _common(config, found)
     if alpha == 0:
+        key = "alpha_pattern" if config["lora_alpha"] else "lora_alpha"
         raise ValueError(
-            f"{folder / CONFIG}: lora_alpha is 0: the adapter adds nothing and cannot be "
+            f"{folder / CONFIG}: {key} is 0: the adapter adds nothing and cannot be "
             "trained; expected another number"
         )
     scale = _scale(alpha, rank, rslora)
@@ -307,25 +308,27 @@ def _check_targets(
     A module that the model has and the file does not is a damaged file."""
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
-    names = targets if isinstance(targets, list) else []
+    # PEFT's word for all but the head, which is no module here.
+    every = isinstance(targets, str) and targets.lower() == "all-linear"
     for module in lora_modules:
-        wanted = any(_ends_in(module, name) for name in names)
+        wanted = every or _is_named(module, targets)
         layer = re.search(r"\.layers\.(\d+)\.", module)
         if layers is not None and (layer is None or int(layer[1]) not in layers):
             continue
-        if wanted and module not in found and not _is_excluded(module, config):
+        excluded = _is_named(module, config.get("exclude_modules"))
+        if wanted and module not in found and not excluded:
             raise ValueError(
                 f"{path}: {module} is in target_modules of {CONFIG}, but the file has no matrices "
                 "for it"
             )
 
 
-def _is_excluded(module: str, config: Mapping[str, Any]) -> bool:
-    """By exclude_modules, as PEFT reads them: an expression for the whole name, or names."""
-    excluded = config.get("exclude_modules") or []
-    if isinstance(excluded, str):
-        return re.fullmatch(excluded, module) is not None
-    return any(_ends_in(module, name) for name in excluded)
+def _is_named(module: str, names: Any) -> bool:
+    """As PEFT reads target_modules and exclude_modules: an expression for the whole path, or names
+    at its end."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(_ends_in(module, name) for name in names or ())
 
 
 def _ends_in(module: str, name: str) -> bool:
@@ -366,8 +369,9 @@ _HARMLESS = frozenset(
         "use_rslora",
     }
 )
-# These initialisations also change the base weights, which the adapter then needs.
-_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# The named initialisations that leave the base weights alone; after others, as PiSSA and OLoRA, the
+# adapter needs the changed ones.
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal")
 
 
 # PEFT's other prompts, and what stands in the way of each.
@@ -384,11 +388,19 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: bias: expected none, got {config['bias']}; it is not supported")
     check_unset(path, config, _HARMLESS)
     initial = config.get("init_lora_weights")
-    if isinstance(initial, str) and initial.lower().startswith(_CHANGES_BASE):
+    if isinstance(initial, str) and initial.lower() not in _KEEPS_BASE:
         raise ValueError(
             f"{path}: init_lora_weights = {initial!r} changes the base weights and is not "
             "supported; convert the adapter to plain LoRA with PEFT when saving it"
         )
+    rslora = config.get("use_rslora")
+    if not isinstance(rslora, (bool, type(None))):
+        raise ValueError(f"{path}: use_rslora: expected true or false, got {rslora!r}")
+    for key in ("target_modules", "exclude_modules"):
+        _check_names(f"{path}: {key}", config.get(key))
+    layers = config.get("layers_to_transform")
+    if not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers or 0])):
+        raise ValueError(f"{path}: layers_to_transform: expected layer numbers, got {layers!r}")
     _check_rank(f"{path}: r", config.get("r"))
     _check_alpha(f"{path}: lora_alpha", config.get("lora_alpha"))
     checks = {"rank_pattern": _check_rank, "alpha_pattern": _check_alpha}
@@ -398,10 +410,23 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: {key}: expected an object, got {type(patterns).__name__}")
         for pattern, value in patterns.items():
             check(f"{path}: {key}: {pattern}", value)
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{path}: {key}: {pattern}: no pattern: {error}") from None
+            _check_pattern(f"{path}: {key}", pattern)
+
+
+def _check_names(what: str, names: Any) -> None:
+    if isinstance(names, str):
+        _check_pattern(what, names)
+    elif names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"{what}: expected names of modules, got {names!r}")
+
+
+def _check_pattern(what: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what}: {pattern}: no pattern: {error}") from None
 
 
 def _check_rank(what: str, rank: Any) -> None:
@@ -443,6 +468,12 @@ def _read_pairs(
     """Module path -> (A, B)."""
     halves: dict[str, dict[str, Matrix]] = {}
     for key, tensor in read_tensors(path).items():
+        table = re.search(r"(embed_tokens|lm_head)\.lora_", key)
+        if table is not None:
+            raise ValueError(
+                f"{path}: {key}: LoRA of {table[1]} is not supported; expected modules of the "
+                "layers alone"
+            )
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
         if match is not None:
             halves.setdefault(match[1], {})[match[2]] = tensor

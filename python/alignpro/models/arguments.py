@@ -147,11 +147,7 @@ def prompt_tokens(
         chat = text_messages(prompt)
     else:
         tokens = token_list(prompt, "expected token ids, a chat or a text")
-        if rows is not None and tokens and min(tokens) >= 0:
-            raise ValueError(
-                f"token ids read with a soft prompt: expected -1 to {-rows.count} among them, "
-                "where its rows stand, got none; a text or a chat is given them"
-            )
+        _check_rows(tokens, rows, "; a text or a chat is given them")
         return tokens
     tokens = chat_tokens(tokenizer, chat, rows, context)
     if len(tokens) > 2 * context:  # there may be more, which the engine would not count
@@ -160,6 +156,28 @@ def prompt_tokens(
             f"{count_words(len(tokens), context)}; shorten it"
         )
     return tokens
+
+
+def token_lists(sequences: Any, rows: SoftRows | None) -> list[list[int]]:
+    """As `token_list`, of several that are not empty. rows: of the adapter that reads them."""
+    lists = [token_list(s, f"sequence {i}") for i, s in enumerate(sequences)]
+    for index, tokens in enumerate(lists):
+        if not tokens:
+            raise ValueError(f"sequence {index}: expected at least one token, got none")
+        try:
+            _check_rows(tokens, rows)
+        except ValueError as error:
+            raise ValueError(f"sequence {index}: {error}") from None
+    return lists
+
+
+def _check_rows(tokens: Sequence[int], rows: SoftRows | None, advice: str = "") -> None:
+    """Refuse token ids that are read with a soft prompt and do not hold it."""
+    if rows is not None and tokens and min(tokens) >= 0:
+        raise ValueError(
+            f"token ids read with a soft prompt: expected -1 to {-rows.count} among them, where "
+            f"its rows stand, got none{advice}"
+        )
 
 
 def check_models(prompter: Any, target: Any, reward: Any) -> None:

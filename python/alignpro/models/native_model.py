@@ -30,7 +30,7 @@ from alignpro.models.arguments import (
     params_for,
     prompt_tokens,
     samples_of,
-    token_list,
+    token_lists,
     with_seed,
 )
 from alignpro.models.completion_text import TextStream
@@ -396,12 +396,10 @@ class NativeModel:
         before them are not scored: i then begins behind the last.
 
         Raises:
-            ValueError: an empty sequence, one over the context, an id outside of the vocabulary.
+            ValueError: an empty sequence, one over the context, an id outside of the vocabulary;
+                one without the rows of the soft prompt that it is read with.
         """
-        rows = [token_list(s, f"sequence {i}") for i, s in enumerate(sequences)]
-        for index, row in enumerate(rows):
-            if not row:
-                raise ValueError(f"sequence {index}: expected at least one token, got none")
+        rows = token_lists(sequences, soft_rows(adapter))
         if not rows:
             return []
         starts = [

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from alignpro import native, trace
 from alignpro.models import chat_template
 from alignpro.models.chat_template import today
-from alignpro.models.vocabulary import AddedToken, Vocabulary, read_folder, read_gguf
+from alignpro.models.gguf_vocabulary import read_gguf
+from alignpro.models.vocabulary import AddedToken, Vocabulary, read_folder
 from alignpro.types import Chat, not_unicode
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ class Tokenizer(Vocabulary):
 
     @cached_property
     def _pattern(self) -> Any:
-        return chat_template.control_pattern(self._by_text)
+        return chat_template.control_pattern(t.text for t in self.added if not t.normalized)
 
     @cached_property
     def _special_pattern(self) -> Any:
@@ -268,7 +269,9 @@ class Tokenizer(Vocabulary):
 
     @cached_property
     def _plain_pattern(self) -> Any:
-        return chat_template.control_pattern(t.text for t in self.added if not t.control)
+        return chat_template.control_pattern(
+            t.text for t in self.added if not (t.control or t.normalized)
+        )
 
     def _ids(
         self,

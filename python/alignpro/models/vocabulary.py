@@ -1,4 +1,4 @@
-"""What a tokenizer knows, read from a model's own files: a tokenizer.json folder, or GGUF metadata.
+"""What a tokenizer knows, read from a folder with tokenizer.json (of GGUF files: gguf_vocabulary).
 
 Both give a `Vocabulary`: a byte-pair encoder that knows no control tokens, and the control tokens
 beside it, so that text can never turn into one by accident (contract 7).
@@ -6,26 +6,25 @@ beside it, so that text can never turn into one by accident (contract 7).
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers
 
 from alignpro import native
-from alignpro.models.pre_tokenizer import NAMES, Rule, inferred_rule, named_rule
 from alignpro.models.reasoning import TAGS
 
 if TYPE_CHECKING:
     from alignpro.native import core
 
-_log = logging.getLogger(__name__)
+# A marker of a chat template.
+MARKER = re.compile(r"<([|\uff5c])[^\s<>|\uff5c]+\1>|<(?:start|end)_of_\w+>|\[\|\w+\|\]")
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,13 @@ class AddedToken:
     lstrip: bool = False  # swallows the white space to its left
     rstrip: bool = False
     single_word: bool = False  # only where no letter, digit or underscore touches it
+    normalized: bool = False  # matched by the backend, in the text as its normalizer leaves it
 
     @property
     def control(self) -> bool:
         """Whether text from outside never becomes it. "<think>" and runs of spaces are ordinary
         text that has a token; DeepSeek's "<\uff5cUser\uff5c>" is not, though its file says so."""
-        return self.special or _MARKER.fullmatch(self.text) is not None
+        return self.special or MARKER.fullmatch(self.text) is not None
 
     @property
     def hidden(self) -> bool:
@@ -55,7 +55,7 @@ class AddedToken:
 class Vocabulary:
     """What `tokenizer.Tokenizer` works from, and is."""
 
-    backend: tokenizers.Tokenizer  # text at the start of the input, no added tokens
+    backend: tokenizers.Tokenizer  # text at the start of the input; of added, the normalized alone
     continuation: tokenizers.Tokenizer  # text after an added token
     byte_level: bool  # tokens spell bytes in the GPT-2 alphabet; else SentencePiece's "▁"
     strips_space: bool  # decoding drops one leading space, which encoding put there
@@ -79,8 +79,11 @@ class Vocabulary:
         for text, token in self.backend.get_vocab().items():
             pieces[token] = spelled(text)
         for added in self.added:
+            text = added.text
+            if added.normalized and self.backend.normalizer is not None:
+                text = self.backend.normalizer.normalize_str(text)
             # Gemma adds runs of "▁", which are spaces there, too.
-            text = added.text if self.byte_level else added.text.replace("▁", " ")
+            text = text if self.byte_level else text.replace("▁", " ")
             pieces[added.id] = b"" if added.hidden else text.encode("utf-8")
         return pieces
 
@@ -111,13 +114,12 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
         expected = "a byte-level or SentencePiece decoder"
         raise native.ModelFileError(f"{path}: expected {expected}, got {got}")
     eos_ids = tuple(files.eos_ids())
-    added = _added_tokens(path, spec, config)
-    backend = _plain_backend(path, spec)
-    variables = {
-        key: text
-        for key in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-        if (text := _token_text(config.get(key, specials.get(key)))) is not None
-    }
+    added = hide_ends(_added_tokens(path, spec, config), eos_ids)
+    if kind == "Unigram":  # whose vocabulary is a list: no token can be put at an id
+        added = tuple(replace(token, normalized=False) for token in added)
+    spec = _plain_spec(spec, added)
+    backend = _backend(path, spec)
+    variables = _template_variables(specials) | _template_variables(config)
     bos_token = variables.get("bos_token", "")
     bos = next((token.id for token in added if token.text == bos_token), None)
     if bos is None:
@@ -130,7 +132,7 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
         continuation=_continuation(path, spec, backend),
         byte_level="ByteLevel" in decoder,
         strips_space=_strips_space(decoder),
-        added=_hide_ends(added, eos_ids),
+        added=added,
         bos_id=bos,
         eos_ids=eos_ids,
         chat_templates=_folder_templates(folder, config),
@@ -139,9 +141,37 @@ def read_folder(files: core.ModelFiles) -> Vocabulary:
     )
 
 
-def _hide_ends(added: Iterable[AddedToken], eos_ids: Sequence[int]) -> tuple[AddedToken, ...]:
+def hide_ends(added: Iterable[AddedToken], eos_ids: Sequence[int]) -> tuple[AddedToken, ...]:
     """An end is no part of the text, whatever the file says of its token."""
-    return tuple(replace(t, special=True) if t.id in eos_ids else t for t in added)
+    return tuple(
+        replace(t, special=True, normalized=False) if t.id in eos_ids else t for t in added
+    )
+
+
+def _template_variables(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a template may call by name, as "eos_token": keys of that kind, and a model's own."""
+    own = config.get("extra_special_tokens")
+    named = {key: token for key, token in config.items() if key.endswith("_token")}
+    named |= own if isinstance(own, dict) else {}
+    return {key: text for key, token in named.items() if (text := _token_text(token)) is not None}
+
+
+def _plain_spec(spec: Mapping[str, Any], added: Iterable[AddedToken]) -> dict[str, Any]:
+    """tokenizer.json as a backend is made of it."""
+    # Truncation would cut a prompt without a word; the post-processor's BOS is the caller's to add;
+    # dropout, for training, would spell a text in another way each time.
+    plain: dict[str, Any] = dict.fromkeys(("post_processor", "truncation", "padding"))
+    model = dict(spec["model"])
+    if "dropout" in model:
+        model["dropout"] = None
+    listed = [
+        {"content": token.text, **{k: v for k, v in vars(token).items() if k != "text"}}
+        for token in added
+        if token.normalized
+    ]
+    if listed:  # part of the vocabulary too: without the others, the library would renumber them
+        model["vocab"] = model["vocab"] | {entry["content"]: entry["id"] for entry in listed}
+    return {**spec, **plain, "model": model, "added_tokens": listed}
 
 
 def _decoder_parts(decoder: Any) -> dict[str, dict[str, Any]]:
@@ -159,13 +189,21 @@ def _strips_space(parts: Mapping[str, dict[str, Any]]) -> bool:
     return strip is not None and strip.get("content") == " " and strip.get("start", 0) > 0
 
 
-def _plain_backend(path: Path, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    # Truncation would cut a prompt without a word; the post-processor's BOS is the caller's to add.
-    bare: dict[str, Any] = dict.fromkeys(("post_processor", "truncation", "padding"))
+def _backend(path: Path, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    with said_by_library(lambda error: f"{path}: not a tokenizer: {error}"):
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+@contextlib.contextmanager
+def said_by_library(message: Callable[[BaseException], str]) -> Iterator[None]:
+    """A ModelFileError for what the library raises: bare Exceptions, and where its Rust panics what
+    is none."""
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps({**spec, **bare, "added_tokens": []}))
-    except Exception as error:  # what the library raises is a bare Exception
-        raise native.ModelFileError(f"{path}: not a tokenizer: {error}") from None
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise native.ModelFileError(message(error)) from None
 
 
 def _continuation(
@@ -176,23 +214,33 @@ def _continuation(
     if '"prepend_scheme": "first"' not in text:
         return backend
     never = json.loads(text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
-    return _plain_backend(path, {**spec, "pre_tokenizer": never})
+    return _backend(path, {**spec, "pre_tokenizer": never})
 
 
 def _added_tokens(
     path: Path, spec: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[AddedToken, ...]:
-    """tokenizer.json's added tokens, and those that tokenizer_config.json alone names."""
+    """tokenizer.json's added tokens with the flags that tokenizer_config.json gives them, and those
+    that it alone names."""
     found: dict[int, AddedToken] = {}
+    ids: dict[str, int] = {}
     try:
         listed = [(int(entry["id"]), entry) for entry in spec.get("added_tokens", [])]
+        own = len(listed)
         listed += [(int(i), e) for i, e in config.get("added_tokens_decoder", {}).items()]
-        for token, entry in listed:
+        for place, (token, entry) in enumerate(listed):
             text = entry["content"]
-            flags = ("special", "lstrip", "rstrip", "single_word")
-            if token not in found and isinstance(text, str) and text and token >= 0:
-                flag = {name: bool(entry.get(name, False)) for name in flags}
-                found[token] = AddedToken(id=token, text=text, **flag)
+            if not isinstance(text, str) or not text or token < 0:
+                continue
+            if place >= own:
+                token = ids.get(text, token)
+            if token in found and found[token].text != text:
+                continue
+            flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
+            flag = {name: bool(entry.get(name, False)) for name in flags}
+            made = AddedToken(id=token, text=text, **flag)
+            found[token] = replace(made, normalized=made.normalized and not made.control)
+            ids.setdefault(text, token)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise native.ModelFileError(f"{path}: damaged list of added tokens: {error!r}") from None
     return tuple(found.values())
@@ -222,245 +270,6 @@ def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]
         except (OSError, UnicodeDecodeError) as error:
             raise native.ModelFileError(f"{file}: expected UTF-8 text: {error}") from None
     return found
-
-
-# --- GGUF ---
-
-# tokenizer.ggml.token_type
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-
-# A marker of a chat template; and what may be an ordinary word ("</s>" is HTML), and is a marker
-# where the file names it as its BOS or its end.
-_MARKER = re.compile(r"<([|\uff5c])[^\s<>|\uff5c]+\1>|<(?:start|end)_of_\w+>|\[\|\w+\|\]")
-_NAMED_MARKER = re.compile(r"_?<[^\s<>]+>|\[[^\s\[\]]+\]")
-
-
-def read_gguf(
-    metadata: Mapping[str, Any],
-    source: str = "GGUF metadata",
-    eos_ids: Sequence[int] | None = None,
-) -> Vocabulary:
-    """The tokenizer inside a GGUF file, from its metadata keys ``tokenizer.*``.
-
-    Args:
-        source: the file's name, for error messages.
-        eos_ids: what ends a text (`core.ModelFiles.eos_ids`); None finds it in the metadata.
-    """
-    gguf = _Gguf(metadata, source)
-    model = gguf.get("tokenizer.ggml.model", str)
-    tokens: list[str] = gguf.listed("tokenizer.ggml.tokens", str)
-    types: list[int] = gguf.listed("tokenizer.ggml.token_type", int, default=[1] * len(tokens))
-    if not tokens or len(types) != len(tokens):
-        raise gguf.error(f"{len(tokens)} tokens and {len(types)} token types; expected as many")
-    named = {
-        name: gguf.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
-        for name, key in (
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("unk_token", "unknown"),
-            ("pad_token", "padding"),
-        )
-    }
-    if eos_ids is None:
-        ids = [gguf.get(key, int, default=-1) for key in native.core.GGUF_END_KEYS]
-        eos_ids = native.core.end_of_text_ids(ids, tokens, types)
-    ends = tuple(eos_ids)
-    types = _control_types(source, tokens, types, {named["bos_token"], *ends})
-    if model == "gpt2":
-        vocabulary = _byte_level_bpe(gguf, tokens, types)
-    elif model == "llama":
-        vocabulary = _sentencepiece_bpe(gguf, tokens, types)
-    else:
-        raise gguf.error(f"tokenizer.ggml.model: expected gpt2 or llama, got {model!r}")
-    swallows = _swallows_space(gguf, model)
-    added = tuple(
-        AddedToken(id=i, text=text, special=kind != _USER_DEFINED, rstrip=swallows(text, kind))
-        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) and text
-    )
-    return replace(
-        vocabulary,
-        added=_hide_ends(added, ends),
-        bos_id=named["bos_token"],
-        eos_ids=ends,
-        chat_templates=_gguf_templates(gguf, metadata),
-        special_tokens={name: tokens[i] for name, i in named.items() if i is not None},
-        source=source,
-    )
-
-
-def _control_types(
-    source: str, tokens: Sequence[str], types: Sequence[int], named: Set[int | None]
-) -> list[int]:
-    """The types with markers as control tokens. Some exporters type them as ordinary tokens; text
-    would turn into them, and they would show in it.
-
-    named: ids that the file names as its BOS or an end.
-    """
-    found = [
-        i
-        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind == _NORMAL
-        and (_MARKER.fullmatch(text) or (i in named and _NAMED_MARKER.fullmatch(text)))
-    ]
-    if found:
-        _log.warning(
-            "%s: typed as ordinary tokens, taken as the control tokens they look like: %s",
-            source,
-            ", ".join(tokens[i] for i in found[:8]) + (", ..." if len(found) > 8 else ""),
-        )
-    changed = dict.fromkeys(found, _CONTROL)
-    return [changed.get(i, kind) for i, kind in enumerate(types)]
-
-
-def _swallows_space(gguf: _Gguf, model: str) -> Callable[[str, int], bool]:
-    """Whether a token of this text and type swallows the white space to its right. The format has
-    no key for it. Phi-3's markers do, and its template writes line ends behind them."""
-    name = gguf.get("general.name", str, default="").lower()
-    is_phi3 = gguf.get("general.architecture", str, default="") == "phi3" or any(
-        part in name for part in ("phi-3", "phi3")
-    )
-    if not is_phi3 or model != "llama":  # Phi-4 has the architecture, and a tokenizer of its own
-        return lambda text, kind: False
-    kept = ("<unk>", "<s>", "<|endoftext|>")
-    return lambda text, kind: text == "</s>" or (kind == _CONTROL and text not in kept)
-
-
-def _gguf_templates(gguf: _Gguf, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """tokenizer.chat_template, and tokenizer.chat_template.NAME."""
-    key = "tokenizer.chat_template"
-    named = [k.removeprefix(f"{key}.") for k in metadata if k.startswith(f"{key}.")]
-    found = {name: gguf.get(f"{key}.{name}", str) for name in named}
-    default = gguf.get(key, str, default=None)
-    return found if default is None else {**found, "default": default}
-
-
-class _Gguf:
-    """Metadata with the checks that a file from outside needs."""
-
-    def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
-        self.metadata = metadata
-        self.source = source
-
-    def error(self, message: str) -> Exception:
-        return native.ModelFileError(f"{self.source}: {message}")
-
-    def get(self, key: str, kind: type, **default: Any) -> Any:
-        if key not in self.metadata:
-            if "default" in default:
-                return default["default"]
-            raise self.error(f"no {key}; the file holds no tokenizer that can be read")
-        value = self.metadata[key]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(f"{key}: expected {kind.__name__}, got {type(value).__name__}")
-        return value
-
-    def listed(self, key: str, kind: type, **default: Any) -> list[Any]:
-        value: list[Any] = self.get(key, list, **default)
-        if kind is float:  # some writers choose the type by the values, and scores are whole
-            value = [float(i) if type(i) is int else i for i in value]
-        if not all(isinstance(item, kind) for item in value):
-            raise self.error(f"{key}: expected a list of {kind.__name__}")
-        return value
-
-    def token_id(self, key: str, size: int) -> int | None:
-        """An id that cannot be is none: writers put -1, or the size of the vocabulary, for that."""
-        value: int | None = self.get(key, int, default=None)
-        if value is not None and not 0 <= value < size:
-            _log.warning(
-                "%s: %s is %d, and ids are below %d: taken as none", self.source, key, value, size
-            )
-            return None
-        return value
-
-    def rule(self) -> Rule:
-        """How words are cut, which decides the ids of every text."""
-        key = "tokenizer.ggml.pre"
-        name = self.get(key, str, default="default")
-        if name == "default":
-            guess, rule = inferred_rule(self.metadata)
-            _log.warning(
-                "%s: no %s says how text is cut into words; taken as %s. Where the model was made "
-                "with another rule, all it reads is spelled wrongly: use a newer conversion",
-                *(self.source, key, guess),
-            )
-            return rule
-        known = named_rule(name)
-        if known is None:
-            raise self.error(
-                f"{key}: words cut as {name!r} are not supported; expected one of "
-                f"{', '.join(NAMES)}, or the original folder with its tokenizer.json"
-            )
-        return known
-
-
-def _byte_level_bpe(gguf: _Gguf, tokens: Sequence[str], types: Sequence[int]) -> Vocabulary:
-    rule = gguf.rule()
-    merges = []
-    for merge in gguf.listed("tokenizer.ggml.merges", str):
-        left, space, right = merge.partition(" ")
-        if not (left and space and right):
-            raise gguf.error(f"tokenizer.ggml.merges: expected two tokens, got {merge!r}")
-        merges.append((left, right))
-    backend = _bpe(gguf, tokens, types, merges, ignore_merges=rule.ignore_merges)
-    backend.pre_tokenizer = rule.pre_tokenizer()
-    if (normalizer := rule.normalizer()) is not None:
-        backend.normalizer = normalizer
-    backend.decoder = decoders.ByteLevel()
-    return Vocabulary(backend, backend, byte_level=True, strips_space=False)
-
-
-def _sentencepiece_bpe(gguf: _Gguf, tokens: Sequence[str], types: Sequence[int]) -> Vocabulary:
-    scores = gguf.listed("tokenizer.ggml.scores", float)
-    if len(scores) != len(tokens):
-        raise gguf.error(f"{len(tokens)} tokens and {len(scores)} scores; expected as many")
-    prefix = gguf.get("tokenizer.ggml.add_space_prefix", bool, default=True)
-    unknown = gguf.token_id("tokenizer.ggml.unknown_token_id", len(tokens))
-    backend = _bpe(
-        gguf,
-        tokens,
-        types,
-        _merges_from_scores(tokens, types, scores),
-        byte_fallback=True,
-        fuse_unk=True,
-        unk_token=None if unknown is None else tokens[unknown],
-    )
-    replace_space = normalizers.Replace(" ", "▁")
-    backend.normalizer = (
-        normalizers.Sequence([normalizers.Prepend("▁"), replace_space]) if prefix else replace_space
-    )
-    return Vocabulary(backend, backend, byte_level=False, strips_space=prefix)
-
-
-def _merges_from_scores(
-    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
-) -> list[tuple[str, str]]:
-    """The merges behind a SentencePiece BPE vocabulary: every way to make a token of two others,
-    the better score first, then the earlier pieces."""
-    ids = {text: i for i, text in enumerate(tokens) if types[i] == _NORMAL}
-    merges = []
-    for text, token in ids.items():
-        for cut in range(1, len(text)):
-            left, right = ids.get(text[:cut]), ids.get(text[cut:])
-            if left is not None and right is not None:
-                merges.append((-scores[token], left, right))
-    return [(tokens[left], tokens[right]) for _, left, right in sorted(merges)]
-
-
-def _bpe(
-    gguf: _Gguf,
-    tokens: Sequence[str],
-    types: Sequence[int],
-    merges: list[tuple[str, str]],
-    **options: Any,
-) -> tokenizers.Tokenizer:
-    # Control tokens stay outside, so that no text can be merged into one.
-    wanted = (_CONTROL, _USER_DEFINED)
-    ids = {text: i for i, text in enumerate(tokens) if types[i] not in wanted}
-    try:
-        return tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, **options))
-    except Exception as error:  # what the library raises is a bare Exception
-        raise gguf.error(f"tokenizer: vocabulary and merges do not fit: {error}") from None
 
 
 # --- bytes of tokens ---

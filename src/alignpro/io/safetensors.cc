@@ -167,8 +167,13 @@ std::vector<std::string> list_weight_files(const fs::path& folder) {
   std::erase_if(names, [](const std::string& name) {
     return name.starts_with("consolidated") || name == "adapter_model.safetensors";
   });
+  const bool pickled =
+      is_there(folder / "pytorch_model.bin") || is_there(folder / "pytorch_model.bin.index.json");
   require<FileError>(!names.empty(), folder.string(),
-                     ": expected model.safetensors or its shards, found none");
+                     ": expected model.safetensors or its shards, found none",
+                     pickled ? "; pytorch_model.bin is a pickle and is not read, save the model as "
+                               "safetensors"
+                             : "");
   return names;
 }
 

@@ -132,6 +132,9 @@ void refuse_unsupported(const Fields& fields, Family family) {
   require<FileError>(family == Family::kQwen2 || !fields.flag("attention_bias"), fields.where(),
                      ": attention_bias is not supported for ", family_name(family));
   require<FileError>(!fields.flag("mlp_bias"), fields.where(), ": mlp_bias is not supported");
+  // As files of embedding models have it.
+  require<FileError>(fields.flag("is_causal", true), fields.where(),
+                     ": attention that is not causal (is_causal) is not supported");
 }
 
 int64_t read_head_dim(const Fields& fields, const ModelConfig& config) {

@@ -25,6 +25,9 @@ ModelFiles::ModelFiles(const std::filesystem::path& path) : state_(std::make_sha
                      ": expected a .gguf file or a folder with config.json and "
                      "*.safetensors; give the folder this file is in");
   state_->gguf.emplace(path);
+  const std::string kind = state_->gguf->find_string("general.type").value_or("model");
+  require<FileError>(kind == "model", path.string(), ": expected a model, got a file whose ",
+                     "general.type is '", io::printable(kind), "'");
 }
 
 const std::filesystem::path& ModelFiles::path() const { return state_->path; }

@@ -72,6 +72,8 @@ Scaled read_config(const ModelFiles& files) {
   require<FileError>(alpha != nullptr && alpha->number() && *alpha->number() != 0.0, name,
                      ": lora_alpha: expected a number other than 0");
   const Json* rslora = config->find("use_rslora");
+  require<FileError>(rslora == nullptr || rslora->is_null() || rslora->boolean(), name,
+                     ": use_rslora: expected true or false");
   const auto r = static_cast<double>(*rank->integer());
   const bool root = rslora != nullptr && rslora->boolean() && *rslora->boolean();
   return {*rank->integer(), static_cast<float>(*alpha->number() / (root ? std::sqrt(r) : r))};

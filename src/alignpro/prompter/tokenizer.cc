@@ -27,7 +27,7 @@ using io::printable;
 constexpr std::string_view kSpace = "\xe2\x96\x81";
 
 // tokenizer.ggml.token_type
-constexpr int64_t kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4;
+constexpr int64_t kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5;
 
 // GPT-2's spelling of bytes: printable Latin-1 stands for itself, the other bytes, in order, for
 // the characters from U+0100 on.
@@ -210,7 +210,7 @@ Tokenizer::Tokenizer(const model::ModelFiles& files) {
   if (rule_ == nullptr) {
     add_scored_merges(*file, listed);
   } else {
-    add_merges(*file);
+    add_merges(*file, listed);
   }
 }
 
@@ -261,14 +261,21 @@ Tokenizer::Listed Tokenizer::add_tokens(const model::ModelFiles& files) {
   return listed;
 }
 
-void Tokenizer::add_merges(const GgufFile& file) {
+void Tokenizer::add_merges(const GgufFile& file, const Listed& listed) {
   const std::vector<std::string_view> merges = texts(file, "tokenizer.ggml.merges");
+  std::unordered_map<std::string_view, int32_t> words;  // added ones
+  for (size_t i = 0; i < listed.tokens.size(); ++i) {
+    if (listed.types[i] == kUserDefined) words[listed.tokens[i]] = static_cast<int32_t>(i);
+  }
   merges_.reserve(merges.size());
   int32_t rank = 0;
   for (const std::string_view merge : merges) {
     const size_t space = merge.find(' ');
     const std::string left(merge.substr(0, space));
     const std::string right(space == merge.npos ? "" : merge.substr(space + 1));
+    if (const auto word = words.find(left + right); word != words.end()) {
+      ids_.emplace(left + right, word->second);
+    }
     const auto a = ids_.find(left), b = ids_.find(right), both = ids_.find(left + right);
     require<FileError>(a != ids_.end() && b != ids_.end() && both != ids_.end(), file.name(),
                        ": tokenizer.ggml.merges: expected two tokens that make a third, got ",
@@ -278,7 +285,7 @@ void Tokenizer::add_merges(const GgufFile& file) {
 }
 
 // Those behind a SentencePiece vocabulary: every way to make a token of two others, the better
-// score first, then the earlier pieces.
+// score first, then the earlier piece.
 void Tokenizer::add_scored_merges(const GgufFile& file, const Listed& listed) {
   const auto& [tokens, types] = listed;
   std::vector<double> scores;
@@ -292,15 +299,15 @@ void Tokenizer::add_scored_merges(const GgufFile& file, const Listed& listed) {
                      " tokens and ", scores.size(), " scores; expected as many");
   std::unordered_map<std::string_view, int32_t> normal;
   for (size_t i = 0; i < tokens.size(); ++i) {
-    if (types[i] == kNormal) normal[tokens[i]] = static_cast<int32_t>(i);
+    if (types[i] == kNormal || types[i] == kUnused) normal[tokens[i]] = static_cast<int32_t>(i);
   }
-  std::vector<std::tuple<double, int32_t, int32_t, int32_t>> merges;  // (-score, left, right, both)
+  std::vector<std::tuple<double, int32_t, int32_t, int32_t>> merges;  // (-score, both, left, right)
   for (const auto& [text, id] : normal) {
     for (size_t cut = 0; cut < text.size();) {
       cut += decode_utf8(text.substr(cut)).bytes;
       const auto left = normal.find(text.substr(0, cut)), right = normal.find(text.substr(cut));
       if (left == normal.end() || right == normal.end()) continue;
-      merges.emplace_back(-scores[static_cast<size_t>(id)], left->second, right->second, id);
+      merges.emplace_back(-scores[static_cast<size_t>(id)], id, left->second, right->second);
     }
   }
   std::ranges::sort(merges);
@@ -309,7 +316,7 @@ void Tokenizer::add_scored_merges(const GgufFile& file, const Listed& listed) {
     return ids_.at(std::string(tokens[static_cast<size_t>(id)]));
   };
   int32_t rank = 0;
-  for (const auto& [score, left, right, both] : merges) {
+  for (const auto& [score, both, left, right] : merges) {
     merges_[pair_key(symbol(left), symbol(right))] = {rank++, symbol(both)};
   }
 }

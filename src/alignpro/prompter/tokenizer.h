@@ -55,7 +55,7 @@ class Tokenizer {
   };
 
   Listed add_tokens(const model::ModelFiles& files);
-  void add_merges(const io::GgufFile& file);
+  void add_merges(const io::GgufFile& file, const Listed& listed);
   void add_scored_merges(const io::GgufFile& file, const Listed& listed);
   std::vector<int32_t> encode_all(std::string_view before, std::string_view text,
                                   std::string_view after) const;
