@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import gc
 import math
 import resource
 import signal
@@ -324,6 +325,8 @@ def run_server(
             await asyncio.gather(*left, return_exceptions=True)
             await proxy.close()
 
+    gc.collect()
+    gc.freeze()  # what is there stays: looking through it held up every request for 20 to 60 ms
     with event_loop() as loop:
         loop.run_until_complete(main())
 
