@@ -10,6 +10,7 @@ from alignpro.config import (
     BoundConfig,
     DataConfig,
     EvalConfig,
+    ExtractConfig,
     HeadroomConfig,
     ModelConfig,
     TrainConfig,
@@ -90,6 +91,14 @@ def test_old_keys_inside_a_group_and_old_words(caplog):
         "static.split: is now static.data.split",
         "zero_signal: is now zero_advantage_group",
     ]
+
+
+def test_a_configuration_that_never_had_a_key_asks_which_is_meant():
+    said = "did you mean target.model or prompter.model"
+    with pytest.raises(ValueError, match=said):
+        from_mapping(ExtractConfig, {"model": "x"})  # the target is what it cannot do without
+    with pytest.raises(ValueError, match=said):
+        load_yaml(ExtractConfig, None, ["model=x"])
 
 
 @pytest.mark.parametrize(

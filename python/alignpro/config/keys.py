@@ -74,8 +74,8 @@ def alternatives(hint: Any) -> list[Any]:
 
 
 class ReadsOldKeys(type):
-    """The metaclass of configurations whose constructor reads the old names of keys, as
-    `from_mapping` does, and refuses an unknown one in the same words (a TypeError)."""
+    """The metaclass of the configurations that had the old keys. Their constructors read them, as
+    `from_mapping` does, and refuse an unknown key in the same words (a TypeError)."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         kwargs = current_keys(cls, kwargs)
@@ -89,9 +89,8 @@ class ReadsOldKeys(type):
 def current_key(cls: type[Any], key: str, name: str = "") -> str:
     """What ``key`` of ``cls`` is called now, "group.field" for that of a group; warns of an old
     name. name: the key's path, for that line."""
-    fields = cls.__dataclass_fields__
-    now = _RENAMED.get(key)
-    if now is None or key in fields or now.partition(".")[0] not in fields:
+    now = _now(cls, _RENAMED, key)
+    if now is None or key in cls.__dataclass_fields__:
         return key
     _log.warning("%s", _is_now(key, name or key, now))
     return now
@@ -125,13 +124,19 @@ def current_keys(cls: type[Any], mapping: Mapping[str, Any], path: str = "") -> 
     return current
 
 
+def _now(cls: type[Any], names: Mapping[str, str], key: str) -> str | None:
+    """What stands for an old key of the class."""
+    now = names.get(key) if isinstance(cls, ReadsOldKeys) else None
+    return now if now and now.partition(".")[0] in cls.__dataclass_fields__ else None
+
+
 def _is_now(key: str, name: str, now: str) -> str:
     return f"{name}: is now {name.removesuffix(key)}{now}"
 
 
 def unknown_key(key: str, name: str, cls: type[Any], fields: Mapping[str, Any]) -> str:
-    now = _REPLACED.get(key, "")
-    if now and now.split(".")[0] in fields:
+    now = _now(cls, _REPLACED, key)
+    if now is not None:
         return _is_now(key, name, now)
     unknown = f'unknown configuration key "{name}"'
     group, dot, rest = key.partition(".")
