@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from alignpro.config.fields import Place, above, at_least, checked, require
 
@@ -68,25 +68,15 @@ class ClientConfig:
     null leaves one of ours out."""
 
     def __post_init__(self) -> None:
-        check_priced(self)
+        check_priced(self.budget, self.input_price, self.output_price)
         ours = {"model", "messages", "n", "stream"} & set(self.body or {})
         require("body", self.body, not ours, f"no {', '.join(sorted(ours))}: alignpro sets it")
 
 
-class _Priced(Protocol):
-    @property
-    def input_price(self) -> float | None: ...
-    @property
-    def output_price(self) -> float | None: ...
-    @property
-    def budget(self) -> Budget: ...
-
-
-def check_priced(group: _Priced) -> None:
+def check_priced(budget: Budget, *prices: float | None) -> None:
     """Refuse a budget of money where a price is missing."""
-    priced = group.input_price is not None and group.output_price is not None
-    unpriced = group.budget.cost is not None and not priced
-    require("budget.cost", group.budget.cost, not unpriced, "null without both prices")
+    priced = budget.cost is None or None not in prices
+    require("budget.cost", budget.cost, priced, "null without both prices")
 
 
 def check_url(name: str, url: str) -> None:

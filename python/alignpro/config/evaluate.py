@@ -195,7 +195,7 @@ class JudgeConfig:
             alone = self.model == ModelConfig(self.model.model, chat_template_kwargs=variables)
             require("model", self.model, alone, "a name and chat_template_kwargs, with base_url")
         check_local("model", self.model, "base_url is the judge's endpoint")
-        check_priced(self)
+        check_priced(self.budget, self.input_price, self.output_price)
 
     @property
     def asked(self) -> ModelConfig:

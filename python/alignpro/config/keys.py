@@ -79,10 +79,9 @@ class ReadsOldKeys(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         kwargs = current_keys(cls, kwargs)
-        fields: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]
         for key in kwargs:
-            if key not in fields:
-                raise TypeError(unknown_key(key, key, cls, fields))
+            if key not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+                raise TypeError(unknown_key(cls, key, key))
         return super().__call__(*args, **kwargs)
 
 
@@ -134,7 +133,10 @@ def _is_now(key: str, name: str, now: str) -> str:
     return f"{name}: is now {name.removesuffix(key)}{now}"
 
 
-def unknown_key(key: str, name: str, cls: type[Any], fields: Mapping[str, Any]) -> str:
+def unknown_key(cls: type[Any], key: str, name: str) -> str:
+    """The line that refuses a key which ``cls`` does not have, with the one that may be meant.
+    name: the key's path."""
+    fields = cls.__dataclass_fields__
     now = _now(cls, _REPLACED, key)
     if now is not None:
         return _is_now(key, name, now)
