@@ -292,3 +292,8 @@ def test_bad_input_of_init_is_one_line_and_leaves_nothing(options, line, here):
     error = run("init", *options, code=2).stderr
     assert line in error and error.count("\n") == 1
     assert os.listdir() == ["prompts.csv"]
+
+
+def test_a_first_setting_is_taken_as_it_was_typed():
+    refused = CliRunner().invoke(app, ["serve", "upstream=ftp://a//v1/"])
+    assert refused.exit_code == 2 and "got 'ftp://a//v1/'" in refused.output

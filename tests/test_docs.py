@@ -123,7 +123,7 @@ def test_commands_of_the_pages_are_commands(page, tmp_path, monkeypatch):
             named = {s.value: c for s, c in STAGES.items()} | {"safety": "EvalConfig"}
             stage = getattr(configs, named[name])
             file = values.get("config")
-            there = file is not None and (file.exists() or "=" in str(file))
+            there = file is not None and (Path(file).exists() or "=" in file)
             read_settings(stage, file if there else None, values["overrides"])
 
 

@@ -108,7 +108,7 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="Number of threads; the default is the CPU quota.")
 ]
 Config = Annotated[
-    Path | None,
+    str | None,  # no Path, which would take "//" out of a first key=value
     typer.Argument(
         help="YAML file of the configuration, or the config.json of a run; every field has a "
         "default."
@@ -214,7 +214,7 @@ def writing(run: Path | None, *files: Path | None) -> Iterator[None]:
 
 def read_settings(
     cls: type[T],
-    config: Path | None,
+    config: str | Path | None,
     overrides: list[str] | None,
     default: Path | None = None,
     run: Path | None = None,
@@ -228,10 +228,10 @@ def read_settings(
     """
     from alignpro.config import load_yaml
 
-    settings = list(overrides or [])
-    if config is not None and "=" in str(config) and not config.exists():
-        config, settings = None, [str(config), *settings]
-    home = run_of_config(config)
+    settings, file = list(overrides or []), None if config is None else Path(config)
+    if file is not None and "=" in str(config) and not file.exists():
+        file, settings = None, [str(config), *settings]
+    home = run_of_config(file)
     if home is not None and "run_dir" in getattr(cls, "__dataclass_fields__", {}):
         check_kind(home, cls)
         settings = [f"run_dir={json.dumps(str(home))}", *settings]
@@ -239,7 +239,7 @@ def read_settings(
         from alignpro.evaluate.of_run import settings_of_run
 
         base = settings_of_run(cls, run)  # type: ignore[type-var]
-    options: T = load_yaml(cls, config or default, settings, base=base)
+    options: T = load_yaml(cls, file or default, settings, base=base)
     return options
 
 
@@ -294,7 +294,7 @@ def check_inputs(options: Any, *, resume: bool = False) -> None:
 def training_settings(
     command: str,
     cls: type[T],
-    config: Path | None,
+    config: str | None,
     overrides: list[str] | None,
     *,
     resume: bool = False,

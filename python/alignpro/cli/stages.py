@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @one_line_errors
 def quickstart(
     config: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(
             help="YAML file of the configuration; without one, the shipped house rules."
         ),
