@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import functools
 import inspect
 import json
@@ -15,7 +16,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from alignpro.config.fields import Range, default_of
@@ -36,6 +37,11 @@ class Key(NamedTuple):
     @property
     def sentence(self) -> str:
         return self.text.split("\n\n")[0]
+
+    @property
+    def inside(self) -> Any:
+        """The group's defaults, where they are not its class's own."""
+        return self.default if self.group and isinstance(self.default, self.group) else None
 
 
 @functools.cache
@@ -60,14 +66,18 @@ def describe(cls: type, path: str = "", base: Any = None) -> Iterator[Key]:
 
     base: an instance whose values are the defaults; None: those of ``cls``.
     """
+    for one in _own_keys(cls, path, base):
+        yield one
+        if one.group is not None:
+            yield from describe(one.group, f"{one.path}.", one.inside)
+
+
+def _own_keys(cls: type, path: str, base: Any) -> Iterator[Key]:
     docs, hints = field_docs(cls), type_hints(cls)
     for f in dataclasses.fields(cls):
         default = default_of(f) if base is None else getattr(base, f.name)
-        name, group = path + f.name, group_of(hints[f.name])
-        yield Key(name, docs.get(f.name, ""), allowed(hints[f.name]), default, group)
-        if group is not None:
-            inside = default if isinstance(default, group) else None
-            yield from describe(group, f"{name}.", inside)
+        hint = hints[f.name]
+        yield Key(path + f.name, docs.get(f.name, ""), allowed(hint), default, group_of(hint))
 
 
 def group_of(hint: Any) -> type | None:
@@ -113,55 +123,65 @@ def commented_yaml(
     Raises:
         ValueError: a key that the configuration does not have.
     """
-    keys = list(describe(cls))
+    wanted = None
     if key is not None:
-        known = {one.path for one in keys}
-        if key not in known:
-            from difflib import get_close_matches
-
-            close = get_close_matches(key, known, n=1)
-            hint = f'; did you mean "{close[0]}"?' if close else ""
-            raise ValueError(f"{key}: no such key{hint}")
-        parents = {key[:at] for at, letter in enumerate(key) if letter == "."}
-        keys = [k for k in keys if k.path in parents or (k.path + ".").startswith(key + ".")]
+        wanted = _with_groups([key]) | {k for k in _known(cls, key) if k.startswith(f"{key}.")}
     elif only is not None:
-        wanted = {path[:at] for path in only for at, c in enumerate(path + ".") if c == "."}
-        keys = [k for k in keys if k.path in wanted]
+        wanted = _with_groups(only)
     lines: list[str] = []
-    commented: list[str] = []  # groups that are null: what is inside them is written as comments
     shown: dict[type, str] = {}  # where the keys of a class stand already
-    left_out = "\0"
-    for one in keys:
-        if (one.path + ".").startswith(left_out):
-            continue
-        depth, value = one.path.count("."), (values or {}).get(one.path, one.default)
-        dead = any(one.path.startswith(path) for path in commented)
-        is_group = one.group is not None and isinstance(value, one.group)
-        text = one.text if one.path == key else one.sentence
-        if one.values and not is_group:
-            text += f" [{one.values}]".replace(" ", "\xa0").replace("\xa0", " ", 1)  # on one line
-        margin = "  " * depth
-        if depth == 0 and lines and (one.group is not None or lines[-1].startswith(" ")):
-            lines.append("")
-        if one.group is not None and only is None:
-            if one.group in shown and one.path != key:
-                text += f" Its keys are those of {shown[one.group]}."
-                left_out = f"{one.path}."
-            shown.setdefault(one.group, one.path)
-        body = []
-        for paragraph in text.split("\n\n"):
-            wide = _WIDTH - len(margin) - 2
-            wrapped = textwrap.wrap(paragraph, wide, break_on_hyphens=False) or [""]
-            body += [f"{margin}# {line}".replace("\xa0", " ") for line in wrapped]
-        name = one.path.rpartition(".")[2]
-        if is_group and left_out != f"{one.path}.":
-            line = f"{margin}{name}:"
-        else:
-            line = f"{margin}{name}: {as_yaml(value)}"
-        if one.group is not None and not is_group and left_out != f"{one.path}.":
-            commented.append(f"{one.path}.")
-        lines += [*body, f"{margin}# {name}: {as_yaml(value)}" if dead else line]
+
+    def write(keys: Iterable[Key], dead: bool) -> None:
+        """dead: inside a group that is null, where every key is a comment."""
+        for one in keys:
+            if wanted is not None and one.path not in wanted:
+                continue
+            value = (values or {}).get(one.path, one.default)
+            holds_group = one.group is not None and isinstance(value, one.group)
+            text = one.text if one.path == key else one.sentence
+            if one.values and not holds_group:
+                text += " " + f"[{one.values}]".replace(" ", "\xa0")  # on one line
+            repeated = False
+            if one.group is not None and only is None:
+                first = shown.setdefault(one.group, one.path)
+                repeated = first != one.path != key
+                text += f" Its keys are those of {first}." if repeated else ""
+            margin = "  " * one.path.count(".")
+            if not margin and lines and (one.group is not None or lines[-1].startswith(" ")):
+                lines.append("")
+            lines.extend(_comment(text, margin))
+            opens = holds_group and not repeated and not dead
+            name = one.path.rpartition(".")[2]
+            lines.append(
+                f"{margin}{'# ' if dead else ''}{name}:{'' if opens else ' ' + as_yaml(value)}"
+            )
+            if one.group is not None and not repeated:
+                write(_own_keys(one.group, f"{one.path}.", one.inside), dead or not holds_group)
+
+    write(_own_keys(cls, "", None), dead=False)
     return "\n".join(lines).strip("\n") + "\n"
+
+
+def _known(cls: type, key: str) -> set[str]:
+    """All keys of a configuration, of which ``key`` must be one."""
+    known = {one.path for one in describe(cls)}
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        raise ValueError(f"{key}: no such key{hint}")
+    return known
+
+
+def _with_groups(paths: Iterable[str]) -> set[str]:
+    """The paths and those of the groups around them."""
+    return {path[:at] for path in paths for at, c in enumerate(path + ".") if c == "."}
+
+
+def _comment(text: str, margin: str) -> Iterator[str]:
+    width = _WIDTH - len(margin) - 2
+    for paragraph in text.split("\n\n"):
+        for line in textwrap.wrap(paragraph, width, break_on_hyphens=False) or [""]:
+            yield f"{margin}# {line}".replace("\xa0", " ")
 
 
 _PLAIN = re.compile(r"[A-Za-z/][\w./+*\-]*( [\w./+*\-]+)*")

@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import difflib
 import json
+import math
 import numbers
 import os
 import re
@@ -145,34 +146,15 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     default: where ``hint`` is a dataclass, what a mapping of some of its fields starts from. A
         dataclass with a ``text_field`` may be given as text, which is then that field.
     """
-    if hint is Any:  # goes to an endpoint or a template, and to config.json
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError(f"{name}: expected what JSON has, got {value!r}") from None
-        return value
+    if hint is Any:
+        return _read_json(value, name)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _read_union(value, arguments, name, default)
     if origin is Annotated:
-        kind, *notes = arguments
-        read = _read_bytes(value, name) if "bytes" in notes else read_value(value, kind, name)
-        if "place" in notes:
-            require(name, read, read != "", "a path or a name")
-            read = os.path.expanduser(str(read))
-        for note in notes:
-            if isinstance(note, Range):
-                require(name, read, note.holds(read), note.words)
-        return read
+        return _read_annotated(value, arguments, name)
     if origin is Literal:
-        if value in arguments:
-            return value
-        choices = ", ".join(repr(a) for a in arguments)
-        close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
-        hint_text = f'; did you mean "{close[0]}"?' if close else ""
-        instead = _INSTEAD.get((name.rpartition(".")[2], str(value)))
-        hint_text = hint_text if instead is None else f"; {instead}"
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}{hint_text}")
+        return _read_choice(value, arguments, name)
     if origin is tuple:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             raise ValueError(f"{name}: expected a list, got {value!r}")
@@ -185,35 +167,77 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
             read_value(k, kind_of_key, f"{name}: key"): read_value(v, kind_of_item, f"{name}.{k}")
             for k, v in value.items()
         }
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):  # type: ignore[arg-type]
-            return value
-        text_field = getattr(hint, "text_field", None)
-        if text_field is not None and isinstance(value, (str, os.PathLike)):
-            value = {text_field: value}
-        elif text_field is not None and not isinstance(value, Mapping):
-            raise ValueError(f"{name}: expected text or a mapping of fields, got {value!r}")
-        base = default if isinstance(default, hint) else None  # type: ignore[arg-type]
-        return from_mapping(hint, value, path=name, base=base)  # type: ignore[arg-type]
-    if hint is float and not isinstance(value, bool):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _read_group(value, hint, name, default)
+    return _read_plain(value, hint, name)
+
+
+def _read_json(value: Any, name: str) -> Any:
+    """What goes to an endpoint or a template, and to config.json."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"{name}: expected what JSON has, got {value!r}") from None
+    return value
+
+
+def _read_annotated(value: Any, arguments: tuple[Any, ...], name: str) -> Any:
+    kind, *notes = arguments
+    read = _read_bytes(value, name) if "bytes" in notes else read_value(value, kind, name)
+    if "place" in notes:
+        require(name, read, read != "", "a path or a name")
+        read = os.path.expanduser(str(read))
+    for note in notes:
+        if isinstance(note, Range):
+            require(name, read, note.holds(read), note.words)
+    return read
+
+
+def _read_choice(value: Any, choices: tuple[Any, ...], name: str) -> Any:
+    if value in choices:
+        return value
+    instead = _INSTEAD.get((name.rpartition(".")[2], str(value)))
+    close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
+    advice = instead or (f'did you mean "{close[0]}"?' if close else "")
+    listed = ", ".join(map(repr, choices))
+    raise ValueError(
+        f"{name}: expected one of {listed}, got {value!r}" + (f"; {advice}" if advice else "")
+    )
+
+
+def _read_group(value: Any, cls: type[Any], name: str, default: Any) -> Any:
+    if isinstance(value, cls):
+        return value
+    text_field = getattr(cls, "text_field", None)
+    if text_field is not None and isinstance(value, (str, os.PathLike)):
+        value = {text_field: value}
+    elif text_field is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name}: expected text or a mapping of fields, got {value!r}")
+    base = default if isinstance(default, cls) else None
+    return from_mapping(cls, value, path=name, base=base)
+
+
+def _read_plain(value: Any, kind: Any, name: str) -> Any:
+    """A number, text or a truth value, as what readers of YAML and numpy make of it."""
+    if kind is float and not isinstance(value, bool):
         # YAML 1.1 reads 1e-4 (no dot) as text.
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
-            number = float("nan")
-        if number == number and abs(number) != float("inf"):
+            number = math.nan
+        if math.isfinite(number):
             return number
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)  # numpy's integers are integers
-    if hint is str and isinstance(value, os.PathLike):
+    if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hint is str and isinstance(value, datetime.date):
+    if kind is str and isinstance(value, datetime.date):
         return value.isoformat()  # other readers of YAML take 2026-11-28 for one
-    if hint is not int and isinstance(value, hint):
+    if kind is not int and isinstance(value, kind):
         return value
-    kind = {int: "an integer", str: "text", bool: "true or false", float: "a number"}
-    raise ValueError(f"{name}: expected {kind.get(hint, hint)}, got {value!r}")
+    words = {int: "an integer", str: "text", bool: "true or false", float: "a number"}
+    raise ValueError(f"{name}: expected {words.get(kind, kind)}, got {value!r}")
 
 
 def _is_dict(hint: Any) -> bool:

@@ -179,47 +179,49 @@ def usage_words(usage: Usage) -> str:
 
 def costs(report: Report, metrics: Sequence[Mapping[str, Any]] = ()) -> list[tuple[str, str]]:
     """(name, value with its unit) of what the run cost."""
+    evaluation, bound, headroom = report.evaluation, report.bound, report.headroom
+
+    def total(name: str) -> float | None:
+        known = [m[name] for m in metrics if is_number(m.get(name))]
+        return sum(known) if known else None
+
     rows = []
-    evaluation = report.evaluation
     if evaluation is not None and evaluation.kl_per_rewrite is not None:
         rows.append(("KL per rewrite", f"{evaluation.kl_per_rewrite:.3f} nats"))
         rows.append(("KL per token", f"{number(evaluation.kl_per_token)} nats"))
-    generated = [m["generated_tokens"] for m in metrics if is_number(m.get("generated_tokens"))]
-    if generated:
-        rows.append(("generated in training", f"{sum(generated):,.0f} tokens"))
-    answered = [m["target_tokens"] for m in metrics if is_number(m.get("target_tokens"))]
-    if answered:
-        rows.append(("of them the target's", f"{sum(answered):,.0f} tokens"))
+    for name, tokens in (
+        ("generated in training", total("generated_tokens")),
+        ("of them the target's", total("target_tokens")),
+    ):
+        if tokens is not None:
+            rows.append((name, f"{tokens:,.0f} tokens"))
     used = [Usage(**m["target_usage"]) for m in metrics if m.get("target_usage")]
-    bound, headroom = report.bound, report.headroom
-    for name, of_stage in (
+    for name, usage in (
         ("target in training", sum(used, Usage()) if used else None),
         ("target in the evaluation", None if evaluation is None else evaluation.target_usage),
         ("target in the headroom", None if headroom is None else headroom.target_usage),
         ("target in the bound", None if bound is None else bound.target_usage),
         ("judge", None if evaluation is None or not evaluation.judge else evaluation.judge.usage),
     ):
-        if of_stage is not None:
-            rows.append((name, usage_words(of_stage)))
-    failed = [m["failed_responses"] for m in metrics if is_number(m.get("failed_responses"))]
-    if any(failed):
-        rows.append(("failed in training", f"{sum(failed):,} responses, left out"))
-    unscored = [m["unscored_responses"] for m in metrics if is_number(m.get("unscored_responses"))]
-    if any(unscored):
-        rows.append(("without a score in training", f"{sum(unscored):,} responses, left out"))
+        if usage is not None:
+            rows.append((name, usage_words(usage)))
     broken: Counter[str] = Counter()
     for row in metrics:
         broken.update(row.get("broken_guards") or {})
     if broken:
         which = ", ".join(f"{name} {count:,}" for name, count in broken.most_common())
         rows.append(("broke a guard in training", f"{broken.total():,} rewrites ({which})"))
-    if evaluation is not None and evaluation.failed_responses:
-        rows.append(
-            ("failed in the evaluation", f"{evaluation.failed_responses:,} responses, left out")
-        )
-    if evaluation is not None and evaluation.unscored_responses:
-        count = f"{evaluation.unscored_responses:,} responses, left out"
-        rows.append(("without a score in the evaluation", count))
+    for name, responses in (
+        ("failed in training", total("failed_responses")),
+        ("without a score in training", total("unscored_responses")),
+        ("failed in the evaluation", None if evaluation is None else evaluation.failed_responses),
+        (
+            "without a score in the evaluation",
+            None if evaluation is None else evaluation.unscored_responses,
+        ),
+    ):
+        if responses:
+            rows.append((name, f"{responses:,} responses, left out"))
     if evaluation is not None:
         rows.append(("generation", f"{evaluation.tokens_per_second:,.0f} tokens/s"))
     if report.peak_rss_bytes is not None:
