@@ -136,6 +136,34 @@ def test_guessed_lengths_are_near(smollm2):
     assert guessed.prompter == pytest.approx(known.prompter, rel=0.5)
 
 
+def test_of_an_endpoint_what_it_is_asked_is_counted_and_nothing_is_held():
+    from alignpro.price.tables import asked_line
+
+    there = {"model": "big", "endpoint": "http://127.0.0.1:9/v1"}
+    client = {"input_price": 2.0, "output_price": 10.0, "budget": {"calls": 100, "cost": 1e6}}
+    shape = {"steps": 5, "prompts_per_step": 4, "num_rewrites": 3, "num_responses": 2}
+    asks = {"response": {"max_new_tokens": 7}, **shape}
+    report = price_train(large(target={**there, "client": client}, **asks), gpu_name="H100")
+    asked, lengths = report["endpoint"], report["lengths"]
+    assert asked["name"] == "big" and asked["calls"] == 5 * 4 * 3 * 2 == 120
+    assert asked["input_tokens"] == 120 * lengths["target"]
+    assert asked["output_tokens"] == 120 * 7
+    assert asked["cost"] == pytest.approx((120 * lengths["target"] * 2 + 120 * 7 * 10) / 1e6)
+    assert asked["budgets_too_small"] == ["calls"]
+    assert "120 calls" in asked_line(asked) and "client.budget.calls may end" in asked_line(asked)
+    assert "target" not in report["models"] and report["memory"]["target weights"] == 0
+    assert "target writes" not in report["flops_per_step"]
+    assert report["left_out"][0] == "the endpoint's time"
+    # The prompter's part is what it is before a target that is here.
+    with_target = price_train(large(**asks), gpu_name="H100")
+    assert with_target["endpoint"] is None
+    for part in ("prompter reads", "prompter writes", "score backward"):
+        assert report["flops_per_step"][part] == with_target["flops_per_step"][part] > 0
+
+    free = price_train(large(target=there, **asks), gpu_name="H100")["endpoint"]
+    assert free["cost"] is None and "would say the cost" in asked_line(free)
+
+
 def test_unknown_models_and_cards_are_refused():
     with pytest.raises(FileNotFoundError, match=r"owner/else.*not among those whose sizes are"):
         price_train(large(prompter="owner/else"), gpu_name="H100")

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.bench.machine import available_bytes, rss_bytes
-from alignpro.config import ModelConfig, TrainConfig, check_local, target_of
+from alignpro.config import ModelConfig, TrainConfig, target_of
+from alignpro.models.endpoint import priced
 from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, read_rates, this_cpu
 from alignpro.price.lengths import find_lengths, local_prompts
 from alignpro.price.models import PricedModel, find_priced
-from alignpro.price.work import Phase, Work, count_step
+from alignpro.price.work import Asked, Phase, Work, count_step
 from alignpro.train.schedule import load_optimizer
 
 # Of a trained number: itself, its gradient and AdamW's two moments; what the engine works with,
@@ -31,7 +32,8 @@ def price_train(
     rates: Rates | Path | None = None,
     prompt_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """What the run would cost, as plain values; no weights are loaded and nothing is fetched.
+    """What the run would cost, as plain values; no weights are loaded and nothing is fetched. Of a
+    target behind an endpoint: what it is asked, and the price of that.
 
     Args:
         gpu_name: a card of `devices.gpu`; None is this CPU, whose limits are measured.
@@ -43,7 +45,7 @@ def price_train(
         rates = read_rates(rates)
     device = gpu(gpu_name) if gpu_name is not None else None
     answers = target_of(config.prompter, config.target)
-    check_local("target", answers, "what an endpoint's answers take is not known before they come")
+    here = answers.endpoint is None
     for name, where in (("prompter", config.prompter.device), ("target", answers.device)):
         if device is None and where != "cpu":
             raise ValueError(
@@ -51,16 +53,17 @@ def price_train(
                 "card to price it there"
             )
     prompter = find_priced(config.prompter.name)
-    target = prompter if config.target is None else find_priced(answers.name)
+    target = None
+    if here:
+        target = prompter if config.target is None else find_priced(answers.name)
+        target = target.held(*_place(device, answers))
     prompter = prompter.held(*_place(device, config.prompter))
-    target = target.held(*_place(device, answers))
-    reads, hears = prompter.tokenizer(config.prompter), target.tokenizer(answers)
     lengths = find_lengths(
         local_prompts(config.data),
         config.prompting,
         config.rewrite.max_new_tokens,
-        reads,
-        hears,
+        prompter.tokenizer(config.prompter),
+        None if target is None else target.tokenizer(answers),
         prompt_tokens,
     )
     work = count_step(config, lengths, prompter, target)
@@ -86,11 +89,13 @@ def price_train(
     if device.memory_bytes is not None:
         needs = ((total, "yes"), (least_total, "with fewer sequences at once"), (0, "no"))
         fits = next(words for need, words in needs if need <= device.memory_bytes)
+    models = {"prompter": prompter.summary()}
+    if target is not None:
+        models["target"] = target.summary() | {"shared": _shared(config, prompter, target)}
+    left_out = ["reward", "loading"] if here else ["the endpoint's time", "reward", "loading"]
     return {
-        "models": {
-            "prompter": prompter.summary(),
-            "target": target.summary() | {"shared": _shared(config, prompter, target)},
-        },
+        "models": models,
+        "endpoint": None if work.asked is None else _asked(config.steps, work.asked, answers),
         "lengths": asdict(lengths),
         "steps": config.steps,
         "tokens_per_step": work.tokens,
@@ -110,8 +115,22 @@ def price_train(
         "hours": None if expected is None else expected * config.steps / 3600,
         "least_seconds_per_step": least,
         "least_hours": least * config.steps / 3600,
-        "left_out": ["reward", "loading", *(["warm start"] if config.trained.adapter else [])],
+        "left_out": left_out + (["warm start"] if config.trained.adapter else []),
     }
+
+
+def _asked(steps: int, asked: Asked, target: ModelConfig) -> dict[str, Any]:
+    """What all steps ask of an endpoint, its price, and which budgets end the run before."""
+    calls = asked.calls * steps
+    usage = priced(asked.input_tokens * steps, asked.output_tokens * steps, target.client)
+    budget, tokens = target.client.budget, usage.input_tokens + usage.output_tokens
+    needs = {"calls": calls, "tokens": tokens, "cost": usage.cost}
+    short = [
+        name
+        for name, need in needs.items()
+        if need is not None and (most := getattr(budget, name)) is not None and most < need
+    ]
+    return {"name": target.name, "calls": calls, **asdict(usage), "budgets_too_small": short}
 
 
 def _place(card: Device | None, model: ModelConfig) -> tuple[str, str]:
@@ -131,16 +150,20 @@ def _shared(config: TrainConfig, prompter: PricedModel, target: PricedModel) -> 
 
 
 def _memory(
-    config: TrainConfig, prompter: PricedModel, target: PricedModel, work: Work, device: Device
+    config: TrainConfig,
+    prompter: PricedModel,
+    target: PricedModel | None,
+    work: Work,
+    device: Device,
 ) -> dict[str, int]:
     """Bytes by what holds them. Of keys and values, as many as all sequences of a step need at
     once; the engine takes a quarter of the free memory at most, and lets sequences wait. Those of
     earlier steps stay while there is room, for prompts that come again."""
-    shared = _shared(config, prompter, target)
+    shared = target is not None and _shared(config, prompter, target)
     alone = config.policy == "target" and not shared  # no prompter is loaded
     return {
         "prompter weights": 0 if alone else prompter.weight_bytes,
-        "target weights": 0 if shared else target.weight_bytes,
+        "target weights": 0 if shared or target is None else target.weight_bytes,
         **lora_bytes(work.lora_parameters, config.trained),
         _KV: device.kv_bytes * work.kv_elements,
         "scoring (memory_limit bounds it)": work.score_bytes,

@@ -11,9 +11,31 @@ from rich.text import Text
 
 
 def price_tables(report: dict[str, Any]) -> RenderableType:
+    asked = report["endpoint"]
     return Group(
-        _models(report), _tokens(report), _flops(report), _memory(report), Text(hours_line(report))
+        _models(report),
+        _tokens(report),
+        _flops(report),
+        _memory(report),
+        *([] if asked is None else [Text(asked_line(asked))]),
+        Text(hours_line(report)),
     )
+
+
+def asked_line(asked: dict[str, Any]) -> str:
+    """Of an endpoint, and whether its budgets suffice."""
+    line = (
+        f"{asked['name']}: {asked['calls']:,} calls, about {asked['input_tokens']:,} tokens read "
+        f"(its chat template is not known) and at most {asked['output_tokens']:,} written"
+    )
+    if asked["cost"] is None:
+        line += "; client.input_price and output_price would say the cost"
+    else:
+        line += f", cost about {asked['cost']:.4g}"
+    if asked["budgets_too_small"]:
+        names = " and ".join(f"client.budget.{name}" for name in asked["budgets_too_small"])
+        line += f". {names} may end the run before"
+    return line + "."
 
 
 def fit_tables(report: dict[str, Any]) -> RenderableType:

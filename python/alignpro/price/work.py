@@ -41,9 +41,19 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a step asks of an endpoint, which reads every conversation as a whole."""
+
+    calls: int
+    input_tokens: int
+    output_tokens: int  # at most
+
+
+@dataclass(frozen=True)
 class Work:
     phases: tuple[Phase, ...]
     tokens: dict[str, int]
+    asked: Asked | None  # where the target is not here
     lora_parameters: int
     kv_elements: int  # of keys and values of all sequences of a step at their full length
     alone_kv_elements: int  # of one rewrite and one response
@@ -110,14 +120,17 @@ class _Sampling:
 
 
 def count_step(
-    config: TrainConfig, lengths: Lengths, prompter: PricedModel, target: PricedModel
+    config: TrainConfig, lengths: Lengths, prompter: PricedModel, target: PricedModel | None
 ) -> Work:
-    """The work of one step; with ``num_responses: auto``, of the dearest that it may choose."""
+    """The work of one step; with ``num_responses: auto``, of the dearest that it may choose.
+
+    target: None behind an endpoint, whose work is not counted.
+    """
     if config.algorithm == "closed_form":
         raise ValueError("algorithm: closed_form is not priced: it samples once and then fits")
     if config.tuner != "lora":
         raise ValueError(f"tuner: {config.tuner} is not priced; lora is")
-    sampled = _samplings(config, lengths, prompter, target)
+    sampled, asked = _samplings(config, lengths, prompter, target)
     for one in sampled:
         tokens, limit = one.length + one.wrote, one.model.facts.config["context_length"]
         if tokens > limit:
@@ -140,6 +153,7 @@ def count_step(
         held += (reads.rows + writes.rows) * one.model.facts.kv_elements
     return Work(
         phases=(*phases, *score),
+        asked=asked,
         tokens={
             **counts,
             "generated": sum(one.samples * one.wrote for one in sampled),
@@ -157,16 +171,19 @@ def count_step(
 
 
 def _samplings(
-    config: TrainConfig, lengths: Lengths, prompter: PricedModel, target: PricedModel
-) -> tuple[_Sampling, ...]:
-    """Who samples in a step; the first is trained."""
+    config: TrainConfig, lengths: Lengths, prompter: PricedModel, target: PricedModel | None
+) -> tuple[tuple[_Sampling, ...], Asked | None]:
+    """Who samples here in a step, of whom the first is trained; and what an endpoint is asked."""
     rewrites, responses = config.num_rewrites, config.num_responses
     if responses == "auto":
         assert config.response_budget is not None  # the configuration's rule
         rewrites, responses = config.response_budget, 1  # more of both models' tokens than any
     prompts = config.prompts_per_step
     tuned = config.policy == "target"
-    model, length = (target, lengths.target_raw) if tuned else (prompter, lengths.prompter)
+    model, length = prompter, lengths.prompter
+    if tuned:
+        assert target is not None  # the configuration's rule
+        model, length = target, lengths.target_raw
     trained = _Sampling(
         "target" if tuned else "prompter",
         model,
@@ -180,7 +197,11 @@ def _samplings(
         wrote=(config.response if tuned else config.rewrite).max_new_tokens,
     )
     if tuned:
-        return (trained,)
+        return (trained,), None
+    if target is None:
+        calls = prompts * rewrites * responses
+        read, written = calls * lengths.target, calls * config.response.max_new_tokens
+        return (trained,), Asked(calls, read, written)
     answers = _Sampling(
         "target",
         target,
@@ -195,7 +216,7 @@ def _samplings(
         int8=target_of(config.prompter, config.target).compute == "int8",
         lanes=_lanes(target_of(config.prompter, config.target).adapter),
     )
-    return trained, answers
+    return (trained, answers), None
 
 
 def _lanes(folder: str | None) -> int:
