@@ -11,7 +11,7 @@ from typing import Any
 
 from alignpro.bench.machine import peak_rss_bytes, versions
 from alignpro.config import QuickstartConfig, to_mapping
-from alignpro.data.load import load_pairs, load_prompts, stack_columns
+from alignpro.data.load import load_prompts, stack_columns
 from alignpro.evaluate.of_run import beside_the_run
 from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, fit_inputs, load_inputs, spend
@@ -31,7 +31,7 @@ from alignpro.run_directory import CALLS, open_free_run_dir
 from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, read_metrics
 from alignpro.train.run import trainer_from
-from alignpro.train.sft import fit_pairs, warm_start
+from alignpro.train.sft import fit_pairs, read_pairs, warm_start
 from alignpro.train.soft_prompt import fresh_policy
 from alignpro.train.trackers import check_trackers
 from alignpro.train.trainer import unread_in_training
@@ -59,7 +59,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     check_trackers(train.track)
     held_out = load_inputs(evaluation)
     reward = build_reward(train.reward)
-    pairs = load_pairs(sft.data)
+    pairs, sft = read_pairs(sft)
     train_rows = load_prompts(train.data)
     watched = load_held_out(train, train_rows, load_prompts)
     check_columns(reward, stack_columns(train_rows))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from alignpro.config import LoraConfig, Prompting, SftConfig
+from alignpro.config import LoraConfig, Prompting, SftConfig, from_mapping
 from alignpro.train.policy import LoraPolicy
-from alignpro.train.sft import encode_pairs, end_of_turn, warm_start
+from alignpro.train.sft import encode_pairs, end_of_turn, read_pairs, warm_start
 from train.toy_model import EOS, GEN, MODULE, ToyModel, ToyTokenizer
 
 PLAIN = Prompting(template="{prompt}")
@@ -20,6 +21,46 @@ PAIRS = [("ab", "c"), ("d", "c"), ("a", "e"), ("b", "c")]
 def config(**changes):
     defaults = {"steps": 2, "batch_size": 4, "prompting": PLAIN, "learning_rate": 0.05}
     return SftConfig(**{**defaults, **changes})
+
+
+TEXTS = ("In steps.", "Yes or No.", "As a list.", "")
+
+
+def test_instructions_are_paired_evenly_and_without_a_look_at_the_prompt(tmp_path):
+    kinds = {"prompt": [f"{kind} {i}" for kind in "abc" for i in range(20)]}  # sorted, as files are
+    data = tmp_path / "p.csv"
+    data.write_text("prompt\n" + "\n".join(kinds["prompt"]) + "\n")
+    settings = {"data": str(data), "instructions": TEXTS, "instructions_per_prompt": 3}
+    pairs, same = read_pairs(SftConfig(**settings, seed=4))
+    assert same == SftConfig(**settings, seed=4)
+    assert Counter(pair.prompt for pair in pairs) == dict.fromkeys(kinds["prompt"], 3)
+    assert len({(pair.prompt, pair.instruction) for pair in pairs}) == len(pairs)
+    assert Counter(pair.instruction for pair in pairs) == dict.fromkeys(TEXTS, 45)
+    for kind in "abc":
+        of_kind = Counter(pair.instruction for pair in pairs if pair.prompt.startswith(kind))
+        assert all(11 <= count <= 19 for count in of_kind.values()), of_kind
+    assert pairs == read_pairs(SftConfig(**settings, seed=4))[0]
+    assert pairs != read_pairs(SftConfig(**settings, seed=5))[0]
+
+    few = read_pairs(SftConfig(**{**settings, "instructions_per_prompt": 1}))[0]
+    assert sorted(Counter(pair.instruction for pair in few).values()) == [15] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"instructions": ["a"]}, r"instructions: expected two texts or more, each once, got"),
+        ({"instructions": ["a", "b", "a"]}, r"two texts or more, each once"),
+        ({"instructions": "a"}, r"instructions: expected a list or null, got 'a'"),
+        ({"instructions": ["a", "b"]}, r"at most the 2 instructions there are, got 3"),
+        ({"instructions_per_prompt": 2}, r"its default 3 \(it goes with instructions\)"),
+        ({"instructions": TEXTS, "schema": {"path": "s.json"}}, r"schema: expected its default"),
+        ({"instructions": TEXTS, "data": {"instruction": "x"}}, r"data\.instruction: expected its"),
+    ],
+)
+def test_instructions_that_cannot_be_paired(changes, said):
+    with pytest.raises(ValueError, match=said):
+        from_mapping(SftConfig, changes)
 
 
 def test_what_is_read_and_what_is_written():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from alignpro.config.data import PairsConfig
 from alignpro.config.extract import SchemaConfig
-from alignpro.config.fields import Place, above, at_least, checked, require
+from alignpro.config.fields import Place, above, at_least, checked, only_default, require
 from alignpro.config.keys import ReadsOldKeys
 from alignpro.config.model import PROMPTER, ModelConfig, check_trainable
 from alignpro.config.prompting import PairsFitConfig, Prompting, check_tuner
@@ -22,6 +22,15 @@ class SftConfig(PairsFitConfig, metaclass=ReadsOldKeys):
     """The model that is trained, with a fresh adapter."""
     data: PairsConfig = field(default_factory=PairsConfig)
     """The pairs of prompt and instruction."""
+    instructions: tuple[str, ...] | None = None
+    """Instructions that the data's prompts are paired with at random, "" for none; null takes those
+    of the data.
+
+    Each as often as another, whatever the prompt: the prompter then knows them, and nothing of when
+    they apply, which training is to find (docs/algorithms.md).
+    """
+    instructions_per_prompt: Annotated[int, at_least(1)] = 3
+    """How many of ``instructions`` a prompt is paired with."""
     schema: SchemaConfig | None = None
     """What is taught instead of instructions: to extract records by this schema, from prompts that
     have a column of true records; null teaches instructions.
@@ -41,3 +50,13 @@ class SftConfig(PairsFitConfig, metaclass=ReadsOldKeys):
         check_trainable("prompter", self.prompter)
         adapter = self.prompter.adapter
         require("prompter.adapter", adapter, adapter is None, "null: a fresh one is trained")
+        if self.instructions is None:
+            only_default(self, "instructions_per_prompt", "with instructions")
+            return
+        only_default(self, "schema", "without instructions")
+        only_default(self.data, "instruction", "without instructions", "data.")
+        texts, count = list(self.instructions), self.instructions_per_prompt
+        distinct = len(texts) > 1 and len(set(texts)) == len(texts)
+        require("instructions", texts, distinct, "two texts or more, each once")
+        at_most = f"at most the {len(texts)} instructions there are"
+        require("instructions_per_prompt", count, count <= len(texts), at_most)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,21 @@ def load_pairs(
         PairRow(prompt_of(row, source)[1], text_of(row, source.instruction), row.place)
         for row in read_rows(source)
     ]
+
+
+def pair_at_random(
+    rows: Sequence[PromptRow], instructions: Sequence[str], per_prompt: int, seed: int
+) -> list[PairRow]:
+    """``per_prompt`` different instructions for every prompt, each used as often as another (to one
+    use), drawn without a look at the prompt."""
+    drawn, used = random.Random(seed), [0] * len(instructions)
+    pairs = []
+    for row in rows:
+        order = drawn.sample(range(len(used)), len(used))
+        for chosen in sorted(order, key=used.__getitem__)[:per_prompt]:
+            used[chosen] += 1
+            pairs.append(PairRow(row.prompt, instructions[chosen], row.place))
+    return pairs
 
 
 def load_instructions(source: str | Path | InstructionsConfig) -> list[str]:

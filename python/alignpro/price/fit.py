@@ -15,7 +15,7 @@ from alignpro.config import (
     TrainConfig,
     target_of,
 )
-from alignpro.data.load import is_local, load_pairs, load_prompts
+from alignpro.data.load import is_local, load_prompts
 from alignpro.data.preferences import load_preferences
 from alignpro.models.reading import prompter_tokens, target_tokens
 from alignpro.models.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from alignpro.price.work import lora_parameters, score_bytes
 from alignpro.train.micro_batches import Activations, fit_micro_batches
 from alignpro.train.preference import encode_preference, fit_preferences
 from alignpro.train.schedule import batch_indices
-from alignpro.train.sft import Example, encode_pairs, end_of_turn, fit_pairs, record_pairs
+from alignpro.train.sft import Example, encode_pairs, end_of_turn, fit_pairs, read_pairs
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,7 @@ def _texts(
             end_of_turn(tokenizer),
         )
         return [encode_preference(reads, row, config, end).policy for row in rows]
-    if config.schema is None:
-        pairs = load_pairs(config.data)
-    else:
-        pairs, config = record_pairs(config)
+    pairs, config = read_pairs(config)
     examples = encode_pairs(tokenizer, fit_pairs(reads, pairs, config), config.prompting, limit)
     return [(example,) for example in examples]
 

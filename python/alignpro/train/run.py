@@ -17,7 +17,7 @@ from alignpro.config import (
     check_config,
     to_mapping,
 )
-from alignpro.data.load import PromptRow, load_pairs, load_prompts, stack_columns
+from alignpro.data.load import PromptRow, load_prompts, stack_columns
 from alignpro.data.preferences import load_preferences
 from alignpro.interrupts import interruptible, interrupts_deferred
 from alignpro.lengths import fit_rows, unread_by
@@ -47,7 +47,7 @@ from alignpro.train.held_out import load_held_out
 from alignpro.train.metrics import MetricsLog, truncate_metrics
 from alignpro.train.policy import Policy, Reference, save_trained, with_policy
 from alignpro.train.preference import fit_preferences, preference_fit
-from alignpro.train.sft import fit_pairs, record_pairs, warm_start
+from alignpro.train.sft import fit_pairs, read_pairs, warm_start
 from alignpro.train.soft_prompt import check_shape, fresh_policy, policy_from
 from alignpro.train.trackers import check_trackers
 from alignpro.train.trainer import Trainer, said_of_resume, unread_in_training
@@ -70,10 +70,7 @@ def run_sft(
     directory. resume, overwrite, allow_changes, and what interrupts: as for `Trainer`.
     """
     config, _ = checked_run(config, SftConfig, resume=resume, overwrite=overwrite)
-    if config.schema is None:
-        pairs = load_pairs(config.data)
-    else:
-        pairs, config = record_pairs(config)
+    pairs, config = read_pairs(config)
     model = load_model(config.prompter, config.threads, date=config.date)
     policy, _ = fresh_policy(model, config)
     fit = warm_start(policy, fit_pairs(model, pairs, config, policy.rows), config)

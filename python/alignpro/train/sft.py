@@ -9,7 +9,7 @@ from typing import Literal
 
 from alignpro.config import FitConfig, Prompting, SftConfig
 from alignpro.data.files import DataError
-from alignpro.data.load import PairRow, load_prompts
+from alignpro.data.load import PairRow, load_pairs, load_prompts, pair_at_random
 from alignpro.extract.check import verify
 from alignpro.extract.parse import as_record
 from alignpro.extract.schema import read_schema
@@ -98,12 +98,22 @@ def fit_pairs(
     return [(pair.prompt, pair.instruction) for pair in fitted]
 
 
-def record_pairs(config: SftConfig) -> tuple[list[PairRow], SftConfig]:
-    """Texts and the records that are to be written for them, by ``config.schema``, and the
-    configuration with the schema's template.
+def read_pairs(config: SftConfig) -> tuple[list[PairRow], SftConfig]:
+    """What is to be taught, and the configuration with the template that it is taught in.
 
-    Raises DataError: a row whose record is none, or not as the schema and its text say.
+    Raises DataError: see `load_pairs`; a row whose record is none, or not as the schema and its
+    text say.
     """
+    if config.schema is not None:
+        return _record_pairs(config)
+    if config.instructions is None:
+        return load_pairs(config.data), config
+    rows, count = load_prompts(config.data), config.instructions_per_prompt
+    return pair_at_random(rows, config.instructions, count, config.seed), config
+
+
+def _record_pairs(config: SftConfig) -> tuple[list[PairRow], SftConfig]:
+    """Texts and the records that are to be written for them, by ``config.schema``."""
     assert config.schema is not None
     schema, form = read_schema(config.schema.path), config.schema.format
     rows = []
