@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,11 @@ from alignpro.data.load import load_prompts
 from alignpro.price.devices import Rates
 from alignpro.price.estimate import price_train
 from alignpro.rewards.build import build_reward
+from alignpro.train.sft import read_pairs
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILES = sorted(EXAMPLES.rglob("*.yaml"))
 PAPER = [file for file in FILES if file.parent.name == "paper"]
-TRAINING = [f for f in FILES if not f.name.startswith(("evaluate-", "prefer"))]
 
 # What the data sets' cards say they hold.
 CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
@@ -59,10 +60,18 @@ def names(files):
     return [str(file.relative_to(EXAMPLES)) for file in files]
 
 
+KINDS = {
+    "prefer.yaml": PreferConfig,
+    "rules.yaml": QuickstartConfig,
+    "sentiment.yaml": QuickstartConfig,
+}
+
+
 def kind(file):
-    if file.name == "prefer.yaml":
-        return PreferConfig
-    return EvalConfig if file.name.startswith("evaluate-") else TrainConfig
+    return KINDS.get(file.name, EvalConfig if file.name.startswith("evaluate-") else TrainConfig)
+
+
+TRAINING = [file for file in FILES if kind(file) is TrainConfig]
 
 
 def missing(cls, mapping, path=""):
@@ -93,6 +102,16 @@ def test_it_loads(file):
 @pytest.mark.parametrize("file", PAPER, ids=names(PAPER))
 def test_nothing_is_left_to_a_default(file):
     assert list(missing(kind(file), yaml.safe_load(file.read_text("utf-8")))) == []
+
+
+def test_the_rules_of_ones_own_are_complete():
+    sft, train, evaluation = load_yaml(QuickstartConfig, EXAMPLES / "rules.yaml").stages()
+    pairs, _ = read_pairs(sft)
+    assert Counter(pair.instruction for pair in pairs) == dict.fromkeys(sft.instructions, 120)
+    assert {pair.prompt for pair in pairs} == {row.prompt for row in load_prompts(train.data)}
+    # The rival may choose among all that the prompter was shown.
+    assert set(sft.instructions) - {""} < set(evaluation.static.candidates)
+    assert evaluation.data.split == "heldout"
 
 
 def test_each_data_set_has_its_oracle():
