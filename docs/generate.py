@@ -98,11 +98,18 @@ def arms() -> str:
     return table(("arm", "in a report"), ((f"`{key}`", title) for key, title in ARMS.items()))
 
 
+def rules() -> str:
+    """The example that a page is about."""
+    file = Path(__file__).parents[1] / "examples" / "rules.yaml"
+    return f'```yaml title="examples/rules.yaml"\n{file.read_text("utf-8")}```'
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "configuration": configuration,
     "commands": commands,
     "metrics": metrics,
     "arms": arms,
+    "rules": rules,
 }
 
 
