@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from alignpro.cli import app
-from alignpro.config import PreferConfig, SftConfig, from_mapping
+from alignpro.config import PreferConfig, SftConfig, TrainConfig, from_mapping
 from alignpro.models.native_model import load_model
 from alignpro.native import core
 from alignpro.price.fit import price_fit
@@ -73,6 +73,57 @@ def test_the_command_loads_no_weights_and_writes_nothing(command, settings, monk
         assert said in done.output
     assert ("under the reference" in done.output) == (command == "prefer")
     assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+FIT = {"algorithm": "closed_form", "prompts_per_step": 4, "num_rewrites": 3, "num_responses": 2}
+TARGET_KV, KV = "keys and values of the target", "keys and values"
+
+
+@pytest.fixture
+def drawn(settings, tiny_model_dir):
+    """Training by a fit to what the run draws for itself."""
+    mine = settings("sft").prompter
+    shared = {"data": "q.jsonl", "threads": 1, "prompter": {"model": mine.model}}
+    shared |= {"rewrite": {"max_new_tokens": 3}, "response": {"max_new_tokens": 5}}
+    return lambda **changes: from_mapping(TrainConfig, {**shared, **FIT, **changes})
+
+
+def test_a_closed_form_holds_a_batch_of_its_fit_and_all_that_is_drawn(drawn, tiny_model_dir):
+    pooled = price_fit(drawn(closed_form={"loss": "pooled", "batch_size": 2}))["memory"]
+    whole = price_fit(drawn())["memory"]
+    assert "scoring under the reference" in whole and "scoring under the reference" not in pooled
+    assert pooled[SCORING] < whole[SCORING]
+    assert pooled[KV] == whole[KV] > 0 and TARGET_KV not in whole  # one engine
+
+    other = {"target": {"model": str(tiny_model_dir("qwen2"))}}
+    three, one = (
+        price_fit(drawn(**other, closed_form={"loss": "pooled", "answers": answers}))["memory"]
+        for answers in (3, 1)
+    )
+    assert three["target weights"] > 0 and three[KV] == one[KV] < whole[KV]
+    assert 3 * one[TARGET_KV] > three[TARGET_KV] > 1.3 * one[TARGET_KV] > 0
+    bounded = {**other["target"], "kv_cache_bytes": 4096}
+    assert price_fit(drawn(target=bounded))["memory"][TARGET_KV] == 4096
+
+
+def test_of_an_endpoint_a_closed_form_asks_once(drawn):
+    there = {"model": "big", "endpoint": "http://127.0.0.1:9/v1"}
+    every = price_fit(drawn(target=there))
+    assert every["endpoint"]["calls"] == 8 * 3 * 2 and TARGET_KV not in every["memory"]
+    assert every["endpoint"]["output_tokens"] == 8 * 3 * 2 * 5
+    some = {"loss": "pooled", "answers": 2}
+    assert price_fit(drawn(target=there, closed_form=some))["endpoint"]["calls"] == 8 * 2 * 2
+
+
+def test_train_says_the_memory_of_a_closed_form(drawn, monkeypatch):
+    monkeypatch.setattr(core.Model, "load", None)
+    config = drawn()
+    given = ["algorithm=closed_form", f"prompter.model={config.prompter.model}", "data=q.jsonl"]
+    done = CliRunner().invoke(app, ["train", "--dry-run", *given])
+    assert done.exit_code == 0, done.output
+    assert "8 prompts, of" in done.output and "Time is not priced" in done.output
+    done = CliRunner().invoke(app, ["train", "--dry-run", "--gpu", "H100", *given])
+    assert done.exit_code == 2 and "--gpu: goes with the price of an algorithm" in done.output
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -162,11 +163,15 @@ def train(
     """Train a prompter by reinforcement learning."""
     from alignpro.config import TrainConfig
 
+    given = {"--gpu": gpu, "--rates": rates, "--prompt-tokens": prompt_tokens, "--output": output}
     if dry_run:
         needs_torch("train")
         options = read_settings(TrainConfig, config, overrides)
         check_new(output)
         check_inputs(options, resume=True)
+        if options.algorithm == "closed_form":
+            _refuse(given, "goes with the price of an algorithm that samples while it trains")
+            return say_memory(options)
         from alignpro.report.progress import Bars
 
         with Bars("loading torch") as bars:
@@ -180,10 +185,7 @@ def train(
         write_json(output, report)
         Console().print(price_tables(report))
         return
-    given = {"--gpu": gpu, "--rates": rates, "--prompt-tokens": prompt_tokens, "--output": output}
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
+    _refuse(given, "says how --dry-run prices a run; add --dry-run")
     options = training_settings(
         *("train", TrainConfig, config, overrides), resume=resume, overwrite=overwrite
     )
@@ -448,3 +450,9 @@ def info() -> None:
     rows |= {name: found.get(name, "not installed") for name in ("python", *packages)}
     for name, value in rows.items():
         typer.echo(f"{name:<14} {value}")
+
+
+def _refuse(options: Mapping[str, object], reason: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: {reason}")

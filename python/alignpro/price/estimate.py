@@ -95,7 +95,9 @@ def price_train(
     left_out = ["reward", "loading"] if here else ["the endpoint's time", "reward", "loading"]
     return {
         "models": models,
-        "endpoint": None if work.asked is None else _asked(config.steps, work.asked, answers),
+        "endpoint": None
+        if work.asked is None
+        else asked_of(answers, work.asked.times(config.steps)),
         "lengths": asdict(lengths),
         "steps": config.steps,
         "tokens_per_step": work.tokens,
@@ -119,18 +121,17 @@ def price_train(
     }
 
 
-def _asked(steps: int, asked: Asked, target: ModelConfig) -> dict[str, Any]:
-    """What all steps ask of an endpoint, its price, and which budgets end the run before."""
-    calls = asked.calls * steps
-    usage = priced(asked.input_tokens * steps, asked.output_tokens * steps, target.client)
+def asked_of(target: ModelConfig, asked: Asked) -> dict[str, Any]:
+    """What a run asks of an endpoint, its price, and which budgets end the run before."""
+    usage = priced(asked.input_tokens, asked.output_tokens, target.client)
     budget, tokens = target.client.budget, usage.input_tokens + usage.output_tokens
-    needs = {"calls": calls, "tokens": tokens, "cost": usage.cost}
+    needs = {"calls": asked.calls, "tokens": tokens, "cost": usage.cost}
     short = [
         name
         for name, need in needs.items()
         if need is not None and (most := getattr(budget, name)) is not None and most < need
     ]
-    return {"name": target.name, "calls": calls, **asdict(usage), "budgets_too_small": short}
+    return {"name": target.name, "calls": asked.calls, **asdict(usage), "budgets_too_small": short}
 
 
 def _place(card: Device | None, model: ModelConfig) -> tuple[str, str]:

@@ -1,10 +1,11 @@
-"""The memory of a fit, for `--dry-run` of `sft`, `prefer`, `self-improve` and `mix --distill`."""
+"""The memory of a fit, for `--dry-run` of `sft`, `prefer`, `self-improve`, `mix --distill` and of
+`train` with algorithm closed_form."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from alignpro.bench.machine import available_bytes
 from alignpro.config import (
@@ -19,9 +20,10 @@ from alignpro.data.load import is_local, load_prompts
 from alignpro.data.preferences import load_preferences
 from alignpro.models.reading import prompter_tokens, target_tokens
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.price.estimate import lora_bytes, process_bytes
+from alignpro.price.estimate import asked_of, lora_bytes, process_bytes
+from alignpro.price.lengths import find_lengths, local_prompts
 from alignpro.price.models import PricedModel, find_priced
-from alignpro.price.work import lora_parameters, score_bytes
+from alignpro.price.work import Asked, lora_parameters, score_bytes
 from alignpro.train.micro_batches import Activations, fit_micro_batches
 from alignpro.train.preference import encode_preference, fit_preferences
 from alignpro.train.schedule import batch_indices
@@ -38,13 +40,13 @@ class _Reads:
 
 
 # What is fitted to texts that are drawn in the run itself, of which the most is known.
-DrawnConfig = SelfImproveConfig | TrainConfig  # the latter with closed_form.mixture
+DrawnConfig = SelfImproveConfig | TrainConfig  # the latter with algorithm closed_form
 
 
 def price_fit(config: SftConfig | PreferConfig | DrawnConfig) -> dict[str, Any]:
     """What the fit holds in memory at most, as plain values; no weights are loaded and nothing is
     fetched. Of pairs that are there by those of every step, of what a run draws for itself by texts
-    of its greatest length.
+    of its greatest length. Of a target behind an endpoint: what it is asked, and the price of that.
 
     Raises ValueError: data or a model that is not on this machine, a device or tuner that is not
     priced, and what the fit itself refuses of its pairs.
@@ -73,24 +75,33 @@ def price_fit(config: SftConfig | PreferConfig | DrawnConfig) -> dict[str, Any]:
         micro_batches = max(micro_batches, len(plan))
         for micro in plan:
             part, begins = micro.of(sequences), micro.of(starts)
-            other = 0 if isinstance(config, SftConfig) else bytes_of(part, begins, "recompute")
+            other = bytes_of(part, begins, "recompute") if _reads_reference(config) else 0
             held.append((bytes_of(part, begins, micro.activations), other))
     score, reference = max(held, key=sum)
     scoring = {"scoring (memory_limit bounds it)": score}
     if reference:
         scoring["scoring under the reference"] = reference
     parameters = lora_parameters(model, config)
-    models, memory = {"trained": model}, {"weights": model.weight_bytes}
+    models, memory, asked = {"trained": model}, {"weights": model.weight_bytes}, None
     if isinstance(config, DrawnConfig):
         answers = _answers(config)
         if answers is not None:
             models["target"] = find_priced(answers.name).held("cpu", answers.resolved_compute)
             memory["target weights"] = models["target"].weight_bytes
-        memory["keys and values, all at once"] = _kv_bytes(config, trained, model, texts)
+        positions = _positions(config, texts)
+        if isinstance(config, TrainConfig) and config.closed_form.mixture is None:
+            of_target, asked = _answering(config, model, models)
+            if answers is None:  # one engine
+                positions += of_target
+            else:
+                kv = _kv_bytes(answers, models["target"], of_target)
+                memory["keys and values of the target"] = kv
+        memory["keys and values"] = _kv_bytes(trained, model, positions)
     memory |= {**lora_bytes(parameters, trained), **scoring, **process_bytes(parameters)}
     total, there = sum(memory.values()), available_bytes()
     return {
         "models": {role: one.summary() for role, one in models.items()},
+        "endpoint": asked,
         "rows": len(texts),
         "rows_are": "prompts" if isinstance(config, TrainConfig) else "pairs",
         "longest_tokens": max(len(example.tokens) for group in texts for example in group),
@@ -106,7 +117,9 @@ def _batches(
     config: SftConfig | PreferConfig | DrawnConfig, texts: list[tuple[Example, ...]]
 ) -> Iterator[list[Example]]:
     """What is scored at once: in every step, or, where that is drawn yet, in the longest."""
-    size = config.prompts_per_step if isinstance(config, TrainConfig) else config.batch_size
+    size = config.batch_size if not isinstance(config, TrainConfig) else config.prompts_per_step
+    if _is_pooled(config):
+        size = config.closed_form.batch_size
     if isinstance(config, DrawnConfig):
         longest = sorted(texts, key=lambda group: -len(group[0].tokens))
         yield [example for group in longest[:size] for example in group]
@@ -117,24 +130,61 @@ def _batches(
         yield [example for index in chosen for example in texts[index]]
 
 
+def _is_pooled(config: Any) -> TypeGuard[TrainConfig]:
+    """One text of a prompt is fitted at a time, without a look at the reference."""
+    return isinstance(config, TrainConfig) and config.closed_form.loss == "pooled"
+
+
+def _reads_reference(config: SftConfig | PreferConfig | DrawnConfig) -> bool:
+    return not isinstance(config, SftConfig) and not _is_pooled(config)
+
+
 def _answers(config: DrawnConfig) -> ModelConfig | None:
     """The target, where it takes memory of its own here."""
     answers = target_of(config.prompter, config.target)
     mine = config.policy == "target" or answers.endpoint is not None
-    return None if mine or config.prompter.runs_like(answers) else answers
+    same = answers.name == config.prompter.name and config.prompter.runs_like(answers)
+    return None if mine or same else answers
 
 
-def _kv_bytes(
-    config: DrawnConfig, trained: ModelConfig, model: PricedModel, texts: list[tuple[Example, ...]]
-) -> int:
-    """Of the texts that are drawn, while the engine has room for them: a quarter of the memory."""
+def _positions(config: DrawnConfig, texts: list[tuple[Example, ...]]) -> int:
+    """Of all texts that are drawn."""
     if isinstance(config, TrainConfig):
-        drawn, texts = config.num_rewrites, texts[: config.prompts_per_step]
+        drawn = config.num_rewrites
     else:
         drawn = config.candidates * (sum(config.keep) if config.policy == "target" else 1)
-    positions = sum(e.start + drawn * (len(e.tokens) - e.start) for e, *_ in texts)
-    limit = trained.kv_cache_bytes or (available_bytes() or 0) // 4
+    return sum(e.start + drawn * (len(e.tokens) - e.start) for e, *_ in texts)
+
+
+def _kv_bytes(config: ModelConfig, model: PricedModel, positions: int) -> int:
+    """Keys and values of so many positions, as far as the engine keeps them: in a quarter of the
+    free memory, where nothing is said."""
+    limit = config.kv_cache_bytes or (available_bytes() or 0) // 4
     return min(limit, 4 * int(model.facts.kv_elements) * positions)
+
+
+def _answering(
+    config: TrainConfig, model: PricedModel, models: Mapping[str, PricedModel]
+) -> tuple[int, dict[str, Any] | None]:
+    """Positions of the target for its answers, or what an endpoint is asked for them."""
+    answers = target_of(config.prompter, config.target)
+    here = models.get("target", model) if answers.endpoint is None else None
+    lengths = find_lengths(
+        local_prompts(config.data),
+        config.prompting,
+        config.rewrite.max_new_tokens,
+        model.tokenizer(config.prompter),
+        None if here is None else here.tokenizer(answers),
+    )
+    assert config.num_responses != "auto"  # the configuration's rule
+    prompts = config.closed_form.num_prompts or len(load_prompts(config.data))
+    contexts = prompts * (config.closed_form.answers or config.num_rewrites)
+    calls, written = contexts * config.num_responses, config.response.max_new_tokens
+    if here is None:
+        asked = Asked(calls, calls * lengths.target, calls * written)
+        return 0, asked_of(answers, asked)
+    read = prompts * lengths.target_head + contexts * (lengths.target - lengths.target_head)
+    return read + calls * written, None
 
 
 def _texts(
@@ -165,7 +215,8 @@ def _longest_texts(
     """Of each prompt the pair, or the rewrites, as long as they may become."""
     rows = load_prompts(config.data)
     if isinstance(config, TrainConfig):
-        rows, count = rows[: config.closed_form.num_prompts], config.num_rewrites
+        rows = rows[: config.closed_form.num_prompts]
+        count = 1 if _is_pooled(config) else config.num_rewrites
     else:
         rows, count = rows[: config.num_prompts], 2
     of_target = config.policy == "target"

@@ -11,15 +11,16 @@ from rich.text import Text
 
 
 def price_tables(report: dict[str, Any]) -> RenderableType:
-    asked = report["endpoint"]
     return Group(
-        _models(report),
-        _tokens(report),
-        _flops(report),
-        _memory(report),
-        *([] if asked is None else [Text(asked_line(asked))]),
+        *(_models(report), _tokens(report), _flops(report), _memory(report)),
+        *_asked(report),
         Text(hours_line(report)),
     )
+
+
+def _asked(report: dict[str, Any]) -> list[Text]:
+    asked = report["endpoint"]
+    return [] if asked is None else [Text(asked_line(asked))]
 
 
 def asked_line(asked: dict[str, Any]) -> str:
@@ -45,7 +46,7 @@ def fit_tables(report: dict[str, Any]) -> RenderableType:
     line += "" if has is None else f", of {_size(has)} that are free on this machine"
     line += f". {report['rows']} {report['rows_are']}, of {report['longest_tokens']} tokens at "
     line += f"most; {report['micro_batches']} micro-batches a step at most. Time is not priced."
-    return Group(_models(report), _memory(report), Text(line))
+    return Group(_models(report), _memory(report), *_asked(report), Text(line))
 
 
 def hours_line(report: dict[str, Any]) -> str:

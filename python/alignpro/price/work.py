@@ -42,18 +42,21 @@ class Phase:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a step asks of an endpoint, which reads every conversation as a whole."""
+    """What an endpoint is asked, which reads every conversation as a whole."""
 
     calls: int
     input_tokens: int
     output_tokens: int  # at most
+
+    def times(self, steps: int) -> Asked:
+        return Asked(self.calls * steps, self.input_tokens * steps, self.output_tokens * steps)
 
 
 @dataclass(frozen=True)
 class Work:
     phases: tuple[Phase, ...]
     tokens: dict[str, int]
-    asked: Asked | None  # where the target is not here
+    asked: Asked | None  # in a step, where the target is not here
     lora_parameters: int
     kv_elements: int  # of keys and values of all sequences of a step at their full length
     alone_kv_elements: int  # of one rewrite and one response
@@ -127,7 +130,9 @@ def count_step(
     target: None behind an endpoint, whose work is not counted.
     """
     if config.algorithm == "closed_form":
-        raise ValueError("algorithm: closed_form is not priced: it samples once and then fits")
+        raise ValueError(
+            "algorithm: the time of closed_form is not priced; `price_fit` says memory"
+        )
     if config.tuner != "lora":
         raise ValueError(f"tuner: {config.tuner} is not priced; lora is")
     sampled, asked = _samplings(config, lengths, prompter, target)
