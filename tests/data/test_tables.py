@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from alignpro.config import DataConfig
-from alignpro.data import PromptRow, load_prompts
+from alignpro.data import DataError, PromptRow, load_prompts
 from alignpro.types import Conversation
 
 
@@ -43,6 +44,50 @@ def test_other_text_that_begins_with_a_bracket_is_text(write, text):
     assert [row.prompt for row in load_prompts(write("a.jsonl", jsonl([{"prompt": text}])))] == [
         text
     ]
+
+
+TALK = [{"role": "user", "content": 'say "}\\n {" \\\\'}, {"role": "assistant", "content": "it's"}]
+TALK.append({"role": "user", "content": "x" * 90})
+
+
+def printed_by_numpy(items):
+    """As pandas' `to_csv` writes the lists of a Parquet file or a Dataset."""
+    array = np.empty(len(items), dtype=object)
+    array[:] = items
+    return str(array)
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_a_cell_holds_messages_as_numpy_prints_them(write, column):
+    written = printed_by_numpy(TALK)
+    assert "}\n {" in written or "} {" in written  # no comma
+    cell = written.replace('"', '""')
+    (row,) = load_prompts(write("a.csv", f'{column}\n"{cell}"\n'))
+    assert row.prompt.messages == TALK
+
+
+@pytest.mark.parametrize("written", ['["a\'s", "b"]', """["a's", 'b']""", """["a's" 'b']"""])
+def test_a_cell_holds_turns(write, written):
+    cell = written.replace('"', '""')
+    (row,) = load_prompts(write("a.csv", f'turns\n"{cell}"\n'))
+    assert row == PromptRow("a's", {"turns": ["a's", "b"]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(TALK)[:-30],
+        json.dumps(TALK)[:60],
+        repr(TALK)[:-1],
+        "[{'role': 'user', 'content': array([{'type': 'text', 'text': 'a'}], dtype=object)}]",
+    ],
+)
+def test_a_part_of_messages_is_no_prompt(write, text):
+    with pytest.raises(DataError, match=r"line 1, column 'prompt': expected messages as JSON, got"):
+        load_prompts(write("a.jsonl", jsonl([{"prompt": text}])))
+    question = json.dumps(TALK) + " What is wrong with that?"
+    (row,) = load_prompts(write("a.jsonl", jsonl([{"prompt": question}])))
+    assert row.prompt == question
 
 
 def test_system_messages_are_left_out_on_request(write):

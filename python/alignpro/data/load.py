@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,8 @@ PROMPT_COLUMNS = ("prompt", "messages", "conversations", "turns")
 _SYSTEM = {"system", "developer"}
 # What Alpaca, Dolly and BPO put beside a user's instruction: it belongs to the prompt.
 _BESIDE_INSTRUCTION = ("input", "context")
+# What LLaMA-Factory's and TRL's data hold beside a prompt: models would answer another one.
+_UNREAD = ("history", "images", "videos", "audios", "tools")
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -103,6 +106,11 @@ def load_prompts(
     messages with another role or what is no text (images, tool calls); for a column "instruction"
     alone beside an "input" or "context" that belongs to it.
     """
+    if not isinstance(source, (str, Path, DataConfig)):
+        raise DataError(
+            f"source: expected a path or a DataConfig, got {type_name(source)}; rows in memory are "
+            "written to a file (to_parquet of a Dataset), or given to a Trainer as prompts"
+        )
     if not isinstance(source, DataConfig):
         source = DataConfig(str(source), split=split, prompt=_as_columns(column))
     prompts = []
@@ -110,7 +118,7 @@ def load_prompts(
         names, prompt, reply, is_chat = prompt_of(row, source)
         others = {key: value for key, value in row.values.items() if key not in names}
         if "turns" in names:
-            others["turns"] = row.values["turns"]
+            others["turns"] = list_in_text(row.values["turns"])
         if reply is not None:
             others.setdefault("reference", reply)
         prompts.append(PromptRow(prompt, others, row.place, is_chat))
@@ -239,8 +247,18 @@ def prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, st
             f"{where}: {beside[0]!r} beside it is a part of the prompt; name both, as "
             f"data.prompt=[instruction, {beside[0]}], or take the column out of the data"
         )
+    for name in _UNREAD:
+        if name not in names and isinstance(row.values.get(name), list) and row.values[name]:
+            raise DataError(
+                f"{where}: {name!r} beside it is a part of the prompt that is not read; earlier "
+                "turns belong into messages; otherwise leave the row or the column out of the data"
+            )
     value = chat_in_text(value)
     try:
+        if isinstance(value, str) and _is_cut_chat(value):
+            raise ValueError("expected messages as JSON, got the beginning of some, or malformed")
+        if column == "turns":
+            value = list_in_text(value)
         if column in PROMPT_COLUMNS[1:] and isinstance(value, str):
             raise ValueError("expected a list, got text; a prompt as text is in 'prompt'")
         if column == "turns":
@@ -284,7 +302,11 @@ def _up_to_last_user_turn(messages: Sequence[Message]) -> tuple[Conversation, st
 
 
 def openai_form(chat: Any) -> Any:
-    """ShareGPT's messages as {"role", "content"}; others as they are."""
+    """ShareGPT's messages as {"role", "content"}, and those of an Arrow table that has a list of
+    each; others as they are."""
+    columns = list(chat.values()) if isinstance(chat, Mapping) else []
+    if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+        chat = [dict(zip(chat, turn, strict=True)) for turn in zip(*columns, strict=True)]
     if not isinstance(chat, Sequence) or isinstance(chat, (str, bytes)):
         return chat
     messages = []
@@ -297,23 +319,53 @@ def openai_form(chat: Any) -> Any:
                     f"message {index}: expected 'from' to be one of {known}, got "
                     f"{message['from']!r}"
                 )
-            message = {"role": role, "content": message["value"]}
+            message = {**message, "role": role, "content": message["value"]}
         messages.append(message)
     return messages
 
 
 def chat_in_text(value: Any) -> Any:
-    """The messages that a text is the JSON of, or what Python prints of them: a table has no lists.
+    """The messages that a text is written for (`list_in_text`). Anything else as it is."""
+    chat = list_in_text(value)
+    messages = isinstance(chat, list) and all(isinstance(m, dict) for m in chat)
+    if messages and chat and all(m.keys() & {"role", "from"} for m in chat):
+        return chat
+    return value
+
+
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|"""
+_ELEMENT = re.compile(rf"({_QUOTED}\}})(\s+(?=['\"{{]))?", re.DOTALL)
+_BRACKET = re.compile(rf"{_QUOTED}[\[\]]", re.DOTALL)
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
+
+
+def list_in_text(value: Any) -> Any:
+    """The list that a text is the JSON of, or what Python prints of it: a table has no lists.
     Anything else as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, _printed):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            chat = read(value)
-            messages = isinstance(chat, list) and all(isinstance(m, dict) for m in chat)
-            if messages and chat and all(m.keys() & {"role", "from"} for m in chat):
-                return chat
+            return read(value)
     return value
+
+
+def _printed(text: str) -> Any:
+    """Of an array of NumPy, such as pandas writes, no commas part the elements."""
+    commas = _ELEMENT.sub(lambda found: found[1] + "," * (found[2] is not None), text)
+    return ast.literal_eval(commas.strip())
+
+
+def _is_cut_chat(text: str) -> bool:
+    """Whether a text that is no messages begins as they do, and ends within them or with them."""
+    if not _MESSAGES.match(text):
+        return False
+    depth = 0
+    for found in _BRACKET.finditer(text):
+        depth += {"[": 1, "]": -1}.get(found[0], 0)
+        if not depth:
+            return not text[found.end() :].strip()
+    return True
 
 
 def _first_turn(turns: Any) -> Any:
