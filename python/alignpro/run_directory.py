@@ -43,7 +43,8 @@ _MARK = "This directory is a run of alignpro: `--overwrite` may empty it.\n"
 _PEFT = r"adapter_config\.json|adapter_model\.safetensors|base_model\.json|prompter\.json"
 # Answers and verdicts that were paid for stay where they are: they serve other runs as well.
 _PAID = re.compile(
-    rf"{re.escape(CALLS)}|(?:evaluation|safety|headroom|bound)\.json\.(?:calls|judge|judge\.calls)\.jsonl"
+    rf"(?:{re.escape(CALLS)}|(?:evaluation|safety|headroom|bound)\.json"
+    rf"\.(?:calls|judge|judge\.calls)\.jsonl)(?:{re.escape(LOCKED)})?"
 )
 # Paths in the directory, "/" between their parts.
 # Rounds of self-improvement are runs of their own in one.
@@ -307,7 +308,7 @@ def is_free(folder: Path) -> bool:
     """Whether a folder is empty, or of a run that did not do its first step."""
     entries = [(e, known, e.relative_to(folder).as_posix()) for e, known in _walk(folder)]
     if not is_run_dir(folder):
-        return all(name in (LOCK, CALLS) for _, _, name in entries)
+        return all(name in (LOCK, CALLS, CALLS + LOCKED) for _, _, name in entries)
     return all(
         known and (_BEFORE_A_STEP.fullmatch(name) or _is_log_without_a_line(entry))
         for entry, known, name in entries
