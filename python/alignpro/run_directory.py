@@ -239,8 +239,10 @@ def _check(path: Path, resume: bool, overwrite: bool) -> Path:
     is_run = path.is_dir() and is_run_dir(path)
     if resume:
         if not (is_run and (path / CONFIG).is_file()):
-            missing = CONFIG if is_run else f"{MARKER}, which marks one,"
-            raise FileNotFoundError(f"{where}: no run to resume there (no {missing} in it)")
+            missing = f"{CONFIG} in it"
+            if not is_run:
+                missing = f"whole {MARKER} in it, which marks one; copies need hidden files, too"
+            raise FileNotFoundError(f"{where}: no run to resume there (no {missing})")
         return path
     if not path.is_dir() or is_free(path):
         return path
@@ -321,11 +323,12 @@ def _is_log_without_a_line(entry: Path) -> bool:
 
 def run_of_config(path: str | Path | None) -> Path | None:
     """The run directory that a file is the config.json of; None for another file. Where the run was
-    copied or moved to is where it goes on, whatever ``run_dir`` in the file says."""
+    copied or moved to is where it goes on, whatever ``run_dir`` in the file says; a copy without
+    its marker is none to go on with, and still no reason to go on with the original."""
     if path is None or Path(path).name != CONFIG:
         return None
     folder = Path(path).parent
-    return folder if is_run_dir(folder) else None
+    return folder if is_run_dir(folder) or (folder / FINGERPRINTS).exists() else None
 
 
 def run_around(*paths: str | Path | None) -> Path | None:
