@@ -23,15 +23,27 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with _named(path):
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """A full disk fails in a write, whose error does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -82,7 +94,7 @@ def append_line(path: str | Path, line: str) -> None:
 
     Where the disk is full nothing is added: half a line would spoil the next one.
     """
-    with Path(path).open("ab", buffering=0) as file:
+    with _named(path), Path(path).open("ab", buffering=0) as file:
         before = os.fstat(file.fileno()).st_size
         rest = memoryview((line + "\n").encode())
         try:
@@ -143,7 +155,9 @@ def check_folder(path: Path) -> None:
     if not there.is_dir():
         raise FileExistsError(f"{path}: expected a folder, and {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: cannot be written, {there} is another's")
+        raise PermissionError(
+            f"{path}: cannot be written: no permission to write in {there}, or a read-only disk"
+        )
 
 
 def check_new_folder(path: Path) -> None:
