@@ -139,29 +139,6 @@ def test_sharegpt_and_parts_of_text(write):
     assert third == "Bake bread"
 
 
-def test_messages_of_an_arrow_table_with_a_list_of_each(write):
-    openai = {"role": ["system", "user"], "content": ["Be kind.", "Bake bread"]}
-    share = {"from": ["system", "human"], "value": ["Be kind.", "Bake bread"]}
-    rows = [{"messages": openai}, {"conversations": share}]
-    for row in load_prompts(write("a.jsonl", jsonl(rows))):
-        assert row.prompt.messages == [SYSTEM, LAST]
-    with pytest.raises(DataError, match="expected text or a chat, got dict"):
-        load_prompts(write("a.jsonl", jsonl([{"messages": LAST}])))
-
-
-@pytest.mark.parametrize("column", ["history", "images", "videos", "audios", "tools"])
-@pytest.mark.parametrize("row", [{"prompt": "Bake bread"}, {"messages": [SYSTEM, LAST]}])
-def test_what_belongs_to_a_prompt_and_is_not_read_is_refused(write, row, column):
-    assert len(load_prompts(write("a.jsonl", jsonl([{**row, column: []}, {**row, column: None}]))))
-    with pytest.raises(DataError, match=rf"line 2, .*: '{column}' beside it is a part of the"):
-        load_prompts(write("a.jsonl", jsonl([row, {**row, column: ["x"]}])))
-
-
-def test_rows_in_memory_are_no_source():
-    with pytest.raises(DataError, match="source: expected a path or a DataConfig, got list; rows"):
-        load_prompts([{"prompt": "x"}])
-
-
 def parts(*texts):
     return [{"type": "text", "text": text} for text in texts]
 
@@ -337,8 +314,8 @@ def chat(*roles):
         ("a.jsonl", jsonl([{"turns": [" "]}]), "got an empty string"),
         (
             "a.jsonl",
-            jsonl([{"conversations": [{"from": "observation", "value": "x"}]}]),
-            "message 0: expected 'from' to be one of human, .*got 'observation'",
+            jsonl([{"conversations": [{"from": ["observation"], "value": "x"}]}]),
+            "message 0: expected 'from' to be one of human, .*got .*observation",
         ),
         (
             "a.jsonl",
@@ -354,11 +331,6 @@ def chat(*roles):
             "a.jsonl",
             jsonl([{"prompt": [{"role": "user", "content": "x", "tool_calls": [{}]}]}]),
             "message 0: expected text alone, got 'tool_calls' beside it",
-        ),
-        (
-            "a.jsonl",
-            jsonl([{"conversations": [{"from": "human", "value": "x", "videos": ["x.mp4"]}]}]),
-            "message 0: expected text alone, got 'videos' beside it",
         ),
         (
             "a.jsonl",

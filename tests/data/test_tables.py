@@ -104,3 +104,32 @@ def test_what_a_spreadsheet_leaves_around_a_table(write):
         PromptRow("hi", {"answer": " yo"}),
         PromptRow("ho", {"answer": ""}),
     ]
+
+
+def test_messages_of_an_arrow_table_with_a_list_of_each(write):
+    openai = {"role": ["system", "user"], "content": ["Be kind.", "it's [1]"]}
+    share = {"from": ["system", "human"], "value": ["Be kind.", "it's [1]"]}
+    rows = [{"messages": openai}, {"conversations": share}]
+    for row in load_prompts(write("a.jsonl", jsonl(rows))):
+        assert row.prompt.messages == CHAT
+    with pytest.raises(DataError, match="expected text or a chat, got dict"):
+        load_prompts(write("a.jsonl", jsonl([{"messages": CHAT[1]}])))
+
+
+@pytest.mark.parametrize("column", ["history", "images", "videos", "audios", "tools"])
+@pytest.mark.parametrize("row", [{"prompt": "x"}, {"messages": CHAT}])
+def test_what_belongs_to_a_prompt_and_is_not_read_is_refused(write, row, column):
+    assert len(load_prompts(write("a.jsonl", jsonl([{**row, column: []}, {**row, column: None}]))))
+    with pytest.raises(DataError, match=rf"line 2, .*: '{column}' beside it is a part of the"):
+        load_prompts(write("a.jsonl", jsonl([row, {**row, column: ["x"]}])))
+
+
+def test_what_belongs_to_a_message_of_sharegpt_is_refused_too(write):
+    share = [{"from": "human", "value": "x", "videos": ["x.mp4"]}]
+    with pytest.raises(DataError, match="message 0: expected text alone, got 'videos' beside it"):
+        load_prompts(write("a.jsonl", jsonl([{"conversations": share}])))
+
+
+def test_rows_in_memory_are_no_source():
+    with pytest.raises(DataError, match="source: expected a path or a DataConfig, got list; rows"):
+        load_prompts([{"prompt": "x"}])

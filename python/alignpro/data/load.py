@@ -13,10 +13,6 @@ Errors are DataError, one line that names the source, the line or row, and the c
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +27,7 @@ from alignpro.data.files import (
     read_file,
     suffix_of,
 )
+from alignpro.data.messages import chat_in_text, is_cut_chat, list_in_text, openai_form
 from alignpro.optional import import_for
 from alignpro.types import Conversation, Message, Prompt, not_unicode, text_messages, type_name
 
@@ -52,13 +49,6 @@ _SYSTEM = {"system", "developer"}
 _BESIDE_INSTRUCTION = ("input", "context")
 # What LLaMA-Factory's and TRL's data hold beside a prompt: models would answer another one.
 _UNREAD = ("history", "images", "videos", "audios", "tools")
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 class DataRow(Protocol):
@@ -255,7 +245,7 @@ def prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, st
             )
     value = chat_in_text(value)
     try:
-        if isinstance(value, str) and _is_cut_chat(value):
+        if isinstance(value, str) and is_cut_chat(value):
             raise ValueError("expected messages as JSON, got the beginning of some, or malformed")
         if column == "turns":
             value = list_in_text(value)
@@ -299,73 +289,6 @@ def _up_to_last_user_turn(messages: Sequence[Message]) -> tuple[Conversation, st
             f"expected a chat that ends in a user turn, or in the answer to it, got roles {roles}"
         )
     return Conversation.of(messages[:end]), after[0]["content"] if len(after) == 1 else None
-
-
-def openai_form(chat: Any) -> Any:
-    """ShareGPT's messages as {"role", "content"}, and those of an Arrow table that has a list of
-    each; others as they are."""
-    columns = list(chat.values()) if isinstance(chat, Mapping) else []
-    if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
-        chat = [dict(zip(chat, turn, strict=True)) for turn in zip(*columns, strict=True)]
-    if not isinstance(chat, Sequence) or isinstance(chat, (str, bytes)):
-        return chat
-    messages = []
-    for index, message in enumerate(chat):
-        if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
-            role = _SHAREGPT_ROLES.get(message["from"])
-            if role is None:
-                known = ", ".join(_SHAREGPT_ROLES)
-                raise ValueError(
-                    f"message {index}: expected 'from' to be one of {known}, got "
-                    f"{message['from']!r}"
-                )
-            message = {**message, "role": role, "content": message["value"]}
-        messages.append(message)
-    return messages
-
-
-def chat_in_text(value: Any) -> Any:
-    """The messages that a text is written for (`list_in_text`). Anything else as it is."""
-    chat = list_in_text(value)
-    messages = isinstance(chat, list) and all(isinstance(m, dict) for m in chat)
-    if messages and chat and all(m.keys() & {"role", "from"} for m in chat):
-        return chat
-    return value
-
-
-_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|"""
-_ELEMENT = re.compile(rf"({_QUOTED}\}})(\s+(?=['\"{{]))?", re.DOTALL)
-_BRACKET = re.compile(rf"{_QUOTED}[\[\]]", re.DOTALL)
-_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
-
-
-def list_in_text(value: Any) -> Any:
-    """The list that a text is the JSON of, or what Python prints of it: a table has no lists.
-    Anything else as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    for read in (json.loads, _printed):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return read(value)
-    return value
-
-
-def _printed(text: str) -> Any:
-    """Of an array of NumPy, such as pandas writes, no commas part the elements."""
-    commas = _ELEMENT.sub(lambda found: found[1] + "," * (found[2] is not None), text)
-    return ast.literal_eval(commas.strip())
-
-
-def _is_cut_chat(text: str) -> bool:
-    """Whether a text that is no messages begins as they do, and ends within them or with them."""
-    if not _MESSAGES.match(text):
-        return False
-    depth = 0
-    for found in _BRACKET.finditer(text):
-        depth += {"[": 1, "]": -1}.get(found[0], 0)
-        if not depth:
-            return not text[found.end() :].strip()
-    return True
 
 
 def _first_turn(turns: Any) -> Any:
