@@ -69,6 +69,11 @@ def test_one_prompt_in_all_its_forms():
     )
     with pytest.raises(ValueError, match="message 0: expected one of the roles"):
         Conversation((("tool", "x"),), "last")
+    for history in ("ab", ["ab"], CHAT):
+        with pytest.raises(ValueError, match="history: expected pairs of role and content, got"):
+            Conversation(history, "last")
+    with pytest.raises(ValueError, match=r"last_turn: expected text, got nothing \(null\)"):
+        Conversation((), None)
     lone = Conversation.of([{"role": "user", "content": "Why?"}])
     assert lone == Conversation.of("Why?")
     assert lone.short == lone.plain == lone.text == "Why?"
@@ -102,8 +107,10 @@ def test_a_text_where_a_list_is_wanted_is_refused():
     pipeline = Pipeline(FakeModel(), FakeModel(), None)
     with pytest.raises(ValueError, match="prompts: expected a list of prompts, got str"):
         pipeline.rollout("Why?")
-    with pytest.raises(ValueError, match="prompts: expected a list of chats, got one chat"):
+    with pytest.raises(ValueError, match=r"prompts: expected a list .* got one chat; put it into"):
         pipeline.respond(CHAT)
+    with pytest.raises(ValueError, match=r"got rows with \['messages'\]; give the column"):
+        pipeline.respond([{"messages": CHAT}])
     with pytest.raises(ValueError, match="expected a list of rewrites of prompt 0, got text"):
         pipeline.answer(["Why?"], ["briefly"])
     with pytest.raises(ValueError, match="texts: expected 2 lists, got text"):

@@ -340,6 +340,18 @@ def test_a_copy_of_a_run_is_a_run_of_its_own(tmp_path):
     assert run_of_config(tmp_path / "plain" / CONFIG) is None
 
 
+@pytest.mark.parametrize("marker", [None, "This directory"])
+def test_a_copy_without_its_marker_is_not_the_original(tmp_path, marker):
+    """As `cp run/* copy` leaves it, or a copy that was cut short."""
+    make_run(tmp_path / "copy", [CONFIG, "fingerprints.json"])
+    (tmp_path / "copy" / MARKER).unlink()
+    if marker is not None:
+        (tmp_path / "copy" / MARKER).write_text(marker)
+    assert run_of_config(tmp_path / "copy" / CONFIG) == tmp_path / "copy"
+    with pytest.raises(FileNotFoundError, match=r"no whole \.alignpro-run in it.*hidden files"):
+        check_run_dir(tmp_path / "copy", resume=True)
+
+
 def test_a_line_is_added_whole_or_not_at_all(tmp_path):
     """A file may not grow beyond 4096 bytes, as on a disk that is full."""
     code = """

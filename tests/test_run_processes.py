@@ -199,6 +199,7 @@ def test_a_full_disk_costs_no_checkpoint_that_was_there(place):
         [sys.executable, "-c", FULL, *arguments], cwd=place, capture_output=True, text=True
     )
     assert done.returncode == 2 and "File too large; after step 6; go on with" in done.stderr
+    assert "alignpro: run/checkpoints/step-000006.partial/" in done.stderr  # what did not fit
     assert [f.name for f in (place / "run" / "checkpoints").iterdir()] == ["step-000003"]
     assert run(place, "train", "run/config.json", "--resume")[0] == 0
     assert run(place, "train", "train.yaml", "steps=8", "run_dir=whole")[0] == 0

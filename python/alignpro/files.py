@@ -23,15 +23,27 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with _named(path):
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """A full disk fails in a write, whose error does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -82,7 +94,7 @@ def append_line(path: str | Path, line: str) -> None:
 
     Where the disk is full nothing is added: half a line would spoil the next one.
     """
-    with Path(path).open("ab", buffering=0) as file:
+    with _named(path), Path(path).open("ab", buffering=0) as file:
         before = os.fstat(file.fileno()).st_size
         rest = memoryview((line + "\n").encode())
         try:
@@ -94,11 +106,15 @@ def append_line(path: str | Path, line: str) -> None:
             raise
 
 
-def read_kept(path: Path, take: Callable[[int, Any], None], expected: str) -> None:
-    """Give the rows of a file that grows line by line to ``take``, with their numbers from 1.
+def read_kept(
+    path: Path, take: Callable[[int, Any], None], expected: str, *, repair: bool = True
+) -> bool:
+    """Give the rows of a file that grows line by line to ``take``, with their numbers from 1, and
+    return whether it can grow as it is.
 
     A last line that a crash cut short is left out, and cut off the file once the others are taken;
-    one of which the line feed alone is missing, as editors leave it, is a line.
+    one of which the line feed alone is missing, as editors leave it, is a line. repair: whether the
+    file may be written to, which it may not while another process adds to it.
 
     Raises:
         ValueError: no UTF-8 text, or a line that is no JSON, or that ``take`` refuses by
@@ -120,8 +136,9 @@ def read_kept(path: Path, take: Callable[[int, Any], None], expected: str) -> No
                 f"{path}, line {number}: expected {expected}; move the file away"
             ) from None
     whole = "".join(f"{line}\n" for line in lines)
-    if whole != text:
+    if whole != text and repair:
         write_file(path, whole)
+    return repair or whole == text
 
 
 def _is_json(text: str) -> bool:
@@ -138,7 +155,9 @@ def check_folder(path: Path) -> None:
     if not there.is_dir():
         raise FileExistsError(f"{path}: expected a folder, and {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: cannot be written, {there} is another's")
+        raise PermissionError(
+            f"{path}: cannot be written: no permission to write in {there}, or a read-only disk"
+        )
 
 
 def check_new_folder(path: Path) -> None:
@@ -197,17 +216,29 @@ def being_written(*paths: Path | None) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         for path in paths:
-            if path is None:
-                continue
-            at = path.with_name(path.name + LOCKED)
-            file = lock_file(at)
-            if file is None:
-                raise FileExistsError(
-                    f"{path}: {lock_holder(at)} is writing it; wait for it to end, or name another"
-                )
-            held.callback(file.close)
-            held.callback(at.unlink, missing_ok=True)  # before it is let go
+            if path is not None:
+                held.callback(hold_file(path))
         yield
+
+
+def hold_file(path: Path) -> Callable[[], None]:
+    """Hold a file that is to be written, by a lock beside it; what is returned lets it go.
+
+    Raises:
+        FileExistsError: another process writes it.
+    """
+    at = path.with_name(path.name + LOCKED)
+    file = lock_file(at)
+    if file is None:
+        raise FileExistsError(
+            f"{path}: {lock_holder(at)} is writing it; wait for it to end, or name another"
+        )
+
+    def let_go() -> None:
+        at.unlink(missing_ok=True)  # before another can take it
+        file.close()
+
+    return let_go
 
 
 def _is_at(file: TextIO, path: Path) -> bool:

@@ -43,7 +43,8 @@ _MARK = "This directory is a run of alignpro: `--overwrite` may empty it.\n"
 _PEFT = r"adapter_config\.json|adapter_model\.safetensors|base_model\.json|prompter\.json"
 # Answers and verdicts that were paid for stay where they are: they serve other runs as well.
 _PAID = re.compile(
-    rf"{re.escape(CALLS)}|(?:evaluation|safety|headroom|bound)\.json\.(?:calls|judge|judge\.calls)\.jsonl"
+    rf"(?:{re.escape(CALLS)}|(?:evaluation|safety|headroom|bound)\.json"
+    rf"\.(?:calls|judge|judge\.calls)\.jsonl)(?:{re.escape(LOCKED)})?"
 )
 # Paths in the directory, "/" between their parts.
 # Rounds of self-improvement are runs of their own in one.
@@ -238,8 +239,10 @@ def _check(path: Path, resume: bool, overwrite: bool) -> Path:
     is_run = path.is_dir() and is_run_dir(path)
     if resume:
         if not (is_run and (path / CONFIG).is_file()):
-            missing = CONFIG if is_run else f"{MARKER}, which marks one,"
-            raise FileNotFoundError(f"{where}: no run to resume there (no {missing} in it)")
+            missing = f"{CONFIG} in it"
+            if not is_run:
+                missing = f"whole {MARKER} in it, which marks one; copies need hidden files, too"
+            raise FileNotFoundError(f"{where}: no run to resume there (no {missing})")
         return path
     if not path.is_dir() or is_free(path):
         return path
@@ -307,7 +310,7 @@ def is_free(folder: Path) -> bool:
     """Whether a folder is empty, or of a run that did not do its first step."""
     entries = [(e, known, e.relative_to(folder).as_posix()) for e, known in _walk(folder)]
     if not is_run_dir(folder):
-        return all(name in (LOCK, CALLS) for _, _, name in entries)
+        return all(name in (LOCK, CALLS, CALLS + LOCKED) for _, _, name in entries)
     return all(
         known and (_BEFORE_A_STEP.fullmatch(name) or _is_log_without_a_line(entry))
         for entry, known, name in entries
@@ -320,11 +323,12 @@ def _is_log_without_a_line(entry: Path) -> bool:
 
 def run_of_config(path: str | Path | None) -> Path | None:
     """The run directory that a file is the config.json of; None for another file. Where the run was
-    copied or moved to is where it goes on, whatever ``run_dir`` in the file says."""
+    copied or moved to is where it goes on, whatever ``run_dir`` in the file says; a copy without
+    its marker is none to go on with, and still no reason to go on with the original."""
     if path is None or Path(path).name != CONFIG:
         return None
     folder = Path(path).parent
-    return folder if is_run_dir(folder) else None
+    return folder if is_run_dir(folder) or (folder / FINGERPRINTS).exists() else None
 
 
 def run_around(*paths: str | Path | None) -> Path | None:

@@ -19,7 +19,10 @@ class Message(TypedDict):
 Chat = Sequence[Message]
 Texts = Sequence[str]  # of a batch, one a row
 ROLES = ("system", "developer", "user", "assistant")  # of the messages of a prompt
-_NOT_TEXT = ("tool_calls", "function_call", "tool_call_id", "images", "audio")
+_NOT_TEXT = (
+    *("tool_calls", "function_call", "tool_call_id"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,21 @@ class Conversation:
     last_turn: str
 
     def __post_init__(self) -> None:
-        history = tuple((role, content) for role, content in self.history)
+        pairs = [] if isinstance(self.history, str) else self.history
+        if pairs is not self.history or any(isinstance(p, (str, Mapping)) for p in pairs):
+            raise ValueError(
+                f"history: expected pairs of role and content, got {self.history!r:.60}; "
+                "Conversation.of reads messages"
+            )
+        history = tuple((role, content) for role, content in pairs)
         for index, (role, content) in enumerate(history):
             if role not in ROLES:
                 expected = f"expected one of the roles {', '.join(ROLES)}"
                 raise ValueError(f"message {index}: {expected}, got {role!r}")
             _as_text(content, index)
         object.__setattr__(self, "history", history)
+        if not isinstance(self.last_turn, str):
+            raise ValueError(f"last_turn: expected text, got {type_name(self.last_turn)}")
         if not self.last_turn.strip():
             raise ValueError("expected text or a chat, got an empty string as last user turn")
 

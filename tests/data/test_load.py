@@ -314,8 +314,8 @@ def chat(*roles):
         ("a.jsonl", jsonl([{"turns": [" "]}]), "got an empty string"),
         (
             "a.jsonl",
-            jsonl([{"conversations": [{"from": "observation", "value": "x"}]}]),
-            "message 0: expected 'from' to be one of human, .*got 'observation'",
+            jsonl([{"conversations": [{"from": ["observation"], "value": "x"}]}]),
+            "message 0: expected 'from' to be one of human, .*got .*observation",
         ),
         (
             "a.jsonl",

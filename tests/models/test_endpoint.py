@@ -665,6 +665,87 @@ def test_an_answer_that_no_reply_was_read_as_is_refused(server, tmp_path, change
         model(server, calls)
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from alignpro.models.calls import CallFile
+calls = CallFile(Path(sys.argv[1]))
+calls.hold()
+print("held", flush=True)
+sys.stdin.readline()
+calls.put_changes("chat/completions", {"seed": None})
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that adds to the file of calls, and then adds a line and ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "calls.jsonl")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.communicate("\n", timeout=60)
+
+
+def test_one_process_adds_to_a_file_and_others_replay_it(server, tmp_path, request):
+    calls = tmp_path / "calls.jsonl"
+    ask(model(server, calls), "a", "b")
+    gc.collect()  # this process lets go with the model
+    holder = request.getfixturevalue("holder")
+    cut = calls.read_bytes()[:-20]  # a line that is being written
+    calls.write_bytes(cut)
+    other = model(server, calls)
+    assert ask(other, "a")[0].text == "heard a"
+    line = rf"calls\.jsonl: process {holder.pid} on .* is writing it; wait for it to end, or name"
+    with pytest.raises(FileExistsError, match=line):
+        ask(other, "b")
+    assert calls.read_bytes() == cut and len(server.asked) == 2  # not made, and nothing repaired
+
+
+def test_a_file_without_an_answer_is_refused_before_anything_is_loaded(server, tmp_path, holder):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "calls.jsonl")
+    for calls in (tmp_path / "calls.jsonl", link):
+        with pytest.raises(FileExistsError, match=r"calls\.jsonl: process \d+ on .* is writing it"):
+            model(server, calls=str(calls))
+
+
+def test_what_another_process_added_meanwhile_is_not_asked_again(server, tmp_path):
+    server.answer = random_answers
+    calls = tmp_path / "calls.jsonl"
+    ask(model(server, calls), "a")
+    late, before = model(server, calls), calls.read_bytes()
+    # As another process does it.
+    calls.write_bytes(b"")
+    (known,) = ask(model(server, tmp_path / "other.jsonl"), "b")
+    calls.write_bytes(before + (tmp_path / "other.jsonl").read_bytes())
+    assert ask(late, "b")[0] == known
+    assert late.calls.attempts == 2 == len(server.asked)
+    assert (tmp_path / "calls.jsonl.lock").exists()
+    del late
+    gc.collect()
+    assert not (tmp_path / "calls.jsonl.lock").exists()
+
+
+@pytest.mark.parametrize("changes", [{"seed": 6}, {"sample": 1}, {"request": {"model": "small"}}])
+def test_a_request_that_was_edited_is_refused(server, tmp_path, changes):
+    calls = tmp_path / "calls.jsonl"
+    body = {"logit_bias": {9: 1, 10: 1}}  # numbers, as YAML has them
+    ask(model(server, calls, body=body), "a")
+    assert ask(model(server, calls, body=body), "a")[0].text == "heard a"
+    assert len(server.asked) == 1
+    row = json.loads(calls.read_text())
+    for key, value in changes.items():
+        row[key] = row[key] | value if isinstance(value, dict) else value
+    calls.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"calls.jsonl, line 1: expected a recorded call with the"):
+        model(server, calls)
+
+
 def test_a_file_of_ones_own_is_named_in_the_configuration(server, tmp_path):
     ask(model(server, tmp_path / "run/calls.jsonl", calls=str(tmp_path / "own.jsonl")), "a")
     assert (tmp_path / "own.jsonl").read_text().count("\n") == 1

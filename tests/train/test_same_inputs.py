@@ -200,6 +200,14 @@ def test_what_lies_elsewhere_is_the_same(place, caplog):
         make_trainer(replace(more, steps=5, data=DataConfig("p.jsonl", split=None)), resume=True)
 
 
+def test_an_adapter_of_another_name_is_compared_with_the_one_that_was_kept(place):
+    make_trainer(config(place)).train()
+    save_peft(place / "other", lora(load_model(place / "model", threads=1), seed=5, modules=2))
+    named = replace(config(place).prompter, adapter=str(place / "other"))
+    with pytest.raises(ValueError, match=r"other: not what the run began with, which is in .*/ref"):
+        make_trainer(config(place, prompter=named, steps=3), resume=True)
+
+
 def test_a_warm_start_and_a_closed_form_whose_files_lie_elsewhere(place, caplog):
     pairs = [{"prompt": row["prompt"], "instruction": "Be brief."} for row in ROWS]
     (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))

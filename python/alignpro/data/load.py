@@ -13,9 +13,6 @@ Errors are DataError, one line that names the source, the line or row, and the c
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +28,7 @@ from alignpro.data.files import (
     read_file,
     suffix_of,
 )
+from alignpro.data.messages import chat_in_text, is_cut_chat, list_in_text, openai_form
 from alignpro.optional import import_for
 from alignpro.types import Conversation, Message, Prompt, not_unicode, text_messages, type_name
 
@@ -50,13 +48,8 @@ PROMPT_COLUMNS = ("prompt", "messages", "conversations", "turns")
 _SYSTEM = {"system", "developer"}
 # What Alpaca, Dolly and BPO put beside a user's instruction: it belongs to the prompt.
 _BESIDE_INSTRUCTION = ("input", "context")
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+# What LLaMA-Factory's and TRL's data hold beside a prompt: models would answer another one.
+_UNREAD = ("history", "images", "videos", "audios", "tools")
 
 
 class DataRow(Protocol):
@@ -104,6 +97,11 @@ def load_prompts(
     messages with another role or what is no text (images, tool calls); for a column "instruction"
     alone beside an "input" or "context" that belongs to it.
     """
+    if not isinstance(source, (str, Path, DataConfig)):
+        raise DataError(
+            f"source: expected a path or a DataConfig, got {type_name(source)}; rows in memory are "
+            "written to a file (to_parquet of a Dataset), or given to a Trainer as prompts"
+        )
     if not isinstance(source, DataConfig):
         source = DataConfig(str(source), split=split, prompt=_as_columns(column))
     prompts = []
@@ -111,7 +109,7 @@ def load_prompts(
         names, prompt, reply, is_chat = prompt_of(row, source)
         others = {key: value for key, value in row.values.items() if key not in names}
         if "turns" in names:
-            others["turns"] = row.values["turns"]
+            others["turns"] = list_in_text(row.values["turns"])
         if reply is not None:
             others.setdefault("reference", reply)
         prompts.append(PromptRow(prompt, others, row.place, is_chat))
@@ -255,8 +253,18 @@ def prompt_of(row: Row, source: DataConfig) -> tuple[tuple[str, ...], Prompt, st
             f"{where}: {beside[0]!r} beside it is a part of the prompt; name both, as "
             f"data.prompt=[instruction, {beside[0]}], or take the column out of the data"
         )
+    for name in _UNREAD:
+        if name not in names and isinstance(row.values.get(name), list) and row.values[name]:
+            raise DataError(
+                f"{where}: {name!r} beside it is a part of the prompt that is not read; earlier "
+                "turns belong into messages; otherwise leave the row or the column out of the data"
+            )
     value = chat_in_text(value)
     try:
+        if isinstance(value, str) and is_cut_chat(value):
+            raise ValueError("expected messages as JSON, got the beginning of some, or malformed")
+        if column == "turns":
+            value = list_in_text(value)
         if column in PROMPT_COLUMNS[1:] and isinstance(value, str):
             raise ValueError("expected a list, got text; a prompt as text is in 'prompt'")
         if column == "turns":
@@ -297,39 +305,6 @@ def _up_to_last_user_turn(messages: Sequence[Message]) -> tuple[Conversation, st
             f"expected a chat that ends in a user turn, or in the answer to it, got roles {roles}"
         )
     return Conversation.of(messages[:end]), after[0]["content"] if len(after) == 1 else None
-
-
-def openai_form(chat: Any) -> Any:
-    """ShareGPT's messages as {"role", "content"}; others as they are."""
-    if not isinstance(chat, Sequence) or isinstance(chat, (str, bytes)):
-        return chat
-    messages = []
-    for index, message in enumerate(chat):
-        if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
-            role = _SHAREGPT_ROLES.get(message["from"])
-            if role is None:
-                known = ", ".join(_SHAREGPT_ROLES)
-                raise ValueError(
-                    f"message {index}: expected 'from' to be one of {known}, got "
-                    f"{message['from']!r}"
-                )
-            message = {"role": role, "content": message["value"]}
-        messages.append(message)
-    return messages
-
-
-def chat_in_text(value: Any) -> Any:
-    """The messages that a text is the JSON of, or what Python prints of them: a table has no lists.
-    Anything else as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            chat = read(value)
-            messages = isinstance(chat, list) and all(isinstance(m, dict) for m in chat)
-            if messages and chat and all(m.keys() & {"role", "from"} for m in chat):
-                return chat
-    return value
 
 
 def _first_turn(turns: Any) -> Any:

@@ -21,13 +21,12 @@ from alignpro.data.files import DataError, Row
 from alignpro.data.load import (
     PROMPT_COLUMNS,
     as_read,
-    chat_in_text,
     check_unicode,
-    openai_form,
     prompt_of,
     read_rows,
     value_of,
 )
+from alignpro.data.messages import chat_in_text, openai_form
 from alignpro.types import Conversation, Prompt, text_messages, type_name
 
 _log = logging.getLogger(__name__)

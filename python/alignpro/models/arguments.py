@@ -34,11 +34,21 @@ def is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def refuse_rows(prompts: Sequence[Any]) -> None:
+    """Refuse what is iterated over as prompts and is one chat, or rows with a column of them.
+    Raises ValueError."""
+    if not len(prompts) or not isinstance(prompts[0], Mapping):
+        return
+    got = "one chat; put it into a list"
+    if "role" not in prompts[0]:
+        got = f"rows with {sorted(map(str, prompts[0]))}; give the column that holds the prompts"
+    raise ValueError(f"prompts: expected a list of texts or chats, got {got}")
+
+
 def check_prompts(prompts: Any) -> Sequence[Prompt]:
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts: expected a list of prompts, got {type(prompts).__name__}")
-    if prompts and isinstance(prompts[0], Mapping):
-        raise ValueError("prompts: expected a list of chats, got one chat; put it into a list")
+    refuse_rows(prompts)
     if prompts and is_int(prompts[0]):
         raise ValueError("prompts: expected a list of token lists, got one; put it into a list")
     return prompts

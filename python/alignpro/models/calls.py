@@ -3,18 +3,22 @@
 A call is known by everything that it asks for and by its draw. Requests that brought no answer are
 written down as well, with what they took; what the endpoint made of the parameters; and where a run
 went on without an answer, the reason.
+
+One process adds to a file, from its first new call on; others may read it meanwhile.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
+import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignpro.files import append_line, read_kept
+from alignpro.files import append_line, hold_file, read_kept
 from alignpro.models.reply import Answer
 
 CHAT, SCORE = "chat/completions", "completions"
@@ -34,7 +38,8 @@ class Call:
         asked = asdict(self)
         if self.path == CHAT:
             del asked["path"]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        plain = json.loads(json.dumps(asked))  # keys that are numbers are sorted as the texts
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 class CallFile:
@@ -43,19 +48,42 @@ class CallFile:
     Holds requests and answers as they are, and never a key.
 
     Raises:
-        ValueError: a line that is no call; a last line that a crash cut short is dropped.
+        ValueError: a line that is no call; a last line that a crash cut short is passed over.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.replayed = 0
+        self._lock = threading.RLock()
+        self._held: _Held | None = None
+        self._read(repair=False)
+
+    def _read(self, *, repair: bool) -> None:
         self._known: dict[str, Answer | str] = {}  # a text: why there is none
         self.changes: dict[str, dict[str, str | None]] = {}  # by path; see `dialect.Dialect`
         # Of all that is written down: requests sent, and tokens read and written.
         self.attempts = self.input_tokens = self.output_tokens = 0
-        self._lock = threading.Lock()
-        if path is not None and path.exists():
-            read_kept(path, lambda number, row: self._take(row), "a recorded call")
+        self._as_read: object = None
+        if self.path is not None and self.path.exists():
+            before = _status(self.path)
+            take, expected = self._take_kept, "a recorded call with the request that it was made by"
+            if read_kept(self.path, take, expected, repair=repair):
+                self._as_read = before
+
+    def hold(self) -> bool:
+        """Take the file, to add to it, and read what others did meanwhile: whether there is such.
+
+        Raises:
+            FileExistsError: another process adds to it.
+        """
+        with self._lock:
+            if self._held is not None or self.path is None:
+                return False
+            self._held = _Held.of(self.path)
+            if not self.path.exists() or _status(self.path) == self._as_read:
+                return False
+            self._read(repair=True)
+            return True
 
     def __len__(self) -> int:
         return len(self._known)
@@ -87,7 +115,8 @@ class CallFile:
         """That a run went on without an answer; once, however often that is replayed."""
         if self._known.get(call.key) == reason:
             return
-        self._add({"key": call.key, "request": call.body, "failed": reason})
+        draw = {"seed": call.seed, "sample": call.sample}
+        self._add({"key": call.key, "request": call.body, **draw, "failed": reason})
 
     def put_changes(self, path: str, changes: dict[str, str | None]) -> None:
         """What the endpoint refuses at a path, and what is sent instead."""
@@ -95,9 +124,17 @@ class CallFile:
 
     def _add(self, row: dict[str, Any]) -> None:
         with self._lock:
+            self.hold()
             self._take(row)
             if self.path is not None:
                 append_line(self.path, json.dumps(row))
+
+    def _take_kept(self, number: int, row: dict[str, Any]) -> None:
+        if "request" in row and "seed" in row:  # failures of older files have none
+            path = SCORE if "prompt" in row["request"] else CHAT
+            if Call(row["request"], row["seed"], row["sample"], path).key != row["key"]:
+                raise ValueError(row["key"])  # the request was edited, and its answer is another's
+        self._take(row)
 
     def _take(self, row: dict[str, Any]) -> None:
         if "changes" in row:
@@ -112,6 +149,33 @@ class CallFile:
             self.attempts += int(row["attempts"])  # in older files those before it as well
             self.input_tokens += took["input_tokens"] or 0
             self.output_tokens += took["output_tokens"] or 0
+
+
+def _status(path: Path) -> object:
+    """Another one after any change of the file."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class _Held:
+    """A file that this process adds to, for as long as somebody refers to it: a target and a judge
+    may share one."""
+
+    def __init__(self, path: Path) -> None:
+        weakref.finalize(self, hold_file(path))
+
+    @classmethod
+    def of(cls, path: Path) -> _Held:
+        name = os.path.realpath(path)
+        with _holding:
+            held = _held.get(name)
+            if held is None:
+                held = _held[name] = cls(Path(name))
+        return held
+
+
+_held: weakref.WeakValueDictionary[str, _Held] = weakref.WeakValueDictionary()
+_holding = threading.Lock()
 
 
 def _checked(answer: Answer) -> Answer:

@@ -34,6 +34,8 @@ class EndpointModel:
     Raises:
         ValueError: there is no key and nothing to replay, or ``calls`` is no such file.
         FileNotFoundError: the folder of ``config.client.calls``.
+        FileExistsError: another process adds to ``config.client.calls``; where something is in it,
+            the first call that is not raises that.
     """
 
     def __init__(self, config: ModelConfig, calls: Path | None = None) -> None:
@@ -49,6 +51,8 @@ class EndpointModel:
         self._joining = threading.RLock()
         if not len(self.calls):
             self._http.read_key()
+            if named is not None:
+                self.calls.hold()
 
     def __repr__(self) -> str:
         return f"EndpointModel({self.name!r}, {self.endpoint!r})"
@@ -63,6 +67,8 @@ class EndpointModel:
         with self._joining:
             under_way = self._under_way.get(call.key)
             known = None if under_way is not None else self.calls.get(call)
+            if under_way is None and known is None and self.calls.hold():
+                known = self.calls.get(call)
             if under_way is None and known is None:
                 started = self._http.start(call)
                 under_way = self._under_way[call.key] = _Shared(started, self._joining)

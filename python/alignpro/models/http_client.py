@@ -314,7 +314,6 @@ class _Account:
 
     def __init__(self, budget: Budget, config: ModelConfig, calls: CallFile) -> None:
         self._budget, self._config, self._calls = budget, config, calls
-        self._sent = calls.attempts  # requests
         self._tokens = [0, 0]  # reserved: to be read, to be written
         self._under_way = 0
 
@@ -333,7 +332,6 @@ class _Account:
                     "what was answered is not asked for again"
                 )
             await asyncio.sleep(_BUDGET_POLL)
-        self._sent += 1
         self._add(1, read, written)
         return self._held(read, written)
 
@@ -354,7 +352,8 @@ class _Account:
         budget, client = self._budget, self._config.client
         read += self._calls.input_tokens + self._tokens[0]
         written += self._calls.output_tokens + self._tokens[1]
-        if budget.calls is not None and self._sent + 1 > budget.calls:
+        sent = self._calls.attempts + self._under_way
+        if budget.calls is not None and sent + 1 > budget.calls:
             return f"{budget.calls} calls"
         if budget.tokens is not None and read + written > budget.tokens:
             return f"{budget.tokens} tokens"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignpro.config import Prompting
+from alignpro.models.arguments import refuse_rows
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.soft_prompt import SoftRows, chat_tokens
 from alignpro.models.tokenizer import Tokenizer, count_words
@@ -27,8 +28,7 @@ def read_prompts(prompts: Sequence[PromptLike]) -> list[Prompt]:
     """
     if isinstance(prompts, (str, bytes, Mapping, Conversation)):
         raise ValueError(f"prompts: expected a list of prompts, got {type(prompts).__name__}")
-    if len(prompts) and isinstance(prompts[0], Mapping):
-        raise ValueError("prompts: expected a list of chats, got one chat; put it into a list")
+    refuse_rows(prompts)
     read = []
     for index, prompt in enumerate(prompts):
         with naming(f"prompt {index}"):

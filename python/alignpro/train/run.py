@@ -33,6 +33,7 @@ from alignpro.run_directory import (
     RunDirectory,
     check_kind,
     check_run_dir,
+    config_of_run,
     one_line,
     open_run_dir,
     recorded_date,
@@ -281,12 +282,13 @@ def starting_weights(
 ) -> AdapterWeights | None:
     """Where training starts: what the run that is resumed kept of it, else the configuration's.
 
-    Raises ValueError for an adapter of another shape than the configuration asks for."""
+    Raises ValueError for an adapter of another shape than the configuration asks for, and for
+    another one than the run that is resumed began with."""
     given = config.trained.adapter
     kept = None if run_dir is None else run_dir / "reference"
-    if kept is not None and kept.exists():
+    if run_dir is not None and kept is not None and kept.exists():
         try:
-            return model.load_adapter(kept)
+            weights = model.load_adapter(kept)
         except (OSError, ValueError) as error:
             if given is None:
                 raise ValueError(
@@ -294,11 +296,27 @@ def starting_weights(
                     "its training began with"
                 ) from None
             _log.warning("%s: damaged (%s); reading %s again", kept, one_line(error), given)
+        else:
+            before = config_of_run(run_dir)
+            assert not isinstance(before, SftConfig)  # `check_kind`
+            if given is not None and given != before.trained.adapter:
+                _check_same_adapter(weights, model.load_adapter(given), given, kept)
+            return weights
     if given is None:
         return None
     weights = model.load_adapter(given)
     check_shape(config, weights)
     return weights
+
+
+def _check_same_adapter(
+    kept: AdapterWeights, given: AdapterWeights, name: str, reference: Path
+) -> None:
+    if fingerprints.of_adapter(kept) != fingerprints.of_adapter(given):
+        raise ValueError(
+            f"cannot resume: adapter {name}: not what the run began with, which is in {reference}; "
+            "run_dir=... starts another run"
+        )
 
 
 def trainer_from(
