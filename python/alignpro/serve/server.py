@@ -230,7 +230,7 @@ def _unsent(transport: asyncio.WriteTransport) -> int:
 
 
 def _frame_as_it_is(cycle: RequestResponseCycle) -> None:
-    """A 304 may say the length of the body that it does not have, and an answer without a length
+    """A 204 or 304 may say the length of a body that it does not have, and an answer of no length
     to a client of HTTP/1.0, which knows no chunks, ends with the connection (RFC 9112, 6)."""
     send = cycle.send
     has_no_frame = False
@@ -242,7 +242,7 @@ def _frame_as_it_is(cycle: RequestResponseCycle) -> None:
             if is_1_0 and all(name != b"content-length" for name, _ in message["headers"]):
                 cycle.chunked_encoding = False
                 has_no_frame = True
-            has_no_frame = has_no_frame or message["status"] == 304
+            has_no_frame = has_no_frame or message["status"] in (204, 304)
         elif has_no_frame:
             cycle.expected_content_length = len(message.get("body", b""))
         await send(message)
