@@ -376,6 +376,49 @@ def test_headers_that_are_too_long_are_said_to_be(proxy):
         assert raw.startswith(b"HTTP/1.1 400") and b"max_header allows more" in raw
 
 
+def test_trailers_are_no_headers_and_have_an_end(echo, proxy):
+    for path in (b"/v1/chat/completions", b"/v1/files"):
+        head = b"POST " + path + b" HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n"
+        begun = head + b"Connection: close\r\n\r\n" + chunk(BODY) + b"0\r\n"
+        raw = proxy.raw(begun + b"x-alignpro: shadow\r\nx-trailer: 1\r\n\r\n")
+        assert raw.startswith(b"HTTP/1.1 200") and b"shadow" not in raw
+        names = [name for name, _ in echo.got[-1].headers]
+        assert echo.got[-1].body == BODY and b"x-trailer" not in names
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
+            client.sendall(begun + b"x-trailer: ")
+            with pytest.raises(ConnectionError):  # 200 MB were held
+                for _ in range(200):
+                    client.sendall(b"x" * 10**6)
+
+
+def test_what_is_no_http_behind_a_request_does_not_cut_its_answer():
+    sent = threading.Event()
+
+    def reply(got, send):
+        send(STREAM_HEAD + chunk(b"one"))
+        assert sent.wait(20)
+        send(chunk(b"two") + b"0\r\n\r\n")
+
+    two = b"POST /v1/files HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nwhat?\r\n"
+    with (
+        RawUpstream(reply) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0)) as proxy,
+    ):
+        for behind in (b"}\r\n\r\n", two, b"x" * 10**6):
+            sent.clear()
+            with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as client:
+                client.sendall(request().replace(b"Connection: close", b"Connection: x"))
+                got = b""
+                while b"one" not in got:
+                    got += client.recv(65536)
+                client.sendall(behind)
+                time.sleep(0.2)
+                sent.set()
+                while data := client.recv(65536):
+                    got += data
+            assert got.endswith(b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n") and b"HTTP/1.1 400" not in got
+
+
 def test_a_client_of_http_1_0_gets_no_chunks():
     def reply(got, send):
         send(STREAM_HEAD + chunk(b"data: one\n\n") + chunk(b"data: two\n\n") + b"0\r\n\r\n")
