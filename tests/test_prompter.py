@@ -94,6 +94,15 @@ def test_rewrites_are_drawn_otherwise_than_in_training(run, prompter):
             alignpro.Prompter.from_run(run, sampling={key: 3}, model=prompter.model)
 
 
+def test_a_model_that_is_loaded_is_read_with_the_runs_chat_template(run, prompter):
+    other = prompter.model.with_template("{{ messages[0].content }}!", date="2000-01-01")
+    made = alignpro.Prompter.from_run(run, model=other)
+    assert made.model.tokenizer.template_settings == prompter.model.tokenizer.template_settings
+    assert made.rewrite("the heron", seed=3).text == prompter.rewrite("the heron", seed=3).text
+    with pytest.raises(ValueError, match="device: expected none beside a model that is loaded"):
+        alignpro.Prompter.from_run(run, model=other, device="cpu")
+
+
 def test_a_warm_start_is_a_prompter_too(tiny_model_dir, tmp_path):
     folder = tmp_path / "sft"
     model = alignpro.ModelConfig(str(tiny_model_dir("llama")))

@@ -114,17 +114,23 @@ class Prompter:
         Args:
             sampling: fields of `SamplingParams` in which rewrites are drawn otherwise than in
                 training, such as ``{"temperature": 0.0}``.
-            model: one with the run's base weights that is loaded already; None loads it.
+            model: one with the run's base weights that is loaded already, whatever its chat
+                template; None loads it.
             options: fields of `ModelConfig` that are to be others here, such as ``device``.
 
         Raises:
             FileNotFoundError: no run, or one without an adapter yet. ValueError: a run that tuned
-                the target, or no such field. Otherwise as the class.
+                the target, no such field, or ``options`` for a ``model``. Otherwise as the class.
         """
         config = config_of_prompter(run)
         params = from_mapping(SamplingParams, sampling or {}, path="sampling", base=config.rewrite)
+        base = config.prompter
         if model is None:
-            model = load_model(config.prompter, threads, date=config.date, **options)
+            model = load_model(base, threads, date=config.date, **options)
+        elif options:
+            raise ValueError(f"{next(iter(options))}: expected none beside a model that is loaded")
+        else:
+            model = model.with_template(base.chat_template, base.chat_template_kwargs, config.date)
         return cls(
             model,
             Path(run) / "adapter",

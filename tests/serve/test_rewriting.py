@@ -346,7 +346,8 @@ def test_a_stream_is_the_same_text_in_pieces(client):
     for event in client.chat.completions.create(
         **asked, n=2, stream=True, stream_options={"include_usage": True}
     ):
-        usage = event.usage or usage
+        assert usage is None and "usage" in event.model_fields_set  # null in all but the last
+        usage = event.usage
         for choice in event.choices:
             texts[choice.index] += choice.delta.content or ""
             ends[choice.index] = choice.finish_reason or ends.get(choice.index)

@@ -185,6 +185,63 @@ def test_what_an_upstream_says_unasked_is_nobodys_answer():
         assert proxy.raw(request(CHAT, body=b"two")).endswith(b"\r\n\r\ntwo")
 
 
+@pytest.mark.parametrize(
+    ("line", "sends", "status", "body"),
+    [
+        (CHAT, b"HTTP/1.1 204 No Content\r\ncontent-length: 2\r\n\r\n{}", b"204", b""),
+        (
+            CHAT,
+            b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            b"204",
+            b"",
+        ),
+        (b"HEAD /v1/models", answer(b"a body"), b"200", b""),
+        (CHAT, answer(b"one") + b"more", b"200", b"one"),
+        (CHAT, STREAM_HEAD + chunk(b"one") + b"0\r\n\r\nmore", b"200", b"3\r\none\r\n0\r\n\r\n"),
+    ],
+)
+def test_what_stands_behind_an_answer_does_not_cost_it(line, sends, status, body, caplog):
+    with (
+        RawUpstream(lambda got, send: send(sends)) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0)) as proxy,
+    ):
+        for _ in range(2):
+            head, _, came = proxy.raw(request(line, body=b"{}")).partition(b"\r\n\r\n")
+            assert head.split()[1] == status and came == body
+    assert not caplog.records
+
+
+def test_a_stream_that_is_no_http_in_its_middle_ends_and_holds_up_nobody():
+    def reply(got, send):
+        send(STREAM_HEAD + chunk(b"data: one\n\n"))
+        if got.body == b"later":
+            time.sleep(0.2)
+        send(b"what?\r\n")
+        with contextlib.suppress(OSError):
+            for _ in range(2000):
+                send(b"x" * 10**6)
+
+    with (
+        RawUpstream(reply) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0)) as proxy,
+    ):
+        for body in (b"later", b"now"):  # of which nobody heard until the client left
+            raw = proxy.raw(request(CHAT, body=body))
+            assert raw.startswith(b"HTTP/1.1 200") and raw.endswith(b"data: one\n\n\r\n")
+        assert proxy.metric("alignpro_answers_cut_total", by="upstream") == 2
+        until(lambda: proxy.metric("alignpro_requests_in_progress") == 0)
+
+
+def test_an_answer_whose_coding_would_be_lost_is_502():
+    sends = STREAM_HEAD.replace(b"chunked", b"gzip, chunked") + chunk(b"packed") + b"0\r\n\r\n"
+    with (
+        RawUpstream(lambda got, send: send(sends)) as upstream,
+        running(ServeConfig(upstream=upstream.url, port=0)) as proxy,
+    ):
+        status, message = said(proxy.raw(request(CHAT, body=b"{}")))
+        assert status == 502 and "transfer-encoding" in message
+
+
 def test_an_answer_may_come_before_the_end_of_its_request_which_may_never_come():
     begun = request(b"POST /v1/files", b"Content-Length: 1000") + b"half"
 

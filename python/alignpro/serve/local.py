@@ -248,8 +248,10 @@ class LocalUpstream:
         self, chat: _Chat, index: int, delta: dict[str, Any], end: Completion | None = None
     ) -> bytes:
         ending = {"index": index, "finish_reason": None} if end is None else _ending(index, end)
-        choice = {"delta": delta, **ending}
-        return _data(self._head(chat, "chat.completion.chunk") | {"choices": [choice]})
+        said: dict[str, Any] = {"choices": [{"delta": delta, **ending}]}
+        if chat.include_usage:
+            said["usage"] = None  # of the last event alone
+        return _data(self._head(chat, "chat.completion.chunk") | said)
 
     def _head(self, chat: _Chat, kind: str) -> dict[str, Any]:
         name = self._model.name

@@ -44,6 +44,8 @@ class _Protocol(HttpToolsProtocol):
       which is several times slower.
     * A connection beyond the most there may be is told apart, and those before it go on; uvicorn
       would refuse requests on all of them.
+    * What is no HTTP behind a request ends the connection after the answer, not in its middle.
+    * Trailers are dropped, and may be as long as headers: they are none (RFC 9110, 6.5.1).
     * An offer of another protocol is declined (RFC 9110, 7.8): the parser would leave out such a
       request's body.
     * Of requests in a pipeline the one under way learns that the client has left, not the last.
@@ -61,7 +63,8 @@ class _Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         send_at_once(transport)
         self._is_one_more = len(self.connections) > self.max_connections
-        self._in_headers, self._has_ended, self._size, self._pending = True, False, 0, 0
+        self._in_headers, self._has_advanced, self._size, self._pending = True, False, 0, 0
+        self._is_deaf = False
         self._open: list[RequestResponseCycle] = []
         self._timer: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None
@@ -77,22 +80,40 @@ class _Protocol(HttpToolsProtocol):
                 cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
         self._unset_keepalive_if_required()
-        self._has_ended = False
+        self._has_advanced = False
         try:
             self._parse(data)
         except httptools.HttpParserError as error:
             ours = isinstance(error.__context__, _BadRequest)
-            said = str(error.__context__) if ours else "Invalid HTTP request received."
-            self.send_400_response(said)
+            self._refuse(str(error.__context__) if ours else "Invalid HTTP request received.")
             return
-        # What stands before the end of a message is none of the next one's headers.
-        is_counted = self._in_headers and not self._has_ended
-        self._pending = self._pending + len(data) if is_counted else 0
+        # Of headers or trailers that are not at their end.
+        self._pending = 0 if self._has_advanced else self._pending + len(data)
         if self._pending > self.max_header and not self.transport.is_closing():
-            self.send_400_response(_TOO_LONG)
+            self._refuse(_TOO_LONG)
         if not self.transport.is_closing() and self._is_idle:  # the rest of a request, or nothing
             self._wait_for_headers()
+
+    def _refuse(self, message: str) -> None:
+        """The bytes that came now, behind what is due for those before."""
+        due = [cycle for cycle in self._open if not cycle.response_complete]
+        whole = [cycle for cycle in due if not cycle.more_body]
+        if whole:
+            whole[-1].keep_alive = False
+            self._is_deaf = True
+        elif any(cycle.response_started for cycle in due) or self._has_said_all:
+            self._close()
+        else:
+            self.send_400_response(message)
+
+    @property
+    def _has_said_all(self) -> bool:
+        """Whether the last answer of this connection was given."""
+        last = self.cycle
+        return last is not None and last.response_complete and not last.keep_alive
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -156,11 +177,13 @@ class _Protocol(HttpToolsProtocol):
         self._size += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_headers:
+            return
         super().on_header(name, value)
         self._size += len(name) + len(value) + 4
 
     def on_headers_complete(self) -> None:
-        self._in_headers = False
+        self._in_headers, self._has_advanced = False, True
         self._headers_are_there()
         if self._size > self.max_header:
             raise _BadRequest(_TOO_LONG)
@@ -175,10 +198,14 @@ class _Protocol(HttpToolsProtocol):
         self._open = [cycle for cycle in self._open if not cycle.response_complete]
         self._open.append(self.cycle)
 
+    def on_body(self, body: bytes) -> None:
+        self._has_advanced = True
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        self._has_ended = True
+        self._has_advanced = True
         if not self.parser.should_upgrade():
-            if self.cycle.response_complete and not self.cycle.keep_alive:
+            if self._has_said_all:
                 self._close()
             super().on_message_complete()
 
@@ -230,7 +257,7 @@ def _unsent(transport: asyncio.WriteTransport) -> int:
 
 
 def _frame_as_it_is(cycle: RequestResponseCycle) -> None:
-    """A 304 may say the length of the body that it does not have, and an answer without a length
+    """A 204 or 304 may say the length of a body that it does not have, and an answer of no length
     to a client of HTTP/1.0, which knows no chunks, ends with the connection (RFC 9112, 6)."""
     send = cycle.send
     has_no_frame = False
@@ -242,7 +269,7 @@ def _frame_as_it_is(cycle: RequestResponseCycle) -> None:
             if is_1_0 and all(name != b"content-length" for name, _ in message["headers"]):
                 cycle.chunked_encoding = False
                 has_no_frame = True
-            has_no_frame = has_no_frame or message["status"] == 304
+            has_no_frame = has_no_frame or message["status"] in (204, 304)
         elif has_no_frame:
             cycle.expected_content_length = len(message.get("body", b""))
         await send(message)

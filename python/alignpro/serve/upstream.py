@@ -22,6 +22,7 @@ from weakref import WeakSet
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
+from aiohttp.http import HttpProcessingError
 from aiohttp.tracing import Trace
 from yarl import URL
 
@@ -34,6 +35,8 @@ _BUFFER = 2**17  # aiohttp reads on until twice as many bytes wait for the clien
 _MOST_HEADER = 2**16  # bytes of one of an answer's headers
 _MOST_HEADERS = 1024
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # which the server here would not write
+_END_OF_HEAD = b"\r\n\r\n"
+_REST = 2**24  # bytes, more than the system holds of a connection
 _WHOLE = 2**20  # bytes of a body above which aiohttp warns of one that it gets in one piece
 
 
@@ -69,10 +72,32 @@ _attempt: ContextVar[_Attempt] = ContextVar("_attempt")
 class _Protocol(ResponseHandler):
     """Reads what the upstream said before it broke the connection off, such as 413 in the middle of
     an upload: a write that fails ends the transport, which reads nothing more (21 of 60 uploads).
-    Not under TLS, for nobody can decrypt it then."""
+    Not under TLS, for nobody can decrypt it then.
+
+    And an answer is there once its head is: what stands behind its end, such as the body of a 204
+    or of an answer to HEAD, ends the connection and not the answer that came with it."""
+
+    def data_received(self, data: bytes) -> None:
+        while self._exception is None and self._unended is None:
+            head, end, behind = data.partition(_END_OF_HEAD)
+            if not behind:
+                break
+            super().data_received(head + end)
+            data = behind
+        super().data_received(data)
+        error, body = self._exception, self._unended
+        if isinstance(error, HttpProcessingError) and body is not None:
+            # aiohttp's parser forgets a body that it cannot read on, and nobody would hear of it.
+            body.set_exception(aiohttp.ClientPayloadError(_reason(error.message)), error)
+
+    @property
+    def _unended(self) -> aiohttp.StreamReader | None:
+        """The body that is under way; None before the head of an answer."""
+        return None if self._payload is None or self._payload.is_eof() else self._payload
 
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
-        self._take_rest()
+        if not isinstance(exc, HttpProcessingError):  # of which there is nothing more to read
+            self._take_rest()
         super().set_exception(exc, *cause)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -86,7 +111,7 @@ class _Protocol(ResponseHandler):
         if transport.get_extra_info("sslcontext") is None:
             number = transport.get_extra_info("socket").fileno()
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as left:
-                while data := left.recv(_BUFFER):
+                if data := left.recv(_REST):
                     self.data_received(data)
 
 
@@ -202,6 +227,11 @@ class EndpointUpstream:
         async def close() -> None:
             response.close()  # one that was read to its end has given its connection back
 
+        codings = [v for name, v in response.raw_headers if name.lower() == b"transfer-encoding"]
+        if any(coding.strip().lower() != b"chunked" for coding in codings):
+            response.close()
+            message = "the upstream's answer has a transfer-encoding beside chunked"
+            raise UpstreamError(message)
         if response.status == 101:
             response.close()
             raise UpstreamError("the upstream changes to another protocol")
@@ -229,13 +259,17 @@ class EndpointUpstream:
 def _broken(error: aiohttp.ClientError) -> str:
     """In a line, without aiohttp's view of what it got, or the address, which may hold a key."""
     if isinstance(error, aiohttp.ClientResponseError):
-        reason = error.message.partition("\n")[0].partition(": b")[0].rstrip(":")
-        return f"the upstream's answer is no HTTP: {reason}"
+        return f"the upstream's answer is no HTTP: {_reason(error.message)}"
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return "the upstream closed the connection before it answered"
     number = error.errno if isinstance(error, OSError) else None
     reason = f": {os.strerror(number)}" if number else ""
     return f"the upstream broke the connection{reason}"
+
+
+def _reason(message: str) -> str:
+    """What the parser says is wrong, without what it got."""
+    return message.partition("\n")[0].partition(": b")[0].rstrip(":")
 
 
 def _text(value: bytes, what: str) -> str:
