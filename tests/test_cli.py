@@ -272,7 +272,7 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["train", "{yaml}", "lerning_rate=1"], 'did you mean "learning_rate"?'),
         (
             ["quickstart", "stepz=1"],
-            'alignpro: unknown configuration key "stepz"; did you mean sft.',
+            'alignpro: unknown configuration key "stepz"; did you mean "sft.',
         ),
         (["train", "{yaml}", "steps"], "expected key=value"),
         (["train", "{yaml}", "rewrite.temperature=-1"], "rewrite.temperature: expected above 0"),

@@ -118,7 +118,7 @@ def from_mapping(
     for key, value in mapping.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in fields:
-            raise ValueError(unknown_key(cls, str(key), name))
+            raise ValueError(unknown_key(cls, str(key), name, value))
         # A group that names some of its fields keeps this class's defaults for the others, which
         # need not be those of the group's own class.
         default = default_of(fields[key]) if base is None else getattr(base, key)
