@@ -237,27 +237,40 @@ def test_init_then_train(here, tiny_model_dir):
     assert "is there already" in run("init", "--data", "prompts.csv", code=2).stderr
 
 
-def test_init_asks_what_no_option_says(here, tiny_model_dir, monkeypatch):
-    answers = {
-        "Prompts": "prompts.csv",
-        "Prompter": str(tiny_model_dir("llama")),
-        "Target": "",
-        "Reward": "mine:short",
-        "Directory": "runs",
-    }
-    asked = []
+def answering(monkeypatch, answers):
+    """A person at a terminal; returns what was asked, by its first word."""
+    asked, waiting = [], iter(answers)
 
     def prompt(question, default=None, show_default=True):
         asked.append(question.split()[0])
-        return answers[asked[-1]]
+        return next(waiting)
 
     monkeypatch.setattr("alignpro.cli.config._is_terminal", lambda: True)
     monkeypatch.setattr(typer, "prompt", prompt)
+    return asked
+
+
+def test_init_asks_what_no_option_says(here, tiny_model_dir, monkeypatch):
+    answers = ["prompts.csv", str(tiny_model_dir("llama")), "", "mine:short", "runs"]
+    asked = answering(monkeypatch, answers)
     run("init", "mine.yaml")
-    assert asked == list(answers)
+    assert asked == ["Prompts", "Prompter", "Target", "Reward", "Directory"]
     made = load_yaml(TrainConfig, "mine.yaml")
     assert (made.reward, made.run_dir, made.target) == ("mine:short", "runs", None)
     assert "def short(" in Path("mine.py").read_text()
+
+
+def test_init_asks_again_for_what_it_cannot_use(here, tiny_model_dir, monkeypatch):
+    Path("q.csv").write_text("id,question\n1,Why?\n2,How?\n")
+    model = str(tiny_model_dir("llama"))
+    answers = ["qq.csv", "q.csv", "frage", "question", "no/such.gguf", model, "", "vadr", "topic"]
+    asked = answering(monkeypatch, [*answers, "runs"])
+    said = run("init").output
+    again = ["Prompts", "Prompts", "q.csv,", "q.csv,", "Prompter", "Prompter"]
+    assert asked == [*again, "Target", "Reward", "Reward", "Directory"]
+    for line in ("qq.csv: there is no such", "no column 'frage'", "no/such.gguf", "'vadr'"):
+        assert line in said
+    assert load_yaml(TrainConfig, "alignpro.yaml").data.prompt == "question"
 
 
 def test_init_uses_the_splits_that_are_there(here):

@@ -188,7 +188,9 @@ def unknown_key(cls: type[Any], key: str, name: str, value: Any = None) -> str:
     while isinstance(value, Mapping) and len(value) == 1:  # verl's actor.optim.lr
         ((key, value),) = value.items()
         name += f".{key}"
-    meant = " or ".join(f'"{path}"' for path in _meant(cls, fields, str(key).lower().replace("-", "_"), prefix))
+    meant = " or ".join(
+        f'"{path}"' for path in _meant(cls, fields, str(key).lower().replace("-", "_"), prefix)
+    )
     return f'unknown configuration key "{name}"; ' + (
         f"did you mean {meant}?" if meant else f"known: {', '.join(fields)}"
     )
