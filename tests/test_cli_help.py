@@ -310,3 +310,19 @@ def test_bad_input_of_init_is_one_line_and_leaves_nothing(options, line, here):
 def test_a_first_setting_is_taken_as_it_was_typed():
     refused = CliRunner().invoke(app, ["serve", "upstream=ftp://a//v1/"])
     assert refused.exit_code == 2 and "got 'ftp://a//v1/'" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "--steps", "3"], "--steps; fields of the configuration are given as steps=..."),
+        (["evaluate", "--kl-coef=1"], "fields of the configuration are given as kl_coef=..."),
+        (["train", "--config", "x"], "the file of the configuration is the first argument"),
+        (["train", "--dryrun"], "(Possible options: --dry-run)"),
+        (["generate", "Why?", "--steps", "3"], "No such option: --steps (Possible"),
+    ],
+)
+def test_an_option_that_is_a_field_elsewhere_says_how_it_is_given(arguments, line):
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2 and line in refused.output
+    assert refused.output.count("No such option") == 1

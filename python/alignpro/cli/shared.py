@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -45,14 +46,35 @@ _ORDER = (
 )
 
 
-class _InOrder(TyperGroup):
+class _Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(self.commands, key=_ORDER.index)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            option = getattr(error, "option_name", "")
+            if option and hasattr(error, "possibilities"):  # typer has no name for it
+                say = _instead_of_option(error.ctx.command, option)
+                if say and not difflib.get_close_matches(option, error.possibilities or (), 1, 0.8):
+                    error.message += f"; {say}"
+                    error.possibilities = None
+            raise
+
+
+def _instead_of_option(command: Any, option: str) -> str:
+    """What to type for an option of other tools that is an argument here."""
+    arguments = {parameter.name for parameter in command.params}
+    if option == "--config" and "config" in arguments:
+        return "the file of the configuration is the first argument"
+    key = option.lstrip("-").replace("-", "_")
+    return f"fields of the configuration are given as {key}=..." if "overrides" in arguments else ""
 
 
 app = typer.Typer(
     name="alignpro",
-    cls=_InOrder,
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
