@@ -326,3 +326,9 @@ def test_an_option_that_is_a_field_elsewhere_says_how_it_is_given(arguments, lin
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 2 and line in refused.output
     assert refused.output.count("No such option") == 1
+
+
+def test_what_is_logged_beside_no_bar_is_called_a_warning():
+    typed = [sys.executable, "-m", "alignpro", "evaluate", "split=x", "seed=few"]
+    said = subprocess.run(typed, capture_output=True, text=True, check=False).stderr
+    assert said.splitlines()[0] == "warning: split: is now data.split"

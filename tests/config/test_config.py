@@ -429,7 +429,7 @@ def test_a_date_is_text(tmp_path):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("- 1\n- 2\n", "expected a mapping of fields, got a list"),
+        ("- 1\n- 2\n", "such as `alignpro init` writes, got a list"),
         ("a: [1", "not YAML: expected ',' or ']', but got '<stream end>' (line 1, column 6)"),
         ("steps:\t3\nrewrite:\n\ttop_p: 1\n", "cannot start any token (line 1, column 7)"),
         ("seed: 1\nsteps: 3\nseed: 2\n", "key 'seed' appears twice (lines 1 and 3)"),

@@ -54,12 +54,15 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            option = getattr(error, "option_name", "")
-            if option and hasattr(error, "possibilities"):  # typer has no name for it
-                say = _instead_of_option(error.ctx.command, option)
-                if say and not difflib.get_close_matches(option, error.possibilities or (), 1, 0.8):
-                    error.message += f"; {say}"
-                    error.possibilities = None
+            refused: Any = error  # typer has no public name for that of an unknown option
+            option = getattr(refused, "option_name", "")
+            if option and hasattr(refused, "possibilities"):
+                say = _instead_of_option(refused.ctx.command, option)
+                if say and not difflib.get_close_matches(
+                    option, refused.possibilities or (), 1, 0.8
+                ):
+                    refused.message += f"; {say}"
+                    refused.possibilities = None
             raise
 
 
@@ -349,9 +352,7 @@ def say_memory(options: SftConfig | PreferConfig | SelfImproveConfig | TrainConf
 
 def needs_torch(command: str) -> None:
     if not is_installed("torch"):
-        raise ImportError(
-            f"{command} trains, which needs torch: pip install -c constraints.txt '.[train]'"
-        )
+        import_for(command, "torch")
 
 
 def needs_serve(command: str) -> None:

@@ -72,6 +72,7 @@ TEXT = ""
 # Choices that are gone: (field, value) to what does it.
 _INSTEAD = {
     ("algorithm", "grpo"): "its advantage in the clipped loss is ppo with normalize_advantage true",
+    ("track", "tensorboard"): "TensorBoard is written wherever it is installed",
 }
 
 
@@ -170,12 +171,12 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
         choices = ", ".join(repr(a) for a in arguments)
         close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
         hint_text = f'; did you mean "{close[0]}"?' if close else ""
-        instead = _INSTEAD.get((name.rpartition(".")[2], str(value)))
+        instead = _INSTEAD.get((name.rpartition(".")[2].partition("[")[0], str(value)))
         hint_text = hint_text if instead is None else f"; {instead}"
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}{hint_text}")
     if origin is tuple:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-            raise ValueError(f"{name}: expected a list, got {value!r}")
+            raise ValueError(f"{name}: expected a list, such as [...], got {value!r}")
         return tuple(read_value(v, arguments[0], f"{name}[{i}]") for i, v in enumerate(value))
     if _is_dict(hint):
         if not isinstance(value, Mapping):
