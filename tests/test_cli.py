@@ -272,7 +272,7 @@ def test_a_run_directory_that_exists_is_not_touched(small_yaml, tmp_path):
         (["train", "{yaml}", "lerning_rate=1"], 'did you mean "learning_rate"?'),
         (
             ["quickstart", "stepz=1"],
-            'alignpro: unknown configuration key "stepz"; did you mean sft.',
+            'alignpro: unknown configuration key "stepz"; did you mean "sft.',
         ),
         (["train", "{yaml}", "steps"], "expected key=value"),
         (["train", "{yaml}", "rewrite.temperature=-1"], "rewrite.temperature: expected above 0"),
@@ -495,4 +495,4 @@ def test_the_base_install_generates_and_informs(tiny):
     assert written.returncode == 0, written.stderr
     trained = python(code.format(arguments=["alignpro", "quickstart"]))
     assert trained.returncode == 2
-    assert "needs torch: pip install -c constraints.txt '.[train]'" in trained.stderr
+    assert "quickstart needs the package 'torch', which is not installed; " in trained.stderr

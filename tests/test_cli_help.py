@@ -237,27 +237,40 @@ def test_init_then_train(here, tiny_model_dir):
     assert "is there already" in run("init", "--data", "prompts.csv", code=2).stderr
 
 
-def test_init_asks_what_no_option_says(here, tiny_model_dir, monkeypatch):
-    answers = {
-        "Prompts": "prompts.csv",
-        "Prompter": str(tiny_model_dir("llama")),
-        "Target": "",
-        "Reward": "mine:short",
-        "Directory": "runs",
-    }
-    asked = []
+def answering(monkeypatch, answers):
+    """A person at a terminal; returns what was asked, by its first word."""
+    asked, waiting = [], iter(answers)
 
     def prompt(question, default=None, show_default=True):
         asked.append(question.split()[0])
-        return answers[asked[-1]]
+        return next(waiting)
 
     monkeypatch.setattr("alignpro.cli.config._is_terminal", lambda: True)
     monkeypatch.setattr(typer, "prompt", prompt)
+    return asked
+
+
+def test_init_asks_what_no_option_says(here, tiny_model_dir, monkeypatch):
+    answers = ["prompts.csv", str(tiny_model_dir("llama")), "", "mine:short", "runs"]
+    asked = answering(monkeypatch, answers)
     run("init", "mine.yaml")
-    assert asked == list(answers)
+    assert asked == ["Prompts", "Prompter", "Target", "Reward", "Directory"]
     made = load_yaml(TrainConfig, "mine.yaml")
     assert (made.reward, made.run_dir, made.target) == ("mine:short", "runs", None)
     assert "def short(" in Path("mine.py").read_text()
+
+
+def test_init_asks_again_for_what_it_cannot_use(here, tiny_model_dir, monkeypatch):
+    Path("q.csv").write_text("id,question\n1,Why?\n2,How?\n")
+    model = str(tiny_model_dir("llama"))
+    answers = ["qq.csv", "q.csv", "frage", "question", "no/such.gguf", model, "", "vadr", "topic"]
+    asked = answering(monkeypatch, [*answers, "runs"])
+    said = run("init").output
+    again = ["Prompts", "Prompts", "q.csv,", "q.csv,", "Prompter", "Prompter"]
+    assert asked == [*again, "Target", "Reward", "Reward", "Directory"]
+    for line in ("qq.csv: there is no such", "no column 'frage'", "no/such.gguf", "'vadr'"):
+        assert line in said
+    assert load_yaml(TrainConfig, "alignpro.yaml").data.prompt == "question"
 
 
 def test_init_uses_the_splits_that_are_there(here):
@@ -297,3 +310,25 @@ def test_bad_input_of_init_is_one_line_and_leaves_nothing(options, line, here):
 def test_a_first_setting_is_taken_as_it_was_typed():
     refused = CliRunner().invoke(app, ["serve", "upstream=ftp://a//v1/"])
     assert refused.exit_code == 2 and "got 'ftp://a//v1/'" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "--steps", "3"], "--steps; fields of the configuration are given as steps=..."),
+        (["evaluate", "--kl-coef=1"], "fields of the configuration are given as kl_coef=..."),
+        (["train", "--config", "x"], "the file of the configuration is the first argument"),
+        (["train", "--dryrun"], "(Possible options: --dry-run)"),
+        (["generate", "Why?", "--steps", "3"], "No such option: --steps (Possible"),
+    ],
+)
+def test_an_option_that_is_a_field_elsewhere_says_how_it_is_given(arguments, line):
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2 and line in refused.output
+    assert refused.output.count("No such option") == 1
+
+
+def test_what_is_logged_beside_no_bar_is_called_a_warning():
+    typed = [sys.executable, "-m", "alignpro", "evaluate", "split=x", "seed=few"]
+    said = subprocess.run(typed, capture_output=True, text=True, check=False).stderr
+    assert said.splitlines()[0] == "warning: split: is now data.split"

@@ -74,14 +74,14 @@ def test_a_partial_group_keeps_the_outer_defaults():
     ("mapping", "line"),
     [
         ({"lerning_rate": 1}, 'unknown configuration key "lerning_rate"; did you mean "learning_'),
-        ({"rank": 1}, 'unknown configuration key "rank"; did you mean lora.rank?'),
-        ({"temperature": 1}, "did you mean rewrite.temperature or response.temperature?"),
-        ({"max_new_token": 1}, "mean rewrite.max_new_tokens or response.max_new_tokens?"),
-        ({"chat_template": "x"}, "did you mean prompter.chat_template or target.chat_template?"),
+        ({"rank": 1}, 'unknown configuration key "rank"; did you mean "lora.rank"?'),
+        ({"temperature": 1}, 'did you mean "rewrite.temperature" or "response.temperature"?'),
+        ({"max_new_token": 1}, 'mean "rewrite.max_new_tokens" or "response.max_new_tokens"?'),
+        ({"chat_template": "x"}, 'mean "prompter.chat_template" or "target.chat_template"?'),
         ({"lora.rank": 1}, "in a file its groups are nested, lora: {rank: ...}"),
         ({"run_dir": ""}, "run_dir: expected a path or a name, got ''"),
         ({"data": {"prompt": ["a", "a"]}}, "data.prompt: expected each column once"),
-        ({"lora": {"rnk": 1}}, 'unknown configuration key "lora.rnk"; did you mean "rank"?'),
+        ({"lora": {"rnk": 1}}, 'unknown configuration key "lora.rnk"; did you mean "lora.rank"?'),
         ({"zzz": 1}, 'unknown configuration key "zzz"; known: prompter, target, data'),
         ({"steps": 2.5}, "steps: expected an integer, got 2.5"),
         ({"steps": True}, "steps: expected an integer, got True"),
@@ -199,7 +199,7 @@ def test_a_partial_group_keeps_the_outer_defaults():
             "prompter.compute: expected float32 or bfloat16 where it is trained: int8 has no",
         ),
         ({"prompter": {"kv_dtype": "float16"}}, "prompter.kv_dtype: expected float32 or bfloat16"),
-        ({"prompter": {"comput": "int8"}}, '"prompter.comput"; did you mean "compute"?'),
+        ({"prompter": {"comput": "int8"}}, '"prompter.comput"; did you mean "prompter.compute"?'),
         (
             {"prompter": {"device": "gpu"}},
             "prompter.device: expected one of 'cpu', 'cuda', got 'gpu'",
@@ -429,7 +429,7 @@ def test_a_date_is_text(tmp_path):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("- 1\n- 2\n", "expected a mapping of fields, got a list"),
+        ("- 1\n- 2\n", "such as `alignpro init` writes, got a list"),
         ("a: [1", "not YAML: expected ',' or ']', but got '<stream end>' (line 1, column 6)"),
         ("steps:\t3\nrewrite:\n\ttop_p: 1\n", "cannot start any token (line 1, column 7)"),
         ("seed: 1\nsteps: 3\nseed: 2\n", "key 'seed' appears twice (lines 1 and 3)"),

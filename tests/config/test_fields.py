@@ -100,8 +100,19 @@ def test_python_checks_every_type_in_the_words_of_yaml(cls, name, hint):
         ),
         (TrainConfig, "steps", "10", "steps: expected an integer, got '10'"),
         (TrainConfig, "threads", 2.0, "threads: expected an integer or null, got 2.0"),
-        (TrainConfig, "track", "wandb", "track: expected a list, got 'wandb'"),
-        (TrainConfig, "lora", {"rnk": 3}, 'unknown configuration key "lora.rnk"; did you mean "ra'),
+        (TrainConfig, "track", "wandb", "track: expected a list, such as [...], got 'wandb'"),
+        (
+            TrainConfig,
+            "track",
+            ["tensorboard"],
+            "track[0]: expected one of 'wandb', 'trackio', got 'tensorboard'; TensorBoard is writ",
+        ),
+        (
+            TrainConfig,
+            "lora",
+            {"rnk": 3},
+            'unknown configuration key "lora.rnk"; did you mean "lora.ra',
+        ),
     ],
 )
 def test_a_typo_in_python_is_refused(cls, name, value, line):

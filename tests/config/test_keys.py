@@ -94,7 +94,7 @@ def test_old_keys_inside_a_group_and_old_words(caplog):
 
 
 def test_a_configuration_that_never_had_a_key_asks_which_is_meant():
-    said = "did you mean target.model or prompter.model"
+    said = 'did you mean "target.model" or "prompter.model"'
     with pytest.raises(ValueError, match=said):
         from_mapping(ExtractConfig, {"model": "x"})  # the target is what it cannot do without
     with pytest.raises(ValueError, match=said):
@@ -109,11 +109,33 @@ def test_a_configuration_that_never_had_a_key_asks_which_is_meant():
         ("lora_rank", "lora.rank"),
         ("target_model", "target.model"),
         ("response_max_tokens", "response.max_new_tokens"),
+        ("LEARNING-RATE", "learning_rate"),
+        ("report_to", "track"),
     ],
 )
 def test_what_others_call_a_key_names_ours(key, meant):
-    said = f'unknown configuration key "{key}"; did you mean {meant}?'
+    said = f'unknown configuration key "{key}"; did you mean "{meant}"?'
     assert refusal(from_mapping, TrainConfig, {key: 1}) == said
     assert refusal(load_yaml, TrainConfig, None, [f"{key}=1"]) == said
     with pytest.raises(TypeError, match=re.escape(said)):
         TrainConfig(**{key: 1})
+
+
+@pytest.mark.parametrize(
+    ("mapping", "key", "meant"),
+    [
+        ({"data": {"column": 1}}, "data.column", "data.prompt"),
+        ({"data": {"train_files": 1}}, "data.train_files", "data.path"),
+        ({"lora": {"r": 1}}, "lora.r", "lora.rank"),
+        ({"response": {"max_length": 1}}, "response.max_length", "response.max_new_tokens"),
+        ({"actor": {"optim": {"lr": 1}}}, "actor.optim.lr", "learning_rate"),
+    ],
+)
+def test_what_others_call_a_key_of_a_group_names_ours(mapping, key, meant):
+    said = f'unknown configuration key "{key}"; did you mean "{meant}"?'
+    assert refusal(from_mapping, TrainConfig, mapping) == said
+
+
+def test_the_keys_that_are_known_are_those_that_can_be_given():
+    line = refusal(from_mapping, TrainConfig, {"data": {"zzz": 1}})
+    assert line.endswith("known: path, split, subset, revision, prompt, system")

@@ -107,8 +107,9 @@ def test_what_is_logged_meanwhile_is_said(clock):
     bars = Log()
     with bars:
         logging.getLogger("alignpro.models.resolve").info("fetching %s", "a model")
+        logging.getLogger("alignpro.fingerprints").warning("another model")
     logging.getLogger("alignpro.models.resolve").info("later")
-    assert bars.lines == ["fetching a model"]
+    assert bars.lines == ["fetching a model", "warning: another model"]
     assert (logger.level, list(logger.handlers)) == before
 
 
@@ -117,8 +118,10 @@ def test_a_terminal_has_bars_with_an_estimate():
     console = Console(file=file, width=100, force_terminal=True, color_system=None)
     with Bars("loading", console=console) as bars:
         bars.show("training", 1, 4, "reward 0.5")
+        bars._bars.progress.refresh()
         bars.show("training", 4, 4, "reward 0.6")
         bars.doing("writing")
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
-    assert re.search(r"training +\S+ 4/4 0:00:00 0:00:00 reward 0.6", shown), shown
+    assert re.search(r"training +\S+ 4/4 0:00:00 +reward 0.6", shown), shown
+    assert re.search(r"1/4 0:00:00 -:--:-- left reward 0.5", shown), shown
     assert "loading" not in shown.splitlines()[-1] and "writing" not in shown.splitlines()[-1]

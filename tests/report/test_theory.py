@@ -23,8 +23,8 @@ from alignpro.evaluate.results import (
 )
 from alignpro.report import frontier
 from alignpro.report.frontier import frontier_png, frontier_svg
-from alignpro.report.grids import costs
-from alignpro.report.tables import bound_tables, headroom_tables
+from alignpro.report.grids import Grid, costs
+from alignpro.report.tables import bound_tables, grid_table, headroom_tables
 from alignpro.report.theory import (
     bound_verdicts,
     frontier_grid,
@@ -196,7 +196,7 @@ def test_the_tables_fit_a_terminal_of_eighty_columns():
         "1.7",
         "0.776",
         "1.20",
-        "less Z",
+        " Z ",
         "+0.031",
     ):
         assert number in shown
@@ -205,6 +205,16 @@ def test_the_tables_fit_a_terminal_of_eighty_columns():
     for number in ("2.187", "2.000 to 2.300", "0.321", "1.866", "0.750"):
         assert number in shown
     assert "…" not in shown
+
+
+def test_the_titles_of_a_wide_table_break_between_words():
+    title = "cut responses"
+    header = ["arm", "response tokens", "rewrite tokens", "copy rate", title, "one text"]
+    header += ["hold the answer", "break a guard"]
+    row = ["untuned prompter", "30.3", "11.8", "4%", "92%", "4%", "12%", "12%"]
+    shown = text(grid_table(Grid("What the arms wrote", header, [row])))
+    assert {word for words in header for word in words.split()} <= set(shown.split())
+    assert "untuned prompter" in shown
 
 
 @pytest.mark.parametrize(

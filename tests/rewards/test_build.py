@@ -110,7 +110,8 @@ def test_mistakes_get_one_clear_line(beside_me, spec, says):
 
 
 def test_a_broken_module_shows_its_own_error(beside_me):
-    with pytest.raises(ModuleNotFoundError, match="no_such_package_at_all"):
+    said = r"reward 'rewards_broken:fn': .*no_such_package_at_all.* \(rewards_broken.py, line 1\)"
+    with pytest.raises(ValueError, match=said):
         build_reward("rewards_broken:fn")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -135,3 +138,16 @@ def test_what_a_resume_may_change():
         check_same_run(saved, {**saved, "prompter": {**group, "device": "cuda"}})
     with pytest.raises(ValueError, match=r"configuration: target\.model was None, is 't'$"):
         check_same_run(saved, {**saved, "target": {"model": "t", "adapter": None}})
+
+
+def test_a_disk_that_is_full_in_the_middle_of_the_optimizer_is_said_so(tmp_path):
+    """torch says at which position it is instead."""
+    state = {"state": {0: {"exp_avg": torch.zeros(100_000)}}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path, replace(checkpoint(3), optimizer=state))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(tmp_path, ToyModel.lora_modules) is None

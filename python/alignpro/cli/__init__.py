@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from alignpro.cli import (
     attention,
     bench,
@@ -31,4 +33,6 @@ __all__ = [
 
 
 def main() -> None:
+    if logging.lastResort is not None:  # what is logged while nothing else shows it
+        logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
     app()

@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from alignpro.cli.shared import app, check_new, examples, one_line_errors
+from alignpro.run_directory import one_line
 
 if TYPE_CHECKING:
     from alignpro.config import DataConfig
+    from alignpro.data.load import PromptRow
+
+Answer = TypeVar("Answer")
 
 # What `init` writes. The rest keeps its default, which `alignpro config train` says.
 _KEYS = (
@@ -109,7 +114,10 @@ def init(
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Column that holds the prompts; the default is prompt or messages."),
+        typer.Option(
+            help="Column that holds the prompts; the default is the first of prompt, messages, "
+            "conversations and turns."
+        ),
     ] = None,
     split: Annotated[
         str, typer.Option(help="Rows to train on, by their column split, if they have one.")
@@ -145,38 +153,55 @@ def init(
     from alignpro.rewards.build import build_reward
     from alignpro.types import Conversation
 
-    data = data or _ask("Prompts (a file, or a name on the hub)", None)
-    if data is None:
-        raise ValueError("--data: expected a file of prompts, or a hub name; there is no terminal")
-    source = DataConfig(data, split=split, prompt=prompt)
-    try:
-        rows = load_prompts(source)
-    except NoColumnError as error:
-        prompt = None if prompt else _ask(f"{error.problem}. The column that holds prompts", None)
-        if prompt is None:
-            raise NoColumnError(error.problem, "--prompt") from None
-        source = replace(source, prompt=prompt)
-        rows = load_prompts(source)
-    model = model or _ask("Prompter (a path or a name)", "smollm2") or "smollm2"
-    target = target or _ask("Target (a path or a name; nothing: the prompter's model)", "") or None
-    for name in filter(None, (model, target)):
-        if find_model(name) is None:
-            typer.echo(f"{name}: not on this machine; the first run fetches it")
-    reward = reward or _ask("Reward (a name, or MODULE:FUNCTION of yours)", _REWARD) or _REWARD
-    stub = _stub_of(reward)
-    if stub is None and "hf:" not in reward:  # which would be fetched
-        build_reward(reward)
+    def prompts_of(path: str | None, column: str | None) -> tuple[DataConfig, list[PromptRow]]:
+        if not path:
+            raise ValueError(
+                "--data: expected a file of prompts, or a hub name; there is no terminal"
+            )
+        source = DataConfig(path, split=split, prompt=column)
+        try:
+            return source, load_prompts(source)
+        except NoColumnError as error:
+            if prompt or not _is_terminal():
+                raise NoColumnError(error.problem, "--prompt") from None
+            if column:
+                raise ValueError(error.problem) from None
+            asked = f"{error.problem}. The column that holds prompts"
+            return _answer(None, asked, None, lambda said: prompts_of(path, said))
+
+    def model_of(name: str | None) -> str | None:
+        if name and find_model(name) is None:
+            typer.echo(f"{name}: not on this machine; the first run looks for it and fetches it")
+        return name or None
+
+    def reward_of(name: str) -> tuple[str, Path | None]:
+        stub = _stub_of(name)
+        if stub is None and "hf:" not in name:  # which would be fetched
+            build_reward(name)
+        return name, stub
+
+    source, rows = _answer(
+        data, "Prompts (a file, or a name on the hub)", None, lambda said: prompts_of(said, prompt)
+    )
+    model = _answer(model, "Prompter (a path or a name)", "smollm2", model_of)
+    target = _answer(
+        target, "Target (a path or a name; nothing: the prompter's model)", "", model_of
+    )
+    reward, stub = _answer(
+        reward, "Reward (a name, or MODULE:FUNCTION of yours)", _REWARD, reward_of
+    )
+    run = _answer(run, "Directory of the run", "alignpro-run", str)
     if stub is not None:
         write_file(stub, _REWARD_FILE.format(name=reward.partition(":")[2]))
         typer.echo(f"{stub}: an example of a reward; edit it to say what a good answer is")
     values: dict[str, Any] = {
         "prompter.model": model,
         "target": target,
-        "data.path": data,
+        "data.path": source.path,
         "data.split": split,
-        "data.prompt": prompt,
+        "data.prompt": source.prompt,
         "reward": reward,
-        "run_dir": run or _ask("Directory of the run", "alignpro-run") or "alignpro-run",
+        "run_dir": run,
         "prompts_per_step": min(16, len(rows)),
         "heldout": {} if _has_validation(source) else None,
     }
@@ -190,16 +215,25 @@ def init(
     )
     load_yaml(TrainConfig, config)
     first = Conversation.of(rows[0].prompt).last_turn
-    typer.echo(f"{data}: {len(rows)} prompts, such as: {shorten(first, 60, placeholder=' ...')}")
+    typer.echo(
+        f"{source.path}: {len(rows)} prompts, such as: {shorten(first, 60, placeholder=' ...')}"
+    )
     typer.echo(f"{config}: written; go on with: {train}")
 
 
-def _ask(question: str, default: str | None) -> str | None:
-    """What a person says; the default where none is there."""
-    if not _is_terminal():
-        return default
-    answer: str = typer.prompt(question, default=default, show_default=bool(default))
-    return answer.strip()
+def _answer(
+    given: str | None, question: str, default: str | None, use: Callable[[Any], Answer]
+) -> Answer:
+    """What ``use`` makes of an option, or of what a person says, who is asked again where it
+    refuses; of the default where nobody is there."""
+    if given or not _is_terminal():
+        return use(given or default)
+    while True:
+        said = typer.prompt(question, default=default, show_default=bool(default))
+        try:
+            return use(said.strip())
+        except (ValueError, OSError, ImportError) as error:
+            typer.echo(one_line(error))
 
 
 def _is_terminal() -> bool:

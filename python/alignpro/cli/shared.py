@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -45,14 +46,38 @@ _ORDER = (
 )
 
 
-class _InOrder(TyperGroup):
+class _Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(self.commands, key=_ORDER.index)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            refused: Any = error  # typer has no public name for that of an unknown option
+            option = getattr(refused, "option_name", "")
+            if option and hasattr(refused, "possibilities"):
+                say = _instead_of_option(refused.ctx.command, option)
+                if say and not difflib.get_close_matches(
+                    option, refused.possibilities or (), 1, 0.8
+                ):
+                    refused.message += f"; {say}"
+                    refused.possibilities = None
+            raise
+
+
+def _instead_of_option(command: Any, option: str) -> str:
+    """What to type for an option of other tools that is an argument here."""
+    arguments = {parameter.name for parameter in command.params}
+    if option == "--config" and "config" in arguments:
+        return "the file of the configuration is the first argument"
+    key = option.lstrip("-").replace("-", "_")
+    return f"fields of the configuration are given as {key}=..." if "overrides" in arguments else ""
 
 
 app = typer.Typer(
     name="alignpro",
-    cls=_InOrder,
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
@@ -327,9 +352,7 @@ def say_memory(options: SftConfig | PreferConfig | SelfImproveConfig | TrainConf
 
 def needs_torch(command: str) -> None:
     if not is_installed("torch"):
-        raise ImportError(
-            f"{command} trains, which needs torch: pip install -c constraints.txt '.[train]'"
-        )
+        import_for(command, "torch")
 
 
 def needs_serve(command: str) -> None:

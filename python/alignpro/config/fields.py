@@ -73,6 +73,7 @@ TEXT = ""
 # Choices that are gone: (field, value) to what does it.
 _INSTEAD = {
     ("algorithm", "grpo"): "its advantage in the clipped loss is ppo with normalize_advantage true",
+    ("track", "tensorboard"): "TensorBoard is written wherever it is installed",
 }
 
 
@@ -119,7 +120,7 @@ def from_mapping(
     for key, value in mapping.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in fields:
-            raise ValueError(unknown_key(cls, str(key), name))
+            raise ValueError(unknown_key(cls, str(key), name, value))
         # A group that names some of its fields keeps this class's defaults for the others, which
         # need not be those of the group's own class.
         default = default_of(fields[key]) if base is None else getattr(base, key)
@@ -157,7 +158,7 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
         return _read_choice(value, arguments, name)
     if origin is tuple:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-            raise ValueError(f"{name}: expected a list, got {value!r}")
+            raise ValueError(f"{name}: expected a list, such as [...], got {value!r}")
         return tuple(read_value(v, arguments[0], f"{name}[{i}]") for i, v in enumerate(value))
     if _is_dict(hint):
         if not isinstance(value, Mapping):
@@ -196,7 +197,7 @@ def _read_annotated(value: Any, arguments: tuple[Any, ...], name: str) -> Any:
 def _read_choice(value: Any, choices: tuple[Any, ...], name: str) -> Any:
     if value in choices:
         return value
-    instead = _INSTEAD.get((name.rpartition(".")[2], str(value)))
+    instead = _INSTEAD.get((name.rpartition(".")[2].partition("[")[0], str(value)))
     close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
     advice = instead or (f'did you mean "{close[0]}"?' if close else "")
     listed = ", ".join(map(repr, choices))

@@ -34,27 +34,67 @@ _REPLACED = {
 }
 # What other trainers call a key of ours, for the line that refuses it.
 _ELSEWHERE = {
+    "adv_estimator": "algorithm",
+    "advantage_estimator": "algorithm",
     "base_model": "prompter.model",
+    "batch_size": "prompts_per_step",
     "beta": "kl_coef",
+    "clip_ratio": "ppo.clip_range",
+    "cliprange": "ppo.clip_range",
     "column": "data.prompt",
     "dataset": "data.path",
     "dataset_name": "data.path",
+    "dataset_path": "data.path",
+    "default_local_dir": "run_dir",
+    "eps_clip": "ppo.clip_range",
+    "epsilon": "ppo.clip_range",
+    "eval_steps": "heldout.every",
+    "file": "data.path",
+    "generate_max_len": "response.max_new_tokens",
+    "gradient_accumulation_steps": "micro_batch_size",
     "init_kl_coef": "kl_coef",
+    "input_key": "data.prompt",
     "instruction_column": "data.instruction",
+    "kl": "kl_coef",
+    "kl_loss_coef": "kl_coef",
     "lora_alpha": "lora.alpha",
     "lora_r": "lora.rank",
+    "loss_type": "algorithm",
     "lr": "learning_rate",
     "max_completion_length": "response.max_new_tokens",
+    "max_epochs": "steps",
+    "max_length": "response.max_new_tokens",
+    "max_prompt_length": "on_too_long",
+    "max_response_length": "response.max_new_tokens",
     "max_steps": "steps",
     "model_name_or_path": "prompter.model",
+    "model_path": "prompter.model",
+    "n_samples_per_prompt": "num_rewrites",
+    "num_epochs": "steps",
     "num_generations": "num_rewrites",
     "num_train_epochs": "steps",
     "output": "run_dir",
     "output_dir": "run_dir",
     "per_device_train_batch_size": "prompts_per_step",
+    "pretrain": "prompter.model",
     "prompt_column": "data.prompt",
+    "prompt_data": "data.path",
+    "prompt_key": "data.prompt",
+    "prompt_max_len": "on_too_long",
+    "report_to": "track",
     "reward_funcs": "reward",
+    "reward_function": "reward",
+    "reward_model": "reward",
+    "rollout_batch_size": "prompts_per_step",
+    "rollout_n": "num_rewrites",
+    "save_freq": "checkpoint_every",
+    "save_path": "run_dir",
+    "save_steps": "checkpoint_every",
+    "test_freq": "heldout.every",
+    "total_epochs": "steps",
     "train_batch_size": "prompts_per_step",
+    "train_file": "data.path",
+    "train_files": "data.path",
 }
 
 
@@ -133,34 +173,53 @@ def _is_now(key: str, name: str, now: str) -> str:
     return f"{name}: is now {name.removesuffix(key)}{now}"
 
 
-def unknown_key(cls: type[Any], key: str, name: str) -> str:
+def unknown_key(cls: type[Any], key: str, name: str, value: Any = None) -> str:
     """The line that refuses a key which ``cls`` does not have, with the one that may be meant.
-    name: the key's path."""
-    fields = cls.__dataclass_fields__
+    name: the key's path. value: what it was given; of a mapping, its one key is what is meant."""
+    fields = [field.name for field in dataclasses.fields(cls)]
     now = _now(cls, _REPLACED, key)
     if now is not None:
         return _is_now(key, name, now)
-    unknown = f'unknown configuration key "{name}"'
     group, dot, rest = key.partition(".")
     if dot and group in fields:
+        unknown = f'unknown configuration key "{name}"'
         return f"{unknown}; in a file its groups are nested, {group}: {{{rest}: ...}}"
+    prefix = name.removesuffix(key)
+    while isinstance(value, Mapping) and len(value) == 1:  # verl's actor.optim.lr
+        ((key, value),) = value.items()
+        name += f".{key}"
+    meant = " or ".join(
+        f'"{path}"' for path in _meant(cls, fields, str(key).lower().replace("-", "_"), prefix)
+    )
+    return f'unknown configuration key "{name}"; ' + (
+        f"did you mean {meant}?" if meant else f"known: {', '.join(fields)}"
+    )
+
+
+def _meant(cls: type[Any], fields: list[str], key: str, prefix: str) -> list[str]:
+    """The paths of the keys that may be meant. prefix: of ``cls`` in the configuration, with a dot
+    behind it."""
     inside = [
-        (group, field)
+        (group, field.name)
         for group in fields
         for hint in alternatives(type_hints(cls)[group])
         if dataclasses.is_dataclass(hint)
-        for field in type_hints(hint)
+        for field in dataclasses.fields(hint)
     ]
 
-    def in_groups(wanted: str) -> str:
-        prefix = name.removesuffix(key)
+    def in_groups(wanted: str) -> list[str]:
         paths = [f"{prefix}{group}.{field}" for group, field in inside if field == wanted]
-        return f"{unknown}; did you mean {' or '.join(dict.fromkeys(paths))}?"
+        return list(dict.fromkeys(paths))
 
-    elsewhere = _ELSEWHERE.get(key, "")
+    if key in fields:  # but for its case, or where it was looked for
+        return [prefix + key]
+    of = prefix.removesuffix(".").rpartition(".")[2]
+    elsewhere = _ELSEWHERE.get(f"{of}_{key}") or _ELSEWHERE.get(key, "")
     top, dot, field = elsewhere.partition(".")
     if ((top, field) in inside) if dot else top in fields:
-        return f"{unknown}; did you mean {name.removesuffix(key)}{elsewhere}?"
+        return [prefix + elsewhere]
+    if field in fields:  # data.column
+        return [prefix + field]
     deeper = [field for _, field in inside]
     if key in deeper:
         return in_groups(key)
@@ -168,9 +227,9 @@ def unknown_key(cls: type[Any], key: str, name: str) -> str:
         own = [field for of, field in inside if of == group]
         rest = key.removeprefix(f"{group}_")
         if rest != key and (close := difflib.get_close_matches(rest, own, n=1, cutoff=0.7)):
-            return f"{unknown}; did you mean {name.removesuffix(key)}{group}.{close[0]}?"
+            return [f"{prefix}{group}.{close[0]}"]
     if close := difflib.get_close_matches(key, fields, n=1, cutoff=0.7):
-        return f'{unknown}; did you mean "{close[0]}"?'
+        return [prefix + close[0]]
     if close := difflib.get_close_matches(key, deeper, n=1, cutoff=0.8):
         return in_groups(close[0])
-    return f"{unknown}; known: {', '.join(fields)}"
+    return []

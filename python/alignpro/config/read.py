@@ -74,7 +74,8 @@ def load_yaml(
         mapping = {} if mapping is None else mapping
         if not isinstance(mapping, dict):
             raise ValueError(
-                f"{path}: expected a mapping of fields, got a {type(mapping).__name__}"
+                f"{path}: expected a YAML file of settings, such as `alignpro init` writes, got a "
+                f"{type(mapping).__name__}"
             )
 
     def read(settings: Sequence[str]) -> T:

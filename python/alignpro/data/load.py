@@ -381,7 +381,8 @@ def _take_split(rows: list[Row], split: str | None, name: str) -> list[Row]:
             return rows
         raise DataError(
             f"{name}: no column 'split', so all its rows are training data, and none are of split "
-            f"{split!r}; add the column, or set the split of the data to null to take every row"
+            f"{split!r}; add the column, or set the split of the data to null to take every "
+            "row: data.split=null"
         )
     for row in rows:
         given = row.values["split"]

@@ -45,7 +45,7 @@ def fit_tables(report: dict[str, Any]) -> RenderableType:
     line = f"About {_size(report['memory_bytes'])}"
     line += "" if has is None else f", of {_size(has)} that are free on this machine"
     line += f". {report['rows']} {report['rows_are']}, of {report['longest_tokens']} tokens at "
-    line += f"most; {report['micro_batches']} micro-batches a step at most. Time is not priced."
+    line += f"most; {_micro_batches(report)} a step at most. Time is not priced."
     return Group(_models(report), _memory(report), *_asked(report), Text(line))
 
 
@@ -102,10 +102,14 @@ def _models(report: dict[str, Any]) -> Table:
     return _table("Models", columns, [row(*item) for item in report["models"].items()])
 
 
+def _micro_batches(report: dict[str, Any]) -> str:
+    count = report["micro_batches"]
+    return f"{count} micro-batch{'es' * (count != 1)}"
+
+
 def _tokens(report: dict[str, Any]) -> Table:
     return _table(
-        f"Tokens, at most ({report['lengths']['source']}; "
-        f"{report['micro_batches']} micro-batches a step)",
+        f"Tokens, at most ({report['lengths']['source']}; {_micro_batches(report)} a step)",
         ("", "a step", f"{report['steps']} steps"),
         [
             (name, f"{count:,}", _count(report["tokens"][name]))

@@ -165,7 +165,8 @@ class _Said(logging.Handler):
         self._bars = bars
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._bars.say(record.getMessage())
+        said = record.getMessage()
+        self._bars.say(f"warning: {said}" if record.levelno >= logging.WARNING else said)
 
 
 class _Count(ProgressColumn):
@@ -175,6 +176,14 @@ class _Count(ProgressColumn):
         return Text("" if task.total is None else f"{int(task.completed)}/{int(task.total)}")
 
 
+class _Left(TimeRemainingColumn):
+    """0:00:12 left, as the plain lines have it."""
+
+    def render(self, task: Task) -> Text:
+        left = super().render(task)
+        return left.append(" left") if left and not task.finished else Text("")
+
+
 class _TerminalBars:
     def __init__(self, console: Console, doing: str) -> None:
         self.progress = Progress(
@@ -182,7 +191,7 @@ class _TerminalBars:
             BarColumn(),
             _Count(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            _Left(),
             TextColumn("{task.fields[note]}"),
             console=console,
             speed_estimate_period=3600.0,  # a step may take minutes

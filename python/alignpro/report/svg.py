@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignpro.files import whole_file
+from alignpro.optional import import_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,13 +42,10 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         ImportError: matplotlib is not installed; it says how to get it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib: pip install -c constraints.txt '.[train]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure: Figure = import_for("a plot", "matplotlib.figure").Figure(
+        figsize=(width, height), layout="constrained"
+    )
+    return figure
 
 
 def style(axes: Axes) -> None:

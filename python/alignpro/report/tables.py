@@ -64,12 +64,14 @@ TONES = {"better": "green", "worse": "red", "unclear": ""}
 
 def grid_table(grid: Grid) -> Table:
     table = Table(title=Text(printable(grid.title)), title_justify="left")
-    if len(grid.header) > _WIDE:
+    wide = len(grid.header) > _WIDE
+    if wide:
         table.box, table.padding = _TIGHT, (0, 0, 0, 1)
         table.show_edge = table.pad_edge = False
     for index, title in enumerate(grid.header):
         justify: Literal["left", "right"] = "right" if index else "left"
-        table.add_column(Text(printable(title)), justify=justify, overflow="fold")
+        heading = printable(title).replace(" ", "\n") if wide else printable(title)
+        table.add_column(Text(heading), justify=justify, overflow="fold")
     for index, row in enumerate(grid.rows):
         cells = (Text(printable(cell)) for cell in row)
         style = "bold" if index == grid.strong else "dim" if index in grid.faint else None

@@ -185,15 +185,12 @@ def _load_object(name: str, options: dict[str, Any]) -> Any:
     sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise
-        raise ValueError(
-            f"reward {name!r}: no module {error.name!r} is installed or in {here!r}; {_KNOWN}"
-        ) from error
-    except ImportError:
-        raise
     except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and (module_name + ".").startswith(missing + "."):  # not what it imports itself
+            raise ValueError(
+                f"reward {name!r}: no module {missing!r} is installed or in {here!r}; {_KNOWN}"
+            ) from error
         raise ValueError(f"reward {name!r}: {_raised(error)}") from error
     finally:
         sys.path.remove(here)

@@ -101,14 +101,22 @@ def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint) -> Path:
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir()
     save_peft(folder / "adapter", checkpoint.weights)
-    with whole_file(folder / "optimizer.pt") as file:
-        torch.save(checkpoint.optimizer, file)
+    _save(folder / "optimizer.pt", checkpoint.optimizer)
     if checkpoint.critic is not None:
-        with whole_file(folder / "critic.pt") as file:
-            torch.save(checkpoint.critic, file)
+        _save(folder / "critic.pt", checkpoint.critic)
     names = ("step", "cursor", "config", "adaptive")
     state: dict[str, Any] = {name: getattr(checkpoint, name) for name in names}
     write_json(folder / _STATE, {**state, "sha256": _digests(folder)})
+
+
+def _save(path: Path, state: Any) -> None:
+    try:
+        with whole_file(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a full disk, of which torch tells positions
+            raise error.__context__ from None
+        raise
 
 
 def load_checkpoint(
