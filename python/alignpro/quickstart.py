@@ -12,7 +12,7 @@ from typing import Any
 from alignpro.bench.machine import peak_rss_bytes, versions
 from alignpro.config import QuickstartConfig, to_mapping
 from alignpro.data.load import load_prompts, stack_columns
-from alignpro.evaluate.of_run import beside_the_run
+from alignpro.evaluate.of_run import EVALUATE, beside_the_run
 from alignpro.evaluate.results import Report, to_json
 from alignpro.evaluate.run import evaluate_loaded, fit_inputs, load_inputs, spend
 from alignpro.files import write_json
@@ -108,6 +108,8 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
             log = MetricsLog(folder / "sft-metrics.jsonl")
             for row in sft_rows:
                 log.append(row)
+            # There before the first step: `alignpro evaluate --run` compares what was resumed.
+            write_json(folder / EVALUATE, beside_the_run(evaluation, folder))
             trainer.train([TrainBar(bars)], bars.show)
         with _timed(seconds, "evaluate"), directory:
             trained = trainer.policy.weights()
@@ -133,7 +135,6 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
             config=to_mapping(config),
         )
         bars.doing("writing the report")
-        write_json(folder / "evaluate.json", beside_the_run(evaluation, folder))
         rows = write_reports(folder, report)
     return QuickstartResult(folder, report, rows)
 

@@ -74,8 +74,9 @@ _RUN_FOLDERS = re.compile(
 _BEFORE_A_STEP = re.compile(
     rf"""(?:
     {re.escape(MARKER)} | {re.escape(LOCK)} | {re.escape(ERROR_LOG)} | {_PAID.pattern}
-    | {re.escape(CONFIG)} | {re.escape(FINGERPRINTS)} | sft-metrics\.jsonl | reference(?:/.*)?
-    | checkpoints | tensorboard(?:/.*)? | wandb(?:/.*)? | (?:wandb|trackio)\.json
+    | {re.escape(CONFIG)} | {re.escape(FINGERPRINTS)} | sft-metrics\.jsonl | evaluate\.json
+    | reference(?:/.*)? | checkpoints | tensorboard(?:/.*)? | wandb(?:/.*)?
+    | (?:wandb|trackio)\.json
     | .*{re.escape(PARTIAL)}(?:/.*)?
     )""",
     re.VERBOSE,

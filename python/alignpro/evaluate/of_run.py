@@ -54,11 +54,10 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
         FileNotFoundError: no run, or one that is not done. ValueError: a damaged config.json.
     """
     run = Path(run)
-    stage = unchecked(cls, {})
     if not is_run_dir(run):
         problem = f"no {MARKER} in it" if run.is_dir() else "no such folder"
         raise FileNotFoundError(f"--run {run}: expected the directory of a run ({problem})")
-    config, values = config_of_run(run), _values_of(run)
+    config, values = config_of_run(run), _values_of_stage(cls, run)
     if isinstance(config, SftConfig):
         values["prompter"] = replace(config.prompter, adapter=_adapter(run, command_of(SftConfig)))
     else:
@@ -68,9 +67,15 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
             came = "soft"
         if came in arms:
             values[came] = _adapter(run, command_of(type(config)))
-    if isinstance(config, (TrainConfig, SelfImproveConfig)):
-        values["data"] = replace(config.data, split=stage.data.split)
     return unchecked(cls, values)
+
+
+def _values_of_stage(cls: type[StageConfig], run: Path) -> dict[str, Any]:
+    """Of a stage's configuration what does not wait for the run to be done."""
+    config, values = config_of_run(run), _values_of(run)
+    if isinstance(config, (TrainConfig, SelfImproveConfig)):
+        values["data"] = replace(config.data, split=unchecked(cls, {}).data.split)
+    return values
 
 
 def _values_of(run: Path) -> dict[str, Any]:
@@ -103,7 +108,8 @@ def _adapter(run: Path, command: str) -> str:
 
 def beside_the_run(config: EvalConfig, run: Path) -> dict[str, Any]:
     """What an evaluation asks for that `settings_of_run` does not say: evaluate.json."""
-    ours, theirs = to_mapping(config), to_mapping(settings_of_run(EvalConfig, run))
+    theirs = to_mapping(unchecked(EvalConfig, _values_of_stage(EvalConfig, run)))
+    ours = to_mapping(config)
     del ours["trained"], ours["prompter"]
     return {name: value for name, value in ours.items() if value != theirs[name]}
 
