@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from alignpro.cli import (
-    attention,
     bench,
     config,
     extract,
+    mix,
     preference,
     report,
     serve,
@@ -17,11 +17,11 @@ from alignpro.cli.shared import app
 
 __all__ = [
     "app",
-    "attention",
     "bench",
     "config",
     "extract",
     "main",
+    "mix",
     "preference",
     "report",
     "serve",

@@ -111,7 +111,7 @@ def sft(
     from alignpro.config import SftConfig
 
     options = training_settings(
-        *("sft", SftConfig, config, overrides), resume=resume, overwrite=overwrite, dry_run=dry_run
+        SftConfig, config, overrides, resume=resume, overwrite=overwrite, dry_run=dry_run
     )
     if dry_run:
         return say_memory(options)
@@ -184,9 +184,7 @@ def train(
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: says how --dry-run prices a run; add --dry-run")
-    options = training_settings(
-        *("train", TrainConfig, config, overrides), resume=resume, overwrite=overwrite
-    )
+    options = training_settings(TrainConfig, config, overrides, resume=resume, overwrite=overwrite)
     from alignpro.report.progress import Bars, TrainBar
 
     with Bars("loading data and models") as bars:

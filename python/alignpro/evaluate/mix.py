@@ -25,7 +25,7 @@ from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.redraw import restriction
 from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
-from alignpro.run_directory import RunConfig, config_of_run, find_record, is_run_dir
+from alignpro.run_directory import RunConfig, configs_of_runs, find_record, is_run_dir
 from alignpro.statistics import Floats, Interval, bootstrap_mean_ci
 from alignpro.theory.mixture import (
     MixtureWeights,
@@ -135,8 +135,7 @@ def load_inputs(config: MixConfig, read: Mapping[Path, RunConfig] | None = None)
     Raises ValueError for runs that did not begin with one untuned prompter, or not for the same
     use, and for goals without a KL penalty; FileNotFoundError for no run, or one that is not done.
     """
-    if read is None:
-        read = {Path(run): config_of_run(Path(run)) for run in config.runs}
+    read = configs_of_runs(config.runs) if read is None else read
     runs = {run: _mixed(run, of) for run, of in read.items()}
     (first_run, first), *others = runs.items()
     for run, other in others:
