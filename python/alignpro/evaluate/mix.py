@@ -84,7 +84,7 @@ def run_mix(
         for k, (run, expert) in enumerate(zip(config.runs, experts, strict=True))
     ]
     samples = [[w for group in of for w in group] for of in zip(*by_experts, strict=True)]
-    ratios = given.scored(samples).ratios
+    ratios = given.scored("all prompters", samples).ratios
     importance = math.log(len(experts)) - np.logaddexp.reduce(ratios, axis=2)
     mixed = maxmin_weights(ratios, importance, betas=betas, beta=beta)
     if config.sampling == "sequence":
@@ -94,17 +94,17 @@ def run_mix(
         weights, token_wise = given.balanced(mixed.weights)
     else:
         weights = mixed.weights
-        token_wise = given.scored(given.drawn(weights, "the mixture"))
+        token_wise = given.drawn(weights, "the mixture")
     exponents = exponents_of(weights, betas, beta)
     members = _members(config.runs, experts, exponents, reference)
     of_mixture, given_up = token_wise, None
     if config.sampling == "sequence":
         mixture = _mixture_of(members, config.sampling, config.tries)
-        of_mixture = given.scored(given.written("whole rewrites", mixture, len(experts) + 2))
+        of_mixture = given.of("whole rewrites", mixture, len(experts) + 2)
         refused = given.model.stats()["sequence_given_up"]
         given_up = refused / (len(given.prompts) * config.num_rewrites)
     soup = soup_of(experts, list(exponents), reference)
-    of_soup = given.scored(given.written("the mixed adapter", soup, len(experts)))
+    of_soup = given.of("the mixed adapter", soup, len(experts))
     acceptance = given.acceptance(members, exponents, token_wise)
     logs = importance + ratios @ exponents
     report = MixReport(
@@ -222,18 +222,22 @@ class _Given:
                 show(len(groups))
         return groups
 
-    def drawn(self, weights: Floats, what: str) -> list[list[Rewrite]]:
+    def of(self, name: str, adapter: LoraWeights | Mixture, number: int) -> _Scored:
+        """What it writes, scored. number: as of `written`."""
+        return self.scored(name, self.written(name, adapter, number))
+
+    def drawn(self, weights: Floats, name: str) -> _Scored:
         """Token by token, with the same randomness for any weights."""
         exponents = exponents_of(weights, self.inputs.betas, self.inputs.beta)
         members = _members(self.config.runs, self.experts, exponents, self.reference)
-        return self.written(what, _mixture_of(members), len(self.experts) + 1)
+        return self.of(name, _mixture_of(members), len(self.experts) + 1)
 
     def balanced(self, weights: Floats) -> tuple[Floats, _Scored]:
         """Weights whose token-wise draws serve the worst-off goal best, and those draws: of a few
         rounds from the given weights on."""
         best: tuple[float, Floats, _Scored] | None = None
         for number in range(1, _MOST_ROUNDS + 1):
-            drawn = self.scored(self.drawn(weights, f"the mixture, round {number}"))
+            drawn = self.drawn(weights, f"the mixture, round {number}")
             served = self.inputs.betas * drawn.ratios.mean(axis=(0, 1))
             value = float(served.min() - self.inputs.beta * (drawn.drawn - drawn.before).mean())
             if best is None or value > best[0]:
@@ -245,10 +249,17 @@ class _Given:
         assert best is not None
         return best[1:]
 
-    def scored(self, samples: Sequence[Sequence[Rewrite]]) -> _Scored:
-        before = self.logprobs(samples, self.reference)
+    def scored(self, name: str, samples: Sequence[Sequence[Rewrite]]) -> _Scored:
+        """Under every prompter. name: of what wrote them."""
+        adapters, logprobs = [self.reference, *self.experts], list[Floats]()
+        show = watch(self.on_progress, f"{name}, scored", len(adapters))
+        for adapter in adapters:
+            logprobs.append(self.logprobs(samples, adapter))
+            if show is not None:
+                show(len(logprobs))
+        before, *after = logprobs
         return _Scored(
-            np.stack([self.logprobs(samples, e) - before for e in self.experts], axis=2),
+            np.stack([of - before for of in after], axis=2),
             before,
             np.array([[math.fsum(w.logprobs) for w in group] for group in samples]),
         )
