@@ -20,7 +20,6 @@ from alignpro.cli.shared import (
     write_json,
     writing,
 )
-from alignpro.optional import is_installed
 
 _POINTS = 13  # of a curve
 
@@ -40,7 +39,9 @@ def headroom(
     overrides: Overrides = None,
     run: Run = None,
     output: Output = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the frontier to this PNG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the frontier to this file, PNG or SVG by its suffix.")
+    ] = None,
     samples: Annotated[
         Path | None,
         typer.Option(
@@ -60,8 +61,10 @@ def headroom(
     written = [file for file in (output, plot, samples) if file is not None]
     if len(set(written)) < len(written):
         raise ValueError("--output, --plot and --samples: expected a file for each, got one twice")
-    if plot is not None and not is_installed("matplotlib"):
-        raise ImportError("--plot needs matplotlib: pip install matplotlib, or leave it out")
+    if plot is not None:
+        from alignpro.report.svg import check_plot_file
+
+        check_plot_file(plot)
     if samples is None or not samples.exists():
         check_inputs(options)
     from rich.console import Console
@@ -130,13 +133,13 @@ def bound(
 )
 @one_line_errors
 def prompt_attention(
-    tokens: Annotated[int, typer.Option(help="Tokens of an input.")] = 800,
+    tokens: Annotated[int, typer.Option(max=2**24, help="Tokens of an input.")] = 800,
     relevant: Annotated[int, typer.Option(help="Relevant ones of them.")] = 80,
     relevance: Annotated[float, typer.Option(help="Length of what makes a token relevant.")] = 2.0,
     signal: Annotated[float, typer.Option(help="Length of what tells the label.")] = 0.15,
     noise: Annotated[float, typer.Option(help="Standard deviation of the other tokens.")] = 1.0,
     inputs: Annotated[int, typer.Option(min=1, help="Inputs that are drawn for a point.")] = 4000,
-    seed: Annotated[int, typer.Option(help="Random seed of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the inputs.")] = 0,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the curves to this file, PNG or SVG by its suffix.")
     ] = None,
@@ -146,8 +149,10 @@ def prompt_attention(
     The error and the attention on relevant tokens by kappa, the length of the prompt, as predicted
     and as measured on inputs that are drawn.
     """
-    if plot is not None and not is_installed("matplotlib"):
-        raise ImportError("--plot needs matplotlib: pip install matplotlib, or leave it out")
+    if plot is not None:
+        from alignpro.report.svg import check_plot_file
+
+        check_plot_file(plot)
     import numpy as np
     from rich.console import Console
 
