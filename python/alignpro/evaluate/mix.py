@@ -29,7 +29,7 @@ from alignpro.run_directory import RunConfig, configs_of_runs, find_record, is_r
 from alignpro.statistics import Floats, Interval, bootstrap_mean_ci
 from alignpro.theory.mixture import (
     MixtureWeights,
-    balance_weights,
+    balance_draws,
     exponents_of,
     maxmin_weights,
 )
@@ -37,8 +37,6 @@ from alignpro.train.metrics import read_metrics
 from alignpro.types import Prompt, Rewrite, SamplingParams
 
 _PROMPTS_AT_ONCE = 8  # between two words of progress
-_MOST_ROUNDS = 5  # of draws by which weights are found
-_LEAST_STEP = 0.01  # of a weight; less is the draws' noise
 
 MixedRun = TrainConfig | PreferConfig
 
@@ -235,19 +233,14 @@ class _Given:
     def balanced(self, weights: Floats) -> tuple[Floats, _Scored]:
         """Weights whose token-wise draws serve the worst-off goal best, and those draws: of a few
         rounds from the given weights on."""
-        best: tuple[float, Floats, _Scored] | None = None
-        for number in range(1, _MOST_ROUNDS + 1):
-            drawn = self.drawn(weights, f"the mixture, round {number}")
-            served = self.inputs.betas * drawn.ratios.mean(axis=(0, 1))
-            value = float(served.min() - self.inputs.beta * (drawn.drawn - drawn.before).mean())
-            if best is None or value > best[0]:
-                best = value, weights, drawn
-            before_step = weights
-            weights = balance_weights(weights, drawn.ratios, self.inputs.betas, self.inputs.beta)
-            if np.abs(weights - before_step).max() < _LEAST_STEP:
-                break
-        assert best is not None
-        return best[1:]
+        found = list[_Scored]()
+
+        def draw(at: Floats) -> tuple[Floats, Floats]:
+            found.append(self.drawn(at, f"the mixture, round {len(found) + 1}"))
+            return found[-1].ratios, found[-1].drawn - found[-1].before
+
+        best, number = balance_draws(weights, draw, self.inputs.betas, self.inputs.beta)
+        return best, found[number]
 
     def scored(self, name: str, samples: Sequence[Sequence[Rewrite]]) -> _Scored:
         """Under every prompter. name: of what wrote them."""
