@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,9 +154,13 @@ def is_mixed(config: MixConfig, inputs: MixInputs, output: Path) -> bool:
     if record is None or record.get("config") != to_json(to_mapping(config)):
         return False
     members = zip(inputs.runs, read_mixture(output).members, strict=False)  # one may be untuned
+    # A run has more beside its adapter, such as prompter.json.
+    files = (
+        (run / "adapter", file) for run, (of, _) in members for file in Path(str(of)).iterdir()
+    )
     return all(
-        of_adapter_folder(run / "adapter").hash == of_adapter_folder(str(member)).hash
-        for run, (member, _) in members
+        (mine := folder / file.name).is_file() and filecmp.cmp(mine, file, shallow=False)
+        for folder, file in files
     )
 
 
