@@ -12,7 +12,7 @@ import json
 import re
 import traceback
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -385,6 +385,11 @@ def config_of_run(run: Path) -> RunConfig:
         return from_mapping(_kind_of(record)[1], record)
     except ValueError as error:
         raise ValueError(f"{run / CONFIG}: {error}") from None
+
+
+def configs_of_runs(runs: Iterable[str]) -> dict[Path, RunConfig]:
+    """By directory. Raises as `config_of_run`."""
+    return {Path(run): config_of_run(Path(run)) for run in runs}
 
 
 # The command that makes such runs, by a field that no one before has.

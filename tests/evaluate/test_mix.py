@@ -112,6 +112,16 @@ def test_what_is_drawn_token_by_token_has_weights_of_its_own(runs):
         config(runs, weights="drawn", sampling="sequence")
 
 
+def test_progress_names_the_scoring_as_well_as_the_writing(runs):
+    shown = {}
+    config = MixConfig(
+        (str(runs / "kind"), str(runs / "brief")), num_prompts=2, num_rewrites=2, weights="whole"
+    )
+    run_mix(config, on_progress=lambda name, done, total: shown.update({name: (done, total)}))
+    scored = ("all prompters, scored", "the mixture, scored", "the mixed adapter, scored")
+    assert {name: shown[name] for name in scored} == dict.fromkeys(scored, (3, 3))
+
+
 def test_whole_rewrites_are_drawn_by_rejection(runs):
     report = run_mix(config(runs, sampling="sequence", tries=60), runs / "whole")
     assert read_mixture(runs / "whole").sampling == "sequence"

@@ -23,6 +23,7 @@ def test_what_stands_around_the_first_object_is_left_out():
         ('{"a": {"b": 1, "b": 1}}', "'b' appears twice"),
         ('{"a": NaN}', "NaN is no number"),
         ('{"a": -Infinity}', "-Infinity is no number"),
+        ('{"a": [-1e400]}', "-1e400 is no number"),
         ('{"a": ' + "9" * 5000 + "}", "5000 digits"),
         ("{'a': 1}", "malformed JSON"),
         ('{"a": 1,}', "malformed JSON"),

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from alignpro.extract.check import read_leaf
 from alignpro.extract.schema import read_schema
 from alignpro.extract.score import FieldScore, best_assignment, score_record
 
@@ -52,6 +53,19 @@ def test_lists_are_sets():
     score = score_record(split, gold, LISTS)
     assert score == FieldScore(5, 6, 6) and score.precision < 1 and score.recall < 1
     assert score_record({"tags": ["y", "x"]}, {"tags": ["x", "y"]}, LISTS).f1 == 1.0
+
+
+def test_each_value_is_read_once_however_many_it_is_compared_with(monkeypatch):
+    read = []
+
+    def counted(value, leaf):
+        read.append(value)
+        return read_leaf(value, leaf)
+
+    monkeypatch.setattr("alignpro.extract.score.read_leaf", counted)
+    given = [(f"part {n}", f"{n} mg") for n in range(1, 31)]
+    score = score_record(parts(*given), parts(*given[::-1]), LISTS)
+    assert score == (60, 60, 60) and len(read) == 120
 
 
 def test_what_is_empty():

@@ -17,6 +17,8 @@ from alignpro.evaluate.results import (
     Headroom,
     HeadroomReport,
     Interval,
+    MixedGoal,
+    MixReport,
     Report,
     from_json,
     to_json,
@@ -31,6 +33,7 @@ from alignpro.report.theory import (
     goals_grid,
     goals_words,
     headroom_words,
+    mix_words,
 )
 from alignpro.theory.goals import MaxMin
 from made_up_report import evaluation
@@ -149,6 +152,26 @@ def test_goals_in_words():
     idle = replace(GOALS, goals={**GOALS.goals, "topic": goal(maxmin_weight=0.0)})
     assert "No weight: topic;" in " ".join(goals_words(idle))
     assert goals_words(None) == [] and not goals_grid(None)
+
+
+def mixed(weight, of_drawn, whole_weight):
+    return MixedGoal("vader", 0.05, weight, weight, 0.1, -0.2, of_drawn, -0.2, whole_weight)
+
+
+@pytest.mark.parametrize(
+    ("idle", "said"),
+    [
+        (mixed(0.0, -0.1, 0.3), "No weight: kind; the mixture serves this goal as it is."),
+        (mixed(0.0, -0.7, None), "No weight: kind; the mixture serves this goal as it is."),
+        (mixed(0.0, -0.7, 0.3), "No weight: kind, although what is drawn serves it worst (-0.700)"),
+    ],
+)
+def test_a_goal_without_weight_is_served_or_said_not_to_be(idle, said):
+    whole_weight = None if idle.whole_weight is None else 0.7
+    goals = {"kind": idle, "topic": mixed(1.0, -0.2, whole_weight)}
+    report = MixReport(goals, 0.05, -0.1, 1e-12, 2.0, 5.0, 24, 12)
+    (found,) = (line for line in mix_words(report) if line.startswith("No weight"))
+    assert found.startswith(said)
 
 
 def test_rows_to_doubt_are_faint():

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from alignpro.theory.mixture import balance_weights, maxmin_weights
+from alignpro.theory.mixture import balance_draws, balance_weights, maxmin_weights
 
 
 def enumerated(reference, *experts):
@@ -159,3 +159,25 @@ def test_draws_of_the_mixture_itself_lead_to_lambda_star(experts, start):
         drawn = np.repeat(ratios, counts, axis=1)
         weights = balance_weights(weights, drawn, betas, beta)
     assert weights == pytest.approx(expected, abs=2e-4)
+
+
+def test_weights_are_found_where_draws_turn_at_once_from_one_prompter_to_another():
+    """Three prompters whose rewrites are 20 nats from each other's; full steps go to and fro."""
+    betas = np.ones(3)
+
+    def draw(weights):
+        shares = np.exp(10 * weights) / np.exp(10 * weights).sum()
+        at = np.searchsorted(shares.cumsum(), (np.arange(480) + 0.5) / 480)
+        ratios = np.where(np.eye(3)[at] > 0, 2.0, -20.0).reshape(40, 12, 3)
+        return ratios, np.full((40, 12), 1.5)
+
+    def least(weights):
+        return draw(weights)[0].mean(axis=(0, 1)).min()
+
+    weights, full_steps = np.array([0.58, 0.42, 0.0]), []
+    for _ in range(8):
+        full_steps.append(least(weights))
+        weights = balance_weights(weights, draw(weights)[0], betas, 1.0)
+    assert max(full_steps) < -19
+    weights, number = balance_draws([0.58, 0.42, 0.0], draw, betas, 1.0)
+    assert least(weights) > -16 and 0 < number < 8  # equal weights have -12.7

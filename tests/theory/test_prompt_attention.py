@@ -176,3 +176,25 @@ def test_the_command_draws_what_it_says(tmp_path: Path) -> None:
     assert plot.read_text(encoding="utf-8").count("<use") >= 2 * 13  # a mark a point
     refused = CliRunner().invoke(app, [*command, "--relevant", "50"])
     assert refused.exit_code == 2 and refused.stderr.count("\n") == 1, refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        (["--seed", "-1"], "'--seed'"),
+        (["--tokens", "100000000000"], "'--tokens'"),
+        (["--plot", "curves.txt"], "curves.txt: expected a suffix of "),
+    ],
+)
+def test_the_command_refuses_before_anything_is_drawn(
+    wrong: list[str], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = CliRunner().invoke(app, ["theory", "prompt-attention", *wrong])
+    assert refused.exit_code == 2 and word in refused.stderr, refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_headroom_refuses_another_plot_before_it_draws() -> None:
+    refused = CliRunner().invoke(app, ["headroom", "reward=topic", "--plot", "frontier.txt"])
+    assert refused.exit_code == 2 and "expected a suffix of " in refused.stderr, refused.stderr

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 from alignpro.cli import (
-    attention,
     bench,
     config,
     extract,
+    mix,
     preference,
     report,
     serve,
@@ -19,11 +19,11 @@ from alignpro.cli.shared import app
 
 __all__ = [
     "app",
-    "attention",
     "bench",
     "config",
     "extract",
     "main",
+    "mix",
     "preference",
     "report",
     "serve",

@@ -47,7 +47,9 @@ def prefer(
     from alignpro.config import PreferConfig
 
     options = training_settings(
-        *("prefer", PreferConfig, config, overrides),
+        PreferConfig,
+        config,
+        overrides,
         resume=resume,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -89,7 +91,9 @@ def self_improve(
     from alignpro.config import SelfImproveConfig
 
     options = training_settings(
-        *("self-improve", SelfImproveConfig, config, overrides),
+        SelfImproveConfig,
+        config,
+        overrides,
         resume=resume,
         overwrite=overwrite,
         dry_run=dry_run,

@@ -24,6 +24,7 @@ from alignpro.optional import import_for, is_installed
 from alignpro.run_directory import (
     check_kind,
     check_run_dir,
+    command_of,
     error_notes,
     one_line,
     open_run_dir,
@@ -317,7 +318,6 @@ def check_inputs(options: Any, *, resume: bool = False) -> None:
 
 
 def training_settings(
-    command: str,
     cls: type[T],
     config: str | None,
     overrides: list[str] | None,
@@ -328,7 +328,7 @@ def training_settings(
 ) -> T:
     """`read_settings` of a command that trains to a run directory, checked by `check_inputs`.
     dry_run: nothing is trained, whatever is in that directory."""
-    needs_torch(command)
+    needs_torch(command_of(cls))
     options = read_settings(cls, config, overrides)
     if not dry_run:
         check_run_dir(options.run_dir, resume=resume, overwrite=overwrite)  # type: ignore[attr-defined]

@@ -112,7 +112,7 @@ def sft(
     from alignpro.config import SftConfig
 
     options = training_settings(
-        *("sft", SftConfig, config, overrides), resume=resume, overwrite=overwrite, dry_run=dry_run
+        SftConfig, config, overrides, resume=resume, overwrite=overwrite, dry_run=dry_run
     )
     if dry_run:
         return say_memory(options)
@@ -186,9 +186,7 @@ def train(
         Console().print(price_tables(report))
         return
     _refuse(given, "says how --dry-run prices a run; add --dry-run")
-    options = training_settings(
-        *("train", TrainConfig, config, overrides), resume=resume, overwrite=overwrite
-    )
+    options = training_settings(TrainConfig, config, overrides, resume=resume, overwrite=overwrite)
     from alignpro.report.progress import Bars, TrainBar
 
     with Bars("loading data and models") as bars:

@@ -1,8 +1,7 @@
-"""`alignpro headroom`, `bound` and `mix`: what prompting can reach, and what several goals can."""
+"""`alignpro headroom`, `bound` and `theory`: what prompting can reach."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,16 +15,16 @@ from alignpro.cli.shared import (
     app,
     check_inputs,
     examples,
-    key_values,
-    needs_torch,
     one_line_errors,
     read_settings,
-    say_memory,
     write_json,
     writing,
 )
-from alignpro.optional import is_installed
-from alignpro.run_directory import CONFIG, config_of_run
+
+_POINTS = 13  # of a curve
+
+theory = typer.Typer(help="Solve a model that is small enough to solve.", no_args_is_help=True)
+app.add_typer(theory, name="theory")
 
 
 @app.command(
@@ -40,7 +39,9 @@ def headroom(
     overrides: Overrides = None,
     run: Run = None,
     output: Output = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the frontier to this PNG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the frontier to this file, PNG or SVG by its suffix.")
+    ] = None,
     samples: Annotated[
         Path | None,
         typer.Option(
@@ -60,8 +61,10 @@ def headroom(
     written = [file for file in (output, plot, samples) if file is not None]
     if len(set(written)) < len(written):
         raise ValueError("--output, --plot and --samples: expected a file for each, got one twice")
-    if plot is not None and not is_installed("matplotlib"):
-        raise ImportError("--plot needs matplotlib: pip install matplotlib, or leave it out")
+    if plot is not None:
+        from alignpro.report.svg import check_plot_file
+
+        check_plot_file(plot)
     if samples is None or not samples.exists():
         check_inputs(options)
     from rich.console import Console
@@ -121,83 +124,56 @@ def bound(
         typer.echo(f"target: {usage_words(report.target_usage)}")
 
 
-@app.command(
+@theory.command(
+    name="prompt-attention",
     epilog=examples(
-        "alignpro mix runs=[kind,brief] --output mixed",
-        "alignpro mix runs=[kind,brief] data=prompts.csv sampling=sequence --output mixed",
-        "alignpro mix runs=[kind] kl_coef=0.1 --output softer",
-        "alignpro mix runs=[kind,brief] --output mixed --distill",
-    )
+        "alignpro theory prompt-attention --plot prompt-attention.png",
+        "alignpro theory prompt-attention --tokens 200 --relevant 20 --signal 0.3",
+    ),
 )
 @one_line_errors
-def mix(
-    config: Config = None,
-    overrides: Annotated[list[str] | None, key_values("seed=1 or kl_coef=0.1")] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write mixture.json to this folder, which may then be named as an adapter, and "
-            "the prompters as one LoRA to its adapter/."
-        ),
+def prompt_attention(
+    tokens: Annotated[int, typer.Option(max=2**24, help="Tokens of an input.")] = 800,
+    relevant: Annotated[int, typer.Option(help="Relevant ones of them.")] = 80,
+    relevance: Annotated[float, typer.Option(help="Length of what makes a token relevant.")] = 2.0,
+    signal: Annotated[float, typer.Option(help="Length of what tells the label.")] = 0.15,
+    noise: Annotated[float, typer.Option(help="Standard deviation of the other tokens.")] = 1.0,
+    inputs: Annotated[int, typer.Option(min=1, help="Inputs that are drawn for a point.")] = 4000,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the inputs.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the curves to this file, PNG or SVG by its suffix.")
     ] = None,
-    distill: Annotated[
-        bool,
-        typer.Option(
-            "--distill", help="Train one prompter from the mixture, into distilled/ of it."
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print what --distill would hold in memory, and stop; mix nothing."
-        ),
-    ] = False,
 ) -> None:
-    """Make one prompter of several, trained each for its own goal.
+    """Show how sharp a prompt should be: what it gains on relevant tokens, and what it loses.
 
-    It serves the worst-off goal best; no target is asked, and without --distill nothing is trained.
+    The error and the attention on relevant tokens by kappa, the length of the prompt, as predicted
+    and as measured on inputs that are drawn.
     """
-    from alignpro.config import MixConfig
+    if plot is not None:
+        from alignpro.report.svg import check_plot_file
 
-    options = read_settings(MixConfig, config, overrides)
-    if distill:
-        needs_torch("mix --distill")
-        options = replace(options, weights=options.weights or "whole")
-        if output is None:
-            raise ValueError("--distill: trains what --output FOLDER will hold; name a folder")
-    runs = {Path(run): config_of_run(Path(run)) for run in options.runs}  # before any import
-    from alignpro.evaluate.mix import is_mixed, load_inputs, run_mix
-
-    inputs = load_inputs(options, runs)
-    wanted = None
-    if distill and output is not None:
-        from alignpro.train.distill import distill_config
-
-        wanted = distill_config(output, inputs.runs)
-    if dry_run:
-        if wanted is None:
-            raise ValueError("--dry-run: says what --distill would hold; add --distill")
-        return say_memory(wanted)
-    if wanted is not None and (begun := Path(wanted.run_dir) / CONFIG).is_file():
-        raise FileExistsError(
-            f"{wanted.run_dir}: is there already; it goes on with: alignpro train {begun} "
-            "--resume; or name another folder"
-        )
+        check_plot_file(plot)
+    import numpy as np
     from rich.console import Console
 
+    from alignpro.report.attention import sharpness_figure, sharpness_grid
     from alignpro.report.progress import Bars
-    from alignpro.report.tables import mix_tables
+    from alignpro.report.tables import grid_table
+    from alignpro.theory.prompt_attention import AttentionData, at_sharpness
 
-    if wanted is not None and output is not None and is_mixed(options, inputs, output):
-        typer.echo(f"{output}: mixed before, and distilled now")
-    else:
-        with Bars("loading data and models") as bars:
-            report = run_mix(options, output, bars.show, inputs=inputs)
-        Console().print(mix_tables(report))
-    if wanted is not None:
-        from alignpro.report.progress import TrainBar
-        from alignpro.train.run import run_train
-
-        with Bars("loading data and models") as bars:
-            trained = run_train(wanted, callbacks=[TrainBar(bars)], on_progress=bars.show)
-        typer.echo(f"adapter: {trained.run_dir / 'adapter'}")
+    data = AttentionData(tokens, relevant, 2, relevance, signal, noise)
+    random = np.random.default_rng(seed)
+    points = []
+    with writing(None, plot):
+        with Bars() as bars:
+            for kappa in np.linspace(0.0, 3 * data.best_kappa, _POINTS):
+                points.append(at_sharpness(data, float(kappa), inputs=inputs, random=random))
+                bars.show("drawing inputs", len(points), _POINTS)
+        if plot is not None:
+            sharpness_figure(data, points, plot)
+    Console().print(grid_table(sharpness_grid(points)))
+    best = data.gain(data.best_kappa)
+    typer.echo(
+        f"By the formula the best is kappa {data.best_kappa:.3g}: {best:.3g} times the "
+        "signal-to-noise ratio of no prompt."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,11 @@ from alignpro.models.native_model import NativeModel, load_model
 from alignpro.models.redraw import restriction
 from alignpro.models.seeds import derive_seed
 from alignpro.pipeline import Pipeline
-from alignpro.run_directory import RunConfig, config_of_run, find_record, is_run_dir
+from alignpro.run_directory import RunConfig, configs_of_runs, find_record, is_run_dir
 from alignpro.statistics import Floats, Interval, bootstrap_mean_ci
 from alignpro.theory.mixture import (
     MixtureWeights,
-    balance_weights,
+    balance_draws,
     exponents_of,
     maxmin_weights,
 )
@@ -37,8 +38,6 @@ from alignpro.train.metrics import read_metrics
 from alignpro.types import Prompt, Rewrite, SamplingParams
 
 _PROMPTS_AT_ONCE = 8  # between two words of progress
-_MOST_ROUNDS = 5  # of draws by which weights are found
-_LEAST_STEP = 0.01  # of a weight; less is the draws' noise
 
 MixedRun = TrainConfig | PreferConfig
 
@@ -84,7 +83,7 @@ def run_mix(
         for k, (run, expert) in enumerate(zip(config.runs, experts, strict=True))
     ]
     samples = [[w for group in of for w in group] for of in zip(*by_experts, strict=True)]
-    ratios = given.scored(samples).ratios
+    ratios = given.scored("all prompters", samples).ratios
     importance = math.log(len(experts)) - np.logaddexp.reduce(ratios, axis=2)
     mixed = maxmin_weights(ratios, importance, betas=betas, beta=beta)
     if config.sampling == "sequence":
@@ -94,17 +93,17 @@ def run_mix(
         weights, token_wise = given.balanced(mixed.weights)
     else:
         weights = mixed.weights
-        token_wise = given.scored(given.drawn(weights, "the mixture"))
+        token_wise = given.drawn(weights, "the mixture")
     exponents = exponents_of(weights, betas, beta)
     members = _members(config.runs, experts, exponents, reference)
     of_mixture, given_up = token_wise, None
     if config.sampling == "sequence":
         mixture = _mixture_of(members, config.sampling, config.tries)
-        of_mixture = given.scored(given.written("whole rewrites", mixture, len(experts) + 2))
+        of_mixture = given.of("whole rewrites", mixture, len(experts) + 2)
         refused = given.model.stats()["sequence_given_up"]
         given_up = refused / (len(given.prompts) * config.num_rewrites)
     soup = soup_of(experts, list(exponents), reference)
-    of_soup = given.scored(given.written("the mixed adapter", soup, len(experts)))
+    of_soup = given.of("the mixed adapter", soup, len(experts))
     acceptance = given.acceptance(members, exponents, token_wise)
     logs = importance + ratios @ exponents
     report = MixReport(
@@ -135,8 +134,7 @@ def load_inputs(config: MixConfig, read: Mapping[Path, RunConfig] | None = None)
     Raises ValueError for runs that did not begin with one untuned prompter, or not for the same
     use, and for goals without a KL penalty; FileNotFoundError for no run, or one that is not done.
     """
-    if read is None:
-        read = {Path(run): config_of_run(Path(run)) for run in config.runs}
+    read = configs_of_runs(config.runs) if read is None else read
     runs = {run: _mixed(run, of) for run, of in read.items()}
     (first_run, first), *others = runs.items()
     for run, other in others:
@@ -156,9 +154,13 @@ def is_mixed(config: MixConfig, inputs: MixInputs, output: Path) -> bool:
     if record is None or record.get("config") != to_json(to_mapping(config)):
         return False
     members = zip(inputs.runs, read_mixture(output).members, strict=False)  # one may be untuned
+    # A run has more beside its adapter, such as prompter.json.
+    files = (
+        (run / "adapter", file) for run, (of, _) in members for file in Path(str(of)).iterdir()
+    )
     return all(
-        of_adapter_folder(run / "adapter").hash == of_adapter_folder(str(member)).hash
-        for run, (member, _) in members
+        (mine := folder / file.name).is_file() and filecmp.cmp(mine, file, shallow=False)
+        for folder, file in files
     )
 
 
@@ -223,33 +225,39 @@ class _Given:
                 show(len(groups))
         return groups
 
-    def drawn(self, weights: Floats, what: str) -> list[list[Rewrite]]:
+    def of(self, name: str, adapter: LoraWeights | Mixture, number: int) -> _Scored:
+        """What it writes, scored. number: as of `written`."""
+        return self.scored(name, self.written(name, adapter, number))
+
+    def drawn(self, weights: Floats, name: str) -> _Scored:
         """Token by token, with the same randomness for any weights."""
         exponents = exponents_of(weights, self.inputs.betas, self.inputs.beta)
         members = _members(self.config.runs, self.experts, exponents, self.reference)
-        return self.written(what, _mixture_of(members), len(self.experts) + 1)
+        return self.of(name, _mixture_of(members), len(self.experts) + 1)
 
     def balanced(self, weights: Floats) -> tuple[Floats, _Scored]:
         """Weights whose token-wise draws serve the worst-off goal best, and those draws: of a few
         rounds from the given weights on."""
-        best: tuple[float, Floats, _Scored] | None = None
-        for number in range(1, _MOST_ROUNDS + 1):
-            drawn = self.scored(self.drawn(weights, f"the mixture, round {number}"))
-            served = self.inputs.betas * drawn.ratios.mean(axis=(0, 1))
-            value = float(served.min() - self.inputs.beta * (drawn.drawn - drawn.before).mean())
-            if best is None or value > best[0]:
-                best = value, weights, drawn
-            before_step = weights
-            weights = balance_weights(weights, drawn.ratios, self.inputs.betas, self.inputs.beta)
-            if np.abs(weights - before_step).max() < _LEAST_STEP:
-                break
-        assert best is not None
-        return best[1:]
+        found = list[_Scored]()
 
-    def scored(self, samples: Sequence[Sequence[Rewrite]]) -> _Scored:
-        before = self.logprobs(samples, self.reference)
+        def draw(at: Floats) -> tuple[Floats, Floats]:
+            found.append(self.drawn(at, f"the mixture, round {len(found) + 1}"))
+            return found[-1].ratios, found[-1].drawn - found[-1].before
+
+        best, number = balance_draws(weights, draw, self.inputs.betas, self.inputs.beta)
+        return best, found[number]
+
+    def scored(self, name: str, samples: Sequence[Sequence[Rewrite]]) -> _Scored:
+        """Under every prompter. name: of what wrote them."""
+        adapters, logprobs = [self.reference, *self.experts], list[Floats]()
+        show = watch(self.on_progress, f"{name}, scored", len(adapters))
+        for adapter in adapters:
+            logprobs.append(self.logprobs(samples, adapter))
+            if show is not None:
+                show(len(logprobs))
+        before, *after = logprobs
         return _Scored(
-            np.stack([self.logprobs(samples, e) - before for e in self.experts], axis=2),
+            np.stack([of - before for of in after], axis=2),
             before,
             np.array([[math.fsum(w.logprobs) for w in group] for group in samples]),
         )

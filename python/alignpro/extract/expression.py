@@ -24,7 +24,15 @@ from alignpro.extract.arithmetic import compare, finite, reduced
 from alignpro.extract.formula import molar_mass
 from alignpro.extract.kinds import NUMERIC, FieldType, Leaf, ListOf, Object, Path, find
 from alignpro.extract.ranges import Bound
-from alignpro.extract.scope import BAD, NotJudgedError, Scope, UncomputableError, elements, look_up
+from alignpro.extract.scope import (
+    BAD,
+    NotJudgedError,
+    Scope,
+    UncomputableError,
+    elements,
+    look_up,
+    once,
+)
 from alignpro.extract.source import are_near
 from alignpro.extract.terms import (
     Term,
@@ -305,7 +313,7 @@ class _Compiler:
                 raise NotJudgedError(blocked=False)
             return reduced(name, values)
 
-        return Term("number", whole, dimension, point, term.fields)
+        return Term("number", once(whole), dimension, point, term.fields)
 
     def _count(self, node: ast.expr) -> Term:
         term = self.term(node)
@@ -316,7 +324,7 @@ class _Compiler:
         def run(scope: Scope) -> float:
             return float(sum(1 for _ in elements(scope.values, scope.source, lists)))
 
-        return Term("number", run, fields=term.fields)
+        return Term("number", once(run), fields=term.fields)
 
     def _abs(self, node: ast.expr) -> Term:
         term = self._number(node, "abs")
@@ -396,16 +404,17 @@ class _Compiler:
         term, *others = (self.term(node) for node in given)
         if {term.kind, *(other.kind for other in others)} - {"text", "formula"}:
             refuse("one_of: expected texts")
-        lists = [other.lists for other in others]
+
+        @once
+        def allowed(scope: Scope) -> set[str]:
+            return {
+                comparable(other.run(at))
+                for other in others
+                for at in elements(scope.values, scope.source, other.lists)
+            }
 
         def run(scope: Scope) -> bool:
-            value = comparable(term.run(scope))
-            allowed = [
-                comparable(other.run(at))
-                for other, of in zip(others, lists, strict=True)
-                for at in (elements(scope.values, scope.source, of) if of else [scope])
-            ]
-            return value in allowed
+            return comparable(term.run(scope)) in allowed(scope)
 
         fields = dict.fromkeys((*term.fields, *(path for o in others for path in o.fields)))
         return Term("truth", run, fields=tuple(fields), lists=term.lists)

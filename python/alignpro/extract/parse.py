@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NamedTuple
 
 from alignpro.types import type_name
@@ -40,8 +41,12 @@ def read_json(text: str) -> Any:
         # An integer of thousands of digits takes Python quadratic time, and is no measurement.
         return int(digits) if len(digits) <= 300 else refuse(f"a number of {len(digits)} digits")
 
+    def real(digits: str) -> float:
+        return value if math.isfinite(value := float(digits)) else refuse(digits[:40])
+
+    number: dict[str, Any] = {"parse_constant": refuse, "parse_int": whole, "parse_float": real}
     try:
-        return json.loads(text, object_pairs_hook=_distinct, parse_constant=refuse, parse_int=whole)
+        return json.loads(text, object_pairs_hook=_distinct, **number)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:

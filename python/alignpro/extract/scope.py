@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from alignpro.extract.kinds import Path
 from alignpro.extract.source import Source
 
+Value = TypeVar("Value")
 BAD = object()  # in the place of a value that is none of its type, or that a check refused
 
 
@@ -30,6 +32,7 @@ class Scope:
     values: Any
     source: Source | None
     at: dict[Path, int] = field(default_factory=dict)
+    whole: dict[Any, Any] = field(default_factory=dict)  # by `once`; one for all elements
 
 
 def look_up(scope: Scope, path: Path) -> Any:
@@ -55,8 +58,25 @@ def elements(values: Any, source: Source | None, lists: tuple[Path, ...]) -> lis
             if found is BAD:
                 raise NotJudgedError(blocked=True)
             inner += [
-                Scope(values, source, {**scope.at, path: number})
+                Scope(values, source, {**scope.at, path: number}, scope.whole)
                 for number in range(len(found or ()))
             ]
         scopes = inner
     return scopes
+
+
+def once(run: Callable[[Scope], Value]) -> Callable[[Scope], Value]:
+    """``run`` reads lists whole: computed at the first element that asks, for all of them."""
+
+    def known(scope: Scope) -> Value:
+        if run not in scope.whole:
+            try:
+                scope.whole[run] = run(scope)
+            except (NotJudgedError, UncomputableError) as error:
+                scope.whole[run] = error
+        found: Value | Exception = scope.whole[run]
+        if isinstance(found, Exception):
+            raise found.with_traceback(None)
+        return found
+
+    return known

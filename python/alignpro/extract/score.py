@@ -49,7 +49,9 @@ def score_record(predicted: Any, true: Mapping[str, Any], schema: Schema) -> Fie
     """The values of ``predicted`` that are those of ``true``. A quantity is one value in any unit,
     a text in any case; what is no field of the schema costs precision. None, as of an
     answer that is no record, is a record without a value."""
-    return FieldScore(_right(predicted, true, schema.root), _count(predicted), _count(true))
+    root = schema.root
+    right = _right(_read(predicted, root), _read(true, root), root)
+    return FieldScore(right, _count(predicted), _count(true))
 
 
 def _count(value: Any, depth: int = 0) -> int:
@@ -64,33 +66,37 @@ def _count(value: Any, depth: int = 0) -> int:
     return 1
 
 
+def _read(value: Any, of: FieldType) -> Any:
+    """The value as it is compared, each leaf read once; None for what is none of its type."""
+    if isinstance(of, Object):
+        fields = of.fields.items()
+        return (
+            {n: _read(value.get(n), t) for n, t in fields} if isinstance(value, Mapping) else None
+        )
+    if isinstance(of, Leaf):
+        return None if value is None else _read_leaf(value, of)
+    return [_read(v, of.item) for v in value] if isinstance(value, (list, tuple)) else None
+
+
+def _read_leaf(value: Any, leaf: Leaf) -> Any:
+    try:
+        read = read_leaf(value, leaf)
+    except Refused:
+        return None
+    if leaf.kind == "formula":
+        return plain_formula(read)
+    return read if leaf.kind == "choice" else comparable(read)
+
+
 def _right(predicted: Any, true: Any, of: FieldType) -> int:
     if predicted is None or true is None:
         return 0
     if isinstance(of, Leaf):
-        return int(_same(predicted, true, of))
+        return int(same_number(predicted, true) if type(true) is float else predicted == true)
     if isinstance(of, Object):
-        if not isinstance(predicted, Mapping) or not isinstance(true, Mapping):
-            return 0
-        return sum(_right(predicted.get(n), true.get(n), t) for n, t in of.fields.items())
-    if not isinstance(predicted, (list, tuple)) or not isinstance(true, (list, tuple)):
-        return 0
+        return sum(_right(predicted[n], true[n], t) for n, t in of.fields.items())
     weights = [[_right(p, t, of.item) for p in predicted] for t in true]
     return sum(weights[row][column] for row, column in best_assignment(weights))
-
-
-def _same(predicted: Any, true: Any, leaf: Leaf) -> bool:
-    try:
-        mine, theirs = read_leaf(predicted, leaf), read_leaf(true, leaf)
-    except Refused:
-        return False
-    if isinstance(mine, bool) or leaf.kind == "choice":
-        return bool(mine == theirs)
-    if isinstance(mine, float):
-        return same_number(mine, theirs)
-    if leaf.kind == "formula":
-        return plain_formula(mine) == plain_formula(theirs)
-    return bool(comparable(mine) == comparable(theirs))
 
 
 def best_assignment(weights: list[list[int]]) -> list[tuple[int, int]]:

@@ -48,6 +48,20 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def check_plot_file(path: Path) -> None:
+    """Refuse what `save_figure` would, before there is a figure.
+
+    Raises ValueError for a suffix that names no format of matplotlib's, and as `new_figure`.
+    """
+    formats = new_figure(1, 1).canvas.get_supported_filetypes()
+    if _format_of(path).lower() not in formats:
+        raise ValueError(f"{path}: expected a suffix of {', '.join(sorted(formats))}")
+
+
+def _format_of(path: Path) -> str:
+    return path.suffix[1:] or "png"
+
+
 def style(axes: Axes) -> None:
     axes.tick_params(colors=COLOURS["text"], labelsize=FONT_SIZE, color=COLOURS["frame"])
     for label in (axes.xaxis.label, axes.yaxis.label):
@@ -79,7 +93,7 @@ def legend_above(axes: Axes) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     with whole_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:] or "png", dpi=150, facecolor="white")
+        figure.savefig(file, format=_format_of(path), dpi=150, facecolor="white")
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:

@@ -182,7 +182,11 @@ def mix_grid(mix: MixReport) -> Grid:
 
 
 def mix_words(mix: MixReport) -> list[str]:
-    idle = [run for run, goal in mix.goals.items() if goal.weight == 0.0]
+    idle = {run: goal for run, goal in mix.goals.items() if goal.weight == 0.0}
+    least = min(goal.of_drawn for goal in mix.goals.values() if goal.weight != 0.0)
+    # Of whole rewrites the KKT gap says it.
+    worse = {r: g for r, g in idle.items() if g.whole_weight is not None and g.of_drawn < least}
+    served = [run for run in idle if run not in worse]
     said = [
         f"KL {mix.kl:.3f} nats per rewrite at kl_coef {mix.kl_coef:g}; KKT gap {mix.kkt_gap:.1e}; "
         f"{mix.effective_samples:.1f} of {mix.samples} samples a prompt carry the weight."
@@ -201,8 +205,13 @@ def mix_words(mix: MixReport) -> list[str]:
             "The weights serve best by what is drawn token by token; of whole rewrites they are "
             f"{', '.join(number(weight) for weight in whole)}."
         )
-    if idle:
-        said.append(f"No weight: {', '.join(idle)}; the mixture serves this goal as it is.")
+    if served:
+        said.append(f"No weight: {', '.join(served)}; the mixture serves this goal as it is.")
+    for run, goal in worse.items():
+        said.append(
+            f"No weight: {run}, although what is drawn serves it worst "
+            f"({number(goal.of_drawn, sign=True)}); no weights that serve it better were found."
+        )
     return said
 
 

@@ -16,6 +16,7 @@ the prompters themselves the weights of the mean are bounded, from the reference
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,8 @@ from alignpro.theory.optimum import optimum_objective
 
 _STEPS = 200
 _TOLERANCE = 1e-10
+_ROUNDS = 8  # of draws by which weights are found
+_LEAST_STEP = 0.01  # of a weight; less is the draws' noise
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,40 @@ def balance_weights(
     after = np.maximum(0.0, before + _face_step(before, active, served, covariance))
     balanced: Floats = after / after.sum()
     return balanced
+
+
+def balance_draws(
+    weights: ArrayLike,
+    draw: Callable[[Floats], tuple[Floats, Floats]],
+    betas: ArrayLike,
+    beta: float,
+) -> tuple[Floats, int]:
+    """Weights whose draws serve the worst-off goal best, of a few rounds of `balance_weights`, and
+    the number of their round, from 0.
+
+    A step starts from the best weights so far, and is halved where it served the worst-off goal
+    less: where prompters went far apart, draws turn from one's rewrites to another's within a small
+    change of the weights, and full steps go to and fro between them.
+
+    Args:
+        weights: [K] to begin with. betas, beta: as of `maxmin_weights`.
+        draw: what these weights draw: [P, S, K] log(rho_k / rho_ref), [P, S] log(drawn / rho_ref).
+    """
+    best, at, value = np.asarray(weights, float), 0, -math.inf
+    here, aim, step = best, best, 1.0
+    for number in range(_ROUNDS):
+        ratios, from_reference = draw(here)
+        served = np.asarray(betas, float) * ratios.mean(axis=(0, 1))
+        found = float(served.min() - beta * from_reference.mean())
+        if found > value:
+            best, at, value = here, number, found
+            aim, step = balance_weights(here, ratios, betas, beta), min(1.0, 2 * step)
+        else:
+            step /= 2
+        here = best + step * (aim - best)
+        if np.abs(here - best).max() < _LEAST_STEP:
+            break
+    return best, at
 
 
 def weights_of_rewards(
