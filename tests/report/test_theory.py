@@ -151,6 +151,11 @@ def test_goals_in_words():
     assert "6.2 samples a prompt carry the mixture" in words and "No weight" not in words
     idle = replace(GOALS, goals={**GOALS.goals, "topic": goal(maxmin_weight=0.0)})
     assert "No weight: topic;" in " ".join(goals_words(idle))
+    flat = replace(GOALS, goals={**GOALS.goals, "topic": goal(alone=0.3 + 1e-16)})
+    assert "No difference between rewrites beyond the noise of responses: topic." in " ".join(
+        goals_words(flat)
+    )
+    assert "No difference" not in words
     assert goals_words(None) == [] and not goals_grid(None)
 
 

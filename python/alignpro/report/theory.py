@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import log
 
 from alignpro.evaluate.results import (
@@ -155,6 +156,13 @@ def goals_words(goals: GoalsForecast | None) -> list[str]:
     ]
     if idle:
         lines.append(f"No weight: {', '.join(idle)}; the others' mixture serves it as it is.")
+    flat = [n for n, g in goals.goals.items() if math.isclose(g.alone, g.untuned, abs_tol=1e-9)]
+    if flat:
+        lines.append(
+            f"No difference between rewrites beyond the noise of responses: {', '.join(flat)}. "
+            "Neither its weight nor whether it is worst off means anything; more responses may "
+            "tell."
+        )
     lines.append(
         f"{number(best.effective_samples, 1)} samples a prompt carry the mixture. From few, goals "
         "look better served than they are, and the one whose rewards vary most gets too little "
