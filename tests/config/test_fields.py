@@ -100,7 +100,7 @@ def test_python_checks_every_type_in_the_words_of_yaml(cls, name, hint):
         ),
         (TrainConfig, "steps", "10", "steps: expected an integer, got '10'"),
         (TrainConfig, "threads", 2.0, "threads: expected an integer or null, got 2.0"),
-        (TrainConfig, "track", "wandb", "track: expected a list, such as [...], got 'wandb'"),
+        (TrainConfig, "track", "wandb", "track: expected a list such as [...], got 'wandb'"),
         (
             TrainConfig,
             "track",

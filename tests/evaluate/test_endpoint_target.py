@@ -20,7 +20,6 @@ from alignpro.evaluate.headroom import complete_rewards, run_headroom
 from alignpro.evaluate.results import to_json
 from alignpro.evaluate.run import run_evaluate
 from alignpro.models.in_flight import FailedRowsError
-from alignpro.price.estimate import price_train
 from alignpro.types import Response, Rewrite, Rollout
 from chat_server import ChatServer, Fault
 
@@ -133,13 +132,6 @@ def test_a_prompter_is_here(kind):
     prompter = {"endpoint": "http://127.0.0.1:9/v1", "model": "big"}
     with pytest.raises(ValueError, match=r"^prompter\.endpoint: expected null: "):
         from_mapping(kind, {"prompter": prompter})
-
-
-def test_a_dry_run_does_not_guess_at_an_endpoint(stage):
-    for name in ("num_prompts",):
-        del stage[name]
-    with pytest.raises(ValueError, match=r"target\.endpoint: expected null"):
-        price_train(from_mapping(TrainConfig, stage))
 
 
 def test_the_configuration_of_a_run_with_an_endpoint_is_read_back(stage, tmp_path):

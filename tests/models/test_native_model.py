@@ -213,7 +213,7 @@ def test_no_new_tokens(tiny: NativeModel) -> None:
     ("prompts", "message"),
     [
         ("hello", "prompts: expected a list of prompts, got str"),
-        (CHAT, "prompts: expected a list of chats, got one chat"),
+        (CHAT, "prompts: expected a list of texts or chats, got one chat"),
         ([1, 2], "prompts: expected a list of token lists, got one"),
         (["hi", []], "prompt 1: .*at least one token"),
         (["hi", ""], "prompt 1: expected text, got none"),

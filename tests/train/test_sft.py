@@ -51,7 +51,10 @@ def test_instructions_are_paired_evenly_and_without_a_look_at_the_prompt(tmp_pat
     [
         ({"instructions": ["a"]}, r"instructions: expected two texts or more, each once, got"),
         ({"instructions": ["a", "b", "a"]}, r"two texts or more, each once"),
-        ({"instructions": "a"}, r"instructions: expected a list or null, got 'a'"),
+        (
+            {"instructions": "a"},
+            r"instructions: expected a list such as \[\.\.\.\] or null, got 'a'",
+        ),
         ({"instructions": ["a", "b"]}, r"at most the 2 instructions there are, got 3"),
         ({"instructions_per_prompt": 2}, r"its default 3 \(it goes with instructions\)"),
         ({"instructions": TEXTS, "schema": {"path": "s.json"}}, r"schema: expected its default"),

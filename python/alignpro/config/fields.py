@@ -158,7 +158,7 @@ def read_value(value: Any, hint: Any, name: str, default: Any = None) -> Any:
         return _read_choice(value, arguments, name)
     if origin is tuple:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-            raise ValueError(f"{name}: expected a list, such as [...], got {value!r}")
+            raise ValueError(f"{name}: expected a list such as [...], got {value!r}")
         return tuple(read_value(v, arguments[0], f"{name}[{i}]") for i, v in enumerate(value))
     if _is_dict(hint):
         if not isinstance(value, Mapping):
